@@ -1,0 +1,6 @@
+"""Load-test LLM serving on a production trace and turn the result into a price per million tokens.
+
+The flow is files between steps: trace -> plan -> run -> rows -> report. Start with ``ARCHITECTURE.md``.
+"""
+
+__version__ = "0.1.0"

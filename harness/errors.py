@@ -1,0 +1,73 @@
+"""Every error this project raises on purpose.
+
+The tree::
+
+    HarnessError            exit 1   something failed; the message says what, where and what to do
+    ├── UsageError          exit 2   the request itself is wrong: option, name, combination
+    ├── TraceError          exit 1   a trace file cannot be read as what it claims to be (file:line)
+    ├── PlanError           exit 1   a plan cannot be built from this trace or read back
+    ├── ResultsError        exit 1   a run directory or result file is missing, torn or of another schema
+    ├── ServerError         exit 1   a model server did not start, died, or does not answer as one
+    └── WorkerError         exit 1   a load worker did not start or died
+
+A failed *request* is never an exception: it is a result row with its error class (`harness.results.ERRORS`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_VALID = 0
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_INVALID = 3
+EXIT_SLO_MISSED = 4
+
+
+class HarnessError(Exception):
+    """Base of the tree; ``exit_code`` is what the command line ends with."""
+
+    exit_code = EXIT_FAILURE
+
+
+class UsageError(HarnessError):
+    """What was asked for is not possible: an unknown name or options that exclude each other."""
+
+    exit_code = EXIT_USAGE
+
+
+class TraceError(HarnessError):
+    """A trace cannot be read. ``file`` and ``line`` (1-based, None when it is about the whole file) say where."""
+
+    def __init__(self, file: str, line: int | None, problem: str) -> None:
+        self.file, self.line, self.problem = file, line, problem
+        super().__init__(f"{file}:{line}: {problem}" if line is not None else f"{file}: {problem}")
+
+
+class PlanError(HarnessError):
+    """A plan cannot be built or read."""
+
+
+class ResultsError(HarnessError):
+    """A run directory or a result file cannot be read."""
+
+
+class ServerError(HarnessError):
+    """A model server failed; ``log_tail`` holds its last lines, oldest first."""
+
+    def __init__(self, message: str, log_tail: Iterable[str] = ()) -> None:
+        self.log_tail = list(log_tail)
+        super().__init__(message if not self.log_tail else message + "\n  " + "\n  ".join(self.log_tail))
+
+
+class WorkerError(HarnessError):
+    """A load worker failed."""
+
+
+def unknown_name(kind: str, name: str, valid: Iterable[str]) -> UsageError:
+    """UsageError for a name that is not in ``valid``, with the nearest valid ones."""
+    valid = sorted(valid)
+    near = difflib.get_close_matches(name, valid, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"valid: {', '.join(valid) or 'none'}"
+    return UsageError(f"unknown {kind} {name!r}: {hint}")

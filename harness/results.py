@@ -1,0 +1,208 @@
+"""The result row: one per planned request, written as it happens, readable after any crash.
+
+A failure is a row; nothing is dropped. Columns of `SCHEMA` (file ``results-<worker>.arrows``, Arrow IPC *stream*):
+
+==================  ============  =====================================================================================
+column              type          meaning
+==================  ============  =====================================================================================
+request_id          int64         the plan's id
+worker              int16         index of the load worker that sent it
+replica             int16         index of the server it was sent to; null when it was never sent
+scheduled_ns        int64         when it was due, ns after the common start. Open loop: from the plan. Closed loop: the
+                                  moment its slot became free
+sent_ns             int64         when the client began to send it (before any connection set-up); null when never sent
+chunk_gap_ns        list<int64>   ns between chunks that carry output: the first is counted from sent_ns, each other from
+                                  the chunk before it. Gaps, because they compress to half of absolute times.
+                                  Empty when no output arrived
+chunk_tokens        list<int32>   output tokens in each of those chunks; null when the server did not let us know
+finished_ns         int64         when the response ended or failed; null when never sent
+input_tokens        int32         prompt tokens as the server counted them (``usage``); null when it did not say
+cached_tokens       int32         of these, read from the prefix cache; null when it did not say
+output_tokens       int32         completion tokens as the server counted them; null when it did not say
+finish_reason       string        as the server said: stop, length, ...
+http_status         int16         null when no status line arrived
+error               string        null on success, else one of `ERRORS`
+detail              string        a short human text for a failure (at most 300 characters)
+==================  ============  =====================================================================================
+
+All times are one monotonic clock of the worker's host, zero at the common start of the run.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from harness.errors import ResultsError
+
+ERRORS: dict[str, str] = {
+    "connect": "no connection: refused, unreachable, or not accepted in time",
+    "tls": "the TLS handshake or certificate check failed",
+    "auth": "HTTP 401 or 403: the API key is missing or wrong",
+    "not_found": "HTTP 404: no such path or model at this server",
+    "rejected": "HTTP 4xx otherwise: the server refused this request",
+    "overloaded": "HTTP 429 or 503: the server asks for less load",
+    "server": "HTTP 5xx otherwise, or an error event inside the stream",
+    "redirect": "HTTP 3xx: redirects are not followed, a load test must know where its load goes",
+    "cut": "the connection ended before the response did",
+    "protocol": "the answer is not an HTTP or OpenAI-compatible stream (for example an HTML page)",
+    "incomplete": "the stream ended without [DONE] and without a finish reason",
+    "stall": "the server sent nothing for the stall timeout",
+    "timeout": "the request was not finished within the request timeout",
+    "stopped": "in flight when the run was stopped",
+    "unsent": "never sent: the run was stopped first",
+}
+"""The closed set of error classes, with what each means."""
+
+SCHEMA_VERSION = "1"
+
+SCHEMA = pa.schema(
+    [
+        pa.field("request_id", pa.int64(), nullable=False),
+        pa.field("worker", pa.int16(), nullable=False),
+        pa.field("replica", pa.int16()),
+        pa.field("scheduled_ns", pa.int64(), nullable=False),
+        pa.field("sent_ns", pa.int64()),
+        pa.field("chunk_gap_ns", pa.list_(pa.int64()), nullable=False),
+        pa.field("chunk_tokens", pa.list_(pa.int32())),
+        pa.field("finished_ns", pa.int64()),
+        pa.field("input_tokens", pa.int32()),
+        pa.field("cached_tokens", pa.int32()),
+        pa.field("output_tokens", pa.int32()),
+        pa.field("finish_reason", pa.string()),
+        pa.field("http_status", pa.int16()),
+        pa.field("error", pa.string()),
+        pa.field("detail", pa.string()),
+    ],
+    metadata={"harness.results": SCHEMA_VERSION},
+)
+
+
+@dataclass(slots=True)
+class Result:
+    """One row of `SCHEMA`. ``chunk_ns`` holds absolute stamps (run clock); the writer turns them into gaps."""
+
+    request_id: int
+    scheduled_ns: int
+    replica: int | None = None
+    sent_ns: int | None = None
+    chunk_ns: list[int] | None = None
+    chunk_tokens: list[int] | None = None
+    finished_ns: int | None = None
+    input_tokens: int | None = None
+    cached_tokens: int | None = None
+    output_tokens: int | None = None
+    finish_reason: str | None = None
+    http_status: int | None = None
+    error: str | None = None
+    detail: str | None = None
+
+
+_SCALARS = [name for name in SCHEMA.names if name not in ("worker", "chunk_gap_ns", "chunk_tokens")]
+
+
+class ResultWriter:
+    """Appends rows in memory and writes them as one compressed Arrow batch on each `flush`.
+
+    Call `flush` about every second: a process that dies loses at most what came after the last one.
+    """
+
+    def __init__(self, path: Path, worker: int) -> None:
+        self._worker = worker
+        self._sink = pa.OSFile(str(path), "wb")
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        self._writer = pa.ipc.new_stream(self._sink, SCHEMA, options=options)
+        self.rows = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._columns: dict[str, list[object]] = {name: [] for name in _SCALARS}
+        self._gaps = array("q")
+        self._gap_offsets = array("i", [0])
+        self._tokens = array("i")
+        self._token_offsets = array("i", [0])
+        self._token_nulls: list[bool] = []
+
+    def append(self, result: Result) -> None:
+        """Add one row; nothing touches the disk."""
+        for name, column in self._columns.items():
+            column.append(getattr(result, name))
+        stamps = result.chunk_ns
+        if stamps:
+            assert result.sent_ns is not None
+            self._gaps.append(stamps[0] - result.sent_ns)
+            self._gaps.extend(b - a for a, b in zip(stamps, stamps[1:], strict=False))
+        self._gap_offsets.append(len(self._gaps))
+        if result.chunk_tokens is not None:
+            self._tokens.extend(result.chunk_tokens)
+        self._token_nulls.append(result.chunk_tokens is None)
+        self._token_offsets.append(len(self._tokens))
+
+    def flush(self) -> None:
+        """Write what was appended since the last flush to the file, complete up to here even if we die next."""
+        n = len(self._token_nulls)
+        if not n:
+            return
+        columns, gaps, gap_offsets = self._columns, self._gaps, self._gap_offsets
+        tokens, token_offsets, nulls = self._tokens, self._token_offsets, self._token_nulls
+        self._clear()
+        arrays: list[pa.Array] = []
+        for field in SCHEMA:
+            if field.name == "worker":
+                arrays.append(pa.array(np.full(n, self._worker, dtype=np.int16)))
+            elif field.name == "chunk_gap_ns":
+                values = pa.array(np.frombuffer(gaps, dtype=np.int64))
+                arrays.append(pa.ListArray.from_arrays(pa.array(np.frombuffer(gap_offsets, dtype=np.int32)), values))
+            elif field.name == "chunk_tokens":
+                values = pa.array(np.frombuffer(tokens, dtype=np.int32))
+                offsets = pa.array(np.frombuffer(token_offsets, dtype=np.int32))
+                arrays.append(pa.ListArray.from_arrays(offsets, values, mask=pa.array(nulls)))
+            else:
+                arrays.append(pa.array(columns[field.name], type=field.type))
+        self._writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
+        self._sink.flush()
+        self.rows += n
+
+    def close(self) -> None:
+        """Flush and end the stream. Safe to call twice."""
+        if self._sink.closed:
+            return
+        self.flush()
+        self._writer.close()
+        self._sink.close()
+
+
+def read_results(path: Path) -> pa.Table:
+    """Rows of one result file; every complete batch of a file that was cut short.
+
+    Raises `ResultsError` when the file does not begin as a result stream of this schema version.
+    """
+    return pa.Table.from_batches(iter_results(path), schema=SCHEMA)
+
+
+def iter_results(path: Path) -> Iterator[pa.RecordBatch]:
+    """Batches of one result file, in the order written, up to the first torn one."""
+    try:
+        with pa.OSFile(str(path), "rb") as source:
+            reader = pa.ipc.open_stream(source)
+            version = (reader.schema.metadata or {}).get(b"harness.results", b"?").decode()
+            if version != SCHEMA_VERSION:
+                raise ResultsError(f"{path}: result schema {version}, this harness reads {SCHEMA_VERSION}")
+            while True:
+                try:
+                    yield reader.read_next_batch()
+                except StopIteration:
+                    return
+                except (pa.ArrowInvalid, OSError):
+                    return  # torn tail: what came before it is whole
+    except FileNotFoundError as e:
+        raise ResultsError(f"{path}: no such result file") from e
+    except pa.ArrowInvalid as e:
+        if path.stat().st_size == 0:
+            return  # a worker that died before its first byte wrote nothing, which is not an error of the file
+        raise ResultsError(f"{path}: not a result file ({e})") from e

