@@ -1,0 +1,242 @@
+"""Prompts of an exact token length, each a pure function of a seed and a key.
+
+A trace mostly says how long prompts were, not what they said. `Vocabulary` makes prompts of that length out of plain
+tokens, drawn by a hash of (seed, key, position): no state, so neither order, limits nor slices change a prompt.
+Requests whose leading prefix ids are equal get equal leading tokens, so a server's prefix cache works as it did in
+production.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from harness.errors import PlanError
+
+Ids = npt.NDArray[np.int32]
+
+MIN_IDS = 16
+"""Fewest usable ids: with 16, two random blocks of 16 tokens are equal once in 2**64."""
+
+_MIN_WORDS = 256
+_REPAIRS = 64
+_MASK = 2**64 - 1
+
+
+class Vocabulary:
+    """Token ids that prompts are made of, and the tokenizer they belong to (if there is one).
+
+    ``name`` identifies it for the plan: equal names make equal prompts.
+    """
+
+    def __init__(
+        self, ids: Ids, name: str, tokenizer: Tokenizer | None = None, glue: tuple[str, str] | None = None
+    ) -> None:
+        self._ids = ids
+        self._tokenizer = tokenizer
+        self._glue = glue
+        self._words: dict[int, str] = {}
+        if glue is not None and tokenizer is not None:
+            texts = tokenizer.decode_batch([[int(i)] for i in ids], skip_special_tokens=False)
+            self._words = {int(i): text.strip() for i, text in zip(ids, texts, strict=True)}
+        self.name = name
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @classmethod
+    def from_ids(cls, ids: Iterable[int], *, name: str = "ids") -> Vocabulary:
+        """Vocabulary of ids learned elsewhere (``name`` says where); makes token ids, but no text.
+
+        Raises `PlanError` for ids that are not token ids, or fewer than `MIN_IDS` different ones.
+        """
+        distinct = sorted(set(ids))
+        if distinct and not 0 <= distinct[0] <= distinct[-1] < 2**31:
+            raise PlanError(f"token ids from {distinct[0]} to {distinct[-1]}: expected 0 to {2**31 - 1}")
+        usable = np.array(distinct, dtype=np.int32)
+        _check_size(usable, "the list of ids")
+        return cls(usable, f"{name} sha256:{_digest(usable.tobytes())} ({len(usable)} ids)")
+
+    @classmethod
+    def from_tokenizer(cls, path: Path) -> Vocabulary:
+        """Vocabulary of a ``tokenizer.json``, or of a model directory that holds one.
+
+        Left out: special and added tokens, and tokens that do not decode to clean text (fragments of characters,
+        control characters). Where the tokenizer has them, only whole words are used, each one token wherever it stands
+        between spaces: then ids and text are the same prompt, token for token.
+
+        Raises `PlanError` when there is no such file or it is no tokenizer.
+        """
+        file = path / "tokenizer.json" if path.is_dir() else path
+        try:
+            raw = file.read_bytes()
+        except OSError as e:
+            raise PlanError(
+                f"{file}: cannot read the tokenizer ({e.strerror}); name a tokenizer.json or its folder"
+            ) from e
+        try:
+            tokenizer = Tokenizer.from_buffer(raw)
+        except Exception as e:  # the library raises nothing narrower
+            raise PlanError(f"{file}: not a tokenizer.json of the tokenizers library ({e})") from e
+        # Settings saved with the file would cut or pad every prompt behind our back.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        clean = _clean_ids(tokenizer)
+        words, glue = _word_ids(tokenizer, clean)
+        usable = words if glue is not None else np.array(sorted(clean), dtype=np.int32)
+        _check_size(usable, str(file))
+        label = f"{file.resolve().parent.name}/{file.name}"
+        name = f"{label} sha256:{_digest(raw)} ({len(usable)} of {tokenizer.get_vocab_size()} tokens used)"
+        return cls(usable, name, tokenizer, glue)
+
+    def token_ids(
+        self,
+        n: int,
+        key: int,
+        *,
+        seed: int = 0,
+        prefix_ids: Sequence[int] | None = None,
+        block_tokens: int | None = None,
+    ) -> Ids:
+        """Exactly ``n`` token ids of the request ``key``.
+
+        With ``prefix_ids``, block i (``block_tokens`` long) depends on ``seed`` and ``prefix_ids[:i + 1]`` alone: equal
+        leading ids are equal leading tokens, in any request; after the first id that differs, tokens differ. Ids must
+        cover ``n``. Without, prompts of different keys share nothing (beyond the chance of a few equal random tokens).
+        """
+        if prefix_ids is None:
+            starts, width = np.array([_hash64(b"request", seed, key)], dtype=np.uint64), n
+        else:
+            assert block_tokens is not None
+            width = block_tokens
+            starts = _block_starts(seed, prefix_ids[: -(-n // width)])
+            assert len(starts) * width >= n, "prefix_ids do not cover the prompt"
+        draws = _draws(starts[:, None] + np.arange(width, dtype=np.uint64)[None, :] * _GOLDEN)
+        # Multiply and shift: 32 random bits onto [0, size) without the cost or the low-bit weakness of a modulo.
+        at = (draws.ravel()[:n] >> np.uint64(32)) * np.uint64(len(self._ids)) >> np.uint64(32)
+        drawn: Ids = self._ids[at.astype(np.intp)]
+        return drawn
+
+    def texts(self, prompts: Sequence[Ids]) -> list[str]:
+        """Texts that this tokenizer encodes (without special tokens) to exactly as many tokens as the ids given.
+
+        Every text is encoded again to prove it. Where words are single tokens (see `from_tokenizer`) it encodes to the
+        very ids given, so shared leading blocks are shared to the token. Where a tokenizer merges across words the
+        count is made exact by adding or taking words at the end: shared leading *text* stays shared, and tokens but for
+        those at the first difference.
+
+        A server may put special tokens (BOS) before a text: that is its doing, not counted here.
+
+        Raises `PlanError` without a tokenizer, or when no text of that length is found.
+        """
+        if self._tokenizer is None:
+            raise PlanError(f"{self.name}: text prompts need a tokenizer; give a tokenizer.json or send token ids")
+        texts = [self._render(ids) for ids in prompts]
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [
+            text if len(encoding) == len(ids) else self._repair(ids, text, len(encoding))
+            for text, encoding, ids in zip(texts, encodings, prompts, strict=True)
+        ]
+
+    def _render(self, ids: Ids) -> str:
+        assert self._tokenizer is not None
+        if self._glue is None:
+            text: str = self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+            return text
+        lead, space = self._glue
+        return lead + space.join(map(self._words.__getitem__, ids.tolist()))
+
+    def _repair(self, wanted: Ids, text: str, length: int) -> str:
+        """Add or take tokens at the end until the text has the wanted length."""
+        assert self._tokenizer is not None
+        target, ids = len(wanted), wanted
+        for attempt in range(_REPAIRS):
+            # Take one more than is over: what is added next time is a new draw, so the search does not go in circles.
+            keep = len(ids) - (length - target) - 1 if length > target else len(ids)
+            ids = ids[: max(keep, 0)]
+            missing = target - length if length < target else 1
+            tail = self.token_ids(missing, _hash64(wanted.tobytes(), attempt, 0), seed=attempt)
+            ids = np.concatenate([ids, tail])
+            text = self._render(ids)
+            length = len(self._tokenizer.encode(text, add_special_tokens=False))
+            if length == target:
+                return text
+        raise PlanError(
+            f"{self.name}: no text of exactly {target} tokens found (last try: {length}); send token ids instead"
+        )
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _draws(counter: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """64 random bits for each counter: the output function of SplitMix64 (Steele, Lea, Flood 2014), in place."""
+    counter ^= counter >> np.uint64(30)
+    counter *= np.uint64(0xBF58476D1CE4E5B9)
+    counter ^= counter >> np.uint64(27)
+    counter *= np.uint64(0x94D049BB133111EB)
+    counter ^= counter >> np.uint64(31)
+    return counter
+
+
+def _int_bytes(value: int) -> bytes:
+    return (value & _MASK).to_bytes(8, "little")
+
+
+def _hash64(domain: bytes, seed: int, key: int) -> int:
+    return int.from_bytes(
+        hashlib.blake2b(domain + _int_bytes(seed) + _int_bytes(key), digest_size=8).digest(), "little"
+    )
+
+
+def _block_starts(seed: int, prefix_ids: Sequence[int]) -> npt.NDArray[np.uint64]:
+    """One start value per block, a hash of the seed and of all ids up to the block's own."""
+    chain = hashlib.blake2b(b"prefix" + _int_bytes(seed), digest_size=8)
+    starts = bytearray()
+    for prefix_id in prefix_ids:
+        chain.update(_int_bytes(prefix_id))
+        starts += chain.copy().digest()
+    return np.frombuffer(bytes(starts), dtype="<u8").astype(np.uint64)
+
+
+def _clean_ids(tokenizer: Tokenizer) -> dict[int, str]:
+    """Id -> text of the plain tokens that are clean text by themselves."""
+    added = tokenizer.get_added_tokens_decoder()
+    ids = sorted(set(tokenizer.get_vocab(with_added_tokens=False).values()) - set(added))
+    texts = tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
+    return {i: t for i, t in zip(ids, texts, strict=True) if t.strip() and t.isprintable() and "\ufffd" not in t}
+
+
+def _word_ids(tokenizer: Tokenizer, clean: dict[int, str]) -> tuple[Ids, tuple[str, str] | None]:
+    """Ids of words that stay one token between other words, and (lead, space) to put before and between them.
+
+    Byte-level tokenizers keep the space inside the token and need one before the first word too; others add it
+    themselves. None instead of the pair when too few words are like that.
+    """
+    words = {i: text.strip() for i, text in clean.items() if text.strip().isalpha()}
+    best: list[int] = []
+    best_lead = ""
+    for lead in (" ", ""):
+        encodings = tokenizer.encode_batch(
+            [f"{lead}{word} {word}" for word in words.values()], add_special_tokens=False
+        )
+        fit = [i for i, encoding in zip(words, encodings, strict=True) if encoding.ids == [i, i]]
+        if len(fit) > len(best):
+            best, best_lead = fit, lead
+    return np.array(best, dtype=np.int32), (best_lead, " ") if len(best) >= _MIN_WORDS else None
+
+
+def _check_size(ids: Ids, source: str) -> None:
+    if len(ids) < MIN_IDS:
+        raise PlanError(
+            f"{source}: only {len(ids)} usable token ids, at least {MIN_IDS} are needed for prompts that differ"
+        )
+
+
+def _digest(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()[:16]

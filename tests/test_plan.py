@@ -1,0 +1,394 @@
+"""The plan is the trace: its times, its lengths, its text; slices are the plan; equal arguments make equal bytes."""
+
+from __future__ import annotations
+
+import json
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from harness import plan as plan_module
+from harness.errors import PlanError, TraceError, UsageError
+from harness.plan import (
+    INFO_KEY,
+    SCHEMA,
+    Request,
+    build_plan,
+    iter_requests,
+    plan_sha256,
+    read_plan_columns,
+    read_plan_info,
+)
+from harness.prompts import Vocabulary
+from harness.trace import Trace, open_trace
+
+SAMPLES = Path(__file__).resolve().parent.parent / "scenarios" / "traces"
+VOCABULARY = Vocabulary.from_ids(range(100, 5000))
+
+
+def trace_of(tmp_path: Path, *rows: dict, **options: object) -> Trace:
+    path = tmp_path / "trace.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return open_trace(path, **options)  # type: ignore[arg-type]
+
+
+def at(*times: float, **fields: object) -> list[dict]:
+    return [{"arrival_s": t, "prompt": f"p{i}", **fields} for i, t in enumerate(times)]
+
+
+def scheduled(path: Path) -> list[int | None]:
+    return read_plan_columns(path, ["scheduled_ns"]).column(0).to_pylist()
+
+
+def sample(name: str) -> Trace:
+    return open_trace(SAMPLES / name)
+
+
+# --- times -----------------------------------------------------------------------------------------------------------
+
+
+def test_open_loop_is_the_traces_own_clock(tmp_path):
+    out = tmp_path / "p"
+    info = build_plan(sample("azure-conv-2023.csv"), out, closed=False, vocabulary=VOCABULARY)
+    times = scheduled(out)
+    assert times[:2] == [0, 4_314_579_000]  # 18:15:46.6805900 and 18:15:50.9951690, to the nanosecond
+    assert times == sorted(times)
+    assert (info.requests, info.rows_read, info.rows_kept, info.rows_dropped) == (600, 600, 600, {})
+    assert (info.arrivals, info.speed, info.span_s) == ("trace", 1.0, 148.18913)
+    assert info.source_rate == info.planned_rate == pytest.approx(599 / 148.18913, rel=1e-12)
+    tokens = read_plan_columns(out, ["input_tokens", "output_tokens"]).to_pydict()
+    assert (sum(tokens["input_tokens"]), sum(tokens["output_tokens"])) == (553_386, 156_892)
+    for request in iter_requests(out):
+        assert len(request.prompt_token_ids) == request.input_tokens
+
+
+def test_speed_multiplies_the_clock(tmp_path):
+    info = build_plan(trace_of(tmp_path, *at(7, 8, 10)), tmp_path / "p", closed=False, speed=2)
+    assert scheduled(tmp_path / "p") == [0, 500_000_000, 1_500_000_000]
+    assert (info.speed, info.source_rate, info.planned_rate, info.span_s) == (2, 2 / 3, 4 / 3, 1.5)
+
+
+def test_rate_is_gaps_over_span_and_keeps_the_shape(tmp_path):
+    info = build_plan(trace_of(tmp_path, *at(0, 1, 1, 4)), tmp_path / "p", closed=False, rate=3.0)
+    # Three gaps in 4 s are 0.75 req/s: four times as fast is 3 req/s, and every gap shrinks alike.
+    assert scheduled(tmp_path / "p") == [0, 250_000_000, 250_000_000, 1_000_000_000]
+    assert (info.source_rate, info.speed, info.planned_rate) == (0.75, 4.0, 3.0)
+
+
+def test_rate_with_duration_meets_the_rate_inside_the_duration(tmp_path):
+    # 10 requests in the first second, then one a second: a part of a trace has not the rate of the whole.
+    trace = trace_of(tmp_path, *at(*(i / 10 for i in range(10)), *range(1, 100)))
+    info = build_plan(trace, tmp_path / "p", closed=False, rate=2.0, duration_s=10.0)
+    assert info.requests == 20
+    assert info.planned_rate == pytest.approx(2.0, rel=1e-9)
+    assert info.span_s == pytest.approx(9.5)
+    assert any("stopped after 20" in note for note in info.notes)
+
+
+def test_duration_cuts_by_planned_time(tmp_path):
+    trace = trace_of(tmp_path, *at(0, 1, 2, 3, 4))
+    info = build_plan(trace, tmp_path / "p", closed=False, speed=2, duration_s=1.0)
+    assert scheduled(tmp_path / "p") == [0, 500_000_000]
+    assert info.rows_read == info.rows_kept == 2
+
+
+def test_a_trace_shorter_than_the_duration_is_noted(tmp_path):
+    info = build_plan(trace_of(tmp_path, *at(0, 1, 2)), tmp_path / "p", closed=False, duration_s=60.0)
+    assert info.notes == ["the trace ends at 2.0 s of the 60 s asked for"]
+
+
+def test_limit_keeps_the_first_rows_and_does_not_read_on(tmp_path):
+    trace = trace_of(tmp_path, *at(0, 1, 2), {"never": "read"})
+    info = build_plan(trace, tmp_path / "p", closed=False, limit=2)
+    assert (info.requests, info.rows_read) == (2, 2)
+    with pytest.raises(TraceError):
+        build_plan(trace, tmp_path / "q", closed=False, limit=4)
+    assert not (tmp_path / "q").exists()
+
+
+def test_closed_loop_has_no_times(tmp_path):
+    info = build_plan(sample("example.jsonl"), tmp_path / "p", closed=True, vocabulary=VOCABULARY)
+    assert set(scheduled(tmp_path / "p")) == {None}
+    assert (info.arrivals, info.speed, info.planned_rate, info.span_s, info.source_rate) == (
+        "closed",
+        None,
+        None,
+        None,
+        1.9,
+    )
+    build_plan(trace_of(tmp_path, {"prompt": "a"}), tmp_path / "q", closed=True)
+
+
+@given(
+    gaps=st.lists(st.integers(0, 10**7), min_size=1, max_size=50),
+    speed=st.floats(0.01, 100),
+    workers=st.integers(1, 7),
+    sessions=st.lists(st.sampled_from([None, "a", "b", "c"]), min_size=51, max_size=51),
+)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_times_scale_and_slices_are_the_plan(tmp_path_factory, gaps, speed, workers, sessions):
+    folder = tmp_path_factory.mktemp("p")
+    micros = [sum(gaps[:i]) for i in range(len(gaps) + 1)]
+    rows = [
+        {"arrival_s": t / 1e6, "prompt": str(i)} | ({"session_id": s} if s else {})
+        for i, (t, s) in enumerate(zip(micros, sessions, strict=False))
+    ]
+    build_plan(trace_of(folder, *rows), folder / "p", closed=False, speed=speed)
+    times = scheduled(folder / "p")
+    assert times == sorted(times)
+    assert all(abs(t - m * 1000 / speed) <= 1 for t, m in zip(times, micros, strict=True))
+    whole = list(iter_requests(folder / "p"))
+    assert [r.request_id for r in whole] == list(range(len(rows)))
+    parts = [list(iter_requests(folder / "p", k, workers)) for k in range(workers)]
+    assert sorted((r for part in parts for r in part), key=lambda r: r.request_id) == whole
+    for part in parts:
+        assert part == sorted(part, key=lambda r: (r.scheduled_ns, r.request_id))
+    for name in "abc":  # a session is on one worker
+        at_workers = {k for k, part in enumerate(parts) for r in part if sessions[r.request_id] == name}
+        assert len(at_workers) <= 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"closed": True, "speed": 1.0},
+        {"closed": True, "rate": 1.0},
+        {"closed": False, "speed": 1.0, "rate": 1.0},
+        {"closed": True, "duration_s": 1.0},
+        {"closed": False, "speed": 0.0},
+        {"closed": False, "speed": float("nan")},
+        {"closed": False, "rate": -1.0},
+        {"closed": False, "rate": float("inf")},
+        {"closed": False, "duration_s": 0.0},
+        {"closed": False, "limit": 0},
+        {"closed": False, "max_output_tokens": 0},
+        {"closed": False, "speed": 1e-10},  # 10 s become 3,000 years
+        {"closed": False, "rate": 1.0, "limit": 1},
+        {"closed": False, "rate": 1.0, "limit": 2},  # two rows at one instant
+    ],
+)
+def test_options_that_cannot_be(tmp_path, options):
+    with pytest.raises(UsageError):
+        build_plan(trace_of(tmp_path, *at(0, 0, 10)), tmp_path / "p", **options)
+    assert [p.name for p in tmp_path.iterdir()] == ["trace.jsonl"]
+
+
+@pytest.mark.parametrize("options", [{}, {"rate": 2.0}, {"speed": 2.0}])
+def test_no_times_no_open_loop(tmp_path, options):
+    with pytest.raises(UsageError, match=r"no arrival times.*--concurrency"):
+        build_plan(trace_of(tmp_path, {"prompt": "a"}), tmp_path / "p", closed=False, **options)
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text_vocabulary(tmp_path_factory) -> Vocabulary:
+    words = [a + b + c for a in "bdfgklm" for b in "aeiou" for c in "bdfgklmnp"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["[UNK]", *words])}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["[UNK]"])
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return Vocabulary.from_tokenizer(path)
+
+
+def test_every_row_has_one_prompt_and_the_traces_own_text_is_kept(tmp_path, text_vocabulary):
+    records = list(sample("example.jsonl"))
+    for as_text in (False, True):
+        out = tmp_path / f"p{as_text}"
+        info = build_plan(sample("example.jsonl"), out, closed=False, vocabulary=text_vocabulary, as_text=as_text)
+        assert info.tokenizer == text_vocabulary.name
+        for request, record in zip(iter_requests(out), records, strict=True):
+            prompts = [request.prompt_token_ids, request.prompt_text, request.messages]
+            assert sum(p is not None for p in prompts) == 1
+            assert request.output_tokens == record.output_tokens
+            if record.text is not None:
+                assert (request.prompt_text, request.input_tokens) == (record.text, None)
+            elif record.messages is not None:
+                assert json.loads(request.messages) == list(record.messages)
+                assert request.input_tokens is None
+            else:
+                length = len(request.prompt_text.split() if as_text else request.prompt_token_ids)
+                assert length == request.input_tokens == record.input_tokens
+
+
+def test_shared_prefixes_of_the_trace_are_shared_tokens(tmp_path):
+    build_plan(sample("mooncake-conversation.jsonl"), tmp_path / "p", closed=False, limit=3, vocabulary=VOCABULARY)
+    one, two, three = (r.prompt_token_ids for r in iter_requests(tmp_path / "p"))
+    # hash_ids 0 1 ..., 0 14 ..., 0 28 ...: the first block is common, the second is not.
+    assert one[:512] == two[:512] == three[:512]
+    assert one[512:528] != two[512:528] != three[512:528]
+    assert (len(one), len(two), len(three)) == (6758, 7322, 7236)
+
+
+def test_seed_changes_prompts_and_nothing_else(tmp_path):
+    plans = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        build_plan(sample("azure-code-2023.csv"), tmp_path / name, closed=False, seed=seed, vocabulary=VOCABULARY)
+        plans[name] = list(iter_requests(tmp_path / name))
+    assert plan_sha256(tmp_path / "a") == plan_sha256(tmp_path / "b") != plan_sha256(tmp_path / "c")
+    for old, new in zip(plans["a"], plans["c"], strict=True):
+        assert old.prompt_token_ids[:8] != new.prompt_token_ids[:8] or old.input_tokens < 8
+        assert replace(old, prompt_token_ids=None) == replace(new, prompt_token_ids=None)
+
+
+def test_limit_rate_and_batch_size_do_not_change_a_prompt(tmp_path, monkeypatch):
+    build_plan(sample("azure-code-2023.csv"), tmp_path / "a", closed=False, vocabulary=VOCABULARY)
+    monkeypatch.setattr(plan_module, "_BATCH_ROWS", 7)
+    monkeypatch.setattr(plan_module, "_BATCH_SIZE", 10_000)
+    build_plan(sample("azure-code-2023.csv"), tmp_path / "b", closed=False, vocabulary=VOCABULARY, limit=100, rate=50.0)
+    for a, b in zip(iter_requests(tmp_path / "a"), iter_requests(tmp_path / "b"), strict=False):
+        assert a == replace(b, scheduled_ns=a.scheduled_ns)
+    with pa.OSFile(str(tmp_path / "b")) as source:
+        assert pa.ipc.open_file(source).num_record_batches > 14
+
+
+def test_lengths_need_a_vocabulary_and_text_does_not(tmp_path, text_vocabulary):
+    with pytest.raises(PlanError, match=r"trace.jsonl:2: .*tokenizer"):
+        build_plan(trace_of(tmp_path, {"prompt": "a"}, {"input_tokens": 5}), tmp_path / "p", closed=True)
+    with pytest.raises(PlanError, match="need a tokenizer"):
+        build_plan(
+            trace_of(tmp_path, {"input_tokens": 5}), tmp_path / "p", closed=True, vocabulary=VOCABULARY, as_text=True
+        )
+    assert [p.name for p in tmp_path.iterdir()] == ["trace.jsonl"]
+    info = build_plan(trace_of(tmp_path, {"prompt": "a"}), tmp_path / "p", closed=True, vocabulary=text_vocabulary)
+    assert info.tokenizer is None  # it shaped nothing
+
+
+def test_output_lengths(tmp_path):
+    rows = [{"prompt": "a", "output_tokens": n} for n in (5, 500, None)]
+    build_plan(trace_of(tmp_path, *rows), tmp_path / "p", closed=True)
+    info = build_plan(trace_of(tmp_path, *rows), tmp_path / "q", closed=True, max_output_tokens=100)
+    assert [r.output_tokens for r in iter_requests(tmp_path / "p")] == [5, 500, None]
+    assert [r.output_tokens for r in iter_requests(tmp_path / "q")] == [5, 100, 100]
+    assert "capped at 100 tokens, the longest is 500" in info.notes[-1]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_info_is_in_the_file_and_the_books_balance(tmp_path):
+    trace = trace_of(
+        tmp_path, {"arrival_s": 0, "prompt": "a"}, {"arrival_s": 1, "prompt": "a", "output_tokens": 0},
+        {"arrival_s": 0.5}, {"arrival_s": 2, "prompt": "b"}, skip_bad=True,
+    )  # fmt: skip
+    info = build_plan(trace, tmp_path / "p", closed=False)
+    assert read_plan_info(tmp_path / "p") == info
+    assert (info.rows_read, info.rows_kept, sum(info.rows_dropped.values())) == (4, 2, 2)
+    assert info.trace == "trace.jsonl"
+    assert len(info.notes) == 2
+    assert next(iter_requests(tmp_path / "p")) == Request(
+        request_id=0, phase="measured", scheduled_ns=0, slice=0, after=None, think_ns=None, input_tokens=None,
+        output_tokens=None, prompt_token_ids=None, prompt_text="a", messages=None,
+    )  # fmt: skip
+
+
+def test_columns(tmp_path):
+    build_plan(sample("azure-code-2023.csv"), tmp_path / "p", closed=False, vocabulary=VOCABULARY)
+    assert read_plan_columns(tmp_path / "p", ["output_tokens", "request_id"]).column_names == [
+        "output_tokens",
+        "request_id",
+    ]
+    with pytest.raises(UsageError, match="did you mean request_id"):
+        read_plan_columns(tmp_path / "p", ["requestid"])
+    with pytest.raises(UsageError, match="worker 2 of 2"):
+        next(iter_requests(tmp_path / "p", 2, 2))
+
+
+def test_a_plan_is_never_overwritten(tmp_path):
+    out = tmp_path / "p"
+    out.write_text("mine")
+    with pytest.raises(PlanError, match="never overwritten"):
+        build_plan(trace_of(tmp_path, *at(0, 1)), out, closed=False)
+    assert out.read_text() == "mine"
+
+
+def test_a_plan_that_cannot_be_written_leaves_nothing(tmp_path):
+    trace = sample("azure-conv-2023.csv")
+    with pytest.raises(PlanError, match="cannot write"):
+        build_plan(trace, tmp_path / "none" / "p", closed=False, vocabulary=VOCABULARY)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # what a full disk looks like
+    try:
+        with pytest.raises(PlanError, match="cannot write"):
+            build_plan(trace, tmp_path / "p", closed=False, vocabulary=VOCABULARY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trace_that_shrinks_meanwhile(tmp_path, monkeypatch):
+    trace = trace_of(tmp_path, *at(0, 1, 2))
+    survey = plan_module._survey
+
+    def survey_then_cut(*args):
+        found = survey(*args)
+        trace_of(tmp_path, *at(0, 1))
+        return found
+
+    monkeypatch.setattr(plan_module, "_survey", survey_then_cut)
+    with pytest.raises(PlanError, match="changed while it was read"):
+        build_plan(trace, tmp_path / "p", closed=False)
+    assert not (tmp_path / "p").exists()
+
+
+def readers(path: Path) -> list[object]:
+    """What reading says, by every way in."""
+    ways = (read_plan_info, lambda p: list(iter_requests(p)), lambda p: read_plan_columns(p, ["request_id"]))
+    outcomes: list[object] = []
+    for way in ways:
+        try:
+            outcomes.append(way(path))
+        except PlanError as e:
+            outcomes.append(e)
+    return outcomes
+
+
+def test_files_that_are_no_plans(tmp_path):
+    good = tmp_path / "p"
+    build_plan(sample("azure-code-2023.csv"), good, closed=False, vocabulary=VOCABULARY)
+    whole = good.read_bytes()
+    bad = tmp_path / "bad"
+    for content in (b"", b"nonsense", whole[:1000], whole[: len(whole) // 2], whole[:-1], whole[:-12] + b"\xff" * 12):
+        bad.write_bytes(content)
+        assert all(isinstance(outcome, PlanError) for outcome in readers(bad)), content[:20]
+    assert all(isinstance(outcome, PlanError) for outcome in readers(tmp_path))
+    assert all("no such plan" in str(outcome) for outcome in readers(tmp_path / "none"))
+    with pytest.raises(PlanError):
+        plan_sha256(tmp_path / "none")
+
+
+def test_other_schemas_are_refused(tmp_path):
+    path = tmp_path / "p"
+    info = build_plan(trace_of(tmp_path, *at(0, 1)), path, closed=False)
+    cases = {
+        "not a plan": SCHEMA,
+        "plan schema 99": SCHEMA.with_metadata({INFO_KEY: msgspec.json.encode(replace(info, schema_version="99"))}),
+        "damaged plan description": SCHEMA.with_metadata({INFO_KEY: b'{"schema_version": "1"}'}),
+        "columns are not those": pa.schema(
+            [pa.field("request_id", pa.string())], {INFO_KEY: msgspec.json.encode(info)}
+        ),
+    }
+    for words, schema in cases.items():
+        with pa.OSFile(str(path), "wb") as sink:
+            pa.ipc.new_file(sink, schema).close()
+        assert all(words in str(outcome) for outcome in readers(path)), words
+
+
+def test_a_flipped_byte_is_a_plan_error_or_harmless(tmp_path):
+    good = tmp_path / "p"
+    build_plan(sample("azure-code-2023.csv"), good, closed=False, vocabulary=VOCABULARY, limit=20)
+    whole = good.read_bytes()
+    for position in range(0, len(whole), max(1, len(whole) // 400)):
+        bad = bytearray(whole)
+        bad[position] ^= 0xFF
+        good.write_bytes(bytes(bad))
+        readers(good)  # must not raise anything but PlanError, nor crash
