@@ -1,0 +1,239 @@
+"""Words and tables of a `Summary`: text for a terminal, Markdown for a document, JSON for a program. No arithmetic.
+
+Whatever a trace or a server wrote (model names, error details, paths) is printed as plain characters, never as markup.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+import msgspec
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from analysis.intervals import Distribution, Quantity
+from analysis.summary import Summary
+
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]+")
+_MARKDOWN = re.compile(r"([\\`*\[\]<>|])")
+_NEEDS = re.compile(r"needs (\d+) ")
+DETAIL_CHARS = 90
+Section = tuple[Sequence[str], list[Sequence[str]]]
+"""Column heads, the first of which names the table, and rows."""
+
+
+def render_text(summary: Summary, console: Console) -> None:
+    """Print the report; fits 80 columns."""
+    good = summary.verdict == "VALID"
+    console.print(Text.assemble((f" {summary.verdict} ", "bold white on green" if good else "bold white on red"), "  ",
+                                (headline(summary), "bold")))  # fmt: skip
+    for line in opening(summary):
+        console.print(Text(line))
+    for heads, rows in sections(summary):
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        for k, head in enumerate(heads):
+            words = k == 0 or head in _WORDY
+            table.add_column(head, justify="left" if words else "right", overflow="fold", no_wrap=not words)
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        console.print()
+        console.print(table)
+    for title, lines in closing(summary):
+        console.print()
+        console.print(Text(title, style="bold"))
+        for line in lines:
+            body = Table.grid(padding=0)
+            body.add_row("- ", Text(line, overflow="fold"))
+            console.print(body)
+    console.print()
+    console.print(Text(f"run directory: {clean(summary.run)}"), soft_wrap=True)
+
+
+def render_markdown(summary: Summary) -> str:
+    """The report as GitHub-flavoured Markdown."""
+    lines = [f"## {summary.verdict}: {_md(headline(summary))}", ""]
+    lines += [_md(line) + "  " for line in opening(summary)]
+    for heads, rows in sections(summary):
+        lines += ["", _md_row(heads), _md_row([" --- " if head in _WORDY or not k else " ---: "
+                                                                for k, head in enumerate(heads)])]  # fmt: skip
+        lines += [_md_row([_md(cell) for cell in row]) for row in rows]
+    for title, notes in closing(summary):
+        lines += ["", f"**{title}**", ""] + [f"- {_md(note)}" for note in notes]
+    return "\n".join([*lines, "", f"Run directory: {_md(clean(summary.run))}"])
+
+
+def render_json(summary: Summary) -> str:
+    """The report as JSON, keys as METRICS.md lists them; not known is null."""
+    return msgspec.json.format(msgspec.json.encode(summary), indent=2).decode()
+
+
+# -------------------------------------------------------------------------------------------- what all of them say
+
+
+_WORDY = ("meaning", "example", "95 % interval", "unit", "note")
+
+
+def headline(summary: Summary) -> str:
+    """Model, hardware, evidence."""
+    tier = summary.tier
+    where = f"{tier.name} x {summary.cost.replicas}" if tier else f"{summary.cost.replicas} server(s), no tier"
+    return clean(f"{summary.model} on {where}, {summary.evidence} {summary.created[:10]}")
+
+
+def opening(summary: Summary) -> list[str]:
+    """Reasons, then what was done, in sentences."""
+    said = [clean(f"- {reason}") for reason in summary.reasons]
+    counts, load, window = summary.requests, summary.load, summary.window
+    parts = [f"{counts.succeeded:,} of {counts.planned:,} requests succeeded"]
+    parts += [
+        f"{n:,} {what}"
+        for n, what in (
+            (counts.failed, "failed"), (counts.unfinished, "unfinished"), (counts.lost, "lost"),
+            (counts.not_due, "not due within the run's duration"),
+        )
+        if n
+    ]  # fmt: skip
+    parts.append(f"{window.duration_s:,.1f} s ({window.rule})" if window else "no window")
+    said.append("; ".join(parts))
+    rate = summary.rates.request_rate
+    asked = f"{_figure(rate.value)} req/s planned" if rate.value is not None else "no planned times"
+    load_words = f"closed loop, {load.concurrency} in flight" if load.mode == "closed" else f"open loop, {asked}"
+    trace = f"{summary.plan.trace} ({summary.plan.trace_format})"
+    said.append(clean(f"{load_words}; trace {trace}; {summary.engine} {summary.server.version or ''}".rstrip()))
+    return said
+
+
+def sections(summary: Summary) -> list[Section]:
+    """Tables: cost, latency, rates, errors."""
+    found: list[Section] = [_cost(summary), _latency(summary), _rates(summary)]
+    if summary.errors:
+        rows = [
+            (clean(e.error), f"{e.count:,}", clean(e.meaning), clean(e.example or "-", DETAIL_CHARS))
+            for e in summary.errors
+        ]
+        found.append((("Errors", "count", "meaning", "example"), list(rows)))
+    return found
+
+
+def _cost(summary: Summary) -> Section:
+    cost, heads = summary.cost, ("Cost, USD per 1M", "value", "95 % interval")
+    if cost.reason is not None:
+        return heads, [("no price", "-", clean(cost.reason))]
+    split = cost.split
+    lines = (
+        ("input + output tokens", cost.usd_per_1m_total),
+        ("output tokens, which carry the whole bill", cost.usd_per_1m_output_only),
+        (f"split 1:{split.ratio:g}: input tokens", split.usd_per_1m_input),
+        (f"split 1:{split.ratio:g}: output tokens", split.usd_per_1m_output),
+    )
+    return heads, [(what, _value(q, _price), _interval(q, _price)) for what, q in lines]
+
+
+def _latency(summary: Summary) -> Section:
+    m = summary.metrics
+    named = (
+        ("ttft (from planned time)", m.ttft), ("service ttft (from sent)", m.service_ttft), ("tpot", m.tpot),
+        ("itl", m.itl), ("e2e (from planned time)", m.e2e), ("lag (sent - planned)", m.lag),
+    )  # fmt: skip
+    heads = ("Latency, ms", "mean", "p50", "p90", "p95", "p99")
+    return heads, [(name, *_latencies(d)) for name, d in named]
+
+
+def _latencies(d: Distribution) -> list[str]:
+    return [_value(q, _milliseconds) for q in (d.mean, d.p50, d.p90, d.p95, d.p99)]
+
+
+def _rates(summary: Summary) -> Section:
+    r = summary.rates
+    named = (
+        ("requests succeeded", r.request_throughput), ("input tokens", r.input_token_throughput),
+        ("output tokens", r.output_token_throughput), ("input + output tokens", r.total_token_throughput),
+        ("in flight, time average", r.concurrency),
+    )  # fmt: skip
+    rows: list[Sequence[str]] = [_rate_row(name, q) for name, q in named]
+    if summary.slo is not None:
+        limits = ", ".join(f"{name} {_milliseconds(limit)} ms" for name, limit in summary.slo.limits.items())
+        rows.append(_rate_row(f"goodput ({limits})", r.goodput))
+        q = summary.slo.attainment
+        name = f"SLO {'met' if summary.slo.met else 'MISSED'}: wanted {_percent(summary.slo.attain)}"
+        rows.append((name, _value(q, _percent), _interval(q, _percent), "of requests"))
+    return ("Throughput", "value", "95 % interval", "unit"), rows
+
+
+def _rate_row(name: str, q: Quantity) -> Sequence[str]:
+    return (name, _value(q, _figure), _interval(q, _figure) if q.value is not None else clean(q.note or "-"), q.unit)
+
+
+def closing(summary: Summary) -> list[tuple[str, list[str]]]:
+    """Price basis, limits, what could not be checked, assumptions."""
+    cost = summary.cost
+    basis = []
+    if cost.reason is None:
+        basis.append(
+            f"{_figure(cost.usd_per_hour)} USD/h x {cost.replicas} replica(s), bill of this window "
+            f"{_figure(cost.bill_usd)} USD; {cost.purchase}, {cost.region}, read {cost.date}; source: {cost.source}"
+        )
+        if cost.note:
+            basis.insert(0, cost.note)
+    missed = [c for c in summary.checks if not c.gate and c.ok is False]
+    limits = [f"{c.name}: {c.observed}; {c.advice}" for c in missed]
+    unchecked = [f"{c.name}: {c.observed}" for c in summary.checks if c.ok is None and c.gate]
+    named = [("Price basis", basis), ("Limits of this run", limits)]
+    named += [("Not checked", ["; ".join(unchecked)] if unchecked else []), ("Assumptions", list(summary.assumptions))]
+    return [(title, [clean(line) for line in lines]) for title, lines in named if lines]
+
+
+# ----------------------------------------------------------------------------------------------------------- formatting
+
+
+def clean(text: str, most: int | None = None) -> str:
+    """Text without control, zero-width or direction characters, cut to ``most`` characters."""
+    text = _UNPRINTABLE.sub(" ", text).strip()
+    return text if most is None or len(text) <= most else text[: most - 3] + "..."
+
+
+def _value(q: Quantity, style: object) -> str:
+    """A figure, ``n<299`` when the sample is too small for it, ``-`` when it is not known."""
+    if q.value is not None:
+        assert callable(style)
+        return str(style(q.value))
+    needs = _NEEDS.match(q.note or "")
+    return f"n<{needs[1]}" if needs else "-"
+
+
+def _interval(q: Quantity, style: object) -> str:
+    if q.low is None and q.high is None:
+        return clean(q.note or "-")
+    assert callable(style)
+    low, high = (None if end is None else style(end) for end in (q.low, q.high))
+    return f"{low} to {high}" if low and high else f"at least {low}" if low else f"at most {high}"
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _price(value: float) -> str:
+    return f"{value:,.2f}" if value >= 100 else f"{value:.3f}" if value >= 0.1 else f"{value:.3g}"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.0%}" if value in (0, 1) else f"{value:.2%}" if value > 0.99 else f"{value:.1%}"
+
+
+def _milliseconds(seconds: float) -> str:
+    ms = seconds * 1000
+    return f"{ms:,.0f}" if abs(ms) >= 100 else f"{ms:.1f}" if abs(ms) >= 10 else f"{ms:.2f}"
+
+
+def _md(text: str) -> str:
+    return _MARKDOWN.sub(r"\\\1", text)
+
+
+def _md_row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.strip() for cell in cells) + " |"

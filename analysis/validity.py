@@ -1,0 +1,361 @@
+"""Is this run evidence? Gates make it INVALID (and then it has no price); limits only narrow what may be concluded.
+
+A failing *server* is a valid measurement with bad goodput; a failing *measurement* is INVALID. Source of the idea:
+MLPerf Inference LoadGen, which ends every run with VALID or INVALID and advice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import date
+
+import numpy as np
+
+from analysis import metrics
+from analysis.intervals import samples_needed
+from analysis.load import Floats, Rows, Run
+from analysis.metrics import Counts, Window
+
+MISMATCH_BOUND = 0.01
+FAILED_BOUND = 0.01
+NO_PRICE_FAILED = 0.5
+BOOKS_BOUND = 0.005
+CPU_BOUND = 0.9
+SHORT_S = 60.0
+PRICE_AGE_DAYS = 180
+HARDWARE_BOUND = 0.25
+RATE_BOUND = 0.05
+LITTLE_BOUND = 0.05
+HELD_BOUND = 0.8
+BOS_TOKENS = 2
+INPUT_COUNTER = "vllm:prompt_tokens_total"
+OUTPUT_COUNTER = "vllm:generation_tokens_total"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One question to the run. ``ok`` None: could not be checked. A failed ``gate`` makes the run INVALID."""
+
+    name: str
+    ok: bool | None
+    gate: bool
+    observed: str
+    bound: str
+    advice: str | None
+    """What to do; None when it is ok."""
+
+
+def _check(name: str, ok: bool | None, observed: str, bound: str, advice: str, *, gate: bool = True) -> Check:
+    return Check(name=name, ok=ok, gate=gate, observed=observed, bound=bound, advice=None if ok else advice)
+
+
+def _limit(name: str, ok: bool | None, observed: str, bound: str, advice: str) -> Check:
+    return _check(name, ok, observed, bound, advice, gate=False)
+
+
+def check_run(run: Run, counts: Counts, window: Window | None) -> list[Check]:
+    """All checks, gates first."""
+    return [
+        status(run), files(run), rows(run, counts), success(counts), lag(run), workers(run), generator_cpu(run),
+        generator_lag(run), replicas(run), engine_fits_tier(run), output_tokens(run), input_tokens(run),
+        token_books(run), usage(run), failures(counts), sample_size(run), duration(window), planned_rate(run),
+        arrivals(run), concurrency(run, window), littles_law(run, window), shared_host(run), hardware(run),
+        price_date(run),
+    ]  # fmt: skip
+
+
+def is_valid(checks: Iterable[Check]) -> bool:
+    """True unless a gate failed."""
+    return not any(c.gate and c.ok is False for c in checks)
+
+
+# ---------------------------------------------------------------------------------------------------------------- gates
+
+
+def status(run: Run) -> Check:
+    """The run went to its end."""
+    said = run.manifest.status
+    observed = said if run.manifest.reason is None else f"{said}: {run.manifest.reason}"
+    return _check("status", said == "complete", observed, "complete", "run it again and let it end by itself")
+
+
+def files(run: Run) -> Check:
+    """Every worker's result file is there and readable, and the plan is the manifest's."""
+    observed = "; ".join(run.problems) or f"{run.files} result files"
+    return _check("files", not run.problems, observed, "all readable", "look at the worker logs, then run again")
+
+
+def rows(run: Run, counts: Counts) -> Check:
+    """Every planned request has exactly one row, and the row can be true."""
+    lost = counts.lost + run.lost_warmup
+    bad = {"lost": lost, "duplicated": run.duplicates, "not in the plan": run.unknown, "impossible": run.impossible}
+    observed = ", ".join(f"{n} {what}" for what, n in bad.items() if n) or "one row for each request"
+    advice = "a load worker lost or spoiled its record: look at the worker logs, then run again"
+    return _check("rows", not any(bad.values()), observed, "one row for each request", advice)
+
+
+def success(counts: Counts) -> Check:
+    """At least one request succeeded."""
+    advice = "nothing was measured: see the errors, try one request by hand, then run again"
+    return _check("success", counts.succeeded > 0, f"{counts.succeeded} succeeded", "at least 1", advice)
+
+
+def lag(run: Run) -> Check:
+    """Requests went out when planned: p99 of lag, or the largest below 100 requests, in an open loop."""
+    values = metrics.lag(run.rows)
+    values = values[np.isfinite(values)]
+    bound_s = run.manifest.spec.lag_bound_s
+    if not len(values) or run.manifest.spec.mode != "open":
+        return _check("lag", None, "closed loop" if len(values) else "nothing sent", _ms(bound_s), "nothing to do")
+    few = len(values) < 100
+    worst = float(values.max() if few else np.quantile(values, 0.99, method="inverted_cdf"))
+    advice = "the generator could not keep the plan's times: more --workers, a lower rate, or a higher concurrency cap"
+    observed = f"{'max' if few else 'p99'} {_ms(worst)}"
+    return _check("lag", worst <= bound_s, observed, f"at most {_ms(bound_s)}", advice)
+
+
+def workers(run: Run) -> Check:
+    """Every load worker ended as asked."""
+    ended = {w.index: w.exit for w in run.manifest.workers}
+    bad = [f"worker {k}: {why}" for k, why in ended.items() if why is not None]
+    bad += [f"worker {k}: no last words" for k in range(run.manifest.spec.workers) if k not in ended]
+    observed = "; ".join(bad) or f"{len(ended)} ended as asked"
+    return _check("workers", not bad, observed, "all ended as asked", "look at that worker's log, then run again")
+
+
+def generator_cpu(run: Run) -> Check:
+    """No load worker was short of processor."""
+    shares = [w.cpu_share for w in run.manifest.workers if w.cpu_share is not None]
+    observed = f"busiest worker {max(shares):.0%} of a core" if shares else "not measured"
+    ok = max(shares) < CPU_BOUND if shares else None
+    advice = "the generator was the bottleneck: more --workers or a lower rate"
+    return _check("generator_cpu", ok, observed, f"below {CPU_BOUND:.0%}", advice)
+
+
+def generator_lag(run: Run) -> Check:
+    """No load worker read its clock late: p99 lateness of its event loop."""
+    late = [w.loop_lag_p99_s for w in run.manifest.workers if w.loop_lag_p99_s is not None]
+    bound_s = run.manifest.spec.lag_bound_s
+    observed = f"p99 {_ms(max(late))}" if late else "not measured"
+    advice = "stamps came late, so latencies are wrong: more --workers, or load workers on a machine of their own"
+    return _check("generator_lag", max(late) <= bound_s if late else None, observed, f"at most {_ms(bound_s)}", advice)
+
+
+def replicas(run: Run) -> Check:
+    """Every replica lived to the end of the run."""
+    bad = [f"replica {r.index}: {r.exit}" for r in run.manifest.replicas if r.exit is not None]
+    observed = "; ".join(bad) or f"{len(run.manifest.replicas)} lived"
+    return _check("replicas", not bad, observed, "all live to the end", "look at that server's log, then run again")
+
+
+def engine_fits_tier(run: Run) -> Check:
+    """The priced hardware is of the kind that was measured: no accelerator's price on a CPU engine's speed."""
+    tier, engine = run.manifest.tier, run.manifest.engine
+    if tier is None or engine == "url":
+        why = "no tier" if tier is None else "server not started by us"
+        return _check("engine_fits_tier", None, why, "same kind", "nothing to do")
+    observed = f"{engine} on {tier.accelerator or 'CPU'}"
+    fits = (engine == "vllm-cpu") == (tier.accelerator is None)
+    return _check("engine_fits_tier", fits, observed, "same kind", "choose the tier that the server really ran on")
+
+
+def output_tokens(run: Run) -> Check:
+    """Successful requests generated as many tokens as the plan asked for."""
+    asked, got = run.rows.planned_output_tokens, run.rows.output_tokens
+    both = run.rows.success & np.isfinite(asked) & np.isfinite(got)
+    advice = "the server does not honour max_tokens with ignore_eos, so the load is not the trace's: see its options"
+    return _mismatch("output_tokens", both, (got - asked)[both], advice)
+
+
+def input_tokens(run: Run) -> Check:
+    """Successful requests had as many input tokens as the plan says; exact up to one constant start-token offset."""
+    if run.manifest.spec.endpoint == "chat":
+        bound = "not comparable: the chat template adds tokens"
+        return _check("input_tokens", None, "chat", bound, "nothing to do")
+    asked, got = run.rows.planned_input_tokens, run.rows.input_tokens
+    both = run.rows.success & np.isfinite(asked) & np.isfinite(got)
+    off = (got - asked)[both]
+    if len(off) and 0 < off[0] <= BOS_TOKENS and bool((off == off[0]).all()):
+        observed = f"every prompt has {off[0]:.0f} more than planned (a start token the server adds)"
+        return _check("input_tokens", True, observed, "as planned, or one constant offset", "")
+    advice = "the plan's tokenizer is not the server's: build the plan with the served model's own"
+    return _mismatch("input_tokens", both, off, advice)
+
+
+def _mismatch(name: str, both: object, off: Floats, advice: str) -> Check:
+    bound = f"at most {MISMATCH_BOUND:.0%} of requests differ"
+    if not len(off):
+        return _check(name, None, "no request has both a plan and a count", bound, "nothing to do")
+    share = float((off != 0).mean())
+    return _check(name, share <= MISMATCH_BOUND, f"{share:.1%} of {len(off)} differ", bound, advice)
+
+
+def token_books(run: Run) -> Check:
+    """The servers' own token counters moved by what the rows say, plus at most what failed requests can have used."""
+    moved = [(_moved(run, INPUT_COUNTER)), (_moved(run, OUTPUT_COUNTER))]
+    bound = f"within {BOOKS_BOUND:.1%}, or what failed requests used"
+    if any(m is None for m in moved):
+        return _check("token_books", None, "the server has no token counters", bound, "nothing to do")
+    booked = [_booked(r) for r in (run.rows, run.warmup)]
+    words, ok = [], True
+    for side, server, parts in zip(("input", "output"), moved, zip(*booked, strict=True), strict=True):
+        assert server is not None
+        known, slack = sum(p[0] for p in parts), sum(p[1] for p in parts)
+        room = BOOKS_BOUND * max(known, 1.0)
+        ok &= known - room <= server <= known + slack + room
+        words.append(f"{side}: server {server:,.0f}, rows {known:,.0f}" + (f" (+{slack:,.0f} failed)" if slack else ""))
+    advice = "someone else used the server, or it restarted, or its usage is wrong: run again on a server of your own"
+    return _check("token_books", ok, "; ".join(words), bound, advice)
+
+
+def _moved(run: Run, counter: str) -> float | None:
+    """How far one counter moved over all replicas; None when any of them does not have it."""
+    total = 0.0
+    for replica in run.manifest.replicas:
+        before, after = replica.counters_before, replica.counters_after
+        if before is None or after is None or counter not in after:
+            return None
+        total += after[counter] - before.get(counter, 0.0)
+    return total if run.manifest.replicas and math.isfinite(total) else None
+
+
+def _booked(rows: Rows) -> tuple[tuple[float, float], tuple[float, float]]:
+    """((input known, input possible beyond), (output known, output possible beyond)) from ``usage``.
+
+    A request that was sent and has no usage can have used anything up to what was planned for it.
+    """
+    sent = np.isfinite(rows.sent_s)
+
+    def side(got: Floats, planned: Floats) -> tuple[float, float]:
+        silent = sent & np.isnan(got)
+        # no plan for it (text, free length): anything is possible, so the books cannot show an excess
+        beyond = np.where(np.isnan(planned), np.inf, planned)[silent].sum() if silent.any() else 0.0
+        return float(np.nansum(got)), float(min(beyond, 1e15))
+
+    return side(rows.input_tokens, rows.planned_input_tokens), side(rows.output_tokens, rows.planned_output_tokens)
+
+
+# --------------------------------------------------------------------------------------------------------------- limits
+
+
+def usage(run: Run) -> Check:
+    """The server said how many tokens each successful request had."""
+    missing, total = metrics.tokens(run.rows).missing, int(run.rows.success.sum())
+    advice = "tokens are not known, so there is no token price: use a server that honours stream_options.include_usage"
+    share = missing / total if total else None
+    observed = f"missing on {missing} of {total} successful requests"
+    bound = f"missing on at most {MISMATCH_BOUND:.0%}"
+    return _limit("usage", None if share is None else share <= MISMATCH_BOUND, observed, bound, advice)
+
+
+def failures(counts: Counts) -> Check:
+    """Few requests failed. Latency percentiles speak of successes only."""
+    bad, offered = counts.failed + counts.unfinished + counts.lost, counts.offered
+    share = bad / offered if offered else None
+    advice = "latency and tokens are those of the successes, a flattering choice when many fail; see the errors"
+    if share is not None and share > NO_PRICE_FAILED:
+        advice = "most requests failed, so there is no price: see the errors"
+    observed = f"{bad} of {offered} did not succeed"
+    bound = f"at most {FAILED_BOUND:.0%}; no price above {NO_PRICE_FAILED:.0%}"
+    return _limit("failures", None if share is None else share <= FAILED_BOUND, observed, bound, advice)
+
+
+def sample_size(run: Run) -> Check:
+    """Enough successful requests for every percentile that is printed."""
+    n = int(run.rows.success.sum())
+    short = [f"p{p * 100:.0f} needs {samples_needed(p)}" for p in (0.5, 0.9, 0.95, 0.99) if n < samples_needed(p)]
+    observed = f"{n} succeeded" + (f": {', '.join(short)}" if short else "")
+    bound = f"{samples_needed(0.99)} for p99"
+    return _limit("sample_size", not short, observed, bound, "send more requests (a longer trace or a higher --limit)")
+
+
+def duration(window: Window | None) -> Check:
+    """The run lasted long enough to call its rates typical."""
+    ok = None if window is None else window.duration_s >= SHORT_S
+    observed = "no window" if window is None else f"{window.duration_s:.1f} s"
+    advice = "ramp and drain weigh much in a short run: send more requests"
+    return _limit("duration", ok, observed, f"at least {SHORT_S:.0f} s", advice)
+
+
+def planned_rate(run: Run) -> Check:
+    """Requests went out at the planned rate (open loop)."""
+    asked = metrics.planned_rate(run)
+    sent = run.rows.sent_s[np.isfinite(run.rows.sent_s)]
+    bound = f"within {RATE_BOUND:.0%} of the plan"
+    if asked is None or len(sent) < 2 or sent.max() <= sent.min():
+        return _limit("planned_rate", None, "no planned rate", bound, "nothing to do")
+    got = (len(sent) - 1) / float(sent.max() - sent.min())
+    advice = "the offered load was not the planned one: more --workers, or let the run end by itself"
+    observed = f"{got:.3g} of {asked:.3g} req/s"
+    return _limit("planned_rate", abs(got / asked - 1) <= RATE_BOUND, observed, bound, advice)
+
+
+def arrivals(run: Run) -> Check:
+    """Requests came at times of their own, as users do, not when a slot was free."""
+    closed = run.manifest.spec.mode != "open"
+    advice = "a slow server slows its own load here, so queueing is hidden: replay the trace's times for latency claims"
+    return _limit("arrivals", not closed, "closed loop" if closed else "open loop", "open loop", advice)
+
+
+def concurrency(run: Run, window: Window | None) -> Check:
+    """A closed loop kept its slots busy."""
+    asked = run.manifest.spec.concurrency
+    bound = f"at least {HELD_BOUND:.0%} of the slots, on average"
+    if run.manifest.spec.mode == "open" or not asked or window is None:
+        return _limit("concurrency", None, "open loop or no window", bound, "nothing to do")
+    held = float(metrics.in_flight(run.rows, window).mean())
+    advice = "ramp, drain or an idle generator took much of the window: send more requests per slot"
+    return _limit("concurrency", held >= HELD_BOUND * asked, f"{held:.2f} of {asked} in flight", bound, advice)
+
+
+def littles_law(run: Run, window: Window | None) -> Check:
+    """Time average in flight = throughput x mean latency of the successes: no time went into what failed."""
+    spent = metrics.service_e2e(run.rows)
+    bound = f"within {LITTLE_BOUND:.0%}"
+    if window is None or not np.isfinite(spent).any():
+        return _limit("littles_law", None, "no window", bound, "nothing to do")
+    held = float(metrics.in_flight(run.rows, window).mean())
+    product = float(np.nansum(spent)) / window.duration_s
+    ok = held > 0 and abs(product / held - 1) <= LITTLE_BOUND
+    advice = "servers spent time on requests that did not succeed; the price carries it"
+    return _limit("littles_law", ok, f"{product:.2f} against {held:.2f} in flight", bound, advice)
+
+
+def shared_host(run: Run) -> Check:
+    """Load workers did not take processor time from the server they measure."""
+    shared = run.manifest.load_shares_server_host
+    observed = {None: "not known", True: "same machine", False: "other machine"}[shared]
+    advice = "the server had less processor than its tier sells, so its price comes out too high: load from elsewhere"
+    return _limit("shared_host", None if shared is None else not shared, observed, "load and server apart", advice)
+
+
+def hardware(run: Run) -> Check:
+    """The machine that was measured is the size of the tier whose price is used."""
+    tier, host = run.manifest.tier, run.manifest.host
+    bound = f"cores as the tier, memory within {HARDWARE_BOUND:.0%}"
+    if tier is None or run.manifest.load_shares_server_host is not True:
+        return _limit("hardware", None, "server's machine not known", bound, "nothing to do")
+    ok = host.cores == tier.vcpu and abs(host.memory_gib / tier.memory_gib - 1) <= HARDWARE_BOUND
+    observed = f"{host.cores} cores, {host.memory_gib:g} GiB; {tier.instance} has {tier.vcpu}, {tier.memory_gib:g} GiB"
+    advice = f"speed is this machine's, the price {tier.instance}'s: an approximation until run on that instance"
+    return _limit("hardware", ok, observed, bound, advice)
+
+
+def price_date(run: Run) -> Check:
+    """The price was read not long before the run."""
+    tier = run.manifest.tier
+    bound = f"at most {PRICE_AGE_DAYS} days before the run"
+    if tier is None:
+        return _limit("price_date", None, "no tier", bound, "nothing to do")
+    try:
+        day = date.fromisoformat(tier.date if len(tier.date) > 7 else f"{tier.date}-01")
+        age = (date.fromisoformat(run.manifest.created[:10]) - day).days
+    except ValueError:
+        return _limit("price_date", False, f"date {tier.date!r} cannot be read", bound, "give the price a date")
+    return _limit("price_date", age <= PRICE_AGE_DAYS, f"{age} days", bound, "look the price up again")
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds * 1000:,.0f} ms"

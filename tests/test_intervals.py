@@ -1,0 +1,209 @@
+"""Intervals cover the truth as often as they say, and say nothing where nothing can be said."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from run_files import SPEC, good, write_run
+
+from analysis.intervals import MIN_SAMPLES, Quantity, bootstrap, distribution, rate, samples_needed, share
+from analysis.load import read_run
+from analysis.summary import summarise
+
+Z = {0.5: 0.0, 0.9: 1.2815515655, 0.95: 1.6448536270, 0.99: 2.3263478740}
+RUNS = 200
+
+
+def summary_of(values, owners=None, weights=None):
+    owners = np.arange(len(values)) if owners is None else owners
+    return distribution(np.asarray(values, dtype=float), unit="s", evidence="measured", owners=owners, weights=weights)
+
+
+def percentile_of(d, p):
+    return {0.5: d.p50, 0.9: d.p90, 0.95: d.p95, 0.99: d.p99}[p]
+
+
+def coverage(quantity_and_truth):
+    hits = 0
+    for seed in range(RUNS):
+        q, truth = quantity_and_truth(np.random.default_rng(seed))
+        hits += (q.low is None or q.low <= truth) and (q.high is None or truth <= q.high)
+    return hits / RUNS
+
+
+def autoregressive(rng, n, phi):
+    steps = rng.standard_normal(n) * math.sqrt(1 - phi**2)
+    values = np.empty(n)
+    values[0] = rng.standard_normal()
+    for i in range(1, n):
+        values[i] = phi * values[i - 1] + steps[i]
+    return values
+
+
+@pytest.mark.parametrize(("p", "n"), [(0.5, 5), (0.9, 29), (0.95, 59), (0.99, 299)])
+def test_samples_needed(p, n):
+    assert samples_needed(p) == n
+    assert 1 - p**n >= 0.95 > 1 - p ** (n - 1)
+
+
+def test_a_percentile_that_the_sample_cannot_carry_is_null_and_says_so():
+    d = summary_of(np.arange(60.0))
+    assert (d.p99.value, d.p99.low, d.p99.high) == (None, None, None)
+    assert d.p99.note == "needs 299 requests, has 60"
+    assert d.p95.value == 56.0  # the 57th of 60: the smallest with 95 % at or below
+
+
+def test_no_samples_is_all_null():
+    d = summary_of([])
+    assert all(q.value is None and q.n == 0 for q in (d.mean, d.p50, d.p90, d.p95, d.p99))
+
+
+def test_one_sample_has_a_mean_without_interval():
+    d = summary_of([0.25])
+    assert (d.mean.value, d.mean.low, d.mean.high, d.p50.value) == (0.25, None, None, None)
+    assert "needs" in d.mean.note
+
+
+def test_known_order_statistics():
+    # n = 100, median: ranks 40 and 61 bracket it with at least 95 % (David and Nagaraja, table of the sign interval)
+    q = summary_of(np.random.default_rng(1).permutation(np.arange(1.0, 101.0))).p50
+    assert q.value == 50.0
+    assert (q.low, q.high) == (40.0, 61.0)
+
+
+@pytest.mark.parametrize(("p", "n"), [(0.5, 29), (0.9, 29), (0.9, 200), (0.95, 59), (0.99, 299), (0.99, 1000)])
+def test_percentile_coverage_independent(p, n):
+    truth = math.exp(Z[p])
+    found = coverage(lambda rng: (percentile_of(summary_of(np.exp(rng.standard_normal(n))), p), truth))
+    assert 0.90 <= found <= 0.995
+
+
+@pytest.mark.parametrize("p", [0.5, 0.9])
+def test_percentile_coverage_when_neighbours_are_alike(p):
+    """Binomial intervals that take requests for independent would cover about 0.5 here."""
+    truth = math.exp(Z[p])
+    found = coverage(lambda rng: (percentile_of(summary_of(np.exp(autoregressive(rng, 400, 0.8))), p), truth))
+    assert 0.86 <= found <= 0.99
+
+
+def test_percentile_coverage_of_gaps_that_belong_together():
+    """100 requests of 50 gaps each, half of the spread between requests."""
+    owners = np.repeat(np.arange(100), 50)
+    truth = math.exp(Z[0.9] * math.sqrt(0.5))
+
+    def one(rng):
+        values = np.exp(0.5 * np.repeat(rng.standard_normal(100), 50) + 0.5 * rng.standard_normal(5000))
+        return summary_of(values, owners).p90, truth
+
+    assert 0.86 <= coverage(one) <= 0.99
+
+
+@pytest.mark.parametrize("n", [60, 1000])
+def test_mean_coverage(n):
+    found = coverage(lambda rng: (summary_of(np.exp(0.5 * rng.standard_normal(n))).mean, math.exp(0.125)))
+    assert 0.90 <= found <= 0.99
+
+
+def test_rate_coverage_of_a_load_that_comes_in_waves():
+    def one(rng):
+        counts = rng.poisson(5 * np.exp(0.5 * autoregressive(rng, 200, 0.7))).astype(float)
+        return rate(counts, 0.5, n=int(counts.sum()), unit="req/s", evidence="measured"), 10 * math.exp(0.125)
+
+    assert 0.87 <= coverage(one) <= 0.99
+
+
+def test_share_coverage():
+    found = coverage(lambda rng: (share(rng.random(300) < 0.97, unit="share", evidence="measured"), 0.97))
+    assert 0.90 <= found <= 0.995
+
+
+def test_share_of_all_is_not_certain():
+    q = share(np.ones(60, dtype=bool), unit="share", evidence="measured")
+    assert (q.value, q.high) == (1.0, 1.0)
+    assert q.low == pytest.approx(60 / (60 + 1.959964**2), rel=1e-6)  # Wilson at p = 1
+
+
+def test_share_of_nothing_is_null():
+    assert share(np.ones(0, dtype=bool), unit="share", evidence="measured").value is None
+
+
+def test_bootstrap_is_seeded():
+    values = np.random.default_rng(0).random(100)
+    assert bootstrap(values, np.ones(100)) == bootstrap(values, np.ones(100))
+    assert bootstrap(values, np.ones(100), seed=1) != bootstrap(values, np.ones(100))
+
+
+def test_bootstrap_of_a_constant_is_a_point():
+    assert bootstrap(np.full(50, 2.0), np.full(50, 0.5)) == pytest.approx((4.0, 4.0))
+
+
+def test_no_interval_from_too_few():
+    assert bootstrap(np.ones(MIN_SAMPLES - 1), np.ones(MIN_SAMPLES - 1)) == (None, None)
+    assert rate(np.ones(200), 1.0, n=MIN_SAMPLES - 1, unit="req/s", evidence="measured").low is None
+
+
+def test_weights_are_repeated_samples():
+    rng = np.random.default_rng(3)
+    values, weights = rng.random(200), rng.integers(1, 6, 200).astype(float)
+    owners = np.arange(200)
+    weighted = summary_of(values, owners, weights)
+    copies = weights.astype(int)
+    repeated = summary_of(np.repeat(values, copies), np.repeat(owners, copies))
+    for p in Z:
+        assert percentile_of(weighted, p) == percentile_of(repeated, p)
+    assert weighted.mean.value == pytest.approx(repeated.mean.value)
+    assert weighted.mean.n == repeated.mean.n == copies.sum()
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=400))
+def test_any_sample_gives_ordered_finite_ends(values):
+    d = summary_of(values)
+    for q in (d.mean, d.p50, d.p90, d.p95, d.p99):
+        if q.value is not None:
+            slack = 1e-9 * max(1.0, abs(q.value))
+            assert q.low is None or q.low <= q.value + slack
+            assert q.high is None or q.high >= q.value - slack
+            assert min(values) - slack <= q.value <= max(values) + slack
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_quantity_is_never_a_number_that_is_none(number):
+    with pytest.raises(ValueError, match="not known must be None"):
+        Quantity(value=number, n=1, unit="s", evidence="measured")
+
+
+def test_coverage_of_whole_runs(tmp_path):
+    """Closed-loop runs of 80 requests at concurrency 4 with random speeds, from files to figures.
+
+    Truth is what long experience with such runs shows: the mean over all of them for the rate and the price, the pooled
+    percentile for ttft. Ramp and drain belong to every one of them.
+    """
+    runs = 120
+    summaries = []
+    for seed in range(runs):
+        rng = np.random.default_rng(seed)
+        slots, rows = [0] * 4, []
+        for i in range(80):
+            k = slots.index(min(slots))
+            ttft_ms, itl_ms = 1 + float(rng.exponential(200)), float(rng.uniform(5, 35))
+            row = good(i, slots[k], ttft_ms=ttft_ms, itl_ms=itl_ms, tokens=20)
+            slots[k] = row.finished_ns
+            rows.append(row)
+        spec = replace(SPEC, mode="closed", concurrency=4)
+        summaries.append(summarise(read_run(write_run(tmp_path / str(seed), rows, spec=spec))))
+
+    def covered(figure, truth):
+        figures = [figure(s) for s in summaries]
+        truth = truth([q.value for q in figures])
+        return sum(q.low <= truth <= (q.high or math.inf) for q in figures) / runs
+
+    assert 0.88 <= covered(lambda s: s.rates.output_token_throughput, np.mean) <= 1.0
+    assert 0.88 <= covered(lambda s: s.cost.usd_per_1m_total, np.mean) <= 1.0
+    for p, figure in ((0.5, lambda s: s.metrics.ttft.p50), (0.9, lambda s: s.metrics.ttft.p90)):
+        truth_s = (1 - 200 * math.log(1 - p)) / 1000
+        assert 0.88 <= covered(figure, lambda _, truth_s=truth_s: truth_s) <= 1.0

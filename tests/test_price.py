@@ -1,0 +1,117 @@
+"""Prices against published and measured golden cases, and the rule that no price is better than a wrong one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from run_files import TIER, good, write_run
+
+from analysis.intervals import Quantity
+from analysis.load import read_run
+from analysis.price import bill_usd, cost, split_by_ratio, usd_per_1m
+from analysis.summary import summarise
+from harness.errors import UsageError
+
+# Qwen3-32B on two RTX PRO 6000 (vLLM 0.19, 300 requests): half a g7e.24xlarge at its list price.
+USD_PER_HOUR, SECONDS, INPUT, OUTPUT = 8.28608, 159.65, 258_691, 199_486
+
+
+def per_s(tokens, low=0.9, high=1.1):
+    value = tokens / SECONDS
+    return Quantity(value=value, low=value * low, high=value * high, n=300, unit="tokens/s", evidence="measured")
+
+
+def priced(tier=TIER, reason=None, rate=None):
+    rate = rate or per_s(OUTPUT)
+    return cost(
+        tier, 1, SECONDS, total_rate=per_s(INPUT + OUTPUT), output_rate=rate, weighted_rate=per_s(INPUT / 4 + OUTPUT),
+        ratio=4.0, reason=reason, note=None,
+    )  # fmt: skip
+
+
+def test_golden_measured_run():
+    bill = bill_usd(USD_PER_HOUR, 1, SECONDS)
+    assert usd_per_1m(bill, OUTPUT) == pytest.approx(1.842, abs=5e-4)
+    assert usd_per_1m(bill, INPUT + OUTPUT) == pytest.approx(0.802, abs=5e-4)
+    into, out = split_by_ratio(bill, INPUT, OUTPUT, 4.0)
+    assert (into, out) == (pytest.approx(0.348, abs=5e-4), pytest.approx(1.391, abs=5e-4))
+
+
+def test_golden_through_the_rates():
+    c = priced(replace(TIER, usd_per_hour=USD_PER_HOUR))
+    assert c.usd_per_1m_output_only.value == pytest.approx(1.842, abs=5e-4)
+    assert c.usd_per_1m_total.value == pytest.approx(0.802, abs=5e-4)
+    assert c.split.usd_per_1m_output.value == pytest.approx(1.391, abs=5e-4)
+    assert c.split.usd_per_1m_input.value == pytest.approx(0.348, abs=5e-4)
+    assert c.bill_usd == pytest.approx(USD_PER_HOUR * SECONDS / 3600)
+
+
+@given(
+    st.floats(0.01, 1e5), st.integers(0, 10**12), st.integers(1, 10**12), st.floats(0.01, 100)
+)  # fmt: skip
+def test_the_split_adds_up_to_the_bill(usd, into, out, ratio):
+    price_in, price_out = split_by_ratio(usd, into, out, ratio)
+    assert (into * price_in + out * price_out) / 1e6 == pytest.approx(usd, rel=1e-9)
+    assert price_out == pytest.approx(ratio * price_in)
+
+
+def test_the_bill_is_for_whole_replicas():
+    assert bill_usd(2.0, 3, 1800) == 3.0
+
+
+def test_slow_is_dear():
+    q = priced().usd_per_1m_output_only
+    assert q.low == pytest.approx(q.value / 1.1)
+    assert q.high == pytest.approx(q.value / 0.9)
+    assert q.evidence == "measured x list price"
+
+
+def test_a_rate_that_may_be_nothing_has_no_highest_price():
+    q = priced(rate=replace(per_s(OUTPUT), low=0.0)).usd_per_1m_output_only
+    assert q.value is not None and q.high is None
+
+
+@pytest.mark.parametrize(
+    ("tier", "reason", "words"),
+    [
+        (None, None, "no tier"),
+        (replace(TIER, usd_per_hour=0.0), None, "no positive price"),
+        (replace(TIER, usd_per_hour=float("nan")), None, "no positive price"),
+        (replace(TIER, usd_per_hour=-1.0), None, "no positive price"),
+        (TIER, "the run is INVALID", "INVALID"),
+    ],
+)
+def test_no_price_says_why(tier, reason, words):
+    c = priced(tier, reason)
+    split = (c.split.usd_per_1m_input, c.split.usd_per_1m_output)
+    for q in (c.usd_per_1m_total, c.usd_per_1m_output_only, *split):
+        assert (q.value, q.low, q.high) == (None, None, None)
+        assert words in q.note
+    assert words in c.reason
+
+
+@pytest.mark.parametrize("value", [None, 0.0])
+def test_no_tokens_no_price(value):
+    q = priced(rate=Quantity(value=value, n=0, unit="tokens/s", evidence="measured")).usd_per_1m_output_only
+    assert (q.value, q.note) == (None, "no tokens were served")
+
+
+def test_a_whole_run_by_hand(tmp_path):
+    """10 requests of 8 in and 4 out; 3.6 USD/h is 0.001 USD a second; first due at 0, last ends at 0.98 s."""
+    s = summarise(read_run(write_run(tmp_path / "r", [good(i) for i in range(10)])))
+    assert s.window.duration_s == pytest.approx(0.98)
+    assert s.cost.usd_per_1m_output_only.value == pytest.approx(0.00098 / 40 * 1e6)
+    assert s.cost.usd_per_1m_total.value == pytest.approx(0.00098 / 120 * 1e6)
+    assert s.cost.split.usd_per_1m_output.value == pytest.approx(0.00098 / (80 / 4 + 40) * 1e6)
+    into, out = s.cost.split.usd_per_1m_input.value, s.cost.split.usd_per_1m_output.value
+    assert (80 * into + 40 * out) / 1e6 == pytest.approx(s.cost.bill_usd)
+
+
+@pytest.mark.parametrize("ratio", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_ratio_must_be_positive(tmp_path, ratio):
+    run = read_run(write_run(tmp_path / "r", [good(0)]))
+    with pytest.raises(UsageError, match="ratio"):
+        summarise(run, ratio=ratio)

@@ -1,0 +1,138 @@
+"""The report says what the summary says, in 80 columns, and nothing a server wrote can dress it up."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from run_files import SPEC, TIER, bad, good, write_run
+
+from analysis import metrics
+from analysis.intervals import Quantity
+from analysis.load import read_run
+from analysis.metrics import Counts, Tokens, Window
+from analysis.price import Cost, Split
+from analysis.report import render_json, render_markdown, render_text
+from analysis.summary import ErrorCount, Metrics, Rates, Server, Slo, Summary, summarise
+from analysis.validity import Check
+
+METRICS_MD = (Path(metrics.__file__).parent / "METRICS.md").read_text()
+EVIL = "[bold red]x[/] | \x1b[31mred\x07 `code` <b>\u202egnp.exe\n# head\ud800"
+
+
+def summary(tmp_path, results=None, **options):
+    results = [good(i, lag_ms=1) for i in range(60)] if results is None else results
+    options.setdefault("spec", replace(SPEC, slo={"ttft": 0.2}))
+    return summarise(read_run(write_run(tmp_path / "run", results, **options)))
+
+
+def text(s, width=80):
+    out = io.StringIO()
+    render_text(s, Console(file=out, width=width, highlight=False))
+    return out.getvalue()
+
+
+def test_verdict_then_price_then_latency(tmp_path):
+    said = text(summary(tmp_path))
+    order = ("VALID", "Cost", "Latency", "Throughput", "Limits", "Assumptions", "run directory")
+    places = [said.index(word) for word in order]
+    assert places == sorted(places)
+    assert "n<299" in said
+    assert "51.0" in said  # ttft from the planned time: 50 + 1 ms
+    assert "50.0" in said  # service ttft
+
+
+def test_an_invalid_run_says_why_first_and_prints_no_price(tmp_path):
+    said = text(summary(tmp_path, status="stopped", reason="stopped by the user"))
+    assert said.lstrip().startswith("INVALID")
+    assert said.index("stopped by the user") < said.index("Cost")
+    assert "no price" in said
+    assert "USD/h" not in said
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_fits_the_width(tmp_path, width):
+    results = [*(good(i) for i in range(50)), *(bad(50 + i, detail="x" * 300) for i in range(5))]
+    long = replace(TIER, name="n" * 40, source="s" * 200)
+    lines = text(summary(tmp_path, results, tier=long), width).splitlines()
+    table_and_prose = [line for line in lines if not line.startswith("run directory")]
+    assert max(map(len, table_and_prose)) <= width
+    assert len(lines) < 110
+
+
+def test_one_page(tmp_path):
+    assert len(text(summary(tmp_path, [good(i) for i in range(700)])).splitlines()) <= 50
+
+
+@pytest.mark.parametrize("results", [[], [good(0)], [bad(0)], [bad(0, "unsent", sent=False)]])
+def test_a_poor_run_still_has_a_report(tmp_path, results):
+    s = summary(tmp_path, results)
+    for said in (text(s), render_markdown(s), render_json(s)):
+        assert s.verdict in said
+        assert "nan" not in said.lower().replace("finance", "")
+        assert " inf" not in said
+
+
+def test_what_others_wrote_stays_plain_characters(tmp_path):
+    printable = EVIL.replace("\ud800", "")  # a lone surrogate can only come from a file name
+    s = summary(tmp_path, [good(0), bad(1, "server", detail=printable)], tier=replace(TIER, name=printable))
+    s = replace(s, model=EVIL)
+    for said in (text(s), render_markdown(s)):
+        assert not set(said) & set("\x1b\x07\u202e\ud800")
+        assert "[bold red]" in said.replace("\\", "")
+    assert "\n# head" not in render_markdown(s)
+    table = [line for line in render_markdown(s).splitlines() if line.startswith("| server")]
+    assert len(table) == 1
+    assert table[0].replace("\\|", "").count("|") == 5
+    assert "\\<b\\>" in table[0]
+
+
+def test_markdown_tables_have_one_width(tmp_path):
+    block: list[str] = []
+    for line in [*render_markdown(summary(tmp_path)).splitlines(), ""]:
+        if line.startswith("|"):
+            block.append(line)
+        elif block:
+            assert len({row.replace("\\|", "").count("|") for row in block}) == 1
+            block = []
+
+
+def test_json_is_the_documented_shape(tmp_path):
+    tree = json.loads(render_json(summary(tmp_path, [*(good(i) for i in range(20)), bad(20)])))
+    assert tree["schema"] == "harness.report/1"
+    assert set(tree["metrics"]) == {"ttft", "service_ttft", "tpot", "itl", "e2e", "lag"}
+    assert set(tree["metrics"]["ttft"]) == {"unit", "mean", "p50", "p90", "p95", "p99"}
+    assert set(tree["rates"]) == {
+        "request_rate", "request_throughput", "input_token_throughput", "output_token_throughput",
+        "total_token_throughput", "goodput", "concurrency",
+    }  # fmt: skip
+    assert {"value", "low", "high", "n", "unit", "note"} <= set(tree["cost"]["usd_per_1m_total"])
+    assert tree["requests"]["planned"] == 21
+    assert tree["errors"] == [
+        {"error": "server", "count": 1, "meaning": tree["errors"][0]["meaning"], "example": None}
+    ]  # fmt: skip
+    assert tree["tier"]["usd_per_hour"] == TIER.usd_per_hour
+    assert tree["slo"]["limits"] == {"ttft": 0.2}
+
+
+@pytest.mark.parametrize(
+    "kind", [Summary, Metrics, Rates, Cost, Split, Slo, Counts, Tokens, Window, Check, Quantity, ErrorCount, Server]
+)
+def test_every_json_key_is_documented(kind):
+    missing = [f.name for f in fields(kind) if f"`{f.name}`" not in METRICS_MD]
+    assert not missing
+
+
+def test_every_check_is_documented(tmp_path):
+    assert [c.name for c in summary(tmp_path).checks if f"`{c.name}`" not in METRICS_MD] == []
+
+
+def test_a_missed_slo_is_said_beside_the_price(tmp_path):
+    s = summary(tmp_path, spec=replace(SPEC, slo={"ttft": 0.01}))
+    said = text(s)
+    assert "MISSED" in said
+    assert "not a price to sell at" in said
