@@ -1,0 +1,5 @@
+"""Load scenarios: the streaming client, the pace at which a plan is sent, and the Locust users that send it.
+
+The hot path is `client` (bytes and stamps) and `load` (what goes out when); `response` and `completion` turn the bytes
+into facts afterwards. Nothing outside this folder imports Locust or gevent.
+"""

@@ -1,0 +1,252 @@
+"""What the events of an OpenAI-compatible server mean: chunks that carry output, usage, errors, the end.
+
+Decoding is typed and partial (msgspec): only fields that become facts are read. Pure, no I/O.
+
+Sources: WHATWG HTML section 9.2 (server-sent events), the OpenAI API reference, vLLM's ``entrypoints/openai`` protocol
+(continuous usage, token_ids, error events).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+
+DETAIL_LIMIT = 300
+
+Tokens = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+
+
+class PromptDetails(msgspec.Struct):
+    """How the prompt was served; null where the server does not say."""
+
+    cached_tokens: Tokens | None = None
+
+
+class Usage(msgspec.Struct):
+    """Token counts as the server made them; null where it does not say."""
+
+    prompt_tokens: Tokens | None = None
+    completion_tokens: Tokens | None = None
+    prompt_tokens_details: PromptDetails | None = None
+
+
+class _Delta(msgspec.Struct):
+    """Output fields only, of any type: what matters is whether they are empty."""
+
+    content: Any = None
+    reasoning: Any = None
+    reasoning_content: Any = None
+    refusal: Any = None
+    tool_calls: Any = None
+    function_call: Any = None
+
+    def has_output(self) -> bool:
+        return bool(
+            self.content
+            or self.reasoning
+            or self.reasoning_content
+            or self.tool_calls
+            or self.refusal
+            or self.function_call
+        )
+
+
+class _Choice(msgspec.Struct):
+    text: Any = None
+    delta: _Delta | None = None
+    message: _Delta | None = None
+    finish_reason: str | None = None
+    token_ids: Any = None
+
+
+class _Event(msgspec.Struct):
+    choices: list[_Choice] | None = None
+    usage: Usage | None = None
+    error: Any = None
+    object: Any = None
+    message: Any = None
+
+
+_decode_event = msgspec.json.Decoder(_Event).decode
+_decode_events = msgspec.json.Decoder(list[_Event]).decode
+
+_NONE, _POSSIBLE, _CERTAIN = range(3)
+
+
+class Completion:
+    """What the events of one answer said so far.
+
+    ``error`` is (class, detail) once something failed: nothing is taken after it. ``ended``: [DONE] was seen.
+    """
+
+    __slots__ = ("_certain", "_counted", "_stamps", "_tokens", "ended", "error", "finish_reason", "usage")
+
+    def __init__(self) -> None:
+        self.error: tuple[str, str] | None = None
+        self.ended = False
+        self.finish_reason: str | None = None
+        self.usage: Usage | None = None
+        # One entry per event that may carry output: when, whether it surely does, and its tokens when the server said.
+        self._stamps: list[int] = []
+        self._certain: list[int] = []
+        self._tokens: list[int | None] = []
+        self._counted = 0
+
+    @property
+    def empty(self) -> bool:
+        """True while no event said anything."""
+        return not self._stamps and self.usage is None
+
+    def fail(self, error: str, detail: str) -> None:
+        """Record a failure; the first one counts."""
+        if self.error is None:
+            self.error = (error, detail)
+
+    def read_plain(self, text: bytes, times: list[int]) -> bool:
+        """Take all events of ``text`` in one decode; False, and nothing taken, unless each is just ``data: {...}``."""
+        done = text.endswith(b"data: [DONE]\n\n")
+        end = len(text) - 16 if done else len(text) - 2
+        if self.ended or end < 7 or not text.startswith(b"data: {"):
+            return False
+        try:
+            events = _decode_events(b"[%b]" % text[6:end].replace(b"\n\ndata: ", b","))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return False
+        if len(events) != len(times) - done:
+            return False
+        for event, stamp in zip(events, times, strict=False):
+            self._take(event, stamp)
+            if self.error is not None:
+                return True
+        self.ended = done
+        return True
+
+    def read_event(self, part: bytes, stamp: int, torn: str | None = None) -> None:
+        """Take one event by the book: comments, several data lines, event names, any line end.
+
+        ``torn`` is the error class when this is what was left at the end of a stream and turns out to be half an event.
+        """
+        data, name = [], b""
+        for line in part.split(b"\n"):
+            field, _, value = line.rstrip(b"\r").partition(b":")
+            if field == b"data":
+                data.append(value.removeprefix(b" "))
+            elif field == b"event":
+                name = value.strip()
+        if not data or self.ended or self.error is not None:
+            return
+        document = b"\n".join(data).strip()
+        if document == b"[DONE]":
+            self.ended = True
+            return
+        try:
+            event = _decode_event(document)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+            if torn is not None:
+                self.fail(torn, "the stream ended in the middle of an event")
+            elif name == b"error":
+                self.fail("server", message_in(document))
+            else:
+                self.fail("protocol", f"an event that is not a completion chunk ({e})")
+            return
+        if name == b"error" and not event.error:
+            event.error = message_in(document)
+        self._take(event, stamp)
+
+    def read_json(self, body: bytes, stamp: int) -> None:
+        """Take a whole completion in one body: all its output arrived with the last byte."""
+        try:
+            event = _decode_event(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+            self.fail("protocol", f"a JSON body that is not a completion ({e})")
+            return
+        self._take(event, stamp)
+        if not event.choices:
+            self.fail("protocol", "a JSON body that is not a completion (no choices)")
+
+    def _take(self, event: _Event, stamp: int) -> None:
+        if event.error or event.object == "error":
+            self.fail("server", _message_of(event))
+            return
+        usage = event.usage
+        if usage is not None:
+            self.usage = usage
+        choices = event.choices
+        if not choices:
+            return
+        output, counted = _NONE, None
+        for choice in choices:
+            if choice.finish_reason is not None:
+                self.finish_reason = choice.finish_reason[:64]
+            delta = choice.delta or choice.message
+            if choice.text or (delta is not None and delta.has_output()):
+                output = _CERTAIN
+            elif choice.text is not None and output == _NONE:
+                output = _POSSIBLE
+            if isinstance(choice.token_ids, list):
+                counted = (counted or 0) + len(choice.token_ids)
+        if counted is None and usage is not None and usage.completion_tokens is not None:
+            counted = max(usage.completion_tokens - self._counted, 0)
+        self._counted += counted or 0
+        if output != _NONE or counted:
+            self._stamps.append(stamp)
+            self._certain.append(output)
+            self._tokens.append(counted)
+
+    def chunks(self) -> tuple[list[int], list[int] | None]:
+        """Stamps of the chunks that carry output, and the tokens in each when those are known, never guessed.
+
+        An empty text on the completions endpoint may be a token whose character is not whole yet, or no token at all:
+        only the server's own count decides.
+        """
+        total = self.usage.completion_tokens if self.usage is not None else None
+        tokens = self._counts(total)
+        if tokens is not None:
+            return [s for s, n in zip(self._stamps, tokens, strict=True) if n], [n for n in tokens if n]
+        certain = [s for s, c in zip(self._stamps, self._certain, strict=True) if c == _CERTAIN]
+        if total is not None and len(certain) != total:
+            possible = [s for s, c in zip(self._stamps, self._certain, strict=True) if c != _NONE]
+            if len(possible) == total:
+                return possible, [1] * total
+        return certain, [1] * total if total is not None and len(certain) == total else None
+
+    def _counts(self, total: int | None) -> list[int] | None:
+        """The server's own count for each event, if it gave one for all and they agree with what was seen."""
+        tokens = [n for n in self._tokens if n is not None]
+        if not tokens or len(tokens) != len(self._tokens) or (total is not None and sum(tokens) != total):
+            return None
+        uncounted = any(not n and c == _CERTAIN for n, c in zip(tokens, self._certain, strict=True))
+        return None if uncounted else tokens
+
+
+def _message_of(event: _Event) -> str:
+    for value in (event.error, event.message):
+        if isinstance(value, dict):
+            value = value.get("message") or value.get("type") or value.get("code")
+        if value:
+            return str(value)
+    return "an error event without a message"
+
+
+def message_in(body: bytes) -> str:
+    """The human part of an error body: OpenAI, FastAPI or plain."""
+    try:
+        document = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return body.decode("utf-8", "replace")
+    if isinstance(document, dict):
+        for value in (document.get("error"), document.get("message"), document.get("detail")):
+            if isinstance(value, dict):
+                value = value.get("message") or value
+            if value:
+                return str(value)
+    return body.decode("utf-8", "replace")
+
+
+def clean(text: str, secret: str | None = None) -> str:
+    """One printable line of at most 300 characters, without ``secret``."""
+    if secret:
+        text = text.replace(secret, "[api key]")
+    text = " ".join("".join(c if c.isprintable() else " " for c in text[: 20 * DETAIL_LIMIT]).split())
+    return text if len(text) <= DETAIL_LIMIT else text[: DETAIL_LIMIT - 3] + "..."

@@ -1,0 +1,373 @@
+"""One keep-alive connection on gevent's event loop: connect, TLS, write, and the read callback that is the hot path.
+
+No greenlet belongs to a connection and none is switched to per read: libev calls `Connection._read`, which receives,
+stamps and keeps the bytes. Everything else waits until the loop has time.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import ssl
+from collections.abc import Callable
+from time import monotonic_ns
+from typing import TYPE_CHECKING, Any
+
+import gevent.monkey
+
+from harness.results import Result
+from scenarios.response import Response
+
+if TYPE_CHECKING:
+    import socket
+
+    from scenarios.client import Client, Target
+
+# Locust patches the socket module to switch greenlets; the hot path is driven by callbacks and needs the real one.
+_socket: Any = gevent.monkey.get_original("socket", "socket")
+
+READ_SIZE = 65536
+UNPARSED_LIMIT = 64 * 1024
+"""Bytes a stream may hold before they are parsed, so that long answers do not fill the memory."""
+
+_READ, _WRITE = 1, 2
+_PROTO_TCP, _NODELAY, _SOL_SOCKET, _SO_ERROR = 6, 1, 1, 4
+_TAIL = b"\r\n\r\n"
+_LAST_WORDS = b"data: [DONE]\n\n\r\n0\r\n\r\n"
+
+
+class Stream:
+    """One request on its way: the row it will become, and what has been read for it."""
+
+    __slots__ = (
+        "connection", "ended", "error", "last_ns", "lazy", "payload", "queued", "reads", "response", "result", "room",
+        "sent_ns", "stamps", "target",
+    )  # fmt: skip
+
+    def __init__(
+        self, result: Result, payload: bytes, target: Target, secret: str | None, ended: Callable[[Result], None] | None
+    ) -> None:
+        self.result = result
+        self.payload = payload
+        self.target = target
+        self.ended = ended
+        self.response = Response(secret)
+        self.reads: list[bytes] = []
+        self.stamps: list[int] = []
+        self.room = UNPARSED_LIMIT
+        self.lazy = False  # the end can be told from the last bytes, so nothing need be parsed before it
+        self.queued = False
+        self.sent_ns = self.last_ns = monotonic_ns()
+        self.error: tuple[str, str] | None = None
+        self.connection: Connection | None = None
+
+    def parse(self) -> None:
+        """Feed what was read to the response."""
+        if self.reads:
+            self.response.feed(self.reads, self.stamps)
+            self.last_ns = self.stamps[-1]
+            self.reads, self.stamps, self.room = [], [], UNPARSED_LIMIT
+
+
+class Connection:
+    """A TCP or TLS connection to one target; carries one stream at a time, or none while idle."""
+
+    __slots__ = (
+        "_address", "_bio_in", "_bio_out", "_out", "_reader", "_recv", "_tls", "_writer", "client", "idle_ns", "ready",
+        "sock", "stream", "target", "used",
+    )  # fmt: skip
+
+    def __init__(self, client: Client, target: Target) -> None:
+        self.client = client
+        self.target = target
+        self.stream: Stream | None = None
+        self.ready = False
+        self.used = False
+        self.idle_ns = 0
+        self.sock: socket.socket | None = None
+        self._address = 0  # how many of the target's addresses were tried
+        self._reader: Any = None
+        self._writer: Any = None
+        self._recv: Any = None
+        self._out: bytes | memoryview = b""
+        self._tls: ssl.SSLObject | None = None
+        self._bio_in: ssl.MemoryBIO | None = None
+        self._bio_out: ssl.MemoryBIO | None = None
+
+    # -- opening ------------------------------------------------------------------------------------------------------
+
+    def open(self, stream: Stream | None) -> None:
+        """Start to connect; ``stream`` is sent as soon as that is done, without one the connection joins the pool."""
+        self.stream = stream
+        if stream is not None:
+            stream.connection = self
+        self._try_next("")
+
+    def _try_next(self, trouble: str) -> None:
+        """Try the next of the target's addresses; nothing was sent yet, so this hides no retry of a request."""
+        while self._address < len(self.target.addresses):
+            family, address = self.target.addresses[self._address]
+            self._address += 1
+            try:
+                sock = _socket(family, 1)  # SOCK_STREAM
+            except OSError as e:
+                self._refused(f"{os.strerror(e.errno or 0)} (raise the limit of open files)")
+                return
+            sock.setblocking(False)
+            sock.setsockopt(_PROTO_TCP, _NODELAY, 1)
+            code = sock.connect_ex(address)
+            if code in (0, errno.EINPROGRESS):
+                self.sock = sock
+                self._writer = self.client.loop.io(sock.fileno(), _WRITE)
+                self._writer.start(self._connected)
+                return
+            trouble = os.strerror(code)
+            sock.close()
+        self._refused(trouble)
+
+    def _refused(self, trouble: str) -> None:
+        self._fail("connect", f"{self.target.authority}: {trouble}")
+
+    def _connected(self) -> None:
+        assert self.sock is not None
+        self._writer.stop()
+        code = self.sock.getsockopt(_SOL_SOCKET, _SO_ERROR)
+        if code:
+            self._release()
+            self._try_next(os.strerror(code))
+            return
+        self.target.prefer(self._address - 1)
+        self._recv = self.sock.recv
+        self._reader = self.client.loop.io(self.sock.fileno(), _READ)
+        if self.target.tls is None:
+            self._reader.start(self._read)
+            self._opened()
+            return
+        self._bio_in, self._bio_out = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = self.target.tls.wrap_bio(self._bio_in, self._bio_out, server_hostname=self.target.host)
+        self._reader.start(self._read_tls)
+        self._shake_hands()
+
+    def _shake_hands(self) -> None:
+        assert self._tls is not None
+        try:
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError:
+            self._flush_tls()
+        except (ssl.SSLError, ValueError) as e:
+            self._flush_tls()  # the alert that tells the server why
+            self._fail("tls", f"{self.target.authority}: {getattr(e, 'verify_message', '') or e}")
+        else:
+            self._flush_tls()
+            self._opened()
+
+    def _opened(self) -> None:
+        self.ready = True
+        if self.stream is None:
+            self.client.pool(self)
+        else:
+            self._write(self.target.head, self.stream.payload)
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def send(self, stream: Stream) -> None:
+        """Send a request on this idle connection."""
+        self.stream = stream
+        stream.connection = self
+        self._write(self.target.head, stream.payload)
+
+    def _write(self, head: bytes, payload: bytes) -> None:
+        self.used = True
+        if self._tls is None:
+            self._send_now(head, payload)
+            return
+        try:
+            self._tls.write(head + payload)
+        except ssl.SSLError as e:
+            self._lost(f"TLS failed ({e.reason})")
+            return
+        self._flush_tls()
+
+    def _flush_tls(self) -> None:
+        assert self._bio_out is not None
+        if self._bio_out.pending:
+            data = self._bio_out.read()
+            if self._out:
+                self._out = bytes(self._out) + data
+            else:
+                self._send_now(data)
+
+    def _send_now(self, *parts: bytes) -> None:
+        """One try; the rest goes out when the socket takes it. A broken pipe shows when reading, with any answer."""
+        assert self.sock is not None
+        try:
+            sent = self.sock.sendmsg(parts)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError:
+            return
+        rest = sum(len(part) for part in parts) - sent
+        if rest:
+            self._out = memoryview(b"".join(parts))[sent:]
+            self._writer.start(self._writable)
+
+    def _writable(self) -> None:
+        assert self.sock is not None
+        try:
+            sent = self.sock.send(self._out)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            sent = len(self._out)  # see _send_now
+        self._out = self._out[sent:]
+        if not self._out:
+            self._writer.stop()
+
+    # -- reading: the hot path ----------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        try:
+            data = self._recv(READ_SIZE)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as e:
+            self._lost(os.strerror(e.errno or 0).lower())
+            return
+        stamp = monotonic_ns()
+        if data:
+            self._received(data, stamp)
+        else:
+            self._lost(None)
+
+    def _received(self, data: bytes, stamp: int) -> None:
+        stream = self.stream
+        if stream is None:
+            self._lost(None)  # nobody asked: this connection is out of step
+            return
+        stream.reads.append(data)
+        stream.stamps.append(stamp)
+        size = len(data)
+        stream.room -= size
+        if not stream.lazy:
+            self._look(stream)
+        elif size < 4 or data[-4:] == _TAIL:
+            self._perhaps_end(stream, data)
+        elif stream.room < 0:
+            self.client.parse_later(stream)
+
+    def _perhaps_end(self, stream: Stream, data: bytes) -> None:
+        """End the request at once when its last bytes are beyond doubt: parsing it may wait until the loop is idle.
+
+        Answers to a batch end together; parsing each on the spot would delay the stamps of the others.
+        """
+        if len(data) < len(_LAST_WORDS) and len(stream.reads) > 1:
+            data = stream.reads[-2] + data
+        if data.endswith(_LAST_WORDS):
+            self._end(stream, stream.stamps[-1], keep=stream.response.keep_alive and not self._out)
+        else:
+            self._look(stream)
+
+    def _look(self, stream: Stream) -> None:
+        """Parse now: the headers, or an end that only the framing can tell."""
+        stream.parse()
+        response = stream.response
+        if response.done:
+            self._end(stream, stream.last_ns, keep=response.keep_alive and not self._out)
+        else:
+            stream.lazy = response.chunked is True
+
+    def _end(self, stream: Stream, stamp: int, *, keep: bool) -> None:
+        self.stream = stream.connection = None
+        if keep:
+            self.client.pool(self)
+        else:
+            self.close()
+        self.client.end(stream, stamp)
+
+    def _read_tls(self) -> None:
+        assert self._bio_in is not None
+        assert self._tls is not None
+        try:
+            data = self._recv(READ_SIZE)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as e:
+            self._lost(os.strerror(e.errno or 0).lower())
+            return
+        stamp = monotonic_ns()
+        if data:
+            self._bio_in.write(data)
+        else:
+            self._bio_in.write_eof()
+        if not self.ready:
+            if data:
+                self._shake_hands()
+            else:
+                self._fail("tls", f"{self.target.authority}: the server closed the connection in the TLS handshake")
+        if self.ready:
+            self._decrypt(stamp, ended=not data)
+
+    def _decrypt(self, stamp: int, *, ended: bool) -> None:
+        """All plain bytes that are there, as one read: what stays in OpenSSL would wait for the next packet."""
+        assert self._tls is not None
+        parts, trouble = [], None
+        while True:
+            try:
+                part = self._tls.read(READ_SIZE)
+            except ssl.SSLWantReadError:
+                break
+            except ssl.SSLError as e:
+                ended = True
+                if not isinstance(e, ssl.SSLZeroReturnError | ssl.SSLEOFError):
+                    trouble = f"TLS failed ({e.reason})"
+                break
+            if not part:
+                ended = True
+                break
+            parts.append(part)
+        self._flush_tls()
+        if parts:
+            self._received(b"".join(parts), stamp)
+        if ended and self.sock is not None:
+            self._lost(trouble)
+
+    # -- ending -------------------------------------------------------------------------------------------------------
+
+    def _lost(self, trouble: str | None) -> None:
+        """The connection is over, with or without a request on it."""
+        stream, self.stream = self.stream, None
+        self.close()
+        if stream is None:
+            self.client.drop(self)
+            return
+        stream.connection = None
+        stream.parse()
+        stream.response.eof(trouble)
+        self.client.end(stream, monotonic_ns())
+
+    def _fail(self, error: str, detail: str) -> None:
+        """No connection came about."""
+        stream, self.stream = self.stream, None
+        self.close()
+        if stream is None:
+            self.client.drop(self, detail)
+            return
+        stream.connection = None
+        stream.error = (error, detail)
+        self.client.end(stream, monotonic_ns())
+
+    def _release(self) -> None:
+        for watcher in (self._reader, self._writer):
+            if watcher is not None:
+                watcher.stop()
+                watcher.close()
+        self._reader = self._writer = self._recv = None
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
+
+    def close(self) -> None:
+        """Close the socket and forget the watchers: they hold us, and no garbage collector runs. Safe twice."""
+        self.ready = False
+        self._release()
+        self._tls = self._bio_in = self._bio_out = None

@@ -1,0 +1,43 @@
+"""Open loop: every request goes out at its planned time, whatever became of the earlier ones.
+
+Also a plain locustfile:
+``locust -f scenarios/replay.py --headless -u 1 --host http://127.0.0.1:8000 --plan plan.arrow``
+"""
+
+from __future__ import annotations
+
+import gevent
+
+from scenarios.schedule import Alarm, Load
+from scenarios.user import PlanUser, run_as_locustfile
+
+_BURST = 16  # late requests sent in a row before the loop may read answers again
+
+
+class Replay(PlanUser):
+    """One user walks the plan on its absolute schedule: lateness never moves a later request, it shows as lag.
+
+    With a cap on requests in flight a request waits for room; that wait is lag, too.
+    """
+
+    precise = True
+
+    def send_all(self, load: Load, alarm: Alarm, joined_ns: int) -> None:
+        """Send each request when it is due."""
+        sent = 0
+        while not load.over:
+            due = load.schedule.next_due()
+            full = load.cap is not None and load.client.in_flight >= load.cap
+            if due is None or full:
+                alarm.wait_until(None)
+            elif due > load.now_ns():
+                alarm.wait_until(load.client.start_mono_ns + due)
+                sent = 0
+            else:
+                load.send_next(load.ended)
+                sent += 1
+                if sent % _BURST == 0:
+                    gevent.sleep(0)
+
+
+run_as_locustfile(timed=True)

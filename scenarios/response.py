@@ -1,0 +1,401 @@
+"""From the bytes of one HTTP answer and the time each read arrived, to the facts of a result row.
+
+HTTP/1.1 framing (chunked, Content-Length, or until the connection closes), cut into server-sent events; `completion`
+knows what those mean. No I/O and no clock: the client stamps and keeps reads, and calls `Response.feed` when it has
+time. How reads were cut never changes the facts, only the stamps they carry.
+
+Sources: RFC 9112 (HTTP/1.1), WHATWG HTML section 9.2 (server-sent events).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from scenarios.completion import Completion, PromptDetails, Usage, clean, message_in
+
+HEADER_LIMIT = 64 * 1024
+EVENT_LIMIT = 16 * 2**20
+_ERROR_BODY_LIMIT = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What one answer says, as the columns of `harness.results.SCHEMA` mean it.
+
+    ``chunk_ns`` are stamps as they were fed. ``chunk_tokens`` is null unless the tokens of every chunk are known.
+    """
+
+    chunk_ns: list[int]
+    chunk_tokens: list[int] | None
+    input_tokens: int | None
+    cached_tokens: int | None
+    output_tokens: int | None
+    finish_reason: str | None
+    http_status: int | None
+    error: str | None
+    detail: str | None
+
+
+_State = Callable[["Response", bytes, int, list[int], list[int]], int]
+
+
+class Response:
+    """One HTTP answer, fed in pieces of any size.
+
+    After each `feed`: ``done`` (nothing more belongs to this answer), ``keep_alive`` (the connection may be used
+    again), ``status`` (null before the status line), ``chunked`` (null before the headers ended). ``secret`` is cut out
+    of every detail.
+    """
+
+    __slots__ = (
+        "_body_kind", "_carry", "_chunk_left", "_completion", "_head", "_last_body_ns", "_left", "_location", "_secret",
+        "_state", "chunked", "done", "keep_alive", "status",
+    )  # fmt: skip
+
+    def __init__(self, secret: str | None = None) -> None:
+        self.done = False
+        self.keep_alive = False
+        self.status: int | None = None
+        self.chunked: bool | None = None
+        self._secret = secret
+        # A plain function, not a bound method: no reference cycle, and the client runs with the garbage collector off.
+        self._state: _State = Response._read_head
+        self._head = b""  # bytes of an unfinished header block, chunk-size line or trailer
+        self._left = 0  # Content-Length still to come
+        self._chunk_left = 0  # of the chunk being read
+        self._body_kind = ""  # "sse", "json" or "error"
+        self._carry = b""  # an unfinished event, or the whole body when it is not a stream
+        self._last_body_ns = 0
+        self._location = ""
+        self._completion = Completion()
+
+    # -- framing ------------------------------------------------------------------------------------------------------
+
+    def feed(self, reads: list[bytes], stamps: list[int]) -> None:
+        """Take reads in order with the time of each (any one clock, ns)."""
+        if not reads:
+            return
+        raw = reads[0] if len(reads) == 1 else b"".join(reads)
+        if self._head:
+            # Never part of the body, so the stamp of these bytes no longer matters: count them to the first read.
+            offset = len(self._head)
+            raw = self._head + raw
+            self._head = b""
+        else:
+            offset = 0
+        ends = []
+        for read in reads:
+            offset += len(read)
+            ends.append(offset)
+        pos = 0
+        while pos < len(raw) and not self.done:
+            before = (pos, self._state)
+            pos = self._state(self, raw, pos, ends, stamps)
+            if (pos, self._state) == before:
+                self._head = raw[pos:]
+                break
+        if self.done and pos < len(raw):
+            self.keep_alive = False  # bytes nobody asked for: this connection is out of step
+
+    def eof(self, trouble: str | None = None) -> None:
+        """The connection ended, with ``trouble`` if not in good order. Without ``done`` this answer is cut, unless its
+        end was to be marked that way.
+        """
+        if self.done:
+            return
+        self.keep_alive = False
+        if self._state is Response._read_until_close and trouble is None:
+            self._finish("cut")
+            return
+        self.done = True
+        where = "before the answer began" if self.status is None else "before the answer ended"
+        self._completion.fail("cut", f"{trouble or 'the server closed the connection'} {where}")
+
+    def _broken(self, detail: str) -> None:
+        """Not HTTP or not an event stream: nothing after this can be trusted."""
+        self._completion.fail("protocol", detail)
+        self.done, self.keep_alive = True, False
+
+    def _finish(self, torn: str = "incomplete") -> None:
+        """The body is over. An event without its blank line counts if it is whole; else the stream is ``torn``."""
+        self.done = True
+        completion, carry = self._completion, self._carry
+        if self._body_kind == "json":
+            self._carry = b""
+            completion.read_json(carry, self._last_body_ns)
+        elif self._body_kind == "sse":
+            completion.read_event(carry, self._last_body_ns, torn)
+
+    def _read_head(self, raw: bytes, pos: int, ends: list[int], stamps: list[int]) -> int:
+        end = raw.find(b"\r\n\r\n", pos)
+        if not raw.startswith(b"HTTP/1."[: len(raw) - pos], pos):
+            self._broken("the answer is not HTTP/1.1 (is this the right port, and http or https as it should be?)")
+            return len(raw)
+        if (end if end >= 0 else len(raw)) - pos > HEADER_LIMIT:
+            self._broken(f"more than {HEADER_LIMIT // 1024} KiB of headers")
+            return len(raw)
+        if end < 0:
+            return pos
+        self._take_head(raw[pos:end])
+        return end + 4
+
+    def _take_head(self, head: bytes) -> None:
+        lines = head.decode("latin-1").split("\r\n")
+        match = re.match(r"HTTP/1\.([01]) ([1-9]\d\d)(?: |$)", lines[0])
+        if match is None:
+            self._broken("the status line is not HTTP")
+            return
+        status = int(match[2])
+        if 100 <= status < 200 and status != 101:
+            return  # interim: the real one follows
+        self.status = status
+        headers: dict[str, str] = {}
+        for line in lines[1:]:
+            name, _, value = line.partition(":")
+            name, value = name.strip().lower(), value.strip()
+            if name == "content-length" and headers.get(name, value) != value:
+                self._broken("two different Content-Length headers")
+                return
+            headers[name] = f"{headers[name]}, {value}" if name in headers and name != "content-length" else value
+        self._location = headers.get("location", "")
+        connection = headers.get("connection", "").lower()
+        self.keep_alive = "close" not in connection and (match[1] == "1" or "keep-alive" in connection)
+        problem = self._choose_body(headers) or self._choose_framing(headers)
+        if problem:
+            self._broken(problem)
+
+    def _choose_body(self, headers: dict[str, str]) -> str | None:
+        """Decide how the body is read; what is wrong with it, if anything."""
+        media = headers.get("content-type", "").lower()
+        if self.status != 200:
+            self._body_kind = "error"
+        elif headers.get("content-encoding", "identity").lower() != "identity":
+            return f"a compressed answer ({headers['content-encoding']}) to a request that forbade it"
+        elif "html" in media:
+            return "an HTML page with status 200: this is not the model server's API"
+        else:
+            self._body_kind = "json" if "json" in media else "sse"
+        return None
+
+    def _choose_framing(self, headers: dict[str, str]) -> str | None:
+        """Decide where the body ends; what is wrong with that, if anything."""
+        coding, length = headers.get("transfer-encoding", "").lower(), headers.get("content-length")
+        self.chunked = False
+        if self.status in (101, 204, 304):
+            self._finish()
+        elif coding:
+            if coding != "chunked":
+                return f"unknown Transfer-Encoding {coding!r}"
+            self.chunked = True
+            self.keep_alive = self.keep_alive and length is None
+            self._state = Response._read_chunk_size
+        elif length is not None:
+            if not (length.isascii() and length.isdigit() and len(length) < 16):
+                return "Content-Length is not a number"
+            self._left = int(length)
+            self._state = Response._read_length
+            if self._left == 0:
+                self._finish()
+        else:
+            self.keep_alive = False
+            self._state = Response._read_until_close
+        return None
+
+    def _read_length(self, raw: bytes, pos: int, ends: list[int], stamps: list[int]) -> int:
+        end = min(len(raw), pos + self._left)
+        self._left -= end - pos
+        self._take_body(raw, [(pos, end)], ends, stamps)
+        if not self._left and not self.done:
+            self._finish()
+        return end
+
+    def _read_until_close(self, raw: bytes, pos: int, ends: list[int], stamps: list[int]) -> int:
+        self._take_body(raw, [(pos, len(raw))], ends, stamps)
+        return len(raw)
+
+    def _read_chunk_size(self, raw: bytes, pos: int, ends: list[int], stamps: list[int]) -> int:
+        """Every whole chunk of ``raw`` in one go, up to an unfinished one or the last."""
+        spans: list[tuple[int, int]] = []
+        find, end = raw.find, len(raw)
+        problem = ""
+        while True:
+            line_end = find(b"\r\n", pos)
+            if line_end < 0:
+                if end - pos > 1024:
+                    problem = "a chunk-size line without end"
+                break
+            try:
+                size = int(raw[pos:line_end].partition(b";")[0], 16)
+            except ValueError:
+                size = -1
+            if size < 0:
+                problem = "a chunk size that is not a number"
+                break
+            if size == 0:
+                self._state = Response._read_trailer
+                pos = line_end + 2
+                break
+            start = line_end + 2
+            stop = start + size
+            if stop + 2 > end:  # the chunk, or the line end behind it, is still to come
+                if start < end:
+                    spans.append((start, min(stop, end)))
+                self._chunk_left = max(stop - end, 0)
+                self._state = Response._read_chunk
+                pos = min(stop, end)
+                break
+            if raw[stop : stop + 2] != b"\r\n":
+                problem = "a chunk that is longer than its size"
+                break
+            spans.append((start, stop))
+            pos = stop + 2
+        if spans:
+            self._take_body(raw, spans, ends, stamps)
+        if problem and not self.done:
+            self._broken(f"bad chunked framing: {problem}")
+        return pos
+
+    def _read_chunk(self, raw: bytes, pos: int, ends: list[int], stamps: list[int]) -> int:
+        """The rest of a chunk that began in an earlier feed, and its line end."""
+        if self._chunk_left:
+            end = min(len(raw), pos + self._chunk_left)
+            self._chunk_left -= end - pos
+            self._take_body(raw, [(pos, end)], ends, stamps)
+            return end
+        if len(raw) - pos < 2:
+            return pos
+        if raw[pos : pos + 2] != b"\r\n":
+            self._broken("bad chunked framing: a chunk that is longer than its size")
+            return pos
+        self._state = Response._read_chunk_size
+        return pos + 2
+
+    def _read_trailer(self, raw: bytes, pos: int, ends: list[int], stamps: list[int]) -> int:
+        line_end = raw.find(b"\r\n", pos)
+        if line_end < 0:
+            if len(raw) - pos > HEADER_LIMIT:
+                self._broken("a trailer without end")
+            return pos
+        if line_end == pos:
+            self._finish()
+        return line_end + 2
+
+    # -- body to events ----------------------------------------------------------------------------------------------
+
+    def _take_body(self, raw: bytes, spans: list[tuple[int, int]], ends: list[int], stamps: list[int]) -> None:
+        """Body bytes: ``spans`` of ``raw``, whose reads end at ``ends`` and arrived at ``stamps``."""
+        if self._body_kind == "sse":
+            if self._completion.error is None:
+                self._take_events(raw, spans, ends, stamps)
+        elif self._body_kind == "json" or len(self._carry) < _ERROR_BODY_LIMIT:
+            self._carry += b"".join([raw[a:b] for a, b in spans])
+            if len(self._carry) > EVENT_LIMIT:
+                self._broken(f"more than {EVENT_LIMIT // 2**20} MiB in one answer")
+        last = spans[-1][1]
+        read = len(ends) - 1
+        while read and ends[read - 1] >= last:
+            read -= 1
+        self._last_body_ns = stamps[read]
+
+    def _take_events(self, raw: bytes, spans: list[tuple[int, int]], ends: list[int], stamps: list[int]) -> None:
+        carried = len(self._carry)
+        body = raw[spans[0][0] : spans[0][1]] if len(spans) == 1 else b"".join([raw[a:b] for a, b in spans])
+        text = self._carry + body if carried else body
+        if b"\r" in text:
+            cuts = [match.end() for match in re.finditer(rb"\n\r?\n", text)]
+            parts = [text[a:b] for a, b in zip([0, *cuts], cuts, strict=False)]
+            self._carry = text[cuts[-1] :] if cuts else text
+        else:
+            parts = text.split(b"\n\n")
+            self._carry = parts.pop()
+            cuts, at = [], 0
+            for part in parts:
+                at += len(part) + 2
+                cuts.append(at)
+        if len(self._carry) > EVENT_LIMIT:
+            self._broken(f"an event of more than {EVENT_LIMIT // 2**20} MiB")
+            return
+        if not parts:
+            return
+        times = _arrivals(cuts, carried, spans, ends, stamps)
+        completion = self._completion
+        if not completion.read_plain(text[: cuts[-1]], times):
+            for part, stamp in zip(parts, times, strict=True):
+                completion.read_event(part, stamp)
+        if completion.error is not None and completion.error[0] == "protocol":
+            self.done, self.keep_alive = True, False
+
+    def facts(self) -> Facts:
+        """The facts so far; final once ``done``. Success only if it was one."""
+        completion = self._completion
+        usage = completion.usage or Usage()
+        details = usage.prompt_tokens_details or PromptDetails()
+        error = self._judge()
+        chunk_ns, chunk_tokens = completion.chunks()
+        return Facts(
+            chunk_ns=chunk_ns,
+            chunk_tokens=chunk_tokens,
+            input_tokens=usage.prompt_tokens,
+            cached_tokens=details.cached_tokens,
+            output_tokens=usage.completion_tokens,
+            finish_reason=completion.finish_reason,
+            http_status=self.status,
+            error=error[0] if error is not None else None,
+            detail=clean(error[1], self._secret) if error is not None else None,
+        )
+
+    def _judge(self) -> tuple[str, str] | None:
+        """The error class and detail, or None when the answer is a success."""
+        completion = self._completion
+        if self.status is not None and self.status != 200:
+            said = f"HTTP {self.status}"
+            if 300 <= self.status < 400 and self._location:
+                return "redirect", f"{said} to {self._location}"
+            message = message_in(self._carry)
+            return _status_error(self.status), f"{said}: {message}" if message else said
+        if completion.error is not None:
+            return completion.error
+        if completion.finish_reason in ("abort", "error"):
+            return "server", f"the server ended the answer with finish_reason {completion.finish_reason}"
+        if not self.done:
+            return "cut", "the answer did not end"
+        if not completion.ended and completion.finish_reason is None:
+            if completion.empty:
+                return "protocol", "status 200 without a single completion event"
+            return "incomplete", "the stream ended without [DONE] and without a finish reason"
+        return None
+
+
+def _arrivals(
+    cuts: list[int], carried: int, spans: list[tuple[int, int]], ends: list[int], stamps: list[int]
+) -> list[int]:
+    """The stamp of the read that held the last byte of each event.
+
+    ``cuts`` are event ends in (carried bytes + spans joined), ascending; an event always ends in the new bytes.
+    """
+    times = []
+    span = read = 0
+    first, last = spans[0]
+    shift = carried - first  # joined offset = offset in raw + shift, within the current span
+    end = ends[0]
+    for cut in cuts:
+        while cut - shift > last:
+            shift += last
+            span += 1
+            first, last = spans[span]
+            shift -= first
+        at = cut - shift
+        while at > end:
+            read += 1
+            end = ends[read]
+        times.append(stamps[read])
+    return times
+
+
+def _status_error(status: int) -> str:
+    known = {401: "auth", 403: "auth", 404: "not_found", 429: "overloaded", 503: "overloaded"}
+    if status in known:
+        return known[status]
+    return {3: "redirect", 4: "rejected", 5: "server"}.get(status // 100, "protocol")

@@ -1,0 +1,149 @@
+"""`PlanUser`, the Locust user that sends a plan, and what makes its scenarios plain locustfiles.
+
+In a load worker users report to nobody: a Locust event per request would cost more than reading its answer, and the
+rows hold more. Run by Locust itself (``locust -f scenarios/replay.py``), they also fire Locust's own statistics.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from time import monotonic_ns
+from typing import Any
+
+import gevent
+from locust import User, events, task
+from locust.exception import StopUser
+from locust.runners import LocalRunner
+
+from harness.errors import EXIT_USAGE, HarnessError, UsageError
+from harness.plan import iter_requests
+from harness.results import Result, ResultWriter
+from scenarios.client import ENDPOINTS, Client, raise_fd_limit
+from scenarios.schedule import Alarm, Load, Schedule, prepare_all
+
+API_KEY = "HARNESS_API_KEY"
+"""Environment variable with the API key; there is no other way to give it, so that it is in no file and no argument."""
+
+
+class PlanUser(User):  # type: ignore[misc]  # Locust ships no types
+    """Sends what `Load` of its environment holds, in a way its subclass says."""
+
+    abstract = True
+    precise = False
+    """Wait for a time of the plan, to a fraction of a millisecond."""
+
+    @task  # type: ignore[untyped-decorator]
+    def play(self) -> None:
+        """Send until the plan is done or the run stops; then this user is gone."""
+        load: Load | None = getattr(self.environment, "load", None)
+        if load is not None and not load.over:
+            alarm = load.join(precise=self.precise)
+            try:
+                joined_ns = load.now_ns() if load.started.is_set() else 0
+                load.started.wait()
+                self.send_all(load, alarm, joined_ns)
+            finally:
+                load.leave(alarm)
+        raise StopUser
+
+    def send_all(self, load: Load, alarm: Alarm, joined_ns: int) -> None:
+        """Send requests of ``load`` until it is over; this user was there from ``joined_ns`` of the run clock on."""
+        raise NotImplementedError
+
+
+def run_as_locustfile(*, timed: bool) -> None:
+    """Let plain ``locust -f`` run this scenario: add its options, build its load when the test starts."""
+    events.init_command_line_parser.add_listener(_add_options)
+    run: list[_LocustRun] = []
+
+    @events.test_start.add_listener  # type: ignore[untyped-decorator]
+    def start(environment: Any, **_: object) -> None:
+        try:
+            run.append(_LocustRun(environment, timed=timed))
+        except (HarnessError, OSError) as e:
+            print(f"error: {e}", file=sys.stderr)
+            environment.process_exit_code = EXIT_USAGE
+            environment.runner.quit()
+
+    @events.test_stop.add_listener  # type: ignore[untyped-decorator]
+    def stop(**_: object) -> None:
+        while run:
+            run.pop().close()
+
+
+def _add_options(parser: Any) -> None:
+    group = parser.add_argument_group("harness")
+    group.add_argument("--plan", required=True, help="plan file made by `harness plan`")
+    group.add_argument("--model", default="default", help="model name as the server knows it")
+    group.add_argument("--endpoint", default="completions", choices=[*ENDPOINTS], help="default: completions")
+    group.add_argument("--results", default="", help="also write one Arrow row per request to this file")
+
+
+class _LocustRun:
+    """One test run by Locust itself, on one process."""
+
+    def __init__(self, environment: Any, *, timed: bool) -> None:
+        if not isinstance(environment.runner, LocalRunner):
+            raise UsageError("several Locust processes would each send the whole plan: use `harness run --workers`")
+        options = environment.parsed_options
+        if not environment.host:
+            raise UsageError("say where to send it: --host http://127.0.0.1:8000")
+        base = environment.host.rstrip("/")
+        self._environment = environment
+        self._name = ENDPOINTS[options.endpoint]
+        raise_fd_limit()
+        self._client = Client(
+            [base if base.endswith("/v1") else f"{base}/v1"], self._record,
+            endpoint=options.endpoint, api_key=os.environ.get(API_KEY),
+        )  # fmt: skip
+        requests = iter_requests(Path(options.plan))
+        planned = prepare_all(requests, endpoint=options.endpoint, model=options.model, extra_body={})
+        self._load = environment.load = Load(Schedule(planned, timed=timed), self._client)
+        self._writer = ResultWriter(Path(options.results), 0) if options.results else None
+        self._client.open_connections(32 if timed else environment.parsed_options.num_users or 1)
+        self._load.begin(monotonic_ns())
+        self._watcher = gevent.spawn(self._watch)
+
+    def _watch(self) -> None:
+        """Flush rows, and end the test when the plan is done."""
+        while not self._load.over or self._client.in_flight:
+            gevent.sleep(0.5)
+            if self._writer is not None:
+                self._writer.flush()
+        self._client.settle()
+        self._environment.runner.quit()
+
+    def _record(self, result: Result) -> None:
+        if self._writer is not None:
+            self._writer.append(result)
+        if result.error == "unsent":
+            return
+        assert result.finished_ns is not None
+        fail = None if result.error is None else RuntimeError(f"{result.error}: {result.detail}")
+        if result.chunk_ns:
+            self._fire("TTFT", result.chunk_ns[0] - result.scheduled_ns, 0, None)
+        self._fire("POST", result.finished_ns - result.scheduled_ns, result.output_tokens or 0, fail)
+
+    def _fire(self, kind: str, time_ns: int, length: int, fail: Exception | None) -> None:
+        self._environment.events.request.fire(
+            request_type=kind, name=self._name, response_time=time_ns / 1e6, response_length=length, exception=fail,
+            context={},
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """One row for every request, also those that were stopped."""
+        if gevent.getcurrent() is not self._watcher:
+            self._watcher.kill(block=False)
+        self._load.stop()
+        self._client.abort("stopped", "in flight when the test was stopped")
+        self._client.settle()
+        now = self._load.now_ns()
+        for planned in self._load.schedule.rest():
+            due = now if planned.scheduled_ns is None else planned.scheduled_ns
+            self._record(Result(planned.request_id, due, error="unsent"))
+        self._client.close()
+        if self._writer is not None:
+            self._writer.close()
+

@@ -1,0 +1,428 @@
+"""The load worker process: ``python -m scenarios.worker SPEC.json``.
+
+SPEC.json is a `WorkerSpec`; the API key comes from the environment variable HARNESS_API_KEY only. JSON lines on stdout,
+words on stderr. The worker reads its slice of the plan, prepares every byte, opens connections, then says::
+
+    {"event": "ready", "requests": 120, "fd_limit": 65536}
+
+and waits for a line on stdin: ``start <unix_ns>`` (the common start of all workers) or ``stop``. While it runs, about
+twice a second (a line is left out when nobody reads)::
+
+    {"event": "progress", "t_s": 1.5, "sent": 40, "done": 31, "failed": 0, "in_flight": 9, "ttft_s": [0.05],
+     "output_tokens": 512}
+
+``ttft_s`` samples the TTFT (from the planned time) of requests that ended since the last line. ``stop``, SIGTERM or the
+end of stdin: nothing more is sent, what is in flight has ``drain_s``; a second ``stop`` or SIGTERM ends that at once.
+At the end every request of the slice has exactly one row, and the last line is::
+
+    {"event": "end", "rows": 120, "cpu_share": 0.41, "loop_lag_p99_s": 0.0004, "exit": null, "end_ns": 60123456789}
+
+``exit`` is null when it ended as asked, else why not; exit codes are those of `harness.errors`.
+"""
+
+from __future__ import annotations
+
+import locust  # isort: skip  # first: it patches the standard library, and wants to before anything else is imported
+
+import gc
+import logging
+import os
+import select
+import signal
+import sys
+import time
+from array import array
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic_ns
+from typing import Any
+
+import gevent
+import gevent.monkey
+import locust.env
+import msgspec
+import numpy as np
+import pyarrow as pa
+from gevent.event import Event
+
+from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, UsageError, WorkerError
+from harness.plan import iter_requests
+from harness.results import Result, ResultWriter
+from scenarios.client import Client, raise_fd_limit
+from scenarios.replay import Replay
+from scenarios.saturate import Saturate
+from scenarios.schedule import Alarm, Load, Schedule, prepare_all
+from scenarios.user import API_KEY
+
+START_WAIT_S = 600.0
+"""How long a ready worker waits to be told when to start."""
+_OPEN_LOOP_CONNECTIONS = 64  # opened ahead when no cap says how many there can be
+_PROGRESS_S, _FLUSH_S, _LAG_TICK_NS = 0.5, 1.0, 10_000_000
+_SAMPLES = 200
+_poll: Any = gevent.monkey.get_original("select", "poll")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    """What one load worker does. The meaning of each field is that of `harness.run.RunSpec`."""
+
+    worker: int
+    workers: int
+    plan: str
+    results: str
+    """File to write rows to."""
+    mode: str
+    """"open" or "closed"."""
+    concurrency: int | None = None
+    """This worker's share: slots (closed loop), or cap on requests in flight (open loop, null = none)."""
+    base_urls: list[str]
+    endpoint: str = "completions"
+    model: str
+    duration_s: float | None = None
+    drain_s: float = 60.0
+    timeout_s: float = 600.0
+    stall_s: float = 60.0
+    extra_body: dict[str, Any] = field(default_factory=dict)
+    tls_ca: str | None = None
+    """File of certificates to trust instead of the system's."""
+
+
+def read_spec(path: Path) -> WorkerSpec:
+    """The spec in a file. Raises `UsageError` when it is not one or makes no sense."""
+    try:
+        spec = msgspec.json.decode(path.read_bytes(), type=WorkerSpec)
+    except OSError as e:
+        raise UsageError(f"{path}: cannot read the worker's spec ({e.strerror})") from e
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        raise UsageError(f"{path}: not a worker's spec ({e})") from e
+    if spec.mode not in ("open", "closed"):
+        raise UsageError(f"{path}: mode {spec.mode!r}: valid: open, closed")
+    if spec.concurrency is None and spec.mode == "closed":
+        raise UsageError(f"{path}: a closed loop needs a concurrency")
+    if spec.concurrency is not None and spec.concurrency < 1:
+        raise UsageError(f"{path}: concurrency {spec.concurrency}: must be at least 1")
+    for name in ("timeout_s", "stall_s", "duration_s", "drain_s"):
+        value = getattr(spec, name)
+        if value is not None and not (0 < value < 1e9 or (name == "drain_s" and value == 0)):
+            raise UsageError(f"{path}: {name} {value}: must be a positive number of seconds")
+    return spec
+
+
+class Commands:
+    """Lines on stdin and SIGTERM, as they arrive, without ever blocking the event loop."""
+
+    def __init__(self) -> None:
+        self.lines: deque[str] = deque()
+        self.arrived = Event()
+        self._rest = b""
+        self._watcher: Any = gevent.get_hub().loop.io(0, 1)
+        self._watcher.start(self._read)
+        self._signal: Any = gevent.get_hub().loop.signal(signal.SIGTERM)
+        self._signal.start(self._put, "stop")
+
+    def _put(self, line: str) -> None:
+        self.lines.append(line)
+        self.arrived.set()
+
+    def _read(self) -> None:
+        try:
+            data = os.read(0, 4096)
+        except OSError:
+            data = b""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._put(line.decode("utf-8", "replace").strip())
+        if not data or len(self._rest) > 4096:
+            self._watcher.stop()
+            self._put("eof")
+
+    def next(self, timeout_s: float | None) -> str | None:
+        """The next command, or None after ``timeout_s``."""
+        if not self.lines:
+            self.arrived.clear()
+            self.arrived.wait(timeout_s)
+        return self.lines.popleft() if self.lines else None
+
+
+def say(event: str, *, must: bool = True, **fields: object) -> bool:
+    """Write one JSON line; False when the reader does not take it (a progress line then is left out)."""
+    line = msgspec.json.encode({"event": event, **fields}) + b"\n"
+    poll = _poll()
+    poll.register(1, select.POLLOUT)
+    # A pipe polls writable when it takes 4096 bytes (PIPE_BUF) in one piece; our lines are shorter.
+    deadline = monotonic_ns() + (5_000_000_000 if must else 0)
+    while not poll.poll(0):
+        if monotonic_ns() > deadline:
+            return False
+        gevent.sleep(0.01)
+    try:
+        os.write(1, line)
+    except OSError:
+        return False
+    return True
+
+
+class Worker:
+    """One run of one slice."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
+        self.commands = Commands()
+        self.trouble: str | None = None
+        self._done = self._failed = self._output_tokens = 0
+        self._ttft_s: list[float] = []
+        self._flushing = self._torn = False
+        self._held: list[Result] = []  # rows that came while a flush was writing
+        self._lags = array("q")
+        self._flushed = Event()
+        self._stops = 0  # how often we were asked to stop
+        self._fail_on_bugs()
+        fd_limit = raise_fd_limit()
+        try:
+            self._writer = ResultWriter(Path(spec.results), spec.worker)
+        except OSError as e:
+            raise WorkerError(f"{spec.results}: cannot write results ({e.strerror or e})") from e
+        self.end_ns: int | None = None
+        self.cpu_share: float | None = None
+        self.rows = 0
+        self._client = Client(
+            spec.base_urls, self._record, endpoint=spec.endpoint, timeout_s=spec.timeout_s, stall_s=spec.stall_s,
+            tls_ca=spec.tls_ca, api_key=os.environ.get(API_KEY),
+        )  # fmt: skip
+        requests = iter_requests(Path(spec.plan), spec.worker, spec.workers)
+        planned = prepare_all(requests, endpoint=spec.endpoint, model=spec.model, extra_body=spec.extra_body)
+        closed = spec.mode == "closed"
+        schedule = Schedule(planned, timed=not closed)
+        self.requests = schedule.left
+        self._load = Load(schedule, self._client, None if closed else spec.concurrency)
+        self._open_connections()
+        self._runner = self._start_users(Saturate if closed else Replay, spec.concurrency or 1 if closed else 1)
+        self.fd_limit = fd_limit
+
+    def _open_connections(self) -> None:
+        wanted = min(self.spec.concurrency or _OPEN_LOOP_CONNECTIONS, self.requests)
+        trouble = self._client.open_connections(wanted)
+        if trouble:
+            print(f"warning: connections could not be opened ahead: {trouble}", file=sys.stderr)
+
+    def _start_users(self, user: type, count: int) -> Any:
+        """All users of this worker, waiting for the start."""
+        logging.getLogger("locust").setLevel(logging.ERROR)  # it warns of many users at once, which is what we want
+        environment = locust.env.Environment(user_classes=[user], catch_exceptions=False)
+        environment.load = self._load
+        runner = environment.create_local_runner()
+        runner.start(count, spawn_rate=count)
+        deadline = monotonic_ns() + 30_000_000_000
+        while self.requests and runner.user_count < count:
+            if monotonic_ns() > deadline:
+                raise WorkerError(f"Locust started {runner.user_count} of {count} users in 30 s")
+            gevent.sleep(0.01)
+        return runner
+
+    # -- the run ------------------------------------------------------------------------------------------------------
+
+    def run(self, start_unix_ns: int) -> None:
+        """From the common start until every request has its row in the file."""
+        start = monotonic_ns() + (start_unix_ns - time.time_ns())
+        self._open_connections()  # some may have been closed by the server while we waited
+        # What was built before the clock lives until the end, and the hot path makes no cycles: a collection would only
+        # stop the world for as long as it takes to walk the prepared requests.
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        commander = gevent.spawn(self._obey)
+        alarm = Alarm(precise=True)
+        while (now := monotonic_ns()) < start and not self._load.stopping:
+            alarm.wait_until(min(start, now + 100_000_000))
+        alarm.close()
+        cpu, began = _cpu_s(), monotonic_ns()
+        self._load.begin(start)
+        watchers = [commander, gevent.spawn(self._watch_lag), gevent.spawn(self._report)]
+        flusher = gevent.spawn(self._flush_rows)
+        self._load.finished.wait(self.spec.duration_s)
+        self._load.stop()
+        self._drain()
+        self.end_ns = self._load.now_ns()
+        self.cpu_share = (_cpu_s() - cpu) / max((monotonic_ns() - began) / 1e9, 1e-9)
+        gevent.killall(watchers)
+        self._finish(flusher)
+
+    def abandon(self) -> None:
+        """Told to stop before the start: nothing is sent, every request has its row."""
+        self._load.begin(monotonic_ns())
+        self._load.stop()
+        self._finish(None)
+
+    def _drain(self) -> None:
+        """Let what is in flight end, for ``drain_s`` after the last request was sent."""
+        deadline = monotonic_ns() + int(self.spec.drain_s * 1e9)
+        while self._client.in_flight and monotonic_ns() < deadline and self._stops < 2:
+            gevent.sleep(0.005)
+        self._client.abort("stopped", "in flight when the run was stopped")
+
+    def _obey(self) -> None:
+        """Commands during the run."""
+        while True:
+            line = self.commands.next(None)
+            if line == "stop":
+                self._stops += 1
+            elif line == "eof":
+                self._stops = max(self._stops, 1)  # the harness is gone, or done talking: no reason to hurry
+            else:
+                print(f"warning: not a command now: {line!r}", file=sys.stderr)
+                continue
+            self._stop_sending()
+
+    def _stop_sending(self) -> None:
+        self._load.stop()
+        self._load.finished.set()
+
+    def _fail_on_bugs(self) -> None:
+        """An exception nobody caught, in a callback or a user, must not end as a run that looks sound."""
+        hub = gevent.get_hub()
+        report = hub.handle_error
+
+        def handle_error(context: object, kind: type, value: BaseException, trace: object) -> None:
+            report(context, kind, value, trace)
+            if not issubclass(kind, hub.NOT_ERROR):
+                self._give_up(f"internal error: {kind.__name__}: {value} (see the worker's log)")
+
+        hub.handle_error = handle_error
+
+    def _give_up(self, trouble: str) -> None:
+        self.trouble = self.trouble or trouble
+        self._stop_sending()
+
+    def _finish(self, flusher: Any | None) -> None:
+        """Every request has one row, and all rows are in the file."""
+        self._client.close()
+        now = self._load.now_ns()
+        for planned in self._load.schedule.rest():
+            due = now if planned.scheduled_ns is None else planned.scheduled_ns
+            self._record(Result(planned.request_id, due, error="unsent"))
+        self._flushed.set()
+        if flusher is not None:
+            flusher.join(timeout=30)
+        if self._flushing:
+            self.trouble = f"{self.spec.results}: the disk took no rows for 30 s"
+        elif not self._torn:
+            self._write(self._writer.close)
+        self.rows = self._writer.rows
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
+
+    def _record(self, result: Result) -> None:
+        if result.error != "unsent":
+            self._done += 1
+            self._failed += result.error is not None
+            self._output_tokens += result.output_tokens or 0
+            if result.chunk_ns and result.error is None:
+                self._ttft_s.append((result.chunk_ns[0] - result.scheduled_ns) / 1e9)
+        if self._flushing:
+            self._held.append(result)
+        else:
+            self._writer.append(result)
+
+    def _flush_rows(self) -> None:
+        """Write rows about every second, in a thread: a slow disk must not hold up the stamps."""
+        pool = gevent.get_hub().threadpool
+        while not self._flushed.wait(_FLUSH_S) and not self._torn:
+            self._flushing = True
+            self._write(lambda: pool.apply(self._writer.flush))
+            self._flushing = False
+            held, self._held = self._held, []
+            for result in held:
+                self._writer.append(result)
+
+    def _write(self, write: Any) -> None:
+        try:
+            write()
+        except (OSError, pa.ArrowException) as e:
+            self._torn = True  # whatever followed half a batch could not be read
+            self._give_up(f"{self.spec.results}: cannot write results ({e})")
+
+    # -- self-observation ---------------------------------------------------------------------------------------------
+
+    def _watch_lag(self) -> None:
+        """How late the loop runs a 10 ms tick; a tick missed in a stall counts, too."""
+        alarm = Alarm(precise=True)
+        due = monotonic_ns()
+        try:
+            while True:
+                due += _LAG_TICK_NS
+                alarm.wait_until(due)
+                self._lags.append(monotonic_ns() - due)
+        finally:
+            alarm.close()
+
+    @property
+    def loop_lag_p99_s(self) -> float | None:
+        """99th percentile of the lag of the event loop, seconds; null when the run was too short for one tick."""
+        return float(np.percentile(np.frombuffer(self._lags, dtype=np.int64), 99)) / 1e9 if self._lags else None
+
+    def _report(self) -> None:
+        while True:
+            gevent.sleep(_PROGRESS_S)
+            samples = self._ttft_s[:: len(self._ttft_s) // _SAMPLES + 1]
+            told = say(
+                "progress", must=False, t_s=round(self._load.now_ns() / 1e9, 3), sent=self._load.sent, done=self._done,
+                failed=self._failed, in_flight=self._client.in_flight, ttft_s=[round(s, 4) for s in samples],
+                output_tokens=self._output_tokens,
+            )  # fmt: skip
+            if told or len(self._ttft_s) > 100_000:
+                self._ttft_s.clear()
+
+
+def _cpu_s() -> float:
+    times = os.times()
+    return times.user + times.system
+
+
+def _start_ns(commands: Commands) -> int | None:
+    """The common start as told, unix ns; None when told to stop instead."""
+    line = commands.next(START_WAIT_S)
+    if line is None:
+        raise WorkerError(f"nobody said when to start within {START_WAIT_S:g} s")
+    if line in ("stop", "eof"):
+        return None
+    word, _, number = line.partition(" ")
+    if word != "start" or not number.isdigit():
+        raise UsageError(f"{line!r} is no command: start <unix_ns> or stop")
+    if abs(int(number) - time.time_ns()) > START_WAIT_S * 1e9:
+        raise UsageError(f"the start is more than {START_WAIT_S:g} s away from this host's clock: are the clocks set?")
+    return int(number)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one worker; the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    end: dict[str, Any] = {"rows": 0, "cpu_share": None, "loop_lag_p99_s": None, "exit": None, "end_ns": None}
+    code = EXIT_VALID
+    try:
+        if len(arguments) != 1:
+            raise UsageError("usage: python -m scenarios.worker SPEC.json")
+        worker = Worker(read_spec(Path(arguments[0])))
+        say("ready", requests=worker.requests, fd_limit=worker.fd_limit)
+        start = _start_ns(worker.commands)
+        if start is None:
+            worker.abandon()
+        else:
+            worker.run(start)
+        end.update(
+            rows=worker.rows, cpu_share=worker.cpu_share, loop_lag_p99_s=worker.loop_lag_p99_s, exit=worker.trouble,
+            end_ns=worker.end_ns,
+        )  # fmt: skip
+        code = EXIT_FAILURE if worker.trouble else EXIT_VALID
+    except HarnessError as e:
+        print(f"error: {e}", file=sys.stderr)
+        end["exit"], code = str(e), e.exit_code
+    say("end", **end)
+    return code
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # users Locust still holds and the thread pool have nothing left to do; do not wait for them
