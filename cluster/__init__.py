@@ -1,0 +1,1 @@
+"""Servers and load workers as processes: weights, tiers, process groups, Ray deployments. ray is imported only here."""

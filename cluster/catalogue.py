@@ -1,0 +1,48 @@
+"""Catalogue files: a TOML file of named entries, each read strictly as one dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import MISSING
+from pathlib import Path
+from types import NoneType
+from typing import TypeVar, get_args, get_type_hints
+
+import msgspec
+
+from harness.errors import UsageError, unknown_name
+
+T = TypeVar("T")
+
+
+def read_catalogue(path: Path, kind: type[T]) -> dict[str, T]:
+    """Entries of a TOML file by name; every table is one ``kind`` whose field ``name`` is the table's own name.
+
+    Raises `UsageError` (a hand-written file is part of what was asked) when the file cannot be read, an entry has an
+    unknown key, lacks one, or holds a value of the wrong type: a mistyped key must not silently become a default.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UsageError(f"{path}: cannot read ({e.strerror})") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UsageError(f"{path}: not a TOML file: {e}") from e
+    assert dataclasses.is_dataclass(kind)
+    hints = get_type_hints(kind)
+    keys = {field.name for field in dataclasses.fields(kind)} - {"name"}
+    # TOML has no null: a key that may be null is null when it is absent.
+    required = [field.name for field in dataclasses.fields(kind) if field.default is MISSING]
+    nulls = {name: None for name in required if NoneType in get_args(hints[name])}
+    entries: dict[str, T] = {}
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise UsageError(f"{path}: {name!r} is not a table; write [{name}]")
+        for key in table:
+            if key not in keys:
+                raise UsageError(f"{path}: [{name}]: {unknown_name('key', key, keys)}")
+        try:
+            entries[name] = msgspec.convert({**nulls, **table, "name": name}, kind)
+        except msgspec.ValidationError as e:
+            raise UsageError(f"{path}: [{name}]: {e}") from e
+    return entries

@@ -1,0 +1,390 @@
+"""An OpenAI-compatible server whose TTFT, ITL and token counts are exactly known: the truth our figures must match.
+
+Start it::
+
+    python -m cluster.fake_server --port 0 --ttft 0.05 --itl 0.01
+
+It prints ``ready http://127.0.0.1:PORT/v1`` and serves ``/v1/completions``, ``/v1/chat/completions`` (streamed or not),
+``/v1/models``, ``/tokenize``, ``/health``, ``/version`` and ``/metrics`` (vLLM's names) until it is killed.
+
+- The first token is due ``--ttft`` after the request began service, each other ``--itl`` later (absolute schedule).
+- ``--slots N`` serves N requests at once; others queue (a server that is too slow).
+- ``--log FILE`` writes one JSON line per finished answer with the monotonic times (ns, CLOCK_MONOTONIC, shared by all
+  processes of this host) at which the request was complete and each chunk was handed to the kernel: the exact truth.
+- ``FAKE_SERVER_API_KEY`` in the environment makes it demand that key.
+- A request body may carry ``"fault"``: one of `FAULTS`.
+
+Prompt tokens: the number of token ids, or of words in a text. Output tokens: ``max_tokens``, one per chunk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hmac
+import json
+import os
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+FAULTS = {
+    "http500": "HTTP 500 with a JSON error",
+    "http429": "HTTP 429",
+    "http400": "HTTP 400",
+    "redirect": "HTTP 307 to elsewhere",
+    "html": "HTTP 200 with an HTML page",
+    "hang": "no byte, ever",
+    "stall": "two tokens, then silence",
+    "cut": "two tokens, then the connection closes",
+    "reset": "the connection closes before any byte",
+    "error_event": "two tokens, then an error event and a regular end",
+    "no_done": "all tokens, finish reason, but no [DONE]",
+    "no_finish": "two tokens, then a regular end of the HTTP body with neither finish reason nor [DONE]",
+    "no_usage": "no usage chunk",
+    "short": "half of the tokens that were asked for",
+    "bundle": "every chunk holds two tokens",
+    "crlf": "events end in CR LF, with comments between them",
+}
+
+MAX_REQUEST = 64 << 20
+
+
+class Truth:
+    """Counters and settings shared by all connections of one server."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.ttft_s: float = args.ttft
+        self.itl_s: float = args.itl
+        self.model: str = args.model
+        self.slots: int = args.slots
+        self.pad: str = "x" * args.pad
+        self.api_key = os.environ.get("FAKE_SERVER_API_KEY", "")
+        self.log = Path(args.log).open("a", buffering=1) if args.log else None  # noqa: SIM115 - lives as long as we do
+        self.running = 0
+        self.queue: deque[Answer] = deque()
+        self.prompt_tokens = self.generation_tokens = self.finished = 0
+
+    def metrics(self) -> str:
+        """The counters in Prometheus text form, by vLLM's names."""
+        label = f'{{engine="0",model_name="{self.model}"}}'
+        reason = f'{{engine="0",finished_reason="length",model_name="{self.model}"}}'
+        return "".join(
+            f"{line}\n"
+            for line in (
+                "# TYPE vllm:prompt_tokens_total counter",
+                f"vllm:prompt_tokens_total{label} {float(self.prompt_tokens)}",
+                f"vllm:generation_tokens_total{label} {float(self.generation_tokens)}",
+                f"vllm:request_success_total{reason} {float(self.finished)}",
+                f"vllm:num_requests_running{label} {float(self.running)}",
+                f"vllm:num_requests_waiting{label} {float(len(self.queue))}",
+            )
+        )
+
+    def admit(self, answer: Answer) -> None:
+        """Serve now or queue."""
+        if self.slots and self.running >= self.slots:
+            self.queue.append(answer)
+        else:
+            self.running += 1
+            answer.begin()
+
+    def release(self) -> None:
+        """A slot is free: the next in the queue begins."""
+        self.running -= 1
+        while self.queue:
+            answer = self.queue.popleft()
+            if not answer.connection.closed:
+                self.running += 1
+                answer.begin()
+                return
+
+
+class Answer:
+    """One request being answered: writes its chunks on an absolute schedule."""
+
+    def __init__(self, connection: Connection, body: dict[str, Any], chat: bool) -> None:
+        self.connection, self.body, self.chat = connection, body, chat
+        self.truth = connection.truth
+        self.received_ns = time.monotonic_ns()
+        self.fault = str(body.get("fault") or "")
+        self.stream = bool(body.get("stream"))
+        tokens = int(body.get("max_tokens") or body.get("max_completion_tokens") or 16)
+        self.tokens = max(1, tokens // 2) if self.fault == "short" else tokens
+        self.prompt_tokens = count_prompt(body)
+        self.sent = 0
+        self.chunk_ns: list[int] = []
+        self.over = False
+
+    def begin(self) -> None:
+        """Start the clock of this answer."""
+        self.t0 = self.connection.loop.time()
+        if self.fault == "hang":
+            return
+        self.timer = self.connection.loop.call_at(self.t0 + self.truth.ttft_s, self.tick)
+
+    def tick(self) -> None:
+        """Write the next chunk, or the end."""
+        if self.connection.closed:
+            self.end()
+            return
+        if not self.stream:
+            self.whole()
+            return
+        first = self.sent == 0
+        step = min(2 if self.fault == "bundle" else 1, self.tokens - self.sent)
+        self.sent += step
+        last = self.sent >= self.tokens
+        out = head(200, "text/event-stream; charset=utf-8", chunked=True) if first else b""
+        if first and self.chat:
+            out += self.event({"delta": {"role": "assistant", "content": ""}, "finish_reason": None})
+        text = f" t{self.truth.pad}" * step
+        finish = "length" if last and self.fault != "no_finish" else None
+        choice = {"delta": {"content": text}} if self.chat else {"text": text}
+        out += self.event({**choice, "finish_reason": finish})
+        if self.sent >= 2 and self.fault in ("stall", "cut", "error_event", "no_finish"):
+            self.break_off(out)
+            return
+        if last:
+            out += self.closing()
+        self.connection.write(out)
+        self.chunk_ns.append(time.monotonic_ns())
+        if last:
+            self.end()
+        else:
+            due = self.t0 + self.truth.ttft_s + self.sent * self.truth.itl_s
+            self.timer = self.connection.loop.call_at(due, self.tick)
+
+    def break_off(self, out: bytes) -> None:
+        """End in the way the fault asks for."""
+        if self.fault == "error_event":
+            out += self.data({"error": {"message": "engine died", "type": "InternalServerError", "code": 500}})
+        if self.fault in ("error_event", "no_finish"):
+            out += b"0\r\n\r\n"
+        self.connection.write(out)
+        if self.fault == "cut":
+            self.connection.transport.close()
+        if self.fault != "stall":
+            self.end()
+
+    def whole(self) -> None:
+        """The answer to a request that did not ask for a stream: everything after the last token's time."""
+        wait = self.t0 + self.truth.ttft_s + (self.tokens - 1) * self.truth.itl_s - self.connection.loop.time()
+        if wait > 0:
+            self.timer = self.connection.loop.call_later(wait, self.tick)
+            return
+        text = " t" * self.tokens
+        choice = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        answer = {"index": 0, **choice, "finish_reason": "length"}
+        self.connection.reply(200, {"model": self.truth.model, "choices": [answer], "usage": self.usage()})
+        self.sent = self.tokens
+        self.end()
+
+    def closing(self) -> bytes:
+        """What follows the last token."""
+        out = b""
+        asked = (self.body.get("stream_options") or {}).get("include_usage")
+        if asked and self.fault != "no_usage":
+            out += self.data({"id": "fake", "model": self.truth.model, "choices": [], "usage": self.usage()})
+        if self.fault != "no_done":
+            out += self.chunk(b"data: [DONE]" + self.newline * 2)
+        return out + b"0\r\n\r\n"
+
+    def usage(self) -> dict[str, int]:
+        """The server's own token books for this answer."""
+        total = self.prompt_tokens + self.tokens
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.tokens, "total_tokens": total}
+
+    @property
+    def newline(self) -> bytes:
+        """The line end of this answer's events."""
+        return b"\r\n" if self.fault == "crlf" else b"\n"
+
+    def event(self, choice: dict[str, Any]) -> bytes:
+        """One SSE event with one choice."""
+        return self.data({"id": "fake", "model": self.truth.model, "choices": [{"index": 0, **choice}]})
+
+    def data(self, value: dict[str, Any]) -> bytes:
+        """One SSE event as an HTTP chunk."""
+        comment = b": ping" + self.newline * 2 if self.fault == "crlf" else b""
+        return self.chunk(comment + b"data: " + json.dumps(value).encode() + self.newline * 2)
+
+    @staticmethod
+    def chunk(payload: bytes) -> bytes:
+        """One chunk of a chunked body."""
+        return f"{len(payload):x}\r\n".encode() + payload + b"\r\n"
+
+    def end(self) -> None:
+        """Books, log and the next in the queue."""
+        if self.over:
+            return
+        self.over = True
+        truth = self.truth
+        truth.prompt_tokens += self.prompt_tokens
+        truth.generation_tokens += self.sent
+        truth.finished += self.sent >= self.tokens
+        if truth.log:
+            row = {"received_ns": self.received_ns, "chunk_ns": self.chunk_ns, "tokens": self.sent}
+            truth.log.write(json.dumps({**row, "prompt_tokens": self.prompt_tokens}) + "\n")
+        truth.release()
+
+
+def count_prompt(body: dict[str, Any]) -> int:
+    """Prompt tokens by this server's own simple rule: ids one each, text by words."""
+    prompt = body.get("prompt")
+    if isinstance(prompt, list):
+        return len(prompt)
+    if isinstance(prompt, str):
+        return len(prompt.split())
+    return sum(len(str(m.get("content", "")).split()) for m in body.get("messages") or [])
+
+
+def head(status: int, content_type: str, *, length: int | None = None, chunked: bool = False, extra: str = "") -> bytes:
+    """A response head."""
+    size = "Transfer-Encoding: chunked\r\n" if chunked else f"Content-Length: {length}\r\n"
+    return f"HTTP/1.1 {status} X\r\nContent-Type: {content_type}\r\n{size}{extra}\r\n".encode()
+
+
+class Connection(asyncio.Protocol):
+    """One keep-alive connection: parses requests, one at a time."""
+
+    def __init__(self, truth: Truth, loop: asyncio.AbstractEventLoop) -> None:
+        self.truth, self.loop = truth, loop
+        self.buffer = bytearray()
+        self.closed = False
+        self.answer: Answer | None = None
+        self.transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport; asyncio sets TCP_NODELAY itself."""
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client went away: free what it held."""
+        self.closed = True
+        answer = self.answer
+        if answer is None or answer.over:
+            return
+        if answer in self.truth.queue:
+            self.truth.queue.remove(answer)
+            answer.over = True
+        else:
+            answer.end()
+
+    def data_received(self, data: bytes) -> None:
+        """Collect one whole request, then answer it."""
+        self.buffer += data
+        end = self.buffer.find(b"\r\n\r\n")
+        if end < 0 or len(self.buffer) > MAX_REQUEST:
+            if len(self.buffer) > MAX_REQUEST:
+                self.transport.abort()
+            return
+        lines = bytes(self.buffer[:end]).decode("latin-1").split("\r\n")
+        headers = {k.strip().lower(): v.strip() for k, _, v in (line.partition(":") for line in lines[1:])}
+        size = int(headers.get("content-length") or 0)
+        if len(self.buffer) < end + 4 + size:
+            return
+        body = bytes(self.buffer[end + 4 : end + 4 + size])
+        del self.buffer[: end + 4 + size]
+        method, path, _ = lines[0].split(" ", 2)
+        self.route(method, path.split("?")[0], headers, body)
+
+    def write(self, data: bytes) -> None:
+        """Hand bytes to the kernel."""
+        if not self.closed:
+            self.transport.write(data)
+
+    def reply(self, status: int, value: Any, extra: str = "") -> None:
+        """A complete JSON answer."""
+        payload = json.dumps(value).encode()
+        self.write(head(status, "application/json", length=len(payload), extra=extra) + payload)
+
+    def error(self, status: int, message: str, extra: str = "") -> None:
+        """A JSON error as vLLM words it."""
+        self.reply(status, {"error": {"message": message, "type": "Error", "code": status}}, extra)
+
+    def route(self, method: str, path: str, headers: dict[str, str], raw: bytes) -> None:
+        """Answer one request."""
+        truth = self.truth
+        if path == "/health":
+            self.write(head(200, "text/plain", length=0))
+        elif path == "/version":
+            self.reply(200, {"version": "fake-1"})
+        elif path == "/metrics":
+            payload = truth.metrics().encode()
+            self.write(head(200, "text/plain", length=len(payload)) + payload)
+        elif truth.api_key and not hmac.compare_digest(headers.get("authorization", ""), f"Bearer {truth.api_key}"):
+            self.error(401, "Unauthorized")
+        elif path == "/v1/models":
+            self.reply(200, {"object": "list", "data": [{"id": truth.model, "max_model_len": 32768}]})
+        elif method != "POST":
+            self.error(404, "Not Found")
+        else:
+            self.post(path, raw)
+
+    def post(self, path: str, raw: bytes) -> None:
+        """Answer one POST."""
+        try:
+            body = json.loads(raw)
+        except ValueError:
+            self.error(400, "body is not JSON")
+            return
+        if path == "/tokenize":
+            words = str(body.get("prompt", "")).split()
+            self.reply(200, {"tokens": [100 + sum(map(ord, w)) % 5000 for w in words], "count": len(words)})
+        elif path not in ("/v1/completions", "/v1/chat/completions"):
+            self.error(404, "Not Found")
+        elif body.get("model") != self.truth.model:
+            self.error(404, f"The model `{body.get('model')}` does not exist.")
+        elif not self.refuse(str(body.get("fault") or "")):
+            self.answer = Answer(self, body, chat="chat" in path)
+            self.truth.admit(self.answer)
+
+    def refuse(self, fault: str) -> bool:
+        """Act out a fault that needs no token; false when there is none."""
+        if fault.startswith("http"):
+            self.error(int(fault[4:]), f"fault {fault}")
+        elif fault == "redirect":
+            self.write(head(307, "text/plain", length=0, extra="Location: http://127.0.0.1:9/\r\n"))
+        elif fault == "html":
+            page = b"<!doctype html><title>login</title>"
+            self.write(head(200, "text/html", length=len(page)) + page)
+        elif fault == "reset":
+            self.transport.abort()
+        else:
+            return False
+        return True
+
+
+async def serve(args: argparse.Namespace) -> None:
+    """Listen until cancelled."""
+    loop = asyncio.get_running_loop()
+    truth = Truth(args)
+    server = await loop.create_server(lambda: Connection(truth, loop), args.host, args.port, backlog=4096)
+    port = server.sockets[0].getsockname()[1]
+    print(f"ready http://{args.host}:{port}/v1", flush=True)
+    await server.serve_forever()
+
+
+def main() -> None:
+    """Parse arguments and serve."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0, help="0: any free port (default)")
+    parser.add_argument("--model", default="fake", help="the one model it serves")
+    parser.add_argument("--ttft", type=float, default=0.05, help="seconds to the first token")
+    parser.add_argument("--itl", type=float, default=0.01, help="seconds between tokens")
+    parser.add_argument("--slots", type=int, default=0, help="requests served at once; 0: no limit")
+    parser.add_argument("--pad", type=int, default=0, help="extra bytes per token")
+    parser.add_argument("--log", help="file for the exact truth, one JSON line per answer")
+    try:
+        asyncio.run(serve(parser.parse_args()))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

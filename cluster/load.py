@@ -1,0 +1,326 @@
+"""Load workers as processes: started together, started at one instant, followed to their end, whatever they do.
+
+A worker is ``python -m scenarios.worker SPEC.json``. It prints one JSON object per line::
+
+    {"event": "ready", "requests": 500}
+    {"event": "progress", "t_s": 1.5, "sent": 40, "done": 31, "failed": 0, "in_flight": 9, "ttft_s": [0.05], "output_tokens": 992}
+    {"event": "end", "rows": 500, "cpu_share": 0.4, "loop_lag_p99_s": 0.001, "exit": null, "end_ns": 9000000000}
+
+and reads ``start <unix_ns>`` and ``stop``. The end of its stdin means stop.
+"""  # noqa: E501 - the lines are shown as they are
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from cluster.process import GRACE_S, Process, describe_exit
+from harness.errors import UsageError, WorkerError
+from harness.run import RunDir, RunSpec, Worker
+
+READY_S = 300.0
+"""Reading a large plan takes a worker this long at most."""
+LEAD_S = 1.0
+"""Between the order to start and the common start: every worker must have it before."""
+SILENCE_S = 30.0
+"""Workers report about twice a second; one that says nothing for this long hangs."""
+EXIT_S = 10.0
+"""From a worker's last words to the end of its process."""
+SLACK_S = 30.0
+"""Above what a worker was told to need."""
+POLL_S = 0.1
+GARBAGE_LINES = 10
+
+WORKER = (sys.executable, "-m", "scenarios.worker")
+
+
+class Child(Protocol):
+    """A running process with pipes: `cluster.process.Process`, or one on another host."""
+
+    def poll(self) -> int | None: ...  # noqa: D102
+    def wait(self, timeout_s: float) -> int | None: ...  # noqa: D102
+    def stop(self, grace_s: float = GRACE_S) -> int | None: ...  # noqa: D102
+    def lines(self) -> list[str]: ...  # noqa: D102
+    def write_line(self, line: str) -> bool: ...  # noqa: D102
+    def tail(self, n: int = 20) -> list[str]: ...  # noqa: D102
+
+
+class Launch(Protocol):
+    """Starts a child with pipes; `Process.start` and `Deployment.launch` are two."""
+
+    def __call__(  # noqa: D102
+        self, argv: Sequence[str], *, name: str, env: Mapping[str, str | None], log: Path, pipes: bool = True
+    ) -> Child: ...
+
+
+class _Ready(msgspec.Struct, tag="ready", tag_field="event"):
+    requests: int | None = None
+    host: str | None = None
+
+
+class _Progress(msgspec.Struct, tag="progress", tag_field="event"):
+    sent: int = 0
+    done: int = 0
+    failed: int = 0
+    in_flight: int = 0
+    output_tokens: int = 0
+    ttft_s: list[float] = []
+
+
+class _End(msgspec.Struct, tag="end", tag_field="event"):
+    rows: int | None = None
+    cpu_share: float | None = None
+    loop_lag_p99_s: float | None = None
+    exit: str | None = None
+    end_ns: int | None = None
+
+
+_DECODER = msgspec.json.Decoder(_Ready | _Progress | _End)
+
+
+@dataclass(slots=True)
+class _State:
+    """One worker as far as its lines tell."""
+
+    child: Child
+    heard: float
+    """When it last said anything that makes sense."""
+    ready: _Ready | None = None
+    progress: _Progress = field(default_factory=_Progress)
+    end: _End | None = None
+    over: str | None = None
+    """How it ended in the end, once it has; empty when as it should."""
+    garbage: list[str] = field(default_factory=list)
+    """Other lines it printed; they explain a death."""
+
+    def read(self) -> list[float]:
+        """Take in its new lines; new TTFT samples, seconds."""
+        samples: list[float] = []
+        for line in self.child.lines():
+            try:
+                event = _DECODER.decode(line)
+            except msgspec.DecodeError:
+                self.garbage = [*self.garbage, line[:400]][-GARBAGE_LINES:]
+                continue
+            self.heard = time.monotonic()
+            if isinstance(event, _Progress):
+                self.progress = event
+                samples += event.ttft_s
+            elif isinstance(event, _Ready):
+                self.ready = event
+            else:
+                self.end = event
+        return samples
+
+
+class LoadWorkers:
+    """All load workers of one run; a context manager that leaves none behind.
+
+    Entering starts them and waits until every one has read its slice of the plan; it raises `WorkerError` when one does
+    not get ready. `start` sets them off together; call `poll` until `done`. ``workers`` and ``end_ns`` then hold what
+    they said of themselves. A worker lost on the way is a fact in ``workers``, not an exception: its rows are kept.
+    """
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        run: RunDir,
+        *,
+        api_key: str | None,
+        launch: Launch | None = None,
+        worker: Sequence[str] = WORKER,
+        ready_s: float = READY_S,
+        silence_s: float = SILENCE_S,
+    ) -> None:
+        if spec.concurrency is not None and spec.concurrency < spec.workers:
+            raise UsageError(f"{spec.workers} workers cannot share {spec.concurrency} in flight: use fewer --workers")
+        self._spec, self._run, self._api_key = spec, run, api_key
+        self._launch: Launch = launch or Process.start
+        self._worker, self._ready_s, self._silence_s = worker, ready_s, silence_s
+        self._states: list[_State] = []
+        self._deadline: float | None = None
+        self._why_late = ""
+        self._ttft_s: list[float] = []
+
+    def __enter__(self) -> LoadWorkers:
+        try:
+            for index in range(self._spec.workers):
+                self._states.append(self._spawn(index))
+            self._wait_ready()
+        except BaseException:  # Ctrl-C as well: leave nothing running
+            self._kill("not started")
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._kill("ended with the harness")
+
+    def _spawn(self, index: int) -> _State:
+        file = self._run.path.resolve() / f"worker-{index}.json"
+        try:
+            file.write_bytes(msgspec.json.encode(worker_spec(self._spec, self._run, index)))
+        except OSError as e:
+            raise WorkerError(f"{file}: cannot write ({e.strerror})") from e
+        child = self._launch(
+            [*self._worker, str(file)],
+            name=f"load worker {index}",
+            env={"HARNESS_API_KEY": self._api_key},
+            log=self._run.worker_log(index),
+            pipes=True,
+        )
+        return _State(child, time.monotonic())
+
+    def _wait_ready(self) -> None:
+        deadline = time.monotonic() + self._ready_s
+        while True:
+            for index, state in enumerate(self._states):
+                code = state.child.poll()  # before the lines: all of them are there once it has ended
+                state.read()
+                if state.ready is None and code is not None:
+                    raise self._failure(index, f"ended before it was ready ({describe_exit(code)})")
+                if state.ready is None and time.monotonic() > deadline:
+                    raise self._failure(index, f"was not ready after {self._ready_s:.0f} s")
+            if all(state.ready for state in self._states):
+                return
+            time.sleep(POLL_S / 2)
+
+    def _failure(self, index: int, problem: str) -> WorkerError:
+        state = self._states[index]
+        words = [*state.garbage, *state.child.tail(12)]
+        log = self._run.worker_log(index)
+        return WorkerError("\n  ".join([f"load worker {index} {problem}; its log: {log}", *words]))
+
+    def start(self) -> int:
+        """Give the common start; returns it, ns of the wall clock, about a second from now."""
+        start_ns = time.time_ns() + int(LEAD_S * 1e9)
+        for state in self._states:
+            state.heard = time.monotonic() + LEAD_S
+            state.child.write_line(f"start {start_ns}")  # one that died meanwhile shows in poll
+        if self._spec.duration_s is not None:
+            self._limit(LEAD_S + self._spec.duration_s + self._spec.drain_s + SLACK_S, "did not end in time")
+        return start_ns
+
+    def stop(self, at_once: bool = False) -> None:
+        """Ask for an end: no new requests, those in flight may finish. ``at_once``: end the processes now.
+
+        Either way every row that was written stays; keep calling `poll` until `done`.
+        """
+        if at_once:
+            self._limit(0.0, "ended at once, as asked")
+            return
+        for state in self._states:
+            state.child.write_line("stop")
+        self._limit(self._spec.drain_s + SLACK_S, "did not stop when asked to")
+
+    def _limit(self, seconds: float, why: str) -> None:
+        """From then on workers that still run are ended, for this reason."""
+        deadline = time.monotonic() + seconds
+        if self._deadline is None or deadline < self._deadline:
+            self._deadline, self._why_late = deadline, why
+
+    def poll(self, timeout_s: float) -> dict[str, object]:
+        """Merged counts of all workers after ``timeout_s`` (sooner when all have ended).
+
+        Keys: sent, done, failed, in_flight, output_tokens: totals since the start. ttft_s: samples since the last call.
+        """
+        until = time.monotonic() + timeout_s
+        samples: list[float] = []
+        while True:
+            for state in self._states:
+                if state.over is None:
+                    samples += self._follow(state)
+            left = until - time.monotonic()
+            if self.done or left <= 0:
+                break
+            time.sleep(min(POLL_S, left))
+        names = ("sent", "done", "failed", "in_flight", "output_tokens")
+        counts: dict[str, object] = {
+            name: sum(getattr(state.progress, name) for state in self._states) for name in names
+        }
+        return {**counts, "ttft_s": samples}
+
+    def _follow(self, state: _State) -> list[float]:
+        """Read one worker's lines and settle whether and how it ended."""
+        code = state.child.poll()  # before the lines: all of them are there once it has ended
+        samples = state.read()
+        now = time.monotonic()
+        if state.end is not None and (code is not None or now - state.heard > EXIT_S):
+            state.over = state.end.exit or ("" if code in (0, None) else f"{describe_exit(code)} after its last row")
+        elif code is not None:
+            said = [*state.garbage, *state.child.tail(1)]
+            state.over = describe_exit(code) + (f": {said[-1]}" if said else "")
+        elif self._deadline is not None and now > self._deadline:
+            state.over = self._why_late
+        elif state.end is None and now - state.heard > self._silence_s:
+            state.over = f"hung: said nothing for {self._silence_s:.0f} s"
+        if state.over is not None:
+            state.progress.in_flight = 0
+            if code is None:
+                state.child.stop(1.0)
+        return samples
+
+    @property
+    def done(self) -> bool:
+        """Every worker has ended."""
+        return all(state.over is not None for state in self._states)
+
+    @property
+    def workers(self) -> list[Worker]:
+        """What is known of each worker, for the manifest."""
+        return [
+            Worker(
+                index=index,
+                host=(state.ready.host if state.ready else None) or socket.gethostname(),
+                exit=state.over or None,
+                rows=state.end.rows if state.end else None,
+                cpu_share=state.end.cpu_share if state.end else None,
+                loop_lag_p99_s=state.end.loop_lag_p99_s if state.end else None,
+            )
+            for index, state in enumerate(self._states)
+        ]
+
+    @property
+    def end_ns(self) -> int | None:
+        """When the last worker was done, ns after the common start; null when none said so."""
+        ends = [state.end.end_ns for state in self._states if state.end and state.end.end_ns is not None]
+        return max(ends, default=None)
+
+    def _kill(self, why: str) -> None:
+        for state in self._states:
+            if state.over is None:
+                state.over = why
+                state.child.stop(1.0)
+
+
+def share(concurrency: int | None, workers: int, index: int) -> int | None:
+    """A worker's part of the requests in flight; the parts add up to ``concurrency``. Null stays null: no cap."""
+    if concurrency is None:
+        return None
+    return concurrency // workers + (index < concurrency % workers)
+
+
+def worker_spec(spec: RunSpec, run: RunDir, index: int) -> dict[str, object]:
+    """The file a load worker is started with."""
+    return {
+        "worker": index,
+        "workers": spec.workers,
+        "plan": str(run.plan.resolve()),
+        "results": str(run.results(index).resolve()),
+        "mode": spec.mode,
+        "concurrency": share(spec.concurrency, spec.workers, index),
+        "base_urls": spec.base_urls,
+        "endpoint": spec.endpoint,
+        "model": spec.model,
+        "duration_s": spec.duration_s,
+        "drain_s": spec.drain_s,
+        "timeout_s": spec.timeout_s,
+        "stall_s": spec.stall_s,
+        "extra_body": spec.extra_body,
+    }

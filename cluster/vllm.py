@@ -1,0 +1,207 @@
+"""vLLM as a server process: its arguments, its environment, and what its last words mean."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.models import Model
+from cluster.weights import ensure_weights, weights_facts
+from harness.run import Tier
+
+KEEP_ALIVE_S = 900
+"""vLLM closes idle connections after 5 s by default; a client that reuses one then sees resets that are no fault."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """What to run. ``argv`` holds no secret; ``env`` may. None in ``env`` removes a variable."""
+
+    argv: list[str]
+    env: dict[str, str | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VllmEngine:
+    """A model of the catalogue on a tier, served by vLLM."""
+
+    model: Model
+    tier: Tier
+    weights: Path
+    """On the driver's host; other hosts make their own copy when this path is not there."""
+
+    @property
+    def name(self) -> str:
+        """"vllm" on accelerators, "vllm-cpu" without."""
+        return engine_kind(self.tier)
+
+    @property
+    def served_model(self) -> str:
+        """Model name as the server knows it."""
+        return self.model.name
+
+    @property
+    def args(self) -> list[str]:
+        """Engine arguments that shape the result, for the manifest."""
+        return engine_args(self.model, self.tier)
+
+    def facts(self) -> dict[str, str]:
+        """Where the weights came from."""
+        return weights_facts(self.model, self.weights)
+
+    def prepare(self, say: Callable[[str], None]) -> Path:
+        """The weights' folder on this host; fetches them when the driver's folder is not here."""
+        return self.weights if self.weights.exists() else ensure_weights(self.model, say=say)
+
+    def command(self, host: str, port: int, api_key: str) -> Command:
+        """The server's command on this host."""
+        return Command(
+            argv=server_argv(self.model, self.tier, self.prepare(lambda text: None), host=host, port=port),
+            env=server_env(self.model, self.tier, api_key),
+        )
+
+    def explain(self, lines: Sequence[str]) -> str | None:
+        """The cause of a death, from its log."""
+        return explain(lines)
+
+
+def engine_kind(tier: Tier) -> str:
+    """"vllm" on a tier with accelerators, "vllm-cpu" without."""
+    return "vllm" if tier.accelerator_count else "vllm-cpu"
+
+
+def engine_args(model: Model, tier: Tier) -> list[str]:
+    """Arguments that shape speed and answers. A replica takes all accelerators of its instance."""
+    args = ["--dtype", model.dtype, "--max-model-len", str(model.max_model_len)]
+    if tier.accelerator_count:
+        args += ["--tensor-parallel-size", str(tier.accelerator_count)]
+    else:
+        args += ["--enforce-eager"]  # compiling takes minutes on a CPU and gains little there
+    return [*args, *model.engine_args]
+
+
+def server_argv(model: Model, tier: Tier, weights: Path, *, host: str, port: int) -> list[str]:
+    """Command line of one server. Not the ``vllm`` script: that of vllm-cpu cannot find its own package."""
+    return [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+        "--model", str(weights), "--served-model-name", model.name, "--host", host, "--port", str(port),
+        "--disable-uvicorn-access-log", *engine_args(model, tier),
+    ]  # fmt: skip
+
+
+def server_env(model: Model, tier: Tier, api_key: str) -> dict[str, str | None]:
+    """Environment of one server, as changes to its parent's."""
+    env: dict[str, str | None] = {
+        "VLLM_API_KEY": api_key,
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S),
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",  # the weights are a local folder by now
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": None,  # Ray sets 1 in its workers, which would give vLLM one thread
+    }
+    if not tier.accelerator_count:
+        env["VLLM_CPU_KVCACHE_SPACE"] = str(model.cpu_kv_cache_gib)
+    return env
+
+
+CAUSES: tuple[tuple[str, str, str], ...] = (
+    (r"address already in use|\[Errno 98\]", "port in use", "another process took the port; start again"),
+    (
+        r"torchvision::nms does not exist",
+        "torchvision does not fit this torch build",
+        "pip uninstall -y torchvision torchaudio torchcodec (text models do not need them)",
+    ),
+    (
+        r"No package metadata was found for vllm",
+        "vLLM's own package data is missing",
+        "reinstall the engine: the harness's [cpu] or [gpu] extra",
+    ),
+    (
+        r"ModuleNotFoundError: No module named '?(?P<what>[\w.]+)",
+        "Python package {what} is missing",
+        "install the harness with its [cpu] or [gpu] extra, in the environment that runs it",
+    ),
+    (
+        r"CUDA out of memory|torch\.OutOfMemoryError|Free memory on device .* is less than desired",
+        "out of GPU memory",
+        "end other processes on the GPU, use a tier with more memory or a smaller model",
+    ),
+    (
+        r"No available memory for the cache blocks|seq len \(\d+\), \(?[\d.]+ GiB KV cache is needed",
+        "no room for the KV cache of one request",
+        "lower max_model_len, raise the KV cache, or use a tier with more memory",
+    ),
+    (
+        r"Cannot allocate memory|DefaultCPUAllocator: can't allocate|^MemoryError|Available memory on node",
+        "out of memory",
+        "end other processes, use fewer replicas or a smaller model (SmolLM2-135M needs about 4 GiB a replica)",
+    ),
+    (
+        r"No CUDA GPUs are available|Found no NVIDIA driver|Failed to infer device type|libcuda\.so.*cannot open|"
+        r"World size .* is larger than the number of available GPUs",
+        "no GPU, or fewer than the tier has",
+        "run on a machine of this tier, or choose a tier without accelerators",
+    ),
+    (
+        r"no kernel image is available|only supported on GPUs with compute capability",
+        "this GPU is too old for the number format or the build",
+        "choose another dtype or a newer tier",
+    ),
+    (
+        r"greater than the derived max_model_len|exceeds the model's .*max(imum)?_(model_len|position)",
+        "max_model_len is larger than the model was trained for",
+        "lower it in the model's entry or engine arguments",
+    ),
+    (
+        r"not supported for now|has no vLLM implementation|does not recognize this architecture|"
+        r"Model architectures .* (are not supported|failed to be inspected)",
+        "this vLLM does not support the model's architecture",
+        "check the model's config.json, or use another vLLM version",
+    ),
+    (
+        r"SafetensorError|HeaderTooLarge|InvalidHeaderDeserialization|MetadataIncompleteBuffer|incomplete metadata|"
+        r"Cannot find any model weights|size mismatch for|PytorchStreamReader failed",
+        "the model's weights are damaged or incomplete",
+        "fetch them again (delete the model's folder in the cache)",
+    ),
+    (
+        r"gated repo|GatedRepoError|401 Client Error|Access to model .* is restricted",
+        "the hub wants an account that accepted the model's licence",
+        "accept it on the model's page and set HF_TOKEN",
+    ),
+    (
+        r"not a local folder and is not a valid model identifier|Invalid repository ID or local directory|"
+        r"not appear to have a file named|Can't load the configuration of|Repo id must|Error no file named|"
+        r"Couldn't instantiate the backend tokenizer|Can't load tokenizer",
+        "the model's folder is missing or is not a model",
+        "check the path: config.json, tokenizer and *.safetensors have to be there",
+    ),
+    (
+        r"must be divisible by.*tensor.parallel|not divisible by .*tensor parallel",
+        "the model's attention heads cannot be spread over the tier's accelerators",
+        "choose a tier with another number of accelerators",
+    ),
+    (
+        r"error: (unrecognized arguments|argument|ambiguous option)",
+        "vLLM does not know one of its arguments",
+        "check the model's engine_args against this vLLM version",
+    ),
+    (r"No space left on device", "the disk is full", "free some space (also in /dev/shm and /tmp)"),
+    (r"Permission denied", "no permission", "see the log for the file or address"),
+)
+"""(pattern in a log line, cause, advice); the first one that occurs anywhere in the log's end counts."""
+
+_PATTERNS = [(re.compile(pattern, re.IGNORECASE | re.MULTILINE), cause, advice) for pattern, cause, advice in CAUSES]
+
+
+def explain(lines: Sequence[str]) -> str | None:
+    """Why a server died, with advice, from the end of its log; null when no line is known."""
+    text = "\n".join(lines)
+    for pattern, cause, advice in _PATTERNS:
+        if found := pattern.search(text):
+            return f"{cause.format(**found.groupdict())}: {advice}"
+    return None
