@@ -10,9 +10,9 @@ worker              int16         index of the load worker that sent it
 replica             int16         index of the server it was sent to; null when it was never sent
 scheduled_ns        int64         when it was due, ns after the common start. Open loop: from the plan. Closed loop: the
                                   moment its slot became free
-sent_ns             int64         when the client began to send it (before any connection set-up); null when never sent
-chunk_gap_ns        list<int64>   ns between chunks that carry output: the first is counted from sent_ns, each other from
-                                  the chunk before it. Gaps, because they compress to half of absolute times.
+sent_ns             int64         when the client began to send it (before any connection set-up); null: never sent
+chunk_gap_ns        list<int64>   ns between chunks that carry output: the first counts from sent_ns, each other from the
+                                  chunk before it. Gaps, because they compress to half of absolute times.
                                   Empty when no output arrived
 chunk_tokens        list<int32>   output tokens in each of those chunks; null when the server did not let us know
 finished_ns         int64         when the response ended or failed; null when never sent
@@ -33,6 +33,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +137,7 @@ class ResultWriter:
         if stamps:
             assert result.sent_ns is not None
             self._gaps.append(stamps[0] - result.sent_ns)
-            self._gaps.extend(b - a for a, b in zip(stamps, stamps[1:], strict=False))
+            self._gaps.extend(b - a for a, b in pairwise(stamps))
         self._gap_offsets.append(len(self._gaps))
         if result.chunk_tokens is not None:
             self._tokens.extend(result.chunk_tokens)

@@ -238,7 +238,7 @@ def read_manifest(path: Path) -> RunManifest:
 
 
 def describe_host() -> Host:
-    """This machine's processor, cores usable by us, memory and operating system."""
+    """Processor, usable cores, memory and operating system of this machine."""
     cpu = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -274,7 +274,10 @@ def git_commit() -> str | None:
     try:
         done = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True, text=True, timeout=10, check=True,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

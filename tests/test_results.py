@@ -72,7 +72,9 @@ time.sleep(60)
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_a_torn_file_gives_back_every_complete_batch(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_a_torn_file_gives_back_every_complete_batch(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     path = tmp_path_factory.mktemp("torn") / "results-0.arrows"
     writer = ResultWriter(path, worker=0)
     ends = []
@@ -125,7 +127,9 @@ def test_size_on_disk_per_token(tmp_path: Path) -> None:
             now += int(rng.lognormvariate(17.0, 0.4))  # about 25 ms
             stamps.append(now)
         tokens += len(stamps)
-        writer.append(Result(request_id=i, scheduled_ns=i, sent_ns=i * 10_000_000, chunk_ns=stamps, chunk_tokens=[1] * 128))
+        writer.append(
+            Result(request_id=i, scheduled_ns=i, sent_ns=i * 10_000_000, chunk_ns=stamps, chunk_tokens=[1] * 128)
+        )
         if i % 50 == 49:
             writer.flush()
     writer.close()
@@ -136,7 +140,9 @@ def test_flush_keeps_up_with_a_fast_server(tmp_path: Path) -> None:
     """A second of 100,000 tokens/s is written in a small part of that second (bound with room: half)."""
     writer = ResultWriter(tmp_path / "results-0.arrows", worker=0)
     for i in range(800):
-        writer.append(Result(request_id=i, scheduled_ns=0, sent_ns=0, chunk_ns=list(range(1, 126)), chunk_tokens=[1] * 125))
+        writer.append(
+            Result(request_id=i, scheduled_ns=0, sent_ns=0, chunk_ns=list(range(1, 126)), chunk_tokens=[1] * 125)
+        )
     started = time.perf_counter()
     writer.flush()
     assert time.perf_counter() - started < 0.5

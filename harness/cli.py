@@ -1,0 +1,419 @@
+"""The verbs: options, help and exit codes. What a verb does is in `harness.commands`, imported when the verb runs."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from harness import __version__
+from harness.errors import EXIT_VALID, HarnessError, UsageError
+
+EXIT_STATUS = """\b
+Exit status:
+  0  the run is VALID (and met its SLO, when one was given)
+  1  something failed; the message says what, where and what to do
+  2  the command line is wrong
+  3  the run is INVALID: its figures prove nothing and have no price
+  4  the run is VALID and missed its SLO
+"""
+
+ENVIRONMENT = """\b
+Environment:
+  HARNESS_API_KEY  the servers' API key; never given on a command line, never written down
+  HARNESS_CACHE    where model weights are kept (default: ~/.cache/harness)
+  HARNESS_TIERS    your own tiers file, added to the shipped one
+  RAY_ADDRESS      use this Ray cluster instead of starting Ray on this machine
+"""
+
+
+class Duration(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
+    """Seconds from ``90``, ``90s``, ``1.5m`` or ``2h`` (also ``150ms``)."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The value in seconds; fails with what is accepted."""
+        if isinstance(value, float):
+            return value
+        seconds = parse_duration(str(value))
+        if seconds is None or not 0 < seconds < 1e8:
+            self.fail(f"{value!r} is no duration: write 90, 90s, 1.5m, 2h or 150ms", param, ctx)
+        return seconds
+
+
+class Slo(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
+    """Per-request limits in seconds by metric from ``ttft=2s,tpot=100ms``."""
+
+    name = "slo"
+    metrics = ("ttft", "tpot", "e2e")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, float]:
+        """Metric -> limit in seconds."""
+        if isinstance(value, dict):
+            return value
+        limits: dict[str, float] = {}
+        for part in str(value).split(","):
+            metric, _, limit = part.strip().partition("=")
+            seconds = parse_duration(limit)
+            if metric not in self.metrics:
+                near = difflib.get_close_matches(metric, self.metrics, 1, 0.3)
+                hint = f"did you mean {near[0]}?" if near else f"valid: {', '.join(self.metrics)}"
+                self.fail(f"unknown metric {metric!r}: {hint}", param, ctx)
+            if seconds is None or seconds <= 0 or metric in limits:
+                self.fail(f"{part.strip()!r}: write each limit once, with a unit, like ttft=2s,tpot=100ms", param, ctx)
+            limits[metric] = seconds
+        return limits
+
+
+class JsonObject(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
+    """A JSON object."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        """The object as a dict."""
+        if isinstance(value, dict):
+            return value
+        try:
+            decoded = json.loads(value)
+        except ValueError as e:
+            self.fail(f"not JSON: {e}", param, ctx)
+        if not isinstance(decoded, dict):
+            self.fail('expected a JSON object, like {"temperature": 0.7}', param, ctx)
+        return decoded
+
+
+def parse_duration(text: str) -> float | None:
+    """Seconds; null when ``text`` is no duration."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)?", text.strip())
+    if not match:
+        return None
+    return float(match[1]) * {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}[match[2] or "s"]
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=f"{EXIT_STATUS}\n{ENVIRONMENT}",
+)
+@click.version_option(__version__, prog_name="harness")
+def cli() -> None:
+    r"""Replay a production trace against LLM servers and learn what a million tokens costs.
+
+    \b
+    The whole job:        harness replay trace.jsonl
+    Against your server:  harness replay trace.jsonl --base-url http://host:8000/v1 --model NAME
+    Step by step:         harness plan -> harness serve -> harness run -> harness report
+
+    Every step reads and writes files, so each can be repeated and looked at on its own. Data goes to stdout, words to
+    stderr. Every verb that prints figures takes --format json.
+    """
+
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def stack(*options: Decorator) -> Decorator:
+    """Several options as one decorator, first on top."""
+
+    def apply(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+positive = click.FloatRange(min=0, min_open=True)
+
+PLAN_OPTIONS = stack(
+    click.option("--trace-format", metavar="NAME", help="Force the trace format instead of detecting it by content."),
+    click.option(
+        "--skip-bad", is_flag=True, help="Leave out lines that cannot be read; they are counted and reported."
+    ),
+    click.option("--speed", type=positive, help="Play the trace's clock this many times faster."),
+    click.option(
+        "--rate", type=positive, help="Mean requests/s: compress or stretch the trace's clock, burst shape kept."
+    ),
+    click.option("--limit", type=click.IntRange(min=1), help="Only the first N requests of the trace."),
+    click.option("--duration", "duration_s", type=Duration(), help="Only this much of the planned time, e.g. 5m."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Seed of the made-up prompts."),
+    click.option(
+        "--tokenizer",
+        type=click.Path(exists=True, path_type=Path),
+        help="tokenizer.json (or its folder) to make prompts of an exact length with. Default: the model's own.",
+    ),
+    click.option(
+        "--endpoint",
+        type=click.Choice(["auto", "completions", "chat"]),
+        default="auto",
+        show_default=True,
+        help="API to use. auto: chat when the trace has messages, else completions.",
+    ),
+)
+
+SERVER_OPTIONS = stack(
+    click.option(
+        "--base-url",
+        "base_urls",
+        multiple=True,
+        metavar="URL",
+        help="Use the server that is already there (several: repeat). Then neither Ray nor vLLM is needed.",
+    ),
+    click.option("--model", metavar="NAME", help="Model to serve ('harness models'), or the name at --base-url."),
+    click.option(
+        "--tier",
+        metavar="NAME",
+        help="Hardware tier and its price ('harness tiers'). With --base-url: what it runs on.",
+    ),
+    click.option("--replicas", type=click.IntRange(min=1), default=1, show_default=True, help="Servers to start."),
+)
+
+LOAD_OPTIONS = stack(
+    click.option("--concurrency", type=click.IntRange(min=1), help="Closed loop: this many in flight, in trace order."),
+    click.option(
+        "--max-concurrency",
+        type=click.IntRange(min=1),
+        help="Open loop: never more than this many in flight. Waiting for a free place shows up as lag.",
+    ),
+    click.option(
+        "--workers", type=click.IntRange(min=1), help="Load worker processes. Default: one per core, as far as useful."
+    ),
+    click.option(
+        "--timeout", "timeout_s", type=Duration(), default=600.0, show_default="10m", help="Limit for one request."
+    ),
+    click.option(
+        "--stall",
+        "stall_s",
+        type=Duration(),
+        default=120.0,
+        show_default="2m",
+        help="Limit for a server that sends nothing.",
+    ),
+    click.option(
+        "--extra-body", type=JsonObject(), default="{}", help="JSON object whose fields are added to every request."
+    ),
+    click.option("--slo", type=Slo(), help="Latency promised per request, e.g. ttft=2s,tpot=100ms (also e2e)."),
+)
+
+REPORT_OPTIONS = stack(
+    click.option(
+        "--attain",
+        type=click.FloatRange(0, 1, min_open=True),
+        default=0.99,
+        show_default=True,
+        help="Share of requests that must meet the SLO.",
+    ),
+    click.option(
+        "--ratio",
+        type=positive,
+        default=4.0,
+        show_default=True,
+        help="What one output token is taken to cost against one input token when the bill is split.",
+    ),
+    click.option(
+        "--format",
+        "format_",
+        type=click.Choice(["text", "md", "json"]),
+        default="text",
+        show_default=True,
+        help="How to print the report.",
+    ),
+)
+
+OUT_OPTION = click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="Folder for run directories; never overwritten.",
+)
+TRACE_ARGUMENT = click.argument("trace", type=click.Path(path_type=Path))
+JSON_OPTION = click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="How to print it.",
+)
+
+
+@cli.command(
+    short_help="Plan, serve, run and report in one go.",
+    epilog=f"""\b
+Examples:
+  harness replay trace.jsonl
+  harness replay AzureLLMInferenceTrace_conv.csv --limit 60 --concurrency 8
+  harness replay trace.jsonl --rate 8 --duration 5m --slo ttft=2s,tpot=100ms
+  harness replay trace.jsonl --base-url http://10.0.0.5:8000/v1 --model mistral-7b
+
+{EXIT_STATUS}
+{ENVIRONMENT}""",
+)
+@TRACE_ARGUMENT
+@PLAN_OPTIONS
+@SERVER_OPTIONS
+@LOAD_OPTIONS
+@REPORT_OPTIONS
+@OUT_OPTION
+def replay(**options: Any) -> int:
+    """Plan, serve, run and report in one go.
+
+    TRACE is a production trace: JSON Lines, Mooncake or Azure CSV, plain or gzipped (scenarios/traces/README.md has
+    the fields). Without --base-url a vLLM server is started on the default tier (this machine's CPU) with a small model,
+    and ended afterwards.
+
+    Requests go out at the trace's own times (open loop) unless --concurrency is given (closed loop). Latency counts
+    from the planned time, so a late client or a full queue shows.
+    """
+    from harness import commands
+
+    return commands.replay(**options)
+
+
+@cli.command(
+    short_help="Turn a trace into a plan file: requests, prompts, times.",
+    epilog="""\b
+Examples:
+  harness plan trace.jsonl --rate 8 -o plan.arrow
+  harness plan trace.jsonl --concurrency 64 --model smollm2-135m -o plan.arrow
+""",
+)
+@TRACE_ARGUMENT
+@PLAN_OPTIONS
+@click.option("--concurrency", type=click.IntRange(min=1), help="Plan a closed loop: trace order, no times.")
+@click.option(
+    "--base-url", "base_urls", multiple=True, metavar="URL", help="Learn ordinary token ids from this server."
+)
+@click.option("--model", metavar="NAME", help="Model whose tokenizer the prompts are made for.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("plan.arrow"),
+    show_default=True,
+    help="The plan file; never overwritten.",
+)
+@JSON_OPTION
+def plan(**options: Any) -> int:
+    """Turn a trace into a plan: every request, its prompt and its time, fixed in a file before anything is started."""
+    from harness import commands
+
+    return commands.plan(**options)
+
+
+@cli.command(short_help="Start servers and keep them until Ctrl-C.")
+@SERVER_OPTIONS
+@OUT_OPTION
+def serve(**options: Any) -> int:
+    """Start servers and keep them until Ctrl-C.
+
+    Prints one base URL per replica on stdout. The API key is HARNESS_API_KEY if that is set, else a new one, written to
+    a file only you can read.
+    """
+    from harness import commands
+
+    if options.pop("base_urls"):
+        raise UsageError("harness serve starts servers: it takes no --base-url")
+    return commands.serve(**options)
+
+
+@cli.command(
+    short_help="Send a plan and report.",
+    epilog=f"""\b
+Examples:
+  harness run plan.arrow --base-url http://127.0.0.1:8000/v1
+  harness run plan.arrow --concurrency 64
+
+{EXIT_STATUS}""",
+)
+@click.argument("plan", type=click.Path(path_type=Path))
+@SERVER_OPTIONS
+@LOAD_OPTIONS
+@click.option(
+    "--endpoint",
+    type=click.Choice(["auto", "completions", "chat"]),
+    default="auto",
+    show_default=True,
+    help="API to use. auto: chat when the plan has messages, else completions.",
+)
+@REPORT_OPTIONS
+@OUT_OPTION
+def run(**options: Any) -> int:
+    """Send a plan and report; starts the servers first unless --base-url is given."""
+    from harness import commands
+
+    return commands.run(**options)
+
+
+@cli.command(short_help="Report on a run directory.", epilog=EXIT_STATUS)
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--slo", type=Slo(), help="Judge against this SLO instead of the one of the run.")
+@REPORT_OPTIONS
+def report(**options: Any) -> int:
+    """Report on a run directory: verdict, price, latency under load, throughput, errors."""
+    from harness import commands
+
+    return commands.report(**options)
+
+
+@cli.command(short_help="Say what this machine can and cannot run, and why.")
+@JSON_OPTION
+def doctor(format_: str) -> int:
+    """Say what this machine can and cannot run, and why."""
+    from harness import commands
+
+    return commands.doctor(format_)
+
+
+@cli.command(short_help="List hardware tiers and their prices.")
+@JSON_OPTION
+def tiers(format_: str) -> int:
+    """List the hardware tiers with their prices, each with source and date."""
+    from harness import commands
+
+    return commands.tiers(format_)
+
+
+@cli.command(short_help="List models, or fetch the weights of one.")
+@click.option(
+    "--fetch", metavar="NAME", help="Get this model's weights now (checked and kept; a second time costs nothing)."
+)
+@JSON_OPTION
+def models(fetch: str | None, format_: str) -> int:
+    """List the models that can be served, or fetch the weights of one."""
+    from harness import commands
+
+    return commands.models(fetch, format_)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point: run a verb and end with its exit status."""
+    try:
+        code = cli.main(args=list(argv) if argv is not None else None, prog_name="harness", standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as e:
+        e.show()
+        code = e.exit_code
+    except HarnessError as e:
+        click.echo(f"harness: {e}", err=True)
+        code = e.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("harness: stopped", err=True)
+        code = 130
+    except BrokenPipeError:
+        # The reader of our stdout went away (`| head`): nothing to tell anyone; keep the interpreter from trying again.
+        sys.stderr.close()
+        code = EXIT_VALID
+    sys.exit(code or EXIT_VALID)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Questions to an OpenAI-compatible server before and after the load: what does it serve, how does it count?
+
+Plain, blocking, with deadlines; nothing here runs while requests are being timed.
+"""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import msgspec
+
+from harness.errors import ServerError, UsageError, unknown_name
+
+DEADLINE_S = 15.0
+
+# Environment proxies are ignored: a load test must know where its questions go, as it does for its load.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+_WORDS = (
+    "time year people way day man thing woman life child world school state family student group country problem hand "
+    "part place case week company system program question work government number night point home water room mother "
+    "area money story fact month lot right study book eye job word business issue side kind head house service friend "
+    "father power hour game line end member law car city community name president team minute idea body information "
+    "back parent face others level office door health person art war history party result change morning reason "
+    "research girl guy moment air teacher force education"
+)
+"""Common English words: what a server makes of them are ordinary token ids."""
+
+
+def normalise_base_url(url: str) -> str:
+    """``url`` as scheme://host[:port]/...; adds ``/v1`` when there is no path. Raises `UsageError` for no URL."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UsageError(f"--base-url {url!r}: expected something like http://127.0.0.1:8000/v1")
+    if parts.username or parts.password:
+        raise UsageError("--base-url: no user or password in the URL; put the API key into HARNESS_API_KEY")
+    return urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/") or "/v1", "", ""))
+
+
+def server_root(base_url: str) -> str:
+    """The server's address without ``/v1``: where vLLM keeps /metrics, /version and /tokenize."""
+    return base_url.removesuffix("/v1")
+
+
+def fetch(url: str, api_key: str | None, body: object = None, *, deadline_s: float = DEADLINE_S) -> bytes:
+    """The body of a GET, or of a POST of ``body`` as JSON. Raises `ServerError` that says what to do."""
+    headers = {"Accept": "*/*", "Content-Type": "application/json"}
+    if api_key:
+        headers["Authorization"] = f"Bearer {api_key}"
+    data = None if body is None else msgspec.json.encode(body)
+    request = urllib.request.Request(url, data=data, headers=headers)  # noqa: S310 - scheme checked by normalise_base_url
+    try:
+        with _OPENER.open(request, timeout=deadline_s) as response:
+            return bytes(response.read(1 << 24))
+    except urllib.error.HTTPError as e:
+        said = e.read(300).decode("utf-8", "replace").strip()
+        if e.code in (401, 403):
+            advice = "the API key is wrong" if api_key else "it wants an API key: put it into HARNESS_API_KEY"
+            raise ServerError(f"{url}: HTTP {e.code}: {advice}") from e
+        raise ServerError(f"{url}: HTTP {e.code}: {said or e.reason}") from e
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "reason", e)
+        raise ServerError(f"{url}: cannot be reached: {reason}; is the server up, and is the address right?") from e
+
+
+class ServedModel(msgspec.Struct, frozen=True):
+    """A model as /v1/models lists it."""
+
+    id: str
+    max_model_len: int | None = None
+    """Longest input plus output, tokens; vLLM says so, others may not."""
+
+
+class _Models(msgspec.Struct):
+    data: list[ServedModel]
+
+
+def find_model(base_url: str, api_key: str | None, wanted: str | None) -> ServedModel:
+    """The model to ask for: ``wanted`` if it is served, else the only one there is.
+
+    Raises `ServerError` when the server cannot be asked, `UsageError` when the name does not settle it.
+    """
+    url = f"{base_url}/models"
+    try:
+        served = {m.id: m for m in msgspec.json.decode(fetch(url, api_key), type=_Models).data}
+    except msgspec.DecodeError as e:
+        raise ServerError(
+            f"{url}: not an OpenAI-compatible answer ({e}); is the base URL right (it ends in /v1)?"
+        ) from e
+    if wanted is None:
+        if len(served) == 1:
+            return next(iter(served.values()))
+        names = ", ".join(list(served)[:8])
+        raise UsageError(f"{base_url} serves {len(served)} models ({names}): choose one with --model")
+    if wanted not in served:
+        raise unknown_name(f"model at {base_url}", wanted, served)
+    return served[wanted]
+
+
+class _Tokens(msgspec.Struct):
+    tokens: list[int]
+
+
+def ordinary_token_ids(base_url: str, api_key: str | None, model: str) -> list[int]:
+    """Token ids that stand for ordinary words at this server (vLLM's /tokenize), at least 50 of them.
+
+    Raises `ServerError` when it does not tell: then a tokenizer file must be given.
+    """
+    advice = "give the model's tokenizer.json with --tokenizer FILE"
+    try:
+        answer = fetch(f"{server_root(base_url)}/tokenize", api_key, {"model": model, "prompt": _WORDS})
+        ids = sorted(set(msgspec.json.decode(answer, type=_Tokens).tokens))
+    except ServerError as e:
+        raise ServerError(f"the trace has lengths only and the server does not tell its tokens: {advice}\n  {e}") from e
+    except msgspec.DecodeError as e:
+        raise ServerError(f"{base_url}: /tokenize gave no token ids ({e}): {advice}") from e
+    if len(ids) < 50:
+        raise ServerError(f"{base_url}: /tokenize gave only {len(ids)} different ids for 100 words: {advice}")
+    return ids
+
+
+def engine_version(base_url: str, api_key: str | None) -> str | None:
+    """What the server calls its version (vLLM's /version); null when it does not say."""
+    try:
+        answer: Any = msgspec.json.decode(fetch(f"{server_root(base_url)}/version", api_key, deadline_s=5.0))
+    except (ServerError, msgspec.DecodeError):
+        return None
+    version = answer.get("version") if isinstance(answer, dict) else None
+    return version if isinstance(version, str) else None
+
+
+def counters(base_url: str, api_key: str | None) -> dict[str, float] | None:
+    """The server's own counters (``vllm:*_total``, summed over labels) from /metrics; null when it has none."""
+    try:
+        text = fetch(f"{server_root(base_url)}/metrics", api_key).decode("utf-8", "replace")
+    except ServerError:
+        return None
+    return parse_counters(text) or None
+
+
+def parse_counters(text: str) -> dict[str, float]:
+    """Prometheus text -> {name: value} for ``vllm:`` counters and sums, each summed over its labels."""
+    totals: dict[str, float] = {}
+    for line in text.splitlines():
+        if not line.startswith("vllm:"):
+            continue
+        series, _, value = line.rpartition(" ")
+        name = series.partition("{")[0]
+        if not name.endswith(("_total", "_sum", "_count")):
+            continue
+        try:
+            totals[name] = totals.get(name, 0.0) + float(value)
+        except ValueError:
+            continue
+    return totals

@@ -1,0 +1,108 @@
+"""Known-truth servers and the command line, as a user starts them: in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class FakeServer:
+    url: str
+    process: subprocess.Popen[str]
+    log: Path
+
+    def truth(self) -> list[dict[str, Any]]:
+        """What the server itself wrote down, one entry per finished answer."""
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+
+StartServer = Callable[..., FakeServer]
+
+
+@pytest.fixture
+def fake_server(tmp_path: Path) -> Iterator[StartServer]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*args: str, **env: str) -> FakeServer:
+        log = tmp_path / f"truth-{len(started)}.jsonl"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cluster.fake_server", "--log", str(log), *args],
+            cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        started.append(process)
+        assert process.stdout is not None
+        ready, _, url = process.stdout.readline().strip().partition(" ")
+        assert ready == "ready"
+        return FakeServer(url, process, log)
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait(10)
+
+
+def harness(*args: str | Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "harness.cli", *map(str, args)],
+        cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+
+
+def start_harness(*args: str | Path, **env: str) -> subprocess.Popen[str]:
+    """Start the command line in a session of its own and return at once."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "harness.cli", *map(str, args)],
+        cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(condition: Callable[[], bool], deadline_s: float, what: str) -> None:
+    """Poll until true; fail with ``what`` when it takes longer than the deadline."""
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end, f"not within {deadline_s:.0f} s: {what}"
+        time.sleep(0.1)
+
+
+def processes_of(run_dir: Path) -> list[psutil.Process]:
+    """Everything alive whose command line or environment names the run directory: servers, workers, guards."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid == os.getpid():
+                continue
+            named = any(str(run_dir) in arg for arg in process.cmdline())
+            if named or any(str(run_dir) in v for k, v in process.environ().items() if k.startswith("HARNESS")):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue
+    return found
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    """The process tree under ``pid``, itself excluded."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def interrupt(process: subprocess.Popen[str]) -> None:
+    """Ctrl-C."""
+    process.send_signal(signal.SIGINT)
