@@ -16,7 +16,7 @@ from analysis.intervals import Distribution, Quantity, distribution, rate, share
 from analysis.load import Floats, Run
 from analysis.metrics import Counts, Tokens, Window
 from analysis.price import DEFAULT_RATIO, Cost, check_ratio, cost
-from analysis.validity import MISMATCH_BOUND, NO_PRICE_FAILED, Check, check_run, is_valid
+from analysis.validity import MISMATCH_BOUND, Check, check_run, is_valid
 from harness.errors import EXIT_INVALID, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.plan import PlanInfo
 from harness.results import ERRORS
@@ -160,7 +160,7 @@ def summarise(
             output_rate=rates.output_token_throughput,
             weighted_rate=weighted,
             ratio=ratio,
-            reason=_no_price(valid, counts),
+            reason=None if valid else "the run is INVALID",
             note=None if judged is None or judged.met else "at this load the SLO is missed: not a price to sell at",
         ),
         tier=manifest.tier,
@@ -301,15 +301,6 @@ def _errors(run: Run) -> list[ErrorCount]:
             ErrorCount(error="lost", count=run.lost, meaning="planned, but there is no usable row of it", example=None)
         )
     return found
-
-
-def _no_price(valid: bool, counts: Counts) -> str | None:
-    if not valid:
-        return "the run is INVALID"
-    bad = counts.failed + counts.unfinished + counts.lost
-    if bad > NO_PRICE_FAILED * counts.offered:
-        return f"{bad} of {counts.offered} requests did not succeed"
-    return None
 
 
 def _assumptions(run: Run, tokens: Tokens, ratio: float) -> list[str]:

@@ -7,10 +7,13 @@ actor alone would leave its server to the guard. The GPU path is complete but ha
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import secrets
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,11 +21,16 @@ from typing import Any, Protocol
 from cluster.actors import Failed, RemoteProcess, ReplicaActor, WorkerActor
 from cluster.load import Launch
 from cluster.models import Model
-from cluster.process import GRACE_S, MARK, Process, new_mark
+from cluster.process import GRACE_S, Process, wait_ready
 from cluster.vllm import Command, VllmEngine
 from harness import probe
 from harness.errors import ServerError, UsageError
 from harness.run import Replica, Tier
+
+if "RAY_ADDRESS" not in os.environ:
+    # A Ray of our own lets in only who has this run's token. Ray reads these once, when it is imported.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 try:
     import ray
@@ -45,8 +53,8 @@ RAY_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a notice; our CPU actors have no GPU to hide
 }
-OBJECT_STORE_BYTES = 100 << 20
-"""Ray's own smallest is 75 MB; nothing large goes through it here."""
+RAY_S = 120.0
+"""Ray on this machine is up after a few seconds."""
 
 
 class Engine(Protocol):
@@ -119,7 +127,7 @@ class Deployment:
             raise UsageError(f"--replicas {replicas}: at least one server is needed")
         self._engine: Engine = engine or VllmEngine(model=model, tier=tier, weights=weights)
         self._tier, self._run_dir, self._say, self._ready_s = tier, run_dir, say, ready_s
-        self._ray_leash: Process | None = None
+        self._ray: Process | None = None
         self._actors: list[Any] = []
         self._workers: list[RemoteProcess] = []
         self._nodes: list[str] = []
@@ -147,7 +155,7 @@ class Deployment:
         self.stop()
 
     def _start(self) -> None:
-        self._ray_leash = connect(self._say)
+        self._ray = connect(self._say)
         nodes = [node for node in ray.nodes() if node["Alive"]]
         need = resources(self._tier)
         if problem := shortage([node["Resources"] for node in nodes], need, len(self.replicas)):
@@ -283,10 +291,10 @@ class Deployment:
             self._collect_log(replica, actor)
             with contextlib.suppress(RayError):
                 ray.kill(actor)
-        if self._ray_leash is not None:
+        if self._ray is not None:
             ray.shutdown()
-            self._ray_leash.stop()
-            self._ray_leash = None
+            self._ray.stop()
+            self._ray = None
 
     def _collect_log(self, replica: Replica, actor: Any) -> None:
         """Bring the log of a server on another host home."""
@@ -299,53 +307,38 @@ class Deployment:
 
 
 def connect(say: Callable[[str], None]) -> Process | None:
-    """Join the cluster RAY_ADDRESS names, or start Ray here.
-
-    Null for a cluster that was there. Else the leash: a guarded process that ends every process of this Ray when it is
-    stopped or we die; Ray's own agents do not always notice that their driver was killed.
-    """
+    """Join the cluster RAY_ADDRESS names; null. Or start Ray here; its process, which is the caller's to stop."""
     if ray.is_initialized():
         return None
     address = os.environ.get("RAY_ADDRESS")
-    common: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
     if address:
         say(f"joining the Ray cluster at {address}")
-        with _ray_errors(f"Ray cluster {address} (RAY_ADDRESS)"):
-            ray.init(address=address, **common)
+        _join(address, f"Ray cluster {address} (RAY_ADDRESS)")
         return None
-    mark = new_mark("ray")
-    wait = [sys.executable, "-I", "-S", "-c", "import signal; signal.pause()"]
-    leash = Process.start(wait, name="leash of Ray", mark=mark)
-    try:
-        with _ray_errors("Ray on this machine"), _environment({MARK: mark, **RAY_ENV}):
-            ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
-    except BaseException:
-        leash.stop()
-        raise
-    return leash
+    with tempfile.TemporaryDirectory(prefix="harness-ray-") as folder:
+        head = Process.start(
+            [sys.executable, "-m", "cluster.head"], name="Ray", env=RAY_ENV, log=Path(folder) / "log", pipes=True
+        )  # fmt: skip
+        found: list[str] = []
+
+        def started() -> bool:
+            found.extend(json.loads(line)["address"] for line in head.lines() if line.startswith('{"address"'))
+            return bool(found)
+
+        try:
+            wait_ready(started, head, RAY_S, poll_s=0.05)
+            _join(found[0], "Ray on this machine")
+        except BaseException:
+            head.kill()
+            raise
+    return head
 
 
-@contextlib.contextmanager
-def _ray_errors(what: str) -> Iterator[None]:
+def _join(address: str, what: str) -> None:
     try:
-        yield
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
     except (RayError, OSError, RuntimeError, ValueError) as e:
         raise ServerError(f"{what}: {last_line(e)}; Ray's own logs are in /tmp/ray/session_latest/logs") from e
-
-
-@contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set variables for what is started meanwhile, and only for that."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def resources(tier: Tier) -> dict[str, float]:

@@ -11,8 +11,6 @@ may write another grace first). STATUS carries ``pid N`` and, as the last line, 
   does when a worker exits) hits the stand-in, and the process tree still shows who started what.
 - It is the reaper of every descendant of the command (PR_SET_CHILD_SUBREAPER), also of those that made their own
   session, so "no child left to wait for" proves that nothing is left.
-- At the end it also sweeps every process that carries its mark (environment variable HARNESS_GROUP): for what is not
-  below it in the tree, such as a local Ray that the owner started by Ray's own means.
 - Should the guard itself be killed, the kernel kills the command (PR_SET_PDEATHSIG, safe here: one thread), and the
   owner, seeing STATUS end without ``exit``, sweeps the rest.
 """
@@ -27,7 +25,6 @@ import signal
 import sys
 import time
 
-MARK = "HARNESS_GROUP"
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 KILL_S = 30.0
@@ -114,7 +111,7 @@ def end_all(child: int, wake: int, reaped: dict[int, int], grace_s: float) -> bo
     """SIGTERM to every process of ours, SIGKILL after the grace. True when nothing is left."""
     start = time.monotonic()
     send(child, signal.SIGTERM)
-    while reap(reaped) or marked():
+    while reap(reaped):
         waited = time.monotonic() - start
         if waited > grace_s + KILL_S:
             return False
@@ -139,8 +136,8 @@ def reap(reaped: dict[int, int]) -> bool:
 
 
 def send(child: int, number: int) -> None:
-    """A signal to every descendant and every process that carries our mark."""
-    for pid in {*descendants(os.getpid()), *marked()}:
+    """A signal to the command and every descendant of it, also outside its process group."""
+    for pid in descendants(os.getpid()):
         with contextlib.suppress(OSError):  # it ended by itself, or runs as another user: then the report names it
             os.kill(pid, number)
     if sys.platform != "linux":
@@ -168,24 +165,6 @@ def descendants(root: int) -> list[int]:
     while queue:
         queue.extend(below := children.get(queue.pop(), []))
         found.extend(below)
-    return found
-
-
-def marked() -> list[int]:
-    """Living processes that carry our mark, without ourselves and our stand-in."""
-    mark = os.environ.get(MARK, "")
-    if not mark or not os.path.isdir("/proc"):  # noqa: PTH112 - see above
-        return []
-    wanted = f"{MARK}={mark}".encode()
-    found = []
-    for name in os.listdir("/proc"):  # noqa: PTH208 - see above
-        if name.isdigit() and int(name) not in (os.getpid(), os.getppid()):
-            try:
-                with open(f"/proc/{name}/environ", "rb") as file:  # noqa: PTH123 - see above
-                    if wanted in file.read().split(b"\0"):  # empty for a zombie
-                        found.append(int(name))
-            except OSError:
-                continue  # it ended while we looked, or is not ours to read
     return found
 
 

@@ -26,7 +26,7 @@ GUARD = Path(__file__).with_name("guard.py")
 GRACE_S = 5.0
 """Between SIGTERM and SIGKILL."""
 MARK = "HARNESS_GROUP"
-"""Environment variable that marks the members of a group: its guard finds by it what is not below it in the tree."""
+"""Environment variable by which members of a group are found should its guard be killed."""
 TAIL_BYTES = 1 << 16
 LINE_CHARS = 400
 """A log line longer than this is cut in messages."""
@@ -65,17 +65,16 @@ class Process:
         pipes: bool = False,
         grace_s: float = GRACE_S,
         cpus: Sequence[int] | None = None,
-        mark: str | None = None,
     ) -> Process:
         """Run ``argv`` (no shell, no secrets: everyone on the host can read it) in a session of its own.
 
         ``env`` is added to this process's environment; None takes a variable away. ``log`` is appended with stderr and,
         without ``pipes``, stdout. With ``pipes`` stdin and stdout talk to `write_line` and `lines`. ``cpus``: run on
-        these processors only. ``mark``: end every process with this `MARK` in its environment together with the command.
+        these processors only.
         Raises `HarnessError` when the log cannot be written or no process can be made. A command that does not exist
         ends with code 127 and says so in its log.
         """
-        mark = mark or new_mark(str(log or name))
+        mark = f"{log or name}:{secrets.token_hex(8)}"
         control, control_end = os.pipe()
         status_end, status = os.pipe()
         where = ",".join(map(str, cpus)) if cpus else "-"
@@ -113,7 +112,7 @@ class Process:
         if text:
             self._exit = int(text)
         else:  # the guard was killed: the kernel ended the command, its other descendants are ours to find
-            sweep(self._mark)
+            sweep(self.pid, self._mark)
             self._exit = -signal.SIGKILL
         with contextlib.suppress(subprocess.TimeoutExpired):
             popen.wait(timeout=10)  # the stand-in follows the guard
@@ -193,11 +192,6 @@ class Process:
         self.stop()
 
 
-def new_mark(name: str) -> str:
-    """A value for `MARK` that nobody else has."""
-    return f"{name}:{secrets.token_hex(8)}"
-
-
 def merged_environment(changes: Mapping[str, str | None]) -> dict[str, str]:
     """The environment of this process with ``changes``; None removes a variable."""
     merged = {**os.environ, **changes}
@@ -231,12 +225,16 @@ def tail(log: Path, n: int) -> list[str]:
     return lines[-n:]
 
 
-def sweep(mark: str) -> list[int]:
-    """Kill every process whose environment carries this group mark; returns their pids."""
+def sweep(session: int | None, mark: str) -> list[int]:
+    """Kill every process of this session or with this group mark; returns their pids.
+
+    Both, because a process may leave the session, and may overwrite its environment (vLLM and Ray rename themselves).
+    """
     found: list[int] = []
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
+            ours = os.getsid(process.pid) == session or process.environ().get(MARK) == mark
+            if ours and process.pid != os.getpid():
                 process.kill()
                 found.append(process.pid)
         except (psutil.Error, OSError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -396,6 +397,8 @@ def models(fetch: str | None, format_: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: run a verb and end with its exit status."""
+    # SIGTERM unwinds like Ctrl-C, so that everything started is ended in order.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = cli.main(args=list(argv) if argv is not None else None, prog_name="harness", standalone_mode=False)
         sys.stdout.flush()

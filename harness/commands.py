@@ -127,7 +127,7 @@ def serve(out: Path, **options: Any) -> int:
     target = choose_target({**options, "base_urls": ()})
     run_dir = create_run_dir(out, f"serve-{target.label}")
     stop = StopRequest()
-    with stop, target.open(run_dir) as servers:
+    with target.open(run_dir) as servers, stop:
         if os.environ.get(API_KEY):
             say(f"API key: as in {API_KEY}")
         elif servers.api_key:
@@ -443,7 +443,7 @@ def execute(run: RunDir, target: Target, options: dict[str, Any]) -> None:
 
     info = read_plan_info(run.plan)
     stop = StopRequest()
-    with stop, target.open(run) as servers:
+    with target.open(run) as servers:
         spec = RunSpec(
             mode="closed" if options["concurrency"] else "open",
             concurrency=options["concurrency"] or options["max_concurrency"],
@@ -457,7 +457,7 @@ def execute(run: RunDir, target: Target, options: dict[str, Any]) -> None:
         manifest = describe(run, spec, info, servers)
         write_manifest(run, manifest)
         try:
-            with LoadWorkers(spec, run, api_key=servers.api_key, launch=servers.launch) as load:
+            with LoadWorkers(spec, run, api_key=servers.api_key, launch=servers.launch) as load, stop:
                 count_before(servers)
                 manifest.status, manifest.start_unix_ns = "running", load.start()
                 write_manifest(run, manifest)
@@ -465,8 +465,8 @@ def execute(run: RunDir, target: Target, options: dict[str, Any]) -> None:
                 manifest.workers, manifest.end_ns = load.workers, load.end_ns
             count_after(servers)
             manifest.status, manifest.reason = ("stopped", "stopped by the user") if stop.asked else ("complete", None)
-        except HarnessError as e:
-            manifest.status, manifest.reason = "failed", str(e).splitlines()[0]
+        except (HarnessError, KeyboardInterrupt) as e:
+            manifest.status, manifest.reason = "failed", (str(e) or "stopped by the user").splitlines()[0]
             raise
         finally:
             write_manifest(run, manifest)
@@ -530,7 +530,7 @@ def watch(load: Any, servers: Servers, stop: StopRequest, progress: LoadProgress
 
 
 class StopRequest:
-    """Counts SIGINT and SIGTERM while it is open, instead of letting them end the process half way."""
+    """Counts SIGINT and SIGTERM while load runs, so that the run ends in order. Before and after, they raise."""
 
     def __init__(self) -> None:
         self.asked = 0

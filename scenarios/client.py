@@ -36,7 +36,8 @@ ENDPOINTS = {"completions": "/completions", "chat": "/chat/completions"}
 IDLE_LIMIT_S = 4.0
 """A connection idle for longer is not used again: uvicorn closes at 5 s, and a request sent into a close is lost."""
 SWEEP_S = 0.25
-_BACKLOG = 1024  # answers that wait to be parsed (each at most about UNPARSED_LIMIT), before one is parsed on the spot
+# Answers that may wait to be parsed; beyond that one is parsed on the spot for each that ends.
+_BACKLOG, _BACKLOG_BYTES = 4096, 128 * 2**20
 _OPENING = 128  # connections being opened at the same time: below any server's listen backlog
 
 
@@ -193,6 +194,7 @@ class Client:
         self._opening: set[Connection] = set()
         self._unopened: dict[Target, str] = {}
         self._later: deque[Stream] = deque()
+        self._later_bytes = 0
         self.start_mono_ns = monotonic_ns()
         self.loop: Any = gevent.get_hub().loop
         self._idle: Any = self.loop.idle()
@@ -283,8 +285,8 @@ class Client:
             stream.ended(stream.result)
             stream.ended = None
         self._wait_for_idle(stream)
-        if len(self._later) > _BACKLOG:
-            self._parse(self._later.popleft())
+        while len(self._later) > _BACKLOG or self._later_bytes > _BACKLOG_BYTES:
+            self._parse_next()
 
     def parse_later(self, stream: Stream) -> None:
         """A stream holds much: parse it when the loop is idle, or now if that did not happen for long."""
@@ -295,7 +297,8 @@ class Client:
 
     def _wait_for_idle(self, stream: Stream) -> None:
         if not stream.queued:
-            stream.queued = True
+            stream.queued = max(UNPARSED_LIMIT - stream.room, 1)
+            self._later_bytes += stream.queued
             self._later.append(stream)
             if not self._idle.active:
                 self._idle.start(self._on_idle)
@@ -304,12 +307,14 @@ class Client:
 
     def _on_idle(self) -> None:
         if self._later:
-            self._parse(self._later.popleft())
+            self._parse_next()
         if not self._later:
             self._idle.stop()
 
-    def _parse(self, stream: Stream) -> None:
-        stream.queued = False
+    def _parse_next(self) -> None:
+        stream = self._later.popleft()
+        self._later_bytes -= stream.queued
+        stream.queued = 0
         stream.parse()
         if stream.result.finished_ns is not None:
             self._finish(stream)
@@ -372,7 +377,7 @@ class Client:
     def settle(self) -> None:
         """Parse and hand over what still waits for it."""
         while self._later:
-            self._parse(self._later.popleft())
+            self._parse_next()
         self._idle.stop()
 
     def close(self) -> None:

@@ -56,7 +56,7 @@ class Stream:
         self.stamps: list[int] = []
         self.room = UNPARSED_LIMIT
         self.lazy = False  # the end can be told from the last bytes, so nothing need be parsed before it
-        self.queued = False
+        self.queued = 0  # bytes it held when it was queued to be parsed
         self.sent_ns = self.last_ns = monotonic_ns()
         self.error: tuple[str, str] | None = None
         self.connection: Connection | None = None

@@ -76,7 +76,7 @@ def test_the_truth_is_reported(fake_server: StartServer, tmp_path: Path, workers
         room = 0.001 if name != "ttft" else 0.003  # ttft also holds the lag of the schedule
         assert abs(metrics[name]["p50"]["value"] - p50) < room, name
         assert abs(metrics[name]["p90"]["value"] - p90) < 2 * room, name
-    for q in ("mean", "p50", "p90", "p95"):
+    for q in ("mean", "p50"):
         quantity = metrics["service_ttft"][q]
         assert quantity["low"] <= quantity["value"] <= quantity["high"]
         assert quantity["n"] == 100
@@ -195,7 +195,7 @@ def test_fewer_tokens_than_asked_is_invalid(fake_server: StartServer, tmp_path: 
         "--format", "json",
     )  # fmt: skip
     assert done.returncode == 3
-    assert [c["name"] for c in report_of(done)["checks"] if c["gate"] and not c["ok"]] == ["output_tokens"]
+    assert [c["name"] for c in report_of(done)["checks"] if c["gate"] and c["ok"] is False] == ["output_tokens"]
 
 
 def test_server_killed_in_mid_run_loses_nothing_measured(fake_server: StartServer, tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_server_killed_in_mid_run_loses_nothing_measured(fake_server: StartServe
     wait_for(lambda: len(server.truth()) > 40, 60, "40 answers")
     server.process.kill()
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 3 or process.returncode == 0
+    assert process.returncode == 3
     assert "Traceback" not in stderr
     report = json.loads(stdout)
     rows = rows_of(tmp_path / "runs")

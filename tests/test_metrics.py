@@ -252,7 +252,8 @@ def test_every_planned_request_is_counted_once(fates, workers):
     assert r.planned == len(fates) == r.succeeded + r.failed + r.unfinished + r.lost + r.not_due
     assert r.lost == fates.count("lost")
     assert sum(e.count for e in s.errors) == len(fates) - fates.count("ok")
-    assert (s.verdict == "VALID") == (fates.count("lost") == 0 and "ok" in fates)
+    good_share = fates.count("ok") / len(fates) if fates else 0.0
+    assert (s.verdict == "VALID") == (fates.count("lost") == 0 and good_share >= 0.5)
     assert b"NaN" not in msgspec.json.encode(s)
 
 
