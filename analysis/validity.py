@@ -97,7 +97,7 @@ def rows(run: Run, counts: Counts) -> Check:
 
 
 def success(counts: Counts) -> Check:
-    """Most requests succeeded: a server that refuses the larger part of a workload was not measured on that workload."""
+    """Most requests succeeded: a server that refuses the larger part of a workload was not measured on it."""
     ok = counts.succeeded > 0 and counts.succeeded >= SUCCESS_BOUND * counts.offered
     observed = f"{counts.succeeded} of {counts.offered} succeeded"
     advice = "see the errors, try one request by hand, then run again"

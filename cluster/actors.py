@@ -157,6 +157,10 @@ class WorkerActor:
             return str(e)
         return None
 
+    def host(self) -> str:
+        """Name of the host it runs on."""
+        return socket.gethostname()
+
     def look(self) -> tuple[int | None, list[str]]:
         """Exit code (null while it runs), and lines since the last look; all lines once it has ended."""
         if self._process is None:
@@ -182,6 +186,7 @@ class RemoteProcess:
 
     def __init__(self, actor: Any, name: str, log: Path) -> None:
         self.name, self.log = name, log
+        self.host = ""
         self._actor = actor
         self._code: int | None = None
         self._lines: list[str] = []
@@ -191,6 +196,7 @@ class RemoteProcess:
         problem = self._ask(self._actor.begin.remote(argv, env, self.name, str(self.log), pipes), "no answer", 120.0)
         if problem:
             raise WorkerError(f"{self.name}: {problem}")
+        self.host = str(self._ask(self._actor.host.remote(), ""))
 
     def _ask(self, ref: Any, lost: Any, timeout_s: float = ASK_S) -> Any:
         """The answer; ``lost`` when the actor or its host is gone (then the process counts as killed)."""

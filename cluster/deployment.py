@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import secrets
+import socket
 import sys
 import tempfile
 import time
@@ -127,15 +128,16 @@ class Deployment:
             raise UsageError(f"--replicas {replicas}: at least one server is needed")
         self._engine: Engine = engine or VllmEngine(model=model, tier=tier, weights=weights)
         self._tier, self._run_dir, self._say, self._ready_s = tier, run_dir, say, ready_s
+        self._joined = False
+        """This deployment connected to Ray, so it disconnects."""
         self._ray: Process | None = None
+        """Ray itself, when it was started here."""
         self._actors: list[Any] = []
         self._workers: list[RemoteProcess] = []
         self._nodes: list[str] = []
         self._load_nodes: list[str] = []
         self.api_key = api_key
-        self.replicas = [
-            Replica(index=i, base_url="", log=str(run_dir / f"server-{i}.log")) for i in range(replicas)
-        ]
+        self.replicas = [Replica(index=i, base_url="", log=str(run_dir / f"server-{i}.log")) for i in range(replicas)]
         self.engine = self._engine.name
         self.engine_args = self._engine.args
         self.engine_version: str | None = None
@@ -155,6 +157,7 @@ class Deployment:
         self.stop()
 
     def _start(self) -> None:
+        self._joined = not ray.is_initialized()
         self._ray = connect(self._say)
         nodes = [node for node in ray.nodes() if node["Alive"]]
         need = resources(self._tier)
@@ -291,10 +294,9 @@ class Deployment:
             self._collect_log(replica, actor)
             with contextlib.suppress(RayError):
                 ray.kill(actor)
-        if self._ray is not None:
-            ray.shutdown()
-            self._ray.stop()
-            self._ray = None
+        head, self._ray = self._ray, None
+        if self._joined:
+            disconnect(head)
 
     def _collect_log(self, replica: Replica, actor: Any) -> None:
         """Bring the log of a server on another host home."""
@@ -313,7 +315,14 @@ def connect(say: Callable[[str], None]) -> Process | None:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         say(f"joining the Ray cluster at {address}")
-        _join(address, f"Ray cluster {address} (RAY_ADDRESS)")
+        what = f"Ray cluster {address} (RAY_ADDRESS)"
+        host, _, port = address.rpartition(":")
+        if host and port.isdigit():  # Ray itself would try for minutes
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+            except OSError as e:
+                raise ServerError(f"{what}: nothing answers there ({e}); start it, or unset RAY_ADDRESS") from e
+        _join(address, what)
         return None
     with tempfile.TemporaryDirectory(prefix="harness-ray-") as folder:
         head = Process.start(
@@ -334,11 +343,21 @@ def connect(say: Callable[[str], None]) -> Process | None:
     return head
 
 
+def disconnect(head: Process | None) -> None:
+    """Leave Ray, and end it when `connect` started it here."""
+    ray.shutdown()
+    if head is not None:
+        head.stop()
+
+
 def _join(address: str, what: str) -> None:
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
     except (RayError, OSError, RuntimeError, ValueError) as e:
-        raise ServerError(f"{what}: {last_line(e)}; Ray's own logs are in /tmp/ray/session_latest/logs") from e
+        raise ServerError(
+            f"{what}: {last_line(e)}; is it up, has it the same Ray and Python version, and have we its token "
+            f"(RAY_AUTH_MODE, RAY_AUTH_TOKEN)? Logs on its host: /tmp/ray/session_latest/logs"
+        ) from e
 
 
 def resources(tier: Tier) -> dict[str, float]:

@@ -19,7 +19,6 @@ def main() -> None:
 
     ray.init(
         address="local",
-        _node_ip_address="127.0.0.1",  # Ray's ports are nobody else's business
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         log_to_driver=False,

@@ -1,17 +1,11 @@
 """Load workers as processes: started together, started at one instant, followed to their end, whatever they do.
 
-A worker is ``python -m scenarios.worker SPEC.json``. It prints one JSON object per line::
-
-    {"event": "ready", "requests": 500}
-    {"event": "progress", "t_s": 1.5, "sent": 40, "done": 31, "failed": 0, "in_flight": 9, "ttft_s": [0.05], "output_tokens": 992}
-    {"event": "end", "rows": 500, "cpu_share": 0.4, "loop_lag_p99_s": 0.001, "exit": null, "end_ns": 9000000000}
-
-and reads ``start <unix_ns>`` and ``stop``. The end of its stdin means stop.
-"""  # noqa: E501 - the lines are shown as they are
+A worker is ``python -m scenarios.worker SPEC.json`` (its module says what the lines hold). It prints JSON lines with an
+``event`` (ready, progress, end) and reads ``start <unix_ns>`` and ``stop``. The end of its stdin means stop.
+"""
 
 from __future__ import annotations
 
-import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -33,6 +27,8 @@ SILENCE_S = 30.0
 """Workers report about twice a second; one that says nothing for this long hangs."""
 EXIT_S = 10.0
 """From a worker's last words to the end of its process."""
+AT_ONCE_S = 5.0
+"""To write the last rows when nothing in flight is waited for."""
 SLACK_S = 30.0
 """Above what a worker was told to need."""
 POLL_S = 0.1
@@ -44,6 +40,8 @@ WORKER = (sys.executable, "-m", "scenarios.worker")
 class Child(Protocol):
     """A running process with pipes: `cluster.process.Process`, or one on another host."""
 
+    @property
+    def host(self) -> str: ...  # noqa: D102
     def poll(self) -> int | None: ...  # noqa: D102
     def wait(self, timeout_s: float) -> int | None: ...  # noqa: D102
     def stop(self, grace_s: float = GRACE_S) -> int | None: ...  # noqa: D102
@@ -62,7 +60,6 @@ class Launch(Protocol):
 
 class _Ready(msgspec.Struct, tag="ready", tag_field="event"):
     requests: int | None = None
-    host: str | None = None
 
 
 class _Progress(msgspec.Struct, tag="progress", tag_field="event"):
@@ -208,16 +205,15 @@ class LoadWorkers:
         return start_ns
 
     def stop(self, at_once: bool = False) -> None:
-        """Ask for an end: no new requests, those in flight may finish. ``at_once``: end the processes now.
+        """Ask for an end: no new requests, those in flight may finish. ``at_once``: they may not.
 
-        Either way every row that was written stays; keep calling `poll` until `done`.
+        Workers write a row for every request either way; keep calling `poll` until `done`.
         """
-        if at_once:
-            self._limit(0.0, "ended at once, as asked")
-            return
         for state in self._states:
-            state.child.write_line("stop")
-        self._limit(self._spec.drain_s + SLACK_S, "did not stop when asked to")
+            for _ in range(2 if at_once else 1):  # a second "stop" cuts short what is in flight
+                state.child.write_line("stop")
+        seconds = AT_ONCE_S if at_once else self._spec.drain_s + SLACK_S
+        self._limit(seconds, "did not stop when asked to")
 
     def _limit(self, seconds: float, why: str) -> None:
         """From then on workers that still run are ended, for this reason."""
@@ -277,7 +273,7 @@ class LoadWorkers:
         return [
             Worker(
                 index=index,
-                host=(state.ready.host if state.ready else None) or socket.gethostname(),
+                host=state.child.host or None,
                 exit=state.over or None,
                 rows=state.end.rows if state.end else None,
                 cpu_share=state.end.cpu_share if state.end else None,

@@ -11,6 +11,7 @@ import os
 import queue
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -39,6 +40,7 @@ class Process:
         self, name: str, log: Path | None, mark: str, control: int, status: int, popen: subprocess.Popen[bytes]
     ) -> None:
         self.name, self.log, self._mark = name, log, mark
+        self.host = socket.gethostname()
         self.pid: int | None = None
         """Of the command itself (its group leader); null until it has started."""
         self._control: int | None = control

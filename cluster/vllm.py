@@ -35,7 +35,7 @@ class VllmEngine:
 
     @property
     def name(self) -> str:
-        """"vllm" on accelerators, "vllm-cpu" without."""
+        """Kind of engine: "vllm" on accelerators, "vllm-cpu" without."""
         return engine_kind(self.tier)
 
     @property
@@ -69,7 +69,7 @@ class VllmEngine:
 
 
 def engine_kind(tier: Tier) -> str:
-    """"vllm" on a tier with accelerators, "vllm-cpu" without."""
+    """Kind of engine: "vllm" on a tier with accelerators, "vllm-cpu" without."""
     return "vllm" if tier.accelerator_count else "vllm-cpu"
 
 

@@ -268,8 +268,8 @@ def replay(**options: Any) -> int:
     """Plan, serve, run and report in one go.
 
     TRACE is a production trace: JSON Lines, Mooncake or Azure CSV, plain or gzipped (scenarios/traces/README.md has
-    the fields). Without --base-url a vLLM server is started on the default tier (this machine's CPU) with a small model,
-    and ended afterwards.
+    the fields). Without --base-url a vLLM server is started on the default tier (this machine's CPU) with a small
+    model, and ended afterwards.
 
     Requests go out at the trace's own times (open loop) unless --concurrency is given (closed loop). Latency counts
     from the planned time, so a late client or a full queue shows.

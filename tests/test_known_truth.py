@@ -91,7 +91,8 @@ def test_a_named_tier_gives_a_price(fake_server: StartServer, tmp_path: Path) ->
     server = fake_server("--ttft", "0.02", "--itl", "0.002")
     trace = write_trace(tmp_path / "trace.jsonl", 80, 0.02)
     done = harness(
-        "replay", trace, "--base-url", server.url, "--tier", "aws-m7a.large", "--out", tmp_path / "runs", "--concurrency", "8",
+        "replay", trace, "--base-url", server.url, "--tier", "aws-m7a.large",
+        "--out", tmp_path / "runs", "--concurrency", "8",
         "--format", "json",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -106,7 +107,7 @@ def test_a_named_tier_gives_a_price(fake_server: StartServer, tmp_path: Path) ->
 
 
 def test_a_starved_client_is_shown_and_has_no_price(fake_server: StartServer, tmp_path: Path) -> None:
-    """8 places at 40 req/s against a server that takes 0.43 s: from 'sent' all looks well, from 'scheduled' it does not."""
+    """8 places at 40 req/s, 0.43 s an answer: from 'sent' all looks well, from 'scheduled' it does not."""
     server = fake_server("--ttft", "0.05", "--itl", "0.02")
     trace = write_trace(tmp_path / "trace.jsonl", 120, 0.025)
     done = harness(

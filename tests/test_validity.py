@@ -195,8 +195,15 @@ def test_what_has_no_plan_or_no_count_is_not_checked(tmp_path):
 
 @pytest.mark.parametrize(
     ("inputs", "outputs", "ok"),
-    [(160, 80, True), (160, 79, False), (159, 80, False), (161, 80, False), (160, 81, False),
-     (168, 84, True), (169, 84, False)],
+    [
+        (160, 80, True),
+        (160, 79, False),
+        (159, 80, False),
+        (161, 80, False),
+        (160, 81, False),
+        (168, 84, True),
+        (169, 84, False),
+    ],
 )
 def test_token_books(tmp_path, inputs, outputs, ok):
     """20 successes of 8 in and 4 out; in the last two a 21st failed, which may have used up to 8 and 4."""

@@ -1,0 +1,213 @@
+"""A process group has an owner, and nothing of it outlives either of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, wait_for
+
+from cluster.process import MARK, Process, describe_exit, sweep, tail, wait_ready
+from harness.errors import HarnessError, ServerError
+
+# Prints its own pid and that of a grandchild in a session of its own; both ignore SIGTERM when asked to.
+FAMILY = """
+import os, signal, subprocess, sys, time
+if "stubborn" in sys.argv:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+print(os.getpid(), child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def start_family(tmp_path: Path, *args: str) -> tuple[Process, list[int]]:
+    process = Process.start([sys.executable, "-c", FAMILY, *args], name="family", log=tmp_path / "log", pipes=True)
+    lines: list[str] = []
+    wait_for(lambda: bool(lines.extend(process.lines()) or lines), 10, "the family's pids")
+    return process, [int(pid) for pid in lines[0].split()]
+
+
+def test_talks_through_pipes_and_ends_with_its_code(tmp_path: Path) -> None:
+    code = "import sys; print(sys.stdin.readline().upper(), end=''); print('to the log', file=sys.stderr); sys.exit(3)"
+    process = Process.start([sys.executable, "-c", code], name="p", log=tmp_path / "log", pipes=True)
+    assert process.write_line("hello")
+    assert process.wait(10) == 3
+    assert process.lines() == ["HELLO"]
+    assert process.tail() == ["to the log"]
+    assert not process.write_line("anyone there?")
+    assert process.stop() == 3  # again, and after its end
+
+
+def test_the_last_line_is_there_once_poll_says_it_ended(tmp_path: Path) -> None:
+    for _ in range(10):
+        process = Process.start(["sh", "-c", "echo a; echo b; exit 0"], name="p", pipes=True)
+        assert process.wait(10) == 0
+        assert process.lines() == ["a", "b"]
+
+
+def test_environment_is_added_and_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAKEN_AWAY", "1")
+    process = Process.start(
+        ["sh", "-c", 'echo "$ADDED-${TAKEN_AWAY:-gone}"'], name="p", env={"ADDED": "x", "TAKEN_AWAY": None}, pipes=True
+    )
+    process.wait(10)
+    assert process.lines() == ["x-gone"]
+
+
+def test_a_command_that_does_not_exist_says_so(tmp_path: Path) -> None:
+    process = Process.start(["/no/such/command"], name="p", log=tmp_path / "log")
+    assert process.wait(10) == 127
+    assert "cannot start /no/such/command: No such file" in process.tail()[0]
+
+
+def test_a_log_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(HarnessError, match=r"p: cannot start: .*missing/log"):
+        Process.start(["true"], name="p", log=tmp_path / "missing" / "log")
+
+
+def test_stop_ends_the_group_and_the_grandchild_in_its_own_session(tmp_path: Path) -> None:
+    process, pids = start_family(tmp_path)
+    assert not any(gone(pid) for pid in pids)
+    assert process.stop() == -signal.SIGTERM
+    assert all(gone(pid) for pid in pids)
+
+
+def test_what_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
+    process, pids = start_family(tmp_path, "stubborn")
+    assert process.stop(grace_s=0.5) == -signal.SIGKILL
+    assert all(gone(pid) for pid in pids)
+
+
+def test_stop_overtakes_from_another_thread(tmp_path: Path) -> None:
+    process, _ = start_family(tmp_path)
+    codes: list[int | None] = []
+    threads = [threading.Thread(target=lambda: codes.append(process.stop())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    assert process.wait(20) == -signal.SIGTERM
+    for thread in threads:
+        thread.join(20)
+    assert codes == [-signal.SIGTERM] * 4
+
+
+def test_a_command_that_ends_takes_what_it_left_behind_with_it(tmp_path: Path) -> None:
+    process = Process.start(["sh", "-c", "setsid sleep 600 & echo $!; exit 4"], name="p", pipes=True)
+    assert process.wait(20) == 4
+    assert gone(int(process.lines()[0]))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_death_of_the_owner_ends_the_family(tmp_path: Path, number: signal.Signals) -> None:
+    owner = textwrap.dedent(f"""
+        import sys, time
+        from cluster.process import Process
+        p = Process.start([sys.executable, "-c", {FAMILY!r}], name="family", pipes=True)
+        while not (lines := p.lines()): time.sleep(0.01)
+        print(lines[0], flush=True)
+        time.sleep(600)
+    """)
+    process = subprocess.Popen([sys.executable, "-c", owner], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    pids = [int(word) for word in process.stdout.readline().split()]
+    below = [p.pid for p in psutil.Process(process.pid).children(recursive=True)]
+    assert set(pids) <= set(below), "the tree shows who started what"
+    os.kill(process.pid, number)
+    process.wait(10)
+    wait_for(lambda: all(gone(pid) for pid in below), 15, "guard and family ended")
+
+
+def test_killing_the_owners_direct_children_spares_the_command(tmp_path: Path) -> None:
+    # Ray does this to its workers' children; the guard must live to end the command in order.
+    process, pids = start_family(tmp_path)
+    assert process.pid is not None
+    guard = psutil.Process(process.pid).parent()
+    assert guard is not None
+    stand_in = guard.parent()
+    assert stand_in is not None
+    stand_in.kill()
+    time.sleep(0.3)
+    assert process.poll() is None
+    assert not gone(pids[0])
+    assert process.stop() == -signal.SIGTERM
+    assert all(gone(pid) for pid in pids)
+
+
+def test_a_killed_guard_leaves_nothing_either(tmp_path: Path) -> None:
+    process, pids = start_family(tmp_path)
+    assert process.pid is not None
+    guard = psutil.Process(process.pid).parent()
+    assert guard is not None
+    guard.kill()
+    assert process.wait(10) == -signal.SIGKILL
+    wait_for(lambda: all(gone(pid) for pid in pids), 10, "command killed by the kernel, the rest swept")
+
+
+def test_sweep_finds_a_process_by_session_though_it_hides_its_environment() -> None:
+    child = subprocess.Popen(["sleep", "600"], env={"PATH": os.environ["PATH"]}, start_new_session=True)
+    marked = subprocess.Popen(["sleep", "600"], env={"PATH": os.environ["PATH"], MARK: "only-this-test"})
+    assert set(sweep(child.pid, "only-this-test")) == {child.pid, marked.pid}
+    assert child.wait(10) == marked.wait(10) == -signal.SIGKILL
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no processor affinity here")
+def test_runs_on_the_processors_it_is_given() -> None:
+    own = max(os.sched_getaffinity(0))
+    code = "import os; print(sorted(os.sched_getaffinity(0)))"
+    process = Process.start([sys.executable, "-c", code], name="p", pipes=True, cpus=[own])
+    assert process.wait(10) == 0
+    assert process.lines() == [f"[{own}]"]
+
+
+def test_ready_is_when_the_check_says_so() -> None:
+    with Process.start(["sleep", "600"], name="p") as process:
+        answers = iter([False, False, True])
+        assert 0 < wait_ready(lambda: next(answers), process, 10, poll_s=0.05) < 10
+        with pytest.raises(ServerError, match="p was not ready after 0 s"):
+            wait_ready(lambda: False, process, 0.2, poll_s=0.05)
+
+
+def test_a_death_before_ready_is_told_with_its_cause_and_last_words(tmp_path: Path) -> None:
+    process = Process.start(
+        ["sh", "-c", "echo first >&2; echo 'address already in use' >&2; exit 7"], name="server 0", log=tmp_path / "log"
+    )
+    start = time.monotonic()
+    with pytest.raises(ServerError) as caught:
+        wait_ready(lambda: False, process, 60, explain=lambda lines: "port in use" if "use" in lines[-1] else None)
+    assert time.monotonic() - start < 20, "a death is not waited out"
+    assert "server 0 ended before it was ready: exit code 7" in str(caught.value)
+    assert "port in use" in str(caught.value)
+    assert str(tmp_path / "log") in str(caught.value)
+    assert caught.value.log_tail == ["first", "address already in use"]
+
+
+def test_tail_of_a_hostile_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert tail(log, 5) == []
+    log.write_bytes(b"x" * 300_000 + b"\n\n\xff\xfe broken\n" + b"y" * 5000 + b"\nlast")
+    lines = tail(log, 3)
+    assert lines[-1] == "last"
+    assert "broken" in lines[0]
+    assert max(map(len, lines)) <= 400
+
+
+def test_ends_are_told_in_words() -> None:
+    assert describe_exit(2) == "exit code 2"
+    assert describe_exit(-signal.SIGSEGV) == "killed by SIGSEGV"
+    assert "out of memory" in describe_exit(-signal.SIGKILL)
+    assert describe_exit(-200) == "killed by signal 200"
