@@ -41,9 +41,7 @@ _BACKLOG, _BACKLOG_BYTES = 4096, 128 * 2**20
 _OPENING = 128  # connections being opened at the same time: below any server's listen backlog
 
 
-def prepare(
-    request: Request, *, endpoint: str, model: str, extra_body: Mapping[str, object] | None = None
-) -> bytes:
+def prepare(request: Request, *, endpoint: str, model: str, extra_body: Mapping[str, object] | None = None) -> bytes:
     """The bytes of one request from its Content-Length header on; `Target.head` comes before them.
 
     Generation is greedy, and forced to ``output_tokens`` when the plan has them. ``extra_body`` fields win over ours; a
@@ -234,16 +232,16 @@ class Client:
         self._turn = (best + 1) % len(targets)
         return targets[best]
 
-    def open_connections(self, wanted: int) -> str | None:
+    def open_connections(self, wanted: int, timeout_s: float | None = None) -> str | None:
         """Open connections until the pools hold ``wanted``, spread over the servers; why some could not be, if so.
 
-        Waits for them, at most the connect timeout after the last one began. A failure here is not an error of the run:
+        Waits for them at most ``timeout_s`` (default: the connect timeout). A failure here is not an error of the run:
         the requests themselves will tell.
         """
         self._unopened.clear()
         share = [wanted // len(self._targets) + (i < wanted % len(self._targets)) for i in range(len(self._targets))]
         todo = [t for t, n in zip(self._targets, share, strict=True) for _ in range(n - len(t.idle))]
-        deadline = monotonic_ns() + self._connect_timeout_ns
+        deadline = monotonic_ns() + (self._connect_timeout_ns if timeout_s is None else int(timeout_s * 1e9))
         while (todo or self._opening) and monotonic_ns() < deadline:
             while todo and len(self._opening) < _OPENING:
                 target = todo.pop()
@@ -252,7 +250,6 @@ class Client:
                 connection = Connection(self, target)
                 self._opening.add(connection)
                 connection.open(None)
-                deadline = monotonic_ns() + self._connect_timeout_ns
             gevent.sleep(0.001)
         for connection in list(self._opening):
             connection.close()
@@ -348,8 +345,9 @@ class Client:
                 self._give_up(stream, "timeout", f"not finished {self._timeout_ns / 1e9:g} s after it was sent")
             elif connection is not None and not connection.ready:
                 if now - stream.sent_ns > self._connect_timeout_ns:
-                    detail = f"{stream.target.authority}: not accepted in {self._connect_timeout_ns / 1e9:g} s"
-                    self._give_up(stream, "connect", detail)
+                    tls, limit_s = connection.shaking_hands, self._connect_timeout_ns / 1e9
+                    error, what = ("tls", "no TLS handshake") if tls else ("connect", "not accepted")
+                    self._give_up(stream, error, f"{stream.target.authority}: {what} in {limit_s:g} s")
             elif now - last > self._stall_ns:
                 self._give_up(stream, "stall", f"the server sent nothing for {self._stall_ns / 1e9:g} s")
             elif stream.reads and now - last > 1e9:

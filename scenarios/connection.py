@@ -126,7 +126,8 @@ class Connection:
         self._refused(trouble)
 
     def _refused(self, trouble: str) -> None:
-        self._fail("connect", f"{self.target.authority}: {trouble}")
+        # Not at once: a closed loop would go on to fail its whole plan before the event loop turns again.
+        self.client.loop.run_callback(self._fail, "connect", f"{self.target.authority}: {trouble}")
 
     def _connected(self) -> None:
         assert self.sock is not None
@@ -160,6 +161,11 @@ class Connection:
         else:
             self._flush_tls()
             self._opened()
+
+    @property
+    def shaking_hands(self) -> bool:
+        """True once connected, while TLS is not ready."""
+        return self._tls is not None and not self.ready
 
     def _opened(self) -> None:
         self.ready = True

@@ -65,7 +65,7 @@ def run_as_locustfile(*, timed: bool) -> None:
         except (HarnessError, OSError) as e:
             print(f"error: {e}", file=sys.stderr)
             environment.process_exit_code = EXIT_USAGE
-            environment.runner.quit()
+            gevent.spawn(environment.runner.quit)  # it ends the greenlet we are in
 
     @events.test_stop.add_listener  # type: ignore[untyped-decorator]
     def stop(**_: object) -> None:
@@ -146,4 +146,3 @@ class _LocustRun:
         self._client.close()
         if self._writer is not None:
             self._writer.close()
-

@@ -3,7 +3,7 @@
 SPEC.json is a `WorkerSpec`; the API key comes from the environment variable HARNESS_API_KEY only. JSON lines on stdout,
 words on stderr. The worker reads its slice of the plan, prepares every byte, opens connections, then says::
 
-    {"event": "ready", "requests": 120, "fd_limit": 65536}
+    {"event": "ready", "requests": 120, "fd_limit": 65536, "host": "node-7"}
 
 and waits for a line on stdin: ``start <unix_ns>`` (the common start of all workers) or ``stop``. While it runs, about
 twice a second (a line is left out when nobody reads)::
@@ -11,8 +11,9 @@ twice a second (a line is left out when nobody reads)::
     {"event": "progress", "t_s": 1.5, "sent": 40, "done": 31, "failed": 0, "in_flight": 9, "ttft_s": [0.05],
      "output_tokens": 512}
 
-``ttft_s`` samples the TTFT (from the planned time) of requests that ended since the last line. ``stop``, SIGTERM or the
-end of stdin: nothing more is sent, what is in flight has ``drain_s``; a second ``stop`` or SIGTERM ends that at once.
+``ttft_s`` samples the TTFT (from the planned time) of requests that ended since the last line. ``stop``, SIGTERM,
+Ctrl-C or the end of stdin: nothing more is sent, what is in flight has ``drain_s``; a second ``stop`` or SIGTERM ends
+that at once.
 At the end every request of the slice has exactly one row, and the last line is::
 
     {"event": "end", "rows": 120, "cpu_share": 0.41, "loop_lag_p99_s": 0.0004, "exit": null, "end_ns": 60123456789}
@@ -27,13 +28,14 @@ import locust  # isort: skip  # first: it patches the standard library, and want
 import gc
 import logging
 import os
+import platform
 import select
 import signal
 import sys
 import time
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic_ns
@@ -119,8 +121,12 @@ class Commands:
         self._rest = b""
         self._watcher: Any = gevent.get_hub().loop.io(0, 1)
         self._watcher.start(self._read)
-        self._signal: Any = gevent.get_hub().loop.signal(signal.SIGTERM)
-        self._signal.start(self._put, "stop")
+        self._signals: list[Any] = []
+        # Ctrl-C may reach a whole process group, and the harness then says "stop" as well: that must not count twice.
+        for number, line in ((signal.SIGTERM, "stop"), (signal.SIGINT, "eof")):
+            watcher = gevent.get_hub().loop.signal(number)
+            watcher.start(self._put, line)
+            self._signals.append(watcher)
 
     def _put(self, line: str) -> None:
         self.lines.append(line)
@@ -169,7 +175,6 @@ class Worker:
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
-        self.commands = Commands()
         self.trouble: str | None = None
         self._done = self._failed = self._output_tokens = 0
         self._ttft_s: list[float] = []
@@ -177,7 +182,7 @@ class Worker:
         self._held: list[Result] = []  # rows that came while a flush was writing
         self._lags = array("q")
         self._flushed = Event()
-        self._stops = 0  # how often we were asked to stop
+        self._stops = 0  # how often we were told to
         self._fail_on_bugs()
         fd_limit = raise_fd_limit()
         try:
@@ -197,13 +202,16 @@ class Worker:
         schedule = Schedule(planned, timed=not closed)
         self.requests = schedule.left
         self._load = Load(schedule, self._client, None if closed else spec.concurrency)
-        self._open_connections()
+        self._open_connections(None)
+        _warm_up()
         self._runner = self._start_users(Saturate if closed else Replay, spec.concurrency or 1 if closed else 1)
         self.fd_limit = fd_limit
+        # Only now: up to here SIGTERM simply ends a process that has sent nothing.
+        self.commands = Commands()
 
-    def _open_connections(self) -> None:
+    def _open_connections(self, timeout_s: float | None) -> None:
         wanted = min(self.spec.concurrency or _OPEN_LOOP_CONNECTIONS, self.requests)
-        trouble = self._client.open_connections(wanted)
+        trouble = self._client.open_connections(wanted, timeout_s)
         if trouble:
             print(f"warning: connections could not be opened ahead: {trouble}", file=sys.stderr)
 
@@ -226,7 +234,9 @@ class Worker:
     def run(self, start_unix_ns: int) -> None:
         """From the common start until every request has its row in the file."""
         start = monotonic_ns() + (start_unix_ns - time.time_ns())
-        self._open_connections()  # some may have been closed by the server while we waited
+        spare_s = (start - monotonic_ns()) / 1e9 - 0.05
+        if spare_s > 0:
+            self._open_connections(spare_s)  # the server may have closed some while we waited
         # What was built before the clock lives until the end, and the hot path makes no cycles: a collection would only
         # stop the world for as long as it takes to walk the prepared requests.
         gc.collect()
@@ -269,7 +279,7 @@ class Worker:
             if line == "stop":
                 self._stops += 1
             elif line == "eof":
-                self._stops = max(self._stops, 1)  # the harness is gone, or done talking: no reason to hurry
+                pass  # the harness is gone, or done talking: no reason to hurry
             else:
                 print(f"warning: not a command now: {line!r}", file=sys.stderr)
                 continue
@@ -308,7 +318,7 @@ class Worker:
         if self._flushing:
             self.trouble = f"{self.spec.results}: the disk took no rows for 30 s"
         elif not self._torn:
-            self._write(self._writer.close)
+            self._check(_attempt(self._writer.close))
         self.rows = self._writer.rows
 
     # -- rows ---------------------------------------------------------------------------------------------------------
@@ -330,18 +340,16 @@ class Worker:
         pool = gevent.get_hub().threadpool
         while not self._flushed.wait(_FLUSH_S) and not self._torn:
             self._flushing = True
-            self._write(lambda: pool.apply(self._writer.flush))
+            self._check(pool.apply(_attempt, (self._writer.flush,)))
             self._flushing = False
             held, self._held = self._held, []
             for result in held:
                 self._writer.append(result)
 
-    def _write(self, write: Any) -> None:
-        try:
-            write()
-        except (OSError, pa.ArrowException) as e:
+    def _check(self, failure: Exception | None) -> None:
+        if failure is not None:
             self._torn = True  # whatever followed half a batch could not be read
-            self._give_up(f"{self.spec.results}: cannot write results ({e})")
+            self._give_up(f"{self.spec.results}: cannot write results ({failure})")
 
     # -- self-observation ---------------------------------------------------------------------------------------------
 
@@ -375,6 +383,22 @@ class Worker:
                 self._ttft_s.clear()
 
 
+def _warm_up() -> None:
+    """The first batch Arrow ever writes takes 20 ms; not while streams are timed."""
+    writer = ResultWriter(Path(os.devnull), 0)
+    writer.append(Result(0, 0, sent_ns=0, chunk_ns=[0], chunk_tokens=[1]))
+    writer.close()
+
+
+def _attempt(write: Callable[[], None]) -> Exception | None:
+    """Write, and return what went wrong: gevent reports what is raised in its threads as a bug."""
+    try:
+        write()
+    except (OSError, pa.ArrowException) as e:
+        return e
+    return None
+
+
 def _cpu_s() -> float:
     times = os.times()
     return times.user + times.system
@@ -404,7 +428,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(arguments) != 1:
             raise UsageError("usage: python -m scenarios.worker SPEC.json")
         worker = Worker(read_spec(Path(arguments[0])))
-        say("ready", requests=worker.requests, fd_limit=worker.fd_limit)
+        say("ready", requests=worker.requests, fd_limit=worker.fd_limit, host=platform.node())
         start = _start_ns(worker.commands)
         if start is None:
             worker.abandon()

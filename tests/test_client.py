@@ -1,0 +1,596 @@
+import errno
+import gc
+import json
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import gevent
+import numpy as np
+import pytest
+from conftest import ROOT, FakeServer, StartServer
+
+from harness.errors import UsageError
+from harness.plan import Request
+from harness.results import ERRORS, Result
+from scenarios.client import Client, prepare
+from scenarios.connection import UNPARSED_LIMIT
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def request(i=0, *, output_tokens=4, ids=(1, 2, 3), text=None, messages=None):
+    return Request(
+        request_id=i, phase="measured", scheduled_ns=0, slice=i, after=None, think_ns=None, input_tokens=None,
+        output_tokens=output_tokens, prompt_token_ids=list(ids) if ids else None, prompt_text=text, messages=messages,
+    )  # fmt: skip
+
+
+def chunk(payload):
+    return b"%x\r\n%b\r\n" % (len(payload), payload)
+
+
+def answer(tokens=2):
+    texts = b"".join(chunk(b'data: {"choices":[{"text":"a"}]}\n\n') for _ in range(tokens))
+    counts = b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":%d}}\n\n' % tokens
+    return HEAD + texts + chunk(counts) + chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
+
+
+def read_request(connection):
+    """The next request on a connection, whole; b"" at its end."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        more = connection.recv(65536)
+        if not more:
+            return b""
+        data += more
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+    while len(body) < length:
+        body += connection.recv(65536)
+    return head + b"\r\n\r\n" + body
+
+
+class Server:
+    """A server of real threads; ``talk(connection, nth)`` speaks on each connection until it returns."""
+
+    def __init__(self, talk, tls=None, family=socket.AF_INET):
+        self.talk, self.tls, self.connections = talk, tls, 0
+        self.socket = socket.create_server(("127.0.0.1" if family == socket.AF_INET else "::1", 0), family=family)
+        self.port = self.socket.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            try:
+                connection, _ = self.socket.accept()
+            except OSError:
+                return
+            self.connections += 1
+            threading.Thread(target=self.serve, args=(connection, self.connections), daemon=True).start()
+
+    def serve(self, connection, nth):
+        try:
+            if self.tls is not None:
+                connection = self.tls.wrap_socket(connection, server_side=True)
+            with connection:
+                self.talk(connection, nth)
+        except (OSError, IndexError):
+            pass  # the client went away, as some tests want
+
+    @property
+    def url(self):
+        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}/v1"
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(talk, **options):
+        servers.append(Server(talk, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.socket.close()
+
+
+class Run:
+    """A client and its rows."""
+
+    def __init__(self, *urls, **options):
+        self.rows: list[Result] = []
+        self.client = Client(urls, self.rows.append, **options)
+        self.sent = 0
+
+    def send(self, payload=None, ended=None, **fields):
+        payload = payload or prepare(request(**fields), endpoint="completions", model="fake")
+        self.client.send(Result(self.sent, 0), payload, ended)
+        self.sent += 1
+
+    def wait(self, deadline_s=10.0):
+        end = time.monotonic() + deadline_s
+        while len(self.rows) < self.sent:
+            assert time.monotonic() < end, f"{len(self.rows)} of {self.sent} rows"
+            gevent.sleep(0.005)
+        return sorted(self.rows, key=lambda r: r.request_id)
+
+    def one(self, **fields):
+        self.send(**fields)
+        return self.wait()[-1]
+
+
+@pytest.fixture
+def run():
+    runs = []
+
+    def start(*urls, **options):
+        runs.append(Run(*urls, **options))
+        return runs[-1]
+
+    yield start
+    for one in runs:
+        one.client.close()
+
+
+def repeat(data):
+    def talk(connection, nth):
+        while read_request(connection):
+            connection.sendall(data)
+
+    return talk
+
+
+def once(data):
+    def talk(connection, nth):
+        read_request(connection)
+        connection.sendall(data)
+
+    return talk
+
+
+# -- what is sent -----------------------------------------------------------------------------------------------------
+
+
+def test_a_request_is_what_the_server_gets(serve, run):
+    got = []
+
+    def talk(connection, nth):
+        got.append(read_request(connection))
+        connection.sendall(answer())
+
+    server = serve(talk)
+    row = run(server.url, api_key="sk-secret").one(output_tokens=7)
+    head, _, body = got[0].partition(b"\r\n\r\n")
+    lines = head.decode().split("\r\n")
+    assert lines[0] == "POST /v1/completions HTTP/1.1"
+    assert f"Host: 127.0.0.1:{server.port}" in lines
+    assert "Authorization: Bearer sk-secret" in lines
+    assert "Accept-Encoding: identity" in lines
+    assert json.loads(body) == {
+        "model": "fake", "prompt": [1, 2, 3], "max_tokens": 7, "ignore_eos": True, "temperature": 0, "stream": True,
+        "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    assert (row.error, row.output_tokens, row.chunk_tokens, row.replica) == (None, 2, [1, 1], 0)
+
+
+def body_of(payload):
+    return json.loads(payload.partition(b"\r\n\r\n")[2])
+
+
+def test_prepare_fits_the_prompt_to_the_endpoint():
+    text = request(ids=None, text="hi")
+    chat = request(ids=None, messages='[{"role": "user", "content": "hi"}]')
+    assert body_of(prepare(text, endpoint="completions", model="m"))["prompt"] == "hi"
+    assert body_of(prepare(text, endpoint="chat", model="m"))["messages"] == [{"role": "user", "content": "hi"}]
+    assert body_of(prepare(chat, endpoint="chat", model="m"))["messages"] == [{"role": "user", "content": "hi"}]
+    free = body_of(prepare(request(output_tokens=None), endpoint="completions", model="m"))
+    assert "max_tokens" not in free
+    assert "ignore_eos" not in free
+    extra = {"temperature": 0.7, "stream_options": None, "top_p": 0.9}
+    changed = body_of(prepare(text, endpoint="chat", model="m", extra_body=extra))
+    assert (changed["temperature"], changed["top_p"], "stream_options" in changed) == (0.7, 0.9, False)
+    broken = request(ids=None, messages="{")
+    for bad, endpoint in ((request(), "chat"), (chat, "completions"), (broken, "chat"), (text, "x")):
+        with pytest.raises(UsageError):
+            prepare(bad, endpoint=endpoint, model="m")
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://x", "127.0.0.1:80", "http://", "http://host:port", "http://u:secret@127.0.0.1/v1"]
+)
+def test_what_is_no_base_url_is_refused(url):
+    with pytest.raises(UsageError) as e:
+        Client([url], lambda row: None)
+    assert "secret" not in str(e.value)
+
+
+def test_long_prompts_go_out_whole_while_answers_come_in(serve, run):
+    sizes = []
+
+    def talk(connection, nth):
+        while data := read_request(connection):
+            sizes.append(len(data))
+            connection.sendall(answer())
+
+    server = serve(talk)
+    sender = run(server.url)
+    for _ in range(4):
+        sender.send(ids=range(1_000_000, 1_300_000))  # 2.4 MB each, far more than a socket buffer
+    assert [row.error for row in sender.wait()] == [None] * 4
+    assert min(sizes) > 2_400_000
+
+
+# -- connections ------------------------------------------------------------------------------------------------------
+
+
+def test_a_connection_is_kept_and_used_again(serve, run):
+    server = serve(repeat(answer()))
+    sender = run(server.url)
+    for _ in range(5):
+        sender.one()
+    assert all(row.error is None for row in sender.rows)
+    assert server.connections == 1
+
+
+def test_connections_are_opened_ahead(serve, run):
+    server = serve(repeat(answer()))
+    sender = run(server.url)
+    assert sender.client.open_connections(8) is None
+    for _ in range(8):
+        sender.send()
+    assert [row.error for row in sender.wait()] == [None] * 8
+    assert server.connections == 8
+
+
+def test_a_connection_closed_while_idle_is_not_used_again(serve, run):
+    server = serve(once(answer()))
+    sender = run(server.url)
+    for _ in range(3):
+        sender.one()
+        gevent.sleep(0.05)
+    assert [row.error for row in sender.rows] == [None] * 3
+    assert server.connections == 3
+
+
+def test_a_long_idle_connection_is_not_trusted(serve, run, monkeypatch):
+    monkeypatch.setattr("scenarios.client.IDLE_LIMIT_S", 0.05)
+    server = serve(repeat(answer()))
+    sender = run(server.url)
+    sender.one()
+    gevent.sleep(0.1)
+    sender.one()
+    assert server.connections == 2
+
+
+def test_the_server_with_least_in_flight_is_chosen(serve, run):
+    release = threading.Event()
+
+    def slow(connection, nth):
+        while read_request(connection):
+            release.wait(10)
+            connection.sendall(answer())
+
+    sender = run(serve(slow).url, serve(slow).url, serve(slow).url)
+    for _ in range(9):
+        sender.send()
+    release.set()
+    replicas = [row.replica for row in sender.wait()]
+    assert sorted(replicas) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert replicas[:3] == [0, 1, 2]
+
+
+def test_the_second_address_of_a_host_is_tried(serve, run, monkeypatch):
+    server = serve(repeat(answer()))
+    dead = socket.create_server(("127.0.0.1", 0))
+    port = dead.getsockname()[1]
+    dead.close()
+    found = [(socket.AF_INET, 1, 6, "", ("127.0.0.1", port)), (socket.AF_INET, 1, 6, "", ("127.0.0.1", server.port))]
+    monkeypatch.setattr("scenarios.client._getaddrinfo", lambda *_: found)
+    assert run("http://two.example/v1").one().error is None
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 in this Python")
+def test_ipv6(serve, run):
+    try:
+        server = serve(repeat(answer()), family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("no IPv6 loopback on this machine")
+    assert run(f"http://[::1]:{server.port}/v1").one().error is None
+
+
+# -- what can go wrong ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        ("http500", "server"), ("http429", "overloaded"), ("http400", "rejected"), ("redirect", "redirect"),
+        ("html", "protocol"), ("cut", "cut"), ("reset", "cut"), ("error_event", "server"), ("no_done", None),
+        ("no_finish", "incomplete"), ("no_usage", None), ("bundle", None), ("crlf", None),
+    ],
+)  # fmt: skip
+def test_each_fault_is_a_row_of_its_class(faulty, run, fault, error):
+    sender = run(faulty.url)
+    payload = prepare(request(output_tokens=6), endpoint="completions", model="fake", extra_body={"fault": fault})
+    row = sender.one(payload=payload)
+    assert row.error == error, row.detail
+    assert row.error is None or (row.error in ERRORS and row.detail)
+    assert (row.finished_ns or 0) >= (row.sent_ns or 0)
+    partial = {"cut": 2, "error_event": 2, "no_finish": 2, "bundle": 3, "no_usage": 6, "no_done": 6, "crlf": 6}
+    assert len(row.chunk_ns or []) == partial.get(fault, 0)
+    assert (row.output_tokens is None) == (fault == "no_usage" or fault not in ("no_done", "bundle", "crlf"))
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cluster.fake_server", "--ttft", "0.01", "--itl", "0.005"],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    yield FakeServer(process.stdout.readline().split()[1], process, tmp_path_factory.mktemp("unused"))
+    process.kill()
+    process.wait(10)
+
+
+def test_401_and_404(fake_server: StartServer, run):
+    server = fake_server(FAKE_SERVER_API_KEY="sk-right")
+    assert run(server.url, api_key="sk-wrong").one().error == "auth"
+    row = run(server.url.replace("/v1", "/v7"), api_key="sk-right").one()
+    assert (row.error, row.http_status) == ("not_found", 404)
+
+
+def test_connection_refused(run):
+    dead = socket.create_server(("127.0.0.1", 0))
+    port = dead.getsockname()[1]
+    dead.close()
+    sender = run(f"http://127.0.0.1:{port}/v1")
+    assert "refused" in sender.client.open_connections(3).lower()
+    row = sender.one()
+    assert row.error == "connect"
+    assert "refused" in row.detail.lower()
+    assert row.sent_ns is not None
+    assert row.chunk_ns == []
+
+
+def test_no_descriptors_left(serve, run, monkeypatch):
+    def none_left(*_):
+        raise OSError(errno.EMFILE, "")
+
+    sender = run(serve(repeat(answer())).url)
+    monkeypatch.setattr("scenarios.connection._socket", none_left)
+    assert "open files" in sender.client.open_connections(2)
+    row = sender.one()
+    assert (row.error, "open files" in row.detail) == ("connect", True)
+
+
+def test_a_stall_and_a_timeout_keep_what_was_there(faulty, run):
+    for limits, error in (({"stall_s": 0.4}, "stall"), ({"timeout_s": 0.4}, "timeout")):
+        sender = run(faulty.url, **limits)
+        payload = prepare(request(), endpoint="completions", model="fake", extra_body={"fault": "stall"})
+        row = sender.one(payload=payload)
+        assert row.error == error
+        assert len(row.chunk_ns) == 2
+        assert 0.4e9 <= row.finished_ns - row.sent_ns < 3e9
+
+
+def test_a_server_that_accepts_and_says_nothing(run):
+    listening = socket.create_server(("127.0.0.1", 0), backlog=1)
+    row = run(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", stall_s=0.3).one()
+    assert (row.error, row.http_status) == ("stall", None)
+    listening.close()
+
+
+def test_a_server_that_never_accepts(run):
+    full = socket.create_server(("127.0.0.1", 0), backlog=0)
+    port = full.getsockname()[1]
+    fill = [socket.socket() for _ in range(8)]
+    for one in fill:
+        one.setblocking(False)
+        one.connect_ex(("127.0.0.1", port))
+    row = run(f"http://127.0.0.1:{port}/v1", connect_timeout_s=0.3).one()
+    assert row.error == "connect"
+    assert "not accepted" in row.detail
+    for one in [*fill, full]:
+        one.close()
+
+
+def test_an_early_refusal_of_a_long_request_is_read(serve, run):
+    def talk(connection, nth):
+        connection.recv(1000)
+        connection.sendall(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\n\r\nbig")
+        time.sleep(0.2)
+
+    row = run(serve(talk).url).one(ids=range(1_000_000, 1_500_000))
+    assert (row.error, row.http_status) in (("rejected", 413), ("cut", None))  # a reset may overtake the answer
+
+
+def test_a_server_killed_in_mid_stream(fake_server: StartServer, run):
+    server = fake_server("--ttft", "0.01", "--itl", "0.05")
+    sender = run(server.url)
+    for _ in range(20):
+        sender.send(output_tokens=100)
+    gevent.sleep(0.4)
+    server.process.send_signal(signal.SIGKILL)
+    rows = sender.wait()
+    assert {row.error for row in rows} == {"cut"}
+    assert all(len(row.chunk_ns) >= 2 for row in rows)
+    assert sender.one().error == "connect"
+
+
+def test_unasked_bytes_on_an_idle_connection_drop_it(serve, run):
+    server = serve(repeat(answer() + b"HTTP/1.1 200 OK\r\n"))
+    sender = run(server.url)
+    for _ in range(2):
+        assert sender.one().error is None
+        gevent.sleep(0.05)
+    assert server.connections == 2
+
+
+def test_an_end_that_was_none_is_not_believed(serve, run):
+    """A body may hold the very bytes we take for the end; the framing decides, before the row is written."""
+    fake_end = b"data: [DONE]\n\n\r\n0\r\n\r\n"
+
+    def talk(connection, nth):
+        read_request(connection)
+        connection.sendall(HEAD + b"400\r\n" + fake_end)
+        time.sleep(0.3)
+
+    row = run(serve(talk).url, stall_s=1).one()
+    assert row.error == "cut"
+
+
+def test_aborted_requests_are_rows(faulty, run):
+    sender = run(faulty.url)
+    for _ in range(3):
+        sender.send(payload=prepare(request(), endpoint="completions", model="fake", extra_body={"fault": "stall"}))
+    gevent.sleep(0.2)
+    sender.client.abort("stopped", "enough")
+    rows = sender.wait()
+    assert [(row.error, row.detail, len(row.chunk_ns)) for row in rows] == [("stopped", "enough", 2)] * 3
+
+
+def test_the_key_is_in_no_row(serve, run):
+    body = b'{"error": {"message": "bad key sk-very-secret"}}'
+    data = b"HTTP/1.1 401 X\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    row = run(serve(once(data)).url, api_key="sk-very-secret").one()
+    assert row.error == "auth"
+    assert "sk-very" not in row.detail
+
+
+# -- time and memory --------------------------------------------------------------------------------------------------
+
+
+def test_known_ttft_and_itl_are_measured(fake_server: StartServer, run):
+    server = fake_server("--ttft", "0.1", "--itl", "0.02")
+    sender = run(server.url)
+    sender.client.open_connections(8)
+    for _ in range(8):
+        sender.send(output_tokens=20)
+    rows = sender.wait()
+    assert [row.chunk_tokens for row in rows] == [[1] * 20] * 8
+    ttft = [(row.chunk_ns[0] - row.sent_ns) / 1e9 for row in rows]
+    itl = np.diff([row.chunk_ns for row in rows]) / 1e9
+    assert all(t >= 0.099 for t in ttft)
+    assert np.median(ttft) < 0.15
+    assert np.median(itl) == pytest.approx(0.02, rel=0.25)
+    # Against the server's own notes of when it handed each chunk to the kernel, on the same clock of this machine.
+    truth = {tuple(entry["chunk_ns"]) for entry in server.truth()}
+    assert len(truth) == 8
+    seen = sorted(row.chunk_ns[0] + sender.client.start_mono_ns for row in rows)
+    delay = np.array(seen) - sorted(chunks[0] for chunks in truth)
+    assert delay.min() > -2e6, "nothing is seen before it was sent"
+    assert np.median(delay) < 10e6
+
+
+def test_a_long_answer_is_parsed_on_the_way(serve, run):
+    """100,000 tokens are several MB: reads are given back long before the end."""
+    pause = threading.Event()
+    part = b"".join(chunk(b'data: {"choices":[{"text":"%b"}]}\n\n' % (b"x" * 100)) for _ in range(1000))
+
+    def talk(connection, nth):
+        read_request(connection)
+        connection.sendall(HEAD)
+        for _ in range(100):
+            connection.sendall(part)
+        pause.wait(10)
+        connection.sendall(answer(0)[len(HEAD) :])
+
+    sender = run(serve(talk).url)
+    sender.send()
+    deadline = time.monotonic() + 10
+    (stream,) = sender.client._active
+    while len(stream.response._completion._stamps) < 99_000:
+        assert time.monotonic() < deadline
+        gevent.sleep(0.01)
+        assert sum(map(len, stream.reads)) < 20 * UNPARSED_LIMIT
+    pause.set()
+    assert len(sender.wait()[0].chunk_ns) == 100_000
+
+
+def open_files():
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def test_requests_leave_no_garbage_and_no_descriptors(serve, run):
+    """The collector is off during a run: nothing a request leaves behind may need it."""
+    closing = HEAD.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") + answer()[len(HEAD) :]
+    sender = run(serve(once(closing)).url)
+    sender.one()
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    fds = open_files()
+    try:
+        for _ in range(20):
+            sender.one()
+        gc.collect()
+        ours = [o for o in gc.garbage if type(o).__module__.startswith("scenarios")]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert ours == []
+    assert open_files() <= fds + 4  # the server's threads may still hold one or two
+
+
+# -- TLS --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tls")
+    try:
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+             "-days", "2", "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1",
+             "-keyout", "key.pem", "-out", "cert.pem"],
+            cwd=folder, check=True, capture_output=True, timeout=30,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError) as e:
+        pytest.skip(f"no openssl to make a certificate with: {e}")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+    return context, str(folder / "cert.pem")
+
+
+def test_tls_streams_and_keeps_the_connection(serve, run, certificate):
+    context, ca = certificate
+    server = serve(repeat(answer(300)), tls=context)
+    sender = run(server.url, tls_ca=ca)
+    assert sender.client.open_connections(1) is None
+    for _ in range(3):
+        row = sender.one(ids=range(1_000_000, 1_100_000))
+        assert (row.error, row.output_tokens, len(row.chunk_ns)) == (None, 300, 300), row.detail
+    assert server.connections == 1
+
+
+def test_tls_without_trust_is_an_error_of_its_own(serve, run, certificate):
+    context, _ = certificate
+    row = run(serve(repeat(answer()), tls=context).url).one()
+    assert row.error == "tls"
+    assert "certificate" in row.detail
+
+
+def test_tls_against_a_server_without_it_and_the_reverse(serve, run, certificate):
+    context, ca = certificate
+    plain = serve(once(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"))
+    row = run(plain.url.replace("http:", "https:"), tls_ca=ca, connect_timeout_s=0.3).one()
+    assert row.error == "tls", "it waits for a request, we for a handshake"
+    loud = serve(lambda connection, nth: connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"))
+    assert run(loud.url.replace("http:", "https:"), tls_ca=ca).one().error == "tls"
+    encrypted = serve(repeat(answer()), tls=context)
+    row = run(encrypted.url.replace("https:", "http:"), stall_s=1).one()
+    assert row.error in ("protocol", "cut")
+
+
+def test_tls_cut_in_mid_stream(serve, run, certificate):
+    context, ca = certificate
+    row = run(serve(once(answer(5)[:-60]), tls=context).url, tls_ca=ca).one()
+    assert (row.error, len(row.chunk_ns)) == ("cut", 5)
