@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-from conftest import StartServer, descendants, harness, interrupt, start_harness, wait_for
+from conftest import ROOT, StartServer, descendants, harness, interrupt, start_harness, wait_for
 
 from harness.results import ERRORS, read_results
 
@@ -250,6 +252,24 @@ def test_sigkill_leaves_no_worker(fake_server: StartServer, tmp_path: Path) -> N
     wait_for(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in left), 15, "workers ended")
     rows = rows_of(tmp_path / "runs")
     assert sum(r["error"] is None for r in rows) >= 1, "what was flushed is there"
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_was_written(fake_server: StartServer, tmp_path: Path) -> None:
+    server = fake_server("--ttft", "0.01", "--itl", "0.001")
+    trace = write_trace(tmp_path / "trace.jsonl", 1500, 0.002, input_tokens=2, output_tokens=40)
+    small = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (49152, 49152)); from harness.cli import main; main()"
+    args = ("replay", trace, "--base-url", server.url, "--out", tmp_path / "runs", "--format", "json")
+    done = subprocess.run(
+        [sys.executable, "-c", small, *args],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    report = report_of(done)
+    (workers,) = [c for c in report["checks"] if c["name"] == "workers"]
+    assert "cannot write results" in workers["observed"]
+    assert 0 < report["requests"]["succeeded"] < 1500
+    assert len(rows_of(tmp_path / "runs")) == report["requests"]["succeeded"]
 
 
 def test_steps_alone_give_the_same_plan(fake_server: StartServer, tmp_path: Path) -> None:
