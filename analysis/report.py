@@ -79,7 +79,11 @@ _WORDY = ("meaning", "example", "95 % interval", "unit", "note")
 def headline(summary: Summary) -> str:
     """Model, hardware, evidence."""
     tier = summary.tier
-    where = f"{tier.name} x {summary.cost.replicas}" if tier else f"{summary.cost.replicas} server(s), no tier"
+    where = (
+        f"{tier.name} x {summary.cost.replicas}"
+        if tier
+        else f"{summary.cost.replicas} {'server' if summary.cost.replicas == 1 else 'servers'}, no tier"
+    )
     return clean(f"{summary.model} on {where}, {summary.evidence} {summary.created[:10]}")
 
 
@@ -173,7 +177,7 @@ def closing(summary: Summary) -> list[tuple[str, list[str]]]:
     basis = []
     if cost.reason is None:
         basis.append(
-            f"{_figure(cost.usd_per_hour)} USD/h x {cost.replicas} replica(s), bill of this window "
+            f"{_figure(cost.usd_per_hour)} USD/h x {cost.replicas} {'replica' if cost.replicas == 1 else 'replicas'}, bill of this window "
             f"{_figure(cost.bill_usd)} USD; {cost.purchase}, {cost.region}, read {cost.date}; source: {cost.source}"
         )
         if cost.note:
