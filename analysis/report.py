@@ -96,7 +96,7 @@ def opening(summary: Summary) -> list[str]:
         f"{n:,} {what}"
         for n, what in (
             (counts.failed, "failed"), (counts.unfinished, "unfinished"), (counts.lost, "lost"),
-            (counts.not_due, "not due within the run's duration"),
+            (counts.not_due, "not due within the run's duration"), (counts.cancelled, "cancelled as planned"),
         )
         if n
     ]  # fmt: skip
@@ -177,8 +177,8 @@ def closing(summary: Summary) -> list[tuple[str, list[str]]]:
     basis = []
     if cost.reason is None:
         basis.append(
-            f"{_figure(cost.usd_per_hour)} USD/h x {cost.replicas} {'replica' if cost.replicas == 1 else 'replicas'}, bill of this window "
-            f"{_figure(cost.bill_usd)} USD; {cost.purchase}, {cost.region}, read {cost.date}; source: {cost.source}"
+            f"{_figure(cost.usd_per_hour)} USD/h x {cost.replicas} {'replica' if cost.replicas == 1 else 'replicas'}, "
+            f"bill of this window {_figure(cost.bill_usd)} USD; {cost.purchase}, {cost.region}, read {cost.date}; source: {cost.source}"
         )
         if cost.note:
             basis.insert(0, cost.note)
