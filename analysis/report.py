@@ -178,7 +178,8 @@ def closing(summary: Summary) -> list[tuple[str, list[str]]]:
     if cost.reason is None:
         basis.append(
             f"{_figure(cost.usd_per_hour)} USD/h x {cost.replicas} {'replica' if cost.replicas == 1 else 'replicas'}, "
-            f"bill of this window {_figure(cost.bill_usd)} USD; {cost.purchase}, {cost.region}, read {cost.date}; source: {cost.source}"
+            f"bill of this window {_figure(cost.bill_usd)} USD; {cost.purchase}, {cost.region}, "
+            f"read {cost.date}; source: {cost.source}"
         )
         if cost.note:
             basis.insert(0, cost.note)
