@@ -1,0 +1,124 @@
+"""Every server's own gauges and counters, sampled each second while load runs, on the run's clock.
+
+Columns of `SCHEMA` (file ``server-metrics-<replica>.arrows``, Arrow IPC *stream*, flushed at every sample):
+
+==========================  =======  =================================================================================
+column                      type     meaning (vLLM's metric; null: this server does not have it)
+==========================  =======  =================================================================================
+t_ns                        int64    when the answer arrived, ns after the common start (negative: before it)
+took_ns                     int64    how long the server took to answer; a server that is short of CPU answers late
+running                     float64  requests in the running batch (``vllm:num_requests_running``)
+waiting                     float64  requests in the queue (``vllm:num_requests_waiting``)
+kv_cache_usage              float64  share of the KV cache in use, 0 to 1 (``vllm:kv_cache_usage_perc``)
+preemptions_total           float64  requests thrown out of the batch so far (``vllm:num_preemptions_total``)
+prefix_cache_queries_total  float64  input tokens looked up in the prefix cache so far
+prefix_cache_hits_total     float64  of these, found
+prompt_tokens_total         float64  input tokens so far, cached ones included
+generation_tokens_total     float64  output tokens so far
+process_start_s             float64  Unix time the server process began (``process_start_time_seconds``): a change is a
+                                     restart
+==========================  =======  =================================================================================
+
+A second without a row is one in which the server did not answer in time.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+import pyarrow as pa
+
+from harness import probe
+from harness.errors import ServerError
+
+SCHEMA_VERSION = "1"
+EVERY_S = 1.0
+ANSWER_S = 5.0
+
+GAUGES = {
+    "running": "vllm:num_requests_running",
+    "waiting": "vllm:num_requests_waiting",
+    "kv_cache_usage": "vllm:kv_cache_usage_perc",
+    "preemptions_total": "vllm:num_preemptions_total",
+    "prefix_cache_queries_total": "vllm:prefix_cache_queries_total",
+    "prefix_cache_hits_total": "vllm:prefix_cache_hits_total",
+    "prompt_tokens_total": "vllm:prompt_tokens_total",
+    "generation_tokens_total": "vllm:generation_tokens_total",
+    "process_start_s": "process_start_time_seconds",
+}
+"""Column -> the server's metric, summed over its labels."""
+
+SCHEMA = pa.schema(
+    [
+        pa.field("t_ns", pa.int64(), nullable=False),
+        pa.field("took_ns", pa.int64(), nullable=False),
+        *(pa.field(column, pa.float64()) for column in GAUGES),
+    ],
+    metadata={"harness.server_metrics": SCHEMA_VERSION},
+)
+
+
+class ServerMetrics:
+    """Samples one server into a file from a thread of its own, for the length of a ``with`` block.
+
+    Sampling never disturbs the run: a server without /metrics gives an empty file, a full disk ends the sampling and
+    is told by ``trouble`` afterwards.
+    """
+
+    def __init__(self, base_url: str, api_key: str | None, path: Path, start_unix_ns: int) -> None:
+        self._url = f"{probe.server_root(base_url)}/metrics"
+        self._key, self._path = api_key, path
+        # One reading of both clocks, so that a wall clock that is set during the run moves nothing.
+        self._start_mono_ns = time.monotonic_ns() + start_unix_ns - time.time_ns()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"metrics {base_url}", daemon=True)
+        self.trouble: str | None = None
+
+    def __enter__(self) -> ServerMetrics:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join(timeout=ANSWER_S + 1)
+
+    def _run(self) -> None:
+        try:
+            with pa.OSFile(str(self._path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as stream:
+                due = time.monotonic()
+                while not self._stop.wait(max(0.0, due - time.monotonic())):
+                    row = self._sample()
+                    if row is not None:
+                        stream.write_batch(pa.RecordBatch.from_pylist([row], schema=SCHEMA))
+                        sink.flush()
+                    due = max(due + EVERY_S, time.monotonic())
+        except OSError as e:
+            self.trouble = f"{self._path}: cannot write ({e.strerror or e})"
+
+    def _sample(self) -> dict[str, float | None] | None:
+        asked = time.monotonic_ns()
+        try:
+            text = probe.fetch(self._url, self._key, deadline_s=ANSWER_S).decode("utf-8", "replace")
+        except ServerError:
+            return None
+        now = time.monotonic_ns()
+        return {"t_ns": now - self._start_mono_ns, "took_ns": now - asked, **read_gauges(text)}
+
+
+def read_gauges(text: str) -> dict[str, float | None]:
+    """The columns of `GAUGES` from Prometheus text, summed over labels; null for what is not there."""
+    wanted = {name: column for column, name in GAUGES.items()}
+    found: dict[str, float | None] = dict.fromkeys(GAUGES)
+    for line in text.splitlines():
+        series, _, value = line.rpartition(" ")
+        column = wanted.get(series.partition("{")[0])
+        if column is None:
+            continue
+        try:
+            found[column] = (found[column] or 0.0) + float(value)
+        except ValueError:
+            continue
+    return found
