@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import trace as trace_module
+from harness import source as source_module
 from harness.errors import TraceError, UsageError
 from harness.formats import FORMATS
 from harness.formats.azure import Azure
@@ -99,7 +99,7 @@ def test_example_has_every_kind_of_row():
 
 
 def test_samples_are_small_and_azure_keeps_its_line_ends():
-    assert sum(f.stat().st_size for f in SAMPLES.iterdir()) < 400_000
+    assert sum(f.stat().st_size for f in SAMPLES.rglob("*") if f.is_file()) < 600_000
     assert (SAMPLES / "azure-conv-2023.csv").read_bytes().count(b"\r\n") == 601
 
 
@@ -217,8 +217,7 @@ BAD_LINES = {
     "azure-epoch": ("azure", b"1700158623,1,1", "TIMESTAMP is '1700158623'"),
     "azure-date": ("azure", b"2023-02-30 18:17:03.1,1,1", "TIMESTAMP"),
     "azure-second": ("azure", b"2023-11-16 18:17:61.1,1,1", "TIMESTAMP"),
-    "azure-zone": ("azure", b"2023-11-16 18:17:03.1+02:00,1,1", "UTC"),
-    "azure-zone-west": ("azure", b"2023-11-16 18:17:03.1-05:00,1,1", "UTC"),
+    "azure-zone": ("azure", b"2023-11-16 18:17:03.1+2,1,1", "with its offset"),
     "azure-empty-time": ("azure", b",1,1", "TIMESTAMP is ''"),
     "mooncake-block16": (
         "mooncake",
@@ -284,7 +283,7 @@ def test_time_that_runs_back_is_refused_with_its_line(tmp_path):
     error = problem(path)
     assert error.line == 3
     assert "604453 s before the row above" in str(error)
-    assert "cut it" in str(error)
+    assert "--part N" in str(error)
     trace = open_trace(path, skip_bad=True)
     assert [r.line for r in trace] == [1, 2, 5]
     assert trace.rows_dropped == {"arrival before the row above": 2}
@@ -292,7 +291,7 @@ def test_time_that_runs_back_is_refused_with_its_line(tmp_path):
 
 @pytest.mark.parametrize("zipped", [False, True])
 def test_an_endless_line_is_refused_in_bounded_memory(tmp_path, monkeypatch, zipped):
-    monkeypatch.setattr(trace_module, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(source_module, "MAX_LINE_BYTES", 1000)
     content = b'{"prompt": "a"}\n' + b'{"prompt": "' + b"x" * 50_000 + b'"}\n{"prompt": "b"}\n'
     path = write(tmp_path, gzip.compress(content) if zipped else content)
     assert problem(path).line == 2
@@ -303,7 +302,7 @@ def test_an_endless_line_is_refused_in_bounded_memory(tmp_path, monkeypatch, zip
 
 def test_a_line_of_exactly_the_limit_is_read(tmp_path, monkeypatch):
     line = b'{"prompt": "a"}\n'
-    monkeypatch.setattr(trace_module, "MAX_LINE_BYTES", len(line))
+    monkeypatch.setattr(source_module, "MAX_LINE_BYTES", len(line))
     assert len(list(open_trace(write(tmp_path, line * 2)))) == 2
 
 
@@ -324,6 +323,7 @@ def test_files_that_are_not_there_or_not_files(tmp_path):
     assert "directory" in str(problem(tmp_path))
     os.mkfifo(tmp_path / "fifo")
     assert "not a regular file" in str(problem(tmp_path / "fifo"))
+    assert "name it '-'" in str(problem(tmp_path / "fifo"))
     if os.geteuid() != 0:
         path = write(tmp_path, "x")
         path.chmod(0)
@@ -344,15 +344,13 @@ def test_no_usable_rows_is_an_error_with_the_books(tmp_path):
     ("content", "words"),
     [
         (b"arrived_at,num_prefill_tokens,num_decode_tokens\n", "arrived_at"),
-        (json.dumps(mooncake("82", 3, 1, {"user_input": [1]}) | {"session_id": "x"}).encode(), "82"),
         (b'{"zz": ' + b"[" * 200_000, "zz"),
         (b'{"request_id": "bench-0", "input_toks": 2361}\n', "input_toks"),
-        (b"\x28\xb5\x2f\xfd\0\0", "zstd"),
         (b"PK\x03\x04\0\0", "zip"),
-        (b"PAR1\0\0", "Parquet"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n".encode("utf-16"), "UTF-16"),
-        (b'[\n{"prompt": "a"}\n]\n', "one object per line"),
-        (b'{\n"prompt": "a"\n}\n', "one object per line"),
+        (b"[1, 2]\n", "[1, 2]"),
+        (b'{\n"promt": "a"\n}\n', "promt"),
+        (b"0,19.05,5.3,Weibull,0.4,0.028\n", "harness trace synth --servegen"),
         (b"<html>", "HTML"),
         (bytes(range(256)) * 10, "not recognised"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
@@ -363,7 +361,7 @@ def test_an_unknown_format_says_what_was_seen_and_what_there_is(tmp_path, conten
     assert "not recognised" in message
     assert words in message
     assert all(name in message for name in FORMATS)
-    assert "--format NAME" in message
+    assert "--trace-format NAME" in message
 
 
 def test_a_file_of_two_formats_must_be_told(tmp_path):

@@ -13,24 +13,29 @@
 ``prefix_ids``     integers, one per block of ``block_tokens`` input tokens, the last block may be partial; requests
                    whose leading ids are equal share those tokens. Needs ``input_tokens`` and ``block_tokens``
 ``block_tokens``   integer, tokens per id in ``prefix_ids``
+``answer``         string, what the model said in production; never sent, but its tokens can be counted
+``adapter``        string, model or LoRA adapter to ask for by the name the server under test has for it; left out: the
+                   model of the run
+``cancel_after_s`` number above 0, the client hung up this long after it had sent the request, and does so again
+``think_s``        number, from the end of the session's previous answer to this turn; needs ``session_id``
 =================  ===================================================================================================
 
 A row needs one of ``prompt``, ``messages`` and ``input_tokens``; ``prompt`` and ``messages`` exclude each other.
 ``null`` means not given. Unknown fields are refused: a misspelt field must not be silently ignored. A row with zero
 input or output tokens records a failed call: it is counted, not replayed. Lines are UTF-8, at most 16 MiB; blank lines
-are skipped; gzip is read as it is.
+are skipped. The same rows are read from a JSON array, and from Parquet and Arrow files with these columns
+(`harness.formats.columnar`).
 """
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Iterable
+import math
 from typing import Annotated
 
 import msgspec
 
-from harness.formats.row import MAX_ARRIVAL_S, MAX_TOKENS, FailedCallError, Row, RowError
+from harness.formats.row import MAX_ARRIVAL_S, MAX_TOKENS, FailedCallError, Reader, Row, RowError
+from harness.formats.values import DECODE_ERRORS, decode_error, fields_of
 
 _Tokens = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
 _Text = Annotated[str, msgspec.Meta(min_length=1)]
@@ -41,7 +46,9 @@ class _Message(msgspec.Struct, forbid_unknown_fields=True):
     content: str
 
 
-class _Line(msgspec.Struct, forbid_unknown_fields=True):
+class Line(msgspec.Struct, forbid_unknown_fields=True):
+    """One row; see the module docstring for each field."""
+
     arrival_s: Annotated[float, msgspec.Meta(ge=0, le=MAX_ARRIVAL_S)] | None = None
     prompt: _Text | None = None
     messages: Annotated[list[_Message], msgspec.Meta(min_length=1)] | None = None
@@ -51,60 +58,79 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
     turn: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)] | None = None
     prefix_ids: tuple[Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)], ...] | None = None
     block_tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)] | None = None
+    answer: str | None = None
+    adapter: _Text | None = None
+    cancel_after_s: Annotated[float, msgspec.Meta(gt=0, le=1e6)] | None = None
+    think_s: Annotated[float, msgspec.Meta(ge=0, le=1e6)] | None = None
 
 
-FIELDS = _Line.__struct_fields__
-DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""All that msgspec raises for bytes that are not what was asked for; RecursionError is JSON nested too deep."""
-
-_TELLING = {"prompt", "messages", "input_tokens", "output_tokens", "arrival_s", "prefix_ids", "block_tokens"}
-_decode = msgspec.json.Decoder(_Line).decode
-_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+FIELDS = Line.__struct_fields__
+_TELLING = {"prompt", "input_tokens", "output_tokens", "arrival_s", "prefix_ids", "block_tokens"}
+_decode = msgspec.json.Decoder(Line).decode
 
 
-class Jsonl:
+class Jsonl(Reader):
     """Reader of our own JSON Lines."""
 
     summary = "our JSON Lines: arrival_s, prompt or messages or input_tokens, output_tokens, session_id, prefix_ids ..."
-    has_header = False
 
     @staticmethod
-    def sniff(line: bytes) -> bool:
-        """An object with at least one field that is only ours; a misspelt one beside it is then reported by name."""
-        return bool(fields_of(line).keys() & _TELLING)
+    def sniff(record: bytes) -> bool:
+        """An object with a field that is only ours (a misspelt one beside it is then reported by name)."""
+        fields = fields_of(record)
+        if fields.keys() & _TELLING:
+            return "model" not in fields and "body" not in fields
+        # Messages alone are ours, unless the last is an answer: then it is a chat log, see `harness.formats.chat`.
+        return "messages" in fields and fields.keys() <= set(FIELDS) and not answered(fields["messages"])
 
-    def header(self, line: bytes) -> None:
-        """There is none."""
-
-    def parse(self, line: bytes) -> Row:
+    def parse(self, record: bytes) -> Row:
         """Read one line."""
         try:
-            row = _decode(line)
+            return row_of(_decode(record))
         except DECODE_ERRORS as e:
-            raise decode_error(e, line, FIELDS) from None
-        if problem := _contradiction(row):
-            raise RowError("bad fields", problem)
-        if row.input_tokens == 0 or row.output_tokens == 0:
-            raise FailedCallError
-        return Row(
-            None if row.arrival_s is None else round(row.arrival_s * 1e9),
-            row.input_tokens,
-            row.output_tokens,
-            row.session_id,
-            row.turn,
-            row.prefix_ids,
-            row.block_tokens,
-            row.prompt,
-            None if row.messages is None else tuple({"role": m.role, "content": m.content} for m in row.messages),
-        )
-
-    def notes(self) -> list[str]:
-        """None."""
-        return []
+            raise decode_error(e, record, FIELDS) from None
 
 
-def _contradiction(row: _Line) -> str | None:
+def answered(messages: bytes) -> bool:
+    """Whether these messages (JSON) end with an assistant's."""
+    try:
+        last = msgspec.json.decode(messages)[-1]
+    except (*DECODE_ERRORS, IndexError, TypeError, KeyError):
+        return False
+    return isinstance(last, dict) and last.get("role") == "assistant"
+
+
+def row_of(line: Line) -> Row:
+    """The row of a decoded line. Raises `RowError` and `FailedCallError`."""
+    if problem := _contradiction(line):
+        raise RowError("bad fields", problem)
+    if line.input_tokens == 0 or line.output_tokens == 0:
+        raise FailedCallError
+    return Row(
+        None if line.arrival_s is None else round(line.arrival_s * 1e9),
+        line.input_tokens,
+        line.output_tokens,
+        line.session_id,
+        line.turn,
+        line.prefix_ids,
+        line.block_tokens,
+        line.prompt,
+        None if line.messages is None else tuple({"role": m.role, "content": m.content} for m in line.messages),
+        line.answer,
+        line.adapter,
+        line.cancel_after_s,
+        line.think_s,
+    )
+
+
+def _contradiction(row: Line) -> str | None:
     """What is wrong with fields that are each right alone."""
+    if row.arrival_s is not None and not math.isfinite(row.arrival_s):
+        return f"arrival_s is {row.arrival_s}"
+    if not (math.isfinite(row.cancel_after_s or 0.0) and math.isfinite(row.think_s or 0.0)):
+        return "cancel_after_s or think_s is no number"
+    if row.think_s is not None and row.session_id is None:
+        return "think_s without session_id: it is the time between two turns of a session"
     has_text = row.prompt is not None or row.messages is not None
     if row.prompt is not None and row.messages is not None:
         return "prompt and messages exclude each other: give one"
@@ -125,30 +151,3 @@ def _contradiction(row: _Line) -> str | None:
             f"expected {expected} (the last block may be partial)"
         )
     return None
-
-
-def fields_of(line: bytes) -> dict[str, bytes]:
-    """Field name -> its JSON of a line that is a JSON object; empty when it is not one."""
-    try:
-        return {name: bytes(raw) for name, raw in _decode_fields(line).items()}
-    except DECODE_ERRORS:
-        return {}
-
-
-def decode_error(error: Exception, line: bytes, fields: Iterable[str]) -> RowError:
-    """A `RowError` that says in plain words why a line could not be decoded, with the nearest valid field name."""
-    if b"\0" in line:
-        return RowError("NUL bytes", "holds NUL bytes: the file is damaged or not text")
-    if isinstance(error, UnicodeDecodeError):
-        return RowError("not UTF-8", f"not UTF-8 ({error.reason}): convert the file, for example with iconv")
-    if not isinstance(error, msgspec.ValidationError):
-        return RowError(
-            "not JSON", f"not a JSON object on one line ({error}): {line[:60].decode('utf-8', 'replace')!r}"
-        )
-    problem = str(error)
-    unknown = re.search(r"unknown field `(.*?)`", problem)
-    if unknown and " - at " not in problem:
-        near = difflib.get_close_matches(unknown[1], fields, n=2, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"valid: {', '.join(sorted(fields))}"
-        return RowError("unknown field", f"unknown field {unknown[1]!r}: {hint}")
-    return RowError("bad fields", problem.replace("`", "").replace("$.", "").replace(" - at ", " at "))

@@ -21,8 +21,8 @@ from typing import Annotated
 
 import msgspec
 
-from harness.formats.jsonl import DECODE_ERRORS, decode_error, fields_of
-from harness.formats.row import MAX_ARRIVAL_S, MAX_TOKENS, FailedCallError, Row, RowError
+from harness.formats.row import MAX_ARRIVAL_S, MAX_TOKENS, Reader, Row, RowError
+from harness.formats.values import DECODE_ERRORS, called, decode_error, fields_of
 
 BLOCK_TOKENS = 512
 _OTHER_BLOCKS = (8, 16, 32, 64, 128, 256, 1024)
@@ -41,39 +41,34 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
 _decode = msgspec.json.Decoder(_Line).decode
 
 
-class Mooncake:
+class Mooncake(Reader):
     """Reader of Mooncake traces."""
 
     summary = "Mooncake trace (JSON Lines: timestamp in ms, input_length, output_length, hash_ids of 512-token blocks)"
-    has_header = False
 
     @staticmethod
-    def sniff(line: bytes) -> bool:
-        """The object has the four fields, and ``hash_ids`` is a list (RAGPulse has an object there)."""
-        fields = fields_of(line)
-        return set(_Line.__struct_fields__) <= fields.keys() and fields["hash_ids"].startswith(b"[")
+    def sniff(record: bytes) -> bool:
+        """The four fields, ``hash_ids`` a list (RAGPulse has an object there) and no ``chat_id`` (that is Bailian)."""
+        fields = fields_of(record)
+        return (
+            set(_Line.__struct_fields__) <= fields.keys()
+            and "chat_id" not in fields
+            and fields["hash_ids"].startswith(b"[")
+        )
 
-    def header(self, line: bytes) -> None:
-        """There is none."""
-
-    def parse(self, line: bytes) -> Row:
+    def parse(self, record: bytes) -> Row:
         """Read one line."""
         try:
-            row = _decode(line)
+            row = _decode(record)
         except DECODE_ERRORS as e:
-            raise decode_error(e, line, _Line.__struct_fields__) from None
+            raise decode_error(e, record, _Line.__struct_fields__) from None
         blocks = -(-row.input_length // BLOCK_TOKENS)
         if len(row.hash_ids) != blocks:
             raise RowError("block mismatch", _mismatch(len(row.hash_ids), row.input_length, blocks))
-        if not row.input_length or not row.output_length:
-            raise FailedCallError
+        called(row.input_length, row.output_length)
         return Row(
             row.timestamp * 1_000_000, row.input_length, row.output_length, None, None, row.hash_ids, BLOCK_TOKENS
         )
-
-    def notes(self) -> list[str]:
-        """None of its own; the 3 s grid of the real traces is found by looking at the arrivals."""
-        return []
 
 
 def _mismatch(ids: int, tokens: int, expected: int) -> str:
@@ -83,5 +78,5 @@ def _mismatch(ids: int, tokens: int, expected: int) -> str:
         return problem
     return (
         f"{problem}. They fit blocks of {' or '.join(fits)} tokens: this is not a Mooncake trace. "
-        "Qwen-Bailian has 16-token blocks and seconds; convert it to our JSON Lines with block_tokens set"
+        "Qwen-Bailian (--format bailian) has 16-token blocks and seconds; else write our JSON Lines with block_tokens"
     )

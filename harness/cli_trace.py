@@ -1,0 +1,240 @@
+"""The ``harness trace`` verbs: inspect, convert, sample, synth, anonymize. What they do is in `harness.trace_verbs`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+_UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+
+
+def _seconds(text: str) -> float:
+    text = text.strip()
+    unit = next((unit for unit in ("ms", "s", "m", "h", "d") if text.endswith(unit)), "")
+    value = float(text.removesuffix(unit)) * _UNITS[unit or "s"]
+    if not 0 <= value < 1e10:
+        raise ValueError
+    return value
+
+
+class Seconds(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
+    """Seconds from ``90``, ``90s``, ``1.5m``, ``2h``, ``3d`` (also ``150ms``)."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The value in seconds; fails with what is accepted."""
+        try:
+            return value if isinstance(value, float) else _seconds(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is no duration: write 90, 90s, 1.5m, 2h or 3d", param, ctx)
+
+
+class Window(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
+    """Begin and end in seconds of trace time from ``10m:20m``."""
+
+    name = "window"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+        """(begin, end); fails with what is accepted."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            begin, end = str(value).split(":")
+            window = _seconds(begin or "0"), _seconds(end)
+        except ValueError:
+            window = 0.0, 0.0
+        if window[0] >= window[1]:
+            self.fail(f"{value!r} is no window: write its begin and end, like 10m:20m or 0:90s", param, ctx)
+        return window
+
+
+def _stack(*options: Decorator) -> Decorator:
+    def apply(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+_READ = _stack(
+    click.argument("trace", type=click.Path(path_type=Path)),
+    click.option("--trace-format", metavar="NAME", help="Force the trace format instead of detecting it by content."),
+    click.option(
+        "--skip-bad", is_flag=True, help="Leave out lines that cannot be read; they are counted and reported."
+    ),
+    click.option("--sort", is_flag=True, help="Put rows in order of arrival."),
+    click.option(
+        "--part", type=click.IntRange(min=1), metavar="N",
+        help="Of a file with several recordings (time goes back between them), only the Nth.",
+    ),
+)  # fmt: skip
+_OUTPUT = click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File to write: .jsonl, .jsonl.gz or .parquet; never overwritten.",
+)
+_SEED = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of what is random.")
+_LENGTHS = _stack(
+    click.option(
+        "--input-tokens", metavar="DIST", help="Input lengths: 512, lognormal:mean=800,cv=1, uniform:low=1,high=9 ..."
+    ),
+    click.option("--output-tokens", metavar="DIST", help="Output lengths, the same way."),
+)
+_TOKENIZER = click.option(
+    "--tokenizer",
+    type=click.Path(exists=True, path_type=Path),
+    help="tokenizer.json (or its folder) to count the tokens of text with.",
+)
+_BLOCK = click.option(
+    "--block-tokens",
+    type=click.IntRange(1, 65_536),
+    default=16,
+    show_default=True,
+    help="Tokens per prefix block of text.",
+)
+
+
+@click.group(
+    short_help="Look at a trace, convert, sample, make up or anonymize one.",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+def trace() -> None:
+    """Look at a trace, convert, sample, make up or anonymize one.
+
+    A trace is a file (plain, gzip or zstd), - for standard input, or s3://bucket/key; scenarios/traces/README.md lists
+    the formats, which are found by content.
+    """
+
+
+@trace.command(
+    short_help="Say what a trace is.",
+    epilog="""\b
+Examples:
+  harness trace inspect AzureLLMInferenceTrace_code.csv.gz
+  zcat trace.jsonl.gz | harness trace inspect - --format json
+""",
+)
+@_READ
+@_TOKENIZER
+@_BLOCK
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="How to print it.",
+)
+def inspect(**options: Any) -> int:
+    """Say what a trace is: format, rows, rate over time, bursts, token lengths, sessions, prefix reuse."""
+    from harness import trace_verbs
+
+    return trace_verbs.inspect(**options)
+
+
+@trace.command(
+    short_help="Write a trace in the harness's own format.",
+    epilog="""\b
+Examples:
+  harness trace convert spend-logs.csv -o trace.jsonl
+  harness trace convert 0_trace.jsonl --part 1 -o trace.parquet
+  harness trace convert access.log --input-tokens lognormal:mean=900,cv=1.2 --output-tokens 200 -o trace.jsonl
+""",
+)
+@_READ
+@_OUTPUT
+@_LENGTHS
+@_SEED
+@_TOKENIZER
+def convert(**options: Any) -> int:
+    """Write a trace in the harness's own format.
+
+    --input-tokens and --output-tokens are for logs that have arrivals only; with --tokenizer the lengths of text are
+    counted and written beside it.
+    """
+    from harness import trace_verbs
+
+    return trace_verbs.convert(**options)
+
+
+@trace.command(
+    short_help="Keep a window, N requests, or a thinner trace.",
+    epilog="""\b
+Examples:
+  harness trace sample trace.jsonl --window 10m:20m -o part.jsonl
+  harness trace sample trace.jsonl --thin 0.1 -o tenth.jsonl
+""",
+)
+@_READ
+@_OUTPUT
+@click.option("--window", "window_s", type=Window(), help="From and to this time of the trace, like 10m:20m.")
+@click.option("--limit", type=click.IntRange(min=1), help="At most N requests, whole sessions from the beginning.")
+@click.option("--thin", type=click.FloatRange(0, 1, min_open=True), help="Keep this share of sessions, at random.")
+@click.option("--cut-sessions", is_flag=True, help="Let --window and --limit cut through sessions.")
+@_SEED
+def sample(**options: Any) -> int:
+    """Keep a window, N requests, or a thinner trace; sessions stay whole. Prints the shape before and after."""
+    from harness import trace_verbs
+
+    return trace_verbs.sample(**options)
+
+
+@trace.command(
+    short_help="Make up a trace from distributions.",
+    epilog="""\b
+Examples:
+  harness trace synth --rate 8 --duration 10m --input-tokens lognormal:mean=900,cv=1.2 --output-tokens 200 -o t.jsonl
+  harness trace synth --servegen ServeGen/data/language/m-small --window 10h:11h -o t.jsonl
+""",
+)
+@_OUTPUT
+@click.option("--rate", type=click.FloatRange(min=0, min_open=True, max=1e6), help="Mean requests/s.")
+@click.option(
+    "--arrivals",
+    default="poisson",
+    show_default=True,
+    metavar="NAME",
+    help="poisson, constant, gamma:cv=2 (above 1: burstier than Poisson) or weibull:shape=0.5.",
+)
+@_LENGTHS
+@click.option("--requests", type=click.IntRange(min=1), help="How many.")
+@click.option("--duration", "duration_s", type=Seconds(), help="For how long, e.g. 10m.")
+@click.option("--servegen", type=click.Path(exists=True, path_type=Path), help="ServeGen client models, a folder.")
+@click.option("--window", "window_s", type=Window(), help="With --servegen: this part of the model's time, 10h:11h.")
+@_SEED
+def synth(**options: Any) -> int:
+    """Make up a trace from distributions of gaps and lengths, or from ServeGen's client models."""
+    from harness import trace_verbs
+
+    return trace_verbs.synth(**options)
+
+
+@trace.command(
+    short_help="Take out every word; keep lengths, times and shared prefixes.",
+    epilog="""\b
+Example:
+  harness trace anonymize chats.jsonl --tokenizer tokenizer.json -o shared.jsonl
+""",
+)
+@_READ
+@_OUTPUT
+@_TOKENIZER
+@_BLOCK
+def anonymize(**options: Any) -> int:
+    """Take out every word; keep lengths, times and shared prefixes.
+
+    Text is counted with --tokenizer; of its blocks only hashes stay, keyed with a random salt that is thrown away.
+    Sessions are numbered.
+    """
+    from harness import trace_verbs
+
+    return trace_verbs.anonymize(**options)

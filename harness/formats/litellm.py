@@ -1,0 +1,113 @@
+"""LiteLLM proxy spend logs (table ``LiteLLM_SpendLogs``): JSON, JSON Lines, or CSV as a database writes it.
+
+Read are ``startTime`` (the arrival; UTC when it has no zone), ``prompt_tokens``, ``completion_tokens``,
+``total_tokens`` (must be their sum), ``call_type``, ``status``, ``cache_hit``, ``request_id``, ``session_id`` and,
+where the proxy stores prompts, ``messages``. LiteLLM's ``prompt_tokens`` contain what was read from a prompt cache, so
+cached tokens are never added.
+
+Not replayed, but counted: failed calls; calls that are no text completions (embeddings, images); calls answered from
+LiteLLM's own response cache, which no model server ever saw; copies of a request_id. Retries and fallbacks are rows of
+their own, as they were load of their own. Exports come in any order, so rows are sorted by arrival.
+
+Source: BerriAI/litellm 1.109, ``schema.prisma``, model ``LiteLLM_SpendLogs``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from harness.formats.row import FailedCallError, LeftOutError, Reader, Row, RowError
+from harness.formats.values import (
+    DECODE_ERRORS,
+    Columns,
+    Copies,
+    IsoClock,
+    called,
+    decode_object,
+    fields_of,
+    header_names,
+    plain_messages,
+    show,
+    token_count,
+)
+
+_TELLING = {"startTime", "prompt_tokens", "completion_tokens"}
+_TEXT_CALLS = ("completion", "text_completion", "responses", "anthropic_messages", "generate_content")
+
+
+class LiteLLM(Reader):
+    """Reader of LiteLLM spend logs."""
+
+    summary = "LiteLLM spend logs (JSON, JSON Lines or CSV: startTime, prompt_tokens, completion_tokens, call_type)"
+    quoted = True
+    in_order = False
+
+    def __init__(self) -> None:
+        self._clock = IsoClock("startTime")
+        self._copies = Copies("request_id")
+        self._columns: Columns | None = None
+        self._first = True
+
+    @staticmethod
+    def sniff(record: bytes) -> bool:
+        """The three telling fields or columns."""
+        return _telling(fields_of(record)) or _telling(header_names(record[:100_000]))
+
+    def parse(self, record: bytes) -> Row | tuple[()]:
+        """Read one object or CSV record (the first one may be the header)."""
+        first, self._first = self._first, False
+        if first and not record.lstrip().startswith(b"{"):
+            self._columns = Columns(record, tuple(_TELLING))
+            return ()
+        row: dict[str, Any] = self._columns.split_quoted(record) if self._columns else decode_object(record)
+        if missing := _TELLING - row.keys():
+            raise RowError("missing fields", f"no {', '.join(sorted(missing))} in {show(record)}")
+        self._copies.check(_text(row.get("request_id")))
+        input_tokens = token_count("prompt_tokens", row["prompt_tokens"])
+        output_tokens = token_count("completion_tokens", row["completion_tokens"])
+        arrival_ns = self._clock.ns(str(row["startTime"]))
+        _left_out(row)
+        if input_tokens is None or output_tokens is None:
+            raise RowError("no token counts", "prompt_tokens or completion_tokens is empty")
+        total = token_count("total_tokens", row.get("total_tokens"))
+        if total is not None and total != input_tokens + output_tokens:
+            raise RowError(
+                "bad total_tokens",
+                f"total_tokens is {total}, but prompt and completion have {input_tokens} + {output_tokens}: "
+                "what was counted is not clear",
+            )
+        called(input_tokens, output_tokens)
+        messages = plain_messages(_json(row.get("messages")))
+        return Row(arrival_ns, input_tokens, output_tokens, _text(row.get("session_id")), messages=messages)
+
+
+def _telling(names: Iterable[str]) -> bool:
+    return set(names) >= _TELLING
+
+
+def _left_out(row: dict[str, Any]) -> None:
+    """Raises `LeftOutError` for a row that no model server has to answer."""
+    call_type = _text(row.get("call_type"))
+    if call_type and not call_type.removeprefix("a").startswith(_TEXT_CALLS) and not call_type.startswith(_TEXT_CALLS):
+        raise LeftOutError(f"not a text completion ({call_type[:30]})")
+    if str(row.get("status") or "").lower() in ("failure", "failed", "error"):
+        raise FailedCallError("failed call (status failure)")
+    if str(row.get("cache_hit") or "").lower() == "true":
+        raise LeftOutError("answered from LiteLLM's response cache")
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _json(value: Any) -> Any:
+    """A JSON column of a CSV export comes as text."""
+    if isinstance(value, str):
+        try:
+            return msgspec.json.decode(value)
+        except DECODE_ERRORS:
+            return None
+    return value

@@ -1,0 +1,384 @@
+"""The shape of a trace: what `harness trace inspect` says. Columns of numbers, never the requests.
+
+A record costs about 40 bytes here and its prefix ids 8 bytes for each *different* block, up to `MAX_BLOCKS`; beyond
+that blocks are sampled by their hash, and the prefix figures say so.
+
+==========================  ==========================================================================================
+burstiness                  variance / mean of the number of arrivals in windows of 1, 10 and 60 s, laid from the first
+                            arrival to the last, the rest of a window at the end left out. Poisson arrivals have 1
+worst minute                most arrivals in any 60 s (begun by an arrival), and that over the mean of the whole trace
+mean rate                   (n - 1) / span, requests/s
+ideal prefix-cache hit      share of blocks, and of input tokens, that led some request before, token for token: what an
+                            unlimited cache at the trace's own block size would have found
+==========================  ==========================================================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from harness.trace import TraceRecord
+
+Ints = npt.NDArray[np.int64]
+Hashes = npt.NDArray[np.uint64]
+
+WINDOWS_S = (1, 10, 60)
+QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
+MAX_BLOCKS = 2**24
+"""Different blocks that are remembered exactly (128 MiB, and as much again while new ones are merged in)."""
+_BATCH_BLOCKS = 2**20
+_BINS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Token lengths of one side."""
+
+    rows: int
+    """Rows that say it."""
+    total: int
+    mean: float
+    minimum: int
+    maximum: int
+    quantiles: dict[str, float]
+    """"p50" -> tokens."""
+    histogram: dict[str, int]
+    """Power of two -> rows with lengths from it to below the next."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sessions:
+    """Conversations, by their id."""
+
+    sessions: int
+    rows: int
+    """Rows that belong to one."""
+    turns_mean: float
+    turns_max: int
+    turns_quantiles: dict[str, float]
+    gap_quantiles_s: dict[str, float] | None
+    """Between the arrivals of a session's turns; null without times or second turns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What an unlimited prefix cache would have found."""
+
+    block_tokens: list[int]
+    rows: int
+    """Rows with prefix ids."""
+    blocks: int
+    hit_blocks: int
+    hit_rate_blocks: float
+    tokens: int
+    hit_tokens: int
+    hit_rate_tokens: float
+    sampled: int
+    """1: every block was counted; k: one in k, chosen by hash, and counts are multiplied by k."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """All that is said of a trace; null where it does not say, or is too short to."""
+
+    rows: int
+    span_s: float | None
+    mean_rate: float | None
+    instants: int | None
+    """Different arrival times."""
+    longest_gap_s: float | None
+    burstiness: dict[str, float | None]
+    """"1s", "10s", "60s" -> variance / mean of counts; null below ten windows."""
+    worst_second: dict[str, float] | None
+    worst_minute: dict[str, float] | None
+    """requests, start_s and ratio_to_mean."""
+    rate_over_time: dict[str, list[float]] | None
+    """start_s and rate (requests/s) of equal windows."""
+    input_tokens: Lengths | None
+    output_tokens: Lengths | None
+    rank_correlation: float | None
+    """Spearman's, of input and output lengths: 1 when longer prompts get longer answers."""
+    joint: dict[str, list[list[int]] | list[int]] | None
+    """rows by power of four of the input (down) and output tokens (across)."""
+    sessions: Sessions | None
+    prefix: Prefix | None
+    rows_with_text: int
+
+
+def measure(records: Iterable[TraceRecord]) -> Shape:
+    """The shape of ``records``, which come in order of arrival."""
+    columns = Columns()
+    for record in records:
+        columns.add(record)
+    return columns.shape()
+
+
+@dataclass(slots=True)
+class Columns:
+    """What is kept of each record until the shape is asked for."""
+
+    arrival_ns: array[int] = field(default_factory=lambda: array("q"))
+    input_tokens: array[int] = field(default_factory=lambda: array("i"))
+    output_tokens: array[int] = field(default_factory=lambda: array("i"))
+    """-1 where not given."""
+    session: array[int] = field(default_factory=lambda: array("q"))
+    """Hash of its id, 0 without."""
+    rows: int = 0
+    with_text: int = 0
+    prefix: _PrefixCache | None = None
+
+    def add(self, record: TraceRecord) -> None:
+        """The next record."""
+        self.rows += 1
+        if record.arrival_s is not None:
+            self.arrival_ns.append(round(record.arrival_s * 1e9))
+        self.input_tokens.append(-1 if record.input_tokens is None else record.input_tokens)
+        self.output_tokens.append(-1 if record.output_tokens is None else record.output_tokens)
+        # hash() would do, but for its seed a run: two inspections must agree to the bit.
+        self.session.append(0 if record.session_id is None else _hash(record.session_id))
+        self.with_text += record.text is not None or record.messages is not None
+        if record.prefix_ids is not None and record.block_tokens and record.input_tokens:
+            self.prefix = self.prefix or _PrefixCache()
+            self.prefix.add(record.prefix_ids, record.block_tokens, record.input_tokens)
+
+    def shape(self) -> Shape:
+        """The shape of all records added."""
+        times = np.frombuffer(self.arrival_ns, dtype=np.int64)
+        into = np.frombuffer(self.input_tokens, dtype=np.int32)
+        out = np.frombuffer(self.output_tokens, dtype=np.int32)
+        both = (into > 0) & (out > 0)
+        span_s = int(times[-1] - times[0]) / 1e9 if len(times) else None
+        rate = (len(times) - 1) / span_s if span_s else None
+        gaps = np.diff(times)
+        return Shape(
+            rows=self.rows,
+            span_s=span_s,
+            mean_rate=rate,
+            instants=1 + int(np.count_nonzero(gaps)) if len(times) else None,
+            longest_gap_s=int(gaps.max()) / 1e9 if len(gaps) else None,
+            burstiness={f"{w}s": _burstiness(times, w) for w in WINDOWS_S},
+            worst_second=_worst(times, 1, rate),
+            worst_minute=_worst(times, 60, rate),
+            rate_over_time=_rate_over_time(times),
+            input_tokens=_lengths(into[into > 0]),
+            output_tokens=_lengths(out[out > 0]),
+            rank_correlation=_rank_correlation(into[both], out[both]),
+            joint=_joint(into[both], out[both]),
+            sessions=_sessions(np.frombuffer(self.session, dtype=np.int64), times),
+            prefix=self.prefix.result() if self.prefix else None,
+            rows_with_text=self.with_text,
+        )
+
+
+def _hash(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True) or 1
+
+
+# --- arrivals ------------------------------------------------------------------------------------------------------
+
+
+def _counts(times: Ints, window_s: int) -> Ints | None:
+    """Arrivals in each whole window; None when there are fewer than ten."""
+    if not len(times):
+        return None
+    window_ns = window_s * 1_000_000_000
+    windows = int(times[-1] - times[0]) // window_ns
+    if not 10 <= windows <= 50_000_000:  # the upper bound is a year and a half of seconds
+        return None
+    at = (times - times[0]) // window_ns
+    counts: Ints = np.bincount(at[at < windows], minlength=windows)
+    return counts
+
+
+def _burstiness(times: Ints, window_s: int) -> float | None:
+    counts = _counts(times, window_s)
+    return None if counts is None else float(counts.var() / counts.mean())
+
+
+def _worst(times: Ints, window_s: int, rate: float | None) -> dict[str, float] | None:
+    if rate is None or times[-1] - times[0] < window_s * 1_000_000_000:
+        return None
+    ends = np.searchsorted(times, times + window_s * 1_000_000_000, side="left")
+    counts = ends - np.arange(len(times))
+    at = int(counts.argmax())
+    requests = int(counts[at])
+    return {
+        "requests": requests,
+        "start_s": int(times[at] - times[0]) / 1e9,
+        "ratio_to_mean": requests / (rate * window_s),
+    }
+
+
+def _rate_over_time(times: Ints) -> dict[str, list[float]] | None:
+    if len(times) < 2 or times[-1] == times[0]:
+        return None
+    counts, edges = np.histogram((times - times[0]) / 1e9, bins=min(_BINS, len(times)))
+    return {"start_s": edges[:-1].tolist(), "rate": (counts / np.diff(edges)).tolist()}
+
+
+# --- lengths and sessions ------------------------------------------------------------------------------------------
+
+
+def _quantiles(values: npt.NDArray[np.generic]) -> dict[str, float]:
+    found = np.quantile(values.astype(np.float64), QUANTILES)
+    return {f"p{q * 100:g}": float(v) for q, v in zip(QUANTILES, found, strict=True)}
+
+
+def _lengths(tokens: npt.NDArray[np.int32]) -> Lengths | None:
+    if not len(tokens):
+        return None
+    powers, counts = np.unique(np.frexp(tokens.astype(np.float64))[1] - 1, return_counts=True)
+    return Lengths(
+        rows=len(tokens),
+        total=int(tokens.sum(dtype=np.int64)),
+        mean=float(tokens.mean(dtype=np.float64)),
+        minimum=int(tokens.min()),
+        maximum=int(tokens.max()),
+        quantiles=_quantiles(tokens),
+        histogram={str(2 ** int(p)): int(c) for p, c in zip(powers, counts, strict=True)},
+    )
+
+
+def _ranks(values: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+    """Ranks, equal values sharing the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    middles: npt.NDArray[np.float64] = ends - (counts - 1) / 2
+    return middles[inverse]
+
+
+def _rank_correlation(a: npt.NDArray[np.int32], b: npt.NDArray[np.int32]) -> float | None:
+    if len(a) < 3 or a.min() == a.max() or b.min() == b.max():
+        return None
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def _joint(a: npt.NDArray[np.int32], b: npt.NDArray[np.int32]) -> dict[str, list[list[int]] | list[int]] | None:
+    if not len(a):
+        return None
+    rows, columns = ((np.frexp(x.astype(np.float64))[1] - 1) // 2 for x in (a, b))
+    table = np.zeros((int(rows.max()) + 1, int(columns.max()) + 1), dtype=np.int64)
+    np.add.at(table, (rows, columns), 1)
+    first_row, first_column = int(rows.min()), int(columns.min())
+    return {
+        "input_from": [4**i for i in range(first_row, table.shape[0])],
+        "output_from": [4**i for i in range(first_column, table.shape[1])],
+        "rows": table[first_row:, first_column:].tolist(),
+    }
+
+
+def _sessions(ids: Ints, times: Ints) -> Sessions | None:
+    inside = ids != 0
+    if not inside.any():
+        return None
+    _, turns = np.unique(ids[inside], return_counts=True)
+    gaps = None
+    if len(times) == len(ids):
+        order = np.lexsort((times, ids))
+        same = (np.diff(ids[order]) == 0) & inside[order][1:]
+        if same.any():
+            gaps = _quantiles(np.diff(times[order])[same] / 1e9)
+    return Sessions(
+        sessions=len(turns),
+        rows=int(inside.sum()),
+        turns_mean=float(turns.mean()),
+        turns_max=int(turns.max()),
+        turns_quantiles=_quantiles(turns),
+        gap_quantiles_s=gaps,
+    )
+
+
+# --- prefixes ------------------------------------------------------------------------------------------------------
+
+
+class _PrefixCache:
+    """Counts blocks seen before. A block is its own id and all ids before it, so: blocks - different blocks = hits."""
+
+    def __init__(self) -> None:
+        self._seen: Hashes = np.empty(0, dtype=np.uint64)
+        self._ids = array("q")
+        self._requests = array("q")
+        """blocks, block_tokens, input_tokens of each request waiting."""
+        self._sampled = 1
+        self._sizes: set[int] = set()
+        self._rows = self._blocks = self._tokens = self._missed_blocks = self._missed_tokens = 0
+
+    def add(self, ids: tuple[int, ...], block_tokens: int, input_tokens: int) -> None:
+        """One request."""
+        self._rows += 1
+        self._ids.extend(ids)
+        self._requests.extend((len(ids), block_tokens, input_tokens))
+        self._sizes.add(block_tokens)
+        if len(self._ids) >= _BATCH_BLOCKS:
+            self._merge()
+
+    def result(self) -> Prefix:
+        """The figures so far."""
+        self._merge()
+        missed_blocks, missed_tokens = min(self._missed_blocks, self._blocks), min(self._missed_tokens, self._tokens)
+        return Prefix(
+            block_tokens=sorted(self._sizes),
+            rows=self._rows,
+            blocks=self._blocks,
+            hit_blocks=self._blocks - missed_blocks,
+            hit_rate_blocks=1 - missed_blocks / max(self._blocks, 1),
+            tokens=self._tokens,
+            hit_tokens=self._tokens - missed_tokens,
+            hit_rate_tokens=1 - missed_tokens / max(self._tokens, 1),
+            sampled=self._sampled,
+        )
+
+    def _merge(self) -> None:
+        if not self._ids:
+            return
+        counts, sizes, inputs = np.array(self._requests, dtype=np.int64).reshape(-1, 3).T
+        ids = np.array(self._ids, dtype=np.int64).view(np.uint64)
+        self._ids, self._requests = array("q"), array("q")
+        starts = np.cumsum(counts) - counts
+        place = np.arange(len(ids)) - np.repeat(starts, counts)
+        size = np.repeat(sizes, counts)
+        hashes = _chained(ids, place, size, starts, counts)
+        tokens = np.minimum(size, np.repeat(inputs, counts) - place * size)
+        self._blocks += len(ids)
+        self._tokens += int(tokens.sum())
+        kept = (hashes & np.uint64(self._sampled - 1)) == 0
+        distinct, first = np.unique(hashes[kept], return_index=True)
+        at = np.searchsorted(self._seen, distinct)
+        known = at < len(self._seen)
+        known[known] = self._seen[at[known]] == distinct[known]
+        self._missed_blocks += self._sampled * int((~known).sum())
+        self._missed_tokens += self._sampled * int(tokens[kept][first[~known]].sum())
+        self._seen = np.insert(self._seen, at[~known], distinct[~known])
+        while len(self._seen) > MAX_BLOCKS:
+            # What was counted so far stays exact; from here on one block in so many stands for the others.
+            self._sampled *= 2
+            self._seen = self._seen[(self._seen & np.uint64(self._sampled - 1)) == 0]
+
+
+def _chained(ids: Hashes, place: Ints, size: Ints, starts: Ints, counts: Ints) -> Hashes:
+    """A 64-bit hash of each block's id and of all ids before it in its request.
+
+    Sums of mixed (id, place) pairs: the place makes the order count, and a running sum is one pass over all requests.
+    """
+    mixed = _mix(ids + _mix(place.astype(np.uint64) + np.uint64(1)))
+    running = np.cumsum(mixed, dtype=np.uint64)
+    before = (running - mixed)[starts[counts > 0]]
+    return _mix(running - np.repeat(before, counts[counts > 0]) + size.astype(np.uint64))
+
+
+def _mix(values: Hashes) -> Hashes:
+    """The output function of SplitMix64 (Steele, Lea, Flood 2014)."""
+    values = values * np.uint64(0x9E3779B97F4A7C15)
+    values ^= values >> np.uint64(30)
+    values *= np.uint64(0xBF58476D1CE4E5B9)
+    values ^= values >> np.uint64(27)
+    values *= np.uint64(0x94D049BB133111EB)
+    values ^= values >> np.uint64(31)
+    return values

@@ -1,0 +1,146 @@
+"""A trace's shape in words and bars, for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from harness.shape import Lengths, Shape
+
+_BARS = " ▁▂▃▄▅▆▇█"
+_SHADES = " ░▒▓█"
+_WIDTH = 40
+
+
+def described(facts: dict[str, Any], shape: Shape) -> str:
+    """The whole of ``harness trace inspect``."""
+    dropped = "".join(f"; {count} {reason}" for reason, count in sorted(facts["rows_dropped"].items()))
+    lines = [
+        f"{facts['file']}: {facts['format']}",
+        f"rows      {facts['rows_read']} read, {facts['rows_kept']} kept{dropped}",
+        *_times(shape, facts["grid_s"]),
+        *_tokens("input", shape.input_tokens),
+        *_tokens("output", shape.output_tokens),
+        *_joint(shape),
+        *_sessions(shape),
+        _prefix(shape),
+        *(f"note      {note}" for note in facts["notes"]),
+    ]
+    return "\n".join(line.rstrip() for line in lines if line)
+
+
+def compared(before: Shape | None, after: Shape) -> str:
+    """A few figures of a trace, beside those of the one it was made from."""
+
+    def row(name: str, pick: Any, form: str) -> str:
+        values = [pick(shape) for shape in ([before] if before else []) + [after]]
+        if all(value is None for value in values):
+            return ""
+        return f"{name:28}" + " -> ".join("not known" if v is None else format(v, form) for v in values)
+
+    rows = [
+        row("requests", lambda s: s.rows, "d"),
+        row("span, s", lambda s: s.span_s, ".1f"),
+        row("mean rate, req/s", lambda s: s.mean_rate, ".4g"),
+        *(row(f"burstiness at {w}", lambda s, w=w: s.burstiness[w], ".2f") for w in ("1s", "10s", "60s")),
+        row("worst minute / mean", lambda s: s.worst_minute and s.worst_minute["ratio_to_mean"], ".2f"),
+        row("mean input tokens", lambda s: s.input_tokens and s.input_tokens.mean, ".1f"),
+        row("mean output tokens", lambda s: s.output_tokens and s.output_tokens.mean, ".1f"),
+        row("sessions", lambda s: s.sessions and s.sessions.sessions, "d"),
+        row("ideal prefix hit, blocks", lambda s: s.prefix and s.prefix.hit_rate_blocks, ".1%"),
+    ]
+    return "\n".join(filter(None, rows))
+
+
+def _bars(values: Sequence[float]) -> str:
+    top = max(values, default=0)
+    return "".join(_BARS[math.ceil(8 * v / top) if top else 0] for v in values)
+
+
+def _times(shape: Shape, grid_s: float | None) -> list[str]:
+    if shape.span_s is None:
+        return ["times     none: can only be sent in a closed loop (--concurrency)"]
+    rate = f", {shape.mean_rate:.4g} requests/s" if shape.mean_rate else ""
+    lines = [f"span      {_duration(shape.span_s)}{rate}; {shape.instants} different instants"]
+    if grid_s is not None:
+        lines.append(f"grid      {grid_s:g} s: the source rounded its clock")
+    if shape.rate_over_time:
+        rates = shape.rate_over_time["rate"]
+        window = _duration(shape.span_s / len(rates))
+        lines.append(f"rate      {_bars(rates)}  up to {max(rates):.3g}/s ({window} each)")
+    bursts = [f"{value:.3g} at {name}" for name, value in shape.burstiness.items() if value is not None]
+    if bursts:
+        lines.append(f"bursts    variance/mean of counts {', '.join(bursts)} (Poisson: 1)")
+    for name, worst in (("second", shape.worst_second), ("minute", shape.worst_minute)):
+        if worst:
+            lines.append(
+                f"          worst {name}: {worst['requests']} requests, {worst['ratio_to_mean']:.3g} times the mean, "
+                f"at {_duration(worst['start_s'])}"
+            )
+    if shape.longest_gap_s and shape.span_s and shape.longest_gap_s > 0.05 * shape.span_s:
+        share = shape.longest_gap_s / shape.span_s
+        lines.append(f"          longest gap: {_duration(shape.longest_gap_s)}, {share:.0%} of the span")
+    return lines
+
+
+def _tokens(side: str, lengths: Lengths | None) -> list[str]:
+    if lengths is None:
+        return [f"{side:9} tokens not given"]
+    q = lengths.quantiles
+    starts = range(int(min(lengths.histogram, key=int)).bit_length() - 1, lengths.maximum.bit_length())
+    counts = [lengths.histogram.get(str(2**i), 0) for i in starts]
+    return [
+        f"{side:9} {lengths.mean:.1f} tokens on average; p10 {q['p10']:g}, p50 {q['p50']:g}, p90 {q['p90']:g}, "
+        f"p99 {q['p99']:g}; {lengths.minimum} to {lengths.maximum}",
+        f"          {_bars(counts)}  by powers of two from {2 ** starts[0]}",
+    ]
+
+
+def _joint(shape: Shape) -> list[str]:
+    if shape.joint is None or shape.rank_correlation is None:
+        return []
+    table: Any = shape.joint["rows"]
+    top = max(max(row) for row in table)
+    lines = [f"joint     rank correlation of input and output {shape.rank_correlation:+.2f}"]
+    for start, row in zip(shape.joint["input_from"], table, strict=True):
+        cells = "".join(_SHADES[-(-4 * count // top)] * 3 for count in row)
+        lines.append(f"{start!s:>18} {cells}")
+    starts: Any = shape.joint["output_from"]
+    columns = "".join(f"{_short(start):<3}" for start in starts)
+    lines.append(f"   input ^ output: {columns}")
+    return lines
+
+
+def _short(tokens: int) -> str:
+    return str(tokens) if tokens < 1000 else f"{tokens // 1024}k" if tokens < 2**20 else f"{tokens // 2**20}M"
+
+
+def _sessions(shape: Shape) -> list[str]:
+    if shape.sessions is None:
+        return ["sessions  none"]
+    s = shape.sessions
+    alone = f", {shape.rows - s.rows} requests without" if s.rows < shape.rows else ""
+    gap = f"; median gap between turns {_duration(s.gap_quantiles_s['p50'])}" if s.gap_quantiles_s else ""
+    return [f"sessions  {s.sessions}{alone}; {s.turns_mean:.2f} turns on average, up to {s.turns_max}{gap}"]
+
+
+def _prefix(shape: Shape) -> str:
+    if shape.prefix is None:
+        how = " (--tokenizer FILE finds it in the text)" if shape.rows_with_text else ""
+        return f"prefix    reuse not known{how}"
+    p = shape.prefix
+    sampled = f"; estimated from 1 in {p.sampled} blocks" if p.sampled > 1 else ""
+    sizes = "/".join(map(str, p.block_tokens))
+    return (
+        f"prefix    ideal cache hit {p.hit_rate_blocks:.1%} of blocks of {sizes} tokens, {p.hit_rate_tokens:.1%} of "
+        f"tokens{sampled}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.3g} min"
+    return f"{seconds / 3600:.3g} h" if seconds < 172_800 else f"{seconds / 86_400:.3g} days"

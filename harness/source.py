@@ -1,0 +1,354 @@
+"""Where the bytes of a trace come from, and how they fall into records.
+
+`open_source` takes a path, ``-`` (standard input) or ``s3://bucket/key``. A trace is read more than once, so what is
+not a file is first copied to a temporary one (in ``$TMPDIR``), which is removed with the `Source`.
+
+`records` cuts the bytes (gzip and zstd are unpacked as they are read) into records: lines, CSV records whose quoted
+fields may hold line ends, or the values of a JSON document. Memory is bounded whatever the file holds: of a record that
+is too long only its beginning comes out.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import re
+import shutil
+import stat
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
+
+from harness.errors import TraceError
+
+MAX_LINE_BYTES = 16 * 2**20
+"""Longest line that is read; more is not a trace but a binary file or a file without line ends."""
+MAX_VALUE_BYTES = 64 * 2**20
+"""Longest value of a JSON document: an export may hold all its spans in one object."""
+
+_S3_CONNECT_S, _S3_READ_S = 10, 60
+_CHUNK = 2**18
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A trace file to be read as often as needed."""
+
+    name: str
+    """As the user gave it."""
+    path: Path
+    """Where the bytes lie."""
+    sha256: str
+    """Of the bytes as they lie there (compressed, if they are)."""
+    _spool: IO[bytes] | None = field(default=None, repr=False)
+    """Holds a temporary copy alive."""
+
+
+def open_source(name: str | Path) -> Source:
+    """The file, standard input or S3 object called ``name``.
+
+    Raises `TraceError` when it cannot be read.
+    """
+    # A Path folds the two slashes of a URL into one.
+    text = re.sub(r"^s3:/+", "s3://", str(name))
+    if text == "-":
+        return _spooled("<stdin>", _stdin())
+    if text.startswith("s3://"):
+        return _spooled(text, _s3_body(text))
+    path = Path(text)
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise TraceError(text, None, "is a directory; name a trace file in it")
+        if not stat.S_ISREG(mode):
+            raise TraceError(
+                text, None, "is not a regular file; a trace is read more than once: pipe it in and name it '-'"
+            )
+        with path.open("rb") as raw:
+            return Source(text, path, hashlib.file_digest(raw, "sha256").hexdigest())
+    except OSError as e:
+        raise TraceError(text, None, f"cannot read: {e.strerror or e}") from e
+
+
+def _stdin() -> BinaryIO:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise TraceError("<stdin>", None, "standard input is a terminal: pipe a trace into it (... | harness ... -)")
+    return sys.stdin.buffer
+
+
+def _s3_body(url: str) -> BinaryIO:
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    if not bucket or not key:
+        raise TraceError(url, None, "expected s3://BUCKET/KEY")
+    config = Config(connect_timeout=_S3_CONNECT_S, read_timeout=_S3_READ_S, retries={"max_attempts": 3})
+    try:
+        # Region, credentials and endpoint come from the environment, as for every AWS tool.
+        body = boto3.client("s3", config=config).get_object(Bucket=bucket, Key=key)["Body"]
+    except (BotoCoreError, ClientError, ValueError) as e:
+        raise TraceError(url, None, f"cannot read from S3: {e}") from e
+    return cast(BinaryIO, body)
+
+
+def _spooled(name: str, stream: BinaryIO) -> Source:
+    spool = tempfile.NamedTemporaryFile(prefix="harness-trace-")  # noqa: SIM115  # lives as long as the Source
+    try:
+        shutil.copyfileobj(stream, spool, 2**20)
+        spool.flush()
+        spool.seek(0)
+        return Source(name, Path(spool.name), hashlib.file_digest(spool, "sha256").hexdigest(), spool)
+    except Exception as e:
+        spool.close()
+        if isinstance(e, OSError) or type(e).__module__.startswith(("botocore", "urllib3")):
+            raise TraceError(name, None, f"the stream broke off: {e}") from e
+        raise
+
+
+# --- bytes ---------------------------------------------------------------------------------------------------------
+
+
+def magic(source: Source, size: int = 16) -> bytes:
+    """The first bytes of the file as it lies there."""
+    try:
+        with source.path.open("rb") as raw:
+            return raw.read(size)
+    except OSError as e:
+        raise TraceError(source.name, None, f"cannot read: {e.strerror or e}") from e
+
+
+class _Place:
+    """The line being read, for messages."""
+
+    line = 1
+
+
+@contextmanager
+def _unpacked(source: Source, place: _Place) -> Iterator[BinaryIO]:
+    """The file's bytes, decompressed; what goes wrong while they are read becomes a `TraceError`."""
+    try:
+        with source.path.open("rb") as raw:
+            start = raw.read(4)
+            raw.seek(0)
+            if start.startswith(b"\x1f\x8b"):
+                yield cast(BinaryIO, io.BufferedReader(gzip.GzipFile(fileobj=raw), 2**20))
+            elif start == b"\x28\xb5\x2f\xfd":
+                import pyarrow as pa
+
+                zipped: Any = pa.CompressedInputStream(pa.OSFile(str(source.path)), "zstd")
+                yield cast(BinaryIO, io.BufferedReader(zipped, 2**20))
+            else:
+                yield raw
+    except EOFError as e:
+        raise TraceError(source.name, place.line, "the gzip data ends early: the file was cut, copy it again") from e
+    except (gzip.BadGzipFile, zlib.error) as e:
+        raise TraceError(source.name, place.line, f"damaged gzip data ({e}): copy the file again") from e
+    except OSError as e:
+        problem = e.strerror or str(e)
+        if "Truncated" in problem:
+            problem = "the zstd data ends early: the file was cut, copy it again"
+        elif "ZSTD" in problem:
+            problem = f"damaged zstd data ({problem}): copy the file again"
+        else:
+            problem = f"cannot read: {problem}"
+        raise TraceError(source.name, place.line, problem) from e
+
+
+def unpack(source: Source, limit: int) -> bytes:
+    """All bytes of the file, decompressed. Raises `TraceError` when they are more than ``limit``."""
+    with _unpacked(source, _Place()) as stream:
+        raw = stream.read(limit + 1)
+    if len(raw) > limit:
+        raise TraceError(source.name, None, f"is larger than {limit // 2**20} MiB")
+    return raw
+
+
+# --- records -------------------------------------------------------------------------------------------------------
+
+
+class Cut(bytes):
+    """The beginning of a record that is too long to be read."""
+
+
+def records(source: Source, *, quoted: bool = False) -> Iterator[tuple[int, bytes]]:
+    """(1-based line it begins on, bytes) of each record that is not blank; a byte-order mark is removed.
+
+    A file that begins with ``[`` and a bracket, or with a ``{`` alone on its line, is a JSON document (an array of
+    values, or values written over several lines), one record a value. Otherwise one record a line; with ``quoted`` a
+    CSV record, which goes on while a quote is open.
+
+    A record longer than `MAX_LINE_BYTES` (JSON value: `MAX_VALUE_BYTES`) comes out as a `Cut`, its beginning.
+
+    Raises `TraceError` for damaged compression, a JSON document that does not end, or a quote that is never closed.
+    """
+    place = _Place()
+    with _unpacked(source, place) as stream:
+        number, line = _first_line(stream)
+        # An export may be one object on one line, too long for a line.
+        if _is_document(line) or (len(line) > MAX_LINE_BYTES and line.startswith(b"{")):
+            yield from _json_values(source, place, stream, number, line)
+        elif quoted and not line.startswith(b"{"):
+            yield from _csv_records(source, place, _lines(stream, place, number, line))
+        else:
+            yield from (found for found in _lines(stream, place, number, line) if not found[1].isspace())
+
+
+def _is_document(line: bytes) -> bool:
+    # An access log may begin with "[2016-04-15": an array of numbers is no trace.
+    return line.strip() == b"{" or re.match(rb"\[\s*([{\[\]]|$)", line) is not None
+
+
+def _first_line(stream: BinaryIO) -> tuple[int, bytes]:
+    """Number and bytes of the first line that is not blank (empty bytes: there is none), its indent taken off."""
+    number = 1
+    line = stream.readline(MAX_LINE_BYTES + 1).removeprefix(b"\xef\xbb\xbf")
+    while line and line.isspace():
+        number += line.endswith(b"\n")
+        line = stream.readline(MAX_LINE_BYTES + 1)
+    return number, line.lstrip(b" \t") if line.lstrip().startswith((b"[", b"{")) else line
+
+
+def _lines(stream: BinaryIO, place: _Place, number: int, line: bytes) -> Iterator[tuple[int, bytes]]:
+    while line:
+        place.line = number
+        if len(line) > MAX_LINE_BYTES:
+            if not line.endswith(b"\n"):
+                _skip_line(stream)
+            line = Cut(line)
+        yield number, line
+        number += 1
+        place.line = number
+        line = stream.readline(MAX_LINE_BYTES + 1)
+
+
+def _skip_line(stream: BinaryIO) -> None:
+    while (rest := stream.readline(2**20)) and not rest.endswith(b"\n"):
+        pass
+
+
+def _csv_records(source: Source, place: _Place, lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+    start, size, open_ = 0, 0, False
+    parts: list[bytes] = []
+    for number, line in lines:
+        if not open_:
+            start, parts, size = number, [], 0
+        parts.append(line)
+        size += len(line)
+        # Doubled quotes inside a field keep the count even.
+        open_ ^= line.count(b'"') % 2 == 1
+        if open_ and size > MAX_LINE_BYTES:
+            raise TraceError(source.name, start, "a quote is opened here and not closed within 16 MiB: not CSV")
+        if not open_ and not (len(parts) == 1 and line.isspace()):
+            yield start, parts[0] if len(parts) == 1 else b"".join(parts)
+    if open_:
+        raise TraceError(source.name, start, "a quote is opened here and never closed: the file was cut or is not CSV")
+
+
+_OUTSIDE = re.compile(rb'["{}\[\],]')
+_INSIDE = re.compile(rb'["\\]')
+
+
+def _json_values(
+    source: Source, place: _Place, stream: BinaryIO, number: int, first: bytes
+) -> Iterator[tuple[int, bytes]]:
+    """Values of a JSON array, or JSON objects one after the other. Only brackets and quotes are looked at."""
+    scan = _JsonScan(array=first.startswith(b"["), line=number)
+    chunk = first[1:] if scan.array else first
+    while chunk:
+        yield from scan.feed(chunk)
+        place.line = scan.line
+        if scan.problem:
+            raise TraceError(source.name, scan.line, scan.problem)
+        chunk = stream.read(_CHUNK)
+    if scan.rest().strip() and not scan.depth and not scan.in_string and scan.closed == scan.array:
+        raise TraceError(source.name, scan.line, "text after the end of the JSON: not a JSON document")
+    if scan.depth or scan.in_string or (scan.array and not scan.closed):
+        raise TraceError(source.name, scan.line, "the JSON document ends early: the file was cut, copy it again")
+
+
+class _JsonScan:
+    """Cuts chunks of a JSON document into its values."""
+
+    def __init__(self, *, array: bool, line: int) -> None:
+        self.array = array
+        self.closed = False
+        self.line = line
+        self.depth = 0
+        self.in_string = False
+        self.problem: str | None = None
+        self._escaped = False
+        self._value = bytearray()
+        self._value_line = line
+
+    def feed(self, chunk: bytes) -> Iterator[tuple[int, bytes]]:
+        """Values that end in this chunk."""
+        start = at = 0
+        if self._escaped:
+            self._escaped, at = False, 1
+        while self.problem is None and (found := (_INSIDE if self.in_string else _OUTSIDE).search(chunk, at)):
+            at = found.end()
+            mark = found[0]
+            if self.in_string:
+                at = self._in_string(mark, at, len(chunk))
+            elif mark == b'"':
+                self.in_string = True
+            elif mark in b"{[":
+                self.depth += 1
+            elif self.depth:
+                self.depth -= mark != b","
+                if not self.depth and not self.array:
+                    yield from self._end(chunk[start:at])
+                    start = at
+            else:
+                yield from self._end(chunk[start : at - 1])
+                start = at
+                self._between(mark)
+        self._keep(chunk[start:])
+
+    def _in_string(self, mark: bytes, at: int, size: int) -> int:
+        """Where to look on after a quote or backslash inside a string."""
+        if mark == b'"':
+            self.in_string = False
+        elif at == size:
+            self._escaped = True
+        else:
+            return at + 1
+        return at
+
+    def _between(self, mark: bytes) -> None:
+        """A comma or closing bracket outside of any value."""
+        if mark == b"]" and self.array and not self.closed:
+            self.closed = True
+        elif mark != b"," or not self.array or self.closed:
+            self.problem = f"a {mark.decode()} where no value is open: not a JSON document"
+
+    def rest(self) -> bytes:
+        """What stands after the last value that ended."""
+        return bytes(self._value)
+
+    def _keep(self, text: bytes) -> None:
+        if not self._value:
+            lead = len(text) - len(text.lstrip())
+            self.line += text.count(b"\n", 0, lead)
+            text = text[lead:]
+            self._value_line = self.line
+        self.line += text.count(b"\n")
+        room = MAX_VALUE_BYTES + 1 - len(self._value)
+        self._value += text[:room] if room > 0 else b""
+
+    def _end(self, text: bytes) -> Iterator[tuple[int, bytes]]:
+        self._keep(text)
+        if self._value:
+            if self.closed:
+                self.problem = "text after the end of the JSON array: not a JSON document"
+                return
+            yield self._value_line, (Cut if len(self._value) > MAX_VALUE_BYTES else bytes)(self._value)
+            self._value.clear()
