@@ -7,7 +7,7 @@ import tomllib
 from dataclasses import MISSING
 from pathlib import Path
 from types import NoneType
-from typing import TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -30,7 +30,6 @@ def read_catalogue(path: Path, kind: type[T]) -> dict[str, T]:
         raise UsageError(f"{path}: not a TOML file: {e}") from e
     assert dataclasses.is_dataclass(kind)
     hints = get_type_hints(kind)
-    keys = {field.name for field in dataclasses.fields(kind)} - {"name"}
     # TOML has no null: a key that may be null is null when it is absent.
     required = [field.name for field in dataclasses.fields(kind) if field.default is MISSING]
     nulls = {name: None for name in required if NoneType in get_args(hints[name])}
@@ -38,11 +37,28 @@ def read_catalogue(path: Path, kind: type[T]) -> dict[str, T]:
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise UsageError(f"{path}: {name!r} is not a table; write [{name}]")
-        for key in table:
-            if key not in keys:
-                raise UsageError(f"{path}: [{name}]: {unknown_name('key', key, keys)}")
+        _refuse_unknown_keys(f"{path}: [{name}]", table, kind)
         try:
             entries[name] = msgspec.convert({**nulls, **table, "name": name}, kind)
         except msgspec.ValidationError as e:
             raise UsageError(f"{path}: [{name}]: {e}") from e
     return entries
+
+
+def _refuse_unknown_keys(where: str, table: dict[str, Any], kind: Any, skip: str = "name") -> None:
+    """Look into tables in the table too: ``x = {...}``, ``[[x]]`` and ``[x.any-name]``, as the field's type says."""
+    hints = get_type_hints(kind)
+    keys = {field.name for field in dataclasses.fields(kind)} - {skip}
+    for key, value in table.items():
+        if key not in keys:
+            raise UsageError(f"{where}: {unknown_name('key', key, keys)}")
+        inner = next((arg for arg in get_args(hints[key]) if dataclasses.is_dataclass(arg)), None)
+        if inner is None:
+            continue
+        if get_origin(hints[key]) is dict and isinstance(value, dict):
+            parts = [(f"{key}.{label}", part) for label, part in value.items()]
+        else:
+            parts = [(key, part) for part in (value if isinstance(value, list) else [value])]
+        for label, part in parts:
+            if isinstance(part, dict):
+                _refuse_unknown_keys(f"{where}: [{label}]", part, inner, skip="")

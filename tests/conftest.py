@@ -30,6 +30,12 @@ class FakeServer:
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
 
+@pytest.fixture(autouse=True)
+def no_own_tiers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A developer's own tiers file must not leak into tests."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+
+
 StartServer = Callable[..., FakeServer]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import fcntl
 import hashlib
+import json
 import threading
 import time
 import zipfile
@@ -155,6 +156,33 @@ def test_a_cache_that_cannot_be_is_an_error(tmp_path: Path, model: Model) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(ServerError, match="point HARNESS_CACHE to a folder you may write"):
         ensure_weights(model, cache=tmp_path / "file")
+
+
+def test_rounding_to_int8_stays_within_half_a_step(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    safetensors = pytest.importorskip("safetensors.torch")
+    name = "model.layers.0.self_attn.q_proj"
+    exact = torch.randn(8, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    exact[3] = 0
+    exact[4] *= 1000
+    others = {"lm_head.weight": exact.clone(), "model.norm.weight": exact[0].clone()}
+    safetensors.save_file({f"{name}.weight": exact, **others}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"hidden_size": 64}')
+    weights.round_to_int8(tmp_path)
+    found = safetensors.load_file(tmp_path / "model.safetensors")
+    assert set(found) == {f"{name}.weight", f"{name}.weight_scale", *others}
+    assert all(torch.equal(found[key], value) for key, value in others.items()), "head and norms are left alone"
+    assert found[f"{name}.weight"].dtype == torch.int8
+    scale = found[f"{name}.weight_scale"].float()
+    assert scale.shape == (8, 1), "one for each output channel"
+    error = (found[f"{name}.weight"].float() * scale - exact.float()).abs()
+    # Half a step, and what writing the scale in 16 bits takes (2**-9 of up to 127 steps).
+    assert bool((error <= scale * (0.5 + 127 * 2**-8)).all())
+    assert int(found[f"{name}.weight"].abs().max()) == 127, "the whole range is used"
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["hidden_size"] == 64
+    assert config["quantization_config"]["ignore"] == ["lm_head"]
+    assert config["quantization_config"]["format"] == "int-quantized"
 
 
 def test_leftovers_of_a_killed_run_are_cleared(tmp_path: Path, model: Model) -> None:
