@@ -309,6 +309,7 @@ def worker_spec(spec: RunSpec, run: RunDir, index: int) -> dict[str, object]:
         "workers": spec.workers,
         "plan": str(run.plan.resolve()),
         "results": str(run.results(index).resolve()),
+        "observations": str(run.observations(index).resolve()),
         "mode": spec.mode,
         "concurrency": share(spec.concurrency, spec.workers, index),
         "base_urls": spec.base_urls,
@@ -319,4 +320,10 @@ def worker_spec(spec: RunSpec, run: RunDir, index: int) -> dict[str, object]:
         "timeout_s": spec.timeout_s,
         "stall_s": spec.stall_s,
         "extra_body": spec.extra_body,
+        "tls_ca": spec.tls_ca,
+        "headers": spec.headers,
+        "stream": spec.stream,
+        "balance": spec.balance,
+        "retries": spec.retries,
+        "ramp_s": spec.ramp_s,
     }

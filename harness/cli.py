@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from harness import __version__
+from harness.cli_trace import trace
 from harness.errors import EXIT_VALID, HarnessError, UsageError
 
 EXIT_STATUS = """\b
@@ -71,6 +72,55 @@ class Slo(click.ParamType):  # type: ignore[type-arg]  # generic only in newer c
                 self.fail(f"{part.strip()!r}: write each limit once, with a unit, like ttft=2s,tpot=100ms", param, ctx)
             limits[metric] = seconds
         return limits
+
+
+class Stages(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
+    """Request rate over time from ``2m@4,5m@8``."""
+
+    name = "stages"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A tuple of `harness.arrivals.Stage`."""
+        from harness.arrivals import parse_stages
+
+        if not isinstance(value, str):
+            return value
+        try:
+            return parse_stages(value)
+        except UsageError as e:
+            self.fail(str(e), param, ctx)
+
+
+class Warmup(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
+    """A number of requests from ``20``, or a time from ``30s``."""
+
+    name = "warmup"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+        """An integer of requests or a float of seconds."""
+        if isinstance(value, int | float):
+            return value
+        number = int(value) if str(value).isascii() and str(value).isdigit() else parse_duration(str(value))
+        if not number or (isinstance(number, float) and str(value).strip()[-1:].isdigit()):
+            self.fail(f"{value!r}: write a number of requests like 20, or a time with its unit like 30s", param, ctx)
+        return number
+
+
+class Cancel(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
+    """Clients that hang up, from ``0.05@2s`` or ``5%@2s``."""
+
+    name = "cancel"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+        """(share of requests, seconds after they were sent)"""
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"(\d*\.?\d+)(%?)@(.+)", str(value).strip())
+        share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
+        after_s = parse_duration(match[3]) if match else None
+        if not 0 < share <= 1 or not after_s:
+            self.fail(f"{value!r}: write share@time, like 0.05@2s or 5%@2s", param, ctx)
+        return share, after_s
 
 
 class JsonObject(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
@@ -140,11 +190,44 @@ PLAN_OPTIONS = stack(
     ),
     click.option("--speed", type=positive, help="Play the trace's clock this many times faster."),
     click.option(
-        "--rate", type=positive, help="Mean requests/s: compress or stretch the trace's clock, burst shape kept."
+        "--rate",
+        type=positive,
+        help="Mean requests/s: compress or stretch the trace's clock, burst shape kept; or the rate of --arrivals.",
+    ),
+    click.option(
+        "--arrivals",
+        type=click.Choice(["trace", "constant", "poisson", "gamma"]),
+        help="When requests are sent: at the trace's own times, or drawn (the trace gives the content). "
+        "Default: trace; poisson with --stages.",
+    ),
+    click.option(
+        "--burstiness", type=positive, help="Shape of gamma arrivals, as vLLM has it: 1 is Poisson, below 1 burstier."
+    ),
+    click.option(
+        "--stages", type=Stages(), metavar="TIME@RATE,...", help="Rate over time: 2m@4,5m@8. 2m@4..8 climbs evenly."
+    ),
+    click.option(
+        "--repeat", is_flag=True, help="Begin the trace again when it runs out (made-up prompts are new each time)."
+    ),
+    click.option(
+        "--warmup",
+        type=Warmup(),
+        metavar="N|TIME",
+        help="Keep the first N requests, or those of the first TIME, out of every figure.",
+    ),
+    click.option(
+        "--sessions",
+        type=click.Choice(["trace", "wait"]),
+        default="trace",
+        show_default=True,
+        help="Turns of a session: each at its own time, or not before the turn before it has ended (and think_s).",
+    ),
+    click.option(
+        "--cancel", type=Cancel(), metavar="SHARE@TIME", help="Clients that hang up: 0.05@2s is 5 % after 2 s."
     ),
     click.option("--limit", type=click.IntRange(min=1), help="Only the first N requests of the trace."),
     click.option("--duration", "duration_s", type=Duration(), help="Only this much of the planned time, e.g. 5m."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Seed of the made-up prompts."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Seed of all that is drawn."),
     click.option(
         "--tokenizer",
         type=click.Path(exists=True, path_type=Path),
@@ -200,6 +283,30 @@ LOAD_OPTIONS = stack(
     click.option(
         "--extra-body", type=JsonObject(), default="{}", help="JSON object whose fields are added to every request."
     ),
+    click.option("--ramp", "ramp_s", type=Duration(), help="Closed loop: fill up evenly over this time."),
+    click.option("--no-stream", is_flag=True, help="Ask for one JSON answer. Then there is no ttft, tpot or itl."),
+    click.option(
+        "--header", "headers", multiple=True, metavar="'NAME: VALUE'", help="Extra HTTP header, never a secret; repeat."
+    ),
+    click.option(
+        "--balance",
+        type=click.Choice(["least", "round-robin", "session"]),
+        default="least",
+        show_default=True,
+        help="With several servers: least in flight, in turn, or all turns of a session to one.",
+    ),
+    click.option(
+        "--retries",
+        type=click.IntRange(min=0, max=100),
+        default=0,
+        show_default=True,
+        help="Send again after no connection, 429 or 503. Counted, and latency still counts from the planned time.",
+    ),
+    click.option(
+        "--tls-ca",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="Certificates to trust instead of the system's. Certificates and host names are always verified.",
+    ),
     click.option("--slo", type=Slo(), help="Latency promised per request, e.g. ttft=2s,tpot=100ms (also e2e)."),
 )
 
@@ -253,6 +360,7 @@ Examples:
   harness replay trace.jsonl
   harness replay AzureLLMInferenceTrace_conv.csv --limit 60 --concurrency 8
   harness replay trace.jsonl --rate 8 --duration 5m --slo ttft=2s,tpot=100ms
+  harness replay trace.jsonl --stages 2m@4,2m@4..8,5m@8 --repeat --warmup 1m
   harness replay trace.jsonl --base-url http://10.0.0.5:8000/v1 --model mistral-7b
 
 {EXIT_STATUS}
@@ -267,8 +375,8 @@ Examples:
 def replay(**options: Any) -> int:
     """Plan, serve, run and report in one go.
 
-    TRACE is a production trace: JSON Lines, Mooncake or Azure CSV, plain or gzipped (scenarios/traces/README.md has
-    the fields). Without --base-url a vLLM server is started on the default tier (this machine's CPU) with a small
+    TRACE is a production trace in any format that 'harness trace inspect' names, plain, gzip or zstd, also - (stdin)
+    and s3://bucket/key; scenarios/traces/README.md has the fields. Without --base-url a vLLM server is started on the default tier (this machine's CPU) with a small
     model, and ended afterwards.
 
     Requests go out at the trace's own times (open loop) unless --concurrency is given (closed loop). Latency counts
@@ -294,6 +402,11 @@ Examples:
     "--base-url", "base_urls", multiple=True, metavar="URL", help="Learn ordinary token ids from this server."
 )
 @click.option("--model", metavar="NAME", help="Model whose tokenizer the prompts are made for.")
+@click.option(
+    "--tls-ca",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Certificates to trust instead of the system's.",
+)
 @click.option(
     "-o",
     "--output",
@@ -345,6 +458,12 @@ Examples:
     show_default=True,
     help="API to use. auto: chat when the plan has messages, else completions.",
 )
+@click.option(
+    "--warmup",
+    type=Warmup(),
+    metavar="TIME",
+    help="Closed loop: keep requests of the first TIME out of every figure. (Otherwise it is part of the plan.)",
+)
 @REPORT_OPTIONS
 @OUT_OPTION
 def run(**options: Any) -> int:
@@ -354,10 +473,25 @@ def run(**options: Any) -> int:
     return commands.run(**options)
 
 
-@cli.command(short_help="Report on a run directory.", epilog=EXIT_STATUS)
-@click.argument("run", type=click.Path(path_type=Path))
+@cli.command(
+    short_help="Report on a run directory; compare several in a page.",
+    epilog=f"""\b
+Examples:
+  harness report runs/20261121T234654Z-trace-smollm2-135m
+  harness report runs/20261121T234654Z-trace-smollm2-135m --html report.html
+  harness report runs/*-sweep-* --slo ttft=2s --html sweep.html
+
+{EXIT_STATUS}
+Of several runs the worst counts, INVALID first.""",
+)
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
 @click.option("--slo", type=Slo(), help="Judge against this SLO instead of the one of the run.")
 @REPORT_OPTIONS
+@click.option(
+    "--html",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write one self-contained page instead; several runs are compared in it.",
+)
 def report(**options: Any) -> int:
     """Report on a run directory: verdict, price, latency under load, throughput, errors."""
     from harness import commands
@@ -374,13 +508,88 @@ def doctor(format_: str) -> int:
     return commands.doctor(format_)
 
 
-@cli.command(short_help="List hardware tiers and their prices.")
+@cli.command(
+    short_help="Compare our figures with those of vLLM's own client.",
+    epilog="""\b
+Examples:
+  harness crosscheck plan.arrow --base-url http://127.0.0.1:8000/v1
+  harness crosscheck plan.arrow --base-url http://127.0.0.1:8000/v1 --concurrency 8 --repeats 5
+""",
+)
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option("--repeats", type=click.IntRange(min=3), default=3, show_default=True, help="Runs of each client.")
+@SERVER_OPTIONS
+@LOAD_OPTIONS
+@click.option("--endpoint", type=click.Choice(["auto", "completions"]), default="auto", help="API to use.")
 @JSON_OPTION
-def tiers(format_: str) -> int:
+@OUT_OPTION
+def crosscheck(**options: Any) -> int:
+    """Send one plan with our client and with vLLM's own, in turn, and show both sides' figures.
+
+    Service TTFT, TPOT, ITL and throughput should agree within the noise of the repeats; where they differ, it says why.
+    vLLM's client is `vllm bench serve` of the installed engine, given the plan's own prompts, lengths and times.
+    """
+    from harness import commands
+
+    return commands.crosscheck(**options)
+
+
+@cli.command(short_help="Measure what the load generator can carry on this machine.")
+@JSON_OPTION
+def calibrate(format_: str) -> int:
+    """Measure what one load worker on this machine can carry, in under a minute.
+
+    Drives a server whose timing is exactly known: requests and streamed events a second, how late requests are sent,
+    and how far TTFT and ITL are from the truth at half of the ceiling. The result is kept in the cache; runs are then
+    given as many load workers as their plan needs, and a plan that this machine cannot carry is said before it starts.
+    """
+    from harness import commands
+
+    return commands.calibrate(format_)
+
+
+@cli.group(short_help="List hardware tiers and their prices, or read today's.", invoke_without_command=True)
+@JSON_OPTION
+@click.pass_context
+def tiers(ctx: click.Context, format_: str) -> int:
     """List the hardware tiers with their prices, each with source and date."""
     from harness import commands
 
-    return commands.tiers(format_)
+    return EXIT_VALID if ctx.invoked_subcommand else commands.tiers(format_)
+
+
+@tiers.command(
+    short_help="Read today's AWS prices into your own tiers file.",
+    epilog="""\b
+Examples:
+  harness tiers refresh --dry-run
+  harness tiers refresh --tier aws-p5.48xlarge --spot
+  harness tiers refresh --tier aws-g6.xlarge --region eu-central-1
+""",
+)
+@click.option("--tier", "names", multiple=True, metavar="NAME", help="This tier (several: repeat). Default: AWS's all.")
+@click.option("--region", metavar="REGION", help="Price it here; another region becomes a tier NAME-REGION.")
+@click.option("--spot", is_flag=True, help="Also a spot tier NAME-spot for each on-demand one.")
+@click.option(
+    "--spot-days", type=click.FloatRange(0, 90, min_open=True), default=7.0, show_default=True,
+    help="Days of spot prices to take the mean of, each weighted by how long it held.",
+)
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path),
+    help="Tiers file to write. Default: HARNESS_TIERS, else ~/.config/harness/tiers.toml.",
+)
+@click.option("--dry-run", is_flag=True, help="Show old and new prices; write nothing.")
+@JSON_OPTION
+def refresh(**options: Any) -> int:
+    """Read today's AWS prices into your own tiers file, whose entries replace the shipped ones.
+
+    On-demand prices come from the AWS Price List API, spot prices from EC2's history, zone by zone. Needs AWS
+    credentials (environment, profile or role) that may call pricing:GetProducts and ec2:DescribeSpotPriceHistory.
+    The shipped prices are never changed; without credentials or network nothing is.
+    """
+    from harness import commands
+
+    return commands.refresh_tiers(**options)
 
 
 @cli.command(short_help="List models, or fetch the weights of one.")
@@ -393,6 +602,9 @@ def models(fetch: str | None, format_: str) -> int:
     from harness import commands
 
     return commands.models(fetch, format_)
+
+
+cli.add_command(trace)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

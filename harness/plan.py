@@ -1,4 +1,4 @@
-"""The plan: every request, its prompt and its time, fixed before the clock starts.
+"""The plan: every request, its prompt and its time, fixed before the clock starts. `harness.build` makes it.
 
 A plan file (``plan.arrow``, Arrow IPC file, zstd) holds one row per request, ordered by scheduled time, then id:
 
@@ -8,11 +8,15 @@ column              type          meaning
 request_id          int64         0, 1, 2 ... in trace order, dense
 phase               string        "measured" or "warmup"
 scheduled_ns        int64         when to send, ns after the common start; null in a closed loop (a free slot decides)
-slice               int64         requests of one session share it; worker k of n takes rows with slice % n == k
+slice               int64         requests of one session share it: 0, 1, 2 ... by first request; worker k of n takes
+                                  rows with slice % n == k
 after               int64         request_id of the session's previous turn when this one must wait for it, else null
-think_ns            int64         wait after that turn finished; null without ``after``
-input_tokens        int32         prompt tokens this request should have; null for text whose length only the server
-knows output_tokens       int32         tokens to be generated, forced on the server; null when the trace does not say
+think_ns            int64         wait after that turn finished; null without ``after``. Such a turn is due at the later
+                                  of ``scheduled_ns`` and that turn's end + ``think_ns``
+cancel_after_ns     int64         the client hangs up this long after it sent the request; null: it does not
+model               string        model or LoRA adapter to ask for; null: the run's
+input_tokens        int32         prompt tokens this request should have; null for text: the server counts
+output_tokens       int32         tokens to be generated, forced on the server; null when the trace does not say
 prompt_token_ids    list<int32>   the prompt as token ids, or null
 prompt_text         string        the prompt as text, or null
 messages            string        the chat messages as JSON text, or null
@@ -25,30 +29,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import os
-from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from harness.arrivals import Stage
 from harness.errors import PlanError, UsageError, unknown_name
-from harness.prompts import Ids, Vocabulary
-from harness.trace import Trace, TraceRecord
 
 SCHEMA_VERSION = "1"
 INFO_KEY = b"harness.plan"
 """Key of the `PlanInfo` JSON in the file's schema metadata."""
-
-# Batches are bounded in rows and in tokens or characters, so that memory is, whatever the trace holds.
-_BATCH_ROWS = 1024
-_BATCH_SIZE = 2_000_000
 
 SCHEMA = pa.schema(
     [
@@ -58,6 +53,8 @@ SCHEMA = pa.schema(
         pa.field("slice", pa.int64(), nullable=False),
         pa.field("after", pa.int64()),
         pa.field("think_ns", pa.int64()),
+        pa.field("cancel_after_ns", pa.int64()),
+        pa.field("model", pa.string()),
         pa.field("input_tokens", pa.int32()),
         pa.field("output_tokens", pa.int32()),
         pa.field("prompt_token_ids", pa.list_(pa.int32())),
@@ -65,6 +62,52 @@ SCHEMA = pa.schema(
         pa.field("messages", pa.string()),
     ]
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSpec:
+    """What a plan is to be. The seed and the trace decide everything else: equal specs make equal plans."""
+
+    closed: bool
+    """A free slot decides when to send: no times."""
+    arrivals: str = "trace"
+    """Open loop: "trace" (its own times); "constant", "poisson" or "gamma": drawn, the trace gives the content only."""
+    burstiness: float | None = None
+    """Shape of gamma gaps: 1 is Poisson, below 1 burstier."""
+    stages: tuple[Stage, ...] = ()
+    """Request rate over time for drawn arrivals."""
+    speed: float | None = None
+    """Own times: on a clock this many times as fast (null: 1)."""
+    rate: float | None = None
+    """Own times: the speed at which (n - 1) / span of the n requests is this many requests/s; bursts keep their shape.
+    Drawn arrivals: one stage of this rate."""
+    limit: int | None = None
+    """At most this many requests, the first of the trace."""
+    duration_s: float | None = None
+    """Open loop: what is due before that planned time. Own times with ``rate``: the first rate x duration_s rows, so
+    that the rate is met inside the duration whatever the rest of the trace does."""
+    repeat: bool = False
+    """A trace that runs out is begun again (made-up prompts are new each time) until limit, duration or stages end."""
+    warmup_requests: int | None = None
+    """The first so many requests are warm-up."""
+    warmup_s: float | None = None
+    """Open loop: requests planned before this time are warm-up."""
+    sessions: str = "trace"
+    """"trace": each turn at its own time. "wait": not before the turn before it has ended, plus its think time."""
+    cancel_share: float = 0.0
+    """Share of requests whose client hangs up, drawn per request; what the trace records comes on top."""
+    cancel_after_s: float | None = None
+    """When those hang up, counted from when they were sent."""
+    seed: int = 0
+    as_text: bool = False
+    """Made-up prompts as text instead of token ids."""
+    max_output_tokens: int | None = None
+    """Cap on output lengths, and the length where the trace says none."""
+
+    @property
+    def drawn(self) -> bool:
+        """Arrivals are drawn."""
+        return not self.closed and self.arrivals != "trace"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +125,8 @@ class Request:
     prompt_token_ids: list[int] | None
     prompt_text: str | None
     messages: str | None
+    cancel_after_ns: int | None = None
+    model: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,9 +142,9 @@ class PlanInfo:
     rows_dropped: dict[str, int]
     """Reason -> rows not replayed; rows_read == rows_kept + sum of these."""
     arrivals: str
-    """"trace" (own times), "closed" (a free slot decides)."""
+    """"trace" (own times), "constant", "poisson" or "gamma" (drawn), "closed" (a free slot decides)."""
     speed: float | None
-    """Factor on the trace's clock that was applied; null in a closed loop."""
+    """Factor on the trace's clock that was applied; null when its times are not used."""
     source_rate: float | None
     """Mean arrival rate of the kept trace rows as recorded, req/s; null when the trace has no times or one instant."""
     planned_rate: float | None
@@ -111,322 +156,23 @@ class PlanInfo:
     """Planned time from the first to the last arrival; null in a closed loop."""
     notes: list[str]
     """What a reader of the results must know: a coarse time grid, dropped rows, guessed nothing."""
+    burstiness: float | None = None
+    """Shape of gamma gaps; null for other arrivals."""
+    stages: list[Stage] = field(default_factory=list)
+    """Request rate over time that arrivals were drawn for; empty when they were not drawn."""
+    cycles: int = 1
+    """How often the trace was begun; above 1 its rows are sent more than once."""
+    warmup_requests: int = 0
+    """Requests of phase "warmup", the first of the plan."""
+    sessions: str = "trace"
+    """"trace" (each turn at its own time), "wait" (a turn waits for the one before it)."""
 
 
-def build_plan(
-    trace: Trace,
-    out: Path,
-    *,
-    closed: bool,
-    speed: float | None = None,
-    rate: float | None = None,
-    limit: int | None = None,
-    duration_s: float | None = None,
-    seed: int = 0,
-    vocabulary: Vocabulary | None = None,
-    as_text: bool = False,
-    max_output_tokens: int | None = None,
-) -> PlanInfo:
-    """Write the plan of ``trace`` to ``out`` and say what is in it. Equal arguments write equal bytes.
+def write_plan(out: Path, info: PlanInfo, batches: Iterator[pa.RecordBatch]) -> None:
+    """Write batches of `SCHEMA` as the plan file ``out``: beside it, then renamed, so a plan is whole or not there.
 
-    Open loop: the trace's own arrivals, the first at 0, on a clock ``speed`` times as fast (default 1). ``rate`` picks
-    the speed for which the mean arrival rate of the plan, (n - 1) / span of its n requests, is ``rate`` requests/s;
-    bursts keep their shape. Closed loop: no times.
-
-    ``limit`` keeps the first rows. ``duration_s`` keeps what is due before that planned time; with ``rate`` that is the
-    first rate x duration_s rows, so that the rate is met inside the duration whatever the rest of the trace does.
-
-    Prompts: text and messages of the trace are sent as they are. Of rows that say lengths only, prompts of exactly that
-    length are made from ``vocabulary`` as token ids (``as_text``: as text) and depend on (``seed``, request_id) alone,
-    or on (``seed``, prefix ids) where the trace has them; requests that share leading ids share those tokens.
-
-    ``max_output_tokens`` caps output lengths, and is the length where the trace says none.
-
-    Sessions stay whole (one ``slice``), but their turns are planned by arrival time alone; ``after`` and ``think_ns``
-    are null.
-
-    Raises `UsageError` for options that exclude each other or need times the trace lacks, `PlanError` when the file
-    exists or cannot be written or prompts cannot be made, `TraceError` from reading.
+    Raises `PlanError` when the file exists or cannot be written.
     """
-    _check_options(closed, speed, rate, limit, duration_s, max_output_tokens)
-    if out.exists():
-        raise PlanError(f"{out}: exists already; plans are never overwritten, choose another name")
-    if rate is not None and duration_s is not None:
-        # Rounded first: 0.1 x 30 must be 3 rows, not 4.
-        rows = math.ceil(round(rate * duration_s, 6))
-        limit = rows if limit is None else min(rows, limit)
-    survey = _survey(trace, limit, closed, vocabulary, None if rate is not None else _cut_ns(duration_s, speed))
-    source_rate = _rate(survey.arrivals)
-    scheduled = None
-    if not closed:
-        speed = _speed(trace, survey.arrivals, speed, rate, source_rate)
-        scheduled = _rescale(survey.arrivals, speed)
-    n = survey.requests
-    info = PlanInfo(
-        schema_version=SCHEMA_VERSION,
-        trace=trace.path.name,
-        trace_format=trace.format,
-        trace_sha256=trace.sha256,
-        rows_read=n + sum(trace.rows_dropped.values()),
-        rows_kept=n,
-        rows_dropped=dict(trace.rows_dropped),
-        arrivals="closed" if closed else "trace",
-        speed=speed,
-        source_rate=source_rate,
-        planned_rate=None if scheduled is None else _rate(scheduled),
-        seed=seed,
-        tokenizer=vocabulary.name if vocabulary is not None and survey.lengths_only else None,
-        requests=n,
-        span_s=None if scheduled is None else int(scheduled[-1]) / 1e9,
-        notes=_notes(trace, survey, scheduled, duration_s, max_output_tokens),
-    )
-    prompts = _Prompts(vocabulary, seed, as_text)
-    _write(out, info, _batches(trace, n, scheduled, prompts, max_output_tokens))
-    return info
-
-
-def _check_options(
-    closed: bool,
-    speed: float | None,
-    rate: float | None,
-    limit: int | None,
-    duration_s: float | None,
-    max_output_tokens: int | None,
-) -> None:
-    given = [
-        name for name, on in (("closed loop", closed), ("speed", speed is not None), ("rate", rate is not None)) if on
-    ]
-    if len(given) > 1:
-        raise UsageError(f"{' and '.join(given)} exclude each other: each decides when requests are sent; give one")
-    if closed and duration_s is not None:
-        raise UsageError("a closed loop has no planned times to cut by duration: give the duration to the run instead")
-    for name, value in (("speed", speed), ("rate", rate), ("duration", duration_s)):
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise UsageError(f"{name} is {value:g}, must be a number above 0")
-    for name, count in (("limit", limit), ("max output tokens", max_output_tokens)):
-        if count is not None and count < 1:
-            raise UsageError(f"{name} is {count}, must be at least 1")
-
-
-@dataclass(slots=True)
-class _Survey:
-    """What one reading of the trace found: an integer per request, never the requests."""
-
-    requests: int
-    arrivals: npt.NDArray[np.int64]
-    """ns from the first; empty when the trace has no times."""
-    lengths_only: int
-    longest_output: int
-    ended_early: bool
-
-
-def _survey(
-    trace: Trace, limit: int | None, closed: bool, vocabulary: Vocabulary | None, cut_ns: float | None
-) -> _Survey:
-    """Read the trace up to ``limit`` rows or the first at or after ``cut_ns`` (trace clock)."""
-    arrivals = array("q")
-    requests = lengths_only = longest_output = 0
-    ended_early = False
-    with contextlib.closing(iter(trace)) as records:
-        for record in records:
-            if record.arrival_s is not None:
-                arrival_ns = round(record.arrival_s * 1e9)
-                if cut_ns is not None and arrival_ns >= cut_ns:
-                    ended_early = True
-                    break
-                arrivals.append(arrival_ns)
-            elif not closed:
-                raise UsageError(
-                    f"{trace.path}: the trace has no arrival times, so there is nothing to replay in time; "
-                    "use --concurrency for a closed loop"
-                )
-            requests += 1
-            if record.text is None and record.messages is None:
-                lengths_only += 1
-                if vocabulary is None:
-                    raise PlanError(
-                        f"{trace.path}:{record.line}: the row has lengths but no text, so a prompt must be made; give "
-                        "the tokenizer of the model (--tokenizer FILE), or name a server to learn its token ids from"
-                    )
-            longest_output = max(longest_output, record.output_tokens or 0)
-            if requests == limit:
-                ended_early = True
-                break
-    return _Survey(requests, np.array(arrivals, dtype=np.int64), lengths_only, longest_output, ended_early)
-
-
-def _cut_ns(duration_s: float | None, speed: float | None) -> float | None:
-    """Where ``duration_s`` of planned time ends on the trace's own clock."""
-    return None if duration_s is None else duration_s * 1e9 * (1.0 if speed is None else speed)
-
-
-def _rate(arrivals: npt.NDArray[np.int64]) -> float | None:
-    """Mean arrival rate, req/s: (n - 1) / span; None below two rows or when all arrive at one instant.
-
-    n - 1, because n arrivals have n - 1 gaps: k requests a second apart arrive at 1 req/s, not at k / (k - 1).
-    """
-    if len(arrivals) < 2 or arrivals[-1] == arrivals[0]:
-        return None
-    return (len(arrivals) - 1) * 1e9 / int(arrivals[-1] - arrivals[0])
-
-
-def _speed(
-    trace: Trace,
-    arrivals: npt.NDArray[np.int64],
-    speed: float | None,
-    rate: float | None,
-    source_rate: float | None,
-) -> float:
-    if rate is None:
-        return 1.0 if speed is None else speed
-    if source_rate is None:
-        what = "only one row is" if len(arrivals) == 1 else f"all {len(arrivals)} rows are"
-        raise UsageError(
-            f"{trace.path}: {what} kept at one instant, which no change of clock turns into {rate:g} requests/s; "
-            "keep more rows (--limit, --duration), or use --concurrency"
-        )
-    return rate / source_rate
-
-
-def _rescale(arrivals: npt.NDArray[np.int64], speed: float) -> npt.NDArray[np.int64]:
-    if speed == 1.0:
-        return arrivals  # exact: no float in between
-    scheduled = np.rint(arrivals / speed)
-    if scheduled[-1] >= 2**63:
-        raise UsageError(f"speed {speed:g} stretches the trace beyond 292 years; speed above 1 is faster")
-    return scheduled.astype(np.int64)
-
-
-def _notes(
-    trace: Trace,
-    survey: _Survey,
-    scheduled: npt.NDArray[np.int64] | None,
-    duration_s: float | None,
-    max_output_tokens: int | None,
-) -> list[str]:
-    notes = list(trace.notes)
-    if survey.ended_early:
-        notes.append(f"reading stopped after {survey.requests} usable rows (limit or duration)")
-    elif scheduled is not None and duration_s is not None and scheduled[-1] < 0.95e9 * duration_s:
-        notes.append(f"the trace ends at {int(scheduled[-1]) / 1e9:.1f} s of the {duration_s:g} s asked for")
-    if max_output_tokens is not None and survey.longest_output > max_output_tokens:
-        notes.append(
-            f"output lengths capped at {max_output_tokens} tokens, the longest is {survey.longest_output}: "
-            "the load is lighter than the trace's"
-        )
-    return notes
-
-
-@dataclass(frozen=True, slots=True)
-class _Prompts:
-    """How prompts are made for rows that have none."""
-
-    vocabulary: Vocabulary | None
-    seed: int
-    as_text: bool
-
-    def make(self, records: Sequence[TraceRecord], first_id: int) -> tuple[list[Ids | None], list[str | None]]:
-        """Token ids and texts, one of each per record: at most one is set, neither where the trace has its own."""
-        ids: list[Ids | None] = []
-        for request_id, record in enumerate(records, first_id):
-            if record.text is not None or record.messages is not None:
-                ids.append(None)
-                continue
-            assert self.vocabulary is not None and record.input_tokens is not None
-            ids.append(
-                self.vocabulary.token_ids(
-                    record.input_tokens,
-                    request_id,
-                    seed=self.seed,
-                    prefix_ids=record.prefix_ids,
-                    block_tokens=record.block_tokens,
-                )
-            )
-        if not self.as_text or self.vocabulary is None:
-            return ids, [None] * len(ids)
-        texts = iter(self.vocabulary.texts([prompt for prompt in ids if prompt is not None]))
-        return [None] * len(ids), [None if prompt is None else next(texts) for prompt in ids]
-
-
-def _batches(
-    trace: Trace,
-    n: int,
-    scheduled: npt.NDArray[np.int64] | None,
-    prompts: _Prompts,
-    max_output_tokens: int | None,
-) -> Iterator[pa.RecordBatch]:
-    """Read the trace a second time and turn its first ``n`` records into batches of `SCHEMA`."""
-    first_of_session: dict[str, int] = {}
-    done = 0
-    with contextlib.closing(iter(trace)) as records:
-        for chunk in _chunks(islice(records, n)):
-            ids, texts = prompts.make(chunk, done)
-            request_ids = range(done, done + len(chunk))
-            columns = {
-                "request_id": pa.array(np.arange(done, done + len(chunk), dtype=np.int64)),
-                "phase": pa.array(["measured"] * len(chunk)),
-                "scheduled_ns": None if scheduled is None else pa.array(scheduled[done : done + len(chunk)]),
-                "slice": pa.array(
-                    i if record.session_id is None else first_of_session.setdefault(record.session_id, i)
-                    for i, record in zip(request_ids, chunk, strict=True)
-                ),
-                # Of a text, the trace's count is another tokenizer's: only the server knows.
-                "input_tokens": pa.array(
-                    [None if r.text is not None or r.messages is not None else r.input_tokens for r in chunk],
-                    pa.int32(),
-                ),
-                "output_tokens": pa.array(
-                    [_output_tokens(r.output_tokens, max_output_tokens) for r in chunk], pa.int32()
-                ),
-                "prompt_token_ids": _id_lists(ids),
-                "prompt_text": pa.array(
-                    [r.text if r.text is not None else t for r, t in zip(chunk, texts, strict=True)], pa.string()
-                ),
-                "messages": pa.array(
-                    [None if r.messages is None else msgspec.json.encode(r.messages).decode() for r in chunk],
-                    pa.string(),
-                ),
-            }
-            nulls = {
-                field.name: pa.nulls(len(chunk), field.type) for field in SCHEMA if columns.get(field.name) is None
-            }
-            yield pa.record_batch([(columns | nulls)[name] for name in SCHEMA.names], schema=SCHEMA)
-            done += len(chunk)
-    if done != n:
-        raise PlanError(f"{trace.path}: had {n} usable rows, now {done}: it changed while it was read")
-
-
-def _chunks(records: Iterator[TraceRecord]) -> Iterator[list[TraceRecord]]:
-    chunk: list[TraceRecord] = []
-    size = 0
-    for record in records:
-        chunk.append(record)
-        if record.messages is not None:
-            size += sum(len(message["content"]) for message in record.messages)
-        else:
-            size += len(record.text) if record.text is not None else record.input_tokens or 0
-        if len(chunk) == _BATCH_ROWS or size >= _BATCH_SIZE:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def _output_tokens(traced: int | None, most: int | None) -> int | None:
-    if traced is None or most is None:
-        return traced if most is None else most
-    return min(traced, most)
-
-
-def _id_lists(prompts: Sequence[Ids | None]) -> pa.Array:
-    offsets = np.cumsum([0] + [0 if ids is None else len(ids) for ids in prompts], dtype=np.int32)
-    values = np.concatenate([np.empty(0, dtype=np.int32), *(ids for ids in prompts if ids is not None)])
-    missing = pa.array([ids is None for ids in prompts])
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), mask=missing)
-
-
-def _write(out: Path, info: PlanInfo, batches: Iterator[pa.RecordBatch]) -> None:
-    """Write beside ``out`` and rename: a plan is whole or not there."""
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     schema = SCHEMA.with_metadata({INFO_KEY: msgspec.json.encode(info)})
     options = pa.ipc.IpcWriteOptions(compression="zstd")

@@ -5,8 +5,10 @@ Plain, blocking, with deadlines; nothing here runs while requests are being time
 
 from __future__ import annotations
 
+import ssl
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -15,6 +17,8 @@ import msgspec
 from harness.errors import ServerError, UsageError, unknown_name
 
 DEADLINE_S = 15.0
+START_TIME = "process_start_time_seconds"
+"""Prometheus clients' own gauge: when the server process began."""
 
 # Environment proxies are ignored: a load test must know where its questions go, as it does for its load.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -28,6 +32,18 @@ _WORDS = (
     "research girl guy moment air teacher force education"
 )
 """Common English words: what a server makes of them are ordinary token ids."""
+
+
+def trust(ca: Path) -> None:
+    """From now on trust the certificates in the file ``ca`` instead of the system's. Raises `UsageError`."""
+    global _OPENER
+    try:
+        context = ssl.create_default_context(cafile=str(ca))
+    except (OSError, ssl.SSLError) as e:
+        raise UsageError(f"{ca}: not a file of trusted certificates ({e})") from e
+    _OPENER = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+    )
 
 
 def normalise_base_url(url: str) -> str:
@@ -133,7 +149,7 @@ def engine_version(base_url: str, api_key: str | None) -> str | None:
 
 
 def counters(base_url: str, api_key: str | None) -> dict[str, float] | None:
-    """The server's own counters (``vllm:*_total``, summed over labels) from /metrics; null when it has none."""
+    """The server's own counters (``vllm:*_total``, summed over labels) and its start time; null when it has none."""
     try:
         text = fetch(f"{server_root(base_url)}/metrics", api_key).decode("utf-8", "replace")
     except ServerError:
@@ -142,17 +158,18 @@ def counters(base_url: str, api_key: str | None) -> dict[str, float] | None:
 
 
 def parse_counters(text: str) -> dict[str, float]:
-    """Prometheus text -> {name: value} for ``vllm:`` counters and sums, each summed over its labels."""
+    """Prometheus text -> {name: value} for ``vllm:`` counters and sums, each summed over its labels.
+
+    Also ``process_start_time_seconds``, which tells a restart, when there are counters beside it.
+    """
     totals: dict[str, float] = {}
     for line in text.splitlines():
-        if not line.startswith("vllm:"):
-            continue
         series, _, value = line.rpartition(" ")
         name = series.partition("{")[0]
-        if not name.endswith(("_total", "_sum", "_count")):
+        if name != START_TIME and not (name.startswith("vllm:") and name.endswith(("_total", "_sum", "_count"))):
             continue
         try:
             totals[name] = totals.get(name, 0.0) + float(value)
         except ValueError:
             continue
-    return totals
+    return totals if totals.keys() - {START_TIME} else {}

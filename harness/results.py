@@ -13,7 +13,7 @@ scheduled_ns        int64         when it was due, ns after the common start. Op
 sent_ns             int64         when the client began to send it (before any connection set-up); null: never sent
 chunk_gap_ns        list<int64>   ns between chunks that carry output: the first from sent_ns, each other from the chunk
                                   before it. Gaps, because they compress to half of absolute times.
-                                  Empty when no output arrived
+                                  Empty when no output arrived, and when the answer was not streamed
 chunk_tokens        list<int32>   output tokens in each of those chunks; null when the server did not let us know
 finished_ns         int64         when the response ended or failed; null when never sent
 input_tokens        int32         prompt tokens as the server counted them (``usage``); null when it did not say
@@ -23,6 +23,9 @@ finish_reason       string        as the server said: stop, length, ...
 http_status         int16         null when no status line arrived
 error               string        null on success, else one of `ERRORS`
 detail              string        a short human text for a failure (at most 300 characters)
+retries             int16         how often it was sent again after no connection, 429 or 503 (0 unless the run asks for
+                                  retries). sent_ns is the first try, so every latency holds the retries; the other
+                                  columns are of the last
 ==================  ============  =====================================================================================
 
 All times are one monotonic clock of the worker's host, zero at the common start of the run.
@@ -55,12 +58,13 @@ ERRORS: dict[str, str] = {
     "incomplete": "the stream ended without [DONE] and without a finish reason",
     "stall": "the server sent nothing for the stall timeout",
     "timeout": "the request was not finished within the request timeout",
+    "cancelled": "the client hung up when the plan told it to: neither a success nor a failure of the server",
     "stopped": "in flight when the run was stopped",
     "unsent": "never sent: the run was stopped first",
 }
 """The closed set of error classes, with what each means."""
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 
 SCHEMA = pa.schema(
     [
@@ -79,6 +83,7 @@ SCHEMA = pa.schema(
         pa.field("http_status", pa.int16()),
         pa.field("error", pa.string()),
         pa.field("detail", pa.string()),
+        pa.field("retries", pa.int16(), nullable=False),
     ],
     metadata={"harness.results": SCHEMA_VERSION},
 )
@@ -102,6 +107,7 @@ class Result:
     http_status: int | None = None
     error: str | None = None
     detail: str | None = None
+    retries: int = 0
 
 
 _SCALARS = [name for name in SCHEMA.names if name not in ("worker", "chunk_gap_ns", "chunk_tokens")]

@@ -1,7 +1,7 @@
 """The run directory: what was asked (`RunSpec`), what happened (`RunManifest`), and where the files are.
 
-``runs/<UTC time>-<name>/`` holds ``run.json``, ``plan.arrow``, ``results-<worker>.arrows``, ``worker-<worker>.log``,
-``server-<replica>.log``. A directory is never overwritten.
+``runs/<UTC time>-<name>/`` holds ``run.json``, ``plan.arrow``, ``results-<worker>.arrows``,
+``worker-<worker>.arrows``, ``worker-<worker>.log``, ``server-<replica>.log``. A directory is never overwritten.
 """
 
 from __future__ import annotations
@@ -57,6 +57,40 @@ class RunSpec:
     """The run is INVALID when the 99th percentile of lag (or the largest, below 100 requests) exceeds this."""
     extra_body: dict[str, object] = field(default_factory=dict)
     """Fields added to every request body."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """Added to every request; never a secret (`harness.headers`)."""
+    stream: bool = True
+    """False: one JSON answer, of which only the end is timed."""
+    balance: str = "least"
+    """Which base URL a request goes to: "least" in flight (as its worker sees it), "round-robin", or "session": all
+    requests of a slice to one."""
+    retries: int = 0
+    """How often a request is sent again when there was no connection or the server said 429 or 503."""
+    ramp_s: float | None = None
+    """Closed loop: slots join evenly over this time; null: all at once."""
+    warmup_s: float | None = None
+    """Closed loop: requests scheduled before this time are warm-up. (In an open loop the plan's phase says it.)"""
+    tls_ca: str | None = None
+    """File of certificates to trust instead of the system's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ownership:
+    """What a machine of one's own costs: the assumptions behind an ``owned`` price."""
+
+    purchase_usd: float
+    """Machine with its share of network and rack."""
+    years: float
+    """Straight-line, to a value of 0 at the end."""
+    upkeep_usd_per_year: float
+    """Support contract, spares, people."""
+    power_kw: float
+    """Drawn by the machine, all hours alike."""
+    pue: float
+    """Power of the whole site per power of the machines in it; at least 1."""
+    usd_per_kwh: float
+    space_usd_per_year: float = 0.0
+    """Rack space, when it is not in the price of power."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +112,12 @@ class Tier:
     source: str
     date: str
     """Day the price was read, ISO 8601 (a month is allowed when the source says no more)."""
+    accelerator_memory_gib: float | None = None
+    """Of one accelerator, as its driver reports it; null when not known."""
+    note: str | None = None
+    """What a reader of the price must know besides: term, condition, assumption."""
+    ownership: Ownership | None = None
+    """What the price of an owned machine is made of."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -184,9 +224,17 @@ class RunDir:
         """Result files that exist, by worker."""
         return sorted(self.path.glob("results-*.arrows"), key=lambda p: int(p.stem.removeprefix("results-")))
 
+    def observations(self, worker: int) -> Path:
+        """What one load worker saw of itself, a row a second (`harness.observations`)."""
+        return self.path / f"worker-{worker}.arrows"
+
     def worker_log(self, worker: int) -> Path:
         """What one load worker printed."""
         return self.path / f"worker-{worker}.log"
+
+    def server_metrics(self, replica: int) -> Path:
+        """What one model server said of itself each second (`harness.server_metrics`)."""
+        return self.path / f"server-metrics-{replica}.arrows"
 
     def server_log(self, replica: int) -> Path:
         """What one model server printed."""

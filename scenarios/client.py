@@ -1,9 +1,9 @@
 """The streaming client: sends prepared requests and turns each answer into a result row.
 
-All bytes are prepared before the clock starts (`prepare`), connections are opened before it
+All bytes are prepared before the clock starts (`scenarios.payload`), connections are opened before it
 (`Client.open_connections`), and while answers stream in nothing is parsed: reads are stamped and kept, and parsed when
-the event loop has nothing else to do. One sweep serves all timeouts. There are no retries: what happened to a request
-is what the row says.
+the event loop has nothing else to do. One sweep serves all timeouts. Nothing is sent twice unless that was asked for,
+and then the row counts it.
 
 Not followed on purpose: redirects and proxy settings of the environment. A load test must know where its load goes.
 """
@@ -11,81 +11,27 @@ Not followed on purpose: redirects and proxy settings of the environment. A load
 from __future__ import annotations
 
 import resource
-import ssl
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic_ns
 from typing import Any
-from urllib.parse import urlsplit
 
 import gevent
-import gevent.monkey
-import msgspec
 
-from harness import __version__
 from harness.errors import UsageError
-from harness.plan import Request
 from harness.results import Result
 from scenarios.completion import clean
 from scenarios.connection import UNPARSED_LIMIT, Connection, Stream
+from scenarios.target import ENDPOINTS, IDLE_LIMIT_S, Target, tls_context
 
-_getaddrinfo: Any = gevent.monkey.get_original("socket", "getaddrinfo")
-_SSLContext: Any = gevent.monkey.get_original("ssl", "SSLContext")
-
-ENDPOINTS = {"completions": "/completions", "chat": "/chat/completions"}
-IDLE_LIMIT_S = 4.0
-"""A connection idle for longer is not used again: uvicorn closes at 5 s, and a request sent into a close is lost."""
+BALANCES = ("least", "round-robin", "session")
+"""How a request finds its server: see `Client`."""
 SWEEP_S = 0.25
+RETRY_S, RETRY_MOST_S = 0.25, 4.0
+"""Wait before the first retry of a request, and before any; it doubles in between."""
 # Answers that may wait to be parsed; beyond that one is parsed on the spot for each that ends.
 _BACKLOG, _BACKLOG_BYTES = 4096, 128 * 2**20
 _OPENING = 128  # connections being opened at the same time: below any server's listen backlog
-
-
-def prepare(request: Request, *, endpoint: str, model: str, extra_body: Mapping[str, object] | None = None) -> bytes:
-    """The bytes of one request from its Content-Length header on; `Target.head` comes before them.
-
-    Generation is greedy, and forced to ``output_tokens`` when the plan has them. ``extra_body`` fields win over ours; a
-    null there removes the field (for servers that refuse one they do not know).
-
-    Raises `UsageError` when the endpoint cannot take this kind of prompt.
-    """
-    body: dict[str, object] = {"model": model}
-    if endpoint == "completions":
-        if request.messages is not None:
-            raise UsageError(f"request {request.request_id} holds chat messages: use the chat endpoint")
-        body["prompt"] = request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_text
-    elif endpoint == "chat":
-        body["messages"] = _messages(request)
-    else:
-        raise UsageError(f"unknown endpoint {endpoint!r}: valid: {', '.join(ENDPOINTS)}")
-    if request.output_tokens is not None:
-        body["max_tokens"] = request.output_tokens
-        body["ignore_eos"] = True
-    body.update(temperature=0, stream=True, stream_options={"include_usage": True})
-    for name, value in (extra_body or {}).items():
-        if value is None:
-            body.pop(name, None)
-        else:
-            body[name] = value
-    try:
-        raw = msgspec.json.encode(body)
-    except (TypeError, ValueError) as e:
-        raise UsageError(f"request {request.request_id} cannot be written as JSON: {e}") from e
-    return b"Content-Length: %d\r\n\r\n%b" % (len(raw), raw)
-
-
-def _messages(request: Request) -> object:
-    if request.messages is not None:
-        try:
-            return msgspec.json.decode(request.messages, type=list[dict[str, Any]])
-        except msgspec.DecodeError as e:
-            raise UsageError(f"request {request.request_id}: its chat messages are not a JSON list ({e})") from e
-    if request.prompt_text is None:
-        raise UsageError(
-            f"request {request.request_id} is a list of token ids, which the chat endpoint cannot take: "
-            "use the completions endpoint, or a plan with text"
-        )
-    return [{"role": "user", "content": request.prompt_text}]
 
 
 def raise_fd_limit() -> int:
@@ -99,66 +45,13 @@ def raise_fd_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-class Target:
-    """One server: where it is, the head of every request to it, and its open connections.
-
-    Names are resolved here, once. Raises `UsageError` for a URL that is none or a host without an address.
-    """
-
-    def __init__(
-        self, index: int, base_url: str, endpoint: str, api_key: str | None, tls: ssl.SSLContext | None
-    ) -> None:
-        url = urlsplit(base_url)
-        try:
-            port = url.port or {"http": 80, "https": 443}.get(url.scheme)
-        except ValueError:
-            port = None
-        if not url.hostname or port is None:
-            raise UsageError(f"{base_url!r} is not a base URL: give one such as http://host:8000/v1")
-        if url.username is not None or url.password is not None:
-            raise UsageError("a base URL must not hold a user name or password: set HARNESS_API_KEY instead")
-        self.index = index
-        self.host = url.hostname
-        self.authority = url.netloc
-        self.tls = tls if url.scheme == "https" else None
-        self.in_flight = 0
-        self.idle: list[Connection] = []
-        try:
-            found = _getaddrinfo(self.host, port, 0, 1)  # SOCK_STREAM
-        except OSError as e:
-            raise UsageError(f"{base_url}: no address for {self.host!r} ({e.strerror})") from e
-        self.addresses = [(family, address) for family, _, _, _, address in found]
-        if api_key is not None and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
-            raise UsageError("HARNESS_API_KEY holds characters that cannot be in an HTTP header")
-        path = url.path.rstrip("/") + ENDPOINTS[endpoint] + (f"?{url.query}" if url.query else "")
-        lines = [
-            f"POST {path} HTTP/1.1",
-            f"Host: {self.authority}",
-            f"User-Agent: harness/{__version__}",
-            "Accept: text/event-stream",
-            "Accept-Encoding: identity",
-            "Content-Type: application/json",
-            *([f"Authorization: Bearer {api_key}"] if api_key is not None else []),
-        ]
-        self.head = "".join(f"{line}\r\n" for line in lines).encode("ascii")
-
-    def prefer(self, index: int) -> None:
-        """Try the address that just accepted first from now on."""
-        if index:
-            self.addresses.insert(0, self.addresses.pop(index))
-
-    def take(self, now_ns: int) -> Connection | None:
-        """The most recently used idle connection that the server is unlikely to be closing."""
-        while self.idle:
-            connection = self.idle.pop()
-            if not connection.used or now_ns - connection.idle_ns < IDLE_LIMIT_S * 1e9:
-                return connection
-            connection.close()
-        return None
-
-
 class Client:
-    """Sends requests to the least loaded of its servers and hands over a row for each.
+    """Sends requests to its servers and hands over a row for each.
+
+    ``balance``: "least", the server with the least of this client's requests in flight; "round-robin", in turn;
+    "session", server ``slice % servers``, so that the turns of a session meet the same prefix cache. ``retries``: how
+    often a request is sent again when no connection came about or the answer was 429 or 503, after a growing pause.
+    Without ``stream`` an answer is silent until it is done, so ``stall_s`` does not apply, and it has no chunk times.
 
     ``record`` gets every row, once, complete (from the event loop, some time after the request ended). Use it from one
     thread. Times in rows count from ``start_mono_ns``, a `time.monotonic_ns` value.
@@ -175,18 +68,29 @@ class Client:
         connect_timeout_s: float = 10.0,
         tls_ca: str | None = None,
         api_key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        stream: bool = True,
+        balance: str = "least",
+        retries: int = 0,
     ) -> None:
         if not base_urls:
             raise UsageError("no base URL to send to")
         if endpoint not in ENDPOINTS:
             raise UsageError(f"unknown endpoint {endpoint!r}: valid: {', '.join(ENDPOINTS)}")
-        tls = _tls_context(tls_ca) if any(url.startswith("https:") for url in base_urls) else None
-        self._targets = [Target(i, url, endpoint, api_key, tls) for i, url in enumerate(base_urls)]
+        if balance not in BALANCES:
+            raise UsageError(f"unknown balance {balance!r}: valid: {', '.join(BALANCES)}")
+        tls = tls_context(tls_ca) if any(url.startswith("https:") for url in base_urls) else None
+        self._targets = [
+            Target(i, url, endpoint, api_key, tls, headers=headers, stream=stream) for i, url in enumerate(base_urls)
+        ]
         self._turn = 0
+        self._balance = balance
+        self._retries = retries
+        self._stream = stream
         self._api_key = api_key
         self._record = record
         self._timeout_ns = int(timeout_s * 1e9)
-        self._stall_ns = int(stall_s * 1e9)
+        self._stall_ns = int((stall_s if stream else timeout_s) * 1e9)
         self._connect_timeout_ns = int(connect_timeout_s * 1e9)
         self._active: set[Stream] = set()
         self._opening: set[Connection] = set()
@@ -206,31 +110,73 @@ class Client:
 
     # -- sending ------------------------------------------------------------------------------------------------------
 
-    def send(self, result: Result, payload: bytes, ended: Callable[[Result], None] | None = None) -> None:
-        """Send now. ``result`` (request_id, scheduled_ns) is filled in; ``ended`` is called as soon as the answer
-        ended, in the middle of the event loop: it must only note that or wake someone.
+    def send(
+        self,
+        result: Result,
+        payload: bytes,
+        ended: Callable[[Result], None] | None = None,
+        *,
+        slice_: int = 0,
+        cancel_after_ns: int | None = None,
+    ) -> None:
+        """Send now; hang up after ``cancel_after_ns``. ``result`` (request_id, scheduled_ns) is filled in; ``ended`` is
+        called as soon as the answer ended, in the middle of the event loop: it must only note that or wake someone.
         """
-        target = self._choose()
-        stream = Stream(result, payload, target, self._api_key, ended)
-        result.replica = target.index
+        stream = Stream(result, payload, self._choose(slice_), self._api_key, ended, slice_)
         result.sent_ns = stream.sent_ns - self.start_mono_ns
-        target.in_flight += 1
         self._active.add(stream)
-        connection = target.take(stream.sent_ns)
+        if cancel_after_ns is not None:
+            stream.hang_up = self.loop.timer(cancel_after_ns / 1e9)
+            stream.hang_up.start(self._hang_up, stream, cancel_after_ns, update=True)
+        self._go(stream)
+
+    def _go(self, stream: Stream) -> None:
+        target = stream.target
+        stream.result.replica = target.index
+        target.in_flight += 1
+        connection = target.take(stream.tried_ns)
         if connection is None:
             Connection(self, target).open(stream)
         else:
             connection.send(stream)
 
-    def _choose(self) -> Target:
-        """Least in flight, ties in turn."""
+    def _choose(self, slice_: int) -> Target:
         targets = self._targets
-        if len(targets) == 1:
+        n = len(targets)
+        if n == 1:
             return targets[0]
-        turn = self._turn
-        best = min(range(turn, turn + len(targets)), key=lambda i: targets[i % len(targets)].in_flight) % len(targets)
-        self._turn = (best + 1) % len(targets)
+        if self._balance == "session":
+            return targets[slice_ % n]
+        best = self._turn
+        if self._balance == "least":  # ties in turn
+            best = min(range(best, best + n), key=lambda i: targets[i % n].in_flight) % n
+        self._turn = (best + 1) % n
         return targets[best]
+
+    def _hang_up(self, stream: Stream, after_ns: int) -> None:
+        self._give_up(stream, "cancelled", f"the client hung up {after_ns / 1e9:g} s after it had sent, as planned")
+
+    def _try_again(self, stream: Stream) -> bool:
+        """Whether this ended try is followed by another, which is then on its way."""
+        result = stream.result
+        # The status is known by now: only what follows the first bytes is parsed later.
+        refused = stream.error[0] == "connect" if stream.error else stream.response.status in (429, 503)
+        if not refused or result.retries >= self._retries:
+            return False
+        pause_s = min(RETRY_S * 2.0**result.retries, RETRY_MOST_S)
+        result.retries += 1
+        stream.begin(monotonic_ns() + int(pause_s * 1e9))  # no timeout before that
+        stream.retry = self.loop.timer(pause_s)
+        stream.retry.start(self._retry, stream, update=True)
+        return True
+
+    def _retry(self, stream: Stream) -> None:
+        stream.retry.close()
+        stream.retry = None
+        stream.begin(monotonic_ns())
+        stream.target.in_flight -= 1
+        stream.target = self._choose(stream.slice)
+        self._go(stream)
 
     def open_connections(self, wanted: int, timeout_s: float | None = None) -> str | None:
         """Open connections until the pools hold ``wanted``, spread over the servers; why some could not be, if so.
@@ -275,6 +221,10 @@ class Client:
 
     def end(self, stream: Stream, stamp: int) -> None:
         """An answer ended, well or not: say so at once, parse it and hand over its row when there is time."""
+        if self._retries and self._try_again(stream):
+            return
+        if stream.hang_up is not None or stream.retry is not None:
+            stream.stop_timers()
         stream.result.finished_ns = stamp - self.start_mono_ns
         stream.target.in_flight -= 1
         self._active.discard(stream)
@@ -323,8 +273,9 @@ class Client:
             response.eof("the answer went on after its end")
         facts = response.facts()
         start = self.start_mono_ns
-        result.chunk_ns = [stamp - start for stamp in facts.chunk_ns]
-        result.chunk_tokens = facts.chunk_tokens
+        if self._stream:
+            result.chunk_ns = [stamp - start for stamp in facts.chunk_ns]
+            result.chunk_tokens = facts.chunk_tokens
         result.input_tokens = facts.input_tokens
         result.cached_tokens = facts.cached_tokens
         result.output_tokens = facts.output_tokens
@@ -344,7 +295,7 @@ class Client:
             if now - stream.sent_ns > self._timeout_ns:
                 self._give_up(stream, "timeout", f"not finished {self._timeout_ns / 1e9:g} s after it was sent")
             elif connection is not None and not connection.ready:
-                if now - stream.sent_ns > self._connect_timeout_ns:
+                if now - stream.tried_ns > self._connect_timeout_ns:
                     tls, limit_s = connection.shaking_hands, self._connect_timeout_ns / 1e9
                     error, what = ("tls", "no TLS handshake") if tls else ("connect", "not accepted")
                     self._give_up(stream, error, f"{stream.target.authority}: {what} in {limit_s:g} s")
@@ -389,15 +340,3 @@ class Client:
         for watcher in (self._idle, self._sweeper):
             watcher.stop()
             watcher.close()
-
-
-def _tls_context(ca: str | None) -> ssl.SSLContext:
-    context: ssl.SSLContext = _SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # verifies the certificate and the host name
-    try:
-        if ca is None:
-            context.load_default_certs()
-        else:
-            context.load_verify_locations(ca)
-    except (OSError, ssl.SSLError) as e:
-        raise UsageError(f"{ca}: not a file of trusted certificates ({e})") from e
-    return context

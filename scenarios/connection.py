@@ -21,7 +21,8 @@ from scenarios.response import Response
 if TYPE_CHECKING:
     import socket
 
-    from scenarios.client import Client, Target
+    from scenarios.client import Client
+    from scenarios.target import Target
 
 # Locust patches the socket module to switch greenlets; the hot path is driven by callbacks and needs the real one.
 _socket: Any = gevent.monkey.get_original("socket", "socket")
@@ -36,34 +37,69 @@ _TAIL = b"\r\n\r\n"
 _LAST_WORDS = b"data: [DONE]\n\n\r\n0\r\n\r\n"
 
 
+class _Tally:
+    """Reads and bytes that this process has parsed; what streams still hold is not in it."""
+
+    reads = 0
+    bytes = 0
+
+
+PARSED = _Tally()
+
+
 class Stream:
     """One request on its way: the row it will become, and what has been read for it."""
 
     __slots__ = (
-        "connection", "ended", "error", "last_ns", "lazy", "payload", "queued", "reads", "response", "result", "room",
-        "sent_ns", "stamps", "target",
+        "connection", "ended", "error", "hang_up", "last_ns", "lazy", "payload", "queued", "reads", "response",
+        "result", "retry", "room", "secret", "sent_ns", "slice", "stamps", "target", "tried_ns",
     )  # fmt: skip
 
     def __init__(
-        self, result: Result, payload: bytes, target: Target, secret: str | None, ended: Callable[[Result], None] | None
+        self,
+        result: Result,
+        payload: bytes,
+        target: Target,
+        secret: str | None,
+        ended: Callable[[Result], None] | None,
+        slice_: int = 0,
     ) -> None:
         self.result = result
         self.payload = payload
         self.target = target
+        self.secret = secret
         self.ended = ended
-        self.response = Response(secret)
+        self.slice = slice_
+        self.queued = 0  # bytes it held when it was queued to be parsed
+        self.hang_up: Any = None  # timer
+        self.retry: Any = None  # timer
+        self.begin(monotonic_ns())
+        self.sent_ns = self.tried_ns
+
+    def begin(self, now_ns: int) -> None:
+        """Forget what was read: it is sent, perhaps again, at ``now_ns``."""
+        self.response = Response(self.secret)
         self.reads: list[bytes] = []
         self.stamps: list[int] = []
         self.room = UNPARSED_LIMIT
         self.lazy = False  # the end can be told from the last bytes, so nothing need be parsed before it
-        self.queued = 0  # bytes it held when it was queued to be parsed
-        self.sent_ns = self.last_ns = monotonic_ns()
+        self.tried_ns = self.last_ns = now_ns
         self.error: tuple[str, str] | None = None
         self.connection: Connection | None = None
+
+    def stop_timers(self) -> None:
+        """Nothing more is due; the timers hold this stream, and no garbage collector runs."""
+        for timer in (self.hang_up, self.retry):
+            if timer is not None:
+                timer.stop()
+                timer.close()
+        self.hang_up = self.retry = None
 
     def parse(self) -> None:
         """Feed what was read to the response."""
         if self.reads:
+            PARSED.reads += len(self.reads)
+            PARSED.bytes += UNPARSED_LIMIT - self.room
             self.response.feed(self.reads, self.stamps)
             self.last_ns = self.stamps[-1]
             self.reads, self.stamps, self.room = [], [], UNPARSED_LIMIT

@@ -12,14 +12,16 @@ from scenarios.user import PlanUser, run_as_locustfile
 
 
 class Saturate(PlanUser):
-    """One slot: takes the next request of the plan, in its order, when the previous one has ended.
+    """One slot: joins at its time, then takes the next request of the plan, in its order, when the previous has ended.
 
     A request is due the moment its slot became free, so the client's own slowness shows as lag.
     """
 
     def send_all(self, load: Load, alarm: Alarm, joined_ns: int) -> None:
         """Keep one request in flight."""
-        free_ns, busy = joined_ns, False
+        free_ns, busy = max(joined_ns, load.next_start()), False
+        while not load.over and free_ns > load.now_ns():
+            alarm.wait_until(load.client.start_mono_ns + free_ns)
 
         def ended(result: Result) -> None:
             nonlocal free_ns, busy

@@ -10,7 +10,7 @@ import heapq
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic_ns
 from typing import Any
 
@@ -22,7 +22,8 @@ from gevent.hub import Waiter
 from harness.errors import PlanError
 from harness.plan import Request
 from harness.results import Result
-from scenarios.client import Client, prepare
+from scenarios.client import Client
+from scenarios.payload import prepare
 
 _CLOCK_MONOTONIC, _ABSOLUTE = 1, 1
 _libc: Any = ctypes.CDLL(None, use_errno=True)
@@ -37,10 +38,12 @@ class Planned:
     after: int | None
     think_ns: int
     payload: bytes
+    slice: int = 0
+    cancel_after_ns: int | None = None
 
 
 def prepare_all(
-    requests: Iterable[Request], *, endpoint: str, model: str, extra_body: dict[str, object]
+    requests: Iterable[Request], *, endpoint: str, model: str, extra_body: dict[str, object], stream: bool = True
 ) -> Iterator[Planned]:
     """Every request with its bytes.
 
@@ -54,18 +57,23 @@ def prepare_all(
                     f"the prompts do not fit in this machine's memory ({n} of them did): send a shorter plan, "
                     "or spread it over more machines"
                 )
-        payload = prepare(request, endpoint=endpoint, model=model, extra_body=extra_body)
-        yield Planned(request.request_id, request.scheduled_ns, request.after, request.think_ns or 0, payload)
+        payload = prepare(request, endpoint=endpoint, model=model, extra_body=extra_body, stream=stream)
+        yield Planned(
+            request.request_id, request.scheduled_ns, request.after, request.think_ns or 0, payload, request.slice,
+            request.cancel_after_ns,
+        )  # fmt: skip
 
 
 class Schedule:
     """The order of one worker's requests, each handed out once.
 
     Timed (open loop): by the plan's times. Otherwise in the order of the plan, whenever one is asked for. A turn that
-    waits for another (``after``) becomes due ``think_ns`` after that one finished, whatever became of it.
+    waits for another (``after``) becomes due ``think_ns`` after that one finished, whatever became of it, but not
+    before its own time. So a turn that waits for the server is not late: lag is the generator's alone.
     """
 
     def __init__(self, planned: Iterable[Planned], *, timed: bool) -> None:
+        self._timed = timed
         self._free: deque[tuple[int, Planned]] = deque()
         self._waiting: dict[int, list[Planned]] = {}
         self._released: list[tuple[int, int, Planned]] = []
@@ -106,12 +114,14 @@ class Schedule:
         """A request ended; True when that set the time of another."""
         turns = self._waiting.pop(request_id, ())
         for turn in turns:
-            heapq.heappush(self._released, (finished_ns + turn.think_ns, turn.request_id, turn))
+            due = max(finished_ns + turn.think_ns, turn.scheduled_ns or 0 if self._timed else 0)
+            heapq.heappush(self._released, (due, turn.request_id, turn))
         return bool(turns)
 
     def rest(self) -> list[Planned]:
-        """Take everything that was not handed out, by id."""
-        rest = [one for _, one in self._free] + [one for _, _, one in self._released]
+        """Take everything that was not handed out, by id; of a timed turn that may go, with the time it was due."""
+        rest = [one for _, one in self._free]
+        rest += [replace(one, scheduled_ns=due) if self._timed else one for due, _, one in self._released]
         rest += [one for turns in self._waiting.values() for one in turns]
         self._free.clear()
         self._released.clear()
@@ -193,13 +203,27 @@ class Alarm:
             os.close(self._fd)
 
 
-class Load:
-    """What all users of one process share: the schedule, the client, the start, and the wish to stop."""
+def slot_starts(ramp_s: float | None, slots: int, worker: int = 0, workers: int = 1) -> list[int]:
+    """When each slot of a worker joins a closed loop, ns of the run clock: evenly over ``ramp_s``, the first at once.
 
-    def __init__(self, schedule: Schedule, client: Client, cap: int | None = None) -> None:
+    The slots of all workers take turns, so that the whole load climbs evenly, too.
+    """
+    return [round((ramp_s or 0.0) * 1e9 * (slot + worker / workers) / slots) for slot in range(slots)]
+
+
+class Load:
+    """What all users of one process share: the schedule, the client, the start, and the wish to stop.
+
+    ``cap``: most requests in flight (open loop). ``starts``: when each slot joins (closed loop; default: at once).
+    """
+
+    def __init__(
+        self, schedule: Schedule, client: Client, cap: int | None = None, starts: Iterable[int] = ()
+    ) -> None:
         self.schedule = schedule
         self.client = client
         self.cap = cap
+        self._starts = deque(starts)
         self.stopping = False
         self.sent = 0
         self.started = Event()
@@ -224,6 +248,10 @@ class Load:
         self._alarms.append(alarm)
         return alarm
 
+    def next_start(self) -> int:
+        """When the next slot joins, ns of the run clock; each call is another slot."""
+        return self._starts.popleft() if self._starts else 0
+
     def leave(self, alarm: Alarm) -> None:
         """A user has nothing more to send."""
         self._alarms.remove(alarm)
@@ -240,7 +268,10 @@ class Load:
         """Send the next request. It was due at its own time or, in a closed loop, when its slot was free."""
         planned, due = self.schedule.take(self.now_ns())
         self.sent += 1
-        self.client.send(Result(planned.request_id, max(due, free_ns or 0)), planned.payload, ended)
+        self.client.send(
+            Result(planned.request_id, max(due, free_ns or 0)), planned.payload, ended, slice_=planned.slice,
+            cancel_after_ns=planned.cancel_after_ns,
+        )  # fmt: skip
         if not self.schedule.left:
             self._ring()  # that was the last: nobody has anything to wait for
 

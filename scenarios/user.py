@@ -20,8 +20,9 @@ from locust.runners import LocalRunner
 from harness.errors import EXIT_USAGE, HarnessError, UsageError
 from harness.plan import iter_requests
 from harness.results import Result, ResultWriter
-from scenarios.client import ENDPOINTS, Client, raise_fd_limit
+from scenarios.client import Client, raise_fd_limit
 from scenarios.schedule import Alarm, Load, Schedule, prepare_all
+from scenarios.target import ENDPOINTS
 
 API_KEY = "HARNESS_API_KEY"
 """Environment variable with the API key; there is no other way to give it, so that it is in no file and no argument."""

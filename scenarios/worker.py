@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import locust  # isort: skip  # first: it patches the standard library, and wants to before anything else is imported
 
+import fcntl
 import gc
 import logging
 import os
@@ -33,7 +34,6 @@ import select
 import signal
 import sys
 import time
-from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -45,24 +45,26 @@ import gevent
 import gevent.monkey
 import locust.env
 import msgspec
-import numpy as np
 import pyarrow as pa
 from gevent.event import Event
 
 from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, UsageError, WorkerError
+from harness.observations import SCHEMA, Observation, ObservationWriter
 from harness.plan import iter_requests
 from harness.results import Result, ResultWriter
 from scenarios.client import Client, raise_fd_limit
+from scenarios.observe import Observer
 from scenarios.replay import Replay
 from scenarios.saturate import Saturate
-from scenarios.schedule import Alarm, Load, Schedule, prepare_all
+from scenarios.schedule import Alarm, Load, Schedule, prepare_all, slot_starts
 from scenarios.user import API_KEY
 
 START_WAIT_S = 600.0
 """How long a ready worker waits to be told when to start."""
 _OPEN_LOOP_CONNECTIONS = 64  # opened ahead when no cap says how many there can be
-_PROGRESS_S, _FLUSH_S, _LAG_TICK_NS = 0.5, 1.0, 10_000_000
+_PROGRESS_S, _FLUSH_S = 0.5, 1.0
 _SAMPLES = 200
+_SOCKETS = 65536  # room for them is made before the start
 _poll: Any = gevent.monkey.get_original("select", "poll")
 
 
@@ -75,6 +77,8 @@ class WorkerSpec:
     plan: str
     results: str
     """File to write rows to."""
+    observations: str | None = None
+    """File to write what the worker sees of itself to, a row a second; null: none."""
     mode: str
     """"open" or "closed"."""
     concurrency: int | None = None
@@ -89,6 +93,11 @@ class WorkerSpec:
     extra_body: dict[str, Any] = field(default_factory=dict)
     tls_ca: str | None = None
     """File of certificates to trust instead of the system's."""
+    headers: dict[str, str] = field(default_factory=dict)
+    stream: bool = True
+    balance: str = "least"
+    retries: int = 0
+    ramp_s: float | None = None
 
 
 def read_spec(path: Path) -> WorkerSpec:
@@ -180,28 +189,34 @@ class Worker:
         self._ttft_s: list[float] = []
         self._flushing = self._torn = False
         self._held: list[Result] = []  # rows that came while a flush was writing
-        self._lags = array("q")
         self._flushed = Event()
         self._stops = 0  # how often we were told to
         self._fail_on_bugs()
         fd_limit = raise_fd_limit()
+        _grow_fd_table(fd_limit)
         try:
             self._writer = ResultWriter(Path(spec.results), spec.worker)
+            self._seen = None if spec.observations is None else ObservationWriter(Path(spec.observations))
         except OSError as e:
             raise WorkerError(f"{spec.results}: cannot write results ({e.strerror or e})") from e
         self.end_ns: int | None = None
-        self.cpu_share: float | None = None
         self.rows = 0
         self._client = Client(
             spec.base_urls, self._record, endpoint=spec.endpoint, timeout_s=spec.timeout_s, stall_s=spec.stall_s,
-            tls_ca=spec.tls_ca, api_key=os.environ.get(API_KEY),
+            tls_ca=spec.tls_ca, api_key=os.environ.get(API_KEY), headers=spec.headers, stream=spec.stream,
+            balance=spec.balance, retries=spec.retries,
         )  # fmt: skip
         requests = iter_requests(Path(spec.plan), spec.worker, spec.workers)
-        planned = prepare_all(requests, endpoint=spec.endpoint, model=spec.model, extra_body=spec.extra_body)
+        planned = prepare_all(
+            requests, endpoint=spec.endpoint, model=spec.model, extra_body=spec.extra_body, stream=spec.stream
+        )
         closed = spec.mode == "closed"
         schedule = Schedule(planned, timed=not closed)
         self.requests = schedule.left
-        self._load = Load(schedule, self._client, None if closed else spec.concurrency)
+        slots = spec.concurrency or 1
+        starts = slot_starts(spec.ramp_s, slots, spec.worker, spec.workers) if closed else ()
+        self._load = Load(schedule, self._client, None if closed else spec.concurrency, starts)
+        self.observer = Observer(self._client, lambda: self._load.sent, lambda: self._done)
         self._open_connections(None)
         _warm_up()
         self._runner = self._start_users(Saturate if closed else Replay, spec.concurrency or 1 if closed else 1)
@@ -237,6 +252,9 @@ class Worker:
         spare_s = (start - monotonic_ns()) / 1e9 - 0.05
         if spare_s > 0:
             self._open_connections(spare_s)  # the server may have closed some while we waited
+        # A thread that writes rows gives the interpreter back when asked, but only after this time: the default of 5 ms
+        # is how late stamps would be each second.
+        sys.setswitchinterval(0.0005)
         # What was built before the clock lives until the end, and the hot path makes no cycles: a collection would only
         # stop the world for as long as it takes to walk the prepared requests.
         gc.collect()
@@ -247,15 +265,15 @@ class Worker:
         while (now := monotonic_ns()) < start and not self._load.stopping:
             alarm.wait_until(min(start, now + 100_000_000))
         alarm.close()
-        cpu, began = _cpu_s(), monotonic_ns()
         self._load.begin(start)
-        watchers = [commander, gevent.spawn(self._watch_lag), gevent.spawn(self._report)]
+        self.observer.begin()
+        watchers = [commander, gevent.spawn(self._report)]
         flusher = gevent.spawn(self._flush_rows)
         self._load.finished.wait(self.spec.duration_s)
         self._load.stop()
         self._drain()
         self.end_ns = self._load.now_ns()
-        self.cpu_share = (_cpu_s() - cpu) / max((monotonic_ns() - began) / 1e9, 1e-9)
+        self.observer.end()
         gevent.killall(watchers)
         self._finish(flusher)
 
@@ -318,7 +336,7 @@ class Worker:
         if self._flushing:
             self.trouble = f"{self.spec.results}: the disk took no rows for 30 s"
         elif not self._torn:
-            self._check(_attempt(self._writer.close))
+            self._check(_attempt(self._close_files))
         self.rows = self._writer.rows
 
     # -- rows ---------------------------------------------------------------------------------------------------------
@@ -340,7 +358,7 @@ class Worker:
         pool = gevent.get_hub().threadpool
         while not self._flushed.wait(_FLUSH_S) and not self._torn:
             self._flushing = True
-            self._check(pool.apply(_attempt, (self._writer.flush,)))
+            self._check(pool.apply(_attempt, (self._write,)))
             self._flushing = False
             held, self._held = self._held, []
             for result in held:
@@ -351,24 +369,18 @@ class Worker:
             self._torn = True  # whatever followed half a batch could not be read
             self._give_up(f"{self.spec.results}: cannot write results ({failure})")
 
-    # -- self-observation ---------------------------------------------------------------------------------------------
+    def _write(self) -> None:
+        self._writer.flush()
+        if self._seen is not None:
+            self._seen.write(self.observer.take())
 
-    def _watch_lag(self) -> None:
-        """How late the loop runs a 10 ms tick; a tick missed in a stall counts, too."""
-        alarm = Alarm(precise=True)
-        due = monotonic_ns()
-        try:
-            while True:
-                due += _LAG_TICK_NS
-                alarm.wait_until(due)
-                self._lags.append(monotonic_ns() - due)
-        finally:
-            alarm.close()
+    def _close_files(self) -> None:
+        self._write()
+        self._writer.close()
+        if self._seen is not None:
+            self._seen.close()
 
-    @property
-    def loop_lag_p99_s(self) -> float | None:
-        """99th percentile of the lag of the event loop, seconds; null when the run was too short for one tick."""
-        return float(np.percentile(np.frombuffer(self._lags, dtype=np.int64), 99)) / 1e9 if self._lags else None
+    # -- progress -----------------------------------------------------------------------------------------------------
 
     def _report(self) -> None:
         while True:
@@ -388,6 +400,17 @@ def _warm_up() -> None:
     writer = ResultWriter(Path(os.devnull), 0)
     writer.append(Result(0, 0, sent_ns=0, chunk_ns=[0], chunk_tokens=[1]))
     writer.close()
+    seen = ObservationWriter(Path(os.devnull))
+    seen.write([Observation(**dict.fromkeys(SCHEMA.names, 0))])
+    seen.close()
+
+
+def _grow_fd_table(limit: int) -> None:
+    """Make room for many sockets now: Linux stops a process with threads for 10 ms each time the table doubles."""
+    try:
+        os.close(fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, min(limit, _SOCKETS) - 1))
+    except (OSError, ValueError) as e:
+        print(f"warning: no room for {min(limit, _SOCKETS)} sockets made ahead ({e})", file=sys.stderr)
 
 
 def _attempt(write: Callable[[], None]) -> Exception | None:
@@ -397,11 +420,6 @@ def _attempt(write: Callable[[], None]) -> Exception | None:
     except (OSError, pa.ArrowException) as e:
         return e
     return None
-
-
-def _cpu_s() -> float:
-    times = os.times()
-    return times.user + times.system
 
 
 def _start_ns(commands: Commands) -> int | None:
@@ -435,8 +453,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             worker.run(start)
         end.update(
-            rows=worker.rows, cpu_share=worker.cpu_share, loop_lag_p99_s=worker.loop_lag_p99_s, exit=worker.trouble,
-            end_ns=worker.end_ns,
+            rows=worker.rows, cpu_share=worker.observer.cpu_share, loop_lag_p99_s=worker.observer.loop_lag_p99_s,
+            exit=worker.trouble, end_ns=worker.end_ns,
         )  # fmt: skip
         code = EXIT_FAILURE if worker.trouble else EXIT_VALID
     except HarnessError as e:

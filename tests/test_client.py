@@ -15,19 +15,23 @@ import numpy as np
 import pytest
 from conftest import ROOT, FakeServer, StartServer
 
-from harness.errors import UsageError
+from harness import probe
+from harness.errors import ServerError, UsageError
+from harness.headers import parse_headers
 from harness.plan import Request
 from harness.results import ERRORS, Result
-from scenarios.client import Client, prepare
+from scenarios.client import Client
 from scenarios.connection import UNPARSED_LIMIT
+from scenarios.payload import prepare
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
-def request(i=0, *, output_tokens=4, ids=(1, 2, 3), text=None, messages=None):
+def request(i=0, *, output_tokens=4, ids=(1, 2, 3), text=None, messages=None, model=None):
     return Request(
         request_id=i, phase="measured", scheduled_ns=0, slice=i, after=None, think_ns=None, input_tokens=None,
         output_tokens=output_tokens, prompt_token_ids=list(ids) if ids else None, prompt_text=text, messages=messages,
+        model=model,
     )  # fmt: skip
 
 
@@ -109,9 +113,9 @@ class Run:
         self.client = Client(urls, self.rows.append, **options)
         self.sent = 0
 
-    def send(self, payload=None, ended=None, **fields):
+    def send(self, payload=None, ended=None, slice_=0, cancel_after_ns=None, **fields):
         payload = payload or prepare(request(**fields), endpoint="completions", model="fake")
-        self.client.send(Result(self.sent, 0), payload, ended)
+        self.client.send(Result(self.sent, 0), payload, ended, slice_=slice_, cancel_after_ns=cancel_after_ns)
         self.sent += 1
 
     def wait(self, deadline_s=10.0):
@@ -260,7 +264,7 @@ def test_a_connection_closed_while_idle_is_not_used_again(serve, run):
 
 
 def test_a_long_idle_connection_is_not_trusted(serve, run, monkeypatch):
-    monkeypatch.setattr("scenarios.client.IDLE_LIMIT_S", 0.05)
+    monkeypatch.setattr("scenarios.target.IDLE_LIMIT_S", 0.05)
     server = serve(repeat(answer()))
     sender = run(server.url)
     sender.one()
@@ -292,7 +296,7 @@ def test_the_second_address_of_a_host_is_tried(serve, run, monkeypatch):
     port = dead.getsockname()[1]
     dead.close()
     found = [(socket.AF_INET, 1, 6, "", ("127.0.0.1", port)), (socket.AF_INET, 1, 6, "", ("127.0.0.1", server.port))]
-    monkeypatch.setattr("scenarios.client._getaddrinfo", lambda *_: found)
+    monkeypatch.setattr("scenarios.target._getaddrinfo", lambda *_: found)
     assert run("http://two.example/v1").one().error is None
 
 
@@ -464,6 +468,208 @@ def test_the_key_is_in_no_row(serve, run):
     assert "sk-very" not in row.detail
 
 
+# -- what a plan or a run may ask for ---------------------------------------------------------------------------------
+
+
+def test_a_request_may_ask_for_its_own_model():
+    assert body_of(prepare(request(model="lora-1"), endpoint="completions", model="m"))["model"] == "lora-1"
+    assert body_of(prepare(request(), endpoint="completions", model="m"))["model"] == "m"
+
+
+WHOLE = {
+    "object": "text_completion", "choices": [{"index": 0, "text": "a b c", "finish_reason": "length"}],
+    "usage": {"prompt_tokens": 3, "completion_tokens": 3},
+}  # fmt: skip
+
+
+def whole(body):
+    raw = json.dumps(body).encode()
+    return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(raw), raw)
+
+
+def test_without_a_stream_only_the_end_is_timed(serve, run):
+    got = []
+
+    def talk(connection, nth):
+        got.append(read_request(connection))
+        time.sleep(0.3)
+        connection.sendall(whole(WHOLE))
+
+    sender = run(serve(talk).url, stream=False, stall_s=0.1)
+    row = sender.one(payload=prepare(request(), endpoint="completions", model="m", stream=False))
+    head, _, body = got[0].partition(b"\r\n\r\n")
+    assert b"Accept: application/json" in head
+    assert json.loads(body)["stream"] is False
+    assert "stream_options" not in json.loads(body)
+    assert (row.error, row.output_tokens, row.finish_reason) == (None, 3, "length"), row.detail
+    assert not row.chunk_ns, "no ttft was measured, so none is written"
+    assert row.chunk_tokens is None
+    assert row.finished_ns - row.sent_ns >= 0.3e9, "silence until it is done is not a stall"
+
+
+def test_without_a_stream_an_answer_must_still_be_one(serve, run):
+    for body, error in (({"error": {"message": "no"}}, "server"), ({"choices": []}, "protocol"), ([], "protocol")):
+        assert run(serve(repeat(whole(body))).url, stream=False).one().error == error
+    row = run(serve(once(whole(WHOLE)[:-5])).url, stream=False).one()
+    assert (row.error, row.output_tokens) == ("cut", None)
+
+
+def test_extra_headers_are_sent(serve, run):
+    got = []
+
+    def talk(connection, nth):
+        got.append(read_request(connection))
+        connection.sendall(answer())
+
+    run(serve(talk).url, headers={"X-Tenant": "a b", "x-empty": ""}).one()
+    lines = got[0].partition(b"\r\n\r\n")[0].decode().split("\r\n")
+    assert "X-Tenant: a b" in lines
+    assert "x-empty: " in lines
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["Authorization: Bearer sk-123456789"], "HARNESS_API_KEY"), (["api-key: abc"], "HARNESS_API_KEY"),
+        (["X-API-Key: abc"], "HARNESS_API_KEY"), (["cookie: a=b"], "HARNESS_API_KEY"),
+        (["X-Auth-Token: abc"], "HARNESS_API_KEY"), (["X-Thing: Bearer abc"], "HARNESS_API_KEY"),
+        (["X-Thing: sk-proj-123456789"], "HARNESS_API_KEY"), (["Host: elsewhere"], "client itself"),
+        (["content-length: 0"], "client itself"), (["no colon"], "Name: value"), (["a b: c"], "not a header name"),
+        ([": c"], "not a header name"), (["X-A: b\r\nX-B: c"], "one line"), (["X-A: \x00"], "one line"),
+        (["X-A: ü"], "ASCII"), (["X-A: 1", "x-a: 2"], "twice"),
+    ],
+)  # fmt: skip
+def test_headers_that_must_not_be(lines, words):
+    with pytest.raises(UsageError, match=words) as e:
+        parse_headers(lines)
+    assert "abc" not in str(e.value)
+    assert "123456789" not in str(e.value)
+
+
+def test_headers_are_checked_where_they_are_sent_too():
+    with pytest.raises(UsageError):
+        Client(["http://127.0.0.1:9/v1"], lambda row: None, headers={"X-A": "b\r\nX-B: c"})
+
+
+def test_a_client_hangs_up_when_the_plan_says(faulty, serve, run):
+    closed = threading.Event()
+
+    def talk(connection, nth):
+        read_request(connection)
+        connection.sendall(answer()[: len(HEAD) + 70])
+        connection.recv(1)  # the end, when the client hangs up
+        closed.set()
+
+    sender = run(serve(talk).url)
+    sender.send(cancel_after_ns=200_000_000)
+    row = sender.wait()[0]
+    assert (row.error, "hung up 0.2 s" in row.detail) == ("cancelled", True)
+    assert 0.2e9 <= row.finished_ns - row.sent_ns < 1e9
+    assert len(row.chunk_ns) == 1, "what came before is kept"
+    assert row.output_tokens is None
+    assert closed.wait(5), "the server sees it"
+    sender = run(faulty.url)
+    sender.send(cancel_after_ns=5_000_000_000)
+    row = sender.wait()[0]
+    assert row.error is None, "an answer that is done before is a success"
+    assert not sender.client._active
+
+
+def test_a_hang_up_before_the_connection_is_there(run):
+    full = socket.create_server(("127.0.0.1", 0), backlog=0)
+    port = full.getsockname()[1]
+    fill = [socket.socket() for _ in range(8)]
+    for one in fill:
+        one.setblocking(False)
+        one.connect_ex(("127.0.0.1", port))
+    sender = run(f"http://127.0.0.1:{port}/v1")
+    sender.send(cancel_after_ns=100_000_000)
+    assert sender.wait()[0].error == "cancelled"
+    for one in [*fill, full]:
+        one.close()
+
+
+BUSY = b"HTTP/1.1 503 X\r\nContent-Length: 4\r\n\r\nbusy"
+
+
+def test_no_retries_unless_asked_for(serve, run):
+    server = serve(repeat(BUSY))
+    row = run(server.url).one()
+    assert (row.error, row.retries, row.http_status) == ("overloaded", 0, 503)
+
+
+def test_retries_are_counted_and_take_time(serve, run, monkeypatch):
+    monkeypatch.setattr("scenarios.client.RETRY_S", 0.1)
+    calls = []
+
+    def talk(connection, nth):
+        while read_request(connection):
+            calls.append(time.monotonic())
+            connection.sendall(BUSY if len(calls) < 4 else answer())
+
+    sender = run(serve(talk).url, retries=5)
+    ends = []
+    sender.send(ended=ends.append)
+    row = sender.wait()[0]
+    assert (row.error, row.retries, row.output_tokens, len(calls), len(ends)) == (None, 3, 2, 4, 1)
+    assert row.finished_ns - row.sent_ns >= 0.7e9, "0.1 + 0.2 + 0.4 s of waiting are in every latency"
+    assert row.chunk_ns[0] - row.sent_ns >= 0.7e9
+    assert np.diff(calls)[0] >= 0.1
+    assert [t.in_flight for t in sender.client._targets] == [0]
+
+
+def test_retries_come_to_an_end_and_only_for_what_may_pass(serve, run, monkeypatch):
+    monkeypatch.setattr("scenarios.client.RETRY_S", 0.01)
+    chunked = b"HTTP/1.1 429 X\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbusy\r\n0\r\n\r\n"
+    for data, error, retries in (
+        (chunked, "overloaded", 2), (b"HTTP/1.1 500 X\r\nContent-Length: 0\r\n\r\n", "server", 0),
+        (answer()[:200], "cut", 0), (b"HTTP/1.1 400 X\r\nContent-Length: 0\r\n\r\n", "rejected", 0),
+    ):  # fmt: skip
+        row = run(serve(once(data)).url, retries=2).one()
+        assert (row.error, row.retries) == (error, retries), row.detail
+    dead = socket.create_server(("127.0.0.1", 0))
+    port = dead.getsockname()[1]
+    dead.close()
+    row = run(f"http://127.0.0.1:{port}/v1", retries=2).one()
+    assert (row.error, row.retries) == ("connect", 2)
+
+
+def test_a_retry_may_go_to_another_server(serve, run, monkeypatch):
+    monkeypatch.setattr("scenarios.client.RETRY_S", 0.01)
+    row = run(serve(repeat(BUSY)).url, serve(repeat(answer())).url, retries=1).one()
+    assert (row.error, row.retries, row.replica) == (None, 1, 1)
+
+
+def test_what_waits_for_its_retry_can_be_stopped_cancelled_and_timed_out(serve, run, monkeypatch):
+    monkeypatch.setattr("scenarios.client.RETRY_S", 60.0)
+    monkeypatch.setattr("scenarios.client.RETRY_MOST_S", 60.0)
+    url = serve(repeat(BUSY)).url
+    sender = run(url, retries=1)
+    sender.send()
+    sender.send(cancel_after_ns=150_000_000)
+    gevent.sleep(0.3)
+    assert sender.client.in_flight == 1
+    sender.client.abort("stopped", "enough")
+    assert [(row.error, row.retries) for row in sender.wait()] == [("stopped", 1), ("cancelled", 1)]
+    assert [t.in_flight for t in sender.client._targets] == [0]
+    row = run(url, retries=1, timeout_s=0.3).one()
+    assert (row.error, row.retries) == ("timeout", 1)
+
+
+def test_servers_in_turn_and_by_session(serve, run):
+    urls = [serve(repeat(answer())).url for _ in range(3)]
+    sender = run(*urls, balance="round-robin")
+    for _ in range(7):
+        sender.one()
+    assert [row.replica for row in sender.rows] == [0, 1, 2, 0, 1, 2, 0]
+    sender = run(*urls, balance="session")
+    for slice_ in (0, 1, 1, 5, 0, 4, 3):
+        sender.one(slice_=slice_)
+    assert [row.replica for row in sender.rows] == [0, 1, 1, 2, 0, 1, 0]
+    with pytest.raises(UsageError, match="round-robin"):
+        run(*urls, balance="fair")
+
+
 # -- time and memory --------------------------------------------------------------------------------------------------
 
 
@@ -518,18 +724,19 @@ def open_files():
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
-def test_requests_leave_no_garbage_and_no_descriptors(serve, run):
+def test_requests_leave_no_garbage_and_no_descriptors(serve, run, monkeypatch):
     """The collector is off during a run: nothing a request leaves behind may need it."""
+    monkeypatch.setattr("scenarios.client.RETRY_S", 0.01)
     closing = HEAD.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") + answer()[len(HEAD) :]
-    sender = run(serve(once(closing)).url)
+    sender = run(serve(once(closing)).url, serve(once(BUSY)).url, retries=1, balance="round-robin")
     sender.one()
     gc.collect()
     gc.disable()
     gc.set_debug(gc.DEBUG_SAVEALL)
     fds = open_files()
     try:
-        for _ in range(20):
-            sender.one()
+        for i in range(20):
+            sender.one(cancel_after_ns=None if i % 3 else 1_000_000 * (1 + i * 1000))
         gc.collect()
         ours = [o for o in gc.garbage if type(o).__module__.startswith("scenarios")]
     finally:
@@ -569,6 +776,24 @@ def test_tls_streams_and_keeps_the_connection(serve, run, certificate):
         row = sender.one(ids=range(1_000_000, 1_100_000))
         assert (row.error, row.output_tokens, len(row.chunk_ns)) == (None, 300, 300), row.detail
     assert server.connections == 1
+
+
+def test_questions_before_the_run_trust_the_same_file(serve, certificate, monkeypatch, tmp_path):
+    context, ca = certificate
+
+    def talk(connection, nth):
+        connection.recv(65536)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
+
+    monkeypatch.setattr(probe, "_OPENER", probe._OPENER)
+    server = serve(talk, tls=context)
+    with pytest.raises(ServerError, match="certificate"):
+        probe.fetch(server.url, None)
+    probe.trust(Path(ca))
+    assert probe.fetch(server.url, None) == b"{}"
+    (tmp_path / "none.pem").write_text("")
+    with pytest.raises(UsageError, match="trusted certificates"):
+        probe.trust(tmp_path / "none.pem")
 
 
 def test_tls_without_trust_is_an_error_of_its_own(serve, run, certificate):

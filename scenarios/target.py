@@ -1,0 +1,108 @@
+"""One server to send to: its addresses, the head of every request to it, its idle connections, its certificates."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import gevent.monkey
+
+from harness import __version__
+from harness.errors import UsageError
+from harness.headers import check_headers
+
+if TYPE_CHECKING:
+    from scenarios.connection import Connection
+
+_getaddrinfo: Any = gevent.monkey.get_original("socket", "getaddrinfo")
+_SSLContext: Any = gevent.monkey.get_original("ssl", "SSLContext")
+
+ENDPOINTS = {"completions": "/completions", "chat": "/chat/completions"}
+IDLE_LIMIT_S = 4.0
+"""A connection idle for longer is not used again: uvicorn closes at 5 s, and a request sent into a close is lost."""
+
+
+class Target:
+    """One server: where it is, the head of every request to it, and its open connections.
+
+    Names are resolved here, once. Raises `UsageError` for a URL that is none or a host without an address.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        base_url: str,
+        endpoint: str,
+        api_key: str | None,
+        tls: ssl.SSLContext | None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        stream: bool = True,
+    ) -> None:
+        url = urlsplit(base_url)
+        try:
+            port = url.port or {"http": 80, "https": 443}.get(url.scheme)
+        except ValueError:
+            port = None
+        if not url.hostname or port is None:
+            raise UsageError(f"{base_url!r} is not a base URL: give one such as http://host:8000/v1")
+        if url.username is not None or url.password is not None:
+            raise UsageError("a base URL must not hold a user name or password: set HARNESS_API_KEY instead")
+        self.index = index
+        self.host = url.hostname
+        self.authority = url.netloc
+        self.tls = tls if url.scheme == "https" else None
+        self.in_flight = 0
+        self.idle: list[Connection] = []
+        try:
+            found = _getaddrinfo(self.host, port, 0, 1)  # SOCK_STREAM
+        except OSError as e:
+            raise UsageError(f"{base_url}: no address for {self.host!r} ({e.strerror})") from e
+        self.addresses = [(family, address) for family, _, _, _, address in found]
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
+            raise UsageError("HARNESS_API_KEY holds characters that cannot be in an HTTP header")
+        check_headers(headers or {})
+        path = url.path.rstrip("/") + ENDPOINTS[endpoint] + (f"?{url.query}" if url.query else "")
+        lines = [
+            f"POST {path} HTTP/1.1",
+            f"Host: {self.authority}",
+            f"User-Agent: harness/{__version__}",
+            f"Accept: {'text/event-stream' if stream else 'application/json'}",
+            "Accept-Encoding: identity",
+            "Content-Type: application/json",
+            *([f"Authorization: Bearer {api_key}"] if api_key is not None else []),
+            *(f"{name}: {value}" for name, value in (headers or {}).items()),
+        ]
+        self.head = "".join(f"{line}\r\n" for line in lines).encode("ascii")
+
+    def prefer(self, index: int) -> None:
+        """Try the address that just accepted first from now on."""
+        if index:
+            self.addresses.insert(0, self.addresses.pop(index))
+
+    def take(self, now_ns: int) -> Connection | None:
+        """The most recently used idle connection that the server is unlikely to be closing."""
+        while self.idle:
+            connection = self.idle.pop()
+            if not connection.used or now_ns - connection.idle_ns < IDLE_LIMIT_S * 1e9:
+                return connection
+            connection.close()
+        return None
+
+
+def tls_context(ca: str | None) -> ssl.SSLContext:
+    """Trust in the system's certificates or those in the file ``ca``; certificate and host name are always verified.
+
+    Raises `UsageError` for a file that holds none.
+    """
+    context: ssl.SSLContext = _SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        if ca is None:
+            context.load_default_certs()
+        else:
+            context.load_verify_locations(ca)
+    except (OSError, ssl.SSLError) as e:
+        raise UsageError(f"{ca}: not a file of trusted certificates ({e})") from e
+    return context
