@@ -103,7 +103,7 @@ def opening(summary: Summary) -> list[str]:
     parts.append(f"{window.duration_s:,.1f} s ({window.rule})" if window else "no window")
     said.append("; ".join(parts))
     rate = summary.rates.request_rate
-    asked = f"{_figure(rate.value)} req/s planned" if rate.value is not None else "no planned times"
+    asked = f"{figure(rate.value)} req/s planned" if rate.value is not None else "no planned times"
     load_words = f"closed loop, {load.concurrency} in flight" if load.mode == "closed" else f"open loop, {asked}"
     trace = f"{summary.plan.trace} ({summary.plan.trace_format})"
     said.append(clean(f"{load_words}; trace {trace}; {summary.engine} {summary.server.version or ''}".rstrip()))
@@ -133,7 +133,7 @@ def _cost(summary: Summary) -> Section:
         (f"split 1:{split.ratio:g}: input tokens", split.usd_per_1m_input),
         (f"split 1:{split.ratio:g}: output tokens", split.usd_per_1m_output),
     )
-    return heads, [(what, _value(q, _price), _interval(q, _price)) for what, q in lines]
+    return heads, [(what, value(q, price), interval(q, price)) for what, q in lines]
 
 
 def _latency(summary: Summary) -> Section:
@@ -147,7 +147,7 @@ def _latency(summary: Summary) -> Section:
 
 
 def _latencies(d: Distribution) -> list[str]:
-    return [_value(q, _milliseconds) for q in (d.mean, d.p50, d.p90, d.p95, d.p99)]
+    return [value(q, milliseconds) for q in (d.mean, d.p50, d.p90, d.p95, d.p99)]
 
 
 def _rates(summary: Summary) -> Section:
@@ -159,16 +159,16 @@ def _rates(summary: Summary) -> Section:
     )  # fmt: skip
     rows: list[Sequence[str]] = [_rate_row(name, q) for name, q in named]
     if summary.slo is not None:
-        limits = ", ".join(f"{name} {_milliseconds(limit)} ms" for name, limit in summary.slo.limits.items())
+        limits = ", ".join(f"{name} {milliseconds(limit)} ms" for name, limit in summary.slo.limits.items())
         rows.append(_rate_row(f"goodput ({limits})", r.goodput))
         q = summary.slo.attainment
-        name = f"SLO {'met' if summary.slo.met else 'MISSED'}: wanted {_percent(summary.slo.attain)}"
-        rows.append((name, _value(q, _percent), _interval(q, _percent), "of requests"))
+        name = f"SLO {'met' if summary.slo.met else 'MISSED'}: wanted {percent(summary.slo.attain)}"
+        rows.append((name, value(q, percent), interval(q, percent), "of requests"))
     return ("Throughput", "value", "95 % interval", "unit"), rows
 
 
 def _rate_row(name: str, q: Quantity) -> Sequence[str]:
-    return (name, _value(q, _figure), _interval(q, _figure) if q.value is not None else clean(q.note or "-"), q.unit)
+    return (name, value(q, figure), interval(q, figure) if q.value is not None else clean(q.note or "-"), q.unit)
 
 
 def closing(summary: Summary) -> list[tuple[str, list[str]]]:
@@ -177,8 +177,8 @@ def closing(summary: Summary) -> list[tuple[str, list[str]]]:
     basis = []
     if cost.reason is None:
         basis.append(
-            f"{_figure(cost.usd_per_hour)} USD/h x {cost.replicas} {'replica' if cost.replicas == 1 else 'replicas'}, "
-            f"bill of this window {_figure(cost.bill_usd)} USD; {cost.purchase}, {cost.region}, "
+            f"{figure(cost.usd_per_hour)} USD/h x {cost.replicas} {'replica' if cost.replicas == 1 else 'replicas'}, "
+            f"bill of this window {figure(cost.bill_usd)} USD; {cost.purchase}, {cost.region}, "
             f"read {cost.date}; source: {cost.source}"
         )
         if cost.note:
@@ -200,7 +200,7 @@ def clean(text: str, most: int | None = None) -> str:
     return text if most is None or len(text) <= most else text[: most - 3] + "..."
 
 
-def _value(q: Quantity, style: object) -> str:
+def value(q: Quantity, style: object) -> str:
     """A figure, ``n<299`` when the sample is too small for it, ``-`` when it is not known."""
     if q.value is not None:
         assert callable(style)
@@ -209,7 +209,8 @@ def _value(q: Quantity, style: object) -> str:
     return f"n<{needs[1]}" if needs else "-"
 
 
-def _interval(q: Quantity, style: object) -> str:
+def interval(q: Quantity, style: object) -> str:
+    """The 95 % interval in ``style``, or why there is none."""
     if q.low is None and q.high is None:
         return clean(q.note or "-")
     assert callable(style)
@@ -217,21 +218,25 @@ def _interval(q: Quantity, style: object) -> str:
     return f"{low} to {high}" if low and high else f"at least {low}" if low else f"at most {high}"
 
 
-def _figure(value: float | None) -> str:
+def figure(value: float | None) -> str:
+    """A number to four significant digits; a dash when there is none."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _price(value: float) -> str:
+def price(value: float) -> str:
+    """USD to three significant digits, cents from 100 on."""
     return f"{value:,.2f}" if value >= 100 else f"{value:.3f}" if value >= 0.1 else f"{value:.3g}"
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """A share in percent."""
     return f"{value:.0%}" if value in (0, 1) else f"{value:.2%}" if value > 0.99 else f"{value:.1%}"
 
 
-def _milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
+    """Seconds shown as milliseconds."""
     ms = seconds * 1000
     return f"{ms:,.0f}" if abs(ms) >= 100 else f"{ms:.1f}" if abs(ms) >= 10 else f"{ms:.2f}"
 
