@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from harness.errors import ResultsError
+from harness.observations import SCHEMA as OBSERVED
+from harness.observations import read_observations
 from harness.plan import plan_sha256, read_plan_columns
 from harness.results import SCHEMA, read_results
 from harness.run import RunDir, RunManifest, read_manifest
@@ -24,9 +26,11 @@ Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 NS = 1e9
-PLAN_COLUMNS = ["request_id", "phase", "scheduled_ns", "input_tokens", "output_tokens"]
+PLAN_COLUMNS = ["request_id", "phase", "scheduled_ns", "input_tokens", "output_tokens", "after"]
 EARLY_NS = 1_000_000
 """A timer may fire this much before the due time; a row sent earlier than that breaks its own plan."""
+SHORTEST_SECOND_S = 0.5
+"""Of the workers' own rows, one that covers less than this says nothing about a second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +70,26 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Seconds:
+    """What the load workers saw of themselves, all workers' rows in one; not measured is NaN."""
+
+    worker: Ints
+    t_s: Floats
+    """End of the interval."""
+    length_s: Floats
+    loop_lag_max_s: Floats
+    cpu_share: Floats
+    in_flight: Floats
+    unwatched: list[int]
+    """Workers without a single row."""
+
+    @property
+    def whole(self) -> Bools:
+        """Intervals long enough that a share of them means something."""
+        return self.length_s >= SHORTEST_SECOND_S
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """One run, read. ``rows`` are the measured requests; ``warmup`` the others, which count in no figure."""
 
@@ -87,6 +111,7 @@ class Run:
     impossible: int
     """Rows that cannot be true (an end before the last chunk, a negative count, not the plan's due time); left out."""
     files: int
+    seconds: Seconds
     problems: list[str] = field(default_factory=list)
     """What could not be read, in words."""
 
@@ -97,7 +122,9 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Read a run directory: manifest, plan columns (no prompts) and all result files.
+    """Read a run directory: manifest, plan columns (no prompts), all result files, the workers' own observations.
+
+    Measured are the requests of phase "measured", less those sent in the first ``warmup_s`` of the run, if it has any.
 
     A result file that is missing, torn or foreign becomes an entry of `Run.problems`; complete batches before a tear
     are kept. Raises `ResultsError` without a readable manifest or with a plan that does not number its requests
@@ -123,14 +150,17 @@ def read_run(path: Path) -> Run:
     first[np.unique(ids, return_index=True)[1]] = True
     possible = _possible(table)
     if manifest.spec.mode == "open":  # a row that moved its own due time would hide its lag
-        due, sent = _floats(table, "scheduled_ns"), _floats(table, "sent_ns")
-        possible[known] &= due[known] == _floats(plan, "scheduled_ns")[ids[known]]
-        possible &= ~(sent < due - EARLY_NS)
+        possible[known] &= _due_as_planned(table, plan, ids, known)
+        possible &= ~(_floats(table, "sent_ns") < _floats(table, "scheduled_ns") - EARLY_NS)
     keep = known & first & possible
     seen = np.zeros(plan.num_rows, dtype=np.bool_)
     seen[ids[keep]] = True
 
     measured = np.asarray(pc.equal(plan.column("phase"), "measured").to_numpy(), dtype=np.bool_)
+    warmup_ns = (getattr(manifest.spec, "warmup_s", None) or 0.0) * NS
+    if warmup_ns:
+        early = keep & (_floats(table, "scheduled_ns") < warmup_ns) & np.isfinite(_floats(table, "sent_ns"))
+        measured[ids[early]] = False
     row_measured = np.zeros(len(ids), dtype=np.bool_)
     row_measured[keep] = measured[ids[keep]]
     scheduled = _floats(plan, "scheduled_ns")[measured]
@@ -147,7 +177,46 @@ def read_run(path: Path) -> Run:
         unknown=int((~known).sum()),
         impossible=int((known & first & ~possible).sum()),
         files=files,
+        seconds=_read_seconds(directory, manifest.spec.workers, problems),
         problems=problems,
+    )
+
+
+def _due_as_planned(table: pa.Table, plan: pa.Table, ids: Ints, known: Bools) -> Bools:
+    """Of the known rows: due when the plan says; a turn that waited for another, not before that one had ended."""
+    due, after = _floats(table, "scheduled_ns")[known], _floats(plan, "after")[ids[known]]
+    ended = np.full(plan.num_rows, np.nan)
+    ended[ids[known]] = _floats(table, "finished_ns")[known]
+    waited = np.isfinite(after)
+    before = np.zeros(len(due))
+    before[waited] = ended[after[waited].astype(np.int64)]
+    return np.where(waited, ~(due < before), due == _floats(plan, "scheduled_ns")[ids[known]])
+
+
+def _read_seconds(directory: RunDir, workers: int, problems: list[str]) -> Seconds:
+    """Observations of all workers; a run of before there were any has none, a file that cannot be read is a problem."""
+    tables, owners, lengths, unwatched = [], [], [], []
+    for k in range(workers):
+        path, table = directory.observations(k), OBSERVED.empty_table()
+        if path.exists():
+            try:
+                table = read_observations(path)
+            except ResultsError as e:
+                problems.append(str(e))
+        if not table.num_rows:
+            unwatched.append(k)
+        tables.append(table)
+        owners.append(np.full(table.num_rows, k))
+        lengths.append(np.diff(_floats(table, "t_ns"), prepend=0.0) / NS)
+    table = pa.concat_tables(tables) if tables else OBSERVED.empty_table()
+    return Seconds(
+        worker=np.concatenate([np.zeros(0, dtype=np.int64), *owners]).astype(np.int64),
+        t_s=_floats(table, "t_ns") / NS,
+        length_s=np.concatenate([np.zeros(0), *lengths]),
+        loop_lag_max_s=_floats(table, "loop_lag_max_ns") / NS,
+        cpu_share=_floats(table, "cpu_share"),
+        in_flight=_floats(table, "in_flight"),
+        unwatched=unwatched,
     )
 
 

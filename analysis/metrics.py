@@ -117,11 +117,13 @@ class Counts:
     """Without a usable row. Counted as failed everywhere."""
     not_due: int
     """Beyond the duration that was asked for, never sent: nobody offered them, so they count nowhere."""
+    cancelled: int
+    """Hung up by the client on purpose, as planned: load for the server, but neither its success nor its failure."""
 
     @property
     def offered(self) -> int:
         """Requests that count in goodput and attainment."""
-        return self.planned - self.not_due
+        return self.planned - self.not_due - self.cancelled
 
 
 def not_due(run: Run) -> Bools:
@@ -133,18 +135,24 @@ def not_due(run: Run) -> Bools:
     return _is_error(rows, "unsent") & late
 
 
+def not_offered(run: Run) -> Bools:
+    """Rows that are no evidence for or against the server: never due, or cancelled on purpose."""
+    return not_due(run) | _is_error(run.rows, "cancelled")
+
+
 def count(run: Run) -> Counts:
-    """How many requests were planned, sent, succeeded, failed, unfinished, lost, not due."""
-    rows, skipped = run.rows, not_due(run)
+    """How many requests were planned, sent, succeeded, failed, unfinished, lost, not due, cancelled."""
+    rows, skipped, cancelled = run.rows, not_due(run), _is_error(run.rows, "cancelled")
     unfinished = (_is_error(rows, "unsent") | _is_error(rows, "stopped")) & ~skipped
     return Counts(
         planned=run.planned,
         sent=int(np.isfinite(rows.sent_s).sum()),
         succeeded=int(rows.success.sum()),
-        failed=int((~rows.success & ~unfinished & ~skipped).sum()),
+        failed=int((~rows.success & ~unfinished & ~skipped & ~cancelled).sum()),
         unfinished=int(unfinished.sum()),
         lost=run.lost,
         not_due=int(skipped.sum()),
+        cancelled=int(cancelled.sum()),
     )
 
 

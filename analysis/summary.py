@@ -12,11 +12,12 @@ import numpy as np
 import pyarrow.compute as pc
 
 from analysis import metrics
+from analysis.check import Check
 from analysis.intervals import Distribution, Quantity, distribution, rate, share
 from analysis.load import Floats, Run
 from analysis.metrics import Counts, Tokens, Window
 from analysis.price import DEFAULT_RATIO, Cost, check_ratio, cost
-from analysis.validity import MISMATCH_BOUND, Check, check_run, is_valid
+from analysis.validity import MISMATCH_BOUND, check_run, is_valid
 from harness.errors import EXIT_INVALID, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.plan import PlanInfo
 from harness.results import ERRORS
@@ -132,7 +133,7 @@ def summarise(
     if not 0 < attain <= 1:
         raise UsageError(f"attain {attain}: the share of requests to meet the SLO is above 0 and at most 1")
     counts, window, tokens = metrics.count(run), metrics.window(run.rows), metrics.tokens(run.rows)
-    checks = check_run(run, counts, window)
+    checks = check_run(run, counts, window, limits)
     valid = is_valid(checks)
     judged = _slo(run, limits, counts, attain) if limits else None
     rates, weighted = _rates(run, window, tokens, counts, limits, ratio)
@@ -271,7 +272,7 @@ def _slo(run: Run, limits: dict[str, float], counts: Counts, attain: float) -> S
     met = np.zeros(len(rows), dtype=np.bool_)
     met[rows.rank] = metrics.meets_slo(rows, limits)
     due = np.ones(len(rows), dtype=np.bool_)
-    due[rows.rank] = ~metrics.not_due(run)
+    due[rows.rank] = ~metrics.not_offered(run)
     flags = np.concatenate((met[due], np.zeros(counts.lost, dtype=np.bool_)))
     attainment = share(flags, unit="share of requests", evidence=run.evidence)
     return Slo(

@@ -7,13 +7,23 @@ MLPerf Inference LoadGen, which ends every run with VALID or INVALID and advice.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from datetime import date
 
 import numpy as np
 
 from analysis import metrics
+from analysis.check import Check, check, limit
+from analysis.generator import (
+    arrival_process,
+    generator_cpu,
+    generator_lag,
+    generator_stall,
+    lag,
+    lag_bound_s,
+    littles_law,
+    stamps,
+)
 from analysis.intervals import samples_needed
 from analysis.load import Floats, Rows, Run
 from analysis.metrics import Counts, Window
@@ -22,47 +32,30 @@ MISMATCH_BOUND = 0.01
 FAILED_BOUND = 0.01
 SUCCESS_BOUND = 0.5
 BOOKS_BOUND = 0.005
-CPU_BOUND = 0.9
 SHORT_S = 60.0
 PRICE_AGE_DAYS = 180
 HARDWARE_BOUND = 0.25
 RATE_BOUND = 0.05
-LITTLE_BOUND = 0.05
+WASTED_BOUND = 0.05
 HELD_BOUND = 0.8
+UNFINISHED_BOUND = 0.01
 BOS_TOKENS = 2
 INPUT_COUNTER = "vllm:prompt_tokens_total"
 OUTPUT_COUNTER = "vllm:generation_tokens_total"
+REQUEST_COUNTER = "vllm:request_success_total"
+START_TIME = "process_start_time_seconds"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """One question to the run. ``ok`` None: could not be checked. A failed ``gate`` makes the run INVALID."""
-
-    name: str
-    ok: bool | None
-    gate: bool
-    observed: str
-    bound: str
-    advice: str | None
-    """What to do; None when it is ok."""
-
-
-def _check(name: str, ok: bool | None, observed: str, bound: str, advice: str, *, gate: bool = True) -> Check:
-    return Check(name=name, ok=ok, gate=gate, observed=observed, bound=bound, advice=None if ok else advice)
-
-
-def _limit(name: str, ok: bool | None, observed: str, bound: str, advice: str) -> Check:
-    return _check(name, ok, observed, bound, advice, gate=False)
-
-
-def check_run(run: Run, counts: Counts, window: Window | None) -> list[Check]:
-    """All checks, gates first."""
+def check_run(run: Run, counts: Counts, window: Window | None, slo: Mapping[str, float] | None = None) -> list[Check]:
+    """All checks, gates first. ``slo``: limits to judge by, s; None: those the run was made with."""
+    bound_s = lag_bound_s(run, run.manifest.spec.slo if slo is None else slo)
     return [
-        status(run), files(run), rows(run, counts), success(counts), lag(run), workers(run), generator_cpu(run),
-        generator_lag(run), replicas(run), engine_fits_tier(run), output_tokens(run), input_tokens(run),
-        token_books(run), usage(run), failures(counts), sample_size(run), duration(window), planned_rate(run),
-        arrivals(run), concurrency(run, window), littles_law(run, window), shared_host(run), hardware(run),
-        price_date(run),
+        status(run), files(run), rows(run, counts), success(counts), lag(run, bound_s), arrival_process(run),
+        workers(run), generator_cpu(run), generator_lag(run, bound_s), littles_law(run), replicas(run),
+        server_restarts(run), engine_fits_tier(run), output_tokens(run), input_tokens(run), token_books(run),
+        usage(run), failures(counts), unfinished(counts), sample_size(run), duration(window), stamps(run),
+        generator_stall(run, bound_s), planned_rate(run), arrivals(run), concurrency(run, window),
+        wasted_time(run, window), shared_host(run), hardware(run), price_date(run),
     ]  # fmt: skip
 
 
@@ -78,13 +71,13 @@ def status(run: Run) -> Check:
     """The run went to its end."""
     said = run.manifest.status
     observed = said if run.manifest.reason is None else f"{said}: {run.manifest.reason}"
-    return _check("status", said == "complete", observed, "complete", "run it again and let it end by itself")
+    return check("status", said == "complete", observed, "complete", "run it again and let it end by itself")
 
 
 def files(run: Run) -> Check:
     """Every worker's result file is there and readable, and the plan is the manifest's."""
     observed = "; ".join(run.problems) or f"{run.files} result files"
-    return _check("files", not run.problems, observed, "all readable", "look at the worker logs, then run again")
+    return check("files", not run.problems, observed, "all readable", "look at the worker logs, then run again")
 
 
 def rows(run: Run, counts: Counts) -> Check:
@@ -93,7 +86,7 @@ def rows(run: Run, counts: Counts) -> Check:
     bad = {"lost": lost, "duplicated": run.duplicates, "not in the plan": run.unknown, "impossible": run.impossible}
     observed = ", ".join(f"{n} {what}" for what, n in bad.items() if n) or "one row for each request"
     advice = "a load worker lost or spoiled its record: look at the worker logs, then run again"
-    return _check("rows", not any(bad.values()), observed, "one row for each request", advice)
+    return check("rows", not any(bad.values()), observed, "one row for each request", advice)
 
 
 def success(counts: Counts) -> Check:
@@ -101,21 +94,7 @@ def success(counts: Counts) -> Check:
     ok = counts.succeeded > 0 and counts.succeeded >= SUCCESS_BOUND * counts.offered
     observed = f"{counts.succeeded} of {counts.offered} succeeded"
     advice = "see the errors, try one request by hand, then run again"
-    return _check("success", ok, observed, f"at least {SUCCESS_BOUND:.0%}", advice)
-
-
-def lag(run: Run) -> Check:
-    """Requests went out when planned: p99 of lag, or the largest below 100 requests, in an open loop."""
-    values = metrics.lag(run.rows)
-    values = values[np.isfinite(values)]
-    bound_s = run.manifest.spec.lag_bound_s
-    if not len(values) or run.manifest.spec.mode != "open":
-        return _check("lag", None, "closed loop" if len(values) else "nothing sent", _ms(bound_s), "nothing to do")
-    few = len(values) < 100
-    worst = float(values.max() if few else np.quantile(values, 0.99, method="inverted_cdf"))
-    advice = "the generator could not keep the plan's times: more --workers, a lower rate, or a higher concurrency cap"
-    observed = f"{'max' if few else 'p99'} {_ms(worst)}"
-    return _check("lag", worst <= bound_s, observed, f"at most {_ms(bound_s)}", advice)
+    return check("success", ok, observed, f"at least {SUCCESS_BOUND:.0%}", advice)
 
 
 def workers(run: Run) -> Check:
@@ -124,32 +103,32 @@ def workers(run: Run) -> Check:
     bad = [f"worker {k}: {why}" for k, why in ended.items() if why is not None]
     bad += [f"worker {k}: no last words" for k in range(run.manifest.spec.workers) if k not in ended]
     observed = "; ".join(bad) or f"{len(ended)} ended as asked"
-    return _check("workers", not bad, observed, "all ended as asked", "look at that worker's log, then run again")
-
-
-def generator_cpu(run: Run) -> Check:
-    """No load worker was short of processor."""
-    shares = [w.cpu_share for w in run.manifest.workers if w.cpu_share is not None]
-    observed = f"busiest worker {max(shares):.0%} of a core" if shares else "not measured"
-    ok = max(shares) < CPU_BOUND if shares else None
-    advice = "the generator was the bottleneck: more --workers or a lower rate"
-    return _check("generator_cpu", ok, observed, f"below {CPU_BOUND:.0%}", advice)
-
-
-def generator_lag(run: Run) -> Check:
-    """No load worker read its clock late: p99 lateness of its event loop."""
-    late = [w.loop_lag_p99_s for w in run.manifest.workers if w.loop_lag_p99_s is not None]
-    bound_s = run.manifest.spec.lag_bound_s
-    observed = f"p99 {_ms(max(late))}" if late else "not measured"
-    advice = "stamps came late, so latencies are wrong: more --workers, or load workers on a machine of their own"
-    return _check("generator_lag", max(late) <= bound_s if late else None, observed, f"at most {_ms(bound_s)}", advice)
+    return check("workers", not bad, observed, "all ended as asked", "look at that worker's log, then run again")
 
 
 def replicas(run: Run) -> Check:
     """Every replica lived to the end of the run."""
     bad = [f"replica {r.index}: {r.exit}" for r in run.manifest.replicas if r.exit is not None]
     observed = "; ".join(bad) or f"{len(run.manifest.replicas)} lived"
-    return _check("replicas", not bad, observed, "all live to the end", "look at that server's log, then run again")
+    return check("replicas", not bad, observed, "all live to the end", "look at that server's log, then run again")
+
+
+def server_restarts(run: Run) -> Check:
+    """No server began anew between the first request and the last: its start time is the same, no counter fell."""
+    restarted, compared = [], 0
+    for r in run.manifest.replicas:
+        before, after = r.counters_before, r.counters_after
+        if before is None or after is None:
+            continue
+        compared += 1
+        if before.get(START_TIME) != after.get(START_TIME) and START_TIME in before and START_TIME in after:
+            restarted.append(f"replica {r.index} started again")
+        elif any(after.get(name, value) < value for name, value in before.items() if name != START_TIME):
+            restarted.append(f"replica {r.index}: its counters fell")
+    ok = None if not compared and not restarted else not restarted
+    observed = "; ".join(restarted) or (f"{compared} kept running" if compared else "the server has no counters")
+    advice = "the server restarted during the run, so caches and queues began empty: see its log, then run again"
+    return check("server_restarts", ok, observed, "none", advice)
 
 
 def engine_fits_tier(run: Run) -> Check:
@@ -157,10 +136,10 @@ def engine_fits_tier(run: Run) -> Check:
     tier, engine = run.manifest.tier, run.manifest.engine
     if tier is None or engine == "url":
         why = "no tier" if tier is None else "server not started by us"
-        return _check("engine_fits_tier", None, why, "same kind", "nothing to do")
+        return check("engine_fits_tier", None, why, "same kind", "nothing to do")
     observed = f"{engine} on {tier.accelerator or 'CPU'}"
     fits = (engine == "vllm-cpu") == (tier.accelerator is None)
-    return _check("engine_fits_tier", fits, observed, "same kind", "choose the tier that the server really ran on")
+    return check("engine_fits_tier", fits, observed, "same kind", "choose the tier that the server really ran on")
 
 
 def output_tokens(run: Run) -> Check:
@@ -175,13 +154,13 @@ def input_tokens(run: Run) -> Check:
     """Successful requests had as many input tokens as the plan says; exact up to one constant start-token offset."""
     if run.manifest.spec.endpoint == "chat":
         bound = "not comparable: the chat template adds tokens"
-        return _check("input_tokens", None, "chat", bound, "nothing to do")
+        return check("input_tokens", None, "chat", bound, "nothing to do")
     asked, got = run.rows.planned_input_tokens, run.rows.input_tokens
     both = run.rows.success & np.isfinite(asked) & np.isfinite(got)
     off = (got - asked)[both]
     if len(off) and 0 < off[0] <= BOS_TOKENS and bool((off == off[0]).all()):
         observed = f"every prompt has {off[0]:.0f} more than planned (a start token the server adds)"
-        return _check("input_tokens", True, observed, "as planned, or one constant offset", "")
+        return check("input_tokens", True, observed, "as planned, or one constant offset", "")
     advice = "the plan's tokenizer is not the server's: build the plan with the served model's own"
     return _mismatch("input_tokens", both, off, advice)
 
@@ -189,27 +168,29 @@ def input_tokens(run: Run) -> Check:
 def _mismatch(name: str, both: object, off: Floats, advice: str) -> Check:
     bound = f"at most {MISMATCH_BOUND:.0%} of requests differ"
     if not len(off):
-        return _check(name, None, "no request has both a plan and a count", bound, "nothing to do")
+        return check(name, None, "no request has both a plan and a count", bound, "nothing to do")
     share = float((off != 0).mean())
-    return _check(name, share <= MISMATCH_BOUND, f"{share:.1%} of {len(off)} differ", bound, advice)
+    return check(name, share <= MISMATCH_BOUND, f"{share:.1%} of {len(off)} differ", bound, advice)
 
 
 def token_books(run: Run) -> Check:
-    """The servers' own token counters moved by what the rows say, plus at most what failed requests can have used."""
-    moved = [(_moved(run, INPUT_COUNTER)), (_moved(run, OUTPUT_COUNTER))]
+    """The servers' own counters (tokens, requests) moved by what the rows say, plus what the others may have used."""
+    sides = {"input": INPUT_COUNTER, "output": OUTPUT_COUNTER, "requests": REQUEST_COUNTER}
+    moved = {side: _moved(run, counter) for side, counter in sides.items()}
     bound = f"within {BOOKS_BOUND:.1%}, or what failed requests used"
-    if any(m is None for m in moved):
-        return _check("token_books", None, "the server has no token counters", bound, "nothing to do")
+    if moved["input"] is None or moved["output"] is None:
+        return check("token_books", None, "the server has no token counters", bound, "nothing to do")
     booked = [_booked(r) for r in (run.rows, run.warmup)]
     words, ok = [], True
-    for side, server, parts in zip(("input", "output"), moved, zip(*booked, strict=True), strict=True):
-        assert server is not None
-        known, slack = sum(p[0] for p in parts), sum(p[1] for p in parts)
+    for side, server in moved.items():
+        if server is None:  # not every server counts requests
+            continue
+        known, slack = (sum(part[side][i] for part in booked) for i in (0, 1))
         room = BOOKS_BOUND * max(known, 1.0)
         ok &= known - room <= server <= known + slack + room
         words.append(f"{side}: server {server:,.0f}, rows {known:,.0f}" + (f" (+{slack:,.0f} failed)" if slack else ""))
     advice = "someone else used the server, or it restarted, or its usage is wrong: run again on a server of your own"
-    return _check("token_books", ok, "; ".join(words), bound, advice)
+    return check("token_books", ok, "; ".join(words), bound, advice)
 
 
 def _moved(run: Run, counter: str) -> float | None:
@@ -223,10 +204,11 @@ def _moved(run: Run, counter: str) -> float | None:
     return total if run.manifest.replicas and math.isfinite(total) else None
 
 
-def _booked(rows: Rows) -> tuple[tuple[float, float], tuple[float, float]]:
-    """((input known, input possible beyond), (output known, output possible beyond)) from ``usage``.
+def _booked(rows: Rows) -> dict[str, tuple[float, float]]:
+    """(known, possible beyond) of input and output tokens, from ``usage``, and of requests that the server served.
 
-    A request that was sent and has no usage can have used anything up to what was planned for it.
+    A request that was sent and has no usage can have used anything up to what was planned for it; the server may have
+    finished what failed or was cancelled here.
     """
     sent = np.isfinite(rows.sent_s)
 
@@ -236,7 +218,11 @@ def _booked(rows: Rows) -> tuple[tuple[float, float], tuple[float, float]]:
         beyond = np.where(np.isnan(planned), np.inf, planned)[silent].sum() if silent.any() else 0.0
         return float(np.nansum(got)), float(min(beyond, 1e15))
 
-    return side(rows.input_tokens, rows.planned_input_tokens), side(rows.output_tokens, rows.planned_output_tokens)
+    return {
+        "input": side(rows.input_tokens, rows.planned_input_tokens),
+        "output": side(rows.output_tokens, rows.planned_output_tokens),
+        "requests": (float(rows.success.sum()), float((sent & ~rows.success).sum())),
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------- limits
@@ -249,17 +235,26 @@ def usage(run: Run) -> Check:
     share = missing / total if total else None
     observed = f"missing on {missing} of {total} successful requests"
     bound = f"missing on at most {MISMATCH_BOUND:.0%}"
-    return _limit("usage", None if share is None else share <= MISMATCH_BOUND, observed, bound, advice)
+    return limit("usage", None if share is None else share <= MISMATCH_BOUND, observed, bound, advice)
 
 
 def failures(counts: Counts) -> Check:
     """Few requests failed. Latency percentiles speak of successes only."""
-    bad, offered = counts.failed + counts.unfinished + counts.lost, counts.offered
+    bad, offered = counts.failed + counts.lost, counts.offered
     share = bad / offered if offered else None
     advice = "latency and tokens are those of the successes, a flattering choice when many fail; see the errors"
-    observed = f"{bad} of {offered} did not succeed"
+    observed = f"{bad} of {offered} failed"
     ok = None if share is None else share <= FAILED_BOUND
-    return _limit("failures", ok, observed, f"at most {FAILED_BOUND:.0%}", advice)
+    return limit("failures", ok, observed, f"at most {FAILED_BOUND:.0%}", advice)
+
+
+def unfinished(counts: Counts) -> Check:
+    """Few requests were cut off by the end of the run: those are the slow ones, and no latency has them."""
+    share = counts.unfinished / counts.offered if counts.offered else None
+    advice = "the slowest answers are missing from every latency: a longer drain, or less load than the server's queue"
+    observed = f"{counts.unfinished} of {counts.offered} in flight or unsent at the end"
+    ok = None if share is None else share <= UNFINISHED_BOUND
+    return limit("unfinished", ok, observed, f"at most {UNFINISHED_BOUND:.0%}", advice)
 
 
 def sample_size(run: Run) -> Check:
@@ -268,7 +263,7 @@ def sample_size(run: Run) -> Check:
     short = [f"p{p * 100:.0f} needs {samples_needed(p)}" for p in (0.5, 0.9, 0.95, 0.99) if n < samples_needed(p)]
     observed = f"{n} succeeded" + (f": {', '.join(short)}" if short else "")
     bound = f"{samples_needed(0.99)} for p99"
-    return _limit("sample_size", not short, observed, bound, "send more requests (a longer trace or a higher --limit)")
+    return limit("sample_size", not short, observed, bound, "send more requests (a longer trace or a higher --limit)")
 
 
 def duration(window: Window | None) -> Check:
@@ -276,7 +271,7 @@ def duration(window: Window | None) -> Check:
     ok = None if window is None else window.duration_s >= SHORT_S
     observed = "no window" if window is None else f"{window.duration_s:.1f} s"
     advice = "ramp and drain weigh much in a short run: send more requests"
-    return _limit("duration", ok, observed, f"at least {SHORT_S:.0f} s", advice)
+    return limit("duration", ok, observed, f"at least {SHORT_S:.0f} s", advice)
 
 
 def planned_rate(run: Run) -> Check:
@@ -285,18 +280,18 @@ def planned_rate(run: Run) -> Check:
     sent = run.rows.sent_s[np.isfinite(run.rows.sent_s)]
     bound = f"within {RATE_BOUND:.0%} of the plan"
     if asked is None or len(sent) < 2 or sent.max() <= sent.min():
-        return _limit("planned_rate", None, "no planned rate", bound, "nothing to do")
+        return limit("planned_rate", None, "no planned rate", bound, "nothing to do")
     got = (len(sent) - 1) / float(sent.max() - sent.min())
     advice = "the offered load was not the planned one: more --workers, or let the run end by itself"
     observed = f"{got:.3g} of {asked:.3g} req/s"
-    return _limit("planned_rate", abs(got / asked - 1) <= RATE_BOUND, observed, bound, advice)
+    return limit("planned_rate", abs(got / asked - 1) <= RATE_BOUND, observed, bound, advice)
 
 
 def arrivals(run: Run) -> Check:
     """Requests came at times of their own, as users do, not when a slot was free."""
     closed = run.manifest.spec.mode != "open"
     advice = "a slow server slows its own load here, so queueing is hidden: replay the trace's times for latency claims"
-    return _limit("arrivals", not closed, "closed loop" if closed else "open loop", "open loop", advice)
+    return limit("arrivals", not closed, "closed loop" if closed else "open loop", "open loop", advice)
 
 
 def concurrency(run: Run, window: Window | None) -> Check:
@@ -304,23 +299,22 @@ def concurrency(run: Run, window: Window | None) -> Check:
     asked = run.manifest.spec.concurrency
     bound = f"at least {HELD_BOUND:.0%} of the slots, on average"
     if run.manifest.spec.mode == "open" or not asked or window is None:
-        return _limit("concurrency", None, "open loop or no window", bound, "nothing to do")
+        return limit("concurrency", None, "open loop or no window", bound, "nothing to do")
     held = float(metrics.in_flight(run.rows, window).mean())
     advice = "ramp, drain or an idle generator took much of the window: send more requests per slot"
-    return _limit("concurrency", held >= HELD_BOUND * asked, f"{held:.2f} of {asked} in flight", bound, advice)
+    return limit("concurrency", held >= HELD_BOUND * asked, f"{held:.2f} of {asked} in flight", bound, advice)
 
 
-def littles_law(run: Run, window: Window | None) -> Check:
-    """Time average in flight = throughput x mean latency of the successes: no time went into what failed."""
+def wasted_time(run: Run, window: Window | None) -> Check:
+    """Little time in flight went into requests that did not succeed."""
     spent = metrics.service_e2e(run.rows)
-    bound = f"within {LITTLE_BOUND:.0%}"
+    bound = f"at most {WASTED_BOUND:.0%} of the time in flight"
     if window is None or not np.isfinite(spent).any():
-        return _limit("littles_law", None, "no window", bound, "nothing to do")
-    held = float(metrics.in_flight(run.rows, window).mean())
-    product = float(np.nansum(spent)) / window.duration_s
-    ok = held > 0 and abs(product / held - 1) <= LITTLE_BOUND
+        return limit("wasted_time", None, "no window", bound, "nothing to do")
+    held = float(metrics.in_flight(run.rows, window).sum()) * window.bin_s
+    wasted = 1 - float(np.nansum(spent)) / held if held > 0 else 0.0
     advice = "servers spent time on requests that did not succeed; the price carries it"
-    return _limit("littles_law", ok, f"{product:.2f} against {held:.2f} in flight", bound, advice)
+    return limit("wasted_time", wasted <= WASTED_BOUND, f"{max(0.0, wasted):.1%}", bound, advice)
 
 
 def shared_host(run: Run) -> Check:
@@ -328,7 +322,7 @@ def shared_host(run: Run) -> Check:
     shared = run.manifest.load_shares_server_host
     observed = {None: "not known", True: "same machine", False: "other machine"}[shared]
     advice = "the server had less processor than its tier sells, so its price comes out too high: load from elsewhere"
-    return _limit("shared_host", None if shared is None else not shared, observed, "load and server apart", advice)
+    return limit("shared_host", None if shared is None else not shared, observed, "load and server apart", advice)
 
 
 def hardware(run: Run) -> Check:
@@ -336,11 +330,11 @@ def hardware(run: Run) -> Check:
     tier, host = run.manifest.tier, run.manifest.host
     bound = f"cores as the tier, memory within {HARDWARE_BOUND:.0%}"
     if tier is None or run.manifest.load_shares_server_host is not True:
-        return _limit("hardware", None, "server's machine not known", bound, "nothing to do")
+        return limit("hardware", None, "server's machine not known", bound, "nothing to do")
     ok = host.cores == tier.vcpu and abs(host.memory_gib / tier.memory_gib - 1) <= HARDWARE_BOUND
     observed = f"{host.cores} cores, {host.memory_gib:g} GiB; {tier.instance} has {tier.vcpu}, {tier.memory_gib:g} GiB"
     advice = f"speed is this machine's, the price {tier.instance}'s: an approximation until run on that instance"
-    return _limit("hardware", ok, observed, bound, advice)
+    return limit("hardware", ok, observed, bound, advice)
 
 
 def price_date(run: Run) -> Check:
@@ -348,14 +342,10 @@ def price_date(run: Run) -> Check:
     tier = run.manifest.tier
     bound = f"at most {PRICE_AGE_DAYS} days before the run"
     if tier is None:
-        return _limit("price_date", None, "no tier", bound, "nothing to do")
+        return limit("price_date", None, "no tier", bound, "nothing to do")
     try:
         day = date.fromisoformat(tier.date if len(tier.date) > 7 else f"{tier.date}-01")
         age = (date.fromisoformat(run.manifest.created[:10]) - day).days
     except ValueError:
-        return _limit("price_date", False, f"date {tier.date!r} cannot be read", bound, "give the price a date")
-    return _limit("price_date", age <= PRICE_AGE_DAYS, f"{age} days", bound, "look the price up again")
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds * 1000:,.0f} ms"
+        return limit("price_date", False, f"date {tier.date!r} cannot be read", bound, "give the price a date")
+    return limit("price_date", age <= PRICE_AGE_DAYS, f"{age} days", bound, "look the price up again")

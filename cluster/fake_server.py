@@ -15,14 +15,20 @@ It prints ``ready http://127.0.0.1:PORT/v1`` and serves ``/v1/completions``, ``/
 - A request body may carry ``"fault"``: one of `FAULTS`.
 
 Prompt tokens: the number of token ids, or of words in a text. Output tokens: ``max_tokens``, one per chunk.
+
+One timer serves all answers and ordinary chunks are rendered before, so one process writes some ten thousands of chunks
+a second; where that is not enough, start several and give the load all their URLs.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
+import heapq
 import hmac
 import json
+import math
 import os
 import sys
 import time
@@ -50,12 +56,58 @@ FAULTS = {
 }
 
 MAX_REQUEST = 64 << 20
+BURST = 64
+"""Chunks written in a row before requests that came meanwhile are read."""
+
+
+class Pacer:
+    """Calls answers when they are due, all with one timer of the event loop, in the order of their times."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.due: list[tuple[float, int, Answer]] = []
+        self.number = 0
+        self.timer: asyncio.Handle | None = None
+        self.timer_at = math.inf
+
+    def call_at(self, at: float, answer: Answer) -> None:
+        """Call ``answer.tick`` at this time of the loop's clock."""
+        self.number += 1
+        heapq.heappush(self.due, (at, self.number, answer))
+        if at < self.timer_at:
+            self.arm(at)
+
+    def arm(self, at: float) -> None:
+        """Wake up at this time, and not at the one that was set."""
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer_at = at
+        self.timer = self.loop.call_at(at, self.run)
+
+    def run(self) -> None:
+        """Everything that is due."""
+        due, now, pop = self.due, self.loop.time(), heapq.heappop
+        self.timer, self.timer_at = None, -math.inf  # while we are here nobody need set it
+        try:
+            for _ in range(BURST):
+                if not due or due[0][0] > now:
+                    break
+                pop(due)[2].tick()
+        finally:
+            if due and due[0][0] <= now:
+                self.timer = self.loop.call_soon(self.run)
+            else:
+                self.timer_at = math.inf
+                if due:
+                    self.arm(due[0][0])
 
 
 class Truth:
     """Counters and settings shared by all connections of one server."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, loop: asyncio.AbstractEventLoop) -> None:
+        self.pacer = Pacer(loop)
+        self.started_s = time.time()
         self.ttft_s: float = args.ttft
         self.itl_s: float = args.itl
         self.model: str = args.model
@@ -66,6 +118,14 @@ class Truth:
         self.running = 0
         self.queue: deque[Answer] = deque()
         self.prompt_tokens = self.generation_tokens = self.finished = 0
+        text = f" t{self.pad}"
+        # What most chunks of most answers are, by chat or not.
+        self.ordinary = {
+            chat: http_chunk(b"data: %b\n\n" % json.dumps(
+                {"id": "fake", "model": self.model, "choices": [{"index": 0, **choice, "finish_reason": None}]}
+            ).encode())
+            for chat, choice in ((True, {"delta": {"content": text}}), (False, {"text": text}))
+        }  # fmt: skip
 
     def metrics(self) -> str:
         """The counters in Prometheus text form, by vLLM's names."""
@@ -80,6 +140,7 @@ class Truth:
                 f"vllm:request_success_total{reason} {float(self.finished)}",
                 f"vllm:num_requests_running{label} {float(self.running)}",
                 f"vllm:num_requests_waiting{label} {float(len(self.queue))}",
+                f"process_start_time_seconds {self.started_s}",
             )
         )
 
@@ -114,6 +175,7 @@ class Answer:
         tokens = int(body.get("max_tokens") or body.get("max_completion_tokens") or 16)
         self.tokens = max(1, tokens // 2) if self.fault == "short" else tokens
         self.prompt_tokens = count_prompt(body)
+        self.ordinary = None if self.fault else self.truth.ordinary[chat]
         self.sent = 0
         self.chunk_ns: list[int] = []
         self.over = False
@@ -123,12 +185,19 @@ class Answer:
         self.t0 = self.connection.loop.time()
         if self.fault == "hang":
             return
-        self.timer = self.connection.loop.call_at(self.t0 + self.truth.ttft_s, self.tick)
+        self.truth.pacer.call_at(self.t0 + self.truth.ttft_s, self)
 
     def tick(self) -> None:
         """Write the next chunk, or the end."""
         if self.connection.closed:
             self.end()
+            return
+        if self.ordinary is not None and self.stream and 0 < self.sent < self.tokens - 1:
+            self.connection.transport.write(self.ordinary)
+            self.chunk_ns.append(time.monotonic_ns())
+            self.sent += 1
+            truth = self.truth
+            truth.pacer.call_at(self.t0 + truth.ttft_s + self.sent * truth.itl_s, self)
             return
         if not self.stream:
             self.whole()
@@ -155,7 +224,7 @@ class Answer:
             self.end()
         else:
             due = self.t0 + self.truth.ttft_s + self.sent * self.truth.itl_s
-            self.timer = self.connection.loop.call_at(due, self.tick)
+            self.truth.pacer.call_at(due, self)
 
     def break_off(self, out: bytes) -> None:
         """End in the way the fault asks for."""
@@ -173,7 +242,7 @@ class Answer:
         """The answer to a request that did not ask for a stream: everything after the last token's time."""
         wait = self.t0 + self.truth.ttft_s + (self.tokens - 1) * self.truth.itl_s - self.connection.loop.time()
         if wait > 0:
-            self.timer = self.connection.loop.call_later(wait, self.tick)
+            self.truth.pacer.call_at(self.connection.loop.time() + wait, self)
             return
         text = " t" * self.tokens
         choice = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
@@ -189,7 +258,7 @@ class Answer:
         if asked and self.fault != "no_usage":
             out += self.data({"id": "fake", "model": self.truth.model, "choices": [], "usage": self.usage()})
         if self.fault != "no_done":
-            out += self.chunk(b"data: [DONE]" + self.newline * 2)
+            out += http_chunk(b"data: [DONE]" + self.newline * 2)
         return out + b"0\r\n\r\n"
 
     def usage(self) -> dict[str, int]:
@@ -209,12 +278,7 @@ class Answer:
     def data(self, value: dict[str, Any]) -> bytes:
         """One SSE event as an HTTP chunk."""
         comment = b": ping" + self.newline * 2 if self.fault == "crlf" else b""
-        return self.chunk(comment + b"data: " + json.dumps(value).encode() + self.newline * 2)
-
-    @staticmethod
-    def chunk(payload: bytes) -> bytes:
-        """One chunk of a chunked body."""
-        return f"{len(payload):x}\r\n".encode() + payload + b"\r\n"
+        return http_chunk(comment + b"data: " + json.dumps(value).encode() + self.newline * 2)
 
     def end(self) -> None:
         """Books, log and the next in the queue."""
@@ -245,6 +309,11 @@ def head(status: int, content_type: str, *, length: int | None = None, chunked: 
     """A response head."""
     size = "Transfer-Encoding: chunked\r\n" if chunked else f"Content-Length: {length}\r\n"
     return f"HTTP/1.1 {status} X\r\nContent-Type: {content_type}\r\n{size}{extra}\r\n".encode()
+
+
+def http_chunk(payload: bytes) -> bytes:
+    """One chunk of a chunked body."""
+    return b"%x\r\n%b\r\n" % (len(payload), payload)
 
 
 class Connection(asyncio.Protocol):
@@ -362,7 +431,9 @@ class Connection(asyncio.Protocol):
 async def serve(args: argparse.Namespace) -> None:
     """Listen until cancelled."""
     loop = asyncio.get_running_loop()
-    truth = Truth(args)
+    truth = Truth(args, loop)
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)  # a collection stops every stream, and there is little garbage
     server = await loop.create_server(lambda: Connection(truth, loop), args.host, args.port, backlog=4096)
     port = server.sockets[0].getsockname()[1]
     print(f"ready http://{args.host}:{port}/v1", flush=True)

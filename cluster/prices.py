@@ -283,9 +283,7 @@ def zone_prices(rows: Sequence[dict[str, Any]], start: datetime, end: datetime) 
         held = sum(seconds for _, seconds in spans)
         prices = [price for price, _ in spans]
         mean = sum(price * seconds for price, seconds in spans) / held
-        found.append(
-            ZonePrice(zone=zone, mean=mean, low=min(prices), high=max(prices), current=changes[times[-1]])
-        )
+        found.append(ZonePrice(zone=zone, mean=mean, low=min(prices), high=max(prices), current=changes[times[-1]]))
     return sorted(found, key=lambda z: (z.mean, z.zone))
 
 

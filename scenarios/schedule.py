@@ -217,9 +217,7 @@ class Load:
     ``cap``: most requests in flight (open loop). ``starts``: when each slot joins (closed loop; default: at once).
     """
 
-    def __init__(
-        self, schedule: Schedule, client: Client, cap: int | None = None, starts: Iterable[int] = ()
-    ) -> None:
+    def __init__(self, schedule: Schedule, client: Client, cap: int | None = None, starts: Iterable[int] = ()) -> None:
         self.schedule = schedule
         self.client = client
         self.cap = cap

@@ -191,6 +191,7 @@ class Worker:
         self._held: list[Result] = []  # rows that came while a flush was writing
         self._flushed = Event()
         self._stops = 0  # how often we were told to
+        self._told_to_stop = False  # also by the end of stdin, which hurries nobody
         self._fail_on_bugs()
         fd_limit = raise_fd_limit()
         _grow_fd_table(fd_limit)
@@ -284,9 +285,15 @@ class Worker:
         self._finish(None)
 
     def _drain(self) -> None:
-        """Let what is in flight end, for ``drain_s`` after the last request was sent."""
-        deadline = monotonic_ns() + int(self.spec.drain_s * 1e9)
-        while self._client.in_flight and monotonic_ns() < deadline and self._stops < 2:
+        """Let what is in flight end. Once the whole plan was sent: all of it, within each request's own timeouts, since
+        to cut off what is slow would flatter the server. Stopped or cut by ``duration_s``: for ``drain_s``.
+        """
+        deadline: int | None = None
+        while self._client.in_flight and self._stops < 2:
+            if deadline is None and (self._told_to_stop or self._load.schedule.left):
+                deadline = monotonic_ns() + int(self.spec.drain_s * 1e9)
+            if deadline is not None and monotonic_ns() >= deadline:
+                break
             gevent.sleep(0.005)
         self._client.abort("stopped", "in flight when the run was stopped")
 
@@ -304,6 +311,7 @@ class Worker:
             self._stop_sending()
 
     def _stop_sending(self) -> None:
+        self._told_to_stop = True
         self._load.stop()
         self._load.finished.set()
 

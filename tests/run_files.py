@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pyarrow as pa
 
+from harness.observations import Observation, ObservationWriter
 from harness.plan import SCHEMA, SCHEMA_VERSION, PlanInfo, plan_sha256
 from harness.results import Result, ResultWriter
 from harness.run import Host, Replica, RunDir, RunManifest, RunSpec, Tier, Worker, write_manifest
@@ -46,9 +47,30 @@ def bad(request_id, error="server", *, scheduled_ns=None, sent=True, chunks_ms=(
     )  # fmt: skip
 
 
-def write_run(path: Path, results, *, plan=None, workers=1, requests=None, spec=SPEC, **manifest) -> Path:
+def watch(results, *, lag_ms=1, cpu_share=0.2, in_flight=1.0, every_s=1.0):
+    """What a worker that sent ``results`` sees of itself; ``in_flight`` scales the truth, cpu_share may be a list."""
+    spans = [(r.sent_ns, r.finished_ns) for r in results if r.sent_ns is not None]
+    seen, begin = [], 0
+    last = max((end for _, end in spans), default=0)
+    while begin < last:
+        end = min(begin + int(every_s * S), last)
+        busy = sum(max(0, min(over, end) - max(sent, begin)) for sent, over in spans)
+        k = len(seen)
+        seen.append(
+            Observation(
+                t_ns=end, loop_lag_max_ns=int(lag_ms * MS), loop_lag_p99_ns=int(lag_ms * MS),
+                cpu_share=cpu_share[min(k, len(cpu_share) - 1)] if isinstance(cpu_share, list) else cpu_share,
+                gc_pause_ns=0, events=0, bytes=0, sent=0, done=0, in_flight=in_flight * busy / (end - begin),
+                backlog=0, rss_bytes=10**8,
+            )
+        )  # fmt: skip
+        begin = end
+    return seen
+
+
+def write_run(path: Path, results, *, plan=None, workers=1, requests=None, spec=SPEC, seen=None, **manifest) -> Path:
     """A run directory. ``results``: rows, dealt to ``workers`` files; ``plan``: {request_id: fields} to differ from the
-    rows' own facts; ``requests``: plan size when some have no row."""
+    rows' own facts; ``requests``: plan size when some have no row; ``seen``: observations of worker 0."""
     path.mkdir(parents=True, exist_ok=True)
     by_id = {r.request_id: r for r in reversed(results)}
     requests = (max(by_id) + 1 if by_id else 0) if requests is None else requests
@@ -77,6 +99,10 @@ def write_run(path: Path, results, *, plan=None, workers=1, requests=None, spec=
         for result in results[worker::workers]:
             writer.append(result)
         writer.close()
+    if seen is not None:
+        observations = ObservationWriter(run.observations(0))
+        observations.write(seen)
+        observations.close()
     facts = {
         "run_id": path.name, "created": "2026-11-21T00:00:00Z", "status": "complete",
         "spec": replace(spec, workers=workers),

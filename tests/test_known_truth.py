@@ -258,7 +258,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_written(fake_server: StartS
     server = fake_server("--ttft", "0.01", "--itl", "0.001")
     trace = write_trace(tmp_path / "trace.jsonl", 1500, 0.002, input_tokens=2, output_tokens=40)
     small = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (49152, 49152)); from harness.cli import main; main()"
-    args = ("replay", trace, "--base-url", server.url, "--out", tmp_path / "runs", "--format", "json")
+    args = ("replay", trace, "--base-url", server.url, "--workers", "2", "--out", tmp_path / "runs", "--format", "json")
     done = subprocess.run(
         [sys.executable, "-c", small, *args],
         cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,

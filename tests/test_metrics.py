@@ -249,7 +249,7 @@ def test_every_planned_request_is_counted_once(fates, workers):
     with tempfile.TemporaryDirectory() as folder:
         s = summarise(run_of(Path(folder), rows, requests=len(fates), workers=workers), slo={"ttft": 1.0})
     r = s.requests
-    assert r.planned == len(fates) == r.succeeded + r.failed + r.unfinished + r.lost + r.not_due
+    assert r.planned == len(fates) == r.succeeded + r.failed + r.unfinished + r.lost + r.not_due + r.cancelled
     assert r.lost == fates.count("lost")
     assert sum(e.count for e in s.errors) == len(fates) - fates.count("ok")
     good_share = fates.count("ok") / len(fates) if fates else 0.0

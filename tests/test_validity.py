@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-from run_files import MS, SPEC, TIER, S, bad, good, write_run
+from run_files import MS, SPEC, TIER, S, bad, good, watch, write_run
 
-from analysis import metrics
+from analysis import load, metrics
 from analysis.load import read_run
 from analysis.summary import summarise
-from harness.run import Host, Replica, Worker
+from harness.run import Host, Replica, RunDir, Worker, read_manifest, write_manifest
 
 REPLICA = Replica(index=0, base_url="http://127.0.0.1:1/v1")
 CLOSED = replace(SPEC, mode="closed", concurrency=8)
+START = "process_start_time_seconds"
 INPUT, OUTPUT = "vllm:prompt_tokens_total", "vllm:generation_tokens_total"
 
 
@@ -58,6 +60,20 @@ GATES = {
     "rows": {"requests": 21},
     "success": {"results": [bad(i) for i in range(3)]},
     "lag": {"results": [*rows(19), good(19, lag_ms=101)]},
+    "arrival_process": {
+        "results": [good(i, i * 40 * MS, lag_ms=40 * (4 - i % 5)) for i in range(20)],
+        "spec": replace(SPEC, lag_bound_s=1.0),
+    },
+    "littles_law": {"seen": watch(rows(), in_flight=2.0)},
+    "server_restarts": {
+        "replicas": [
+            replace(
+                REPLICA,
+                counters_before={START: 5.0, "vllm:x_total": 3.0},
+                counters_after={START: 9.0, "vllm:x_total": 4.0},
+            )
+        ]
+    },
     "workers": {"workers_said": worker(exit="SIGKILL")},
     "generator_cpu": {"workers_said": worker(cpu_share=0.95)},
     "generator_lag": {"workers_said": worker(loop_lag_p99_s=0.2)},
@@ -69,6 +85,9 @@ GATES = {
 }
 
 LIMITS = {
+    "stamps": {"workers_said": worker(loop_lag_p99_s=0.005)},
+    "generator_stall": {"seen": watch(rows(), lag_ms=50)},
+    "unfinished": {"results": [*rows(19), bad(19, "stopped")]},
     "usage": {"results": changed(1, output_tokens=None)},
     "failures": {"results": [*rows(19), bad(19)]},
     "sample_size": {},
@@ -76,7 +95,7 @@ LIMITS = {
     "planned_rate": {"results": [good(0), *(good(i, lag_ms=99) for i in range(1, 10))]},
     "arrivals": {"spec": CLOSED},
     "concurrency": {"spec": CLOSED},
-    "littles_law": {"results": [*rows(19), bad(19, "timeout", took_ms=500)]},
+    "wasted_time": {"results": [*rows(19), bad(19, "timeout", took_ms=500)]},
     "shared_host": {"load_shares_server_host": True},
     "hardware": {"load_shares_server_host": True, "host": Host(cpu="x", cores=64, memory_gib=8.0, os="x")},
     "price_date": {"tier": replace(TIER, date="2026-01")},
@@ -88,8 +107,6 @@ def run_with(tmp_path, options):
     if "workers_said" in options:
         said = options.pop("workers_said")
         path = write_run(tmp_path / "run", rows())
-        from harness.run import RunDir, read_manifest, write_manifest
-
         manifest = read_manifest(path)
         manifest.workers = said
         write_manifest(RunDir(path), manifest)
@@ -134,7 +151,7 @@ def test_a_good_run_passes_everything_that_can_be_checked(tmp_path):
     n = 700
     s = summary(
         tmp_path, rows(n), replicas=counted(8 * n, 4 * n), load_shares_server_host=False,
-        tier=replace(TIER, date="2026-11-01"),
+        tier=replace(TIER, date="2026-11-01"), seen=watch(rows(n)),
     )  # fmt: skip
     assert s.verdict == "VALID"
     assert [c.name for c in s.checks if c.ok is False] == []
@@ -239,6 +256,169 @@ def test_no_figure_depends_on_when_it_is_read():
     """A verdict is a function of the run directory: the same files give the same verdict for ever."""
     for file in Path(metrics.__file__).parent.glob("*.py"):
         assert not re.search(r"\b(today|now|time\.time|monotonic)\(", file.read_text()), file.name
+
+
+def test_lag_is_judged_against_the_slo(tmp_path):
+    """5 % of the TTFT limit, if that is less than the run's own bound; also for an SLO given with the report."""
+    late = [good(i, lag_ms=30) for i in range(20)]
+    for limit, ok in (({}, True), (2.0, True), (0.5, False), (0.001, False)):
+        slo = {"ttft": limit} if limit else {"tpot": 0.01}
+        path = write_run(tmp_path / str(slo), late, spec=replace(SPEC, slo=slo))
+        assert check(summarise(read_run(path)), "lag").ok is ok
+        assert check(summarise(read_run(path), slo={"ttft": 0.5}), "lag").ok is False
+
+
+@pytest.mark.parametrize(
+    ("itl_ms", "lag_s", "gate", "fine"),
+    [(10, 0.001, True, True), (10, 0.0015, True, False), (10, 0.019, True, False), (10, 0.021, False, False),
+     (50, 0.005, True, True), (50, 0.045, True, False), (50, 0.055, False, False), (500, 0.11, False, False)],
+)  # fmt: skip
+def test_loop_lag_is_judged_against_the_gaps_that_were_timed(tmp_path, itl_ms, lag_s, gate, fine):
+    path = write_run(tmp_path / "run", rows(itl_ms=itl_ms))
+    manifest = read_manifest(path)
+    manifest.workers = worker(loop_lag_p99_s=lag_s)
+    write_manifest(RunDir(path), manifest)
+    s = summarise(read_run(path))
+    assert (check(s, "generator_lag").ok, check(s, "stamps").ok) == (gate, fine)
+
+
+def test_one_saturated_second_is_enough_in_a_short_run_and_one_in_a_hundred_later(tmp_path):
+    results = rows(1500)  # 150 s
+    for busy, ok in ((1, True), (2, False)):
+        seen = watch(results, cpu_share=[0.97] * busy + [0.2])
+        assert check(summary(tmp_path / f"{busy}", results, seen=seen), "generator_cpu").ok is ok
+    short = rows(100)
+    s = summary(tmp_path / "short", short, seen=watch(short, cpu_share=[0.97, 0.2]))
+    assert check(s, "generator_cpu").ok is False
+    assert "max second 97%" in check(s, "generator_cpu").observed
+    # A splinter of a second says nothing.
+    seen = watch(short)
+    seen.append(replace(seen[-1], t_ns=seen[-1].t_ns + 50 * MS, cpu_share=1.0, in_flight=0.0))
+    assert check(summary(tmp_path / "splinter", short, seen=seen), "generator_cpu").ok
+
+
+def arrivals(at_s, sent_s):
+    return [good(i, int(a * S), lag_ms=(b - a) * 1e3) for i, (a, b) in enumerate(zip(at_s, sent_s, strict=True))]
+
+
+@pytest.mark.parametrize("rate", [5, 50, 500])
+def test_honest_arrivals_pass_whatever_their_process(tmp_path, rate):
+    """Even, Poisson, bursts and whole seconds, each sent up to 3 ms late."""
+    random = np.random.default_rng(rate)
+    n = 20 * rate
+    even = np.arange(n) / rate
+    poisson = np.cumsum(random.exponential(1 / rate, n))
+    for name, at_s in {"even": even, "poisson": poisson, "bursts": even // 2 * 2, "grid": even // 1}.items():
+        sent_s = np.sort(at_s) + random.uniform(0, 0.003, n)
+        s = summary(tmp_path / name, arrivals(at_s, sent_s))
+        assert check(s, "arrival_process").ok, (name, check(s, "arrival_process").observed)
+
+
+@pytest.mark.parametrize("spoil", ["bunched", "stretched", "evened"])
+def test_another_process_than_the_planned_one_is_noticed(tmp_path, spoil):
+    """Bunched: a generator that wakes every 100 ms, so that lag alone looks fine. Evened: bursts that were smoothed."""
+    random = np.random.default_rng(1)
+    at_s = np.cumsum(random.exponential(0.02, 1000))
+    if spoil == "evened":
+        at_s = np.floor(np.arange(1000) / 50)
+    sent_s = {
+        "bunched": np.ceil(at_s / 0.1) * 0.1,
+        "stretched": at_s * 1.2,
+        "evened": at_s + np.arange(1000) % 50 / 50,
+    }[spoil]
+    s = summary(tmp_path, arrivals(at_s, sent_s), spec=replace(SPEC, lag_bound_s=1e6))
+    assert check(s, "arrival_process").ok is False, check(s, "arrival_process").observed
+    assert s.verdict == "INVALID"
+
+
+def test_littles_law_holds_for_any_shape_and_breaks_with_a_lost_tenth(tmp_path):
+    random = np.random.default_rng(2)
+    results = [good(i, int(random.uniform(0, 20 * S)), ttft_ms=random.exponential(900)) for i in range(400)]
+    assert check(summary(tmp_path, results, seen=watch(results)), "littles_law").ok
+    honest = watch(results)
+    s = summary(tmp_path / "lost", results[:360], seen=honest)
+    assert check(s, "littles_law").ok is False
+    assert check(summary(tmp_path / "unwatched", results), "littles_law").ok is None
+
+
+def test_warmup_rows_are_part_of_what_the_workers_saw(tmp_path):
+    results = rows(100)
+    s = summary(tmp_path, results, plan={i: {"phase": "warmup"} for i in range(50)}, seen=watch(results))
+    assert check(s, "littles_law").ok
+
+
+def test_a_warmup_by_time_counts_in_no_figure(tmp_path):
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Warm(type(SPEC)):
+        warmup_s: float | None = None
+
+    results = [good(i, ttft_ms=5000 if i < 5 else 50) for i in range(20)]
+    path = write_run(tmp_path / "run", results, spec=CLOSED)
+    cold = read_run(path)
+    manifest = replace(cold.manifest, spec=Warm(**{**asdict(CLOSED), "warmup_s": 0.5}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "read_manifest", lambda _: manifest)
+        warm = read_run(path)
+    assert (cold.planned, warm.planned, len(warm.warmup), warm.lost, warm.lost_warmup) == (20, 15, 5, 0, 0)
+    assert summarise(cold).metrics.ttft.mean.value > 1
+    assert summarise(warm).metrics.ttft.mean.value == pytest.approx(0.05)
+
+
+def test_cancelled_requests_are_neither_success_nor_failure(tmp_path):
+    hung_up = [bad(i, "cancelled", chunks_ms=[50, 60], took_ms=65) for i in range(15, 20)]
+    s = summary(
+        tmp_path, rows(15) + hung_up, spec=replace(SPEC, slo={"ttft": 1.0}), plan=as_planned(),
+        replicas=counted(8 * 20, 4 * 15 + 10),
+    )  # fmt: skip
+    assert (s.verdict, s.requests.cancelled, s.requests.failed, s.requests.offered) == ("VALID", 5, 0, 15)
+    assert (s.slo.attainment.value, s.slo.attainment.n) == (1.0, 15)
+    assert check(s, "failures").ok and check(s, "success").ok
+    assert check(s, "token_books").ok, "the server worked for them"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "ok"),
+    [
+        ({"vllm:a_total": 5.0}, {"vllm:a_total": 5.0}, True),
+        ({"vllm:a_total": 5.0}, {"vllm:a_total": 4.0}, False),
+        ({"vllm:a_total": 5.0, START: 100.5}, {"vllm:a_total": 9.0, START: 100.5}, True),
+        ({"vllm:a_total": 5.0, START: 100.5}, {"vllm:a_total": 9.0, START: 170.0}, False),
+        ({"vllm:a_total": 5.0}, None, None),
+        (None, None, None),
+    ],
+)
+def test_server_restarts(tmp_path, before, after, ok):
+    s = summary(tmp_path, replicas=[replace(REPLICA, counters_before=before, counters_after=after)])
+    assert check(s, "server_restarts").ok is ok
+    assert s.verdict == ("INVALID" if ok is False else "VALID")
+
+
+def test_the_books_count_requests_too(tmp_path):
+    def said(requests):
+        (replica,) = counted(160, 80)
+        replica.counters_before["vllm:request_success_total"] = 7.0
+        replica.counters_after["vllm:request_success_total"] = 7.0 + requests
+        return [replica]
+
+    for requests, ok in ((20, True), (21, False), (19, False)):
+        assert check(summary(tmp_path / str(requests), replicas=said(requests)), "token_books").ok is ok
+    with_failure = summary(tmp_path / "f", [*rows(), bad(20)], plan=as_planned(21), replicas=said(21))
+    assert check(with_failure, "token_books").ok, "the server may have finished what failed here"
+
+
+def test_a_turn_that_waited_may_be_due_later_than_planned_but_not_before_its_predecessor_ended(tmp_path):
+    first = good(0, 0)
+    plan = {1: {"after": 0, "think_ns": 5 * MS, "scheduled_ns": 10 * MS}}
+    for due, impossible in ((first.finished_ns + 5 * MS, 0), (first.finished_ns - MS, 1)):
+        run = read_run(write_run(tmp_path / str(due), [first, good(1, due)], plan=plan))
+        assert run.impossible == impossible
+
+
+def test_observations_that_cannot_be_read_are_a_problem_of_the_run(tmp_path):
+    path = write_run(tmp_path / "run", rows(), seen=watch(rows()))
+    RunDir(path).observations(0).write_bytes(b"rubbish")
+    s = summarise(read_run(path))
+    assert check(s, "files").ok is False and "worker-0.arrows" in check(s, "files").observed
 
 
 def test_a_minute_is_long_enough(tmp_path):

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pytest
 from conftest import ROOT, StartServer
 
-from harness.errors import PlanError
+from harness.errors import PlanError, ResultsError
+from harness.observations import read_observations
 from harness.plan import INFO_KEY, SCHEMA, PlanInfo
 from harness.results import read_results
 from scenarios.schedule import Planned, Schedule
@@ -43,9 +44,10 @@ def write_plan(path, n=40, gap_s=0.02, tokens=5, timed=True, **columns):
 class Worker:
     def __init__(self, folder, url, plan, *, worker=0, workers=1, env=None, **spec):
         self.results = Path(spec.pop("results", folder / f"results-{worker}.arrows"))
+        self.observations = folder / f"worker-{worker}.arrows"
         spec = {
             "worker": worker, "workers": workers, "plan": str(plan), "results": str(self.results), "mode": "open",
-            "base_urls": [url], "model": "fake", **spec,
+            "observations": str(self.observations), "base_urls": [url], "model": "fake", **spec,
         }  # fmt: skip
         file = folder / f"spec-{worker}.json"
         file.write_text(json.dumps(spec))
@@ -226,6 +228,81 @@ def test_a_session_waits_for_its_own_answers(fake_server: StartServer, start, tm
         assert row["sent_ns"] >= row["scheduled_ns"]
 
 
+# -- what a worker sees of itself -------------------------------------------------------------------------------------
+
+
+def test_a_worker_writes_down_its_own_state_every_second(fake_server: StartServer, start, tmp_path):
+    server = fake_server("--ttft", "0.05", "--itl", "0.01", "--pad", "300")
+    plan = write_plan(tmp_path / "plan.arrow", n=120, gap_s=0.02, tokens=20)
+    worker = start(server.url, plan).start()
+    _, end, rows = worker.end()
+    seen = read_observations(worker.observations)
+    columns = {name: seen.column(name).to_pylist() for name in seen.column_names}
+    t_s = np.diff([0, *columns["t_ns"]]) / 1e9
+    assert len(t_s) >= 3
+    assert t_s[:-1] == pytest.approx(1, abs=0.3), "once a second, on an absolute schedule"
+    # The whole of it is known from elsewhere: every request, every event, every byte and all time in flight.
+    assert sum(columns["sent"]) == sum(columns["done"]) == 120
+    chunks = sum(len(row["chunk_gap_ns"]) for row in rows)
+    assert 0.9 * chunks <= sum(columns["events"]) <= chunks + 240
+    assert sum(columns["bytes"]) == pytest.approx(chunks * 410, rel=0.2)
+    in_flight = sum(n * dt for n, dt in zip(columns["in_flight"], t_s, strict=True))
+    assert in_flight == pytest.approx(sum(r["finished_ns"] - r["sent_ns"] for r in rows) / 1e9, rel=0.1)
+    assert columns["gc_pause_ns"] == [0] * len(t_s), "the collector is off"
+    assert all(0 < share < 1.5 for share in columns["cpu_share"])
+    cpu = sum(share * dt for share, dt in zip(columns["cpu_share"], t_s, strict=True)) / sum(t_s)
+    assert cpu == pytest.approx(end["cpu_share"], rel=0.01)
+    lags = zip(columns["loop_lag_p99_ns"], columns["loop_lag_max_ns"], strict=True)
+    assert all(p99 is None or 0 <= p99 <= worst for p99, worst in lags)
+    assert columns["backlog"][-1] <= 1 and all(20e6 < rss < 1e9 for rss in columns["rss_bytes"])
+
+
+def test_a_stalled_loop_shows_in_its_second(fake_server: StartServer, tmp_path):
+    plan = write_plan(tmp_path / "plan.arrow", n=100, gap_s=0.02)
+    stall = (
+        "import gevent, time, gc\n"
+        "def stall():\n    time_sleep(0.4); gc.collect()\n"
+        "time_sleep = w.gevent.monkey.get_original('time', 'sleep')\n"
+        "begin = w.Observer.begin\n"
+        "w.Observer.begin = lambda self: (begin(self), gevent.spawn_later(1.2, stall))", "",
+    )  # fmt: skip
+    lines, words = run_patched(
+        tmp_path, fake_server("--ttft", "0.01").url, plan, stall, mode="open", concurrency=None,
+        observations=str(tmp_path / "seen.arrows"),
+    )  # fmt: skip
+    assert json.loads(lines[-1])["exit"] is None, words
+    seen = read_observations(tmp_path / "seen.arrows").to_pylist()
+    stalled = [row for row in seen if (row["loop_lag_max_ns"] or 0) > 0.35e9]
+    assert len(stalled) == 1
+    assert 1.2e9 < stalled[0]["t_ns"] < 3e9
+    assert stalled[0]["loop_lag_p99_ns"] > 0.3e9, "each tick missed in the stall counts"
+    assert stalled[0]["gc_pause_ns"] > 0
+    assert sum(row["gc_pause_ns"] > 0 for row in seen) == 1
+
+
+def test_observations_survive_a_kill(fake_server: StartServer, start, tmp_path):
+    server = fake_server("--ttft", "0.02", "--itl", "0.005")
+    worker = start(server.url, write_plan(tmp_path / "plan.arrow", n=400, gap_s=0.01)).start()
+    time.sleep(2.8)
+    worker.process.kill()
+    seen = read_observations(worker.observations)
+    assert seen.num_rows >= 1
+    torn = tmp_path / "torn.arrows"
+    torn.write_bytes(worker.observations.read_bytes()[:-7])
+    assert read_observations(torn).num_rows == seen.num_rows - 1
+    torn.write_bytes(b"")
+    assert read_observations(torn).num_rows == 0
+
+
+@pytest.mark.parametrize("content", [b"not arrow at all", None])
+def test_what_is_no_file_of_observations_is_said(tmp_path, content):
+    path = tmp_path / "seen.arrows"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ResultsError, match=r"seen\.arrows"):
+        read_observations(path)
+
+
 # -- how a run can end ------------------------------------------------------------------------------------------------
 
 
@@ -285,9 +362,19 @@ def test_the_drain_has_a_deadline(fake_server: StartServer, start, tmp_path):
     server = fake_server()
     plan = write_plan(tmp_path / "plan.arrow", n=5)
     began = time.monotonic()
-    _, _, rows = start(server.url, plan, drain_s=0.5, extra_body={"fault": "hang"}).start().end()
+    worker = start(server.url, plan, drain_s=0.5, extra_body={"fault": "hang"}).start()
+    time.sleep(0.5)
+    worker.tell("stop")
+    _, _, rows = worker.end()
     assert classes(rows) == {"stopped": 5}
     assert time.monotonic() - began < 10
+
+
+def test_a_plan_that_was_sent_whole_waits_for_every_answer(fake_server: StartServer, start, tmp_path):
+    server = fake_server("--ttft", "2")
+    plan = write_plan(tmp_path / "plan.arrow", n=5)
+    _, _, rows = start(server.url, plan, drain_s=0.1).start().end()
+    assert classes(rows) == {None: 5}, "to cut off what is slow would flatter the server"
 
 
 def test_told_to_stop_before_the_start(fake_server: StartServer, start, tmp_path):

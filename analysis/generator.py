@@ -1,0 +1,164 @@
+"""Was the load generator good enough to judge a server by? Its schedule, its processor, its clock, its own count.
+
+A late or busy client shifts every figure that it stamps, and nothing in the rows says so: the checks here use what the
+workers saw of themselves beside the rows. Bounds come from what is measured: an SLO, the gaps between tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from analysis import metrics
+from analysis.check import Check, check, limit, ms
+from analysis.load import Floats, Run
+
+CPU_BOUND = 0.9
+LITTLE_BOUND = 0.05
+LAG_OF_TTFT = 0.05
+"""Lag is counted into TTFT, so it may use up at most this share of the TTFT limit."""
+LAG_FLOOR_S = 0.002
+"""What this generator promises at half of its ceiling; a TTFT limit below 40 ms cannot be judged more finely."""
+STAMPS_FLOOR_S, STAMPS_OF_ITL = 0.001, 0.1
+"""Stamps as late as this change no figure that is printed: a tenth of a gap, or below what a network does anyway."""
+LOOP_FLOOR_S = 0.02
+"""Stamps this late are 5 % of the strictest TTFT limit in MLPerf Inference (450 ms, Llama-2-70B interactive)."""
+MOVED_BOUND = 0.05
+GAP_BOUND, GAP_FLOOR_S = 0.1, 0.005
+"""Arrivals closer together than one engine step (5 ms on the fastest) reach the scheduler together in any case."""
+MIN_ARRIVALS = 20
+TICK_S = 0.01
+"""In flight is sampled this often by the workers."""
+
+
+def lag_bound_s(run: Run, slo: Mapping[str, float]) -> float:
+    """How late a request may be sent, s: the run's own bound, or 5 % of the TTFT limit where that is less."""
+    bound = run.manifest.spec.lag_bound_s
+    return min(bound, max(LAG_FLOOR_S, LAG_OF_TTFT * slo["ttft"])) if "ttft" in slo else bound
+
+
+def lag(run: Run, bound_s: float) -> Check:
+    """Requests went out when planned: p99 of lag, or the largest below 100 requests, in an open loop."""
+    values = metrics.lag(run.rows)
+    values = values[np.isfinite(values)]
+    if not len(values) or run.manifest.spec.mode != "open":
+        return check("lag", None, "closed loop" if len(values) else "nothing sent", ms(bound_s), "nothing to do")
+    worst, which = _worst(values)
+    advice = "the generator could not keep the plan's times: more --workers, a lower rate, or a higher concurrency cap"
+    return check("lag", worst <= bound_s, f"{which} {ms(worst)}", f"at most {ms(bound_s)}", advice)
+
+
+def _worst(values: Floats) -> tuple[float, str]:
+    """99th percentile, or the largest of fewer than 100."""
+    if len(values) < 100:
+        return float(values.max()), "max"
+    return float(np.quantile(values, 0.99, method="inverted_cdf")), "p99"
+
+
+def arrival_process(run: Run) -> Check:
+    """What was sent has the planned shape in time: gaps between requests, and requests in each second.
+
+    Gaps: mean distance of the sorted gaps (Wasserstein-1), which unlike Kolmogorov-Smirnov does not take the jitter of
+    an even rate for another distribution. Seconds: share of requests that fell into another second than planned; the
+    seconds begin half a second before the first arrival, so that times on a grid of whole seconds lie in the middle.
+    """
+    sent = np.isfinite(run.rows.sent_s)
+    due, went = np.sort(run.rows.scheduled_s[sent]), np.sort(run.rows.sent_s[sent])
+    if run.manifest.spec.mode != "open" or len(due) < MIN_ARRIVALS:
+        why = "closed loop" if run.manifest.spec.mode != "open" else f"fewer than {MIN_ARRIVALS} requests"
+        return check("arrival_process", None, why, "as planned", "nothing to do")
+    off_s = float(np.abs(np.sort(np.diff(due)) - np.sort(np.diff(went))).mean())
+    mean_s = float(due[-1] - due[0]) / (len(due) - 1)
+    bound_s = max(GAP_BOUND * mean_s, GAP_FLOOR_S)
+    seconds = np.arange(due[0] - 0.5, max(due[-1], went[-1]) + 1.0)
+    planned, got = (np.histogram(times, bins=seconds)[0] for times in (due, went))
+    moved = float(np.abs(planned - got).sum()) / 2 / len(due)
+    return check(
+        "arrival_process",
+        off_s <= bound_s and moved <= MOVED_BOUND,
+        f"gaps {ms(off_s)} off in the mean, {moved:.1%} of requests in another second",
+        f"gaps at most {ms(bound_s)} off, at most {MOVED_BOUND:.0%} in another second",
+        "the generator bunched or stretched the planned arrivals: more --workers, a lower rate, or no concurrency cap",
+    )
+
+
+def generator_cpu(run: Run) -> Check:
+    """No load worker was short of processor, in the mean and in its worst second (p99 of seconds from 100 on)."""
+    shares = [w.cpu_share for w in run.manifest.workers if w.cpu_share is not None]
+    seconds = run.seconds.cpu_share[run.seconds.whole]
+    words = [f"busiest worker {max(shares):.0%} of a core"] if shares else []
+    if len(seconds):
+        worst, which = _worst(seconds)
+        words.append(f"{which} second {worst:.0%}")
+        shares.append(worst)
+    ok = max(shares) < CPU_BOUND if shares else None
+    advice = "the generator was the bottleneck: more --workers or a lower rate"
+    return check("generator_cpu", ok, ", ".join(words) or "not measured", f"below {CPU_BOUND:.0%}", advice)
+
+
+def _median_itl_s(run: Run) -> float:
+    gaps = metrics.itl(run.rows).seconds
+    return float(np.median(gaps)) if len(gaps) else 0.0
+
+
+def _loop_bound_s(run: Run, bound_s: float) -> float:
+    """Latest that stamps may be before the figures are the generator's: a whole gap, or what TTFT can bear."""
+    return min(bound_s, max(LOOP_FLOOR_S, _median_itl_s(run)))
+
+
+def generator_lag(run: Run, bound_s: float) -> Check:
+    """No load worker read its clock late: p99 lateness of its event loop over the run.
+
+    A stamp is as late as the loop. Once that reaches a whole gap between tokens, ITL is the client's own rhythm.
+    """
+    late = [w.loop_lag_p99_s for w in run.manifest.workers if w.loop_lag_p99_s is not None]
+    bound_s = _loop_bound_s(run, bound_s)
+    observed = f"p99 {ms(max(late))}" if late else "not measured"
+    advice = "stamps came late, so latencies are wrong: more --workers, or load workers on a machine of their own"
+    return check("generator_lag", max(late) <= bound_s if late else None, observed, f"at most {ms(bound_s)}", advice)
+
+
+def littles_law(run: Run) -> Check:
+    """Requests in flight as the workers saw them = request rate x mean time in flight as the rows say, over the run.
+
+    The two come from different places: a row that is missing, made up or has a wrong time breaks the law.
+    Source: Little, Operations Research 9(3), 1961.
+    """
+    seconds, bound = run.seconds, f"within {LITTLE_BOUND:.0%}"
+    known = np.isfinite(seconds.in_flight)
+    if seconds.unwatched or not known.any():
+        return check("littles_law", None, "the workers did not watch themselves", bound, "nothing to do")
+    end_s = float(seconds.t_s.max())
+    both = (run.rows, run.warmup)
+    begun, over = (np.concatenate([getattr(rows, name) for rows in both]) for name in ("sent_s", "finished_s"))
+    time_s = np.maximum(0.0, np.minimum(over, end_s) - begun)[np.isfinite(begun) & (begun < end_s)]
+    if not len(time_s):
+        return check("littles_law", None, "nothing sent", bound, "nothing to do")
+    seen = float((seconds.in_flight * seconds.length_s)[known].sum()) / end_s
+    rate, mean_s = len(time_s) / end_s, float(time_s.mean())
+    # each request is sampled to a tick at both ends
+    room = LITTLE_BOUND * max(seen, rate * mean_s) + 3 * TICK_S * math.sqrt(len(time_s)) / end_s
+    observed = f"rows: {rate:.3g} req/s x {ms(mean_s)} = {rate * mean_s:.3g}; workers saw {seen:.3g} in flight"
+    advice = "rows and workers contradict each other: rows were lost or their times are wrong; run again"
+    return check("littles_law", abs(rate * mean_s - seen) <= room, observed, bound, advice)
+
+
+def stamps(run: Run) -> Check:
+    """Stamps were fine enough for the gaps that were timed: p99 lateness of the event loop against the median itl."""
+    late = [w.loop_lag_p99_s for w in run.manifest.workers if w.loop_lag_p99_s is not None]
+    bound_s = max(STAMPS_FLOOR_S, STAMPS_OF_ITL * _median_itl_s(run))
+    observed = f"p99 {ms(max(late))} late" if late else "not measured"
+    advice = "the tail of itl is partly the generator's: load workers on cores of their own, or more --workers"
+    return limit("stamps", max(late) <= bound_s if late else None, observed, f"at most {ms(bound_s)}", advice)
+
+
+def generator_stall(run: Run, bound_s: float) -> Check:
+    """No load worker stood still: the longest stall of an event loop."""
+    stalls = run.seconds.loop_lag_max_s[np.isfinite(run.seconds.loop_lag_max_s)]
+    bound_s = _loop_bound_s(run, bound_s)
+    observed = f"longest {ms(float(stalls.max()))}" if len(stalls) else "not measured"
+    ok = bool(stalls.max() <= bound_s) if len(stalls) else None
+    advice = "what arrived in that time is stamped late (worker-*.arrows says when): free cores for the load workers"
+    return limit("generator_stall", ok, observed, f"at most {ms(bound_s)}", advice)
