@@ -11,9 +11,9 @@ TRACE  ?= scenarios/traces/azure-conv-2023.csv
 # to be had already); PyTorch's own wheel index only if it fails, because an unreachable extra index costs minutes of retries.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: help setup replay test lint clean
+.PHONY: help setup replay test lint browser clean
 help: ## show this
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 15) else f"Python 3.11-3.14 is needed, this is {v}: make PYTHON=python3.12 ...")'
@@ -29,13 +29,20 @@ setup: $(READY) ## make the environment: this project, vLLM for the CPU, test to
 replay: setup ## replay 60 real requests on a real vLLM server and print the price of a million tokens
 	$(BIN)/harness replay $(TRACE) --limit 60 --concurrency 8
 
-test: setup lint ## the whole test suite, with one end-to-end run on real vLLM
+test: setup lint browser ## the whole test suite, with one end-to-end run on real vLLM
 	$(BIN)/python -m pytest
+
+browser: # the report page is tested in a real browser where one can be had; elsewhere those tests are skipped, and say so
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null \
+	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
+	  || echo "no chromium here: the browser tests of the report page will be skipped"
 
 lint: setup ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+include tests/bench/bench.mk
 
 clean: ## remove the environment and caches (runs and model weights stay)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

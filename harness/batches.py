@@ -81,9 +81,7 @@ class Batches:
         nulls = {field.name: pa.nulls(n, field.type) for field in SCHEMA if columns.get(field.name) is None}
         return pa.record_batch([(columns | nulls)[name] for name in SCHEMA.names], schema=SCHEMA)
 
-    def _prompts(
-        self, records: list[TraceRecord], first: int, cycle: int
-    ) -> tuple[list[Ids | None], list[str | None]]:
+    def _prompts(self, records: list[TraceRecord], first: int, cycle: int) -> tuple[list[Ids | None], list[str | None]]:
         """Token ids and texts, one of each per record: at most one is set, neither where the trace has its own."""
         seed = self.spec.seed
         if cycle:  # shared prefixes of one pass over the trace must be unknown to the next
@@ -132,9 +130,7 @@ class _Sessions:
         """The trace starts over: its sessions are new ones."""
         self._last.clear()
 
-    def place(
-        self, records: list[TraceRecord], first: int
-    ) -> tuple[list[int], list[int | None], list[int | None]]:
+    def place(self, records: list[TraceRecord], first: int) -> tuple[list[int], list[int | None], list[int | None]]:
         """slice, after and think_ns of each record."""
         slices: list[int] = []
         after: list[int | None] = []

@@ -376,7 +376,8 @@ def replay(**options: Any) -> int:
     """Plan, serve, run and report in one go.
 
     TRACE is a production trace in any format that 'harness trace inspect' names, plain, gzip or zstd, also - (stdin)
-    and s3://bucket/key; scenarios/traces/README.md has the fields. Without --base-url a vLLM server is started on the default tier (this machine's CPU) with a small
+    and s3://bucket/key; scenarios/traces/README.md has the fields. Without --base-url a vLLM server is started on the
+    default tier (this machine's CPU) with a small
     model, and ended afterwards.
 
     Requests go out at the trace's own times (open loop) unless --concurrency is given (closed loop). Latency counts
@@ -571,11 +572,15 @@ Examples:
 @click.option("--region", metavar="REGION", help="Price it here; another region becomes a tier NAME-REGION.")
 @click.option("--spot", is_flag=True, help="Also a spot tier NAME-spot for each on-demand one.")
 @click.option(
-    "--spot-days", type=click.FloatRange(0, 90, min_open=True), default=7.0, show_default=True,
+    "--spot-days",
+    type=click.FloatRange(0, 90, min_open=True),
+    default=7.0,
+    show_default=True,
     help="Days of spot prices to take the mean of, each weighted by how long it held.",
 )
 @click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path),
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
     help="Tiers file to write. Default: HARNESS_TIERS, else ~/.config/harness/tiers.toml.",
 )
 @click.option("--dry-run", is_flag=True, help="Show old and new prices; write nothing.")

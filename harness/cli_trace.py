@@ -1,4 +1,4 @@
-"""The ``harness trace`` verbs: inspect, convert, sample, synth, anonymize. What they do is in `harness.trace_verbs`."""
+"""The ``harness trace`` verbs: inspect, convert, sample, synth, anonymize. `harness.traces.verbs` does the work."""
 
 from __future__ import annotations
 
@@ -136,9 +136,9 @@ Examples:
 )
 def inspect(**options: Any) -> int:
     """Say what a trace is: format, rows, rate over time, bursts, token lengths, sessions, prefix reuse."""
-    from harness import trace_verbs
+    from harness.traces import verbs
 
-    return trace_verbs.inspect(**options)
+    return verbs.inspect(**options)
 
 
 @trace.command(
@@ -161,9 +161,9 @@ def convert(**options: Any) -> int:
     --input-tokens and --output-tokens are for logs that have arrivals only; with --tokenizer the lengths of text are
     counted and written beside it.
     """
-    from harness import trace_verbs
+    from harness.traces import verbs
 
-    return trace_verbs.convert(**options)
+    return verbs.convert(**options)
 
 
 @trace.command(
@@ -183,9 +183,9 @@ Examples:
 @_SEED
 def sample(**options: Any) -> int:
     """Keep a window, N requests, or a thinner trace; sessions stay whole. Prints the shape before and after."""
-    from harness import trace_verbs
+    from harness.traces import verbs
 
-    return trace_verbs.sample(**options)
+    return verbs.sample(**options)
 
 
 @trace.command(
@@ -213,9 +213,9 @@ Examples:
 @_SEED
 def synth(**options: Any) -> int:
     """Make up a trace from distributions of gaps and lengths, or from ServeGen's client models."""
-    from harness import trace_verbs
+    from harness.traces import verbs
 
-    return trace_verbs.synth(**options)
+    return verbs.synth(**options)
 
 
 @trace.command(
@@ -235,6 +235,6 @@ def anonymize(**options: Any) -> int:
     Text is counted with --tokenizer; of its blocks only hashes stay, keyed with a random salt that is thrown away.
     Sessions are numbered.
     """
-    from harness import trace_verbs
+    from harness.traces import verbs
 
-    return trace_verbs.anonymize(**options)
+    return verbs.anonymize(**options)

@@ -41,9 +41,7 @@ def trust(ca: Path) -> None:
         context = ssl.create_default_context(cafile=str(ca))
     except (OSError, ssl.SSLError) as e:
         raise UsageError(f"{ca}: not a file of trusted certificates ({e})") from e
-    _OPENER = urllib.request.build_opener(
-        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
-    )
+    _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
 
 
 def normalise_base_url(url: str) -> str:

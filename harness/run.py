@@ -39,7 +39,8 @@ class RunSpec:
     duration_s: float | None = None
     """Stop sending after this long; null: until the plan is done."""
     drain_s: float = 60.0
-    """After the last send, wait this long for what is in flight, then mark it ``stopped``."""
+    """A run that is stopped, or cut by ``duration_s``, waits so long for what is in flight, then marks it ``stopped``.
+    A plan that was sent whole waits for every answer, as long as the request's own timeouts allow."""
     timeout_s: float = 600.0
     """A request not finished this long after it was sent fails with ``timeout``."""
     stall_s: float = 120.0

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("harness", "scenarios", "cluster", "analysis")
 # The only modules that may see all four packages, and only inside functions, so a verb loads what it needs.
-TOP = {"harness.cli", "harness.commands"}
+TOP = ("harness.cli", "harness.commands")
 MODULES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 
 
@@ -47,10 +47,10 @@ def test_imports_go_one_way(path: Path) -> None:
     for imported, eager in imports(path):
         target = imported.split(".")[0]
         if target in PACKAGES and target not in (package, "harness"):
-            assert name in TOP, f"{name} imports {imported}: only {sorted(TOP)} may"
+            assert name.startswith(TOP), f"{name} imports {imported}: only {TOP} may"
             assert not eager, f"{name} imports {imported} at module level: verbs load what they need"
         if package != "harness" and target == "harness":
-            assert imported not in TOP, f"{name} imports {imported}: nothing imports the command line"
+            assert not imported.startswith(TOP), f"{name} imports {imported}: nothing imports the command line"
         if target in ("locust", "gevent"):
             assert package == "scenarios", f"{name} imports {imported}: Locust's patching stays in scenarios"
         if target == "ray":

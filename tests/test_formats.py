@@ -553,7 +553,7 @@ def test_access_log_variants(tmp_path):
 
 
 def test_arrivals_alone_are_refused_until_lengths_are_stated():
-    from harness.distributions import draw_lengths, parse_lengths
+    from harness.traces.distributions import draw_lengths, parse_lengths
 
     path = SAMPLES / "envoy-constructed.log"
     assert "State the lengths" in problem(path)

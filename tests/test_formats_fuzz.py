@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from harness import source as source_module
 from harness.errors import TraceError
 from harness.formats import FORMATS
-from harness.shape import measure
 from harness.trace import open_trace
+from harness.traces.shape import measure
 
 SAMPLES = Path(__file__).resolve().parent.parent / "scenarios" / "traces"
 NAMES = [

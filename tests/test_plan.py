@@ -444,9 +444,7 @@ def test_lengths_need_a_vocabulary_and_text_does_not(tmp_path, text_vocabulary):
     with pytest.raises(PlanError, match=r"trace.jsonl:2: .*tokenizer"):
         build(trace_of(tmp_path, {"prompt": "a"}, {"input_tokens": 5}), tmp_path / "p", closed=True)
     with pytest.raises(PlanError, match="need a tokenizer"):
-        build(
-            trace_of(tmp_path, {"input_tokens": 5}), tmp_path / "p", closed=True, vocabulary=VOCABULARY, as_text=True
-        )
+        build(trace_of(tmp_path, {"input_tokens": 5}), tmp_path / "p", closed=True, vocabulary=VOCABULARY, as_text=True)
     assert [p.name for p in tmp_path.iterdir()] == ["trace.jsonl"]
     info = build(trace_of(tmp_path, {"prompt": "a"}), tmp_path / "p", closed=True, vocabulary=text_vocabulary)
     assert info.tokenizer is None  # it shaped nothing

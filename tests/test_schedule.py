@@ -174,9 +174,7 @@ def replay(fake_server: StartServer, tmp_path: Path):
     server = fake_server("--ttft", "0.03", "--itl", "0.005")
 
     def go(trace: Path, *args: str) -> tuple[dict[str, Any], RunDir, list[dict[str, Any]]]:
-        done = harness(
-            "replay", trace, "--base-url", server.url, "--out", tmp_path / "runs", "--format", "json", *args
-        )
+        done = harness("replay", trace, "--base-url", server.url, "--out", tmp_path / "runs", "--format", "json", *args)
         assert done.stdout.strip(), done.stderr
         run = RunDir(max((tmp_path / "runs").iterdir()))
         rows = [row for file in run.all_results() for row in read_results(file).to_pylist()]

@@ -19,17 +19,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from harness import shape as shape_module
-from harness.anonymize import anonymize, count_tokens
 from harness.cli_trace import trace as verbs
-from harness.distributions import parse_arrivals, parse_lengths
 from harness.errors import HarnessError, TraceError, UsageError
-from harness.reshape import Sample, sample
-from harness.shape import measure
-from harness.shape_text import described
-from harness.synth import read_servegen, synthesize
 from harness.trace import TraceRecord, open_trace
-from harness.trace_writer import write_trace
+from harness.traces import shape as shape_module
+from harness.traces.anonymize import anonymize, count_tokens
+from harness.traces.distributions import parse_arrivals, parse_lengths
+from harness.traces.reshape import Sample, sample
+from harness.traces.shape import measure
+from harness.traces.shape_text import described
+from harness.traces.synth import read_servegen, synthesize
+from harness.traces.writer import write_trace
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "scenarios" / "traces"

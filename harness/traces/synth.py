@@ -25,11 +25,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from harness.distributions import Distribution, Floats
 from harness.errors import TraceError, UsageError
 from harness.formats.row import MAX_TOKENS
 from harness.source import open_source, unpack
 from harness.trace import TraceRecord
+from harness.traces.distributions import Distribution, Floats
 
 _BATCH = 4096
 _MAX_MODEL_BYTES = 256 * 2**20

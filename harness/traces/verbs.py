@@ -13,10 +13,10 @@ import msgspec
 
 from harness.errors import EXIT_VALID, UsageError
 from harness.progress import console
-from harness.shape import Shape, measure
-from harness.shape_text import compared, described
 from harness.trace import Trace, TraceRecord, open_trace
-from harness.trace_writer import check_output, write_trace
+from harness.traces.shape import Shape, measure
+from harness.traces.shape_text import compared, described
+from harness.traces.writer import check_output, write_trace
 
 
 def inspect(trace: Path, format_: str, **options: Any) -> int:
@@ -24,7 +24,7 @@ def inspect(trace: Path, format_: str, **options: Any) -> int:
     source = _open(trace, options, arrivals_only=True)
     records: Iterable[TraceRecord] = source
     if options.get("tokenizer") is not None:
-        from harness.anonymize import anonymize, load_tokenizer
+        from harness.traces.anonymize import anonymize, load_tokenizer
 
         # Hashes of the text's blocks are all that is needed; the text is never kept.
         records = anonymize(
@@ -58,7 +58,7 @@ def convert(trace: Path, output: Path, **options: Any) -> int:
     source = _open(trace, options)
     records: Iterable[TraceRecord] = source
     if options.get("tokenizer") is not None:
-        from harness.anonymize import count_tokens, load_tokenizer
+        from harness.traces.anonymize import count_tokens, load_tokenizer
 
         records = count_tokens(source, load_tokenizer(options["tokenizer"]))
     _finish(source, records, output)
@@ -67,8 +67,8 @@ def convert(trace: Path, output: Path, **options: Any) -> int:
 
 def sample(trace: Path, output: Path, **options: Any) -> int:
     """A smaller trace, and what became of its shape."""
-    from harness.reshape import Sample
-    from harness.reshape import sample as choose
+    from harness.traces.reshape import Sample
+    from harness.traces.reshape import sample as choose
 
     check_output(output)
     how = Sample(**{field.name: options[field.name] for field in dataclasses.fields(Sample)})
@@ -87,8 +87,8 @@ def synth(output: Path, **options: Any) -> int:
     check_output(output)
     if options["servegen"] is not None:
         return _servegen(output, options)
-    from harness.distributions import parse_arrivals, parse_lengths
-    from harness.synth import synthesize
+    from harness.traces.distributions import parse_arrivals, parse_lengths
+    from harness.traces.synth import synthesize
 
     missing = [name for name in ("rate", "input_tokens", "output_tokens") if options[name] is None]
     if missing:
@@ -113,8 +113,8 @@ def synth(output: Path, **options: Any) -> int:
 
 def anonymize(trace: Path, output: Path, **options: Any) -> int:
     """A trace that may be shared."""
-    from harness.anonymize import anonymize as without_text
-    from harness.anonymize import load_tokenizer
+    from harness.traces.anonymize import anonymize as without_text
+    from harness.traces.anonymize import load_tokenizer
 
     check_output(output)
     tokenizer = None if options["tokenizer"] is None else load_tokenizer(options["tokenizer"])
@@ -129,7 +129,7 @@ def anonymize(trace: Path, output: Path, **options: Any) -> int:
 def _servegen(output: Path, options: dict[str, Any]) -> int:
     from itertools import islice
 
-    from harness.synth import read_servegen
+    from harness.traces.synth import read_servegen
 
     for name in ("rate", "input_tokens", "output_tokens"):
         if options[name] is not None:
@@ -164,7 +164,7 @@ class _Tap:
     """Records on their way through, measured as they pass."""
 
     def __init__(self, records: Iterable[TraceRecord]) -> None:
-        from harness.shape import Columns
+        from harness.traces.shape import Columns
 
         self._records = records
         self._columns = Columns()
@@ -183,7 +183,7 @@ def _open(trace: Path, options: dict[str, Any], *, arrivals_only: bool = False) 
     lengths = None
     stated = [options.get("input_tokens"), options.get("output_tokens")]
     if any(stated):
-        from harness.distributions import draw_lengths, parse_lengths
+        from harness.traces.distributions import draw_lengths, parse_lengths
 
         if not all(stated):
             raise UsageError("--input-tokens and --output-tokens go together")

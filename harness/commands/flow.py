@@ -1,0 +1,97 @@
+"""The flow: trace -> plan -> servers -> load -> rows -> report."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from harness.commands.output import print_json, say
+from harness.commands.reports import report
+from harness.commands.steps import StopRequest, check_load_options, copy_plan, execute, make_plan
+from harness.commands.targets import API_KEY, Target, choose_target
+from harness.errors import (
+    EXIT_VALID,
+    ServerError,
+    UsageError,
+)
+from harness.plan import read_plan_info
+from harness.run import (
+    PLAN,
+    RunDir,
+    create_run_dir,
+)
+from harness.trace import open_trace
+
+
+def replay(trace: Path, out: Path, **options: Any) -> int:
+    """Plan, serve, run, report."""
+    closed = check_load_options(options)
+    source = open_trace(trace, format=options["trace_format"], skip_bad=options["skip_bad"])
+    target = choose_target(options)
+    run = create_run_dir(out, f"{trace.name.split('.')[0]}-{target.label}")
+    say(f"run directory: {run.path}")
+    make_plan(source, run.plan, target, closed=closed, options=options)
+    return run_and_report(run, target, options)
+
+
+def plan(trace: Path, output: Path, format_: str, **options: Any) -> int:
+    """Trace -> plan file."""
+    source = open_trace(trace, format=options["trace_format"], skip_bad=options["skip_bad"])
+    options.setdefault("tier", None)
+    closed = check_load_options(options)
+    if closed and isinstance(options["warmup"], float):
+        raise UsageError("a closed loop has no planned times: say --warmup N requests, or the time to harness run")
+    info = make_plan(source, output, choose_target(options), closed=closed, options=options)
+    if format_ == "json":
+        print_json(info)
+    else:
+        print(output)
+    return EXIT_VALID
+
+
+def run(plan: Path, out: Path, **options: Any) -> int:
+    """Plan file -> run directory and report."""
+    info = read_plan_info(plan)
+    if info.arrivals == "closed" and not options["concurrency"]:
+        raise UsageError(f"{plan} is planned for a closed loop, without times: say --concurrency N")
+    if options["warmup"] and not (isinstance(options["warmup"], float) and options["concurrency"]):
+        raise UsageError("--warmup is part of the plan (harness plan); here it is a time in a closed loop, like 30s")
+    check_load_options({**options, "speed": None, "rate": None})
+    target = choose_target(options)
+    run_dir = create_run_dir(out, f"{plan.stem}-{target.label}")
+    say(f"run directory: {run_dir.path}")
+    copy_plan(plan, run_dir.path / PLAN)
+    return run_and_report(run_dir, target, options)
+
+
+def serve(out: Path, **options: Any) -> int:
+    """Start servers, keep them until asked to stop."""
+    target = choose_target({**options, "base_urls": ()})
+    run_dir = create_run_dir(out, f"serve-{target.label}")
+    stop = StopRequest()
+    with target.open(run_dir) as servers, stop:
+        if os.environ.get(API_KEY):
+            say(f"API key: as in {API_KEY}")
+        elif servers.api_key:
+            key_file = run_dir.path / "api-key"
+            key_file.touch(mode=0o600)
+            key_file.write_text(servers.api_key)
+            say(f"API key: export {API_KEY}=$(cat {key_file})")
+        say(f"model {servers.model}; logs in {run_dir.path}; Ctrl-C ends the servers")
+        for url in servers.base_urls:
+            print(url, flush=True)
+        while not stop.asked:
+            time.sleep(0.5)
+            for index, how in servers.check().items():
+                log = Path(servers.replicas[index].log or "")
+                raise ServerError(f"replica {index} is gone: {how}; see {log}")
+    say("servers ended")
+    return EXIT_VALID
+
+
+def run_and_report(run: RunDir, target: Target, options: dict[str, Any]) -> int:
+    """Send the plan of ``run`` to ``target``, write the record, print the report."""
+    execute(run, target, options)
+    return report([run.path], options["format_"], options["slo"], options["attain"], options["ratio"])

@@ -1,0 +1,34 @@
+"""What verbs say: words on stderr, data on stdout."""
+
+from __future__ import annotations
+
+import sys
+
+import msgspec
+
+from harness.progress import console
+
+
+def say(words: str) -> None:
+    """One line for the person, on stderr."""
+    console().print(words, markup=False)
+
+
+def print_json(value: object) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
+
+
+def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """A plain table on stdout."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    # Into a pipe there is no width to fit: never cut what a script or a pager will read.
+    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200).print(table)

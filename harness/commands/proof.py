@@ -1,0 +1,125 @@
+"""The load generator proves itself: what it can carry here, and whether another client sees the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from harness.commands.output import print_json, print_table, say
+from harness.commands.steps import check_load_options, choose_endpoint, copy_plan, execute
+from harness.commands.targets import UrlTarget, choose_target
+from harness.errors import (
+    EXIT_VALID,
+    UsageError,
+)
+from harness.plan import read_plan_info
+from harness.run import (
+    RunDir,
+    create_run_dir,
+)
+
+
+def crosscheck(plan: Path, out: Path, repeats: int, format_: str, **options: Any) -> int:
+    """The same plan with our client and with vLLM's, in turn, and both sides' figures."""
+    from analysis.crosscheck import compare, our_figures, their_figures
+    from analysis.load import read_run
+    from analysis.summary import summarise
+    from cluster.vllm_bench import check_can_run, run_vllm_bench
+
+    check_can_run()
+    info = read_plan_info(plan)
+    if info.arrivals == "closed" and not options["concurrency"]:
+        raise UsageError(f"{plan} is planned for a closed loop, without times: say --concurrency N")
+    if choose_endpoint(options["endpoint"], plan) == "chat":
+        raise UsageError(f"{plan} holds chat messages: the cross-check needs a plan for the completions endpoint")
+    options.setdefault("warmup", None)
+    check_load_options({**options, "speed": None, "rate": None})
+    target = choose_target(options)
+    if not isinstance(target, UrlTarget) or len(target.base_urls) != 1:
+        raise UsageError("the cross-check sends to one server that is there: give its --base-url (see harness serve)")
+    folder = create_run_dir(out, f"crosscheck-{target.label}").path
+    say(f"folder: {folder}")
+    ours, theirs, completed, notes = [], [], [], []
+
+    def run_ours(name: str) -> Any:
+        run = RunDir(folder / name)
+        run.path.mkdir()
+        copy_plan(plan, run.plan)
+        execute(run, target, options)
+        return summarise(read_run(run.path))
+
+    say("first our client once, uncounted: it leaves the server's prefix cache as every later run finds it")
+    run_ours("first")
+    for k in range(repeats):
+        found: dict[str, Any] = {}
+        for side in ("harness", "vllm") if k % 2 == 0 else ("vllm", "harness"):  # neither always comes after the other
+            say(f"repeat {k + 1} of {repeats}: {side}")
+            if side == "harness":
+                found[side] = run_ours(f"harness-{k}")
+            else:
+                found[side] = run_vllm_bench(
+                    plan, folder / f"vllm-{k}.json", base_url=target.base_urls[0], model=target.model,
+                    concurrency=options["concurrency"], extra_body=options["extra_body"], api_key=target.api_key,
+                )  # fmt: skip
+        summary, result = found["harness"], found["vllm"]
+        ours.append(our_figures(summary))
+        theirs.append(their_figures(result))
+        completed.append((summary.requests.succeeded, int(result.get("completed", 0))))
+        if summary.verdict != "VALID":
+            notes.append(f"our run {k + 1} is INVALID: {'; '.join(summary.reasons)}")
+    check = compare(ours, theirs, completed, notes)
+    (folder / "crosscheck.json").write_bytes(msgspec.json.format(msgspec.json.encode(check), indent=2) + b"\n")
+    if format_ == "json":
+        print_json(check)
+    else:
+        print_table(
+            ("figure", "unit", "harness", "vllm bench", "difference", "noise (95 %)", ""),
+            [
+                (f.name, f.unit, f"{f.ours:.3f}", f"{f.theirs:.3f}", f"{f.difference:+.3f}", f"{f.noise:.3f}",
+                 f.verdict.upper() if f.verdict == "differ" else f.verdict)
+                for f in check.figures
+            ],
+        )  # fmt: skip
+        for why in dict.fromkeys(f.why for f in check.figures if f.why):
+            names = ", ".join(f.name for f in check.figures if f.why == why)
+            print(f"{names}: {why}")
+        for note in check.notes:
+            print(f"note: {note}")
+        print(folder / "crosscheck.json")
+    return EXIT_VALID
+
+
+def calibrate(format_: str) -> int:
+    """Measure what one load worker on this machine can carry, and keep it for the planner."""
+    from cluster.calibrate import calibrate as measure
+    from cluster.weights import cache_dir
+    from harness.calibration import write_calibration
+
+    found = measure(say)
+    path = write_calibration(cache_dir(), found)
+    if format_ == "json":
+        print_json(found)
+        return EXIT_VALID
+    least = {True: "at least ", False: ""}
+    print_table(
+        ("one load worker here", "figure", "how"),
+        [
+            ("events/s", f"{least[found.events_at_least]}{found.events_per_s:,.0f}",
+             f"streams of 100 tokens/s, {found.events_cpu_share:.0%} of a core"),
+            ("requests/s", f"{least[found.requests_at_least]}{found.requests_per_s:,.0f}", "closed loop, 4 tokens"),
+            ("lag p50 / p99", f"{found.lag_p50_s * 1e3:.2f} / {found.lag_p99_s * 1e3:.2f} ms", "Poisson, 500 req/s"),
+            ("TTFT error p50 / p99", f"{found.ttft_error_p50_s * 1e3:+.2f} / {found.ttft_error_p99_s * 1e3:+.2f} ms",
+             f"against the server's truth, {found.timing_events_per_s:,.0f} events/s"),
+            ("ITL error p50 / p99", f"{found.itl_error_p50_s * 1e3:+.2f} / {found.itl_error_p99_s * 1e3:+.2f} ms",
+             "the same"),
+            ("CPU per event", f"{found.cpu_us_per_event:.1f} us", "the same"),
+        ],
+    )  # fmt: skip
+    for note in found.notes:
+        print(f"note: {note}")
+    if found.events_at_least or found.requests_at_least:
+        print('"at least": the known-truth server, not the worker, was the limit, or no limit was met')
+    print(f"{path} ({found.took_s:.0f} s)")
+    return EXIT_VALID

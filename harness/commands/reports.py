@@ -1,0 +1,66 @@
+"""Run directories -> verdict, figures, price; as text, Markdown, JSON or a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.commands.output import say
+from harness.errors import (
+    EXIT_INVALID,
+    EXIT_SLO_MISSED,
+    EXIT_VALID,
+    UsageError,
+)
+
+
+def report(
+    runs: Sequence[Path],
+    format_: str,
+    slo: dict[str, float] | None,
+    attain: float,
+    ratio: float,
+    html: Path | None = None,
+) -> int:
+    """Run directory -> report on stdout; one or several -> a page."""
+    from analysis.load import read_run
+    from analysis.report import render_json, render_markdown, render_text
+    from analysis.summary import exit_code, summarise
+
+    if html is not None:
+        return report_page(runs, html, slo=slo, attain=attain, ratio=ratio)
+    if len(runs) > 1:
+        raise UsageError(f"{len(runs)} runs are compared in a page: add --html report.html")
+    summary = summarise(read_run(runs[0]), slo=slo, ratio=ratio, attain=attain)
+    if format_ == "json":
+        print(render_json(summary))
+    elif format_ == "md":
+        print(render_markdown(summary))
+    else:
+        from rich.console import Console
+
+        render_text(summary, Console(highlight=False))
+    return exit_code(summary)
+
+
+def report_page(runs: Sequence[Path], html: Path, **options: Any) -> int:
+    """Run directories -> one page; its path on stdout. One run is in memory at a time."""
+    from analysis.compared import label_runs
+    from analysis.load import read_run
+    from analysis.page import write_page
+    from analysis.summary import exit_code, summarise
+    from analysis.view import view_run
+
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise UsageError("a run is named twice")
+    views = []
+    for path, label in zip(runs, label_runs(runs), strict=True):
+        run = read_run(path)
+        views.append(view_run(run, summarise(run, **options), label))
+        del run
+    size = write_page(html, views)
+    say(f"{html}: {size / 1e6:.2f} MB, stands alone; open it in a browser")
+    print(html)
+    codes = {exit_code(view.summary) for view in views}
+    return next((code for code in (EXIT_INVALID, EXIT_SLO_MISSED) if code in codes), EXIT_VALID)

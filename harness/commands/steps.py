@@ -1,0 +1,281 @@
+"""The steps between a trace and a run directory: plan, load, record."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from harness import probe
+from harness.build import build_plan
+from harness.commands.output import say
+from harness.commands.targets import LocalTarget, Servers, Target, UrlTarget
+from harness.errors import (
+    HarnessError,
+    UsageError,
+)
+from harness.headers import parse_headers
+from harness.plan import PlanInfo, PlanSpec, plan_sha256, read_plan_columns, read_plan_info
+from harness.progress import LoadProgress, console
+from harness.prompts import Vocabulary
+from harness.run import (
+    RunDir,
+    RunManifest,
+    RunSpec,
+    describe_host,
+    git_commit,
+    installed_versions,
+    now_utc,
+    write_manifest,
+)
+from harness.server_metrics import ServerMetrics
+from harness.trace import Trace
+
+HEALTH_EVERY_S = 2.0
+
+
+def check_load_options(options: dict[str, Any]) -> bool:
+    """Whether the loop is closed. Raises `UsageError` on options that exclude each other."""
+    closed = bool(options.get("concurrency"))
+    deciding = ("speed", "rate", "arrivals", "stages", "max_concurrency")
+    given = [name for name in deciding if options.get(name) not in (None, 0, (), "trace")]
+    if closed and given:
+        flag = "--" + given[0].replace("_", "-")
+        raise UsageError(f"--concurrency is a closed loop, where a free slot decides when to send: drop it or {flag}")
+    if options.get("speed") and options.get("rate"):
+        raise UsageError("--speed and --rate both rescale the trace's clock: give one")
+    if options.get("ramp_s") and not closed:
+        raise UsageError("--ramp is how a closed loop fills up: add --concurrency; in an open loop --stages can climb")
+    if "stream" in options.get("extra_body", {}):
+        raise UsageError("--extra-body must not say stream: use --no-stream, which knows what it cannot time then")
+    if options.get("no_stream") and {"ttft", "tpot"} & set(options.get("slo") or {}):
+        raise UsageError("--no-stream answers have no ttft and no tpot to promise: an SLO on e2e, or stream")
+    parse_headers(options.get("headers", ()))
+    return closed
+
+
+def make_plan(trace: Trace, out: Path, target: Target, *, closed: bool, options: dict[str, Any]) -> PlanInfo:
+    """Build the plan file, with prompts as the target counts them."""
+    has_messages = has_text = has_lengths_only = False
+    for record in islice(trace, options["limit"]):
+        has_messages |= record.messages is not None
+        has_text |= record.text is not None
+        has_lengths_only |= record.messages is None and record.text is None
+    chat = options["endpoint"] == "chat" or (options["endpoint"] == "auto" and has_messages)
+    if isinstance(target, LocalTarget):
+        target.check_prompts(chat=chat, text=has_text)
+    vocabulary: Vocabulary | None = None
+    if has_lengths_only:
+        if options["tokenizer"]:
+            vocabulary = Vocabulary.from_tokenizer(options["tokenizer"])
+        elif chat and isinstance(target, UrlTarget):
+            raise UsageError("chat takes text, and text of an exact length needs the tokenizer: give --tokenizer FILE")
+        else:
+            vocabulary = target.vocabulary()
+    started = time.monotonic()
+    warmup = options["warmup"]
+    share, after_s = options["cancel"] or (0.0, None)
+    spec = PlanSpec(
+        closed=closed, arrivals=options["arrivals"] or ("poisson" if options["stages"] else "trace"),
+        burstiness=options["burstiness"], stages=options["stages"] or (), speed=options["speed"], rate=options["rate"],
+        limit=options["limit"], duration_s=None if closed else options["duration_s"], repeat=options["repeat"],
+        warmup_requests=warmup if isinstance(warmup, int) else None,
+        warmup_s=warmup if isinstance(warmup, float) and not closed else None,
+        sessions=options["sessions"], cancel_share=share, cancel_after_s=after_s, seed=options["seed"], as_text=chat,
+    )  # fmt: skip
+    info = build_plan(trace, out, spec, vocabulary)
+    rate = f", {info.planned_rate:.2f} req/s" if info.planned_rate else ""
+    say(f"plan: {info.requests} requests from {info.trace_format} trace{rate} ({time.monotonic() - started:.1f} s)")
+    for note in [*info.notes, *too_long(out, target.max_model_len)]:
+        say(f"  note: {note}")
+    return info
+
+
+def too_long(plan: Path, max_model_len: int | None) -> list[str]:
+    """A warning when the server will refuse some of these requests for their length."""
+    import pyarrow.compute as pc
+
+    if max_model_len is None:
+        return []
+    lengths = read_plan_columns(plan, ["input_tokens", "output_tokens"])
+    total = pc.add(lengths.column("input_tokens"), pc.fill_null(lengths.column("output_tokens"), 1))
+    over = pc.sum(pc.greater(total, max_model_len)).as_py()
+    return (
+        [f"{over} requests are longer than the {max_model_len} tokens of this server: they will be rejected"]
+        if over
+        else []
+    )
+
+
+def copy_plan(source: Path, target: Path) -> None:
+    """Hard link when the file system allows (a plan can be gigabytes), else copy."""
+    import shutil
+
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def choose_endpoint(wanted: str, plan: Path) -> str:
+    """The API for this plan: chat if any request has messages and nothing else was asked for."""
+    if wanted != "auto":
+        return wanted
+    messages = read_plan_columns(plan, ["messages"]).column("messages")
+    return "chat" if messages.null_count < len(messages) else "completions"
+
+
+def choose_workers(plan: Path, options: dict[str, Any]) -> int:
+    """Load workers: as asked, else as many as the plan's busiest time needs at half of each one's ceiling; says why."""
+    from cluster.weights import cache_dir
+    from harness.calibration import demand, read_calibration, size_workers
+
+    in_flight = options["concurrency"] or options["max_concurrency"]
+    requests = read_plan_info(plan).requests
+    sizing = size_workers(
+        demand(plan, options["concurrency"]), read_calibration(cache_dir()), cores=describe_host().cores,
+        asked=options["workers"], most=min(requests, in_flight or requests),
+    )  # fmt: skip
+    say(sizing.words)
+    if sizing.warning:
+        say(f"warning: {sizing.warning}")
+    return sizing.workers
+
+
+def execute(run: RunDir, target: Target, options: dict[str, Any]) -> None:
+    """Send the plan of ``run`` to ``target``; the manifest always tells how it ended."""
+    from cluster.load import LoadWorkers
+
+    info = read_plan_info(run.plan)
+    stop = StopRequest()
+    with target.open(run) as servers:
+        spec = RunSpec(
+            mode="closed" if options["concurrency"] else "open",
+            concurrency=options["concurrency"] or options["max_concurrency"],
+            duration_s=options.get("duration_s") if options["concurrency"] else None,
+            timeout_s=options["timeout_s"], stall_s=options["stall_s"],
+            endpoint=choose_endpoint(options["endpoint"], run.plan),
+            model=servers.model, base_urls=servers.base_urls,
+            workers=choose_workers(run.plan, options),
+            slo=options["slo"] or {},
+            extra_body=({} if options["no_stream"] else servers.extra_body) | options["extra_body"],
+            headers=parse_headers(options["headers"]), stream=not options["no_stream"], balance=options["balance"],
+            retries=options["retries"], ramp_s=options["ramp_s"],
+            warmup_s=options["warmup"] if isinstance(options["warmup"], float) and options["concurrency"] else None,
+            tls_ca=str(options["tls_ca"].resolve()) if options["tls_ca"] else None,
+        )  # fmt: skip
+        manifest = describe(run, spec, info, servers)
+        write_manifest(run, manifest)
+        try:
+            with LoadWorkers(spec, run, api_key=servers.api_key, launch=servers.launch) as load, stop:
+                count_before(servers)
+                manifest.status, manifest.start_unix_ns = "running", load.start()
+                write_manifest(run, manifest)
+                with sample_servers(servers, run, manifest.start_unix_ns):
+                    watch(load, servers, stop, LoadProgress(console(), total=info.requests, span_s=info.span_s))
+                manifest.workers, manifest.end_ns = load.workers, load.end_ns
+            count_after(servers)
+            manifest.status, manifest.reason = ("stopped", "stopped by the user") if stop.asked else ("complete", None)
+        except (HarnessError, KeyboardInterrupt) as e:
+            manifest.status, manifest.reason = "failed", (str(e) or "stopped by the user").splitlines()[0]
+            raise
+        finally:
+            write_manifest(run, manifest)
+
+
+def describe(run: RunDir, spec: RunSpec, info: PlanInfo, servers: Servers) -> RunManifest:
+    """The manifest before the first request."""
+    return RunManifest(
+        run_id=run.path.name, created=now_utc(), spec=spec, plan=info, plan_sha256=plan_sha256(run.plan),
+        tier=servers.tier, engine=servers.engine, engine_version=servers.engine_version,
+        engine_args=servers.engine_args,
+        model=servers.model, model_facts=servers.model_facts, replicas=servers.replicas, host=describe_host(),
+        load_shares_server_host=servers.shares_host, versions=installed_versions(), git=git_commit(),
+    )  # fmt: skip
+
+
+def count_before(servers: Servers) -> None:
+    """Read every server's own counters just before the load."""
+    for r in servers.replicas:
+        r.counters_before = probe.counters(r.base_url, servers.api_key)
+
+
+def count_after(servers: Servers) -> None:
+    """Read them again just after, where the server is still there; say which replicas died."""
+    died = servers.check()
+    for r in servers.replicas:
+        r.exit = died.get(r.index)
+        if r.counters_before is not None and r.exit is None:
+            r.counters_after = settled_counters(r.base_url, servers.api_key)
+
+
+@contextmanager
+def sample_servers(servers: Servers, run: RunDir, start_unix_ns: int) -> Iterator[None]:
+    """Every server's own metrics, each second, beside the results."""
+    with ExitStack() as stack:
+        sampled = [
+            stack.enter_context(ServerMetrics(r.base_url, servers.api_key, run.server_metrics(r.index), start_unix_ns))
+            for r in servers.replicas
+        ]
+        yield
+    for metrics in sampled:
+        if metrics.trouble:
+            say(f"server metrics: {metrics.trouble}")
+
+
+def settled_counters(base_url: str, api_key: str | None) -> dict[str, float] | None:
+    """The counters once they stand still: vLLM books a request a moment after its client has the last byte."""
+    deadline = time.monotonic() + 5.0
+    last = probe.counters(base_url, api_key)
+    while time.monotonic() < deadline:
+        time.sleep(0.3)
+        now = probe.counters(base_url, api_key)
+        if now == last:
+            break
+        last = now
+    return last
+
+
+def watch(load: Any, servers: Servers, stop: StopRequest, progress: LoadProgress) -> None:
+    """Follow the load to its end: show progress, notice dead servers, pass on Ctrl-C."""
+    looked, told, dead = time.monotonic(), 0, set[int]()
+    with progress:
+        while not load.done:
+            progress.update(load.poll(0.5))
+            if stop.asked > told:
+                told = stop.asked
+                say("stopping: no new requests; waiting for those in flight (Ctrl-C again: at once)" if told == 1
+                    else "stopping at once")  # fmt: skip
+                load.stop(at_once=told > 1)
+            if time.monotonic() - looked > HEALTH_EVERY_S:
+                looked = time.monotonic()
+                for index, how in servers.check().items():
+                    if index not in dead:
+                        dead.add(index)
+                        say(f"replica {index} is gone: {how}; its requests fail from here on")
+
+
+class StopRequest:
+    """Counts SIGINT and SIGTERM while load runs, so that the run ends in order. Before and after, they raise."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._count)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _count(self, number: int, frame: FrameType | None) -> None:
+        self.asked += 1

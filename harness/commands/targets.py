@@ -1,0 +1,190 @@
+"""Where load goes: servers that are there already, or servers to start for this run."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import probe
+from harness.commands.output import say
+from harness.errors import (
+    UsageError,
+)
+from harness.prompts import Vocabulary
+from harness.run import (
+    Replica,
+    RunDir,
+    Tier,
+)
+
+if TYPE_CHECKING:
+    from cluster.load import Launch
+    from cluster.models import Model
+
+
+API_KEY = "HARNESS_API_KEY"
+DUMMY_BODY: dict[str, object] = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+"""Dummy weights come without a tokenizer, so chunks have no text: the server counts their tokens for us."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Servers:
+    """Where the load goes, whoever started it."""
+
+    engine: str
+    model: str
+    """The name to send."""
+    replicas: list[Replica]
+    tier: Tier | None
+    api_key: str | None
+    engine_version: str | None = None
+    engine_args: list[str] = field(default_factory=list)
+    model_facts: dict[str, str] = field(default_factory=dict)
+    extra_body: dict[str, object] = field(default_factory=dict)
+    """Fields of every streamed request that this server needs."""
+    tokenizer: Path | None = None
+    shares_host: bool | None = None
+    launch: Launch | None = None
+    """How load workers are started; None: as children of this process."""
+    check: Callable[[], dict[int, str]] = dict
+    """Replicas that died, index -> how."""
+
+    @property
+    def base_urls(self) -> list[str]:
+        """One per replica."""
+        return [r.base_url for r in self.replicas]
+
+
+class UrlTarget:
+    """Servers that are there already. Nothing is started but load workers."""
+
+    def __init__(self, base_urls: list[str], model: str | None, tier: Tier | None) -> None:
+        self._key = os.environ.get(API_KEY) or None
+        self._urls = [probe.normalise_base_url(url) for url in base_urls]
+        found = probe.find_model(self._urls[0], self._key, model)
+        self._model, self._longest = found.id, found.max_model_len
+        for url in self._urls[1:]:
+            probe.find_model(url, self._key, self._model)
+        self._tier = tier
+        self.label = self._model.rsplit("/", 1)[-1]
+
+    @property
+    def base_urls(self) -> list[str]:
+        """Where it is."""
+        return self._urls
+
+    @property
+    def model(self) -> str:
+        """The name to send."""
+        return self._model
+
+    @property
+    def api_key(self) -> str | None:
+        """The key of the environment; null when there is none."""
+        return self._key
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Longest input plus output, tokens; null when the server does not say."""
+        return self._longest
+
+    def vocabulary(self) -> Vocabulary:
+        """Ordinary token ids, as this server counts them."""
+        ids = probe.ordinary_token_ids(self._urls[0], self._key, self._model)
+        return Vocabulary.from_ids(ids, name=f"{self._model} at the server")
+
+    @contextmanager
+    def open(self, run: RunDir) -> Iterator[Servers]:
+        """The servers, as they are."""
+        replicas = [Replica(index=i, base_url=url) for i, url in enumerate(self._urls)]
+        version = probe.engine_version(self._urls[0], self._key)
+        yield Servers(
+            engine="url",
+            model=self._model,
+            replicas=replicas,
+            tier=self._tier,
+            api_key=self._key,
+            engine_version=version,
+        )
+
+
+class LocalTarget:
+    """Servers that a Ray cluster starts for this run: this machine's own, or the one RAY_ADDRESS names."""
+
+    def __init__(self, model: Model, tier: Tier, replicas: int) -> None:
+        self._model, self._tier, self._replicas = model, tier, replicas
+        self._weights: Path | None = None
+        self.label = model.name.rsplit("/", 1)[-1]
+
+    def weights(self) -> Path:
+        """The weights' folder, fetched on first use."""
+        from cluster.weights import ensure_weights
+
+        if self._weights is None:
+            self._weights = ensure_weights(self._model, say=say)
+        return self._weights
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Longest input plus output it is served with, tokens."""
+        return self._model.max_model_len
+
+    def vocabulary(self) -> Vocabulary:
+        """The model's own tokenizer; dummy weights have none, so any ids but the special ones."""
+        if self._model.dummy:
+            assert self._model.vocab_size is not None
+            special = {self._model.bos_token_id, self._model.eos_token_id}
+            return Vocabulary.from_ids(set(range(self._model.vocab_size)) - special, name=self._model.name)
+        return Vocabulary.from_tokenizer(self.weights())
+
+    def check_prompts(self, *, chat: bool, text: bool) -> None:
+        """Raises `UsageError` for prompts that this model cannot be sent."""
+        if self._model.dummy and (chat or text):
+            raise UsageError(
+                f"{self._model.name} has no tokenizer, so it takes token ids alone: use a trace of lengths, without "
+                f"messages or text, and the completions endpoint"
+            )
+
+    @contextmanager
+    def open(self, run: RunDir) -> Iterator[Servers]:
+        """Start the servers; end them whatever happens inside."""
+        from cluster.deployment import Deployment
+
+        key = os.environ.get(API_KEY) or secrets.token_urlsafe(24)
+        with Deployment(
+            model=self._model, weights=self.weights(), tier=self._tier, replicas=self._replicas, run_dir=run.path,
+            api_key=key, say=say,
+        ) as d:  # fmt: skip
+            yield Servers(
+                engine=d.engine, model=self._model.name, replicas=d.replicas, tier=self._tier, api_key=key,
+                engine_version=d.engine_version, engine_args=d.engine_args, model_facts=d.model_facts,
+                shares_host=d.shares_host, launch=d.launch, check=d.check,
+                extra_body=DUMMY_BODY if self._model.dummy else {},
+            )  # fmt: skip
+
+
+Target = UrlTarget | LocalTarget
+
+
+def choose_target(options: dict[str, Any]) -> Target:
+    """Existing servers when --base-url is given, else servers to start. Raises `UsageError` on unknown names."""
+    from cluster.tiers import DEFAULT_TIER, get_tier
+
+    if options["base_urls"]:
+        if options.get("tls_ca"):
+            probe.trust(options["tls_ca"])
+        tier = get_tier(options["tier"]) if options["tier"] else None
+        return UrlTarget(list(options["base_urls"]), options["model"], tier)
+    from cluster.models import DEFAULT_MODEL, for_tier, get_model
+    from cluster.vllm import check_fit
+
+    model, tier = get_model(options["model"] or DEFAULT_MODEL), get_tier(options["tier"] or DEFAULT_TIER)
+    if options.get("replicas"):  # `harness plan` starts nothing
+        check_fit(model, tier)
+        model = for_tier(model, tier.accelerator)
+    return LocalTarget(model, tier, options.get("replicas", 1))
