@@ -142,6 +142,8 @@ class _Survey:
     """ns from the first; empty when the trace has no times."""
     lengths_only: int
     longest_output: int
+    open_ended: int
+    """Rows that do not say how many tokens to generate."""
     hang_ups: int
     adapters: tuple[str, ...]
     """Models or adapters that rows ask for, the first few."""
@@ -158,7 +160,7 @@ def _survey(
 ) -> _Survey:
     """Read the trace up to ``limit`` rows or the first at or after ``cut_ns`` (trace clock)."""
     arrivals = array("q")
-    requests = lengths_only = longest_output = hang_ups = 0
+    requests = lengths_only = longest_output = open_ended = hang_ups = 0
     adapters: dict[str, None] = {}
     ended_early = False
     with contextlib.closing(iter(trace)) as records:
@@ -183,6 +185,7 @@ def _survey(
                         "the tokenizer of the model (--tokenizer FILE), or name a server to learn its token ids from"
                     )
             longest_output = max(longest_output, record.output_tokens or 0)
+            open_ended += record.output_tokens is None
             hang_ups += record.cancel_after_s is not None
             if record.adapter is not None and len(adapters) <= _ADAPTERS_LISTED:
                 adapters[record.adapter] = None
@@ -191,7 +194,8 @@ def _survey(
                 break
     return _Survey(
         requests=requests, arrivals=np.array(arrivals, dtype=np.int64), lengths_only=lengths_only,
-        longest_output=longest_output, hang_ups=hang_ups, adapters=tuple(adapters), ended_early=ended_early,
+        longest_output=longest_output, open_ended=open_ended, hang_ups=hang_ups,
+        adapters=tuple(adapters), ended_early=ended_early,
     )  # fmt: skip
 
 
@@ -341,4 +345,9 @@ def _notes(
     if survey.adapters:
         more = " and more" if len(survey.adapters) > _ADAPTERS_LISTED else ""
         notes.append(f"rows ask for their own model: {', '.join(survey.adapters[:_ADAPTERS_LISTED])}{more}")
+    if survey.open_ended and spec.max_output_tokens is None:
+        notes.append(
+            f"{survey.open_ended} rows do not say how many tokens to generate: the server decides "
+            "(vLLM's completions end after 16 tokens)"
+        )
     return notes

@@ -109,7 +109,9 @@ def test_duration_cuts_by_planned_time(tmp_path):
 
 def test_a_trace_shorter_than_the_duration_is_noted(tmp_path):
     info = build(trace_of(tmp_path, *at(0, 1, 2)), tmp_path / "p", closed=False, duration_s=60.0)
-    assert info.notes == ["the trace ends at 2.0 s of the 60 s asked for"]
+    assert info.notes[0] == "the trace ends at 2.0 s of the 60 s asked for"
+    assert info.notes[1].startswith("3 rows do not say how many tokens")
+    assert len(info.notes) == 2
 
 
 def test_limit_keeps_the_first_rows_and_does_not_read_on(tmp_path):
@@ -265,6 +267,11 @@ def test_own_times_repeat_one_mean_gap_after_the_last_row(tmp_path):
         build(trace_of(tmp_path, *at(3, 3)), tmp_path / "s", closed=False, limit=5, repeat=True)
 
 
+OPEN_ENDED = (
+    "{} rows do not say how many tokens to generate: the server decides (vLLM's completions end after 16 tokens)"
+)
+
+
 def test_chance_is_said(tmp_path):
     trace = trace_of(tmp_path, *at(*range(30)))
     notes = [
@@ -272,7 +279,7 @@ def test_chance_is_said(tmp_path):
         for seed in range(20)
     ]
     assert any("chance" in note for each in notes for note in each)
-    assert build(trace, tmp_path / "p", closed=False, arrivals="constant", rate=2.0).notes == []
+    assert build(trace, tmp_path / "p", closed=False, arrivals="constant", rate=2.0).notes == [OPEN_ENDED.format(30)]
 
 
 # --- phases, sessions, hang-ups --------------------------------------------------------------------------------------
@@ -471,7 +478,7 @@ def test_info_is_in_the_file_and_the_books_balance(tmp_path):
     assert read_plan_info(tmp_path / "p") == info
     assert (info.rows_read, info.rows_kept, sum(info.rows_dropped.values())) == (4, 2, 2)
     assert info.trace == "trace.jsonl"
-    assert len(info.notes) == 2
+    assert info.notes[2:] == [OPEN_ENDED.format(2)]
     assert next(iter_requests(tmp_path / "p")) == Request(
         request_id=0, phase="measured", scheduled_ns=0, slice=0, after=None, think_ns=None, input_tokens=None,
         output_tokens=None, prompt_token_ids=None, prompt_text="a", messages=None,
@@ -579,3 +586,10 @@ def test_a_flipped_byte_is_a_plan_error_or_harmless(tmp_path):
         bad[position] ^= 0xFF
         good.write_bytes(bytes(bad))
         readers(good)  # must not raise anything but PlanError, nor crash
+
+
+def test_rows_that_leave_the_length_to_the_server_are_said(tmp_path):
+    trace = tmp_path / "t.jsonl"
+    trace.write_text('{"arrival_s": 0, "prompt": "a"}\n{"arrival_s": 1, "prompt": "b", "output_tokens": 4}\n')
+    info = build_plan(open_trace(trace), tmp_path / "p.arrow", PlanSpec(closed=False))
+    assert [note for note in info.notes if note.startswith("1 rows do not say")]
