@@ -14,7 +14,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import harness
+from conftest import harness, wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_files import MS, SPEC, TIER, S, bad, good, write_run
@@ -418,7 +418,8 @@ def visit(browser, tmp_path):
         tab.on("pageerror", lambda e: said.append(str(e)))
         tab.on("request", lambda r: asked.append(r.url))
         tab.goto(out.as_uri())
-        tab.wait_for_function("document.querySelectorAll('canvas').length > 0")
+        # Not wait_for_function: it polls by eval, which the page's own policy forbids.
+        wait_for(lambda: tab.evaluate("document.querySelectorAll('canvas').length > 0"), 20, "a chart")
         return tab
 
     yield go
@@ -448,7 +449,8 @@ def test_browser_draws_every_chart_and_asks_for_nothing(visit, tmp_path):
     assert min(drawn) > 0.005
     assert tab.evaluate("document.documentElement.scrollWidth") <= 1200
     tab.set_viewport_size({"width": 380, "height": 800})
-    tab.wait_for_function("[...document.querySelectorAll('.uplot')].every((u) => u.clientWidth <= 380)")
+    narrow = "[...document.querySelectorAll('.uplot')].every((u) => u.clientWidth <= 380)"
+    wait_for(lambda: tab.evaluate(narrow), 20, "charts as narrow as the window")
     assert tab.evaluate("document.documentElement.scrollWidth") <= 380
 
 
@@ -506,14 +508,14 @@ def test_browser_zooms_all_of_the_timeline_together(visit, tmp_path):
     tab.mouse.down()
     tab.mouse.move(box["x"] + 300, y, steps=5)
     tab.mouse.up()
-    tab.wait_for_function(f"(before) => ({last})() !== before", arg=whole)
+    wait_for(lambda: tab.evaluate(f"(before) => ({last})() !== before", whole), 20, "another range")
 
 
 def test_browser_draws_each_run_when_it_is_opened_and_all_on_paper(visit, tmp_path):
     tab = visit(view(tmp_path / "a", label="a"), view(tmp_path / "b", label="b"))
     closed = len(ink(tab))
     tab.locator("details.run summary").first.click()
-    tab.wait_for_function(f"document.querySelectorAll('canvas').length > {closed}")
+    wait_for(lambda: tab.evaluate(f"document.querySelectorAll('canvas').length > {closed}"), 20, "the closed charts")
     assert min(ink(tab, "details[open] figure")) > 0.005
     assert len(tab.pdf()) > 20_000
     assert tab.locator("details[open]").count() == 1  # as it was before printing
