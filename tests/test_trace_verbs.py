@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from harness.cli_trace import trace as verbs
+from harness.cli.trace import trace as verbs
 from harness.errors import HarnessError, TraceError, UsageError
 from harness.trace import TraceRecord, open_trace
 from harness.traces import shape as shape_module
@@ -245,7 +245,7 @@ def test_inspect_every_sample(path):
 
 def test_inspect_standard_input_and_a_terminal_of_ascii():
     code = (
-        "from harness.cli import cli, main\nfrom harness.cli_trace import trace\n"
+        "from harness.cli import cli, main\nfrom harness.cli.trace import trace\n"
         "'trace' in cli.commands or cli.add_command(trace)\nmain(['trace', 'inspect', '-'])"
     )
     done = subprocess.run(

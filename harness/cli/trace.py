@@ -2,68 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+from harness.cli.options import Duration, Window, stack
 
-_UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
-
-
-def _seconds(text: str) -> float:
-    text = text.strip()
-    unit = next((unit for unit in ("ms", "s", "m", "h", "d") if text.endswith(unit)), "")
-    value = float(text.removesuffix(unit)) * _UNITS[unit or "s"]
-    if not 0 <= value < 1e10:
-        raise ValueError
-    return value
-
-
-class Seconds(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
-    """Seconds from ``90``, ``90s``, ``1.5m``, ``2h``, ``3d`` (also ``150ms``)."""
-
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The value in seconds; fails with what is accepted."""
-        try:
-            return value if isinstance(value, float) else _seconds(str(value))
-        except ValueError:
-            self.fail(f"{value!r} is no duration: write 90, 90s, 1.5m, 2h or 3d", param, ctx)
-
-
-class Window(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
-    """Begin and end in seconds of trace time from ``10m:20m``."""
-
-    name = "window"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
-        """(begin, end); fails with what is accepted."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            begin, end = str(value).split(":")
-            window = _seconds(begin or "0"), _seconds(end)
-        except ValueError:
-            window = 0.0, 0.0
-        if window[0] >= window[1]:
-            self.fail(f"{value!r} is no window: write its begin and end, like 10m:20m or 0:90s", param, ctx)
-        return window
-
-
-def _stack(*options: Decorator) -> Decorator:
-    def apply(function: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return apply
-
-
-_READ = _stack(
+_READ = stack(
     click.argument("trace", type=click.Path(path_type=Path)),
     click.option("--trace-format", metavar="NAME", help="Force the trace format instead of detecting it by content."),
     click.option(
@@ -83,7 +29,7 @@ _OUTPUT = click.option(
     help="File to write: .jsonl, .jsonl.gz or .parquet; never overwritten.",
 )
 _SEED = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of what is random.")
-_LENGTHS = _stack(
+_LENGTHS = stack(
     click.option(
         "--input-tokens", metavar="DIST", help="Input lengths: 512, lognormal:mean=800,cv=1, uniform:low=1,high=9 ..."
     ),
@@ -207,7 +153,7 @@ Examples:
 )
 @_LENGTHS
 @click.option("--requests", type=click.IntRange(min=1), help="How many.")
-@click.option("--duration", "duration_s", type=Seconds(), help="For how long, e.g. 10m.")
+@click.option("--duration", "duration_s", type=Duration(), help="For how long, e.g. 10m.")
 @click.option("--servegen", type=click.Path(exists=True, path_type=Path), help="ServeGen client models, a folder.")
 @click.option("--window", "window_s", type=Window(), help="With --servegen: this part of the model's time, 10h:11h.")
 @_SEED

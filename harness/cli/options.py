@@ -1,21 +1,17 @@
-"""The verbs: options, help and exit codes. What a verb does is in `harness.commands`, imported when the verb runs."""
+"""Parameter types and option stacks that several verbs share."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import re
-import signal
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from harness import __version__
-from harness.cli_trace import trace
-from harness.errors import EXIT_VALID, HarnessError, UsageError
+from harness.errors import UsageError
 
 EXIT_STATUS = """\b
 Exit status:
@@ -36,7 +32,7 @@ Environment:
 
 
 class Duration(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
-    """Seconds from ``90``, ``90s``, ``1.5m`` or ``2h`` (also ``150ms``)."""
+    """Seconds from ``90``, ``90s``, ``1.5m``, ``2h`` or ``3d`` (also ``150ms``)."""
 
     name = "duration"
 
@@ -46,8 +42,24 @@ class Duration(click.ParamType):  # type: ignore[type-arg]  # generic only in ne
             return value
         seconds = parse_duration(str(value))
         if seconds is None or not 0 < seconds < 1e8:
-            self.fail(f"{value!r} is no duration: write 90, 90s, 1.5m, 2h or 150ms", param, ctx)
+            self.fail(f"{value!r} is no duration: write 90, 90s, 1.5m, 2h, 3d or 150ms", param, ctx)
         return seconds
+
+
+class Window(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
+    """Begin and end in seconds of trace time from ``10m:20m``."""
+
+    name = "window"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+        """(begin, end); fails with what is accepted."""
+        if isinstance(value, tuple):
+            return value
+        begin, _, end = str(value).partition(":")
+        begin_s, end_s = parse_duration(begin or "0"), parse_duration(end)
+        if begin_s is None or end_s is None or not begin_s < end_s < 1e10:
+            self.fail(f"{value!r} is no window: write its begin and end, like 10m:20m or 0:90s", param, ctx)
+        return begin_s, end_s
 
 
 class Slo(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
@@ -143,28 +155,10 @@ class JsonObject(click.ParamType):  # type: ignore[type-arg]  # generic only in 
 
 def parse_duration(text: str) -> float | None:
     """Seconds; null when ``text`` is no duration."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)?", text.strip())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?", text.strip())
     if not match:
         return None
-    return float(match[1]) * {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}[match[2] or "s"]
-
-
-@click.group(
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog=f"{EXIT_STATUS}\n{ENVIRONMENT}",
-)
-@click.version_option(__version__, prog_name="harness")
-def cli() -> None:
-    r"""Replay a production trace against LLM servers and learn what a million tokens costs.
-
-    \b
-    The whole job:        harness replay trace.jsonl
-    Against your server:  harness replay trace.jsonl --base-url http://host:8000/v1 --model NAME
-    Step by step:         harness plan -> harness serve -> harness run -> harness report
-
-    Every step reads and writes files, so each can be repeated and looked at on its own. Data goes to stdout, words to
-    stderr. Every verb that prints figures takes --format json.
-    """
+    return float(match[1]) * {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}[match[2] or "s"]
 
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -351,289 +345,3 @@ JSON_OPTION = click.option(
     show_default=True,
     help="How to print it.",
 )
-
-
-@cli.command(
-    short_help="Plan, serve, run and report in one go.",
-    epilog=f"""\b
-Examples:
-  harness replay trace.jsonl
-  harness replay AzureLLMInferenceTrace_conv.csv --limit 60 --concurrency 8
-  harness replay trace.jsonl --rate 8 --duration 5m --slo ttft=2s,tpot=100ms
-  harness replay trace.jsonl --stages 2m@4,2m@4..8,5m@8 --repeat --warmup 1m
-  harness replay trace.jsonl --base-url http://10.0.0.5:8000/v1 --model mistral-7b
-
-{EXIT_STATUS}
-{ENVIRONMENT}""",
-)
-@TRACE_ARGUMENT
-@PLAN_OPTIONS
-@SERVER_OPTIONS
-@LOAD_OPTIONS
-@REPORT_OPTIONS
-@OUT_OPTION
-def replay(**options: Any) -> int:
-    """Plan, serve, run and report in one go.
-
-    TRACE is a production trace in any format that 'harness trace inspect' names, plain, gzip or zstd, also - (stdin)
-    and s3://bucket/key; scenarios/traces/README.md has the fields. Without --base-url a vLLM server is started on the
-    default tier (this machine's CPU) with a small
-    model, and ended afterwards.
-
-    Requests go out at the trace's own times (open loop) unless --concurrency is given (closed loop). Latency counts
-    from the planned time, so a late client or a full queue shows.
-    """
-    from harness import commands
-
-    return commands.replay(**options)
-
-
-@cli.command(
-    short_help="Turn a trace into a plan file: requests, prompts, times.",
-    epilog="""\b
-Examples:
-  harness plan trace.jsonl --rate 8 -o plan.arrow
-  harness plan trace.jsonl --concurrency 64 --model smollm2-135m -o plan.arrow
-""",
-)
-@TRACE_ARGUMENT
-@PLAN_OPTIONS
-@click.option("--concurrency", type=click.IntRange(min=1), help="Plan a closed loop: trace order, no times.")
-@click.option(
-    "--base-url", "base_urls", multiple=True, metavar="URL", help="Learn ordinary token ids from this server."
-)
-@click.option("--model", metavar="NAME", help="Model whose tokenizer the prompts are made for.")
-@click.option(
-    "--tls-ca",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Certificates to trust instead of the system's.",
-)
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("plan.arrow"),
-    show_default=True,
-    help="The plan file; never overwritten.",
-)
-@JSON_OPTION
-def plan(**options: Any) -> int:
-    """Turn a trace into a plan: every request, its prompt and its time, fixed in a file before anything is started."""
-    from harness import commands
-
-    return commands.plan(**options)
-
-
-@cli.command(short_help="Start servers and keep them until Ctrl-C.")
-@SERVER_OPTIONS
-@OUT_OPTION
-def serve(**options: Any) -> int:
-    """Start servers and keep them until Ctrl-C.
-
-    Prints one base URL per replica on stdout. The API key is HARNESS_API_KEY if that is set, else a new one, written to
-    a file only you can read.
-    """
-    from harness import commands
-
-    if options.pop("base_urls"):
-        raise UsageError("harness serve starts servers: it takes no --base-url")
-    return commands.serve(**options)
-
-
-@cli.command(
-    short_help="Send a plan and report.",
-    epilog=f"""\b
-Examples:
-  harness run plan.arrow --base-url http://127.0.0.1:8000/v1
-  harness run plan.arrow --concurrency 64
-
-{EXIT_STATUS}""",
-)
-@click.argument("plan", type=click.Path(path_type=Path))
-@SERVER_OPTIONS
-@LOAD_OPTIONS
-@click.option(
-    "--endpoint",
-    type=click.Choice(["auto", "completions", "chat"]),
-    default="auto",
-    show_default=True,
-    help="API to use. auto: chat when the plan has messages, else completions.",
-)
-@click.option(
-    "--warmup",
-    type=Warmup(),
-    metavar="TIME",
-    help="Closed loop: keep requests of the first TIME out of every figure. (Otherwise it is part of the plan.)",
-)
-@REPORT_OPTIONS
-@OUT_OPTION
-def run(**options: Any) -> int:
-    """Send a plan and report; starts the servers first unless --base-url is given."""
-    from harness import commands
-
-    return commands.run(**options)
-
-
-@cli.command(
-    short_help="Report on a run directory; compare several in a page.",
-    epilog=f"""\b
-Examples:
-  harness report runs/20261121T234654Z-trace-smollm2-135m
-  harness report runs/20261121T234654Z-trace-smollm2-135m --html report.html
-  harness report runs/*-sweep-* --slo ttft=2s --html sweep.html
-
-{EXIT_STATUS}
-Of several runs the worst counts, INVALID first.""",
-)
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
-@click.option("--slo", type=Slo(), help="Judge against this SLO instead of the one of the run.")
-@REPORT_OPTIONS
-@click.option(
-    "--html",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write one self-contained page instead; several runs are compared in it.",
-)
-def report(**options: Any) -> int:
-    """Report on a run directory: verdict, price, latency under load, throughput, errors."""
-    from harness import commands
-
-    return commands.report(**options)
-
-
-@cli.command(short_help="Say what this machine can and cannot run, and why.")
-@JSON_OPTION
-def doctor(format_: str) -> int:
-    """Say what this machine can and cannot run, and why."""
-    from harness import commands
-
-    return commands.doctor(format_)
-
-
-@cli.command(
-    short_help="Compare our figures with those of vLLM's own client.",
-    epilog="""\b
-Examples:
-  harness crosscheck plan.arrow --base-url http://127.0.0.1:8000/v1
-  harness crosscheck plan.arrow --base-url http://127.0.0.1:8000/v1 --concurrency 8 --repeats 5
-""",
-)
-@click.argument("plan", type=click.Path(path_type=Path))
-@click.option("--repeats", type=click.IntRange(min=3), default=3, show_default=True, help="Runs of each client.")
-@SERVER_OPTIONS
-@LOAD_OPTIONS
-@click.option("--endpoint", type=click.Choice(["auto", "completions"]), default="auto", help="API to use.")
-@JSON_OPTION
-@OUT_OPTION
-def crosscheck(**options: Any) -> int:
-    """Send one plan with our client and with vLLM's own, in turn, and show both sides' figures.
-
-    Service TTFT, TPOT, ITL and throughput should agree within the noise of the repeats; where they differ, it says why.
-    vLLM's client is `vllm bench serve` of the installed engine, given the plan's own prompts, lengths and times.
-    """
-    from harness import commands
-
-    return commands.crosscheck(**options)
-
-
-@cli.command(short_help="Measure what the load generator can carry on this machine.")
-@JSON_OPTION
-def calibrate(format_: str) -> int:
-    """Measure what one load worker on this machine can carry, in under a minute.
-
-    Drives a server whose timing is exactly known: requests and streamed events a second, how late requests are sent,
-    and how far TTFT and ITL are from the truth at half of the ceiling. The result is kept in the cache; runs are then
-    given as many load workers as their plan needs, and a plan that this machine cannot carry is said before it starts.
-    """
-    from harness import commands
-
-    return commands.calibrate(format_)
-
-
-@cli.group(short_help="List hardware tiers and their prices, or read today's.", invoke_without_command=True)
-@JSON_OPTION
-@click.pass_context
-def tiers(ctx: click.Context, format_: str) -> int:
-    """List the hardware tiers with their prices, each with source and date."""
-    from harness import commands
-
-    return EXIT_VALID if ctx.invoked_subcommand else commands.tiers(format_)
-
-
-@tiers.command(
-    short_help="Read today's AWS prices into your own tiers file.",
-    epilog="""\b
-Examples:
-  harness tiers refresh --dry-run
-  harness tiers refresh --tier aws-p5.48xlarge --spot
-  harness tiers refresh --tier aws-g6.xlarge --region eu-central-1
-""",
-)
-@click.option("--tier", "names", multiple=True, metavar="NAME", help="This tier (several: repeat). Default: AWS's all.")
-@click.option("--region", metavar="REGION", help="Price it here; another region becomes a tier NAME-REGION.")
-@click.option("--spot", is_flag=True, help="Also a spot tier NAME-spot for each on-demand one.")
-@click.option(
-    "--spot-days",
-    type=click.FloatRange(0, 90, min_open=True),
-    default=7.0,
-    show_default=True,
-    help="Days of spot prices to take the mean of, each weighted by how long it held.",
-)
-@click.option(
-    "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Tiers file to write. Default: HARNESS_TIERS, else ~/.config/harness/tiers.toml.",
-)
-@click.option("--dry-run", is_flag=True, help="Show old and new prices; write nothing.")
-@JSON_OPTION
-def refresh(**options: Any) -> int:
-    """Read today's AWS prices into your own tiers file, whose entries replace the shipped ones.
-
-    On-demand prices come from the AWS Price List API, spot prices from EC2's history, zone by zone. Needs AWS
-    credentials (environment, profile or role) that may call pricing:GetProducts and ec2:DescribeSpotPriceHistory.
-    The shipped prices are never changed; without credentials or network nothing is.
-    """
-    from harness import commands
-
-    return commands.refresh_tiers(**options)
-
-
-@cli.command(short_help="List models, or fetch the weights of one.")
-@click.option(
-    "--fetch", metavar="NAME", help="Get this model's weights now (checked and kept; a second time costs nothing)."
-)
-@JSON_OPTION
-def models(fetch: str | None, format_: str) -> int:
-    """List the models that can be served, or fetch the weights of one."""
-    from harness import commands
-
-    return commands.models(fetch, format_)
-
-
-cli.add_command(trace)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point: run a verb and end with its exit status."""
-    # SIGTERM unwinds like Ctrl-C, so that everything started is ended in order.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        code = cli.main(args=list(argv) if argv is not None else None, prog_name="harness", standalone_mode=False)
-        sys.stdout.flush()
-    except click.ClickException as e:
-        e.show()
-        code = e.exit_code
-    except HarnessError as e:
-        click.echo(f"harness: {e}", err=True)
-        code = e.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("harness: stopped", err=True)
-        code = 130
-    except BrokenPipeError:
-        # The reader of our stdout went away (`| head`): nothing to tell anyone; keep the interpreter from trying again.
-        sys.stderr.close()
-        code = EXIT_VALID
-    sys.exit(code or EXIT_VALID)
-
-
-if __name__ == "__main__":
-    main()

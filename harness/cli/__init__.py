@@ -1,0 +1,84 @@
+"""The command line: one group; each file of this package holds the options and help of a few verbs.
+
+What a verb does is in `harness.commands`, imported when the verb runs.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+
+import click
+
+from harness import __version__
+from harness.cli import catalogue, results, runs, trace
+from harness.cli.options import ENVIRONMENT, EXIT_STATUS
+from harness.errors import EXIT_VALID, HarnessError
+
+SECTIONS: dict[str, tuple[click.Command, ...]] = {
+    "Replay": (runs.replay, runs.plan, runs.serve, runs.run),
+    "Results": (results.report,),
+    "Traces, tiers, models": (trace.trace, catalogue.tiers, catalogue.models),
+    "This machine": (catalogue.doctor, runs.calibrate, runs.crosscheck),
+}
+"""The verbs in the order a newcomer meets them."""
+
+
+class Sections(click.Group):
+    """A group whose help lists the verbs by `SECTIONS`."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """One heading with its verbs per section, their columns aligned."""
+        width = max(len(name) for name in self.commands)
+        for heading, verbs in SECTIONS.items():
+            with formatter.section(heading):
+                formatter.write_dl([(f"{verb.name:<{width}}", verb.get_short_help_str(80)) for verb in verbs])
+
+
+@click.group(
+    cls=Sections,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help="""Replay a production trace against LLM servers and learn what a million tokens costs.
+
+    \b
+    The whole job:        harness replay trace.jsonl
+    Against your server:  harness replay trace.jsonl --base-url http://host:8000/v1 --model NAME
+    Step by step:         harness plan -> harness serve -> harness run -> harness report
+
+    Every step reads and writes files, so each can be repeated and looked at on its own. Data goes to stdout, words to
+    stderr. Every verb that prints figures takes --format json.
+    """,
+    epilog=f"{EXIT_STATUS}\n{ENVIRONMENT}",
+)
+@click.version_option(__version__, prog_name="harness")
+def cli() -> None:
+    """The group of all verbs."""
+
+
+for _verbs in SECTIONS.values():
+    for _verb in _verbs:
+        cli.add_command(_verb)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point: run a verb and end with its exit status."""
+    # SIGTERM unwinds like Ctrl-C, so that everything started is ended in order.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code = cli.main(args=list(argv) if argv is not None else None, prog_name="harness", standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as e:
+        e.show()
+        code = e.exit_code
+    except HarnessError as e:
+        click.echo(f"harness: {e}", err=True)
+        code = e.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("harness: stopped", err=True)
+        code = 130
+    except BrokenPipeError:
+        # The reader of our stdout went away (`| head`): nothing to tell anyone; keep the interpreter from trying again.
+        sys.stderr.close()
+        code = EXIT_VALID
+    sys.exit(code or EXIT_VALID)
