@@ -1,0 +1,262 @@
+"""Capacity: the highest load at which a promise is kept, and what limits a system beyond it. Nothing is extrapolated.
+
+A `Point` is one load of one system (tier, model, engine arguments), repeats pooled, from VALID runs only. Loads are
+requests/s (open loop) or requests in flight (closed loop); one system is judged in one of the two.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from analysis.intervals import Floats, Quantity, Z
+
+FOLLOWS = 0.95
+"""A server that finishes less than this share of the offered rate is saturated."""
+GAIN = 0.05
+"""A closed loop is saturated when twice the requests in flight give less than this much more throughput."""
+BEND = 0.10
+"""A curve bends when it runs this far below its chord, as a share of its height; a straight one has no knee."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Criterion:
+    """One part of a promise: the share ``wanted`` of all offered requests keeps what ``name`` says."""
+
+    name: str
+    wanted: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One load, its repeats pooled."""
+
+    load: float
+    """Requests/s that were offered, or requests in flight."""
+    kept: tuple[Quantity, ...]
+    """Share of offered requests that kept each criterion, in the order of the criteria."""
+    rates: Mapping[str, Quantity]
+    """Per second by name, as in a summary's rates: request_throughput, total_token_throughput ..."""
+    runs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """The highest load at which every criterion is kept."""
+
+    state: str
+    """"found"; "not reached": the lowest load misses already; "beyond": the highest load keeps it; "unknown"."""
+    load: Quantity
+    """Interpolated between the two measured loads around it. Interval: from the highest load that kept every criterion
+    beyond doubt to the lowest that missed one beyond doubt, at 95 %; an end that no load proves is None. With state
+    "beyond" the value is None and ``low`` is a floor of what is possible."""
+    limit: Criterion | None
+    """What is missed first; None when nothing was."""
+    rates: Mapping[str, Quantity]
+    """Each rate at that load, interpolated; its interval spans that of the load."""
+
+
+def pool(points: Iterable[Point]) -> list[Point]:
+    """Points by load, lowest first, those of equal load as one: means weighted by samples.
+
+    The interval of a pooled figure is the wider of what the repeats' own intervals say together and what the repeats
+    differ by (Student's t needs two; with one it is that one's own).
+    """
+    by_load: dict[float, list[Point]] = {}
+    for point in points:
+        by_load.setdefault(point.load, []).append(point)
+    pooled = []
+    for load in sorted(by_load):
+        same = by_load[load]
+        names = [name for name in same[0].rates if all(name in point.rates for point in same)]
+        pooled.append(
+            Point(
+                load=load,
+                kept=tuple(_mean(shares, ceiling=1.0) for shares in zip(*(p.kept for p in same), strict=True)),
+                rates={name: _mean([p.rates[name] for p in same]) for name in names},
+                runs=tuple(run for point in same for run in point.runs),
+            )
+        )
+    return pooled
+
+
+def capacity(points: Sequence[Point], criteria: Sequence[Criterion], unit: str = "req/s") -> Capacity:
+    """The highest load at which every criterion is kept, from pooled points in order of load (`pool`).
+
+    More load never helps a promise, so the shares are first made to fall with the load (weighted isotonic regression).
+    Raises ValueError for no criteria or points out of order.
+    """
+    if not criteria:
+        raise ValueError("capacity needs a promise to keep: at least one criterion")
+    loads = np.array([point.load for point in points])
+    if np.any(np.diff(loads) <= 0):
+        raise ValueError("points must be pooled: one of each load, lowest first")
+    n = sum(q.n for point in points for q in point.kept[:1])
+    evidence = points[0].kept[0].evidence if points else "measured"
+    blank = Quantity(value=None, n=n, unit=unit, evidence=evidence)
+    known = [k for k, point in enumerate(points) if all(q.value is not None for q in point.kept)]
+    if not known:
+        return Capacity(state="unknown", load=replace(blank, note="no VALID run"), limit=None, rates={})
+    points, loads = [points[k] for k in known], loads[known]
+    crossings = [_crossing(loads, points, k, criterion.wanted) for k, criterion in enumerate(criteria)]
+    first = int(np.argmin(crossings))
+    low, high = _proven(points, criteria)
+    if crossings[first] == -math.inf:
+        note = f"not reached: at {loads[0]:g} {unit}, the lowest load that was measured, it is missed"
+        load = replace(blank, high=high, note=note)
+        return Capacity(state="not reached", load=load, limit=criteria[first], rates={})
+    if crossings[first] == math.inf:
+        note = f"beyond the highest load: at {loads[-1]:g} {unit} it is kept"
+        return Capacity(state="beyond", load=replace(blank, low=low, note=note), limit=None, rates={})
+    value = float(crossings[first])
+    # a share judged alone may prove more than the isotonic fit believes; the value always lies within its interval
+    low, high = None if low is None else min(low, value), None if high is None else max(high, value)
+    load = replace(blank, value=value, low=low, high=high, note=_unproven(low, high))
+    return Capacity(state="found", load=load, limit=criteria[first], rates=_rates_at(points, loads, load))
+
+
+def rates_at(points: Sequence[Point], load: float) -> dict[str, Quantity]:
+    """Each rate at ``load``, interpolated between the neighbouring points; {} outside of what was measured."""
+    loads = np.array([point.load for point in points])
+    if not len(loads) or not loads[0] <= load <= loads[-1]:
+        return {}
+    exact = Quantity(value=load, low=load, high=load, n=0, unit="", evidence="measured")
+    return _rates_at(points, loads, exact)
+
+
+def saturation(points: Sequence[Point], *, closed: bool) -> float | None:
+    """The lowest load at which the server no longer follows; None when it followed to the end.
+
+    Open loop: it finishes less than `FOLLOWS` of the offered rate, beyond the interval's doubt. Closed loop: from there
+    on, doubling the requests in flight gives less than `GAIN` more throughput.
+    """
+    known = [(p.load, p.rates["request_throughput"]) for p in points if p.rates["request_throughput"].value]
+    if not closed:
+        for load, done in known:
+            best = done.high if done.high is not None else done.value
+            if best is not None and best < FOLLOWS * load:
+                return load
+        return None
+    for (load, done), (more, after) in itertools.pairwise(known):
+        assert done.value is not None and after.value is not None
+        doublings = math.log2(more / load)
+        if after.value < done.value * (1 + GAIN) ** doublings:
+            return load
+    return None
+
+
+def little(point: Point, e2e_s: float | None) -> float | None:
+    """Requests in flight over throughput x mean e2e latency: 1 when the figures of a point agree with each other.
+
+    None when one of them is not known. Source: Little, Operations Research 9(3), 1961.
+    """
+    flow, inside = point.rates["request_throughput"].value, point.rates["concurrency"].value
+    return None if not flow or not e2e_s or inside is None else inside / (flow * e2e_s)
+
+
+def knee(loads: Sequence[float], values: Sequence[float]) -> float | None:
+    """The load where a curve that grows with load turns up: the point farthest below its chord.
+
+    None below three points, and for a curve that bends by less than `BEND` of its height.
+    Source: Kneedle, Satopaa et al., ICDCS Workshops 2011.
+    """
+    x, y = np.asarray(loads, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    if len(x) < 3 or not np.all(np.isfinite(y)) or y.max() <= y.min():
+        return None
+    below = (x - x[0]) / (x[-1] - x[0]) - (y - y.min()) / (y.max() - y.min())
+    return float(x[np.argmax(below)]) if below.max() >= BEND else None
+
+
+def falling(values: Floats, weights: Floats) -> Floats:
+    """The non-increasing series nearest to ``values`` by weighted squares: pool adjacent violators.
+
+    Source: Barlow et al., Statistical Inference under Order Restrictions, 1972.
+    """
+    blocks: list[tuple[float, float, int]] = []  # mean, weight, length
+    for value, weight in zip(values, weights, strict=True):
+        mean, total, length = float(value), float(weight), 1
+        while blocks and blocks[-1][0] < mean:
+            before, heavy, count = blocks.pop()
+            mean = (before * heavy + mean * total) / (heavy + total)
+            total, length = heavy + total, length + count
+        blocks.append((mean, total, length))
+    return np.concatenate([np.full(length, mean) for mean, _, length in blocks])
+
+
+def _crossing(loads: Floats, points: Sequence[Point], k: int, wanted: float) -> float:
+    """Load at which the share that keeps criterion ``k`` falls to ``wanted``; -inf: below all loads, inf: above."""
+    shares = np.array([point.kept[k].value for point in points], dtype=np.float64)
+    shares = falling(shares, np.array([max(1, point.kept[k].n) for point in points], dtype=np.float64))
+    keeps = shares >= wanted
+    if not keeps[0]:
+        return -math.inf
+    if keeps[-1]:
+        return math.inf
+    i = int(np.flatnonzero(keeps)[-1])
+    step = (shares[i] - wanted) / (shares[i] - shares[i + 1])
+    return float(loads[i] + step * (loads[i + 1] - loads[i]))
+
+
+def _proven(points: Sequence[Point], criteria: Sequence[Criterion]) -> tuple[float | None, float | None]:
+    """The highest load at which all criteria are kept beyond doubt, the lowest at which one is missed beyond doubt."""
+    low = high = None
+    for point in points:
+        if any(q.high is not None and q.high < c.wanted for q, c in zip(point.kept, criteria, strict=True)):
+            high = point.load
+            break
+        if all(q.low is not None and q.low >= c.wanted for q, c in zip(point.kept, criteria, strict=True)):
+            low = point.load
+    return low, high
+
+
+def _unproven(low: float | None, high: float | None) -> str | None:
+    ends = [name for name, end in (("kept", low), ("missed", high)) if end is None]
+    return f"no load is beyond doubt {' or '.join(ends)}: more requests a load narrow it" if ends else None
+
+
+def _rates_at(points: Sequence[Point], loads: Floats, at: Quantity) -> dict[str, Quantity]:
+    found = {}
+    for name, first in points[0].rates.items():
+        series = [point.rates.get(name) for point in points]
+        if any(q is None or q.value is None for q in series):
+            continue
+
+        def read(end: str, load: float | None, series: Sequence[Quantity | None] = series) -> float | None:
+            numbers = [getattr(q, end) for q in series]
+            if load is None or any(number is None for number in numbers):
+                return None
+            return float(np.interp(load, loads, numbers))
+
+        ends = sorted(e for e in (read("low", at.low), read("high", at.high)) if e is not None)
+        low, high = ends if len(ends) == 2 else (None, None)
+        value = read("value", at.value)
+        found[name] = replace(first, value=value, low=low, high=high, n=sum(q.n for q in series if q is not None))
+    return found
+
+
+def _mean(quantities: Sequence[Quantity], ceiling: float = math.inf) -> Quantity:
+    """Quantities of one kind as one; None when one of them is not known."""
+    first = quantities[0]
+    if len(quantities) == 1 or any(q.value is None for q in quantities):
+        return first if len(quantities) == 1 else replace(first, value=None, low=None, high=None)
+    values = np.array([q.value for q in quantities], dtype=np.float64)
+    weights = np.array([max(1, q.n) for q in quantities], dtype=np.float64)
+    weights /= weights.sum()
+    value, n = float(values @ weights), sum(q.n for q in quantities)
+    if any(q.low is None or q.high is None for q in quantities):
+        return replace(first, value=value, low=None, high=None, n=n)
+    below = np.array([v - (q.low or 0.0) for v, q in zip(values, quantities, strict=True)])
+    above = np.array([(q.high or 0.0) - v for v, q in zip(values, quantities, strict=True)])
+    apart = math.sqrt(float(weights**2 @ (values - value) ** 2) * len(values) / (len(values) - 1)) * _t(len(values) - 1)
+    down, up = (max(apart, math.sqrt(float(weights**2 @ side**2))) for side in (below, above))
+    return replace(first, value=value, low=max(0.0, value - down), high=min(ceiling, value + up), n=n)
+
+
+def _t(degrees: int) -> float:
+    """97.5 % quantile of Student's t."""
+    exact = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+    return exact[degrees - 1] if degrees <= len(exact) else Z * (1 + 1 / (4 * degrees) * (Z**2 + 1))
