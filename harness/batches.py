@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import compress, islice
 
 import msgspec
 import numpy as np
@@ -18,10 +18,14 @@ from harness.errors import PlanError
 from harness.plan import SCHEMA, PlanSpec
 from harness.prompts import Ids, Vocabulary
 from harness.trace import Trace, TraceRecord
+from harness.traces.rescale import Arrangement
 
 # Batches are bounded in rows and in tokens or characters, so that memory is, whatever the trace holds.
 _BATCH_ROWS = 1024
 _BATCH_SIZE = 2_000_000
+
+Copied = tuple[int, TraceRecord]
+"""A row and which copy of the trace it is of: a trace can be begun again, or be laid over itself."""
 
 
 @dataclass(slots=True)
@@ -36,24 +40,53 @@ class Batches:
     scheduled: Times | None
     warmup: int
     cancelled: npt.NDArray[np.bool_]
+    arrangement: Arrangement | None = None
+    """null: the rows in trace order, from the beginning again where ``rows`` are too few."""
 
     def of(self, n: int) -> Iterator[pa.RecordBatch]:
-        """The first ``n`` requests."""
-        done, sessions = 0, _Sessions(self.trace, self.spec.sessions == "wait")
-        for cycle in range(-(-n // self.rows)):
-            sessions.begin_again()
-            with contextlib.closing(iter(self.trace)) as records:
-                for chunk in _chunks(islice(records, min(self.rows, n - cycle * self.rows))):
-                    yield self._batch(chunk, done, cycle, sessions)
-                    done += len(chunk)
-            expected = min(n, (cycle + 1) * self.rows)
-            if done != expected:
-                raise PlanError(f"{self.trace.path}: {expected} rows before, now {done}: it changed while it was read")
+        """The first ``n`` requests. Raises `PlanError` when the trace is no longer what it was."""
+        done, sessions = (
+            0,
+            _Sessions(self.trace, wait=self.spec.sessions == "wait", overlap=self.arrangement is not None),
+        )
+        with contextlib.closing(self._copied(n) if self.arrangement is None else self._arranged(n)) as rows:
+            for chunk in _chunks(rows):
+                yield self._batch(chunk, done, sessions)
+                done += len(chunk)
+        if done != n:
+            raise PlanError(f"{self.trace.path}: {n} requests before, now {done}: it changed while it was read")
 
-    def _batch(self, chunk: list[TraceRecord], first: int, cycle: int, sessions: _Sessions) -> pa.RecordBatch:
-        n = len(chunk)
-        ids, texts = self._prompts(chunk, first, cycle)
-        slices, after, think_ns = sessions.place(chunk, first)
+    def _copied(self, n: int) -> Generator[Copied, None, None]:
+        """Rows in trace order."""
+        for copy in range(-(-n // self.rows)):
+            with contextlib.closing(iter(self.trace)) as records:
+                read = 0
+                for record in islice(records, min(self.rows, n - copy * self.rows)):
+                    read += 1
+                    yield copy, record
+            if read < min(self.rows, n - copy * self.rows):
+                return
+
+    def _arranged(self, n: int) -> Generator[Copied, None, None]:
+        """Rows as arranged: each part is a reading of its own, so that none need be held."""
+        assert self.arrangement is not None
+        parts = self.arrangement.parts
+        with contextlib.ExitStack() as open_:
+            readings = [
+                compress(open_.enter_context(contextlib.closing(iter(self.trace))), part.rows) for part in parts
+            ]
+            for start in range(0, n, _BATCH_ROWS):
+                for part in self.arrangement.part[start : min(start + _BATCH_ROWS, n)].tolist():
+                    record = next(readings[part], None)
+                    if record is None:
+                        return
+                    yield parts[part].copy, record
+
+    def _batch(self, rows: list[Copied], first: int, sessions: _Sessions) -> pa.RecordBatch:
+        n = len(rows)
+        chunk = [record for _, record in rows]
+        ids, texts = self._prompts(rows, first)
+        slices, after, think_ns = sessions.place(rows, first)
         columns = {
             "request_id": pa.array(np.arange(first, first + n, dtype=np.int64)),
             "phase": pa.array(["warmup" if i < self.warmup else "measured" for i in range(first, first + n)]),
@@ -81,13 +114,11 @@ class Batches:
         nulls = {field.name: pa.nulls(n, field.type) for field in SCHEMA if columns.get(field.name) is None}
         return pa.record_batch([(columns | nulls)[name] for name in SCHEMA.names], schema=SCHEMA)
 
-    def _prompts(self, records: list[TraceRecord], first: int, cycle: int) -> tuple[list[Ids | None], list[str | None]]:
+    def _prompts(self, rows: list[Copied], first: int) -> tuple[list[Ids | None], list[str | None]]:
         """Token ids and texts, one of each per record: at most one is set, neither where the trace has its own."""
-        seed = self.spec.seed
-        if cycle:  # shared prefixes of one pass over the trace must be unknown to the next
-            seed = int.from_bytes(hashlib.blake2b(f"{seed} {cycle}".encode(), digest_size=8).digest(), "little")
+        seeds = {copy: _seed_of(self.spec.seed, copy) for copy in {copy for copy, _ in rows}}
         ids: list[Ids | None] = []
-        for request_id, record in enumerate(records, first):
+        for request_id, (copy, record) in enumerate(rows, first):
             if record.text is not None or record.messages is not None:
                 ids.append(None)
                 continue
@@ -96,7 +127,7 @@ class Batches:
                 self.vocabulary.token_ids(
                     record.input_tokens,
                     request_id,
-                    seed=seed,
+                    seed=seeds[copy],
                     prefix_ids=record.prefix_ids,
                     block_tokens=record.block_tokens,
                 )
@@ -121,22 +152,23 @@ class Batches:
 class _Sessions:
     """Which slice each request belongs to, and which turn it waits for."""
 
-    def __init__(self, trace: Trace, wait: bool) -> None:
-        self._trace, self._wait = trace, wait
-        self._slices = 0
-        self._last: dict[str, tuple[int, int, int | None]] = {}  # session -> slice, request_id and turn of its last row
+    def __init__(self, trace: Trace, *, wait: bool, overlap: bool) -> None:
+        self._trace, self._wait, self._overlap = trace, wait, overlap
+        self._slices = self._copy = 0
+        self._last: dict[tuple[int, str], tuple[int, int, int | None]] = {}
+        """(copy, session) -> slice, request_id and turn of its last row."""
 
-    def begin_again(self) -> None:
-        """The trace starts over: its sessions are new ones."""
-        self._last.clear()
-
-    def place(self, records: list[TraceRecord], first: int) -> tuple[list[int], list[int | None], list[int | None]]:
-        """slice, after and think_ns of each record."""
+    def place(self, rows: list[Copied], first: int) -> tuple[list[int], list[int | None], list[int | None]]:
+        """slice, after and think_ns of each row."""
         slices: list[int] = []
         after: list[int | None] = []
         think_ns: list[int | None] = []
-        for request_id, record in enumerate(records, first):
-            last = None if record.session_id is None else self._last.get(record.session_id)
+        for request_id, (copy, record) in enumerate(rows, first):
+            if copy != self._copy and not self._overlap:
+                self._last.clear()  # the copy before is over, and so are its sessions
+            self._copy = copy
+            session = None if record.session_id is None else (copy, record.session_id)
+            last = None if session is None else self._last.get(session)
             if last is None:
                 slices.append(self._slices)
                 self._slices += 1
@@ -145,21 +177,29 @@ class _Sessions:
             waits = self._wait and last is not None
             after.append(last[1] if waits and last is not None else None)
             think_ns.append(round((record.think_s or 0.0) * 1e9) if waits else None)
-            if record.session_id is not None:
+            if session is not None:
                 if waits and last is not None and (last[2] or 0) > (record.turn if record.turn is not None else 2**31):
                     raise PlanError(
                         f"{self._trace.path}:{record.line}: turn {record.turn} of session {record.session_id!r} comes "
                         f"after its turn {last[2]}: a turn cannot wait for a later one; put the rows in order"
                     )
-                self._last[record.session_id] = (slices[-1], request_id, record.turn)
+                self._last[session] = (slices[-1], request_id, record.turn)
         return slices, after, think_ns
 
 
-def _chunks(records: Iterator[TraceRecord]) -> Iterator[list[TraceRecord]]:
-    chunk: list[TraceRecord] = []
+def _seed_of(seed: int, copy: int) -> int:
+    """The seed of a copy's prompts: shared prefixes of one pass over the trace must be unknown to the next."""
+    if not copy:
+        return seed
+    return int.from_bytes(hashlib.blake2b(f"{seed} {copy}".encode(), digest_size=8).digest(), "little")
+
+
+def _chunks(rows: Iterator[Copied]) -> Iterator[list[Copied]]:
+    chunk: list[Copied] = []
     size = 0
-    for record in records:
-        chunk.append(record)
+    for row in rows:
+        chunk.append(row)
+        record = row[1]
         if record.messages is not None:
             size += sum(len(message["content"]) for message in record.messages)
         else:

@@ -1,16 +1,16 @@
 """Trace -> plan: how many requests, and when. Everything random is drawn before the clock starts, from one seed.
 
-The trace is read twice, in constant memory: once to count it and learn its times (`_survey`), once to write its
-requests (`harness.batches`).
+The trace is read twice: once to count it and learn its times (`harness.traces.survey`), once to write its requests
+(`harness.batches`). In memory are eight bytes a request for its time (a few times that where another demand is made),
+a few numbers for each session, and one batch of prompts; never the requests.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from array import array
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,28 @@ from harness.errors import PlanError, UsageError
 from harness.plan import SCHEMA_VERSION, PlanInfo, PlanSpec, write_plan
 from harness.prompts import Vocabulary
 from harness.trace import Trace
+from harness.traces.notes import Timed, notes
+from harness.traces.rescale import arrange, spread
+from harness.traces.stats import arrival_stats, mean_rate
+from harness.traces.survey import Survey, survey
+
+RESCALES = ("compress", "thin", "superpose")
+
+
+def asked_plan(options: Mapping[str, Any], *, closed: bool, as_text: bool = False) -> PlanSpec:
+    """What the planning options of the command line (those of ``harness plan``) ask for; those not there are not."""
+    get, warmup = options.get, options.get("warmup")
+    share, after_s = get("cancel") or (0.0, None)
+    return PlanSpec(
+        closed=closed, arrivals=get("arrivals") or ("poisson" if get("stages") else "trace"),
+        burstiness=get("burstiness"), stages=get("stages") or (), speed=get("speed"), rate=get("rate"),
+        rescale=get("rescale") or "compress", grow=get("grow"), spread=bool(get("spread")),
+        limit=get("limit"), duration_s=None if closed else get("duration_s"), repeat=bool(get("repeat")),
+        warmup_requests=warmup if isinstance(warmup, int) else None,
+        warmup_s=warmup if isinstance(warmup, float) and not closed else None,
+        sessions=get("sessions") or "trace", cancel_share=share, cancel_after_s=after_s, seed=get("seed") or 0,
+        as_text=as_text,
+    )  # fmt: skip
 
 
 def build_plan(trace: Trace, out: Path, spec: PlanSpec, vocabulary: Vocabulary | None = None) -> PlanInfo:
@@ -38,48 +60,64 @@ def build_plan(trace: Trace, out: Path, spec: PlanSpec, vocabulary: Vocabulary |
     Raises `UsageError` for options that exclude each other, need times the trace lacks, or more requests than it has;
     `PlanError` when the file exists or cannot be written or prompts cannot be made; `TraceError` from reading.
     """
-    _check(spec)
+    check_spec(spec)
     if out.exists():
         raise PlanError(f"{out}: exists already; plans are never overwritten, choose another name")
+    made_up = vocabulary is not None
     stages = (spec.stages or constant_stage(spec.rate or 0.0, spec.duration_s)) if spec.drawn else ()
-    survey, scheduled = _drawn(trace, spec, stages, vocabulary) if spec.drawn else _own(trace, spec, vocabulary)
-    n = survey.requests if scheduled is None else len(scheduled)
+    if spec.drawn:
+        timed = _drawn(trace, spec, stages, made_up)
+    elif _regrown(spec):
+        timed = _grown(trace, spec, made_up)
+    else:
+        timed = _own(trace, spec, made_up)
+    found, scheduled = timed.survey, timed.scheduled
+    n = found.requests if scheduled is None else len(scheduled)
     if spec.closed and spec.repeat and spec.limit is not None:
         n = spec.limit
     warmup = _warmup(spec, scheduled, n)
     cancelled = _choose(spec, n)
-    own_rate = _rate(survey.arrivals)
+    planned = None if scheduled is None else arrival_stats(scheduled)
     info = PlanInfo(
         schema_version=SCHEMA_VERSION,
         trace=trace.path.name,
         trace_format=trace.format,
         trace_sha256=trace.sha256,
-        rows_read=survey.requests + sum(trace.rows_dropped.values()),
-        rows_kept=survey.requests,
+        rows_read=found.requests + sum(trace.rows_dropped.values()),
+        rows_kept=found.requests,
         rows_dropped=dict(trace.rows_dropped),
         arrivals="closed" if spec.closed else spec.arrivals,
-        speed=None if spec.closed or spec.drawn else survey.speed,
-        source_rate=own_rate,
-        planned_rate=None if scheduled is None else _rate(scheduled),
+        speed=None if spec.closed or spec.drawn else timed.speed,
+        source_rate=mean_rate(found.arrivals),
+        planned_rate=planned.rate if planned else None,
         seed=spec.seed,
-        tokenizer=vocabulary.name if vocabulary is not None and survey.lengths_only else None,
+        tokenizer=vocabulary.name if vocabulary is not None and found.lengths_only else None,
         requests=n,
-        span_s=None if scheduled is None else int(scheduled[-1] - scheduled[0]) / 1e9,
-        notes=_notes(trace, spec, survey, scheduled, cancelled),
+        span_s=planned.span_s if planned else None,
+        notes=notes(trace, spec, timed, planned, cancelled),
         burstiness=spec.burstiness,
         stages=list(stages),
-        cycles=-(-n // survey.requests),
+        cycles=-(-n // found.requests) if timed.arrangement is None else 1,
         warmup_requests=warmup,
         sessions=spec.sessions,
+        rescale=timed.rescale,
+        grow=timed.grow,
+        spread_s=timed.spread_s,
+        max_output_tokens=spec.max_output_tokens,
+        cut=timed.cut,
+        source=found.stats,
+        planned=planned,
     )
-    write_plan(out, info, Batches(trace, spec, vocabulary, survey.requests, scheduled, warmup, cancelled).of(n))
+    batches = Batches(trace, spec, vocabulary, found.requests, scheduled, warmup, cancelled, timed.arrangement)
+    write_plan(out, info, batches.of(n))
     return info
 
 
-def _check(spec: PlanSpec) -> None:
+def check_spec(spec: PlanSpec) -> None:
+    """Refuse what no trace could make possible. Raises `UsageError`."""
     for name, value in (
         ("speed", spec.speed), ("rate", spec.rate), ("duration", spec.duration_s), ("warm-up", spec.warmup_s),
-        ("cancel time", spec.cancel_after_s),
+        ("cancel time", spec.cancel_after_s), ("growth", spec.grow),
     ):  # fmt: skip
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UsageError(f"{name} is {value:g}, must be a number above 0")
@@ -95,6 +133,31 @@ def _check(spec: PlanSpec) -> None:
     if spec.warmup_s is not None and spec.warmup_requests is not None:
         raise UsageError("warm-up by time and by requests exclude each other: give one")
     _check_times(spec)
+    _check_rescale(spec)
+
+
+def _check_rescale(spec: PlanSpec) -> None:
+    """Thinning and superposing need the trace's own times, and one word on how far."""
+    if spec.rescale not in RESCALES:
+        raise UsageError(f"rescale {spec.rescale!r}: valid: {', '.join(RESCALES)}")
+    if not (_regrown(spec) or spec.spread):
+        return
+    what = "spreading arrivals" if not _regrown(spec) else "growth" if spec.grow is not None else spec.rescale
+    if spec.closed or spec.drawn:
+        raise UsageError(f"{what} is about the trace's own times, which a closed loop and drawn arrivals do not use")
+    if not _regrown(spec):
+        return
+    if spec.grow is not None and (spec.rate is not None or spec.rescale != "compress"):
+        raise UsageError("a growth says how much more is sent, so it excludes --rate and --rescale; give one")
+    if spec.grow is None and spec.rate is None:
+        raise UsageError(f"{spec.rescale} needs the request rate to reach (--rate), or say --grow")
+    if spec.repeat:
+        raise UsageError(f"{what} and repeating the trace exclude each other")
+
+
+def _regrown(spec: PlanSpec) -> bool:
+    """Another demand is asked for, not another clock."""
+    return spec.grow is not None or spec.rescale != "compress"
 
 
 def _check_times(spec: PlanSpec) -> None:
@@ -133,97 +196,29 @@ def _check_times(spec: PlanSpec) -> None:
 # --- times -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Survey:
-    """What one reading of the trace found: an integer per request, never the requests."""
-
-    requests: int
-    arrivals: Times
-    """ns from the first; empty when the trace has no times."""
-    lengths_only: int
-    longest_output: int
-    open_ended: int
-    """Rows that do not say how many tokens to generate."""
-    hang_ups: int
-    adapters: tuple[str, ...]
-    """Models or adapters that rows ask for, the first few."""
-    ended_early: bool
-    speed: float = 1.0
-    """Factor on the trace's clock."""
-
-
-_ADAPTERS_LISTED = 8
-
-
-def _survey(
-    trace: Trace, limit: int | None, timed: bool, vocabulary: Vocabulary | None, cut_ns: float | None = None
-) -> _Survey:
-    """Read the trace up to ``limit`` rows or the first at or after ``cut_ns`` (trace clock)."""
-    arrivals = array("q")
-    requests = lengths_only = longest_output = open_ended = hang_ups = 0
-    adapters: dict[str, None] = {}
-    ended_early = False
-    with contextlib.closing(iter(trace)) as records:
-        for record in records:
-            if record.arrival_s is not None:
-                arrival_ns = round(record.arrival_s * 1e9)
-                if cut_ns is not None and arrival_ns >= cut_ns:
-                    ended_early = True
-                    break
-                arrivals.append(arrival_ns)
-            elif timed:
-                raise UsageError(
-                    f"{trace.path}: the trace has no arrival times, so there is nothing to replay in time; "
-                    "use --concurrency for a closed loop, or --arrivals poisson --rate R"
-                )
-            requests += 1
-            if record.text is None and record.messages is None:
-                lengths_only += 1
-                if vocabulary is None:
-                    raise PlanError(
-                        f"{trace.path}:{record.line}: the row has lengths but no text, so a prompt must be made; give "
-                        "the tokenizer of the model (--tokenizer FILE), or name a server to learn its token ids from"
-                    )
-            longest_output = max(longest_output, record.output_tokens or 0)
-            open_ended += record.output_tokens is None
-            hang_ups += record.cancel_after_s is not None
-            if record.adapter is not None and len(adapters) <= _ADAPTERS_LISTED:
-                adapters[record.adapter] = None
-            if requests == limit:
-                ended_early = True
-                break
-    return _Survey(
-        requests=requests, arrivals=np.array(arrivals, dtype=np.int64), lengths_only=lengths_only,
-        longest_output=longest_output, open_ended=open_ended, hang_ups=hang_ups,
-        adapters=tuple(adapters), ended_early=ended_early,
-    )  # fmt: skip
-
-
-def _drawn(
-    trace: Trace, spec: PlanSpec, stages: tuple[Stage, ...], vocabulary: Vocabulary | None
-) -> tuple[_Survey, Times]:
+def _drawn(trace: Trace, spec: PlanSpec, stages: tuple[Stage, ...], made_up: bool) -> Timed:
     """Times from an arrival process; the trace has to have as many rows, or be repeated."""
 
     def draw(most: int | None) -> Times:
         return arrival_times(spec.arrivals, stages, burstiness=spec.burstiness or 1.0, seed=spec.seed, most=most)
 
     if stages[-1].duration_s is None:
-        survey = _survey(trace, spec.limit, False, vocabulary)
-        return survey, draw(spec.limit if spec.repeat else survey.requests)
+        found = survey(trace, limit=spec.limit, timed=False, made_up=made_up)
+        return Timed(survey=found, scheduled=draw(spec.limit if spec.repeat else found.requests))
     scheduled = draw(spec.limit)
     needed = len(scheduled)
     if not needed:
         raise UsageError("not one arrival falls into the stages: a longer time, a higher rate or another seed")
-    survey = _survey(trace, needed, False, vocabulary)
-    if survey.requests < needed and not spec.repeat:
+    found = survey(trace, limit=needed, timed=False, made_up=made_up)
+    if found.requests < needed and not spec.repeat:
         raise UsageError(
             f"{trace.path}: {needed} requests arrive in the {sum(s.duration_s or 0 for s in stages):g} s asked for, "
-            f"the trace has {survey.requests}: ask for less, or begin the trace again when it runs out (--repeat)"
+            f"the trace has {found.requests}: ask for less, or begin the trace again when it runs out (--repeat)"
         )
-    return survey, scheduled
+    return Timed(survey=found, scheduled=scheduled)
 
 
-def _own(trace: Trace, spec: PlanSpec, vocabulary: Vocabulary | None) -> tuple[_Survey, Times | None]:
+def _own(trace: Trace, spec: PlanSpec, made_up: bool) -> Timed:
     """The trace's own times on a faster or slower clock; none in a closed loop."""
     rows, cut_ns = spec.limit, None
     if spec.rate is not None and spec.duration_s is not None:
@@ -232,12 +227,61 @@ def _own(trace: Trace, spec: PlanSpec, vocabulary: Vocabulary | None) -> tuple[_
         rows = asked if rows is None else min(asked, rows)
     elif spec.duration_s is not None:
         cut_ns = spec.duration_s * 1e9 * (spec.speed or 1.0)  # on the trace's clock
-    survey = _survey(trace, rows, not spec.closed, vocabulary, cut_ns)
+    found = survey(trace, limit=rows, cut_ns=cut_ns, timed=not spec.closed, made_up=made_up)
     if spec.closed:
-        return survey, None
-    arrivals = _cycled(trace, survey.arrivals, rows, cut_ns) if spec.repeat else survey.arrivals
+        return Timed(survey=found)
+    arrivals, spread_s = _spread(trace, spec, found.arrivals)
+    if spec.repeat:
+        arrivals = _cycled(trace, arrivals, rows, cut_ns)
     speed = _speed(trace, arrivals, spec)
-    return replace(survey, speed=speed), _rescale(arrivals, speed)
+    return Timed(
+        survey=found, scheduled=_rescale(arrivals, speed), speed=speed, spread_s=spread_s,
+        rescale=None if speed == 1.0 else "compress",
+    )  # fmt: skip
+
+
+def _grown(trace: Trace, spec: PlanSpec, made_up: bool) -> Timed:
+    """Another demand on the trace's own clock, thinned or superposed; that clock may then run faster."""
+    speed = spec.speed or 1.0
+    cut_ns = None if spec.duration_s is None else spec.duration_s * 1e9 * speed
+    found = survey(trace, cut_ns=cut_ns, made_up=made_up, units_seed=spec.seed)
+    arrivals, spread_s = _spread(trace, spec, found.arrivals)
+    growth = _growth(trace, spec, found)
+    assert found.units is not None
+    arranged = arrange(arrivals, found.units, growth, spec.seed)
+    scheduled = _rescale(arranged.scheduled, speed)
+    due = len(scheduled) if spec.duration_s is None else int(np.searchsorted(scheduled, spec.duration_s * 1e9))
+    n = due if spec.limit is None else min(due, spec.limit)
+    if not n:
+        raise UsageError(f"{trace.path}: no request is left within the duration: a longer one, or another seed")
+    return Timed(
+        survey=found, scheduled=scheduled[:n], speed=speed, arrangement=arranged, grow=growth, spread_s=spread_s,
+        rescale="thin" if growth < 1 else "superpose", cut=n < due,
+    )  # fmt: skip
+
+
+def _growth(trace: Trace, spec: PlanSpec, found: Survey) -> float:
+    """Demand asked for, as a multiple of the trace's."""
+    if spec.rate is None:
+        assert spec.grow is not None
+        return spec.grow
+    own = mean_rate(found.arrivals)
+    if own is None:
+        raise _one_instant(trace, len(found.arrivals), spec.rate)
+    growth = spec.rate / own
+    if (growth > 1) is (spec.rescale == "thin") and not math.isclose(growth, 1.0):
+        other = "superpose" if growth > 1 else "thin"
+        raise UsageError(
+            f"{trace.path}: arrives at {own:.4g} requests/s, so {spec.rescale} cannot make {spec.rate:g} of it: "
+            f"say {other} (or --grow {growth:.3g}x, which chooses)"
+        )
+    return growth
+
+
+def _spread(trace: Trace, spec: PlanSpec, arrivals: Times) -> tuple[Times, float | None]:
+    """Arrivals, spread within the steps of their clock where that is asked for and there are any."""
+    grid_s = trace.grid_s if spec.spread else None
+    return (arrivals, None) if grid_s is None else (spread(arrivals, grid_s, spec.seed), grid_s)
 
 
 def _cycled(trace: Trace, arrivals: Times, rows: int | None, cut_ns: float | None) -> Times:
@@ -255,36 +299,30 @@ def _cycled(trace: Trace, arrivals: Times, rows: int | None, cut_ns: float | Non
     return times if cut_ns is None else times[times < cut_ns]
 
 
-def _rate(arrivals: Times) -> float | None:
-    """Mean arrival rate, req/s: (n - 1) / span; None below two rows or when all arrive at one instant.
-
-    n - 1, because n arrivals have n - 1 gaps: k requests a second apart arrive at 1 req/s, not at k / (k - 1).
-    """
-    if len(arrivals) < 2 or arrivals[-1] == arrivals[0]:
-        return None
-    return (len(arrivals) - 1) * 1e9 / int(arrivals[-1] - arrivals[0])
-
-
 def _speed(trace: Trace, arrivals: Times, spec: PlanSpec) -> float:
     if spec.rate is None:
         return 1.0 if spec.speed is None else spec.speed
-    own = _rate(arrivals)
+    own = mean_rate(arrivals)
     if own is None:
-        what = "only one row is" if len(arrivals) == 1 else f"all {len(arrivals)} rows are"
-        raise UsageError(
-            f"{trace.path}: {what} kept at one instant, which no change of clock turns into {spec.rate:g} requests/s; "
-            "keep more rows (--limit, --duration), or use --concurrency or --arrivals poisson"
-        )
+        raise _one_instant(trace, len(arrivals), spec.rate)
     return spec.rate / own
+
+
+def _one_instant(trace: Trace, rows: int, rate: float) -> UsageError:
+    what = "only one row is" if rows == 1 else f"all {rows} rows are"
+    return UsageError(
+        f"{trace.path}: {what} kept at one instant, which no change of clock turns into {rate:g} requests/s; "
+        "keep more rows (--limit, --duration), or use --concurrency or --arrivals poisson"
+    )
 
 
 def _rescale(arrivals: Times, speed: float) -> Times:
     if speed == 1.0:
         return arrivals  # exact: no float in between
-    scheduled = np.rint(arrivals / speed)
-    if scheduled[-1] >= 2**63:
+    if int(arrivals[-1]) / speed >= 2**63:
         raise UsageError(f"speed {speed:g} stretches the trace beyond 292 years; speed above 1 is faster")
-    return scheduled.astype(np.int64)
+    scheduled: Times = np.rint(arrivals / speed).astype(np.int64)
+    return scheduled
 
 
 def _warmup(spec: PlanSpec, scheduled: Times | None, n: int) -> int:
@@ -302,52 +340,3 @@ def _choose(spec: PlanSpec, n: int) -> npt.NDArray[np.bool_]:
     generator = np.random.Generator(np.random.PCG64([spec.seed & (2**64 - 1), *b"cancel"]))
     chosen: npt.NDArray[np.bool_] = generator.random(n) < spec.cancel_share
     return chosen
-
-
-def _draw_note(spec: PlanSpec, scheduled: Times) -> list[str]:
-    """What a short draw did to the rate that was asked for."""
-    if spec.limit is not None and spec.stages:
-        return []
-    until_s = spec.duration_s or int(scheduled[-1]) / 1e9
-    expected = sum(s.requests for s in spec.stages) if spec.stages else (spec.rate or 0.0) * until_s
-    n = len(scheduled)
-    if abs(n - expected) <= max(1.0, 0.05 * expected):
-        return []
-    return [f"{n} arrivals were drawn in a time for {expected:.0f}: that is chance; more requests come closer to it"]
-
-
-def _notes(
-    trace: Trace, spec: PlanSpec, survey: _Survey, scheduled: Times | None, cancelled: npt.NDArray[np.bool_]
-) -> list[str]:
-    notes = list(trace.notes)
-    n = len(cancelled)
-    if spec.drawn and scheduled is not None:
-        notes += _draw_note(spec, scheduled)
-    if survey.ended_early:
-        notes.append(f"reading stopped after {survey.requests} usable rows (limit or duration)")
-    elif scheduled is not None and spec.duration_s is not None and scheduled[-1] < 0.95e9 * spec.duration_s:
-        notes.append(f"the trace ends at {int(scheduled[-1]) / 1e9:.1f} s of the {spec.duration_s:g} s asked for")
-    if n > survey.requests:
-        texts = survey.requests - survey.lengths_only
-        notes.append(
-            f"the trace's {survey.requests} rows are sent {n / survey.requests:.3g} times over; "
-            + ("texts repeat word for word, so a prefix cache knows them" if texts else "prompts are new each time")
-        )
-    if spec.max_output_tokens is not None and survey.longest_output > spec.max_output_tokens:
-        notes.append(
-            f"output lengths capped at {spec.max_output_tokens} tokens, the longest is {survey.longest_output}: "
-            "the load is lighter than the trace's"
-        )
-    if cancelled.any():
-        notes.append(f"{int(cancelled.sum())} of {n} clients hang up {spec.cancel_after_s:g} s after they sent")
-    if survey.hang_ups:
-        notes.append(f"{survey.hang_ups} rows of the trace record a client that hung up: it does so again")
-    if survey.adapters:
-        more = " and more" if len(survey.adapters) > _ADAPTERS_LISTED else ""
-        notes.append(f"rows ask for their own model: {', '.join(survey.adapters[:_ADAPTERS_LISTED])}{more}")
-    if survey.open_ended and spec.max_output_tokens is None:
-        notes.append(
-            f"{survey.open_ended} rows do not say how many tokens to generate: the server decides "
-            "(vLLM's completions end after 16 tokens)"
-        )
-    return notes

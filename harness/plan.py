@@ -36,12 +36,15 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from harness.arrivals import Stage
 from harness.errors import PlanError, UsageError, unknown_name
+from harness.traces.stats import ArrivalStats, TraceStats
 
 SCHEMA_VERSION = "1"
+_STEP_ROWS = 32
 INFO_KEY = b"harness.plan"
 """Key of the `PlanInfo` JSON in the file's schema metadata."""
 
@@ -80,7 +83,15 @@ class PlanSpec:
     """Own times: on a clock this many times as fast (null: 1)."""
     rate: float | None = None
     """Own times: the speed at which (n - 1) / span of the n requests is this many requests/s; bursts keep their shape.
-    Drawn arrivals: one stage of this rate."""
+    Drawn arrivals: one stage of this rate. With ``rescale`` "thin" or "superpose": the demand that has this rate on the
+    trace's own clock."""
+    rescale: str = "compress"
+    """How ``rate`` is met: "compress" (a faster or slower clock), "thin" (whole sessions are drawn) or "superpose"
+    (copies are laid over it); see `harness.traces.rescale`."""
+    grow: float | None = None
+    """Demand times this on the same clock: thinned below 1, superposed above. ``speed`` applies to what comes out."""
+    spread: bool = False
+    """Arrivals of a coarse clock are spread within its step."""
     limit: int | None = None
     """At most this many requests, the first of the trace."""
     duration_s: float | None = None
@@ -166,6 +177,20 @@ class PlanInfo:
     """Requests of phase "warmup", the first of the plan."""
     sessions: str = "trace"
     """"trace" (each turn at its own time), "wait" (a turn waits for the one before it)."""
+    rescale: str | None = None
+    """"compress" (another clock), "thin" or "superpose" (another demand on the same clock); null: neither."""
+    grow: float | None = None
+    """Demand as a multiple of the trace's, when it was thinned or superposed."""
+    spread_s: float | None = None
+    """Step of the trace's clock that arrivals were spread within; null: they were not."""
+    max_output_tokens: int | None = None
+    """Cap on output lengths that was asked for."""
+    cut: bool = False
+    """A limit cut off requests that were thinned or superposed: the plan ends before the trace does."""
+    source: TraceStats | None = None
+    """The rows that were read, as the trace records them; null in plans of older versions."""
+    planned: ArrivalStats | None = None
+    """Arrivals of the plan, on its own clock; null in a closed loop and in plans of older versions."""
 
 
 def write_plan(out: Path, info: PlanInfo, batches: Iterator[pa.RecordBatch]) -> None:
@@ -209,12 +234,35 @@ def read_plan_columns(path: Path, columns: list[str]) -> pa.Table:
         return table.select(columns).replace_schema_metadata(None)
 
 
+def iter_prompt_ids(path: Path) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
+    """A plan's prompts as token ids, a batch at a time: all ids one after the other, and how many each prompt has.
+
+    Prompts that are text are left out. Raises `PlanError`.
+    """
+    at = SCHEMA.get_field_index("prompt_token_ids")
+    with _open(path, pa.ipc.IpcReadOptions(included_fields=[at])) as reader:
+        _info(path, reader.schema, pa.schema([SCHEMA.field(at)]))
+        for i in range(reader.num_record_batches):
+            prompts = reader.get_batch(i).column(0).drop_null()
+            prompts.validate(full=True)
+            yield prompts.flatten().to_numpy(), np.diff(prompts.offsets.to_numpy()).astype(np.int64)
+
+
 def iter_requests(path: Path, worker: int = 0, workers: int = 1) -> Iterator[Request]:
     """Requests of worker ``worker`` (0 to ``workers`` - 1) in the order of the file, a batch in memory at a time.
 
     The slices of all workers are the plan, each request exactly once.
 
     Raises `PlanError` for a file that is no plan or damaged, `UsageError` for a worker that does not exist.
+    """
+    for batch in iter_batches(path, worker, workers):
+        yield from requests_in(batch)
+
+
+def iter_batches(path: Path, worker: int = 0, workers: int = 1) -> Iterator[pa.RecordBatch]:
+    """The same rows as batches of `SCHEMA`, none empty; each was checked, so `requests_in` cannot fail on it.
+
+    Nearly all of the work is Arrow's own, which lets other threads run. Raises as `iter_requests` does.
     """
     if not 0 <= worker < workers:
         raise UsageError(f"worker {worker} of {workers}: must be 0 to {workers - 1}")
@@ -225,7 +273,7 @@ def iter_requests(path: Path, worker: int = 0, workers: int = 1) -> Iterator[Req
             batch.validate(full=True)  # Arrow trusts offsets: a damaged file would read outside its memory
             mine = np.flatnonzero(batch.column("slice").to_numpy() % workers == worker)
             if len(mine):
-                yield from _rows(batch.take(pa.array(mine)))
+                yield batch if len(mine) == batch.num_rows else batch.take(pa.array(mine))
 
 
 def plan_sha256(path: Path) -> str:
@@ -265,12 +313,15 @@ def _info(path: Path, schema: pa.Schema, expected: pa.Schema = SCHEMA) -> PlanIn
     return info
 
 
-def _rows(batch: pa.RecordBatch) -> Iterator[Request]:
+def requests_in(batch: pa.RecordBatch) -> Iterator[Request]:
+    """The rows of a checked batch of `SCHEMA`; each step is a small one, so that others may have a turn in between."""
     names = [name for name in SCHEMA.names if name != "prompt_token_ids"]
     prompts = batch.column("prompt_token_ids")
     # Through numpy: Arrow's own conversion makes an object per token on the way.
     values, offsets = prompts.values.to_numpy(zero_copy_only=False), prompts.offsets.to_numpy()
     missing = prompts.is_null().to_numpy(zero_copy_only=False)
-    for i, row in enumerate(zip(*(batch.column(name).to_pylist() for name in names), strict=True)):
-        ids = None if missing[i] else values[offsets[i] : offsets[i + 1]].tolist()
-        yield Request(**dict(zip(names, row, strict=True)), prompt_token_ids=ids)
+    for at in range(0, batch.num_rows, _STEP_ROWS):
+        part = batch.slice(at, _STEP_ROWS)
+        for i, row in enumerate(zip(*(part.column(name).to_pylist() for name in names), strict=True), at):
+            ids = None if missing[i] else values[offsets[i] : offsets[i + 1]].tolist()
+            yield Request(**dict(zip(names, row, strict=True)), prompt_token_ids=ids)

@@ -171,7 +171,8 @@ class Trace:
                 self.source.name,
                 number,
                 f"this {self.format} file says when requests arrived, not how long they were. State the lengths: "
-                "'harness trace convert FILE --input-tokens lognormal:mean=800,cv=1 --output-tokens ... -o OUT'",
+                "--input-tokens lognormal:mean=800,cv=1 --output-tokens ... (or write them into a trace of their own: "
+                "'harness trace convert FILE --input-tokens ... --output-tokens ... -o OUT')",
             )
 
     def _refuse(self, books: _Books, number: int, error: RowError) -> None:

@@ -92,6 +92,13 @@ def double_lines(raw: bytes, rng: random.Random) -> bytes:
     return b"".join(line * rng.randint(0, 2) for line in raw.splitlines(keepends=True))
 
 
+def clock_jump(raw: bytes, rng: random.Random) -> bytes:
+    """The second half of the recording first."""
+    lines = raw.splitlines(keepends=True)
+    at = rng.randrange(len(lines))
+    return b"".join(lines[at:] + lines[:at])
+
+
 def splice(raw: bytes, rng: random.Random) -> bytes:
     other = WHOLE[rng.choice(list(WHOLE))]
     return raw[: rng.randrange(len(raw))] + other[rng.randrange(len(other)) :]
@@ -99,6 +106,8 @@ def splice(raw: bytes, rng: random.Random) -> bytes:
 
 DAMAGES: dict[str, Damage] = {
     "cut": cut, "flip": flip, "shuffled": shuffle_lines, "doubled": double_lines, "spliced": splice,
+    "clock jump": clock_jump, "error page": lambda raw, rng: b"<!DOCTYPE html>\n<html><body>502</body></html>\n",
+    "error page, gzip": lambda raw, rng: gzip.compress(b"<html>" + bytes(rng.randrange(256) for _ in range(99))),
     "nul": insert(b"\0\0\0"), "latin-1": insert("é".encode("latin-1")), "quote": insert(b'"'), "bracket": insert(b"]"),
     "brace": insert(b"}"), "newline": insert(b"\n"), "return": insert(b"\r"), "backslash": insert(b"\\"),
     "html": insert(b"<!DOCTYPE html><html>502 Bad Gateway</html>"), "surrogate": insert(b"\\ud800"),

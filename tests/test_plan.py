@@ -521,14 +521,14 @@ def test_a_plan_that_cannot_be_written_leaves_nothing(tmp_path):
 
 def test_a_trace_that_shrinks_meanwhile(tmp_path, monkeypatch):
     trace = trace_of(tmp_path, *at(0, 1, 2))
-    survey = build_module._survey
+    survey = build_module.survey
 
-    def survey_then_cut(*args):
-        found = survey(*args)
+    def survey_then_cut(*args, **options):
+        found = survey(*args, **options)
         trace_of(tmp_path, *at(0, 1))
         return found
 
-    monkeypatch.setattr(build_module, "_survey", survey_then_cut)
+    monkeypatch.setattr(build_module, "survey", survey_then_cut)
     with pytest.raises(PlanError, match="changed while it was read"):
         build(trace, tmp_path / "p", closed=False)
     assert not (tmp_path / "p").exists()

@@ -250,6 +250,26 @@ def test_merging_across_words_was_really_repaired_and_keeps_the_shared_text(voca
     assert one != two
 
 
+def test_words_are_proved_apart_only_where_the_tokenizer_cuts_them_apart(vocabularies, files):
+    assert {kind: v._apart for kind, v in vocabularies.items()} == {
+        "byte_level": True, "metaspace": True, "wordpiece": True, "merging": False, "characters": False,
+    }  # fmt: skip
+    # Then one text in 64 is encoded; all must be as long as asked all the same.
+    for kind in ("byte_level", "metaspace", "wordpiece"):
+        prompts = [vocabularies[kind].token_ids(40, key, seed=9) for key in range(300)]
+        texts = vocabularies[kind].texts(prompts)
+        assert [encode(files, kind, text) for text in texts] == [ids.tolist() for ids in prompts]
+
+
+def test_a_wrong_proof_is_noticed(vocabularies, monkeypatch):
+    vocabulary = vocabularies["merging"]
+    monkeypatch.setattr(vocabulary, "_apart", True)
+    prompts = [vocabulary.token_ids(600, key, seed=2) for key in range(128)]
+    tokenizer = vocabulary._tokenizer
+    texts = vocabulary.texts(prompts)
+    assert all(len(tokenizer.encode(text, add_special_tokens=False)) == 600 for text in texts)
+
+
 def test_impossible_text_is_an_error(tmp_path):
     # Every text is one token here: no text of two exists.
     vocab = {f"w{chr(97 + i)}": i for i in range(20)} | {"[UNK]": 20}

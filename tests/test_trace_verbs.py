@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from harness.cli.trace import trace as verbs
 from harness.errors import HarnessError, TraceError, UsageError
 from harness.trace import TraceRecord, open_trace
-from harness.traces import shape as shape_module
+from harness.traces import prefix as prefix_module
 from harness.traces.anonymize import anonymize, count_tokens
 from harness.traces.distributions import parse_arrivals, parse_lengths
 from harness.traces.reshape import Sample, sample
@@ -118,7 +118,7 @@ def test_golden_figures_of_the_samples():
 @pytest.mark.parametrize("name", ["mooncake-conversation.jsonl", "bailian-constructed.jsonl", "vllm-requests.log"])
 @pytest.mark.parametrize("batch", [1, 1000, 2**20])
 def test_ideal_prefix_hit(monkeypatch, name, batch):
-    monkeypatch.setattr(shape_module, "_BATCH_BLOCKS", batch)
+    monkeypatch.setattr(prefix_module, "_BATCH_BLOCKS", batch)
     records = list(open_trace(SAMPLES / name))
     found = measure(records).prefix
     want = slow_prefix([r for r in records if r.prefix_ids])
@@ -153,8 +153,8 @@ def test_prefix_is_estimated_when_blocks_are_too_many(monkeypatch):
         ids = tuple([head * 100 + i for i in range(10)] + [rng.getrandbits(60) for _ in range(10)])
         records.append(TraceRecord(1, None, 20 * 16, 1, prefix_ids=ids, block_tokens=16))
     exact = measure(records).prefix
-    monkeypatch.setattr(shape_module, "MAX_BLOCKS", 4096)
-    monkeypatch.setattr(shape_module, "_BATCH_BLOCKS", 2000)
+    monkeypatch.setattr(prefix_module, "MAX_BLOCKS", 4096)
+    monkeypatch.setattr(prefix_module, "_BATCH_BLOCKS", 2000)
     rough = measure(records).prefix
     assert exact.sampled == 1 < rough.sampled
     assert rough.hit_rate_blocks == pytest.approx(exact.hit_rate_blocks, abs=0.03)

@@ -48,7 +48,7 @@ def sample(trace: Trace, how: Sample) -> Iterator[TraceRecord]:
             records = _window(trace, how.window_s, how.cut_sessions)
         threshold = None if how.thin is None else int(how.thin * 2**64)
         for record in records:
-            if threshold is None or _place(record, how.seed) < threshold:
+            if threshold is None or place(record, how.seed) < threshold:
                 yield record
 
     return chosen() if how.limit is None else _limited(trace, chosen, how.limit, how.cut_sessions)
@@ -65,7 +65,7 @@ def _check(how: Sample) -> None:
         raise UsageError(f"limit is {how.limit}, must be at least 1")
 
 
-def _place(record: TraceRecord, seed: int) -> int:
+def place(record: TraceRecord, seed: int) -> int:
     """64 random bits that depend on the seed and the session (or the line) alone."""
     unit = f"line {record.line}" if record.session_id is None else f"session {record.session_id}"
     digest = hashlib.blake2b(f"{seed} {unit}".encode("utf-8", "surrogatepass"), digest_size=8).digest()

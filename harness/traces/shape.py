@@ -1,7 +1,6 @@
 """The shape of a trace: what `harness trace inspect` says. Columns of numbers, never the requests.
 
-A record costs about 40 bytes here and its prefix ids 8 bytes for each *different* block, up to `MAX_BLOCKS`; beyond
-that blocks are sampled by their hash, and the prefix figures say so.
+A record costs about 40 bytes here; for its prefix ids see `harness.traces.prefix`.
 
 ==========================  ==========================================================================================
 burstiness                  variance / mean of the number of arrivals in windows of 1, 10 and 60 s, laid from the first
@@ -24,15 +23,12 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.trace import TraceRecord
+from harness.traces.prefix import Prefix, PrefixCache
+from harness.traces.stats import WINDOWS_S, dispersion, worst
 
 Ints = npt.NDArray[np.int64]
-Hashes = npt.NDArray[np.uint64]
 
-WINDOWS_S = (1, 10, 60)
 QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
-MAX_BLOCKS = 2**24
-"""Different blocks that are remembered exactly (128 MiB, and as much again while new ones are merged in)."""
-_BATCH_BLOCKS = 2**20
 _BINS = 60
 
 
@@ -64,23 +60,6 @@ class Sessions:
     turns_quantiles: dict[str, float]
     gap_quantiles_s: dict[str, float] | None
     """Between the arrivals of a session's turns; null without times or second turns."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prefix:
-    """What an unlimited prefix cache would have found."""
-
-    block_tokens: list[int]
-    rows: int
-    """Rows with prefix ids."""
-    blocks: int
-    hit_blocks: int
-    hit_rate_blocks: float
-    tokens: int
-    hit_tokens: int
-    hit_rate_tokens: float
-    sampled: int
-    """1: every block was counted; k: one in k, chosen by hash, and counts are multiplied by k."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +110,7 @@ class Columns:
     """Hash of its id, 0 without."""
     rows: int = 0
     with_text: int = 0
-    prefix: _PrefixCache | None = None
+    prefix: PrefixCache | None = None
 
     def add(self, record: TraceRecord) -> None:
         """The next record."""
@@ -144,7 +123,7 @@ class Columns:
         self.session.append(0 if record.session_id is None else _hash(record.session_id))
         self.with_text += record.text is not None or record.messages is not None
         if record.prefix_ids is not None and record.block_tokens and record.input_tokens:
-            self.prefix = self.prefix or _PrefixCache()
+            self.prefix = self.prefix or PrefixCache()
             self.prefix.add(record.prefix_ids, record.block_tokens, record.input_tokens)
 
     def shape(self) -> Shape:
@@ -162,7 +141,7 @@ class Columns:
             mean_rate=rate,
             instants=1 + int(np.count_nonzero(gaps)) if len(times) else None,
             longest_gap_s=int(gaps.max()) / 1e9 if len(gaps) else None,
-            burstiness={f"{w}s": _burstiness(times, w) for w in WINDOWS_S},
+            burstiness={f"{w}s": dispersion(times, w) for w in WINDOWS_S},
             worst_second=_worst(times, 1, rate),
             worst_minute=_worst(times, 60, rate),
             rate_over_time=_rate_over_time(times),
@@ -184,31 +163,11 @@ def _hash(text: str) -> int:
 # --- arrivals ------------------------------------------------------------------------------------------------------
 
 
-def _counts(times: Ints, window_s: int) -> Ints | None:
-    """Arrivals in each whole window; None when there are fewer than ten."""
-    if not len(times):
-        return None
-    window_ns = window_s * 1_000_000_000
-    windows = int(times[-1] - times[0]) // window_ns
-    if not 10 <= windows <= 50_000_000:  # the upper bound is a year and a half of seconds
-        return None
-    at = (times - times[0]) // window_ns
-    counts: Ints = np.bincount(at[at < windows], minlength=windows)
-    return counts
-
-
-def _burstiness(times: Ints, window_s: int) -> float | None:
-    counts = _counts(times, window_s)
-    return None if counts is None else float(counts.var() / counts.mean())
-
-
 def _worst(times: Ints, window_s: int, rate: float | None) -> dict[str, float] | None:
-    if rate is None or times[-1] - times[0] < window_s * 1_000_000_000:
+    found = worst(times, window_s)
+    if found is None or rate is None:
         return None
-    ends = np.searchsorted(times, times + window_s * 1_000_000_000, side="left")
-    counts = ends - np.arange(len(times))
-    at = int(counts.argmax())
-    requests = int(counts[at])
+    requests, at = found
     return {
         "requests": requests,
         "start_s": int(times[at] - times[0]) / 1e9,
@@ -293,92 +252,3 @@ def _sessions(ids: Ints, times: Ints) -> Sessions | None:
         turns_quantiles=_quantiles(turns),
         gap_quantiles_s=gaps,
     )
-
-
-# --- prefixes ------------------------------------------------------------------------------------------------------
-
-
-class _PrefixCache:
-    """Counts blocks seen before. A block is its own id and all ids before it, so: blocks - different blocks = hits."""
-
-    def __init__(self) -> None:
-        self._seen: Hashes = np.empty(0, dtype=np.uint64)
-        self._ids = array("q")
-        self._requests = array("q")
-        """blocks, block_tokens, input_tokens of each request waiting."""
-        self._sampled = 1
-        self._sizes: set[int] = set()
-        self._rows = self._blocks = self._tokens = self._missed_blocks = self._missed_tokens = 0
-
-    def add(self, ids: tuple[int, ...], block_tokens: int, input_tokens: int) -> None:
-        """One request."""
-        self._rows += 1
-        self._ids.extend(ids)
-        self._requests.extend((len(ids), block_tokens, input_tokens))
-        self._sizes.add(block_tokens)
-        if len(self._ids) >= _BATCH_BLOCKS:
-            self._merge()
-
-    def result(self) -> Prefix:
-        """The figures so far."""
-        self._merge()
-        missed_blocks, missed_tokens = min(self._missed_blocks, self._blocks), min(self._missed_tokens, self._tokens)
-        return Prefix(
-            block_tokens=sorted(self._sizes),
-            rows=self._rows,
-            blocks=self._blocks,
-            hit_blocks=self._blocks - missed_blocks,
-            hit_rate_blocks=1 - missed_blocks / max(self._blocks, 1),
-            tokens=self._tokens,
-            hit_tokens=self._tokens - missed_tokens,
-            hit_rate_tokens=1 - missed_tokens / max(self._tokens, 1),
-            sampled=self._sampled,
-        )
-
-    def _merge(self) -> None:
-        if not self._ids:
-            return
-        counts, sizes, inputs = np.array(self._requests, dtype=np.int64).reshape(-1, 3).T
-        ids = np.array(self._ids, dtype=np.int64).view(np.uint64)
-        self._ids, self._requests = array("q"), array("q")
-        starts = np.cumsum(counts) - counts
-        place = np.arange(len(ids)) - np.repeat(starts, counts)
-        size = np.repeat(sizes, counts)
-        hashes = _chained(ids, place, size, starts, counts)
-        tokens = np.minimum(size, np.repeat(inputs, counts) - place * size)
-        self._blocks += len(ids)
-        self._tokens += int(tokens.sum())
-        kept = (hashes & np.uint64(self._sampled - 1)) == 0
-        distinct, first = np.unique(hashes[kept], return_index=True)
-        at = np.searchsorted(self._seen, distinct)
-        known = at < len(self._seen)
-        known[known] = self._seen[at[known]] == distinct[known]
-        self._missed_blocks += self._sampled * int((~known).sum())
-        self._missed_tokens += self._sampled * int(tokens[kept][first[~known]].sum())
-        self._seen = np.insert(self._seen, at[~known], distinct[~known])
-        while len(self._seen) > MAX_BLOCKS:
-            # What was counted so far stays exact; from here on one block in so many stands for the others.
-            self._sampled *= 2
-            self._seen = self._seen[(self._seen & np.uint64(self._sampled - 1)) == 0]
-
-
-def _chained(ids: Hashes, place: Ints, size: Ints, starts: Ints, counts: Ints) -> Hashes:
-    """A 64-bit hash of each block's id and of all ids before it in its request.
-
-    Sums of mixed (id, place) pairs: the place makes the order count, and a running sum is one pass over all requests.
-    """
-    mixed = _mix(ids + _mix(place.astype(np.uint64) + np.uint64(1)))
-    running = np.cumsum(mixed, dtype=np.uint64)
-    before = (running - mixed)[starts[counts > 0]]
-    return _mix(running - np.repeat(before, counts[counts > 0]) + size.astype(np.uint64))
-
-
-def _mix(values: Hashes) -> Hashes:
-    """The output function of SplitMix64 (Steele, Lea, Flood 2014)."""
-    values = values * np.uint64(0x9E3779B97F4A7C15)
-    values ^= values >> np.uint64(30)
-    values *= np.uint64(0xBF58476D1CE4E5B9)
-    values ^= values >> np.uint64(27)
-    values *= np.uint64(0x94D049BB133111EB)
-    values ^= values >> np.uint64(31)
-    return values

@@ -13,7 +13,8 @@ import msgspec
 
 from harness.errors import EXIT_VALID, UsageError
 from harness.progress import console
-from harness.trace import Trace, TraceRecord, open_trace
+from harness.trace import Trace, TraceRecord
+from harness.traces.reading import open_asked
 from harness.traces.shape import Shape, measure
 from harness.traces.shape_text import compared, described
 from harness.traces.writer import check_output, write_trace
@@ -21,7 +22,7 @@ from harness.traces.writer import check_output, write_trace
 
 def inspect(trace: Path, format_: str, **options: Any) -> int:
     """Say what a trace is."""
-    source = _open(trace, options, arrivals_only=True)
+    source = open_asked(trace, options, arrivals_only=True)
     records: Iterable[TraceRecord] = source
     if options.get("tokenizer") is not None:
         from harness.traces.anonymize import anonymize, load_tokenizer
@@ -55,7 +56,7 @@ def inspect(trace: Path, format_: str, **options: Any) -> int:
 def convert(trace: Path, output: Path, **options: Any) -> int:
     """Any trace -> our JSON Lines or Parquet."""
     check_output(output)
-    source = _open(trace, options)
+    source = open_asked(trace, options)
     records: Iterable[TraceRecord] = source
     if options.get("tokenizer") is not None:
         from harness.traces.anonymize import count_tokens, load_tokenizer
@@ -72,7 +73,7 @@ def sample(trace: Path, output: Path, **options: Any) -> int:
 
     check_output(output)
     how = Sample(**{field.name: options[field.name] for field in dataclasses.fields(Sample)})
-    source = _open(trace, options)
+    source = open_asked(trace, options)
     tap = _Tap(choose(source, how))
     write_trace(tap, output)
     before = measure(source)
@@ -118,7 +119,7 @@ def anonymize(trace: Path, output: Path, **options: Any) -> int:
 
     check_output(output)
     tokenizer = None if options["tokenizer"] is None else load_tokenizer(options["tokenizer"])
-    source = _open(trace, options)
+    source = open_asked(trace, options)
     records = without_text(
         source, salt=secrets.token_bytes(32), tokenizer=tokenizer, block_tokens=options["block_tokens"]
     )
@@ -177,26 +178,6 @@ class _Tap:
     def shape(self) -> Shape:
         """Of what has passed."""
         return self._columns.shape()
-
-
-def _open(trace: Path, options: dict[str, Any], *, arrivals_only: bool = False) -> Trace:
-    lengths = None
-    stated = [options.get("input_tokens"), options.get("output_tokens")]
-    if any(stated):
-        from harness.traces.distributions import draw_lengths, parse_lengths
-
-        if not all(stated):
-            raise UsageError("--input-tokens and --output-tokens go together")
-        lengths = draw_lengths(parse_lengths(str(stated[0])), parse_lengths(str(stated[1])), options["seed"])
-    return open_trace(
-        trace,
-        format=options["trace_format"],
-        skip_bad=options["skip_bad"],
-        sort=options["sort"],
-        part=options["part"],
-        lengths=lengths,
-        arrivals_only=arrivals_only,
-    )
 
 
 def _finish(source: Trace, records: Iterable[TraceRecord], output: Path) -> None:

@@ -1,0 +1,141 @@
+"""How a plan's requests were timed, and what a reader of its results must know of that, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from harness.arrivals import Times
+from harness.plan import PlanSpec
+from harness.trace import Trace
+from harness.traces.rescale import Arrangement
+from harness.traces.stats import ArrivalStats
+from harness.traces.survey import ADAPTERS_LISTED, Survey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timed:
+    """What was read, and when what of it is to be sent."""
+
+    survey: Survey
+    scheduled: Times | None = None
+    """null in a closed loop."""
+    speed: float = 1.0
+    """Factor on the trace's clock."""
+    arrangement: Arrangement | None = None
+    grow: float | None = None
+    rescale: str | None = None
+    spread_s: float | None = None
+    cut: bool = False
+
+
+def _draw_note(spec: PlanSpec, scheduled: Times) -> list[str]:
+    """What a short draw did to the rate that was asked for."""
+    if spec.limit is not None and spec.stages:
+        return []
+    until_s = spec.duration_s or int(scheduled[-1]) / 1e9
+    expected = sum(s.requests for s in spec.stages) if spec.stages else (spec.rate or 0.0) * until_s
+    n = len(scheduled)
+    if abs(n - expected) <= max(1.0, 0.05 * expected):
+        return []
+    return [f"{n} arrivals were drawn in a time for {expected:.0f}: that is chance; more requests come closer to it"]
+
+
+def notes(
+    trace: Trace, spec: PlanSpec, timed: Timed, planned: ArrivalStats | None, cancelled: npt.NDArray[np.bool_]
+) -> list[str]:
+    """What a reader of the results must know: of the trace, of when it is sent, of what is sent."""
+    return [
+        *trace.notes,
+        *_times(spec, timed),
+        *_spreading(trace, spec, timed),
+        *_growth(spec, timed, planned),
+        *_requests(spec, timed.survey, cancelled),
+    ]
+
+
+def _times(spec: PlanSpec, timed: Timed) -> list[str]:
+    found, scheduled = timed.survey, timed.scheduled
+    said = _draw_note(spec, scheduled) if spec.drawn and scheduled is not None else []
+    if found.ended_early:
+        said.append(f"reading stopped after {found.requests} usable rows (limit or duration)")
+    elif scheduled is not None and spec.duration_s is not None and scheduled[-1] < 0.95e9 * spec.duration_s:
+        said.append(f"the trace ends at {int(scheduled[-1]) / 1e9:.1f} s of the {spec.duration_s:g} s asked for")
+    return said
+
+
+def _spreading(trace: Trace, spec: PlanSpec, timed: Timed) -> list[str]:
+    if timed.spread_s is not None:
+        return [f"arrivals are spread evenly, by a seeded draw, within the {timed.spread_s:g} s steps of their clock"]
+    if spec.spread:
+        return ["nothing to spread: the trace's clock shows no coarse step"]
+    own_times = timed.scheduled is not None and not spec.drawn
+    return ["--spread lays arrivals evenly within those steps"] if trace.grid_s is not None and own_times else []
+
+
+def _growth(spec: PlanSpec, timed: Timed, planned: ArrivalStats | None) -> list[str]:
+    """What another demand did to the shape."""
+    before = timed.survey.stats.arrivals
+    if timed.grow is None or timed.arrangement is None or planned is None or before is None:
+        return []
+    n, rows = planned.requests, timed.survey.requests
+    how = "thinned: whole sessions are drawn" if timed.grow < 1 else "superposed: copies, each a little later"
+    said = [f"demand is {timed.grow:.4g} times the trace's on the same clock ({how}): {rows} rows, {n} requests"]
+    if not timed.cut and abs(n / (timed.grow * rows) - 1) > 0.05:
+        said.append(f"{timed.grow * rows:.0f} requests were expected: that is the chance of the draw")
+    if timed.scheduled is not None and (after := n - int(np.searchsorted(timed.scheduled * timed.speed, _end(timed)))):
+        said.append(f"{after} turns of shifted sessions come after the trace's end")
+    if timed.grow > 1:
+        made_up = timed.survey.lengths_only == rows
+        said.append(
+            "copies share no prefix with each other" if made_up
+            else "copies repeat texts word for word, so a prefix cache knows them"
+        )  # fmt: skip
+    shape = [
+        f"{name} {a:.3g} -> {b:.3g}"
+        for name, a, b in (
+            *((f"variance/mean at {w}", before.dispersion[w], planned.dispersion[w]) for w in before.dispersion),
+            ("worst minute/mean", before.worst_minute, planned.worst_minute),
+            ("gap cv", before.gap_cv, planned.gap_cv),
+        )
+        if a is not None and b is not None
+    ]
+    clock = "" if timed.speed == 1.0 else f" (its clock {timed.speed:g} times as fast)"
+    return [*said, f"shape, trace -> plan{clock}: {', '.join(shape)}"] if shape else said
+
+
+def _end(timed: Timed) -> int:
+    """Where the trace and its last gap end, ns."""
+    times = timed.survey.arrivals
+    return int(times[-1]) + int(times[-1]) // max(len(times) - 1, 1) + round((timed.spread_s or 0.0) * 1e9) + 1
+
+
+def _requests(spec: PlanSpec, found: Survey, cancelled: npt.NDArray[np.bool_]) -> list[str]:
+    n = len(cancelled)
+    said = []
+    if n > found.requests and spec.repeat:
+        texts = found.requests - found.lengths_only
+        said.append(
+            f"the trace's {found.requests} rows are sent {n / found.requests:.3g} times over; "
+            + ("texts repeat word for word, so a prefix cache knows them" if texts else "prompts are new each time")
+        )
+    if spec.max_output_tokens is not None and found.longest_output > spec.max_output_tokens:
+        said.append(
+            f"output lengths capped at {spec.max_output_tokens} tokens, the longest is {found.longest_output}: "
+            "the load is lighter than the trace's"
+        )
+    if cancelled.any():
+        said.append(f"{int(cancelled.sum())} of {n} clients hang up {spec.cancel_after_s:g} s after they sent")
+    if found.hang_ups:
+        said.append(f"{found.hang_ups} rows of the trace record a client that hung up: it does so again")
+    if found.adapters:
+        more = " and more" if len(found.adapters) > ADAPTERS_LISTED else ""
+        said.append(f"rows ask for their own model: {', '.join(found.adapters[:ADAPTERS_LISTED])}{more}")
+    if found.open_ended and spec.max_output_tokens is None:
+        said.append(
+            f"{found.open_ended} rows do not say how many tokens to generate: the server decides "
+            "(vLLM's completions end after 16 tokens)"
+        )
+    return said

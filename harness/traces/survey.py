@@ -1,0 +1,167 @@
+"""The first reading of a trace for a plan: how many rows, when they arrive, and what they look like.
+
+Eight bytes a row are kept (its arrival; three times that where rows are to be drawn or copied), a few numbers for each
+session, and for prefix ids what `harness.traces.prefix` says; never the rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from array import array
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from harness.arrivals import Times
+from harness.errors import PlanError, UsageError
+from harness.trace import Trace, TraceRecord
+from harness.traces.prefix import PrefixCache
+from harness.traces.rescale import Units
+from harness.traces.reshape import place
+from harness.traces.stats import PrefixStats, TraceStats, arrival_stats, length_stats
+
+ADAPTERS_LISTED = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What one reading of the trace found."""
+
+    requests: int
+    arrivals: Times
+    """ns from the first; empty when the trace has no times."""
+    units: Units | None
+    """Only when asked for."""
+    lengths_only: int
+    longest_output: int
+    open_ended: int
+    """Rows that do not say how many tokens to generate."""
+    hang_ups: int
+    adapters: tuple[str, ...]
+    """Models or adapters that rows ask for, the first few and one more."""
+    ended_early: bool
+    stats: TraceStats
+
+
+def survey(
+    trace: Trace,
+    *,
+    limit: int | None = None,
+    cut_ns: float | None = None,
+    timed: bool = True,
+    made_up: bool = False,
+    units_seed: int | None = None,
+) -> Survey:
+    """Read the trace up to ``limit`` rows or the first at or after ``cut_ns`` (trace clock).
+
+    ``timed``: a row without a time raises `UsageError`. ``made_up``: prompts can be made; else a row with lengths only
+    raises `PlanError`. ``units_seed``: also say what rows belong together, and a number to draw each unit by.
+    """
+    look = _Look(trace, made_up, units_seed)
+    ended_early = False
+    with contextlib.closing(iter(trace)) as records:
+        for record in records:
+            if record.arrival_s is not None:
+                arrival_ns = round(record.arrival_s * 1e9)
+                if cut_ns is not None and arrival_ns >= cut_ns:
+                    ended_early = True
+                    break
+                look.arrivals.append(arrival_ns)
+            elif timed:
+                raise UsageError(
+                    f"{trace.path}: the trace has no arrival times, so there is nothing to replay in time; "
+                    "use --concurrency for a closed loop, or --arrivals poisson --rate R"
+                )
+            look.at(record)
+            if look.requests == limit:
+                ended_early = True
+                break
+    return look.result(ended_early)
+
+
+class _Look:
+    """Counts what passes."""
+
+    def __init__(self, trace: Trace, made_up: bool, units_seed: int | None) -> None:
+        self.requests = 0
+        self.arrivals = array("q")
+        self._trace, self._made_up, self._seed = trace, made_up, units_seed
+        self._starts = array("q")
+        self._places = array("Q")
+        self._inputs: Counter[int] = Counter()
+        self._outputs: Counter[int] = Counter()
+        self._sessions: dict[str, list[int]] = {}
+        """Session -> its first arrival, its rows."""
+        self._prefix: PrefixCache | None = None
+        self._texts = self._open_ended = self._hang_ups = 0
+        self._adapters: dict[str, None] = {}
+
+    def at(self, record: TraceRecord) -> None:
+        """The next row, its arrival noted already."""
+        self.requests += 1
+        if record.text is None and record.messages is None:
+            if not self._made_up:
+                raise PlanError(
+                    f"{self._trace.path}:{record.line}: the row has lengths but no text, so a prompt must be made; "
+                    "give the tokenizer of the model (--tokenizer FILE), or name a server to learn its token ids from"
+                )
+            self._inputs[record.input_tokens or 0] += 1
+        else:
+            self._texts += 1
+        if record.output_tokens is None:
+            self._open_ended += 1
+        else:
+            self._outputs[record.output_tokens] += 1
+        if record.session_id is not None or self._seed is not None:
+            self._unit(record)
+        if record.prefix_ids is not None and record.block_tokens and record.input_tokens:
+            self._prefix = self._prefix or PrefixCache()
+            self._prefix.add(record.prefix_ids, record.block_tokens, record.input_tokens)
+        self._hang_ups += record.cancel_after_s is not None
+        if record.adapter is not None and len(self._adapters) <= ADAPTERS_LISTED:
+            self._adapters[record.adapter] = None
+
+    def _unit(self, record: TraceRecord) -> None:
+        start_ns = self.arrivals[-1] if self.arrivals else 0
+        if record.session_id is not None:
+            session = self._sessions.setdefault(record.session_id, [start_ns, 0])
+            session[1] += 1
+            start_ns = session[0]
+        if self._seed is not None:
+            self._starts.append(start_ns)
+            self._places.append(place(record, self._seed))
+
+    def result(self, ended_early: bool) -> Survey:
+        """All that was counted."""
+        arrivals = np.frombuffer(self.arrivals, dtype=np.int64)
+        prefix = self._prefix.result() if self._prefix else None
+        turns = [rows for _, rows in self._sessions.values()]
+        return Survey(
+            requests=self.requests,
+            arrivals=arrivals,
+            units=None if self._seed is None else Units(
+                np.frombuffer(self._starts, dtype=np.int64), np.frombuffer(self._places, dtype=np.uint64)
+            ),
+            lengths_only=self.requests - self._texts,
+            longest_output=max(self._outputs, default=0),
+            open_ended=self._open_ended,
+            hang_ups=self._hang_ups,
+            adapters=tuple(self._adapters),
+            ended_early=ended_early,
+            stats=TraceStats(
+                requests=self.requests,
+                arrivals=arrival_stats(arrivals),
+                input_tokens=length_stats(self._inputs),
+                output_tokens=length_stats(self._outputs),
+                sessions=len(turns),
+                session_rows=sum(turns),
+                most_turns=max(turns, default=0),
+                unit_rows=(sum(rows * rows for rows in turns) + self.requests - sum(turns)) / max(self.requests, 1),
+                prefix=None if prefix is None else PrefixStats(
+                    block_tokens=prefix.block_tokens, rows=prefix.rows, hit_rate_blocks=prefix.hit_rate_blocks,
+                    hit_rate_tokens=prefix.hit_rate_tokens, sampled=prefix.sampled,
+                ),
+                grid_s=self._trace.grid_s,
+            ),
+        )  # fmt: skip
