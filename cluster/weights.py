@@ -27,6 +27,7 @@ from cluster.architecture import QUANTIZATIONS
 from cluster.models import Model, model_config
 from cluster.process import Process, describe_exit
 from harness.errors import ServerError
+from harness.paths import cache_dir
 from harness.run import now_utc
 
 MANIFEST = "harness-weights.json"
@@ -71,14 +72,6 @@ class Weights:
     created: str
     sha256: dict[str, str]
     """Of every file, by its name in the folder."""
-
-
-def cache_dir() -> Path:
-    """Where weights are kept."""
-    if own := os.environ.get("HARNESS_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "harness"
 
 
 def ensure_weights(model: Model, *, cache: Path | None = None, say: Callable[[str], None] = lambda text: None) -> Path:

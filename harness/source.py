@@ -25,14 +25,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
-from harness.errors import TraceError
+from harness.errors import TraceError, UsageError
 
 MAX_LINE_BYTES = 16 * 2**20
 """Longest line that is read; more is not a trace but a binary file or a file without line ends."""
 MAX_VALUE_BYTES = 64 * 2**20
 """Longest value of a JSON document: an export may hold all its spans in one object."""
 
-_S3_CONNECT_S, _S3_READ_S = 10, 60
 _CHUNK = 2**18
 
 
@@ -60,7 +59,7 @@ def open_source(name: str | Path) -> Source:
     if text == "-":
         return _spooled("<stdin>", _stdin())
     if text.startswith("s3://"):
-        return _spooled(text, _s3_body(text))
+        return _fetched(text)
     path = Path(text)
     try:
         mode = path.stat().st_mode
@@ -82,21 +81,17 @@ def _stdin() -> BinaryIO:
     return sys.stdin.buffer
 
 
-def _s3_body(url: str) -> BinaryIO:
-    import boto3
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError, ClientError
+def _fetched(url: str) -> Source:
+    """A verified temporary copy of an object."""
+    from harness.s3 import StoreError, fetch
 
-    bucket, _, key = url.removeprefix("s3://").partition("/")
-    if not bucket or not key:
-        raise TraceError(url, None, "expected s3://BUCKET/KEY")
-    config = Config(connect_timeout=_S3_CONNECT_S, read_timeout=_S3_READ_S, retries={"max_attempts": 3})
+    spool = tempfile.NamedTemporaryFile(prefix="harness-trace-")  # noqa: SIM115  # lives as long as the Source
     try:
-        # Region, credentials and endpoint come from the environment, as for every AWS tool.
-        body = boto3.client("s3", config=config).get_object(Bucket=bucket, Key=key)["Body"]
-    except (BotoCoreError, ClientError, ValueError) as e:
-        raise TraceError(url, None, f"cannot read from S3: {e}") from e
-    return cast(BinaryIO, body)
+        return Source(url, Path(spool.name), fetch(url, spool), spool)
+    except (UsageError, StoreError) as e:
+        spool.close()
+        problem = f"cannot read from S3: {e.problem}" if isinstance(e, StoreError) else "expected s3://BUCKET/KEY"
+        raise TraceError(url, None, problem) from e
 
 
 def _spooled(name: str, stream: BinaryIO) -> Source:
@@ -108,7 +103,7 @@ def _spooled(name: str, stream: BinaryIO) -> Source:
         return Source(name, Path(spool.name), hashlib.file_digest(spool, "sha256").hexdigest(), spool)
     except Exception as e:
         spool.close()
-        if isinstance(e, OSError) or type(e).__module__.startswith(("botocore", "urllib3")):
+        if isinstance(e, OSError):
             raise TraceError(name, None, f"the stream broke off: {e}") from e
         raise
 

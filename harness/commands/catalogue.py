@@ -16,7 +16,7 @@ from harness.errors import (
 
 def doctor(format_: str) -> int:
     """Findings about this machine."""
-    from cluster.weights import cache_dir
+    from harness.paths import cache_dir
 
     findings = examination.examine(cache_dir())
     can = examination.abilities(findings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,48 +12,49 @@ from harness.commands.output import print_json, say
 from harness.commands.reports import report
 from harness.commands.steps import StopRequest, check_load_options, copy_plan, execute, make_plan
 from harness.commands.targets import API_KEY, Target, choose_target
-from harness.errors import (
-    EXIT_VALID,
-    ServerError,
-    UsageError,
-)
+from harness.errors import EXIT_VALID, ServerError, UsageError
 from harness.plan import read_plan_info
-from harness.run import (
-    PLAN,
-    RunDir,
-    create_run_dir,
-)
-from harness.trace import open_trace
+from harness.run import PLAN, RunDir, create_run_dir
+from harness.store import as_url, is_url, local_copy, mirrored, output_file, split_out
+from harness.traces.reading import open_asked
 
 
 def replay(trace: Path, out: Path, **options: Any) -> int:
     """Plan, serve, run, report."""
     closed = check_load_options(options)
-    source = open_trace(trace, format=options["trace_format"], skip_bad=options["skip_bad"])
+    source = open_asked(trace, options)
     target = choose_target(options)
-    run = create_run_dir(out, f"{trace.name.split('.')[0]}-{target.label}")
+    root, url = split_out(out)
+    run = create_run_dir(root, f"{trace.name.split('.')[0]}-{target.label}")
     say(f"run directory: {run.path}")
-    make_plan(source, run.plan, target, closed=closed, options=options)
-    return run_and_report(run, target, options)
+    try:
+        make_plan(source, run.plan, target, closed=closed, options=options)
+    except BaseException:
+        with suppress(OSError):
+            run.path.rmdir()  # nothing is in it: no run was begun
+        raise
+    return run_and_report(run, target, options, url)
 
 
 def plan(trace: Path, output: Path, format_: str, **options: Any) -> int:
     """Trace -> plan file."""
-    source = open_trace(trace, format=options["trace_format"], skip_bad=options["skip_bad"])
+    source = open_asked(trace, options)
     options.setdefault("tier", None)
     closed = check_load_options(options)
     if closed and isinstance(options["warmup"], float):
         raise UsageError("a closed loop has no planned times: say --warmup N requests, or the time to harness run")
-    info = make_plan(source, output, choose_target(options), closed=closed, options=options)
+    with output_file(output) as path:
+        info = make_plan(source, path, choose_target(options), closed=closed, options=options)
     if format_ == "json":
         print_json(info)
     else:
-        print(output)
+        print(as_url(output) if is_url(output) else output)
     return EXIT_VALID
 
 
 def run(plan: Path, out: Path, **options: Any) -> int:
     """Plan file -> run directory and report."""
+    plan = local_copy(plan, say)
     info = read_plan_info(plan)
     if info.arrivals == "closed" and not options["concurrency"]:
         raise UsageError(f"{plan} is planned for a closed loop, without times: say --concurrency N")
@@ -60,10 +62,11 @@ def run(plan: Path, out: Path, **options: Any) -> int:
         raise UsageError("--warmup is part of the plan (harness plan); here it is a time in a closed loop, like 30s")
     check_load_options({**options, "speed": None, "rate": None})
     target = choose_target(options)
-    run_dir = create_run_dir(out, f"{plan.stem}-{target.label}")
+    root, url = split_out(out)
+    run_dir = create_run_dir(root, f"{plan.stem}-{target.label}")
     say(f"run directory: {run_dir.path}")
     copy_plan(plan, run_dir.path / PLAN)
-    return run_and_report(run_dir, target, options)
+    return run_and_report(run_dir, target, options, url)
 
 
 def serve(out: Path, **options: Any) -> int:
@@ -91,7 +94,8 @@ def serve(out: Path, **options: Any) -> int:
     return EXIT_VALID
 
 
-def run_and_report(run: RunDir, target: Target, options: dict[str, Any]) -> int:
-    """Send the plan of ``run`` to ``target``, write the record, print the report."""
-    execute(run, target, options)
+def run_and_report(run: RunDir, target: Target, options: dict[str, Any], url: str | None) -> int:
+    """Send the plan of ``run`` to ``target``, write the record (also to ``url``), print the report."""
+    with mirrored(url, run.path, say):
+        execute(run, target, options)
     return report([run.path], options["format_"], options["slo"], options["attain"], options["ratio"])

