@@ -1,4 +1,4 @@
-"""What runs inside Ray actors: the owner of one server, and the owner of one load worker.
+"""What runs inside Ray actors: the owner of one server, the owner of one load worker, the watcher of one host.
 
 Plain classes without ray in them until they are made remote, so their behaviour can be tested in-process. Methods run
 in threads (max_concurrency), so `stop` overtakes a `start` that still waits.
@@ -8,33 +8,38 @@ from __future__ import annotations
 
 import os
 import queue
+import shutil
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
-from cluster.process import GRACE_S, Process, describe_exit, wait_ready
+from cluster.engine import WHOLE, Engine, Part
+from cluster.job import read_piece
+from cluster.placement import choose_cpus
+from cluster.process import GRACE_S, NO_SECRETS, Process, describe_exit, wait_ready
+from cluster.registry import end_orphans
 from harness import probe
-from harness.errors import HarnessError, ServerError, WorkerError
+from harness.errors import HarnessError, ServerError
+
+if TYPE_CHECKING:
+    from harness.host_metrics import HostMetrics
 
 TRIES = 3
 """Starts with a new port when another process was faster to take it."""
-LOG_BYTES = 8 << 20
-"""How much of a remote log is brought home."""
-ASK_S = 15.0
-
-
-class _Command(Protocol):
-    argv: list[str]
-    env: dict[str, str | None]
+HEALTH_EVERY_S = 10.0
+HEALTH_ANSWER_S = 5.0
+UNHEALTHY_S = 30.0
+"""A server whose /health has failed for this long is dead, though its process runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A server that answers."""
+    """A server that answers (or a part of one that has joined it)."""
 
     base_url: str
     ready_s: float
@@ -49,19 +54,37 @@ class Failed:
     message: str
 
 
-class ReplicaActor:
-    """Owns one server process."""
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a replica's owner has to say since the last look."""
 
-    def __init__(self, engine: Any, name: str, log: str, api_key: str, loopback: bool) -> None:
+    state: str
+    messages: list[str]
+    ended: str | None
+    log: bytes
+    """The next piece of the log; empty when the driver can read it itself."""
+
+
+class ReplicaActor:
+    """Owns one server process, or one host's part of a server."""
+
+    def __init__(self, engine: Engine, name: str, log: str, api_key: str, host: str) -> None:
+        """``host``: the address to listen on; empty: this node's own in the cluster."""
         self._engine, self._name, self._api_key = engine, name, api_key
         self._log = Path(log)
-        if not self._log.parent.is_dir():  # another host, no shared storage: keep it here, `log_bytes` brings it home
+        self._remote_log = not self._log.parent.is_dir()  # another host, no shared storage: `look` brings it home
+        if self._remote_log:
             self._log = Path(tempfile.mkdtemp(prefix="harness-")) / self._log.name
-        self._host = "127.0.0.1" if loopback else node_address()
+        self._host = host or node_address()
         self._process: Process | None = None
         self._cpus: list[int] | None = None
+        self._port: int | None = None
+        self._part = WHOLE
         self._stopped = False
         self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._state = "queued"
+        self._read = 0  # of the log, for states
+        self._unhealthy: str | None = None
 
     def node_id(self) -> str:
         """The Ray node it runs on."""
@@ -69,90 +92,164 @@ class ReplicaActor:
 
         return str(ray.get_runtime_context().get_node_id())
 
-    def messages(self) -> list[str]:
-        """Words for the person since the last call."""
-        found = []
+    def look(self, log_offset: int = 0) -> Look:
+        """State, words for the person since the last call, how the server ended, and its log from ``log_offset``."""
+        messages = []
         while not self._messages.empty():
-            found.append(self._messages.get_nowait())
-        return found
+            messages.append(self._messages.get_nowait())
+        self._follow_log()
+        log = read_piece(self._log, log_offset) if self._remote_log else b""
+        return Look(self._state, messages, self.ended(), log)
+
+    def _follow_log(self) -> None:
+        if self._process is None or self._state == "ready":
+            return
+        piece = read_piece(self._log, self._read)
+        whole = piece[: piece.rfind(b"\n") + 1]
+        self._read += len(whole)
+        for line in whole.decode(errors="replace").splitlines():
+            self._state = self._engine.state(line) or self._state
 
     def prepare(self) -> Failed | None:
-        """Whatever takes long before a server can start: its weights, on this host."""
+        """Whatever takes long before a server can start: orphans' memory, its weights on this host."""
+        self._state = "starting"
         try:
+            end_orphans(self._messages.put)
             self._engine.prepare(self._messages.put)
         except HarnessError as e:
             return Failed(f"{self._name}: {e}")
         return None
 
-    def start(self, ready_s: float, vcpu: int | None, rank: int, count: int) -> Started | Failed:
-        """Start the server and wait until it has answered one real request.
+    def meeting_point(self) -> tuple[str, int]:
+        """Address and a free port where the parts of one server can meet."""
+        return self._host, free_port(self._host)
+
+    def start(self, ready_s: float, vcpu: int | None, rank: int, count: int, part: Part = WHOLE) -> Started | Failed:
+        """Start the server and wait until it has answered one real request (a part that is not the first: has started).
 
         On a CPU tier ``vcpu`` is its size, and this server is number ``rank`` of ``count`` on this host.
         """
         self._cpus = choose_cpus(sorted(os.sched_getaffinity(0)), vcpu, rank, count) if vcpu else None
+        self._part = part
         deadline = time.monotonic() + ready_s
         for attempt in range(1, TRIES + 1):
+            self._port = free_port(self._host)
             try:
                 return self._start_once(deadline - time.monotonic())
             except HarnessError as e:
                 self._end(0)
-                clash = "port in use" in str(e) and attempt < TRIES and not self._stopped
+                clash = "port in use" in str(e) and attempt < TRIES and not self._stopped and part == WHOLE
                 if not clash:
                     return Failed(str(e))
                 self._messages.put("its port was taken meanwhile; trying another one")
         raise AssertionError("unreachable")
 
+    def restart(self, ready_s: float) -> Started | Failed:
+        """Start the server again, at the same address, after it died."""
+        self._end(0)
+        self._unhealthy = None
+        try:
+            return self._start_once(ready_s)
+        except HarnessError as e:
+            self._end(0)
+            return Failed(str(e))
+
     def _start_once(self, ready_s: float) -> Started:
-        port = free_port(self._host)
-        command: _Command = self._engine.command(self._host, port, self._api_key)
+        assert self._port is not None
+        command = self._engine.command(self._host, self._port, self._api_key, self._part)
         before = time.monotonic()
-        self._process = Process.start(
-            command.argv, name=self._name, env=command.env, log=self._log, cpus=self._cpus
-        )  # fmt: skip
+        self._state = "starting"
+        process = self._process = Process.start(
+            command.argv, name=self._name, env={**NO_SECRETS, **command.env}, log=self._log, cpus=self._cpus
+        )
         if self._stopped:  # looked at after the start: a `stop` before it found nothing to end
             raise ServerError(f"{self._name}: stopped before it was ready")
-        base_url = f"http://{self._host}:{port}/v1"
-        answers = ready_check(base_url, self._engine.served_model, self._api_key)
-        wait_ready(answers, self._process, ready_s, explain=self._engine.explain)
+        base_url = f"http://{bracketed(self._host)}:{self._port}/v1"
+        if self._part.rank == 0:
+            answers = ready_check(base_url, self._engine.served_model, self._api_key)
+            wait_ready(answers, process, ready_s, explain=self._engine.explain)
+            threading.Thread(target=self._watch_health, args=(base_url, process), daemon=True).start()
+        self._state = "ready"
         return Started(base_url, time.monotonic() - before, self._cpus)
 
+    def _watch_health(self, base_url: str, process: Process) -> None:
+        """Thread: notice a server that runs and does not answer."""
+        url = f"{probe.server_root(base_url)}/health"
+        well = time.monotonic()
+        while process.wait(HEALTH_EVERY_S) is None:
+            try:
+                probe.fetch(url, self._api_key, deadline_s=HEALTH_ANSWER_S)
+                well, self._unhealthy = time.monotonic(), None
+            except ServerError as e:
+                silent_s = time.monotonic() - well
+                if silent_s > UNHEALTHY_S:
+                    self._unhealthy = f"/health has failed for {silent_s:.0f} s ({str(e).rpartition(': ')[2]})"
+
     def ended(self) -> str | None:
-        """How the server ended, with its last words; null while it runs."""
+        """How the server ended, with its last words; null while it runs and answers."""
         process = self._process
-        if process is None or (code := process.poll()) is None:
+        if process is None:
             return None
+        if (code := process.poll()) is None:
+            return self._unhealthy
         cause = self._engine.explain(process.tail(400))
         return describe_exit(code) + (f": {cause}" if cause else "")
-
-    def log_bytes(self) -> bytes:
-        """The end of the log, for a driver on another host."""
-        try:
-            with self._log.open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - LOG_BYTES))
-                return file.read()
-        except OSError:
-            return b""
 
     def stop(self, grace_s: float = GRACE_S) -> None:
         """End the server and everything it started."""
         self._stopped = True
         self._end(grace_s)
 
+    def clean(self) -> None:
+        """Take the folder of a log that came home away."""
+        if self._remote_log:
+            shutil.rmtree(self._log.parent, ignore_errors=True)
+
     def _end(self, grace_s: float) -> None:
         if self._process is not None:
             self._process.stop(grace_s)
 
 
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a load worker's owner has seen since the last look."""
+
+    code: int | None
+    """Exit code; null while it runs."""
+    lines: list[str]
+    pieces: dict[str, bytes]
+    """The next piece of each file it writes."""
+
+
 class WorkerActor:
-    """Owns one load worker process."""
+    """Owns one load worker process and the folder it works in."""
 
     def __init__(self) -> None:
         self._process: Process | None = None
+        self._folder = Path(tempfile.mkdtemp(prefix="harness-"))
 
-    def begin(self, argv: Sequence[str], env: dict[str, str | None], name: str, log: str, pipes: bool) -> str | None:
-        """Start it; what went wrong, or null."""
+    def folder(self) -> str:
+        """Where its files are."""
+        return str(self._folder)
+
+    def put(self, name: str, data: bytes) -> str | None:
+        """Append to a file of the folder; what went wrong, or null."""
         try:
-            self._process = Process.start(argv, name=name, env=env, log=Path(log), pipes=pipes)
+            with (self._folder / name).open("ab") as file:
+                file.write(data)
+        except OSError as e:
+            return f"{self._folder / name}: cannot write ({e.strerror})"
+        return None
+
+    def begin(
+        self, argv: Sequence[str], env: dict[str, str | None], name: str, spec: str, log: str, cpus: list[int] | None
+    ) -> str | None:
+        """Start it on a spec file of the folder; what went wrong, or null."""
+        command = [*argv, str(self._folder / spec)]
+        try:
+            self._process = Process.start(
+                command, name=name, env={**NO_SECRETS, **env}, log=self._folder / log, pipes=True, cpus=cpus
+            )
         except HarnessError as e:
             return str(e)
         return None
@@ -161,12 +258,17 @@ class WorkerActor:
         """Name of the host it runs on."""
         return socket.gethostname()
 
-    def look(self) -> tuple[int | None, list[str]]:
-        """Exit code (null while it runs), and lines since the last look; all lines once it has ended."""
-        if self._process is None:
-            return None, []
-        code = self._process.poll()
-        return code, self._process.lines()
+    def clock_ns(self) -> int:
+        """Wall clock of this host, ns since 1970."""
+        return time.time_ns()
+
+    def look(self, offsets: dict[str, int]) -> Report:
+        """Exit code and lines since the last look (all once it has ended), and its files from these offsets."""
+        code, lines = None, []
+        if self._process is not None:
+            code = self._process.poll()  # before the lines and the files: all is there once it has ended
+            lines = self._process.lines()
+        return Report(code, lines, {name: read_piece(self._folder / name, at) for name, at in offsets.items()})
 
     def write_line(self, line: str) -> bool:
         """A line to its stdin."""
@@ -176,85 +278,42 @@ class WorkerActor:
         """End it."""
         return self._process.stop(grace_s) if self._process is not None else None
 
-    def tail(self, n: int) -> list[str]:
-        """The end of its log."""
-        return self._process.tail(n) if self._process is not None else []
+    def clean(self) -> None:
+        """Take its folder away."""
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
-class RemoteProcess:
-    """A `cluster.process.Process` on another host, as far as a load worker's owner needs it."""
+class HostActor:
+    """Samples the counters of one host (`harness.host_metrics`) for as long as a run lasts."""
 
-    def __init__(self, actor: Any, name: str, log: Path) -> None:
-        self.name, self.log = name, log
-        self.host = ""
-        self._actor = actor
-        self._code: int | None = None
-        self._lines: list[str] = []
+    def __init__(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="harness-"))
+        self._file = self._folder / "host.arrows"
+        self._metrics: HostMetrics | None = None
 
-    def begin(self, argv: list[str], env: dict[str, str | None], pipes: bool) -> None:
-        """Start it. Raises `WorkerError`."""
-        problem = self._ask(self._actor.begin.remote(argv, env, self.name, str(self.log), pipes), "no answer", 120.0)
-        if problem:
-            raise WorkerError(f"{self.name}: {problem}")
-        self.host = str(self._ask(self._actor.host.remote(), ""))
+    def clock_ns(self) -> int:
+        """Wall clock of this host, ns since 1970."""
+        return time.time_ns()
 
-    def _ask(self, ref: Any, lost: Any, timeout_s: float = ASK_S) -> Any:
-        """The answer; ``lost`` when the actor or its host is gone (then the process counts as killed)."""
-        import ray
-        from ray.exceptions import GetTimeoutError, RayError
+    def begin(self, start_unix_ns: int) -> None:
+        """Sample from now on; ``start_unix_ns`` is the common start by this host's clock."""
+        from harness.host_metrics import HostMetrics  # Arrow: not in every actor
 
-        try:
-            return ray.get(ref, timeout=timeout_s)
-        except GetTimeoutError:
-            return lost
-        except RayError:
-            self._code = -9
-            return lost
+        self._metrics = HostMetrics(self._file, start_unix_ns)
+        self._metrics.__enter__()
 
-    def _look(self) -> None:
-        if self._code is None:
-            code, lines = self._ask(self._actor.look.remote(), (None, []))
-            self._lines += lines
-            if code is not None:
-                self._code = code
+    def look(self, offset: int) -> bytes:
+        """The next piece of its file."""
+        return read_piece(self._file, offset)
 
-    def poll(self) -> int | None:
-        """Exit code; null while it runs."""
-        self._look()
-        return self._code
+    def stop(self) -> None:
+        """No more samples; the file is whole."""
+        if self._metrics is not None:
+            self._metrics.__exit__(None, None, None)
 
-    def wait(self, timeout_s: float) -> int | None:
-        """`poll` after the end or ``timeout_s``."""
-        deadline = time.monotonic() + timeout_s
-        while self.poll() is None and time.monotonic() < deadline:
-            time.sleep(min(0.2, timeout_s))
-        return self._code
-
-    def lines(self) -> list[str]:
-        """Lines since the last call."""
-        self._look()
-        found, self._lines = self._lines, []
-        return found
-
-    def write_line(self, line: str) -> bool:
-        """A line to its stdin; False when nobody reads it."""
-        return bool(self._ask(self._actor.write_line.remote(line), False))
-
-    def stop(self, grace_s: float = GRACE_S) -> int | None:
-        """End it, then its actor."""
-        import ray
-
-        self._look()
-        code = self._ask(self._actor.stop.remote(grace_s), self._code, grace_s + 45)
-        self._look()
-        self._code = code if self._code is None else self._code
-        ray.kill(self._actor)
-        return self._code
-
-    def tail(self, n: int = 20) -> list[str]:
-        """The end of its log."""
-        found: list[str] = self._ask(self._actor.tail.remote(n), [])
-        return found
+    def clean(self) -> None:
+        """Take its folder away."""
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def ready_check(base_url: str, model: str, api_key: str) -> Callable[[], bool]:
@@ -281,17 +340,6 @@ def ready_check(base_url: str, model: str, api_key: str) -> Callable[[], bool]:
     return check
 
 
-def choose_cpus(cpus: Sequence[int], vcpu: int, rank: int, count: int) -> list[int]:
-    """Processors for replica ``rank`` of ``count`` on a host: as many as the tier has, no two replicas on the same.
-
-    On a host with fewer than all of them need, each gets its even share, at least one (then shared).
-    """
-    if len(cpus) < count:
-        return [cpus[rank % len(cpus)]]
-    each = min(vcpu, len(cpus) // count)
-    return list(cpus[rank * each : (rank + 1) * each])
-
-
 def free_port(host: str) -> int:
     """A port that nobody listens on at this moment."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe_socket:
@@ -304,3 +352,8 @@ def node_address() -> str:
     import ray
 
     return str(ray.util.get_node_ip_address())
+
+
+def bracketed(host: str) -> str:
+    """An address as a URL has it."""
+    return f"[{host}]" if ":" in host else host

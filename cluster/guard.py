@@ -75,6 +75,8 @@ def prctl(option: int, value: int = 1) -> None:
 
 def become(command: list[str], cpus: str) -> None:
     """Turn this process into the command, in a session of its own, on these processors ("0,1"; "-": any)."""
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)  # an order to end that comes before the exec must not be swallowed
     guard = os.getppid()
     os.setsid()
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

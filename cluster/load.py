@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol
 
 import msgspec
 
-from cluster.process import GRACE_S, Process, describe_exit
+from cluster.job import Child, Job, Launch, start_here
+from cluster.process import NO_SECRETS, describe_exit
 from harness.errors import UsageError, WorkerError
 from harness.run import RunDir, RunSpec, Worker
 
@@ -35,27 +34,6 @@ POLL_S = 0.1
 GARBAGE_LINES = 10
 
 WORKER = (sys.executable, "-m", "scenarios.worker")
-
-
-class Child(Protocol):
-    """A running process with pipes: `cluster.process.Process`, or one on another host."""
-
-    @property
-    def host(self) -> str: ...  # noqa: D102
-    def poll(self) -> int | None: ...  # noqa: D102
-    def wait(self, timeout_s: float) -> int | None: ...  # noqa: D102
-    def stop(self, grace_s: float = GRACE_S) -> int | None: ...  # noqa: D102
-    def lines(self) -> list[str]: ...  # noqa: D102
-    def write_line(self, line: str) -> bool: ...  # noqa: D102
-    def tail(self, n: int = 20) -> list[str]: ...  # noqa: D102
-
-
-class Launch(Protocol):
-    """Starts a child with pipes; `Process.start` and `Deployment.launch` are two."""
-
-    def __call__(  # noqa: D102
-        self, argv: Sequence[str], *, name: str, env: Mapping[str, str | None], log: Path, pipes: bool = True
-    ) -> Child: ...
 
 
 class _Ready(msgspec.Struct, tag="ready", tag_field="event"):
@@ -139,7 +117,7 @@ class LoadWorkers:
         if spec.concurrency is not None and spec.concurrency < spec.workers:
             raise UsageError(f"{spec.workers} workers cannot share {spec.concurrency} in flight: use fewer --workers")
         self._spec, self._run, self._api_key = spec, run, api_key
-        self._launch: Launch = launch or Process.start
+        self._launch: Launch = launch or start_here
         self._worker, self._ready_s, self._silence_s = worker, ready_s, silence_s
         self._states: list[_State] = []
         self._deadline: float | None = None
@@ -160,18 +138,15 @@ class LoadWorkers:
         self._kill("ended with the harness")
 
     def _spawn(self, index: int) -> _State:
-        file = self._run.path.resolve() / f"worker-{index}.json"
-        try:
-            file.write_bytes(msgspec.json.encode(worker_spec(self._spec, self._run, index)))
-        except OSError as e:
-            raise WorkerError(f"{file}: cannot write ({e.strerror})") from e
-        child = self._launch(
-            [*self._worker, str(file)],
+        job = Job(
             name=f"load worker {index}",
-            env={"HARNESS_API_KEY": self._api_key},
+            argv=self._worker,
+            env={**NO_SECRETS, "HARNESS_API_KEY": self._api_key},
+            spec=worker_spec(self._spec, self._run, index),
+            spec_file=self._run.path.resolve() / f"worker-{index}.json",
             log=self._run.worker_log(index),
-            pipes=True,
         )
+        child = self._launch(job)
         return _State(child, time.monotonic())
 
     def _wait_ready(self) -> None:
@@ -181,7 +156,8 @@ class LoadWorkers:
                 code = state.child.poll()  # before the lines: all of them are there once it has ended
                 state.read()
                 if state.ready is None and code is not None:
-                    raise self._failure(index, f"ended before it was ready ({describe_exit(code)})")
+                    how = state.child.trouble or describe_exit(code)
+                    raise self._failure(index, f"ended before it was ready ({how})")
                 if state.ready is None and time.monotonic() > deadline:
                     raise self._failure(index, f"was not ready after {self._ready_s:.0f} s")
             if all(state.ready for state in self._states):
@@ -249,6 +225,8 @@ class LoadWorkers:
         now = time.monotonic()
         if state.end is not None and (code is not None or now - state.heard > EXIT_S):
             state.over = state.end.exit or ("" if code in (0, None) else f"{describe_exit(code)} after its last row")
+        elif code is not None and state.child.trouble:
+            state.over = f"lost: {state.child.trouble}"
         elif code is not None:
             said = [*state.garbage, *state.child.tail(1)]
             state.over = describe_exit(code) + (f": {said[-1]}" if said else "")

@@ -21,13 +21,17 @@ from pathlib import Path
 
 import psutil
 
+from cluster import registry
+from cluster.registry import MARK
 from harness.errors import HarnessError, ServerError
 
 GUARD = Path(__file__).with_name("guard.py")
 GRACE_S = 5.0
 """Between SIGTERM and SIGKILL."""
-MARK = "HARNESS_GROUP"
-"""Environment variable by which members of a group are found should its guard be killed."""
+NO_SECRETS: dict[str, str | None] = dict.fromkeys(
+    ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "HARNESS_API_KEY", "VLLM_API_KEY")
+)
+"""Changes to an environment: what a server or load worker has no business with is taken away before it gets its own."""
 TAIL_BYTES = 1 << 16
 LINE_CHARS = 400
 """A log line longer than this is cut in messages."""
@@ -37,9 +41,18 @@ class Process:
     """A running command, its descendants and its log. Use `Process.start`; safe to use from several threads."""
 
     def __init__(
-        self, name: str, log: Path | None, mark: str, control: int, status: int, popen: subprocess.Popen[bytes]
+        self,
+        name: str,
+        log: Path | None,
+        mark: str,
+        argv: Sequence[str],
+        control: int,
+        status: int,
+        popen: subprocess.Popen[bytes],
     ) -> None:
-        self.name, self.log, self._mark = name, log, mark
+        self.name, self.log, self._mark, self._argv = name, log, mark, argv
+        self.trouble: str | None = None
+        """Why nothing is known of it any more; a process of this host always tells its end."""
         self.host = socket.gethostname()
         self.pid: int | None = None
         """Of the command itself (its group leader); null until it has started."""
@@ -99,16 +112,18 @@ class Process:
         finally:
             os.close(control)
             os.close(status)
-        return cls(name, log, mark, control_end, status_end, popen)
+        return cls(name, log, mark, argv, control_end, status_end, popen)
 
     def _watch(self, status: int, popen: subprocess.Popen[bytes]) -> None:
         """Thread: follow the guard's status lines to their end."""
         text = ""
+        entry: str | None = None
         with open(status, encoding="ascii", errors="replace") as lines:
             for line in lines:
                 word, _, value = line.partition(" ")
                 if word == "pid":
                     self.pid = int(value)
+                    entry = self._register(self.pid)
                 elif word == "exit":
                     text = value
         if text:
@@ -121,10 +136,21 @@ class Process:
         if self._reader is not None:
             self._reader.join(timeout=5)  # so that `lines` is complete once `poll` says it has ended
         self._close_control()
+        registry.forget(entry)
         if self._stdin is not None:
             with self._stdin_lock, contextlib.suppress(OSError):
                 self._stdin.close()
         self._ended.set()
+
+    def _register(self, pid: int) -> str | None:
+        """Note it down for `harness ps`, `harness stop` and the sweep for orphans."""
+        try:
+            guard = psutil.Process(pid).ppid()
+        except psutil.Error:
+            return None  # it has ended already
+        return registry.register(
+            name=self.name, owner=os.getpid(), guard=guard, command=pid, mark=self._mark, argv=self._argv, log=self.log
+        )
 
     def _read_lines(self, stdout: object) -> None:
         """Thread: stdout to the queue, line by line; a line without end is cut, not collected for ever."""
@@ -146,11 +172,12 @@ class Process:
 
         Null means that processes survived SIGKILL for 30 s (the log names them).
         """
-        with self._lock:
+        with self._lock:  # one order only: the guard reads what several callers write as one number
             if self._control is not None:
                 with contextlib.suppress(BrokenPipeError):
                     os.write(self._control, f"{grace_s}".encode())
-        self._close_control()
+                os.close(self._control)
+                self._control = None
         return self.wait(grace_s + 40)
 
     def kill(self) -> int | None:

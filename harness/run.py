@@ -20,7 +20,7 @@ import msgspec
 import psutil
 
 from harness import __version__
-from harness.errors import ResultsError
+from harness.errors import ResultsError, UsageError
 from harness.plan import PlanInfo
 
 SCHEMA_VERSION = "1"
@@ -137,6 +137,19 @@ class Replica:
     counters_after: dict[str, float] | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restart:
+    """A replica that died during the run and was started again."""
+
+    replica: int
+    died: str
+    """When that was noticed, UTC, ISO 8601."""
+    how: str
+    ready: str | None = None
+    """When it answered again, UTC, ISO 8601; null: not before the end, or never."""
+    took_s: float | None = None
+
+
 @dataclass(slots=True, kw_only=True)
 class Worker:
     """One load worker as its own last words describe it; nulls when it died before them."""
@@ -191,6 +204,10 @@ class RunManifest:
     host: Host
     load_shares_server_host: bool | None = None
     """True when load workers ran on the machine of a replica (they take CPU from it); null when not known."""
+    load_shares_server_cores: bool | None = None
+    """True when load workers could run on processors that a replica runs on; null when not known."""
+    restarts: list[Restart] = field(default_factory=list)
+    """Replicas that died during the run and were started again (``--on-replica-death restart``)."""
     versions: dict[str, str] = field(default_factory=dict)
     git: str | None = None
     """Commit of the harness (with "-dirty"), null outside a checkout."""
@@ -244,6 +261,8 @@ class RunDir:
 
 def create_run_dir(root: Path, name: str) -> RunDir:
     """A new directory ``<root>/<UTC time>-<name>``; raises `ResultsError` when it cannot be made."""
+    if str(root).startswith("s3:/"):
+        raise UsageError(f"{root}: this verb writes to a local folder; s3:// is for replay, plan, run and report")
     label = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60] or "run"
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     for suffix in ("", *(f"-{i}" for i in range(2, 100))):

@@ -34,6 +34,7 @@ class FakeServer:
 def no_own_tiers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A developer's own tiers file must not leak into tests."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))  # nor its processes into `harness ps`
 
 
 StartServer = Callable[..., FakeServer]

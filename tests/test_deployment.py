@@ -11,25 +11,27 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from conftest import ROOT, wait_for
-from hypothesis import given
-from hypothesis import strategies as st
 
 if importlib.util.find_spec("ray") is None:
     pytest.skip("needs ray: pip install -e '.[cluster]'", allow_module_level=True)
 
-from cluster.actors import Failed, ReplicaActor, Started, choose_cpus
-from cluster.deployment import CommandEngine, Deployment, connect, disconnect, resources, shortage
+from cluster.actors import Failed, ReplicaActor, Started
+from cluster.deployment import Deployment
+from cluster.engine import WHOLE, Command, CommandEngine, Part
+from cluster.join import connect, disconnect
 from cluster.load import LoadWorkers
 from cluster.models import get_model
 from cluster.tiers import get_tier
 from harness import probe
 from harness.errors import ServerError, UsageError
+from harness.host_metrics import host_file, read_host_metrics
 from harness.run import RunSpec, create_run_dir
 
 TIER = get_tier("aws-m7a.large")
@@ -64,40 +66,13 @@ def listeners(url: str) -> list[psutil.Process]:
 # --- without Ray ------------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 256), st.integers(1, 16), st.integers(1, 16))
-def test_cpus_are_the_tiers_and_shared_only_when_too_few(host: int, vcpu: int, count: int) -> None:
-    given_out = [choose_cpus(range(host), vcpu, rank, count) for rank in range(count)]
-    assert all(1 <= len(cpus) <= vcpu for cpus in given_out)
-    flat = [cpu for cpus in given_out for cpu in cpus]
-    assert set(flat) <= set(range(host))
-    if host >= count:
-        assert len(set(flat)) == len(flat), "no two replicas on one processor"
-    if host >= count * vcpu:
-        assert all(len(cpus) == vcpu for cpus in given_out)
-
-
-def test_a_cluster_too_small_is_told_what_is_missing() -> None:
-    need = resources(get_tier("aws-p5.48xlarge"))
-    assert need == {"CPU": 0.05, "GPU": 8.0, "accelerator_type:H100": 0.001}
-    h100 = {"CPU": 192.0, "GPU": 8.0, "accelerator_type:H100": 1.0, "memory": 1e12}
-    half = {**h100, "GPU": 4.0}
-    a100 = {"CPU": 96.0, "GPU": 8.0, "accelerator_type:A100": 1.0}
-    assert shortage([h100, h100], need, 2) is None
-    assert shortage([{"CPU": 1.0}], resources(TIER), 8) is None, "a CPU replica's actor asks for next to nothing"
-    for nodes in ([h100, half, half], [h100, a100], [h100, {"CPU": 4.0}]):
-        problem = shortage(nodes, need, 2)
-        assert problem is not None
-        assert "room for 1; each needs 8 GPU, 0.001 accelerator_type:H100 on one node" in problem
-    assert "nodes: none" in (shortage([], need, 1) or "")
-
-
 def test_no_replica_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--replicas 0"):
         deploy(tmp_path, replicas=0)
 
 
 def make_actor(tmp_path: Path, engine: Any) -> ReplicaActor:
-    return ReplicaActor(engine, "replica 0", str(tmp_path / "server-0.log"), "secret", True)
+    return ReplicaActor(engine, "replica 0", str(tmp_path / "server-0.log"), "secret", "127.0.0.1")
 
 
 def test_an_actor_owns_its_server(tmp_path: Path) -> None:
@@ -114,7 +89,9 @@ def test_an_actor_owns_its_server(tmp_path: Path) -> None:
     actor.stop()
     assert not listeners(started.base_url)
     assert actor.ended() == "killed by SIGTERM"
-    assert b"ready" in actor.log_bytes()
+    look = actor.look()
+    assert (look.ended, look.state, look.log) == ("killed by SIGTERM", "ready", b""), "the driver reads the log itself"
+    assert "ready" in (tmp_path / "server-0.log").read_text()
 
 
 class FirstPortTaken(CommandEngine):
@@ -123,15 +100,11 @@ class FirstPortTaken(CommandEngine):
     __slots__ = ()
     starts = 0
 
-    def command(self, host: str, port: int, api_key: str) -> Any:
+    def command(self, host: str, port: int, api_key: str, part: Part = WHOLE) -> Command:
         FirstPortTaken.starts += 1
         if FirstPortTaken.starts == 1:
-            return (
-                type(self)
-                .__mro__[1](name="x", served_model="fake", argv=("sh", "-c", "echo Address already in use; exit 1"))
-                .command(host, port, api_key)
-            )
-        return super().command(host, port, api_key)
+            return Command(argv=["sh", "-c", "echo Address already in use; exit 1"], env={})
+        return CommandEngine.command(self, host, port, api_key, part)
 
 
 def test_a_port_taken_meanwhile_is_tried_again_elsewhere(tmp_path: Path) -> None:
@@ -141,7 +114,7 @@ def test_a_port_taken_meanwhile_is_tried_again_elsewhere(tmp_path: Path) -> None
     actor.stop()
     assert isinstance(started, Started)
     assert FirstPortTaken.starts == 2
-    assert actor.messages() == ["its port was taken meanwhile; trying another one"]
+    assert actor.look().messages == ["its port was taken meanwhile; trying another one"]
 
 
 def test_a_server_that_refuses_completions_is_not_waited_for(tmp_path: Path) -> None:
@@ -164,6 +137,62 @@ def test_a_stop_during_the_start_overtakes_it(tmp_path: Path) -> None:
     actor.stop()
     thread.join(20)
     assert isinstance(results[0], Failed)
+
+
+class Talking(CommandEngine):
+    """Says in its log what it does."""
+
+    __slots__ = ()
+
+    def state(self, line: str) -> str | None:
+        return line.removeprefix("now ") if line.startswith("now ") else None
+
+
+def test_the_states_of_a_start_are_read_from_the_log(tmp_path: Path) -> None:
+    steps = "echo now loading; sleep 1; echo noise; echo now compiling; sleep 1; exec " + " ".join(SERVER)
+    engine = Talking(name="t", served_model="fake", argv=("sh", "-c", steps), api_key_env="FAKE_SERVER_API_KEY")
+    actor = make_actor(tmp_path, engine)
+    assert actor.look().state == "queued"
+    thread = threading.Thread(target=lambda: actor.start(30, None, 0, 1))
+    thread.start()
+    seen: list[str] = []
+
+    def look() -> bool:
+        state = actor.look().state
+        if seen[-1:] != [state]:
+            seen.append(state)
+        return state == "ready"
+
+    wait_for(look, 30, "ready")
+    thread.join(10)
+    actor.stop()
+    assert [s for s in seen if s not in ("queued", "starting")] == ["loading", "compiling", "ready"]
+
+
+def test_a_server_that_runs_and_does_not_answer_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"HEALTH_EVERY_S": 0.1, "HEALTH_ANSWER_S": 0.2, "UNHEALTHY_S": 0.5}.items():
+        monkeypatch.setattr(f"cluster.actors.{name}", value)
+    actor = make_actor(tmp_path, FAKE)
+    started = actor.start(30, None, 0, 1)
+    assert isinstance(started, Started)
+    (server,) = listeners(started.base_url)
+    server.suspend()
+    wait_for(lambda: actor.ended() is not None, 15, "its silence to be noticed")
+    assert "/health has failed for" in (actor.ended() or "")
+    server.resume()
+    wait_for(lambda: actor.ended() is None, 15, "it answers again")
+    actor.stop()
+
+
+def test_a_part_of_a_server_is_started_without_being_asked_for_answers(tmp_path: Path) -> None:
+    engine = CommandEngine(name="part", served_model="fake", argv=("sleep", "600"))
+    actor = make_actor(tmp_path, engine)
+    host, port = actor.meeting_point()
+    started = actor.start(30, None, 0, 1, Part(rank=1, hosts=2, master=host, master_port=port))
+    assert isinstance(started, Started)
+    assert actor.ended() is None
+    actor.stop()
+    assert actor.ended() is not None
 
 
 # --- with Ray ---------------------------------------------------------------------------------------------------------
@@ -214,14 +243,82 @@ def test_a_server_that_dies_at_start_is_no_timeout(tmp_path: Path, local_ray: No
 
 
 @pytest.mark.ray
+def test_a_dead_replica_is_started_again_at_its_address_and_the_run_is_marked(tmp_path: Path, local_ray: None) -> None:
+    said: list[str] = []
+    with deploy(tmp_path, replicas=2, say=said.append, on_replica_death="restart") as d:
+        url = d.replicas[0].base_url
+        before = d.counters()[0]
+        (server,) = listeners(url)
+        server.kill()
+        wait_for(lambda: d.check() == {} and bool(d.restarts), 15, "the death")
+        assert "killed by SIGKILL" in d.restarts[0].how, "noted at once, also when the run ends before it is up again"
+        wait_for(lambda: d.check() == {} and d.restarts[0].ready is not None, 30, "the restart")
+        (restart,) = d.restarts
+        assert (restart.replica, (restart.took_s or 99) < 30) == (0, True)
+        assert restart.died <= (restart.ready or "")
+        assert d.replicas[0].exit is None
+        assert d.replicas[0].base_url == url
+        after = d.counters()[0]
+        assert before is not None
+        assert after is not None
+        assert after["process_start_time_seconds"] > before["process_start_time_seconds"], "which the verdict sees"
+        assert d.check() == {}
+    assert "answers again" in " ".join(said)
+    assert not listeners(url)
+
+
+@pytest.mark.ray
+def test_a_replica_that_cannot_be_started_again_is_dead(tmp_path: Path, local_ray: None) -> None:
+    once = f"[ -e {tmp_path}/flag ] && exit 4; touch {tmp_path}/flag; exec {' '.join(SERVER)}"
+    engine = CommandEngine(name="once", served_model="fake", argv=("sh", "-c", once), api_key_env="FAKE_SERVER_API_KEY")
+    with deploy(tmp_path, engine, on_replica_death="restart") as d:
+        (server,) = listeners(d.replicas[0].base_url)
+        server.kill()
+        wait_for(lambda: 0 in d.check(), 30, "the failure")
+        assert "killed by SIGKILL" in d.check()[0]
+        assert "not started again: replica 0 ended before it was ready: exit code 4" in d.check()[0]
+        assert [r.ready for r in d.restarts] == [None]
+
+
+@pytest.mark.ray
+def test_hardware_that_is_not_there_is_said_before_anything_starts(tmp_path: Path, local_ray: None) -> None:
+    begin = time.monotonic()
+    tier = get_tier("aws-p5.48xlarge")
+    model, said = get_model("smollm2-135m"), list[str]()
+    with (
+        pytest.raises(ServerError) as caught,
+        Deployment(
+            model=model, weights=tmp_path, tier=tier, replicas=2, run_dir=tmp_path, api_key="secret", engine=FAKE,
+            say=said.append,
+        ),
+    ):  # fmt: skip
+        pass
+    assert time.monotonic() - begin < 10
+    assert "2 x aws-p5.48xlarge: the Ray cluster has room for 0; each needs" in str(caught.value)
+    assert "no H100" in str(caught.value)
+    assert said == []
+
+
+@pytest.mark.ray
+def test_the_counters_of_the_host_are_sampled(tmp_path: Path, local_ray: None) -> None:
+    run = create_run_dir(tmp_path, "t")
+    with deploy(tmp_path) as d, d.sample_hosts(run, time.time_ns()):
+        wait_for(lambda: host_file(run.path, "local").exists(), 10, "the file")
+        time.sleep(1.5)
+    assert read_host_metrics(host_file(run.path, "local")).num_rows >= 1
+
+
+@pytest.mark.ray
 def test_load_workers_run_on_the_cluster(tmp_path: Path, local_ray: None) -> None:
     from test_load import WORKER, exits, follow
 
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     run = create_run_dir(tmp_path, "t")
+    run.plan.write_bytes(b"a plan")
     with deploy(tmp_path) as d:
-        d._load_nodes = d._nodes  # on one host they would be children of this process
+        # On one host they would be children of this process.
+        d._load_nodes = [replace(node, here=False) for node in d._nodes]
         spec = RunSpec(mode="open", model="m", base_urls=["u"], workers=2, extra_body={"act": "crash"})
         with LoadWorkers(spec, run, api_key="k", launch=d.launch, worker=(sys.executable, str(script))) as load:
             load.start()

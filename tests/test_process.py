@@ -15,7 +15,8 @@ import psutil
 import pytest
 from conftest import ROOT, wait_for
 
-from cluster.process import MARK, Process, describe_exit, sweep, tail, wait_ready
+from cluster.process import Process, describe_exit, sweep, tail, wait_ready
+from cluster.registry import MARK
 from harness.errors import HarnessError, ServerError
 
 # Prints its own pid and that of a grandchild in a session of its own; both ignore SIGTERM when asked to.
@@ -39,7 +40,7 @@ def gone(pid: int) -> bool:
 def start_family(tmp_path: Path, *args: str) -> tuple[Process, list[int]]:
     process = Process.start([sys.executable, "-c", FAMILY, *args], name="family", log=tmp_path / "log", pipes=True)
     lines: list[str] = []
-    wait_for(lambda: bool(lines.extend(process.lines()) or lines), 10, "the family's pids")
+    wait_for(lambda: bool(lines.extend(process.lines()) or lines) and process.pid is not None, 10, "the family's pids")
     return process, [int(pid) for pid in lines[0].split()]
 
 

@@ -20,6 +20,7 @@ from cluster.architecture import (
     tensor_parallel_sizes,
     weight_bytes,
 )
+from cluster.engine import Part
 from cluster.models import (
     Model,
     OnTier,
@@ -30,7 +31,17 @@ from cluster.models import (
     model_weight_bytes,
 )
 from cluster.tiers import CATALOGUE, read_tiers
-from cluster.vllm import VllmEngine, check_fit, engine_args, memory_need, server_env, tensor_parallel_size
+from cluster.vllm import (
+    VllmEngine,
+    check_fit,
+    engine_args,
+    hosts_per_replica,
+    memory_need,
+    pipeline_parallel_size,
+    server_env,
+    state,
+    tensor_parallel_size,
+)
 from cluster.weights import ensure_weights, weights_facts
 from harness.errors import UsageError
 from harness.run import Tier
@@ -349,3 +360,73 @@ def test_unknown_names_stay_unknown() -> None:
         architecture("qwen-8b")
     with pytest.raises(UsageError, match="hidden_size is None, so the memory"):
         weight_bytes({"vocab_size": 3}, 10, 2, "fp8")
+
+
+# --- over several machines ------------------------------------------------------------------------------------------
+
+
+def staged(stages: str, tensor: int | None = None) -> Model:
+    """A large model that says how many pipeline stages it wants on H100."""
+    on = {"H100": OnTier(engine_args=("--pipeline-parallel-size", stages), tensor_parallel_size=tensor)}
+    return replace(get_model("llama-3.1-70b-instruct"), on=on)
+
+
+def test_pipeline_stages_spread_over_machines_and_tensor_parallel_stays_inside() -> None:
+    p5 = TIERS["aws-p5.48xlarge"]
+    assert hosts_per_replica(get_model("llama-3.1-70b-instruct"), p5) == 1
+    for stages, tensor, hosts in ((2, 8, 2), (2, 4, 1), (4, 4, 2), (4, 8, 4), (1, 8, 1)):
+        model = staged(str(stages), tensor)
+        assert (pipeline_parallel_size(model, p5), hosts_per_replica(model, p5)) == (stages, hosts)
+    with pytest.raises(UsageError, match="3 pipeline stages of 4 H100 do not spread evenly over 2"):
+        hosts_per_replica(staged("3", 4), p5)
+    with pytest.raises(UsageError, match="no number of pipeline stages"):
+        pipeline_parallel_size(staged("many"), p5)
+    assert pipeline_parallel_size(staged("2"), TIERS["aws-m7a.large"]) == 1, "no stages on a CPU"
+
+
+def test_stages_share_the_memory() -> None:
+    p5 = TIERS["aws-p5.48xlarge"]
+    one, two = (memory_need(staged(stages, 8), p5) for stages in ("1", "2"))
+    assert one is not None
+    assert two is not None
+    assert two.weights_gib == pytest.approx(one.weights_gib / 2)
+    assert two.kv_cache_gib == pytest.approx(one.kv_cache_gib / 2)
+
+
+def test_the_parts_of_a_server_find_each_other(tmp_path: Path) -> None:
+    engine = VllmEngine(model=staged("2", 8), tier=TIERS["aws-p5.48xlarge"], weights=tmp_path)
+    assert engine.hosts == 2
+    assert engine.memory_gib is None
+    meet = {"hosts": 2, "master": "10.0.0.1", "master_port": 29500}
+    first, second = (engine.command(f"10.0.0.{r + 1}", 8000, "secret", Part(rank=r, **meet)) for r in (0, 1))
+    for rank, command in enumerate((first, second)):
+        words = " ".join(command.argv)
+        assert f"--nnodes 2 --node-rank {rank} --master-addr 10.0.0.1 --master-port 29500" in words
+        assert "--tensor-parallel-size 8" in words
+        assert "--pipeline-parallel-size 2" in words
+        assert "secret" not in words
+        assert command.env["VLLM_HOST_IP"] == f"10.0.0.{rank + 1}"
+    assert "--port" in first.argv
+    assert "--headless" not in first.argv
+    assert "--headless" in second.argv, "it answers no requests"
+    assert "--port" not in second.argv
+    assert engine.facts()["parallel"] == "pipeline 2 x tensor 8 on 2 machines"
+    alone = VllmEngine(model=get_model("smollm2-135m"), tier=TIERS["aws-m7a.large"], weights=tmp_path)
+    assert "--nnodes" not in alone.command("127.0.0.1", 8000, "secret").argv
+    assert alone.memory_gib == pytest.approx(0.25 + 1 + 2.5, abs=0.3)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("INFO 11-21 23:47:11 [cpu_model_runner.py:68] Starting to load model /models/x...", "loading"),
+        ("Loading safetensors checkpoint shards:  25% Completed | 1/4 [00:01<00:03,  1.01s/it]", "loading"),
+        ("(EngineCore_0 pid=7) INFO [backends.py:559] Using cache directory: /x for vLLM's torch.compile", "compiling"),
+        ("INFO [backends.py:398] Compiling a graph for compile range (1, 8192) takes 12.41 s", "compiling"),
+        ("Capturing CUDA graphs (mixed prefill-decode, PIECEWISE):  10%|#", "compiling"),
+        ("WARNING [vllm.py:1703] Enforce eager set, disabling torch.compile, CUDAGraphs, and JIT kernel warmup.", None),
+        ("INFO [launcher.py:186] Available routes are:", None),
+    ],
+)
+def test_the_state_of_a_start_is_in_the_log(line: str, expected: str | None) -> None:
+    assert state(line) == expected

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -25,6 +26,7 @@ from harness.plan import PlanInfo, PlanSpec, plan_sha256, read_plan_columns, rea
 from harness.progress import LoadProgress, console
 from harness.prompts import Vocabulary
 from harness.run import (
+    Replica,
     RunDir,
     RunManifest,
     RunSpec,
@@ -43,7 +45,7 @@ HEALTH_EVERY_S = 2.0
 def check_load_options(options: dict[str, Any]) -> bool:
     """Whether the loop is closed. Raises `UsageError` on options that exclude each other."""
     closed = bool(options.get("concurrency"))
-    deciding = ("speed", "rate", "arrivals", "stages", "max_concurrency")
+    deciding = ("speed", "rate", "grow", "arrivals", "stages", "max_concurrency")
     given = [name for name in deciding if options.get(name) not in (None, 0, (), "trace")]
     if closed and given:
         flag = "--" + given[0].replace("_", "-")
@@ -60,8 +62,16 @@ def check_load_options(options: dict[str, Any]) -> bool:
     return closed
 
 
-def make_plan(trace: Trace, out: Path, target: Target, *, closed: bool, options: dict[str, Any]) -> PlanInfo:
-    """Build the plan file, with prompts as the target counts them."""
+def make_plan(
+    trace: Trace,
+    out: Path,
+    target: Target,
+    *,
+    closed: bool,
+    options: dict[str, Any],
+    tell: Callable[[str], None] = say,
+) -> PlanInfo:
+    """Build the plan file, with prompts as the target counts them; ``tell`` hears what is in it."""
     has_messages = has_text = has_lengths_only = False
     for record in islice(trace, options["limit"]):
         has_messages |= record.messages is not None
@@ -84,6 +94,7 @@ def make_plan(trace: Trace, out: Path, target: Target, *, closed: bool, options:
     spec = PlanSpec(
         closed=closed, arrivals=options["arrivals"] or ("poisson" if options["stages"] else "trace"),
         burstiness=options["burstiness"], stages=options["stages"] or (), speed=options["speed"], rate=options["rate"],
+        rescale=options["rescale"], grow=options["grow"], spread=options["spread"],
         limit=options["limit"], duration_s=None if closed else options["duration_s"], repeat=options["repeat"],
         warmup_requests=warmup if isinstance(warmup, int) else None,
         warmup_s=warmup if isinstance(warmup, float) and not closed else None,
@@ -91,9 +102,9 @@ def make_plan(trace: Trace, out: Path, target: Target, *, closed: bool, options:
     )  # fmt: skip
     info = build_plan(trace, out, spec, vocabulary)
     rate = f", {info.planned_rate:.2f} req/s" if info.planned_rate else ""
-    say(f"plan: {info.requests} requests from {info.trace_format} trace{rate} ({time.monotonic() - started:.1f} s)")
+    tell(f"plan: {info.requests} requests from {info.trace_format} trace{rate} ({time.monotonic() - started:.1f} s)")
     for note in [*info.notes, *too_long(out, target.max_model_len)]:
-        say(f"  note: {note}")
+        tell(f"  note: {note}")
     return info
 
 
@@ -131,10 +142,10 @@ def choose_endpoint(wanted: str, plan: Path) -> str:
     return "chat" if messages.null_count < len(messages) else "completions"
 
 
-def choose_workers(plan: Path, options: dict[str, Any]) -> int:
+def choose_workers(plan: Path, options: dict[str, Any], tell: Callable[[str], None] = say) -> int:
     """Load workers: as asked, else as many as the plan's busiest time needs at half of each one's ceiling; says why."""
-    from cluster.weights import cache_dir
     from harness.calibration import demand, read_calibration, size_workers
+    from harness.paths import cache_dir
 
     in_flight = options["concurrency"] or options["max_concurrency"]
     requests = read_plan_info(plan).requests
@@ -142,74 +153,109 @@ def choose_workers(plan: Path, options: dict[str, Any]) -> int:
         demand(plan, options["concurrency"]), read_calibration(cache_dir()), cores=describe_host().cores,
         asked=options["workers"], most=min(requests, in_flight or requests),
     )  # fmt: skip
-    say(sizing.words)
+    tell(sizing.words)
     if sizing.warning:
-        say(f"warning: {sizing.warning}")
+        tell(f"warning: {sizing.warning}")
     return sizing.workers
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deadline:
+    """When a point must end whatever is left of it, and why."""
+
+    at_s: float
+    """On the monotonic clock of this process."""
+    why: str
+
+
 def execute(run: RunDir, target: Target, options: dict[str, Any]) -> None:
-    """Send the plan of ``run`` to ``target``; the manifest always tells how it ended."""
+    """Open ``target``, send the plan of ``run`` to it, close it."""
+    with target.open(run) as servers:
+        execute_point(run, servers, options)
+
+
+def execute_point(
+    run: RunDir,
+    servers: Servers,
+    options: dict[str, Any],
+    *,
+    stop: StopRequest | None = None,
+    deadline: Deadline | None = None,
+    tell: Callable[[str], None] = say,
+) -> RunManifest:
+    """Send the plan of ``run`` to servers that are up, and leave them up; the manifest always tells how it ended.
+
+    ``stop``: tells the caller afterwards whether the user asked for the end. ``deadline``: then all that is in flight
+    is ended at once; every request still has its row and the manifest says "stopped". ``tell``: hears how many load
+    workers were chosen and why. Many points may share the servers: each manifest has server records of its own.
+    """
     from cluster.load import LoadWorkers
 
     info = read_plan_info(run.plan)
-    stop = StopRequest()
-    with target.open(run) as servers:
-        spec = RunSpec(
-            mode="closed" if options["concurrency"] else "open",
-            concurrency=options["concurrency"] or options["max_concurrency"],
-            duration_s=options.get("duration_s") if options["concurrency"] else None,
-            timeout_s=options["timeout_s"], stall_s=options["stall_s"],
-            endpoint=choose_endpoint(options["endpoint"], run.plan),
-            model=servers.model, base_urls=servers.base_urls,
-            workers=choose_workers(run.plan, options),
-            slo=options["slo"] or {},
-            extra_body=({} if options["no_stream"] else servers.extra_body) | options["extra_body"],
-            headers=parse_headers(options["headers"]), stream=not options["no_stream"], balance=options["balance"],
-            retries=options["retries"], ramp_s=options["ramp_s"],
-            warmup_s=options["warmup"] if isinstance(options["warmup"], float) and options["concurrency"] else None,
-            tls_ca=str(options["tls_ca"].resolve()) if options["tls_ca"] else None,
-        )  # fmt: skip
-        manifest = describe(run, spec, info, servers)
-        write_manifest(run, manifest)
-        try:
-            with LoadWorkers(spec, run, api_key=servers.api_key, launch=servers.launch) as load, stop:
-                count_before(servers)
-                manifest.status, manifest.start_unix_ns = "running", load.start()
-                write_manifest(run, manifest)
-                with sample_servers(servers, run, manifest.start_unix_ns):
-                    watch(load, servers, stop, LoadProgress(console(), total=info.requests, span_s=info.span_s))
-                manifest.workers, manifest.end_ns = load.workers, load.end_ns
-            count_after(servers)
-            manifest.status, manifest.reason = ("stopped", "stopped by the user") if stop.asked else ("complete", None)
-        except (HarnessError, KeyboardInterrupt) as e:
-            manifest.status, manifest.reason = "failed", (str(e) or "stopped by the user").splitlines()[0]
-            raise
-        finally:
+    stop = stop or StopRequest()
+    replicas = [replace(r, exit=None, counters_before=None, counters_after=None) for r in servers.replicas]
+    spec = RunSpec(
+        mode="closed" if options["concurrency"] else "open",
+        concurrency=options["concurrency"] or options["max_concurrency"],
+        duration_s=options.get("duration_s") if options["concurrency"] else None,
+        timeout_s=options["timeout_s"], stall_s=options["stall_s"],
+        endpoint=choose_endpoint(options["endpoint"], run.plan),
+        model=servers.model, base_urls=servers.base_urls,
+        workers=choose_workers(run.plan, options, tell),
+        slo=options["slo"] or {},
+        extra_body=({} if options["no_stream"] else servers.extra_body) | options["extra_body"],
+        headers=parse_headers(options["headers"]), stream=not options["no_stream"], balance=options["balance"],
+        retries=options["retries"], ramp_s=options["ramp_s"],
+        warmup_s=options["warmup"] if isinstance(options["warmup"], float) and options["concurrency"] else None,
+        tls_ca=str(options["tls_ca"].resolve()) if options["tls_ca"] else None,
+    )  # fmt: skip
+    manifest = describe(run, spec, info, servers, replicas)
+    restarts = len(servers.restarts)  # of points before this one, on the same servers
+    write_manifest(run, manifest)
+    try:
+        with LoadWorkers(spec, run, api_key=servers.api_key, launch=servers.launch) as load, stop:
+            count_before(replicas, servers.api_key)
+            manifest.status, manifest.start_unix_ns = "running", load.start()
             write_manifest(run, manifest)
+            with sample_servers(servers, run, manifest.start_unix_ns):
+                progress = LoadProgress(console(), total=info.requests, span_s=info.span_s)
+                cut = watch(load, servers, stop, progress, deadline)
+            manifest.workers, manifest.end_ns = load.workers, load.end_ns
+        count_after(replicas, servers)
+        manifest.restarts = servers.restarts[restarts:]
+        manifest.status, manifest.reason = "complete", None
+        if cut or stop.asked:
+            manifest.status, manifest.reason = "stopped", cut or "stopped by the user"
+    except (HarnessError, KeyboardInterrupt) as e:
+        manifest.status, manifest.reason = "failed", (str(e) or "stopped by the user").splitlines()[0]
+        raise
+    finally:
+        write_manifest(run, manifest)
+    return manifest
 
 
-def describe(run: RunDir, spec: RunSpec, info: PlanInfo, servers: Servers) -> RunManifest:
+def describe(run: RunDir, spec: RunSpec, info: PlanInfo, servers: Servers, replicas: list[Replica]) -> RunManifest:
     """The manifest before the first request."""
     return RunManifest(
         run_id=run.path.name, created=now_utc(), spec=spec, plan=info, plan_sha256=plan_sha256(run.plan),
         tier=servers.tier, engine=servers.engine, engine_version=servers.engine_version,
         engine_args=servers.engine_args,
-        model=servers.model, model_facts=servers.model_facts, replicas=servers.replicas, host=describe_host(),
-        load_shares_server_host=servers.shares_host, versions=installed_versions(), git=git_commit(),
+        model=servers.model, model_facts=servers.model_facts, replicas=replicas, host=describe_host(),
+        load_shares_server_host=servers.shares_host, load_shares_server_cores=servers.shared_cores,
+        versions=installed_versions(), git=git_commit(),
     )  # fmt: skip
 
 
-def count_before(servers: Servers) -> None:
+def count_before(replicas: list[Replica], api_key: str | None) -> None:
     """Read every server's own counters just before the load."""
-    for r in servers.replicas:
-        r.counters_before = probe.counters(r.base_url, servers.api_key)
+    for r in replicas:
+        r.counters_before = probe.counters(r.base_url, api_key)
 
 
-def count_after(servers: Servers) -> None:
-    """Read them again just after, where the server is still there; say which replicas died."""
+def count_after(replicas: list[Replica], servers: Servers) -> None:
+    """Read them again just after, where the server is still there; note which replicas died."""
     died = servers.check()
-    for r in servers.replicas:
+    for r in replicas:
         r.exit = died.get(r.index)
         if r.counters_before is not None and r.exit is None:
             r.counters_after = settled_counters(r.base_url, servers.api_key)
@@ -223,6 +269,7 @@ def sample_servers(servers: Servers, run: RunDir, start_unix_ns: int) -> Iterato
             stack.enter_context(ServerMetrics(r.base_url, servers.api_key, run.server_metrics(r.index), start_unix_ns))
             for r in servers.replicas
         ]
+        stack.enter_context(servers.sample_hosts(run, start_unix_ns))
         yield
     for metrics in sampled:
         if metrics.trouble:
@@ -242,12 +289,19 @@ def settled_counters(base_url: str, api_key: str | None) -> dict[str, float] | N
     return last
 
 
-def watch(load: Any, servers: Servers, stop: StopRequest, progress: LoadProgress) -> None:
-    """Follow the load to its end: show progress, notice dead servers, pass on Ctrl-C."""
+def watch(
+    load: Any, servers: Servers, stop: StopRequest, progress: LoadProgress, deadline: Deadline | None = None
+) -> str | None:
+    """Follow the load to its end: show progress, notice dead servers, pass on Ctrl-C; null, or why it was cut."""
     looked, told, dead = time.monotonic(), 0, set[int]()
+    cut: str | None = None
     with progress:
         while not load.done:
             progress.update(load.poll(0.5))
+            if deadline and not cut and time.monotonic() >= deadline.at_s:
+                cut = deadline.why
+                say(f"{cut}: stopping at once")
+                load.stop(at_once=True)
             if stop.asked > told:
                 told = stop.asked
                 say("stopping: no new requests; waiting for those in flight (Ctrl-C again: at once)" if told == 1
@@ -258,7 +312,12 @@ def watch(load: Any, servers: Servers, stop: StopRequest, progress: LoadProgress
                 for index, how in servers.check().items():
                     if index not in dead:
                         dead.add(index)
-                        say(f"replica {index} is gone: {how}; its requests fail from here on")
+                        say(f"replica {index} is gone: {how}")
+                        if not cut:
+                            cut = f"replica {index} is gone: {how}"
+                            say("stopping at once: half a deployment has no price")
+                            load.stop(at_once=True)
+    return cut
 
 
 class StopRequest:

@@ -5,31 +5,41 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import probe
 from harness.commands.output import say
-from harness.errors import (
-    UsageError,
-)
+from harness.errors import UsageError
 from harness.prompts import Vocabulary
 from harness.run import (
     Replica,
+    Restart,
     RunDir,
     Tier,
 )
 
 if TYPE_CHECKING:
-    from cluster.load import Launch
+    from cluster.job import Launch
     from cluster.models import Model
 
 
 API_KEY = "HARNESS_API_KEY"
+ON_REPLICA_DEATH = ("fail", "restart")
+"""What to do when a server dies while load runs: stop the run now, or start it again and mark the run."""
 DUMMY_BODY: dict[str, object] = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 """Dummy weights come without a tokenizer, so chunks have no text: the server counts their tokens for us."""
+
+
+@contextmanager
+def sample_here(run: RunDir, start_unix_ns: int) -> Iterator[None]:
+    """The counters of this machine alone, each second, beside the results."""
+    from harness.host_metrics import HostMetrics, host_file
+
+    with HostMetrics(host_file(run.path, "local"), start_unix_ns):
+        yield
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,7 +62,13 @@ class Servers:
     launch: Launch | None = None
     """How load workers are started; None: as children of this process."""
     check: Callable[[], dict[int, str]] = dict
-    """Replicas that died, index -> how."""
+    """Replicas that died, index -> how: the run is to be stopped. One that is being started again is not among them."""
+    restarts: list[Restart] = field(default_factory=list)
+    """Replicas that died and were started again, so far."""
+    shared_cores: bool | None = None
+    """True when load workers may run on processors that a server runs on; null when not known."""
+    sample_hosts: Callable[[RunDir, int], AbstractContextManager[None]] = sample_here
+    """Samples the counters of the hosts of servers and load (`harness.host_metrics`) while a run lasts."""
 
     @property
     def base_urls(self) -> list[str]:
@@ -101,6 +117,9 @@ class UrlTarget:
     @contextmanager
     def open(self, run: RunDir) -> Iterator[Servers]:
         """The servers, as they are."""
+        from cluster.registry import end_orphans
+
+        end_orphans(say)
         replicas = [Replica(index=i, base_url=url) for i, url in enumerate(self._urls)]
         version = probe.engine_version(self._urls[0], self._key)
         yield Servers(
@@ -116,8 +135,9 @@ class UrlTarget:
 class LocalTarget:
     """Servers that a Ray cluster starts for this run: this machine's own, or the one RAY_ADDRESS names."""
 
-    def __init__(self, model: Model, tier: Tier, replicas: int) -> None:
+    def __init__(self, model: Model, tier: Tier, replicas: int, on_replica_death: str = "fail") -> None:
         self._model, self._tier, self._replicas = model, tier, replicas
+        self._on_replica_death = on_replica_death
         self._weights: Path | None = None
         self.label = model.name.rsplit("/", 1)[-1]
 
@@ -154,21 +174,38 @@ class LocalTarget:
     def open(self, run: RunDir) -> Iterator[Servers]:
         """Start the servers; end them whatever happens inside."""
         from cluster.deployment import Deployment
+        from cluster.registry import end_orphans
+        from cluster.vllm import hosts_per_replica
 
+        end_orphans(say)
         key = os.environ.get(API_KEY) or secrets.token_urlsafe(24)
         with Deployment(
             model=self._model, weights=self.weights(), tier=self._tier, replicas=self._replicas, run_dir=run.path,
-            api_key=key, say=say,
+            api_key=key, say=say, on_replica_death=self._on_replica_death,
         ) as d:  # fmt: skip
             yield Servers(
-                engine=d.engine, model=self._model.name, replicas=d.replicas, tier=self._tier, api_key=key,
+                engine=d.engine, model=self._model.name, replicas=d.replicas, api_key=key,
+                tier=rented(self._tier, hosts_per_replica(self._model, self._tier)),
                 engine_version=d.engine_version, engine_args=d.engine_args, model_facts=d.model_facts,
-                shares_host=d.shares_host, launch=d.launch, check=d.check,
+                shares_host=d.shares_host, shared_cores=d.shared_cores, launch=d.launch, check=d.check,
+                restarts=d.restarts, sample_hosts=d.sample_hosts,
                 extra_body=DUMMY_BODY if self._model.dummy else {},
             )  # fmt: skip
 
 
 Target = UrlTarget | LocalTarget
+
+
+def rented(tier: Tier, hosts: int) -> Tier:
+    """What one replica rents: the tier, or ``hosts`` of it as one, at their price together."""
+    if hosts == 1:
+        return tier
+    return replace(
+        tier, name=f"{hosts} x {tier.name}", instance=f"{hosts} x {tier.instance}", vcpu=hosts * tier.vcpu,
+        accelerator_count=hosts * tier.accelerator_count, memory_gib=hosts * tier.memory_gib,
+        usd_per_hour=hosts * tier.usd_per_hour, ownership=None,
+        note="; ".join(filter(None, (tier.note, f"one replica spans {hosts} machines"))),
+    )  # fmt: skip
 
 
 def choose_target(options: dict[str, Any]) -> Target:
@@ -187,4 +224,4 @@ def choose_target(options: dict[str, Any]) -> Target:
     if options.get("replicas"):  # `harness plan` starts nothing
         check_fit(model, tier)
         model = for_tier(model, tier.accelerator)
-    return LocalTarget(model, tier, options.get("replicas", 1))
+    return LocalTarget(model, tier, options.get("replicas", 1), options.get("on_replica_death") or "fail")

@@ -1,0 +1,167 @@
+"""Where replicas and load workers go: pure functions over what Ray says of its nodes.
+
+A replica on accelerators is placed by Ray itself, whole on one node (a placement group, STRICT_PACK), or over as many
+nodes as it spans, one bundle on each (STRICT_SPREAD). A replica on CPUs asks Ray for next to nothing, so its node is
+chosen here. Load workers go to nodes without a replica when there are any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from harness.run import Tier
+
+ACTOR_CPUS = 0.01
+"""What an actor asks Ray for: the real work happens in its process, and one core has to hold server and load actors."""
+SLIVER = 0.001
+"""Of a resource that only names something (an accelerator's model, a node's address): enough to be tied to it."""
+MEMORY_FLOOR = 0.5
+"""Share of a tier's memory that a node with accelerators must offer: Ray keeps some back, half is another tier."""
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """One machine of the Ray cluster."""
+
+    node_id: str
+    address: str
+    here: bool
+    """It is the driver's own."""
+    resources: Mapping[str, float]
+    """Totals, by Ray's names."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """What one replica takes of each of its ``hosts`` nodes."""
+
+    bundle: Mapping[str, float]
+    """Reserved, by Ray's names."""
+    floor: Mapping[str, float]
+    """What the node must have besides, without it being reserved."""
+    hosts: int = 1
+
+    @property
+    def each(self) -> dict[str, float]:
+        """All that a node must have."""
+        return {**self.floor, **self.bundle}
+
+
+def replica_need(tier: Tier, *, hosts: int = 1, memory_gib: float | None = None) -> Need:
+    """What a replica on this tier needs; ``memory_gib``: main memory that its server takes."""
+    if not tier.accelerator_count:
+        memory = {} if memory_gib is None else {"memory": memory_gib * GIB}
+        return Need(bundle={"CPU": ACTOR_CPUS, **memory}, floor={}, hosts=hosts)
+    bundle = {
+        "CPU": ACTOR_CPUS,
+        "GPU": float(tier.accelerator_count),
+        # Ray names a node's accelerator model as a resource; a sliver of it ties the replica to that model.
+        f"accelerator_type:{tier.accelerator}": SLIVER,
+    }
+    return Need(bundle=bundle, floor={"memory": tier.memory_gib * MEMORY_FLOOR * GIB}, hosts=hosts)
+
+
+def room(node: Node, need: Need) -> int:
+    """Replicas (of a replica over several nodes: parts) that fit this node, in totals."""
+    if any(node.resources.get(name, 0.0) < amount for name, amount in need.floor.items()):
+        return 0
+    return min(int(node.resources.get(name, 0.0) / amount + 1e-9) for name, amount in need.bundle.items())
+
+
+def shortage(nodes: Sequence[Node], need: Need, replicas: int) -> str | None:
+    """What the cluster lacks for this many replicas, node by node; null when they fit.
+
+    In totals: what other jobs hold of it now is not known here.
+    """
+    rooms = [room(node, need) for node in nodes]
+    # The parts of one replica are on different nodes.
+    fits = sum(rooms) if need.hosts == 1 else sum(min(n, replicas) for n in rooms) // need.hosts
+    if fits >= replicas:
+        return None
+    wanted = ", ".join(words(name, amount) for name, amount in need.each.items() if name != "CPU") or "a CPU"
+    where = "on one node" if need.hosts == 1 else f"on each of {need.hosts} nodes"
+    lines = [f"the Ray cluster has room for {fits}; each needs {wanted} {where}"]
+    for node, n in zip(nodes, rooms, strict=True):
+        lines.append(f"{node.address}: {describe(node)}: {f'room for {n}' if n else lacks(node, need)}")
+    if not nodes:
+        lines.append("no node is alive")
+    lines.append("join a cluster that has them (RAY_ADDRESS), or choose another --tier or fewer --replicas")
+    return "\n  ".join(lines)
+
+
+def lacks(node: Node, need: Need) -> str:
+    """What one node is short of, in words."""
+    missing = []
+    for name, amount in need.each.items():
+        have = node.resources.get(name, 0.0)
+        if have >= amount:
+            continue
+        if name.startswith("accelerator_type:"):
+            missing.append(f"no {name.partition(':')[2]}")
+        else:
+            missing.append(f"{words(name, amount - have)} missing")
+    return ", ".join(missing)
+
+
+def describe(node: Node) -> str:
+    """A node's processors, accelerators and memory."""
+    shown = [name for name in ("CPU", "GPU", "memory") if name in node.resources]
+    kinds = sorted(name for name in node.resources if name.startswith("accelerator_type:"))
+    return ", ".join(words(name, node.resources[name]) for name in [*shown, *kinds]) or "nothing"
+
+
+def words(name: str, amount: float) -> str:
+    """One resource as a person writes it."""
+    if name == "memory":
+        return f"{amount / GIB:.1f} GiB of memory"
+    if name.startswith("accelerator_type:"):
+        return name.partition(":")[2]
+    return f"{amount:g} {name}"
+
+
+def choose_nodes(nodes: Sequence[Node], need: Need, replicas: int, vcpu: int) -> list[Node]:
+    """A node for each replica of a CPU tier with ``vcpu`` processors.
+
+    Nodes are filled up to as many replicas as they have the processors for, the driver's own last; what is left over
+    shares processors, evenly. Only nodes with the memory are taken.
+    """
+    taken = dict.fromkeys((node.node_id for node in nodes), 0)
+    chosen: list[Node] = []
+    for _ in range(replicas):
+        able = [node for node in nodes if taken[node.node_id] < room(node, need)]
+        assert able, "shortage was asked first"
+
+        def cost(node: Node) -> tuple[bool, bool, int]:
+            after = taken[node.node_id] + 1
+            return after * vcpu > node.resources.get("CPU", 0.0), node.here, after
+
+        best = min(able, key=cost)
+        taken[best.node_id] += 1
+        chosen.append(best)
+    return chosen
+
+
+def bundles(need: Need, node: Node | None) -> tuple[list[dict[str, float]], str]:
+    """Bundles and strategy of one replica's placement group; on ``node`` when one was chosen."""
+    bundle = dict(need.bundle)
+    if node is not None:
+        bundle[f"node:{node.address}"] = SLIVER
+    return [dict(bundle) for _ in range(need.hosts)], "STRICT_PACK" if need.hosts == 1 else "STRICT_SPREAD"
+
+
+def choose_load_nodes(nodes: Sequence[Node], servers: Sequence[str]) -> list[Node]:
+    """Nodes for load workers: those without a replica (ids in ``servers``), else all of them."""
+    return [node for node in nodes if node.node_id not in servers] or list(nodes)
+
+
+def choose_cpus(cpus: Sequence[int], vcpu: int, rank: int, count: int) -> list[int]:
+    """Processors for replica ``rank`` of ``count`` on a host: as many as the tier has, no two replicas on the same.
+
+    On a host with fewer than all of them need, each gets its even share, at least one (then shared).
+    """
+    if len(cpus) < count:
+        return [cpus[rank % len(cpus)]]
+    each = min(vcpu, len(cpus) // count)
+    return list(cpus[rank * each : (rank + 1) * each])

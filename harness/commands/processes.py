@@ -1,0 +1,118 @@
+"""What runs, here and on the nodes of the Ray cluster that RAY_ADDRESS names; and its end."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from harness.commands.output import print_json, print_table, say
+from harness.errors import EXIT_FAILURE, EXIT_VALID, UsageError, unknown_name
+
+if TYPE_CHECKING:
+    from cluster.registry import Entry
+
+ORDER = ("load worker", "replica", "Ray")
+"""Kinds in the order they are ended: what depends on another before it. Anything else comes first."""
+ASK_S = 30.0
+"""A host that does not list its processes by then is left out, and named."""
+
+
+def ps(format_: str) -> int:
+    """List them."""
+    with _cluster():
+        found = _found()
+    if format_ == "json":
+        print_json([asdict(entry) | {"orphan": orphan} for entry, orphan in found])
+        return EXIT_VALID
+    if not found:
+        say("nothing is running")
+        return EXIT_VALID
+    now = time.time()
+    print_table(
+        ("ID", "what", "host", "pid", "age", "owner", "run"),
+        [
+            (
+                entry.id, entry.name, entry.host, str(entry.command.pid), f"{max(0.0, now - entry.started):.0f} s",
+                "gone: orphan" if orphan else str(entry.owner.pid), entry.run_dir or "-",
+            )
+            for entry, orphan in found
+        ],
+    )  # fmt: skip
+    return EXIT_VALID
+
+
+def stop(ids: Sequence[str], *, everything: bool, grace_s: float) -> int:
+    """End them; 1 when something survived."""
+    if everything == bool(ids):
+        raise UsageError("say which: harness stop ID (harness ps lists them), or harness stop --all")
+    with _cluster():
+        found = {entry.id: entry for entry, _ in _found()}
+        for wanted in ids:
+            if wanted not in found:
+                raise unknown_name("process", wanted, found)
+        chosen = [entry for entry in found.values() if everything or entry.id in ids]
+        ended = set[str]()
+        for rank in sorted({_rank(entry) for entry in chosen}):
+            now = [entry.id for entry in chosen if _rank(entry) == rank]
+            ended.update(*_each_host(_end, now, grace_s, timeout_s=4 * grace_s + 60))
+    for entry in chosen:
+        where = f"{entry.name} ({entry.id}, pid {entry.command.pid} on {entry.host})"
+        say(f"ended {where}" if entry.id in ended else f"not ended: {where}; is it stuck in the kernel (state D)?")
+    if not chosen:
+        say("nothing is running")
+    return EXIT_VALID if len(ended) == len(chosen) else EXIT_FAILURE
+
+
+def _rank(entry: Entry) -> int:
+    return next((i + 1 for i, kind in enumerate(ORDER) if entry.name.startswith(kind)), 0)
+
+
+def _cluster() -> AbstractContextManager[None]:
+    """Connected to the cluster that RAY_ADDRESS names, if any."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return nullcontext()
+    from cluster.join import joined
+
+    return joined(say)
+
+
+def _each_host(function: Callable[..., list[Any]], *args: Any, timeout_s: float = ASK_S) -> list[list[Any]]:
+    """What ``function`` returned on every host that answers; on this machine alone without a cluster."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return [function(*args)]
+    from cluster.join import alive_nodes, on_each
+
+    nodes = alive_nodes()
+    answers = on_each(nodes, function, *args, timeout_s=timeout_s)
+    for node, answer in zip(nodes, answers, strict=True):
+        if answer is None:
+            say(f"{node.address} does not answer")
+    return [answer or [] for answer in answers]
+
+
+def _found() -> list[tuple[Entry, bool]]:
+    """What runs on every host, and whether it is an orphan."""
+    by_id = {entry.id: (entry, orphan) for found in _each_host(_running) for entry, orphan in found}
+    return list(by_id.values())
+
+
+def _running() -> list[tuple[Entry, bool]]:
+    """What runs on this host; orphans are told here, where the pids mean something."""
+    from cluster.registry import running
+
+    return [(entry, entry.orphan) for entry in running()]
+
+
+def _end(ids: list[str], grace_s: float) -> list[str]:
+    """Of these ids those that were running on this host and are ended now."""
+    from cluster.registry import end, running
+
+    here = [entry for entry in running() if entry.id in ids]
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        ended = list(pool.map(lambda entry: end(entry, grace_s), here))
+    return [entry.id for entry, gone in zip(here, ended, strict=True) if gone]

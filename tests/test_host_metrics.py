@@ -1,0 +1,124 @@
+"""The host's own counters: on the run's clock, null where there is nothing to measure, whole after any end."""
+
+from __future__ import annotations
+
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import wait_for
+
+from harness import host_metrics
+from harness.errors import ResultsError
+from harness.host_metrics import SCHEMA, Gpus, HostMetrics, busy_share, host_file, read_host_metrics
+
+
+def test_samples_on_the_runs_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_metrics, "EVERY_S", 0.1)
+    file = tmp_path / "host-a.arrows"
+    start = time.time_ns() + 10_000_000_000
+    with HostMetrics(file, start) as metrics:
+        wait_for(
+            lambda: file.exists() and file.stat().st_size > 0 and read_host_metrics(file).num_rows >= 3, 10, "rows"
+        )
+    assert metrics.trouble is None
+    table = read_host_metrics(file)
+    stamps = table.column("t_ns").to_pylist()
+    assert stamps == sorted(stamps)
+    assert -10_000_000_000 < stamps[0] < -5_000_000_000, "before the common start is negative"
+    row = table.to_pylist()[-1]
+    assert 0 <= row["cpu_share"] <= 1
+    assert row["cpu_count"] == psutil.cpu_count()
+    assert 0 < row["memory_used_bytes"] < row["memory_bytes"]
+    assert row["net_sent_bytes"] >= 0
+
+
+def test_a_busy_processor_shows() -> None:
+    before, end = psutil.cpu_times(), time.monotonic() + 0.5
+    while time.monotonic() < end:
+        pass
+    share = busy_share(before, psutil.cpu_times())
+    assert share is not None
+    assert share > 0.5 / (psutil.cpu_count() or 1)
+    assert busy_share(before, before) is None
+
+
+class NvmlError(Exception):
+    """As pynvml's."""
+
+
+def fake_nvml(**changes: Any) -> types.ModuleType:
+    """Two cards, the second of which does not tell its power."""
+    module = types.ModuleType("pynvml")
+
+    def power(handle: int) -> int:
+        if handle:
+            raise NvmlError
+        return 312_500
+
+    members: dict[str, Any] = {
+        "NVMLError": NvmlError, "NVML_TEMPERATURE_GPU": 0, "nvmlInit": lambda: None, "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetCount": lambda: 2, "nvmlDeviceGetHandleByIndex": lambda i: i,
+        "nvmlDeviceGetUtilizationRates": lambda h: types.SimpleNamespace(gpu=50 + h),
+        "nvmlDeviceGetMemoryInfo": lambda h: types.SimpleNamespace(used=2**30 * (h + 1)),
+        "nvmlDeviceGetPowerUsage": power, "nvmlDeviceGetTemperature": lambda h, kind: 60 + h,
+    }  # fmt: skip
+    module.__dict__.update(members | changes)
+    return module
+
+
+def test_accelerators_where_there_is_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
+    assert Gpus().sample() == {
+        "gpu_util": [0.5, 0.51], "gpu_memory_bytes": [2**30, 2**31], "gpu_power_w": [312.5, None],
+        "gpu_temperature_c": [60.0, 61.0],
+    }  # fmt: skip
+
+
+def no_driver() -> None:
+    raise NvmlError("Driver Not Loaded")
+
+
+@pytest.mark.parametrize("module", [None, fake_nvml(nvmlInit=no_driver)])
+def test_no_accelerator_is_null(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    assert set(Gpus().sample().values()) == {None}
+    monkeypatch.setattr(host_metrics, "EVERY_S", 0.05)
+    file = host_file(tmp_path, "local")
+    with HostMetrics(file, time.time_ns()):
+        time.sleep(0.3)
+    assert set(read_host_metrics(file).column("gpu_util").to_pylist()) == {None}
+
+
+def test_a_torn_file_keeps_what_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_metrics, "EVERY_S", 0.05)
+    file = host_file(tmp_path, "10.0.0.1/../x")
+    assert file.parent == tmp_path, "an address is no path"
+    with HostMetrics(file, time.time_ns()):
+        time.sleep(0.4)
+    whole = read_host_metrics(file).num_rows
+    raw = file.read_bytes()
+    file.write_bytes(raw[: len(raw) * 2 // 3])
+    assert 0 < read_host_metrics(file).num_rows < whole
+    file.write_bytes(b"")
+    assert read_host_metrics(file).num_rows == 0
+    file.write_bytes(b"something else entirely")
+    with pytest.raises(ResultsError, match="not a file of host metrics"):
+        read_host_metrics(file)
+    with pytest.raises(ResultsError, match="no such file"):
+        read_host_metrics(tmp_path / "none")
+
+
+def test_a_full_disk_is_told_and_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    monkeypatch.setattr(host_metrics, "EVERY_S", 0.05)
+    with HostMetrics(Path("/dev/full"), time.time_ns()) as metrics:
+        time.sleep(0.3)
+    assert metrics.trouble is not None
+    assert "cannot write" in metrics.trouble
+    assert SCHEMA.metadata[b"harness.host_metrics"] == b"1"

@@ -1,0 +1,190 @@
+"""What runs is written down; what is an orphan is ended; a pid that belongs to someone else is never hit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+from click.testing import CliRunner
+from conftest import ROOT, wait_for
+
+from cluster import registry
+from cluster.process import Process
+from cluster.registry import Entry, Identity, end, end_orphans, identify, running
+from harness.cli import processes as verbs
+
+
+@pytest.fixture(autouse=True)
+def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return tmp_path / "state" / "harness" / "processes"
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def sleeps(entry: Entry) -> list[psutil.Process]:
+    """The grandchildren of a group."""
+    return [p for p in entry.members() if p.name() == "sleep"]
+
+
+def start(tmp_path: Path, code: str = "import time; time.sleep(600)", name: str = "replica 0") -> tuple[Process, Entry]:
+    process = Process.start([sys.executable, "-c", code], name=name, log=tmp_path / "log")
+    wait_for(lambda: any(e.command.pid == process.pid for e in running()), 10, "the entry")
+    (entry,) = (e for e in running() if e.command.pid == process.pid)
+    return process, entry
+
+
+def test_a_process_is_listed_while_it_runs(tmp_path: Path, own_state: Path) -> None:
+    process, entry = start(tmp_path)
+    assert entry.name == "replica 0"
+    assert entry.owner == identify(os.getpid())
+    assert entry.run_dir == str(tmp_path)
+    assert not entry.orphan
+    assert end_orphans(print) == 0
+    assert own_state.stat().st_mode & 0o077 == 0, "nobody else reads it"
+    process.stop()
+    assert running() == []
+    assert list(own_state.iterdir()) == []
+
+
+def test_stop_ends_the_whole_group_and_its_owner_sees_it(tmp_path: Path) -> None:
+    code = "import subprocess, time; subprocess.Popen(['sleep', '600'], start_new_session=True); time.sleep(600)"
+    process, entry = start(tmp_path, code)
+    wait_for(lambda: len(psutil.Process(entry.guard.pid).children(recursive=True)) == 2, 10, "the grandchild")
+    family = psutil.Process(entry.guard.pid).children(recursive=True)
+    assert end(entry)
+    assert all(gone(p.pid) for p in family)
+    assert process.wait(10) == -signal.SIGTERM
+
+
+def test_what_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('x', flush=True); time.sleep(600)"
+    process, entry = start(tmp_path, code)
+    wait_for(lambda: "x" in (tmp_path / "log").read_text(), 10, "the handler")
+    os.kill(entry.guard.pid, signal.SIGSTOP)  # even when its guard hangs
+    begin = time.monotonic()
+    assert end(entry, grace_s=0.5)
+    assert time.monotonic() - begin < 15
+    assert gone(entry.command.pid)
+    process.wait(10)
+
+
+def test_orphans_of_a_killed_owner_and_a_killed_guard_are_ended_at_the_next_start(tmp_path: Path) -> None:
+    owner = textwrap.dedent("""
+        import sys, time
+        from cluster.process import Process
+        code = "import subprocess, time; subprocess.Popen(['sleep', '600'], start_new_session=True); time.sleep(600)"
+        p = Process.start([sys.executable, "-c", code], name="replica 7")
+        time.sleep(600)
+    """)
+    process = subprocess.Popen([sys.executable, "-c", owner], cwd=ROOT, env=os.environ)
+    wait_for(lambda: any(e.name == "replica 7" and sleeps(e) for e in running()), 10, "the group")
+    (entry,) = running()
+    members = entry.members()
+    (grandchild,) = sleeps(entry)
+    assert not entry.orphan
+    # The guard first, so that nobody is left to end the group; the kernel ends the command alone.
+    os.kill(process.pid, signal.SIGSTOP)
+    os.kill(entry.guard.pid, signal.SIGKILL)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(10)
+    wait_for(lambda: gone(entry.command.pid), 10, "the command, killed by the kernel")
+    assert not gone(grandchild.pid)
+    (left,) = running()
+    assert left.orphan
+    said: list[str] = []
+    assert end_orphans(said.append) == 1
+    assert "ended replica 7" in said[0]
+    assert all(gone(p.pid) for p in members)
+    assert running() == []
+
+
+def test_a_pid_used_again_is_never_hit(tmp_path: Path, own_state: Path) -> None:
+    """An old entry whose pids now belong to strangers: nothing is signalled, the entry is taken away."""
+    stranger = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    process, entry = start(tmp_path)
+    now = identify(stranger.pid)
+    boot, _, ticks = now.began.rpartition(":")
+    earlier = Identity(stranger.pid, f"{boot}:{int(ticks) - 1}")
+    old = replace(entry, id="0123abcd", owner=earlier, guard=earlier, command=earlier, mark="of another time")
+    (own_state / "0123abcd.json").write_bytes(msgspec.json.encode(old))
+    assert old.orphan
+    assert old.members() == []
+    assert end(old)
+    assert end_orphans(print) == 0
+    assert [e.id for e in running()] == [entry.id]
+    assert stranger.poll() is None
+    stranger.kill()
+    stranger.wait(10)
+    process.stop()
+
+
+def test_entries_of_other_hosts_and_broken_ones(tmp_path: Path, own_state: Path) -> None:
+    process, entry = start(tmp_path)
+    elsewhere = replace(entry, id="eeee0000", place="another host")
+    (own_state / "eeee0000.json").write_bytes(msgspec.json.encode(elsewhere))
+    (own_state / "broken.json").write_bytes(b'{"id": "x"')
+    assert [e.id for e in running()] == [entry.id]
+    assert (own_state / "eeee0000.json").exists(), "another host's business"
+    assert not (own_state / "broken.json").exists()
+    process.stop()
+
+
+def test_a_state_folder_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = tmp_path / "a file"
+    blocked.touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(blocked))
+    process = Process.start(["true"], name="p")
+    assert process.wait(10) == 0
+    assert running() == []
+
+
+def test_entries_hold_no_environment(tmp_path: Path, own_state: Path) -> None:
+    process = Process.start(["sleep", "600"], name="p", env={"VLLM_API_KEY": "top-secret"})
+    wait_for(lambda: len(running()) == 1, 10, "the entry")
+    assert all("top-secret" not in file.read_text() for file in own_state.iterdir())
+    process.stop()
+
+
+# --- ps and stop ------------------------------------------------------------------------------------------------------
+
+
+def test_ps_and_stop(tmp_path: Path) -> None:
+    one, entry = start(tmp_path, name="replica 0")
+    two, other = start(tmp_path, name="load worker 0")
+    runner = CliRunner()
+    listed = runner.invoke(verbs.ps, ["--format", "json"], standalone_mode=False)
+    rows = {row["id"]: row for row in json.loads(listed.stdout)}
+    assert rows[entry.id]["name"] == "replica 0"
+    assert rows[entry.id]["orphan"] is False
+    table = runner.invoke(verbs.ps, [], standalone_mode=False).stdout
+    assert entry.id in table
+    assert "load worker 0" in table
+
+    unknown = runner.invoke(verbs.stop, ["zzz"], standalone_mode=False)
+    assert "unknown process 'zzz'" in str(unknown.exception)
+    for arguments in ([], [entry.id, "--all"]):
+        assert "say which" in str(runner.invoke(verbs.stop, arguments, standalone_mode=False).exception)
+    assert runner.invoke(verbs.stop, [entry.id], standalone_mode=False).return_value == 0
+    assert one.wait(10) == -signal.SIGTERM
+    assert two.poll() is None
+    assert runner.invoke(verbs.stop, ["--all"], standalone_mode=False).return_value == 0
+    assert two.wait(10) is not None
+    assert gone(other.command.pid)
+    assert registry.running() == []
