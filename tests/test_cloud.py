@@ -1,0 +1,653 @@
+"""Renting a cluster: nothing real is ever rented. AWS is a server on loopback that speaks its protocols, and ``ray`` a
+program that rents from it what the configuration says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+from packaging.specifiers import SpecifierSet
+
+from cluster import cloud, ec2
+from cluster.cloud import Cluster, Node
+from cluster.tiers import get_tier, list_tiers
+from harness.cli.cloud import cluster as verbs
+from harness.errors import HarnessError, UsageError
+
+NOW = datetime(2026, 11, 22, 3, 0, tzinfo=UTC)
+SPOT, ON_DEMAND, CPU = "aws-g6.xlarge-spot", "aws-p5.48xlarge", "aws-m7a.xlarge"
+
+
+def make(tier: str = ON_DEMAND, **changes: Any) -> Cluster:
+    asked: dict[str, Any] = {"nodes": 2, "max_hours": 8.0, "idle_minutes": 60, "disk_gib": None, "owner": "eve"}
+    return cloud.new_cluster(
+        changes.pop("name", "test"), get_tier(tier), get_tier(changes.pop("head", CPU)), now=NOW, **(asked | changes)
+    )
+
+
+FRESH = make()
+
+
+def config(cluster: Cluster) -> dict[str, Any]:
+    images = {"head": "ami-cpu", "worker": "ami-gpu"}
+    return cloud.ray_config(cluster, Path("/state"), images)
+
+
+# --- the configuration ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [t.name for t in list_tiers() if t.provider == "aws" and t.purchase != "owned"])
+def test_every_aws_tier_makes_a_configuration_that_ray_takes(name: str) -> None:
+    import jsonschema
+    import ray.autoscaler
+
+    made = yaml.safe_load(cloud.as_yaml(config(make(name))))
+    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    jsonschema.validate(made, schema)
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    full = prepare_config(made)
+    validate_config(full)
+    assert full["head_setup_commands"] == made["setup_commands"], "nothing of Ray's own defaults comes in"
+    assert full["available_node_types"]["worker"]["max_workers"] == 2
+
+
+@pytest.mark.parametrize("tier", [SPOT, ON_DEMAND])
+def test_machines_are_small_targets_and_end_themselves(tier: str) -> None:
+    made = config(make(tier))
+    for role, node in made["available_node_types"].items():
+        machine = node["node_config"]
+        assert machine["MetadataOptions"]["HttpTokens"] == "required"
+        assert machine["InstanceInitiatedShutdownBehavior"] == "terminate", "power off must not mean keep the disk"
+        (disk,) = machine["BlockDeviceMappings"]
+        assert disk["Ebs"]["DeleteOnTermination"] and disk["Ebs"]["Encrypted"]
+        assert len(machine["SecurityGroupIds"]) == 1
+        spot = tier == SPOT and role == "worker"
+        assert ("InstanceMarketOptions" in machine) == spot
+        tagged = {
+            spec["ResourceType"]: {t["Key"]: t["Value"] for t in spec["Tags"]} for spec in machine["TagSpecifications"]
+        }
+        assert set(tagged) == {"instance", "volume"} | ({"spot-instances-request"} if spot else set())
+        for tags in tagged.values():
+            assert tags["harness-cluster"] == "test"
+            assert tags["harness-owner"] == "eve"
+            assert tags["harness-created"] == "2026-11-22T03:00:00Z"
+        assert "OnCalendar=2026-11-22 11:00:00 UTC" in machine["UserData"]
+    assert made["available_node_types"]["worker"]["min_workers"] == 2
+    assert made["available_node_types"]["head"]["node_config"]["InstanceType"] == "m7a.xlarge"
+    assert made["provider"]["cache_stopped_nodes"] is False, "stopped machines keep their disks"
+
+
+def test_the_token_is_in_no_configuration(tmp_path: Path) -> None:
+    cloud.stage(tmp_path, gpu=True)
+    token = (tmp_path / "auth_token").read_text()
+    assert re.fullmatch(r"[0-9a-f]{64}", token)
+    assert stat.S_IMODE((tmp_path / "auth_token").stat().st_mode) == 0o600
+    text = cloud.as_yaml(cloud.ray_config(make(), tmp_path, {"head": "a", "worker": "b"}))
+    assert token not in text
+    made = yaml.safe_load(text)
+    assert made["file_mounts"]["/home/ubuntu/.ray/auth_token"] == str(tmp_path / "auth_token")
+    assert any("RAY_AUTH_MODE=token" in command for command in made["setup_commands"])
+    source = tmp_path / "source"
+    assert (source / "harness" / "run.py").read_bytes() == (ROOT / "harness" / "run.py").read_bytes()
+    assert not list(source.rglob("__pycache__"))
+    pins = dict(line.split("==") for line in (source / "constraints.txt").read_text().split())
+    import ray
+
+    assert pins["ray"] == ray.__version__, "Ray wants the same version everywhere"
+    assert "vllm" in pins
+
+
+def test_setup_commands_are_shell(tmp_path: Path) -> None:
+    for tier in (ON_DEMAND, CPU):
+        made = config(make(tier))
+        commands = [c for key, value in made.items() if key.endswith("commands") for c in value]
+        script = tmp_path / "script.sh"
+        for text in [*commands, *(cloud.user_data(make(tier), role) for role in ("head", "worker"))]:
+            script.write_text(text)
+            done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, timeout=10, check=False)
+            assert done.returncode == 0, (text, done.stderr)
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Any:
+    """A node's guard with a world of its own: who runs, who is logged in, how long ago it was busy."""
+    script = tmp_path / "guard.sh"
+    script.write_text(cloud.GUARD.replace("/run/cluster-busy", str(tmp_path / "busy")))
+
+    def run(role: str, processes: str = "", users: str = "", quiet_minutes: int = 0) -> bool:
+        bin_ = tmp_path / "bin"
+        bin_.mkdir(exist_ok=True)
+        (bin_ / "ps.txt").write_text(processes)
+        pgrep = f'case "$1" in -x) grep -qx "$2" {bin_}/ps.txt;; *) grep -qE "$2" {bin_}/ps.txt;; esac'
+        for name, text in {"pgrep": pgrep, "who": f"echo -n '{users}'", "shutdown": f"touch {bin_}/down"}.items():
+            (bin_ / name).write_text(f"#!/bin/bash\n{text}\n")
+            (bin_ / name).chmod(0o755)
+        (bin_ / "down").unlink(missing_ok=True)
+        mark = tmp_path / "busy"
+        mark.touch()
+        before = datetime.now().timestamp() - 60 * quiet_minutes
+        os.utime(mark, (before, before))
+        env = {**os.environ, "PATH": f"{bin_}:{os.environ['PATH']}"}
+        subprocess.run(["bash", str(script), role, "60"], env=env, timeout=10, check=True, capture_output=True)
+        return (bin_ / "down").exists()
+
+    return run
+
+
+def test_a_forgotten_cluster_ends_itself(node: Any) -> None:
+    harness = "/home/ubuntu/harness-env/bin/python /home/ubuntu/harness-env/bin/harness sweep sweep.toml"
+    assert not node("head", quiet_minutes=59)
+    assert node("head", quiet_minutes=62)
+    assert not node("head", processes=harness, quiet_minutes=600)
+    assert not node("head", users="ubuntu pts/0", quiet_minutes=600)
+    assert node("head", processes="/home/ubuntu/harness-env/bin/python -m ray", quiet_minutes=600), "Ray alone is idle"
+    assert not node("worker", processes="raylet", quiet_minutes=600)
+    assert node("worker", processes="ray::IDLE", quiet_minutes=62), "its head is gone"
+
+
+def test_what_cannot_be_rented_is_refused() -> None:
+    others = {t.provider: t.name for t in list_tiers() if t.provider != "aws"}
+    assert {"gcp", "azure", "lambda"} <= set(others)
+    for name in others.values():
+        with pytest.raises(UsageError, match=r"only AWS machines.*ray start.*cluster/README.md"):
+            make(name)
+    with pytest.raises(UsageError, match="the head serves nothing"):
+        make(head=ON_DEMAND)
+    for name in ("", "Großes", "a b", "-x", "x" * 41, "$(rm)"):
+        with pytest.raises(UsageError, match="cluster name"):
+            make(name=name)
+    with pytest.raises(UsageError, match="owner"):
+        make(owner="eve; rm -rf")
+    for tier in list_tiers():
+        assert re.fullmatch(r"[a-z0-9][a-z0-9-]{0,39}", cloud.default_name(tier))
+
+
+# --- the bill ------------------------------------------------------------------------------------------------------
+
+
+def machine(id_: str, role: str, started: datetime, ended: datetime | None = None) -> Node:
+    state = "terminated" if ended else "running"
+    return Node(id=id_, role=role, instance="x", state=state, started=started, ended=ended)
+
+
+def test_the_bill_is_hours_times_dated_price() -> None:
+    cluster = make()  # p5.48xlarge
+    hour = timedelta(hours=1)
+    cluster.learn(
+        [machine("h", "head", NOW), machine("a", "worker", NOW), machine("b", "worker", NOW, NOW + hour)], NOW
+    )
+    # A spot machine that was taken back and replaced, and one that ran for a second: a minute is paid.
+    later = NOW + 3 * hour
+    cluster.learn([machine("h", "head", NOW), machine("a", "worker", NOW), machine("c", "worker", later - hour)], later)
+    cluster.learn([machine("d", "worker", later, later + timedelta(seconds=1))], later)
+    worker_hours = 3 + 1 + 1 + 1 / 60
+    assert cluster.node_hours(later) == pytest.approx({"head": 3.0, "worker": worker_hours})
+    expected = worker_hours * cluster.tier.usd_per_hour + 3 * cluster.head.usd_per_hour
+    assert cluster.usd(later) == pytest.approx(expected)
+    # The last look did not show a, c and the head any more: they have ended and cost no more.
+    assert cluster.usd(later + 9 * hour) == pytest.approx(expected)
+    assert cluster.usd_per_hour == pytest.approx(2 * cluster.tier.usd_per_hour + cluster.head.usd_per_hour)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 600), st.integers(0, 600) | st.none()), max_size=20))
+def test_the_bill_never_falls(looks: list[tuple[str, int, int | None]]) -> None:
+    cluster, last = replace(FRESH, seen={}), 0
+    for minute, (id_, start, length) in enumerate(looks):
+        now = NOW + timedelta(minutes=600 + minute)
+        started = cluster.seen[id_].started if id_ in cluster.seen else NOW + timedelta(minutes=start)
+        ended = None if length is None else min(started + timedelta(minutes=length), now)
+        if id_ in cluster.seen and cluster.seen[id_].ended is not None:
+            ended = cluster.seen[id_].ended
+        cluster.learn([machine(id_, "worker", started, ended)], now)
+        assert cluster.usd(now + timedelta(hours=1)) >= 0
+        assert cluster.usd(now) <= cluster.usd(now + timedelta(hours=1))
+        assert len(cluster.seen) >= last
+        last = len(cluster.seen)
+
+
+# --- a whole life --------------------------------------------------------------------------------------------------
+
+
+class FakeAws:
+    """EC2 (Query, XML), SSM (JSON) and STS (Query): what a cluster asks of them, with the machines in memory."""
+
+    def __init__(self) -> None:
+        self.machines: list[dict[str, Any]] = []
+        self.volumes: list[dict[str, Any]] = []
+        self.requests: list[dict[str, Any]] = []
+        self.groups: list[dict[str, Any]] = []
+        self.rules: list[dict[str, str]] = []
+        self.denied: set[str] = set()
+        self.stuck = False
+        """Machines do not end."""
+        self.calls: list[str] = []
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if target := self.headers.get("X-Amz-Target"):
+                    code, kind, answer = 200, "application/x-amz-json-1.1", fake.ssm(target, json.loads(body))
+                else:
+                    code, answer = fake.query({k: v[0] for k, v in parse_qs(body.decode()).items()})
+                    kind = "text/xml"
+                self.send_response(code)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer.encode())
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def ssm(self, target: str, request: dict[str, Any]) -> str:
+        assert target == "AmazonSSM.GetParameter"
+        self.calls.append("GetParameter")
+        value = "ami-" + ("gpu" if "deeplearning" in request["Name"] else "cpu")
+        return json.dumps({"Parameter": {"Name": request["Name"], "Type": "String", "Value": value}})
+
+    def query(self, request: dict[str, str]) -> tuple[int, str]:
+        action = request["Action"]
+        self.calls.append(action)
+        if action in self.denied:
+            error = "<Error><Code>UnauthorizedOperation</Code><Message>not you</Message></Error>"
+            return 403, f"<Response><Errors>{error}</Errors></Response>"
+        answer = getattr(self, action)(request)
+        return 200, f"<{action}Response>{answer}</{action}Response>"
+
+    def GetCallerIdentity(self, request: dict[str, str]) -> str:  # noqa: N802
+        return "<GetCallerIdentityResult><Account>123456789012</Account></GetCallerIdentityResult>"
+
+    def DescribeInstanceTypes(self, request: dict[str, str]) -> str:  # noqa: N802
+        arch = "arm64" if "g." in request["InstanceType.1"] else "x86_64"
+        supported = (
+            f"<processorInfo><supportedArchitectures><item>{arch}</item></supportedArchitectures></processorInfo>"
+        )
+        return f"<instanceTypeSet><item><instanceType>x</instanceType>{supported}</item></instanceTypeSet>"
+
+    def DescribeVpcs(self, request: dict[str, str]) -> str:  # noqa: N802
+        return "<vpcSet><item><vpcId>vpc-1</vpcId></item></vpcSet>"
+
+    def CreateSecurityGroup(self, request: dict[str, str]) -> str:  # noqa: N802
+        self.groups.append({"id": "sg-1", "tags": self.tags(request)})
+        return "<groupId>sg-1</groupId>"
+
+    def AuthorizeSecurityGroupIngress(self, request: dict[str, str]) -> str:  # noqa: N802
+        self.rules.append(request)
+        return "<return>true</return>"
+
+    def DeleteSecurityGroup(self, request: dict[str, str]) -> str:  # noqa: N802
+        self.groups = []
+        return "<return>true</return>"
+
+    def DescribeSecurityGroups(self, request: dict[str, str]) -> str:  # noqa: N802
+        found = "".join(f"<item><groupId>{g['id']}</groupId></item>" for g in self.mine(self.groups, request))
+        return f"<securityGroupInfo>{found}</securityGroupInfo>"
+
+    def TerminateInstances(self, request: dict[str, str]) -> str:  # noqa: N802
+        self.end([value for key, value in request.items() if key.startswith("InstanceId")])
+        return "<instancesSet/>"
+
+    def CancelSpotInstanceRequests(self, request: dict[str, str]) -> str:  # noqa: N802
+        self.requests = []
+        return "<spotInstanceRequestSet/>"
+
+    def DescribeInstances(self, request: dict[str, str]) -> str:  # noqa: N802
+        items = ""
+        for m in self.mine(self.machines, request):
+            tags = "".join(f"<item><key>{k}</key><value>{v}</value></item>" for k, v in m["tags"].items())
+            items += (
+                f"<item><instanceId>{m['id']}</instanceId><instanceState><name>{m['state']}</name></instanceState>"
+                f"<reason>{m['reason']}</reason><instanceType>{m['type']}</instanceType>"
+                f"<launchTime>{m['launched']}</launchTime><tagSet>{tags}</tagSet></item>"
+            )
+        return f"<reservationSet><item><instancesSet>{items}</instancesSet></item></reservationSet>"
+
+    def DescribeVolumes(self, request: dict[str, str]) -> str:  # noqa: N802
+        items = "".join(
+            f"<item><volumeId>{v['id']}</volumeId><size>{v['size']}</size><status>{v['state']}</status></item>"
+            for v in self.mine(self.volumes, request)
+        )
+        return f"<volumeSet>{items}</volumeSet>"
+
+    def DescribeSpotInstanceRequests(self, request: dict[str, str]) -> str:  # noqa: N802
+        items = "".join(
+            f"<item><spotInstanceRequestId>{r['id']}</spotInstanceRequestId></item>"
+            for r in self.mine(self.requests, request)
+        )
+        return f"<spotInstanceRequestSet>{items}</spotInstanceRequestSet>"
+
+    def RayUp(self, request: dict[str, str]) -> str:  # noqa: N802
+        """What our ``ray`` program asks for: the machines of a configuration."""
+        made = json.loads(request["Config"])
+        for role, node in made["available_node_types"].items():
+            for i in range(node.get("min_workers", 1)):
+                machine, id_ = node["node_config"], f"i-{role}{i}"
+                tags = {
+                    s["ResourceType"]: {t["Key"]: t["Value"] for t in s["Tags"]} for s in machine["TagSpecifications"]
+                }
+                launched = (datetime.now(UTC) - timedelta(hours=1)).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+                self.machines.append({"id": id_, "state": "running", "reason": "", "type": machine["InstanceType"],
+                                      "launched": launched, "tags": tags["instance"]})  # fmt: skip
+                self.volumes.append({"id": f"vol-{role}{i}", "size": 100, "state": "in-use", "tags": tags["volume"]})
+                if spot := tags.get("spot-instances-request"):
+                    self.requests.append({"id": f"sir-{role}{i}", "tags": spot})
+        return ""
+
+    def RayDown(self, request: dict[str, str]) -> str:  # noqa: N802
+        self.end([m["id"] for m in self.machines])
+        return ""
+
+    def end(self, ids: list[str]) -> None:
+        if self.stuck:
+            return
+        for m in self.machines:
+            if m["id"] in ids and m["state"] != "terminated":
+                told = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S")
+                m.update(state="terminated", reason=f"User initiated ({told} GMT)")
+                self.volumes = [v for v in self.volumes if v["id"] != m["id"].replace("i-", "vol-")]
+                self.requests = [r for r in self.requests if r["id"] != m["id"].replace("i-", "sir-")]
+
+    @staticmethod
+    def mine(things: list[dict[str, Any]], request: dict[str, str]) -> list[dict[str, Any]]:
+        assert request["Filter.1.Name"] == "tag:harness-cluster"
+        return [thing for thing in things if thing["tags"].get("harness-cluster") == request["Filter.1.Value.1"]]
+
+    @staticmethod
+    def tags(request: dict[str, str]) -> dict[str, str]:
+        prefix = "TagSpecification.1.Tag."
+        keys = {k: v for k, v in request.items() if k.startswith(prefix) and k.endswith(".Key")}
+        return {key: request[name.replace(".Key", ".Value")] for name, key in keys.items()}
+
+
+RAY = """#!{python}
+import json, os, sys, urllib.parse, urllib.request, yaml
+print("ray", *sys.argv[1:], flush=True)
+if os.environ.get("FAKE_RAY_FAILS") in sys.argv: sys.exit("the cloud said no")
+config = yaml.safe_load(open(sys.argv[-1]))
+action = "RayUp" if sys.argv[1] == "up" else "RayDown"
+assert "-y" in sys.argv
+body = urllib.parse.urlencode({{"Action": action, "Config": json.dumps(config)}}).encode()
+urllib.request.urlopen(os.environ["AWS_ENDPOINT_URL_EC2"], body, timeout=10).read()
+"""
+
+
+@pytest.fixture
+def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeAws]:
+    fake = FakeAws()
+    for service in ("EC2", "SSM", "STS"):
+        monkeypatch.setenv(f"AWS_ENDPOINT_URL_{service}", fake.url)
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-a-real-secret")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    ray = tmp_path / "bin" / "ray"
+    ray.parent.mkdir()
+    ray.write_text(RAY.format(python=sys.executable))
+    ray.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{ray.parent}:{os.environ['PATH']}")
+    ec2.client.cache_clear()
+    for name, value in {"POLL_S": 0.05, "GONE_S": 0.3, "WORKERS_S": 0.5}.items():
+        monkeypatch.setattr(f"harness.commands.cloud.{name}", value)
+    yield fake
+    fake.server.shutdown()
+    fake.server.server_close()
+
+
+def run(*args: str) -> Result:
+    return CliRunner().invoke(verbs, args, standalone_mode=False)
+
+
+UP = ("up", "--tier", SPOT, "--nodes", "2", "--name", "test", "--ssh-from", "203.0.113.7", "--owner", "eve")
+
+
+def test_up_status_down(aws: FakeAws, tmp_path: Path) -> None:
+    up = run(*UP, "--yes")
+    assert up.return_value == 0, (up.output, up.exception)
+    assert up.stdout == "test\n"
+    assert up.stderr.index("USD/h") < up.stderr.index("ray up"), "the price comes before the bill begins"
+    assert "1.12 USD/h = 2 x 0.4444 + 0.23184; at most 8.97 USD in the 8 h" in up.stderr
+    assert "us-east-1; spore-host" in up.stderr, "the head's price is another region's, and that is said"
+    assert [m["type"] for m in aws.machines] == ["m7a.xlarge", "g6.xlarge", "g6.xlarge"]
+    (rule,) = aws.rules
+    assert rule["IpPermissions.1.IpRanges.1.CidrIp"] == "203.0.113.7/32"
+    assert rule["IpPermissions.1.FromPort"] == rule["IpPermissions.1.ToPort"] == "22"
+    assert rule["IpPermissions.2.Groups.1.GroupId"] == "sg-1"
+    assert not any(key.startswith("IpPermissions.3") for key in rule)
+    assert aws.groups[0]["tags"]["harness-cluster"] == "test"
+    folder = tmp_path / "state" / "harness" / "clusters" / "test"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    made = yaml.safe_load((folder / "cluster.yaml").read_text())
+    types = made["available_node_types"]
+    assert {types[role]["node_config"]["ImageId"] for role in types} == {"ami-cpu", "ami-gpu"}
+    assert types["worker"]["node_config"]["SecurityGroupIds"] == ["sg-1"]
+    again = run(*UP, "--yes")
+    assert isinstance(again.exception, UsageError)
+    assert "already" in str(again.exception)
+
+    (row,) = json.loads(run("status", "--format", "json").stdout)
+    assert (row["name"], row["running"], row["nodes"], row["head"]) == ("test", 2, 2, "running")
+    assert row["node_hours"] == pytest.approx(3.0, abs=0.05)
+    assert row["usd_so_far"] == pytest.approx(2 * 0.4444 + 0.23184, abs=0.03)
+    text = run("status")
+    assert "2 of 2" in text.stdout
+
+    down = run("down")
+    assert down.return_value == 0, (down.output, down.exception)
+    assert "nothing is left: AWS shows no machines, disks, spot requests, security groups" in down.stderr
+    assert "it cost about 1.12 USD: 2.00 h of g6.xlarge at 0.4444 (read 2026-09-08)" in down.stderr
+    assert not folder.exists()
+    assert json.loads(run("status", "--format", "json").stdout) == []
+    assert isinstance(run("down").exception, UsageError)
+
+
+def test_dry_run_rents_nothing(aws: FakeAws, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    dry = run("up", "--tier", ON_DEMAND, "--nodes", "4", "--max-hours", "3", "--dry-run")
+    assert dry.return_value == 0
+    made = yaml.safe_load(dry.stdout)
+    assert made["available_node_types"]["worker"]["min_workers"] == 4
+    tier, head = get_tier(ON_DEMAND), get_tier(CPU)
+    usd = 4 * tier.usd_per_hour + head.usd_per_hour
+    assert f"{usd:,.2f} USD/h" in dry.stderr
+    assert f"{3 * usd:,.2f} USD in the 3 h" in dry.stderr
+    assert tier.source in dry.stderr
+    assert aws.calls == []
+    assert not cloud.folder().exists()
+
+
+def test_nothing_is_rented_without_a_yes(aws: FakeAws) -> None:
+    asked = run(*UP)
+    assert isinstance(asked.exception, UsageError)
+    assert "--yes" in str(asked.exception)
+    assert "USD/h" in asked.stderr
+    assert not aws.machines and not aws.groups
+    assert cloud.known_clusters() == []
+    from harness.commands.cloud import up
+
+    options: dict[str, Any] = {"max_hours": 8.0, "idle_minutes": 60, "disk_gib": None, "owner": "eve", "head": None}
+    answers: list[str] = []
+    assert (
+        up(SPOT, 1, None, ssh_from="10.0.0.0/8", dry_run=False, confirm=lambda q: bool(answers.append(q)), **options)
+        == 1
+    )
+    assert "account 123456789012" in answers[0]
+    assert not aws.machines and not aws.groups
+    assert cloud.known_clusters() == []
+
+
+def test_other_clouds_are_refused_plainly(aws: FakeAws) -> None:
+    name = next(t.name for t in list_tiers() if t.provider == "gcp")
+    refused = run("up", "--tier", name, "--yes")
+    assert isinstance(refused.exception, UsageError)
+    assert "ray start" in str(refused.exception) and "cluster/README.md" in str(refused.exception)
+    assert aws.calls == []
+
+
+def test_a_failed_ray_up_leaves_a_way_to_end_it(aws: FakeAws, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_RAY_FAILS", "up")
+    failed = run(*UP, "--yes")
+    assert isinstance(failed.exception, HarnessError)
+    assert "the cloud said no" in str(failed.exception)
+    assert "harness cluster down test" in failed.stderr
+    assert aws.groups
+    monkeypatch.delenv("FAKE_RAY_FAILS")
+    assert run("down", "test").return_value == 0
+    assert not aws.groups
+
+
+def test_too_few_workers_are_said(aws: FakeAws) -> None:
+    aws.RayUp = lambda request: (FakeAws.RayUp(aws, request), aws.machines.pop())[0]  # type: ignore[method-assign]
+    few = run(*UP, "--yes")
+    assert few.return_value == 1
+    assert "only 1 of 2 workers came" in few.stderr
+
+
+def test_machines_that_ray_down_leaves_are_ended(aws: FakeAws, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(*UP, "--yes").return_value == 0
+    monkeypatch.setenv("FAKE_RAY_FAILS", "down")
+    down = run("down")
+    assert down.return_value == 0, (down.output, down.exception)
+    assert "ended without it" in down.stderr
+    assert "i-head0, i-worker0, i-worker1; they are ended now" in down.stderr
+    assert all(m["state"] == "terminated" for m in aws.machines)
+
+
+def test_leftovers_are_listed_and_are_a_failure(aws: FakeAws) -> None:
+    assert run(*UP, "--yes").return_value == 0
+    aws.volumes.append({"id": "vol-lost", "size": 500, "state": "available", "tags": aws.volumes[0]["tags"]})
+    left = run("down")
+    assert left.return_value == 1
+    assert "LEFT, disks: vol-lost (500 GiB, available)" in left.stderr
+    assert "nothing is left" not in left.stderr
+    assert len(cloud.known_clusters()) == 1, "what still costs money is not forgotten"
+    aws.volumes = []
+    assert run("down").return_value == 0
+
+
+def test_machines_that_do_not_end_are_a_failure(aws: FakeAws) -> None:
+    assert run(*UP, "--yes").return_value == 0
+    aws.stuck = True
+    left = run("down")
+    assert left.return_value == 1
+    assert left.stderr.count("LEFT, machines") == 3
+    assert "region us-west-2, account 123456789012" in left.stderr
+
+
+def test_another_account_proves_nothing(aws: FakeAws, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(*UP, "--yes").return_value == 0
+    aws.machines, aws.volumes, aws.requests, aws.groups = [], [], [], []  # to another account nothing of it is there
+    monkeypatch.setattr(aws, "GetCallerIdentity", lambda request: FakeAws.GetCallerIdentity(aws, request).replace(
+        "123456789012", "999999999999"))  # fmt: skip
+    for verb in ("down", "status"):
+        wrong = run(verb, "test")
+        assert isinstance(wrong.exception, HarnessError)
+        assert "account 123456789012" in str(wrong.exception) and "999999999999" in str(wrong.exception)
+    (known,) = cloud.known_clusters()
+    assert all(node.alive for node in known.seen.values()), "they still cost money"
+
+
+def test_a_proof_that_cannot_be_had_is_no_proof(aws: FakeAws) -> None:
+    assert run(*UP, "--yes").return_value == 0
+    aws.denied.add("DescribeVolumes")
+    down = run("down")
+    assert isinstance(down.exception, HarnessError)
+    assert "may not do this" in str(down.exception)
+    assert len(cloud.known_clusters()) == 1
+
+
+def test_what_aws_says_is_explained(aws: FakeAws, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no x86-64 machine"):
+        ec2.check_instance("us-west-2", "m7g.large")
+    aws.denied.add("GetCallerIdentity")
+    with pytest.raises(HarnessError, match="may not do this"):
+        ec2.account("us-west-2")
+    ec2.client.cache_clear()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    with pytest.raises(HarnessError, match="no usable AWS credentials"):
+        ec2.account("us-west-2")
+    (tmp_path / "state" / "harness" / "clusters" / "torn").mkdir(parents=True)
+    (tmp_path / "state" / "harness" / "clusters" / "torn" / "state.json").write_text('{"name": "torn"')
+    with pytest.raises(HarnessError, match="harness-cluster=torn"):
+        cloud.known_clusters()
+
+
+def test_a_cluster_is_remembered_as_it_was(aws: FakeAws) -> None:
+    cluster = replace(make(), security_group="sg-1", account="1")
+    cluster.learn([machine("h", "head", NOW, NOW + timedelta(minutes=5))], NOW)
+    cloud.write_cluster(cluster)
+    assert cloud.read_cluster("test") == cluster
+
+
+# --- Kubernetes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def manifest() -> dict[str, dict[str, Any]]:
+    found = {d["kind"]: d for d in yaml.safe_load_all((ROOT / "cluster" / "kuberay.yaml").read_text())}
+    assert set(found) == {"RayCluster", "NetworkPolicy"}
+    return found
+
+
+def test_kuberay_cluster(manifest: dict[str, dict[str, Any]]) -> None:
+    spec = manifest["RayCluster"]["spec"]
+    assert spec["authOptions"] == {"mode": "token"}
+    assert SpecifierSet(">=2.52").contains(spec["rayVersion"]), "before, Ray had no tokens"
+    head, (worker,) = spec["headGroupSpec"]["template"], spec["workerGroupSpecs"]
+    assert worker["minReplicas"] == worker["replicas"] <= worker["maxReplicas"]
+    images = set()
+    for template, gpus in ((head, 0), (worker["template"], 1)):
+        pod = template["spec"]
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        (container,) = pod["containers"]
+        images.add(container["image"])
+        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        resources = container["resources"]
+        assert resources["limits"]["memory"] == resources["requests"]["memory"]
+        assert int(resources["limits"].get("nvidia.com/gpu", 0)) >= gpus
+        assert ("nvidia.com/gpu" in resources["limits"]) == bool(gpus)
+        assert not any("TOKEN" in e["name"] and "value" in e for e in container.get("env", []))
+    assert len(images) == 1, "Ray wants one version on all nodes"
+    shared = {v["name"]: v for v in worker["template"]["spec"]["volumes"]}["dshm"]["emptyDir"]
+    assert shared["medium"] == "Memory" and "sizeLimit" in shared, "tensor parallelism talks through /dev/shm"
+    assert spec["headGroupSpec"]["rayStartParams"]["num-gpus"] == "0"
+
+
+def test_kuberay_network_policy_lets_only_the_cluster_in(manifest: dict[str, dict[str, Any]]) -> None:
+    policy, name = manifest["NetworkPolicy"]["spec"], manifest["RayCluster"]["metadata"]["name"]
+    ours = {"matchLabels": {"ray.io/cluster": name}}
+    assert policy["podSelector"] == ours
+    assert policy["policyTypes"] == ["Ingress"]
+    for rule in policy["ingress"]:
+        for peer in rule["from"]:
+            assert peer == {"podSelector": ours} or "namespaceSelector" in peer
+    assert manifest["NetworkPolicy"]["metadata"]["namespace"] == manifest["RayCluster"]["metadata"]["namespace"]
