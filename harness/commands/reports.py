@@ -11,6 +11,7 @@ from harness.errors import (
     EXIT_INVALID,
     EXIT_SLO_MISSED,
     EXIT_VALID,
+    ResultsError,
     UsageError,
 )
 
@@ -23,15 +24,18 @@ def report(
     ratio: float,
     html: Path | None = None,
 ) -> int:
-    """Run directory -> report on stdout; one or several -> a page."""
+    """Run directory -> report on stdout; several, or a sweep's -> capacity and cost at the SLO, or a page."""
     from analysis.load import read_run
     from analysis.report import render_json, render_markdown, render_text
     from analysis.summary import exit_code, summarise
 
+    runs = expand(runs)
     if html is not None:
         return report_page(runs, html, slo=slo, attain=attain, ratio=ratio)
     if len(runs) > 1:
-        raise UsageError(f"{len(runs)} runs are compared in a page: add --html report.html")
+        from harness.commands.capacity import report_sweep
+
+        return report_sweep(runs, format_, slo, attain)
     summary = summarise(read_run(runs[0]), slo=slo, ratio=ratio, attain=attain)
     if format_ == "json":
         print(render_json(summary))
@@ -42,6 +46,29 @@ def report(
 
         render_text(summary, Console(highlight=False))
     return exit_code(summary)
+
+
+def expand(paths: Sequence[Path]) -> list[Path]:
+    """Run directories, a sweep folder standing for those of its points that are done.
+
+    Raises `ResultsError` for a sweep of which no point is done.
+    """
+    from harness.store import local_copy
+    from harness.sweep_state import STATE, read_state
+
+    found: list[Path] = []
+    for path in [local_copy(path, say) for path in paths]:
+        if not (path / STATE).exists():
+            found.append(path)
+            continue
+        points = read_state(path).points
+        done = [path / point.name for point in points if point.state == "done"]
+        if not done:
+            raise ResultsError(f"{path}: no point of this sweep is done; go on with: harness sweep --resume {path}")
+        if len(done) < len(points):
+            say(f"{path}: {len(points) - len(done)} of {len(points)} points are not done and left out")
+        found += done
+    return found
 
 
 def report_page(runs: Sequence[Path], html: Path, **options: Any) -> int:

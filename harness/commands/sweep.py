@@ -1,0 +1,272 @@
+"""Models x tiers x load levels x repeats on one trace: read what is asked, say what it costs, run it, sum it up."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import probe
+from harness.commands.output import print_json, print_table, say
+from harness.commands.steps import check_load_options
+from harness.commands.sweep_run import Session
+from harness.commands.targets import rented
+from harness.errors import EXIT_FAILURE, EXIT_INVALID, EXIT_VALID, HarnessError, TraceError, UsageError
+from harness.run import Tier, now_utc
+from harness.sweep import SweepSpec, levels, make_points, pairs, read_sweep
+from harness.sweep_cost import Survey, expect, start_s, survey, usd_per_hour
+from harness.sweep_state import SweepState, create_folder, differences, find_folder, lock, read_state
+from harness.traces.reading import open_asked
+
+if TYPE_CHECKING:
+    from cluster.models import Model
+
+Resolve = Callable[[Mapping[str, Any], str, Path], dict[str, Any]]
+"""Turns the options of a sweep file into those of a replay; (options, file for messages, folder of its paths)."""
+
+
+def sweep(
+    file: Path | None,
+    *,
+    resume: bool,
+    folder: Path | None,
+    dry_run: bool,
+    out: Path,
+    format_: str,
+    names: Collection[str],
+    instead: Mapping[str, str],
+    resolve: Resolve,
+) -> int:
+    """Run a sweep, or go on with one; 0: every point is VALID, 3: some are INVALID, 1: some are not done."""
+    spec = read_sweep(file, names, instead) if file is not None else None
+    if resume:
+        folder = folder or find_folder(out, file.stem if file else "")
+        state = read_state(folder)
+        if spec is not None and file is not None:
+            _take_over(state, spec, file, folder)
+    else:
+        assert spec is not None
+        assert file is not None
+        state = SweepState(
+            name=file.stem, created=now_utc(), file=str(file.resolve()), spec=spec, trace_sha256="",
+            pairs=pairs(spec), points=make_points(spec),
+        )  # fmt: skip
+    asked = Path(state.file)
+    options = resolve(state.spec.options, str(file or asked), asked.parent)
+    try:
+        tiers = check(state.spec, options)
+        trace = open_asked(Path(state.spec.trace), options)
+        found = survey(trace, levels(state.spec), options)
+    except UsageError as e:
+        raise UsageError(f"{file or asked}: {e}") from e
+    except TraceError as e:
+        if not resume:
+            raise
+        again = shlex.join(["harness", "sweep", str(file or asked), "--resume", str(folder)])
+        raise UsageError(f"{e}. When it only moved, say where to in the sweep file, and: {again}") from e
+    if not state.trace_sha256:
+        state.trace_sha256 = trace.sha256
+    elif trace.sha256 != state.trace_sha256:
+        raise UsageError(
+            f"{trace.path}: is not the trace this sweep began with (its SHA-256 differs): put that one back, or "
+            "begin a new sweep"
+        )
+    if dry_run:
+        return show_plan(state, options, found, tiers, format_)
+    folder = folder or create_folder(out, state)
+    with lock(folder):
+        if resume:
+            state = _newest(folder, state)
+        say(f"sweep folder: {folder}")
+        session = Session(folder, state, options, trace, tiers, found)
+        try:
+            session.run()
+        except (HarnessError, KeyboardInterrupt):
+            again = shlex.join(["harness", "sweep", "--resume", str(folder)])
+            say(f"{_count(state, 'done')} of {len(state.points)} points done; go on: {again}")
+            raise
+    return sum_up(folder, state, format_)
+
+
+def _newest(folder: Path, state: SweepState) -> SweepState:
+    """The state as it is now that nobody else can write it, with what the sweep file changed about it."""
+    fresh = read_state(folder)
+    fresh.spec, fresh.file = state.spec, state.file
+    return fresh
+
+
+def _take_over(state: SweepState, spec: SweepSpec, file: Path, folder: Path) -> None:
+    """Resume with the file said again. Raises `UsageError` when it asks for other points."""
+    if changed := differences(state.spec, spec):
+        raise UsageError(
+            f"{file}: is not the sweep that was begun in {folder}:\n  " + "\n  ".join(changed)
+            + "\nput that back, or begin a new sweep without --resume (budgets and on_failure may change)"
+        )  # fmt: skip
+    state.spec, state.file = spec, str(file.resolve())
+
+
+def check(spec: SweepSpec, options: dict[str, Any]) -> list[Tier | None]:
+    """Refuse before anything is rented what can be known to be wrong; the tier of every pair."""
+    from cluster.models import get_model
+    from cluster.tiers import get_tier
+    from harness.build import asked_plan, check_spec
+
+    for level in levels(spec)[:1]:
+        one = {**options, "concurrency": level.concurrency, "rate": level.request_rate}
+        check_spec(asked_plan(one, closed=check_load_options(one)))
+    found: list[Tier | None] = []
+    unfit: list[str] = []
+    for pair in pairs(spec):
+        tier = get_tier(pair.tier) if pair.tier else None
+        for url in pair.base_urls:
+            probe.normalise_base_url(url)
+        if not pair.base_urls:
+            assert tier is not None
+            model = get_model(pair.model or "")
+            try:
+                tier = _fit(model, tier)
+            except UsageError as e:
+                unfit.append(str(e))
+        found.append(tier)
+        if tier is None and spec.budget_usd is not None:
+            raise UsageError(f"a budget in USD needs a price: name the tier of {pair.label}, or set a budget in hours")
+    if unfit:
+        raise UsageError("\n  ".join([*unfit, "name the pairs that fit as [[pair]] instead of models and tiers"]))
+    return found
+
+
+def _fit(model: Model, tier: Tier) -> Tier:
+    """What one replica of this model rents of the tier. Raises `UsageError` for a model that does not fit."""
+    from cluster.models import for_tier
+    from cluster.vllm import check_fit, hosts_per_replica
+
+    check_fit(model, tier)
+    return rented(tier, hosts_per_replica(for_tier(model, tier.accelerator), tier))
+
+
+# --- before ----------------------------------------------------------------------------------------------------------
+
+
+def show_plan(
+    state: SweepState, options: dict[str, Any], found: Survey, tiers: Sequence[Tier | None], format_: str
+) -> int:
+    """Every run still to be done with its hours and dollars, per pair and in all, against the budget."""
+    expected = expect(state.points, options, found)
+    todo = [point for point in state.points if point.state != "done"]
+    runs: list[dict[str, Any]] = []
+    groups: list[dict[str, Any]] = []
+    for k, (pair, tier) in enumerate(zip(state.pairs, tiers, strict=True)):
+        usd = usd_per_hour(pair, tier)
+        mine = [point for point in todo if point.pair == k]
+        for point in mine:
+            guess = expected[point.name]
+            runs.append(
+                {"name": point.name, "model": pair.model, "tier": pair.tier, "replicas": pair.replicas,
+                 "request_rate": point.level.request_rate, "concurrency": point.level.concurrency,
+                 "repeat": point.repeat, "seed": point.seed, "requests": guess.requests, "hours": guess.seconds / 3600,
+                 "usd": guess.seconds / 3600 * usd if tier else None, "assumed": guess.assumed}
+            )  # fmt: skip
+        begin_h = start_s(pair, tier) / 3600 if mine else 0.0
+        hours = begin_h + sum(expected[point.name].seconds for point in mine) / 3600
+        groups.append(
+            {"model": pair.model, "tier": pair.tier, "replicas": pair.replicas, "runs": len(mine),
+             "start_up_hours": begin_h, "hours": hours, "usd_per_hour": usd if tier else None,
+             "usd": hours * usd if tier else None, "price_date": tier.date if tier else None,
+             "price_source": tier.source if tier else None}
+        )  # fmt: skip
+    priced = any(tiers)
+    spent_usd, spent_hours = state.spent(time.time())
+    total: dict[str, Any] = {
+        "schema": "harness.sweep-plan/1", "name": state.name, "runs": runs, "pairs": groups,
+        "hours": sum(g["hours"] for g in groups), "usd": sum(g["usd"] or 0.0 for g in groups) if priced else None,
+        "spent_hours": spent_hours, "spent_usd": spent_usd if priced else None,
+        "budget_hours": state.spec.budget_hours, "budget_usd": state.spec.budget_usd,
+    }  # fmt: skip
+    total["fits"] = all(
+        budget is None or total[name] + total[f"spent_{name}"] <= budget
+        for name, budget in (("hours", state.spec.budget_hours), ("usd", state.spec.budget_usd))
+    )
+    if format_ == "json":
+        print_json(total)
+    else:
+        _print_plan(state, total)
+    return EXIT_VALID
+
+
+def _print_plan(state: SweepState, total: Mapping[str, Any]) -> None:
+    words = {point.name: point.level.words for point in state.points}
+    print_table(
+        ("run", "load", "repeat", "requests", "minutes", "USD"),
+        [
+            (r["name"], words[r["name"]], str(r["repeat"]), f"{r['requests']:,}",
+             f"{r['hours'] * 60:.1f}{' ?' if r['assumed'] else ''}", _usd(r["usd"]))
+            for r in total["runs"]
+        ],
+    )  # fmt: skip
+    print_table(
+        ("model", "tier", "replicas", "runs", "start-up min", "hours", "USD/h", "price read", "USD"),
+        [
+            (g["model"] or "-", g["tier"] or "-", str(g["replicas"]), str(g["runs"]),
+             f"{g['start_up_hours'] * 60:.1f}", f"{g['hours']:.2f}",
+             f"{g['usd_per_hour']:.4g}" if g["usd_per_hour"] is not None else "-", g["price_date"] or "-",
+             _usd(g["usd"]))
+            for g in total["pairs"]
+        ],
+    )  # fmt: skip
+    if any(r["assumed"] for r in total["runs"]):
+        print("?: a closed loop without a duration is as fast as its server; 20 output tokens/s a request are assumed")
+    print(f"{len(total['runs'])} runs, {total['hours']:.3g} h of servers, {_usd(total['usd'])} USD")
+    if total["spent_hours"]:
+        print(f"spent so far: {total['spent_hours']:.3g} h, {_usd(total['spent_usd'])} USD")
+    for unit, budget in (("hours", total["budget_hours"]), ("usd", total["budget_usd"])):
+        if budget is not None:
+            left = budget - total[unit] - total[f"spent_{unit}"]
+            what = f"budget {budget:g} {'h' if unit == 'hours' else 'USD'}"
+            print(f"{what}: {'enough' if left >= 0 else f'{-left:.4g} short: what does not fit will be skipped'}")
+
+
+# --- after -----------------------------------------------------------------------------------------------------------
+
+
+def sum_up(folder: Path, state: SweepState, format_: str) -> int:
+    """What became of every point, on stdout, and the exit code."""
+    if format_ == "json":
+        print_json(state)
+    else:
+        print_table(
+            ("run", "", "req/s", "ttft p50 ms", "tpot p50 ms", "USD per 1M", "reason"),
+            [
+                (point.name, " ".join(filter(None, (point.verdict or point.state, slo_words(point.slo_met)))),
+                 _figure(point.figures, "request_throughput", 1.0), _figure(point.figures, "ttft_p50_s", 1e3),
+                 _figure(point.figures, "tpot_p50_s", 1e3), _figure(point.figures, "usd_per_1m_total", 1.0),
+                 (point.reason or "")[:90])
+                for point in state.points
+            ],
+        )  # fmt: skip
+        usd, hours = state.spent(time.time())
+        cost = _usd(usd if any(rental.tier for rental in state.rentals) else None)
+        print(f"{_count(state, 'done')} of {len(state.points)} points done; {hours:.3g} h of servers, {cost} USD")
+        print(f"sweep folder: {folder}")
+    if _count(state, "done") < len(state.points):
+        return EXIT_FAILURE
+    return EXIT_INVALID if any(point.verdict != "VALID" for point in state.points) else EXIT_VALID
+
+
+def slo_words(met: bool | None) -> str:
+    """A few letters on a promise kept or not; empty when none was made."""
+    return "" if met is None else "SLO met" if met else "SLO missed"
+
+
+def _figure(figures: Mapping[str, float | None], name: str, scale: float) -> str:
+    value = figures.get(name)
+    return "-" if value is None else f"{value * scale:,.4g}"
+
+
+def _usd(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.4f}" if value < 10 else f"{value:,.2f}"
+
+
+def _count(state: SweepState, which: str) -> int:
+    return sum(point.state == which for point in state.points)

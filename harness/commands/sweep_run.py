@@ -1,0 +1,293 @@
+"""A sweep from here to its end: servers are rented, points are run, the budget is held, every step is written down."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from harness.commands.output import say
+from harness.commands.steps import Deadline, StopRequest, copy_plan, execute_point, make_plan
+from harness.commands.targets import Servers, Target, choose_target
+from harness.errors import HarnessError, PlanError
+from harness.plan import plan_sha256, read_plan_info
+from harness.run import RunDir, Tier
+from harness.sweep import Point, levels, slug
+from harness.sweep_cost import Survey, expect, start_s, survey, usd_per_hour
+from harness.sweep_state import Rental, SweepState, close_rentals, set_aside, verify, write_state
+from harness.trace import Trace
+
+STOPPED = "stopped by the user"
+
+
+class Session:
+    """One sitting of a sweep: from its start or its resumption to its end. ``state`` is on disk before every step."""
+
+    def __init__(
+        self, folder: Path, state: SweepState, options: dict[str, Any], trace: Trace, tiers: Sequence[Tier | None],
+        found: Survey | None = None,
+    ) -> None:  # fmt: skip
+        self.folder, self.state, self.options, self.trace, self.tiers = folder, state, options, trace, tiers
+        self._survey = found or survey(trace, levels(state.spec), options)
+        self._over: str | None = None
+        """Why no further point is begun."""
+        self._told: set[str] = set()
+
+    def run(self) -> None:
+        """Do every point that is not done. Raises KeyboardInterrupt after Ctrl-C, with everything written down."""
+        self._look_back()
+        for k, pair in enumerate(self.state.pairs):
+            points = [p for p in self.state.points if p.pair == k and p.state == "pending"]
+            if points and not self._over:
+                say(f"{pair.label} x {pair.replicas}: {len(points)} point{'s' if len(points) > 1 else ''}")
+                self._pair(k, points)
+
+    # --- what an earlier sitting left --------------------------------------------------------------------------------
+
+    def _look_back(self) -> None:
+        """Keep what is whole, whatever its state says; everything else is to be done (again)."""
+        if close_rentals(self.folder, self.state):
+            say("the harness died the last time: its servers count as rented until the last sign of life in the folder")
+        for point in self.state.points:
+            there = (self.folder / point.name).exists()
+            if point.state != "done" and not there:
+                point.state, point.reason = "pending", None
+                continue
+            problem = verify(self.folder, point) if there else "its run directory is gone"
+            if problem is None and point.state != "done":
+                problem = self._judge(point)
+            if problem is None:
+                say(f"{point.name}: kept, {point.verdict}")
+                continue
+            say(f"{point.name}: to be done again: {problem}")
+            point.state, point.reason = "pending", problem
+            point.verdict, point.slo_met, point.took_s, point.figures = None, None, None, {}
+        self._write()
+
+    # --- one model on one tier ---------------------------------------------------------------------------------------
+
+    def _pair(self, k: int, points: list[Point]) -> None:
+        left = deque(points)
+        pair = self.state.pairs[k]
+        try:
+            target = choose_target(
+                {**self.options, "base_urls": pair.base_urls, "model": pair.model, "tier": pair.tier,
+                 "replicas": pair.replicas}
+            )  # fmt: skip
+            self._plans(target, points)
+            while left and not self._over:
+                if not self._affordable(left[0], start_s(pair, self.tiers[k])):
+                    left.popleft()
+                    continue
+                with self._rented(k) as rental, target.open(self._server_dir(k)) as servers:
+                    rental.tier = servers.tier
+                    self._points(left, servers)
+        except (HarnessError, OSError) as e:
+            say(f"{pair.label}: {e}")
+            for point in left:
+                self._end(point, "failed", str(e).splitlines()[0])
+            self._stop_if_asked()
+
+    def _points(self, left: deque[Point], servers: Servers) -> None:
+        """Points on servers that are up, until none is left, the sweep is over or a server died."""
+        while left and not self._over:
+            if not self._affordable(left[0], 0.0):
+                left.popleft()
+                continue
+            self._point(left.popleft(), servers)
+            if died := servers.check():
+                say(f"replica {', '.join(map(str, died))} died; the servers are started anew for the points left")
+                return
+
+    def _server_dir(self, k: int) -> RunDir:
+        path = self.folder / "servers" / f"{k:02d}-{slug(self.state.pairs[k].label)}"
+        path.mkdir(parents=True, exist_ok=True)
+        return RunDir(path)
+
+    def _plans(self, target: Target, points: list[Point]) -> None:
+        """Every plan of these points, before anything is rented."""
+        (self.folder / "plans").mkdir(exist_ok=True)
+        for point in points:
+            path = self.folder / "plans" / point.plan
+            notes: list[str] = []
+            if not path.exists():
+                closed = point.level.concurrency is not None
+                make_plan(self.trace, path, target, closed=closed, options=self._options(point), tell=notes.append)
+            found, info = plan_sha256(path), read_plan_info(path)
+            if point.plan_sha256 not in (None, found):
+                raise PlanError(f"{path}: is not the plan this sweep made there; put it back, or begin a new sweep")
+            point.plan_sha256, point.requests = found, info.requests
+            if info.tokenizer is None:
+                notes.append("  note: prompts are the trace's own text, the same in every point: a warm prefix cache "
+                             "knows them from the second point on")  # fmt: skip
+            for note in notes:
+                if note.startswith("  note"):
+                    self._tell_once(note)
+        self._write()
+
+    @contextmanager
+    def _rented(self, k: int) -> Iterator[Rental]:
+        """Servers cost from the order to start them until they have ended."""
+        rental = Rental(pair=k, replicas=self.state.pairs[k].replicas or 1, tier=self.tiers[k], started_s=time.time())
+        self.state.rentals.append(rental)
+        self._write()
+        try:
+            yield rental
+        finally:
+            rental.ended_s = time.time()
+            self._write()
+
+    # --- one point ---------------------------------------------------------------------------------------------------
+
+    def _point(self, point: Point, servers: Servers) -> None:
+        run = RunDir(self.folder / point.name)
+        stop, began = StopRequest(), time.monotonic()
+        try:
+            if aside := set_aside(run.path):
+                say(f"{point.name}: what an earlier try left is in {aside.name}")
+            run.path.mkdir()
+            copy_plan(self.folder / "plans" / point.plan, run.plan)
+            point.state, point.reason = "running", None
+            self._write()
+            began = time.monotonic()
+            manifest = execute_point(
+                run, servers, self._options(point), stop=stop, deadline=self._deadline(point), tell=self._tell_once
+            )
+            point.took_s = time.monotonic() - began
+            if stop.asked:
+                raise KeyboardInterrupt
+            if manifest.status == "stopped":
+                self._end(point, "failed", f"budget: {manifest.reason}; the rows this far are kept")
+                self._skip_rest()
+            else:
+                problem = self._judge(point)
+                self._end(point, "failed" if problem else "done", problem or point.reason)
+        except KeyboardInterrupt:
+            point.state, point.reason = "pending", STOPPED
+            self._write()
+            raise
+        except (HarnessError, OSError) as e:
+            point.took_s = time.monotonic() - began
+            self._end(point, "failed", str(e).splitlines()[0])
+            say(str(e))
+        if point.verdict != "VALID":
+            self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        """After a point that failed or is INVALID."""
+        if self.state.spec.on_failure == "stop":
+            self._over = self._over or "on_failure"
+            say("on_failure = stop: no further point is begun")
+
+    def _judge(self, point: Point) -> str | None:
+        """Read the run and write its verdict and figures into the point; null, or why that cannot be done."""
+        from analysis.load import read_run
+        from analysis.summary import summarise
+
+        try:
+            run = read_run(self.folder / point.name)
+            found = summarise(run, slo=self.options["slo"], attain=self.options["attain"])
+        except HarnessError as e:
+            return str(e).splitlines()[0]
+        if point.took_s is None and run.manifest.end_ns is not None:
+            point.took_s = run.manifest.end_ns / 1e9
+        point.state, point.verdict, point.reason = "done", found.verdict, "; ".join(found.reasons) or None
+        point.slo_met = found.slo.met if found.slo else None
+        point.figures = {
+            "request_throughput": found.rates.request_throughput.value,
+            "output_token_throughput": found.rates.output_token_throughput.value,
+            "ttft_p50_s": found.metrics.ttft.p50.value,
+            "tpot_p50_s": found.metrics.tpot.p50.value,
+            "e2e_p50_s": found.metrics.e2e.p50.value,
+            "slo_attainment": found.slo.attainment.value if found.slo else None,
+            "usd_per_1m_total": found.cost.usd_per_1m_total.value,
+        }
+        return None
+
+    def _end(self, point: Point, state: Any, reason: str | None) -> None:
+        """Write down how a point ended, and say it with what is left."""
+        point.state, point.reason = state, reason
+        self._write()
+        place = self.state.points.index(point) + 1
+        words = [point.verdict or state.upper()]
+        if point.slo_met is not None:
+            words.append("SLO met" if point.slo_met else "SLO missed")
+        if point.took_s is not None:
+            words.append(f"{point.took_s:.0f} s")
+        if reason:
+            words.append(reason[:160])
+        usd, hours = self.state.spent(time.time())
+        spec = self.state.spec
+        if any(self.tiers):
+            words.append(f"spent {usd:.4g}{f' of {spec.budget_usd:g}' if spec.budget_usd else ''} USD")
+        if spec.budget_hours:
+            words.append(f"{hours:.3g} of {spec.budget_hours:g} h")
+        left = [p for p in self.state.points if p.state == "pending"]
+        if left:
+            expected = expect(self.state.points, self.options, self._survey)
+            minutes = sum(expected[p.name].seconds for p in left) / 60
+            minutes += (
+                sum(start_s(self.state.pairs[k], self.tiers[k]) for k in {p.pair for p in left} - {point.pair}) / 60
+            )
+            words.append(f"{len(left)} left, about {minutes:.1f} min")
+        say(f"[{place}/{len(self.state.points)}] {point.name}: {' · '.join(words)}")
+
+    # --- the budget --------------------------------------------------------------------------------------------------
+
+    def _affordable(self, point: Point, start: float) -> bool:
+        """Whether the estimate of this point fits into what is left; if not, it is skipped."""
+        spec = self.state.spec
+        usd, hours = self.state.spent(time.time())
+        more_h = (expect(self.state.points, self.options, self._survey)[point.name].seconds + start) / 3600
+        more_usd = more_h * usd_per_hour(self.state.pairs[point.pair], self.tiers[point.pair])
+        problems = []
+        if spec.budget_usd is not None and usd + more_usd > spec.budget_usd:
+            problems.append(f"{usd:.4g} of {spec.budget_usd:g} USD are spent and it needs {more_usd:.4g}")
+        if spec.budget_hours is not None and hours + more_h > spec.budget_hours:
+            problems.append(f"{hours:.3g} of {spec.budget_hours:g} h are spent and it needs {more_h:.3g}")
+        if problems:
+            self._end(point, "skipped", f"budget: {'; '.join(problems)}")
+            if not any(point.state == "pending" for point in self.state.points):
+                self._over = "budget"
+        return not problems
+
+    def _deadline(self, point: Point) -> Deadline | None:
+        """When this point has spent what is left, at the prices of its servers; null without a budget."""
+        spec = self.state.spec
+        usd, hours = self.state.spent(time.time())
+        rate = usd_per_hour(self.state.pairs[point.pair], self.tiers[point.pair])
+        ends: list[tuple[float, str]] = []
+        if spec.budget_hours is not None:
+            ends.append((spec.budget_hours - hours, f"the budget of {spec.budget_hours:g} h is spent"))
+        if spec.budget_usd is not None and rate > 0:
+            ends.append(((spec.budget_usd - usd) / rate, f"the budget of {spec.budget_usd:g} USD is spent"))
+        if not ends:
+            return None
+        left_h, why = min(ends)
+        return Deadline(at_s=time.monotonic() + left_h * 3600, why=why)
+
+    def _skip_rest(self) -> None:
+        self._over = "budget"
+        for point in self.state.points:
+            if point.state == "pending":
+                point.state, point.reason = "skipped", "budget: it is spent"
+        self._write()
+
+    # --- small things ------------------------------------------------------------------------------------------------
+
+    def _options(self, point: Point) -> dict[str, Any]:
+        """The options of ``harness replay`` that this point stands for."""
+        level = {"concurrency": point.level.concurrency, "rate": point.level.request_rate, "seed": point.seed}
+        return {**self.options, **level}
+
+    def _tell_once(self, words: str) -> None:
+        """A line that many points have in common."""
+        if words not in self._told:
+            self._told.add(words)
+            say(words)
+
+    def _write(self) -> None:
+        write_state(self.folder, self.state)
