@@ -114,7 +114,7 @@ def _table(views: Sequence[RunView]) -> Table:
         load = load_of(s, by_rate=is_open)
         rows.append(
             [
-                Cell(v.label, note=v.verdict, mark=f"run-{k % COLORS}"),
+                Cell(v.label, note=f"{v.verdict}, dummy weights" if s.caution else v.verdict, mark=f"run-{k % COLORS}"),
                 Cell(tier.name if tier else "no tier", note=_basis(s)),
                 Cell(report.figure(load), note="req/s" if is_open else "in flight", sort=load),
                 *(_price(v, price) for price in prices),

@@ -6,26 +6,24 @@ thousand numbers. Latency bins are 2.3 % wide (100 to a decade): read from them,
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from analysis import metrics
 from analysis.intervals import samples_needed
-from analysis.load import Bools, Floats, Rows, Run
+from analysis.load import Floats, Ints, Run
 from analysis.metrics import BINS, Counts, Window
 from harness.run import RunDir
-from harness.server_metrics import SCHEMA as SERVER
+from harness.server_metrics import read_server_metrics
 
 PER_DECADE = 100
 SMALLEST_S, LARGEST_S = 1e-5, 1e4
 EDGES: Floats = np.logspace(-5, 4, 9 * PER_DECADE + 1)
 """Upper edges of the latency bins, s. The first bin holds all that is shorter, the last all that is longer."""
-PART_CHUNKS = 4_000_000
 PER_GROUP, FEW = 20, 3
 SECOND = 1.0
 GROUPS = (1, 2, 4, 5, 8, 10, 20)
@@ -60,18 +58,17 @@ class Curves:
 
 
 def curves(run: Run) -> Curves | None:
-    """Reduce a run; None when it has no window. Memory beyond the run's own is that of `PART_CHUNKS` chunks."""
+    """Reduce a run; None when it has no window."""
     window = metrics.window(run.rows)
     if window is None:
         return None
     rows = run.rows
-    grids = {name: np.zeros((BINS, len(EDGES))) for name in ("ttft", "service_ttft", "tpot", "itl", "e2e", "lag")}
-    in_flight, into, out = (np.zeros(BINS) for _ in range(3))
-    for part in _parts(rows):
-        _count(part, window, grids)
-        in_flight += metrics.in_flight(part, window)
-        into += metrics.binned(*metrics.input_token_events(part), window)
-        out += metrics.binned(*metrics.output_token_events(part), window)
+    grids = {name: np.zeros((BINS, len(EDGES))) for name in ("ttft", "service_ttft", "tpot", "e2e", "lag")}
+    due = metrics.bin_of(rows.scheduled_s, window)
+    for name, grid in grids.items():
+        count_in(grid, due, getattr(metrics, name)(rows))
+    grids["itl"] = run.chunks.itl_grid
+    into = metrics.binned(*metrics.input_token_events(rows), window)
     sent = np.isfinite(rows.sent_s)
     failed = sent & ~rows.success
     edges = np.linspace(window.start_s, window.end_s, BINS + 1)
@@ -82,9 +79,9 @@ def curves(run: Run) -> Curves | None:
         planned=_per_second(rows.scheduled_s[sent], window),
         sent=_per_second(rows.sent_s[sent], window),
         failed=_per_second(rows.finished_s[failed], window),
-        in_flight=in_flight,
+        in_flight=metrics.in_flight(rows, window),
         input_tokens=into / window.bin_s,
-        output_tokens=out / window.bin_s,
+        output_tokens=run.chunks.output_tokens / window.bin_s,
         grids=grids,
         server=_server(run, middle),
         loop_lag_s=_loop_lag(run, window),
@@ -95,57 +92,18 @@ def _per_second(times_s: Floats, window: Window) -> Floats:
     return metrics.binned(times_s, None, window) / window.bin_s
 
 
-def _parts(rows: Rows) -> Iterator[Rows]:
-    """The rows in pieces of about `PART_CHUNKS` chunks, in file order."""
-    start = 0
-    while start < len(rows):
-        end = int(np.searchsorted(rows.offsets, rows.offsets[start] + PART_CHUNKS, side="right")) - 1
-        end = min(len(rows), max(end, start + 1))
-        yield _piece(rows, start, end)
-        start = end
-
-
-def _piece(rows: Rows, start: int, end: int) -> Rows:
-    first, last = int(rows.offsets[start]), int(rows.offsets[end])
-    taken = {
-        field.name: getattr(rows, field.name)[first:last]
-        if field.name.startswith(("chunk_", "gap_"))
-        else getattr(rows, field.name)[start:end]
-        for field in fields(rows)
-        if field.name not in ("offsets", "chunk_row")
-    }
-    return replace(
-        rows, **taken, offsets=rows.offsets[start : end + 1] - first, chunk_row=rows.chunk_row[first:last] - start
-    )
-
-
-def _count(rows: Rows, window: Window, grids: dict[str, Floats]) -> None:
-    """Add the latencies of some rows to the grids."""
-    for name, grid in grids.items():
-        if name == "itl":
-            gaps = metrics.itl(rows)
-            _add(grid, rows.chunk_s[_timed(rows)], gaps.seconds, gaps.tokens, window)
-        else:
-            _add(grid, rows.scheduled_s, getattr(metrics, name)(rows), None, window)
-
-
-def _timed(rows: Rows) -> Bools:
-    """The chunks that `metrics.itl` has a gap for, in its order."""
-    later = rows.success[rows.chunk_row]
-    counts = np.diff(rows.offsets)
-    later[rows.offsets[:-1][counts > 0]] = False
-    return later
-
-
-def _add(grid: Floats, times_s: Floats, values_s: Floats, weights: Floats | None, window: Window) -> None:
+def count_in(grid: Floats, time: Ints, values_s: Floats, weights: Floats | None = None) -> None:
+    """Add latencies to a grid: ``values_s`` in the time bins ``time``, each counting as often as its weight says."""
     known = np.isfinite(values_s)
-    weights = None if weights is None else weights[known]
-    decades = np.log10(np.clip(values_s[known], SMALLEST_S, LARGEST_S) / SMALLEST_S)
+    if not known.all():
+        time, values_s = time[known], values_s[known]
+        weights = None if weights is None else weights[known]
+    place = np.clip(values_s, SMALLEST_S, LARGEST_S)
+    np.log10(np.divide(place, SMALLEST_S, out=place), out=place)
     # a value on an edge belongs below it, also when the logarithm rounds
-    value = np.ceil(decades * PER_DECADE - 1e-9).astype(np.int64)
-    time = np.clip(((times_s[known] - window.start_s) / window.bin_s).astype(np.int64), 0, BINS - 1)
-    counts = np.bincount(time * len(EDGES) + value, weights=weights, minlength=grid.size)
-    grid += counts.reshape(grid.shape)
+    np.ceil(place * PER_DECADE - 1e-9, out=place)
+    cell = time * len(EDGES) + place.astype(np.int64)
+    grid += np.bincount(cell, weights=weights, minlength=grid.size).reshape(grid.shape)
 
 
 def _loop_lag(run: Run, window: Window) -> Floats | None:
@@ -164,7 +122,7 @@ def _server(run: Run, at_s: Floats) -> dict[str, Floats]:
     """Requests in all servers' batches and queues, and the KV cache use of the fullest, where every server is known."""
     found: dict[str, list[Floats]] = {name: [] for name in SERVER_COLUMNS}
     for replica in run.manifest.replicas:
-        table = _read_server(run, replica.index)
+        table = read_server_metrics(RunDir(run.path).server_metrics(replica.index))
         if table is None:
             return {}
         for name, values in found.items():
@@ -175,23 +133,6 @@ def _server(run: Run, at_s: Floats) -> dict[str, Floats]:
         if values
     }
     return {name: values for name, values in combined.items() if np.isfinite(values).any()}
-
-
-def _read_server(run: Run, replica: int) -> pa.Table | None:
-    """Samples of one server; None when there are none that can be read (they are pictures, not evidence)."""
-    path = RunDir(run.path).path / f"server-metrics-{replica}.arrows"
-    batches: list[pa.RecordBatch] = []
-    try:
-        with pa.OSFile(str(path), "rb") as source, pa.ipc.open_stream(source) as reader:
-            if reader.schema.names != SERVER.names:
-                return None
-            with contextlib.suppress(pa.ArrowException, OSError):  # a torn tail: what came before it is whole
-                batches.extend(reader)
-        table = pa.Table.from_batches(batches, schema=SERVER)
-        table.validate(full=True)
-    except (pa.ArrowException, OSError):
-        return None
-    return table if table.num_rows else None
 
 
 def _at(table: pa.Table, name: str, at_s: Floats) -> Floats:

@@ -87,7 +87,7 @@ def arrival_process(run: Run) -> Check:
 def generator_cpu(run: Run) -> Check:
     """No load worker was short of processor, in the mean and in its worst second (p99 of seconds from 100 on)."""
     shares = [w.cpu_share for w in run.manifest.workers if w.cpu_share is not None]
-    seconds = run.seconds.cpu_share[run.seconds.whole]
+    seconds = run.seconds.cpu_share[run.seconds.whole & np.isfinite(run.seconds.cpu_share)]
     words = [f"busiest worker {max(shares):.0%} of a core"] if shares else []
     if len(seconds):
         worst, which = _worst(seconds)
@@ -98,14 +98,9 @@ def generator_cpu(run: Run) -> Check:
     return check("generator_cpu", ok, ", ".join(words) or "not measured", f"below {CPU_BOUND:.0%}", advice)
 
 
-def _median_itl_s(run: Run) -> float:
-    gaps = metrics.itl(run.rows).seconds
-    return float(np.median(gaps)) if len(gaps) else 0.0
-
-
 def _loop_bound_s(run: Run, bound_s: float) -> float:
     """Latest that stamps may be before the figures are the generator's: a whole gap, or what TTFT can bear."""
-    return min(bound_s, max(LOOP_FLOOR_S, _median_itl_s(run)))
+    return min(bound_s, max(LOOP_FLOOR_S, run.chunks.median_itl_s or 0.0))
 
 
 def generator_lag(run: Run, bound_s: float) -> Check:
@@ -148,7 +143,7 @@ def littles_law(run: Run) -> Check:
 def stamps(run: Run) -> Check:
     """Stamps were fine enough for the gaps that were timed: p99 lateness of the event loop against the median itl."""
     late = [w.loop_lag_p99_s for w in run.manifest.workers if w.loop_lag_p99_s is not None]
-    bound_s = max(STAMPS_FLOOR_S, STAMPS_OF_ITL * _median_itl_s(run))
+    bound_s = max(STAMPS_FLOOR_S, STAMPS_OF_ITL * (run.chunks.median_itl_s or 0.0))
     observed = f"p99 {ms(max(late))} late" if late else "not measured"
     advice = "the tail of itl is partly the generator's: load workers on cores of their own, or more --workers"
     return limit("stamps", max(late) <= bound_s if late else None, observed, f"at most {ms(bound_s)}", advice)

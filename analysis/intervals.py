@@ -1,14 +1,18 @@
-"""A value and how far to trust it: sample-size rules, order statistics, block bootstrap. Everything is 95 %.
+"""A value and how far to trust it: sample-size rules, order statistics, batch means. Everything is 95 %.
 
 Requests that follow each other are alike (they share a queue), so n requests hold less news than n independent ones.
-All intervals allow for that in one way: sums over blocks of a tenth of the run show how much the data really vary.
-Source: batch means with 10 to 30 batches, Schmeiser, Operations Research 30(3), 1982; moving blocks, Kuensch, Annals
-of Statistics 17(3), 1989.
+All intervals allow for that in one way: sums over overlapping blocks of a fifth of the run (and of a tenth) show how
+much the data really vary, and the critical value knows that so few blocks know their own spread only roughly.
+Sources: overlapping batch means, Meketon and Schmeiser, WSC 1984 (their variance is that of the moving-block
+bootstrap, Kuensch, Annals of Statistics 17(3), 1989); correction for blocks that are too short, Vats and Flegal,
+Biometrika 109(3), 2022; critical values for a fixed share of the run per block, Kiefer and Vogelsang, Econometric
+Theory 21(6), 2005. How often the intervals cover: METRICS.md, tests/test_coverage.py.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,8 +24,17 @@ Ints = npt.NDArray[np.int64]
 ALPHA = 0.05
 Z = 1.959963984540054
 RESAMPLES = 1000
-BLOCKS = 10
 MAX_UNITS = 1000
+"""Longer series are first summed into this many equal parts in time."""
+LONG, CRITICAL = 0.2, 2.6
+"""Share of a run per block, and the 97.5 % point of sum / square root of `long_run_variance` for white noise."""
+SHORT, CRITICAL_SHORT = 0.1, 2.23
+"""The same for data that are hardly alike: more blocks, so their spread is known better."""
+HARDLY_ALIKE = 1.5
+"""Up to this many times the variance of independent samples."""
+FEWEST_UNITS = 20
+"""Below this many units blocks tell nothing about correlation: they count as independent."""
+LARGEST_SKEW = 2.0
 MIN_SAMPLES = 5
 """Below this many samples a mean or rate has no interval."""
 
@@ -46,6 +59,12 @@ class Quantity:
         for number in (self.value, self.low, self.high):
             if number is not None and not math.isfinite(number):
                 raise ValueError(f"a quantity in {self.unit} is {number}; not known must be None")
+
+
+def scaled(q: Quantity, factor: float) -> Quantity:
+    """The quantity and its interval times a constant."""
+    value, low, high = (None if x is None else x * factor for x in (q.value, q.low, q.high))
+    return replace(q, value=value, low=low, high=high)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,32 +105,29 @@ def distribution(
     blank = Quantity(value=None, n=n, unit=unit, evidence=evidence, note=f"no {noun} to measure")
     if not n:
         return Distribution(unit=unit, mean=blank, p50=blank, p90=blank, p95=blank, p99=blank)
+    units, total = _units(owners)
     order = np.argsort(values, kind="stable")
-    ranked, cumulative = values[order], np.cumsum(weights[order])
-    count = np.bincount(owners, weights=weights).astype(np.float64)
-    present = count > 0
+    ranked, ranked_weights, ranked_units = values[order], weights[order], units[order]
+    cumulative = np.cumsum(ranked_weights)
+    count = np.bincount(units, weights=weights, minlength=total).astype(np.float64)
 
-    def per_owner(amounts: Floats) -> Floats:
-        return np.bincount(owners, weights=amounts).astype(np.float64)[present]
+    def variance(value: float, p: float) -> float:
+        upto = int(np.searchsorted(ranked, value, side="right"))
+        below = np.bincount(ranked_units[:upto], weights=ranked_weights[:upto], minlength=total)
+        return share_variance(below - count * (below.sum() / n), p, n)
 
     def percentile(p: float) -> Quantity:
         needed = samples_needed(p)
         if n < needed:
             return replace(blank, note=f"needs {needed} {noun}, has {n}")
         value = _quantile(ranked, cumulative, p)
-        above = per_owner(weights * ((values <= value) - p))
-        low, high = _rank_shares(_effective_n(above - above.mean(), p, n), p)
-        return replace(
-            blank,
-            value=value,
-            low=None if low is None else _quantile(ranked, cumulative, low),
-            high=None if high is None else _quantile(ranked, cumulative, high),
-            note=None if low is not None and high is not None else f"too few independent {noun} for both ends",
-        )
+        low, high = percentile_ends(lambda q: _quantile(ranked, cumulative, q), variance, p, n)
+        note = None if low is not None and high is not None else f"too few independent {noun} for both ends"
+        return replace(blank, value=value, low=low, high=high, note=note)
 
-    total = per_owner(weights * values)
-    mean = float(total.sum() / count.sum())
-    low, high = bootstrap(total, count[present])
+    sums = np.bincount(units, weights=weights * values, minlength=total).astype(np.float64)
+    mean = float(sums.sum() / count.sum())
+    low, high = ratio_interval(sums, count)
     note = None if low is not None else f"interval needs {MIN_SAMPLES} requests"
     return Distribution(
         unit=unit,
@@ -120,13 +136,22 @@ def distribution(
     )  # fmt: skip
 
 
+def _units(owners: Ints) -> tuple[Ints, int]:
+    """Unit of each value, numbered in time without a gap, at most `MAX_UNITS`, and how many units there are."""
+    present = np.bincount(owners) > 0
+    place = np.cumsum(present) - 1
+    total = int(place[-1]) + 1
+    units: Ints = place[owners]
+    return (units, total) if total <= MAX_UNITS else (units * MAX_UNITS // total, MAX_UNITS)
+
+
 def rate(per_bin: Floats, bin_s: float, *, n: int, unit: str, evidence: str, note: str | None = None) -> Quantity:
     """Events or tokens per second over equal time bins of ``bin_s``, with interval; ``n`` events were counted.
 
     The interval says what another run of the same length and shape could have shown, ramp and drain as in this one.
     """
     value = float(per_bin.sum() / (bin_s * len(per_bin)))
-    low, high = bootstrap(per_bin, np.full(len(per_bin), bin_s)) if n >= MIN_SAMPLES else (None, None)
+    low, high = ratio_interval(per_bin, np.full(len(per_bin), bin_s)) if n >= MIN_SAMPLES else (None, None)
     if low is None:
         note = "; ".join(filter(None, (note, f"interval needs {MIN_SAMPLES} requests")))
     return Quantity(value=value, low=low, high=high, n=n, unit=unit, note=note, evidence=evidence)
@@ -142,7 +167,7 @@ def share(flags: npt.NDArray[np.bool_], *, unit: str, evidence: str) -> Quantity
     if not n:
         return Quantity(value=None, n=0, unit=unit, evidence=evidence, note="no requests")
     p = float(flags.mean())
-    size = _effective_n(flags.astype(np.float64) - p, p, n) if 0 < p < 1 else float(n)
+    size = effective_n(share_variance(flags.astype(np.float64) - p, p, n), p, n) if 0 < p < 1 else float(n)
     centre = (p + Z**2 / (2 * size)) / (1 + Z**2 / size)
     half = Z / (1 + Z**2 / size) * math.sqrt(p * (1 - p) / size + Z**2 / (4 * size**2))
     # the ends are exact at 0 and 1, where rounding could put them past the value
@@ -150,12 +175,13 @@ def share(flags: npt.NDArray[np.bool_], *, unit: str, evidence: str) -> Quantity
     return Quantity(value=p, low=low, high=high, n=n, unit=unit, evidence=evidence)
 
 
-def bootstrap(numerator: Floats, denominator: Floats, seed: int = 0) -> tuple[float | None, float | None]:
-    """95 % interval of sum(numerator) / sum(denominator) of a non-negative series in time order, by moving blocks.
+def ratio_interval(numerator: Floats, denominator: Floats) -> tuple[float | None, float | None]:
+    """95 % interval of sum(numerator) / sum(denominator) of a series in time order.
 
-    Circular blocks of a tenth of the series (one unit below 15 units), 1,000 resamples, percentile method, widened by
-    Student's t for the number of blocks: ten blocks know their own spread only roughly. (None, None) below
-    `MIN_SAMPLES` units or without a denominator.
+    Batch means of what each unit adds beyond the ratio; the wider of a logarithmic interval and one with Hall's
+    correction for skewed sums, since with few blocks the skew itself is only roughly known. Below `FEWEST_UNITS` units
+    Student's t of independent units. (None, None) below `MIN_SAMPLES` units or without a denominator.
+    Source: Hall, Journal of the Royal Statistical Society B 54(1), 1992.
     """
     if len(numerator) > MAX_UNITS:
         edges = np.linspace(0, len(numerator), MAX_UNITS, endpoint=False).astype(np.int64)
@@ -163,16 +189,65 @@ def bootstrap(numerator: Floats, denominator: Floats, seed: int = 0) -> tuple[fl
     units, total = len(numerator), float(denominator.sum())
     if units < MIN_SAMPLES or total <= 0:
         return None, None
-    length = max(1, round(units / BLOCKS))
-    blocks = math.ceil(units / length)
-    starts = np.random.default_rng(seed).integers(units, size=(RESAMPLES, blocks))
-    above = _moving_sums(np.concatenate((numerator, numerator[: length - 1])), length)[starts].sum(axis=1)
-    below = _moving_sums(np.concatenate((denominator, denominator[: length - 1])), length)[starts].sum(axis=1)
-    estimates = above[below > 0] / below[below > 0]
     value = float(numerator.sum()) / total
-    low, high = (float(q) for q in np.quantile(estimates, (ALPHA / 2, 1 - ALPHA / 2)))
-    widen = math.sqrt(blocks / (blocks - 1)) * _student_t(blocks - 1) / Z
-    return max(0.0, min(value, value - (value - low) * widen)), max(value, value + (high - value) * widen)
+    beyond = numerator - value * denominator
+    if units < FEWEST_UNITS:
+        variance, critical = float((beyond**2).sum()) * units / (units - 1), student_t(units - 1)
+    else:
+        variance, critical = long_run_variance(beyond), CRITICAL
+    error = math.sqrt(variance) / total
+    if error <= 1e-12 * abs(value):
+        return value, value
+    low, high = (value - error * _hall(t, _skew(beyond, variance)) for t in (critical, -critical))
+    if value > 0 and numerator.min() >= 0:
+        reach = math.exp(min(critical * error / value, 50.0))
+        low, high = min(low, value / reach) if low > 0 else value / reach, max(high, value * reach)
+    return min(value, low), max(value, high)
+
+
+def long_run_variance(deviations: Floats, block_share: float = LONG) -> float:
+    """Variance of the sum of a series in time order that adds up to zero, neighbours being alike.
+
+    Overlapping blocks of ``block_share`` of the series; the larger of that and of the same with its bias taken out by
+    blocks half as long.
+    """
+    length = max(2, round(len(deviations) * block_share))
+    whole, half = (_block_power(deviations, size, 2) for size in (length, length // 2))
+    return max(whole, 2 * whole - half)
+
+
+def share_variance(deviations: Floats, p: float, n: int) -> float:
+    """Variance of a share ``p`` of ``n`` samples, from per-unit sums of (sample counts - share) in time order.
+
+    Enlarged so that a normal interval from it has the width that a variance from few blocks deserves. Of fewer than
+    `FEWEST_UNITS` units: as if independent.
+    """
+    independent = p * (1 - p) / n
+    if len(deviations) < FEWEST_UNITS:
+        return independent
+    short = long_run_variance(deviations, SHORT) / n**2
+    if short < HARDLY_ALIKE * independent:
+        return short * (CRITICAL_SHORT / Z) ** 2
+    return long_run_variance(deviations) / n**2 * (CRITICAL / Z) ** 2
+
+
+def _block_power(deviations: Floats, length: int, power: int) -> float:
+    """Mean of block sums to a power, scaled to the whole series."""
+    sums = _moving_sums(deviations, length)
+    return float((sums**power).mean()) * len(deviations) / length
+
+
+def _skew(deviations: Floats, variance: float) -> float:
+    """Skewness of the sum of a series, from blocks of a tenth; within `LARGEST_SKEW`."""
+    third = _block_power(deviations, max(1, len(deviations) // 10), 3)
+    return max(-LARGEST_SKEW, min(LARGEST_SKEW, third / math.pow(variance, 1.5)))
+
+
+def _hall(t: float, skew: float) -> float:
+    """The quantile ``t`` of a symmetric statistic, as one of a statistic with that skewness."""
+    if abs(skew) < 1e-6:
+        return t
+    return float((np.cbrt(1 + skew * (t - skew / 6)) - 1) * 3 / skew)
 
 
 def _moving_sums(values: Floats, length: int) -> Floats:
@@ -181,8 +256,20 @@ def _moving_sums(values: Floats, length: int) -> Floats:
     return sums
 
 
-def _student_t(degrees: int) -> float:
-    """97.5 % quantile of Student's t, within 0.5 % from 4 degrees up. Source: Abramowitz and Stegun 26.7.5."""
+def ends_of_resamples(draws: Floats, value: float, blocks: int) -> tuple[float, float]:
+    """95 % interval of a figure from its bootstrap ``draws`` over ``blocks`` blocks; the value lies inside.
+
+    Percentiles of the draws, widened by Student's t: that few blocks know their own spread only roughly.
+    """
+    low, high = (float(q) for q in np.quantile(draws, (ALPHA / 2, 1 - ALPHA / 2)))
+    widen = math.sqrt(blocks / (blocks - 1)) * student_t(blocks - 1) / Z if blocks > 1 else math.inf
+    return min(value, value - (value - low) * widen), max(value, value + (high - value) * widen)
+
+
+def student_t(degrees: int) -> float:
+    """97.5 % quantile of Student's t, within 0.5 %. Source: Abramowitz and Stegun, table 26.10 and 26.7.5."""
+    if degrees <= 3:
+        return (12.706, 4.303, 3.182)[degrees - 1]
     z = Z
     return (
         z
@@ -192,21 +279,34 @@ def _student_t(degrees: int) -> float:
     )
 
 
-def _effective_n(deviations: Floats, p: float, n: int) -> float:
-    """Independent samples that would give a share ``p`` the spread that block sums of ``deviations`` show; at most n.
+def effective_n(variance: float, p: float, n: int) -> float:
+    """Independent samples that would know a share ``p`` as well as these ``n`` with that variance do; at most n."""
+    return float(n) if variance <= 0 else min(float(n), max(1.0, p * (1 - p) / variance))
 
-    ``deviations``: per request in time order, summing to zero. Below 20 requests blocks tell nothing and it is n.
+
+def percentile_ends(
+    quantile: Callable[[float], float], variance: Callable[[float, float], float], p: float, n: int
+) -> tuple[float | None, float | None]:
+    """Ends of the 95 % interval of percentile ``p`` of ``n`` samples; None where the sample cannot give that end.
+
+    ``quantile`` gives the sample's value at a share, ``variance`` the `share_variance` at or below a value. An end is
+    judged by the variance there as well as at the percentile: slow requests come in bursts, and at a percentile that
+    missed some of them they look rarer than they are.
     """
-    count = len(deviations)
-    if count < 2 * BLOCKS:
-        return float(n)
-    length = count // BLOCKS
-    sums = _moving_sums(deviations, length)
-    # (1 - length / count): block sums about the sample's own mean vary that much too little
-    variance = float((sums**2).mean()) * count / length / (1 - length / count)
-    if variance <= 0:
-        return float(n)
-    return min(float(n), max(1.0, p * (1 - p) * n**2 / variance))
+    middle = variance(quantile(p), p)
+    alike = middle >= HARDLY_ALIKE * p * (1 - p) / n * (CRITICAL_SHORT / Z) ** 2
+    ends: list[float | None] = []
+    for side in (0, 1):
+        worst, end = middle, None
+        for _ in range(3):
+            share = _rank_shares(effective_n(worst, p, n), p)[side]
+            end = None if share is None else quantile(share)
+            there = worst if end is None else variance(end, p)
+            if there <= worst:
+                break
+            worst = there if alike else math.sqrt(there * worst)
+        ends.append(end)
+    return ends[0], ends[1]
 
 
 def _rank_shares(size: float, p: float) -> tuple[float | None, float | None]:
@@ -228,11 +328,11 @@ def _rank_shares(size: float, p: float) -> tuple[float | None, float | None]:
     mass /= mass.sum()
     at_most = np.cumsum(mass)
     at_least = np.cumsum(mass[::-1])[::-1]
-    # x_(l) > percentile happens when fewer than l samples lie below it, x_(u) < percentile when at least u do
-    fits_low = k[at_most <= tail_low] + 1
-    fits_high = k[at_least <= tail_high * (1 + 1e-9)]
-    low = float(fits_low[-1]) / n if len(fits_low) else None
-    high = float(fits_high[0]) / n if len(fits_high) and beyond_all <= ALPHA else None
+    # x_(l) > percentile happens when fewer than l samples lie below it, x_(u) < percentile when at least u do; between
+    # two ranks the tail is interpolated (Nyblom, Statistics and Probability Letters 14(2), 1992), so that an interval
+    # covers 95 % and not "95 % or up to 99 %, as the ranks fall"
+    low = float(np.interp(tail_low, at_most, k + 1.0)) / n if at_most[0] <= tail_low else None
+    high = float(np.interp(-tail_high * (1 + 1e-9), -at_least, k)) / n if beyond_all <= ALPHA else None
     return low, high
 
 

@@ -10,13 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.compute as pc
 
-from analysis.load import Bools, Floats, Ints, Rows, Run
-from harness.errors import UsageError, unknown_name
+from analysis.load import Bools, ChunkRows, Floats, Ints, Rows, Run
+from harness.slo import split_key
 
 WINDOW_RULE = "whole run, ramp and drain included"
-SLO_METRICS = ("ttft", "tpot", "e2e")
 BINS = 200
 
 
@@ -35,7 +33,7 @@ def service_ttft(rows: Rows) -> Floats:
 
     Source: vLLM ``benchmarks/lib/endpoint_request_func.py`` (``ttft``).
     """
-    return np.where(rows.success, _first_gap(rows), np.nan)
+    return np.where(rows.success, rows.first_gap_s, np.nan)
 
 
 def e2e(rows: Rows) -> Floats:
@@ -54,49 +52,52 @@ def tpot(rows: Rows) -> Floats:
     NaN below two output tokens, without ``usage``, and when all output came in one chunk: then nothing was timed.
     Source: vLLM and NVIDIA GenAI-Perf divide by output tokens - 1; they end at the last token as here.
     """
-    chunks = np.diff(rows.offsets)
-    spent = np.bincount(rows.chunk_row, weights=rows.gap_s, minlength=len(rows)) - np.nan_to_num(_first_gap(rows))
-    usable = rows.success & (chunks >= 2) & (rows.output_tokens >= 2)
+    usable = rows.success & (rows.chunks >= 2) & (rows.output_tokens >= 2)
     result = np.full(len(rows), np.nan)
-    result[usable] = spent[usable] / (rows.output_tokens[usable] - 1)
+    result[usable] = rows.decode_s[usable] / (rows.output_tokens[usable] - 1)
     return result
+
+
+def itl_max(rows: Rows) -> Floats:
+    """Longest pause of each answer, s: the longest gap between two chunks. NaN below two chunks."""
+    return np.where(rows.success, rows.max_gap_s, np.nan)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gaps:
-    """Pooled inter-token gaps: ``seconds`` per token, each standing for ``tokens`` tokens, of the row ``row``."""
+    """Pooled inter-token gaps, one entry per chunk: ``seconds`` per token, standing for ``tokens`` tokens.
+
+    ``tokens`` is 0 where a chunk ends no gap between tokens: a request's first, and those of failed requests.
+    """
 
     seconds: Floats
     tokens: Floats
-    row: Ints
-    unknown: int
-    """Requests whose server did not say how many tokens a chunk holds: one sample per chunk there."""
 
 
-def itl(rows: Rows) -> Gaps:
+def itl(rows: ChunkRows) -> Gaps:
     """itl, s: gaps between token arrivals of successful requests, pooled.
 
     A chunk of k tokens that came g after the chunk before it counts as k samples of g / k; a request's first chunk is
     ttft and counts none. So the samples of a request add up to last chunk - first chunk.
     """
-    later = np.ones(len(rows.gap_s), dtype=np.bool_)
-    later[_first_index(rows)] = False
-    later &= rows.success[rows.chunk_row]
-    row = rows.chunk_row[later]
-    counts = rows.chunk_tokens[later]
-    tokens = np.where(np.isnan(counts), 1.0, counts)
-    unknown = len(np.unique(row[np.isnan(counts)]))
-    return Gaps(seconds=rows.gap_s[later] / tokens, tokens=tokens, row=row, unknown=unknown)
+    parts = _parts(rows)
+    tokens = np.repeat(rows.success.astype(np.float64), rows.chunks)
+    tokens[rows.offsets[:-1][rows.chunks > 0]] = 0.0
+    if parts is None:
+        return Gaps(seconds=rows.gap_s, tokens=tokens)
+    return Gaps(seconds=rows.gap_s / parts, tokens=parts * tokens)
 
 
-def _first_index(rows: Rows) -> Ints:
-    return rows.offsets[:-1][np.diff(rows.offsets) > 0]
+def _parts(rows: ChunkRows) -> Floats | None:
+    """Tokens per chunk, 1 where the server did not say; None when it is 1 throughout, as it mostly is."""
+    if (np.isnan(rows.stated_tokens) | (rows.stated_tokens == rows.chunks)).all():
+        return None
+    return np.where(np.isnan(rows.chunk_tokens), 1.0, rows.chunk_tokens)
 
 
-def _first_gap(rows: Rows) -> Floats:
-    first = np.full(len(rows), np.nan)
-    first[np.diff(rows.offsets) > 0] = rows.gap_s[_first_index(rows)]
-    return first
+def untold(rows: Rows) -> int:
+    """Successful requests of several chunks whose server did not say how many tokens a chunk holds: one sample each."""
+    return int((rows.success & (rows.chunks >= 2) & np.isnan(rows.stated_tokens)).sum())
 
 
 # ---------------------------------------------------------------------------------------------- which requests count
@@ -132,18 +133,18 @@ def not_due(run: Run) -> Bools:
     if spec.duration_s is None or run.manifest.status != "complete":
         return np.zeros(len(rows), dtype=np.bool_)
     late = rows.scheduled_s >= spec.duration_s if spec.mode == "open" else np.ones(len(rows), dtype=np.bool_)
-    return _is_error(rows, "unsent") & late
+    return _is_error(run, "unsent") & late
 
 
 def not_offered(run: Run) -> Bools:
     """Rows that are no evidence for or against the server: never due, or cancelled on purpose."""
-    return not_due(run) | _is_error(run.rows, "cancelled")
+    return not_due(run) | _is_error(run, "cancelled")
 
 
 def count(run: Run) -> Counts:
     """How many requests were planned, sent, succeeded, failed, unfinished, lost, not due, cancelled."""
-    rows, skipped, cancelled = run.rows, not_due(run), _is_error(run.rows, "cancelled")
-    unfinished = (_is_error(rows, "unsent") | _is_error(rows, "stopped")) & ~skipped
+    rows, skipped, cancelled = run.rows, not_due(run), _is_error(run, "cancelled")
+    unfinished = (_is_error(run, "unsent") | _is_error(run, "stopped")) & ~skipped
     return Counts(
         planned=run.planned,
         sent=int(np.isfinite(rows.sent_s).sum()),
@@ -156,32 +157,33 @@ def count(run: Run) -> Counts:
     )
 
 
-def _is_error(rows: Rows, name: str) -> Bools:
-    return np.asarray(pc.fill_null(pc.equal(rows.error, name), False).to_numpy(), dtype=np.bool_)
-
-
-def check_slo(slo: Mapping[str, float]) -> None:
-    """Raise `UsageError` for a limit on something else than ttft, tpot or e2e, or a limit that is not positive."""
-    for name, limit in slo.items():
-        if name not in SLO_METRICS:
-            raise unknown_name("SLO metric", name, SLO_METRICS)
-        if not (np.isfinite(limit) and limit > 0):
-            raise UsageError(f"SLO {name}={limit}: the limit must be a positive number of seconds")
+def _is_error(run: Run, name: str) -> Bools:
+    if name not in run.errors:
+        return np.zeros(len(run.rows), dtype=np.bool_)
+    found: Bools = run.rows.error == run.errors.index(name)
+    return found
 
 
 def meets_slo(rows: Rows, slo: Mapping[str, float]) -> Bools:
-    """Rows that succeeded within every limit (s). A metric that is not known does not meet its limit.
+    """Rows that succeeded within every limit (s), that of a percentile too. An unknown metric does not meet its limit.
 
-    One exception: a request of fewer than two output tokens has no tpot to miss.
+    One exception: a request of fewer than two output tokens has no tpot and no pause to miss.
     """
-    met = rows.success.copy()
-    values = {"ttft": ttft, "tpot": tpot, "e2e": e2e}
-    for name, limit in slo.items():
-        within = values[name](rows) <= limit
-        if name == "tpot":
-            within |= rows.output_tokens < 2
-        met &= within
+    met: Bools = slo_ratio(rows, slo) <= 1
     return met
+
+
+def slo_ratio(rows: Rows, slo: Mapping[str, float]) -> Floats:
+    """How much of its tightest limit each row used: 1 is the limit; inf when it failed or a metric is not known."""
+    values = {"ttft": ttft, "tpot": tpot, "e2e": e2e, "itl_max": itl_max}
+    worst = np.where(rows.success, 0.0, np.inf)
+    for key, limit in slo.items():
+        name, _ = split_key(key)
+        used = values[name](rows) / limit
+        if name in ("tpot", "itl_max"):
+            used[rows.success & (rows.output_tokens < 2)] = 0.0
+        worst = np.maximum(worst, np.where(np.isnan(used), np.inf, used))
+    return worst
 
 
 # ------------------------------------------------------------------------------------------------ the window and rates
@@ -215,32 +217,39 @@ def window(rows: Rows) -> Window | None:
 
 def binned(times_s: Floats, amounts: Floats | None, within: Window) -> Floats:
     """Sum of ``amounts`` (None: count) per bin of the window, shape (BINS,). Every time must lie in the window."""
-    index = np.clip(((times_s - within.start_s) / within.bin_s).astype(np.int64), 0, BINS - 1)
-    return np.bincount(index, weights=amounts, minlength=BINS).astype(np.float64)
+    return np.bincount(bin_of(times_s, within), weights=amounts, minlength=BINS).astype(np.float64)
 
 
-def output_token_events(rows: Rows) -> tuple[Floats, Floats]:
-    """(time s, output tokens) of successful requests: ``usage`` spread over the chunks.
+def bin_of(times_s: Floats, within: Window) -> Ints:
+    """Which of the `BINS` bins of the window each time lies in; what is outside lies in the bin at that end."""
+    place = (times_s - within.start_s) / within.bin_s
+    return np.clip(place, 0, BINS - 1, out=place).astype(np.int64)
 
-    By the chunks' own token counts where known, else evenly. Without chunks: all at the finish.
+
+def chunk_output_tokens(rows: ChunkRows) -> Floats:
+    """Output tokens of each chunk: ``usage`` of successful requests spread over their chunks.
+
+    By the chunks' own token counts where known, else evenly; 0 for chunks of other requests.
     """
-    chunks = np.diff(rows.offsets)
-    part = np.where(np.isnan(rows.chunk_tokens), 1.0, rows.chunk_tokens)
-    whole = np.bincount(rows.chunk_row, weights=part, minlength=len(rows))
+    parts = _parts(rows)
+    whole = rows.stated_tokens
+    whole = np.where(np.isnan(whole), rows.chunks, whole)
     sold = rows.success & np.isfinite(rows.output_tokens)
-    take = sold[rows.chunk_row]
-    row = rows.chunk_row[take]
-    at_end = sold & (chunks == 0)
-    return (
-        np.concatenate((rows.chunk_s[take], rows.finished_s[at_end])),
-        np.concatenate((part[take] / whole[row] * rows.output_tokens[row], rows.output_tokens[at_end])),
-    )
+    scale = np.divide(rows.output_tokens, whole, out=np.zeros(len(rows)), where=sold & (rows.chunks > 0))
+    each = np.repeat(scale, rows.chunks)
+    return each if parts is None else parts * each
+
+
+def unstreamed_output_events(rows: Rows) -> tuple[Floats, Floats]:
+    """(time s, output tokens) of successful requests without chunks: all at the finish."""
+    at_end = rows.success & np.isfinite(rows.output_tokens) & (rows.chunks == 0)
+    return rows.finished_s[at_end], rows.output_tokens[at_end]
 
 
 def input_token_events(rows: Rows) -> tuple[Floats, Floats]:
     """(time s, input tokens) of successful requests, at the first chunk (the prompt has been read by then)."""
     sold = rows.success & np.isfinite(rows.input_tokens)
-    time = np.where(np.diff(rows.offsets) > 0, rows.sent_s + _first_gap(rows), rows.finished_s)
+    time = np.where(rows.chunks > 0, rows.sent_s + rows.first_gap_s, rows.finished_s)
     return time[sold], rows.input_tokens[sold]
 
 
@@ -277,9 +286,8 @@ class Tokens:
 
 def tokens(rows: Rows) -> Tokens:
     """Token totals over the window. A total is None when no successful request said it."""
-    chunks = np.diff(rows.offsets)
-    stated = np.bincount(rows.chunk_row, weights=rows.chunk_tokens, minlength=len(rows))
-    made = np.where(np.isfinite(rows.output_tokens), rows.output_tokens, stated)[~rows.success & (chunks > 0)]
+    said = np.where(np.isfinite(rows.output_tokens), rows.output_tokens, rows.stated_tokens)
+    made = said[~rows.success & (rows.chunks > 0)]
     missing = rows.success & ~(np.isfinite(rows.input_tokens) & np.isfinite(rows.output_tokens))
     return Tokens(
         input=_total(rows.input_tokens[rows.success]),

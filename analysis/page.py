@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import msgspec
@@ -29,8 +30,8 @@ LONGEST = 1000
 """Characters of one text; a report is read by people."""
 
 
-def render_page(views: Sequence[RunView]) -> str:
-    """The whole page of one run, or of several compared, as HTML."""
+def render_page(views: Sequence[RunView], home: str | None = None) -> str:
+    """The whole page of one run, or of several compared, as HTML; ``home`` is where it links back to, if anywhere."""
     charts: list[Chart] = []
 
     def figure(chart: Chart) -> int:
@@ -38,15 +39,17 @@ def render_page(views: Sequence[RunView]) -> str:
         return len(charts) - 1
 
     comparison = compare_runs(views) if len(views) > 1 else None
-    css = _file("uplot.css") + "\n" + _file("page.css")
-    js = f"/*\n{_file('uplot-LICENSE.txt')}*/\n{_file('uplot.js')}\n{_file('page.js')}"
-    body = _template().render(
-        views=views, one=views[0] if len(views) == 1 else None, comparison=comparison, figure=figure,
-        title=report.headline(views[0].summary) if len(views) == 1 else f"{len(views)} runs compared",
-        css=Markup(css), js=Markup(js), policy=_policy(css, js),  # noqa: S704 - our own files
-        data=lambda: _json_for_script(charts),
+    return render(
+        "page.html", views=views, one=views[0] if len(views) == 1 else None, comparison=comparison, figure=figure,
+        title=report.headline(views[0].summary) if len(views) == 1 else f"{len(views)} runs compared", home=home,
+        policy=policy(), data=lambda: _json_for_script(charts),
     )  # fmt: skip
-    return body + "\n"
+
+
+def render(template: str, **values: Any) -> str:
+    """One of our templates with the page's own style and script."""
+    css, js = _style_and_script()
+    return _templates().get_template(template).render(css=Markup(css), js=Markup(js), **values) + "\n"  # noqa: S704 - ours
 
 
 def write_page(path: Path, views: Sequence[RunView]) -> int:
@@ -79,11 +82,17 @@ def plain(value: object) -> object:
 
 
 @cache
-def _template() -> jinja2.Template:
-    made = jinja2.Environment(
-        autoescape=True, finalize=plain, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return made.from_string(_file("page.html"))
+def _templates() -> jinja2.Environment:
+    return jinja2.Environment(
+        autoescape=True, finalize=plain, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(_file),
+    )  # fmt: skip
+
+
+@cache
+def _style_and_script() -> tuple[str, str]:
+    css = _file("uplot.css") + "\n" + _file("page.css")
+    return css, f"/*\n{_file('uplot-LICENSE.txt')}*/\n{_file('uplot.js')}\n{_file('page.js')}"
 
 
 @cache
@@ -91,13 +100,16 @@ def _file(name: str) -> str:
     return resources.files("analysis").joinpath("web", name).read_text("utf-8")
 
 
-def _policy(css: str, js: str) -> str:
+def policy(form_action: str = "'none'") -> str:
+    """The Content-Security-Policy of a page: nothing but the page's own style and script, by hash."""
+
     def digest(text: str) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
+    css, js = _style_and_script()
     return (
         f"default-src 'none'; script-src {digest(js)}; style-src {digest(css)}; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
+        f"base-uri 'none'; form-action {form_action}"
     )
 
 

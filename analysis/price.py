@@ -6,14 +6,17 @@ Assumption, stated in every summary: one replica is one whole instance of its ti
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from analysis.intervals import Quantity
+from analysis.split import Split, Usage, by_ratio, not_identifiable
 from harness.errors import UsageError
 from harness.run import Tier
 
+__all__ = ["DEFAULT_RATIO", "Cost", "Split", "bill_usd", "check_ratio", "cost", "split_by_ratio", "usd_per_1m"]
+
 DEFAULT_RATIO = 4.0
-SPLIT_METHOD = "declared ratio"
 
 
 def bill_usd(usd_per_hour: float, replicas: int, duration_s: float) -> float:
@@ -37,22 +40,15 @@ def split_by_ratio(usd: float, input_tokens: float, output_tokens: float, ratio:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
-    """An input and an output price that add up to the bill."""
-
-    method: str
-    ratio: float
-    usd_per_1m_input: Quantity
-    usd_per_1m_output: Quantity
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
     """What the tokens of this run cost. Values are None with the reason in ``reason``; ``note`` warns about a price."""
 
     usd_per_1m_total: Quantity
     usd_per_1m_output_only: Quantity
     split: Split
+    """By the declared ratio."""
+    splits: Sequence[Split]
+    """By what was measured: see `analysis.split.split_bill`."""
     bill_usd: float | None
     usd_per_hour: float | None
     replicas: int
@@ -81,12 +77,14 @@ def cost(
     ratio: float,
     reason: str | None,
     note: str | None,
+    splits: Sequence[Split] = (),
 ) -> Cost:
     """Prices from token rates (tokens/s) of one window: USD per second over tokens per second.
 
     ``weighted_rate`` is input / ratio + output tokens per second, the denominator of the split. The interval comes from
     the rate's: dear when slow. ``reason`` (not None) withholds every price; so do a missing tier, a tier price that is
-    not a positive number, and a rate that is not known or 0.
+    not a positive number, and a rate that is not known or 0. ``splits``: other divisions of the same bill; withheld
+    with the prices.
     """
     if reason is None and tier is None:
         reason = "no tier: say which hardware this ran on (--tier), with its price"
@@ -112,16 +110,13 @@ def cost(
             evidence=evidence,
         )
 
+    bill = bill_usd(tier.usd_per_hour, replicas, duration_s) if known and tier and duration_s else None
     return Cost(
         usd_per_1m_total=per_1m(total_rate, "input + output"),
         usd_per_1m_output_only=per_1m(output_rate, "output (which carry the whole bill)"),
-        split=Split(
-            method=SPLIT_METHOD,
-            ratio=ratio,
-            usd_per_1m_input=per_1m(weighted_rate, "input", 1 / ratio),
-            usd_per_1m_output=per_1m(weighted_rate, "output"),
-        ),
-        bill_usd=bill_usd(tier.usd_per_hour, replicas, duration_s) if known and tier and duration_s else None,
+        split=_declared(bill, duration_s, total_rate, output_rate, ratio, per_1m, weighted_rate),
+        splits=[s if usd_per_s is not None else _withheld(s, reason or "no price") for s in splits],
+        bill_usd=bill,
         usd_per_hour=tier.usd_per_hour if tier and math.isfinite(tier.usd_per_hour) else None,
         replicas=replicas,
         purchase=tier.purchase if tier else None,
@@ -131,3 +126,31 @@ def cost(
         reason=reason,
         note=note,
     )
+
+
+def _declared(
+    bill: float | None,
+    duration_s: float | None,
+    total_rate: Quantity,
+    output_rate: Quantity,
+    ratio: float,
+    per_1m: Callable[[Quantity, str, float], Quantity],
+    weighted_rate: Quantity,
+) -> Split:
+    """The declared split: prices with the interval of the weighted rate, parts from the tokens of the window."""
+    into, out = per_1m(weighted_rate, "input", 1 / ratio), per_1m(weighted_rate, "output", 1.0)
+    if out.value is None or bill is None or not duration_s or total_rate.value is None or output_rate.value is None:
+        why = out.note or "tokens were not counted"
+        blank = not_identifiable("declared ratio", why, evidence=weighted_rate.evidence, n=weighted_rate.n)
+        return replace(blank, ratio=ratio, usd_per_1m_input=into, usd_per_1m_output=out)
+    tokens = Usage(
+        input=max(0.0, total_rate.value - output_rate.value) * duration_s,
+        cached_input=None,
+        output=output_rate.value * duration_s,
+    )
+    parts = by_ratio(bill, tokens, ratio, evidence=weighted_rate.evidence, n=weighted_rate.n)
+    return replace(parts, usd_per_1m_input=into, usd_per_1m_output=out)
+
+
+def _withheld(split: Split, reason: str) -> Split:
+    return replace(not_identifiable(split.method, reason, evidence="", n=split.usd_per_1m_output.n), facts=split.facts)

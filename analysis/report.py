@@ -31,7 +31,7 @@ def render_text(summary: Summary, console: Console) -> None:
     console.print(Text.assemble((f" {summary.verdict} ", "bold white on green" if good else "bold white on red"), "  ",
                                 (headline(summary), "bold")))  # fmt: skip
     for line in opening(summary):
-        console.print(Text(line))
+        console.print(Text(line, style="bold yellow" if line == summary.caution else ""))
     for heads, rows in sections(summary):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
         for k, head in enumerate(heads):
@@ -55,7 +55,7 @@ def render_text(summary: Summary, console: Console) -> None:
 def render_markdown(summary: Summary) -> str:
     """The report as GitHub-flavoured Markdown."""
     lines = [f"## {summary.verdict}: {_md(headline(summary))}", ""]
-    lines += [_md(line) + "  " for line in opening(summary)]
+    lines += [(f"**{line}**" if line == summary.caution else _md(line)) + "  " for line in opening(summary)]
     for heads, rows in sections(summary):
         lines += ["", _md_row(heads), _md_row([" --- " if head in _WORDY or not k else " ---: "
                                                                 for k, head in enumerate(heads)])]  # fmt: skip
@@ -88,8 +88,9 @@ def headline(summary: Summary) -> str:
 
 
 def opening(summary: Summary) -> list[str]:
-    """Reasons, then what was done, in sentences."""
+    """Reasons, what to beware of, then what was done, in sentences."""
     said = [clean(f"- {reason}") for reason in summary.reasons]
+    said += [summary.caution] if summary.caution else []
     counts, load, window = summary.requests, summary.load, summary.window
     parts = [f"{counts.succeeded:,} of {counts.planned:,} requests succeeded"]
     parts += [
@@ -126,14 +127,29 @@ def _cost(summary: Summary) -> Section:
     cost, heads = summary.cost, ("Cost, USD per 1M", "value", "95 % interval")
     if cost.reason is not None:
         return heads, [("no price", "-", clean(cost.reason))]
-    split = cost.split
-    lines = (
+    return heads, [(what, value(q, price), interval(q, price)) for what, q in priced(summary)]
+
+
+def priced(summary: Summary) -> list[tuple[str, Quantity]]:
+    """What has a price in this run, in words, with the price: the whole run, each split that holds, the steady part."""
+    cost, steady, split = summary.cost, summary.steady, summary.cost.split
+    lines = [
         ("input + output tokens", cost.usd_per_1m_total),
         ("output tokens, which carry the whole bill", cost.usd_per_1m_output_only),
         (f"split 1:{split.ratio:g}: input tokens", split.usd_per_1m_input),
         (f"split 1:{split.ratio:g}: output tokens", split.usd_per_1m_output),
-    )
-    return heads, [(what, value(q, price), interval(q, price)) for what, q in lines]
+    ]
+    for found in cost.splits:
+        if found.reason is None:
+            cached = found.usd_per_1m_cached_input
+            lines.append((f"split by {found.method}: input tokens", found.usd_per_1m_input))
+            lines += [(f"split by {found.method}: cached input", cached)] if cached.value is not None else []
+            lines.append((f"split by {found.method}: output tokens", found.usd_per_1m_output))
+    if summary.load.mode == "closed" and steady.usd_per_1m_total.value is not None and steady.window is not None:
+        where = f"without ramp and drain ({steady.window.duration_s:.0f} s)"
+        lines.append((f"{where}: input + output", steady.usd_per_1m_total))
+        lines.append((f"{where}: output alone", steady.usd_per_1m_output_only))
+    return lines
 
 
 def _latency(summary: Summary) -> Section:
@@ -181,13 +197,18 @@ def closing(summary: Summary) -> list[tuple[str, list[str]]]:
             f"bill of this window {figure(cost.bill_usd)} USD; {cost.purchase}, {cost.region}, "
             f"read {cost.date}; source: {cost.source}"
         )
+        basis += [f"split by {s.method}: {s.reason}" for s in cost.splits if s.reason is not None]
         if cost.note:
             basis.insert(0, cost.note)
     missed = [c for c in summary.checks if not c.gate and c.ok is False]
     limits = [f"{c.name}: {c.observed}; {c.advice}" for c in missed]
     unchecked = [f"{c.name}: {c.observed}" for c in summary.checks if c.ok is None and c.gate]
-    named = [("Price basis", basis), ("Limits of this run", limits)]
-    named += [("Not checked", ["; ".join(unchecked)] if unchecked else []), ("Assumptions", list(summary.assumptions))]
+    asked = [f for f in summary.fidelity if f.ok is not None]
+    differ = [f"fidelity: {f.name}: {f.observed} (bound: {f.bound}); {f.said}" for f in asked if not f.ok]
+    agree = f"fidelity: {len(asked) - len(differ)} of {len(asked)} comparisons of trace, plan and run agree"
+    named = [("Price basis", basis), ("Limits of this run", limits + differ)]
+    named.append(("Not checked", ["; ".join(unchecked)] if unchecked else []))
+    named.append(("Assumptions", [*summary.assumptions, *([agree] if asked else [])]))
     return [(title, [clean(line) for line in lines]) for title, lines in named if lines]
 
 

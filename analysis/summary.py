@@ -7,24 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-import pyarrow.compute as pc
 
 from analysis import metrics
 from analysis.check import Check
+from analysis.fidelity import Fidelity, fidelity
 from analysis.intervals import Distribution, Quantity, distribution, rate, share
-from analysis.load import Floats, Run
+from analysis.load import Bools, Floats, Run
 from analysis.metrics import Counts, Tokens, Window
-from analysis.price import DEFAULT_RATIO, Cost, check_ratio, cost
+from analysis.plateau import SteadyState, steady_check, steady_part, steady_state
+from analysis.price import DEFAULT_RATIO, Cost, bill_usd, check_ratio, cost
+from analysis.samples import run_samples
+from analysis.split import Split, Usage, split_bill
 from analysis.validity import MISMATCH_BOUND, check_run, is_valid
 from harness.errors import EXIT_INVALID, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.plan import PlanInfo
 from harness.results import ERRORS
 from harness.run import Host, Replica, RunSpec, Tier
+from harness.slo import check_slo, criteria
 
 SCHEMA = "harness.report/1"
 DEFAULT_ATTAIN = 0.99
+CAUTION_DUMMY = (
+    "Dummy weights: the model's answers are meaningless. Only performance was measured, nothing of their quality."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,13 +61,31 @@ class Rates:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """One criterion of the SLO and what became of it."""
+
+    name: str
+    limits: dict[str, float]
+    """Seconds by metric."""
+    wanted: float
+    """Share of offered requests that are to keep all its limits."""
+    attainment: Quantity
+    met: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Slo:
-    """Per-request limits (s), the share that met all of them, the share wanted, and whether it was reached."""
+    """What was promised and what was kept (`harness.slo` has the rules)."""
 
     limits: dict[str, float]
+    """As it was asked for: seconds by key, ``ttft`` or ``ttft_p99``."""
     attainment: Quantity
+    """Share of offered requests that were within every limit, each percentile's own among them: what goodput counts."""
     attain: float
+    """Share wanted of the limits without a percentile."""
     met: bool
+    """Every criterion was met."""
+    criteria: list[Judged]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +128,8 @@ class Summary:
     slo: Slo | None
     errors: list[ErrorCount]
     cost: Cost
+    steady: SteadyState
+    fidelity: list[Fidelity]
     tier: Tier | None
     model: str
     engine: str
@@ -113,6 +141,11 @@ class Summary:
     versions: dict[str, str]
     git: str | None
     assumptions: list[str]
+
+    @property
+    def caution(self) -> str | None:
+        """What a reader must know before any figure; None when there is nothing."""
+        return CAUTION_DUMMY if _dummy(self.server.model_facts) else None
 
 
 def summarise(
@@ -128,15 +161,18 @@ def summarise(
     """
     manifest = run.manifest
     limits = dict(manifest.spec.slo if slo is None else slo)
-    metrics.check_slo(limits)
+    check_slo(limits)
     check_ratio(ratio)
     if not 0 < attain <= 1:
         raise UsageError(f"attain {attain}: the share of requests to meet the SLO is above 0 and at most 1")
     counts, window, tokens = metrics.count(run), metrics.window(run.rows), metrics.tokens(run.rows)
-    checks = check_run(run, counts, window, limits)
+    steady = steady_part(run, window)
+    checks = [*check_run(run, counts, window, limits), steady_check(run, steady)]
     valid = is_valid(checks)
     judged = _slo(run, limits, counts, attain) if limits else None
     rates, weighted = _rates(run, window, tokens, counts, limits, ratio)
+    reason = None if valid else "the run is INVALID"
+    price = partial(cost, manifest.tier, _replicas(run), ratio=ratio, reason=reason)
     return Summary(
         schema=SCHEMA,
         run=str(run.path).encode(errors="replace").decode(),  # a path may hold bytes that no JSON can
@@ -153,17 +189,16 @@ def summarise(
         rates=rates,
         slo=judged,
         errors=_errors(run),
-        cost=cost(
-            manifest.tier,
-            len(manifest.replicas) or len(manifest.spec.base_urls),
+        cost=price(
             window.duration_s if window else None,
             total_rate=rates.total_token_throughput,
             output_rate=rates.output_token_throughput,
             weighted_rate=weighted,
-            ratio=ratio,
-            reason=None if valid else "the run is INVALID",
+            splits=_splits(run, window, tokens, ratio, counts.succeeded),
             note=None if judged is None or judged.met else "at this load the SLO is missed: not a price to sell at",
         ),
+        steady=steady_state(run, window, steady, rates.total_token_throughput, rates.output_token_throughput, price),
+        fidelity=fidelity(run),
         tier=manifest.tier,
         model=manifest.model,
         engine=manifest.engine,
@@ -183,6 +218,10 @@ def summarise(
     )
 
 
+def _dummy(model_facts: Mapping[str, str]) -> bool:
+    return "dummy" in model_facts.get("weights", "").lower() or model_facts.get("source") == "dummy"
+
+
 def exit_code(summary: Summary) -> int:
     """0 valid, 3 INVALID, 4 when valid but fewer than the wanted share of requests met every limit of the SLO."""
     if summary.verdict != "VALID":
@@ -191,8 +230,7 @@ def exit_code(summary: Summary) -> int:
 
 
 def _metrics(run: Run) -> Metrics:
-    rows = run.rows
-    gaps = metrics.itl(rows)
+    rows, chunks = run.rows, run.chunks
 
     def per_request(values: Floats) -> Distribution:
         return distribution(values, owners=rows.rank, unit="s", evidence=run.evidence)
@@ -202,7 +240,12 @@ def _metrics(run: Run) -> Metrics:
         service_ttft=per_request(metrics.service_ttft(rows)),
         tpot=per_request(metrics.tpot(rows)),
         itl=distribution(
-            gaps.seconds, owners=rows.rank[gaps.row], weights=gaps.tokens, unit="s", evidence=run.evidence, noun="gaps"
+            chunks.gap_s,
+            owners=chunks.gap_owner,
+            weights=chunks.gap_tokens,
+            unit="s",
+            evidence=run.evidence,
+            noun="gaps",
         ),
         e2e=per_request(metrics.e2e(rows)),
         lag=per_request(metrics.lag(rows)),
@@ -234,52 +277,73 @@ def _rates(
             output_token_throughput=token, total_token_throughput=token, goodput=request, concurrency=in_flight,
         ), token  # fmt: skip
 
-    def per_second(times: Floats, amounts: Floats | None, unit: str, n: int, note: str | None = None) -> Quantity:
-        binned = metrics.binned(times, amounts, window)
-        return rate(binned, window.bin_s, n=n, unit=unit, evidence=evidence, note=note)
+    def requests(which: Bools) -> Quantity:
+        ended = metrics.binned(rows.finished_s[which], None, window)
+        return rate(ended, window.bin_s, n=int(which.sum()), unit="req/s", evidence=evidence)
 
     good = metrics.meets_slo(rows, limits)
-    out, into = metrics.output_token_events(rows), metrics.input_token_events(rows)
-    both = tuple(np.concatenate(pair) for pair in zip(out, into, strict=True))
-    scale = np.concatenate((np.ones(len(out[0])), np.full(len(into[0]), 1 / ratio)))
+    out, into = run.chunks.output_tokens, metrics.binned(*metrics.input_token_events(rows), window)
     n = counts.succeeded
     too_few = tokens.missing > MISMATCH_BOUND * n
     note = f"usage missing on {tokens.missing} of {n} requests" if tokens.missing else None
 
-    def token_rate(total: int | None, times: Floats, amounts: Floats) -> Quantity:
+    def token_rate(total: int | None, per_bin: Floats) -> Quantity:
         if total is None or too_few:
             return blank("tokens/s", note or "no request succeeded", n)
-        return per_second(times, amounts, "tokens/s", n, note)
+        return rate(per_bin, window.bin_s, n=n, unit="tokens/s", evidence=evidence, note=note)
 
     busy_s = metrics.in_flight(rows, window) * window.bin_s
     all_known = None if tokens.input is None or tokens.output is None else tokens.input + tokens.output
     return Rates(
         request_rate=request_rate,
-        request_throughput=per_second(rows.finished_s[rows.success], None, "req/s", n),
-        input_token_throughput=token_rate(tokens.input, *into),
-        output_token_throughput=token_rate(tokens.output, *out),
-        total_token_throughput=token_rate(all_known, *both),
-        goodput=per_second(rows.finished_s[good], None, "req/s", int(good.sum()))
-        if limits
-        else blank("req/s", "no SLO given (--slo)"),
+        request_throughput=requests(rows.success),
+        input_token_throughput=token_rate(tokens.input, into),
+        output_token_throughput=token_rate(tokens.output, out),
+        total_token_throughput=token_rate(all_known, out + into),
+        goodput=requests(good) if limits else blank("req/s", "no SLO given (--slo)"),
         concurrency=rate(busy_s, window.bin_s, n=counts.sent, unit="requests", evidence=evidence),
-    ), token_rate(all_known, both[0], both[1] * scale)
+    ), token_rate(all_known, out + into / ratio)
+
+
+def _splits(run: Run, window: Window | None, tokens: Tokens, ratio: float, n: int) -> list[Split]:
+    """The bill divided by what the servers counted, beside the declared ratio; each says so when it cannot be."""
+    tier = run.manifest.tier
+    usd = usage = samples = None
+    if window is not None and tier is not None:
+        usd = bill_usd(tier.usd_per_hour, _replicas(run), window.duration_s)
+        samples = run_samples(run, window)
+    if tokens.input is not None and tokens.output is not None and not tokens.missing:
+        usage = Usage(input=tokens.input, cached_input=tokens.cached_input, output=tokens.output)
+    return split_bill(usd, usage, samples, ratio=ratio, evidence=run.evidence, n=n)[1:]
+
+
+def _replicas(run: Run) -> int:
+    return len(run.manifest.replicas) or len(run.manifest.spec.base_urls)
 
 
 def _slo(run: Run, limits: dict[str, float], counts: Counts, attain: float) -> Slo:
     """Attainment over every request that was offered: failed, unfinished and lost ones did not meet it."""
     rows = run.rows
-    met = np.zeros(len(rows), dtype=np.bool_)
-    met[rows.rank] = metrics.meets_slo(rows, limits)
     due = np.ones(len(rows), dtype=np.bool_)
     due[rows.rank] = ~metrics.not_offered(run)
-    flags = np.concatenate((met[due], np.zeros(counts.lost, dtype=np.bool_)))
-    attainment = share(flags, unit="share of requests", evidence=run.evidence)
+
+    def attained(within: Mapping[str, float]) -> Quantity:
+        met = np.zeros(len(rows), dtype=np.bool_)
+        met[rows.rank] = metrics.meets_slo(rows, within)
+        flags = np.concatenate((met[due], np.zeros(counts.lost, dtype=np.bool_)))
+        return share(flags, unit="share of requests", evidence=run.evidence)
+
+    judged = []
+    for criterion in criteria(limits, attain):
+        kept = attained(criterion.limits)
+        met = kept.value is not None and kept.value >= criterion.wanted
+        judged.append(
+            Judged(
+                name=criterion.name, limits=dict(criterion.limits), wanted=criterion.wanted, attainment=kept, met=met
+            )
+        )
     return Slo(
-        limits=limits,
-        attainment=attainment,
-        attain=attain,
-        met=attainment.value is not None and attainment.value >= attain,
+        limits=limits, attainment=attained(limits), attain=attain, met=all(one.met for one in judged), criteria=judged
     )
 
 
@@ -287,15 +351,14 @@ def _errors(run: Run) -> list[ErrorCount]:
     """Error classes of the measured rows, most frequent first; lost requests last."""
     found = []
     skipped = int(metrics.not_due(run).sum())
-    for item in pc.value_counts(run.rows.error).to_pylist():
-        name, count = item["values"], item["counts"]
+    counts = np.bincount(run.rows.error[~run.rows.success], minlength=len(run.errors)).tolist()
+    for name, count in zip(run.errors, counts, strict=True):
         if name == "unsent":
             count -= skipped
-        if name is None or count <= 0:
+        if count <= 0:
             continue
-        at = pc.index(run.rows.error, name).as_py()
         meaning = ERRORS.get(name, "an error class this harness does not know")
-        found.append(ErrorCount(error=name, count=count, meaning=meaning, example=run.rows.detail[at].as_py()))
+        found.append(ErrorCount(error=name, count=count, meaning=meaning, example=run.examples[name]))
     found.sort(key=lambda e: (-e.count, e.error))
     if run.lost:
         found.append(
@@ -305,7 +368,8 @@ def _errors(run: Run) -> list[ErrorCount]:
 
 
 def _assumptions(run: Run, tokens: Tokens, ratio: float) -> list[str]:
-    said = [
+    said = [CAUTION_DUMMY] if _dummy(run.manifest.model_facts) else []
+    said += [
         "one replica is one whole instance, paid from the first scheduled request to the last finish; idle hours, "
         "standby and start-up are not in the price",
         f"the split declares an output token to cost {ratio:g} input tokens; only the sum is measured",
@@ -317,7 +381,7 @@ def _assumptions(run: Run, tokens: Tokens, ratio: float) -> list[str]:
         said.append("failed requests had output of unknown length: paid for, not counted as sold")
     elif tokens.wasted_output:
         said.append(f"failed requests had {tokens.wasted_output:,} output tokens: paid for, not counted as sold")
-    unknown = metrics.itl(run.rows).unknown
+    unknown = metrics.untold(run.rows)
     if unknown:
         said.append(f"itl: {unknown} requests did not say how many tokens a chunk holds; one sample per chunk there")
     return said + [f"plan: {note}" for note in run.manifest.plan.notes]

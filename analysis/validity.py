@@ -76,7 +76,7 @@ def status(run: Run) -> Check:
 
 def files(run: Run) -> Check:
     """Every worker's result file is there and readable, and the plan is the manifest's."""
-    observed = "; ".join(run.problems) or f"{run.files} result files"
+    observed = "; ".join(run.problems) or f"{len(run.sources)} result files"
     return check("files", not run.problems, observed, "all readable", "look at the worker logs, then run again")
 
 
@@ -115,7 +115,8 @@ def replicas(run: Run) -> Check:
 
 def server_restarts(run: Run) -> Check:
     """No server began anew between the first request and the last: its start time is the same, no counter fell."""
-    restarted, compared = [], 0
+    restarted = [f"replica {r.replica} died ({r.how}), up again: {r.ready or 'never'}" for r in run.manifest.restarts]
+    compared = 0
     for r in run.manifest.replicas:
         before, after = r.counters_before, r.counters_after
         if before is None or after is None:
@@ -319,8 +320,10 @@ def wasted_time(run: Run, window: Window | None) -> Check:
 
 def shared_host(run: Run) -> Check:
     """Load workers did not take processor time from the server they measure."""
-    shared = run.manifest.load_shares_server_host
+    shared, cores = run.manifest.load_shares_server_host, run.manifest.load_shares_server_cores
     observed = {None: "not known", True: "same machine", False: "other machine"}[shared]
+    if shared and cores is False:
+        shared, observed = False, "same machine, processors apart"
     advice = "the server had less processor than its tier sells, so its price comes out too high: load from elsewhere"
     return limit("shared_host", None if shared is None else not shared, observed, "load and server apart", advice)
 

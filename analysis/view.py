@@ -62,6 +62,7 @@ class RunView:
     lag_says: str
     charts: RunCharts | None
     checks: Table
+    fidelity: Table | None
     errors: Table | None
     inputs: list[tuple[str, list[tuple[str, object]]]]
     notes: list[tuple[str, list[str]]]
@@ -81,7 +82,7 @@ def view_run(run: Run, summary: Summary, label: str = "") -> RunView:
         state=state,
         verdict={"valid": "VALID", "missed": "VALID, SLO missed", "invalid": "INVALID"}[state],
         sentence=_sentence(summary),
-        opening=report.opening(summary)[len(summary.reasons) :],
+        opening=report.opening(summary)[len(summary.reasons) + bool(summary.caution) :],
         keys=_keys(summary),
         price=_price(summary),
         basis=_basis(summary),
@@ -92,6 +93,7 @@ def view_run(run: Run, summary: Summary, label: str = "") -> RunView:
         lag_says=_lag_says(summary),
         charts=charts,
         checks=_checks(summary),
+        fidelity=_fidelity(summary),
         errors=_errors(summary),
         inputs=_inputs(summary),
         notes=[(title, lines) for title, lines in report.closing(summary) if title != "Price basis"],
@@ -177,12 +179,16 @@ def _price(s: Summary) -> Table | None:
         return None
     split = cost.split
     ratio = f"when 1 output token costs {split.ratio:g} input tokens"
-    lines = (
+    lines = [
         ("All tokens", "bill / (input + output tokens)", cost.usd_per_1m_total),
         ("Input tokens", f"share of the bill, {ratio}", split.usd_per_1m_input),
         ("Output tokens", f"share of the bill, {ratio}", split.usd_per_1m_output),
         ("Output tokens alone", "the whole bill / output tokens", cost.usd_per_1m_output_only),
-    )
+        *(
+            (name.capitalize(), "what the servers counted" if "split" in name else "the steady part", q)
+            for name, q in report.priced(s)[4:]
+        ),
+    ]
     return Table(
         "USD per 1M tokens", ("Price of", "USD", "95 % interval", "Evidence"), right=(1, 2), rows=
         [
@@ -206,6 +212,7 @@ def _basis(s: Summary) -> list[tuple[str, object]]:
         ("Replicas", f"{cost.replicas}, each one whole instance"),
         ("Window", f"{window.duration_s:,.1f} s: {window.rule}" if window else None),
         ("Bill of the window", bill),
+        *((f"Split by {split.method}", split.reason) for split in cost.splits if split.reason is not None),
         *([("Mind", cost.note)] if cost.note else []),
     ]
 
@@ -284,6 +291,18 @@ def _checks(s: Summary) -> Table:
             ]
         )  # fmt: skip
     return Table("Failures first, then gates, then limits", ("Check", "Result", "Observed", "Wanted", "Kind"), rows)
+
+
+def _fidelity(s: Summary) -> Table | None:
+    """Trace against plan against run, differences first."""
+    if not s.fidelity:
+        return None
+    words = {True: ("agrees", "good"), False: ("differs", "warn"), None: ("not comparable", "quiet")}
+    rows = [
+        [Cell(f.name, note=f.said or None), Cell(words[f.ok][0], mark=words[f.ok][1]), Cell(f.observed), Cell(f.bound)]
+        for f in sorted(s.fidelity, key=lambda f: (f.ok is not False, f.ok is None))
+    ]
+    return Table("Plan against trace, run against plan", ("Comparison", "Result", "Observed", "Bound"), rows)
 
 
 def _errors(s: Summary) -> Table | None:

@@ -15,6 +15,10 @@ prefix_cache_queries_total  float64  input tokens looked up in the prefix cache 
 prefix_cache_hits_total     float64  of these, found
 prompt_tokens_total         float64  input tokens so far, cached ones included
 generation_tokens_total     float64  output tokens so far
+prompt_tokens_cached_total  float64  of the input tokens so far, those taken from the prefix cache
+engine_steps_total          float64  steps of the engine so far (``vllm:iteration_tokens_total_count``)
+prefill_request_s_total     float64  time of finished requests until their first token, added up over requests, s
+decode_request_s_total      float64  the same from first to last token, s
 process_start_s             float64  Unix time the server process began (``process_start_time_seconds``): a change is a
                                      restart
 ==========================  =======  =================================================================================
@@ -24,6 +28,7 @@ A second without a row is one in which the server did not answer in time.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from pathlib import Path
@@ -34,7 +39,7 @@ import pyarrow as pa
 from harness import probe
 from harness.errors import ServerError
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 EVERY_S = 1.0
 ANSWER_S = 5.0
 
@@ -47,6 +52,10 @@ GAUGES = {
     "prefix_cache_hits_total": "vllm:prefix_cache_hits_total",
     "prompt_tokens_total": "vllm:prompt_tokens_total",
     "generation_tokens_total": "vllm:generation_tokens_total",
+    "prompt_tokens_cached_total": "vllm:prompt_tokens_cached_total",
+    "engine_steps_total": "vllm:iteration_tokens_total_count",
+    "prefill_request_s_total": "vllm:request_prefill_time_seconds_sum",
+    "decode_request_s_total": "vllm:request_decode_time_seconds_sum",
     "process_start_s": "process_start_time_seconds",
 }
 """Column -> the server's metric, summed over its labels."""
@@ -106,6 +115,30 @@ class ServerMetrics:
             return None
         now = time.monotonic_ns()
         return {"t_ns": now - self._start_mono_ns, "took_ns": now - asked, **read_gauges(text)}
+
+
+def read_server_metrics(path: Path) -> pa.Table | None:
+    """Samples of one server with the columns of `SCHEMA`, null where the file is older and has none; None: no samples.
+
+    A torn tail is left out: what came before it is whole.
+    """
+    batches: list[pa.RecordBatch] = []
+    try:
+        with pa.OSFile(str(path), "rb") as source, pa.ipc.open_stream(source) as reader:
+            schema = reader.schema
+            if not {"t_ns", "took_ns"} <= set(schema.names) <= set(SCHEMA.names):
+                return None
+            with contextlib.suppress(pa.ArrowException, OSError):
+                batches.extend(reader)
+        table = pa.Table.from_batches(batches, schema=schema)
+        table.validate(full=True)
+        for field in SCHEMA:
+            if field.name not in schema.names:
+                table = table.append_column(field, pa.nulls(len(table), field.type))
+        table = table.select(SCHEMA.names).cast(SCHEMA)
+    except (pa.ArrowException, OSError, ValueError):
+        return None
+    return table if len(table) else None
 
 
 def read_gauges(text: str) -> dict[str, float | None]:

@@ -11,8 +11,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_files import SPEC, good, write_run
 
-from analysis.intervals import MIN_SAMPLES, Quantity, bootstrap, distribution, rate, samples_needed, share
+from analysis.intervals import (
+    CRITICAL,
+    CRITICAL_SHORT,
+    LONG,
+    MIN_SAMPLES,
+    SHORT,
+    Quantity,
+    distribution,
+    long_run_variance,
+    rate,
+    ratio_interval,
+    samples_needed,
+    share,
+    student_t,
+)
 from analysis.load import read_run
+from analysis.repeats import over_repeats
 from analysis.summary import summarise
 
 Z = {0.5: 0.0, 0.9: 1.2815515655, 0.95: 1.6448536270, 0.99: 2.3263478740}
@@ -132,18 +147,73 @@ def test_share_of_nothing_is_null():
     assert share(np.ones(0, dtype=bool), unit="share", evidence="measured").value is None
 
 
-def test_bootstrap_is_seeded():
-    values = np.random.default_rng(0).random(100)
-    assert bootstrap(values, np.ones(100)) == bootstrap(values, np.ones(100))
-    assert bootstrap(values, np.ones(100), seed=1) != bootstrap(values, np.ones(100))
+def test_a_ratio_without_spread_is_a_point():
+    assert ratio_interval(np.full(50, 2.0), np.full(50, 0.5)) == pytest.approx((4.0, 4.0))
 
 
-def test_bootstrap_of_a_constant_is_a_point():
-    assert bootstrap(np.full(50, 2.0), np.full(50, 0.5)) == pytest.approx((4.0, 4.0))
+def test_an_interval_of_a_positive_series_is_positive():
+    low, high = ratio_interval(np.concatenate((np.full(99, 1e-3), [50.0])), np.ones(100))
+    assert 0 < low < 0.5 < high
+
+
+@given(st.lists(st.floats(0.001, 1e6), min_size=MIN_SAMPLES, max_size=80), st.floats(1e-3, 1e3))
+def test_an_interval_scales_with_its_unit(values, scale):
+    low, high = ratio_interval(np.array(values), np.ones(len(values)))
+    scaled = ratio_interval(scale * np.array(values), np.ones(len(values)))
+    assert scaled == (pytest.approx(scale * low, rel=1e-6, abs=1e-9), pytest.approx(scale * high, rel=1e-6))
+
+
+def test_the_critical_values_are_those_of_white_noise():
+    """97.5 % points of sum / root of its estimated variance, both sides together."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((4000, 200))
+    values_about = values - values.mean(axis=1, keepdims=True)
+    for share_of_run, critical in ((LONG, CRITICAL), (SHORT, CRITICAL_SHORT)):
+        found = [
+            abs(v.sum()) / math.sqrt(long_run_variance(d, share_of_run))
+            for v, d in zip(values, values_about, strict=True)
+        ]
+        assert np.quantile(found, 0.95) == pytest.approx(critical, rel=0.05)
+
+
+def test_student_t_is_the_tables():
+    for degrees, value in ((1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042)):
+        assert student_t(degrees) == pytest.approx(value, rel=5e-3)
+
+
+def quantity(value, unit="req/s"):
+    return Quantity(value=value, n=10, unit=unit, evidence="measured")
+
+
+def test_repeats_by_hand():
+    q = over_repeats([quantity(9.0), quantity(10.0), quantity(11.0)])
+    assert q.value == 10.0 and q.n == 30
+    assert q.high - q.value == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
+    assert q.note == "mean of 3 runs, interval between runs"
+
+
+def test_repeats_are_no_narrower_than_the_runs_themselves():
+    """Runs that happen to agree do not know more than each of them together did: 3 / sqrt(4) here."""
+    alike = [replace(quantity(10.0), low=8.0, high=13.0)] * 4
+    assert (over_repeats(alike).low, over_repeats(alike).high) == (10 - 2 / 2, 10 + 3 / 2)
+
+
+def test_repeats_by_weight_are_the_ratio_of_sums():
+    """Two bills over two counts of tokens: 8 for 4 and 6 for 2 make 14 for 6."""
+    assert over_repeats([quantity(2.0), quantity(3.0)], [4, 2]).value == pytest.approx(14 / 6)
+
+
+def test_one_run_is_no_repeat():
+    assert over_repeats([quantity(9.0)]) == quantity(9.0)
+    q = over_repeats([quantity(9.0), replace(quantity(None), note="usage missing")])
+    assert (q.value, q.low, q.n) == (None, None, 20) and q.note == "1 of 2 repeats have no value: usage missing"
+    for wrong in ([], [quantity(1.0), quantity(1.0, "s")]):
+        with pytest.raises(ValueError, match="one unit"):
+            over_repeats(wrong)
 
 
 def test_no_interval_from_too_few():
-    assert bootstrap(np.ones(MIN_SAMPLES - 1), np.ones(MIN_SAMPLES - 1)) == (None, None)
+    assert ratio_interval(np.ones(MIN_SAMPLES - 1), np.ones(MIN_SAMPLES - 1)) == (None, None)
     assert rate(np.ones(200), 1.0, n=MIN_SAMPLES - 1, unit="req/s", evidence="measured").low is None
 
 

@@ -25,19 +25,26 @@ def run_of(tmp_path, results, **options):
     return read_run(write_run(tmp_path / "run", results, **options))
 
 
+def pooled(rows):
+    """The gaps between tokens, without the chunks that end none."""
+    gaps = metrics.itl(rows)
+    some = gaps.tokens > 0
+    return metrics.Gaps(seconds=gaps.seconds[some], tokens=gaps.tokens[some])
+
+
 # ------------------------------------------------------------------------------------------------------- per request
 
 
 def test_one_request_by_hand(tmp_path):
     """Due at 1 s, sent 20 ms late, chunks 50, 60, 70, 80 ms after sending, finished with the last."""
-    rows = run_of(tmp_path, [good(0, 1 * S, lag_ms=20)]).rows
+    rows = run_of(tmp_path, [good(0, 1 * S, lag_ms=20)]).whole()
     assert metrics.lag(rows) == pytest.approx([0.020])
     assert metrics.service_ttft(rows) == pytest.approx([0.050])
     assert metrics.ttft(rows) == pytest.approx([0.070])
     assert metrics.tpot(rows) == pytest.approx([0.010])
     assert metrics.e2e(rows) == pytest.approx([0.100])
     assert metrics.service_e2e(rows) == pytest.approx([0.080])
-    gaps = metrics.itl(rows)
+    gaps = pooled(rows)
     assert gaps.seconds == pytest.approx([0.010] * 3)
     assert gaps.tokens == pytest.approx([1] * 3)
 
@@ -53,8 +60,8 @@ def test_a_chunk_of_k_tokens_is_k_samples_of_its_share(tmp_path):
     row = good(0, 0, tokens=3)
     row.chunk_ns, row.chunk_tokens, row.output_tokens = [50 * MS, 80 * MS, 90 * MS], [2, 3, 1], 6
     row.finished_ns = 90 * MS
-    rows = run_of(tmp_path, [row]).rows
-    gaps = metrics.itl(rows)
+    rows = run_of(tmp_path, [row]).whole()
+    gaps = pooled(rows)
     assert gaps.seconds == pytest.approx([0.010, 0.010])
     assert gaps.tokens == pytest.approx([3, 1])
     assert (gaps.seconds * gaps.tokens).sum() == pytest.approx(0.040)  # last chunk - first chunk
@@ -66,8 +73,8 @@ def test_a_chunk_of_k_tokens_is_k_samples_of_its_share(tmp_path):
 def test_unknown_tokens_per_chunk_are_one_sample_each_and_said(tmp_path, tokens):
     row = good(0, tokens=3, chunk_tokens=tokens)
     run = run_of(tmp_path, [row])
-    gaps = metrics.itl(run.rows)
-    assert (len(gaps.seconds), gaps.unknown) == (2, 1)
+    gaps = pooled(run.whole())
+    assert (len(gaps.seconds), metrics.untold(run.rows)) == (2, 1)
     assert any("one sample per chunk" in a for a in summarise(run).assumptions)
 
 
@@ -77,19 +84,19 @@ def test_metrics_that_do_not_exist_are_null(tmp_path):
     one_chunk.chunk_ns, one_chunk.chunk_tokens = one_chunk.chunk_ns[:1], [4]
     silent.chunk_ns, silent.chunk_tokens, silent.output_tokens = [], None, 0
     no_usage.output_tokens = None
-    rows = run_of(tmp_path, [one_token, one_chunk, silent, no_usage]).rows
+    rows = run_of(tmp_path, [one_token, one_chunk, silent, no_usage]).whole()
     assert np.isnan(metrics.tpot(rows)).all()
     assert np.isnan(metrics.ttft(rows)).tolist() == [False, False, True, False]
     assert np.isfinite(metrics.e2e(rows)).all()
 
 
 def test_failures_have_lag_but_no_latency(tmp_path):
-    rows = run_of(tmp_path, [bad(0, chunks_ms=(10, 20)), bad(1, "unsent", sent=False)]).rows
+    rows = run_of(tmp_path, [bad(0, chunks_ms=(10, 20)), bad(1, "unsent", sent=False)]).whole()
     for metric in (metrics.ttft, metrics.service_ttft, metrics.tpot, metrics.e2e, metrics.service_e2e):
         assert np.isnan(metric(rows)).all()
     assert metrics.lag(rows)[0] == 0.0
     assert np.isnan(metrics.lag(rows)[1])
-    assert len(metrics.itl(rows).seconds) == 0
+    assert len(pooled(rows).seconds) == 0
 
 
 @settings(max_examples=40, deadline=None)
@@ -113,12 +120,12 @@ def test_gaps_and_tokens_add_up(drawn):
         row.output_tokens, row.finished_ns = sum(row.chunk_tokens), row.chunk_ns[-1]
         results.append(row)
     with tempfile.TemporaryDirectory() as folder:
-        rows = run_of(Path(folder), results).rows
-    gaps = metrics.itl(rows)
+        rows = run_of(Path(folder), results).whole()
+    gaps = pooled(rows)
     decode = [(r.chunk_ns[-1] - r.chunk_ns[0]) / 1e9 for r in results]
     assert (gaps.seconds * gaps.tokens).sum() == pytest.approx(sum(decode), abs=1e-6)
     assert np.nansum(metrics.tpot(rows) * (rows.output_tokens - 1)) == pytest.approx(sum(decode), abs=1e-6)
-    times, tokens = metrics.output_token_events(rows)
+    times, tokens = rows.chunk_s, metrics.chunk_output_tokens(rows)
     assert tokens.sum() == pytest.approx(sum(r.output_tokens for r in results))
     within = metrics.window(rows)
     if within is not None:

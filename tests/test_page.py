@@ -19,12 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_files import MS, SPEC, TIER, S, bad, good, write_run
 
+from analysis import columns, metrics
 from analysis import curves as reduce
-from analysis import metrics
 from analysis.compared import label_runs
 from analysis.curves import EDGES, cumulative, curves, over_time, promises
 from analysis.load import read_run
 from analysis.page import LONGEST, plain, render_page, write_page
+from analysis.report import render_json
 from analysis.summary import summarise
 from analysis.view import RunView, view_run
 from harness.errors import ResultsError
@@ -97,7 +98,7 @@ def test_the_grid_counts_exactly_what_lies_at_or_below_each_edge(values, edge):
     window = metrics.Window(rule="", start_s=0.0, end_s=1.0, duration_s=1.0)
     grid = np.zeros((metrics.BINS, len(EDGES)))
     values = np.array([*values, EDGES[edge]])
-    reduce._add(grid, np.linspace(0, 1, len(values)), values, None, window)
+    reduce.count_in(grid, metrics.bin_of(np.linspace(0, 1, len(values)), window), values)
     below = np.array([(values <= e * (1 + 1e-9)).mean() for e in EDGES[:-1]])
     assert cumulative(grid)[:-1] == pytest.approx(below)
     assert grid.sum() == len(values)
@@ -124,16 +125,18 @@ def test_a_gap_stands_where_its_later_token_arrived(tmp_path):
     assert place == pytest.approx({2: 1.0, 7: 5.0}, rel=0.024)
 
 
-def test_curves_are_the_same_in_many_pieces(tmp_path, monkeypatch):
-    run = read_run(write_run(tmp_path / "run", mixed(120), workers=3))
-    whole = curves(run)
-    monkeypatch.setattr(reduce, "PART_CHUNKS", 3)
-    assert len(list(reduce._parts(run.rows))) > 50
-    parts = curves(run)
+def test_figures_are_the_same_in_many_pieces(tmp_path, monkeypatch):
+    path = write_run(tmp_path / "run", mixed(120), workers=3)
+    whole = read_run(path)
+    monkeypatch.setattr(columns, "PART_CHUNKS", 3)
+    parts = read_run(path)
+    assert len(list(parts.parts())) > 50
+    assert render_json(summarise(parts)) == render_json(summarise(whole))
+    one, many = curves(whole), curves(parts)
     for name in ("in_flight", "input_tokens", "output_tokens"):
-        assert getattr(parts, name) == pytest.approx(getattr(whole, name))
-    for name, grid in whole.grids.items():
-        assert parts.grids[name] == pytest.approx(grid), name
+        assert getattr(many, name) == pytest.approx(getattr(one, name))
+    for name, grid in one.grids.items():
+        assert many.grids[name] == pytest.approx(grid), name
 
 
 def test_latency_over_time_follows_a_step_within_a_latency_bin(tmp_path):

@@ -12,6 +12,7 @@ from run_files import TIER, good, write_run
 from analysis.intervals import Quantity
 from analysis.load import read_run
 from analysis.price import bill_usd, cost, split_by_ratio, usd_per_1m
+from analysis.split import Usage, by_phase_time
 from analysis.summary import summarise
 from harness.errors import UsageError
 
@@ -91,6 +92,25 @@ def test_no_price_says_why(tier, reason, words):
         assert (q.value, q.low, q.high) == (None, None, None)
         assert words in q.note
     assert words in c.reason
+
+
+def test_the_declared_parts_are_the_bill():
+    c = priced(replace(TIER, usd_per_hour=USD_PER_HOUR))
+    parts = (c.split.input_nusd, c.split.cached_input_nusd, c.split.output_nusd)
+    assert sum(parts) == c.split.bill_nusd == round(c.bill_usd * 1e9)
+    assert c.split.input_nusd / 1e9 == pytest.approx(c.split.usd_per_1m_input.value * INPUT / 1e6, rel=1e-6)
+    assert c.split.ratio == pytest.approx(4.0)
+
+
+def test_other_divisions_are_withheld_with_the_price():
+    usage = Usage(input=float(INPUT), cached_input=None, output=float(OUTPUT))
+    other = by_phase_time(1.0, usage, 1.0, 2.0, evidence="measured")
+    rates = {"total_rate": per_s(INPUT + OUTPUT), "output_rate": per_s(OUTPUT), "weighted_rate": per_s(OUTPUT)}
+    given = cost(TIER, 1, SECONDS, **rates, ratio=4.0, reason=None, note=None, splits=[other])
+    assert given.splits == [other]
+    (held,) = cost(TIER, 1, SECONDS, **rates, ratio=4.0, reason="the run is INVALID", note=None, splits=[other]).splits
+    assert held.reason == "the run is INVALID"
+    assert (held.output_nusd, held.usd_per_1m_output.value, held.facts) == (None, None, other.facts)
 
 
 @pytest.mark.parametrize("value", [None, 0.0])

@@ -1,0 +1,84 @@
+"""One question of the fidelity report and its answer, what it is asked of, and what several questions share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from analysis.load import Bools, Floats, Ints
+
+EXACT = 0.01
+"""What is not drawn may differ by this much: rounding to nanoseconds, arrivals on the edge of a window."""
+LENGTH_BOUND = 0.02
+POINTS_BOUND = 0.02
+"""Prefix reuse may differ by two points."""
+MIN_REQUESTS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fidelity:
+    """One question and its answer. ``ok`` None: not comparable, and ``said`` is why."""
+
+    name: str
+    ok: bool | None
+    observed: str
+    bound: str
+    said: str
+
+    def __post_init__(self) -> None:
+        if self.ok is not None:
+            object.__setattr__(self, "ok", bool(self.ok))  # numpy's own kind of truth is no JSON
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Columns of a plan, in the order of its requests; not given is NaN."""
+
+    scheduled_ns: Ints | None
+    """null in a closed loop."""
+    slice: Ints
+    waits: Bools
+    """Turns that are due when the one before them has ended."""
+    input_tokens: Floats
+    output_tokens: Floats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What servers said of their prefix caches."""
+
+    replicas: int
+    queried_tokens: float | None
+    """null when no server counts them."""
+    hit_tokens: float | None
+    fullest: float | None = None
+    """Largest share of the KV cache in use."""
+
+
+def not_comparable(name: str, why: str, observed: str = "not comparable") -> Fidelity:
+    """An answer that is none, and why."""
+    return Fidelity(name=name, ok=None, observed=observed, bound="", said=why)
+
+
+def number(value: float | None) -> str:
+    """Three digits, or that there is none."""
+    return "not known" if value is None else f"{value:.3g}"
+
+
+def ks_distance(a: npt.NDArray[np.generic], b: npt.NDArray[np.generic]) -> float:
+    """Kolmogorov-Smirnov distance of two samples, or of two lists of equally many quantiles."""
+    a, b = np.sort(a), np.sort(b)
+    points = np.concatenate([a, b])
+    shares = [np.searchsorted(x, points, side="right") / len(x) for x in (a, b)]
+    return float(np.abs(shares[0] - shares[1]).max())
+
+
+def backwards(slices: Ints, times: Ints | Floats | None) -> int:
+    """Requests that come before the one before them in their slice."""
+    if times is None:
+        return 0
+    order = np.argsort(slices, kind="stable")
+    same = np.diff(slices[order]) == 0
+    return int(np.count_nonzero(same & (np.diff(times[order]) < 0)))

@@ -1,0 +1,87 @@
+"""The figures of a run without its ramp and drain: throughput and price of the steady part (`analysis.steady`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from analysis import metrics
+from analysis.check import Check, limit
+from analysis.intervals import Floats, Quantity, rate
+from analysis.load import Run
+from analysis.metrics import Window
+from analysis.price import Cost
+from analysis.steady import Steady, steady_window
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SteadyState:
+    """The steady part and its figures; ``window`` says where it is, or why there is none. No figures without one."""
+
+    window: Steady | None
+    total_token_throughput: Quantity
+    output_token_throughput: Quantity
+    usd_per_1m_total: Quantity
+    usd_per_1m_output_only: Quantity
+
+
+def steady_part(run: Run, window: Window | None) -> Steady | None:
+    """Where requests in flight and tokens stay what they are; None without a window."""
+    if window is None:
+        return None
+    work = run.chunks.output_tokens + metrics.binned(*metrics.input_token_events(run.rows), window)
+    return steady_window(metrics.in_flight(run.rows, window), work, start_s=window.start_s, bin_s=window.bin_s)
+
+
+def steady_check(run: Run, steady: Steady | None) -> Check:
+    """Load and speed stayed what they were for a good part of the run: else figures are those of a ramp or queue."""
+    bound = "a part without ramp, drain and drift"
+    if steady is None:
+        return limit("steady_state", None, "nothing was sent and ended", bound, "nothing to do")
+    if steady.found and steady.start_s is not None and steady.end_s is not None:
+        observed = f"from {steady.start_s:.0f} s to {steady.end_s:.0f} s"
+    else:
+        observed = steady.reason or "none"
+    longer = "let it run longer"
+    advice = longer if run.manifest.spec.mode == "closed" else f"{longer}, or at a rate that the server keeps up with"
+    return limit("steady_state", steady.found, observed, bound, advice)
+
+
+def steady_state(
+    run: Run,
+    window: Window | None,
+    steady: Steady | None,
+    total: Quantity,
+    output: Quantity,
+    price: Callable[..., Cost],
+) -> SteadyState:
+    """Throughput and price of the steady part, the same bins for tokens and for the bill.
+
+    ``total`` and ``output`` are the token rates of the whole run, not known where they are not; ``price`` is
+    `analysis.price.cost` with the tier and the verdict bound.
+    """
+    if window is None or steady is None or not steady.found:
+        why = "nothing was sent and ended" if steady is None else steady.reason
+        total, output = (
+            q if q.value is None else replace(q, value=None, low=None, high=None, note=why) for q in (total, output)
+        )
+    else:
+        part, bin_s = slice(steady.first, steady.last), window.bin_s
+
+        def within(whole: Quantity, per_bin: Floats) -> Quantity:
+            if whole.value is None:
+                return whole
+            return rate(per_bin[part], bin_s, n=whole.n, unit=whole.unit, evidence=whole.evidence, note=whole.note)
+
+        into = metrics.binned(*metrics.input_token_events(run.rows), window)
+        total = within(total, run.chunks.output_tokens + into)
+        output = within(output, run.chunks.output_tokens)
+    duration_s = None if steady is None else steady.duration_s
+    paid = price(duration_s, total_rate=total, output_rate=output, weighted_rate=output, note=None)
+    return SteadyState(
+        window=steady,
+        total_token_throughput=total,
+        output_token_throughput=output,
+        usd_per_1m_total=paid.usd_per_1m_total,
+        usd_per_1m_output_only=paid.usd_per_1m_output_only,
+    )

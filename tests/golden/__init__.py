@@ -1,0 +1,1 @@
+"""Published and measured cases with known answers. Source and licence of each: README.md here."""

@@ -1,0 +1,162 @@
+"""95 % intervals cover the truth in 93 to 97 % of 1,000 runs whose truth is known; where they do not, the list says so.
+
+Truths are exact where the law is known, else from two million requests of the same process.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import pytest
+
+from analysis.intervals import Quantity, distribution, rate, ratio_interval, share
+from analysis.price import usd_per_1m
+from analysis.repeats import over_repeats
+
+RUNS = 1000
+FIGURES = {"mean": None, "p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
+
+
+def alike(rng, runs, n, phi):
+    """Normal values whose neighbours correlate by ``phi``, shape (runs, n)."""
+    steps = rng.standard_normal((runs, n))
+    values = np.empty((runs, n))
+    values[:, 0] = steps[:, 0]
+    for k in range(1, n):
+        values[:, k] = phi * values[:, k - 1] + math.sqrt(1 - phi**2) * steps[:, k]
+    return values
+
+
+def queue(rng, runs, n, busy, warmup=500):
+    """Latency of a single server at ``busy`` with lognormal service: bursts of slow requests."""
+    service = np.exp(0.5 * rng.standard_normal((runs, n + warmup)) - 0.125)
+    gap = rng.exponential(1 / busy, (runs, n + warmup))
+    wait = np.zeros((runs, n + warmup))
+    for k in range(1, n + warmup):
+        wait[:, k] = np.maximum(0.0, wait[:, k - 1] + service[:, k - 1] - gap[:, k])
+    return (wait + service)[:, warmup:]
+
+
+PROCESSES = {
+    "independent 300": lambda rng, runs, n=300: np.exp(0.5 * rng.standard_normal((runs, n))),
+    "independent 1000": lambda rng, runs, n=1000: np.exp(0.5 * rng.standard_normal((runs, n))),
+    "alike 0.5, 1000": lambda rng, runs, n=1000: np.exp(0.5 * alike(rng, runs, n, 0.5)),
+    "alike 0.8, 1000": lambda rng, runs, n=1000: np.exp(0.5 * alike(rng, runs, n, 0.8)),
+    "alike 0.9, 2000": lambda rng, runs, n=2000: np.exp(0.5 * alike(rng, runs, n, 0.9)),
+    "bursts, half busy, 1000": lambda rng, runs, n=1000: queue(rng, runs, n, 0.5),
+    "bursts, 0.7 busy, 2000": lambda rng, runs, n=2000: queue(rng, runs, n, 0.7),
+}
+
+OUTSIDE = {
+    ("independent 300", "p90"): 0.983,
+    ("independent 300", "p95"): 0.977,
+    ("independent 1000", "p95"): 0.976,
+    ("alike 0.5, 1000", "p99"): 0.982,
+    ("alike 0.8, 1000", "p95"): 0.971,
+    ("bursts, 0.7 busy, 2000", "p99"): 0.913,
+}
+"""Figures that are not brought in, with what they cover: a little too wide, but for the last. See METRICS.md."""
+
+
+@functools.cache
+def truths(process):
+    values = PROCESSES[process](np.random.default_rng(99), 100, 20_000).ravel()
+    return {name: float(values.mean() if p is None else np.quantile(values, p)) for name, p in FIGURES.items()}
+
+
+@functools.cache
+def covered(process):
+    """Figure -> share of runs whose interval holds the truth; an end that is not known excludes nothing."""
+    data, truth = PROCESSES[process](np.random.default_rng(7), RUNS), truths(process)
+    owners, hits = np.arange(data.shape[1]), dict.fromkeys(FIGURES, 0)
+    for row in data:
+        found = distribution(row, unit="s", evidence="simulated", owners=owners)
+        for name in FIGURES:
+            hits[name] += holds(getattr(found, name), truth[name])
+    return {name: count / RUNS for name, count in hits.items()}
+
+
+def holds(q: Quantity, truth: float) -> bool:
+    return (q.low is None or q.low <= truth) and (q.high is None or truth <= q.high)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("process", PROCESSES)
+def test_latencies(process, name):
+    found, known = covered(process)[name], OUTSIDE.get((process, name))
+    if known is None:
+        assert 0.93 <= found <= 0.97
+    else:  # said openly, and held: not worse, and taken off the list when it is mended
+        assert found == pytest.approx(known, abs=0.012)
+        assert not 0.93 <= found <= 0.97
+
+
+def bins(rng, spread, phi):
+    """Tokens per second of a run of 200 bins of 0.5 s, in waves."""
+    return rng.poisson(500 * np.exp(spread * alike(rng, 1, 200, phi)[0] - spread**2 / 2)).astype(float)
+
+
+@pytest.mark.parametrize(("spread", "phi"), [(0.1, 0.0), (0.3, 0.5), (0.3, 0.8), (0.6, 0.7)])
+def test_rates_and_prices(spread, phi):
+    """Tokens per second, and the price that is one over it: the same runs cover, since the ends turn over with it."""
+    rates = prices = 0
+    for seed in range(RUNS):
+        tokens = bins(np.random.default_rng(seed), spread, phi)
+        found = rate(tokens, 0.5, n=1000, unit="tokens/s", evidence="simulated")
+        rates += holds(found, 1000.0)
+        prices += usd_per_1m(0.001, found.high) <= usd_per_1m(0.001, 1000.0) <= usd_per_1m(0.001, found.low)
+    assert 0.93 <= rates / RUNS <= 0.97
+    assert prices == rates
+
+
+@pytest.mark.parametrize("n", [100, 400])
+def test_ratios_of_two_sums(n):
+    """Seconds per output token over requests whose lengths differ: a ratio of means, not a mean of ratios."""
+    hits = 0
+    for seed in range(RUNS):
+        rng = np.random.default_rng(seed)
+        tokens = rng.geometric(1 / 100, n).astype(float)
+        seconds = tokens * 0.02 * np.exp(0.3 * alike(rng, 1, n, 0.5)[0] - 0.045)
+        low, high = ratio_interval(seconds, tokens)
+        hits += low <= 0.02 <= high
+    assert 0.93 <= hits / RUNS <= 0.97
+
+
+def test_gaps_that_belong_to_requests():
+    """200 requests of 50 gaps, half of the spread between requests."""
+    owners, hits = np.repeat(np.arange(200), 50), {"mean": 0, "p50": 0, "p95": 0}
+    truth = {"mean": math.exp(0.25), "p50": 1.0, "p95": math.exp(1.6448536 * math.sqrt(0.5))}
+    for seed in range(RUNS):
+        rng = np.random.default_rng(seed)
+        values = np.exp(0.5 * np.repeat(rng.standard_normal(200), 50) + 0.5 * rng.standard_normal(10_000))
+        found = distribution(values, unit="s", evidence="simulated", owners=owners)
+        for name in hits:
+            hits[name] += holds(getattr(found, name), truth[name])
+    assert all(0.93 <= count / RUNS <= 0.98 for count in hits.values()), hits
+
+
+@pytest.mark.parametrize("p", [0.9, 0.99])
+def test_shares(p):
+    """Attainment of requests that meet their limits or miss them together with their neighbours."""
+    threshold, hits = {0.9: 1.2815516, 0.99: 2.3263479}[p], 0
+    for row in alike(np.random.default_rng(3), RUNS, 2000, 0.6):
+        hits += holds(share(row < threshold, unit="share", evidence="simulated"), p)
+    assert 0.93 <= hits / RUNS <= 0.98
+
+
+@pytest.mark.parametrize("runs", [2, 3, 5])
+def test_repeats(runs):
+    """Runs that differ by more than their own intervals know: only the spread between them covers."""
+    alone = together = 0
+    for seed in range(RUNS):
+        rng = np.random.default_rng(seed)
+        values = 100 + 5 * rng.standard_normal(runs) + rng.standard_normal(runs)
+        quantities = [
+            Quantity(value=v, low=v - 2, high=v + 2, n=100, unit="req/s", evidence="simulated") for v in values
+        ]
+        together += holds(over_repeats(quantities), 100.0)
+        alone += holds(quantities[0], 100.0)
+    assert 0.93 <= together / RUNS <= 0.97
+    assert alone / RUNS < 0.5
