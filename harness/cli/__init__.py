@@ -12,15 +12,15 @@ from collections.abc import Sequence
 import click
 
 from harness import __version__
-from harness.cli import catalogue, results, runs, trace
+from harness.cli import catalogue, cloud, decide, processes, results, runs, sweep, trace
 from harness.cli.options import ENVIRONMENT, EXIT_STATUS
 from harness.errors import EXIT_VALID, HarnessError
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
-    "Replay": (runs.replay, runs.plan, runs.serve, runs.run),
-    "Results": (results.report,),
+    "Replay": (runs.replay, runs.plan, runs.serve, runs.run, sweep.sweep),
+    "Results": (results.report, results.open_, results.export, decide.price, decide.compare),
     "Traces, tiers, models": (trace.trace, catalogue.tiers, catalogue.models),
-    "This machine": (catalogue.doctor, runs.calibrate, runs.crosscheck),
+    "Machines": (catalogue.doctor, processes.ps, processes.stop, cloud.cluster, runs.calibrate, runs.crosscheck),
 }
 """The verbs in the order a newcomer meets them."""
 

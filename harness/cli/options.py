@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 import click
 
 from harness.errors import UsageError
+from harness.slo import split_key
 
 EXIT_STATUS = """\b
 Exit status:
@@ -63,27 +63,42 @@ class Window(click.ParamType):  # type: ignore[type-arg]  # generic only in newe
 
 
 class Slo(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
-    """Per-request limits in seconds by metric from ``ttft=2s,tpot=100ms``."""
+    """Limits in seconds by key from ``ttft=2s,tpot=100ms`` or ``ttft_p99=2s,tpot_p95=80ms`` (`harness.slo`)."""
 
     name = "slo"
-    metrics = ("ttft", "tpot", "e2e")
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, float]:
-        """Metric -> limit in seconds."""
+        """Metric, with a percentile or without -> limit in seconds."""
         if isinstance(value, dict):
             return value
         limits: dict[str, float] = {}
         for part in str(value).split(","):
-            metric, _, limit = part.strip().partition("=")
+            key, _, limit = part.strip().partition("=")
+            try:
+                split_key(key)
+            except UsageError as e:
+                self.fail(str(e), param, ctx)
             seconds = parse_duration(limit)
-            if metric not in self.metrics:
-                near = difflib.get_close_matches(metric, self.metrics, 1, 0.3)
-                hint = f"did you mean {near[0]}?" if near else f"valid: {', '.join(self.metrics)}"
-                self.fail(f"unknown metric {metric!r}: {hint}", param, ctx)
-            if seconds is None or seconds <= 0 or metric in limits:
+            if seconds is None or seconds <= 0 or key in limits:
                 self.fail(f"{part.strip()!r}: write each limit once, with a unit, like ttft=2s,tpot=100ms", param, ctx)
-            limits[metric] = seconds
+            limits[key] = seconds
         return limits
+
+
+class Share(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
+    """A share from ``99%`` or ``0.99``."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The share, above 0 and at most 1; a bare number above 1 is refused, for nobody knows what it means."""
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d*\.?\d+)\s*(%?)", str(value).strip())
+        share = float(match[1]) / (100 if match[2] else 1) if match else 2.0
+        if not 0 < share <= 1:
+            self.fail(f"{value!r}: write a share like 99% or 0.99", param, ctx)
+        return round(share, 12)
 
 
 class Stages(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
@@ -99,6 +114,23 @@ class Stages(click.ParamType):  # type: ignore[type-arg]  # generic only in newe
             return value
         try:
             return parse_stages(value)
+        except UsageError as e:
+            self.fail(str(e), param, ctx)
+
+
+class Growth(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
+    """A factor on the demand from ``3x``, ``+200%`` or ``-20%``."""
+
+    name = "growth"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The factor."""
+        from harness.traces.rescale import parse_growth
+
+        if isinstance(value, float):
+            return value
+        try:
+            return parse_growth(str(value))
         except UsageError as e:
             self.fail(str(e), param, ctx)
 
@@ -182,12 +214,36 @@ PLAN_OPTIONS = stack(
     click.option(
         "--skip-bad", is_flag=True, help="Leave out lines that cannot be read; they are counted and reported."
     ),
+    click.option("--sort", is_flag=True, help="Put rows in order of arrival."),
+    click.option(
+        "--part",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Of a file with several recordings (time goes back between them), only the Nth.",
+    ),
+    click.option(
+        "--input-tokens", metavar="DIST", help="Of a log that has arrivals only: lengths, like lognormal:mean=800,cv=1."
+    ),
+    click.option("--output-tokens", metavar="DIST", help="Output lengths, the same way."),
     click.option("--speed", type=positive, help="Play the trace's clock this many times faster."),
     click.option(
-        "--rate",
-        type=positive,
-        help="Mean requests/s: compress or stretch the trace's clock, burst shape kept; or the rate of --arrivals.",
+        "--rate", type=positive, help="Mean requests/s, reached as --rescale says; or the rate of --arrivals."
     ),
+    click.option(
+        "--rescale",
+        type=click.Choice(["compress", "thin", "superpose"]),
+        default="compress",
+        show_default=True,
+        help="How --rate is reached: play the clock faster or slower (the same users, sooner), or keep the clock and "
+        "have fewer users (thin) or more (superpose). Sessions stay whole.",
+    ),
+    click.option(
+        "--grow",
+        type=Growth(),
+        metavar="3x|+200%|-20%",
+        help="A forecast: this many times the users on the same clock; sessions stay whole.",
+    ),
+    click.option("--spread", is_flag=True, help="Lay arrivals of a coarse clock (3 s steps) evenly within its steps."),
     click.option(
         "--arrivals",
         type=click.Choice(["trace", "constant", "poisson", "gamma"]),
@@ -251,6 +307,13 @@ SERVER_OPTIONS = stack(
         help="Hardware tier and its price ('harness tiers'). With --base-url: what it runs on.",
     ),
     click.option("--replicas", type=click.IntRange(min=1), default=1, show_default=True, help="Servers to start."),
+    click.option(
+        "--on-replica-death",
+        type=click.Choice(["fail", "restart"]),
+        default="fail",
+        show_default=True,
+        help="When a server dies during a run: stop the run now, or start it again and mark the run.",
+    ),
 )
 
 LOAD_OPTIONS = stack(
@@ -301,16 +364,21 @@ LOAD_OPTIONS = stack(
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
         help="Certificates to trust instead of the system's. Certificates and host names are always verified.",
     ),
-    click.option("--slo", type=Slo(), help="Latency promised per request, e.g. ttft=2s,tpot=100ms (also e2e)."),
+    click.option(
+        "--slo",
+        type=Slo(),
+        metavar="KEY=TIME,...",
+        help="Latency promised: ttft=2s,tpot=100ms of each request, or ttft_p99=2s,tpot_p95=80ms (also e2e, itl_max).",
+    ),
 )
 
 REPORT_OPTIONS = stack(
     click.option(
         "--attain",
-        type=click.FloatRange(0, 1, min_open=True),
-        default=0.99,
+        type=Share(),
+        default="99%",
         show_default=True,
-        help="Share of requests that must meet the SLO.",
+        help="Share of requests that must keep the limits of --slo that name no percentile.",
     ),
     click.option(
         "--ratio",

@@ -1,0 +1,313 @@
+"""Runs -> what to charge; A against B. Both read run directories and measure nothing."""
+
+from __future__ import annotations
+
+import glob
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.commands.output import print_json, say
+from harness.errors import (
+    EXIT_FAILURE,
+    EXIT_INVALID,
+    EXIT_SLO_MISSED,
+    EXIT_VALID,
+    ResultsError,
+    UsageError,
+    unknown_name,
+)
+from harness.run import MANIFEST, Tier, now_utc
+
+if TYPE_CHECKING:
+    from analysis.decision_text import Block
+    from analysis.listprices import PriceMap
+    from analysis.load import Run
+    from analysis.paired import Observed
+    from analysis.price_table import PriceReport
+    from analysis.summary import Summary
+    from analysis.terms import Terms
+
+DEFAULT_MARGIN = 0.4
+DEFAULT_UTILISATION = 0.3
+
+
+def price(
+    runs: Sequence[str],
+    *,
+    margin: float | None,
+    utilisation: float | None,
+    ratio: tuple[float, float, float | None],
+    split: str,
+    volume: str | None,
+    batch_discount: float | None,
+    re_price: Path | None,
+    tier_prices: Sequence[str],
+    against: Sequence[str],
+    list_prices: Path | None,
+    slo: dict[str, float] | None,
+    attain: float,
+    format_: str,
+    out: Path | None,
+) -> int:
+    """What to charge, from VALID runs only; the table also as a file."""
+    from analysis.buy import compare_with_api
+    from analysis.charge import charge
+    from analysis.listprices import family, find_list_prices, read_list_prices
+    from analysis.price_table import SCHEMA, PriceReport, price_csv, price_rows, write_prices
+    from analysis.terms import Terms, declared, parse_volume
+
+    today = datetime.now(UTC).date()
+    terms = Terms(
+        margin=DEFAULT_MARGIN if margin is None else margin,
+        utilisation=DEFAULT_UTILISATION if utilisation is None else utilisation,
+        volume=parse_volume(volume) if volume else (),
+        batch_discount=batch_discount,
+    )
+    structure = declared(ratio[1], ratio[0], ratio[2])
+    prices = read_list_prices(list_prices)
+    for name in against:
+        if name not in prices.prices:
+            raise unknown_name("list price", name, prices.prices)
+    method = None if split == "declared" else split.replace("-", " ")
+    cached_ratio = None if ratio[2] is None or not ratio[0] else ratio[2] / ratio[0]
+    paths = [path for text in runs for path in find_runs(text)]
+    summaries = read_summaries(paths, slo, attain, None if method is None else Measured(cached_ratio=cached_ratio))
+    valid = [s for s in summaries if s.verdict == "VALID"]
+    decided = charge(
+        valid,
+        terms,
+        structure,
+        today=today,
+        split_method=method,
+        new_prices=_new_prices(re_price, tier_prices, valid),
+    )
+    decided = [
+        compare_with_api(made, terms, find_list_prices(prices, made.model, against), family(made.model))
+        for made in decided
+    ]
+    report = PriceReport(
+        schema=SCHEMA,
+        made=now_utc(),
+        terms=terms,
+        structure=structure,
+        charges=decided,
+        refused=[(s.run, tuple(s.reasons)) for s in summaries if s.verdict != "VALID"],
+        list_prices={"source": prices.source, "date": prices.date, "date_is": prices.date_is,
+                     "licence": prices.licence or "not said"},
+        assumptions=tuple(_assumptions(terms, prices, today, margin is None, utilisation is None)),
+    )  # fmt: skip
+    if out is not None:
+        write_prices(out, report)
+        say(f"written: {out}")
+    _print_price(report, format_, price_csv(price_rows(report)) if format_ == "csv" else "")
+    return _price_exit(report)
+
+
+def _print_price(report: PriceReport, format_: str, csv_text: str) -> None:
+    from analysis.decision_text import price_blocks
+
+    if format_ == "json":
+        print_json(report)
+    elif format_ == "csv":
+        print(csv_text, end="")
+    else:
+        _print_blocks(price_blocks(report), format_)
+
+
+def _price_exit(report: PriceReport) -> int:
+    """3: an INVALID run was among them; 4: no load kept the SLO; 1: no price for another reason."""
+    if report.refused:
+        return EXIT_INVALID
+    if any(made.reason is None for made in report.charges):
+        return EXIT_VALID
+    return EXIT_SLO_MISSED if any(made.slo_met is False for made in report.charges) else EXIT_FAILURE
+
+
+def _assumptions(
+    terms: Terms, prices: PriceMap, today: date, default_margin: bool, default_utilisation: bool
+) -> list[str]:
+    default = " (not given: the default, an opinion)"
+    old = f", {prices.age_days(today)} days ago: OLD, give today's (--list-prices)" if prices.is_old(today) else ""
+    return [
+        f"utilisation {terms.utilisation * 100:g} %{default if default_utilisation else ''}: of the capacity that is "
+        "paid for, around the clock, so much is sold; what stands idle is paid all the same",
+        f"gross margin {terms.margin * 100:g} %{default if default_margin else ''}: (price - cost) / price. It is no "
+        f"markup: as a markup on cost it would be {terms.margin / (1 - terms.margin) * 100:.3g} %",
+        "one replica is one whole instance; a month has 730 h. Start-up, standby, staff, network, storage and tax are "
+        "in the cost only as far as they are in the hourly price",
+        "intervals are 95 % and come from the measurement; the hourly price, the margin and the utilisation have none",
+        f"API list prices: {prices.source}; {prices.date_is} on {prices.date}{old}. A vendor's own page decides. The "
+        "API is taken to have our share of cached input; it may serve another number format of the same model",
+    ]
+
+
+def _new_prices(file: Path | None, stated: Sequence[str], runs: Sequence[Summary]) -> dict[str, Tier]:
+    """New tier prices by name: of a tiers file, and from the command line, which wins."""
+    from cluster.tiers import read_tiers
+
+    known = {s.tier.name: s.tier for s in runs if s.tier is not None}
+    found: dict[str, Tier] = {}
+    if file is not None:
+        found = {name: tier for name, tier in read_tiers(file).items() if name in known}
+        if not found and known:
+            raise UsageError(f"{file}: has none of the tiers of these runs ({', '.join(sorted(known))})")
+        for name in sorted(set(known) - set(found)):
+            say(f"{file}: no {name}; it keeps the price of its run")
+    for text in stated:
+        name, tier = parse_tier_price(text, known)
+        found[name] = tier
+    return found
+
+
+def parse_tier_price(text: str, known: dict[str, Tier]) -> tuple[str, Tier]:
+    """A run's tier with the price of ``NAME=USD@SOURCE@DATE[@PURCHASE]``. Raises `UsageError`."""
+    from cluster.tiers import PURCHASES, price_age_days
+
+    name, equals, rest = text.partition("=")
+    parts = rest.split("@")
+    purchase = parts.pop() if len(parts) > 3 and parts[-1] in PURCHASES else None
+    if not equals or len(parts) < 3:
+        raise UsageError(
+            f"--tier-price {text!r}: write NAME=USD@SOURCE@DATE, like aws-g6.xlarge=0.62@contract 7@2026-11-20, and "
+            "@reserved, @spot, @on-demand or @owned when it was bought another way"
+        )
+    if name not in known:
+        raise unknown_name("tier of these runs", name, known)
+    try:
+        usd = float(parts[0])
+    except ValueError:
+        usd = math.nan
+    if not (math.isfinite(usd) and usd > 0):
+        raise UsageError(f"--tier-price {text!r}: {parts[0]!r} is not USD per hour above 0")
+    tier = replace(
+        known[name], usd_per_hour=usd, source="@".join(parts[1:-1]).strip(), date=parts[-1].strip(),
+        purchase=purchase or known[name].purchase, note=None, ownership=None,
+    )  # fmt: skip
+    try:
+        age = price_age_days(tier)
+    except ValueError:
+        age = -1
+    if age < 0 or not tier.source:
+        raise UsageError(f"--tier-price {text!r}: a price needs its source and the day it was read, like 2026-11-20")
+    return name, tier
+
+
+# ---------------------------------------------------------------------------------------------------------- A against B
+
+
+def compare(
+    a: str, b: str, *, fail_if: Sequence[str], slo: dict[str, float] | None, attain: float, format_: str
+) -> int:
+    """A against B; refused with reasons when they are not comparable."""
+    from analysis.compare import compare as hold_against
+    from analysis.compare import parse_gate
+    from analysis.decision_text import comparison_blocks
+
+    gates = [parse_gate(text) for text in fail_if]
+    sides = [find_runs(text) for text in (a, b)]
+    if {path.resolve() for path in sides[0]} & {path.resolve() for path in sides[1]}:
+        raise UsageError(f"{a} and {b} share a run: a run is not compared with itself")
+    side_a, side_b = ([observe_run(path, slo, attain) for path in side] for side in sides)
+    result = hold_against(side_a, side_b, gates)
+    if format_ == "json":
+        print_json(result)
+    else:
+        _print_blocks(comparison_blocks(result), format_)
+    if not result.comparable:
+        return EXIT_FAILURE
+    if result.failed:
+        return EXIT_SLO_MISSED
+    if result.unjudged:
+        say(f"cannot be judged: {'; '.join(result.unjudged)}")
+        return EXIT_FAILURE
+    return EXIT_VALID
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def find_runs(text: str) -> list[Path]:
+    """Run directories that ``text`` names: one itself, those in a folder, or those of a pattern like 'runs/*-a'.
+
+    Raises `ResultsError` when there is none.
+    """
+    path = Path(text)
+    if (path / MANIFEST).is_file():
+        return [path]
+    if path.is_dir():
+        found = sorted(file.parent for file in path.glob(f"*/{MANIFEST}"))
+    elif path.exists():
+        raise ResultsError(f"{text}: not a run directory, nor a folder of runs")
+    else:
+        named = sorted(Path(name) for name in glob.glob(text))  # noqa: PTH207  # absolute patterns too
+        found = [run for name in named if (name / MANIFEST).is_file() or name.is_dir() for run in find_runs(str(name))]
+    if not found:
+        raise ResultsError(f"{text}: not a run directory, and no folder or pattern of any (a run holds {MANIFEST})")
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """That the bill of each run is to be divided by what its servers counted, too."""
+
+    cached_ratio: float | None
+    """What a cached input token weighs in uncached ones, where it must be declared."""
+
+
+def read_summaries(
+    paths: Sequence[Path], slo: dict[str, float] | None, attain: float, divided: Measured | None = None
+) -> list[Summary]:
+    """Summaries of runs, one run in memory at a time. Raises `UsageError` when one is named twice."""
+    from analysis.load import read_run
+    from analysis.summary import summarise
+
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UsageError("a run is named twice: it would count twice")
+    found = []
+    for path in paths:
+        run = read_run(path)
+        s = summarise(run, slo=slo, attain=attain)
+        found.append(s if divided is None else with_splits(run, s, divided.cached_ratio))
+    return found
+
+
+def with_splits(run: Run, s: Summary, cached_ratio: float | None) -> Summary:
+    """The summary with its bill divided by every method that this run allows."""
+    from analysis.price import DEFAULT_RATIO
+    from analysis.samples import run_samples
+    from analysis.split import Usage, split_bill
+
+    usage = None
+    if s.tokens.input is not None and s.tokens.output is not None:
+        usage = Usage(input=s.tokens.input, cached_input=s.tokens.cached_input, output=s.tokens.output)
+    bill = s.cost.bill_usd if s.cost.usd_per_1m_total.value is not None else None
+    splits = split_bill(
+        bill, usage, run_samples(run, s.window) if s.window else None, ratio=DEFAULT_RATIO, evidence=s.evidence,
+        cached_ratio=cached_ratio, n=s.requests.succeeded,
+    )  # fmt: skip
+    return replace(s, cost=replace(s.cost, splits=splits))
+
+
+def observe_run(path: Path, slo: dict[str, float] | None, attain: float) -> Observed:
+    """What a comparison needs of one run directory."""
+    from analysis.load import read_run
+    from analysis.paired import observe
+    from analysis.summary import summarise
+
+    run = read_run(path)
+    return observe(run, summarise(run, slo=slo, attain=attain))
+
+
+def _print_blocks(blocks: list[Block], format_: str) -> None:
+    from rich.console import Console
+
+    from analysis.decision_text import render_markdown, render_text
+
+    if format_ == "md":
+        print(render_markdown(blocks))
+    else:
+        render_text(blocks, Console(highlight=False, markup=False, width=None))

@@ -1,0 +1,521 @@
+"""Prices follow from costs by arithmetic that anybody can repeat, add up to the bill, and say what they rest on."""
+
+from __future__ import annotations
+
+import csv
+import datetime as dt
+import io
+import json
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from run_files import SPEC, TIER, good, write_run
+
+from analysis.buy import api_usd, compare_with_api
+from analysis.charge import HOURS_PER_MONTH, charge, slo_words
+from analysis.intervals import Quantity
+from analysis.listprices import find_list_prices, read_list_prices
+from analysis.load import read_run
+from analysis.split import Usage, by_ratio, not_identifiable
+from analysis.summary import summarise
+from analysis.terms import Structure, Terms, VolumeTier, declared, from_split, parse_volume
+from analysis.unit_prices import Mix, unit_prices
+from harness.cli.decide import price
+from harness.commands.decide import find_runs, parse_tier_price
+from harness.errors import HarnessError, ResultsError, UsageError
+from harness.run import RunDir
+from harness.server_metrics import SCHEMA as SERVER_SCHEMA
+
+TERMS = Terms(margin=0.4, utilisation=0.3)
+TODAY = dt.date(2026, 11, 22)
+MODEL = "llama-3.1-8b-instruct"
+
+
+def rows(n=400, cached=None, **kw):
+    return [replace(good(i, **kw), cached_tokens=cached) for i in range(n)]
+
+
+def summary(path, results=None, slo=None, **manifest):
+    run = write_run(path, rows() if results is None else results, **({"model": MODEL} | manifest))
+    return summarise(read_run(run), slo=slo)
+
+
+def decide(*summaries, terms=TERMS, structure=None, **kw):
+    return charge(summaries, terms, structure or declared(4.0), **({"today": TODAY} | kw))
+
+
+def run_price(*args):
+    done = CliRunner().invoke(price, [str(a) for a in args], standalone_mode=False)
+    if done.exception and not isinstance(done.exception, HarnessError):
+        raise done.exception
+    return done
+
+
+def numbers(value):
+    """Every number in a JSON document."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [n for item in value for n in numbers(item)]
+    return [value] if isinstance(value, float | int) else []
+
+
+# ---------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def test_by_hand(tmp_path):
+    """3.6 USD/h is 0.001 USD a second; 400 requests of 8 in, 4 out, 39.98 s: 0.03998 USD for 4,800 tokens."""
+    (made,) = decide(summary(tmp_path / "r"))
+    full = 0.03998 / 4800 * 1e6
+    assert made.cost_full.total.value == pytest.approx(full)
+    assert made.cost.total.value == pytest.approx(full / 0.3)
+    standard = made.offers[0]
+    assert standard.prices.total.value == pytest.approx(full / 0.3 / 0.6)
+    assert standard.margin == pytest.approx(0.4)
+    asked, cost = standard.prices.total.value, made.cost.total.value
+    assert (asked - cost) / asked == pytest.approx(0.4), "gross margin, of the price"
+    assert standard.break_even_utilisation == pytest.approx(made.cost_full.total.value / asked)
+    assert made.fleet_usd_per_month == pytest.approx(3.6 * 730)
+    assert made.capacity_tokens_per_month == pytest.approx(4800 / 39.98 * 3600 * HOURS_PER_MONTH)
+    earned = made.break_even_tokens_per_month * asked / 1e6
+    assert earned == pytest.approx(made.fleet_usd_per_month), "at the break-even volume the price pays for the fleet"
+    assert sum(made.bill_nanousd) == 39_980_000
+
+
+@given(
+    st.floats(1e-6, 1e4), st.integers(0, 10**12), st.one_of(st.none(), st.integers(0, 10**12)), st.integers(1, 10**12),
+    st.floats(0, 100), st.one_of(st.none(), st.floats(0, 10)), st.floats(0.01, 100),
+)  # fmt: skip
+def test_the_parts_add_up_to_the_bill(usd, uncached, cached, out, w_in, w_cached, w_out):
+    mix = Mix(uncached_input=uncached, cached_input=cached, output=out)
+    total = Quantity(value=usd, low=usd * 0.9, high=usd * 1.2, n=9, unit="", evidence="measured x list price")
+    structure = Structure(method="declared ratio", input=w_in, cached_input=w_cached, output=w_out)
+    prices = unit_prices(total, mix, structure)
+    for end in ("value", "low", "high"):
+        into, out_price = getattr(prices.input, end), getattr(prices.output, end)
+        hit = into if prices.cached_input.value is None else getattr(prices.cached_input, end)
+        parts = uncached * into + (cached or 0) * hit + out * out_price
+        assert parts == pytest.approx(getattr(total, end) * mix.total, rel=1e-9)
+    assert (prices.cached_input.value is None) == (cached is None or w_cached is None)
+
+
+@given(
+    st.floats(0, 0.99), st.floats(0.01, 1), st.floats(0, 0.99), st.floats(0, 0.99)
+)  # fmt: skip
+def test_margin_and_break_even_agree(margin, utilisation, discount, batch):
+    from analysis.charge import _offers
+
+    q = Quantity(value=2.0, low=1.0, high=3.0, n=9, unit="", evidence="measured")
+    full = unit_prices(q, Mix(uncached_input=10, cached_input=5, output=5), declared(4.0, 1.0, 0.25))
+    terms = Terms(
+        margin=margin, utilisation=utilisation, volume=(VolumeTier(from_tokens=1e9, discount=discount),),
+        batch_discount=batch,
+    )  # fmt: skip
+    for offer in _offers(full, terms):
+        asked, cost = offer.prices.total.value, 2.0 / utilisation
+        assert (asked - cost) / asked == pytest.approx(offer.margin, abs=1e-9)
+        assert asked * offer.break_even_utilisation == pytest.approx(2.0)
+        assert offer.prices.total.low == pytest.approx(asked / 2) and math.isfinite(offer.prices.output.high)
+
+
+def test_cached_input_has_its_own_price(tmp_path):
+    (made,) = decide(summary(tmp_path / "r", rows(cached=6)), structure=declared(4.0, 1.0, 0.25))
+    p = made.cost_full
+    assert (made.mix.uncached_input, made.mix.cached_input, made.mix.output) == (800, 2400, 1600)
+    assert p.cached_input.value == pytest.approx(p.input.value / 4)
+    assert p.output.value == pytest.approx(p.input.value * 4)
+    bill = (800 * p.input.value + 2400 * p.cached_input.value + 1600 * p.output.value) / 1e6
+    assert bill == pytest.approx(0.03998)
+    (plain,) = decide(summary(tmp_path / "p", rows(cached=6)))
+    assert plain.cost_full.cached_input.value is None
+    assert any("declare its weight" in note for note in plain.notes)
+
+
+def test_a_measured_split_gives_the_weights(tmp_path):
+    s = summary(tmp_path / "r", rows(cached=6))
+    split = by_ratio(1.0, Usage(input=3200, cached_input=2400, output=1600), 5.0, evidence="measured", cached_ratio=0.1)
+    assert from_split(split).output / from_split(split).input == pytest.approx(5)
+    with_split = replace(s, cost=replace(s.cost, splits=[replace(split, method="step model")]))
+    (made,) = decide(with_split, split_method="step model")
+    assert made.structure.method == "step model"
+    assert made.cost_full.output.value == pytest.approx(5 * made.cost_full.input.value)
+    assert made.cost_full.cached_input.value == pytest.approx(made.cost_full.input.value / 10)
+    assert sum(made.bill_nanousd) == 39_980_000
+
+
+def test_the_servers_own_counters_divide_the_bill(tmp_path):
+    """Engine time of a known law (1 ms an input token, 5 ms an output token): 5 is found in what was sampled."""
+    results = [good(i, i * 300 * 10**6) for i in range(400)]
+    path = write_run(tmp_path / "r", results, model=MODEL)
+    rng, samples, prompt, output = np.random.default_rng(0), [], 0.0, 0.0
+    for second in range(120):
+        share = float(rng.uniform(0.1, 0.9))
+        prompt, output = prompt + share * 1000, output + (1 - share) * 200
+        samples.append({"t_ns": second * 10**9, "took_ns": 1, "running": 8.0, "prompt_tokens_total": prompt,
+                        "generation_tokens_total": output})  # fmt: skip
+    with pa.OSFile(str(RunDir(path).server_metrics(0)), "wb") as sink, pa.ipc.new_stream(sink, SERVER_SCHEMA) as stream:
+        stream.write_batch(pa.RecordBatch.from_pylist(samples, schema=SERVER_SCHEMA))
+    found = json.loads(run_price(path, "--split", "step-model", "--format", "json").stdout)["charges"][0]
+    prices = found["cost_full"]
+    assert found["structure"]["method"] == "step model"
+    assert prices["output"]["value"] / prices["input"]["value"] == pytest.approx(5, rel=0.05)
+    assert sum(found["bill_nanousd"]) == pytest.approx(0.120 * 1e9, rel=0.01)
+    phase = json.loads(run_price(path, "--split", "phase-time", "--format", "json").stdout)["charges"][0]
+    assert phase["structure"]["method"] == "declared ratio"
+    assert any("do not count time by phase" in note for note in phase["notes"])
+    RunDir(path).server_metrics(0).unlink()
+    none = json.loads(run_price(path, "--split", "step-model", "--format", "json").stdout)["charges"][0]
+    assert any("a server was not sampled" in note for note in none["notes"])
+
+
+def test_a_split_that_is_not_identifiable_is_said(tmp_path):
+    s = summary(tmp_path / "r")
+    none = not_identifiable("step model", "the mix hardly varies", evidence="measured", n=9)
+    (made,) = decide(replace(s, cost=replace(s.cost, splits=[none])), split_method="step model")
+    assert made.structure.method == "declared ratio"
+    assert any("the mix hardly varies" in note for note in made.notes)
+    with pytest.raises(UsageError, match="hardly varies"):
+        from_split(none)
+
+
+# --------------------------------------------------------------------------------------------------- which run decides
+
+
+def test_the_cheapest_load_that_kept_the_slo(tmp_path):
+    """Denser arrivals are cheaper; the densest misses the SLO and its price is none."""
+    made_of = {}
+    for name, gap_ms, ttft in (("slow", 200, 50), ("fast", 50, 50), ("over", 10, 900)):
+        results = [good(i, i * gap_ms * 10**6, ttft_ms=ttft) for i in range(400)]
+        spec = replace(SPEC, concurrency={"slow": 1, "fast": 2, "over": 3}[name])
+        made_of[name] = summary(tmp_path / name, results, {"ttft": 0.5}, spec=spec)
+    (made,) = decide(*made_of.values())
+    assert made.runs == (made_of["fast"].run,)
+    assert made.slo_met and "2 measured loads" in " ".join(made.notes)
+    (missed,) = decide(made_of["over"])
+    assert missed.cost is None and "no measured load kept the SLO" in missed.reason
+    assert missed.against == () and missed.offers == ()
+
+
+def test_repeats_are_added_up_and_the_best_is_not_picked(tmp_path):
+    one = summary(tmp_path / "a", [good(i, i * 10**8) for i in range(400)])
+    two = summary(tmp_path / "b", [good(i, i * 12 * 10**7) for i in range(400)])
+    (made,) = decide(one, two)
+    seconds = one.window.duration_s + two.window.duration_s
+    assert made.cost_full.total.value == pytest.approx(seconds / 1000 / 9600 * 1e6)
+    a, b = one.cost.usd_per_1m_total.value, two.cost.usd_per_1m_total.value
+    assert made.cost_full.total.high - made.cost_full.total.value == pytest.approx(12.706 * (b - a) / 2, rel=0.01)
+    assert len(made.runs) == 2 and any("2 repeats" in note for note in made.notes)
+
+
+def test_tiers_and_models_are_apart_and_cheapest_first(tmp_path):
+    dear = summary(tmp_path / "a", tier=replace(TIER, name="dear", usd_per_hour=9.0))
+    cheap = summary(tmp_path / "b", tier=replace(TIER, name="cheap", usd_per_hour=1.0))
+    simulated = summary(tmp_path / "c", evidence="simulated")
+    none = summary(tmp_path / "d", tier=None)
+    made = decide(none, dear, simulated, cheap)
+    assert [c.tier for c in made] == ["cheap", TIER.name, "dear", None]
+    assert made[1].evidence == "simulated x list price"
+    assert "no tier" in made[-1].reason
+
+
+def test_a_closed_loop_or_other_traffic_is_another_decision(tmp_path):
+    """A closed loop slows down with its server, short answers are other work: neither may be the cheap load."""
+    plain = summary(tmp_path / "a")
+    closed = summary(tmp_path / "b", spec=replace(SPEC, mode="closed", concurrency=4))
+    capped = replace(plain, run="c", plan=replace(plain.plan, max_output_tokens=4))
+    chat = replace(plain, run="d", load=replace(plain.load, endpoint="chat"))
+    made = decide(plain, closed, capped, chat)
+    assert sorted(c.runs for c in made) == sorted((s.run,) for s in (plain, closed, capped, chat))
+    (loop,) = [c for c in made if c.runs == (closed.run,)]
+    assert any(note.startswith("closed loop") for note in loop.notes)
+
+
+def test_what_is_doubtful_about_the_chosen_load_is_said(tmp_path):
+    def at(name, gap_ms, slow, spec=SPEC, tokens=4):
+        results = [good(i, i * gap_ms * 10**6, ttft_ms=900 if i < slow else 50, tokens=tokens) for i in range(400)]
+        s = summary(tmp_path / name, results, {"ttft": 0.5}, spec=spec)
+        return replace(s, plan=replace(s.plan, speed=1000 / gap_ms, planned_rate=1000 / gap_ms))
+
+    (sure,) = decide(at("sure", 50, 0))
+    assert not any("doubt" in note or "LOWER" in note for note in sure.notes)
+    assert any("may carry more" in note for note in sure.notes) and any("one run" in note for note in sure.notes)
+    (made,) = decide(at("low", 100, 10), at("mid", 50, 3, tokens=6), at("slow", 200, 0), at("high", 25, 100))
+    said = " ".join(made.notes)
+    assert made.runs[0].endswith("mid")
+    for words in ("a LOWER load missed", "kept, but not beyond doubt: ttft <= 500 ms", "by 99.25%", "other parts"):
+        assert words in said, (words, said)
+    assert "may carry more" not in said
+
+
+def test_dummy_weights_and_the_terms_of_a_price_are_said_before_it(tmp_path):
+    tier = replace(TIER, note="3 years, all upfront")
+    write_run(tmp_path / "r", rows(), model="m:dummy", model_facts={"weights": "dummy"}, tier=tier)
+    text = " ".join(run_price(tmp_path / "r").output.split())
+    assert text.index("CAUTION. Dummy weights") < text.index("Charge ")
+    assert "a price list; 3 years, all upfront" in text
+
+
+def test_the_slo_is_named_as_it_was_judged(tmp_path):
+    s = summary(tmp_path / "r", slo={"ttft_p95": 0.5, "tpot": 0.08})
+    assert slo_words(s) == "tpot <= 80 ms for 99 % of requests, ttft_p95 <= 500 ms"
+
+
+def test_invalid_runs_never_come_in(tmp_path):
+    with pytest.raises(ValueError, match="INVALID"):
+        decide(summary(tmp_path / "r", status="stopped"))
+
+
+# ----------------------------------------------------------------------------------------------------------- re-pricing
+
+
+def test_a_new_price_is_stamped_and_nothing_is_measured_again(tmp_path):
+    s = summary(tmp_path / "r")
+    new = replace(TIER, usd_per_hour=1.8, source="contract", date="2026-11-20", purchase="reserved")
+    (before,), (after,) = decide(s), decide(s, new_prices={TIER.name: new})
+    assert after.cost_full.total.value == pytest.approx(before.cost_full.total.value / 2)
+    assert after.capacity_tokens_per_month == pytest.approx(before.capacity_tokens_per_month), "the measurement stands"
+    assert after.measured == before.measured
+    assert (after.basis.date, after.basis.purchase, after.basis.source) == ("2026-11-20", "reserved", "contract")
+    assert (after.basis.measured_with.date, after.basis.measured_with.usd_per_hour) == (TIER.date, 3.6)
+    with pytest.raises(UsageError, match="other hardware"):
+        decide(s, new_prices={TIER.name: replace(new, vcpu=64)})
+
+
+@pytest.mark.parametrize(("date", "old"), [("2026-11-01", False), ("2026-01", True), ("2025-11-20", True), ("?", True)])
+def test_an_old_price_is_marked(tmp_path, date, old):
+    (made,) = decide(summary(tmp_path / "r", tier=replace(TIER, date=date)), today=dt.date(2026, 11, 22))
+    assert made.basis.old == old
+    assert any(note.startswith("OLD") for note in made.notes) == old
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("test.large=1", "NAME=USD@SOURCE@DATE"), ("test.large=1@a@soon", "day it was read"),
+        ("test.large=0@a@2026-11-01", "above 0"), ("test.large=nan@a@2026-11-01", "above 0"),
+        ("test.large=x@a@2026-11-01", "above 0"), ("test.large=1@@2026-11-01", "source"),
+        ("test.large=1@a@2999-01-01", "day it was read"), ("test.larg=1@a@2026-11-01", "test.large"),
+    ],
+)  # fmt: skip
+def test_a_tier_price_without_its_facts_is_refused(text, words):
+    with pytest.raises(UsageError, match=words.replace(".", r"\.")):
+        parse_tier_price(text, {TIER.name: TIER})
+
+
+def test_a_tier_price():
+    name, tier = parse_tier_price("test.large=0.62@mail of a@b.example@2026-11-20@spot", {TIER.name: TIER})
+    assert (name, tier.usd_per_hour, tier.source) == ("test.large", 0.62, "mail of a@b.example")
+    assert (tier.date, tier.purchase) == ("2026-11-20", "spot")
+    assert parse_tier_price("test.large=1@a@2026-11-20", {TIER.name: TIER})[1].purchase == TIER.purchase
+
+
+def test_a_tiers_file_prices_old_runs_again(tmp_path):
+    write_run(tmp_path / "r", rows(), model=MODEL)
+    tiers = tmp_path / "tiers.toml"
+    entry = {
+        "instance": "test.large", "provider": "test", "accelerator_count": 0, "vcpu": 2, "memory_gib": 8.0,
+        "usd_per_hour": 1.8, "purchase": "reserved", "region": "nowhere-1", "source": "contract", "date": "2026-11-20",
+    }  # fmt: skip
+    tiers.write_text('["test.large"]\n' + "".join(f"{k} = {json.dumps(v)}\n" for k, v in entry.items()))
+    before = json.loads(run_price(tmp_path / "r", "--format", "json").stdout)["charges"][0]
+    after = json.loads(run_price(tmp_path / "r", "--format", "json", "--re-price", tiers).stdout)["charges"][0]
+    assert after["cost_full"]["total"]["value"] == pytest.approx(before["cost_full"]["total"]["value"] / 2)
+    assert (after["basis"]["date"], after["basis"]["measured_with"]["date"]) == ("2026-11-20", TIER.date)
+    assert "priced again, not measured again" in " ".join(run_price(tmp_path / "r", "--re-price", tiers).stdout.split())
+    tiers.write_text(tiers.read_text().replace("test.large", "other"))
+    assert isinstance(run_price(tmp_path / "r", "--re-price", tiers).exception, UsageError)
+
+
+# --------------------------------------------------------------------------------------------------------- build or buy
+
+
+def test_build_or_buy(tmp_path):
+    s = summary(tmp_path / "r", rows(cached=6))
+    prices = read_list_prices()
+    found = find_list_prices(prices, MODEL, ["gpt-5-mini"])
+    mix = decide(s)[0].mix
+    (llama, mini) = (next(p for p in found if p.name == "meta.llama3-1-8b-instruct-v1:0"), prices.prices["gpt-5-mini"])
+    assert api_usd(llama, mix) == pytest.approx(4800 * 0.22 / 1e6), "no cached price: the input price"
+    assert api_usd(mini, mix) == pytest.approx((800 * 0.25 + 2400 * 0.025 + 1600 * 2.0) / 1e6)
+    for usd, verdict in ((3.6, "buy"), (0.01, "build")):
+        tier = replace(TIER, usd_per_hour=usd)
+        (made,) = decide(s, new_prices={TIER.name: tier})
+        made = compare_with_api(made, TERMS, found, llama.family)
+        offer = next(a for a in made.against if a.price is llama)
+        assert offer.verdict == verdict
+        even = made.cost_full.total.value / 0.22
+        assert offer.break_even_utilisation.value == pytest.approx(even)
+        assert offer.own_share.value == pytest.approx(even / 0.3)
+        if even <= 1:
+            assert offer.break_even_tokens_per_month == pytest.approx(made.fleet_usd_per_month / 0.22 * 1e6)
+        else:
+            assert offer.break_even_tokens_per_month is None, "no volume helps a fleet that costs more at full load"
+        assert [a.same_model for a in made.against] == sorted((a.same_model for a in made.against), reverse=True)
+        assert not made.against[-1].same_model and "another model" in made.against[-1].notes[0]
+
+
+# ----------------------------------------------------------------------------------------------------------- the terms
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"margin": 1.0}, {"margin": -0.1}, {"margin": math.nan}, {"utilisation": 0.0}, {"utilisation": 1.1},
+        {"batch_discount": 1.0}, {"volume": parse_volume("1e9:-10%,1e8:-20%")}, {"volume": parse_volume("0:-100%")},
+        {"volume": parse_volume("-5:-10%")},
+    ],
+)  # fmt: skip
+def test_terms_that_make_no_sense(change):
+    with pytest.raises(UsageError):
+        Terms(**({"margin": 0.4, "utilisation": 0.3} | change))
+
+
+@pytest.mark.parametrize("text", ["", "many", "1e9:10%", "1e9:-10", "1e9:-ten%", "inf:-10%", "1e9:-nan%"])
+def test_volume_tiers_that_nobody_can_read(text):
+    with pytest.raises(UsageError, match="volume tier"):
+        parse_volume(text)
+
+
+def test_volume_tiers():
+    assert [(v.from_tokens, v.discount) for v in parse_volume("0, 1e9:-10%,1e10:-20%")] == [
+        (0, 0),
+        (1e9, 0.1),
+        (1e10, 0.2),
+    ]
+
+
+@pytest.mark.parametrize("weights", [(0, 0, 0), (-1, 0, 4), (1, 0, math.nan), (math.inf, 0, 1)])
+def test_weights_that_make_no_sense(weights):
+    with pytest.raises(UsageError):
+        Structure(method="declared ratio", input=weights[0], cached_input=weights[1], output=weights[2])
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def test_what_is_printed(tmp_path):
+    write_run(tmp_path / "r", rows(), model=MODEL)
+    text = run_price(tmp_path / "r", "--volume", "0,1e9:-50%", "--batch-discount", "50%").output
+    for words in ("Charge 46.27", "30 % utilisation", "40 % of the price is gross margin", "BELOW COST", "Build or buy",
+                  "on-demand", "2026-11-01", "declared ratio 1 : 4", "whole run", "no markup", "an opinion",
+                  "litellm", "input + output tokens"):  # fmt: skip
+        assert words in " ".join(text.split()), words
+    markdown = run_price(tmp_path / "r", "--format", "md").output
+    assert "| USD per 1M tokens |" in markdown and "\n\n\n" not in markdown
+
+
+def test_exports_say_the_same_and_read_as_they_are(tmp_path):
+    write_run(tmp_path / "r", rows(), model="=cmd|evil")
+    document = tmp_path / "p.json"
+    done = run_price(tmp_path / "r", "--format", "csv", "-o", document, "--against", "gpt-5-mini")
+    assert done.return_value == 0
+    table = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert {row["tokens"] for row in table} == {"input", "cached_input", "output", "total"}
+    assert all(row["model"] == "'=cmd|evil" for row in table), "no formula for a spreadsheet to run"
+    assert all(row["usd_per_1m"] != "0" for row in table)
+    run_price(tmp_path / "r", "-o", tmp_path / "p.parquet", "--against", "gpt-5-mini")
+    rows_ = pq.read_table(tmp_path / "p.parquet").to_pylist()
+    assert len(rows_) == len(table)
+    price_row = next(r for r in rows_ if r["what"] == "price: standard" and r["tokens"] == "total")
+    api = next(r for r in rows_ if r["what"] == "API list price: gpt-5-mini" and r["tokens"] == "cached_input")
+    assert (api["usd_per_1m"], api["evidence"]) == (0.025, "list price")
+    whole = json.loads(document.read_text())
+    assert whole["schema"] == "harness.price/1"
+    assert whole["charges"][0]["offers"][0]["prices"]["total"]["value"] == price_row["usd_per_1m"]
+    for column in ("evidence", "denominator", "window", "utilisation", "purchase", "price_date", "measured", "made"):
+        assert price_row[column] not in (None, ""), column
+    run_price(tmp_path / "r", "-o", tmp_path / "p.csv")
+    assert (tmp_path / "p.csv").read_text().startswith("tier,model")
+    assert isinstance(run_price(tmp_path / "r", "-o", tmp_path / "p.xls").exception, UsageError)
+    assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "results", "manifest", "code", "words"),
+    [
+        ("invalid", rows(30), {"status": "stopped"}, 3, "status: stopped"),
+        ("empty", [], {}, 3, "success: "),
+        ("one request", rows(1), {}, 0, "Charge"),
+        ("no tier", rows(30), {"tier": None}, 1, "no tier"),
+        ("no usage", [replace(r, input_tokens=None, output_tokens=None) for r in rows(30)], {}, 1, "usage missing"),
+        ("slo missed", rows(30), {"spec": replace(SPEC, slo={"ttft": 0.001})}, 4, "kept the SLO"),
+    ],
+)
+def test_what_has_no_price_says_why(tmp_path, name, results, manifest, code, words):
+    write_run(tmp_path / "r", results, **manifest)
+    for kind in ("text", "json", "csv", "md"):
+        done = run_price(tmp_path / "r", "--format", kind, "-o", tmp_path / "p.parquet")
+        assert done.exception is None, (name, kind)
+        assert done.return_value == code, (name, kind)
+        if kind == "text" or (kind == "json" and words != "Charge"):
+            assert words in " ".join(done.stdout.split()), (name, kind)
+        assert not re.search(r"\b(nan|NaN|inf|None|Infinity)\b", done.stdout), (name, kind)
+        if kind == "json":
+            assert all(math.isfinite(n) for n in numbers(json.loads(done.stdout)))
+
+
+def test_the_table_adds_up_to_the_bill(tmp_path):
+    """Every row names its own denominator; prices times tokens of the kinds are the bill, with cached input apart or
+    not."""
+    write_run(tmp_path / "r", rows(cached=6), model=MODEL)
+    named = {"1:4:0.25": ["uncached input", "cached input", "output"], "4": ["input", None, "output"]}
+    for ratio, denominators in named.items():
+        out = tmp_path / "p.parquet"
+        run_price(tmp_path / "r", "--ratio", ratio, "-o", out, "--against", "gpt-5-mini")
+        table = pq.read_table(out).to_pylist()
+        *kinds, total = [r for r in table if r["what"] == "cost" and r["utilisation"] == 1]
+        assert sum((r["usd_per_1m"] or 0) * (r["counted_tokens"] or 0) for r in kinds) == pytest.approx(39_980)
+        assert total["usd_per_1m"] * total["counted_tokens"] == pytest.approx(39_980)
+        assert total["denominator"].startswith("input + output tokens of successful")
+        for row, words in zip(kinds, denominators, strict=True):
+            assert words is None or row["denominator"].startswith(f"{words} tokens of successful")
+        api = [r for r in table if r["what"].startswith("API")]
+        assert api and all(r["slo_met"] is None and r["window"] is None and r["usd_per_hour"] is None for r in api)
+
+
+def test_an_invalid_run_does_not_hide_the_others(tmp_path):
+    write_run(tmp_path / "sweep" / "a", rows(), model=MODEL)
+    write_run(tmp_path / "sweep" / "b", rows(), model=MODEL, status="stopped")
+    done = run_price(tmp_path / "sweep", "--format", "json")
+    document = json.loads(done.stdout)
+    assert done.return_value == 3
+    assert len(document["charges"]) == 1 and document["charges"][0]["reason"] is None
+    assert "status" in document["refused"][0][1][0]
+
+
+def test_runs_are_found(tmp_path):
+    for name in ("one", "two"):
+        write_run(tmp_path / "sweep" / name, rows(5))
+    assert [p.name for p in find_runs(str(tmp_path / "sweep"))] == ["one", "two"]
+    assert [p.name for p in find_runs(str(tmp_path / "sweep" / "t*"))] == ["two"]
+    assert [p.name for p in find_runs(str(tmp_path / "sw*"))] == ["one", "two"]
+    assert [p.name for p in find_runs(str(tmp_path / "sweep" / "one"))] == ["one"]
+    for nothing in (tmp_path / "none", tmp_path / "none*", tmp_path / "sweep" / "one" / "run.json"):
+        with pytest.raises(ResultsError):
+            find_runs(str(nothing))
+    twice = run_price(tmp_path / "sweep", tmp_path / "sweep" / "one")
+    assert isinstance(twice.exception, UsageError)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--margin", "40"), ("--margin", "markup"), ("--margin", "100%"), ("--utilisation", "0%"), ("--ratio", "0:0"),
+        ("--ratio", "1:2:3:4"), ("--ratio", "x"), ("--ratio", "-1"), ("--against", "gpt-nope"), ("--volume", "lots"),
+    ],
+)  # fmt: skip
+def test_wrong_options_end_with_2(tmp_path, args):
+    import click
+
+    write_run(tmp_path / "r", rows(30))
+    done = CliRunner().invoke(price, [str(tmp_path / "r"), *args], standalone_mode=False)
+    assert isinstance(done.exception, UsageError | click.UsageError), done.output
+    assert done.exception.exit_code == 2

@@ -1,0 +1,417 @@
+"""A against B: intervals that cover the truth, refusals that name the reason, one clear rule for failing a job."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from run_files import MS, SPEC, TIER, bad, good, write_run
+
+from analysis.compare import Figure, judge, parse_gate
+from analysis.compare import compare as hold_against
+from analysis.intervals import Quantity
+from analysis.load import read_run
+from analysis.paired import FIGURES, RATE_BLOCKS, _figure, _percentiles, _share, block_counts, observe
+from analysis.repeats import over_pairs
+from analysis.summary import summarise
+from harness.cli.decide import compare
+from harness.errors import HarnessError, UsageError
+from harness.run import Host, RunDir, read_manifest, write_manifest
+
+SLO = {"ttft": 1.0}
+
+
+def results(n=400, scale=1.0, seed=0, noise=0.05, who="a", fails=0):
+    """Requests whose own difficulty (``seed``) both sides share; ``scale`` is how slow this side is."""
+    hard, own = random.Random(seed), random.Random(f"{who}{seed}")
+    made = []
+    for i in range(n):
+        ttft = 50 * scale * hard.lognormvariate(0, 0.5) * own.lognormvariate(0, noise)
+        row = good(i, ttft_ms=ttft, itl_ms=10 * scale * hard.lognormvariate(0, 0.1), inputs=200, tokens=20)
+        made.append(bad(i, scheduled_ns=row.scheduled_ns) if fails and i % fails == 0 else row)
+    return made
+
+
+def side(path, rows=None, usd=3.6, tier="tier-a", seed=0, **manifest):
+    spec = manifest.pop("spec", replace(SPEC, slo=SLO))
+    facts = {"tier": replace(TIER, name=tier, usd_per_hour=usd), "spec": spec} | manifest
+    path = write_run(path, results() if rows is None else rows, **facts)
+    if seed:
+        change(path, plan={"seed": seed})
+    return path
+
+
+def change(path, plan=None, **manifest):
+    """Edit the manifest in place, as another run would have it."""
+    facts = read_manifest(path)
+    if plan:
+        facts.plan = replace(facts.plan, **plan)
+    for key, value in manifest.items():
+        setattr(facts, key, value)
+    write_manifest(RunDir(path), facts)
+    return path
+
+
+def seen(path):
+    run = read_run(path)
+    return observe(run, summarise(run))
+
+
+def against(a, b, *gates):
+    a, b = ([seen(p) for p in (s if isinstance(s, list) else [s])] for s in (a, b))
+    return hold_against(a, b, [parse_gate(g) for g in gates])
+
+
+def figures(comparison, load=0):
+    return {f.name: f for f in comparison.loads[load].figures}
+
+
+def run_compare(*args):
+    done = CliRunner().invoke(compare, [str(a) for a in args], standalone_mode=False)
+    if done.exception and not isinstance(done.exception, HarnessError):
+        raise done.exception
+    return done
+
+
+# ------------------------------------------------------------------------------------------------------ known truths
+
+
+def test_what_is_known_is_found(tmp_path):
+    """B takes 1.6 times as long and its hour costs 2.2 instead of 3.6 USD."""
+    a = side(tmp_path / "a")
+    b = side(tmp_path / "b", results(scale=1.6, who="b"), usd=2.2, tier="tier-b")
+    made = against(a, b)
+    f = figures(made)
+    assert made.comparable and set(f) == set(FIGURES)
+    assert f["cost"].verdict == "better"
+    assert f["cost"].change.low < 2.2 / 3.6 - 1 < f["cost"].change.high
+    for name in ("ttft_p50", "ttft_p95", "ttft_p99", "tpot_p50", "tpot_p99", "e2e_p50"):
+        assert f[name].verdict == "worse"
+        assert f[name].change.low < 0.61 and f[name].change.high > 0.59, name
+    assert f["throughput"].verdict == "no difference shown", "the load is given"
+    said = " ".join(made.loads[0].verdict)
+    assert re.search(r"B costs 3\d % \+- [\d.]+ % less at the same load and SLO, which both kept", said)
+    assert "TTFT p99 of B is" in said and "worse" in said
+    assert [d.name for d in made.differs] == ["tier", "price"]
+    assert made.compared == len(FIGURES)
+    assert made.expected_by_chance == pytest.approx(0.05 * len(FIGURES))
+    assert made.shown == sum(v.verdict in ("better", "worse") for v in f.values())
+
+
+def test_figures_are_those_of_the_report(tmp_path):
+    a, b = side(tmp_path / "a"), side(tmp_path / "b", results(scale=1.1, who="b"))
+    f, s = figures(against(a, b)), seen(a).summary
+    assert f["cost"].a == pytest.approx(s.cost.usd_per_1m_total.value)
+    assert f["throughput"].a == pytest.approx(s.rates.total_token_throughput.value)
+    assert f["goodput"].a == pytest.approx(s.rates.goodput.value)
+    assert f["attainment"].a == pytest.approx(s.slo.attainment.value)
+    assert f["ttft_p99"].a == pytest.approx(s.metrics.ttft.p99.value)
+    assert f["tpot_p50"].a == pytest.approx(s.metrics.tpot.p50.value)
+
+
+def test_pairing_sees_what_two_separate_intervals_cannot(tmp_path):
+    """5 % slower under requests that vary tenfold: hidden between two intervals, plain request by request."""
+    a, b = side(tmp_path / "a"), side(tmp_path / "b", results(scale=1.05, noise=0.01, who="b"))
+    f = figures(against(a, b))["ttft_p50"]
+    one, two = (seen(p).summary.metrics.ttft.p50 for p in (a, b))
+    assert one.high > two.low, "the separate intervals overlap"
+    assert f.verdict == "worse"
+
+
+def test_the_interval_covers_the_truth():
+    """Share of 100 experiments whose 95 % interval holds the true difference; a coin that lands wrong has room."""
+    rng = np.random.default_rng(7)
+
+    def draw(n):
+        common = rng.lognormal(0, 0.5, n)
+        return common * rng.lognormal(0, 0.3, n), 1.3 * common * rng.lognormal(0, 0.3, n)
+
+    many_a, many_b = draw(1_000_000)
+    truth = {p: float(np.quantile(many_b, p / 100) - np.quantile(many_a, p / 100)) for p in (50, 95, 99)}
+    hits = dict.fromkeys([*truth, "share"], 0)
+    for _ in range(100):
+        for name, f in _percentiles("x", *draw(400)).items():
+            p = int(name.removeprefix("x_p"))
+            hits[p] += f.difference[0] <= truth[p] <= f.difference[1]
+        low, high = _share(rng.random(400) < 0.10, rng.random(400) < 0.15).difference
+        hits["share"] += low <= 0.05 <= high
+    assert min(hits.values()) >= 0.90 * 100, hits
+
+
+def test_the_interval_of_a_rate_covers_the_truth_when_stretches_of_time_are_alike():
+    """Tokens per bin that remember each other for ten bins, as a queue has it: blocks of a tenth held 85 %."""
+    rng, hits, counts = np.random.default_rng(1), 0, block_counts(200, RATE_BLOCKS)
+    for _ in range(300):
+        noise, level = rng.standard_normal((2, 400)), np.zeros((2, 400))
+        for i in range(1, 400):
+            level[:, i] = 0.9 * level[:, i - 1] + noise[:, i]
+        a, b = np.array([[100.0], [110.0]]) + 20 * math.sqrt(1 - 0.9**2) * level[:, 200:]
+        drawn = (counts @ side / counts.sum(axis=1) for side in (a, b))
+        low, high = _figure(float(a.mean()), float(b.mean()), *drawn, 400, RATE_BLOCKS).difference
+        hits += low <= 10 <= high
+    assert 0.89 <= hits / 300 <= 0.98, hits
+
+
+def test_nothing_different_shows_nothing_much(tmp_path):
+    a, b = side(tmp_path / "a"), side(tmp_path / "b", results(who="b"))
+    made = against(a, b)
+    assert made.shown <= 3, [f for f in made.loads[0].figures if f.verdict in ("better", "worse")]
+    assert made.differs == ()
+
+
+def test_no_failure_at_all_is_no_certainty(tmp_path):
+    f = figures(against(side(tmp_path / "a"), side(tmp_path / "b", results(who="b"))))["error_rate"]
+    assert (f.a, f.b, f.verdict) == (0, 0, "no difference shown")
+    assert f.difference.high == pytest.approx(1 - 0.025 ** (1 / 400))
+    assert f.change.value is None and f.change.note == "A is 0"
+
+
+def test_failures_are_shown_and_their_requests_left_out_of_latency(tmp_path):
+    planned = {i: {"input_tokens": 200, "output_tokens": 20} for i in range(0, 400, 8)}
+    path = write_run(tmp_path / "b", results(who="b", fails=8), plan=planned, spec=replace(SPEC, slo=SLO))
+    f = figures(against(side(tmp_path / "a"), path))
+    assert f["error_rate"].verdict == "worse" and f["error_rate"].b == pytest.approx(0.125)
+    assert f["attainment"].verdict == "worse"
+    assert f["ttft_p50"].difference.n == 350
+
+
+@given(st.integers(5, 400))
+@settings(max_examples=30, deadline=None)
+def test_every_resample_holds_whole_blocks_of_the_series(units):
+    counts = block_counts(units)
+    length = max(1, round(units / 10))
+    assert (counts.sum(axis=1) == math.ceil(units / length) * length).all()
+    assert counts.sum(axis=0).min() > 0
+
+
+def test_percentiles_of_large_samples_are_close_to_exact():
+    values = np.random.default_rng(0).lognormal(0, 1, 50_000)
+    for name, f in _percentiles("x", values, values * 2).items():
+        p = int(name.removeprefix("x_p"))
+        assert f.a == pytest.approx(np.quantile(values, p / 100, method="inverted_cdf"))
+        assert f.change[0] == pytest.approx(1, abs=1e-9) and f.change[1] == pytest.approx(1, abs=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------------------- repeats
+
+
+def test_repeats_pair_by_seed(tmp_path):
+    a = [side(tmp_path / f"a{k}", results(seed=k), seed=k) for k in range(4)]
+    b = [side(tmp_path / f"b{k}", results(scale=1.2, seed=k, who="b"), seed=k) for k in (2, 0, 3, 1)]
+    made = against(a, b)
+    (load,) = made.loads
+    assert load.pairs == 4 and load.requests == 1600
+    f = figures(made)["ttft_p50"]
+    assert f.verdict == "worse" and f.change.low < 0.2 < f.change.high
+    assert not any("know how requests vary" in note for note in made.notes)
+    assert any("know how requests vary" in note for note in against(a[:1], [b[1]]).notes)
+
+
+def test_intervals_over_pairs():
+    assert over_pairs([1.0], [(0.5, 1.5)]) == (1.0, 0.5, 1.5)
+    assert over_pairs([1.0, 2.0], [(0.5, 1.5), (1.8, 2.2)]) == (1.5, 0.5, 2.2)
+    assert over_pairs([1.0, 2.0], [(0.5, 1.5), (None, None)]) == (1.5, None, None)
+    mean, low, high = over_pairs([1.0, 2.0, 3.0], [(None, None)] * 3)
+    assert (mean, low, high) == (2.0, pytest.approx(2 - 4.303 / 3**0.5, abs=0.01), pytest.approx(4.484, abs=0.01))
+
+
+def test_seeds_that_do_not_pair(tmp_path):
+    a = [side(tmp_path / "a0"), side(tmp_path / "a1", seed=1)]
+    made = against(a, [side(tmp_path / "b0")])
+    assert not made.comparable and "seed: A 0, 1, B 0" in made.reasons[0]
+    other = against(side(tmp_path / "c"), side(tmp_path / "d", seed=5))
+    assert "seed: A 0, B 5" in other.reasons[0]
+
+
+def test_loads_are_compared_one_by_one(tmp_path):
+    """A sweep against a sweep: pairs within each load; a load that only one side has is named."""
+    spec = {k: replace(SPEC, slo=SLO, mode="open", concurrency=k) for k in (1, 2, 3)}
+    a = [side(tmp_path / f"a{k}", results(60), spec=spec[k]) for k in (1, 2, 3)]
+    b = [side(tmp_path / f"b{k}", results(60, who="b"), spec=spec[k]) for k in (1, 2)]
+    made = against(a, b)
+    assert len(made.loads) == 2 and any("only A has" in note for note in made.notes)
+    assert made.compared == sum(f.verdict != "not known" for load in made.loads for f in load.figures)
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda p: change(p, plan={"trace_sha256": "1" * 64}), "trace"),
+        (lambda p: change(p, plan={"seed": 1}), "seed"),
+        (lambda p: change(p, plan={"speed": 2.0, "planned_rate": 20.0}), "load: A open loop, 10 req/s"),
+        (lambda p: change(p, plan={"arrivals": "poisson"}), "load"),
+        (lambda p: change(p, plan={"sessions": "wait"}), "sessions"),
+        (lambda p: change(p, evidence="simulated"), "evidence: A measured, B simulated"),
+        (lambda p: change(p, spec=replace(SPEC, slo={"ttft": 2.0})), "SLO: A ttft <= 1 s"),
+        (lambda p: change(p, spec=replace(SPEC, slo=SLO, retries=2)), "retries: A 0, B 2"),
+        (lambda p: change(p, spec=replace(SPEC, slo=SLO, extra_body={"top_k": 1})), "request body"),
+        (lambda p: change(p, spec=replace(SPEC, slo=SLO, timeout_s=5.0)), "time limits"),
+        (lambda p: change(p, status="stopped"), "is INVALID: status"),
+    ],
+)
+def test_what_is_not_comparable_is_refused_with_the_reason(tmp_path, edit, words):
+    a, b = side(tmp_path / "a"), side(tmp_path / "b", results(who="b"))
+    edit(b)
+    made = against(a, b)
+    assert not made.comparable and made.loads == () and made.compared == 0
+    assert any(words in reason for reason in made.reasons), made.reasons
+    done = run_compare(a, b)
+    assert done.return_value == 1 and "Not comparable" in done.stdout
+    document = json.loads(run_compare(a, b, "--format", "json").stdout)
+    assert document["comparable"] is False and document["reasons"]
+
+
+def test_one_slo_for_both_makes_them_comparable(tmp_path):
+    a = side(tmp_path / "a")
+    b = side(tmp_path / "b", results(who="b"), spec=replace(SPEC, slo={"ttft": 2.0}))
+    assert run_compare(a, b).return_value == 1
+    assert run_compare(a, b, "--slo", "ttft=1s").return_value == 0
+
+
+@pytest.mark.parametrize(
+    ("edit", "name"),
+    [
+        (lambda p: change(p, model="other"), "model"),
+        (lambda p: change(p, engine_args=["--max-num-seqs", "8"]), "engine arguments"),
+        (lambda p: change(p, engine_version="0.33"), "engine"),
+        (lambda p: change(p, tier=replace(TIER, purchase="spot", usd_per_hour=1.0)), "price"),
+        (lambda p: change(p, host=Host(cpu="else", cores=64, memory_gib=1.0, os="x")), "load generator's machine"),
+        (lambda p: change(p, spec=replace(SPEC, slo=SLO, balance="session")), "balance"),
+    ],
+)
+def test_the_subject_of_a_comparison_is_named(tmp_path, edit, name):
+    a, b = side(tmp_path / "a"), side(tmp_path / "b", results(who="b"))
+    edit(b)
+    made = against(a, b)
+    assert made.comparable, made.reasons
+    assert name in [d.name for d in made.differs]
+    assert name in " ".join(run_compare(a, b).stdout.split()) or len(name.split()) > 1
+
+
+def test_one_side_is_one_system(tmp_path):
+    a = [side(tmp_path / "a0"), side(tmp_path / "a1", tier="tier-z", seed=1)]
+    b = [side(tmp_path / "b0"), side(tmp_path / "b1", seed=1)]
+    assert "A holds runs of different systems (tier" in against(a, b).reasons[0]
+
+
+def test_other_requests_under_one_seed_are_refused(tmp_path):
+    a, b = side(tmp_path / "a"), side(tmp_path / "b", [good(i, tokens=30, inputs=200) for i in range(400)])
+    assert any("other requests or output tokens" in reason for reason in against(a, b).reasons)
+
+
+# ----------------------------------------------------------------------------------------------------------- --fail-if
+
+
+@pytest.mark.parametrize(
+    ("text", "bound", "above", "relative"),
+    [
+        ("cost > +5%", 0.05, True, True), ("cost>5%", 0.05, True, True), ("throughput < -3%", -0.03, False, True),
+        ("ttft_p99 > +20ms", 0.02, True, False), ("e2e_p50 > 1.5s", 1.5, True, False),
+        ("error_rate > +1%", 0.01, True, False), ("attainment < -0.5pp", -0.005, False, False),
+    ],
+)  # fmt: skip
+def test_gates_are_read(text, bound, above, relative):
+    gate = parse_gate(text)
+    assert (gate.bound, gate.above, gate.relative) == (pytest.approx(bound), above, relative)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "cost", "cost > 5", "cots > 5%", "cost >= 5%", "cost > 5ms", "cost > five%", "tpot_p99 > 5pp"],
+)
+def test_gates_that_nobody_can_read(text):
+    with pytest.raises(UsageError):
+        parse_gate(text)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "outcome"),
+    [(0.06, 0.08, "fails"), (0.04, 0.06, "undecided"), (0.01, 0.04, "holds"), (-0.4, -0.2, "holds"),
+     (None, None, "not judged")],
+)  # fmt: skip
+def test_only_a_whole_interval_beyond_the_bound_fails(low, high, outcome):
+    q = Quantity(value=None if low is None else (low + high) / 2, low=low, high=high, n=9, unit="", evidence="measured")
+    f = Figure(name="cost", unit="", a=1.0, b=1.0, difference=q, change=q, verdict="")
+    assert judge(parse_gate("cost > +5%"), f).outcome == outcome
+    mirrored = replace(q, low=None if high is None else -high, high=None if low is None else -low)
+    f = replace(f, name="throughput", change=mirrored)
+    assert judge(parse_gate("throughput < -5%"), f).outcome == outcome
+
+
+def test_exit_codes_for_a_ci_job(tmp_path):
+    a, b = side(tmp_path / "a"), side(tmp_path / "b", results(scale=1.6, who="b"))
+    worse, fine = ("--fail-if", "ttft_p99 > +10ms"), ("--fail-if", "ttft_p99 > +1s")
+    assert run_compare(a, b, *worse).return_value == 4
+    assert run_compare(a, b, *fine).return_value == 0
+    assert run_compare(a, b, *fine, *worse).return_value == 4
+    assert "FAILS" in run_compare(a, b, *worse).stdout
+    no_price = side(tmp_path / "c", results(who="b"))
+    change(no_price, tier=None)
+    done = run_compare(a, no_price, "--fail-if", "cost > +5%")
+    assert done.return_value == 1, "what cannot be judged never passes in silence"
+    assert "CANNOT BE JUDGED" in done.stdout
+    assert isinstance(run_compare(a, b, "--fail-if", "cots > 5%").exception, UsageError)
+    assert isinstance(run_compare(a, a).exception, UsageError)
+
+
+# --------------------------------------------------------------------------------------------------------- honest nulls
+
+
+@pytest.mark.parametrize(
+    ("rows", "manifest"),
+    [
+        (results(3), {}),
+        (results(25), {"tier": None}),
+        ([replace(r, input_tokens=None, output_tokens=None) for r in results(40)], {}),
+        (results(40), {"spec": SPEC}),
+        ([replace(r, chunk_ns=[], chunk_tokens=[]) for r in results(40)], {}),
+    ],
+    ids=["three requests", "no tier", "no usage", "no slo", "no chunks"],
+)
+def test_what_is_not_known_is_null_with_a_reason(tmp_path, rows, manifest):
+    paths = [tmp_path / name for name in "ab"]
+    for path in paths:
+        write_run(path, rows, **({"spec": replace(SPEC, slo=SLO)} | manifest))
+    for kind in ("text", "md", "json"):
+        done = run_compare(*paths, "--format", kind)
+        assert done.exception is None and done.return_value == 0, (kind, done.output)
+        assert not re.search(r"\b(nan|NaN|inf|None|Infinity)\b", done.stdout), done.stdout
+    document = json.loads(done.stdout)
+    unknown = [f for f in document["loads"][0]["figures"] if f["verdict"] == "not known"]
+    assert unknown and all(f["difference"]["note"] for f in unknown)
+
+
+def test_all_failed(tmp_path):
+    a, b = side(tmp_path / "a"), side(tmp_path / "b", [bad(i) for i in range(400)])
+    made = against(a, b)
+    assert not made.comparable and "INVALID" in made.reasons[0]
+
+
+def test_closed_loops(tmp_path):
+    """A faster server ends sooner: throughput is the hardware's here, and cost follows."""
+    spec = replace(SPEC, mode="closed", concurrency=1, slo=SLO)
+    a = [good(i, i * 80 * MS, tokens=4) for i in range(200)]
+    b = [good(i, i * 40 * MS, ttft_ms=25, itl_ms=5, tokens=4) for i in range(200)]
+    f = figures(against(side(tmp_path / "a", a, spec=spec), side(tmp_path / "b", b, spec=spec)))
+    assert f["throughput"].change.low == pytest.approx(1.0, abs=0.02)
+    assert f["cost"].change.value == pytest.approx(-0.5, abs=0.02)
+
+
+def test_the_document_is_json(tmp_path):
+    a, b = side(tmp_path / "a"), side(tmp_path / "b", results(scale=1.2, who="b"), tier="tier-b")
+    document = json.loads(run_compare(a, b, "--format", "json").stdout)
+    assert document["schema"] == "harness.compare/1"
+    assert document == json.loads(msgspec.json.encode(against(a, b)))
+    assert {f["name"] for f in document["loads"][0]["figures"]} == set(FIGURES)
