@@ -13,22 +13,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis.intervals import Floats, Quantity, Z
+from analysis.intervals import ALPHA, Floats, Quantity, Z, student_t
+from harness.slo import Criterion
 
 FOLLOWS = 0.95
 """A server that finishes less than this share of the offered rate is saturated."""
 GAIN = 0.05
 """A closed loop is saturated when twice the requests in flight give less than this much more throughput."""
+DRAWS = 1000
+"""Resamples behind an interval; always the same, so that one sweep gives one answer."""
+RISE = 0.10
+"""A latency that grows by less than this from the lowest to the highest load has no knee to speak of."""
 BEND = 0.10
 """A curve bends when it runs this far below its chord, as a share of its height; a straight one has no knee."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Criterion:
-    """One part of a promise: the share ``wanted`` of all offered requests keeps what ``name`` says."""
-
-    name: str
-    wanted: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,9 +48,10 @@ class Capacity:
     state: str
     """"found"; "not reached": the lowest load misses already; "beyond": the highest load keeps it; "unknown"."""
     load: Quantity
-    """Interpolated between the two measured loads around it. Interval: from the highest load that kept every criterion
-    beyond doubt to the lowest that missed one beyond doubt, at 95 %; an end that no load proves is None. With state
-    "beyond" the value is None and ``low`` is a floor of what is possible."""
+    """Interpolated between the two measured loads around it. Interval, 95 %: each share is drawn anew within its own
+    uncertainty, and between the two loads around a drawn crossing every place is equally likely, since nothing was
+    measured there (a straight line would claim to know). An end beyond the measured loads is None; with state "beyond"
+    the value is None and ``low`` a floor of what is possible, with "not reached" ``high`` its ceiling."""
     limit: Criterion | None
     """What is missed first; None when nothing was."""
     rates: Mapping[str, Quantity]
@@ -102,9 +100,10 @@ def capacity(points: Sequence[Point], criteria: Sequence[Criterion], unit: str =
     if not known:
         return Capacity(state="unknown", load=replace(blank, note="no VALID run"), limit=None, rates={})
     points, loads = [points[k] for k in known], loads[known]
-    crossings = [_crossing(loads, points, k, criterion.wanted) for k, criterion in enumerate(criteria)]
+    crossings = [_crossing(loads, _kept(points, k), _weights(points, k), c.wanted) for k, c in enumerate(criteria)]
     first = int(np.argmin(crossings))
-    low, high = _proven(points, criteria)
+    draws = _draws(loads, points, criteria)
+    low, high = _ends(draws, loads)
     if crossings[first] == -math.inf:
         note = f"not reached: at {loads[0]:g} {unit}, the lowest load that was measured, it is missed"
         load = replace(blank, high=high, note=note)
@@ -113,10 +112,24 @@ def capacity(points: Sequence[Point], criteria: Sequence[Criterion], unit: str =
         note = f"beyond the highest load: at {loads[-1]:g} {unit} it is kept"
         return Capacity(state="beyond", load=replace(blank, low=low, note=note), limit=None, rates={})
     value = float(crossings[first])
-    # a share judged alone may prove more than the isotonic fit believes; the value always lies within its interval
     low, high = None if low is None else min(low, value), None if high is None else max(high, value)
     load = replace(blank, value=value, low=low, high=high, note=_unproven(low, high))
-    return Capacity(state="found", load=load, limit=criteria[first], rates=_rates_at(points, loads, load))
+    return Capacity(state="found", load=load, limit=criteria[first], rates=_rates_at(points, loads, load, draws))
+
+
+def bracket(points: Sequence[Point], criteria: Sequence[Criterion]) -> tuple[float | None, float | None]:
+    """The neighbouring measured loads of which the lower keeps every criterion and the higher does not.
+
+    Judged like `capacity`. None: no measured load is on that side.
+    """
+    points = [point for point in points if all(q.value is not None for q in point.kept)]
+    if not points:
+        return None, None
+    keeps = np.ones(len(points), dtype=np.bool_)
+    for k, criterion in enumerate(criteria):
+        keeps &= falling(_kept(points, k), _weights(points, k)) >= criterion.wanted
+    kept = int(keeps.sum())
+    return points[kept - 1].load if kept else None, points[kept].load if kept < len(points) else None
 
 
 def rates_at(points: Sequence[Point], load: float) -> dict[str, Quantity]:
@@ -125,7 +138,7 @@ def rates_at(points: Sequence[Point], load: float) -> dict[str, Quantity]:
     if not len(loads) or not loads[0] <= load <= loads[-1]:
         return {}
     exact = Quantity(value=load, low=load, high=load, n=0, unit="", evidence="measured")
-    return _rates_at(points, loads, exact)
+    return _rates_at(points, loads, exact, np.full(DRAWS, load))
 
 
 def saturation(points: Sequence[Point], *, closed: bool) -> float | None:
@@ -161,11 +174,12 @@ def little(point: Point, e2e_s: float | None) -> float | None:
 def knee(loads: Sequence[float], values: Sequence[float]) -> float | None:
     """The load where a curve that grows with load turns up: the point farthest below its chord.
 
-    None below three points, and for a curve that bends by less than `BEND` of its height.
+    None below three points, for a curve that bends by less than `BEND` of its height, and for one that hardly rises
+    (by less than `RISE` of its lowest value).
     Source: Kneedle, Satopaa et al., ICDCS Workshops 2011.
     """
     x, y = np.asarray(loads, dtype=np.float64), np.asarray(values, dtype=np.float64)
-    if len(x) < 3 or not np.all(np.isfinite(y)) or y.max() <= y.min():
+    if len(x) < 3 or not np.all(np.isfinite(y)) or y.max() <= y.min() * (1 + RISE):
         return None
     below = (x - x[0]) / (x[-1] - x[0]) - (y - y.min()) / (y.max() - y.min())
     return float(x[np.argmax(below)]) if below.max() >= BEND else None
@@ -187,54 +201,90 @@ def falling(values: Floats, weights: Floats) -> Floats:
     return np.concatenate([np.full(length, mean) for mean, _, length in blocks])
 
 
-def _crossing(loads: Floats, points: Sequence[Point], k: int, wanted: float) -> float:
-    """Load at which the share that keeps criterion ``k`` falls to ``wanted``; -inf: below all loads, inf: above."""
-    shares = np.array([point.kept[k].value for point in points], dtype=np.float64)
-    shares = falling(shares, np.array([max(1, point.kept[k].n) for point in points], dtype=np.float64))
+def _kept(points: Sequence[Point], k: int) -> Floats:
+    return np.array([point.kept[k].value for point in points], dtype=np.float64)
+
+
+def _weights(points: Sequence[Point], k: int) -> Floats:
+    return np.array([max(1, point.kept[k].n) for point in points], dtype=np.float64)
+
+
+def _crossing(loads: Floats, shares: Floats, weights: Floats, wanted: float, place: float | None = None) -> float:
+    """Load at which shares made to fall come down to ``wanted``; -inf: below all loads, inf: above.
+
+    ``place``: how far between the two loads around it; None: where a straight line crosses.
+    """
+    shares = falling(shares, weights)
     keeps = shares >= wanted
     if not keeps[0]:
         return -math.inf
     if keeps[-1]:
         return math.inf
     i = int(np.flatnonzero(keeps)[-1])
-    step = (shares[i] - wanted) / (shares[i] - shares[i + 1])
+    step = (shares[i] - wanted) / (shares[i] - shares[i + 1]) if place is None else place
     return float(loads[i] + step * (loads[i + 1] - loads[i]))
 
 
-def _proven(points: Sequence[Point], criteria: Sequence[Criterion]) -> tuple[float | None, float | None]:
-    """The highest load at which all criteria are kept beyond doubt, the lowest at which one is missed beyond doubt."""
-    low = high = None
-    for point in points:
-        if any(q.high is not None and q.high < c.wanted for q, c in zip(point.kept, criteria, strict=True)):
-            high = point.load
-            break
-        if all(q.low is not None and q.low >= c.wanted for q, c in zip(point.kept, criteria, strict=True)):
-            low = point.load
-    return low, high
+def _draws(loads: Floats, points: Sequence[Point], criteria: Sequence[Criterion]) -> Floats:
+    """What capacity could have been: `DRAWS` loads, -inf below and inf above all that was measured."""
+    rng = np.random.default_rng(0)
+    lowest = np.full(DRAWS, np.inf)
+    for k, criterion in enumerate(criteria):
+        weights = _weights(points, k)
+        shares = np.stack([_shares(point.kept[k], rng) for point in points])
+        places = rng.random(DRAWS)
+        found = [_crossing(loads, shares[:, d], weights, criterion.wanted, places[d]) for d in range(DRAWS)]
+        lowest = np.minimum(lowest, found)
+    return lowest
+
+
+def _shares(q: Quantity, rng: np.random.Generator) -> Floats:
+    """Draws of a share within its own uncertainty: beta at the sample size that its interval stands for."""
+    assert q.value is not None
+    size = float(max(1, q.n))
+    if q.low is not None and q.high is not None:
+        width = q.high - q.low
+        if width <= 1e-9:
+            return np.full(DRAWS, q.value)
+        sizes = np.geomspace(1e-3, 1e9, 600)
+        spread = Z / (1 + Z**2 / sizes) * np.sqrt(q.value * (1 - q.value) / sizes + Z**2 / (4 * sizes**2))
+        size = float(np.interp(-width, -2 * spread, sizes))  # Wilson's width falls with the size
+    return rng.beta(q.value * size + 0.5, (1 - q.value) * size + 0.5, DRAWS)
+
+
+def _ends(draws: Floats, loads: Floats) -> tuple[float | None, float | None]:
+    """The 95 % interval of draws; an end beyond the measured loads is None, unless the other one is too."""
+    low, high = (float(x) for x in np.quantile(draws, (ALPHA / 2, 1 - ALPHA / 2), method="nearest"))
+    if high == -math.inf:
+        return None, float(loads[0])
+    if low == math.inf:
+        return float(loads[-1]), None
+    return None if low == -math.inf else low, None if high == math.inf else high
 
 
 def _unproven(low: float | None, high: float | None) -> str | None:
-    ends = [name for name, end in (("kept", low), ("missed", high)) if end is None]
-    return f"no load is beyond doubt {' or '.join(ends)}: more requests a load narrow it" if ends else None
+    ends = [name for name, end in (("below", low), ("above", high)) if end is None]
+    return f"may lie {' or '.join(ends)} the measured loads: more requests or loads there narrow it" if ends else None
 
 
-def _rates_at(points: Sequence[Point], loads: Floats, at: Quantity) -> dict[str, Quantity]:
+def _rates_at(points: Sequence[Point], loads: Floats, at: Quantity, draws: Floats) -> dict[str, Quantity]:
+    rng = np.random.default_rng(1)
     found = {}
     for name, first in points[0].rates.items():
-        series = [point.rates.get(name) for point in points]
-        if any(q is None or q.value is None for q in series):
+        series = [q for point in points if (q := point.rates.get(name)) is not None and q.value is not None]
+        if len(series) < len(points) or at.value is None:
             continue
-
-        def read(end: str, load: float | None, series: Sequence[Quantity | None] = series) -> float | None:
-            numbers = [getattr(q, end) for q in series]
-            if load is None or any(number is None for number in numbers):
-                return None
-            return float(np.interp(load, loads, numbers))
-
-        ends = sorted(e for e in (read("low", at.low), read("high", at.high)) if e is not None)
-        low, high = ends if len(ends) == 2 else (None, None)
-        value = read("value", at.value)
-        found[name] = replace(first, value=value, low=low, high=high, n=sum(q.n for q in series if q is not None))
+        values = np.array([q.value for q in series], dtype=np.float64)
+        value = float(np.interp(at.value, loads, values))
+        low = high = None
+        if at.low is not None and at.high is not None and all(q.low is not None and q.high is not None for q in series):
+            spread = np.array([((q.high or 0.0) - (q.low or 0.0)) / (2 * Z) for q in series])
+            noise = rng.standard_normal((DRAWS, len(series))) * spread
+            inside = np.clip(draws, loads[0], loads[-1])
+            drawn = [float(np.interp(x, loads, values + n)) for x, n in zip(inside, noise, strict=True)]
+            ends = np.quantile(drawn, (ALPHA / 2, 1 - ALPHA / 2))
+            low, high = max(0.0, min(value, float(ends[0]))), max(value, float(ends[1]))
+        found[name] = replace(first, value=value, low=low, high=high, n=sum(q.n for q in series), note=None)
     return found
 
 
@@ -251,12 +301,8 @@ def _mean(quantities: Sequence[Quantity], ceiling: float = math.inf) -> Quantity
         return replace(first, value=value, low=None, high=None, n=n)
     below = np.array([v - (q.low or 0.0) for v, q in zip(values, quantities, strict=True)])
     above = np.array([(q.high or 0.0) - v for v, q in zip(values, quantities, strict=True)])
-    apart = math.sqrt(float(weights**2 @ (values - value) ** 2) * len(values) / (len(values) - 1)) * _t(len(values) - 1)
+    apart = math.sqrt(float(weights**2 @ (values - value) ** 2) * len(values) / (len(values) - 1)) * student_t(
+        len(values) - 1
+    )
     down, up = (max(apart, math.sqrt(float(weights**2 @ side**2))) for side in (below, above))
     return replace(first, value=value, low=max(0.0, value - down), high=min(ceiling, value + up), n=n)
-
-
-def _t(degrees: int) -> float:
-    """97.5 % quantile of Student's t."""
-    exact = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-    return exact[degrees - 1] if degrees <= len(exact) else Z * (1 + 1 / (4 * degrees) * (Z**2 + 1))

@@ -10,7 +10,7 @@ from analysis import report
 from analysis.intervals import Quantity
 from analysis.plot import Chart, cost_charts, load_charts, load_of, share_chart
 from analysis.summary import DEFAULT_ATTAIN, Summary
-from analysis.view import Cell, RunView, Table, in_percent, in_seconds, interval, quantity
+from analysis.view import Cell, RunView, Table, in_seconds, interval, quantity
 
 COLORS = 8
 UNLIKE = ("trace", "SLO", "seed", "evidence", "loop")
@@ -172,7 +172,4 @@ def _differences(views: Sequence[RunView]) -> tuple[list[tuple[str, object]], Ta
 
 
 def _slo(s: Summary) -> str:
-    if s.slo is None:
-        return "none"
-    limits = (f"{name.upper()} {in_seconds(limit)}" for name, limit in s.slo.limits.items())
-    return f"{', '.join(limits)} for {in_percent(s.slo.attain)}"
+    return "none" if s.slo is None else ", ".join(part.name for part in s.slo.criteria)

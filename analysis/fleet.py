@@ -1,7 +1,8 @@
 """The fleet: how many whole instances of a tier carry a demand, and what they cost in an hour, a month and a year.
 
-Capacity is that of one replica at the promised latency (`analysis.capacity`), demand is requests/s over time. A fleet
-of N replicas is taken to carry N times one: routing may cost prefix-cache hits, which only a run of N replicas shows.
+Capacity is that of one replica at the promised latency (`analysis.capacity`), demand is requests/s, or tokens/s, over
+time. A fleet of N replicas is taken to carry N times one: routing may cost prefix-cache hits, which only a run of N
+replicas shows.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from analysis.charge import HOURS_PER_MONTH
 from analysis.intervals import Floats
 
 MINUTE_S = 60.0
-HOURS_PER_MONTH = 730.0
 HOURS_PER_YEAR = 8760.0
 MOST_SPARES = 1_000_000
 HOLD_MINUTES = 10
@@ -24,14 +25,15 @@ HOLD_MINUTES = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """Requests/s over time."""
+    """Requests/s over time, or tokens/s."""
 
     per_minute: Floats
-    """Mean requests/s of each minute from the first arrival; the last minute counts as a whole one."""
+    """Mean rate of each minute from the first arrival; the last minute counts as a whole one."""
     mean: float
     worst_minute: float
     """Highest rate of any 60 s, wherever they begin."""
     requests: int
+    """Requests, or tokens, in all."""
     span_s: float
     """First to last arrival; 60 s at least, so that a handful of requests is no huge rate."""
 
@@ -43,19 +45,26 @@ class Demand:
         )  # fmt: skip
 
 
-def demand(arrival_s: Floats) -> Demand:
-    """The demand of a trace from its arrival times in seconds, in any order. Raises ValueError without arrivals."""
-    times = np.sort(np.asarray(arrival_s, dtype=np.float64))
+def demand(arrival_s: Floats, amounts: Floats | None = None) -> Demand:
+    """The demand of a trace from its arrival times in seconds, in any order. Raises ValueError without arrivals.
+
+    ``amounts``: what each arrival asks for, such as its tokens; None: one request.
+    """
+    times = np.asarray(arrival_s, dtype=np.float64)
+    order = np.argsort(times, kind="stable")
+    times = times[order]
+    each = np.ones(len(times)) if amounts is None else np.asarray(amounts, dtype=np.float64)[order]
     if not len(times) or not np.all(np.isfinite(times)):
         raise ValueError("a demand needs arrival times: at least one, all finite")
     times = times - times[0]
     span_s = max(MINUTE_S, float(times[-1]))
-    minutes = np.bincount((times // MINUTE_S).astype(np.int64))
-    # of the requests in the 60 s that begin with each request, the most
-    worst = int((np.searchsorted(times, times + MINUTE_S, side="left") - np.arange(len(times))).max())
+    minutes = np.bincount((times // MINUTE_S).astype(np.int64), weights=each)
+    # of what comes in the 60 s that begin with each request, the most
+    running = np.concatenate(([0.0], np.cumsum(each)))
+    worst = float((running[np.searchsorted(times, times + MINUTE_S, side="left")] - running[:-1]).max())
     return Demand(
-        per_minute=minutes / MINUTE_S, mean=len(times) / span_s, worst_minute=worst / MINUTE_S,
-        requests=len(times), span_s=span_s,
+        per_minute=minutes / MINUTE_S, mean=float(each.sum()) / span_s, worst_minute=worst / MINUTE_S,
+        requests=round(float(each.sum())), span_s=span_s,
     )  # fmt: skip
 
 
@@ -67,7 +76,7 @@ class Offer:
     usd_per_hour: float
     """Of one instance."""
     capacity: float
-    """Requests/s that one replica carries at the promised latency."""
+    """Requests/s (or tokens/s, as the demand) that one replica carries at the promised latency."""
     replicas_per_instance: int = 1
     start_s: float | None = None
     """From asking for a replica until it answers; None when not measured."""
@@ -85,18 +94,12 @@ class Fleet:
     spares: int
     """Of the instances, those that stand in for failed ones."""
     usd_per_hour: float
+    usd_per_month: float
+    """730 hours."""
+    usd_per_year: float
+    """8,760 hours."""
     utilisation: float
     """Demand over what all instances, spares too, would carry."""
-
-    @property
-    def usd_per_month(self) -> float:
-        """730 hours."""
-        return self.usd_per_hour * HOURS_PER_MONTH
-
-    @property
-    def usd_per_year(self) -> float:
-        """8,760 hours."""
-        return self.usd_per_hour * HOURS_PER_YEAR
 
 
 def fleet(offer: Offer, request_rate: float, *, headroom: float = 1.0, availability: float | None = None) -> Fleet:
@@ -111,9 +114,11 @@ def fleet(offer: Offer, request_rate: float, *, headroom: float = 1.0, availabil
     needed = math.ceil(replicas / offer.replicas_per_instance)
     spares = 0 if availability is None else spare_instances(needed, offer.node_availability, availability)
     instances = needed + spares
+    usd_per_hour = instances * offer.usd_per_hour
     return Fleet(
         request_rate=request_rate, replicas=replicas, instances=instances, spares=spares,
-        usd_per_hour=instances * offer.usd_per_hour,
+        usd_per_hour=usd_per_hour,
+        usd_per_month=usd_per_hour * HOURS_PER_MONTH, usd_per_year=usd_per_hour * HOURS_PER_YEAR,
         utilisation=request_rate / (instances * offer.replicas_per_instance * offer.capacity),
     )  # fmt: skip
 
@@ -154,20 +159,26 @@ class Autoscaled:
 
 
 def autoscaled(
-    offer: Offer, wanted: Demand, *, headroom: float = 1.0, start_s: float | None = None, spares: int = 0
-) -> Autoscaled:
-    """What a reactive autoscaler would have cost over the demand's own time.
+    offer: Offer, wanted: Demand, *, headroom: float = 1.0, start_s: float | None = None, spares: int = 0,
+    ahead: bool = False,
+) -> Autoscaled:  # fmt: skip
+    """What an autoscaler would have cost over the demand's own time.
 
     Policy: at the end of each minute it asks for what the busiest of the last `HOLD_MINUTES` minutes needed (times
     ``headroom``); what is new answers ``start_s`` later (default: the offer's, else at once) and is paid from the
-    request on; what is too much is given back at once. It begins with what the first minute needs.
+    request on; what is too much is given back at once. It begins with what the first minute needs. ``ahead``: it knows
+    the day (a schedule) and asks so early that what a minute needs answers when it begins.
     """
     lead = math.ceil((offer.start_s or 0.0 if start_s is None else start_s) / MINUTE_S)
     per_instance = offer.capacity * offer.replicas_per_instance
     asked = np.maximum(1, np.ceil(wanted.per_minute * headroom / per_instance - 1e-9)).astype(np.int64)
-    target = np.array([asked[max(0, t - HOLD_MINUTES) : t].max() if t else asked[0] for t in range(len(asked))])
-    # up at t: what has been asked for without a break since t - lead, and is still wanted
-    up = np.array([target[max(0, t - lead) : t + 1].min() for t in range(len(target))])
+    if ahead:
+        target = np.array([asked[max(0, t - HOLD_MINUTES) : t + lead + 1].max() for t in range(len(asked))])
+        up = target
+    else:
+        target = np.array([asked[max(0, t - HOLD_MINUTES) : t].max() if t else asked[0] for t in range(len(asked))])
+        # up at t: what has been asked for without a break since t - lead, and is still wanted
+        up = np.array([target[max(0, t - lead) : t + 1].min() for t in range(len(target))])
     paid = target + spares
     requests = wanted.per_minute * MINUTE_S
     carried = np.minimum(requests, (up + spares) * per_instance * MINUTE_S)

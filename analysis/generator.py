@@ -14,6 +14,7 @@ import numpy as np
 from analysis import metrics
 from analysis.check import Check, check, limit, ms
 from analysis.load import Floats, Run
+from harness.slo import strictest
 
 CPU_BOUND = 0.9
 LITTLE_BOUND = 0.05
@@ -36,7 +37,8 @@ TICK_S = 0.01
 def lag_bound_s(run: Run, slo: Mapping[str, float]) -> float:
     """How late a request may be sent, s: the run's own bound, or 5 % of the TTFT limit where that is less."""
     bound = run.manifest.spec.lag_bound_s
-    return min(bound, max(LAG_FLOOR_S, LAG_OF_TTFT * slo["ttft"])) if "ttft" in slo else bound
+    limit = strictest(slo, "ttft")
+    return bound if limit is None else min(bound, max(LAG_FLOOR_S, LAG_OF_TTFT * limit))
 
 
 def lag(run: Run, bound_s: float) -> Check:

@@ -177,9 +177,9 @@ def _rates(summary: Summary) -> Section:
     if summary.slo is not None:
         limits = ", ".join(f"{name} {milliseconds(limit)} ms" for name, limit in summary.slo.limits.items())
         rows.append(_rate_row(f"goodput ({limits})", r.goodput))
-        q = summary.slo.attainment
-        name = f"SLO {'met' if summary.slo.met else 'MISSED'}: wanted {percent(summary.slo.attain)}"
-        rows.append((name, value(q, percent), interval(q, percent), "of requests"))
+        for part in summary.slo.criteria:
+            q, name = part.attainment, f"SLO {'met' if part.met else 'MISSED'}: {part.name}"
+            rows.append((name, value(q, percent), interval(q, percent), "of requests"))
     return ("Throughput", "value", "95 % interval", "unit"), rows
 
 
@@ -197,7 +197,10 @@ def closing(summary: Summary) -> list[tuple[str, list[str]]]:
             f"bill of this window {figure(cost.bill_usd)} USD; {cost.purchase}, {cost.region}, "
             f"read {cost.date}; source: {cost.source}"
         )
-        basis += [f"split by {s.method}: {s.reason}" for s in cost.splits if s.reason is not None]
+        basis += [
+            f"no split by {' or '.join(s.method for s in cost.splits if s.reason == why)}: {why}"
+            for why in dict.fromkeys(s.reason for s in cost.splits if s.reason is not None)
+        ]
         if cost.note:
             basis.insert(0, cost.note)
     missed = [c for c in summary.checks if not c.gate and c.ok is False]

@@ -125,10 +125,11 @@ def _sentence(s: Summary) -> str:
             f"At {load}, a million tokens cost {report.price(price.value)} USD{within}, input and output together."
         )
     if s.slo is not None:
-        share = s.slo.attainment.value
-        promise = " and ".join(f"{name.upper()} {in_seconds(limit)}" for name, limit in s.slo.limits.items())
-        met = "not known" if share is None else report.percent(share)
-        parts.append(f"{met} of requests kept {promise}; {report.percent(s.slo.attain)} was wanted.")
+        for part in s.slo.criteria:
+            share = part.attainment.value
+            kept = "not known" if share is None else report.percent(share)
+            promise = " and ".join(f"{name.upper()} {in_seconds(limit)}" for name, limit in part.limits.items())
+            parts.append(f"{kept} of requests kept {promise}; {report.percent(part.wanted)} was wanted.")
         if not s.slo.met:
             parts.append("The promise was not kept at this load: not a price to sell at.")
     else:
@@ -142,8 +143,8 @@ def _keys(s: Summary) -> list[tuple[str, Cell]]:
     price = cost.usd_per_1m_total
     keys = [("USD per 1M tokens", quantity(price, report.price))] if price.value is not None else []
     if s.slo is not None:
-        kept = quantity(s.slo.attainment, report.percent)
-        keys.append((f"kept the SLO, {report.percent(s.slo.attain)} wanted", kept))
+        part = min(s.slo.criteria, key=lambda part: (part.attainment.value or 0.0) - part.wanted)
+        keys.append((f"kept {part.name}", quantity(part.attainment, report.percent)))
     return [
         *keys,
         _tail("TTFT", s.metrics.ttft),

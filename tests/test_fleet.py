@@ -1,11 +1,23 @@
+import json
 import math
+from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_capacity import sweep_run
 
-from analysis.fleet import Demand, Offer, autoscaled, demand, fleet, sensitivities, spare_instances
+from analysis.at_slo import systems
+from analysis.capacity import Capacity
+from analysis.charge import HOURS_PER_MONTH
+from analysis.decision_text import render_markdown
+from analysis.fleet import HOURS_PER_YEAR, Demand, Offer, autoscaled, demand, fleet, sensitivities, spare_instances
+from analysis.fleet_plan import Wanted, grown, plan_fleets
+from analysis.fleet_text import fleet_blocks, fleet_csv
+from analysis.intervals import Quantity
+from harness.errors import UsageError
 
 L4 = Offer(name="l4", usd_per_hour=0.8, capacity=2.0)
 
@@ -143,3 +155,181 @@ def test_sensitivities_change_one_thing_at_a_time():
     assert found["demand x 2"].instances == 10
     assert found["price x 1.2"].instances == 5 and found["price x 1.2"].usd_per_month == pytest.approx(5 * 0.96 * 730)
     assert found["capacity 1"].instances == 10
+
+
+def test_a_schedule_is_never_short_and_pays_for_the_start():
+    day = by_minute(2, 2, 2, 8, 8, 8, 8, 8)
+    found = autoscaled(L4, day, start_s=120, ahead=True)
+    assert found.short_share == 0.0
+    # asked for two minutes before minute 3: one minute of 1 instance, seven of 4
+    assert found.instance_hours == pytest.approx((1 + 7 * 4) / 60)
+
+
+def test_a_year_is_twelve_months():
+    assert HOURS_PER_YEAR == 12 * HOURS_PER_MONTH
+
+
+def test_demand_counts_tokens_as_well_as_requests():
+    times, tokens = np.array([0.0, 30.0, 100.0]), np.array([600.0, 600.0, 300.0])
+    found = demand(times[::-1], tokens[::-1])
+    assert found.per_minute.tolist() == [20.0, 5.0]
+    assert found.worst_minute == 20.0 and found.requests == 1500 and found.mean == pytest.approx(15.0)
+
+
+# --------------------------------------------------------------------------------------------------------- whole plans
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fleet")
+    (system,) = systems([sweep_run(path / f"{r}", r, slow) for r, slow in ((4, 0), (8, 20))])
+    return system
+
+
+def system_of(measured, *, name="a", usd=10.0, rate=5.0, tokens=500.0, state="found", held=1, start_s=90.0):
+    """A system that carries ``rate`` req/s and ``tokens`` tokens/s on an instance of ``usd`` an hour."""
+
+    def q(value, unit):
+        return Quantity(value=value, low=value * 0.9, high=value * 1.1, n=100, unit=unit, evidence="measured")
+
+    throughput = q(tokens, "tokens/s")
+    load = q(rate, "req/s")
+    if state != "found":
+        load = replace(load, value=None, note="why not")
+    rates = {"total_token_throughput": throughput} if state == "found" else {}
+    found = Capacity(state=state, load=load, limit=None, rates=rates)
+    return replace(
+        measured, tier=name, usd_per_hour=usd, replicas=1, loads=(rate / 2, rate), capacity=found, start_s=start_s,
+        top_token_throughput=throughput, replicas_per_instance=held,
+    )  # fmt: skip
+
+
+def asked(*rates, tokens_each=100.0, **more):
+    """A demand of these requests/s by the minute, ``tokens_each`` tokens a request."""
+    requests = by_minute(*rates)
+    return Wanted(requests=requests, tokens=requests.grown(tokens_each), **more)
+
+
+def plan(found, wanted, **more):
+    return plan_fleets(found, wanted, made="2026-11-22T00:00:00Z", trace="t", **more)
+
+
+def test_a_fleet_by_hand(measured):
+    # demand 2, 12, 4 req/s: mean 6, worst 12; three times that, 20 % headroom: 43.2 req/s at the peak
+    # 5 req/s a replica: 9 replicas, two to an instance: 5 instances of 10 USD
+    system = system_of(measured, held=2)
+    made = plan([system], grown(asked(2, 12, 4, headroom=1.2), 3.0))
+    (tier,) = made.tiers
+    assert (tier.mean.replicas, tier.worst_minute.replicas, tier.peak.replicas) == (4, 8, 9)
+    assert (tier.mean.instances, tier.worst_minute.instances, tier.peak.instances) == (2, 4, 5)
+    assert tier.peak.usd_per_hour == 50.0
+    assert tier.peak.usd_per_month == 36_500.0 and tier.peak.usd_per_year == 438_000.0
+    # 36 req/s over 10 replicas of 5
+    assert tier.peak.utilisation == pytest.approx(36 / 50)
+    # 18 req/s on average x 100 tokens x 3600 s is 6.48 M tokens an hour for 50 USD
+    assert tier.usd_per_1m_served == pytest.approx(50 / 6.48)
+    # a schedule: 7.2, 43.2, 14.4 req/s over 10 an instance need 1, 5, 2; asked 2 minutes ahead and held: 5, 5, 5
+    assert tier.scheduled.usd == pytest.approx(15 / 60 * 10)
+    # reactive: 1, then what minute 0 needed, then 5; the second minute carries 10 of 36 req/s, the third is still at 10
+    assert tier.reactive.usd == pytest.approx((1 + 1 + 5) / 60 * 10)
+    assert tier.reactive.short_share == pytest.approx((26 + 2) / (6 + 36 + 12))
+    assert "5 instances, 36,500 USD a month" in made.sentence and "Nothing else was measured" in made.sentence
+    by_name = {s.changed: s.instances for s in tier.sensitivities}
+    assert by_name["demand x 2"] == 9 and by_name["demand x 0.5"] == 3
+    assert by_name["capacity at its low end"] == 5 and by_name["capacity at its high end"] == 4
+
+
+def test_spares_are_bought_for_availability(measured):
+    made = plan([system_of(measured)], asked(10, availability=0.999, node_availability=0.995))
+    (tier,) = made.tiers
+    # 2 needed: P(both of 2 up) = 0.990025, at most 1 of 3 down = 0.99992537
+    assert (tier.peak.instances, tier.peak.spares) == (3, 1)
+    assert any("99.9 %" in said for said in made.assumptions)
+
+
+def test_tokens_bind_when_the_demand_is_heavier_than_what_was_measured(measured):
+    # measured 100 tokens a request; the demand has 300
+    (tier,) = plan([system_of(measured)], asked(10, tokens_each=300.0)).tiers
+    assert (tier.binding, tier.unit, tier.capacity) == ("tokens", "tokens/s", 500.0)
+    assert tier.peak.instances == 6
+    (tier,) = plan([system_of(measured)], asked(10, tokens_each=100.0)).tiers
+    assert (tier.binding, tier.peak.instances) == ("requests", 2)
+    (tier,) = plan([system_of(measured)], replace(asked(10), tokens=None)).tiers
+    assert (tier.binding, tier.peak.instances, tier.usd_per_1m_served) == ("requests", 2, None)
+
+
+def test_the_cheapest_fleet_wins_and_the_runner_up_is_named(measured):
+    large = system_of(measured, name="dear box", usd=30.0, rate=20.0, tokens=2000.0)
+    made = plan([system_of(measured, name="small", usd=10.0), large], asked(18))
+    # 18 req/s: four small ones for 40 USD, or one large one for 30
+    assert [t.tier for t in made.tiers] == ["dear box", "small"]
+    assert "Runner-up" in made.sentence and "+33%" in made.sentence
+
+
+def test_what_does_not_reach_the_promise_is_left_out_with_its_reason(measured):
+    bad = system_of(measured, name="slow", state="not reached")
+    free = replace(system_of(measured, name="free"), usd_per_hour=None)
+    shut = replace(system_of(measured, name="shut"), loop="closed")
+    none = replace(system_of(measured, name="none"), capacity=None)
+    made = plan([bad, free, shut, none], asked(5))
+    assert made.tiers == ()
+    why = dict(made.excluded)
+    assert [key.split(" on ")[1] for key in why] == ["slow", "free", "shut", "none"]
+    assert "why not" in why["m on slow"] and "price" in why["m on free"]
+    assert "closed loop" in why["m on shut"] and "--slo" in why["m on none"]
+    assert made.sentence.startswith("No tier")
+    assert render_markdown(fleet_blocks(made)) and "slow" in fleet_csv(made)
+
+
+def test_beyond_the_highest_load_is_a_lower_bound_and_said(measured):
+    made = plan([system_of(measured, state="beyond")], asked(12))
+    (tier,) = made.tiers
+    assert tier.at_least and tier.capacity == 5.0 and tier.peak.instances == 3
+    assert "at most 3 instances" in made.sentence
+    assert any("lower bound" in note for note in tier.notes)
+
+
+def test_another_promise_is_a_line_of_its_own(measured):
+    system = system_of(measured)
+    strict = replace(system_of(measured, rate=2.5), slo="ttft_p95 <= 500 ms")
+    (tier,) = plan([system], asked(10), others=[strict, replace(strict, tier="elsewhere")]).tiers
+    assert [(s.changed, s.instances) for s in tier.sensitivities if "SLO" in s.changed] == [
+        ("SLO ttft_p95 <= 500 ms", 4)
+    ]
+
+
+def test_a_plan_prints_in_every_form(measured):
+    made = plan([system_of(measured, name="=cmd()", start_s=None)], asked(2, 12, 4))
+    text = render_markdown(fleet_blocks(made))
+    assert "Runner-up" not in text and "start-up was not measured" in text
+    assert (
+        json.loads(msgspec.json.encode(made))["tiers"][0]["peak"]["usd_per_month"] == made.tiers[0].peak.usd_per_month
+    )
+    head, line = fleet_csv(made).splitlines()
+    assert len(head.split(",")) >= 25 and line.startswith("m on =cmd()") and ",'=cmd()," in line
+
+
+@given(st.lists(st.floats(0, 500), min_size=1, max_size=60), st.floats(1, 4), st.integers(1, 8), st.floats(0.1, 50))
+def test_sums_add_up_and_more_demand_never_needs_less(rates, factor, held, capacity):
+    offer = Offer(name="x", usd_per_hour=2.0, capacity=capacity, replicas_per_instance=held, start_s=70.0)
+    day = by_minute(*rates, 0.1)
+    for ahead in (False, True):
+        small, large = autoscaled(offer, day, ahead=ahead), autoscaled(offer, day.grown(factor), ahead=ahead)
+        assert large.instance_hours >= small.instance_hours - 1e-9
+        assert small.usd == pytest.approx(small.instance_hours * 2.0)
+        assert small.usd_per_hour * day.span_s / 3600 == pytest.approx(small.usd)
+        assert small.peak_instances <= fleet(offer, day.worst_minute).instances
+        assert 0 <= small.short_share <= 1
+    assert autoscaled(offer, day, ahead=True).short_share == pytest.approx(0, abs=1e-6)
+
+
+def test_a_trace_without_times_or_lengths_is_no_demand_or_half_of_one(tmp_path):
+    from harness.commands.fleet import read_demand
+
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"arrival_s": 0, "input_tokens": 5, "output_tokens": 5}\n{"arrival_s": 61, "prompt": "hello"}\n')
+    requests, tokens = read_demand(path, None, False)
+    assert requests.requests == 2 and tokens is None
+    path.write_text('{"input_tokens": 5, "output_tokens": 5}\n')
+    with pytest.raises(UsageError, match="no arrival time"):
+        read_demand(path, None, False)

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 import click
 
 from harness import __version__
-from harness.cli import catalogue, cloud, decide, processes, results, runs, sweep, trace
+from harness.cli import capacity, catalogue, cloud, decide, processes, results, runs, sweep, trace
 from harness.cli.options import ENVIRONMENT, EXIT_STATUS
 from harness.errors import EXIT_VALID, HarnessError
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Replay": (runs.replay, runs.plan, runs.serve, runs.run, sweep.sweep),
-    "Results": (results.report, results.open_, results.export, decide.price, decide.compare),
+    "Results": (results.report, results.open_, results.export, decide.compare),
+    "Decisions": (capacity.capacity, capacity.plan_fleet, decide.price),
     "Traces, tiers, models": (trace.trace, catalogue.tiers, catalogue.models),
     "Machines": (catalogue.doctor, processes.ps, processes.stop, cloud.cluster, runs.calibrate, runs.crosscheck),
 }

@@ -37,6 +37,7 @@ from harness.run import (
     write_manifest,
 )
 from harness.server_metrics import ServerMetrics
+from harness.slo import metrics_of
 from harness.trace import Trace
 
 HEALTH_EVERY_S = 2.0
@@ -56,8 +57,8 @@ def check_load_options(options: dict[str, Any]) -> bool:
         raise UsageError("--ramp is how a closed loop fills up: add --concurrency; in an open loop --stages can climb")
     if "stream" in options.get("extra_body", {}):
         raise UsageError("--extra-body must not say stream: use --no-stream, which knows what it cannot time then")
-    if options.get("no_stream") and {"ttft", "tpot"} & set(options.get("slo") or {}):
-        raise UsageError("--no-stream answers have no ttft and no tpot to promise: an SLO on e2e, or stream")
+    if options.get("no_stream") and {"ttft", "tpot", "itl_max"} & metrics_of(options.get("slo") or {}):
+        raise UsageError("--no-stream answers have no ttft, tpot or itl_max to promise: an SLO on e2e, or stream")
     parse_headers(options.get("headers", ()))
     return closed
 

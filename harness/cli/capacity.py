@@ -1,0 +1,210 @@
+"""The verbs of capacity: capacity (how much can one fleet carry at a promise) and plan-fleet (how large must it be)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from harness.cli import runs
+from harness.cli.options import ENVIRONMENT, TRACE_ARGUMENT, Duration, Share, Slo, positive
+from harness.errors import UsageError
+
+NEWEST = ""
+"""--resume without a folder."""
+DECIDED = frozenset({"rate", "speed", "concurrency", "stages", "duration_s", "limit", "repeat", "rescale", "grow",
+                     "slo", "attain", "ratio", "format_", "out"})  # fmt: skip
+"""Options of replay that the search decides itself, or has of its own."""
+
+FORMAT = click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["text", "md", "json"]),
+    default="text",
+    show_default=True,
+    help="How to print it.",
+)
+
+
+def replay_options() -> list[click.Option]:
+    """The options of ``harness replay`` that a search takes as they are."""
+    return [p for p in runs.replay.params if isinstance(p, click.Option) and p.name not in DECIDED]
+
+
+@click.command(
+    short_help="Find the highest load that keeps a promise, in few runs.",
+    epilog=f"""\b
+Examples:
+  harness capacity trace.jsonl --slo ttft_p99=2s,tpot_p95=80ms --max-usd 5
+  harness capacity trace.jsonl --slo ttft=2s,tpot=100ms --base-url http://10.0.0.5:8000/v1 --tier aws-g6.xlarge
+  harness report sweeps/20261122T021500Z-capacity-trace --html report.html
+
+\b
+Exit status:
+  0  capacity was found, or lies beyond what could be sent
+  1  something failed; the message says what
+  2  the command line is wrong
+  3  no run was VALID
+  4  not even the lowest load keeps the promise
+  130  stopped by Ctrl-C; --resume goes on
+{ENVIRONMENT}""",
+)
+@TRACE_ARGUMENT
+@click.option(
+    "--slo",
+    type=Slo(),
+    required=True,
+    metavar="KEY=TIME,...",
+    help="What is promised: ttft_p99=2s,tpot_p95=80ms, or ttft=2s,tpot=100ms with --attain (also e2e, itl_max).",
+)
+@click.option(
+    "--attain",
+    type=Share(),
+    default="99%",
+    show_default=True,
+    help="Share of requests that must keep the limits of --slo that name no percentile.",
+)
+@click.option("--max-usd", type=positive, help="Stop when this much is spent on servers, their start among it.")
+@click.option("--max-hours", type=positive, help="Stop when servers were up for this long.")
+@click.option(
+    "--probe",
+    "probe_s",
+    type=Duration(),
+    default=60.0,
+    show_default="60s",
+    help="Length of a probe; longer by itself where the SLO's percentile needs more requests.",
+)
+@click.option(
+    "--tolerance",
+    type=Share(),
+    default="5%",
+    show_default=True,
+    help="Stop when the bracket is this narrow.",
+)
+@click.option(
+    "--resume",
+    is_flag=False,
+    flag_value=NEWEST,
+    metavar="[FOLDER]",
+    help="Go on with the search in FOLDER (default: the newest of TRACE): say the rest of the command again.",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("sweeps"),
+    show_default=True,
+    help="Folder for sweep folders; never overwritten.",
+)
+@FORMAT
+def capacity(trace: Path, **options: Any) -> int:
+    """Find the highest request rate at which the promise is kept, and what a million tokens costs there.
+
+    Servers are started once. A closed-loop ladder (1, 4, 16 ... in flight) finds the ceiling; then TRACE is replayed at
+    its own times, rescaled to one rate after the other, until the bracket is narrow enough. Every probe has prompts of
+    its own, is printed with its verdict and cost, and is kept as a run in one sweep folder.
+    """
+    from harness.commands.capacity import capacity as find
+
+    if str(trace) == "-":
+        raise UsageError("a search reads its trace many times: name a file instead of standard input")
+    with runs.replay.make_context("capacity", ["trace"]) as context:
+        defaults = {name: value for name, value in context.params.items() if name in DECIDED}
+    for name in ("slo", "attain", "format_", "out", "ratio"):
+        defaults.pop(name, None)
+    return find(trace, **{**defaults, **options})
+
+
+capacity.params[1:1] = [p for p in replay_options() if p.name not in {q.name for q in capacity.params}]
+
+
+class Factor(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
+    """A positive factor from ``3x`` or ``3``."""
+
+    name = "factor"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The factor."""
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d*\.?\d+)\s*x?", str(value).strip())
+        if not match or not 0 < float(match[1]) < 1e6:
+            self.fail(f"{value!r}: write a factor like 3x or 1.2", param, ctx)
+        return float(match[1])
+
+
+@click.command(
+    short_help="How many instances, of which tier, carry a demand at a promise.",
+    epilog="""\b
+Examples:
+  harness plan-fleet trace.jsonl sweeps/20261122T021500Z-capacity-trace
+  harness plan-fleet year.csv.gz sweeps/l4 sweeps/h100 --grow 3x --headroom 1.2 --availability 99.9%
+  harness plan-fleet trace.jsonl sweeps/l4 --slo ttft_p99=2s --slo ttft_p99=1s --format csv
+
+\b
+Exit status:
+  0  there is a fleet
+  1  something failed; the message says what
+  2  the command line is wrong
+  4  no measured tier keeps the promise
+""",
+)
+@TRACE_ARGUMENT
+@click.argument("measured", nargs=-1, required=True, metavar="FOLDER...")
+@click.option("--trace-format", metavar="NAME", help="Force the trace format instead of detecting it by content.")
+@click.option("--skip-bad", is_flag=True, help="Leave out lines that cannot be read.")
+@click.option("--grow", type=Factor(), default="1x", show_default=True, help="The forecast: this many times the trace.")
+@click.option(
+    "--headroom",
+    type=Factor(),
+    default="1.2x",
+    show_default=True,
+    help="The peak fleet carries this many times the worst minute.",
+)
+@click.option("--availability", type=Share(), help="Spare instances so that enough are up this share of the time.")
+@click.option(
+    "--node-availability",
+    type=Share(),
+    default="99.5%",
+    show_default=True,
+    help="Share of the time one instance is up: an assumption, take it from your provider.",
+)
+@click.option("--start", "start_s", type=Duration(), help="Start-up time of a replica instead of the measured one.")
+@click.option(
+    "--replicas-per-instance",
+    type=click.IntRange(min=1),
+    help="Default: as many as the instance's accelerators hold, 1 without any.",
+)
+@click.option(
+    "--slo",
+    type=Slo(),
+    multiple=True,
+    metavar="KEY=TIME,...",
+    help="Judge by this promise instead of the runs' own; repeat: the others show what a promise costs.",
+)
+@click.option(
+    "--attain",
+    type=Share(),
+    default="99%",
+    show_default=True,
+    help="Share of requests that must keep the limits of --slo that name no percentile.",
+)
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["text", "md", "json", "csv"]),
+    default="text",
+    show_default=True,
+    help="How to print it.",
+)
+def plan_fleet(**options: Any) -> int:
+    """How many whole instances of each measured tier carry the demand of TRACE, and what they cost.
+
+    FOLDER is what 'harness capacity' or 'harness sweep' left (rates in an open loop, with an SLO and a tier). Replicas
+    for the mean, the worst minute and the peak with headroom; spare instances for availability; fixed against
+    autoscaled over the trace's own time; what growth, price and promise change; the cheapest tier and the runner-up.
+    """
+    from harness.commands.fleet import plan_fleet as plan
+
+    return plan(**options)

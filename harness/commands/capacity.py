@@ -1,0 +1,197 @@
+"""Find capacity at a promise: a sweep whose points are chosen one by one, on servers that are started once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from harness.commands.capacity_run import CapacityReport, CapacitySession, Search, in_loop
+from harness.commands.output import print_json, say
+from harness.commands.sweep import check
+from harness.errors import EXIT_FAILURE, EXIT_INVALID, EXIT_SLO_MISSED, EXIT_VALID, UsageError
+from harness.run import now_utc
+from harness.slo import criteria
+from harness.sweep import Loads, SweepSpec, pairs
+from harness.sweep_state import SweepState, create_folder, differences, find_folder, lock, read_state
+from harness.trace import Trace
+from harness.traces.reading import open_asked
+
+if TYPE_CHECKING:
+    from analysis.decision_text import Block
+
+FILE = "capacity.json"
+"""What the search found, in the sweep folder."""
+
+
+def capacity(
+    trace: Path,
+    out: Path,
+    *,
+    slo: dict[str, float],
+    attain: float,
+    max_usd: float | None,
+    max_hours: float | None,
+    probe_s: float,
+    tolerance: float,
+    resume: str | None,
+    format_: str,
+    **options: Any,
+) -> int:
+    """Search, print, keep; 0: found or beyond, 4: not reached, 3: no VALID run, 1: neither."""
+    options = {**options, "slo": slo, "attain": attain}
+    ask = Search(criteria=tuple(criteria(slo, attain)), probe_s=probe_s, tolerance=tolerance)
+    spec = _spec(trace, ask, max_usd, max_hours, options)
+    tiers = check(spec, in_loop(options, closed=True))
+    source = open_asked(trace, options)
+    _check_times(source, options)
+    if resume is not None:
+        folder = Path(resume) if resume else find_folder(out, _name(trace))
+        state = _take_over(folder, spec, source)
+    else:
+        state = SweepState(
+            name=_name(trace), created=now_utc(), file=str(trace), spec=spec, trace_sha256=source.sha256,
+            pairs=pairs(spec), points=[],
+        )  # fmt: skip
+        folder = create_folder(out, state)
+    with lock(folder):
+        say(f"sweep folder: {folder}")
+        session = CapacitySession(folder, state, options, source, tiers, ask)
+        try:
+            session.run()
+        except KeyboardInterrupt:
+            say(f"go on with the same command and --resume {folder}")
+            raise
+        report = session.report()
+        (folder / FILE).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+    _print(report, ask, format_)
+    return _exit(report)
+
+
+# ------------------------------------------------------------------------------------------------------------- asking
+
+
+def _check_times(trace: Trace, options: dict[str, Any]) -> None:
+    """Refuse before anything is rented a trace that cannot be replayed in an open loop."""
+    if options["arrivals"] in (None, "trace") and next(iter(trace)).arrival_s is None:
+        raise UsageError(
+            f"{trace.path}: the trace has no arrival times to rescale: say --arrivals poisson (or gamma, --burstiness)"
+        )
+
+
+def _spec(
+    trace: Path, ask: Search, max_usd: float | None, max_hours: float | None, options: dict[str, Any]
+) -> SweepSpec:
+    from cluster.models import DEFAULT_MODEL
+    from cluster.tiers import DEFAULT_TIER
+
+    own = ("base_urls", "model", "tier", "replicas", "seed")
+    urls = list(options["base_urls"])
+    model = options["model"] or (None if urls else DEFAULT_MODEL)
+    tier = options["tier"] or (None if urls else DEFAULT_TIER)
+    plain = {name: _plain(value) for name, value in options.items() if name not in own}
+    return SweepSpec(
+        trace=str(trace), loads=Loads(concurrency=[1]), models=[model] if model else [], tiers=[tier] if tier else [],
+        base_url=urls or None, replicas=options["replicas"], seed=options["seed"], order="given",
+        budget_usd=max_usd, budget_hours=max_hours,
+        options={**plain, "probe_s": ask.probe_s, "tolerance": ask.tolerance, "search": "capacity"},
+    )  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    """An option as it comes back from a JSON file."""
+    return msgspec.json.decode(msgspec.json.encode(value, enc_hook=str))
+
+
+def _name(trace: Path) -> str:
+    return f"capacity-{trace.name.split('.')[0]}"
+
+
+def _take_over(folder: Path, spec: SweepSpec, trace: Trace) -> SweepState:
+    """Go on with the search in ``folder``. Raises `UsageError` when it was asked something else."""
+    state = read_state(folder)
+    if state.spec.options.get("search") != "capacity":
+        raise UsageError(f"{folder}: is a sweep, not a search for capacity: harness sweep --resume {folder}")
+    if changed := differences(state.spec, spec):
+        raise UsageError(
+            f"{folder}: was asked something else:\n  " + "\n  ".join(changed)
+            + "\nask the same again (--max-usd and --max-hours may change), or begin anew without --resume"
+        )  # fmt: skip
+    if trace.sha256 != state.trace_sha256:
+        raise UsageError(f"{trace.path}: is not the trace this search began with: put that one back, or begin anew")
+    state.spec = spec
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------- answering
+
+
+def _print(report: CapacityReport, ask: Search, format_: str) -> None:
+    from analysis.capacity_text import probe_block, system_blocks
+    from analysis.decision_text import Block, render_markdown
+
+    if format_ == "json":
+        print_json(report)
+        return
+    cost = f", {report.usd:.4f} USD" if report.usd is not None else ""
+    took = f"The search took {len(report.probes)} probes and {report.hours:.2f} h of servers{cost}."
+    lines = (report.sentence, f"{took} It ended: {report.ended}.")
+    blocks = [
+        Block(title="Capacity", lines=lines),
+        probe_block(report.probes, ask.criteria),
+        *system_blocks(report.systems),
+    ]
+    if format_ == "md":
+        print(render_markdown(blocks))
+        return
+    print_wide(blocks)
+    print(f"\nsweep folder: {report.folder}")
+
+
+def report_sweep(paths: Sequence[Path], format_: str, slo: dict[str, float] | None, attain: float) -> int:
+    """Several runs as capacity and cost at the SLO, a line per tier and model; 3: a run is INVALID, 4: SLO not kept."""
+    from analysis.at_slo import SCHEMA, systems
+    from analysis.capacity_text import sentence, system_blocks
+    from analysis.decision_text import Block, render_markdown
+    from harness.commands.decide import read_summaries
+
+    summaries = read_summaries(paths, slo, attain)
+    found = systems(summaries)
+    invalid = [s.run for s in summaries if s.verdict != "VALID"]
+    sentences = [sentence(one) for one in found if one.loop == "open"] or [sentence(one) for one in found]
+    if format_ == "json":
+        print_json({"schema": SCHEMA, "made": now_utc(), "sentences": sentences, "systems": found, "invalid": invalid})
+    else:
+        lines = sentences or ["No run is VALID, so there is no capacity and no cost."]
+        blocks = [Block(title="Capacity", lines=tuple(lines)), *system_blocks(found)]
+        if invalid:
+            blocks.append(Block(title="INVALID and left out", notes=tuple(invalid)))
+        if format_ == "md":
+            print(render_markdown(blocks))
+        else:
+            print_wide(blocks)
+    if invalid:
+        return EXIT_INVALID
+    kept = [one.capacity is None or one.capacity.state in ("found", "beyond") for one in found]
+    return EXIT_VALID if any(kept) else EXIT_SLO_MISSED
+
+
+def print_wide(blocks: Sequence[Block]) -> None:
+    """Blocks as text on stdout; into a pipe there is no width to fit, so nothing is cut."""
+    from rich.console import Console
+
+    from analysis.decision_text import render_text
+
+    render_text(blocks, Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 240))
+
+
+def _exit(report: CapacityReport) -> int:
+    answer = next((one for one in report.systems if one.loop == "open"), None)
+    if answer is None or answer.capacity is None:
+        return EXIT_INVALID if any(p.verdict == "INVALID" for p in report.probes) else EXIT_FAILURE
+    return {"found": EXIT_VALID, "beyond": EXIT_VALID, "not reached": EXIT_SLO_MISSED}.get(
+        answer.capacity.state, EXIT_FAILURE
+    )
