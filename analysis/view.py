@@ -335,7 +335,7 @@ def _inputs(s: Summary) -> list[tuple[str, list[tuple[str, object]]]]:
         load["headers"] = list(load["headers"])  # names only: a value may be a secret
     return [
         ("Load", _facts(load, without=("base_urls", "model"))),
-        ("Plan", _facts(asdict(s.plan), without=("notes", "schema_version"))),
+        ("Plan", _facts(asdict(s.plan), without=("notes", "schema_version", "source", "planned"))),
         ("Server", [*_facts(engine), *_facts(server.model_facts), *replicas]),
         ("Hardware tier", _facts(asdict(s.tier)) if s.tier is not None else [("tier", "none stated, so no price")]),
         ("Load generator's host", _facts(asdict(s.host))),

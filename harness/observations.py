@@ -11,13 +11,16 @@ loop_lag_max_ns     int64         longest lateness of a 10 ms tick of the event 
 loop_lag_p99_ns     int64         its 99th percentile over the interval's ticks; null: no tick
 cpu_share           float64       CPU time of the process, all threads, per wall time; 1.0 is one full core
 gc_pause_ns         int64         time inside the garbage collector (it is off while a run lasts, so this should be 0)
-events              int64         socket reads of answers: at one event per packet, the events
-bytes               int64         bytes of answers
+events              int64         socket reads of answers that were parsed, within about a second of their arrival: at
+                                  one event per packet, the events
+bytes               int64         bytes of those reads
 sent                int64         requests sent
 done                int64         answers that ended and have their row
 in_flight           float64       requests in flight, mean over the ticks; null: no tick
 backlog             int64         answers and parts of answers that wait to be parsed at t_ns
 rss_bytes           int64         resident memory at t_ns
+prepared            int64         requests read from the plan and not sent at t_ns; 0 before the plan's end: lag is that
+                                  of reading it. Null in files of version 1
 ==================  ============  =====================================================================================
 
 ``events``, ``bytes``, ``sent`` and ``done`` are counts within the interval.
@@ -33,7 +36,9 @@ import pyarrow as pa
 
 from harness.errors import ResultsError
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
+_BEFORE = {"1": ["prepared"]}
+"""Older versions that are read, and the columns they lack."""
 
 SCHEMA = pa.schema(
     [
@@ -49,6 +54,7 @@ SCHEMA = pa.schema(
         pa.field("in_flight", pa.float64()),
         pa.field("backlog", pa.int64(), nullable=False),
         pa.field("rss_bytes", pa.int64(), nullable=False),
+        pa.field("prepared", pa.int64()),
     ],
     metadata={"harness.observations": SCHEMA_VERSION},
 )
@@ -70,6 +76,7 @@ class Observation:
     in_flight: float | None
     backlog: int
     rss_bytes: int
+    prepared: int | None = None
 
 
 _NAMES = [field.name for field in fields(Observation)]
@@ -109,11 +116,15 @@ def read_observations(path: Path) -> pa.Table:
                 return SCHEMA.empty_table()
             reader = pa.ipc.open_stream(source)
             version = (reader.schema.metadata or {}).get(b"harness.observations", b"?").decode("utf-8", "replace")
-            if version != SCHEMA_VERSION or reader.schema.names != SCHEMA.names:
+            lacking = [] if version == SCHEMA_VERSION else _BEFORE.get(version, SCHEMA.names)
+            if reader.schema.names != [name for name in SCHEMA.names if name not in lacking]:
                 raise ResultsError(f"{path}: observation schema {version}, this harness reads {SCHEMA_VERSION}")
             with contextlib.suppress(pa.ArrowInvalid, OSError):  # a torn tail: what came before it is whole
                 batches.extend(reader)
-        table = pa.Table.from_batches(batches, schema=SCHEMA)
+        table = pa.Table.from_batches(batches, schema=reader.schema)
+        for name in lacking:
+            table = table.append_column(SCHEMA.field(name), pa.nulls(table.num_rows, SCHEMA.field(name).type))
+        table = table.replace_schema_metadata(SCHEMA.metadata)
         table.validate(full=True)
         return table
     except FileNotFoundError as e:

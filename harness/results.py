@@ -34,12 +34,15 @@ All times are one monotonic clock of the worker's host, zero at the common start
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from harness.errors import ResultsError
@@ -97,8 +100,8 @@ class Result:
     scheduled_ns: int
     replica: int | None = None
     sent_ns: int | None = None
-    chunk_ns: list[int] | None = None
-    chunk_tokens: list[int] | None = None
+    chunk_ns: Sequence[int] | None = None
+    chunk_tokens: Sequence[int] | None = None
     finished_ns: int | None = None
     input_tokens: int | None = None
     cached_tokens: int | None = None
@@ -111,6 +114,7 @@ class Result:
 
 
 _SCALARS = [name for name in SCHEMA.names if name not in ("worker", "chunk_gap_ns", "chunk_tokens")]
+_scalars = attrgetter(*_SCALARS)
 
 
 class ResultWriter:
@@ -128,23 +132,20 @@ class ResultWriter:
         self._clear()
 
     def _clear(self) -> None:
-        self._columns: dict[str, list[object]] = {name: [] for name in _SCALARS}
-        self._gaps = array("q")
-        self._gap_offsets = array("i", [0])
+        self._rows: list[tuple[object, ...]] = []
+        self._stamps = array("q")
+        self._stamp_offsets = array("i", [0])
         self._tokens = array("i")
         self._token_offsets = array("i", [0])
         self._token_nulls: list[bool] = []
 
     def append(self, result: Result) -> None:
         """Add one row; nothing touches the disk."""
-        for name, column in self._columns.items():
-            column.append(getattr(result, name))
-        stamps = result.chunk_ns
-        if stamps:
+        self._rows.append(_scalars(result))
+        if result.chunk_ns:
             assert result.sent_ns is not None
-            self._gaps.append(stamps[0] - result.sent_ns)
-            self._gaps.extend(b - a for a, b in pairwise(stamps))
-        self._gap_offsets.append(len(self._gaps))
+            self._stamps.extend(result.chunk_ns)
+        self._stamp_offsets.append(len(self._stamps))
         if result.chunk_tokens is not None:
             self._tokens.extend(result.chunk_tokens)
         self._token_nulls.append(result.chunk_tokens is None)
@@ -152,28 +153,29 @@ class ResultWriter:
 
     def flush(self) -> None:
         """Write what was appended since the last flush to the file, complete up to here even if we die next."""
-        n = len(self._token_nulls)
-        if not n:
+        if not self._rows:
             return
-        columns, gaps, gap_offsets = self._columns, self._gaps, self._gap_offsets
+        rows, stamps, stamp_offsets = self._rows, self._stamps, self._stamp_offsets
         tokens, token_offsets, nulls = self._tokens, self._token_offsets, self._token_nulls
         self._clear()
+        columns: dict[str, Sequence[Any]] = dict(zip(_SCALARS, zip(*rows, strict=True), strict=True))
+        lists = {
+            "chunk_gap_ns": (_gaps(stamps, stamp_offsets, columns["sent_ns"]), stamp_offsets, None),
+            "chunk_tokens": (np.frombuffer(tokens, dtype=np.int32), token_offsets, pa.array(nulls)),
+        }
         arrays: list[pa.Array] = []
         for field in SCHEMA:
             if field.name == "worker":
-                arrays.append(pa.array(np.full(n, self._worker, dtype=np.int16)))
-            elif field.name == "chunk_gap_ns":
-                values = pa.array(np.frombuffer(gaps, dtype=np.int64))
-                arrays.append(pa.ListArray.from_arrays(pa.array(np.frombuffer(gap_offsets, dtype=np.int32)), values))
-            elif field.name == "chunk_tokens":
-                values = pa.array(np.frombuffer(tokens, dtype=np.int32))
-                offsets = pa.array(np.frombuffer(token_offsets, dtype=np.int32))
-                arrays.append(pa.ListArray.from_arrays(offsets, values, mask=pa.array(nulls)))
+                arrays.append(pa.array(np.full(len(rows), self._worker, dtype=np.int16)))
+            elif field.name in lists:
+                values, offsets, mask = lists[field.name]
+                starts = pa.array(np.frombuffer(offsets, dtype=np.int32))
+                arrays.append(pa.ListArray.from_arrays(starts, pa.array(values), mask=mask))
             else:
                 arrays.append(pa.array(columns[field.name], type=field.type))
         self._writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
         self._sink.flush()
-        self.rows += n
+        self.rows += len(rows)
 
     def close(self) -> None:
         """Flush and end the stream. Safe to call twice."""
@@ -182,6 +184,17 @@ class ResultWriter:
         self.flush()
         self._writer.close()
         self._sink.close()
+
+
+def _gaps(stamps: array[int], offsets: array[int], sent_ns: Sequence[Any]) -> npt.NDArray[np.int64]:
+    """Each stamp less the one before it; of each row's first, less the time it was sent."""
+    times = np.frombuffer(stamps, dtype=np.int64)
+    before = np.roll(times, 1)
+    for sent, (first, end) in zip(sent_ns, pairwise(offsets), strict=True):
+        if first < end:
+            before[first] = sent
+    gaps: npt.NDArray[np.int64] = times - before
+    return gaps
 
 
 def read_results(path: Path) -> pa.Table:

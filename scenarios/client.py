@@ -1,9 +1,9 @@
 """The streaming client: sends prepared requests and turns each answer into a result row.
 
-All bytes are prepared before the clock starts (`scenarios.payload`), connections are opened before it
-(`Client.open_connections`), and while answers stream in nothing is parsed: reads are stamped and kept, and parsed when
-the event loop has nothing else to do. One sweep serves all timeouts. Nothing is sent twice unless that was asked for,
-and then the row counts it.
+Bytes are prepared before they are due (`scenarios.window`), connections are opened before the clock starts
+(`Client.open_connections`), and while answers stream in nothing is parsed: reads are stamped and kept
+(`scenarios.poller`), and parsed when the event loop has nothing else to do. One sweep serves all timeouts. Nothing is
+sent twice unless that was asked for, and then the row counts it.
 
 Not followed on purpose: redirects and proxy settings of the environment. A load test must know where its load goes.
 """
@@ -11,26 +11,34 @@ Not followed on purpose: redirects and proxy settings of the environment. A load
 from __future__ import annotations
 
 import resource
+from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic_ns
 from typing import Any
 
 import gevent
+import numpy as np
 
 from harness.errors import UsageError
 from harness.results import Result
 from scenarios.completion import clean
-from scenarios.connection import UNPARSED_LIMIT, Connection, Stream
+from scenarios.connection import Connection
+from scenarios.poller import Poller
+from scenarios.stream import Stream
 from scenarios.target import ENDPOINTS, IDLE_LIMIT_S, Target, tls_context
 
 BALANCES = ("least", "round-robin", "session")
 """How a request finds its server: see `Client`."""
-SWEEP_S = 0.25
+SWEEP_S = 0.125
+_SLICES = 8  # a sweep goes over ten thousand streams in so many parts, lest it holds up the stamps
+# What a stream may hold before it is parsed, looked at once a sweep. Reads: few, as they are large, and teach how plain
+# events look. Texts: many, for that is cheap. Neither for long: they are counted when they are parsed.
+_READS, _LARGE, _TEXTS, _OLD_NS = 4, 4096, 64, 1_000_000_000
 RETRY_S, RETRY_MOST_S = 0.25, 4.0
 """Wait before the first retry of a request, and before any; it doubles in between."""
 # Answers that may wait to be parsed; beyond that one is parsed on the spot for each that ends.
-_BACKLOG, _BACKLOG_BYTES = 4096, 128 * 2**20
+_BACKLOG = 4096
 _OPENING = 128  # connections being opened at the same time: below any server's listen backlog
 
 
@@ -85,7 +93,7 @@ class Client:
         ]
         self._turn = 0
         self._balance = balance
-        self._retries = retries
+        self.retries = retries
         self._stream = stream
         self._api_key = api_key
         self._record = record
@@ -96,11 +104,13 @@ class Client:
         self._opening: set[Connection] = set()
         self._unopened: dict[Target, str] = {}
         self._later: deque[Stream] = deque()
-        self._later_bytes = 0
+        self._unswept: list[Stream] = []
+        self._share = 0
         self.start_mono_ns = monotonic_ns()
         self.loop: Any = gevent.get_hub().loop
+        self.poller = Poller(self.loop)
         self._idle: Any = self.loop.idle()
-        self._sweeper: Any = self.loop.timer(SWEEP_S, SWEEP_S)
+        self._sweeper: Any = self.loop.timer(SWEEP_S / _SLICES, SWEEP_S / _SLICES)
         self._sweeper.start(self._sweep)
 
     @property
@@ -161,7 +171,7 @@ class Client:
         result = stream.result
         # The status is known by now: only what follows the first bytes is parsed later.
         refused = stream.error[0] == "connect" if stream.error else stream.response.status in (429, 503)
-        if not refused or result.retries >= self._retries:
+        if not refused or result.retries >= self.retries:
             return False
         pause_s = min(RETRY_S * 2.0**result.retries, RETRY_MOST_S)
         result.retries += 1
@@ -221,7 +231,7 @@ class Client:
 
     def end(self, stream: Stream, stamp: int) -> None:
         """An answer ended, well or not: say so at once, parse it and hand over its row when there is time."""
-        if self._retries and self._try_again(stream):
+        if self.retries and self._try_again(stream):
             return
         if stream.hang_up is not None or stream.retry is not None:
             stream.stop_timers()
@@ -232,20 +242,12 @@ class Client:
             stream.ended(stream.result)
             stream.ended = None
         self._wait_for_idle(stream)
-        while len(self._later) > _BACKLOG or self._later_bytes > _BACKLOG_BYTES:
+        while len(self._later) > _BACKLOG:
             self._parse_next()
-
-    def parse_later(self, stream: Stream) -> None:
-        """A stream holds much: parse it when the loop is idle, or now if that did not happen for long."""
-        if stream.room < -16 * UNPARSED_LIMIT:
-            stream.parse()
-        elif not stream.queued:
-            self._wait_for_idle(stream)
 
     def _wait_for_idle(self, stream: Stream) -> None:
         if not stream.queued:
-            stream.queued = max(UNPARSED_LIMIT - stream.room, 1)
-            self._later_bytes += stream.queued
+            stream.queued = True
             self._later.append(stream)
             if not self._idle.active:
                 self._idle.start(self._on_idle)
@@ -260,8 +262,7 @@ class Client:
 
     def _parse_next(self) -> None:
         stream = self._later.popleft()
-        self._later_bytes -= stream.queued
-        stream.queued = 0
+        stream.queued = False
         stream.parse()
         if stream.result.finished_ns is not None:
             self._finish(stream)
@@ -274,7 +275,7 @@ class Client:
         facts = response.facts()
         start = self.start_mono_ns
         if self._stream:
-            result.chunk_ns = [stamp - start for stamp in facts.chunk_ns]
+            result.chunk_ns = _since(start, facts.chunk_ns)
             result.chunk_tokens = facts.chunk_tokens
         result.input_tokens = facts.input_tokens
         result.cached_tokens = facts.cached_tokens
@@ -287,10 +288,16 @@ class Client:
         self._record(result)
 
     def _sweep(self) -> None:
-        """Every timeout of every stream, in one pass; close what has been idle for too long."""
+        """Every timeout of every stream, a part at a time; parse what came; close what has been idle for too long."""
         now = monotonic_ns()
-        for stream in list(self._active):
-            last = stream.stamps[-1] if stream.stamps else stream.last_ns
+        if not self._unswept:
+            self._unswept = list(self._active)
+            self._share = -(-len(self._unswept) // _SLICES)
+            self._close_idle(now)
+        part, self._unswept = self._unswept[: self._share], self._unswept[self._share :]
+        for stream in part:
+            if stream not in self._active:
+                continue
             connection = stream.connection
             if now - stream.sent_ns > self._timeout_ns:
                 self._give_up(stream, "timeout", f"not finished {self._timeout_ns / 1e9:g} s after it was sent")
@@ -299,10 +306,14 @@ class Client:
                     tls, limit_s = connection.shaking_hands, self._connect_timeout_ns / 1e9
                     error, what = ("tls", "no TLS handshake") if tls else ("connect", "not accepted")
                     self._give_up(stream, error, f"{stream.target.authority}: {what} in {limit_s:g} s")
-            elif now - last > self._stall_ns:
+            elif now - stream.heard_ns > self._stall_ns:
                 self._give_up(stream, "stall", f"the server sent nothing for {self._stall_ns / 1e9:g} s")
-            elif stream.reads and now - last > 1e9:
-                self.parse_later(stream)
+            elif stream.queued:
+                stream.parse()  # there was no time for it since the last sweep
+            elif _is_much(stream, now):
+                self._wait_for_idle(stream)
+
+    def _close_idle(self, now: int) -> None:
         for target in self._targets:
             stale = [c for c in target.idle if c.used and now - c.idle_ns > IDLE_LIMIT_S * 1e9]
             if stale:
@@ -337,6 +348,23 @@ class Client:
             for connection in target.idle:
                 connection.close()
             target.idle = []
+        self.poller.close()
         for watcher in (self._idle, self._sweeper):
             watcher.stop()
             watcher.close()
+
+
+def _since(start_ns: int, stamps: array[int]) -> array[int]:
+    """Turn stamps into times since ``start_ns``, in place."""
+    if stamps:
+        times = np.frombuffer(stamps, dtype=np.int64)
+        times -= start_ns
+    return stamps
+
+
+def _is_much(stream: Stream, now: int) -> bool:
+    """Whether a stream holds what should be parsed before its answer ends."""
+    reads, texts = stream.reads, stream.texts
+    if reads:
+        return len(reads) >= _READS or len(reads[-1]) >= _LARGE or now - stream.stamps[0] > _OLD_NS
+    return bool(texts) and (len(texts) >= _TEXTS or now - stream.text_stamps[0] > _OLD_NS)

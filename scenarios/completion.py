@@ -8,6 +8,8 @@ Sources: WHATWG HTML section 9.2 (server-sent events), the OpenAI API reference,
 
 from __future__ import annotations
 
+from array import array
+from itertools import compress
 from typing import Annotated, Any
 
 import msgspec
@@ -17,13 +19,13 @@ DETAIL_LIMIT = 300
 Tokens = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 
 
-class PromptDetails(msgspec.Struct):
+class PromptDetails(msgspec.Struct, gc=False):
     """How the prompt was served; null where the server does not say."""
 
     cached_tokens: Tokens | None = None
 
 
-class Usage(msgspec.Struct):
+class Usage(msgspec.Struct, gc=False):
     """Token counts as the server made them; null where it does not say."""
 
     prompt_tokens: Tokens | None = None
@@ -31,7 +33,7 @@ class Usage(msgspec.Struct):
     prompt_tokens_details: PromptDetails | None = None
 
 
-class _Delta(msgspec.Struct):
+class _Delta(msgspec.Struct, gc=False):
     """Output fields only, of any type: what matters is whether they are empty."""
 
     content: Any = None
@@ -52,7 +54,7 @@ class _Delta(msgspec.Struct):
         )
 
 
-class _Choice(msgspec.Struct):
+class _Choice(msgspec.Struct, gc=False):
     text: Any = None
     delta: _Delta | None = None
     message: _Delta | None = None
@@ -60,7 +62,7 @@ class _Choice(msgspec.Struct):
     token_ids: Any = None
 
 
-class _Event(msgspec.Struct):
+class _Event(msgspec.Struct, gc=False):
     choices: list[_Choice] | None = None
     usage: Usage | None = None
     error: Any = None
@@ -72,6 +74,7 @@ _decode_event = msgspec.json.Decoder(_Event).decode
 _decode_events = msgspec.json.Decoder(list[_Event]).decode
 
 _NONE, _POSSIBLE, _CERTAIN = range(3)
+_UNSAID = -1
 
 
 class Completion:
@@ -88,15 +91,38 @@ class Completion:
         self.finish_reason: str | None = None
         self.usage: Usage | None = None
         # One entry per event that may carry output: when, whether it surely does, and its tokens when the server said.
-        self._stamps: list[int] = []
-        self._certain: list[int] = []
-        self._tokens: list[int | None] = []
+        # Arrays, because ten thousand streams may be open: 13 bytes for each event.
+        self._stamps = array("q")
+        self._certain = bytearray()
+        self._tokens = array("i")
         self._counted = 0
 
     @property
     def empty(self) -> bool:
         """True while no event said anything."""
         return not self._stamps and self.usage is None
+
+    @property
+    def open(self) -> bool:
+        """True while events still count: no end and no failure was seen."""
+        return not self.ended and self.error is None
+
+    @property
+    def is_plain(self) -> bool:
+        """True when all that was said is one output of unsaid length."""
+        return (
+            self.open
+            and self.finish_reason is None
+            and self.usage is None
+            and self._certain == bytes([_CERTAIN])
+            and self._tokens[0] == _UNSAID
+        )
+
+    def take_plain(self, stamps: list[int]) -> None:
+        """Take events that are known to be plain (`scenarios.plain`)."""
+        self._stamps.extend(array("q", stamps))
+        self._certain += bytes([_CERTAIN]) * len(stamps)
+        self._tokens.extend(array("i", [_UNSAID]) * len(stamps))
 
     def fail(self, error: str, detail: str) -> None:
         """Record a failure; the first one counts."""
@@ -192,32 +218,40 @@ class Completion:
         if output != _NONE or counted:
             self._stamps.append(stamp)
             self._certain.append(output)
-            self._tokens.append(counted)
+            self._tokens.append(_UNSAID if counted is None else counted)
 
-    def chunks(self) -> tuple[list[int], list[int] | None]:
+    def chunks(self) -> tuple[array[int], array[int] | None]:
         """Stamps of the chunks that carry output, and the tokens in each when those are known, never guessed.
 
         An empty text on the completions endpoint may be a token whose character is not whole yet, or no token at all:
         only the server's own count decides.
         """
         total = self.usage.completion_tokens if self.usage is not None else None
-        tokens = self._counts(total)
-        if tokens is not None:
-            return [s for s, n in zip(self._stamps, tokens, strict=True) if n], [n for n in tokens if n]
-        certain = [s for s, c in zip(self._stamps, self._certain, strict=True) if c == _CERTAIN]
+        if self._counts_agree(total):
+            return array("q", compress(self._stamps, self._tokens)), array("i", filter(None, self._tokens))
+        certain = self._at_least(_CERTAIN)
         if total is not None and len(certain) != total:
-            possible = [s for s, c in zip(self._stamps, self._certain, strict=True) if c != _NONE]
+            possible = self._at_least(_POSSIBLE)
             if len(possible) == total:
-                return possible, [1] * total
-        return certain, [1] * total if total is not None and len(certain) == total else None
+                return possible, _ones(total)
+        return certain, _ones(total) if len(certain) == total else None
 
-    def _counts(self, total: int | None) -> list[int] | None:
-        """The server's own count for each event, if it gave one for all and they agree with what was seen."""
-        tokens = [n for n in self._tokens if n is not None]
-        if not tokens or len(tokens) != len(self._tokens) or (total is not None and sum(tokens) != total):
-            return None
-        uncounted = any(not n and c == _CERTAIN for n, c in zip(tokens, self._certain, strict=True))
-        return None if uncounted else tokens
+    def _at_least(self, least: int) -> array[int]:
+        """Stamps of the events that carry output for certain, or possibly."""
+        if min(self._certain, default=least) >= least:
+            return self._stamps
+        return array("q", compress(self._stamps, (certain >= least for certain in self._certain)))
+
+    def _counts_agree(self, total: int | None) -> bool:
+        """Whether the server gave a count for every event, and they agree with what was seen."""
+        tokens = self._tokens
+        if not tokens or _UNSAID in tokens or (total is not None and sum(tokens) != total):
+            return False
+        return not any(not n and c == _CERTAIN for n, c in zip(tokens, self._certain, strict=True))
+
+
+def _ones(n: int) -> array[int]:
+    return array("i", [1]) * n
 
 
 def _message_of(event: _Event) -> str:

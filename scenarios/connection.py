@@ -1,7 +1,7 @@
-"""One keep-alive connection on gevent's event loop: connect, TLS, write, and the read callback that is the hot path.
+"""One keep-alive connection on gevent's event loop: connect, TLS, write, and what follows from the bytes it reads.
 
-No greenlet belongs to a connection and none is switched to per read: libev calls `Connection._read`, which receives,
-stamps and keeps the bytes. Everything else waits until the loop has time.
+No greenlet belongs to a connection and none is switched to per read. Connections without TLS are read by
+`scenarios.poller`, the hot path; those with it read themselves.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import errno
 import os
 import ssl
-from collections.abc import Callable
 from time import monotonic_ns
 from typing import TYPE_CHECKING, Any
 
 import gevent.monkey
 
-from harness.results import Result
-from scenarios.response import Response
+from scenarios.poller import READ_SIZE
+from scenarios.stream import Stream
 
 if TYPE_CHECKING:
     import socket
@@ -27,89 +26,17 @@ if TYPE_CHECKING:
 # Locust patches the socket module to switch greenlets; the hot path is driven by callbacks and needs the real one.
 _socket: Any = gevent.monkey.get_original("socket", "socket")
 
-READ_SIZE = 65536
-UNPARSED_LIMIT = 64 * 1024
-"""Bytes a stream may hold before they are parsed, so that long answers do not fill the memory."""
-
 _READ, _WRITE = 1, 2
 _PROTO_TCP, _NODELAY, _SOL_SOCKET, _SO_ERROR = 6, 1, 1, 4
 _TAIL = b"\r\n\r\n"
 _LAST_WORDS = b"data: [DONE]\n\n\r\n0\r\n\r\n"
 
 
-class _Tally:
-    """Reads and bytes that this process has parsed; what streams still hold is not in it."""
-
-    reads = 0
-    bytes = 0
-
-
-PARSED = _Tally()
-
-
-class Stream:
-    """One request on its way: the row it will become, and what has been read for it."""
-
-    __slots__ = (
-        "connection", "ended", "error", "hang_up", "last_ns", "lazy", "payload", "queued", "reads", "response",
-        "result", "retry", "room", "secret", "sent_ns", "slice", "stamps", "target", "tried_ns",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        result: Result,
-        payload: bytes,
-        target: Target,
-        secret: str | None,
-        ended: Callable[[Result], None] | None,
-        slice_: int = 0,
-    ) -> None:
-        self.result = result
-        self.payload = payload
-        self.target = target
-        self.secret = secret
-        self.ended = ended
-        self.slice = slice_
-        self.queued = 0  # bytes it held when it was queued to be parsed
-        self.hang_up: Any = None  # timer
-        self.retry: Any = None  # timer
-        self.begin(monotonic_ns())
-        self.sent_ns = self.tried_ns
-
-    def begin(self, now_ns: int) -> None:
-        """Forget what was read: it is sent, perhaps again, at ``now_ns``."""
-        self.response = Response(self.secret)
-        self.reads: list[bytes] = []
-        self.stamps: list[int] = []
-        self.room = UNPARSED_LIMIT
-        self.lazy = False  # the end can be told from the last bytes, so nothing need be parsed before it
-        self.tried_ns = self.last_ns = now_ns
-        self.error: tuple[str, str] | None = None
-        self.connection: Connection | None = None
-
-    def stop_timers(self) -> None:
-        """Nothing more is due; the timers hold this stream, and no garbage collector runs."""
-        for timer in (self.hang_up, self.retry):
-            if timer is not None:
-                timer.stop()
-                timer.close()
-        self.hang_up = self.retry = None
-
-    def parse(self) -> None:
-        """Feed what was read to the response."""
-        if self.reads:
-            PARSED.reads += len(self.reads)
-            PARSED.bytes += UNPARSED_LIMIT - self.room
-            self.response.feed(self.reads, self.stamps)
-            self.last_ns = self.stamps[-1]
-            self.reads, self.stamps, self.room = [], [], UNPARSED_LIMIT
-
-
 class Connection:
     """A TCP or TLS connection to one target; carries one stream at a time, or none while idle."""
 
     __slots__ = (
-        "_address", "_bio_in", "_bio_out", "_out", "_reader", "_recv", "_tls", "_writer", "client", "idle_ns", "ready",
+        "_address", "_bio_in", "_bio_out", "_out", "_reader", "_tls", "_writer", "client", "idle_ns", "ready", "recv",
         "sock", "stream", "target", "used",
     )  # fmt: skip
 
@@ -124,7 +51,7 @@ class Connection:
         self._address = 0  # how many of the target's addresses were tried
         self._reader: Any = None
         self._writer: Any = None
-        self._recv: Any = None
+        self.recv: Any = None
         self._out: bytes | memoryview = b""
         self._tls: ssl.SSLObject | None = None
         self._bio_in: ssl.MemoryBIO | None = None
@@ -174,12 +101,12 @@ class Connection:
             self._try_next(os.strerror(code))
             return
         self.target.prefer(self._address - 1)
-        self._recv = self.sock.recv
-        self._reader = self.client.loop.io(self.sock.fileno(), _READ)
+        self.recv = self.sock.recv
         if self.target.tls is None:
-            self._reader.start(self._read)
+            self.client.poller.add(self, self.sock.fileno())
             self._opened()
             return
+        self._reader = self.client.loop.io(self.sock.fileno(), _READ)
         self._bio_in, self._bio_out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = self.target.tls.wrap_bio(self._bio_in, self._bio_out, server_hostname=self.target.host)
         self._reader.start(self._read_tls)
@@ -208,7 +135,7 @@ class Connection:
         if self.stream is None:
             self.client.pool(self)
         else:
-            self._write(self.target.head, self.stream.payload)
+            self._write(self.stream)
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -216,17 +143,20 @@ class Connection:
         """Send a request on this idle connection."""
         self.stream = stream
         stream.connection = self
-        self._write(self.target.head, stream.payload)
+        self._write(stream)
 
-    def _write(self, head: bytes, payload: bytes) -> None:
+    def _write(self, stream: Stream) -> None:
         self.used = True
+        head, payload = self.target.head, stream.payload
+        if not self.client.retries:
+            stream.payload = b""  # ten thousand streams may be open
         if self._tls is None:
             self._send_now(head, payload)
             return
         try:
             self._tls.write(head + payload)
         except ssl.SSLError as e:
-            self._lost(f"TLS failed ({e.reason})")
+            self.lost(f"TLS failed ({e.reason})")
             return
         self._flush_tls()
 
@@ -267,41 +197,33 @@ class Connection:
 
     # -- reading: the hot path ----------------------------------------------------------------------------------------
 
-    def _read(self) -> None:
-        try:
-            data = self._recv(READ_SIZE)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError as e:
-            self._lost(os.strerror(e.errno or 0).lower())
-            return
-        stamp = monotonic_ns()
-        if data:
-            self._received(data, stamp)
-        else:
-            self._lost(None)
-
-    def _received(self, data: bytes, stamp: int) -> None:
+    def received(self, data: bytes, stamp: int) -> None:
+        """Take bytes of any kind that arrived at ``stamp``."""
         stream = self.stream
         if stream is None:
-            self._lost(None)  # nobody asked: this connection is out of step
+            self.lost(None)  # nobody asked: this connection is out of step
             return
         stream.reads.append(data)
         stream.stamps.append(stamp)
-        size = len(data)
-        stream.room -= size
         if not stream.lazy:
             self._look(stream)
-        elif size < 4 or data[-4:] == _TAIL:
-            self._perhaps_end(stream, data)
-        elif stream.room < 0:
-            self.client.parse_later(stream)
+        elif data[-4:] == _TAIL or len(data) < 4:
+            self._perhaps_end(stream)
 
-    def _perhaps_end(self, stream: Stream, data: bytes) -> None:
+    def other(self, data: bytes, stamp: int) -> None:
+        """Take bytes that are no plain event; what follows is kept as it is, too, until all of it was parsed."""
+        assert self.stream is not None
+        assert self.sock is not None
+        self.stream.raw = True
+        self.client.poller.keep_all(self.sock.fileno())
+        self.received(data, stamp)
+
+    def _perhaps_end(self, stream: Stream) -> None:
         """End the request at once when its last bytes are beyond doubt: parsing it may wait until the loop is idle.
 
         Answers to a batch end together; parsing each on the spot would delay the stamps of the others.
         """
+        data = stream.reads[-1]
         if len(data) < len(_LAST_WORDS) and len(stream.reads) > 1:
             data = stream.reads[-2] + data
         if data.endswith(_LAST_WORDS):
@@ -310,16 +232,18 @@ class Connection:
             self._look(stream)
 
     def _look(self, stream: Stream) -> None:
-        """Parse now: the headers, or an end that only the framing can tell."""
+        """Parse now: the headers, the first event, which is like no other, or an end that only the framing can tell."""
         stream.parse()
         response = stream.response
         if response.done:
             self._end(stream, stream.last_ns, keep=response.keep_alive and not self._out)
-        else:
-            stream.lazy = response.chunked is True
+        elif response.chunked and response.begun and not stream.lazy:
+            stream.lazy = True
 
     def _end(self, stream: Stream, stamp: int, *, keep: bool) -> None:
         self.stream = stream.connection = None
+        if not stream.raw and self.sock is not None:
+            self.client.poller.keep_all(self.sock.fileno())
         if keep:
             self.client.pool(self)
         else:
@@ -330,11 +254,11 @@ class Connection:
         assert self._bio_in is not None
         assert self._tls is not None
         try:
-            data = self._recv(READ_SIZE)
+            data = self.recv(READ_SIZE)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as e:
-            self._lost(os.strerror(e.errno or 0).lower())
+            self.lost(os.strerror(e.errno or 0).lower())
             return
         stamp = monotonic_ns()
         if data:
@@ -369,13 +293,13 @@ class Connection:
             parts.append(part)
         self._flush_tls()
         if parts:
-            self._received(b"".join(parts), stamp)
+            self.received(b"".join(parts), stamp)
         if ended and self.sock is not None:
-            self._lost(trouble)
+            self.lost(trouble)
 
     # -- ending -------------------------------------------------------------------------------------------------------
 
-    def _lost(self, trouble: str | None) -> None:
+    def lost(self, trouble: str | None) -> None:
         """The connection is over, with or without a request on it."""
         stream, self.stream = self.stream, None
         self.close()
@@ -403,8 +327,9 @@ class Connection:
             if watcher is not None:
                 watcher.stop()
                 watcher.close()
-        self._reader = self._writer = self._recv = None
+        self._reader = self._writer = self.recv = None
         if self.sock is not None:
+            self.client.poller.remove(self.sock.fileno())
             self.sock.close()
             self.sock = None
 

@@ -19,38 +19,28 @@ import numpy.typing as npt
 import psutil
 
 from harness.observations import Observation
+from scenarios.alarm import Alarm
 from scenarios.client import Client
-from scenarios.connection import PARSED, UNPARSED_LIMIT
-from scenarios.schedule import Alarm
+from scenarios.schedule import Load
+from scenarios.stream import PARSED
 
 TICK_NS = 10_000_000
 EVERY_NS = 1_000_000_000
 _UNWRITTEN = 3600  # rows kept for a disk that takes none; after that the oldest are gone
 
 
-def count_reads(client: Client) -> tuple[int, int]:
-    """(reads, bytes) of answers since the process began: those parsed, and those that streams still hold."""
-    reads, size = PARSED.reads, PARSED.bytes
-    held = set(client._active)
-    held.update(client._later)
-    for stream in held:
-        reads += len(stream.reads)
-        size += UNPARSED_LIMIT - stream.room
-    return reads, size
-
-
 class Observer:
     """Watches this process from `begin` until `end`; `rows` are what was seen and not yet taken."""
 
-    def __init__(self, client: Client, sent: Callable[[], int], done: Callable[[], int]) -> None:
+    def __init__(self, client: Client, load: Load, done: Callable[[], int]) -> None:
         self.rows: deque[Observation] = deque(maxlen=_UNWRITTEN)
         self._client = client
-        self._sent, self._done = sent, done
+        self._load, self._done = load, done
         self._process = psutil.Process()
         self._gc_ns = self._gc_began = 0
         self._all = np.zeros(_BUCKETS, dtype=np.int64)
         self._lags = array("q")
-        self._load = 0  # sum over ticks of requests in flight
+        self._in_flight = 0  # sum over ticks
         self._tick: gevent.Greenlet | None = None
         self._counts = (0, 0, 0, 0)
         self._at_ns = self._cpu_ns = self._began_ns = self._began_cpu_ns = 0
@@ -99,7 +89,7 @@ class Observer:
                 alarm.wait_until(due)
                 now = monotonic_ns()
                 self._lags.append(now - due)
-                self._load += self._client.in_flight
+                self._in_flight += self._client.in_flight
                 if now - self._at_ns >= EVERY_NS and now - due < TICK_NS:  # after a stall: with all its ticks
                     self._observe()
         finally:
@@ -118,18 +108,19 @@ class Observer:
                 cpu_share=(cpu - self._cpu_ns) / max(now - self._at_ns, 1),
                 gc_pause_ns=self._gc_ns,
                 events=deltas[0], bytes=deltas[1], sent=deltas[2], done=deltas[3],
-                in_flight=self._load / len(lags) if len(lags) else None,
+                in_flight=self._in_flight / len(lags) if len(lags) else None,
                 backlog=len(self._client._later),
                 rss_bytes=self._process.memory_info().rss,
+                prepared=self._load.schedule.prepared,
             )
         )  # fmt: skip
         if len(lags):
             self._all += np.bincount(_bucket(lags), minlength=_BUCKETS)
         self._at_ns, self._cpu_ns, self._counts = now, cpu, counts
-        self._lags, self._load, self._gc_ns = array("q"), 0, 0
+        self._lags, self._in_flight, self._gc_ns = array("q"), 0, 0
 
     def _count(self) -> tuple[int, int, int, int]:
-        return (*count_reads(self._client), self._sent(), self._done())
+        return (PARSED.reads, PARSED.bytes, self._load.sent, self._done())
 
     def _on_gc(self, phase: str, info: dict[str, int]) -> None:
         if phase == "start":

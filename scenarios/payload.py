@@ -1,4 +1,4 @@
-"""The body of each request, as bytes, before the clock starts.
+"""The body of each request, as bytes, before it is due.
 
 Source: the OpenAI API reference; vLLM's ``ignore_eos`` forces an output length.
 """

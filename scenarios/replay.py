@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import gevent
 
-from scenarios.schedule import Alarm, Load
+from scenarios.alarm import Alarm
+from scenarios.schedule import BURST, Load
 from scenarios.user import PlanUser, run_as_locustfile
-
-_BURST = 16  # late requests sent in a row before the loop may read answers again
 
 
 class Replay(PlanUser):
@@ -36,7 +35,7 @@ class Replay(PlanUser):
             else:
                 load.send_next(load.ended)
                 sent += 1
-                if sent % _BURST == 0:
+                if sent % BURST == 0:
                     gevent.sleep(0)
 
 

@@ -10,14 +10,19 @@ Sources: RFC 9112 (HTTP/1.1), WHATWG HTML section 9.2 (server-sent events).
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from scenarios.completion import Completion, PromptDetails, Usage, clean, message_in
+from scenarios.plain import Template
 
 HEADER_LIMIT = 64 * 1024
 EVENT_LIMIT = 16 * 2**20
 _ERROR_BODY_LIMIT = 64 * 1024
+_FEW = 4  # reads: to take them by the book is cheaper, be they plain or not
+_BULK = 3  # how often a feed that holds other events, too, goes on with the many at once that are plain
+_LESSONS = 4  # how often an answer is asked what its plain events look like
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +32,8 @@ class Facts:
     ``chunk_ns`` are stamps as they were fed. ``chunk_tokens`` is null unless the tokens of every chunk are known.
     """
 
-    chunk_ns: list[int]
-    chunk_tokens: list[int] | None
+    chunk_ns: array[int]
+    chunk_tokens: array[int] | None
     input_tokens: int | None
     cached_tokens: int | None
     output_tokens: int | None
@@ -37,6 +42,9 @@ class Facts:
     error: str | None
     detail: str | None
 
+
+_USUAL_HEADS: dict[bytes, bool] = {}
+"""Heads of streams that were parsed, and whether their connection is kept: most answers of a second have the same."""
 
 _State = Callable[["Response", bytes, int, list[int], list[int]], int]
 
@@ -50,8 +58,8 @@ class Response:
     """
 
     __slots__ = (
-        "_body_kind", "_carry", "_chunk_left", "_completion", "_head", "_last_body_ns", "_left", "_location", "_secret",
-        "_state", "chunked", "done", "keep_alive", "status",
+        "_body_kind", "_carry", "_chunk_left", "_completion", "_head", "_last_body_ns", "_left", "_lessons",
+        "_location", "_plain", "_secret", "_state", "chunked", "done", "keep_alive", "status",
     )  # fmt: skip
 
     def __init__(self, secret: str | None = None) -> None:
@@ -70,13 +78,87 @@ class Response:
         self._last_body_ns = 0
         self._location = ""
         self._completion = Completion()
+        self._plain: Template | None = None
+        self._lessons = _LESSONS
 
     # -- framing ------------------------------------------------------------------------------------------------------
 
     def feed(self, reads: list[bytes], stamps: list[int]) -> None:
         """Take reads in order with the time of each (any one clock, ns)."""
-        if not reads:
+        template = self._template(reads)
+        if template is None or len(reads) <= _FEW:
+            self._feed(reads, stamps)
             return
+        at, bulk = 0, _BULK
+        while at < len(reads):
+            if bulk:
+                plain = template.count(reads[at:] if at else reads)
+                self._take_plain(stamps[at : at + plain])
+                at += plain
+                bulk -= 1
+                if at < len(reads) and template.holds(reads[at]) > 1:
+                    reads, stamps = template.cut(reads[at:], stamps[at:])
+                    at = 0
+                    continue
+            odd = at
+            while odd < len(reads) and not template.count(reads[odd : odd + 1]):
+                odd += 1
+            if odd > at:
+                self._feed(reads[at:odd], stamps[at:odd])
+                if odd < len(reads) and not self._at_an_event:
+                    self._feed(reads[odd:], stamps[odd:])
+                    return
+                if odd - at == len(reads):
+                    self._plain = None  # this answer has changed: learn again
+            if odd < len(reads) and not bulk:
+                self._take_plain(stamps[odd : odd + 1])
+                odd += 1
+            at = odd
+
+    def feed_texts(self, template: Template, texts: list[bytes], stamps: list[int]) -> None:
+        """Take reads that are chunks of this template, each by its text alone."""
+        if template.fit(texts) and self._at_an_event:
+            self._take_plain(stamps)
+        else:
+            self.feed([template.whole(text) for text in texts], stamps)
+
+    @property
+    def plain(self) -> Template | None:
+        """What plain events look like from here on; null while that is not known or nothing of the kind may follow."""
+        return self._plain if self._at_an_event else None
+
+    @property
+    def begun(self) -> bool:
+        """Whether there was an event with output or usage."""
+        return not self._completion.empty
+
+    @property
+    def _at_an_event(self) -> bool:
+        """Whether a chunk with an event may come next: nothing is half read, and events still count."""
+        return (
+            self._state is Response._read_chunk_size and not self._head and not self._carry
+            and self._body_kind == "sse" and self._completion.open
+        )  # fmt: skip
+
+    def _template(self, reads: list[bytes]) -> Template | None:
+        """What plain events look like here, once that is known and may be used.
+
+        A template follows from the bytes of a read alone, wherever in the answer it stood, so one is learned from the
+        middle, where plain events are.
+        """
+        if not self._at_an_event:
+            return None
+        if self._plain is None and self._lessons and len(reads) >= _FEW:
+            self._lessons -= 1
+            self._plain = Template.learn(reads[len(reads) // 2])
+        return self._plain
+
+    def _take_plain(self, stamps: list[int]) -> None:
+        if stamps:
+            self._completion.take_plain(stamps)
+            self._last_body_ns = stamps[-1]
+
+    def _feed(self, reads: list[bytes], stamps: list[int]) -> None:
         raw = reads[0] if len(reads) == 1 else b"".join(reads)
         if self._head:
             # Never part of the body, so the stamp of these bytes no longer matters: count them to the first read.
@@ -142,6 +224,18 @@ class Response:
         return end + 4
 
     def _take_head(self, head: bytes) -> None:
+        keep_alive = _USUAL_HEADS.get(head)
+        if keep_alive is not None:
+            self.status, self.keep_alive, self.chunked, self._body_kind = 200, keep_alive, True, "sse"
+            self._state = Response._read_chunk_size
+            return
+        self._parse_head(head)
+        if self._state is Response._read_chunk_size and (self.status, self._body_kind) == (200, "sse"):
+            if len(_USUAL_HEADS) > 64:
+                _USUAL_HEADS.clear()
+            _USUAL_HEADS[head] = self.keep_alive
+
+    def _parse_head(self, head: bytes) -> None:
         lines = head.decode("latin-1").split("\r\n")
         match = re.match(r"HTTP/1\.([01]) ([1-9]\d\d)(?: |$)", lines[0])
         if match is None:
@@ -246,10 +340,10 @@ class Response:
                 self._state = Response._read_chunk
                 pos = min(stop, end)
                 break
+            spans.append((start, stop))  # whatever follows: it may not be there yet, and reads must not matter
             if raw[stop : stop + 2] != b"\r\n":
                 problem = "a chunk that is longer than its size"
                 break
-            spans.append((start, stop))
             pos = stop + 2
         if spans:
             self._take_body(raw, spans, ends, stamps)

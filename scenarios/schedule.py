@@ -5,28 +5,43 @@ Nothing here knows Locust. The plan fixed every time before the clock started; a
 
 from __future__ import annotations
 
-import ctypes
 import heapq
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from time import monotonic_ns
-from typing import Any
 
 import gevent
-import psutil
+import numpy as np
+import numpy.typing as npt
 from gevent.event import Event
-from gevent.hub import Waiter
 
-from harness.errors import PlanError
-from harness.plan import Request
+from harness.errors import HarnessError, PlanError
 from harness.results import Result
+from scenarios.alarm import Alarm
 from scenarios.client import Client
-from scenarios.payload import prepare
 
-_CLOCK_MONOTONIC, _ABSOLUTE = 1, 1
-_libc: Any = ctypes.CDLL(None, use_errno=True)
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """How far ahead of its time a plan is read: both in time and in number, but no further than in bytes."""
+
+    ns: int = 10_000_000_000
+    requests: int = 2000
+    bytes: int = 64 * 2**20
+    least_ns: int = 1_000_000_000
+    """However large requests are: this far,"""
+    least: int = 64
+    """and so many,"""
+    most_bytes: int = 256 * 2**20
+    """but never further than that."""
+
+
+AHEAD = _Ahead()
+BURST = 16
+"""Late requests sent in a row before the loop may read answers again."""
+_FILL_S = 0.01
+_FILL_NS, _HURRY_NS = 500_000, 3_000_000  # of these; answers that come meanwhile are stamped that much late
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,165 +57,163 @@ class Planned:
     cancel_after_ns: int | None = None
 
 
-def prepare_all(
-    requests: Iterable[Request], *, endpoint: str, model: str, extra_body: dict[str, object], stream: bool = True
-) -> Iterator[Planned]:
-    """Every request with its bytes.
-
-    Raises `PlanError` before the bytes would fill this machine's memory, `UsageError` for prompts that do not fit.
-    """
-    for n, request in enumerate(requests):
-        if n % 256 == 0:
-            memory = psutil.virtual_memory()
-            if memory.available < 0.05 * memory.total:
-                raise PlanError(
-                    f"the prompts do not fit in this machine's memory ({n} of them did): send a shorter plan, "
-                    "or spread it over more machines"
-                )
-        payload = prepare(request, endpoint=endpoint, model=model, extra_body=extra_body, stream=stream)
-        yield Planned(
-            request.request_id, request.scheduled_ns, request.after, request.think_ns or 0, payload, request.slice,
-            request.cancel_after_ns,
-        )  # fmt: skip
-
-
 class Schedule:
     """The order of one worker's requests, each handed out once.
 
     Timed (open loop): by the plan's times. Otherwise in the order of the plan, whenever one is asked for. A turn that
     waits for another (``after``) becomes due ``think_ns`` after that one finished, whatever became of it, but not
     before its own time. So a turn that waits for the server is not late: lag is the generator's alone.
+
+    With ``requests`` (how many ``planned`` will yield) it is read as it is needed, `AHEAD` ahead; ``awaited`` holds the
+    ids that others wait for, ascending. A turn that has not been read yet is unknown here: in a closed loop, where all
+    that counts is the order, it goes out when reading gets there; in an open loop it is not due before.
     """
 
-    def __init__(self, planned: Iterable[Planned], *, timed: bool) -> None:
+    def __init__(
+        self, planned: Iterable[Planned], *, timed: bool, requests: int | None = None,
+        awaited: npt.NDArray[np.int64] | None = None,
+    ) -> None:  # fmt: skip
         self._timed = timed
         self._free: deque[tuple[int, Planned]] = deque()
         self._waiting: dict[int, list[Planned]] = {}
         self._released: list[tuple[int, int, Planned]] = []
+        self._ends: dict[int, int] = {}  # when requests ended that others wait for who were not read yet
+        self._planned = iter(planned)
+        self._awaited = np.empty(0, dtype=np.int64) if awaited is None else awaited
+        self._shared = len(np.unique(self._awaited)) < len(self._awaited)  # several wait for the same
+        self._now_ns = self._read_ns = 0  # the run clock, as last told; the planned time that reading has come to
+        self._bytes = 0
+        self._out = 0  # handed out and not finished
+        self.prepared = 0
+        """Requests that were read and not handed out."""
+        self.all_read = False
+        self.trouble: HarnessError | None = None
+        """Why reading ended early, if so."""
         self.left = 0
-        ids = set()
-        for one in planned:
-            if timed and one.scheduled_ns is None:
-                raise PlanError(
-                    f"request {one.request_id} has no time: this plan is for a closed loop; run it as one, or make a "
-                    "plan with arrivals"
-                )
-            ids.add(one.request_id)
-            self.left += 1
-            if one.after is None:
-                self._free.append((one.scheduled_ns or 0 if timed else 0, one))
-            else:
-                self._waiting.setdefault(one.after, []).append(one)
+        if requests is None:
+            while not self.all_read:
+                self.left += self._read_one()
+            self._check_order()
+        else:
+            self.left = requests
+
+    def _check_order(self) -> None:
+        if self.trouble is not None:
+            raise self.trouble
+        ids = {one.request_id for one in self._all()}
         for after, turns in self._waiting.items():
             if after not in ids or any(turn.request_id <= after for turn in turns):
                 raise PlanError(f"request {turns[0].request_id} waits for {after}, which does not come before it here")
 
+    # -- reading the plan ---------------------------------------------------------------------------------------------
+
+    def wants_more(self, now_ns: int) -> bool:
+        """Whether less is prepared than `AHEAD` asks for."""
+        self._now_ns = now_ns
+        if self.all_read:
+            return False
+        ahead_ns = self._read_ns - now_ns if self._timed else AHEAD.ns
+        count = self.prepared if self._timed else len(self._free) + len(self._released)
+        if self._bytes >= AHEAD.bytes:
+            # Turns that wait must not fill the memory while there is anything they can wait for.
+            moving = self._out or self._free or self._released
+            return (count < AHEAD.least or ahead_ns < AHEAD.least_ns) and not (
+                moving and self._bytes >= AHEAD.most_bytes
+            )
+        return count < AHEAD.requests or ahead_ns < AHEAD.ns
+
+    def read_more(self) -> bool:
+        """Prepare one more; False when there is none. Raises what reading the plan does."""
+        found = self._read_one()
+        if self.trouble is not None:
+            raise self.trouble
+        return found
+
+    def _read_one(self) -> bool:
+        try:
+            one = next(self._planned, None)
+            if one is not None and self._timed and one.scheduled_ns is None:
+                raise PlanError(f"request {one.request_id} has no time: this plan is for a closed loop; run it as one")
+        except HarnessError as e:
+            self.trouble, one = e, None
+        if one is None:
+            self.all_read = True
+            return False
+        self.prepared += 1
+        self._bytes += len(one.payload)
+        self._read_ns = one.scheduled_ns or 0
+        if one.after is None:
+            self._free.append((self._read_ns if self._timed else 0, one))
+        elif one.after in self._ends:
+            self._release(one, self._ends[one.after] if self._shared else self._ends.pop(one.after))
+        else:
+            self._waiting.setdefault(one.after, []).append(one)
+        return True
+
+    def _is_awaited(self, request_id: int) -> bool:
+        at = int(np.searchsorted(self._awaited, request_id))
+        return at < len(self._awaited) and self._awaited[at] == request_id
+
+    # -- handing out --------------------------------------------------------------------------------------------------
+
     def next_due(self) -> int | None:
-        """When the next request is due, ns of the run clock; null when none is before some answer has ended."""
+        """When the next request is due, ns of the run clock; null when none is before some answer has ended.
+
+        When what was prepared has run out, more is prepared here and now: that takes time, which shows as lag.
+        """
+        while not self._free and not self.all_read and self.wants_more(self._now_ns):
+            self._read_one()
+        return self.known_due()
+
+    def known_due(self) -> int | None:
+        """The same, of what is prepared."""
         times = [queue[0][0] for queue in (self._free, self._released) if queue]
         return min(times) if times else None
 
     def take(self, now_ns: int) -> tuple[Planned, int]:
         """The next request and when it was due. Turns whose time has come go before new sessions."""
         self.left -= 1
+        self.prepared -= 1
+        self._out += 1
+        self._now_ns = now_ns
         released = self._released
         if released and (not self._free or released[0][0] <= max(now_ns, self._free[0][0])):
             due, _, planned = heapq.heappop(released)
-            return planned, due
-        due, planned = self._free.popleft()
+        else:
+            due, planned = self._free.popleft()
+        self._bytes -= len(planned.payload)
         return planned, due
 
     def finished(self, request_id: int, finished_ns: int) -> bool:
         """A request ended; True when that set the time of another."""
+        self._out -= 1
         turns = self._waiting.pop(request_id, ())
         for turn in turns:
-            due = max(finished_ns + turn.think_ns, turn.scheduled_ns or 0 if self._timed else 0)
-            heapq.heappush(self._released, (due, turn.request_id, turn))
+            self._release(turn, finished_ns)
+        if not self.all_read and (self._shared or not turns) and self._is_awaited(request_id):
+            self._ends[request_id] = finished_ns
         return bool(turns)
 
+    def _release(self, turn: Planned, finished_ns: int) -> None:
+        due = max(finished_ns + turn.think_ns, turn.scheduled_ns or 0 if self._timed else 0)
+        heapq.heappush(self._released, (due, turn.request_id, turn))
+
+    def _all(self) -> Iterator[Planned]:
+        yield from (one for _, one in self._free)
+        yield from (replace(one, scheduled_ns=due) if self._timed else one for due, _, one in self._released)
+        yield from (one for turns in self._waiting.values() for one in turns)
+
     def rest(self) -> list[Planned]:
-        """Take everything that was not handed out, by id; of a timed turn that may go, with the time it was due."""
-        rest = [one for _, one in self._free]
-        rest += [replace(one, scheduled_ns=due) if self._timed else one for due, _, one in self._released]
-        rest += [one for turns in self._waiting.values() for one in turns]
+        """Take everything that was read and not handed out, by id; of a timed turn that may go, with the time it was
+        due. Nothing more is read.
+        """
+        rest = sorted(self._all(), key=lambda one: one.request_id)
         self._free.clear()
         self._released.clear()
         self._waiting.clear()
-        self.left = 0
-        return sorted(rest, key=lambda one: one.request_id)
-
-
-class _Timespec(ctypes.Structure):
-    _fields_ = (("s", ctypes.c_long), ("ns", ctypes.c_long))
-
-
-class _Itimerspec(ctypes.Structure):
-    _fields_ = (("interval", _Timespec), ("value", _Timespec))
-
-
-class Alarm:
-    """Lets one greenlet wait until a moment of the monotonic clock, or until someone rings.
-
-    libev's timers are a millisecond coarse (0.5 ms late in the mean, 1.1 ms at p99, measured). ``precise`` waits on a
-    Linux timerfd instead (0.01 and 0.04 ms), which takes a file descriptor; elsewhere it is the same timer.
-    """
-
-    def __init__(self, *, precise: bool = False) -> None:
-        self._loop: Any = gevent.get_hub().loop
-        self._rung = False
-        self._waiter: Any = None
-        self._fd = -1
-        if precise and hasattr(_libc, "timerfd_create"):
-            self._fd = _libc.timerfd_create(_CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
-        self._watcher: Any = self._loop.io(self._fd, 1) if self._fd >= 0 else None
-
-    def wait_until(self, due_ns: int | None) -> None:
-        """Return at ``due_ns`` (a `time.monotonic_ns` value; null: never), or at once when it rings or has rung."""
-        if self._rung or (due_ns is not None and due_ns <= monotonic_ns()):
-            self._rung = False
-            return
-        self._waiter = Waiter()
-        watcher = None
-        try:
-            if due_ns is not None:
-                watcher = self._arm(due_ns)
-                watcher.start(self._waiter.switch, None)
-            self._waiter.get()
-        finally:
-            self._waiter = None
-            self._rung = False
-            if watcher is not None:
-                watcher.stop()
-                if watcher is not self._watcher:
-                    watcher.close()
-
-    def _arm(self, due_ns: int) -> Any:
-        if self._watcher is None:
-            self._loop.update_now()
-            return self._loop.timer(max((due_ns - monotonic_ns()) / 1e9, 0.0))
-        # Setting the time also clears an expiry nobody read.
-        spec = _Itimerspec(_Timespec(0, 0), _Timespec(due_ns // 10**9, due_ns % 10**9))
-        _libc.timerfd_settime(self._fd, _ABSOLUTE, ctypes.byref(spec), None)
-        return self._watcher
-
-    def ring(self) -> None:
-        """Wake the waiting greenlet soon: after the reads that are ready now were stamped."""
-        if not self._rung:
-            self._rung = True
-            if self._waiter is not None:
-                self._loop.run_callback(self._wake)
-
-    def _wake(self) -> None:
-        if self._waiter is not None:
-            self._waiter.switch(None)
-
-    def close(self) -> None:
-        """Give the file descriptor back."""
-        if self._watcher is not None:
-            self._watcher.stop()
-            self._watcher.close()
-            self._watcher = None
-            os.close(self._fd)
+        self.left = self.prepared = self._bytes = 0
+        self.all_read = True
+        return rest
 
 
 def slot_starts(ramp_s: float | None, slots: int, worker: int = 0, workers: int = 1) -> list[int]:
@@ -214,13 +227,17 @@ def slot_starts(ramp_s: float | None, slots: int, worker: int = 0, workers: int 
 class Load:
     """What all users of one process share: the schedule, the client, the start, and the wish to stop.
 
-    ``cap``: most requests in flight (open loop). ``starts``: when each slot joins (closed loop; default: at once).
+    ``cap``: most requests in flight (open loop). ``slots``: requests that each user keeps in flight (closed loop), and
+    ``starts`` when each of them joins (default: at once).
     """
 
-    def __init__(self, schedule: Schedule, client: Client, cap: int | None = None, starts: Iterable[int] = ()) -> None:
+    def __init__(
+        self, schedule: Schedule, client: Client, cap: int | None = None, slots: int = 1, starts: Iterable[int] = ()
+    ) -> None:
         self.schedule = schedule
         self.client = client
         self.cap = cap
+        self.slots = slots
         self._starts = deque(starts)
         self.stopping = False
         self.sent = 0
@@ -278,6 +295,23 @@ class Load:
         assert result.finished_ns is not None
         if self.schedule.finished(result.request_id, result.finished_ns) or self.cap is not None:
             self._ring()
+
+    def fill(self) -> None:
+        """Keep requests prepared, a few at a time, until the whole plan is read; for a greenlet of its own.
+
+        Raises what reading the plan does.
+        """
+        schedule = self.schedule
+        while not (self.stopping or schedule.all_read):
+            gevent.sleep(_FILL_S)
+            due, now = schedule.known_due(), monotonic_ns()
+            end = now + (_FILL_NS if schedule.prepared > AHEAD.requests // 2 else _HURRY_NS)
+            while schedule.wants_more(self.now_ns()) and monotonic_ns() < end and schedule.read_more():
+                pass
+            if schedule.known_due() != due:
+                self._ring()
+        if schedule.trouble is not None:  # a user found it, who ran out of prepared requests
+            raise schedule.trouble
 
     def stop(self) -> None:
         """Send nothing more; what is in flight goes on."""

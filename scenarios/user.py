@@ -17,12 +17,13 @@ from locust import User, events, task
 from locust.exception import StopUser
 from locust.runners import LocalRunner
 
-from harness.errors import EXIT_USAGE, HarnessError, UsageError
-from harness.plan import iter_requests
+from harness.errors import EXIT_FAILURE, EXIT_USAGE, HarnessError, UsageError
 from harness.results import Result, ResultWriter
+from scenarios.alarm import Alarm
 from scenarios.client import Client, raise_fd_limit
-from scenarios.schedule import Alarm, Load, Schedule, prepare_all
+from scenarios.schedule import Load
 from scenarios.target import ENDPOINTS
+from scenarios.window import Window
 
 API_KEY = "HARNESS_API_KEY"
 """Environment variable with the API key; there is no other way to give it, so that it is in no file and no argument."""
@@ -99,13 +100,22 @@ class _LocustRun:
             [base if base.endswith("/v1") else f"{base}/v1"], self._record,
             endpoint=options.endpoint, api_key=os.environ.get(API_KEY),
         )  # fmt: skip
-        requests = iter_requests(Path(options.plan))
-        planned = prepare_all(requests, endpoint=options.endpoint, model=options.model, extra_body={})
-        self._load = environment.load = Load(Schedule(planned, timed=timed), self._client)
+        self._window = Window(Path(options.plan), timed=timed, endpoint=options.endpoint, model=options.model)
+        self._load = environment.load = Load(self._window.schedule(), self._client)
         self._writer = ResultWriter(Path(options.results), 0) if options.results else None
         self._client.open_connections(32 if timed else environment.parsed_options.num_users or 1)
         self._load.begin(monotonic_ns())
         self._watcher = gevent.spawn(self._watch)
+        self._filler = gevent.spawn(self._fill)
+
+    def _fill(self) -> None:
+        """Read and prepare the plan ahead of its time."""
+        try:
+            self._load.fill()
+        except HarnessError as e:
+            print(f"error: {e}", file=sys.stderr)
+            self._environment.process_exit_code = EXIT_FAILURE
+            self._load.stop()
 
     def _watch(self) -> None:
         """Flush rows, and end the test when the plan is done."""
@@ -141,9 +151,9 @@ class _LocustRun:
         self._client.abort("stopped", "in flight when the test was stopped")
         self._client.settle()
         now = self._load.now_ns()
-        for planned in self._load.schedule.rest():
-            due = now if planned.scheduled_ns is None else planned.scheduled_ns
-            self._record(Result(planned.request_id, due, error="unsent"))
+        unsent = [(planned.request_id, planned.scheduled_ns) for planned in self._load.schedule.rest()]
+        for request_id, due in (*unsent, *self._window.unread()):
+            self._record(Result(request_id, now if due is None else due, error="unsent"))
         self._client.close()
         if self._writer is not None:
             self._writer.close()

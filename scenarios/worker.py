@@ -1,7 +1,8 @@
 """The load worker process: ``python -m scenarios.worker SPEC.json``.
 
 SPEC.json is a `WorkerSpec`; the API key comes from the environment variable HARNESS_API_KEY only. JSON lines on stdout,
-words on stderr. The worker reads its slice of the plan, prepares every byte, opens connections, then says::
+words on stderr. The worker prepares the first requests of its slice of the plan (`scenarios.window`), opens
+connections, then says::
 
     {"event": "ready", "requests": 120, "fd_limit": 65536, "host": "node-7"}
 
@@ -27,6 +28,7 @@ import locust  # isort: skip  # first: it patches the standard library, and want
 
 import fcntl
 import gc
+import importlib.abc
 import logging
 import os
 import platform
@@ -37,6 +39,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from time import monotonic_ns
 from typing import Any
@@ -50,20 +53,22 @@ from gevent.event import Event
 
 from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, UsageError, WorkerError
 from harness.observations import SCHEMA, Observation, ObservationWriter
-from harness.plan import iter_requests
 from harness.results import Result, ResultWriter
+from scenarios.alarm import Alarm
 from scenarios.client import Client, raise_fd_limit
 from scenarios.observe import Observer
 from scenarios.replay import Replay
 from scenarios.saturate import Saturate
-from scenarios.schedule import Alarm, Load, Schedule, prepare_all, slot_starts
+from scenarios.schedule import Load, slot_starts
 from scenarios.user import API_KEY
+from scenarios.window import Window
 
 START_WAIT_S = 600.0
 """How long a ready worker waits to be told when to start."""
 _OPEN_LOOP_CONNECTIONS = 64  # opened ahead when no cap says how many there can be
 _PROGRESS_S, _FLUSH_S = 0.5, 1.0
 _SAMPLES = 200
+_UNSENT = 10_000  # rows in memory at the end of a run that was stopped
 _SOCKETS = 65536  # room for them is made before the start
 _poll: Any = gevent.monkey.get_original("select", "poll")
 
@@ -207,20 +212,20 @@ class Worker:
             tls_ca=spec.tls_ca, api_key=os.environ.get(API_KEY), headers=spec.headers, stream=spec.stream,
             balance=spec.balance, retries=spec.retries,
         )  # fmt: skip
-        requests = iter_requests(Path(spec.plan), spec.worker, spec.workers)
-        planned = prepare_all(
-            requests, endpoint=spec.endpoint, model=spec.model, extra_body=spec.extra_body, stream=spec.stream
-        )
         closed = spec.mode == "closed"
-        schedule = Schedule(planned, timed=not closed)
-        self.requests = schedule.left
+        self._window = Window(
+            Path(spec.plan), spec.worker, spec.workers, timed=not closed, endpoint=spec.endpoint, model=spec.model,
+            extra_body=spec.extra_body, stream=spec.stream,
+        )  # fmt: skip
+        self.requests = self._window.requests
+        schedule = self._window.schedule()
         slots = spec.concurrency or 1
         starts = slot_starts(spec.ramp_s, slots, spec.worker, spec.workers) if closed else ()
-        self._load = Load(schedule, self._client, None if closed else spec.concurrency, starts)
-        self.observer = Observer(self._client, lambda: self._load.sent, lambda: self._done)
+        self._load = Load(schedule, self._client, None if closed else spec.concurrency, slots, starts)
+        self.observer = Observer(self._client, self._load, lambda: self._done)
         self._open_connections(None)
         _warm_up()
-        self._runner = self._start_users(Saturate if closed else Replay, spec.concurrency or 1 if closed else 1)
+        self._runner = self._start_user(Saturate if closed else Replay)
         self.fd_limit = fd_limit
         # Only now: up to here SIGTERM simply ends a process that has sent nothing.
         self.commands = Commands()
@@ -231,17 +236,17 @@ class Worker:
         if trouble:
             print(f"warning: connections could not be opened ahead: {trouble}", file=sys.stderr)
 
-    def _start_users(self, user: type, count: int) -> Any:
-        """All users of this worker, waiting for the start."""
-        logging.getLogger("locust").setLevel(logging.ERROR)  # it warns of many users at once, which is what we want
+    def _start_user(self, user: type) -> Any:
+        """The one user of this worker, waiting for the start."""
+        logging.getLogger("locust").setLevel(logging.ERROR)
         environment = locust.env.Environment(user_classes=[user], catch_exceptions=False)
         environment.load = self._load
         runner = environment.create_local_runner()
-        runner.start(count, spawn_rate=count)
+        runner.start(1, spawn_rate=1)
         deadline = monotonic_ns() + 30_000_000_000
-        while self.requests and runner.user_count < count:
+        while self.requests and not runner.user_count:
             if monotonic_ns() > deadline:
-                raise WorkerError(f"Locust started {runner.user_count} of {count} users in 30 s")
+                raise WorkerError("Locust did not start its user in 30 s")
             gevent.sleep(0.01)
         return runner
 
@@ -268,12 +273,13 @@ class Worker:
         alarm.close()
         self._load.begin(start)
         self.observer.begin()
-        watchers = [commander, gevent.spawn(self._report)]
+        watchers = [commander, gevent.spawn(self._report), gevent.spawn(self._fill)]
         flusher = gevent.spawn(self._flush_rows)
         self._load.finished.wait(self.spec.duration_s)
         self._load.stop()
         self._drain()
         self.end_ns = self._load.now_ns()
+        self._client.settle()
         self.observer.end()
         gevent.killall(watchers)
         self._finish(flusher)
@@ -315,6 +321,13 @@ class Worker:
         self._load.stop()
         self._load.finished.set()
 
+    def _fill(self) -> None:
+        """Read and prepare the plan ahead of its time."""
+        try:
+            self._load.fill()
+        except HarnessError as e:
+            self._give_up(str(e))
+
     def _fail_on_bugs(self) -> None:
         """An exception nobody caught, in a callback or a user, must not end as a run that looks sound."""
         hub = gevent.get_hub()
@@ -335,9 +348,13 @@ class Worker:
         """Every request has one row, and all rows are in the file."""
         self._client.close()
         now = self._load.now_ns()
-        for planned in self._load.schedule.rest():
-            due = now if planned.scheduled_ns is None else planned.scheduled_ns
-            self._record(Result(planned.request_id, due, error="unsent"))
+        unsent = [(planned.request_id, planned.scheduled_ns) for planned in self._load.schedule.rest()]
+        for n, (request_id, due) in enumerate(chain(unsent, self._window.unread()), 1):
+            self._record(Result(request_id, now if due is None else due, error="unsent"))
+            if n % _UNSENT == 0:
+                gevent.sleep(0)  # the flush may have its turn: a plan of millions was stopped
+                if not self._flushing and not self._torn:
+                    self._check(_attempt(self._writer.flush))
         self._flushed.set()
         if flusher is not None:
             flusher.join(timeout=30)
@@ -413,6 +430,15 @@ def _warm_up() -> None:
     seen.close()
 
 
+class _NoPandas(importlib.abc.MetaPathFinder):
+    """Arrow imports pandas with its first array if it is installed: 50 MB and half a second for nothing we use."""
+
+    def find_spec(self, name: str, path: object, target: object = None) -> None:
+        """Find everything but pandas where it is always found."""
+        if name == "pandas":
+            raise ModuleNotFoundError("a load worker does without pandas", name=name)
+
+
 def _grow_fd_table(limit: int) -> None:
     """Make room for many sockets now: Linux stops a process with threads for 10 ms each time the table doubles."""
     try:
@@ -450,6 +476,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     end: dict[str, Any] = {"rows": 0, "cpu_share": None, "loop_lag_p99_s": None, "exit": None, "end_ns": None}
     code = EXIT_VALID
+    sys.meta_path.insert(0, _NoPandas())
     try:
         if len(arguments) != 1:
             raise UsageError("usage: python -m scenarios.worker SPEC.json")

@@ -1,0 +1,87 @@
+"""Waiting for a moment of the clock, more exactly than the event loop's own timers do."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from time import monotonic_ns
+from typing import Any
+
+import gevent
+from gevent.hub import Waiter
+
+_CLOCK_MONOTONIC, _ABSOLUTE = 1, 1
+_libc: Any = ctypes.CDLL(None, use_errno=True)
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("s", ctypes.c_long), ("ns", ctypes.c_long))
+
+
+class _Itimerspec(ctypes.Structure):
+    _fields_ = (("interval", _Timespec), ("value", _Timespec))
+
+
+class Alarm:
+    """Lets one greenlet wait until a moment of the monotonic clock, or until someone rings.
+
+    libev's timers are a millisecond coarse (0.5 ms late in the mean, 1.1 ms at p99, measured). ``precise`` waits on a
+    Linux timerfd instead (0.01 and 0.04 ms), which takes a file descriptor; elsewhere it is the same timer.
+    """
+
+    def __init__(self, *, precise: bool = False) -> None:
+        self._loop: Any = gevent.get_hub().loop
+        self._rung = False
+        self._waiter: Any = None
+        self._fd = -1
+        if precise and hasattr(_libc, "timerfd_create"):
+            self._fd = _libc.timerfd_create(_CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
+        self._watcher: Any = self._loop.io(self._fd, 1) if self._fd >= 0 else None
+
+    def wait_until(self, due_ns: int | None) -> None:
+        """Return at ``due_ns`` (a `time.monotonic_ns` value; null: never), or at once when it rings or has rung."""
+        if self._rung or (due_ns is not None and due_ns <= monotonic_ns()):
+            self._rung = False
+            return
+        self._waiter = Waiter()
+        watcher = None
+        try:
+            if due_ns is not None:
+                watcher = self._arm(due_ns)
+                watcher.start(self._waiter.switch, None)
+            self._waiter.get()
+        finally:
+            self._waiter = None
+            self._rung = False
+            if watcher is not None:
+                watcher.stop()
+                if watcher is not self._watcher:
+                    watcher.close()
+
+    def _arm(self, due_ns: int) -> Any:
+        if self._watcher is None:
+            self._loop.update_now()
+            return self._loop.timer(max((due_ns - monotonic_ns()) / 1e9, 0.0))
+        # Setting the time also clears an expiry nobody read.
+        spec = _Itimerspec(_Timespec(0, 0), _Timespec(due_ns // 10**9, due_ns % 10**9))
+        _libc.timerfd_settime(self._fd, _ABSOLUTE, ctypes.byref(spec), None)
+        return self._watcher
+
+    def ring(self) -> None:
+        """Wake the waiting greenlet soon: after the reads that are ready now were stamped."""
+        if not self._rung:
+            self._rung = True
+            if self._waiter is not None:
+                self._loop.run_callback(self._wake)
+
+    def _wake(self) -> None:
+        if self._waiter is not None:
+            self._waiter.switch(None)
+
+    def close(self) -> None:
+        """Give the file descriptor back."""
+        if self._watcher is not None:
+            self._watcher.stop()
+            self._watcher.close()
+            self._watcher = None
+            os.close(self._fd)

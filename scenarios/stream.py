@@ -1,0 +1,105 @@
+"""One request on its way: what was read for it and when, until that is parsed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic_ns
+from typing import TYPE_CHECKING, Any
+
+from harness.results import Result
+from scenarios.plain import Template
+from scenarios.response import Response
+
+if TYPE_CHECKING:
+    from scenarios.connection import Connection
+    from scenarios.target import Target
+
+
+class _Tally:
+    """Reads and bytes that this process has parsed; what streams still hold is not in it."""
+
+    reads = 0
+    bytes = 0
+
+
+PARSED = _Tally()
+
+
+class Stream:
+    """One request on its way: the row it will become, and what has been read for it."""
+
+    __slots__ = (
+        "connection", "ended", "error", "hang_up", "last_ns", "lazy", "payload", "queued", "raw", "reads", "response",
+        "result", "retry", "secret", "sent_ns", "slice", "stamps", "target", "template", "text_stamps", "texts",
+        "tried_ns",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        result: Result,
+        payload: bytes,
+        target: Target,
+        secret: str | None,
+        ended: Callable[[Result], None] | None,
+        slice_: int = 0,
+    ) -> None:
+        self.result = result
+        self.payload = payload
+        self.target = target
+        self.secret = secret
+        self.ended = ended
+        self.slice = slice_
+        self.queued = False  # it waits to be parsed
+        self.hang_up: Any = None  # timer
+        self.retry: Any = None  # timer
+        self.begin(monotonic_ns())
+        self.sent_ns = self.tried_ns
+
+    def begin(self, now_ns: int) -> None:
+        """Forget what was read: it is sent, perhaps again, at ``now_ns``."""
+        self.response = Response(self.secret)
+        self.texts: list[bytes] = []  # of plain events, and then
+        self.text_stamps: list[int] = []
+        self.reads: list[bytes] = []  # whatever came after those
+        self.stamps: list[int] = []
+        self.template: Template | None = None  # of the texts
+        self.raw = True  # what arrives next is a read, whatever it is
+        self.lazy = False  # the end can be told from the last bytes, so nothing need be parsed before it
+        self.tried_ns = self.last_ns = now_ns
+        self.error: tuple[str, str] | None = None
+        self.connection: Connection | None = None
+
+    def stop_timers(self) -> None:
+        """Nothing more is due; the timers hold this stream, and no garbage collector runs."""
+        for timer in (self.hang_up, self.retry):
+            if timer is not None:
+                timer.stop()
+                timer.close()
+        self.hang_up = self.retry = None
+
+    @property
+    def heard_ns(self) -> int:
+        """When something arrived last, or else when it was sent."""
+        return self.stamps[-1] if self.stamps else self.text_stamps[-1] if self.text_stamps else self.last_ns
+
+    def parse(self) -> None:
+        """Feed what was read to the response. The poller holds the four lists: they stay the same."""
+        self.last_ns = self.heard_ns
+        if self.texts:
+            assert self.template is not None
+            PARSED.reads += len(self.texts)
+            PARSED.bytes += self.template.size(self.texts)
+            self.response.feed_texts(self.template, self.texts, self.text_stamps)
+            self.texts.clear()
+            self.text_stamps.clear()
+        if self.reads:
+            PARSED.reads += len(self.reads)
+            PARSED.bytes += sum(map(len, self.reads))
+            self.response.feed(self.reads, self.stamps)
+            self.reads.clear()
+            self.stamps.clear()
+        if self.raw and self.lazy and self.connection is not None:
+            self.template = self.response.plain
+            if self.template is not None:
+                self.raw = False
+                self.connection.client.poller.keep_texts(self.connection, self, self.template)

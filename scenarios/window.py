@@ -1,0 +1,114 @@
+"""The window of the plan: a worker's requests, read and prepared a bounded time before they are due.
+
+A plan of any length fits into memory: its prompts are read a batch at a time, the next batch by a thread while this one
+is used, and each request becomes bytes when `Schedule` asks for it. Only whole columns without prompts are looked at
+before the start, to know how many requests there are and that they can be sent in this order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gevent
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from harness.errors import HarnessError, PlanError
+from harness.plan import Request, iter_batches, read_plan_columns, requests_in
+from scenarios.payload import prepare
+from scenarios.schedule import Planned, Schedule
+
+
+class Window:
+    """An iterator over a worker's requests, each prepared when it is asked for; in the order of the plan.
+
+    ``requests`` is how many there are in all. Use it from greenlets: one that asks while a batch is being read waits.
+
+    Raises `PlanError` for a plan that cannot be read or sent this way, `UsageError` for prompts that do not fit the
+    endpoint; from the iterator, too.
+    """
+
+    def __init__(
+        self, plan: Path, worker: int = 0, workers: int = 1, *, timed: bool, endpoint: str, model: str,
+        extra_body: dict[str, object] | None = None, stream: bool = True,
+    ) -> None:  # fmt: skip
+        self._plan, self._worker, self._workers, self._timed = plan, worker, workers, timed
+        self._endpoint, self._model, self._extra_body, self._stream = endpoint, model, extra_body or {}, stream
+        table = self._columns(["request_id", "scheduled_ns", "after"])
+        self.requests: int = table.num_rows
+        if timed and table["scheduled_ns"].null_count:
+            first = table["request_id"].filter(table["scheduled_ns"].is_null())[0]
+            raise PlanError(
+                f"request {first} has no time: this plan is for a closed loop; run it as one, or make a plan with "
+                "arrivals"
+            )
+        self._awaited = _awaited(table)
+        self._read = 0
+        self._batches = iter_batches(plan, worker, workers)
+        self._rows: Iterator[Request] = iter(())
+        self._coming = self._read_ahead()
+
+    def _columns(self, names: list[str]) -> pa.Table:
+        table = read_plan_columns(self._plan, [*names, "slice"])
+        mine = table["slice"].to_numpy() % self._workers == self._worker
+        return table.filter(pa.array(mine)).select(names)
+
+    def __iter__(self) -> Window:
+        return self
+
+    def __next__(self) -> Planned:
+        while (request := next(self._rows, None)) is None:
+            coming = self._coming
+            batch = coming.get()  # others may run now, and ask for the same
+            if batch is None:
+                raise StopIteration
+            if isinstance(batch, HarnessError):
+                raise batch
+            if coming is self._coming:
+                self._rows, self._coming = requests_in(batch), self._read_ahead()
+        payload = prepare(
+            request, endpoint=self._endpoint, model=self._model, extra_body=self._extra_body, stream=self._stream
+        )
+        self._read += 1  # not before: what cannot be prepared has a row, too
+        return Planned(
+            request.request_id, request.scheduled_ns, request.after, request.think_ns or 0, payload, request.slice,
+            request.cancel_after_ns,
+        )  # fmt: skip
+
+    def _read_ahead(self) -> Any:
+        return gevent.get_hub().threadpool.spawn(_next, self._batches)
+
+    def schedule(self) -> Schedule:
+        """The order of these requests, those of the first seconds prepared."""
+        schedule = Schedule(self, timed=self._timed, requests=self.requests, awaited=self._awaited)
+        while schedule.wants_more(0) and schedule.read_more():
+            pass
+        return schedule
+
+    def unread(self) -> Iterator[tuple[int, int | None]]:
+        """request_id and planned time of every request that was not asked for yet."""
+        rest = self._columns(["request_id", "scheduled_ns"]).slice(self._read)
+        for batch in rest.to_batches(max_chunksize=1024):
+            yield from zip(batch["request_id"].to_pylist(), batch["scheduled_ns"].to_pylist(), strict=True)
+
+
+def _next(batches: Iterator[pa.RecordBatch]) -> pa.RecordBatch | HarnessError | None:
+    """The next batch, None after the last, or what went wrong: gevent reports what its threads raise as a bug."""
+    try:
+        return next(batches, None)
+    except HarnessError as e:
+        return e
+
+
+def _awaited(table: pa.Table) -> npt.NDArray[np.int64]:
+    """The ids that others wait for, ascending. Raises `PlanError` when one does not come before those."""
+    ids = table["request_id"].to_numpy()
+    waits = table["after"].is_valid().to_numpy()
+    after = table["after"].drop_null().to_numpy()
+    bad = np.flatnonzero(~np.isin(after, ids) | (after >= ids[waits]))
+    if len(bad):
+        raise PlanError(f"request {ids[waits][bad[0]]} waits for {after[bad[0]]}, which does not come before it here")
+    return np.sort(after)
