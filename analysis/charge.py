@@ -13,38 +13,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 
+from analysis.basis import OLD_PRICE_DAYS, PriceBasis, basis_of
 from analysis.buy import Against
 from analysis.intervals import Quantity, scaled
 from analysis.repeats import over_repeats
 from analysis.summary import Summary
 from analysis.terms import Structure, Terms, from_split
 from analysis.unit_prices import Mix, UnitPrices, bill_parts, times, unit_prices
-from harness.errors import UsageError
 from harness.run import Tier
 
 HOURS_PER_MONTH = 730.0
 """8,760 h / 12."""
-OLD_PRICE_DAYS = 180
 LARGEST_MIX_CHANGE = 0.05
 """Loads whose share of output differs by more were not measured on the same traffic."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PriceBasis:
-    """The hourly price of the hardware, where and when it was read; ``measured_with`` was the run's own."""
-
-    usd_per_hour: float
-    purchase: str
-    """on-demand, spot, reserved or owned."""
-    region: str
-    source: str
-    date: str
-    old: bool
-    """Read more than `OLD_PRICE_DAYS` ago."""
-    note: str | None = None
-    """What a reader of the price must know besides: term, condition, assumption."""
-    measured_with: PriceBasis | None = None
-    """Set when an old run was priced again: the measurement is the old one, only the price is new."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +150,11 @@ def load_words(s: Summary) -> str:
     )
 
 
+def slo_words(s: Summary) -> str | None:
+    """The SLO in words, criterion by criterion; None without."""
+    return None if s.slo is None else ", ".join(sorted(one.name for one in s.slo.criteria))
+
+
 def _charge(
     runs: Sequence[Summary],
     terms: Terms,
@@ -180,7 +166,7 @@ def _charge(
     chosen, reason, notes = _choose(runs)
     first = chosen[0]
     structure = _structure(chosen, structure, split_method)
-    basis = _basis(first, new_prices, today)
+    basis = basis_of(first.tier, new_prices, today)
     full = _pooled_cost(chosen)
     mix = _mix(chosen)
     if reason is None and (full.value is None or mix is None or basis is None or not mix.total):
@@ -307,6 +293,8 @@ def _notes(runs: Sequence[Summary], mix: Mix | None, structure: Structure, basis
         said.append("cached input is priced like the rest of the input: declare its weight (--ratio IN:OUT:CACHED)")
     if basis is not None and basis.old:
         said.append(f"OLD: the price of the hardware was read on {basis.date}, over {OLD_PRICE_DAYS} days ago")
+    limits = {c.name: c for s in runs for c in s.checks if not c.gate and c.ok is False and c.name != "price_date"}
+    said += [f"limit of the measurement, {c.name}: {c.observed} (wanted: {c.bound})" for c in limits.values()]
     return said + sorted({s.cost.note for s in runs if s.cost.note and s.slo is not None and not s.slo.met})
 
 
@@ -348,40 +336,3 @@ def _offers(cost_full: UnitPrices, terms: Terms) -> tuple[Offer, ...]:
     if terms.batch_discount is not None:
         made.append(offer("batch", 0.0, terms.batch_discount))
     return tuple(made)
-
-
-# --------------------------------------------------------------------------------------------------------- price basis
-
-
-def _basis(s: Summary, new_prices: Mapping[str, Tier], today: date) -> PriceBasis | None:
-    if s.tier is None:
-        return None
-    own = _dated(s.tier, today)
-    new = new_prices.get(s.tier.name)
-    if new is None:
-        return own
-    hardware = ("instance", "provider", "accelerator", "accelerator_count", "vcpu")
-    other = [name for name in hardware if getattr(new, name) != getattr(s.tier, name)]
-    if other:
-        raise UsageError(
-            f"tier {new.name}: the new price is for other hardware than the run was measured on ({', '.join(other)} "
-            "differ); a price can be replaced, a measurement cannot"
-        )
-    return replace(_dated(new, today), measured_with=own)
-
-
-def _dated(tier: Tier, today: date) -> PriceBasis:
-    text = tier.date if len(tier.date) > 7 else f"{tier.date}-01"
-    try:
-        age = (today - date.fromisoformat(text)).days
-    except ValueError:
-        age = OLD_PRICE_DAYS + 1  # a date that nobody can read proves nothing
-    return PriceBasis(
-        usd_per_hour=tier.usd_per_hour, purchase=tier.purchase, region=tier.region, source=tier.source, date=tier.date,
-        old=age > OLD_PRICE_DAYS, note=tier.note,
-    )  # fmt: skip
-
-
-def slo_words(s: Summary) -> str | None:
-    """The SLO in words, criterion by criterion; None without."""
-    return None if s.slo is None else ", ".join(sorted(one.name for one in s.slo.criteria))

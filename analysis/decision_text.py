@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from analysis.basis import PriceBasis
 from analysis.buy import Against
-from analysis.charge import Charge, PriceBasis
+from analysis.charge import Charge
 from analysis.compare import Comparison, Figure, LoadComparison
 from analysis.intervals import Quantity
 from analysis.listprices import ListPrice

@@ -222,7 +222,7 @@ def _own(trace: Trace, spec: PlanSpec, made_up: bool) -> Timed:
     """The trace's own times on a faster or slower clock; none in a closed loop."""
     rows, cut_ns = spec.limit, None
     if spec.rate is not None and spec.duration_s is not None:
-        # Rounded first: 0.1 x 30 must be 3 rows, not 4.
+        # Rounded first: 1.1 x 10 must be 11 rows, not 12.
         asked = math.ceil(round(spec.rate * spec.duration_s, 6))
         rows = asked if rows is None else min(asked, rows)
     elif spec.duration_s is not None:

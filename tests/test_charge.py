@@ -31,7 +31,7 @@ from analysis.unit_prices import Mix, unit_prices
 from harness.cli.decide import price
 from harness.commands.decide import find_runs, parse_tier_price
 from harness.errors import HarnessError, ResultsError, UsageError
-from harness.run import RunDir
+from harness.run import Replica, RunDir
 from harness.server_metrics import SCHEMA as SERVER_SCHEMA
 
 TERMS = Terms(margin=0.4, utilisation=0.3)
@@ -126,6 +126,24 @@ def test_margin_and_break_even_agree(margin, utilisation, discount, batch):
         assert offer.prices.total.low == pytest.approx(asked / 2) and math.isfinite(offer.prices.output.high)
 
 
+def test_doubt_about_the_division_is_added_to_that_about_the_bill():
+    """3 % and 4 % that know nothing of each other are 5 %; the total knows nothing of the division."""
+    total = Quantity(value=1.0, low=0.97, high=1.03, n=9, unit="", evidence="measured")
+    weights = Structure(method="step model", input=1.0, cached_input=None, output=4.0, spread=(0.0, 0.0, 0.04))
+    prices = unit_prices(total, Mix(uncached_input=10, cached_input=None, output=10), weights)
+    assert prices.output.high / prices.output.value == pytest.approx(1.05)
+    assert prices.output.low / prices.output.value == pytest.approx(0.95)
+    assert prices.input.high / prices.input.value == pytest.approx(1.03)
+    assert prices.total == total
+
+
+def test_a_split_brings_its_own_doubt():
+    split = by_ratio(1.0, Usage(input=10, cached_input=None, output=10), 4.0, evidence="measured")
+    out = split.usd_per_1m_output
+    wide = replace(split, usd_per_1m_output=replace(out, low=out.value * 0.9, high=out.value * 1.2))
+    assert from_split(wide).spread == pytest.approx((0.0, 0.0, 0.2))
+
+
 def test_cached_input_has_its_own_price(tmp_path):
     (made,) = decide(summary(tmp_path / "r", rows(cached=6)), structure=declared(4.0, 1.0, 0.25))
     p = made.cost_full
@@ -215,6 +233,28 @@ def test_repeats_are_added_up_and_the_best_is_not_picked(tmp_path):
     assert len(made.runs) == 2 and any("2 repeats" in note for note in made.notes)
 
 
+def test_a_load_counts_only_when_all_its_repeats_kept_the_slo(tmp_path):
+    kept = summary(tmp_path / "a", slo={"ttft": 0.5})
+    missed = summary(tmp_path / "b", rows(ttft_ms=900), {"ttft": 0.5})
+    (made,) = decide(kept, missed)
+    assert made.cost is None and made.slo_met is False and "(best: 100.0%" in made.reason
+
+
+def test_cached_input_that_one_repeat_did_not_count_is_not_known(tmp_path):
+    counted, silent = summary(tmp_path / "a", rows(cached=6)), summary(tmp_path / "b", rows(cached=None))
+    (made,) = decide(counted, silent, structure=declared(4.0, 1.0, 0.25))
+    assert made.mix.cached_input is None and made.mix.uncached_input == 6400
+    assert made.cost_full.cached_input.value is None
+
+
+def test_every_replica_is_paid_for(tmp_path):
+    replicas = [Replica(index=k, base_url=f"http://127.0.0.1:{k + 1}/v1") for k in range(3)]
+    (made,), (one,) = decide(summary(tmp_path / "a", replicas=replicas)), decide(summary(tmp_path / "b"))
+    assert made.replicas == 3 and made.fleet_usd_per_month == pytest.approx(3 * 3.6 * 730)
+    assert made.cost_full.total.value == pytest.approx(3 * one.cost_full.total.value)
+    assert made.capacity_tokens_per_month == pytest.approx(one.capacity_tokens_per_month), "the same tokens came out"
+
+
 def test_tiers_and_models_are_apart_and_cheapest_first(tmp_path):
     dear = summary(tmp_path / "a", tier=replace(TIER, name="dear", usd_per_hour=9.0))
     cheap = summary(tmp_path / "b", tier=replace(TIER, name="cheap", usd_per_hour=1.0))
@@ -261,6 +301,7 @@ def test_dummy_weights_and_the_terms_of_a_price_are_said_before_it(tmp_path):
     text = " ".join(run_price(tmp_path / "r").output.split())
     assert text.index("CAUTION. Dummy weights") < text.index("Charge ")
     assert "a price list; 3 years, all upfront" in text
+    assert "limit of the measurement, duration: 40" in text, "a price from 40 s says so"
 
 
 def test_the_slo_is_named_as_it_was_judged(tmp_path):
@@ -358,6 +399,10 @@ def test_build_or_buy(tmp_path):
             assert offer.break_even_tokens_per_month == pytest.approx(made.fleet_usd_per_month / 0.22 * 1e6)
         else:
             assert offer.break_even_tokens_per_month is None, "no volume helps a fleet that costs more at full load"
+        unsure = replace(made.cost_full.total, low=0.05, high=0.5)
+        doubt = replace(made, cost_full=replace(made.cost_full, total=unsure))
+        (close,) = compare_with_api(doubt, TERMS, [llama], llama.family).against
+        assert close.verdict == "too close to call", "the interval lies on both sides of the API's price"
         assert [a.same_model for a in made.against] == sorted((a.same_model for a in made.against), reverse=True)
         assert not made.against[-1].same_model and "another model" in made.against[-1].notes[0]
 

@@ -558,6 +558,25 @@ def test_machines_that_do_not_end_are_a_failure(aws: FakeAws) -> None:
     assert "region us-west-2, account 123456789012" in left.stderr
 
 
+def test_what_starts_late_or_could_start_is_ended_too(aws: FakeAws) -> None:
+    assert run(*UP, "--yes").return_value == 0
+    tags = aws.machines[0]["tags"]
+    aws.requests.append({"id": "sir-open", "tags": tags})
+    aws.volumes.append({"id": "vol-going", "size": 100, "state": "deleting", "tags": tags})
+    aws.calls.clear()
+
+    def describe(request: dict[str, str]) -> str:
+        if aws.calls.count("DescribeInstances") == 3:  # its order to start was on its way when the head was ended
+            aws.machines.append({**aws.machines[0], "id": "i-late", "state": "running", "reason": ""})
+        return FakeAws.DescribeInstances(aws, request)
+
+    aws.DescribeInstances = describe  # type: ignore[method-assign]
+    down = run("down")
+    assert down.return_value == 0, (down.output, down.exception)
+    assert aws.calls.count("CancelSpotInstanceRequests") == 1
+    assert {m["state"] for m in aws.machines if m["id"] == "i-late"} == {"terminated"}
+
+
 def test_another_account_proves_nothing(aws: FakeAws, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(*UP, "--yes").return_value == 0
     aws.machines, aws.volumes, aws.requests, aws.groups = [], [], [], []  # to another account nothing of it is there

@@ -193,6 +193,18 @@ def test_every_resample_holds_whole_blocks_of_the_series(units):
     assert counts.sum(axis=0).min() > 0
 
 
+def test_a_request_that_one_run_was_never_offered_is_in_no_pair(tmp_path):
+    """Every fourth client of A hung up: its requests are slow in B, and tell nothing of B against A."""
+    mine = [bad(i, "cancelled") if i % 4 == 0 else row for i, row in enumerate(results())]
+    slow = [good(i, ttft_ms=5000, inputs=200, tokens=20) if i % 4 == 0 else row for i, row in enumerate(results())]
+    planned = {i: {"input_tokens": 200, "output_tokens": 20} for i in range(0, 400, 4)}
+    a = write_run(tmp_path / "a", mine, plan=planned, spec=replace(SPEC, slo=SLO), tier=replace(TIER, name="tier-a"))
+    made = against(a, side(tmp_path / "b", slow))
+    assert (made.loads[0].requests, made.loads[0].left_out) == (300, 100)
+    f = figures(made)
+    assert f["error_rate"].a == f["error_rate"].b == 0 and f["attainment"].b == 1
+
+
 def test_percentiles_of_large_samples_are_close_to_exact():
     values = np.random.default_rng(0).lognormal(0, 1, 50_000)
     for name, f in _percentiles("x", values, values * 2).items():

@@ -22,6 +22,7 @@ from harness.plan import PlanSpec, iter_prompt_ids, iter_requests, plan_sha256
 from harness.prompts import Vocabulary
 from harness.results import Result
 from harness.run import Replica, RunDir, read_manifest, write_manifest
+from harness.server_metrics import SCHEMA as SERVER_SCHEMA
 from harness.trace import open_trace
 from harness.traces.reuse import prompt_reuse
 
@@ -195,6 +196,14 @@ def test_another_plan_than_the_trace_is_caught(tmp_path, trace, columns, caught)
     assert caught <= wrong(answers), fidelity_text(list(answers.values()))
 
 
+def test_half_the_demand_that_was_asked_for_is_caught(tmp_path, trace):
+    """Thinned to 0.4 where 0.8 was asked for: no draw is that unlucky."""
+    run = made(tmp_path, trace, grow=0.4)
+    assert "planned: request rate" not in wrong(ask(run))
+    run.manifest.plan = replace(run.manifest.plan, grow=0.8)
+    assert "planned: request rate" in wrong(ask(run))
+
+
 def test_prompts_that_do_not_share_are_caught(tmp_path, trace, monkeypatch):
     own = Vocabulary.token_ids
     monkeypatch.setattr(
@@ -230,6 +239,12 @@ def shorter(rows: Rows) -> Rows:
     return [replace(row, output_tokens=max(1, row.output_tokens // 2)) for row in rows]
 
 
+def alike(rows: Rows) -> Rows:
+    """Every answer as long as the mean: the mean is the plan's, the lengths are not."""
+    mean = round(sum(row.output_tokens or 0 for row in rows) / len(rows))
+    return [replace(row, output_tokens=mean) for row in rows]
+
+
 def longer_prompts(rows: Rows) -> Rows:
     return [replace(row, input_tokens=row.input_tokens * 2) for row in rows]
 
@@ -240,6 +255,7 @@ def longer_prompts(rows: Rows) -> Rows:
         (late, {"sent: arrivals in windows", "sent: gaps", "sent: bursts"}),
         (overtaking, {"sent: turns in order"}),
         (shorter, {"sent: output lengths"}),
+        (alike, {"sent: output lengths"}),
         (longer_prompts, {"sent: input lengths"}),
         (lambda rows: rows[:900], {"sent: requests"}),
     ],
@@ -275,6 +291,20 @@ def test_the_servers_hits_against_the_ideal(tmp_path, trace, off, replicas, want
     ideal = prompt_reuse(iter_prompt_ids(RunDir(run.path).plan), block_tokens(run))
     assert ideal.hit_rate > 0.2
     run.manifest.replicas = [counted(ideal.tokens, ideal.tokens * (ideal.hit_rate + off))] * replicas
+    assert ask(run)["sent: prefix reuse"].ok is want
+
+
+@pytest.mark.parametrize(("used", "want"), [(0.5, False), (0.95, None)])
+def test_a_full_cache_had_to_forget_and_a_half_empty_one_did_not(tmp_path, trace, used, want):
+    run = made(tmp_path, trace)
+    run.manifest.engine = "vllm"
+    run.manifest.replicas = [counted(1000.0, 10.0)]
+    sample = pa.RecordBatch.from_pylist([{"t_ns": 0, "took_ns": 1, "kv_cache_usage": used}], schema=SERVER_SCHEMA)
+    with (
+        pa.OSFile(str(RunDir(run.path).server_metrics(0)), "wb") as sink,
+        pa.ipc.new_stream(sink, SERVER_SCHEMA) as out,
+    ):
+        out.write_batch(sample)
     assert ask(run)["sent: prefix reuse"].ok is want
 
 

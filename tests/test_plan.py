@@ -98,6 +98,7 @@ def test_rate_with_duration_meets_the_rate_inside_the_duration(tmp_path):
     assert info.planned_rate == pytest.approx(2.0, rel=1e-9)
     assert info.span_s == pytest.approx(9.5)
     assert any("stopped after 20" in note for note in info.notes)
+    assert build(trace, tmp_path / "q", closed=False, rate=1.1, duration_s=10.0).requests == 11, "1.1 x 10 is above 11"
 
 
 def test_duration_cuts_by_planned_time(tmp_path):
@@ -445,6 +446,12 @@ def test_limit_rate_and_batch_size_do_not_change_a_prompt(tmp_path, monkeypatch)
         assert a == replace(b, scheduled_ns=a.scheduled_ns)
     with pa.OSFile(str(tmp_path / "b")) as source:
         assert pa.ipc.open_file(source).num_record_batches > 14
+    monkeypatch.setattr(batches, "_BATCH_ROWS", 1000)
+    build(sample("azure-code-2023.csv"), tmp_path / "c", closed=False, vocabulary=VOCABULARY, limit=100)
+    with pa.OSFile(str(tmp_path / "c")) as source:
+        reader = pa.ipc.open_file(source)
+        tokens = [sum(reader.get_batch(i).column("input_tokens").to_pylist()) for i in range(reader.num_record_batches)]
+    assert len(tokens) > 5 and max(tokens) < 10_000 + 8192, "memory is bounded in tokens as well as in rows"
 
 
 def test_lengths_need_a_vocabulary_and_text_does_not(tmp_path, text_vocabulary):

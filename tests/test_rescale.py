@@ -159,6 +159,9 @@ def test_bursts_are_not_laid_onto_bursts(tmp_path):
     thin = build(trace, tmp_path / "q", grow=0.5).planned
     assert thin.dispersion["1s"] == pytest.approx(1 + 0.5 * (before.dispersion["1s"] - 1), rel=0.15)
     assert any("variance/mean at 1s" in note for note in info.notes)
+    short = build(trace, tmp_path / "s", grow=3.0, limit=9)
+    assert any("shape" in note for note in short.notes)
+    assert not any("variance/mean" in note for note in short.notes), "what nine requests cannot say is not said"
 
 
 def test_thinning_draws_the_rate_and_superposition_too(tmp_path):
@@ -170,6 +173,13 @@ def test_thinning_draws_the_rate_and_superposition_too(tmp_path):
     assert (thin.rescale, more.rescale) == ("thin", "superpose")
     assert thin.speed == more.speed == 1.0
     assert build(trace, tmp_path / "r", rate=20.0).rescale == "compress"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_clock_too_slow_is_refused_in_words_alone(tmp_path):
+    trace = write(tmp_path / "t.jsonl", rows_at(poisson(20)))
+    with pytest.raises(UsageError, match="292 years"):
+        build(trace, tmp_path / "p", speed=1e-300)
 
 
 def test_growth_then_a_faster_clock_and_a_cut(tmp_path):
@@ -244,6 +254,12 @@ def test_spreading_never_passes_the_next_instant():
     moved = spread(arrivals, 3.0, 1)
     assert (np.diff(moved) >= 0).all()
     assert (moved[arrivals % 3_000_000_000 == 0] % 3_000_000_000 <= 1_000_000).all()
+
+
+def test_spreading_goes_no_further_than_a_step_into_a_quiet_time():
+    arrivals = np.array([0, 0, 0, 3, 3, 60, 60, 60]) * 1_000_000_000
+    off = spread(arrivals, 3.0, 1) - arrivals
+    assert 0 <= off.min() <= off.max() < 3_000_000_000
 
 
 def test_a_mooncake_trace_is_spread_only_when_asked(tmp_path):
@@ -362,6 +378,9 @@ def test_figures_do_not_depend_on_the_block(gaps, block):
     assert cut.counts == whole.counts
     assert cut.worst_minute == whole.worst_minute
     assert cut.gap_cv == pytest.approx(whole.gap_cv)
+    if len(times) > 1:
+        want = np.quantile(np.diff(times), np.linspace(0, 1, stats_module.POINTS), method="inverted_cdf")
+        assert whole.gap_quantiles_s == [int(gap) / 1e9 for gap in want]
     if len(times) > 2 and whole.gap_cv is not None:
         steps = np.diff(times)
         assert whole.gap_cv == pytest.approx(steps.std() / steps.mean())

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from analysis.nonnegative import fit_non_negative
 from analysis.price import bill_usd
-from analysis.samples import Samples, server_samples
+from analysis.samples import Samples, busy_rows, server_samples
 from analysis.split import (
     Usage,
     by_load_regression,
@@ -213,6 +213,51 @@ def test_one_mix_has_no_two_prices():
         USD, USAGE, spent=2e-4 * into + 5e-4 * into / 4, uncached_input=into, output=into / 4, evidence="measured"
     )
     assert "hardly varies" in refused(split)
+
+
+def regression(spent, into, out):
+    return by_load_regression(USD, USAGE, spent=spent, uncached_input=into, output=out, evidence="measured")
+
+
+def test_a_mix_that_moves_by_a_hundredth_is_one_mix():
+    """A fit through exact data would find the truth here: in real data the noise would."""
+    into = np.linspace(1e5, 2e6, 12)
+    out = into / 4 * (1 + 0.01 * np.cos(np.arange(12)))
+    split = regression(2e-4 * into + 5e-4 * out, into, out)
+    assert "hardly varies" in refused(split) and 30 < split.facts["condition"] < 1000
+
+
+def test_time_that_tokens_do_not_explain_is_not_divided():
+    rng = np.random.default_rng(0)
+    into, out = rng.uniform(1, 10, (2, 400)) * 1e5
+    split = regression((2e-4 * into + 5e-4 * out) * np.tile([0.5, 1.5], 200), into, out)
+    assert "may be off" in refused(split)
+
+
+def test_an_interval_wider_than_its_value_is_no_price():
+    rng = np.random.default_rng(2)
+    into, out = rng.uniform(1, 2, (2, 12)) * 1e5
+    assert "the interval of input is wider" in refused(
+        regression((1e-5 * into + 5e-4 * out) * rng.normal(1, 0.05, 12), into, out)
+    )
+
+
+def test_seconds_without_a_request_are_not_engine_time():
+    """An engine that idles half of each minute: idle seconds would be laid on tokens."""
+    found = samples(np.random.default_rng(0), with_steps=True, c=0.005)
+    idle = np.arange(300) % 20 < 10
+    half = replace(
+        found, running=np.where(idle, 0.0, found.running), uncached_input=np.where(idle, 0.0, found.uncached_input),
+        output=np.where(idle, 0.0, found.output), steps=np.where(idle, 0.0, found.steps),
+    )  # fmt: skip
+    rows, _ = busy_rows(half)
+    assert rows.spent.sum() == 150 and rows.uncached_input.sum() == pytest.approx(half.uncached_input.sum())
+
+
+def test_request_seconds_of_a_batch_are_no_engine_time():
+    for seconds, divided in ((104.0, True), (200.0, False)):
+        split = by_phase_time(USD, USAGE, seconds / 4, seconds * 3 / 4, evidence="measured", busy_s=100.0)
+        assert (split.reason is None) == divided and split.facts["overlap"] == seconds / 100
 
 
 def test_a_part_at_zero_is_no_price():

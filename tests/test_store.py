@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -530,7 +531,7 @@ def test_a_store_that_stays_away_is_said_and_marked(
     s3_env: str, proxy: Proxy, server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("harness.mirror.CLOSE_S", 0.0)
-    run, said = tmp_path / "run", list[str]()
+    run, said = tmp_path / "a run", list[str]()
     write(run / "run.json", b"{}")
     write(run / "worker-0.log", b"words\n")
     with mirrored(s3_env, run, said.append):
@@ -539,12 +540,43 @@ def test_a_store_that_stays_away_is_said_and_marked(
     assert set(mark["missing"]) == {"run.json", "worker-0.log"}
     assert "out of reach" in mark["problem"]
     assert SECRET not in (run / MARK).read_text() + "".join(said)
-    assert f"-m harness.store {run} {s3_env}" in said[-1]
+    assert f"-m harness.store '{run}' {s3_env}" in said[-1], "to be pasted into a shell"
     proxy.refuse = False
-    done = subprocess.run(mark["send"].split(), cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(shlex.split(mark["send"]), cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert {s.name for s in list_objects(f"{s3_env}/run")} == {"run.json", "worker-0.log"}
+    assert {s.name for s in list_objects(f"{s3_env}/a run")} == {"run.json", "worker-0.log"}
     assert not (run / MARK).exists()
+
+
+def test_a_part_whose_answer_was_lost_is_sent_again_as_it_was(
+    s3_env: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have arrived: with the bytes that came since it would be another object of the same name."""
+    calls: list[tuple[int, bytes]] = []
+
+    def put(data: bytes, url: str, *, client: object) -> None:
+        calls.append((int(url.rpartition("/")[2]), data))
+        if len(calls) == 1:
+            raise StoreError(url, "the answer was lost", transient=True)
+
+    monkeypatch.setattr("harness.mirror.put", put)
+    log = write(tmp_path / "run" / "worker-0.log", b"one\n")
+    mirror = Mirror(tmp_path / "run", f"{s3_env}/run")
+    with pytest.raises(StoreError):
+        mirror._send_new(log)
+    log.write_bytes(b"one\ntwo\n")
+    mirror._send_new(log)
+    assert calls == [(0, b"one\n"), (0, b"one\n"), (4, b"two\n")]
+
+
+def test_the_manifest_goes_up_last(s3_env: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is whole, the run is: whoever dies in between leaves a run that is seen to be unfinished."""
+    for name in ("a.log", "plan.arrow", "run.json", "worker-0.arrows", "zz.json"):
+        write(tmp_path / "run" / name, b"{}")
+    sent: list[str] = []
+    monkeypatch.setattr("harness.mirror.upload", lambda path, url, *, client: sent.append(path.name))
+    assert Mirror(tmp_path / "run", f"{s3_env}/run").close()
+    assert sent[-1] == "run.json" and len(sent) == 5
 
 
 def test_a_failing_run_goes_up_like_any_other(s3_env: str, tmp_path: Path) -> None:

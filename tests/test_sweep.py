@@ -27,7 +27,18 @@ from harness.plan import plan_sha256
 from harness.prompts import Vocabulary
 from harness.run import RunDir
 from harness.sweep import Level, Loads, Pair, SweepSpec, levels, make_points, pairs, point_seed, read_sweep
-from harness.sweep_cost import BETWEEN_S, ITL_S, Survey, estimate, expect, rows_needed, start_s, survey, usd_per_hour
+from harness.sweep_cost import (
+    BETWEEN_S,
+    DRAIN_S,
+    ITL_S,
+    Survey,
+    estimate,
+    expect,
+    rows_needed,
+    start_s,
+    survey,
+    usd_per_hour,
+)
 from harness.sweep_state import (
     Rental,
     SweepState,
@@ -198,6 +209,9 @@ def test_servers_that_are_there_by_tier_and_in_pairs(tmp_path: Path) -> None:
     assert pairs(alone) == [Pair(replicas=1, base_url="http://h")]
     named = read(tmp_path, 'trace = "t"\n' + CONCURRENCY + '[[pair]]\nmodel="a"\ntier="x"\nreplicas=4')
     assert pairs(named) == [Pair(model="a", tier="x", replicas=4)]
+    assert [p.label for p in (named.pair[0], Pair(model="org/m"), Pair(base_url="http://h"))] == [
+        "a on x", "m", "served model",
+    ]  # fmt: skip
 
 
 @given(low=st.integers(1, 64), factor=st.integers(2, 9), steps=st.integers(0, 12), beyond=st.floats(0, 0.99))
@@ -232,6 +246,7 @@ def test_seeds_differ_inside_a_pair_and_agree_between_pairs() -> None:
     for (_, level, repeat), seed in seeds.items():
         assert seed == seeds[0, level, repeat]
     assert point_seed(0, Level(concurrency=8), 1) != point_seed(1, Level(concurrency=8), 1)
+    assert all(0 <= seed < 2**31 for seed in inside)
     fewer = {p.seed for p in make_points(SPEC)}
     assert fewer <= set(seeds.values()), "a level that is added leaves the seeds of the others"
 
@@ -277,6 +292,8 @@ def test_estimates(level: Level, options: dict[str, Any], requests: int, seconds
     found = estimate(level, options, TRACE)
     assert found.requests == requests
     assert found.seconds == pytest.approx(seconds + AROUND)
+    slow = estimate(level, options, replace(TRACE, longest_output=10**6))
+    assert slow.seconds == pytest.approx(seconds + BETWEEN_S + DRAIN_S), "no drain is longer than it may be"
     assert found.assumed == (level.concurrency is not None and "duration_s" not in options)
 
 
@@ -334,6 +351,8 @@ def test_what_was_measured_at_the_same_level_beats_a_guess() -> None:
     assert len(alike) == 3
     assert {expected[p.name].seconds for p in alike} == {77.0}
     assert all(expected[p.name].seconds != 77.0 for p in points if p not in alike)
+    alike[1].state, alike[1].took_s = "done", 99.0
+    assert {expect(points, {}, TRACE)[p.name].seconds for p in alike} == {99.0}, "the careful one of two"
 
 
 def test_dollars_are_price_by_replicas_by_hours() -> None:
@@ -348,6 +367,7 @@ def test_dollars_are_price_by_replicas_by_hours() -> None:
         Rental(pair=0, replicas=1, tier=TIER, started_s=3600.0),
     ])  # fmt: skip
     assert state.spent(7200.0) == pytest.approx((0.5 * 7.2 + 3.6, 2.0))
+    assert Rental(pair=0, replicas=1, tier=TIER, started_s=9.0, ended_s=5.0).hours(9.0) == 0, "a clock set back"
 
 
 def test_a_trace_is_read_no_further_than_the_heaviest_level_needs(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from harness.cli.sweep import sweep
 from harness.commands import sweep_run
 from harness.commands.targets import Servers, UrlTarget
 from harness.errors import HarnessError, ResultsError, ServerError, UsageError
-from harness.plan import read_plan_columns
+from harness.plan import plan_sha256, read_plan_columns
 from harness.run import RunDir, read_manifest
 from harness.sweep_state import SweepState, read_state, verify
 
@@ -174,6 +174,27 @@ def test_what_is_not_whole_is_done_again_and_nothing_is_deleted(fake_server: Sta
     aside = torn.path.with_name(f"{torn.path.name}.aborted-1")
     assert (aside / "results-0.arrows").read_bytes() == rows[: len(rows) // 2]
     assert len(server.truth()) == 18
+
+
+def test_a_damaged_plan_is_made_again_and_is_the_same(fake_server: StartServer, tmp_path: Path) -> None:
+    server = fake_server("--ttft", "0.002", "--itl", "0.001")
+    go(write_sweep(tmp_path, server.url, loads="concurrency = [1]"), "--out", tmp_path / "sweeps")
+    folder = folder_of(tmp_path / "sweeps")
+    (point,) = read_state(folder).points
+    plan = folder / "plans" / point.plan
+    plan.write_bytes(plan.read_bytes()[:-9])  # one inode with that of the run
+    resumed = go("--resume", folder)
+    assert "made again" in resumed.output
+    check_whole(folder, 1)
+    assert plan_sha256(plan) == point.plan_sha256
+
+    text = (folder / "sweep.json").read_text()
+    (folder / "sweep.json").write_text(text.replace(point.plan_sha256 or "", "0" * 64))
+    refused = run("--resume", folder)
+    assert refused.return_value == 1
+    (failed,) = read_state(folder).points
+    assert "comes out otherwise" in (failed.reason or "")
+    assert (failed.state, failed.verdict, failed.figures) == ("failed", None, {}), "nothing is left of the run it was"
 
 
 def test_another_sweep_is_refused_with_the_difference(fake_server: StartServer, tmp_path: Path) -> None:

@@ -113,12 +113,15 @@ class Session:
         for point in points:
             path = self.folder / "plans" / point.plan
             notes: list[str] = []
+            if point.plan_sha256 is not None and path.exists() and plan_sha256(path) != point.plan_sha256:
+                set_aside(path)
+                say(f"{path}: is damaged; it is made again")
             if not path.exists():
                 closed = point.level.concurrency is not None
                 make_plan(self.trace, path, target, closed=closed, options=self._options(point), tell=notes.append)
             found, info = plan_sha256(path), read_plan_info(path)
             if point.plan_sha256 not in (None, found):
-                raise PlanError(f"{path}: is not the plan this sweep made there; put it back, or begin a new sweep")
+                raise PlanError(f"{path}: comes out otherwise than before (another harness?); begin a new sweep")
             point.plan_sha256, point.requests = found, info.requests
             if info.tokenizer is None:
                 notes.append("  note: prompts are the trace's own text, the same in every point: a warm prefix cache "

@@ -95,7 +95,7 @@ def arrange(arrivals: Times, units: Units, growth: float, seed: int) -> Arrangem
     parts: list[Part] = []
     times: list[Times] = []
     for copy in range(copies):
-        share = min(growth - copy, 1.0)
+        share = growth - copy
         kept = np.ones(n, dtype=np.bool_) if share >= 1 - 1e-9 else units.places < np.uint64(share * 2**64)
         for rows, shift in _wrapped(units.starts, shifts[copy], period):
             taken = kept & rows
