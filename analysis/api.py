@@ -15,6 +15,7 @@ from analysis.export import run_table
 from analysis.load import Run, read_run
 from analysis.price import DEFAULT_RATIO
 from analysis.summary import DEFAULT_ATTAIN, Summary, summarise
+from analysis.variants import Figures, variant_of
 from harness.run import RunManifest
 
 
@@ -53,6 +54,12 @@ class LoadedRun:
         """`summary` as plain dicts and lists: what ``harness report --format json`` prints."""
         plain: dict[str, Any] = msgspec.to_builtins(self.summary(slo, attain=attain, ratio=ratio))
         return plain
+
+    def variant(self, name: str) -> dict[str, Figures]:
+        """The run's figures as another tool defines them: ``vllm-bench``, ``guidellm``, ``aiperf``, ``inference-perf``,
+        ``genai-bench``, ``llmeter``, ``evalscope`` (METRICS.md has the formulas). Raises `UsageError` on other names.
+        """
+        return variant_of(name, self.run)
 
     def __repr__(self) -> str:
         return f"LoadedRun({str(self.run.path)!r}, {len(self.run.rows):,} measured requests)"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from analysis.capacity import Capacity, Point, capacity, knee, little, pool, saturation
 from analysis.charge import load_words, system_of
-from analysis.intervals import Distribution, Quantity
+from analysis.intervals import Distribution, Quantity, scaled
 from analysis.price import usd_per_1m
 from analysis.summary import Summary
 from harness.slo import Criterion
@@ -174,7 +174,7 @@ def _system(runs: Sequence[Summary], utilisation: float, left_out: int) -> Syste
         runs=tuple(run for p in points for run in p.runs), capacity=found,
         top_token_throughput=points[-1].rates["total_token_throughput"], usd_per_1m_total=total,
         usd_per_1m_output_only=replace(output, unit="USD per 1M output (which carry the whole bill) tokens"),
-        utilisation=utilisation, usd_per_1m_total_utilised=_times(total, 1 / utilisation), floor=_floor(first, points),
+        utilisation=utilisation, usd_per_1m_total_utilised=scaled(total, 1 / utilisation), floor=_floor(first, points),
         usd_per_hour=first.tier.usd_per_hour if first.tier else None, replicas_per_instance=_fitting(first),
         purchase=first.cost.purchase, region=first.cost.region, price_source=first.cost.source,
         price_date=first.cost.date, knees=_knees(points), saturated_from=saturation(points, closed=closed),
@@ -225,11 +225,6 @@ def _cost(s: Summary, found: Capacity | None, name: str) -> Quantity:
             why = found.load.note or found.state
         rate = Quantity(value=None, n=0, unit="tokens/s", evidence=s.evidence, note=why)
     return cost_at(s, rate)
-
-
-def _times(q: Quantity, factor: float) -> Quantity:
-    value, low, high = (None if x is None else x * factor for x in (q.value, q.low, q.high))
-    return replace(q, value=value, low=low, high=high)
 
 
 def _floor(s: Summary, points: Sequence[Point]) -> Floor | None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis.intervals import ALPHA, Floats, Quantity, Z, student_t
+from analysis.intervals import ALPHA, Floats, Quantity, Z
+from analysis.repeats import over_repeats
 from harness.slo import Criterion
 
 FOLLOWS = 0.95
@@ -289,20 +290,6 @@ def _rates_at(points: Sequence[Point], loads: Floats, at: Quantity, draws: Float
 
 
 def _mean(quantities: Sequence[Quantity], ceiling: float = math.inf) -> Quantity:
-    """Quantities of one kind as one; None when one of them is not known."""
-    first = quantities[0]
-    if len(quantities) == 1 or any(q.value is None for q in quantities):
-        return first if len(quantities) == 1 else replace(first, value=None, low=None, high=None)
-    values = np.array([q.value for q in quantities], dtype=np.float64)
-    weights = np.array([max(1, q.n) for q in quantities], dtype=np.float64)
-    weights /= weights.sum()
-    value, n = float(values @ weights), sum(q.n for q in quantities)
-    if any(q.low is None or q.high is None for q in quantities):
-        return replace(first, value=value, low=None, high=None, n=n)
-    below = np.array([v - (q.low or 0.0) for v, q in zip(values, quantities, strict=True)])
-    above = np.array([(q.high or 0.0) - v for v, q in zip(values, quantities, strict=True)])
-    apart = math.sqrt(float(weights**2 @ (values - value) ** 2) * len(values) / (len(values) - 1)) * student_t(
-        len(values) - 1
-    )
-    down, up = (max(apart, math.sqrt(float(weights**2 @ side**2))) for side in (below, above))
-    return replace(first, value=value, low=max(0.0, value - down), high=min(ceiling, value + up), n=n)
+    """Quantities of one kind as one, weighted by samples; None when one of them is not known."""
+    mean = over_repeats(quantities, [max(1, q.n) for q in quantities])
+    return mean if mean.high is None else replace(mean, high=min(ceiling, mean.high))

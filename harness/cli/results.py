@@ -29,6 +29,12 @@ Of several runs the worst counts, INVALID first.""",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write one self-contained page instead; several runs are compared in it.",
 )
+@click.option(
+    "--variant",
+    metavar="TOOL",
+    help="This run's figures by another tool's definitions: vllm-bench, guidellm, aiperf, inference-perf, genai-bench, "
+    "llmeter, evalscope.",
+)
 def report(**options: Any) -> int:
     """Report on a run directory: verdict, price, latency under load, throughput, errors."""
     from harness import commands

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.commands.output import say
+from harness.commands.output import print_json, print_table, say
 from harness.errors import (
     EXIT_INVALID,
     EXIT_SLO_MISSED,
@@ -23,6 +23,7 @@ def report(
     attain: float,
     ratio: float,
     html: Path | None = None,
+    variant: str | None = None,
 ) -> int:
     """Run directory -> report on stdout; several, or a sweep's -> capacity and cost at the SLO, or a page."""
     from analysis.load import read_run
@@ -36,6 +37,8 @@ def report(
         from harness.commands.capacity import report_sweep
 
         return report_sweep(runs, format_, slo, attain)
+    if variant is not None:
+        return report_variant(runs[0], variant, format_)
     summary = summarise(read_run(runs[0]), slo=slo, ratio=ratio, attain=attain)
     if format_ == "json":
         print(render_json(summary))
@@ -46,6 +49,27 @@ def report(
 
         render_text(summary, Console(highlight=False))
     return exit_code(summary)
+
+
+def report_variant(path: Path, name: str, format_: str) -> int:
+    """Run directory -> its figures as another tool defines them. They carry no verdict and no interval of ours."""
+    from analysis.load import read_run
+    from analysis.report import figure
+    from analysis.variants import variant_of
+
+    found = variant_of(name, read_run(path))
+    if format_ == "json":
+        print_json(found)
+        return EXIT_VALID
+    shares = next((list(f.percentiles) for f in found.values() if f.percentiles), [])
+    print_table(
+        (f"{name} (s, or per s)", "n", "mean", *(f"p{share}" for share in shares)),
+        [
+            (metric, f"{f.n:,}", figure(f.mean), *(figure(f.percentiles.get(share)) for share in shares))
+            for metric, f in found.items()
+        ],
+    )
+    return EXIT_VALID
 
 
 def expand(paths: Sequence[Path]) -> list[Path]:

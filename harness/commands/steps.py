@@ -14,15 +14,12 @@ from types import FrameType
 from typing import Any
 
 from harness import probe
-from harness.build import build_plan
+from harness.build import asked_plan, build_plan
 from harness.commands.output import say
 from harness.commands.targets import LocalTarget, Servers, Target, UrlTarget
-from harness.errors import (
-    HarnessError,
-    UsageError,
-)
+from harness.errors import HarnessError, PlanError, UsageError
 from harness.headers import parse_headers
-from harness.plan import PlanInfo, PlanSpec, plan_sha256, read_plan_columns, read_plan_info
+from harness.plan import PlanInfo, plan_sha256, read_plan_columns, read_plan_info
 from harness.progress import LoadProgress, console
 from harness.prompts import Vocabulary
 from harness.run import (
@@ -90,17 +87,7 @@ def make_plan(
         else:
             vocabulary = target.vocabulary()
     started = time.monotonic()
-    warmup = options["warmup"]
-    share, after_s = options["cancel"] or (0.0, None)
-    spec = PlanSpec(
-        closed=closed, arrivals=options["arrivals"] or ("poisson" if options["stages"] else "trace"),
-        burstiness=options["burstiness"], stages=options["stages"] or (), speed=options["speed"], rate=options["rate"],
-        rescale=options["rescale"], grow=options["grow"], spread=options["spread"],
-        limit=options["limit"], duration_s=None if closed else options["duration_s"], repeat=options["repeat"],
-        warmup_requests=warmup if isinstance(warmup, int) else None,
-        warmup_s=warmup if isinstance(warmup, float) and not closed else None,
-        sessions=options["sessions"], cancel_share=share, cancel_after_s=after_s, seed=options["seed"], as_text=chat,
-    )  # fmt: skip
+    spec = asked_plan(options, closed=closed, as_text=chat)
     info = build_plan(trace, out, spec, vocabulary)
     rate = f", {info.planned_rate:.2f} req/s" if info.planned_rate else ""
     tell(f"plan: {info.requests} requests from {info.trace_format} trace{rate} ({time.monotonic() - started:.1f} s)")
@@ -132,7 +119,10 @@ def copy_plan(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        shutil.copyfile(source, target)
+        try:
+            shutil.copyfile(source, target)
+        except OSError as e:
+            raise PlanError(f"{target}: cannot copy {source} ({e.strerror})") from e
 
 
 def choose_endpoint(wanted: str, plan: Path) -> str:
