@@ -11,11 +11,11 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 
+from analysis.against.variants import Figures, variant_of
 from analysis.export import run_table
 from analysis.load import Run, read_run
-from analysis.price import DEFAULT_RATIO
+from analysis.money.price import DEFAULT_RATIO
 from analysis.summary import DEFAULT_ATTAIN, Summary, summarise
-from analysis.variants import Figures, variant_of
 from harness.run import RunManifest
 
 

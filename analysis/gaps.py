@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from analysis import metrics
-from analysis.curves import EDGES, count_in
 from analysis.load import Floats, Ints, Run
 from analysis.metrics import BINS
+from analysis.show.curves import EDGES, count_in
 
 EXACT = 1_000_000
 UNITS = 500

@@ -10,7 +10,7 @@ from analysis.check import Check, limit
 from analysis.intervals import Floats, Quantity, rate
 from analysis.load import Run
 from analysis.metrics import Window
-from analysis.price import Cost
+from analysis.money.price import Cost
 from analysis.steady import Steady, steady_window
 
 
@@ -58,7 +58,7 @@ def steady_state(
     """Throughput and price of the steady part, the same bins for tokens and for the bill.
 
     ``total`` and ``output`` are the token rates of the whole run, not known where they are not; ``price`` is
-    `analysis.price.cost` with the tier and the verdict bound.
+    `analysis.money.price.cost` with the tier and the verdict bound.
     """
     if window is None or steady is None or not steady.found:
         why = "nothing was sent and ended" if steady is None else steady.reason

@@ -13,14 +13,14 @@ import numpy as np
 
 from analysis import metrics
 from analysis.check import Check
-from analysis.fidelity import Fidelity, fidelity
+from analysis.fidelity.questions import Fidelity, fidelity
 from analysis.intervals import Distribution, Quantity, distribution, rate, share
 from analysis.load import Bools, Floats, Run
 from analysis.metrics import Counts, Tokens, Window
+from analysis.money.price import DEFAULT_RATIO, Cost, bill_usd, check_ratio, cost
+from analysis.money.samples import run_samples
+from analysis.money.split import Split, Usage, split_bill
 from analysis.plateau import SteadyState, steady_check, steady_part, steady_state
-from analysis.price import DEFAULT_RATIO, Cost, bill_usd, check_ratio, cost
-from analysis.samples import run_samples
-from analysis.split import Split, Usage, split_bill
 from analysis.validity import MISMATCH_BOUND, check_run, is_valid
 from harness.errors import EXIT_INVALID, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.plan import PlanInfo

@@ -20,10 +20,10 @@ from rich.console import Console
 from run_files import MS, SPEC, TIER, S, bad, good, watch, write_run
 
 from analysis.load import read_run
-from analysis.page import render_page
-from analysis.report import render_json, render_markdown, render_text
+from analysis.show.page import render_page
+from analysis.show.report import render_json, render_markdown, render_text
+from analysis.show.view import view_run
 from analysis.summary import summarise
-from analysis.view import view_run
 from harness.errors import HarnessError
 from harness.results import SCHEMA
 from harness.run import MANIFEST, Host, Replica, RunDir, Worker

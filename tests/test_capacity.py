@@ -7,12 +7,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_files import SPEC, TIER, S, good, watch, write_run
 
-from analysis.at_slo import System, cost_at, offered, systems
-from analysis.capacity import Capacity, Point, bracket, capacity, falling, knee, little, pool, rates_at, saturation
-from analysis.capacity_text import sentence, system_blocks
-from analysis.decision_text import render_markdown
 from analysis.intervals import Quantity, share
 from analysis.load import read_run
+from analysis.show.capacity_text import sentence, system_blocks
+from analysis.show.decision_text import render_markdown
+from analysis.sizing.at_slo import System, cost_at, offered, systems
+from analysis.sizing.capacity import (
+    Capacity,
+    Point,
+    bracket,
+    capacity,
+    falling,
+    knee,
+    little,
+    pool,
+    rates_at,
+    saturation,
+)
 from analysis.summary import summarise
 from harness.slo import Criterion
 

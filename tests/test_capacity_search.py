@@ -13,9 +13,9 @@ from conftest import StartServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.capacity import Point
 from analysis.intervals import Quantity
-from analysis.search import MOST_PROBES, Probe, Step, next_load, requests_needed
+from analysis.sizing.capacity import Point
+from analysis.sizing.search import MOST_PROBES, Probe, Step, next_load, requests_needed
 from cluster import load
 from harness.cli.capacity import capacity, plan_fleet
 from harness.cli.results import report

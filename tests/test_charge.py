@@ -19,15 +19,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_files import SPEC, TIER, good, write_run
 
-from analysis.buy import api_usd, compare_with_api
-from analysis.charge import HOURS_PER_MONTH, charge, slo_words
 from analysis.intervals import Quantity
-from analysis.listprices import find_list_prices, read_list_prices
 from analysis.load import read_run
-from analysis.split import Usage, by_ratio, not_identifiable
+from analysis.money.buy import api_usd, compare_with_api
+from analysis.money.charge import HOURS_PER_MONTH, charge, slo_words
+from analysis.money.listprices import find_list_prices, read_list_prices
+from analysis.money.split import Usage, by_ratio, not_identifiable
+from analysis.money.terms import Structure, Terms, VolumeTier, declared, from_split, parse_volume
+from analysis.money.unit_prices import Mix, unit_prices
 from analysis.summary import summarise
-from analysis.terms import Structure, Terms, VolumeTier, declared, from_split, parse_volume
-from analysis.unit_prices import Mix, unit_prices
 from harness.cli.decide import price
 from harness.commands.decide import find_runs, parse_tier_price
 from harness.errors import HarnessError, ResultsError, UsageError
@@ -111,7 +111,7 @@ def test_the_parts_add_up_to_the_bill(usd, uncached, cached, out, w_in, w_cached
     st.floats(0, 0.99), st.floats(0.01, 1), st.floats(0, 0.99), st.floats(0, 0.99)
 )  # fmt: skip
 def test_margin_and_break_even_agree(margin, utilisation, discount, batch):
-    from analysis.charge import _offers
+    from analysis.money.charge import _offers
 
     q = Quantity(value=2.0, low=1.0, high=3.0, n=9, unit="", evidence="measured")
     full = unit_prices(q, Mix(uncached_input=10, cached_input=5, output=5), declared(4.0, 1.0, 0.25))

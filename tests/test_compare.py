@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_files import MS, SPEC, TIER, bad, good, write_run
 
-from analysis.compare import Figure, judge, parse_gate
-from analysis.compare import compare as hold_against
+from analysis.against.compare import Figure, judge, parse_gate
+from analysis.against.compare import compare as hold_against
+from analysis.against.paired import FIGURES, RATE_BLOCKS, _figure, _percentiles, _share, block_counts, observe
 from analysis.intervals import Quantity
 from analysis.load import read_run
-from analysis.paired import FIGURES, RATE_BLOCKS, _figure, _percentiles, _share, block_counts, observe
 from analysis.repeats import over_pairs
 from analysis.summary import summarise
 from harness.cli.decide import compare

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from analysis.intervals import Quantity, distribution, rate, ratio_interval, share
-from analysis.price import usd_per_1m
+from analysis.money.price import usd_per_1m
 from analysis.repeats import over_repeats
 
 RUNS = 1000

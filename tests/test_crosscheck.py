@@ -9,7 +9,7 @@ import pytest
 from conftest import StartServer, harness
 from run_files import good, write_run
 
-from analysis.crosscheck import FIGURES, REASONS, compare, our_figures, their_figures
+from analysis.against.crosscheck import FIGURES, REASONS, compare, our_figures, their_figures
 from analysis.load import read_run
 from analysis.summary import summarise
 

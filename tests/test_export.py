@@ -173,7 +173,7 @@ def test_load_gives_table_summary_and_manifest(runs):
 
 
 def test_as_dict_is_the_report_as_json(runs):
-    from analysis.report import render_json
+    from analysis.show.report import render_json
     from analysis.summary import summarise
 
     run = harness.load(runs[0])

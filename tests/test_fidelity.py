@@ -12,10 +12,10 @@ import pyarrow as pa
 import pytest
 from run_files import SPEC, good, write_run
 
-from analysis.fidelity import Fidelity, fidelity, fidelity_text
-from analysis.fidelity_answer import Served, ks_distance
-from analysis.fidelity_inputs import block_tokens, read_plan
-from analysis.fidelity_planned import on_trace_clock
+from analysis.fidelity.answer import Served, ks_distance
+from analysis.fidelity.inputs import block_tokens, read_plan
+from analysis.fidelity.planned import on_trace_clock
+from analysis.fidelity.questions import Fidelity, fidelity, fidelity_text
 from analysis.load import Run, read_run
 from harness.build import build_plan
 from harness.plan import PlanSpec, iter_prompt_ids, iter_requests, plan_sha256

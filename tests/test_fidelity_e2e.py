@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import harness
 
-from analysis.fidelity import fidelity, fidelity_text
+from analysis.fidelity.questions import fidelity, fidelity_text
 from analysis.load import read_run
 from harness.trace import open_trace
 from harness.traces.shape import measure

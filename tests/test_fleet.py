@@ -9,14 +9,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_capacity import sweep_run
 
-from analysis.at_slo import systems
-from analysis.capacity import Capacity
-from analysis.charge import HOURS_PER_MONTH
-from analysis.decision_text import render_markdown
-from analysis.fleet import HOURS_PER_YEAR, Demand, Offer, autoscaled, demand, fleet, sensitivities, spare_instances
-from analysis.fleet_plan import Wanted, grown, plan_fleets
-from analysis.fleet_text import fleet_blocks, fleet_csv
 from analysis.intervals import Quantity
+from analysis.money.charge import HOURS_PER_MONTH
+from analysis.show.decision_text import render_markdown
+from analysis.show.fleet_text import fleet_blocks, fleet_csv
+from analysis.sizing.at_slo import systems
+from analysis.sizing.capacity import Capacity
+from analysis.sizing.fleet import (
+    HOURS_PER_YEAR,
+    Demand,
+    Offer,
+    autoscaled,
+    demand,
+    fleet,
+    sensitivities,
+    spare_instances,
+)
+from analysis.sizing.fleet_plan import Wanted, grown, plan_fleets
 from harness.errors import UsageError
 
 L4 = Offer(name="l4", usd_per_hour=0.8, capacity=2.0)

@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 from run_files import MS, SPEC, TIER, S, bad, good, write_run
 
 from analysis import columns, metrics
-from analysis import curves as reduce
-from analysis.compared import label_runs
-from analysis.curves import EDGES, cumulative, curves, over_time, promises
 from analysis.load import read_run
-from analysis.page import LONGEST, plain, render_page, write_page
-from analysis.report import render_json
+from analysis.show import curves as reduce
+from analysis.show.compared import label_runs
+from analysis.show.curves import EDGES, cumulative, curves, over_time, promises
+from analysis.show.page import LONGEST, plain, render_page, write_page
+from analysis.show.report import render_json
+from analysis.show.view import RunView, view_run
 from analysis.summary import summarise
-from analysis.view import RunView, view_run
 from harness.errors import ResultsError
 from harness.run import Replica
 from harness.server_metrics import SCHEMA as SERVER

@@ -11,8 +11,8 @@ from run_files import TIER, good, write_run
 
 from analysis.intervals import Quantity
 from analysis.load import read_run
-from analysis.price import bill_usd, cost, split_by_ratio, usd_per_1m
-from analysis.split import Usage, by_phase_time
+from analysis.money.price import bill_usd, cost, split_by_ratio, usd_per_1m
+from analysis.money.split import Usage, by_phase_time
 from analysis.summary import summarise
 from harness.errors import UsageError
 

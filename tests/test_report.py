@@ -15,8 +15,8 @@ from analysis import metrics
 from analysis.intervals import Quantity
 from analysis.load import read_run
 from analysis.metrics import Counts, Tokens, Window
-from analysis.price import Cost, Split
-from analysis.report import render_json, render_markdown, render_text
+from analysis.money.price import Cost, Split
+from analysis.show.report import render_json, render_markdown, render_text
 from analysis.summary import ErrorCount, Metrics, Rates, Server, Slo, Summary, summarise
 from analysis.validity import Check
 

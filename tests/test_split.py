@@ -13,10 +13,10 @@ from golden import deepseek, qwen
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.nonnegative import fit_non_negative
-from analysis.price import bill_usd
-from analysis.samples import Samples, busy_rows, server_samples
-from analysis.split import (
+from analysis.money.nonnegative import fit_non_negative
+from analysis.money.price import bill_usd
+from analysis.money.samples import Samples, busy_rows, server_samples
+from analysis.money.split import (
     Usage,
     by_load_regression,
     by_phase_time,

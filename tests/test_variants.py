@@ -11,8 +11,17 @@ import numpy as np
 import pytest
 from run_files import bad, good, write_run
 
+from analysis.against.variants import (
+    PERCENTILES,
+    VARIANTS,
+    ChunkGaps,
+    by_weight,
+    exclusive,
+    linear,
+    variant,
+    variant_of,
+)
 from analysis.load import read_run
-from analysis.variants import PERCENTILES, VARIANTS, ChunkGaps, by_weight, exclusive, linear, variant, variant_of
 from harness.errors import UsageError
 
 METRICS_MD = (Path(__file__).resolve().parent.parent / "analysis" / "METRICS.md").read_text()

@@ -21,7 +21,7 @@ from harness.trace import Trace
 from harness.traces.reading import open_asked
 
 if TYPE_CHECKING:
-    from analysis.decision_text import Block
+    from analysis.show.decision_text import Block
 
 FILE = "capacity.json"
 """What the search found, in the sweep folder."""
@@ -130,8 +130,8 @@ def _take_over(folder: Path, spec: SweepSpec, trace: Trace) -> SweepState:
 
 
 def _print(report: CapacityReport, ask: Search, format_: str) -> None:
-    from analysis.capacity_text import probe_block, system_blocks
-    from analysis.decision_text import Block, render_markdown
+    from analysis.show.capacity_text import probe_block, system_blocks
+    from analysis.show.decision_text import Block, render_markdown
 
     if format_ == "json":
         print_json(report)
@@ -153,9 +153,9 @@ def _print(report: CapacityReport, ask: Search, format_: str) -> None:
 
 def report_sweep(paths: Sequence[Path], format_: str, slo: dict[str, float] | None, attain: float) -> int:
     """Several runs as capacity and cost at the SLO, a line per tier and model; 3: a run is INVALID, 4: SLO not kept."""
-    from analysis.at_slo import SCHEMA, systems
-    from analysis.capacity_text import sentence, system_blocks
-    from analysis.decision_text import Block, render_markdown
+    from analysis.show.capacity_text import sentence, system_blocks
+    from analysis.show.decision_text import Block, render_markdown
+    from analysis.sizing.at_slo import SCHEMA, systems
     from harness.commands.decide import read_summaries
 
     summaries = read_summaries(paths, slo, attain)
@@ -183,7 +183,7 @@ def print_wide(blocks: Sequence[Block]) -> None:
     """Blocks as text on stdout; into a pipe there is no width to fit, so nothing is cut."""
     from rich.console import Console
 
-    from analysis.decision_text import render_text
+    from analysis.show.decision_text import render_text
 
     render_text(blocks, Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 240))
 

@@ -21,8 +21,8 @@ from harness.sweep_state import SweepState
 from harness.trace import Trace
 
 if TYPE_CHECKING:
-    from analysis.at_slo import System
-    from analysis.search import Probe, ProbeRow, Step
+    from analysis.sizing.at_slo import System
+    from analysis.sizing.search import Probe, ProbeRow, Step
     from analysis.summary import Summary
 
 PACE_S = 0.05
@@ -121,7 +121,7 @@ class CapacitySession(Session):
 
     def _next(self) -> Point | None:
         """The point to do now: one that was left half done, else what the search asks for; None at its end."""
-        from analysis.search import next_load
+        from analysis.sizing.search import next_load
 
         left = next((point for point in self.state.points if point.state == "pending"), None)
         if left is None:
@@ -165,7 +165,7 @@ class CapacitySession(Session):
             return {**options, "duration_s": seconds, "limit": limit, "repeat": True}
         rate = level.request_rate
         assert rate is not None
-        from analysis.search import requests_needed
+        from analysis.sizing.search import requests_needed
 
         needed = requests_needed(self.ask.criteria) + (warmup if isinstance(warmup, int) else 0)
         seconds = max(self.ask.probe_s, (needed + 1) / rate) + warmup_s
@@ -182,9 +182,9 @@ class CapacitySession(Session):
         problem = super()._judge(point)
         if problem is not None:
             return problem
-        from analysis.at_slo import point_of
         from analysis.load import read_run
-        from analysis.search import Probe, limit_used
+        from analysis.sizing.at_slo import point_of
+        from analysis.sizing.search import Probe, limit_used
         from analysis.summary import summarise
 
         run = read_run(self.folder / point.name)
@@ -198,7 +198,7 @@ class CapacitySession(Session):
         return None
 
     def _probe(self, point: Point) -> Probe:
-        from analysis.search import Probe
+        from analysis.sizing.search import Probe
 
         blank = Probe(rate=point.level.request_rate, concurrency=point.level.concurrency, point=None)
         return self.probes.get(point.name, blank)
@@ -223,7 +223,7 @@ class CapacitySession(Session):
         say(f"probe {self.state.points.index(point) + 1}: {row.load}: {' · '.join(words)}")
 
     def _record(self, point: Point) -> ProbeRow:
-        from analysis.search import ProbeRow
+        from analysis.sizing.search import ProbeRow
 
         found = self.summaries.get(point.name)
         tier = self.state.rentals[-1].tier if self.state.rentals else None
@@ -240,8 +240,8 @@ class CapacitySession(Session):
 
     def report(self) -> CapacityReport:
         """The answer from all probes so far."""
-        from analysis.at_slo import SCHEMA, systems
-        from analysis.capacity_text import sentence
+        from analysis.show.capacity_text import sentence
+        from analysis.sizing.at_slo import SCHEMA, systems
 
         usd, hours = self.state.spent(time.time())
         found = systems(list(self.summaries.values()))

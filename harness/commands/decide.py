@@ -23,13 +23,13 @@ from harness.errors import (
 from harness.run import MANIFEST, Tier, now_utc
 
 if TYPE_CHECKING:
-    from analysis.decision_text import Block
-    from analysis.listprices import PriceMap
+    from analysis.against.paired import Observed
     from analysis.load import Run
-    from analysis.paired import Observed
-    from analysis.price_table import PriceReport
+    from analysis.money.listprices import PriceMap
+    from analysis.money.price_table import PriceReport
+    from analysis.money.terms import Terms
+    from analysis.show.decision_text import Block
     from analysis.summary import Summary
-    from analysis.terms import Terms
 
 DEFAULT_MARGIN = 0.4
 DEFAULT_UTILISATION = 0.3
@@ -54,11 +54,11 @@ def price(
     out: Path | None,
 ) -> int:
     """What to charge, from VALID runs only; the table also as a file."""
-    from analysis.buy import compare_with_api
-    from analysis.charge import charge
-    from analysis.listprices import family, find_list_prices, read_list_prices
-    from analysis.price_table import SCHEMA, PriceReport, price_csv, price_rows, write_prices
-    from analysis.terms import Terms, declared, parse_volume
+    from analysis.money.buy import compare_with_api
+    from analysis.money.charge import charge
+    from analysis.money.listprices import family, find_list_prices, read_list_prices
+    from analysis.money.price_table import SCHEMA, PriceReport, price_csv, price_rows, write_prices
+    from analysis.money.terms import Terms, declared, parse_volume
 
     today = datetime.now(UTC).date()
     terms = Terms(
@@ -108,7 +108,7 @@ def price(
 
 
 def _print_price(report: PriceReport, format_: str, csv_text: str) -> None:
-    from analysis.decision_text import price_blocks
+    from analysis.show.decision_text import price_blocks
 
     if format_ == "json":
         print_json(report)
@@ -203,9 +203,9 @@ def compare(
     a: str, b: str, *, fail_if: Sequence[str], slo: dict[str, float] | None, attain: float, format_: str
 ) -> int:
     """A against B; refused with reasons when they are not comparable."""
-    from analysis.compare import compare as hold_against
-    from analysis.compare import parse_gate
-    from analysis.decision_text import comparison_blocks
+    from analysis.against.compare import compare as hold_against
+    from analysis.against.compare import parse_gate
+    from analysis.show.decision_text import comparison_blocks
 
     gates = [parse_gate(text) for text in fail_if]
     sides = [find_runs(text) for text in (a, b)]
@@ -277,9 +277,9 @@ def read_summaries(
 
 def with_splits(run: Run, s: Summary, cached_ratio: float | None) -> Summary:
     """The summary with its bill divided by every method that this run allows."""
-    from analysis.price import DEFAULT_RATIO
-    from analysis.samples import run_samples
-    from analysis.split import Usage, split_bill
+    from analysis.money.price import DEFAULT_RATIO
+    from analysis.money.samples import run_samples
+    from analysis.money.split import Usage, split_bill
 
     usage = None
     if s.tokens.input is not None and s.tokens.output is not None:
@@ -294,8 +294,8 @@ def with_splits(run: Run, s: Summary, cached_ratio: float | None) -> Summary:
 
 def observe_run(path: Path, slo: dict[str, float] | None, attain: float) -> Observed:
     """What a comparison needs of one run directory."""
+    from analysis.against.paired import observe
     from analysis.load import read_run
-    from analysis.paired import observe
     from analysis.summary import summarise
 
     run = read_run(path)
@@ -305,7 +305,7 @@ def observe_run(path: Path, slo: dict[str, float] | None, attain: float) -> Obse
 def _print_blocks(blocks: list[Block], format_: str) -> None:
     from rich.console import Console
 
-    from analysis.decision_text import render_markdown, render_text
+    from analysis.show.decision_text import render_markdown, render_text
 
     if format_ == "md":
         print(render_markdown(blocks))

@@ -14,8 +14,8 @@ from harness.run import now_utc
 from harness.traces.reading import open_asked
 
 if TYPE_CHECKING:
-    from analysis.fleet import Demand
-    from analysis.fleet_plan import FleetPlan
+    from analysis.sizing.fleet import Demand
+    from analysis.sizing.fleet_plan import FleetPlan
 
 
 def plan_fleet(
@@ -35,8 +35,8 @@ def plan_fleet(
     format_: str,
 ) -> int:
     """Print the plan; 0: there is a fleet, 4: no tier keeps the promise."""
-    from analysis.at_slo import systems
-    from analysis.fleet_plan import Wanted, grown, plan_fleets
+    from analysis.sizing.at_slo import systems
+    from analysis.sizing.fleet_plan import Wanted, grown, plan_fleets
     from harness.commands.decide import read_summaries
 
     if availability is not None and not availability < 1:
@@ -61,7 +61,7 @@ def read_demand(path: Path, trace_format: str | None, skip_bad: bool) -> tuple[D
     """Requests/s of a trace, and tokens/s where every row says both its lengths. Raises `UsageError` without times."""
     import numpy as np
 
-    from analysis.fleet import demand
+    from analysis.sizing.fleet import demand
 
     trace = open_asked(path, {"trace_format": trace_format, "skip_bad": skip_bad}, arrivals_only=True)
     arrivals, tokens, silent = array("d"), array("d"), 0
@@ -89,8 +89,8 @@ def _runs(text: str) -> list[Path]:
 
 
 def _print(plan: FleetPlan, format_: str) -> None:
-    from analysis.decision_text import render_markdown
-    from analysis.fleet_text import fleet_blocks, fleet_csv
+    from analysis.show.decision_text import render_markdown
+    from analysis.show.fleet_text import fleet_blocks, fleet_csv
     from harness.commands.capacity import print_wide
 
     if format_ == "json":

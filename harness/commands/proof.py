@@ -23,7 +23,7 @@ from harness.run import (
 
 def crosscheck(plan: Path, out: Path, repeats: int, format_: str, **options: Any) -> int:
     """The same plan with our client and with vLLM's, in turn, and both sides' figures."""
-    from analysis.crosscheck import compare, our_figures, their_figures
+    from analysis.against.crosscheck import compare, our_figures, their_figures
     from analysis.load import read_run
     from analysis.summary import summarise
     from cluster.vllm_bench import check_can_run, run_vllm_bench

@@ -27,7 +27,7 @@ def report(
 ) -> int:
     """Run directory -> report on stdout; several, or a sweep's -> capacity and cost at the SLO, or a page."""
     from analysis.load import read_run
-    from analysis.report import render_json, render_markdown, render_text
+    from analysis.show.report import render_json, render_markdown, render_text
     from analysis.summary import exit_code, summarise
 
     runs = expand(runs)
@@ -53,9 +53,9 @@ def report(
 
 def report_variant(path: Path, name: str, format_: str) -> int:
     """Run directory -> its figures as another tool defines them. They carry no verdict and no interval of ours."""
+    from analysis.against.variants import variant_of
     from analysis.load import read_run
-    from analysis.report import figure
-    from analysis.variants import variant_of
+    from analysis.show.report import figure
 
     found = variant_of(name, read_run(path))
     if format_ == "json":
@@ -97,11 +97,11 @@ def expand(paths: Sequence[Path]) -> list[Path]:
 
 def report_page(runs: Sequence[Path], html: Path, **options: Any) -> int:
     """Run directories -> one page; its path on stdout. One run is in memory at a time."""
-    from analysis.compared import label_runs
     from analysis.load import read_run
-    from analysis.page import write_page
+    from analysis.show.compared import label_runs
+    from analysis.show.page import write_page
+    from analysis.show.view import view_run
     from analysis.summary import exit_code, summarise
-    from analysis.view import view_run
 
     if len({run.resolve() for run in runs}) < len(runs):
         raise UsageError("a run is named twice")

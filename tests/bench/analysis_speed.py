@@ -125,7 +125,7 @@ def _results(path: Path, worker: int, workers: int, due: np.ndarray, tokens: int
 def summary(path: Path) -> dict[str, object]:
     """Ours: everything that ``harness report --format json`` does."""
     from analysis.load import read_run
-    from analysis.report import render_json
+    from analysis.show.report import render_json
     from analysis.summary import summarise
 
     s = summarise(read_run(path))
@@ -144,9 +144,9 @@ def _few(s: object) -> dict[str, object]:
 def page(path: Path) -> dict[str, object]:
     """Ours: ``harness report --html``, and how long it takes beyond the summary."""
     from analysis.load import read_run
-    from analysis.page import write_page
+    from analysis.show.page import write_page
+    from analysis.show.view import view_run
     from analysis.summary import summarise
-    from analysis.view import view_run
 
     run = read_run(path)
     s = summarise(run)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.samples import Samples
-from analysis.split import Usage
+from analysis.money.samples import Samples
+from analysis.money.split import Usage
 
 HERE = Path(__file__).parent
 USD_PER_HOUR = 16.57216 / 2

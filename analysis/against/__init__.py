@@ -1,0 +1,1 @@
+"""A run beside another run, and beside other tools' definitions and clients."""

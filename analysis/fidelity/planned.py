@@ -1,0 +1,281 @@
+"""Planned against source: is the plan its trace, as far as it was asked to be?"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from analysis.fidelity.answer import (
+    EXACT,
+    LENGTH_BOUND,
+    MIN_REQUESTS,
+    POINTS_BOUND,
+    Fidelity,
+    Plan,
+    backwards,
+    ks_distance,
+    not_comparable,
+    number,
+)
+from analysis.load import Floats, Ints
+from harness.plan import PlanInfo
+from harness.traces.rescale import MOST_SHIFT, longest_shift_ns
+from harness.traces.reuse import Reuse
+from harness.traces.stats import (
+    WINDOWS_S,
+    ArrivalStats,
+    LengthStats,
+    TraceStats,
+    arrival_stats,
+    counts_between,
+    length_stats,
+)
+
+CHANCE = 3.0
+"""Standard deviations that a draw may be off."""
+KS_CHANCE = 1.95
+"""Times sqrt(1/n + 1/m): Kolmogorov-Smirnov distance that two samples of one distribution pass once in a thousand."""
+
+
+def planned_against_source(info: PlanInfo, plan: Plan, reuse: Reuse | None = None) -> list[Fidelity]:
+    """Whether the plan is its trace, as far as it was asked to be. ``reuse``: of the prompts, in the trace's blocks."""
+    source = info.source
+    if source is None:
+        return [not_comparable("planned: all", "the plan is of a version that kept nothing of its trace: plan again")]
+    return [
+        *_planned_times(info, source, plan),
+        _planned_lengths("input", source.input_tokens, plan.input_tokens, info),
+        _planned_lengths("output", source.output_tokens, plan.output_tokens, info),
+        _planned_sessions(info, source, plan),
+        _planned_prefix(info, source, reuse),
+    ]
+
+
+def _planned_times(info: PlanInfo, source: TraceStats, plan: Plan) -> list[Fidelity]:
+    names = [f"planned: {what}" for what in ("request rate", "arrivals over time", "bursts", "gaps")]
+    why = _no_times(info, source, plan)
+    if why is not None or source.arrivals is None or plan.scheduled_ns is None:
+        return [not_comparable(name, why or "") for name in names]
+    times = on_trace_clock(plan.scheduled_ns, info.speed or 1.0)
+    planned = arrival_stats(times)
+    assert planned is not None
+    growth = info.grow or 1.0
+    return [
+        _rate(names[0], growth, source, planned),
+        _over_time(names[1], info, growth, source.arrivals, source.unit_rows, times),
+        _bursts(names[2], info, growth, source.arrivals, _where_all_run(times, source.arrivals, growth) or planned),
+        _planned_gaps(names[3], info, source.arrivals, planned),
+    ]
+
+
+def _no_times(info: PlanInfo, source: TraceStats, plan: Plan) -> str | None:
+    """Why times cannot be compared; None when they can."""
+    if plan.scheduled_ns is None:
+        return "closed loop: a free slot decides when to send, there are no planned times"
+    if info.arrivals != "trace":
+        return f"arrivals are drawn ({info.arrivals}), as asked; the trace gives the content"
+    if source.arrivals is None or source.arrivals.rate is None or not source.arrivals.counts:
+        return "the trace has no times, or one instant"
+    if info.cycles > 1:
+        return f"the trace is sent {info.cycles} times, one after the other"
+    if info.cut:
+        return "the plan ends before the trace (limit)"
+    return None if len(plan.scheduled_ns) >= MIN_REQUESTS else f"fewer than {MIN_REQUESTS} requests"
+
+
+def on_trace_clock(scheduled_ns: Ints, speed: float) -> Ints:
+    """Planned times laid back onto the trace's clock, ns; the rounding of the faster clock is taken out again."""
+    if speed == 1.0:
+        return scheduled_ns
+    step = 10 ** max(3, math.ceil(math.log10(speed)) + 1)
+    times: Ints = (np.rint(scheduled_ns * (speed / step)) * step).astype(np.int64)
+    return times
+
+
+def _rate(name: str, growth: float, source: TraceStats, planned: ArrivalStats) -> Fidelity:
+    asked = growth * source.requests
+    off = abs(planned.requests / asked - 1)
+    bound = EXACT + CHANCE * math.sqrt(_drawn_rows(growth, source)) / asked
+    if growth > 1 and source.sessions:  # a duration cuts off the turns that hang over the end
+        bound += (1 - 1 / growth) / MOST_SHIFT
+    return Fidelity(
+        name=name,
+        ok=off <= bound,
+        observed=f"{planned.requests} requests for {asked:.0f} on the trace's clock ({off:.1%} off)",
+        bound=f"{bound:.1%}",
+        said="" if off <= bound else "the draw of whole sessions was unlucky: another --seed",
+    )
+
+
+def _drawn_rows(growth: float, source: TraceStats) -> float:
+    """Variance of the number of requests when each unit of a copy is drawn with the fraction of ``growth``."""
+    share = growth % 1
+    return share * (1 - share) * source.requests * source.unit_rows
+
+
+def _over_time(
+    name: str, info: PlanInfo, growth: float, source: ArrivalStats, unit_rows: float, times: Ints
+) -> Fidelity:
+    counts = np.array(source.counts, dtype=np.float64)
+    asked = growth * counts
+    got = counts_between(times, 0, round(source.span_s * 1e9), len(counts))
+    off = _moved_share(asked, got)
+    bound = EXACT
+    if info.spread_s is not None:  # an arrival may leave its part for the next
+        bound += info.spread_s * len(asked) / source.span_s / 2
+    if info.grow is not None:
+        share = growth % 1
+        drawn = np.sqrt(share * (1 - share) * unit_rows * counts).sum() / float(asked.sum())
+        bound += 0.75 * float(drawn) + _shifted_share(source, growth)
+    ok = off <= bound
+    return Fidelity(
+        name=name,
+        ok=ok,
+        observed=f"{off:.1%} of requests in another of {len(asked)} parts of the time",
+        bound=f"{bound:.1%}",
+        said="" if ok else "the shape over time is not the trace's",
+    )
+
+
+def _moved_share(a: Floats, b: Floats | Ints) -> float:
+    return float(np.abs(a - b).sum()) / 2 / float(a.sum())
+
+
+def _shifted_share(source: ArrivalStats, growth: float) -> float:
+    """How much the copies of a superposed plan may differ over time, being the trace a little later."""
+    if growth <= 1:
+        return 0.0
+    counts = np.array(source.counts, dtype=np.float64)
+    parts = math.ceil(longest_shift_ns(round(source.span_s * 1e9)) / 1e9 / source.span_s * len(counts))
+    worst = max(_moved_share(counts, np.roll(counts, k)) for k in range(1, max(parts, 1) + 1))
+    # Of long sessions, what hangs over the end is missing at the beginning.
+    return (1 - 1 / growth) * (worst + 1 / MOST_SHIFT)
+
+
+def _where_all_run(times: Ints, source: ArrivalStats, growth: float) -> ArrivalStats | None:
+    """Of a superposed plan, the time in which every copy runs: copies begin and end a little later than the trace."""
+    if growth <= 1:
+        return None
+    end_ns = round(source.span_s * 1e9)
+    return arrival_stats(times[(times >= longest_shift_ns(end_ns)) & (times <= end_ns)])
+
+
+def _bursts(name: str, info: PlanInfo, growth: float, source: ArrivalStats, planned: ArrivalStats) -> Fidelity:
+    """Index of dispersion D. Thinned, it lies between the trace's and 1 + growth (D - 1), that of single draws.
+    Superposed, between the trace's (copies are independent) and growth D (copies rise and fall together).
+    """
+    said = [
+        f"{w} {number(source.dispersion[w])} -> {number(planned.dispersion[w])}" for w in source.dispersion
+    ] + [
+        f"worst minute/mean {number(source.worst_minute)} -> {number(planned.worst_minute)}",
+        f"gap cv {number(source.gap_cv)} -> {number(planned.gap_cv)}",
+    ]  # fmt: skip
+    observed = "variance/mean " + ", ".join(said)
+    if info.spread_s is not None:
+        return not_comparable(name, f"arrivals were spread within steps of {info.spread_s:g} s, as asked", observed)
+    ok, compared = True, False
+    for w in WINDOWS_S:
+        before, after = source.dispersion[f"{w}s"], planned.dispersion[f"{w}s"]
+        if before is None or after is None:
+            continue
+        compared = True
+        sides = sorted((before, growth * before if growth > 1 else 1 + growth * (before - 1)))
+        slack = EXACT * before
+        if info.grow is not None:
+            slack = 0.1 * sides[1] + CHANCE * sides[1] * math.sqrt(2 * w / source.span_s)
+        ok &= sides[0] - slack <= after <= sides[1] + slack
+    if not compared:
+        return not_comparable(name, "the trace is shorter than ten windows", observed)
+    bound = f"{EXACT:.0%}" if info.grow is None else "between the trace's and that of bursts which grow along"
+    return Fidelity(
+        name=name, ok=ok, observed=observed, bound=bound,
+        said="" if ok else "bursts are not those of the trace: look at both before a capacity is read from this",
+    )  # fmt: skip
+
+
+def _planned_gaps(name: str, info: PlanInfo, source: ArrivalStats, planned: ArrivalStats) -> Fidelity:
+    if info.grow is not None or info.spread_s is not None:
+        how = "another demand has other gaps" if info.grow is not None else "gaps were spread"
+        return not_comparable(name, f"{how}, as asked; for their spread see the gap cv")
+    mean_s = source.span_s / (source.requests - 1)
+    off_s = float(np.abs(np.array(source.gap_quantiles_s) - np.array(planned.gap_quantiles_s)).mean())
+    ok = off_s <= EXACT * mean_s + 1e-5
+    return Fidelity(
+        name=name, ok=ok, observed=f"sorted gaps {off_s:.3g} s apart (mean gap {mean_s:.3g} s)",
+        bound=f"{EXACT:.0%} of the mean gap", said="" if ok else "gaps between arrivals are not the trace's",
+    )  # fmt: skip
+
+
+def _planned_lengths(side: str, source: LengthStats | None, planned: Floats, info: PlanInfo) -> Fidelity:
+    name = f"planned: {side} lengths"
+    known = planned[np.isfinite(planned)].astype(np.int64)
+    values, counts = np.unique(known, return_counts=True)
+    after = length_stats(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+    if source is None or after is None:
+        return not_comparable(
+            name, "the trace says no lengths on this side" if source is None else "they are the server's"
+        )
+    if info.cut:
+        return not_comparable(name, "the plan ends before the trace (limit)")
+    cap = info.max_output_tokens if side == "output" else None
+    before = np.array(source.quantiles)
+    if cap is not None:
+        if info.source is not None and source.rows < info.source.requests:
+            return not_comparable(name, f"rows without a length got {cap} tokens, as asked")
+        before = np.minimum(before, cap)
+    distance = ks_distance(before, np.array(after.quantiles))
+    whole = info.grow is None and after.rows % source.rows == 0
+    bound = 0.0 if whole else LENGTH_BOUND + KS_CHANCE * math.sqrt(1 / after.rows + 1 / source.rows)
+    ok = distance <= bound
+    return Fidelity(
+        name=name, ok=ok,
+        observed=f"{distance:.3f} apart; mean {source.mean:.1f} -> {after.mean:.1f} tokens"
+        + (f" (cap {cap})" if cap is not None else ""),
+        bound=f"{bound:.3f}", said="" if ok else "the plan's token lengths are not the trace's",
+    )  # fmt: skip
+
+
+def _planned_sessions(info: PlanInfo, source: TraceStats, plan: Plan) -> Fidelity:
+    name = "planned: sessions"
+    if not source.sessions:
+        return not_comparable(name, "the trace has no sessions")
+    torn = backwards(plan.slice, plan.scheduled_ns)
+    units = source.requests - source.session_rows + source.sessions
+    turns = source.requests / units
+    got = len(plan.slice) / len(np.unique(plan.slice))
+    most = int(np.unique(plan.slice, return_counts=True)[1].max())
+    observed = (
+        f"{got:.3f} requests in each for {turns:.3f}, most {most} for {source.most_turns}; "
+        f"{torn} turns before the one before them"
+    )
+    if info.cycles > 1 or info.cut:
+        return not_comparable(name, "the plan ends within a pass over the trace, and so do sessions", observed)
+    drawn = info.grow is not None and bool(info.grow % 1)
+    bound = 0.0 if not drawn else CHANCE * math.sqrt(source.unit_rows / len(plan.slice))
+    if info.grow is not None:  # a duration cuts off the turns that hang over the end
+        bound += max(0.0, 1 - len(plan.slice) / (info.grow * source.requests))
+    ok = torn == 0 and abs(got / turns - 1) <= bound + 1e-9 and most <= source.most_turns
+    return Fidelity(
+        name=name, ok=ok, observed=observed, bound="whole and in order" + (f", within {bound:.1%}" if drawn else ""),
+        said="" if ok else "sessions were torn or turned round",
+    )  # fmt: skip
+
+
+def _planned_prefix(info: PlanInfo, source: TraceStats, reuse: Reuse | None) -> Fidelity:
+    name = "planned: prefix reuse"
+    if source.prefix is None:
+        return not_comparable(name, "the trace states no prefixes")
+    if reuse is None or not reuse.tokens:
+        return not_comparable(name, "prompts are text: their tokens are the server's")
+    ideal = source.prefix.hit_rate_tokens
+    observed = f"{ideal:.1%} of input tokens in the trace -> {reuse.hit_rate:.1%} in the prompts"
+    if (info.grow or 1.0) % 1 or info.cut:
+        return not_comparable(name, "drawn requests lose partners they shared a prefix with", observed)
+    sizes = "/".join(map(str, source.prefix.block_tokens))
+    bound_said = f"2 points (in blocks of {sizes} tokens)"
+    ok = abs(ideal - reuse.hit_rate) <= POINTS_BOUND
+    return Fidelity(
+        name=name, ok=ok, observed=observed, bound=bound_said,
+        said="" if ok else "prompts do not share what the trace shares",
+    )  # fmt: skip

@@ -1,0 +1,156 @@
+"""USD per 1M tokens: the bill of the window over the tokens served in it. Nothing else decides a price here.
+
+Assumption, stated in every summary: one replica is one whole instance of its tier, paid for the whole window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from analysis.intervals import Quantity
+from analysis.money.split import Split, Usage, by_ratio, not_identifiable
+from harness.errors import UsageError
+from harness.run import Tier
+
+__all__ = ["DEFAULT_RATIO", "Cost", "Split", "bill_usd", "check_ratio", "cost", "split_by_ratio", "usd_per_1m"]
+
+DEFAULT_RATIO = 4.0
+
+
+def bill_usd(usd_per_hour: float, replicas: int, duration_s: float) -> float:
+    """Cost of the window, USD: usd_per_hour x replicas x hours."""
+    return usd_per_hour * replicas * duration_s / 3600
+
+
+def usd_per_1m(usd: float, tokens: float) -> float:
+    """USD per 1M tokens when ``usd`` paid for ``tokens``. Raises ZeroDivisionError without tokens."""
+    return usd / tokens * 1e6
+
+
+def split_by_ratio(usd: float, input_tokens: float, output_tokens: float, ratio: float) -> tuple[float, float]:
+    """(USD per 1M input, USD per 1M output) when an output token is declared to cost ``ratio`` input tokens.
+
+    input x price_in + output x price_out is the whole bill again. The ratio is an opinion, not a measurement.
+    Source: Google GKE Inference Quickstart, out = usd / (input / ratio + output), in = out / ratio, ratio 4.
+    """
+    output = usd_per_1m(usd, input_tokens / ratio + output_tokens)
+    return output / ratio, output
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What the tokens of this run cost. Values are None with the reason in ``reason``; ``note`` warns about a price."""
+
+    usd_per_1m_total: Quantity
+    usd_per_1m_output_only: Quantity
+    split: Split
+    """By the declared ratio."""
+    splits: Sequence[Split]
+    """By what was measured: see `analysis.money.split.split_bill`."""
+    bill_usd: float | None
+    usd_per_hour: float | None
+    replicas: int
+    purchase: str | None
+    region: str | None
+    source: str | None
+    date: str | None
+    reason: str | None
+    note: str | None
+
+
+def check_ratio(ratio: float) -> None:
+    """Raise `UsageError` unless ``ratio`` is a positive number."""
+    if not (math.isfinite(ratio) and ratio > 0):
+        raise UsageError(f"ratio {ratio}: an output token must cost a positive number of input tokens")
+
+
+def cost(
+    tier: Tier | None,
+    replicas: int,
+    duration_s: float | None,
+    *,
+    total_rate: Quantity,
+    output_rate: Quantity,
+    weighted_rate: Quantity,
+    ratio: float,
+    reason: str | None,
+    note: str | None,
+    splits: Sequence[Split] = (),
+) -> Cost:
+    """Prices from token rates (tokens/s) of one window: USD per second over tokens per second.
+
+    ``weighted_rate`` is input / ratio + output tokens per second, the denominator of the split. The interval comes from
+    the rate's: dear when slow. ``reason`` (not None) withholds every price; so do a missing tier, a tier price that is
+    not a positive number, and a rate that is not known or 0. ``splits``: other divisions of the same bill; withheld
+    with the prices.
+    """
+    if reason is None and tier is None:
+        reason = "no tier: say which hardware this ran on (--tier), with its price"
+    elif reason is None and tier is not None and not (math.isfinite(tier.usd_per_hour) and tier.usd_per_hour > 0):
+        reason = f"tier {tier.name} has no positive price"
+    known = tier is not None and duration_s is not None and math.isfinite(tier.usd_per_hour)
+    usd_per_s = tier.usd_per_hour * replicas / 3600 if tier is not None and reason is None else None
+
+    def per_1m(rate: Quantity, per: str, factor: float = 1.0) -> Quantity:
+        unit = f"USD per 1M {per} tokens"
+        evidence = f"{rate.evidence} x list price"
+        if usd_per_s is None or not rate.value:
+            why = reason or rate.note or "no tokens were served"
+            return Quantity(value=None, n=rate.n, unit=unit, note=why, evidence=evidence)
+        usd = usd_per_s * factor
+        return Quantity(
+            value=usd_per_1m(usd, rate.value),
+            low=usd_per_1m(usd, rate.high) if rate.high else None,
+            high=usd_per_1m(usd, rate.low) if rate.low else None,
+            n=rate.n,
+            unit=unit,
+            note=rate.note,
+            evidence=evidence,
+        )
+
+    bill = bill_usd(tier.usd_per_hour, replicas, duration_s) if known and tier and duration_s else None
+    return Cost(
+        usd_per_1m_total=per_1m(total_rate, "input + output"),
+        usd_per_1m_output_only=per_1m(output_rate, "output (which carry the whole bill)"),
+        split=_declared(bill, duration_s, total_rate, output_rate, ratio, per_1m, weighted_rate),
+        splits=[s if usd_per_s is not None else _withheld(s, reason or "no price") for s in splits],
+        bill_usd=bill,
+        usd_per_hour=tier.usd_per_hour if tier and math.isfinite(tier.usd_per_hour) else None,
+        replicas=replicas,
+        purchase=tier.purchase if tier else None,
+        region=tier.region if tier else None,
+        source=tier.source if tier else None,
+        date=tier.date if tier else None,
+        reason=reason,
+        note=note,
+    )
+
+
+def _declared(
+    bill: float | None,
+    duration_s: float | None,
+    total_rate: Quantity,
+    output_rate: Quantity,
+    ratio: float,
+    per_1m: Callable[[Quantity, str, float], Quantity],
+    weighted_rate: Quantity,
+) -> Split:
+    """The declared split: prices with the interval of the weighted rate, parts from the tokens of the window."""
+    into, out = per_1m(weighted_rate, "input", 1 / ratio), per_1m(weighted_rate, "output", 1.0)
+    if out.value is None or bill is None or not duration_s or total_rate.value is None or output_rate.value is None:
+        why = out.note or "tokens were not counted"
+        blank = not_identifiable("declared ratio", why, evidence=weighted_rate.evidence, n=weighted_rate.n)
+        return replace(blank, ratio=ratio, usd_per_1m_input=into, usd_per_1m_output=out)
+    tokens = Usage(
+        input=max(0.0, total_rate.value - output_rate.value) * duration_s,
+        cached_input=None,
+        output=output_rate.value * duration_s,
+    )
+    parts = by_ratio(bill, tokens, ratio, evidence=weighted_rate.evidence, n=weighted_rate.n)
+    return replace(parts, usd_per_1m_input=into, usd_per_1m_output=out)
+
+
+def _withheld(split: Split, reason: str) -> Split:
+    return replace(not_identifiable(split.method, reason, evidence="", n=split.usd_per_1m_output.n), facts=split.facts)

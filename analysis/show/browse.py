@@ -1,0 +1,186 @@
+"""A folder of runs as pages: the list, each run, several compared. Reads; what serves the pages is not here.
+
+A run is analysed when it is first looked at, one run at a time, and again when its files have changed. A request names
+a run by its place in the folder, and only places that were found by looking are known: no path is built from a request.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from urllib.parse import quote
+
+from analysis.load import read_run
+from analysis.show import report
+from analysis.show.page import policy, render, render_page
+from analysis.show.plot import load_of
+from analysis.show.view import Cell, RunView, in_seconds, quantity, view_run
+from analysis.summary import Summary, summarise
+from harness.errors import HarnessError, ResultsError, UsageError
+from harness.run import MANIFEST, RunManifest, read_manifest
+
+DEPTH = 4
+"""Levels of folders that are looked through; a sweep's runs lie one below it."""
+MOST_RUNS = 5000
+MOST_VIEWS = 40
+"""Analysed runs that are kept whole; of the others only their line in the list."""
+MOST_COMPARED = 24
+HEADS = ("Compare", "Run", "Time, UTC", "Tier", "Model", "Verdict", "Load", "TTFT p99", "USD per 1M")
+
+Stamp = tuple[tuple[str, int, int], ...]
+"""Name, time of change and size of the files of a run that figures come from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One run in the list."""
+
+    key: str
+    name: str
+    href: str
+    cells: list[Cell]
+
+
+class Results:
+    """The runs below a folder. Safe to use from several threads; one run is analysed at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise ResultsError(f"{folder}: not a folder of runs")
+        self._folder = folder
+        self._lock = Lock()
+        self._views: OrderedDict[str, tuple[Stamp, RunView]] = OrderedDict()
+        self._figures: dict[str, tuple[Stamp, Summary | str]] = {}
+
+    def runs(self) -> dict[str, Path]:
+        """Run directories by their place in the folder, links not followed, the newest first."""
+        found: list[tuple[str, Path]] = []
+        top = len(self._folder.parts)
+        for where, folders, files in os.walk(self._folder, followlinks=False):
+            path = Path(where)
+            if MANIFEST in files:
+                place = path.relative_to(self._folder).as_posix()
+                found.append((place if place != "." else path.resolve().name, path))  # "." is no place in a URL
+                folders.clear()
+            elif len(path.parts) - top >= DEPTH:
+                folders.clear()
+            if len(found) >= MOST_RUNS:
+                break
+        return dict(sorted(found, key=lambda item: (item[1].name, item[0]), reverse=True))
+
+    def waiting(self) -> list[str]:
+        """Runs whose figures are not known, the newest first."""
+        return [key for key, path in self.runs().items() if self._known(key, path) is None]
+
+    def view(self, key: str) -> RunView:
+        """The analysed run. Raises `ResultsError` for a run that is not there, and what its analysis raises."""
+        path = self.runs().get(key)
+        if path is None:
+            raise ResultsError("there is no such run in this folder")
+        stamp = _stamp(path)
+        with self._lock:
+            kept = self._views.get(key)
+            if kept is not None and kept[0] == stamp:
+                self._views.move_to_end(key)
+                return kept[1]
+            try:
+                run = read_run(path)
+                view = view_run(run, summarise(run), report.clean(key, 80))
+            except (HarnessError, OSError) as e:
+                self._figures[key] = (stamp, str(e))
+                raise ResultsError(f"{key}: {e}") from e
+            self._figures[key] = (stamp, view.summary)
+            self._views[key] = (stamp, view)
+            while len(self._views) > MOST_VIEWS:
+                self._views.popitem(last=False)
+            return view
+
+    def _known(self, key: str, path: Path) -> Summary | str | None:
+        kept = self._figures.get(key)
+        return kept[1] if kept is not None and kept[0] == _stamp(path) else None
+
+    # ------------------------------------------------------------------------------------------------------- pages
+
+    def list_page(self) -> str:
+        """All runs, each with what is known of it."""
+        lines, waiting = [], 0
+        for key, path in self.runs().items():
+            known = self._known(key, path)
+            waiting += known is None
+            href = f"/run/{quote(key, errors='surrogateescape')}"
+            lines.append(Line(key=key, name=key, href=href, cells=_cells(path, known)))
+        count = f"{len(lines)} {'run' if len(lines) == 1 else 'runs'}"
+        return render(
+            "index.html", title=count, folder=str(self._folder), rows=lines, heads=HEADS, right=(6, 7, 8), problem=None,
+            waiting=waiting, home=None, policy=policy("'self'"),
+        )  # fmt: skip
+
+    def run_page(self, key: str) -> str:
+        """The page of one run."""
+        return render_page([self.view(key)], home="/")
+
+    def compare_page(self, keys: Sequence[str]) -> str:
+        """Several runs side by side. Raises `UsageError` for fewer than two, or too many."""
+        keys = list(dict.fromkeys(keys))
+        if not 2 <= len(keys) <= MOST_COMPARED:
+            raise UsageError(f"tick two to {MOST_COMPARED} runs to compare them; {len(keys)} were ticked")
+        return render_page([self.view(key) for key in keys], home="/")
+
+
+def problem_page(title: str, problem: str) -> str:
+    """A page that says what went wrong."""
+    return render("index.html", title=title, problem=problem, home="/", policy=policy("'self'"))
+
+
+def _stamp(path: Path) -> Stamp:
+    found = []
+    for file in sorted([path / MANIFEST, *path.glob("results-*.arrows")]):
+        try:
+            facts = file.stat()
+        except OSError:
+            continue  # gone since it was listed: another stamp, so it is read again
+        found.append((file.name, facts.st_mtime_ns, facts.st_size))
+    return tuple(found)
+
+
+def _cells(path: Path, known: Summary | str | None) -> list[Cell]:
+    try:
+        manifest = read_manifest(path)
+    except HarnessError as e:
+        return [Cell("-"), Cell("-"), Cell("-"), _unreadable(path, str(e)), *[Cell("-")] * 3]
+    cells = [
+        Cell(manifest.created.replace("T", " ")[:16]),
+        Cell(manifest.tier.name if manifest.tier else "no tier"),
+        Cell(manifest.model),
+    ]
+    if isinstance(known, Summary):
+        return cells + _figures(known)
+    word = _unreadable(path, known) if known is not None else _status(manifest)
+    return [*cells, word, *[Cell("-")] * 3]
+
+
+def _unreadable(path: Path, why: str) -> Cell:
+    return Cell("unreadable", note=why.removeprefix(f"{path}{os.sep}").removeprefix(f"{path}: "), mark="bad")
+
+
+def _status(manifest: RunManifest) -> Cell:
+    return Cell("not analysed yet" if manifest.status == "complete" else manifest.status, mark="quiet")
+
+
+def _figures(s: Summary) -> list[Cell]:
+    valid, is_open = s.verdict == "VALID", s.load.mode == "open"
+    missed = valid and s.slo is not None and not s.slo.met
+    word, mark = ("SLO missed", "warn") if missed else (s.verdict, "good" if valid else "bad")
+    verdict = Cell(word, note="dummy weights" if s.caution else None, mark=mark)
+    load = load_of(s, by_rate=is_open)
+    price = quantity(s.cost.usd_per_1m_total, report.price)
+    return [
+        verdict,
+        Cell(report.figure(load), note=None if load is None else "req/s" if is_open else "in flight", sort=load),
+        quantity(s.metrics.ttft.p99, in_seconds),
+        Cell(price.text, note=price.note, sort=price.sort, mark="quiet" if missed else price.mark),
+    ]

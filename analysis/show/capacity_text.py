@@ -1,0 +1,154 @@
+"""Words and tables of capacity and cost at a promise. No arithmetic beyond units and percent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from analysis.intervals import Quantity
+from analysis.show.decision_text import Block
+from analysis.show.report import figure, price
+from analysis.sizing.at_slo import System
+from analysis.sizing.search import ProbeRow
+from harness.slo import Criterion, percent
+
+
+def name_of(system: System) -> str:
+    """``model on tier``, with the number of replicas when there are several."""
+    where = f"{system.model} on {system.tier or 'no tier'}"
+    return f"{where} x {system.replicas}" if system.replicas > 1 else where
+
+
+def sentence(system: System) -> str:
+    """The capacity of one system and its cost there, in one plain sentence or two."""
+    promise = " and ".join(c.name for c in system.criteria) or "no promise"
+    found = system.capacity
+    if found is None:
+        return f"{name_of(system)}: no SLO was given, so there is no capacity (--slo)."
+    if found.state == "unknown":
+        return f"{name_of(system)}: capacity is not known: {found.load.note}."
+    if found.state == "not reached":
+        return (
+            f"{name_of(system)} does not keep {promise}: at {figure(system.loads[0])} {system.unit}, the lowest load "
+            f"that was measured, {found.limit.name if found.limit else 'it'} is missed. Lower loads were not measured."
+        )
+    if found.state == "beyond":
+        return (
+            f"{name_of(system)} carries at least {figure(system.loads[-1])} {system.unit} with {promise}: the highest "
+            "load that was measured keeps it, so capacity lies beyond and has no figure."
+        )
+    said = f"{name_of(system)} carries {figure(found.load.value)} {system.unit}{_within(found.load)} with {promise}"
+    said += f"; what breaks first: {found.limit.name}." if found.limit and len(system.criteria) > 1 else "."
+    total, tokens = system.usd_per_1m_total, found.rates.get("total_token_throughput")
+    if tokens is not None and tokens.value is not None:
+        said += f" At that load: {figure(tokens.value)} tokens/s (input + output)"
+        if total.value is not None:
+            said += f", {price(total.value)} USD per 1M tokens{_within(total, price=True)}"
+        said += "."
+    return said
+
+
+def system_blocks(systems: Sequence[System]) -> list[Block]:
+    """Capacity and cost per tier and model, then what limits each."""
+    heads = (
+        "Tier and model", "Loop", "Capacity", "95 %", "Breaks first", "Tokens/s there", "USD per 1M there", "95 %",
+        "Floor USD per 1M",
+    )  # fmt: skip
+    rows = [_row(system) for system in systems]
+    if not rows:
+        return []
+    notes = [
+        "Capacity is that of all replicas together, from VALID runs; between two measured loads tokens/s are "
+        "interpolated and the cost is derived from them; nothing is extrapolated.",
+        "Floor: the highest throughput of any VALID run. It meets no promise; no honest price lies below it.",
+    ]
+    sold = [s for s in systems if s.usd_per_1m_total_utilised.value is not None and s.loop == "open"]
+    notes += [_utilised(system) for system in sold]
+    blocks = [Block(title="Capacity and cost at the SLO", heads=heads, rows=rows, notes=tuple(notes))]
+    blocks += [Block(title=f"Limits of {name_of(s)}, {s.loop} loop", notes=_limits(s)) for s in systems]
+    return blocks
+
+
+def probe_block(probes: Sequence[ProbeRow], criteria: Sequence[Criterion]) -> Block:
+    """What each probe of a search found and cost."""
+    heads = ("Load", "Requests", "Verdict", *(c.name for c in criteria), "Done req/s", "Seconds", "USD")
+    rows = []
+    for p in probes:
+        shares = [*p.attainment, *[None] * len(criteria)][: len(criteria)]
+        rows.append(
+            (
+                p.load, "-" if p.requests is None else f"{p.requests:,}", p.verdict,
+                *("-" if x is None else f"{x:.2%}" for x in shares), figure(p.request_throughput), figure(p.seconds),
+                "-" if p.usd is None else f"{p.usd:.4f}",
+            )
+        )  # fmt: skip
+    return Block(title="Probes", heads=heads, rows=rows)
+
+
+def _row(system: System) -> tuple[str, ...]:
+    found, floor = system.capacity, system.floor
+    tokens = found.rates.get("total_token_throughput") if found else None
+    state = "no SLO" if found is None else found.state
+    load = found.load if found else None
+    return (
+        name_of(system),
+        system.loop,
+        f"{figure(load.value)} {system.unit}" if load and load.value is not None else _state(system, state),
+        _interval(load),
+        found.limit.name if found and found.limit else "-",
+        figure(tokens.value) if tokens else "-",
+        price(system.usd_per_1m_total.value) if system.usd_per_1m_total.value is not None else "-",
+        _interval(system.usd_per_1m_total, price=True),
+        price(floor.usd_per_1m_total.value) if floor and floor.usd_per_1m_total.value is not None else "-",
+    )
+
+
+def _state(system: System, state: str) -> str:
+    return f"beyond {figure(system.loads[-1])} {system.unit}" if state == "beyond" else state
+
+
+def _utilised(system: System) -> str:
+    q = system.usd_per_1m_total_utilised
+    basis = f"{figure(system.usd_per_hour)} USD/h, {system.purchase}, {system.region}, {system.price_date}"
+    usd = f"{_price(q.value)} USD per 1M tokens{_within(q, price=True)}"
+    return (
+        f"{name_of(system)}: {usd} at {percent(system.utilisation)} utilisation of that capacity. Price basis: {basis} "
+        f"({system.price_source})."
+    )
+
+
+def _limits(system: System) -> tuple[str, ...]:
+    said = []
+    if system.saturated_from is not None:
+        said.append(f"saturated from {figure(system.saturated_from)} {system.unit} on: more load gives no more answers")
+    else:
+        said.append("not saturated at any measured load")
+    bends = [f"{k.metric} at {figure(k.load)} {system.unit}" for k in system.knees if k.load is not None]
+    said.append("latency turns up: " + ", ".join(bends) if bends else f"no knee: {system.knees[0].reason}")
+    users = [i for i in system.interactivity if i.tokens_per_s_per_user.value is not None]
+    if users:
+        speeds = [i.tokens_per_s_per_user.value or 0.0 for i in users]
+        ends = [
+            f"{figure(i.tokens_per_s_per_user.value)} tokens/s a user: "
+            + (f"{price(i.usd_per_1m_total.value)} USD per 1M" if i.usd_per_1m_total.value is not None else "no price")
+            for i in sorted(users, key=lambda i: i.tokens_per_s_per_user.value or 0.0)
+        ]
+        said.append(f"interactivity from {figure(min(speeds))} to {figure(max(speeds))}: {'; '.join(ends)}")
+    return (*said, *system.notes)
+
+
+def _within(q: Quantity, *, price: bool = False) -> str:
+    text = _interval(q, price=price)
+    return f" (95 %: {text})" if text != "-" else ""
+
+
+def _interval(q: Quantity | None, *, price: bool = False) -> str:
+    if q is None or (q.low is None and q.high is None):
+        return "-"
+    show = _price if price else figure
+    if q.low is None:
+        return f"below {show(q.high)}"
+    return f"from {show(q.low)}" if q.high is None else f"{show(q.low)} to {show(q.high)}"
+
+
+def _price(value: float | None) -> str:
+    return "-" if value is None else price(value)

@@ -1,0 +1,175 @@
+"""Several runs side by side: one table, cost against SLO, latency against load, and what differs between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from analysis.intervals import Quantity
+from analysis.show import report
+from analysis.show.plot import Chart, cost_charts, load_charts, load_of, share_chart
+from analysis.show.view import Cell, RunView, Table, in_seconds, interval, quantity
+from analysis.summary import DEFAULT_ATTAIN, Summary
+
+COLORS = 8
+UNLIKE = ("trace", "SLO", "seed", "evidence", "loop")
+"""Runs that differ in one of these did not do the same work to the same standard."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Several runs side by side."""
+
+    sentence: str
+    mind: str | None
+    """What makes the runs unlike; None when only what may be compared differs."""
+    state: str
+    table: Table
+    differs: Table | None
+    same: list[tuple[str, object]]
+    cost: list[Chart]
+    load: list[Chart]
+    distributions: list[Chart]
+
+
+def label_runs(paths: Sequence[Path]) -> list[str]:
+    """A short name for each run directory, printable and no two alike."""
+    labels: list[str] = []
+    for path in paths:
+        name = report.clean(path.resolve().name, 60) or "run"
+        taken = [name, *(f"{name} ({k})" for k in range(2, len(paths) + 1))]
+        labels.append(next(label for label in taken if label not in labels))
+    return labels
+
+
+def compare_runs(views: Sequence[RunView]) -> Comparison:
+    """Views of runs as one comparison; an INVALID run stands in the table with its verdict and without a price."""
+    groups: dict[str, list[RunView]] = {}
+    for view in views:
+        s = view.summary
+        name = report.clean(f"{s.model} on {s.tier.name if s.tier else 'no tier'}", 80)
+        # figures of another kind never stand on one line with measured ones
+        groups.setdefault(name if s.evidence == "measured" else f"{name}, {s.evidence}", []).append(view)
+    priced = {name: [(v.summary, v.kept) for v in members] for name, members in groups.items()}
+    valid = {name: [v.summary for v in members if v.summary.verdict == "VALID"] for name, members in groups.items()}
+    same, differs = _differences(views)
+    share = max((v.summary.slo.attain for v in views if v.summary.slo is not None), default=DEFAULT_ATTAIN)
+    return Comparison(
+        sentence=_sentence(views),
+        mind=_mind(differs),
+        state="invalid" if all(v.state == "invalid" for v in views) else "valid",
+        table=_table(views),
+        differs=differs,
+        same=same,
+        cost=cost_charts(priced, share),
+        load=load_charts(valid, by_rate=all(v.summary.load.mode == "open" for v in views)),
+        distributions=_distributions(views),
+    )
+
+
+def _mind(differs: Table | None) -> str | None:
+    unlike = [name for name in UNLIKE if differs is not None and name in differs.heads]
+    if not unlike:
+        return None
+    return f"The runs differ in {' and '.join(unlike)}: their figures stand side by side, they are no fair comparison."
+
+
+def _distributions(views: Sequence[RunView]) -> list[Chart]:
+    """TTFT and ITL of all runs over each other."""
+    numbered = [(k, v.label, v.charts.below) for k, v in enumerate(views) if v.charts is not None]
+    colors = [k for k, _, _ in numbered]
+    charts = [
+        share_chart(metric.upper(), noun, {label: below[metric] for _, label, below in numbered}, [], colors=colors)
+        for metric, noun in (("ttft", "successful requests"), ("itl", "gaps between tokens"))
+    ]
+    return [chart for chart in charts if chart is not None]
+
+
+def _sentence(views: Sequence[RunView]) -> str:
+    invalid, missed = (sum(v.state == state for v in views) for state in ("invalid", "missed"))
+    parts = [f"{len(views) - invalid} of {len(views)} runs are VALID"]
+    parts[0] += f", {missed} of them missed their SLO." if missed else "."
+    costs = [(v.summary.cost.usd_per_1m_total, v) for v in views if v.state == "valid"]
+    priced = [(q.value, q, v) for q, v in costs if q.value is not None]
+    if priced:
+        price, quantity_, best = min(priced, key=lambda p: p[0])
+        kept = "that kept its SLO" if best.summary.slo is not None else "(no SLO was given)"
+        within = interval(quantity_, report.price)
+        parts.append(
+            f"The cheapest VALID run {kept} is {best.label}: {report.price(price)} USD per 1M tokens"
+            + (f" (95 %: {within})." if within else ".")
+        )
+    else:
+        parts.append("No run has a price and kept its SLO.")
+    return " ".join(parts)
+
+
+def _table(views: Sequence[RunView]) -> Table:
+    rows = []
+    for k, v in enumerate(views):
+        s = v.summary
+        cost, tier, is_open = s.cost, s.tier, s.load.mode == "open"
+        prices = (cost.usd_per_1m_total, cost.split.usd_per_1m_input, cost.split.usd_per_1m_output)
+        load = load_of(s, by_rate=is_open)
+        rows.append(
+            [
+                Cell(v.label, note=f"{v.verdict}, dummy weights" if s.caution else v.verdict, mark=f"run-{k % COLORS}"),
+                Cell(tier.name if tier else "no tier", note=_basis(s)),
+                Cell(report.figure(load), note="req/s" if is_open else "in flight", sort=load),
+                *(_price(v, price) for price in prices),
+                quantity(s.metrics.ttft.p99, in_seconds),
+                quantity(s.metrics.tpot.p95, in_seconds),
+                quantity(s.rates.output_token_throughput, report.figure),
+                quantity(s.slo.attainment, report.percent) if s.slo is not None else Cell("-"),
+            ]
+        )
+    heads = (
+        "Run", "Tier", "Load", "All tokens", "Input", "Output", "TTFT p99", "TPOT p95", "Output tok/s", "SLO kept",
+    )  # fmt: skip
+    evidence = ", ".join(sorted({v.summary.cost.usd_per_1m_total.evidence for v in views}))
+    caption = f"USD per 1M tokens ({evidence}); small print: 95 % intervals; grey price: SLO missed"
+    return Table(caption, heads, rows, right=range(2, 10))
+
+
+def _price(v: RunView, q: Quantity) -> Cell:
+    """A price; quiet where the SLO was missed, for it is none to sell at."""
+    cell = quantity(q, report.price)
+    return replace(cell, mark="quiet") if v.state == "missed" else cell
+
+
+def _basis(s: Summary) -> str:
+    cost = s.cost
+    if s.tier is None:
+        return "no price basis"
+    return f"{report.figure(cost.usd_per_hour)} USD/h x {cost.replicas}, {cost.purchase}, {cost.date}"
+
+
+def _differences(views: Sequence[RunView]) -> tuple[list[tuple[str, object]], Table | None]:
+    """What is the same in all runs, and what is not: a comparison is only as good as this list."""
+    asked: dict[str, Callable[[Summary], object]] = {
+        "trace": lambda s: f"{s.plan.trace} {s.plan.trace_sha256[:12]}",
+        "plan": lambda s: s.plan_sha256[:12],
+        "seed": lambda s: s.plan.seed,
+        "requests": lambda s: s.plan.requests,
+        "SLO": _slo,
+        "loop": lambda s: s.load.mode,
+        "model": lambda s: s.model,
+        "tier": lambda s: s.tier.name if s.tier else "none",
+        "price": _basis,
+        "engine": lambda s: f"{s.engine} {s.server.version or ''}".strip(),
+        "arguments": lambda s: " ".join(s.server.args) or "none",
+        "evidence": lambda s: s.evidence,
+        "harness": lambda s: f"{s.versions.get('harness', '?')} {s.git or ''}".strip(),
+    }
+    answers = {name: [ask(v.summary) for v in views] for name, ask in asked.items()}
+    same = [(name, values[0]) for name, values in answers.items() if all(value == values[0] for value in values)]
+    other = [name for name in answers if name not in dict(same)]
+    if not other:
+        return same, None
+    rows = [[Cell(v.label), *(Cell(answers[name][k]) for name in other)] for k, v in enumerate(views)]
+    return same, Table("What differs between the runs", ("Run", *other), rows)
+
+
+def _slo(s: Summary) -> str:
+    return "none" if s.slo is None else ", ".join(part.name for part in s.slo.criteria)

@@ -1,0 +1,356 @@
+"""Words and tables of the two decisions: what to charge, and A against B. No arithmetic beyond units and percent.
+
+Whatever a trace, a server or a price map wrote is printed as plain characters, never as markup.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from analysis.against.compare import Comparison, Figure, LoadComparison
+from analysis.against.paired import SHARES
+from analysis.intervals import Quantity
+from analysis.money.basis import PriceBasis
+from analysis.money.buy import Against
+from analysis.money.charge import Charge
+from analysis.money.listprices import ListPrice
+from analysis.money.price_table import PriceReport
+from analysis.money.terms import Terms
+from analysis.money.unit_prices import UnitPrices
+from analysis.show.report import clean, figure, price
+
+_MARKDOWN = re.compile(r"([\\`*\[\]<>|_#])")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """A heading, sentences, a table, small print: each may be empty."""
+
+    title: str = ""
+    lines: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    rows: Sequence[tuple[str, ...]] = ()
+    notes: tuple[str, ...] = ()
+
+
+def render_text(blocks: Iterable[Block], console: Console) -> None:
+    """Print; the first column of a table is words, the others are set right."""
+    for k, block in enumerate(blocks):
+        if k:
+            console.print()
+        if block.title:
+            console.print(Text(clean(block.title), style="bold"))
+        for line in block.lines:
+            console.print(Text(clean(line)))
+        if block.rows:
+            table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+            for n, head in enumerate(block.heads):
+                table.add_column(head, justify="right" if n else "left", overflow="fold")
+            for row in block.rows:
+                table.add_row(*(Text(clean(cell)) for cell in row))
+            console.print()
+            console.print(table)
+        for note in block.notes:
+            body = RichTable.grid(padding=0)
+            body.add_row("- ", Text(clean(note), overflow="fold"))
+            console.print(body)
+
+
+def render_markdown(blocks: Iterable[Block]) -> str:
+    """GitHub-flavoured Markdown."""
+    lines: list[str] = []
+    for block in blocks:
+        if block.title:
+            lines += [f"## {_md(block.title)}", ""]
+        lines += [_md(line) + "  " for line in block.lines]
+        if block.rows:
+            lines += ["", _md_row(block.heads), _md_row([" --- "] + [" ---: "] * (len(block.heads) - 1))]
+            lines += [_md_row([_md(cell) for cell in row]) for row in block.rows]
+        if block.notes:
+            lines += ["", *(f"- {_md(note)}" for note in block.notes)]
+        lines.append("")
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
+
+
+# ------------------------------------------------------------------------------------------------------ what to charge
+
+
+def price_blocks(report: PriceReport) -> list[Block]:
+    """The whole price decision."""
+    blocks: list[Block] = []
+    for charge in report.charges:
+        blocks += _charge_blocks(charge, report.terms)
+    if report.refused:
+        lines = tuple(f"{run}: {'; '.join(why)}" for run, why in report.refused)
+        blocks.append(Block(title="Refused: INVALID runs have no price", notes=lines))
+    return [*blocks, Block(title="What this rests on", notes=report.assumptions)]
+
+
+def _charge_blocks(charge: Charge, terms: Terms) -> list[Block]:
+    where = f"{charge.tier or 'no tier'} x {charge.replicas}"
+    title = f"What to charge: {charge.model} on {where}"
+    warned = () if charge.caution is None else (f"CAUTION. {charge.caution}",)
+    if charge.reason is not None or charge.cost_full is None or charge.cost is None:
+        return [
+            Block(title=title, lines=(*warned, f"No price: {charge.reason}.", _load_line(charge)), notes=charge.notes)
+        ]
+    standard = charge.offers[0]
+    u, m = percent(terms.utilisation), percent(terms.margin)
+    rows = [
+        _price_row(kind, name, charge.cost_full, charge.cost, standard.prices)
+        for kind, name in (
+            ("input", "uncached input" if charge.cost.cached_input.value is not None else "input"),
+            ("cached_input", "cached input"),
+            ("output", "output"),
+            ("total", "all tokens (this trace's mix)"),
+        )
+    ]
+    lines = (
+        *warned,
+        f"Charge {usd(charge.offers[0].prices.total.value)} USD per 1M tokens of this traffic: cost "
+        f"{usd(charge.cost.total.value)} at {u} utilisation, and {m} of the price is gross margin.",
+        f"The price pays for the fleet from {percent(standard.break_even_utilisation)} utilisation on "
+        f"({tokens(charge.break_even_tokens_per_month)} tokens a month; the fleet costs "
+        f"{figure(charge.fleet_usd_per_month)} USD a month and serves at most "
+        f"{tokens(charge.capacity_tokens_per_month)} at this load).",
+    )
+    heads = ("USD per 1M tokens", "cost at 100 %", f"cost at {u}", "PRICE", "95 % interval of it")
+    blocks = [Block(title=title, lines=lines, heads=heads, rows=rows)]
+    if len(charge.offers) > 1:
+        blocks.append(_offers_block(charge, terms))
+    return [*blocks, _against_block(charge, terms), Block(notes=(*_basis_lines(charge), *charge.notes))]
+
+
+def _price_row(kind: str, name: str, full: UnitPrices, cost: UnitPrices, asked: UnitPrices) -> tuple[str, ...]:
+    q: Quantity = getattr(asked, kind)
+    if q.value is None:
+        return (name, "-", "-", "-", "-")
+    return (name, usd(getattr(full, kind).value), usd(getattr(cost, kind).value), usd(q.value), _interval(q))
+
+
+def _offers_block(charge: Charge, terms: Terms) -> Block:
+    rows = [
+        (
+            offer.name + (f" (-{percent(offer.discount)})" if offer.discount else ""),
+            *(usd(q.value) for q in (offer.prices.input, offer.prices.cached_input, offer.prices.output)),
+            usd(offer.prices.total.value),
+            percent(offer.margin),
+            percent(offer.break_even_utilisation) if offer.break_even_utilisation <= 1 else "never",
+        )
+        for offer in charge.offers
+    ]
+    notes = []
+    if any(offer.margin < 0 for offer in charge.offers):
+        notes.append(f"a margin below 0 is a price BELOW COST at {percent(terms.utilisation)} utilisation")
+    if terms.volume:
+        notes.append("a volume discount is on the tokens beyond its threshold, not on those before it")
+    sold = (charge.capacity_tokens_per_month or 0.0) * terms.utilisation
+    if any(offer.from_tokens > sold for offer in charge.offers):
+        notes.append(
+            f"this fleet sells {tokens(sold)} tokens a month at {percent(terms.utilisation)} utilisation: a volume "
+            "tier beyond that needs a larger one"
+        )
+    if terms.batch_discount is not None:
+        notes.append(
+            "batch work can pay below that in hours that would stand idle, if it delays nobody: not shown here"
+        )
+    heads = ("Price list, USD per 1M", "input", "cached", "output", "all", f"margin at {percent(terms.utilisation)}",
+             "break-even utilisation")  # fmt: skip
+    return Block(heads=heads, rows=rows, notes=tuple(notes))
+
+
+def _against_block(charge: Charge, terms: Terms) -> Block:
+    assert charge.cost is not None
+    rows = [
+        (
+            _api_name(a),
+            "/".join("-" if p is None else f"{p:g}" for p in _asked(a.price)),
+            usd(a.usd_per_1m_total),
+            "-" if a.own_share.value is None else f"x {a.own_share.value:.3g}",
+            "never"
+            if a.break_even_tokens_per_month is None
+            else f"{percent(a.break_even_utilisation.value)}, {tokens(a.break_even_tokens_per_month)}",
+            a.verdict,
+        )
+        for a in charge.against
+    ]
+    same = [a for a in charge.against if a.same_model]
+    found = [(sum(a.verdict == verdict for a in same), words) for verdict, words in _VERDICTS.items()]
+    summed = ", ".join(f"{n} {words}" for n, words in found if n)
+    if not same:
+        summed = "none is in the price map (--against NAME, --list-prices)"
+    lines = (
+        f"Build or buy, for this trace: own cost (without margin) at {percent(terms.utilisation)} utilisation is "
+        f"{usd(charge.cost.total.value)} USD per 1M tokens.",
+        f"Of {len(same)} API offers of this model: {summed}." if same else f"API offers of this model: {summed}.",
+    )
+    notes = sorted({note for a in charge.against for note in a.notes})
+    notes.append("break-even: from that share of the fleet's capacity on, and so many tokens a month, own is cheaper")
+    heads = ("API list price", "in/cached/out", "this trace", "own is", "break-even", "verdict")
+    return Block(lines=lines, heads=heads, rows=rows, notes=tuple(notes))
+
+
+_VERDICTS = {
+    "build": "cost more than own hardware", "buy": "cost less than own hardware",
+    "too close to call": "are too close to call", "not known": "cannot be judged (no interval)",
+}  # fmt: skip
+
+
+def _asked(p: ListPrice) -> tuple[float | None, ...]:
+    return p.usd_per_1m_input, p.usd_per_1m_cached_input, p.usd_per_1m_output
+
+
+def _api_name(a: Against) -> str:
+    """Vendor and the last part of the map's name; the whole name is in the exports."""
+    short = a.price.name.rsplit("/", 1)[-1]
+    return f"{a.price.vendor} {short}" + ("" if a.same_model else " (another model)")
+
+
+def _basis_lines(charge: Charge) -> list[str]:
+    said = [
+        f"{charge.evidence}; {_load_line(charge)}",
+        f"denominator: {charge.denominator}; window: {charge.window} ({figure(charge.window_s)} s)",
+    ]
+    if charge.basis is not None:
+        said.append(f"hardware: {_basis(charge.basis)}")
+        if charge.basis.measured_with is not None:
+            said.append(
+                f"priced again, not measured again; at the time of the run: {_basis(charge.basis.measured_with)}"
+            )
+    if charge.mix is not None:
+        cached = charge.mix.cached_input
+        said.append(
+            f"mix: {charge.mix.uncached_input:,} {'input (cached: unknown)' if cached is None else 'uncached input'}, "
+            + ("" if cached is None else f"{cached:,} cached input, ")
+            + f"{charge.mix.output:,} output tokens; the bill is laid on them by {charge.structure.method} "
+            f"{charge.structure.input:.3g} : {charge.structure.output:.3g}"
+            + ("" if charge.structure.cached_input is None else f" : {charge.structure.cached_input:.3g} (cached)")
+        )
+    if charge.args:
+        said.append(f"engine: {charge.engine} {' '.join(charge.args)}")
+    return said
+
+
+def _basis(basis: PriceBasis) -> str:
+    return (
+        f"{figure(basis.usd_per_hour)} USD/h, {basis.purchase}, {basis.region}, read {basis.date}"
+        f"{' (OLD)' if basis.old else ''}; {basis.source}{'' if basis.note is None else f'; {basis.note}'}"
+    )
+
+
+def _load_line(charge: Charge) -> str:
+    slo = "no SLO" if charge.slo is None else f"SLO {charge.slo}: {'kept' if charge.slo_met else 'MISSED'}"
+    runs = f"{len(charge.runs)} runs" if len(charge.runs) > 1 else "1 run"
+    return f"{charge.load}, trace {charge.trace}, {slo}; {runs} of {charge.measured}"
+
+
+# ---------------------------------------------------------------------------------------------------------- A against B
+
+
+def comparison_blocks(comparison: Comparison) -> list[Block]:
+    """The whole comparison, or why there is none."""
+    if not comparison.comparable:
+        return [Block(title="Not comparable", notes=comparison.reasons)]
+    blocks = [_load_block(load, len(comparison.loads) > 1) for load in comparison.loads]
+    if comparison.differs:
+        rows = [(d.name, d.a, d.b) for d in comparison.differs]
+        blocks.append(Block(heads=("What differs", "A", "B"), rows=rows))
+    honest = (
+        f"{comparison.compared} figures are compared, each with its own 95 % interval: about "
+        f"{comparison.expected_by_chance:.1f} of them would show a difference by chance alone; {comparison.shown} do"
+    )
+    same = (
+        f"the same in both: trace {comparison.trace}, seed, load, SLO ({comparison.slo or 'none'}); "
+        f"evidence: {comparison.evidence}"
+    )
+    return [*blocks, Block(notes=(honest, same, *comparison.notes))]
+
+
+def _load_block(load: LoadComparison, named: bool) -> Block:
+    rows = [_figure_row(f) for f in load.figures]
+    notes = [f"{load.requests:,} requests in {load.pairs} {'pair' if load.pairs == 1 else 'pairs'} of runs"]
+    if load.left_out:
+        notes.append(f"{load.left_out:,} requests that only one run was offered are left out")
+    unknown = sorted(
+        {f"{f.name}: {f.difference.note or 'no interval'}" for f in load.figures if f.verdict == "not known"}
+    )
+    gates = tuple(f"--fail-if {g.text}: {_OUTCOMES[g.outcome]}" for g in load.gates)
+    return Block(
+        title="A against B" + (f": {load.load}" if named else ""),
+        lines=(*load.verdict, *gates),
+        heads=("Figure", "A", "B", "B - A", "95 % interval", "change", "B is"),
+        rows=rows,
+        notes=(*notes, *unknown),
+    )
+
+
+_OUTCOMES = {
+    "fails": "FAILS, the whole interval is beyond it",
+    "holds": "holds, the whole interval is within it",
+    "undecided": "undecided, the interval lies on both sides; this does not fail (more requests or repeats would tell)",
+    "not judged": "CANNOT BE JUDGED, the figure has no interval",
+}
+
+
+def _figure_row(f: Figure) -> tuple[str, ...]:
+    factor, unit = _SHOWN.get(f.unit, (1.0, f.unit))
+    d = f.difference
+    unknown = d.low is None or d.high is None
+    within = "-" if unknown else f"{_show(d.low, factor, '+')} to {_show(d.high, factor, '+')}"
+    change = "-" if f.change.value is None or f.name in SHARES else f"{f.change.value * 100:+.3g} %"
+    name = f"{f.name}, {unit}"
+    return (name, _show(f.a, factor), _show(f.b, factor), _show(d.value, factor, "+"), within, change, f.verdict)
+
+
+_SHOWN = {"s": (1000.0, "ms"), "share of requests": (100.0, "%")}
+"""Unit -> factor and unit in print."""
+
+
+def _show(value: float | None, factor: float, sign: str = "") -> str:
+    return "-" if value is None else f"{value * factor:{sign},.4g}"
+
+
+# ----------------------------------------------------------------------------------------------------------- formatting
+
+
+def usd(value: float | None) -> str:
+    """USD, or a dash."""
+    return "-" if value is None else price(value)
+
+
+def percent(share: float | None) -> str:
+    """A share in percent to three significant digits."""
+    if share is None:
+        return "-"
+    return f"{share * 100:,.0f} %" if abs(share) >= 10 else f"{share * 100:.3g} %"
+
+
+def tokens(value: float | None) -> str:
+    """Tokens with a word for the power of ten."""
+    if value is None:
+        return "-"
+    for power, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if value >= power:
+            return f"{value / power:.3g} {word}"
+    return f"{value:,.0f}"
+
+
+def _interval(q: Quantity) -> str:
+    if q.low is None or q.high is None:
+        return "not known" if q.low is None and q.high is None else f"{usd(q.low)} to {usd(q.high)}"
+    return f"{usd(q.low)} to {usd(q.high)}"
+
+
+def _md(text: str) -> str:
+    return _MARKDOWN.sub(r"\\\1", clean(text))
+
+
+def _md_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.strip() for cell in cells) + " |"

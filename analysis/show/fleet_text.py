@@ -1,0 +1,120 @@
+"""Words, tables and rows of a fleet plan. No arithmetic beyond units and percent."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+from analysis.show.decision_text import Block
+from analysis.show.report import figure, price
+from analysis.sizing.fleet_plan import FleetPlan, TierFleet
+
+
+def fleet_blocks(plan: FleetPlan) -> list[Block]:
+    """The whole plan: the answer first, then the tiers, what scaling saves, and what changes the answer."""
+    blocks = [Block(title="Fleet", lines=(plan.sentence, _demand(plan)))]
+    if plan.tiers:
+        blocks += [_sizes(plan), _scaling(plan)]
+        blocks += [_changes(one) for one in plan.tiers]
+    if plan.excluded:
+        notes = tuple(f"{name}: {why}" for name, why in plan.excluded)
+        blocks.append(Block(title="Left out", notes=notes))
+    return [*blocks, Block(title="What this rests on", notes=plan.assumptions)]
+
+
+def _demand(plan: FleetPlan) -> str:
+    said = (
+        f"Demand of {plan.trace} x {plan.grow:g}: {figure(plan.requests.mean)} req/s on average, "
+        f"{figure(plan.requests.worst_minute)} in the worst minute"
+    )
+    if plan.tokens is not None:
+        said += f"; {figure(plan.tokens.mean)} and {figure(plan.tokens.worst_minute)} tokens/s (input + output)"
+    return said + f". Planned for {figure(plan.requests.worst_minute * plan.headroom)} req/s."
+
+
+def _sizes(plan: FleetPlan) -> Block:
+    heads = (
+        "Model and tier", "One replica carries", "Binding", "For the mean", "Worst minute", "Peak + spares",
+        "Instances", "Utilisation", "USD/h", "USD/month", "USD/year", "USD per 1M served",
+    )  # fmt: skip
+    rows = [
+        (
+            one.name,
+            f"{'at least ' if one.at_least else ''}{figure(one.capacity)} {one.unit}{_ends(one)}",
+            one.binding,
+            f"{one.mean.replicas}",
+            f"{one.worst_minute.replicas}",
+            f"{one.peak.replicas}" + (f" + {one.peak.spares} inst." if one.peak.spares else ""),
+            f"{one.peak.instances}",
+            f"{one.peak.utilisation:.0%}",
+            f"{one.peak.usd_per_hour:,.4g}",
+            f"{one.peak.usd_per_month:,.0f}",
+            f"{one.peak.usd_per_year:,.0f}",
+            "-" if one.usd_per_1m_served is None else price(one.usd_per_1m_served),
+        )
+        for one in plan.tiers
+    ]
+    notes = [f"{one.name}: {one.slo}; price: {one.price_basis}" for one in plan.tiers]
+    notes += [f"{one.name}: {note}" for one in plan.tiers for note in one.notes]
+    return Block(title="Replicas and instances", heads=heads, rows=rows, notes=tuple(notes))
+
+
+def _ends(one: TierFleet) -> str:
+    if one.capacity_low is None and one.capacity_high is None:
+        return ""
+    return f" ({figure(one.capacity_low)} to {figure(one.capacity_high)})"
+
+
+def _scaling(plan: FleetPlan) -> Block:
+    heads = (
+        "Model and tier", "Fixed USD/h", "Scheduled USD/h", "Reactive USD/h", "short of capacity", "Most instances",
+        "Start-up s", "USD per 1M, scheduled",
+    )  # fmt: skip
+    rows = [
+        (
+            one.name, f"{one.peak.usd_per_hour:,.4g}", f"{one.scheduled.usd_per_hour:,.4g}",
+            f"{one.reactive.usd_per_hour:,.4g}", f"{one.reactive.short_share:.2%} of demand",
+            f"{one.scheduled.peak_instances}", figure(one.start_s),
+            "-" if one.usd_per_1m_scheduled is None else price(one.usd_per_1m_scheduled),
+        )
+        for one in plan.tiers
+    ]  # fmt: skip
+    return Block(title="Autoscaled against fixed, over the trace's own time", heads=heads, rows=rows)
+
+
+def _changes(one: TierFleet) -> Block:
+    rows = [(s.changed, f"{s.instances}", f"{s.usd_per_month:,.0f}") for s in one.sensitivities]
+    return Block(title=f"What changes the fleet: {one.name}", heads=("If", "Instances", "USD/month"), rows=rows)
+
+
+def fleet_csv(plan: FleetPlan) -> str:
+    """One line per tier and model, for a spreadsheet; left-out ones with their reason."""
+    out = io.StringIO()
+    rows = [_csv_row(one) for one in plan.tiers]
+    blank = dict.fromkeys(rows[0] if rows else ("name", "reason"))
+    rows += [{**blank, "name": name, "reason": why} for name, why in plan.excluded]
+    writer = csv.DictWriter(out, fieldnames=list(rows[0] if rows else blank), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: _cell(v) for k, v in row.items()} for row in rows)
+    return out.getvalue()
+
+
+def _cell(value: object) -> object:
+    """A text that a spreadsheet would run as a formula gets a quote in front."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
+
+
+def _csv_row(one: TierFleet) -> dict[str, object]:
+    return {
+        "name": one.name, "model": one.model, "tier": one.tier, "slo": one.slo, "evidence": one.evidence,
+        "capacity": one.capacity, "capacity_low": one.capacity_low, "capacity_high": one.capacity_high,
+        "capacity_is_lower_bound": one.at_least, "unit": one.unit, "binding": one.binding,
+        "replicas_mean": one.mean.replicas, "replicas_worst_minute": one.worst_minute.replicas,
+        "replicas_peak": one.peak.replicas, "spare_instances": one.peak.spares, "instances": one.peak.instances,
+        "utilisation": one.peak.utilisation, "usd_per_hour": one.peak.usd_per_hour,
+        "usd_per_month": one.peak.usd_per_month, "usd_per_year": one.peak.usd_per_year,
+        "usd_per_hour_scheduled": one.scheduled.usd_per_hour, "usd_per_hour_reactive": one.reactive.usd_per_hour,
+        "reactive_short_share": one.reactive.short_share, "start_s": one.start_s,
+        "usd_per_1m_served": one.usd_per_1m_served, "usd_per_1m_scheduled": one.usd_per_1m_scheduled,
+        "price_basis": one.price_basis, "reason": None,
+    }  # fmt: skip

@@ -1,0 +1,288 @@
+"""A sweep's runs as capacity and cost at a promise: one `System` per tier, model, engine arguments and kind of loop.
+
+From VALID runs only. Throughput is interpolated, cost is derived from it, nothing is extrapolated.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from analysis.intervals import Distribution, Quantity, scaled
+from analysis.money.charge import load_words, system_of
+from analysis.money.price import usd_per_1m
+from analysis.sizing.capacity import Capacity, Point, capacity, knee, little, pool, saturation
+from analysis.summary import Summary
+from harness.slo import Criterion
+
+SCHEMA = "harness.capacity/1"
+UTILISATION = 0.3
+"""Share of capacity that is used around the clock, where nothing else is said; the default of ``harness price``."""
+LITTLE_BOUND = 0.10
+RATES = (
+    "request_rate", "request_throughput", "input_token_throughput", "output_token_throughput",
+    "total_token_throughput", "goodput", "concurrency",
+)  # fmt: skip
+LATENCIES = ("ttft", "tpot", "e2e")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Floor:
+    """The highest token throughput of any VALID run: it meets no promise, and no price below it can be honest."""
+
+    load: float
+    total_token_throughput: Quantity
+    usd_per_1m_total: Quantity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knee:
+    """Where one latency turns up."""
+
+    metric: str
+    load: float | None
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interactive:
+    """What one user sees at one load, and what it costs there."""
+
+    load: float
+    tokens_per_s_per_user: Quantity
+    """1 / tpot p50."""
+    usd_per_1m_total: Quantity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class System:
+    """One tier, model and engine in one kind of loop: what it carries and what that costs."""
+
+    model: str
+    tier: str | None
+    engine: str
+    args: tuple[str, ...]
+    replicas: int
+    evidence: str
+    trace: str
+    slo: str | None
+    criteria: tuple[Criterion, ...]
+    loop: str
+    """open or closed."""
+    unit: str
+    """Of loads: req/s or in flight."""
+    loads: tuple[float, ...]
+    runs: tuple[str, ...]
+    capacity: Capacity | None
+    """Of all replicas together; None without a promise."""
+    top_token_throughput: Quantity | None
+    """Tokens/s (input + output) at the highest measured load; None when they were not counted."""
+    usd_per_1m_total: Quantity
+    """At capacity."""
+    usd_per_1m_output_only: Quantity
+    """At capacity; output alone carries the whole bill."""
+    utilisation: float
+    usd_per_1m_total_utilised: Quantity
+    """At capacity, when that share of it is sold."""
+    floor: Floor | None
+    usd_per_hour: float | None
+    """Of one replica's instance."""
+    replicas_per_instance: int
+    """Whole ones that fit by accelerators; 1 on a CPU tier."""
+    purchase: str | None
+    region: str | None
+    price_source: str | None
+    price_date: str | None
+    knees: tuple[Knee, ...]
+    saturated_from: float | None
+    """The lowest measured load that the server did not follow; None: it followed all."""
+    little: Mapping[str, float]
+    """By load: requests in flight over throughput x mean e2e latency."""
+    interactivity: tuple[Interactive, ...]
+    start_s: float | None
+    """From starting a replica until it answered: the slowest seen; None when the servers were there already."""
+    notes: tuple[str, ...]
+
+    @property
+    def requests_per_s(self) -> float | None:
+        """Capacity of one replica in an open loop; a floor when it lies beyond the highest load; else None."""
+        if self.capacity is None or self.loop != "open":
+            return None
+        rate = self.loads[-1] if self.capacity.state == "beyond" else self.capacity.load.value
+        return None if rate is None else rate / self.replicas
+
+
+def systems(summaries: Sequence[Summary], utilisation: float = UTILISATION) -> list[System]:
+    """Capacity and cost of every system, cheapest at its promise first; runs that are not VALID are left out."""
+    groups: dict[tuple[object, ...], list[Summary]] = {}
+    left_out: dict[tuple[object, ...], int] = {}
+    for s in summaries:
+        key = (*system_of(s), s.load.mode)
+        groups.setdefault(key, [])
+        if s.verdict == "VALID":
+            groups[key].append(s)
+        else:
+            left_out[key] = left_out.get(key, 0) + 1
+    found = [_system(runs, utilisation, left_out.get(key, 0)) for key, runs in groups.items() if runs]
+    return sorted(found, key=lambda one: (one.usd_per_1m_total.value is None, one.usd_per_1m_total.value or 0.0))
+
+
+def point_of(s: Summary) -> Point:
+    """One VALID run as a point: its load, what it kept, its rates and latencies."""
+    rates: dict[str, Quantity] = {name: getattr(s.rates, name) for name in RATES}
+    for metric in LATENCIES:
+        found: Distribution = getattr(s.metrics, metric)
+        rates |= {f"{metric}_{name}_s": getattr(found, name) for name in ("mean", "p50", "p99")}
+    kept = tuple(one.attainment for one in s.slo.criteria) if s.slo is not None else ()
+    return Point(load=offered(s), kept=kept, rates=rates, runs=(s.run,))
+
+
+def offered(s: Summary) -> float:
+    """The load that was asked for: requests in flight, or requests/s. Raises ValueError for neither."""
+    if s.load.mode == "closed":
+        return float(s.load.concurrency or 0)
+    if len(s.plan.stages) == 1 and s.plan.stages[0].end_rate in (None, s.plan.stages[0].rate):
+        return s.plan.stages[0].rate  # drawn arrivals come to a slightly other rate with every seed
+    rate = s.plan.planned_rate
+    if rate is None:
+        raise ValueError(f"{s.run}: its plan has no request rate")
+    return float(f"{rate:.4g}")
+
+
+def criteria_of(s: Summary) -> tuple[Criterion, ...]:
+    """The criteria that a run was judged by."""
+    judged = s.slo.criteria if s.slo is not None else []
+    return tuple(Criterion(name=one.name, wanted=one.wanted, limits=one.limits) for one in judged)
+
+
+def _system(runs: Sequence[Summary], utilisation: float, left_out: int) -> System:
+    first = runs[0]
+    closed = first.load.mode == "closed"
+    unit = "in flight" if closed else "req/s"
+    points = pool(point_of(s) for s in runs)
+    criteria = criteria_of(first)
+    found = capacity(points, criteria, unit) if criteria else None
+    total, output = (_cost(first, found, name) for name in ("total_token_throughput", "output_token_throughput"))
+    ratios = {f"{p.load:g}": r for p in points if (r := little(p, p.rates["e2e_mean_s"].value)) is not None}
+    return System(
+        model=first.model, tier=first.tier.name if first.tier else None,
+        engine=f"{first.engine} {first.server.version or ''}".strip(), args=tuple(first.server.args),
+        replicas=max(1, first.cost.replicas), evidence=first.evidence, trace=first.plan.trace,
+        slo=" and ".join(c.name for c in criteria) or None,
+        criteria=criteria, loop="closed" if closed else "open", unit=unit, loads=tuple(p.load for p in points),
+        runs=tuple(run for p in points for run in p.runs), capacity=found,
+        top_token_throughput=points[-1].rates["total_token_throughput"], usd_per_1m_total=total,
+        usd_per_1m_output_only=replace(output, unit="USD per 1M output (which carry the whole bill) tokens"),
+        utilisation=utilisation, usd_per_1m_total_utilised=scaled(total, 1 / utilisation), floor=_floor(first, points),
+        usd_per_hour=first.tier.usd_per_hour if first.tier else None, replicas_per_instance=_fitting(first),
+        purchase=first.cost.purchase, region=first.cost.region, price_source=first.cost.source,
+        price_date=first.cost.date, knees=_knees(points), saturated_from=saturation(points, closed=closed),
+        little=ratios, interactivity=_interactivity(first, points),
+        start_s=max((r.ready_s for s in runs for r in s.server.replicas if r.ready_s is not None), default=None),
+        notes=_notes(runs, points, found, ratios, left_out, closed),
+    )  # fmt: skip
+
+
+def _fitting(s: Summary) -> int:
+    """Replicas that one instance holds by its accelerators, from the engine's own parallel sizes."""
+    if s.tier is None or not s.tier.accelerator_count:
+        return 1
+    needed = 1
+    words = [word for arg in s.server.args for word in arg.split("=", 1)]
+    for flag, size in itertools.pairwise(words):
+        if flag in ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp") and size.isdigit():
+            needed *= int(size)
+    return max(1, s.tier.accelerator_count // max(1, needed))
+
+
+def cost_at(s: Summary, rate: Quantity, per: str = "input + output") -> Quantity:
+    """USD per 1M tokens at a token throughput, from the price of the run's own tier: dear when slow."""
+    blank = Quantity(
+        value=None, n=rate.n, unit=f"USD per 1M {per} tokens", evidence=f"{rate.evidence} x list price", note=rate.note
+    )
+    if s.tier is None or s.cost.usd_per_hour is None or s.cost.usd_per_hour <= 0:
+        return replace(blank, note="no tier, so no price (--tier)")
+    if not rate.value:
+        return replace(blank, note=rate.note or "no tokens were counted")
+    usd_per_s = s.cost.usd_per_hour * max(1, s.cost.replicas) / 3600
+    return replace(
+        blank,
+        value=usd_per_1m(usd_per_s, rate.value),
+        low=usd_per_1m(usd_per_s, rate.high) if rate.high else None,
+        high=usd_per_1m(usd_per_s, rate.low) if rate.low else None,
+    )
+
+
+def _cost(s: Summary, found: Capacity | None, name: str) -> Quantity:
+    rate = found.rates.get(name) if found is not None else None
+    if rate is None:
+        if found is None:
+            why = "no SLO was given (--slo)"
+        elif found.state == "found":
+            why = "tokens were not counted at every load"
+        else:
+            why = found.load.note or found.state
+        rate = Quantity(value=None, n=0, unit="tokens/s", evidence=s.evidence, note=why)
+    return cost_at(s, rate)
+
+
+def _floor(s: Summary, points: Sequence[Point]) -> Floor | None:
+    known = [(p.rates["total_token_throughput"].value or 0.0, p) for p in points]
+    best, point = max(known, key=lambda pair: pair[0])
+    if not best:
+        return None
+    rate = point.rates["total_token_throughput"]
+    return Floor(load=point.load, total_token_throughput=rate, usd_per_1m_total=cost_at(s, rate))
+
+
+def _knees(points: Sequence[Point]) -> tuple[Knee, ...]:
+    found = []
+    for metric in LATENCIES:
+        for name in ("p50", "p99"):
+            known = [(p.load, q.value) for p in points if (q := p.rates[f"{metric}_{name}_s"]).value is not None]
+            loads, values = [load for load, _ in known], [value for _, value in known if value is not None]
+            at = knee(loads, values)
+            reason = None
+            if at is None:
+                reason = (
+                    f"{len(known)} loads, at least 3 are needed" if len(known) < 3 else "the curve is straight or flat"
+                )
+            found.append(Knee(metric=f"{metric} {name}", load=at, reason=reason))
+    return tuple(found)
+
+
+def _interactivity(s: Summary, points: Sequence[Point]) -> tuple[Interactive, ...]:
+    found = []
+    for p in points:
+        tpot = p.rates["tpot_p50_s"]
+        if not tpot.value:
+            continue
+        speed = replace(
+            tpot, value=1 / tpot.value, low=1 / tpot.high if tpot.high else None,
+            high=1 / tpot.low if tpot.low else None, unit="output tokens/s per user",
+        )  # fmt: skip
+        cost = cost_at(s, p.rates["total_token_throughput"])
+        found.append(Interactive(load=p.load, tokens_per_s_per_user=speed, usd_per_1m_total=cost))
+    return tuple(found)
+
+
+def _notes(
+    runs: Sequence[Summary], points: Sequence[Point], found: Capacity | None, ratios: Mapping[str, float],
+    left_out: int, closed: bool,
+) -> tuple[str, ...]:  # fmt: skip
+    said = []
+    if left_out:
+        said.append(f"{left_out} runs are not VALID and left out")
+    if closed:
+        said.append("closed loop: a slow server slows its own load here, so this is no capacity for arrivals; replay "
+                    "the trace's own times for that")  # fmt: skip
+    off = [f"{load} ({ratio:.2f})" for load, ratio in ratios.items() if abs(ratio - 1) > LITTLE_BOUND]
+    if off:
+        said.append(f"Little's law does not balance at load {', '.join(off)}: failures, or mostly ramp and drain")
+    if found is not None and found.load.note:
+        said.append(found.load.note)
+    if len(points) == 1:
+        said.append(f"one load was measured ({load_words(runs[0])}): capacity needs one that keeps the promise and one "
+                    "that misses it")  # fmt: skip
+    return tuple(said)

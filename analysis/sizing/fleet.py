@@ -1,0 +1,218 @@
+"""The fleet: how many whole instances of a tier carry a demand, and what they cost in an hour, a month and a year.
+
+Capacity is that of one replica at the promised latency (`analysis.sizing.capacity`), demand is requests/s, or tokens/s,
+over time. A fleet of N replicas is taken to carry N times one: routing may cost prefix-cache hits, which only a run of
+N replicas shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from analysis.intervals import Floats
+from analysis.money.charge import HOURS_PER_MONTH
+
+MINUTE_S = 60.0
+HOURS_PER_YEAR = 8760.0
+MOST_SPARES = 1_000_000
+HOLD_MINUTES = 10
+"""An autoscaler keeps what the busiest of the last so many minutes needed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """Requests/s over time, or tokens/s."""
+
+    per_minute: Floats
+    """Mean rate of each minute from the first arrival; the last minute counts as a whole one."""
+    mean: float
+    worst_minute: float
+    """Highest rate of any 60 s, wherever they begin."""
+    requests: int
+    """Requests, or tokens, in all."""
+    span_s: float
+    """First to last arrival; 60 s at least, so that a handful of requests is no huge rate."""
+
+    def grown(self, factor: float) -> Demand:
+        """The same day with ``factor`` times the requests at every moment."""
+        return Demand(
+            per_minute=self.per_minute * factor, mean=self.mean * factor, worst_minute=self.worst_minute * factor,
+            requests=round(self.requests * factor), span_s=self.span_s,
+        )  # fmt: skip
+
+
+def demand(arrival_s: Floats, amounts: Floats | None = None) -> Demand:
+    """The demand of a trace from its arrival times in seconds, in any order. Raises ValueError without arrivals.
+
+    ``amounts``: what each arrival asks for, such as its tokens; None: one request.
+    """
+    times = np.asarray(arrival_s, dtype=np.float64)
+    order = np.argsort(times, kind="stable")
+    times = times[order]
+    each = np.ones(len(times)) if amounts is None else np.asarray(amounts, dtype=np.float64)[order]
+    if not len(times) or not np.all(np.isfinite(times)):
+        raise ValueError("a demand needs arrival times: at least one, all finite")
+    times = times - times[0]
+    span_s = max(MINUTE_S, float(times[-1]))
+    minutes = np.bincount((times // MINUTE_S).astype(np.int64), weights=each)
+    # of what comes in the 60 s that begin with each request, the most
+    running = np.concatenate(([0.0], np.cumsum(each)))
+    worst = float((running[np.searchsorted(times, times + MINUTE_S, side="left")] - running[:-1]).max())
+    return Demand(
+        per_minute=minutes / MINUTE_S, mean=float(each.sum()) / span_s, worst_minute=worst / MINUTE_S,
+        requests=round(float(each.sum())), span_s=span_s,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """One way to serve: a model on a tier, as it was measured."""
+
+    name: str
+    usd_per_hour: float
+    """Of one instance."""
+    capacity: float
+    """Requests/s (or tokens/s, as the demand) that one replica carries at the promised latency."""
+    replicas_per_instance: int = 1
+    start_s: float | None = None
+    """From asking for a replica until it answers; None when not measured."""
+    node_availability: float = 1.0
+    """Share of the time an instance is up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fleet:
+    """Whole instances for one steady demand."""
+
+    request_rate: float
+    replicas: int
+    instances: int
+    spares: int
+    """Of the instances, those that stand in for failed ones."""
+    usd_per_hour: float
+    usd_per_month: float
+    """730 hours."""
+    usd_per_year: float
+    """8,760 hours."""
+    utilisation: float
+    """Demand over what all instances, spares too, would carry."""
+
+
+def fleet(offer: Offer, request_rate: float, *, headroom: float = 1.0, availability: float | None = None) -> Fleet:
+    """The smallest fleet that carries ``request_rate`` x ``headroom``.
+
+    ``availability``: with at least this probability enough instances are up, when each is up independently for
+    ``offer.node_availability`` of the time. Raises ValueError for a capacity, price or share that makes no sense.
+    """
+    if not (offer.capacity > 0 and offer.usd_per_hour >= 0 and offer.replicas_per_instance >= 1):
+        raise ValueError(f"{offer.name}: capacity, price and replicas per instance must be positive")
+    replicas = max(1, math.ceil(request_rate * headroom / offer.capacity - 1e-9))
+    needed = math.ceil(replicas / offer.replicas_per_instance)
+    spares = 0 if availability is None else spare_instances(needed, offer.node_availability, availability)
+    instances = needed + spares
+    usd_per_hour = instances * offer.usd_per_hour
+    return Fleet(
+        request_rate=request_rate, replicas=replicas, instances=instances, spares=spares,
+        usd_per_hour=usd_per_hour,
+        usd_per_month=usd_per_hour * HOURS_PER_MONTH, usd_per_year=usd_per_hour * HOURS_PER_YEAR,
+        utilisation=request_rate / (instances * offer.replicas_per_instance * offer.capacity),
+    )  # fmt: skip
+
+
+def spare_instances(needed: int, node_availability: float, availability: float) -> int:
+    """How many instances beyond ``needed`` make it that at least ``needed`` are up with probability ``availability``.
+
+    Negative binomial law of independent failures, exact. Raises ValueError for shares outside (0, 1].
+    """
+    if not (0 < node_availability <= 1 and 0 < availability <= 1):
+        raise ValueError("availabilities are shares above 0 and at most 1")
+    if node_availability == 1:
+        return 0
+    if availability == 1:
+        raise ValueError("no number of instances that can fail is always enough: ask for less than 100 %")
+    # P(at most s of needed + s are down) = P(at most s failures before the needed-th success): one term more for each s
+    log_term, enough, spares = needed * math.log(node_availability), 0.0, 0
+    while spares < MOST_SPARES:
+        enough += math.exp(log_term)
+        if enough >= availability:
+            return spares
+        spares += 1
+        log_term += math.log1p(-node_availability) + math.log((needed - 1 + spares) / spares)
+    raise ValueError(f"instances up for {node_availability} of the time: {spares} spares cannot give {availability}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Autoscaled:
+    """A fleet that follows the demand minute by minute."""
+
+    instance_hours: float
+    usd: float
+    """Over the demand's own span."""
+    usd_per_hour: float
+    peak_instances: int
+    short_share: float
+    """Share of requests that came while fewer instances were up than they needed."""
+
+
+def autoscaled(
+    offer: Offer, wanted: Demand, *, headroom: float = 1.0, start_s: float | None = None, spares: int = 0,
+    ahead: bool = False,
+) -> Autoscaled:  # fmt: skip
+    """What an autoscaler would have cost over the demand's own time.
+
+    Policy: at the end of each minute it asks for what the busiest of the last `HOLD_MINUTES` minutes needed (times
+    ``headroom``); what is new answers ``start_s`` later (default: the offer's, else at once) and is paid from the
+    request on; what is too much is given back at once. It begins with what the first minute needs. ``ahead``: it knows
+    the day (a schedule) and asks so early that what a minute needs answers when it begins.
+    """
+    lead = math.ceil((offer.start_s or 0.0 if start_s is None else start_s) / MINUTE_S)
+    per_instance = offer.capacity * offer.replicas_per_instance
+    asked = np.maximum(1, np.ceil(wanted.per_minute * headroom / per_instance - 1e-9)).astype(np.int64)
+    if ahead:
+        target = np.array([asked[max(0, t - HOLD_MINUTES) : t + lead + 1].max() for t in range(len(asked))])
+        up = target
+    else:
+        target = np.array([asked[max(0, t - HOLD_MINUTES) : t].max() if t else asked[0] for t in range(len(asked))])
+        # up at t: what has been asked for without a break since t - lead, and is still wanted
+        up = np.array([target[max(0, t - lead) : t + 1].min() for t in range(len(target))])
+    paid = target + spares
+    requests = wanted.per_minute * MINUTE_S
+    carried = np.minimum(requests, (up + spares) * per_instance * MINUTE_S)
+    hours = float(paid.sum()) * MINUTE_S / 3600
+    return Autoscaled(
+        instance_hours=hours, usd=hours * offer.usd_per_hour, usd_per_hour=float(paid.mean()) * offer.usd_per_hour,
+        peak_instances=int(paid.max()),
+        short_share=float((requests - carried).sum() / requests.sum()),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sensitivity:
+    """The peak fleet when one assumption is another."""
+
+    changed: str
+    instances: int
+    usd_per_month: float
+
+
+def sensitivities(
+    offer: Offer, peak: float, *, headroom: float = 1.0, availability: float | None = None,
+    growth: Sequence[float] = (0.5, 1.5, 2.0, 4.0), price: Sequence[float] = (0.8, 1.2),
+    capacities: Sequence[tuple[str, float]] = (),
+) -> list[Sensitivity]:  # fmt: skip
+    """The fleet for ``peak`` requests/s with demand, price and capacity changed one at a time.
+
+    ``capacities``: (name, requests/s per replica), such as the ends of the interval or capacities at another SLO.
+    """
+    changes = [(f"demand x {g:g}", offer, peak * g) for g in growth]
+    changes += [(f"price x {p:g}", replace(offer, usd_per_hour=offer.usd_per_hour * p), peak) for p in price]
+    changes += [(name, replace(offer, capacity=capacity), peak) for name, capacity in capacities]
+    found = []
+    for name, changed, rate in changes:
+        size = fleet(changed, rate, headroom=headroom, availability=availability)
+        found.append(Sensitivity(changed=name, instances=size.instances, usd_per_month=size.usd_per_month))
+    return found

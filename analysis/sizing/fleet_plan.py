@@ -1,0 +1,298 @@
+"""From a demand and measured capacities to fleets, what they cost, and the cheapest one that keeps the promise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from analysis.money.charge import HOURS_PER_MONTH
+from analysis.show.capacity_text import name_of
+from analysis.sizing.at_slo import System
+from analysis.sizing.fleet import (
+    HOLD_MINUTES,
+    Autoscaled,
+    Demand,
+    Fleet,
+    Offer,
+    Sensitivity,
+    autoscaled,
+    fleet,
+    sensitivities,
+)
+from harness.slo import percent
+
+SCHEMA = "harness.fleet/1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What the fleet is planned for."""
+
+    requests: Demand
+    """Requests/s, growth included."""
+    tokens: Demand | None
+    """Input + output tokens/s, growth included; None when rows do not say their lengths."""
+    grow: float = 1.0
+    headroom: float = 1.0
+    """The peak fleet carries this many times the worst minute."""
+    availability: float | None = None
+    node_availability: float = 1.0
+    start_s: float | None = None
+    """Instead of what was measured."""
+    replicas_per_instance: int | None = None
+    """Instead of what the accelerators hold."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierFleet:
+    """The fleets of one model on one tier."""
+
+    name: str
+    model: str
+    tier: str | None
+    slo: str | None
+    evidence: str
+    replicas_measured: int
+    capacity: float
+    """Of one replica, in ``unit``."""
+    capacity_low: float | None
+    capacity_high: float | None
+    at_least: bool
+    """The measured loads did not reach capacity: the figure is a lower bound, and the fleet may be smaller."""
+    binding: str
+    """requests or tokens: which of the two needs more replicas."""
+    unit: str
+    replicas_per_instance: int
+    start_s: float | None
+    usd_per_hour: float
+    """Of one instance."""
+    price_basis: str
+    mean: Fleet
+    worst_minute: Fleet
+    peak: Fleet
+    """Worst minute x headroom, spare instances included: the fleet to buy when nothing scales."""
+    reactive: Autoscaled
+    scheduled: Autoscaled
+    usd_per_1m_served: float | None
+    """Peak fleet around the clock over the tokens of the demand."""
+    usd_per_1m_scheduled: float | None
+    sensitivities: tuple[Sensitivity, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """A demand in four numbers."""
+
+    mean: float
+    worst_minute: float
+    total: int
+    span_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetPlan:
+    """``harness.fleet/1``."""
+
+    schema: str
+    made: str
+    trace: str
+    sentence: str
+    requests: Rates
+    """Requests/s, growth included."""
+    tokens: Rates | None
+    """Input + output tokens/s, growth included; None when the trace does not say."""
+    grow: float
+    headroom: float
+    availability: float | None
+    node_availability: float
+    tiers: tuple[TierFleet, ...]
+    """Cheapest peak fleet first."""
+    excluded: tuple[tuple[str, str], ...]
+    """(model on tier, why it cannot be planned with)."""
+    assumptions: tuple[str, ...]
+
+
+def plan_fleets(
+    systems: Sequence[System], wanted: Wanted, *, made: str, trace: str, others: Sequence[System] = ()
+) -> FleetPlan:
+    """Fleets of every system that has a capacity in an open loop and a price, cheapest peak fleet first.
+
+    ``others``: the same systems under other promises, for sensitivity alone.
+    """
+    found: list[TierFleet] = []
+    excluded: list[tuple[str, str]] = []
+    opened = {name_of(s) for s in systems if s.loop == "open"}
+    for system in systems:
+        if system.loop != "open" and name_of(system) in opened:
+            continue  # the ladder of a search that went on in an open loop
+        why = _unfit(system)
+        if why is not None:
+            excluded.append((name_of(system), why))
+        else:
+            found.append(_tier_fleet(system, wanted, [o for o in others if _same(o, system)]))
+    found.sort(key=lambda f: (f.peak.usd_per_hour, f.name))
+    return FleetPlan(
+        schema=SCHEMA, made=made, trace=trace, sentence=_sentence(found, excluded),
+        requests=_rates(wanted.requests), tokens=_rates(wanted.tokens) if wanted.tokens else None, grow=wanted.grow,
+        headroom=wanted.headroom, availability=wanted.availability, node_availability=wanted.node_availability,
+        tiers=tuple(found), excluded=tuple(excluded), assumptions=_assumptions(wanted),
+    )  # fmt: skip
+
+
+def _rates(demand: Demand) -> Rates:
+    return Rates(
+        mean=demand.mean, worst_minute=demand.worst_minute, total=demand.requests, span_s=demand.span_s
+    )  # fmt: skip
+
+
+def _unfit(system: System) -> str | None:
+    found = system.capacity
+    if found is None:
+        return "no SLO: say what is promised (--slo)"
+    if system.loop != "open":
+        return "measured in a closed loop alone, which has no capacity for arrivals: sweep request rates"
+    if found.state in ("not reached", "unknown"):
+        return found.load.note or found.state
+    if not system.usd_per_hour:
+        return "no price: say its tier when it is measured (--tier)"
+    return None
+
+
+def _same(other: System, system: System) -> bool:
+    """The same hardware and software under another promise."""
+    same = all(getattr(other, k) == getattr(system, k) for k in ("model", "tier", "engine", "args", "replicas", "loop"))
+    return same and other.slo != system.slo
+
+
+def _offer(system: System, wanted: Wanted) -> tuple[Offer, Demand, str, tuple[float | None, float | None]]:
+    """The offer in the unit that binds, the demand in that unit, which it is, and the ends of its capacity."""
+    assert system.capacity is not None
+    found, count = system.capacity, system.replicas
+    rate = system.requests_per_s
+    assert rate is not None
+    ends = (found.load.low, found.load.high if found.state == "found" else None)
+    token_rate = found.rates.get("total_token_throughput")
+    if found.state == "beyond":
+        token_rate = system.top_token_throughput
+    demand, binding, capacity = wanted.requests, "requests", rate
+    if wanted.tokens is not None and token_rate is not None and token_rate.value:
+        per_replica = token_rate.value / count
+        if wanted.tokens.worst_minute / per_replica > wanted.requests.worst_minute / rate * (1 + 1e-9):
+            demand, binding, capacity = wanted.tokens, "tokens", per_replica
+            ends = (token_rate.low, token_rate.high if found.state == "found" else None)
+    offer = Offer(
+        name=name_of(system), usd_per_hour=system.usd_per_hour or 0.0, capacity=capacity,
+        replicas_per_instance=wanted.replicas_per_instance or system.replicas_per_instance,
+        start_s=system.start_s if wanted.start_s is None else wanted.start_s,
+        node_availability=wanted.node_availability,
+    )  # fmt: skip
+    low, high = (None if end is None else end / count for end in ends)
+    return offer, demand, binding, (low, high)
+
+
+def _tier_fleet(system: System, wanted: Wanted, others: Sequence[System]) -> TierFleet:
+    assert system.capacity is not None
+    offer, demand, binding, (low, high) = _offer(system, wanted)
+    head, up = wanted.headroom, wanted.availability
+    peak = fleet(offer, demand.worst_minute, headroom=head, availability=up)
+    reactive = autoscaled(offer, demand, headroom=head, spares=peak.spares)
+    scheduled = autoscaled(offer, demand, headroom=head, spares=peak.spares, ahead=True)
+    ends = [(f"capacity at its {name} end", end) for name, end in (("low", low), ("high", high)) if end]
+    changed = list(sensitivities(offer, demand.worst_minute, headroom=head, availability=up, capacities=ends))
+    changed += [_other_promise(o, wanted) for o in others if _unfit(o) is None]
+    return TierFleet(
+        name=offer.name, model=system.model, tier=system.tier, slo=system.slo, evidence=system.evidence,
+        replicas_measured=system.replicas, capacity=offer.capacity, capacity_low=low, capacity_high=high,
+        at_least=system.capacity.state == "beyond", binding=binding,
+        unit="req/s" if binding == "requests" else "tokens/s",
+        replicas_per_instance=offer.replicas_per_instance, start_s=offer.start_s, usd_per_hour=offer.usd_per_hour,
+        price_basis=f"{system.purchase}, {system.region}, {system.price_date} ({system.price_source})",
+        mean=fleet(offer, demand.mean), worst_minute=fleet(offer, demand.worst_minute), peak=peak,
+        reactive=reactive, scheduled=scheduled,
+        usd_per_1m_served=_per_1m(peak.usd_per_hour, wanted),
+        usd_per_1m_scheduled=_per_1m(scheduled.usd_per_hour, wanted),
+        sensitivities=tuple(changed), notes=_notes(system, offer, demand),
+    )  # fmt: skip
+
+
+def _other_promise(system: System, wanted: Wanted) -> Sensitivity:
+    offer, demand, _, _ = _offer(system, wanted)
+    size = fleet(offer, demand.worst_minute, headroom=wanted.headroom, availability=wanted.availability)
+    return Sensitivity(changed=f"SLO {system.slo}", instances=size.instances, usd_per_month=size.usd_per_month)
+
+
+def _per_1m(usd_per_hour: float, wanted: Wanted) -> float | None:
+    """USD per 1M tokens of the demand at its mean rate; None when tokens are not known."""
+    if wanted.tokens is None or wanted.tokens.mean <= 0:
+        return None
+    return usd_per_hour / (wanted.tokens.mean * 3600) * 1e6
+
+
+def _notes(system: System, offer: Offer, demand: Demand) -> tuple[str, ...]:
+    assert system.capacity is not None
+    said = []
+    if system.capacity.state == "beyond":
+        said.append("capacity lies beyond the highest measured load: a lower bound, so the fleet is an upper one")
+    if offer.replicas_per_instance > 1:
+        shared = offer.replicas_per_instance
+        said.append(f"{shared} replicas share an instance: that they do not slow each other is assumed, not measured")
+    if offer.start_s is None:
+        said.append("start-up was not measured (servers that were there already): autoscaling counts it as 0 (--start)")
+    if demand.span_s < 86_400:
+        hours = demand.span_s / 3600
+        said.append(f"the trace spans {hours:.2g} h, no whole day: what autoscaling saves over a day is not in it")
+    return tuple(said)
+
+
+def _sentence(found: Sequence[TierFleet], excluded: Sequence[tuple[str, str]]) -> str:
+    if not found:
+        return "No tier can be planned with: " + "; ".join(f"{name}: {why}" for name, why in excluded) + "."
+    best = found[0]
+    said = f"Cheapest: {best.name}, {_size(best)} for {best.slo}."
+    if len(found) > 1:
+        second = found[1]
+        more = second.peak.usd_per_hour / best.peak.usd_per_hour - 1 if best.peak.usd_per_hour else math.inf
+        said += f" Runner-up: {second.name}, {_size(second)} ({more:+.0%})."
+    elif excluded:
+        said += f" No runner-up: {'; '.join(f'{name}: {why}' for name, why in excluded)}."
+    else:
+        said += " Nothing else was measured."
+    return said
+
+
+def _size(one: TierFleet) -> str:
+    peak = one.peak
+    plural = "" if peak.instances == 1 else "s"
+    at_most = "at most " if one.at_least else ""
+    return f"{at_most}{peak.instances} instance{plural}, {peak.usd_per_month:,.0f} USD a month"
+
+
+def _assumptions(wanted: Wanted) -> tuple[str, ...]:
+    said = [
+        f"demand is the trace's, {wanted.grow:g} times; the peak fleet carries its worst minute x {wanted.headroom:g}",
+        "a fleet of N replicas carries N times one: what routing costs in prefix-cache hits only a run of N shows",
+        f"a month has {HOURS_PER_MONTH:g} h, a year 12 of them; staff, network, storage and tax are not in the price",
+        f"reactive autoscaling: after each minute it asks for what the busiest of the last {HOLD_MINUTES} needed; new "
+        "instances answer after their start-up time and are paid from the request on. Scheduled: it knows the day and "
+        "asks early enough",
+    ]
+    if wanted.availability is not None:
+        said.append(
+            f"availability {percent(wanted.availability)}: with that probability enough instances are up, each being "
+            f"up {percent(wanted.node_availability)} of the time by itself (an assumption, --node-availability)"
+        )
+    else:
+        said.append("no instance fails: say --availability for spare ones")
+    if wanted.tokens is None:
+        said.append("the trace does not say all token lengths: sized by requests alone, no cost per token")
+    return tuple(said)
+
+
+def grown(wanted: Wanted, factor: float) -> Wanted:
+    """The same with ``factor`` times the demand."""
+    return replace(
+        wanted, requests=wanted.requests.grown(factor), tokens=wanted.tokens.grown(factor) if wanted.tokens else None,
+        grow=wanted.grow * factor,
+    )  # fmt: skip
