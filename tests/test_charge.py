@@ -278,6 +278,16 @@ def test_a_closed_loop_or_other_traffic_is_another_decision(tmp_path):
     assert any(note.startswith("closed loop") for note in loop.notes)
 
 
+def test_a_closed_loop_beside_an_open_one_makes_no_price_list(tmp_path):
+    write_run(tmp_path / "a", rows(), model=MODEL)
+    write_run(tmp_path / "b", rows(), model=MODEL, spec=replace(SPEC, mode="closed", concurrency=4))
+    both = run_price(tmp_path / "a", tmp_path / "b").output
+    assert both.count("What to charge") == 1
+    assert "closed-loop runs of this system were left out" in " ".join(both.split())
+    alone = run_price(tmp_path / "b").output
+    assert alone.count("What to charge") == 1 and "left out" not in alone
+
+
 def test_what_is_doubtful_about_the_chosen_load_is_said(tmp_path):
     def at(name, gap_ms, slow, spec=SPEC, tokens=4):
         results = [good(i, i * gap_ms * 10**6, ttft_ms=900 if i < slow else 50, tokens=tokens) for i in range(400)]

@@ -125,7 +125,7 @@ def test_a_peak_is_no_plateau():
 @pytest.mark.parametrize(("bins", "bin_s"), [(1, 1.0), (19, 1.0), (100, 0.05)])
 def test_a_short_run_has_no_steady_state(bins, bin_s):
     steady = found(np.full(bins, 8.0), bin_s=bin_s)
-    assert "needs 20 and 10 s" in steady.reason
+    assert "needs 10 s and 20 bins" in steady.reason
     assert (steady.start_s, steady.end_s, steady.duration_s) == (None, None, None)
 
 

@@ -25,6 +25,7 @@ from harness.run import MANIFEST, Tier, now_utc
 if TYPE_CHECKING:
     from analysis.against.paired import Observed
     from analysis.load import Run
+    from analysis.money.charge import Charge
     from analysis.money.listprices import PriceMap
     from analysis.money.price_table import PriceReport
     from analysis.money.terms import Terms
@@ -89,6 +90,7 @@ def price(
         compare_with_api(made, terms, find_list_prices(prices, made.model, against), family(made.model))
         for made in decided
     ]
+    decided = [_at_capacity(made, valid) for made in _open_first(decided)]
     report = PriceReport(
         schema=SCHEMA,
         made=now_utc(),
@@ -105,6 +107,43 @@ def price(
         say(f"written: {out}")
     _print_price(report, format_, price_csv(price_rows(report)) if format_ == "csv" else "")
     return _price_exit(report)
+
+
+def _open_first(decided: Sequence[Charge]) -> list[Charge]:
+    """Without the closed loops of what was measured in an open loop, too: they hide the queue that users would see."""
+
+    def what(c: Charge) -> tuple[object, ...]:
+        return c.tier, c.model, c.engine, c.args, c.replicas, c.evidence, c.slo
+
+    asked = {what(c) for c in decided if c.load.startswith("open loop") and c.cost_full is not None}
+    kept = [c for c in decided if c.load.startswith("open loop") or what(c) not in asked]
+    left = len(decided) - len(kept)
+    if not left:
+        return kept
+    said = "closed-loop runs of this system were left out: a closed loop hides the queue that users would see"
+    return [replace(c, notes=(*c.notes, said)) if what(c) in asked else c for c in kept]
+
+
+def _at_capacity(made: Charge, valid: Sequence[Summary]) -> Charge:
+    """The decision with a note of what tokens cost at capacity, where the loads around it were measured.
+
+    The price itself stays with a load that was run: what lies between two runs was seen by nobody.
+    """
+    from analysis.show.report import figure
+    from analysis.show.report import price as usd
+    from analysis.sizing.at_slo import systems
+
+    for one in systems(valid):
+        same = (one.model, one.tier, one.args, one.replicas, one.slo) == (
+            made.model, made.tier, made.args, made.replicas, made.slo
+        )  # fmt: skip
+        found, cost = one.capacity, one.usd_per_1m_total
+        if same and made.load.startswith(one.loop) and found is not None and found.load.value and cost.value:
+            ends = "" if cost.low is None or cost.high is None else f" (95 %: {usd(cost.low)} to {usd(cost.high)})"
+            note = f"at capacity, {figure(found.load.value)} {one.unit}, interpolated between two measured loads, all "
+            note += f"tokens cost {usd(cost.value)}{ends}; a run there would confirm it"
+            return replace(made, notes=(*made.notes, note))
+    return made
 
 
 def _print_price(report: PriceReport, format_: str, csv_text: str) -> None:
