@@ -79,9 +79,7 @@ def steady_window(in_flight: Floats, tokens: Floats, *, start_s: float, bin_s: f
     first, last = int(at_level[0]), int(at_level[-1]) + 1
     bins, seconds = last - first, (last - first) * bin_s
     if bins < FEWEST_BINS or seconds < SHORTEST_S:
-        return _none(
-            f"at its level for {seconds:.3g} s, {bins} bins: that takes {SHORTEST_S:g} s, {FEWEST_BINS}", level
-        )
+        return _none(f"too short: {seconds:.3g} s at its level, needs {SHORTEST_S:g} s and {FEWEST_BINS} bins", level)
     if bins < SMALLEST_PART * total:
         return _none(f"only {bins / total:.0%} of the run is at its level: a peak", level)
     changes = {name: _drift(values[first:last]) for name, values in (("in_flight", in_flight), ("tokens", tokens))}
