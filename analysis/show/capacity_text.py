@@ -11,6 +11,12 @@ from analysis.sizing.at_slo import System
 from analysis.sizing.search import ProbeRow
 from harness.slo import Criterion, percent
 
+HEADS = (
+    "Tier and model", "Loop", "Capacity", "95 %", "Breaks first", "Tokens/s there", "USD per 1M there", "95 %",
+    "Floor",
+)  # fmt: skip
+"""Of the table that `system_row` fills."""
+
 
 def name_of(system: System) -> str:
     """``model on tier``, with the number of replicas when there are several."""
@@ -49,11 +55,7 @@ def sentence(system: System) -> str:
 
 def system_blocks(systems: Sequence[System]) -> list[Block]:
     """Capacity and cost per tier and model, then what limits each."""
-    heads = (
-        "Tier and model", "Loop", "Capacity", "95 %", "Breaks first", "Tokens/s there", "USD per 1M there", "95 %",
-        "Floor USD per 1M",
-    )  # fmt: skip
-    rows = [_row(system) for system in systems]
+    rows = [system_row(system) for system in systems]
     if not rows:
         return []
     notes = [
@@ -63,7 +65,7 @@ def system_blocks(systems: Sequence[System]) -> list[Block]:
     ]
     sold = [s for s in systems if s.usd_per_1m_total_utilised.value is not None and s.loop == "open"]
     notes += [_utilised(system) for system in sold]
-    blocks = [Block(title="Capacity and cost at the SLO", heads=heads, rows=rows, notes=tuple(notes))]
+    blocks = [Block(title="Capacity and cost at the SLO", heads=HEADS, rows=rows, notes=tuple(notes))]
     blocks += [Block(title=f"Limits of {name_of(s)}, {s.loop} loop", notes=_limits(s)) for s in systems]
     return blocks
 
@@ -84,7 +86,8 @@ def probe_block(probes: Sequence[ProbeRow], criteria: Sequence[Criterion]) -> Bl
     return Block(title="Probes", heads=heads, rows=rows)
 
 
-def _row(system: System) -> tuple[str, ...]:
+def system_row(system: System) -> tuple[str, ...]:
+    """One line of the table of capacity and cost at the promise."""
     found, floor = system.capacity, system.floor
     tokens = found.rates.get("total_token_throughput") if found else None
     state = "no SLO" if found is None else found.state

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from analysis.intervals import Quantity
 from analysis.show import report
+from analysis.show.capacity_text import HEADS, sentence, system_row
 from analysis.show.plot import Chart, cost_charts, load_charts, load_of, share_chart
 from analysis.show.view import Cell, RunView, Table, in_seconds, interval, quantity
+from analysis.sizing.at_slo import System, systems
 from analysis.summary import DEFAULT_ATTAIN, Summary
 
 COLORS = 8
@@ -28,6 +30,9 @@ class Comparison:
     table: Table
     differs: Table | None
     same: list[tuple[str, object]]
+    capacity: Table | None
+    """Capacity and cost at the promise per tier and model; None without a promise or with one load only."""
+    capacity_says: list[str]
     cost: list[Chart]
     load: list[Chart]
     distributions: list[Chart]
@@ -54,6 +59,7 @@ def compare_runs(views: Sequence[RunView]) -> Comparison:
     priced = {name: [(v.summary, v.kept) for v in members] for name, members in groups.items()}
     valid = {name: [v.summary for v in members if v.summary.verdict == "VALID"] for name, members in groups.items()}
     same, differs = _differences(views)
+    found = [s for s in systems([v.summary for v in views]) if s.capacity is not None and len(s.loads) > 1]
     share = max((v.summary.slo.attain for v in views if v.summary.slo is not None), default=DEFAULT_ATTAIN)
     return Comparison(
         sentence=_sentence(views),
@@ -62,10 +68,19 @@ def compare_runs(views: Sequence[RunView]) -> Comparison:
         table=_table(views),
         differs=differs,
         same=same,
+        capacity=_capacity(found),
+        capacity_says=[sentence(s) for s in found if s.loop == "open"],
         cost=cost_charts(priced, share),
         load=load_charts(valid, by_rate=all(v.summary.load.mode == "open" for v in views)),
         distributions=_distributions(views),
     )
+
+
+def _capacity(found: Sequence[System]) -> Table | None:
+    if not found:
+        return None
+    caption = "From VALID runs; tokens/s are interpolated between two measured loads, nothing is extrapolated"
+    return Table(caption, HEADS, [[Cell(text) for text in system_row(s)] for s in found], right=range(5, 9))
 
 
 def _mind(differs: Table | None) -> str | None:
@@ -90,7 +105,10 @@ def _sentence(views: Sequence[RunView]) -> str:
     invalid, missed = (sum(v.state == state for v in views) for state in ("invalid", "missed"))
     parts = [f"{len(views) - invalid} of {len(views)} runs are VALID"]
     parts[0] += f", {missed} of them missed their SLO." if missed else "."
-    costs = [(v.summary.cost.usd_per_1m_total, v) for v in views if v.state == "valid"]
+    kept = [v for v in views if v.state == "valid"]
+    # a closed loop hides the queue that users would see: it names a price only where nothing else was measured
+    kept = [v for v in kept if v.summary.load.mode == "open"] or kept
+    costs = [(v.summary.cost.usd_per_1m_total, v) for v in kept]
     priced = [(q.value, q, v) for q, v in costs if q.value is not None]
     if priced:
         price, quantity_, best = min(priced, key=lambda p: p[0])
