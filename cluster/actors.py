@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 TRIES = 3
 """Starts with a new port when another process was faster to take it."""
 HEALTH_EVERY_S = 10.0
-HEALTH_ANSWER_S = 5.0
-UNHEALTHY_S = 30.0
+HEALTH_ANSWER_S = 30.0
+"""Long, because a server that is short of processors under load answers late, and lives."""
+UNHEALTHY_S = 60.0
 """A server whose /health has failed for this long is dead, though its process runs."""
 
 
@@ -79,6 +80,7 @@ class ReplicaActor:
         self._process: Process | None = None
         self._cpus: list[int] | None = None
         self._port: int | None = None
+        self._held: socket.socket | None = None
         self._part = WHOLE
         self._stopped = False
         self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -133,7 +135,7 @@ class ReplicaActor:
         self._part = part
         deadline = time.monotonic() + ready_s
         for attempt in range(1, TRIES + 1):
-            self._port = free_port(self._host)
+            self._hold_port()
             try:
                 return self._start_once(deadline - time.monotonic())
             except HarnessError as e:
@@ -143,6 +145,13 @@ class ReplicaActor:
                     return Failed(str(e))
                 self._messages.put("its port was taken meanwhile; trying another one")
         raise AssertionError("unreachable")
+
+    def _hold_port(self) -> None:
+        """Choose a port and keep it: nobody else is given it, also not while the server is dead and started again."""
+        if self._held is not None:
+            self._held.close()
+        self._held = hold_port(self._host)
+        self._port = int(self._held.getsockname()[1])
 
     def restart(self, ready_s: float) -> Started | Failed:
         """Start the server again, at the same address, after it died."""
@@ -176,13 +185,14 @@ class ReplicaActor:
         """Thread: notice a server that runs and does not answer."""
         url = f"{probe.server_root(base_url)}/health"
         well = time.monotonic()
-        while process.wait(HEALTH_EVERY_S) is None:
+        while process.wait(HEALTH_EVERY_S) is None and process is self._process:
             try:
                 probe.fetch(url, self._api_key, deadline_s=HEALTH_ANSWER_S)
                 well, self._unhealthy = time.monotonic(), None
             except ServerError as e:
                 silent_s = time.monotonic() - well
-                if silent_s > UNHEALTHY_S:
+                # A server that was ended meanwhile says nothing about the one that was started after it.
+                if silent_s > UNHEALTHY_S and process.poll() is None and process is self._process:
                     self._unhealthy = f"/health has failed for {silent_s:.0f} s ({str(e).rpartition(': ')[2]})"
 
     def ended(self) -> str | None:
@@ -199,6 +209,8 @@ class ReplicaActor:
         """End the server and everything it started."""
         self._stopped = True
         self._end(grace_s)
+        if self._held is not None:
+            self._held.close()
 
     def clean(self) -> None:
         """Take the folder of a log that came home away."""
@@ -340,11 +352,26 @@ def ready_check(base_url: str, model: str, api_key: str) -> Callable[[], bool]:
     return check
 
 
+def hold_port(host: str) -> socket.socket:
+    """A socket on a port that the kernel gives to nobody else while it is open.
+
+    It does not listen, so a server that sets SO_REUSEADDR (as good as all do) can. Two vLLM servers with the same port
+    would not even fail: they set SO_REUSEPORT, and the kernel would deal requests to either.
+    """
+    held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind((host, 0))
+    except OSError:
+        held.close()
+        raise
+    return held
+
+
 def free_port(host: str) -> int:
     """A port that nobody listens on at this moment."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe_socket:
-        probe_socket.bind((host, 0))
-        return int(probe_socket.getsockname()[1])
+    with hold_port(host) as held:
+        return int(held.getsockname()[1])
 
 
 def node_address() -> str:

@@ -353,7 +353,7 @@ class Deployment:
         self._say(f"replica {replica.index} answers again after {took_s:.0f} s; the run is marked")
         for owner in self._owners:
             if owner.replica == replica.index:
-                owner.ended = None
+                owner.ended = owner.question = None  # an answer still on its way may tell of the old death
 
     def counters(self) -> list[dict[str, float] | None]:
         """Each server's own counters now; null from one that does not answer."""
@@ -391,7 +391,7 @@ class Deployment:
         ]
         self._hosts = remote
         here = self._nodes[0].address if len(self._nodes) > 1 else "local"
-        with HostMetrics(host_file(run.path, here), start_unix_ns):
+        with HostMetrics(host_file(run.path, here), start_unix_ns) as metrics:
             try:
                 for host in remote:
                     host.begin(start_unix_ns)
@@ -400,6 +400,8 @@ class Deployment:
                 self._hosts = []
                 for host in remote:
                     host.end()
+        if metrics.trouble:
+            self._say(f"host metrics: {metrics.trouble}")
 
     # -- end ----------------------------------------------------------------------------------------------------------
 
@@ -429,13 +431,13 @@ class Deployment:
         if refs:
             ray.wait(refs, num_returns=len(refs), timeout=grace_s + LOST_S)
         for owner in there:
-            while owner.node and owner.offset:  # it comes in pieces
+            while owner.node:  # it comes in pieces
                 (look,) = ask([owner.actor.look.remote(owner.offset)])
                 if look is None or not look.log:
                     break
                 append(owner.log, look.log)
                 owner.offset += len(look.log)
-        ask([owner.actor.clean.remote() for owner in there if owner.offset])
+        ask([owner.actor.clean.remote() for owner in there if owner.node])
         for owner in owners:
             with contextlib.suppress(RayError):
                 ray.kill(owner.actor)

@@ -18,7 +18,7 @@ from cluster.placement import Node
 from cluster.process import Process, wait_ready
 from harness.errors import ServerError, UsageError
 
-if "RAY_ADDRESS" not in os.environ:
+if not os.environ.get("RAY_ADDRESS"):
     # A Ray of our own lets in only who has this run's token. Ray reads these once, when it is imported.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -51,6 +51,11 @@ def connect(say: Callable[[str], None]) -> Process | None:
     if ray.is_initialized():
         return None
     address = os.environ.get("RAY_ADDRESS")
+    if address and "://" in address:
+        raise UsageError(
+            f"RAY_ADDRESS={address}: Ray Client and job addresses cannot be used; run the harness on a machine of the "
+            f"cluster, with the address of its head there (HOST:6379)"
+        )
     if address:
         say(f"joining the Ray cluster at {address}")
         what = f"Ray cluster {address} (RAY_ADDRESS)"

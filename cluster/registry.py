@@ -77,13 +77,19 @@ class Entry:
     def members(self) -> list[psutil.Process]:
         """Its processes that are alive: of its session, or marked as its own."""
         leader = began(self.command.pid)
-        # The kernel gives the number of a session away again only once no member is left.
-        session_is_ours = leader in (None, self.command.began)
+        led = leader is not None and leader == self.command.began
+        # Without its leader the number alone proves nothing: after a reboot, or once all had ended, a stranger may have
+        # led a session of this number (a login shell whose background jobs still run). A stranger has a whole
+        # environment without our mark; a process of ours that has overwritten its own (vLLM, Ray) has none.
+        left = leader is None and self.command.began.startswith(_boot())
         found = []
         for process in psutil.process_iter():
             try:
-                ours = session_is_ours and os.getsid(process.pid) == self.command.pid
-                ours = ours or process.environ().get(MARK) == self.mark
+                inside = (led or left) and os.getsid(process.pid) == self.command.pid
+                ours = inside and led
+                if not ours:
+                    environment = process.environ()
+                    ours = environment.get(MARK) == self.mark or (inside and not environment)
                 if ours and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
             except (psutil.Error, OSError):
@@ -183,23 +189,20 @@ def running() -> list[Entry]:
 
 
 def end(entry: Entry, grace_s: float = GRACE_S) -> bool:
-    """End a group, by its guard, then all that is left: SIGTERM and after the grace SIGKILL. True: nothing is left.
+    """End a group: SIGTERM, after the grace SIGKILL, and by its guard what else it started. True: nothing is left.
 
     Takes at most ``grace_s`` and some seconds.
     """
-    if entry.guard.alive:
-        _signal(entry.guard, signal.SIGTERM)  # it knows every descendant, and gives them a grace of its own
-        _wait(lambda: not entry.guard.alive, grace_s + 2)
+    # Not by the guard at once: it would give the grace that it was started with.
     for number, patience_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, GONE_S)):
-        left = entry.members()
-        if not left and not entry.guard.alive:
-            break
-        for process in left:
-            with contextlib.suppress(psutil.Error):
-                process.send_signal(number)  # psutil looks at the start time before it sends
-        if number == signal.SIGKILL:
-            _signal(entry.guard, number)
+        _send(entry, number)
         _wait(lambda: not entry.members(), patience_s)
+    _signal(entry.guard, signal.SIGTERM)  # it knows descendants that left both session and mark
+    _wait(lambda: not entry.guard.alive, GRACE_S + 2)
+    if entry.guard.alive:  # it hangs
+        _signal(entry.guard, signal.SIGKILL)
+        _send(entry, signal.SIGKILL)
+        _wait(lambda: not entry.alive, GONE_S)
     gone = not entry.alive
     if gone:
         forget(entry.id)
@@ -213,6 +216,12 @@ def end_orphans(say: Callable[[str], None]) -> int:
         words = f"{entry.name} (pid {entry.command.pid}, {entry.run_dir or 'no log'}), whose owner is gone"
         say(f"ended {words}" if end(entry) else f"cannot end {words}: see harness ps")
     return len(orphans)
+
+
+def _send(entry: Entry, number: signal.Signals) -> None:
+    for process in entry.members():
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(number)  # psutil looks at the start time before it sends
 
 
 def _signal(process: Identity, number: signal.Signals) -> None:

@@ -219,15 +219,14 @@ class Client:
         """Keep a connection for the next request."""
         self._opening.discard(connection)
         connection.idle_ns = monotonic_ns()
-        connection.target.idle.append(connection)
+        connection.target.idle[connection] = None
 
     def drop(self, connection: Connection, trouble: str = "") -> None:
         """Forget an idle connection that ended, or one that could not be opened ahead."""
         self._opening.discard(connection)
         if trouble:
             self._unopened[connection.target] = trouble
-        if connection in connection.target.idle:
-            connection.target.idle.remove(connection)
+        connection.target.idle.pop(connection, None)
 
     def end(self, stream: Stream, stamp: int) -> None:
         """An answer ended, well or not: say so at once, parse it and hand over its row when there is time."""
@@ -263,8 +262,10 @@ class Client:
     def _parse_next(self) -> None:
         stream = self._later.popleft()
         stream.queued = False
-        stream.parse()
-        if stream.result.finished_ns is not None:
+        if stream.result.finished_ns is None:
+            _parse(stream)  # this may end it; its turn for a row comes then
+        else:
+            stream.parse()
             self._finish(stream)
 
     def _finish(self, stream: Stream) -> None:
@@ -309,17 +310,16 @@ class Client:
             elif now - stream.heard_ns > self._stall_ns:
                 self._give_up(stream, "stall", f"the server sent nothing for {self._stall_ns / 1e9:g} s")
             elif stream.queued:
-                stream.parse()  # there was no time for it since the last sweep
+                _parse(stream)  # there was no time for it since the last sweep
             elif _is_much(stream, now):
                 self._wait_for_idle(stream)
 
     def _close_idle(self, now: int) -> None:
         for target in self._targets:
             stale = [c for c in target.idle if c.used and now - c.idle_ns > IDLE_LIMIT_S * 1e9]
-            if stale:
-                target.idle = [c for c in target.idle if c not in stale]
-                for connection in stale:
-                    connection.close()
+            for connection in stale:
+                del target.idle[connection]
+                connection.close()
 
     def _give_up(self, stream: Stream, error: str, detail: str) -> None:
         stream.error = (error, detail)
@@ -347,7 +347,7 @@ class Client:
         for target in self._targets:
             for connection in target.idle:
                 connection.close()
-            target.idle = []
+            target.idle.clear()
         self.poller.close()
         for watcher in (self._idle, self._sweeper):
             watcher.stop()
@@ -360,6 +360,14 @@ def _since(start_ns: int, stamps: array[int]) -> array[int]:
         times = np.frombuffer(stamps, dtype=np.int64)
         times -= start_ns
     return stamps
+
+
+def _parse(stream: Stream) -> None:
+    """Parse what a stream holds; one that turns out to be over (junk behind its end, no HTTP) ends."""
+    if stream.connection is None:
+        stream.parse()
+    else:
+        stream.connection.look(stream)
 
 
 def _is_much(stream: Stream, now: int) -> bool:

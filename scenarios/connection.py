@@ -206,7 +206,7 @@ class Connection:
         stream.reads.append(data)
         stream.stamps.append(stamp)
         if not stream.lazy:
-            self._look(stream)
+            self.look(stream)
         elif data[-4:] == _TAIL or len(data) < 4:
             self._perhaps_end(stream)
 
@@ -229,9 +229,9 @@ class Connection:
         if data.endswith(_LAST_WORDS):
             self._end(stream, stream.stamps[-1], keep=stream.response.keep_alive and not self._out)
         else:
-            self._look(stream)
+            self.look(stream)
 
-    def _look(self, stream: Stream) -> None:
+    def look(self, stream: Stream) -> None:
         """Parse now: the headers, the first event, which is like no other, or an end that only the framing can tell."""
         stream.parse()
         response = stream.response
@@ -301,6 +301,7 @@ class Connection:
 
     def lost(self, trouble: str | None) -> None:
         """The connection is over, with or without a request on it."""
+        stamp = monotonic_ns()
         stream, self.stream = self.stream, None
         self.close()
         if stream is None:
@@ -309,7 +310,7 @@ class Connection:
         stream.connection = None
         stream.parse()
         stream.response.eof(trouble)
-        self.client.end(stream, monotonic_ns())
+        self.client.end(stream, stamp)
 
     def _fail(self, error: str, detail: str) -> None:
         """No connection came about."""

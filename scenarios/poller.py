@@ -123,7 +123,7 @@ class Poller:
 
 
 def _rest(recv: Callable[[int], bytes]) -> bytes:
-    """What else is there. An end or an error that shows here shows again at the next turn."""
+    """What else is there. An end or an error that shows here shows again, as an end, at the next turn."""
     try:
         return recv(READ_SIZE)
     except OSError:

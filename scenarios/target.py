@@ -55,7 +55,7 @@ class Target:
         self.authority = url.netloc
         self.tls = tls if url.scheme == "https" else None
         self.in_flight = 0
-        self.idle: list[Connection] = []
+        self.idle: dict[Connection, None] = {}  # as a set, in the order they became so
         try:
             found = _getaddrinfo(self.host, port, 0, 1)  # SOCK_STREAM
         except OSError as e:
@@ -85,7 +85,7 @@ class Target:
     def take(self, now_ns: int) -> Connection | None:
         """The most recently used idle connection that the server is unlikely to be closing."""
         while self.idle:
-            connection = self.idle.pop()
+            connection, _ = self.idle.popitem()
             if not connection.used or now_ns - connection.idle_ns < IDLE_LIMIT_S * 1e9:
                 return connection
             connection.close()

@@ -21,7 +21,9 @@ from harness.headers import parse_headers
 from harness.plan import Request
 from harness.results import ERRORS, Result
 from scenarios.client import Client
+from scenarios.connection import Connection
 from scenarios.payload import prepare
+from scenarios.stream import Stream
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -447,6 +449,88 @@ def test_an_end_that_was_none_is_not_believed(serve, run):
 
     row = run(serve(talk).url, stall_s=1).one()
     assert row.error == "cut"
+
+
+@pytest.mark.parametrize(
+    ("end", "error"),
+    [
+        (chunk(b"data: [DONE]\n\n") + b"0\r\n\r\nHTTP/1.1 200 OK", None),
+        (b"no size\r\n", "protocol"),
+        (chunk(b"data: <html>\n\n"), "protocol"),
+    ],
+)
+def test_an_end_that_only_parsing_finds_frees_its_slot(serve, run, end, error):
+    """The last bytes do not look like an end, and the server says nothing more: neither a stall nor a kept slot."""
+
+    def talk(connection, nth):
+        read_request(connection)
+        connection.sendall(HEAD)
+        for _ in range(3):
+            connection.sendall(chunk(b'data: {"choices":[{"text":"a"}]}\n\n'))
+            time.sleep(0.05)
+        connection.sendall(chunk(b'data: {"choices":[{"text":"a","finish_reason":"stop"}]}\n\n'))
+        time.sleep(0.05)
+        connection.sendall(end)
+        connection.recv(1)  # until the client hangs up
+
+    sender = run(serve(talk).url, stall_s=5)
+    row = sender.one()
+    assert (row.error, len(row.chunk_ns)) == (error, 4)
+    assert row.finished_ns - row.chunk_ns[-1] < 1_000_000_000, "when its last bytes came"
+    sender.client.settle()
+    assert (len(sender.rows), sender.client.in_flight) == (1, 0)
+    assert not sender.client._targets[0].idle, "what is out of step is not used again"
+
+
+def test_a_cut_is_stamped_when_it_came_not_when_it_was_parsed(serve, run, monkeypatch):
+    cut_ns = []
+    parse = Stream.parse
+
+    def slow(stream):
+        if cut_ns:
+            time.sleep(0.5)
+        parse(stream)
+
+    def talk(connection, nth):
+        read_request(connection)
+        connection.sendall(HEAD + chunk(b'data: {"choices":[{"text":"a"}]}\n\n'))
+        time.sleep(0.3)
+        cut_ns.append(time.monotonic_ns())
+
+    monkeypatch.setattr(Stream, "parse", slow)
+    sender = run(serve(talk).url)
+    row = sender.one()
+    assert row.error == "cut"
+    assert 0 <= row.finished_ns + sender.client.start_mono_ns - cut_ns[0] < 400_000_000
+
+
+def test_ten_thousand_idle_connections_cost_no_comparison_each(run):
+    """A burst leaves them all idle at once; looking each up among the others held up the stamps for seconds."""
+    compared = 0
+
+    class Counted(Connection):
+        __hash__ = Connection.__hash__
+
+        def __eq__(self, other):
+            nonlocal compared
+            compared += 1
+            return self is other
+
+    client = run("http://127.0.0.1:9/v1").client
+    (target,) = client._targets
+    connections = [Counted(client, target) for _ in range(2000)]
+    for connection in connections:
+        connection.used = True
+        client.pool(connection)
+    for connection in connections[500:1000]:
+        client.drop(connection)
+        client.drop(connection)  # twice is no error
+    assert len(target.idle) == 1500
+    taken = target.take(time.monotonic_ns())
+    assert taken is connections[-1], "the one used last"
+    client._close_idle(time.monotonic_ns() + 10**11)
+    assert not target.idle
+    assert compared < 10_000
 
 
 def test_aborted_requests_are_rows(faulty, run):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -22,17 +23,19 @@ from conftest import ROOT, wait_for
 if importlib.util.find_spec("ray") is None:
     pytest.skip("needs ray: pip install -e '.[cluster]'", allow_module_level=True)
 
-from cluster.actors import Failed, ReplicaActor, Started
-from cluster.deployment import Deployment
+from cluster import actors
+from cluster.actors import Failed, Look, ReplicaActor, Started, hold_port
+from cluster.deployment import Deployment, _Owner
 from cluster.engine import WHOLE, Command, CommandEngine, Part
 from cluster.join import connect, disconnect
 from cluster.load import LoadWorkers
 from cluster.models import get_model
 from cluster.tiers import get_tier
 from harness import probe
+from harness.commands import targets
 from harness.errors import ServerError, UsageError
 from harness.host_metrics import host_file, read_host_metrics
-from harness.run import RunSpec, create_run_dir
+from harness.run import Restart, RunDir, RunSpec, create_run_dir
 
 TIER = get_tier("aws-m7a.large")
 SERVER = (sys.executable, "-m", "cluster.fake_server", "--ttft", "0.01", "--host", "{host}", "--port", "{port}")
@@ -182,6 +185,106 @@ def test_a_server_that_runs_and_does_not_answer_is_dead(tmp_path: Path, monkeypa
     server.resume()
     wait_for(lambda: actor.ended() is None, 15, "it answers again")
     actor.stop()
+
+
+LATE = """
+import http.server, pathlib, sys, time
+class Late(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if pathlib.Path(sys.argv[1]).exists():
+            time.sleep(0.4)
+        self.answer()
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer()
+    def answer(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Late).serve_forever()
+"""
+
+
+def test_a_busy_server_that_answers_health_late_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HEALTH_EVERY_S", "HEALTH_ANSWER_S", "UNHEALTHY_S"):
+        monkeypatch.setattr(actors, name, getattr(actors, name) / 20)  # 0.4 s stands for 8 s
+    argv = (sys.executable, "-c", LATE, str(tmp_path / "busy"), "{port}")
+    actor = make_actor(tmp_path, CommandEngine(name="late", served_model="late", argv=argv))
+    assert isinstance(actor.start(30, None, 0, 1), Started)
+    (tmp_path / "busy").touch()
+    until = time.monotonic() + 2 * actors.UNHEALTHY_S
+    while time.monotonic() < until:
+        assert actor.ended() is None
+        time.sleep(0.1)
+    actor.stop()
+
+
+def test_a_port_is_given_to_nobody_else_while_it_is_held(tmp_path: Path) -> None:
+    with hold_port("127.0.0.1") as held, socket.socket() as other, socket.socket() as server:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        with pytest.raises(OSError, match="in use"):
+            other.bind(held.getsockname())
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as vLLM does
+        server.bind(held.getsockname())
+        server.listen()
+    actor = make_actor(tmp_path, FAKE)
+    started = actor.start(30, None, 0, 1)
+    assert isinstance(started, Started)
+    assert actor._held is not None
+    assert f":{actor._held.getsockname()[1]}/" in started.base_url
+    actor.stop()
+    assert actor._held.fileno() == -1
+
+
+def test_a_late_word_of_the_old_death_does_not_kill_the_restarted_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Answers:
+        """A question that is answered with these, in turn."""
+
+        lost = None
+
+        def __init__(self, *looks: Look | None) -> None:
+            self.looks = list(looks)
+
+        def send(self) -> None:
+            return None
+
+        def answer(self) -> Look | None:
+            return self.looks.pop(0)
+
+    monkeypatch.setattr("cluster.deployment.Question", lambda ask: Answers(Look("ready", [], None, b"")))
+    monkeypatch.setattr("cluster.deployment.ask", lambda refs, timeout_s: [Started("http://x/v1", 1.0, None)])
+    monkeypatch.setattr("cluster.deployment.ray.wait", lambda refs, **_: (refs, []))
+    d = deploy(tmp_path, on_replica_death="restart")
+    owner = _Owner(None, 0, 0, tmp_path / "log", node="n", ended="killed by SIGKILL")
+    owner.question = Answers(None, Look("ready", [], "killed by SIGKILL", b""))  # type: ignore[assignment]
+    d._owners, d.restarts = [owner], [Restart(replica=0, died="then", how="killed by SIGKILL")]
+    d._restarting[0] = (None, 0, time.monotonic())
+    assert d.check() == {}
+    assert d.restarts[0].ready is not None
+    assert d.check() == {}
+    assert len(d.restarts) == 1
+    assert d._restarting == {}
+
+
+def test_host_counters_that_cannot_be_written_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with targets.sample_here(RunDir(tmp_path / "gone"), time.time_ns()):
+        pass
+    assert "host metrics: " in capsys.readouterr().err
+
+
+def test_a_ray_client_address_is_refused_with_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "ray://10.0.0.1:10001")
+    with pytest.raises(UsageError, match="HOST:6379"):
+        connect(print)
+
+
+def test_an_empty_ray_address_is_none_and_our_own_ray_has_its_token() -> None:
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"RAY_ADDRESS": ""}
+    code = "import cluster.join, os; print(len(os.environ['RAY_AUTH_TOKEN']), os.environ['RAY_AUTH_MODE'])"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert said.stdout.split() == ["64", "token"], said.stderr
 
 
 def test_a_part_of_a_server_is_started_without_being_asked_for_answers(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from test_response import CHUNKED, DONE, END, chunk, listed, text, usage
 
 from harness.results import Result
 from scenarios.connection import Connection
-from scenarios.plain import Template
+from scenarios.plain import Template, _Usual
 from scenarios.poller import Poller
 from scenarios.response import Response
 from scenarios.stream import Stream
@@ -137,8 +137,9 @@ def test_whatever_a_template_takes_is_one_output_by_the_book(shape, first, value
     assert taken == alone, "in bulk as one by one"
 
 
-def test_what_servers_really_send_is_learned() -> None:
+def test_what_servers_really_send_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     """A template that never fits would make every other test here true."""
+    monkeypatch.setattr(_Usual, "head", b"%x")
     for shape in SHAPES[:5]:
         for end in ENDS[:2]:
             texts = ["a", " longer than that", "日本", "\\n", '\\"', "\\ud83d\\ude42"]
@@ -148,6 +149,27 @@ def test_what_servers_really_send_is_learned() -> None:
             assert template.count(reads) == len(reads)
             assert template.count([*reads, chunk(said(shape, b'""', end)), *reads]) == len(reads)
             assert template.count([read.upper() for read in reads]) == 0
+
+
+def test_capital_sizes_are_plain_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers in Rust (hyper) write 8A, not 8a; an event of 0x81 bytes alone does not show that."""
+    monkeypatch.setattr(_Usual, "head", b"%x")
+    payloads = [said(SHAPES[2], b'"%b"' % (b"t" * (1 + i % 20))) for i in range(400)]
+    reads = [b"%X\r\n%b\r\n" % (len(payload), payload) for payload in payloads]
+    assert (reads[0][:2], reads[9][:2]) == (b"81", b"8A")
+    kept: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        other = Connection.other
+
+        def spy(connection: Connection, data: bytes, stamp: int) -> None:
+            kept.append(stamp)
+            other(connection, data, stamp)
+
+        patch.setattr(Connection, "other", spy)
+        for start in (10, 0):  # an answer that shows it, and one that does not
+            stream, _, _ = through_a_socket([*reads[start:], chunk(DONE), END], set(range(6, 400, 6)))
+            assert len(listed(stream.response).chunk_ns) == 400 - start
+    assert len(kept) == 2, "the ends"
 
 
 @pytest.mark.parametrize("shape", SHAPES[5:12] + SHAPES[16:18] + SHAPES[20:])
@@ -283,6 +305,7 @@ def test_the_poller_keeps_texts_alone() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Poller, "keep_texts", spy)
+        patch.setattr(_Usual, "head", b"%x")
         stream, _, _ = through_a_socket([*body, chunk(text("", "stop")), chunk(usage(60)), chunk(DONE), END], {6})
     assert kept == [6], "learned once, after six events"
     assert len(listed(stream.response).chunk_ns) == 60

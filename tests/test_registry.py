@@ -135,6 +135,44 @@ def test_a_pid_used_again_is_never_hit(tmp_path: Path, own_state: Path) -> None:
     process.stop()
 
 
+@pytest.mark.parametrize("boot", ["an earlier boot", "this boot"])
+def test_a_session_number_used_again_by_a_shell_that_has_ended_is_never_hit(tmp_path: Path, boot: str) -> None:
+    """A stranger's jobs outlive the shell that led their session; the shell's pid is the one in an old entry."""
+    process, entry = start(tmp_path)
+    shell = subprocess.Popen(["sh", "-c", "sleep 600 & echo $!"], start_new_session=True, stdout=subprocess.PIPE)
+    assert shell.stdout is not None
+    job = psutil.Process(int(shell.stdout.readline()))
+    shell.wait(10)
+    assert os.getsid(job.pid) == shell.pid
+    now = entry.command.began.partition(":")[0]
+    was = Identity(shell.pid, f"{now if boot == 'this boot' else boot}:1")
+    old = replace(entry, id="0123abcd", owner=was, guard=was, command=was, mark="of another time")
+    assert old.members() == []
+    assert end(old)
+    assert job.is_running()
+    job.kill()
+    process.stop()
+
+
+def test_the_grace_that_was_asked_for_is_given_whatever_the_guard_was_started_with(tmp_path: Path) -> None:
+    code = textwrap.dedent(f"""
+        import pathlib, signal, sys, time
+        def tidy(*_):
+            time.sleep(1.5)
+            pathlib.Path({str(tmp_path / "tidied")!r}).touch()
+            sys.exit(0)
+        signal.signal(signal.SIGTERM, tidy)
+        print("x", flush=True)
+        time.sleep(600)
+    """)
+    process = Process.start([sys.executable, "-c", code], name="slow to end", log=tmp_path / "log", grace_s=0.2)
+    wait_for(lambda: "x" in (tmp_path / "log").read_text() and bool(running()), 10, "the handler")
+    (entry,) = running()
+    assert end(entry, grace_s=15)
+    assert (tmp_path / "tidied").exists()
+    assert process.wait(10) == 0
+
+
 def test_entries_of_other_hosts_and_broken_ones(tmp_path: Path, own_state: Path) -> None:
     process, entry = start(tmp_path)
     elsewhere = replace(entry, id="eeee0000", place="another host")

@@ -105,10 +105,10 @@ def _sentence(views: Sequence[RunView]) -> str:
     invalid, missed = (sum(v.state == state for v in views) for state in ("invalid", "missed"))
     parts = [f"{len(views) - invalid} of {len(views)} runs are VALID"]
     parts[0] += f", {missed} of them missed their SLO." if missed else "."
-    kept = [v for v in views if v.state == "valid"]
+    promised = [v for v in views if v.state == "valid"]
     # a closed loop hides the queue that users would see: it names a price only where nothing else was measured
-    kept = [v for v in kept if v.summary.load.mode == "open"] or kept
-    costs = [(v.summary.cost.usd_per_1m_total, v) for v in kept]
+    promised = [v for v in promised if v.summary.load.mode == "open"] or promised
+    costs = [(v.summary.cost.usd_per_1m_total, v) for v in promised]
     priced = [(q.value, q, v) for q, v in costs if q.value is not None]
     if priced:
         price, quantity_, best = min(priced, key=lambda p: p[0])

@@ -38,8 +38,10 @@ def sample_here(run: RunDir, start_unix_ns: int) -> Iterator[None]:
     """The counters of this machine alone, each second, beside the results."""
     from harness.host_metrics import HostMetrics, host_file
 
-    with HostMetrics(host_file(run.path, "local"), start_unix_ns):
+    with HostMetrics(host_file(run.path, "local"), start_unix_ns) as metrics:
         yield
+    if metrics.trouble:
+        say(f"host metrics: {metrics.trouble}")
 
 
 @dataclass(slots=True, kw_only=True)
