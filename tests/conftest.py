@@ -31,10 +31,11 @@ class FakeServer:
 
 
 @pytest.fixture(autouse=True)
-def no_own_tiers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_own_tiers(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """A developer's own tiers file must not leak into tests."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))  # nor its processes into `harness ps`
+    # nor its processes into `harness ps`; not in tmp_path, where tests look for the one run they made
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
 
 
 StartServer = Callable[..., FakeServer]
