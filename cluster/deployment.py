@@ -412,7 +412,12 @@ class Deployment:
         groups, self._groups = self._groups, []
         head, self._ray = self._ray, None
         try:
-            if ray.is_initialized():
+            if head is not None and head.poll() is not None:
+                # Our own Ray is gone, and what it ran with it. Asking it would block until Ray ends this very process.
+                for worker in workers:
+                    if isinstance(worker, Process):
+                        worker.stop(grace_s)
+            elif ray.is_initialized():
                 for worker in workers:
                     worker.stop(grace_s)
                 self._stop_servers(owners, grace_s)

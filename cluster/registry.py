@@ -15,7 +15,7 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,10 +193,11 @@ def end(entry: Entry, grace_s: float = GRACE_S) -> bool:
 
     Takes at most ``grace_s`` and some seconds.
     """
-    # Not by the guard at once: it would give the grace that it was started with.
+    # The guard's turn comes last: it would give the grace that it was started with.
+    guards = _guards(entry)
     for number, patience_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, GONE_S)):
-        _send(entry, number)
-        _wait(lambda: not entry.members(), patience_s)
+        _send(entry, number, spare=guards)
+        _wait(lambda: all(process.pid in guards for process in entry.members()), patience_s)
     _signal(entry.guard, signal.SIGTERM)  # it knows descendants that left both session and mark
     _wait(lambda: not entry.guard.alive, GRACE_S + 2)
     if entry.guard.alive:  # it hangs
@@ -218,8 +219,20 @@ def end_orphans(say: Callable[[str], None]) -> int:
     return len(orphans)
 
 
-def _send(entry: Entry, number: signal.Signals) -> None:
+def _guards(entry: Entry) -> set[int]:
+    """Its guard and the guard's stand-in, which have its mark as well."""
+    if not entry.guard.alive:
+        return set()
+    try:
+        return {entry.guard.pid, psutil.Process(entry.guard.pid).ppid()}
+    except psutil.Error:
+        return {entry.guard.pid}
+
+
+def _send(entry: Entry, number: signal.Signals, spare: Collection[int] = ()) -> None:
     for process in entry.members():
+        if process.pid in spare:
+            continue
         with contextlib.suppress(psutil.Error):
             process.send_signal(number)  # psutil looks at the start time before it sends
 

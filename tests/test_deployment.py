@@ -283,7 +283,9 @@ def test_a_ray_client_address_is_refused_with_what_to_give(monkeypatch: pytest.M
 def test_an_empty_ray_address_is_none_and_our_own_ray_has_its_token() -> None:
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"RAY_ADDRESS": ""}
     code = "import cluster.join, os; print(len(os.environ['RAY_AUTH_TOKEN']), os.environ['RAY_AUTH_MODE'])"
-    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    said = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False
+    )
     assert said.stdout.split() == ["64", "token"], said.stderr
 
 
@@ -458,3 +460,24 @@ def test_killing_the_driver_leaves_nothing(tmp_path: Path) -> None:
         return [p for p in tree if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
     wait_for(lambda: not left(), 15, "server, guards and all of Ray ended")
+
+
+@pytest.mark.ray
+def test_the_end_of_our_own_ray_does_not_end_the_driver(tmp_path: Path) -> None:
+    """Ray ends a process that asks it anything for a minute after its end: then there would be no verdict."""
+    driver = textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {str(ROOT / "tests")!r})
+        from pathlib import Path
+        from conftest import wait_for
+        from test_deployment import deploy
+        with deploy(Path({str(tmp_path)!r})) as d:
+            d._ray.kill()
+            wait_for(lambda: 0 in d.check(), 30, "the death")
+        print("verdict", flush=True)
+    """)
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    ran = subprocess.run(
+        [sys.executable, "-c", driver], cwd=ROOT, env=env, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (ran.returncode, ran.stdout) == (0, "verdict\n"), ran.stderr
