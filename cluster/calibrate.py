@@ -17,12 +17,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import psutil
 
+from cluster.job import Launch, start_here
 from cluster.load import LoadWorkers
 from cluster.process import Process, wait_ready
 from harness.build import build_plan
@@ -117,7 +117,7 @@ class Bench:
                 mode="open" if concurrency is None else "closed", concurrency=concurrency, duration_s=duration_s,
                 drain_s=10.0, timeout_s=STEP_S, stall_s=STEP_S, model="fake", base_urls=urls,
             )  # fmt: skip
-            launch: Any = partial(Process.start, cpus=self._worker_cpus)
+            launch: Launch = partial(start_here, cpus=self._worker_cpus)
             with LoadWorkers(spec, run, api_key=None, launch=launch) as load:
                 load.start()
                 began, cpu_s = time.monotonic(), [_cpu_s(server) for server in servers]
