@@ -12,7 +12,7 @@ from run_files import MS, bad, good, write_run
 
 from analysis.load import read_run
 from analysis.summary import Summary, summarise
-from harness.cli.options import Share, Slo
+from harness.cli.types import SHARE, SLO
 from harness.errors import UsageError
 from harness.slo import check_slo, criteria, metrics_of, split_key, strictest
 
@@ -41,16 +41,16 @@ def test_a_limit_is_a_positive_time(limit: float) -> None:
 
 
 def test_the_command_line_takes_both_forms() -> None:
-    parse = Slo().convert
+    parse = SLO.convert
     assert parse("ttft_p99=2s,tpot_p95=80ms", None, None) == {"ttft_p99": 2.0, "tpot_p95": 0.08}
     assert parse("ttft=2s,ttft_p50=500ms", None, None) == {"ttft": 2.0, "ttft_p50": 0.5}
     for text in ("ttft_p101=2s", "ttft_p99", "ttft_p99=0s", "ttft_p99=1s,ttft_p99=2s", "tpo=1s"):
         with pytest.raises(click.BadParameter):
             parse(text, None, None)
-    assert Share().convert("99%", None, None) == Share().convert("0.99", None, None) == 0.99
+    assert SHARE.convert("99%", None, None) == SHARE.convert("0.99", None, None) == 0.99
     for text in ("99", "0", "101%", "x"):
         with pytest.raises(click.BadParameter):
-            Share().convert(text, None, None)
+            SHARE.convert(text, None, None)
 
 
 def test_plain_limits_are_one_criterion_and_each_percentile_is_its_own() -> None:

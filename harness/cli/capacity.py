@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import click
 
 from harness.cli import runs
-from harness.cli.options import ENVIRONMENT, TRACE_ARGUMENT, Duration, Share, Slo, positive
+from harness.cli.options import ATTAIN_OPTION, ENVIRONMENT, SWEEPS_OPTION, TRACE_ARGUMENT, format_option, resume_option
+from harness.cli.types import DURATION, GROWTH, POSITIVE, SHARE, SLO
 from harness.errors import UsageError
 
 NEWEST = ""
@@ -17,15 +17,6 @@ NEWEST = ""
 DECIDED = frozenset({"rate", "speed", "concurrency", "stages", "duration_s", "limit", "repeat", "rescale", "grow",
                      "slo", "attain", "ratio", "format_", "out"})  # fmt: skip
 """Options of replay that the search decides itself, or has of its own."""
-
-FORMAT = click.option(
-    "--format",
-    "format_",
-    type=click.Choice(["text", "md", "json"]),
-    default="text",
-    show_default=True,
-    help="How to print it.",
-)
 
 
 def replay_options() -> list[click.Option]:
@@ -54,50 +45,34 @@ Exit status:
 @TRACE_ARGUMENT
 @click.option(
     "--slo",
-    type=Slo(),
+    type=SLO,
     required=True,
     metavar="KEY=TIME,...",
     help="What is promised: ttft_p99=2s,tpot_p95=80ms, or ttft=2s,tpot=100ms with --attain (also e2e, itl_max).",
 )
-@click.option(
-    "--attain",
-    type=Share(),
-    default="99%",
-    show_default=True,
-    help="Share of requests that must keep the limits of --slo that name no percentile.",
-)
-@click.option("--max-usd", type=positive, help="Stop when this much is spent on servers, their start among it.")
-@click.option("--max-hours", type=positive, help="Stop when servers were up for this long.")
+@ATTAIN_OPTION
+@click.option("--max-usd", type=POSITIVE, help="Stop when this much is spent on servers, their start among it.")
+@click.option("--max-hours", type=POSITIVE, help="Stop when servers were up for this long.")
 @click.option(
     "--probe",
     "probe_s",
-    type=Duration(),
+    type=DURATION,
     default=60.0,
     show_default="60s",
     help="Length of a probe; longer by itself where the SLO's percentile needs more requests.",
 )
 @click.option(
     "--tolerance",
-    type=Share(),
+    type=SHARE,
     default="5%",
     show_default=True,
     help="Stop when the bracket is this narrow.",
 )
-@click.option(
-    "--resume",
-    is_flag=False,
-    flag_value=NEWEST,
-    metavar="[FOLDER]",
-    help="Go on with the search in FOLDER (default: the newest of TRACE): say the rest of the command again.",
+@resume_option(
+    "Go on with the search in FOLDER (default: the newest of TRACE): say the rest of the command again.", NEWEST
 )
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("sweeps"),
-    show_default=True,
-    help="Folder for sweep folders; never overwritten.",
-)
-@FORMAT
+@SWEEPS_OPTION
+@format_option("text", "md", "json")
 def capacity(trace: Path, **options: Any) -> int:
     """Find the highest request rate at which the promise is kept, and what a million tokens costs there.
 
@@ -117,21 +92,6 @@ def capacity(trace: Path, **options: Any) -> int:
 
 
 capacity.params[1:1] = [p for p in replay_options() if p.name not in {q.name for q in capacity.params}]
-
-
-class Factor(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
-    """A positive factor from ``3x`` or ``3``."""
-
-    name = "factor"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The factor."""
-        if isinstance(value, float):
-            return value
-        match = re.fullmatch(r"(\d*\.?\d+)\s*x?", str(value).strip())
-        if not match or not 0 < float(match[1]) < 1e6:
-            self.fail(f"{value!r}: write a factor like 3x or 1.2", param, ctx)
-        return float(match[1])
 
 
 @click.command(
@@ -154,23 +114,23 @@ Exit status:
 @click.argument("measured", nargs=-1, required=True, metavar="FOLDER...")
 @click.option("--trace-format", metavar="NAME", help="Force the trace format instead of detecting it by content.")
 @click.option("--skip-bad", is_flag=True, help="Leave out lines that cannot be read.")
-@click.option("--grow", type=Factor(), default="1x", show_default=True, help="The forecast: this many times the trace.")
+@click.option("--grow", type=GROWTH, default="1x", show_default=True, help="The forecast: this many times the trace.")
 @click.option(
     "--headroom",
-    type=Factor(),
+    type=GROWTH,
     default="1.2x",
     show_default=True,
     help="The peak fleet carries this many times the worst minute.",
 )
-@click.option("--availability", type=Share(), help="Spare instances so that enough are up this share of the time.")
+@click.option("--availability", type=SHARE, help="Spare instances so that enough are up this share of the time.")
 @click.option(
     "--node-availability",
-    type=Share(),
+    type=SHARE,
     default="99.5%",
     show_default=True,
     help="Share of the time one instance is up: an assumption, take it from your provider.",
 )
-@click.option("--start", "start_s", type=Duration(), help="Start-up time of a replica instead of the measured one.")
+@click.option("--start", "start_s", type=DURATION, help="Start-up time of a replica instead of the measured one.")
 @click.option(
     "--replicas-per-instance",
     type=click.IntRange(min=1),
@@ -178,26 +138,13 @@ Exit status:
 )
 @click.option(
     "--slo",
-    type=Slo(),
+    type=SLO,
     multiple=True,
     metavar="KEY=TIME,...",
     help="Judge by this promise instead of the runs' own; repeat: the others show what a promise costs.",
 )
-@click.option(
-    "--attain",
-    type=Share(),
-    default="99%",
-    show_default=True,
-    help="Share of requests that must keep the limits of --slo that name no percentile.",
-)
-@click.option(
-    "--format",
-    "format_",
-    type=click.Choice(["text", "md", "json", "csv"]),
-    default="text",
-    show_default=True,
-    help="How to print it.",
-)
+@ATTAIN_OPTION
+@format_option("text", "md", "json", "csv")
 def plan_fleet(**options: Any) -> int:
     """How many whole instances of each measured tier carry the demand of TRACE, and what they cost.
 

@@ -2,67 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import click
 
-from harness.cli.options import Slo
-
-
-class Share(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
-    """A share from ``40%`` or ``0.4``."""
-
-    name = "share"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The share, 0 to 1; a bare number above 1 is refused, for nobody knows what it means."""
-        if isinstance(value, float):
-            return value
-        match = re.fullmatch(r"(\d*\.?\d+)\s*(%?)", str(value).strip())
-        share = float(match[1]) / (100 if match[2] else 1) if match else 2.0
-        if not 0 <= share <= 1:
-            self.fail(f"{value!r}: write a share like 40% or 0.4", param, ctx)
-        return share
-
-
-class Ratio(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
-    """(input, output, cached input or None) from ``4``, ``1:4`` or ``1:4:0.25``."""
-
-    name = "ratio"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[float, float, float | None]:
-        """The three weights."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            parts = [float(part) for part in str(value).split(":")]
-        except ValueError:
-            parts = []
-        if not 1 <= len(parts) <= 3 or any(not 0 <= part < 1e6 for part in parts):
-            self.fail(f"{value!r}: write OUT, IN:OUT or IN:OUT:CACHED, like 4, 1:4 or 1:4:0.25", param, ctx)
-        if len(parts) == 1:
-            parts = [1.0, *parts]
-        if parts[0] + parts[1] <= 0:
-            self.fail(f"{value!r}: input or output must weigh something", param, ctx)
-        return parts[0], parts[1], parts[2] if len(parts) == 3 else None
-
-
-_JUDGE = (
-    click.option("--slo", type=Slo(), help="Judge against this SLO instead of the one of the runs."),
-    click.option(
-        "--attain", type=Share(), default="99%", show_default=True, help="Share of requests that must meet the SLO."
-    ),
-)
-
-
-def _judged(function: Any) -> Any:
-    for option in reversed(_JUDGE):
-        function = option(function)
-    return function
+from harness.cli.options import JUDGE_OPTIONS, format_option
+from harness.cli.types import RATIO, SHARE_OR_NONE
 
 
 @click.command(
@@ -84,13 +30,13 @@ Exit status:
 """,
 )
 @click.argument("runs", nargs=-1, required=True, metavar="RUN_OR_FOLDER...")
-@click.option("--margin", type=Share(), help="Gross margin, of the price (not a markup on cost). Default: 40%.")
+@click.option("--margin", type=SHARE_OR_NONE, help="Gross margin, of the price (not a markup on cost). Default: 40%.")
 @click.option(
-    "--utilisation", type=Share(), help="Share of the paid capacity that is sold, around the clock. Default: 30%."
+    "--utilisation", type=SHARE_OR_NONE, help="Share of the paid capacity that is sold, around the clock. Default: 30%."
 )
 @click.option(
     "--ratio",
-    type=Ratio(),
+    type=RATIO,
     default="4",
     show_default=True,
     metavar="[IN:]OUT[:CACHED]",
@@ -110,7 +56,7 @@ Exit status:
     metavar="TOKENS:-PERCENT,...",
     help="Discounts from so many tokens a month on, on what is beyond: 0,1e9:-10%,1e10:-20%.",
 )
-@click.option("--batch-discount", type=Share(), help="Discount for batch work, e.g. 50%.")
+@click.option("--batch-discount", type=SHARE_OR_NONE, help="Discount for batch work, e.g. 50%.")
 @click.option(
     "--re-price",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -134,15 +80,8 @@ Exit status:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="LiteLLM's model_prices_and_context_window.json instead of the dated extract that is shipped.",
 )
-@_judged
-@click.option(
-    "--format",
-    "format_",
-    type=click.Choice(["text", "md", "json", "csv"]),
-    default="text",
-    show_default=True,
-    help="How to print it.",
-)
+@JUDGE_OPTIONS
+@format_option("text", "md", "json", "csv")
 @click.option(
     "-o",
     "--out",
@@ -185,15 +124,8 @@ Exit status:
 @click.option(
     "--fail-if", multiple=True, metavar="'FIGURE > +5%'", help="End with status 4 when B is that much worse; repeat."
 )
-@_judged
-@click.option(
-    "--format",
-    "format_",
-    type=click.Choice(["text", "md", "json"]),
-    default="text",
-    show_default=True,
-    help="How to print it.",
-)
+@JUDGE_OPTIONS
+@format_option("text", "md", "json")
 def compare(**options: Any) -> int:
     """A against B, each a run directory, a folder of repeats or a quoted pattern.
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from harness.errors import UsageError
-from harness.slo import split_key
+from harness.cli.types import CANCEL, DURATION, GROWTH, JSON_OBJECT, POSITIVE, SHARE, SLO, STAGES, WARMUP
 
 EXIT_STATUS = """\b
 Exit status:
@@ -31,168 +28,6 @@ Environment:
 """
 
 
-class Duration(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
-    """Seconds from ``90``, ``90s``, ``1.5m``, ``2h`` or ``3d`` (also ``150ms``)."""
-
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The value in seconds; fails with what is accepted."""
-        if isinstance(value, float):
-            return value
-        seconds = parse_duration(str(value))
-        if seconds is None or not 0 < seconds < 1e8:
-            self.fail(f"{value!r} is no duration: write 90, 90s, 1.5m, 2h, 3d or 150ms", param, ctx)
-        return seconds
-
-
-class Window(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
-    """Begin and end in seconds of trace time from ``10m:20m``."""
-
-    name = "window"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
-        """(begin, end); fails with what is accepted."""
-        if isinstance(value, tuple):
-            return value
-        begin, _, end = str(value).partition(":")
-        begin_s, end_s = parse_duration(begin or "0"), parse_duration(end)
-        if begin_s is None or end_s is None or not begin_s < end_s < 1e10:
-            self.fail(f"{value!r} is no window: write its begin and end, like 10m:20m or 0:90s", param, ctx)
-        return begin_s, end_s
-
-
-class Slo(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
-    """Limits in seconds by key from ``ttft=2s,tpot=100ms`` or ``ttft_p99=2s,tpot_p95=80ms`` (`harness.slo`)."""
-
-    name = "slo"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, float]:
-        """Metric, with a percentile or without -> limit in seconds."""
-        if isinstance(value, dict):
-            return value
-        limits: dict[str, float] = {}
-        for part in str(value).split(","):
-            key, _, limit = part.strip().partition("=")
-            try:
-                split_key(key)
-            except UsageError as e:
-                self.fail(str(e), param, ctx)
-            seconds = parse_duration(limit)
-            if seconds is None or seconds <= 0 or key in limits:
-                self.fail(f"{part.strip()!r}: write each limit once, with a unit, like ttft=2s,tpot=100ms", param, ctx)
-            limits[key] = seconds
-        return limits
-
-
-class Share(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
-    """A share from ``99%`` or ``0.99``."""
-
-    name = "share"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The share, above 0 and at most 1; a bare number above 1 is refused, for nobody knows what it means."""
-        if isinstance(value, float):
-            return value
-        match = re.fullmatch(r"(\d*\.?\d+)\s*(%?)", str(value).strip())
-        share = float(match[1]) / (100 if match[2] else 1) if match else 2.0
-        if not 0 < share <= 1:
-            self.fail(f"{value!r}: write a share like 99% or 0.99", param, ctx)
-        return round(share, 12)
-
-
-class Stages(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
-    """Request rate over time from ``2m@4,5m@8``."""
-
-    name = "stages"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """A tuple of `harness.arrivals.Stage`."""
-        from harness.arrivals import parse_stages
-
-        if not isinstance(value, str):
-            return value
-        try:
-            return parse_stages(value)
-        except UsageError as e:
-            self.fail(str(e), param, ctx)
-
-
-class Growth(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
-    """A factor on the demand from ``3x``, ``+200%`` or ``-20%``."""
-
-    name = "growth"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The factor."""
-        from harness.traces.rescale import parse_growth
-
-        if isinstance(value, float):
-            return value
-        try:
-            return parse_growth(str(value))
-        except UsageError as e:
-            self.fail(str(e), param, ctx)
-
-
-class Warmup(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
-    """A number of requests from ``20``, or a time from ``30s``."""
-
-    name = "warmup"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
-        """An integer of requests or a float of seconds."""
-        if isinstance(value, int | float):
-            return value
-        number = int(value) if str(value).isascii() and str(value).isdigit() else parse_duration(str(value))
-        if not number or (isinstance(number, float) and str(value).strip()[-1:].isdigit()):
-            self.fail(f"{value!r}: write a number of requests like 20, or a time with its unit like 30s", param, ctx)
-        return number
-
-
-class Cancel(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
-    """Clients that hang up, from ``0.05@2s`` or ``5%@2s``."""
-
-    name = "cancel"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
-        """(share of requests, seconds after they were sent)"""
-        if isinstance(value, tuple):
-            return value
-        match = re.fullmatch(r"(\d*\.?\d+)(%?)@(.+)", str(value).strip())
-        share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
-        after_s = parse_duration(match[3]) if match else None
-        if not 0 < share <= 1 or not after_s:
-            self.fail(f"{value!r}: write share@time, like 0.05@2s or 5%@2s", param, ctx)
-        return share, after_s
-
-
-class JsonObject(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
-    """A JSON object."""
-
-    name = "json"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
-        """The object as a dict."""
-        if isinstance(value, dict):
-            return value
-        try:
-            decoded = json.loads(value)
-        except ValueError as e:
-            self.fail(f"not JSON: {e}", param, ctx)
-        if not isinstance(decoded, dict):
-            self.fail('expected a JSON object, like {"temperature": 0.7}', param, ctx)
-        return decoded
-
-
-def parse_duration(text: str) -> float | None:
-    """Seconds; null when ``text`` is no duration."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?", text.strip())
-    if not match:
-        return None
-    return float(match[1]) * {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}[match[2] or "s"]
-
-
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -207,9 +42,19 @@ def stack(*options: Decorator) -> Decorator:
     return apply
 
 
-positive = click.FloatRange(min=0, min_open=True)
+def format_option(*kinds: str) -> Decorator:
+    """``--format`` with these kinds, the first of them by default."""
+    return click.option(
+        "--format", "format_", type=click.Choice(kinds), default=kinds[0], show_default=True, help="How to print it."
+    )
 
-PLAN_OPTIONS = stack(
+
+def resume_option(what: str, newest: str) -> Decorator:
+    """``--resume`` with a folder or without, which is ``newest``."""
+    return click.option("--resume", is_flag=False, flag_value=newest, metavar="[FOLDER]", help=what)
+
+
+READ_OPTIONS = stack(
     click.option("--trace-format", metavar="NAME", help="Force the trace format instead of detecting it by content."),
     click.option(
         "--skip-bad", is_flag=True, help="Leave out lines that cannot be read; they are counted and reported."
@@ -221,13 +66,17 @@ PLAN_OPTIONS = stack(
         metavar="N",
         help="Of a file with several recordings (time goes back between them), only the Nth.",
     ),
+)
+
+PLAN_OPTIONS = stack(
+    READ_OPTIONS,
     click.option(
         "--input-tokens", metavar="DIST", help="Of a log that has arrivals only: lengths, like lognormal:mean=800,cv=1."
     ),
     click.option("--output-tokens", metavar="DIST", help="Output lengths, the same way."),
-    click.option("--speed", type=positive, help="Play the trace's clock this many times faster."),
+    click.option("--speed", type=POSITIVE, help="Play the trace's clock this many times faster."),
     click.option(
-        "--rate", type=positive, help="Mean requests/s, reached as --rescale says; or the rate of --arrivals."
+        "--rate", type=POSITIVE, help="Mean requests/s, reached as --rescale says; or the rate of --arrivals."
     ),
     click.option(
         "--rescale",
@@ -239,7 +88,7 @@ PLAN_OPTIONS = stack(
     ),
     click.option(
         "--grow",
-        type=Growth(),
+        type=GROWTH,
         metavar="3x|+200%|-20%",
         help="A forecast: this many times the users on the same clock; sessions stay whole.",
     ),
@@ -251,17 +100,17 @@ PLAN_OPTIONS = stack(
         "Default: trace; poisson with --stages.",
     ),
     click.option(
-        "--burstiness", type=positive, help="Shape of gamma arrivals, as vLLM has it: 1 is Poisson, below 1 burstier."
+        "--burstiness", type=POSITIVE, help="Shape of gamma arrivals, as vLLM has it: 1 is Poisson, below 1 burstier."
     ),
     click.option(
-        "--stages", type=Stages(), metavar="TIME@RATE,...", help="Rate over time: 2m@4,5m@8. 2m@4..8 climbs evenly."
+        "--stages", type=STAGES, metavar="TIME@RATE,...", help="Rate over time: 2m@4,5m@8. 2m@4..8 climbs evenly."
     ),
     click.option(
         "--repeat", is_flag=True, help="Begin the trace again when it runs out (made-up prompts are new each time)."
     ),
     click.option(
         "--warmup",
-        type=Warmup(),
+        type=WARMUP,
         metavar="N|TIME",
         help="Keep the first N requests, or those of the first TIME, out of every figure.",
     ),
@@ -272,11 +121,9 @@ PLAN_OPTIONS = stack(
         show_default=True,
         help="Turns of a session: each at its own time, or not before the turn before it has ended (and think_s).",
     ),
-    click.option(
-        "--cancel", type=Cancel(), metavar="SHARE@TIME", help="Clients that hang up: 0.05@2s is 5 % after 2 s."
-    ),
+    click.option("--cancel", type=CANCEL, metavar="SHARE@TIME", help="Clients that hang up: 0.05@2s is 5 % after 2 s."),
     click.option("--limit", type=click.IntRange(min=1), help="Only the first N requests of the trace."),
-    click.option("--duration", "duration_s", type=Duration(), help="Only this much of the planned time, e.g. 5m."),
+    click.option("--duration", "duration_s", type=DURATION, help="Only this much of the planned time, e.g. 5m."),
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of all that is drawn."),
     click.option(
         "--tokenizer",
@@ -327,20 +174,20 @@ LOAD_OPTIONS = stack(
         "--workers", type=click.IntRange(min=1), help="Load worker processes. Default: one per core, as far as useful."
     ),
     click.option(
-        "--timeout", "timeout_s", type=Duration(), default=600.0, show_default="10m", help="Limit for one request."
+        "--timeout", "timeout_s", type=DURATION, default=600.0, show_default="10m", help="Limit for one request."
     ),
     click.option(
         "--stall",
         "stall_s",
-        type=Duration(),
+        type=DURATION,
         default=120.0,
         show_default="2m",
         help="Limit for a server that sends nothing.",
     ),
     click.option(
-        "--extra-body", type=JsonObject(), default="{}", help="JSON object whose fields are added to every request."
+        "--extra-body", type=JSON_OBJECT, default="{}", help="JSON object whose fields are added to every request."
     ),
-    click.option("--ramp", "ramp_s", type=Duration(), help="Closed loop: fill up evenly over this time."),
+    click.option("--ramp", "ramp_s", type=DURATION, help="Closed loop: fill up evenly over this time."),
     click.option("--no-stream", is_flag=True, help="Ask for one JSON answer. Then there is no ttft, tpot or itl."),
     click.option(
         "--header", "headers", multiple=True, metavar="'NAME: VALUE'", help="Extra HTTP header, never a secret; repeat."
@@ -366,35 +213,36 @@ LOAD_OPTIONS = stack(
     ),
     click.option(
         "--slo",
-        type=Slo(),
+        type=SLO,
         metavar="KEY=TIME,...",
         help="Latency promised: ttft=2s,tpot=100ms of each request, or ttft_p99=2s,tpot_p95=80ms (also e2e, itl_max).",
     ),
 )
 
-REPORT_OPTIONS = stack(
+ATTAIN_OPTION = click.option(
+    "--attain",
+    type=SHARE,
+    default="99%",
+    show_default=True,
+    help="Share of requests that must keep the limits of --slo that name no percentile.",
+)
+JUDGE_OPTIONS = stack(
     click.option(
-        "--attain",
-        type=Share(),
-        default="99%",
-        show_default=True,
-        help="Share of requests that must keep the limits of --slo that name no percentile.",
+        "--slo", type=SLO, metavar="KEY=TIME,...", help="Judge against this SLO instead of the one of the runs."
     ),
+    ATTAIN_OPTION,
+)
+
+REPORT_OPTIONS = stack(
+    ATTAIN_OPTION,
     click.option(
         "--ratio",
-        type=positive,
+        type=POSITIVE,
         default=4.0,
         show_default=True,
         help="What one output token is taken to cost against one input token when the bill is split.",
     ),
-    click.option(
-        "--format",
-        "format_",
-        type=click.Choice(["text", "md", "json"]),
-        default="text",
-        show_default=True,
-        help="How to print the report.",
-    ),
+    format_option("text", "md", "json"),
 )
 
 OUT_OPTION = click.option(
@@ -405,11 +253,11 @@ OUT_OPTION = click.option(
     help="Folder for run directories; never overwritten.",
 )
 TRACE_ARGUMENT = click.argument("trace", type=click.Path(path_type=Path))
-JSON_OPTION = click.option(
-    "--format",
-    "format_",
-    type=click.Choice(["text", "json"]),
-    default="text",
+JSON_OPTION = format_option("text", "json")
+SWEEPS_OPTION = click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("sweeps"),
     show_default=True,
-    help="How to print it.",
+    help="Folder for sweep folders; never overwritten.",
 )

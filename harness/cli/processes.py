@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from harness.cli.options import JSON_OPTION, Duration
+from harness.cli.options import JSON_OPTION
+from harness.cli.types import DURATION
 
 
 @click.command(
@@ -42,7 +43,7 @@ Examples:
 @click.option(
     "--grace",
     "grace_s",
-    type=Duration(),
+    type=DURATION,
     default=5.0,
     show_default=True,
     help="Time between asking a process to end and killing it.",

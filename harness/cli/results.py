@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from harness.cli.options import EXIT_STATUS, REPORT_OPTIONS, Slo
+from harness.cli.options import EXIT_STATUS, REPORT_OPTIONS
+from harness.cli.types import SLO
 
 
 @click.command(
@@ -22,7 +23,7 @@ Examples:
 Of several runs the worst counts, INVALID first.""",
 )
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
-@click.option("--slo", type=Slo(), help="Judge against this SLO instead of the one of the run.")
+@click.option("--slo", type=SLO, metavar="KEY=TIME,...", help="Judge against this SLO instead of the one of the run.")
 @REPORT_OPTIONS
 @click.option(
     "--html",

@@ -17,8 +17,8 @@ from harness.cli.options import (
     REPORT_OPTIONS,
     SERVER_OPTIONS,
     TRACE_ARGUMENT,
-    Warmup,
 )
+from harness.cli.types import WARMUP
 from harness.errors import UsageError
 
 
@@ -130,7 +130,7 @@ Examples:
 )
 @click.option(
     "--warmup",
-    type=Warmup(),
+    type=WARMUP,
     metavar="TIME",
     help="Closed loop: keep requests of the first TIME out of every figure. (Otherwise it is part of the plan.)",
 )

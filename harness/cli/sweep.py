@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from harness.cli import runs
-from harness.cli.options import ENVIRONMENT, JSON_OPTION
+from harness.cli.options import ENVIRONMENT, JSON_OPTION, SWEEPS_OPTION, resume_option
 from harness.errors import UsageError
 
 NEWEST = "newest"
@@ -95,20 +95,10 @@ Exit status:
 )
 @click.argument("spec", required=False, metavar="[SWEEP.TOML]", type=click.Path(path_type=Path))
 @click.option("--dry-run", is_flag=True, help="Print every run, its hours and dollars; start and write nothing.")
-@click.option(
-    "--resume",
-    is_flag=False,
-    flag_value=NEWEST,
-    metavar="[FOLDER]",
-    help="Go on with the sweep in FOLDER (default: the newest of SWEEP.TOML): keep what is whole, do the rest.",
+@resume_option(
+    "Go on with the sweep in FOLDER (default: the newest of SWEEP.TOML): keep what is whole, do the rest.", NEWEST
 )
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("sweeps"),
-    show_default=True,
-    help="Folder for sweep folders; never overwritten.",
-)
+@SWEEPS_OPTION
 @JSON_OPTION
 def sweep(spec: Path | None, resume: str | None, **options: Any) -> int:
     """Run models x tiers x load levels x repeats on one trace, and keep all of it in one folder.

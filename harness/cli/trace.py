@@ -7,20 +7,13 @@ from typing import Any
 
 import click
 
-from harness.cli.options import Duration, Window, stack
+from harness.cli.options import JSON_OPTION, READ_OPTIONS, stack
+from harness.cli.types import DURATION, WINDOW
 
 _READ = stack(
     click.argument("trace", type=click.Path(path_type=Path)),
-    click.option("--trace-format", metavar="NAME", help="Force the trace format instead of detecting it by content."),
-    click.option(
-        "--skip-bad", is_flag=True, help="Leave out lines that cannot be read; they are counted and reported."
-    ),
-    click.option("--sort", is_flag=True, help="Put rows in order of arrival."),
-    click.option(
-        "--part", type=click.IntRange(min=1), metavar="N",
-        help="Of a file with several recordings (time goes back between them), only the Nth.",
-    ),
-)  # fmt: skip
+    READ_OPTIONS,
+)
 _OUTPUT = click.option(
     "-o",
     "--output",
@@ -72,14 +65,7 @@ Examples:
 @_READ
 @_TOKENIZER
 @_BLOCK
-@click.option(
-    "--format",
-    "format_",
-    type=click.Choice(["text", "json"]),
-    default="text",
-    show_default=True,
-    help="How to print it.",
-)
+@JSON_OPTION
 def inspect(**options: Any) -> int:
     """Say what a trace is: format, rows, rate over time, bursts, token lengths, sessions, prefix reuse."""
     from harness.traces import verbs
@@ -122,7 +108,7 @@ Examples:
 )
 @_READ
 @_OUTPUT
-@click.option("--window", "window_s", type=Window(), help="From and to this time of the trace, like 10m:20m.")
+@click.option("--window", "window_s", type=WINDOW, help="From and to this time of the trace, like 10m:20m.")
 @click.option("--limit", type=click.IntRange(min=1), help="At most N requests, whole sessions from the beginning.")
 @click.option("--thin", type=click.FloatRange(0, 1, min_open=True), help="Keep this share of sessions, at random.")
 @click.option("--cut-sessions", is_flag=True, help="Let --window and --limit cut through sessions.")
@@ -153,9 +139,9 @@ Examples:
 )
 @_LENGTHS
 @click.option("--requests", type=click.IntRange(min=1), help="How many.")
-@click.option("--duration", "duration_s", type=Duration(), help="For how long, e.g. 10m.")
+@click.option("--duration", "duration_s", type=DURATION, help="For how long, e.g. 10m.")
 @click.option("--servegen", type=click.Path(exists=True, path_type=Path), help="ServeGen client models, a folder.")
-@click.option("--window", "window_s", type=Window(), help="With --servegen: this part of the model's time, 10h:11h.")
+@click.option("--window", "window_s", type=WINDOW, help="With --servegen: this part of the model's time, 10h:11h.")
 @_SEED
 def synth(**options: Any) -> int:
     """Make up a trace from distributions of gaps and lengths, or from ServeGen's client models."""

@@ -1,0 +1,161 @@
+"""What words on the command line mean: durations, shares, promises, stages. Each refuses what it does not know."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from harness.errors import UsageError
+from harness.slo import split_key
+
+_SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+
+
+class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
+    """What ``parse`` makes of a word; its `UsageError` says what is accepted. What is no text stays as it is."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name, self._parse = name, parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The value; fails with what is accepted."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._parse(value.strip())
+        except UsageError as e:
+            self.fail(str(e), param, ctx)
+
+
+def parse_duration(text: str) -> float | None:
+    """Seconds; null when ``text`` is no duration."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?", text.strip())
+    return float(match[1]) * _SECONDS[match[2] or "s"] if match else None
+
+
+def _duration(text: str) -> float:
+    seconds = parse_duration(text)
+    if seconds is None or not 0 < seconds < 1e8:
+        raise UsageError(f"{text!r} is no duration: write 90, 90s, 1.5m, 2h, 3d or 150ms")
+    return seconds
+
+
+def _window(text: str) -> tuple[float, float]:
+    begin, _, end = text.partition(":")
+    begin_s, end_s = parse_duration(begin or "0"), parse_duration(end)
+    if begin_s is None or end_s is None or not begin_s < end_s < 1e10:
+        raise UsageError(f"{text!r} is no window: write its begin and end, like 10m:20m or 0:90s")
+    return begin_s, end_s
+
+
+def _slo(text: str) -> dict[str, float]:
+    limits: dict[str, float] = {}
+    for part in text.split(","):
+        key, _, limit = part.strip().partition("=")
+        split_key(key)
+        seconds = parse_duration(limit)
+        if seconds is None or seconds <= 0 or key in limits:
+            raise UsageError(f"{part.strip()!r}: write each limit once, with a unit, like ttft=2s,tpot=100ms")
+        limits[key] = seconds
+    return limits
+
+
+def _percent(text: str) -> float | None:
+    """0.4 from ``40%`` or ``0.4``; null for anything outside 0 to 1: nobody knows what a bare 40 means."""
+    match = re.fullmatch(r"(\d*\.?\d+)\s*(%?)", text)
+    share = round(float(match[1]) / (100 if match[2] else 1), 12) if match else 2.0
+    return share if share <= 1 else None
+
+
+def _share(text: str) -> float:
+    share = _percent(text)
+    if not share:
+        raise UsageError(f"{text!r}: write a share like 99% or 0.99")
+    return share
+
+
+def _share_or_none(text: str) -> float:
+    share = _percent(text)
+    if share is None:
+        raise UsageError(f"{text!r}: write a share like 40% or 0.4")
+    return share
+
+
+def _stages(text: str) -> Any:
+    from harness.arrivals import parse_stages
+
+    return parse_stages(text)
+
+
+def _growth(text: str) -> float:
+    from harness.traces.rescale import parse_growth
+
+    return parse_growth(text)
+
+
+def _warmup(text: str) -> int | float:
+    number = int(text) if text.isascii() and text.isdigit() else parse_duration(text)
+    if not number or (isinstance(number, float) and text[-1:].isdigit()):
+        raise UsageError(f"{text!r}: write a number of requests like 20, or a time with its unit like 30s")
+    return number
+
+
+def _cancel(text: str) -> tuple[float, float]:
+    share, at, after = text.partition("@")
+    found, after_s = _percent(share), parse_duration(after)
+    if not at or not found or not after_s:
+        raise UsageError(f"{text!r}: write share@time, like 0.05@2s or 5%@2s")
+    return found, after_s
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        decoded = json.loads(text)
+    except ValueError as e:
+        raise UsageError(f"not JSON: {e}") from e
+    if not isinstance(decoded, dict):
+        raise UsageError('expected a JSON object, like {"temperature": 0.7}')
+    return decoded
+
+
+def _ratio(text: str) -> tuple[float, float, float | None]:
+    try:
+        parts = [float(part) for part in text.split(":")]
+    except ValueError:
+        parts = []
+    if not 1 <= len(parts) <= 3 or any(not 0 <= part < 1e6 for part in parts):
+        raise UsageError(f"{text!r}: write OUT, IN:OUT or IN:OUT:CACHED, like 4, 1:4 or 1:4:0.25")
+    if len(parts) == 1:
+        parts = [1.0, *parts]
+    if parts[0] + parts[1] <= 0:
+        raise UsageError(f"{text!r}: input or output must weigh something")
+    return parts[0], parts[1], parts[2] if len(parts) == 3 else None
+
+
+POSITIVE = click.FloatRange(min=0, min_open=True)
+DURATION = Parsed("duration", _duration)
+"""Seconds from ``90``, ``90s``, ``1.5m``, ``2h``, ``3d`` or ``150ms``."""
+WINDOW = Parsed("window", _window)
+"""(begin, end) in seconds of trace time from ``10m:20m``."""
+SLO = Parsed("slo", _slo)
+"""Limits in seconds by key from ``ttft=2s,tpot=100ms`` or ``ttft_p99=2s,tpot_p95=80ms`` (`harness.slo`)."""
+SHARE = Parsed("share", _share)
+"""A share above 0 from ``99%`` or ``0.99``."""
+SHARE_OR_NONE = Parsed("share", _share_or_none)
+"""A share, 0 too, from ``40%`` or ``0.4``."""
+STAGES = Parsed("stages", _stages)
+"""A tuple of `harness.arrivals.Stage` from ``2m@4,5m@8``."""
+GROWTH = Parsed("growth", _growth)
+"""A factor from ``3x``, ``1.2``, ``+200%`` or ``-20%``."""
+WARMUP = Parsed("warmup", _warmup)
+"""An integer of requests from ``20``, or a float of seconds from ``30s``."""
+CANCEL = Parsed("cancel", _cancel)
+"""(share of requests, seconds after they were sent) from ``5%@2s``."""
+JSON_OBJECT = Parsed("json", _json_object)
+"""A dict from a JSON object."""
+RATIO = Parsed("ratio", _ratio)
+"""(input, output, cached input or None) from ``4``, ``1:4`` or ``1:4:0.25``."""
