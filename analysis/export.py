@@ -71,10 +71,9 @@ def export_runs(paths: Sequence[Path], out: Path) -> int:
     write = WRITERS.get(out.suffix.lower())
     if write is None:
         raise UsageError(f"{out}: the ending says the format, and it is none of {', '.join(WRITERS)}")
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise UsageError("a run is named twice")
+    labels = label_runs(paths)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    counted = _Counted(_all_batches(paths))
+    counted = _Counted(_all_batches(paths, labels))
     try:
         write(temporary, counted)
         temporary.replace(out)
@@ -113,8 +112,8 @@ def _spread(keep: Any, values: Floats) -> pa.Array:
     return pa.array(found, mask=~np.isfinite(found))
 
 
-def _all_batches(paths: Sequence[Path]) -> Iterator[pa.RecordBatch]:
-    for path, label in zip(paths, label_runs(paths), strict=True):
+def _all_batches(paths: Sequence[Path], labels: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    for path, label in zip(paths, labels, strict=True):
         yield from iter_batches(read_run(path), label)
 
 

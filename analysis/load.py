@@ -227,7 +227,7 @@ def read_run(path: Path) -> Run:
     seen[ids[keep]] = True
 
     measured = np.asarray(pc.equal(plan.column("phase"), "measured").to_numpy(), dtype=np.bool_)
-    warmup_ns = (getattr(manifest.spec, "warmup_s", None) or 0.0) * NS
+    warmup_ns = (manifest.spec.warmup_s or 0.0) * NS
     if warmup_ns:
         early = keep & (table["scheduled_ns"] < warmup_ns) & np.isfinite(table["sent_ns"])
         measured[ids[early]] = False
@@ -282,9 +282,7 @@ def _due_as_planned(table: dict[str, Any], plan: pa.Table, known: Bools) -> Bool
     return as_planned
 
 
-def _read_rows(
-    directory: RunDir, workers: int, columns: Columns, problems: list[str]
-) -> list[tuple[Path, int]]:  # fmt: skip
+def _read_rows(directory: RunDir, workers: int, columns: Columns, problems: list[str]) -> list[tuple[Path, int]]:
     """Reduce all readable rows into ``columns``; the files, and how many rows were read of each."""
     try:
         paths = directory.all_results()

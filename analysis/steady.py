@@ -1,7 +1,7 @@
 """The part of a run in which load and speed stay what they are: without ramp, without drain, without drift.
 
-Ramp and drain moved the price of a measured run by 18 % (tests/golden). In an open loop requests in flight that grow
-are a queue.
+Ramp and drain move a price: what they do to that of a measured run is in tests/test_steady.py. In an open loop requests
+in flight that grow are a queue.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def _write_plan(run: RunDir, arrivals_s: Floats | None, requests: int, tokens: i
 
 
 def _start_server(run: RunDir, log: Path, ttft_s: float, itl_s: float, cpus: list[int] | None) -> Process:
-    # 150 bytes more than the shortest event: what vLLM sends for a token is about 250
+    # 150 bytes more than the shortest event: about as long as what vLLM sends for a token
     argv = [python(), "-m", "cluster.fake_server", "--ttft", str(ttft_s), "--itl", str(itl_s), "--pad", "150"]
     return Process.start(
         [*argv, "--log", str(log)], name="known-truth server", log=run.path / f"{log.stem}.log", pipes=True, cpus=cpus,
@@ -274,7 +274,7 @@ def poisson(rate: float, duration_s: float, seed: int) -> Floats:
 
 
 def calibrate(say: Callable[[str], None], *, seed: int = 0) -> Calibration:
-    """Measure this machine; about 50 s. Raises `ServerError` or `WorkerError` when it cannot be measured."""
+    """Measure this machine. Raises `ServerError` or `WorkerError` when it cannot be measured."""
     began = time.monotonic()
     host = describe_host()
     with tempfile.TemporaryDirectory(prefix="harness-calibrate-") as folder:

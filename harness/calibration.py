@@ -24,7 +24,7 @@ FILE = "calibration.json"
 SHARE = 0.5
 """Of a worker's ceiling, how much a plan may use."""
 DEFAULT_EVENTS_PER_S, DEFAULT_REQUESTS_PER_S = 40_000.0, 2_000.0
-"""Ceilings of one worker where nothing was measured: less than half of what was seen on a 2-core cloud machine."""
+"""Ceilings of one worker where nothing was measured: cautious ones, which `harness calibrate` replaces."""
 FASTEST_ITL_S = 0.005
 """A closed loop's pace is the server's: assume each stream makes a token this often, as small models on a GPU do."""
 BUSY_S = 10.0

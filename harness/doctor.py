@@ -17,7 +17,7 @@ from pathlib import Path
 from harness.run import describe_host
 
 CPU_REPLICA_GIB = 4.0
-"""Memory of one small vLLM CPU replica with its helpers (SmolLM2-135M, 1 GiB of KV cache), rounded up."""
+"""Memory that one small vLLM CPU replica with its helpers is taken to need (SmolLM2-135M, 1 GiB of KV cache)."""
 
 
 @dataclass(frozen=True, slots=True)

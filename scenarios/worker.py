@@ -421,7 +421,7 @@ class Worker:
 
 
 def _warm_up() -> None:
-    """The first batch Arrow ever writes takes 20 ms; not while streams are timed."""
+    """The first batch Arrow ever writes takes far longer than the next ones; not while streams are timed."""
     writer = ResultWriter(Path(os.devnull), 0)
     writer.append(Result(0, 0, sent_ns=0, chunk_ns=[0], chunk_tokens=[1]))
     writer.close()
@@ -431,7 +431,7 @@ def _warm_up() -> None:
 
 
 class _NoPandas(importlib.abc.MetaPathFinder):
-    """Arrow imports pandas with its first array if it is installed: 50 MB and half a second for nothing we use."""
+    """Arrow imports pandas with its first array if it is installed: memory and start-up time for nothing we use."""
 
     def find_spec(self, name: str, path: object, target: object = None) -> None:
         """Find everything but pandas where it is always found."""
@@ -440,7 +440,7 @@ class _NoPandas(importlib.abc.MetaPathFinder):
 
 
 def _grow_fd_table(limit: int) -> None:
-    """Make room for many sockets now: Linux stops a process with threads for 10 ms each time the table doubles."""
+    """Make room for many sockets now: Linux holds a process with threads up each time the table doubles."""
     try:
         os.close(fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, min(limit, _SOCKETS) - 1))
     except (OSError, ValueError) as e:

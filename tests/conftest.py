@@ -111,6 +111,15 @@ def descendants(pid: int) -> list[psutil.Process]:
         return []
 
 
+def gone(process: psutil.Process | int) -> bool:
+    """Ended: no such process any more, another one under its pid, or a zombie that nobody has waited for."""
+    try:
+        process = psutil.Process(process) if isinstance(process, int) else process
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def interrupt(process: subprocess.Popen[str]) -> None:
     """Ctrl-C."""
     process.send_signal(signal.SIGINT)

@@ -21,7 +21,6 @@ from analysis.sizing.capacity import (
     knee,
     little,
     pool,
-    rates_at,
     saturation,
 )
 from analysis.summary import summarise
@@ -108,9 +107,9 @@ def test_a_rate_that_is_not_known_everywhere_is_left_out():
 
 
 def test_rates_are_not_extrapolated():
-    points = pool([point(1, 1.0, tokens=10.0), point(3, 1.0, tokens=30.0)])
-    assert rates_at(points, 2.0)["tokens"].value == pytest.approx(20)
-    assert rates_at(points, 3.1) == {} and rates_at(points, 0.9) == {} and rates_at([], 1.0) == {}
+    for share_kept, state in ((1.0, "beyond"), (0.5, "not reached")):
+        found = at([point(1, share_kept, tokens=10.0), point(3, share_kept, tokens=30.0)])
+        assert (found.state, found.rates) == (state, {})
 
 
 def test_a_lucky_point_beyond_a_miss_does_not_raise_capacity():

@@ -97,7 +97,7 @@ def test_loads_whose_runs_are_invalid_are_tried_twice_and_then_left_alone() -> N
     probes, end = search(server)
     assert "INVALID" in end.why
     spoilt = [p.rate for p in probes if p.point is None]
-    assert all(spoilt.count(rate) == 2 for rate in spoilt)
+    assert spoilt and all(spoilt.count(rate) == 2 for rate in spoilt)
     assert max(p.rate for p in probes if p.rate and p.point) >= 50 * 0.9
 
 
@@ -216,6 +216,8 @@ def test_the_budget_ends_the_search_and_more_money_goes_on(fake_server: StartSer
     assert "budget" in result.stdout
     (point,) = read_state(folder_of(out)).points
     assert point.state == "skipped"
+    (row,) = json.loads((folder_of(out) / FILE).read_text())["probes"]
+    assert row["verdict"] == "skipped", "no probe is chosen that the budget cannot pay"
     more = run(capacity, *asked, "--resume")
     assert more.return_value == 0, more.output
     assert any(p.state == "done" for p in read_state(folder_of(out)).points)
@@ -227,7 +229,7 @@ def test_servers_that_keep_dying_end_the_search(
     server = fake_server()
     trace = write_trace(tmp_path / "trace.jsonl")
 
-    def broken(self: CapacitySession, target: object) -> None:
+    def broken(self: CapacitySession, target: object, first: object) -> None:
         raise ServerError("it will not start")
 
     monkeypatch.setattr(CapacitySession, "_rent_and_probe", broken)

@@ -119,7 +119,9 @@ def test_margin_and_break_even_agree(margin, utilisation, discount, batch):
         margin=margin, utilisation=utilisation, volume=(VolumeTier(from_tokens=1e9, discount=discount),),
         batch_discount=batch,
     )  # fmt: skip
-    for offer in _offers(full, terms):
+    offers = _offers(full, terms)
+    assert len(offers) == 2 + (discount > 0), "standard, batch, and volume where it has a discount"
+    for offer in offers:
         asked, cost = offer.prices.total.value, 2.0 / utilisation
         assert (asked - cost) / asked == pytest.approx(offer.margin, abs=1e-9)
         assert asked * offer.break_even_utilisation == pytest.approx(2.0)

@@ -240,7 +240,7 @@ def test_a_connection_is_kept_and_used_again(serve, run):
     sender = run(server.url)
     for _ in range(5):
         sender.one()
-    assert all(row.error is None for row in sender.rows)
+    assert [row.error for row in sender.rows] == [None] * 5
     assert server.connections == 1
 
 

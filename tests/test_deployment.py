@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import ROOT, wait_for
+from conftest import ROOT, gone, wait_for
 
 if importlib.util.find_spec("ray") is None:
     pytest.skip("needs ray: pip install -e '.[cluster]'", allow_module_level=True)
@@ -456,10 +456,7 @@ def test_killing_the_driver_leaves_nothing(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGKILL)
         process.wait(10)
 
-    def left() -> list[psutil.Process]:
-        return [p for p in tree if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-
-    wait_for(lambda: not left(), 15, "server, guards and all of Ray ended")
+    wait_for(lambda: all(gone(p) for p in tree), 15, "server, guards and all of Ray ended")
 
 
 @pytest.mark.ray

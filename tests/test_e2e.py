@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pyarrow.compute as pc
 import pytest
-from conftest import descendants, start_harness, wait_for
+from conftest import descendants, gone, start_harness, wait_for
 
 from harness.plan import read_plan_columns
 from harness.results import read_results
@@ -28,14 +28,14 @@ pytestmark = [
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    left = []
-    for process in processes:
-        try:
-            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                left.append(process)
-        except psutil.NoSuchProcess:
-            continue
-    return left
+    return [process for process in processes if not gone(process)]
+
+
+def command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def start(out: Path, *args: str) -> subprocess.Popen[str]:
@@ -45,9 +45,11 @@ def start(out: Path, *args: str) -> subprocess.Popen[str]:
 def test_a_real_trace_on_a_real_server_gives_a_price(tmp_path: Path) -> None:
     process = start(tmp_path, "--limit", "24", "--concurrency", "8", "--slo", "ttft=60s,tpot=5s")
     seen: dict[int, psutil.Process] = {}
+    commands: set[str] = set()
     try:
         while process.poll() is None:
             seen.update({p.pid: p for p in descendants(process.pid)})
+            commands |= {command_line(p) for p in seen.values()}
             try:
                 process.wait(1)
             except subprocess.TimeoutExpired:
@@ -89,7 +91,8 @@ def test_a_real_trace_on_a_real_server_gives_a_price(tmp_path: Path) -> None:
     assert manifest.versions["ray"]
 
     # Nothing is left: not the server, not its helpers, not the workers, not Ray.
-    assert any("vllm" in " ".join(p.info.get("cmdline") or []) for p in seen.values() if hasattr(p, "info")) or seen
+    for name in ("vllm", "scenarios.worker", "guard.py", "raylet"):
+        assert any(name in command for command in commands), f"{name} was never seen"
     wait_for(lambda: not alive(list(seen.values())), 15, f"ended: {alive(list(seen.values()))}")
     key = [
         line for line in (run / "server-0.log").read_text(errors="replace").splitlines() if "api_key=" in line.lower()

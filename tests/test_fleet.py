@@ -131,11 +131,11 @@ def test_more_demand_never_needs_less(rate, factor, capacity, per_instance, avai
 def test_an_autoscaler_pays_what_it_asked_for_and_is_late_by_its_start():
     # 1 instance carries 2 req/s; a step from 2 to 8 in minute 3
     day = by_minute(2, 2, 2, 8, 8, 8, 8, 8)
-    at_once = autoscaled(L4, day, start_s=0)
+    at_once = autoscaled(replace(L4, start_s=0), day)
     # it asks for 4 at the end of minute 3, so minute 3 alone is short, by 6 of 8 req/s
     assert at_once.instance_hours == pytest.approx((1 * 4 + 4 * 4) / 60)
     assert at_once.short_share == pytest.approx(6 / 46)
-    late = autoscaled(L4, day, start_s=120)
+    late = autoscaled(replace(L4, start_s=120), day)
     assert late.instance_hours == at_once.instance_hours  # what starts is paid
     assert late.short_share == pytest.approx((6 * 3) / 46)
     assert at_once.peak_instances == 4
@@ -168,7 +168,7 @@ def test_sensitivities_change_one_thing_at_a_time():
 
 def test_a_schedule_is_never_short_and_pays_for_the_start():
     day = by_minute(2, 2, 2, 8, 8, 8, 8, 8)
-    found = autoscaled(L4, day, start_s=120, ahead=True)
+    found = autoscaled(replace(L4, start_s=120), day, ahead=True)
     assert found.short_share == 0.0
     # asked for two minutes before minute 3: one minute of 1 instance, seven of 4
     assert found.instance_hours == pytest.approx((1 + 7 * 4) / 60)

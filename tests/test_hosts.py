@@ -189,7 +189,7 @@ def test_servers_and_load_on_different_hosts(cluster: Cluster) -> None:
             key_seen.append(words)
         if "fake_server" in words or "scenarios.worker" in words:
             assert token not in environment.values(), words
-    assert all("fake_server" in words or "scenarios.worker" in words for words in key_seen), key_seen
+    assert key_seen and all("fake_server" in words or "scenarios.worker" in words for words in key_seen), key_seen
 
     assert drive.end(90) in (0, 3), drive.said()
     report = drive.report()

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
-from conftest import ROOT, StartServer, descendants, harness, interrupt, start_harness, wait_for
+from conftest import ROOT, StartServer, descendants, gone, harness, interrupt, start_harness, wait_for
 
 from harness.results import ERRORS, read_results
 
@@ -237,7 +236,7 @@ def test_ctrl_c_reports_what_there_is_and_leaves_nothing(fake_server: StartServe
     assert sum(r["error"] is None for r in rows) >= 40
     assert {r["error"] for r in rows} <= {None, "unsent", "stopped"}
     assert report["metrics"]["ttft"]["p50"]["value"] is not None
-    wait_for(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in left), 10, "workers ended")
+    wait_for(lambda: all(gone(p) for p in left), 10, "workers ended")
 
 
 def test_sigkill_leaves_no_worker(fake_server: StartServer, tmp_path: Path) -> None:
@@ -249,7 +248,7 @@ def test_sigkill_leaves_no_worker(fake_server: StartServer, tmp_path: Path) -> N
     assert len(left) >= 2, "a guard and a worker at least"
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=30)
-    wait_for(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in left), 15, "workers ended")
+    wait_for(lambda: all(gone(p) for p in left), 15, "workers ended")
     rows = rows_of(tmp_path / "runs")
     assert sum(r["error"] is None for r in rows) >= 1, "what was flushed is there"
 

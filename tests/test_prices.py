@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import threading
 from collections import deque
@@ -277,8 +278,7 @@ def test_no_single_answer_says_what_came_back(aws: FakeAws, products: list[dict[
     change = one()
     assert change.after is None
     assert change.problem is not None
-    with pytest.raises(AssertionError, match=problem):
-        raise AssertionError(change.problem)
+    assert re.search(problem, change.problem), change.problem
 
 
 def test_products_that_are_no_json(monkeypatch: pytest.MonkeyPatch) -> None:

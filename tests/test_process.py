@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, wait_for
+from conftest import ROOT, gone, wait_for
 
 from cluster.process import Process, describe_exit, sweep, tail, wait_ready
 from cluster.registry import MARK
@@ -28,13 +28,6 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"],
 print(os.getpid(), child.pid, flush=True)
 time.sleep(600)
 """
-
-
-def gone(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def start_family(tmp_path: Path, *args: str) -> tuple[Process, list[int]]:

@@ -16,7 +16,7 @@ import msgspec
 import psutil
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT, wait_for
+from conftest import ROOT, gone, wait_for
 
 from cluster import registry
 from cluster.process import Process
@@ -29,13 +29,6 @@ def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return tmp_path / "state" / "harness" / "processes"
-
-
-def gone(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def sleeps(entry: Entry) -> list[psutil.Process]:

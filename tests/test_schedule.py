@@ -11,7 +11,7 @@ import pytest
 from conftest import StartServer, harness
 from hypothesis import given
 from hypothesis import strategies as st
-from test_worker import Worker, classes, write_plan
+from test_worker import classes, starter, write_plan  # noqa: F401 - a fixture
 
 from harness.cli import main
 from harness.plan import iter_requests
@@ -99,20 +99,6 @@ def test_slots_join_evenly_over_the_ramp(slots, workers, ramp_s):
 # -- the worker -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def start(tmp_path):
-    workers = []
-
-    def begin(*args, **spec):
-        workers.append(Worker(tmp_path, *args, **spec))
-        return workers[-1]
-
-    yield begin
-    for worker in workers:
-        worker.process.kill()
-        worker.process.communicate(timeout=10)
-
-
 def test_a_ramp_fills_the_slots_one_by_one(fake_server: StartServer, start, tmp_path):
     server = fake_server("--ttft", "0.02", "--itl", "0.005")
     plan = write_plan(tmp_path / "plan.arrow", n=150, timed=False)
@@ -135,6 +121,7 @@ def test_a_stop_during_the_ramp_ends_it(fake_server: StartServer, start, tmp_pat
     _, end, rows = worker.end(10)
     assert (end["exit"], len(rows)) == (None, 20)
     assert set(classes(rows)) <= {None, "unsent"}
+    assert classes(rows)["unsent"] >= 10, "the slots that never joined and most of the plan"
 
 
 def test_a_turn_that_waits_for_a_slow_server_is_not_late(fake_server: StartServer, start, tmp_path):

@@ -18,7 +18,7 @@ import click
 import psutil
 import pytest
 from click.testing import CliRunner, Result
-from conftest import ROOT, StartServer, descendants, harness, wait_for
+from conftest import ROOT, StartServer, descendants, gone, harness, wait_for
 
 from cluster import load
 from harness import sweep_cost
@@ -523,9 +523,7 @@ def test_kill_9_at_any_moment_leaves_a_folder_that_can_go_on(fake_server: StartS
             if rows is not None:
                 facts = (rows.st_ino, rows.st_mtime_ns)
                 assert whole.setdefault(point.name, facts) == facts, "what was whole is never touched again"
-    wait_for(
-        lambda: not [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE], 15, "workers ended"
-    )
+    wait_for(lambda: all(gone(p) for p in left), 15, "workers ended")
     last = begin()
     _, stderr = last.communicate(timeout=120)
     assert last.returncode in DONE, stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import math
 import random
@@ -608,7 +609,8 @@ def leading(a: tuple[object, ...], b: tuple[object, ...]) -> int:
 def test_blocks_are_shared_as_far_as_the_text_is(tokenizer, prompts, size):
     records = [TraceRecord(1, None, None, None, text=" ".join(p)) for p in prompts]
     out = list(anonymize(records, salt=SALT, tokenizer=Tokenizer.from_file(str(tokenizer)), block_tokens=size))
-    for a, b in zip(range(len(out)), range(1, len(out)), strict=False):
+    assert len(out) == len(prompts)
+    for a, b in itertools.pairwise(range(len(out))):
         same = leading(tuple(prompts[a]), tuple(prompts[b]))
         whole = same // size + (prompts[a] == prompts[b] and len(prompts[a]) % size > 0)
         assert leading(out[a].prefix_ids, out[b].prefix_ids) == whole

@@ -424,3 +424,10 @@ def test_observations_that_cannot_be_read_are_a_problem_of_the_run(tmp_path):
 
 def test_a_minute_is_long_enough(tmp_path):
     assert check(summary(tmp_path, [good(0), good(1, 61 * S)]), "duration").ok
+
+
+def test_a_run_that_was_stopped_is_not_told_of_errors_it_did_not_have(tmp_path):
+    stopped = [good(0), *(bad(i, "stopped") for i in range(1, 20))]
+    assert "let the run end" in check(summary(tmp_path / "a", stopped), "success").advice
+    failed = [good(0), *(bad(i) for i in range(1, 20))]
+    assert "see the errors" in check(summary(tmp_path / "b", failed), "success").advice

@@ -87,8 +87,8 @@ class Worker:
         return events, events[-1], sorted(rows, key=lambda r: r["request_id"])
 
 
-@pytest.fixture
-def start(tmp_path):
+@pytest.fixture(name="start")
+def starter(tmp_path):
     workers = []
 
     def begin(*args, **spec):

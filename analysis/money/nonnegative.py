@@ -1,7 +1,7 @@
 """Non-negative least squares with a block bootstrap, for a handful of unknowns.
 
 With at most four columns every set of columns that could be in use is solved at once, for all resamples: exact, and
-faster than an iterative solver called a thousand times.
+without a solver that iterates.
 """
 
 from __future__ import annotations

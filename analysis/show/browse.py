@@ -17,8 +17,7 @@ from urllib.parse import quote
 from analysis.load import read_run
 from analysis.show import report
 from analysis.show.page import policy, render, render_page
-from analysis.show.plot import load_of
-from analysis.show.view import Cell, RunView, in_seconds, quantity, view_run
+from analysis.show.view import Cell, RunView, in_seconds, load_cell, price_cell, quantity, state_of, view_run
 from analysis.summary import Summary, summarise
 from harness.errors import HarnessError, ResultsError, UsageError
 from harness.run import MANIFEST, RunManifest, read_manifest
@@ -40,7 +39,7 @@ class Line:
     """One run in the list."""
 
     key: str
-    name: str
+    """Its place in the folder, which is also its name."""
     href: str
     cells: list[Cell]
 
@@ -112,7 +111,7 @@ class Results:
             known = self._known(key, path)
             waiting += known is None
             href = f"/run/{quote(key, errors='surrogateescape')}"
-            lines.append(Line(key=key, name=key, href=href, cells=_cells(path, known)))
+            lines.append(Line(key=key, href=href, cells=_cells(path, known)))
         count = f"{len(lines)} {'run' if len(lines) == 1 else 'runs'}"
         return render(
             "index.html", title=count, folder=str(self._folder), rows=lines, heads=HEADS, right=(6, 7, 8), problem=None,
@@ -172,15 +171,11 @@ def _status(manifest: RunManifest) -> Cell:
 
 
 def _figures(s: Summary) -> list[Cell]:
-    valid, is_open = s.verdict == "VALID", s.load.mode == "open"
-    missed = valid and s.slo is not None and not s.slo.met
-    word, mark = ("SLO missed", "warn") if missed else (s.verdict, "good" if valid else "bad")
-    verdict = Cell(word, note="dummy weights" if s.caution else None, mark=mark)
-    load = load_of(s, by_rate=is_open)
-    price = quantity(s.cost.usd_per_1m_total, report.price)
+    words = {"valid": ("VALID", "good"), "missed": ("SLO missed", "warn"), "invalid": ("INVALID", "bad")}
+    word, mark = words[state_of(s)]
     return [
-        verdict,
-        Cell(report.figure(load), note=None if load is None else "req/s" if is_open else "in flight", sort=load),
+        Cell(word, note="dummy weights" if s.caution else None, mark=mark),
+        load_cell(s),
         quantity(s.metrics.ttft.p99, in_seconds),
-        Cell(price.text, note=price.note, sort=price.sort, mark="quiet" if missed else price.mark),
+        price_cell(s, s.cost.usd_per_1m_total),
     ]

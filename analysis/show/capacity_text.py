@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from analysis.intervals import Quantity
 from analysis.show.decision_text import Block
@@ -18,37 +18,30 @@ HEADS = (
 """Of the table that `system_row` fills."""
 
 
-def name_of(system: System) -> str:
-    """``model on tier``, with the number of replicas when there are several."""
-    where = f"{system.model} on {system.tier or 'no tier'}"
-    return f"{where} x {system.replicas}" if system.replicas > 1 else where
-
-
 def sentence(system: System) -> str:
     """The capacity of one system and its cost there, in one plain sentence or two."""
-    promise = " and ".join(c.name for c in system.criteria) or "no promise"
-    found = system.capacity
+    promise, found = system.slo or "no promise", system.capacity
     if found is None:
-        return f"{name_of(system)}: no SLO was given, so there is no capacity (--slo)."
+        return f"{system.name}: no SLO was given, so there is no capacity (--slo)."
     if found.state == "unknown":
-        return f"{name_of(system)}: capacity is not known: {found.load.note}."
+        return f"{system.name}: capacity is not known: {found.load.note}."
     if found.state == "not reached":
         return (
-            f"{name_of(system)} does not keep {promise}: at {figure(system.loads[0])} {system.unit}, the lowest load "
+            f"{system.name} does not keep {promise}: at {figure(system.loads[0])} {system.unit}, the lowest load "
             f"that was measured, {found.limit.name if found.limit else 'it'} is missed. Lower loads were not measured."
         )
     if found.state == "beyond":
         return (
-            f"{name_of(system)} carries at least {figure(system.loads[-1])} {system.unit} with {promise}: the highest "
+            f"{system.name} carries at least {figure(system.loads[-1])} {system.unit} with {promise}: the highest "
             "load that was measured keeps it, so capacity lies beyond and has no figure."
         )
-    said = f"{name_of(system)} carries {figure(found.load.value)} {system.unit}{_within(found.load)} with {promise}"
+    said = f"{system.name} carries {figure(found.load.value)} {system.unit}{_within(found.load)} with {promise}"
     said += f"; what breaks first: {found.limit.name}." if found.limit and len(system.criteria) > 1 else "."
     total, tokens = system.usd_per_1m_total, found.rates.get("total_token_throughput")
     if tokens is not None and tokens.value is not None:
         said += f" At that load: {figure(tokens.value)} tokens/s (input + output)"
         if total.value is not None:
-            said += f", {price(total.value)} USD per 1M tokens{_within(total, price=True)}"
+            said += f", {price(total.value)} USD per 1M tokens{_within(total, price)}"
         said += "."
     return said
 
@@ -66,7 +59,7 @@ def system_blocks(systems: Sequence[System]) -> list[Block]:
     sold = [s for s in systems if s.usd_per_1m_total_utilised.value is not None and s.loop == "open"]
     notes += [_utilised(system) for system in sold]
     blocks = [Block(title="Capacity and cost at the SLO", heads=HEADS, rows=rows, notes=tuple(notes))]
-    blocks += [Block(title=f"Limits of {name_of(s)}, {s.loop} loop", notes=_limits(s)) for s in systems]
+    blocks += [Block(title=f"Limits of {s.name}, {s.loop} loop", notes=_limits(s)) for s in systems]
     return blocks
 
 
@@ -93,15 +86,15 @@ def system_row(system: System) -> tuple[str, ...]:
     state = "no SLO" if found is None else found.state
     load = found.load if found else None
     return (
-        name_of(system),
+        system.name,
         system.loop,
         f"{figure(load.value)} {system.unit}" if load and load.value is not None else _state(system, state),
         _interval(load),
         found.limit.name if found and found.limit else "-",
         figure(tokens.value) if tokens else "-",
-        price(system.usd_per_1m_total.value) if system.usd_per_1m_total.value is not None else "-",
-        _interval(system.usd_per_1m_total, price=True),
-        price(floor.usd_per_1m_total.value) if floor and floor.usd_per_1m_total.value is not None else "-",
+        price(system.usd_per_1m_total.value),
+        _interval(system.usd_per_1m_total, price),
+        price(floor.usd_per_1m_total.value if floor else None),
     )
 
 
@@ -112,9 +105,9 @@ def _state(system: System, state: str) -> str:
 def _utilised(system: System) -> str:
     q = system.usd_per_1m_total_utilised
     basis = f"{figure(system.usd_per_hour)} USD/h, {system.purchase}, {system.region}, {system.price_date}"
-    usd = f"{_price(q.value)} USD per 1M tokens{_within(q, price=True)}"
+    usd = f"{price(q.value)} USD per 1M tokens{_within(q, price)}"
     return (
-        f"{name_of(system)}: {usd} at {percent(system.utilisation)} utilisation of that capacity. Price basis: {basis} "
+        f"{system.name}: {usd} at {percent(system.utilisation)} utilisation of that capacity. Price basis: {basis} "
         f"({system.price_source})."
     )
 
@@ -139,19 +132,14 @@ def _limits(system: System) -> tuple[str, ...]:
     return (*said, *system.notes)
 
 
-def _within(q: Quantity, *, price: bool = False) -> str:
-    text = _interval(q, price=price)
+def _within(q: Quantity, show: Callable[[float | None], str] = figure) -> str:
+    text = _interval(q, show)
     return f" (95 %: {text})" if text != "-" else ""
 
 
-def _interval(q: Quantity | None, *, price: bool = False) -> str:
+def _interval(q: Quantity | None, show: Callable[[float | None], str] = figure) -> str:
     if q is None or (q.low is None and q.high is None):
         return "-"
-    show = _price if price else figure
     if q.low is None:
         return f"below {show(q.high)}"
     return f"from {show(q.low)}" if q.high is None else f"{show(q.low)} to {show(q.high)}"
-
-
-def _price(value: float | None) -> str:
-    return "-" if value is None else price(value)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.intervals import Quantity
 from analysis.show import report
 from analysis.show.capacity_text import HEADS, sentence, system_row
-from analysis.show.plot import Chart, cost_charts, load_charts, load_of, share_chart
-from analysis.show.view import Cell, RunView, Table, in_seconds, interval, quantity
+from analysis.show.plot import Chart, cost_charts, load_charts, share_chart
+from analysis.show.view import Cell, RunView, Table, in_seconds, interval, load_cell, price_cell, quantity
 from analysis.sizing.at_slo import System, systems
 from analysis.summary import DEFAULT_ATTAIN, Summary
+from harness.errors import UsageError
 
 COLORS = 8
 UNLIKE = ("trace", "SLO", "seed", "evidence", "loop")
@@ -39,7 +39,9 @@ class Comparison:
 
 
 def label_runs(paths: Sequence[Path]) -> list[str]:
-    """A short name for each run directory, printable and no two alike."""
+    """A short name for each run directory, printable and no two alike. Raises `UsageError` when one is named twice."""
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UsageError("a run is named twice")
     labels: list[str] = []
     for path in paths:
         name = report.clean(path.resolve().name, 60) or "run"
@@ -127,15 +129,14 @@ def _table(views: Sequence[RunView]) -> Table:
     rows = []
     for k, v in enumerate(views):
         s = v.summary
-        cost, tier, is_open = s.cost, s.tier, s.load.mode == "open"
+        cost, tier = s.cost, s.tier
         prices = (cost.usd_per_1m_total, cost.split.usd_per_1m_input, cost.split.usd_per_1m_output)
-        load = load_of(s, by_rate=is_open)
         rows.append(
             [
                 Cell(v.label, note=f"{v.verdict}, dummy weights" if s.caution else v.verdict, mark=f"run-{k % COLORS}"),
                 Cell(tier.name if tier else "no tier", note=_basis(s)),
-                Cell(report.figure(load), note="req/s" if is_open else "in flight", sort=load),
-                *(_price(v, price) for price in prices),
+                load_cell(s),
+                *(price_cell(s, price) for price in prices),
                 quantity(s.metrics.ttft.p99, in_seconds),
                 quantity(s.metrics.tpot.p95, in_seconds),
                 quantity(s.rates.output_token_throughput, report.figure),
@@ -148,12 +149,6 @@ def _table(views: Sequence[RunView]) -> Table:
     evidence = ", ".join(sorted({v.summary.cost.usd_per_1m_total.evidence for v in views}))
     caption = f"USD per 1M tokens ({evidence}); small print: 95 % intervals; grey price: SLO missed"
     return Table(caption, heads, rows, right=range(2, 10))
-
-
-def _price(v: RunView, q: Quantity) -> Cell:
-    """A price; quiet where the SLO was missed, for it is none to sell at."""
-    cell = quantity(q, report.price)
-    return replace(cell, mark="quiet") if v.state == "missed" else cell
 
 
 def _basis(s: Summary) -> str:

@@ -114,8 +114,8 @@ def _charge_blocks(charge: Charge, terms: Terms) -> list[Block]:
     ]
     lines = (
         *warned,
-        f"Charge {usd(charge.offers[0].prices.total.value)} USD per 1M tokens of this traffic: cost "
-        f"{usd(charge.cost.total.value)} at {u} utilisation, and {m} of the price is gross margin.",
+        f"Charge {price(charge.offers[0].prices.total.value)} USD per 1M tokens of this traffic: cost "
+        f"{price(charge.cost.total.value)} at {u} utilisation, and {m} of the price is gross margin.",
         f"The price pays for the fleet from {percent(standard.break_even_utilisation)} utilisation on "
         f"({tokens(charge.break_even_tokens_per_month)} tokens a month; the fleet costs "
         f"{figure(charge.fleet_usd_per_month)} USD a month and serves at most "
@@ -132,15 +132,15 @@ def _price_row(kind: str, name: str, full: UnitPrices, cost: UnitPrices, asked: 
     q: Quantity = getattr(asked, kind)
     if q.value is None:
         return (name, "-", "-", "-", "-")
-    return (name, usd(getattr(full, kind).value), usd(getattr(cost, kind).value), usd(q.value), _interval(q))
+    return (name, price(getattr(full, kind).value), price(getattr(cost, kind).value), price(q.value), _interval(q))
 
 
 def _offers_block(charge: Charge, terms: Terms) -> Block:
     rows = [
         (
             offer.name + (f" (-{percent(offer.discount)})" if offer.discount else ""),
-            *(usd(q.value) for q in (offer.prices.input, offer.prices.cached_input, offer.prices.output)),
-            usd(offer.prices.total.value),
+            *(price(q.value) for q in (offer.prices.input, offer.prices.cached_input, offer.prices.output)),
+            price(offer.prices.total.value),
             percent(offer.margin),
             percent(offer.break_even_utilisation) if offer.break_even_utilisation <= 1 else "never",
         )
@@ -172,7 +172,7 @@ def _against_block(charge: Charge, terms: Terms) -> Block:
         (
             _api_name(a),
             "/".join("-" if p is None else f"{p:g}" for p in _asked(a.price)),
-            usd(a.usd_per_1m_total),
+            price(a.usd_per_1m_total),
             "-" if a.own_share.value is None else f"x {a.own_share.value:.3g}",
             "never"
             if a.break_even_tokens_per_month is None
@@ -188,7 +188,7 @@ def _against_block(charge: Charge, terms: Terms) -> Block:
         summed = "none is in the price map (--against NAME, --list-prices)"
     lines = (
         f"Build or buy, for this trace: own cost (without margin) at {percent(terms.utilisation)} utilisation is "
-        f"{usd(charge.cost.total.value)} USD per 1M tokens.",
+        f"{price(charge.cost.total.value)} USD per 1M tokens.",
         f"Of {len(same)} API offers of this model: {summed}." if same else f"API offers of this model: {summed}.",
     )
     notes = sorted({note for a in charge.against for note in a.notes})
@@ -320,11 +320,6 @@ def _show(value: float | None, factor: float, sign: str = "") -> str:
 # ----------------------------------------------------------------------------------------------------------- formatting
 
 
-def usd(value: float | None) -> str:
-    """USD, or a dash."""
-    return "-" if value is None else price(value)
-
-
 def percent(share: float | None) -> str:
     """A share in percent to three significant digits."""
     if share is None:
@@ -344,8 +339,8 @@ def tokens(value: float | None) -> str:
 
 def _interval(q: Quantity) -> str:
     if q.low is None or q.high is None:
-        return "not known" if q.low is None and q.high is None else f"{usd(q.low)} to {usd(q.high)}"
-    return f"{usd(q.low)} to {usd(q.high)}"
+        return "not known" if q.low is None and q.high is None else f"{price(q.low)} to {price(q.high)}"
+    return f"{price(q.low)} to {price(q.high)}"
 
 
 def _md(text: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 
+from analysis.export import FORMULA
 from analysis.show.decision_text import Block
 from analysis.show.report import figure, price
 from analysis.sizing.fleet_plan import FleetPlan, TierFleet
@@ -50,7 +52,7 @@ def _sizes(plan: FleetPlan) -> Block:
             f"{one.peak.usd_per_hour:,.4g}",
             f"{one.peak.usd_per_month:,.0f}",
             f"{one.peak.usd_per_year:,.0f}",
-            "-" if one.usd_per_1m_served is None else price(one.usd_per_1m_served),
+            price(one.usd_per_1m_served),
         )
         for one in plan.tiers
     ]
@@ -75,7 +77,7 @@ def _scaling(plan: FleetPlan) -> Block:
             one.name, f"{one.peak.usd_per_hour:,.4g}", f"{one.scheduled.usd_per_hour:,.4g}",
             f"{one.reactive.usd_per_hour:,.4g}", f"{one.reactive.short_share:.2%} of demand",
             f"{one.scheduled.peak_instances}", figure(one.start_s),
-            "-" if one.usd_per_1m_scheduled is None else price(one.usd_per_1m_scheduled),
+            price(one.usd_per_1m_scheduled),
         )
         for one in plan.tiers
     ]  # fmt: skip
@@ -101,7 +103,7 @@ def fleet_csv(plan: FleetPlan) -> str:
 
 def _cell(value: object) -> object:
     """A text that a spreadsheet would run as a formula gets a quote in front."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
+    return re.sub(FORMULA, r"'\1", value) if isinstance(value, str) else value
 
 
 def _csv_row(one: TierFleet) -> dict[str, object]:

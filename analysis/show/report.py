@@ -91,6 +91,11 @@ def opening(summary: Summary) -> list[str]:
     """Reasons, what to beware of, then what was done, in sentences."""
     said = [clean(f"- {reason}") for reason in summary.reasons]
     said += [summary.caution] if summary.caution else []
+    return said + done(summary)
+
+
+def done(summary: Summary) -> list[str]:
+    """What became of the requests, and what load and server they were, in a sentence each."""
     counts, load, window = summary.requests, summary.load, summary.window
     parts = [f"{counts.succeeded:,} of {counts.planned:,} requests succeeded"]
     parts += [
@@ -102,13 +107,12 @@ def opening(summary: Summary) -> list[str]:
         if n
     ]  # fmt: skip
     parts.append(f"{window.duration_s:,.1f} s ({window.rule})" if window else "no window")
-    said.append("; ".join(parts))
     rate = summary.rates.request_rate
     asked = f"{figure(rate.value)} req/s planned" if rate.value is not None else "no planned times"
     load_words = f"closed loop, {load.concurrency} in flight" if load.mode == "closed" else f"open loop, {asked}"
     trace = f"{summary.plan.trace} ({summary.plan.trace_format})"
-    said.append(clean(f"{load_words}; trace {trace}; {summary.engine} {summary.server.version or ''}".rstrip()))
-    return said
+    served = clean(f"{load_words}; trace {trace}; {summary.engine} {summary.server.version or ''}".rstrip())
+    return ["; ".join(parts), served]
 
 
 def sections(summary: Summary) -> list[Section]:
@@ -132,24 +136,39 @@ def _cost(summary: Summary) -> Section:
 
 def priced(summary: Summary) -> list[tuple[str, Quantity]]:
     """What has a price in this run, in words, with the price: the whole run, each split that holds, the steady part."""
-    cost, steady, split = summary.cost, summary.steady, summary.cost.split
-    lines = [
+    cost, split = summary.cost, summary.cost.split
+    return [
         ("input + output tokens", cost.usd_per_1m_total),
         ("output tokens, which carry the whole bill", cost.usd_per_1m_output_only),
         (f"split 1:{split.ratio:g}: input tokens", split.usd_per_1m_input),
         (f"split 1:{split.ratio:g}: output tokens", split.usd_per_1m_output),
+        *counted_splits(summary),
+        *steady_prices(summary),
     ]
-    for found in cost.splits:
+
+
+def counted_splits(summary: Summary) -> list[tuple[str, Quantity]]:
+    """Prices by each split that follows what the servers counted and that holds."""
+    lines = []
+    for found in summary.cost.splits:
         if found.reason is None:
             cached = found.usd_per_1m_cached_input
             lines.append((f"split by {found.method}: input tokens", found.usd_per_1m_input))
             lines += [(f"split by {found.method}: cached input", cached)] if cached.value is not None else []
             lines.append((f"split by {found.method}: output tokens", found.usd_per_1m_output))
-    if summary.load.mode == "closed" and steady.usd_per_1m_total.value is not None and steady.window is not None:
-        where = f"without ramp and drain ({steady.window.duration_s:.0f} s)"
-        lines.append((f"{where}: input + output", steady.usd_per_1m_total))
-        lines.append((f"{where}: output alone", steady.usd_per_1m_output_only))
     return lines
+
+
+def steady_prices(summary: Summary) -> list[tuple[str, Quantity]]:
+    """Prices of the steady part of a closed loop; empty where there is none."""
+    steady = summary.steady
+    if summary.load.mode != "closed" or steady.usd_per_1m_total.value is None or steady.window is None:
+        return []
+    where = f"without ramp and drain ({steady.window.duration_s:.0f} s)"
+    return [
+        (f"{where}: input + output", steady.usd_per_1m_total),
+        (f"{where}: output alone", steady.usd_per_1m_output_only),
+    ]
 
 
 def _latency(summary: Summary) -> Section:
@@ -249,8 +268,10 @@ def figure(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def price(value: float) -> str:
-    """USD to three significant digits, cents from 100 on."""
+def price(value: float | None) -> str:
+    """USD to three significant digits, cents from 100 on; a dash when there is none."""
+    if value is None:
+        return "-"
     return f"{value:,.2f}" if value >= 100 else f"{value:.3f}" if value >= 0.1 else f"{value:.3g}"
 
 

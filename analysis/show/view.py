@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import msgspec
@@ -12,7 +12,7 @@ from analysis.intervals import Distribution, Quantity, samples_needed
 from analysis.load import Run
 from analysis.show import report
 from analysis.show.curves import SHARES, Promises, curves, promises
-from analysis.show.plot import RunCharts, run_charts
+from analysis.show.plot import RunCharts, load_of, run_charts
 from analysis.summary import DEFAULT_ATTAIN, Summary
 
 MOST_ITEMS = 200
@@ -75,14 +75,14 @@ def view_run(run: Run, summary: Summary, label: str = "") -> RunView:
     shares = sorted({*SHARES, attain})
     charts = run_charts(run, summary, found, linked=f"time {label}") if found is not None else None
     kept = promises(run, summary.requests, shares)
-    state = "invalid" if summary.verdict != "VALID" else "valid" if summary.slo is None or summary.slo.met else "missed"
+    state = state_of(summary)
     return RunView(
         label=label,
         summary=summary,
         state=state,
         verdict={"valid": "VALID", "missed": "VALID, SLO missed", "invalid": "INVALID"}[state],
         sentence=_sentence(summary),
-        opening=report.opening(summary)[len(summary.reasons) + bool(summary.caution) :],
+        opening=report.done(summary),
         keys=_keys(summary),
         price=_price(summary),
         basis=_basis(summary),
@@ -98,6 +98,13 @@ def view_run(run: Run, summary: Summary, label: str = "") -> RunView:
         inputs=_inputs(summary),
         notes=[(title, lines) for title, lines in report.closing(summary) if title != "Price basis"],
     )
+
+
+def state_of(s: Summary) -> str:
+    """valid, missed (VALID, but the SLO was not kept) or invalid."""
+    if s.verdict != "VALID":
+        return "invalid"
+    return "valid" if s.slo is None or s.slo.met else "missed"
 
 
 # ---------------------------------------------------------------------------------------------------------- plain words
@@ -185,10 +192,8 @@ def _price(s: Summary) -> Table | None:
         ("Input tokens", f"share of the bill, {ratio}", split.usd_per_1m_input),
         ("Output tokens", f"share of the bill, {ratio}", split.usd_per_1m_output),
         ("Output tokens alone", "the whole bill / output tokens", cost.usd_per_1m_output_only),
-        *(
-            (name.capitalize(), "what the servers counted" if "split" in name else "the steady part", q)
-            for name, q in report.priced(s)[4:]
-        ),
+        *((name.capitalize(), "what the servers counted", q) for name, q in report.counted_splits(s)),
+        *((name.capitalize(), "the steady part", q) for name, q in report.steady_prices(s)),
     ]
     return Table(
         "USD per 1M tokens", ("Price of", "USD", "95 % interval", "Evidence"), right=(1, 2), rows=
@@ -374,6 +379,19 @@ def quantity(q: Quantity, style: Callable[[float], str]) -> Cell:
     if q.value is None:
         return Cell(said, note=q.note if said == "-" else None, mark="quiet")
     return Cell(said, note=interval(q, style) or None, sort=q.value)
+
+
+def price_cell(s: Summary, q: Quantity) -> Cell:
+    """A price with its interval; quiet where the SLO was missed, for it is none to sell at."""
+    cell = quantity(q, report.price)
+    return replace(cell, mark="quiet") if state_of(s) == "missed" else cell
+
+
+def load_cell(s: Summary) -> Cell:
+    """The load of a run: planned requests/s, or requests in flight in a closed loop."""
+    is_open = s.load.mode == "open"
+    load = load_of(s, by_rate=is_open)
+    return Cell(report.figure(load), note=None if load is None else "req/s" if is_open else "in flight", sort=load)
 
 
 def number(q: Quantity, style: Callable[[float], str]) -> Cell:

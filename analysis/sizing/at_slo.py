@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from analysis.intervals import Distribution, Quantity, scaled
 from analysis.money.charge import load_words, system_of
-from analysis.money.price import usd_per_1m
+from analysis.money.price import bill_usd, usd_per_1m
 from analysis.sizing.capacity import Capacity, Point, capacity, knee, little, pool, saturation
 from analysis.summary import Summary
 from harness.slo import Criterion
@@ -103,6 +103,12 @@ class System:
     start_s: float | None
     """From starting a replica until it answered: the slowest seen; None when the servers were there already."""
     notes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """``model on tier``, with the number of replicas when there are several."""
+        where = f"{self.model} on {self.tier or 'no tier'}"
+        return f"{where} x {self.replicas}" if self.replicas > 1 else where
 
     @property
     def requests_per_s(self) -> float | None:
@@ -205,7 +211,7 @@ def cost_at(s: Summary, rate: Quantity, per: str = "input + output") -> Quantity
         return replace(blank, note="no tier, so no price (--tier)")
     if not rate.value:
         return replace(blank, note=rate.note or "no tokens were counted")
-    usd_per_s = s.cost.usd_per_hour * max(1, s.cost.replicas) / 3600
+    usd_per_s = bill_usd(s.cost.usd_per_hour, max(1, s.cost.replicas), 1.0)
     return replace(
         blank,
         value=usd_per_1m(usd_per_s, rate.value),

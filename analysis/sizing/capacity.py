@@ -133,15 +133,6 @@ def bracket(points: Sequence[Point], criteria: Sequence[Criterion]) -> tuple[flo
     return points[kept - 1].load if kept else None, points[kept].load if kept < len(points) else None
 
 
-def rates_at(points: Sequence[Point], load: float) -> dict[str, Quantity]:
-    """Each rate at ``load``, interpolated between the neighbouring points; {} outside of what was measured."""
-    loads = np.array([point.load for point in points])
-    if not len(loads) or not loads[0] <= load <= loads[-1]:
-        return {}
-    exact = Quantity(value=load, low=load, high=load, n=0, unit="", evidence="measured")
-    return _rates_at(points, loads, exact, np.full(DRAWS, load))
-
-
 def saturation(points: Sequence[Point], *, closed: bool) -> float | None:
     """The lowest load at which the server no longer follows; None when it followed to the end.
 

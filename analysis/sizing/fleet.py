@@ -21,6 +21,8 @@ HOURS_PER_YEAR = 8760.0
 MOST_SPARES = 1_000_000
 HOLD_MINUTES = 10
 """An autoscaler keeps what the busiest of the last so many minutes needed."""
+GROWTH, PRICES = (0.5, 1.5, 2.0, 4.0), (0.8, 1.2)
+"""What demand and price are multiplied by to see how much the fleet hangs on them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,17 +161,16 @@ class Autoscaled:
 
 
 def autoscaled(
-    offer: Offer, wanted: Demand, *, headroom: float = 1.0, start_s: float | None = None, spares: int = 0,
-    ahead: bool = False,
-) -> Autoscaled:  # fmt: skip
+    offer: Offer, wanted: Demand, *, headroom: float = 1.0, spares: int = 0, ahead: bool = False
+) -> Autoscaled:
     """What an autoscaler would have cost over the demand's own time.
 
     Policy: at the end of each minute it asks for what the busiest of the last `HOLD_MINUTES` minutes needed (times
-    ``headroom``); what is new answers ``start_s`` later (default: the offer's, else at once) and is paid from the
+    ``headroom``); what is new answers the offer's ``start_s`` later (at once when not measured) and is paid from the
     request on; what is too much is given back at once. It begins with what the first minute needs. ``ahead``: it knows
     the day (a schedule) and asks so early that what a minute needs answers when it begins.
     """
-    lead = math.ceil((offer.start_s or 0.0 if start_s is None else start_s) / MINUTE_S)
+    lead = math.ceil((offer.start_s or 0.0) / MINUTE_S)
     per_instance = offer.capacity * offer.replicas_per_instance
     asked = np.maximum(1, np.ceil(wanted.per_minute * headroom / per_instance - 1e-9)).astype(np.int64)
     if ahead:
@@ -201,15 +202,14 @@ class Sensitivity:
 
 def sensitivities(
     offer: Offer, peak: float, *, headroom: float = 1.0, availability: float | None = None,
-    growth: Sequence[float] = (0.5, 1.5, 2.0, 4.0), price: Sequence[float] = (0.8, 1.2),
     capacities: Sequence[tuple[str, float]] = (),
 ) -> list[Sensitivity]:  # fmt: skip
     """The fleet for ``peak`` requests/s with demand, price and capacity changed one at a time.
 
     ``capacities``: (name, requests/s per replica), such as the ends of the interval or capacities at another SLO.
     """
-    changes = [(f"demand x {g:g}", offer, peak * g) for g in growth]
-    changes += [(f"price x {p:g}", replace(offer, usd_per_hour=offer.usd_per_hour * p), peak) for p in price]
+    changes = [(f"demand x {g:g}", offer, peak * g) for g in GROWTH]
+    changes += [(f"price x {p:g}", replace(offer, usd_per_hour=offer.usd_per_hour * p), peak) for p in PRICES]
     changes += [(name, replace(offer, capacity=capacity), peak) for name, capacity in capacities]
     found = []
     for name, changed, rate in changes:

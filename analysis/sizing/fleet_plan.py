@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from analysis.money.charge import HOURS_PER_MONTH
-from analysis.show.capacity_text import name_of
+from analysis.money.price import usd_per_1m
 from analysis.sizing.at_slo import System
 from analysis.sizing.fleet import (
     HOLD_MINUTES,
@@ -123,13 +123,13 @@ def plan_fleets(
     """
     found: list[TierFleet] = []
     excluded: list[tuple[str, str]] = []
-    opened = {name_of(s) for s in systems if s.loop == "open"}
+    opened = {s.name for s in systems if s.loop == "open"}
     for system in systems:
-        if system.loop != "open" and name_of(system) in opened:
+        if system.loop != "open" and system.name in opened:
             continue  # the ladder of a search that went on in an open loop
         why = _unfit(system)
         if why is not None:
-            excluded.append((name_of(system), why))
+            excluded.append((system.name, why))
         else:
             found.append(_tier_fleet(system, wanted, [o for o in others if _same(o, system)]))
     found.sort(key=lambda f: (f.peak.usd_per_hour, f.name))
@@ -183,7 +183,7 @@ def _offer(system: System, wanted: Wanted) -> tuple[Offer, Demand, str, tuple[fl
             demand, binding, capacity = wanted.tokens, "tokens", per_replica
             ends = (token_rate.low, token_rate.high if found.state == "found" else None)
     offer = Offer(
-        name=name_of(system), usd_per_hour=system.usd_per_hour or 0.0, capacity=capacity,
+        name=system.name, usd_per_hour=system.usd_per_hour or 0.0, capacity=capacity,
         replicas_per_instance=wanted.replicas_per_instance or system.replicas_per_instance,
         start_s=system.start_s if wanted.start_s is None else wanted.start_s,
         node_availability=wanted.node_availability,
@@ -200,7 +200,7 @@ def _tier_fleet(system: System, wanted: Wanted, others: Sequence[System]) -> Tie
     reactive = autoscaled(offer, demand, headroom=head, spares=peak.spares)
     scheduled = autoscaled(offer, demand, headroom=head, spares=peak.spares, ahead=True)
     ends = [(f"capacity at its {name} end", end) for name, end in (("low", low), ("high", high)) if end]
-    changed = list(sensitivities(offer, demand.worst_minute, headroom=head, availability=up, capacities=ends))
+    changed = sensitivities(offer, demand.worst_minute, headroom=head, availability=up, capacities=ends)
     changed += [_other_promise(o, wanted) for o in others if _unfit(o) is None]
     return TierFleet(
         name=offer.name, model=system.model, tier=system.tier, slo=system.slo, evidence=system.evidence,
@@ -227,7 +227,7 @@ def _per_1m(usd_per_hour: float, wanted: Wanted) -> float | None:
     """USD per 1M tokens of the demand at its mean rate; None when tokens are not known."""
     if wanted.tokens is None or wanted.tokens.mean <= 0:
         return None
-    return usd_per_hour / (wanted.tokens.mean * 3600) * 1e6
+    return usd_per_1m(usd_per_hour / 3600, wanted.tokens.mean)
 
 
 def _notes(system: System, offer: Offer, demand: Demand) -> tuple[str, ...]:

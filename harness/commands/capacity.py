@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from harness.commands.capacity_run import CapacityReport, CapacitySession, Search, in_loop
-from harness.commands.output import print_json, say
+from harness.commands.output import print_blocks, print_json, say
 from harness.commands.sweep import check
 from harness.errors import EXIT_FAILURE, EXIT_INVALID, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.run import now_utc
@@ -21,7 +20,7 @@ from harness.trace import Trace
 from harness.traces.reading import open_asked
 
 if TYPE_CHECKING:
-    from analysis.show.decision_text import Block
+    pass
 
 FILE = "capacity.json"
 """What the search found, in the sweep folder."""
@@ -131,7 +130,7 @@ def _take_over(folder: Path, spec: SweepSpec, trace: Trace) -> SweepState:
 
 def _print(report: CapacityReport, ask: Search, format_: str) -> None:
     from analysis.show.capacity_text import probe_block, system_blocks
-    from analysis.show.decision_text import Block, render_markdown
+    from analysis.show.decision_text import Block
 
     if format_ == "json":
         print_json(report)
@@ -144,17 +143,15 @@ def _print(report: CapacityReport, ask: Search, format_: str) -> None:
         probe_block(report.probes, ask.criteria),
         *system_blocks(report.systems),
     ]
-    if format_ == "md":
-        print(render_markdown(blocks))
-        return
-    print_wide(blocks)
-    print(f"\nsweep folder: {report.folder}")
+    print_blocks(blocks, format_)
+    if format_ != "md":
+        print(f"\nsweep folder: {report.folder}")
 
 
 def report_sweep(paths: Sequence[Path], format_: str, slo: dict[str, float] | None, attain: float) -> int:
     """Several runs as capacity and cost at the SLO, a line per tier and model; 3: a run is INVALID, 4: SLO not kept."""
     from analysis.show.capacity_text import sentence, system_blocks
-    from analysis.show.decision_text import Block, render_markdown
+    from analysis.show.decision_text import Block
     from analysis.sizing.at_slo import SCHEMA, systems
     from harness.commands.decide import read_summaries
 
@@ -169,23 +166,11 @@ def report_sweep(paths: Sequence[Path], format_: str, slo: dict[str, float] | No
         blocks = [Block(title="Capacity", lines=tuple(lines)), *system_blocks(found)]
         if invalid:
             blocks.append(Block(title="INVALID and left out", notes=tuple(invalid)))
-        if format_ == "md":
-            print(render_markdown(blocks))
-        else:
-            print_wide(blocks)
+        print_blocks(blocks, format_)
     if invalid:
         return EXIT_INVALID
     kept = [one.capacity is None or one.capacity.state in ("found", "beyond") for one in found]
     return EXIT_VALID if any(kept) else EXIT_SLO_MISSED
-
-
-def print_wide(blocks: Sequence[Block]) -> None:
-    """Blocks as text on stdout; into a pipe there is no width to fit, so nothing is cut."""
-    from rich.console import Console
-
-    from analysis.show.decision_text import render_text
-
-    render_text(blocks, Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 240))
 
 
 def _exit(report: CapacityReport) -> int:

@@ -16,11 +16,12 @@ from harness.errors import HarnessError
 from harness.run import Tier, now_utc
 from harness.slo import Criterion
 from harness.sweep import Level, Point, point_seed, slug
-from harness.sweep_cost import start_s
+from harness.sweep_cost import start_s, usd_per_hour
 from harness.sweep_state import SweepState
 from harness.trace import Trace
 
 if TYPE_CHECKING:
+    from analysis.load import Run
     from analysis.sizing.at_slo import System
     from analysis.sizing.search import Probe, ProbeRow, Step
     from analysis.summary import Summary
@@ -85,10 +86,10 @@ class CapacitySession(Session):
                 point.state = "pending"
         target = choose_target({**self.options, **self._where()})
         for _ in range(STARTS):
-            if self._next() is None or self._over:
+            if self._over or (first := self._next()) is None:
                 return
             try:
-                self._rent_and_probe(target)
+                self._rent_and_probe(target, first)
             except HarnessError as e:
                 say(str(e))
                 self._over = str(e).splitlines()[0]
@@ -99,20 +100,19 @@ class CapacitySession(Session):
         pair = self.state.pairs[0]
         return {"base_urls": pair.base_urls, "model": pair.model, "tier": pair.tier, "replicas": pair.replicas}
 
-    def _rent_and_probe(self, target: Target) -> None:
-        """Servers for as many probes as they live."""
-        first = self._next()
-        if first is None or not self._can_pay(target, first, start_s(self.state.pairs[0], self.tiers[0])):
+    def _rent_and_probe(self, target: Target, first: Point) -> None:
+        """Servers for as many probes as they live, from ``first`` on."""
+        if not self._can_pay(target, first, start_s(self.state.pairs[0], self.tiers[0])):
             return
+        point: Point | None = first
         with self._rented(0) as rental, target.open(self._server_dir(0)) as servers:
             rental.tier = servers.tier
-            while not self._over and (point := self._next()) is not None:
-                if not self._can_pay(target, point, 0.0):
-                    return
+            while point is not None and self._can_pay(target, point, 0.0):
                 self._point(point, servers)
                 if died := servers.check():
                     say(f"replica {', '.join(map(str, died))} died; the servers are started anew")
                     return
+                point = None if self._over else self._next()
 
     def _can_pay(self, target: Target, point: Point, start: float) -> bool:
         """Make the plan of the point and hold its estimate against what is left."""
@@ -177,25 +177,17 @@ class CapacitySession(Session):
             )
         return {**options, "duration_s": seconds, "repeat": True}
 
-    def _judge(self, point: Point) -> str | None:
-        """What a sweep notes of a point, and what the search goes on from."""
-        problem = super()._judge(point)
-        if problem is not None:
-            return problem
-        from analysis.load import read_run
+    def _learn(self, point: Point, run: Run, found: Summary) -> None:
+        """What the search goes on from."""
         from analysis.sizing.at_slo import point_of
         from analysis.sizing.search import Probe, limit_used
-        from analysis.summary import summarise
 
-        run = read_run(self.folder / point.name)
-        found = summarise(run, slo=self.asked["slo"], attain=self.asked["attain"])
         self.summaries[point.name] = found
         self.probes[point.name] = Probe(
             rate=point.level.request_rate, concurrency=point.level.concurrency,
             point=point_of(found) if found.verdict == "VALID" else None,
             used=limit_used(run, self.ask.criteria),
         )  # fmt: skip
-        return None
 
     def _probe(self, point: Point) -> Probe:
         from analysis.sizing.search import Probe
@@ -229,7 +221,7 @@ class CapacitySession(Session):
         tier = self.state.rentals[-1].tier if self.state.rentals else None
         usd = None
         if tier is not None and point.took_s is not None:
-            usd = tier.usd_per_hour * (self.state.pairs[0].replicas or 1) * point.took_s / 3600
+            usd = usd_per_hour(self.state.pairs[0], tier) * point.took_s / 3600
         return ProbeRow(
             run=str(self.folder / point.name), load=point.level.words, requests=point.requests,
             verdict=point.verdict or point.state,
@@ -246,7 +238,7 @@ class CapacitySession(Session):
         usd, hours = self.state.spent(time.time())
         found = systems(list(self.summaries.values()))
         answer = next((one for one in found if one.loop == "open"), None)
-        ended = self.ended.why if self.ended else f"{self._over or 'ended'}"
+        ended = self.ended.why if self.ended else self._over or "ended"
         return CapacityReport(
             schema=SCHEMA, made=now_utc(), folder=str(self.folder),
             sentence=sentence(answer) if answer else "Capacity is not known: no run in an open loop was VALID.",

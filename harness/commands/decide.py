@@ -10,7 +10,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.commands.output import print_json, say
+from harness.commands.output import print_blocks, print_json, say
 from harness.errors import (
     EXIT_FAILURE,
     EXIT_INVALID,
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from analysis.money.listprices import PriceMap
     from analysis.money.price_table import PriceReport
     from analysis.money.terms import Terms
-    from analysis.show.decision_text import Block
     from analysis.summary import Summary
 
 DEFAULT_MARGIN = 0.4
@@ -154,7 +153,7 @@ def _print_price(report: PriceReport, format_: str, csv_text: str) -> None:
     elif format_ == "csv":
         print(csv_text, end="")
     else:
-        _print_blocks(price_blocks(report), format_)
+        print_blocks(price_blocks(report), format_)
 
 
 def _price_exit(report: PriceReport) -> int:
@@ -255,7 +254,7 @@ def compare(
     if format_ == "json":
         print_json(result)
     else:
-        _print_blocks(comparison_blocks(result), format_)
+        print_blocks(comparison_blocks(result), format_)
     if not result.comparable:
         return EXIT_FAILURE
     if result.failed:
@@ -339,14 +338,3 @@ def observe_run(path: Path, slo: dict[str, float] | None, attain: float) -> Obse
 
     run = read_run(path)
     return observe(run, summarise(run, slo=slo, attain=attain))
-
-
-def _print_blocks(blocks: list[Block], format_: str) -> None:
-    from rich.console import Console
-
-    from analysis.show.decision_text import render_markdown, render_text
-
-    if format_ == "md":
-        print(render_markdown(blocks))
-    else:
-        render_text(blocks, Console(highlight=False, markup=False, width=None))

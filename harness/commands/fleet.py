@@ -89,15 +89,12 @@ def _runs(text: str) -> list[Path]:
 
 
 def _print(plan: FleetPlan, format_: str) -> None:
-    from analysis.show.decision_text import render_markdown
     from analysis.show.fleet_text import fleet_blocks, fleet_csv
-    from harness.commands.capacity import print_wide
+    from harness.commands.output import print_blocks
 
     if format_ == "json":
         print_json(plan)
     elif format_ == "csv":
         print(fleet_csv(plan), end="")
-    elif format_ == "md":
-        print(render_markdown(fleet_blocks(plan)))
     else:
-        print_wide(fleet_blocks(plan))
+        print_blocks(fleet_blocks(plan), format_)

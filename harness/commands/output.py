@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from harness.progress import console
+
+if TYPE_CHECKING:
+    from analysis.show.decision_text import Block
 
 
 def say(words: str) -> None:
@@ -32,3 +37,15 @@ def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
         table.add_row(*row)
     # Into a pipe there is no width to fit: never cut what a script or a pager will read.
     Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def print_blocks(blocks: Sequence[Block], format_: str) -> None:
+    """Blocks on stdout, as Markdown (md) or text; into a pipe there is no width to fit, so nothing is cut."""
+    from rich.console import Console
+
+    from analysis.show.decision_text import render_markdown, render_text
+
+    if format_ == "md":
+        print(render_markdown(blocks))
+    else:
+        render_text(blocks, Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 240))

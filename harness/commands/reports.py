@@ -7,13 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.commands.output import print_json, print_table, say
-from harness.errors import (
-    EXIT_INVALID,
-    EXIT_SLO_MISSED,
-    EXIT_VALID,
-    ResultsError,
-    UsageError,
-)
+from harness.errors import EXIT_INVALID, EXIT_SLO_MISSED, EXIT_VALID, ResultsError
 
 
 def report(
@@ -103,8 +97,6 @@ def report_page(runs: Sequence[Path], html: Path, **options: Any) -> int:
     from analysis.show.view import view_run
     from analysis.summary import exit_code, summarise
 
-    if len({run.resolve() for run in runs}) < len(runs):
-        raise UsageError("a run is named twice")
     views = []
     for path, label in zip(runs, label_runs(runs), strict=True):
         run = read_run(path)

@@ -121,8 +121,10 @@ class Handler(BaseHTTPRequestHandler):
         except HarnessError as e:
             self._answer(404, problem_page("Not readable", str(e)))
         else:
-            missing = problem_page("Not found", "There is no such page.")
-            self._answer(200 if page is not None else 404, page if page is not None else missing)
+            if page is None:
+                self._answer(404, problem_page("Not found", "There is no such page."))
+            else:
+                self._answer(200, page)
 
     def _page(self) -> str | None:
         asked, results = urlsplit(self.path), self.server.results

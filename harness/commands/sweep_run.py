@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.commands.output import say
 from harness.commands.steps import Deadline, StopRequest, copy_plan, execute_point, make_plan
@@ -19,6 +19,10 @@ from harness.sweep import Point, levels, slug
 from harness.sweep_cost import Survey, expect, start_s, survey, usd_per_hour
 from harness.sweep_state import Rental, SweepState, close_rentals, set_aside, verify, write_state
 from harness.trace import Trace
+
+if TYPE_CHECKING:
+    from analysis.load import Run
+    from analysis.summary import Summary
 
 STOPPED = "stopped by the user"
 
@@ -208,7 +212,11 @@ class Session:
             "slo_attainment": found.slo.attainment.value if found.slo else None,
             "usd_per_1m_total": found.cost.usd_per_1m_total.value,
         }
+        self._learn(point, run, found)
         return None
+
+    def _learn(self, point: Point, run: Run, found: Summary) -> None:
+        """What else a session keeps of a run that was read and judged; a sweep nothing."""
 
     def _end(self, point: Point, state: Any, reason: str | None) -> None:
         """Write down how a point ended, and say it with what is left."""

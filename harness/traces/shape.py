@@ -1,6 +1,6 @@
 """The shape of a trace: what `harness trace inspect` says. Columns of numbers, never the requests.
 
-A record costs about 40 bytes here; for its prefix ids see `harness.traces.prefix`.
+A record costs a few numbers here; for its prefix ids see `harness.traces.prefix`.
 
 ==========================  ==========================================================================================
 burstiness                  variance / mean of the number of arrivals in windows of 1, 10 and 60 s, laid from the first

@@ -2,12 +2,12 @@
 BENCH_JSON ?= build/bench.json
 
 .PHONY: bench bench-quick bench-peers
-bench: setup ## our load generator and every installed rival on the same work, one table (about half an hour)
+bench: setup ## our load generator and every installed rival on the same work, one table
 	mkdir -p $(dir $(BENCH_JSON))
 	$(BIN)/python tests/bench/client_bench.py --json $(BENCH_JSON)
 
-bench-quick: setup ## our load generator alone, under a minute
+bench-quick: setup ## our load generator alone
 	$(BIN)/python tests/bench/client_bench.py --quick
 
-bench-peers: setup ## install the rivals in environments of their own (~/.cache/harness/peers, about 9 GB)
+bench-peers: setup ## install the rivals in environments of their own (~/.cache/harness/peers)
 	$(BIN)/python tests/bench/peers.py
