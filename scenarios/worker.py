@@ -1,8 +1,8 @@
 """The load worker process: ``python -m scenarios.worker SPEC.json``.
 
 SPEC.json is a `scenarios.orders.WorkerSpec`; the API key comes from the environment variable HARNESS_API_KEY only. JSON
-lines on stdout, words on stderr. The worker prepares the first requests of its slice of the plan (`scenarios.window`), opens
-connections, then says::
+lines on stdout, words on stderr. The worker prepares the first requests of its slice of the plan (`scenarios.window`),
+opens connections, then says::
 
     {"event": "ready", "requests": 120, "fd_limit": 65536, "host": "node-7"}
 

@@ -1,7 +1,7 @@
 """Speed and memory of planning: ``python tests/bench/plan_speed.py [ROWS [TOKENS]]`` prints figures.
 
 Default: a million rows, prompts of a thousand tokens. Makes one trace per kind from a seed in a temporary folder (the
-plan of a million rows takes gigabytes there: set TMPDIR) and plans each in a process of its own, so that peak memory is that
+plan of a million rows is large: set TMPDIR) and plans each in a process of its own, so that peak memory is that
 of the one.
 """
 
