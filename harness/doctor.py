@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from harness.run import describe_host
+from harness.run import describe_host, hot_path
 
 CPU_REPLICA_GIB = 4.0
 """Memory that one small vLLM CPU replica with its helpers is taken to need (SmolLM2-135M, 1 GiB of KV cache)."""
@@ -81,6 +81,12 @@ def _client() -> Iterator[Finding]:
         "client packages", "missing" if missing else "ok",
         f"missing: {', '.join(missing)}" if missing else ", ".join(f"{p} {_version(p)}" for p in packages),
         "pip install -e ." if missing else None,
+    )  # fmt: skip
+    compiled = hot_path() == "compiled"
+    yield Finding(
+        "client hot path", "ok" if compiled else "limit", hot_path(),
+        None if compiled
+        else "works at twice the CPU per token: install a C compiler and Python headers, then pip install -e . again",
     )  # fmt: skip
 
 

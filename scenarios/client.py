@@ -2,7 +2,7 @@
 
 Bytes are prepared before they are due (`scenarios.window`), connections are opened before the clock starts
 (`Client.open_connections`), and while answers stream in nothing is parsed: reads are stamped and kept
-(`scenarios.poller`), and parsed when the event loop has nothing else to do. One sweep serves all timeouts. Nothing is
+(`scenarios.reading`), and parsed when the event loop has nothing else to do. One sweep serves all timeouts. Nothing is
 sent twice unless that was asked for, and then the row counts it.
 
 Not followed on purpose: redirects and proxy settings of the environment. A load test must know where its load goes.
@@ -24,7 +24,7 @@ from harness.errors import UsageError
 from harness.results import Result
 from scenarios.completion import clean
 from scenarios.connection import Connection
-from scenarios.poller import Poller
+from scenarios.hot_path import Reader
 from scenarios.stream import Stream
 from scenarios.target import ENDPOINTS, IDLE_LIMIT_S, Target, tls_context
 
@@ -108,7 +108,9 @@ class Client:
         self._share = 0
         self.start_mono_ns = monotonic_ns()
         self.loop: Any = gevent.get_hub().loop
-        self.poller = Poller(self.loop)
+        self.reader = Reader()
+        self._ready: Any = self.loop.io(self.reader.fileno(), 1)
+        self._ready.start(self.reader.read)
         self._idle: Any = self.loop.idle()
         self._sweeper: Any = self.loop.timer(SWEEP_S / _SLICES, SWEEP_S / _SLICES)
         self._sweeper.start(self._sweep)
@@ -240,11 +242,12 @@ class Client:
         if stream.ended is not None:
             stream.ended(stream.result)
             stream.ended = None
-        self._wait_for_idle(stream)
+        self.when_idle(stream)
         while len(self._later) > _BACKLOG:
             self._parse_next()
 
-    def _wait_for_idle(self, stream: Stream) -> None:
+    def when_idle(self, stream: Stream) -> None:
+        """Parse what this stream holds once the loop has nothing else to do."""
         if not stream.queued:
             stream.queued = True
             self._later.append(stream)
@@ -312,7 +315,7 @@ class Client:
             elif stream.queued:
                 _parse(stream)  # there was no time for it since the last sweep
             elif _is_much(stream, now):
-                self._wait_for_idle(stream)
+                self.when_idle(stream)
 
     def _close_idle(self, now: int) -> None:
         for target in self._targets:
@@ -348,10 +351,10 @@ class Client:
             for connection in target.idle:
                 connection.close()
             target.idle.clear()
-        self.poller.close()
-        for watcher in (self._idle, self._sweeper):
+        for watcher in (self._idle, self._sweeper, self._ready):
             watcher.stop()
             watcher.close()
+        self.reader.close()
 
 
 def _since(start_ns: int, stamps: array[int]) -> array[int]:
@@ -372,7 +375,7 @@ def _parse(stream: Stream) -> None:
 
 def _is_much(stream: Stream, now: int) -> bool:
     """Whether a stream holds what should be parsed before its answer ends."""
-    reads, texts = stream.reads, stream.texts
+    reads, kept = stream.reads, stream.kept
     if reads:
         return len(reads) >= _READS or len(reads[-1]) >= _LARGE or now - stream.stamps[0] > _OLD_NS
-    return bool(texts) and (len(texts) >= _TEXTS or now - stream.text_stamps[0] > _OLD_NS)
+    return len(kept) >= _TEXTS or (len(kept) > 0 and now - kept.first_ns > _OLD_NS)

@@ -118,9 +118,9 @@ class Completion:
             and self._tokens[0] == _UNSAID
         )
 
-    def take_plain(self, stamps: list[int]) -> None:
+    def take_plain(self, stamps: array[int]) -> None:
         """Take events that are known to be plain (`scenarios.plain`)."""
-        self._stamps.extend(array("q", stamps))
+        self._stamps.extend(stamps)
         self._certain += bytes([_CERTAIN]) * len(stamps)
         self._tokens.extend(array("i", [_UNSAID]) * len(stamps))
 

@@ -1,7 +1,7 @@
 """One keep-alive connection on gevent's event loop: connect, TLS, write, and what follows from the bytes it reads.
 
 No greenlet belongs to a connection and none is switched to per read. Connections without TLS are read by
-`scenarios.poller`, the hot path; those with it read themselves.
+`scenarios.reading`, the hot path; those with it read themselves.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import gevent.monkey
 
-from scenarios.poller import READ_SIZE
+from scenarios.reading import READ_SIZE
 from scenarios.stream import Stream
 
 if TYPE_CHECKING:
     import socket
 
     from scenarios.client import Client
+    from scenarios.hot_path import Kept
+    from scenarios.plain import Template
     from scenarios.target import Target
 
 # Locust patches the socket module to switch greenlets; the hot path is driven by callbacks and needs the real one.
@@ -103,7 +105,7 @@ class Connection:
         self.target.prefer(self._address - 1)
         self.recv = self.sock.recv
         if self.target.tls is None:
-            self.client.poller.add(self, self.sock.fileno())
+            self.client.reader.add(self.sock.fileno(), self)
             self._opened()
             return
         self._reader = self.client.loop.io(self.sock.fileno(), _READ)
@@ -215,8 +217,18 @@ class Connection:
         assert self.stream is not None
         assert self.sock is not None
         self.stream.raw = True
-        self.client.poller.keep_all(self.sock.fileno())
+        self.client.reader.keep_all(self.sock.fileno())
         self.received(data, stamp)
+
+    def keep_texts(self, kept: Kept, template: Template) -> None:
+        """Of plain events that arrive from now on, keep the text alone; of a connection with TLS they are read here."""
+        if self.sock is not None and self._tls is None:
+            self.client.reader.keep_texts(self.sock.fileno(), kept, template)
+
+    def failed(self, code: int) -> None:
+        """Receiving failed."""
+        if code not in (errno.EAGAIN, errno.EINTR):
+            self.lost(os.strerror(code).lower())
 
     def _perhaps_end(self, stream: Stream) -> None:
         """End the request at once when its last bytes are beyond doubt: parsing it may wait until the loop is idle.
@@ -239,11 +251,12 @@ class Connection:
             self._end(stream, stream.last_ns, keep=response.keep_alive and not self._out)
         elif response.chunked and response.begun and not stream.lazy:
             stream.lazy = True
+            self.client.when_idle(stream)  # it has shown its first output: learn what more of it looks like
 
     def _end(self, stream: Stream, stamp: int, *, keep: bool) -> None:
         self.stream = stream.connection = None
         if not stream.raw and self.sock is not None:
-            self.client.poller.keep_all(self.sock.fileno())
+            self.client.reader.keep_all(self.sock.fileno())
         if keep:
             self.client.pool(self)
         else:
@@ -330,7 +343,7 @@ class Connection:
                 watcher.close()
         self._reader = self._writer = self.recv = None
         if self.sock is not None:
-            self.client.poller.remove(self.sock.fileno())
+            self.client.reader.remove(self.sock.fileno())
             self.sock.close()
             self.sock = None
 

@@ -120,7 +120,7 @@ class Observer:
         self._lags, self._in_flight, self._gc_ns = array("q"), 0, 0
 
     def _count(self) -> tuple[int, int, int, int]:
-        return (PARSED.reads, PARSED.bytes, self._load.sent, self._done())
+        return (PARSED.events, PARSED.bytes, self._load.sent, self._done())
 
     def _on_gc(self, phase: str, info: dict[str, int]) -> None:
         if phase == "start":

@@ -15,6 +15,7 @@ from itertools import repeat
 import msgspec
 
 from scenarios.completion import Completion
+from scenarios.hot_path import Kept
 
 _TEXT = re.compile(rb'"(?:content|text|reasoning|reasoning_content)" ?: ?"')
 _CLOSING = 4  # reads at the end of most answers: the last token, usage, [DONE], the last chunk
@@ -30,10 +31,14 @@ class _Usual:
 class Template:
     """What a plain event of one answer looks like, around its text."""
 
-    __slots__ = ("_before", "_end", "_head", "after", "starts")
+    __slots__ = ("_end", "_head", "after", "before", "starts", "upper")
 
     def __init__(self, before: bytes, after: bytes, end: bytes, head: bytes) -> None:
-        self._before, self._head = before, head
+        self.before = before
+        """What is before the text, from behind the line with the chunk's size."""
+        self._head = head
+        self.upper = head == b"%X"
+        """How that size is written: 1F, not 1f."""
         self._end = end + b"\r\n"
         self.after = after + self._end
         """How a chunk with a plain event ends."""
@@ -95,26 +100,27 @@ class Template:
         starts, lengths = zip(*map(self.starts.__getitem__, map(len, reads)), strict=True)
         texts = list(map(bytes.removesuffix, map(bytes.removeprefix, reads, starts), repeat(self.after)))
         # What lacks its start or its end is longer than it would be without it.
-        return tuple(map(len, texts)) == lengths and self.fit(texts)
+        return tuple(map(len, texts)) == lengths and self.fit(b" ".join(texts))
 
     @staticmethod
-    def fit(texts: list[bytes]) -> bool:
-        """Whether each is the inside of a JSON string."""
-        # A space between them, so that no half of a character or escape meets its other half in the next event.
+    def fit(texts: bytes) -> bool:
+        """Whether each is the inside of a JSON string; ``texts`` has a space between two of them, so that no half of a
+        character or escape meets its other half in the next event.
+        """
         try:
-            _decode_text(b'"%b"' % b" ".join(texts))
+            _decode_text(b'"%b"' % texts)
         except (msgspec.DecodeError, UnicodeDecodeError):
             return False
         return True
 
     def whole(self, text: bytes) -> bytes:
         """The chunk that this is the text of, as it was read."""
-        event = len(self._before) + len(text) + len(self.after) - 2
-        return self._head % event + b"\r\n" + self._before + text + self.after
+        event = len(self.before) + len(text) + len(self.after) - 2
+        return self._head % event + b"\r\n" + self.before + text + self.after
 
-    def size(self, texts: list[bytes]) -> int:
+    def size(self, kept: Kept) -> int:
         """Bytes of the chunks that these are the texts of, to one each."""
-        return len(b"".join(texts)) + len(texts) * (len(self.whole(texts[0])) - len(texts[0]))
+        return len(kept.joined()) + len(kept) * (len(self.before) + len(self.after) + len(b"fa\r\n") - 1)
 
 
 class _Starts(dict[int, tuple[bytes, int]]):

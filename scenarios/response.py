@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from scenarios.completion import Completion, PromptDetails, Usage, clean, message_in
+from scenarios.hot_path import Kept
 from scenarios.plain import Template
 
 HEADER_LIMIT = 64 * 1024
@@ -59,7 +60,7 @@ class Response:
 
     __slots__ = (
         "_body_kind", "_carry", "_chunk_left", "_completion", "_head", "_last_body_ns", "_left", "_lessons",
-        "_location", "_plain", "_secret", "_state", "chunked", "done", "keep_alive", "status",
+        "_location", "_plain", "_sample", "_secret", "_state", "chunked", "done", "keep_alive", "status",
     )  # fmt: skip
 
     def __init__(self, secret: str | None = None) -> None:
@@ -80,6 +81,7 @@ class Response:
         self._completion = Completion()
         self._plain: Template | None = None
         self._lessons = _LESSONS
+        self._sample = b""  # the last chunk, while it is not known what plain events look like
 
     # -- framing ------------------------------------------------------------------------------------------------------
 
@@ -93,7 +95,7 @@ class Response:
         while at < len(reads):
             if bulk:
                 plain = template.count(reads[at:] if at else reads)
-                self._take_plain(stamps[at : at + plain])
+                self._take_plain(array("q", stamps[at : at + plain]))
                 at += plain
                 bulk -= 1
                 if at < len(reads) and template.holds(reads[at]) > 1:
@@ -111,21 +113,26 @@ class Response:
                 if odd - at == len(reads):
                     self._plain = None  # this answer has changed: learn again
             if odd < len(reads) and not bulk:
-                self._take_plain(stamps[odd : odd + 1])
+                self._take_plain(array("q", stamps[odd : odd + 1]))
                 odd += 1
             at = odd
 
-    def feed_texts(self, template: Template, texts: list[bytes], stamps: list[int]) -> None:
-        """Take reads that are chunks of this template, each by its text alone."""
-        if template.fit(texts) and self._at_an_event:
+    def feed_kept(self, template: Template, kept: Kept) -> None:
+        """Take chunks of this template, each by its text alone."""
+        stamps = array("q", kept.stamps())
+        if template.fit(kept.joined()) and self._at_an_event:
             self._take_plain(stamps)
         else:
-            self.feed([template.whole(text) for text in texts], stamps)
+            self.feed([template.whole(text) for text in kept.texts()], stamps.tolist())
 
     @property
     def plain(self) -> Template | None:
         """What plain events look like from here on; null while that is not known or nothing of the kind may follow."""
-        return self._plain if self._at_an_event else None
+        if not self._at_an_event:
+            return None
+        if self._plain is None and self._lessons and self._sample:
+            self._learn(self._sample)
+        return self._plain
 
     @property
     def begun(self) -> bool:
@@ -149,11 +156,19 @@ class Response:
         if not self._at_an_event:
             return None
         if self._plain is None and self._lessons and len(reads) >= _FEW:
-            self._lessons -= 1
-            self._plain = Template.learn(reads[len(reads) // 2])
+            self._learn(reads[len(reads) // 2])
         return self._plain
 
-    def _take_plain(self, stamps: list[int]) -> None:
+    def _remember(self, chunk: bytes) -> None:
+        if self._plain is None and self._lessons:
+            self._sample = chunk
+
+    def _learn(self, read: bytes) -> None:
+        self._lessons -= 1
+        self._sample = b""
+        self._plain = Template.learn(read)
+
+    def _take_plain(self, stamps: array[int]) -> None:
         if stamps:
             self._completion.take_plain(stamps)
             self._last_body_ns = stamps[-1]
@@ -312,6 +327,7 @@ class Response:
     def _read_chunk_size(self, raw: bytes, pos: int, ends: list[int], stamps: list[int]) -> int:
         """Every whole chunk of ``raw`` in one go, up to an unfinished one or the last."""
         spans: list[tuple[int, int]] = []
+        at = pos  # of the last chunk
         find, end = raw.find, len(raw)
         problem = ""
         while True:
@@ -340,6 +356,7 @@ class Response:
                 self._state = Response._read_chunk
                 pos = min(stop, end)
                 break
+            at = pos
             spans.append((start, stop))  # whatever follows: it may not be there yet, and reads must not matter
             if raw[stop : stop + 2] != b"\r\n":
                 problem = "a chunk that is longer than its size"
@@ -347,6 +364,7 @@ class Response:
             pos = stop + 2
         if spans:
             self._take_body(raw, spans, ends, stamps)
+            self._remember(raw[at:pos])
         if problem and not self.done:
             self._broken(f"bad chunked framing: {problem}")
         return pos

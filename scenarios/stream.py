@@ -7,6 +7,7 @@ from time import monotonic_ns
 from typing import TYPE_CHECKING, Any
 
 from harness.results import Result
+from scenarios.hot_path import Kept
 from scenarios.plain import Template
 from scenarios.response import Response
 
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
 
 
 class _Tally:
-    """Reads and bytes that this process has parsed; what streams still hold is not in it."""
+    """Plain events, other reads, and bytes, that this process has parsed; what streams still hold is not in it."""
 
-    reads = 0
+    events = 0
     bytes = 0
 
 
@@ -29,9 +30,8 @@ class Stream:
     """One request on its way: the row it will become, and what has been read for it."""
 
     __slots__ = (
-        "connection", "ended", "error", "hang_up", "last_ns", "lazy", "payload", "queued", "raw", "reads", "response",
-        "result", "retry", "secret", "sent_ns", "slice", "stamps", "target", "template", "text_stamps", "texts",
-        "tried_ns",
+        "connection", "ended", "error", "hang_up", "kept", "last_ns", "lazy", "payload", "queued", "raw", "reads",
+        "response", "result", "retry", "secret", "sent_ns", "slice", "stamps", "target", "template", "tried_ns",
     )  # fmt: skip
 
     def __init__(
@@ -58,11 +58,10 @@ class Stream:
     def begin(self, now_ns: int) -> None:
         """Forget what was read: it is sent, perhaps again, at ``now_ns``."""
         self.response = Response(self.secret)
-        self.texts: list[bytes] = []  # of plain events, and then
-        self.text_stamps: list[int] = []
+        self.kept = Kept()  # texts of plain events, and then
         self.reads: list[bytes] = []  # whatever came after those
         self.stamps: list[int] = []
-        self.template: Template | None = None  # of the texts
+        self.template: Template | None = None  # of what is kept
         self.raw = True  # what arrives next is a read, whatever it is
         self.lazy = False  # the end can be told from the last bytes, so nothing need be parsed before it
         self.tried_ns = self.last_ns = now_ns
@@ -80,20 +79,19 @@ class Stream:
     @property
     def heard_ns(self) -> int:
         """When something arrived last, or else when it was sent."""
-        return self.stamps[-1] if self.stamps else self.text_stamps[-1] if self.text_stamps else self.last_ns
+        return self.stamps[-1] if self.stamps else self.kept.last_ns or self.last_ns
 
     def parse(self) -> None:
-        """Feed what was read to the response. The poller holds the four lists: they stay the same."""
+        """Feed what was read to the response. The hot path holds ``kept``: it stays the same object."""
         self.last_ns = self.heard_ns
-        if self.texts:
+        if self.kept:
             assert self.template is not None
-            PARSED.reads += len(self.texts)
-            PARSED.bytes += self.template.size(self.texts)
-            self.response.feed_texts(self.template, self.texts, self.text_stamps)
-            self.texts.clear()
-            self.text_stamps.clear()
+            PARSED.events += len(self.kept)
+            PARSED.bytes += self.template.size(self.kept)
+            self.response.feed_kept(self.template, self.kept)
+            self.kept.clear()
         if self.reads:
-            PARSED.reads += len(self.reads)
+            PARSED.events += len(self.reads)
             PARSED.bytes += sum(map(len, self.reads))
             self.response.feed(self.reads, self.stamps)
             self.reads.clear()
@@ -102,4 +100,4 @@ class Stream:
             self.template = self.response.plain
             if self.template is not None:
                 self.raw = False
-                self.connection.client.poller.keep_texts(self.connection, self, self.template)
+                self.connection.keep_texts(self.kept, self.template)

@@ -9,19 +9,19 @@ import time
 from dataclasses import replace
 from typing import Any
 
-import gevent
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_response import CHUNKED, DONE, END, chunk, listed, text, usage
 
 from harness.results import Result
+from scenarios import hot_path, reading
 from scenarios.connection import Connection
 from scenarios.plain import Template, _Usual
-from scenarios.poller import Poller
 from scenarios.response import Response
 from scenarios.stream import Stream
 
+PATHS: list[Any] = [reading, *([hot_path] if hot_path.COMPILED else [])]
 TOKENS = ["a", " the", "ß", "日本", "🙂", '"', "\\", "\n", "\n\n", "\r\n", "\x00", "\x7f", "}]}", '"}]}', "data: x",
           "[DONE]", '","finish_reason":"stop', "e\r\ndata: ", " ", "\u2028", "0", "f9\r\n"]  # fmt: skip
 ODD = ["", '"a"', "null", "5", "true", "[1]", '"\\ud83d"', '"\\ud83d\\ude42"', '"\\ude42"', '"\\x"', '"\\u12"', '"a\\"',
@@ -151,7 +151,8 @@ def test_what_servers_really_send_is_learned(monkeypatch: pytest.MonkeyPatch) ->
             assert template.count([read.upper() for read in reads]) == 0
 
 
-def test_capital_sizes_are_plain_too(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_capital_sizes_are_plain_too(path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Servers in Rust (hyper) write 8A, not 8a; an event of 0x81 bytes alone does not show that."""
     monkeypatch.setattr(_Usual, "head", b"%x")
     payloads = [said(SHAPES[2], b'"%b"' % (b"t" * (1 + i % 20))) for i in range(400)]
@@ -167,7 +168,7 @@ def test_capital_sizes_are_plain_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
         patch.setattr(Connection, "other", spy)
         for start in (10, 0):  # an answer that shows it, and one that does not
-            stream, _, _ = through_a_socket([*reads[start:], chunk(DONE), END], set(range(6, 400, 6)))
+            stream, _, _ = through_a_socket([*reads[start:], chunk(DONE), END], set(range(6, 400, 6)), path)
             assert len(listed(stream.response).chunk_ns) == 400 - start
     assert len(kept) == 2, "the ends"
 
@@ -210,7 +211,7 @@ def test_cut_or_joined_at_any_byte(shape: str) -> None:
                 assert outcome(split, [4, 5], by_the_book=False) == outcome(split, [4, 5], by_the_book=True)
 
 
-# -- through the poller -----------------------------------------------------------------------------------------------
+# -- through the hot path ---------------------------------------------------------------------------------------------
 
 
 class Owner:
@@ -218,8 +219,8 @@ class Owner:
 
     retries = 0
 
-    def __init__(self) -> None:
-        self.poller = Poller(gevent.get_hub().loop)
+    def __init__(self, path: Any) -> None:
+        self.reader = path.Reader()
         self.ended: list[Stream] = []
         self.pooled = 0
 
@@ -233,40 +234,47 @@ class Owner:
     def drop(self, connection: Connection, trouble: str = "") -> None:
         pass
 
+    def when_idle(self, stream: Stream) -> None:
+        pass
 
-def through_a_socket(reads: list[bytes], parse_after: set[int]) -> tuple[Stream, list[int], Owner]:
+
+def through_a_socket(reads: list[bytes], parse_after: set[int], path: Any) -> tuple[Stream, list[int], Owner]:
     """Send reads one by one to a real connection; parse at some of them. The stream, and when each read was sent."""
-    owner: Any = Owner()
+    owner: Any = Owner(path)
     target: Any = type("Target", (), {"tls": None, "idle": [], "authority": "x"})()
     here, there = socket.socketpair()
     connection = Connection(owner, target)
-    stream = Stream(Result(0, 0), b"", target, None, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("scenarios.stream.Kept", path.Kept)
+        stream = Stream(Result(0, 0), b"", target, None, None)
     connection.sock, connection.recv, connection.stream, stream.connection = there, there.recv, stream, connection
     there.setblocking(False)
     connection.ready = True
-    owner.poller.add(connection, there.fileno())
+    owner.reader.add(there.fileno(), connection)
     sent = []
     try:
         for i, read in enumerate([CHUNKED, *reads]):
             sent.append(time.monotonic_ns())
             with contextlib.suppress(OSError):  # it may have had enough
                 here.sendall(read)
-            owner.poller._read()
+            owner.reader.read()
             if i in parse_after:
                 stream.parse()
         here.close()
-        owner.poller._read()
+        owner.reader.read()
+        owner.reader.read()  # an end that came with the last bytes
         stream.parse()
     finally:
         connection.close()
-        owner.poller.close()
+        owner.reader.close()
     return stream, sent, owner
 
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_what_the_poller_keeps_says_what_the_book_says(data: st.DataObject) -> None:
+def test_what_the_hot_path_keeps_says_what_the_book_says(data: st.DataObject) -> None:
     """Texts of plain events, and whole reads of all others, parsed now and then."""
+    path = data.draw(st.sampled_from(PATHS))
     shape = data.draw(st.sampled_from(SHAPES[:5] * 3 + SHAPES[5:]))
     reads = [chunk(said(shape, b'"first"'))] * 5
     for _ in range(data.draw(st.integers(1, 25))):
@@ -283,29 +291,39 @@ def test_what_the_poller_keeps_says_what_the_book_says(data: st.DataObject) -> N
     tails = [[], [chunk(usage(3)), chunk(DONE), END], [chunk(DONE) + END], [chunk(usage(3)) + chunk(DONE) + END]]
     reads += data.draw(st.sampled_from(tails))
     parse_after = data.draw(st.sets(st.integers(0, len(reads))))
-    stream, sent, owner = through_a_socket(reads, parse_after | {6})
+    stream, sent, owner = through_a_socket(reads, parse_after | {6}, path)
     expected = outcome(reads, [1] * len(reads), by_the_book=True)[2]
     found = listed(stream.response)
     assert replace(found, chunk_ns=[]) == replace(expected, chunk_ns=[])
     for stamp, read in zip(found.chunk_ns, expected.chunk_ns, strict=True):
         assert sent[read] <= stamp < (sent[read + 1] if read + 1 < len(sent) else stamp + 1)
     assert len(owner.ended) == 1
-    assert stream.texts == stream.text_stamps == stream.reads == stream.stamps == []
+    assert stream.kept.texts() == stream.reads == stream.stamps == []
 
 
-def test_the_poller_keeps_texts_alone() -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_the_hot_path_keeps_texts_alone(path: Any) -> None:
     """Ten thousand streams fit into memory, because of a plain event only the text is kept."""
     body = [chunk(said(SHAPES[2], b'" t%d"' % i)) for i in range(60)]
-    kept: list[int] = []
-    keep_texts = Poller.keep_texts
+    learned: list[int] = []
+    texts: list[bytes] = []
+    keep_texts, feed_kept = Connection.keep_texts, Response.feed_kept
 
-    def spy(poller: Poller, connection: Connection, stream: Stream, template: Template) -> None:
-        keep_texts(poller, connection, stream, template)
-        kept.append(len(stream.response._completion._stamps))
+    def learn(connection: Connection, kept: Any, template: Template) -> None:
+        assert connection.stream is not None
+        learned.append(len(connection.stream.response._completion._stamps))
+        keep_texts(connection, kept, template)
+
+    def feed(response: Response, template: Template, kept: Any) -> None:
+        texts.extend(kept.texts())
+        feed_kept(response, template, kept)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Poller, "keep_texts", spy)
+        patch.setattr(Connection, "keep_texts", learn)
+        patch.setattr(Response, "feed_kept", feed)
         patch.setattr(_Usual, "head", b"%x")
-        stream, _, _ = through_a_socket([*body, chunk(text("", "stop")), chunk(usage(60)), chunk(DONE), END], {6})
-    assert kept == [6], "learned once, after six events"
+        end = [chunk(text("", "stop")), chunk(usage(60)), chunk(DONE), END]
+        stream, _, _ = through_a_socket([*body, *end], {1}, path)
+    assert learned == [1], "learned once, from the first event"
+    assert texts == [b" t%d" % i for i in range(1, 60)]
     assert len(listed(stream.response).chunk_ns) == 60

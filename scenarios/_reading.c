@@ -1,0 +1,432 @@
+/* The hot path of the load generator, compiled: what `scenarios/reading.py` says in Python, said in C.
+
+   Both have the same two types and the same behaviour, which tests/test_reading_path.py compares byte by byte; that
+   file is the one to read first. This one exists because a token costs the interpreter more than it costs the kernel.
+   It builds against the stable ABI of Python 3.11, and where it cannot be built the Python one is used. */
+
+#define Py_LIMITED_API 0x030b0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <structmember.h>
+
+#include <errno.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#define READ_SIZE 65536
+#define BATCH 256
+#define ROUNDS 4
+#define MANY 16 /* ready at once: to look again is cheaper than a turn of the loop */
+#define DIGITS 5
+#define EVENTS (EPOLLIN | EPOLLRDHUP | EPOLLET)
+
+static int64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* Room for `needed` items of `size` bytes; 0, or -1 with MemoryError. */
+static int reserve(void **items, uint32_t *room, uint64_t needed, size_t size, uint32_t first) {
+    if (needed <= *room) return 0;
+    uint64_t wanted = *room ? (uint64_t)*room + *room / 2 : first;
+    if (wanted < needed) wanted = needed;
+    void *grown = wanted > UINT32_MAX ? NULL : PyMem_Realloc(*items, wanted * size);
+    if (!grown) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    *items = grown;
+    *room = (uint32_t)wanted;
+    return 0;
+}
+
+/* -- Kept ---------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    PyObject_HEAD
+    int64_t *stamps;
+    uint32_t *ends; /* of each text in `joined` */
+    char *joined;   /* with a space between two texts */
+    uint32_t count, stamps_room, ends_room, joined_room;
+} Kept;
+
+static int Kept_add(Kept *self, const char *text, Py_ssize_t length, int64_t stamp) {
+    uint64_t at = self->count ? (uint64_t)self->ends[self->count - 1] + 1 : 0;
+    if (reserve((void **)&self->stamps, &self->stamps_room, self->count + 1ull, sizeof(int64_t), 16) < 0 ||
+        reserve((void **)&self->ends, &self->ends_room, self->count + 1ull, sizeof(uint32_t), 16) < 0 ||
+        reserve((void **)&self->joined, &self->joined_room, at + length, 1, 96) < 0)
+        return -1;
+    if (at) self->joined[at - 1] = ' ';
+    memcpy(self->joined + at, text, length);
+    self->ends[self->count] = (uint32_t)(at + length);
+    self->stamps[self->count++] = stamp;
+    return 0;
+}
+
+static void Kept_dealloc(Kept *self) {
+    PyTypeObject *type = Py_TYPE((PyObject *)self);
+    PyMem_Free(self->stamps);
+    PyMem_Free(self->ends);
+    PyMem_Free(self->joined);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(self);
+    Py_DECREF(type);
+}
+
+static Py_ssize_t Kept_length(Kept *self) { return self->count; }
+
+static PyObject *Kept_clear(Kept *self, PyObject *Py_UNUSED(none)) {
+    PyMem_Free(self->stamps);
+    PyMem_Free(self->ends);
+    PyMem_Free(self->joined);
+    self->stamps = NULL;
+    self->ends = NULL;
+    self->joined = NULL;
+    self->count = self->stamps_room = self->ends_room = self->joined_room = 0;
+    Py_RETURN_NONE;
+}
+
+static PyObject *Kept_texts(Kept *self, PyObject *Py_UNUSED(none)) {
+    PyObject *texts = PyList_New(self->count);
+    uint32_t from = 0;
+    for (uint32_t i = 0; texts && i < self->count; i++) {
+        PyObject *text = PyBytes_FromStringAndSize(self->joined + from, self->ends[i] - from);
+        if (!text || PyList_SetItem(texts, i, text) < 0) Py_CLEAR(texts);
+        from = self->ends[i] + 1;
+    }
+    return texts;
+}
+
+static PyObject *Kept_joined(Kept *self, PyObject *Py_UNUSED(none)) {
+    return PyBytes_FromStringAndSize(self->joined, self->count ? self->ends[self->count - 1] : 0);
+}
+
+static PyObject *Kept_stamps(Kept *self, PyObject *Py_UNUSED(none)) {
+    return PyBytes_FromStringAndSize((char *)self->stamps, (Py_ssize_t)self->count * sizeof(int64_t));
+}
+
+static PyObject *Kept_first(Kept *self, void *Py_UNUSED(closure)) {
+    return PyLong_FromLongLong(self->count ? self->stamps[0] : 0);
+}
+
+static PyObject *Kept_last(Kept *self, void *Py_UNUSED(closure)) {
+    return PyLong_FromLongLong(self->count ? self->stamps[self->count - 1] : 0);
+}
+
+static PyMethodDef kept_methods[] = {
+    {"clear", (PyCFunction)Kept_clear, METH_NOARGS, "Hold nothing."},
+    {"texts", (PyCFunction)Kept_texts, METH_NOARGS, "Each text."},
+    {"joined", (PyCFunction)Kept_joined, METH_NOARGS, "All texts with a space between two."},
+    {"stamps", (PyCFunction)Kept_stamps, METH_NOARGS, "When each arrived: int64, native byte order."},
+    {0},
+};
+
+static PyGetSetDef kept_values[] = {
+    {"first_ns", (getter)Kept_first, NULL, "When the first arrived; 0 for none.", NULL},
+    {"last_ns", (getter)Kept_last, NULL, "When the last arrived; 0 for none.", NULL},
+    {0},
+};
+
+static PyType_Slot kept_slots[] = {
+    {Py_tp_doc, "Texts of plain events and when each arrived."},
+    {Py_tp_dealloc, Kept_dealloc},
+    {Py_tp_methods, kept_methods},
+    {Py_tp_getset, kept_values},
+    {Py_sq_length, Kept_length},
+    {0},
+};
+
+static PyType_Spec kept_spec = {"scenarios._reading.Kept", sizeof(Kept), 0, Py_TPFLAGS_DEFAULT, kept_slots};
+
+/* -- Reader -------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    PyObject *connection;      /* null: nothing is read from this descriptor */
+    Kept *kept;                /* null: whatever arrives is handed on */
+    PyObject *before, *after;  /* bytes around a plain event's text, from behind the size line to the chunk's end */
+    int upper;                 /* how sizes are written: 1F or 1f */
+} Lane;
+
+typedef struct {
+    PyObject_HEAD
+    int epoll;
+    int room;
+    Lane *lanes; /* by descriptor */
+    PyTypeObject *kept_type;
+    char *buffer;
+    PyObject *error, *error_value, *error_trace; /* what the next return from read raises */
+} Reader;
+
+static Lane *lane_of(Reader *self, int fd) {
+    return fd >= 0 && fd < self->room && self->lanes[fd].connection ? &self->lanes[fd] : NULL;
+}
+
+static void lane_keep_all(Lane *lane) {
+    Kept *kept = lane->kept;
+    lane->kept = NULL;
+    Py_XDECREF((PyObject *)kept);
+    Py_CLEAR(lane->before);
+    Py_CLEAR(lane->after);
+}
+
+/* The bytes of the plain event that `data` begins with; 0 when it does not. */
+static Py_ssize_t plain_event(const Lane *lane, const char *data, Py_ssize_t size, const char **text,
+                              Py_ssize_t *length) {
+    Py_ssize_t digits = 0, event = 0;
+    const char ten = lane->upper ? 'A' : 'a';
+    for (; digits < DIGITS && digits < size; digits++) {
+        char c = data[digits];
+        if (c >= '0' && c <= '9' && (digits || c != '0')) event = event * 16 + (c - '0');
+        else if (c >= ten && c < ten + 6) event = event * 16 + (c - ten + 10);
+        else break;
+    }
+    Py_ssize_t whole = digits + 2 + event + 2;
+    if (!digits || whole > size || data[digits] != '\r' || data[digits + 1] != '\n') return 0;
+    Py_ssize_t before = PyBytes_Size(lane->before), after = PyBytes_Size(lane->after);
+    *length = event + 2 - before - after;
+    *text = data + digits + 2 + before;
+    if (*length < 1 || memcmp(*text - before, PyBytes_AsString(lane->before), before) ||
+        memcmp(*text + *length, PyBytes_AsString(lane->after), after))
+        return 0;
+    return whole;
+}
+
+static int done(PyObject *connection, PyObject *result) {
+    Py_DECREF(connection);
+    Py_XDECREF(result);
+    return result ? 0 : -1;
+}
+
+static int hand_on(PyObject *connection, const char *method, const char *data, Py_ssize_t size, int64_t stamp) {
+    Py_INCREF(connection); /* the call may close it */
+    return done(connection, PyObject_CallMethod(connection, method, "y#L", data, size, (long long)stamp));
+}
+
+static int lost(PyObject *connection, int error) {
+    Py_INCREF(connection);
+    return done(connection, error ? PyObject_CallMethod(connection, "failed", "i", error)
+                                  : PyObject_CallMethod(connection, "lost", "O", Py_None));
+}
+
+static int take(Lane *lane, const char *data, Py_ssize_t size, int64_t stamp) {
+    const char *at = data, *end = at + size, *text;
+    if (!lane->kept) return hand_on(lane->connection, "received", at, size, stamp);
+    Py_ssize_t length, whole;
+    while (at < end && (whole = plain_event(lane, at, end - at, &text, &length))) {
+        if (Kept_add(lane->kept, text, length, stamp) < 0) return -1;
+        at += whole;
+    }
+    return at < end ? hand_on(lane->connection, "other", at, end - at, stamp) : 0;
+}
+
+/* Keep the first Python error of a round: the other sockets that are ready are told of only once. */
+static void note_error(Reader *self) {
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    if (self->error) {
+        Py_XDECREF(type);
+        Py_XDECREF(value);
+        Py_XDECREF(trace);
+        return;
+    }
+    self->error = type;
+    self->error_value = value;
+    self->error_trace = trace;
+}
+
+enum { MORE, LESS, OVER }; /* after a read: there may be more; all was read that was there; nothing else will come */
+
+static int receive(Reader *self, int fd) {
+    Lane *lane = lane_of(self, fd);
+    if (!lane) return OVER; /* closed by what came before it in this round */
+    ssize_t size = recv(fd, self->buffer, READ_SIZE, MSG_DONTWAIT);
+    int64_t stamp = now_ns();
+    if (size < 0 && errno == EINTR) return MORE;
+    if (size < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return OVER;
+    if ((size > 0 ? take(lane, self->buffer, size, stamp) : lost(lane->connection, size ? errno : 0)) < 0)
+        note_error(self);
+    return size <= 0 ? OVER : size == READ_SIZE ? MORE : LESS;
+}
+
+/* Edge-triggered: the kernel need not look again at every socket that was just emptied. So it must be emptied, and an
+   end that came together with the last bytes, of which nothing else would tell, must be looked for. */
+static void read_one(Reader *self, int fd, uint32_t events) {
+    for (int reads = 0; reads < MANY; reads++) {
+        int state = receive(self, fd);
+        if (state == OVER || (state == LESS && !(events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)))) return;
+    }
+    struct epoll_event again = {.events = EVENTS, .data.fd = fd}; /* a stream without end is not to starve the others */
+    if (lane_of(self, fd)) epoll_ctl(self->epoll, EPOLL_CTL_MOD, fd, &again);
+}
+
+static PyObject *Reader_read(Reader *self, PyObject *Py_UNUSED(none)) {
+    struct epoll_event ready[BATCH];
+    for (int round = 0; round < ROUNDS; round++) {
+        int count = epoll_wait(self->epoll, ready, BATCH, 0); /* it never waits: no other thread need run meanwhile */
+        if (count < 0 && errno != EINTR) return PyErr_SetFromErrno(PyExc_OSError);
+        for (int i = 0; i < count; i++) read_one(self, ready[i].data.fd, ready[i].events);
+        if (count < MANY) break; /* the loop's own turn costs less than to look in vain */
+    }
+    if (!self->error) Py_RETURN_NONE;
+    PyErr_Restore(self->error, self->error_value, self->error_trace);
+    self->error = self->error_value = self->error_trace = NULL;
+    return NULL;
+}
+
+static PyObject *Reader_add(Reader *self, PyObject *args) {
+    PyObject *connection;
+    int fd;
+    if (!PyArg_ParseTuple(args, "iO", &fd, &connection)) return NULL;
+    if (fd < 0 || lane_of(self, fd)) return PyErr_Format(PyExc_ValueError, "descriptor %d cannot be added", fd);
+    if (fd >= self->room) {
+        int room = fd + 1 + self->room / 2;
+        Lane *grown = PyMem_Realloc(self->lanes, room * sizeof(Lane));
+        if (!grown) return PyErr_NoMemory();
+        memset(grown + self->room, 0, (room - self->room) * sizeof(Lane));
+        self->lanes = grown;
+        self->room = room;
+    }
+    struct epoll_event event = {.events = EVENTS, .data.fd = fd};
+    if (epoll_ctl(self->epoll, EPOLL_CTL_ADD, fd, &event) < 0) return PyErr_SetFromErrno(PyExc_OSError);
+    Py_INCREF(connection);
+    self->lanes[fd].connection = connection;
+    Py_RETURN_NONE;
+}
+
+static PyObject *Reader_keep_texts(Reader *self, PyObject *args) {
+    PyObject *kept, *template;
+    int fd;
+    if (!PyArg_ParseTuple(args, "iO!O", &fd, self->kept_type, &kept, &template)) return NULL;
+    Lane *lane = lane_of(self, fd);
+    if (!lane) Py_RETURN_NONE;
+    lane_keep_all(lane);
+    PyObject *upper = PyObject_GetAttrString(template, "upper");
+    lane->before = PyObject_GetAttrString(template, "before");
+    lane->after = PyObject_GetAttrString(template, "after");
+    lane->upper = upper ? PyObject_IsTrue(upper) : -1;
+    Py_XDECREF(upper);
+    if (lane->upper < 0 || !lane->before || !lane->after) return NULL;
+    if (!PyBytes_Check(lane->before) || !PyBytes_Check(lane->after))
+        return PyErr_Format(PyExc_TypeError, "a template is made of bytes");
+    Py_INCREF(kept);
+    lane->kept = (Kept *)kept; /* last: only now the lane is whole */
+    Py_RETURN_NONE;
+}
+
+static PyObject *Reader_keep_all(Reader *self, PyObject *arg) {
+    long fd = PyLong_AsLong(arg);
+    if (fd == -1 && PyErr_Occurred()) return NULL;
+    Lane *lane = lane_of(self, (int)fd);
+    if (lane) lane_keep_all(lane);
+    Py_RETURN_NONE;
+}
+
+static PyObject *Reader_remove(Reader *self, PyObject *arg) {
+    long fd = PyLong_AsLong(arg);
+    if (fd == -1 && PyErr_Occurred()) return NULL;
+    Lane *lane = lane_of(self, (int)fd);
+    if (!lane) Py_RETURN_NONE;
+    lane_keep_all(lane);
+    Py_CLEAR(lane->connection);
+    if (epoll_ctl(self->epoll, EPOLL_CTL_DEL, (int)fd, NULL) < 0) return PyErr_SetFromErrno(PyExc_OSError);
+    Py_RETURN_NONE;
+}
+
+static void release_all(Reader *self) {
+    for (int fd = 0; fd < self->room; fd++) {
+        lane_keep_all(&self->lanes[fd]);
+        Py_CLEAR(self->lanes[fd].connection);
+    }
+    if (self->epoll >= 0) close(self->epoll);
+    self->epoll = -1;
+}
+
+static PyObject *Reader_close(Reader *self, PyObject *Py_UNUSED(none)) {
+    release_all(self);
+    Py_RETURN_NONE;
+}
+
+static PyObject *Reader_fileno(Reader *self, PyObject *Py_UNUSED(none)) { return PyLong_FromLong(self->epoll); }
+
+static PyObject *Reader_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    if (PyTuple_Size(args) || (kwargs && PyDict_Size(kwargs)))
+        return PyErr_Format(PyExc_TypeError, "Reader() takes no arguments");
+    PyObject *module = PyType_GetModule(type);
+    allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    Reader *self = module ? (Reader *)allocate(type, 0) : NULL;
+    if (!self) return NULL;
+    self->epoll = epoll_create1(EPOLL_CLOEXEC);
+    self->kept_type = *(PyTypeObject **)PyModule_GetState(module);
+    Py_INCREF((PyObject *)self->kept_type);
+    self->buffer = PyMem_Malloc(READ_SIZE);
+    if (self->epoll < 0) PyErr_SetFromErrno(PyExc_OSError);
+    else if (!self->buffer) PyErr_NoMemory();
+    else return (PyObject *)self;
+    Py_DECREF(self);
+    return NULL;
+}
+
+static void Reader_dealloc(Reader *self) {
+    PyTypeObject *type = Py_TYPE((PyObject *)self);
+    release_all(self);
+    PyMem_Free(self->lanes);
+    PyMem_Free(self->buffer);
+    Py_XDECREF((PyObject *)self->kept_type);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(self);
+    Py_DECREF(type);
+}
+
+static PyMethodDef reader_methods[] = {
+    {"read", (PyCFunction)Reader_read, METH_NOARGS, "Read whatever has bytes, without waiting."},
+    {"add", (PyCFunction)Reader_add, METH_VARARGS, "Read from this descriptor from now on."},
+    {"keep_texts", (PyCFunction)Reader_keep_texts, METH_VARARGS, "Of plain events on a descriptor keep the text."},
+    {"keep_all", (PyCFunction)Reader_keep_all, METH_O, "Hand on whatever arrives again."},
+    {"remove", (PyCFunction)Reader_remove, METH_O, "Read from it no more."},
+    {"close", (PyCFunction)Reader_close, METH_NOARGS, "Stop; sockets are closed by their owners."},
+    {"fileno", (PyCFunction)Reader_fileno, METH_NOARGS, "A descriptor that is readable while there is work."},
+    {0},
+};
+
+static PyType_Slot reader_slots[] = {
+    {Py_tp_doc, "Receives, stamps and keeps, for every descriptor that has bytes."},
+    {Py_tp_new, Reader_new},
+    {Py_tp_dealloc, Reader_dealloc},
+    {Py_tp_methods, reader_methods},
+    {0},
+};
+
+static PyType_Spec reader_spec = {"scenarios._reading.Reader", sizeof(Reader), 0, Py_TPFLAGS_DEFAULT, reader_slots};
+
+/* -- the module ---------------------------------------------------------------------------------------------------- */
+
+static int module_exec(PyObject *module) {
+    PyTypeObject **kept = PyModule_GetState(module);
+    *kept = (PyTypeObject *)PyType_FromModuleAndSpec(module, &kept_spec, NULL);
+    if (!*kept || PyModule_AddType(module, *kept) < 0) return -1;
+    PyObject *reader = PyType_FromModuleAndSpec(module, &reader_spec, NULL);
+    int added = reader ? PyModule_AddType(module, (PyTypeObject *)reader) : -1;
+    Py_XDECREF(reader);
+    return added;
+}
+
+static int module_clear(PyObject *module) {
+    Py_CLEAR(*(PyTypeObject **)PyModule_GetState(module));
+    return 0;
+}
+
+static void module_free(void *module) { module_clear(module); }
+
+static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {0}};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_reading", "The hot path, compiled (see scenarios/reading.py).", sizeof(PyTypeObject *),
+    NULL, module_slots, NULL, module_clear, module_free,
+};
+
+PyMODINIT_FUNC PyInit__reading(void) { return PyModuleDef_Init(&definition); }
