@@ -1,8 +1,9 @@
 """vLLM's own client on our plan: ``vllm bench serve`` as installed, with its dataset reader replaced by the plan.
 
-Only the list of requests is ours: token ids, lengths and arrival times of the plan, so that both clients ask a server
-for exactly the same. Sending, timing and figures are vLLM's. Its ``vllm`` console script does not start in the CPU
-wheel, and no dataset of its command line takes token ids with times of one's own, hence this process of our own::
+Only the list of requests is ours: prompts or messages, lengths and arrival times of the plan, so that both clients ask
+a server for exactly the same. Sending, timing and figures are vLLM's. Its ``vllm`` console script does not start in the
+CPU wheel, and no dataset of its command line takes such requests with times of one's own, hence this process of our
+own::
 
     python -m cluster.vllm_bench PLAN [options of vllm bench serve]
 
@@ -28,6 +29,7 @@ from harness.probe import server_root
 from harness.run import python
 
 DEADLINE_S = 3600.0
+PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 _QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 
 
@@ -39,19 +41,22 @@ def check_can_run() -> None:
 
 def run_vllm_bench(
     plan: Path, out: Path, *, base_url: str, model: str, concurrency: int | None, extra_body: Mapping[str, object],
-    api_key: str | None, deadline_s: float = DEADLINE_S,
+    api_key: str | None, endpoint: str = "completions", deadline_s: float = DEADLINE_S,
 ) -> dict[str, Any]:  # fmt: skip
     """Send ``plan`` with vLLM's client and return the figures it saved (to ``out``, JSON; its words beside it).
+
+    On the chat ``endpoint`` they come with the stamps of each request.
 
     Raises `ServerError` when it ends without figures or not within ``deadline_s``.
     """
     argv = [
         python(), "-m", "cluster.vllm_bench", str(plan), "--backend", "openai", "--base-url", server_root(base_url),
-        "--endpoint", "/v1/completions", "--model", model, "--dataset-name", "timed_trace",
+        "--endpoint", PATHS[endpoint], "--model", model, "--dataset-name", "timed_trace",
         "--temperature", "0", "--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,90,99",
         "--ready-check-timeout-sec", "0", "--disable-tqdm", "--save-result", "--result-dir", str(out.parent),
         "--result-filename", out.name,
         *(["--extra-body", msgspec.json.encode(extra_body).decode()] if extra_body else []),
+        *(["--save-detailed"] if endpoint == "chat" else []),
         *(["--no-self-timed", "--max-concurrency", str(concurrency)] if concurrency else []),
     ]  # fmt: skip
     log = out.with_suffix(".log")
@@ -77,24 +82,41 @@ def main(argv: Sequence[str]) -> None:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     plan, *options = argv
+    parser: argparse.ArgumentParser = FlexibleArgumentParser()
+    serve.add_cli_args(parser)
+    args = parser.parse_args(options)
+    chat = args.endpoint == PATHS["chat"]
+    if chat:
+        # Requests with times of their own are for completions backends alone, so its chat one goes by their name.
+        serve.ASYNC_REQUEST_FUNCS["openai"] = serve.ASYNC_REQUEST_FUNCS["openai-chat"]
 
     def sample(request: Request) -> Any:
-        if request.prompt_token_ids is None and request.prompt_text is None:
-            raise UsageError(f"request {request.request_id} holds chat messages, not a completions prompt")
         return SampleRequest(
-            prompt=request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_text,
+            **_prompt(request, chat=chat),
             prompt_len=request.input_tokens or 0,
             expected_output_len=request.output_tokens or 16,
             request_id=str(request.request_id),
             timestamp=(request.scheduled_ns or 0) / 1e9,
+            request_overrides=None if request.model is None else {"model": request.model},
         )
 
     samples = [sample(request) for request in iter_requests(Path(plan))]
     serve.get_samples = lambda args, tokenizer: samples
     serve.get_tokenizer = lambda *args, **kwargs: _count_without_usage
-    parser: argparse.ArgumentParser = FlexibleArgumentParser()
-    serve.add_cli_args(parser)
-    asyncio.run(serve.main_async(parser.parse_args(options)))
+    asyncio.run(serve.main_async(args))
+
+
+def _prompt(request: Request, *, chat: bool) -> dict[str, Any]:
+    """What our client would send, as vLLM's takes it. Raises `UsageError` for what the endpoint cannot take."""
+    if not chat:
+        if request.prompt_token_ids is None and request.prompt_text is None:
+            raise UsageError(f"request {request.request_id} holds chat messages, not a completions prompt")
+        return {"prompt": request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_text}
+    if request.messages is not None:
+        return {"prompt": "", "chat_messages": msgspec.json.decode(request.messages)}
+    if request.prompt_text is None:
+        raise UsageError(f"request {request.request_id} is a list of token ids, which the chat endpoint cannot take")
+    return {"prompt": "", "chat_messages": [{"role": "user", "content": request.prompt_text}]}
 
 
 if __name__ == "__main__":

@@ -14,11 +14,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from harness.arrivals import Times
+from harness.chat import Chat, Made
+from harness.conversation import Live, Prompt
 from harness.errors import PlanError
 from harness.plan import SCHEMA, PlanSpec
 from harness.prompts import Ids, Vocabulary
 from harness.trace import Trace, TraceRecord
 from harness.traces.rescale import Arrangement
+from harness.traces.turns import Turns, accumulates
 
 # Batches are bounded in rows and in tokens or characters, so that memory is, whatever the trace holds.
 _BATCH_ROWS = 1024
@@ -40,18 +43,22 @@ class Batches:
     scheduled: Times | None
     warmup: int
     cancelled: npt.NDArray[np.bool_]
+    chat: Chat | None = None
+    """Makes messages of made-up prompts, where they go to a chat endpoint whose template is known."""
     arrangement: Arrangement | None = None
     """null: the rows in trace order, from the beginning again where ``rows`` are too few."""
+    live: Live | None = None
+    """What became of the live conversations of the last `of`; null without."""
 
     def of(self, n: int) -> Iterator[pa.RecordBatch]:
         """The first ``n`` requests. Raises `PlanError` when the trace is no longer what it was."""
-        done, sessions = (
-            0,
-            _Sessions(self.trace, wait=self.spec.sessions == "wait", overlap=self.arrangement is not None),
-        )
+        done, overlap = 0, self.arrangement is not None
+        sessions = _Sessions(self.trace, wait=self.spec.sessions == "wait", overlap=overlap)
+        prompts = _Prompts(self.spec, self.vocabulary, self.chat, overlap=overlap)
+        self.live = Live(overlap=overlap) if self.spec.conversation == "live" else None
         with contextlib.closing(self._copied(n) if self.arrangement is None else self._arranged(n)) as rows:
             for chunk in _chunks(rows):
-                yield self._batch(chunk, done, sessions)
+                yield self._batch(chunk, done, prompts, sessions)
                 done += len(chunk)
         if done != n:
             raise PlanError(f"{self.trace.path}: {n} requests before, now {done}: it changed while it was read")
@@ -82,10 +89,13 @@ class Batches:
                         return
                     yield parts[part].copy, record
 
-    def _batch(self, rows: list[Copied], first: int, sessions: _Sessions) -> pa.RecordBatch:
+    def _batch(self, rows: list[Copied], first: int, prompts: _Prompts, sessions: _Sessions) -> pa.RecordBatch:
         n = len(rows)
         chunk = [record for _, record in rows]
-        ids, texts = self._prompts(rows, first)
+        made = [_own(record, prompt) for record, prompt in zip(chunk, prompts.of(rows, first), strict=True)]
+        continues: list[bool | None] = [None] * n
+        if self.live is not None:
+            made, continues = _new_parts(self.live, rows, made)
         slices, after, think_ns = sessions.place(rows, first)
         columns = {
             "request_id": pa.array(np.arange(first, first + n, dtype=np.int64)),
@@ -97,45 +107,18 @@ class Batches:
             "cancel_after_ns": pa.array(
                 [self._cancel_after_ns(record, i) for i, record in enumerate(chunk, first)], pa.int64()
             ),
+            "timeout_ns": pa.array([_timeout_ns(record) for record in chunk], pa.int64()),
+            "continues": pa.array(continues, pa.bool_()),
             "model": pa.array([record.adapter for record in chunk], pa.string()),
             # Of a text, the trace's count is another tokenizer's: only the server knows.
-            "input_tokens": pa.array(
-                [None if r.text is not None or r.messages is not None else r.input_tokens for r in chunk], pa.int32()
-            ),
+            "input_tokens": pa.array([prompt.tokens for prompt in made], pa.int32()),
             "output_tokens": pa.array([self._output_tokens(r.output_tokens) for r in chunk], pa.int32()),
-            "prompt_token_ids": _id_lists(ids),
-            "prompt_text": pa.array(
-                [r.text if r.text is not None else t for r, t in zip(chunk, texts, strict=True)], pa.string()
-            ),
-            "messages": pa.array(
-                [None if r.messages is None else msgspec.json.encode(r.messages).decode() for r in chunk], pa.string()
-            ),
+            "prompt_token_ids": _id_lists([prompt.ids for prompt in made]),
+            "prompt_text": pa.array([prompt.text for prompt in made], pa.string()),
+            "messages": pa.array([prompt.messages for prompt in made], pa.string()),
         }
         nulls = {field.name: pa.nulls(n, field.type) for field in SCHEMA if columns.get(field.name) is None}
         return pa.record_batch([(columns | nulls)[name] for name in SCHEMA.names], schema=SCHEMA)
-
-    def _prompts(self, rows: list[Copied], first: int) -> tuple[list[Ids | None], list[str | None]]:
-        """Token ids and texts, one of each per record: at most one is set, neither where the trace has its own."""
-        seeds = {copy: _seed_of(self.spec.seed, copy) for copy in {copy for copy, _ in rows}}
-        ids: list[Ids | None] = []
-        for request_id, (copy, record) in enumerate(rows, first):
-            if record.text is not None or record.messages is not None:
-                ids.append(None)
-                continue
-            assert self.vocabulary is not None and record.input_tokens is not None
-            ids.append(
-                self.vocabulary.token_ids(
-                    record.input_tokens,
-                    request_id,
-                    seed=seeds[copy],
-                    prefix_ids=record.prefix_ids,
-                    block_tokens=record.block_tokens,
-                )
-            )
-        if not self.spec.as_text or self.vocabulary is None:
-            return ids, [None] * len(ids)
-        texts = iter(self.vocabulary.texts([prompt for prompt in ids if prompt is not None]))
-        return [None] * len(ids), [None if prompt is None else next(texts) for prompt in ids]
 
     def _cancel_after_ns(self, record: TraceRecord, i: int) -> int | None:
         if record.cancel_after_s is not None:
@@ -147,6 +130,84 @@ class Batches:
         if traced is None or most is None:
             return traced if most is None else most
         return min(traced, most)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """What is sent. None of these: the trace's own text or messages."""
+
+    tokens: int | None = None
+    ids: Ids | None = None
+    text: str | None = None
+    messages: str | None = None
+
+
+def _own(record: TraceRecord, prompt: _Prompt) -> _Prompt:
+    """The trace's own text or messages where it has them, else the prompt made up for it."""
+    if record.messages is not None:
+        return _Prompt(messages=msgspec.json.encode(record.messages).decode())
+    return prompt if record.text is None else _Prompt(text=record.text)
+
+
+def _new_parts(live: Live, rows: list[Copied], made: list[_Prompt]) -> tuple[list[_Prompt], list[bool | None]]:
+    """Of turns of live conversations, what is new in each, and which they are."""
+    parts, continues = list(made), list[bool | None]([None] * len(made))
+    for i, ((copy, record), prompt) in enumerate(zip(rows, made, strict=True)):
+        messages = None if prompt.messages is None else msgspec.json.decode(prompt.messages, type=list[dict[str, str]])
+        new = live.new(copy, record, Prompt(messages=messages, text=prompt.text, ids=prompt.ids))
+        if new is not None:
+            left = None if new.messages is None else msgspec.json.encode(new.messages).decode()
+            parts[i] = _Prompt(tokens=prompt.tokens, ids=new.ids, text=new.text, messages=left)
+            continues[i] = True
+    return parts, continues
+
+
+class _Prompts:
+    """Makes up the prompts of rows that say lengths only."""
+
+    def __init__(self, spec: PlanSpec, vocabulary: Vocabulary | None, chat: Chat | None, *, overlap: bool) -> None:
+        self._spec, self._vocabulary, self._chat, self._overlap = spec, vocabulary, chat, overlap
+        room = chat.room if chat is not None else None
+        self._turns = Turns(room=room or 0, lengths=room is not None)
+        self._copy = 0
+
+    def of(self, rows: list[Copied], first: int) -> list[_Prompt]:
+        """One for each row."""
+        made = [self._made(copy, record, i) for i, (copy, record) in enumerate(rows, first)]
+        wanted = [each for each in made if each is not None]
+        if self._chat is not None:
+            prompts = iter([
+                _Prompt(tokens=m.tokens, messages=messages)
+                for m, messages in zip(wanted, self._chat.messages(wanted), strict=True)
+            ])  # fmt: skip
+        elif self._spec.as_text and self._vocabulary is not None:
+            texts = self._vocabulary.texts([m.ids for m in wanted])
+            prompts = iter([_Prompt(tokens=m.tokens, text=text) for m, text in zip(wanted, texts, strict=True)])
+        else:
+            prompts = iter([_Prompt(tokens=m.tokens, ids=m.ids) for m in wanted])
+        return [_Prompt() if each is None else next(prompts) for each in made]
+
+    def _made(self, copy: int, record: TraceRecord, request_id: int) -> Made | None:
+        """What the prompt is made from; None where the trace has its own."""
+        if record.text is not None or record.messages is not None:
+            return None
+        assert self._vocabulary is not None and record.input_tokens is not None
+        if copy != self._copy and not self._overlap:
+            self._turns.clear()  # the copy before is over, and so are its sessions
+        self._copy = copy
+        tokens = record.input_tokens if self._chat is None else max(record.input_tokens, self._chat.shortest)
+        key, before = request_id, tuple[int, ...]()
+        if accumulates(record):
+            turn = self._turns.place((copy, record.session_id), request_id, tokens, record.output_tokens)
+            key, before = turn.first, turn.before
+        ids = self._vocabulary.token_ids(
+            tokens,
+            key,
+            seed=_seed_of(self._spec.seed, copy),
+            prefix_ids=record.prefix_ids,
+            block_tokens=record.block_tokens,
+        )
+        return Made(ids=ids, tokens=tokens, before=before)
 
 
 class _Sessions:
@@ -185,6 +246,11 @@ class _Sessions:
                     )
                 self._last[session] = (slices[-1], request_id, record.turn)
         return slices, after, think_ns
+
+
+def _timeout_ns(record: TraceRecord) -> int | None:
+    """At least one: a time too short for a nanosecond is not no time."""
+    return None if record.timeout_s is None else max(round(record.timeout_s * 1e9), 1)
 
 
 def _seed_of(seed: int, copy: int) -> int:

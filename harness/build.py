@@ -8,7 +8,8 @@ a few numbers for each session, and one batch of prompts; never the requests.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,21 @@ import numpy.typing as npt
 
 from harness.arrivals import Stage, Times, arrival_times, check_process, constant_stage
 from harness.batches import Batches
+from harness.chat import Chat
+from harness.conversation import live_notes, reasons
 from harness.errors import PlanError, UsageError
 from harness.plan import SCHEMA_VERSION, PlanInfo, PlanSpec, write_plan
 from harness.prompts import Vocabulary
 from harness.trace import Trace
-from harness.traces.notes import Timed, notes
+from harness.traces.notes import Timed, notes, prompt_notes
 from harness.traces.rescale import arrange, spread
 from harness.traces.stats import arrival_stats, mean_rate
-from harness.traces.survey import Survey, survey
+from harness.traces.survey import Content, Survey, survey
 
 RESCALES = ("compress", "thin", "superpose")
 
 
-def asked_plan(options: Mapping[str, Any], *, closed: bool, as_text: bool = False) -> PlanSpec:
+def asked_plan(options: Mapping[str, Any], *, closed: bool) -> PlanSpec:
     """What the planning options of the command line (those of ``harness plan``) ask for; those not there are not."""
     get, warmup = options.get, options.get("warmup")
     share, after_s = get("cancel") or (0.0, None)
@@ -40,19 +43,29 @@ def asked_plan(options: Mapping[str, Any], *, closed: bool, as_text: bool = Fals
         limit=get("limit"), duration_s=None if closed else get("duration_s"), repeat=bool(get("repeat")),
         warmup_requests=warmup if isinstance(warmup, int) else None,
         warmup_s=warmup if isinstance(warmup, float) and not closed else None,
-        sessions=get("sessions") or "trace", cancel_share=share, cancel_after_s=after_s, seed=get("seed") or 0,
-        as_text=as_text,
+        sessions="wait" if get("conversation") == "live" else get("sessions") or "trace",
+        conversation=get("conversation") or "recorded", cancel_share=share, cancel_after_s=after_s,
+        seed=get("seed") or 0,
     )  # fmt: skip
 
 
-def build_plan(trace: Trace, out: Path, spec: PlanSpec, vocabulary: Vocabulary | None = None) -> PlanInfo:
+Choose = Callable[[Content], tuple[Vocabulary | None, bool]]
+"""From what the trace holds: what to make prompts from, if anything, and whether they go to a chat endpoint."""
+
+
+def build_plan(
+    trace: Trace, out: Path, spec: PlanSpec, vocabulary: Vocabulary | None = None, *, choose: Choose | None = None
+) -> PlanInfo:
     """Write the plan of ``trace`` to ``out`` and say what is in it. Equal arguments write equal bytes.
 
     Request i is row i of the trace, whatever decides its time.
 
     Prompts: text and messages of the trace are sent as they are, recorded answers of earlier turns included. Of rows
     that say lengths only, prompts of exactly that length are made from ``vocabulary`` and depend on (seed, request_id)
-    alone, or on (seed, prefix ids) where the trace has them; requests that share leading ids share those tokens.
+    alone, or on (seed, prefix ids) where the trace has them; requests that share leading ids share those tokens. A turn
+    that continues its session (`harness.traces.turns`) begins with the prompt before it and an answer made up for it.
+    ``as_text``: as text; where the tokenizer's chat template is known, as messages (`harness.chat`). ``choose`` says
+    the vocabulary and ``as_text`` once the trace has been read.
 
     Sessions stay whole (one ``slice``). With ``sessions="wait"`` a turn waits for the row before it of its session, and
     for ``think_s`` where the trace has it; a turn number that goes back is refused.
@@ -63,7 +76,7 @@ def build_plan(trace: Trace, out: Path, spec: PlanSpec, vocabulary: Vocabulary |
     check_spec(spec)
     if out.exists():
         raise PlanError(f"{out}: exists already; plans are never overwritten, choose another name")
-    made_up = vocabulary is not None
+    made_up = vocabulary is not None or choose is not None
     stages = (spec.stages or constant_stage(spec.rate or 0.0, spec.duration_s)) if spec.drawn else ()
     if spec.drawn:
         timed = _drawn(trace, spec, stages, made_up)
@@ -72,6 +85,11 @@ def build_plan(trace: Trace, out: Path, spec: PlanSpec, vocabulary: Vocabulary |
     else:
         timed = _own(trace, spec, made_up)
     found, scheduled = timed.survey, timed.scheduled
+    if choose is not None:
+        vocabulary, as_text = choose(found.content)
+        spec = replace(spec, as_text=as_text)
+    vocabulary = vocabulary if found.content.lengths_only else None
+    chat = Chat.of(vocabulary) if vocabulary is not None and spec.as_text else None
     n = found.requests if scheduled is None else len(scheduled)
     if spec.closed and spec.repeat and spec.limit is not None:
         n = spec.limit
@@ -91,15 +109,16 @@ def build_plan(trace: Trace, out: Path, spec: PlanSpec, vocabulary: Vocabulary |
         source_rate=mean_rate(found.arrivals),
         planned_rate=planned.rate if planned else None,
         seed=spec.seed,
-        tokenizer=vocabulary.name if vocabulary is not None and found.lengths_only else None,
+        tokenizer=None if vocabulary is None else vocabulary.name,
         requests=n,
         span_s=planned.span_s if planned else None,
-        notes=notes(trace, spec, timed, planned, cancelled),
+        notes=[*notes(trace, spec, timed, planned, cancelled), *prompt_notes(spec, found, chat)],
         burstiness=spec.burstiness,
         stages=list(stages),
         cycles=-(-n // found.requests) if timed.arrangement is None else 1,
         warmup_requests=warmup,
         sessions=spec.sessions,
+        conversation=spec.conversation,
         rescale=timed.rescale,
         grow=timed.grow,
         spread_s=timed.spread_s,
@@ -108,9 +127,22 @@ def build_plan(trace: Trace, out: Path, spec: PlanSpec, vocabulary: Vocabulary |
         source=found.stats,
         planned=planned,
     )
-    batches = Batches(trace, spec, vocabulary, found.requests, scheduled, warmup, cancelled, timed.arrangement)
+    batches = Batches(trace, spec, vocabulary, found.requests, scheduled, warmup, cancelled, chat, timed.arrangement)
+    if spec.conversation == "live":
+        info = replace(info, notes=[*info.notes, *_live_notes(trace, batches, n)])
     write_plan(out, info, batches.of(n))
     return info
+
+
+def _live_notes(trace: Trace, batches: Batches, n: int) -> list[str]:
+    """What becomes of the conversations, which only a reading of all tells. Raises `UsageError` when none is live."""
+    for _ in batches.of(n):
+        pass
+    assert batches.live is not None
+    if not batches.live.continued:
+        why = reasons(batches.live) or "no session has a second turn"
+        raise UsageError(f"{trace.path}: no turn can carry the server's own answers (--conversation live): {why}")
+    return live_notes(batches.live)
 
 
 def check_spec(spec: PlanSpec) -> None:
@@ -128,6 +160,10 @@ def check_spec(spec: PlanSpec) -> None:
             raise UsageError(f"{name} is {count}, must be at least 1")
     if spec.sessions not in ("trace", "wait"):
         raise UsageError(f"sessions {spec.sessions!r}: valid: trace, wait")
+    if spec.conversation not in ("recorded", "live"):
+        raise UsageError(f"conversation {spec.conversation!r}: valid: recorded, live")
+    if spec.conversation == "live" and spec.sessions != "wait":
+        raise UsageError("a live conversation needs turns that wait for the answer before them: sessions wait")
     if not 0 <= spec.cancel_share <= 1 or (spec.cancel_share > 0 and spec.cancel_after_s is None):
         raise UsageError(f"cancel share {spec.cancel_share:g}: must be 0 to 1, with a time to hang up after")
     if spec.warmup_s is not None and spec.warmup_requests is not None:

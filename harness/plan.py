@@ -14,8 +14,14 @@ after               int64         request_id of the session's previous turn when
 think_ns            int64         wait after that turn finished; null without ``after``. Such a turn is due at the later
                                   of ``scheduled_ns`` and that turn's end + ``think_ns``
 cancel_after_ns     int64         the client hangs up this long after it sent the request; null: it does not
+timeout_ns          int64         the request fails when it is not finished this long after it was sent; null: the
+                                  limit of the run
+continues           bool          live conversation: the prompt is what is new in this turn, and before it go, when it
+                                  is sent, the prompt of ``after`` as that was sent and what the server answered to it.
+                                  null: the prompt is whole
 model               string        model or LoRA adapter to ask for; null: the run's
-input_tokens        int32         prompt tokens this request should have; null for text: the server counts
+input_tokens        int32         prompt tokens this request should have, with all that goes before them; null for
+                                  text: the server counts
 output_tokens       int32         tokens to be generated, forced on the server; null when the trace does not say
 prompt_token_ids    list<int32>   the prompt as token ids, or null
 prompt_text         string        the prompt as text, or null
@@ -43,7 +49,7 @@ from harness.arrivals import Stage
 from harness.errors import PlanError, UsageError, unknown_name
 from harness.traces.stats import ArrivalStats, TraceStats
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 _STEP_ROWS = 32
 INFO_KEY = b"harness.plan"
 """Key of the `PlanInfo` JSON in the file's schema metadata."""
@@ -57,6 +63,8 @@ SCHEMA = pa.schema(
         pa.field("after", pa.int64()),
         pa.field("think_ns", pa.int64()),
         pa.field("cancel_after_ns", pa.int64()),
+        pa.field("timeout_ns", pa.int64()),
+        pa.field("continues", pa.bool_()),
         pa.field("model", pa.string()),
         pa.field("input_tokens", pa.int32()),
         pa.field("output_tokens", pa.int32()),
@@ -105,6 +113,9 @@ class PlanSpec:
     """Open loop: requests planned before this time are warm-up."""
     sessions: str = "trace"
     """"trace": each turn at its own time. "wait": not before the turn before it has ended, plus its think time."""
+    conversation: str = "recorded"
+    """"recorded": a turn carries the answers that the trace has. "live": those that the server really gave; turns then
+    wait for each other."""
     cancel_share: float = 0.0
     """Share of requests whose client hangs up, drawn per request; what the trace records comes on top."""
     cancel_after_s: float | None = None
@@ -137,6 +148,8 @@ class Request:
     prompt_text: str | None
     messages: str | None
     cancel_after_ns: int | None = None
+    timeout_ns: int | None = None
+    continues: bool | None = None
     model: str | None = None
 
 
@@ -177,6 +190,8 @@ class PlanInfo:
     """Requests of phase "warmup", the first of the plan."""
     sessions: str = "trace"
     """"trace" (each turn at its own time), "wait" (a turn waits for the one before it)."""
+    conversation: str = "recorded"
+    """Whose answers later turns of a session carry: "recorded" (the trace's) or "live" (the server's own)."""
     rescale: str | None = None
     """"compress" (another clock), "thin" or "superpose" (another demand on the same clock); null: neither."""
     grow: float | None = None

@@ -62,6 +62,7 @@ ERRORS: dict[str, str] = {
     "stall": "the server sent nothing for the stall timeout",
     "timeout": "the request was not finished within the request timeout",
     "cancelled": "the client hung up when the plan told it to: neither a success nor a failure of the server",
+    "no_history": "never sent: an earlier turn of its live conversation failed, so it had nothing to go on from",
     "stopped": "in flight when the run was stopped",
     "unsent": "never sent: the run was stopped first",
 }

@@ -20,7 +20,7 @@ from typing import IO
 from harness.errors import TraceError, UsageError, unknown_name
 from harness.formats import FORMATS
 from harness.formats.detect import detect
-from harness.formats.row import FAILED_CALL, LeftOutError, Reader, Row, RowError
+from harness.formats.row import FAILED_CALL, FailedCallError, LeftOutError, Reader, Row, RowError
 from harness.source import Cut, Source, open_source
 
 __all__ = ["FAILED_CALL", "Draw", "Trace", "TraceRecord", "open_trace"]
@@ -29,6 +29,8 @@ Draw = Callable[[], tuple[int, int]]
 """Gives the next (input, output) tokens for rows of a log that has arrivals only."""
 
 _MAX_REASONS = 30
+_FAST, _FAST_ROWS = 1000, 100
+"""Requests/s that no single trace is likely to hold over so many rows: the clock may be in another unit."""
 _SORT_ROWS = 200_000
 """Rows held in memory when sorting; the rest waits in temporary files."""
 
@@ -60,6 +62,8 @@ class TraceRecord:
     """The client hung up this long after it had sent the request."""
     think_s: float | None = None
     """From the end of the session's previous answer to this turn."""
+    timeout_s: float | None = None
+    """The client waited this long at most, counted from when it had sent the request; None: the run's limit."""
 
 
 class Trace:
@@ -92,7 +96,13 @@ class Trace:
         self.rows_read = 0
         self.rows_kept = 0
         self.rows_dropped: dict[str, int] = {}
+        self.rows_failed = 0
+        """Of the rows dropped: failed calls of the source system."""
         self.notes: list[str] = []
+        self.clock: str | None = None
+        """What its times are and what shows it; None when it has none."""
+        self.blocks: str | None = None
+        """Size of its prefix blocks and what shows it; None when it has none."""
         self.grid_s: float | None = None
         """Step of the coarse clock the source rounded to, seconds; None when there is none to be seen."""
         self._lengths = lengths
@@ -126,7 +136,9 @@ class Trace:
             if self.sorted and not done:
                 books.read = books.kept + books.dropped.total()  # rows that were sorted, but not looked at
             self.rows_read, self.rows_kept, self.rows_dropped = books.read, books.kept, dict(books.dropped)
+            self.rows_failed = books.failed
             self.grid_s = order.grid_s(books.kept)
+            self.clock, self.blocks = reader.clock if order.instants else None, reader.blocks()
             self.notes = self._notes(reader, order, books)
         if not books.kept:
             raise TraceError(self.source.name, None, f"no usable row: {books}")
@@ -156,6 +168,7 @@ class Trace:
         books.read += 1
         if isinstance(item, LeftOutError):
             books.drop(item.reason)
+            books.failed += isinstance(item, FailedCallError)
         elif isinstance(item, RowError):
             self._refuse(books, number, item)
         elif item.input_tokens is not None or item.text is not None or item.messages is not None:
@@ -198,6 +211,12 @@ class Trace:
             notes.append(
                 f"arrivals lie on a grid of {self.grid_s:g} s: {books.kept} rows on {order.instants} instants. The "
                 "source rounded its clock; replayed as recorded they come in bursts that production may not have seen"
+            )
+        span_s = order.span_s
+        if span_s and books.kept > _FAST_ROWS and books.kept > _FAST * span_s:
+            notes.append(
+                f"{books.kept} rows arrive within {span_s:.3g} s, {books.kept / span_s:.4g} requests/s: is the clock "
+                f"what it was read as ({reader.clock})? --speed plays it slower"
             )
         return notes + reader.notes()
 
@@ -252,7 +271,7 @@ class _Books:
     """Every row is read, and then kept or dropped for a reason."""
 
     def __init__(self) -> None:
-        self.read = self.kept = self.drawn = 0
+        self.read = self.kept = self.drawn = self.failed = 0
         self.dropped: Counter[str] = Counter()
 
     def drop(self, reason: str) -> None:
@@ -312,6 +331,11 @@ class _Order:
         self._timed: bool | None = None
         self._steps: Counter[int] = Counter()
         self.instants = 0
+
+    @property
+    def span_s(self) -> float | None:
+        """From the first row to the last; None without times."""
+        return None if self._first_ns is None or self._last_ns is None else (self._last_ns - self._first_ns) / 1e9
 
     def arrival_s(self, row: Row) -> float | None:
         """Seconds after the first row; None when the trace has no times. Raises `RowError` and `LeftOutError`."""

@@ -27,6 +27,7 @@ from scenarios.connection import Connection
 from scenarios.hot_path import Reader
 from scenarios.stream import Stream
 from scenarios.target import ENDPOINTS, IDLE_LIMIT_S, Target, tls_context
+from scenarios.told import Answered, ToldResponse
 
 BALANCES = ("least", "round-robin", "session")
 """How a request finds its server: see `Client`."""
@@ -101,6 +102,8 @@ class Client:
         self._stall_ns = int((stall_s if stream else timeout_s) * 1e9)
         self._connect_timeout_ns = int(connect_timeout_s * 1e9)
         self._active: set[Stream] = set()
+        self._own_limit: set[Stream] = set()
+        """Those with a time limit of their own, which has a timer."""
         self._opening: set[Connection] = set()
         self._unopened: dict[Target, str] = {}
         self._later: deque[Stream] = deque()
@@ -130,17 +133,31 @@ class Client:
         *,
         slice_: int = 0,
         cancel_after_ns: int | None = None,
-    ) -> None:
-        """Send now; hang up after ``cancel_after_ns``. ``result`` (request_id, scheduled_ns) is filled in; ``ended`` is
-        called as soon as the answer ended, in the middle of the event loop: it must only note that or wake someone.
+        timeout_ns: int | None = None,
+        answered: Answered | None = None,
+    ) -> Stream:
+        """Send now; hang up after ``cancel_after_ns``; ``timeout_ns`` counts instead of the client's own. ``result``
+        (request_id, scheduled_ns) is filled in; ``ended`` is called as soon as the answer ended, in the middle of the
+        event loop: it must only note that or wake someone. ``answered`` gets what was said, after the row.
         """
         stream = Stream(result, payload, self._choose(slice_), self._api_key, ended, slice_)
+        if answered is not None:
+            stream.response = ToldResponse(self._api_key, answered)
         result.sent_ns = stream.sent_ns - self.start_mono_ns
         self._active.add(stream)
-        if cancel_after_ns is not None:
-            stream.hang_up = self.loop.timer(cancel_after_ns / 1e9)
-            stream.hang_up.start(self._hang_up, stream, cancel_after_ns, update=True)
+        if cancel_after_ns is not None or timeout_ns is not None:
+            self._limit(stream, cancel_after_ns, timeout_ns)
         self._go(stream)
+        return stream
+
+    def _limit(self, stream: Stream, cancel_after_ns: int | None, timeout_ns: int | None) -> None:
+        """One timer: of two limits only the first can count."""
+        if timeout_ns is not None:
+            self._own_limit.add(stream)
+        first_ns = min(limit for limit in (cancel_after_ns, timeout_ns) if limit is not None)
+        give_up = self._hang_up if first_ns == cancel_after_ns else self._time_out
+        stream.hang_up = self.loop.timer(first_ns / 1e9)
+        stream.hang_up.start(give_up, stream, first_ns, update=True)
 
     def _go(self, stream: Stream) -> None:
         target = stream.target
@@ -168,6 +185,9 @@ class Client:
     def _hang_up(self, stream: Stream, after_ns: int) -> None:
         self._give_up(stream, "cancelled", f"the client hung up {after_ns / 1e9:g} s after it had sent, as planned")
 
+    def _time_out(self, stream: Stream, limit_ns: int) -> None:
+        self._give_up(stream, "timeout", f"not finished {limit_ns / 1e9:g} s after it was sent")
+
     def _try_again(self, stream: Stream) -> bool:
         """Whether this ended try is followed by another, which is then on its way."""
         result = stream.result
@@ -177,7 +197,7 @@ class Client:
             return False
         pause_s = min(RETRY_S * 2.0**result.retries, RETRY_MOST_S)
         result.retries += 1
-        stream.begin(monotonic_ns() + int(pause_s * 1e9))  # no timeout before that
+        _begin(stream, monotonic_ns() + int(pause_s * 1e9))  # no timeout before that
         stream.retry = self.loop.timer(pause_s)
         stream.retry.start(self._retry, stream, update=True)
         return True
@@ -185,7 +205,7 @@ class Client:
     def _retry(self, stream: Stream) -> None:
         stream.retry.close()
         stream.retry = None
-        stream.begin(monotonic_ns())
+        _begin(stream, monotonic_ns())
         stream.target.in_flight -= 1
         stream.target = self._choose(stream.slice)
         self._go(stream)
@@ -239,6 +259,8 @@ class Client:
         stream.result.finished_ns = stamp - self.start_mono_ns
         stream.target.in_flight -= 1
         self._active.discard(stream)
+        if self._own_limit:
+            self._own_limit.discard(stream)
         if stream.ended is not None:
             stream.ended(stream.result)
             stream.ended = None
@@ -264,6 +286,8 @@ class Client:
 
     def _parse_next(self) -> None:
         stream = self._later.popleft()
+        if not stream.queued:
+            return  # it was handed over before its turn
         stream.queued = False
         if stream.result.finished_ns is None:
             _parse(stream)  # this may end it; its turn for a row comes then
@@ -290,6 +314,19 @@ class Client:
         if stream.error is not None:
             result.error, result.detail = stream.error[0], clean(stream.error[1], self._api_key)
         self._record(result)
+        if isinstance(response, ToldResponse):
+            response.answered(result, response.answer)
+
+    def hand_over(self, stream: Stream) -> None:
+        """Parse an answer that ended now, before its turn, and hand over its row, unless that was done."""
+        if stream.queued and stream.result.finished_ns is not None:
+            stream.queued = False
+            stream.parse()
+            self._finish(stream)
+
+    def refuse(self, result: Result) -> None:
+        """Hand over the row of a request that is not sent."""
+        self._record(result)
 
     def _sweep(self) -> None:
         """Every timeout of every stream, a part at a time; parse what came; close what has been idle for too long."""
@@ -303,14 +340,14 @@ class Client:
             if stream not in self._active:
                 continue
             connection = stream.connection
-            if now - stream.sent_ns > self._timeout_ns:
-                self._give_up(stream, "timeout", f"not finished {self._timeout_ns / 1e9:g} s after it was sent")
+            if now - stream.sent_ns > self._timeout_ns and stream not in self._own_limit:
+                self._time_out(stream, self._timeout_ns)
             elif connection is not None and not connection.ready:
                 if now - stream.tried_ns > self._connect_timeout_ns:
                     tls, limit_s = connection.shaking_hands, self._connect_timeout_ns / 1e9
                     error, what = ("tls", "no TLS handshake") if tls else ("connect", "not accepted")
                     self._give_up(stream, error, f"{stream.target.authority}: {what} in {limit_s:g} s")
-            elif now - stream.heard_ns > self._stall_ns:
+            elif now - stream.heard_ns > self._stall_ns and (self._stream or stream not in self._own_limit):
                 self._give_up(stream, "stall", f"the server sent nothing for {self._stall_ns / 1e9:g} s")
             elif stream.queued:
                 _parse(stream)  # there was no time for it since the last sweep
@@ -363,6 +400,14 @@ def _since(start_ns: int, stamps: array[int]) -> array[int]:
         times = np.frombuffer(stamps, dtype=np.int64)
         times -= start_ns
     return stamps
+
+
+def _begin(stream: Stream, now_ns: int) -> None:
+    """Begin another try; who waits for the answer waits for that of the last."""
+    before = stream.response
+    stream.begin(now_ns)
+    if isinstance(before, ToldResponse):
+        stream.response = ToldResponse(stream.secret, before.answered)
 
 
 def _parse(stream: Stream) -> None:

@@ -34,8 +34,9 @@ class Usage(msgspec.Struct, gc=False):
 
 
 class _Delta(msgspec.Struct, gc=False):
-    """Output fields only, of any type: what matters is whether they are empty."""
+    """Output fields, of any type: what matters is whether they are empty. And the role, which no token is."""
 
+    role: Any = None
     content: Any = None
     reasoning: Any = None
     reasoning_content: Any = None
@@ -52,6 +53,10 @@ class _Delta(msgspec.Struct, gc=False):
             or self.refusal
             or self.function_call
         )
+
+    def may_be_token(self) -> bool:
+        """Whether it is like a token without text: empty content, and not the chunk that names the role."""
+        return self.content is not None and self.role is None
 
 
 class _Choice(msgspec.Struct, gc=False):
@@ -73,6 +78,34 @@ class _Event(msgspec.Struct, gc=False):
 _decode_event = msgspec.json.Decoder(_Event).decode
 _decode_events = msgspec.json.Decoder(list[_Event]).decode
 
+
+class Answer:
+    """What a server said in one answer: its text, and its token ids where it gives them.
+
+    Reasoning is not part of it: clients do not send it back.
+    """
+
+    __slots__ = ("parts", "token_ids")
+
+    def __init__(self) -> None:
+        self.parts: list[str] = []
+        self.token_ids: list[int] = []
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(self.parts)
+
+    def take(self, choice: _Choice) -> None:
+        """Take what one choice of an event says."""
+        delta = choice.delta or choice.message
+        text = choice.text if delta is None else delta.content
+        if isinstance(text, str) and text:
+            self.parts.append(text)
+        if isinstance(choice.token_ids, list):
+            self.token_ids += [i for i in choice.token_ids if isinstance(i, int)]
+
+
 _NONE, _POSSIBLE, _CERTAIN = range(3)
 _UNSAID = -1
 
@@ -83,7 +116,7 @@ class Completion:
     ``error`` is (class, detail) once something failed: nothing is taken after it. ``ended``: [DONE] was seen.
     """
 
-    __slots__ = ("_certain", "_counted", "_stamps", "_tokens", "ended", "error", "finish_reason", "usage")
+    __slots__ = ("_certain", "_counted", "_stamps", "_tokens", "ended", "error", "finish_reason", "told", "usage")
 
     def __init__(self) -> None:
         self.error: tuple[str, str] | None = None
@@ -96,6 +129,8 @@ class Completion:
         self._certain = bytearray()
         self._tokens = array("i")
         self._counted = 0
+        self.told: Answer | None = None
+        """Where to put what was said, when anyone wants to know."""
 
     @property
     def empty(self) -> bool:
@@ -201,6 +236,8 @@ class Completion:
         choices = event.choices
         if not choices:
             return
+        if self.told is not None:
+            self.told.take(choices[0])
         output, counted = _NONE, None
         for choice in choices:
             if choice.finish_reason is not None:
@@ -208,7 +245,7 @@ class Completion:
             delta = choice.delta or choice.message
             if choice.text or (delta is not None and delta.has_output()):
                 output = _CERTAIN
-            elif choice.text is not None and output == _NONE:
+            elif output == _NONE and (choice.text is not None or (delta is not None and delta.may_be_token())):
                 output = _POSSIBLE
             if isinstance(choice.token_ids, list):
                 counted = (counted or 0) + len(choice.token_ids)
@@ -223,8 +260,8 @@ class Completion:
     def chunks(self) -> tuple[array[int], array[int] | None]:
         """Stamps of the chunks that carry output, and the tokens in each when those are known, never guessed.
 
-        An empty text on the completions endpoint may be a token whose character is not whole yet, or no token at all:
-        only the server's own count decides.
+        An empty text may be a token whose character is not whole yet, a special one, or no token at all: only the
+        server's own count decides.
         """
         total = self.usage.completion_tokens if self.usage is not None else None
         if self._counts_agree(total):

@@ -1,18 +1,57 @@
 """The body of each request, as bytes, before it is due.
 
-Source: the OpenAI API reference; vLLM's ``ignore_eos`` forces an output length.
+Source: the OpenAI API reference; vLLM's ``ignore_eos`` forces an output length and ``return_token_ids`` gives the ids
+of an answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from harness.errors import UsageError
 from harness.plan import Request
+from scenarios.completion import Answer
 from scenarios.target import ENDPOINTS
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """The body of a turn of a live conversation, as JSON around the place where its history goes.
+
+    The prompt's JSON is an array or a string: ``new`` is the inside of it that this turn adds, and a history the inside
+    that all turns before it made.
+    """
+
+    before: bytes
+    new: bytes
+    after: bytes
+    form: str
+    """"messages", "text" or "token_ids"."""
+
+    def payload(self, history: bytes = b"") -> bytes:
+        """The bytes of the request from its Content-Length header on."""
+        return _framed(self.before + self._joined(history, self.new) + self.after)
+
+    def history(self, history: bytes, answer: Answer) -> bytes | None:
+        """What the next turn carries: this turn with its own ``history``, and what was answered.
+
+        Null when that is not known: the server gave no token ids.
+        """
+        asked = self._joined(history, self.new)
+        if self.form == "messages":
+            return self._joined(asked, msgspec.json.encode({"role": "assistant", "content": answer.text}))
+        if self.form == "text":
+            return asked + msgspec.json.encode(answer.text)[1:-1]
+        if not answer.token_ids and answer.parts:
+            return None
+        return self._joined(asked, msgspec.json.encode(answer.token_ids)[1:-1])
+
+    def _joined(self, first: bytes, second: bytes) -> bytes:
+        return first + b"," + second if first and second and self.form != "text" else first + second
 
 
 def prepare(
@@ -31,6 +70,54 @@ def prepare(
 
     Raises `UsageError` when the endpoint cannot take this kind of prompt.
     """
+    return _framed(_encoded(request, _body(request, endpoint, model, extra_body or {}, stream)))
+
+
+def draft(
+    request: Request,
+    *,
+    endpoint: str,
+    model: str,
+    extra_body: Mapping[str, object] | None = None,
+    stream: bool = True,
+    kept: bool,
+) -> Draft:
+    """One turn of a live conversation, the same way. ``kept``: a later turn needs its answer.
+
+    Raises `UsageError` also for an ``extra_body`` that brings a prompt of its own or asks for several answers.
+    """
+    extra = dict(extra_body or {})
+    if taken := {"messages", "prompt"} & extra.keys():
+        raise UsageError(f"--extra-body must not say {taken.pop()}: a live conversation makes its own")
+    for name in ("n", "best_of"):
+        if extra.get(name) not in (None, 1):
+            raise UsageError(f"--extra-body asks for several answers ({name}): a live conversation goes on from one")
+    if extra.get("echo"):
+        raise UsageError("--extra-body must not say echo: a live conversation carries the answer, not the prompt twice")
+    form = "messages" if endpoint == "chat" else "text" if request.prompt_token_ids is None else "token_ids"
+    if kept and form == "token_ids":
+        extra = {"return_token_ids": True, **extra}
+    body = _body(request, endpoint, model, extra, stream)
+    name = "messages" if form == "messages" else "prompt"
+    prompt = _encoded(request, body.pop(name))
+    before, after = b'{"%b":%b' % (name.encode(), prompt[:1]), prompt[-1:] + b"," + _encoded(request, body)[1:]
+    return Draft(before, prompt[1:-1], after, form)
+
+
+def _framed(raw: bytes) -> bytes:
+    return b"Content-Length: %d\r\n\r\n%b" % (len(raw), raw)
+
+
+def _encoded(request: Request, value: object) -> bytes:
+    try:
+        return msgspec.json.encode(value)
+    except (TypeError, ValueError) as e:
+        raise UsageError(f"request {request.request_id} cannot be written as JSON: {e}") from e
+
+
+def _body(
+    request: Request, endpoint: str, model: str, extra_body: Mapping[str, object], stream: bool
+) -> dict[str, object]:
     body: dict[str, object] = {"model": request.model or model}
     if endpoint == "completions":
         if request.messages is not None:
@@ -46,16 +133,12 @@ def prepare(
     body.update(temperature=0, stream=stream)
     if stream:
         body["stream_options"] = {"include_usage": True}
-    for name, value in (extra_body or {}).items():
+    for name, value in extra_body.items():
         if value is None:
             body.pop(name, None)
         else:
             body[name] = value
-    try:
-        raw = msgspec.json.encode(body)
-    except (TypeError, ValueError) as e:
-        raise UsageError(f"request {request.request_id} cannot be written as JSON: {e}") from e
-    return b"Content-Length: %d\r\n\r\n%b" % (len(raw), raw)
+    return body
 
 
 def _messages(request: Request) -> object:

@@ -45,7 +45,9 @@ class Saturate(PlanUser):
                 alarm.wait_until(load.client.start_mono_ns + max(due, free[0]))
                 sent = 0
             else:
-                load.send_next(ended, heapq.heappop(free))
+                slot = heapq.heappop(free)
+                if not load.send_next(ended, slot):
+                    heapq.heappush(free, slot)
                 sent += 1
                 if sent % BURST == 0:
                     gevent.sleep(0)

@@ -20,6 +20,8 @@ from harness.errors import HarnessError, PlanError
 from harness.results import Result
 from scenarios.alarm import Alarm
 from scenarios.client import Client
+from scenarios.conversation import NO_HISTORY, Conversations
+from scenarios.payload import Draft
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,20 @@ class Planned:
     after: int | None
     think_ns: int
     payload: bytes
+    """Empty where there is a draft."""
     slice: int = 0
     cancel_after_ns: int | None = None
+    timeout_ns: int | None = None
+    draft: Draft | None = None
+    """Of a turn of a live conversation, which goes on from another or is gone on from."""
+    continues: bool = False
+    kept: bool = False
+    """A later turn goes on from this one's answer."""
+
+    @property
+    def size(self) -> int:
+        """Bytes it holds."""
+        return len(self.payload) + (len(self.draft.new) if self.draft else 0)
 
 
 class Schedule:
@@ -140,7 +154,7 @@ class Schedule:
             self.all_read = True
             return False
         self.prepared += 1
-        self._bytes += len(one.payload)
+        self._bytes += one.size
         self._read_ns = one.scheduled_ns or 0
         if one.after is None:
             self._free.append((self._read_ns if self._timed else 0, one))
@@ -181,7 +195,7 @@ class Schedule:
             due, _, planned = heapq.heappop(released)
         else:
             due, planned = self._free.popleft()
-        self._bytes -= len(planned.payload)
+        self._bytes -= planned.size
         return planned, due
 
     def finished(self, request_id: int, finished_ns: int) -> bool:
@@ -236,6 +250,7 @@ class Load:
     ) -> None:
         self.schedule = schedule
         self.client = client
+        self.conversations = Conversations(client)
         self.cap = cap
         self.slots = slots
         self._starts = deque(starts)
@@ -279,16 +294,35 @@ class Load:
         """True when nothing may or need be sent any more."""
         return self.stopping or not self.schedule.left
 
-    def send_next(self, ended: Callable[[Result], None], free_ns: int | None = None) -> None:
-        """Send the next request. It was due at its own time or, in a closed loop, when its slot was free."""
+    def send_next(self, ended: Callable[[Result], None], free_ns: int | None = None) -> bool:
+        """Send the next request. It was due at its own time or, in a closed loop, when its slot was free.
+
+        False when it was not sent: a turn of a live conversation that has nothing to go on from.
+        """
         planned, due = self.schedule.take(self.now_ns())
-        self.sent += 1
-        self.client.send(
-            Result(planned.request_id, max(due, free_ns or 0)), planned.payload, ended, slice_=planned.slice,
-            cancel_after_ns=planned.cancel_after_ns,
-        )  # fmt: skip
+        result = Result(planned.request_id, max(due, free_ns or 0))
+        sent = planned.draft is None or self._converse(planned, result, ended)
+        if planned.draft is None:
+            self.client.send(
+                result, planned.payload, ended, slice_=planned.slice, cancel_after_ns=planned.cancel_after_ns,
+                timeout_ns=planned.timeout_ns,
+            )  # fmt: skip
+        self.sent += sent
         if not self.schedule.left:
             self._ring()  # that was the last: nobody has anything to wait for
+        return sent
+
+    def _converse(self, planned: Planned, result: Result, ended: Callable[[Result], None]) -> bool:
+        history = self.conversations.history(planned)
+        if isinstance(history, bytes):
+            self.conversations.send(planned, result, history, ended)
+            return True
+        self.conversations.drop(planned, history)
+        result.error, result.detail = NO_HISTORY, history
+        self.client.refuse(result)
+        if self.schedule.finished(planned.request_id, result.scheduled_ns):
+            self._ring()
+        return False
 
     def ended(self, result: Result) -> None:
         """An answer ended: its session's next turn may now have a time, and under a cap there is room."""

@@ -15,10 +15,11 @@ import gevent
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from harness.errors import HarnessError, PlanError
 from harness.plan import Request, iter_batches, read_plan_columns, requests_in
-from scenarios.payload import prepare
+from scenarios.payload import draft, prepare
 from scenarios.schedule import Planned, Schedule
 
 
@@ -37,7 +38,7 @@ class Window:
     ) -> None:  # fmt: skip
         self._plan, self._worker, self._workers, self._timed = plan, worker, workers, timed
         self._endpoint, self._model, self._extra_body, self._stream = endpoint, model, extra_body or {}, stream
-        table = self._columns(["request_id", "scheduled_ns", "after"])
+        table = self._columns(["request_id", "scheduled_ns", "after", "continues"])
         self.requests: int = table.num_rows
         if timed and table["scheduled_ns"].null_count:
             first = table["request_id"].filter(table["scheduled_ns"].is_null())[0]
@@ -46,6 +47,7 @@ class Window:
                 "arrivals"
             )
         self._awaited = _awaited(table)
+        self._kept = _kept(table)
         self._read = 0
         self._batches = iter_batches(plan, worker, workers)
         self._rows: Iterator[Request] = iter(())
@@ -69,13 +71,25 @@ class Window:
                 raise batch
             if coming is self._coming:
                 self._rows, self._coming = requests_in(batch), self._read_ahead()
-        payload = prepare(
-            request, endpoint=self._endpoint, model=self._model, extra_body=self._extra_body, stream=self._stream
-        )
+        planned = self._prepare(request)
         self._read += 1  # not before: what cannot be prepared has a row, too
+        return planned
+
+    def _prepare(self, request: Request) -> Planned:
+        continues, kept = bool(request.continues), request.request_id in self._kept
+        payload, turn = b"", None
+        if continues or kept:
+            turn = draft(
+                request, endpoint=self._endpoint, model=self._model, extra_body=self._extra_body, stream=self._stream,
+                kept=kept,
+            )  # fmt: skip
+        else:
+            payload = prepare(
+                request, endpoint=self._endpoint, model=self._model, extra_body=self._extra_body, stream=self._stream
+            )
         return Planned(
             request.request_id, request.scheduled_ns, request.after, request.think_ns or 0, payload, request.slice,
-            request.cancel_after_ns,
+            request.cancel_after_ns, request.timeout_ns, turn, continues, kept,
         )  # fmt: skip
 
     def _read_ahead(self) -> Any:
@@ -112,3 +126,12 @@ def _awaited(table: pa.Table) -> npt.NDArray[np.int64]:
     if len(bad):
         raise PlanError(f"request {ids[waits][bad[0]]} waits for {after[bad[0]]}, which does not come before it here")
     return np.sort(after)
+
+
+def _kept(table: pa.Table) -> frozenset[int]:
+    """The ids whose answers a later turn carries. Raises `PlanError` when two turns go on from the same one."""
+    continued = table.filter(pc.fill_null(table["continues"], False))["after"]
+    kept = frozenset(continued.to_pylist())
+    if None in kept or len(kept) < len(continued):
+        raise PlanError("this plan's live conversations are damaged: each turn goes on from one of its own before it")
+    return kept

@@ -114,9 +114,11 @@ class Run:
         self.client = Client(urls, self.rows.append, **options)
         self.sent = 0
 
-    def send(self, payload=None, ended=None, slice_=0, cancel_after_ns=None, **fields):
+    def send(self, payload=None, ended=None, slice_=0, cancel_after_ns=None, timeout_ns=None, **fields):
         payload = payload or prepare(request(**fields), endpoint="completions", model="fake")
-        self.client.send(Result(self.sent, 0), payload, ended, slice_=slice_, cancel_after_ns=cancel_after_ns)
+        self.client.send(
+            Result(self.sent, 0), payload, ended, slice_=slice_, cancel_after_ns=cancel_after_ns, timeout_ns=timeout_ns
+        )
         self.sent += 1
 
     def wait(self, deadline_s=10.0):
@@ -383,6 +385,51 @@ def test_a_stall_and_a_timeout_keep_what_was_there(faulty, run):
         assert row.error == error
         assert len(row.chunk_ns) == 2
         assert 0.4e9 <= row.finished_ns - row.sent_ns < 3e9
+
+
+def slow(pause_s):
+    """A first event at once, the rest after a pause."""
+
+    def talk(connection, nth):
+        while read_request(connection):
+            whole = answer()
+            connection.sendall(whole[: len(HEAD) + 40])
+            time.sleep(pause_s)
+            connection.sendall(whole[len(HEAD) + 40 :])
+
+    return talk
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_requests_own_time_limit_counts_instead_of_the_clients(serve, run, stream):
+    server = serve(slow(1.2))
+    sender = run(server.url, timeout_s=0.6, stream=stream)
+    sender.send(timeout_ns=200_000_000)
+    sender.send()
+    sender.send(timeout_ns=20_000_000_000)
+    short, usual, long = sender.wait()
+    assert (short.error, short.detail) == ("timeout", "not finished 0.2 s after it was sent")
+    assert 0.2e9 <= short.finished_ns - short.sent_ns < 0.5e9
+    # Without stream an answer is silent until it is done, and the stall limit is the time limit.
+    assert (usual.error, usual.detail.split(" after")[0]) == ("timeout", "not finished 0.6 s")
+    assert (long.error, long.output_tokens) == (None, 2)
+    assert not sender.client._own_limit
+
+
+def test_of_a_hang_up_and_a_time_limit_the_first_counts(serve, run):
+    sender = run(serve(slow(1.0)).url)
+    sender.send(cancel_after_ns=300_000_000, timeout_ns=150_000_000)
+    sender.send(cancel_after_ns=150_000_000, timeout_ns=300_000_000)
+    sender.send(cancel_after_ns=200_000_000, timeout_ns=200_000_000)
+    assert [row.error for row in sender.wait()] == ["timeout", "cancelled", "cancelled"]
+
+
+def test_a_time_limit_holds_while_a_retry_waits(serve, run):
+    sender = run(serve(repeat(BUSY)).url, retries=50)
+    sender.send(timeout_ns=400_000_000)
+    row = sender.wait()[0]
+    assert (row.error, row.retries > 0) == ("timeout", True)
+    assert 0.4e9 <= row.finished_ns - row.sent_ns < 1e9
 
 
 def test_a_server_that_accepts_and_says_nothing(run):

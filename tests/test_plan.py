@@ -18,6 +18,7 @@ from harness import batches
 from harness import build as build_module
 from harness.arrivals import arrival_times, constant_stage, parse_stages
 from harness.build import build_plan
+from harness.cli import main
 from harness.errors import PlanError, TraceError, UsageError
 from harness.plan import (
     INFO_KEY,
@@ -53,6 +54,10 @@ def at(*times: float, **fields: object) -> list[dict]:
 
 def scheduled(path: Path) -> list[int | None]:
     return read_plan_columns(path, ["scheduled_ns"]).column(0).to_pylist()
+
+
+def sample_text(tmp_path: Path) -> Trace:
+    return trace_of(tmp_path, *at(0, 1))
 
 
 def sample(name: str) -> Trace:
@@ -567,13 +572,47 @@ def test_files_that_are_no_plans(tmp_path):
         plan_sha256(tmp_path / "none")
 
 
+def test_time_limits_of_the_trace_are_in_the_plan(tmp_path):
+    rows = [{"prompt": "a", "timeout_s": t} for t in (0.25, None, 1e-12, 1e6)]
+    info = build(trace_of(tmp_path, *rows), tmp_path / "p", closed=True)
+    assert [r.timeout_ns for r in iter_requests(tmp_path / "p")] == [250_000_000, None, 1, 10**15]
+    assert any("3 rows of the trace bring a time limit of their own" in note for note in info.notes)
+    assert not any("time limit" in note for note in build(sample_text(tmp_path), tmp_path / "q", closed=True).notes)
+
+
+@pytest.mark.parametrize("timeout_s", ["0", "-1", "1e7", "NaN", "Infinity", '"5"', "true", "[1]"])
+def test_a_time_limit_that_is_none_is_refused_with_its_line(tmp_path, timeout_s):
+    path = tmp_path / "trace.jsonl"
+    path.write_text(f'{{"prompt": "a", "timeout_s": 2}}\n{{"prompt": "b", "timeout_s": {timeout_s}}}\n')
+    with pytest.raises(TraceError, match=r"trace\.jsonl:2"):
+        list(open_trace(path))
+    assert len(list(open_trace(path, skip_bad=True))) == 1
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
+def test_time_limits_go_through_the_trace_verbs(tmp_path, capsys, suffix):
+    """Convert to each of our formats, then anonymize and sample: none loses one."""
+    rows = [{"arrival_s": i, "input_tokens": 5, "output_tokens": 2, "timeout_s": 1.5 + i} for i in range(4)]
+    trace = trace_of(tmp_path, *rows, {"arrival_s": 4, "input_tokens": 5, "output_tokens": 2})
+    names = [tmp_path / f"{name}{suffix}" for name in ("converted", "anonymous", "sampled")]
+    verbs = (["convert"], ["anonymize"], ["sample", "--limit", "5"])
+    for verb, source, out in zip(verbs, [trace.path, *names], names, strict=False):
+        with pytest.raises(SystemExit) as end:
+            main(["trace", verb[0], str(source), "-o", str(out), *verb[1:]])
+        assert end.value.code == 0, capsys.readouterr().err
+        assert [r.timeout_s for r in open_trace(out)] == [1.5, 2.5, 3.5, 4.5, None]
+
+
 def test_other_schemas_are_refused(tmp_path):
     path = tmp_path / "p"
     info = build(trace_of(tmp_path, *at(0, 1)), path, closed=False)
     cases = {
         "not a plan": SCHEMA,
         "plan schema 99": SCHEMA.with_metadata({INFO_KEY: msgspec.json.encode(replace(info, schema_version="99"))}),
-        "damaged plan description": SCHEMA.with_metadata({INFO_KEY: b'{"schema_version": "1"}'}),
+        "plan schema 1, this harness reads 2; make the plan again": SCHEMA.with_metadata(
+            {INFO_KEY: msgspec.json.encode(replace(info, schema_version="1"))}
+        ),
+        "damaged plan description": SCHEMA.with_metadata({INFO_KEY: b'{"schema_version": "2"}'}),
         "columns are not those": pa.schema(
             [pa.field("request_id", pa.string())], {INFO_KEY: msgspec.json.encode(info)}
         ),

@@ -146,6 +146,17 @@ def test_hang_ups_of_the_plan_are_rows(fake_server: StartServer, start, tmp_path
     assert all(0 < len(row["chunk_gap_ns"]) < 20 for row in rows if row["error"])
 
 
+def test_time_limits_of_the_plan_are_rows(fake_server: StartServer, start, tmp_path):
+    """20 tokens take 0.4 s: a limit of 100 ms fails each, one of 10 s none, whatever the run's is."""
+    server = fake_server("--ttft", "0.02", "--itl", "0.02")
+    limits = [100_000_000 if i % 2 else 10_000_000_000 for i in range(10)]
+    plan = write_plan(tmp_path / "plan.arrow", n=10, gap_s=0.01, tokens=20, timeout_ns=limits)
+    _, end, rows = start(server.url, plan, timeout_s=0.2).start().end()
+    assert (end["exit"], classes(rows)) == (None, {None: 5, "timeout": 5})
+    assert all((row["error"] == "timeout") == (row["request_id"] % 2 == 1) for row in rows)
+    assert all("0.1 s" in row["detail"] for row in rows if row["error"])
+
+
 # -- the command line -------------------------------------------------------------------------------------------------
 
 

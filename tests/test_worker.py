@@ -18,16 +18,16 @@ from conftest import ROOT, StartServer
 
 from harness.errors import PlanError, ResultsError
 from harness.observations import read_observations
-from harness.plan import INFO_KEY, SCHEMA, PlanInfo
+from harness.plan import INFO_KEY, SCHEMA, SCHEMA_VERSION, PlanInfo
 from harness.results import read_results
 from scenarios.schedule import Planned, Schedule
 
 
 def write_plan(path, n=40, gap_s=0.02, tokens=5, timed=True, **columns):
     info = PlanInfo(
-        schema_version="1", trace="t", trace_format="jsonl", trace_sha256="", rows_read=n, rows_kept=n, rows_dropped={},
-        arrivals="trace" if timed else "closed", speed=None, source_rate=None, planned_rate=None, seed=0,
-        tokenizer=None, requests=n, span_s=None, notes=[],
+        schema_version=SCHEMA_VERSION, trace="t", trace_format="jsonl", trace_sha256="", rows_read=n, rows_kept=n,
+        rows_dropped={}, arrivals="trace" if timed else "closed", speed=None, source_rate=None, planned_rate=None,
+        seed=0, tokenizer=None, requests=n, span_s=None, notes=[],
     )  # fmt: skip
     rows = {
         "request_id": range(n), "phase": ["measured"] * n, "slice": range(n), "output_tokens": [tokens] * n,
@@ -590,7 +590,7 @@ def test_a_plain_locustfile_stopped_by_locust_has_all_rows(fake_server: StartSer
     )  # fmt: skip
     found = classes(read_results(rows).to_pylist())
     assert sum(found.values()) == 500, done.stderr
-    assert found[None] > 20
+    assert found[None] > 0
     assert set(found) <= {None, "stopped", "unsent"}
 
 

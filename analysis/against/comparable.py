@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.against.paired import Observed
-from analysis.money.charge import load_of, load_words, slo_words
+from analysis.sizing.system import load_of, load_words, slo_words
 from analysis.summary import Summary
 
 
@@ -32,6 +32,7 @@ _SAME: dict[str, tuple[Callable[[Summary], object], str]] = {
     "time limits": (lambda s: (s.load.timeout_s, s.load.stall_s), "give both the same --timeout and --stall"),
     "retries": (lambda s: s.load.retries, "give both the same --retries"),
     "sessions": (lambda s: s.plan.sessions, "give both the same --sessions"),
+    "conversation": (lambda s: s.plan.conversation, "give both the same --conversation"),
     "warm-up": (lambda s: (s.plan.warmup_requests, s.load.warmup_s, s.load.ramp_s), "give both the same --warmup"),
 }
 """What must be the same in all runs, and what to do when it is not."""

@@ -3,6 +3,9 @@
 Both clients are run several times in alternated order. Repeats of one client show how much the server itself varies;
 two clients agree on a figure when their means differ by no more than that explains (Welch's t interval, 95 %), or by
 less than a server's figures ever mean (`FLOOR`).
+
+Where vLLM's client defines a figure in another way, its own stamps are used by our definition as far as they go
+(`without_role_chunk`), so that what is left to differ is how the clients measure.
 """
 
 from __future__ import annotations
@@ -10,9 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from analysis.intervals import student_t
 from analysis.load import Floats
 from analysis.summary import Summary
 
@@ -50,7 +55,7 @@ REASONS = {
     ),
     "itl": (
         "vLLM stamps a token when its event loop comes to decode it: gaps between tokens that waited together are seen "
-        "as short, and the gap before them as long"
+        "as short, and the gap before them as long. It counts a gap for each chunk, ours one for each token in it"
     ),
     "request_throughput": (
         "vLLM divides by the time from its first task to the last one gathered, ours by the time from the first "
@@ -73,6 +78,9 @@ class Compared:
     """Ours less theirs."""
     noise: float
     """Half width of the 95 % interval of the difference, from the repeats."""
+    low: float
+    high: float
+    """That interval."""
     verdict: str
     """agree, differ, or noisy: the repeats vary too much to tell."""
     why: str | None
@@ -118,6 +126,39 @@ def their_figures(result: Mapping[str, object]) -> Figures:
     return found
 
 
+def without_role_chunk(result: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The figures of a detailed result file on a chat endpoint with the first *token* as the first token, and a note.
+
+    vLLM's chat client takes the first chunk, which names the role and holds no text, for the first token: TTFT ends
+    there, and each answer has one gap more, next to nothing. From its own stamps that gap can be taken out again, where
+    chunks show it: most answers have as many gaps as tokens, instead of one less. Else ``result`` is left as it is.
+
+    Source: vLLM ``benchmarks/lib/endpoint_request_func.py`` (``async_request_openai_chat_completions``),
+    ``benchmarks/serve.py`` (``calculate_metrics``).
+    """
+    answers = [a for a in zip(result["ttfts"], result["itls"], result["output_lens"], strict=True) if a[2]]
+    shown = sum(len(gaps) == tokens for _, gaps, tokens in answers)
+    if not answers or shown <= len(answers) / 2:
+        return dict(result), (
+            "vLLM's chat client counts every chunk, also one that only names the role or only ends the answer; its "
+            "stamps do not show which these are, so its TTFT, TPOT and ITL are as it printed them"
+        )
+    ttft = np.array([first + sum(gaps[:1]) for first, gaps, _ in answers])
+    tpot = np.array([sum(gaps[1:]) / (tokens - 1) for _, gaps, tokens in answers if tokens > 1])
+    itl = np.array([gap for _, gaps, _ in answers for gap in gaps[1:]])
+    found: dict[str, Any] = dict(result)
+    for name, values in (("ttft", ttft), ("tpot", tpot), ("itl", itl)):
+        if len(values):
+            found[f"mean_{name}_ms"] = float(values.mean()) * 1e3
+            found[f"median_{name}_ms"] = float(np.median(values)) * 1e3
+            found |= {f"p{p}_{name}_ms": float(np.percentile(values, p)) * 1e3 for p in (90, 99)}
+    return found, (
+        "vLLM's chat client takes the chunk that names the role for the first token; the figures here are its own "
+        f"stamps without it (it printed a mean ITL of {result['mean_itl_ms']:.3f} ms and a mean TTFT of "
+        f"{result['mean_ttft_ms']:.3f} ms)"
+    )
+
+
 def compare(
     ours: Sequence[Figures], theirs: Sequence[Figures], completed: Sequence[tuple[int, int]], notes: Sequence[str] = ()
 ) -> CrossCheck:
@@ -140,7 +181,7 @@ def compare(
         figures.append(
             Compared(
                 name=name, unit=unit, ours=float(a.mean()), theirs=float(b.mean()), difference=difference, noise=noise,
-                verdict=verdict, why=why,
+                low=difference - noise, high=difference + noise, verdict=verdict, why=why,
             )
         )  # fmt: skip
     return CrossCheck(
@@ -155,9 +196,6 @@ def compare(
     )
 
 
-_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
-
-
 def _noise(a: Floats, b: Floats) -> float:
     """Half width of Welch's 95 % interval for the difference of means; infinite below two repeats.
 
@@ -169,4 +207,4 @@ def _noise(a: Floats, b: Floats) -> float:
     if sum(parts) == 0:
         return 0.0
     degrees = sum(parts) ** 2 / sum(p**2 / (len(x) - 1) for p, x in zip(parts, (a, b), strict=True))
-    return _T.get(max(1, math.floor(degrees)), 2.0) * math.sqrt(sum(parts))
+    return student_t(max(1, math.floor(degrees))) * math.sqrt(sum(parts))

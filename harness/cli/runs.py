@@ -21,6 +21,15 @@ from harness.cli.options import (
 from harness.cli.types import WARMUP
 from harness.errors import UsageError
 
+CONVERSATION_OPTION = click.option(
+    "--conversation",
+    type=click.Choice(["recorded", "live"]),
+    default="recorded",
+    show_default=True,
+    help="Whose answers later turns of a session carry: the trace's own, or what the server really answers in the run "
+    "(live; turns then wait for each other, and input lengths follow from the answers).",
+)
+
 
 @click.command(
     short_help="Plan, serve, run and report in one go.",
@@ -37,6 +46,7 @@ Examples:
 )
 @TRACE_ARGUMENT
 @PLAN_OPTIONS
+@CONVERSATION_OPTION
 @SERVER_OPTIONS
 @LOAD_OPTIONS
 @REPORT_OPTIONS
@@ -67,6 +77,7 @@ Examples:
 )
 @TRACE_ARGUMENT
 @PLAN_OPTIONS
+@CONVERSATION_OPTION
 @click.option("--concurrency", type=click.IntRange(min=1), help="Plan a closed loop: trace order, no times.")
 @click.option(
     "--base-url", "base_urls", multiple=True, metavar="URL", help="Learn ordinary token ids from this server."
@@ -155,14 +166,22 @@ Examples:
 @click.option("--repeats", type=click.IntRange(min=3), default=3, show_default=True, help="Runs of each client.")
 @SERVER_OPTIONS
 @LOAD_OPTIONS
-@click.option("--endpoint", type=click.Choice(["auto", "completions"]), default="auto", help="API to use.")
+@click.option(
+    "--endpoint",
+    type=click.Choice(["auto", "completions", "chat"]),
+    default="auto",
+    show_default=True,
+    help="API to use. auto: chat when the plan has messages, else completions.",
+)
 @JSON_OPTION
 @OUT_OPTION
 def crosscheck(**options: Any) -> int:
     """Send one plan with our client and with vLLM's own, in turn, and show both sides' figures.
 
     Service TTFT, TPOT, ITL and throughput should agree within the noise of the repeats; where they differ, it says why.
-    vLLM's client is `vllm bench serve` of the installed engine, given the plan's own prompts, lengths and times.
+    vLLM's client is `vllm bench serve` of the installed engine, given the plan's own prompts or chat messages, lengths
+    and times. A figure agrees when the 95 % interval of the difference, from the repeats, holds zero and is narrow
+    enough to tell; five repeats and more make it so.
     """
     from harness import commands
 

@@ -14,7 +14,7 @@ from harness.errors import (
     EXIT_VALID,
     UsageError,
 )
-from harness.plan import read_plan_info
+from harness.plan import read_plan_columns, read_plan_info
 from harness.run import (
     RunDir,
     create_run_dir,
@@ -23,17 +23,16 @@ from harness.run import (
 
 def crosscheck(plan: Path, out: Path, repeats: int, format_: str, **options: Any) -> int:
     """The same plan with our client and with vLLM's, in turn, and both sides' figures."""
-    from analysis.against.crosscheck import compare, our_figures, their_figures
+    from analysis.against.crosscheck import compare, our_figures, their_figures, without_role_chunk
     from analysis.load import read_run
     from analysis.summary import summarise
     from cluster.vllm_bench import check_can_run, run_vllm_bench
 
     check_can_run()
-    info = read_plan_info(plan)
-    if info.arrivals == "closed" and not options["concurrency"]:
+    if read_plan_info(plan).arrivals == "closed" and not options["concurrency"]:
         raise UsageError(f"{plan} is planned for a closed loop, without times: say --concurrency N")
-    if choose_endpoint(options["endpoint"], plan) == "chat":
-        raise UsageError(f"{plan} holds chat messages: the cross-check needs a plan for the completions endpoint")
+    endpoint = choose_endpoint(options["endpoint"], plan)
+    notes = beyond_vllm(plan, endpoint)
     options.setdefault("warmup", None)
     check_load_options({**options, "speed": None, "rate": None})
     target = choose_target(options)
@@ -41,7 +40,7 @@ def crosscheck(plan: Path, out: Path, repeats: int, format_: str, **options: Any
         raise UsageError("the cross-check sends to one server that is there: give its --base-url (see harness serve)")
     folder = create_run_dir(out, f"crosscheck-{target.label}").path
     say(f"folder: {folder}")
-    ours, theirs, completed, notes = [], [], [], []
+    ours, theirs, completed = [], [], []
 
     def run_ours(name: str) -> Any:
         run = RunDir(folder / name)
@@ -62,8 +61,12 @@ def crosscheck(plan: Path, out: Path, repeats: int, format_: str, **options: Any
                 found[side] = run_vllm_bench(
                     plan, folder / f"vllm-{k}.json", base_url=target.base_urls[0], model=target.model,
                     concurrency=options["concurrency"], extra_body=options["extra_body"], api_key=target.api_key,
+                    endpoint=endpoint,
                 )  # fmt: skip
         summary, result = found["harness"], found["vllm"]
+        if endpoint == "chat":
+            result, note = without_role_chunk(result)
+            notes += [note] if k == 0 else []
         ours.append(our_figures(summary))
         theirs.append(their_figures(result))
         completed.append((summary.requests.succeeded, int(result.get("completed", 0))))
@@ -89,6 +92,27 @@ def crosscheck(plan: Path, out: Path, repeats: int, format_: str, **options: Any
             print(f"note: {note}")
         print(folder / "crosscheck.json")
     return EXIT_VALID
+
+
+def beyond_vllm(plan: Path, endpoint: str) -> list[str]:
+    """What of this plan vLLM's client does not do. Raises `UsageError` where the two could not ask for the same."""
+    if read_plan_info(plan).conversation == "live":
+        raise UsageError(
+            f"{plan} is a live conversation: its prompts follow from the answers of each run, so no two clients send "
+            "the same; plan it with --conversation recorded"
+        )
+    columns = read_plan_columns(plan, ["output_tokens", "after", "cancel_after_ns", "timeout_ns"])
+    if endpoint == "chat" and (missing := columns["output_tokens"].null_count):
+        raise UsageError(
+            f"{plan}: {missing} requests do not say how many tokens to generate, which vLLM's client must be told: use "
+            "a trace with output_tokens ('harness trace convert --tokenizer FILE' counts recorded answers)"
+        )
+    said = {
+        "after": "wait for the turn before them", "cancel_after_ns": "hang up",
+        "timeout_ns": "have a time limit of their own",
+    }  # fmt: skip
+    counted = {name: len(columns) - columns[name].null_count for name in said}
+    return [f"{n} requests {said[name]}, which vLLM's client does not do" for name, n in counted.items() if n]
 
 
 def calibrate(format_: str) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from harness.errors import TraceError
-from harness.formats.jsonl import FIELDS, Line, row_of
+from harness.formats.jsonl import FIELDS, BlockSizes, Line, row_of
 from harness.formats.row import Reader, Row
 from harness.formats.values import decode_error
 from harness.source import Source, magic
@@ -26,6 +26,10 @@ class Columnar(Reader):
     """Reader of columnar files; the first bytes tell which kind."""
 
     summary = "Parquet or Arrow file with the columns of our JSON Lines"
+    clock = "arrival_s in seconds, by its name"
+
+    def __init__(self) -> None:
+        self._sizes = BlockSizes()
 
     @staticmethod
     def sniff(record: bytes) -> bool:
@@ -49,9 +53,15 @@ class Columnar(Reader):
     def parse(self, record: dict[str, Any]) -> Row:
         """Check one row as a line of JSON would be."""
         try:
-            return row_of(msgspec.convert(record, Line))
+            row = row_of(msgspec.convert(record, Line))
+            self._sizes.see(row)
+            return row
         except msgspec.ValidationError as e:
             raise decode_error(e, b"", FIELDS) from None
+
+    def blocks(self) -> str | None:
+        """As ``block_tokens`` says."""
+        return self._sizes.said()
 
 
 def _batches(file: Source) -> Iterator[Any]:

@@ -18,6 +18,8 @@
                    model of the run
 ``cancel_after_s`` number above 0, the client hung up this long after it had sent the request, and does so again
 ``think_s``        number, from the end of the session's previous answer to this turn; needs ``session_id``
+``timeout_s``      number above 0, the client's own time limit for this request, counted from when it is sent; left
+                   out: the limit of the run
 =================  ===================================================================================================
 
 A row needs one of ``prompt``, ``messages`` and ``input_tokens``; ``prompt`` and ``messages`` exclude each other.
@@ -30,6 +32,7 @@ are skipped. The same rows are read from a JSON array, and from Parquet and Arro
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Annotated
 
 import msgspec
@@ -62,6 +65,7 @@ class Line(msgspec.Struct, forbid_unknown_fields=True):
     adapter: _Text | None = None
     cancel_after_s: Annotated[float, msgspec.Meta(gt=0, le=1e6)] | None = None
     think_s: Annotated[float, msgspec.Meta(ge=0, le=1e6)] | None = None
+    timeout_s: Annotated[float, msgspec.Meta(gt=0, le=1e6)] | None = None
 
 
 FIELDS = Line.__struct_fields__
@@ -73,6 +77,10 @@ class Jsonl(Reader):
     """Reader of our own JSON Lines."""
 
     summary = "our JSON Lines: arrival_s, prompt or messages or input_tokens, output_tokens, session_id, prefix_ids ..."
+    clock = "arrival_s in seconds, by its name"
+
+    def __init__(self) -> None:
+        self._sizes = BlockSizes()
 
     @staticmethod
     def sniff(record: bytes) -> bool:
@@ -86,9 +94,32 @@ class Jsonl(Reader):
     def parse(self, record: bytes) -> Row:
         """Read one line."""
         try:
-            return row_of(_decode(record))
+            row = row_of(_decode(record))
+            self._sizes.see(row)
+            return row
         except DECODE_ERRORS as e:
             raise decode_error(e, record, FIELDS) from None
+
+    def blocks(self) -> str | None:
+        """As ``block_tokens`` says."""
+        return self._sizes.said()
+
+
+class BlockSizes:
+    """Sizes of prefix blocks that rows state."""
+
+    def __init__(self) -> None:
+        self._rows: Counter[int] = Counter()
+
+    def see(self, row: Row) -> None:
+        """The next row."""
+        if row.block_tokens is not None and (row.block_tokens in self._rows or len(self._rows) < 8):
+            self._rows[row.block_tokens] += 1
+
+    def said(self) -> str | None:
+        """The sizes; None without any."""
+        sizes = " and ".join(map(str, sorted(self._rows)))
+        return f"{sizes} tokens, as block_tokens says; the ids were counted on every row" if sizes else None
 
 
 def answered(messages: bytes) -> bool:
@@ -120,6 +151,7 @@ def row_of(line: Line) -> Row:
         line.adapter,
         line.cancel_after_s,
         line.think_s,
+        line.timeout_s,
     )
 
 
@@ -127,8 +159,8 @@ def _contradiction(row: Line) -> str | None:
     """What is wrong with fields that are each right alone."""
     if row.arrival_s is not None and not math.isfinite(row.arrival_s):
         return f"arrival_s is {row.arrival_s}"
-    if not (math.isfinite(row.cancel_after_s or 0.0) and math.isfinite(row.think_s or 0.0)):
-        return "cancel_after_s or think_s is no number"
+    if not all(math.isfinite(s or 0.0) for s in (row.cancel_after_s, row.think_s, row.timeout_s)):
+        return "cancel_after_s, think_s or timeout_s is no number"
     if row.think_s is not None and row.session_id is None:
         return "think_s without session_id: it is the time between two turns of a session"
     has_text = row.prompt is not None or row.messages is not None

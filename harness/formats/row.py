@@ -34,6 +34,7 @@ class Row(NamedTuple):
     adapter: str | None = None
     cancel_after_s: float | None = None
     think_s: float | None = None
+    timeout_s: float | None = None
 
 
 class RowError(Exception):
@@ -68,6 +69,8 @@ class Reader:
 
     summary: ClassVar[str]
     """One line for people choosing a format."""
+    clock: ClassVar[str]
+    """What its times are, and what in the file shows it."""
     has_header: ClassVar[bool] = False
     """The first line goes to `header`, not to `parse`."""
     quoted: ClassVar[bool] = False
@@ -99,6 +102,10 @@ class Reader:
     def end(self) -> Rows:
         """Rows that were still waiting for a later line when the file ended."""
         return ()
+
+    def blocks(self) -> str | None:
+        """After the last record: size of the prefix blocks and what in the file shows it; None: none were read."""
+        return None
 
     def notes(self) -> list[str]:
         """What a reader of the results must know about this file, after its last record."""
