@@ -9,14 +9,16 @@ production.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from harness.errors import PlanError
+from harness.tokenizer import TextTokenizer, load_tokenizer
 
 Ids = npt.NDArray[np.int32]
 
@@ -36,17 +38,20 @@ class Vocabulary:
     """
 
     def __init__(
-        self, ids: Ids, name: str, tokenizer: Tokenizer | None = None, glue: tuple[str, str] | None = None
+        self, ids: Ids, name: str, tokenizer: TextTokenizer | None = None, glue: tuple[str, str] | None = None
     ) -> None:
         self._ids = ids
         self._tokenizer = tokenizer
         self._glue = glue
-        self._words: dict[int, str] = {}
+        self._words: pa.Array | None = None
+        self._place = np.zeros(int(ids.max()) + 1 if glue is not None else 0, dtype=np.int32)
+        """Id -> its place in the words."""
         self._apart = False
         if glue is not None and tokenizer is not None:
-            texts = tokenizer.decode_batch([[int(i)] for i in ids], skip_special_tokens=False)
-            self._words = {int(i): text.strip() for i, text in zip(ids, texts, strict=True)}
-            self._apart = _splits_words(tokenizer, self._render(ids), ids)
+            texts = tokenizer.decode([[int(i)] for i in ids])
+            self._words = pa.array([text.strip() for text in texts], pa.large_string())
+            self._place[ids] = np.arange(len(ids))
+            self._apart = _splits_words(tokenizer, self.render([ids])[0], ids)
         self.name = name
 
     def __len__(self) -> int:
@@ -67,7 +72,7 @@ class Vocabulary:
 
     @classmethod
     def from_tokenizer(cls, path: Path) -> Vocabulary:
-        """Vocabulary of a ``tokenizer.json``, or of a model directory that holds one.
+        """Vocabulary of a tokenizer: a model directory, or its ``tokenizer.json`` (see `harness.tokenizer`).
 
         Left out: special and added tokens, and tokens that do not decode to clean text (fragments of characters,
         control characters). Where the tokenizer has them, only whole words are used, each one token wherever it stands
@@ -75,27 +80,28 @@ class Vocabulary:
 
         Raises `PlanError` when there is no such file or it is no tokenizer.
         """
-        file = path / "tokenizer.json" if path.is_dir() else path
-        try:
-            raw = file.read_bytes()
-        except OSError as e:
-            raise PlanError(
-                f"{file}: cannot read the tokenizer ({e.strerror}); name a tokenizer.json or its folder"
-            ) from e
-        try:
-            tokenizer = Tokenizer.from_buffer(raw)
-        except Exception as e:  # the library raises nothing narrower
-            raise PlanError(f"{file}: not a tokenizer.json of the tokenizers library ({e})") from e
-        # Settings saved with the file would cut or pad every prompt behind our back.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+        tokenizer = load_tokenizer(path)
         clean = _clean_ids(tokenizer)
         words, glue = _word_ids(tokenizer, clean)
         usable = words if glue is not None else np.array(sorted(clean), dtype=np.int32)
-        _check_size(usable, str(file))
-        label = f"{file.resolve().parent.name}/{file.name}"
-        name = f"{label} sha256:{_digest(raw)} ({len(usable)} of {tokenizer.get_vocab_size()} tokens used)"
+        _check_size(usable, str(path))
+        name = f"{tokenizer.label} ({len(usable)} of {tokenizer.size} tokens used)"
         return cls(usable, name, tokenizer, glue)
+
+    @property
+    def tokenizer(self) -> TextTokenizer | None:
+        """What text is counted with; None where only ids are known."""
+        return self._tokenizer
+
+    @property
+    def words(self) -> bool:
+        """Every id is a word that stays one token between spaces."""
+        return self._glue is not None
+
+    @property
+    def apart(self) -> bool:
+        """Proved of each: the tokenizer cuts text into these words before it looks at any."""
+        return self._apart
 
     def token_ids(
         self,
@@ -138,43 +144,60 @@ class Vocabulary:
 
         Raises `PlanError` without a tokenizer, or when no text of that length is found.
         """
-        if self._tokenizer is None:
-            raise PlanError(f"{self.name}: text prompts need a tokenizer; give a tokenizer.json or send token ids")
-        texts = [self._render(ids) for ids in prompts]
+        texts = self.render(prompts)
         every = _PROVED_EVERY if self._apart else 1
-        encodings = self._tokenizer.encode_batch_fast(texts[::every], add_special_tokens=False)
-        if every > 1 and any(len(e) != len(ids) for e, ids in zip(encodings, prompts[::every], strict=True)):
-            every, encodings = 1, self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        lengths = self._count(texts[::every])
+        if every > 1 and lengths != [len(ids) for ids in prompts[::every]]:
+            every, lengths = 1, self._count(texts)
         if every > 1:
             return texts
         return [
-            text if len(encoding) == len(ids) else self._repair(ids, text, len(encoding))
-            for text, encoding, ids in zip(texts, encodings, prompts, strict=True)
+            text if length == len(ids) else self.fitted(ids, len(ids), self._count)
+            for text, length, ids in zip(texts, lengths, prompts, strict=True)
         ]
 
-    def _render(self, ids: Ids) -> str:
-        assert self._tokenizer is not None
-        if self._glue is None:
-            text: str = self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
-            return text
-        lead, space = self._glue
-        return lead + space.join(map(self._words.__getitem__, ids.tolist()))
+    def render(self, prompts: Sequence[Ids]) -> list[str]:
+        """Each list of ids as text, as it falls: of whole words of a `words` vocabulary, that text is those ids.
 
-    def _repair(self, wanted: Ids, text: str, length: int) -> str:
-        """Add or take tokens at the end until the text has the wanted length."""
+        Raises `PlanError` without a tokenizer.
+        """
+        if self._tokenizer is None:
+            raise PlanError(f"{self.name}: text prompts need a tokenizer; give a tokenizer.json or send token ids")
+        if self._glue is None or self._words is None:
+            return self._tokenizer.decode([ids.tolist() for ids in prompts])
+        lead, space = self._glue
+        # In Arrow: a Python object per token would be most of the time it takes to make a plan.
+        at = self._place[np.concatenate([np.empty(0, dtype=np.int32), *prompts])]
+        offsets = np.cumsum([0, *(len(ids) for ids in prompts)], dtype=np.int64)
+        lists = pa.LargeListArray.from_arrays(pa.array(offsets), self._words.take(pa.array(at)))
+        texts: list[str] = pc.binary_join(lists, pa.scalar(space, pa.large_string())).to_pylist()
+        return [lead + text for text in texts] if lead else texts
+
+    def _count(self, texts: Sequence[str]) -> list[int]:
         assert self._tokenizer is not None
-        target, ids = len(wanted), wanted
+        return [len(ids) for ids in self._tokenizer.encode(texts)]
+
+    def fitted(self, wanted: Ids, target: int, count: Callable[[Sequence[str]], list[int]]) -> str:
+        """Text that begins as ``wanted`` does and that ``count`` finds to be ``target`` long.
+
+        Tokens are added or taken at the end until it is. Raises `PlanError` when no such text is found.
+        """
+        ids = wanted
+        text = self.render([ids])[0]
+        length = count([text])[0]
         for attempt in range(_REPAIRS):
+            if length == target:
+                return text
             # Take one more than is over: what is added next time is a new draw, so the search does not go in circles.
             keep = len(ids) - (length - target) - 1 if length > target else len(ids)
             ids = ids[: max(keep, 0)]
             missing = target - length if length < target else 1
             tail = self.token_ids(missing, _hash64(wanted.tobytes(), attempt, 0), seed=attempt)
             ids = np.concatenate([ids, tail])
-            text = self._render(ids)
-            length = len(self._tokenizer.encode(text, add_special_tokens=False))
-            if length == target:
-                return text
+            text = self.render([ids])[0]
+            length = count([text])[0]
+        if length == target:
+            return text
         raise PlanError(
             f"{self.name}: no text of exactly {target} tokens found (last try: {length}); send token ids instead"
         )
@@ -213,15 +236,14 @@ def _block_starts(seed: int, prefix_ids: Sequence[int]) -> npt.NDArray[np.uint64
     return np.frombuffer(bytes(starts), dtype="<u8").astype(np.uint64)
 
 
-def _clean_ids(tokenizer: Tokenizer) -> dict[int, str]:
+def _clean_ids(tokenizer: TextTokenizer) -> dict[int, str]:
     """Id -> text of the plain tokens that are clean text by themselves."""
-    added = tokenizer.get_added_tokens_decoder()
-    ids = sorted(set(tokenizer.get_vocab(with_added_tokens=False).values()) - set(added))
-    texts = tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
+    ids = tokenizer.plain_ids()
+    texts = tokenizer.decode([[i] for i in ids])
     return {i: t for i, t in zip(ids, texts, strict=True) if t.strip() and t.isprintable() and "\ufffd" not in t}
 
 
-def _word_ids(tokenizer: Tokenizer, clean: dict[int, str]) -> tuple[Ids, tuple[str, str] | None]:
+def _word_ids(tokenizer: TextTokenizer, clean: dict[int, str]) -> tuple[Ids, tuple[str, str] | None]:
     """Ids of words that stay one token between other words, and (lead, space) to put before and between them.
 
     Byte-level tokenizers keep the space inside the token and need one before the first word too; others add it
@@ -231,26 +253,19 @@ def _word_ids(tokenizer: Tokenizer, clean: dict[int, str]) -> tuple[Ids, tuple[s
     best: list[int] = []
     best_lead = ""
     for lead in (" ", ""):
-        encodings = tokenizer.encode_batch(
-            [f"{lead}{word} {word}" for word in words.values()], add_special_tokens=False
-        )
-        fit = [i for i, encoding in zip(words, encodings, strict=True) if encoding.ids == [i, i]]
+        encodings = tokenizer.encode([f"{lead}{word} {word}" for word in words.values()])
+        fit = [i for i, ids in zip(words, encodings, strict=True) if ids == [i, i]]
         if len(fit) > len(best):
             best, best_lead = fit, lead
     return np.array(best, dtype=np.int32), (best_lead, " ") if len(best) >= _MIN_WORDS else None
 
 
-def _splits_words(tokenizer: Tokenizer, text: str, ids: Ids) -> bool:
+def _splits_words(tokenizer: TextTokenizer, text: str, ids: Ids) -> bool:
     """Whether ``text`` (each word of the vocabulary once) is cut into its words before any of them is looked at.
 
     Then a word's token cannot depend on its neighbours, and what holds for each word here holds for every text of them.
     """
-    if tokenizer.pre_tokenizer is None:
-        return False
-    seen = text if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str(text)
-    parts = tokenizer.pre_tokenizer.pre_tokenize_str(seen)
-    whole: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return len(parts) == len(ids) and whole == ids.tolist()
+    return tokenizer.parts(text) == len(ids) and tokenizer.encode([text])[0] == ids.tolist()
 
 
 def _check_size(ids: Ids, source: str) -> None:

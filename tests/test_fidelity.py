@@ -91,6 +91,23 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return conversations(tmp_path_factory.mktemp("trace") / "t.jsonl")
 
 
+@pytest.fixture(scope="module")
+def turns(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Conversations that say lengths only; one turn in five does not go on from the one before it."""
+    rng = np.random.default_rng(3)
+    path = tmp_path_factory.mktemp("turns") / "t.jsonl"
+    times = np.cumsum(rng.exponential(1 / 6, 900)).round(6)
+    said: dict[int, int] = {}
+    rows = []
+    for t in times.tolist():
+        session, out = int(rng.integers(250)), int(rng.integers(1, 60))
+        tokens = 20 + int(rng.integers(200)) + (said.get(session, 0) if rng.random() < 0.8 else 0)
+        said[session] = tokens + out
+        rows.append({"arrival_s": t, "input_tokens": tokens, "output_tokens": out, "session_id": str(session)})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 # --- faithful --------------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +229,27 @@ def test_prompts_that_do_not_share_are_caught(tmp_path, trace, monkeypatch):
     )  # fmt: skip
     answers = ask(made(tmp_path, trace))
     assert "planned: prefix reuse" in wrong(answers)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [{}, {"speed": 3.0}, {"grow": 2.0}, {"limit": 333}, {"closed": True}, {"repeat": True, "limit": 1800}],
+    ids=str,
+)
+def test_accumulated_turns_are_as_expected(tmp_path, turns, spec):
+    answers = ask(made(tmp_path, turns, **spec))
+    assert not wrong(answers), fidelity_text(list(answers.values()))
+    assert answers["planned: prefix reuse"].ok is True
+
+
+def test_turns_that_do_not_accumulate_are_caught(tmp_path, turns, monkeypatch):
+    own = Vocabulary.token_ids
+    calls = iter(range(10**6))
+    monkeypatch.setattr(
+        Vocabulary, "token_ids", lambda self, n, key, *, seed=0, prefix_ids=None, block_tokens=None:
+        own(self, n, next(calls), seed=seed)
+    )  # fmt: skip
+    assert "planned: prefix reuse" in wrong(ask(made(tmp_path, turns)))
 
 
 # --- unfaithful runs -------------------------------------------------------------------------------------------------

@@ -118,6 +118,36 @@ def test_exactly_one_format_claims_a_sample(name):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
+def test_each_says_its_clock_and_blocks_where_it_has_any(name):
+    records, trace = read(SAMPLES / name, arrivals_only=True)
+    assert (trace.clock is None) is (records[0].arrival_s is None)
+    assert (trace.blocks is None) is all(record.prefix_ids is None for record in records)
+    for size in {record.block_tokens for record in records} - {None}:
+        assert str(size) in trace.blocks
+    failed = {why: n for why, n in trace.rows_dropped.items() if "failed call" in why}
+    assert trace.rows_failed == sum(failed.values())
+
+
+def test_the_evidence_for_a_block_size_is_counted(tmp_path):
+    def row(tokens: int, ids: list[int]) -> dict[str, object]:
+        return {"timestamp": 0, "input_length": tokens, "output_length": 1, "hash_ids": ids}
+
+    _, trace = read(write(tmp_path, lines(row(512, [1]), row(513, [1, 2]), row(1, [3]))))
+    assert trace.blocks == "512 tokens: one id per block on all 3 rows, 1 of them of several blocks"
+    _, trace = read(write(tmp_path, lines(row(512, [1]), row(5, [2]))))
+    assert "nothing in the file shows it" in trace.blocks
+
+
+def test_a_clock_that_runs_too_fast_is_asked_about(tmp_path):
+    """Seconds where milliseconds should be: 200 rows within 0.2 s."""
+    rows = [{"timestamp": i, "input_length": 600, "output_length": 1, "hash_ids": [1, 2]} for i in range(200)]
+    _, trace = read(write(tmp_path, lines(*rows)))
+    assert any("is the clock what it was read as (timestamp in milliseconds" in note for note in trace.notes)
+    _, trace = read(write(tmp_path, lines(*(row | {"timestamp": 1000 * i} for i, row in enumerate(rows)))))
+    assert not any("is the clock" in note for note in trace.notes)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("pack", ["gzip", "zstd"])
 def test_compressed_is_the_same(tmp_path, name, pack):
     raw = (SAMPLES / name).read_bytes()

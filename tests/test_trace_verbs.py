@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from harness.cli.trace import trace as verbs
 from harness.errors import HarnessError, TraceError, UsageError
+from harness.tokenizer import load_tokenizer
 from harness.trace import TraceRecord, open_trace
 from harness.traces import prefix as prefix_module
 from harness.traces.anonymize import anonymize, count_tokens
@@ -212,6 +213,9 @@ def test_any_trace_can_be_described(rows, timed):
         "rows_read": 1,
         "rows_kept": 1,
         "rows_dropped": {},
+        "rows_failed": 0,
+        "clock": "x in seconds" if timed else None,
+        "blocks": None,
         "grid_s": None,
         "notes": [],
     }
@@ -229,6 +233,9 @@ def test_any_trace_can_be_described(rows, timed):
 def test_inspect_every_sample(path):
     facts = json.loads(ok("inspect", path, "--format", "json").stdout)
     assert facts["rows_read"] == facts["rows_kept"] + sum(facts["rows_dropped"].values())
+    assert facts["rows_failed"] == sum(n for why, n in facts["rows_dropped"].items() if "failed call" in why)
+    assert (facts["clock"] is None) is (facts["span_s"] is None)
+    assert (facts["blocks"] is not None) or facts["prefix"] is None or facts["prefix"]["continued_turns"] is not None
     assert {
         "format",
         "span_s",
@@ -608,7 +615,7 @@ def leading(a: tuple[object, ...], b: tuple[object, ...]) -> int:
 )
 def test_blocks_are_shared_as_far_as_the_text_is(tokenizer, prompts, size):
     records = [TraceRecord(1, None, None, None, text=" ".join(p)) for p in prompts]
-    out = list(anonymize(records, salt=SALT, tokenizer=Tokenizer.from_file(str(tokenizer)), block_tokens=size))
+    out = list(anonymize(records, salt=SALT, tokenizer=load_tokenizer(tokenizer), block_tokens=size))
     assert len(out) == len(prompts)
     for a, b in itertools.pairwise(range(len(out))):
         same = leading(tuple(prompts[a]), tuple(prompts[b]))
@@ -619,7 +626,7 @@ def test_blocks_are_shared_as_far_as_the_text_is(tokenizer, prompts, size):
 def test_counts_of_the_source_stay_and_template_tokens_are_nobodys(tokenizer):
     text = "one two three four five six seven one two"
     records = [TraceRecord(i, None, n, 3, text=text) for i, n in enumerate((12, 12, 9, 5))]
-    a, b, c, d = anonymize(records, salt=SALT, tokenizer=Tokenizer.from_file(str(tokenizer)), block_tokens=4)
+    a, b, c, d = anonymize(records, salt=SALT, tokenizer=load_tokenizer(tokenizer), block_tokens=4)
     assert [r.input_tokens for r in (a, b, c, d)] == [12, 12, 9, 5]
     assert [len(r.prefix_ids) for r in (a, b, c, d)] == [3, 3, 3, 2]
     assert leading(a.prefix_ids, b.prefix_ids) == leading(a.prefix_ids, c.prefix_ids) == 2
@@ -651,7 +658,7 @@ def test_anonymize_refusals(tmp_path, tokenizer):
 
 
 def test_count_tokens_fills_only_gaps(tokenizer):
-    made = Tokenizer.from_file(str(tokenizer))
+    made = load_tokenizer(tokenizer)
     records = [
         TraceRecord(1, None, 50, None, text="one two", answer="three"),
         TraceRecord(2, None, None, 9, text="one two", answer="three"),

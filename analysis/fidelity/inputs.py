@@ -40,9 +40,12 @@ def read_plan(run: Run) -> Plan:
 
 
 def read_reuse(run: Run) -> tuple[Reuse | None, Reuse | None]:
-    """Prefix reuse of the plan's prompts: in the trace's blocks, and in the server's; None where nobody states any."""
+    """Prefix reuse of the plan's prompts: in the trace's blocks, and in the server's.
+
+    None where nobody states any, and of live conversations, whose prompts are whole only when they are sent.
+    """
     source = run.manifest.plan.source
-    if source is None or source.prefix is None:
+    if source is None or source.prefix is None or run.manifest.plan.conversation == "live":
         return None, None
     plan = RunDir(run.path).plan
     own = prompt_reuse(iter_prompt_ids(plan), min(source.prefix.block_tokens), partial=True)

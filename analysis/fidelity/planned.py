@@ -265,7 +265,9 @@ def _planned_sessions(info: PlanInfo, source: TraceStats, plan: Plan) -> Fidelit
 def _planned_prefix(info: PlanInfo, source: TraceStats, reuse: Reuse | None) -> Fidelity:
     name = "planned: prefix reuse"
     if source.prefix is None:
-        return not_comparable(name, "the trace states no prefixes")
+        return not_comparable(name, "the trace states no prefixes and no sessions")
+    if info.conversation == "live":
+        return not_comparable(name, "live conversations: turns carry the server's own answers, as asked")
     if reuse is None or not reuse.tokens:
         return not_comparable(name, "prompts are text: their tokens are the server's")
     ideal = source.prefix.hit_rate_tokens

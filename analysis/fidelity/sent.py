@@ -125,16 +125,16 @@ def _sent_lengths(
     chat: bool = False,
 ) -> Fidelity:
     name = f"sent: {side} lengths"
-    if chat:
-        return not_comparable(name, "chat: the server's template adds tokens")
     asked, got = planned[ids], np.concatenate(parts)
     both = success & np.isfinite(asked) & np.isfinite(got)
     if not both.any():
         return not_comparable(name, "no request has both a planned length and the server's count")
     asked, got = asked[both], got[both]
     start = got[0] - asked[0]
-    if side == "input" and 0 < start <= START_TOKENS and bool((got - asked == start).all()):
-        got = got - start  # a start token that the server adds to every prompt
+    if side == "input" and start > 0 and bool((got - asked == start).all()):
+        if chat:
+            return not_comparable(name, f"chat: the server's template adds {start:.0f} tokens to every planned prompt")
+        got = got - (start if start <= START_TOKENS else 0)  # a start token that the server adds to every prompt
     distance = ks_distance(asked, got)
     differing = float((asked != got).mean())
     ok = distance <= LENGTH_BOUND and abs(got.mean() - asked.mean()) <= EXACT * asked.mean()

@@ -128,7 +128,8 @@ PLAN_OPTIONS = stack(
     click.option(
         "--tokenizer",
         type=click.Path(exists=True, path_type=Path),
-        help="tokenizer.json (or its folder) to make prompts of an exact length with. Default: the model's own.",
+        help="Model folder (with its chat template), or its tokenizer.json, to make prompts of an exact length with. "
+        "Default: the model's own.",
     ),
     click.option(
         "--endpoint",

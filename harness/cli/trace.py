@@ -31,7 +31,7 @@ _LENGTHS = stack(
 _TOKENIZER = click.option(
     "--tokenizer",
     type=click.Path(exists=True, path_type=Path),
-    help="tokenizer.json (or its folder) to count the tokens of text with.",
+    help="Model folder, or its tokenizer.json, to count the tokens of text with.",
 )
 _BLOCK = click.option(
     "--block-tokens",
@@ -67,7 +67,9 @@ Examples:
 @_BLOCK
 @JSON_OPTION
 def inspect(**options: Any) -> int:
-    """Say what a trace is: format, rows, rate over time, bursts, token lengths, sessions, prefix reuse."""
+    """Say what a trace is: format, rows, its clock and prefix blocks and what shows them, rate over time, bursts, token
+    lengths, sessions, prefix reuse.
+    """
     from harness.traces import verbs
 
     return verbs.inspect(**options)

@@ -42,6 +42,7 @@ class Nginx(Reader):
     """Reader of nginx access logs."""
 
     summary = "nginx access log (combined, ingress-nginx or JSON): arrivals only"
+    clock = "end of the request (msec, time_iso8601 or time_local) less $request_time in seconds"
     in_order = False
 
     def __init__(self) -> None:
@@ -105,6 +106,7 @@ class Envoy(Reader):
     """Reader of Envoy access logs."""
 
     summary = "Envoy access log (default format or JSON): arrivals only"
+    clock = "START_TIME, the start of the request: a date and time with its zone"
     in_order = False
 
     def __init__(self) -> None:

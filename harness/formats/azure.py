@@ -19,6 +19,7 @@ class Azure(Reader):
     """Reader of Azure LLM inference traces (2023, 2024 and later)."""
 
     summary = "Azure LLM inference trace (CSV: TIMESTAMP, ContextTokens, GeneratedTokens)"
+    clock = "TIMESTAMP, a date and time: up to 9 decimals of a second, UTC where no zone is given"
     has_header = True
 
     def __init__(self) -> None:

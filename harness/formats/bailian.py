@@ -24,7 +24,7 @@ from typing import Annotated
 import msgspec
 
 from harness.formats.row import MAX_ARRIVAL_S, MAX_TOKENS, Reader, Row, RowError
-from harness.formats.values import DECODE_ERRORS, Copies, called, decode_error, fields_of, seconds_ns
+from harness.formats.values import DECODE_ERRORS, Copies, called, decode_error, fields_of, seconds_ns, shown_blocks
 
 BLOCK_TOKENS = 16
 
@@ -51,10 +51,11 @@ class Bailian(Reader):
     """Reader of Qwen-Bailian traces."""
 
     summary = "Qwen-Bailian trace (JSON Lines: chat_id, parent_chat_id, timestamp in s, hash_ids of 16-token blocks)"
+    clock = "timestamp in seconds: the rows have the fields and 16-token blocks of Bailian, not Mooncake"
 
     def __init__(self) -> None:
         self._root: dict[int, int] = {}
-        self._orphans = 0
+        self._orphans = self._rows = self._long = 0
         self._copies = Copies("chat_id")
 
     @staticmethod
@@ -79,6 +80,8 @@ class Bailian(Reader):
                 f"{len(ids)} hash_ids for input_length {row.input_length}, expected {whole + bool(rest)} (one per "
                 f"{BLOCK_TOKENS} tokens): this is not a Bailian trace; Mooncake has 512-token blocks and milliseconds",
             )
+        self._rows += 1
+        self._long += len(ids) > 1
         parent = row.parent_chat_id
         root = self._root.get(parent, parent) if parent >= 0 else row.chat_id
         self._orphans += parent >= 0 and parent not in self._root
@@ -93,6 +96,10 @@ class Bailian(Reader):
             ids,
             BLOCK_TOKENS,
         )
+
+    def blocks(self) -> str | None:
+        """16 tokens, and how many rows show it."""
+        return shown_blocks(BLOCK_TOKENS, self._rows, self._long)
 
     def notes(self) -> list[str]:
         """Conversations whose beginning is not in the file."""

@@ -31,6 +31,7 @@ class BurstGPT(Reader):
     """Reader of BurstGPT traces, versions 1 to 3."""
 
     summary = "BurstGPT trace (CSV: Timestamp in s, Request tokens, Response tokens; v3 with Session ID)"
+    clock = "Timestamp in seconds: the header is that of BurstGPT, whose totals were checked on every row"
     has_header = True
 
     def __init__(self) -> None:

@@ -32,6 +32,7 @@ class Chat(Reader):
     """Reader of chat logs."""
 
     summary = "chat log (JSON or JSON Lines: ShareGPT conversations, LMSYS, WildChat, messages ending with an answer)"
+    clock = "none: a conversation has no time for each request"
 
     def __init__(self) -> None:
         self._conversations = 0

@@ -29,6 +29,7 @@ class Langfuse(Reader):
     """Reader of Langfuse observations."""
 
     summary = "Langfuse observations (JSON or JSON Lines: type GENERATION, startTime, usageDetails)"
+    clock = "startTime, a date and time, UTC where no zone is given"
     in_order = False
 
     def __init__(self) -> None:

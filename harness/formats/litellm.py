@@ -42,6 +42,7 @@ class LiteLLM(Reader):
     """Reader of LiteLLM spend logs."""
 
     summary = "LiteLLM spend logs (JSON, JSON Lines or CSV: startTime, prompt_tokens, completion_tokens, call_type)"
+    clock = "startTime, a date and time, UTC where no zone is given"
     quoted = True
     in_order = False
 

@@ -22,7 +22,7 @@ from typing import Annotated
 import msgspec
 
 from harness.formats.row import MAX_ARRIVAL_S, MAX_TOKENS, Reader, Row, RowError
-from harness.formats.values import DECODE_ERRORS, called, decode_error, fields_of
+from harness.formats.values import DECODE_ERRORS, called, decode_error, fields_of, shown_blocks
 
 BLOCK_TOKENS = 512
 _OTHER_BLOCKS = (8, 16, 32, 64, 128, 256, 1024)
@@ -45,6 +45,10 @@ class Mooncake(Reader):
     """Reader of Mooncake traces."""
 
     summary = "Mooncake trace (JSON Lines: timestamp in ms, input_length, output_length, hash_ids of 512-token blocks)"
+    clock = "timestamp in milliseconds: whole numbers, beside the 512-token blocks of Mooncake"
+
+    def __init__(self) -> None:
+        self._rows = self._long = 0
 
     @staticmethod
     def sniff(record: bytes) -> bool:
@@ -65,10 +69,16 @@ class Mooncake(Reader):
         blocks = -(-row.input_length // BLOCK_TOKENS)
         if len(row.hash_ids) != blocks:
             raise RowError("block mismatch", _mismatch(len(row.hash_ids), row.input_length, blocks))
+        self._rows += 1
+        self._long += blocks > 1
         called(row.input_length, row.output_length)
         return Row(
             row.timestamp * 1_000_000, row.input_length, row.output_length, None, None, row.hash_ids, BLOCK_TOKENS
         )
+
+    def blocks(self) -> str | None:
+        """512 tokens, and how many rows show it."""
+        return shown_blocks(BLOCK_TOKENS, self._rows, self._long)
 
 
 def _mismatch(ids: int, tokens: int, expected: int) -> str:

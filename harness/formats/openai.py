@@ -31,6 +31,7 @@ class OpenAI(Reader):
     """Reader of OpenAI batch files and API logs."""
 
     summary = "OpenAI batch input or output, or logged API requests and responses (JSON Lines)"
+    clock = "created, a time since 1970: its size shows the unit, as 2001 to 2100 differ in each"
     in_order = False
 
     def __init__(self) -> None:

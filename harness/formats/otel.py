@@ -39,6 +39,7 @@ class OTel(Reader):
     """Reader of OpenTelemetry spans."""
 
     summary = "OpenTelemetry gen_ai spans (JSON: OTLP, Tempo, console exporter)"
+    clock = "start of the span: a date, or a time since 1970 whose size shows the unit"
     in_order = False
 
     def __init__(self) -> None:

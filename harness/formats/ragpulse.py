@@ -62,6 +62,7 @@ class RagPulse(Reader):
     """Reader of RAGPulse traces."""
 
     summary = "RAGPulse trace (JSON Lines: timestamp as a string of s, hash_ids an object of component ids)"
+    clock = "timestamp in seconds: strings of whole numbers, beside components as RAGPulse has them"
 
     def __init__(self) -> None:
         self._lengths: dict[str, dict[int, int]] = {}
@@ -100,6 +101,13 @@ class RagPulse(Reader):
             seconds_ns("timestamp", int(row.timestamp)), row.input_length, row.output_length, row.session_id, None, ids,
             None if ids is None else BLOCK_TOKENS,
         )  # fmt: skip
+
+    def blocks(self) -> str | None:
+        """16 tokens, made from the components' lengths."""
+        known = len(self._lengths) == len(_TABLES)
+        return (
+            f"{BLOCK_TOKENS} tokens, made here from the components' lengths in the files beside it" if known else None
+        )
 
     def notes(self) -> list[str]:
         """What is known of shared prefixes."""

@@ -214,6 +214,17 @@ def plain_messages(value: Any) -> tuple[dict[str, str], ...] | None:
     return tuple(messages)
 
 
+def shown_blocks(size: int, rows: int, long: int) -> str | None:
+    """What is known of a block size that the number of ids was checked against on ``rows`` rows, ``long`` of several
+    blocks; None without rows.
+    """
+    if not rows:
+        return None
+    if not long:
+        return f"{size} tokens by its format alone: no prompt is longer than a block, so nothing in the file shows it"
+    return f"{size} tokens: one id per block on all {rows} rows, {long} of them of several blocks"
+
+
 def prefix_hashes(ids: Sequence[int], block_tokens: int) -> tuple[int, ...]:
     """One chained 63-bit hash per block of token ids: equal leading hashes are equal leading tokens."""
     chain = hashlib.blake2b(digest_size=8)

@@ -58,6 +58,7 @@ class VllmLog(Reader):
     """Reader of vLLM server logs."""
 
     summary = "vLLM server log with --enable-log-requests (lengths: VLLM_LOGGING_LEVEL=DEBUG, --enable-log-outputs)"
+    clock = "MM-DD hh:mm:ss before each line: whole seconds without a year"
     in_order = False
     log = True
 
@@ -92,6 +93,10 @@ class VllmLog(Reader):
     def end(self) -> Rows:
         """Requests without an end in the log."""
         return [self._row(id_) for id_ in list(self._open)]
+
+    def blocks(self) -> str | None:
+        """16 tokens, made from the token ids."""
+        return f"{BLOCK_TOKENS} tokens, made here from the logged token ids" if self._lengths else None
 
     def notes(self) -> list[str]:
         """What the log does not say."""

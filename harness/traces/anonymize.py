@@ -11,32 +11,14 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
-
-from tokenizers import Tokenizer
 
 from harness.errors import TraceError, UsageError
+from harness.tokenizer import TextTokenizer
 from harness.trace import TraceRecord
 
 BLOCK_TOKENS = 16
 """vLLM's own block size."""
 _BATCH = 256
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in ``path`` (a tokenizer.json, or a folder with one). Raises `UsageError`."""
-    file = path / "tokenizer.json" if path.is_dir() else path
-    try:
-        tokenizer = Tokenizer.from_buffer(file.read_bytes())
-    except OSError as e:
-        problem = f"cannot read the tokenizer ({e.strerror}); name a tokenizer.json or its folder"
-        raise UsageError(f"{file}: {problem}") from e
-    except Exception as e:  # the library raises nothing narrower
-        raise UsageError(f"{file}: not a tokenizer.json of the tokenizers library ({e})") from e
-    # Settings saved with the file would cut or pad every text behind our back.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _text(record: TraceRecord) -> str:
@@ -47,19 +29,19 @@ def _text(record: TraceRecord) -> str:
 
 
 def _encoded(
-    records: Iterable[TraceRecord], tokenizer: Tokenizer
+    records: Iterable[TraceRecord], tokenizer: TextTokenizer
 ) -> Iterator[tuple[TraceRecord, list[int] | None, int | None]]:
     """(record, token ids of its text if it has one, tokens of its answer if it has one)."""
     iterator = iter(records)
     while batch := list(islice(iterator, _BATCH)):
-        prompts = tokenizer.encode_batch([_text(r) for r in batch], add_special_tokens=False)
-        answers = tokenizer.encode_batch([r.answer or "" for r in batch], add_special_tokens=False)
+        prompts = tokenizer.encode([_text(r) for r in batch])
+        answers = tokenizer.encode([r.answer or "" for r in batch])
         for record, prompt, answer in zip(batch, prompts, answers, strict=True):
             has_text = record.text is not None or record.messages is not None
-            yield record, prompt.ids if has_text else None, None if record.answer is None else len(answer)
+            yield record, prompt if has_text else None, None if record.answer is None else len(answer)
 
 
-def count_tokens(records: Iterable[TraceRecord], tokenizer: Tokenizer) -> Iterator[TraceRecord]:
+def count_tokens(records: Iterable[TraceRecord], tokenizer: TextTokenizer) -> Iterator[TraceRecord]:
     """Records with the token counts of prompt and answer filled in where the trace has only the text."""
     for record, ids, answer_tokens in _encoded(records, tokenizer):
         yield replace(
@@ -70,7 +52,7 @@ def count_tokens(records: Iterable[TraceRecord], tokenizer: Tokenizer) -> Iterat
 
 
 def anonymize(
-    records: Iterable[TraceRecord], *, salt: bytes, tokenizer: Tokenizer | None, block_tokens: int = BLOCK_TOKENS
+    records: Iterable[TraceRecord], *, salt: bytes, tokenizer: TextTokenizer | None, block_tokens: int = BLOCK_TOKENS
 ) -> Iterator[TraceRecord]:
     """Records without text, ids or names.
 
@@ -109,7 +91,7 @@ def anonymize(
 
 
 def _with_ids(
-    records: Iterable[TraceRecord], tokenizer: Tokenizer | None
+    records: Iterable[TraceRecord], tokenizer: TextTokenizer | None
 ) -> Iterator[tuple[TraceRecord, list[int] | None, int | None]]:
     if tokenizer is not None:
         yield from _encoded(records, tokenizer)

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.arrivals import Times
+from harness.chat import Chat
 from harness.plan import PlanSpec
 from harness.trace import Trace
 from harness.traces.rescale import Arrangement
@@ -88,7 +89,7 @@ def _growth(spec: PlanSpec, timed: Timed, planned: ArrivalStats | None) -> list[
     if timed.scheduled is not None and (after := n - int(np.searchsorted(timed.scheduled * timed.speed, _end(timed)))):
         said.append(f"{after} turns of shifted sessions come after the trace's end")
     if timed.grow > 1:
-        made_up = timed.survey.lengths_only == rows
+        made_up = timed.survey.content.lengths_only == rows
         said.append(
             "copies share no prefix with each other" if made_up
             else "copies repeat texts word for word, so a prefix cache knows them"
@@ -116,7 +117,7 @@ def _requests(spec: PlanSpec, found: Survey, cancelled: npt.NDArray[np.bool_]) -
     n = len(cancelled)
     said = []
     if n > found.requests and spec.repeat:
-        texts = found.requests - found.lengths_only
+        texts = found.requests - found.content.lengths_only
         said.append(
             f"the trace's {found.requests} rows are sent {n / found.requests:.3g} times over; "
             + ("texts repeat word for word, so a prefix cache knows them" if texts else "prompts are new each time")
@@ -130,6 +131,10 @@ def _requests(spec: PlanSpec, found: Survey, cancelled: npt.NDArray[np.bool_]) -
         said.append(f"{int(cancelled.sum())} of {n} clients hang up {spec.cancel_after_s:g} s after they sent")
     if found.hang_ups:
         said.append(f"{found.hang_ups} rows of the trace record a client that hung up: it does so again")
+    if found.timeouts:
+        said.append(
+            f"{found.timeouts} rows of the trace bring a time limit of their own, which counts instead of the run's"
+        )
     if found.adapters:
         more = " and more" if len(found.adapters) > ADAPTERS_LISTED else ""
         said.append(f"rows ask for their own model: {', '.join(found.adapters[:ADAPTERS_LISTED])}{more}")
@@ -137,5 +142,48 @@ def _requests(spec: PlanSpec, found: Survey, cancelled: npt.NDArray[np.bool_]) -
         said.append(
             f"{found.open_ended} rows do not say how many tokens to generate: the server decides "
             "(vLLM's completions end after 16 tokens)"
+        )
+    return said
+
+
+def prompt_notes(spec: PlanSpec, found: Survey, chat: Chat | None) -> list[str]:
+    """What made-up prompts are: how they follow from one another, and what a chat template does to them."""
+    if not found.content.lengths_only:
+        return []
+    said = []
+    prefix = found.stats.prefix
+    if prefix is not None and prefix.continued_turns is not None:
+        said.append(
+            f"{prefix.continued_turns} turns continue their session: each prompt begins with the one before it and a "
+            f"made-up answer of the recorded length; an unlimited cache would find {prefix.hit_rate_tokens:.1%} of "
+            "input tokens"
+        )
+        if prefix.independent_turns:
+            said.append(
+                f"{prefix.independent_turns} later turns of sessions are shorter than what came before them: no "
+                "continuation, so their prompts share nothing with it"
+            )
+    if chat is None and spec.as_text:
+        said.append(
+            "no chat template lies beside the tokenizer, so what the server's adds comes on top of the planned input "
+            "lengths: give the model's folder (--tokenizer FOLDER)"
+        )
+    if chat is None:
+        return said
+    if chat.room and prefix is not None and prefix.continued_turns:
+        said.append(
+            f"as a chat, a turn has {chat.room} tokens of the template besides: one that leaves less for them is not "
+            "continued"
+        )
+    if chat.room is None:
+        said.append(
+            "this chat template adds no constant number of tokens to a message: each prompt is one user message of the "
+            "exact length, and a session's message grows"
+        )
+    short = sum(rows for tokens, rows in found.input_lengths.items() if tokens < chat.shortest)
+    if short:
+        said.append(
+            f"{short} rows ask for less than the {chat.shortest} tokens that the chat template and one word have: they "
+            "are sent that long"
         )
     return said

@@ -26,7 +26,7 @@ class Prefix:
 
     block_tokens: list[int]
     rows: int
-    """Rows with prefix ids."""
+    """Rows counted."""
     blocks: int
     hit_blocks: int
     hit_rate_blocks: float
@@ -35,6 +35,10 @@ class Prefix:
     hit_rate_tokens: float
     sampled: int
     """1: every block was counted; k: one in k, chosen by hash, and counts are multiplied by k."""
+    continued_turns: int | None = None
+    """Turns of sessions that continue the one before them (`harness.traces.turns`); null without such sessions."""
+    independent_turns: int | None = None
+    """Later turns of sessions that do not."""
 
 
 class PrefixCache:

@@ -1,6 +1,6 @@
 """The shape of a trace: what `harness trace inspect` says. Columns of numbers, never the requests.
 
-A record costs a few numbers here; for its prefix ids see `harness.traces.prefix`.
+A record costs a few numbers here, and a session a few; for prefix ids see `harness.traces.prefix`.
 
 ==========================  ==========================================================================================
 burstiness                  variance / mean of the number of arrivals in windows of 1, 10 and 60 s, laid from the first
@@ -8,7 +8,8 @@ burstiness                  variance / mean of the number of arrivals in windows
 worst minute                most arrivals in any 60 s (begun by an arrival), and that over the mean of the whole trace
 mean rate                   (n - 1) / span, requests/s
 ideal prefix-cache hit      share of blocks, and of input tokens, that led some request before, token for token: what an
-                            unlimited cache at the trace's own block size would have found
+                            unlimited cache at the trace's own block size would have found. Of sessions that say
+                            lengths only: what their made-up prompts share (`harness.traces.ideal`)
 ==========================  ==========================================================================================
 """
 
@@ -23,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.trace import TraceRecord
-from harness.traces.prefix import Prefix, PrefixCache
+from harness.traces.ideal import IdealReuse
+from harness.traces.prefix import Prefix
 from harness.traces.stats import WINDOWS_S, dispersion, worst
 
 Ints = npt.NDArray[np.int64]
@@ -110,7 +112,7 @@ class Columns:
     """Hash of its id, 0 without."""
     rows: int = 0
     with_text: int = 0
-    prefix: PrefixCache | None = None
+    reuse: IdealReuse = field(default_factory=IdealReuse)
 
     def add(self, record: TraceRecord) -> None:
         """The next record."""
@@ -122,9 +124,7 @@ class Columns:
         # hash() would do, but for its seed a run: two inspections must agree to the bit.
         self.session.append(0 if record.session_id is None else _hash(record.session_id))
         self.with_text += record.text is not None or record.messages is not None
-        if record.prefix_ids is not None and record.block_tokens and record.input_tokens:
-            self.prefix = self.prefix or PrefixCache()
-            self.prefix.add(record.prefix_ids, record.block_tokens, record.input_tokens)
+        self.reuse.add(record)
 
     def shape(self) -> Shape:
         """The shape of all records added."""
@@ -150,7 +150,7 @@ class Columns:
             rank_correlation=_rank_correlation(into[both], out[both]),
             joint=_joint(into[both], out[both]),
             sessions=_sessions(np.frombuffer(self.session, dtype=np.int64), times),
-            prefix=self.prefix.result() if self.prefix else None,
+            prefix=self.reuse.result(),
             rows_with_text=self.with_text,
         )
 

@@ -16,9 +16,14 @@ _WIDTH = 40
 def described(facts: dict[str, Any], shape: Shape) -> str:
     """The whole of ``harness trace inspect``."""
     dropped = "".join(f"; {count} {reason}" for reason, count in sorted(facts["rows_dropped"].items()))
+    failed = ""
+    if facts["rows_failed"] and facts["rows_failed"] not in facts["rows_dropped"].values():
+        failed = f"; {facts['rows_failed']} failed calls of the source in all"
     lines = [
         f"{facts['file']}: {facts['format']}",
-        f"rows      {facts['rows_read']} read, {facts['rows_kept']} kept{dropped}",
+        f"rows      {facts['rows_read']} read, {facts['rows_kept']} kept{dropped}{failed}",
+        f"clock     {facts['clock']}" if facts["clock"] else "",
+        f"blocks    {facts['blocks']}" if facts["blocks"] else "",
         *_times(shape, facts["grid_s"]),
         *_tokens("input", shape.input_tokens),
         *_tokens("output", shape.output_tokens),
@@ -132,9 +137,12 @@ def _prefix(shape: Shape) -> str:
     p = shape.prefix
     sampled = f"; estimated from 1 in {p.sampled} blocks" if p.sampled > 1 else ""
     sizes = "/".join(map(str, p.block_tokens))
+    turns = ""
+    if p.continued_turns is not None:
+        turns = f"; {p.continued_turns} turns continue their session, {p.independent_turns} do not"
     return (
         f"prefix    ideal cache hit {p.hit_rate_blocks:.1%} of blocks of {sizes} tokens, {p.hit_rate_tokens:.1%} of "
-        f"tokens{sampled}"
+        f"tokens{sampled}{turns}"
     )
 
 

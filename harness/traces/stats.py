@@ -69,11 +69,15 @@ class PrefixStats:
 
     block_tokens: list[int]
     rows: int
-    """Rows with prefix ids."""
+    """Rows counted."""
     hit_rate_blocks: float
     hit_rate_tokens: float
     sampled: int
     """1: every block was counted; k: one in k."""
+    continued_turns: int | None = None
+    """Turns of sessions that continue the one before them (`harness.traces.turns`); null without such sessions."""
+    independent_turns: int | None = None
+    """Later turns of sessions that do not: their prompts share nothing with those before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from array import array
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +17,21 @@ import numpy as np
 from harness.arrivals import Times
 from harness.errors import PlanError, UsageError
 from harness.trace import Trace, TraceRecord
-from harness.traces.prefix import PrefixCache
+from harness.traces.ideal import IdealReuse
 from harness.traces.rescale import Units
 from harness.traces.reshape import place
 from harness.traces.stats import PrefixStats, TraceStats, arrival_stats, length_stats
 
 ADAPTERS_LISTED = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Content:
+    """Rows by what they say of their prompt."""
+
+    messages: int
+    text: int
+    lengths_only: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +43,15 @@ class Survey:
     """ns from the first; empty when the trace has no times."""
     units: Units | None
     """Only when asked for."""
-    lengths_only: int
+    content: Content
+    input_lengths: Mapping[int, int]
+    """Input tokens -> rows that say lengths only."""
     longest_output: int
     open_ended: int
     """Rows that do not say how many tokens to generate."""
     hang_ups: int
+    timeouts: int
+    """Rows that bring a time limit of their own."""
     adapters: tuple[str, ...]
     """Models or adapters that rows ask for, the first few and one more."""
     ended_early: bool
@@ -93,8 +107,8 @@ class _Look:
         self._outputs: Counter[int] = Counter()
         self._sessions: dict[str, list[int]] = {}
         """Session -> its first arrival, its rows."""
-        self._prefix: PrefixCache | None = None
-        self._texts = self._open_ended = self._hang_ups = 0
+        self._reuse = IdealReuse()
+        self._texts = self._open_ended = self._hang_ups = self._timeouts = 0
         self._adapters: dict[str, None] = {}
 
     def at(self, record: TraceRecord) -> None:
@@ -107,7 +121,7 @@ class _Look:
                     "give the tokenizer of the model (--tokenizer FILE), or name a server to learn its token ids from"
                 )
             self._inputs[record.input_tokens or 0] += 1
-        else:
+        elif record.messages is None:
             self._texts += 1
         if record.output_tokens is None:
             self._open_ended += 1
@@ -115,10 +129,9 @@ class _Look:
             self._outputs[record.output_tokens] += 1
         if record.session_id is not None or self._seed is not None:
             self._unit(record)
-        if record.prefix_ids is not None and record.block_tokens and record.input_tokens:
-            self._prefix = self._prefix or PrefixCache()
-            self._prefix.add(record.prefix_ids, record.block_tokens, record.input_tokens)
+        self._reuse.add(record)
         self._hang_ups += record.cancel_after_s is not None
+        self._timeouts += record.timeout_s is not None
         if record.adapter is not None and len(self._adapters) <= ADAPTERS_LISTED:
             self._adapters[record.adapter] = None
 
@@ -135,7 +148,7 @@ class _Look:
     def result(self, ended_early: bool) -> Survey:
         """All that was counted."""
         arrivals = np.frombuffer(self.arrivals, dtype=np.int64)
-        prefix = self._prefix.result() if self._prefix else None
+        prefix = self._reuse.result()
         turns = [rows for _, rows in self._sessions.values()]
         return Survey(
             requests=self.requests,
@@ -143,10 +156,15 @@ class _Look:
             units=None if self._seed is None else Units(
                 np.frombuffer(self._starts, dtype=np.int64), np.frombuffer(self._places, dtype=np.uint64)
             ),
-            lengths_only=self.requests - self._texts,
+            content=Content(
+                messages=self.requests - self._texts - self._inputs.total(), text=self._texts,
+                lengths_only=self._inputs.total(),
+            ),
+            input_lengths=self._inputs,
             longest_output=max(self._outputs, default=0),
             open_ended=self._open_ended,
             hang_ups=self._hang_ups,
+            timeouts=self._timeouts,
             adapters=tuple(self._adapters),
             ended_early=ended_early,
             stats=TraceStats(
@@ -161,6 +179,7 @@ class _Look:
                 prefix=None if prefix is None else PrefixStats(
                     block_tokens=prefix.block_tokens, rows=prefix.rows, hit_rate_blocks=prefix.hit_rate_blocks,
                     hit_rate_tokens=prefix.hit_rate_tokens, sampled=prefix.sampled,
+                    continued_turns=prefix.continued_turns, independent_turns=prefix.independent_turns,
                 ),
                 grid_s=self._trace.grid_s,
             ),

@@ -25,7 +25,8 @@ def inspect(trace: Path, format_: str, **options: Any) -> int:
     source = open_asked(trace, options, arrivals_only=True)
     records: Iterable[TraceRecord] = source
     if options.get("tokenizer") is not None:
-        from harness.traces.anonymize import anonymize, load_tokenizer
+        from harness.tokenizer import load_tokenizer
+        from harness.traces.anonymize import anonymize
 
         # Hashes of the text's blocks are all that is needed; the text is never kept.
         records = anonymize(
@@ -42,6 +43,9 @@ def inspect(trace: Path, format_: str, **options: Any) -> int:
         "rows_read": source.rows_read,
         "rows_kept": source.rows_kept,
         "rows_dropped": source.rows_dropped,
+        "rows_failed": source.rows_failed,
+        "clock": source.clock,
+        "blocks": source.blocks,
         "span_s": shape.span_s,
         "grid_s": source.grid_s,
         "notes": source.notes,
@@ -59,7 +63,8 @@ def convert(trace: Path, output: Path, **options: Any) -> int:
     source = open_asked(trace, options)
     records: Iterable[TraceRecord] = source
     if options.get("tokenizer") is not None:
-        from harness.traces.anonymize import count_tokens, load_tokenizer
+        from harness.tokenizer import load_tokenizer
+        from harness.traces.anonymize import count_tokens
 
         records = count_tokens(source, load_tokenizer(options["tokenizer"]))
     _finish(source, records, output)
@@ -114,8 +119,8 @@ def synth(output: Path, **options: Any) -> int:
 
 def anonymize(trace: Path, output: Path, **options: Any) -> int:
     """A trace that may be shared."""
+    from harness.tokenizer import load_tokenizer
     from harness.traces.anonymize import anonymize as without_text
-    from harness.traces.anonymize import load_tokenizer
 
     check_output(output)
     tokenizer = None if options["tokenizer"] is None else load_tokenizer(options["tokenizer"])

@@ -1,8 +1,8 @@
-"""Speed and memory of planning: ``python tests/bench/plan_speed.py [ROWS [TOKENS]]`` prints figures.
+"""Speed and memory of planning: ``python tests/bench/plan_speed.py [ROWS [TOKENS [KIND ...]]]`` prints figures.
 
-Default: a million rows, prompts of a thousand tokens. Makes one trace per kind from a seed in a temporary folder (the
-plan of a million rows is large: set TMPDIR) and plans each in a process of its own, so that peak memory is that
-of the one.
+Default: a million rows, prompts of a thousand tokens, all of `KINDS`. Makes one trace per kind from a seed in a
+temporary folder (the plan of a million rows is large: set TMPDIR) and plans each in a process of its own, so that peak
+memory is that of the one.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BLOCK = 64
-TEXT_SHARE = 50
-"""Text is encoded again to prove its length, which costs most: one row in so many is enough to see how fast."""
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
 
 
 def lengths(rows: int, tokens: int, rng: random.Random) -> Iterator[dict[str, Any]]:
@@ -55,6 +56,8 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "lengths, superposed to 1.5": (lengths, {"grow": 1.5}),
     "sessions, superposed to 1.5": (sessions, {"grow": 1.5}),
     "lengths, as text": (lengths, {"as_text": True}),
+    "lengths, as chat": (lengths, {"as_text": True, "template": TEMPLATE}),
+    "sessions, as chat": (sessions, {"as_text": True, "template": TEMPLATE}),
 }
 
 
@@ -63,11 +66,10 @@ def main() -> None:
     tokens = int(sys.argv[2]) if len(sys.argv) > 2 else 1000
     print(f"{'trace':28} {'requests':>9} {'seconds':>8} {'requests/s':>10} {'plan MB':>8} {'peak MB':>8}")
     with tempfile.TemporaryDirectory(prefix="harness-bench-") as folder:
-        for name, (make, spec) in KINDS.items():
+        for name, (make, spec) in ((kind, KINDS[kind]) for kind in sys.argv[3:] or KINDS):
             path = Path(folder, "trace.jsonl")
-            count = rows // TEXT_SHARE if spec.get("as_text") else rows
             with path.open("w") as file:
-                file.writelines(json.dumps(row) + "\n" for row in make(count, tokens, random.Random(1)))
+                file.writelines(json.dumps(row) + "\n" for row in make(rows, tokens, random.Random(1)))
             done = subprocess.run(
                 [sys.executable, __file__, "--one", str(path), json.dumps(spec)],
                 cwd=ROOT, capture_output=True, text=True, check=False, timeout=3600,
@@ -91,7 +93,11 @@ def one(path: str, spec: dict[str, Any]) -> None:
 
     vocabulary = Vocabulary.from_ids(range(100, 49_000))
     if spec.get("as_text"):
-        vocabulary = Vocabulary.from_tokenizer(words(Path(path).with_name("tokenizer.json")))
+        model = Path(path).with_name("model")
+        model.mkdir(exist_ok=True)
+        template = spec.pop("template", None)
+        (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        vocabulary = Vocabulary.from_tokenizer(words(model / "tokenizer.json"))
     out = Path(path).with_suffix(".plan")
     began = time.perf_counter()
     info = build_plan(open_trace(path), out, PlanSpec(closed=False, **spec), vocabulary)
