@@ -16,7 +16,8 @@ from harness.cli.types import RATIO, SHARE_OR_NONE
     epilog="""\b
 Examples:
   harness price runs/20261121T234654Z-trace-smollm2-135m
-  harness price runs/sweep --margin 40% --utilisation 30% --volume 0,1e9:-10%,1e10:-20%
+  harness price sweeps/20261122T021500Z-capacity-trace --margin 40% --utilisation 30% --volume 0,1e9:-10%,1e10:-20%
+  harness price sweeps/chat sweeps/rag sweeps/code --split load-regression
   harness price runs/sweep --tier-price "aws-g6.xlarge=0.62@our contract@2026-11-20@reserved"
   harness price runs/* --against gpt-5-mini --format csv -o prices.parquet
 
@@ -45,11 +46,12 @@ Exit status:
 )
 @click.option(
     "--split",
-    type=click.Choice(["declared", "phase-time", "step-model"]),
+    type=click.Choice(["declared", "phase-time", "step-model", "load-regression"]),
     default="declared",
     show_default=True,
-    help="How the bill is laid on input, cached input and output: by --ratio, or as the runs' own servers measured it "
-    "(where that can be told; else by --ratio, and it is said).",
+    help="How the bill is laid on input, cached input and output: by --ratio; as the runs' own servers counted it "
+    "(phase-time, step-model); or by runs of several traces at full load (load-regression). Where that cannot be told: "
+    "by --ratio, and it is said.",
 )
 @click.option(
     "--volume",
@@ -91,8 +93,8 @@ Exit status:
 def price(**options: Any) -> int:
     """What to charge for a million tokens, from VALID runs: cost at 100 % and your utilisation, price at your margin.
 
-    RUN_OR_FOLDER is a run directory, a folder of runs or a quoted pattern. Of several loads of one tier and model the
-    cheapest that kept the SLO counts.
+    RUN_OR_FOLDER is a run directory, a folder of runs (a sweep, a search for capacity) or a quoted pattern. Of several
+    loads the price is quoted at the highest one that keeps the SLO, between two measured loads; of one, at that one.
     """
     from harness.commands import decide
 

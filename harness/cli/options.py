@@ -121,6 +121,14 @@ PLAN_OPTIONS = stack(
         show_default=True,
         help="Turns of a session: each at its own time, or not before the turn before it has ended (and think_s).",
     ),
+    click.option(
+        "--conversation",
+        type=click.Choice(["recorded", "live"]),
+        default="recorded",
+        show_default=True,
+        help="Whose answers later turns of a session carry: the trace's own, or what the server really answers "
+        "(live; turns then wait for each other, and input lengths follow from the answers).",
+    ),
     click.option("--cancel", type=CANCEL, metavar="SHARE@TIME", help="Clients that hang up: 0.05@2s is 5 % after 2 s."),
     click.option("--limit", type=click.IntRange(min=1), help="Only the first N requests of the trace."),
     click.option("--duration", "duration_s", type=DURATION, help="Only this much of the planned time, e.g. 5m."),

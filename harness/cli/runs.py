@@ -21,15 +21,6 @@ from harness.cli.options import (
 from harness.cli.types import WARMUP
 from harness.errors import UsageError
 
-CONVERSATION_OPTION = click.option(
-    "--conversation",
-    type=click.Choice(["recorded", "live"]),
-    default="recorded",
-    show_default=True,
-    help="Whose answers later turns of a session carry: the trace's own, or what the server really answers in the run "
-    "(live; turns then wait for each other, and input lengths follow from the answers).",
-)
-
 
 @click.command(
     short_help="Plan, serve, run and report in one go.",
@@ -46,7 +37,6 @@ Examples:
 )
 @TRACE_ARGUMENT
 @PLAN_OPTIONS
-@CONVERSATION_OPTION
 @SERVER_OPTIONS
 @LOAD_OPTIONS
 @REPORT_OPTIONS
@@ -77,7 +67,6 @@ Examples:
 )
 @TRACE_ARGUMENT
 @PLAN_OPTIONS
-@CONVERSATION_OPTION
 @click.option("--concurrency", type=click.IntRange(min=1), help="Plan a closed loop: trace order, no times.")
 @click.option(
     "--base-url", "base_urls", multiple=True, metavar="URL", help="Learn ordinary token ids from this server."

@@ -82,6 +82,8 @@ Examples:
   harness sweep sweep.toml
   harness sweep --resume sweeps/20261122T021500Z-sweep
   harness sweep sweep.toml --resume
+  harness sweep sweep.toml --out s3://bucket/sweeps
+  harness sweep --resume s3://bucket/sweeps/20261122T021500Z-sweep
   harness report sweeps/20261122T021500Z-sweep --html report.html
 
 \b
@@ -106,6 +108,9 @@ def sweep(spec: Path | None, resume: str | None, **options: Any) -> int:
     SWEEP.TOML says what; scenarios/sweep.example.toml explains every key. The points of one model on one tier share
     their servers and come in random order. Prompts differ between load levels and repeats, so that no prefix cache
     answers; their seeds are the same on every model and tier, so that those can be compared.
+
+    With --out s3://BUCKET/PREFIX every step and every row goes there as well, while the sweep runs; --resume with that
+    folder's URL goes on, here or on another machine.
 
     Ctrl-C ends the point at hand in order, a second one at once. After that, or after any crash, --resume goes on.
     """
