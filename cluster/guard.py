@@ -5,7 +5,8 @@
     guard.py CONTROL_FD STATUS_FD GRACE_S CPUS COMMAND ARGUMENT...
 
 The owner holds the other ends of two pipes. CONTROL closes when the owner dies, however it dies, or orders a stop (it
-may write another grace first). STATUS carries ``pid N`` and, as the last line, ``exit N`` (negative: a signal).
+may write another grace first). STATUS carries ``pid N``, ``left N ...`` if something outlived SIGKILL, and as the last
+line ``exit N`` (negative: a signal), unless the command itself is still there.
 
 - The guard is not a child of its owner but of a stand-in that only waits: what kills the children of a process (Ray
   does when a worker exits) hits the stand-in, and the process tree still shows who started what.
@@ -60,10 +61,12 @@ def main(argv: list[str]) -> None:
     reaped: dict[int, int] = {}
     grace_s = wait_for_end(child, control, wake, reaped, grace_s)
     gone = end_all(child, wake, reaped, grace_s)
+    if not gone:
+        left = descendants(os.getpid())
+        print(f"guard: still there {KILL_S:g} s after SIGKILL: {left}", file=sys.stderr, flush=True)
+        tell(status, f"left {' '.join(map(str, left))}\n")
     if child in reaped:
         tell(status, f"exit {os.waitstatus_to_exitcode(reaped[child])}\n")
-    if not gone:
-        print(f"guard: still there {KILL_S:g} s after SIGKILL: {descendants(os.getpid())}", file=sys.stderr, flush=True)
     os._exit(0 if gone else 1)
 
 

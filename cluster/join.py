@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cluster.claims import claims, holders, visible_gpus
 from cluster.placement import Node
 from cluster.process import Process, wait_ready
 from harness.errors import ServerError, UsageError
@@ -69,7 +72,8 @@ def connect(say: Callable[[str], None]) -> Process | None:
         return None
     with tempfile.TemporaryDirectory(prefix="harness-ray-") as folder:
         head = Process.start(
-            [sys.executable, "-m", "cluster.head"], name="Ray", env=RAY_ENV, log=Path(folder) / "log", pipes=True
+            [sys.executable, "-m", "cluster.head"], name="Ray", env={**RAY_ENV, **free_gpus(say)},
+            log=Path(folder) / "log", pipes=True,
         )  # fmt: skip
         found: list[str] = []
 
@@ -84,6 +88,17 @@ def connect(say: Callable[[str], None]) -> Process | None:
             head.kill()
             raise
     return head
+
+
+def free_gpus(say: Callable[[str], None]) -> dict[str, str]:
+    """What hides the accelerators that other runs hold from a Ray of our own, as environment; says which those are."""
+    held = [one for one in claims() if one.gpus]
+    if not held:
+        return {}
+    taken = {gpu for one in held for gpu in one.gpus}
+    free = [gpu for gpu in visible_gpus() if gpu not in taken]
+    say(f"{holders(held)}; this run has GPUs {','.join(free) or 'none'}")
+    return {"CUDA_VISIBLE_DEVICES": ",".join(free)}
 
 
 def disconnect(head: Process | None) -> None:
@@ -106,6 +121,7 @@ def joined(say: Callable[[str], None]) -> Iterator[None]:
 
 
 def _init(address: str, what: str) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
     except (RayError, OSError, RuntimeError, ValueError) as e:
@@ -113,6 +129,10 @@ def _init(address: str, what: str) -> None:
             f"{what}: {last_line(e)}; is it up, has it the same Ray and Python version, and have we its token "
             f"(RAY_AUTH_MODE, RAY_AUTH_TOKEN)? Logs on its host: /tmp/ray/session_latest/logs"
         ) from e
+    finally:
+        # Ray puts its own handler in place, which exits in the middle of whatever runs: no record, and an abort.
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def alive_nodes() -> list[Node]:

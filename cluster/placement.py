@@ -143,9 +143,9 @@ def choose_nodes(nodes: Sequence[Node], need: Need, replicas: int, vcpu: int) ->
     return chosen
 
 
-def bundles(need: Need, node: Node | None) -> tuple[list[dict[str, float]], str]:
-    """Bundles and strategy of one replica's placement group; on ``node`` when one was chosen."""
-    bundle = dict(need.bundle)
+def bundles(need: Need, node: Node | None, count: int = 1) -> tuple[list[dict[str, float]], str]:
+    """Bundles and strategy of the placement group of ``count`` replicas; on ``node`` when one was chosen."""
+    bundle = {name: amount * count for name, amount in need.bundle.items()}
     if node is not None:
         bundle[f"node:{node.address}"] = SLIVER
     return [dict(bundle) for _ in range(need.hosts)], "STRICT_PACK" if need.hosts == 1 else "STRICT_SPREAD"

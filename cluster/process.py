@@ -56,6 +56,8 @@ class Process:
         self.host = socket.gethostname()
         self.pid: int | None = None
         """Of the command itself (its group leader); null until it has started."""
+        self.survivors: list[int] = []
+        """What outlived SIGKILL: stuck in the kernel. `harness ps` goes on showing it."""
         self._control: int | None = control
         self._lock = threading.Lock()
         self._exit: int | None = None
@@ -124,10 +126,14 @@ class Process:
                 if word == "pid":
                     self.pid = int(value)
                     entry = self._register(self.pid)
+                elif word == "left":
+                    self.survivors = [int(pid) for pid in value.split()]
                 elif word == "exit":
                     text = value
         if text:
             self._exit = int(text)
+        elif self.survivors:
+            self._exit = -signal.SIGKILL
         else:  # the guard was killed: the kernel ended the command, its other descendants are ours to find
             sweep(self.pid, self._mark)
             self._exit = -signal.SIGKILL
@@ -136,7 +142,8 @@ class Process:
         if self._reader is not None:
             self._reader.join(timeout=5)  # so that `lines` is complete once `poll` says it has ended
         self._close_control()
-        registry.forget(entry)
+        if not self.survivors:
+            registry.forget(entry)
         if self._stdin is not None:
             with self._stdin_lock, contextlib.suppress(OSError):
                 self._stdin.close()
@@ -159,7 +166,7 @@ class Process:
             self._lines.put(raw.decode(errors="replace").rstrip("\r\n"))
 
     def poll(self) -> int | None:
-        """Exit code, negative for a signal; null while anything of the group still runs."""
+        """Exit code, negative for a signal; null while anything of the group still runs (but for ``survivors``)."""
         return self._exit if self._ended.is_set() else None
 
     def wait(self, timeout_s: float) -> int | None:
@@ -168,9 +175,10 @@ class Process:
         return self.poll()
 
     def stop(self, grace_s: float = GRACE_S) -> int | None:
-        """SIGTERM, ``grace_s``, SIGKILL to all that is left; returns the exit code once nothing is. Idempotent.
+        """SIGTERM, ``grace_s``, SIGKILL to all that is left; the exit code once nothing is. Idempotent.
 
-        Null means that processes survived SIGKILL for 30 s (the log names them).
+        What is still there 30 s after SIGKILL is given up: then ``survivors`` and the log name it. Null: even the guard
+        did not answer in time.
         """
         with self._lock:  # one order only: the guard reads what several callers write as one number
             if self._control is not None:

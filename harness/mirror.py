@@ -26,7 +26,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from harness.s3 import PART_BYTES, StoreError, as_url, connect, delete, exists, list_objects, put, split_url, upload
+from harness.s3 import PART_BYTES, as_url, connect, delete, exists, list_objects, put, split_url, upload
+from harness.s3_errors import StoreError
 
 EVERY_S = 5.0
 """How often new bytes go up: what a dying machine can lose, besides what its workers had not flushed."""
@@ -93,17 +94,18 @@ class Mirror:
         """Send now what is new, without waiting for it."""
         self._wake.set()
 
-    def close(self) -> bool:
+    def close(self, patience_s: float = CLOSE_S) -> bool:
         """Send what is left and every file as a whole, then remove the parts; whether all of it is there.
 
-        What could not go up is marked in the directory. Ctrl-C gives up sending, not the run.
+        A store that fails is tried again for ``patience_s``. What could not go up is marked in the directory. Ctrl-C
+        gives up sending, not the run.
         """
         self._ending.set()
         self._wake.set()
         try:
             if self._thread is not None:
                 self._thread.join()
-            problem = self._finish()
+            problem = self._finish(patience_s)
         except KeyboardInterrupt:
             problem = "sending was stopped by the user"
         if problem is not None:
@@ -113,9 +115,9 @@ class Mirror:
         self._say(f"all of the run is at {self.url}")
         return True
 
-    def _finish(self) -> str | None:
+    def _finish(self, patience_s: float) -> str | None:
         """Null when every file is whole in the store, else what hinders."""
-        give_up = time.monotonic() + CLOSE_S
+        give_up = time.monotonic() + patience_s
         while True:
             try:
                 self._send_whole()
@@ -123,7 +125,7 @@ class Mirror:
             except OSError as e:
                 return f"{e.filename or self._dir}: {e.strerror}"
             except StoreError as e:
-                if not e.transient or time.monotonic() > give_up:
+                if not e.transient or time.monotonic() >= give_up:
                     return str(e)
                 self._fail(e)
                 time.sleep(RETRY_S)

@@ -15,14 +15,15 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import IO, Any
 
-from harness.errors import HarnessError, UsageError
+from harness.errors import UsageError
+from harness.s3_errors import EXISTS, broke_off, code_of, damaged, disk_error, explained, is_checksum
+from harness.s3_errors import StoreError as StoreError
 
 PART_BYTES = 8 << 20
 """Files above this go up in parts of it (S3 refuses parts below 5 MiB, and more than 10,000 of them)."""
@@ -37,14 +38,6 @@ SLACK_S = 300.0
 _CONNECTIONS = 10
 
 
-class StoreError(HarnessError):
-    """An object cannot be read or written. ``transient``: it may work later as it is."""
-
-    def __init__(self, url: str, problem: str, *, transient: bool = False) -> None:
-        self.url, self.problem, self.transient = url, problem, transient
-        super().__init__(f"{url}: {problem}")
-
-
 @dataclass(frozen=True, slots=True)
 class Stored:
     """One object of a listing."""
@@ -54,6 +47,8 @@ class Stored:
     url: str
     size: int
     etag: str
+    changed_s: float = 0.0
+    """When it was written, Unix time by the store's clock."""
 
 
 def is_url(name: str | Path) -> bool:
@@ -97,7 +92,7 @@ def upload(path: Path, url: str, *, client: Any = None) -> None:
             size = os.fstat(file.fileno()).st_size
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
-            with _explained(url, "write"):
+            with explained(url, "write"):
                 # Not every store knows If-None-Match: ask first, too.
                 if (known := _head(client, bucket, key)) is not None:
                     _refuse_other(url, known, size, sha256)
@@ -114,7 +109,7 @@ def put(data: bytes, url: str, *, client: Any = None) -> None:
     import io
 
     bucket, key = split_url(url)
-    with _explained(url, "write"):
+    with explained(url, "write"):
         _put(client or connect(), bucket, key, io.BytesIO(data), len(data), hashlib.sha256(data).hexdigest())
 
 
@@ -130,7 +125,7 @@ def _put(client: Any, bucket: str, key: str, file: IO[bytes], size: int, sha256:
         )
     except ClientError as e:
         # Our own request may have arrived although its answer did not: then the retry finds its own object.
-        known = _head(client, bucket, key) if _code(e) in _EXISTS else None
+        known = _head(client, bucket, key) if code_of(e) in EXISTS else None
         if known is None:
             raise
         _refuse_other(f"s3://{bucket}/{key}", known, size, sha256)
@@ -161,7 +156,7 @@ def _put_in_parts(client: Any, bucket: str, key: str, file: IO[bytes], size: int
         try:
             client.complete_multipart_upload(**target, MultipartUpload={"Parts": parts}, IfNoneMatch="*")
         except ClientError as e:
-            known = _head(client, bucket, key) if _code(e) in (*_EXISTS, "NoSuchUpload") else None
+            known = _head(client, bucket, key) if code_of(e) in (*EXISTS, "NoSuchUpload") else None
             if known is None:
                 raise
             _refuse_other(url, known, size, sha256)
@@ -236,7 +231,7 @@ def fetch(url: str, out: IO[bytes], *, client: Any = None) -> str:
     while True:
         # Pieces are verified by the SHA-256 of the whole; without one, botocore verifies an answer from its start.
         resume = {"Range": f"bytes={got}-"} if got and expected else {}
-        with _explained(url, "read"):
+        with explained(url, "read"):
             answer = client.get_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED", **resume)
         if got and answer["ResponseMetadata"]["HTTPStatusCode"] != HTTPStatus.PARTIAL_CONTENT:
             digest, got = hashlib.sha256(), 0
@@ -254,10 +249,10 @@ def fetch(url: str, out: IO[bytes], *, client: Any = None) -> str:
                 if time.monotonic() > deadline:
                     raise StoreError(url, f"too slow: {got:,} of {size:,} bytes read in time", transient=True)
         except Exception as e:
-            if not _broke_off(e):
+            if not broke_off(e):
                 raise
-            if _is_checksum(e):
-                raise _damaged(url) from e
+            if is_checksum(e):
+                raise damaged(url) from e
             failures += 1
             if failures >= ATTEMPTS:
                 raise StoreError(url, f"the stream broke off {failures} times ({e})", transient=True) from e
@@ -266,7 +261,7 @@ def fetch(url: str, out: IO[bytes], *, client: Any = None) -> str:
         finally:
             answer["Body"].close()
         if expected not in (None, digest.hexdigest()):
-            raise _damaged(url)
+            raise damaged(url)
         _write(url, out, None)
         return digest.hexdigest()
 
@@ -279,34 +274,12 @@ def _write(url: str, out: IO[bytes], chunk: bytes | None) -> None:
         raise disk_error(url, e) from e
 
 
-def disk_error(url: str, e: OSError) -> StoreError:
-    """What went wrong on this machine while ``url`` was read."""
-    if e.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StoreError(url, "the disk is full; free some space, or point HARNESS_CACHE or TMPDIR elsewhere")
-    return StoreError(url, f"cannot be kept: {e.filename or 'the file'}: {e.strerror or e}")
-
-
-def _damaged(url: str) -> StoreError:
-    return StoreError(url, "damaged: its bytes do not have the checksum it was stored with; read or send it again")
-
-
-def _broke_off(e: Exception) -> bool:
-    """Trouble of the stream, and not of the disk."""
-    return type(e).__module__.startswith(("botocore", "urllib3", "http", "ssl")) or isinstance(e, ConnectionError)
-
-
-def _is_checksum(e: Exception) -> bool:
-    from botocore.exceptions import FlexibleChecksumError
-
-    return isinstance(e, FlexibleChecksumError)
-
-
 # --- looking -------------------------------------------------------------------------------------------------------
 
 
 def exists(url: str, *, client: Any = None) -> bool:
     """Whether there is an object of this very name. Raises `StoreError` when that cannot be told."""
-    with _explained(url, "read"):
+    with explained(url, "read"):
         return _head(client or connect(), *split_url(url)) is not None
 
 
@@ -315,13 +288,14 @@ def list_objects(url: str, *, client: Any = None, alone: bool = False) -> list[S
     bucket, key = split_url(url)
     prefix = key if alone else f"{key}/"
     found: list[Stored] = []
-    with _explained(url, "list"):
+    with explained(url, "list"):
         for page in (client or connect()).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
             for item in page.get("Contents", []):
                 # What is only named alike (runs/a and runs/a-2) is neither.
                 if item["Key"].startswith(f"{key}/") or (alone and item["Key"] == key):
                     name = item["Key"].removeprefix(f"{key}/")
-                    found.append(Stored(name, f"s3://{bucket}/{item['Key']}", item["Size"], item["ETag"]))
+                    there = f"s3://{bucket}/{item['Key']}"
+                    found.append(Stored(name, there, item["Size"], item["ETag"], item["LastModified"].timestamp()))
     return sorted(found, key=lambda stored: stored.name)
 
 
@@ -330,12 +304,22 @@ def delete(objects: list[Stored], *, client: Any = None) -> None:
     client = client or connect()
     for start in range(0, len(objects), 1000):
         batch = [split_url(stored.url) for stored in objects[start : start + 1000]]
-        with _explained(objects[start].url, "delete"):
+        with explained(objects[start].url, "delete"):
             answer = client.delete_objects(
                 Bucket=batch[0][0], Delete={"Objects": [{"Key": key} for _, key in batch], "Quiet": True}
             )
         for error in answer.get("Errors", []):
             raise StoreError(f"s3://{batch[0][0]}/{error.get('Key')}", f"cannot be removed ({error.get('Code')})")
+
+
+def move(objects: list[Stored], url: str, *, client: Any = None) -> None:
+    """Give objects of one listing the same names below ``url``. Raises `StoreError`; then some are there twice."""
+    client = client or connect()
+    for stored in objects:
+        (bucket, key), (into, name) = split_url(stored.url), split_url(f"{url}/{stored.name}")
+        with explained(stored.url, "write"):
+            client.copy_object(Bucket=into, Key=name, CopySource={"Bucket": bucket, "Key": key})
+    delete(objects, client=client)
 
 
 def split_url(url: str | Path) -> tuple[str, str]:
@@ -353,79 +337,9 @@ def _head(client: Any, bucket: str, key: str) -> dict[str, Any] | None:
         answer: dict[str, Any] = client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
         return answer
     except ClientError as e:
-        if _code(e) in ("404", "NoSuchKey"):
+        if code_of(e) in ("404", "NoSuchKey"):
             return None
         raise
-
-
-# --- what went wrong -----------------------------------------------------------------------------------------------
-
-_EXISTS = ("PreconditionFailed", "412")
-_CREDENTIALS = (
-    "SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidSecurity", "ExpiredToken", "InvalidToken",
-    "TokenRefreshRequired", "RequestTimeTooSkewed", "AuthFailure", "InvalidClientTokenId",
-)  # fmt: skip
-_DENIED = ("AccessDenied", "AllAccessDisabled", "AccountProblem", "403", "Forbidden")
-_DAMAGED = ("BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch")
-_RIGHTS = {
-    "write": "s3:PutObject, s3:GetObject and s3:ListBucket",
-    "read": "s3:GetObject",
-    "list": "s3:ListBucket",
-    "delete": "s3:DeleteObject",
-}
-
-
-@contextmanager
-def _explained(url: str, what: str) -> Iterator[None]:
-    """Errors of botocore as `StoreError`. They never hold the secret; its id may be in the store's own words."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        yield
-    except ClientError as e:
-        raise _answered(url, what, e) from e
-    except (BotoCoreError, ValueError) as e:
-        raise _unanswered(url, e) from e
-
-
-def _answered(url: str, what: str, e: Any) -> StoreError:
-    code = _code(e)
-    if code == "NoSuchBucket":
-        return StoreError(
-            url, f"there is no bucket {split_url(url)[0]} ({code}); make it, or check the name and the endpoint"
-        )
-    if code in ("NoSuchKey", "404"):
-        return StoreError(url, f"there is no such object ({code})")
-    if code in _CREDENTIALS:
-        return StoreError(url, f"the store refuses these AWS credentials ({code}); renew them, or set AWS_PROFILE")
-    if code in _DENIED:
-        return StoreError(
-            url, f"these AWS credentials are wrong or may not {what} here ({code}); it needs {_RIGHTS[what]}"
-        )
-    if code in _EXISTS:
-        return StoreError(url, "exists already; nothing is overwritten: choose another name")
-    if code in _DAMAGED:
-        return StoreError(url, f"damaged on the way: the store got other bytes than were sent ({code})", transient=True)
-    said = str(e.response.get("Error", {}).get("Message", ""))[:200]
-    server_side = e.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= HTTPStatus.INTERNAL_SERVER_ERROR
-    return StoreError(url, f"the store could not {what} it ({code}: {said})", transient=server_side)
-
-
-def _unanswered(url: str, e: Exception) -> StoreError:
-    from botocore import exceptions as boto
-
-    if isinstance(e, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError):
-        keys = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        return StoreError(url, f"no usable AWS credentials ({e}): {keys}")
-    if isinstance(e, boto.FlexibleChecksumError):
-        return _damaged(url)
-    reach = isinstance(e, boto.HTTPClientError | boto.ConnectionError)
-    hint = "; check the network and AWS_ENDPOINT_URL_S3" if reach else ""
-    return StoreError(url, f"the store is out of reach ({e}){hint}" if reach else str(e), transient=reach)
-
-
-def _code(e: Any) -> str:
-    return str(e.response.get("Error", {}).get("Code", "?"))
 
 
 def _base64(digest: bytes) -> str:

@@ -24,10 +24,8 @@ from harness.mirror import LAST, PARTS, REPLACED, SENDER, Mirror, Say, silent
 from harness.paths import cache_dir
 from harness.s3 import (
     Stored,
-    StoreError,
     as_url,
     connect,
-    disk_error,
     download,
     exists,
     fetch,
@@ -35,6 +33,7 @@ from harness.s3 import (
     list_objects,
     upload,
 )
+from harness.s3_errors import StoreError, disk_error
 
 __all__ = [
     "Mirror", "StoreError", "as_url", "download", "exists", "is_url", "list_objects", "local_copy", "mirrored",
@@ -162,7 +161,7 @@ def _bytes(client: Any, part: Stored) -> bytes:
 
 
 def local_copy(name: str | Path, say: Say = silent) -> Path:
-    """Where this file or run directory lies on this machine: itself, or a verified copy of what ``s3://...`` names.
+    """Where this file, run directory or sweep lies on this machine: itself, or a verified copy of ``s3://...``.
 
     Copies are kept in the cache under what they were made of, so a second time costs a listing. Raises `StoreError`.
     """
@@ -174,8 +173,12 @@ def local_copy(name: str | Path, say: Say = silent) -> Path:
     kept = cache_dir() / "store" / state[:16] / url.rpartition("/")[2]
     notes = kept.with_name("notes.txt")
     if not kept.exists():
+        from harness import sweep_store
+
         if any(stored.url == url for stored in found):
             download(url, kept, client=client)
+        elif sweep_store.is_sweep(found):
+            sweep_store.pull(url, kept, say, found=found)
         else:
             lines = restore(url, kept, client=client)
             notes.write_text("".join(f"{line}\n" for line in lines))

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.errors import UsageError
+from harness.records import Trace
 from harness.run import Tier
 from harness.sweep import Level, Pair, Point
-from harness.trace import Trace
 from harness.traces import survey as traces
 
 ITL_S = 0.05

@@ -75,6 +75,12 @@ class SweepState:
     pairs: list[Pair]
     points: list[Point]
     rentals: list[Rental] = field(default_factory=list)
+    revision: int = 0
+    """Counts the steps that were written down."""
+    writer: str = ""
+    """Host, pid and time of the sitting that wrote it: two at work on one sweep never write the same step."""
+    store_url: str | None = None
+    """Where on S3 the folder is kept as well (`harness.sweep_store`)."""
 
     def spent(self, now_s: float) -> tuple[float, float]:
         """(USD, hours) from the start of servers to their end, this far."""

@@ -18,6 +18,7 @@ from analysis.sizing.capacity import Point
 from analysis.sizing.search import MOST_PROBES, Probe, Step, next_load, requests_needed
 from cluster import load
 from harness.cli.capacity import capacity, plan_fleet
+from harness.cli.decide import compare
 from harness.cli.results import report
 from harness.commands.capacity import FILE
 from harness.commands.capacity_run import CapacitySession
@@ -126,8 +127,13 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "LEAD_S", 0.2)
 
 
+# A busy machine wakes a process tens of ms late. Such a run proves nothing of a limit or a gap that is as short, and is
+# INVALID for it; so where answers are judged here, gaps are 80 ms and the promise is of e2e, which allows 80 ms of lag.
+SLOW = ("--ttft", "0.02", "--itl", "0.08")
+
+
 def write_trace(path: Path, rows: int = 50) -> Path:
-    lines = (json.dumps({"arrival_s": i / 10, "input_tokens": 12, "output_tokens": 4}) for i in range(rows))
+    lines = (json.dumps({"arrival_s": i / 10, "input_tokens": 12, "output_tokens": 2}) for i in range(rows))
     path.write_text("\n".join(lines))
     return path
 
@@ -142,11 +148,11 @@ def folder_of(out: Path) -> Path:
 
 
 def test_a_known_capacity_is_found_and_a_fleet_planned_by_it(fake_server: StartServer, tmp_path: Path) -> None:
-    # two slots, 100 ms a request (40 ms to the first token, 3 x 20 ms): 20 req/s, and beyond that the queue grows
-    server = fake_server("--ttft", "0.04", "--itl", "0.02", "--slots", "2")
+    # two slots, 100 ms a request: 20 req/s, and beyond that the queue grows
+    server = fake_server(*SLOW, "--slots", "2")
     trace, out = write_trace(tmp_path / "trace.jsonl"), tmp_path / "sweeps"
     asked = (
-        trace, "--base-url", server.url, "--tier", "aws-m7a.large", "--slo", "ttft_p90=150ms", "--probe", "2s",
+        trace, "--base-url", server.url, "--tier", "aws-m7a.large", "--slo", "e2e_p90=210ms", "--probe", "2s",
         "--tolerance", "30%", "--out", out, "--format", "json",
     )  # fmt: skip
     result = run(capacity, *asked)
@@ -174,13 +180,16 @@ def test_a_known_capacity_is_found_and_a_fleet_planned_by_it(fake_server: StartS
     again = run(capacity, *asked, "--resume", folder)
     assert json.loads(again.stdout)["sentence"] == found["sentence"]
     assert len(server.truth()) == before
-    other = run(capacity, *asked, "--resume", folder, "--slo", "ttft_p90=50ms")
+    other = run(capacity, *asked, "--resume", folder, "--slo", "e2e_p90=50ms")
     assert isinstance(other.exception, UsageError) and "something else" in str(other.exception)
 
     table = run(report, folder, "--format", "json")
     assert table.return_value in (0, 3), table.output  # on a busy machine a probe may be INVALID
     assert json.loads(table.stdout)["systems"] == found["systems"]
     assert "Capacity and cost at the SLO" in run(report, folder, "--format", "md").stdout
+
+    searches = run(compare, folder, folder)
+    assert isinstance(searches.exception, UsageError) and "harness price A B" in str(searches.exception)
 
     fleet = run(plan_fleet, trace, folder, "--grow", "10x", "--headroom", "1", "--format", "json")
     assert fleet.exception is None, fleet.output
@@ -195,21 +204,22 @@ def test_a_known_capacity_is_found_and_a_fleet_planned_by_it(fake_server: StartS
 
 
 def test_a_promise_out_of_reach_is_said_and_costs_little(fake_server: StartServer, tmp_path: Path) -> None:
-    server = fake_server("--ttft", "0.05", "--itl", "0.001")
+    server = fake_server(*SLOW)
     trace, out = write_trace(tmp_path / "trace.jsonl"), tmp_path / "sweeps"
-    result = run(capacity, trace, "--base-url", server.url, "--slo", "ttft_p50=10ms", "--probe", "1s", "--out", out)
+    result = run(capacity, trace, "--base-url", server.url, "--slo", "e2e_p50=50ms", "--probe", "1s", "--out", out)
     assert result.return_value == 4, result.output
     assert "does not keep" in result.stdout
-    assert len(read_state(folder_of(out)).points) <= 4
+    points = read_state(folder_of(out)).points  # a busy machine makes a run INVALID now and then: it is done again
+    assert sum(p.verdict == "VALID" for p in points) <= 4
     left_out = run(plan_fleet, trace, folder_of(out), "--format", "json")
     assert left_out.return_value == 4
     assert "missed" in json.loads(left_out.stdout)["excluded"][0][1]
 
 
 def test_the_budget_ends_the_search_and_more_money_goes_on(fake_server: StartServer, tmp_path: Path) -> None:
-    server = fake_server("--ttft", "0.05", "--itl", "0.01", "--slots", "1")
+    server = fake_server(*SLOW, "--slots", "1")
     trace, out = write_trace(tmp_path / "trace.jsonl"), tmp_path / "sweeps"
-    asked = (trace, "--base-url", server.url, "--slo", "ttft_p50=150ms", "--probe", "1s", "--tolerance", "90%",
+    asked = (trace, "--base-url", server.url, "--slo", "e2e_p50=210ms", "--probe", "1s", "--tolerance", "90%",
              "--out", out)  # fmt: skip
     result = run(capacity, *asked, "--max-hours", "0.0001")
     assert result.return_value == 1, result.output

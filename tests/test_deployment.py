@@ -23,14 +23,15 @@ from conftest import ROOT, gone, wait_for
 if importlib.util.find_spec("ray") is None:
     pytest.skip("needs ray: pip install -e '.[cluster]'", allow_module_level=True)
 
-from cluster import actors
-from cluster.actors import Failed, Look, ReplicaActor, Started, hold_port
-from cluster.deployment import Deployment, _Owner
+from cluster import replica
+from cluster.deployment import Deployment
 from cluster.engine import WHOLE, Command, CommandEngine, Part
 from cluster.join import connect, disconnect
 from cluster.load import LoadWorkers
 from cluster.models import get_model
+from cluster.replica import Failed, Look, ReplicaOwner, Started, hold_port
 from cluster.tiers import get_tier
+from cluster.watch import Host, Owner, _Restarting
 from harness import probe
 from harness.commands import targets
 from harness.errors import ServerError, UsageError
@@ -74,25 +75,24 @@ def test_no_replica_is_a_usage_error(tmp_path: Path) -> None:
         deploy(tmp_path, replicas=0)
 
 
-def make_actor(tmp_path: Path, engine: Any) -> ReplicaActor:
-    return ReplicaActor(engine, "replica 0", str(tmp_path / "server-0.log"), "secret", "127.0.0.1")
+def make_owner(tmp_path: Path, engine: Any) -> ReplicaOwner:
+    return ReplicaOwner(engine, "replica 0", str(tmp_path / "server-0.log"), "secret", "127.0.0.1")
 
 
 def test_an_actor_owns_its_server(tmp_path: Path) -> None:
-    actor = make_actor(tmp_path, FAKE)
-    started = actor.start(30, 2, 0, 1)
+    owner = make_owner(tmp_path, FAKE)
+    started = owner.start(30)
     assert isinstance(started, Started)
-    assert started.cpus
     body = {"model": "fake", "prompt": [1], "max_tokens": 1}
     probe.fetch(f"{started.base_url}/completions", "secret", body)
     with pytest.raises(ServerError, match="401"):
         probe.fetch(f"{started.base_url}/completions", "wrong", body)
-    assert actor.ended() is None
+    assert owner.ended() is None
     assert listeners(started.base_url)
-    actor.stop()
+    owner.stop()
     assert not listeners(started.base_url)
-    assert actor.ended() == "killed by SIGTERM"
-    look = actor.look()
+    assert owner.ended() == "killed by SIGTERM"
+    look = owner.look()
     assert (look.ended, look.state, look.log) == ("killed by SIGTERM", "ready", b""), "the driver reads the log itself"
     assert "ready" in (tmp_path / "server-0.log").read_text()
 
@@ -112,18 +112,18 @@ class FirstPortTaken(CommandEngine):
 
 def test_a_port_taken_meanwhile_is_tried_again_elsewhere(tmp_path: Path) -> None:
     engine = FirstPortTaken(name="fake", served_model="fake", argv=SERVER, api_key_env="FAKE_SERVER_API_KEY")
-    actor = make_actor(tmp_path, engine)
-    started = actor.start(30, None, 0, 1)
-    actor.stop()
+    owner = make_owner(tmp_path, engine)
+    started = owner.start(30)
+    owner.stop()
     assert isinstance(started, Started)
     assert FirstPortTaken.starts == 2
-    assert actor.look().messages == ["its port was taken meanwhile; trying another one"]
+    assert owner.look().messages == ["its port was taken meanwhile; trying another one"]
 
 
 def test_a_server_that_refuses_completions_is_not_waited_for(tmp_path: Path) -> None:
     engine = CommandEngine(name="fake", served_model="other name", argv=SERVER, api_key_env="FAKE_SERVER_API_KEY")
     start = time.monotonic()
-    failed = make_actor(tmp_path, engine).start(60, None, 0, 1)
+    failed = make_owner(tmp_path, engine).start(60)
     assert isinstance(failed, Failed)
     assert "up but refuses a completion" in failed.message
     assert "other name" in failed.message
@@ -132,12 +132,12 @@ def test_a_server_that_refuses_completions_is_not_waited_for(tmp_path: Path) -> 
 
 def test_a_stop_during_the_start_overtakes_it(tmp_path: Path) -> None:
     engine = CommandEngine(name="slow", served_model="fake", argv=("sleep", "600"))
-    actor = make_actor(tmp_path, engine)
+    owner = make_owner(tmp_path, engine)
     results: list[Started | Failed] = []
-    thread = threading.Thread(target=lambda: results.append(actor.start(600, None, 0, 1)))
+    thread = threading.Thread(target=lambda: results.append(owner.start(600)))
     thread.start()
     time.sleep(0.5)
-    actor.stop()
+    owner.stop()
     thread.join(20)
     assert isinstance(results[0], Failed)
 
@@ -154,37 +154,37 @@ class Talking(CommandEngine):
 def test_the_states_of_a_start_are_read_from_the_log(tmp_path: Path) -> None:
     steps = "echo now loading; sleep 1; echo noise; echo now compiling; sleep 1; exec " + " ".join(SERVER)
     engine = Talking(name="t", served_model="fake", argv=("sh", "-c", steps), api_key_env="FAKE_SERVER_API_KEY")
-    actor = make_actor(tmp_path, engine)
-    assert actor.look().state == "queued"
-    thread = threading.Thread(target=lambda: actor.start(30, None, 0, 1))
+    owner = make_owner(tmp_path, engine)
+    assert owner.look().state == "queued"
+    thread = threading.Thread(target=lambda: owner.start(30))
     thread.start()
     seen: list[str] = []
 
     def look() -> bool:
-        state = actor.look().state
+        state = owner.look().state
         if seen[-1:] != [state]:
             seen.append(state)
         return state == "ready"
 
     wait_for(look, 30, "ready")
     thread.join(10)
-    actor.stop()
+    owner.stop()
     assert [s for s in seen if s not in ("queued", "starting")] == ["loading", "compiling", "ready"]
 
 
 def test_a_server_that_runs_and_does_not_answer_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"HEALTH_EVERY_S": 0.1, "HEALTH_ANSWER_S": 0.2, "UNHEALTHY_S": 0.5}.items():
-        monkeypatch.setattr(f"cluster.actors.{name}", value)
-    actor = make_actor(tmp_path, FAKE)
-    started = actor.start(30, None, 0, 1)
+        monkeypatch.setattr(f"cluster.replica.{name}", value)
+    owner = make_owner(tmp_path, FAKE)
+    started = owner.start(30)
     assert isinstance(started, Started)
     (server,) = listeners(started.base_url)
     server.suspend()
-    wait_for(lambda: actor.ended() is not None, 15, "its silence to be noticed")
-    assert "/health has failed for" in (actor.ended() or "")
+    wait_for(lambda: owner.ended() is not None, 15, "its silence to be noticed")
+    assert "/health has failed for" in (owner.ended() or "")
     server.resume()
-    wait_for(lambda: actor.ended() is None, 15, "it answers again")
-    actor.stop()
+    wait_for(lambda: owner.ended() is None, 15, "it answers again")
+    owner.stop()
 
 
 LATE = """
@@ -206,16 +206,16 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Late).serve_for
 
 def test_a_busy_server_that_answers_health_late_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HEALTH_EVERY_S", "HEALTH_ANSWER_S", "UNHEALTHY_S"):
-        monkeypatch.setattr(actors, name, getattr(actors, name) / 20)  # 0.4 s stands for 8 s
+        monkeypatch.setattr(replica, name, getattr(replica, name) / 20)  # 0.4 s stands for 8 s
     argv = (sys.executable, "-c", LATE, str(tmp_path / "busy"), "{port}")
-    actor = make_actor(tmp_path, CommandEngine(name="late", served_model="late", argv=argv))
-    assert isinstance(actor.start(30, None, 0, 1), Started)
+    owner = make_owner(tmp_path, CommandEngine(name="late", served_model="late", argv=argv))
+    assert isinstance(owner.start(30), Started)
     (tmp_path / "busy").touch()
-    until = time.monotonic() + 2 * actors.UNHEALTHY_S
+    until = time.monotonic() + 2 * replica.UNHEALTHY_S
     while time.monotonic() < until:
-        assert actor.ended() is None
+        assert owner.ended() is None
         time.sleep(0.1)
-    actor.stop()
+    owner.stop()
 
 
 def test_a_port_is_given_to_nobody_else_while_it_is_held(tmp_path: Path) -> None:
@@ -227,13 +227,13 @@ def test_a_port_is_given_to_nobody_else_while_it_is_held(tmp_path: Path) -> None
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as vLLM does
         server.bind(held.getsockname())
         server.listen()
-    actor = make_actor(tmp_path, FAKE)
-    started = actor.start(30, None, 0, 1)
+    owner = make_owner(tmp_path, FAKE)
+    started = owner.start(30)
     assert isinstance(started, Started)
-    assert actor._held is not None
-    assert f":{actor._held.getsockname()[1]}/" in started.base_url
-    actor.stop()
-    assert actor._held.fileno() == -1
+    held = owner._held["server"]
+    assert f":{held.getsockname()[1]}/" in started.base_url
+    owner.stop()
+    assert held.fileno() == -1
 
 
 def test_a_late_word_of_the_old_death_does_not_kill_the_restarted_server(
@@ -250,22 +250,27 @@ def test_a_late_word_of_the_old_death_does_not_kill_the_restarted_server(
         def send(self) -> None:
             return None
 
-        def answer(self) -> Look | None:
-            return self.looks.pop(0)
+        def answer(self) -> list[Look] | None:
+            look = self.looks.pop(0)
+            return None if look is None else [look]
 
-    monkeypatch.setattr("cluster.deployment.Question", lambda ask: Answers(Look("ready", [], None, b"")))
-    monkeypatch.setattr("cluster.deployment.ask", lambda refs, timeout_s: [Started("http://x/v1", 1.0, None)])
-    monkeypatch.setattr("cluster.deployment.ray.wait", lambda refs, **_: (refs, []))
+    monkeypatch.setattr("cluster.watch.ask", lambda refs, timeout_s: [Started("http://x/v1", 1.0)])
+    monkeypatch.setattr("cluster.watch.ray.wait", lambda refs, **_: (refs, []))
     d = deploy(tmp_path, on_replica_death="restart")
-    owner = _Owner(None, 0, 0, tmp_path / "log", node="n", ended="killed by SIGKILL")
-    owner.question = Answers(None, Look("ready", [], "killed by SIGKILL", b""))  # type: ignore[assignment]
-    d._owners, d.restarts = [owner], [Restart(replica=0, died="then", how="killed by SIGKILL")]
-    d._restarting[0] = (None, 0, time.monotonic())
+    watch, host = d._watch, Host(None, node="n")
+    host.owners = [Owner(host, 0, 0, 0, tmp_path / "log", ended="killed by SIGKILL", start=2)]
+    late, new = Look("ready", [], "killed by SIGKILL", b"", 1), Look("ready", [], None, b"", 2)
+    host.question = Answers(None, late, new, Look("ready", [], "exit code 1", b"", 2))  # type: ignore[assignment]
+    watch.hosts, watch.owners = [host], host.owners
+    watch.restarts.append(Restart(replica=0, died="then", how="killed by SIGKILL"))
+    watch._restarting[0] = _Restarting(None, 0, time.monotonic())
     assert d.check() == {}
     assert d.restarts[0].ready is not None
+    assert d.check() == {}, "a word of the death that is known"
     assert d.check() == {}
-    assert len(d.restarts) == 1
-    assert d._restarting == {}
+    assert (len(d.restarts), d.restarting) == (1, False)
+    watch._restart_wanted = False
+    assert d.check() == {0: "exit code 1"}, "and of a new one"
 
 
 def test_host_counters_that_cannot_be_written_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,13 +296,13 @@ def test_an_empty_ray_address_is_none_and_our_own_ray_has_its_token() -> None:
 
 def test_a_part_of_a_server_is_started_without_being_asked_for_answers(tmp_path: Path) -> None:
     engine = CommandEngine(name="part", served_model="fake", argv=("sleep", "600"))
-    actor = make_actor(tmp_path, engine)
-    host, port = actor.meeting_point()
-    started = actor.start(30, None, 0, 1, Part(rank=1, hosts=2, master=host, master_port=port))
+    owner = make_owner(tmp_path, engine)
+    host, port = owner.meeting_point()
+    started = owner.start(30, Part(rank=1, hosts=2, master=host, master_port=port))
     assert isinstance(started, Started)
-    assert actor.ended() is None
-    actor.stop()
-    assert actor.ended() is not None
+    assert owner.ended() is None
+    owner.stop()
+    assert owner.ended() is not None
 
 
 # --- with Ray ---------------------------------------------------------------------------------------------------------
@@ -305,8 +310,10 @@ def test_a_part_of_a_server_is_started_without_being_asked_for_answers(tmp_path:
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
+    handler = signal.getsignal(signal.SIGTERM)
     head = connect(print)
     assert head is not None
+    assert signal.getsignal(signal.SIGTERM) is handler, "Ray's own would abort the driver in the middle of a start"
     yield
     disconnect(head)
 

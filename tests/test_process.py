@@ -15,8 +15,9 @@ import psutil
 import pytest
 from conftest import ROOT, gone, wait_for
 
+from cluster import process
 from cluster.process import Process, describe_exit, sweep, tail, wait_ready
-from cluster.registry import MARK
+from cluster.registry import MARK, running
 from harness.errors import HarnessError, ServerError
 
 # Prints its own pid and that of a grandchild in a session of its own; both ignore SIGTERM when asked to.
@@ -205,3 +206,24 @@ def test_ends_are_told_in_words() -> None:
     assert describe_exit(-signal.SIGSEGV) == "killed by SIGSEGV"
     assert "out of memory" in describe_exit(-signal.SIGKILL)
     assert describe_exit(-200) == "killed by signal 200"
+
+
+def test_what_outlives_sigkill_is_named_and_stays_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    powerless = tmp_path / "guard.py"  # nothing on a healthy machine outlives SIGKILL, so this guard's never arrives
+    powerless.write_text(
+        f"import importlib.util, sys\nspec = importlib.util.spec_from_file_location('guard', {str(process.GUARD)!r})\n"
+        "guard = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(guard)\n"
+        "guard.KILL_S, guard.send, guard.prctl = 0.3, lambda *a: None, lambda *a: None\nguard.main(sys.argv)\n"
+    )
+    monkeypatch.setattr(process, "GUARD", powerless)
+    stuck = Process.start(["sleep", "600"], name="stuck", log=tmp_path / "log")
+    wait_for(lambda: stuck.pid is not None, 10, "its pid")
+    try:
+        wait_for(lambda: bool(running()), 10, "its entry")
+        assert stuck.stop(0.1) == -signal.SIGKILL
+        assert stuck.survivors == [stuck.pid]
+        assert f"still there 0.3 s after SIGKILL: [{stuck.pid}]" in (tmp_path / "log").read_text()
+        assert [(one.name, one.alive) for one in running()] == [("stuck", True)]
+    finally:
+        os.kill(stuck.pid or 0, signal.SIGKILL)
+    wait_for(lambda: not running(), 10, "it is forgotten once it has ended")

@@ -25,6 +25,7 @@ from harness.commands.sweep import sum_up
 from harness.errors import ResultsError, UsageError
 from harness.plan import plan_sha256
 from harness.prompts import Vocabulary
+from harness.records import open_trace
 from harness.run import RunDir
 from harness.sweep import Level, Loads, Pair, SweepSpec, levels, make_points, pairs, point_seed, read_sweep
 from harness.sweep_cost import (
@@ -52,7 +53,6 @@ from harness.sweep_state import (
     verify,
     write_state,
 )
-from harness.trace import open_trace
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = OPTIONS.keys() - OWN

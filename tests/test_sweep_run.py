@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from harness.commands import sweep_run
 from harness.commands.targets import Servers, UrlTarget
 from harness.errors import HarnessError, ResultsError, ServerError, UsageError
 from harness.plan import plan_sha256, read_plan_columns
-from harness.run import RunDir, read_manifest
+from harness.run import Restart, RunDir, read_manifest
 from harness.sweep_state import SweepState, read_state, verify
 
 LEAD_S = 0.2
@@ -418,6 +419,51 @@ def test_points_share_servers_and_a_dead_server_is_replaced(
     assert "exit code 9" in (state.points[0].reason or "")
     assert len(state.rentals) == 2
     assert all(r.ended_s for r in state.rentals)
+
+
+def test_points_after_a_restart_wait_for_it_and_are_marked(
+    fake_server: StartServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = fake_server("--ttft", "0.002", "--itl", "0.001")
+    rented = Rented(server.url)
+    choose, checks = rented.choose, list[int]()
+
+    def dying_after_its_first_point(options: dict[str, Any]) -> Any:
+        target = choose(options)
+        opened = target.open
+
+        @contextmanager
+        def open_(run: RunDir) -> Iterator[Servers]:
+            with opened(run) as servers:
+                servers.restarting = lambda: bool(servers.restarts) and servers.restarts[0].ready is None
+
+                def check() -> dict[int, str]:
+                    checks.append(len(server.truth()))
+                    if not servers.restarts and checks[-1] == 6:
+                        servers.restarts.append(Restart(replica=0, died="noon", how="killed by SIGKILL"))
+                    elif checks.count(6) == 4:
+                        servers.restarts[0] = replace(servers.restarts[0], ready="a minute past noon")
+                    return {}
+
+                servers.check = check
+                yield servers
+
+        target.open = open_
+        return target
+
+    monkeypatch.setattr(sweep_run, "choose_target", dying_after_its_first_point)
+    go(write_sweep(tmp_path, server.url), "--out", tmp_path)
+    folder = next(path.parent for path in tmp_path.glob("*/sweep.json"))
+    first, second = read_state(folder).points
+    assert checks.count(6) == 4, "the second point was not begun before"
+    manifests = [read_manifest(folder / point.name) for point in (first, second)]
+    assert [len(m.restarts) for m in manifests] == [1, 0]
+    assert first.verdict == "INVALID"
+    assert "server_restarts" in (first.reason or "")
+    said = "replica 0 started again at a minute past noon, its cache empty"
+    assert manifests[1].model_facts["restarted_before"] == said
+    assert f"on a server that died before it: {said}" in (second.reason or "")
+    assert "restarted_before" not in manifests[0].model_facts
 
 
 def test_servers_that_do_not_start_fail_their_points_and_are_paid_for(

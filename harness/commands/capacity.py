@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from harness.commands.capacity_run import CapacityReport, CapacitySession, Search, in_loop
 from harness.commands.output import print_blocks, print_json, say
-from harness.commands.sweep import check
+from harness.commands.sweep import LOCAL_SWEEPS, begun, check
 from harness.errors import EXIT_FAILURE, EXIT_INVALID, EXIT_SLO_MISSED, EXIT_VALID, UsageError
+from harness.records import Trace
 from harness.run import now_utc
 from harness.slo import criteria
+from harness.store import as_url, is_url
 from harness.sweep import Loads, SweepSpec, pairs
-from harness.sweep_state import SweepState, create_folder, differences, find_folder, lock, read_state
-from harness.trace import Trace
+from harness.sweep_state import SweepState, create_folder, differences, lock, read_state
 from harness.traces.reading import open_asked
-
-if TYPE_CHECKING:
-    pass
 
 FILE = "capacity.json"
 """What the search found, in the sweep folder."""
@@ -47,15 +45,17 @@ def capacity(
     tiers = check(spec, in_loop(options, closed=True))
     source = open_asked(trace, options)
     _check_times(source, options)
+    root, url = (LOCAL_SWEEPS, as_url(out)) if is_url(out) else (out, None)
     if resume is not None:
-        folder = Path(resume) if resume else find_folder(out, _name(trace))
+        folder = begun(Path(resume) if resume else None, root, _name(trace))
         state = _take_over(folder, spec, source)
     else:
         state = SweepState(
             name=_name(trace), created=now_utc(), file=str(trace), spec=spec, trace_sha256=source.sha256,
             pairs=pairs(spec), points=[],
         )  # fmt: skip
-        folder = create_folder(out, state)
+        folder = create_folder(root, state)
+        state.store_url = f"{url}/{folder.name}" if url else None
     with lock(folder):
         say(f"sweep folder: {folder}")
         session = CapacitySession(folder, state, options, source, tiers, ask)

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.commands.output import say
+from harness.commands.steps import settle
 from harness.commands.sweep_run import Session
 from harness.commands.targets import Target, choose_target
 from harness.errors import HarnessError
+from harness.records import Trace
 from harness.run import Tier, now_utc
 from harness.slo import Criterion
 from harness.sweep import Level, Point, point_seed, slug
 from harness.sweep_cost import start_s, usd_per_hour
 from harness.sweep_state import SweepState
-from harness.trace import Trace
 
 if TYPE_CHECKING:
     from analysis.load import Run
@@ -76,25 +77,24 @@ class CapacitySession(Session):
         self.summaries: dict[str, Summary] = {}
         self.ended: Step | None = None
 
-    def run(self) -> None:
+    def work(self) -> None:
         """Probe until the answer is as narrow as was asked for, the budget is spent or nothing more can be learnt."""
-        self._look_back()
         for point in self.state.points:
             if point.state == "done" and point.name not in self.summaries:
-                self._judge(point)
+                self.judge(point)
             if point.state == "skipped":
                 point.state = "pending"
         target = choose_target({**self.options, **self._where()})
         for _ in range(STARTS):
-            if self._over or (first := self._next()) is None:
+            if self.over or (first := self._next()) is None:
                 return
             try:
                 self._rent_and_probe(target, first)
             except HarnessError as e:
                 say(str(e))
-                self._over = str(e).splitlines()[0]
-        if self.ended is None and not self._over:
-            self._over = f"servers died under load {STARTS} times"
+                self.over = str(e).splitlines()[0]
+        if self.ended is None and not self.over:
+            self.over = f"servers died under load {STARTS} times"
 
     def _where(self) -> dict[str, Any]:
         pair = self.state.pairs[0]
@@ -105,19 +105,18 @@ class CapacitySession(Session):
         if not self._can_pay(target, first, start_s(self.state.pairs[0], self.tiers[0])):
             return
         point: Point | None = first
-        with self._rented(0) as rental, target.open(self._server_dir(0)) as servers:
-            rental.tier = servers.tier
+        with self.serving(0, target) as servers:
             while point is not None and self._can_pay(target, point, 0.0):
-                self._point(point, servers)
-                if died := servers.check():
+                self.do(point, servers)
+                if died := settle(servers):
                     say(f"replica {', '.join(map(str, died))} died; the servers are started anew")
                     return
-                point = None if self._over else self._next()
+                point = None if self.over else self._next()
 
     def _can_pay(self, target: Target, point: Point, start: float) -> bool:
         """Make the plan of the point and hold its estimate against what is left."""
-        self._plans(target, [point])
-        return self._affordable(point, start)
+        self.make_plans(target, [point])
+        return self.affordable(point, start)
 
     def _next(self) -> Point | None:
         """The point to do now: one that was left half done, else what the search asks for; None at its end."""
@@ -171,13 +170,13 @@ class CapacitySession(Session):
         seconds = max(self.ask.probe_s, (needed + 1) / rate) + warmup_s
         if seconds > self.ask.probe_s + warmup_s:
             say(f"  {seconds:.0f} s at {rate:g} req/s: fewer than {needed} requests cannot judge this SLO")
-        if rate * seconds > self._survey.rows:
-            self._tell_once(
-                f"  the trace has {self._survey.rows} requests: it is repeated, with new prompts where they are made"
+        if rate * seconds > self.survey.rows:
+            self.tell_once(
+                f"  the trace has {self.survey.rows} requests: it is repeated, with new prompts where they are made"
             )
         return {**options, "duration_s": seconds, "repeat": True}
 
-    def _learn(self, point: Point, run: Run, found: Summary) -> None:
+    def learn(self, point: Point, run: Run, found: Summary) -> None:
         """What the search goes on from."""
         from analysis.sizing.at_slo import point_of
         from analysis.sizing.search import Probe, limit_used
@@ -195,10 +194,10 @@ class CapacitySession(Session):
         blank = Probe(rate=point.level.request_rate, concurrency=point.level.concurrency, point=None)
         return self.probes.get(point.name, blank)
 
-    def _end(self, point: Point, state: Any, reason: str | None) -> None:
+    def end(self, point: Point, state: Any, reason: str | None) -> None:
         """Write down how a probe ended, and say it with what it cost."""
         point.state, point.reason = state, reason
-        self._write()
+        self.write()
         row = self._record(point)
         words = [
             row.verdict,
@@ -238,7 +237,7 @@ class CapacitySession(Session):
         usd, hours = self.state.spent(time.time())
         found = systems(list(self.summaries.values()))
         answer = next((one for one in found if one.loop == "open"), None)
-        ended = self.ended.why if self.ended else self._over or "ended"
+        ended = self.ended.why if self.ended else self.over or "ended"
         return CapacityReport(
             schema=SCHEMA, made=now_utc(), folder=str(self.folder),
             sentence=sentence(answer) if answer else "Capacity is not known: no run in an open loop was VALID.",

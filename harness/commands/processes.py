@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.commands.output import print_json, print_table, say
 from harness.errors import EXIT_FAILURE, EXIT_VALID, UsageError, unknown_name
@@ -22,25 +22,34 @@ ASK_S = 30.0
 """A host that does not list its processes by then is left out, and named."""
 
 
+class _Running(NamedTuple):
+    """One process group."""
+
+    entry: Entry
+    orphan: bool
+    holds: str | None
+    """Processors and accelerators that no other run takes; null: none."""
+
+
 def ps(format_: str) -> int:
     """List them."""
     with _cluster():
         found = _found()
     if format_ == "json":
-        print_json([asdict(entry) | {"orphan": orphan} for entry, orphan in found])
+        print_json([asdict(one.entry) | {"orphan": one.orphan, "holds": one.holds} for one in found])
         return EXIT_VALID
     if not found:
         say("nothing is running")
         return EXIT_VALID
     now = time.time()
     print_table(
-        ("ID", "what", "host", "pid", "age", "owner", "run"),
+        ("ID", "what", "host", "pid", "age", "owner", "holds", "run"),
         [
             (
                 entry.id, entry.name, entry.host, str(entry.command.pid), f"{max(0.0, now - entry.started):.0f} s",
-                "gone: orphan" if orphan else str(entry.owner.pid), entry.run_dir or "-",
+                "gone: orphan" if orphan else str(entry.owner.pid), holds or "-", entry.run_dir or "-",
             )
-            for entry, orphan in found
+            for entry, orphan, holds in found
         ],
     )  # fmt: skip
     return EXIT_VALID
@@ -51,7 +60,7 @@ def stop(ids: Sequence[str], *, everything: bool, grace_s: float) -> int:
     if everything == bool(ids):
         raise UsageError("say which: harness stop ID (harness ps lists them), or harness stop --all")
     with _cluster():
-        found = {entry.id: entry for entry, _ in _found()}
+        found = {one.entry.id: one.entry for one in _found()}
         for wanted in ids:
             if wanted not in found:
                 raise unknown_name("process", wanted, found)
@@ -95,17 +104,19 @@ def _each_host(function: Callable[..., list[Any]], *args: Any, timeout_s: float 
     return [answer or [] for answer in answers]
 
 
-def _found() -> list[tuple[Entry, bool]]:
-    """What runs on every host, and whether it is an orphan."""
-    by_id = {entry.id: (entry, orphan) for found in _each_host(_running) for entry, orphan in found}
+def _found() -> list[_Running]:
+    """What runs on every host."""
+    by_id = {one.entry.id: one for found in _each_host(_running) for one in found}
     return list(by_id.values())
 
 
-def _running() -> list[tuple[Entry, bool]]:
-    """What runs on this host; orphans are told here, where the pids mean something."""
+def _running() -> list[_Running]:
+    """What runs on this host; orphans and claims are told here, where the pids mean something."""
+    from cluster.claims import claims
     from cluster.registry import running
 
-    return [(entry, entry.orphan) for entry in running()]
+    holds = {(one.owner, one.name): one.words for one in claims()}
+    return [_Running(entry, entry.orphan, holds.get((entry.owner, entry.name))) for entry in running()]
 
 
 def _end(ids: list[str], grace_s: float) -> list[str]:

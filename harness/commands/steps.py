@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,11 +16,12 @@ from harness import probe
 from harness.build import asked_plan, build_plan
 from harness.commands.output import say
 from harness.commands.targets import LocalTarget, Servers, Target, UrlTarget
-from harness.errors import HarnessError, PlanError, UsageError
+from harness.errors import HarnessError, PlanError, ServerError, UsageError
 from harness.headers import parse_headers
 from harness.plan import PlanInfo, plan_sha256, read_plan_columns, read_plan_info
 from harness.progress import LoadProgress, console
 from harness.prompts import Vocabulary
+from harness.records import Trace
 from harness.run import (
     Replica,
     RunDir,
@@ -35,7 +35,7 @@ from harness.run import (
 )
 from harness.server_metrics import ServerMetrics
 from harness.slo import metrics_of
-from harness.trace import Trace
+from harness.traces.survey import Content
 
 HEALTH_EVERY_S = 2.0
 
@@ -70,25 +70,21 @@ def make_plan(
     tell: Callable[[str], None] = say,
 ) -> PlanInfo:
     """Build the plan file, with prompts as the target counts them; ``tell`` hears what is in it."""
-    has_messages = has_text = has_lengths_only = False
-    for record in islice(trace, options["limit"]):
-        has_messages |= record.messages is not None
-        has_text |= record.text is not None
-        has_lengths_only |= record.messages is None and record.text is None
-    chat = options["endpoint"] == "chat" or (options["endpoint"] == "auto" and has_messages)
-    if isinstance(target, LocalTarget):
-        target.check_prompts(chat=chat, text=has_text)
-    vocabulary: Vocabulary | None = None
-    if has_lengths_only:
+
+    def choose(content: Content) -> tuple[Vocabulary | None, bool]:
+        chat = options["endpoint"] == "chat" or (options["endpoint"] == "auto" and content.messages > 0)
+        if isinstance(target, LocalTarget):
+            target.check_prompts(chat=chat, text=content.text > 0)
+        if not content.lengths_only:
+            return None, chat
         if options["tokenizer"]:
-            vocabulary = Vocabulary.from_tokenizer(options["tokenizer"])
-        elif chat and isinstance(target, UrlTarget):
-            raise UsageError("chat takes text, and text of an exact length needs the tokenizer: give --tokenizer FILE")
-        else:
-            vocabulary = target.vocabulary()
+            return Vocabulary.from_tokenizer(options["tokenizer"]), chat
+        if chat and isinstance(target, UrlTarget):
+            raise UsageError("chat takes text, and text of an exact length needs a tokenizer: give --tokenizer FOLDER")
+        return target.vocabulary(), chat
+
     started = time.monotonic()
-    spec = asked_plan(options, closed=closed, as_text=chat)
-    info = build_plan(trace, out, spec, vocabulary)
+    info = build_plan(trace, out, asked_plan(options, closed=closed), choose=choose)
     rate = f", {info.planned_rate:.2f} req/s" if info.planned_rate else ""
     tell(f"plan: {info.requests} requests from {info.trace_format} trace{rate} ({time.monotonic() - started:.1f} s)")
     for note in [*info.notes, *too_long(out, target.max_model_len)]:
@@ -184,6 +180,8 @@ def execute_point(
 
     info = read_plan_info(run.plan)
     stop = stop or StopRequest()
+    if servers.restarting() and (died := settle(servers)):
+        raise ServerError("; ".join(f"replica {index} is gone: {how}" for index, how in died.items()))
     replicas = [replace(r, exit=None, counters_before=None, counters_after=None) for r in servers.replicas]
     spec = RunSpec(
         mode="closed" if options["concurrency"] else "open",
@@ -201,7 +199,7 @@ def execute_point(
         tls_ca=str(options["tls_ca"].resolve()) if options["tls_ca"] else None,
     )  # fmt: skip
     manifest = describe(run, spec, info, servers, replicas)
-    restarts = len(servers.restarts)  # of points before this one, on the same servers
+    restarts = len(servers.restarts)  # of points before this one, or between two, on the same servers
     write_manifest(run, manifest)
     try:
         with LoadWorkers(spec, run, api_key=servers.api_key, launch=servers.launch) as load, stop:
@@ -225,16 +223,32 @@ def execute_point(
     return manifest
 
 
+def settle(servers: Servers) -> dict[int, str]:
+    """Wait until no dead server is being started again; those that are gone for good, index -> how."""
+    while True:  # a restart has a deadline of its own: then it is among the dead
+        died = servers.check()
+        if died or not servers.restarting():
+            return died
+        time.sleep(0.5)
+
+
 def describe(run: RunDir, spec: RunSpec, info: PlanInfo, servers: Servers, replicas: list[Replica]) -> RunManifest:
     """The manifest before the first request."""
     return RunManifest(
         run_id=run.path.name, created=now_utc(), spec=spec, plan=info, plan_sha256=plan_sha256(run.plan),
         tier=servers.tier, engine=servers.engine, engine_version=servers.engine_version,
         engine_args=servers.engine_args,
-        model=servers.model, model_facts=servers.model_facts, replicas=replicas, host=describe_host(),
+        model=servers.model, model_facts=servers.model_facts | restarted(servers), replicas=replicas,
+        host=describe_host(),
         load_shares_server_host=servers.shares_host, load_shares_server_cores=servers.shared_cores,
         versions=installed_versions(), git=git_commit(),
     )  # fmt: skip
+
+
+def restarted(servers: Servers) -> dict[str, str]:
+    """What a reader has to know of servers that were started again before this point: their caches began empty."""
+    found = [f"replica {r.replica} started again at {r.ready or r.died}, its cache empty" for r in servers.restarts]
+    return {"restarted_before": "; ".join(found)} if found else {}
 
 
 def count_before(replicas: list[Replica], api_key: str | None) -> None:

@@ -15,14 +15,18 @@ from harness.commands.sweep_run import Session
 from harness.commands.targets import rented
 from harness.errors import EXIT_FAILURE, EXIT_INVALID, EXIT_VALID, HarnessError, TraceError, UsageError
 from harness.run import Tier, now_utc
+from harness.store import as_url, is_url
 from harness.sweep import SweepSpec, levels, make_points, pairs, read_sweep
 from harness.sweep_cost import Survey, expect, start_s, survey, usd_per_hour
-from harness.sweep_state import SweepState, create_folder, differences, find_folder, lock, read_state
+from harness.sweep_state import SweepState, create_folder, differences, find_folder, lock, read_state, write_state
+from harness.sweep_store import come_home
 from harness.traces.reading import open_asked
 
 if TYPE_CHECKING:
     from cluster.models import Model
 
+LOCAL_SWEEPS = Path("sweeps")
+"""Where the folders of sweeps are that go to S3 as well."""
 Resolve = Callable[[Mapping[str, Any], str, Path], dict[str, Any]]
 """Turns the options of a sweep file into those of a replay; (options, file for messages, folder of its paths)."""
 
@@ -41,8 +45,9 @@ def sweep(
 ) -> int:
     """Run a sweep, or go on with one; 0: every point is VALID, 3: some are INVALID, 1: some are not done."""
     spec = read_sweep(file, names, instead) if file is not None else None
+    root, url = (LOCAL_SWEEPS, as_url(out)) if is_url(out) else (out, None)
     if resume:
-        folder = folder or find_folder(out, file.stem if file else "")
+        folder = begun(folder, root, file.stem if file else "")
         state = read_state(folder)
         if spec is not None and file is not None:
             _take_over(state, spec, file, folder)
@@ -75,7 +80,11 @@ def sweep(
         )
     if dry_run:
         return show_plan(state, options, found, tiers, format_)
-    folder = folder or create_folder(out, state)
+    if not resume:
+        folder = create_folder(root, state)
+        state.store_url = f"{url}/{folder.name}" if url else None
+        write_state(folder, state)
+    assert folder is not None
     with lock(folder):
         if resume:
             state = _newest(folder, state)
@@ -88,6 +97,13 @@ def sweep(
             say(f"{_count(state, 'done')} of {len(state.points)} points done; go on: {again}")
             raise
     return sum_up(folder, state, format_)
+
+
+def begun(folder: Path | None, root: Path, name: str) -> Path:
+    """The folder of the sweep to go on with, which may be on S3; without one the newest of this name."""
+    if folder is None:
+        return find_folder(root, name)
+    return come_home(folder, root, say) if is_url(folder) else folder
 
 
 def _newest(folder: Path, state: SweepState) -> SweepState:

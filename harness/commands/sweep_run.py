@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -10,15 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.commands.output import say
-from harness.commands.steps import Deadline, StopRequest, copy_plan, execute_point, make_plan
+from harness.commands.steps import Deadline, StopRequest, copy_plan, execute_point, make_plan, settle
 from harness.commands.targets import Servers, Target, choose_target
 from harness.errors import HarnessError, PlanError
 from harness.plan import plan_sha256, read_plan_info
+from harness.records import Trace
 from harness.run import RunDir, Tier
 from harness.sweep import Point, levels, slug
 from harness.sweep_cost import Survey, expect, start_s, survey, usd_per_hour
 from harness.sweep_state import Rental, SweepState, close_rentals, set_aside, verify, write_state
-from harness.trace import Trace
+from harness.sweep_store import SweepStore
 
 if TYPE_CHECKING:
     from analysis.load import Run
@@ -35,17 +38,28 @@ class Session:
         found: Survey | None = None,
     ) -> None:  # fmt: skip
         self.folder, self.state, self.options, self.trace, self.tiers = folder, state, options, trace, tiers
-        self._survey = found or survey(trace, levels(state.spec), options)
-        self._over: str | None = None
+        self.survey = found or survey(trace, levels(state.spec), options)
+        self._began_ns = time.time_ns()
+        self._store = SweepStore(folder, state.store_url, say)
+        self.over: str | None = None
         """Why no further point is begun."""
         self._told: set[str] = set()
 
     def run(self) -> None:
         """Do every point that is not done. Raises KeyboardInterrupt after Ctrl-C, with everything written down."""
-        self._look_back()
+        if not self.state.revision:
+            self._store.begin(self.state)
+        try:
+            self._look_back()
+            self.work()
+        finally:
+            self._store.close(self.state)
+
+    def work(self) -> None:
+        """The points that are to be done, once what an earlier sitting left was looked at."""
         for k, pair in enumerate(self.state.pairs):
             points = [p for p in self.state.points if p.pair == k and p.state == "pending"]
-            if points and not self._over:
+            if points and not self.over:
                 say(f"{pair.label} x {pair.replicas}: {len(points)} point{'s' if len(points) > 1 else ''}")
                 self._pair(k, points)
 
@@ -62,14 +76,14 @@ class Session:
                 continue
             problem = verify(self.folder, point) if there else "its run directory is gone"
             if problem is None and point.state != "done":
-                problem = self._judge(point)
+                problem = self.judge(point)
             if problem is None:
                 say(f"{point.name}: kept, {point.verdict}")
                 continue
             say(f"{point.name}: to be done again: {problem}")
             point.state, point.reason = "pending", problem
             point.verdict, point.slo_met, point.took_s, point.figures = None, None, None, {}
-        self._write()
+        self.write()
 
     # --- one model on one tier ---------------------------------------------------------------------------------------
 
@@ -81,37 +95,44 @@ class Session:
                 {**self.options, "base_urls": pair.base_urls, "model": pair.model, "tier": pair.tier,
                  "replicas": pair.replicas}
             )  # fmt: skip
-            self._plans(target, points)
-            while left and not self._over:
-                if not self._affordable(left[0], start_s(pair, self.tiers[k])):
+            self.make_plans(target, points)
+            while left and not self.over:
+                if not self.affordable(left[0], start_s(pair, self.tiers[k])):
                     left.popleft()
                     continue
-                with self._rented(k) as rental, target.open(self._server_dir(k)) as servers:
-                    rental.tier = servers.tier
+                with self.serving(k, target) as servers:
                     self._points(left, servers)
         except (HarnessError, OSError) as e:
             say(f"{pair.label}: {e}")
             for point in left:
-                self._end(point, "failed", str(e).splitlines()[0])
+                self.end(point, "failed", str(e).splitlines()[0])
             self._stop_if_asked()
 
     def _points(self, left: deque[Point], servers: Servers) -> None:
         """Points on servers that are up, until none is left, the sweep is over or a server died."""
-        while left and not self._over:
-            if not self._affordable(left[0], 0.0):
+        while left and not self.over:
+            if not self.affordable(left[0], 0.0):
                 left.popleft()
                 continue
-            self._point(left.popleft(), servers)
-            if died := servers.check():
+            self.do(left.popleft(), servers)
+            if died := settle(servers):
                 say(f"replica {', '.join(map(str, died))} died; the servers are started anew for the points left")
                 return
+
+    @contextmanager
+    def serving(self, k: int, target: Target) -> Iterator[Servers]:
+        """Servers of the ``k``-th pair, rented from the order to start them until they have ended."""
+        folder = self._server_dir(k)
+        with self._store.servers(folder.path), self._rented(k) as rental, target.open(folder) as servers:
+            rental.tier = servers.tier
+            yield servers
 
     def _server_dir(self, k: int) -> RunDir:
         path = self.folder / "servers" / f"{k:02d}-{slug(self.state.pairs[k].label)}"
         path.mkdir(parents=True, exist_ok=True)
         return RunDir(path)
 
-    def _plans(self, target: Target, points: list[Point]) -> None:
+    def make_plans(self, target: Target, points: list[Point]) -> None:
         """Every plan of these points, before anything is rented."""
         (self.folder / "plans").mkdir(exist_ok=True)
         for point in points:
@@ -127,58 +148,62 @@ class Session:
             if point.plan_sha256 not in (None, found):
                 raise PlanError(f"{path}: comes out otherwise than before (another harness?); begin a new sweep")
             point.plan_sha256, point.requests = found, info.requests
+            self._store.plan(path)
             if info.tokenizer is None:
                 notes.append("  note: prompts are the trace's own text, the same in every point: a warm prefix cache "
                              "knows them from the second point on")  # fmt: skip
             for note in notes:
                 if note.startswith("  note"):
-                    self._tell_once(note)
-        self._write()
+                    self.tell_once(note)
+        self.write()
 
     @contextmanager
     def _rented(self, k: int) -> Iterator[Rental]:
         """Servers cost from the order to start them until they have ended."""
         rental = Rental(pair=k, replicas=self.state.pairs[k].replicas or 1, tier=self.tiers[k], started_s=time.time())
         self.state.rentals.append(rental)
-        self._write()
+        self.write()
         try:
             yield rental
         finally:
             rental.ended_s = time.time()
-            self._write()
+            self.write()
 
     # --- one point ---------------------------------------------------------------------------------------------------
 
-    def _point(self, point: Point, servers: Servers) -> None:
+    def do(self, point: Point, servers: Servers) -> None:
+        """Run one point on servers that are up, and judge it."""
         run = RunDir(self.folder / point.name)
         stop, began = StopRequest(), time.monotonic()
         try:
             if aside := set_aside(run.path):
                 say(f"{point.name}: what an earlier try left is in {aside.name}")
+                self._store.set_aside(point.name, aside.name)
             run.path.mkdir()
             copy_plan(self.folder / "plans" / point.plan, run.plan)
             point.state, point.reason = "running", None
-            self._write()
+            self.write()
             began = time.monotonic()
-            manifest = execute_point(
-                run, servers, self._options(point), stop=stop, deadline=self._deadline(point), tell=self._tell_once
-            )
+            with self._store.following(run.path, point.name):
+                manifest = execute_point(
+                    run, servers, self._options(point), stop=stop, deadline=self._deadline(point), tell=self.tell_once
+                )
             point.took_s = time.monotonic() - began
             if stop.asked:
                 raise KeyboardInterrupt
             if manifest.status == "stopped":
-                self._end(point, "failed", f"budget: {manifest.reason}; the rows this far are kept")
+                self.end(point, "failed", f"budget: {manifest.reason}; the rows this far are kept")
                 self._skip_rest()
             else:
-                problem = self._judge(point)
-                self._end(point, "failed" if problem else "done", problem or point.reason)
+                problem = self.judge(point)
+                self.end(point, "failed" if problem else "done", problem or point.reason)
         except KeyboardInterrupt:
             point.state, point.reason = "pending", STOPPED
-            self._write()
+            self.write()
             raise
         except (HarnessError, OSError) as e:
             point.took_s = time.monotonic() - began
-            self._end(point, "failed", str(e).splitlines()[0])
+            self.end(point, "failed", str(e).splitlines()[0])
             say(str(e))
         if point.verdict != "VALID":
             self._stop_if_asked()
@@ -186,10 +211,10 @@ class Session:
     def _stop_if_asked(self) -> None:
         """After a point that failed or is INVALID."""
         if self.state.spec.on_failure == "stop":
-            self._over = self._over or "on_failure"
+            self.over = self.over or "on_failure"
             say("on_failure = stop: no further point is begun")
 
-    def _judge(self, point: Point) -> str | None:
+    def judge(self, point: Point) -> str | None:
         """Read the run and write its verdict and figures into the point; null, or why that cannot be done."""
         from analysis.load import read_run
         from analysis.summary import summarise
@@ -201,7 +226,10 @@ class Session:
             return str(e).splitlines()[0]
         if point.took_s is None and run.manifest.end_ns is not None:
             point.took_s = run.manifest.end_ns / 1e9
-        point.state, point.verdict, point.reason = "done", found.verdict, "; ".join(found.reasons) or None
+        words = [*found.reasons]
+        if before := run.manifest.model_facts.get("restarted_before"):
+            words.append(f"on a server that died before it: {before}")
+        point.state, point.verdict, point.reason = "done", found.verdict, "; ".join(words) or None
         point.slo_met = found.slo.met if found.slo else None
         point.figures = {
             "request_throughput": found.rates.request_throughput.value,
@@ -212,16 +240,16 @@ class Session:
             "slo_attainment": found.slo.attainment.value if found.slo else None,
             "usd_per_1m_total": found.cost.usd_per_1m_total.value,
         }
-        self._learn(point, run, found)
+        self.learn(point, run, found)
         return None
 
-    def _learn(self, point: Point, run: Run, found: Summary) -> None:
+    def learn(self, point: Point, run: Run, found: Summary) -> None:
         """What else a session keeps of a run that was read and judged; a sweep nothing."""
 
-    def _end(self, point: Point, state: Any, reason: str | None) -> None:
+    def end(self, point: Point, state: Any, reason: str | None) -> None:
         """Write down how a point ended, and say it with what is left."""
         point.state, point.reason = state, reason
-        self._write()
+        self.write()
         place = self.state.points.index(point) + 1
         words = [point.verdict or state.upper()]
         if point.slo_met is not None:
@@ -238,7 +266,7 @@ class Session:
             words.append(f"{hours:.3g} of {spec.budget_hours:g} h")
         left = [p for p in self.state.points if p.state == "pending"]
         if left:
-            expected = expect(self.state.points, self.options, self._survey)
+            expected = expect(self.state.points, self.options, self.survey)
             minutes = sum(expected[p.name].seconds for p in left) / 60
             minutes += (
                 sum(start_s(self.state.pairs[k], self.tiers[k]) for k in {p.pair for p in left} - {point.pair}) / 60
@@ -248,11 +276,11 @@ class Session:
 
     # --- the budget --------------------------------------------------------------------------------------------------
 
-    def _affordable(self, point: Point, start: float) -> bool:
+    def affordable(self, point: Point, start: float) -> bool:
         """Whether the estimate of this point fits into what is left; if not, it is skipped."""
         spec = self.state.spec
         usd, hours = self.state.spent(time.time())
-        more_h = (expect(self.state.points, self.options, self._survey)[point.name].seconds + start) / 3600
+        more_h = (expect(self.state.points, self.options, self.survey)[point.name].seconds + start) / 3600
         more_usd = more_h * usd_per_hour(self.state.pairs[point.pair], self.tiers[point.pair])
         problems = []
         if spec.budget_usd is not None and usd + more_usd > spec.budget_usd:
@@ -260,9 +288,9 @@ class Session:
         if spec.budget_hours is not None and hours + more_h > spec.budget_hours:
             problems.append(f"{hours:.3g} of {spec.budget_hours:g} h are spent and it needs {more_h:.3g}")
         if problems:
-            self._end(point, "skipped", f"budget: {'; '.join(problems)}")
+            self.end(point, "skipped", f"budget: {'; '.join(problems)}")
             if not any(point.state == "pending" for point in self.state.points):
-                self._over = "budget"
+                self.over = "budget"
         return not problems
 
     def _deadline(self, point: Point) -> Deadline | None:
@@ -281,11 +309,11 @@ class Session:
         return Deadline(at_s=time.monotonic() + left_h * 3600, why=why)
 
     def _skip_rest(self) -> None:
-        self._over = "budget"
+        self.over = "budget"
         for point in self.state.points:
             if point.state == "pending":
                 point.state, point.reason = "skipped", "budget: it is spent"
-        self._write()
+        self.write()
 
     # --- small things ------------------------------------------------------------------------------------------------
 
@@ -294,11 +322,15 @@ class Session:
         level = {"concurrency": point.level.concurrency, "rate": point.level.request_rate, "seed": point.seed}
         return {**self.options, **level}
 
-    def _tell_once(self, words: str) -> None:
+    def tell_once(self, words: str) -> None:
         """A line that many points have in common."""
         if words not in self._told:
             self._told.add(words)
             say(words)
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Put the state on disk, as another revision of it."""
+        self.state.revision += 1
+        self.state.writer = f"{platform.node()} {os.getpid()} {self._began_ns}"
         write_state(self.folder, self.state)
+        self._store.state(self.state)

@@ -67,6 +67,8 @@ class Servers:
     """Replicas that died, index -> how: the run is to be stopped. One that is being started again is not among them."""
     restarts: list[Restart] = field(default_factory=list)
     """Replicas that died and were started again, so far."""
+    restarting: Callable[[], bool] = bool
+    """Whether a dead replica is being started again right now."""
     shared_cores: bool | None = None
     """True when load workers may run on processors that a server runs on; null when not known."""
     sample_hosts: Callable[[RunDir, int], AbstractContextManager[None]] = sample_here
@@ -190,7 +192,7 @@ class LocalTarget:
                 tier=rented(self._tier, hosts_per_replica(self._model, self._tier)),
                 engine_version=d.engine_version, engine_args=d.engine_args, model_facts=d.model_facts,
                 shares_host=d.shares_host, shared_cores=d.shared_cores, launch=d.launch, check=d.check,
-                restarts=d.restarts, sample_hosts=d.sample_hosts,
+                restarts=d.restarts, restarting=lambda: d.restarting, sample_hosts=d.sample_hosts,
                 extra_body=DUMMY_BODY if self._model.dummy else {},
             )  # fmt: skip
 

@@ -6,18 +6,36 @@ Everything else is the real thing: Ray, placement, actors, load workers, the rec
 from __future__ import annotations
 
 import os
+import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import cluster.deployment
-from cluster.engine import CommandEngine
+from cluster.engine import WHOLE, Command, CommandEngine, Part
 from cluster.models import DEFAULT_MODEL
 from harness.cli import main
 from harness.commands.targets import LocalTarget
 from harness.prompts import Vocabulary
 
-ENGINE = CommandEngine(
+CLASH = os.environ.get("TEST_CLASH", "")
+
+
+class Engine(CommandEngine):
+    """With TEST_CLASH=FOLDER, which the first to start makes: the meeting port of its parts was taken meanwhile."""
+
+    __slots__ = ()
+
+    def command(self, host: str, port: int, api_key: str, part: Part = WHOLE) -> Command:
+        command = CommandEngine.command(self, host, port, api_key, part)
+        if part.rank or not CLASH:
+            return command
+        clash = f"if mkdir {CLASH}; then echo Address already in use: {part.master_port}; exit 1; fi; exec "
+        return replace(command, argv=["sh", "-c", clash + shlex.join(command.argv)])
+
+
+ENGINE = (Engine if CLASH else CommandEngine)(
     name=os.environ.get("TEST_ENGINE", "vllm-cpu"),
     hosts=int(os.environ.get("TEST_PARTS", "1")),
     served_model=DEFAULT_MODEL,

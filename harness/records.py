@@ -20,7 +20,7 @@ from typing import IO
 from harness.errors import TraceError, UsageError, unknown_name
 from harness.formats import FORMATS
 from harness.formats.detect import detect
-from harness.formats.row import FAILED_CALL, FailedCallError, LeftOutError, Reader, Row, RowError
+from harness.formats.row import FAILED_CALL, MAX_ARRIVAL_S, FailedCallError, LeftOutError, Reader, Row, RowError
 from harness.source import Cut, Source, open_source
 
 __all__ = ["FAILED_CALL", "Draw", "Trace", "TraceRecord", "open_trace"]
@@ -352,6 +352,11 @@ class _Order:
         if self._first_ns is None or self._last_ns is None:
             self._first_ns = self._last_ns = now_ns
             self.instants = 1
+        if now_ns - self._first_ns > MAX_ARRIVAL_S * 1_000_000_000:
+            years = (now_ns - self._first_ns) / 3.156e16
+            raise RowError(
+                "arrival centuries late", f"arrives {years:.0f} years after the first row: no time of one trace"
+            )
         step_ns = now_ns - self._last_ns
         if step_ns:
             if step_ns < 0:

