@@ -16,21 +16,36 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from analysis import arrays
+from analysis.arrays import Bools, Floats, Ints
 from harness.errors import ResultsError
 from harness.results import SCHEMA, iter_results
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 
 PART_CHUNKS = 200_000
 """Chunks that are worked on at a time: what a step needs beside them stays in tens of megabytes."""
 PART_ROWS = 100_000
+FIRST_ROOM = 65_536
 LONGEST_NS = 2**53
 """104 days: no run is longer, and times within it are exact as floats."""
 MOST_CLASSES = 1000
 """Error classes told apart; a file that claims more is not ours."""
+LISTS = {"chunk_gap_ns", "chunk_tokens"}
 NUMBERS = ("scheduled_ns", "sent_ns", "finished_ns", "input_tokens", "cached_tokens", "output_tokens")
+
+
+def read_facts(path: Path) -> Iterator[pa.RecordBatch]:
+    """The rows of a whole result file as they were written, without their lists, which are not even decompressed.
+
+    Raises `ResultsError`, an Arrow error or OSError at anything odd, a torn end among it.
+    """
+    wanted = [i for i, name in enumerate(SCHEMA.names) if name not in LISTS]
+    options, schema = pa.ipc.IpcReadOptions(included_fields=wanted), pa.schema([SCHEMA.field(i) for i in wanted])
+    with pa.OSFile(str(path), "rb") as source:
+        for batch in pa.ipc.open_stream(source, options=options):
+            if not batch.schema.equals(schema):
+                raise ResultsError("the columns are not those of this result schema")
+            batch.validate(full=True)
+            yield batch
 
 
 def read_parts(path: Path) -> Iterator[pa.RecordBatch]:
@@ -78,30 +93,51 @@ def _cut(held: list[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 @dataclass(slots=True)
 class Columns:
-    """Per-request columns of all batches so far; not measured is NaN."""
+    """Per-request columns of all batches so far; not measured is NaN. Batches without lists have none of `CHUNKS`."""
 
     names: list[str] = field(default_factory=list)
     """Error classes, in the order met; column ``error`` is an index into it, -1 for none."""
     examples: dict[str, str | None] = field(default_factory=dict)
     """Error class -> the first detail that was written with it."""
-    _parts: list[dict[str, Any]] = field(default_factory=list)
+    rows: int = 0
+    _room: int = 0
+    _columns: dict[str, Any] = field(default_factory=dict)
+    """Of `_room` entries, of which ``rows`` are used."""
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Reduce one batch. Raises `ResultsError` for rows of too many error classes."""
         part: dict[str, Any] = {name: floats(batch.column(name)) for name in NUMBERS}
         part["request_id"] = np.asarray(batch.column("request_id").to_numpy(), dtype=np.int64)
         part["error"] = self._codes(batch)
-        part |= reduce_chunks(batch)
-        part["possible"] &= possible(batch, part)
-        self._parts.append(part)
+        part["possible"] = possible(part)
+        if LISTS.issubset(batch.schema.names):
+            chunks = reduce_chunks(batch)
+            part["possible"] &= chunks.pop("possible")
+            part |= chunks
+        end = self.rows + len(batch)
+        if not self._columns or end > self._room:
+            self._grow(max(end, 2 * self._room, FIRST_ROOM), part)
+        for name, values in part.items():
+            self._columns[name][self.rows : end] = values
+        if self.rows // arrays.BLOCK < end // arrays.BLOCK:
+            for values in self._columns.values():
+                arrays.forget(values)
+        self.rows = end
+
+    def _grow(self, room: int, part: dict[str, Any]) -> None:
+        for name, values in part.items():
+            wider = arrays.empty(room, values.dtype)
+            for span in arrays.blocks(self.rows):
+                wider[span] = self._columns[name][span]
+            self._columns[name] = wider
+        self._room = room
 
     def take(self) -> dict[str, Any]:
         """Name -> column over all batches; they are forgotten here."""
-        parts, self._parts = self._parts, []
-        if not parts:
+        if not self._columns:
             self.add(pa.record_batch([pa.array([], f.type) for f in SCHEMA], schema=SCHEMA))
-            parts, self._parts = self._parts, []
-        return {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
+        columns, self._columns = self._columns, {}
+        return {name: values[: self.rows] for name, values in columns.items()}
 
     def _codes(self, batch: pa.RecordBatch) -> npt.NDArray[np.int16]:
         column = batch.column("error")
@@ -122,10 +158,15 @@ class Columns:
         return codes
 
 
+CHUNKS: dict[str, type] = dict.fromkeys(("first_gap_ns", "decode_ns", "max_gap_ns", "stated_tokens"), np.float64)
+CHUNKS["chunks"] = np.int32
+"""What `reduce_chunks` makes, and of which type."""
+
+
 def reduce_chunks(batch: pa.RecordBatch) -> dict[str, Any]:
     """What stays of each row's chunks: ``chunks``, ``first_gap_ns``, ``decode_ns`` (first chunk to last),
     ``max_gap_ns`` (longest after the first), ``stated_tokens``, and ``possible``: False where they contradict each
-    other.
+    other or the times of their row.
     """
     gaps, offsets = lists(batch.column("chunk_gap_ns"))
     counts = np.diff(offsets)
@@ -147,24 +188,26 @@ def reduce_chunks(batch: pa.RecordBatch) -> dict[str, Any]:
     ok &= ~told | (np.diff(token_offsets) == counts)
     stated = np.where(some, np.nan, 0.0)
     begins = token_offsets[:-1][np.diff(token_offsets) > 0]
-    if len(begins):
+    if len(tokens) and tokens.min() == tokens.max() == 1:
+        stated = np.where(told, np.diff(token_offsets), stated)
+    elif len(begins):
         rows = np.diff(token_offsets) > 0
         stated[rows] = np.add.reduceat(tokens, begins)
         if tokens.min() < 1:  # a count below one makes it no division of the answer
             stated[np.flatnonzero(rows)[np.minimum.reduceat(tokens, begins) < 1]] = np.nan
+    sent, finished = floats(batch.column("sent_ns")), floats(batch.column("finished_ns"))
+    ok &= np.where(some, finished >= sent + np.nan_to_num(first) + np.nan_to_num(decode), True)
     return {
         "chunks": counts.astype(np.int32), "first_gap_ns": first, "decode_ns": decode, "max_gap_ns": longest,
         "stated_tokens": stated, "possible": ok,
     }  # fmt: skip
 
 
-def possible(batch: pa.RecordBatch, part: dict[str, Any]) -> Bools:
+def possible(part: dict[str, Any]) -> Bools:
     """False for rows that contradict themselves: a row that cannot be true is no evidence of anything."""
     sent, finished = part["sent_ns"], part["finished_ns"]
     was_sent = np.isfinite(sent)
-    spent = np.nan_to_num(part["first_gap_ns"]) + np.nan_to_num(part["decode_ns"])
-    ok: Bools = was_sent | (part["chunks"] == 0)
-    ok &= ~was_sent | (np.isfinite(finished) & (finished >= sent + spent))
+    ok: Bools = ~was_sent | (np.isfinite(finished) & (finished >= sent))
     ok &= was_sent | (part["error"] >= 0)  # nothing succeeds unsent
     for name in ("scheduled_ns", "sent_ns", "finished_ns"):
         ok &= ~(np.abs(part[name]) > LONGEST_NS)

@@ -30,8 +30,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from analysis import metrics
-from analysis.load import Floats, Rows, Run, read_run
-from analysis.show.compared import label_runs
+from analysis.arrays import Floats
+from analysis.labels import label_runs
+from analysis.load import Rows, Run, read_run
 from harness.errors import ResultsError, UsageError
 from harness.results import SCHEMA as ROW
 

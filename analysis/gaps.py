@@ -1,32 +1,26 @@
 """All chunks of a run in one pass: the gaps between tokens, pooled, and output tokens by time, in memory of one size.
 
-Up to `EXACT` gaps are kept as they are. Beyond that they are counted in bins 1/1024 of an octave wide (as HdrHistogram
-does), apart for each of `UNITS` stretches of the run, because neighbours are alike and intervals must see that. A bin
-stands for the mean of what is in it: counts and the overall mean stay exact, a percentile is off by 0.1 % at most.
-Source: log-linear histograms, G. Tene, HdrHistogram.
+Up to `EXACT` gaps are kept as they are. Beyond that they are counted in the fine cells of `analysis.grid`, apart for
+each of `UNITS` stretches of the run, because neighbours are alike and intervals must see that. A cell stands for the
+mean of what is in it: counts and the overall mean stay exact, a percentile is off by 0.1 % at most.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from analysis import metrics
-from analysis.load import Floats, Ints, Run
+from analysis.arrays import Floats, Ints
+from analysis.grid import CELLS, EDGES, cell_of, count_in
+from analysis.load import ChunkRows, Run
 from analysis.metrics import BINS
-from analysis.show.curves import EDGES, count_in
 
 EXACT = 1_000_000
 UNITS = 500
-STEPS = 10
-"""Bins per octave, as a power of two. A float's own bits, shifted, are its bin."""
-SHIFT = 52 - STEPS
-SMALLEST_S, OCTAVES = 2.0**-30, 44
-"""A nanosecond, and up to 4.5 hours; what is outside lies in the bin at that end."""
-FIRST = int(np.float64(SMALLEST_S).view(np.int64)) >> SHIFT
-WIDTH = OCTAVES << STEPS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,21 +36,22 @@ class Chunks:
     output_tokens: Floats
     """Output tokens per time bin of the window, shape (BINS,); zeros without a window."""
     itl_grid: Floats
-    """Tokens per time bin and latency bin (`curves.EDGES`), by the time of the later token."""
+    """Tokens per time bin and latency bin (`grid.EDGES`), by the time of the later token."""
 
 
-def pool_chunks(run: Run) -> Chunks:
-    """Read every chunk of a run once. Raises `ResultsError` when the files are not what they were."""
+def pool_chunks(run: Run, parts: Iterable[ChunkRows] | None = None) -> Chunks:
+    """Pool every chunk of a run, from ``parts`` or read again. Raises `ResultsError` when a file has changed."""
     window = metrics.window(run.rows)
     pool = GapPool(len(run.rows))
     output, grid = np.zeros(BINS), np.zeros((BINS, len(EDGES)))
-    for part in run.parts():
+    for part in run.parts() if parts is None else parts:
         gaps = metrics.itl(part)
-        pool.add(gaps.seconds, gaps.tokens, part.rank, part.chunks)
+        cells = cell_of(gaps.seconds)
+        pool.add(gaps.seconds, gaps.tokens, part.rank, part.chunks, cells)
         if window is not None:
             time = metrics.bin_of(part.chunk_s, window)
             output += np.bincount(time, weights=metrics.chunk_output_tokens(part), minlength=BINS)
-            count_in(grid, time, gaps.seconds, gaps.tokens)
+            count_in(grid, time, gaps.seconds, gaps.tokens, cells)
     if window is not None:
         output += metrics.binned(*metrics.unstreamed_output_events(run.rows), window)
     seconds, tokens, owners = pool.take()
@@ -75,8 +70,13 @@ class GapPool:
         self._size = 0
         self._cells: Ints | None = None
 
-    def add(self, seconds: Floats, tokens: Floats, owner: Ints, each: npt.NDArray[np.int32]) -> None:
-        """Add some gaps: whole numbers of tokens, of which 0 adds nothing; each ``owner`` has ``each`` gaps in turn."""
+    def add(
+        self, seconds: Floats, tokens: Floats, owner: Ints, each: npt.NDArray[np.int32], cells: Ints | None = None
+    ) -> None:
+        """Add some gaps: whole numbers of tokens, of which 0 adds nothing; each ``owner`` has ``each`` gaps in turn.
+
+        ``cells``: the gaps' `grid.cell_of`, where they are known already.
+        """
         if self._cells is None:
             some = tokens > 0
             self._kept.append((seconds[some], tokens[some], np.repeat(owner, each)[some]))
@@ -84,20 +84,20 @@ class GapPool:
             if self._size <= EXACT:
                 return
             kept, self._kept = self._kept, []
-            self._cells = np.zeros(self._units * WIDTH, dtype=np.int64)
-            self._sums = np.zeros(WIDTH)
+            self._cells = np.zeros(self._units * CELLS, dtype=np.int64)
+            self._sums = np.zeros(CELLS)
             for gaps, counts, owners in kept:
-                self._count(self._cells, gaps, counts, self._row(owners))
+                self._count(self._cells, gaps, counts, self._row(owners), cell_of(gaps))
             return
-        self._count(self._cells, seconds, tokens, np.repeat(self._row(owner), each))
+        cells = cell_of(seconds) if cells is None else cells
+        self._count(self._cells, seconds, tokens, np.repeat(self._row(owner), each), cells)
 
     def _row(self, owner: Ints) -> Ints:
-        return owner * self._units // self._requests * WIDTH
+        return owner * self._units // self._requests * CELLS
 
-    def _count(self, cells: Ints, seconds: Floats, tokens: Floats, row: Ints) -> None:
-        place = np.clip((np.ascontiguousarray(seconds).view(np.int64) >> SHIFT) - FIRST, 0, WIDTH - 1)
+    def _count(self, counts: Ints, seconds: Floats, tokens: Floats, row: Ints, place: Ints) -> None:
         np.add.at(self._sums, place, seconds * tokens)
-        np.add.at(cells, place + row, tokens.astype(np.int64))
+        np.add.at(counts, place + row, tokens.astype(np.int64))
 
     def take(self) -> tuple[Floats, Floats, Ints]:
         """(seconds, tokens, owner) of the samples, or of the bins that hold any."""
@@ -107,10 +107,10 @@ class GapPool:
             seconds, tokens, owner = (np.concatenate(column) for column in zip(*self._kept, strict=True))
             return seconds, tokens, owner
         held = np.flatnonzero(self._cells)
-        owner, place = np.divmod(held, WIDTH)
+        owner, place = np.divmod(held, CELLS)
         counts = self._cells[held].astype(np.float64)
-        total = np.bincount(place, weights=counts, minlength=WIDTH)
-        mean = np.divide(self._sums, total, out=np.zeros(WIDTH), where=total > 0)
+        total = np.bincount(place, weights=counts, minlength=CELLS)
+        mean = np.divide(self._sums, total, out=np.zeros(CELLS), where=total > 0)
         return mean[place], counts, owner
 
 

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from analysis import metrics
+from analysis import arrays, metrics
+from analysis.arrays import Floats
 from analysis.check import Check, check, limit, ms
-from analysis.load import Floats, Run
+from analysis.load import Run
 from harness.slo import strictest
 
 CPU_BOUND = 0.9
@@ -43,8 +44,8 @@ def lag_bound_s(run: Run, slo: Mapping[str, float]) -> float:
 
 def lag(run: Run, bound_s: float) -> Check:
     """Requests went out when planned: p99 of lag, or the largest below 100 requests, in an open loop."""
-    values = metrics.lag(run.rows)
-    values = values[np.isfinite(values)]
+    values = metrics.column(run.rows, metrics.lag)
+    values = arrays.kept(values, np.isfinite(values))
     if not len(values) or run.manifest.spec.mode != "open":
         return check("lag", None, "closed loop" if len(values) else "nothing sent", ms(bound_s), "nothing to do")
     worst, which = _worst(values)
@@ -53,10 +54,10 @@ def lag(run: Run, bound_s: float) -> Check:
 
 
 def _worst(values: Floats) -> tuple[float, str]:
-    """99th percentile, or the largest of fewer than 100."""
+    """99th percentile, or the largest of fewer than 100. Reorders the values."""
     if len(values) < 100:
         return float(values.max()), "max"
-    return float(np.quantile(values, 0.99, method="inverted_cdf")), "p99"
+    return float(np.quantile(values, 0.99, method="inverted_cdf", overwrite_input=True)), "p99"
 
 
 def arrival_process(run: Run) -> Check:
@@ -67,11 +68,12 @@ def arrival_process(run: Run) -> Check:
     seconds begin half a second before the first arrival, so that times on a grid of whole seconds lie in the middle.
     """
     sent = np.isfinite(run.rows.sent_s)
-    due, went = np.sort(run.rows.scheduled_s[sent]), np.sort(run.rows.sent_s[sent])
+    due, went = arrays.ranked(run.rows.scheduled_s, sent), arrays.ranked(run.rows.sent_s, sent)
     if run.manifest.spec.mode != "open" or len(due) < MIN_ARRIVALS:
         why = "closed loop" if run.manifest.spec.mode != "open" else f"fewer than {MIN_ARRIVALS} requests"
         return check("arrival_process", None, why, "as planned", "nothing to do")
-    off_s = float(np.abs(np.sort(np.diff(due)) - np.sort(np.diff(went))).mean())
+    off = np.subtract(_sorted_gaps(due), _sorted_gaps(went), out=arrays.empty(len(due) - 1))
+    off_s = float(np.abs(off, out=off).mean())
     mean_s = float(due[-1] - due[0]) / (len(due) - 1)
     bound_s = max(GAP_BOUND * mean_s, GAP_FLOOR_S)
     seconds = np.arange(due[0] - 0.5, max(due[-1], went[-1]) + 1.0)
@@ -84,6 +86,12 @@ def arrival_process(run: Run) -> Check:
         f"gaps at most {ms(bound_s)} off, at most {MOVED_BOUND:.0%} in another second",
         "the generator bunched or stretched the planned arrivals: more --workers, a lower rate, or no concurrency cap",
     )
+
+
+def _sorted_gaps(times_s: Floats) -> Floats:
+    gaps: Floats = np.subtract(times_s[1:], times_s[:-1], out=arrays.empty(len(times_s) - 1))
+    gaps.sort()
+    return gaps
 
 
 def generator_cpu(run: Run) -> Check:
@@ -128,15 +136,18 @@ def littles_law(run: Run) -> Check:
     if seconds.unwatched or not known.any():
         return check("littles_law", None, "the workers did not watch themselves", bound, "nothing to do")
     end_s = float(seconds.t_s.max())
-    both = (run.rows, run.warmup)
-    begun, over = (np.concatenate([getattr(rows, name) for rows in both]) for name in ("sent_s", "finished_s"))
-    time_s = np.maximum(0.0, np.minimum(over, end_s) - begun)[np.isfinite(begun) & (begun < end_s)]
-    if not len(time_s):
+    begun, time_s = 0, 0.0
+    for rows in (run.rows, run.warmup):
+        for _, part in rows.blocks():
+            within = np.isfinite(part.sent_s) & (part.sent_s < end_s)
+            begun += int(within.sum())
+            time_s += float(np.maximum(0.0, np.minimum(part.finished_s, end_s) - part.sent_s)[within].sum())
+    if not begun:
         return check("littles_law", None, "nothing sent", bound, "nothing to do")
     seen = float((seconds.in_flight * seconds.length_s)[known].sum()) / end_s
-    rate, mean_s = len(time_s) / end_s, float(time_s.mean())
+    rate, mean_s = begun / end_s, time_s / begun
     # each request is sampled to a tick at both ends
-    room = LITTLE_BOUND * max(seen, rate * mean_s) + 3 * TICK_S * math.sqrt(len(time_s)) / end_s
+    room = LITTLE_BOUND * max(seen, rate * mean_s) + 3 * TICK_S * math.sqrt(begun) / end_s
     observed = f"rows: {rate:.3g} req/s x {ms(mean_s)} = {rate * mean_s:.3g}; workers saw {seen:.3g} in flight"
     advice = "rows and workers contradict each other: rows were lost or their times are wrong; run again"
     return check("littles_law", abs(rate * mean_s - seen) <= room, observed, bound, advice)

@@ -1,196 +1,42 @@
 """Read a run directory into NumPy columns: result rows joined to the plan by request_id.
 
-A run of any length fits: per request a dozen numbers stay in memory (`analysis.columns` reduces the stamps as they are
-read), the stamps themselves are read again, a part at a time, by whoever needs each of them (`Run.parts`).
+A run of any length fits: `analysis.columns` reduces the stamps to a dozen numbers a request as they are read, which for
+a long run lie in a temporary file (`analysis.arrays`); what needs each stamp reads them a part at a time (`Run.parts`).
+A sound run is decompressed once: its facts without the stamps say which rows count and when, so that all stamps can be
+reduced and pooled as they pass by. Where anything is odd it is read the long way, which says what.
 
 Nothing is repaired. What cannot be read or cannot be true is left out, counted, and makes the run INVALID later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from analysis.columns import Columns, chunk_arrays, floats, read_parts
-from analysis.seconds import Seconds, read_seconds
+from analysis import arrays
+from analysis.arrays import Bools as Bools
+from analysis.arrays import Floats as Floats
+from analysis.arrays import Ints as Ints
+from analysis.columns import CHUNKS, Columns, bools, chunk_arrays, floats, read_facts, read_parts, reduce_chunks
+from analysis.rows import ChunkRows as ChunkRows
+from analysis.rows import Rows as Rows
+from analysis.rows import Run as Run
+from analysis.rows import columns_of, read_again
+from analysis.seconds import read_seconds
 from harness.errors import ResultsError
 from harness.plan import plan_sha256, read_plan_columns
-from harness.results import SCHEMA
 from harness.run import RunDir, RunManifest, read_manifest
 
-if TYPE_CHECKING:
-    from analysis.gaps import Chunks
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
-
 NS = 1e9
-PLAN_COLUMNS = ["request_id", "phase", "scheduled_ns", "input_tokens", "output_tokens", "after"]
 EARLY_NS = 1_000_000
 """A timer may fire this much before the due time; a row sent earlier than that breaks its own plan."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
-    """Result rows as columns. Every array has one entry per row; not measured is NaN.
-
-    Times are seconds after the common start. Row order is file order; `rank` is the place in time.
-    """
-
-    request_id: Ints
-    rank: Ints
-    """Place of each row when ordered by (scheduled_s, request_id)."""
-    scheduled_s: Floats
-    sent_s: Floats
-    finished_s: Floats
-    input_tokens: Floats
-    cached_tokens: Floats
-    output_tokens: Floats
-    planned_input_tokens: Floats
-    planned_output_tokens: Floats
-    error: npt.NDArray[np.int16]
-    """Place of the error class in `Run.errors`, -1 for a success."""
-    chunks: npt.NDArray[np.int32]
-    """How many chunks carried output."""
-    first_gap_s: Floats
-    """First chunk - sent_s."""
-    decode_s: Floats
-    """Last chunk - first chunk."""
-    max_gap_s: Floats
-    """Longest gap between two chunks; NaN below two."""
-    stated_tokens: Floats
-    """Output tokens that the chunks say they hold; NaN when the server did not say."""
-
-    def __len__(self) -> int:
-        return len(self.request_id)
-
-    @property
-    def success(self) -> Bools:
-        """Rows without an error."""
-        return self.error < 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChunkRows(Rows):
-    """Some rows with all their chunks; chunk arrays have one entry per chunk."""
-
-    offsets: Ints
-    """Chunks of row i are offsets[i]:offsets[i + 1]."""
-    gap_s: Floats
-    """Seconds since the chunk before; for a row's first chunk, since sent_s."""
-    chunk_s: Floats
-    """Time of each chunk."""
-    chunk_tokens: Floats
-    """Output tokens in each chunk; NaN for every chunk of a row when the server did not say."""
-
-    @property
-    def chunk_row(self) -> Ints:
-        """Row of each chunk."""
-        return np.repeat(np.arange(len(self)), self.chunks)
-
-
-@dataclass(frozen=True, kw_only=True)  # without slots: `chunks` is kept once it was worked out
-class Run:
-    """One run, read. ``rows`` are the measured requests; ``warmup`` the others, which count in no figure."""
-
-    path: Path
-    manifest: RunManifest
-    rows: Rows
-    warmup: Rows
-    planned: int
-    """Requests of phase "measured" in the plan."""
-    planned_scheduled_s: Floats
-    """Their planned times, sorted; empty in a closed loop."""
-    lost: int
-    """Measured requests without a usable row."""
-    lost_warmup: int
-    duplicates: int
-    """Rows beyond the first of a request_id; left out."""
-    unknown: int
-    """Rows whose request_id the plan does not have; left out."""
-    impossible: int
-    """Rows that cannot be true (an end before the last chunk, a negative count, not the plan's due time); left out."""
-    seconds: Seconds
-    errors: tuple[str, ...]
-    """Error classes that `Rows.error` points to."""
-    examples: dict[str, str | None]
-    """Error class -> the first detail written with it."""
-    sources: tuple[tuple[Path, int], ...]
-    """Result files, and how many rows were read of each."""
-    measured: Bools
-    """For every row of the sources, in order: is it one of `rows`?"""
-    problems: list[str] = field(default_factory=list)
-    """What could not be read, in words."""
-
-    @property
-    def evidence(self) -> str:
-        """Where the figures come from, as the manifest says: measured or simulated."""
-        return self.manifest.evidence
-
-    def batches(self) -> Iterator[tuple[pa.RecordBatch, Bools, Rows]]:
-        """All rows read again from the files, about `columns.PART_CHUNKS` chunks at a time: a batch as it was written,
-        which of its rows are measured, and those as columns.
-
-        Raises `ResultsError` when a file is not what it was when the run was read.
-        """
-        begin = at = 0
-        for path, count in self.sources:
-            for batch in _again(path, count):
-                keep = self.measured[at : at + len(batch)]
-                at, end = at + len(batch), begin + int(keep.sum())
-                rows = Rows(**_take(self.rows, slice(begin, end)))
-                begin = end
-                if not np.array_equal(rows.request_id, batch.column("request_id").to_numpy()[keep]):
-                    raise ResultsError(f"{path}: changed while it was read; report again when nothing writes to it")
-                yield batch, keep, rows
-
-    def parts(self) -> Iterator[ChunkRows]:
-        """The measured rows with all their chunks, a batch of `batches` at a time."""
-        for batch, keep, rows in self.batches():
-            if len(rows):
-                chosen = batch if keep.all() else batch.filter(pa.array(keep))
-                yield ChunkRows(**_take(rows, slice(None)), **chunk_arrays(chosen))
-
-    def whole(self) -> ChunkRows:
-        """The measured rows with all their chunks at once: 32 bytes a chunk, for runs known to be short."""
-        parts = list(self.parts())
-        if not parts:
-            return ChunkRows(**_take(self.rows, slice(0)), **chunk_arrays(pa.RecordBatch.from_pylist([], SCHEMA)))
-        joined = {f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(ChunkRows)}
-        joined["offsets"] = np.concatenate(([0], np.cumsum(joined["chunks"], dtype=np.int64)))
-        return ChunkRows(**joined)
-
-    @cached_property
-    def chunks(self) -> Chunks:
-        """What the figures need of all chunks: gaps between tokens, and tokens by time. One pass over the files."""
-        from analysis.gaps import pool_chunks
-
-        return pool_chunks(self)
-
-
-def _again(path: Path, count: int) -> Iterator[pa.RecordBatch]:
-    """The first ``count`` rows of a file that was read before."""
-    left = count
-    if left:
-        for batch in read_parts(path):
-            yield batch.slice(0, left)
-            left -= min(left, len(batch))
-            if not left:
-                return
-        raise ResultsError(f"{path}: shorter than it was; report again when nothing writes to it")
-
-
-def _take(rows: Rows, where: slice | Bools) -> dict[str, Any]:
-    return {f.name: getattr(rows, f.name)[where] for f in fields(Rows)}
 
 
 def read_run(path: Path) -> Run:
@@ -204,48 +50,106 @@ def read_run(path: Path) -> Run:
     """
     manifest = read_manifest(path)
     directory = RunDir(path)
-    plan = read_plan_columns(directory.plan, PLAN_COLUMNS)
-    plan = _in_order(directory, plan)
+    plan = _read_plan(directory)
     problems: list[str] = []
-    if manifest.plan.requests != plan.num_rows:
-        problems.append(f"plan.arrow holds {plan.num_rows} requests, the manifest says {manifest.plan.requests}")
+    if manifest.plan.requests != plan.requests:
+        problems.append(f"plan.arrow holds {plan.requests} requests, the manifest says {manifest.plan.requests}")
     if plan_sha256(directory.plan) != manifest.plan_sha256:
         problems.append("plan.arrow is not the plan of this run: its SHA-256 is not the manifest's")
-    columns = Columns()
-    sources = _read_rows(directory, manifest.spec.workers, columns, problems)
+    files = _result_files(directory, manifest.spec.workers, problems)
+    run = _read_through(directory, manifest, plan, files, problems)
+    if run is None:
+        columns = Columns()
+        sources = _read_rows(files, columns, problems)
+        run, _ = _join(directory, manifest, plan, columns, sources, problems)
+    return run
+
+
+def _read_through(
+    directory: RunDir, manifest: RunManifest, plan: _Plan, files: list[Path], problems: list[str]
+) -> Run | None:
+    """The run with its chunks pooled already; None when anything is odd."""
+    from analysis.gaps import pool_chunks
+
+    columns, sources = Columns(), []
+    try:
+        for path in files:
+            before = columns.rows
+            for batch in read_facts(path):
+                columns.add(batch)
+            sources.append((path, columns.rows - before))
+        run, keep = _join(directory, manifest, plan, columns, sources, list(problems))
+        run.__dict__["chunks"] = pool_chunks(run, _reduce(run, keep))  # what the cached property would work out
+    except (ResultsError, pa.ArrowException, OSError):
+        return None
+    problems += run.problems[len(problems) :]
+    return run
+
+
+def _reduce(run: Run, keep: Bools) -> Iterator[ChunkRows]:
+    """Read the chunks of a run that has none yet: fill in its columns, and give the measured rows as `Run.parts` does.
+
+    ``keep``: all rows that count, warm-up among them. Raises `ResultsError` when one of them cannot be true.
+    """
+    sides, at = [(run.rows, 0), (run.warmup, 0)], 0
+    for path, count in run.sources:
+        for batch in read_again(path, count):
+            here, measured = keep[at : at + len(batch)], run.measured[at : at + len(batch)]
+            at += len(batch)
+            found = reduce_chunks(batch)
+            if not found.pop("possible")[here].all():
+                raise ResultsError(f"{path}: a row contradicts itself")
+            begin = sides[0][1]
+            for k, which in enumerate((measured, here & ~measured)):
+                rows, start = sides[k]
+                sides[k] = rows, start + int(np.count_nonzero(which))
+                part = slice(start, sides[k][1])
+                for name, values in found.items():
+                    if name.endswith("_ns"):
+                        getattr(rows, f"{name[:-3]}_s")[part] = values[which] / NS
+                    else:
+                        getattr(rows, name)[part] = values[which]
+            chosen = batch if measured.all() else batch.filter(pa.array(measured))
+            yield ChunkRows(**columns_of(run.rows, slice(begin, sides[0][1])), **chunk_arrays(chosen))
+            if begin // arrays.BLOCK < sides[0][1] // arrays.BLOCK:
+                run.rows.forget()
+
+
+def _join(
+    directory: RunDir, manifest: RunManifest, plan: _Plan, columns: Columns, sources: list[tuple[Path, int]],
+    problems: list[str],
+) -> tuple[Run, Bools]:  # fmt: skip
+    """The rows joined to the plan, and which of all rows count, warm-up among them."""
     table = columns.take()
-
     ids, possible = table["request_id"], table.pop("possible")
-    known = (ids >= 0) & (ids < plan.num_rows)
-    first = np.zeros(len(ids), dtype=np.bool_)
-    first[np.unique(ids, return_index=True)[1]] = True
+    known = (ids >= 0) & (ids < plan.requests)
+    first = _first_of_each(ids, known, plan.requests)
     if manifest.spec.mode == "open":  # a row that moved its own due time would hide its lag
-        possible[known] &= _due_as_planned(table, plan, known)
-        possible &= ~(table["sent_ns"] < table["scheduled_ns"] - EARLY_NS)
+        possible &= _due_as_planned(table, plan, known)
     keep = known & first & possible
-    seen = np.zeros(plan.num_rows, dtype=np.bool_)
-    seen[ids[keep]] = True
-
-    measured = np.asarray(pc.equal(plan.column("phase"), "measured").to_numpy(), dtype=np.bool_)
-    warmup_ns = (manifest.spec.warmup_s or 0.0) * NS
-    if warmup_ns:
-        early = keep & (table["scheduled_ns"] < warmup_ns) & np.isfinite(table["sent_ns"])
-        measured[ids[early]] = False
+    seen = np.zeros(plan.requests, dtype=np.bool_)
     row_measured = np.zeros(len(ids), dtype=np.bool_)
-    row_measured[keep] = measured[ids[keep]]
-    scheduled = floats(plan.column("scheduled_ns"))[measured]
+    warmup_ns, measured = (manifest.spec.warmup_s or 0.0) * NS, plan.measured.copy()
+    for part in arrays.blocks(len(ids)):
+        here = keep[part]
+        seen[ids[part][here]] = True
+        if warmup_ns:
+            early = here & (table["scheduled_ns"][part] < warmup_ns) & np.isfinite(table["sent_ns"][part])
+            measured[ids[part][early]] = False
+        row_measured[part][here] = measured[ids[part][here]]
+    due = arrays.ranked(plan.scheduled_ns, measured & np.isfinite(plan.scheduled_ns))
     counts = {
         "duplicates": int((known & ~first).sum()),
         "unknown": int((~known).sum()),
         "impossible": int((known & first & ~possible).sum()),
     }
-    return Run(
-        path=path,
+    run = Run(
+        path=directory.path,
         manifest=manifest,
         warmup=_rows(dict(table), keep & ~row_measured, plan),
         rows=_rows(table, row_measured, plan),
         planned=int(measured.sum()),
-        planned_scheduled_s=np.sort(scheduled[np.isfinite(scheduled)]) / NS,
+        planned_scheduled_s=np.divide(due, NS, out=due),
         lost=int((measured & ~seen).sum()),
         lost_warmup=int((~measured & ~seen).sum()),
         **counts,
@@ -256,78 +160,166 @@ def read_run(path: Path) -> Run:
         measured=row_measured,
         problems=problems,
     )
+    return run, keep
 
 
-def _in_order(directory: RunDir, plan: pa.Table) -> pa.Table:
-    """The plan by request id. Raises `ResultsError` unless the ids are 0..n-1."""
-    ids = np.asarray(plan.column("request_id").to_numpy(), dtype=np.int64)
-    if not np.array_equal(ids, np.arange(len(ids))):
-        order = np.argsort(ids, kind="stable")
-        if not np.array_equal(ids[order], np.arange(len(ids))):
-            raise ResultsError(f"{directory.plan}: request ids are not 0..{len(ids) - 1}; build the plan again")
-        plan = plan.take(pa.array(order))
-    return plan
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """What joining needs of the plan, one entry per request, by request id; not known is NaN."""
+
+    measured: Bools
+    scheduled_ns: Floats
+    input_tokens: Floats
+    output_tokens: Floats
+    after: Floats | None
+    """None when no request waits for another."""
+
+    @property
+    def requests(self) -> int:
+        return len(self.measured)
 
 
-def _due_as_planned(table: dict[str, Any], plan: pa.Table, known: Bools) -> Bools:
-    """Of the known rows: due when the plan says; a turn that waited for another, not before that one had ended."""
-    ids = table["request_id"][known]
-    due, after = table["scheduled_ns"][known], floats(plan.column("after"))[ids]
-    waited = np.isfinite(after)
-    as_planned: Bools = due == floats(plan.column("scheduled_ns"))[ids]
-    if waited.any():
-        ended = np.full(plan.num_rows, np.nan)
-        ended[ids] = table["finished_ns"][known]
-        as_planned[waited] = ~(due[waited] < ended[after[waited].astype(np.int64)])
-    return as_planned
+def _read_plan(directory: RunDir) -> _Plan:
+    """The plan by request id, read a column at a time. Raises `ResultsError` unless the ids are 0..n-1."""
+
+    def read(name: str) -> pa.ChunkedArray:
+        return read_plan_columns(directory.plan, [name]).column(0)
+
+    column = read("request_id")
+    n, order, at = len(column), None, 0
+    for chunk in column.chunks:
+        if not np.array_equal(chunk.to_numpy(), np.arange(at, at + len(chunk))):
+            ids = column.to_numpy()
+            order = np.argsort(ids, kind="stable")
+            if not np.array_equal(ids[order], np.arange(n)):
+                raise ResultsError(f"{directory.plan}: request ids are not 0..{n - 1}; build the plan again")
+            break
+        at += len(chunk)
+
+    def flat(column: pa.ChunkedArray, values: Callable[[Any], Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        made, at = arrays.empty(n, dtype), 0
+        for chunk in column.chunks:
+            made[at : at + len(chunk)] = values(chunk)
+            at += len(chunk)
+        if order is None:
+            return made
+        return arrays.filled(n, lambda part: made[order[part]], dtype)
+
+    after = read("after")
+    return _Plan(
+        measured=flat(read("phase"), lambda chunk: bools(pc.equal(chunk, "measured")), np.bool_),
+        after=None if after.null_count == n else flat(after, floats, np.float64),
+        **{name: flat(read(name), floats, np.float64) for name in ("scheduled_ns", "input_tokens", "output_tokens")},
+    )
 
 
-def _read_rows(directory: RunDir, workers: int, columns: Columns, problems: list[str]) -> list[tuple[Path, int]]:
-    """Reduce all readable rows into ``columns``; the files, and how many rows were read of each."""
+def _first_of_each(ids: Ints, known: Bools, requests: int) -> Bools:
+    """Whether a row is the first of its request id; False for ids that are not ``known``."""
+    first, seen = np.zeros(len(ids), dtype=np.bool_), np.zeros(requests, dtype=np.bool_)
+    for part in arrays.blocks(len(ids)):
+        places = np.flatnonzero(known[part])
+        found, index = np.unique(ids[part][places], return_index=True)
+        fresh = ~seen[found]
+        first[part.start + places[index[fresh]]] = True
+        seen[found] = True
+    return first
+
+
+def _due_as_planned(table: dict[str, Any], plan: _Plan, known: Bools) -> Bools:
+    """Not sent before it was due, and of the known rows: due when the plan says; a turn that waited for another, not
+    before that one had ended.
+    """
+    ids, ended = table["request_id"], None
+    if plan.after is not None:
+        ended = arrays.filled(plan.requests, lambda _: np.nan)
+        for part in arrays.blocks(len(ids)):
+            ended[ids[part][known[part]]] = table["finished_ns"][part][known[part]]
+
+    def check(part: slice) -> Bools:
+        due, here = table["scheduled_ns"][part], known[part]
+        ok: Bools = ~(table["sent_ns"][part] < due - EARLY_NS)
+        mine = ids[part][here]
+        as_planned = due[here] == plan.scheduled_ns[mine]
+        if plan.after is not None and ended is not None:
+            before = plan.after[mine]
+            waited = np.isfinite(before)
+            as_planned[waited] = ~(due[here][waited] < ended[before[waited].astype(np.int64)])
+        ok[here] &= as_planned
+        return ok
+
+    return arrays.filled(len(ids), check, np.bool_)
+
+
+def _result_files(directory: RunDir, workers: int, problems: list[str]) -> list[Path]:
     try:
         paths = directory.all_results()
     except ValueError:  # a file named like ours that no worker wrote
         paths = sorted(p for p in directory.path.glob("results-*.arrows") if p.stem.removeprefix("results-").isdigit())
         problems.append("a results-*.arrows file without a worker number was left out")
-    sources = []
-    for path in paths:
-        rows = 0
-        try:
-            for batch in read_parts(path):
-                columns.add(batch)
-                rows += len(batch)
-        except (ResultsError, pa.ArrowException, OSError) as e:
-            kept = f" (the {rows:,} rows before it are used)" if rows else ""
-            problems.append(f"{path.name}: {e}{kept}")
-        sources.append((path, rows))
     missing = [k for k in range(workers) if not directory.results(k).exists()]
     if missing:
         problems.append(f"no result file of worker {', '.join(map(str, missing))}")
+    return paths
+
+
+def _read_rows(paths: list[Path], columns: Columns, problems: list[str]) -> list[tuple[Path, int]]:
+    """Reduce all readable rows into ``columns``; the files, and how many rows were read of each."""
+    sources = []
+    for path in paths:
+        before = columns.rows
+        try:
+            for batch in read_parts(path):
+                columns.add(batch)
+        except (ResultsError, pa.ArrowException, OSError) as e:
+            rows, said = columns.rows - before, str(e).removeprefix(f"{path}: ")
+            problems.append(f"{path.name}: {said}{f' (the {rows:,} rows before it are used)' if rows else ''}")
+        sources.append((path, columns.rows - before))
     return sources
 
 
-def _rows(table: dict[str, Any], mask: Bools, plan: pa.Table) -> Rows:
+def _rows(table: dict[str, Any], mask: Bools, plan: _Plan) -> Rows:
     """The rows under ``mask`` as columns, times in seconds; each column is taken out of ``table`` as it is used."""
     whole = bool(mask.all())
 
     def column(name: str) -> Any:
-        return table.pop(name) if whole else table.pop(name)[mask]
+        if name not in table:
+            return arrays.empty(int(np.count_nonzero(mask)), CHUNKS[name])
+        return table.pop(name) if whole else arrays.kept(table.pop(name), mask)
 
     def seconds(name: str) -> Any:
         values = column(name)
         return np.divide(values, NS, out=values)
 
     ids, scheduled = column("request_id"), seconds("scheduled_ns")
-    rank = np.empty(len(ids), dtype=np.int64)
-    rank[np.lexsort((ids, scheduled))] = np.arange(len(ids))
     times = ("sent", "finished", "first_gap", "decode", "max_gap")
     same = ("input_tokens", "cached_tokens", "output_tokens", "error", "chunks", "stated_tokens")
-    return Rows(
+    rows = Rows(
         request_id=ids,
-        rank=rank,
-        planned_input_tokens=floats(plan.column("input_tokens"))[ids],
-        planned_output_tokens=floats(plan.column("output_tokens"))[ids],
+        rank=_rank(ids, scheduled, plan.requests),
+        planned_input_tokens=arrays.filled(len(ids), lambda part: plan.input_tokens[ids[part]]),
+        planned_output_tokens=arrays.filled(len(ids), lambda part: plan.output_tokens[ids[part]]),
         scheduled_s=scheduled,
         **{f"{name}_s": seconds(f"{name}_ns") for name in times},
         **{name: column(name) for name in same},
     )
+    rows.forget()
+    return rows
+
+
+def _rank(ids: Ints, scheduled_s: Floats, requests: int) -> Ints:
+    """Place of each row when ordered by (scheduled_s, id); by counting where ids follow the clock, as in most plans."""
+    due = arrays.filled(requests, lambda _: np.nan)
+    for part in arrays.blocks(len(ids)):
+        due[ids[part]] = scheduled_s[part]
+    place, count, latest = arrays.empty(requests, np.int64), 0, -np.inf
+    for part in arrays.blocks(requests):
+        there = np.isfinite(due[part])
+        times = due[part][there]
+        if len(times) and (times[0] < latest or (np.diff(times) < 0).any()):
+            rank = arrays.empty(len(ids), np.int64)
+            rank[np.lexsort((ids, scheduled_s))] = np.arange(len(ids))
+            return rank
+        latest = times[-1] if len(times) else latest
+        place[part] = np.cumsum(there) + (count - 1)
+        count += len(times)
+    return arrays.filled(len(ids), lambda part: place[ids[part]], np.int64)

@@ -1,21 +1,31 @@
 """Every metric as a pure function of result columns. Definitions, edge cases and sources: METRICS.md.
 
 Per-request functions return one float per row, NaN where the metric does not exist for that row. Latency exists for
-successful requests only; failures count against goodput and attainment instead.
+successful requests only; failures count against goodput and attainment instead. `column` works one out for a whole run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.load import Bools, ChunkRows, Floats, Ints, Rows, Run
+from analysis import arrays
+from analysis.arrays import Bools, Floats, Ints
+from analysis.load import ChunkRows, Rows, Run
 from harness.slo import split_key
 
 WINDOW_RULE = "whole run, ramp and drain included"
 BINS = 200
+
+
+def column(rows: Rows, metric: Callable[[Rows], Floats]) -> Floats:
+    """A metric of all rows, worked out a block at a time, so that nothing else is as long as the run."""
+    made = arrays.empty(len(rows))
+    for part, block in rows.blocks():
+        made[part] = metric(block)
+    return made
 
 
 def lag(rows: Rows) -> Floats:
@@ -169,7 +179,9 @@ def meets_slo(rows: Rows, slo: Mapping[str, float]) -> Bools:
 
     One exception: a request of fewer than two output tokens has no tpot and no pause to miss.
     """
-    met: Bools = slo_ratio(rows, slo) <= 1
+    met = np.zeros(len(rows), dtype=np.bool_)
+    for part, block in rows.blocks():
+        met[part] = slo_ratio(block, slo) <= 1
     return met
 
 
@@ -209,7 +221,8 @@ def window(rows: Rows) -> Window | None:
     sent = np.isfinite(rows.sent_s)
     if not sent.any():
         return None
-    start, end = float(rows.scheduled_s[sent].min()), float(rows.finished_s[sent].max())
+    start = float(rows.scheduled_s.min(where=sent, initial=np.inf))
+    end = float(rows.finished_s.max(where=sent, initial=-np.inf))
     if end <= start:
         return None
     return Window(rule=WINDOW_RULE, start_s=start, end_s=end, duration_s=end - start)
@@ -217,7 +230,11 @@ def window(rows: Rows) -> Window | None:
 
 def binned(times_s: Floats, amounts: Floats | None, within: Window) -> Floats:
     """Sum of ``amounts`` (None: count) per bin of the window, shape (BINS,). Every time must lie in the window."""
-    return np.bincount(bin_of(times_s, within), weights=amounts, minlength=BINS).astype(np.float64)
+    total = np.zeros(BINS)
+    for part in arrays.blocks(len(times_s)):
+        weights = None if amounts is None else amounts[part]
+        total += np.bincount(bin_of(times_s[part], within), weights=weights, minlength=BINS)
+    return total
 
 
 def bin_of(times_s: Floats, within: Window) -> Ints:
@@ -249,22 +266,24 @@ def unstreamed_output_events(rows: Rows) -> tuple[Floats, Floats]:
 def input_token_events(rows: Rows) -> tuple[Floats, Floats]:
     """(time s, input tokens) of successful requests, at the first chunk (the prompt has been read by then)."""
     sold = rows.success & np.isfinite(rows.input_tokens)
-    time = np.where(rows.chunks > 0, rows.sent_s + rows.first_gap_s, rows.finished_s)
-    return time[sold], rows.input_tokens[sold]
+    time = column(rows, lambda part: np.where(part.chunks > 0, part.sent_s + part.first_gap_s, part.finished_s))
+    return arrays.kept(time, sold), arrays.kept(rows.input_tokens, sold)
 
 
 def in_flight(rows: Rows, within: Window) -> Floats:
     """Requests in flight, time average per bin of the window, shape (BINS,); failed requests count while they ran."""
     sent = np.isfinite(rows.sent_s)
     edges = np.linspace(within.start_s, within.end_s, BINS + 1)
-    begun, ended = (_integral(np.sort(t[sent]), edges) for t in (rows.sent_s, rows.finished_s))
+    begun, ended = (_integral(arrays.ranked(t, sent), edges) for t in (rows.sent_s, rows.finished_s))
     return np.maximum(0.0, np.diff(begun - ended) / within.bin_s)
 
 
 def _integral(sorted_s: Floats, at: Floats) -> Floats:
     """Sum over events of max(0, at - event), for each ``at``."""
-    running = np.concatenate(([0.0], np.cumsum(sorted_s)))
     passed = np.searchsorted(sorted_s, at, side="right")
+    running = arrays.empty(len(sorted_s) + 1)
+    running[0] = 0.0
+    np.cumsum(sorted_s, out=running[1:])
     total: Floats = at * passed - running[passed]
     return total
 
@@ -286,20 +305,22 @@ class Tokens:
 
 def tokens(rows: Rows) -> Tokens:
     """Token totals over the window. A total is None when no successful request said it."""
-    said = np.where(np.isfinite(rows.output_tokens), rows.output_tokens, rows.stated_tokens)
-    made = said[~rows.success & (rows.chunks > 0)]
+    wasted = ~rows.success & (rows.chunks > 0)
+    counted = rows.output_tokens[wasted]
+    made = np.where(np.isfinite(counted), counted, rows.stated_tokens[wasted])
     missing = rows.success & ~(np.isfinite(rows.input_tokens) & np.isfinite(rows.output_tokens))
     return Tokens(
-        input=_total(rows.input_tokens[rows.success]),
-        cached_input=_total(rows.cached_tokens[rows.success]),
-        output=_total(rows.output_tokens[rows.success]),
+        input=_total(rows.input_tokens, rows.success),
+        cached_input=_total(rows.cached_tokens, rows.success),
+        output=_total(rows.output_tokens, rows.success),
         wasted_output=int(made.sum()) if np.isfinite(made).all() else None,
         missing=int(missing.sum()),
     )
 
 
-def _total(values: Floats) -> int | None:
-    return int(np.nansum(values)) if np.isfinite(values).any() else None
+def _total(values: Floats, where: Bools) -> int | None:
+    known = where & np.isfinite(values)
+    return int(values.sum(where=known)) if known.any() else None
 
 
 def planned_rate(run: Run) -> float | None:
@@ -310,7 +331,7 @@ def planned_rate(run: Run) -> float | None:
     due = run.planned_scheduled_s
     limit = run.manifest.spec.duration_s
     if limit is not None:
-        due = due[due < limit]
+        due = due[: np.searchsorted(due, limit)]
     if run.manifest.spec.mode != "open" or len(due) < 2 or due[-1] <= due[0]:
         return None
     return float((len(due) - 1) / (due[-1] - due[0]))

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from analysis.columns import Bools, Floats, Ints, floats
+from analysis.arrays import Bools, Floats, Ints
+from analysis.columns import floats
 from harness.errors import ResultsError
 from harness.observations import SCHEMA, read_observations
 from harness.run import RunDir

@@ -5,17 +5,18 @@ The JSON shape (``harness.report/1``) is a stable interface; METRICS.md lists it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from analysis import metrics
+from analysis import arrays, metrics
+from analysis.arrays import Bools, Floats
 from analysis.check import Check
 from analysis.fidelity.questions import Fidelity, fidelity
 from analysis.intervals import Distribution, Quantity, distribution, rate, share
-from analysis.load import Bools, Floats, Run
+from analysis.load import Rows, Run
 from analysis.metrics import Counts, Tokens, Window
 from analysis.money.price import DEFAULT_RATIO, Cost, bill_usd, check_ratio, cost
 from analysis.money.samples import run_samples
@@ -232,13 +233,13 @@ def exit_code(summary: Summary) -> int:
 def _metrics(run: Run) -> Metrics:
     rows, chunks = run.rows, run.chunks
 
-    def per_request(values: Floats) -> Distribution:
-        return distribution(values, owners=rows.rank, unit="s", evidence=run.evidence)
+    def per_request(metric: Callable[[Rows], Floats]) -> Distribution:
+        return distribution(metrics.column(rows, metric), owners=rows.rank, unit="s", evidence=run.evidence)
 
     return Metrics(
-        ttft=per_request(metrics.ttft(rows)),
-        service_ttft=per_request(metrics.service_ttft(rows)),
-        tpot=per_request(metrics.tpot(rows)),
+        ttft=per_request(metrics.ttft),
+        service_ttft=per_request(metrics.service_ttft),
+        tpot=per_request(metrics.tpot),
         itl=distribution(
             chunks.gap_s,
             owners=chunks.gap_owner,
@@ -247,8 +248,8 @@ def _metrics(run: Run) -> Metrics:
             evidence=run.evidence,
             noun="gaps",
         ),
-        e2e=per_request(metrics.e2e(rows)),
-        lag=per_request(metrics.lag(rows)),
+        e2e=per_request(metrics.e2e),
+        lag=per_request(metrics.lag),
     )
 
 
@@ -278,7 +279,7 @@ def _rates(
         ), token  # fmt: skip
 
     def requests(which: Bools) -> Quantity:
-        ended = metrics.binned(rows.finished_s[which], None, window)
+        ended = metrics.binned(arrays.kept(rows.finished_s, which), None, window)
         return rate(ended, window.bin_s, n=int(which.sum()), unit="req/s", evidence=evidence)
 
     good = metrics.meets_slo(rows, limits)

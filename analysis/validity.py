@@ -12,7 +12,8 @@ from datetime import date
 
 import numpy as np
 
-from analysis import metrics
+from analysis import arrays, metrics
+from analysis.arrays import Floats
 from analysis.check import Check, check, limit
 from analysis.generator import (
     arrival_process,
@@ -25,7 +26,7 @@ from analysis.generator import (
     stamps,
 )
 from analysis.intervals import samples_needed
-from analysis.load import Floats, Rows, Run
+from analysis.load import Rows, Run
 from analysis.metrics import Counts, Window
 
 MISMATCH_BOUND = 0.01
@@ -150,30 +151,48 @@ def output_tokens(run: Run) -> Check:
     asked, got = run.rows.planned_output_tokens, run.rows.output_tokens
     both = run.rows.success & np.isfinite(asked) & np.isfinite(got)
     advice = "the server does not honour max_tokens with ignore_eos, so the load is not the trace's: see its options"
-    return _mismatch("output_tokens", both, (got - asked)[both], advice)
+    return _mismatch("output_tokens", arrays.kept(asked, both), arrays.kept(got, both), advice)
 
 
 def input_tokens(run: Run) -> Check:
-    """Successful requests had as many input tokens as the plan says; exact up to one constant start-token offset."""
-    if run.manifest.spec.endpoint == "chat":
-        bound = "not comparable: the chat template adds tokens"
-        return check("input_tokens", None, "chat", bound, "nothing to do")
+    """Successful requests had as many input tokens as the plan says; exact up to one constant offset, which is a start
+    token or, where the plan did not know the server's chat template, that template.
+    """
+    chat = run.manifest.spec.endpoint == "chat"
     asked, got = run.rows.planned_input_tokens, run.rows.input_tokens
     both = run.rows.success & np.isfinite(asked) & np.isfinite(got)
-    off = (got - asked)[both]
-    if len(off) and 0 < off[0] <= BOS_TOKENS and bool((off == off[0]).all()):
-        observed = f"every prompt has {off[0]:.0f} more than planned (a start token the server adds)"
+    asked, got = arrays.kept(asked, both), arrays.kept(got, both)
+    if run.manifest.plan.conversation == "live":
+        return _live_input(asked, got)
+    more = float(got[0] - asked[0]) if len(got) else 0.0
+    constant = all(bool((got[p] - asked[p] == more).all()) for p in arrays.blocks(len(got)))
+    if constant and more > 0 and (chat or more <= BOS_TOKENS):
+        what = "the server's chat template" if chat else "a start token the server adds"
+        observed = f"every prompt has {more:.0f} more than planned ({what})"
         return check("input_tokens", True, observed, "as planned, or one constant offset", "")
     advice = "the plan's tokenizer is not the server's: build the plan with the served model's own"
-    return _mismatch("input_tokens", both, off, advice)
+    return _mismatch("input_tokens", asked, got, advice)
 
 
-def _mismatch(name: str, both: object, off: Floats, advice: str) -> Check:
+def _live_input(asked: Floats, got: Floats) -> Check:
+    """Of a live conversation, whose turns are as long as the server's own answers make them: the difference, said."""
+    bound = "not gated: a live conversation's input lengths follow from the answers"
+    if not len(got):
+        return check("input_tokens", None, "live conversation, no planned length", bound, "nothing to do")
+    total, share = float(asked.sum()), float((got != asked).mean())
+    observed = (
+        f"live conversation: {share:.1%} of {len(got)} differ, {float(got.sum()):,.0f} tokens for {total:,.0f} asked "
+        f"({float(got.sum()) / total - 1:+.1%})"
+    )
+    return check("input_tokens", None, observed, bound, "nothing to do")
+
+
+def _mismatch(name: str, asked: Floats, got: Floats, advice: str) -> Check:
     bound = f"at most {MISMATCH_BOUND:.0%} of requests differ"
-    if not len(off):
+    if not len(got):
         return check(name, None, "no request has both a plan and a count", bound, "nothing to do")
-    share = float((off != 0).mean())
-    return check(name, share <= MISMATCH_BOUND, f"{share:.1%} of {len(off)} differ", bound, advice)
+    share = float((got != asked).mean())
+    return check(name, share <= MISMATCH_BOUND, f"{share:.1%} of {len(got)} differ", bound, advice)
 
 
 def token_books(run: Run) -> Check:
@@ -216,10 +235,11 @@ def _booked(rows: Rows) -> dict[str, tuple[float, float]]:
     sent = np.isfinite(rows.sent_s)
 
     def side(got: Floats, planned: Floats) -> tuple[float, float]:
-        silent = sent & np.isnan(got)
+        known = np.isfinite(got)
+        possible = planned[sent & ~known]
         # no plan for it (text, free length): anything is possible, so the books cannot show an excess
-        beyond = np.where(np.isnan(planned), np.inf, planned)[silent].sum() if silent.any() else 0.0
-        return float(np.nansum(got)), float(min(beyond, 1e15))
+        beyond = np.where(np.isnan(possible), np.inf, possible).sum()
+        return float(got.sum(where=known)), float(min(beyond, 1e15))
 
     return {
         "input": side(rows.input_tokens, rows.planned_input_tokens),
@@ -280,11 +300,13 @@ def duration(window: Window | None) -> Check:
 def planned_rate(run: Run) -> Check:
     """Requests went out at the planned rate (open loop)."""
     asked = metrics.planned_rate(run)
-    sent = run.rows.sent_s[np.isfinite(run.rows.sent_s)]
+    sent_s = run.rows.sent_s
+    sent = np.isfinite(sent_s)
+    n, span_s = int(sent.sum()), float(sent_s.max(where=sent, initial=0) - sent_s.min(where=sent, initial=np.inf))
     bound = f"within {RATE_BOUND:.0%} of the plan"
-    if asked is None or len(sent) < 2 or sent.max() <= sent.min():
+    if asked is None or n < 2 or span_s <= 0:
         return limit("planned_rate", None, "no planned rate", bound, "nothing to do")
-    got = (len(sent) - 1) / float(sent.max() - sent.min())
+    got = (n - 1) / span_s
     advice = "the offered load was not the planned one: more --workers, or let the run end by itself"
     observed = f"{got:.3g} of {asked:.3g} req/s"
     return limit("planned_rate", abs(got / asked - 1) <= RATE_BOUND, observed, bound, advice)
@@ -310,12 +332,13 @@ def concurrency(run: Run, window: Window | None) -> Check:
 
 def wasted_time(run: Run, window: Window | None) -> Check:
     """Little time in flight went into requests that did not succeed."""
-    spent = metrics.service_e2e(run.rows)
+    spent = metrics.column(run.rows, metrics.service_e2e)
+    known = np.isfinite(spent)
     bound = f"at most {WASTED_BOUND:.0%} of the time in flight"
-    if window is None or not np.isfinite(spent).any():
+    if window is None or not known.any():
         return limit("wasted_time", None, "no window", bound, "nothing to do")
     held = float(metrics.in_flight(run.rows, window).sum()) * window.bin_s
-    wasted = 1 - float(np.nansum(spent)) / held if held > 0 else 0.0
+    wasted = 1 - float(spent.sum(where=known)) / held if held > 0 else 0.0
     advice = "servers spent time on requests that did not succeed; the price carries it"
     return limit("wasted_time", wasted <= WASTED_BOUND, f"{max(0.0, wasted):.1%}", bound, advice)
 

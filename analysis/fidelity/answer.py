@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from analysis import arrays
 from analysis.load import Bools, Floats, Ints
 
 EXACT = 0.01
@@ -55,6 +56,8 @@ class Served:
     hit_tokens: float | None
     fullest: float | None = None
     """Largest share of the KV cache in use."""
+    cache_tokens: float | None = None
+    """What the caches hold; null when the servers do not say."""
 
 
 def not_comparable(name: str, why: str, observed: str = "not comparable") -> Fidelity:
@@ -69,16 +72,21 @@ def number(value: float | None) -> str:
 
 def ks_distance(a: npt.NDArray[np.generic], b: npt.NDArray[np.generic]) -> float:
     """Kolmogorov-Smirnov distance of two samples, or of two lists of equally many quantiles."""
-    a, b = np.sort(a), np.sort(b)
-    points = np.concatenate([a, b])
-    shares = [np.searchsorted(x, points, side="right") / len(x) for x in (a, b)]
-    return float(np.abs(shares[0] - shares[1]).max())
+    a, b = arrays.ranked(a), arrays.ranked(b)
+    largest = 0.0
+    for points in (a, b):
+        for part in arrays.blocks(len(points)):
+            shares = [np.searchsorted(x, points[part], side="right") / len(x) for x in (a, b)]
+            largest = max(largest, float(np.abs(shares[0] - shares[1]).max()))
+    return largest
 
 
 def backwards(slices: Ints, times: Ints | Floats | None) -> int:
     """Requests that come before the one before them in their slice."""
     if times is None:
         return 0
+    if (slices[1:] > slices[:-1]).all():
+        return 0  # every slice is one request
     order = np.argsort(slices, kind="stable")
     same = np.diff(slices[order]) == 0
     return int(np.count_nonzero(same & (np.diff(times[order]) < 0)))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import numpy.typing as npt
 import pyarrow.compute as pc
 
+from analysis import arrays
+from analysis.columns import bools, floats
 from analysis.fidelity.answer import Plan, Served
-from analysis.load import Floats, Run
+from analysis.load import Run
 from harness.plan import iter_prompt_ids, read_plan_columns
 from harness.run import RunDir
 from harness.server_metrics import read_server_metrics
@@ -18,47 +21,66 @@ from harness.traces.reuse import Reuse, prompt_reuse
 
 QUERIES = "vllm:prefix_cache_queries_total"
 HITS = "vllm:prefix_cache_hits_total"
-BLOCK_TOKENS = 16
-"""vLLM's on a GPU."""
-CPU_BLOCK_TOKENS = 128
-"""vLLM's on a CPU."""
+BLOCK_SIZE = "vllm:cache_config_info block_size"
+BLOCKS = "vllm:cache_config_info num_gpu_blocks"
+"""What the server says of its cache, beside its counters."""
+OWN_BLOCK_TOKENS = {"vllm": 16, "vllm-cpu": 128}
+"""Engines that were started without a block size -> the one they take."""
 
 
 def read_plan(run: Run) -> Plan:
     """The plan's columns in the order of its requests. Raises `PlanError`."""
-    names = ["request_id", "scheduled_ns", "slice", "after", "input_tokens", "output_tokens"]
-    table = read_plan_columns(RunDir(run.path).plan, names)
-    table = table.take(pa.array(np.argsort(table.column("request_id").to_numpy(), kind="stable")))
-    scheduled = table.column("scheduled_ns")
+    path = RunDir(run.path).plan
+
+    def read(name: str) -> Any:
+        return read_plan_columns(path, [name]).column(0)
+
+    ids = read("request_id").to_numpy()
+    order = None if (np.diff(ids) > 0).all() else np.argsort(ids, kind="stable")
+
+    def flat(column: Any, values: Callable[[Any], Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        made, at = arrays.empty(len(ids), dtype), 0
+        for chunk in column.chunks:
+            made[at : at + len(chunk)] = values(chunk)
+            at += len(chunk)
+        return made if order is None else arrays.filled(len(ids), lambda part: made[order[part]], dtype)
+
+    scheduled = read("scheduled_ns")
     return Plan(
-        scheduled_ns=None if scheduled.null_count else scheduled.to_numpy(),
-        slice=table.column("slice").to_numpy(),
-        waits=np.asarray(pc.is_valid(table.column("after")).to_numpy(), dtype=np.bool_),
-        input_tokens=_floats(table, "input_tokens"),
-        output_tokens=_floats(table, "output_tokens"),
+        scheduled_ns=None if scheduled.null_count else flat(scheduled, lambda chunk: chunk.to_numpy(), np.int64),
+        slice=flat(read("slice"), lambda chunk: chunk.to_numpy(), np.int64),
+        waits=flat(read("after"), lambda chunk: bools(pc.is_valid(chunk)), np.bool_),
+        input_tokens=flat(read("input_tokens"), floats, np.float64),
+        output_tokens=flat(read("output_tokens"), floats, np.float64),
     )
 
 
-def read_reuse(run: Run) -> tuple[Reuse | None, Reuse | None]:
-    """Prefix reuse of the plan's prompts: in the trace's blocks, and in the server's.
-
-    None where nobody states any, and of live conversations, whose prompts are whole only when they are sent.
-    """
+def read_reuse(run: Run) -> tuple[Reuse | None, Reuse | str]:
+    """Prefix reuse of the plan's prompts: in the trace's blocks, and in the server's, or why that is not known."""
     source = run.manifest.plan.source
-    if source is None or source.prefix is None or run.manifest.plan.conversation == "live":
-        return None, None
+    if run.manifest.plan.conversation == "live":
+        return None, "live conversations: prompts are whole only when they are sent"
+    if source is None or source.prefix is None:
+        return None, "the trace states no prefixes and no sessions"
     plan = RunDir(run.path).plan
     own = prompt_reuse(iter_prompt_ids(plan), min(source.prefix.block_tokens), partial=True)
-    counts = _moved(run, HITS) is not None or bool(np.isfinite(run.rows.cached_tokens).any())
-    return own, prompt_reuse(iter_prompt_ids(plan), block_tokens(run)) if counts else None
+    if not own.tokens:
+        return own, "prompts are text: their tokens are the server's"
+    if _moved(run, HITS) is None and not bool(np.isfinite(run.rows.cached_tokens).any()):
+        return own, "the server counts no prefix-cache hits"
+    size = block_tokens(run)
+    if size is None:
+        return own, "the server does not say how large the blocks of its prefix cache are"
+    return own, prompt_reuse(iter_prompt_ids(plan), size)
 
 
-def block_tokens(run: Run) -> int:
-    """Tokens in a block of the server's prefix cache: as it was started, else as vLLM has it."""
+def block_tokens(run: Run) -> int | None:
+    """Tokens in a block of the servers' prefix caches: as they say, else as they were started; None: nobody knows."""
+    said = {int(size) for size in _said(run, BLOCK_SIZE) if size is not None and size >= 1}
+    if said:
+        return said.pop() if len(said) == 1 else None
     found = re.search(r"--block-size[= ](\d+)", " ".join(run.manifest.engine_args))
-    if found:
-        return max(1, int(found[1]))
-    return CPU_BLOCK_TOKENS if run.manifest.engine == "vllm-cpu" else BLOCK_TOKENS
+    return max(1, int(found[1])) if found else OWN_BLOCK_TOKENS.get(run.manifest.engine)
 
 
 def read_served(run: Run) -> Served:
@@ -69,7 +91,23 @@ def read_served(run: Run) -> Served:
         queried_tokens=_moved(run, QUERIES),
         hit_tokens=_moved(run, HITS),
         fullest=max((f for r in replicas if (f := _fullest(run, r.index)) is not None), default=None),
+        cache_tokens=_cache_tokens(run),
     )
+
+
+def _said(run: Run, name: str) -> list[float | None]:
+    """A figure that each replica stated before the load."""
+    return [(replica.counters_before or {}).get(name) for replica in run.manifest.replicas]
+
+
+def _cache_tokens(run: Run) -> float | None:
+    """Tokens that the caches of all replicas hold; None when any does not say."""
+    held = [
+        None if size is None or blocks is None else size * blocks
+        for size, blocks in zip(_said(run, BLOCK_SIZE), _said(run, BLOCKS), strict=True)
+    ]
+    known = [tokens for tokens in held if tokens is not None]
+    return sum(known) if known and len(known) == len(held) else None
 
 
 def _moved(run: Run, counter: str) -> float | None:
@@ -87,10 +125,3 @@ def _fullest(run: Run, replica: int) -> float | None:
     """Largest share of the KV cache that was in use, as sampled; None without a sample."""
     table = read_server_metrics(RunDir(run.path).server_metrics(replica))
     return None if table is None else pc.max(table.column("kv_cache_usage")).as_py()
-
-
-def _floats(table: Any, name: str) -> Floats:
-    """A column as floats, null as NaN."""
-    return np.asarray(
-        pc.fill_null(pc.cast(table.column(name), pa.float64()), float("nan")).to_numpy(), dtype=np.float64
-    )

@@ -31,11 +31,11 @@ START_TOKENS = 2
 
 
 def sent_against_planned(
-    plan: Plan, rows: Sequence[Rows], reuse: Reuse | None, served: Served, *, chat: bool = False
+    plan: Plan, rows: Sequence[Rows], reuse: Reuse | str, served: Served, *, chat: bool = False
 ) -> list[Fidelity]:
     """Whether what went out, and what the servers counted, is the plan. ``rows``: of the measured and the warm-up.
 
-    ``reuse``: of the plan's prompts, in whole blocks of the server's size.
+    ``reuse``: of the plan's prompts, in whole blocks of the server's size, or why it is not known.
     """
     ids = np.concatenate([part.request_id for part in rows])
     sent_s = np.full(len(plan.slice), np.nan)
@@ -147,7 +147,8 @@ def _sent_lengths(
 
 def _sent_turns(plan: Plan, sent_s: Floats, went: Bools) -> Fidelity:
     name = "sent: turns in order"
-    followers = len(plan.slice) - len(np.unique(plan.slice))
+    single = bool((plan.slice[1:] > plan.slice[:-1]).all())
+    followers = 0 if single else len(plan.slice) - len(np.unique(plan.slice))
     if not followers:
         return not_comparable(name, "no session has a second turn")
     overtaken = backwards(plan.slice[went], sent_s[went])
@@ -158,31 +159,44 @@ def _sent_turns(plan: Plan, sent_s: Floats, went: Bools) -> Fidelity:
 
 
 def _sent_prefix(
-    reuse: Reuse | None, served: Served, cached: Sequence[Floats], success: Bools, planned: int
+    reuse: Reuse | str, served: Served, cached: Sequence[Floats], success: Bools, planned: int
 ) -> Fidelity:
     name = "sent: prefix reuse"
-    if reuse is None or not reuse.tokens:
-        return not_comparable(
-            name, "the server counts no prefix-cache hits, the trace states no prefixes, or prompts are text"
-        )
+    if isinstance(reuse, str):
+        return not_comparable(name, reuse)
     got, whose = _cache_hits(reuse, served, np.concatenate(cached), success)
     if got is None:
         return not_comparable(name, "the server counts no prefix-cache hits")
-    observed = f"{reuse.hit_rate:.1%} of input tokens in an unlimited cache -> {got:.1%} at the server ({whose})"
+    observed = (
+        f"{reuse.hit_rate:.1%} of input tokens in an unlimited cache -> {got:.1%} at the server ({whose}, in blocks of "
+        f"{reuse.block_tokens} tokens)"
+    )
     if served.replicas > 1:
         return not_comparable(name, "each of several replicas has a cache of its own", observed)
     if success.sum() < 0.99 * planned:
         return not_comparable(name, "too many requests failed or were not sent", observed)
     ok = abs(got - reuse.hit_rate) <= POINTS_BOUND
-    full = served.fullest is not None and served.fullest >= CACHE_FULL
-    if not ok and full and got < reuse.hit_rate:
-        return not_comparable(name, f"the KV cache was {served.fullest:.0%} full: it had to forget", observed)
+    if not ok and got < reuse.hit_rate and (why := _forgot(reuse, served)):
+        return not_comparable(name, why, observed)
     more = "the cache was warm before the run, or other users share it"
-    less = "prefix caching is off, its blocks are larger than the plan's, or the cache is too small"
+    less = "prefix caching is off, the cache is too small, or requests that share a prefix ran at the same time"
     return Fidelity(
         name=name, ok=ok, observed=observed, bound="2 points",
         said="" if ok else more if got > reuse.hit_rate else less,
     )  # fmt: skip
+
+
+def _forgot(reuse: Reuse, served: Served) -> str | None:
+    """Why the server's cache cannot have kept everything; None when nothing shows it.
+
+    The share in use alone does not: blocks that only wait to be found again count as free.
+    """
+    different = reuse.tokens - reuse.hit_tokens
+    if served.cache_tokens is not None and different > served.cache_tokens:
+        return f"{different:,} different input tokens do not fit its {served.cache_tokens:,.0f}: it had to forget"
+    if served.fullest is not None and served.fullest >= CACHE_FULL:
+        return f"the KV cache was {served.fullest:.0%} full: it had to forget"
+    return None
 
 
 def _cache_hits(reuse: Reuse, served: Served, cached: Floats, success: Bools) -> tuple[float | None, str]:

@@ -16,8 +16,9 @@ from urllib.parse import quote
 
 from analysis.load import read_run
 from analysis.show import report
+from analysis.show.cells import Cell, in_seconds, load_cell, price_cell, quantity, state_of
 from analysis.show.page import policy, render, render_page
-from analysis.show.view import Cell, RunView, in_seconds, load_cell, price_cell, quantity, state_of, view_run
+from analysis.show.view import RunView, view_run
 from analysis.summary import Summary, summarise
 from harness.errors import HarnessError, ResultsError, UsageError
 from harness.run import MANIFEST, RunManifest, read_manifest

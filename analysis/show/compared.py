@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from analysis.show import report
 from analysis.show.capacity_text import HEADS, sentence, system_row
+from analysis.show.cells import Cell, Table, in_seconds, interval, load_cell, price_cell, quantity
 from analysis.show.plot import Chart, cost_charts, load_charts, share_chart
-from analysis.show.view import Cell, RunView, Table, in_seconds, interval, load_cell, price_cell, quantity
+from analysis.show.view import RunView
 from analysis.sizing.at_slo import System, systems
 from analysis.summary import DEFAULT_ATTAIN, Summary
-from harness.errors import UsageError
 
 COLORS = 8
 UNLIKE = ("trace", "SLO", "seed", "evidence", "loop")
@@ -36,18 +35,6 @@ class Comparison:
     cost: list[Chart]
     load: list[Chart]
     distributions: list[Chart]
-
-
-def label_runs(paths: Sequence[Path]) -> list[str]:
-    """A short name for each run directory, printable and no two alike. Raises `UsageError` when one is named twice."""
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise UsageError("a run is named twice")
-    labels: list[str] = []
-    for path in paths:
-        name = report.clean(path.resolve().name, 60) or "run"
-        taken = [name, *(f"{name} ({k})" for k in range(2, len(paths) + 1))]
-        labels.append(next(label for label in taken if label not in labels))
-    return labels
 
 
 def compare_runs(views: Sequence[RunView]) -> Comparison:

@@ -1,7 +1,6 @@
 """One run as arrays of a fixed size, whatever its length: what pictures and the table of promises are made from.
 
-Latencies are counted into a grid of time bins x latency bins, so a million rows and a hundred become the same few
-thousand numbers. Latency bins are 2.3 % wide (100 to a decade): read from them, a value is at most that much too high.
+Latencies are counted into a grid of time bins x latency bins (`analysis.grid`).
 """
 
 from __future__ import annotations
@@ -13,17 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from analysis import metrics
+from analysis import arrays, metrics
+from analysis.arrays import Floats
+from analysis.grid import EDGES, count_in
 from analysis.intervals import samples_needed
-from analysis.load import Floats, Ints, Run
+from analysis.load import Rows, Run
 from analysis.metrics import BINS, Counts, Window
 from harness.run import RunDir
 from harness.server_metrics import read_server_metrics
 
-PER_DECADE = 100
-SMALLEST_S, LARGEST_S = 1e-5, 1e4
-EDGES: Floats = np.logspace(-5, 4, 9 * PER_DECADE + 1)
-"""Upper edges of the latency bins, s. The first bin holds all that is shorter, the last all that is longer."""
 PER_GROUP, FEW = 20, 3
 SECOND = 1.0
 GROUPS = (1, 2, 4, 5, 8, 10, 20)
@@ -64,9 +61,10 @@ def curves(run: Run) -> Curves | None:
         return None
     rows = run.rows
     grids = {name: np.zeros((BINS, len(EDGES))) for name in ("ttft", "service_ttft", "tpot", "e2e", "lag")}
-    due = metrics.bin_of(rows.scheduled_s, window)
-    for name, grid in grids.items():
-        count_in(grid, due, getattr(metrics, name)(rows))
+    for _, block in rows.blocks():
+        due = metrics.bin_of(block.scheduled_s, window)
+        for name, grid in grids.items():
+            count_in(grid, due, getattr(metrics, name)(block))
     grids["itl"] = run.chunks.itl_grid
     into = metrics.binned(*metrics.input_token_events(rows), window)
     sent = np.isfinite(rows.sent_s)
@@ -76,9 +74,9 @@ def curves(run: Run) -> Curves | None:
     return Curves(
         window=window,
         time_s=middle,
-        planned=_per_second(rows.scheduled_s[sent], window),
-        sent=_per_second(rows.sent_s[sent], window),
-        failed=_per_second(rows.finished_s[failed], window),
+        planned=_per_second(arrays.kept(rows.scheduled_s, sent), window),
+        sent=_per_second(arrays.kept(rows.sent_s, sent), window),
+        failed=_per_second(arrays.kept(rows.finished_s, failed), window),
         in_flight=metrics.in_flight(rows, window),
         input_tokens=into / window.bin_s,
         output_tokens=run.chunks.output_tokens / window.bin_s,
@@ -90,20 +88,6 @@ def curves(run: Run) -> Curves | None:
 
 def _per_second(times_s: Floats, window: Window) -> Floats:
     return metrics.binned(times_s, None, window) / window.bin_s
-
-
-def count_in(grid: Floats, time: Ints, values_s: Floats, weights: Floats | None = None) -> None:
-    """Add latencies to a grid: ``values_s`` in the time bins ``time``, each counting as often as its weight says."""
-    known = np.isfinite(values_s)
-    if not known.all():
-        time, values_s = time[known], values_s[known]
-        weights = None if weights is None else weights[known]
-    place = np.clip(values_s, SMALLEST_S, LARGEST_S)
-    np.log10(np.divide(place, SMALLEST_S, out=place), out=place)
-    # a value on an edge belongs below it, also when the logarithm rounds
-    np.ceil(place * PER_DECADE - 1e-9, out=place)
-    cell = time * len(EDGES) + place.astype(np.int64)
-    grid += np.bincount(cell, weights=weights, minlength=grid.size).reshape(grid.shape)
 
 
 def _loop_lag(run: Run, window: Window) -> Floats | None:
@@ -198,13 +182,16 @@ def promises(run: Run, counts: Counts, shares: Sequence[float]) -> Promises:
     """
     rows = run.rows
     found: Promises = {}
-    for name, values in (("ttft", metrics.ttft(rows)), ("tpot", metrics.tpot(rows)), ("e2e", metrics.e2e(rows))):
-        if name == "tpot":
-            values = np.where(rows.success & (rows.output_tokens < 2), 0.0, values)
-        ranked = np.sort(values[np.isfinite(values)])
+    for name, metric in (("ttft", metrics.ttft), ("tpot", _tpot_kept), ("e2e", metrics.e2e)):
+        values = metrics.column(rows, metric)
+        ranked = arrays.ranked(values, np.isfinite(values))
         found[name] = {}
         for share in shares:
             place = math.ceil(share * counts.offered * (1 - 1e-12)) - 1
             enough = counts.offered >= samples_needed(share) if share < 1 else True
             found[name][share] = float(ranked[place]) if enough and 0 <= place < len(ranked) else None
     return found
+
+
+def _tpot_kept(rows: Rows) -> Floats:
+    return np.where(rows.success & (rows.output_tokens < 2), 0.0, metrics.tpot(rows))

@@ -5,20 +5,25 @@ A `Chart` is x values and lines over them, a few hundred points at most. None is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from analysis.arrays import Floats
 from analysis.generator import lag_bound_s
+from analysis.grid import EDGES, PER_DECADE
 from analysis.intervals import Distribution, Quantity
-from analysis.load import Floats, Run
-from analysis.show.curves import EDGES, PER_DECADE, Curves, Promises, cumulative, joined, over_time
+from analysis.load import Run
+from analysis.show.curves import Curves, Promises, cumulative, joined, over_time
 from analysis.summary import Summary
+from harness.slo import split_key
 
 Points = list[float | None]
 COARSE = 5
 """Latency bins joined into one bar of a histogram: 20 to a decade."""
+HARDLY_ANY = 0.001
+"""Pictures of a distribution begin where so large a share is reached: a few odd short gaps would fill half of one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +95,16 @@ def run_charts(run: Run, summary: Summary, found: Curves, linked: str) -> RunCha
     )
 
 
+def _promised(limits: Mapping[str, float], metric: str, axis: str) -> list[Mark]:
+    """A line for each limit of the SLO on a metric, that of a percentile with its name."""
+    marks = []
+    for key, limit in limits.items():
+        name, share = split_key(key)
+        if name == metric:
+            marks.append(Mark(axis=axis, at=limit, label="SLO" if share is None else f"SLO p{share * 100:g}"))
+    return marks
+
+
 # ------------------------------------------------------------------------------------------------------- distributions
 
 
@@ -102,7 +117,7 @@ def _distributions(summary: Summary, found: Curves, limits: dict[str, float]) ->
     ):  # fmt: skip
         if not found.grids[name].sum():
             continue
-        marks = [Mark(axis="x", at=limits[name], label="SLO")] if name in limits else []
+        marks = _promised(limits, name, "x")
         sources = {"from planned time": "ttft", "from sent time": "service_ttft"} if name == "ttft" else {title: name}
         share = share_chart(title, noun, {k: cumulative(found.grids[v]) for k, v in sources.items()}, marks, said)
         if share is not None:
@@ -120,7 +135,7 @@ def share_chart(
     if not known:
         return None
     stacked = np.array(list(known.values()))
-    begun = np.flatnonzero((stacked > 0).any(axis=0))
+    begun = np.flatnonzero((stacked >= HARDLY_ANY).any(axis=0))
     done = np.flatnonzero((stacked >= 1).all(axis=0))
     first, last = max(0, int(begun[0]) - 1), int(done[0])
     # where nothing changes there is nothing to draw: only the ends of a flat stretch stay
@@ -140,8 +155,8 @@ def share_chart(
 def _histogram(title: str, noun: str, counts: Floats, marks: list[Mark], said: Distribution) -> Chart:
     coarse = np.concatenate((counts[:1], counts[1:].reshape(-1, COARSE).sum(axis=1)))
     upper = EDGES[::COARSE]
-    there = np.flatnonzero(coarse)
-    first, last = max(0, int(there[0]) - 1), min(len(coarse) - 1, int(there[-1]) + 1)
+    begun = int(np.argmax(np.cumsum(coarse) >= HARDLY_ANY * coarse.sum()))
+    first, last = max(0, begun - 1), min(len(coarse) - 1, int(np.flatnonzero(coarse)[-1]) + 1)
     share = coarse[first : last + 1] / coarse.sum()
     return Chart(
         title=f"{title}: how the {noun} are spread",
@@ -176,7 +191,7 @@ def _timeline(summary: Summary, found: Curves, limits: dict[str, float], linked:
 
     def latency(title: str, name: str, distribution: Distribution) -> Chart:
         middle, worst = over_time(found.grids[name], summary.requests.succeeded)
-        marks = [Mark(axis="y", at=limits[name], label="SLO")] if name in limits else []
+        marks = _promised(limits, name, "y")
         lines = [
             Line(name="median", y=_points(middle), shape="step"),
             Line(name="p99 (largest of fewer than 100)", y=_points(worst), color="second", shape="step"),
@@ -244,10 +259,14 @@ def _lag(summary: Summary, found: Curves, bound_s: float | None, linked: str) ->
 def load_charts(groups: dict[str, list[Summary]], by_rate: bool) -> list[Chart]:
     """Latency against load: one point a run with its interval, one line a group."""
     charts = []
-    for title, metric, percentile in (
-        ("TTFT, median", "ttft", "p50"), ("TTFT, p99", "ttft", "p99"),
-        ("TPOT, median", "tpot", "p50"), ("TPOT, p95", "tpot", "p95"),
+    everyone = [s for members in groups.values() for s in members]
+    promised = [s.slo.limits if s.slo is not None else {} for s in everyone]
+    limits = promised[0] if promised and all(one == promised[0] for one in promised) else {}
+    for metric, percentile in (
+        ("ttft", "p50"), ("ttft", _tail(everyone, "ttft", ("p99", "p95", "p90"))),
+        ("tpot", "p50"), ("tpot", _tail(everyone, "tpot", ("p95", "p90"))),
     ):  # fmt: skip
+        title = f"{metric.upper()}, {'median' if percentile == 'p50' else percentile}"
         lines = {
             name: [
                 (load, getattr(getattr(s.metrics, metric), percentile))
@@ -256,10 +275,20 @@ def load_charts(groups: dict[str, list[Summary]], by_rate: bool) -> list[Chart]:
             ]
             for name, members in groups.items()
         }
-        chart = _against(title, lines, "s", "requests in flight" if not by_rate else "req/s", "load")
+        marks = [] if percentile == "p50" else _promised(limits, metric, "y")
+        x_unit = "requests in flight" if not by_rate else "req/s"
+        chart = _against(title, lines, "s", x_unit, "load", marks=marks)
         if chart is not None:
             charts.append(chart)
     return charts
+
+
+def _tail(summaries: Sequence[Summary], metric: str, percentiles: Sequence[str]) -> str:
+    """The highest percentile that all runs support; the first where there is none."""
+    for percentile in percentiles:
+        if all(getattr(getattr(s.metrics, metric), percentile).value is not None for s in summaries):
+            return percentile
+    return percentiles[0]
 
 
 def load_of(summary: Summary, by_rate: bool) -> float | None:
@@ -270,7 +299,7 @@ def load_of(summary: Summary, by_rate: bool) -> float | None:
 
 def _against(
     title: str, groups: dict[str, list[tuple[float, Quantity]]], unit: str, x_unit: str, x_label: str,
-    shape: str = "points",
+    shape: str = "points", marks: Sequence[Mark] = (),
 ) -> Chart | None:  # fmt: skip
     """Quantities over an axis that all groups share; None without a single value."""
     at = sorted({x for line in groups.values() for x, q in line if q.value is not None})
@@ -290,7 +319,7 @@ def _against(
             )
         )  # fmt: skip
     return Chart(
-        title=title, x=at, x_unit=x_unit, x_label=x_label, y_unit=unit, lines=lines,
+        title=title, x=at, x_unit=x_unit, x_label=x_label, y_unit=unit, lines=lines, marks=list(marks),
         says=f"{title} against {x_label}, {len(at)} loads, {len(groups)} lines",
     )  # fmt: skip
 

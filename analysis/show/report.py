@@ -15,11 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.intervals import Distribution, Quantity
+from analysis.labels import clean as clean
 from analysis.summary import Summary
 
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]+")
 _MARKDOWN = re.compile(r"([\\`*\[\]<>|])")
-_NEEDS = re.compile(r"needs (\d+) ")
+_NEEDS = re.compile(r"needs (\d+) \w+, has ")
 DETAIL_CHARS = 90
 Section = tuple[Sequence[str], list[Sequence[str]]]
 """Column heads, the first of which names the table, and rows."""
@@ -237,12 +237,6 @@ def closing(summary: Summary) -> list[tuple[str, list[str]]]:
 # ----------------------------------------------------------------------------------------------------------- formatting
 
 
-def clean(text: str, most: int | None = None) -> str:
-    """Text without control, zero-width or direction characters, cut to ``most`` characters."""
-    text = _UNPRINTABLE.sub(" ", text).strip()
-    return text if most is None or len(text) <= most else text[: most - 3] + "..."
-
-
 def value(q: Quantity, style: object) -> str:
     """A figure, ``n<299`` when the sample is too small for it, ``-`` when it is not known."""
     if q.value is not None:
@@ -283,7 +277,7 @@ def percent(value: float) -> str:
 def milliseconds(seconds: float) -> str:
     """Seconds shown as milliseconds."""
     ms = seconds * 1000
-    return f"{ms:,.0f}" if abs(ms) >= 100 else f"{ms:.1f}" if abs(ms) >= 10 else f"{ms:.2f}"
+    return f"{ms:,.0f}" if abs(ms) >= 99.95 else f"{ms:.1f}" if abs(ms) >= 9.995 else f"{ms:.2f}"
 
 
 def _md(text: str) -> str:

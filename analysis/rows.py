@@ -1,0 +1,190 @@
+"""A run as the analysis sees it: rows as columns, the chunks of some rows at a time, what was left out and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from analysis import arrays
+from analysis.arrays import Bools, Floats, Ints
+from analysis.columns import chunk_arrays, read_parts
+from analysis.seconds import Seconds
+from harness.errors import ResultsError
+from harness.results import SCHEMA
+from harness.run import RunManifest
+
+if TYPE_CHECKING:
+    from analysis.gaps import Chunks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Result rows as columns. Every array has one entry per row; not measured is NaN.
+
+    Times are seconds after the common start. Row order is file order; `rank` is the place in time.
+    """
+
+    request_id: Ints
+    rank: Ints
+    """Place of each row when ordered by (scheduled_s, request_id)."""
+    scheduled_s: Floats
+    sent_s: Floats
+    finished_s: Floats
+    input_tokens: Floats
+    cached_tokens: Floats
+    output_tokens: Floats
+    planned_input_tokens: Floats
+    planned_output_tokens: Floats
+    error: npt.NDArray[np.int16]
+    """Place of the error class in `Run.errors`, -1 for a success."""
+    chunks: npt.NDArray[np.int32]
+    """How many chunks carried output."""
+    first_gap_s: Floats
+    """First chunk - sent_s."""
+    decode_s: Floats
+    """Last chunk - first chunk."""
+    max_gap_s: Floats
+    """Longest gap between two chunks; NaN below two."""
+    stated_tokens: Floats
+    """Output tokens that the chunks say they hold; NaN when the server did not say."""
+
+    def __len__(self) -> int:
+        return len(self.request_id)
+
+    @property
+    def success(self) -> Bools:
+        """Rows without an error."""
+        return self.error < 0
+
+    def blocks(self) -> Iterator[tuple[slice, Rows]]:
+        """All rows in order, a block at a time: where it lies, and its rows."""
+        for part in arrays.blocks(len(self)):
+            yield part, Rows(**columns_of(self, part))
+            self.forget()
+
+    def forget(self) -> None:
+        """Let go of the memory of columns that lie in a file (`arrays.forget`)."""
+        for f in fields(Rows):
+            arrays.forget(getattr(self, f.name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkRows(Rows):
+    """Some rows with all their chunks; chunk arrays have one entry per chunk."""
+
+    offsets: Ints
+    """Chunks of row i are offsets[i]:offsets[i + 1]."""
+    gap_s: Floats
+    """Seconds since the chunk before; for a row's first chunk, since sent_s."""
+    chunk_s: Floats
+    """Time of each chunk."""
+    chunk_tokens: Floats
+    """Output tokens in each chunk; NaN for every chunk of a row when the server did not say."""
+
+    @property
+    def chunk_row(self) -> Ints:
+        """Row of each chunk."""
+        return np.repeat(np.arange(len(self)), self.chunks)
+
+
+@dataclass(frozen=True, kw_only=True)  # without slots: `chunks` is kept once it was worked out
+class Run:
+    """One run, read. ``rows`` are the measured requests; ``warmup`` the others, which count in no figure."""
+
+    path: Path
+    manifest: RunManifest
+    rows: Rows
+    warmup: Rows
+    planned: int
+    """Requests of phase "measured" in the plan."""
+    planned_scheduled_s: Floats
+    """Their planned times, sorted; empty in a closed loop."""
+    lost: int
+    """Measured requests without a usable row."""
+    lost_warmup: int
+    duplicates: int
+    """Rows beyond the first of a request_id; left out."""
+    unknown: int
+    """Rows whose request_id the plan does not have; left out."""
+    impossible: int
+    """Rows that cannot be true (an end before the last chunk, a negative count, not the plan's due time); left out."""
+    seconds: Seconds
+    errors: tuple[str, ...]
+    """Error classes that `Rows.error` points to."""
+    examples: dict[str, str | None]
+    """Error class -> the first detail written with it."""
+    sources: tuple[tuple[Path, int], ...]
+    """Result files, and how many rows were read of each."""
+    measured: Bools
+    """For every row of the sources, in order: is it one of `rows`?"""
+    problems: list[str] = field(default_factory=list)
+    """What could not be read, in words."""
+
+    @property
+    def evidence(self) -> str:
+        """Where the figures come from, as the manifest says: measured or simulated."""
+        return self.manifest.evidence
+
+    def batches(self) -> Iterator[tuple[pa.RecordBatch, Bools, Rows]]:
+        """All rows read again from the files, about `columns.PART_CHUNKS` chunks at a time: a batch as it was written,
+        which of its rows are measured, and those as columns.
+
+        Raises `ResultsError` when a file is not what it was when the run was read.
+        """
+        begin = at = 0
+        for path, count in self.sources:
+            for batch in read_again(path, count):
+                keep = self.measured[at : at + len(batch)]
+                at, end = at + len(batch), begin + int(keep.sum())
+                rows = Rows(**columns_of(self.rows, slice(begin, end)))
+                begin = end
+                if not np.array_equal(rows.request_id, batch.column("request_id").to_numpy()[keep]):
+                    raise ResultsError(f"{path}: changed while it was read; report again when nothing writes to it")
+                yield batch, keep, rows
+
+    def parts(self) -> Iterator[ChunkRows]:
+        """The measured rows with all their chunks, a batch of `batches` at a time."""
+        for batch, keep, rows in self.batches():
+            if len(rows):
+                chosen = batch if keep.all() else batch.filter(pa.array(keep))
+                yield ChunkRows(**columns_of(rows, slice(None)), **chunk_arrays(chosen))
+
+    def whole(self) -> ChunkRows:
+        """The measured rows with all their chunks at once: 32 bytes a chunk, for runs known to be short."""
+        parts = list(self.parts())
+        if not parts:
+            return ChunkRows(**columns_of(self.rows, slice(0)), **chunk_arrays(pa.RecordBatch.from_pylist([], SCHEMA)))
+        joined = {f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(ChunkRows)}
+        joined["offsets"] = np.concatenate(([0], np.cumsum(joined["chunks"], dtype=np.int64)))
+        return ChunkRows(**joined)
+
+    @cached_property
+    def chunks(self) -> Chunks:
+        """What the figures need of all chunks: gaps between tokens, and tokens by time. One pass over the files."""
+        from analysis.gaps import pool_chunks
+
+        return pool_chunks(self)
+
+
+def read_again(path: Path, count: int) -> Iterator[pa.RecordBatch]:
+    """The first ``count`` rows of a file that was read before."""
+    left = count
+    if left:
+        for batch in read_parts(path):
+            yield batch.slice(0, left)
+            left -= min(left, len(batch))
+            if not left:
+                return
+        raise ResultsError(f"{path}: shorter than it was; report again when nothing writes to it")
+
+
+def columns_of(rows: Rows, where: slice | Bools) -> dict[str, Any]:
+    """Name -> column of some of the rows."""
+    return {f.name: getattr(rows, f.name)[where] for f in fields(Rows)}

@@ -1,0 +1,83 @@
+"""What stands in the tables of pages: cells, and figures in words. No arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from analysis.intervals import Quantity
+from analysis.show import report
+from analysis.show.plot import load_of
+from analysis.summary import Summary
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What a table cell says, the small print under it, the number it sorts by, and the evidence it carries."""
+
+    text: object
+    note: str | None = None
+    sort: float | None = None
+    tag: str | None = None
+    mark: str | None = None
+    """Colours the text: good, bad or quiet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table with its caption; columns ``right`` hold numbers and are aligned to the right."""
+
+    caption: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    right: Sequence[int] = ()
+
+
+def state_of(s: Summary) -> str:
+    """valid, missed (VALID, but the SLO was not kept) or invalid."""
+    if s.verdict != "VALID":
+        return "invalid"
+    return "valid" if s.slo is None or s.slo.met else "missed"
+
+
+def quantity(q: Quantity, style: Callable[[float], str]) -> Cell:
+    """A figure with its interval under it."""
+    said = report.value(q, style)
+    if q.value is None:
+        return Cell(said, note=q.note if said == "-" else None, mark="quiet")
+    return Cell(said, note=interval(q, style) or None, sort=q.value)
+
+
+def price_cell(s: Summary, q: Quantity) -> Cell:
+    """A price with its interval; quiet where the SLO was missed, for it is none to sell at."""
+    cell = quantity(q, report.price)
+    return replace(cell, mark="quiet") if state_of(s) == "missed" else cell
+
+
+def load_cell(s: Summary) -> Cell:
+    """The load of a run: planned requests/s, or requests in flight in a closed loop."""
+    is_open = s.load.mode == "open"
+    load = load_of(s, by_rate=is_open)
+    return Cell(report.figure(load), note=None if load is None else "req/s" if is_open else "in flight", sort=load)
+
+
+def number(q: Quantity, style: Callable[[float], str]) -> Cell:
+    """A figure alone."""
+    return Cell(report.value(q, style), sort=q.value)
+
+
+def interval(q: Quantity, style: Callable[[float], str]) -> str:
+    """The 95 % interval in words, empty when there is none."""
+    return "" if q.low is None and q.high is None else report.interval(q, style)
+
+
+def in_seconds(value: float) -> str:
+    """A time of seconds in words: 87.1 ms, 2 s."""
+    if value < 0.9995:
+        return f"{value * 1000:.3g} ms"
+    return f"{value:.3g} s" if value < 999.5 else f"{value:,.0f} s"
+
+
+def in_percent(share: float) -> str:
+    """A share in words: 99.9%."""
+    return f"{share * 100:.4g}%"
