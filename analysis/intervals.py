@@ -1,12 +1,14 @@
 """A value and how far to trust it: sample-size rules, order statistics, batch means. Everything is 95 %.
 
 Requests that follow each other are alike (they share a queue), so n requests hold less news than n independent ones.
-All intervals allow for that in one way: sums over overlapping blocks of a fifth of the run (and of a tenth) show how
-much the data really vary, and the critical value knows that so few blocks know their own spread only roughly.
+All intervals allow for that in one way: sums over overlapping blocks of the run show how much the data really vary,
+and the critical value knows that few blocks know their own spread only roughly. Blocks are as short as the likeness of
+neighbours allows, from a fortieth to a fifth of the run; without any likeness requests count one by one.
 Sources: overlapping batch means, Meketon and Schmeiser, WSC 1984 (their variance is that of the moving-block
 bootstrap, Kuensch, Annals of Statistics 17(3), 1989); correction for blocks that are too short, Vats and Flegal,
 Biometrika 109(3), 2022; critical values for a fixed share of the run per block, Kiefer and Vogelsang, Econometric
-Theory 21(6), 2005. How often the intervals cover: METRICS.md, tests/test_coverage.py.
+Theory 21(6), 2005; when neighbours are alike at all, Politis and White, Econometric Reviews 23(1), 2004. How often the
+intervals cover: METRICS.md, tests/test_coverage.py.
 """
 
 from __future__ import annotations
@@ -14,24 +16,32 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+from analysis import arrays
+from analysis.arrays import Bools as Bools
+from analysis.arrays import Floats as Floats
+from analysis.arrays import Ints as Ints
+from analysis.order_statistics import beyond_all, lower_share, upper_share
 
 ALPHA = 0.05
 Z = 1.959963984540054
 RESAMPLES = 1000
 MAX_UNITS = 1000
 """Longer series are first summed into this many equal parts in time."""
+MAX_FLAGS = 1_000_000
 LONG, CRITICAL = 0.2, 2.6
 """Share of a run per block, and the 97.5 % point of sum / square root of `long_run_variance` for white noise."""
 SHORT, CRITICAL_SHORT = 0.1, 2.23
 """The same for data that are hardly alike: more blocks, so their spread is known better."""
+BRIEF, CRITICAL_BRIEF = 0.025, 2.02
+"""The same where short blocks already see nearly independent samples."""
 HARDLY_ALIKE = 1.5
 """Up to this many times the variance of independent samples."""
+LAGS = 5
+"""Neighbours up to so many places apart are asked whether they are alike."""
 FEWEST_UNITS = 20
 """Below this many units blocks tell nothing about correlation: they count as independent."""
 LARGEST_SKEW = 2.0
@@ -99,33 +109,37 @@ def distribution(
     the smallest with at least the share p of all samples at or below it.
     """
     known = np.isfinite(values)
-    values, owners = values[known], owners[known]
-    weights = np.ones(len(values)) if weights is None else weights[known]
-    n = round(float(weights.sum()))
+    if not known.all():
+        values, owners = arrays.kept(values, known), arrays.kept(owners, known)
+        weights = None if weights is None else weights[known]
+    n = len(values) if weights is None else round(float(weights.sum()))
     blank = Quantity(value=None, n=n, unit=unit, evidence=evidence, note=f"no {noun} to measure")
     if not n:
         return Distribution(unit=unit, mean=blank, p50=blank, p90=blank, p95=blank, p99=blank)
     units, total = _units(owners)
-    order = np.argsort(values, kind="stable")
-    ranked, ranked_weights, ranked_units = values[order], weights[order], units[order]
-    cumulative = np.cumsum(ranked_weights)
+    quantile, beyond = _ordered(values, units, total) if weights is None else _weighted(values, units, total, weights)
     count = np.bincount(units, weights=weights, minlength=total).astype(np.float64)
 
+    @cache
     def variance(value: float, p: float) -> float:
-        upto = int(np.searchsorted(ranked, value, side="right"))
-        below = np.bincount(ranked_units[:upto], weights=ranked_weights[:upto], minlength=total)
+        below = count - beyond(value)
         return share_variance(below - count * (below.sum() / n), p, n)
 
     def percentile(p: float) -> Quantity:
         needed = samples_needed(p)
         if n < needed:
             return replace(blank, note=f"needs {needed} {noun}, has {n}")
-        value = _quantile(ranked, cumulative, p)
-        low, high = percentile_ends(lambda q: _quantile(ranked, cumulative, q), variance, p, n)
+        value = quantile(p)
+        worth = effective_n(tail_variance(quantile, variance, p), p, n)
+        if worth * (1 - p) < 1:
+            return replace(blank, note=f"needs {needed} independent {noun}: these {n:,} are worth about {worth:.0f}")
+        low, high = percentile_ends(quantile, variance, p, n) if total >= MIN_SAMPLES else (None, None)
         note = None if low is not None and high is not None else f"too few independent {noun} for both ends"
+        high = None if high is None else max(value, high)  # the value is an observed one, at or above its share
         return replace(blank, value=value, low=low, high=high, note=note)
 
-    sums = np.bincount(units, weights=weights * values, minlength=total).astype(np.float64)
+    each = values if weights is None else weights * values
+    sums = np.bincount(units, weights=each, minlength=total).astype(np.float64)
     mean = float(sums.sum() / count.sum())
     low, high = ratio_interval(sums, count)
     note = None if low is not None else f"interval needs {MIN_SAMPLES} requests"
@@ -136,13 +150,46 @@ def distribution(
     )  # fmt: skip
 
 
+Sample = tuple[Callable[[float], float], Callable[[float], Floats]]
+"""The value at a share of a sample, and how many of each unit's samples lie beyond a value."""
+
+
+def _ordered(values: Floats, units: Ints, total: int) -> Sample:
+    ranked, n = arrays.ranked(values), len(values)
+
+    def quantile(p: float) -> float:
+        return float(ranked[min(n, max(1, math.ceil(n * p * (1 - 1e-12)))) - 1])
+
+    def beyond(value: float) -> Floats:
+        found = np.zeros(total)
+        for part in arrays.blocks(n):
+            found += np.bincount(units[part][values[part] > value], minlength=total)
+        return found
+
+    return quantile, beyond
+
+
+def _weighted(values: Floats, units: Ints, total: int, weights: Floats) -> Sample:
+    order = np.argsort(values, kind="stable")
+    ranked, ranked_weights, ranked_units = values[order], weights[order], units[order]
+    cumulative = np.cumsum(ranked_weights)
+
+    def beyond(value: float) -> Floats:
+        first = int(np.searchsorted(ranked, value, side="right"))
+        found = np.bincount(ranked_units[first:], weights=ranked_weights[first:], minlength=total)
+        return found.astype(np.float64)
+
+    return lambda p: _quantile(ranked, cumulative, p), beyond
+
+
 def _units(owners: Ints) -> tuple[Ints, int]:
     """Unit of each value, numbered in time without a gap, at most `MAX_UNITS`, and how many units there are."""
-    present = np.bincount(owners) > 0
-    place = np.cumsum(present) - 1
-    total = int(place[-1]) + 1
-    units: Ints = place[owners]
-    return (units, total) if total <= MAX_UNITS else (units * MAX_UNITS // total, MAX_UNITS)
+    present = np.zeros(int(owners.max()) + 1, dtype=np.bool_)
+    present[owners] = True
+    place = np.cumsum(present, out=arrays.empty(len(present), np.int64))
+    total = int(place[-1])
+    parts = min(total, MAX_UNITS)
+    return arrays.filled(len(owners), lambda part: (place[owners[part]] - 1) * parts // total, np.int64), parts
 
 
 def rate(per_bin: Floats, bin_s: float, *, n: int, unit: str, evidence: str, note: str | None = None) -> Quantity:
@@ -157,7 +204,7 @@ def rate(per_bin: Floats, bin_s: float, *, n: int, unit: str, evidence: str, not
     return Quantity(value=value, low=low, high=high, n=n, unit=unit, note=note, evidence=evidence)
 
 
-def share(flags: npt.NDArray[np.bool_], *, unit: str, evidence: str) -> Quantity:
+def share(flags: Bools, *, unit: str, evidence: str) -> Quantity:
     """Share of True among ``flags`` (in time order), Wilson interval at the effective sample size.
 
     Source: Wilson, Journal of the American Statistical Association 22(158), 1927. It stays honest at 0 % and 100 %,
@@ -167,12 +214,21 @@ def share(flags: npt.NDArray[np.bool_], *, unit: str, evidence: str) -> Quantity
     if not n:
         return Quantity(value=None, n=0, unit=unit, evidence=evidence, note="no requests")
     p = float(flags.mean())
-    size = effective_n(share_variance(flags.astype(np.float64) - p, p, n), p, n) if 0 < p < 1 else float(n)
+    size = effective_n(share_variance(_beyond_share(flags, p), p, n), p, n) if 0 < p < 1 else float(n)
     centre = (p + Z**2 / (2 * size)) / (1 + Z**2 / size)
     half = Z / (1 + Z**2 / size) * math.sqrt(p * (1 - p) / size + Z**2 / (4 * size**2))
     # the ends are exact at 0 and 1, where rounding could put them past the value
     low, high = (min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)))
     return Quantity(value=p, low=low, high=high, n=n, unit=unit, evidence=evidence)
+
+
+def _beyond_share(flags: Bools, p: float) -> Floats:
+    """What each flag, or each of `MAX_FLAGS` equal parts of a longer series, adds beyond the share ``p``."""
+    if len(flags) <= MAX_FLAGS:
+        return flags.astype(np.float64) - p
+    edges = np.linspace(0, len(flags), MAX_FLAGS, endpoint=False).astype(np.int64)
+    sums: Floats = np.add.reduceat(flags, edges, dtype=np.int64) - p * np.diff(edges, append=len(flags))
+    return sums
 
 
 def ratio_interval(numerator: Floats, denominator: Floats) -> tuple[float | None, float | None]:
@@ -220,15 +276,30 @@ def share_variance(deviations: Floats, p: float, n: int) -> float:
     """Variance of a share ``p`` of ``n`` samples, from per-unit sums of (sample counts - share) in time order.
 
     Enlarged so that a normal interval from it has the width that a variance from few blocks deserves. Of fewer than
-    `FEWEST_UNITS` units: as if independent.
+    `FEWEST_UNITS` units: as if these were independent. Units whose neighbours are not alike: as they are, one by one.
     """
-    independent = p * (1 - p) / n
-    if len(deviations) < FEWEST_UNITS:
-        return independent
-    short = long_run_variance(deviations, SHORT) / n**2
-    if short < HARDLY_ALIKE * independent:
-        return short * (CRITICAL_SHORT / Z) ** 2
+    units = len(deviations)
+    if units < FEWEST_UNITS:
+        independent = p * (1 - p) / n
+        if units in (1, n):
+            return independent
+        between = float(deviations @ deviations) * units / (units - 1) / n**2
+        return max(independent, between * (student_t(units - 1) / Z) ** 2)
+    one_by_one = float(deviations @ deviations)
+    if not _alike(deviations, one_by_one):
+        return one_by_one / n**2
+    for block_share, critical in ((BRIEF, CRITICAL_BRIEF), (SHORT, CRITICAL_SHORT)):
+        found = long_run_variance(deviations, block_share)
+        if found < HARDLY_ALIKE * one_by_one:
+            return found / n**2 * (critical / Z) ** 2
     return long_run_variance(deviations) / n**2 * (CRITICAL / Z) ** 2
+
+
+def _alike(deviations: Floats, one_by_one: float) -> bool:
+    """Whether any of the first `LAGS` autocorrelations is more than chance would show: beyond 2 sqrt(log10 n / n)."""
+    size = len(deviations)
+    bound = 2 * math.sqrt(math.log10(size) / size) * one_by_one
+    return any(abs(float(deviations[k:] @ deviations[:-k])) >= bound > 0 for k in range(1, LAGS + 1))
 
 
 def _block_power(deviations: Floats, length: int, power: int) -> float:
@@ -284,56 +355,58 @@ def effective_n(variance: float, p: float, n: int) -> float:
     return float(n) if variance <= 0 else min(float(n), max(1.0, p * (1 - p) / variance))
 
 
+def tail_variance(quantile: Callable[[float], float], variance: Callable[[float, float], float], p: float) -> float:
+    """Variance of the share below percentile ``p``; arguments as of `percentile_ends`.
+
+    Beyond p90 few samples tell how slow requests cluster: where p90 or p95 show more likeness than the percentile
+    itself, the geometric mean of both counts. In a queue the likeness stays that high to the end of the tail; where it
+    fades (normal noise) the interval comes out a little wide.
+    """
+    here = variance(quantile(p), p)
+    below = max((variance(quantile(q), q) * p * (1 - p) / (q * (1 - q)) for q in (0.90, 0.95) if q < p), default=here)
+    return math.sqrt(here * max(here, below))
+
+
 def percentile_ends(
     quantile: Callable[[float], float], variance: Callable[[float, float], float], p: float, n: int
 ) -> tuple[float | None, float | None]:
     """Ends of the 95 % interval of percentile ``p`` of ``n`` samples; None where the sample cannot give that end.
 
-    ``quantile`` gives the sample's value at a share, ``variance`` the `share_variance` at or below a value. An end is
+    ``quantile`` gives the sample's value at a share, ``variance`` the `share_variance` at or below a value. An end lies
+    between two ranks: to take the next one would let the lower end of few samples miss up to twice as often. It is
     judged by the variance there as well as at the percentile: slow requests come in bursts, and at a percentile that
-    missed some of them they look rarer than they are.
+    missed some of them they look rarer than they are. The upper end comes first: near the smallest supported sample it
+    is the maximum, and the lower one gets what is left of the 5 %; all of it where there is no upper end.
     """
-    middle = variance(quantile(p), p)
+    middle = tail_variance(quantile, variance, p)
     alike = middle >= HARDLY_ALIKE * p * (1 - p) / n * (CRITICAL_SHORT / Z) ** 2
-    ends: list[float | None] = []
-    for side in (0, 1):
+
+    def between(share: float) -> float:
+        place = round(share * n, 6)
+        low, high = (quantile(min(n, max(1, rank)) / n) for rank in (math.floor(place), math.ceil(place)))
+        return low + place % 1 * (high - low)
+
+    def end_of(rank_share: Callable[[float], float | None]) -> float | None:
         worst, end = middle, None
-        for _ in range(3):
-            share = _rank_shares(effective_n(worst, p, n), p)[side]
-            end = None if share is None else quantile(share)
-            there = worst if end is None else variance(end, p)
+        for _ in range(2):
+            share = rank_share(effective_n(worst, p, n))
+            if share is None:
+                return None
+            end, there = between(share), variance(quantile(share), p)
             if there <= worst:
                 break
             worst = there if alike else math.sqrt(there * worst)
-        ends.append(end)
-    return ends[0], ends[1]
+        return end
 
+    sizes: list[float] = []
 
-def _rank_shares(size: float, p: float) -> tuple[float | None, float | None]:
-    """Shares of the ordered sample that bracket percentile ``p`` with 95 %, by the binomial law of ``size`` samples.
+    def upper(size: float) -> float | None:
+        sizes.append(size)
+        return upper_share(size, p, ALPHA / 2, ALPHA)
 
-    Equal tails where they exist; near the smallest supported sample the upper end is the maximum and the lower tail
-    gets what is left of the 5 %. None: that end does not exist.
-    Source: distribution-free intervals, David and Nagaraja, Order Statistics, section 7.1.
-    """
-    n = max(1, int(size))
-    beyond_all = p**n
-    tail_high = max(ALPHA / 2, beyond_all)
-    tail_low = ALPHA - tail_high if tail_high <= ALPHA else ALPHA / 2
-    centre, reach = n * p, 12 * math.sqrt(n * p * (1 - p)) + 20
-    k = np.arange(max(0, int(centre - reach)), min(n, math.ceil(centre + reach)) + 1)
-    steps = np.log((n - k[:-1]) / (k[:-1] + 1)) + math.log(p / (1 - p))
-    logs = np.concatenate(([0.0], np.cumsum(steps)))
-    mass = np.exp(logs - logs.max())
-    mass /= mass.sum()
-    at_most = np.cumsum(mass)
-    at_least = np.cumsum(mass[::-1])[::-1]
-    # x_(l) > percentile happens when fewer than l samples lie below it, x_(u) < percentile when at least u do; between
-    # two ranks the tail is interpolated (Nyblom, Statistics and Probability Letters 14(2), 1992), so that an interval
-    # covers 95 % and not "95 % or up to 99 %, as the ranks fall"
-    low = float(np.interp(tail_low, at_most, k + 1.0)) / n if at_most[0] <= tail_low else None
-    high = float(np.interp(-tail_high * (1 + 1e-9), -at_least, k)) / n if beyond_all <= ALPHA else None
-    return low, high
+    high = end_of(upper)
+    tail = ALPHA - max(ALPHA / 2, beyond_all(sizes[-1], p)) if high is not None else ALPHA
+    return end_of(lambda size: lower_share(size, p, tail)), high
 
 
 def _quantile(ranked: Floats, cumulative: Floats, p: float) -> float:

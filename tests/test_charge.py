@@ -196,6 +196,54 @@ def test_the_servers_own_counters_divide_the_bill(tmp_path):
     assert any("a server was not sampled" in note for note in none["notes"])
 
 
+def mixes(folder, shapes, sure=True):
+    """Closed loops that keep one engine busy (1 ms an input token, 5 ms an output token), two loads of each mix."""
+    found = []
+    for k, (into, out) in enumerate(shapes):
+        for concurrency in (1, 2) if sure else (1,):
+            took, spec = into + 5 * out, replace(SPEC, mode="closed", concurrency=concurrency)
+            results = [
+                good(i, i * took * 10**6, ttft_ms=into + 5, itl_ms=5, tokens=out, inputs=into) for i in range(60)
+            ]
+            path = write_run(folder / f"{k}-{concurrency}", results, model=MODEL, spec=spec)
+            s = summarise(read_run(path))
+            found.append(replace(s, plan=replace(s.plan, trace_sha256=str(k))))
+    return found
+
+
+def test_runs_of_other_mixes_divide_the_bill(tmp_path):
+    """An output token costs five input tokens: told by how long runs of three traces keep the same engine busy."""
+    runs = mixes(tmp_path, [(40, 8), (200, 8), (40, 40)])
+    made = decide(*runs, split_method="load regression")
+    assert len(made) == 3, "each trace has its own price"
+    for one in made:
+        assert one.structure.method == "load regression"
+        assert one.cost_full.output.value / one.cost_full.input.value == pytest.approx(5, rel=0.01)
+        assert sum(one.bill_nanousd) == pytest.approx(one.cost_full.total.value * one.mix.total * 1e3, abs=1)
+        assert any("divided by load regression: rows 6, condition" in note for note in one.notes)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "sure", "words"),
+    [
+        ([(40, 8), (80, 16), (120, 24)], True, "the mix hardly varies"),
+        ([(40, 8), (200, 8)], True, "4 runs kept their servers busy all the time, needs 5"),
+        ([(40, 8), (200, 8), (40, 40), (8, 40), (90, 9)], False, "0 runs kept their servers busy"),
+    ],
+)
+def test_mixes_that_tell_nothing_are_refused(tmp_path, shapes, sure, words):
+    for made in decide(*mixes(tmp_path, shapes, sure), split_method="load regression"):
+        assert made.structure.method == "declared ratio"
+        assert any("not identifiable" in note and words in note for note in made.notes)
+
+
+def test_load_regression_on_the_command_line(tmp_path):
+    write_run(tmp_path / "r", rows(), model=MODEL)
+    done = run_price(tmp_path / "r", "--split", "load-regression")
+    assert done.return_value == 0
+    assert "load regression: not identifiable (0 runs kept their servers busy" in " ".join(done.stdout.split())
+
+
 def test_a_split_that_is_not_identifiable_is_said(tmp_path):
     s = summary(tmp_path / "r")
     none = not_identifiable("step model", "the mix hardly varies", evidence="measured", n=9)
@@ -209,19 +257,72 @@ def test_a_split_that_is_not_identifiable_is_said(tmp_path):
 # --------------------------------------------------------------------------------------------------- which run decides
 
 
-def test_the_cheapest_load_that_kept_the_slo(tmp_path):
-    """Denser arrivals are cheaper; the densest misses the SLO and its price is none."""
-    made_of = {}
-    for name, gap_ms, ttft in (("slow", 200, 50), ("fast", 50, 50), ("over", 10, 900)):
-        results = [good(i, i * gap_ms * 10**6, ttft_ms=ttft) for i in range(400)]
-        spec = replace(SPEC, concurrency={"slow": 1, "fast": 2, "over": 3}[name])
-        made_of[name] = summary(tmp_path / name, results, {"ttft": 0.5}, spec=spec)
-    (made,) = decide(*made_of.values())
-    assert made.runs == (made_of["fast"].run,)
-    assert made.slo_met and "2 measured loads" in " ".join(made.notes)
-    (missed,) = decide(made_of["over"])
-    assert missed.cost is None and "no measured load kept the SLO" in missed.reason
-    assert missed.against == () and missed.offers == ()
+def at_rate(path, rate, slow=0, slo=None, tier=TIER, cached=None, tokens=4, requests=400, **spec):
+    """A run of 400 requests at ``rate``, the ``slow`` ones with a ttft of 900 ms."""
+    results = [
+        replace(good(i, round(i * 1e9 / rate), ttft_ms=900 if i < slow else 50, tokens=tokens), cached_tokens=cached)
+        for i in range(requests)
+    ]
+    s = summary(path, results, {"ttft": 0.5} if slo is None else slo or None, spec=replace(SPEC, **spec), tier=tier)
+    return replace(s, plan=replace(s.plan, speed=rate / 10, planned_rate=float(rate)))
+
+
+def test_several_loads_are_quoted_at_the_highest_that_keeps_the_slo(tmp_path):
+    """100 % at 20 req/s and 90 % at 40: 99 % a tenth of the way, at 22, and so are the tokens/s."""
+    runs = [at_rate(tmp_path / f"{rate}", rate, slow, cached=4) for rate, slow in ((5, 0), (20, 0), (40, 40))]
+    (made,) = decide(*runs, structure=declared(4.0, 1.0, 0.25))
+    between = [s.rates.total_token_throughput.value for s in runs[1:]]
+    per_s = 0.9 * between[0] + 0.1 * between[1]
+    assert made.quoted_at == "capacity" and made.slo_met
+    assert (made.offered.value, made.offered.unit) == (pytest.approx(22), "req/s")
+    assert made.cost_full.total.value == pytest.approx(0.001 / per_s * 1e6, rel=1e-5)
+    assert made.cost_full.total.low < made.cost_full.total.value < made.cost_full.total.high
+    assert made.runs == tuple(s.run for s in runs[1:]), "the two loads around it, and no other"
+    assert made.mix.total == pytest.approx(per_s * 3600, abs=2), "the tokens of an hour there"
+    assert made.mix.cached_input == pytest.approx(made.mix.uncached_input, abs=1), "4 of 8 were cached at both loads"
+    assert abs(sum(made.bill_nanousd) - 3_600_000_000) <= 1, "an hour costs 3.6 USD, whole tokens or not"
+    parts = [(made.cost_full.input, made.mix.uncached_input), (made.cost_full.cached_input, made.mix.cached_input),
+             (made.cost_full.output, made.mix.output)]  # fmt: skip
+    assert sum(q.value * n for q, n in parts) / 1e6 == pytest.approx(3.6, rel=1e-9)
+    assert made.fleet_usd_per_month == pytest.approx(3.6 * 730)
+    assert made.capacity_tokens_per_month == pytest.approx(per_s * 3600 * 730, rel=1e-5)
+    assert made.floor_load == 40 and made.floor.total.value == pytest.approx(0.001 / between[1] * 1e6)
+    said = " ".join(made.notes)
+    assert "between 20 req/s (kept): " in said and "40 req/s (missed): " in said and "nothing is extrapolated" in said
+    halved = {TIER.name: replace(TIER, usd_per_hour=1.8, date="2026-11-20", source="contract")}
+    (again,) = decide(*runs, structure=declared(4.0, 1.0, 0.25), new_prices=halved)
+    assert again.cost_full.total.value == pytest.approx(made.cost_full.total.value / 2)
+    assert again.floor.total.value == pytest.approx(made.floor.total.value / 2)
+
+
+def test_where_capacity_has_no_figure_a_measured_load_is_quoted_or_none(tmp_path):
+    low, high = at_rate(tmp_path / "a", 10), at_rate(tmp_path / "b", 20)
+    (beyond,) = decide(low, high)
+    assert (beyond.quoted_at, beyond.runs) == ("a measured load", (high.run,)), "the highest, all keep it"
+    assert any("may carry more" in note for note in beyond.notes)
+    missed = at_rate(tmp_path / "c", 5, 200), at_rate(tmp_path / "d", 10, 300)
+    (none,) = decide(*missed)
+    assert none.cost is None and "no measured load kept the SLO" in none.reason
+    assert none.against == () and none.offers == () and none.slo_met is False
+    assert none.offered is None and none.load == "open loop, 5 to 10 req/s", "both missed: neither load is quoted"
+    (plain,) = decide(at_rate(tmp_path / "e", 10, slo={}), at_rate(tmp_path / "f", 20, slo={}))
+    assert plain.runs[0].endswith("f") and any("the cheapest of 2 measured loads" in note for note in plain.notes)
+    (free,) = decide(at_rate(tmp_path / "g", 20, tier=None), at_rate(tmp_path / "h", 40, 8, tier=None))
+    assert free.cost is None and "no tier" in free.reason
+
+
+def test_one_load_is_a_quote_of_that_load_and_says_so(tmp_path):
+    (made,) = decide(at_rate(tmp_path / "a", 10))
+    assert made.quoted_at == "a measured load"
+    assert any(note.startswith("a quote of this one load, not of capacity") for note in made.notes)
+
+
+def test_a_search_that_missed_its_promise_is_not_priced_by_its_ladder(tmp_path):
+    """A closed loop has no queue of arrivals to miss a promise by: beside an open loop it never sets a price."""
+    for name, spec, ttft in (("open", SPEC, 900), ("closed", replace(SPEC, mode="closed", concurrency=4), 50)):
+        write_run(tmp_path / "s" / name, rows(ttft_ms=ttft), model=MODEL, spec=replace(spec, slo={"ttft": 0.5}))
+    done = run_price(tmp_path / "s")
+    assert done.return_value == 4 and "Charge " not in done.stdout
 
 
 def test_repeats_are_added_up_and_the_best_is_not_picked(tmp_path):
@@ -291,20 +392,13 @@ def test_a_closed_loop_beside_an_open_one_makes_no_price_list(tmp_path):
 
 
 def test_what_is_doubtful_about_the_chosen_load_is_said(tmp_path):
-    def at(name, gap_ms, slow, spec=SPEC, tokens=4):
-        results = [good(i, i * gap_ms * 10**6, ttft_ms=900 if i < slow else 50, tokens=tokens) for i in range(400)]
-        s = summary(tmp_path / name, results, {"ttft": 0.5}, spec=spec)
-        return replace(s, plan=replace(s.plan, speed=1000 / gap_ms, planned_rate=1000 / gap_ms))
-
-    (sure,) = decide(at("sure", 50, 0))
-    assert not any("doubt" in note or "LOWER" in note for note in sure.notes)
+    (sure,) = decide(at_rate(tmp_path / "sure", 20))
+    assert not any("doubt" in note for note in sure.notes)
     assert any("may carry more" in note for note in sure.notes) and any("one run" in note for note in sure.notes)
-    (made,) = decide(at("low", 100, 10), at("mid", 50, 3, tokens=6), at("slow", 200, 0), at("high", 25, 100))
-    said = " ".join(made.notes)
-    assert made.runs[0].endswith("mid")
-    for words in ("a LOWER load missed", "kept, but not beyond doubt: ttft <= 500 ms", "by 99.25%", "other parts"):
-        assert words in said, (words, said)
-    assert "may carry more" not in said
+    (kept,) = decide(at_rate(tmp_path / "kept", 20, 3))
+    assert any("kept, but not beyond doubt: ttft <= 500 ms" in note and "by 99.25%" in note for note in kept.notes)
+    (made,) = decide(at_rate(tmp_path / "low", 20), at_rate(tmp_path / "high", 40, 100, tokens=6))
+    assert "other parts of the trace" in " ".join(made.notes)
 
 
 def test_dummy_weights_and_the_terms_of_a_price_are_said_before_it(tmp_path):

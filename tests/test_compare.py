@@ -265,6 +265,7 @@ def test_loads_are_compared_one_by_one(tmp_path):
         (lambda p: change(p, plan={"speed": 2.0, "planned_rate": 20.0}), "load: A open loop, 10 req/s"),
         (lambda p: change(p, plan={"arrivals": "poisson"}), "load"),
         (lambda p: change(p, plan={"sessions": "wait"}), "sessions"),
+        (lambda p: change(p, plan={"conversation": "live"}), "conversation: A recorded, B live"),
         (lambda p: change(p, evidence="simulated"), "evidence: A measured, B simulated"),
         (lambda p: change(p, spec=replace(SPEC, slo={"ttft": 2.0})), "SLO: A ttft <= 1 s"),
         (lambda p: change(p, spec=replace(SPEC, slo=SLO, retries=2)), "retries: A 0, B 2"),
@@ -283,6 +284,15 @@ def test_what_is_not_comparable_is_refused_with_the_reason(tmp_path, edit, words
     assert done.return_value == 1 and "Not comparable" in done.stdout
     document = json.loads(run_compare(a, b, "--format", "json").stdout)
     assert document["comparable"] is False and document["reasons"]
+
+
+def test_two_live_conversations_are_compared_and_their_inputs_said_to_differ(tmp_path):
+    a, b = side(tmp_path / "a"), side(tmp_path / "b", results(who="b"))
+    for path in (a, b):
+        change(path, plan={"conversation": "live", "sessions": "wait"})
+    made = against(a, b)
+    assert made.comparable
+    assert any("not asked word for word the same" in note for note in made.notes)
 
 
 def test_one_slo_for_both_makes_them_comparable(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +14,7 @@ import gevent
 import msgspec
 import numpy as np
 import pytest
-from conftest import StartServer, harness
+from conftest import ROOT, StartServer, harness
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_client import HEAD, Run, Server, chunk, read_request, request
@@ -22,9 +24,9 @@ from test_worker import classes, starter, write_plan  # noqa: F401 - a fixture
 from harness.conversation import Live, Prompt
 from harness.errors import PlanError, UsageError
 from harness.plan import iter_requests, plan_sha256, read_plan_info
+from harness.records import TraceRecord
 from harness.results import Result, read_results
 from harness.run import RunDir, read_manifest
-from harness.trace import TraceRecord
 from scenarios.completion import Answer
 from scenarios.payload import draft, prepare
 from scenarios.told import ToldResponse
@@ -442,6 +444,20 @@ def test_answers_are_kept_only_while_a_turn_needs_them(tmp_path, echo):
         assert load.conversations.held == 0
     finally:
         run.client.close()
+
+
+def test_a_plain_locustfile_counts_a_turn_that_was_not_sent(echo, tmp_path):
+    server = echo(fail=lambda body: body["messages"][-1]["content"] == "new 0")
+    plan, rows = write_plan(tmp_path / "plan.arrow", n=3, gap_s=0.001, **chain(3)), tmp_path / "rows.arrows"
+    done = subprocess.run(
+        [sys.executable, "-m", "locust", "-f", "scenarios/replay.py", "--headless", "-u", "1", "--host", server.url,
+         "--plan", str(plan), "--endpoint", "chat", "--results", str(rows), "--json"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert classes(read_results(rows).to_pylist()) == {"server": 1, "no_history": 2}
+    assert "Traceback" not in done.stderr
+    posts = next(s for s in json.loads(done.stdout) if s["method"] == "POST")
+    assert (posts["num_requests"], posts["num_failures"]) == (3, 3)
 
 
 # -- the command line -------------------------------------------------------------------------------------------------

@@ -29,9 +29,10 @@ def alike(rng, runs, n, phi):
     return values
 
 
-def queue(rng, runs, n, busy, warmup=500):
-    """Latency of a single server at ``busy`` with lognormal service: bursts of slow requests."""
-    service = np.exp(0.5 * rng.standard_normal((runs, n + warmup)) - 0.125)
+def queue(rng, runs, n, busy, warmup=500, exponential=False):
+    """Latency of a single server at ``busy`` with lognormal or exponential service: bursts of slow requests."""
+    size = (runs, n + warmup)
+    service = rng.exponential(1, size) if exponential else np.exp(0.5 * rng.standard_normal(size) - 0.125)
     gap = rng.exponential(1 / busy, (runs, n + warmup))
     wait = np.zeros((runs, n + warmup))
     for k in range(1, n + warmup):
@@ -39,25 +40,42 @@ def queue(rng, runs, n, busy, warmup=500):
     return (wait + service)[:, warmup:]
 
 
+def regimes(rng, runs, n):
+    """Latency that is 2.5 times as long in a fifth of the time, in stretches of 25 requests on average."""
+    slow, values = rng.random(runs) < 0.2, np.empty((runs, n))
+    for k in range(n):
+        slow ^= rng.random(runs) < np.where(slow, 0.04, 0.01)
+        values[:, k] = np.exp(0.4 * rng.standard_normal(runs)) * np.where(slow, 2.5, 1.0)
+    return values
+
+
 PROCESSES = {
     "independent 300": lambda rng, runs, n=300: np.exp(0.5 * rng.standard_normal((runs, n))),
     "independent 1000": lambda rng, runs, n=1000: np.exp(0.5 * rng.standard_normal((runs, n))),
+    "heavy tail 600": lambda rng, runs, n=600: 1 + rng.pareto(2.5, (runs, n)),
     "alike 0.5, 1000": lambda rng, runs, n=1000: np.exp(0.5 * alike(rng, runs, n, 0.5)),
     "alike 0.8, 1000": lambda rng, runs, n=1000: np.exp(0.5 * alike(rng, runs, n, 0.8)),
     "alike 0.9, 2000": lambda rng, runs, n=2000: np.exp(0.5 * alike(rng, runs, n, 0.9)),
     "bursts, half busy, 1000": lambda rng, runs, n=1000: queue(rng, runs, n, 0.5),
     "bursts, 0.7 busy, 2000": lambda rng, runs, n=2000: queue(rng, runs, n, 0.7),
+    "bursts, M/M/1 0.6 busy, 1500": lambda rng, runs, n=1500: queue(rng, runs, n, 0.6, exponential=True),
+    "bursts, M/M/1 0.8 busy, 4000": lambda rng, runs, n=4000: queue(rng, runs, n, 0.8, exponential=True),
+    "two regimes, 1500": lambda rng, runs, n=1500: regimes(rng, runs, n),
 }
 
 OUTSIDE = {
-    ("independent 300", "p90"): 0.983,
-    ("independent 300", "p95"): 0.977,
-    ("independent 1000", "p95"): 0.976,
-    ("alike 0.5, 1000", "p99"): 0.982,
-    ("alike 0.8, 1000", "p95"): 0.971,
-    ("bursts, 0.7 busy, 2000", "p99"): 0.913,
+    ("alike 0.5, 1000", "p99"): 0.980,
+    ("alike 0.8, 1000", "p95"): 0.975,
+    ("alike 0.8, 1000", "p99"): 0.974,
+    ("alike 0.9, 2000", "p99"): 0.979,
+    ("two regimes, 1500", "p99"): 0.987,
+    ("bursts, 0.7 busy, 2000", "p99"): 0.925,
+    ("bursts, M/M/1 0.8 busy, 4000", "p95"): 0.922,
 }
-"""Figures that are not brought in, with what they cover: a little too wide, but for the last. See METRICS.md."""
+"""Figures that are not brought in, with what they cover: a little too wide where likeness fades towards the tail, a
+little too narrow where few bursts make it. See METRICS.md."""
+REFUSED = {("bursts, M/M/1 0.8 busy, 4000", "p99")}
+"""Figures that most runs do not give: these 4,000 requests are worth about 50 independent ones."""
 
 
 @functools.cache
@@ -68,14 +86,20 @@ def truths(process):
 
 @functools.cache
 def covered(process):
-    """Figure -> share of runs whose interval holds the truth; an end that is not known excludes nothing."""
+    """Figure -> share of the intervals given that hold the truth; an end that is not known excludes nothing.
+
+    A percentile that is refused is no interval; one that is refused in most runs covers nothing: nan.
+    """
     data, truth = PROCESSES[process](np.random.default_rng(7), RUNS), truths(process)
-    owners, hits = np.arange(data.shape[1]), dict.fromkeys(FIGURES, 0)
+    owners = np.arange(data.shape[1])
+    given: dict[str, list[bool]] = {name: [] for name in FIGURES}
     for row in data:
         found = distribution(row, unit="s", evidence="simulated", owners=owners)
         for name in FIGURES:
-            hits[name] += holds(getattr(found, name), truth[name])
-    return {name: count / RUNS for name, count in hits.items()}
+            q = getattr(found, name)
+            if q.value is not None:
+                given[name].append(holds(q, truth[name]))
+    return {name: float(np.mean(held)) if len(held) > RUNS / 2 else math.nan for name, held in given.items()}
 
 
 def holds(q: Quantity, truth: float) -> bool:
@@ -86,10 +110,13 @@ def holds(q: Quantity, truth: float) -> bool:
 @pytest.mark.parametrize("process", PROCESSES)
 def test_latencies(process, name):
     found, known = covered(process)[name], OUTSIDE.get((process, name))
+    assert math.isnan(found) == ((process, name) in REFUSED)
+    if math.isnan(found):
+        return
     if known is None:
         assert 0.93 <= found <= 0.97
     else:  # said openly, and held: not worse, and taken off the list when it is mended
-        assert found == pytest.approx(known, abs=0.012)
+        assert found == pytest.approx(known, abs=0.006)
         assert not 0.93 <= found <= 0.97
 
 
@@ -134,7 +161,8 @@ def test_gaps_that_belong_to_requests():
         found = distribution(values, unit="s", evidence="simulated", owners=owners)
         for name in hits:
             hits[name] += holds(getattr(found, name), truth[name])
-    assert all(0.93 <= count / RUNS <= 0.98 for count in hits.values()), hits
+    assert all(0.93 <= hits[name] / RUNS <= 0.97 for name in ("p50", "p95")), hits
+    assert 0.93 <= hits["mean"] / RUNS <= 0.98  # a mean always takes its neighbours for alike: a little wide here
 
 
 @pytest.mark.parametrize("p", [0.9, 0.99])
@@ -143,7 +171,7 @@ def test_shares(p):
     threshold, hits = {0.9: 1.2815516, 0.99: 2.3263479}[p], 0
     for row in alike(np.random.default_rng(3), RUNS, 2000, 0.6):
         hits += holds(share(row < threshold, unit="share", evidence="simulated"), p)
-    assert 0.93 <= hits / RUNS <= 0.98
+    assert 0.93 <= hits / RUNS <= 0.97
 
 
 @pytest.mark.parametrize("runs", [2, 3, 5])

@@ -248,6 +248,12 @@ def test_a_fleet_by_hand(measured):
     assert by_name["capacity at its low end"] == 5 and by_name["capacity at its high end"] == 4
 
 
+@pytest.mark.parametrize(("read", "old"), [("2026-11", False), ("2026-01", True), ("some day", True)])
+def test_an_old_price_is_marked(measured, read, old):
+    (tier,) = plan([replace(system_of(measured), price_date=read)], asked(2, 12)).tiers
+    assert (" (OLD)" in tier.price_basis) == any(note.startswith("OLD: ") for note in tier.notes) == old
+
+
 def test_spares_are_bought_for_availability(measured):
     made = plan([system_of(measured)], asked(10, availability=0.999, node_availability=0.995))
     (tier,) = made.tiers

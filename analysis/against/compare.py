@@ -16,8 +16,8 @@ import numpy as np
 from analysis.against.comparable import Difference, Pairs, differences, pair_runs, plans_differ, refusals
 from analysis.against.paired import FIGURES, SHARES, Observed, PairFigure, pair_figures
 from analysis.intervals import Quantity
-from analysis.money.charge import load_words, slo_words
 from analysis.repeats import FEWEST_PAIRS, over_pairs
+from analysis.sizing.system import load_words, slo_words
 from analysis.summary import Summary
 from harness.errors import UsageError, unknown_name
 
@@ -174,6 +174,12 @@ def _notes(pairs: Pairs, left: Sequence[str]) -> list[str]:
             + (f"; input tokens of B: {totals[1] / totals[0] - 1:+.1%}" if totals[0] and totals[0] != totals[1] else "")
         )
         break
+    if any(a.summary.plan.conversation == "live" for a, _ in every):
+        served = [sum(pair[k].summary.tokens.input or 0 for pair in every) for k in (0, 1)]
+        notes.append(
+            "live conversations: each turn carries the answers of its own run, so the two sides were not asked word "
+            "for word the same" + (f"; input tokens served, B: {served[1] / served[0] - 1:+.1%}" if all(served) else "")
+        )
     if any(a.summary.load.mode == "open" for a, _ in every):
         notes.append(
             "open loop: the load is given, so where both keep up throughput is the load's own, and cost is that at "

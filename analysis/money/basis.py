@@ -51,13 +51,17 @@ def basis_of(tier: Tier | None, new_prices: Mapping[str, Tier], today: date) -> 
     return replace(_dated(new, today), measured_with=own)
 
 
-def _dated(tier: Tier, today: date) -> PriceBasis:
-    text = tier.date if len(tier.date) > 7 else f"{tier.date}-01"
+def is_old(read: str, today: date) -> bool:
+    """Whether a price read on that day (or in that month) is older than `OLD_PRICE_DAYS`, or its date unreadable."""
     try:
-        age = (today - date.fromisoformat(text)).days
+        day = date.fromisoformat(read if len(read) > 7 else f"{read}-01")
     except ValueError:
-        age = OLD_PRICE_DAYS + 1  # a date that nobody can read proves nothing
+        return True  # a date that nobody can read proves nothing
+    return (today - day).days > OLD_PRICE_DAYS
+
+
+def _dated(tier: Tier, today: date) -> PriceBasis:
     return PriceBasis(
         usd_per_hour=tier.usd_per_hour, purchase=tier.purchase, region=tier.region, source=tier.source, date=tier.date,
-        old=age > OLD_PRICE_DAYS, note=tier.note,
+        old=is_old(tier.date, today), note=tier.note,
     )  # fmt: skip

@@ -25,7 +25,7 @@ _TEXT = (
     "tier", "model", "engine", "engine_args", "what", "tokens", "note", "evidence", "denominator", "window",
     "structure", "purchase", "region", "price_source", "price_date", "measured_with_price_date", "load", "trace", "slo",
     "verdict",
-    "measured", "made", "runs",
+    "measured", "made", "runs", "quoted_at", "load_unit",
 )  # fmt: skip
 _OTHER = {"replicas": pa.int64(), "n": pa.int64(), "counted_tokens": pa.int64(), "slo_met": pa.bool_()}
 COLUMNS: dict[str, pa.DataType] = {
@@ -35,7 +35,8 @@ COLUMNS: dict[str, pa.DataType] = {
         "note", "evidence", "denominator", "counted_tokens", "window", "window_s", "utilisation", "gross_margin",
         "discount", "from_tokens_per_month", "break_even_utilisation", "break_even_tokens_per_month",
         "capacity_tokens_per_month", "fleet_usd_per_month", "structure", "usd_per_hour", "purchase", "region",
-        "price_source", "price_date", "measured_with_usd_per_hour", "measured_with_price_date", "load", "trace",
+        "price_source", "price_date", "measured_with_usd_per_hour", "measured_with_price_date", "quoted_at", "load",
+        "load_value", "load_low", "load_high", "load_unit", "trace",
         "slo", "slo_met", "verdict", "measured", "made", "runs",
     )
 }  # fmt: skip
@@ -79,7 +80,8 @@ def _rows(charge: Charge, report: PriceReport) -> list[dict[str, Any]]:
         "region": basis.region if basis else None, "price_source": basis.source if basis else None,
         "price_date": basis.date if basis else None,
         "measured_with_usd_per_hour": before.usd_per_hour if before else None,
-        "measured_with_price_date": before.date if before else None, "load": charge.load, "trace": charge.trace,
+        "measured_with_price_date": before.date if before else None, "quoted_at": charge.quoted_at,
+        "load": charge.load, **_load(charge), "trace": charge.trace,
         "slo": charge.slo, "slo_met": charge.slo_met, "measured": charge.measured, "made": report.made,
         "runs": " ".join(charge.runs),
     }  # fmt: skip
@@ -88,6 +90,8 @@ def _rows(charge: Charge, report: PriceReport) -> list[dict[str, Any]]:
     counted = _counted(charge)
     rows = _kinds(common | {"what": "cost", "utilisation": 1.0}, charge.cost_full, counted)
     rows += _kinds(common | {"what": "cost", "utilisation": report.terms.utilisation}, charge.cost, counted)
+    if charge.floor is not None:
+        rows += _floor_rows(charge, charge.floor, common, counted)
     for offer in charge.offers:
         facts = {
             "what": f"price: {offer.name}", "utilisation": report.terms.utilisation, "gross_margin": offer.margin,
@@ -120,10 +124,37 @@ _OURS = dict.fromkeys(
     (
         "replicas", "engine", "engine_args", "window", "window_s", "capacity_tokens_per_month", "fleet_usd_per_month",
         "structure", "usd_per_hour", "purchase", "region", "measured_with_usd_per_hour", "measured_with_price_date",
-        "load", "slo", "slo_met",
+        "quoted_at", "load", "load_value", "load_low", "load_high", "load_unit", "slo", "slo_met",
     )
 )  # fmt: skip
 """What is true of our own fleet only and says nothing of an API."""
+
+
+def _load(charge: Charge) -> dict[str, Any]:
+    q = charge.offered
+    ends = {} if q is None else {"load_value": q.value, "load_low": q.low, "load_high": q.high, "load_unit": q.unit}
+    return dict.fromkeys(("load_value", "load_low", "load_high", "load_unit")) | ends
+
+
+def _floor_rows(
+    charge: Charge, floor: UnitPrices, common: dict[str, Any], counted: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The saturated floor: another load, which keeps no promise; the mix is that of the quoted one."""
+    unit = common["load_unit"] or ""
+    facts = {
+        "what": "saturated floor", "utilisation": 1.0, "quoted_at": "a measured load", "slo_met": None,
+        "load": f"{charge.loop} loop, {charge.floor_load:g} {unit}".strip(), "load_value": charge.floor_load,
+        "load_low": None, "load_high": None, "capacity_tokens_per_month": None, "window_s": None, "runs": None,
+        "note": "highest throughput of any VALID run: it keeps no promise",
+    }  # fmt: skip
+    mixed = {kind: one | {"denominator": _in_the_mix(one["denominator"])} for kind, one in counted.items()}
+    return [row | {"note": row["note"] or facts["note"]} for row in _kinds(common | facts, floor, mixed)]
+
+
+def _in_the_mix(denominator: str) -> str:
+    return (
+        denominator.partition(" of successful requests")[0] + " of successful requests, in the mix of the quoted load"
+    )
 
 
 def _counted(charge: Charge) -> dict[str, dict[str, Any]]:

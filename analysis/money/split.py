@@ -122,7 +122,7 @@ def by_phase_time(
             return not_identifiable(
                 method,
                 f"the server adds up the time of requests, and {facts['overlap']:.1f} of them ran at once: "
-                "that is no engine time",
+                "that is no engine time; --split step-model reads the same servers' token counters instead",
                 evidence=evidence, n=n, facts={k: v for k, v in facts.items() if math.isfinite(v)},
             )  # fmt: skip
     charged = usage.uncached_input + (0.0 if cached_ratio is None else cached_ratio) * (usage.cached_input or 0.0)

@@ -104,7 +104,7 @@ def _charge_blocks(charge: Charge, terms: Terms) -> list[Block]:
     standard = charge.offers[0]
     u, m = percent(terms.utilisation), percent(terms.margin)
     rows = [
-        _price_row(kind, name, charge.cost_full, charge.cost, standard.prices)
+        _price_row(kind, name, charge, standard.prices)
         for kind, name in (
             ("input", "uncached input" if charge.cost.cached_input.value is not None else "input"),
             ("cached_input", "cached input"),
@@ -114,6 +114,7 @@ def _charge_blocks(charge: Charge, terms: Terms) -> list[Block]:
     ]
     lines = (
         *warned,
+        _quoted(charge),
         f"Charge {price(charge.offers[0].prices.total.value)} USD per 1M tokens of this traffic: cost "
         f"{price(charge.cost.total.value)} at {u} utilisation, and {m} of the price is gross margin.",
         f"The price pays for the fleet from {percent(standard.break_even_utilisation)} utilisation on "
@@ -121,18 +122,31 @@ def _charge_blocks(charge: Charge, terms: Terms) -> list[Block]:
         f"{figure(charge.fleet_usd_per_month)} USD a month and serves at most "
         f"{tokens(charge.capacity_tokens_per_month)} at this load).",
     )
-    heads = ("USD per 1M tokens", "cost at 100 %", f"cost at {u}", "PRICE", "95 % interval of it")
+    heads = ("USD per 1M tokens", "cost at 100 %", "95 % of it", f"cost at {u}", "PRICE", "95 % of it", "floor")
     blocks = [Block(title=title, lines=lines, heads=heads, rows=rows)]
     if len(charge.offers) > 1:
         blocks.append(_offers_block(charge, terms))
     return [*blocks, _against_block(charge, terms), Block(notes=(*_basis_lines(charge), *charge.notes))]
 
 
-def _price_row(kind: str, name: str, full: UnitPrices, cost: UnitPrices, asked: UnitPrices) -> tuple[str, ...]:
+def _quoted(charge: Charge) -> str:
+    """At which load, in one sentence."""
+    if charge.quoted_at == "capacity":
+        return f"Quoted at the highest load that keeps the SLO ({charge.slo}): {charge.load}."
+    slo = "without an SLO" if charge.slo is None else f"which kept the SLO ({charge.slo})"
+    return f"Quoted at one measured load, {slo}: {charge.load}."
+
+
+def _price_row(kind: str, name: str, charge: Charge, asked: UnitPrices) -> tuple[str, ...]:
     q: Quantity = getattr(asked, kind)
-    if q.value is None:
-        return (name, "-", "-", "-", "-")
-    return (name, price(getattr(full, kind).value), price(getattr(cost, kind).value), price(q.value), _interval(q))
+    if q.value is None or charge.cost_full is None or charge.cost is None:
+        return (name, "-", "-", "-", "-", "-", "-")
+    full: Quantity = getattr(charge.cost_full, kind)
+    floor: Quantity | None = getattr(charge.floor, kind) if charge.floor is not None else None
+    return (
+        name, price(full.value), _interval(full), price(getattr(charge.cost, kind).value), price(q.value), _interval(q),
+        price(floor.value if floor is not None else None),
+    )  # fmt: skip
 
 
 def _offers_block(charge: Charge, terms: Terms) -> Block:
@@ -218,6 +232,11 @@ def _basis_lines(charge: Charge) -> list[str]:
         f"{charge.evidence}; {_load_line(charge)}",
         f"denominator: {charge.denominator}; window: {charge.window} ({figure(charge.window_s)} s)",
     ]
+    if charge.floor is not None:
+        said.append(
+            f"floor: 100 % utilisation at {figure(charge.floor_load)} {charge.offered.unit if charge.offered else ''}, "
+            "the highest throughput of any VALID run; it keeps no promise, and no honest price lies below it"
+        )
     if charge.basis is not None:
         said.append(f"hardware: {_basis(charge.basis)}")
         if charge.basis.measured_with is not None:
@@ -338,9 +357,11 @@ def tokens(value: float | None) -> str:
 
 
 def _interval(q: Quantity) -> str:
-    if q.low is None or q.high is None:
-        return "not known" if q.low is None and q.high is None else f"{price(q.low)} to {price(q.high)}"
-    return f"{price(q.low)} to {price(q.high)}"
+    if q.low is None and q.high is None:
+        return "not known"
+    if q.low is None:
+        return f"below {price(q.high)}"
+    return f"from {price(q.low)}" if q.high is None else f"{price(q.low)} to {price(q.high)}"
 
 
 def _md(text: str) -> str:

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from analysis.intervals import Distribution, Quantity, scaled
-from analysis.money.charge import load_words, system_of
 from analysis.money.price import bill_usd, usd_per_1m
 from analysis.sizing.capacity import Capacity, Point, capacity, knee, little, pool, saturation
+from analysis.sizing.system import Key, load_words, offered, system_of
 from analysis.summary import Summary
 from harness.slo import Criterion
 
@@ -110,6 +110,11 @@ class System:
         where = f"{self.model} on {self.tier or 'no tier'}"
         return f"{where} x {self.replicas}" if self.replicas > 1 else where
 
+    def same_but_promise(self, other: System) -> bool:
+        """Whether ``other`` is the same hardware, software and traffic, judged by another promise."""
+        same = ("model", "tier", "engine", "args", "replicas", "evidence", "trace", "loop", "usd_per_hour")
+        return self.slo != other.slo and all(getattr(self, name) == getattr(other, name) for name in same)
+
     @property
     def requests_per_s(self) -> float | None:
         """Capacity of one replica in an open loop; a floor when it lies beyond the highest load; else None."""
@@ -121,16 +126,18 @@ class System:
 
 def systems(summaries: Sequence[Summary], utilisation: float = UTILISATION) -> list[System]:
     """Capacity and cost of every system, cheapest at its promise first; runs that are not VALID are left out."""
-    groups: dict[tuple[object, ...], list[Summary]] = {}
-    left_out: dict[tuple[object, ...], int] = {}
+    groups: dict[Key, list[Summary]] = {}
+    left_out: dict[Key, list[str]] = {}
     for s in summaries:
-        key = (*system_of(s), s.load.mode)
+        key = system_of(s)
         groups.setdefault(key, [])
-        if s.verdict == "VALID":
-            groups[key].append(s)
+        if s.verdict != "VALID":
+            left_out.setdefault(key, []).append("not VALID")
+        elif s.load.mode == "open" and not s.plan.planned_rate and not s.plan.stages:
+            left_out.setdefault(key, []).append("without a request rate")
         else:
-            left_out[key] = left_out.get(key, 0) + 1
-    found = [_system(runs, utilisation, left_out.get(key, 0)) for key, runs in groups.items() if runs]
+            groups[key].append(s)
+    found = [_system(runs, utilisation, left_out.get(key, [])) for key, runs in groups.items() if runs]
     return sorted(found, key=lambda one: (one.usd_per_1m_total.value is None, one.usd_per_1m_total.value or 0.0))
 
 
@@ -144,25 +151,13 @@ def point_of(s: Summary) -> Point:
     return Point(load=offered(s), kept=kept, rates=rates, runs=(s.run,))
 
 
-def offered(s: Summary) -> float:
-    """The load that was asked for: requests in flight, or requests/s. Raises ValueError for neither."""
-    if s.load.mode == "closed":
-        return float(s.load.concurrency or 0)
-    if len(s.plan.stages) == 1 and s.plan.stages[0].end_rate in (None, s.plan.stages[0].rate):
-        return s.plan.stages[0].rate  # drawn arrivals come to a slightly other rate with every seed
-    rate = s.plan.planned_rate
-    if rate is None:
-        raise ValueError(f"{s.run}: its plan has no request rate")
-    return float(f"{rate:.4g}")
-
-
 def criteria_of(s: Summary) -> tuple[Criterion, ...]:
     """The criteria that a run was judged by."""
     judged = s.slo.criteria if s.slo is not None else []
     return tuple(Criterion(name=one.name, wanted=one.wanted, limits=one.limits) for one in judged)
 
 
-def _system(runs: Sequence[Summary], utilisation: float, left_out: int) -> System:
+def _system(runs: Sequence[Summary], utilisation: float, left_out: Sequence[str]) -> System:
     first = runs[0]
     closed = first.load.mode == "closed"
     unit = "in flight" if closed else "req/s"
@@ -275,11 +270,13 @@ def _interactivity(s: Summary, points: Sequence[Point]) -> tuple[Interactive, ..
 
 def _notes(
     runs: Sequence[Summary], points: Sequence[Point], found: Capacity | None, ratios: Mapping[str, float],
-    left_out: int, closed: bool,
+    left_out: Sequence[str], closed: bool,
 ) -> tuple[str, ...]:  # fmt: skip
     said = []
-    if left_out:
-        said.append(f"{left_out} runs are not VALID and left out")
+    for why, n in sorted((why, left_out.count(why)) for why in set(left_out)):
+        said.append(f"{n} runs are {why} and left out" if n > 1 else f"1 run is {why} and left out")
+    old = {c.observed for s in runs for c in s.checks if c.name == "price_date" and c.ok is False}
+    said += [f"OLD: age of the hardware's price when it was measured: {age}" for age in sorted(old)]
     if closed:
         said.append("closed loop: a slow server slows its own load here, so this is no capacity for arrivals; replay "
                     "the trace's own times for that")  # fmt: skip

@@ -56,7 +56,7 @@ class Capacity:
     limit: Criterion | None
     """What is missed first; None when nothing was."""
     rates: Mapping[str, Quantity]
-    """Each rate at that load, interpolated; its interval spans that of the load."""
+    """Each rate at that load, interpolated; its interval spans that of the load, and has no end where that has none."""
 
 
 def pool(points: Iterable[Point]) -> list[Point]:
@@ -269,13 +269,16 @@ def _rates_at(points: Sequence[Point], loads: Floats, at: Quantity, draws: Float
         values = np.array([q.value for q in series], dtype=np.float64)
         value = float(np.interp(at.value, loads, values))
         low = high = None
-        if at.low is not None and at.high is not None and all(q.low is not None and q.high is not None for q in series):
+        open_ended = at.low is None and at.high is None
+        if not open_ended and all(q.low is not None and q.high is not None for q in series):
             spread = np.array([((q.high or 0.0) - (q.low or 0.0)) / (2 * Z) for q in series])
             noise = rng.standard_normal((DRAWS, len(series))) * spread
             inside = np.clip(draws, loads[0], loads[-1])
             drawn = [float(np.interp(x, loads, values + n)) for x, n in zip(inside, noise, strict=True)]
             ends = np.quantile(drawn, (ALPHA / 2, 1 - ALPHA / 2))
-            low, high = max(0.0, min(value, float(ends[0]))), max(value, float(ends[1]))
+            # where capacity has no end within the measured loads, nor has what was interpolated between them
+            low = None if at.low is None else max(0.0, min(value, float(ends[0])))
+            high = None if at.high is None else max(value, float(ends[1]))
         found[name] = replace(first, value=value, low=low, high=high, n=sum(q.n for q in series), note=None)
     return found
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 
+from analysis.money.basis import OLD_PRICE_DAYS, is_old
 from analysis.money.charge import HOURS_PER_MONTH
 from analysis.money.price import usd_per_1m
 from analysis.sizing.at_slo import System
@@ -131,7 +133,8 @@ def plan_fleets(
         if why is not None:
             excluded.append((system.name, why))
         else:
-            found.append(_tier_fleet(system, wanted, [o for o in others if _same(o, system)]))
+            promises = [o for o in others if o.same_but_promise(system)]
+            found.append(_tier_fleet(system, wanted, promises, date.fromisoformat(made[:10])))
     found.sort(key=lambda f: (f.peak.usd_per_hour, f.name))
     return FleetPlan(
         schema=SCHEMA, made=made, trace=trace, sentence=_sentence(found, excluded),
@@ -160,12 +163,6 @@ def _unfit(system: System) -> str | None:
     return None
 
 
-def _same(other: System, system: System) -> bool:
-    """The same hardware and software under another promise."""
-    same = all(getattr(other, k) == getattr(system, k) for k in ("model", "tier", "engine", "args", "replicas", "loop"))
-    return same and other.slo != system.slo
-
-
 def _offer(system: System, wanted: Wanted) -> tuple[Offer, Demand, str, tuple[float | None, float | None]]:
     """The offer in the unit that binds, the demand in that unit, which it is, and the ends of its capacity."""
     assert system.capacity is not None
@@ -192,7 +189,7 @@ def _offer(system: System, wanted: Wanted) -> tuple[Offer, Demand, str, tuple[fl
     return offer, demand, binding, (low, high)
 
 
-def _tier_fleet(system: System, wanted: Wanted, others: Sequence[System]) -> TierFleet:
+def _tier_fleet(system: System, wanted: Wanted, others: Sequence[System], today: date) -> TierFleet:
     assert system.capacity is not None
     offer, demand, binding, (low, high) = _offer(system, wanted)
     head, up = wanted.headroom, wanted.availability
@@ -208,12 +205,13 @@ def _tier_fleet(system: System, wanted: Wanted, others: Sequence[System]) -> Tie
         at_least=system.capacity.state == "beyond", binding=binding,
         unit="req/s" if binding == "requests" else "tokens/s",
         replicas_per_instance=offer.replicas_per_instance, start_s=offer.start_s, usd_per_hour=offer.usd_per_hour,
-        price_basis=f"{system.purchase}, {system.region}, {system.price_date} ({system.price_source})",
+        price_basis=f"{system.purchase}, {system.region}, read {system.price_date}"
+        f"{' (OLD)' if is_old(system.price_date or '', today) else ''}; {system.price_source}",
         mean=fleet(offer, demand.mean), worst_minute=fleet(offer, demand.worst_minute), peak=peak,
         reactive=reactive, scheduled=scheduled,
         usd_per_1m_served=_per_1m(peak.usd_per_hour, wanted),
         usd_per_1m_scheduled=_per_1m(scheduled.usd_per_hour, wanted),
-        sensitivities=tuple(changed), notes=_notes(system, offer, demand),
+        sensitivities=tuple(changed), notes=_notes(system, offer, demand, today),
     )  # fmt: skip
 
 
@@ -230,9 +228,11 @@ def _per_1m(usd_per_hour: float, wanted: Wanted) -> float | None:
     return usd_per_1m(usd_per_hour / 3600, wanted.tokens.mean)
 
 
-def _notes(system: System, offer: Offer, demand: Demand) -> tuple[str, ...]:
+def _notes(system: System, offer: Offer, demand: Demand, today: date) -> tuple[str, ...]:
     assert system.capacity is not None
     said = []
+    if is_old(system.price_date or "", today):
+        said.append(f"OLD: the price of the hardware was read on {system.price_date}, over {OLD_PRICE_DAYS} days ago")
     if system.capacity.state == "beyond":
         said.append("capacity lies beyond the highest measured load: a lower bound, so the fleet is an upper one")
     if offer.replicas_per_instance > 1:

@@ -89,7 +89,7 @@ def price(
         compare_with_api(made, terms, find_list_prices(prices, made.model, against), family(made.model))
         for made in decided
     ]
-    decided = [_at_capacity(made, valid) for made in _open_first(decided)]
+    decided = _open_first(decided)
     report = PriceReport(
         schema=SCHEMA,
         made=now_utc(),
@@ -114,35 +114,13 @@ def _open_first(decided: Sequence[Charge]) -> list[Charge]:
     def what(c: Charge) -> tuple[object, ...]:
         return c.tier, c.model, c.engine, c.args, c.replicas, c.evidence, c.slo
 
-    asked = {what(c) for c in decided if c.load.startswith("open loop") and c.cost_full is not None}
-    kept = [c for c in decided if c.load.startswith("open loop") or what(c) not in asked]
+    asked = {what(c) for c in decided if c.loop == "open"}
+    kept = [c for c in decided if c.loop == "open" or what(c) not in asked]
     left = len(decided) - len(kept)
     if not left:
         return kept
     said = "closed-loop runs of this system were left out: a closed loop hides the queue that users would see"
     return [replace(c, notes=(*c.notes, said)) if what(c) in asked else c for c in kept]
-
-
-def _at_capacity(made: Charge, valid: Sequence[Summary]) -> Charge:
-    """The decision with a note of what tokens cost at capacity, where the loads around it were measured.
-
-    The price itself stays with a load that was run: what lies between two runs was seen by nobody.
-    """
-    from analysis.show.report import figure
-    from analysis.show.report import price as usd
-    from analysis.sizing.at_slo import systems
-
-    for one in systems(valid):
-        same = (one.model, one.tier, one.args, one.replicas, one.slo) == (
-            made.model, made.tier, made.args, made.replicas, made.slo
-        )  # fmt: skip
-        found, cost = one.capacity, one.usd_per_1m_total
-        if same and made.load.startswith(one.loop) and found is not None and found.load.value and cost.value:
-            ends = "" if cost.low is None or cost.high is None else f" (95 %: {usd(cost.low)} to {usd(cost.high)})"
-            note = f"at capacity, {figure(found.load.value)} {one.unit}, interpolated between two measured loads, all "
-            note += f"tokens cost {usd(cost.value)}{ends}; a run there would confirm it"
-            return replace(made, notes=(*made.notes, note))
-    return made
 
 
 def _print_price(report: PriceReport, format_: str, csv_text: str) -> None:
@@ -246,6 +224,12 @@ def compare(
     from analysis.show.decision_text import comparison_blocks
 
     gates = [parse_gate(text) for text in fail_if]
+    for text in (a, b):
+        if _is_search(Path(text)):
+            raise UsageError(
+                f"{text}: a search for capacity chooses its own loads, so two of them have none in common; put them "
+                "side by side with 'harness price A B', or compare two runs or sweeps of equal loads"
+            )
     sides = [find_runs(text) for text in (a, b)]
     if {path.resolve() for path in sides[0]} & {path.resolve() for path in sides[1]}:
         raise UsageError(f"{a} and {b} share a run: a run is not compared with itself")
@@ -271,21 +255,37 @@ def compare(
 def find_runs(text: str) -> list[Path]:
     """Run directories that ``text`` names: one itself, those in a folder, or those of a pattern like 'runs/*-a'.
 
-    Raises `ResultsError` when there is none.
+    Of a sweep or a search those of its points that are done. Raises `ResultsError` when there is none.
     """
+    from harness.sweep_state import STATE, read_state
+
     path = Path(text)
     if (path / MANIFEST).is_file():
         return [path]
-    if path.is_dir():
+    if (path / STATE).is_file():
+        points = read_state(path).points
+        found = [path / point.name for point in points if point.state == "done"]
+        if not found:
+            raise ResultsError(f"{path}: no point of this sweep is done; go on with: harness sweep --resume {path}")
+        if len(found) < len(points):
+            say(f"{path}: {len(points) - len(found)} of {len(points)} points are not done and left out")
+    elif path.is_dir():
         found = sorted(file.parent for file in path.glob(f"*/{MANIFEST}"))
     elif path.exists():
         raise ResultsError(f"{text}: not a run directory, nor a folder of runs")
     else:
         named = sorted(Path(name) for name in glob.glob(text))  # noqa: PTH207  # absolute patterns too
-        found = [run for name in named if (name / MANIFEST).is_file() or name.is_dir() for run in find_runs(str(name))]
+        folders = [name for name in named if (name / MANIFEST).is_file() or any(name.glob(f"*/{MANIFEST}"))]
+        found = [run for name in folders for run in find_runs(str(name))]
     if not found:
         raise ResultsError(f"{text}: not a run directory, and no folder or pattern of any (a run holds {MANIFEST})")
     return found
+
+
+def _is_search(path: Path) -> bool:
+    from harness.sweep_state import STATE, read_state
+
+    return (path / STATE).is_file() and read_state(path).spec.options.get("search") == "capacity"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,7 +37,7 @@ def plan_fleet(
     """Print the plan; 0: there is a fleet, 4: no tier keeps the promise."""
     from analysis.sizing.at_slo import systems
     from analysis.sizing.fleet_plan import Wanted, grown, plan_fleets
-    from harness.commands.decide import read_summaries
+    from harness.commands.decide import find_runs, read_summaries
 
     if availability is not None and not availability < 1:
         raise UsageError("--availability 100%: no number of machines that can fail is always enough; ask for less")
@@ -46,7 +46,7 @@ def plan_fleet(
         requests=requests, tokens=tokens, headroom=headroom, availability=availability,
         node_availability=node_availability, start_s=start_s, replicas_per_instance=replicas_per_instance,
     )  # fmt: skip
-    runs = [path for text in measured for path in _runs(text)]
+    runs = [path for text in measured for path in find_runs(text)]
     promises: list[dict[str, float] | None] = [*slo] or [None]
     judged = [systems(read_summaries(runs, promise, attain)) for promise in promises]
     plan = plan_fleets(
@@ -76,16 +76,6 @@ def read_demand(path: Path, trace_format: str | None, skip_bad: bool) -> tuple[D
     if silent:
         say(f"{trace.path}: {silent} of {len(times)} rows do not say their token lengths: planned by requests alone")
     return demand(times), None if silent else demand(times, np.frombuffer(tokens))
-
-
-def _runs(text: str) -> list[Path]:
-    """Run directories that ``text`` names: those of a sweep or search that are done, or what 'harness price' takes."""
-    from harness.commands.decide import find_runs
-    from harness.commands.reports import expand
-    from harness.sweep_state import STATE
-
-    path = Path(text)
-    return list(expand([path])) if (path / STATE).exists() else find_runs(text)
 
 
 def _print(plan: FleetPlan, format_: str) -> None:

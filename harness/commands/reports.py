@@ -91,8 +91,8 @@ def expand(paths: Sequence[Path]) -> list[Path]:
 
 def report_page(runs: Sequence[Path], html: Path, **options: Any) -> int:
     """Run directories -> one page; its path on stdout. One run is in memory at a time."""
+    from analysis.labels import label_runs
     from analysis.load import read_run
-    from analysis.show.compared import label_runs
     from analysis.show.page import write_page
     from analysis.show.view import view_run
     from analysis.summary import exit_code, summarise

@@ -1,0 +1,68 @@
+"""What is measured as one: the same hardware, software, promise and traffic. Runs of one differ in load alone."""
+
+from __future__ import annotations
+
+from analysis.summary import Summary
+
+Key = tuple[object, ...]
+
+
+def hardware_of(s: Summary) -> Key:
+    """Hardware, its price, model, engine and its arguments, and the kind of evidence: what a token costs there."""
+    tier = (s.tier.name, s.tier.usd_per_hour) if s.tier else None
+    return (tier, s.cost.replicas, s.model, s.engine, s.server.version, tuple(s.server.args), s.evidence)
+
+
+def system_of(s: Summary) -> Key:
+    """What is priced as one: everything but the load, that is hardware, software, SLO, traffic and kind of loop.
+
+    A closed loop is apart: it slows down with its server, so of two loops it would always look the cheaper. So is a cap
+    on output lengths or in flight, another body or another way to draw arrivals: that is other traffic.
+    """
+    limits = None if s.slo is None else (tuple(sorted(s.slo.limits.items())), s.slo.attain)
+    load, plan = s.load, s.plan
+    drawn = (plan.arrivals, plan.burstiness, load.concurrency) if load.mode == "open" else None
+    asked = (load.mode, load.endpoint, load.stream, str(sorted(load.extra_body.items(), key=str)), plan.sessions,
+             plan.conversation, plan.max_output_tokens, drawn)  # fmt: skip
+    return (*hardware_of(s), limits, plan.trace_sha256, asked)
+
+
+def load_of(s: Summary) -> Key:
+    """The load that was asked for, without the seed: runs that agree in it are repeats of each other."""
+    plan, load = s.plan, s.load
+    if load.mode == "closed":
+        return ("closed", load.concurrency, plan.requests)
+    # drawn arrivals of one rate differ a little with the seed in the rate they come to
+    drawn = tuple((stage.duration_s, stage.rate, stage.end_rate) for stage in plan.stages)
+    return ("open", plan.arrivals, drawn, plan.burstiness, None if drawn else plan.speed, load.concurrency,
+            None if drawn else plan.requests)  # fmt: skip
+
+
+def offered(s: Summary) -> float:
+    """The load that was asked for as a number: requests in flight, or requests/s. Raises ValueError for neither."""
+    if s.load.mode == "closed":
+        return float(s.load.concurrency or 0)
+    if len(s.plan.stages) == 1 and s.plan.stages[0].end_rate in (None, s.plan.stages[0].rate):
+        return s.plan.stages[0].rate  # drawn arrivals come to a slightly other rate with every seed
+    rate = s.plan.planned_rate
+    if rate is None:
+        raise ValueError(f"{s.run}: its plan has no request rate")
+    return float(f"{rate:.4g}")
+
+
+def load_words(s: Summary) -> str:
+    """The load in words."""
+    if s.load.mode == "closed":
+        return f"closed loop, {s.load.concurrency} in flight"
+    rate = s.plan.planned_rate
+    return "open loop" + (f", {rate:.3g} req/s planned" if rate is not None else "") + arrival_words(s)
+
+
+def arrival_words(s: Summary) -> str:
+    """How arrivals were drawn, in brackets; nothing for those of the trace itself and for a closed loop."""
+    return "" if s.plan.arrivals in ("trace", "closed") else f" ({s.plan.arrivals} arrivals)"
+
+
+def slo_words(s: Summary) -> str | None:
+    """The SLO in words, criterion by criterion; None without."""
+    return None if s.slo is None else ", ".join(sorted(one.name for one in s.slo.criteria))
