@@ -17,9 +17,10 @@ from harness.arrivals import Times
 from harness.chat import Chat, Made
 from harness.conversation import Live, Prompt
 from harness.errors import PlanError
+from harness.formats.row import safe
 from harness.plan import SCHEMA, PlanSpec
 from harness.prompts import Ids, Vocabulary
-from harness.trace import Trace, TraceRecord
+from harness.records import Trace, TraceRecord
 from harness.traces.rescale import Arrangement
 from harness.traces.turns import Turns, accumulates
 
@@ -240,8 +241,9 @@ class _Sessions:
             think_ns.append(round((record.think_s or 0.0) * 1e9) if waits else None)
             if session is not None:
                 if waits and last is not None and (last[2] or 0) > (record.turn if record.turn is not None else 2**31):
+                    session_id = safe(session[1], 80)
                     raise PlanError(
-                        f"{self._trace.path}:{record.line}: turn {record.turn} of session {record.session_id!r} comes "
+                        f"{self._trace.path}:{record.line}: turn {record.turn} of session {session_id!r} comes "
                         f"after its turn {last[2]}: a turn cannot wait for a later one; put the rows in order"
                     )
                 self._last[session] = (slices[-1], request_id, record.turn)

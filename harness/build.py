@@ -23,7 +23,7 @@ from harness.conversation import live_notes, reasons
 from harness.errors import PlanError, UsageError
 from harness.plan import SCHEMA_VERSION, PlanInfo, PlanSpec, write_plan
 from harness.prompts import Vocabulary
-from harness.trace import Trace
+from harness.records import Trace
 from harness.traces.notes import Timed, notes, prompt_notes
 from harness.traces.rescale import arrange, spread
 from harness.traces.stats import arrival_stats, mean_rate

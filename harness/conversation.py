@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from harness.prompts import Ids
-from harness.trace import TraceRecord
+from harness.records import TraceRecord
 
 OTHER_FORM = "another form of prompt than the turn before"
 OTHER_START = "the prompt does not begin with the one before it"

@@ -255,6 +255,8 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as e:
             raise PlanError(f"{where}: not a chat template ({e})") from e
+        self._parts = False
+        self._parts = self._reads_parts()
 
     @classmethod
     def of(cls, folder: Path) -> ChatTemplate | None:
@@ -284,10 +286,26 @@ class ChatTemplate:
         """The text a server makes of ``messages``, ready for an answer. Raises `PlanError` when it refuses them."""
         import jinja2
 
+        given: list[dict[str, Any]] = list(messages)
+        if self._parts:
+            given = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
         try:
-            return self._template.render(messages=list(messages), add_generation_prompt=True, **self._special)
+            return self._template.render(messages=given, add_generation_prompt=True, **self._special)
         except (jinja2.TemplateError, TypeError, ValueError) as e:
             raise PlanError(f"{self._where}: the chat template refuses a conversation ({e})") from e
+
+    def _reads_parts(self) -> bool:
+        """Whether the template finds a text only as a part in a list, as those of many vision models do.
+
+        vLLM sees that in a template, and gives it the text of a message in that form.
+        """
+        said: Messages = [{"role": "user", "content": "harness"}]
+        try:
+            lost = "harness" not in self.render(said)
+            self._parts = True
+            return lost and "harness" in self.render(said)
+        except PlanError:
+            return False
 
 
 def _json_of(file: Path) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 /* The hot path of the load generator, compiled: what `scenarios/reading.py` says in Python, said in C.
 
-   Both have the same two types and the same behaviour, which tests/test_reading_path.py compares byte by byte; that
-   file is the one to read first. This one exists because a token costs the interpreter more than it costs the kernel.
+   Both have the same two types and the same behaviour, which tests/test_hot_path.py compares byte by byte; the Python
+   one is the one to read first. This one exists because a token costs the interpreter more than it costs the kernel.
    It builds against the stable ABI of Python 3.11, and where it cannot be built the Python one is used. */
 
 #define Py_LIMITED_API 0x030b0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
-#include <structmember.h>
 
 #include <errno.h>
 #include <stdint.h>
@@ -245,10 +244,11 @@ static int receive(Reader *self, int fd) {
     Lane *lane = lane_of(self, fd);
     if (!lane) return OVER; /* closed by what came before it in this round */
     ssize_t size = recv(fd, self->buffer, READ_SIZE, MSG_DONTWAIT);
+    int error = size < 0 ? errno : 0;
     int64_t stamp = now_ns();
-    if (size < 0 && errno == EINTR) return MORE;
-    if (size < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return OVER;
-    if ((size > 0 ? take(lane, self->buffer, size, stamp) : lost(lane->connection, size ? errno : 0)) < 0)
+    if (error == EINTR) return MORE;
+    if (error == EAGAIN || error == EWOULDBLOCK) return OVER;
+    if ((size > 0 ? take(lane, self->buffer, size, stamp) : lost(lane->connection, error)) < 0)
         note_error(self);
     return size <= 0 ? OVER : size == READ_SIZE ? MORE : LESS;
 }
@@ -283,16 +283,19 @@ static PyObject *Reader_add(Reader *self, PyObject *args) {
     int fd;
     if (!PyArg_ParseTuple(args, "iO", &fd, &connection)) return NULL;
     if (fd < 0 || lane_of(self, fd)) return PyErr_Format(PyExc_ValueError, "descriptor %d cannot be added", fd);
-    if (fd >= self->room) {
+    struct epoll_event event = {.events = EVENTS, .data.fd = fd};
+    if (epoll_ctl(self->epoll, EPOLL_CTL_ADD, fd, &event) < 0) return PyErr_SetFromErrno(PyExc_OSError);
+    if (fd >= self->room) { /* only now: a number that is open is no larger than the limit of open files */
         int room = fd + 1 + self->room / 2;
         Lane *grown = PyMem_Realloc(self->lanes, room * sizeof(Lane));
-        if (!grown) return PyErr_NoMemory();
+        if (!grown) {
+            epoll_ctl(self->epoll, EPOLL_CTL_DEL, fd, NULL);
+            return PyErr_NoMemory();
+        }
         memset(grown + self->room, 0, (room - self->room) * sizeof(Lane));
         self->lanes = grown;
         self->room = room;
     }
-    struct epoll_event event = {.events = EVENTS, .data.fd = fd};
-    if (epoll_ctl(self->epoll, EPOLL_CTL_ADD, fd, &event) < 0) return PyErr_SetFromErrno(PyExc_OSError);
     Py_INCREF(connection);
     self->lanes[fd].connection = connection;
     Py_RETURN_NONE;
@@ -302,19 +305,25 @@ static PyObject *Reader_keep_texts(Reader *self, PyObject *args) {
     PyObject *kept, *template;
     int fd;
     if (!PyArg_ParseTuple(args, "iO!O", &fd, self->kept_type, &kept, &template)) return NULL;
-    Lane *lane = lane_of(self, fd);
-    if (!lane) Py_RETURN_NONE;
-    lane_keep_all(lane);
-    PyObject *upper = PyObject_GetAttrString(template, "upper");
-    lane->before = PyObject_GetAttrString(template, "before");
-    lane->after = PyObject_GetAttrString(template, "after");
-    lane->upper = upper ? PyObject_IsTrue(upper) : -1;
+    PyObject *before = PyObject_GetAttrString(template, "before");
+    PyObject *after = before ? PyObject_GetAttrString(template, "after") : NULL;
+    PyObject *upper = after ? PyObject_GetAttrString(template, "upper") : NULL;
+    int is_upper = upper ? PyObject_IsTrue(upper) : -1;
     Py_XDECREF(upper);
-    if (lane->upper < 0 || !lane->before || !lane->after) return NULL;
-    if (!PyBytes_Check(lane->before) || !PyBytes_Check(lane->after))
-        return PyErr_Format(PyExc_TypeError, "a template is made of bytes");
-    Py_INCREF(kept);
-    lane->kept = (Kept *)kept; /* last: only now the lane is whole */
+    if (is_upper >= 0 && !(PyBytes_Check(before) && PyBytes_Check(after))) {
+        PyErr_Format(PyExc_TypeError, "a template is made of bytes");
+        is_upper = -1;
+    }
+    Lane *lane = is_upper < 0 ? NULL : lane_of(self, fd); /* only now: what asked the template may have moved it */
+    if (lane) {
+        lane_keep_all(lane);
+        Py_INCREF(kept);
+        *lane = (Lane){lane->connection, (Kept *)kept, before, after, is_upper};
+        Py_RETURN_NONE;
+    }
+    Py_XDECREF(before);
+    Py_XDECREF(after);
+    if (is_upper < 0) return NULL;
     Py_RETURN_NONE;
 }
 
@@ -332,8 +341,10 @@ static PyObject *Reader_remove(Reader *self, PyObject *arg) {
     Lane *lane = lane_of(self, (int)fd);
     if (!lane) Py_RETURN_NONE;
     lane_keep_all(lane);
-    Py_CLEAR(lane->connection);
-    if (epoll_ctl(self->epoll, EPOLL_CTL_DEL, (int)fd, NULL) < 0) return PyErr_SetFromErrno(PyExc_OSError);
+    int gone = epoll_ctl(self->epoll, EPOLL_CTL_DEL, (int)fd, NULL) < 0;
+    if (gone) PyErr_SetFromErrno(PyExc_OSError);
+    Py_CLEAR(lane->connection); /* last: it may be the last to hold the socket */
+    if (gone) return NULL;
     Py_RETURN_NONE;
 }
 

@@ -81,7 +81,7 @@ class Response:
         self._completion = Completion()
         self._plain: Template | None = None
         self._lessons = _LESSONS
-        self._sample = b""  # the last chunk, while it is not known what plain events look like
+        self._sample = b""  # the last whole chunk that was taken by the book, to learn from
 
     # -- framing ------------------------------------------------------------------------------------------------------
 
@@ -127,11 +127,16 @@ class Response:
 
     @property
     def plain(self) -> Template | None:
-        """What plain events look like from here on; null while that is not known or nothing of the kind may follow."""
+        """What plain events look like from here on; null while that is not known or nothing of the kind may follow.
+
+        Asked after an event that was not plain. When that is what the answer's events look like now (its reasoning is
+        over), it is learned anew; when nothing can be learned from it, what is known stays.
+        """
         if not self._at_an_event:
             return None
-        if self._plain is None and self._lessons and self._sample:
-            self._learn(self._sample)
+        sample, self._sample = self._sample, b""
+        if sample and self._lessons and not (self._plain and self._plain.count([sample])):
+            self._learn(sample)
         return self._plain
 
     @property
@@ -160,13 +165,12 @@ class Response:
         return self._plain
 
     def _remember(self, chunk: bytes) -> None:
-        if self._plain is None and self._lessons:
+        if self._lessons and self._state is Response._read_chunk_size:  # else more of it is still to come
             self._sample = chunk
 
     def _learn(self, read: bytes) -> None:
         self._lessons -= 1
-        self._sample = b""
-        self._plain = Template.learn(read)
+        self._plain = Template.learn(read) or self._plain
 
     def _take_plain(self, stamps: array[int]) -> None:
         if stamps:

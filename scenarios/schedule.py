@@ -185,13 +185,15 @@ class Schedule:
         return min(times) if times else None
 
     def take(self, now_ns: int) -> tuple[Planned, int]:
-        """The next request and when it was due. Turns whose time has come go before new sessions."""
+        """The next request and when it was due: the one due first, also when all are late. Where new sessions have no
+        time (closed loop), turns whose time has come go before them.
+        """
         self.left -= 1
         self.prepared -= 1
         self._out += 1
         self._now_ns = now_ns
         released = self._released
-        if released and (not self._free or released[0][0] <= max(now_ns, self._free[0][0])):
+        if released and (not self._free or released[0][0] <= (self._free[0][0] if self._timed else now_ns)):
             due, _, planned = heapq.heappop(released)
         else:
             due, planned = self._free.popleft()

@@ -131,16 +131,17 @@ class _LocustRun:
             self._writer.append(result)
         if result.error == "unsent":
             return
-        assert result.finished_ns is not None
         fail = None if result.error is None else RuntimeError(f"{result.error}: {result.detail}")
         if result.chunk_ns:
             self._fire("TTFT", result.chunk_ns[0] - result.scheduled_ns, 0, None)
-        self._fire("POST", result.finished_ns - result.scheduled_ns, result.output_tokens or 0, fail)
+        # A turn that has nothing to go on from is not sent: a failure without a time.
+        e2e_ns = None if result.finished_ns is None else result.finished_ns - result.scheduled_ns
+        self._fire("POST", e2e_ns, result.output_tokens or 0, fail)
 
-    def _fire(self, kind: str, time_ns: int, length: int, fail: Exception | None) -> None:
+    def _fire(self, kind: str, time_ns: int | None, length: int, fail: Exception | None) -> None:
         self._environment.events.request.fire(
-            request_type=kind, name=self._name, response_time=time_ns / 1e6, response_length=length, exception=fail,
-            context={},
+            request_type=kind, name=self._name, response_time=None if time_ns is None else time_ns / 1e6,
+            response_length=length, exception=fail, context={},
         )  # fmt: skip
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from analysis.intervals import Quantity, share
 from analysis.load import read_run
 from analysis.show.capacity_text import sentence, system_blocks
 from analysis.show.decision_text import render_markdown
-from analysis.sizing.at_slo import System, cost_at, offered, systems
+from analysis.sizing.at_slo import System, cost_at, systems
 from analysis.sizing.capacity import (
     Capacity,
     Point,
@@ -23,6 +23,7 @@ from analysis.sizing.capacity import (
     pool,
     saturation,
 )
+from analysis.sizing.system import offered
 from analysis.summary import summarise
 from harness.slo import Criterion
 
@@ -273,7 +274,7 @@ def test_repeats_are_one_load_and_invalid_runs_none(tmp_path):
     assert spoilt.verdict == "INVALID"
     system = only(systems([*runs, spoilt]))
     assert system.loads == (2.0, 8.0) and len(system.runs) == 3
-    assert any("1 runs are not VALID" in note for note in system.notes)
+    assert any("1 run is not VALID" in note for note in system.notes)
     assert systems([spoilt]) == []
 
 
@@ -301,6 +302,12 @@ def test_without_a_price_there_is_capacity_but_no_cost(tmp_path):
     system = only(systems(runs))
     assert system.requests_per_s is not None
     assert system.usd_per_1m_total.value is None and "no tier" in system.usd_per_1m_total.note
+
+
+def test_an_old_price_is_said_beside_the_capacity(tmp_path):
+    old = replace(TIER, date="2025-01")
+    (system,) = systems([sweep_run(tmp_path / f"{rate}", rate, slow, tier=old) for rate, slow in ((4, 0), (8, 20))])
+    assert any(note.startswith("OLD: ") for note in system.notes)
 
 
 def test_the_two_kinds_of_loop_are_two_systems(tmp_path):

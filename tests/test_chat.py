@@ -19,8 +19,8 @@ from harness.chat import Chat, Made
 from harness.errors import PlanError, UsageError
 from harness.plan import PlanInfo, PlanSpec, iter_requests
 from harness.prompts import Vocabulary
+from harness.records import open_trace
 from harness.tokenizer import ChatTemplate
-from harness.trace import open_trace
 from harness.traces.survey import Content
 from harness.traces.turns import Turns
 
@@ -37,12 +37,15 @@ TEMPLATES = {
     # The more is said, the more it adds.
     "counting": "{% for m in messages %}<|im_start|>{{ 'ba ' * (m.content | length // 40) }}{{ m.content }}<|im_end|>"
     "{% endfor %}" + ANSWER,
+    # As LLaVA and SmolVLM: reads texts only as parts of a list.
+    "parts": "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content | selectattr('type', "
+    "'equalto', 'text') %}{{ part.text }}{% endfor %}<|im_end|>{% endfor %}" + ANSWER,
     # As Gemma 1 does with a system message: refuses what is not from a user.
     "users only": "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('users only') }}{% endif %}"
     "<|im_start|>{{ m.content }}<|im_end|>{% endfor %}" + ANSWER,
 }
 KINDS = {f.__name__: f for f in (byte_level, metaspace, merging, characters)}
-MESSAGES = {"chatml", "trimming"}
+MESSAGES = {"chatml", "trimming", "parts"}
 
 
 def folder_of(root: Path, kind: str, template: str | None) -> Path:
@@ -68,11 +71,16 @@ def counted(folder: Path, messages: list[dict[str, str]]) -> int:
     source = json.loads((folder / "tokenizer_config.json").read_bytes())["chat_template"]
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = lambda words: pytest.fail(words)
+    messages = in_parts(messages) if source == TEMPLATES["parts"] else messages
     text = environment.from_string(source).render(messages=messages, add_generation_prompt=True, bos_token="<|im_end|>")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return len(tokenizer.encode(text, add_special_tokens=False))
+
+
+def in_parts(messages: list[dict[str, str]]) -> list[dict[str, object]]:
+    return [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
 
 
 def rows_of(turns: list[tuple[int, int]]) -> list[dict[str, object]]:
@@ -252,7 +260,8 @@ def test_templates_like_transformers_own(folders):
         own = transformers.PreTrainedTokenizerFast(
             tokenizer_file=str(folder / "tokenizer.json"), chat_template=TEMPLATES[template], bos_token="<|im_end|>"
         )
-        theirs = own.apply_chat_template(HELLO, tokenize=False, add_generation_prompt=True)
+        given = in_parts(HELLO) if template == "parts" else HELLO
+        theirs = own.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
         assert ChatTemplate.of(folder).render(HELLO) == theirs
 
 

@@ -20,10 +20,10 @@ from analysis.load import Run, read_run
 from harness.build import build_plan
 from harness.plan import PlanSpec, iter_prompt_ids, iter_requests, plan_sha256
 from harness.prompts import Vocabulary
+from harness.records import open_trace
 from harness.results import Result
 from harness.run import Replica, RunDir, read_manifest, write_manifest
 from harness.server_metrics import SCHEMA as SERVER_SCHEMA
-from harness.trace import open_trace
 from harness.traces.reuse import prompt_reuse
 
 SAMPLES = Path(__file__).resolve().parent.parent / "scenarios" / "traces"
@@ -392,6 +392,42 @@ def test_the_block_size_is_the_servers(tmp_path, trace):
     assert block_tokens(run) == 16
     run.manifest.engine_args = ["--dtype", "auto", "--block-size", "64"]
     assert block_tokens(run) == 64
+    run.manifest.replicas = [stating(32), stating(32)]
+    assert block_tokens(run) == 32, "the server knows best"
+    run.manifest.replicas = [stating(32), stating(16)]
+    assert block_tokens(run) is None
+    run.manifest.engine, run.manifest.engine_args, run.manifest.replicas = "url", [], [counted(1.0, 1.0)]
+    assert block_tokens(run) is None, "somebody else's server may have any"
+
+
+def stating(block_size: float, blocks: float = 100.0, queries: float = 1000.0, hits: float = 10.0) -> Replica:
+    replica = counted(queries, hits)
+    assert replica.counters_before is not None
+    said = {"vllm:cache_config_info block_size": block_size, "vllm:cache_config_info num_gpu_blocks": blocks}
+    return replace(replica, counters_before=replica.counters_before | said)
+
+
+def test_a_server_of_unknown_block_size_is_not_judged(tmp_path, trace):
+    run = made(tmp_path, trace)
+    run.manifest.engine, run.manifest.replicas = "url", [counted(1000.0, 10.0)]
+    answer = ask(run)["sent: prefix reuse"]
+    assert answer.ok is None
+    assert "how large the blocks" in answer.said
+    ideal = prompt_reuse(iter_prompt_ids(RunDir(run.path).plan), 32)
+    assert ideal.hit_rate > 0.2
+    run.manifest.replicas = [stating(32, 1e6, ideal.tokens, ideal.hit_tokens)]
+    answer = ask(run)["sent: prefix reuse"]
+    assert answer.ok is True
+    assert "in blocks of 32 tokens" in answer.observed
+
+
+@pytest.mark.parametrize(("blocks", "want"), [(10.0, None), (1e6, False)])
+def test_a_cache_that_cannot_hold_the_plan_had_to_forget(tmp_path, trace, blocks, want):
+    run = made(tmp_path, trace)
+    run.manifest.replicas = [stating(16, blocks)]
+    answer = ask(run)["sent: prefix reuse"]
+    assert answer.ok is want
+    assert ("do not fit its 160" in answer.said) is (want is None)
 
 
 # --- small things ----------------------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from harness.errors import TraceError, UsageError
 from harness.formats import FORMATS
+from harness.formats.jsonl import FIELDS
 from harness.formats.values import IsoClock, epoch_ns
+from harness.records import FAILED_CALL, TraceRecord, open_trace
 from harness.source import open_source, records
-from harness.trace import FAILED_CALL, TraceRecord, open_trace
 
 SAMPLES = Path(__file__).resolve().parent.parent / "scenarios" / "traces"
 
@@ -169,12 +170,12 @@ def test_a_json_array_of_rows_is_read_as_lines_are(tmp_path):
 
 
 def test_rows_are_sorted_beyond_what_memory_may_hold(tmp_path, monkeypatch):
-    from harness import trace as trace_module
+    from harness import records as records_module
 
     rows = [{"arrival_s": (i * 7919) % 1000 / 8, "input_tokens": 1 + i, "output_tokens": 1} for i in range(1000)]
     path = write(tmp_path, lines(*rows))
     whole = read(path, sort=True)[0]
-    monkeypatch.setattr(trace_module, "_SORT_ROWS", 64)
+    monkeypatch.setattr(records_module, "_SORT_ROWS", 64)
     spilled, trace = read(path, sort=True)
     assert spilled == whole
     assert [r.arrival_s for r in whole] == sorted(r["arrival_s"] for r in rows)
@@ -346,6 +347,34 @@ def test_chat_log_variants(tmp_path):
     assert "a turn is from 'alien'" in problem(
         write(tmp_path, lines({"conversations": [{"from": "alien", "value": "v"}]}))
     )
+
+
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+ASKED = [{"role": "user", "content": "q"}]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"messages": [*ASKED, {"role": "assistant", "content": "wait", "tool_calls": [CALL]}]},
+        {"messages": [*ASKED, {"role": "assistant", "content": "wait", "function_call": {"name": "f"}}]},
+        {"messages": ASKED, "tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"messages": ASKED, "functions": [{"name": "f"}]},
+    ],
+)
+def test_openai_prompts_with_tools_are_not_sent_as_their_text(tmp_path, request_):
+    usage = {"prompt_tokens": 300, "completion_tokens": 7}
+    row = {"request": {"model": "m"} | request_, "response": {"created": 1_790_000_000, "usage": usage}}
+    (kept,), trace = read(write(tmp_path, lines(row)))
+    assert (kept.messages, kept.input_tokens) == (None, 300)
+    assert any("replayed by their lengths" in note for note in trace.notes)
+
+
+def test_openai_tools_without_usage_are_said_to_be_missing(tmp_path):
+    body = {"model": "m", "messages": ASKED, "tools": [{"type": "function", "function": {"name": "f"}}]}
+    (kept,), trace = read(write(tmp_path, lines({"custom_id": "1", "url": "/v1/chat/completions", "body": body})))
+    assert kept.messages == ({"role": "user", "content": "q"},)
+    assert any("define tools, which are not sent" in note for note in trace.notes)
 
 
 def test_openai_shapes(tmp_path):
@@ -526,6 +555,12 @@ def test_langfuse_counts_cached_tokens_once(tmp_path, usage, want):
 )
 def test_langfuse_refuses_what_is_ambiguous(tmp_path, usage, words):
     assert words in problem(write(tmp_path, lines(generation(**usage))))
+
+
+def test_langfuse_prompts_with_tools_are_replayed_by_their_lengths(tmp_path):
+    for asked, messages in (({"messages": ASKED}, tuple(ASKED)), ({"messages": ASKED, "tools": [CALL]}, None)):
+        ((record,), _) = read(write(tmp_path, lines(generation(input=9, output=2) | {"input": asked})))
+        assert (record.messages, record.input_tokens) == (messages, 9)
 
 
 def test_langfuse_sample_and_snake_case(tmp_path):
@@ -789,3 +824,8 @@ def test_s3_objects(s3):
         open_trace("s3://bucket/cut")
     with pytest.raises(TraceError, match="BUCKET/KEY"):
         open_trace("s3://bucket")
+
+
+def test_the_readme_has_every_field_of_our_lines():
+    fields = (SAMPLES / "README.md").read_text().split("## Our JSON Lines")[1]
+    assert [name for name in FIELDS if f"`{name}`" not in fields] == []

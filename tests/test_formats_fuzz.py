@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import random
 import time
 import tracemalloc
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from harness import source as source_module
 from harness.errors import TraceError
 from harness.formats import FORMATS
-from harness.trace import open_trace
+from harness.records import open_trace
 from harness.traces.shape import measure
 
 SAMPLES = Path(__file__).resolve().parent.parent / "scenarios" / "traces"
@@ -137,6 +138,39 @@ def survives(path: Path, **options: object) -> None:
     assert trace.rows_read == trace.rows_kept + sum(trace.rows_dropped.values())
     assert shape.rows == trace.rows_kept > 0
     assert len(trace.rows_dropped) < 40
+
+
+@pytest.mark.parametrize(
+    ("format_", "line"),
+    [
+        ("mooncake", {"timestamp": 1, "input_length": 1, "output_length": 1, "hash_ids": [1], "%": 1}),
+        (
+            "ragpulse",
+            {"timestamp": "1", "input_length": 1, "output_length": 1, "hash_ids": {"%": []}, "session_id": "a"},
+        ),
+        ("langfuse", {"type": "GENERATION", "startTime": "2026-01-01 00:00:00", "usageDetails": {"%": 1}}),
+        ("openai", {"custom_id": "1", "url": "%", "body": {}}),
+        ("jsonl", {"arrival_s": 1, "%": 1}),
+    ],
+)
+def test_what_a_file_names_is_said_short_and_harmlessly(tmp_path, format_, line):
+    path = tmp_path / "t"
+    for evil in ("[" * 100_000, "\x1b]0;you\x07"):
+        path.write_text(json.dumps(line).replace("%", json.dumps(evil)[1:-1]))
+        with pytest.raises(TraceError) as caught:
+            list(open_trace(path, format=format_))
+        assert len(str(caught.value)) < 1500
+        assert str(caught.value).isprintable()
+
+
+def test_a_row_of_another_century_is_refused_and_the_others_stay(tmp_path):
+    path = tmp_path / "t"
+    rows = [f"{year}-11-16 18:17:0{i}.5,34,12" for i, year in enumerate((2023, 2023, 2523))]
+    path.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows, ""]))
+    with pytest.raises(TraceError, match=r":4: arrives 500 years after the first row") as caught:
+        measure(open_trace(path))
+    assert caught.value.line == 4
+    assert measure(open_trace(path, skip_bad=True)).span_s == 1.0
 
 
 @pytest.mark.parametrize("name", WHOLE)

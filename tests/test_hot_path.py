@@ -258,8 +258,9 @@ def test_what_cannot_be_read_is_refused(path: Any, template: Template) -> None:
     reader.add(here.fileno(), there)
     with pytest.raises(ValueError, match="cannot be added"):
         reader.add(here.fileno(), there)
-    with pytest.raises((OSError, ValueError)):
-        reader.add(1_000_000, there)
+    for closed in (1_000_000, 2**31 - 1):
+        with pytest.raises((OSError, ValueError)):
+            reader.add(closed, there)
     reader.remove(here.fileno())
     reader.remove(here.fileno())  # twice is no error
     reader.keep_all(here.fileno())
@@ -285,6 +286,35 @@ def test_the_compiled_path_believes_no_template_of_another_kind() -> None:
     reader.close()
     here.close()
     there.close()
+
+
+@pytest.mark.skipif(not hot_path.COMPILED, reason="no compiled hot path here")
+def test_the_compiled_path_survives_a_template_that_adds_connections() -> None:
+    """Its table of lanes grows, and moves, while the template is asked."""
+    reader, kept = hot_path.Reader(), hot_path.Kept()
+    pairs = [socket.socketpair() for _ in range(200)]
+    told: list[bytes] = []
+    source: Any = SimpleNamespace(received=lambda data, stamp: told.append(data), other=lambda data, stamp: None)
+
+    class Adding:
+        upper, before = False, BEFORE
+
+        @property
+        def after(self) -> bytes:
+            for here, _ in pairs[1:]:
+                reader.add(here.fileno(), source)
+            return AFTER + b"\n\n\r\n"
+
+    reader.add(pairs[0][0].fileno(), source)
+    reader.keep_texts(pairs[0][0].fileno(), kept, Adding())  # type: ignore[arg-type]
+    pairs[0][1].sendall(plain(b"text"))
+    pairs[1][1].sendall(b"other")
+    reader.read()
+    assert (kept.texts(), told) == ([b"text"], [b"other"])
+    reader.close()
+    for here, there in pairs:
+        here.close()
+        there.close()
 
 
 @pytest.mark.skipif(

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from run_files import MS, SPEC, TIER, S, bad, good, write_run
 
 from analysis import columns, metrics
+from analysis.labels import label_runs
 from analysis.load import read_run
 from analysis.show import curves as reduce
-from analysis.show.compared import label_runs
+from analysis.show.compared import compare_runs
 from analysis.show.curves import EDGES, cumulative, curves, over_time, promises
 from analysis.show.page import LONGEST, plain, render_page, write_page
 from analysis.show.report import render_json
@@ -534,3 +535,28 @@ def test_browser_runs_nothing_that_a_server_wrote(visit, tmp_path):
     tab.wait_for_timeout(200)
     assert tab.evaluate("window.hacked") is None
     assert tab.locator("img").count() == 0
+
+
+def test_the_limit_of_a_percentile_is_drawn(tmp_path):
+    options = {"spec": replace(SPEC, slo={"ttft_p95": 0.2, "tpot": 0.1})}
+    slow = [good(k, k * 50 * MS, ttft_ms=60) for k in range(400)]
+    one, two = view(tmp_path / "a", label="a", **options), view(tmp_path / "b", slow, label="b", **options)
+    assert one.charts is not None
+    marked = {
+        c.title: [(m.axis, m.at, m.label) for m in c.marks] for c in one.charts.distributions + one.charts.timeline
+    }
+    assert marked["TTFT: share of successful requests within"] == [("x", 0.2, "SLO p95")]
+    assert marked["TTFT"] == [("y", 0.2, "SLO p95")]
+    assert marked["ITL"] == []
+    against = {c.title: [m.label for m in c.marks] for c in compare_runs([one, two]).load}
+    assert against["TTFT, median"] == []
+    assert [labels for title, labels in against.items() if title.startswith("TTFT, p")] == [["SLO p95"]]
+
+
+def test_a_few_odd_short_gaps_do_not_fill_a_picture(tmp_path):
+    rows = [good(k, k * 50 * MS, itl_ms=10, tokens=100) for k in range(60)]
+    rows[0].chunk_ns = [t if i != 50 else rows[0].chunk_ns[49] + 2000 for i, t in enumerate(rows[0].chunk_ns)]
+    v = view(tmp_path / "a", rows)
+    assert v.charts is not None
+    itl = [c for c in v.charts.distributions if c.title.startswith("ITL")]
+    assert [min(c.x) > 0.005 for c in itl] == [True, True]

@@ -327,3 +327,35 @@ def test_the_hot_path_keeps_texts_alone(path: Any) -> None:
     assert learned == [1], "learned once, from the first event"
     assert texts == [b" t%d" % i for i in range(1, 60)]
     assert len(listed(stream.response).chunk_ns) == 60
+
+
+REASONING, CONTENT = SHAPES[3], '{"choices":[{"delta":{"content":%s}}]}'
+ODD_ONE = '{"choices":[{"delta":{"content":%s},"logprobs":[]}]}'
+
+
+@pytest.mark.parametrize("every", [1, 3, 4, 5, 13])
+@pytest.mark.parametrize(
+    ("shapes", "least"),
+    [
+        pytest.param([REASONING] * 20 + [CONTENT] * 180, 180, id="it thinks, then answers"),
+        pytest.param([ODD_ONE] + [CONTENT] * 199, 180, id="the first event is like no other"),
+        pytest.param(([CONTENT] * 19 + [None]) * 10, 60, id="a comment now and then"),
+    ],
+)
+def test_an_answer_that_changes_is_recognised_again(shapes: list[str | None], least: int, every: int) -> None:
+    """However few reads are parsed at a time: a slow stream has no four of them between two looks at it."""
+    reads = [chunk(b": ping\n\n" if s is None else said(s, b'"t%d"' % i)) for i, s in enumerate(shapes)]
+    kept = 0
+    feed_kept = Response.feed_kept
+
+    def count(response: Response, template: Template, texts: Any) -> None:
+        nonlocal kept
+        kept += len(texts)
+        feed_kept(response, template, texts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Response, "feed_kept", count)
+        patch.setattr(_Usual, "head", b"%x")
+        stream, _, _ = through_a_socket([*reads, chunk(DONE) + END], set(range(1, 200, every)), hot_path)
+    assert len(listed(stream.response).chunk_ns) == 200 - shapes.count(None)
+    assert kept >= least

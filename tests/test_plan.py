@@ -32,7 +32,7 @@ from harness.plan import (
     read_plan_info,
 )
 from harness.prompts import Vocabulary
-from harness.trace import Trace, open_trace
+from harness.records import Trace, open_trace
 
 SAMPLES = Path(__file__).resolve().parent.parent / "scenarios" / "traces"
 VOCABULARY = Vocabulary.from_ids(range(100, 5000))

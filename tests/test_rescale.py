@@ -15,7 +15,7 @@ from harness.build import build_plan
 from harness.errors import PlanError, UsageError
 from harness.plan import PlanInfo, PlanSpec, iter_requests, plan_sha256, read_plan_info
 from harness.prompts import Vocabulary
-from harness.trace import open_trace
+from harness.records import open_trace
 from harness.traces import stats as stats_module
 from harness.traces.rescale import MOST_SHIFT_NS, parse_growth, spread
 from harness.traces.stats import arrival_stats, counts_between, length_stats

@@ -22,8 +22,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from harness.cli.trace import trace as verbs
 from harness.errors import HarnessError, TraceError, UsageError
+from harness.records import TraceRecord, open_trace
 from harness.tokenizer import load_tokenizer
-from harness.trace import TraceRecord, open_trace
 from harness.traces import prefix as prefix_module
 from harness.traces.anonymize import anonymize, count_tokens
 from harness.traces.distributions import parse_arrivals, parse_lengths

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from harness.build import build_plan
 from harness.plan import PlanInfo, PlanSpec, Request, iter_prompt_ids, iter_requests
 from harness.prompts import Vocabulary
-from harness.trace import TraceRecord, open_trace
+from harness.records import TraceRecord, open_trace
 from harness.traces.ideal import IdealReuse
 from harness.traces.reuse import prompt_reuse
 from harness.traces.shape import measure

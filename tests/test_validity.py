@@ -13,6 +13,7 @@ from run_files import MS, SPEC, TIER, S, bad, good, watch, write_run
 from analysis import load, metrics
 from analysis.load import read_run
 from analysis.summary import summarise
+from harness.results import ERRORS, Result
 from harness.run import Host, Replica, RunDir, Worker, read_manifest, write_manifest
 
 REPLICA = Replica(index=0, base_url="http://127.0.0.1:1/v1")
@@ -201,6 +202,25 @@ def test_one_start_token_is_not_a_mismatch_but_two_lengths_are(tmp_path):
     assert check(summary(tmp_path / "3", changed(20, input_tokens=12), plan=as_planned()), "input_tokens").ok is False
 
 
+def test_a_live_conversation_says_how_its_inputs_differ_and_fails_for_none(tmp_path):
+    path = write_run(tmp_path / "run", changed(20, input_tokens=9), plan=as_planned())
+    manifest = read_manifest(path)
+    write_manifest(RunDir(path), replace(manifest, plan=replace(manifest.plan, conversation="live")))
+    said = check(summarise(read_run(path)), "input_tokens")
+    assert (said.ok, said.observed) == (
+        None,
+        "live conversation: 100.0% of 20 differ, 180 tokens for 160 asked (+12.5%)",
+    )
+
+
+def test_a_turn_without_history_is_a_failure_that_was_offered(tmp_path):
+    """It was never sent because the server failed the turn before it: it counts against the server, as that one."""
+    dropped = Result(19, 19 * 100 * MS, error="no_history", detail="request 18 of its session failed (server)")
+    s = summary(tmp_path, [*rows(18), bad(18), dropped])
+    assert (s.requests.failed, s.requests.unfinished, s.requests.offered) == (2, 0, 20)
+    assert ERRORS["no_history"] in [e.meaning for e in s.errors]
+
+
 def test_what_has_no_plan_or_no_count_is_not_checked(tmp_path):
     unknown = {i: {"input_tokens": None, "output_tokens": None} for i in range(20)}
     s = summary(tmp_path, plan=unknown)
@@ -208,7 +228,9 @@ def test_what_has_no_plan_or_no_count_is_not_checked(tmp_path):
     assert check(s, "token_books").ok is None
     spec = replace(SPEC, endpoint="chat")
     chat = summary(tmp_path / "chat", changed(20, input_tokens=30), plan=as_planned(), spec=spec)
-    assert check(chat, "input_tokens").ok is None and chat.verdict == "VALID"
+    assert check(chat, "input_tokens").ok is True and chat.verdict == "VALID", "a template adds the same to all"
+    wrong = summary(tmp_path / "uneven", changed(10, input_tokens=30), plan=as_planned(), spec=spec)
+    assert check(wrong, "input_tokens").ok is False and wrong.verdict == "INVALID"
 
 
 @pytest.mark.parametrize(

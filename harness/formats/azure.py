@@ -9,7 +9,7 @@ Source: Azure/AzurePublicDataset, ``AzureLLMInferenceDataset2023.md`` and ``...2
 
 from __future__ import annotations
 
-from harness.formats.row import Reader, Row
+from harness.formats.row import Reader, Row, safe
 from harness.formats.values import Columns, IsoClock, called, header_names, tokens
 
 _COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
@@ -48,4 +48,4 @@ class Azure(Reader):
     def notes(self) -> list[str]:
         """Columns that are there and are not replayed."""
         extra = [name for name in self._columns.names if name not in _COLUMNS]
-        return [f"columns not replayed: {', '.join(extra)}"] if extra else []
+        return [f"columns not replayed: {safe(', '.join(extra), 500)}"] if extra else []

@@ -14,7 +14,7 @@ import msgspec
 
 from harness.errors import TraceError
 from harness.formats.jsonl import FIELDS, BlockSizes, Line, row_of
-from harness.formats.row import Reader, Row
+from harness.formats.row import Reader, Row, safe
 from harness.formats.values import decode_error
 from harness.source import Source, magic
 
@@ -96,4 +96,6 @@ def _check(file: Source, schema: Any) -> None:
     if unknown or not schema.names:
         near = {name: difflib.get_close_matches(name, FIELDS, 1, 0.4) for name in unknown}
         hints = ", ".join(f"{name!r}" + (f" (did you mean {best[0]}?)" if best else "") for name, best in near.items())
-        raise TraceError(file.name, None, f"columns that a trace does not have: {hints}; valid: {', '.join(FIELDS)}")
+        raise TraceError(
+            file.name, None, f"columns that a trace does not have: {safe(hints, 500)}; valid: {', '.join(FIELDS)}"
+        )

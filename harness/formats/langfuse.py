@@ -78,8 +78,8 @@ class Langfuse(Reader):
         input_tokens, output_tokens = _tokens(details)
         called(input_tokens, output_tokens)
         asked = observation.get("input")
-        if isinstance(asked, dict):
-            asked = asked.get("messages")
+        if isinstance(asked, dict):  # tools become part of the prompt, so the text would not be all of it
+            asked = None if asked.get("tools") or asked.get("functions") else asked.get("messages")
         return Row(
             arrival_ns,
             input_tokens,

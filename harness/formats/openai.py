@@ -10,7 +10,8 @@
 
 ``usage.prompt_tokens`` (``input_tokens``) contain the cached ones, which are never added. ``created`` is in whole
 seconds since 1970. ``max_tokens`` is a limit, not a length, and is not taken for one. Prompts that are more than text
-(images, tool calls) are not sent; a call that has ``usage`` is then replayed by its lengths, others are refused.
+(images, tool calls, definitions of tools) are not sent; a call that has ``usage`` is then replayed by its lengths.
+Without it, the text beside definitions of tools is sent alone, and a note says so; others are refused.
 
 Source: OpenAI API reference (Batch, Chat, Completions, Responses).
 """
@@ -36,7 +37,7 @@ class OpenAI(Reader):
 
     def __init__(self) -> None:
         self._copies = Copies("custom_id")
-        self._not_text = 0
+        self._not_text = self._without_tools = 0
 
     @staticmethod
     def sniff(record: bytes) -> bool:
@@ -64,6 +65,11 @@ class OpenAI(Reader):
         text, messages, prompt_ids = _prompt(request)
         if input_tokens is None:
             input_tokens = prompt_ids
+        if request.get("tools") or request.get("functions"):
+            if input_tokens is None:
+                self._without_tools += 1
+            else:
+                text = messages = None
         if text is None and messages is None:
             if input_tokens is None:
                 raise RowError("no text", "neither a prompt of text only nor usage: nothing to send")
@@ -82,9 +88,15 @@ class OpenAI(Reader):
 
     def notes(self) -> list[str]:
         """Prompts that cannot be sent as they are."""
-        if not self._not_text:
-            return []
-        return [f"{self._not_text} prompts are more than text (images, tools): replayed by their lengths"]
+        said = []
+        if self._not_text:
+            said.append(f"{self._not_text} prompts are more than text (images, tools): replayed by their lengths")
+        if self._without_tools:
+            said.append(
+                f"{self._without_tools} requests define tools, which are not sent: their prompts are shorter than they "
+                "were in production"
+            )
+        return said
 
 
 def _shape(value: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

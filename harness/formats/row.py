@@ -37,20 +37,30 @@ class Row(NamedTuple):
     timeout_s: float | None = None
 
 
+def safe(words: str, most: int) -> str:
+    """``words`` in at most so many characters, the middle left out, without any that a terminal would obey."""
+    if len(words) > most:
+        words = f"{words[: most // 2]} ... {words[5 - most // 2 :]}"
+    return words if words.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+
+
 class RowError(Exception):
-    """A record that is not a row of its format. ``reason`` is a short class to count by; the message says it all."""
+    """A record that is not a row of its format. ``reason`` is a short class to count by; the message says it all.
+
+    Files name what stands in messages and reasons, so both are made `safe`.
+    """
 
     def __init__(self, reason: str, problem: str) -> None:
         self.reason = reason
-        super().__init__(problem)
+        super().__init__(safe(problem, 1000))
 
 
 class LeftOutError(Exception):
     """A well-formed row that is not to be replayed, but counted under ``reason``: a failed call, a copy."""
 
     def __init__(self, reason: str) -> None:
-        self.reason = reason
-        super().__init__(reason)
+        self.reason = safe(reason, 100)
+        super().__init__(self.reason)
 
 
 class FailedCallError(LeftOutError):

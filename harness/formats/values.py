@@ -203,6 +203,8 @@ def plain_messages(value: Any) -> tuple[dict[str, str], ...] | None:
     for message in value:
         if not isinstance(message, dict):
             return None
+        if message.get("tool_calls") or message.get("function_call"):
+            return None  # beside a text too: without it the prompt is another one
         role, content = message.get("role"), message.get("content")
         if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
             # One text part is the same as the text.

@@ -13,8 +13,8 @@ from dataclasses import replace
 from itertools import islice
 
 from harness.errors import TraceError, UsageError
+from harness.records import TraceRecord
 from harness.tokenizer import TextTokenizer
-from harness.trace import TraceRecord
 
 BLOCK_TOKENS = 16
 """vLLM's own block size."""

@@ -130,7 +130,7 @@ def _number(text: str) -> float | None:
 def draw_lengths(
     input_tokens: Distribution, output_tokens: Distribution, seed: int
 ) -> Callable[[], Callable[[], tuple[int, int]]]:
-    """For `harness.trace.open_trace`: each call begins the same sequence of (input, output) tokens anew."""
+    """For `harness.records.open_trace`: each call begins the same sequence of (input, output) tokens anew."""
 
     def start() -> Callable[[], tuple[int, int]]:
         rng = np.random.default_rng(seed)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from harness.trace import TraceRecord
+from harness.records import TraceRecord
 from harness.traces.prefix import Prefix, PrefixCache
 from harness.traces.turns import BLOCK_TOKENS, Turns, accumulates
 

@@ -9,8 +9,9 @@ import numpy.typing as npt
 
 from harness.arrivals import Times
 from harness.chat import Chat
+from harness.formats.row import safe
 from harness.plan import PlanSpec
-from harness.trace import Trace
+from harness.records import Trace
 from harness.traces.rescale import Arrangement
 from harness.traces.stats import ArrivalStats
 from harness.traces.survey import ADAPTERS_LISTED, Survey
@@ -137,7 +138,8 @@ def _requests(spec: PlanSpec, found: Survey, cancelled: npt.NDArray[np.bool_]) -
         )
     if found.adapters:
         more = " and more" if len(found.adapters) > ADAPTERS_LISTED else ""
-        said.append(f"rows ask for their own model: {', '.join(found.adapters[:ADAPTERS_LISTED])}{more}")
+        names = safe(", ".join(found.adapters[:ADAPTERS_LISTED]), 500)
+        said.append(f"rows ask for their own model: {names}{more}")
     if found.open_ended and spec.max_output_tokens is None:
         said.append(
             f"{found.open_ended} rows do not say how many tokens to generate: the server decides "
@@ -156,7 +158,7 @@ def prompt_notes(spec: PlanSpec, found: Survey, chat: Chat | None) -> list[str]:
         said.append(
             f"{prefix.continued_turns} turns continue their session: each prompt begins with the one before it and a "
             f"made-up answer of the recorded length; an unlimited cache would find {prefix.hit_rate_tokens:.1%} of "
-            "input tokens"
+            f"input tokens, in blocks of {'/'.join(map(str, prefix.block_tokens))}"
         )
         if prefix.independent_turns:
             said.append(
@@ -165,8 +167,8 @@ def prompt_notes(spec: PlanSpec, found: Survey, chat: Chat | None) -> list[str]:
             )
     if chat is None and spec.as_text:
         said.append(
-            "no chat template lies beside the tokenizer, so what the server's adds comes on top of the planned input "
-            "lengths: give the model's folder (--tokenizer FOLDER)"
+            "no chat template lies beside the tokenizer: what the server's adds comes on top of the planned input "
+            "lengths; if the model's folder has one, give that (--tokenizer FOLDER)"
         )
     if chat is None:
         return said

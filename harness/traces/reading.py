@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UsageError
-from harness.trace import Trace, open_trace
+from harness.records import Trace, open_trace
 
 
 def open_asked(trace: Path, options: dict[str, Any], *, arrivals_only: bool = False) -> Trace:

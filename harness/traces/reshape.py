@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from harness.errors import TraceError, UsageError
-from harness.trace import Trace, TraceRecord
+from harness.records import Trace, TraceRecord
 
 Records = Callable[[], Iterable[TraceRecord]]
 

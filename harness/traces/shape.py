@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from harness.trace import TraceRecord
+from harness.records import TraceRecord
 from harness.traces.ideal import IdealReuse
 from harness.traces.prefix import Prefix
 from harness.traces.stats import WINDOWS_S, dispersion, worst

@@ -10,7 +10,8 @@ from harness.traces.shape import Lengths, Shape
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _SHADES = " ░▒▓█"
-_WIDTH = 40
+_BURST = 5
+"""Fewest requests that are called a burst."""
 
 
 def described(facts: dict[str, Any], shape: Shape) -> str:
@@ -65,7 +66,7 @@ def _bars(values: Sequence[float]) -> str:
 
 def _times(shape: Shape, grid_s: float | None) -> list[str]:
     if shape.span_s is None:
-        return ["times     none: can only be sent in a closed loop (--concurrency)"]
+        return ["times     none: send it in a closed loop (--concurrency) or at drawn times (--arrivals poisson)"]
     rate = f", {shape.mean_rate:.4g} requests/s" if shape.mean_rate else ""
     lines = [f"span      {_duration(shape.span_s)}{rate}; {shape.instants} different instants"]
     if grid_s is not None:
@@ -78,7 +79,7 @@ def _times(shape: Shape, grid_s: float | None) -> list[str]:
     if bursts:
         lines.append(f"bursts    variance/mean of counts {', '.join(bursts)} (Poisson: 1)")
     for name, worst in (("second", shape.worst_second), ("minute", shape.worst_minute)):
-        if worst:
+        if worst and worst["requests"] >= _BURST:  # of two requests in one second nothing follows
             lines.append(
                 f"          worst {name}: {worst['requests']} requests, {worst['ratio_to_mean']:.3g} times the mean, "
                 f"at {_duration(worst['start_s'])}"
@@ -106,14 +107,16 @@ def _joint(shape: Shape) -> list[str]:
     if shape.joint is None or shape.rank_correlation is None:
         return []
     table: Any = shape.joint["rows"]
+    inputs: Any = shape.joint["input_from"]
+    outputs: Any = shape.joint["output_from"]
     top = max(max(row) for row in table)
-    lines = [f"joint     rank correlation of input and output {shape.rank_correlation:+.2f}"]
-    for start, row in zip(shape.joint["input_from"], table, strict=True):
-        cells = "".join(_SHADES[-(-4 * count // top)] * 3 for count in row)
-        lines.append(f"{start!s:>18} {cells}")
-    starts: Any = shape.joint["output_from"]
-    columns = "".join(f"{_short(start):<3}" for start in starts)
-    lines.append(f"   input ^ output: {columns}")
+    lines = [
+        f"joint     rank correlation of input and output {shape.rank_correlation:+.2f}; requests by input (down) and "
+        "output tokens (across), from:",
+        f"{'':19}{''.join(f'{_short(start):<5}' for start in outputs)}",
+    ]
+    for start, row in zip(inputs, table, strict=True):
+        lines.append(f"{_short(start):>18} {''.join(_SHADES[-(-4 * count // top)] * 5 for count in row)}")
     return lines
 
 
@@ -137,12 +140,16 @@ def _prefix(shape: Shape) -> str:
     p = shape.prefix
     sampled = f"; estimated from 1 in {p.sampled} blocks" if p.sampled > 1 else ""
     sizes = "/".join(map(str, p.block_tokens))
+    text = f"; {shape.rows_with_text} rows of text not counted" if shape.rows_with_text else ""
     turns = ""
     if p.continued_turns is not None:
-        turns = f"; {p.continued_turns} turns continue their session, {p.independent_turns} do not"
+        turns = (
+            f", if turns go on from the one before them: {p.continued_turns} are long enough to, {p.independent_turns} "
+            "are not"
+        )
     return (
         f"prefix    ideal cache hit {p.hit_rate_blocks:.1%} of blocks of {sizes} tokens, {p.hit_rate_tokens:.1%} of "
-        f"tokens{sampled}{turns}"
+        f"tokens{sampled}{turns}{text}"
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from harness.arrivals import Times
 from harness.errors import PlanError, UsageError
-from harness.trace import Trace, TraceRecord
+from harness.records import Trace, TraceRecord
 from harness.traces.ideal import IdealReuse
 from harness.traces.rescale import Units
 from harness.traces.reshape import place

@@ -27,8 +27,8 @@ import numpy.typing as npt
 
 from harness.errors import TraceError, UsageError
 from harness.formats.row import MAX_TOKENS
+from harness.records import TraceRecord
 from harness.source import open_source, unpack
-from harness.trace import TraceRecord
 from harness.traces.distributions import Distribution, Floats
 
 _BATCH = 4096

@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Hashable
 from typing import NamedTuple
 
-from harness.trace import TraceRecord
+from harness.records import TraceRecord
 
 BLOCK_TOKENS = 16
 """What a conversation shares is counted in blocks of vLLM's own size: only whole ones are found again."""

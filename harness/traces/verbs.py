@@ -13,7 +13,7 @@ import msgspec
 
 from harness.errors import EXIT_VALID, UsageError
 from harness.progress import console
-from harness.trace import Trace, TraceRecord
+from harness.records import Trace, TraceRecord
 from harness.traces.reading import open_asked
 from harness.traces.shape import Shape, measure
 from harness.traces.shape_text import compared, described

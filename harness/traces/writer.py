@@ -14,7 +14,7 @@ import msgspec
 
 from harness.errors import TraceError, UsageError
 from harness.formats.jsonl import FIELDS
-from harness.trace import TraceRecord
+from harness.records import TraceRecord
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _BATCH = 4096

@@ -89,7 +89,7 @@ def one(path: str, spec: dict[str, Any]) -> None:
     from harness.build import build_plan
     from harness.plan import PlanSpec
     from harness.prompts import Vocabulary
-    from harness.trace import open_trace
+    from harness.records import open_trace
 
     vocabulary = Vocabulary.from_ids(range(100, 49_000))
     if spec.get("as_text"):

@@ -89,7 +89,7 @@ def main() -> None:
 
 def one(path: str) -> None:
     sys.path.insert(0, str(ROOT))
-    from harness.trace import open_trace
+    from harness.records import open_trace
     from harness.traces.shape import measure
 
     shape = measure(open_trace(path))
