@@ -16,6 +16,7 @@ from analysis.intervals import Quantity
 from analysis.load import read_run
 from analysis.metrics import Counts, Tokens, Window
 from analysis.money.price import Cost, Split
+from analysis.show import report
 from analysis.show.report import render_json, render_markdown, render_text
 from analysis.summary import ErrorCount, Metrics, Rates, Server, Slo, Summary, summarise
 from analysis.validity import Check
@@ -136,3 +137,11 @@ def test_a_missed_slo_is_said_beside_the_price(tmp_path):
     said = text(s)
     assert "MISSED" in said
     assert "not a price to sell at" in said
+
+
+def test_a_percentile_of_too_few_independent_requests_says_what_they_are_worth() -> None:
+    note = "needs 59 independent requests: these 60 are worth about 15"
+    alike = Quantity(value=None, n=60, unit="s", evidence="measured", note=note)
+    assert report.value(alike, str) == "n≈15<59"
+    assert report.value(replace(alike, note="needs 299 requests, has 60"), str) == "n<299"
+    assert report.value(replace(alike, note="no requests to measure"), str) == "-"

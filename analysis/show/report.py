@@ -19,6 +19,7 @@ from analysis.labels import clean as clean
 from analysis.summary import Summary
 
 _MARKDOWN = re.compile(r"([\\`*\[\]<>|])")
+_ALIKE = re.compile(r"needs (\d+) independent .* worth about (\d+)$")
 _NEEDS = re.compile(r"needs (\d+) \w+, has ")
 DETAIL_CHARS = 90
 Section = tuple[Sequence[str], list[Sequence[str]]]
@@ -238,10 +239,14 @@ def closing(summary: Summary) -> list[tuple[str, list[str]]]:
 
 
 def value(q: Quantity, style: object) -> str:
-    """A figure, ``n<299`` when the sample is too small for it, ``-`` when it is not known."""
+    """A figure, ``n<299`` when the sample is too small for it, ``n≈60<299`` when its requests are too alike to count as
+    more than 60, ``-`` when it is not known.
+    """
     if q.value is not None:
         assert callable(style)
         return str(style(q.value))
+    if alike := _ALIKE.match(q.note or ""):
+        return f"n≈{alike[2]}<{alike[1]}"
     needs = _NEEDS.match(q.note or "")
     return f"n<{needs[1]}" if needs else "-"
 
