@@ -166,9 +166,9 @@ def input_tokens(run: Run) -> Check:
         return _live_input(asked, got)
     more = float(got[0] - asked[0]) if len(got) else 0.0
     constant = all(bool((got[p] - asked[p] == more).all()) for p in arrays.blocks(len(got)))
-    if constant and more > 0 and (chat or more <= BOS_TOKENS):
+    if constant and more and (chat or 0 < more <= BOS_TOKENS):
         what = "the server's chat template" if chat else "a start token the server adds"
-        observed = f"every prompt has {more:.0f} more than planned ({what})"
+        observed = f"every prompt has {more:+.0f} tokens against the plan ({what})"
         return check("input_tokens", True, observed, "as planned, or one constant offset", "")
     advice = "the plan's tokenizer is not the server's: build the plan with the served model's own"
     return _mismatch("input_tokens", asked, got, advice)

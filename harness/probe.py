@@ -5,6 +5,7 @@ Plain, blocking, with deadlines; nothing here runs while requests are being time
 
 from __future__ import annotations
 
+import re
 import ssl
 import urllib.error
 import urllib.request
@@ -19,6 +20,10 @@ from harness.errors import ServerError, UsageError, unknown_name
 DEADLINE_S = 15.0
 START_TIME = "process_start_time_seconds"
 """Prometheus clients' own gauge: when the server process began."""
+CACHE_INFO = "vllm:cache_config_info"
+"""Its labels are the cache's settings. Kept: "vllm:cache_config_info block_size" (tokens in a block of the KV cache)
+and "vllm:cache_config_info num_gpu_blocks" (blocks it holds, on whatever device)."""
+_CACHE_SETTING = re.compile(r'[{,](block_size|num_gpu_blocks)="(\d{1,15})"')
 
 # Environment proxies are ignored: a load test must know where its questions go, as it does for its load.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -158,16 +163,20 @@ def counters(base_url: str, api_key: str | None) -> dict[str, float] | None:
 def parse_counters(text: str) -> dict[str, float]:
     """Prometheus text -> {name: value} for ``vllm:`` counters and sums, each summed over its labels.
 
-    Also ``process_start_time_seconds``, which tells a restart, when there are counters beside it.
+    Also, when there are counters beside it, ``process_start_time_seconds``, which tells a restart, and of several
+    engines the last one's settings of its cache (`CACHE_INFO`).
     """
     totals: dict[str, float] = {}
+    beside: dict[str, float] = {}
     for line in text.splitlines():
         series, _, value = line.rpartition(" ")
         name = series.partition("{")[0]
+        if name == CACHE_INFO:
+            beside |= {f"{CACHE_INFO} {key}": float(number) for key, number in _CACHE_SETTING.findall(series)}
         if name != START_TIME and not (name.startswith("vllm:") and name.endswith(("_total", "_sum", "_count"))):
             continue
         try:
             totals[name] = totals.get(name, 0.0) + float(value)
         except ValueError:
             continue
-    return totals if totals.keys() - {START_TIME} else {}
+    return totals | beside if totals.keys() - {START_TIME} else {}

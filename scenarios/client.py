@@ -11,14 +11,12 @@ Not followed on purpose: redirects and proxy settings of the environment. A load
 from __future__ import annotations
 
 import resource
-from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic_ns
 from typing import Any
 
 import gevent
-import numpy as np
 
 from harness.errors import UsageError
 from harness.results import Result
@@ -140,9 +138,7 @@ class Client:
         (request_id, scheduled_ns) is filled in; ``ended`` is called as soon as the answer ended, in the middle of the
         event loop: it must only note that or wake someone. ``answered`` gets what was said, after the row.
         """
-        stream = Stream(result, payload, self._choose(slice_), self._api_key, ended, slice_)
-        if answered is not None:
-            stream.response = ToldResponse(self._api_key, answered)
+        stream = Stream(result, payload, self._choose(slice_), self._api_key, ended, slice_, answered)
         result.sent_ns = stream.sent_ns - self.start_mono_ns
         self._active.add(stream)
         if cancel_after_ns is not None or timeout_ns is not None:
@@ -197,7 +193,7 @@ class Client:
             return False
         pause_s = min(RETRY_S * 2.0**result.retries, RETRY_MOST_S)
         result.retries += 1
-        _begin(stream, monotonic_ns() + int(pause_s * 1e9))  # no timeout before that
+        stream.begin(monotonic_ns() + int(pause_s * 1e9))  # no timeout before that
         stream.retry = self.loop.timer(pause_s)
         stream.retry.start(self._retry, stream, update=True)
         return True
@@ -205,7 +201,7 @@ class Client:
     def _retry(self, stream: Stream) -> None:
         stream.retry.close()
         stream.retry = None
-        _begin(stream, monotonic_ns())
+        stream.begin(monotonic_ns())
         stream.target.in_flight -= 1
         stream.target = self._choose(stream.slice)
         self._go(stream)
@@ -296,26 +292,11 @@ class Client:
             self._finish(stream)
 
     def _finish(self, stream: Stream) -> None:
-        """Fill the row from the answer; what the client itself saw (a timeout, a stop) outranks what the bytes say."""
-        response, result = stream.response, stream.result
-        if not response.done and stream.error is None:
-            response.eof("the answer went on after its end")
-        facts = response.facts()
-        start = self.start_mono_ns
-        if self._stream:
-            result.chunk_ns = _since(start, facts.chunk_ns)
-            result.chunk_tokens = facts.chunk_tokens
-        result.input_tokens = facts.input_tokens
-        result.cached_tokens = facts.cached_tokens
-        result.output_tokens = facts.output_tokens
-        result.finish_reason = facts.finish_reason
-        result.http_status = facts.http_status
-        result.error, result.detail = facts.error, facts.detail
-        if stream.error is not None:
-            result.error, result.detail = stream.error[0], clean(stream.error[1], self._api_key)
-        self._record(result)
-        if isinstance(response, ToldResponse):
-            response.answered(result, response.answer)
+        """Hand over the row, and then what was said to whoever wants to know."""
+        stream.fill(self.start_mono_ns, timed=self._stream)
+        self._record(stream.result)
+        if isinstance(stream.response, ToldResponse):
+            stream.response.answered(stream.result, stream.response.answer)
 
     def hand_over(self, stream: Stream) -> None:
         """Parse an answer that ended now, before its turn, and hand over its row, unless that was done."""
@@ -392,22 +373,6 @@ class Client:
             watcher.stop()
             watcher.close()
         self.reader.close()
-
-
-def _since(start_ns: int, stamps: array[int]) -> array[int]:
-    """Turn stamps into times since ``start_ns``, in place."""
-    if stamps:
-        times = np.frombuffer(stamps, dtype=np.int64)
-        times -= start_ns
-    return stamps
-
-
-def _begin(stream: Stream, now_ns: int) -> None:
-    """Begin another try; who waits for the answer waits for that of the last."""
-    before = stream.response
-    stream.begin(now_ns)
-    if isinstance(before, ToldResponse):
-        stream.response = ToldResponse(stream.secret, before.answered)
 
 
 def _parse(stream: Stream) -> None:

@@ -1,8 +1,8 @@
 """From the bytes of one HTTP answer and the time each read arrived, to the facts of a result row.
 
-HTTP/1.1 framing (chunked, Content-Length, or until the connection closes), cut into server-sent events; `completion`
-knows what those mean. No I/O and no clock: the client stamps and keeps reads, and calls `Response.feed` when it has
-time. How reads were cut never changes the facts, only the stamps they carry.
+HTTP/1.1 framing (chunked, Content-Length, or until the connection closes), cut into server-sent events; `head` knows
+what the headers say, `completion` what the events mean. No I/O and no clock: the client stamps and keeps reads, and
+calls `Response.feed` when it has time. How reads were cut never changes the facts, only the stamps they carry.
 
 Sources: RFC 9112 (HTTP/1.1), WHATWG HTML section 9.2 (server-sent events).
 """
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from scenarios.completion import Completion, PromptDetails, Usage, clean, message_in
+from scenarios.head import read_head
 from scenarios.hot_path import Kept
 from scenarios.plain import Template
 
@@ -254,67 +255,22 @@ class Response:
                 _USUAL_HEADS.clear()
             _USUAL_HEADS[head] = self.keep_alive
 
-    def _parse_head(self, head: bytes) -> None:
-        lines = head.decode("latin-1").split("\r\n")
-        match = re.match(r"HTTP/1\.([01]) ([1-9]\d\d)(?: |$)", lines[0])
-        if match is None:
-            self._broken("the status line is not HTTP")
+    def _parse_head(self, raw: bytes) -> None:
+        head = read_head(raw)
+        if head is None:
             return
-        status = int(match[2])
-        if 100 <= status < 200 and status != 101:
-            return  # interim: the real one follows
-        self.status = status
-        headers: dict[str, str] = {}
-        for line in lines[1:]:
-            name, _, value = line.partition(":")
-            name, value = name.strip().lower(), value.strip()
-            if name == "content-length" and headers.get(name, value) != value:
-                self._broken("two different Content-Length headers")
-                return
-            headers[name] = f"{headers[name]}, {value}" if name in headers and name != "content-length" else value
-        self._location = headers.get("location", "")
-        connection = headers.get("connection", "").lower()
-        self.keep_alive = "close" not in connection and (match[1] == "1" or "keep-alive" in connection)
-        problem = self._choose_body(headers) or self._choose_framing(headers)
-        if problem:
-            self._broken(problem)
-
-    def _choose_body(self, headers: dict[str, str]) -> str | None:
-        """Decide how the body is read; what is wrong with it, if anything."""
-        media = headers.get("content-type", "").lower()
-        if self.status != 200:
-            self._body_kind = "error"
-        elif headers.get("content-encoding", "identity").lower() != "identity":
-            return f"a compressed answer ({headers['content-encoding']}) to a request that forbade it"
-        elif "html" in media:
-            return "an HTML page with status 200: this is not the model server's API"
-        else:
-            self._body_kind = "json" if "json" in media else "sse"
-        return None
-
-    def _choose_framing(self, headers: dict[str, str]) -> str | None:
-        """Decide where the body ends; what is wrong with that, if anything."""
-        coding, length = headers.get("transfer-encoding", "").lower(), headers.get("content-length")
-        self.chunked = False
-        if self.status in (101, 204, 304):
-            self._finish()
-        elif coding:
-            if coding != "chunked":
-                return f"unknown Transfer-Encoding {coding!r}"
-            self.chunked = True
-            self.keep_alive = self.keep_alive and length is None
+        self.status, self.keep_alive, self.chunked = head.status, head.keep_alive, head.framing == "chunked"
+        self._body_kind, self._left, self._location = head.body, head.length, head.location
+        if head.problem:
+            self._broken(head.problem)
+        elif head.framing == "chunked":
             self._state = Response._read_chunk_size
-        elif length is not None:
-            if not (length.isascii() and length.isdigit() and len(length) < 16):
-                return "Content-Length is not a number"
-            self._left = int(length)
-            self._state = Response._read_length
-            if self._left == 0:
-                self._finish()
-        else:
-            self.keep_alive = False
+        elif head.framing == "close":
             self._state = Response._read_until_close
-        return None
+        elif head.length:
+            self._state = Response._read_length
+        else:
+            self._finish()
 
     def _read_length(self, raw: bytes, pos: int, ends: list[int], stamps: list[int]) -> int:
         end = min(len(raw), pos + self._left)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from time import monotonic_ns
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from harness.results import Result
+from scenarios.completion import clean
 from scenarios.hot_path import Kept
 from scenarios.plain import Template
 from scenarios.response import Response
+from scenarios.told import Answered, ToldResponse
 
 if TYPE_CHECKING:
     from scenarios.connection import Connection
@@ -30,8 +35,9 @@ class Stream:
     """One request on its way: the row it will become, and what has been read for it."""
 
     __slots__ = (
-        "connection", "ended", "error", "hang_up", "kept", "last_ns", "lazy", "payload", "queued", "raw", "reads",
-        "response", "result", "retry", "secret", "sent_ns", "slice", "stamps", "target", "template", "tried_ns",
+        "answered", "connection", "ended", "error", "hang_up", "kept", "last_ns", "lazy", "payload", "queued", "raw",
+        "reads", "response", "result", "retry", "secret", "sent_ns", "slice", "stamps", "target", "template",
+        "tried_ns",
     )  # fmt: skip
 
     def __init__(
@@ -42,8 +48,10 @@ class Stream:
         secret: str | None,
         ended: Callable[[Result], None] | None,
         slice_: int = 0,
+        answered: Answered | None = None,
     ) -> None:
         self.result = result
+        self.answered = answered
         self.payload = payload
         self.target = target
         self.secret = secret
@@ -57,7 +65,7 @@ class Stream:
 
     def begin(self, now_ns: int) -> None:
         """Forget what was read: it is sent, perhaps again, at ``now_ns``."""
-        self.response = Response(self.secret)
+        self.response = Response(self.secret) if self.answered is None else ToldResponse(self.secret, self.answered)
         self.kept = Kept()  # texts of plain events, and then
         self.reads: list[bytes] = []  # whatever came after those
         self.stamps: list[int] = []
@@ -101,3 +109,30 @@ class Stream:
             if self.template is not None:
                 self.raw = False
                 self.connection.keep_texts(self.kept, self.template)
+
+    def fill(self, start_ns: int, *, timed: bool) -> None:
+        """Fill the row from the answer, times since ``start_ns``, those of chunks where they are ``timed``; what the
+        client itself saw (a timeout, a stop) outranks what the bytes say.
+        """
+        result = self.result
+        if not self.response.done and self.error is None:
+            self.response.eof("the answer went on after its end")
+        facts = self.response.facts()
+        if timed:
+            result.chunk_ns, result.chunk_tokens = _since(start_ns, facts.chunk_ns), facts.chunk_tokens
+        result.input_tokens = facts.input_tokens
+        result.cached_tokens = facts.cached_tokens
+        result.output_tokens = facts.output_tokens
+        result.finish_reason = facts.finish_reason
+        result.http_status = facts.http_status
+        result.error, result.detail = facts.error, facts.detail
+        if self.error is not None:
+            result.error, result.detail = self.error[0], clean(self.error[1], self.secret)
+
+
+def _since(start_ns: int, stamps: array[int]) -> array[int]:
+    """Turn stamps into times since ``start_ns``, in place."""
+    if stamps:
+        times = np.frombuffer(stamps, dtype=np.int64)
+        times -= start_ns
+    return stamps

@@ -40,6 +40,20 @@ def test_a_waiting_turn_is_due_at_the_later_of_its_own_time_and_the_answer_befor
     assert schedule.take(250)[1] == 250, "the answer came late: that is no lag of the generator"
 
 
+@pytest.mark.parametrize(("timed", "order"), [(True, [2, 1, 3]), (False, [1, 2, 3])])
+def test_who_is_late_goes_in_the_order_it_was_due(timed, order):
+    """Else turns, which become due all the time, would hold back the first turns of others for as long as we are late.
+
+    In a closed loop new sessions have no time, and a turn whose time has come goes before them.
+    """
+    at = {0: 0, 2: 30, 3: 40} if timed else {}
+    rows = [planned(i, at.get(i, 1 if timed else None), 0 if i == 1 else None) for i in range(4)]
+    schedule = Schedule(rows, timed=timed)
+    schedule.take(0)
+    schedule.finished(0, 35)
+    assert [schedule.take(100)[0].request_id for _ in range(3)] == order
+
+
 def test_what_was_never_sent_says_when_it_was_due():
     rows = [planned(0, 0), planned(1, 1, after=0, think=5), planned(2, 2, after=1), planned(3, 7)]
     schedule = Schedule(rows, timed=True)
