@@ -34,6 +34,7 @@ import os
 import platform
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -362,6 +363,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HarnessError as e:
         print(f"error: {e}", file=sys.stderr)
         end["exit"], code = str(e), e.exit_code
+    except Exception as e:  # a bug outside of the event loop's callbacks: the harness must hear how this ended, too
+        traceback.print_exc()
+        end["exit"], code = f"internal error: {type(e).__name__}: {e} (see the worker's log)", EXIT_FAILURE
     say("end", **end)
     return code
 

@@ -197,7 +197,9 @@ def test_an_empty_folder_is_a_page_too(tmp_path):
 
 
 def test_ctrl_c_ends_it(folder):
-    code = "from harness.commands.results import open_results; from pathlib import Path; import sys; "
+    # A process that a shell put in the background would ignore SIGINT, and so would its children.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from harness.commands.results import open_results; from pathlib import Path; "
     process = subprocess.Popen(
         [sys.executable, "-c", code + "sys.exit(open_results(Path(sys.argv[1]), 0))", str(folder)],
         cwd=ROOT, env=dict(os.environ), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

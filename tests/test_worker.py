@@ -531,6 +531,7 @@ def run_patched(tmp_path, url, plan, code, **spec):
     lines = process.stdout.read().splitlines()
     words = process.communicate()[1]
     watchdog.cancel()
+    assert lines, f"it said nothing and ended with {process.returncode}: {words}"
     return lines, words
 
 
@@ -540,6 +541,10 @@ def test_a_bug_never_ends_as_a_run_that_looks_sound(fake_server: StartServer, tm
     lines, words = run_patched(tmp_path, fake_server("--ttft", "0.01").url, plan, bug)
     end = json.loads(lines[-1])
     assert "LookupError: a bug" in end["exit"]
+    assert "Traceback" in words
+    bug = "def bug(*_): raise LookupError('a bug')\nw.Client.settle = bug", ""  # not in a callback of the event loop
+    lines, words = run_patched(tmp_path, fake_server("--ttft", "0.01").url, plan, bug)
+    assert "LookupError: a bug" in json.loads(lines[-1])["exit"]
     assert "Traceback" in words
     bug = "def bug(*_): raise LookupError('a bug')\nw.Saturate.send_all = bug", ""
     lines, _ = run_patched(tmp_path, fake_server("--ttft", "0.01").url, plan, bug)
