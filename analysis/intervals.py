@@ -21,9 +21,7 @@ from functools import cache
 import numpy as np
 
 from analysis import arrays
-from analysis.arrays import Bools as Bools
-from analysis.arrays import Floats as Floats
-from analysis.arrays import Ints as Ints
+from analysis.arrays import Bools, Floats, Ints
 from analysis.order_statistics import beyond_all, lower_share, upper_share
 
 ALPHA = 0.05

@@ -21,9 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from analysis import arrays
-from analysis.arrays import Bools as Bools
-from analysis.arrays import Floats as Floats
-from analysis.arrays import Ints as Ints
+from analysis.arrays import Bools, Floats, Ints
 from analysis.columns import CHUNKS, Columns, bools, chunk_arrays, floats, read_facts, read_parts, reduce_chunks
 from analysis.rows import ChunkRows as ChunkRows
 from analysis.rows import Rows as Rows

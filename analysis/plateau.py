@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from analysis import metrics
+from analysis.arrays import Floats
 from analysis.check import Check, limit
-from analysis.intervals import Floats, Quantity, rate
+from analysis.intervals import Quantity, rate
 from analysis.load import Run
 from analysis.metrics import Window
 from analysis.money.price import Cost

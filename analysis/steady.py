@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.intervals import SHORT, Floats, long_run_variance
+from analysis.arrays import Floats
+from analysis.intervals import SHORT, long_run_variance
 
 PLATEAU = 0.9
 """Share of the level that counts as being at it."""

@@ -80,6 +80,12 @@ class ServersActor:
         ``vcpu``: of the tier, when it has no accelerators. ``gpus``: this actor's accelerators were given by a Ray of
         our own, which knows of no other run (a cluster's Ray gives each to one job).
         """
+        try:
+            return self._reserve(vcpu, gpus)
+        except HarnessError as e:
+            return Failed(f"{self._owners[0].name}: {e}")
+
+    def _reserve(self, vcpu: int | None, gpus: bool) -> Reserved | Failed:
         with alone():
             others = [one for one in claims() if one.owner.pid != os.getpid()]
             if gpus:

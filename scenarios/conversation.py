@@ -36,11 +36,6 @@ class Conversations:
         self._open: dict[int, Stream] = {}  # sent, and a turn waits for the answer
         self._said: dict[int, bytes | str] = {}  # request -> history for the turn after it, or why there is none
 
-    @property
-    def held(self) -> int:
-        """Requests whose answers are waited for or kept."""
-        return len(self._open) + len(self._said)
-
     def history(self, planned: Planned) -> bytes | str:
         """What goes before the new part of this turn, or why that is not known. It is forgotten here."""
         if not planned.continues:

@@ -17,6 +17,7 @@ from cluster import claims
 from cluster.actors import Reserved, ServersActor
 from cluster.engine import CommandEngine
 from cluster.replica import Failed
+from harness.errors import ServerError
 
 ENGINE = CommandEngine(name="fake", served_model="fake", argv=("sleep", "600"))
 CPUS = {2, 3, 4, 5}
@@ -178,3 +179,12 @@ def test_ps_shows_what_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_ranges() -> None:
     assert claims.ranges([7, 0, 1, 2, 5]) == "0-2,5,7"
+
+
+def test_a_lock_that_is_kept_is_waited_for_only_so_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(claims, "LOCK_S", 0.1)
+    with claims.alone(), pytest.raises(ServerError, match="keeps this lock"), claims.alone():
+        pass
+    with claims.alone():
+        pass

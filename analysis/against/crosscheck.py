@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from analysis.arrays import Floats
 from analysis.intervals import student_t
-from analysis.load import Floats
 from analysis.summary import Summary
 
 Figures = dict[str, float]

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis import metrics
+from analysis.arrays import Bools, Floats, Ints
 from analysis.intervals import RESAMPLES, ends_of_resamples, samples_needed
-from analysis.load import Bools, Floats, Ints, Run
+from analysis.load import Run
 from analysis.summary import Summary
 
 BLOCKS = 10

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.load import Floats, Rows, Run
+from analysis.arrays import Floats
+from analysis.load import Rows, Run
 from harness.errors import unknown_name
 
 PERCENTILES = (50, 90, 95, 99)

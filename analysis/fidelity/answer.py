@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from analysis import arrays
-from analysis.load import Bools, Floats, Ints
+from analysis.arrays import Bools, Floats, Ints
 
 EXACT = 0.01
 """What is not drawn may differ by this much: rounding to nanoseconds, arrivals on the edge of a window."""

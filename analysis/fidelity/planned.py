@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from analysis.arrays import Floats, Ints
 from analysis.fidelity.answer import (
     EXACT,
     LENGTH_BOUND,
@@ -18,7 +19,6 @@ from analysis.fidelity.answer import (
     not_comparable,
     number,
 )
-from analysis.load import Floats, Ints
 from harness.plan import PlanInfo
 from harness.traces.rescale import MOST_SHIFT, longest_shift_ns
 from harness.traces.reuse import Reuse

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from analysis.arrays import Bools, Floats, Ints
 from analysis.fidelity.answer import (
     EXACT,
     LENGTH_BOUND,
@@ -19,7 +20,7 @@ from analysis.fidelity.answer import (
     ks_distance,
     not_comparable,
 )
-from analysis.load import Bools, Floats, Ints, Rows
+from analysis.load import Rows
 from harness.traces.reuse import Reuse
 from harness.traces.stats import WINDOWS_S, dispersion
 

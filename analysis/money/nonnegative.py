@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.intervals import RESAMPLES, Floats, ends_of_resamples
+from analysis.arrays import Floats
+from analysis.intervals import RESAMPLES, ends_of_resamples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from analysis.intervals import Floats
+from analysis.arrays import Floats
 from analysis.load import Run
 from analysis.metrics import Window
 from harness.run import RunDir

@@ -13,7 +13,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from analysis.intervals import Floats, Quantity
+from analysis.arrays import Floats
+from analysis.intervals import Quantity
 from analysis.money.nonnegative import Fit, fit_non_negative
 from analysis.money.samples import SMALLEST_ROWS, Samples, WorkRows, busy_rows
 

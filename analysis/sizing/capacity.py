@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis.intervals import ALPHA, Floats, Quantity, Z
+from analysis.arrays import Floats
+from analysis.intervals import ALPHA, Quantity, Z
 from analysis.repeats import over_repeats
 from harness.slo import Criterion
 

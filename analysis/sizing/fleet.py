@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis.intervals import Floats
+from analysis.arrays import Floats
 from analysis.money.charge import HOURS_PER_MONTH
 
 MINUTE_S = 60.0

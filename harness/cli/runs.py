@@ -21,6 +21,14 @@ from harness.cli.options import (
 from harness.cli.types import WARMUP
 from harness.errors import UsageError
 
+ENDPOINT_OPTION = click.option(
+    "--endpoint",
+    type=click.Choice(["auto", "completions", "chat"]),
+    default="auto",
+    show_default=True,
+    help="API to use. auto: chat when the plan has messages, else completions.",
+)
+
 
 @click.command(
     short_help="Plan, serve, run and report in one go.",
@@ -121,13 +129,7 @@ Examples:
 @click.argument("plan", type=click.Path(path_type=Path))
 @SERVER_OPTIONS
 @LOAD_OPTIONS
-@click.option(
-    "--endpoint",
-    type=click.Choice(["auto", "completions", "chat"]),
-    default="auto",
-    show_default=True,
-    help="API to use. auto: chat when the plan has messages, else completions.",
-)
+@ENDPOINT_OPTION
 @click.option(
     "--warmup",
     type=WARMUP,
@@ -155,13 +157,7 @@ Examples:
 @click.option("--repeats", type=click.IntRange(min=3), default=3, show_default=True, help="Runs of each client.")
 @SERVER_OPTIONS
 @LOAD_OPTIONS
-@click.option(
-    "--endpoint",
-    type=click.Choice(["auto", "completions", "chat"]),
-    default="auto",
-    show_default=True,
-    help="API to use. auto: chat when the plan has messages, else completions.",
-)
+@ENDPOINT_OPTION
 @JSON_OPTION
 @OUT_OPTION
 def crosscheck(**options: Any) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.commands.output import print_blocks, print_json, say
+from harness.commands.reports import done_points
 from harness.errors import (
     EXIT_FAILURE,
     EXIT_INVALID,
@@ -257,18 +258,13 @@ def find_runs(text: str) -> list[Path]:
 
     Of a sweep or a search those of its points that are done. Raises `ResultsError` when there is none.
     """
-    from harness.sweep_state import STATE, read_state
+    from harness.sweep_state import STATE
 
     path = Path(text)
     if (path / MANIFEST).is_file():
         return [path]
     if (path / STATE).is_file():
-        points = read_state(path).points
-        found = [path / point.name for point in points if point.state == "done"]
-        if not found:
-            raise ResultsError(f"{path}: no point of this sweep is done; go on with: harness sweep --resume {path}")
-        if len(found) < len(points):
-            say(f"{path}: {len(points) - len(found)} of {len(points)} points are not done and left out")
+        found = done_points(path)
     elif path.is_dir():
         found = sorted(file.parent for file in path.glob(f"*/{MANIFEST}"))
     elif path.exists():

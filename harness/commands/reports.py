@@ -72,21 +72,28 @@ def expand(paths: Sequence[Path]) -> list[Path]:
     Raises `ResultsError` for a sweep of which no point is done.
     """
     from harness.store import local_copy
-    from harness.sweep_state import STATE, read_state
+    from harness.sweep_state import STATE
 
     found: list[Path] = []
     for path in [local_copy(path, say) for path in paths]:
         if not (path / STATE).exists():
             found.append(path)
             continue
-        points = read_state(path).points
-        done = [path / point.name for point in points if point.state == "done"]
-        if not done:
-            raise ResultsError(f"{path}: no point of this sweep is done; go on with: harness sweep --resume {path}")
-        if len(done) < len(points):
-            say(f"{path}: {len(points) - len(done)} of {len(points)} points are not done and left out")
-        found += done
+        found += done_points(path)
     return found
+
+
+def done_points(folder: Path) -> list[Path]:
+    """The runs of a sweep or a search that are done. Raises `ResultsError` when none is."""
+    from harness.sweep_state import read_state
+
+    points = read_state(folder).points
+    done = [folder / point.name for point in points if point.state == "done"]
+    if not done:
+        raise ResultsError(f"{folder}: no point of this sweep is done; go on with: harness sweep --resume {folder}")
+    if len(done) < len(points):
+        say(f"{folder}: {len(points) - len(done)} of {len(points)} points are not done and left out")
+    return done
 
 
 def report_page(runs: Sequence[Path], html: Path, **options: Any) -> int:
