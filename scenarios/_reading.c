@@ -148,7 +148,9 @@ typedef struct {
     PyObject *connection;      /* null: nothing is read from this descriptor */
     Kept *kept;                /* null: whatever arrives is handed on */
     PyObject *before, *after;  /* bytes around a plain event's text, from behind the size line to the chunk's end */
-    int upper;                 /* how sizes are written: 1F or 1f */
+    const char *before_at, *after_at;
+    Py_ssize_t before_size, after_size;
+    char ten;                  /* the digit after 9 in a chunk's size: A or a */
 } Lane;
 
 typedef struct {
@@ -177,7 +179,8 @@ static void lane_keep_all(Lane *lane) {
 static Py_ssize_t plain_event(const Lane *lane, const char *data, Py_ssize_t size, const char **text,
                               Py_ssize_t *length) {
     Py_ssize_t digits = 0, event = 0;
-    const char ten = lane->upper ? 'A' : 'a';
+    const char ten = lane->ten;
+    const Py_ssize_t before = lane->before_size, after = lane->after_size;
     for (; digits < DIGITS && digits < size; digits++) {
         char c = data[digits];
         if (c >= '0' && c <= '9' && (digits || c != '0')) event = event * 16 + (c - '0');
@@ -186,11 +189,10 @@ static Py_ssize_t plain_event(const Lane *lane, const char *data, Py_ssize_t siz
     }
     Py_ssize_t whole = digits + 2 + event + 2;
     if (!digits || whole > size || data[digits] != '\r' || data[digits + 1] != '\n') return 0;
-    Py_ssize_t before = PyBytes_Size(lane->before), after = PyBytes_Size(lane->after);
     *length = event + 2 - before - after;
     *text = data + digits + 2 + before;
-    if (*length < 1 || memcmp(*text - before, PyBytes_AsString(lane->before), before) ||
-        memcmp(*text + *length, PyBytes_AsString(lane->after), after))
+    if (*length < 1 || memcmp(*text - before, lane->before_at, before) ||
+        memcmp(*text + *length, lane->after_at, after))
         return 0;
     return whole;
 }
@@ -318,7 +320,11 @@ static PyObject *Reader_keep_texts(Reader *self, PyObject *args) {
     if (lane) {
         lane_keep_all(lane);
         Py_INCREF(kept);
-        *lane = (Lane){lane->connection, (Kept *)kept, before, after, is_upper};
+        *lane = (Lane){
+            .connection = lane->connection, .kept = (Kept *)kept, .before = before, .after = after,
+            .before_at = PyBytes_AsString(before), .after_at = PyBytes_AsString(after),
+            .before_size = PyBytes_Size(before), .after_size = PyBytes_Size(after), .ten = is_upper ? 'A' : 'a',
+        };
         Py_RETURN_NONE;
     }
     Py_XDECREF(before);
