@@ -13,6 +13,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -29,49 +30,55 @@ static int64_t now_ns(void) {
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-/* Room for `needed` items of `size` bytes; 0, or -1 with MemoryError. */
-static int reserve(void **items, uint32_t *room, uint64_t needed, size_t size, uint32_t first) {
-    if (needed <= *room) return 0;
-    uint64_t wanted = *room ? (uint64_t)*room + *room / 2 : first;
-    if (wanted < needed) wanted = needed;
-    void *grown = wanted > UINT32_MAX ? NULL : PyMem_Realloc(*items, wanted * size);
-    if (!grown) {
-        PyErr_NoMemory();
-        return -1;
-    }
-    *items = grown;
-    *room = (uint32_t)wanted;
-    return 0;
-}
-
 /* -- Kept ---------------------------------------------------------------------------------------------------------- */
 
 typedef struct {
+    int64_t stamp;
+    uint32_t length;
+} __attribute__((packed)) Mark;
+
+/* One block of memory for each answer: with thousands of streams, every other one would cost a cache miss per token. */
+typedef struct {
     PyObject_HEAD
-    int64_t *stamps;
-    uint32_t *ends; /* of each text in `joined` */
-    char *joined;   /* with a space between two texts */
-    uint32_t count, stamps_room, ends_room, joined_room;
+    char *data; /* of each event a Mark, then its text */
+    uint32_t count, size, room;
+    int64_t last_ns;
 } Kept;
 
 static int Kept_add(Kept *self, const char *text, Py_ssize_t length, int64_t stamp) {
-    uint64_t at = self->count ? (uint64_t)self->ends[self->count - 1] + 1 : 0;
-    if (reserve((void **)&self->stamps, &self->stamps_room, self->count + 1ull, sizeof(int64_t), 16) < 0 ||
-        reserve((void **)&self->ends, &self->ends_room, self->count + 1ull, sizeof(uint32_t), 16) < 0 ||
-        reserve((void **)&self->joined, &self->joined_room, at + length, 1, 96) < 0)
-        return -1;
-    if (at) self->joined[at - 1] = ' ';
-    memcpy(self->joined + at, text, length);
-    self->ends[self->count] = (uint32_t)(at + length);
-    self->stamps[self->count++] = stamp;
+    const Mark mark = {stamp, (uint32_t)length};
+    const uint64_t size = self->size + sizeof mark + (uint64_t)length;
+    if (size > self->room) {
+        uint64_t room = self->room ? (uint64_t)self->room + self->room / 2 : 320;
+        if (room < size) room = size;
+        char *grown = room > UINT32_MAX ? NULL : PyMem_Realloc(self->data, room);
+        if (!grown) {
+            PyErr_NoMemory();
+            return -1;
+        }
+        self->data = grown;
+        self->room = (uint32_t)room;
+    }
+    memcpy(self->data + self->size, &mark, sizeof mark);
+    memcpy(self->data + self->size + sizeof mark, text, length);
+    self->size = (uint32_t)size;
+    self->count++;
+    self->last_ns = stamp;
     return 0;
+}
+
+/* The text of the next event, and its mark; NULL behind the last. Begin with `at` = 0. */
+static const char *Kept_next(const Kept *self, uint32_t *at, Mark *mark) {
+    if (*at >= self->size) return NULL;
+    memcpy(mark, self->data + *at, sizeof *mark);
+    const char *text = self->data + *at + sizeof *mark;
+    *at += (uint32_t)sizeof *mark + mark->length;
+    return text;
 }
 
 static void Kept_dealloc(Kept *self) {
     PyTypeObject *type = Py_TYPE((PyObject *)self);
-    PyMem_Free(self->stamps);
-    PyMem_Free(self->ends);
-    PyMem_Free(self->joined);
+    PyMem_Free(self->data);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
     release(self);
     Py_DECREF(type);
@@ -80,41 +87,54 @@ static void Kept_dealloc(Kept *self) {
 static Py_ssize_t Kept_length(Kept *self) { return self->count; }
 
 static PyObject *Kept_clear(Kept *self, PyObject *Py_UNUSED(none)) {
-    PyMem_Free(self->stamps);
-    PyMem_Free(self->ends);
-    PyMem_Free(self->joined);
-    self->stamps = NULL;
-    self->ends = NULL;
-    self->joined = NULL;
-    self->count = self->stamps_room = self->ends_room = self->joined_room = 0;
+    PyMem_Free(self->data);
+    self->data = NULL;
+    self->count = self->size = self->room = 0;
     Py_RETURN_NONE;
 }
 
 static PyObject *Kept_texts(Kept *self, PyObject *Py_UNUSED(none)) {
     PyObject *texts = PyList_New(self->count);
-    uint32_t from = 0;
-    for (uint32_t i = 0; texts && i < self->count; i++) {
-        PyObject *text = PyBytes_FromStringAndSize(self->joined + from, self->ends[i] - from);
-        if (!text || PyList_SetItem(texts, i, text) < 0) Py_CLEAR(texts);
-        from = self->ends[i] + 1;
+    Mark mark;
+    const char *text;
+    for (uint32_t at = 0, i = 0; texts && (text = Kept_next(self, &at, &mark)); i++) {
+        PyObject *one = PyBytes_FromStringAndSize(text, mark.length);
+        if (!one || PyList_SetItem(texts, i, one) < 0) Py_CLEAR(texts);
     }
     return texts;
 }
 
 static PyObject *Kept_joined(Kept *self, PyObject *Py_UNUSED(none)) {
-    return PyBytes_FromStringAndSize(self->joined, self->count ? self->ends[self->count - 1] : 0);
+    Py_ssize_t spaces = self->count ? self->count - 1 : 0;
+    PyObject *joined = PyBytes_FromStringAndSize(NULL, self->size - self->count * (Py_ssize_t)sizeof(Mark) + spaces);
+    char *to = joined ? PyBytes_AsString(joined) : NULL;
+    Mark mark;
+    const char *text;
+    for (uint32_t at = 0; joined && (text = Kept_next(self, &at, &mark)); to += mark.length) {
+        if (text != self->data + sizeof mark) *to++ = ' ';
+        memcpy(to, text, mark.length);
+    }
+    return joined;
 }
 
 static PyObject *Kept_stamps(Kept *self, PyObject *Py_UNUSED(none)) {
-    return PyBytes_FromStringAndSize((char *)self->stamps, (Py_ssize_t)self->count * sizeof(int64_t));
+    PyObject *stamps = PyBytes_FromStringAndSize(NULL, self->count * (Py_ssize_t)sizeof(int64_t));
+    char *to = stamps ? PyBytes_AsString(stamps) : NULL;
+    Mark mark;
+    for (uint32_t at = 0; stamps && Kept_next(self, &at, &mark); to += sizeof mark.stamp)
+        memcpy(to, &mark.stamp, sizeof mark.stamp);
+    return stamps;
 }
 
 static PyObject *Kept_first(Kept *self, void *Py_UNUSED(closure)) {
-    return PyLong_FromLongLong(self->count ? self->stamps[0] : 0);
+    uint32_t at = 0;
+    Mark mark = {0};
+    Kept_next(self, &at, &mark);
+    return PyLong_FromLongLong(mark.stamp);
 }
 
 static PyObject *Kept_last(Kept *self, void *Py_UNUSED(closure)) {
-    return PyLong_FromLongLong(self->count ? self->stamps[self->count - 1] : 0);
+    return PyLong_FromLongLong(self->count ? self->last_ns : 0);
 }
 
 static PyMethodDef kept_methods[] = {
@@ -245,7 +265,9 @@ enum { MORE, LESS, OVER }; /* after a read: there may be more; all was read that
 static int receive(Reader *self, int fd) {
     Lane *lane = lane_of(self, fd);
     if (!lane) return OVER; /* closed by what came before it in this round */
-    ssize_t size = recv(fd, self->buffer, READ_SIZE, MSG_DONTWAIT);
+    /* Not libc's recv: in a process with threads that is a place to be cancelled at, which it costs more to be than to
+       read so little. The same for epoll_pwait below. */
+    ssize_t size = syscall(SYS_recvfrom, fd, self->buffer, READ_SIZE, MSG_DONTWAIT, NULL, NULL);
     int error = size < 0 ? errno : 0;
     int64_t stamp = now_ns();
     if (error == EINTR) return MORE;
@@ -269,7 +291,8 @@ static void read_one(Reader *self, int fd, uint32_t events) {
 static PyObject *Reader_read(Reader *self, PyObject *Py_UNUSED(none)) {
     struct epoll_event ready[BATCH];
     for (int round = 0; round < ROUNDS; round++) {
-        int count = epoll_wait(self->epoll, ready, BATCH, 0); /* it never waits: no other thread need run meanwhile */
+        /* It never waits: no other thread need run meanwhile. */
+        int count = (int)syscall(SYS_epoll_pwait, self->epoll, ready, BATCH, 0, NULL, 8);
         if (count < 0 && errno != EINTR) return PyErr_SetFromErrno(PyExc_OSError);
         for (int i = 0; i < count; i++) read_one(self, ready[i].data.fd, ready[i].events);
         if (count < MANY) break; /* the loop's own turn costs less than to look in vain */

@@ -251,7 +251,7 @@ class Connection:
             self._end(stream, stream.last_ns, keep=response.keep_alive and not self._out)
         elif response.chunked and response.begun and not stream.lazy:
             stream.lazy = True
-            self.client.when_idle(stream)  # it has shown its first output: learn what more of it looks like
+            stream.parse()  # it has shown its first output: learn what more of it looks like
 
     def _end(self, stream: Stream, stamp: int, *, keep: bool) -> None:
         self.stream = stream.connection = None
