@@ -121,6 +121,11 @@ class Client:
         """Requests sent and not ended."""
         return len(self._active)
 
+    @property
+    def backlog(self) -> int:
+        """Answers that wait to be parsed."""
+        return len(self._later)
+
     # -- sending ------------------------------------------------------------------------------------------------------
 
     def send(

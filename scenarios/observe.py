@@ -109,7 +109,7 @@ class Observer:
                 gc_pause_ns=self._gc_ns,
                 events=deltas[0], bytes=deltas[1], sent=deltas[2], done=deltas[3],
                 in_flight=self._in_flight / len(lags) if len(lags) else None,
-                backlog=len(self._client._later),
+                backlog=self._client.backlog,
                 rss_bytes=self._process.memory_info().rss,
                 prepared=self._load.schedule.prepared,
             )
