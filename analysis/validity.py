@@ -131,6 +131,8 @@ def server_restarts(run: Run) -> Check:
             restarted.append(f"replica {r.index}: its counters fell")
     ok = None if not compared and not restarted else not restarted
     observed = "; ".join(restarted) or (f"{compared} kept running" if compared else "the server has no counters")
+    if earlier := run.manifest.restarts_before:
+        observed += f"; before this run: {'; '.join(restart.words for restart in earlier)}"
     advice = "the server restarted during the run, so caches and queues began empty: see its log, then run again"
     return check("server_restarts", ok, observed, "none", advice)
 

@@ -255,8 +255,9 @@ class Deployment:
 
     def _note_cpus(self, reserved: list[Reserved]) -> None:
         """Write down how many processors a replica has, and who else is on them."""
-        if reserved[0].cpus[0] is not None:
-            self.model_facts["cpus_per_replica"] = f"{len(reserved[0].cpus[0])} of the tier's {self._tier.vcpu}"
+        if counts := {len(cpus) for one in reserved for cpus in one.cpus if cpus is not None}:
+            each = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
+            self.model_facts["cpus_per_replica"] = f"{each} of the tier's {self._tier.vcpu}"
         if others := "; ".join(one.shared_with for one in reserved if one.shared_with):
             self.model_facts["cpus_shared_with"] = "servers of another run"
             self._say(f"warning: no processor is free, so servers share theirs and look slower than they are: {others}")

@@ -54,10 +54,10 @@ def connect(say: Callable[[str], None]) -> Process | None:
     if ray.is_initialized():
         return None
     address = os.environ.get("RAY_ADDRESS")
-    if address and "://" in address:
+    if address and ("://" in address or address == "local"):  # the latter would start a Ray that nobody ends
         raise UsageError(
-            f"RAY_ADDRESS={address}: Ray Client and job addresses cannot be used; run the harness on a machine of the "
-            f"cluster, with the address of its head there (HOST:6379)"
+            f"RAY_ADDRESS={address}: Ray Client and job addresses cannot be used, nor 'local'; run the harness on a "
+            f"machine of the cluster, with the address of its head there (HOST:6379), or unset it for a Ray of our own"
         )
     if address:
         say(f"joining the Ray cluster at {address}")

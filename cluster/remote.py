@@ -155,7 +155,7 @@ class RemoteHost:
     """The counters of another host, coming home while a run lasts."""
 
     def __init__(self, node: Node, file: Path) -> None:
-        self._file, self._offset, self._started = file, 0, False
+        self._file, self._offset, self._started, self._full = file, 0, False, False
         self._actor = ray.remote(num_cpus=0, max_concurrency=4, scheduling_strategy=on(node.node_id))(
             HostActor
         ).remote()  # fmt: skip
@@ -170,14 +170,17 @@ class RemoteHost:
 
     def fetch(self) -> bool:
         """Take what has come; true while there may be more at once."""
-        if not self._started or self._question.lost:
+        if not self._started or self._full or self._question.lost:
             return False
         self._question.send()
         piece = self._question.answer()
         if piece:
-            with contextlib.suppress(OSError), self._file.open("ab") as file:
-                file.write(piece)
-                self._offset += len(piece)
+            try:
+                with self._file.open("ab") as file:
+                    file.write(piece)
+            except OSError:  # half of a piece must not be followed by the same one
+                self._full = True
+            self._offset += len(piece)
         return piece is None or bool(piece)
 
     def end(self) -> None:

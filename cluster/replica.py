@@ -91,7 +91,8 @@ class ReplicaOwner:
             messages.append(self._messages.get_nowait())
         self._follow_log()
         log = read_piece(self._log, log_offset) if self._remote_log else b""
-        return Look(self._state, messages, self.ended(), log, self._start)
+        start = self._start  # before the question how it ended: an end must not be taken for that of a later start
+        return Look(self._state, messages, self.ended(), log, start)
 
     def say(self, words: str) -> None:
         """For the person; heard with the next `look`."""
@@ -140,16 +141,14 @@ class ReplicaOwner:
 
     def restart(self, ready_s: float) -> Started | Failed:
         """Start the server again, at the same address, after it died."""
-        self._start += 1
         self.end(0)
-        self._unhealthy = None
         try:
-            return self._start_once(ready_s)
+            return self._start_once(ready_s, self._start + 1)
         except HarnessError as e:
             self.end(0)
             return Failed(str(e))
 
-    def _start_once(self, ready_s: float) -> Started:
+    def _start_once(self, ready_s: float, number: int = 1) -> Started:
         assert self._port is not None
         command = self._engine.command(self._host, self._port, self._api_key, self._part)
         before = time.monotonic()
@@ -157,6 +156,7 @@ class ReplicaOwner:
         process = self._process = Process.start(
             command.argv, name=self.name, env={**NO_SECRETS, **command.env}, log=self._log, cpus=self.cpus
         )
+        self._unhealthy, self._start = None, number  # last: `look` asks for them in the other order
         if self._stopped:  # looked at after the start: a `stop` before it found nothing to end
             raise ServerError(f"{self.name}: stopped before it was ready")
         base_url = f"http://{bracketed(self._host)}:{self._port}/v1"

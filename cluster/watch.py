@@ -21,6 +21,8 @@ from ray.exceptions import RayError  # isort: skip
 
 CHECK_S = 1.0
 """`Watch.check` waits this long for answers; late ones are taken the next time."""
+MOST_RESTARTS = 5
+"""Of one replica: a server that goes on dying is broken, and to start it again for ever would be a wait without end."""
 RESTART_SLACK_S = 60.0
 """Above what a server is given to get ready."""
 LOG_FILE_NOTE = "(the rest of this log stayed on a host that was lost)\n"
@@ -147,7 +149,8 @@ class Watch:
     def _restart(self, owner: Owner, how: str) -> bool:
         """Begin to start a dead server again; false when that is not wanted or cannot be."""
         in_parts = any(other.part for other in self.owners)
-        if not self._restart_wanted or owner.host.lost or in_parts:
+        before = sum(restart.replica == owner.replica for restart in self.restarts)
+        if not self._restart_wanted or owner.host.lost or in_parts or before >= MOST_RESTARTS:
             return False
         self._say(f"replica {owner.replica} is gone ({how}); starting it again")
         owner.start += 1

@@ -5,6 +5,7 @@ Plain, blocking, with deadlines; nothing here runs while requests are being time
 
 from __future__ import annotations
 
+import http.client
 import re
 import ssl
 import urllib.error
@@ -18,6 +19,8 @@ import msgspec
 from harness.errors import ServerError, UsageError, unknown_name
 
 DEADLINE_S = 15.0
+LARGEST_BYTES = 1 << 24
+"""Of an answer; none of those asked for is near it."""
 START_TIME = "process_start_time_seconds"
 """Prometheus clients' own gauge: when the server process began."""
 CACHE_INFO = "vllm:cache_config_info"
@@ -73,14 +76,17 @@ def fetch(url: str, api_key: str | None, body: object = None, *, deadline_s: flo
     request = urllib.request.Request(url, data=data, headers=headers)  # noqa: S310 - scheme checked by normalise_base_url
     try:
         with _OPENER.open(request, timeout=deadline_s) as response:
-            return bytes(response.read(1 << 24))
+            found = bytes(response.read(LARGEST_BYTES))
+            if response.length:  # `read` with a number does not say so: half a page of counters is no book
+                raise http.client.IncompleteRead(found, response.length)
+            return found
     except urllib.error.HTTPError as e:
         said = e.read(300).decode("utf-8", "replace").strip()
         if e.code in (401, 403):
             advice = "the API key is wrong" if api_key else "it wants an API key: put it into HARNESS_API_KEY"
             raise ServerError(f"{url}: HTTP {e.code}: {advice}") from e
         raise ServerError(f"{url}: HTTP {e.code}: {said or e.reason}") from e
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, http.client.HTTPException) as e:  # the last: it died in the middle of its answer
         reason = getattr(e, "reason", e)
         raise ServerError(f"{url}: cannot be reached: {reason}; is the server up, and is the address right?") from e
 

@@ -150,6 +150,11 @@ class Restart:
     """When it answered again, UTC, ISO 8601; null: not before the end, or never."""
     took_s: float | None = None
 
+    @property
+    def words(self) -> str:
+        """What it means for a later run on the same server."""
+        return f"replica {self.replica} started again at {self.ready or self.died}, its cache empty"
+
 
 @dataclass(slots=True, kw_only=True)
 class Worker:
@@ -209,6 +214,8 @@ class RunManifest:
     """True when load workers could run on processors that a replica runs on; null when not known."""
     restarts: list[Restart] = field(default_factory=list)
     """Replicas that died during the run and were started again (``--on-replica-death restart``)."""
+    restarts_before: list[Restart] = field(default_factory=list)
+    """Those of earlier runs on the same servers: this one began with their caches empty."""
     versions: dict[str, str] = field(default_factory=dict)
     git: str | None = None
     """Commit of the harness (with "-dirty"), null outside a checkout."""

@@ -29,9 +29,10 @@ from cluster.engine import WHOLE, Command, CommandEngine, Part
 from cluster.join import connect, disconnect
 from cluster.load import LoadWorkers
 from cluster.models import get_model
+from cluster.remote import RemoteHost
 from cluster.replica import Failed, Look, ReplicaOwner, Started, hold_port
 from cluster.tiers import get_tier
-from cluster.watch import Host, Owner, _Restarting
+from cluster.watch import MOST_RESTARTS, Host, Owner, _Restarting
 from harness import probe
 from harness.commands import targets
 from harness.errors import ServerError, UsageError
@@ -140,6 +141,32 @@ def test_a_stop_during_the_start_overtakes_it(tmp_path: Path) -> None:
     owner.stop()
     thread.join(20)
     assert isinstance(results[0], Failed)
+
+
+class Looking(CommandEngine):
+    """Looks at its owner while it is started."""
+
+    __slots__ = ()
+    looks: list[Look] = []  # noqa: RUF012 - read by the test
+    owner: ReplicaOwner
+
+    def command(self, host: str, port: int, api_key: str, part: Part = WHOLE) -> Command:
+        Looking.looks.append(Looking.owner.look())
+        return CommandEngine.command(self, host, port, api_key, part)
+
+
+def test_the_death_before_a_restart_is_never_told_as_one_of_the_new_start(tmp_path: Path) -> None:
+    engine = Looking(name="fake", served_model="fake", argv=SERVER, api_key_env="FAKE_SERVER_API_KEY")
+    owner = Looking.owner = make_owner(tmp_path, engine)
+    started = owner.start(30)
+    assert isinstance(started, Started)
+    listeners(started.base_url)[0].kill()
+    wait_for(lambda: owner.ended() is not None, 15, "the death")
+    assert isinstance(owner.restart(30), Started)
+    between, after = Looking.looks[1], owner.look()
+    owner.stop()
+    assert (between.start, between.ended is not None) == (1, True)
+    assert (after.start, after.ended) == (2, None)
 
 
 class Talking(CommandEngine):
@@ -273,14 +300,74 @@ def test_a_late_word_of_the_old_death_does_not_kill_the_restarted_server(
     assert d.check() == {0: "exit code 1"}, "and of a new one"
 
 
+def test_a_server_that_goes_on_dying_is_not_started_again_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dying:
+        """Every look finds that the start which counts has died."""
+
+        lost = None
+
+        def send(self) -> None:
+            return None
+
+        def answer(self) -> list[Look]:
+            return [Look("ready", [], "exit code 1", b"", host.owners[0].start)]
+
+    class Actor:
+        restart = property(lambda self: self)
+
+        def remote(self, place: int, ready_s: float) -> None:
+            return None
+
+    monkeypatch.setattr("cluster.watch.ask", lambda refs, timeout_s: [Started("http://x/v1", 1.0)])
+    monkeypatch.setattr("cluster.watch.ray.wait", lambda refs, **_: (refs, []))
+    d = deploy(tmp_path, on_replica_death="restart")
+    host = Host(Actor(), node="n")
+    host.owners = [Owner(host, 0, 0, 0, tmp_path / "log")]
+    host.question = Dying()  # type: ignore[assignment]
+    d._watch.hosts, d._watch.owners = [host], host.owners
+    for _ in range(50):
+        if died := d.check():
+            break
+    assert died == {0: "exit code 1"}
+    assert len(d.restarts) == MOST_RESTARTS
+
+
 def test_host_counters_that_cannot_be_written_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with targets.sample_here(RunDir(tmp_path / "gone"), time.time_ns()):
         pass
     assert "host metrics: " in capsys.readouterr().err
 
 
-def test_a_ray_client_address_is_refused_with_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "ray://10.0.0.1:10001")
+def test_counters_of_a_host_that_do_not_fit_on_the_disk_end_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start of a piece may have got onto it: the same piece once more would be read as nonsense."""
+
+    class Pieces:
+        lost = None
+
+        def send(self) -> None:
+            return None
+
+        def answer(self) -> bytes:
+            return b"x" * 100
+
+    host = RemoteHost.__new__(RemoteHost)
+    host._offset, host._started, host._full, host._question = 0, True, False, Pieces()  # type: ignore[assignment]
+    host._file = Path("/dev/full")
+    assert host.fetch()
+    host._file = tmp_path / "host.arrows"  # there is room again
+    assert not host.fetch()
+    assert not host._file.exists()
+
+
+@pytest.mark.parametrize("address", ["ray://10.0.0.1:10001", "local"])
+def test_a_ray_address_that_cannot_be_used_is_refused_with_what_to_give(
+    monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(UsageError, match="HOST:6379"):
         connect(print)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import http.server
+import socket
 import threading
 from collections.abc import Iterator
 
@@ -105,6 +106,20 @@ def test_a_server_of_another_kind(other_server: http.server.HTTPServer) -> None:
         probe.find_model(f"{root}/two", None, None)
     assert probe.engine_version(f"{root}/v1", None) is None
     assert probe.counters(f"{root}/v1", None) is None, "no vLLM counters is null, not an empty book"
+
+
+def test_a_server_that_dies_in_the_middle_of_its_answer_is_not_there() -> None:
+    for said in (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nvllm:a_total 1", b"nonsense\r\n\r\n"):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+
+            def answer(listener: socket.socket = listener, said: bytes = said) -> None:
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(1 << 16)
+                    connection.sendall(said)
+
+            threading.Thread(target=answer, daemon=True).start()
+            assert probe.counters(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", None) is None
 
 
 def test_nobody_there() -> None:

@@ -27,12 +27,12 @@ pytestmark = [
 
 @pytest.fixture
 def driver(tmp_path: Path) -> Iterator[Any]:
-    """Starts a replay of 20 s on two fake replicas and kills one of them after its first rows."""
+    """Starts a replay of 200 requests on two fake replicas and kills one of them after its first rows."""
     started: list[subprocess.Popen[bytes]] = []
 
-    def drive(*options: str) -> tuple[int, float, str]:
+    def drive(rate: int, *options: str) -> tuple[int, float, str]:
         trace = tmp_path / "trace.jsonl"
-        lines = [{"arrival_s": i / 10, "input_tokens": 20, "output_tokens": 20} for i in range(200)]
+        lines = [{"arrival_s": i / rate, "input_tokens": 20, "output_tokens": 20} for i in range(200)]
         trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
         env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         env |= {"PYTHONPATH": f"{ROOT}/tests:{ROOT}", "HARNESS_CACHE": str(tmp_path / "cache")}
@@ -63,7 +63,7 @@ def driver(tmp_path: Path) -> Iterator[Any]:
 
 
 def test_a_dead_replica_stops_the_run_now(driver: Any, tmp_path: Path) -> None:
-    code, took_s, said = driver()
+    code, took_s, said = driver(10)
     assert code == 3, said
     assert took_s < 15, "not at the end of the plan"
     assert "INVALID" in said
@@ -76,7 +76,7 @@ def test_a_dead_replica_stops_the_run_now(driver: Any, tmp_path: Path) -> None:
 
 
 def test_a_restarted_replica_marks_the_run(driver: Any, tmp_path: Path) -> None:
-    code, _, said = driver("--on-replica-death", "restart")
+    code, _, said = driver(25, "--on-replica-death", "restart")
     assert code == 3, said
     (run,) = (tmp_path / "runs").iterdir()
     manifest = read_manifest(run)

@@ -14,7 +14,7 @@ from analysis import load, metrics
 from analysis.load import read_run
 from analysis.summary import summarise
 from harness.results import ERRORS, Result
-from harness.run import Host, Replica, RunDir, Worker, read_manifest, write_manifest
+from harness.run import Host, Replica, Restart, RunDir, Worker, read_manifest, write_manifest
 
 REPLICA = Replica(index=0, base_url="http://127.0.0.1:1/v1")
 CLOSED = replace(SPEC, mode="closed", concurrency=8)
@@ -414,6 +414,15 @@ def test_server_restarts(tmp_path, before, after, ok):
     s = summary(tmp_path, replicas=[replace(REPLICA, counters_before=before, counters_after=after)])
     assert check(s, "server_restarts").ok is ok
     assert s.verdict == ("INVALID" if ok is False else "VALID")
+
+
+def test_a_server_that_died_before_the_run_is_said_and_no_fault_of_it(tmp_path):
+    replicas = [replace(REPLICA, counters_before={"vllm:a_total": 5.0}, counters_after={"vllm:a_total": 5.0})]
+    before = [Restart(replica=0, died="noon", how="killed by SIGKILL", ready="a minute past noon")]
+    s = summary(tmp_path, replicas=replicas, restarts_before=before)
+    assert s.verdict == "VALID"
+    said = "1 kept running; before this run: replica 0 started again at a minute past noon, its cache empty"
+    assert check(s, "server_restarts").observed == said
 
 
 def test_the_books_count_requests_too(tmp_path):

@@ -199,7 +199,6 @@ def execute_point(
         tls_ca=str(options["tls_ca"].resolve()) if options["tls_ca"] else None,
     )  # fmt: skip
     manifest = describe(run, spec, info, servers, replicas)
-    restarts = len(servers.restarts)  # of points before this one, or between two, on the same servers
     write_manifest(run, manifest)
     try:
         with LoadWorkers(spec, run, api_key=servers.api_key, launch=servers.launch) as load, stop:
@@ -211,7 +210,7 @@ def execute_point(
                 cut = watch(load, servers, stop, progress, deadline)
             manifest.workers, manifest.end_ns = load.workers, load.end_ns
         count_after(replicas, servers)
-        manifest.restarts = servers.restarts[restarts:]
+        manifest.restarts = servers.restarts[len(manifest.restarts_before) :]
         manifest.status, manifest.reason = "complete", None
         if cut or stop.asked:
             manifest.status, manifest.reason = "stopped", cut or "stopped by the user"
@@ -238,17 +237,11 @@ def describe(run: RunDir, spec: RunSpec, info: PlanInfo, servers: Servers, repli
         run_id=run.path.name, created=now_utc(), spec=spec, plan=info, plan_sha256=plan_sha256(run.plan),
         tier=servers.tier, engine=servers.engine, engine_version=servers.engine_version,
         engine_args=servers.engine_args,
-        model=servers.model, model_facts=servers.model_facts | restarted(servers), replicas=replicas,
-        host=describe_host(),
+        model=servers.model, model_facts=servers.model_facts, replicas=replicas, host=describe_host(),
         load_shares_server_host=servers.shares_host, load_shares_server_cores=servers.shared_cores,
+        restarts_before=list(servers.restarts),
         versions=installed_versions(), git=git_commit(),
     )  # fmt: skip
-
-
-def restarted(servers: Servers) -> dict[str, str]:
-    """What a reader has to know of servers that were started again before this point: their caches began empty."""
-    found = [f"replica {r.replica} started again at {r.ready or r.died}, its cache empty" for r in servers.restarts]
-    return {"restarted_before": "; ".join(found)} if found else {}
 
 
 def count_before(replicas: list[Replica], api_key: str | None) -> None:

@@ -227,8 +227,8 @@ class Session:
         if point.took_s is None and run.manifest.end_ns is not None:
             point.took_s = run.manifest.end_ns / 1e9
         words = [*found.reasons]
-        if before := run.manifest.model_facts.get("restarted_before"):
-            words.append(f"on a server that died before it: {before}")
+        if before := run.manifest.restarts_before:
+            words.append(f"on a server that died before it: {'; '.join(r.words for r in before)}")
         point.state, point.verdict, point.reason = "done", found.verdict, "; ".join(words) or None
         point.slo_met = found.slo.met if found.slo else None
         point.figures = {
