@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import platform
@@ -294,6 +295,8 @@ def write_manifest(run: RunDir, manifest: RunManifest) -> None:
         temporary.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
         temporary.replace(run.manifest)
     except OSError as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise ResultsError(f"{run.manifest}: cannot write ({e.strerror})") from e
 
 

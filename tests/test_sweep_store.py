@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -11,11 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 from conftest import ROOT, StartServer, harness, wait_for
 from s3_server import WEED, Proxy
 from test_sweep_run import COMMAND, DONE, check_whole, folder_of, go, run, write_sweep
 
+from harness.cli.capacity import capacity
 from harness.errors import UsageError
+from harness.results import read_results
 from harness.s3 import list_objects
 from harness.s3_errors import StoreError
 from harness.sweep_state import read_state
@@ -146,6 +150,85 @@ def test_wrong_credentials_are_said_before_anything_is_sent(
     assert "refuses these AWS credentials" in str(refused.exception)
     assert server.truth() == []
     monkeypatch.undo()
+
+
+FULL = """
+mount -t tmpfs -o size=1200k tmpfs "$2" && cd "$2" || exit 99
+head -c 930k /dev/zero > ballast
+"$0" -c "$1" sweep "$3" --out "$4" > said 2> /dev/null; echo "full: $?"
+rm ballast
+"$0" -c "$1" sweep --resume sweeps/2* > table 2> said; echo "room: $?"
+tail -n 1 said
+"""
+
+
+def test_a_full_disk_ends_the_point_and_the_store_gets_all_of_it_later(
+    fake_server: StartServer, tmp_path: Path, s3_env: str
+) -> None:
+    """The folder of the sweep is on a file system of 1.2 MB, where the rows of the second point do not fit."""
+    server = fake_server("--ttft", "0.005", "--itl", "0.001")
+    file = write_sweep(tmp_path, server.url, rows=200, tokens=150, loads="concurrency = [8, 16]")
+    small = tmp_path / "small"
+    small.mkdir()
+    done = subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "sh", "-c", FULL, sys.executable, COMMAND, str(small), str(file),
+         s3_env],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=150, check=False,
+    )  # fmt: skip
+    if done.returncode == 99 or "full:" not in done.stdout:
+        pytest.skip(f"no small file system can be made here: {done.stderr.strip()}")
+    full, room, last = done.stdout.splitlines()
+    assert full == "full: 1", done.stdout
+    assert room in ("room: 0", "room: 3"), done.stdout
+    there = names(s3_env)
+    (name,) = {name.partition("/")[0] for name in there}
+    assert last.endswith(f"all of the sweep is at {s3_env}/{name}")
+    folder = come_home(f"{s3_env}/{name}", tmp_path / "home", print)
+    check_whole(folder, 2)
+    (aborted,) = folder.glob("*.aborted-1")
+    assert read_results(aborted / "results-0.arrows").num_rows > 20, "what was flushed before the disk was full"
+
+
+def test_a_search_for_capacity_is_kept_and_goes_on_from_another_machine(
+    fake_server: StartServer, tmp_path: Path, s3_env: str, elsewhere: Path
+) -> None:
+    server = fake_server("--ttft", "0.02", "--itl", "0.08", "--slots", "1")
+    trace = tmp_path / "trace.jsonl"
+    rows = (json.dumps({"arrival_s": i / 10, "input_tokens": 12, "output_tokens": 2}) + "\n" for i in range(50))
+    trace.write_text("".join(rows))
+    asked = [
+        str(trace), "--base-url", server.url, "--slo", "e2e_p50=210ms", "--probe", "1s", "--tolerance", "90%",
+        "--format", "json",
+    ]  # fmt: skip
+
+    def search(*more: str) -> Result:
+        return CliRunner().invoke(capacity, [*asked, *more], standalone_mode=False)
+
+    first = search("--out", s3_env, "--max-hours", "0.0001")
+    assert first.return_value == 1, first.output
+    local = folder_of(elsewhere / "sweeps")
+    url = f"{s3_env}/{local.name}"
+    assert f"all of the sweep is at {url}" in first.stderr
+    assert json.loads(first.stdout)["probes"][0]["verdict"] == "skipped"
+
+    shutil.rmtree(local)  # another machine
+    more = search("--out", s3_env, "--resume", url)
+    assert more.return_value == 0, more.output
+    found = json.loads(more.stdout)
+    state, there = read_state(local), names(url)
+    assert len(state.points) == len(found["probes"]) > 1
+    for point in state.points:
+        for kept in ("run.json", "results-0.arrows"):
+            assert f"{point.name}/{kept}" in there
+    home = harness("report", url, "--format", "json")
+    assert home.returncode in DONE, home.stderr
+    assert json.loads(home.stdout)["sentences"] == [found["sentence"]]
+
+    shutil.rmtree(local)  # and on a third one there is nothing left to do
+    before = len(server.truth())
+    again = search("--out", s3_env, "--resume", url)
+    assert json.loads(again.stdout)["sentence"] == found["sentence"]
+    assert len(server.truth()) == before
 
 
 def test_two_harnesses_do_not_go_on_with_one_sweep(

@@ -65,7 +65,10 @@ def capacity(
             say(f"go on with the same command and --resume {folder}")
             raise
         report = session.report()
-        (folder / FILE).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+        try:
+            (folder / FILE).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+        except OSError as e:  # it can be made again from the runs
+            say(f"{folder / FILE}: cannot write ({e.strerror})")
     _print(report, ask, format_)
     return _exit(report)
 
