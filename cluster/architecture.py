@@ -19,6 +19,9 @@ ARCHITECTURES = Path(__file__).with_name("architectures.toml")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of one number; "auto" and anything unknown count as 2, what nearly every checkpoint holds."""
 
+BLACKWELL = frozenset({"B200", "B300", "GB200", "GB300", "RTX-PRO-6000"})
+"""Compute capability 10 and above (source: vLLM's page on INT8 W8A8, which it has not there)."""
+
 Config = Mapping[str, Any]
 
 
@@ -32,6 +35,8 @@ class Quantization:
     """Weights share a scale in blocks of this many: a part of a split matrix has to hold whole blocks."""
     experts_only: bool = False
     """Attention stays in 16 bits too; else only embeddings and output head do."""
+    not_on: frozenset[str] = frozenset()
+    """Accelerators for which vLLM has no kernel of it."""
     config: Config
     """``quantization_config`` as the checkpoints of this kind have it."""
 
@@ -64,7 +69,9 @@ QUANTIZATIONS: dict[str, Quantization] = {
         config={"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
     ),
     "int8": Quantization(
-        bits=8, config=_compressed("int", "int-quantized", "channel", {"strategy": "token", "dynamic": True})
+        bits=8,
+        not_on=BLACKWELL,
+        config=_compressed("int", "int-quantized", "channel", {"strategy": "token", "dynamic": True}),
     ),
     # 4 bits, and for each 128 weights a 16-bit scale and a 4-bit zero point.
     "awq": Quantization(

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import re
+import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.catalogue import read_catalogue
-from harness.errors import HarnessError, UsageError, unknown_name
+from harness.errors import HarnessError, ServerError, UsageError, unknown_name
 from harness.run import Ownership, Tier
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ CATALOGUE = Path(__file__).with_name("tiers.toml")
 DEFAULT_TIER = "aws-m7a.large"
 OLD_PRICE_DAYS = 180
 """A price read longer ago than this gets a note wherever it is used."""
+
+OTHER_SIZE = 0.1
+"""An accelerator whose memory differs by more is another product; drivers keep less than that back."""
 
 PURCHASES = ("on-demand", "spot", "reserved", "owned")
 HOURS_PER_YEAR = 8760.0
@@ -118,6 +122,26 @@ def write_tiers(path: Path, tiers: Sequence[Tier]) -> None:
         _replace(target, tomlkit.dumps(document))
     except OSError as e:
         raise HarnessError(f"{e.filename or path}: cannot write ({e.strerror}); nothing was changed") from e
+
+
+def check_accelerators(tier: Tier) -> None:
+    """Raises `ServerError` when this host's accelerators have another memory than the tier's.
+
+    Ray tells models apart, not sizes: to it an A100 of 40 GB is one of 80 GB. Without a driver nothing is known.
+    """
+    wanted = tier.accelerator_memory_gib
+    if not tier.accelerator_count or wanted is None:
+        return
+    from harness.host_metrics import Gpus  # Arrow: not for tiers without accelerators
+
+    gpus = Gpus()
+    found = gpus.memory_gib()
+    gpus.close()
+    if found and all(abs(size / wanted - 1) > OTHER_SIZE for size in found):
+        raise ServerError(
+            f"{socket.gethostname()}: its accelerators have {found[0]:.0f} GiB each, those of tier {tier.name} "
+            f"{wanted:g}: choose the tier that this cluster has"
+        )
 
 
 def _put(document: TOMLDocument, tier: Tier) -> None:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.architecture import DTYPE_BYTES, kv_bytes, tensor_parallel_sizes
+from cluster.architecture import DTYPE_BYTES, QUANTIZATIONS, kv_bytes, tensor_parallel_sizes
 from cluster.engine import WHOLE, Command, Part
 from cluster.models import Model, for_tier, model_config, model_kv_bytes_per_token, model_weight_bytes
+from cluster.tiers import check_accelerators
 from cluster.weights import ensure_weights, weights_facts
 from harness.errors import UsageError
 from harness.run import Tier
@@ -76,7 +77,11 @@ class VllmEngine:
         return facts
 
     def prepare(self, say: Callable[[str], None]) -> Path:
-        """The weights' folder on this host; fetches them when the driver's folder is not here."""
+        """The weights' folder on this host; fetches them when the driver's folder is not here.
+
+        Raises `ServerError` when the host's accelerators are not the tier's.
+        """
+        check_accelerators(self.tier)
         return self.weights if self.weights.exists() else ensure_weights(self.model, say=say)
 
     def command(self, host: str, port: int, api_key: str, part: Part = WHOLE) -> Command:
@@ -206,10 +211,16 @@ def memory_need(model: Model, tier: Tier) -> Need | None:
 
 
 def check_fit(model: Model, tier: Tier) -> None:
-    """Refuse, before anything is fetched or rented, a model that cannot fit this tier.
+    """Refuse, before anything is fetched or rented, a model that cannot fit this tier or has no kernels there.
 
     Raises `UsageError` with the numbers. What is not known is not refused: the server itself will tell.
     """
+    form = for_tier(model, tier.accelerator).quantization
+    if form in QUANTIZATIONS and tier.accelerator in QUANTIZATIONS[form].not_on:
+        raise UsageError(
+            f"model {model.name} does not run on tier {tier.name}: vLLM has no {form} kernels for {tier.accelerator}; "
+            f"choose another number format (fp8) or accelerator"
+        )
     need = memory_need(model, tier)
     if need is None or need.total_gib <= need.have_gib:
         return

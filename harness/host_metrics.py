@@ -96,6 +96,12 @@ class Gpus:
             ),
         }
 
+    def memory_gib(self) -> list[float]:
+        """Memory of each accelerator as its driver reports it; none where there is no driver."""
+        nvml = self._nvml
+        sizes = self._each(lambda h: nvml.nvmlDeviceGetMemoryInfo(h).total / 2**30) if nvml is not None else []
+        return [size for size in sizes if size is not None]
+
     def _each(self, read: Callable[[Any], float]) -> list[float | None]:
         values: list[float | None] = []
         for handle in self._handles:

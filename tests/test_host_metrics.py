@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import time
 import types
@@ -12,8 +13,9 @@ import psutil
 import pytest
 from conftest import wait_for
 
+from cluster.tiers import CATALOGUE, check_accelerators, read_tiers
 from harness import host_metrics
-from harness.errors import ResultsError
+from harness.errors import ResultsError, ServerError
 from harness.host_metrics import SCHEMA, Gpus, HostMetrics, busy_share, host_file, read_host_metrics
 
 
@@ -64,7 +66,7 @@ def fake_nvml(**changes: Any) -> types.ModuleType:
         "NVMLError": NvmlError, "NVML_TEMPERATURE_GPU": 0, "nvmlInit": lambda: None, "nvmlShutdown": lambda: None,
         "nvmlDeviceGetCount": lambda: 2, "nvmlDeviceGetHandleByIndex": lambda i: i,
         "nvmlDeviceGetUtilizationRates": lambda h: types.SimpleNamespace(gpu=50 + h),
-        "nvmlDeviceGetMemoryInfo": lambda h: types.SimpleNamespace(used=2**30 * (h + 1)),
+        "nvmlDeviceGetMemoryInfo": lambda h: types.SimpleNamespace(used=2**30 * (h + 1), total=80 * 2**30),
         "nvmlDeviceGetPowerUsage": power, "nvmlDeviceGetTemperature": lambda h, kind: 60 + h,
     }  # fmt: skip
     module.__dict__.update(members | changes)
@@ -77,6 +79,32 @@ def test_accelerators_where_there_is_a_driver(monkeypatch: pytest.MonkeyPatch) -
         "gpu_util": [0.5, 0.51], "gpu_memory_bytes": [2**30, 2**31], "gpu_power_w": [312.5, None],
         "gpu_temperature_c": [60.0, 61.0],
     }  # fmt: skip
+
+
+def test_accelerators_of_another_size_are_not_the_tiers(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiers = read_tiers(CATALOGUE)
+    wants_40, wants_80 = tiers["aws-p4d.24xlarge"], tiers["aws-p4de.24xlarge"]
+    assert wants_40.accelerator == wants_80.accelerator, "so Ray takes one for the other"
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
+    check_accelerators(wants_80)
+    check_accelerators(tiers["aws-m7a.large"])
+    with pytest.raises(ServerError, match=r"have 80 GiB each, those of tier aws-p4d.24xlarge 40"):
+        check_accelerators(wants_40)
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlInit=no_driver))
+    check_accelerators(wants_40)
+
+
+def test_nvml_itself_has_what_the_fake_has() -> None:
+    """Ray's own copy of the library: nvidia-ml-py is installed only with accelerators."""
+    found = pytest.importorskip("ray._private.thirdparty.pynvml")
+    for name, member in vars(fake_nvml()).items():
+        if name.startswith("nvml"):
+            inspect.signature(getattr(found, name)).bind(*inspect.signature(member).parameters)
+    assert issubclass(found.NVMLError, Exception)
+    assert found.NVML_TEMPERATURE_GPU == 0
+    fields = {name for name, _ in found.c_nvmlMemory_t._fields_}
+    assert {"total", "used"} <= fields
+    assert "gpu" in {name for name, _ in found.c_nvmlUtilization_t._fields_}
 
 
 def no_driver() -> None:

