@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from cluster.engine import WHOLE, Engine, Part
 from cluster.job import read_piece
 from cluster.placement import choose_cpus
 from cluster.process import GRACE_S, NO_SECRETS, Process
-from cluster.registry import end_orphans
+from cluster.registry import end_orphans, work_folder
 from cluster.replica import Failed, Look, ReplicaOwner, Started
 from harness.errors import HarnessError
 
@@ -153,7 +152,7 @@ class WorkerActor:
 
     def __init__(self) -> None:
         self._process: Process | None = None
-        self._folder = Path(tempfile.mkdtemp(prefix="harness-"))
+        self._folder = work_folder()
 
     def folder(self) -> str:
         """Where its files are."""
@@ -214,7 +213,7 @@ class HostActor:
     """Samples the counters of one host (`harness.host_metrics`) for as long as a run lasts."""
 
     def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="harness-"))
+        self._folder = work_folder()
         self._file = self._folder / "host.arrows"
         self._metrics: HostMetrics | None = None
 

@@ -10,14 +10,18 @@ A process is known by its pid *and* its start time in this boot, so that a pid u
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
+import shutil
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import msgspec
 import psutil
@@ -32,6 +36,10 @@ WORD_CHARS = 300
 """What is kept of one word of a command line."""
 GONE_S = 5.0
 """From SIGKILL until the last member has vanished."""
+
+
+_held: list[IO[bytes]] = []
+"""Locks of this process's `work_folder`s, let go at its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +225,24 @@ def end_orphans(say: Callable[[str], None]) -> int:
         words = f"{entry.name} (pid {entry.command.pid}, {entry.run_dir or 'no log'}), whose owner is gone"
         say(f"ended {words}" if end(entry) else f"cannot end {words}: see harness ps")
     return len(orphans)
+
+
+def work_folder() -> Path:
+    """A folder for files of this process, which removes it when it is done.
+
+    One whose process was killed before (with the plan and rows it held) is removed by the next that makes one.
+    """
+    for folder in Path(tempfile.gettempdir()).glob("harness-*"):
+        with contextlib.suppress(OSError):  # it has no lock, or its process lives and holds it
+            if folder.lstat().st_uid == os.geteuid():  # what others put there may be made to be opened for ever
+                with (folder / ".lock").open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+    hidden = Path(tempfile.mkdtemp(prefix=".harness-"))
+    held = (hidden / ".lock").open("wb")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    _held.append(held)
+    return hidden.rename(hidden.with_name(hidden.name.removeprefix(".")))  # seen from now on, and locked
 
 
 def _guards(entry: Entry) -> set[int]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import queue
 import shutil
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from cluster.engine import WHOLE, Engine, Part
 from cluster.job import read_piece
 from cluster.process import GRACE_S, NO_SECRETS, Process, describe_exit, wait_ready
+from cluster.registry import work_folder
 from harness import probe
 from harness.errors import HarnessError, ServerError
 
@@ -72,7 +72,7 @@ class ReplicaOwner:
         self._log = Path(log)
         self._remote_log = not self._log.parent.is_dir()  # another host, no shared storage: `look` brings it home
         if self._remote_log:
-            self._log = Path(tempfile.mkdtemp(prefix="harness-")) / self._log.name
+            self._log = work_folder() / self._log.name
         self._process: Process | None = None
         self._port: int | None = None
         self._held: dict[str, socket.socket] = {}

@@ -20,7 +20,7 @@ from conftest import ROOT, gone, wait_for
 
 from cluster import registry
 from cluster.process import Process
-from cluster.registry import Entry, Identity, end, end_orphans, identify, running
+from cluster.registry import Entry, Identity, end, end_orphans, identify, running, work_folder
 from harness.cli import processes as verbs
 
 
@@ -54,6 +54,32 @@ def test_a_process_is_listed_while_it_runs(tmp_path: Path, own_state: Path) -> N
     process.stop()
     assert running() == []
     assert list(own_state.iterdir()) == []
+
+
+def test_a_folder_of_a_killed_process_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code = textwrap.dedent(f"""
+        import tempfile, time
+        from cluster.registry import work_folder
+        tempfile.tempdir = {str(tmp_path)!r}
+        folder = work_folder()
+        (folder / "plan.arrow").write_bytes(b"x")
+        print(folder, flush=True)
+        time.sleep(600)
+    """)
+    strangers = tmp_path / "harness-of-a-stranger"
+    strangers.mkdir()
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        theirs = Path(process.stdout.readline().strip())
+        mine = work_folder()
+        assert (theirs / "plan.arrow").exists(), "its process lives"
+        process.kill()
+        process.wait(10)
+    more = work_folder()
+    assert not theirs.exists()
+    assert mine.is_dir() and more.is_dir() and mine != more
+    assert strangers.is_dir(), "not one of ours"
 
 
 def test_stop_ends_the_whole_group_and_its_owner_sees_it(tmp_path: Path) -> None:
