@@ -449,7 +449,7 @@ for argv in json.load(sys.stdin):
 """
 
 
-def test_vllm_itself_takes_the_arguments_of_every_model_on_every_tier_it_fits() -> None:
+def test_vllm_itself_takes_the_arguments_of_every_model_on_every_tier_it_fits(tmp_path: Path) -> None:
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("needs vLLM's own parser: pip install -e '.[cpu]'")
     asked: dict[tuple[str, ...], list[object]] = {}
@@ -463,10 +463,11 @@ def test_vllm_itself_takes_the_arguments_of_every_model_on_every_tier_it_fits() 
             here = for_tier(model, tier.accelerator)
             for rank in range(parts):
                 part = Part(rank=rank, hosts=parts, master="10.0.0.1", master_port=29500)
-                argv = server_argv(model, tier, Path("/w"), host="10.0.0.1", port=8000, part=part)
+                argv = server_argv(model, tier, tmp_path, host="10.0.0.1", port=8000, part=part)
                 words = argv[argv.index("serve") + 1 :] if rank else argv[3:]
                 asked[tuple(words)] = [
-                    "/w", bool(rank), max(1, tensor_parallel_size(model, tier)), pipeline_parallel_size(model, tier),
+                    str(tmp_path), bool(rank),
+                    max(1, tensor_parallel_size(model, tier)), pipeline_parallel_size(model, tier),
                     parts, rank, here.max_model_len, "dummy" if model.dummy else "auto",
                 ]  # fmt: skip
     assert len(asked) > 200
