@@ -20,7 +20,7 @@ from cluster.actors import Reserved, ServersActor
 from cluster.claims import claims
 from cluster.engine import WHOLE, Engine, Part
 from cluster.job import Child, Job, Launch, start_here
-from cluster.join import alive_nodes, connect, disconnect, last_line
+from cluster.join import alive_nodes, connect, disconnect, head_gone, last_line
 from cluster.models import Model
 from cluster.placement import (
     ACTOR_CPUS,
@@ -35,7 +35,7 @@ from cluster.process import GRACE_S, Process
 from cluster.remote import RemoteHost, RemoteWorker
 from cluster.replica import TRIES, Failed, Started
 from cluster.vllm import VllmEngine
-from cluster.watch import Host, Owner, Watch
+from cluster.watch import CHECK_S, Host, Owner, Watch
 from harness import probe
 from harness.errors import ServerError, UsageError
 from harness.host_metrics import HostMetrics, host_file
@@ -153,6 +153,8 @@ class Deployment:
                 replica = self.replicas[owner.replica]
                 replica.base_url, replica.ready_s = server.base_url, server.ready_s
                 self._say(f"replica {owner.replica} ready after {server.ready_s:.0f} s at {server.base_url}")
+        for _ in range(2):  # their logs come home before there is load; the first question may be an old one
+            self._watch.listen(CHECK_S)
         self.engine_version = probe.engine_version(self.replicas[0].base_url, self.api_key)
         self._note_cpus(reserved)
         self._place_load(reserved)
@@ -362,8 +364,8 @@ class Deployment:
             elif ray.is_initialized():
                 for worker in workers:
                     worker.stop(grace_s)
-                self._watch.stop(grace_s)
-                for group in groups:
+                self._watch.stop(grace_s)  # hosts answer without their cluster's head, too
+                for group in groups if not head_gone() else ():
                     with contextlib.suppress(RayError):
                         remove_placement_group(group)
         finally:

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,10 @@ if not os.environ.get("RAY_ADDRESS"):
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
+# A driver that has lost the cluster's head is ended by Ray after this time, in the middle of whatever it does. By then
+# it has noticed (`LOST_S`), ended the run and reported it.
+os.environ["RAY_gcs_rpc_server_reconnect_timeout_s"] = "300"  # noqa: SIM112 - so Ray spells it
+
 try:
     import ray
     from ray.exceptions import GetTimeoutError, RayError
@@ -37,13 +41,16 @@ NAMESPACE = "harness"
 RAY_ENV: dict[str, str | None] = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a notice; our CPU actors have no GPU to hide
+    "RAY_gcs_rpc_server_reconnect_timeout_s": None,  # that is for this process alone
     "HARNESS_API_KEY": None,  # actors are given it; their environment is for everyone they start
 }
 RAY_S = 120.0
 """Ray on this machine is up after a few seconds."""
 CONNECT_S = 10.0
 LOST_S = 15.0
-"""A host that leaves a question open for this long is lost to this run."""
+"""A host that leaves a question open for this long is lost to this run; a head that answers nobody, too."""
+HEAD_S = 1.0
+"""To connect to the head."""
 
 
 def connect(say: Callable[[str], None]) -> Process | None:
@@ -144,6 +151,23 @@ def alive_nodes() -> list[Node]:
         if n["Alive"]
     ]
     return sorted(found, key=lambda node: (not node.here, node.address))
+
+
+def head_gone() -> bool:
+    """Whether nobody answers at the address of the cluster's head: what asks it anything would wait, and be ended."""
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_S).close()
+    except OSError:
+        return True
+    return False
+
+
+def end_actor(actor: Any) -> None:
+    """Have Ray end this actor. Without a head its host does, once it has noticed."""
+    if not head_gone():
+        with suppress(RayError):
+            ray.kill(actor)
 
 
 def on(node_id: str) -> NodeAffinitySchedulingStrategy:

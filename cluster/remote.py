@@ -17,7 +17,7 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from cluster.actors import HostActor, Report, WorkerActor
 from cluster.job import PIECE_BYTES, Job
-from cluster.join import LOST_S, Question, last_line, on
+from cluster.join import LOST_S, Question, end_actor, last_line, on
 from cluster.placement import ACTOR_CPUS, Node
 from cluster.process import GRACE_S, tail
 from harness.errors import HarnessError, WorkerError
@@ -113,8 +113,7 @@ class RemoteWorker:
         if self.trouble is None:
             with contextlib.suppress(RayError):
                 ray.get(self._actor.clean.remote(), timeout=LOST_S)
-        with contextlib.suppress(RayError):
-            ray.kill(self._actor)
+        end_actor(self._actor)
 
     def wait(self, timeout_s: float) -> int | None:
         """`poll` after the end or ``timeout_s``."""
@@ -192,8 +191,7 @@ class RemoteHost:
                 while self.fetch() and time.monotonic() < deadline:
                     time.sleep(0.02)
                 ray.get(self._actor.clean.remote(), timeout=LOST_S)
-        with contextlib.suppress(RayError):
-            ray.kill(self._actor)
+        end_actor(self._actor)
 
 
 def clock_offset_ns(read: Callable[[], int]) -> int:

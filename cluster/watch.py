@@ -12,12 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.join import LOST_S, Question, ask
+from cluster.join import LOST_S, Question, ask, end_actor, head_gone
 from cluster.replica import Failed, Look
 from harness.run import Replica, Restart, now_utc
 
 import ray  # isort: skip  # after cluster.join, which sets what Ray reads when it is imported
-from ray.exceptions import RayError  # isort: skip
 
 CHECK_S = 1.0
 """`Watch.check` waits this long for answers; late ones are taken the next time."""
@@ -104,6 +103,7 @@ class Watch:
         self._replicas, self._say, self._restart_wanted, self._ready_s = replicas, say, restart, ready_s
         self._restarting: dict[int, _Restarting] = {}
         """By replica."""
+        self._headless_since: float | None = None
 
     def listen(self, wait_s: float = 0.0) -> None:
         """Ask every host for news and take what has come: words, states, logs from other hosts, ends."""
@@ -130,6 +130,7 @@ class Watch:
         is not among them.
         """
         self.listen(CHECK_S)
+        self._look_for_head()
         died: dict[int, str] = {}
         for owner in self.owners:
             replica = self._replicas[owner.replica]
@@ -140,6 +141,17 @@ class Watch:
             if replica.exit is not None:
                 died[replica.index] = replica.exit
         return died
+
+    def _look_for_head(self) -> None:
+        """Without the cluster's head hosts go on answering for a minute; then Ray ends them, and this process."""
+        if not head_gone():
+            self._headless_since = None
+            return
+        self._headless_since = self._headless_since or time.monotonic()
+        if time.monotonic() - self._headless_since > LOST_S:
+            self._restart_wanted = False
+            for owner in self.owners:
+                owner.ended = owner.ended or f"the head of its Ray cluster has not answered for {LOST_S:.0f} s"
 
     @property
     def restarting(self) -> bool:
@@ -190,8 +202,7 @@ class Watch:
                     break
         ask([host.actor.clean.remote() for host in there if host.node])
         for host in hosts:
-            with contextlib.suppress(RayError):
-                ray.kill(host.actor)
+            end_actor(host.actor)
 
 
 def append(file: Path, data: bytes) -> None:

@@ -282,6 +282,7 @@ def test_a_late_word_of_the_old_death_does_not_kill_the_restarted_server(
             return None if look is None else [look]
 
     monkeypatch.setattr("cluster.watch.ask", lambda refs, timeout_s: [Started("http://x/v1", 1.0)])
+    monkeypatch.setattr("cluster.watch.head_gone", lambda: False)
     monkeypatch.setattr("cluster.watch.ray.wait", lambda refs, **_: (refs, []))
     d = deploy(tmp_path, on_replica_death="restart")
     watch, host = d._watch, Host(None, node="n")
@@ -321,6 +322,7 @@ def test_a_server_that_goes_on_dying_is_not_started_again_for_ever(
             return None
 
     monkeypatch.setattr("cluster.watch.ask", lambda refs, timeout_s: [Started("http://x/v1", 1.0)])
+    monkeypatch.setattr("cluster.watch.head_gone", lambda: False)
     monkeypatch.setattr("cluster.watch.ray.wait", lambda refs, **_: (refs, []))
     d = deploy(tmp_path, on_replica_death="restart")
     host = Host(Actor(), node="n")
@@ -332,6 +334,22 @@ def test_a_server_that_goes_on_dying_is_not_started_again_for_ever(
             break
     assert died == {0: "exit code 1"}
     assert len(d.restarts) == MOST_RESTARTS
+
+
+def test_servers_of_a_cluster_without_a_head_are_lost_and_not_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = [True, False, True, True]
+    monkeypatch.setattr("cluster.watch.head_gone", lambda: gone.pop(0))
+    clock = iter(range(0, 1000, 10))
+    d = deploy(tmp_path, on_replica_death="restart")
+    d._watch.owners = [Owner(Host(None), 0, 0, 0, tmp_path / "log")]
+    monkeypatch.setattr("cluster.watch.time.monotonic", lambda: next(clock))
+    assert d.check() == {}
+    assert d.check() == {}, "it was back before the time was over"
+    assert d.check() == {}
+    assert d.check() == {0: "the head of its Ray cluster has not answered for 15 s"}
+    assert d.restarts == []
 
 
 def test_host_counters_that_cannot_be_written_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -301,3 +301,18 @@ def test_the_host_of_a_server_dies(cluster: Cluster) -> None:
         victim.join()
         cluster.start_ray(cluster.hosts.index(victim))
         wait_for(lambda: cluster.alive() == 3, 90, "the node is back")
+
+
+def test_the_head_of_the_cluster_dies(cluster: Cluster) -> None:
+    """The last test here: the cluster does not come back from it."""
+    drive = cluster.replay(400, 20.0)
+    wait_for(lambda: drive.rows(1) > 20 or drive.process.poll() is not None, 90, "rows from another host")
+    assert drive.process.poll() is None, drive.said()
+    (head,) = (p for p in cluster.hosts[0].processes() if p.name() == "gcs_server")
+    head.kill()
+    assert drive.end(15 + LOSS_S) == 3, drive.said()
+    assert drive.report()["verdict"] == "INVALID", "Ray would have ended the driver without one"
+    assert read_manifest(drive.run).status == "stopped"
+    assert drive.rows(0) > 0
+    for host in cluster.hosts:
+        wait_for(lambda host=host: not harness_processes(host), 120, "nothing left")
