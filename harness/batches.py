@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import compress, islice
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -21,6 +22,7 @@ from harness.formats.row import safe
 from harness.plan import SCHEMA, PlanSpec
 from harness.prompts import Ids, Vocabulary
 from harness.records import Trace, TraceRecord
+from harness.spool import Sessions
 from harness.traces.rescale import Arrangement
 from harness.traces.turns import Turns, accumulates
 
@@ -54,7 +56,7 @@ class Batches:
     def of(self, n: int) -> Iterator[pa.RecordBatch]:
         """The first ``n`` requests. Raises `PlanError` when the trace is no longer what it was."""
         done, overlap = 0, self.arrangement is not None
-        sessions = _Sessions(self.trace, wait=self.spec.sessions == "wait", overlap=overlap)
+        sessions = _Slices(self.trace, wait=self.spec.sessions == "wait", overlap=overlap)
         prompts = _Prompts(self.spec, self.vocabulary, self.chat, overlap=overlap)
         self.live = Live(overlap=overlap) if self.spec.conversation == "live" else None
         with contextlib.closing(self._copied(n) if self.arrangement is None else self._arranged(n)) as rows:
@@ -81,7 +83,7 @@ class Batches:
         parts = self.arrangement.parts
         with contextlib.ExitStack() as open_:
             readings = [
-                compress(open_.enter_context(contextlib.closing(iter(self.trace))), part.rows) for part in parts
+                compress(open_.enter_context(contextlib.closing(iter(self.trace))), part.rows.data) for part in parts
             ]
             for start in range(0, n, _BATCH_ROWS):
                 for part in self.arrangement.part[start : min(start + _BATCH_ROWS, n)].tolist():
@@ -90,7 +92,7 @@ class Batches:
                         return
                     yield parts[part].copy, record
 
-    def _batch(self, rows: list[Copied], first: int, prompts: _Prompts, sessions: _Sessions) -> pa.RecordBatch:
+    def _batch(self, rows: list[Copied], first: int, prompts: _Prompts, sessions: _Slices) -> pa.RecordBatch:
         n = len(rows)
         chunk = [record for _, record in rows]
         made = [_own(record, prompt) for record, prompt in zip(chunk, prompts.of(rows, first), strict=True)]
@@ -211,14 +213,21 @@ class _Prompts:
         return Made(ids=ids, tokens=tokens, before=before)
 
 
-class _Sessions:
+class _LastTurn(NamedTuple):
+    """A session's last row."""
+
+    slice: int
+    request_id: int
+    turn: int | None
+
+
+class _Slices:
     """Which slice each request belongs to, and which turn it waits for."""
 
     def __init__(self, trace: Trace, *, wait: bool, overlap: bool) -> None:
         self._trace, self._wait, self._overlap = trace, wait, overlap
         self._slices = self._copy = 0
-        self._last: dict[tuple[int, str], tuple[int, int, int | None]] = {}
-        """(copy, session) -> slice, request_id and turn of its last row."""
+        self._last = Sessions(_LastTurn)
 
     def place(self, rows: list[Copied], first: int) -> tuple[list[int], list[int | None], list[int | None]]:
         """slice, after and think_ns of each row."""
@@ -235,18 +244,22 @@ class _Sessions:
                 slices.append(self._slices)
                 self._slices += 1
             else:
-                slices.append(last[0])
+                slices.append(last.slice)
             waits = self._wait and last is not None
-            after.append(last[1] if waits and last is not None else None)
+            after.append(last.request_id if waits and last is not None else None)
             think_ns.append(round((record.think_s or 0.0) * 1e9) if waits else None)
             if session is not None:
-                if waits and last is not None and (last[2] or 0) > (record.turn if record.turn is not None else 2**31):
+                if (
+                    waits
+                    and last is not None
+                    and (last.turn or 0) > (record.turn if record.turn is not None else 2**31)
+                ):
                     session_id = safe(session[1], 80)
                     raise PlanError(
                         f"{self._trace.path}:{record.line}: turn {record.turn} of session {session_id!r} comes "
-                        f"after its turn {last[2]}: a turn cannot wait for a later one; put the rows in order"
+                        f"after its turn {last.turn}: a turn cannot wait for a later one; put the rows in order"
                     )
-                self._last[session] = (slices[-1], request_id, record.turn)
+                self._last.set(session, _LastTurn(slices[-1], request_id, record.turn))
         return slices, after, think_ns
 
 

@@ -1,8 +1,8 @@
 """Trace -> plan: how many requests, and when. Everything random is drawn before the clock starts, from one seed.
 
 The trace is read twice: once to count it and learn its times (`harness.traces.survey`), once to write its requests
-(`harness.batches`). In memory are eight bytes a request for its time (a few times that where another demand is made),
-a few numbers for each session, and one batch of prompts; never the requests.
+(`harness.batches`). In memory is one batch of prompts; what is kept of every request (eight bytes for its time, some
+more where another demand is made) and of every session lies in files where it is much (`harness.spool`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from harness.errors import PlanError, UsageError
 from harness.plan import SCHEMA_VERSION, PlanInfo, PlanSpec, write_plan
 from harness.prompts import Vocabulary
 from harness.records import Trace
+from harness.spool import filled
 from harness.traces.notes import Timed, notes, prompt_notes
 from harness.traces.rescale import arrange, spread
 from harness.traces.stats import arrival_stats, mean_rate
@@ -357,8 +358,7 @@ def _rescale(arrivals: Times, speed: float) -> Times:
         return arrivals  # exact: no float in between
     if int(arrivals[-1]) / speed >= 2**63:
         raise UsageError(f"speed {speed:g} stretches the trace beyond 292 years; speed above 1 is faster")
-    scheduled: Times = np.rint(arrivals / speed).astype(np.int64)
-    return scheduled
+    return filled(len(arrivals), lambda part: np.rint(arrivals[part] / speed), np.int64)
 
 
 def _warmup(spec: PlanSpec, scheduled: Times | None, n: int) -> int:
@@ -374,5 +374,4 @@ def _warmup(spec: PlanSpec, scheduled: Times | None, n: int) -> int:
 def _choose(spec: PlanSpec, n: int) -> npt.NDArray[np.bool_]:
     """Which requests' clients hang up."""
     generator = np.random.Generator(np.random.PCG64([spec.seed & (2**64 - 1), *b"cancel"]))
-    chosen: npt.NDArray[np.bool_] = generator.random(n) < spec.cancel_share
-    return chosen
+    return filled(n, lambda part: generator.random(part.stop - part.start) < spec.cancel_share, np.bool_)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import msgspec
 
 from harness.prompts import Ids
 from harness.records import TraceRecord
+from harness.spool import Sessions
 
 OTHER_FORM = "another form of prompt than the turn before"
 OTHER_START = "the prompt does not begin with the one before it"
@@ -83,7 +84,7 @@ class Live:
         """Why turns, beyond the first of their session, do not go on from the one before them -> how many."""
         self._overlap = overlap
         self._copy = 0
-        self._last: dict[Hashable, _Before] = {}
+        self._last = Sessions(_Before)
 
     def new(self, copy: int, record: TraceRecord, prompt: Prompt) -> Prompt | None:
         """What is new in the next row of copy ``copy``; None when it goes on from nothing."""
@@ -93,7 +94,8 @@ class Live:
         if record.session_id is None:
             return None
         session = (copy, record.session_id)
-        before, self._last[session] = self._last.get(session), _remember(record, prompt)
+        before = self._last.get(session)
+        self._last.set(session, _remember(record, prompt))
         if before is None:
             return None
         at = _starts(before, record, prompt)

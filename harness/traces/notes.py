@@ -12,6 +12,7 @@ from harness.chat import Chat
 from harness.formats.row import safe
 from harness.plan import PlanSpec
 from harness.records import Trace
+from harness.spool import blocks
 from harness.traces.rescale import Arrangement
 from harness.traces.stats import ArrivalStats
 from harness.traces.survey import ADAPTERS_LISTED, Survey
@@ -87,7 +88,7 @@ def _growth(spec: PlanSpec, timed: Timed, planned: ArrivalStats | None) -> list[
     said = [f"demand is {timed.grow:.4g} times the trace's on the same clock ({how}): {rows} rows, {n} requests"]
     if not timed.cut and abs(n / (timed.grow * rows) - 1) > 0.05:
         said.append(f"{timed.grow * rows:.0f} requests were expected: that is the chance of the draw")
-    if timed.scheduled is not None and (after := n - int(np.searchsorted(timed.scheduled * timed.speed, _end(timed)))):
+    if timed.scheduled is not None and (after := _after_the_end(timed.scheduled, timed)):
         said.append(f"{after} turns of shifted sessions come after the trace's end")
     if timed.grow > 1:
         made_up = timed.survey.content.lengths_only == rows
@@ -108,10 +109,11 @@ def _growth(spec: PlanSpec, timed: Timed, planned: ArrivalStats | None) -> list[
     return [*said, f"shape, trace -> plan{clock}: {', '.join(shape)}"] if shape else said
 
 
-def _end(timed: Timed) -> int:
-    """Where the trace and its last gap end, ns."""
+def _after_the_end(scheduled: Times, timed: Timed) -> int:
+    """Requests planned after the trace and its last gap have ended."""
     times = timed.survey.arrivals
-    return int(times[-1]) + int(times[-1]) // max(len(times) - 1, 1) + round((timed.spread_s or 0.0) * 1e9) + 1
+    end_ns = int(times[-1]) + int(times[-1]) // max(len(times) - 1, 1) + round((timed.spread_s or 0.0) * 1e9) + 1
+    return sum(int(np.count_nonzero(scheduled[part] * timed.speed >= end_ns)) for part in blocks(len(scheduled)))
 
 
 def _requests(spec: PlanSpec, found: Survey, cancelled: npt.NDArray[np.bool_]) -> list[str]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from harness.arrivals import Times
 from harness.errors import UsageError
+from harness.spool import BLOCK, blocks, empty, filled
 
 MOST_SHIFT_NS = 1800 * 1_000_000_000
 MOST_SHIFT = 20
@@ -55,8 +56,8 @@ class Part(NamedTuple):
     """One reading of the trace for a plan: which copy its requests belong to, and the rows it takes."""
 
     copy: int
-    rows: bytes
-    """1 for each row taken, in trace order."""
+    rows: Bools
+    """Whether each row is taken, in trace order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,19 +96,57 @@ def arrange(arrivals: Times, units: Units, growth: float, seed: int) -> Arrangem
     parts: list[Part] = []
     times: list[Times] = []
     for copy in range(copies):
-        share = growth - copy
-        kept = np.ones(n, dtype=np.bool_) if share >= 1 - 1e-9 else units.places < np.uint64(share * 2**64)
-        for rows, shift in _wrapped(units.starts, shifts[copy], period):
-            taken = kept & rows
+        least = None if growth - copy >= 1 - 1e-9 else np.uint64((growth - copy) * 2**64)
+        for round_the_end in (True, False):
+            taken = filled(n, _taken(units, least, shifts[copy], period, round_the_end), np.bool_)
             if taken.any():
-                parts.append(Part(copy, taken.tobytes()))
-                times.append(arrivals[taken] + shift)
+                parts.append(Part(copy, taken))
+                times.append(_shifted(arrivals, taken, shifts[copy] - (period if round_the_end else 0)))
     if not times:
         raise UsageError(f"thinning to {growth:g} of the demand left no request: keep more, or another seed")
-    scheduled = np.concatenate(times)
-    part = np.repeat(np.arange(len(times), dtype=np.uint16), [len(each) for each in times])
-    order = np.argsort(scheduled, kind="stable")
-    return Arrangement(scheduled[order], part[order], parts)
+    return Arrangement(*_merged(times), parts)
+
+
+def _taken(
+    units: Units, least: np.uint64 | None, shift: int, period: int, round_the_end: bool
+) -> Callable[[slice], Bools]:
+    """Which rows of a copy are drawn (``least``: whose place is below) and go round the trace's end, or do not."""
+
+    def rows(part: slice) -> Bools:
+        taken: Bools = (units.starts[part] + shift >= period) == round_the_end
+        return taken if least is None else taken & (units.places[part] < least)
+
+    return rows
+
+
+def _shifted(arrivals: Times, taken: Bools, shift: int) -> Times:
+    made, at = empty(int(np.count_nonzero(taken)), np.int64), 0
+    for part in blocks(len(arrivals)):
+        some = arrivals[part][taken[part]] + shift
+        made[at : at + len(some)] = some
+        at += len(some)
+    return made
+
+
+def _merged(times: list[Times]) -> tuple[Times, npt.NDArray[np.uint16]]:
+    """All ``times`` (each ascending) in order, and which list each is from; equal ones in the order of the lists.
+
+    A stretch at a time: between two bounds no list has more than its share of a block.
+    """
+    every = max(1, BLOCK // len(times))
+    bounds = np.unique(np.concatenate([each[::every] for each in times]))
+    n = sum(len(each) for each in times)
+    scheduled, part, at = empty(n, np.int64), empty(n, np.uint16), 0
+    begins = [0] * len(times)
+    for bound in [*bounds[1:].tolist(), None]:
+        ends = [len(each) if bound is None else int(np.searchsorted(each, bound)) for each in times]
+        some = np.concatenate([each[a:b] for each, a, b in zip(times, begins, ends, strict=True)])
+        order = np.argsort(some, kind="stable")
+        scheduled[at : at + len(some)] = some[order]
+        sizes = np.subtract(ends, begins)
+        part[at : at + len(some)] = np.repeat(np.arange(len(times), dtype=np.uint16), sizes)[order]
+        at, begins = at + len(some), ends
+    return scheduled, part
 
 
 def _shifts(copies: int, period: int, seed: int) -> list[int]:
@@ -120,13 +159,6 @@ def _shifts(copies: int, period: int, seed: int) -> list[int]:
 def longest_shift_ns(span_ns: int) -> int:
     """The most that a copy of a trace of this span is shifted by, ns."""
     return min(span_ns // MOST_SHIFT, MOST_SHIFT_NS)
-
-
-def _wrapped(starts: Times, shift: int, period: int) -> Iterator[tuple[Bools, int]]:
-    """(rows, their shift): those of units that begin within the period, and those that go round to its beginning."""
-    over = starts + shift >= period
-    yield over, shift - period
-    yield ~over, shift
 
 
 def spread(arrivals: Times, grid_s: float, seed: int) -> Times:

@@ -1,6 +1,7 @@
 """The shape of a trace: what `harness trace inspect` says. Columns of numbers, never the requests.
 
-A record costs a few numbers here, and a session a few; for prefix ids see `harness.traces.prefix`.
+A record costs a few numbers, and a session a few, in files where they are many (`harness.spool`), and work goes by
+blocks: memory does not grow with the trace. For prefix ids see `harness.traces.prefix`.
 
 ==========================  ==========================================================================================
 burstiness                  variance / mean of the number of arrivals in windows of 1, 10 and 60 s, laid from the first
@@ -15,20 +16,24 @@ ideal prefix-cache hit      share of blocks, and of input tokens, that led some 
 
 from __future__ import annotations
 
-import hashlib
-from array import array
-from collections.abc import Iterable
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from harness.records import TraceRecord
+from harness.spool import Column, blocks, empty
+from harness.spool import Sessions as Kept
 from harness.traces.ideal import IdealReuse
 from harness.traces.prefix import Prefix
-from harness.traces.stats import WINDOWS_S, dispersion, worst
+from harness.traces.stats import WINDOWS_S, counts_between, dispersion, mean_rate, worst
 
 Ints = npt.NDArray[np.int64]
+Lens = npt.NDArray[np.int32]
 
 QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 _BINS = 60
@@ -100,67 +105,106 @@ def measure(records: Iterable[TraceRecord]) -> Shape:
     return columns.shape()
 
 
+class _LastTurn(NamedTuple):
+    """A session so far."""
+
+    rows: int
+    arrival_ns: int | None
+
+
 @dataclass(slots=True)
 class Columns:
     """What is kept of each record until the shape is asked for."""
 
-    arrival_ns: array[int] = field(default_factory=lambda: array("q"))
-    input_tokens: array[int] = field(default_factory=lambda: array("i"))
-    output_tokens: array[int] = field(default_factory=lambda: array("i"))
+    arrival_ns: Column = field(default_factory=lambda: Column("q"))
+    input_tokens: Column = field(default_factory=lambda: Column("i"))
+    output_tokens: Column = field(default_factory=lambda: Column("i"))
     """-1 where not given."""
-    session: array[int] = field(default_factory=lambda: array("q"))
-    """Hash of its id, 0 without."""
+    gap_ns: Column = field(default_factory=lambda: Column("q"))
+    """Between the turns of a session."""
     rows: int = 0
     with_text: int = 0
     reuse: IdealReuse = field(default_factory=IdealReuse)
+    _last: Kept[_LastTurn] = field(default_factory=lambda: Kept(_LastTurn))
+    _turns: Counter[int] = field(default_factory=Counter)
+    """Turns so far -> sessions that have so many."""
 
     def add(self, record: TraceRecord) -> None:
         """The next record."""
         self.rows += 1
-        if record.arrival_s is not None:
-            self.arrival_ns.append(round(record.arrival_s * 1e9))
+        arrival_ns = None if record.arrival_s is None else round(record.arrival_s * 1e9)
+        if arrival_ns is not None:
+            self.arrival_ns.append(arrival_ns)
         self.input_tokens.append(-1 if record.input_tokens is None else record.input_tokens)
         self.output_tokens.append(-1 if record.output_tokens is None else record.output_tokens)
-        # hash() would do, but for its seed a run: two inspections must agree to the bit.
-        self.session.append(0 if record.session_id is None else _hash(record.session_id))
+        if record.session_id is not None:
+            self._turn(record.session_id, arrival_ns)
         self.with_text += record.text is not None or record.messages is not None
         self.reuse.add(record)
 
+    def _turn(self, session: str, arrival_ns: int | None) -> None:
+        last = self._last.get(session) or _LastTurn(0, None)
+        self._last.set(session, _LastTurn(last.rows + 1, arrival_ns))
+        self._turns[last.rows + 1] += 1
+        if last.rows:
+            self._turns[last.rows] -= 1
+        if last.arrival_ns is not None and arrival_ns is not None:
+            self.gap_ns.append(arrival_ns - last.arrival_ns)
+
     def shape(self) -> Shape:
         """The shape of all records added."""
-        times = np.frombuffer(self.arrival_ns, dtype=np.int64)
-        into = np.frombuffer(self.input_tokens, dtype=np.int32)
-        out = np.frombuffer(self.output_tokens, dtype=np.int32)
-        both = (into > 0) & (out > 0)
-        span_s = int(times[-1] - times[0]) / 1e9 if len(times) else None
-        rate = (len(times) - 1) / span_s if span_s else None
-        gaps = np.diff(times)
+        times, into, out = self.arrival_ns.whole(), self.input_tokens.whole(), self.output_tokens.whole()
+        pairs = _Pairs(into, out)
+        rate = mean_rate(times)
+        instants, longest_gap_s = _gaps(times)
         return Shape(
             rows=self.rows,
-            span_s=span_s,
+            span_s=int(times[-1] - times[0]) / 1e9 if len(times) else None,
             mean_rate=rate,
-            instants=1 + int(np.count_nonzero(gaps)) if len(times) else None,
-            longest_gap_s=int(gaps.max()) / 1e9 if len(gaps) else None,
+            instants=instants,
+            longest_gap_s=longest_gap_s,
             burstiness={f"{w}s": dispersion(times, w) for w in WINDOWS_S},
             worst_second=_worst(times, 1, rate),
             worst_minute=_worst(times, 60, rate),
             rate_over_time=_rate_over_time(times),
-            input_tokens=_lengths(into[into > 0]),
-            output_tokens=_lengths(out[out > 0]),
-            rank_correlation=_rank_correlation(into[both], out[both]),
-            joint=_joint(into[both], out[both]),
-            sessions=_sessions(np.frombuffer(self.session, dtype=np.int64), times),
+            input_tokens=_lengths(into),
+            output_tokens=_lengths(out),
+            rank_correlation=pairs.rank_correlation(),
+            joint=pairs.joint(),
+            sessions=self._sessions(),
             prefix=self.reuse.result(),
             rows_with_text=self.with_text,
         )
 
-
-def _hash(text: str) -> int:
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True) or 1
+    def _sessions(self) -> Sessions | None:
+        sessions = self._turns.total()
+        if not sessions:
+            return None
+        turns = {rows: count for rows, count in sorted(self._turns.items()) if count}
+        rows = sum(each * count for each, count in turns.items())
+        gaps = _quantiles(self.gap_ns.whole()) if len(self.gap_ns) else None
+        return Sessions(
+            sessions=sessions,
+            rows=rows,
+            turns_mean=rows / sessions,
+            turns_max=max(turns),
+            turns_quantiles=_quantiles(np.repeat(list(turns), list(turns.values()))),
+            gap_quantiles_s=None if gaps is None else {name: gap / 1e9 for name, gap in gaps.items()},
+        )
 
 
 # --- arrivals ------------------------------------------------------------------------------------------------------
+
+
+def _gaps(times: Ints) -> tuple[int | None, float | None]:
+    """Different arrivals, and the longest gap between two, s."""
+    if not len(times):
+        return None, None
+    instants, longest = 1, 0
+    for part in blocks(len(times) - 1):
+        gaps = np.diff(times[part.start : part.stop + 1])
+        instants, longest = instants + int(np.count_nonzero(gaps)), max(longest, int(gaps.max()))
+    return instants, longest / 1e9 if len(times) > 1 else None
 
 
 def _worst(times: Ints, window_s: int, rate: float | None) -> dict[str, float] | None:
@@ -178,77 +222,105 @@ def _worst(times: Ints, window_s: int, rate: float | None) -> dict[str, float] |
 def _rate_over_time(times: Ints) -> dict[str, list[float]] | None:
     if len(times) < 2 or times[-1] == times[0]:
         return None
-    counts, edges = np.histogram((times - times[0]) / 1e9, bins=min(_BINS, len(times)))
-    return {"start_s": edges[:-1].tolist(), "rate": (counts / np.diff(edges)).tolist()}
+    span_ns, bins = int(times[-1] - times[0]), min(_BINS, len(times))
+    counts = counts_between(times, int(times[0]), span_ns, bins)
+    width_s = span_ns / 1e9 / bins
+    return {"start_s": [i * width_s for i in range(bins)], "rate": (counts / width_s).tolist()}
 
 
 # --- lengths and sessions ------------------------------------------------------------------------------------------
 
 
 def _quantiles(values: npt.NDArray[np.generic]) -> dict[str, float]:
-    found = np.quantile(values.astype(np.float64), QUANTILES)
+    """Of ``values``, which are sorted in place."""
+    values.sort()
+    places = np.array(QUANTILES) * (len(values) - 1)
+    below = values[np.floor(places).astype(np.int64)].astype(np.float64)
+    above = values[np.ceil(places).astype(np.int64)].astype(np.float64)
+    found = below + (above - below) * (places % 1)
     return {f"p{q * 100:g}": float(v) for q, v in zip(QUANTILES, found, strict=True)}
 
 
-def _lengths(tokens: npt.NDArray[np.int32]) -> Lengths | None:
-    if not len(tokens):
+def _lengths(column: Lens) -> Lengths | None:
+    """Of what is given and not 0."""
+    tokens, rows, total = empty(len(column), np.int32), 0, 0
+    powers = np.zeros(32, dtype=np.int64)
+    for part in blocks(len(column)):
+        some = column[part][column[part] > 0]
+        tokens[rows : rows + len(some)] = some
+        rows, total = rows + len(some), total + int(some.sum(dtype=np.int64))
+        powers += np.bincount(_power(some), minlength=32)
+    if not rows:
         return None
-    powers, counts = np.unique(np.frexp(tokens.astype(np.float64))[1] - 1, return_counts=True)
+    tokens = tokens[:rows]
+    quantiles = _quantiles(tokens)
     return Lengths(
-        rows=len(tokens),
-        total=int(tokens.sum(dtype=np.int64)),
-        mean=float(tokens.mean(dtype=np.float64)),
-        minimum=int(tokens.min()),
-        maximum=int(tokens.max()),
-        quantiles=_quantiles(tokens),
-        histogram={str(2 ** int(p)): int(c) for p, c in zip(powers, counts, strict=True)},
+        rows=rows,
+        total=total,
+        mean=total / rows,
+        minimum=int(tokens[0]),
+        maximum=int(tokens[-1]),
+        quantiles=quantiles,
+        histogram={str(2**power): count for power, count in enumerate(powers.tolist()) if count},
     )
 
 
-def _ranks(values: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
-    """Ranks, equal values sharing the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    middles: npt.NDArray[np.float64] = ends - (counts - 1) / 2
-    return middles[inverse]
+def _power(tokens: Lens) -> Ints:
+    """Of two, at or below each length."""
+    return np.frexp(tokens.astype(np.float64))[1].astype(np.int64) - 1
 
 
-def _rank_correlation(a: npt.NDArray[np.int32], b: npt.NDArray[np.int32]) -> float | None:
-    if len(a) < 3 or a.min() == a.max() or b.min() == b.max():
-        return None
-    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+class _Pairs:
+    """Input and output lengths of the rows that say both."""
+
+    def __init__(self, into: Lens, out: Lens) -> None:
+        self._into, self._out = into, out
+        self.rows = sum(len(a) for a, _ in self)
+
+    def __iter__(self) -> Iterator[tuple[Lens, Lens]]:
+        for part in blocks(len(self._into)):
+            a, b = self._into[part], self._out[part]
+            both = (a > 0) & (b > 0)
+            yield a[both], b[both]
+
+    def rank_correlation(self) -> float | None:
+        """Spearman's; equal lengths share the mean of their ranks. null below three rows or without a spread."""
+        if self.rows < 3:
+            return None
+        ranks = [_Ranks((pair[side] for pair in self), self.rows) for side in (0, 1)]
+        products = sum(float((ranks[0].of(a) * ranks[1].of(b)).sum()) for a, b in self)
+        spread = ranks[0].squares * ranks[1].squares
+        return products / math.sqrt(spread) if spread else None
+
+    def joint(self) -> dict[str, list[list[int]] | list[int]] | None:
+        """Rows by power of four."""
+        if not self.rows:
+            return None
+        table = np.zeros((16, 16), dtype=np.int64)
+        for a, b in self:
+            np.add.at(table, (_power(a) // 2, _power(b) // 2), 1)
+        down, across = (np.flatnonzero(table.any(axis=axis)).tolist() for axis in (1, 0))
+        return {
+            "input_from": [4**i for i in range(down[0], down[-1] + 1)],
+            "output_from": [4**i for i in range(across[0], across[-1] + 1)],
+            "rows": table[down[0] : down[-1] + 1, across[0] : across[-1] + 1].tolist(),
+        }
 
 
-def _joint(a: npt.NDArray[np.int32], b: npt.NDArray[np.int32]) -> dict[str, list[list[int]] | list[int]] | None:
-    if not len(a):
-        return None
-    rows, columns = ((np.frexp(x.astype(np.float64))[1] - 1) // 2 for x in (a, b))
-    table = np.zeros((int(rows.max()) + 1, int(columns.max()) + 1), dtype=np.int64)
-    np.add.at(table, (rows, columns), 1)
-    first_row, first_column = int(rows.min()), int(columns.min())
-    return {
-        "input_from": [4**i for i in range(first_row, table.shape[0])],
-        "output_from": [4**i for i in range(first_column, table.shape[1])],
-        "rows": table[first_row:, first_column:].tolist(),
-    }
+class _Ranks:
+    """Ranks of lengths, less the mean rank."""
 
+    def __init__(self, parts: Iterable[Lens], rows: int) -> None:
+        found: Counter[int] = Counter()
+        for part in parts:
+            values, counts = np.unique(part, return_counts=True)
+            found.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+        self._values = np.array(sorted(found))
+        equal = np.array([found[int(value)] for value in self._values])
+        self._middles = np.cumsum(equal) - (equal - 1) / 2 - (rows + 1) / 2
+        self.squares = float((equal * self._middles**2).sum())
 
-def _sessions(ids: Ints, times: Ints) -> Sessions | None:
-    inside = ids != 0
-    if not inside.any():
-        return None
-    _, turns = np.unique(ids[inside], return_counts=True)
-    gaps = None
-    if len(times) == len(ids):
-        order = np.lexsort((times, ids))
-        same = (np.diff(ids[order]) == 0) & inside[order][1:]
-        if same.any():
-            gaps = _quantiles(np.diff(times[order])[same] / 1e9)
-    return Sessions(
-        sessions=len(turns),
-        rows=int(inside.sum()),
-        turns_mean=float(turns.mean()),
-        turns_max=int(turns.max()),
-        turns_quantiles=_quantiles(turns),
-        gap_quantiles_s=gaps,
-    )
+    def of(self, lengths: Lens) -> npt.NDArray[np.float64]:
+        """The rank of each."""
+        found: npt.NDArray[np.float64] = self._middles[np.searchsorted(self._values, lengths)]
+        return found

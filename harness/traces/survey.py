@@ -1,22 +1,21 @@
 """The first reading of a trace for a plan: how many rows, when they arrive, and what they look like.
 
-Eight bytes a row are kept (its arrival; three times that where rows are to be drawn or copied), a few numbers for each
-session, and for prefix ids what `harness.traces.prefix` says; never the rows.
+Eight bytes a row are kept (its arrival; three times that where rows are to be drawn or copied) and a few numbers for
+each session, in files where they are many (`harness.spool`), and for prefix ids what `harness.traces.prefix` says.
 """
 
 from __future__ import annotations
 
 import contextlib
-from array import array
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import numpy as np
+from typing import NamedTuple
 
 from harness.arrivals import Times
 from harness.errors import PlanError, UsageError
 from harness.records import Trace, TraceRecord
+from harness.spool import Column, Sessions
 from harness.traces.ideal import IdealReuse
 from harness.traces.rescale import Units
 from harness.traces.reshape import place
@@ -94,19 +93,26 @@ def survey(
     return look.result(ended_early)
 
 
+class _Begun(NamedTuple):
+    """A session so far."""
+
+    start_ns: int
+    rows: int
+
+
 class _Look:
     """Counts what passes."""
 
     def __init__(self, trace: Trace, made_up: bool, units_seed: int | None) -> None:
         self.requests = 0
-        self.arrivals = array("q")
+        self.arrivals = Column("q")
         self._trace, self._made_up, self._seed = trace, made_up, units_seed
-        self._starts = array("q")
-        self._places = array("Q")
+        self._starts, self._places = Column("q"), Column("Q")
         self._inputs: Counter[int] = Counter()
         self._outputs: Counter[int] = Counter()
-        self._sessions: dict[str, list[int]] = {}
-        """Session -> its first arrival, its rows."""
+        self._begun = Sessions(_Begun)
+        self._sessions = self._session_rows = self._squares = self._most_turns = 0
+        """Their number, rows, sum of squared rows, most rows."""
         self._reuse = IdealReuse()
         self._texts = self._open_ended = self._hang_ups = self._timeouts = 0
         self._adapters: dict[str, None] = {}
@@ -136,26 +142,26 @@ class _Look:
             self._adapters[record.adapter] = None
 
     def _unit(self, record: TraceRecord) -> None:
-        start_ns = self.arrivals[-1] if self.arrivals else 0
+        start_ns = round((record.arrival_s or 0.0) * 1e9)
         if record.session_id is not None:
-            session = self._sessions.setdefault(record.session_id, [start_ns, 0])
-            session[1] += 1
-            start_ns = session[0]
+            start_ns, rows = self._begun.get(record.session_id) or _Begun(start_ns, 0)
+            self._begun.set(record.session_id, _Begun(start_ns, rows + 1))
+            self._sessions += not rows
+            self._session_rows += 1
+            self._squares += 2 * rows + 1
+            self._most_turns = max(self._most_turns, rows + 1)
         if self._seed is not None:
             self._starts.append(start_ns)
             self._places.append(place(record, self._seed))
 
     def result(self, ended_early: bool) -> Survey:
         """All that was counted."""
-        arrivals = np.frombuffer(self.arrivals, dtype=np.int64)
+        arrivals = self.arrivals.whole()
         prefix = self._reuse.result()
-        turns = [rows for _, rows in self._sessions.values()]
         return Survey(
             requests=self.requests,
             arrivals=arrivals,
-            units=None if self._seed is None else Units(
-                np.frombuffer(self._starts, dtype=np.int64), np.frombuffer(self._places, dtype=np.uint64)
-            ),
+            units=None if self._seed is None else Units(self._starts.whole(), self._places.whole()),
             content=Content(
                 messages=self.requests - self._texts - self._inputs.total(), text=self._texts,
                 lengths_only=self._inputs.total(),
@@ -172,10 +178,10 @@ class _Look:
                 arrivals=arrival_stats(arrivals),
                 input_tokens=length_stats(self._inputs),
                 output_tokens=length_stats(self._outputs),
-                sessions=len(turns),
-                session_rows=sum(turns),
-                most_turns=max(turns, default=0),
-                unit_rows=(sum(rows * rows for rows in turns) + self.requests - sum(turns)) / max(self.requests, 1),
+                sessions=self._sessions,
+                session_rows=self._session_rows,
+                most_turns=self._most_turns,
+                unit_rows=(self._squares + self.requests - self._session_rows) / max(self.requests, 1),
                 prefix=None if prefix is None else PrefixStats(
                     block_tokens=prefix.block_tokens, rows=prefix.rows, hit_rate_blocks=prefix.hit_rate_blocks,
                     hit_rate_tokens=prefix.hit_rate_tokens, sampled=prefix.sampled,

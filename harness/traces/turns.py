@@ -6,16 +6,16 @@ server's prefix cache sees what production's saw. A shorter turn is no continuat
 one conversation): its prompt shares nothing, and a conversation begins with it.
 
 All prompts of a conversation are the beginning of one endless stream of tokens, that of its first request, so nothing
-of them has to be kept: four numbers a session are.
+of them has to be kept: a few numbers a session are, in a file where sessions are many (`harness.spool`).
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Hashable
 from typing import NamedTuple
 
 from harness.records import TraceRecord
+from harness.spool import Sessions
 
 BLOCK_TOKENS = 16
 """What a conversation shares is counted in blocks of vLLM's own size: only whole ones are found again."""
@@ -43,6 +43,16 @@ def accumulates(record: TraceRecord) -> bool:
     )
 
 
+class _Last(NamedTuple):
+    """A session's last row."""
+
+    first: int
+    input_tokens: int
+    output_tokens: int
+    lengths: tuple[int, ...]
+    """Those of its conversation so far, where they are kept."""
+
+
 class Turns:
     """Follows the sessions of a trace, row by row."""
 
@@ -53,39 +63,21 @@ class Turns:
         self.continued = self.independent = 0
         """Turns, beyond the first of their session, that do and do not continue."""
         self._room, self._keep = room, lengths
-        self._sessions: dict[Hashable, int] = {}
-        self._first, self._input, self._output = array("q"), array("i"), array("i")
-        self._before: dict[int, array[int]] = {}
+        self._last = Sessions(_Last)
 
     def clear(self) -> None:
         """All sessions are over."""
-        self._sessions.clear()
-        self._first, self._input, self._output = array("q"), array("i"), array("i")
-        self._before.clear()
+        self._last.clear()
 
     def place(self, session: Hashable, number: int, tokens: int, output_tokens: int | None) -> Turn:
         """The next row of a session that `accumulates`: its number among all rows, its input and output tokens."""
         output = output_tokens or 0
-        at = self._sessions.setdefault(session, len(self._first))
-        if at == len(self._first):
-            self._first.append(number)
-            self._input.append(tokens)
-            self._output.append(output)
-            return Turn(number, 0, self._kept(at, tokens, output, begins=True))
-        before = self._input[at]
-        goes_on = tokens >= before + self._output[at] + self._room
-        self.continued += goes_on
-        self.independent += not goes_on
-        if not goes_on:
-            self._first[at], before = number, 0
-        self._input[at], self._output[at] = tokens, output
-        return Turn(self._first[at], before, self._kept(at, tokens, output, begins=not goes_on))
-
-    def _kept(self, at: int, tokens: int, output: int, *, begins: bool) -> tuple[int, ...]:
-        if not self._keep:
-            return ()
-        lengths = array("i") if begins else self._before[at]
-        before = tuple(lengths)
-        lengths.extend((tokens, output))
-        self._before[at] = lengths
-        return before
+        last, turn = self._last.get(session), Turn(number, 0, ())
+        if last is not None:
+            goes_on = tokens >= last.input_tokens + last.output_tokens + self._room
+            self.continued += goes_on
+            self.independent += not goes_on
+            turn = Turn(last.first, last.input_tokens, last.lengths) if goes_on else turn
+        lengths = (*turn.before, tokens, output) if self._keep else ()
+        self._last.set(session, _Last(turn.first, tokens, output, lengths))
+        return turn

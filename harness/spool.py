@@ -1,0 +1,158 @@
+"""What is kept of a trace of any length while memory stays bounded: numbers one a row, and a little for each session.
+
+Both begin in memory, and what is too much goes to temporary files without a name, where Python's `tempfile` and SQLite
+put things (TMPDIR).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sqlite3
+import tempfile
+from array import array
+from collections.abc import Callable, Hashable, Iterator
+from typing import IO, Any, Generic, TypeVar
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from harness.errors import HarnessError
+
+V = TypeVar("V")
+
+HELD_SESSIONS = 2**15
+"""Sessions that are held in memory, and as many of those that were last used before them."""
+HELD_NUMBERS = 2**16
+"""Entries of a column that are held in memory."""
+BLOCK = 2**18
+"""Entries that are worked on at a time."""
+
+
+class Sessions(Generic[V]):
+    """A dict from sessions to small values that stays small itself: what was not set for long lies in a file.
+
+    Keys are told apart by 64 bits of their hash (seeded anew in each process): of ten million, two are mistaken for one
+    with a chance of three in a million. Values must not change after they were set.
+    """
+
+    def __init__(self, kind: type[V]) -> None:
+        self._young: dict[int, V] = {}
+        self._old: dict[int, V] = {}
+        self._file: sqlite3.Connection | None = None
+        self._decode = msgspec.msgpack.Decoder(kind).decode
+        self._encode = msgspec.msgpack.Encoder().encode
+
+    def get(self, key: Hashable) -> V | None:
+        """What was set last. Raises `HarnessError` when the file cannot be read."""
+        at = hash(key)
+        found = self._young.get(at)
+        if found is None:
+            found = self._old.get(at)
+        if found is None and self._file is not None:
+            row = self._asked(self._file.execute, "SELECT value FROM kept WHERE key = ?", (at,)).fetchone()
+            return None if row is None else self._decode(row[0])
+        return found
+
+    def set(self, key: Hashable, value: V) -> None:
+        """Keep ``value``. Raises `HarnessError` on a full disk."""
+        self._young[hash(key)] = value
+        if len(self._young) >= HELD_SESSIONS:
+            self._store({at: kept for at, kept in self._old.items() if at not in self._young})
+            self._old, self._young = self._young, {}
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._young, self._old = {}, {}
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
+    def _store(self, kept: dict[int, V]) -> None:
+        if not kept:
+            return
+        if self._file is None:
+            self._file = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+            for line in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -16384"):
+                self._file.execute(f"PRAGMA {line}")
+            self._file.execute("CREATE TABLE kept (key INTEGER PRIMARY KEY, value BLOB NOT NULL)")
+        rows = ((at, self._encode(kept[at])) for at in sorted(kept))  # in order: neighbours share a page
+        self._file.execute("BEGIN")
+        self._asked(self._file.executemany, "INSERT OR REPLACE INTO kept VALUES (?, ?)", rows)
+        self._asked(self._file.execute, "COMMIT")
+
+    def _asked(self, ask: Callable[..., sqlite3.Cursor], *what: Any) -> sqlite3.Cursor:
+        try:
+            return ask(*what)
+        except sqlite3.Error as e:
+            raise _no_room("the sessions of the trace", str(e)) from e
+
+
+class Column:
+    """Numbers that are appended one by one and then read as one array."""
+
+    def __init__(self, code: str) -> None:
+        """``code``: of Python's `array`."""
+        self._code = code
+        self._held: array[int] = array(code)
+        self._file: IO[bytes] | None = None
+        self._stored = 0
+
+    def __len__(self) -> int:
+        return self._stored + len(self._held)
+
+    def append(self, value: int) -> None:
+        """The next one. Raises `HarnessError` on a full disk."""
+        self._held.append(value)
+        if len(self._held) >= HELD_NUMBERS:
+            self._store()
+
+    def whole(self) -> npt.NDArray[Any]:
+        """All so far; the file's own pages where they lie in one, so writing to it changes them."""
+        if self._file is None:
+            return np.array(self._held)
+        if self._held:
+            self._store()
+        return np.frombuffer(mmap.mmap(self._file.fileno(), self._stored * self._held.itemsize), self._code)
+
+    def _store(self) -> None:
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="harness-")  # noqa: SIM115  # lives as long as the column
+            self._held.tofile(self._file)
+            self._file.flush()
+        except OSError as e:
+            raise _no_room("a number for each row", e.strerror or str(e)) from e
+        self._stored += len(self._held)
+        self._held = array(self._code)
+
+
+def empty(n: int, kind: npt.DTypeLike) -> npt.NDArray[Any]:
+    """An array of ``n`` entries, not yet written, in memory or in a file. Raises `HarnessError` on a full disk."""
+    dtype = np.dtype(kind)
+    if n <= HELD_NUMBERS:
+        return np.empty(n, dtype)
+    try:
+        with tempfile.TemporaryFile(prefix="harness-") as file:
+            os.posix_fallocate(file.fileno(), 0, n * dtype.itemsize)
+            return np.frombuffer(mmap.mmap(file.fileno(), n * dtype.itemsize), dtype)
+    except OSError as e:
+        raise _no_room("a number for each row", e.strerror or str(e)) from e
+
+
+def filled(n: int, of: Callable[[slice], Any], kind: npt.DTypeLike) -> npt.NDArray[Any]:
+    """An array of ``n`` entries, worked out a block at a time."""
+    made = empty(n, kind)
+    for part in blocks(n):
+        made[part] = of(part)
+    return made
+
+
+def blocks(n: int) -> Iterator[slice]:
+    """Slices of `BLOCK` entries that cover ``n``, in order."""
+    return (slice(at, min(at + BLOCK, n)) for at in range(0, n, BLOCK))
+
+
+def _no_room(what: str, why: str) -> HarnessError:
+    return HarnessError(f"{tempfile.gettempdir()}: cannot keep {what} there ({why}); set TMPDIR to another disk")

@@ -1,0 +1,191 @@
+"""What is spooled to files gives the same figures and plans as what is held, and memory stays where it is."""
+
+from __future__ import annotations
+
+import json
+import random
+import sqlite3
+import tracemalloc
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness import spool
+from harness.build import build_plan
+from harness.errors import HarnessError
+from harness.plan import PlanSpec
+from harness.prompts import Vocabulary
+from harness.records import open_trace
+from harness.spool import Column, Sessions
+from harness.traces import rescale
+from harness.traces.shape import Columns, measure
+from harness.traces.turns import Turns
+
+
+class Pair(NamedTuple):
+    number: int
+    more: tuple[int, ...] | None
+
+
+@pytest.fixture
+def in_files(monkeypatch):
+    """All that can lies in files, and work goes by blocks of seven."""
+
+    def switch() -> None:
+        monkeypatch.setattr(spool, "HELD_SESSIONS", 3)
+        monkeypatch.setattr(spool, "HELD_NUMBERS", 5)
+        for module in (spool, rescale):
+            monkeypatch.setattr(module, "BLOCK", 7)
+
+    return switch
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.lists(st.tuples(st.integers(0, 30), st.integers(-(2**62), 2**62), st.none() | st.just((1, 2)))),
+    held=st.integers(1, 8),
+)
+def test_sessions_are_a_dict(steps, held):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spool, "HELD_SESSIONS", held)
+        found, truth = Sessions(Pair), {}
+        for session, number, more in steps:
+            assert found.get(("copy", session)) == truth.get(session)
+            truth[session] = Pair(number, more)
+            found.set(("copy", session), truth[session])
+        assert [found.get(("copy", session)) for session in truth] == list(truth.values())
+        found.clear()
+        assert all(found.get(("copy", session)) is None for session in truth)
+
+
+@given(values=st.lists(st.integers(-(2**63), 2**63 - 1)), held=st.integers(1, 9))
+def test_a_column_is_a_list(values, held):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spool, "HELD_NUMBERS", held)
+        column = Column("q")
+        for value in values:
+            column.append(value)
+        assert len(column) == len(values)
+        assert column.whole().tolist() == column.whole().tolist() == values
+
+
+def trace_of(path: Path, rows: int = 300) -> Path:
+    draw = random.Random(5)
+    at, lines = 0.0, []
+    for i in range(rows):
+        at += draw.choice([0.0, 0.25, draw.expovariate(1)])
+        row = {"arrival_s": at, "input_tokens": draw.randrange(20, 400), "output_tokens": draw.randrange(1, 30)}
+        if draw.random() < 0.8:
+            row["session_id"] = f"s{max(0, i - draw.randrange(120)) // 4}"
+        lines.append(json.dumps(row) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+SPECS = [
+    {}, {"speed": 3.7}, {"sessions": "wait"}, {"grow": 2.4}, {"grow": 0.6},
+    {"conversation": "live", "sessions": "wait"}, {"cancel_share": 0.3, "cancel_after_s": 1.0},
+    {"grow": 1.5, "limit": 200},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_plan_is_the_same_from_files(tmp_path, in_files, spec):
+    trace = trace_of(tmp_path / "t.jsonl")
+
+    def plan(name: str) -> bytes:
+        asked = PlanSpec(**({"closed": False} | spec))
+        build_plan(open_trace(trace), tmp_path / name, asked, Vocabulary.from_ids(range(100, 900)))
+        return (tmp_path / name).read_bytes()
+
+    held = plan("held")
+    in_files()
+    assert plan("files") == held
+
+
+def test_a_shape_is_the_same_from_files(tmp_path, in_files):
+    trace = trace_of(tmp_path / "t.jsonl")
+    held = asdict(measure(open_trace(trace)))
+    in_files()
+    files = asdict(measure(open_trace(trace)))
+    assert files.pop("rank_correlation") == pytest.approx(held.pop("rank_correlation"))  # a sum by blocks
+    assert files == held
+
+
+def test_the_merge_of_copies_is_a_stable_sort(in_files):
+    in_files()
+    draw = np.random.default_rng(3)
+    times = [np.sort(draw.integers(0, 40, size)) for size in (100, 1, 37, 250)]
+    scheduled, part = rescale._merged(times)
+    every, whose = np.concatenate(times), np.repeat(np.arange(4), [len(each) for each in times])
+    order = np.argsort(every, kind="stable")
+    assert scheduled.tolist() == every[order].tolist()
+    assert part.tolist() == whose[order].tolist()
+
+
+def grown_by(of, sessions: int) -> int:
+    """Bytes of Python's and NumPy's that are in use after so many sessions."""
+    tracemalloc.start()
+    try:
+        kept = of(sessions)
+        return tracemalloc.get_traced_memory()[0] if kept is not None else 0
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ["turns", "shape"])
+def test_sessions_cost_no_memory(monkeypatch, kind, tmp_path):
+    monkeypatch.setattr(spool, "HELD_SESSIONS", 500)
+    monkeypatch.setattr(spool, "HELD_NUMBERS", 500)
+
+    def turns(sessions: int) -> Turns:
+        found = Turns()
+        for i in range(sessions):
+            found.place(f"session-{i}", i, 1000 + i % 7, 100)
+        return found
+
+    def shape(sessions: int) -> Columns:
+        trace = tmp_path / f"{sessions}.jsonl"
+        trace.write_text(
+            "".join(
+                f'{{"arrival_s": {i / 8}, "input_tokens": {1 + i % 99}, "output_tokens": 3, "session_id": "s{i}"}}\n'
+                for i in range(sessions)
+            )
+        )
+        columns = Columns()
+        for record in open_trace(trace):
+            columns.add(record)
+        return columns
+
+    of = {"turns": turns, "shape": shape}[kind]
+    of(1)  # what is imported and cached by the first use is not what is measured
+    few, many = grown_by(of, 3000), grown_by(of, 30_000)
+    assert many < 1.5 * few
+
+
+def test_a_full_disk_is_said(monkeypatch, tmp_path):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(spool, "HELD_NUMBERS", 4)
+    monkeypatch.setattr(spool.tempfile, "TemporaryFile", full)
+    column = Column("q")
+    with pytest.raises(HarnessError, match="No space left on device"):
+        for i in range(9):
+            column.append(i)
+    with pytest.raises(HarnessError, match="TMPDIR"):
+        spool.empty(10, np.int64)
+
+    class Full:
+        def __getattr__(self, name: str) -> object:
+            raise sqlite3.OperationalError("database or disk is full")
+
+    sessions = Sessions(Pair)
+    sessions._asked(lambda: None)
+    with pytest.raises(HarnessError, match="disk is full"):
+        sessions._asked(lambda: Full().execute)
