@@ -125,6 +125,7 @@ def build_plan(
         spread_s=timed.spread_s,
         max_output_tokens=spec.max_output_tokens,
         cut=timed.cut,
+        template=None if chat is None else chat.template,
         source=found.stats,
         planned=planned,
     )

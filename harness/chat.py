@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import msgspec
 
 from harness.errors import PlanError
+from harness.plan import TemplateTokens
 from harness.prompts import Ids, Vocabulary
 from harness.tokenizer import TextTokenizer
 
@@ -52,6 +53,7 @@ class Chat:
                 assert first is not None and second is not None and third is not None
                 if second - first == third - second:
                     self.room = second - first
+        self.template = self._template()
 
     @classmethod
     def of(cls, vocabulary: Vocabulary) -> Chat | None:
@@ -115,9 +117,23 @@ class Chat:
                 return None
         return found[0] if found[0] == found[1] else None
 
+    def _template(self) -> TemplateTokens | None:
+        """Where the template's own tokens stand; None where words are no single tokens."""
+        if not self._vocabulary.words:
+            return None
+        words = self._vocabulary.token_ids(3, _PROBE_KEY - 3)
+        chat = tuple(f"{self._start} {text}" for text in self._joined([words[:1], words[1:2], words[2:]]))
+        first = self._rendered(chat[:1])
+        head = _alike(first, self._rendered(chat[1:2]))
+        stays = 0 if self.room is None else _alike(first, self._rendered(chat)) - head - 1
+        return TemplateTokens(head=head, closing=self.shortest - head, stays=stays, room=self.room)
+
+    def _rendered(self, chat: tuple[str, ...]) -> Sequence[int]:
+        return self._tokenizer.chat_ids(_messages(chat)) or ()
+
     def _counted(self, chats: Sequence[tuple[str, ...]]) -> list[int]:
         """Tokens of the prompt that a server makes of each chat."""
-        return [len(self._tokenizer.chat_ids(_messages(chat)) or ()) for chat in chats]
+        return [len(self._rendered(chat)) for chat in chats]
 
     def _fitted(self, before: tuple[str, ...], ids: Ids, tokens: int) -> str:
         """Messages as JSON whose last one is fitted, word by word, until the whole has the wanted length."""
@@ -128,6 +144,11 @@ class Chat:
 
         text = self._vocabulary.fitted(ids, tokens, count)
         return _json((*before, (start + text.strip()).strip()))
+
+
+def _alike(a: Sequence[int], b: Sequence[int]) -> int:
+    """Leading tokens that are equal."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _json(chat: Sequence[str]) -> str:

@@ -42,7 +42,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from harness.arrivals import Stage
@@ -154,6 +153,20 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TemplateTokens:
+    """Tokens a chat template puts around made-up messages (`harness.chat`), the word each begins with among them."""
+
+    head: int
+    """Up to that word of the first message: the same for all prompts."""
+    closing: int
+    """After the last message, up to where the answer begins."""
+    stays: int
+    """Of ``closing``, what is still there, at its place, when the conversation goes on."""
+    room: int | None
+    """Around an answer and the message after it; null: a constant is not known, each prompt is one message."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanInfo:
     """What a plan was made from and how; stored in the plan file and copied into the manifest."""
 
@@ -200,6 +213,8 @@ class PlanInfo:
     """Step of the trace's clock that arrivals were spread within; null: they were not."""
     max_output_tokens: int | None = None
     """Cap on output lengths that was asked for."""
+    template: TemplateTokens | None = None
+    """Of the chat template that prompts were made for; null where they were not, and in plans of older versions."""
     cut: bool = False
     """A limit cut off requests that were thinned or superposed: the plan ends before the trace does."""
     source: TraceStats | None = None
@@ -249,18 +264,15 @@ def read_plan_columns(path: Path, columns: list[str]) -> pa.Table:
         return table.select(columns).replace_schema_metadata(None)
 
 
-def iter_prompt_ids(path: Path) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
-    """A plan's prompts as token ids, a batch at a time: all ids one after the other, and how many each prompt has.
-
-    Prompts that are text are left out. Raises `PlanError`.
-    """
-    at = SCHEMA.get_field_index("prompt_token_ids")
-    with _open(path, pa.ipc.IpcReadOptions(included_fields=[at])) as reader:
-        _info(path, reader.schema, pa.schema([SCHEMA.field(at)]))
+def iter_plan_columns(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """The named columns of a plan file, a batch at a time. Raises `PlanError`."""
+    fields = sorted(SCHEMA.get_field_index(name) for name in columns)
+    with _open(path, pa.ipc.IpcReadOptions(included_fields=fields)) as reader:
+        _info(path, reader.schema, pa.schema([SCHEMA.field(at) for at in fields]))
         for i in range(reader.num_record_batches):
-            prompts = reader.get_batch(i).column(0).drop_null()
-            prompts.validate(full=True)
-            yield prompts.flatten().to_numpy(), np.diff(prompts.offsets.to_numpy()).astype(np.int64)
+            batch = reader.get_batch(i)
+            batch.validate(full=True)
+            yield batch
 
 
 def iter_requests(path: Path, worker: int = 0, workers: int = 1) -> Iterator[Request]:

@@ -21,6 +21,7 @@ from harness.plan import PlanInfo, PlanSpec, iter_requests
 from harness.prompts import Vocabulary
 from harness.records import open_trace
 from harness.tokenizer import ChatTemplate
+from harness.traces.reuse import UnknownTokensError, plan_prompts, prompt_reuse
 from harness.traces.survey import Content
 from harness.traces.turns import Turns
 
@@ -67,6 +68,10 @@ def folders(tmp_path_factory) -> dict[tuple[str, str], Path]:
 
 
 def counted(folder: Path, messages: list[dict[str, str]]) -> int:
+    return len(tokens_of(folder, messages))
+
+
+def tokens_of(folder: Path, messages: list[dict[str, str]]) -> list[int]:
     """By other means than the harness's own."""
     source = json.loads((folder / "tokenizer_config.json").read_bytes())["chat_template"]
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
@@ -76,7 +81,7 @@ def counted(folder: Path, messages: list[dict[str, str]]) -> int:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return len(tokenizer.encode(text, add_special_tokens=False))
+    return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def in_parts(messages: list[dict[str, str]]) -> list[dict[str, object]]:
@@ -163,6 +168,58 @@ def test_any_session_is_exact_and_alternates(folders, turns, seed, tmp_path_fact
         assert counted(folders["byte_level", "trimming"], messages) == made[i].tokens
         assert [m["role"] for m in messages] == (["user", "assistant"] * len(messages))[: len(messages)]
         assert (messages[:-2] == chats[i - 1]) if continued[i] else len(messages) == 1
+
+
+def reuse_of(prompts: list[list[int]], block: int) -> tuple[int, int]:
+    """(tokens, hits) of an unlimited cache, prompt by prompt: the longest beginning in whole blocks that was there."""
+    seen: set[tuple[int, ...]] = set()
+    hits = 0
+    for ids in prompts:
+        begins = [tuple(ids[: block * (i + 1)]) for i in range((len(ids) - 1) // block)]
+        hits += block * sum(begin in seen for begin in begins)
+        seen.update(begins)
+    return sum(map(len, prompts)), hits
+
+
+TALKS = [("a", 60, 9), ("b", 50, 3), ("a", 120, 30), (None, 90, 3), ("b", 100, 2), ("a", 230, 1), ("a", 90, 4)]
+
+
+@pytest.mark.parametrize("block", [1, 4, 16])
+@pytest.mark.parametrize("template", sorted({*MESSAGES, "bare"}))
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
+def test_reuse_among_chats_is_that_of_their_tokens(folders, tmp_path, kind, template, block):
+    folder = folders[kind, template]
+    rows = [
+        {"arrival_s": float(i), "input_tokens": into, "output_tokens": out} | ({"session_id": s} if s else {})
+        for i, (s, into, out) in enumerate(TALKS)
+    ]
+    info, requests = plan(tmp_path, folder, rows)
+    truth = reuse_of([tokens_of(folder, messages) for messages in all_messages(requests)], block)
+    found = prompt_reuse(plan_prompts(tmp_path / "t.plan", info.template), block)
+    assert (found.tokens, found.hit_tokens) == truth
+    assert truth[1] > 0
+    # The template's own beginning, which all chats share, is nothing that the trace shares.
+    own = prompt_reuse(plan_prompts(tmp_path / "t.plan", info.template, shared_head=False), 16, partial=True)
+    assert own.hit_rate == pytest.approx(info.source.prefix.hit_rate_tokens)
+
+
+def test_reuse_among_texts_is_that_of_their_tokens(tmp_path):
+    folder = folder_of(tmp_path, "byte_level", None)
+    rows = [
+        {"arrival_s": 0.0, "input_tokens": 250, "output_tokens": 1, "prefix_ids": [1, 2, i, 9], "block_tokens": 64}
+        for i in (5, 6)
+    ]
+    info, requests = plan(tmp_path, folder, rows)
+    ids = Vocabulary.from_tokenizer(folder).tokenizer.encode([request.prompt_text for request in requests])
+    found = prompt_reuse(plan_prompts(tmp_path / "t.plan", info.template), 16)
+    assert (found.tokens, found.hit_tokens) == reuse_of(ids, 16) == (500, 128)
+
+
+@pytest.mark.parametrize("kind", ["characters", "merging"])
+def test_tokens_that_are_no_words_are_not_guessed(folders, tmp_path, kind):
+    info, _ = plan(tmp_path, folders[kind, "chatml"], rows_of(GROWING))
+    with pytest.raises(UnknownTokensError):
+        prompt_reuse(plan_prompts(tmp_path / "t.plan", info.template), 16)
 
 
 def test_what_the_template_alone_exceeds_is_said_and_planned_as_it_is(folders, tmp_path):

@@ -18,13 +18,13 @@ from analysis.fidelity.planned import on_trace_clock
 from analysis.fidelity.questions import Fidelity, fidelity, fidelity_text
 from analysis.load import Run, read_run
 from harness.build import build_plan
-from harness.plan import PlanSpec, iter_prompt_ids, iter_requests, plan_sha256
+from harness.plan import PlanSpec, iter_requests, plan_sha256
 from harness.prompts import Vocabulary
 from harness.records import open_trace
 from harness.results import Result
 from harness.run import Replica, RunDir, read_manifest, write_manifest
 from harness.server_metrics import SCHEMA as SERVER_SCHEMA
-from harness.traces.reuse import prompt_reuse
+from harness.traces.reuse import plan_prompts, prompt_reuse
 
 SAMPLES = Path(__file__).resolve().parent.parent / "scenarios" / "traces"
 VOCABULARY = Vocabulary.from_ids(range(100, 5000))
@@ -326,7 +326,7 @@ def counted(queries: float, hits: float) -> Replica:
 def test_the_servers_hits_against_the_ideal(tmp_path, trace, off, replicas, want):
     run = made(tmp_path, trace)
     run.manifest.engine = "vllm"  # whose blocks are of 16 tokens
-    ideal = prompt_reuse(iter_prompt_ids(RunDir(run.path).plan), block_tokens(run))
+    ideal = prompt_reuse(plan_prompts(RunDir(run.path).plan), block_tokens(run))
     assert ideal.hit_rate > 0.2
     run.manifest.replicas = [counted(ideal.tokens, ideal.tokens * (ideal.hit_rate + off))] * replicas
     assert ask(run)["sent: prefix reuse"].ok is want
@@ -413,7 +413,7 @@ def test_a_server_of_unknown_block_size_is_not_judged(tmp_path, trace):
     answer = ask(run)["sent: prefix reuse"]
     assert answer.ok is None
     assert "how large the blocks" in answer.said
-    ideal = prompt_reuse(iter_prompt_ids(RunDir(run.path).plan), 32)
+    ideal = prompt_reuse(plan_prompts(RunDir(run.path).plan), 32)
     assert ideal.hit_rate > 0.2
     run.manifest.replicas = [stating(32, 1e6, ideal.tokens, ideal.hit_tokens)]
     answer = ask(run)["sent: prefix reuse"]

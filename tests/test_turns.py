@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.build import build_plan
-from harness.plan import PlanInfo, PlanSpec, Request, iter_prompt_ids, iter_requests
+from harness.plan import PlanInfo, PlanSpec, Request, iter_requests
 from harness.prompts import Vocabulary
 from harness.records import TraceRecord, open_trace
 from harness.traces.ideal import IdealReuse
-from harness.traces.reuse import prompt_reuse
+from harness.traces.reuse import plan_prompts, prompt_reuse
 from harness.traces.shape import measure
-from harness.traces.turns import BLOCK_TOKENS, Turns
+from harness.traces.turns import BLOCK_TOKENS
 
 VOCABULARY = Vocabulary.from_ids(range(100, 5000))
 
@@ -156,7 +155,7 @@ def test_the_expected_reuse_is_that_of_the_prompts(rows, tmp_path_factory):
         assert expected is None
         assert inspected is None
         return
-    got = prompt_reuse(iter_prompt_ids(path.with_suffix(".plan")), BLOCK_TOKENS, partial=True)
+    got = prompt_reuse(plan_prompts(path.with_suffix(".plan")), BLOCK_TOKENS, partial=True)
     assert (got.hit_tokens, got.tokens) == (inspected.hit_tokens, inspected.tokens)
     assert expected.hit_rate_tokens == inspected.hit_rate_tokens
 
@@ -176,17 +175,3 @@ def test_a_trace_without_sessions_or_prefixes_states_no_reuse():
     ideal = IdealReuse()
     ideal.add(TraceRecord(1, 0.0, 100, 10))
     assert ideal.result() is None
-
-
-def test_open_sessions_cost_numbers_and_not_prompts():
-    import tracemalloc
-
-    sessions = 20_000
-    rng = random.Random(1)
-    tracemalloc.start()
-    turns = Turns()
-    for i in range(sessions):
-        turns.place(f"session-{i}", i, rng.randrange(1000, 100_000), 100)
-    used, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert used / sessions < 400, "bytes for each open session, its name included"

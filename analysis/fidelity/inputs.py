@@ -14,10 +14,10 @@ from analysis import arrays
 from analysis.columns import bools, floats
 from analysis.fidelity.answer import Plan, Served
 from analysis.load import Run
-from harness.plan import iter_prompt_ids, read_plan_columns
+from harness.plan import read_plan_columns
 from harness.run import RunDir
 from harness.server_metrics import read_server_metrics
-from harness.traces.reuse import Reuse, prompt_reuse
+from harness.traces.reuse import Reuse, UnknownTokensError, plan_prompts, prompt_reuse
 
 QUERIES = "vllm:prefix_cache_queries_total"
 HITS = "vllm:prefix_cache_hits_total"
@@ -62,8 +62,12 @@ def read_reuse(run: Run) -> tuple[Reuse | None, Reuse | str]:
         return None, "live conversations: prompts are whole only when they are sent"
     if source is None or source.prefix is None:
         return None, "the trace states no prefixes and no sessions"
-    plan = RunDir(run.path).plan
-    own = prompt_reuse(iter_prompt_ids(plan), min(source.prefix.block_tokens), partial=True)
+    plan, template = RunDir(run.path).plan, run.manifest.plan.template
+    try:
+        prompts = plan_prompts(plan, template, shared_head=False)
+        own = prompt_reuse(prompts, min(source.prefix.block_tokens), partial=True)
+    except UnknownTokensError:
+        return None, "prompts are text of several tokens a word: their tokens are the server's"
     if not own.tokens:
         return own, "prompts are text: their tokens are the server's"
     if _moved(run, HITS) is None and not bool(np.isfinite(run.rows.cached_tokens).any()):
@@ -71,7 +75,7 @@ def read_reuse(run: Run) -> tuple[Reuse | None, Reuse | str]:
     size = block_tokens(run)
     if size is None:
         return own, "the server does not say how large the blocks of its prefix cache are"
-    return own, prompt_reuse(iter_prompt_ids(plan), size)
+    return own, prompt_reuse(plan_prompts(plan, template), size)
 
 
 def block_tokens(run: Run) -> int | None:
