@@ -214,11 +214,10 @@ def _first_line(stream: BinaryIO) -> tuple[int, bytes]:
 def _lines(stream: BinaryIO, place: _Place, number: int, line: bytes) -> Iterator[tuple[int, bytes]]:
     while line:
         place.line = number
-        if len(line) > MAX_LINE_BYTES:
-            if not line.endswith(b"\n"):
-                _skip_line(stream)
-            line = Cut(line)
-        yield number, line
+        whole = len(line) <= MAX_LINE_BYTES
+        yield number, line if whole else Cut(line)
+        if not whole and not line.endswith(b"\n"):
+            _skip_line(stream)
         number += 1
         place.line = number
         line = stream.readline(MAX_LINE_BYTES + 1)

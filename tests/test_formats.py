@@ -829,3 +829,20 @@ def test_s3_objects(s3):
 def test_the_readme_has_every_field_of_our_lines():
     fields = (SAMPLES / "README.md").read_text().split("## Our JSON Lines")[1]
     assert [name for name in FIELDS if f"`{name}`" not in fields] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda raw: raw.replace(b",", b";"), "it looks like azure with ';' between its fields"),
+        (lambda raw: raw.replace(b",", b"\t"), r"it looks like azure with '\\t' between its fields"),
+        (lambda raw: raw.replace(b"\r\n", b"\r"), "it looks like azure with lines that end in a carriage return"),
+        (lambda raw: b'\n{"arrival_s": 1,\n', "t:2: .*it is no JSON object on one line"),
+    ],
+    ids=["semicolon", "tab", "carriage return", "json"],
+)
+def test_what_is_nearly_a_trace_is_told_what_is_wrong(tmp_path, change, said):
+    path = tmp_path / "t"
+    path.write_bytes(change((SAMPLES / "azure-conv-2023.csv").read_bytes()))
+    with pytest.raises(TraceError, match=said):
+        open_trace(path)

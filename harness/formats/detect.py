@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import msgspec
+
 from harness.errors import TraceError
 from harness.formats import FORMATS
 from harness.source import Source, records
@@ -17,12 +19,13 @@ def detect(source: Source) -> str:
 
     Raises `TraceError` when none or several do, with what the file looks like.
     """
-    first = b""
-    for at, (_, record) in enumerate(records(source)):
+    first, line = b"", None
+    for at, (number, record) in enumerate(records(source)):
         found = [name for name, reader in FORMATS.items() if (reader.log or not at) and reader.sniff(record)]
         if len(found) == 1:
             return found[0]
-        first = first or record
+        if not first:
+            first, line = record, number
         if found or at + 1 == _HEAD_RECORDS:
             break
     else:
@@ -32,7 +35,7 @@ def detect(source: Source) -> str:
     seen = first[:100].decode("utf-8", "replace").rstrip("\r\n")
     problem = f"could be {' or '.join(found)}" if found else f"format not recognised{_looks_like(first)}"
     formats = "".join(f"\n  {name:9} {reader.summary}" for name, reader in FORMATS.items())
-    raise TraceError(source.name, None, f"{problem}. First line: {seen!r}. --trace-format NAME forces one of:{formats}")
+    raise TraceError(source.name, line, f"{problem}. First line: {seen!r}. --trace-format NAME forces one of:{formats}")
 
 
 _MAGIC = {
@@ -54,4 +57,16 @@ _SERVEGEN = re.compile(
 def _looks_like(first: bytes) -> str:
     if _SERVEGEN.match(first):
         return "; it looks like a ServeGen client model, not requests: 'harness trace synth --servegen' draws a trace"
+    line = first.partition(b"\r")[0]
+    for name, reader in FORMATS.items():
+        if reader.sniff(line) and not first.startswith(b"{"):
+            return f"; it looks like {name} with lines that end in a carriage return: convert it (tr '\\r' '\\n')"
+        for mark in b";", b"\t", b"|":
+            if mark in line and reader.sniff(line.replace(mark, b",")):
+                return f"; it looks like {name} with {mark.decode()!r} between its fields: write it with commas"
+    if first.startswith(b"{"):
+        try:
+            msgspec.json.decode(first)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+            return f"; it is no JSON object on one line ({e})"
     return next((f"; it looks like {what}" for magic, what in _MAGIC.items() if first.startswith(magic)), "")
