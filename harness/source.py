@@ -33,6 +33,8 @@ MAX_VALUE_BYTES = 64 * 2**20
 """Longest value of a JSON document: an export may hold all its spans in one object."""
 
 _CHUNK = 2**18
+_LONG_BEGINNING = 10_000
+"""Bytes: what is written over several lines for people to read does not begin with a longer one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +178,9 @@ class Cut(bytes):
 def records(source: Source, *, quoted: bool = False) -> Iterator[tuple[int, bytes]]:
     """(1-based line it begins on, bytes) of each record that is not blank; a byte-order mark is removed.
 
-    A file that begins with ``[`` and a bracket, or with a ``{`` alone on its line, is a JSON document (an array of
-    values, or values written over several lines), one record a value. Otherwise one record a line; with ``quoted`` a
-    CSV record, which goes on while a quote is open.
+    A file that begins with ``[`` and a bracket, or with a ``{`` and a line that ends inside it (in a bracket or comma),
+    is a JSON document (an array of values, or values written over several lines), one record a value. Otherwise one
+    record a line; with ``quoted`` a CSV record, which goes on while a quote is open.
 
     A record longer than `MAX_LINE_BYTES` (JSON value: `MAX_VALUE_BYTES`) comes out as a `Cut`, its beginning.
 
@@ -197,8 +199,9 @@ def records(source: Source, *, quoted: bool = False) -> Iterator[tuple[int, byte
 
 
 def _is_document(line: bytes) -> bool:
+    text = line.strip() if len(line) < _LONG_BEGINNING else b""
     # An access log may begin with "[2016-04-15": an array of numbers is no trace.
-    return line.strip() == b"{" or re.match(rb"\[\s*([{\[\]]|$)", line) is not None
+    return (text[:1] == b"{" and text[-1:] in b"{[,") or re.match(rb"\[\s*([{\[\]]|$)", line) is not None
 
 
 def _first_line(stream: BinaryIO) -> tuple[int, bytes]:

@@ -837,7 +837,7 @@ def test_the_readme_has_every_field_of_our_lines():
         (lambda raw: raw.replace(b",", b";"), "it looks like azure with ';' between its fields"),
         (lambda raw: raw.replace(b",", b"\t"), r"it looks like azure with '\\t' between its fields"),
         (lambda raw: raw.replace(b"\r\n", b"\r"), "it looks like azure with lines that end in a carriage return"),
-        (lambda raw: b'\n{"arrival_s": 1,\n', "t:2: .*it is no JSON object on one line"),
+        (lambda raw: b'\n{"arrival_s": 1\n', "t:2: .*it is no JSON object on one line"),
     ],
     ids=["semicolon", "tab", "carriage return", "json"],
 )
@@ -846,3 +846,51 @@ def test_what_is_nearly_a_trace_is_told_what_is_wrong(tmp_path, change, said):
     path.write_bytes(change((SAMPLES / "azure-conv-2023.csv").read_bytes()))
     with pytest.raises(TraceError, match=said):
         open_trace(path)
+
+
+# --- shapes that exports have in the wild -----------------------------------------------------------------------------
+
+
+def observation(**more: object) -> dict[str, object]:
+    return {
+        "id": "d8ab9e3ca45022e6", "traceId": "6908d6bf", "startTime": "2026-04-04T06:21:09.835Z", "type": "GENERATION",
+        "level": "DEFAULT", "sessionId": None, "usage": None, "inputUsage": 24, "outputUsage": 1407,
+        "usageDetails": {
+            "input": 24, "output": 378, "input_cached_tokens": 0, "output_reasoning_tokens": 1029, "total": 1431
+        },
+    } | more  # fmt: skip
+
+
+SPAN = observation(id="94c48e15", type="SPAN", usageDetails={})
+SAVED = {"trace": {"id": "6908d6bf", "sessionId": "matter-1", "observations": [SPAN, observation()]}}
+SPEND = {
+    "request_id": "r1", "call_type": "acompletion", "startTime": "2026-07-30T13:45:02.234Z", "total_tokens": 30,
+    "prompt_tokens": 10, "completion_tokens": 20, "metadata": {}, "cache_hit": "None", "status": "success",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(
+    ("document", "format_", "rows", "read"),
+    [
+        (SAVED | {"observations": [SPAN, observation()]}, "langfuse", [(24, 1407, "matter-1")], 1),
+        (SAVED["trace"], "langfuse", [(24, 1407, "matter-1")], 1),
+        ({"data": [observation(sessionId="s"), SPAN], "meta": {}}, "langfuse", [(24, 1407, "s")], 1),
+        ({"data": [SPEND, SPEND | {"request_id": "r2", "status": "failure"}], "total": 2, "page": 1, "page_size": 50,
+          "total_pages": 1}, "litellm", [(10, 20, None)], 2),
+    ],
+    ids=["saved from the web page", "a trace of the api", "page of observations", "page of spend logs"],
+)  # fmt: skip
+def test_pages_and_traces_of_an_api_are_read(tmp_path, document, format_, rows, read, indent):
+    path = tmp_path / "export.json"
+    path.write_text(json.dumps(document, indent=indent))
+    trace = open_trace(path)
+    assert [(r.input_tokens, r.output_tokens, r.session_id) for r in trace] == rows
+    assert (trace.format, trace.rows_read) == (format_, read)
+
+
+def test_a_document_may_begin_in_the_middle_of_its_first_line(tmp_path):
+    whole = json.dumps({"data": [SPEND]})
+    path = tmp_path / "export.json"
+    path.write_text(whole.replace("[{", "[\n{").replace(', "total', ',\n"total'))
+    assert [r.input_tokens for r in open_trace(path)] == [10]

@@ -1,4 +1,5 @@
-"""Langfuse observations: a JSON array, JSON Lines, or pages of the API (``{"data": [...]}``).
+"""Langfuse observations: a JSON array, JSON Lines, pages of the API (``{"data": [...]}``), or traces that hold theirs
+(``{"sessionId": ..., "observations": [...]}``, or ``{"trace": ..., "observations": [...]}`` as the web page saves it).
 
 Rows are the observations of type ``GENERATION`` (others, like ``SPAN``, are no model calls). ``startTime`` is the
 arrival; ``usageDetails`` has the tokens, in older exports ``usage``. Names come in camel or snake case.
@@ -8,7 +9,7 @@ arrival; ``usageDetails`` has the tokens, in older exports ``usage``. Names come
 are added only when the total says that they were counted beside, and a row whose total fits neither reading, or both,
 is refused.
 
-Exports come newest first, so rows are sorted by arrival. The session is ``sessionId``, where the export has it.
+Exports come newest first, so rows are sorted by arrival. The session is ``sessionId`` of the observation or its trace.
 
 Source: Langfuse API reference (observations), documentation page "Model usage and cost".
 """
@@ -17,8 +18,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.formats.row import FailedCallError, LeftOutError, Reader, Row, RowError, Rows
-from harness.formats.values import Copies, IsoClock, called, decode_object, fields_of, plain_messages, token_count
+from harness.formats.row import FailedCallError, Reader, Row, RowError, Rows
+from harness.formats.values import (
+    Copies,
+    IsoClock,
+    called,
+    decode_object,
+    fields_of,
+    plain_messages,
+    rows_of,
+    token_count,
+)
 
 _INPUT = ("input", "input_tokens", "inputTokens", "prompt_tokens", "promptTokens")
 _OUTPUT = ("output", "output_tokens", "outputTokens", "completion_tokens", "completionTokens")
@@ -40,30 +50,25 @@ class Langfuse(Reader):
     def sniff(record: bytes) -> bool:
         """An observation, or a page of them."""
         fields = fields_of(record)
-        if "data" in fields and len(fields) <= 3 and fields["data"].startswith(b"["):
-            return b'"traceId"' in fields["data"] or b'"trace_id"' in fields["data"]
+        for name, few in (("observations", 10**9), ("data", 3)):
+            if len(fields) <= few and (page := fields.get(name, b"")).startswith(b"["):
+                return b'"traceId"' in page or b'"trace_id"' in page
         return "type" in fields and (
             {"traceId", "startTime"} <= fields.keys() or {"trace_id", "start_time"} <= fields.keys()
         )
 
     def parse(self, record: bytes) -> Row | Rows:
-        """Read one observation or page."""
+        """Read one observation, page or trace."""
         value = decode_object(record)
-        if not isinstance(value.get("data"), list):
-            return self._row(value) or ()
-        items: list[Row | RowError | LeftOutError] = []
-        for observation in value["data"]:
-            try:
-                if not isinstance(observation, dict):
-                    raise RowError("not an object", "an observation is not a JSON object")
-                row = self._row(observation)
-            except (RowError, LeftOutError) as e:
-                items.append(e)
-            else:
-                items += [row] if row else []
-        return items
+        if isinstance(value.get("data"), list):
+            return rows_of(value["data"], self._row)
+        if isinstance(value.get("observations"), list):
+            trace = value["trace"] if isinstance(value.get("trace"), dict) else value
+            session = _text(_get(trace, "sessionId", "session_id"))
+            return rows_of(value["observations"], lambda observation: self._row(observation, session))
+        return self._row(value) or ()
 
-    def _row(self, observation: dict[str, Any]) -> Row | None:
+    def _row(self, observation: dict[str, Any], session: str | None = None) -> Row | None:
         if observation.get("type") != "GENERATION":
             return None
         self._copies.check(_text(observation.get("id")))
@@ -84,7 +89,7 @@ class Langfuse(Reader):
             arrival_ns,
             input_tokens,
             output_tokens,
-            _text(_get(observation, "sessionId", "session_id")),
+            _text(_get(observation, "sessionId", "session_id")) or session,
             text=asked if isinstance(asked, str) and asked else None,
             messages=plain_messages(asked),
         )

@@ -1,4 +1,5 @@
-"""LiteLLM proxy spend logs (table ``LiteLLM_SpendLogs``): JSON, JSON Lines, or CSV as a database writes it.
+"""LiteLLM proxy spend logs (table ``LiteLLM_SpendLogs``): JSON, JSON Lines, pages of the API (``{"data": [...]}``), or
+CSV as a database writes it.
 
 Read are ``startTime`` (the arrival; UTC when it has no zone), ``prompt_tokens``, ``completion_tokens``,
 ``total_tokens`` (must be their sum), ``call_type``, ``status``, ``cache_hit``, ``request_id``, ``session_id`` and,
@@ -19,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from harness.formats.row import FailedCallError, LeftOutError, Reader, Row, RowError
+from harness.formats.row import FailedCallError, LeftOutError, Reader, Row, RowError, Rows
 from harness.formats.values import (
     DECODE_ERRORS,
     Columns,
@@ -30,6 +31,7 @@ from harness.formats.values import (
     fields_of,
     header_names,
     plain_messages,
+    rows_of,
     show,
     token_count,
 )
@@ -55,17 +57,23 @@ class LiteLLM(Reader):
     @staticmethod
     def sniff(record: bytes) -> bool:
         """The three telling fields or columns."""
-        return _telling(fields_of(record)) or _telling(header_names(record[:100_000]))
+        fields = fields_of(record)
+        if (page := fields.get("data", b"")).startswith(b"["):
+            return all(f'"{name}"'.encode() in page for name in _TELLING)
+        return _telling(fields) or _telling(header_names(record[:100_000]))
 
-    def parse(self, record: bytes) -> Row | tuple[()]:
+    def parse(self, record: bytes) -> Row | Rows:
         """Read one object or CSV record (the first one may be the header)."""
         first, self._first = self._first, False
         if first and not record.lstrip().startswith(b"{"):
             self._columns = Columns(record, tuple(_TELLING))
             return ()
         row: dict[str, Any] = self._columns.split_quoted(record) if self._columns else decode_object(record)
+        return rows_of(row["data"], self._row) if isinstance(row.get("data"), list) else self._row(row)
+
+    def _row(self, row: dict[str, Any]) -> Row:
         if missing := _TELLING - row.keys():
-            raise RowError("missing fields", f"no {', '.join(sorted(missing))} in {show(record)}")
+            raise RowError("missing fields", f"no {', '.join(sorted(missing))} in {show(str(row))}")
         self._copies.check(_text(row.get("request_id")))
         input_tokens = token_count("prompt_tokens", row["prompt_tokens"])
         output_tokens = token_count("completion_tokens", row["completion_tokens"])

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 
-from harness.formats.row import MAX_ARRIVAL_S, MAX_TOKENS, FailedCallError, LeftOutError, RowError
+from harness.formats.row import MAX_ARRIVAL_S, MAX_TOKENS, FailedCallError, LeftOutError, Row, RowError, Rows
 
 DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """All that msgspec raises for bytes that are not what was asked for; RecursionError is JSON nested too deep."""
@@ -35,6 +35,21 @@ def fields_of(record: bytes) -> dict[str, bytes]:
         return {name: bytes(raw) for name, raw in _decode_fields(record).items()}
     except DECODE_ERRORS:
         return {}
+
+
+def rows_of(items: Sequence[Any], row: Callable[[dict[str, Any]], Row | None]) -> Rows:
+    """What ``row`` makes of each object of a page, errors as values."""
+    found: list[Row | RowError | LeftOutError] = []
+    for item in items:
+        try:
+            if not isinstance(item, dict):
+                raise RowError("not an object", "an entry of the page is not a JSON object")
+            made = row(item)
+        except (RowError, LeftOutError) as e:
+            found.append(e)
+        else:
+            found += [made] if made else []
+    return found
 
 
 # --- token counts --------------------------------------------------------------------------------------------------
