@@ -894,3 +894,32 @@ def test_a_document_may_begin_in_the_middle_of_its_first_line(tmp_path):
     path = tmp_path / "export.json"
     path.write_text(whole.replace("[{", "[\n{").replace(', "total', ',\n"total'))
     assert [r.input_tokens for r in open_trace(path)] == [10]
+
+
+@pytest.mark.parametrize(
+    ("before", "ids", "tokens", "text"),
+    [
+        ("INFO 12-06 14:09:27 logger.py:37] ", "[128000, 12805]", 2, None),
+        ("INFO 02-20 21:36:30 async_llm_engine.py:433] ", "[1, 2, 3]", 3, None),
+        ("INFO 04-10 18:13:14 logger.py:39] ", "None", None, '<|user|>it\'s "one"\n, params: \\ two'),
+        ("INFO 09-03 03:00:37 [logger.py:43] ", "[785]", 1, None),
+        ("vllm-1  | (APIServer pid=1) INFO 11-05 12:39:35 [logger.py:40] ", "[4, 5]", 2, None),
+        (
+            "2026-09-27T17:41:52.911167085Z stdout F (APIServer pid=1) INFO 09-27 15:41:52 [logger.py:40] ",
+            "[4]",
+            1,
+            None,
+        ),
+        ("(task, pid=33413) INFO 06-21 09:15:27 async_llm_engine.py:582] ", "[4]", 1, None),
+    ],
+    ids=["0.6", "0.3", "0.8, chat", "0.10", "compose", "kubernetes", "ray"],
+)
+def test_vllm_logs_of_all_ages(tmp_path, before, ids, tokens, text):
+    path = tmp_path / "server.log"
+    path.write_text(
+        "INFO:     Started server process [1]\n"
+        f"{before}Received request cmpl-24f0-0: prompt: {text!r}, params: SamplingParams(n=1, stop=[], "
+        f"max_tokens=512), prompt_token_ids: {ids}, lora_request: None.\n"
+    )
+    (record,) = open_trace(path)
+    assert (record.input_tokens, record.text) == (tokens, text)

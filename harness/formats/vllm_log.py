@@ -3,7 +3,7 @@
 =========================================  ===========================================================================
 ``INFO  Received request ID: ...``         the arrival (``MM-DD hh:mm:ss``: whole seconds, no year)
 ``DEBUG Request ID details: ...``          ``prompt_token_ids``: input tokens, and their blocks of 16 as vLLM caches
-                                           them (older versions: in the INFO line)
+                                           them (up to 0.10 in the INFO line, of chats the rendered ``prompt`` alone)
 ``DEBUG Generated response ID details``    ``output_token_ids``: output tokens (with ``--enable-log-outputs``; streaming
                                            answers: with their deltas)
 ``INFO  Generated response ID: ...``       the end; ``finish_reason: abort`` or ``error`` is a failed call
@@ -14,11 +14,12 @@ until lengths are stated. Without ``--enable-log-outputs`` output lengths are no
 cuts the lists; ids that end at one same length on many rows are reported. Rows are sorted by arrival, as answers end
 in another order.
 
-Source: vLLM 0.32, ``vllm/entrypoints/serve/utils/request_logger.py`` and ``vllm/logger.py``.
+Source: vLLM 0.32, ``vllm/entrypoints/serve/utils/request_logger.py`` and ``vllm/logger.py``; logs of 0.3 to 0.11.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -33,12 +34,13 @@ _WAITING = 10_000
 
 _LINE = re.compile(
     rb"(?:\x1b\[[\d;]*m|[^\[\]\n]){0,120}?\b(?:INFO|DEBUG|WARNING|ERROR)(?:\x1b\[[\d;]*m)? "
-    rb"(\d\d)-(\d\d) (\d\d):(\d\d):(\d\d) (?:\x1b\[[\d;]*m)?\[[^\]]*\](?:\x1b\[[\d;]*m)? (.*)",
+    rb"(\d\d)-(\d\d) (\d\d):(\d\d):(\d\d) (?:\x1b\[[\d;]*m)?\[?[^\[\]\s]+\](?:\x1b\[[\d;]*m)? (.*)",
     re.DOTALL,
 )
 _RECEIVED = re.compile(rb"Received request (\S+): (.*)", re.DOTALL)
 _DETAILS = re.compile(rb"Request (\S+) details: (.*)", re.DOTALL)
 _GENERATED = re.compile(rb"Generated response (\S+?)( \(streaming (?:delta|complete)\))?( details)?: (.*)", re.DOTALL)
+_PROMPT_TEXT = re.compile(rb"prompt: ('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"), ", re.DOTALL)
 _PROMPT_IDS = re.compile(rb"prompt_token_ids: (None|\[[\d, ]*\])")
 _OUTPUT_IDS = re.compile(rb"output_token_ids: (None|[\[(][\d, ]*[\])])")
 
@@ -49,6 +51,7 @@ class _Open:
 
     arrival_ns: int | None = None
     prompt_ids: list[int] | None = None
+    text: str | None = None
     deltas: int = 0
     output_tokens: int | None = None
     failed: str | None = field(default=None)
@@ -121,6 +124,11 @@ class VllmLog(Reader):
             if any(not i.isdigit() or len(i) > 10 for i in numbers):
                 raise RowError("bad prompt_token_ids", f"prompt_token_ids are no token ids: {show(found[-1])}")
             request.prompt_ids = [int(i) for i in numbers]
+        elif literal := _PROMPT_TEXT.match(text):
+            try:
+                request.text = ast.literal_eval(literal[1].decode())
+            except (ValueError, SyntaxError, UnicodeDecodeError):
+                raise RowError("bad prompt", f"the prompt is no Python text: {show(literal[1])}") from None
 
     def _generated(self, match: re.Match[bytes]) -> Rows:
         request = self._open.get(match[1])
@@ -150,7 +158,7 @@ class VllmLog(Reader):
         ids = request.prompt_ids
         output_tokens = request.output_tokens if request.output_tokens is not None else request.deltas or None
         if ids is None:
-            return Row(request.arrival_ns, None, output_tokens)
+            return Row(request.arrival_ns, None, output_tokens, text=request.text or None)
         try:
             called(len(ids), output_tokens)
         except FailedCallError as e:
