@@ -615,6 +615,8 @@ def test_access_log_variants(tmp_path):
     assert [(r.line, r.arrival_s) for r in kept] == [(2, 0.0), (1, 1.5)]
     envoy = {"start_time": "2026-09-21T14:13:20.100Z", "method": "POST", "path": "/v1/responses", "response_code": 200}
     assert read(write(tmp_path, lines(envoy)), arrivals_only=True)[1].format == "envoy"
+    gateway = {"x-envoy-origin-path" if name == "path" else name: value for name, value in envoy.items()}
+    assert len(read(write(tmp_path, lines(gateway)), arrivals_only=True)[0]) == 1
 
 
 def test_arrivals_alone_are_refused_until_lengths_are_stated():

@@ -35,6 +35,8 @@ _COMBINED = re.compile(
 _NAMED_TIME = re.compile(rb'(?:^|[\s"])(?:rt|request_time)[=:]"?(\d+\.\d+)')
 _INGRESS = re.compile(rb" \d+ (\d+\.\d{3}) \[")
 _ENVOY = re.compile(rb'\[([\dTZ:.+-]+)\] "([^"]*)" (\d{1,3}) \S+ .*', re.DOTALL)
+# Envoy Gateway's default calls it x-envoy-origin-path.
+_ENVOY_PATHS = ("path", "x-envoy-original-path", "x_envoy_original_path", "x-envoy-origin-path", ":path")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
@@ -123,7 +125,7 @@ class Envoy(Reader):
         """Read one line."""
         if record.startswith(b"{"):
             value = decode_object(record)
-            path = value.get("path") or value.get("x-envoy-original-path") or value.get("x_envoy_original_path")
+            path = next((value[name] for name in _ENVOY_PATHS if value.get(name)), None)
             start, request = str(value.get("start_time")), f"{value.get('method')} {path}"
             status = str(value.get("response_code"))
         else:

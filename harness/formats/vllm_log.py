@@ -158,6 +158,7 @@ class VllmLog(Reader):
         ids = request.prompt_ids
         output_tokens = request.output_tokens if request.output_tokens is not None else request.deltas or None
         if ids is None:
+            self._no_output += request.text is not None and output_tokens is None
             return Row(request.arrival_ns, None, output_tokens, text=request.text or None)
         try:
             called(len(ids), output_tokens)
