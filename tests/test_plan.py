@@ -82,6 +82,18 @@ def test_open_loop_is_the_traces_own_clock(tmp_path):
         assert len(request.prompt_token_ids) == request.input_tokens
 
 
+def test_compression_is_named_and_what_it_does_to_the_shape_is_said(tmp_path):
+    trace = trace_of(tmp_path, *at(*(i * 2.0 for i in range(60))))
+    fast, slow, own = (
+        build(trace, tmp_path / f"{i}.plan", closed=False, **spec).notes
+        for i, spec in enumerate(({"rate": 2.0}, {"speed": 0.5}, {}))
+    )
+    assert any(note.startswith("time compression: the trace's clock runs 4 times as fast") for note in fast)
+    assert any(note.startswith("shape, trace -> plan: requests/s 0.5 -> 2, variance/mean at 1s") for note in fast)
+    assert any("runs 2 times slower" in note for note in slow)
+    assert not any("compression" in note for note in own)
+
+
 def test_speed_multiplies_the_clock(tmp_path):
     info = build(trace_of(tmp_path, *at(7, 8, 10)), tmp_path / "p", closed=False, speed=2)
     assert scheduled(tmp_path / "p") == [0, 500_000_000, 1_500_000_000]

@@ -85,7 +85,7 @@ def make_plan(
 
     started = time.monotonic()
     info = build_plan(trace, out, asked_plan(options, closed=closed), choose=choose)
-    rate = f", {info.planned_rate:.2f} req/s" if info.planned_rate else ""
+    rate = f", {info.planned_rate:.4g} req/s" if info.planned_rate else ""
     tell(f"plan: {info.requests} requests from {info.trace_format} trace{rate} ({time.monotonic() - started:.1f} s)")
     for note in [*info.notes, *too_long(out, target.max_model_len)]:
         tell(f"  note: {note}")

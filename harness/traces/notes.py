@@ -54,7 +54,7 @@ def notes(
         *trace.notes,
         *_times(spec, timed),
         *_spreading(trace, spec, timed),
-        *_growth(spec, timed, planned),
+        *_rescaling(timed, planned),
         *_requests(spec, timed.survey, cancelled),
     ]
 
@@ -78,11 +78,36 @@ def _spreading(trace: Trace, spec: PlanSpec, timed: Timed) -> list[str]:
     return ["--spread lays arrivals evenly within those steps"] if trace.grid_s is not None and own_times else []
 
 
-def _growth(spec: PlanSpec, timed: Timed, planned: ArrivalStats | None) -> list[str]:
-    """What another demand did to the shape."""
+def _rescaling(timed: Timed, planned: ArrivalStats | None) -> list[str]:
+    """What another clock or demand did to the shape."""
     before = timed.survey.stats.arrivals
-    if timed.grow is None or timed.arrangement is None or planned is None or before is None:
+    if timed.rescale is None or planned is None or before is None:
         return []
+    if timed.rescale == "compress":
+        how = f"{timed.speed:.4g} times as fast" if timed.speed > 1 else f"{1 / timed.speed:.4g} times slower"
+        said = [
+            f"time compression: the trace's clock runs {how}, and gaps, bursts and the pace of sessions with it; "
+            "--rescale thin or superpose are fewer or more users on the same clock"
+        ]
+    else:
+        said = _growth(timed, planned)
+    shape = [
+        f"{name} {a:.3g} -> {b:.3g}"
+        for name, a, b in (
+            ("requests/s", before.rate, planned.rate),
+            *((f"variance/mean at {w}", before.dispersion[w], planned.dispersion[w]) for w in before.dispersion),
+            ("worst minute/mean", before.worst_minute, planned.worst_minute),
+            ("gap cv", before.gap_cv, planned.gap_cv),
+        )
+        if a is not None and b is not None
+    ]
+    clock = "" if timed.speed == 1.0 or timed.grow is None else f" (its clock {timed.speed:g} times as fast)"
+    return [*said, f"shape, trace -> plan{clock}: {', '.join(shape)}"] if shape else said
+
+
+def _growth(timed: Timed, planned: ArrivalStats) -> list[str]:
+    """How demand was changed, and what became of the number of requests."""
+    assert timed.grow is not None
     n, rows = planned.requests, timed.survey.requests
     how = "thinned: whole sessions are drawn" if timed.grow < 1 else "superposed: copies, each a little later"
     said = [f"demand is {timed.grow:.4g} times the trace's on the same clock ({how}): {rows} rows, {n} requests"]
@@ -96,17 +121,7 @@ def _growth(spec: PlanSpec, timed: Timed, planned: ArrivalStats | None) -> list[
             "copies share no prefix with each other" if made_up
             else "copies repeat texts word for word, so a prefix cache knows them"
         )  # fmt: skip
-    shape = [
-        f"{name} {a:.3g} -> {b:.3g}"
-        for name, a, b in (
-            *((f"variance/mean at {w}", before.dispersion[w], planned.dispersion[w]) for w in before.dispersion),
-            ("worst minute/mean", before.worst_minute, planned.worst_minute),
-            ("gap cv", before.gap_cv, planned.gap_cv),
-        )
-        if a is not None and b is not None
-    ]
-    clock = "" if timed.speed == 1.0 else f" (its clock {timed.speed:g} times as fast)"
-    return [*said, f"shape, trace -> plan{clock}: {', '.join(shape)}"] if shape else said
+    return said
 
 
 def _after_the_end(scheduled: Times, timed: Timed) -> int:
