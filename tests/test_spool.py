@@ -23,6 +23,8 @@ from harness.prompts import Vocabulary
 from harness.records import open_trace
 from harness.spool import Column, Sessions
 from harness.traces import rescale
+from harness.traces.anonymize import anonymize
+from harness.traces.reshape import Sample, sample
 from harness.traces.shape import Columns, measure
 from harness.traces.turns import Turns
 
@@ -140,8 +142,8 @@ def grown_by(of, sessions: int) -> int:
 
 @pytest.mark.parametrize("kind", ["turns", "shape"])
 def test_sessions_cost_no_memory(monkeypatch, kind, tmp_path):
-    monkeypatch.setattr(spool, "HELD_SESSIONS", 500)
-    monkeypatch.setattr(spool, "HELD_NUMBERS", 500)
+    monkeypatch.setattr(spool, "HELD_SESSIONS", 300)
+    monkeypatch.setattr(spool, "HELD_NUMBERS", 300)
 
     def turns(sessions: int) -> Turns:
         found = Turns()
@@ -164,7 +166,38 @@ def test_sessions_cost_no_memory(monkeypatch, kind, tmp_path):
 
     of = {"turns": turns, "shape": shape}[kind]
     of(1)  # what is imported and cached by the first use is not what is measured
-    few, many = grown_by(of, 3000), grown_by(of, 30_000)
+    few, many = grown_by(of, 1500), grown_by(of, 10_000)
+    assert many < 1.5 * few
+
+
+@pytest.mark.parametrize("verb", ["anonymize", "window", "limit"])
+def test_no_verb_holds_all_sessions(monkeypatch, tmp_path, verb):
+    monkeypatch.setattr(spool, "HELD_SESSIONS", 200)
+
+    def read(sessions: int) -> int:
+        trace = tmp_path / f"{sessions}.jsonl"
+        trace.write_text(
+            "".join(
+                f'{{"arrival_s": {i}, "input_tokens": 9, "output_tokens": 3, "session_id": "s{i // 2}"}}\n'
+                for i in range(2 * sessions)
+            )
+        )
+        read = open_trace(trace)
+        records = {
+            "anonymize": lambda: anonymize(read, salt=bytes(16), tokenizer=None),
+            "window": lambda: sample(read, Sample(window_s=(0.0, 1e6))),
+            "limit": lambda: sample(read, Sample(limit=100)),
+        }[verb]()
+        tracemalloc.start()
+        try:
+            count = sum(1 for _ in records)
+            assert count == (100 if verb == "limit" else 2 * sessions)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    read(100)
+    few, many = read(1000), read(8000)
     assert many < 1.5 * few
 
 

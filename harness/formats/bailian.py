@@ -25,6 +25,7 @@ import msgspec
 
 from harness.formats.row import MAX_ARRIVAL_S, MAX_TOKENS, Reader, Row, RowError
 from harness.formats.values import DECODE_ERRORS, Copies, called, decode_error, fields_of, seconds_ns, shown_blocks
+from harness.spool import Sessions
 
 BLOCK_TOKENS = 16
 
@@ -54,7 +55,7 @@ class Bailian(Reader):
     clock = "timestamp in seconds: the rows have the fields and 16-token blocks of Bailian, not Mooncake"
 
     def __init__(self) -> None:
-        self._root: dict[int, int] = {}
+        self._root = Sessions(int)
         self._orphans = self._rows = self._long = 0
         self._copies = Copies("chat_id")
 
@@ -83,9 +84,10 @@ class Bailian(Reader):
         self._rows += 1
         self._long += len(ids) > 1
         parent = row.parent_chat_id
-        root = self._root.get(parent, parent) if parent >= 0 else row.chat_id
-        self._orphans += parent >= 0 and parent not in self._root
-        self._root[row.chat_id] = root
+        before = self._root.get(parent) if parent >= 0 else None
+        self._orphans += parent >= 0 and before is None
+        root = before if before is not None else parent if parent >= 0 else row.chat_id
+        self._root.set(row.chat_id, root)
         called(row.input_length, row.output_length)
         return Row(
             seconds_ns("timestamp", row.timestamp),

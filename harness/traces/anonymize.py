@@ -14,6 +14,7 @@ from itertools import islice
 
 from harness.errors import TraceError, UsageError
 from harness.records import TraceRecord
+from harness.spool import Sessions
 from harness.tokenizer import TextTokenizer
 
 BLOCK_TOKENS = 16
@@ -64,8 +65,7 @@ def anonymize(
     """
     if not 16 <= len(salt) <= 64:
         raise UsageError("the salt must be 16 to 64 random bytes")
-    sessions: dict[str, str] = {}
-    adapters: dict[str, str] = {}
+    sessions, adapters = _Numbers("session"), _Numbers("adapter")
     for number, (record, ids, answer_tokens) in enumerate(_with_ids(records, tokenizer)):
         prefix_ids, size = record.prefix_ids, record.block_tokens
         input_tokens = record.input_tokens
@@ -80,13 +80,13 @@ def anonymize(
             record,
             input_tokens=input_tokens,
             output_tokens=answer_tokens or None if record.output_tokens is None else record.output_tokens,
-            session_id=_numbered(sessions, record.session_id, "session"),
+            session_id=sessions.name(record.session_id),
             prefix_ids=prefix_ids,
             block_tokens=size if prefix_ids is not None else None,
             text=None,
             messages=None,
             answer=None,
-            adapter=_numbered(adapters, record.adapter, "adapter"),
+            adapter=adapters.name(record.adapter),
         )
 
 
@@ -104,8 +104,21 @@ def _with_ids(
         yield record, None, None
 
 
-def _numbered(names: dict[str, str], name: str | None, what: str) -> str | None:
-    return None if name is None else names.setdefault(name, f"{what}-{len(names) + 1}")
+class _Numbers:
+    """Numbers instead of names, in the order they come."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._count, self._known = what, 0, Sessions(int)
+
+    def name(self, name: str | None) -> str | None:
+        """The name it goes by."""
+        if name is None:
+            return None
+        number = self._known.get(name)
+        if number is None:
+            self._count = number = self._count + 1
+        self._known.set(name, number)
+        return f"{self._what}-{number}"
 
 
 def _text_blocks(ids: Sequence[int], tokens: int, size: int, salt: bytes, number: int) -> tuple[int, ...]:

@@ -8,12 +8,12 @@ were warm before are cold; thinning keeps the shape over time at a lower rate (b
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from harness.errors import TraceError, UsageError
 from harness.records import Trace, TraceRecord
+from harness.spool import Sessions
 
 Records = Callable[[], Iterable[TraceRecord]]
 
@@ -74,13 +74,15 @@ def place(record: TraceRecord, seed: int) -> int:
 
 def _window(trace: Trace, window_s: tuple[float, float], cut_sessions: bool) -> Iterator[TraceRecord]:
     start_s, end_s = window_s
-    began_inside: dict[str, bool] = {}
+    began_inside = Sessions(bool)
     for record in trace:
         if record.arrival_s is None:
             raise TraceError(trace.source.name, record.line, "the trace has no times, so no window can be cut from it")
         inside = start_s <= record.arrival_s < end_s
         if record.session_id is not None and not cut_sessions:
-            inside = began_inside.setdefault(record.session_id, inside)
+            begun = began_inside.get(record.session_id)
+            inside = inside if begun is None else begun
+            began_inside.set(record.session_id, inside)
         elif record.arrival_s >= end_s and cut_sessions:
             return
         if inside:
@@ -88,9 +90,10 @@ def _window(trace: Trace, window_s: tuple[float, float], cut_sessions: bool) -> 
 
 
 def _limited(trace: Trace, chosen: Records, limit: int, cut_sessions: bool) -> Iterator[TraceRecord]:
-    sizes: Counter[str] = Counter()
-    if not cut_sessions:
-        sizes.update(record.session_id for record in chosen() if record.session_id is not None)
+    sizes = Sessions(int)
+    for record in () if cut_sessions else chosen():
+        if record.session_id is not None:
+            sizes.set(record.session_id, (sizes.get(record.session_id) or 0) + 1)
     taken = 0
     full = False
     admitted: set[str] = set()
@@ -101,7 +104,7 @@ def _limited(trace: Trace, chosen: Records, limit: int, cut_sessions: bool) -> I
         if full:
             continue
         session = None if cut_sessions else record.session_id
-        size = 1 if session is None else sizes[session]
+        size = 1 if session is None else sizes.get(session) or 0
         if taken + size > limit:
             if not taken:
                 raise TraceError(
