@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.errors import UsageError
+from harness.spool import Column
 
 PROCESSES = ("constant", "poisson", "gamma")
 """Processes that are drawn; "trace" is the trace's own times."""
@@ -98,19 +99,18 @@ def arrival_times(
         raise UsageError(f"about {expected:.3g} requests: more than {MOST_ARRIVALS:,} are no plan; check rate and time")
     ends = np.cumsum([stage.requests for stage in stages])  # of each stage, in requests since the start
     generator = np.random.Generator(np.random.PCG64([seed & (2**64 - 1), *b"arrivals"]))
-    blocks: list[npt.NDArray[np.float64]] = []
-    drawn, reached = 0, 0.0
-    while reached < ends[-1] and (most is None or drawn < most):
+    times = Column("q")
+    reached = 0.0
+    while reached < ends[-1] and (most is None or len(times) < most):
         gaps = _gaps(process, burstiness, generator, _BLOCK)
-        if process == "constant" and not drawn:
+        if process == "constant" and not len(times):
             gaps[0] = 0.0
         gaps[0] += reached
         position = np.cumsum(gaps)
         reached = float(position[-1])
-        drawn += len(position)
-        blocks.append(position)
-    positions = np.concatenate(blocks) if blocks else np.empty(0)
-    return _times(positions[positions < ends[-1]][:most], stages, ends)
+        left = None if most is None else most - len(times)
+        times.extend(_times(position[position < ends[-1]][:left], stages, ends))
+    return times.whole()
 
 
 def check_process(process: str, burstiness: float | None) -> None:

@@ -333,8 +333,12 @@ def _cycled(trace: Trace, arrivals: Times, rows: int | None, cut_ns: float | Non
     )
     if cycles * period >= 2**63:
         raise UsageError("the trace would be repeated for more than 292 years: a lower limit or duration")
-    times: Times = (np.arange(max(int(cycles), 1), dtype=np.int64)[:, None] * period + arrivals).ravel()[:rows]
-    return times if cut_ns is None else times[times < cut_ns]
+    total = max(int(cycles), 1) * n
+    times: Times = filled(
+        total if rows is None else min(total, rows),
+        lambda part: (at := np.arange(part.start, part.stop)) // n * period + arrivals[at % n], np.int64,
+    )  # fmt: skip
+    return times if cut_ns is None else times[: np.searchsorted(times, cut_ns)]
 
 
 def _speed(trace: Trace, arrivals: Times, spec: PlanSpec) -> float:

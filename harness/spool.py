@@ -90,7 +90,7 @@ class Sessions(Generic[V]):
 
 
 class Column:
-    """Numbers that are appended one by one and then read as one array."""
+    """Numbers that are appended and then read as one array."""
 
     def __init__(self, code: str) -> None:
         """``code``: of Python's `array`."""
@@ -105,6 +105,12 @@ class Column:
     def append(self, value: int) -> None:
         """The next one. Raises `HarnessError` on a full disk."""
         self._held.append(value)
+        if len(self._held) >= HELD_NUMBERS:
+            self._store()
+
+    def extend(self, values: npt.NDArray[Any]) -> None:
+        """The next ones, of the column's own type. Raises as `append` does."""
+        self._held.frombytes(values.tobytes())
         if len(self._held) >= HELD_NUMBERS:
             self._store()
 

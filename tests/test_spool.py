@@ -92,7 +92,9 @@ def trace_of(path: Path, rows: int = 300) -> Path:
 SPECS = [
     {}, {"speed": 3.7}, {"sessions": "wait"}, {"grow": 2.4}, {"grow": 0.6},
     {"conversation": "live", "sessions": "wait"}, {"cancel_share": 0.3, "cancel_after_s": 1.0},
-    {"grow": 1.5, "limit": 200},
+    {"grow": 1.5, "limit": 200}, {"repeat": True, "limit": 800}, {"repeat": True, "duration_s": 500.0},
+    {"arrivals": "poisson", "rate": 3.0}, {"arrivals": "gamma", "rate": 3.0, "burstiness": 0.5, "repeat": True,
+    "duration_s": 150.0},
 ]  # fmt: skip
 
 
@@ -117,6 +119,13 @@ def test_a_shape_is_the_same_from_files(tmp_path, in_files):
     files = asdict(measure(open_trace(trace)))
     assert files.pop("rank_correlation") == pytest.approx(held.pop("rank_correlation"))  # a sum by blocks
     assert files == held
+
+
+def test_arrivals_are_spread_the_same_by_blocks(in_files):
+    arrivals = np.sort(np.random.default_rng(4).integers(0, 30, 400)) * 3_000_000_000
+    held = rescale.spread(arrivals, 3.0, 7).tolist()
+    in_files()
+    assert rescale.spread(arrivals, 3.0, 7).tolist() == held
 
 
 def test_the_merge_of_copies_is_a_stable_sort(in_files):

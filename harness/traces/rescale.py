@@ -164,11 +164,18 @@ def longest_shift_ns(span_ns: int) -> int:
 def spread(arrivals: Times, grid_s: float, seed: int) -> Times:
     """Arrivals moved from each instant to uniform places before the next step of the clock; ascending, order kept."""
     generator = np.random.Generator(np.random.PCG64([seed & (2**64 - 1), *b"spread"]))
-    instants, group = np.unique(arrivals, return_inverse=True)
-    # A clock's jitter makes a step now and then a little short: nothing may move past the next instant.
     grid_ns = round(grid_s * 1e9)
-    room = np.minimum(np.diff(instants, append=instants[-1] + grid_ns), grid_ns)
-    places = generator.random(len(arrivals))
-    places = places[np.lexsort((places, group))]
-    moved: Times = arrivals + (places * room[group]).astype(np.int64)
+    n, start = len(arrivals), 0
+    moved = empty(n, np.int64)
+    while start < n:  # a block at a time, up to the end of an instant
+        end = int(np.searchsorted(arrivals, arrivals[min(start + BLOCK, n) - 1], side="right"))
+        block = arrivals[start:end]
+        after = int(arrivals[end] if end < n else block[-1] + grid_ns)
+        instants, group = np.unique(block, return_inverse=True)
+        # A clock's jitter makes a step now and then a little short: nothing may move past the next instant.
+        room = np.minimum(np.diff(instants, append=after), grid_ns)
+        places = generator.random(end - start)
+        places = places[np.lexsort((places, group))]
+        moved[start:end] = block + (places * room[group]).astype(np.int64)
+        start = end
     return moved
