@@ -1,7 +1,7 @@
 """What is kept of a trace of any length while memory stays bounded: numbers one a row, and a little for each session.
 
 Both begin in memory, and what is too much goes to temporary files without a name, where Python's `tempfile` and SQLite
-put things (TMPDIR).
+put things. Where that is memory itself (a tmpfs), set TMPDIR to a disk.
 """
 
 from __future__ import annotations
