@@ -22,7 +22,7 @@ from harness.errors import HarnessError
 
 V = TypeVar("V")
 
-HELD_SESSIONS = 2**15
+HELD_SESSIONS = 2**18
 """Sessions that are held in memory, and as many of those that were last used before them."""
 HELD_NUMBERS = 2**16
 """Entries of a column that are held in memory."""
