@@ -21,6 +21,7 @@ from run_files import TIER, good, write_run
 from harness import sweep_state
 from harness.build import asked_plan, build_plan
 from harness.cli.sweep import DECIDED, OPTIONS, OWN, resolve
+from harness.commands.reports import done_points
 from harness.commands.sweep import sum_up
 from harness.errors import ResultsError, UsageError
 from harness.plan import plan_sha256
@@ -556,3 +557,18 @@ def test_the_exit_code_says_the_worst(
     shown = capsys.readouterr().out
     assert shown.count("SLO missed") == sum(s == "done" for s, _ in states), "a missed SLO is a result, not a failure"
     assert all(point.name in shown for point in state.points)
+
+
+@pytest.mark.parametrize(("search", "left"), [("capacity", 3), (None, 4)])
+def test_a_probe_that_was_made_again_decides_nothing(tmp_path: Path, search: str | None, left: int) -> None:
+    """A search repeats a load because its run was INVALID; a sweep repeats each load anyway, and wants them all."""
+    options = {} if search is None else {"search": search}
+    state = state_of(replace(SPEC, models=["a"], tiers=["x"], repeats=2, options={**SPEC.options, **options}))
+    for k, point in enumerate(sorted(state.points, key=lambda p: (str(p.level), p.repeat))):
+        point.state, point.verdict = "done", "VALID" if k else "INVALID"
+    write_state(tmp_path, state)
+    assert len(state.points) == 4 and len(done_points(tmp_path)) == left
+    for point in state.points:
+        point.verdict = "INVALID"
+    write_state(tmp_path, state)
+    assert len(done_points(tmp_path)) == 4, "nothing stands in for them"

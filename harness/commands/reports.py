@@ -84,16 +84,26 @@ def expand(paths: Sequence[Path]) -> list[Path]:
 
 
 def done_points(folder: Path) -> list[Path]:
-    """The runs of a sweep or a search that are done. Raises `ResultsError` when none is."""
+    """The runs of a sweep or a search that are done. Raises `ResultsError` when none is.
+
+    A search probes a load again whose run was INVALID: once that is VALID, the first says nothing more.
+    """
     from harness.sweep_state import read_state
 
-    points = read_state(folder).points
-    done = [folder / point.name for point in points if point.state == "done"]
+    state = read_state(folder)
+    points = state.points
+    done = [point for point in points if point.state == "done"]
     if not done:
         raise ResultsError(f"{folder}: no point of this sweep is done; go on with: harness sweep --resume {folder}")
     if len(done) < len(points):
         say(f"{folder}: {len(points) - len(done)} of {len(points)} points are not done and left out")
-    return done
+    if state.spec.options.get("search") == "capacity":
+        sound = [point.level for point in done if point.verdict == "VALID"]
+        again = [point for point in done if point.verdict != "VALID" and point.level in sound]
+        if again:
+            say(f"{folder}: {', '.join(p.name for p in again)}: INVALID, and probed again since: left out")
+        done = [point for point in done if point not in again]
+    return [folder / point.name for point in done]
 
 
 def report_page(runs: Sequence[Path], html: Path, **options: Any) -> int:
