@@ -594,7 +594,7 @@ def test_exports_say_the_same_and_read_as_they_are(tmp_path):
     [
         ("invalid", rows(30), {"status": "stopped"}, 3, "status: stopped"),
         ("empty", [], {}, 3, "success: "),
-        ("one request", rows(1), {}, 0, "Charge"),
+        ("one request", rows(1), {}, 1, "needs an interval"),
         ("no tier", rows(30), {"tier": None}, 1, "no tier"),
         ("no usage", [replace(r, input_tokens=None, output_tokens=None) for r in rows(30)], {}, 1, "usage missing"),
         ("slo missed", rows(30), {"spec": replace(SPEC, slo={"ttft": 0.001})}, 4, "kept the SLO"),
