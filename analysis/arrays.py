@@ -22,7 +22,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-HELD = 4 << 20
+HELD = 1 << 20
 """Bytes of the longest array that is held in memory."""
 BLOCK = 1 << 17
 """Entries that are worked on at a time."""
@@ -41,6 +41,11 @@ def empty(n: int, dtype: npt.DTypeLike = np.float64) -> npt.NDArray[Any]:
     except OSError as e:
         folder, need = tempfile.gettempdir(), f"{size / 1e6:,.0f} MB"
         raise ResultsError(f"{folder}: no room for {need} of columns ({e.strerror}); set TMPDIR to another disk") from e
+
+
+def zeros(n: int, dtype: npt.DTypeLike = np.float64) -> npt.NDArray[Any]:
+    """An array of ``n`` zeros."""
+    return filled(n, lambda _: 0, dtype)
 
 
 def blocks(n: int) -> Iterator[slice]:
@@ -67,11 +72,45 @@ def kept(values: npt.NDArray[Any], where: Bools) -> npt.NDArray[Any]:
     return made
 
 
+def flags(n: int, of: Callable[[slice], Any]) -> Bools:
+    """``n`` truths, worked out a block at a time."""
+    return filled(n, of, np.bool_)
+
+
+def finite(values: Floats) -> Bools:
+    """Which of ``values`` are known."""
+    return flags(len(values), lambda part: np.isfinite(values[part]))
+
+
+def running(n: int, of: Callable[[slice], Any], dtype: npt.DTypeLike = np.float64) -> npt.NDArray[Any]:
+    """Running sums of ``n`` numbers, worked out a block at a time."""
+    made, total = empty(n, dtype), 0
+    for part in blocks(n):
+        made[part] = np.cumsum(of(part), dtype=dtype) + total
+        total = made[part.stop - 1]
+    return made
+
+
 def ranked(values: npt.NDArray[Any], where: Bools | None = None) -> npt.NDArray[Any]:
     """A sorted copy of ``values``, or of those ``where`` says."""
     made = filled(len(values), lambda part: values[part], values.dtype) if where is None else kept(values, where)
     made.sort()
     return made
+
+
+def ranked_gaps(times: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Gaps between ``times``, sorted."""
+    return ranked(np.subtract(times[1:], times[:-1], out=empty(len(times) - 1, times.dtype)))
+
+
+def mean_distance(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
+    """Mean of |a - b|."""
+    return sum(float(np.abs(a[part] - b[part]).sum()) for part in blocks(len(a))) / len(a)
+
+
+def differing(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
+    """Share of places at which the two differ."""
+    return sum(int(np.count_nonzero(a[part] != b[part])) for part in blocks(len(a))) / len(a)
 
 
 def forget(array: npt.NDArray[Any]) -> None:

@@ -6,7 +6,7 @@ the first chunk to the last, the longest gap between, and the tokens they say th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from analysis import arrays
 from analysis.arrays import Bools, Floats, Ints
 from harness.errors import ResultsError
+from harness.plan import iter_plan_columns
 from harness.results import SCHEMA, iter_results
 
 PART_CHUNKS = 200_000
@@ -89,6 +90,30 @@ def _cut(held: list[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             end = min(max(end, start + 1), start + 2 * PART_ROWS, len(batch))
             yield batch.slice(start, end - start)
             start = end
+
+
+def plan_size(path: Path) -> int:
+    """How many requests a plan has. Raises `ResultsError` unless their ids are 0..n-1 in any order, `PlanError`."""
+    n = sum(len(batch) for batch in iter_plan_columns(path, ["request_id"]))
+    seen = arrays.zeros(n, np.bool_)
+    for batch in iter_plan_columns(path, ["request_id"]):
+        ids = batch.column(0).to_numpy()
+        if ids.min(initial=0) < 0 or ids.max(initial=0) >= n:
+            break
+        seen[ids] = True
+    if not seen.all():
+        raise ResultsError(f"{path}: request ids are not 0..{n - 1}; build the plan again")
+    return n
+
+
+def plan_column(
+    path: Path, name: str, n: int, values: Callable[[Any], Any], dtype: npt.DTypeLike = np.float64
+) -> npt.NDArray[Any]:
+    """A column of a plan of ``n`` requests by request id, read a batch at a time. Raises `PlanError`."""
+    made = arrays.empty(n, dtype)
+    for batch in iter_plan_columns(path, ["request_id", name]):
+        made[batch.column(0).to_numpy()] = values(batch.column(1))
+    return made
 
 
 @dataclass(slots=True)

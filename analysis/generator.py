@@ -45,7 +45,7 @@ def lag_bound_s(run: Run, slo: Mapping[str, float]) -> float:
 def lag(run: Run, bound_s: float) -> Check:
     """Requests went out when planned: p99 of lag, or the largest below 100 requests, in an open loop."""
     values = metrics.column(run.rows, metrics.lag)
-    values = arrays.kept(values, np.isfinite(values))
+    values = arrays.kept(values, arrays.finite(values))
     if not len(values) or run.manifest.spec.mode != "open":
         return check("lag", None, "closed loop" if len(values) else "nothing sent", ms(bound_s), "nothing to do")
     worst, which = _worst(values)
@@ -67,13 +67,12 @@ def arrival_process(run: Run) -> Check:
     an even rate for another distribution. Seconds: share of requests that fell into another second than planned; the
     seconds begin half a second before the first arrival, so that times on a grid of whole seconds lie in the middle.
     """
-    sent = np.isfinite(run.rows.sent_s)
+    sent = metrics.was_sent(run.rows)
     due, went = arrays.ranked(run.rows.scheduled_s, sent), arrays.ranked(run.rows.sent_s, sent)
     if run.manifest.spec.mode != "open" or len(due) < MIN_ARRIVALS:
         why = "closed loop" if run.manifest.spec.mode != "open" else f"fewer than {MIN_ARRIVALS} requests"
         return check("arrival_process", None, why, "as planned", "nothing to do")
-    off = np.subtract(_sorted_gaps(due), _sorted_gaps(went), out=arrays.empty(len(due) - 1))
-    off_s = float(np.abs(off, out=off).mean())
+    off_s = arrays.mean_distance(arrays.ranked_gaps(due), arrays.ranked_gaps(went))
     mean_s = float(due[-1] - due[0]) / (len(due) - 1)
     bound_s = max(GAP_BOUND * mean_s, GAP_FLOOR_S)
     seconds = np.arange(due[0] - 0.5, max(due[-1], went[-1]) + 1.0)
@@ -86,12 +85,6 @@ def arrival_process(run: Run) -> Check:
         f"gaps at most {ms(bound_s)} off, at most {MOVED_BOUND:.0%} in another second",
         "the generator bunched or stretched the planned arrivals: more --workers, a lower rate, or no concurrency cap",
     )
-
-
-def _sorted_gaps(times_s: Floats) -> Floats:
-    gaps: Floats = np.subtract(times_s[1:], times_s[:-1], out=arrays.empty(len(times_s) - 1))
-    gaps.sort()
-    return gaps
 
 
 def generator_cpu(run: Run) -> Check:

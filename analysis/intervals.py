@@ -106,7 +106,7 @@ def distribution(
     when spread is judged. ``weights``: a value counts as that many equal samples. A percentile is an observed value:
     the smallest with at least the share p of all samples at or below it.
     """
-    known = np.isfinite(values)
+    known = arrays.finite(values)
     if not known.all():
         values, owners = arrays.kept(values, known), arrays.kept(owners, known)
         weights = None if weights is None else weights[known]
@@ -182,9 +182,9 @@ def _weighted(values: Floats, units: Ints, total: int, weights: Floats) -> Sampl
 
 def _units(owners: Ints) -> tuple[Ints, int]:
     """Unit of each value, numbered in time without a gap, at most `MAX_UNITS`, and how many units there are."""
-    present = np.zeros(int(owners.max()) + 1, dtype=np.bool_)
+    present = arrays.zeros(int(owners.max()) + 1, np.bool_)
     present[owners] = True
-    place = np.cumsum(present, out=arrays.empty(len(present), np.int64))
+    place = arrays.running(len(present), lambda part: present[part], np.int64)
     total = int(place[-1])
     parts = min(total, MAX_UNITS)
     return arrays.filled(len(owners), lambda part: (place[owners[part]] - 1) * parts // total, np.int64), parts
@@ -224,8 +224,10 @@ def _beyond_share(flags: Bools, p: float) -> Floats:
     """What each flag, or each of `MAX_FLAGS` equal parts of a longer series, adds beyond the share ``p``."""
     if len(flags) <= MAX_FLAGS:
         return flags.astype(np.float64) - p
-    edges = np.linspace(0, len(flags), MAX_FLAGS, endpoint=False).astype(np.int64)
-    sums: Floats = np.add.reduceat(flags, edges, dtype=np.int64) - p * np.diff(edges, append=len(flags))
+    sums = np.zeros(MAX_FLAGS)
+    for part in arrays.blocks(len(flags)):
+        place = np.arange(part.start, part.stop) * MAX_FLAGS // len(flags)
+        sums[place[0] : place[-1] + 1] += np.bincount(place - place[0], weights=flags[part] - p)
     return sums
 
 

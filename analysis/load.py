@@ -10,26 +10,37 @@ Nothing is repaired. What cannot be read or cannot be true is left out, counted,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from analysis import arrays
 from analysis.arrays import Bools, Floats, Ints
-from analysis.columns import CHUNKS, Columns, bools, chunk_arrays, floats, read_facts, read_parts, reduce_chunks
+from analysis.columns import (
+    CHUNKS,
+    Columns,
+    bools,
+    chunk_arrays,
+    floats,
+    plan_column,
+    plan_size,
+    read_facts,
+    read_parts,
+    reduce_chunks,
+)
 from analysis.rows import ChunkRows as ChunkRows
 from analysis.rows import Rows as Rows
 from analysis.rows import Run as Run
 from analysis.rows import columns_of, read_again
 from analysis.seconds import read_seconds
 from harness.errors import ResultsError
-from harness.plan import plan_sha256, read_plan_columns
+from harness.plan import plan_sha256
 from harness.run import RunDir, RunManifest, read_manifest
 
 NS = 1e9
@@ -120,36 +131,39 @@ def _join(
     """The rows joined to the plan, and which of all rows count, warm-up among them."""
     table = columns.take()
     ids, possible = table["request_id"], table.pop("possible")
-    known = (ids >= 0) & (ids < plan.requests)
+    known = arrays.flags(len(ids), lambda part: (ids[part] >= 0) & (ids[part] < plan.requests))
     first = _first_of_each(ids, known, plan.requests)
     if manifest.spec.mode == "open":  # a row that moved its own due time would hide its lag
         possible &= _due_as_planned(table, plan, known)
-    keep = known & first & possible
-    seen = np.zeros(plan.requests, dtype=np.bool_)
-    row_measured = np.zeros(len(ids), dtype=np.bool_)
-    warmup_ns, measured = (manifest.spec.warmup_s or 0.0) * NS, plan.measured.copy()
+    keep, seen, row_measured = (arrays.zeros(n, np.bool_) for n in (len(ids), plan.requests, len(ids)))
+    warmup_ns = (manifest.spec.warmup_s or 0.0) * NS
+    measured = arrays.flags(plan.requests, lambda part: plan.measured[part])
+    counts = dict.fromkeys(("duplicates", "unknown", "impossible"), 0)
     for part in arrays.blocks(len(ids)):
-        here = keep[part]
+        here = keep[part] = first[part] & possible[part]
+        counts["unknown"] += int((~known[part]).sum())
+        counts["duplicates"] += int((known[part] & ~first[part]).sum())
+        counts["impossible"] += int((first[part] & ~possible[part]).sum())
         seen[ids[part][here]] = True
         if warmup_ns:
             early = here & (table["scheduled_ns"][part] < warmup_ns) & np.isfinite(table["sent_ns"][part])
             measured[ids[part][early]] = False
         row_measured[part][here] = measured[ids[part][here]]
-    due = arrays.ranked(plan.scheduled_ns, measured & np.isfinite(plan.scheduled_ns))
-    counts = {
-        "duplicates": int((known & ~first).sum()),
-        "unknown": int((~known).sum()),
-        "impossible": int((known & first & ~possible).sum()),
-    }
+    due_ns = plan.scheduled_ns
+    due = arrays.ranked(due_ns, arrays.flags(plan.requests, lambda part: measured[part] & np.isfinite(due_ns[part])))
+    lost, lost_warmup = (
+        sum(int(np.count_nonzero(~seen[part] & (measured[part] == which))) for part in arrays.blocks(plan.requests))
+        for which in (True, False)
+    )
     run = Run(
         path=directory.path,
         manifest=manifest,
-        warmup=_rows(dict(table), keep & ~row_measured, plan),
+        warmup=_rows(dict(table), arrays.flags(len(ids), lambda part: keep[part] & ~row_measured[part]), plan),
         rows=_rows(table, row_measured, plan),
         planned=int(measured.sum()),
         planned_scheduled_s=np.divide(due, NS, out=due),
-        lost=int((measured & ~seen).sum()),
-        lost_warmup=int((~measured & ~seen).sum()),
+        lost=lost,
+        lost_warmup=lost_warmup,
         **counts,
         seconds=read_seconds(directory, manifest.spec.workers, problems),
         errors=tuple(columns.names),
@@ -179,41 +193,19 @@ class _Plan:
 
 def _read_plan(directory: RunDir) -> _Plan:
     """The plan by request id, read a column at a time. Raises `ResultsError` unless the ids are 0..n-1."""
-
-    def read(name: str) -> pa.ChunkedArray:
-        return read_plan_columns(directory.plan, [name]).column(0)
-
-    column = read("request_id")
-    n, order, at = len(column), None, 0
-    for chunk in column.chunks:
-        if not np.array_equal(chunk.to_numpy(), np.arange(at, at + len(chunk))):
-            ids = column.to_numpy()
-            order = np.argsort(ids, kind="stable")
-            if not np.array_equal(ids[order], np.arange(n)):
-                raise ResultsError(f"{directory.plan}: request ids are not 0..{n - 1}; build the plan again")
-            break
-        at += len(chunk)
-
-    def flat(column: pa.ChunkedArray, values: Callable[[Any], Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        made, at = arrays.empty(n, dtype), 0
-        for chunk in column.chunks:
-            made[at : at + len(chunk)] = values(chunk)
-            at += len(chunk)
-        if order is None:
-            return made
-        return arrays.filled(n, lambda part: made[order[part]], dtype)
-
-    after = read("after")
+    n = plan_size(directory.plan)
+    read = partial(plan_column, directory.plan, n=n)
+    after = read("after", values=floats)
     return _Plan(
-        measured=flat(read("phase"), lambda chunk: bools(pc.equal(chunk, "measured")), np.bool_),
-        after=None if after.null_count == n else flat(after, floats, np.float64),
-        **{name: flat(read(name), floats, np.float64) for name in ("scheduled_ns", "input_tokens", "output_tokens")},
+        measured=read("phase", values=lambda chunk: bools(pc.equal(chunk, "measured")), dtype=np.bool_),
+        after=after if any(np.isfinite(after[part]).any() for part in arrays.blocks(n)) else None,
+        **{name: read(name, values=floats) for name in ("scheduled_ns", "input_tokens", "output_tokens")},
     )
 
 
 def _first_of_each(ids: Ints, known: Bools, requests: int) -> Bools:
     """Whether a row is the first of its request id; False for ids that are not ``known``."""
-    first, seen = np.zeros(len(ids), dtype=np.bool_), np.zeros(requests, dtype=np.bool_)
+    first, seen = arrays.zeros(len(ids), np.bool_), arrays.zeros(requests, np.bool_)
     for part in arrays.blocks(len(ids)):
         places = np.flatnonzero(known[part])
         found, index = np.unique(ids[part][places], return_index=True)
@@ -245,7 +237,7 @@ def _due_as_planned(table: dict[str, Any], plan: _Plan, known: Bools) -> Bools:
         ok[here] &= as_planned
         return ok
 
-    return arrays.filled(len(ids), check, np.bool_)
+    return arrays.flags(len(ids), check)
 
 
 def _result_files(directory: RunDir, workers: int, problems: list[str]) -> list[Path]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from analysis import arrays
 from analysis.arrays import Bools, Floats, Ints
@@ -22,10 +24,24 @@ BINS = 200
 
 def column(rows: Rows, metric: Callable[[Rows], Floats]) -> Floats:
     """A metric of all rows, worked out a block at a time, so that nothing else is as long as the run."""
-    made = arrays.empty(len(rows))
+    return _worked_out(rows, metric, np.float64)
+
+
+def flags(rows: Rows, test: Callable[[Rows], Bools]) -> Bools:
+    """The same for what is true or false of each row."""
+    return _worked_out(rows, test, np.bool_)
+
+
+def _worked_out(rows: Rows, of: Callable[[Rows], Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    made = arrays.empty(len(rows), dtype)
     for part, block in rows.blocks():
-        made[part] = metric(block)
+        made[part] = of(block)
     return made
+
+
+def was_sent(rows: Rows) -> Bools:
+    """Rows that went out."""
+    return arrays.finite(rows.sent_s)
 
 
 def lag(rows: Rows) -> Floats:
@@ -107,7 +123,7 @@ def _parts(rows: ChunkRows) -> Floats | None:
 
 def untold(rows: Rows) -> int:
     """Successful requests of several chunks whose server did not say how many tokens a chunk holds: one sample each."""
-    return int((rows.success & (rows.chunks >= 2) & np.isnan(rows.stated_tokens)).sum())
+    return int(flags(rows, lambda part: part.success & (part.chunks >= 2) & np.isnan(part.stated_tokens)).sum())
 
 
 # ---------------------------------------------------------------------------------------------- which requests count
@@ -141,37 +157,46 @@ def not_due(run: Run) -> Bools:
     """Rows that were never meant to go out: unsent because the run's own ``duration_s`` ended before they were due."""
     spec, rows = run.manifest.spec, run.rows
     if spec.duration_s is None or run.manifest.status != "complete":
-        return np.zeros(len(rows), dtype=np.bool_)
-    late = rows.scheduled_s >= spec.duration_s if spec.mode == "open" else np.ones(len(rows), dtype=np.bool_)
-    return _is_error(run, "unsent") & late
+        return arrays.zeros(len(rows), np.bool_)
+    from_s = spec.duration_s if spec.mode == "open" else -np.inf
+    unsent = _code(run, "unsent")
+    return flags(rows, lambda part: (part.error == unsent) & (part.scheduled_s >= from_s))
 
 
 def not_offered(run: Run) -> Bools:
     """Rows that are no evidence for or against the server: never due, or cancelled on purpose."""
-    return not_due(run) | _is_error(run, "cancelled")
+    late, cancelled = not_due(run), _code(run, "cancelled")
+    return arrays.flags(len(late), lambda part: late[part] | (run.rows.error[part] == cancelled))
 
 
 def count(run: Run) -> Counts:
     """How many requests were planned, sent, succeeded, failed, unfinished, lost, not due, cancelled."""
-    rows, skipped, cancelled = run.rows, not_due(run), _is_error(run, "cancelled")
-    unfinished = (_is_error(run, "unsent") | _is_error(run, "stopped")) & ~skipped
+    succeeded, by_name = by_error(run)
+    skipped, cancelled = int(not_due(run).sum()), by_name.get("cancelled", 0)
+    unfinished = by_name.get("unsent", 0) + by_name.get("stopped", 0) - skipped
     return Counts(
         planned=run.planned,
-        sent=int(np.isfinite(rows.sent_s).sum()),
-        succeeded=int(rows.success.sum()),
-        failed=int((~rows.success & ~unfinished & ~skipped & ~cancelled).sum()),
-        unfinished=int(unfinished.sum()),
+        sent=int(was_sent(run.rows).sum()),
+        succeeded=succeeded,
+        failed=len(run.rows) - succeeded - unfinished - skipped - cancelled,
+        unfinished=unfinished,
         lost=run.lost,
-        not_due=int(skipped.sum()),
-        cancelled=int(cancelled.sum()),
+        not_due=skipped,
+        cancelled=cancelled,
     )
 
 
-def _is_error(run: Run, name: str) -> Bools:
-    if name not in run.errors:
-        return np.zeros(len(run.rows), dtype=np.bool_)
-    found: Bools = run.rows.error == run.errors.index(name)
-    return found
+def by_error(run: Run) -> tuple[int, dict[str, int]]:
+    """How many rows succeeded, and how many ended with each error class."""
+    found = np.zeros(len(run.errors) + 1, dtype=np.int64)
+    for part in arrays.blocks(len(run.rows)):
+        found += np.bincount(run.rows.error[part] + 1, minlength=len(found))
+    return int(found[0]), dict(zip(run.errors, found[1:].tolist(), strict=True))
+
+
+def _code(run: Run, name: str) -> int:
+    """What `Rows.error` holds for an error class; no row holds it where there was none."""
+    return run.errors.index(name) if name in run.errors else len(run.errors)
 
 
 def meets_slo(rows: Rows, slo: Mapping[str, float]) -> Bools:
@@ -179,10 +204,7 @@ def meets_slo(rows: Rows, slo: Mapping[str, float]) -> Bools:
 
     One exception: a request of fewer than two output tokens has no tpot and no pause to miss.
     """
-    met = np.zeros(len(rows), dtype=np.bool_)
-    for part, block in rows.blocks():
-        met[part] = slo_ratio(block, slo) <= 1
-    return met
+    return flags(rows, lambda part: slo_ratio(part, slo) <= 1)
 
 
 def slo_ratio(rows: Rows, slo: Mapping[str, float]) -> Floats:
@@ -218,7 +240,7 @@ class Window:
 
 def window(rows: Rows) -> Window | None:
     """From the first scheduled to the last finish of any sent request, failed ones too; None when there is no time."""
-    sent = np.isfinite(rows.sent_s)
+    sent = was_sent(rows)
     if not sent.any():
         return None
     start = float(rows.scheduled_s.min(where=sent, initial=np.inf))
@@ -259,20 +281,20 @@ def chunk_output_tokens(rows: ChunkRows) -> Floats:
 
 def unstreamed_output_events(rows: Rows) -> tuple[Floats, Floats]:
     """(time s, output tokens) of successful requests without chunks: all at the finish."""
-    at_end = rows.success & np.isfinite(rows.output_tokens) & (rows.chunks == 0)
-    return rows.finished_s[at_end], rows.output_tokens[at_end]
+    at_end = flags(rows, lambda part: part.success & np.isfinite(part.output_tokens) & (part.chunks == 0))
+    return arrays.kept(rows.finished_s, at_end), arrays.kept(rows.output_tokens, at_end)
 
 
 def input_token_events(rows: Rows) -> tuple[Floats, Floats]:
     """(time s, input tokens) of successful requests, at the first chunk (the prompt has been read by then)."""
-    sold = rows.success & np.isfinite(rows.input_tokens)
+    sold = flags(rows, lambda part: part.success & np.isfinite(part.input_tokens))
     time = column(rows, lambda part: np.where(part.chunks > 0, part.sent_s + part.first_gap_s, part.finished_s))
     return arrays.kept(time, sold), arrays.kept(rows.input_tokens, sold)
 
 
 def in_flight(rows: Rows, within: Window) -> Floats:
     """Requests in flight, time average per bin of the window, shape (BINS,); failed requests count while they ran."""
-    sent = np.isfinite(rows.sent_s)
+    sent = was_sent(rows)
     edges = np.linspace(within.start_s, within.end_s, BINS + 1)
     begun, ended = (_integral(arrays.ranked(t, sent), edges) for t in (rows.sent_s, rows.finished_s))
     return np.maximum(0.0, np.diff(begun - ended) / within.bin_s)
@@ -281,11 +303,9 @@ def in_flight(rows: Rows, within: Window) -> Floats:
 def _integral(sorted_s: Floats, at: Floats) -> Floats:
     """Sum over events of max(0, at - event), for each ``at``."""
     passed = np.searchsorted(sorted_s, at, side="right")
-    running = arrays.empty(len(sorted_s) + 1)
-    running[0] = 0.0
-    np.cumsum(sorted_s, out=running[1:])
-    total: Floats = at * passed - running[passed]
-    return total
+    running = arrays.running(len(sorted_s), lambda part: sorted_s[part])
+    before: Floats = np.where(passed > 0, running[passed - 1], 0.0) if len(running) else np.zeros(len(at))
+    return at * passed - before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,22 +325,26 @@ class Tokens:
 
 def tokens(rows: Rows) -> Tokens:
     """Token totals over the window. A total is None when no successful request said it."""
-    wasted = ~rows.success & (rows.chunks > 0)
-    counted = rows.output_tokens[wasted]
-    made = np.where(np.isfinite(counted), counted, rows.stated_tokens[wasted])
-    missing = rows.success & ~(np.isfinite(rows.input_tokens) & np.isfinite(rows.output_tokens))
+    sums = dict.fromkeys(("input", "cached", "output", "wasted"), 0.0)
+    told = dict.fromkeys(sums, 0)
+    missing = 0
+    for _, part in rows.blocks():
+        sold = part.success
+        counted = np.where(np.isfinite(part.output_tokens), part.output_tokens, part.stated_tokens)
+        wasted = np.where(~sold & (part.chunks > 0), counted, 0.0)
+        columns = (part.input_tokens, part.cached_tokens, part.output_tokens)
+        for name, values in zip(sums, (*(np.where(sold, x, np.nan) for x in columns), wasted), strict=True):
+            known = np.isfinite(values)
+            sums[name] += float(values.sum(where=known))
+            told[name] += int(known.sum())
+        missing += int((sold & ~(np.isfinite(part.input_tokens) & np.isfinite(part.output_tokens))).sum())
     return Tokens(
-        input=_total(rows.input_tokens, rows.success),
-        cached_input=_total(rows.cached_tokens, rows.success),
-        output=_total(rows.output_tokens, rows.success),
-        wasted_output=int(made.sum()) if np.isfinite(made).all() else None,
-        missing=int(missing.sum()),
+        input=int(sums["input"]) if told["input"] else None,
+        cached_input=int(sums["cached"]) if told["cached"] else None,
+        output=int(sums["output"]) if told["output"] else None,
+        wasted_output=int(sums["wasted"]) if told["wasted"] == len(rows) else None,
+        missing=missing,
     )
-
-
-def _total(values: Floats, where: Bools) -> int | None:
-    known = where & np.isfinite(values)
-    return int(values.sum(where=known)) if known.any() else None
 
 
 def planned_rate(run: Run) -> float | None:

@@ -61,7 +61,7 @@ class Rows:
     @property
     def success(self) -> Bools:
         """Rows without an error."""
-        return self.error < 0
+        return arrays.flags(len(self), lambda part: self.error[part] < 0)
 
     def blocks(self) -> Iterator[tuple[slice, Rows]]:
         """All rows in order, a block at a time: where it lies, and its rows."""

@@ -325,14 +325,17 @@ def _replicas(run: Run) -> int:
 def _slo(run: Run, limits: dict[str, float], counts: Counts, attain: float) -> Slo:
     """Attainment over every request that was offered: failed, unfinished and lost ones did not meet it."""
     rows = run.rows
-    due = np.ones(len(rows), dtype=np.bool_)
-    due[rows.rank] = ~metrics.not_offered(run)
+    left_out = _in_time(rows, metrics.not_offered(run))
 
     def attained(within: Mapping[str, float]) -> Quantity:
-        met = np.zeros(len(rows), dtype=np.bool_)
-        met[rows.rank] = metrics.meets_slo(rows, within)
-        flags = np.concatenate((met[due], np.zeros(counts.lost, dtype=np.bool_)))
-        return share(flags, unit="share of requests", evidence=run.evidence)
+        met = arrays.zeros(counts.offered, np.bool_)  # lost ones last: they met nothing
+        kept = _in_time(rows, metrics.meets_slo(rows, within))
+        at = 0
+        for part in arrays.blocks(len(rows)):
+            some = kept[part][~left_out[part]]
+            met[at : at + len(some)] = some
+            at += len(some)
+        return share(met, unit="share of requests", evidence=run.evidence)
 
     judged = []
     for criterion in criteria(limits, attain):
@@ -348,12 +351,18 @@ def _slo(run: Run, limits: dict[str, float], counts: Counts, attain: float) -> S
     )
 
 
+def _in_time(rows: Rows, flags: Bools) -> Bools:
+    """Flags of the rows in the order they were due."""
+    found = arrays.zeros(len(rows), np.bool_)
+    found[rows.rank] = flags
+    return found
+
+
 def _errors(run: Run) -> list[ErrorCount]:
     """Error classes of the measured rows, most frequent first; lost requests last."""
     found = []
     skipped = int(metrics.not_due(run).sum())
-    counts = np.bincount(run.rows.error[~run.rows.success], minlength=len(run.errors)).tolist()
-    for name, count in zip(run.errors, counts, strict=True):
+    for name, count in metrics.by_error(run)[1].items():
         if name == "unsent":
             count -= skipped
         if count <= 0:

@@ -13,7 +13,7 @@ from datetime import date
 import numpy as np
 
 from analysis import arrays, metrics
-from analysis.arrays import Floats
+from analysis.arrays import Bools, Floats
 from analysis.check import Check, check, limit
 from analysis.generator import (
     arrival_process,
@@ -150,10 +150,20 @@ def engine_fits_tier(run: Run) -> Check:
 
 def output_tokens(run: Run) -> Check:
     """Successful requests generated as many tokens as the plan asked for."""
-    asked, got = run.rows.planned_output_tokens, run.rows.output_tokens
-    both = run.rows.success & np.isfinite(asked) & np.isfinite(got)
+    asked, got = _both(run.rows, "output_tokens")
     advice = "the server does not honour max_tokens with ignore_eos, so the load is not the trace's: see its options"
-    return _mismatch("output_tokens", arrays.kept(asked, both), arrays.kept(got, both), advice)
+    return _mismatch("output_tokens", asked, got, advice)
+
+
+def _both(rows: Rows, name: str) -> tuple[Floats, Floats]:
+    """Planned and counted tokens of the successes that have both."""
+
+    def known(part: Rows) -> Bools:
+        found: Bools = np.isfinite(getattr(part, name) + getattr(part, f"planned_{name}"))
+        return found & part.success
+
+    both = metrics.flags(rows, known)
+    return arrays.kept(getattr(rows, f"planned_{name}"), both), arrays.kept(getattr(rows, name), both)
 
 
 def input_tokens(run: Run) -> Check:
@@ -161,9 +171,7 @@ def input_tokens(run: Run) -> Check:
     token or, where the plan did not know the server's chat template, that template.
     """
     chat = run.manifest.spec.endpoint == "chat"
-    asked, got = run.rows.planned_input_tokens, run.rows.input_tokens
-    both = run.rows.success & np.isfinite(asked) & np.isfinite(got)
-    asked, got = arrays.kept(asked, both), arrays.kept(got, both)
+    asked, got = _both(run.rows, "input_tokens")
     if run.manifest.plan.conversation == "live":
         return _live_input(asked, got)
     more = float(got[0] - asked[0]) if len(got) else 0.0
@@ -181,7 +189,7 @@ def _live_input(asked: Floats, got: Floats) -> Check:
     bound = "not gated: a live conversation's input lengths follow from the answers"
     if not len(got):
         return check("input_tokens", None, "live conversation, no planned length", bound, "nothing to do")
-    total, share = float(asked.sum()), float((got != asked).mean())
+    total, share = float(asked.sum()), arrays.differing(asked, got)
     observed = (
         f"live conversation: {share:.1%} of {len(got)} differ, {float(got.sum()):,.0f} tokens for {total:,.0f} asked "
         f"({float(got.sum()) / total - 1:+.1%})"
@@ -193,7 +201,7 @@ def _mismatch(name: str, asked: Floats, got: Floats, advice: str) -> Check:
     bound = f"at most {MISMATCH_BOUND:.0%} of requests differ"
     if not len(got):
         return check(name, None, "no request has both a plan and a count", bound, "nothing to do")
-    share = float((got != asked).mean())
+    share = arrays.differing(asked, got)
     return check(name, share <= MISMATCH_BOUND, f"{share:.1%} of {len(got)} differ", bound, advice)
 
 
@@ -234,20 +242,21 @@ def _booked(rows: Rows) -> dict[str, tuple[float, float]]:
     A request that was sent and has no usage can have used anything up to what was planned for it; the server may have
     finished what failed or was cancelled here.
     """
-    sent = np.isfinite(rows.sent_s)
-
-    def side(got: Floats, planned: Floats) -> tuple[float, float]:
-        known = np.isfinite(got)
-        possible = planned[sent & ~known]
-        # no plan for it (text, free length): anything is possible, so the books cannot show an excess
-        beyond = np.where(np.isnan(possible), np.inf, possible).sum()
-        return float(got.sum(where=known)), float(min(beyond, 1e15))
-
-    return {
-        "input": side(rows.input_tokens, rows.planned_input_tokens),
-        "output": side(rows.output_tokens, rows.planned_output_tokens),
-        "requests": (float(rows.success.sum()), float((sent & ~rows.success).sum())),
-    }
+    booked = dict.fromkeys(("input", "output", "requests"), (0.0, 0.0))
+    for _, part in rows.blocks():
+        sent = np.isfinite(part.sent_s)
+        sides = {
+            "input": (part.input_tokens, part.planned_input_tokens),
+            "output": (part.output_tokens, part.planned_output_tokens),
+            "requests": (np.where(part.success, 1.0, np.nan), np.ones(len(part))),
+        }
+        for side, (got, planned) in sides.items():
+            known = np.isfinite(got)
+            # no plan for it (text, free length): anything is possible, so the books cannot show an excess
+            beyond = np.nan_to_num(planned[sent & ~known], nan=1e15).sum()
+            before, more = booked[side]
+            booked[side] = before + float(got.sum(where=known)), min(more + float(beyond), 1e15)
+    return booked
 
 
 # --------------------------------------------------------------------------------------------------------------- limits
@@ -303,7 +312,7 @@ def planned_rate(run: Run) -> Check:
     """Requests went out at the planned rate (open loop)."""
     asked = metrics.planned_rate(run)
     sent_s = run.rows.sent_s
-    sent = np.isfinite(sent_s)
+    sent = arrays.finite(sent_s)
     n, span_s = int(sent.sum()), float(sent_s.max(where=sent, initial=0) - sent_s.min(where=sent, initial=np.inf))
     bound = f"within {RATE_BOUND:.0%} of the plan"
     if asked is None or n < 2 or span_s <= 0:
@@ -335,7 +344,7 @@ def concurrency(run: Run, window: Window | None) -> Check:
 def wasted_time(run: Run, window: Window | None) -> Check:
     """Little time in flight went into requests that did not succeed."""
     spent = metrics.column(run.rows, metrics.service_e2e)
-    known = np.isfinite(spent)
+    known = arrays.finite(spent)
     bound = f"at most {WASTED_BOUND:.0%} of the time in flight"
     if window is None or not known.any():
         return limit("wasted_time", None, "no window", bound, "nothing to do")

@@ -38,6 +38,7 @@ import psutil
 import pyarrow as pa
 
 from harness.errors import ResultsError
+from harness.results import whole_batches
 
 SCHEMA_VERSION = "1"
 EVERY_S = 1.0
@@ -184,7 +185,6 @@ def read_host_metrics(path: Path) -> pa.Table:
 
     Raises `ResultsError` when it is missing or does not begin as a stream of this schema version.
     """
-    batches: list[pa.RecordBatch] = []
     try:
         with pa.OSFile(str(path), "rb") as source:
             if source.size() == 0:
@@ -193,9 +193,7 @@ def read_host_metrics(path: Path) -> pa.Table:
             version = (reader.schema.metadata or {}).get(b"harness.host_metrics", b"?").decode("utf-8", "replace")
             if version != SCHEMA_VERSION or reader.schema.names != SCHEMA.names:
                 raise ResultsError(f"{path}: host metrics schema {version}, this harness reads {SCHEMA_VERSION}")
-            with contextlib.suppress(pa.ArrowInvalid, OSError):  # a torn tail: what came before it is whole
-                batches.extend(reader)
-        return pa.Table.from_batches(batches, schema=SCHEMA)
+            return whole_batches(reader)
     except FileNotFoundError as e:
         raise ResultsError(f"{path}: no such file") from e
     except (pa.ArrowException, OSError) as e:

@@ -28,13 +28,13 @@ prepared            int64         requests read from the plan and not sent at t_
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pyarrow as pa
 
 from harness.errors import ResultsError
+from harness.results import whole_batches
 
 SCHEMA_VERSION = "2"
 _BEFORE = {"1": ["prepared"]}
@@ -109,7 +109,6 @@ def read_observations(path: Path) -> pa.Table:
 
     Raises `ResultsError` when it is missing or does not begin as a stream of this schema version.
     """
-    batches: list[pa.RecordBatch] = []
     try:
         with pa.OSFile(str(path), "rb") as source:
             if source.size() == 0:
@@ -119,9 +118,7 @@ def read_observations(path: Path) -> pa.Table:
             lacking = [] if version == SCHEMA_VERSION else _BEFORE.get(version, SCHEMA.names)
             if reader.schema.names != [name for name in SCHEMA.names if name not in lacking]:
                 raise ResultsError(f"{path}: observation schema {version}, this harness reads {SCHEMA_VERSION}")
-            with contextlib.suppress(pa.ArrowInvalid, OSError):  # a torn tail: what came before it is whole
-                batches.extend(reader)
-        table = pa.Table.from_batches(batches, schema=reader.schema)
+            table = whole_batches(reader)
         for name in lacking:
             table = table.append_column(SCHEMA.field(name), pa.nulls(table.num_rows, SCHEMA.field(name).type))
         table = table.replace_schema_metadata(SCHEMA.metadata)

@@ -253,26 +253,22 @@ def read_plan_info(path: Path) -> PlanInfo:
 
 def read_plan_columns(path: Path, columns: list[str]) -> pa.Table:
     """The named columns of a plan file; others, such as prompts, are not even read. Raises `PlanError`."""
+    batches = list(iter_plan_columns(path, columns))
+    return pa.Table.from_batches(batches, pa.schema([SCHEMA.field(name) for name in columns]))
+
+
+def iter_plan_columns(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """The same, a batch in memory at a time. Raises `PlanError`."""
     for name in columns:
         if name not in SCHEMA.names:
             raise unknown_name("plan column", name, SCHEMA.names)
     fields = sorted(SCHEMA.get_field_index(name) for name in columns)
     with _open(path, pa.ipc.IpcReadOptions(included_fields=fields)) as reader:
         _info(path, reader.schema, pa.schema([SCHEMA.field(i) for i in fields]))
-        table = reader.read_all()
-        table.validate(full=True)
-        return table.select(columns).replace_schema_metadata(None)
-
-
-def iter_plan_columns(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """The named columns of a plan file, a batch at a time. Raises `PlanError`."""
-    fields = sorted(SCHEMA.get_field_index(name) for name in columns)
-    with _open(path, pa.ipc.IpcReadOptions(included_fields=fields)) as reader:
-        _info(path, reader.schema, pa.schema([SCHEMA.field(at) for at in fields]))
         for i in range(reader.num_record_batches):
             batch = reader.get_batch(i)
             batch.validate(full=True)
-            yield batch
+            yield batch.select(columns).replace_schema_metadata(None)
 
 
 def iter_requests(path: Path, worker: int = 0, workers: int = 1) -> Iterator[Request]:

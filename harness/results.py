@@ -33,6 +33,7 @@ All times are one monotonic clock of the worker's host, zero at the common start
 
 from __future__ import annotations
 
+import contextlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ ERRORS: dict[str, str] = {
 """The closed set of error classes, with what each means."""
 
 SCHEMA_VERSION = "2"
+_PIECES = 1000
 
 SCHEMA = pa.schema(
     [
@@ -204,6 +206,17 @@ def read_results(path: Path) -> pa.Table:
     Raises `ResultsError` when the file does not begin as a result stream of this schema version.
     """
     return pa.Table.from_batches(iter_results(path), schema=SCHEMA)
+
+
+def whole_batches(reader: pa.RecordBatchStreamReader) -> pa.Table:
+    """Every complete batch of a stream, up to a torn one, in few pieces: a batch of one row takes kilobytes."""
+    held: list[pa.RecordBatch] = []
+    with contextlib.suppress(pa.ArrowException, OSError):  # a torn tail: what came before it is whole
+        for batch in reader:
+            held.append(batch)
+            if len(held) == _PIECES:
+                held = pa.Table.from_batches(held).combine_chunks().to_batches()
+    return pa.Table.from_batches(held, schema=reader.schema)
 
 
 def iter_results(path: Path) -> Iterator[pa.RecordBatch]:

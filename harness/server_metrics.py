@@ -28,7 +28,6 @@ A second without a row is one in which the server did not answer in time.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from pathlib import Path
@@ -38,6 +37,7 @@ import pyarrow as pa
 
 from harness import probe
 from harness.errors import ServerError
+from harness.results import whole_batches
 
 SCHEMA_VERSION = "2"
 EVERY_S = 1.0
@@ -122,15 +122,12 @@ def read_server_metrics(path: Path) -> pa.Table | None:
 
     A torn tail is left out: what came before it is whole.
     """
-    batches: list[pa.RecordBatch] = []
     try:
         with pa.OSFile(str(path), "rb") as source, pa.ipc.open_stream(source) as reader:
             schema = reader.schema
             if not {"t_ns", "took_ns"} <= set(schema.names) <= set(SCHEMA.names):
                 return None
-            with contextlib.suppress(pa.ArrowException, OSError):
-                batches.extend(reader)
-        table = pa.Table.from_batches(batches, schema=schema)
+            table = whole_batches(reader)
         table.validate(full=True)
         for field in SCHEMA:
             if field.name not in schema.names:

@@ -2,15 +2,17 @@
 
 import os
 import random
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from bench.analysis_speed import make_run
 from hypothesis import given
 from hypothesis import strategies as st
 from run_files import SPEC, bad, good, watch, write_run
 
-from analysis import arrays, load
+from analysis import arrays, columns, gaps, intervals, load
 from analysis.grid import EDGES, cell_of, count_in
 from analysis.load import read_run
 from analysis.show.page import render_page
@@ -19,6 +21,7 @@ from analysis.show.view import view_run
 from analysis.summary import summarise
 from harness.errors import ResultsError
 from harness.run import RunDir
+from harness.traces import stats
 
 
 @pytest.fixture
@@ -99,6 +102,24 @@ def test_columns_leave_no_file_behind(tmp_path, monkeypatch, in_files):
     run = read_run(path)
     summarise(run)
     assert list(scratch.iterdir()) == []
+
+
+def test_no_array_in_memory_is_as_long_as_the_run(tmp_path, monkeypatch):
+    """Ten million requests stream: what the analysis holds beside its files does not grow with them."""
+    for owner, name, size in (
+        (arrays, "HELD", 1), (arrays, "BLOCK", 2048), (gaps, "EXACT", 1000), (gaps, "UNITS", 2),
+        (intervals, "MAX_FLAGS", 1000), (columns, "PART_ROWS", 2048), (columns, "PART_CHUNKS", 4096),
+        (columns, "FIRST_ROOM", 2048), (stats, "_BLOCK", 2048),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, size)
+    most = {}
+    for requests in (2000, 20_000, 60_000):  # the first one loads what is loaded only once
+        make_run(tmp_path / str(requests), requests, 2)
+        tracemalloc.start()
+        summarise(read_run(tmp_path / str(requests)))
+        most[requests] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert (most[60_000] - most[20_000]) / 40_000 < 3  # bytes a request; one column of numbers alone is 8
 
 
 def test_a_full_disk_is_an_error_with_advice(monkeypatch, in_files):

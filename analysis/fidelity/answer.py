@@ -83,10 +83,26 @@ def ks_distance(a: npt.NDArray[np.generic], b: npt.NDArray[np.generic]) -> float
 
 def backwards(slices: Ints, times: Ints | Floats | None) -> int:
     """Requests that come before the one before them in their slice."""
-    if times is None:
+    if times is None or not len(slices):
         return 0
-    if (slices[1:] > slices[:-1]).all():
-        return 0  # every slice is one request
-    order = np.argsort(slices, kind="stable")
-    same = np.diff(slices[order]) == 0
-    return int(np.count_nonzero(same & (np.diff(times[order]) < 0)))
+    found, latest = 0, arrays.filled(int(slices.max()) + 1, lambda _: -np.inf)
+    for part in arrays.blocks(len(slices)):
+        order = np.argsort(slices[part], kind="stable")
+        which, time = slices[part][order], times[part][order]
+        first = np.concatenate(([True], which[1:] != which[:-1]))
+        before = np.where(first, latest[which], np.roll(time, 1))
+        found += int(np.count_nonzero(time < before))
+        last = np.roll(first, -1)
+        latest[which[last]] = time[last]
+    return found
+
+
+def groups(values: Ints) -> tuple[int, int]:
+    """How many different values there are, and how often the most frequent one occurs."""
+    ranked, different, most, begun = arrays.ranked(values), 0, 0, 0
+    for part in arrays.blocks(len(ranked)):
+        begins = part.start + np.flatnonzero(np.diff(ranked[part], prepend=ranked[max(0, part.start - 1)]))
+        different += len(begins)
+        most = max(most, int(np.diff(begins, prepend=begun, append=part.stop).max()))
+        begun = int(begins[-1]) if len(begins) else begun
+    return different + bool(len(ranked)), most

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.compute as pc
 
-from analysis import arrays
-from analysis.columns import bools, floats
+from analysis.columns import bools, floats, plan_column, plan_size
 from analysis.fidelity.answer import Plan, Served
 from analysis.load import Run
-from harness.plan import read_plan_columns
+from harness.errors import PlanError
 from harness.run import RunDir
 from harness.server_metrics import read_server_metrics
 from harness.traces.reuse import Reuse, UnknownTokensError, plan_prompts, prompt_reuse
@@ -31,27 +28,18 @@ OWN_BLOCK_TOKENS = {"vllm": 16, "vllm-cpu": 128}
 def read_plan(run: Run) -> Plan:
     """The plan's columns in the order of its requests. Raises `PlanError`."""
     path = RunDir(run.path).plan
-
-    def read(name: str) -> Any:
-        return read_plan_columns(path, [name]).column(0)
-
-    ids = read("request_id").to_numpy()
-    order = None if (np.diff(ids) > 0).all() else np.argsort(ids, kind="stable")
-
-    def flat(column: Any, values: Callable[[Any], Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        made, at = arrays.empty(len(ids), dtype), 0
-        for chunk in column.chunks:
-            made[at : at + len(chunk)] = values(chunk)
-            at += len(chunk)
-        return made if order is None else arrays.filled(len(ids), lambda part: made[order[part]], dtype)
-
-    scheduled = read("scheduled_ns")
+    n = plan_size(path)
+    read = partial(plan_column, path, n=n)
+    slices = read("slice", values=lambda chunk: chunk.to_numpy(), dtype=np.int64)
+    if slices.min(initial=0) < 0 or slices.max(initial=0) >= n:
+        raise PlanError(f"{path}: slices are not numbered 0, 1, 2 ...; build the plan again")
+    scheduled = read("scheduled_ns", values=lambda chunk: pc.fill_null(chunk, -1).to_numpy(), dtype=np.int64)
     return Plan(
-        scheduled_ns=None if scheduled.null_count else flat(scheduled, lambda chunk: chunk.to_numpy(), np.int64),
-        slice=flat(read("slice"), lambda chunk: chunk.to_numpy(), np.int64),
-        waits=flat(read("after"), lambda chunk: bools(pc.is_valid(chunk)), np.bool_),
-        input_tokens=flat(read("input_tokens"), floats, np.float64),
-        output_tokens=flat(read("output_tokens"), floats, np.float64),
+        scheduled_ns=None if scheduled.min(initial=0) < 0 else scheduled,
+        slice=slices,
+        waits=read("after", values=lambda chunk: bools(pc.is_valid(chunk)), dtype=np.bool_),
+        input_tokens=read("input_tokens", values=floats),
+        output_tokens=read("output_tokens", values=floats),
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import numpy as np
 
+from analysis import arrays
 from analysis.arrays import Floats, Ints
 from analysis.fidelity.answer import (
     EXACT,
@@ -15,6 +17,7 @@ from analysis.fidelity.answer import (
     Fidelity,
     Plan,
     backwards,
+    groups,
     ks_distance,
     not_comparable,
     number,
@@ -89,8 +92,7 @@ def on_trace_clock(scheduled_ns: Ints, speed: float) -> Ints:
     if speed == 1.0:
         return scheduled_ns
     step = 10 ** max(3, math.ceil(math.log10(speed)) + 1)
-    times: Ints = (np.rint(scheduled_ns * (speed / step)) * step).astype(np.int64)
-    return times
+    return arrays.filled(len(scheduled_ns), lambda part: np.rint(scheduled_ns[part] * (speed / step)) * step, np.int64)
 
 
 def _rate(name: str, growth: float, source: TraceStats, planned: ArrivalStats) -> Fidelity:
@@ -158,7 +160,8 @@ def _where_all_run(times: Ints, source: ArrivalStats, growth: float) -> ArrivalS
     if growth <= 1:
         return None
     end_ns = round(source.span_s * 1e9)
-    return arrival_stats(times[(times >= longest_shift_ns(end_ns)) & (times <= end_ns)])
+    low, high = np.searchsorted(times, longest_shift_ns(end_ns)), np.searchsorted(times, end_ns, side="right")
+    return arrival_stats(times[low:high])
 
 
 def _bursts(name: str, info: PlanInfo, growth: float, source: ArrivalStats, planned: ArrivalStats) -> Fidelity:
@@ -209,9 +212,11 @@ def _planned_gaps(name: str, info: PlanInfo, source: ArrivalStats, planned: Arri
 
 def _planned_lengths(side: str, source: LengthStats | None, planned: Floats, info: PlanInfo) -> Fidelity:
     name = f"planned: {side} lengths"
-    known = planned[np.isfinite(planned)].astype(np.int64)
-    values, counts = np.unique(known, return_counts=True)
-    after = length_stats(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+    lengths: Counter[int] = Counter()
+    for part in arrays.blocks(len(planned)):
+        values, counts = np.unique(planned[part][np.isfinite(planned[part])], return_counts=True)
+        lengths.update(dict(zip(map(int, values), counts.tolist(), strict=True)))
+    after = length_stats(lengths)
     if source is None or after is None:
         return not_comparable(
             name, "the trace says no lengths on this side" if source is None else "they are the server's"
@@ -246,8 +251,8 @@ def _planned_sessions(info: PlanInfo, source: TraceStats, plan: Plan) -> Fidelit
     torn = backwards(plan.slice, plan.scheduled_ns)
     units = source.requests - source.session_rows + source.sessions
     turns = source.requests / units
-    got = len(plan.slice) / len(np.unique(plan.slice))
-    most = int(np.unique(plan.slice, return_counts=True)[1].max())
+    different, most = groups(plan.slice)
+    got = len(plan.slice) / different
     observed = (
         f"{got:.3f} requests in each for {turns:.3f}, most {most} for {source.most_turns}; "
         f"{torn} turns before the one before them"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from analysis import arrays
 from analysis.arrays import Bools, Floats, Ints
 from analysis.fidelity.answer import (
     EXACT,
@@ -17,6 +19,7 @@ from analysis.fidelity.answer import (
     Plan,
     Served,
     backwards,
+    groups,
     ks_distance,
     not_comparable,
 )
@@ -38,11 +41,11 @@ def sent_against_planned(
 
     ``reuse``: of the plan's prompts, in whole blocks of the server's size, or why it is not known.
     """
-    ids = np.concatenate([part.request_id for part in rows])
-    sent_s = np.full(len(plan.slice), np.nan)
-    sent_s[ids] = np.concatenate([part.sent_s for part in rows])
-    success = np.concatenate([part.success for part in rows])
-    went = np.isfinite(sent_s)
+    ids, success, cached = (_joined(rows, name) for name in ("request_id", "success", "cached_tokens"))
+    sent_s = arrays.filled(len(plan.slice), lambda _: np.nan)
+    for part in rows:
+        sent_s[part.request_id] = part.sent_s
+    went = arrays.finite(sent_s)
     n = int(went.sum())
     return [
         Fidelity(
@@ -50,22 +53,29 @@ def sent_against_planned(
             said="" if n == len(went) else "the run was stopped or cut, so its load is a part of the plan's",
         ),
         *_sent_times(plan, sent_s, went),
-        _sent_lengths("input", ids, plan.input_tokens, [part.input_tokens for part in rows], success, chat=chat),
-        _sent_lengths("output", ids, plan.output_tokens, [part.output_tokens for part in rows], success),
+        _sent_lengths("input", ids, plan.input_tokens, _joined(rows, "input_tokens"), success, chat=chat),
+        _sent_lengths("output", ids, plan.output_tokens, _joined(rows, "output_tokens"), success),
         _sent_turns(plan, sent_s, went),
-        _sent_prefix(reuse, served, [part.cached_tokens for part in rows], success, len(went)),
+        _sent_prefix(reuse, served, cached, success, len(went)),
     ]  # fmt: skip
+
+
+def _joined(rows: Sequence[Rows], name: str) -> Any:
+    """A column of all rows."""
+    columns = [getattr(part, name) for part in rows]
+    return np.concatenate(columns, out=arrays.empty(sum(map(len, columns)), columns[0].dtype))
 
 
 def _sent_times(plan: Plan, sent_s: Floats, went: Bools) -> list[Fidelity]:
     names = [f"sent: {what}" for what in ("arrivals in windows", "bursts", "gaps")]
     if plan.scheduled_ns is None:
         return [not_comparable(name, "closed loop: a free slot decides when to send") for name in names]
-    timed = went & ~plan.waits
+    timed = arrays.flags(len(went), lambda part: went[part] & ~plan.waits[part])
     if timed.sum() < MIN_REQUESTS:
         why = f"fewer than {MIN_REQUESTS} requests were sent at a time of their own"
         return [not_comparable(name, why) for name in names]
-    due, got = np.sort(plan.scheduled_ns[timed]), np.sort(np.rint(sent_s[timed] * 1e9).astype(np.int64))
+    due, went_s = arrays.ranked(plan.scheduled_ns, timed), arrays.ranked(sent_s, timed)
+    got = arrays.filled(len(went_s), lambda part: np.rint(went_s[part] * 1e9), np.int64)
     return [_sent_windows(names[0], due, got), _sent_bursts(names[1], due, got), _sent_gaps(names[2], due, got)]
 
 
@@ -88,8 +98,13 @@ def _moved(due: Ints, got: Ints, window_s: int) -> float:
     last = (max(int(due[-1]), int(got[-1])) - start) // width
     if last > 50_000_000:
         return 0.0
-    planned, sent = (np.bincount(np.maximum(t - start, 0) // width, minlength=last + 1) for t in (due, got))
-    return float(np.abs(planned - sent).sum()) / 2 / len(due)
+    more = np.zeros(last + 1, dtype=np.int64)
+    for part in arrays.blocks(len(due)):
+        for times, sign in ((due[part], 1), (got[part], -1)):
+            place = np.maximum(times - start, 0) // width
+            counted = np.bincount(place - place[0])
+            more[place[0] : place[0] + len(counted)] += sign * counted
+    return float(np.abs(more).sum()) / 2 / len(due)
 
 
 def _sent_bursts(name: str, due: Ints, got: Ints) -> Fidelity:
@@ -107,7 +122,7 @@ def _sent_bursts(name: str, due: Ints, got: Ints) -> Fidelity:
 
 
 def _sent_gaps(name: str, due: Ints, got: Ints) -> Fidelity:
-    off_s = float(np.abs(np.sort(np.diff(due)) - np.sort(np.diff(got))).mean()) / 1e9
+    off_s = arrays.mean_distance(arrays.ranked_gaps(due), arrays.ranked_gaps(got)) / 1e9
     mean_s = int(due[-1] - due[0]) / 1e9 / (len(due) - 1)
     bound_s = max(GAP_BOUND * mean_s, GAP_FLOOR_S)
     return Fidelity(
@@ -120,24 +135,25 @@ def _sent_lengths(
     side: str,
     ids: Ints,
     planned: Floats,
-    parts: Sequence[Floats],
+    counted: Floats,
     success: Bools,
     *,
     chat: bool = False,
 ) -> Fidelity:
-    name = f"sent: {side} lengths"
-    asked, got = planned[ids], np.concatenate(parts)
-    both = success & np.isfinite(asked) & np.isfinite(got)
+    name, n = f"sent: {side} lengths", len(counted)
+    asked = arrays.filled(n, lambda part: planned[ids[part]])
+    both = arrays.flags(n, lambda part: success[part] & np.isfinite(asked[part]) & np.isfinite(counted[part]))
     if not both.any():
         return not_comparable(name, "no request has both a planned length and the server's count")
-    asked, got = asked[both], got[both]
+    asked, got = arrays.kept(asked, both), arrays.kept(counted, both)
     start = got[0] - asked[0]
-    if side == "input" and start > 0 and bool((got - asked == start).all()):
+    constant = all(bool((got[part] - asked[part] == start).all()) for part in arrays.blocks(len(got)))
+    if side == "input" and start > 0 and constant:
         if chat:
             return not_comparable(name, f"chat: the server's template adds {start:.0f} tokens to every planned prompt")
-        got = got - (start if start <= START_TOKENS else 0)  # a start token that the server adds to every prompt
+        got -= start if start <= START_TOKENS else 0  # a start token that the server adds to every prompt
     distance = ks_distance(asked, got)
-    differing = float((asked != got).mean())
+    differing = arrays.differing(asked, got)
     ok = distance <= LENGTH_BOUND and abs(got.mean() - asked.mean()) <= EXACT * asked.mean()
     return Fidelity(
         name=name, ok=ok, bound=f"{LENGTH_BOUND:.3f}, means within {EXACT:.0%}",
@@ -148,24 +164,21 @@ def _sent_lengths(
 
 def _sent_turns(plan: Plan, sent_s: Floats, went: Bools) -> Fidelity:
     name = "sent: turns in order"
-    single = bool((plan.slice[1:] > plan.slice[:-1]).all())
-    followers = 0 if single else len(plan.slice) - len(np.unique(plan.slice))
+    followers = len(plan.slice) - groups(plan.slice)[0]
     if not followers:
         return not_comparable(name, "no session has a second turn")
-    overtaken = backwards(plan.slice[went], sent_s[went])
+    overtaken = backwards(arrays.kept(plan.slice, went), arrays.kept(sent_s, went))
     return Fidelity(
         name=name, ok=overtaken == 0, observed=f"{overtaken} of {followers} turns before the one before them",
         bound="none", said="" if not overtaken else "turns of a session overtook each other",
     )  # fmt: skip
 
 
-def _sent_prefix(
-    reuse: Reuse | str, served: Served, cached: Sequence[Floats], success: Bools, planned: int
-) -> Fidelity:
+def _sent_prefix(reuse: Reuse | str, served: Served, cached: Floats, success: Bools, planned: int) -> Fidelity:
     name = "sent: prefix reuse"
     if isinstance(reuse, str):
         return not_comparable(name, reuse)
-    got, whose = _cache_hits(reuse, served, np.concatenate(cached), success)
+    got, whose = _cache_hits(reuse, served, cached, success)
     if got is None:
         return not_comparable(name, "the server counts no prefix-cache hits")
     observed = (
@@ -204,7 +217,7 @@ def _cache_hits(reuse: Reuse, served: Served, cached: Floats, success: Bools) ->
     """Share of input tokens found in the server's cache, and who says so."""
     if served.queried_tokens and served.hit_tokens is not None:
         return served.hit_tokens / served.queried_tokens, "its counters"
-    known = np.isfinite(cached) & success
+    known = arrays.flags(len(cached), lambda part: np.isfinite(cached[part]) & success[part])
     if known.any() and known.sum() == success.sum():
-        return float(cached[known].sum()) / reuse.tokens, "usage of each request"
+        return float(cached.sum(where=known)) / reuse.tokens, "usage of each request"
     return None, ""

@@ -67,8 +67,8 @@ def curves(run: Run) -> Curves | None:
             count_in(grid, due, getattr(metrics, name)(block))
     grids["itl"] = run.chunks.itl_grid
     into = metrics.binned(*metrics.input_token_events(rows), window)
-    sent = np.isfinite(rows.sent_s)
-    failed = sent & ~rows.success
+    sent = metrics.was_sent(rows)
+    failed = metrics.flags(rows, lambda part: np.isfinite(part.sent_s) & ~part.success)
     edges = np.linspace(window.start_s, window.end_s, BINS + 1)
     middle = (edges[:-1] + edges[1:]) / 2
     return Curves(
@@ -184,7 +184,7 @@ def promises(run: Run, counts: Counts, shares: Sequence[float]) -> Promises:
     found: Promises = {}
     for name, metric in (("ttft", metrics.ttft), ("tpot", _tpot_kept), ("e2e", metrics.e2e)):
         values = metrics.column(rows, metric)
-        ranked = arrays.ranked(values, np.isfinite(values))
+        ranked = arrays.ranked(values, arrays.finite(values))
         found[name] = {}
         for share in shares:
             place = math.ceil(share * counts.offered * (1 - 1e-12)) - 1
