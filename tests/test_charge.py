@@ -509,6 +509,9 @@ def test_build_or_buy(tmp_path):
         doubt = replace(made, cost_full=replace(made.cost_full, total=unsure))
         (close,) = compare_with_api(doubt, TERMS, [llama], llama.family).against
         assert close.verdict == "too close to call", "the interval lies on both sides of the API's price"
+        doubt = replace(made, cost_full=replace(made.cost_full, total=replace(unsure, low=0.01, high=None)))
+        (unknown,) = compare_with_api(doubt, TERMS, [llama], llama.family).against
+        assert unknown.verdict == "not known", "how dear own tokens may be is not known"
         assert [a.same_model for a in made.against] == sorted((a.same_model for a in made.against), reverse=True)
         assert not made.against[-1].same_model and "another model" in made.against[-1].notes[0]
 

@@ -30,7 +30,7 @@ from analysis.show.report import render_json
 from analysis.show.view import RunView, view_run
 from analysis.summary import summarise
 from harness.errors import ResultsError
-from harness.run import Replica
+from harness.run import Replica, RunDir, read_manifest, write_manifest
 from harness.server_metrics import SCHEMA as SERVER
 
 EVIL = (
@@ -388,6 +388,29 @@ def test_command_line(tmp_path):
     write_run(tmp_path / "bad", [good(0)], status="failed", reason="x")
     assert harness("report", one, tmp_path / "bad", "--html", out).returncode == 3
     assert harness("report", one, "--html", out, "--slo", "ttft=1ms").returncode == 4
+
+
+def test_the_page_of_a_search_says_the_capacity_first(tmp_path):
+    """What the system carries is the verdict; that a load beyond it broke the promise is no failure."""
+    rows = {rate: [good(i, int(i * 1e9 / rate), ttft_ms=ms) for i in range(700)] for rate, ms in ((10, 50), (20, 900))}
+    paths = [write_run(tmp_path / str(rate), rows[rate], spec=SLO) for rate in rows]
+    for path, rate in zip(paths, rows, strict=True):
+        manifest = read_manifest(path)
+        write_manifest(RunDir(path), replace(manifest, plan=replace(manifest.plan, planned_rate=float(rate))))
+    ladder = replace(SLO, mode="closed", concurrency=4)
+    paths += [write_run(tmp_path / "ladder", rows[10], spec=ladder)]
+    out = tmp_path / "report.html"
+    done = harness("report", *paths, "--html", out)
+    assert done.returncode == 0, done.stderr
+    head = out.read_text().split("<section")[1]
+    assert "m on test.large carries" in head and "no fair comparison" not in head
+
+
+def test_the_key_figure_is_the_limit_that_is_nearest_to_breaking(tmp_path):
+    """4 of 100 too slow where 5 may be is nearer than 0 where 1 may be."""
+    rows = [good(i, i * 20 * MS, ttft_ms=900 if i % 25 == 0 else 50) for i in range(500)]
+    v = view(tmp_path / "run", rows, spec=replace(SLO, slo={"ttft_p95": 0.5, "tpot": 1.0}))
+    assert v.keys[1][0] == "kept ttft_p95 <= 500 ms"
 
 
 # --------------------------------------------------------------------------------------------------------- in a browser

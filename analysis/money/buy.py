@@ -30,7 +30,7 @@ class Against:
     break_even_tokens_per_month: float | None
     """Tokens a month at which the fleet costs what the API would; None: more than the fleet can serve."""
     verdict: str
-    """build, buy, too close to call, or not known."""
+    """build, buy, too close to call, or not known: the end of the interval that would decide is missing."""
     notes: tuple[str, ...]
 
 
@@ -59,12 +59,12 @@ def _against(made: Charge, terms: Terms, price: ListPrice, same_model: bool) -> 
     at_full = replace(scaled(full, 1 / blend), unit="share of the API's price")
     own = scaled(at_full, 1 / terms.utilisation)
     assert at_full.value is not None
-    if own.low is None and own.high is None:
-        verdict = "not known"
-    elif own.high is not None and own.high < 1:
+    if own.high is not None and own.high < 1:
         verdict = "build"
+    elif own.low is not None and own.low > 1:
+        verdict = "buy"
     else:
-        verdict = "buy" if own.low is not None and own.low > 1 else "too close to call"
+        verdict = "not known" if own.low is None or own.high is None else "too close to call"
     notes = [] if same_model else ["another model: its tokenizer and its answers differ"]
     if made.mix.cached_input and price.usd_per_1m_cached_input is None:
         notes.append("no cached price is listed: cached input at full price")

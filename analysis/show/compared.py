@@ -15,6 +15,8 @@ from analysis.summary import DEFAULT_ATTAIN, Summary
 
 COLORS = 8
 UNLIKE = ("trace", "SLO", "seed", "evidence", "loop")
+ON_PURPOSE = ("seed", "loop")
+"""What loads of one system differ in: each has prompts of its own, so that no prefix cache answers."""
 """Runs that differ in one of these did not do the same work to the same standard."""
 
 
@@ -52,7 +54,7 @@ def compare_runs(views: Sequence[RunView]) -> Comparison:
     share = max((v.summary.slo.attain for v in views if v.summary.slo is not None), default=DEFAULT_ATTAIN)
     return Comparison(
         sentence=_sentence(views),
-        mind=_mind(differs),
+        mind=_mind(differs, but=ON_PURPOSE if found else ()),
         state="invalid" if all(v.state == "invalid" for v in views) else "valid",
         table=_table(views),
         differs=differs,
@@ -72,8 +74,8 @@ def _capacity(found: Sequence[System]) -> Table | None:
     return Table(caption, HEADS, [[Cell(text) for text in system_row(s)] for s in found], right=range(5, 9))
 
 
-def _mind(differs: Table | None) -> str | None:
-    unlike = [name for name in UNLIKE if differs is not None and name in differs.heads]
+def _mind(differs: Table | None, but: Sequence[str]) -> str | None:
+    unlike = [name for name in UNLIKE if differs is not None and name in differs.heads and name not in but]
     if not unlike:
         return None
     return f"The runs differ in {' and '.join(unlike)}: their figures stand side by side, they are no fair comparison."

@@ -206,7 +206,10 @@ def _against_block(charge: Charge, terms: Terms) -> Block:
         f"Of {len(same)} API offers of this model: {summed}." if same else f"API offers of this model: {summed}.",
     )
     notes = sorted({note for a in charge.against for note in a.notes})
-    notes.append("break-even: from that share of the fleet's capacity on, and so many tokens a month, own is cheaper")
+    if charge.against:
+        notes.append("break-even: own is cheaper from that share of the fleet's capacity, or so many tokens a month")
+    if any(a.verdict == "not known" for a in charge.against):
+        notes.append("not known: own cost has no end of its interval on the side that would decide")
     heads = ("API list price", "in/cached/out", "this trace", "own is", "break-even", "verdict")
     return Block(lines=lines, heads=heads, rows=rows, notes=tuple(notes))
 

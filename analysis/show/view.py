@@ -122,7 +122,7 @@ def _keys(s: Summary) -> list[tuple[str, Cell]]:
     price = cost.usd_per_1m_total
     keys = [("USD per 1M tokens", quantity(price, report.price))] if price.value is not None else []
     if s.slo is not None:
-        part = min(s.slo.criteria, key=lambda part: (part.attainment.value or 0.0) - part.wanted)
+        part = max(s.slo.criteria, key=lambda part: _missed(part.attainment.value) / max(1e-9, 1 - part.wanted))
         keys.append((f"kept {part.name}", quantity(part.attainment, report.percent)))
     return [
         *keys,
@@ -130,6 +130,10 @@ def _keys(s: Summary) -> list[tuple[str, Cell]]:
         _tail("ITL", s.metrics.itl),
         ("output tokens/s", quantity(s.rates.output_token_throughput, report.figure)),
     ]
+
+
+def _missed(attainment: float | None) -> float:
+    return 1.0 if attainment is None else 1 - attainment
 
 
 def _tail(name: str, d: Distribution) -> tuple[str, Cell]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -19,6 +19,9 @@ from harness.store import as_url, is_url
 from harness.sweep import Loads, SweepSpec, pairs
 from harness.sweep_state import SweepState, create_folder, differences, lock, read_state
 from harness.traces.reading import open_asked
+
+if TYPE_CHECKING:
+    from analysis.sizing.at_slo import System
 
 FILE = "capacity.json"
 """What the search found, in the sweep folder."""
@@ -170,6 +173,11 @@ def report_sweep(paths: Sequence[Path], format_: str, slo: dict[str, float] | No
         if invalid:
             blocks.append(Block(title="INVALID and left out", notes=tuple(invalid)))
         print_blocks(blocks, format_)
+    return exit_of(found, invalid)
+
+
+def exit_of(found: Sequence[System], invalid: Sequence[str]) -> int:
+    """Status of several runs together. A load beyond capacity misses the SLO: that alone is a result, no failure."""
     if invalid:
         return EXIT_INVALID
     kept = [one.capacity is None or one.capacity.state in ("found", "beyond") for one in found]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.commands.output import print_json, print_table, say
-from harness.errors import EXIT_INVALID, EXIT_SLO_MISSED, EXIT_VALID, ResultsError
+from harness.errors import EXIT_VALID, ResultsError
 
 
 def report(
@@ -112,7 +112,9 @@ def report_page(runs: Sequence[Path], html: Path, **options: Any) -> int:
     from analysis.load import read_run
     from analysis.show.page import write_page
     from analysis.show.view import view_run
+    from analysis.sizing.at_slo import systems
     from analysis.summary import exit_code, summarise
+    from harness.commands.capacity import exit_of
 
     views = []
     for path, label in zip(runs, label_runs(runs), strict=True):
@@ -122,5 +124,7 @@ def report_page(runs: Sequence[Path], html: Path, **options: Any) -> int:
     size = write_page(html, views)
     say(f"{html}: {size / 1e6:.2f} MB, stands alone; open it in a browser")
     print(html)
-    codes = {exit_code(view.summary) for view in views}
-    return next((code for code in (EXIT_INVALID, EXIT_SLO_MISSED) if code in codes), EXIT_VALID)
+    if len(views) == 1:
+        return exit_code(views[0].summary)
+    summaries = [view.summary for view in views]
+    return exit_of(systems(summaries), [s.run for s in summaries if s.verdict != "VALID"])
