@@ -54,9 +54,9 @@ def pool_chunks(run: Run, parts: Iterable[ChunkRows] | None = None) -> Chunks:
             count_in(grid, time, gaps.seconds, gaps.tokens, cells)
     if window is not None:
         output += metrics.binned(*metrics.unstreamed_output_events(run.rows), window)
-    seconds, tokens, owners = pool.take()
+    seconds, tokens, owners, median_s = pool.take()
     return Chunks(
-        gap_s=seconds, gap_tokens=tokens, gap_owner=owners, median_itl_s=_median(seconds, tokens),
+        gap_s=seconds, gap_tokens=tokens, gap_owner=owners, median_itl_s=median_s,
         output_tokens=output, itl_grid=grid,
     )  # fmt: skip
 
@@ -86,6 +86,7 @@ class GapPool:
             kept, self._kept = self._kept, []
             self._cells = arrays.zeros(self._units * CELLS, np.int64)
             self._sums = np.zeros(CELLS)
+            self._used = CELLS, 0
             for gaps, counts, owners in kept:
                 self._count(self._cells, gaps, counts, self._row(owners), cell_of(gaps))
             return
@@ -96,22 +97,26 @@ class GapPool:
         return owner * self._units // self._requests * CELLS
 
     def _count(self, counts: Ints, seconds: Floats, tokens: Floats, row: Ints, place: Ints) -> None:
+        lowest, highest = self._used
+        self._used = min(lowest, int(place.min(initial=lowest))), max(highest, int(place.max(initial=highest)))
         np.add.at(self._sums, place, seconds * tokens)
         np.add.at(counts, place + row, tokens.astype(np.int64))
 
-    def take(self) -> tuple[Floats, Floats, Ints]:
-        """(seconds, tokens, owner) of the samples, or of the bins that hold any."""
+    def take(self) -> tuple[Floats, Floats, Ints, float | None]:
+        """(seconds, tokens, owner) of the samples, or of the bins that hold any, and their median."""
         if self._cells is None:
             if not self._kept:
-                return np.zeros(0), np.zeros(0), np.zeros(0, dtype=np.int64)
+                return np.zeros(0), np.zeros(0), np.zeros(0, dtype=np.int64), None
             seconds, tokens, owner = (np.concatenate(column) for column in zip(*self._kept, strict=True))
-            return seconds, tokens, owner
-        held = np.flatnonzero(self._cells)
-        owner, place = np.divmod(held, CELLS)
-        counts = self._cells[held].astype(np.float64)
-        total = np.bincount(place, weights=counts, minlength=CELLS)
+            return seconds, tokens, owner, _median(seconds, tokens)
+        lowest, highest = self._used  # gaps fill a few octaves of all: the others are not even looked at
+        grid = self._cells.reshape(-1, CELLS)[:, lowest : highest + 1]
+        owner, place = np.nonzero(grid)
+        counts = grid[owner, place].astype(np.float64)
+        place += lowest
+        total: Floats = np.bincount(place, weights=counts, minlength=CELLS).astype(np.float64)
         mean = np.divide(self._sums, total, out=np.zeros(CELLS), where=total > 0)
-        return mean[place], counts, owner
+        return mean[place], counts, owner, _median(mean[total > 0], total[total > 0])
 
 
 def _median(seconds: Floats, tokens: Floats) -> float | None:
