@@ -286,12 +286,15 @@ def test_what_does_not_reach_the_promise_is_left_out_with_its_reason(measured):
     free = replace(system_of(measured, name="free"), usd_per_hour=None)
     shut = replace(system_of(measured, name="shut"), loop="closed")
     none = replace(system_of(measured, name="none"), capacity=None)
-    made = plan([bad, free, shut, none], asked(5))
+    few = system_of(measured, name="few", state="beyond")
+    few = replace(few, top_token_throughput=replace(few.top_token_throughput, low=None, high=None))
+    made = plan([bad, free, shut, none, few], asked(5))
     assert made.tiers == ()
     why = dict(made.excluded)
-    assert [key.split(" on ")[1] for key in why] == ["slow", "free", "shut", "none"]
+    assert [key.split(" on ")[1] for key in why] == ["slow", "free", "shut", "none", "few"]
     assert "why not" in why["m on slow"] and "price" in why["m on free"]
     assert "closed loop" in why["m on shut"] and "--slo" in why["m on none"]
+    assert "no interval" in why["m on few"], "no money is spent on a figure that nobody can defend"
     assert made.sentence.startswith("No tier")
     assert render_markdown(fleet_blocks(made)) and "slow" in fleet_csv(made)
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from analysis.arrays import Floats
-from analysis.intervals import ALPHA, Quantity, Z
+from analysis.intervals import Quantity
+from analysis.likeness import ALPHA, Z
 from analysis.repeats import over_repeats
 from harness.slo import Criterion
 

@@ -160,6 +160,9 @@ def _unfit(system: System) -> str | None:
         return found.load.note or found.state
     if not system.usd_per_hour:
         return "no price: say its tier when it is measured (--tier)"
+    top = system.top_token_throughput
+    if top is not None and top.value is not None and top.low is None:
+        return "too few requests: its throughput has no interval"
     return None
 
 
