@@ -44,8 +44,8 @@ def empty(n: int, dtype: npt.DTypeLike = np.float64) -> npt.NDArray[Any]:
 
 
 def zeros(n: int, dtype: npt.DTypeLike = np.float64) -> npt.NDArray[Any]:
-    """An array of ``n`` zeros."""
-    return filled(n, lambda _: 0, dtype)
+    """An array of ``n`` zeros; those of a file take room on disk, and memory only where they are written."""
+    return empty(n, dtype) if n * np.dtype(dtype).itemsize >= HELD else np.zeros(n, dtype)
 
 
 def blocks(n: int) -> Iterator[slice]:
@@ -86,8 +86,9 @@ def running(n: int, of: Callable[[slice], Any], dtype: npt.DTypeLike = np.float6
     """Running sums of ``n`` numbers, worked out a block at a time."""
     made, total = empty(n, dtype), 0
     for part in blocks(n):
-        made[part] = np.cumsum(of(part), dtype=dtype) + total
-        total = made[part.stop - 1]
+        values = np.array(of(part), dtype)
+        values[0] += total  # first, so that sums are those of one piece to the last bit
+        total = np.cumsum(values, out=made[part])[-1]
     return made
 
 

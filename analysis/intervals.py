@@ -1,14 +1,7 @@
-"""A value and how far to trust it: sample-size rules, order statistics, batch means. Everything is 95 %.
+"""A value and how far to trust it: sample-size rules, percentiles, means, rates, shares. Everything is 95 %.
 
-Requests that follow each other are alike (they share a queue), so n requests hold less news than n independent ones.
-All intervals allow for that in one way: sums over overlapping blocks of the run show how much the data really vary,
-and the critical value knows that few blocks know their own spread only roughly. Blocks are as short as the likeness of
-neighbours allows, from a fortieth to a fifth of the run; without any likeness requests count one by one.
-Sources: overlapping batch means, Meketon and Schmeiser, WSC 1984 (their variance is that of the moving-block
-bootstrap, Kuensch, Annals of Statistics 17(3), 1989); correction for blocks that are too short, Vats and Flegal,
-Biometrika 109(3), 2022; critical values for a fixed share of the run per block, Kiefer and Vogelsang, Econometric
-Theory 21(6), 2005; when neighbours are alike at all, Politis and White, Econometric Reviews 23(1), 2004. How often the
-intervals cover: METRICS.md, tests/test_coverage.py.
+How much neighbours in time are alike is asked in `analysis.likeness`, which ranks bracket a percentile in
+`analysis.order_statistics`. How often the intervals cover: METRICS.md, tests/test_coverage.py.
 """
 
 from __future__ import annotations
@@ -22,27 +15,24 @@ import numpy as np
 
 from analysis import arrays
 from analysis.arrays import Bools, Floats, Ints
-from analysis.order_statistics import beyond_all, lower_share, upper_share
+from analysis.likeness import (
+    ALPHA,
+    CRITICAL,
+    FEWEST_UNITS,
+    Z,
+    effective_n,
+    hall,
+    long_run_variance,
+    share_variance,
+    skew_of,
+    student_t,
+)
+from analysis.order_statistics import percentile_ends
 
-ALPHA = 0.05
-Z = 1.959963984540054
 RESAMPLES = 1000
 MAX_UNITS = 1000
 """Longer series are first summed into this many equal parts in time."""
 MAX_FLAGS = 1_000_000
-LONG, CRITICAL = 0.2, 2.6
-"""Share of a run per block, and the 97.5 % point of sum / square root of `long_run_variance` for white noise."""
-SHORT, CRITICAL_SHORT = 0.1, 2.23
-"""The same for data that are hardly alike: more blocks, so their spread is known better."""
-BRIEF, CRITICAL_BRIEF = 0.025, 2.02
-"""The same where short blocks already see nearly independent samples."""
-HARDLY_ALIKE = 1.5
-"""Up to this many times the variance of independent samples."""
-LAGS = 5
-"""Neighbours up to so many places apart are asked whether they are alike."""
-FEWEST_UNITS = 20
-"""Below this many units blocks tell nothing about correlation: they count as independent."""
-LARGEST_SKEW = 2.0
 MIN_SAMPLES = 5
 """Below this many samples a mean or rate has no interval."""
 
@@ -128,7 +118,7 @@ def distribution(
         if n < needed:
             return replace(blank, note=f"needs {needed} {noun}, has {n}")
         value = quantile(p)
-        worth = effective_n(tail_variance(quantile, variance, p), p, n)
+        worth = effective_n(variance(value, p), p, n)
         if worth * (1 - p) < 1:
             return replace(blank, note=f"needs {needed} independent {noun}: these {n:,} are worth about {worth:.0f}")
         low, high = percentile_ends(quantile, variance, p, n) if total >= MIN_SAMPLES else (None, None)
@@ -254,77 +244,11 @@ def ratio_interval(numerator: Floats, denominator: Floats) -> tuple[float | None
     error = math.sqrt(variance) / total
     if error <= 1e-12 * abs(value):
         return value, value
-    low, high = (value - error * _hall(t, _skew(beyond, variance)) for t in (critical, -critical))
+    low, high = (value - error * hall(t, skew_of(beyond, variance)) for t in (critical, -critical))
     if value > 0 and numerator.min() >= 0:
         reach = math.exp(min(critical * error / value, 50.0))
         low, high = min(low, value / reach) if low > 0 else value / reach, max(high, value * reach)
     return min(value, low), max(value, high)
-
-
-def long_run_variance(deviations: Floats, block_share: float = LONG) -> float:
-    """Variance of the sum of a series in time order that adds up to zero, neighbours being alike.
-
-    Overlapping blocks of ``block_share`` of the series; the larger of that and of the same with its bias taken out by
-    blocks half as long.
-    """
-    length = max(2, round(len(deviations) * block_share))
-    whole, half = (_block_power(deviations, size, 2) for size in (length, length // 2))
-    return max(whole, 2 * whole - half)
-
-
-def share_variance(deviations: Floats, p: float, n: int) -> float:
-    """Variance of a share ``p`` of ``n`` samples, from per-unit sums of (sample counts - share) in time order.
-
-    Enlarged so that a normal interval from it has the width that a variance from few blocks deserves. Of fewer than
-    `FEWEST_UNITS` units: as if these were independent. Units whose neighbours are not alike: as they are, one by one.
-    """
-    units = len(deviations)
-    if units < FEWEST_UNITS:
-        independent = p * (1 - p) / n
-        if units in (1, n):
-            return independent
-        between = float(deviations @ deviations) * units / (units - 1) / n**2
-        return max(independent, between * (student_t(units - 1) / Z) ** 2)
-    one_by_one = float(deviations @ deviations)
-    if not _alike(deviations, one_by_one):
-        return one_by_one / n**2
-    for block_share, critical in ((BRIEF, CRITICAL_BRIEF), (SHORT, CRITICAL_SHORT)):
-        found = long_run_variance(deviations, block_share)
-        if found < HARDLY_ALIKE * one_by_one:
-            return found / n**2 * (critical / Z) ** 2
-    return long_run_variance(deviations) / n**2 * (CRITICAL / Z) ** 2
-
-
-def _alike(deviations: Floats, one_by_one: float) -> bool:
-    """Whether any of the first `LAGS` autocorrelations is more than chance would show: beyond 2 sqrt(log10 n / n)."""
-    size = len(deviations)
-    bound = 2 * math.sqrt(math.log10(size) / size) * one_by_one
-    return any(abs(float(deviations[k:] @ deviations[:-k])) >= bound > 0 for k in range(1, LAGS + 1))
-
-
-def _block_power(deviations: Floats, length: int, power: int) -> float:
-    """Mean of block sums to a power, scaled to the whole series."""
-    sums = _moving_sums(deviations, length)
-    return float((sums**power).mean()) * len(deviations) / length
-
-
-def _skew(deviations: Floats, variance: float) -> float:
-    """Skewness of the sum of a series, from blocks of a tenth; within `LARGEST_SKEW`."""
-    third = _block_power(deviations, max(1, len(deviations) // 10), 3)
-    return max(-LARGEST_SKEW, min(LARGEST_SKEW, third / math.pow(variance, 1.5)))
-
-
-def _hall(t: float, skew: float) -> float:
-    """The quantile ``t`` of a symmetric statistic, as one of a statistic with that skewness."""
-    if abs(skew) < 1e-6:
-        return t
-    return float((np.cbrt(1 + skew * (t - skew / 6)) - 1) * 3 / skew)
-
-
-def _moving_sums(values: Floats, length: int) -> Floats:
-    running: Floats = np.concatenate(([0.0], np.cumsum(values)))
-    sums: Floats = running[length:] - running[:-length]
-    return sums
 
 
 def ends_of_resamples(draws: Floats, value: float, blocks: int) -> tuple[float, float]:
@@ -335,78 +259,6 @@ def ends_of_resamples(draws: Floats, value: float, blocks: int) -> tuple[float, 
     low, high = (float(q) for q in np.quantile(draws, (ALPHA / 2, 1 - ALPHA / 2)))
     widen = math.sqrt(blocks / (blocks - 1)) * student_t(blocks - 1) / Z if blocks > 1 else math.inf
     return min(value, value - (value - low) * widen), max(value, value + (high - value) * widen)
-
-
-def student_t(degrees: int) -> float:
-    """97.5 % quantile of Student's t, within 0.5 %. Source: Abramowitz and Stegun, table 26.10 and 26.7.5."""
-    if degrees <= 3:
-        return (12.706, 4.303, 3.182)[degrees - 1]
-    z = Z
-    return (
-        z
-        + (z**3 + z) / (4 * degrees)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
-    )
-
-
-def effective_n(variance: float, p: float, n: int) -> float:
-    """Independent samples that would know a share ``p`` as well as these ``n`` with that variance do; at most n."""
-    return float(n) if variance <= 0 else min(float(n), max(1.0, p * (1 - p) / variance))
-
-
-def tail_variance(quantile: Callable[[float], float], variance: Callable[[float, float], float], p: float) -> float:
-    """Variance of the share below percentile ``p``; arguments as of `percentile_ends`.
-
-    Beyond p90 few samples tell how slow requests cluster: where p90 or p95 show more likeness than the percentile
-    itself, the geometric mean of both counts. In a queue the likeness stays that high to the end of the tail; where it
-    fades (normal noise) the interval comes out a little wide.
-    """
-    here = variance(quantile(p), p)
-    below = max((variance(quantile(q), q) * p * (1 - p) / (q * (1 - q)) for q in (0.90, 0.95) if q < p), default=here)
-    return math.sqrt(here * max(here, below))
-
-
-def percentile_ends(
-    quantile: Callable[[float], float], variance: Callable[[float, float], float], p: float, n: int
-) -> tuple[float | None, float | None]:
-    """Ends of the 95 % interval of percentile ``p`` of ``n`` samples; None where the sample cannot give that end.
-
-    ``quantile`` gives the sample's value at a share, ``variance`` the `share_variance` at or below a value. An end lies
-    between two ranks: to take the next one would let the lower end of few samples miss up to twice as often. It is
-    judged by the variance there as well as at the percentile: slow requests come in bursts, and at a percentile that
-    missed some of them they look rarer than they are. The upper end comes first: near the smallest supported sample it
-    is the maximum, and the lower one gets what is left of the 5 %; all of it where there is no upper end.
-    """
-    middle = tail_variance(quantile, variance, p)
-    alike = middle >= HARDLY_ALIKE * p * (1 - p) / n * (CRITICAL_SHORT / Z) ** 2
-
-    def between(share: float) -> float:
-        place = round(share * n, 6)
-        low, high = (quantile(min(n, max(1, rank)) / n) for rank in (math.floor(place), math.ceil(place)))
-        return low + place % 1 * (high - low)
-
-    def end_of(rank_share: Callable[[float], float | None]) -> float | None:
-        worst, end = middle, None
-        for _ in range(2):
-            share = rank_share(effective_n(worst, p, n))
-            if share is None:
-                return None
-            end, there = between(share), variance(quantile(share), p)
-            if there <= worst:
-                break
-            worst = there if alike else math.sqrt(there * worst)
-        return end
-
-    sizes: list[float] = []
-
-    def upper(size: float) -> float | None:
-        sizes.append(size)
-        return upper_share(size, p, ALPHA / 2, ALPHA)
-
-    high = end_of(upper)
-    tail = ALPHA - max(ALPHA / 2, beyond_all(sizes[-1], p)) if high is not None else ALPHA
-    return end_of(lambda size: lower_share(size, p, tail)), high
 
 
 def _quantile(ranked: Floats, cumulative: Floats, p: float) -> float:

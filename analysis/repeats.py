@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from analysis.intervals import Quantity, student_t
+from analysis.intervals import Quantity
+from analysis.likeness import student_t
 
 FEWEST_PAIRS = 3
 """From so many pairs of runs on, intervals of a comparison are those of run to run."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.arrays import Floats
-from analysis.intervals import SHORT, long_run_variance
+from analysis.likeness import long_run_variance
 
 PLATEAU = 0.9
 """Share of the level that counts as being at it."""
@@ -21,7 +21,7 @@ FEWEST_BINS = 20
 SHORTEST_S = 10.0
 SMALLEST_PART = 0.25
 """Of the run: a shorter plateau is a peak."""
-DRIFT_CRITICAL = 2.3
+DRIFT_BLOCK, DRIFT_CRITICAL = 0.1, 2.3
 """99 % point of the largest partial sum over its error, for 100 bins or more without drift whose neighbours are alike
 (correlation 0.5); measured again by tests/test_steady.py."""
 DRIFT_LEVEL = 0.01
@@ -122,7 +122,7 @@ def _drift(values: Floats) -> tuple[float, bool]:
     split = int(sums.argmax()) + 1
     # the error of a series that did change must not hold the change: measured about the means before and after
     parts = [part - part.mean() for part in (values[:split], values[split:]) if len(part)]
-    error = math.sqrt(long_run_variance(np.concatenate(parts), SHORT))
+    error = math.sqrt(long_run_variance(np.concatenate(parts), DRIFT_BLOCK))
     largest = float(sums.max())
     return (max(thirds) - min(thirds)) / mean, largest > max(DRIFT_CRITICAL * error, 1e-9 * mean * len(values))
 

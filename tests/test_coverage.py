@@ -64,18 +64,14 @@ PROCESSES = {
 }
 
 OUTSIDE = {
-    ("alike 0.5, 1000", "p99"): 0.980,
-    ("alike 0.8, 1000", "p95"): 0.975,
-    ("alike 0.8, 1000", "p99"): 0.974,
-    ("alike 0.9, 2000", "p99"): 0.979,
-    ("two regimes, 1500", "p99"): 0.987,
-    ("bursts, 0.7 busy, 2000", "p99"): 0.925,
-    ("bursts, M/M/1 0.8 busy, 4000", "p95"): 0.922,
+    ("bursts, half busy, 1000", "p50"): 0.972,
+    ("bursts, 0.7 busy, 2000", "p99"): 0.913,
+    ("bursts, M/M/1 0.8 busy, 4000", "p99"): 0.912,
+    ("two regimes, 1500", "p95"): 0.982,
+    ("two regimes, 1500", "p99"): 0.971,
 }
-"""Figures that are not brought in, with what they cover: a little too wide where likeness fades towards the tail, a
-little too narrow where few bursts make it. See METRICS.md."""
-REFUSED = {("bursts, M/M/1 0.8 busy, 4000", "p99")}
-"""Figures that most runs do not give: these 4,000 requests are worth about 50 independent ones."""
+"""Figures that are not brought in, with what they cover: a little too wide where slow requests come from another regime
+whose likeness the tail does not share, a little too narrow where few bursts make the tail. See METRICS.md."""
 
 
 @functools.cache
@@ -110,9 +106,7 @@ def holds(q: Quantity, truth: float) -> bool:
 @pytest.mark.parametrize("process", PROCESSES)
 def test_latencies(process, name):
     found, known = covered(process)[name], OUTSIDE.get((process, name))
-    assert math.isnan(found) == ((process, name) in REFUSED)
-    if math.isnan(found):
-        return
+    assert not math.isnan(found)
     if known is None:
         assert 0.93 <= found <= 0.97
     else:  # said openly, and held: not worse, and taken off the list when it is mended

@@ -12,20 +12,15 @@ from hypothesis import strategies as st
 from run_files import SPEC, good, write_run
 
 from analysis.intervals import (
-    CRITICAL,
-    CRITICAL_SHORT,
-    LONG,
     MIN_SAMPLES,
-    SHORT,
     Quantity,
     distribution,
-    long_run_variance,
     rate,
     ratio_interval,
     samples_needed,
     share,
-    student_t,
 )
+from analysis.likeness import BLOCKS, CRITICAL, LONG, long_run_variance, student_t
 from analysis.load import read_run
 from analysis.repeats import over_repeats
 from analysis.summary import summarise
@@ -200,7 +195,7 @@ def test_the_critical_values_are_those_of_white_noise():
     rng = np.random.default_rng(0)
     values = rng.standard_normal((4000, 200))
     values_about = values - values.mean(axis=1, keepdims=True)
-    for share_of_run, critical in ((LONG, CRITICAL), (SHORT, CRITICAL_SHORT)):
+    for share_of_run, critical in ((LONG, CRITICAL), *((of_run, enlarged / 1.03) for of_run, enlarged in BLOCKS)):
         found = [
             abs(v.sum()) / math.sqrt(long_run_variance(d, share_of_run))
             for v, d in zip(values, values_about, strict=True)

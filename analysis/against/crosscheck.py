@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from analysis.arrays import Floats
-from analysis.intervals import student_t
+from analysis.likeness import student_t
 from analysis.summary import Summary
 
 Figures = dict[str, float]

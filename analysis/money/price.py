@@ -91,7 +91,7 @@ def cost(
     elif reason is None and tier is not None and not (math.isfinite(tier.usd_per_hour) and tier.usd_per_hour > 0):
         reason = f"tier {tier.name} has no positive price"
     elif reason is None and total_rate.value is not None and total_rate.low is None:
-        reason = f"a price needs an interval, and {total_rate.n} requests give none: send {MIN_SAMPLES} or more"
+        reason = f"a price needs an interval, which needs {MIN_SAMPLES} requests: has {total_rate.n}"
     known = tier is not None and duration_s is not None and math.isfinite(tier.usd_per_hour)
     usd_per_s = tier.usd_per_hour * replicas / 3600 if tier is not None and reason is None else None
 
