@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from cluster.engine import WHOLE, Command, CommandEngine, Part
 from cluster.join import connect, disconnect
 from cluster.load import LoadWorkers
 from cluster.models import get_model
+from cluster.process import Process
 from cluster.remote import RemoteHost
 from cluster.replica import Failed, Look, ReplicaOwner, Started, hold_port
 from cluster.tiers import get_tier
@@ -414,13 +416,21 @@ def test_a_part_of_a_server_is_started_without_being_asked_for_answers(tmp_path:
 
 
 @pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
+def local_ray() -> Iterator[Process]:
     handler = signal.getsignal(signal.SIGTERM)
     head = connect(print)
     assert head is not None
     assert signal.getsignal(signal.SIGTERM) is handler, "Ray's own would abort the driver in the middle of a start"
-    yield
+    yield head
     disconnect(head)
+
+
+@pytest.mark.ray
+def test_a_ray_of_our_own_listens_on_loopback_alone(local_ray: Process) -> None:
+    family = [psutil.Process(local_ray.pid), *psutil.Process(local_ray.pid).children(recursive=True)]
+    on = {c.laddr.ip for one in family for c in one.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    assert on
+    assert all(ip_address(ip.removeprefix("::ffff:")).is_loopback for ip in on), on
 
 
 @pytest.mark.ray
