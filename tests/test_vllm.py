@@ -61,7 +61,7 @@ def count_parameters(name: str) -> int:
     hidden, layers, vocab, kind = c["hidden_size"], c["num_hidden_layers"], c["vocab_size"], c["model_type"]
     heads, groups = c["num_attention_heads"], c["num_key_value_heads"]
     total = vocab * hidden * (1 if c["tie_word_embeddings"] else 2) + hidden  # embeddings, head, last norm
-    if kind == "deepseek_v3":
+    if kind in ("deepseek_v3", "kimi_k2"):
         query, latent, rope = c["q_lora_rank"], c["kv_lora_rank"], c["qk_rope_head_dim"]
         nope, value, expert = c["qk_nope_head_dim"], c["v_head_dim"], c["moe_intermediate_size"]
         attention = hidden * query + query + query * heads * (nope + rope)
@@ -80,6 +80,9 @@ def count_parameters(name: str) -> int:
         attention += size * (heads + 2 * groups) + hidden + heads  # biases and sinks
         width, experts = c["intermediate_size"], c["num_local_experts"]
         feed = experts * (hidden * 2 * width + 2 * width + width * hidden + hidden) + experts * (hidden + 1)
+    elif kind == "minimax_m2":
+        feed = c["num_local_experts"] * (3 * hidden * c["intermediate_size"] + hidden + 1)
+        norms += size * (heads + groups)  # of all queries and keys of a token at once
     elif kind == "qwen3_moe":
         feed = c["num_experts"] * (3 * hidden * c["moe_intermediate_size"] + hidden)
     else:
