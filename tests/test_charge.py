@@ -29,7 +29,8 @@ from analysis.money.terms import Structure, Terms, VolumeTier, declared, from_sp
 from analysis.money.unit_prices import Mix, unit_prices
 from analysis.summary import summarise
 from harness.cli.decide import price
-from harness.commands.decide import find_runs, parse_tier_price
+from harness.commands.decide import parse_tier_price
+from harness.commands.found import find_runs
 from harness.errors import HarnessError, ResultsError, UsageError
 from harness.run import Replica, RunDir
 from harness.server_metrics import SCHEMA as SERVER_SCHEMA

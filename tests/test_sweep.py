@@ -21,7 +21,7 @@ from run_files import TIER, good, write_run
 from harness import sweep_state
 from harness.build import asked_plan, build_plan
 from harness.cli.sweep import DECIDED, OPTIONS, OWN, resolve
-from harness.commands.reports import done_points
+from harness.commands.found import done_points
 from harness.commands.sweep import sum_up
 from harness.errors import ResultsError, UsageError
 from harness.plan import plan_sha256

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -19,9 +18,6 @@ from harness.store import as_url, is_url
 from harness.sweep import Loads, SweepSpec, pairs
 from harness.sweep_state import SweepState, create_folder, differences, lock, read_state
 from harness.traces.reading import open_asked
-
-if TYPE_CHECKING:
-    from analysis.sizing.at_slo import System
 
 FILE = "capacity.json"
 """What the search found, in the sweep folder."""
@@ -152,36 +148,6 @@ def _print(report: CapacityReport, ask: Search, format_: str) -> None:
     print_blocks(blocks, format_)
     if format_ != "md":
         print(f"\nsweep folder: {report.folder}")
-
-
-def report_sweep(paths: Sequence[Path], format_: str, slo: dict[str, float] | None, attain: float) -> int:
-    """Several runs as capacity and cost at the SLO, a line per tier and model; 3: a run is INVALID, 4: SLO not kept."""
-    from analysis.show.capacity_text import sentence, system_blocks
-    from analysis.show.decision_text import Block
-    from analysis.sizing.at_slo import SCHEMA, systems
-    from harness.commands.decide import read_summaries
-
-    summaries = read_summaries(paths, slo, attain)
-    found = systems(summaries)
-    invalid = [s.run for s in summaries if s.verdict != "VALID"]
-    sentences = [sentence(one) for one in found if one.loop == "open"] or [sentence(one) for one in found]
-    if format_ == "json":
-        print_json({"schema": SCHEMA, "made": now_utc(), "sentences": sentences, "systems": found, "invalid": invalid})
-    else:
-        lines = sentences or ["No run is VALID, so there is no capacity and no cost."]
-        blocks = [Block(title="Capacity", lines=tuple(lines)), *system_blocks(found)]
-        if invalid:
-            blocks.append(Block(title="INVALID and left out", notes=tuple(invalid)))
-        print_blocks(blocks, format_)
-    return exit_of(found, invalid)
-
-
-def exit_of(found: Sequence[System], invalid: Sequence[str]) -> int:
-    """Status of several runs together. A load beyond capacity misses the SLO: that alone is a result, no failure."""
-    if invalid:
-        return EXIT_INVALID
-    kept = [one.capacity is None or one.capacity.state in ("found", "beyond") for one in found]
-    return EXIT_VALID if any(kept) else EXIT_SLO_MISSED
 
 
 def _exit(report: CapacityReport) -> int:

@@ -37,7 +37,7 @@ def plan_fleet(
     """Print the plan; 0: there is a fleet, 4: no tier keeps the promise."""
     from analysis.sizing.at_slo import systems
     from analysis.sizing.fleet_plan import Wanted, grown, plan_fleets
-    from harness.commands.decide import find_runs, read_summaries
+    from harness.commands.found import find_runs, read_summaries
 
     if availability is not None and not availability < 1:
         raise UsageError("--availability 100%: no number of machines that can fail is always enough; ask for less")

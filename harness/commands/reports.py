@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from harness.commands.output import print_json, print_table, say
-from harness.errors import EXIT_VALID, ResultsError
+from harness.commands.found import expand, read_summaries
+from harness.commands.output import print_blocks, print_json, print_table, say
+from harness.errors import EXIT_INVALID, EXIT_SLO_MISSED, EXIT_VALID
+from harness.run import now_utc
+
+if TYPE_CHECKING:
+    from analysis.sizing.at_slo import System
 
 
 def report(
@@ -28,8 +33,6 @@ def report(
     if html is not None:
         return report_page(runs, html, slo=slo, attain=attain, ratio=ratio)
     if len(runs) > 1:
-        from harness.commands.capacity import report_sweep
-
         return report_sweep(runs, format_, slo, attain)
     if variant is not None:
         return report_variant(runs[0], variant, format_)
@@ -66,46 +69,6 @@ def report_variant(path: Path, name: str, format_: str) -> int:
     return EXIT_VALID
 
 
-def expand(paths: Sequence[Path]) -> list[Path]:
-    """Run directories, a sweep folder standing for those of its points that are done.
-
-    Raises `ResultsError` for a sweep of which no point is done.
-    """
-    from harness.store import local_copy
-    from harness.sweep_state import STATE
-
-    found: list[Path] = []
-    for path in [local_copy(path, say) for path in paths]:
-        if not (path / STATE).exists():
-            found.append(path)
-            continue
-        found += done_points(path)
-    return found
-
-
-def done_points(folder: Path) -> list[Path]:
-    """The runs of a sweep or a search that are done. Raises `ResultsError` when none is.
-
-    A search probes a load again whose run was INVALID: once that is VALID, the first says nothing more.
-    """
-    from harness.sweep_state import read_state
-
-    state = read_state(folder)
-    points = state.points
-    done = [point for point in points if point.state == "done"]
-    if not done:
-        raise ResultsError(f"{folder}: no point of this sweep is done; go on with: harness sweep --resume {folder}")
-    if len(done) < len(points):
-        say(f"{folder}: {len(points) - len(done)} of {len(points)} points are not done and left out")
-    if state.spec.options.get("search") == "capacity":
-        sound = [point.level for point in done if point.verdict == "VALID"]
-        again = [point for point in done if point.verdict != "VALID" and point.level in sound]
-        if again:
-            say(f"{folder}: {', '.join(p.name for p in again)}: INVALID, and probed again since: left out")
-        done = [point for point in done if point not in again]
-    return [folder / point.name for point in done]
-
-
 def report_page(runs: Sequence[Path], html: Path, **options: Any) -> int:
     """Run directories -> one page; its path on stdout. One run is in memory at a time."""
     from analysis.labels import label_runs
@@ -114,7 +77,6 @@ def report_page(runs: Sequence[Path], html: Path, **options: Any) -> int:
     from analysis.show.view import view_run
     from analysis.sizing.at_slo import systems
     from analysis.summary import exit_code, summarise
-    from harness.commands.capacity import exit_of
 
     views = []
     for path, label in zip(runs, label_runs(runs), strict=True):
@@ -128,3 +90,32 @@ def report_page(runs: Sequence[Path], html: Path, **options: Any) -> int:
         return exit_code(views[0].summary)
     summaries = [view.summary for view in views]
     return exit_of(systems(summaries), [s.run for s in summaries if s.verdict != "VALID"])
+
+
+def report_sweep(paths: Sequence[Path], format_: str, slo: dict[str, float] | None, attain: float) -> int:
+    """Several runs as capacity and cost at the SLO, a line per tier and model; 3: a run is INVALID, 4: SLO not kept."""
+    from analysis.show.capacity_text import sentence, system_blocks
+    from analysis.show.decision_text import Block
+    from analysis.sizing.at_slo import SCHEMA, systems
+
+    summaries = read_summaries(paths, slo, attain)
+    found = systems(summaries)
+    invalid = [s.run for s in summaries if s.verdict != "VALID"]
+    sentences = [sentence(one) for one in found if one.loop == "open"] or [sentence(one) for one in found]
+    if format_ == "json":
+        print_json({"schema": SCHEMA, "made": now_utc(), "sentences": sentences, "systems": found, "invalid": invalid})
+    else:
+        lines = sentences or ["No run is VALID, so there is no capacity and no cost."]
+        blocks = [Block(title="Capacity", lines=tuple(lines)), *system_blocks(found)]
+        if invalid:
+            blocks.append(Block(title="INVALID and left out", notes=tuple(invalid)))
+        print_blocks(blocks, format_)
+    return exit_of(found, invalid)
+
+
+def exit_of(found: Sequence[System], invalid: Sequence[str]) -> int:
+    """Status of several runs together. A load beyond capacity misses the SLO: that alone is a result, no failure."""
+    if invalid:
+        return EXIT_INVALID
+    kept = [one.capacity is None or one.capacity.state in ("found", "beyond") for one in found]
+    return EXIT_VALID if any(kept) else EXIT_SLO_MISSED

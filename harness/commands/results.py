@@ -23,7 +23,7 @@ FIRST_LOOK_S = 2.0
 def export(runs: Sequence[Path], output: Path) -> int:
     """Run directories -> one file of rows; its path on stdout."""
     from analysis.export import export_runs
-    from harness.commands.reports import expand
+    from harness.commands.found import expand
 
     rows = export_runs(expand(runs), output)
     say(f"{output}: {rows:,} rows, {output.stat().st_size / 1e6:.1f} MB")
