@@ -364,6 +364,12 @@ def test_littles_law_holds_for_any_shape_and_breaks_with_a_lost_tenth(tmp_path):
     assert check(summary(tmp_path / "unwatched", results), "littles_law").ok is None
 
 
+def test_a_run_of_a_few_samples_is_not_judged_by_littles_law(tmp_path):
+    results = [good(i, 10 * MS * i) for i in range(4)]
+    found = check(summary(tmp_path, results, seen=watch(results, in_flight=1.4)), "littles_law")
+    assert (found.ok, found.observed) == (None, "in flight sampled for 0.11 s only")
+
+
 def test_warmup_rows_are_part_of_what_the_workers_saw(tmp_path):
     results = rows(100)
     s = summary(tmp_path, results, plan={i: {"phase": "warmup"} for i in range(50)}, seen=watch(results))
