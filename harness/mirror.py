@@ -94,18 +94,18 @@ class Mirror:
         """Send now what is new, without waiting for it."""
         self._wake.set()
 
-    def close(self, patience_s: float = CLOSE_S) -> bool:
+    def close(self, patience_s: float | None = None) -> bool:
         """Send what is left and every file as a whole, then remove the parts; whether all of it is there.
 
-        A store that fails is tried again for ``patience_s``. What could not go up is marked in the directory. Ctrl-C
-        gives up sending, not the run.
+        A store that fails is tried again for ``patience_s`` (default `CLOSE_S`). What could not go up is marked in the
+        directory. Ctrl-C gives up sending, not the run.
         """
         self._ending.set()
         self._wake.set()
         try:
             if self._thread is not None:
                 self._thread.join()
-            problem = self._finish(patience_s)
+            problem = self._finish(CLOSE_S if patience_s is None else patience_s)
         except KeyboardInterrupt:
             problem = "sending was stopped by the user"
         if problem is not None:
