@@ -311,6 +311,7 @@ def test_one_slo_for_both_makes_them_comparable(tmp_path):
         (lambda p: change(p, tier=replace(TIER, purchase="spot", usd_per_hour=1.0)), "price"),
         (lambda p: change(p, host=Host(cpu="else", cores=64, memory_gib=1.0, os="x")), "load generator's machine"),
         (lambda p: change(p, spec=replace(SPEC, slo=SLO, balance="session")), "balance"),
+        (lambda p: change(p, model_facts={"quantization": "int8"}), "quantization"),
     ],
 )
 def test_the_subject_of_a_comparison_is_named(tmp_path, edit, name):
@@ -321,6 +322,14 @@ def test_the_subject_of_a_comparison_is_named(tmp_path, edit, name):
     assert name in [d.name for d in made.differs]
     shown = run_compare(a, b).stdout
     assert all(word in shown for word in name.split()), "a long name may stand on two lines"
+
+
+def test_of_what_models_say_only_what_differs_is_named(tmp_path):
+    facts = {"source": "a hub", "licence": "MIT"}
+    a, b = side(tmp_path / "a", model_facts=facts), side(tmp_path / "b", results(who="b"), model_facts=facts)
+    change(b, model_facts=facts | {"quantization": "int8"})
+    assert [(d.name, d.a, d.b) for d in against(a, b).differs] == [("quantization", "not said", "int8")]
+    assert not re.search(r"\de\+\d", run_compare(a, b).stdout), "no large figure as a power of ten"
 
 
 def test_one_side_is_one_system(tmp_path):

@@ -46,7 +46,6 @@ _SUBJECT: dict[str, Callable[[Summary], object]] = {
     ),
     "engine": lambda s: f"{s.engine} {s.server.version or ''}".strip(),
     "engine arguments": lambda s: " ".join(s.server.args) or "none",
-    "weights": lambda s: ", ".join(f"{k} {v}" for k, v in sorted(s.server.model_facts.items())) or "not said",
     "balance": lambda s: s.load.balance,
     "harness": lambda s: f"{s.versions.get('harness', '?')} {s.git or ''}".strip(),
     "load generator's machine": lambda s: f"{s.host.cores} x {s.host.cpu}, {s.host.memory_gib:g} GiB",
@@ -55,8 +54,12 @@ _SUBJECT: dict[str, Callable[[Summary], object]] = {
 
 
 def differences(a: Summary, b: Summary) -> list[Difference]:
-    """The subjects in which two runs differ."""
-    asked = ((name, str(ask(a)), str(ask(b))) for name, ask in _SUBJECT.items())
+    """The subjects in which two runs differ, the facts of their models (weights, number format) one by one."""
+    asked = [(name, str(ask(a)), str(ask(b))) for name, ask in _SUBJECT.items()]
+    facts_a, facts_b = a.server.model_facts, b.server.model_facts
+    asked += [
+        (fact, facts_a.get(fact, "not said"), facts_b.get(fact, "not said")) for fact in sorted({*facts_a, *facts_b})
+    ]
     return [Difference(name=name, a=in_a, b=in_b) for name, in_a, in_b in asked if in_a != in_b]
 
 

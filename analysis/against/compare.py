@@ -302,13 +302,18 @@ def _percent(share: float) -> str:
     return f"{share * 100:.0f}" if abs(share) >= 0.1 else f"{share * 100:.2g}"
 
 
+def _ms(seconds: float, sign: str = "") -> str:
+    value = seconds * 1000
+    return f"{value:{sign},.0f}" if abs(value) >= 100 else f"{value:{sign}.3g}"
+
+
 def _latency_sentence(f: Figure) -> str:
     name, q = f.name.upper().replace("_P", " p"), f.difference
     assert q.value is not None and q.low is not None and q.high is not None
-    ends = f"95 %: {q.low * 1000:+.3g} to {q.high * 1000:+.3g} ms"
+    ends = f"95 %: {_ms(q.low, '+')} to {_ms(q.high, '+')} ms"
     if f.verdict == "no difference shown":
         return f"{name}: no difference shown ({ends})."
-    return f"{name} of B is {abs(q.value) * 1000:.3g} ms {f.verdict} ({ends})."
+    return f"{name} of B is {_ms(abs(q.value))} ms {f.verdict} ({ends})."
 
 
 def _plain_sentence(f: Figure) -> str:

@@ -336,7 +336,9 @@ _SHOWN = {"s": (1000.0, "ms"), "share of requests": (100.0, "%")}
 
 
 def _show(value: float | None, factor: float, sign: str = "") -> str:
-    return "-" if value is None else f"{value * factor:{sign},.4g}"
+    if value is None:
+        return "-"
+    return f"{value * factor:{sign},.0f}" if abs(value * factor) >= 1000 else f"{value * factor:{sign}.4g}"
 
 
 # ----------------------------------------------------------------------------------------------------------- formatting
