@@ -35,4 +35,4 @@ FORMATS: dict[str, type[Reader]] = {
     "ragpulse": RagPulse,
     "vllm-log": VllmLog,
 }
-"""Name (as given to ``--format``) -> reader."""
+"""Name (as given to ``--trace-format``) -> reader."""

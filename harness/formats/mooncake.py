@@ -88,5 +88,6 @@ def _mismatch(ids: int, tokens: int, expected: int) -> str:
         return problem
     return (
         f"{problem}. They fit blocks of {' or '.join(fits)} tokens: this is not a Mooncake trace. "
-        "Qwen-Bailian (--format bailian) has 16-token blocks and seconds; else write our JSON Lines with block_tokens"
+        "Qwen-Bailian (--trace-format bailian) has 16-token blocks and seconds; else write our JSON Lines with "
+        "block_tokens"
     )
