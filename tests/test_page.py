@@ -550,6 +550,15 @@ def test_browser_draws_each_run_when_it_is_opened_and_all_on_paper(visit, tmp_pa
     assert tab.locator("details[open]").count() == 1  # as it was before printing
 
 
+def test_no_column_is_lost_on_paper(visit, tmp_path):
+    names = [f"00{k}-smollm2-135m-int8-aws-m7a.large-rate1.1-r{k}" for k in range(3)]
+    tab = visit(*(view(tmp_path / name, label=name) for name in names))
+    tab.set_viewport_size({"width": 720, "height": 1000})
+    tab.emulate_media(media="print")
+    widest = "Math.max(...[...document.querySelectorAll('.scroll table')].map((t) => t.offsetWidth))"
+    wait_for(lambda: 0 < tab.evaluate(widest) <= 720, 20, "tables as wide as the paper")
+
+
 def test_browser_runs_nothing_that_a_server_wrote(visit, tmp_path):
     rows = [good(i) for i in range(60)] + [bad(60 + i, detail=EVIL[:300]) for i in range(3)]
     options = {"model": EVIL, "tier": replace(TIER, name=EVIL), "versions": {EVIL: EVIL}, "engine_args": [EVIL]}
