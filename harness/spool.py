@@ -6,6 +6,7 @@ put things. Where that is memory itself (a tmpfs), set TMPDIR to a disk.
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import sqlite3
@@ -33,8 +34,9 @@ BLOCK = 2**18
 class Sessions(Generic[V]):
     """A dict from sessions to small values that stays small itself: what was not set for long lies in a file.
 
-    Keys are told apart by 64 bits of their hash (seeded anew in each process): of ten million, two are mistaken for one
-    with a chance of three in a million. Values must not change after they were set.
+    Keys (texts, numbers or tuples of them) are told apart by 64 bits of a hash, the same in every process, so that two
+    plans agree to the bit: of ten million, two are mistaken for one with a chance of three in a million. Values must
+    not change after they were set.
     """
 
     def __init__(self, kind: type[V]) -> None:
@@ -46,7 +48,7 @@ class Sessions(Generic[V]):
 
     def get(self, key: Hashable) -> V | None:
         """What was set last. Raises `HarnessError` when the file cannot be read."""
-        at = hash(key)
+        at = _place(key)
         found = self._young.get(at)
         if found is None:
             found = self._old.get(at)
@@ -57,7 +59,7 @@ class Sessions(Generic[V]):
 
     def set(self, key: Hashable, value: V) -> None:
         """Keep ``value``. Raises `HarnessError` on a full disk."""
-        self._young[hash(key)] = value
+        self._young[_place(key)] = value
         if len(self._young) >= HELD_SESSIONS:
             self._store({at: kept for at, kept in self._old.items() if at not in self._young})
             self._old, self._young = self._young, {}
@@ -87,6 +89,11 @@ class Sessions(Generic[V]):
             return ask(*what)
         except sqlite3.Error as e:
             raise _no_room("the sessions of the trace", str(e)) from e
+
+
+def _place(key: Hashable) -> int:
+    digest = hashlib.blake2b(repr(key).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 class Column:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import sqlite3
+import subprocess
+import sys
 import tracemalloc
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,6 +49,18 @@ def in_files(monkeypatch):
             monkeypatch.setattr(module, "BLOCK", 7)
 
     return switch
+
+
+def test_every_process_has_the_same_place_for_a_session():
+    """Else two plans of one seed could differ, if ever so rarely."""
+    ask = [sys.executable, "-c", "from harness.spool import _place; print(_place((1, 'a session')))"]
+    said = [
+        subprocess.run(
+            ask, cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert said[0] == said[1] != b""
 
 
 @settings(max_examples=60, deadline=None)
