@@ -7,8 +7,10 @@
 #define Py_LIMITED_API 0x030b0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <structmember.h>
 
 #include <errno.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -42,6 +44,7 @@ typedef struct {
     PyObject_HEAD
     char *data; /* of each event a Mark, then its text */
     uint32_t count, size, room;
+    uint32_t odd; /* not 0: some text has a quote, a backslash, or what is not printable ASCII */
     int64_t last_ns;
 } Kept;
 
@@ -61,6 +64,10 @@ static int Kept_add(Kept *self, const char *text, Py_ssize_t length, int64_t sta
     }
     memcpy(self->data + self->size, &mark, sizeof mark);
     memcpy(self->data + self->size + sizeof mark, text, length);
+    uint32_t odd = 0;
+    for (Py_ssize_t i = 0; i < length; i++)
+        odd |= (text[i] < ' ') | (text[i] > '~') | (text[i] == '"') | (text[i] == '\\');
+    self->odd |= odd;
     self->size = (uint32_t)size;
     self->count++;
     self->last_ns = stamp;
@@ -89,7 +96,7 @@ static Py_ssize_t Kept_length(Kept *self) { return self->count; }
 static PyObject *Kept_clear(Kept *self, PyObject *Py_UNUSED(none)) {
     PyMem_Free(self->data);
     self->data = NULL;
-    self->count = self->size = self->room = 0;
+    self->count = self->size = self->room = self->odd = 0;
     Py_RETURN_NONE;
 }
 
@@ -117,37 +124,36 @@ static PyObject *Kept_joined(Kept *self, PyObject *Py_UNUSED(none)) {
     return joined;
 }
 
-static PyObject *Kept_stamps(Kept *self, PyObject *Py_UNUSED(none)) {
+static PyObject *Kept_stamps(Kept *self, PyObject *since) {
+    const int64_t start = PyLong_AsLongLong(since);
+    if (start == -1 && PyErr_Occurred()) return NULL;
     PyObject *stamps = PyBytes_FromStringAndSize(NULL, self->count * (Py_ssize_t)sizeof(int64_t));
     char *to = stamps ? PyBytes_AsString(stamps) : NULL;
     Mark mark;
-    for (uint32_t at = 0; stamps && Kept_next(self, &at, &mark); to += sizeof mark.stamp)
+    for (uint32_t at = 0; stamps && Kept_next(self, &at, &mark); to += sizeof mark.stamp) {
+        mark.stamp -= start;
         memcpy(to, &mark.stamp, sizeof mark.stamp);
+    }
     return stamps;
-}
-
-static PyObject *Kept_first(Kept *self, void *Py_UNUSED(closure)) {
-    uint32_t at = 0;
-    Mark mark = {0};
-    Kept_next(self, &at, &mark);
-    return PyLong_FromLongLong(mark.stamp);
 }
 
 static PyObject *Kept_last(Kept *self, void *Py_UNUSED(closure)) {
     return PyLong_FromLongLong(self->count ? self->last_ns : 0);
 }
 
+static PyObject *Kept_simple(Kept *self, void *Py_UNUSED(closure)) { return PyBool_FromLong(!self->odd); }
+
 static PyMethodDef kept_methods[] = {
     {"clear", (PyCFunction)Kept_clear, METH_NOARGS, "Hold nothing."},
     {"texts", (PyCFunction)Kept_texts, METH_NOARGS, "Each text."},
     {"joined", (PyCFunction)Kept_joined, METH_NOARGS, "All texts with a space between two."},
-    {"stamps", (PyCFunction)Kept_stamps, METH_NOARGS, "When each arrived: int64, native byte order."},
+    {"stamps", (PyCFunction)Kept_stamps, METH_O, "When each arrived, from a moment on: int64, native byte order."},
     {0},
 };
 
 static PyGetSetDef kept_values[] = {
-    {"first_ns", (getter)Kept_first, NULL, "When the first arrived; 0 for none.", NULL},
     {"last_ns", (getter)Kept_last, NULL, "When the last arrived; 0 for none.", NULL},
+    {"simple", (getter)Kept_simple, NULL, "Whether all are printable ASCII without quote or backslash.", NULL},
     {0},
 };
 
@@ -180,6 +186,7 @@ typedef struct {
     Lane *lanes; /* by descriptor */
     PyTypeObject *kept_type;
     char *buffer;
+    unsigned long long events, bytes; /* that were read: plain events, and other reads */
     PyObject *error, *error_value, *error_trace; /* what the next return from read raises */
 } Reader;
 
@@ -234,15 +241,18 @@ static int lost(PyObject *connection, int error) {
                                   : PyObject_CallMethod(connection, "lost", "O", Py_None));
 }
 
-static int take(Lane *lane, const char *data, Py_ssize_t size, int64_t stamp) {
+static int take(Reader *self, Lane *lane, const char *data, Py_ssize_t size, int64_t stamp) {
     const char *at = data, *end = at + size, *text;
-    if (!lane->kept) return hand_on(lane->connection, "received", at, size, stamp);
     Py_ssize_t length, whole;
-    while (at < end && (whole = plain_event(lane, at, end - at, &text, &length))) {
+    self->bytes += size;
+    while (lane->kept && at < end && (whole = plain_event(lane, at, end - at, &text, &length))) {
         if (Kept_add(lane->kept, text, length, stamp) < 0) return -1;
         at += whole;
+        self->events++;
     }
-    return at < end ? hand_on(lane->connection, "other", at, end - at, stamp) : 0;
+    if (at == end) return 0;
+    self->events++;
+    return hand_on(lane->connection, lane->kept ? "other" : "received", at, end - at, stamp);
 }
 
 /* Keep the first Python error of a round: the other sockets that are ready are told of only once. */
@@ -272,7 +282,7 @@ static int receive(Reader *self, int fd) {
     int64_t stamp = now_ns();
     if (error == EINTR) return MORE;
     if (error == EAGAIN || error == EWOULDBLOCK) return OVER;
-    if ((size > 0 ? take(lane, self->buffer, size, stamp) : lost(lane->connection, error)) < 0)
+    if ((size > 0 ? take(self, lane, self->buffer, size, stamp) : lost(lane->connection, error)) < 0)
         note_error(self);
     return size <= 0 ? OVER : size == READ_SIZE ? MORE : LESS;
 }
@@ -433,11 +443,18 @@ static PyMethodDef reader_methods[] = {
     {0},
 };
 
+static PyMemberDef reader_members[] = {
+    {"events", T_ULONGLONG, offsetof(Reader, events), READONLY, "How many plain events, and other reads, were read."},
+    {"bytes", T_ULONGLONG, offsetof(Reader, bytes), READONLY, "How many bytes were read."},
+    {0},
+};
+
 static PyType_Slot reader_slots[] = {
     {Py_tp_doc, "Receives, stamps and keeps, for every descriptor that has bytes."},
     {Py_tp_new, Reader_new},
     {Py_tp_dealloc, Reader_dealloc},
     {Py_tp_methods, reader_methods},
+    {Py_tp_members, reader_members},
     {0},
 };
 

@@ -31,9 +31,9 @@ BALANCES = ("least", "round-robin", "session")
 """How a request finds its server: see `Client`."""
 SWEEP_S = 0.125
 _SLICES = 8  # a sweep goes over ten thousand streams in so many parts, lest it holds up the stamps
-# What a stream may hold before it is parsed, looked at once a sweep. Reads: few, as they are large, and teach how plain
-# events look. Texts: many, for that is cheap. Neither for long: they are counted when they are parsed.
-_READS, _LARGE, _TEXTS, _OLD_NS = 4, 4096, 64, 1_000_000_000
+# What a stream may hold before it is parsed, looked at once a sweep. Reads: few and not for long, as they are large and
+# teach how plain events look. Texts: many, for that is cheap.
+_READS, _LARGE, _TEXTS, _OLD_NS = 4, 4096, 512, 1_000_000_000
 RETRY_S, RETRY_MOST_S = 0.25, 4.0
 """Wait before the first retry of a request, and before any; it doubles in between."""
 # Answers that may wait to be parsed; beyond that one is parsed on the spot for each that ends.
@@ -107,6 +107,8 @@ class Client:
         self._later: deque[Stream] = deque()
         self._unswept: list[Stream] = []
         self._share = 0
+        self.deciphered: tuple[int, int] = (0, 0)
+        """Reads, and bytes in them, of connections with TLS."""
         self.start_mono_ns = monotonic_ns()
         self.loop: Any = gevent.get_hub().loop
         self.reader = Reader()
@@ -120,6 +122,12 @@ class Client:
     def in_flight(self) -> int:
         """Requests sent and not ended."""
         return len(self._active)
+
+    @property
+    def read(self) -> tuple[int, int]:
+        """Plain events and other reads, and bytes, that have arrived."""
+        events, size = self.deciphered
+        return self.reader.events + events, self.reader.bytes + size
 
     @property
     def backlog(self) -> int:
@@ -143,7 +151,9 @@ class Client:
         (request_id, scheduled_ns) is filled in; ``ended`` is called as soon as the answer ended, in the middle of the
         event loop: it must only note that or wake someone. ``answered`` gets what was said, after the row.
         """
-        stream = Stream(result, payload, self._choose(slice_), self._api_key, ended, slice_, answered)
+        stream = Stream(
+            result, payload, self._choose(slice_), self._api_key, ended, slice_, answered, self.start_mono_ns
+        )
         result.sent_ns = stream.sent_ns - self.start_mono_ns
         self._active.add(stream)
         if cancel_after_ns is not None or timeout_ns is not None:
@@ -298,7 +308,7 @@ class Client:
 
     def _finish(self, stream: Stream) -> None:
         """Hand over the row, and then what was said to whoever wants to know."""
-        stream.fill(self.start_mono_ns, timed=self._stream)
+        stream.fill(timed=self._stream)
         self._record(stream.result)
         if isinstance(stream.response, ToldResponse):
             stream.response.answered(stream.result, stream.response.answer)
@@ -390,7 +400,7 @@ def _parse(stream: Stream) -> None:
 
 def _is_much(stream: Stream, now: int) -> bool:
     """Whether a stream holds what should be parsed before its answer ends."""
-    reads, kept = stream.reads, stream.kept
+    reads = stream.reads
     if reads:
         return len(reads) >= _READS or len(reads[-1]) >= _LARGE or now - stream.stamps[0] > _OLD_NS
-    return len(kept) >= _TEXTS or (len(kept) > 0 and now - kept.first_ns > _OLD_NS)
+    return len(stream.kept) >= _TEXTS

@@ -306,7 +306,10 @@ class Connection:
             parts.append(part)
         self._flush_tls()
         if parts:
-            self.received(b"".join(parts), stamp)
+            data = b"".join(parts)
+            events, size = self.client.deciphered
+            self.client.deciphered = events + 1, size + len(data)
+            self.received(data, stamp)
         if ended and self.sock is not None:
             self.lost(trouble)
 

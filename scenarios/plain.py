@@ -18,20 +18,23 @@ from scenarios.completion import Completion
 from scenarios.hot_path import Kept
 
 _TEXT = re.compile(rb'"(?:content|text|reasoning|reasoning_content)" ?: ?"')
+_ID, _WORD = re.compile(rb'"id" ?: ?"([\w-]+)"'), re.compile(rb"[\w-]+")
 _CLOSING = 4  # reads at the end of most answers: the last token, usage, [DONE], the last chunk
 _decode_text = msgspec.json.Decoder(str).decode
 
 
 class _Usual:
-    """The case of the last chunk size that showed one: 9F is no 9f, and 81 does not tell which the server writes."""
+    """What the answer before this one looked like: most answers of a server differ in their id alone."""
 
     head = b"%x"
+    """The case of the last chunk size that showed one: 9F is no 9f, and 81 does not tell which the server writes."""
+    template: Template | None = None
 
 
 class Template:
     """What a plain event of one answer looks like, around its text."""
 
-    __slots__ = ("_end", "_head", "after", "before", "starts", "upper")
+    __slots__ = ("_end", "_head", "_id", "_tail", "after", "before", "starts", "upper")
 
     def __init__(self, before: bytes, after: bytes, end: bytes, head: bytes) -> None:
         self.before = before
@@ -42,6 +45,9 @@ class Template:
         self._end = end + b"\r\n"
         self.after = after + self._end
         """How a chunk with a plain event ends."""
+        self._tail = after
+        found = _ID.search(before)
+        self._id = found.span(1) if found else (0, 0)
         self.starts = _Starts(before, len(self.after), head)
         """How it must begin, and the length of its text, by its size."""
 
@@ -49,6 +55,8 @@ class Template:
     def learn(cls, read: bytes) -> Template | None:
         """From a read that is one whole HTTP chunk with one plain event; null when it is anything else."""
         size, _, rest = read.partition(b"\r\n")
+        if _Usual.template is not None and (like := _Usual.template._like(size, rest)):
+            return like
         payload = rest[:-2]
         heads = [head for head in (b"%x", b"%X") if head % len(payload) == size]
         end = b"\r\n\r\n" if payload.endswith(b"\r\n\r\n") else b"\n\n"
@@ -62,8 +70,24 @@ class Template:
             if _is_output(before + b"?" + after):
                 if len(heads) == 1:
                     _Usual.head = heads[0]
-                return cls(before, after, end, _Usual.head)
+                _Usual.template = cls(before, after, end, _Usual.head)
+                return _Usual.template
         return None
+
+    def _like(self, size: bytes, rest: bytes) -> Template | None:
+        """The template that a chunk of ``size`` is of, when that is this one, with this or another id."""
+        before, (start, end) = rest[: len(self.before)], self._id
+        text = len(rest) - len(before) - len(self.after)
+        if text < 1 or not rest.endswith(self.after) or size != self._head % (len(rest) - 2):
+            return None
+        if before == self.before:
+            return self
+        if before[:start] != self.before[:start] or before[end:] != self.before[end:]:
+            return None
+        # Letters and digits for letters and digits, in a string that is no output: the proof holds for these, too.
+        if not _WORD.fullmatch(before, start, end):
+            return None
+        return Template(before, self._tail, self._end[:-2], self._head)
 
     def count(self, reads: list[bytes]) -> int:
         """How many of the first ``reads`` are a whole chunk with one plain event each."""
@@ -113,14 +137,15 @@ class Template:
             return False
         return True
 
+    @classmethod
+    def fits(cls, kept: Kept) -> bool:
+        """Whether all texts that were kept are that."""
+        return kept.simple or cls.fit(kept.joined())
+
     def whole(self, text: bytes) -> bytes:
         """The chunk that this is the text of, as it was read."""
         event = len(self.before) + len(text) + len(self.after) - 2
         return self._head % event + b"\r\n" + self.before + text + self.after
-
-    def size(self, kept: Kept) -> int:
-        """Bytes of the chunks that these are the texts of, to one each."""
-        return len(kept.joined()) + len(kept) * (len(self.before) + len(self.after) + len(b"fa\r\n") - 1)
 
 
 class _Starts(dict[int, tuple[bytes, int]]):

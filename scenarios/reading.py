@@ -6,6 +6,7 @@ it could not, and is what it is tested against.
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Callable, Mapping
 from time import monotonic_ns
@@ -22,6 +23,7 @@ streams hold would leave the memory full of holes. What is larger takes a second
 _EPOLLIN = 1
 _DIGITS = 5  # of the size of a chunk with a plain event
 _BATCH, _ROUNDS, _MANY = 256, 4, 16
+_SIMPLE = re.compile(rb"[ !#-\[\]-~]*")
 
 
 class Source(Protocol):
@@ -79,14 +81,14 @@ class Kept:
         """All texts with a space between two."""
         return b" ".join(self._texts)
 
-    def stamps(self) -> bytes:
-        """When each arrived: int64, native byte order."""
-        return array("q", self._stamps).tobytes()
+    def stamps(self, since_ns: int) -> bytes:
+        """When each arrived, counted from ``since_ns`` on: int64, native byte order."""
+        return array("q", [stamp - since_ns for stamp in self._stamps]).tobytes()
 
     @property
-    def first_ns(self) -> int:
-        """When the first arrived; 0 for none."""
-        return self._stamps[0] if self._stamps else 0
+    def simple(self) -> bool:
+        """Whether all are printable ASCII without quote or backslash: the inside of a JSON string beyond doubt."""
+        return _SIMPLE.fullmatch(self.joined()) is not None
 
     @property
     def last_ns(self) -> int:
@@ -104,9 +106,12 @@ _Lane = tuple[
 class Reader:
     """Receives, stamps and keeps, for every descriptor that has bytes."""
 
-    __slots__ = ("_epoll", "_lanes", "_sources")
+    __slots__ = ("_epoll", "_lanes", "_sources", "bytes", "events")
 
     def __init__(self) -> None:
+        self.events = 0
+        """How many plain events, and other reads, were read."""
+        self.bytes = 0
         self._epoll: Any = _epoll()
         self._sources: dict[int, Source] = {}
         self._lanes: dict[int, _Lane] = {}
@@ -160,18 +165,22 @@ class Reader:
                     data += _rest(recv)
                     size = len(data)
                 stamp = now()
+                self.bytes += size
                 start, length = starts[size]
                 text = data.removeprefix(start).removesuffix(after)
                 if len(text) == length:  # it had both, and nothing else: a plain event, if the text is one
                     keep(text)
                     note(stamp)
+                    self.events += 1
                 elif size:
                     at = 0  # several events, or none
                     while at < size and (one := _plain_event(data[at:], around)):
                         keep(one[0])
                         note(stamp)
                         at += one[1]
+                        self.events += 1
                     if at < size:
+                        self.events += 1
                         source.other(data[at:], stamp)
                 else:
                     source.lost(None)
@@ -189,6 +198,8 @@ class Reader:
             return
         stamp = monotonic_ns()
         if data:
+            self.events += 1
+            self.bytes += len(data)
             source.received(data, stamp)
         else:
             source.lost(None)

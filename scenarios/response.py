@@ -118,10 +118,10 @@ class Response:
                 odd += 1
             at = odd
 
-    def feed_kept(self, template: Template, kept: Kept) -> None:
-        """Take chunks of this template, each by its text alone."""
-        stamps = array("q", kept.stamps())
-        if template.fit(kept.joined()) and self._at_an_event:
+    def feed_kept(self, template: Template, kept: Kept, since_ns: int) -> None:
+        """Take chunks of this template, each by its text alone, times counted from ``since_ns`` on."""
+        stamps = array("q", kept.stamps(since_ns))
+        if template.fits(kept) and self._at_an_event:
             self._take_plain(stamps)
         else:
             self.feed([template.whole(text) for text in kept.texts()], stamps.tolist())

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable
 from time import monotonic_ns
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from harness.results import Result
 from scenarios.completion import clean
@@ -21,23 +18,13 @@ if TYPE_CHECKING:
     from scenarios.target import Target
 
 
-class _Tally:
-    """Plain events, other reads, and bytes, that this process has parsed; what streams still hold is not in it."""
-
-    events = 0
-    bytes = 0
-
-
-PARSED = _Tally()
-
-
 class Stream:
     """One request on its way: the row it will become, and what has been read for it."""
 
     __slots__ = (
         "answered", "connection", "ended", "error", "hang_up", "kept", "last_ns", "lazy", "payload", "queued", "raw",
-        "reads", "response", "result", "retry", "secret", "sent_ns", "slice", "stamps", "target", "template",
-        "tried_ns",
+        "reads", "response", "result", "retry", "secret", "sent_ns", "slice", "stamps", "start_ns", "target",
+        "template", "tried_ns",
     )  # fmt: skip
 
     def __init__(
@@ -49,6 +36,7 @@ class Stream:
         ended: Callable[[Result], None] | None,
         slice_: int = 0,
         answered: Answered | None = None,
+        start_ns: int = 0,
     ) -> None:
         self.result = result
         self.answered = answered
@@ -57,6 +45,7 @@ class Stream:
         self.secret = secret
         self.ended = ended
         self.slice = slice_
+        self.start_ns = start_ns  # of the run clock: what is parsed has the times of that
         self.queued = False  # it waits to be parsed
         self.hang_up: Any = None  # timer
         self.retry: Any = None  # timer
@@ -94,14 +83,11 @@ class Stream:
         self.last_ns = self.heard_ns
         if self.kept:
             assert self.template is not None
-            PARSED.events += len(self.kept)
-            PARSED.bytes += self.template.size(self.kept)
-            self.response.feed_kept(self.template, self.kept)
+            self.response.feed_kept(self.template, self.kept, self.start_ns)
             self.kept.clear()
         if self.reads:
-            PARSED.events += len(self.reads)
-            PARSED.bytes += sum(map(len, self.reads))
-            self.response.feed(self.reads, self.stamps)
+            start_ns = self.start_ns
+            self.response.feed(self.reads, [stamp - start_ns for stamp in self.stamps])
             self.reads.clear()
             self.stamps.clear()
         if self.raw and self.lazy and self.connection is not None:
@@ -110,16 +96,16 @@ class Stream:
                 self.raw = False
                 self.connection.keep_texts(self.kept, self.template)
 
-    def fill(self, start_ns: int, *, timed: bool) -> None:
-        """Fill the row from the answer, times since ``start_ns``, those of chunks where they are ``timed``; what the
-        client itself saw (a timeout, a stop) outranks what the bytes say.
+    def fill(self, *, timed: bool) -> None:
+        """Fill the row from the answer, with times of chunks where they are ``timed``; what the client itself saw (a
+        timeout, a stop) outranks what the bytes say.
         """
         result = self.result
         if not self.response.done and self.error is None:
             self.response.eof("the answer went on after its end")
         facts = self.response.facts()
         if timed:
-            result.chunk_ns, result.chunk_tokens = _since(start_ns, facts.chunk_ns), facts.chunk_tokens
+            result.chunk_ns, result.chunk_tokens = facts.chunk_ns, facts.chunk_tokens
         result.input_tokens = facts.input_tokens
         result.cached_tokens = facts.cached_tokens
         result.output_tokens = facts.output_tokens
@@ -128,11 +114,3 @@ class Stream:
         result.error, result.detail = facts.error, facts.detail
         if self.error is not None:
             result.error, result.detail = self.error[0], clean(self.error[1], self.secret)
-
-
-def _since(start_ns: int, stamps: array[int]) -> array[int]:
-    """Turn stamps into times since ``start_ns``, in place."""
-    if stamps:
-        times = np.frombuffer(stamps, dtype=np.int64)
-        times -= start_ns
-    return stamps

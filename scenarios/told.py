@@ -42,15 +42,15 @@ class ToldResponse(Response):
         for at in range(0, len(reads), _BY_THE_BOOK):
             super().feed(reads[at : at + _BY_THE_BOOK], stamps[at : at + _BY_THE_BOOK])
 
-    def feed_kept(self, template: Template, kept: Kept) -> None:
+    def feed_kept(self, template: Template, kept: Kept, since_ns: int) -> None:
         """Take plain events by their texts."""
-        if self._at_an_event and template.fit(kept.joined()):  # else they are taken by the book, which tells
+        if self._at_an_event and template.fits(kept):  # else they are taken by the book, which tells
             if template is not self._spoken:
                 self._spoken, self._said = template, _is_said(template)
             if self._said:
                 # Each is the inside of a JSON string by itself, so together they are one, too.
                 self.answer.parts.append(_decode_text(b'"%b"' % b"".join(kept.texts())))
-        super().feed_kept(template, kept)
+        super().feed_kept(template, kept, since_ns)
 
 
 def _is_said(template: Template) -> bool:

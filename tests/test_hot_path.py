@@ -66,10 +66,14 @@ class Source:
     def texts(self) -> list[bytes]:
         """What is kept, looked at in every way there is."""
         texts: list[bytes] = self.kept.texts()
-        stamps = array("q", self.kept.stamps()).tolist()
+        stamps = array("q", self.kept.stamps(0)).tolist()
         assert len(self.kept) == len(texts) == len(stamps)
         assert stamps == sorted(stamps)
-        assert (self.kept.first_ns, self.kept.last_ns) == ((stamps[0], stamps[-1]) if stamps else (0, 0))
+        assert self.kept.last_ns == (stamps[-1] if stamps else 0)
+        assert array("q", self.kept.stamps(stamps[0] if stamps else 1)).tolist() == [s - stamps[0] for s in stamps]
+        simple = all(32 <= byte < 127 and byte not in b'"\\' for text in texts for byte in text)
+        assert self.kept.simple is simple
+        assert Template.fit(self.kept.joined()) or not simple
         assert self.kept.joined() == b" ".join(texts)
         return texts
 
@@ -130,6 +134,8 @@ def test_both_paths_take_the_same_bytes_the_same_way(writes: list[bytes], upper:
         assert rebuilt == sum(map(len, writes)), "no byte is lost or taken twice"
         assert all(texts)
         assert source.told[-1] == ("lost", None)
+        assert source.reader.bytes == sum(map(len, writes))
+        assert source.reader.events == len(texts) + len(parts)
         found.append((texts, source.told))
     assert all(one == found[0] for one in found)
 

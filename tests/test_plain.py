@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_response import CHUNKED, DONE, END, chunk, listed, text, usage
 
 from harness.results import Result
-from scenarios import hot_path, reading
+from scenarios import hot_path, plain, reading
 from scenarios.connection import Connection
 from scenarios.plain import Template, _Usual
 from scenarios.response import Response
@@ -135,6 +135,48 @@ def test_whatever_a_template_takes_is_one_output_by_the_book(shape, first, value
         assert is_output or i >= taken, read
         alone = i + 1 if alone == i and template is not None and template.count([read]) else alone
     assert taken == alone, "in bulk as one by one"
+
+
+IDS = st.one_of(
+    st.sampled_from(["chatcmpl-0f3a", "chatcmpl-9b2c", "_-", 'x","error":"y', 'x","usage":{}, "z":"', "\\\\", ""]),
+    st.text('ab9-_"\\\\,:{ ', max_size=13),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(shape=st.sampled_from(SHAPES), ids=st.lists(IDS, min_size=2, max_size=2), values=st.lists(VALUES, min_size=2))
+def test_the_next_answer_is_learned_from_the_last_one_with_another_id(shape, ids, values) -> None:
+    """By heart, or by the book: the template is the same, and what it takes is output and nothing else."""
+    first, second = (
+        chunk(said(shape.replace("{", '{"id":"' + one + '",', 1), value))
+        for one, value in zip(ids, values, strict=False)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Usual, "template", None)
+        by_the_book = Template.learn(second)
+        patch.setattr(_Usual, "template", None)
+        Template.learn(first)
+        found = Template.learn(second)
+    if by_the_book is not None:
+        assert found is not None
+        assert (found.before, found.after) == (by_the_book.before, by_the_book.after)
+    if found is not None:
+        seen = outcome([chunk(found.before + b"?" + found.after[:-2])], [], by_the_book=True)[2]
+        assert (len(seen.chunk_ns), seen.finish_reason, seen.error) == (1, None, "cut")
+
+
+def test_an_id_costs_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another id, and nothing else: what was proved of the last answer need not be proved again."""
+    shape = '{"id":"cmpl-%s","created":%d,"choices":[{"text":%%s}]}'
+    monkeypatch.setattr(_Usual, "template", None)
+    proofs: list[bytes] = []
+    prove = plain._is_output
+    monkeypatch.setattr(plain, "_is_output", lambda event: proofs.append(event) or prove(event))
+    for one, created in (("0f3a", 1), ("9b2c", 1), ("9b2c", 1), ("77-a", 1), ("77-a", 2), ("1", 2)):
+        template = Template.learn(chunk(said(shape % (one, created), b'"a"')))
+        assert template is not None
+        assert b"cmpl-" + one.encode() in template.before
+    assert len(proofs) == 3, "the first, another time, and an id of another length"
 
 
 def test_what_servers_really_send_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,9 +356,9 @@ def test_the_hot_path_keeps_texts_alone(path: Any) -> None:
         learned.append(len(connection.stream.response._completion._stamps))
         keep_texts(connection, kept, template)
 
-    def feed(response: Response, template: Template, kept: Any) -> None:
+    def feed(response: Response, template: Template, kept: Any, since_ns: int) -> None:
         texts.extend(kept.texts())
-        feed_kept(response, template, kept)
+        feed_kept(response, template, kept, since_ns)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Connection, "keep_texts", learn)
@@ -348,10 +390,10 @@ def test_an_answer_that_changes_is_recognised_again(shapes: list[str | None], le
     kept = 0
     feed_kept = Response.feed_kept
 
-    def count(response: Response, template: Template, texts: Any) -> None:
+    def count(response: Response, template: Template, texts: Any, since_ns: int) -> None:
         nonlocal kept
         kept += len(texts)
-        feed_kept(response, template, texts)
+        feed_kept(response, template, texts, since_ns)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Response, "feed_kept", count)
