@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import psutil
 from measure import ROOT, Client, ClientError, Cores, FastServer, Measured, Meter, Truth, Work, fast_server, measure
-from peers import RIVALS, Harness
+from peers import RIVALS, Floor, Harness
 from rich.console import Console
 from rich.table import Table
 
@@ -31,9 +31,10 @@ TTFT_S, ITL_S = 0.02, 0.01  # 100 tokens/s per stream
 FIRST_STREAMS = {"harness": 500, "vllm-rs bench serve": 500, "vllm bench serve": 150, "inference-perf": 100}
 SHORT_REQUESTS = {
     "harness": 250_000, "vllm-rs bench serve": 250_000, "vllm bench serve": 40_000, "inference-perf": 15_000,
+    Floor.name: 500_000,
 }  # fmt: skip
 """About what each sends in ten seconds: prompts are made before, so more would only cost time."""
-MODERATE_STREAMS = 200
+MODERATE_STREAMS, BUSY_STREAMS = 200, 1000
 SHORT_STREAMS = 64
 QUIET = 0.1
 """Share of the client's core that others may use before a measurement is made again."""
@@ -47,6 +48,7 @@ class Figures:
 
     ladder: list[Measured] = dataclasses.field(default_factory=list)
     moderate: list[Measured] = dataclasses.field(default_factory=list)
+    busy: list[Measured] = dataclasses.field(default_factory=list)
     short: list[Measured] = dataclasses.field(default_factory=list)
     half: list[Measured] = dataclasses.field(default_factory=list)
     lag: list[Measured] = dataclasses.field(default_factory=list)
@@ -131,9 +133,21 @@ class Bench:
     def moderate(self, client: Client) -> None:
         """CPU of the same moderate load; of less where that is beyond the client."""
         self.server.pace(TTFT_S, ITL_S)
+        if limit := self.limit(client):
+            self.run(client, "moderate", self.closed(min(MODERATE_STREAMS, limit)))
+
+    def busy(self, client: Client) -> None:
+        """CPU of 100,000 events/s; nothing where that is beyond the client."""
+        self.server.pace(TTFT_S, ITL_S)
+        if self.limit(client) >= BUSY_STREAMS:
+            self.quietly(client, "busy", self.closed(BUSY_STREAMS))
+
+    def limit(self, client: Client) -> int:
+        """Most streams it kept up with."""
+        if isinstance(client, Floor):
+            return BUSY_STREAMS
         ceiling = self.all[client.name].ceiling
-        if ceiling is not None and ceiling.streams is not None:
-            self.run(client, "moderate", self.closed(min(MODERATE_STREAMS, ceiling.streams)))
+        return (ceiling.streams or 0) if ceiling is not None else 0
 
     def short(self, client: Client) -> None:
         """Requests of four tokens, as many as it can."""
@@ -164,11 +178,11 @@ class Bench:
         """Everything of every client; what is repeated is repeated in turns, so that a slow minute hits all."""
         for client in clients:
             self.climb(client)
+        everyone = [*clients, *([] if Floor().missing() else [Floor()])]
         for _ in range(self.repeats):
-            for client in clients:
-                self.moderate(client)
-            for client in clients:
-                self.short(client)
+            for step in (self.moderate, self.busy, self.short):
+                for client in everyone:
+                    step(client)
         for client in clients:
             self.half(client)
             self.lag(client, poisson=False)
@@ -266,8 +280,15 @@ def table(all_figures: dict[str, Figures], first: str) -> Table:
 
         return cell
 
-    def cpu(f: Figures) -> list[float]:
+    def moderate(f: Figures) -> list[float]:
         return [one.cpu_us_per_event for one in f.moderate]
+
+    def busy(f: Figures) -> list[float]:
+        return [one.cpu_us_per_event for one in f.busy]
+
+    def above(value: Callable[[Figures], list[float]]) -> Callable[[Figures], list[float]]:
+        floor = value(all_figures[Floor.name]) if Floor.name in all_figures else []
+        return lambda f: [one - min(floor) for one in value(f) if floor and one > min(floor)]
 
     def arrival_lag(f: Figures) -> str:
         return best(f.lag, lambda m: "-" if m.arrival_lag_p99_ms is None else f"{m.arrival_lag_p99_ms:.2f}")
@@ -275,9 +296,13 @@ def table(all_figures: dict[str, Figures], first: str) -> Table:
     row("events/s kept up with, 100 tokens/s a stream", ceiling)
     row("  streams", lambda f: "-" if f.ceiling is None else str(f.ceiling.streams))
     row("  CPU, us per event there", lambda f: "-" if f.ceiling is None else f"{f.ceiling.cpu_us_per_event:.2f}")
-    row(f"CPU, us per event, {MODERATE_STREAMS} streams", lambda f: spread(cpu(f), ".2f"))
+    row(f"CPU, us per event, {MODERATE_STREAMS} streams", lambda f: spread(moderate(f), ".2f"))
     row("  streams", lambda f: best(f.moderate, lambda m: str(m.streams)))
-    row("  least over our least", ratio(cpu))
+    row("  least over our least", ratio(moderate))
+    row("  the same, of what is above the floor", ratio(above(moderate)))
+    row(f"CPU, us per event, {BUSY_STREAMS} streams", lambda f: spread(busy(f), ".2f"))
+    row("  least over our least", ratio(busy))
+    row("  the same, of what is above the floor", ratio(above(busy)))
     row("requests/s, 4 tokens", lambda f: spread([m.requests_per_s for m in f.short], ",.0f"))
     row("  CPU, us per request", lambda f: spread([m.cpu_us_per_request for m in f.short], ",.0f"))
     row("TTFT error at half its ceiling, ms p50 / p99", lambda f: best(f.half, lambda m: pair(m.ttft_error_ms)))
@@ -291,7 +316,9 @@ def table(all_figures: dict[str, Figures], first: str) -> Table:
 def others_share(all_figures: dict[str, Figures]) -> float:
     """Median share of the client's core that something else used."""
     shares = [
-        one.foreign_share for f in all_figures.values() for one in (*f.ladder, *f.moderate, *f.short, *f.half, *f.lag)
+        one.foreign_share
+        for f in all_figures.values()
+        for one in (*f.ladder, *f.moderate, *f.busy, *f.short, *f.half, *f.lag)
     ]
     return statistics.median(shares) if shares else 0.0
 
@@ -322,7 +349,7 @@ def main() -> int:
         bench.all = {}
         if not options.quick:
             alone = {"two workers": bench.scale(), "10,000 streams": bench.many(), "long run": bench.long(200_000)}
-    console = Console(width=max(60 + 24 * len(clients), 100), highlight=False)
+    console = Console(width=max(60 + 24 * len(compared), 100), highlight=False)
     console.print(table(compared, ours.name))
     for name, values in alone.items():
         console.print(f"{name}: " + ", ".join(f"{key} {value:,.4g}" for key, value in values.items()))

@@ -171,6 +171,46 @@ class Harness:
         )  # fmt: skip
 
 
+# -- the floor --------------------------------------------------------------------------------------------------------
+
+
+class Floor:
+    """`floor.c`, which reads and does nothing else: what the kernel costs any client. Closed loops only."""
+
+    name = "floor (reads only)"
+    compiler = shutil.which("cc") or shutil.which("gcc")
+
+    def missing(self) -> str | None:
+        """It must be compiled."""
+        return None if self.compiler else "no C compiler"
+
+    def prepare(self, work: Work, folder: Path) -> None:
+        """Compile it, and write its request."""
+        assert self.compiler is not None
+        argv = [self.compiler, "-O2", "-o", folder / "floor", ROOT / "tests/bench/floor.c"]
+        subprocess.run(argv, check=True, timeout=60)
+        body = json.dumps(
+            {
+                "model": MODEL, "messages": [{"role": "user", "content": prompts(work, 1)[0]}], "stream": True,
+                "max_tokens": work.output_tokens, "ignore_eos": True, "stream_options": {"include_usage": True},
+            }
+        )  # fmt: skip
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: floor\r\nContent-Length: {len(body)}\r\n\r\n"
+        (folder / "request").write_text(head + body)
+
+    def start(self, work: Work, folder: Path) -> Sequence[subprocess.Popen[bytes]]:
+        """Start it."""
+        assert work.streams is not None
+        port = work.url.rpartition(":")[2]
+        with (folder / "request").open("rb") as request:
+            argv = [folder / "floor", port, str(work.streams), str(work.requests)]
+            return [spawn(argv, folder, stdin=request.fileno())]
+
+    def read(self, work: Work, folder: Path) -> Said:
+        """It says nothing."""
+        return Said()
+
+
 # -- rivals -----------------------------------------------------------------------------------------------------------
 
 
