@@ -29,7 +29,8 @@ from scenarios.told import Answered, ToldResponse
 
 BALANCES = ("least", "round-robin", "session")
 """How a request finds its server: see `Client`."""
-SWEEP_S = 0.125
+# How often all streams are looked at: eight times within the shortest time limit, but not more or less often than this.
+_SWEEP_S, _SWEEP_LEAST_S = 0.5, 0.05
 _SLICES = 8  # a sweep goes over ten thousand streams in so many parts, lest it holds up the stamps
 # What a stream may hold before it is parsed, looked at once a sweep. Reads: few and not for long, as they are large and
 # teach how plain events look. Texts: many, for that is cheap.
@@ -115,7 +116,8 @@ class Client:
         self._ready: Any = self.loop.io(self.reader.fileno(), 1)
         self._ready.start(self.reader.read)
         self._idle: Any = self.loop.idle()
-        self._sweeper: Any = self.loop.timer(SWEEP_S / _SLICES, SWEEP_S / _SLICES)
+        sweep_s = max(_SWEEP_LEAST_S, min(_SWEEP_S, min(timeout_s, stall_s, connect_timeout_s) / 8))
+        self._sweeper: Any = self.loop.timer(sweep_s / _SLICES, sweep_s / _SLICES)
         self._sweeper.start(self._sweep)
 
     @property

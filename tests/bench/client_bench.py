@@ -348,7 +348,7 @@ def main() -> int:
         compared = dict(bench.all)
         bench.all = {}
         if not options.quick:
-            alone = {"two workers": bench.scale(), "10,000 streams": bench.many(), "long run": bench.long(200_000)}
+            alone = {"two workers": bench.scale(), "10,000 streams": bench.many(), "long run": bench.long(1_000_000)}
     console = Console(width=max(60 + 24 * len(compared), 100), highlight=False)
     console.print(table(compared, ours.name))
     for name, values in alone.items():
