@@ -21,7 +21,6 @@ from analysis.likeness import (
     FEWEST_UNITS,
     Z,
     effective_n,
-    hall,
     long_run_variance,
     share_variance,
     skew_of,
@@ -224,10 +223,11 @@ def _beyond_share(flags: Bools, p: float) -> Floats:
 def ratio_interval(numerator: Floats, denominator: Floats) -> tuple[float | None, float | None]:
     """95 % interval of sum(numerator) / sum(denominator) of a series in time order.
 
-    Batch means of what each unit adds beyond the ratio; the wider of a logarithmic interval and one with Hall's
-    correction for skewed sums, since with few blocks the skew itself is only roughly known. Below `FEWEST_UNITS` units
-    Student's t of independent units. (None, None) below `MIN_SAMPLES` units or without a denominator.
-    Source: Hall, Journal of the Royal Statistical Society B 54(1), 1992.
+    Batch means of what each unit adds beyond the ratio. Where nothing is negative the interval is one of logarithms: it
+    stays positive, and the inverse (a price) has the inverse ends. The end on the side of the skew lies farther out by
+    Johnson's shift; the other stays, since few blocks know the skew only roughly. Below `FEWEST_UNITS` units Student's
+    t of independent units. (None, None) below `MIN_SAMPLES` units or without a denominator.
+    Source: Johnson, Journal of the American Statistical Association 73(363), 1978.
     """
     if len(numerator) > MAX_UNITS:
         edges = np.linspace(0, len(numerator), MAX_UNITS, endpoint=False).astype(np.int64)
@@ -244,11 +244,12 @@ def ratio_interval(numerator: Floats, denominator: Floats) -> tuple[float | None
     error = math.sqrt(variance) / total
     if error <= 1e-12 * abs(value):
         return value, value
-    low, high = (value - error * hall(t, skew_of(beyond, variance)) for t in (critical, -critical))
+    skew, shift = skew_of(beyond, variance), error * (1 + 2 * critical**2) / 6
+    below, above = shift * max(0.0, -skew), shift * max(0.0, skew)
     if value > 0 and numerator.min() >= 0:
         reach = math.exp(min(critical * error / value, 50.0))
-        low, high = min(low, value / reach) if low > 0 else value / reach, max(high, value * reach)
-    return min(value, low), max(value, high)
+        return value / (reach + below / value), value * reach + above
+    return value - critical * error - below, value + critical * error + above
 
 
 def ends_of_resamples(draws: Floats, value: float, blocks: int) -> tuple[float, float]:

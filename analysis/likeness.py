@@ -31,7 +31,8 @@ LAGS = 5
 """Neighbours up to so many places apart are asked whether they are alike."""
 FEWEST_UNITS = 20
 """Below this many units blocks tell nothing about correlation: they count as independent."""
-LARGEST_SKEW = 2.0
+LARGEST_SKEW = 1.0
+"""Of a sum whose spread comes from one block alone; what is beyond is noise."""
 
 
 def long_run_variance(deviations: Floats, block_share: float = LONG) -> float:
@@ -83,16 +84,12 @@ def _block_power(deviations: Floats, length: int, power: int) -> float:
 
 
 def skew_of(deviations: Floats, variance: float) -> float:
-    """Skewness of the sum of a series, from blocks of a tenth; within `LARGEST_SKEW`."""
-    third = _block_power(deviations, max(1, len(deviations) // 10), 3)
-    return max(-LARGEST_SKEW, min(LARGEST_SKEW, third / math.pow(variance, 1.5)))
+    """Skewness of the sum of a series, from blocks of a twentieth; within `LARGEST_SKEW`.
 
-
-def hall(t: float, skew: float) -> float:
-    """The quantile ``t`` of a symmetric statistic, as one of a statistic with that skewness."""
-    if abs(skew) < 1e-6:
-        return t
-    return float((np.cbrt(1 + skew * (t - skew / 6)) - 1) * 3 / skew)
+    Half as much again as these blocks show: few of them seldom hold a fair share of the largest values.
+    """
+    third = _block_power(deviations, max(1, len(deviations) // 20), 3)
+    return max(-LARGEST_SKEW, min(LARGEST_SKEW, 1.5 * third / math.pow(variance, 1.5)))
 
 
 def _moving_sums(values: Floats, length: int) -> Floats:
