@@ -56,21 +56,26 @@ def _binomial(n: int, p: float) -> tuple[Floats, Floats]:
     return k.astype(np.float64), mass / mass.sum()
 
 
-def tail_variance(
+def tail_variances(
     quantile: Callable[[float], float], variance: Callable[[float, float], float], p: float, n: int
-) -> float:
-    """Variance of the share below percentile ``p``; arguments as of `percentile_ends`.
+) -> tuple[float, float]:
+    """Variance of the share below percentile ``p`` for its lower and its upper end; arguments as of `percentile_ends`.
 
     Beyond p90 few samples tell how slow requests cluster. Likeness (the variance in that of independent samples) goes
     as a power of the share beyond, which in a queue stays level into the tail and in normal noise fades: it is read
-    along a straight line of logarithms from `TAIL_FROM` on. Source: Ledford and Tawn, Biometrika 83(1), 1996.
+    along a straight line of logarithms from `TAIL_FROM` on. A run that saw no bad burst shows fading that is not there:
+    the upper end follows none beyond the last share read. Source: Ledford and Tawn, Biometrika 83(1), 1996.
     """
     if p <= TAIL_FROM[-2]:
-        return variance(quantile(p), p)
+        found = variance(quantile(p), p)
+        return found, found
     shares = [q for q in TAIL_FROM if q < p]
     likeness = [math.log(max(1 / n, variance(quantile(q), q) / (q * (1 - q)))) for q in shares]
     slope, start = np.polyfit([math.log(1 - q) for q in shares], likeness, 1)
-    return p * (1 - p) * max(1 / n, math.exp(start + slope * math.log(1 - p)))
+    followed, held = (
+        p * (1 - p) * max(1 / n, math.exp(start + slope * math.log(1 - q))) for q in (p, min(p, TAIL_FROM[-1]))
+    )
+    return followed, max(followed, held)
 
 
 def percentile_ends(
@@ -81,24 +86,26 @@ def percentile_ends(
     ``quantile`` gives the sample's value at a share, ``variance`` the `share_variance` at or below a value. An end lies
     between two ranks: to take the next one would let the lower end of few samples miss up to twice as often. It is
     judged by the variance there as well as at the percentile: slow requests come in bursts, and at a percentile that
-    missed some of them they look rarer than they are. The upper end comes first: near the smallest supported sample it
-    is the maximum, and the lower one gets what is left of the 5 %; all of it where there is no upper end.
+    missed some of them they look rarer than they are. Far out, where more lies beyond the lower end than 1 - p, that
+    alone is no news: there likeness is compared. The upper end comes first: near the smallest supported sample it is
+    the maximum, and the lower one gets what is left of the 5 %; all of it where there is no upper end.
     """
-    middle = tail_variance(quantile, variance, p, n)
-    alike = middle >= 2 * p * (1 - p) / n
+    for_low, for_high = tail_variances(quantile, variance, p, n)
 
     def between(share: float) -> float:
         place = round(share * n, 6)
         low, high = (quantile(min(n, max(1, rank)) / n) for rank in (math.floor(place), math.ceil(place)))
         return low + place % 1 * (high - low)
 
-    def end_of(rank_share: Callable[[float], float | None]) -> float | None:
-        worst, end = middle, None
+    def end_of(rank_share: Callable[[float], float | None], middle: float) -> float | None:
+        worst, end, alike = middle, None, middle >= 2 * p * (1 - p) / n
         for _ in range(2):
             share = rank_share(effective_n(worst, p, n))
             if share is None:
                 return None
             end, there = between(share), variance(quantile(share), p)
+            if TAIL_FROM[-1] < p and share < p:
+                there *= p * (1 - p) / (share * (1 - share))
             if there <= worst:
                 break
             worst = there if alike else math.sqrt(there * worst)
@@ -110,6 +117,6 @@ def percentile_ends(
         sizes.append(size)
         return upper_share(size, p, ALPHA / 2, ALPHA)
 
-    high = end_of(upper)
+    high = end_of(upper, for_high)
     tail = ALPHA - max(ALPHA / 2, beyond_all(sizes[-1], p)) if high is not None else ALPHA
-    return end_of(lambda size: lower_share(size, p, tail)), high
+    return end_of(lambda size: lower_share(size, p, tail), for_low), high
