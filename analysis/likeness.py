@@ -88,8 +88,8 @@ def skew_of(deviations: Floats, variance: float) -> float:
 
     Half as much again as these blocks show: few of them seldom hold a fair share of the largest values.
     """
-    third = _block_power(deviations, max(1, len(deviations) // 20), 3)
-    return max(-LARGEST_SKEW, min(LARGEST_SKEW, 1.5 * third / math.pow(variance, 1.5)))
+    third = _block_power(deviations / math.sqrt(variance), max(1, len(deviations) // 20), 3)
+    return max(-LARGEST_SKEW, min(LARGEST_SKEW, 1.5 * third))
 
 
 def _moving_sums(values: Floats, length: int) -> Floats:
