@@ -1,8 +1,9 @@
 """From the bytes of one HTTP answer and the time each read arrived, to the facts of a result row.
 
 HTTP/1.1 framing (chunked, Content-Length, or until the connection closes), cut into server-sent events; `head` knows
-what the headers say, `completion` what the events mean. No I/O and no clock: the client stamps and keeps reads, and
-calls `Response.feed` when it has time. How reads were cut never changes the facts, only the stamps they carry.
+what the headers say, `completion` what the events mean, `facts` what it all amounts to. No I/O and no clock: the client
+stamps and keeps reads, and calls `Response.feed` when it has time. How reads were cut never changes the facts, only the
+stamps they carry.
 
 Sources: RFC 9112 (HTTP/1.1), WHATWG HTML section 9.2 (server-sent events).
 """
@@ -12,9 +13,9 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from scenarios.completion import Completion, PromptDetails, Usage, clean, message_in
+from scenarios.completion import Completion
+from scenarios.facts import Facts, facts_of
 from scenarios.head import read_head
 from scenarios.hot_path import Kept
 from scenarios.plain import Template
@@ -25,24 +26,6 @@ _ERROR_BODY_LIMIT = 64 * 1024
 _FEW = 4  # reads: to take them by the book is cheaper, be they plain or not
 _BULK = 3  # how often a feed that holds other events, too, goes on with the many at once that are plain
 _LESSONS = 4  # how often an answer is asked what its plain events look like
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What one answer says, as the columns of `harness.results.SCHEMA` mean it.
-
-    ``chunk_ns`` are stamps as they were fed. ``chunk_tokens`` is null unless the tokens of every chunk are known.
-    """
-
-    chunk_ns: array[int]
-    chunk_tokens: array[int] | None
-    input_tokens: int | None
-    cached_tokens: int | None
-    output_tokens: int | None
-    finish_reason: str | None
-    http_status: int | None
-    error: str | None
-    detail: str | None
 
 
 _USUAL_HEADS: dict[bytes, bool] = {}
@@ -400,44 +383,11 @@ class Response:
             self.done, self.keep_alive = True, False
 
     def facts(self) -> Facts:
-        """The facts so far; final once ``done``. Success only if it was one."""
-        completion = self._completion
-        usage = completion.usage or Usage()
-        details = usage.prompt_tokens_details or PromptDetails()
-        error = self._judge()
-        chunk_ns, chunk_tokens = completion.chunks()
-        return Facts(
-            chunk_ns=chunk_ns,
-            chunk_tokens=chunk_tokens,
-            input_tokens=usage.prompt_tokens,
-            cached_tokens=details.cached_tokens,
-            output_tokens=usage.completion_tokens,
-            finish_reason=completion.finish_reason,
-            http_status=self.status,
-            error=error[0] if error is not None else None,
-            detail=clean(error[1], self._secret) if error is not None else None,
-        )
-
-    def _judge(self) -> tuple[str, str] | None:
-        """The error class and detail, or None when the answer is a success."""
-        completion = self._completion
-        if self.status is not None and self.status != 200:
-            said = f"HTTP {self.status}"
-            if 300 <= self.status < 400 and self._location:
-                return "redirect", f"{said} to {self._location}"
-            message = message_in(self._carry)
-            return _status_error(self.status), f"{said}: {message}" if message else said
-        if completion.error is not None:
-            return completion.error
-        if completion.finish_reason in ("abort", "error"):
-            return "server", f"the server ended the answer with finish_reason {completion.finish_reason}"
-        if not self.done:
-            return "cut", "the answer did not end"
-        if not completion.ended and completion.finish_reason is None:
-            if completion.empty:
-                return "protocol", "status 200 without a single completion event"
-            return "incomplete", "the stream ended without [DONE] and without a finish reason"
-        return None
+        """The facts so far; final once ``done``."""
+        return facts_of(
+            self._completion, status=self.status, done=self.done, body=self._carry, location=self._location,
+            secret=self._secret,
+        )  # fmt: skip
 
 
 def _arrivals(
@@ -464,10 +414,3 @@ def _arrivals(
             end = ends[read]
         times.append(stamps[read])
     return times
-
-
-def _status_error(status: int) -> str:
-    known = {401: "auth", 403: "auth", 404: "not_found", 429: "overloaded", 503: "overloaded"}
-    if status in known:
-        return known[status]
-    return {3: "redirect", 4: "rejected", 5: "server"}.get(status // 100, "protocol")

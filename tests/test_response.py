@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from harness.results import ERRORS
 from scenarios.completion import clean
-from scenarios.response import EVENT_LIMIT, Facts, Response
+from scenarios.facts import Facts
+from scenarios.response import EVENT_LIMIT, Response
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"

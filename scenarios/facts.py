@@ -1,0 +1,80 @@
+"""What one answer amounts to: a success, or a failure with its class, and the figures of its row. Pure."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+
+from scenarios.completion import Completion, PromptDetails, Usage, clean, message_in
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What one answer says, as the columns of `harness.results.SCHEMA` mean it.
+
+    ``chunk_ns`` are stamps as they were fed. ``chunk_tokens`` is null unless the tokens of every chunk are known.
+    """
+
+    chunk_ns: array[int]
+    chunk_tokens: array[int] | None
+    input_tokens: int | None
+    cached_tokens: int | None
+    output_tokens: int | None
+    finish_reason: str | None
+    http_status: int | None
+    error: str | None
+    detail: str | None
+
+
+def facts_of(
+    completion: Completion, *, status: int | None, done: bool, body: bytes, location: str, secret: str | None
+) -> Facts:
+    """The facts of an answer with these events, and this ``status``; final once ``done``.
+
+    ``body`` and ``location`` tell why, where the status is not 200; ``secret`` is cut out of every detail.
+    """
+    usage = completion.usage or Usage()
+    details = usage.prompt_tokens_details or PromptDetails()
+    error = _judge(completion, status, done, body, location)
+    chunk_ns, chunk_tokens = completion.chunks()
+    return Facts(
+        chunk_ns=chunk_ns,
+        chunk_tokens=chunk_tokens,
+        input_tokens=usage.prompt_tokens,
+        cached_tokens=details.cached_tokens,
+        output_tokens=usage.completion_tokens,
+        finish_reason=completion.finish_reason,
+        http_status=status,
+        error=error[0] if error is not None else None,
+        detail=clean(error[1], secret) if error is not None else None,
+    )
+
+
+def _judge(
+    completion: Completion, status: int | None, done: bool, body: bytes, location: str
+) -> tuple[str, str] | None:
+    """The error class and detail, or None when the answer is a success: only if it was one."""
+    if status is not None and status != 200:
+        said = f"HTTP {status}"
+        if 300 <= status < 400 and location:
+            return "redirect", f"{said} to {location}"
+        message = message_in(body)
+        return _status_error(status), f"{said}: {message}" if message else said
+    if completion.error is not None:
+        return completion.error
+    if completion.finish_reason in ("abort", "error"):
+        return "server", f"the server ended the answer with finish_reason {completion.finish_reason}"
+    if not done:
+        return "cut", "the answer did not end"
+    if not completion.ended and completion.finish_reason is None:
+        if completion.empty:
+            return "protocol", "status 200 without a single completion event"
+        return "incomplete", "the stream ended without [DONE] and without a finish reason"
+    return None
+
+
+def _status_error(status: int) -> str:
+    known = {401: "auth", 403: "auth", 404: "not_found", 429: "overloaded", 503: "overloaded"}
+    if status in known:
+        return known[status]
+    return {3: "redirect", 4: "rejected", 5: "server"}.get(status // 100, "protocol")
