@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import socket
 import time
 from dataclasses import replace
@@ -147,7 +146,7 @@ IDS = st.one_of(
 @settings(max_examples=400, deadline=None)
 @given(shape=st.sampled_from(SHAPES), ids=st.lists(IDS, min_size=2, max_size=2), values=st.lists(VALUES, min_size=2))
 def test_the_next_answer_is_learned_from_the_last_one_with_another_id(shape, ids, values) -> None:
-    """By heart, or by the book: the template is the same, and what it takes is output and nothing else."""
+    """By heart or by the book: what it takes is output, and nothing else."""
     first, second = (
         chunk(said(shape.replace("{", '{"id":"' + one + '",', 1), value))
         for one, value in zip(ids, values, strict=False)
@@ -158,10 +157,7 @@ def test_the_next_answer_is_learned_from_the_last_one_with_another_id(shape, ids
         patch.setattr(_Usual, "template", None)
         Template.learn(first)
         found = Template.learn(second)
-    if by_the_book is not None:
-        assert found is not None
-    if by_the_book is not None and re.fullmatch(rb'"[^"\\]*"', values[1]):  # else more than its text may be its own
-        assert (found.before, found.after) == (by_the_book.before, by_the_book.after)
+    assert found is not None or by_the_book is None
     if found is not None:
         seen = outcome([chunk(found.before + b"?" + found.after[:-2])], [], by_the_book=True)[2]
         assert (len(seen.chunk_ns), seen.finish_reason, seen.error) == (1, None, "cut")
