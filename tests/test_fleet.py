@@ -5,8 +5,10 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from run_files import SPEC, TIER, bad, good, write_run
 from test_capacity import sweep_run
 
 from analysis.intervals import Quantity
@@ -26,6 +28,7 @@ from analysis.sizing.fleet import (
     spare_instances,
 )
 from analysis.sizing.fleet_plan import Wanted, grown, plan_fleets
+from harness.cli.capacity import plan_fleet as plan_fleet_verb
 from harness.errors import UsageError
 
 L4 = Offer(name="l4", usd_per_hour=0.8, capacity=2.0)
@@ -303,8 +306,32 @@ def test_beyond_the_highest_load_is_a_lower_bound_and_said(measured):
     made = plan([system_of(measured, state="beyond")], asked(12))
     (tier,) = made.tiers
     assert tier.at_least and tier.capacity == 5.0 and tier.peak.instances == 3
-    assert "at most 3 instances" in made.sentence
+    # 12 req/s over 4.5 of the 500 tokens/s a replica: the low end takes 3 as well
+    assert "at most 3 instances, 21,900 USD a month (95 %: up to 3, 21,900 USD)" in made.sentence
     assert any("lower bound" in note for note in tier.notes)
+
+
+def test_the_answer_carries_the_interval_of_what_it_rests_on(measured):
+    # 43.2 req/s at 4.5 and 5.5 req/s a replica: 10 and 8 instances of 10 USD an hour
+    made = plan([system_of(measured)], asked(36, headroom=1.2))
+    assert "9 instances, 65,700 USD a month (95 %: 8 to 10, 58,400 to 73,000 USD)" in made.sentence
+
+
+@pytest.mark.parametrize(("rows", "tier", "code", "words"), [
+    ([bad(i) for i in range(20)], TIER, 3, "every run is INVALID (1)"),
+    ([good(i) for i in range(20)], None, 1, "no price"),
+    ([good(i, ttft_ms=900) for i in range(20)], TIER, 4, "not reached"),
+])  # fmt: skip
+def test_no_fleet_says_why_by_word_and_by_status(tmp_path, rows, tier, code, words):
+    """A run that proves nothing is no tier that misses its promise."""
+    run = write_run(tmp_path / "run", rows, tier=tier, spec=replace(SPEC, slo={"ttft": 0.2}))
+    trace = tmp_path / "t.jsonl"
+    trace.write_text('{"arrival_s": 0, "input_tokens": 8, "output_tokens": 4}\n' * 2)
+    done = CliRunner().invoke(plan_fleet_verb, [str(trace), str(run), "--attain", "90%"], standalone_mode=False)
+    assert done.exception is None and done.return_value == code, done.output
+    text = " ".join(done.stdout.split())
+    assert words in text and "planned with: ." not in text
+    assert ("success: 0 of 20 succeeded" in text) == (code == 3), "an INVALID run is listed with its reason"
 
 
 def test_another_promise_is_a_line_of_its_own(measured):

@@ -112,16 +112,23 @@ class FleetPlan:
     tiers: tuple[TierFleet, ...]
     """Cheapest peak fleet first."""
     excluded: tuple[tuple[str, str], ...]
-    """(model on tier, why it cannot be planned with)."""
+    """(model on tier, or an INVALID run; why it cannot be planned with)."""
     assumptions: tuple[str, ...]
 
 
 def plan_fleets(
-    systems: Sequence[System], wanted: Wanted, *, made: str, trace: str, others: Sequence[System] = ()
+    systems: Sequence[System],
+    wanted: Wanted,
+    *,
+    made: str,
+    trace: str,
+    others: Sequence[System] = (),
+    refused: Sequence[tuple[str, str]] = (),
 ) -> FleetPlan:
     """Fleets of every system that has a capacity in an open loop and a price, cheapest peak fleet first.
 
-    ``others``: the same systems under other promises, for sensitivity alone.
+    ``others``: the same systems under other promises, for sensitivity alone. ``refused``: runs that are no evidence,
+    each with the reason; they are listed with what was left out.
     """
     found: list[TierFleet] = []
     excluded: list[tuple[str, str]] = []
@@ -137,10 +144,10 @@ def plan_fleets(
             found.append(_tier_fleet(system, wanted, promises, date.fromisoformat(made[:10])))
     found.sort(key=lambda f: (f.peak.usd_per_hour, f.name))
     return FleetPlan(
-        schema=SCHEMA, made=made, trace=trace, sentence=_sentence(found, excluded),
+        schema=SCHEMA, made=made, trace=trace, sentence=_sentence(found, excluded, refused),
         requests=_rates(wanted.requests), tokens=_rates(wanted.tokens) if wanted.tokens else None, grow=wanted.grow,
         headroom=wanted.headroom, availability=wanted.availability, node_availability=wanted.node_availability,
-        tiers=tuple(found), excluded=tuple(excluded), assumptions=_assumptions(wanted),
+        tiers=tuple(found), excluded=(*excluded, *refused), assumptions=_assumptions(wanted),
     )  # fmt: skip
 
 
@@ -249,9 +256,12 @@ def _notes(system: System, offer: Offer, demand: Demand, today: date) -> tuple[s
     return tuple(said)
 
 
-def _sentence(found: Sequence[TierFleet], excluded: Sequence[tuple[str, str]]) -> str:
+def _sentence(
+    found: Sequence[TierFleet], excluded: Sequence[tuple[str, str]], refused: Sequence[tuple[str, str]]
+) -> str:
     if not found:
-        return "No tier can be planned with: " + "; ".join(f"{name}: {why}" for name, why in excluded) + "."
+        whys = [f"{name}: {why}" for name, why in excluded] or [f"every run is INVALID ({len(refused)})"]
+        return f"No tier can be planned with: {'; '.join(whys)}."
     best = found[0]
     said = f"Cheapest: {best.name}, {_size(best)} for {best.slo}."
     if len(found) > 1:
@@ -269,7 +279,25 @@ def _size(one: TierFleet) -> str:
     peak = one.peak
     plural = "" if peak.instances == 1 else "s"
     at_most = "at most " if one.at_least else ""
-    return f"{at_most}{peak.instances} instance{plural}, {peak.usd_per_month:,.0f} USD a month"
+    return f"{at_most}{peak.instances} instance{plural}, {peak.usd_per_month:,.0f} USD a month{_within(one)}"
+
+
+def _within(one: TierFleet) -> str:
+    """The same at the ends of the capacity of one replica; open where an end is not known."""
+    dear, cheap = (
+        next((s for s in one.sensitivities if s.changed == f"capacity at its {end} end"), None)
+        for end in ("low", "high")
+    )
+    if dear is None and cheap is None:
+        return ""
+    if dear is None or cheap is None:
+        (end,) = (s for s in (dear, cheap) if s is not None)
+        word = "up to" if cheap is None else "from"
+        return f" (95 %: {word} {end.instances:,}, {end.usd_per_month:,.0f} USD)"
+    return (
+        f" (95 %: {cheap.instances:,} to {dear.instances:,}, {cheap.usd_per_month:,.0f} to "
+        f"{dear.usd_per_month:,.0f} USD)"
+    )
 
 
 def _assumptions(wanted: Wanted) -> tuple[str, ...]:

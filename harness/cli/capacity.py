@@ -105,8 +105,9 @@ Examples:
 \b
 Exit status:
   0  there is a fleet
-  1  something failed; the message says what
+  1  something failed, or nothing can be planned with; the message says what
   2  the command line is wrong
+  3  no fleet, because runs are INVALID; their reasons are in the output
   4  no measured tier keeps the promise
 """,
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.commands.output import print_json, say
-from harness.errors import EXIT_SLO_MISSED, EXIT_VALID, UsageError
+from harness.errors import EXIT_FAILURE, EXIT_INVALID, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.run import now_utc
 from harness.traces.reading import open_asked
 
@@ -34,7 +34,7 @@ def plan_fleet(
     attain: float,
     format_: str,
 ) -> int:
-    """Print the plan; 0: there is a fleet, 4: no tier keeps the promise."""
+    """Print the plan; 0: there is a fleet. Without one 4: a tier misses the promise; 3: runs are INVALID; 1: else."""
     from analysis.sizing.at_slo import systems
     from analysis.sizing.fleet_plan import Wanted, grown, plan_fleets
     from harness.commands.found import find_runs, read_summaries
@@ -48,13 +48,19 @@ def plan_fleet(
     )  # fmt: skip
     runs = [path for text in measured for path in find_runs(text)]
     promises: list[dict[str, float] | None] = [*slo] or [None]
-    judged = [systems(read_summaries(runs, promise, attain)) for promise in promises]
+    summaries = [read_summaries(runs, promise, attain) for promise in promises]
+    judged = [systems(found) for found in summaries]
+    refused = [(s.run, f"INVALID: {'; '.join(s.reasons)}") for s in summaries[0] if s.verdict != "VALID"]
     plan = plan_fleets(
         judged[0], grown(wanted, grow), made=now_utc(), trace=str(trace),
-        others=[one for found in judged[1:] for one in found],
+        others=[one for found in judged[1:] for one in found], refused=refused,
     )  # fmt: skip
     _print(plan, format_)
-    return EXIT_VALID if plan.tiers else EXIT_SLO_MISSED
+    if plan.tiers:
+        return EXIT_VALID
+    if any(one.capacity is not None and one.capacity.state == "not reached" for one in judged[0]):
+        return EXIT_SLO_MISSED
+    return EXIT_INVALID if refused else EXIT_FAILURE
 
 
 def read_demand(path: Path, trace_format: str | None, skip_bad: bool) -> tuple[Demand, Demand | None]:
