@@ -32,7 +32,7 @@ from harness.cli.decide import price
 from harness.commands.decide import parse_tier_price
 from harness.commands.found import find_runs
 from harness.errors import HarnessError, ResultsError, UsageError
-from harness.run import Replica, RunDir
+from harness.run import MANIFEST, Replica, RunDir
 from harness.server_metrics import SCHEMA as SERVER_SCHEMA
 
 TERMS = Terms(margin=0.4, utilisation=0.3)
@@ -408,7 +408,21 @@ def test_dummy_weights_and_the_terms_of_a_price_are_said_before_it(tmp_path):
     text = " ".join(run_price(tmp_path / "r").output.split())
     assert text.index("CAUTION. Dummy weights") < text.index("Charge ")
     assert "a price list; 3 years, all upfront" in text
-    assert "limit of the measurement, duration: 40" in text, "a price from 40 s says so"
+    assert "limit of the measurement, duration: 40.0 s; ramp and drain weigh much" in text, "a price from 40 s says so"
+
+
+def test_a_floor_is_no_lower_bound_where_nothing_was_saturated(tmp_path):
+    """The cheapest load that was tried is no proof that none is cheaper."""
+    for rate, slow in ((20, 0), (40, 100)):
+        folder = tmp_path / "sweep" / f"r{rate}"
+        at_rate(folder, rate, slow)
+        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest["plan"]["planned_rate"], manifest["spec"]["slo"] = float(rate), {"ttft": 0.5}
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+    text = " ".join(run_price(tmp_path / "sweep").output.split())
+    assert "no honest price" not in text
+    assert re.search(r"floor: all tokens \S+ \(95 %: \S+ to \S+\) USD per 1M, 100 % utilisation at 40 req/s", text)
+    assert "a higher load may cost less unless this one saturated the servers" in text
 
 
 def test_the_slo_is_named_as_it_was_judged(tmp_path):
@@ -559,9 +573,10 @@ def test_weights_that_make_no_sense(weights):
 def test_what_is_printed(tmp_path):
     write_run(tmp_path / "r", rows(), model=MODEL)
     text = run_price(tmp_path / "r", "--volume", "0,1e9:-50%", "--batch-discount", "50%").output
-    for words in ("Charge 46.27", "30 % utilisation", "40 % of the price is gross margin", "BELOW COST", "Build or buy",
-                  "on-demand", "2026-11-01", "declared ratio 1 : 4", "whole run", "no markup", "an opinion",
-                  "litellm", "input + output tokens"):  # fmt: skip
+    for words in ("Charge 46.273 USD (95 %: 4", "at 30 % utilisation is 27.764 USD (95 %: 2", "30 % utilisation",
+                  "40 % of the price is gross margin", "BELOW COST", "Build or buy", "on-demand", "2026-11-01",
+                  "declared ratio 1 : 4", "whole run", "no markup", "an opinion", "litellm",
+                  "input + output tokens"):  # fmt: skip
         assert words in " ".join(text.split()), words
     markdown = run_price(tmp_path / "r", "--format", "md").output
     assert "| USD per 1M tokens |" in markdown and "\n\n\n" not in markdown
@@ -601,6 +616,13 @@ def test_exports_say_the_same_and_read_as_they_are(tmp_path):
         ("one request", rows(1), {}, 1, "needs an interval"),
         ("no tier", rows(30), {"tier": None}, 1, "no tier"),
         ("no usage", [replace(r, input_tokens=None, output_tokens=None) for r in rows(30)], {}, 1, "usage missing"),
+        (
+            "no usage, tpot promised",
+            [replace(r, input_tokens=None, output_tokens=None) for r in rows(30)],
+            {"spec": replace(SPEC, slo={"tpot": 0.1})},
+            1,
+            "usage missing on 30 of 30 requests",
+        ),
         ("slo missed", rows(30), {"spec": replace(SPEC, slo={"ttft": 0.001})}, 4, "kept the SLO"),
     ],
 )

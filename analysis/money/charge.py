@@ -82,7 +82,8 @@ class Charge:
     cost_full: UnitPrices | None
     cost: UnitPrices | None
     floor: UnitPrices | None
-    """Cost at the highest throughput of any VALID run: it keeps no promise, and no honest price lies below."""
+    """Cost at the highest throughput of any VALID run: it keeps no promise. Unless that load saturated the servers, a
+    higher one may cost less."""
     floor_load: float | None
     offers: tuple[Offer, ...]
     """Standard first, then volume tiers, then batch."""
@@ -219,10 +220,11 @@ def _notes(found: Quote, structure: Structure, basis: PriceBasis | None) -> list
     if basis is not None and basis.old:
         said.append(f"OLD: the price of the hardware was read on {basis.date}, over {OLD_PRICE_DAYS} days ago")
     limits = {c.name: c for s in runs for c in s.checks if not c.gate and c.ok is False and c.name != "price_date"}
-    said += [f"limit of the measurement, {c.name}: {c.observed} (wanted: {c.bound})" for c in limits.values()]
+    # what to do about it says which way a price is off; the bound alone does not
+    said += [f"limit of the measurement, {c.name}: {c.observed}; {c.advice or c.bound}" for c in limits.values()]
     if found.at == "capacity":
         return said  # that the load above it missed the SLO is what capacity means
-    return said + sorted({s.cost.note for s in runs if s.cost.note and s.slo is not None and not s.slo.met})
+    return said + sorted({s.cost.note for s in runs if s.cost.note and found.kept is False})
 
 
 def _offers(cost_full: UnitPrices, terms: Terms) -> tuple[Offer, ...]:

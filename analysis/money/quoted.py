@@ -158,9 +158,16 @@ def _measured(system: System | None, runs: Sequence[Summary]) -> Quote:
         at="a measured load", words=words, load=load, runs=tuple(chosen), total=pooled_cost(chosen),
         mix=mix_of(chosen), denominator=SUCCESSFUL, floor=floor.usd_per_1m_total if floor else None,
         floor_load=floor.load if floor else None,
-        kept=None if first.slo is None else all(s.slo is not None and s.slo.met for s in chosen),
+        kept=_kept(chosen),
         reason=reason, notes=tuple(notes),
     )  # fmt: skip
+
+
+def _kept(runs: Sequence[Summary]) -> bool | None:
+    """Whether all kept the SLO; None without one, and where it limits a time per token and tokens were not counted."""
+    if runs[0].slo is None or (mix_of(runs) is None and any(key.startswith("tpot") for key in runs[0].slo.limits)):
+        return None
+    return all(s.slo is not None and s.slo.met for s in runs)
 
 
 def _choose(system: System | None, runs: Sequence[Summary]) -> tuple[list[Summary], str | None, list[str]]:
@@ -172,6 +179,8 @@ def _choose(system: System | None, runs: Sequence[Summary]) -> tuple[list[Summar
     for s in runs:
         loads.setdefault(load_of(s), []).append(s)
     points = sorted(loads.values(), key=_height)
+    if all(s.cost.usd_per_1m_total.value is None for s in runs):
+        return points[-1], runs[0].cost.usd_per_1m_total.note, []
     kept = [p for p in points if all(s.slo is None or s.slo.met for s in p)]
     state = system.capacity.state if system is not None and system.capacity is not None else "unknown"
     if not kept or state == "not reached":

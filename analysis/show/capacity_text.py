@@ -54,7 +54,8 @@ def system_blocks(systems: Sequence[System]) -> list[Block]:
     notes = [
         "Capacity is that of all replicas together, from VALID runs; between two measured loads tokens/s are "
         "interpolated and the cost is derived from them; nothing is extrapolated.",
-        "Floor: the highest throughput of any VALID run. It meets no promise; no honest price lies below it.",
+        "Floor: cost at the highest throughput of any VALID run. It keeps no promise; where no measured load saturated "
+        "the servers, a higher one may cost less.",
     ]
     sold = [s for s in systems if s.usd_per_1m_total_utilised.value is not None and s.loop == "open"]
     notes += [_utilised(system) for system in sold]

@@ -115,8 +115,8 @@ def _charge_blocks(charge: Charge, terms: Terms) -> list[Block]:
     lines = (
         *warned,
         _quoted(charge),
-        f"Charge {price(charge.offers[0].prices.total.value)} USD per 1M tokens of this traffic: cost "
-        f"{price(charge.cost.total.value)} at {u} utilisation, and {m} of the price is gross margin.",
+        f"Charge {price(standard.prices.total.value)} USD (95 %: {_interval(standard.prices.total)}) per 1M tokens of "
+        f"this traffic: cost {price(charge.cost.total.value)} at {u} utilisation, and {m} of the price is gross margin.",
         f"The price pays for the fleet from {percent(standard.break_even_utilisation)} utilisation on "
         f"({tokens(charge.break_even_tokens_per_month)} tokens a month; the fleet costs "
         f"{figure(charge.fleet_usd_per_month)} USD a month and serves at most "
@@ -202,7 +202,7 @@ def _against_block(charge: Charge, terms: Terms) -> Block:
         summed = "none is in the price map (--against NAME, --list-prices)"
     lines = (
         f"Build or buy, for this trace: own cost (without margin) at {percent(terms.utilisation)} utilisation is "
-        f"{price(charge.cost.total.value)} USD per 1M tokens.",
+        f"{price(charge.cost.total.value)} USD (95 %: {_interval(charge.cost.total)}) per 1M tokens.",
         f"Of {len(same)} API offers of this model: {summed}." if same else f"API offers of this model: {summed}.",
     )
     notes = sorted({note for a in charge.against for note in a.notes})
@@ -237,8 +237,10 @@ def _basis_lines(charge: Charge) -> list[str]:
     ]
     if charge.floor is not None:
         said.append(
-            f"floor: 100 % utilisation at {figure(charge.floor_load)} {charge.offered.unit if charge.offered else ''}, "
-            "the highest throughput of any VALID run; it keeps no promise, and no honest price lies below it"
+            f"floor: all tokens {price(charge.floor.total.value)} (95 %: {_interval(charge.floor.total)}) USD per 1M, "
+            f"100 % utilisation at {figure(charge.floor_load)} {charge.offered.unit if charge.offered else ''}, the "
+            "highest throughput of any VALID run; it keeps no promise, and a higher load may cost less unless this one "
+            "saturated the servers"
         )
     if charge.basis is not None:
         said.append(f"hardware: {_basis(charge.basis)}")
@@ -268,7 +270,8 @@ def _basis(basis: PriceBasis) -> str:
 
 
 def _load_line(charge: Charge) -> str:
-    slo = "no SLO" if charge.slo is None else f"SLO {charge.slo}: {'kept' if charge.slo_met else 'MISSED'}"
+    became = {True: "kept", False: "MISSED", None: "not judged"}[charge.slo_met]
+    slo = "no SLO" if charge.slo is None else f"SLO {charge.slo}: {became}"
     runs = f"{len(charge.runs)} runs" if len(charge.runs) > 1 else "1 run"
     return f"{charge.load}, trace {charge.trace}, {slo}; {runs} of {charge.measured}"
 
