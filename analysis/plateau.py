@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from analysis import metrics
+import numpy as np
+
+from analysis import arrays, metrics
 from analysis.arrays import Floats
 from analysis.check import Check, limit
 from analysis.intervals import Quantity, rate
@@ -13,6 +15,9 @@ from analysis.load import Run
 from analysis.metrics import Window
 from analysis.money.price import Cost
 from analysis.steady import Steady, steady_window
+
+LARGEST_DRAIN = 0.1
+"""Of the window: more of it moves a price by more than most intervals admit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +51,26 @@ def steady_check(run: Run, steady: Steady | None) -> Check:
     longer = "let it run longer"
     advice = longer if run.manifest.spec.mode == "closed" else f"{longer}, or at a rate that the server keeps up with"
     return limit("steady_state", steady.found, observed, bound, advice)
+
+
+def drain_check(run: Run, window: Window | None) -> Check:
+    """Open loop: how much of the window lies after the last request was due, when the servers empty and are paid for.
+
+    A short run of long answers is drain to a large part: its tokens/s are below what the same load gives for hours.
+    """
+    bound = f"at most {LARGEST_DRAIN:.0%} of the window after the last request was due"
+    if run.manifest.spec.mode != "open" or window is None:
+        return limit("drain", None, "closed loop or no window", bound, "nothing to do")
+    sent = arrays.finite(run.rows.sent_s)
+    last_s = float(run.rows.scheduled_s.max(where=sent, initial=-np.inf))
+    drain_s = max(0.0, window.end_s - last_s)
+    advice = (
+        "no request came in that time and it is paid for: tokens/s come out low and the price high, by up to that "
+        "share; a longer run (a longer trace, a higher --limit)"
+    )
+    share = drain_s / window.duration_s
+    observed = f"{drain_s:.1f} of {window.duration_s:.1f} s ({share:.0%}) after the last request was due"
+    return limit("drain", share <= LARGEST_DRAIN, observed, bound, advice)
 
 
 def steady_state(

@@ -21,7 +21,7 @@ from analysis.metrics import Counts, Tokens, Window
 from analysis.money.price import DEFAULT_RATIO, Cost, bill_usd, check_ratio, cost
 from analysis.money.samples import run_samples
 from analysis.money.split import Split, Usage, split_bill
-from analysis.plateau import SteadyState, steady_check, steady_part, steady_state
+from analysis.plateau import SteadyState, drain_check, steady_check, steady_part, steady_state
 from analysis.validity import MISMATCH_BOUND, check_run, is_valid
 from harness.errors import EXIT_INVALID, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.plan import PlanInfo
@@ -168,7 +168,7 @@ def summarise(
         raise UsageError(f"attain {attain}: the share of requests to meet the SLO is above 0 and at most 1")
     counts, window, tokens = metrics.count(run), metrics.window(run.rows), metrics.tokens(run.rows)
     steady = steady_part(run, window)
-    checks = [*check_run(run, counts, window, limits), steady_check(run, steady)]
+    checks = [*check_run(run, counts, window, limits), steady_check(run, steady), drain_check(run, window)]
     valid = is_valid(checks)
     judged = _slo(run, limits, counts, attain) if limits else None
     rates, weighted = _rates(run, window, tokens, counts, limits, ratio)

@@ -95,6 +95,8 @@ LIMITS = {
     "duration": {},
     "planned_rate": {"results": [good(0), *(good(i, lag_ms=99) for i in range(1, 10))]},
     "steady_state": {},
+    # the last request is due at 1.9 s and answered at 2.2 s
+    "drain": {"results": [*rows(19), good(19, ttft_ms=270)]},
     "arrivals": {"spec": CLOSED},
     "concurrency": {"spec": CLOSED},
     "wasted_time": {"results": [*rows(19), bad(19, "timeout", took_ms=500)]},
