@@ -61,11 +61,12 @@ FORMULA = r"^([=+\-@\t\r])"
 """What a spreadsheet would run as a formula when a cell of text begins with it."""
 
 
-def export_runs(paths: Sequence[Path], out: Path) -> int:
+def export_runs(paths: Sequence[Path], out: Path, tell: Callable[[str], None] | None = None) -> int:
     """Write the rows of run directories into one file and return their number; an earlier file is replaced in one step.
 
     The ending decides: ``.parquet``; ``.csv`` (lists as numbers with spaces between; text that a spreadsheet would take
-    for a formula gets a ' before it); ``.json`` (one array), ``.jsonl`` (one object a line).
+    for a formula gets a ' before it); ``.json`` (one array), ``.jsonl`` (one object a line). ``tell`` gets a line for
+    all that makes the rows of a run less than the whole of it: stopped early, rows lost, files that cannot be read.
 
     Raises `UsageError` for another ending or a run named twice, `ResultsError` when a file cannot be read or written.
     """
@@ -74,7 +75,7 @@ def export_runs(paths: Sequence[Path], out: Path) -> int:
         raise UsageError(f"{out}: the ending says the format, and it is none of {', '.join(WRITERS)}")
     labels = label_runs(paths)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    counted = _Counted(_all_batches(paths, labels))
+    counted = _Counted(_all_batches(paths, labels, tell or (lambda _: None)))
     try:
         write(temporary, counted)
         temporary.replace(out)
@@ -113,9 +114,16 @@ def _spread(keep: Any, values: Floats) -> pa.Array:
     return pa.array(found, mask=~np.isfinite(found))
 
 
-def _all_batches(paths: Sequence[Path], labels: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def _all_batches(paths: Sequence[Path], labels: Sequence[str], tell: Callable[[str], None]) -> Iterator[pa.RecordBatch]:
     for path, label in zip(paths, labels, strict=True):
-        yield from iter_batches(read_run(path), label)
+        run = read_run(path)
+        if run.manifest.status != "complete":
+            tell(f"{path}: the run is {run.manifest.status}, not complete: it is INVALID")
+        if lost := metrics.count(run).lost:
+            tell(f"{path}: {lost:,} measured requests have no row: it is INVALID")
+        for problem in run.problems:
+            tell(f"{path}: {problem}")
+        yield from iter_batches(run, label)
 
 
 class _Counted:

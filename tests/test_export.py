@@ -133,6 +133,20 @@ def test_a_cut_run_gives_what_there_is(runs, tmp_path):
     assert 0 < export_runs(runs, tmp_path / "rows.jsonl") < 27
 
 
+def test_rows_that_are_not_all_are_said(runs, tmp_path):
+    """Who takes rows elsewhere sees no verdict there, so a cut run must not look like a short one."""
+    said = []
+    export_runs(runs, tmp_path / "rows.csv", said.append)
+    assert said == []
+    file = runs[0] / "results-0.arrows"
+    file.write_bytes(file.read_bytes()[:-600])
+    stopped = write_run(tmp_path / "stopped", [good(0)], status="stopped")
+    done = CliRunner().invoke(export_verb, [str(runs[0]), str(stopped), "-o", str(tmp_path / "rows.csv")])
+    words = " ".join(done.stderr.split())
+    assert "one: 10 measured requests have no row: it is INVALID" in words
+    assert "stopped: the run is stopped, not complete: it is INVALID" in words
+
+
 @pytest.mark.parametrize("name", ["rows.xlsx", "rows"])
 def test_another_ending_is_refused(runs, tmp_path, name):
     with pytest.raises(UsageError, match=r"\.parquet"):

@@ -25,7 +25,7 @@ def export(runs: Sequence[Path], output: Path) -> int:
     from analysis.export import export_runs
     from harness.commands.found import expand
 
-    rows = export_runs(expand(runs), output)
+    rows = export_runs(expand(runs), output, say)
     say(f"{output}: {rows:,} rows, {output.stat().st_size / 1e6:.1f} MB")
     print(output)
     return EXIT_VALID
