@@ -220,6 +220,21 @@ def test_verdict_then_price_then_latency_then_proof(tmp_path):
     assert "100% of requests kept TTFT 200 ms and TPOT 100 ms; 99.0% was wanted" in said
 
 
+def test_the_first_screen_names_the_limits_of_its_figures(tmp_path):
+    """VALID and a price, without a word on what narrows them, is half of the answer."""
+    said = page(view(tmp_path / "run", [good(i) for i in range(100)], tier=replace(TIER, date="2026-01"))).text
+    named = said.index("Limits of these figures: sample_size, duration, price_date")
+    assert said.index("a million tokens cost") < named < said.index("Price of")
+
+
+def test_runs_stand_by_their_load_whatever_order_they_ran_in(tmp_path):
+    runs = [view(tmp_path / name, [good(i, i * gap * MS) for i in range(100)], label=name)
+            for name, gap in (("middle", 80), ("low", 160), ("high", 40))]  # fmt: skip
+    table = compare_runs(runs).table
+    assert [row[0].text for row in table.rows] == ["low", "middle", "high"]
+    assert [row[0].mark for row in table.rows] == ["run-1", "run-0", "run-2"], "colours are those of the pictures"
+
+
 def test_an_invalid_run_says_why_and_has_no_price(tmp_path):
     said = page(view(tmp_path / "run", status="stopped", reason="the user pressed Ctrl-C")).text
     assert said.index("INVALID") < said.index("the user pressed Ctrl-C") < said.index("Latency")

@@ -44,7 +44,7 @@ def compare_runs(views: Sequence[RunView]) -> Comparison:
     groups: dict[str, list[RunView]] = {}
     for view in views:
         s = view.summary
-        name = report.clean(f"{s.model} on {s.tier.name if s.tier else 'no tier'}", 80)
+        name = _what(view)
         # figures of another kind never stand on one line with measured ones
         groups.setdefault(name if s.evidence == "measured" else f"{name}, {s.evidence}", []).append(view)
     priced = {name: [(v.summary, v.kept) for v in members] for name, members in groups.items()}
@@ -65,6 +65,11 @@ def compare_runs(views: Sequence[RunView]) -> Comparison:
         load=load_charts(valid, by_rate=all(v.summary.load.mode == "open" for v in views)),
         distributions=_distributions(views),
     )
+
+
+def _what(view: RunView) -> str:
+    s = view.summary
+    return report.clean(f"{s.model} on {s.tier.name if s.tier else 'no tier'}", 80)
 
 
 def _capacity(found: Sequence[System]) -> Table | None:
@@ -116,7 +121,9 @@ def _sentence(views: Sequence[RunView]) -> str:
 
 def _table(views: Sequence[RunView]) -> Table:
     rows = []
-    for k, v in enumerate(views):
+    # a sweep runs its loads in random order; colours stay with the run
+    by_load = sorted(enumerate(views), key=lambda kv: (_what(kv[1]), load_cell(kv[1].summary).sort or 0.0))
+    for k, v in by_load:
         s = v.summary
         cost, tier = s.cost, s.tier
         prices = (cost.usd_per_1m_total, cost.split.usd_per_1m_input, cost.split.usd_per_1m_output)

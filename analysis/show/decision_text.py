@@ -112,11 +112,12 @@ def _charge_blocks(charge: Charge, terms: Terms) -> list[Block]:
             ("total", "all tokens (this trace's mix)"),
         )
     ]
+    asked = standard.prices.total
     lines = (
         *warned,
         _quoted(charge),
-        f"Charge {price(standard.prices.total.value)} USD (95 %: {_interval(standard.prices.total)}) per 1M tokens of "
-        f"this traffic: cost {price(charge.cost.total.value)} at {u} utilisation, and {m} of the price is gross margin.",
+        f"Charge {price(asked.value)} USD (95 %: {_interval(asked)}) per 1M tokens of this traffic: cost "
+        f"{price(charge.cost.total.value)} at {u} utilisation, and {m} of the price is gross margin.",
         f"The price pays for the fleet from {percent(standard.break_even_utilisation)} utilisation on "
         f"({tokens(charge.break_even_tokens_per_month)} tokens a month; the fleet costs "
         f"{figure(charge.fleet_usd_per_month)} USD a month and serves at most "

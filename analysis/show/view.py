@@ -31,6 +31,8 @@ class RunView:
     verdict: str
     sentence: str
     opening: list[str]
+    limits: list[str]
+    """Names of the limits that narrow the figures; what each says is under Inputs."""
     keys: list[tuple[str, Cell]]
     price: Table | None
     basis: list[tuple[str, object]]
@@ -62,6 +64,7 @@ def view_run(run: Run, summary: Summary, label: str = "") -> RunView:
         verdict={"valid": "VALID", "missed": "VALID, SLO missed", "invalid": "INVALID"}[state],
         sentence=_sentence(summary),
         opening=report.done(summary),
+        limits=[c.name for c in summary.checks if not c.gate and c.ok is False],
         keys=_keys(summary),
         price=_price(summary),
         basis=_basis(summary),
