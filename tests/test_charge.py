@@ -228,8 +228,8 @@ def test_runs_of_other_mixes_divide_the_bill(tmp_path):
     ("shapes", "sure", "words"),
     [
         ([(40, 8), (80, 16), (120, 24)], True, "the mix hardly varies"),
-        ([(40, 8), (200, 8)], True, "4 runs kept their servers busy all the time, needs 5"),
-        ([(40, 8), (200, 8), (40, 40), (8, 40), (90, 9)], False, "0 runs kept their servers busy"),
+        ([(40, 8), (200, 8)], True, "4 runs were saturated, needs 5"),
+        ([(40, 8), (200, 8), (40, 40), (8, 40), (90, 9)], False, "0 runs were saturated"),
     ],
 )
 def test_mixes_that_tell_nothing_are_refused(tmp_path, shapes, sure, words):
@@ -242,7 +242,7 @@ def test_load_regression_on_the_command_line(tmp_path):
     write_run(tmp_path / "r", rows(), model=MODEL)
     done = run_price(tmp_path / "r", "--split", "load-regression")
     assert done.return_value == 0
-    assert "load regression: not identifiable (0 runs kept their servers busy" in " ".join(done.stdout.split())
+    assert "load regression: not identifiable (0 runs were saturated" in " ".join(done.stdout.split())
 
 
 def test_a_split_that_is_not_identifiable_is_said(tmp_path):

@@ -19,7 +19,7 @@ FEWEST = 5
 
 
 def busy_runs(summaries: Sequence[Summary]) -> dict[Key, list[Summary]]:
-    """By `hardware_of`: the VALID runs that kept their servers busy all the time, whatever their traffic was.
+    """By `hardware_of`: the VALID runs that saturated their servers, whatever their traffic was.
 
     Those are runs at or beyond the load from which more load gives no more answers (`capacity.saturation`), judged
     among the runs of the same traffic: below it idle time would be laid on tokens.
@@ -41,8 +41,8 @@ def split_by_mixes(usd: float, mix: Mix, busy: Sequence[Summary], *, evidence: s
     known = [(s, m) for s, m in zip(busy, mixes, strict=True) if m is not None and s.window is not None]
     if len(known) < FEWEST:
         why = (
-            f"{len(known)} runs kept their servers busy all the time, needs {FEWEST} of mixes that differ: price "
-            "several traces together, each measured up to loads from which more gives no more answers"
+            f"{len(known)} runs were saturated, needs {FEWEST} of mixes that differ: price several traces together, "
+            "each measured up to a load from which more gives no more answers"
         )
         return not_identifiable(METHOD, why, evidence=evidence, n=len(known))
     apart = mix.cached_input is not None and all(m.cached_input is not None for _, m in known)

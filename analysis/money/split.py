@@ -246,12 +246,12 @@ def _trouble(fit: Fit, names: Sequence[str], facts: dict[str, float]) -> str | N
     if not fit.condition <= LARGEST_CONDITION:
         return f"the mix hardly varies (condition number {fit.condition:.0f}, at most {LARGEST_CONDITION:.0f})"
     if fit.residual > LARGEST_RESIDUAL:
-        return f"tokens explain the time only to {fit.residual:.0%}, at most {LARGEST_RESIDUAL:.0%} may be off"
+        return f"the fitted times are {fit.residual:.0%} off the measured ones, and {LARGEST_RESIDUAL:.0%} is the most"
     for name, value, spread in zip(names, fit.coefficients, fit.spread.T, strict=True):
         if name not in ("input", "output"):
             continue
         if value <= 0:
-            return f"{name} comes out at its bound, 0"
+            return f"{name} comes out at its bound, 0: the data do not tell its cost from that of the rest"
         if float(spread[1] - spread[0]) > value:
             return f"the interval of {name} is wider than its value"
     if facts.get("shared_share", 0.0) > LARGEST_SHARED:

@@ -29,7 +29,7 @@ LATENCIES = ("ttft", "tpot", "e2e")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Floor:
-    """The highest token throughput of any VALID run: it keeps no promise, and a load that was not measured may beat it."""
+    """The highest token throughput of any VALID run: it keeps no promise, and a higher load may beat it."""
 
     load: float
     total_token_throughput: Quantity
