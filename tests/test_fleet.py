@@ -334,6 +334,21 @@ def test_no_fleet_says_why_by_word_and_by_status(tmp_path, rows, tier, code, wor
     assert ("success: 0 of 20 succeeded" in text) == (code == 3), "an INVALID run is listed with its reason"
 
 
+def test_what_was_measured_on_other_requests_or_mostly_on_drain_is_said(measured):
+    system = system_of(measured)
+    flow = replace(system.capacity.load, unit="req/s")
+    capacity = replace(system.capacity, rates=system.capacity.rates | {"request_throughput": flow})
+
+    def notes(tokens_each, drained=()):
+        made = plan([replace(system, capacity=capacity, drained=drained)], asked(12, tokens_each=tokens_each))
+        return " ".join(made.tiers[0].notes)
+
+    # 500 tokens/s at 5 req/s: 100 tokens a request
+    assert "a request of the demand has 130 tokens on average, one of those that were measured 100" in notes(130.0)
+    assert "drain" not in notes(105.0) and "was measured" not in notes(105.0) and "were measured" not in notes(105.0)
+    assert "drain: at 2.5, 5 req/s more than a tenth of the window" in notes(100.0, (2.5, 5.0))
+
+
 def test_another_promise_is_a_line_of_its_own(measured):
     system = system_of(measured)
     strict = replace(system_of(measured, rate=2.5), slo="ttft_p95 <= 500 ms")

@@ -97,6 +97,8 @@ class System:
     knees: tuple[Knee, ...]
     saturated_from: float | None
     """The lowest measured load that the server did not follow; None: it followed all."""
+    drained: tuple[float, ...]
+    """Loads of which a run was drain to a good part (check ``drain``): their tokens/s are low, their costs high."""
     little: Mapping[str, float]
     """By load: requests in flight over throughput x mean e2e latency."""
     interactivity: tuple[Interactive, ...]
@@ -179,7 +181,7 @@ def _system(runs: Sequence[Summary], utilisation: float, left_out: Sequence[str]
         usd_per_hour=first.tier.usd_per_hour if first.tier else None, replicas_per_instance=_fitting(first),
         purchase=first.cost.purchase, region=first.cost.region, price_source=first.cost.source,
         price_date=first.cost.date, knees=_knees(points), saturated_from=saturation(points, closed=closed),
-        little=ratios, interactivity=_interactivity(first, points),
+        drained=_drained(runs), little=ratios, interactivity=_interactivity(first, points),
         start_s=max((r.ready_s for s in runs for r in s.server.replicas if r.ready_s is not None), default=None),
         notes=_notes(runs, points, found, ratios, left_out, closed),
     )  # fmt: skip
@@ -268,6 +270,19 @@ def _interactivity(s: Summary, points: Sequence[Point]) -> tuple[Interactive, ..
     return tuple(found)
 
 
+def _drained(runs: Sequence[Summary]) -> tuple[float, ...]:
+    return tuple(sorted({offered(s) for s in runs for c in s.checks if c.name == "drain" and c.ok is False}))
+
+
+def drain_words(loads: Sequence[float], unit: str) -> str:
+    """What drain does to the figures of these loads."""
+    where = ", ".join(f"{load:g}" for load in loads)
+    return (
+        f"drain: at {where} {unit} more than a tenth of the window lies after the last request was due; tokens/s come "
+        "out low and costs high there, and longer runs would tell"
+    )
+
+
 def _notes(
     runs: Sequence[Summary], points: Sequence[Point], found: Capacity | None, ratios: Mapping[str, float],
     left_out: Sequence[str], closed: bool,
@@ -283,6 +298,8 @@ def _notes(
     off = [f"{load} ({ratio:.2f})" for load, ratio in ratios.items() if abs(ratio - 1) > LITTLE_BOUND]
     if off:
         said.append(f"Little's law does not balance at load {', '.join(off)}: failures, or mostly ramp and drain")
+    if drained := _drained(runs):
+        said.append(drain_words(drained, "in flight" if closed else "req/s"))
     if found is not None and found.load.note:
         said.append(found.load.note)
     if len(points) == 1:

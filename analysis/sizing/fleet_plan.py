@@ -10,7 +10,7 @@ from datetime import date
 from analysis.money.basis import OLD_PRICE_DAYS, is_old
 from analysis.money.charge import HOURS_PER_MONTH
 from analysis.money.price import usd_per_1m
-from analysis.sizing.at_slo import System
+from analysis.sizing.at_slo import System, drain_words
 from analysis.sizing.fleet import (
     HOLD_MINUTES,
     Autoscaled,
@@ -25,6 +25,8 @@ from analysis.sizing.fleet import (
 from harness.slo import percent
 
 SCHEMA = "harness.fleet/1"
+LARGEST_LENGTH_CHANGE = 0.1
+"""Of the mean tokens of a request, between what was measured and what is asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,7 +223,7 @@ def _tier_fleet(system: System, wanted: Wanted, others: Sequence[System], today:
         reactive=reactive, scheduled=scheduled,
         usd_per_1m_served=_per_1m(peak.usd_per_hour, wanted),
         usd_per_1m_scheduled=_per_1m(scheduled.usd_per_hour, wanted),
-        sensitivities=tuple(changed), notes=_notes(system, offer, demand, today),
+        sensitivities=tuple(changed), notes=(*_notes(system, offer, demand, today), *_other_traffic(system, wanted)),
     )  # fmt: skip
 
 
@@ -245,6 +247,8 @@ def _notes(system: System, offer: Offer, demand: Demand, today: date) -> tuple[s
         said.append(f"OLD: the price of the hardware was read on {system.price_date}, over {OLD_PRICE_DAYS} days ago")
     if system.capacity.state == "beyond":
         said.append("capacity lies beyond the highest measured load: a lower bound, so the fleet is an upper one")
+    if system.drained:
+        said.append(f"{drain_words(system.drained, system.unit)}: the fleet may be smaller")
     if offer.replicas_per_instance > 1:
         shared = offer.replicas_per_instance
         said.append(f"{shared} replicas share an instance: that they do not slow each other is assumed, not measured")
@@ -254,6 +258,25 @@ def _notes(system: System, offer: Offer, demand: Demand, today: date) -> tuple[s
         hours = demand.span_s / 3600
         said.append(f"the trace spans {hours:.2g} h, no whole day: what autoscaling saves over a day is not in it")
     return tuple(said)
+
+
+def _other_traffic(system: System, wanted: Wanted) -> tuple[str, ...]:
+    """Whether the demand's requests are longer or shorter than those that the promise was measured on."""
+    assert system.capacity is not None
+    found = system.capacity.rates
+    flow, rate = found.get("request_throughput"), found.get("total_token_throughput")
+    if flow is None or rate is None or not flow.value or not rate.value or wanted.tokens is None:
+        return ()
+    measured, asked = (
+        rate.value / flow.value,
+        wanted.tokens.mean / wanted.requests.mean if wanted.requests.mean else 0.0,
+    )
+    if abs(asked / measured - 1) <= LARGEST_LENGTH_CHANGE:
+        return ()
+    return (
+        f"a request of the demand has {asked:,.0f} tokens on average, one of those that were measured {measured:,.0f}: "
+        "whether the promise holds for the others, only a run of them tells",
+    )
 
 
 def _sentence(
