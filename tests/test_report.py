@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -100,6 +101,15 @@ def test_markdown_tables_have_one_width(tmp_path):
         elif block:
             assert len({row.replace("\\|", "").count("|") for row in block}) == 1
             block = []
+
+
+def test_markdown_has_room_for_the_intervals_of_latencies(tmp_path):
+    """What people copy into a review carries its doubt; a terminal of 80 columns has no room for it."""
+    s = summary(tmp_path, [good(i, ttft_ms=40 + i % 20) for i in range(100)])
+    (row,) = [line for line in render_markdown(s).splitlines() if line.startswith("| service ttft")]
+    cells = [cell.strip() for cell in row.strip("| ").split("|")]
+    assert all(re.fullmatch(r"[\d.]+ \((at least )?[\d.]+( to [\d.]+)?\)", cell) for cell in cells[1:5]), cells
+    assert cells[5] == "n\\<299"
 
 
 def test_json_is_the_documented_shape(tmp_path):

@@ -57,7 +57,7 @@ def render_markdown(summary: Summary) -> str:
     """The report as GitHub-flavoured Markdown."""
     lines = [f"## {summary.verdict}: {_md(headline(summary))}", ""]
     lines += [(f"**{line}**" if line == summary.caution else _md(line)) + "  " for line in opening(summary)]
-    for heads, rows in sections(summary):
+    for heads, rows in sections(summary, wide=True):
         lines += ["", _md_row(heads), _md_row([" --- " if head in _WORDY or not k else " ---: "
                                                                 for k, head in enumerate(heads)])]  # fmt: skip
         lines += [_md_row([_md(cell) for cell in row]) for row in rows]
@@ -116,9 +116,9 @@ def done(summary: Summary) -> list[str]:
     return ["; ".join(parts), served]
 
 
-def sections(summary: Summary) -> list[Section]:
-    """Tables: cost, latency, rates, errors."""
-    found: list[Section] = [_cost(summary), _latency(summary), _rates(summary)]
+def sections(summary: Summary, *, wide: bool = False) -> list[Section]:
+    """Tables: cost, latency, rates, errors. ``wide``: there is room for the intervals of latencies, too."""
+    found: list[Section] = [_cost(summary), _latency(summary, wide), _rates(summary)]
     if summary.errors:
         rows = [
             (clean(e.error), f"{e.count:,}", clean(e.meaning), clean(e.example or "-", DETAIL_CHARS))
@@ -172,18 +172,22 @@ def steady_prices(summary: Summary) -> list[tuple[str, Quantity]]:
     ]
 
 
-def _latency(summary: Summary) -> Section:
+def _latency(summary: Summary, wide: bool) -> Section:
     m = summary.metrics
     named = (
         ("ttft (from planned time)", m.ttft), ("service ttft (from sent)", m.service_ttft), ("tpot", m.tpot),
         ("itl", m.itl), ("e2e (from planned time)", m.e2e), ("lag (sent - planned)", m.lag),
     )  # fmt: skip
-    heads = ("Latency, ms", "mean", "p50", "p90", "p95", "p99")
-    return heads, [(name, *_latencies(d)) for name, d in named]
+    heads = ("Latency, ms (95 % interval)" if wide else "Latency, ms", "mean", "p50", "p90", "p95", "p99")
+    return heads, [(name, *_latencies(d, wide)) for name, d in named]
 
 
-def _latencies(d: Distribution) -> list[str]:
-    return [value(q, milliseconds) for q in (d.mean, d.p50, d.p90, d.p95, d.p99)]
+def _latencies(d: Distribution, wide: bool) -> list[str]:
+    cells = []
+    for q in (d.mean, d.p50, d.p90, d.p95, d.p99):
+        known = wide and q.value is not None and not (q.low is None and q.high is None)
+        cells.append(value(q, milliseconds) + (f" ({interval(q, milliseconds)})" if known else ""))
+    return cells
 
 
 def _rates(summary: Summary) -> Section:
