@@ -18,7 +18,7 @@ from analysis.load import read_run
 from analysis.metrics import Counts, Tokens, Window
 from analysis.money.price import Cost, Split
 from analysis.show import report
-from analysis.show.report import render_json, render_markdown, render_text
+from analysis.show.report import hourly, render_json, render_markdown, render_text
 from analysis.summary import ErrorCount, Metrics, Rates, Server, Slo, Summary, summarise
 from analysis.validity import Check
 
@@ -110,6 +110,13 @@ def test_markdown_has_room_for_the_intervals_of_latencies(tmp_path):
     cells = [cell.strip() for cell in row.strip("| ").split("|")]
     assert all(re.fullmatch(r"[\d.]+ \((at least )?[\d.]+( to [\d.]+)?\)", cell) for cell in cells[1:5]), cells
     assert cells[5] == "n\\<299"
+
+
+def test_the_hourly_price_is_that_of_its_source_to_the_last_digit(tmp_path):
+    """A month of 0.11592 USD/h is 84.62 USD; of the 0.1159 that four digits show it would be 84.61."""
+    s = summary(tmp_path, tier=replace(TIER, usd_per_hour=0.11592))
+    assert "- 0.11592 USD/h x 1 replica" in text(s) and "- 0.11592 USD/h x 1 replica" in render_markdown(s)
+    assert (hourly(98.32), hourly(1234.5), hourly(None)) == ("98.32", "1,234.5", "-")
 
 
 def test_json_is_the_documented_shape(tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from analysis.intervals import Quantity
 from analysis.show.decision_text import Block
-from analysis.show.report import figure, price
+from analysis.show.report import figure, hourly, price
 from analysis.sizing.at_slo import System
 from analysis.sizing.search import ProbeRow
 from harness.slo import Criterion, percent
@@ -95,7 +95,7 @@ def system_row(system: System) -> tuple[str, ...]:
         figure(tokens.value) if tokens else "-",
         price(system.usd_per_1m_total.value),
         _interval(system.usd_per_1m_total, price),
-        price(floor.usd_per_1m_total.value if floor else None),
+        "-" if floor is None else f"{price(floor.usd_per_1m_total.value)}{_within(floor.usd_per_1m_total, price)}",
     )
 
 
@@ -105,7 +105,7 @@ def _state(system: System, state: str) -> str:
 
 def _utilised(system: System) -> str:
     q = system.usd_per_1m_total_utilised
-    basis = f"{figure(system.usd_per_hour)} USD/h, {system.purchase}, {system.region}, {system.price_date}"
+    basis = f"{hourly(system.usd_per_hour)} USD/h, {system.purchase}, {system.region}, {system.price_date}"
     usd = f"{price(q.value)} USD per 1M tokens{_within(q, price)}"
     return (
         f"{system.name}: {usd} at {percent(system.utilisation)} utilisation of that capacity. Price basis: {basis} "

@@ -151,7 +151,7 @@ def _basis(s: Summary) -> str:
     cost = s.cost
     if s.tier is None:
         return "no price basis"
-    return f"{report.figure(cost.usd_per_hour)} USD/h x {cost.replicas}, {cost.purchase}, {cost.date}"
+    return f"{report.hourly(cost.usd_per_hour)} USD/h x {cost.replicas}, {cost.purchase}, {cost.date}"
 
 
 def _differences(views: Sequence[RunView]) -> tuple[list[tuple[str, object]], Table | None]:

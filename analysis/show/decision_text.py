@@ -24,7 +24,7 @@ from analysis.money.listprices import ListPrice
 from analysis.money.price_table import PriceReport
 from analysis.money.terms import Terms
 from analysis.money.unit_prices import UnitPrices
-from analysis.show.report import clean, figure, price
+from analysis.show.report import clean, figure, hourly, price
 
 _MARKDOWN = re.compile(r"([\\`*\[\]<>|_#])")
 
@@ -265,7 +265,7 @@ def _basis_lines(charge: Charge) -> list[str]:
 
 def _basis(basis: PriceBasis) -> str:
     return (
-        f"{figure(basis.usd_per_hour)} USD/h, {basis.purchase}, {basis.region}, read {basis.date}"
+        f"{hourly(basis.usd_per_hour)} USD/h, {basis.purchase}, {basis.region}, read {basis.date}"
         f"{' (OLD)' if basis.old else ''}; {basis.source}{'' if basis.note is None else f'; {basis.note}'}"
     )
 

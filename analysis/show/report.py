@@ -217,7 +217,7 @@ def closing(summary: Summary) -> list[tuple[str, list[str]]]:
     basis = []
     if cost.reason is None:
         basis.append(
-            f"{figure(cost.usd_per_hour)} USD/h x {cost.replicas} {'replica' if cost.replicas == 1 else 'replicas'}, "
+            f"{hourly(cost.usd_per_hour)} USD/h x {cost.replicas} {'replica' if cost.replicas == 1 else 'replicas'}, "
             f"bill of this window {figure(cost.bill_usd)} USD; {cost.purchase}, {cost.region}, "
             f"read {cost.date}; source: {cost.source}"
         )
@@ -262,6 +262,11 @@ def interval(q: Quantity, style: object) -> str:
     assert callable(style)
     low, high = (None if end is None else style(end) for end in (q.low, q.high))
     return f"{low} to {high}" if low and high else f"at least {low}" if low else f"at most {high}"
+
+
+def hourly(value: float | None) -> str:
+    """The price of an hour as its source states it, not rounded: who checks a bill begins with it."""
+    return "-" if value is None else f"{value:,.10g}"
 
 
 def figure(value: float | None) -> str:

@@ -192,7 +192,7 @@ def _basis(s: Summary) -> list[tuple[str, object]]:
     return [
         ("Tier", f"{tier.name}: {tier.provider} {tier.instance}"),
         ("Hardware", f"{tier.vcpu} vCPU, {tier.memory_gib:g} GiB, {hardware}"),
-        ("Price of one instance", f"{report.figure(cost.usd_per_hour)} USD/h, {tier.purchase}, {tier.region}"),
+        ("Price of one instance", f"{report.hourly(cost.usd_per_hour)} USD/h, {tier.purchase}, {tier.region}"),
         ("Source", f"{tier.source}, read {tier.date}"),
         ("Replicas", f"{cost.replicas}, each one whole instance"),
         ("Window", f"{window.duration_s:,.1f} s: {window.rule}" if window else None),
