@@ -94,6 +94,8 @@ class Comparison:
     """Of these, how many would show a difference where there is none."""
     shown: int
     """How many show one."""
+    caution: str | None
+    """What must be read before any verdict; None when there is nothing."""
     notes: tuple[str, ...]
 
     @property
@@ -143,7 +145,7 @@ def compare(a: Sequence[Observed], b: Sequence[Observed], gates: Sequence[Gate] 
     first_a, first_b = a[0].summary, b[0].summary
     blank = Comparison(
         schema=SCHEMA, comparable=not reasons, reasons=tuple(dict.fromkeys(reasons)), differs=(), evidence=None,
-        trace=None, slo=None, loads=(), compared=0, expected_by_chance=0.0, shown=0, notes=(),
+        trace=None, slo=None, loads=(), compared=0, expected_by_chance=0.0, shown=0, caution=None, notes=(),
     )  # fmt: skip
     if reasons:
         return blank
@@ -159,7 +161,20 @@ def compare(a: Sequence[Observed], b: Sequence[Observed], gates: Sequence[Gate] 
         compared=len(judged),
         expected_by_chance=len(judged) * BY_CHANCE,
         shown=sum(f.verdict in ("better", "worse") for f in judged),
+        caution=_caution(pairs),
         notes=tuple(_notes(pairs, left)),
+    )
+
+
+def _caution(pairs: Pairs) -> str | None:
+    """Few pairs: what differs between any two runs of one system is in no interval here, and looks like a finding."""
+    fewest = min(len(group) for group in pairs.values())
+    if fewest >= FEWEST_PAIRS:
+        return None
+    return (
+        f"{fewest} pair{'s' if fewest > 1 else ''} of runs: the intervals know how requests vary, not how restarts, "
+        "days and a busy machine do, so a difference may be one of those; "
+        f"{FEWEST_PAIRS} repeats of each (--seed) would tell"
     )
 
 
@@ -184,12 +199,6 @@ def _notes(pairs: Pairs, left: Sequence[str]) -> list[str]:
         notes.append(
             "open loop: the load is given, so where both keep up throughput is the load's own, and cost is that at "
             "this load, not at the most that the hardware can carry"
-        )
-    fewest = min(len(group) for group in pairs.values())
-    if fewest < FEWEST_PAIRS:
-        notes.append(
-            f"{fewest} pair{'s' if fewest > 1 else ''} of runs: the intervals know how requests vary, not how days and "
-            f"restarts do; {FEWEST_PAIRS} repeats of each (--seed) would"
         )
     return notes
 

@@ -284,7 +284,8 @@ def comparison_blocks(comparison: Comparison) -> list[Block]:
     """The whole comparison, or why there is none."""
     if not comparison.comparable:
         return [Block(title="Not comparable", notes=comparison.reasons)]
-    blocks = [_load_block(load, len(comparison.loads) > 1) for load in comparison.loads]
+    blocks = [] if comparison.caution is None else [Block(lines=(f"CAUTION. {comparison.caution}.",))]
+    blocks += [_load_block(load, len(comparison.loads) > 1) for load in comparison.loads]
     if comparison.differs:
         rows = [(d.name, d.a, d.b) for d in comparison.differs]
         blocks.append(Block(heads=("What differs", "A", "B"), rows=rows))
