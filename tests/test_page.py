@@ -419,6 +419,10 @@ def test_the_page_of_a_search_says_the_capacity_first(tmp_path):
     assert done.returncode == 0, done.stderr
     head = out.read_text().split("<section")[1]
     assert "m on test.large carries" in head and "no fair comparison" not in head
+    capacity = compare_runs([view_run(run, summarise(run), run.path.name) for run in map(read_run, paths[:2])]).capacity
+    cells = dict(zip(capacity.heads, capacity.rows[0], strict=True))
+    for figure in ("Capacity", "USD per 1M there", "Floor"):
+        assert re.fullmatch(r"[\d.]+ to [\d.]+", cells[figure].note), f"{figure} carries its interval under it"
 
 
 def test_the_key_figure_is_the_limit_that_is_nearest_to_breaking(tmp_path):

@@ -11,11 +11,12 @@ from analysis.sizing.at_slo import System
 from analysis.sizing.search import ProbeRow
 from harness.slo import Criterion, percent
 
+INTERVAL = "95 %"
 HEADS = (
-    "Tier and model", "Loop", "Capacity", "95 %", "Breaks first", "Tokens/s there", "USD per 1M there", "95 %",
-    "Floor",
+    "Tier and model", "Loop", "Capacity", INTERVAL, "Breaks first", "Tokens/s there", "USD per 1M there", INTERVAL,
+    "Floor", INTERVAL,
 )  # fmt: skip
-"""Of the table that `system_row` fills."""
+"""Of the table that `system_row` fills; `INTERVAL` is that of the column before."""
 
 
 def sentence(system: System) -> str:
@@ -95,7 +96,8 @@ def system_row(system: System) -> tuple[str, ...]:
         figure(tokens.value) if tokens else "-",
         price(system.usd_per_1m_total.value),
         _interval(system.usd_per_1m_total, price),
-        "-" if floor is None else f"{price(floor.usd_per_1m_total.value)}{_within(floor.usd_per_1m_total, price)}",
+        price(floor.usd_per_1m_total.value if floor else None),
+        _interval(floor.usd_per_1m_total if floor else None, price),
     )
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from analysis.show import report
-from analysis.show.capacity_text import HEADS, sentence, system_row
+from analysis.show.capacity_text import HEADS, INTERVAL, sentence, system_row
 from analysis.show.cells import Cell, Table, in_seconds, interval, load_cell, price_cell, quantity
 from analysis.show.plot import Chart, cost_charts, load_charts, share_chart
 from analysis.show.view import RunView
@@ -75,8 +75,23 @@ def _what(view: RunView) -> str:
 def _capacity(found: Sequence[System]) -> Table | None:
     if not found:
         return None
-    caption = "From VALID runs; tokens/s are interpolated between two measured loads, nothing is extrapolated"
-    return Table(caption, HEADS, [[Cell(text) for text in system_row(s)] for s in found], right=range(5, 9))
+    caption = (
+        "From VALID runs; tokens/s are interpolated between two measured loads, nothing is extrapolated; small "
+        "print: 95 % intervals"
+    )
+    heads = [head for head in HEADS if head != INTERVAL]
+    return Table(caption, heads, [_with_intervals(system_row(s)) for s in found], right=range(4, len(heads)))
+
+
+def _with_intervals(row: Sequence[str]) -> list[Cell]:
+    """Each interval as the small print of the figure before it: a column of its own would not fit the page."""
+    cells: list[Cell] = []
+    for head, text in zip(HEADS, row, strict=True):
+        if head != INTERVAL:
+            cells.append(Cell(text))
+        elif text != "-":
+            cells[-1] = replace(cells[-1], note=text)
+    return cells
 
 
 def _mind(differs: Table | None, but: Sequence[str]) -> str | None:
