@@ -27,7 +27,7 @@ from harness.errors import EXIT_INVALID, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.plan import PlanInfo
 from harness.results import ERRORS
 from harness.run import Host, Replica, RunSpec, Tier
-from harness.slo import check_slo, criteria
+from harness.slo import check_slo, criteria, split_key
 
 SCHEMA = "harness.report/1"
 DEFAULT_ATTAIN = 0.99
@@ -71,7 +71,8 @@ class Judged:
     wanted: float
     """Share of offered requests that are to keep all its limits."""
     attainment: Quantity
-    met: bool
+    met: bool | None
+    """None: not known, since a limit is on what was not measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +85,8 @@ class Slo:
     """Share of offered requests that were within every limit, each percentile's own among them: what goodput counts."""
     attain: float
     """Share wanted of the limits without a percentile."""
-    met: bool
-    """Every criterion was met."""
+    met: bool | None
+    """Every criterion was met; None: none was missed, and of some it is not known."""
     criteria: list[Judged]
 
 
@@ -170,7 +171,7 @@ def summarise(
     steady = steady_part(run, window)
     checks = [*check_run(run, counts, window, limits), steady_check(run, steady), drain_check(run, window)]
     valid = is_valid(checks)
-    judged = _slo(run, limits, counts, attain) if limits else None
+    judged = _slo(run, limits, counts, tokens, attain) if limits else None
     rates, weighted = _rates(run, window, tokens, counts, limits, ratio)
     reason = None if valid else "the run is INVALID"
     price = partial(cost, manifest.tier, _replicas(run), ratio=ratio, reason=reason)
@@ -196,7 +197,7 @@ def summarise(
             output_rate=rates.output_token_throughput,
             weighted_rate=weighted,
             splits=_splits(run, window, tokens, ratio, counts.succeeded),
-            note=None if judged is None or judged.met else "at this load the SLO is missed: not a price to sell at",
+            note=_price_note(judged),
         ),
         steady=steady_state(run, window, steady, rates.total_token_throughput, rates.output_token_throughput, price),
         fidelity=fidelity(run),
@@ -224,7 +225,9 @@ def _dummy(model_facts: Mapping[str, str]) -> bool:
 
 
 def exit_code(summary: Summary) -> int:
-    """0 valid, 3 INVALID, 4 when valid but fewer than the wanted share of requests met every limit of the SLO."""
+    """0 valid, 3 INVALID, 4 when valid but fewer than the wanted share of requests met every limit of the SLO, or that
+    is not known.
+    """
     if summary.verdict != "VALID":
         return EXIT_INVALID
     return EXIT_SLO_MISSED if summary.slo is not None and not summary.slo.met else EXIT_VALID
@@ -282,6 +285,7 @@ def _rates(
         ended = metrics.binned(arrays.kept(rows.finished_s, which), None, window)
         return rate(ended, window.bin_s, n=int(which.sum()), unit="req/s", evidence=evidence)
 
+    unjudged = _unjudged(limits, tokens, counts)
     good = metrics.meets_slo(rows, limits)
     out, into = run.chunks.output_tokens, metrics.binned(*metrics.input_token_events(rows), window)
     n = counts.succeeded
@@ -301,7 +305,13 @@ def _rates(
         input_token_throughput=token_rate(tokens.input, into),
         output_token_throughput=token_rate(tokens.output, out),
         total_token_throughput=token_rate(all_known, out + into),
-        goodput=requests(good) if limits else blank("req/s", "no SLO given (--slo)"),
+        goodput=(
+            blank("req/s", "no SLO given (--slo)")
+            if not limits
+            else requests(good)
+            if unjudged is None
+            else blank("req/s", unjudged, n)
+        ),
         concurrency=rate(busy_s, window.bin_s, n=counts.sent, unit="requests", evidence=evidence),
     ), token_rate(all_known, out + into / ratio)
 
@@ -322,12 +332,31 @@ def _replicas(run: Run) -> int:
     return len(run.manifest.replicas) or len(run.manifest.spec.base_urls)
 
 
-def _slo(run: Run, limits: dict[str, float], counts: Counts, attain: float) -> Slo:
+def _unjudged(limits: Mapping[str, float], tokens: Tokens, counts: Counts) -> str | None:
+    """Why it is not known whether requests kept these limits; None: it is."""
+    if tokens.missing <= MISMATCH_BOUND * counts.succeeded or all(split_key(key)[0] != "tpot" for key in limits):
+        return None
+    return f"tpot is not known: usage missing on {tokens.missing} of {counts.succeeded} requests"
+
+
+def _price_note(slo: Slo | None) -> str | None:
+    """What the SLO says of a price at this load."""
+    if slo is None or slo.met:
+        return None
+    if slo.met is None:
+        return "whether the SLO is kept at this load is not known"
+    return "at this load the SLO is missed: not a price to sell at"
+
+
+def _slo(run: Run, limits: dict[str, float], counts: Counts, tokens: Tokens, attain: float) -> Slo:
     """Attainment over every request that was offered: failed, unfinished and lost ones did not meet it."""
     rows = run.rows
     left_out = _in_time(rows, metrics.not_offered(run))
 
     def attained(within: Mapping[str, float]) -> Quantity:
+        if why := _unjudged(within, tokens, counts):
+            unit = "share of requests"
+            return Quantity(value=None, n=counts.offered, unit=unit, note=why, evidence=run.evidence)
         met = arrays.zeros(counts.offered, np.bool_)  # lost ones last: they met nothing
         kept = _in_time(rows, metrics.meets_slo(rows, within))
         at = 0
@@ -340,15 +369,15 @@ def _slo(run: Run, limits: dict[str, float], counts: Counts, attain: float) -> S
     judged = []
     for criterion in criteria(limits, attain):
         kept = attained(criterion.limits)
-        met = kept.value is not None and kept.value >= criterion.wanted
+        met = None if kept.value is None and counts.offered else (kept.value or 0.0) >= criterion.wanted
         judged.append(
             Judged(
                 name=criterion.name, limits=dict(criterion.limits), wanted=criterion.wanted, attainment=kept, met=met
             )
         )
-    return Slo(
-        limits=limits, attainment=attained(limits), attain=attain, met=all(one.met for one in judged), criteria=judged
-    )
+    every = [one.met for one in judged]
+    met = False if False in every else None if None in every else True
+    return Slo(limits=limits, attainment=attained(limits), attain=attain, met=met, criteria=judged)
 
 
 def _in_time(rows: Rows, flags: Bools) -> Bools:

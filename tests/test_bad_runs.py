@@ -23,8 +23,8 @@ from analysis.load import read_run
 from analysis.show.page import render_page
 from analysis.show.report import render_json, render_markdown, render_text
 from analysis.show.view import view_run
-from analysis.summary import summarise
-from harness.errors import HarnessError
+from analysis.summary import exit_code, summarise
+from harness.errors import EXIT_SLO_MISSED, EXIT_VALID, HarnessError
 from harness.results import SCHEMA
 from harness.run import MANIFEST, Host, Replica, RunDir, Worker
 from harness.server_metrics import SCHEMA as SERVER
@@ -195,6 +195,32 @@ def test_no_usage_means_no_token_figures(tmp_path):
         assert q.value is None
     assert "usage" in written["text"]
     assert s.metrics.ttft.p50.value == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    ("limits", "ttft_ms", "met", "goodput"),
+    [
+        ({"ttft": 1.0, "tpot": 0.1}, 50, None, False),
+        ({"ttft_p50": 0.01, "tpot": 0.1}, 50, False, False),  # enough is known to say that it was missed
+        ({"ttft": 1.0}, 50, True, True),
+        ({"e2e": 0.01}, 50, False, True),
+    ],
+)
+def test_a_limit_on_what_was_not_measured_is_not_judged(tmp_path, limits, ttft_ms, met, goodput):
+    """Without usage nobody knows a time per token: neither kept nor missed, and no goodput of 0."""
+    rows = [good(i, ttft_ms=ttft_ms) for i in range(100)]
+    for row in rows:
+        row.input_tokens = row.output_tokens = None
+    s, written = shown(write_run(tmp_path / "run", rows, spec=replace(SPEC, slo=limits)))
+    assert s.slo is not None
+    assert s.slo.met is met
+    assert (s.rates.goodput.value is not None) is goodput
+    assert (s.slo.attainment.value is not None) is goodput
+    assert exit_code(s) == (EXIT_VALID if met else EXIT_SLO_MISSED)
+    unknown = "usage missing on 100 of 100 requests"
+    for name in ("md", "html"):
+        assert (f"tpot is not known: {unknown}" in " ".join(written[name].split())) is not goodput
+    assert ("SLO not judged" in " ".join(written["text"].split())) is not goodput
 
 
 @pytest.mark.parametrize(

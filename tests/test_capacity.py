@@ -79,6 +79,12 @@ def test_without_a_valid_run_nothing_is_known():
     assert found.state == "unknown" and "no VALID run" in found.load.note
 
 
+def test_a_promise_that_cannot_be_judged_says_why():
+    unknown = replace(kept(None), note="tpot is not known: usage missing on 5 of 5 requests")
+    found = at([Point(load=2.0, kept=(unknown,), rates={})])
+    assert (found.state, found.load.value, found.load.note) == ("unknown", None, unknown.note)
+
+
 def test_points_without_a_share_are_left_out():
     assert at([point(1, 1.0), point(2, None), point(3, 0.98)]).load.value == pytest.approx(2.0)
 

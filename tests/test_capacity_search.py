@@ -108,6 +108,14 @@ def test_a_server_that_answers_nothing_valid_ends_the_search() -> None:
     assert next_load([dead, dead], P95, 0.05).why.startswith("no run")
 
 
+def test_a_promise_that_cannot_be_judged_ends_the_search_at_once() -> None:
+    unknown = Quantity(value=None, n=60, unit="", evidence="measured", note="tpot is not known: no usage")
+    point = Point(load=1.0, kept=(unknown,), rates={"request_throughput": quantity(2.0)})
+    step = next_load([Probe(rate=None, concurrency=1, point=point, used=math.inf)], P95, 0.05)
+    assert (step.rate, step.concurrency, step.narrow) == (None, None, False)
+    assert "tpot is not known: no usage" in step.why
+
+
 def test_no_search_is_endless() -> None:
     probe = Known(10).probe(Step(rate=1.0, why=""))
     assert next_load([probe] * MOST_PROBES, P95, 0.05).rate is None

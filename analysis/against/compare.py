@@ -229,7 +229,8 @@ def _at_load(pairs: Sequence[tuple[Observed, Observed]], gates: Sequence[Gate]) 
 
 
 def _all_met(runs: Sequence[Summary]) -> bool | None:
-    return None if runs[0].slo is None else all(s.slo is not None and s.slo.met for s in runs)
+    met = [s.slo.met if s.slo is not None else None for s in runs]
+    return False if False in met else None if None in met else True
 
 
 def _over(name: str, pairs: Sequence[PairFigure], evidence: str) -> Figure:

@@ -105,10 +105,10 @@ def pair_figures(a: Observed, b: Observed) -> tuple[dict[str, PairFigure], int, 
     left_out = int(a.offered.sum()) + int(b.offered.sum()) - 2 * n
     figures: dict[str, PairFigure] = _rates(a, b)
     shares: dict[str, Callable[[Observed], Bools]] = {"error_rate": lambda o: ~o.success}
-    if a.summary.slo is not None and b.summary.slo is not None:
-        shares["attainment"] = lambda o: o.met
+    if unjudged := _not_judged(a, b):
+        figures["attainment"] = PairFigure(a=None, b=None, n=n, note=unjudged)
     else:
-        figures["attainment"] = PairFigure(a=None, b=None, n=n, note="no SLO given (--slo)")
+        shares["attainment"] = lambda o: o.met
     for name, flags in shares.items():
         figures[name] = _share(flags(a)[in_a], flags(b)[in_b])
     for name in _LATENCIES:
@@ -240,8 +240,8 @@ def _rates(a: Observed, b: Observed) -> dict[str, PairFigure]:
         else _figure(tokens_a, tokens_b, drawn_a, drawn_b, n, RATE_BLOCKS)
     )
     made["cost"] = _cost(a, b, (tokens_a, drawn_a), (tokens_b, drawn_b), n, why)
-    if a.summary.slo is None or b.summary.slo is None:
-        made["goodput"] = PairFigure(a=None, b=None, n=n, note="no SLO given (--slo)")
+    if unjudged := _not_judged(a, b):
+        made["goodput"] = PairFigure(a=None, b=None, n=n, note=unjudged)
     elif not enough:
         made["goodput"] = PairFigure(a=None, b=None, n=n, note=f"needs {FEWEST_PAIRS} successes, has {n}")
     else:
@@ -270,6 +270,14 @@ def _usd_per_s(o: Observed) -> float:
 def _no_tokens(o: Observed) -> str | None:
     q = o.summary.rates.total_token_throughput
     return None if q.value else q.note or "no tokens were served"
+
+
+def _not_judged(*both: Observed) -> str | None:
+    """Why it is not known how many requests kept the SLO; None: it is."""
+    for slo in (o.summary.slo for o in both):
+        if slo is None or slo.attainment.value is None:
+            return "no SLO given (--slo)" if slo is None else slo.attainment.note
+    return None
 
 
 def _binned(o: Observed) -> tuple[Floats, Floats, float | None]:

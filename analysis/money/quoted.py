@@ -164,10 +164,9 @@ def _measured(system: System | None, runs: Sequence[Summary]) -> Quote:
 
 
 def _kept(runs: Sequence[Summary]) -> bool | None:
-    """Whether all kept the SLO; None without one, and where it limits a time per token and tokens were not counted."""
-    if runs[0].slo is None or (mix_of(runs) is None and any(key.startswith("tpot") for key in runs[0].slo.limits)):
-        return None
-    return all(s.slo is not None and s.slo.met for s in runs)
+    """Whether all kept the SLO; None without one, and where that is not known of a run."""
+    met = [s.slo.met if s.slo is not None else None for s in runs]
+    return False if False in met else None if None in met else True
 
 
 def _choose(system: System | None, runs: Sequence[Summary]) -> tuple[list[Summary], str | None, list[str]]:

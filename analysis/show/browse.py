@@ -172,7 +172,10 @@ def _status(manifest: RunManifest) -> Cell:
 
 
 def _figures(s: Summary) -> list[Cell]:
-    words = {"valid": ("VALID", "good"), "missed": ("SLO missed", "warn"), "invalid": ("INVALID", "bad")}
+    words = {
+        "valid": ("VALID", "good"), "missed": ("SLO missed", "warn"), "unknown": ("SLO not judged", "warn"),
+        "invalid": ("INVALID", "bad"),
+    }  # fmt: skip
     word, mark = words[state_of(s)]
     return [
         Cell(word, note="dummy weights" if s.caution else None, mark=mark),

@@ -34,10 +34,12 @@ class Table:
 
 
 def state_of(s: Summary) -> str:
-    """valid, missed (VALID, but the SLO was not kept) or invalid."""
+    """valid, missed (VALID, but the SLO was not kept), unknown (it cannot be known whether it was) or invalid."""
     if s.verdict != "VALID":
         return "invalid"
-    return "valid" if s.slo is None or s.slo.met else "missed"
+    if s.slo is None or s.slo.met:
+        return "valid"
+    return "unknown" if s.slo.met is None else "missed"
 
 
 def quantity(q: Quantity, style: Callable[[float], str]) -> Cell:
@@ -51,7 +53,7 @@ def quantity(q: Quantity, style: Callable[[float], str]) -> Cell:
 def price_cell(s: Summary, q: Quantity) -> Cell:
     """A price with its interval; quiet where the SLO was missed, for it is none to sell at."""
     cell = quantity(q, report.price)
-    return replace(cell, mark="quiet") if state_of(s) == "missed" else cell
+    return replace(cell, mark="quiet") if state_of(s) in ("missed", "unknown") else cell
 
 
 def load_cell(s: Summary) -> Cell:

@@ -202,13 +202,14 @@ def _rates(summary: Summary) -> Section:
         limits = ", ".join(f"{name} {milliseconds(limit)} ms" for name, limit in summary.slo.limits.items())
         rows.append(_rate_row(f"goodput ({limits})", r.goodput))
         for part in summary.slo.criteria:
-            q, name = part.attainment, f"SLO {'met' if part.met else 'MISSED'}: {part.name}"
-            rows.append((name, value(q, percent), interval(q, percent), "of requests"))
+            became = {True: "met", False: "MISSED", None: "not judged"}[part.met]
+            rows.append((*_rate_row(f"SLO {became}: {part.name}", part.attainment, percent)[:3], "of requests"))
     return ("Throughput", "value", "95 % interval", "unit"), rows
 
 
-def _rate_row(name: str, q: Quantity) -> Sequence[str]:
-    return (name, value(q, figure), interval(q, figure) if q.value is not None else clean(q.note or "-"), q.unit)
+def _rate_row(name: str, q: Quantity, style: object = None) -> Sequence[str]:
+    style = style or figure
+    return (name, value(q, style), interval(q, style) if q.value is not None else clean(q.note or "-"), q.unit)
 
 
 def closing(summary: Summary) -> list[tuple[str, list[str]]]:

@@ -61,7 +61,12 @@ def view_run(run: Run, summary: Summary, label: str = "") -> RunView:
         label=label,
         summary=summary,
         state=state,
-        verdict={"valid": "VALID", "missed": "VALID, SLO missed", "invalid": "INVALID"}[state],
+        verdict={
+            "valid": "VALID",
+            "missed": "VALID, SLO missed",
+            "unknown": "VALID, SLO not judged",
+            "invalid": "INVALID",
+        }[state],
         sentence=_sentence(summary),
         opening=report.done(summary),
         limits=[c.name for c in summary.checks if not c.gate and c.ok is False],
@@ -112,8 +117,10 @@ def _sentence(s: Summary) -> str:
             kept = "not known" if share is None else report.percent(share)
             promise = " and ".join(f"{name.upper()} {in_seconds(limit)}" for name, limit in part.limits.items())
             parts.append(f"{kept} of requests kept {promise}; {report.percent(part.wanted)} was wanted.")
-        if not s.slo.met:
+        if s.slo.met is False:
             parts.append("The promise was not kept at this load: not a price to sell at.")
+        if s.slo.attainment.note:
+            parts.append(f"{s.slo.attainment.note}.")
     else:
         parts.append("No SLO was given, so nothing was promised.")
     return " ".join(parts)

@@ -101,7 +101,8 @@ def capacity(points: Sequence[Point], criteria: Sequence[Criterion], unit: str =
     blank = Quantity(value=None, n=n, unit=unit, evidence=evidence)
     known = [k for k, point in enumerate(points) if all(q.value is not None for q in point.kept)]
     if not known:
-        return Capacity(state="unknown", load=replace(blank, note="no VALID run"), limit=None, rates={})
+        why = next((q.note for point in points for q in point.kept if q.note), "no VALID run")
+        return Capacity(state="unknown", load=replace(blank, note=why), limit=None, rates={})
     points, loads = [points[k] for k in known], loads[known]
     crossings = [_crossing(loads, _kept(points, k), _weights(points, k), c.wanted) for k, c in enumerate(criteria)]
     first = int(np.argmin(crossings))

@@ -102,6 +102,9 @@ def next_load(probes: Sequence[Probe], criteria: Sequence[Criterion], tolerance:
     """What to probe after ``probes``; ``tolerance``: width of the bracket as a share of its upper end."""
     if len(probes) >= MOST_PROBES:
         return Step(why=f"{MOST_PROBES} probes were made")
+    unknown = [q.note for p in probes if p.point is not None for q in p.point.kept if q.value is None]
+    if unknown:
+        return Step(why=f"nobody can say whether the promise is kept: {unknown[0]}")
     ladder = _by_load([p for p in probes if p.concurrency is not None])
     step = _next_rung(ladder, criteria)
     if step is not None:
