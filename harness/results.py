@@ -28,7 +28,8 @@ retries             int16         how often it was sent again after no connectio
                                   columns are of the last
 ==================  ============  =====================================================================================
 
-All times are one monotonic clock of the worker's host, zero at the common start of the run.
+All times are one monotonic clock of the worker's host, zero at the common start of the run. Bytes arrive when the
+kernel gets their packet; events that arrive between two reads of a socket have the time of the last.
 """
 
 from __future__ import annotations

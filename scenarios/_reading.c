@@ -16,6 +16,7 @@
 #include <sys/epoll.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -26,10 +27,12 @@
 #define DIGITS 5
 #define EVENTS (EPOLLIN | EPOLLRDHUP | EPOLLET)
 
-static int64_t now_ns(void) {
+static int64_t in_ns(struct timespec t) { return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec; }
+
+static int64_t now_ns(clockid_t clock) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+    clock_gettime(clock, &t);
+    return in_ns(t);
 }
 
 /* -- Kept ---------------------------------------------------------------------------------------------------------- */
@@ -172,6 +175,7 @@ static PyType_Spec kept_spec = {"scenarios._reading.Kept", sizeof(Kept), 0, Py_T
 
 typedef struct {
     PyObject *connection;      /* null: nothing is read from this descriptor */
+    int64_t read_ns;           /* when it was last read: what is read next came later */
     Kept *kept;                /* null: whatever arrives is handed on */
     PyObject *before, *after;  /* bytes around a plain event's text, from behind the size line to the chunk's end */
     const char *before_at, *after_at;
@@ -186,6 +190,7 @@ typedef struct {
     Lane *lanes; /* by descriptor */
     PyTypeObject *kept_type;
     char *buffer;
+    int64_t offset_ns; /* of the monotonic clock from the wall clock, in which the kernel stamps */
     unsigned long long events, bytes; /* that were read: plain events, and other reads */
     PyObject *error, *error_value, *error_trace; /* what the next return from read raises */
 } Reader;
@@ -272,14 +277,37 @@ static void note_error(Reader *self) {
 
 enum { MORE, LESS, OVER }; /* after a read: there may be more; all was read that was there; nothing else will come */
 
+/* When the kernel got the last of these bytes; `now` where it did not say. However the wall clock was set meanwhile: not
+   before the last read. */
+static int64_t arrived(Reader *self, Lane *lane, struct msghdr *message, int64_t now) {
+    struct cmsghdr *said = CMSG_FIRSTHDR(message);
+    int64_t stamp = now;
+    if (said && said->cmsg_level == SOL_SOCKET && said->cmsg_type == SCM_TIMESTAMPNS) {
+        struct timespec t;
+        memcpy(&t, CMSG_DATA(said), sizeof t);
+        stamp = in_ns(t) + self->offset_ns;
+        if (stamp < lane->read_ns) stamp = lane->read_ns;
+        if (stamp > now) stamp = now;
+    }
+    lane->read_ns = now;
+    return stamp;
+}
+
 static int receive(Reader *self, int fd) {
     Lane *lane = lane_of(self, fd);
     if (!lane) return OVER; /* closed by what came before it in this round */
-    /* Not libc's recv: in a process with threads that is a place to be cancelled at, which it costs more to be than to
-       read so little. The same for epoll_pwait below. */
-    ssize_t size = syscall(SYS_recvfrom, fd, self->buffer, READ_SIZE, MSG_DONTWAIT, NULL, NULL);
+    union {
+        struct cmsghdr head;
+        char room[CMSG_SPACE(sizeof(struct timespec))];
+    } control;
+    struct iovec bytes = {self->buffer, READ_SIZE};
+    struct msghdr message = {.msg_iov = &bytes, .msg_iovlen = 1, .msg_control = &control,
+                             .msg_controllen = sizeof control};
+    /* Not libc's recvmsg: in a process with threads that is a place to be cancelled at, which it costs more to be than
+       to read so little. The same for epoll_pwait below. */
+    ssize_t size = syscall(SYS_recvmsg, fd, &message, MSG_DONTWAIT);
     int error = size < 0 ? errno : 0;
-    int64_t stamp = now_ns();
+    int64_t now = now_ns(CLOCK_MONOTONIC), stamp = size > 0 ? arrived(self, lane, &message, now) : now;
     if (error == EINTR) return MORE;
     if (error == EAGAIN || error == EWOULDBLOCK) return OVER;
     if ((size > 0 ? take(self, lane, self->buffer, size, stamp) : lost(lane->connection, error)) < 0)
@@ -300,6 +328,8 @@ static void read_one(Reader *self, int fd, uint32_t events) {
 
 static PyObject *Reader_read(Reader *self, PyObject *Py_UNUSED(none)) {
     struct epoll_event ready[BATCH];
+    const int64_t wall_ns = now_ns(CLOCK_REALTIME); /* first: held up in between, stamps come out late and never early */
+    self->offset_ns = now_ns(CLOCK_MONOTONIC) - wall_ns;
     for (int round = 0; round < ROUNDS; round++) {
         /* It never waits: no other thread need run meanwhile. */
         int count = (int)syscall(SYS_epoll_pwait, self->epoll, ready, BATCH, 0, NULL, 8);
@@ -333,6 +363,7 @@ static PyObject *Reader_add(Reader *self, PyObject *args) {
     }
     Py_INCREF(connection);
     self->lanes[fd].connection = connection;
+    self->lanes[fd].read_ns = now_ns(CLOCK_MONOTONIC);
     Py_RETURN_NONE;
 }
 
@@ -354,7 +385,8 @@ static PyObject *Reader_keep_texts(Reader *self, PyObject *args) {
         lane_keep_all(lane);
         Py_INCREF(kept);
         *lane = (Lane){
-            .connection = lane->connection, .kept = (Kept *)kept, .before = before, .after = after,
+            .connection = lane->connection, .read_ns = lane->read_ns, .kept = (Kept *)kept,
+            .before = before, .after = after,
             .before_at = PyBytes_AsString(before), .after_at = PyBytes_AsString(after),
             .before_size = PyBytes_Size(before), .after_size = PyBytes_Size(after), .ten = is_upper ? 'A' : 'a',
         };

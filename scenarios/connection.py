@@ -6,6 +6,7 @@ No greenlet belongs to a connection and none is switched to per read. Connection
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import ssl
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import gevent.monkey
 
-from scenarios.reading import READ_SIZE
+from scenarios.reading import READ_SIZE, SAID_SIZE, SO_TIMESTAMPNS, arrived_ns
 from scenarios.stream import Stream
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ class Connection:
     """A TCP or TLS connection to one target; carries one stream at a time, or none while idle."""
 
     __slots__ = (
-        "_address", "_bio_in", "_bio_out", "_out", "_reader", "_tls", "_writer", "client", "idle_ns", "ready", "recv",
-        "sock", "stream", "target", "used",
+        "_address", "_bio_in", "_bio_out", "_out", "_read_ns", "_reader", "_tls", "_writer", "client", "idle_ns",
+        "ready", "recvmsg", "sock", "stream", "target", "used",
     )  # fmt: skip
 
     def __init__(self, client: Client, target: Target) -> None:
@@ -53,7 +54,8 @@ class Connection:
         self._address = 0  # how many of the target's addresses were tried
         self._reader: Any = None
         self._writer: Any = None
-        self.recv: Any = None
+        self.recvmsg: Any = None
+        self._read_ns = 0  # of a connection with TLS: when it was last read
         self._out: bytes | memoryview = b""
         self._tls: ssl.SSLObject | None = None
         self._bio_in: ssl.MemoryBIO | None = None
@@ -80,6 +82,8 @@ class Connection:
                 return
             sock.setblocking(False)
             sock.setsockopt(_PROTO_TCP, _NODELAY, 1)
+            with contextlib.suppress(OSError):  # then reads are stamped when they are made
+                sock.setsockopt(_SOL_SOCKET, SO_TIMESTAMPNS, 1)
             code = sock.connect_ex(address)
             if code in (0, errno.EINPROGRESS):
                 self.sock = sock
@@ -103,7 +107,7 @@ class Connection:
             self._try_next(os.strerror(code))
             return
         self.target.prefer(self._address - 1)
-        self.recv = self.sock.recv
+        self.recvmsg = self.sock.recvmsg
         if self.target.tls is None:
             self.client.reader.add(self.sock.fileno(), self)
             self._opened()
@@ -206,7 +210,7 @@ class Connection:
             self.lost(None)  # nobody asked: this connection is out of step
             return
         stream.reads.append(data)
-        stream.stamps.append(stamp)
+        stream.stamps.append(max(stamp, stream.tried_ns))  # what came before the request was sent is read after it
         if not stream.lazy:
             self.look(stream)
         elif data[-4:] == _TAIL or len(data) < 4:
@@ -267,13 +271,14 @@ class Connection:
         assert self._bio_in is not None
         assert self._tls is not None
         try:
-            data = self.recv(READ_SIZE)
+            data, said, _, _ = self.recvmsg(READ_SIZE, SAID_SIZE)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as e:
             self.lost(os.strerror(e.errno or 0).lower())
             return
-        stamp = monotonic_ns()
+        stamp = arrived_ns(said, self._read_ns)
+        self._read_ns = monotonic_ns()
         if data:
             self._bio_in.write(data)
         else:
@@ -344,7 +349,7 @@ class Connection:
             if watcher is not None:
                 watcher.stop()
                 watcher.close()
-        self._reader = self._writer = self.recv = None
+        self._reader = self._writer = self.recvmsg = None
         if self.sock is not None:
             self.client.reader.remove(self.sock.fileno())
             self.sock.close()

@@ -1,5 +1,8 @@
 """The hot path, in Python: receive, stamp and keep, for every descriptor that has bytes.
 
+A stamp is the kernel's: when the packet came, however late it was read. Only events that came between two reads of the
+same descriptor share one, that of the last.
+
 `_reading.c` is the same compiled, and what is used where it could be built; this file says what it does, is used where
 it could not, and is what it is tested against.
 """
@@ -7,9 +10,10 @@ it could not, and is what it is tested against.
 from __future__ import annotations
 
 import re
+import struct
 from array import array
-from collections.abc import Callable, Mapping
-from time import monotonic_ns
+from collections.abc import Callable, Mapping, Sequence
+from time import monotonic_ns, time_ns
 from typing import Any, Protocol
 
 import gevent.monkey
@@ -20,6 +24,10 @@ READ_SIZE = 65536
 _SMALL_SIZE = 470
 """A usual event fits, and Python keeps objects of this size in pools: read into 64 KiB and cut down, what ten thousand
 streams hold would leave the memory full of holes. What is larger takes a second call."""
+SO_TIMESTAMPNS = 35
+"""Socket option, and kind of message, by which Linux says when a packet came; Python has no name for it."""
+SAID_SIZE = 64
+_SOL_SOCKET, _TIMESPEC = 1, struct.Struct("qq")
 _EPOLLIN = 1
 _DIGITS = 5  # of the size of a chunk with a plain event
 _BATCH, _ROUNDS, _MANY = 256, 4, 16
@@ -29,7 +37,7 @@ _SIMPLE = re.compile(rb"[ !#-\[\]-~]*")
 class Source(Protocol):
     """Whose bytes are read: what it is told of those that are no plain event."""
 
-    recv: Any
+    recvmsg: Any
 
     def received(self, data: bytes, stamp: int) -> None:
         """Take bytes that arrived at ``stamp``, monotonic ns."""
@@ -96,17 +104,33 @@ class Kept:
         return self._stamps[-1] if self._stamps else 0
 
 
+_Said = Sequence[tuple[int, int, bytes]]
+_Receive = Callable[[int, int], tuple[bytes, _Said, int, object]]
 _Lane = tuple[
-    Mapping[int, tuple[bytes, int]], bytes, Callable[[int], bytes], Callable[[bytes], None], Callable[[int], None],
-    Source, Around,
+    Mapping[int, tuple[bytes, int]], bytes, _Receive, Callable[[bytes], None], Callable[[int], None], Source, Around,
 ]  # fmt: skip
-"""How plain events begin and end, recv of the socket, append of what is kept, whose it is, and the template."""
+"""How plain events begin and end, recvmsg of the socket, append of what is kept, whose it is, and the template."""
+
+
+def arrived_ns(said: _Said, after_ns: int) -> int:
+    """When the kernel got the last of the bytes that came with ``said``, monotonic ns; now, where it did not say.
+
+    It stamps in the time of the wall clock. However that was set meanwhile: not before ``after_ns``, the last read.
+    """
+    wall = time_ns()  # first: held up in between, stamps come out late and never early
+    now = monotonic_ns()
+    for level, kind, value in said:
+        if (level, kind, len(value)) == (_SOL_SOCKET, SO_TIMESTAMPNS, _TIMESPEC.size):
+            seconds, ns = _TIMESPEC.unpack(value)
+            came = int(seconds) * 1_000_000_000 + int(ns) - wall + now
+            return min(now, max(after_ns, came))
+    return now
 
 
 class Reader:
     """Receives, stamps and keeps, for every descriptor that has bytes."""
 
-    __slots__ = ("_epoll", "_lanes", "_sources", "bytes", "events")
+    __slots__ = ("_epoll", "_lanes", "_read_ns", "_sources", "bytes", "events")
 
     def __init__(self) -> None:
         self.events = 0
@@ -115,6 +139,7 @@ class Reader:
         self._epoll: Any = _epoll()
         self._sources: dict[int, Source] = {}
         self._lanes: dict[int, _Lane] = {}
+        self._read_ns: dict[int, int] = {}  # when each was last read: what is read next came later
 
     def fileno(self) -> int:
         """A descriptor that is readable while there is work."""
@@ -126,13 +151,14 @@ class Reader:
             raise ValueError(f"descriptor {fd} cannot be added")
         self._epoll.register(fd, _EPOLLIN)
         self._sources[fd] = source
+        self._read_ns[fd] = monotonic_ns()
 
     def keep_texts(self, fd: int, kept: Kept, around: Around) -> None:
         """Of plain events that arrive on this descriptor, keep the text alone."""
         source = self._sources.get(fd)
         if source is not None:
             keep, note = kept._texts.append, kept._stamps.append
-            self._lanes[fd] = (around.starts, around.after, source.recv, keep, note, source, around)
+            self._lanes[fd] = (around.starts, around.after, source.recvmsg, keep, note, source, around)
 
     def keep_all(self, fd: int) -> None:
         """Hand on whatever arrives again."""
@@ -141,12 +167,13 @@ class Reader:
     def remove(self, fd: int) -> None:
         """Read from it no more; call it before the descriptor is closed. One that was never added is no error."""
         self._lanes.pop(fd, None)
+        self._read_ns.pop(fd, None)
         if self._sources.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
     def read(self) -> None:
         """Read whatever has bytes, without waiting."""
-        poll, lane_of, now = self._epoll.poll, self._lanes.get, monotonic_ns
+        poll, lane_of, read_ns, now = self._epoll.poll, self._lanes.get, self._read_ns, monotonic_ns
         for _ in range(_ROUNDS):
             ready = poll(0, _BATCH)
             for fd, _ in ready:
@@ -154,17 +181,18 @@ class Reader:
                 if lane is None:
                     self._read_any(fd)
                     continue
-                starts, after, recv, keep, note, source, around = lane
+                starts, after, receive, keep, note, source, around = lane
                 try:
-                    data = recv(_SMALL_SIZE)
+                    data, said, _, _ = receive(_SMALL_SIZE, SAID_SIZE)
                 except OSError as e:
                     source.failed(e.errno or 0)
                     continue
                 size = len(data)
                 if size == _SMALL_SIZE:
-                    data += _rest(recv)
+                    data, said = _with_rest(data, said, receive)
                     size = len(data)
-                stamp = now()
+                stamp = arrived_ns(said, read_ns[fd])
+                read_ns[fd] = now()
                 self.bytes += size
                 start, length = starts[size]
                 text = data.removeprefix(start).removesuffix(after)
@@ -192,11 +220,12 @@ class Reader:
         if source is None:
             return  # closed by what came before it in this round
         try:
-            data = source.recv(READ_SIZE)
+            data, said, _, _ = source.recvmsg(READ_SIZE, SAID_SIZE)
         except OSError as e:
             source.failed(e.errno or 0)
             return
-        stamp = monotonic_ns()
+        stamp = arrived_ns(said, self._read_ns[fd])
+        self._read_ns[fd] = monotonic_ns()
         if data:
             self.events += 1
             self.bytes += len(data)
@@ -211,12 +240,13 @@ class Reader:
         self._epoll.close()
 
 
-def _rest(recv: Callable[[int], bytes]) -> bytes:
-    """What else is there. An end or an error that shows here shows again, as an end, at the next turn."""
+def _with_rest(data: bytes, said: _Said, receive: _Receive) -> tuple[bytes, _Said]:
+    """And what else is there. An end or an error that shows here shows again, as an end, at the next turn."""
     try:
-        return recv(READ_SIZE - _SMALL_SIZE)
+        more, said_of_more, _, _ = receive(READ_SIZE - _SMALL_SIZE, SAID_SIZE)
     except OSError:
-        return b""
+        return data, said
+    return (data + more, said_of_more) if more else (data, said)
 
 
 def _plain_event(data: bytes, around: Around) -> tuple[bytes, int] | None:

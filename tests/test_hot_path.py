@@ -36,7 +36,7 @@ class Source:
     def __init__(self, path: Any, template: Template, again: bool) -> None:
         self.here, self.there = socket.socketpair()
         self.there.setblocking(False)
-        self.recv = self.there.recv
+        self.recvmsg = self.there.recvmsg
         self.reader, self.kept = path.Reader(), path.Kept()
         self.template, self.again = template, again
         self.told: list[tuple[str, object]] = []
@@ -180,6 +180,92 @@ def test_bytes_and_an_end_that_come_together_are_both_told(path: Any, template: 
     source.close()
 
 
+class Late(Source):
+    """On a TCP connection whose packets the kernel stamps; it notes what it is told and when."""
+
+    def __init__(self, path: Any, template: Template) -> None:
+        super().__init__(path, template, again=True)
+        self.reader.remove(self.there.fileno())
+        self.here.close()
+        self.there.close()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.there = socket.create_connection(listener.getsockname())
+            self.here = listener.accept()[0]
+        self.here.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.there.setblocking(False)
+        self.there.setsockopt(socket.SOL_SOCKET, reading.SO_TIMESTAMPNS, 1)
+        self.recvmsg = self.there.recvmsg
+        self.reader.add(self.there.fileno(), self)
+        self.heard: list[int] = []
+        for _ in range(200):  # the kernel begins a moment after it was asked
+            _, read = self.send(b"?", 0.02)
+            if self.heard.pop() < read - 10_000_000:
+                break
+        else:
+            pytest.fail("the kernel stamps no packet")
+
+    def received(self, data: bytes, stamp: int) -> None:
+        self.heard.append(stamp)
+
+    def send(self, data: bytes, late_s: float) -> tuple[int, int]:
+        """Send, read so much later; when it was sent, and when it was read."""
+        sent = time.monotonic_ns()
+        self.here.sendall(data)
+        time.sleep(late_s)
+        read = time.monotonic_ns()
+        self.reader.read()
+        return sent, read
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_stamp_is_when_bytes_came_not_when_they_were_read(path: Any, template: Template) -> None:
+    source = Late(path, template)
+    try:
+        times = [source.send(b"no event", 0.1) for _ in range(3)]
+        source.keep_texts()
+        times += [source.send(plain(b"text"), 0.1) for _ in range(3)]
+        times += [source.send(plain(b"t" * 5000), 0.1)]  # more than the usual read takes
+        stamps = source.heard + array("q", source.kept.stamps(0)).tolist()
+        assert len(stamps) == len(times)
+        for stamp, (sent, read) in zip(stamps, times, strict=True):
+            assert sent <= stamp < sent + (read - sent) / 2
+    finally:
+        source.close()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_events_that_share_a_read_have_the_stamp_of_the_last(path: Any, template: Template) -> None:
+    source = Late(path, template)
+    try:
+        source.keep_texts()
+        source.here.sendall(plain(b"first"))
+        time.sleep(0.05)
+        sent, read = source.send(plain(b"second"), 0.1)
+        first, second = array("q", source.kept.stamps(0))
+        assert first == second
+        assert sent <= second < sent + (read - sent) / 2
+    finally:
+        source.close()
+
+
+@pytest.mark.parametrize("step_s", [-3600, 3600])
+def test_a_wall_clock_that_is_set_moves_no_stamp_past_the_reads_around_it(
+    step_s: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel stamps in wall-clock time; set between a packet and its read, that says nothing any more."""
+    came = time.time_ns()
+    said = [(socket.SOL_SOCKET, reading.SO_TIMESTAMPNS, struct.pack("qq", came // 10**9, came % 10**9))]
+    after = time.monotonic_ns()
+    monkeypatch.setattr(reading, "time_ns", lambda: time.time_ns() + step_s * 10**9)
+    assert after <= reading.arrived_ns(said, after) <= time.monotonic_ns()
+
+
+@pytest.mark.parametrize("said", [[], [(0, 0, b"")], [(1, 35, b"short")], [(1, 36, bytes(16))]])
+def test_without_a_stamp_of_the_kernel_the_time_of_the_read_counts(said: list[tuple[int, int, bytes]]) -> None:
+    before = time.monotonic_ns()
+    assert before <= reading.arrived_ns(said, 0) <= time.monotonic_ns()
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_a_reset_is_told_with_its_number(path: Any, template: Template) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
@@ -188,7 +274,7 @@ def test_a_reset_is_told_with_its_number(path: Any, template: Template) -> None:
     source.there.close()
     source.there = socket.create_connection(listener.getsockname())
     source.there.setblocking(False)
-    source.recv = source.there.recv
+    source.recvmsg = source.there.recvmsg
     source.reader.add(source.there.fileno(), source)
     peer = listener.accept()[0]
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -287,7 +287,7 @@ def through_a_socket(reads: list[bytes], parse_after: set[int], path: Any) -> tu
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("scenarios.stream.Kept", path.Kept)
         stream = Stream(Result(0, 0), b"", target, None, None)
-    connection.sock, connection.recv, connection.stream, stream.connection = there, there.recv, stream, connection
+    connection.sock, connection.recvmsg, connection.stream, stream.connection = there, there.recvmsg, stream, connection
     there.setblocking(False)
     connection.ready = True
     owner.reader.add(there.fileno(), connection)

@@ -287,8 +287,9 @@ def table(all_figures: dict[str, Figures], first: str) -> Table:
         return [one.cpu_us_per_event for one in f.busy]
 
     def above(value: Callable[[Figures], list[float]]) -> Callable[[Figures], list[float]]:
-        floor = value(all_figures[Floor.name]) if Floor.name in all_figures else []
-        return lambda f: [one - min(floor) for one in value(f) if floor and one > min(floor)]
+        bottom = all_figures.get(Floor.name)
+        floor = value(bottom) if bottom is not None else []
+        return lambda f: [one - min(floor) for one in value(f)] if floor and f is not bottom else []
 
     def arrival_lag(f: Figures) -> str:
         return best(f.lag, lambda m: "-" if m.arrival_lag_p99_ms is None else f"{m.arrival_lag_p99_ms:.2f}")
