@@ -32,13 +32,15 @@ BALANCES = ("least", "round-robin", "session")
 # How often all streams are looked at: eight times within the shortest time limit, but not more or less often than this.
 _SWEEP_S, _SWEEP_LEAST_S = 0.5, 0.05
 _SLICES = 8  # a sweep goes over ten thousand streams in so many parts, lest it holds up the stamps
-# What a stream may hold before it is parsed, looked at once a sweep. Reads: few and not for long, as they are large and
-# teach how plain events look. Texts: many, for that is cheap.
-_READS, _LARGE, _TEXTS, _OLD_NS = 4, 4096, 512, 1_000_000_000
+# What a stream may hold before it is parsed, looked at once a sweep. Whole chunks: few, as they are large and teach how
+# plain events look. In all: much, for that is cheap.
+_RAW_LIMIT, _SIZE_LIMIT = 4096, 16384
+_QUIET_NS = 1_000_000_000  # chunks after which nothing came for so long may have been an end that only parsing finds
 RETRY_S, RETRY_MOST_S = 0.25, 4.0
 """Wait before the first retry of a request, and before any; it doubles in between."""
 # Answers that may wait to be parsed; beyond that one is parsed on the spot for each that ends.
 _BACKLOG = 4096
+_IDLE_NS = 200_000  # parsed at a time, before the loop turns again
 _OPENING = 128  # connections being opened at the same time: below any server's listen backlog
 
 
@@ -108,8 +110,8 @@ class Client:
         self._later: deque[Stream] = deque()
         self._unswept: list[Stream] = []
         self._share = 0
-        self.deciphered: tuple[int, int] = (0, 0)
-        """Reads, and bytes in them, of connections with TLS."""
+        self.tls_reads = self.tls_unstamped = 0
+        """As the counts of the reader, of connections with TLS."""
         self.start_mono_ns = monotonic_ns()
         self.loop: Any = gevent.get_hub().loop
         self.reader = Reader()
@@ -128,8 +130,13 @@ class Client:
     @property
     def read(self) -> tuple[int, int]:
         """Plain events and other reads, and bytes, that have arrived."""
-        events, size = self.deciphered
-        return self.reader.events + events, self.reader.bytes + size
+        return self.reader.events, self.reader.bytes
+
+    @property
+    def unstamped_share(self) -> float | None:
+        """Of all reads, those that have the time of the read because the kernel gave none; null before the first."""
+        reads = self.reader.reads + self.tls_reads
+        return (self.reader.unstamped + self.tls_unstamped) / reads if reads else None
 
     @property
     def backlog(self) -> int:
@@ -292,8 +299,12 @@ class Client:
     # -- when there is time -------------------------------------------------------------------------------------------
 
     def _on_idle(self) -> None:
-        if self._later:
+        """Some, and then a turn of the loop: a request may be due."""
+        end_ns = monotonic_ns() + _IDLE_NS
+        while self._later:
             self._parse_next()
+            if monotonic_ns() > end_ns:
+                break
         if not self._later:
             self._idle.stop()
 
@@ -305,11 +316,10 @@ class Client:
         if stream.result.finished_ns is None:
             _parse(stream)  # this may end it; its turn for a row comes then
         else:
-            stream.parse()
             self._finish(stream)
 
     def _finish(self, stream: Stream) -> None:
-        """Hand over the row, and then what was said to whoever wants to know."""
+        """Parse, hand over the row, and then what was said to whoever wants to know."""
         stream.fill(timed=self._stream)
         self._record(stream.result)
         if isinstance(stream.response, ToldResponse):
@@ -319,7 +329,6 @@ class Client:
         """Parse an answer that ended now, before its turn, and hand over its row, unless that was done."""
         if stream.queued and stream.result.finished_ns is not None:
             stream.queued = False
-            stream.parse()
             self._finish(stream)
 
     def refuse(self, result: Result) -> None:
@@ -402,7 +411,5 @@ def _parse(stream: Stream) -> None:
 
 def _is_much(stream: Stream, now: int) -> bool:
     """Whether a stream holds what should be parsed before its answer ends."""
-    reads = stream.reads
-    if reads:
-        return len(reads) >= _READS or len(reads[-1]) >= _LARGE or now - stream.stamps[0] > _OLD_NS
-    return len(stream.kept) >= _TEXTS
+    kept = stream.kept
+    return kept.raw > _RAW_LIMIT or kept.size > _SIZE_LIMIT or (kept.raw > 0 and now - kept.last_ns > _QUIET_NS)

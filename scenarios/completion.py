@@ -138,6 +138,11 @@ class Completion:
         return not self._stamps and self.usage is None
 
     @property
+    def blank(self) -> bool:
+        """True while nothing was said that any fact is made of."""
+        return self.open and self.empty and self.finish_reason is None
+
+    @property
     def open(self) -> bool:
         """True while events still count: no end and no failure was seen."""
         return not self.ended and self.error is None
@@ -275,7 +280,7 @@ class Completion:
 
     def _at_least(self, least: int) -> array[int]:
         """Stamps of the events that carry output for certain, or possibly."""
-        if min(self._certain, default=least) >= least:
+        if sum(map(self._certain.count, range(least, _CERTAIN + 1))) == len(self._certain):
             return self._stamps
         return array("q", compress(self._stamps, (certain >= least for certain in self._certain)))
 

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     import socket
 
     from scenarios.client import Client
-    from scenarios.hot_path import Kept
-    from scenarios.plain import Template
     from scenarios.target import Target
 
 # Locust patches the socket module to switch greenlets; the hot path is driven by callbacks and needs the real one.
@@ -31,15 +29,13 @@ _socket: Any = gevent.monkey.get_original("socket", "socket")
 
 _READ, _WRITE = 1, 2
 _PROTO_TCP, _NODELAY, _SOL_SOCKET, _SO_ERROR = 6, 1, 1, 4
-_TAIL = b"\r\n\r\n"
-_LAST_WORDS = b"data: [DONE]\n\n\r\n0\r\n\r\n"
 
 
 class Connection:
     """A TCP or TLS connection to one target; carries one stream at a time, or none while idle."""
 
     __slots__ = (
-        "_address", "_bio_in", "_bio_out", "_out", "_read_ns", "_reader", "_tls", "_writer", "client", "idle_ns",
+        "_address", "_bio_in", "_bio_out", "_came_ns", "_out", "_reader", "_tls", "_writer", "client", "fd", "idle_ns",
         "ready", "recvmsg", "sock", "stream", "target", "used",
     )  # fmt: skip
 
@@ -51,11 +47,12 @@ class Connection:
         self.used = False
         self.idle_ns = 0
         self.sock: socket.socket | None = None
+        self.fd = -1
         self._address = 0  # how many of the target's addresses were tried
         self._reader: Any = None
         self._writer: Any = None
         self.recvmsg: Any = None
-        self._read_ns = 0  # of a connection with TLS: when it was last read
+        self._came_ns = 0  # of a connection with TLS: when what was last read came
         self._out: bytes | memoryview = b""
         self._tls: ssl.SSLObject | None = None
         self._bio_in: ssl.MemoryBIO | None = None
@@ -86,8 +83,8 @@ class Connection:
                 sock.setsockopt(_SOL_SOCKET, SO_TIMESTAMPNS, 1)
             code = sock.connect_ex(address)
             if code in (0, errno.EINPROGRESS):
-                self.sock = sock
-                self._writer = self.client.loop.io(sock.fileno(), _WRITE)
+                self.sock, self.fd = sock, sock.fileno()
+                self._writer = self.client.loop.io(self.fd, _WRITE)
                 self._writer.start(self._connected)
                 return
             trouble = os.strerror(code)
@@ -108,11 +105,11 @@ class Connection:
             return
         self.target.prefer(self._address - 1)
         self.recvmsg = self.sock.recvmsg
+        self.client.reader.add(self.fd, self, self.target.tls is None)
         if self.target.tls is None:
-            self.client.reader.add(self.sock.fileno(), self)
             self._opened()
             return
-        self._reader = self.client.loop.io(self.sock.fileno(), _READ)
+        self._reader = self.client.loop.io(self.fd, _READ)
         self._bio_in, self._bio_out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = self.target.tls.wrap_bio(self._bio_in, self._bio_out, server_hostname=self.target.host)
         self._reader.start(self._read_tls)
@@ -156,6 +153,8 @@ class Connection:
         head, payload = self.target.head, stream.payload
         if not self.client.retries:
             stream.payload = b""  # ten thousand streams may be open
+        if stream.shape is not None and stream.shape.opening:
+            self.client.reader.keep(self.fd, stream.kept, stream.shape.pattern, True)
         if self._tls is None:
             self._send_now(head, payload)
             return
@@ -204,64 +203,55 @@ class Connection:
     # -- reading: the hot path ----------------------------------------------------------------------------------------
 
     def received(self, data: bytes, stamp: int) -> None:
-        """Take bytes of any kind that arrived at ``stamp``."""
+        """Take bytes that are not kept by the reader: they are parsed at once, until they can be."""
         stream = self.stream
         if stream is None:
             self.lost(None)  # nobody asked: this connection is out of step
             return
-        stream.reads.append(data)
-        stream.stamps.append(max(stamp, stream.tried_ns))  # what came before the request was sent is read after it
-        if not stream.lazy:
-            self.look(stream)
-        elif data[-4:] == _TAIL or len(data) < 4:
-            self._perhaps_end(stream)
+        stream.feed(data, stamp)
+        response = stream.response
+        if response.done:
+            self._end(stream, stream.last_ns, keep=response.keep_alive)
+        elif response.begun and response.at_an_event:
+            self._keep(stream)
 
     def other(self, data: bytes, stamp: int) -> None:
-        """Take bytes that are no plain event; what follows is kept as it is, too, until all of it was parsed."""
+        """Take bytes that are not as expected, after those that were kept."""
         assert self.stream is not None
-        assert self.sock is not None
-        self.stream.raw = True
-        self.client.reader.keep_all(self.sock.fileno())
+        self.stream.parse()
+        if self.stream.kept.owed:
+            self.stream.response.misframed()  # this is not the line end that the last chunk lacked
         self.received(data, stamp)
 
-    def keep_texts(self, kept: Kept, template: Template) -> None:
-        """Of plain events that arrive from now on, keep the text alone; of a connection with TLS they are read here."""
-        if self.sock is not None and self._tls is None:
-            self.client.reader.keep_texts(self.sock.fileno(), kept, template)
+    def ended(self, stamp: int) -> None:
+        """What was kept is whole: end the request at once. To parse it may wait until the loop is idle: answers to a
+        batch end together, and others may be due.
+        """
+        stream = self.stream
+        assert stream is not None
+        self._end(stream, stamp, keep=stream.kept.opened or stream.response.keep_alive)
+
+    def _keep(self, stream: Stream) -> None:
+        self.client.reader.keep(self.fd, stream.kept, stream.learn().pattern, False)
 
     def failed(self, code: int) -> None:
         """Receiving failed."""
         if code not in (errno.EAGAIN, errno.EINTR):
             self.lost(os.strerror(code).lower())
 
-    def _perhaps_end(self, stream: Stream) -> None:
-        """End the request at once when its last bytes are beyond doubt: parsing it may wait until the loop is idle.
-
-        Answers to a batch end together; parsing each on the spot would delay the stamps of the others.
-        """
-        data = stream.reads[-1]
-        if len(data) < len(_LAST_WORDS) and len(stream.reads) > 1:
-            data = stream.reads[-2] + data
-        if data.endswith(_LAST_WORDS):
-            self._end(stream, stream.stamps[-1], keep=stream.response.keep_alive and not self._out)
-        else:
-            self.look(stream)
-
     def look(self, stream: Stream) -> None:
-        """Parse now: the headers, the first event, which is like no other, or an end that only the framing can tell."""
+        """Parse what is kept now, and learn from it when it is more than texts."""
+        chunks = stream.kept.raw
         stream.parse()
-        response = stream.response
-        if response.done:
-            self._end(stream, stream.last_ns, keep=response.keep_alive and not self._out)
-        elif response.chunked and response.begun and not stream.lazy:
-            stream.lazy = True
-            stream.parse()  # it has shown its first output: learn what more of it looks like
+        if stream.response.done:
+            self._end(stream, stream.heard_ns, keep=stream.response.keep_alive)
+        elif chunks:
+            self._keep(stream)
 
     def _end(self, stream: Stream, stamp: int, *, keep: bool) -> None:
         self.stream = stream.connection = None
-        if not stream.raw and self.sock is not None:
-            self.client.reader.keep_all(self.sock.fileno())
-        if keep:
+        if keep and not self._out:
+            self.client.reader.keep_all(self.fd)
             self.client.pool(self)
         else:
             self.close()
@@ -277,8 +267,9 @@ class Connection:
         except OSError as e:
             self.lost(os.strerror(e.errno or 0).lower())
             return
-        stamp = arrived_ns(said, self._read_ns)
-        self._read_ns = monotonic_ns()
+        self._came_ns = stamp = arrived_ns(said, self._came_ns)
+        self.client.tls_reads += 1
+        self.client.tls_unstamped += not said
         if data:
             self._bio_in.write(data)
         else:
@@ -311,10 +302,7 @@ class Connection:
             parts.append(part)
         self._flush_tls()
         if parts:
-            data = b"".join(parts)
-            events, size = self.client.deciphered
-            self.client.deciphered = events + 1, size + len(data)
-            self.received(data, stamp)
+            self.client.reader.take(self.fd, b"".join(parts), stamp)
         if ended and self.sock is not None:
             self.lost(trouble)
 
@@ -329,7 +317,7 @@ class Connection:
             self.client.drop(self)
             return
         stream.connection = None
-        stream.parse()
+        stream.parse(over=True)
         stream.response.eof(trouble)
         self.client.end(stream, stamp)
 
@@ -351,7 +339,7 @@ class Connection:
                 watcher.close()
         self._reader = self._writer = self.recvmsg = None
         if self.sock is not None:
-            self.client.reader.remove(self.sock.fileno())
+            self.client.reader.remove(self.fd)
             self.sock.close()
             self.sock = None
 

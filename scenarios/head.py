@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+MEANS = frozenset(["connection", "content-encoding", "content-length", "content-type", "location", "transfer-encoding"])
+"""Headers that are read; whatever others say changes nothing."""
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9]\d\d)(?: |$)")
 
 
@@ -51,6 +53,15 @@ def read_head(head: bytes) -> Head | None:
     return Head(
         status=status, keep_alive=keep_alive, body=body, framing=framing, length=length,
         location=headers.get("location", ""), problem=problem or unframed,
+    )  # fmt: skip
+
+
+def is_usual(head: bytes) -> bool:
+    """Whether it is that of an event stream in chunks, on a connection that is kept."""
+    said = read_head(head)
+    return (
+        said is not None and said.problem is None and said.keep_alive
+        and (said.status, said.framing, said.body) == (200, "chunked", "sse")
     )  # fmt: skip
 
 

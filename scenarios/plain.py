@@ -1,172 +1,153 @@
-"""Plain events: of most streams nearly all events differ in their text alone. Learn one, then recognise many in bulk.
+"""Plain events: of most streams nearly all events differ in their text alone. Learn one, then recognise the others.
 
 An answer's events repeat everything but the text: id, model, indices, nulls. `Template.learn` takes one chunk of the
 answer apart at its text and proves, by the decoder of `completion` itself, that such an event is nothing but some more
-output. Whatever begins and ends so, byte for byte, in an HTTP chunk of the right size, with a text that is the inside
-of a JSON string, is then the same event with another text: no other reading of it is left. So it need not be decoded,
-and what is not exactly that is taken by the book. No I/O; nothing is remembered but a guess, `_Usual`.
+output. Whatever begins and ends so is then the same event with another text, if that is the inside of a JSON string: no
+other reading of it is left. So it need not be decoded, and what is not exactly that is taken by the book.
+
+Answers of one server, too, differ in little: in ids, in times, in headers that mean nothing to us. So how an answer
+begins, up to its first output, and what its events look like are a `Shape`, by which the next one is recognised.
+No I/O.
 """
 
 from __future__ import annotations
 
 import re
-from itertools import repeat
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import msgspec
 
-from scenarios.completion import Completion
-from scenarios.hot_path import Kept
+from scenarios.completion import Answer, Completion
+from scenarios.head import MEANS, is_usual
+from scenarios.hot_path import Pattern
 
 _TEXT = re.compile(rb'"(?:content|text|reasoning|reasoning_content)" ?: ?"')
-_ID, _WORD = re.compile(rb'"id" ?: ?"([\w-]+)"'), re.compile(rb"[\w-]+")
-_CLOSING = 4  # reads at the end of most answers: the last token, usage, [DONE], the last chunk
+# What no fact is read from, so that any other value of the same length means the same: strings of letters and digits,
+# and numbers but for their first digit.
+_LOOSE = re.compile(rb'"id" ?: ?"(?P<w>[\w-]+)"|"created" ?: ?[1-9](?P<d>[0-9]+)[,}]')
+_HEADER = re.compile(rb"\r\n([\w-]+): ?([^\r\n\0]*)(?=\r\n)")
+_SIZE, _BLANK_LINE = re.compile(rb"([1-9a-fA-F][0-9a-fA-F]{0,5})\r\n"), re.compile(rb"\n\r?\n")
+_PROBES, _NOTHING = [b"?", b"!"], [b"", b""]
+_TEMPLATES = 4  # that a shape has at most: the oldest is forgotten
+_SAME = ord("=")
 _decode_text = msgspec.json.Decoder(str).decode
 
 
-class _Usual:
-    """What the answer before this one looked like: most answers of a server differ in their id alone."""
-
-    head = b"%x"
-    """The case of the last chunk size that showed one: 9F is no 9f, and 81 does not tell which the server writes."""
-    template: Template | None = None
-
-
+@dataclass(frozen=True, slots=True)
 class Template:
-    """What a plain event of one answer looks like, around its text."""
+    """What a plain event looks like around its text, from ``data:`` on; ``loose`` as in `hot_path.Pattern`."""
 
-    __slots__ = ("_end", "_head", "_id", "_tail", "after", "before", "starts", "upper")
-
-    def __init__(self, before: bytes, after: bytes, end: bytes, head: bytes) -> None:
-        self.before = before
-        """What is before the text, from behind the line with the chunk's size."""
-        self._head = head
-        self.upper = head == b"%X"
-        """How that size is written: 1F, not 1f."""
-        self._end = end + b"\r\n"
-        self.after = after + self._end
-        """How a chunk with a plain event ends."""
-        self._tail = after
-        found = _ID.search(before)
-        self._id = found.span(1) if found else (0, 0)
-        self.starts = _Starts(before, len(self.after), head)
-        """How it must begin, and the length of its text, by its size."""
+    before: bytes
+    loose: bytes
+    after: bytes
+    said: bool
+    """Whether its text is part of what is said; reasoning is not."""
 
     @classmethod
-    def learn(cls, read: bytes) -> Template | None:
-        """From a read that is one whole HTTP chunk with one plain event; null when it is anything else."""
-        size, _, rest = read.partition(b"\r\n")
-        if _Usual.template is not None and (like := _Usual.template._like(size, rest)):
-            return like
-        payload = rest[:-2]
-        heads = [head for head in (b"%x", b"%X") if head % len(payload) == size]
-        end = b"\r\n\r\n" if payload.endswith(b"\r\n\r\n") else b"\n\n"
-        event = payload.removesuffix(end)
-        if not (heads and rest.endswith(b"\r\n") and payload.endswith(end) and event.startswith(b"data:")):
-            return None
-        if b"\n" in event or b"\r" in event:
+    def learn(cls, content: bytes) -> Template | None:
+        """From the content of an HTTP chunk with one plain event; null when it is anything else."""
+        end = b"\r\n\r\n" if content.endswith(b"\r\n\r\n") else b"\n\n"
+        event = content.removesuffix(end)
+        if not (content.endswith(end) and event.startswith(b"data:")) or b"\n" in event or b"\r" in event:
             return None  # several lines: what they mean together is for the book
         for found in _TEXT.finditer(event):
             before, after = event[: found.end()], event[event.find(b'"', found.end()) :]
-            if _is_output(before + b"?" + after):
-                if len(heads) == 1:
-                    _Usual.head = heads[0]
-                _Usual.template = cls(before, after, end, _Usual.head)
-                return _Usual.template
+            told = [_told(before + text + after) for text in _PROBES]
+            if told in (_PROBES, _NOTHING):
+                loose = _loose_in(before)
+                return cls(_filled(before, loose), loose, after + end, told == _PROBES)
         return None
 
-    def _like(self, size: bytes, rest: bytes) -> Template | None:
-        """The template that a chunk of ``size`` is of, when that is this one, with this or another id."""
-        before, (start, end) = rest[: len(self.before)], self._id
-        text = len(rest) - len(before) - len(self.after)
-        if text < 1 or not rest.endswith(self.after) or size != self._head % (len(rest) - 2):
-            return None
-        if before == self.before:
-            return self
-        if before[:start] != self.before[:start] or before[end:] != self.before[end:]:
-            return None
-        # Letters and digits for letters and digits, in a string that is no output: the proof holds for these, too.
-        if not _WORD.fullmatch(before, start, end):
-            return None
-        return Template(before, self._tail, self._end[:-2], self._head)
+    def whole(self, text: bytes) -> bytes:
+        """The chunk that this is the text of, as it was read but for what is loose."""
+        return b"%x\r\n%b%b%b\r\n" % (len(self.before) + len(text) + len(self.after), self.before, text, self.after)
 
-    def count(self, reads: list[bytes]) -> int:
-        """How many of the first ``reads`` are a whole chunk with one plain event each."""
-        if reads[-1].endswith(self._end) and self._all(reads):
-            return len(reads)
-        least, most = 0, len(reads) - 1
-        if most > _CLOSING and self._all(reads[:-_CLOSING]):
-            least = len(reads) - _CLOSING
-        while least < most:
-            middle = (least + most + 1) // 2
-            if self._all(reads[least:middle]):
-                least = middle
-            else:
-                most = middle - 1
-        return least
 
-    def holds(self, read: bytes) -> int:
-        """How many events end in a read, plain or not."""
-        return read.count(self._end)
+def _told(event: bytes) -> bytes | None:
+    """What is said by an event that is some output, and nothing else; null for any other."""
+    probe = Completion()
+    probe.told = Answer()
+    probe.read_event(event, 0)
+    return probe.told.text.encode() if probe.is_plain else None
 
-    def cut(self, reads: list[bytes], stamps: list[int]) -> tuple[list[bytes], list[int]]:
-        """The same reads cut behind each event, with the stamps that the parts then have."""
-        parts: list[bytes] = []
-        times: list[int] = []
-        for read, stamp in zip(reads, stamps, strict=True):
-            *events, rest = read.split(self._end)
-            parts += [event + self._end for event in events]
-            if rest:
-                parts.append(rest)
-            times += [stamp] * (len(parts) - len(times))
-        return parts, times
 
-    def _all(self, reads: list[bytes]) -> bool:
-        starts, lengths = zip(*map(self.starts.__getitem__, map(len, reads)), strict=True)
-        texts = list(map(bytes.removesuffix, map(bytes.removeprefix, reads, starts), repeat(self.after)))
-        # What lacks its start or its end is longer than it would be without it.
-        return tuple(map(len, texts)) == lengths and self.fit(b" ".join(texts))
+def fit(texts: list[bytes]) -> bool:
+    """Whether each is the inside of a JSON string."""
+    try:  # a space between two, so that no half of a character or escape meets its other half in the next
+        _decode_text(b'"%b"' % b" ".join(texts))
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
+    return True
 
-    @staticmethod
-    def fit(texts: bytes) -> bool:
-        """Whether each is the inside of a JSON string; ``texts`` has a space between two of them, so that no half of a
-        character or escape meets its other half in the next event.
-        """
-        try:
-            _decode_text(b'"%b"' % texts)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            return False
-        return True
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How answers of one server begin, up to their first output (empty: not known), and their plain events."""
+
+    opening: bytes
+    templates: tuple[Template, ...]
+    pattern: Pattern
+    """The same, as the hot path has it."""
 
     @classmethod
-    def fits(cls, kept: Kept) -> bool:
-        """Whether all texts that were kept are that."""
-        return kept.simple or cls.fit(kept.joined())
+    def of(cls, opening: bytes, templates: tuple[Template, ...]) -> Shape:
+        """The shape of these."""
+        templates = templates[-_TEMPLATES:]
+        head, blank, events = opening.partition(b"\r\n\r\n")
+        loose = _loose_in_head(head) + b"=" * len(blank) + _loose_in(events)
+        opening = _filled(opening, loose)
+        return cls(opening, templates, Pattern(opening, loose, tuple((t.before, t.loose, t.after) for t in templates)))
 
-    def whole(self, text: bytes) -> bytes:
-        """The chunk that this is the text of, as it was read."""
-        event = len(self.before) + len(text) + len(self.after) - 2
-        return self._head % event + b"\r\n" + self.before + text + self.after
+    @classmethod
+    def learn(cls, seen: bytes, known: Shape | None) -> Shape:
+        """From all that came of an answer up to its first output or beyond it, and what was known of others."""
+        opening, template = _opening_of(seen)
+        known = known or cls.of(b"", ())
+        if opening:
+            shape = cls.of(opening, known.templates)
+            known = known if shape.opening == known.opening else shape
+        return known.with_one(template)
 
-
-class _Starts(dict[int, tuple[bytes, int]]):
-    """Size of a read -> how it must begin to be a chunk with a plain event, and how long its text then is."""
-
-    def __init__(self, before: bytes, after: int, head: bytes) -> None:
-        self._before, self._after, self._head = before, after, head
-
-    def __missing__(self, size: int) -> tuple[bytes, int]:
-        start, text = b"?", -1  # no chunk begins so
-        for digits in range(1, 6):
-            event = size - digits - 4
-            head = self._head % max(event, 0)
-            if len(head) == digits and event + 2 > len(self._before) + self._after:
-                start, text = head + b"\r\n" + self._before, event + 2 - len(self._before) - self._after
-        self[size] = start, text
-        return start, text
+    def with_one(self, template: Template | None) -> Shape:
+        """The same with a template that may be new."""
+        if template is None or template in self.templates:
+            return self
+        return Shape.of(self.opening, (*self.templates, template))
 
 
-def _is_output(event: bytes) -> bool:
-    """Whether an event says that there is some output, and nothing else."""
-    probe = Completion()
-    probe.read_event(event, 0)
-    return probe.is_plain
+def _opening_of(seen: bytes) -> tuple[bytes, Template | None]:
+    """How an answer begins, up to its first output (empty: the next one is not to be known by it); and its events."""
+    head, blank, body = seen.partition(b"\r\n\r\n")
+    known = bool(blank) and is_usual(head)
+    said, at = Completion(), 0
+    while line := _SIZE.match(body, at):
+        end = line.end() + int(line[1], 16) + 2
+        content = body[line.end() : end - 2]
+        for event in _BLANK_LINE.split(content):
+            said.read_event(event, 0)
+        if not said.blank or not content.endswith((b"\n\n", b"\n\r\n")) or body[end - 2 : end] != b"\r\n":
+            return (head + blank + body[:at] if known else b""), Template.learn(content)
+        at = end
+    return b"", None
+
+
+def _loose_in(event: bytes) -> bytes:
+    return _marked(event, ((found.span(found.lastgroup or 0), found.lastgroup) for found in _LOOSE.finditer(event)))
+
+
+def _loose_in_head(head: bytes) -> bytes:
+    found = _HEADER.finditer(head + b"\r\n")
+    return _marked(head, ((one.span(2), "v") for one in found if one[1].decode().lower() not in MEANS))
+
+
+def _marked(data: bytes, spans: Iterable[tuple[tuple[int, int], str | None]]) -> bytes:
+    loose = bytearray(b"=" * len(data))
+    for (start, end), kind in spans:
+        loose[start:end] = (kind or "=").encode() * (end - start)
+    return bytes(loose)
+
+
+def _filled(data: bytes, loose: bytes) -> bytes:
+    """The same with a 0, which may be anywhere, wherever it is loose: what is alike is equal."""
+    return bytes(one if may == _SAME else ord("0") for one, may in zip(data, loose, strict=True))

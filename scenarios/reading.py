@@ -1,5 +1,9 @@
 """The hot path, in Python: receive, stamp and keep, for every descriptor that has bytes.
 
+Of an answer that begins as the others of its server did (its opening), nothing is handed on before its end: its chunks
+are kept as they are, and of plain events only the text. Whatever is not as expected is handed on, to be taken by the
+book.
+
 A stamp is the kernel's: when the packet came, however late it was read. Only events that came between two reads of the
 same descriptor share one, that of the last.
 
@@ -12,7 +16,8 @@ from __future__ import annotations
 import re
 import struct
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from itertools import groupby
 from time import monotonic_ns, time_ns
 from typing import Any, Protocol
 
@@ -21,21 +26,25 @@ import gevent.monkey
 _epoll: Any = gevent.monkey.get_original("select", "epoll")
 
 READ_SIZE = 65536
-_SMALL_SIZE = 470
-"""A usual event fits, and Python keeps objects of this size in pools: read into 64 KiB and cut down, what ten thousand
-streams hold would leave the memory full of holes. What is larger takes a second call."""
+PARTIAL = 16384
+"""A chunk that is not whole is held up to this size, bytes."""
 SO_TIMESTAMPNS = 35
 """Socket option, and kind of message, by which Linux says when a packet came; Python has no name for it."""
 SAID_SIZE = 64
 _SOL_SOCKET, _TIMESPEC = 1, struct.Struct("qq")
 _EPOLLIN = 1
-_DIGITS = 5  # of the size of a chunk with a plain event
-_BATCH, _ROUNDS, _MANY = 256, 4, 16
+_DIGITS = 5  # of the size of a chunk; larger ones are for the book
+_BATCH, _MANY, _KINDS = 64, 16, 15
+_LONG_NS = 300_000  # after so long a round of reading ends: a request may be due
+_LINE_END = b"\r\n"
 _SIMPLE = re.compile(rb"[ !#-\[\]-~]*")
+_SIZE = re.compile(rb"(?:0|[1-9a-fA-F][0-9a-fA-F]{0,%d})\r\n" % (_DIGITS - 1))
+_BEGUN = re.compile(rb"(?:0|[1-9a-fA-F][0-9a-fA-F]{0,%d})\r?" % (_DIGITS - 1))
+_MAY_BE = {ord("w"): rb"[\w-]", ord("d"): rb"[0-9]", ord("v"): rb"[^\r\n\0]"}
 
 
 class Source(Protocol):
-    """Whose bytes are read: what it is told of those that are no plain event."""
+    """Whose bytes are read: what it is told."""
 
     recvmsg: Any
 
@@ -43,7 +52,10 @@ class Source(Protocol):
         """Take bytes that arrived at ``stamp``, monotonic ns."""
 
     def other(self, data: bytes, stamp: int) -> None:
-        """The same, where only texts were kept until now."""
+        """The same: they are not as expected, and from now on whatever arrives is handed on."""
+
+    def ended(self, stamp: int) -> None:
+        """The last chunk of what is kept arrived at ``stamp``; from now on whatever arrives is handed on."""
 
     def lost(self, trouble: str | None) -> None:
         """The connection ended."""
@@ -52,70 +64,107 @@ class Source(Protocol):
         """Receiving failed with this errno."""
 
 
-class Around(Protocol):
-    """What stands around the text of a plain event (`scenarios.plain.Template`)."""
+class Pattern:
+    """What the answers of a server look like: how they begin, and the content of a chunk around a plain event's text.
 
-    before: bytes
-    after: bytes
-    upper: bool
+    ``events``: (before, loose, after) of at most 15 kinds. In ``loose``, as long as what it is about, a byte says what
+    may be there: "=" the same, "w" any of letters, digits, _ and -, "d" any digit, "v" anything but CR, LF and 0.
+    """
 
-    @property
-    def starts(self) -> Mapping[int, tuple[bytes, int]]:
-        """How such a chunk begins, and the length of its text, by the chunk's size."""
+    __slots__ = ("events", "opening", "size")
+
+    def __init__(self, opening: bytes, loose: bytes, events: tuple[tuple[bytes, bytes, bytes], ...]) -> None:
+        if len(events) > _KINDS:
+            raise ValueError(f"more than {_KINDS} kinds of events")
+        self.size = len(opening)
+        self.opening = [re.compile(one, re.DOTALL) for one in _bytewise(opening, loose)]
+        self.events = [
+            (re.compile(b"".join(_bytewise(before, may)), re.DOTALL), len(before), after)
+            for before, may, after in events
+        ]
+
+    def is_opening(self, data: bytes) -> bool:
+        """Whether this is an opening, or how one begins."""
+        return all(one.match(data, at) for at, one in enumerate(self.opening[: len(data)]))
+
+    def text(self, content: bytes) -> tuple[int, bytes]:
+        """The kind of plain event that this content of a chunk is, and its text; 0 when it is none."""
+        for kind, (before, size, after) in enumerate(self.events, 1):
+            text = content[size : len(content) - len(after)]
+            if len(content) > size + len(after) and before.match(content) and content.endswith(after):
+                return kind, text
+        return 0, b""
+
+
+def _bytewise(expected: bytes, loose: bytes) -> list[bytes]:
+    if len(expected) != len(loose):
+        raise ValueError(f"{len(expected)} bytes, and {len(loose)} that say which may differ")
+    return [_MAY_BE.get(may, re.escape(bytes([one]))) for one, may in zip(expected, loose, strict=True)]
 
 
 class Kept:
-    """Texts of plain events, in order, and when each arrived (monotonic ns)."""
+    """What has arrived of an answer, in order, and when (monotonic ns): whole chunks, and texts of plain events."""
 
-    __slots__ = ("_stamps", "_texts")
+    __slots__ = ("_entries", "inside", "last_ns", "opened", "opening", "owed", "partial", "raw", "size")
 
     def __init__(self) -> None:
-        self._texts: list[bytes] = []
-        self._stamps: list[int] = []
+        self.opening = False  # still to come
+        self.opened = False
+        """Whether the answer began with the opening of its pattern."""
+        self.inside = False  # the last chunk did not end with an event
+        self.owed = 0
+        """Bytes of the last chunk's line end that lack; when others came, they never will."""
+        self.partial = b""  # of a chunk that is not whole
+        self.last_ns = 0
+        """When something arrived last; 0 for never."""
+        self.clear()
 
     def __len__(self) -> int:
-        return len(self._texts)
+        return len(self._entries)
 
     def clear(self) -> None:
-        """Hold nothing."""
-        self._texts.clear()
-        self._stamps.clear()
+        """Hold nothing but what is not whole."""
+        self._entries: list[tuple[int, int, bytes]] = []
+        self.raw = 0
+        """Bytes held of whole chunks."""
+        self.size = 0
+        """Bytes held."""
 
-    def texts(self) -> list[bytes]:
-        """Each text."""
-        return list(self._texts)
+    def add(self, kind: int, stamp: int, part: bytes) -> None:
+        """Keep the text of an event of this kind (from 1 on), or whole chunks (0)."""
+        self._entries.append((kind, stamp, part))
+        self.size += len(part)
+        self.raw += 0 if kind else len(part)
 
-    def joined(self) -> bytes:
-        """All texts with a space between two."""
-        return b" ".join(self._texts)
+    def rest(self) -> bytes:
+        """Take the bytes of a chunk that is not whole."""
+        rest, self.partial = self.partial, b""
+        return rest
 
-    def stamps(self, since_ns: int) -> bytes:
-        """When each arrived, counted from ``since_ns`` on: int64, native byte order."""
-        return array("q", [stamp - since_ns for stamp in self._stamps]).tobytes()
+    def runs(self, since_ns: int, whole: bool) -> list[tuple[int, bytes, list[bytes] | None]]:
+        """What is kept, in stretches of one kind: the kind; when each part arrived, from ``since_ns`` on (int64, native
+        byte order); and the parts, of kind 0 whole chunks of one read each, of others a text.
 
-    @property
-    def simple(self) -> bool:
-        """Whether all are printable ASCII without quote or backslash: the inside of a JSON string beyond doubt."""
-        return _SIMPLE.fullmatch(self.joined()) is not None
-
-    @property
-    def last_ns(self) -> int:
-        """When the last arrived; 0 for none."""
-        return self._stamps[-1] if self._stamps else 0
+        Texts are null, unless ``whole``, when all that are kept are printable ASCII without quote or backslash: the
+        insides of JSON strings beyond doubt.
+        """
+        whole = whole or not all(_SIMPLE.fullmatch(part) for kind, _, part in self._entries if kind)
+        runs: list[tuple[int, bytes, list[bytes] | None]] = []
+        for kind, group in groupby(self._entries, lambda entry: entry[0]):
+            entries = list(group)
+            stamps = array("q", [stamp - since_ns for _, stamp, _ in entries]).tobytes()
+            runs.append((kind, stamps, [part for _, _, part in entries] if whole or not kind else None))
+        return runs
 
 
 _Said = Sequence[tuple[int, int, bytes]]
-_Receive = Callable[[int, int], tuple[bytes, _Said, int, object]]
-_Lane = tuple[
-    Mapping[int, tuple[bytes, int]], bytes, _Receive, Callable[[bytes], None], Callable[[int], None], Source, Around,
-]  # fmt: skip
-"""How plain events begin and end, recvmsg of the socket, append of what is kept, whose it is, and the template."""
 
 
 def arrived_ns(said: _Said, after_ns: int) -> int:
     """When the kernel got the last of the bytes that came with ``said``, monotonic ns; now, where it did not say.
 
-    It stamps in the time of the wall clock. However that was set meanwhile: not before ``after_ns``, the last read.
+    It stamps in the time of the wall clock. However that was set meanwhile: not before ``after_ns``, when what was read
+    last came.
     """
     wall = time_ns()  # first: held up in between, stamps come out late and never early
     now = monotonic_ns()
@@ -127,136 +176,195 @@ def arrived_ns(said: _Said, after_ns: int) -> int:
     return now
 
 
+class _Lane:
+    """One descriptor: whose it is, and what is kept of the answer that arrives on it, if anything is."""
+
+    __slots__ = ("came_ns", "kept", "pattern", "polled", "source")
+
+    def __init__(self, source: Source, polled: bool) -> None:
+        self.source = source
+        self.polled = polled
+        self.came_ns = monotonic_ns()  # when what was last read came: what is read next came later
+        self.kept: Kept | None = None
+        self.pattern: Pattern | None = None
+
+
 class Reader:
     """Receives, stamps and keeps, for every descriptor that has bytes."""
 
-    __slots__ = ("_epoll", "_lanes", "_read_ns", "_sources", "bytes", "events")
+    __slots__ = ("_epoll", "_lanes", "bytes", "events", "reads", "shared", "unstamped")
 
     def __init__(self) -> None:
         self.events = 0
         """How many plain events, and other reads, were read."""
         self.bytes = 0
+        self.shared = 0
+        """How many plain events came with another before them in one read, and share its stamp."""
+        self.reads = 0
+        """How often bytes were received."""
+        self.unstamped = 0
+        """How often the kernel gave no time for them."""
         self._epoll: Any = _epoll()
-        self._sources: dict[int, Source] = {}
         self._lanes: dict[int, _Lane] = {}
-        self._read_ns: dict[int, int] = {}  # when each was last read: what is read next came later
 
     def fileno(self) -> int:
         """A descriptor that is readable while there is work."""
         return int(self._epoll.fileno())
 
-    def add(self, fd: int, source: Source) -> None:
-        """Read from this descriptor from now on."""
-        if fd in self._sources:
+    def add(self, fd: int, source: Source, polled: bool) -> None:
+        """Read from this descriptor from now on; unless ``polled``, ``source`` does that and calls `take`."""
+        if fd in self._lanes:
             raise ValueError(f"descriptor {fd} cannot be added")
         self._epoll.register(fd, _EPOLLIN)
-        self._sources[fd] = source
-        self._read_ns[fd] = monotonic_ns()
+        if not polled:
+            self._epoll.unregister(fd)  # it is a socket, and open: that was the question
+        self._lanes[fd] = _Lane(source, polled)
 
-    def keep_texts(self, fd: int, kept: Kept, around: Around) -> None:
-        """Of plain events that arrive on this descriptor, keep the text alone."""
-        source = self._sources.get(fd)
-        if source is not None:
-            keep, note = kept._texts.append, kept._stamps.append
-            self._lanes[fd] = (around.starts, around.after, source.recvmsg, keep, note, source, around)
+    def keep(self, fd: int, kept: Kept, pattern: Pattern | None, opening: bool) -> None:
+        """Keep the answer that arrives on this descriptor; ``opening``: from its first byte on, if it has that of the
+        pattern. Else a chunk must be what comes next. Without a pattern no event is plain.
+        """
+        lane = self._lanes.get(fd)
+        if lane is not None:
+            lane.kept, lane.pattern = kept, pattern
+            kept.opening = opening
+            if opening:
+                lane.came_ns = monotonic_ns()  # what came before the request is no answer to it
 
     def keep_all(self, fd: int) -> None:
         """Hand on whatever arrives again."""
-        self._lanes.pop(fd, None)
+        lane = self._lanes.get(fd)
+        if lane is not None:
+            lane.kept = lane.pattern = None
 
     def remove(self, fd: int) -> None:
         """Read from it no more; call it before the descriptor is closed. One that was never added is no error."""
-        self._lanes.pop(fd, None)
-        self._read_ns.pop(fd, None)
-        if self._sources.pop(fd, None) is not None:
+        lane = self._lanes.pop(fd, None)
+        if lane is not None and lane.polled:
             self._epoll.unregister(fd)
 
-    def read(self) -> None:
-        """Read whatever has bytes, without waiting."""
-        poll, lane_of, read_ns, now = self._epoll.poll, self._lanes.get, self._read_ns, monotonic_ns
-        for _ in range(_ROUNDS):
-            ready = poll(0, _BATCH)
+    def read(self) -> bool:
+        """Read what has bytes, without waiting; True when there may be more, as this took a while."""
+        end_ns, more = monotonic_ns() + _LONG_NS, True
+        while more:
+            ready = self._epoll.poll(0, _BATCH)
             for fd, _ in ready:
-                lane = lane_of(fd)
-                if lane is None:
-                    self._read_any(fd)
-                    continue
-                starts, after, receive, keep, note, source, around = lane
-                try:
-                    data, said, _, _ = receive(_SMALL_SIZE, SAID_SIZE)
-                except OSError as e:
-                    source.failed(e.errno or 0)
-                    continue
-                size = len(data)
-                if size == _SMALL_SIZE:
-                    data, said = _with_rest(data, said, receive)
-                    size = len(data)
-                stamp = arrived_ns(said, read_ns[fd])
-                read_ns[fd] = now()
-                self.bytes += size
-                start, length = starts[size]
-                text = data.removeprefix(start).removesuffix(after)
-                if len(text) == length:  # it had both, and nothing else: a plain event, if the text is one
-                    keep(text)
-                    note(stamp)
-                    self.events += 1
-                elif size:
-                    at = 0  # several events, or none
-                    while at < size and (one := _plain_event(data[at:], around)):
-                        keep(one[0])
-                        note(stamp)
-                        at += one[1]
-                        self.events += 1
-                    if at < size:
-                        self.events += 1
-                        source.other(data[at:], stamp)
-                else:
-                    source.lost(None)
-            if len(ready) < _MANY:
-                break  # the loop's own turn costs less than to look in vain
+                lane = self._lanes.get(fd)
+                if lane is not None:  # else it was closed by what came before it in this round
+                    self._read_one(fd, lane)
+            more = len(ready) >= _MANY  # else the loop's own turn costs less than to look in vain
+            if monotonic_ns() > end_ns:
+                break
+        return more
 
-    def _read_any(self, fd: int) -> None:
-        source = self._sources.get(fd)
-        if source is None:
-            return  # closed by what came before it in this round
+    def _read_one(self, fd: int, lane: _Lane) -> None:
         try:
-            data, said, _, _ = source.recvmsg(READ_SIZE, SAID_SIZE)
+            data, said, _, _ = lane.source.recvmsg(READ_SIZE, SAID_SIZE)
         except OSError as e:
-            source.failed(e.errno or 0)
+            lane.source.failed(e.errno or 0)
             return
-        stamp = arrived_ns(said, self._read_ns[fd])
-        self._read_ns[fd] = monotonic_ns()
         if data:
-            self.events += 1
-            self.bytes += len(data)
-            source.received(data, stamp)
+            lane.came_ns = arrived_ns(said, lane.came_ns)
+            self.reads += 1
+            self.unstamped += not said
+            self.take(fd, data, lane.came_ns)
         else:
-            source.lost(None)
+            lane.source.lost(None)
+
+    def take(self, fd: int, data: bytes, stamp: int) -> None:
+        """Take bytes that arrived on a descriptor at ``stamp``, monotonic ns."""
+        lane = self._lanes.get(fd)
+        if lane is None:
+            return
+        self.bytes += len(data)
+        kept, source = lane.kept, lane.source
+        if kept is None:
+            self.events += 1
+            source.received(data, stamp)
+            return
+        rest, last = self._keep(kept, lane.pattern, kept.rest() + data, stamp)
+        if rest is None or not (rest or last):
+            return
+        lane.kept = lane.pattern = None
+        if rest:
+            self.events += 1
+            source.other(rest, stamp)
+        else:
+            source.ended(stamp)
+
+    def _keep(self, kept: Kept, pattern: Pattern | None, data: bytes, stamp: int) -> tuple[bytes | None, bool]:
+        """Keep what is as expected; the rest of it, null when more is to come; and whether it had the last chunk."""
+        kept.last_ns = stamp
+        at = raw = end = 0
+        last, plain = False, 0
+        while kept.owed and at < len(data):
+            if data[at] != _LINE_END[-kept.owed]:
+                return data[at:], False
+            kept.owed -= 1
+            at = raw = at + 1
+        if kept.opening:
+            if pattern is None or not pattern.size or not pattern.is_opening(data[: pattern.size]):
+                return data, False
+            if len(data) < pattern.size:
+                return self._hold(kept, data), False
+            at = raw = pattern.size
+            kept.opening, kept.opened = False, True
+            self.events += 1
+        while at < len(data) and not last:
+            content, end = _chunk(data, at)
+            if content is None:
+                break
+            kind, text = (0, b"") if pattern is None or kept.inside else pattern.text(content)
+            if kind:
+                self._keep_raw(kept, data[raw:at], stamp)
+                kept.add(kind, stamp, text)
+                self.events += 1
+                self.shared += plain > 0
+                plain += 1
+                raw = end
+            else:
+                last = not content
+                kept.inside = not content.endswith((b"\n\n", b"\n\r\n"))
+            at = end
+        else:
+            end = at
+        if at > len(data):  # as if it was there: it is checked when it comes
+            kept.owed = at - len(data)
+            data += _LINE_END[-kept.owed :]
+        self._keep_raw(kept, data[raw:at], stamp)
+        if end < 0 or last or at == len(data):
+            return data[at:], last
+        return self._hold(kept, data[at:]), last
+
+    def _keep_raw(self, kept: Kept, chunks: bytes, stamp: int) -> None:
+        if chunks:
+            self.events += 1
+            kept.add(0, stamp, chunks)
+
+    @staticmethod
+    def _hold(kept: Kept, rest: bytes) -> bytes | None:
+        if len(rest) > PARTIAL or (not kept.opening and (b"\n\n" in rest or b"\n\r\n" in rest)):
+            return rest  # an event in a chunk that is not whole came before the chunk does
+        kept.partial = rest
+        return None
 
     def close(self) -> None:
         """Stop; every connection is closed by its owner."""
         self._lanes.clear()
-        self._sources.clear()
         self._epoll.close()
 
 
-def _with_rest(data: bytes, said: _Said, receive: _Receive) -> tuple[bytes, _Said]:
-    """And what else is there. An end or an error that shows here shows again, as an end, at the next turn."""
-    try:
-        more, said_of_more, _, _ = receive(READ_SIZE - _SMALL_SIZE, SAID_SIZE)
-    except OSError:
-        return data, said
-    return (data + more, said_of_more) if more else (data, said)
-
-
-def _plain_event(data: bytes, around: Around) -> tuple[bytes, int] | None:
-    """The text of the plain event that ``data`` begins with, and the length of its HTTP chunk."""
-    digits = data[: _DIGITS + 2].partition(b"\r\n")[0]
-    try:
-        size = int(digits, 16)
-    except ValueError:
-        return None
-    whole = data[: len(digits) + 2 + size + 2] if len(digits) <= _DIGITS else b""
-    start, length = around.starts[len(whole)]
-    text = whole.removeprefix(start).removesuffix(around.after)
-    return (text, len(whole)) if len(text) == length else None
+def _chunk(data: bytes, at: int) -> tuple[bytes | None, int]:
+    """Content of the HTTP chunk at ``at`` (the last has none), and where it ends; null and 0 when more of it may come;
+    null and -1 when it is for the book. Its line end may lack: the content came without.
+    """
+    line = _SIZE.match(data, at)
+    if line is None:
+        return None, 0 if _BEGUN.fullmatch(data, at) else -1
+    start, size = line.end(), int(line[0], 16)
+    stop = start + size
+    if not _LINE_END.startswith(data[stop : stop + 2]):
+        return None, -1
+    if len(data) < stop + (0 if size else 2):
+        return None, 0
+    return data[start:stop], stop + 2

@@ -17,19 +17,12 @@ from collections.abc import Callable
 from scenarios.completion import Completion
 from scenarios.facts import Facts, facts_of
 from scenarios.head import read_head
-from scenarios.hot_path import Kept
-from scenarios.plain import Template
+from scenarios.plain import Template, fit
 
 HEADER_LIMIT = 64 * 1024
 EVENT_LIMIT = 16 * 2**20
 _ERROR_BODY_LIMIT = 64 * 1024
-_FEW = 4  # reads: to take them by the book is cheaper, be they plain or not
-_BULK = 3  # how often a feed that holds other events, too, goes on with the many at once that are plain
-_LESSONS = 4  # how often an answer is asked what its plain events look like
 
-
-_USUAL_HEADS: dict[bytes, bool] = {}
-"""Heads of streams that were parsed, and whether their connection is kept: most answers of a second have the same."""
 
 _State = Callable[["Response", bytes, int, list[int], list[int]], int]
 
@@ -43,9 +36,11 @@ class Response:
     """
 
     __slots__ = (
-        "_body_kind", "_carry", "_chunk_left", "_completion", "_head", "_last_body_ns", "_left", "_lessons",
-        "_location", "_plain", "_sample", "_secret", "_state", "chunked", "done", "keep_alive", "status",
+        "_body_kind", "_carry", "_chunk_left", "_completion", "_head", "_last_body_ns", "_left", "_location", "_sample",
+        "_secret", "_state", "chunked", "done", "keep_alive", "status",
     )  # fmt: skip
+    told = False
+    """Whether the texts of events are wanted, not only when they came."""
 
     def __init__(self, secret: str | None = None) -> None:
         self.done = False
@@ -63,105 +58,17 @@ class Response:
         self._last_body_ns = 0
         self._location = ""
         self._completion = Completion()
-        self._plain: Template | None = None
-        self._lessons = _LESSONS
-        self._sample = b""  # the last whole chunk that was taken by the book, to learn from
+        self._sample = b""  # content of the last whole chunk
 
     # -- framing ------------------------------------------------------------------------------------------------------
 
+    def begin(self) -> None:
+        """The head is over, and was that of an event stream in chunks, on a connection that is kept."""
+        self.status, self.keep_alive, self.chunked, self._body_kind = 200, True, True, "sse"
+        self._state = Response._read_chunk_size
+
     def feed(self, reads: list[bytes], stamps: list[int]) -> None:
         """Take reads in order with the time of each (any one clock, ns)."""
-        template = self._template(reads)
-        if template is None or len(reads) <= _FEW:
-            self._feed(reads, stamps)
-            return
-        at, bulk = 0, _BULK
-        while at < len(reads):
-            if bulk:
-                plain = template.count(reads[at:] if at else reads)
-                self._take_plain(array("q", stamps[at : at + plain]))
-                at += plain
-                bulk -= 1
-                if at < len(reads) and template.holds(reads[at]) > 1:
-                    reads, stamps = template.cut(reads[at:], stamps[at:])
-                    at = 0
-                    continue
-            odd = at
-            while odd < len(reads) and not template.count(reads[odd : odd + 1]):
-                odd += 1
-            if odd > at:
-                self._feed(reads[at:odd], stamps[at:odd])
-                if odd < len(reads) and not self._at_an_event:
-                    self._feed(reads[odd:], stamps[odd:])
-                    return
-                if odd - at == len(reads):
-                    self._plain = None  # this answer has changed: learn again
-            if odd < len(reads) and not bulk:
-                self._take_plain(array("q", stamps[odd : odd + 1]))
-                odd += 1
-            at = odd
-
-    def feed_kept(self, template: Template, kept: Kept, since_ns: int) -> None:
-        """Take chunks of this template, each by its text alone, times counted from ``since_ns`` on."""
-        stamps = array("q", kept.stamps(since_ns))
-        if template.fits(kept) and self._at_an_event:
-            self._take_plain(stamps)
-        else:
-            self.feed([template.whole(text) for text in kept.texts()], stamps.tolist())
-
-    @property
-    def plain(self) -> Template | None:
-        """What plain events look like from here on; null while that is not known or nothing of the kind may follow.
-
-        Asked after an event that was not plain. When that is what the answer's events look like now (its reasoning is
-        over), it is learned anew; when nothing can be learned from it, what is known stays.
-        """
-        if not self._at_an_event:
-            return None
-        sample, self._sample = self._sample, b""
-        if sample and self._lessons and not (self._plain and self._plain.count([sample])):
-            self._learn(sample)
-        return self._plain
-
-    @property
-    def begun(self) -> bool:
-        """Whether there was an event with output or usage."""
-        return not self._completion.empty
-
-    @property
-    def _at_an_event(self) -> bool:
-        """Whether a chunk with an event may come next: nothing is half read, and events still count."""
-        return (
-            self._state is Response._read_chunk_size and not self._head and not self._carry
-            and self._body_kind == "sse" and self._completion.open
-        )  # fmt: skip
-
-    def _template(self, reads: list[bytes]) -> Template | None:
-        """What plain events look like here, once that is known and may be used.
-
-        A template follows from the bytes of a read alone, wherever in the answer it stood, so one is learned from the
-        middle, where plain events are.
-        """
-        if not self._at_an_event:
-            return None
-        if self._plain is None and self._lessons and len(reads) >= _FEW:
-            self._learn(reads[len(reads) // 2])
-        return self._plain
-
-    def _remember(self, chunk: bytes) -> None:
-        if self._lessons and self._state is Response._read_chunk_size:  # else more of it is still to come
-            self._sample = chunk
-
-    def _learn(self, read: bytes) -> None:
-        self._lessons -= 1
-        self._plain = Template.learn(read) or self._plain
-
-    def _take_plain(self, stamps: array[int]) -> None:
-        if stamps:
-            self._completion.take_plain(stamps)
-            self._last_body_ns = stamps[-1]
-
-    def _feed(self, reads: list[bytes], stamps: list[int]) -> None:
         raw = reads[0] if len(reads) == 1 else b"".join(reads)
         if self._head:
             # Never part of the body, so the stamp of these bytes no longer matters: count them to the first read.
@@ -184,6 +91,32 @@ class Response:
         if self.done and pos < len(raw):
             self.keep_alive = False  # bytes nobody asked for: this connection is out of step
 
+    def feed_plain(self, template: Template, stamps: array[int], texts: list[bytes] | None) -> bool:
+        """Take whole chunks of this template, each by its text alone; null: simple ones. False: not all were plain."""
+        if self.at_an_event and (texts is None or fit(texts)):
+            self._completion.take_plain(stamps)
+            self._last_body_ns = stamps[-1]
+            return True
+        self.feed([template.whole(text) for text in texts or [b"?"] * len(stamps)], stamps.tolist())
+        return False
+
+    def learn(self) -> Template | None:
+        """What plain events look like, if the last chunk that was fed had one."""
+        return Template.learn(self._sample) if self.at_an_event else None
+
+    @property
+    def begun(self) -> bool:
+        """Whether there was an event with output or usage."""
+        return not self._completion.empty
+
+    @property
+    def at_an_event(self) -> bool:
+        """Whether a chunk with an event may come next: nothing is half read, and events still count."""
+        return (
+            self._state is Response._read_chunk_size and not self._head and not self._carry
+            and self._body_kind == "sse" and self._completion.open
+        )  # fmt: skip
+
     def eof(self, trouble: str | None = None) -> None:
         """The connection ended, with ``trouble`` if not in good order. Without ``done`` this answer is cut, unless its
         end was to be marked that way.
@@ -197,6 +130,11 @@ class Response:
         self.done = True
         where = "before the answer began" if self.status is None else "before the answer ended"
         self._completion.fail("cut", f"{trouble or 'the server closed the connection'} {where}")
+
+    def misframed(self) -> None:
+        """What followed the last chunk was not its line end."""
+        if not self.done:
+            self._broken("bad chunked framing: a chunk that is longer than its size")
 
     def _broken(self, detail: str) -> None:
         """Not HTTP or not an event stream: nothing after this can be trusted."""
@@ -226,19 +164,7 @@ class Response:
         self._take_head(raw[pos:end])
         return end + 4
 
-    def _take_head(self, head: bytes) -> None:
-        keep_alive = _USUAL_HEADS.get(head)
-        if keep_alive is not None:
-            self.status, self.keep_alive, self.chunked, self._body_kind = 200, keep_alive, True, "sse"
-            self._state = Response._read_chunk_size
-            return
-        self._parse_head(head)
-        if self._state is Response._read_chunk_size and (self.status, self._body_kind) == (200, "sse"):
-            if len(_USUAL_HEADS) > 64:
-                _USUAL_HEADS.clear()
-            _USUAL_HEADS[head] = self.keep_alive
-
-    def _parse_head(self, raw: bytes) -> None:
+    def _take_head(self, raw: bytes) -> None:
         head = read_head(raw)
         if head is None:
             return
@@ -270,7 +196,6 @@ class Response:
     def _read_chunk_size(self, raw: bytes, pos: int, ends: list[int], stamps: list[int]) -> int:
         """Every whole chunk of ``raw`` in one go, up to an unfinished one or the last."""
         spans: list[tuple[int, int]] = []
-        at = pos  # of the last chunk
         find, end = raw.find, len(raw)
         problem = ""
         while True:
@@ -299,7 +224,6 @@ class Response:
                 self._state = Response._read_chunk
                 pos = min(stop, end)
                 break
-            at = pos
             spans.append((start, stop))  # whatever follows: it may not be there yet, and reads must not matter
             if raw[stop : stop + 2] != b"\r\n":
                 problem = "a chunk that is longer than its size"
@@ -307,7 +231,8 @@ class Response:
             pos = stop + 2
         if spans:
             self._take_body(raw, spans, ends, stamps)
-            self._remember(raw[at:pos])
+            start, stop = spans[-1]
+            self._sample = raw[start:stop] if self._state is Response._read_chunk_size else b""
         if problem and not self.done:
             self._broken(f"bad chunked framing: {problem}")
         return pos
@@ -322,7 +247,7 @@ class Response:
         if len(raw) - pos < 2:
             return pos
         if raw[pos : pos + 2] != b"\r\n":
-            self._broken("bad chunked framing: a chunk that is longer than its size")
+            self.misframed()
             return pos
         self._state = Response._read_chunk_size
         return pos + 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from time import monotonic_ns
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from harness.results import Result
 from scenarios.completion import clean
 from scenarios.hot_path import Kept
-from scenarios.plain import Template
+from scenarios.plain import Shape
 from scenarios.response import Response
 from scenarios.told import Answered, ToldResponse
 
@@ -17,14 +18,15 @@ if TYPE_CHECKING:
     from scenarios.connection import Connection
     from scenarios.target import Target
 
+_SEEN_LIMIT = 65536
+
 
 class Stream:
     """One request on its way: the row it will become, and what has been read for it."""
 
     __slots__ = (
-        "answered", "connection", "ended", "error", "hang_up", "kept", "last_ns", "lazy", "payload", "queued", "raw",
-        "reads", "response", "result", "retry", "secret", "sent_ns", "slice", "stamps", "start_ns", "target",
-        "template", "tried_ns",
+        "answered", "connection", "ended", "error", "hang_up", "kept", "last_ns", "payload", "queued", "response",
+        "result", "retry", "secret", "seen", "sent_ns", "shape", "slice", "start_ns", "target", "tried_ns",
     )  # fmt: skip
 
     def __init__(
@@ -55,12 +57,9 @@ class Stream:
     def begin(self, now_ns: int) -> None:
         """Forget what was read: it is sent, perhaps again, at ``now_ns``."""
         self.response = Response(self.secret) if self.answered is None else ToldResponse(self.secret, self.answered)
-        self.kept = Kept()  # texts of plain events, and then
-        self.reads: list[bytes] = []  # whatever came after those
-        self.stamps: list[int] = []
-        self.template: Template | None = None  # of what is kept
-        self.raw = True  # what arrives next is a read, whatever it is
-        self.lazy = False  # the end can be told from the last bytes, so nothing need be parsed before it
+        self.kept = Kept()
+        self.shape: Shape | None = self.target.shape  # of what is kept
+        self.seen: bytes | None = b""  # of an answer that is handed on, up to its first output: to learn the shape
         self.tried_ns = self.last_ns = now_ns
         self.error: tuple[str, str] | None = None
         self.connection: Connection | None = None
@@ -76,31 +75,49 @@ class Stream:
     @property
     def heard_ns(self) -> int:
         """When something arrived last, or else when it was sent."""
-        return self.stamps[-1] if self.stamps else self.kept.last_ns or self.last_ns
+        return max(self.kept.last_ns, self.last_ns)
 
-    def parse(self) -> None:
-        """Feed what was read to the response. The hot path holds ``kept``: it stays the same object."""
-        self.last_ns = self.heard_ns
-        if self.kept:
-            assert self.template is not None
-            self.response.feed_kept(self.template, self.kept, self.start_ns)
-            self.kept.clear()
-        if self.reads:
-            start_ns = self.start_ns
-            self.response.feed(self.reads, [stamp - start_ns for stamp in self.stamps])
-            self.reads.clear()
-            self.stamps.clear()
-        if self.raw and self.lazy and self.connection is not None:
-            self.template = self.response.plain
-            if self.template is not None:
-                self.raw = False
-                self.connection.keep_texts(self.kept, self.template)
+    def feed(self, data: bytes, stamp: int) -> None:
+        """Take bytes that were handed on, at once; whatever came before them must be parsed."""
+        self.last_ns = max(stamp, self.tried_ns)  # what came before the request was sent is read after it
+        if self.seen is not None:
+            self.seen = self.seen + data if len(self.seen) < _SEEN_LIMIT else None
+        self.response.feed([data], [self.last_ns - self.start_ns])
+
+    def parse(self, *, over: bool = False) -> None:
+        """Feed what is kept to the response; ``over``: nothing else will come, so what is not whole, too."""
+        kept, response = self.kept, self.response
+        if kept.opened and self.seen is not None:
+            self.seen = None
+            response.begin()
+        if kept:
+            for kind, stamps, parts in kept.runs(self.start_ns, response.told):
+                times = array("q", stamps)
+                if kind:
+                    assert self.shape is not None
+                    response.feed_plain(self.shape.templates[kind - 1], times, parts)
+                elif parts:
+                    response.feed(parts, times.tolist())
+            kept.clear()
+        if over and (rest := kept.rest()):
+            self.feed(rest, kept.last_ns)
+
+    def learn(self) -> Shape:
+        """Learn from what was parsed what the answers of this server look like."""
+        if self.seen is not None:
+            self.shape = Shape.learn(self.seen, self.target.shape)
+            self.seen = None
+        else:
+            self.shape = (self.target.shape or Shape.of(b"", ())).with_one(self.response.learn())
+        self.target.shape = self.shape
+        return self.shape
 
     def fill(self, *, timed: bool) -> None:
         """Fill the row from the answer, with times of chunks where they are ``timed``; what the client itself saw (a
         timeout, a stop) outranks what the bytes say.
         """
         result = self.result
+        self.parse(over=True)
         if not self.response.done and self.error is None:
             self.response.eof("the answer went on after its end")
         facts = self.response.facts()

@@ -15,6 +15,7 @@ from harness.headers import check_headers
 
 if TYPE_CHECKING:
     from scenarios.connection import Connection
+    from scenarios.plain import Shape
 
 _getaddrinfo: Any = gevent.monkey.get_original("socket", "getaddrinfo")
 _SSLContext: Any = gevent.monkey.get_original("ssl", "SSLContext")
@@ -55,6 +56,8 @@ class Target:
         self.authority = url.netloc
         self.tls = tls if url.scheme == "https" else None
         self.in_flight = 0
+        self.shape: Shape | None = None
+        """What its answers look like, once one has shown it."""
         self.idle: dict[Connection, None] = {}  # as a set, in the order they became so
         try:
             found = _getaddrinfo(self.host, port, 0, 1)  # SOCK_STREAM

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import time
 from dataclasses import replace
@@ -12,12 +13,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_response import CHUNKED, DONE, END, chunk, listed, text, usage
+from test_response import CHUNKED, DONE, END, chunk, delta, listed, text, usage
 
 from harness.results import Result
-from scenarios import hot_path, plain, reading
+from scenarios import hot_path, reading
+from scenarios.completion import Answer
 from scenarios.connection import Connection
-from scenarios.plain import Template, _Usual
+from scenarios.facts import Facts
+from scenarios.plain import Shape, Template, fit
 from scenarios.response import Response
 from scenarios.stream import Stream
 
@@ -66,21 +69,6 @@ def said(shape: str, value: bytes, end: bytes = b"\n\n") -> bytes:
     return b"data: " + before + value + after + end
 
 
-def outcome(reads: list[bytes], parts: list[int], *, by_the_book: bool) -> tuple[Any, ...]:
-    response = Response()
-    response.feed([CHUNKED], [0])
-    if by_the_book:
-        response._lessons = 0
-    at = 0
-    for n in [*parts, len(reads)]:
-        if reads[at : at + n]:
-            response.feed(reads[at : at + n], list(range(at + 1, at + 1 + len(reads[at : at + n]))))
-        at += n
-    so_far = response.done, response.keep_alive
-    response.eof()
-    return *so_far, listed(response)
-
-
 VALUES = st.one_of(
     st.sampled_from(TOKENS).map(lambda t: json.dumps(t).encode()),
     st.sampled_from(TOKENS).map(lambda t: json.dumps(t, ensure_ascii=False).encode()),
@@ -91,164 +79,138 @@ VALUES = st.one_of(
 FRAMES = st.sampled_from(
     [b"%x\r\n%b\r\n"] * 8 + [b"%X\r\n%b\r\n", b"0%x\r\n%b\r\n", b"%x;a=b\r\n%b\r\n", b"%x\n%b\r\n"]
 )
-
-
-@settings(max_examples=400, deadline=None)
-@given(data=st.data())
-def test_the_short_way_says_what_the_long_way_says(data: st.DataObject) -> None:
-    """Whole chunks of one shape with any text between, odd ones among them, any chunk damaged, fed in any batches."""
-    shape = data.draw(st.sampled_from(SHAPES))
-    reads = []
-    for _ in range(data.draw(st.integers(4, 30))):
-        kind = data.draw(st.integers(0, 15))
-        end = (
-            data.draw(st.sampled_from(ENDS)) if kind == 15 else ENDS[data.draw(st.integers(0, 1)) if kind == 14 else 0]
-        )
-        payload = said(data.draw(st.sampled_from(SHAPES)) if kind == 13 else shape, data.draw(VALUES), end)
-        read = data.draw(FRAMES) % (len(payload), payload)
-        if kind == 12:  # a byte is lost or changed
-            at = data.draw(st.integers(0, len(read) - 1))
-            read = read[:at] + data.draw(st.sampled_from([b"", b"x", b'"', b"\n"])) + read[at + 1 :]
-        reads.append(read)
-    reads += data.draw(
-        st.sampled_from([[], [chunk(usage(3)), chunk(DONE), END], [chunk(DONE) + END], [chunk(DONE), text("a")]])
-    )
-    if data.draw(st.integers(0, 4)) == 0:  # the kernel joined or cut what was sent
-        at = data.draw(st.integers(0, len(reads) - 1))
-        whole = b"".join(reads[at : at + 2])
-        cut = data.draw(st.integers(0, len(whole)))
-        reads[at : at + 2] = [part for part in (whole[:cut], whole[cut:]) if part]
-    parts = data.draw(st.lists(st.integers(1, 12), max_size=6))
-    assert outcome(reads, parts, by_the_book=False) == outcome(reads, parts, by_the_book=True)
-
-
-@settings(max_examples=400, deadline=None)
-@given(shape=st.sampled_from(SHAPES), first=VALUES, values=st.lists(VALUES, min_size=1, max_size=6), data=st.data())
-def test_whatever_a_template_takes_is_one_output_by_the_book(shape, first, values, data) -> None:
-    template = Template.learn(chunk(said(shape, first)))
-    reads = [data.draw(FRAMES) % (len(payload), payload) for payload in (said(shape, value) for value in values)]
-    taken = template.count(reads) if template is not None else 0
-    alone = 0
-    for i, read in enumerate(reads):
-        seen = outcome([read], [], by_the_book=True)[2]
-        is_output = (len(seen.chunk_ns), seen.chunk_tokens, seen.finish_reason, seen.error) == (1, None, None, "cut")
-        assert is_output or i >= taken, read
-        alone = i + 1 if alone == i and template is not None and template.count([read]) else alone
-    assert taken == alone, "in bulk as one by one"
-
-
 IDS = st.one_of(
     st.sampled_from(["chatcmpl-0f3a", "chatcmpl-9b2c", "_-", 'x","error":"y', 'x","usage":{}, "z":"', "\\\\", ""]),
     st.text('ab9-_"\\\\,:{ ', max_size=13),
 )
 
 
-@settings(max_examples=400, deadline=None)
-@given(shape=st.sampled_from(SHAPES), ids=st.lists(IDS, min_size=2, max_size=2), values=st.lists(VALUES, min_size=2))
-def test_the_next_answer_is_learned_from_the_last_one_with_another_id(shape, ids, values) -> None:
-    """By heart or by the book: what it takes is output, and nothing else."""
+def by_the_book(reads: list[bytes], told: Answer | None = None) -> Facts:
+    """The facts of an answer that the server then closes; a stamp is the number of the read, from 0 on."""
+    response = Response()
+    response._completion.told = told
+    for i, read in enumerate(reads):
+        if not response.done:
+            response.feed([read], [i])
+    response.eof()
+    return listed(response)
+
+
+# -- learning ---------------------------------------------------------------------------------------------------------
+
+
+def takes(template: Template | None, content: bytes) -> bool:
+    """Whether the hot path and what follows it would take this content of a chunk for some more output."""
+    if template is None:
+        return False
+    kind, found = reading.Pattern(b"", b"", ((template.before, template.loose, template.after),)).text(content)
+    return bool(kind) and fit([found])
+
+
+def is_output(content: bytes) -> bool:
+    facts = by_the_book([CHUNKED, chunk(content)])
+    return (len(facts.chunk_ns), facts.chunk_tokens, facts.finish_reason, facts.error) == (1, None, None, "cut")
+
+
+@settings(max_examples=600, deadline=None)
+@given(shape=st.sampled_from(SHAPES), first=VALUES, values=st.lists(VALUES, min_size=1, max_size=6))
+def test_whatever_a_template_takes_is_one_output_by_the_book(shape, first, values) -> None:
+    template = Template.learn(said(shape, first))
+    for value in values:
+        content = said(shape, value)
+        assert not takes(template, content) or is_output(content), content
+
+
+@settings(max_examples=600, deadline=None)
+@given(
+    shape=st.sampled_from(SHAPES), ids=st.lists(IDS, min_size=2, max_size=2), values=st.lists(VALUES, min_size=2),
+    created=st.lists(st.sampled_from(["1764391234", "1764391235", "0764391235", "1764391e35", "17"]), min_size=2),
+)  # fmt: skip
+def test_the_next_answer_is_taken_with_another_id_and_time(shape, ids, values, created) -> None:
+    """By heart: what it takes is output, and nothing else."""
     first, second = (
-        chunk(said(shape.replace("{", '{"id":"' + one + '",', 1), value))
-        for one, value in zip(ids, values, strict=False)
+        said(shape.replace("{", '{"id":"' + one + '","created":' + when + ",", 1), value)
+        for one, when, value in zip(ids, created, values, strict=False)
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Usual, "template", None)
-        by_the_book = Template.learn(second)
-        patch.setattr(_Usual, "template", None)
-        Template.learn(first)
-        found = Template.learn(second)
-    assert found is not None or by_the_book is None
-    if found is not None:
-        seen = outcome([chunk(found.before + b"?" + found.after[:-2])], [], by_the_book=True)[2]
-        assert (len(seen.chunk_ns), seen.finish_reason, seen.error) == (1, None, "cut")
+    assert not takes(Template.learn(first), second) or is_output(second), second
 
 
-def test_an_id_costs_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another id, and nothing else: what was proved of the last answer need not be proved again."""
-    shape = '{"id":"cmpl-%s","created":%d,"choices":[{"text":%%s}]}'
-    monkeypatch.setattr(_Usual, "template", None)
-    proofs: list[bytes] = []
-    prove = plain._is_output
-    monkeypatch.setattr(plain, "_is_output", lambda event: proofs.append(event) or prove(event))
-    for one, created in (("0f3a", 1), ("9b2c", 1), ("9b2c", 1), ("77-a", 1), ("77-a", 2), ("1", 2)):
-        template = Template.learn(chunk(said(shape % (one, created), b'"a"')))
-        assert template is not None
-        assert b"cmpl-" + one.encode() in template.before
-    assert len(proofs) == 3, "the first, another time, and an id of another length"
+def test_other_ids_and_times_of_the_same_length_are_known() -> None:
+    shape = '{"id":"cmpl-%s","created":%s,"choices":[{"text":%%s}]}'
+    template = Template.learn(said(shape % ("0f3a", "1764391234"), b'"a"'))
+    for one, created, known in (
+        ("9b2c", "1764391234", True), ("9b2c", "1764399999", True), ("77-a", "2764391234", False),
+        ("1", "1764391234", False), ("9b2c", "176439123", False), ("9b2c", "176439123.", False),
+    ):  # fmt: skip
+        assert takes(template, said(shape % (one, created), b'"b"')) is known, (one, created)
+    assert Template.learn(said(shape % ("9b2c", "1764399999"), b'"a"')) == template, "alike is equal"
 
 
-def test_what_servers_really_send_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_servers_really_send_is_learned() -> None:
     """A template that never fits would make every other test here true."""
-    monkeypatch.setattr(_Usual, "head", b"%x")
     for shape in SHAPES[:5]:
         for end in ENDS[:2]:
             texts = ["a", " longer than that", "日本", "\\n", '\\"', "\\ud83d\\ude42"]
-            reads = [chunk(said(shape, b'"%b"' % t.encode(), end)) for t in texts]
-            template = Template.learn(reads[0])
+            contents = [said(shape, b'"%b"' % t.encode(), end) for t in texts]
+            template = Template.learn(contents[0])
             assert template is not None
-            assert template.count(reads) == len(reads)
-            assert template.count([*reads, chunk(said(shape, b'""', end)), *reads]) == len(reads)
-            assert template.count([read.upper() for read in reads]) == 0
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_capital_sizes_are_plain_too(path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Servers in Rust (hyper) write 8A, not 8a; an event of 0x81 bytes alone does not show that."""
-    monkeypatch.setattr(_Usual, "head", b"%x")
-    payloads = [said(SHAPES[2], b'"%b"' % (b"t" * (1 + i % 20))) for i in range(400)]
-    reads = [b"%X\r\n%b\r\n" % (len(payload), payload) for payload in payloads]
-    assert (reads[0][:2], reads[9][:2]) == (b"81", b"8A")
-    kept: list[int] = []
-    with pytest.MonkeyPatch.context() as patch:
-        other = Connection.other
-
-        def spy(connection: Connection, data: bytes, stamp: int) -> None:
-            kept.append(stamp)
-            other(connection, data, stamp)
-
-        patch.setattr(Connection, "other", spy)
-        for start in (10, 0):  # an answer that shows it, and one that does not
-            stream, _, _ = through_a_socket([*reads[start:], chunk(DONE), END], set(range(6, 400, 6)), path)
-            assert len(listed(stream.response).chunk_ns) == 400 - start
-    assert len(kept) == 2, "the ends"
+            assert all(takes(template, content) for content in contents)
+            assert re.sub(rb'(?<=")0(?=")', b"x", template.whole(b"a")) == chunk(contents[0])
+            assert not takes(template, said(shape, b'""', end))
+            assert not takes(template, contents[0].upper())
 
 
 @pytest.mark.parametrize("shape", SHAPES[5:12] + SHAPES[16:18] + SHAPES[20:])
 def test_what_only_looks_plain_is_never_taken(shape: str) -> None:
-    template = Template.learn(chunk(said(shape, b'"a"')))
-    assert template is None or not template.count([chunk(said(shape, b'"a"'))])
+    content = said(shape, b'"a"')
+    assert not takes(Template.learn(content), content)
 
 
-def test_an_answer_of_plain_events_is_taken_by_template() -> None:
-    body = [chunk(said(SHAPES[2], b'" token"'))] * 100
-    response = Response()
-    response.feed([CHUNKED], [0])
-    for at in range(0, 100, 20):
-        response.feed(body[at : at + 20], list(range(at, at + 20)))
-        assert response._plain is not None
-    response.feed([chunk(text("", "length")), chunk(usage(100)), chunk(DONE), END], [100, 101, 102, 103])
-    facts = listed(response)
-    assert (response.done, response.keep_alive, facts.error, facts.finish_reason) == (True, True, None, "length")
-    assert (facts.chunk_ns, facts.chunk_tokens) == (list(range(100)), [1] * 100)
+ROLE = delta(role="assistant", content="")
+FIRST = delta(content="a")
 
 
-@pytest.mark.parametrize("shape", SHAPES[:3])
-def test_cut_or_joined_at_any_byte(shape: str) -> None:
-    """A cut anywhere in a stream that otherwise comes an event a read: all facts and stamps are those by the book."""
-    texts = [" tok", "\\n", "日本", "en", " ", "x" * 300] * 2
-    events = [chunk(said(shape, b'"%b"' % t.encode())) for t in texts]
-    reads = [*events, chunk(text("", "stop")), chunk(usage(12)), chunk(DONE), END]
-    whole = b"".join(reads)
-    expected = outcome([whole], [], by_the_book=True)[2].chunk_tokens
-    assert expected == [1] * 12
-    for i, read in enumerate(reads):
-        for cut in range(len(read) + 1):
-            after = reads[i + 1 : i + 2]
-            in_two = [*reads[:i], read[:cut], read[cut:], *reads[i + 1 :]]
-            joined = [*reads[:i], read[:cut], b"".join([read[cut:], *after]), *reads[i + 2 :]]
-            for split in ([part for part in parts if part] for parts in (in_two, joined)):
-                assert b"".join(split) == whole
-                assert outcome(split, [4, 5], by_the_book=False) == outcome(split, [4, 5], by_the_book=True)
+@pytest.mark.parametrize(
+    ("parts", "known"),
+    [
+        pytest.param([chunk(ROLE), chunk(FIRST)], [chunk(ROLE)], id="role"),
+        pytest.param([chunk(FIRST)], [], id="head alone"),
+        pytest.param(
+            [chunk(b": hello\n\n"), chunk(ROLE), chunk(FIRST)], [chunk(b": hello\n\n"), chunk(ROLE)], id="comment"
+        ),
+        pytest.param([chunk(ROLE + FIRST)], [], id="in one chunk"),
+        pytest.param([chunk(ROLE[:9]), chunk(ROLE[9:]), chunk(FIRST)], [], id="an event in two chunks"),
+        pytest.param([chunk(usage(3)), chunk(FIRST)], [], id="what is said is no opening"),
+    ],
+)
+def test_an_opening_is_what_says_nothing_yet(parts: list[bytes], known: list[bytes]) -> None:
+    shape = Shape.learn(CHUNKED + b"".join(parts), None)
+    assert shape.opening == CHUNKED + b"".join(known)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        CHUNKED.replace(b"200 OK", b"500 OK"), CHUNKED.replace(b"text/event-stream", b"application/json"),
+        CHUNKED.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"), CHUNKED.replace(b"1.1", b"1.0"),
+        CHUNKED.replace(b"chunked", b"gzip, chunked"), CHUNKED[:-2], b"",
+    ],
+)  # fmt: skip
+def test_an_answer_of_another_kind_has_no_opening(head: bytes) -> None:
+    assert Shape.learn(head + chunk(ROLE) + chunk(FIRST), None).opening == b""
+
+
+def test_a_shape_remembers_some_kinds_of_events_and_the_last_opening() -> None:
+    shape = Shape.learn(CHUNKED + chunk(FIRST), None)
+    again = Shape.learn(CHUNKED + chunk(FIRST), shape)
+    assert again is shape
+    other = Shape.learn(CHUNKED + chunk(ROLE) + chunk(text("a")), shape)
+    assert other.opening == CHUNKED + chunk(ROLE)
+    assert (other.templates[0], len(other.templates)) == (shape.templates[0], 2)
+    assert Shape.learn(b"HTTP/1.1 500", other) is other
+    for i in range(20):
+        other = other.with_one(Template.learn(said(SHAPES[0].replace("index", f"x{i}"), b'"a"')))
+    assert len(other.templates) == 4
 
 
 # -- through the hot path ---------------------------------------------------------------------------------------------
@@ -278,95 +240,178 @@ class Owner:
         pass
 
 
-def through_a_socket(reads: list[bytes], parse_after: set[int], path: Any) -> tuple[Stream, list[int], Owner]:
-    """Send reads one by one to a real connection; parse at some of them. The stream, and when each read was sent."""
-    owner: Any = Owner(path)
-    target: Any = type("Target", (), {"tls": None, "idle": [], "authority": "x"})()
-    here, there = socket.socketpair()
-    connection = Connection(owner, target)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("scenarios.stream.Kept", path.Kept)
-        stream = Stream(Result(0, 0), b"", target, None, None)
-    connection.sock, connection.recvmsg, connection.stream, stream.connection = there, there.recvmsg, stream, connection
-    there.setblocking(False)
-    connection.ready = True
-    owner.reader.add(there.fileno(), connection)
-    sent = []
-    try:
-        for i, read in enumerate([CHUNKED, *reads]):
-            sent.append(time.monotonic_ns())
-            with contextlib.suppress(OSError):  # it may have had enough
-                here.sendall(read)
-            owner.reader.read()
-            if i in parse_after:
-                stream.parse()
-        here.close()
-        owner.reader.read()
-        owner.reader.read()  # an end that came with the last bytes
-        stream.parse()
-    finally:
-        connection.close()
-        owner.reader.close()
-    return stream, sent, owner
+class Wire:
+    """A connection to a server whose answers the test gives, one on each, and what the client learns from them."""
+
+    def __init__(self, path: Any) -> None:
+        self.path = path
+        self.target: Any = type("Target", (), {"tls": None, "idle": [], "authority": "x", "head": b"", "shape": None})()
+        self.handed_on = 0
+
+    def answer(self, reads: list[bytes], parse_after: set[int] = frozenset(), *, told: bool = False) -> Any:  # type: ignore[assignment]
+        """Send reads one by one; parse at some of them. The stream, and when each read was sent."""
+        owner: Any = Owner(self.path)
+        here, there = socket.socketpair()
+        connection = Connection(owner, self.target)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("scenarios.stream.Kept", self.path.Kept)
+            patch.setattr("scenarios.plain.Pattern", self.path.Pattern)
+            feed = Stream.feed
+
+            def handed_on(stream: Stream, data: bytes, stamp: int) -> None:
+                self.handed_on += 1
+                feed(stream, data, stamp)
+
+            patch.setattr(Stream, "feed", handed_on)
+            stream = Stream(Result(0, 0), b"", self.target, None, None, 0, (lambda *_: None) if told else None)
+            connection.sock, connection.fd, connection.recvmsg = there, there.fileno(), there.recvmsg
+            there.setblocking(False)
+            connection.ready = True
+            owner.reader.add(there.fileno(), connection, True)
+            connection.send(stream)
+            sent = []
+            try:
+                for i, read in enumerate(reads):
+                    sent.append(time.monotonic_ns())
+                    with contextlib.suppress(OSError):  # it may have had enough
+                        here.sendall(read)
+                    while owner.reader.read():
+                        pass
+                    if i in parse_after and stream.connection is not None:
+                        connection.look(stream)
+                here.close()
+                owner.reader.read()
+                owner.reader.read()  # an end that came with the last bytes
+                stream.parse(over=True)
+                stream.response.eof()
+            finally:
+                connection.close()
+                owner.reader.close()
+        assert len(owner.ended) == 1
+        assert len(stream.kept) == 0
+        return stream, sent
 
 
-@settings(max_examples=300, deadline=None)
-@given(data=st.data())
-def test_what_the_hot_path_keeps_says_what_the_book_says(data: st.DataObject) -> None:
-    """Texts of plain events, and whole reads of all others, parsed now and then."""
-    path = data.draw(st.sampled_from(PATHS))
-    shape = data.draw(st.sampled_from(SHAPES[:5] * 3 + SHAPES[5:]))
-    reads = [chunk(said(shape, b'"first"'))] * 5
-    for _ in range(data.draw(st.integers(1, 25))):
-        kind = data.draw(st.integers(0, 11))
-        payload = said(data.draw(st.sampled_from(SHAPES)) if kind == 11 else shape, data.draw(VALUES))
-        read = data.draw(FRAMES) % (len(payload), payload)
-        if kind == 10:
-            at = data.draw(st.integers(1, len(read) - 1))
-            reads += [read[:at], read[at:]]
-        elif kind == 9:
-            reads.append(read * data.draw(st.integers(2, 4)))
-        else:
-            reads.append(read)
-    tails = [[], [chunk(usage(3)), chunk(DONE), END], [chunk(DONE) + END], [chunk(usage(3)) + chunk(DONE) + END]]
-    reads += data.draw(st.sampled_from(tails))
-    parse_after = data.draw(st.sets(st.integers(0, len(reads))))
-    stream, sent, owner = through_a_socket(reads, parse_after | {6}, path)
-    expected = outcome(reads, [1] * len(reads), by_the_book=True)[2]
+def agrees(stream: Stream, sent: list[int], expected: Facts) -> None:
+    """All facts and stamps are those by the book."""
     found = listed(stream.response)
     assert replace(found, chunk_ns=[]) == replace(expected, chunk_ns=[])
     for stamp, read in zip(found.chunk_ns, expected.chunk_ns, strict=True):
         assert sent[read] <= stamp < (sent[read + 1] if read + 1 < len(sent) else stamp + 1)
-    assert len(owner.ended) == 1
-    assert stream.kept.texts() == stream.reads == stream.stamps == []
+
+
+OPENER = '{"id":"c-1234","created":1764391234,"choices":[{"delta":{"role":%s}}]}'
+
+
+def head_of(date: int, more: bytes = b"") -> bytes:
+    return CHUNKED[:-2] + b"Date: Sun, 29 Nov 2026 05:00:%02d GMT\r\n%b\r\n" % (date, more)
+
+
+@settings(max_examples=500, deadline=None)
+@given(data=st.data())
+def test_what_the_hot_path_keeps_says_what_the_book_says(data: st.DataObject) -> None:
+    """Several answers one after the other, of one shape but for ids, times and whatever goes wrong, parsed now and
+    then, cut anywhere, any byte damaged.
+    """
+    path = data.draw(st.sampled_from(PATHS))
+    wire = Wire(path)
+    shape = data.draw(st.sampled_from(SHAPES[:5] * 3 + SHAPES[5:]))
+    told = data.draw(st.booleans())
+    for nth in range(data.draw(st.integers(1, 4))):
+        opening = [head_of(nth), chunk(said(OPENER.replace("1234", f"123{nth}"), b'"a"'))]
+        first = data.draw(st.integers(0, 2))
+        reads = [*opening[: 1 + first % 2], chunk(said(shape, b'"first"'))]
+        for _ in range(data.draw(st.integers(0, 12))):
+            kind = data.draw(st.integers(0, 11))
+            payload = said(data.draw(st.sampled_from(SHAPES)) if kind == 11 else shape, data.draw(VALUES))
+            read = data.draw(FRAMES) % (len(payload), payload)
+            if kind == 10:
+                at = data.draw(st.integers(1, len(read) - 1))
+                reads += [read[:at], read[at:]]
+            elif kind == 9:
+                reads.append(read * data.draw(st.integers(2, 4)))
+            else:
+                reads.append(read)
+        tails = [[], [chunk(usage(3)), chunk(DONE), END], [chunk(DONE) + END], [chunk(usage(3)) + chunk(DONE) + END],
+                 [chunk(DONE), chunk(said(shape, b'"late"')), END], [chunk(DONE), END + b"junk"]]  # fmt: skip
+        reads += data.draw(st.sampled_from(tails))
+        if data.draw(st.integers(0, 3)) == 0:  # the kernel joined what was sent
+            at = data.draw(st.integers(0, len(reads) - 1))
+            reads[at : at + 3] = [b"".join(reads[at : at + 3])]
+        if data.draw(st.integers(0, 3)) == 0:  # a byte is lost, changed or too much
+            at = data.draw(st.integers(0, min(len(reads) - 1, 2)))
+            one, i = reads[at], data.draw(st.integers(0, len(reads[at]) - 1))
+            damage = data.draw(st.sampled_from([b"", b"x", b'"', b"\n", b"\r", b"0", b":", one[i : i + 1] * 2]))
+            reads[at] = (one[:i] + damage + one[i + 1 :]) or b"x"
+        said_by_the_book = Answer()
+        expected = by_the_book(reads, said_by_the_book)
+        parse_after = data.draw(st.sets(st.integers(0, len(reads)), max_size=4))
+        stream, sent = wire.answer(reads, parse_after, told=told)
+        agrees(stream, sent, expected)
+        if told:
+            assert stream.response.answer.text == said_by_the_book.text
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_the_hot_path_keeps_texts_alone(path: Any) -> None:
-    """Ten thousand streams fit into memory, because of a plain event only the text is kept."""
-    body = [chunk(said(SHAPES[2], b'" t%d"' % i)) for i in range(60)]
-    learned: list[int] = []
-    texts: list[bytes] = []
-    keep_texts, feed_kept = Connection.keep_texts, Response.feed_kept
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_cut_or_joined_at_any_byte(path: Any, shape: str) -> None:
+    """A cut anywhere in a stream that otherwise comes an event a read: all facts and stamps are those by the book."""
+    texts = [" tok", "\\n", "日本", "en", " ", "x" * 30]
+    reads = [head_of(1), chunk(ROLE), *(chunk(said(shape, b'"%b"' % t.encode())) for t in texts)]
+    reads += [chunk(text("", "stop")), chunk(usage(6)), chunk(DONE), END]
+    wire = Wire(path)
+    agrees(*wire.answer(reads), by_the_book(reads))
+    handed_on = wire.handed_on
+    for i, read in enumerate(reads):
+        for cut in range(0, len(read) + 1, 1 if i in (0, 2, len(reads) - 1) else 7):
+            after = reads[i + 1 : i + 2]
+            in_two = [*reads[:i], read[:cut], read[cut:], *reads[i + 1 :]]
+            joined = [*reads[:i], read[:cut], b"".join([read[cut:], *after]), *reads[i + 2 :]]
+            for split in ([part for part in parts if part] for parts in (in_two, joined)):
+                assert b"".join(split) == b"".join(reads)
+                expected = by_the_book(split)
+                assert expected.chunk_tokens == [1] * 6
+                agrees(*wire.answer(split), expected)
+    assert wire.handed_on == handed_on, "once it is known nothing is handed on before the end"
 
-    def learn(connection: Connection, kept: Any, template: Template) -> None:
-        assert connection.stream is not None
-        learned.append(len(connection.stream.response._completion._stamps))
-        keep_texts(connection, kept, template)
 
-    def feed(response: Response, template: Template, kept: Any, since_ns: int) -> None:
-        texts.extend(kept.texts())
-        feed_kept(response, template, kept, since_ns)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("more", [b"", b"X-Request-Id: 7\r\n"])
+def test_from_the_second_answer_on_nothing_is_parsed_before_the_end(path: Any, more: bytes) -> None:
+    """Other dates and ids are no news, and of a plain event only the text is kept: 10,000 streams fit in memory."""
+    wire = Wire(path)
+    for nth in range(4):
+        shape = '{"id":"c-1","created":1761,"choices":[{"text":%s}]}'.replace("1", str(nth + 1))
+        body = [said(shape, b'" t%d"' % i) for i in range(60)]
+        reads = [head_of(nth, more.replace(b"7", b"%d" % nth)), *map(chunk, body), chunk(usage(60)), chunk(DONE) + END]
+        before = wire.handed_on
+        stream, sent = wire.answer(reads)
+        agrees(stream, sent, by_the_book(reads))
+        assert (wire.handed_on - before > 0) is (nth == 0)
+        assert (stream.response.keep_alive, stream.response.done) == (True, True)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Connection, "keep_texts", learn)
-        patch.setattr(Response, "feed_kept", feed)
-        patch.setattr(_Usual, "head", b"%x")
-        end = [chunk(text("", "stop")), chunk(usage(60)), chunk(DONE), END]
-        stream, _, _ = through_a_socket([*body, *end], {1}, path)
-    assert learned == [1], "learned once, from the first event"
-    assert texts == [b" t%d" % i for i in range(1, 60)]
-    assert len(listed(stream.response).chunk_ns) == 60
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("lacks", [1, 2])
+def test_a_line_end_that_never_comes_is_no_line_end(path: Any, lacks: int) -> None:
+    """An event counts once its content is there; that its chunk is broken shows in what follows."""
+    reads = [head_of(1), chunk(ROLE), chunk(FIRST), chunk(FIRST)[:-lacks], chunk(FIRST), chunk(DONE) + END]
+    wire = Wire(path)
+    for _ in range(2):
+        expected = by_the_book(reads)
+        assert (expected.error, len(expected.chunk_ns)) == ("protocol", 2)
+        agrees(*wire.answer(reads), expected)
+
+
+@pytest.mark.parametrize("changed", [b"404 OK", b"200 NO"])
+def test_another_status_is_no_opening(changed: bytes) -> None:
+    wire = Wire(hot_path)
+    reads = [head_of(1), chunk(ROLE), chunk(FIRST), chunk(DONE) + END]
+    wire.answer(reads)
+    before = wire.handed_on
+    reads[0] = reads[0].replace(b"200 OK", changed)
+    agrees(*wire.answer(reads), by_the_book(reads))
+    assert wire.handed_on > before
 
 
 REASONING, CONTENT = SHAPES[3], '{"choices":[{"delta":{"content":%s}}]}'
@@ -379,23 +424,27 @@ ODD_ONE = '{"choices":[{"delta":{"content":%s},"logprobs":[]}]}'
     [
         pytest.param([REASONING] * 20 + [CONTENT] * 180, 180, id="it thinks, then answers"),
         pytest.param([ODD_ONE] + [CONTENT] * 199, 180, id="the first event is like no other"),
-        pytest.param(([CONTENT] * 19 + [None]) * 10, 60, id="a comment now and then"),
+        pytest.param(([CONTENT] * 19 + [None]) * 10, 180, id="a comment now and then"),
+        pytest.param([CONTENT, REASONING] * 100, 170, id="by turns"),
     ],
 )
 def test_an_answer_that_changes_is_recognised_again(shapes: list[str | None], least: int, every: int) -> None:
-    """However few reads are parsed at a time: a slow stream has no four of them between two looks at it."""
+    """However few reads are parsed at a time; and the next answer is known from its beginning to its end."""
     reads = [chunk(b": ping\n\n" if s is None else said(s, b'"t%d"' % i)) for i, s in enumerate(shapes)]
     kept = 0
-    feed_kept = Response.feed_kept
+    feed_plain = Response.feed_plain
 
-    def count(response: Response, template: Template, texts: Any, since_ns: int) -> None:
+    def count(response: Response, template: Template, stamps: Any, texts: Any) -> bool:
         nonlocal kept
-        kept += len(texts)
-        feed_kept(response, template, texts, since_ns)
+        kept += len(stamps)
+        return feed_plain(response, template, stamps, texts)
 
+    wire = Wire(hot_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Response, "feed_kept", count)
-        patch.setattr(_Usual, "head", b"%x")
-        stream, _, _ = through_a_socket([*reads, chunk(DONE) + END], set(range(1, 200, every)), hot_path)
-    assert len(listed(stream.response).chunk_ns) == 200 - shapes.count(None)
-    assert kept >= least
+        patch.setattr(Response, "feed_plain", count)
+        stream, _ = wire.answer([CHUNKED, *reads, chunk(DONE) + END], set(range(1, 200, every)))
+        assert len(listed(stream.response).chunk_ns) == 200 - shapes.count(None)
+        assert kept >= least
+        kept = 0
+        stream, _ = wire.answer([CHUNKED, *reads, chunk(DONE) + END])
+        assert len(listed(stream.response).chunk_ns) == kept == 200 - shapes.count(None)
