@@ -22,6 +22,26 @@ class _Itimerspec(ctypes.Structure):
     _fields_ = (("interval", _Timespec), ("value", _Timespec))
 
 
+class Timer:
+    """A Linux timerfd: its descriptor, -1 elsewhere, is readable from the time on that was last set."""
+
+    def __init__(self) -> None:
+        self.fd = -1
+        if hasattr(_libc, "timerfd_create"):
+            self.fd = _libc.timerfd_create(_CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def set(self, due_ns: int) -> None:
+        """Wait for ``due_ns``, a `time.monotonic_ns` value; this also clears an expiry nobody read."""
+        spec = _Itimerspec(_Timespec(0, 0), _Timespec(due_ns // 10**9, due_ns % 10**9))
+        _libc.timerfd_settime(self.fd, _ABSOLUTE, ctypes.byref(spec), None)
+
+    def close(self) -> None:
+        """Give the file descriptor back. Safe twice."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
 class Alarm:
     """Lets one greenlet wait until a moment of the monotonic clock, or until someone rings.
 
@@ -33,10 +53,8 @@ class Alarm:
         self._loop: Any = gevent.get_hub().loop
         self._rung = False
         self._waiter: Any = None
-        self._fd = -1
-        if precise and hasattr(_libc, "timerfd_create"):
-            self._fd = _libc.timerfd_create(_CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
-        self._watcher: Any = self._loop.io(self._fd, 1) if self._fd >= 0 else None
+        self._timer = Timer() if precise else None
+        self._watcher: Any = self._loop.io(self._timer.fd, 1) if self._timer and self._timer.fd >= 0 else None
 
     def wait_until(self, due_ns: int | None) -> None:
         """Return at ``due_ns`` (a `time.monotonic_ns` value; null: never), or at once when it rings or has rung."""
@@ -59,12 +77,10 @@ class Alarm:
                     watcher.close()
 
     def _arm(self, due_ns: int) -> Any:
-        if self._watcher is None:
+        if self._watcher is None or self._timer is None:
             self._loop.update_now()
             return self._loop.timer(max((due_ns - monotonic_ns()) / 1e9, 0.0))
-        # Setting the time also clears an expiry nobody read.
-        spec = _Itimerspec(_Timespec(0, 0), _Timespec(due_ns // 10**9, due_ns % 10**9))
-        _libc.timerfd_settime(self._fd, _ABSOLUTE, ctypes.byref(spec), None)
+        self._timer.set(due_ns)
         return self._watcher
 
     def ring(self) -> None:
@@ -84,4 +100,5 @@ class Alarm:
             self._watcher.stop()
             self._watcher.close()
             self._watcher = None
-            os.close(self._fd)
+        if self._timer is not None:
+            self._timer.close()

@@ -23,6 +23,7 @@ from harness.results import Result
 from scenarios.completion import clean
 from scenarios.connection import Connection
 from scenarios.hot_path import Reader
+from scenarios.pace import Pace
 from scenarios.stream import Stream
 from scenarios.target import ENDPOINTS, IDLE_LIMIT_S, Target, tls_context
 from scenarios.told import Answered, ToldResponse
@@ -115,8 +116,7 @@ class Client:
         self.start_mono_ns = monotonic_ns()
         self.loop: Any = gevent.get_hub().loop
         self.reader = Reader()
-        self._ready: Any = self.loop.io(self.reader.fileno(), 1)
-        self._ready.start(self.reader.read)
+        self._pace = Pace(self.reader, self._active.__len__)
         self._idle: Any = self.loop.idle()
         sweep_s = max(_SWEEP_LEAST_S, min(_SWEEP_S, min(timeout_s, stall_s, connect_timeout_s) / 8))
         self._sweeper: Any = self.loop.timer(sweep_s / _SLICES, sweep_s / _SLICES)
@@ -395,9 +395,10 @@ class Client:
             for connection in target.idle:
                 connection.close()
             target.idle.clear()
-        for watcher in (self._idle, self._sweeper, self._ready):
+        for watcher in (self._idle, self._sweeper):
             watcher.stop()
             watcher.close()
+        self._pace.close()
         self.reader.close()
 
 

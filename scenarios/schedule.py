@@ -181,8 +181,10 @@ class Schedule:
 
     def known_due(self) -> int | None:
         """The same, of what is prepared."""
-        times = [queue[0][0] for queue in (self._free, self._released) if queue]
-        return min(times) if times else None
+        free, released = self._free, self._released
+        if free and released:
+            return min(free[0][0], released[0][0])
+        return free[0][0] if free else released[0][0] if released else None
 
     def take(self, now_ns: int) -> tuple[Planned, int]:
         """The next request and when it was due: the one due first, also when all are late. Where new sessions have no
