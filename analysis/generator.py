@@ -158,6 +158,9 @@ def stamps(run: Run) -> Check:
     late = [w.loop_lag_p99_s for w in run.manifest.workers if w.loop_lag_p99_s is not None]
     bound_s = max(STAMPS_FLOOR_S, STAMPS_OF_ITL * (run.chunks.median_itl_s or 0.0))
     observed = f"p99 {ms(max(late))} late" if late else "not measured"
+    shares = [w.unstamped_share for w in run.manifest.workers if w.unstamped_share is not None]
+    if (unstamped := min(max(shares, default=0.0), 1.0)) > 0:
+        observed += f"; the kernel stamped {1 - unstamped:.1%} of the reads"
     advice = "the tail of itl is partly the generator's: load workers on cores of their own, or more --workers"
     return limit("stamps", max(late) <= bound_s if late else None, observed, f"at most {ms(bound_s)}", advice)
 

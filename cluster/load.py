@@ -53,6 +53,7 @@ class _End(msgspec.Struct, tag="end", tag_field="event"):
     rows: int | None = None
     cpu_share: float | None = None
     loop_lag_p99_s: float | None = None
+    unstamped_share: float | None = None
     exit: str | None = None
     end_ns: int | None = None
 
@@ -256,6 +257,7 @@ class LoadWorkers:
                 rows=state.end.rows if state.end else None,
                 cpu_share=state.end.cpu_share if state.end else None,
                 loop_lag_p99_s=state.end.loop_lag_p99_s if state.end else None,
+                unstamped_share=state.end.unstamped_share if state.end else None,
             )
             for index, state in enumerate(self._states)
         ]

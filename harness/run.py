@@ -170,6 +170,8 @@ class Worker:
     """CPU seconds per wall second while the load ran; 1.0 is one full core."""
     loop_lag_p99_s: float | None = None
     """How late this worker's event loop ran a 10 ms timer, 99th percentile."""
+    unstamped_share: float | None = None
+    """Of its reads, those with the time of the read, because the kernel did not say when their bytes came."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

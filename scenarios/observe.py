@@ -47,6 +47,8 @@ class Observer:
         """99th percentile of the lag of the event loop over the whole run, seconds; null before the first tick."""
         self.cpu_share: float | None = None
         """CPU time per wall time over the whole run."""
+        self.unstamped_share: float | None = None
+        """As `Client.unstamped_share`, over the whole run."""
 
     def begin(self) -> None:
         """The run starts now."""
@@ -64,6 +66,7 @@ class Observer:
         self._tick = None
         self._observe()
         gc.callbacks.remove(self._on_gc)
+        self.unstamped_share = self._client.unstamped_share
         wall = max(self._at_ns - self._began_ns, 1)
         self.cpu_share = (self._cpu_ns - self._began_cpu_ns) / wall
         if self._all.any():

@@ -17,7 +17,8 @@ Ctrl-C or the end of stdin: nothing more is sent, what is in flight has ``drain_
 that at once.
 At the end every request of the slice has exactly one row, and the last line is::
 
-    {"event": "end", "rows": 120, "cpu_share": 0.41, "loop_lag_p99_s": 0.0004, "exit": null, "end_ns": 60123456789}
+    {"event": "end", "rows": 120, "cpu_share": 0.41, "loop_lag_p99_s": 0.0004, "unstamped_share": 0.0, "exit": null,
+     "end_ns": 60123456789}
 
 ``exit`` is null when it ended as asked, else why not; exit codes are those of `harness.errors`.
 """
@@ -342,7 +343,8 @@ def _attempt(write: Callable[[], None]) -> Exception | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one worker; the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
-    end: dict[str, Any] = {"rows": 0, "cpu_share": None, "loop_lag_p99_s": None, "exit": None, "end_ns": None}
+    end: dict[str, Any] = dict.fromkeys(["cpu_share", "loop_lag_p99_s", "unstamped_share", "exit", "end_ns"])
+    end["rows"] = 0
     code = EXIT_VALID
     sys.meta_path.insert(0, _NoPandas())
     try:
@@ -357,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             worker.run(start)
         end.update(
             rows=worker.rows, cpu_share=worker.observer.cpu_share, loop_lag_p99_s=worker.observer.loop_lag_p99_s,
-            exit=worker.trouble, end_ns=worker.end_ns,
+            unstamped_share=worker.observer.unstamped_share, exit=worker.trouble, end_ns=worker.end_ns,
         )  # fmt: skip
         code = EXIT_FAILURE if worker.trouble else EXIT_VALID
     except HarnessError as e:

@@ -44,7 +44,8 @@ say(event="progress", t_s=0.2, sent=10, done=9, failed=1, in_flight=0, ttft_s=[0
 key = os.environ.get("HARNESS_API_KEY")
 print("key" if key else "no key", file=sys.stderr)
 said = "lost a connection pool" if act == "says so" else None
-say(event="end", rows=10, cpu_share=0.25, loop_lag_p99_s=max(0.0, late_s), exit=said, end_ns=1000 + spec["worker"])
+say(event="end", rows=10, cpu_share=0.25, loop_lag_p99_s=max(0.0, late_s), unstamped_share=0.125, exit=said,
+    end_ns=1000 + spec["worker"])
 if act == "lingers": time.sleep(600)
 if act == "fails late": sys.exit(5)
 """
@@ -94,6 +95,7 @@ def test_all_is_well(tmp_path: Path) -> None:
         assert (worker.exit, worker.rows, worker.cpu_share) == (None, 10, 0.25)
         assert worker.host
         assert worker.loop_lag_p99_s is not None
+        assert worker.unstamped_share == 0.125
 
 
 def test_the_api_key_travels_in_the_environment_only(tmp_path: Path) -> None:

@@ -307,6 +307,17 @@ def test_loop_lag_is_judged_against_the_gaps_that_were_timed(tmp_path, itl_ms, l
     assert (check(s, "generator_lag").ok, check(s, "stamps").ok) == (gate, fine)
 
 
+@pytest.mark.parametrize(
+    ("share", "said"), [(None, ""), (0.0, ""), (0.0312, "; the kernel stamped 96.9% of the reads")]
+)
+def test_reads_that_the_kernel_did_not_stamp_are_said(tmp_path, share, said):
+    path = write_run(tmp_path / "run", rows())
+    manifest = read_manifest(path)
+    manifest.workers = worker(unstamped_share=share)
+    write_manifest(RunDir(path), manifest)
+    assert check(summarise(read_run(path)), "stamps").observed == f"p99 1 ms late{said}"
+
+
 def test_one_saturated_second_is_enough_in_a_short_run_and_one_in_a_hundred_later(tmp_path):
     results = rows(1500)  # 150 s
     for busy, ok in ((1, True), (2, False)):

@@ -160,6 +160,7 @@ def test_open_loop_follows_the_plan_and_measures_the_truth(fake_server: StartSer
     assert worker.process.returncode == 0
     assert 0 < end["cpu_share"] < 1
     assert end["loop_lag_p99_s"] < 0.1
+    assert 0 <= end["unstamped_share"] < 0.5, "the kernel begins a moment after it was asked"
     assert end["end_ns"] > 59 * 0.02e9
     assert classes(rows) == {None: 60}
     assert [row["scheduled_ns"] for row in rows] == [int(i * 0.02 * 1e9) for i in range(60)]
