@@ -9,25 +9,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-
 from analysis import arrays, metrics
 from analysis.arrays import Bools, Floats
 from analysis.check import Check
 from analysis.fidelity.questions import Fidelity, fidelity
-from analysis.intervals import Distribution, Quantity, distribution, rate, share
+from analysis.intervals import Distribution, Quantity, distribution, rate
 from analysis.load import Rows, Run
 from analysis.metrics import Counts, Tokens, Window
 from analysis.money.price import DEFAULT_RATIO, Cost, bill_usd, check_ratio, cost
 from analysis.money.samples import run_samples
 from analysis.money.split import Split, Usage, split_bill
 from analysis.plateau import SteadyState, drain_check, steady_check, steady_part, steady_state
+from analysis.promise import Slo, judge, price_note, unjudged
 from analysis.validity import MISMATCH_BOUND, check_run, is_valid
 from harness.errors import EXIT_INVALID, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.plan import PlanInfo
 from harness.results import ERRORS
 from harness.run import Host, Replica, RunSpec, Tier
-from harness.slo import check_slo, criteria, split_key
+from harness.slo import check_slo
 
 SCHEMA = "harness.report/1"
 DEFAULT_ATTAIN = 0.99
@@ -59,35 +58,6 @@ class Rates:
     total_token_throughput: Quantity
     goodput: Quantity
     concurrency: Quantity
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Judged:
-    """One criterion of the SLO and what became of it."""
-
-    name: str
-    limits: dict[str, float]
-    """Seconds by metric."""
-    wanted: float
-    """Share of offered requests that are to keep all its limits."""
-    attainment: Quantity
-    met: bool | None
-    """None: not known, since a limit is on what was not measured."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Slo:
-    """What was promised and what was kept (`harness.slo` has the rules)."""
-
-    limits: dict[str, float]
-    """As it was asked for: seconds by key, ``ttft`` or ``ttft_p99``."""
-    attainment: Quantity
-    """Share of offered requests that were within every limit, each percentile's own among them: what goodput counts."""
-    attain: float
-    """Share wanted of the limits without a percentile."""
-    met: bool | None
-    """Every criterion was met; None: none was missed, and of some it is not known."""
-    criteria: list[Judged]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +141,7 @@ def summarise(
     steady = steady_part(run, window)
     checks = [*check_run(run, counts, window, limits), steady_check(run, steady), drain_check(run, window)]
     valid = is_valid(checks)
-    judged = _slo(run, limits, counts, tokens, attain) if limits else None
+    judged = judge(run, limits, counts, tokens, attain) if limits else None
     rates, weighted = _rates(run, window, tokens, counts, limits, ratio)
     reason = None if valid else "the run is INVALID"
     price = partial(cost, manifest.tier, _replicas(run), ratio=ratio, reason=reason)
@@ -197,7 +167,7 @@ def summarise(
             output_rate=rates.output_token_throughput,
             weighted_rate=weighted,
             splits=_splits(run, window, tokens, ratio, counts.succeeded),
-            note=_price_note(judged),
+            note=price_note(judged),
         ),
         steady=steady_state(run, window, steady, rates.total_token_throughput, rates.output_token_throughput, price),
         fidelity=fidelity(run),
@@ -285,7 +255,7 @@ def _rates(
         ended = metrics.binned(arrays.kept(rows.finished_s, which), None, window)
         return rate(ended, window.bin_s, n=int(which.sum()), unit="req/s", evidence=evidence)
 
-    unjudged = _unjudged(limits, tokens, counts)
+    unknown = unjudged(limits, tokens, counts)
     good = metrics.meets_slo(rows, limits)
     out, into = run.chunks.output_tokens, metrics.binned(*metrics.input_token_events(rows), window)
     n = counts.succeeded
@@ -306,11 +276,11 @@ def _rates(
         output_token_throughput=token_rate(tokens.output, out),
         total_token_throughput=token_rate(all_known, out + into),
         goodput=(
-            blank("req/s", "no SLO given (--slo)")
-            if not limits
+            blank("req/s", unknown, n)
+            if unknown
             else requests(good)
-            if unjudged is None
-            else blank("req/s", unjudged, n)
+            if limits
+            else blank("req/s", "no SLO given (--slo)")
         ),
         concurrency=rate(busy_s, window.bin_s, n=counts.sent, unit="requests", evidence=evidence),
     ), token_rate(all_known, out + into / ratio)
@@ -330,61 +300,6 @@ def _splits(run: Run, window: Window | None, tokens: Tokens, ratio: float, n: in
 
 def _replicas(run: Run) -> int:
     return len(run.manifest.replicas) or len(run.manifest.spec.base_urls)
-
-
-def _unjudged(limits: Mapping[str, float], tokens: Tokens, counts: Counts) -> str | None:
-    """Why it is not known whether requests kept these limits; None: it is."""
-    if tokens.missing <= MISMATCH_BOUND * counts.succeeded or all(split_key(key)[0] != "tpot" for key in limits):
-        return None
-    return f"tpot is not known: usage missing on {tokens.missing} of {counts.succeeded} requests"
-
-
-def _price_note(slo: Slo | None) -> str | None:
-    """What the SLO says of a price at this load."""
-    if slo is None or slo.met:
-        return None
-    if slo.met is None:
-        return "whether the SLO is kept at this load is not known"
-    return "at this load the SLO is missed: not a price to sell at"
-
-
-def _slo(run: Run, limits: dict[str, float], counts: Counts, tokens: Tokens, attain: float) -> Slo:
-    """Attainment over every request that was offered: failed, unfinished and lost ones did not meet it."""
-    rows = run.rows
-    left_out = _in_time(rows, metrics.not_offered(run))
-
-    def attained(within: Mapping[str, float]) -> Quantity:
-        if why := _unjudged(within, tokens, counts):
-            unit = "share of requests"
-            return Quantity(value=None, n=counts.offered, unit=unit, note=why, evidence=run.evidence)
-        met = arrays.zeros(counts.offered, np.bool_)  # lost ones last: they met nothing
-        kept = _in_time(rows, metrics.meets_slo(rows, within))
-        at = 0
-        for part in arrays.blocks(len(rows)):
-            some = kept[part][~left_out[part]]
-            met[at : at + len(some)] = some
-            at += len(some)
-        return share(met, unit="share of requests", evidence=run.evidence)
-
-    judged = []
-    for criterion in criteria(limits, attain):
-        kept = attained(criterion.limits)
-        met = None if kept.value is None and counts.offered else (kept.value or 0.0) >= criterion.wanted
-        judged.append(
-            Judged(
-                name=criterion.name, limits=dict(criterion.limits), wanted=criterion.wanted, attainment=kept, met=met
-            )
-        )
-    every = [one.met for one in judged]
-    met = False if False in every else None if None in every else True
-    return Slo(limits=limits, attainment=attained(limits), attain=attain, met=met, criteria=judged)
-
-
-def _in_time(rows: Rows, flags: Bools) -> Bools:
-    """Flags of the rows in the order they were due."""
-    found = arrays.zeros(len(rows), np.bool_)
-    found[rows.rank] = flags
-    return found
 
 
 def _errors(run: Run) -> list[ErrorCount]:

@@ -17,9 +17,10 @@ from analysis.intervals import Quantity
 from analysis.load import read_run
 from analysis.metrics import Counts, Tokens, Window
 from analysis.money.price import Cost, Split
+from analysis.promise import Slo
 from analysis.show import report
 from analysis.show.report import hourly, render_json, render_markdown, render_text
-from analysis.summary import ErrorCount, Metrics, Rates, Server, Slo, Summary, summarise
+from analysis.summary import ErrorCount, Metrics, Rates, Server, Summary, summarise
 from analysis.validity import Check
 
 METRICS_MD = (Path(metrics.__file__).parent / "METRICS.md").read_text()

@@ -1,0 +1,100 @@
+"""What was promised and what was kept: the SLO, judged over every request that was offered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis import arrays, metrics
+from analysis.arrays import Bools
+from analysis.intervals import Quantity, share
+from analysis.load import Rows, Run
+from analysis.metrics import Counts, Tokens
+from analysis.validity import MISMATCH_BOUND
+from harness.slo import criteria, split_key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """One criterion of the SLO and what became of it."""
+
+    name: str
+    limits: dict[str, float]
+    """Seconds by metric."""
+    wanted: float
+    """Share of offered requests that are to keep all its limits."""
+    attainment: Quantity
+    met: bool | None
+    """None: not known, since a limit is on what was not measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slo:
+    """What was promised and what was kept (`harness.slo` has the rules)."""
+
+    limits: dict[str, float]
+    """As it was asked for: seconds by key, ``ttft`` or ``ttft_p99``."""
+    attainment: Quantity
+    """Share of offered requests that were within every limit, each percentile's own among them: what goodput counts."""
+    attain: float
+    """Share wanted of the limits without a percentile."""
+    met: bool | None
+    """Every criterion was met; None: none was missed, and of some it is not known."""
+    criteria: list[Judged]
+
+
+def unjudged(limits: Mapping[str, float], tokens: Tokens, counts: Counts) -> str | None:
+    """Why it is not known whether requests kept these limits; None: it is."""
+    if tokens.missing <= MISMATCH_BOUND * counts.succeeded or all(split_key(key)[0] != "tpot" for key in limits):
+        return None
+    return f"tpot is not known: usage missing on {tokens.missing} of {counts.succeeded} requests"
+
+
+def price_note(slo: Slo | None) -> str | None:
+    """What the SLO says of a price at this load."""
+    if slo is None or slo.met:
+        return None
+    if slo.met is None:
+        return "whether the SLO is kept at this load is not known"
+    return "at this load the SLO is missed: not a price to sell at"
+
+
+def judge(run: Run, limits: dict[str, float], counts: Counts, tokens: Tokens, attain: float) -> Slo:
+    """Attainment over every request that was offered: failed, unfinished and lost ones did not meet it."""
+    rows = run.rows
+    left_out = _in_time(rows, metrics.not_offered(run))
+
+    def attained(within: Mapping[str, float]) -> Quantity:
+        if why := unjudged(within, tokens, counts):
+            unit = "share of requests"
+            return Quantity(value=None, n=counts.offered, unit=unit, note=why, evidence=run.evidence)
+        met = arrays.zeros(counts.offered, np.bool_)  # lost ones last: they met nothing
+        kept = _in_time(rows, metrics.meets_slo(rows, within))
+        at = 0
+        for part in arrays.blocks(len(rows)):
+            some = kept[part][~left_out[part]]
+            met[at : at + len(some)] = some
+            at += len(some)
+        return share(met, unit="share of requests", evidence=run.evidence)
+
+    judged = []
+    for criterion in criteria(limits, attain):
+        kept = attained(criterion.limits)
+        met = None if kept.value is None and counts.offered else (kept.value or 0.0) >= criterion.wanted
+        judged.append(
+            Judged(
+                name=criterion.name, limits=dict(criterion.limits), wanted=criterion.wanted, attainment=kept, met=met
+            )
+        )
+    every = [one.met for one in judged]
+    met = False if False in every else None if None in every else True
+    return Slo(limits=limits, attainment=attained(limits), attain=attain, met=met, criteria=judged)
+
+
+def _in_time(rows: Rows, flags: Bools) -> Bools:
+    """Flags of the rows in the order they were due."""
+    found = arrays.zeros(len(rows), np.bool_)
+    found[rows.rank] = flags
+    return found
