@@ -27,13 +27,18 @@ class Timer:
 
     def __init__(self) -> None:
         self.fd = -1
+        self._spec = _Itimerspec()
+        self._value, self._reference = (
+            self._spec.value,
+            ctypes.byref(self._spec),
+        )  # made once: a busy client sets it often
         if hasattr(_libc, "timerfd_create"):
             self.fd = _libc.timerfd_create(_CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
 
     def set(self, due_ns: int) -> None:
         """Wait for ``due_ns``, a `time.monotonic_ns` value; this also clears an expiry nobody read."""
-        spec = _Itimerspec(_Timespec(0, 0), _Timespec(due_ns // 10**9, due_ns % 10**9))
-        _libc.timerfd_settime(self.fd, _ABSOLUTE, ctypes.byref(spec), None)
+        self._value.s, self._value.ns = divmod(due_ns, 10**9)
+        _libc.timerfd_settime(self.fd, _ABSOLUTE, self._reference, None)
 
     def close(self) -> None:
         """Give the file descriptor back. Safe twice."""

@@ -22,7 +22,7 @@ from scenarios.hot_path import Reader
 MOST_NS, _LEAST_NS = 2_000_000, 500_000
 _SHARE = 5
 _WINDOW_NS = 100_000_000
-_FEW = 16  # events: not worth a pause
+_FEW = 16  # events that come in a pause: not worth it
 _RARE = 500  # of so many events one may share its stamp: far from what a 99th percentile of gaps would show
 _GROWTH_NS = MOST_NS // 16  # of the longest pause, per window without that
 
@@ -40,17 +40,15 @@ class Pace:
         self._resume: Any = loop.io(self._timer.fd, 1) if self._timer.fd >= 0 else None
         self._pause_ns = 0
         self._most_ns = MOST_NS
-        self._events = 0  # at the end of the last round
         self._window = monotonic_ns(), 0, 0, 0  # when it began; until then events, shared ones, reads without a stamp
 
     def _read(self) -> None:
         if self._reader.read():
             return  # and go on at the next turn of the loop: the same watcher still has cause
-        now, events, before = monotonic_ns(), self._reader.events, self._events
-        self._events = events
+        now = monotonic_ns()
         if now - self._window[0] > _WINDOW_NS:
-            self._look(now, events)
-        if self._pause_ns and events - before >= _FEW:
+            self._look(now, self._reader.events)
+        if self._pause_ns:
             self._timer.set(now + self._pause_ns)
             if not self._resume.active:
                 self._ready.stop()

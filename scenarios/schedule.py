@@ -42,7 +42,7 @@ class _Ahead:
 AHEAD = _Ahead()
 BURST = 16
 """Late requests sent in a row before the loop may read answers again."""
-_FILL_S = 0.01
+_FILL_S, _FULL_S = 0.01, 0.05  # between two looks, while too little is prepared and when enough is
 _FILL_NS, _HURRY_NS = 500_000, 3_000_000  # of these; answers that come meanwhile are stamped that much late
 
 
@@ -341,7 +341,7 @@ class Load:
         """
         schedule = self.schedule
         while not (self.stopping or schedule.all_read):
-            gevent.sleep(_FILL_S)
+            gevent.sleep(_FILL_S if schedule.wants_more(self.now_ns()) else _FULL_S)
             due, now = schedule.known_due(), monotonic_ns()
             end = now + (_FILL_NS if schedule.prepared > AHEAD.requests // 2 else _HURRY_NS)
             while schedule.wants_more(self.now_ns()) and monotonic_ns() < end and schedule.read_more():

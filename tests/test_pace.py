@@ -82,12 +82,12 @@ def test_it_reads_at_once_again_when_less_comes(rig: Rig) -> None:
     rig.streams = 1000
     rig.rounds(100, MS)
     assert rig.waits == "time"
-    rig.rounds(15, 2 * MS, 1)
+    rig.rounds(1, 2 * MS, 40)
+    assert rig.waits == "time", "a lull is no reason"
+    rig.rounds(1, 2 * MS, 70)
     assert rig.waits == "bytes"
-    rig.rounds(100, MS, 1)
+    rig.rounds(100, MS)
     assert rig.waits == "time"
-    rig.rounds(1, 10 * MS, 30)
-    assert rig.waits == "bytes"
 
 
 def test_a_round_in_parts_is_one_round(rig: Rig) -> None:
