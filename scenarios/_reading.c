@@ -196,6 +196,7 @@ typedef struct {
     uint32_t raw;   /* bytes of whole chunks */
     uint32_t odd;   /* not 0: some text has a quote, a backslash, or what is not printable ASCII */
     uint8_t opening, opened; /* the opening of the answer is still to come; it came */
+    uint8_t first;  /* the first event after it is still to come */
     uint8_t inside; /* the last chunk did not end with an event */
     uint8_t owed;   /* bytes of its line end that lack; when other bytes came, they never will */
     int64_t last_ns;
@@ -458,7 +459,6 @@ static int take(Reader *self, Lane *lane, char *data, Py_ssize_t size, int64_t s
     const char *at = data, *const end = data + size, *raw = NULL, *content, *text;
     Py_ssize_t length, text_length, whole = 0;
     int last = 0, events = 0;
-    self->bytes += size;
     if (!kept) {
         self->events++;
         return hand_on(lane->connection, "received", data, size, stamp);
@@ -477,13 +477,18 @@ static int take(Reader *self, Lane *lane, char *data, Py_ssize_t size, int64_t s
         if (!whole && here == wanted) {
             at += wanted;
             kept->opening = 0;
-            kept->opened = 1;
+            kept->opened = kept->first = 1;
             self->events++;
         }
     }
     while (!kept->opening && !kept->owed && at < end && !last &&
            (whole = chunk(at, end - at, &content, &length)) > 0) {
         const int kind = kept->inside ? 0 : plain_event(pattern, content, length, &text, &text_length);
+        if (!kind && kept->first) { /* its events are of no kind that is known: to be learned now, not at the end */
+            whole = -1;
+            break;
+        }
+        kept->first = 0;
         if (kind) {
             if ((raw && Kept_add(kept, raw, at - raw, 0, stamp) < 0) ||
                 Kept_add(kept, text, text_length, kind, stamp) < 0)
@@ -574,6 +579,7 @@ static int receive(Reader *self, int fd) {
     int error = size < 0 ? errno : 0;
     if (error == EINTR) return MORE;
     if (error == EAGAIN || error == EWOULDBLOCK) return OVER;
+    if (size > 0) self->bytes += size;
     const int bad = size > 0 ? take(self, lane, self->buffer + PARTIAL, size, arrived(self, lane, &message))
                              : lost(lane->connection, error);
     if (bad < 0) note_error(self);
@@ -663,6 +669,8 @@ static PyObject *Reader_take(Reader *self, PyObject *args) {
         Lane *lane = lane_of(self, fd);
         if (!lane) break; /* closed by what came before */
         part = size - at < READ_SIZE ? size - at : READ_SIZE;
+        if (lane->polled) self->events--; /* counted when it was handed on, as its bytes were */
+        else self->bytes += part;
         memcpy(self->buffer + PARTIAL, data + at, part);
         if (take(self, lane, self->buffer + PARTIAL, part, stamp) < 0) return NULL;
     }
@@ -741,7 +749,7 @@ static PyMethodDef reader_methods[] = {
     {"read", (PyCFunction)Reader_read, METH_NOARGS, "Read what has bytes, without waiting."},
     {"add", (PyCFunction)Reader_add, METH_VARARGS, "Read from this descriptor from now on."},
     {"keep", (PyCFunction)Reader_keep, METH_VARARGS, "Keep the answer that arrives on a descriptor."},
-    {"take", (PyCFunction)Reader_take, METH_VARARGS, "Take bytes of a descriptor that is not polled."},
+    {"take", (PyCFunction)Reader_take, METH_VARARGS, "Take bytes of a descriptor that is not polled, or that were handed on."},
     {"keep_all", (PyCFunction)Reader_keep_all, METH_O, "Hand on whatever arrives again."},
     {"remove", (PyCFunction)Reader_remove, METH_O, "Read from it no more."},
     {"close", (PyCFunction)Reader_close, METH_NOARGS, "Stop; sockets are closed by their owners."},

@@ -208,6 +208,12 @@ class Connection:
         if stream is None:
             self.lost(None)  # nobody asked: this connection is out of step
             return
+        if stream.shape is None and stream.seen == b"" and self.target.shape is not None:
+            # When it was sent no answer had shown its shape: of the first wave only the first few are parsed.
+            stream.shape = self.target.shape
+            self.client.reader.keep(self.fd, stream.kept, stream.shape.pattern, True)
+            self.client.reader.take(self.fd, data, stamp)
+            return
         stream.feed(data, stamp)
         response = stream.response
         if response.done:

@@ -105,10 +105,11 @@ def _bytewise(expected: bytes, loose: bytes) -> list[bytes]:
 class Kept:
     """What has arrived of an answer, in order, and when (monotonic ns): whole chunks, and texts of plain events."""
 
-    __slots__ = ("_entries", "inside", "last_ns", "opened", "opening", "owed", "partial", "raw", "size")
+    __slots__ = ("_entries", "first", "inside", "last_ns", "opened", "opening", "owed", "partial", "raw", "size")
 
     def __init__(self) -> None:
         self.opening = False  # still to come
+        self.first = False  # the first event after it is still to come
         self.opened = False
         """Whether the answer began with the opening of its pattern."""
         self.inside = False  # the last chunk did not end with an event
@@ -267,16 +268,23 @@ class Reader:
             lane.came_ns = arrived_ns(said, lane.came_ns)
             self.reads += 1
             self.unstamped += not said
-            self.take(fd, data, lane.came_ns)
+            self.bytes += len(data)
+            self._take(lane, data, lane.came_ns)
         else:
             lane.source.lost(None)
 
     def take(self, fd: int, data: bytes, stamp: int) -> None:
-        """Take bytes that arrived on a descriptor at ``stamp``, monotonic ns."""
+        """Take bytes that arrived at ``stamp``, monotonic ns: of a descriptor that is not polled, or handed on."""
         lane = self._lanes.get(fd)
         if lane is None:
             return
-        self.bytes += len(data)
+        if lane.polled:
+            self.events -= 1  # counted when it was handed on, as its bytes were
+        else:
+            self.bytes += len(data)
+        self._take(lane, data, stamp)
+
+    def _take(self, lane: _Lane, data: bytes, stamp: int) -> None:
         kept, source = lane.kept, lane.source
         if kept is None:
             self.events += 1
@@ -308,13 +316,16 @@ class Reader:
             if len(data) < pattern.size:
                 return self._hold(kept, data), False
             at = raw = pattern.size
-            kept.opening, kept.opened = False, True
+            kept.opening, kept.opened, kept.first = False, True, True
             self.events += 1
         while at < len(data) and not last:
             content, end = _chunk(data, at)
             if content is None:
                 break
             kind, text = (0, b"") if pattern is None or kept.inside else pattern.text(content)
+            if not kind and kept.first:  # its events are of no kind that is known: to be learned now, not at the end
+                return data[at:], False
+            kept.first = False
             if kind:
                 self._keep_raw(kept, data[raw:at], stamp)
                 kept.add(kind, stamp, text)

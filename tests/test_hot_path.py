@@ -147,7 +147,7 @@ def test_both_paths_take_the_same_bytes_the_same_way(
     pieces: list[bytes], cuts: list[int], opening: bool, sound: bool, last: bool
 ) -> None:
     if sound:  # whole chunks, as most streams are
-        pieces = [plain(piece.replace(b"\n", b"")) for piece in pieces] + [END] * last
+        pieces = [plain(piece.replace(b"\n", b"") or b"x") for piece in pieces] + [END] * last
     body = (HEAD if opening and sound else b"") + b"".join(pieces)
     edges = sorted({0, len(body), *(cut for cut in cuts if cut < len(body))})
     writes = [body[a:b] for a, b in pairwise(edges)]
@@ -223,6 +223,20 @@ def test_an_answer_is_told_of_only_at_its_end(path: Any) -> None:
         source.reader.read()
         assert source.told[1:] == [("received", b"and more")]
         source.close()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_answer_of_unknown_events_is_told_of_at_the_first(path: Any) -> None:
+    """Another model behind the same server: what its events look like is learned at once."""
+    source = Source(path, HEAD)
+    source.keep(opening=True)
+    source.here.sendall(HEAD)
+    source.reader.read()
+    source.here.sendall(chunk(b"data: 1\n\n") + plain(b"text"))
+    source.reader.read()
+    assert (source.kept.opened, source.runs()) == (True, [])
+    assert source.told == [("other", chunk(b"data: 1\n\n") + plain(b"text"))]
+    source.close()
 
 
 @pytest.mark.parametrize("path", PATHS)

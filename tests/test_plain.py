@@ -247,10 +247,12 @@ class Wire:
         self.path = path
         self.target: Any = type("Target", (), {"tls": None, "idle": [], "authority": "x", "head": b"", "shape": None})()
         self.handed_on = 0
+        self.reader: Any = None  # of the last answer
 
     def answer(self, reads: list[bytes], parse_after: set[int] = frozenset(), *, told: bool = False) -> Any:  # type: ignore[assignment]
         """Send reads one by one; parse at some of them. The stream, and when each read was sent."""
         owner: Any = Owner(self.path)
+        self.reader = owner.reader
         here, there = socket.socketpair()
         connection = Connection(owner, self.target)
         with pytest.MonkeyPatch.context() as patch:
@@ -381,7 +383,7 @@ def test_from_the_second_answer_on_nothing_is_parsed_before_the_end(path: Any, m
     """Other dates and ids are no news, and of a plain event only the text is kept: 10,000 streams fit in memory."""
     wire = Wire(path)
     for nth in range(4):
-        shape = '{"id":"c-1","created":1761,"choices":[{"text":%s}]}'.replace("1", str(nth + 1))
+        shape = '{"id":"c-1","created":9961,"choices":[{"text":%s}]}'.replace("1", str(nth + 1))
         body = [said(shape, b'" t%d"' % i) for i in range(60)]
         reads = [head_of(nth, more.replace(b"7", b"%d" % nth)), *map(chunk, body), chunk(usage(60)), chunk(DONE) + END]
         before = wire.handed_on
@@ -389,6 +391,27 @@ def test_from_the_second_answer_on_nothing_is_parsed_before_the_end(path: Any, m
         agrees(stream, sent, by_the_book(reads))
         assert (wire.handed_on - before > 0) is (nth == 0)
         assert (stream.response.keep_alive, stream.response.done) == (True, True)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_shape_that_is_learned_while_others_wait_serves_them_too(path: Any) -> None:
+    """The answers of a first wave come together: all were sent before any had shown what they look like."""
+    wire = Wire(path)
+    reads = [head_of(1), chunk(ROLE), chunk(FIRST), chunk(usage(1)), chunk(DONE) + END]
+    wire.answer(reads)
+    before, shape, begin = wire.handed_on, wire.target.shape, Stream.begin
+    with pytest.MonkeyPatch.context() as patch:
+
+        def before_it_was_learned(stream: Stream, now_ns: int) -> None:
+            begin(stream, now_ns)
+            stream.shape = None
+
+        patch.setattr(Stream, "begin", before_it_was_learned)
+        stream, sent = wire.answer(reads)
+    agrees(stream, sent, by_the_book(reads))
+    assert (wire.handed_on, stream.shape, stream.kept.opened) == (before, shape, True)
+    reader = wire.reader
+    assert (reader.bytes, reader.events) == (len(b"".join(reads)), 1 + 1 + 2)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -412,6 +435,17 @@ def test_another_status_is_no_opening(changed: bytes) -> None:
     reads[0] = reads[0].replace(b"200 OK", changed)
     agrees(*wire.answer(reads), by_the_book(reads))
     assert wire.handed_on > before
+
+
+def test_many_models_behind_one_server_are_each_known_from_the_first_event_on() -> None:
+    """More than a shape remembers, by turns: what is not known is learned at once, not at the end."""
+    wire = Wire(hot_path)
+    for nth in range(30):
+        shape = SHAPES[0].replace('"x"', f'"x","model":"adapter-{"x" * (nth % 10)}"')
+        reads = [head_of(1), *(chunk(said(shape, b'"t%d"' % i)) for i in range(50)), chunk(DONE) + END]
+        before = wire.handed_on
+        agrees(*wire.answer(reads), by_the_book(reads))
+        assert wire.handed_on - before <= 2
 
 
 REASONING, CONTENT = SHAPES[3], '{"choices":[{"delta":{"content":%s}}]}'
