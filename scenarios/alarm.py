@@ -27,11 +27,8 @@ class Timer:
 
     def __init__(self) -> None:
         self.fd = -1
-        self._spec = _Itimerspec()
-        self._value, self._reference = (
-            self._spec.value,
-            ctypes.byref(self._spec),
-        )  # made once: a busy client sets it often
+        spec = _Itimerspec()  # made once: a busy client sets it often
+        self._value, self._reference = spec.value, ctypes.byref(spec)
         if hasattr(_libc, "timerfd_create"):
             self.fd = _libc.timerfd_create(_CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
 

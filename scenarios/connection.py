@@ -208,7 +208,7 @@ class Connection:
         if stream is None:
             self.lost(None)  # nobody asked: this connection is out of step
             return
-        if stream.shape is None and stream.seen == b"" and self.target.shape is not None:
+        if stream.shape is None and stream.seen == b"" and self.target.shape is not None and self._tls is None:
             # When it was sent no answer had shown its shape: of the first wave only the first few are parsed.
             stream.shape = self.target.shape
             self.client.reader.keep(self.fd, stream.kept, stream.shape.pattern, True)
