@@ -23,7 +23,6 @@ HEADER_LIMIT = 64 * 1024
 EVENT_LIMIT = 16 * 2**20
 _ERROR_BODY_LIMIT = 64 * 1024
 
-
 _State = Callable[["Response", bytes, int, list[int], list[int]], int]
 
 
@@ -31,13 +30,12 @@ class Response:
     """One HTTP answer, fed in pieces of any size.
 
     After each `feed`: ``done`` (nothing more belongs to this answer), ``keep_alive`` (the connection may be used
-    again), ``status`` (null before the status line), ``chunked`` (null before the headers ended). ``secret`` is cut out
-    of every detail.
+    again), ``status`` (null before the status line). ``secret`` is cut out of every detail.
     """
 
     __slots__ = (
         "_body_kind", "_carry", "_chunk_left", "_completion", "_head", "_last_body_ns", "_left", "_location", "_sample",
-        "_secret", "_state", "chunked", "done", "keep_alive", "status",
+        "_secret", "_state", "done", "keep_alive", "status",
     )  # fmt: skip
     told = False
     """Whether the texts of events are wanted, not only when they came."""
@@ -46,7 +44,6 @@ class Response:
         self.done = False
         self.keep_alive = False
         self.status: int | None = None
-        self.chunked: bool | None = None
         self._secret = secret
         # A plain function, not a bound method: no reference cycle, and the client runs with the garbage collector off.
         self._state: _State = Response._read_head
@@ -64,7 +61,7 @@ class Response:
 
     def begin(self) -> None:
         """The head is over, and was that of an event stream in chunks, on a connection that is kept."""
-        self.status, self.keep_alive, self.chunked, self._body_kind = 200, True, True, "sse"
+        self.status, self.keep_alive, self._body_kind = 200, True, "sse"
         self._state = Response._read_chunk_size
 
     def feed(self, reads: list[bytes], stamps: list[int]) -> None:
@@ -168,7 +165,7 @@ class Response:
         head = read_head(raw)
         if head is None:
             return
-        self.status, self.keep_alive, self.chunked = head.status, head.keep_alive, head.framing == "chunked"
+        self.status, self.keep_alive = head.status, head.keep_alive
         self._body_kind, self._left, self._location = head.body, head.length, head.location
         if head.problem:
             self._broken(head.problem)
