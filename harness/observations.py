@@ -11,8 +11,8 @@ loop_lag_max_ns     int64         longest lateness of a 10 ms tick of the event 
 loop_lag_p99_ns     int64         its 99th percentile over the interval's ticks; null: no tick
 cpu_share           float64       CPU time of the process, all threads, per wall time; 1.0 is one full core
 gc_pause_ns         int64         time inside the garbage collector (it is off while a run lasts, so this should be 0)
-events              int64         events of answers that were read, where they are like each other; of others the reads:
-                                  at one event per packet, the events
+events              int64         events of answers that were read, with output or without: HTTP chunks, as servers send
+                                  one in each; of answers that are unlike others of their server the reads
 bytes               int64         bytes of those reads
 sent                int64         requests sent
 done                int64         answers that ended and have their row

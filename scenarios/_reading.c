@@ -183,7 +183,7 @@ static PyType_Spec pattern_spec = {"scenarios._reading.Pattern", sizeof(Pattern)
 
 typedef struct {
     int64_t stamp;
-    uint32_t length : 28, kind : 4; /* kind 0: whole chunks, as they are; else the text of an event of this kind */
+    uint32_t length : 28, kind : 4; /* kind 0: content of a chunk; else the text of an event of this kind */
 } __attribute__((packed)) Mark;
 
 #define LONGEST ((1u << 28) - 1)
@@ -193,7 +193,7 @@ typedef struct {
     PyObject_HEAD
     char *data; /* of each entry a Mark, then its bytes; behind them those of a chunk that is not whole yet */
     uint32_t count, size, partial, room;
-    uint32_t raw;   /* bytes of whole chunks */
+    uint32_t raw;   /* bytes of contents */
     uint32_t odd;   /* not 0: some text has a quote, a backslash, or what is not printable ASCII */
     uint8_t opening, opened; /* the opening of the answer is still to come; it came */
     uint8_t first;  /* the first event after it is still to come */
@@ -318,7 +318,7 @@ static PyMethodDef kept_methods[] = {
 
 static PyMemberDef kept_members[] = {
     {"last_ns", T_LONGLONG, offsetof(Kept, last_ns), READONLY, "When something arrived last; 0 for never."},
-    {"raw", T_UINT, offsetof(Kept, raw), READONLY, "Bytes held of whole chunks."},
+    {"raw", T_UINT, offsetof(Kept, raw), READONLY, "Bytes held of contents of chunks."},
     {"size", T_UINT, offsetof(Kept, size), READONLY, "Bytes held."},
     {"owed", T_UBYTE, offsetof(Kept, owed), READONLY, "Bytes of the last chunk's line end that lack."},
     {0},
@@ -361,10 +361,10 @@ typedef struct {
     int room;
     Lane *lanes; /* by descriptor */
     State types;
-    char *buffer; /* PARTIAL bytes for what came before, then READ_SIZE for what comes, and a line end */
+    char *buffer; /* PARTIAL bytes for what came before, then READ_SIZE for what comes */
     int64_t offset_ns; /* of the monotonic clock from the wall clock, in which the kernel stamps */
     int64_t now_ns;    /* when this round of reading began */
-    unsigned long long events, bytes; /* that were read: plain events, and other reads */
+    unsigned long long events, bytes; /* that were read: events, and reads of what is handed on */
     unsigned long long shared;        /* plain events that came with another in one read, and share its stamp */
     unsigned long long reads, unstamped; /* reads; those for which the kernel did not say when their bytes came */
     PyObject *error, *error_value, *error_trace; /* what the next return from read raises */
@@ -456,7 +456,7 @@ static int ended(PyObject *connection, int64_t stamp) {
 static int take(Reader *self, Lane *lane, char *data, Py_ssize_t size, int64_t stamp) {
     Kept *const kept = lane->kept;
     const Pattern *const pattern = lane->pattern;
-    const char *at = data, *const end = data + size, *raw = NULL, *content, *text;
+    const char *at = data, *const end = data + size, *content, *text;
     Py_ssize_t length, text_length, whole = 0;
     int last = 0, events = 0;
     if (!kept) {
@@ -489,27 +489,16 @@ static int take(Reader *self, Lane *lane, char *data, Py_ssize_t size, int64_t s
             break;
         }
         kept->first = 0;
-        if (kind) {
-            if ((raw && Kept_add(kept, raw, at - raw, 0, stamp) < 0) ||
-                Kept_add(kept, text, text_length, kind, stamp) < 0)
-                return -1;
-            self->events += 1 + (raw != NULL);
-            self->shared += events++ > 0;
-            raw = NULL;
-        } else {
-            if (!raw) raw = at;
+        if ((kind ? Kept_add(kept, text, text_length, kind, stamp) : Kept_add(kept, content, length, 0, stamp)) < 0)
+            return -1;
+        self->events += length > 0;
+        self->shared += kind && events++ > 0;
+        if (!kind) {
             last = !length;
             kept->inside = !ends_an_event(content, length);
         }
         at += whole;
-        if (at > end) { /* as if its line end was there: that is checked when it comes */
-            kept->owed = (uint8_t)(at - end);
-            memcpy((char *)end, LINE_END + 2 - kept->owed, kept->owed);
-        }
-    }
-    if (raw) {
-        self->events++;
-        if (Kept_add(kept, raw, at - raw, 0, stamp) < 0) return -1;
+        if (at > end) kept->owed = (uint8_t)(at - end); /* it is checked when it comes */
     }
     if (at >= end && !last) return 0;
     if (!last && !whole && end - at <= PARTIAL && (kept->opening || !has_an_event(at, end - at))) {
@@ -725,7 +714,7 @@ static PyObject *Reader_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     self->types = *(State *)PyModule_GetState(module);
     Py_INCREF((PyObject *)self->types.kept);
     Py_INCREF((PyObject *)self->types.pattern);
-    self->buffer = PyMem_Malloc(PARTIAL + READ_SIZE + sizeof LINE_END);
+    self->buffer = PyMem_Malloc(PARTIAL + READ_SIZE);
     if (self->epoll < 0) PyErr_SetFromErrno(PyExc_OSError);
     else if (!self->buffer) PyErr_NoMemory();
     else return (PyObject *)self;

@@ -60,8 +60,8 @@ class Template:
         return None
 
     def whole(self, text: bytes) -> bytes:
-        """The chunk that this is the text of, as it was read but for what is loose."""
-        return b"%x\r\n%b%b%b\r\n" % (len(self.before) + len(text) + len(self.after), self.before, text, self.after)
+        """The event that this is the text of, as it was read but for what is loose."""
+        return self.before + text + self.after
 
 
 def _told(event: bytes) -> bytes | None:

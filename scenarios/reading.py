@@ -103,7 +103,7 @@ def _bytewise(expected: bytes, loose: bytes) -> list[bytes]:
 
 
 class Kept:
-    """What has arrived of an answer, in order, and when (monotonic ns): whole chunks, and texts of plain events."""
+    """What has arrived of an answer, in order, and when (monotonic ns): texts of plain events, other chunks."""
 
     __slots__ = ("_entries", "first", "inside", "last_ns", "opened", "opening", "owed", "partial", "raw", "size")
 
@@ -127,12 +127,12 @@ class Kept:
         """Hold nothing but what is not whole."""
         self._entries: list[tuple[int, int, bytes]] = []
         self.raw = 0
-        """Bytes held of whole chunks."""
+        """Bytes held of contents of chunks."""
         self.size = 0
         """Bytes held."""
 
     def add(self, kind: int, stamp: int, part: bytes) -> None:
-        """Keep the text of an event of this kind (from 1 on), or whole chunks (0)."""
+        """Keep the text of an event of this kind (from 1 on), or the content of any other chunk (0)."""
         self._entries.append((kind, stamp, part))
         self.size += len(part)
         self.raw += 0 if kind else len(part)
@@ -144,7 +144,7 @@ class Kept:
 
     def runs(self, since_ns: int, whole: bool) -> list[tuple[int, bytes, list[bytes] | None]]:
         """What is kept, in stretches of one kind: the kind; when each part arrived, from ``since_ns`` on (int64, native
-        byte order); and the parts, of kind 0 whole chunks of one read each, of others a text.
+        byte order); and the parts, of kind 0 contents of chunks, of which that of the last is empty, of others texts.
 
         Texts are null, unless ``whole``, when all that are kept are printable ASCII without quote or backslash: the
         insides of JSON strings beyond doubt.
@@ -197,7 +197,7 @@ class Reader:
 
     def __init__(self) -> None:
         self.events = 0
-        """How many plain events, and other reads, were read."""
+        """How many events (chunks with content) were kept, and reads handed on."""
         self.bytes = 0
         self.shared = 0
         """How many plain events came with another before them in one read, and share its stamp."""
@@ -303,19 +303,19 @@ class Reader:
     def _keep(self, kept: Kept, pattern: Pattern | None, data: bytes, stamp: int) -> tuple[bytes | None, bool]:
         """Keep what is as expected; the rest of it, null when more is to come; and whether it had the last chunk."""
         kept.last_ns = stamp
-        at = raw = end = 0
+        at = end = 0
         last, plain = False, 0
         while kept.owed and at < len(data):
             if data[at] != _LINE_END[-kept.owed]:
                 return data[at:], False
             kept.owed -= 1
-            at = raw = at + 1
+            at += 1
         if kept.opening:
             if pattern is None or not pattern.size or not pattern.is_opening(data[: pattern.size]):
                 return data, False
             if len(data) < pattern.size:
                 return self._hold(kept, data), False
-            at = raw = pattern.size
+            at = pattern.size
             kept.opening, kept.opened, kept.first = False, True, True
             self.events += 1
         while at < len(data) and not last:
@@ -326,31 +326,22 @@ class Reader:
             if not kind and kept.first:  # its events are of no kind that is known: to be learned now, not at the end
                 return data[at:], False
             kept.first = False
+            kept.add(kind, stamp, text if kind else content)
+            self.events += bool(content)
             if kind:
-                self._keep_raw(kept, data[raw:at], stamp)
-                kept.add(kind, stamp, text)
-                self.events += 1
                 self.shared += plain > 0
                 plain += 1
-                raw = end
             else:
                 last = not content
                 kept.inside = not content.endswith((b"\n\n", b"\n\r\n"))
             at = end
         else:
             end = at
-        if at > len(data):  # as if it was there: it is checked when it comes
-            kept.owed = at - len(data)
-            data += _LINE_END[-kept.owed :]
-        self._keep_raw(kept, data[raw:at], stamp)
-        if end < 0 or last or at == len(data):
+        if at > len(data):
+            kept.owed = at - len(data)  # of its line end: it is checked when it comes
+        if end < 0 or last or at >= len(data):
             return data[at:], last
         return self._hold(kept, data[at:]), last
-
-    def _keep_raw(self, kept: Kept, chunks: bytes, stamp: int) -> None:
-        if chunks:
-            self.events += 1
-            kept.add(0, stamp, chunks)
 
     @staticmethod
     def _hold(kept: Kept, rest: bytes) -> bytes | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Callable
+from itertools import accumulate
 
 from scenarios.completion import Completion
 from scenarios.facts import Facts, facts_of
@@ -94,8 +95,20 @@ class Response:
             self._completion.take_plain(stamps)
             self._last_body_ns = stamps[-1]
             return True
-        self.feed([template.whole(text) for text in texts or [b"?"] * len(stamps)], stamps.tolist())
+        self.feed_chunks([template.whole(text) for text in texts or [b"?"] * len(stamps)], stamps.tolist())
         return False
+
+    def feed_chunks(self, contents: list[bytes], stamps: list[int]) -> None:
+        """Take the contents of whole chunks of an event stream, each with its time; the last chunk has none."""
+        if self.done:
+            self.keep_alive = False
+            return
+        body = b"".join(contents)
+        if body:
+            self._take_body(body, [(0, len(body))], list(accumulate(map(len, contents))), stamps)
+        self._sample = contents[-1]
+        if not contents[-1] and not self.done:
+            self._finish()
 
     def learn(self) -> Template | None:
         """What plain events look like, if the last chunk that was fed had one."""

@@ -97,7 +97,7 @@ class Stream:
                     assert self.shape is not None
                     response.feed_plain(self.shape.templates[kind - 1], times, parts)
                 elif parts:
-                    response.feed(parts, times.tolist())
+                    response.feed_chunks(parts, times.tolist())
             kept.clear()
         if over and (rest := kept.rest()):
             self.feed(rest, kept.last_ns)

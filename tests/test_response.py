@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -182,6 +183,20 @@ CASES = {
 }  # fmt: skip
 
 
+def contents(data) -> tuple[bytes, bool] | None:
+    """The body of an answer in chunks, and whether it has its last; null where the framing is bad."""
+    rest, body = data.removeprefix(CHUNKED), b""
+    while frame := re.match(rb"([0-9a-f]+)\r\n", rest):
+        size = int(frame[1], 16)
+        content, rest = rest[frame.end() : frame.end() + size], rest[frame.end() + size :]
+        if len(content) < size or not rest.startswith(b"\r\n"):
+            return None
+        body, rest = body + content, rest[2:]
+        if not size:
+            return (body, True) if not rest else None
+    return (body, False) if body and not rest else None
+
+
 def run(reads, closed, stamps=None) -> tuple[Response, Facts]:
     response = Response()
     for i, read in enumerate(reads):
@@ -240,6 +255,33 @@ def test_reads_fed_in_any_batches_are_the_same(name, data):
         response.eof()
     assert listed(response) == expected
     assert response.keep_alive == one_by_one.keep_alive
+
+
+STREAMS = sorted(name for name, (data, *_) in CASES.items() if data.startswith(CHUNKED) and contents(data))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(STREAMS), st.data())
+def test_contents_of_chunks_mean_what_the_chunks_do(name, data):
+    """However the body is cut into chunks, wherever the hot path begins to take their frames away."""
+    body, over = contents(CASES[name][0])
+    cuts = sorted(data.draw(st.sets(st.integers(1, max(len(body) - 1, 1)), max_size=12)))
+    parts = [body[a:b] for a, b in zip([0, *cuts], [*cuts, len(body)], strict=True) if body[a:b]]
+    parts += [b""] * over
+    by_the_book = [CHUNKED, *map(chunk, parts)]
+    expected, facts = run(by_the_book, closed=True)
+    first = data.draw(st.integers(1, len(parts)))
+    response = Response()
+    for i, read in enumerate(by_the_book[:first]):
+        response.feed([read], [i])
+    while first <= len(parts):
+        n = data.draw(st.integers(1, len(parts) + 1 - first))
+        response.feed_chunks(parts[first - 1 : first - 1 + n], list(range(first, first + n)))
+        first += n
+    response.eof()
+    assert listed(response) == facts
+    assert (response.done, response.keep_alive) == (expected.done, expected.keep_alive)
+    assert response.learn() == expected.learn()
 
 
 @settings(max_examples=300, deadline=None)
