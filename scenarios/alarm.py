@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+from collections.abc import Callable
 from time import monotonic_ns
 from typing import Any
 
@@ -23,25 +25,74 @@ class _Itimerspec(ctypes.Structure):
 
 
 class Timer:
-    """A Linux timerfd: its descriptor, -1 elsewhere, is readable from the time on that was last set."""
+    """A Linux timerfd: its descriptor, -1 elsewhere, is readable from a time on."""
 
     def __init__(self) -> None:
         self.fd = -1
-        spec = _Itimerspec()  # made once: a busy client sets it often
-        self._value, self._reference = spec.value, ctypes.byref(spec)
+        self._spec = _Itimerspec()
+        self._reference = ctypes.byref(self._spec)
         if hasattr(_libc, "timerfd_create"):
             self.fd = _libc.timerfd_create(_CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
 
-    def set(self, due_ns: int) -> None:
-        """Wait for ``due_ns``, a `time.monotonic_ns` value; this also clears an expiry nobody read."""
-        self._value.s, self._value.ns = divmod(due_ns, 10**9)
+    def set(self, due_ns: int, every_ns: int = 0) -> None:
+        """Be readable from ``due_ns`` on, a `time.monotonic_ns` value; with ``every_ns``, once that was cleared, again
+        from the next of the times that follow at this distance.
+        """
+        self._spec.value = _Timespec(*divmod(due_ns, 10**9))
+        self._spec.interval = _Timespec(*divmod(every_ns, 10**9))
         _libc.timerfd_settime(self.fd, _ABSOLUTE, self._reference, None)
+
+    def clear(self) -> None:
+        """Be readable no more, until the next time."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.fd, 8)
 
     def close(self) -> None:
         """Give the file descriptor back. Safe twice."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+class Ticker:
+    """Calls a function on gevent's event loop each time a period is over. Those that end while the loop is held up make
+    one call together. Where it is ``precise``, a call that returns True is repeated at the next turn of the loop.
+    """
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._call = call
+        self._timer = Timer()
+        self._watcher: Any = None
+        self.precise = self._timer.fd >= 0
+        """Whether a period may be shorter than some milliseconds."""
+
+    def every(self, period_ns: int) -> None:
+        """Call so often from now on."""
+        self.stop()
+        loop: Any = gevent.get_hub().loop
+        if self.precise:
+            self._timer.set(monotonic_ns() + period_ns, period_ns)
+            self._watcher = loop.io(self._timer.fd, 1)
+            self._watcher.start(self._tick)
+        else:
+            self._watcher = loop.timer(period_ns / 1e9, period_ns / 1e9)
+            self._watcher.start(self._call)
+
+    def _tick(self) -> None:
+        if not self._call():
+            self._timer.clear()
+
+    def stop(self) -> None:
+        """Call no more."""
+        if self._watcher is not None:
+            self._watcher.stop()
+            self._watcher.close()
+            self._watcher = None
+
+    def close(self) -> None:
+        """The same, and give the file descriptor back. Safe twice."""
+        self.stop()
+        self._timer.close()
 
 
 class Alarm:

@@ -1,25 +1,25 @@
 """The worker watches itself: how late its event loop runs, how busy it is, what it reads, once a second.
 
 Nothing of this is on the hot path. A 10 ms tick measures the loop; what was read is asked of the client once a second.
-Rows: `harness.observations`.
+Rows: `harness.observations`. Plain Python: a hundred numbers a second are no work, but code that is used once a second
+has left the caches by then, and NumPy is much code.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from time import monotonic_ns
 
-import gevent
-import numpy as np
-import numpy.typing as npt
 import psutil
 
 from harness.observations import Observation
-from scenarios.alarm import Alarm
+from scenarios.alarm import Ticker
 from scenarios.client import Client
 from scenarios.schedule import Load
 
@@ -37,10 +37,11 @@ class Observer:
         self._load, self._done = load, done
         self._process = psutil.Process()
         self._gc_ns = self._gc_began = 0
-        self._all = np.zeros(_BUCKETS, dtype=np.int64)
-        self._lags = array("q")
+        self._all = array("q", [0]) * _BUCKETS
+        self._lags: list[int] = []
         self._in_flight = 0  # sum over ticks
-        self._tick: gevent.Greenlet | None = None
+        self._ticker: Ticker | None = None
+        self._due_ns = 0
         self._counts = (0, 0, 0, 0)
         self._at_ns = self._cpu_ns = self._began_ns = self._began_cpu_ns = 0
         self.loop_lag_p99_s: float | None = None
@@ -56,21 +57,22 @@ class Observer:
         self._at_ns = self._began_ns = monotonic_ns()
         self._cpu_ns = self._began_cpu_ns = time.process_time_ns()
         self._counts = self._count()
-        self._tick = gevent.spawn(self._watch)
+        self._due_ns = self._at_ns + TICK_NS
+        self._ticker = Ticker(self._tick)
+        self._ticker.every(TICK_NS)
 
     def end(self) -> None:
         """The run is over: the last row and the figures of the whole."""
-        if self._tick is None:
+        if self._ticker is None:
             return
-        self._tick.kill()
-        self._tick = None
+        self._ticker.close()
+        self._ticker = None
         self._observe()
         gc.callbacks.remove(self._on_gc)
         self.unstamped_share = self._client.unstamped_share
         wall = max(self._at_ns - self._began_ns, 1)
         self.cpu_share = (self._cpu_ns - self._began_cpu_ns) / wall
-        if self._all.any():
-            self.loop_lag_p99_s = _from_histogram(self._all, 0.99) / 1e9
+        self.loop_lag_p99_s = _from_histogram(self._all, 0.99)
 
     def take(self) -> list[Observation]:
         """The rows since the last call; from any thread."""
@@ -81,45 +83,39 @@ class Observer:
 
     # -- the ticks ----------------------------------------------------------------------------------------------------
 
-    def _watch(self) -> None:
-        """How late the loop runs each tick. A tick missed in a stall counts, too: that time was late for everyone."""
-        alarm = Alarm(precise=True)
-        due = monotonic_ns()
-        try:
-            while True:
-                due += TICK_NS
-                alarm.wait_until(due)
-                now = monotonic_ns()
-                self._lags.append(now - due)
-                self._in_flight += self._client.in_flight
-                if now - self._at_ns >= EVERY_NS and now - due < TICK_NS:  # after a stall: with all its ticks
-                    self._observe()
-        finally:
-            alarm.close()
+    def _tick(self) -> None:
+        """How late the loop runs. A tick missed in a stall counts, too: that time was late for everyone."""
+        now = monotonic_ns()
+        while self._due_ns <= now:
+            self._lags.append(now - self._due_ns)
+            self._in_flight += self._client.in_flight
+            self._due_ns += TICK_NS
+        if now - self._at_ns >= EVERY_NS:
+            self._observe()
 
     def _observe(self) -> None:
         now, cpu = monotonic_ns(), time.process_time_ns()
-        lags = np.frombuffer(self._lags, dtype=np.int64)
+        lags = sorted(self._lags)
         counts = self._count()
         deltas = [after - before for before, after in zip(self._counts, counts, strict=True)]
         self.rows.append(
             Observation(
                 t_ns=now - self._client.start_mono_ns,
-                loop_lag_max_ns=int(lags.max()) if len(lags) else None,
-                loop_lag_p99_ns=int(np.quantile(lags, 0.99, method="inverted_cdf")) if len(lags) else None,
+                loop_lag_max_ns=lags[-1] if lags else None,
+                loop_lag_p99_ns=lags[_rank(0.99, len(lags))] if lags else None,
                 cpu_share=(cpu - self._cpu_ns) / max(now - self._at_ns, 1),
                 gc_pause_ns=self._gc_ns,
                 events=deltas[0], bytes=deltas[1], sent=deltas[2], done=deltas[3],
-                in_flight=self._in_flight / len(lags) if len(lags) else None,
+                in_flight=self._in_flight / len(lags) if lags else None,
                 backlog=self._client.backlog,
                 rss_bytes=self._process.memory_info().rss,
                 prepared=self._load.schedule.prepared,
             )
         )  # fmt: skip
-        if len(lags):
-            self._all += np.bincount(_bucket(lags), minlength=_BUCKETS)
+        for lag in lags:
+            self._all[min(int(math.log(max(lag, 1)) * 100), _BUCKETS - 1)] += 1
         self._at_ns, self._cpu_ns, self._counts = now, cpu, counts
-        self._lags, self._in_flight, self._gc_ns = array("q"), 0, 0
+        self._lags, self._in_flight, self._gc_ns = [], 0, 0
 
     def _count(self) -> tuple[int, int, int, int]:
         return (*self._client.read, self._load.sent, self._done())
@@ -136,12 +132,17 @@ class Observer:
 _BUCKETS = 3000
 
 
-def _bucket(lags: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    steps: npt.NDArray[np.int64] = (np.log(np.maximum(lags, 1)) * 100).astype(np.int64)
-    return np.minimum(steps, _BUCKETS - 1)
+def _rank(p: float, n: int) -> int:
+    """Index of percentile ``p`` among ``n`` sorted values: the inverse of their distribution function."""
+    return max(math.ceil(p * n) - 1, 0)
 
 
-def _from_histogram(counts: npt.NDArray[np.int64], p: float) -> float:
-    """Upper edge of the bucket that holds percentile ``p``, ns."""
-    index = int(np.searchsorted(np.cumsum(counts), p * counts.sum()))
-    return float(np.exp((index + 1) / 100))
+def _from_histogram(counts: Sequence[int], p: float) -> float | None:
+    """Upper edge of the bucket that holds percentile ``p``, seconds; null without any value."""
+    n = sum(counts)
+    if not n:
+        return None
+    for index, before in enumerate(accumulate(counts)):
+        if before > _rank(p, n):
+            return math.exp((index + 1) / 100) / 1e9
+    return None

@@ -1,0 +1,105 @@
+"""Calls that come every so often: on time, together after a stall, again at once when asked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import gevent
+import gevent.monkey
+import pytest
+
+from scenarios.alarm import Ticker
+
+MS = 1_000_000
+hold_up = gevent.monkey.get_original("time", "sleep")
+
+
+def fds() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.fixture(params=[True, False], ids=["timerfd", "libev"])
+def ticker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ticker]:
+    """Makes tickers, with and without a timerfd; their descriptors are given back."""
+    if not request.param:
+        monkeypatch.setattr("scenarios.alarm._libc", object())
+    made: list[Ticker] = []
+
+    def make(call: Callable[[], object]) -> Ticker:
+        made.append(Ticker(call))
+        assert made[-1].precise == request.param
+        return made[-1]
+
+    gevent.sleep(0)  # the loop's own descriptors are there
+    before = fds()
+    request.addfinalizer(lambda: [*(one.close() for one in made * 2), check(before)])
+    return make
+
+
+def check(before: int) -> None:
+    assert fds() == before
+
+
+def test_a_call_each_period_until_it_is_stopped(ticker: Callable[..., Ticker]) -> None:
+    calls: list[int] = []
+    one = ticker(lambda: calls.append(time.monotonic_ns()))
+    gevent.sleep(0.02)
+    assert calls == []
+    begin = time.monotonic_ns()
+    one.every(10 * MS)
+    while len(calls) < 20 and time.monotonic_ns() - begin < 10e9:
+        gevent.sleep(0.005)
+    one.stop()
+    assert len(calls) >= 20
+    assert all(at - begin >= (n * 10 - 1) * MS for n, at in enumerate(calls, 1)), "none before its time"
+    gevent.sleep(0.05)
+    assert len(calls) <= 21
+    one.every(10 * MS)
+    gevent.sleep(0.05)
+    assert len(calls) > 21
+
+
+def test_periods_that_end_while_the_loop_is_held_up_make_one_call(ticker: Callable[..., Ticker]) -> None:
+    calls: list[int] = []
+    one = ticker(lambda: calls.append(time.monotonic_ns()))
+    one.every(20 * MS)
+    hold_up(0.21)
+    held_until = time.monotonic_ns()
+    while not calls:
+        gevent.sleep(0.001)
+    gevent.sleep(0)
+    assert sum(at < held_until + 5 * MS for at in calls) <= 2, "of ten periods"
+
+
+@pytest.mark.parametrize("ticker", [True], indirect=True)
+def test_a_call_that_is_not_done_is_made_again_at_once(ticker: Callable[..., Ticker]) -> None:
+    calls: list[int] = []
+
+    def call() -> bool:
+        calls.append(time.monotonic_ns())
+        return len(calls) < 6
+
+    one = ticker(call)
+    one.every(200 * MS)
+    while len(calls) < 6:
+        gevent.sleep(0.001)
+    assert calls[-1] - calls[0] < 150 * MS
+
+
+def test_a_call_may_change_its_period_and_end_it(ticker: Callable[..., Ticker]) -> None:
+    calls: list[int] = []
+
+    def call() -> None:
+        calls.append(time.monotonic_ns())
+        if len(calls) == 2:
+            one.every(30 * MS)
+        elif len(calls) == 4:
+            one.stop()
+
+    one = ticker(call)
+    one.every(10 * MS)
+    gevent.sleep(0.3)
+    assert len(calls) == 4
+    assert calls[3] - calls[2] >= 15 * MS
