@@ -39,8 +39,9 @@ _RAW_LIMIT, _SIZE_LIMIT = 4096, 16384
 _QUIET_NS = 1_000_000_000  # chunks after which nothing came for so long may have been an end that only parsing finds
 RETRY_S, RETRY_MOST_S = 0.25, 4.0
 """Wait before the first retry of a request, and before any; it doubles in between."""
-# Answers that may wait to be parsed; beyond that one is parsed on the spot for each that ends.
-_BACKLOG = 4096
+# Answers wait to be parsed until there are so many, or until the next sweep: each by itself would find cold caches.
+# Beyond the backlog one is parsed on the spot for each that ends.
+_TOGETHER, _BACKLOG = 32, 4096
 _IDLE_NS = 200_000  # parsed at a time, before the loop turns again
 _OPENING = 128  # connections being opened at the same time: below any server's listen backlog
 
@@ -289,11 +290,11 @@ class Client:
             self._parse_next()
 
     def when_idle(self, stream: Stream) -> None:
-        """Parse what this stream holds once the loop has nothing else to do."""
+        """Parse what this stream holds soon, when the loop has nothing else to do."""
         if not stream.queued:
             stream.queued = True
             self._later.append(stream)
-            if not self._idle.active:
+            if len(self._later) >= _TOGETHER and not self._idle.active:
                 self._idle.start(self._on_idle)
 
     # -- when there is time -------------------------------------------------------------------------------------------
@@ -338,6 +339,8 @@ class Client:
     def _sweep(self) -> None:
         """Every timeout of every stream, a part at a time; parse what came; close what has been idle for too long."""
         now = monotonic_ns()
+        if self._later and not self._idle.active:
+            self._idle.start(self._on_idle)
         if not self._unswept:
             self._unswept = list(self._active)
             self._share = -(-len(self._unswept) // _SLICES)
