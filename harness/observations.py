@@ -1,6 +1,6 @@
 """What a load worker saw of itself, one row a second: the generator's own evidence, beside its result rows.
 
-Columns of `SCHEMA` (file ``worker-<worker>.arrows``, Arrow IPC *stream*, flushed about every second):
+Columns of `SCHEMA` (file ``worker-<worker>.arrows``, Arrow IPC *stream*, flushed every two seconds):
 
 ==================  ============  =====================================================================================
 column              type          meaning

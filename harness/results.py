@@ -124,7 +124,7 @@ _scalars = attrgetter(*_SCALARS)
 class ResultWriter:
     """Appends rows in memory and writes them as one compressed Arrow batch on each `flush`.
 
-    Call `flush` about every second: a process that dies loses at most what came after the last one.
+    Call `flush` every two seconds or so: a process that dies loses at most what came after the last one.
     """
 
     def __init__(self, path: Path, worker: int) -> None:

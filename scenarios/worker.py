@@ -62,7 +62,7 @@ from scenarios.user import API_KEY
 from scenarios.window import Window
 
 _OPEN_LOOP_CONNECTIONS = 64  # opened ahead when no cap says how many there can be
-_PROGRESS_S, _FLUSH_S = 0.5, 1.0
+_PROGRESS_S, _FLUSH_S = 0.5, 2.0
 _SAMPLES = 200
 _UNSENT = 10_000  # rows in memory at the end of a run that was stopped
 _SOCKETS = 65536  # room for them is made before the start
@@ -143,7 +143,7 @@ class Worker:
         if spare_s > 0:
             self._open_connections(spare_s)  # the server may have closed some while we waited
         # A thread that writes rows gives the interpreter back when asked, but only after this time: the default of 5 ms
-        # is how late stamps would be each second.
+        # is how late reads would be at each flush.
         sys.setswitchinterval(0.0005)
         # What was built before the clock lives until the end, and the hot path makes no cycles: a collection would only
         # stop the world for as long as it takes to walk the prepared requests.
@@ -263,7 +263,7 @@ class Worker:
             self._writer.append(result)
 
     def _flush_rows(self) -> None:
-        """Write rows about every second, in a thread: a slow disk must not hold up the stamps."""
+        """Write rows every two seconds, in a thread: a slow disk must not hold up the stamps."""
         pool = gevent.get_hub().threadpool
         while not self._flushed.wait(_FLUSH_S) and not self._torn:
             self._flushing = True
