@@ -17,9 +17,10 @@ Commands on standard input, one line each; each is answered by one line of JSON:
 - ``pace TTFT ITL``: new times in seconds, when no stream is open. ITL 0: each answer at once, a write per event.
 - ``count``: the counters alone.
 - ``report FOLDER``: what was seen since the mark. Counters in the line; arrays of int64 in FOLDER, one file each:
-  ``arrival_ns`` (CLOCK_MONOTONIC, request complete), ``ttft_ns`` and ``itl_ns`` (to and between its own writes: the
-  truth), ``duration_ns`` beside ``nominal_ns`` of each finished stream, ``late_ns`` (each tick's end against its time)
-  and ``series`` (rows of time, CPU ns, events, requests, open streams; every 100 ms while streams are open).
+  ``arrival_ns`` (CLOCK_MONOTONIC, when the kernel got the last of the request), ``ttft_ns`` and ``itl_ns`` (to and
+  between its own writes: the truth), ``duration_ns`` beside ``nominal_ns`` of each finished stream, ``late_ns`` (each
+  tick's end against its time) and ``series`` (rows of time, CPU ns, events, requests, open streams; every 100 ms while
+  streams are open).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import re
 import resource
 import select
 import socket
+import struct
 import time
 from array import array
 from collections import defaultdict
@@ -47,8 +49,19 @@ _EVENT_BYTES = 250  # with "data: " and the blank line, as vLLM's own for a comm
 _LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 _TOKENS = re.compile(rb'"max_(?:completion_)?tokens" *: *(\d+)')
 _STREAM = re.compile(rb'"stream" *: *true')
+_SO_TIMESTAMPNS, _TIMESPEC = 35, struct.Struct("qq")
 
 now = time.monotonic_ns
+
+
+def came_ns(said: list[tuple[int, int, bytes]]) -> int:
+    """When the kernel got what was read (now, where it does not say): it waits while a tick is being written."""
+    wall_ns, now_ns = time.time_ns(), now()
+    for _, kind, value in said:
+        if kind == _SO_TIMESTAMPNS:
+            seconds, ns = _TIMESPEC.unpack(value)
+            return min(int(seconds) * 10**9 + int(ns) - wall_ns + now_ns, now_ns)
+    return now_ns
 
 
 def chunk(payload: bytes) -> bytes:
@@ -122,7 +135,8 @@ class Connection:
     """One keep-alive connection, and the stream on it while ``tokens`` is not 0."""
 
     __slots__ = (
-        "arrival_ns", "buffer", "ended", "first_tick", "pending", "send", "sock", "stamps", "tokens", "words",
+        "arrival_ns", "buffer", "came_ns", "ended", "first_tick", "pending", "send", "sock", "stamps", "tokens",
+        "words",
     )  # fmt: skip
 
     def __init__(self, sock: socket.socket) -> None:
@@ -133,7 +147,7 @@ class Connection:
         self.stamps: list[int] = []
         self.tokens = 0
         self.ended = False
-        self.first_tick = self.arrival_ns = 0
+        self.first_tick = self.arrival_ns = self.came_ns = 0
         self.words: Words
 
     def queue(self, data: bytes) -> int:
@@ -325,13 +339,14 @@ class Server:
                 return
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
             self.connections[sock.fileno()] = Connection(sock)
             self.epoll.register(sock, select.EPOLLIN)
 
     def read(self, connection: Connection) -> None:
         """Collect a whole request, then answer it."""
         try:
-            data = connection.sock.recv(65536)
+            data, said, _, _ = connection.sock.recvmsg(65536, 64)
         except BlockingIOError:
             return
         except OSError:
@@ -339,6 +354,7 @@ class Server:
         if not data:
             self.drop(connection)
             return
+        connection.came_ns = came_ns(said)
         connection.buffer += data
         if not connection.tokens:
             self.answer(connection)
@@ -363,7 +379,7 @@ class Server:
     def complete(self, connection: Connection, body: bytes, *, chat: bool) -> None:
         """Set the times of one answer."""
         seen, found = self.seen, _TOKENS.search(body)
-        connection.arrival_ns = now()
+        connection.arrival_ns = connection.came_ns
         connection.tokens = int(found[1]) if found else 16
         connection.words = self.words[chat]
         connection.stamps = []
@@ -381,7 +397,7 @@ class Server:
             connection.stamps.append(0)  # there is nothing to time
         else:
             self.write(connection, Words.head)
-        connection.first_tick = -(-due_ns // TICK_NS)
+        connection.first_tick = max(-(-due_ns // TICK_NS), self.tick + 1)
         if self.ttft_ns:
             self.starting[connection.first_tick].append(connection)
         else:

@@ -6,6 +6,7 @@ import socket
 import time
 
 import numpy as np
+import psutil
 import pytest
 from measure import Cores, FastServer, fast_server
 
@@ -75,6 +76,25 @@ def test_the_truth_is_that_of_its_own_writes(server):
     assert truth.ttft_ns[0] + truth.itl_ns.sum() >= 30_000_000 + 19 * 10_000_000
     assert truth.stretch[0] >= 1
     assert np.all(truth.late_ns >= 0)
+
+
+def test_a_request_has_arrived_when_it_came_not_when_it_was_read(server):
+    """What the server is late by is in its own times, not in the error of its clients."""
+    with connect(server) as sock:
+        ask(sock, 2)  # the kernel begins to stamp a moment after it was asked
+        answer(sock)
+        time.sleep(0.1)
+        server.tell("mark")
+        process = psutil.Process(server.processes[0].pid)
+        process.suspend()
+        sent_ns = time.monotonic_ns()
+        ask(sock, 2)
+        time.sleep(0.2)
+        process.resume()
+        answer(sock)
+    truth = server.truth()
+    assert 0 <= truth.arrival_ns[0] - sent_ns < 100_000_000
+    assert truth.ttft_ns[0] >= 200_000_000 - (truth.arrival_ns[0] - sent_ns)
 
 
 def test_a_reader_that_stops_loses_no_byte(server):
