@@ -29,8 +29,8 @@ class Timer:
 
     def __init__(self) -> None:
         self.fd = -1
-        self._spec = _Itimerspec()
-        self._reference = ctypes.byref(self._spec)
+        spec = _Itimerspec()  # made once: it is set for every planned time
+        self._value, self._interval, self._reference = spec.value, spec.interval, ctypes.byref(spec)
         if hasattr(_libc, "timerfd_create"):
             self.fd = _libc.timerfd_create(_CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
 
@@ -38,8 +38,8 @@ class Timer:
         """Be readable from ``due_ns`` on, a `time.monotonic_ns` value; with ``every_ns``, once that was cleared, again
         from the next of the times that follow at this distance.
         """
-        self._spec.value = _Timespec(*divmod(due_ns, 10**9))
-        self._spec.interval = _Timespec(*divmod(every_ns, 10**9))
+        self._value.s, self._value.ns = divmod(due_ns, 10**9)
+        self._interval.s, self._interval.ns = divmod(every_ns, 10**9)
         _libc.timerfd_settime(self.fd, _ABSOLUTE, self._reference, None)
 
     def clear(self) -> None:
