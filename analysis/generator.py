@@ -171,5 +171,5 @@ def generator_stall(run: Run, bound_s: float) -> Check:
     bound_s = _loop_bound_s(run, bound_s)
     observed = f"longest {ms(float(stalls.max()))}" if len(stalls) else "not measured"
     ok = bool(stalls.max() <= bound_s) if len(stalls) else None
-    advice = "what arrived in that time is stamped late (worker-*.arrows says when): free cores for the load workers"
+    advice = "what was due in that time went out late (worker-*.arrows says when): free cores for the load workers"
     return limit("generator_stall", ok, observed, f"at most {ms(bound_s)}", advice)
