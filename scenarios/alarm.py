@@ -76,7 +76,7 @@ class Ticker:
             self._watcher.start(self._tick)
         else:
             self._watcher = loop.timer(period_ns / 1e9, period_ns / 1e9)
-            self._watcher.start(self._call)
+            self._watcher.start(self._call, update=True)
 
     def _tick(self) -> None:
         if not self._call():

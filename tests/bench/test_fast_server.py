@@ -89,12 +89,12 @@ def test_a_request_has_arrived_when_it_came_not_when_it_was_read(server):
         process.suspend()
         sent_ns = time.monotonic_ns()
         ask(sock, 2)
-        time.sleep(0.2)
+        time.sleep(1)
         process.resume()
         answer(sock)
     truth = server.truth()
-    assert 0 <= truth.arrival_ns[0] - sent_ns < 100_000_000
-    assert truth.ttft_ns[0] >= 200_000_000 - (truth.arrival_ns[0] - sent_ns)
+    assert 0 <= truth.arrival_ns[0] - sent_ns < 800_000_000
+    assert truth.ttft_ns[0] >= 1_000_000_000 - (truth.arrival_ns[0] - sent_ns)
 
 
 def test_a_reader_that_stops_loses_no_byte(server):
