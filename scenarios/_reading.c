@@ -489,8 +489,7 @@ static int take(Reader *self, Lane *lane, char *data, Py_ssize_t size, int64_t s
             break;
         }
         kept->first = 0;
-        if ((kind ? Kept_add(kept, text, text_length, kind, stamp) : Kept_add(kept, content, length, 0, stamp)) < 0)
-            return -1;
+        if (Kept_add(kept, kind ? text : content, kind ? text_length : length, kind, stamp) < 0) return -1;
         self->events += length > 0;
         self->shared += kind && events++ > 0;
         if (!kind) {

@@ -11,6 +11,7 @@ import gc
 import math
 import time
 from array import array
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -113,7 +114,7 @@ class Observer:
             )
         )  # fmt: skip
         for lag in lags:
-            self._all[min(int(math.log(max(lag, 1)) * 100), _BUCKETS - 1)] += 1
+            self._all[_bucket(lag)] += 1
         self._at_ns, self._cpu_ns, self._counts = now, cpu, counts
         self._lags, self._in_flight, self._gc_ns = [], 0, 0
 
@@ -132,6 +133,10 @@ class Observer:
 _BUCKETS = 3000
 
 
+def _bucket(lag_ns: int) -> int:
+    return min(int(math.log(max(lag_ns, 1)) * 100), _BUCKETS - 1)
+
+
 def _rank(p: float, n: int) -> int:
     """Index of percentile ``p`` among ``n`` sorted values: the inverse of their distribution function."""
     return max(math.ceil(p * n) - 1, 0)
@@ -139,10 +144,5 @@ def _rank(p: float, n: int) -> int:
 
 def _from_histogram(counts: Sequence[int], p: float) -> float | None:
     """Upper edge of the bucket that holds percentile ``p``, seconds; null without any value."""
-    n = sum(counts)
-    if not n:
-        return None
-    for index, before in enumerate(accumulate(counts)):
-        if before > _rank(p, n):
-            return math.exp((index + 1) / 100) / 1e9
-    return None
+    upto = list(accumulate(counts))
+    return math.exp((bisect_right(upto, _rank(p, upto[-1])) + 1) / 100) / 1e9 if upto[-1] else None

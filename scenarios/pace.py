@@ -2,8 +2,8 @@
 
 A wake-up costs as much as some reads, and the kernel stamps bytes when they come, not when they are read. So a busy
 client reads only so often: four times in the time between two tokens of a stream, and every 2.5 ms at least. Sends are
-not held back; but that an answer has ended is known that much later, which a closed loop sees as lag. Below some 30,000
-events a second that saves nothing: a processor that has slept is slow at first.
+not held back; but that an answer has ended is known that much later, which a closed loop sees as lag. Where few
+events come in a period that saves nothing: a processor that has slept is slow at first.
 
 Two events that come between two reads share a stamp. Where that becomes more than rare, since some streams are faster
 than others or tokens come in bursts, periods get shorter; where the kernel gives no stamps there are none.

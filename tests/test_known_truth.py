@@ -256,7 +256,7 @@ def test_sigkill_leaves_no_worker(fake_server: StartServer, tmp_path: Path) -> N
 def test_a_full_disk_ends_the_run_and_keeps_what_was_written(fake_server: StartServer, tmp_path: Path) -> None:
     server = fake_server("--ttft", "0.01", "--itl", "0.001")
     trace = write_trace(tmp_path / "trace.jsonl", 2400, 0.002, input_tokens=2, output_tokens=40)
-    # Of each worker's file the first flush fits (some 50 kB), and the second does not.
+    # Of each worker's file the first flush fits, and the second does not.
     small = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (81920, 81920)); from harness.cli import main; main()"
     args = ("replay", trace, "--base-url", server.url, "--workers", "2", "--out", tmp_path / "runs", "--format", "json")
     done = subprocess.run(

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
+import gevent
 import pytest
 
 from scenarios import pace
+from scenarios.hot_path import Reader
 from scenarios.pace import MOST_NS, Pace
 
 MS = 1_000_000
@@ -118,6 +123,38 @@ def test_periods_get_shorter_until_events_hardly_ever_share_a_stamp(rig: Rig) ->
     assert rig.waits == "bytes"
     rig.rounds(100, MS, 102 * 20)
     assert rig.periods[-1] == MOST_NS
+
+
+def test_bytes_are_read_at_once_or_when_it_is_time() -> None:
+    """With the real reader, loop and timer: nothing is left lying, and what waited is read in one round."""
+    reader = Reader()
+    heard: list[bytes] = []
+    here, there = socket.socketpair()
+    there.setblocking(False)
+    reader.add(
+        there.fileno(), SimpleNamespace(received=lambda data, _: heard.append(data), recvmsg=there.recvmsg), True
+    )
+    made = Pace(reader, lambda: 1)
+    made._looker.stop()
+    try:
+        for period_ns in (0, 200 * MS, 0):
+            made._every(period_ns)
+            heard.clear()
+            began = time.monotonic_ns()
+            for part in (b"one", b"two"):
+                here.sendall(part)
+                gevent.sleep(0.01)
+            early = time.monotonic_ns() - began < 190 * MS
+            assert not early or heard == ([] if period_ns else [b"one", b"two"])
+            while b"".join(heard) != b"onetwo":
+                assert time.monotonic_ns() - began < 20e9
+                gevent.sleep(0.01)
+            assert not period_ns or heard == [b"onetwo"] or not early
+    finally:
+        made.close()
+        reader.close()
+        here.close()
+        there.close()
 
 
 def test_where_there_is_no_timerfd_it_reads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

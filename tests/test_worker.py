@@ -245,7 +245,7 @@ def test_a_worker_writes_down_its_own_state_every_second(fake_server: StartServe
     # The whole of it is known from elsewhere: every request, every event, every byte and all time in flight.
     assert sum(columns["sent"]) == sum(columns["done"]) == 120
     chunks = sum(len(row["chunk_gap_ns"]) for row in rows)
-    assert 0.9 * chunks <= sum(columns["events"]) <= chunks + 3 * 120, "opening, usage and [DONE] carry no output"
+    assert chunks <= sum(columns["events"]) <= chunks + 3 * 120, "opening, usage and [DONE] carry no output"
     assert sum(columns["bytes"]) == pytest.approx(chunks * 410, rel=0.2)
     in_flight = sum(n * dt for n, dt in zip(columns["in_flight"], t_s, strict=True))
     assert in_flight == pytest.approx(sum(r["finished_ns"] - r["sent_ns"] for r in rows) / 1e9, rel=0.1)

@@ -55,7 +55,10 @@ now = time.monotonic_ns
 
 
 def came_ns(said: list[tuple[int, int, bytes]]) -> int:
-    """When the kernel got what was read (now, where it does not say): it waits while a tick is being written."""
+    """When the kernel got what was read (now, where it does not say): it waits while a tick is being written.
+
+    Not the client's own function for this: what is held to the truth must not share its faults.
+    """
     wall_ns, now_ns = time.time_ns(), now()
     for _, kind, value in said:
         if kind == _SO_TIMESTAMPNS:
