@@ -191,12 +191,16 @@ class Columns:
         try:
             (fields,) = csv.reader([record.decode().rstrip("\r\n")], strict=True)
         except UnicodeDecodeError as e:
-            raise RowError("not UTF-8", f"not UTF-8 ({e.reason}): convert the file, for example with iconv") from None
+            raise _not_utf8(e) from None
         except (csv.Error, ValueError) as e:
             raise RowError("bad row", f"not a CSV record ({e}): {show(record)}") from None
         if len(fields) != len(self.names):
             raise self._count(fields, record)
         return dict(zip(self.names, fields, strict=True))
+
+
+def _not_utf8(error: UnicodeDecodeError) -> RowError:
+    return RowError("not UTF-8", f"not UTF-8 ({error.reason}): convert the file, for example with iconv")
 
 
 def header_names(line: bytes) -> list[str]:
@@ -282,8 +286,10 @@ def decode_error(error: Exception, record: bytes, fields: Iterable[str]) -> RowE
 
     if b"\0" in record:
         return RowError("NUL bytes", "holds NUL bytes: the file is damaged or not text")
-    if isinstance(error, UnicodeDecodeError):
-        return RowError("not UTF-8", f"not UTF-8 ({error.reason}): convert the file, for example with iconv")
+    try:
+        record.decode()  # asked here: what msgspec raises for it differs between its versions
+    except UnicodeDecodeError as e:
+        return _not_utf8(e)
     if not isinstance(error, msgspec.ValidationError):
         return RowError("not JSON", f"not a JSON object on one line ({error}): {show(record)}")
     problem = str(error)
