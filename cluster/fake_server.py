@@ -10,7 +10,8 @@ It prints ``ready http://127.0.0.1:PORT/v1`` and serves ``/v1/completions``, ``/
 - The first token is due ``--ttft`` after the request began service, each other ``--itl`` later (absolute schedule).
 - ``--slots N`` serves N requests at once; others queue (a server that is too slow).
 - ``--log FILE`` writes one JSON line per finished answer with the monotonic times (ns, CLOCK_MONOTONIC, shared by all
-  processes of this host) at which the request was complete and each chunk was handed to the kernel: the exact truth.
+  processes of this host) at which the kernel had the whole request and at which it was handed each chunk: the exact
+  truth, also while this process is busy.
 - ``FAKE_SERVER_API_KEY`` in the environment makes it demand that key.
 - A request body may carry ``"fault"``: one of `FAULTS`.
 
@@ -30,11 +31,13 @@ import hmac
 import json
 import math
 import os
+import socket
+import struct
 import sys
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 FAULTS = {
     "http500": "HTTP 500 with a JSON error",
@@ -58,6 +61,38 @@ FAULTS = {
 MAX_REQUEST = 64 << 20
 BURST = 64
 """Chunks written in a row before requests that came meanwhile are read."""
+SO_TIMESTAMPNS, TIMESPEC = 35, struct.Struct("qq")  # Linux, 64 bits; the socket module has no name for it
+
+
+def came_ns(said: list[tuple[int, int, bytes]]) -> int:
+    """When the kernel got what was read (now, where it does not say), ns: it waits while a tick is being written.
+
+    Not the client's own function for this: what is held to the truth must not share its faults.
+    """
+    wall_ns, now_ns = time.time_ns(), time.monotonic_ns()
+    for _, kind, value in said:
+        if kind == SO_TIMESTAMPNS:
+            seconds, ns = TIMESPEC.unpack(value)
+            return min(int(seconds) * 10**9 + int(ns) - wall_ns + now_ns, now_ns)
+    return now_ns
+
+
+class Socket(socket.socket):
+    """A socket that notes when the kernel got what asyncio reads."""
+
+    came_ns: ClassVar[int] = 0
+    """Of the last read of any socket: asyncio hands it to its protocol before it reads on."""
+
+    def accept(self) -> tuple[Socket, Any]:
+        """A connection; it stamps as its listener does."""
+        connection, address = super().accept()
+        return Socket(fileno=connection.detach()), address
+
+    def recv(self, size: int, flags: int = 0, /) -> bytes:
+        """What asyncio calls to read."""
+        data, said, _, _ = self.recvmsg(size, 64, flags)
+        Socket.came_ns = came_ns(said)
+        return data
 
 
 class Pacer:
@@ -169,7 +204,7 @@ class Answer:
     def __init__(self, connection: Connection, body: dict[str, Any], chat: bool) -> None:
         self.connection, self.body, self.chat = connection, body, chat
         self.truth = connection.truth
-        self.received_ns = time.monotonic_ns()
+        self.received_ns = Socket.came_ns
         self.fault = str(body.get("fault") or "")
         self.stream = bool(body.get("stream"))
         tokens = int(body.get("max_tokens") or body.get("max_completion_tokens") or 16)
@@ -434,8 +469,13 @@ async def serve(args: argparse.Namespace) -> None:
     truth = Truth(args, loop)
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)  # a collection stops every stream, and there is little garbage
-    server = await loop.create_server(lambda: Connection(truth, loop), args.host, args.port, backlog=4096)
-    port = server.sockets[0].getsockname()[1]
+    listener = Socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if sys.platform == "linux":
+        listener.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)  # inherited, and so in time for the first request
+    listener.bind((args.host, args.port))
+    server = await loop.create_server(lambda: Connection(truth, loop), sock=listener, backlog=4096)
+    port = listener.getsockname()[1]
     print(f"ready http://{args.host}:{port}/v1", flush=True)
     await server.serve_forever()
 

@@ -57,8 +57,7 @@ class Calibration:
     timing_events_per_s: float
     """Rate at which the errors below were taken: about half of the ceiling."""
     ttft_error_p50_s: float
-    """Median TTFT as the client saw it, less the server's own. That begins when it has read the request: this error
-    holds how late a busy one does."""
+    """Median TTFT as the client saw it, less the server's own, which begins when its kernel has the request."""
     ttft_error_p99_s: float
     """99th percentile of one less 99th percentile of the other."""
     itl_error_p50_s: float

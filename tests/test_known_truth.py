@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +89,28 @@ def test_the_truth_is_reported(fake_server: StartServer, tmp_path: Path, workers
     # No tier was named, so there is a throughput and no price, and the reason is said.
     assert report["cost"]["usd_per_1m_total"]["value"] is None
     assert report["cost"]["reason"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kernels elsewhere give no such stamps")
+def test_the_truth_begins_when_the_request_came_however_late_it_is_read(fake_server: StartServer) -> None:
+    server = fake_server("--ttft", "0.02", "--itl", "0.001")
+    body = json.dumps({"model": "fake", "prompt": "a b c", "max_tokens": 2, "stream": True}).encode()
+    url = urllib.parse.urlsplit(server.url)
+    with socket.create_connection((str(url.hostname), int(url.port or 0)), timeout=10) as there:
+        for k, late_s in enumerate((0.0, 0.5)):
+            server.process.send_signal(signal.SIGSTOP)
+            before_ns = time.monotonic_ns()
+            there.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+            sent_ns = time.monotonic_ns()
+            time.sleep(late_s)
+            server.process.send_signal(signal.SIGCONT)
+            answer = b""
+            while not answer.endswith(b"0\r\n\r\n"):
+                answer += there.recv(65536)
+            wait_for(lambda k=k: len(server.truth()) > k, 10, "the truth, which is written after the answer")
+            truth = server.truth()[k]
+            assert before_ns - 1_000_000 <= truth["received_ns"] <= sent_ns + 1_000_000
+            assert truth["chunk_ns"][0] - truth["received_ns"] >= (0.02 + late_s) * 0.95e9
 
 
 def test_a_named_tier_gives_a_price(fake_server: StartServer, tmp_path: Path) -> None:

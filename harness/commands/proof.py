@@ -135,7 +135,7 @@ def calibrate(format_: str) -> int:
             ("requests/s", f"{least[found.requests_at_least]}{found.requests_per_s:,.0f}", "closed loop, 4 tokens"),
             ("lag p50 / p99", f"{found.lag_p50_s * 1e3:.2f} / {found.lag_p99_s * 1e3:.2f} ms", "Poisson, 500 req/s"),
             ("TTFT error p50 / p99", f"{found.ttft_error_p50_s * 1e3:+.2f} / {found.ttft_error_p99_s * 1e3:+.2f} ms",
-             f"at {found.timing_events_per_s:,.0f} events/s, less the server's own from its read on"),
+             f"at {found.timing_events_per_s:,.0f} events/s, less the server's own"),
             ("ITL error p50 / p99", f"{found.itl_error_p50_s * 1e3:+.2f} / {found.itl_error_p99_s * 1e3:+.2f} ms",
              "there, less the server's own"),
             ("CPU per event", f"{found.cpu_us_per_event:.1f} us", "there"),

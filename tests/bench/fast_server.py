@@ -34,13 +34,14 @@ import re
 import resource
 import select
 import socket
-import struct
 import time
 from array import array
 from collections import defaultdict
 from collections.abc import Callable
 from operator import sub
 from pathlib import Path
+
+from cluster.fake_server import SO_TIMESTAMPNS, came_ns
 
 TICK_NS = 1_000_000
 _SERIES_TICKS = 100
@@ -49,22 +50,8 @@ _EVENT_BYTES = 250  # with "data: " and the blank line, as vLLM's own for a comm
 _LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 _TOKENS = re.compile(rb'"max_(?:completion_)?tokens" *: *(\d+)')
 _STREAM = re.compile(rb'"stream" *: *true')
-_SO_TIMESTAMPNS, _TIMESPEC = 35, struct.Struct("qq")
 
 now = time.monotonic_ns
-
-
-def came_ns(said: list[tuple[int, int, bytes]]) -> int:
-    """When the kernel got what was read (now, where it does not say): it waits while a tick is being written.
-
-    Not the client's own function for this: what is held to the truth must not share its faults.
-    """
-    wall_ns, now_ns = time.time_ns(), now()
-    for _, kind, value in said:
-        if kind == _SO_TIMESTAMPNS:
-            seconds, ns = _TIMESPEC.unpack(value)
-            return min(int(seconds) * 10**9 + int(ns) - wall_ns + now_ns, now_ns)
-    return now_ns
 
 
 def chunk(payload: bytes) -> bytes:
@@ -342,7 +329,7 @@ class Server:
                 return
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+            sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
             self.connections[sock.fileno()] = Connection(sock)
             self.epoll.register(sock, select.EPOLLIN)
 
