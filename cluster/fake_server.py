@@ -13,12 +13,11 @@ It prints ``ready http://127.0.0.1:PORT/v1`` and serves ``/v1/completions``, ``/
   processes of this host) at which the kernel had the whole request and at which it was handed each chunk: the exact
   truth, also while this process is busy.
 - ``FAKE_SERVER_API_KEY`` in the environment makes it demand that key.
-- A request body may carry ``"fault"``: one of `FAULTS`.
+- A request body may carry ``"fault"``: one of `cluster.fake_answers.FAULTS`.
 
 Prompt tokens: the number of token ids, or of words in a text. Output tokens: ``max_tokens``, one per chunk.
 
-One timer serves all answers and ordinary chunks are rendered before, so that one process carries many streams;
-where that is not enough, start several and give the load all their URLs.
+Where one process is not enough, start several and give the load all their URLs.
 """
 
 from __future__ import annotations
@@ -26,41 +25,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import heapq
 import hmac
 import json
-import math
-import os
 import socket
 import struct
 import sys
 import time
-from collections import deque
-from pathlib import Path
 from typing import Any, ClassVar
 
-FAULTS = {
-    "http500": "HTTP 500 with a JSON error",
-    "http429": "HTTP 429",
-    "http400": "HTTP 400",
-    "redirect": "HTTP 307 to elsewhere",
-    "html": "HTTP 200 with an HTML page",
-    "hang": "no byte, ever",
-    "stall": "two tokens, then silence",
-    "cut": "two tokens, then the connection closes",
-    "reset": "the connection closes before any byte",
-    "error_event": "two tokens, then an error event and a regular end",
-    "no_done": "all tokens, finish reason, but no [DONE]",
-    "no_finish": "two tokens, then a regular end of the HTTP body with neither finish reason nor [DONE]",
-    "no_usage": "no usage chunk",
-    "short": "half of the tokens that were asked for",
-    "bundle": "every chunk holds two tokens",
-    "crlf": "events end in CR LF, with comments between them",
-}
+from cluster.fake_answers import Answer, Truth, head
 
 MAX_REQUEST = 64 << 20
-BURST = 64
-"""Chunks written in a row before requests that came meanwhile are read."""
 SO_TIMESTAMPNS, TIMESPEC = 35, struct.Struct("qq")  # Linux, 64 bits; the socket module has no name for it
 
 
@@ -93,262 +68,6 @@ class Socket(socket.socket):
         data, said, _, _ = self.recvmsg(size, 64, flags)
         Socket.came_ns = came_ns(said)
         return data
-
-
-class Pacer:
-    """Calls answers when they are due, all with one timer of the event loop, in the order of their times."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self.due: list[tuple[float, int, Answer]] = []
-        self.number = 0
-        self.timer: asyncio.Handle | None = None
-        self.timer_at = math.inf
-
-    def call_at(self, at: float, answer: Answer) -> None:
-        """Call ``answer.tick`` at this time of the loop's clock."""
-        self.number += 1
-        heapq.heappush(self.due, (at, self.number, answer))
-        if at < self.timer_at:
-            self.arm(at)
-
-    def arm(self, at: float) -> None:
-        """Wake up at this time, and not at the one that was set."""
-        if self.timer is not None:
-            self.timer.cancel()
-        self.timer_at = at
-        self.timer = self.loop.call_at(at, self.run)
-
-    def run(self) -> None:
-        """Everything that is due."""
-        due, now, pop = self.due, self.loop.time(), heapq.heappop
-        self.timer, self.timer_at = None, -math.inf  # while we are here nobody need set it
-        try:
-            for _ in range(BURST):
-                if not due or due[0][0] > now:
-                    break
-                pop(due)[2].tick()
-        finally:
-            if due and due[0][0] <= now:
-                self.timer = self.loop.call_soon(self.run)
-            else:
-                self.timer_at = math.inf
-                if due:
-                    self.arm(due[0][0])
-
-
-class Truth:
-    """Counters and settings shared by all connections of one server."""
-
-    def __init__(self, args: argparse.Namespace, loop: asyncio.AbstractEventLoop) -> None:
-        self.pacer = Pacer(loop)
-        self.started_s = time.time()
-        self.ttft_s: float = args.ttft
-        self.itl_s: float = args.itl
-        self.model: str = args.model
-        self.slots: int = args.slots
-        self.pad: str = "x" * args.pad
-        self.api_key = os.environ.get("FAKE_SERVER_API_KEY", "")
-        self.log = Path(args.log).open("a", buffering=1) if args.log else None  # noqa: SIM115 - lives as long as we do
-        self.running = 0
-        self.queue: deque[Answer] = deque()
-        self.prompt_tokens = self.generation_tokens = self.finished = 0
-        text = f" t{self.pad}"
-        # What most chunks of most answers are, by chat or not.
-        self.ordinary = {
-            chat: http_chunk(b"data: %b\n\n" % json.dumps(
-                {"id": "fake", "model": self.model, "choices": [{"index": 0, **choice, "finish_reason": None}]}
-            ).encode())
-            for chat, choice in ((True, {"delta": {"content": text}}), (False, {"text": text}))
-        }  # fmt: skip
-
-    def metrics(self) -> str:
-        """The counters in Prometheus text form, by vLLM's names."""
-        label = f'{{engine="0",model_name="{self.model}"}}'
-        reason = f'{{engine="0",finished_reason="length",model_name="{self.model}"}}'
-        return "".join(
-            f"{line}\n"
-            for line in (
-                "# TYPE vllm:prompt_tokens_total counter",
-                f"vllm:prompt_tokens_total{label} {float(self.prompt_tokens)}",
-                f"vllm:generation_tokens_total{label} {float(self.generation_tokens)}",
-                f"vllm:request_success_total{reason} {float(self.finished)}",
-                f"vllm:num_requests_running{label} {float(self.running)}",
-                f"vllm:num_requests_waiting{label} {float(len(self.queue))}",
-                f"process_start_time_seconds {self.started_s}",
-            )
-        )
-
-    def admit(self, answer: Answer) -> None:
-        """Serve now or queue."""
-        if self.slots and self.running >= self.slots:
-            self.queue.append(answer)
-        else:
-            self.running += 1
-            answer.begin()
-
-    def release(self) -> None:
-        """A slot is free: the next in the queue begins."""
-        self.running -= 1
-        while self.queue:
-            answer = self.queue.popleft()
-            if not answer.connection.closed:
-                self.running += 1
-                answer.begin()
-                return
-
-
-class Answer:
-    """One request being answered: writes its chunks on an absolute schedule."""
-
-    def __init__(self, connection: Connection, body: dict[str, Any], chat: bool) -> None:
-        self.connection, self.body, self.chat = connection, body, chat
-        self.truth = connection.truth
-        self.received_ns = Socket.came_ns
-        self.fault = str(body.get("fault") or "")
-        self.stream = bool(body.get("stream"))
-        tokens = int(body.get("max_tokens") or body.get("max_completion_tokens") or 16)
-        self.tokens = max(1, tokens // 2) if self.fault == "short" else tokens
-        self.prompt_tokens = count_prompt(body)
-        self.ordinary = None if self.fault else self.truth.ordinary[chat]
-        self.sent = 0
-        self.chunk_ns: list[int] = []
-        self.over = False
-
-    def begin(self) -> None:
-        """Start the clock of this answer."""
-        self.t0 = self.connection.loop.time()
-        if self.fault == "hang":
-            return
-        self.truth.pacer.call_at(self.t0 + self.truth.ttft_s, self)
-
-    def tick(self) -> None:
-        """Write the next chunk, or the end."""
-        if self.connection.closed:
-            self.end()
-            return
-        if self.ordinary is not None and self.stream and 0 < self.sent < self.tokens - 1:
-            self.connection.transport.write(self.ordinary)
-            self.chunk_ns.append(time.monotonic_ns())
-            self.sent += 1
-            truth = self.truth
-            truth.pacer.call_at(self.t0 + truth.ttft_s + self.sent * truth.itl_s, self)
-            return
-        if not self.stream:
-            self.whole()
-            return
-        first = self.sent == 0
-        step = min(2 if self.fault == "bundle" else 1, self.tokens - self.sent)
-        self.sent += step
-        last = self.sent >= self.tokens
-        out = head(200, "text/event-stream; charset=utf-8", chunked=True) if first else b""
-        if first and self.chat:
-            out += self.event({"delta": {"role": "assistant", "content": ""}, "finish_reason": None})
-        text = f" t{self.truth.pad}" * step
-        finish = "length" if last and self.fault != "no_finish" else None
-        choice = {"delta": {"content": text}} if self.chat else {"text": text}
-        out += self.event({**choice, "finish_reason": finish})
-        if self.sent >= 2 and self.fault in ("stall", "cut", "error_event", "no_finish"):
-            self.break_off(out)
-            return
-        if last:
-            out += self.closing()
-        self.connection.write(out)
-        self.chunk_ns.append(time.monotonic_ns())
-        if last:
-            self.end()
-        else:
-            due = self.t0 + self.truth.ttft_s + self.sent * self.truth.itl_s
-            self.truth.pacer.call_at(due, self)
-
-    def break_off(self, out: bytes) -> None:
-        """End in the way the fault asks for."""
-        if self.fault == "error_event":
-            out += self.data({"error": {"message": "engine died", "type": "InternalServerError", "code": 500}})
-        if self.fault in ("error_event", "no_finish"):
-            out += b"0\r\n\r\n"
-        self.connection.write(out)
-        if self.fault == "cut":
-            self.connection.transport.close()
-        if self.fault != "stall":
-            self.end()
-
-    def whole(self) -> None:
-        """The answer to a request that did not ask for a stream: everything after the last token's time."""
-        wait = self.t0 + self.truth.ttft_s + (self.tokens - 1) * self.truth.itl_s - self.connection.loop.time()
-        if wait > 0:
-            self.truth.pacer.call_at(self.connection.loop.time() + wait, self)
-            return
-        text = " t" * self.tokens
-        choice = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        answer = {"index": 0, **choice, "finish_reason": "length"}
-        self.connection.reply(200, {"model": self.truth.model, "choices": [answer], "usage": self.usage()})
-        self.sent = self.tokens
-        self.end()
-
-    def closing(self) -> bytes:
-        """What follows the last token."""
-        out = b""
-        asked = (self.body.get("stream_options") or {}).get("include_usage")
-        if asked and self.fault != "no_usage":
-            out += self.data({"id": "fake", "model": self.truth.model, "choices": [], "usage": self.usage()})
-        if self.fault != "no_done":
-            out += http_chunk(b"data: [DONE]" + self.newline * 2)
-        return out + b"0\r\n\r\n"
-
-    def usage(self) -> dict[str, int]:
-        """The server's own token books for this answer."""
-        total = self.prompt_tokens + self.tokens
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.tokens, "total_tokens": total}
-
-    @property
-    def newline(self) -> bytes:
-        """The line end of this answer's events."""
-        return b"\r\n" if self.fault == "crlf" else b"\n"
-
-    def event(self, choice: dict[str, Any]) -> bytes:
-        """One SSE event with one choice."""
-        return self.data({"id": "fake", "model": self.truth.model, "choices": [{"index": 0, **choice}]})
-
-    def data(self, value: dict[str, Any]) -> bytes:
-        """One SSE event as an HTTP chunk."""
-        comment = b": ping" + self.newline * 2 if self.fault == "crlf" else b""
-        return http_chunk(comment + b"data: " + json.dumps(value).encode() + self.newline * 2)
-
-    def end(self) -> None:
-        """Books, log and the next in the queue."""
-        if self.over:
-            return
-        self.over = True
-        truth = self.truth
-        truth.prompt_tokens += self.prompt_tokens
-        truth.generation_tokens += self.sent
-        truth.finished += self.sent >= self.tokens
-        if truth.log:
-            row = {"received_ns": self.received_ns, "chunk_ns": self.chunk_ns, "tokens": self.sent}
-            truth.log.write(json.dumps({**row, "prompt_tokens": self.prompt_tokens}) + "\n")
-        truth.release()
-
-
-def count_prompt(body: dict[str, Any]) -> int:
-    """Prompt tokens by this server's own simple rule: ids one each, text by words."""
-    prompt = body.get("prompt")
-    if isinstance(prompt, list):
-        return len(prompt)
-    if isinstance(prompt, str):
-        return len(prompt.split())
-    return sum(len(str(m.get("content", "")).split()) for m in body.get("messages") or [])
-
-
-def head(status: int, content_type: str, *, length: int | None = None, chunked: bool = False, extra: str = "") -> bytes:
-    """A response head."""
-    size = "Transfer-Encoding: chunked\r\n" if chunked else f"Content-Length: {length}\r\n"
-    return f"HTTP/1.1 {status} X\r\nContent-Type: {content_type}\r\n{size}{extra}\r\n".encode()
-
-
-def http_chunk(payload: bytes) -> bytes:
-    """One chunk of a chunked body."""
-    return b"%x\r\n%b\r\n" % (len(payload), payload)
 
 
 class Connection(asyncio.Protocol):
@@ -444,7 +163,7 @@ class Connection(asyncio.Protocol):
         elif body.get("model") != self.truth.model:
             self.error(404, f"The model `{body.get('model')}` does not exist.")
         elif not self.refuse(str(body.get("fault") or "")):
-            self.answer = Answer(self, body, chat="chat" in path)
+            self.answer = Answer(self, body, "chat" in path, Socket.came_ns)
             self.truth.admit(self.answer)
 
     def refuse(self, fault: str) -> bool:
