@@ -11,7 +11,6 @@ Not followed on purpose: redirects and proxy settings of the environment. A load
 from __future__ import annotations
 
 import resource
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic_ns
 from typing import Any
@@ -23,10 +22,11 @@ from harness.results import Result
 from scenarios.completion import clean
 from scenarios.connection import Connection
 from scenarios.hot_path import Reader
+from scenarios.later import Later, parse
 from scenarios.pace import Pace
 from scenarios.stream import Stream
 from scenarios.target import ENDPOINTS, IDLE_LIMIT_S, Target, tls_context
-from scenarios.told import Answered, ToldResponse
+from scenarios.told import Answered
 
 BALANCES = ("least", "round-robin", "session")
 """How a request finds its server: see `Client`."""
@@ -39,10 +39,6 @@ _RAW_LIMIT, _SIZE_LIMIT = 4096, 16384
 _QUIET_NS = 1_000_000_000  # chunks after which nothing came for so long may have been an end that only parsing finds
 RETRY_S, RETRY_MOST_S = 0.25, 4.0
 """Wait before the first retry of a request, and before any; it doubles in between."""
-# Answers wait to be parsed until there are so many, or until the next sweep: each by itself would find cold caches.
-# Beyond the backlog one is parsed on the spot for each that ends.
-_TOGETHER, _BACKLOG = 32, 4096
-_IDLE_NS = 200_000  # parsed at a time, before the loop turns again
 _OPENING = 128  # connections being opened at the same time: below any server's listen backlog
 
 
@@ -109,7 +105,6 @@ class Client:
         """Those with a time limit of their own, which has a timer."""
         self._opening: set[Connection] = set()
         self._unopened: dict[Target, str] = {}
-        self._later: deque[Stream] = deque()
         self._unswept: list[Stream] = []
         self._share = 0
         self.tls_reads = self.tls_unstamped = 0
@@ -118,7 +113,8 @@ class Client:
         self.loop: Any = gevent.get_hub().loop
         self.reader = Reader()
         self._pace = Pace(self.reader, self._active.__len__)
-        self._idle: Any = self.loop.idle()
+        self.later = Later(self.loop, record, timed=stream)
+        """What waits to be parsed."""
         sweep_s = max(_SWEEP_LEAST_S, min(_SWEEP_S, min(timeout_s, stall_s, connect_timeout_s) / 8))
         self._sweeper: Any = self.loop.timer(sweep_s / _SLICES, sweep_s / _SLICES)
         self._sweeper.start(self._sweep)
@@ -138,11 +134,6 @@ class Client:
         """Of all reads, those that have the time of the read because the kernel gave none; null before the first."""
         reads = self.reader.reads + self.tls_reads
         return (self.reader.unstamped + self.tls_unstamped) / reads if reads else None
-
-    @property
-    def backlog(self) -> int:
-        """Answers that wait to be parsed."""
-        return len(self._later)
 
     # -- sending ------------------------------------------------------------------------------------------------------
 
@@ -256,6 +247,10 @@ class Client:
         self._opening.clear()
         return clean("; ".join(self._unopened.values())) or None
 
+    def refuse(self, result: Result) -> None:
+        """Hand over the row of a request that is not sent."""
+        self._record(result)
+
     # -- called by connections ----------------------------------------------------------------------------------------
 
     def pool(self, connection: Connection) -> None:
@@ -285,62 +280,14 @@ class Client:
         if stream.ended is not None:
             stream.ended(stream.result)
             stream.ended = None
-        self.when_idle(stream)
-        while len(self._later) > _BACKLOG:
-            self._parse_next()
+        self.later.add(stream)
 
-    def when_idle(self, stream: Stream) -> None:
-        """Parse what this stream holds soon, when the loop has nothing else to do."""
-        if not stream.queued:
-            stream.queued = True
-            self._later.append(stream)
-            if len(self._later) >= _TOGETHER and not self._idle.active:
-                self._idle.start(self._on_idle)
-
-    # -- when there is time -------------------------------------------------------------------------------------------
-
-    def _on_idle(self) -> None:
-        """Some, and then a turn of the loop: a request may be due."""
-        end_ns = monotonic_ns() + _IDLE_NS
-        while self._later:
-            self._parse_next()
-            if monotonic_ns() > end_ns:
-                break
-        if not self._later:
-            self._idle.stop()
-
-    def _parse_next(self) -> None:
-        stream = self._later.popleft()
-        if not stream.queued:
-            return  # it was handed over before its turn
-        stream.queued = False
-        if stream.result.finished_ns is None:
-            _parse(stream)  # this may end it; its turn for a row comes then
-        else:
-            self._finish(stream)
-
-    def _finish(self, stream: Stream) -> None:
-        """Parse, hand over the row, and then what was said to whoever wants to know."""
-        stream.fill(timed=self._stream)
-        self._record(stream.result)
-        if isinstance(stream.response, ToldResponse):
-            stream.response.answered(stream.result, stream.response.answer)
-
-    def hand_over(self, stream: Stream) -> None:
-        """Parse an answer that ended now, before its turn, and hand over its row, unless that was done."""
-        if stream.queued and stream.result.finished_ns is not None:
-            stream.queued = False
-            self._finish(stream)
-
-    def refuse(self, result: Result) -> None:
-        """Hand over the row of a request that is not sent."""
-        self._record(result)
+    # -- once in a while ----------------------------------------------------------------------------------------------
 
     def _sweep(self) -> None:
         """Every timeout of every stream, a part at a time; parse what came; close what has been idle for too long."""
         now = monotonic_ns()
-        if self._later and not self._idle.active:
-            self._idle.start(self._on_idle)
+        self.later.begin()
         if not self._unswept:
             self._unswept = list(self._active)
             self._share = -(-len(self._unswept) // _SLICES)
@@ -360,9 +307,9 @@ class Client:
             elif now - stream.heard_ns > self._stall_ns and (self._stream or stream not in self._own_limit):
                 self._give_up(stream, "stall", f"the server sent nothing for {self._stall_ns / 1e9:g} s")
             elif stream.queued:
-                _parse(stream)  # there was no time for it since the last sweep
+                parse(stream)  # there was no time for it since the last sweep
             elif _is_much(stream, now):
-                self.when_idle(stream)
+                self.later.add(stream)
 
     def _close_idle(self, now: int) -> None:
         for target in self._targets:
@@ -384,33 +331,18 @@ class Client:
         for stream in list(self._active):
             self._give_up(stream, error, detail)
 
-    def settle(self) -> None:
-        """Parse and hand over what still waits for it."""
-        while self._later:
-            self._parse_next()
-        self._idle.stop()
-
     def close(self) -> None:
         """Close every connection and stop. Requests in flight end as ``stopped``."""
         self.abort("stopped", "the client was closed")
-        self.settle()
+        self.later.close()
         for target in self._targets:
             for connection in target.idle:
                 connection.close()
             target.idle.clear()
-        for watcher in (self._idle, self._sweeper):
-            watcher.stop()
-            watcher.close()
+        self._sweeper.stop()
+        self._sweeper.close()
         self._pace.close()
         self.reader.close()
-
-
-def _parse(stream: Stream) -> None:
-    """Parse what a stream holds; one that turns out to be over (junk behind its end, no HTTP) ends."""
-    if stream.connection is None:
-        stream.parse()
-    else:
-        stream.connection.look(stream)
 
 
 def _is_much(stream: Stream, now: int) -> bool:

@@ -43,7 +43,7 @@ class Conversations:
         assert planned.after is not None
         stream = self._open.get(planned.after)
         if stream is not None:
-            self._client.hand_over(stream)
+            self._client.later.hand_over(stream)
         return self._said.pop(planned.after, f"request {planned.after}, the turn before it, has not ended")
 
     def send(self, planned: Planned, result: Result, history: bytes, ended: Callable[[Result], None] | None) -> None:

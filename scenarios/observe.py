@@ -108,7 +108,7 @@ class Observer:
                 gc_pause_ns=self._gc_ns,
                 events=deltas[0], bytes=deltas[1], sent=deltas[2], done=deltas[3],
                 in_flight=self._in_flight / len(lags) if lags else None,
-                backlog=self._client.backlog,
+                backlog=len(self._client.later),
                 rss_bytes=self._process.memory_info().rss,
                 prepared=self._load.schedule.prepared,
             )

@@ -123,7 +123,7 @@ class _LocustRun:
             gevent.sleep(0.5)
             if self._writer is not None:
                 self._writer.flush()
-        self._client.settle()
+        self._client.later.settle()
         self._environment.runner.quit()
 
     def _record(self, result: Result) -> None:
@@ -150,7 +150,7 @@ class _LocustRun:
             self._watcher.kill(block=False)
         self._load.stop()
         self._client.abort("stopped", "in flight when the test was stopped")
-        self._client.settle()
+        self._client.later.settle()
         now = self._load.now_ns()
         unsent = [(planned.request_id, planned.scheduled_ns) for planned in self._load.schedule.rest()]
         for request_id, due in (*unsent, *self._window.unread()):

@@ -163,7 +163,7 @@ class Worker:
         self._load.stop()
         self._drain()
         self.end_ns = self._load.now_ns()
-        self._client.settle()
+        self._client.later.settle()
         self.observer.end()
         gevent.killall(watchers)
         self._finish(flusher)

@@ -524,7 +524,7 @@ def test_an_end_that_only_parsing_finds_frees_its_slot(serve, run, end, error):
     row = sender.one()
     assert (row.error, len(row.chunk_ns)) == (error, 4)
     assert row.finished_ns - row.chunk_ns[-1] < 1_000_000_000, "when its last bytes came"
-    sender.client.settle()
+    sender.client.later.settle()
     assert (len(sender.rows), sender.client.in_flight) == (1, 0)
     assert not sender.client._targets[0].idle, "what is out of step is not used again"
 

@@ -236,9 +236,6 @@ class Owner:
     def drop(self, connection: Connection, trouble: str = "") -> None:
         pass
 
-    def when_idle(self, stream: Stream) -> None:
-        pass
-
 
 class Wire:
     """A connection to a server whose answers the test gives, one on each, and what the client learns from them."""

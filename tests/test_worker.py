@@ -522,7 +522,7 @@ def run_patched(tmp_path, url, plan, code, **spec):
     results = tmp_path / "rows.arrows"
     file.write_text(json.dumps({"worker": 0, "workers": 1, "plan": str(plan), "results": str(results), "mode": "closed",
                                 "base_urls": [url], "model": "fake", "concurrency": 8, **spec}))  # fmt: skip
-    program = f"import sys, gc, scenarios.worker as w\n{code[0]}\nw.main(sys.argv[1:])\n{code[1]}"
+    program = f"import sys, gc, scenarios.later as l, scenarios.worker as w\n{code[0]}\nw.main(sys.argv[1:])\n{code[1]}"
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(file)], cwd=ROOT, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -541,12 +541,12 @@ def run_patched(tmp_path, url, plan, code, **spec):
 
 def test_a_bug_never_ends_as_a_run_that_looks_sound(fake_server: StartServer, tmp_path):
     plan = write_plan(tmp_path / "plan.arrow", timed=False)
-    bug = "def bug(*_): raise LookupError('a bug')\nw.Client._finish = bug", ""
+    bug = "def bug(*_): raise LookupError('a bug')\nl.Later._finish = bug", ""
     lines, words = run_patched(tmp_path, fake_server("--ttft", "0.01").url, plan, bug)
     end = json.loads(lines[-1])
     assert "LookupError: a bug" in end["exit"]
     assert "Traceback" in words
-    bug = "def bug(*_): raise LookupError('a bug')\nw.Client.settle = bug", ""  # not in a callback of the event loop
+    bug = "def bug(*_): raise LookupError('a bug')\nl.Later.settle = bug", ""  # not in a callback of the event loop
     lines, words = run_patched(tmp_path, fake_server("--ttft", "0.01").url, plan, bug)
     assert "LookupError: a bug" in json.loads(lines[-1])["exit"]
     assert "Traceback" in words
