@@ -64,6 +64,7 @@ def run_as_locustfile(*, timed: bool) -> None:
     def start(environment: Any, **_: object) -> None:
         try:
             run.append(_LocustRun(environment, timed=timed))
+            run[-1].begin()
         except (HarnessError, OSError) as e:
             print(f"error: {e}", file=sys.stderr)
             environment.process_exit_code = EXIT_USAGE
@@ -103,10 +104,19 @@ class _LocustRun:
         self._window = Window(Path(options.plan), timed=timed, endpoint=options.endpoint, model=options.model)
         self._load = environment.load = Load(self._window.schedule(), self._client)
         self._writer = ResultWriter(Path(options.results), 0) if options.results else None
-        self._client.open_connections(32 if timed else environment.parsed_options.num_users or 1)
+        self._connections = 32 if timed else options.num_users or 1
+        self._watcher: Any = None
+        self._closed = False
+
+    def begin(self) -> None:
+        """Open connections, then start the clock, unless Locust stopped the test meanwhile."""
+        self._client.open_connections(self._connections)
+        if self._closed:
+            self._client.close()
+            return
         self._load.begin(monotonic_ns())
         self._watcher = gevent.spawn(self._watch)
-        self._filler = gevent.spawn(self._fill)
+        gevent.spawn(self._fill)
 
     def _fill(self) -> None:
         """Read and prepare the plan ahead of its time."""
@@ -146,7 +156,10 @@ class _LocustRun:
 
     def close(self) -> None:
         """One row for every request, also those that were stopped."""
-        if gevent.getcurrent() is not self._watcher:
+        self._closed = True
+        if self._watcher is None:
+            self._load.begin(monotonic_ns())
+        elif gevent.getcurrent() is not self._watcher:
             self._watcher.kill(block=False)
         self._load.stop()
         self._client.abort("stopped", "in flight when the test was stopped")
@@ -155,6 +168,7 @@ class _LocustRun:
         unsent = [(planned.request_id, planned.scheduled_ns) for planned in self._load.schedule.rest()]
         for request_id, due in (*unsent, *self._window.unread()):
             self._record(Result(request_id, now if due is None else due, error="unsent"))
-        self._client.close()
+        if self._watcher is not None:
+            self._client.close()
         if self._writer is not None:
             self._writer.close()

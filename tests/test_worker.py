@@ -588,19 +588,36 @@ def test_as_a_plain_locustfile(fake_server: StartServer, tmp_path, file, users, 
     assert classes(read_results(rows).to_pylist()) == {None: 30}
 
 
-def test_a_plain_locustfile_stopped_by_locust_has_all_rows(fake_server: StartServer, tmp_path):
-    server = fake_server("--ttft", "0.03", "--itl", "0.005")
+def locust_for(run_time: str, url: str, tmp_path: Path) -> dict[str | None, int]:
+    """Classes of the rows of a plan of 500 requests in 10 s that plain Locust ends after ``run_time``."""
     plan = write_plan(tmp_path / "plan.arrow", n=500, gap_s=0.02)
     rows = tmp_path / "rows.arrows"
     done = subprocess.run(
-        [sys.executable, "-m", "locust", "-f", "scenarios/replay.py", "--headless", "-u", "1", "--host", server.url,
-         "--plan", str(plan), "--model", "fake", "--results", str(rows), "--run-time", "1s"],
+        [sys.executable, "-m", "locust", "-f", "scenarios/replay.py", "--headless", "-u", "1", "--host", url,
+         "--plan", str(plan), "--model", "fake", "--results", str(rows), "--run-time", run_time],
         cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    found = classes(read_results(rows).to_pylist())
-    assert sum(found.values()) == 500, done.stderr
+    assert rows.is_file(), done.stderr
+    return classes(read_results(rows).to_pylist())
+
+
+def test_a_plain_locustfile_stopped_by_locust_has_all_rows(fake_server: StartServer, tmp_path):
+    found = locust_for("6s", fake_server("--ttft", "0.03", "--itl", "0.005").url, tmp_path)
+    assert sum(found.values()) == 500
     assert found[None] > 0
     assert set(found) <= {None, "stopped", "unsent"}
+
+
+def test_a_plain_locustfile_stopped_before_it_could_begin_has_all_rows(tmp_path):
+    full = socket.create_server(("127.0.0.1", 0), backlog=0)
+    port = full.getsockname()[1]
+    fill = [socket.socket() for _ in range(8)]
+    for one in fill:  # then no connection comes about, and Locust's time is over before it is given up
+        one.setblocking(False)
+        one.connect_ex(("127.0.0.1", port))
+    assert locust_for("2s", f"http://127.0.0.1:{port}", tmp_path) == {"unsent": 500}
+    for one in [*fill, full]:
+        one.close()
 
 
 def test_a_plain_locustfile_without_a_plan_says_so(tmp_path):
