@@ -76,10 +76,11 @@ def _ms(seconds: npt.ArrayLike) -> tuple[float, float] | None:
 
 
 class Harness:
-    """Our load workers, as the harness starts them."""
+    """Our load workers, as the harness starts them, of this checkout or of the one in ``tree``."""
 
-    def __init__(self, workers: int = 1) -> None:
+    def __init__(self, workers: int = 1, tree: Path = ROOT) -> None:
         self.workers = workers
+        self.tree = tree
         self.name = "harness" if workers == 1 else f"harness x{workers}"
 
     def missing(self) -> str | None:
@@ -104,7 +105,7 @@ class Harness:
                 sys.executable, "-m", "harness.cli", "plan", trace, "-o", folder / "plan.arrow", "--endpoint", "chat",
                 *load,
             ],
-            cwd=ROOT, check=True, capture_output=True, timeout=300,
+            cwd=self.tree, check=True, capture_output=True, timeout=300,
         )  # fmt: skip
         trace.unlink()
         for k in range(self.workers):
@@ -119,8 +120,8 @@ class Harness:
     def start(self, work: Work, folder: Path) -> Sequence[subprocess.Popen[bytes]]:
         """Start the workers; a thread gives them their common start when all are ready."""
         workers = [
-            spawn([sys.executable, "-m", "scenarios.worker", folder / f"spec-{k}.json"], folder, number=k, cwd=ROOT,
-                  stdin=subprocess.PIPE)
+            spawn([sys.executable, "-m", "scenarios.worker", folder / f"spec-{k}.json"], folder, number=k,
+                  cwd=self.tree, stdin=subprocess.PIPE)
             for k in range(self.workers)
         ]  # fmt: skip
         threading.Thread(target=self._say_start, args=(workers, folder), daemon=True).start()
