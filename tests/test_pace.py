@@ -24,9 +24,12 @@ class Rig:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.pipe = os.pipe()
         self.events = self.shared = self.unstamped = self.now = self.streams = 0
+        self.cpu: float = 0
+        self.costs = {"bytes": 5000, "time": 5000}
         self.looked = 0
         self.periods: list[int] = []
         monkeypatch.setattr(pace, "monotonic_ns", lambda: self.now)
+        monkeypatch.setattr(pace, "thread_time_ns", lambda: int(self.cpu))
         self.pace = Pace(self, lambda: self.streams)  # type: ignore[arg-type]
         monkeypatch.setattr(self.pace._ticker, "every", self.periods.append)
 
@@ -41,6 +44,7 @@ class Rig:
         for i in range(n):
             self.now += every_ns
             self.events += events
+            self.cpu += events * self.costs[self.waits]
             self.shared += int((i + 1) * shared) - int(i * shared)
             if self.now - self.looked > 100 * MS:
                 self.looked = self.now
@@ -69,7 +73,7 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
         pytest.param(400, 40, MS // 2, 1.25, id="of 200 tokens/s: a quarter of 5 ms"),
         pytest.param(100, 40, MS // 2, None, id="of 800 tokens/s: two tokens of a stream would share a stamp"),
         pytest.param(8, 400, MS, None, id="a few streams as fast as they can"),
-        pytest.param(200, 20, MS, None, id="two hundred streams: there is nothing to save"),
+        pytest.param(100, 10, MS, None, id="a hundred streams: there is nothing to save"),
         pytest.param(0, 40, MS // 2, None, id="bytes for nobody"),
     ],
 )
@@ -82,6 +86,18 @@ def test_it_reads_four_times_between_two_tokens(
     if period_ms:
         assert rig.periods[-1] == pytest.approx(period_ms * MS, rel=0.02)
         assert rig.periods[-1] <= MOST_NS
+
+
+def test_where_it_depends_on_the_machine_it_does_what_costs_less(rig: Rig) -> None:
+    rig.streams = 200
+    for costs in ({"bytes": 6000, "time": 5000}, {"bytes": 5000, "time": 6000}, {"bytes": 6000, "time": 5000}):
+        rig.costs = costs
+        rig.rounds(20, MS, 6_000)  # it finds out within seconds
+        spent = rig.cpu
+        rig.rounds(20, MS, 40_000)
+        mean = (rig.cpu - spent) / (20 * 40_000)
+        assert mean < 5000 + 0.1 * 1000, "all the time, but for a look now and then at what the other way costs"
+        assert mean > 5000
 
 
 def test_it_reads_at_once_again_when_less_comes(rig: Rig) -> None:
