@@ -373,6 +373,8 @@ def hardware(run: Run) -> Check:
     ok = host.cores == tier.vcpu and abs(host.memory_gib / tier.memory_gib - 1) <= HARDWARE_BOUND
     observed = f"{host.cores} cores, {host.memory_gib:g} GiB; {tier.instance} has {tier.vcpu}, {tier.memory_gib:g} GiB"
     advice = f"speed is this machine's, the price {tier.instance}'s: an approximation until run on that instance"
+    if (why := run.manifest.model_facts.get("dtype_reason")) is not None:
+        ok, observed = False, f"{observed}; {why}"
     return limit("hardware", ok, observed, bound, advice)
 
 

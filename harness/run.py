@@ -318,6 +318,17 @@ def read_manifest(path: Path) -> RunManifest:
         raise ResultsError(f"{file}: {e}") from e
 
 
+def cpu_flags() -> set[str]:
+    """Extensions of this machine's processor by the kernel's names (avx2, avx512f); empty where it does not say."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return set(line.partition(":")[2].split())
+    except OSError:
+        pass  # not Linux: nothing is known of the processor's extensions
+    return set()
+
+
 def describe_host() -> Host:
     """Processor, usable cores, memory and operating system of this machine."""
     cpu = platform.processor() or platform.machine()

@@ -145,6 +145,14 @@ def test_a_limit_is_said_and_leaves_the_run_valid(tmp_path, name):
     assert s.verdict == "VALID"
 
 
+def test_another_number_format_than_the_models_is_a_limit(tmp_path):
+    tier, host = replace(TIER, vcpu=8, memory_gib=32.0), Host(cpu="x", cores=8, memory_gib=32.0, os="x")
+    same = {"load_shares_server_host": True, "tier": tier, "host": host}
+    assert check(summary(tmp_path / "a", **same), "hardware").ok is True
+    said = check(summary(tmp_path / "b", model_facts={"dtype_reason": "float32 in place of x"}, **same), "hardware")
+    assert said.ok is False and "float32 in place of x" in said.observed
+
+
 def test_every_check_has_a_test_that_makes_it_fail(tmp_path):
     s = summary(tmp_path)
     assert {c.name for c in s.checks if c.gate} == {*GATES, "files"}  # files: test_metrics, torn and missing

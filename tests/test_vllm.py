@@ -39,6 +39,7 @@ from cluster.vllm import (
     VllmEngine,
     check_fit,
     engine_args,
+    for_processor,
     hosts_per_replica,
     memory_need,
     pipeline_parallel_size,
@@ -293,6 +294,21 @@ def test_a_number_format_without_kernels_is_refused_before_anything_is_rented(ti
         check_fit(get_model("llama-3.1-8b-instruct-int8"), TIERS[tier])
     check_fit(get_model("llama-3.1-8b-instruct-fp8"), TIERS[tier])
     check_fit(get_model("llama-3.1-8b-instruct-int8"), TIERS["aws-p5.48xlarge"])
+
+
+def test_bfloat16_becomes_float32_on_a_processor_that_is_slow_at_it_where_it_fits() -> None:
+    small, tier = get_model("smollm2-135m"), TIERS["aws-m7a.large"]
+    wide, why = for_processor(small, tier, {"avx2"})
+    assert why is not None and why.startswith("float32 in place of bfloat16")
+    args = engine_args(wide, tier)
+    assert args[args.index("--dtype") + 1] == "float32"
+    assert wide == replace(small, dtype="float32")
+    for flags in ({"avx2", "avx512f"}, {"asimd"}, set()):
+        assert for_processor(small, tier, flags) == (small, None)
+    for other in (replace(small, dtype="float16"), get_model("smollm2-135m-int8")):
+        assert for_processor(other, tier, {"avx2"}) == (other, None)
+    large = replace(small, parameters=2_000_000_000)  # 4 GB in bfloat16, 8 GB in float32; the tier has 8
+    assert for_processor(large, tier, {"avx2"}) == (large, None)
 
 
 def test_what_is_not_known_is_not_refused(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from harness.run import (
     Restart,
     RunDir,
     Tier,
+    cpu_flags,
 )
 
 if TYPE_CHECKING:
@@ -139,8 +140,10 @@ class UrlTarget:
 class LocalTarget:
     """Servers that a Ray cluster starts for this run: this machine's own, or the one RAY_ADDRESS names."""
 
-    def __init__(self, model: Model, tier: Tier, replicas: int, on_replica_death: str = "fail") -> None:
-        self._model, self._tier, self._replicas = model, tier, replicas
+    def __init__(
+        self, model: Model, tier: Tier, replicas: int, on_replica_death: str, facts: Mapping[str, str]
+    ) -> None:
+        self._model, self._tier, self._replicas, self._facts = model, tier, replicas, facts
         self._on_replica_death = on_replica_death
         self._weights: Path | None = None
         self.label = model.name.rsplit("/", 1)[-1]
@@ -190,8 +193,9 @@ class LocalTarget:
             yield Servers(
                 engine=d.engine, model=self._model.name, replicas=d.replicas, api_key=key,
                 tier=rented(self._tier, hosts_per_replica(self._model, self._tier)),
-                engine_version=d.engine_version, engine_args=d.engine_args, model_facts=d.model_facts,
-                shares_host=d.shares_host, shared_cores=d.shared_cores, launch=d.launch, check=d.check,
+                engine_version=d.engine_version, engine_args=d.engine_args,
+                model_facts={**d.model_facts, **self._facts}, shares_host=d.shares_host, shared_cores=d.shared_cores,
+                launch=d.launch, check=d.check,
                 restarts=d.restarts, restarting=lambda: d.restarting, sample_hosts=d.sample_hosts,
                 extra_body=DUMMY_BODY if self._model.dummy else {},
             )  # fmt: skip
@@ -222,10 +226,18 @@ def choose_target(options: dict[str, Any]) -> Target:
         tier = get_tier(options["tier"]) if options["tier"] else None
         return UrlTarget(list(options["base_urls"]), options["model"], tier)
     from cluster.models import DEFAULT_MODEL, for_tier, get_model
-    from cluster.vllm import check_fit
+    from cluster.vllm import check_fit, for_processor
 
     model, tier = get_model(options["model"] or DEFAULT_MODEL), get_tier(options["tier"] or DEFAULT_TIER)
+    facts: dict[str, str] = {}
     if options.get("replicas"):  # `harness plan` starts nothing
         check_fit(model, tier)
+        own = model.on.get("cpu")
         model = for_tier(model, tier.accelerator)
-    return LocalTarget(model, tier, options.get("replicas", 1), options.get("on_replica_death") or "fail")
+        here = not tier.accelerator_count and not os.environ.get("RAY_ADDRESS")
+        if here and (own is None or own.dtype is None):
+            model, why = for_processor(model, tier, cpu_flags())
+            if why:
+                facts["dtype_reason"] = why
+                say(f"note: {model.name} is served in {why}")
+    return LocalTarget(model, tier, options.get("replicas", 1), options.get("on_replica_death") or "fail", facts)
