@@ -148,9 +148,10 @@ def test_a_starved_client_is_shown_and_has_no_price(fake_server: StartServer, tm
     assert lag["advice"]
     assert report["cost"]["usd_per_1m_total"]["value"] is None
     metrics = report["metrics"]
-    assert metrics["service_ttft"]["p95"]["value"] < 0.15
-    assert metrics["ttft"]["p95"]["value"] > 1.0
-    assert metrics["lag"]["p95"]["value"] > 1.0
+    # The medians: a tail of so few requests may have no figure.
+    assert metrics["service_ttft"]["p50"]["value"] < 0.15
+    assert metrics["ttft"]["p50"]["value"] > 1.0
+    assert metrics["lag"]["p50"]["value"] > 1.0
 
 
 def test_a_slow_server_is_the_servers_fault(fake_server: StartServer, tmp_path: Path) -> None:
