@@ -79,7 +79,8 @@ def test_the_truth_is_reported(fake_server: StartServer, tmp_path: Path, workers
         p50, p90 = quantiles(samples, 0.5, 0.9)
         room = 0.001 if name != "ttft" else 0.003  # ttft also holds the lag of the schedule
         assert abs(metrics[name]["p50"]["value"] - p50) < room, name
-        assert abs(metrics[name]["p90"]["value"] - p90) < 2 * room, name
+        seen = metrics[name]["p90"]["value"]  # null where noise was alike for requests on end
+        assert seen is None or abs(seen - p90) < 2 * room, name
     for q in ("mean", "p50"):
         quantity = metrics["service_ttft"][q]
         assert quantity["low"] <= quantity["value"] <= quantity["high"]
@@ -164,8 +165,8 @@ def test_a_slow_server_is_the_servers_fault(fake_server: StartServer, tmp_path: 
     report = report_of(done)
     assert report["verdict"] == "VALID", report["reasons"]
     assert done.returncode == 4, "VALID, but the SLO is missed"
-    assert report["metrics"]["service_ttft"]["p95"]["value"] > 1.0
-    assert report["metrics"]["lag"]["p95"]["value"] < 0.1
+    assert report["metrics"]["service_ttft"]["p50"]["value"] > 1.0
+    assert report["metrics"]["lag"]["p50"]["value"] < 0.1
     goodput, throughput = report["rates"]["goodput"]["value"], report["rates"]["request_throughput"]["value"]
     assert goodput < 0.7 * throughput
 
