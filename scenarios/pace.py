@@ -24,7 +24,7 @@ from scenarios.hot_path import Reader
 MOST_NS, _LEAST_NS = 2_500_000, 500_000
 _READS = 4  # between two tokens of a stream
 _WINDOW_S = 0.1
-_FEW, _MANY = 30, 80  # events in a period: not worth it; worth it on any machine
+_FEW, _MANY = 30, 80  # events in a period: not worth it; worth it on every machine so far
 _TRIAL = 32  # windows, of which the last two are spent on the way that cost more
 _NEWEST = 0.4  # what a window counts for in the cost of its way
 _RARE = 500  # of so many events one may share its stamp: far from what a 99th percentile of gaps would show
