@@ -32,6 +32,8 @@ RESAMPLES = 1000
 MAX_UNITS = 1000
 """Longer series are first summed into this many equal parts in time."""
 MAX_FLAGS = 1_000_000
+ROUNDING = 1e-9
+"""By so large a share may two ways to the same figure differ."""
 MIN_SAMPLES = 5
 """Below this many samples a mean or rate has no interval."""
 
@@ -56,6 +58,10 @@ class Quantity:
         for number in (self.value, self.low, self.high):
             if number is not None and not math.isfinite(number):
                 raise ValueError(f"a quantity in {self.unit} is {number}; not known must be None")
+        if self.value is not None:
+            low, high = (self.value if end is None else end for end in (self.low, self.high))
+            if max(low - self.value, self.value - high) > ROUNDING * abs(self.value):
+                raise ValueError(f"{self.value} {self.unit} lies outside its own interval, {self.low} to {self.high}")
 
 
 def scaled(q: Quantity, factor: float) -> Quantity:
@@ -112,18 +118,26 @@ def distribution(
         below = count - beyond(value)
         return share_variance(below - count * (below.sum() / n), p, n)
 
-    def percentile(p: float) -> Quantity:
+    def percentile(p: float, below: Quantity | None = None) -> Quantity:
+        """``below``: the next lower percentile. Without that one there is none: they need ever more samples."""
         needed = samples_needed(p)
         if n < needed:
             return replace(blank, note=f"needs {needed} {noun}, has {n}")
+        if below is not None and below.value is None:
+            return replace(blank, note=below.note)
         value = quantile(p)
         worth = effective_n(variance(value, p), p, n)
         if worth * (1 - p) < 1:
             return replace(blank, note=f"needs {needed} independent {noun}: these {n:,} are worth about {worth:.0f}")
         low, high = percentile_ends(quantile, variance, p, n) if total >= MIN_SAMPLES else (None, None)
         note = None if low is not None and high is not None else f"too few independent {noun} for both ends"
-        high = None if high is None else max(value, high)  # the value is an observed one, at or above its share
+        # the value is an observed one, at or above its share; of very few independent samples the share of the lower
+        # end may lie above it, and then the value itself is the safe one
+        low, high = None if low is None else min(value, low), None if high is None else max(value, high)
         return replace(blank, value=value, low=low, high=high, note=note)
+
+    p90 = percentile(0.90, p50 := percentile(0.50))
+    p99 = percentile(0.99, p95 := percentile(0.95, p90))
 
     each = values if weights is None else weights * values
     sums = np.bincount(units, weights=each, minlength=total).astype(np.float64)
@@ -133,7 +147,7 @@ def distribution(
     return Distribution(
         unit=unit,
         mean=replace(blank, value=mean, low=low, high=high, note=note),
-        p50=percentile(0.50), p90=percentile(0.90), p95=percentile(0.95), p99=percentile(0.99),
+        p50=p50, p90=p90, p95=p95, p99=p99,
     )  # fmt: skip
 
 

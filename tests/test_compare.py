@@ -385,7 +385,8 @@ def test_only_a_whole_interval_beyond_the_bound_fails(low, high, outcome):
     q = Quantity(value=None if low is None else (low + high) / 2, low=low, high=high, n=9, unit="", evidence="measured")
     f = Figure(name="cost", unit="", a=1.0, b=1.0, difference=q, change=q, verdict="")
     assert judge(parse_gate("cost > +5%"), f).outcome == outcome
-    mirrored = replace(q, low=None if high is None else -high, high=None if low is None else -low)
+    middle, *ends = (None if x is None else -x for x in (q.value, high, low))
+    mirrored = replace(q, value=middle, low=ends[0], high=ends[1])
     f = replace(f, name="throughput", change=mirrored)
     assert judge(parse_gate("throughput < -5%"), f).outcome == outcome
 
