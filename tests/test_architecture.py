@@ -57,6 +57,8 @@ def test_imports_go_one_way(path: Path) -> None:
             assert package == "cluster", f"{name} imports {imported}: Ray stays in cluster"
         if target in ("vllm", "torch", "transformers"):
             assert not eager, f"{name} imports {imported} at module level"
+        if name.startswith("cluster.simulator") and target in PACKAGES:
+            assert imported.startswith("cluster.simulator"), f"{name} imports {imported}: the simulator stands alone"
         if name == "harness.errors":
             assert target not in PACKAGES, "errors is the bottom"
 
@@ -76,6 +78,10 @@ def test_locust_and_ray_never_share_a_process() -> None:
     assert not {"ray", "vllm", "torch", "locust", "gevent"} & loaded_by(
         "import harness.cli, harness.commands, harness.plan, harness.probe, cluster.load, cluster.process, analysis"
     )
+
+
+def test_the_simulator_is_numpy_and_the_standard_library_alone() -> None:
+    assert not {"pyarrow", "ray", "locust", "msgspec", "scipy"} & loaded_by("import cluster.simulator.replica")
 
 
 def test_help_is_light() -> None:

@@ -1,0 +1,214 @@
+"""Engines in virtual time: a workload in, the time of every token out.
+
+A request that comes while a step runs is seen when that step ends; one that comes to an idle engine begins a step.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from array import array
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.simulator.scheduler import Limits, Scheduler, Sequence
+from cluster.simulator.step_time import StepTime
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+Router = Literal["round robin", "least in flight"]
+"""Who gets the next request of several replicas: each in turn, or the one with the fewest (of equal ones the first)."""
+
+
+class Replica:
+    """One engine and its clock: a step begins, and later it ends."""
+
+    def __init__(self, limits: Limits, step_time: StepTime) -> None:
+        self.scheduler = Scheduler(limits)
+        self.step_time = step_time
+        self.next_s = math.inf
+        """When the step in progress ends, or else the next can begin; inf: there is nothing to do."""
+        self.step_end_s = array("d")
+        """When each step ended."""
+        self._in_step = False
+
+    def submit(self, sequence: Sequence, at_s: float) -> None:
+        """A request comes. What is to happen before ``at_s`` must have happened; the step that begins then sees it."""
+        self.scheduler.add(sequence)
+        if self.next_s == math.inf:
+            self.next_s = at_s
+
+    def advance(self) -> list[Sequence]:
+        """What happens at ``next_s``: a step begins, or it ends; the sequences that ended with it."""
+        scheduler = self.scheduler
+        if not self._in_step:
+            self.next_s += self.step_time(*scheduler.begin())
+            self._in_step = True
+            return []
+        self._in_step = False
+        self.step_end_s.append(self.next_s)
+        done = scheduler.end()
+        if done and not scheduler.in_flight:
+            self.next_s = math.inf
+        return done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """Requests, each array of one length."""
+
+    arrival_s: Floats
+    """When each comes, in order. Of one that waits (``after``) not earlier than this. Ignored in a closed loop."""
+    input_tokens: Ints
+    output_tokens: Ints
+    after: Ints | None = None
+    """Index of the request whose end each waits for, below its own; -1: none. None: nobody waits."""
+    think_s: Floats | None = None
+    """Between that end and this request; None: 0."""
+
+    def __len__(self) -> int:
+        return len(self.input_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of each request of a workload. NaN: it did not come so far."""
+
+    due_s: Floats
+    """When it came: its arrival, the end of its predecessor and its think time, or when its slot was free."""
+    first_token_s: Floats
+    finished_s: Floats
+    replica: Ints
+    """Who served it; -1: it never came."""
+    first_step: Ints
+    """Of its replica; -1: it had no token."""
+    step_end_s: Items[Floats]
+    """When each step of each replica ended."""
+
+    def token_s(self, request: int, output_tokens: int) -> Floats:
+        """When each token of a request came; those up to the end of the simulation."""
+        first = int(self.first_step[request])
+        if first < 0:
+            return np.zeros(0)
+        return self.step_end_s[int(self.replica[request])][first : first + output_tokens]
+
+
+def simulate(
+    workload: Workload,
+    limits: Limits,
+    step_times: Items[StepTime],
+    *,
+    router: Router = "round robin",
+    concurrency: int | None = None,
+    until_s: float = math.inf,
+) -> Outcome:
+    """Serve ``workload`` on as many replicas as there are step times (one of its own each, for those with state).
+
+    ``concurrency``: a closed loop of so many slots, which take the requests in order. ``until_s``: what ends or comes
+    later does not. Raises ValueError for a workload that is out of order.
+    """
+    fleet = _Fleet(workload, [Replica(limits, step_time) for step_time in step_times], router, concurrency)
+    fleet.run(until_s)
+    return fleet.outcome()
+
+
+class _Fleet:
+    """Replicas, what is still to come to them, and what became of what came."""
+
+    def __init__(
+        self, workload: Workload, replicas: list[Replica], router: Router, concurrency: int | None
+    ) -> None:  # fmt: skip
+        n = len(workload)
+        self.replicas, self.router, self.closed = replicas, router, concurrency is not None
+        waits = workload.after is not None and not self.closed
+        if not self.closed and not waits and np.any(np.diff(workload.arrival_s) < 0):
+            raise ValueError("arrivals must be in order")
+        self.dynamic = waits or self.closed
+        self.due_s, self.finished_s = np.full(n, np.nan), np.full(n, np.nan)
+        self.owner, self.first_step = np.full(n, -1, dtype=np.int64), np.full(n, -1, dtype=np.int64)
+        self.inputs, self.outputs = workload.input_tokens.tolist(), workload.output_tokens.tolist()
+        self.earliest_s = [0.0] * n if self.closed else workload.arrival_s.tolist()
+        self.think_s = [0.0] * n if workload.think_s is None else workload.think_s.tolist()
+        self.followers = _followers(workload) if waits else {}
+        self.queued = iter(range(min(concurrency or 0, n), n)) if self.closed else iter(())
+        first = range(min(concurrency, n)) if concurrency is not None else range(n)
+        free = [k for k in first if not waits or workload.after is None or workload.after[k] < 0]
+        self.coming = [(self.earliest_s[k], k) for k in free]
+        heapq.heapify(self.coming)
+        self.turn = 0
+
+    def run(self, until_s: float) -> None:
+        """Everything that happens before ``until_s``."""
+        while True:
+            if self.dynamic:
+                self._advance_together(until_s)
+            else:
+                end = min(self.coming[0][0], until_s) if self.coming else until_s
+                for replica in self.replicas:
+                    while (now_s := replica.next_s) < end:
+                        if done := replica.advance():
+                            self._ended(done, now_s)
+            if not self.coming or self.coming[0][0] >= until_s:
+                return
+            at_s, k = heapq.heappop(self.coming)
+            chosen = self._route()
+            self.due_s[k], self.owner[k] = at_s, chosen
+            self.replicas[chosen].submit(Sequence(k, self.inputs[k], self.outputs[k]), at_s)
+
+    def _advance_together(self, until_s: float) -> None:
+        """Up to the next request; whoever is earliest goes first, since an end there may send a request anywhere."""
+        while True:
+            replica = min(self.replicas, key=lambda one: one.next_s)
+            now_s = replica.next_s
+            if now_s >= (min(self.coming[0][0], until_s) if self.coming else until_s):
+                return
+            self._ended(replica.advance(), now_s)
+
+    def _ended(self, done: Items[Sequence], now_s: float) -> None:
+        for sequence in done:
+            k = sequence.number
+            self.finished_s[k], self.first_step[k] = now_s, sequence.first_step
+            if (following := next(self.queued, None)) is not None:
+                heapq.heappush(self.coming, (now_s, following))
+            for follower in self.followers.get(k, ()):
+                due_s = max(now_s + self.think_s[follower], self.earliest_s[follower])
+                heapq.heappush(self.coming, (due_s, follower))
+
+    def _route(self) -> int:
+        if self.router == "round robin":
+            self.turn += 1
+            return (self.turn - 1) % len(self.replicas)
+        return min(range(len(self.replicas)), key=lambda r: self.replicas[r].scheduler.in_flight)
+
+    def outcome(self) -> Outcome:
+        """What became of each request so far."""
+        first_s = np.full(len(self.due_s), np.nan)
+        ends = []
+        for r, replica in enumerate(self.replicas):
+            for sequence in replica.scheduler.decoding:
+                self.first_step[sequence.number] = sequence.first_step
+            end_s = np.array(replica.step_end_s, dtype=np.float64)
+            mine = (self.owner == r) & (self.first_step >= 0)
+            first_s[mine] = end_s[self.first_step[mine]]
+            ends.append(end_s)
+        return Outcome(
+            due_s=self.due_s, first_token_s=first_s, finished_s=self.finished_s, replica=self.owner,
+            first_step=self.first_step, step_end_s=ends,
+        )  # fmt: skip
+
+
+def _followers(workload: Workload) -> dict[int, list[int]]:
+    """Who waits for each request. Raises ValueError for one that waits for a later one or for itself."""
+    found: dict[int, list[int]] = {}
+    assert workload.after is not None
+    for k, before in enumerate(workload.after.tolist()):
+        if before >= k:
+            raise ValueError(f"request {k} waits for request {before}, which does not come before it")
+        if before >= 0:
+            found.setdefault(before, []).append(k)
+    return found

@@ -1,0 +1,58 @@
+"""How long one step of an engine takes, by what the step works on."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+
+class Chunk(NamedTuple):
+    """A part of one prompt that a step reads."""
+
+    new: int
+    """Tokens read in this step."""
+    done: int
+    """Tokens of the same prompt read before."""
+
+
+class StepTime(Protocol):
+    """Seconds that one step takes."""
+
+    def __call__(self, chunks: Sequence[Chunk], decoding: int, context: int) -> float:
+        """``chunks``: prompts read in this step; ``decoding``: sequences that get one more token each; ``context``: the
+        sum of the lengths that those have so far, tokens.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class LinearStep:
+    """base + per_sequence x sequences + per_prompt_token x prompt tokens + per_context_token x context, s."""
+
+    base_s: float
+    per_sequence_s: float
+    per_prompt_token_s: float
+    per_context_token_s: float = 0.0
+
+    def __call__(self, chunks: Sequence[Chunk], decoding: int, context: int) -> float:
+        """Seconds of this step."""
+        step_s = self.base_s + self.per_sequence_s * (decoding + len(chunks)) + self.per_context_token_s * context
+        for chunk in chunks:
+            step_s += self.per_prompt_token_s * chunk.new
+        return step_s
+
+
+class NoisyStep:
+    """Another step time, each step times a lognormal factor of mean 1: steps of a real engine are never alike."""
+
+    def __init__(self, step_time: StepTime, spread: float, seed: int) -> None:
+        """``spread``: standard deviation of the factor's logarithm."""
+        self._step_time, self._spread = step_time, spread
+        self._draw = random.Random(seed).gauss
+
+    def __call__(self, chunks: Sequence[Chunk], decoding: int, context: int) -> float:
+        """Seconds of this step."""
+        factor = math.exp(self._draw(-(self._spread**2) / 2, self._spread))
+        return self._step_time(chunks, decoding, context) * factor

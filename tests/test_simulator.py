@@ -1,0 +1,146 @@
+"""The engine of known truth: small cases by hand, laws that hold for all, and the same result twice."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.simulator.replica import Outcome, Workload, simulate
+from cluster.simulator.scheduler import Limits, Scheduler, Sequence
+from cluster.simulator.step_time import Chunk, LinearStep, NoisyStep
+
+STEP = LinearStep(base_s=0.020, per_sequence_s=0.0015, per_prompt_token_s=0.00002)
+EIGHT = Limits(max_num_seqs=8)
+
+
+def workload(arrivals: list[float], inputs: list[int], outputs: list[int], **more: object) -> Workload:
+    return Workload(
+        arrival_s=np.array(arrivals), input_tokens=np.array(inputs), output_tokens=np.array(outputs), **more
+    )  # type: ignore[arg-type]
+
+
+def test_one_request_alone_by_hand() -> None:
+    found = simulate(workload([1.0], [100], [3]), EIGHT, [STEP])
+    # the prompt: 20 + 1.5 + 100 x 0.02 ms; then two steps of 20 + 1.5 ms
+    assert found.first_token_s[0] == pytest.approx(1.0 + 0.0235)
+    assert found.finished_s[0] == pytest.approx(1.0 + 0.0235 + 2 * 0.0215)
+    assert found.token_s(0, 3) == pytest.approx([1.0235, 1.0450, 1.0665])
+
+
+def test_who_comes_while_a_step_runs_waits_for_its_end() -> None:
+    found = simulate(workload([0.0, 0.001], [0, 0], [2, 1]), EIGHT, [STEP])
+    # first step 21.5 ms; in the second, two sequences: 23 ms
+    assert found.first_token_s.tolist() == pytest.approx([0.0215, 0.0445])
+    assert found.finished_s.tolist() == pytest.approx([0.0445, 0.0445])
+
+
+def test_the_ninth_waits_for_a_slot() -> None:
+    found = simulate(workload([0.0] * 9, [0] * 9, [2] * 9), EIGHT, [STEP])
+    step_s = 0.020 + 8 * 0.0015
+    assert found.finished_s[:8] == pytest.approx([2 * step_s] * 8)
+    assert found.first_token_s[8] == pytest.approx(2 * step_s + 0.0215)
+
+
+def test_a_token_bound_cuts_a_prompt_into_chunks() -> None:
+    scheduler = Scheduler(Limits(max_num_seqs=8, max_num_batched_tokens=100))
+    scheduler.add(Sequence(0, 150, 2))
+    scheduler.add(Sequence(1, 80, 1))
+    assert scheduler.begin() == ([Chunk(100, 0)], 0, 0)
+    assert scheduler.end() == []
+    assert scheduler.begin() == ([Chunk(50, 100), Chunk(50, 0)], 0, 0)
+    scheduler.end()
+    # the first decodes now, with one token of the bound; its context is its prompt and its first token
+    assert scheduler.begin() == ([Chunk(30, 50)], 1, 151)
+    assert [s.number for s in scheduler.end()] == [0, 1]
+    assert (scheduler.in_flight, scheduler.context) == (0, 0)
+
+
+def test_a_session_waits_for_the_answer_before() -> None:
+    found = simulate(
+        workload([0.0, 0.01, 9.0], [0, 0, 0], [1, 1, 1], after=np.array([-1, 0, 1]), think_s=np.full(3, 1.0)),
+        EIGHT, [STEP],
+    )  # fmt: skip
+    assert found.due_s.tolist() == pytest.approx([0.0, 0.0215 + 1.0, 9.0])
+
+
+def test_a_closed_loop_keeps_its_slots() -> None:
+    found = simulate(workload([0.0] * 100, [50] * 100, [5] * 100), EIGHT, [STEP], concurrency=3)
+    order = np.argsort(found.due_s, kind="stable")
+    for k in order[3:-3]:  # the last leave slots free
+        now = found.due_s[k]
+        assert np.sum((found.due_s <= now) & (found.finished_s > now)) == 3
+
+
+def test_what_the_end_cuts_off_is_not_known() -> None:
+    found = simulate(workload([0.0, 0.0, 5.0], [0, 0, 0], [3, 100, 1]), EIGHT, [STEP], until_s=1.0)
+    assert np.isfinite(found.finished_s).tolist() == [True, False, False]
+    assert np.isfinite(found.due_s).tolist() == [True, True, False]
+    assert 30 < len(found.token_s(1, 100)) < 100
+
+
+def test_the_shortest_queue_is_joined() -> None:
+    found = simulate(
+        workload([0.0, 0.0, 0.001, 0.002], [0] * 4, [100, 1, 1, 1]), Limits(max_num_seqs=1), [STEP, STEP],
+        router="least in flight",
+    )  # fmt: skip
+    # the second is served when the third comes, and not before its step has ended
+    assert found.replica.tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("bad", [workload([1.0, 0.0], [0, 0], [1, 1]), workload([0.0], [0], [0])])
+def test_a_workload_out_of_order_is_refused(bad: Workload) -> None:
+    with pytest.raises(ValueError, match=r"order| out"):
+        simulate(bad, EIGHT, [STEP])
+
+
+def by_steps(load: Workload, slots: int) -> Outcome:
+    """The same engine again, written as plainly as can be: every sequence is looked at in every step."""
+    waiting, running, now, steps = [], {}, 0.0, []
+    n, due = len(load), load.arrival_s
+    first, last, coming = np.full(n, np.nan), np.full(n, np.nan), 0
+    while coming < n or waiting or running:
+        if not waiting and not running:
+            now = max(now, due[coming])
+        while coming < n and due[coming] <= now:
+            waiting.append(coming)
+            coming += 1
+        begun = []
+        while waiting and len(running) + len(begun) < slots:
+            begun.append(waiting.pop(0))
+        batch = len(running) + len(begun)
+        now += 0.020 + 0.0015 * batch + 0.00002 * sum(int(load.input_tokens[k]) for k in begun)
+        steps.append(now)
+        for k in [*running, *begun]:
+            running[k] = running.get(k, 0) + 1
+            if running[k] == 1:
+                first[k] = now
+            if running[k] == load.output_tokens[k]:
+                last[k] = now
+                del running[k]
+    none = np.full(n, -1)
+    return Outcome(
+        due_s=due, first_token_s=first, finished_s=last, replica=none, first_step=none, step_end_s=[np.array(steps)]
+    )  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.floats(1.0, 40.0))
+def test_it_is_the_plain_engine(seed: int, slots: int, rate: float) -> None:
+    rng = np.random.default_rng(seed)
+    load = Workload(
+        arrival_s=np.cumsum(rng.exponential(1 / rate, 120)), input_tokens=rng.integers(0, 500, 120),
+        output_tokens=rng.geometric(0.1, 120),
+    )  # fmt: skip
+    plain, found = by_steps(load, slots), simulate(load, Limits(max_num_seqs=slots), [STEP])
+    assert found.first_token_s == pytest.approx(plain.first_token_s, abs=1e-9)
+    assert found.finished_s == pytest.approx(plain.finished_s, abs=1e-9)
+
+
+def test_noise_is_the_seeds_and_has_mean_one() -> None:
+    draws = [NoisyStep(STEP, 0.2, seed)([], 1, 0) for seed in range(4000)]
+    assert np.mean(draws) == pytest.approx(0.0215, rel=0.02) and np.std(np.log(draws)) == pytest.approx(0.2, rel=0.1)
+    load = workload([0.0] * 20, [50] * 20, [5] * 20)
+    once, again = (simulate(load, EIGHT, [NoisyStep(STEP, 0.2, 7)]) for _ in range(2))
+    assert np.array_equal(once.finished_s, again.finished_s)
