@@ -34,11 +34,13 @@ from analysis.columns import (
     read_parts,
     reduce_chunks,
 )
+from analysis.offered_load import kind_of
 from analysis.rows import ChunkRows as ChunkRows
 from analysis.rows import Rows as Rows
 from analysis.rows import Run as Run
 from analysis.rows import columns_of, read_again
 from analysis.seconds import read_seconds
+from analysis.turns import Turns, own_times
 from harness.errors import ResultsError
 from harness.plan import plan_sha256
 from harness.run import RunDir, RunManifest, read_manifest
@@ -155,11 +157,13 @@ def _join(
         sum(int(np.count_nonzero(~seen[part] & (measured[part] == which))) for part in arrays.blocks(plan.requests))
         for which in (True, False)
     )
+    warmup_rows = _rows(dict(table), arrays.flags(len(ids), lambda part: keep[part] & ~row_measured[part]), plan)
+    rows = _rows(table, row_measured, plan)
     run = Run(
         path=directory.path,
         manifest=manifest,
-        warmup=_rows(dict(table), arrays.flags(len(ids), lambda part: keep[part] & ~row_measured[part]), plan),
-        rows=_rows(table, row_measured, plan),
+        warmup=warmup_rows,
+        rows=rows,
         planned=int(measured.sum()),
         planned_scheduled_s=np.divide(due, NS, out=due),
         lost=lost,
@@ -170,9 +174,26 @@ def _join(
         examples=columns.examples,
         sources=tuple(sources),
         measured=row_measured,
+        turns=_turns(rows, plan) if kind_of(manifest.spec, manifest.plan) == "sessions" else None,
         problems=problems,
     )
     return run, keep
+
+
+def _turns(rows: Rows, plan: _Plan) -> Turns:
+    """What sessions that wait make of the rows; where no request waits for another, each begins a session."""
+    n = len(rows)
+    if plan.after is None or plan.think_ns is None:
+        return Turns(first=arrays.flags(n, lambda part: True), lag_s=arrays.filled(n, lambda _: np.nan))
+    after, own = plan.after, own_times(plan.scheduled_ns, plan.after, plan.think_ns)
+
+    def lag_s(part: slice) -> Floats:
+        ids = rows.request_id[part]
+        waited = np.isfinite(after[ids]) & np.isfinite(rows.sent_s[part])
+        return np.where(waited, np.maximum(0.0, rows.scheduled_s[part] - own[ids] / NS), np.nan)
+
+    first = arrays.flags(n, lambda part: ~np.isfinite(after[rows.request_id[part]]))
+    return Turns(first=first, lag_s=arrays.filled(n, lag_s))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +206,8 @@ class _Plan:
     output_tokens: Floats
     after: Floats | None
     """None when no request waits for another."""
+    think_ns: Floats | None
+    """Wait after that one ended; None as ``after``."""
 
     @property
     def requests(self) -> int:
@@ -196,9 +219,11 @@ def _read_plan(directory: RunDir) -> _Plan:
     n = plan_size(directory.plan)
     read = partial(plan_column, directory.plan, n=n)
     after = read("after", values=floats)
+    waits = any(np.isfinite(after[part]).any() for part in arrays.blocks(n))
     return _Plan(
         measured=read("phase", values=lambda chunk: bools(pc.equal(chunk, "measured")), dtype=np.bool_),
-        after=after if any(np.isfinite(after[part]).any() for part in arrays.blocks(n)) else None,
+        after=after if waits else None,
+        think_ns=read("think_ns", values=floats) if waits else None,
         **{name: read(name, values=floats) for name in ("scheduled_ns", "input_tokens", "output_tokens")},
     )
 

@@ -16,6 +16,7 @@ from analysis import arrays
 from analysis.arrays import Bools, Floats, Ints
 from analysis.columns import chunk_arrays, read_parts
 from analysis.seconds import Seconds
+from analysis.turns import Turns
 from harness.errors import ResultsError
 from harness.results import SCHEMA
 from harness.run import RunManifest
@@ -124,6 +125,8 @@ class Run:
     """Result files, and how many rows were read of each."""
     measured: Bools
     """For every row of the sources, in order: is it one of `rows`?"""
+    turns: Turns | None = None
+    """Of `rows`, where sessions wait (`analysis.offered_load`); None for other kinds of load."""
     problems: list[str] = field(default_factory=list)
     """What could not be read, in words."""
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+
 from analysis import arrays, metrics
 from analysis.arrays import Bools, Floats
 from analysis.check import Check
@@ -19,6 +21,7 @@ from analysis.metrics import Counts, Tokens, Window
 from analysis.money.price import DEFAULT_RATIO, Cost, bill_usd, check_ratio, cost
 from analysis.money.samples import run_samples
 from analysis.money.split import Split, Usage, split_bill
+from analysis.offered_load import OfferedLoad, offered_load
 from analysis.plateau import SteadyState, drain_check, steady_check, steady_part, steady_state
 from analysis.promise import Slo, judge, price_note, unjudged
 from analysis.validity import MISMATCH_BOUND, check_run, is_valid
@@ -45,6 +48,9 @@ class Metrics:
     itl: Distribution
     e2e: Distribution
     lag: Distribution
+    session_lag: Distribution
+    """How much later than the plan itself allows turns were due, since the answer before them had not ended
+    (`analysis.turns`); null but for sessions that wait."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +103,7 @@ class Summary:
     tokens: Tokens
     metrics: Metrics
     rates: Rates
+    offered: OfferedLoad
     slo: Slo | None
     errors: list[ErrorCount]
     cost: Cost
@@ -159,6 +166,7 @@ def summarise(
         tokens=tokens,
         metrics=_metrics(run),
         rates=rates,
+        offered=offered_load(run),
         slo=judged,
         errors=_errors(run),
         cost=price(
@@ -223,7 +231,14 @@ def _metrics(run: Run) -> Metrics:
         ),
         e2e=per_request(metrics.e2e),
         lag=per_request(metrics.lag),
+        session_lag=_session_lag(run),
     )
+
+
+def _session_lag(run: Run) -> Distribution:
+    none = np.zeros(0)
+    lag_s, owners = (none, none.astype(np.int64)) if run.turns is None else (run.turns.lag_s, run.rows.rank)
+    return distribution(lag_s, owners=owners, unit="s", evidence=run.evidence, noun="turns that wait for an answer")
 
 
 def _rates(

@@ -28,6 +28,7 @@ from analysis.generator import (
 from analysis.intervals import samples_needed
 from analysis.load import Rows, Run
 from analysis.metrics import Counts, Window
+from analysis.offered_load import KIND_WORDS, kind_of
 
 MISMATCH_BOUND = 0.01
 FAILED_BOUND = 0.01
@@ -318,16 +319,25 @@ def planned_rate(run: Run) -> Check:
     if asked is None or n < 2 or span_s <= 0:
         return limit("planned_rate", None, "no planned rate", bound, "nothing to do")
     got = (n - 1) / span_s
-    advice = "the offered load was not the planned one: more --workers, or let the run end by itself"
+    advice = (
+        "a slow server slowed sessions that wait for it: judge it by sessions started per second and by session lag"
+        if kind_of(run.manifest.spec, run.manifest.plan) == "sessions"
+        else "the offered load was not the planned one: more --workers, or let the run end by itself"
+    )
     observed = f"{got:.3g} of {asked:.3g} req/s"
     return limit("planned_rate", abs(got / asked - 1) <= RATE_BOUND, observed, bound, advice)
 
 
 def arrivals(run: Run) -> Check:
     """Requests came at times of their own, as users do, not when a slot was free."""
-    closed = run.manifest.spec.mode != "open"
+    kind = kind_of(run.manifest.spec, run.manifest.plan)
     advice = "a slow server slows its own load here, so queueing is hidden: replay the trace's times for latency claims"
-    return limit("arrivals", not closed, "closed loop" if closed else "open loop", "open loop", advice)
+    if kind == "sessions":
+        advice = (
+            "turns wait for the answer before them, so a slow server slows its own load: what users wait there is in "
+            "no latency but in session lag, and the load is sessions started per second"
+        )
+    return limit("arrivals", kind == "open", KIND_WORDS[kind], KIND_WORDS["open"], advice)
 
 
 def concurrency(run: Run, window: Window | None) -> Check:

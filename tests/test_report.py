@@ -123,7 +123,7 @@ def test_the_hourly_price_is_that_of_its_source_to_the_last_digit(tmp_path):
 def test_json_is_the_documented_shape(tmp_path):
     tree = json.loads(render_json(summary(tmp_path, [*(good(i) for i in range(20)), bad(20)])))
     assert tree["schema"] == "harness.report/1"
-    assert set(tree["metrics"]) == {"ttft", "service_ttft", "tpot", "itl", "e2e", "lag"}
+    assert set(tree["metrics"]) == {"ttft", "service_ttft", "tpot", "itl", "e2e", "lag", "session_lag"}
     assert set(tree["metrics"]["ttft"]) == {"unit", "mean", "p50", "p90", "p95", "p99"}
     assert set(tree["rates"]) == {
         "request_rate", "request_throughput", "input_token_throughput", "output_token_throughput",

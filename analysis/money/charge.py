@@ -21,6 +21,7 @@ from analysis.money.quoted import Quote, quote
 from analysis.money.split import Split
 from analysis.money.terms import Structure, Terms, from_split
 from analysis.money.unit_prices import Mix, UnitPrices, bill_parts, times, unit_prices
+from analysis.offered_load import LoadKind
 from analysis.sizing.system import Key, hardware_of, slo_words, system_of
 from analysis.summary import Summary
 from harness.run import Tier
@@ -55,8 +56,7 @@ class Charge:
     replicas: int
     evidence: str
     trace: str
-    loop: str
-    """open or closed."""
+    loop: LoadKind
     quoted_at: str
     """"capacity": the highest load that keeps the SLO, between two measured ones; or "a measured load"."""
     load: str
@@ -144,7 +144,7 @@ def _charge(found: Quote, terms: Terms, structure: Structure, basis: PriceBasis 
         replicas=first.cost.replicas,
         evidence=full.evidence,
         trace=first.plan.trace,
-        loop=first.load.mode,
+        loop=first.offered.kind,
         quoted_at=found.at,
         load=found.words,
         offered=found.load,

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from analysis.money.charge import Charge
 from analysis.money.terms import Structure, Terms
 from analysis.money.unit_prices import Mix, UnitPrices
+from analysis.offered_load import KIND_WORDS
 from harness.errors import HarnessError, UsageError
 
 SCHEMA = "harness.price/1"
@@ -143,7 +144,7 @@ def _floor_rows(
     unit = common["load_unit"] or ""
     facts = {
         "what": "saturated floor", "utilisation": 1.0, "quoted_at": "a measured load", "slo_met": None,
-        "load": f"{charge.loop} loop, {charge.floor_load:g} {unit}".strip(), "load_value": charge.floor_load,
+        "load": f"{KIND_WORDS[charge.loop]}, {charge.floor_load:g} {unit}".strip(), "load_value": charge.floor_load,
         "load_low": None, "load_high": None, "capacity_tokens_per_month": None, "window_s": None, "runs": None,
         "note": "highest throughput of any VALID run: it keeps no promise",
     }  # fmt: skip

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 
 from analysis.intervals import Quantity
 from analysis.money.unit_prices import Mix
+from analysis.offered_load import KIND_WORDS, LOAD_UNIT
 from analysis.repeats import over_repeats
 from analysis.sizing.at_slo import System, systems
-from analysis.sizing.system import Key, arrival_words, load_of, load_words, offered
+from analysis.sizing.system import Key, arrival_words, has_load, load_of, load_words, offered
 from analysis.summary import Summary
 
 LARGEST_MIX_CHANGE = 0.05
@@ -115,7 +116,7 @@ def _capacity_words(system: System, first: Summary) -> str:
     assert q.value is not None
     ends = [name if end is None else f"{end:.3g}" for name, end in (("not known", q.low), ("not known", q.high))]
     within = "" if q.low is None and q.high is None else f" (95 %: {ends[0]} to {ends[1]})"
-    return f"{system.loop} loop, capacity {q.value:.3g} {system.unit}{within}{arrival_words(first)}"
+    return f"{KIND_WORDS[system.loop]}, capacity {q.value:.3g} {system.unit}{within}{arrival_words(first)}"
 
 
 def _capacity_notes(
@@ -148,10 +149,11 @@ def _measured(system: System | None, runs: Sequence[Summary]) -> Quote:
     chosen, reason, notes = _choose(system, runs)
     first, last = chosen[0], chosen[-1]
     load, words = None, load_words(first)
-    unit = "in flight" if first.load.mode == "closed" else "req/s"
+    kind = first.offered.kind
+    unit = LOAD_UNIT[kind]
     if load_of(first) != load_of(last):  # none kept the SLO: no one of them is quoted
-        words = f"{first.load.mode} loop, {_height(chosen[:1]):.3g} to {_height(chosen[-1:]):.3g} {unit}"
-    elif first.load.mode == "closed" or first.plan.planned_rate is not None:
+        words = f"{KIND_WORDS[kind]}, {_height(chosen[:1]):.3g} to {_height(chosen[-1:]):.3g} {unit}"
+    elif has_load(first):
         load = Quantity(value=offered(first), n=len(chosen), unit=unit, evidence="plan")
     floor = system.floor if system is not None and len(system.loads) > 1 else None
     return Quote(
@@ -235,9 +237,9 @@ def _common_notes(runs: Sequence[Summary], mixes: Sequence[Mix | None], repeats:
 
 
 def _height(runs: Sequence[Summary]) -> float:
-    """How high a load is: requests in flight, or requests/s that were planned."""
+    """How high a load is, in its own unit; 0 where it is no number."""
     s = runs[0]
-    return float((s.load.concurrency if s.load.mode == "closed" else s.plan.planned_rate) or 0.0)
+    return offered(s) if has_load(s) else 0.0
 
 
 def pooled_cost(runs: Sequence[Summary]) -> Quantity:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from analysis.intervals import Quantity
+from analysis.offered_load import KIND_WORDS
 from analysis.show.decision_text import Block
 from analysis.show.report import figure, hourly, price
 from analysis.sizing.at_slo import System
@@ -33,10 +34,11 @@ def sentence(system: System) -> str:
         )
     if found.state == "beyond":
         return (
-            f"{system.name} carries at least {figure(system.loads[-1])} {system.unit} with {promise}: the highest "
-            "load that was measured keeps it, so capacity lies beyond and has no figure."
+            f"{system.name} carries at least {figure(system.loads[-1])} {system.unit}{_sent(system)} with {promise}: "
+            "the highest load that was measured keeps it, so capacity lies beyond and has no figure."
         )
-    said = f"{system.name} carries {figure(found.load.value)} {system.unit}{_within(found.load)} with {promise}"
+    load = f"{figure(found.load.value)} {system.unit}{_within(found.load)}{_sent(system)}"
+    said = f"{system.name} carries {load} with {promise}"
     said += f"; what breaks first: {found.limit.name}." if found.limit and len(system.criteria) > 1 else "."
     total, tokens = system.usd_per_1m_total, found.rates.get("total_token_throughput")
     if tokens is not None and tokens.value is not None:
@@ -45,6 +47,13 @@ def sentence(system: System) -> str:
             said += f", {price(total.value)} USD per 1M tokens{_within(total, price)}"
         said += "."
     return said
+
+
+def _sent(system: System) -> str:
+    """Requests/s that sessions which wait really sent at capacity; nothing for other loads."""
+    if system.loop != "sessions" or system.requests_per_s is None:
+        return ""
+    return f" ({figure(system.requests_per_s * system.replicas)} req/s really sent)"
 
 
 def system_blocks(systems: Sequence[System]) -> list[Block]:
@@ -58,10 +67,10 @@ def system_blocks(systems: Sequence[System]) -> list[Block]:
         "Floor: cost at the highest throughput of any VALID run. It keeps no promise; where no measured load saturated "
         "the servers, a higher one may cost less.",
     ]
-    sold = [s for s in systems if s.usd_per_1m_total_utilised.value is not None and s.loop == "open"]
+    sold = [s for s in systems if s.usd_per_1m_total_utilised.value is not None and s.loop != "closed"]
     notes += [_utilised(system) for system in sold]
     blocks = [Block(title="Capacity and cost at the SLO", heads=HEADS, rows=rows, notes=tuple(notes))]
-    blocks += [Block(title=f"Limits of {s.name}, {s.loop} loop", notes=_limits(s)) for s in systems]
+    blocks += [Block(title=f"Limits of {s.name}, {KIND_WORDS[s.loop]}", notes=_limits(s)) for s in systems]
     return blocks
 
 

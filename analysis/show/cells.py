@@ -57,8 +57,11 @@ def price_cell(s: Summary, q: Quantity) -> Cell:
 
 
 def load_cell(s: Summary) -> Cell:
-    """The load of a run: planned requests/s, or requests in flight in a closed loop."""
-    is_open = s.load.mode == "open"
+    """The load of a run: planned requests/s, requests in flight in a closed loop, sessions/s of sessions that wait."""
+    if s.offered.kind == "sessions":
+        started, sent = s.offered.session_rate.value, s.offered.sent_rate.value
+        return Cell(report.figure(started), note=f"sessions/s, {report.figure(sent)} req/s sent", sort=started)
+    is_open = s.offered.kind == "open"
     load = load_of(s, by_rate=is_open)
     return Cell(report.figure(load), note=None if load is None else "req/s" if is_open else "in flight", sort=load)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from analysis.offered_load import KIND_WORDS
 from analysis.show import report
 from analysis.show.capacity_text import HEADS, INTERVAL, sentence, system_row
 from analysis.show.cells import Cell, Table, in_seconds, interval, load_cell, price_cell, quantity
@@ -60,7 +61,7 @@ def compare_runs(views: Sequence[RunView]) -> Comparison:
         differs=differs,
         same=same,
         capacity=_capacity(found),
-        capacity_says=[sentence(s) for s in found if s.loop == "open"],
+        capacity_says=[sentence(s) for s in found if s.loop != "closed"],
         cost=cost_charts(priced, share),
         load=load_charts(valid, by_rate=all(v.summary.load.mode == "open" for v in views)),
         distributions=_distributions(views),
@@ -177,7 +178,7 @@ def _differences(views: Sequence[RunView]) -> tuple[list[tuple[str, object]], Ta
         "seed": lambda s: s.plan.seed,
         "requests": lambda s: s.plan.requests,
         "SLO": _slo,
-        "loop": lambda s: s.load.mode,
+        "loop": lambda s: KIND_WORDS[s.offered.kind],
         "model": lambda s: s.model,
         "tier": lambda s: s.tier.name if s.tier else "none",
         "price": _basis,

@@ -292,8 +292,12 @@ def _tail(summaries: Sequence[Summary], metric: str, percentiles: Sequence[str])
 
 
 def load_of(summary: Summary, by_rate: bool) -> float | None:
-    """Where a run stands on the axis of load: requests/s asked for, or requests in flight."""
+    """Where a run stands on the axis of load: requests/s asked for, or requests in flight. Sessions that wait do not
+    send what they were asked for when the server is slow: they stand at what was really sent.
+    """
     rates = summary.rates
+    if by_rate and summary.offered.kind == "sessions":
+        return summary.offered.sent_rate.value
     return rates.request_rate.value if by_rate else rates.concurrency.value
 
 

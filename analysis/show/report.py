@@ -16,6 +16,7 @@ from rich.text import Text
 
 from analysis.intervals import Distribution, Quantity
 from analysis.labels import clean as clean
+from analysis.offered_load import KIND_WORDS
 from analysis.summary import Summary
 
 _MARKDOWN = re.compile(r"([\\`*\[\]<>|])")
@@ -108,9 +109,14 @@ def done(summary: Summary) -> list[str]:
         if n
     ]  # fmt: skip
     parts.append(f"{window.duration_s:,.1f} s ({window.rule})" if window else "no window")
-    rate = summary.rates.request_rate
+    rate, offered = summary.rates.request_rate, summary.offered
     asked = f"{figure(rate.value)} req/s planned" if rate.value is not None else "no planned times"
-    load_words = f"closed loop, {load.concurrency} in flight" if load.mode == "closed" else f"open loop, {asked}"
+    if offered.kind == "closed":
+        asked = f"{load.concurrency} in flight"
+    elif offered.kind == "sessions":
+        started = f"{figure(offered.session_rate.value)} sessions/s started"
+        asked = f"{started}, {figure(offered.sent_rate.value)} req/s sent ({asked})"
+    load_words = f"{KIND_WORDS[offered.kind]}, {asked}"
     trace = f"{summary.plan.trace} ({summary.plan.trace_format})"
     served = clean(f"{load_words}; trace {trace}; {summary.engine} {summary.server.version or ''}".rstrip())
     return ["; ".join(parts), served]
@@ -177,6 +183,7 @@ def _latency(summary: Summary, wide: bool) -> Section:
     named = (
         ("ttft (from planned time)", m.ttft), ("service ttft (from sent)", m.service_ttft), ("tpot", m.tpot),
         ("itl", m.itl), ("e2e (from planned time)", m.e2e), ("lag (sent - planned)", m.lag),
+        *([("session lag (due after its own time)", m.session_lag)] if summary.offered.kind == "sessions" else []),
     )  # fmt: skip
     heads = ("Latency, ms (95 % interval)" if wide else "Latency, ms", "mean", "p50", "p90", "p95", "p99")
     return heads, [(name, *_latencies(d, wide)) for name, d in named]

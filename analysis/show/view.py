@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from analysis.intervals import Distribution, samples_needed
+from analysis.intervals import Distribution, Quantity, samples_needed
 from analysis.load import Run
 from analysis.show import report
 from analysis.show.cells import Cell, Table, in_percent, in_seconds, interval, number, quantity, state_of
@@ -105,8 +105,10 @@ def _sentence(s: Summary) -> str:
     else:
         load = f"{s.load.concurrency} requests in flight"
         if s.load.mode == "open":
-            at = s.rates.request_rate.value
-            load = "this load" if at is None else f"{at:.4g} requests a second"
+            sessions = s.offered.kind == "sessions"
+            at = (s.offered.session_rate if sessions else s.rates.request_rate).value
+            what = "sessions started a second" if sessions else "requests a second"
+            load = "this load" if at is None else f"{at:.4g} {what}"
         within = f" (95 %: {interval(price, report.price)})" if interval(price, report.price) else ""
         parts.append(
             f"At {load}, a million tokens cost {report.price(price.value)} USD{within}, input and output together."
@@ -236,6 +238,7 @@ def _latency(s: Summary) -> Table:
         ("TTFT", "first output - planned time", m.ttft), ("Service TTFT", "first output - sent time", m.service_ttft),
         ("TPOT", "per output token after the first", m.tpot), ("ITL", "gaps between tokens, pooled", m.itl),
         ("E2E", "end - planned time", m.e2e), ("Lag", "sent - planned time", m.lag),
+        *([("Session lag", "due - own time, behind the answer before it", m.session_lag)] if s.offered.kind == "sessions" else []),
     )  # fmt: skip
     rows = [
         [
@@ -252,7 +255,7 @@ def _latency(s: Summary) -> Table:
 def _rates(s: Summary) -> Table:
     r = s.rates
     named = [
-        ("Requests planned", r.request_rate), ("Requests succeeded", r.request_throughput),
+        ("Requests planned", r.request_rate), *_sent(s), ("Requests succeeded", r.request_throughput),
         ("Input tokens", r.input_token_throughput), ("Output tokens", r.output_token_throughput),
         ("Input + output tokens", r.total_token_throughput), ("In flight, time average", r.concurrency),
     ]  # fmt: skip
@@ -267,6 +270,13 @@ def _rates(s: Summary) -> Table:
         for name, q in named
     ]  # fmt: skip
     return Table("Throughput over the window", ("Rate", "value", "95 % interval", "Unit", "Evidence"), rows, (1, 2))
+
+
+def _sent(s: Summary) -> list[tuple[str, Quantity]]:
+    """What sessions that wait really offered."""
+    if s.offered.kind != "sessions":
+        return []
+    return [("Requests sent", s.offered.sent_rate), ("Sessions started", s.offered.session_rate)]
 
 
 def _checks(s: Summary) -> Table:

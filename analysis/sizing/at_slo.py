@@ -1,4 +1,4 @@
-"""A sweep's runs as capacity and cost at a promise: one `System` per tier, model, engine arguments and kind of loop.
+"""A sweep's runs as capacity and cost at a promise: one `System` per tier, model, engine arguments and kind of load.
 
 From VALID runs only. Throughput is interpolated, cost is derived from it, nothing is extrapolated.
 """
@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 from analysis.intervals import Distribution, Quantity, scaled
 from analysis.money.price import bill_usd, usd_per_1m
+from analysis.offered_load import LOAD_UNIT, LoadKind
 from analysis.sizing.capacity import Capacity, Point, capacity, knee, little, pool, saturation
-from analysis.sizing.system import Key, load_words, offered, system_of
+from analysis.sizing.system import Key, has_load, load_words, offered, system_of
 from analysis.summary import Summary
 from harness.slo import Criterion
 
@@ -57,7 +58,7 @@ class Interactive:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class System:
-    """One tier, model and engine in one kind of loop: what it carries and what that costs."""
+    """One tier, model and engine under one kind of load: what it carries and what that costs."""
 
     model: str
     tier: str | None
@@ -68,14 +69,15 @@ class System:
     trace: str
     slo: str | None
     criteria: tuple[Criterion, ...]
-    loop: str
-    """open or closed."""
+    loop: LoadKind
     unit: str
-    """Of loads: req/s or in flight."""
+    """Of loads: req/s, in flight, or sessions/s started."""
     loads: tuple[float, ...]
     runs: tuple[str, ...]
     capacity: Capacity | None
     """Of all replicas together; None without a promise."""
+    top_sent_rate: float | None
+    """Requests/s that sessions which wait really sent at the highest measured load; None for other kinds of load."""
     top_token_throughput: Quantity | None
     """Tokens/s (input + output) at the highest measured load; None when they were not counted."""
     usd_per_1m_total: Quantity
@@ -119,10 +121,17 @@ class System:
 
     @property
     def requests_per_s(self) -> float | None:
-        """Capacity of one replica in an open loop; a floor when it lies beyond the highest load; else None."""
-        if self.capacity is None or self.loop != "open":
+        """Capacity of one replica in requests/s, but for a closed loop; a floor when it lies beyond the highest load;
+        else None. Of sessions that wait: what was really sent at that rate of sessions.
+        """
+        if self.capacity is None or self.loop == "closed":
             return None
-        rate = self.loads[-1] if self.capacity.state == "beyond" else self.capacity.load.value
+        beyond = self.capacity.state == "beyond"
+        if self.loop == "open":
+            rate = self.loads[-1] if beyond else self.capacity.load.value
+        else:
+            sent = self.capacity.rates.get("sent_rate")
+            rate = self.top_sent_rate if beyond else sent.value if sent is not None else None
         return None if rate is None else rate / self.replicas
 
 
@@ -135,8 +144,8 @@ def systems(summaries: Sequence[Summary], utilisation: float = UTILISATION) -> l
         groups.setdefault(key, [])
         if s.verdict != "VALID":
             left_out.setdefault(key, []).append("not VALID")
-        elif s.load.mode == "open" and not s.plan.planned_rate and not s.plan.stages:
-            left_out.setdefault(key, []).append("without a request rate")
+        elif not has_load(s):
+            left_out.setdefault(key, []).append("without a rate of their load")
         else:
             groups[key].append(s)
     found = [_system(runs, utilisation, left_out.get(key, [])) for key, runs in groups.items() if runs]
@@ -146,6 +155,7 @@ def systems(summaries: Sequence[Summary], utilisation: float = UTILISATION) -> l
 def point_of(s: Summary) -> Point:
     """One VALID run as a point: its load, what it kept, its rates and latencies."""
     rates: dict[str, Quantity] = {name: getattr(s.rates, name) for name in RATES}
+    rates["sent_rate"] = s.offered.sent_rate
     for metric in LATENCIES:
         found: Distribution = getattr(s.metrics, metric)
         rates |= {f"{metric}_{name}_s": getattr(found, name) for name in ("mean", "p50", "p99")}
@@ -161,8 +171,8 @@ def criteria_of(s: Summary) -> tuple[Criterion, ...]:
 
 def _system(runs: Sequence[Summary], utilisation: float, left_out: Sequence[str]) -> System:
     first = runs[0]
-    closed = first.load.mode == "closed"
-    unit = "in flight" if closed else "req/s"
+    kind = first.offered.kind
+    unit = LOAD_UNIT[kind]
     points = pool(point_of(s) for s in runs)
     criteria = criteria_of(first)
     found = capacity(points, criteria, unit) if criteria else None
@@ -173,18 +183,35 @@ def _system(runs: Sequence[Summary], utilisation: float, left_out: Sequence[str]
         engine=f"{first.engine} {first.server.version or ''}".strip(), args=tuple(first.server.args),
         replicas=max(1, first.cost.replicas), evidence=first.evidence, trace=first.plan.trace,
         slo=" and ".join(c.name for c in criteria) or None,
-        criteria=criteria, loop="closed" if closed else "open", unit=unit, loads=tuple(p.load for p in points),
+        criteria=criteria, loop=kind, unit=unit, loads=tuple(p.load for p in points),
         runs=tuple(run for p in points for run in p.runs), capacity=found,
+        top_sent_rate=_top_sent_rate(kind, points),
         top_token_throughput=points[-1].rates["total_token_throughput"], usd_per_1m_total=total,
         usd_per_1m_output_only=replace(output, unit="USD per 1M output (which carry the whole bill) tokens"),
         utilisation=utilisation, usd_per_1m_total_utilised=scaled(total, 1 / utilisation), floor=_floor(first, points),
         usd_per_hour=first.tier.usd_per_hour if first.tier else None, replicas_per_instance=_fitting(first),
         purchase=first.cost.purchase, region=first.cost.region, price_source=first.cost.source,
-        price_date=first.cost.date, knees=_knees(points), saturated_from=saturation(points, closed=closed),
+        price_date=first.cost.date, knees=_knees(points), saturated_from=_saturated_from(kind, points),
         drained=_drained(runs), little=ratios, interactivity=_interactivity(first, points),
         start_s=max((r.ready_s for s in runs for r in s.server.replicas if r.ready_s is not None), default=None),
-        notes=_notes(runs, points, found, ratios, left_out, closed),
+        notes=_notes(runs, points, found, ratios, left_out, kind),
     )  # fmt: skip
+
+
+def _top_sent_rate(kind: LoadKind, points: Sequence[Point]) -> float | None:
+    return points[-1].rates["sent_rate"].value if kind == "sessions" else None
+
+
+def _saturated_from(kind: LoadKind, points: Sequence[Point]) -> float | None:
+    """The lowest load that the servers did not follow. Sessions that wait ask for their planned requests/s: what they
+    really send follows the server, and would always look followed.
+    """
+    if kind != "sessions":
+        return saturation(points, closed=kind == "closed")
+    asked = [(p.load, p.rates["request_rate"].value, p) for p in points]
+    known = [(load, replace(p, load=rate)) for load, rate, p in asked if rate is not None]
+    at = saturation([p for _, p in known], closed=False)
+    return next((load for load, p in known if p.load == at), None)
 
 
 def _fitting(s: Summary) -> int:
@@ -285,21 +312,24 @@ def drain_words(loads: Sequence[float], unit: str) -> str:
 
 def _notes(
     runs: Sequence[Summary], points: Sequence[Point], found: Capacity | None, ratios: Mapping[str, float],
-    left_out: Sequence[str], closed: bool,
+    left_out: Sequence[str], kind: LoadKind,
 ) -> tuple[str, ...]:  # fmt: skip
     said = []
     for why, n in sorted((why, left_out.count(why)) for why in set(left_out)):
         said.append(f"{n} runs are {why} and left out" if n > 1 else f"1 run is {why} and left out")
     old = {c.observed for s in runs for c in s.checks if c.name == "price_date" and c.ok is False}
     said += [f"OLD: age of the hardware's price when it was measured: {age}" for age in sorted(old)]
-    if closed:
+    if kind == "closed":
         said.append("closed loop: a slow server slows its own load here, so this is no capacity for arrivals; replay "
                     "the trace's own times for that")  # fmt: skip
+    if kind == "sessions":
+        said.append("sessions that wait: the load is sessions started per second; a turn waits for the answer before "
+                    "it, so fewer requests than planned are sent where answers are slow (session lag)")  # fmt: skip
     off = [f"{load} ({ratio:.2f})" for load, ratio in ratios.items() if abs(ratio - 1) > LITTLE_BOUND]
     if off:
         said.append(f"Little's law does not balance at load {', '.join(off)}: failures, or mostly ramp and drain")
     if drained := _drained(runs):
-        said.append(drain_words(drained, "in flight" if closed else "req/s"))
+        said.append(drain_words(drained, LOAD_UNIT[kind]))
     if found is not None and found.load.note:
         said.append(found.load.note)
     if len(points) == 1:

@@ -134,9 +134,9 @@ def plan_fleets(
     """
     found: list[TierFleet] = []
     excluded: list[tuple[str, str]] = []
-    opened = {s.name for s in systems if s.loop == "open"}
+    opened = {s.name for s in systems if s.loop != "closed"}
     for system in systems:
-        if system.loop != "open" and system.name in opened:
+        if system.loop == "closed" and system.name in opened:
             continue  # the ladder of a search that went on in an open loop
         why = _unfit(system)
         if why is not None:
@@ -163,7 +163,7 @@ def _unfit(system: System) -> str | None:
     found = system.capacity
     if found is None:
         return "no SLO: say what is promised (--slo)"
-    if system.loop != "open":
+    if system.loop == "closed":
         return "measured in a closed loop alone, which has no capacity for arrivals: sweep request rates"
     if found.state in ("not reached", "unknown"):
         return found.load.note or found.state
@@ -181,7 +181,8 @@ def _offer(system: System, wanted: Wanted) -> tuple[Offer, Demand, str, tuple[fl
     found, count = system.capacity, system.replicas
     rate = system.requests_per_s
     assert rate is not None
-    ends = (found.load.low, found.load.high if found.state == "found" else None)
+    at = found.rates.get("sent_rate", found.load) if system.loop == "sessions" else found.load
+    ends = (at.low, at.high if found.state == "found" else None)
     token_rate = found.rates.get("total_token_throughput")
     if found.state == "beyond":
         token_rate = system.top_token_throughput

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from analysis.offered_load import KIND_WORDS
 from analysis.summary import Summary
 
 Key = tuple[object, ...]
@@ -22,7 +23,7 @@ def system_of(s: Summary) -> Key:
     limits = None if s.slo is None else (tuple(sorted(s.slo.limits.items())), s.slo.attain)
     load, plan = s.load, s.plan
     drawn = (plan.arrivals, plan.burstiness, load.concurrency) if load.mode == "open" else None
-    asked = (load.mode, load.endpoint, load.stream, str(sorted(load.extra_body.items(), key=str)), plan.sessions,
+    asked = (s.offered.kind, load.endpoint, load.stream, str(sorted(load.extra_body.items(), key=str)), plan.sessions,
              plan.conversation, plan.max_output_tokens, drawn)  # fmt: skip
     return (*hardware_of(s), limits, plan.trace_sha256, asked)
 
@@ -34,14 +35,21 @@ def load_of(s: Summary) -> Key:
         return ("closed", load.concurrency, plan.requests)
     # drawn arrivals of one rate differ a little with the seed in the rate they come to
     drawn = tuple((stage.duration_s, stage.rate, stage.end_rate) for stage in plan.stages)
-    return ("open", plan.arrivals, drawn, plan.burstiness, None if drawn else plan.speed, load.concurrency,
+    return (s.offered.kind, plan.arrivals, drawn, plan.burstiness, None if drawn else plan.speed, load.concurrency,
             None if drawn else plan.requests)  # fmt: skip
 
 
 def offered(s: Summary) -> float:
-    """The load that was asked for as a number: requests in flight, or requests/s. Raises ValueError for neither."""
-    if s.load.mode == "closed":
+    """The load as a number: requests in flight (closed loop), requests/s (open loop), or sessions started per second
+    (sessions that wait: how many requests they send depends on the server). Raises ValueError where there is none.
+    """
+    if s.offered.kind == "closed":
         return float(s.load.concurrency or 0)
+    if s.offered.kind == "sessions":
+        started = s.offered.session_rate.value
+        if started is None:
+            raise ValueError(f"{s.run}: {s.offered.session_rate.note}")
+        return float(f"{started:.4g}")
     if len(s.plan.stages) == 1 and s.plan.stages[0].end_rate in (None, s.plan.stages[0].rate):
         return s.plan.stages[0].rate  # drawn arrivals come to a slightly other rate with every seed
     rate = s.plan.planned_rate
@@ -50,12 +58,27 @@ def offered(s: Summary) -> float:
     return float(f"{rate:.4g}")
 
 
+def has_load(s: Summary) -> bool:
+    """Whether the load of the run is a number (`offered`)."""
+    if s.offered.kind == "sessions":
+        return s.offered.session_rate.value is not None
+    return s.offered.kind == "closed" or bool(s.plan.planned_rate or s.plan.stages)
+
+
 def load_words(s: Summary) -> str:
-    """The load in words."""
-    if s.load.mode == "closed":
-        return f"closed loop, {s.load.concurrency} in flight"
-    rate = s.plan.planned_rate
-    return "open loop" + (f", {rate:.3g} req/s planned" if rate is not None else "") + arrival_words(s)
+    """The load in words: its kind, and how much of it."""
+    kind, rate = KIND_WORDS[s.offered.kind], s.plan.planned_rate
+    if s.offered.kind == "closed":
+        return f"{kind}, {s.load.concurrency} in flight"
+    if s.offered.kind == "open":
+        return kind + (f", {rate:.3g} req/s planned" if rate is not None else "") + arrival_words(s)
+    started, sent = s.offered.session_rate.value, s.offered.sent_rate.value
+    said = [kind]
+    if started is not None:
+        said.append(f"{started:.3g} sessions/s started")
+    if sent is not None:
+        said.append(f"{sent:.3g} req/s sent" + (f" of {rate:.3g} planned" if rate is not None else ""))
+    return ", ".join(said) + arrival_words(s)
 
 
 def arrival_words(s: Summary) -> str:

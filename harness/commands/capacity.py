@@ -151,7 +151,7 @@ def _print(report: CapacityReport, ask: Search, format_: str) -> None:
 
 
 def _exit(report: CapacityReport) -> int:
-    answer = next((one for one in report.systems if one.loop == "open"), None)
+    answer = next((one for one in report.systems if one.loop != "closed"), None)
     if answer is None or answer.capacity is None:
         return EXIT_INVALID if any(p.verdict == "INVALID" for p in report.probes) else EXIT_FAILURE
     return {"found": EXIT_VALID, "beyond": EXIT_VALID, "not reached": EXIT_SLO_MISSED}.get(

@@ -111,8 +111,8 @@ def _open_first(decided: Sequence[Charge]) -> list[Charge]:
     def what(c: Charge) -> tuple[object, ...]:
         return c.tier, c.model, c.engine, c.args, c.replicas, c.evidence, c.slo
 
-    asked = {what(c) for c in decided if c.loop == "open"}
-    kept = [c for c in decided if c.loop == "open" or what(c) not in asked]
+    asked = {what(c) for c in decided if c.loop != "closed"}
+    kept = [c for c in decided if c.loop != "closed" or what(c) not in asked]
     left = len(decided) - len(kept)
     if not left:
         return kept

@@ -101,7 +101,7 @@ def report_sweep(paths: Sequence[Path], format_: str, slo: dict[str, float] | No
     summaries = read_summaries(paths, slo, attain)
     found = systems(summaries)
     invalid = [s.run for s in summaries if s.verdict != "VALID"]
-    sentences = [sentence(one) for one in found if one.loop == "open"] or [sentence(one) for one in found]
+    sentences = [sentence(one) for one in found if one.loop != "closed"] or [sentence(one) for one in found]
     if format_ == "json":
         print_json({"schema": SCHEMA, "made": now_utc(), "sentences": sentences, "systems": found, "invalid": invalid})
     else:

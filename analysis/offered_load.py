@@ -1,0 +1,79 @@
+"""What load was offered to the servers: which kind it was, at which rate requests went out, how many sessions began.
+
+Of three kinds. In an *open loop* requests go out at times of their own, whatever the server does. In a *closed loop* a
+fixed number is in flight, and a slow server slows its own load. *Sessions that wait* begin at times of their own, but
+each turn waits for the answer before it (``--sessions wait``, ``--conversation live``): a slow server slows the load
+within every session, so requests per second are an outcome, and the load is the rate of sessions started.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from analysis import arrays
+from analysis.arrays import Floats
+from analysis.intervals import Quantity
+from analysis.rows import Run
+from harness.plan import PlanInfo
+from harness.run import RunSpec
+
+LoadKind = Literal["open", "closed", "sessions"]
+KIND_WORDS: dict[LoadKind, str] = {
+    "open": "open loop",
+    "closed": "closed loop",
+    "sessions": "sessions that wait",
+}
+LOAD_UNIT: dict[LoadKind, str] = {"open": "req/s", "closed": "in flight", "sessions": "sessions/s"}
+"""What a load of each kind is counted in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfferedLoad:
+    """What was really offered, of the measured requests. Rates are known exactly and have no interval."""
+
+    kind: LoadKind
+    sent_rate: Quantity
+    """req/s: (n - 1) / (last - first time sent). Null below two requests, or when all were sent at one instant."""
+    session_rate: Quantity
+    """Sessions started per second: (n - 1) / (last - first planned time) of the first turns that were sent. Null but
+    for sessions that wait."""
+    requests_per_session: float | None
+    """Requests that were planned over sessions that were; null but for sessions that wait. With ``session_rate`` it is
+    the rate of requests that a server asks for that keeps up."""
+
+
+def kind_of(spec: RunSpec, plan: PlanInfo) -> LoadKind:
+    """The kind of load of a run, by what was asked."""
+    if spec.mode == "closed":
+        return "closed"
+    return "sessions" if plan.sessions == "wait" or plan.conversation == "live" else "open"
+
+
+def offered_load(run: Run) -> OfferedLoad:
+    """What was offered to the servers of a run."""
+    kind = kind_of(run.manifest.spec, run.manifest.plan)
+    rows, evidence = run.rows, run.evidence
+    sent = arrays.finite(rows.sent_s)
+
+    def rate(times_s: Floats, unit: str, why: str) -> Quantity:
+        n = len(times_s)
+        span_s = float(times_s.max() - times_s.min()) if n else 0.0
+        value = (n - 1) / span_s if span_s > 0 else None
+        return Quantity(value=value, n=n, unit=unit, note=None if value is not None else why, evidence=evidence)
+
+    starts = per_session = None
+    if run.turns is not None:
+        first = run.turns.first
+        starts = arrays.kept(rows.scheduled_s, arrays.flags(len(sent), lambda part: sent[part] & first[part]))
+        begun = int(np.count_nonzero(first))
+        per_session = len(rows) / begun if begun else None
+    why = "nothing is a session that waits" if starts is None else "fewer than two sessions were started"
+    return OfferedLoad(
+        kind=kind,
+        sent_rate=rate(arrays.kept(rows.sent_s, sent), "req/s", "fewer than two requests were sent"),
+        session_rate=rate(np.zeros(0) if starts is None else starts, "sessions/s", why),
+        requests_per_session=per_session,
+    )
