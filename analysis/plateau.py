@@ -1,4 +1,4 @@
-"""The figures of a run without its ramp and drain: throughput and price of the steady part (`analysis.steady`)."""
+"""The figures of a closed loop without its ramp and drain: throughput and price of the steady part."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ LARGEST_DRAIN = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SteadyState:
-    """The steady part and its figures; ``window`` says where it is, or why there is none. No figures without one."""
+    """The steady part and its figures; ``window`` says where it is, or why there is none. No figures without one, nor
+    of arrivals: what is quiet there is the traffic's own, and to leave it out would sell hours that are paid for.
+    """
 
     window: Steady | None
     total_token_throughput: Quantity
@@ -86,8 +88,10 @@ def steady_state(
     ``total`` and ``output`` are the token rates of the whole run, not known where they are not; ``price`` is
     `analysis.money.price.cost` with the tier and the verdict bound.
     """
-    if window is None or steady is None or not steady.found:
+    arrive = run.manifest.spec.mode != "closed"
+    if window is None or steady is None or not steady.found or arrive:
         why = "nothing was sent and ended" if steady is None else steady.reason
+        why = "not a closed loop: its quiet stretches are part of the load" if arrive else why
         total, output = (
             q if q.value is None else replace(q, value=None, low=None, high=None, note=why) for q in (total, output)
         )

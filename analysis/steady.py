@@ -13,6 +13,7 @@ import numpy as np
 
 from analysis.arrays import Floats
 from analysis.likeness import long_run_variance
+from analysis.trend import without_trend
 
 PLATEAU = 0.9
 """Share of the level that counts as being at it."""
@@ -21,9 +22,9 @@ FEWEST_BINS = 20
 SHORTEST_S = 10.0
 SMALLEST_PART = 0.25
 """Of the run: a shorter plateau is a peak."""
-DRIFT_BLOCK, DRIFT_CRITICAL = 0.1, 2.3
+DRIFT_BLOCK, DRIFT_CRITICAL = 0.1, 3.75
 """99 % point of the largest partial sum over its error, for 100 bins or more without drift whose neighbours are alike
-(correlation 0.5); measured again by tests/test_steady.py."""
+(correlation 0.5); measured again by tests/test_steady.py. High, since lines between changes also take out noise."""
 DRIFT_LEVEL = 0.01
 LARGEST_DRIFT = 0.10
 """A change that is real but smaller than this is said, and no reason to refuse."""
@@ -67,7 +68,7 @@ def steady_window(in_flight: Floats, tokens: Floats, *, start_s: float, bin_s: f
     requests), so a long ramp or drain does not lower it. The window reaches from the first to the last bin within 10 %
     of the level, or within twice the noise of the plateau where that is more. Then neither series may drift: the
     largest partial sum of deviations (OLS-CUSUM, Ploberger and Kraemer, Econometrica 60(2), 1992) over its batch-means
-    error, at the 1 % level. With drift the window is still given, beside the reason.
+    error about the trend (`analysis.trend`), at the 1 % level. With drift the window is still given, beside the reason.
     """
     total = len(in_flight)
     if total != len(tokens):
@@ -118,12 +119,8 @@ def _drift(values: Floats) -> tuple[float, bool]:
         return 0.0, False
     thirds = [float(part.mean()) for part in np.array_split(values, 3)]
     deviations = values - mean
-    sums = np.abs(np.cumsum(deviations))
-    split = int(sums.argmax()) + 1
-    # the error of a series that did change must not hold the change: measured about the means before and after
-    parts = [part - part.mean() for part in (values[:split], values[split:]) if len(part)]
-    error = math.sqrt(long_run_variance(np.concatenate(parts), DRIFT_BLOCK))
-    largest = float(sums.max())
+    largest = float(np.abs(np.cumsum(deviations)).max())
+    error = math.sqrt(long_run_variance(without_trend(values), DRIFT_BLOCK))
     return (max(thirds) - min(thirds)) / mean, largest > max(DRIFT_CRITICAL * error, 1e-9 * mean * len(values))
 
 

@@ -79,6 +79,15 @@ def test_the_drift_test_has_its_level():
     assert beyond <= 0.02 * runs
 
 
+@pytest.mark.parametrize("alike", [0.0, 0.5])
+@pytest.mark.parametrize("bins", [100, 200])
+def test_false_alarms_of_the_drift_test(bins, alike):
+    """The same for shorter runs and neighbours that are not alike: 1 of 100, at most 2."""
+    rng, runs = np.random.default_rng(2), 1000
+    beyond = sum(_drift(noisy(rng, np.full(bins, 100.0), spread=0.1, alike=alike))[1] for _ in range(runs))
+    assert beyond <= 0.02 * runs
+
+
 @pytest.mark.parametrize(
     "shape",
     [
@@ -97,6 +106,62 @@ def test_drift_and_steps_are_no_steady_state(shape, seed):
     assert "drift within the window: tokens by" in steady.reason
     assert steady.drift["tokens"] > LARGEST_DRIFT
     assert steady.duration_s  # the window is still given, beside the reason
+
+
+_AT = np.arange(BINS) / BINS
+DRIFTS = {
+    "ramp up": _AT - 0.5,
+    "ramp down": 0.5 - _AT,
+    "ramp in the second half": np.maximum(0.0, 2 * _AT - 1),
+    "easy first 15 %": (_AT >= 0.15) * 1.0,
+    "up and down again": ((_AT >= 0.35) & (_AT < 0.7)) * 1.0,
+    "down and up again": ((_AT < 0.3) | (_AT >= 0.6)) * 1.0,
+    "climbs, then falls": 1 - np.abs(2 * _AT - 1),
+    "stairs": np.floor(4 * _AT) / 3,
+    "fades": np.exp(-5 * _AT),
+}
+"""Shapes of a drift, each of height 1 from its lowest to its highest."""
+
+
+@pytest.mark.parametrize("shape", DRIFTS.values(), ids=DRIFTS)
+@pytest.mark.parametrize("spread", [0.0, 0.05])
+def test_a_drift_of_two_thirds_is_seen_whatever_its_shape(shape, spread):
+    """The error that a change is held against must not hold the change: with blocks about the means before and after
+    one change a climb and fall of 67 % was none, and a mere ramp hardly one.
+    """
+    level = np.full(BINS, 64.0)
+    for seed in range(20):
+        steady = found(level, noisy(np.random.default_rng(seed), 1000 * (1 + 0.67 * shape), spread=spread))
+        assert steady.drifting == ["tokens"], seed
+
+
+def queue(rng, busy, seconds, slots=8, service_s=3.0):
+    """Requests in flight per bin of a queue in equilibrium (M/M/8), and what it serves per bin."""
+    rate, now_s, inside, bin_s = busy * slots / service_s, -100.0, 0, seconds / BINS
+    in_flight, served = np.zeros(BINS), np.zeros(BINS)
+    while now_s < seconds:
+        leave = min(inside, slots) / service_s
+        until = now_s + rng.exponential(1 / (rate + leave))
+        at = max(now_s, 0.0)
+        while at < min(until, seconds) - 1e-12:
+            k = min(BINS - 1, int(at / bin_s + 1e-9))
+            end = min(until, (k + 1) * bin_s)
+            in_flight[k] += inside * (end - at) / bin_s
+            served[k] += min(inside, slots) * (end - at)
+            at = end
+        now_s = until
+        inside += 1 if rng.random() < rate / (rate + leave) else -1
+    return in_flight, rng.poisson(served * 20).astype(float)
+
+
+@pytest.mark.parametrize(("busy", "seconds", "most"), [(0.5, 300, 0.1), (0.7, 300, 0.1), (0.85, 1200, 0.1)])
+def test_a_queue_in_equilibrium_seldom_drifts(busy, seconds, most):
+    """False alarms where nothing drifts, of both series together. Near saturation or in a short run a queue's own waves
+    are as long as the run, and it is no steady state (METRICS.md has the shares).
+    """
+    rng, runs = np.random.default_rng(7), 60
+    alarms = sum(bool(found(*queue(rng, busy, seconds), bin_s=seconds / BINS).drifting) for _ in range(runs))
+    assert alarms <= most * runs
 
 
 def test_growing_in_flight_is_said():

@@ -234,12 +234,13 @@ def _promises(s: Summary, kept: Promises, shares: Sequence[float]) -> Table | No
 
 def _latency(s: Summary) -> Table:
     m = s.metrics
-    named = (
+    named = [
         ("TTFT", "first output - planned time", m.ttft), ("Service TTFT", "first output - sent time", m.service_ttft),
         ("TPOT", "per output token after the first", m.tpot), ("ITL", "gaps between tokens, pooled", m.itl),
         ("E2E", "end - planned time", m.e2e), ("Lag", "sent - planned time", m.lag),
-        *([("Session lag", "due - own time, behind the answer before it", m.session_lag)] if s.offered.kind == "sessions" else []),
-    )  # fmt: skip
+    ]  # fmt: skip
+    if s.offered.kind == "sessions":
+        named.append(("Session lag", "due - own time, behind the answer before it", m.session_lag))
     rows = [
         [
             Cell(name, note=what),
