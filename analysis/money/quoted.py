@@ -15,7 +15,7 @@ from analysis.money.unit_prices import Mix
 from analysis.offered_load import KIND_WORDS, LOAD_UNIT
 from analysis.repeats import over_repeats
 from analysis.sizing.at_slo import System, systems
-from analysis.sizing.system import Key, arrival_words, has_load, load_of, load_words, offered
+from analysis.sizing.system import Key, arrival_words, has_load, load_of, load_words, offered, plan_of
 from analysis.summary import Summary
 
 LARGEST_MIX_CHANGE = 0.05
@@ -245,7 +245,7 @@ def _height(runs: Sequence[Summary]) -> float:
 def pooled_cost(runs: Sequence[Summary]) -> Quantity:
     """USD per 1M total tokens: the runs' bills over their tokens."""
     tokens = [(s.tokens.input or 0) + (s.tokens.output or 0) for s in runs]
-    return over_repeats([s.cost.usd_per_1m_total for s in runs], tokens)
+    return over_repeats([s.cost.usd_per_1m_total for s in runs], tokens, [plan_of(s) for s in runs])
 
 
 def mix_of(runs: Sequence[Summary]) -> Mix | None:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from analysis.intervals import Distribution, Quantity, scaled
 from analysis.money.price import bill_usd, usd_per_1m
 from analysis.offered_load import LOAD_UNIT, LoadKind
+from analysis.repeats import over_repeats
 from analysis.sizing.capacity import Capacity, Point, capacity, knee, little, pool, saturation
-from analysis.sizing.system import Key, has_load, load_words, offered, system_of
+from analysis.sizing.system import Key, has_load, load_words, offered, plan_of, system_of
 from analysis.summary import Summary
 from harness.slo import Criterion
 
@@ -163,6 +164,33 @@ def point_of(s: Summary) -> Point:
     return Point(load=offered(s), kept=kept, rates=rates, runs=(s.run,))
 
 
+def _points(runs: Sequence[Summary]) -> list[Point]:
+    """A point for each load and plan. Repeats of one plan are one point: what they share is as uncertain as in one run,
+    so to `pool`, which takes points for independent, they must not look like several.
+    """
+    same: dict[Key, list[Point]] = {}
+    for s in runs:
+        point = point_of(s)
+        same.setdefault((point.load, plan_of(s)), []).append(point)
+
+    def together(quantities: Sequence[Quantity]) -> Quantity:
+        return over_repeats(quantities, [max(1, q.n) for q in quantities], ["one plan"] * len(quantities))
+
+    return [
+        Point(
+            load=points[0].load,
+            kept=tuple(_share_at_most(together(shares)) for shares in zip(*(p.kept for p in points), strict=True)),
+            rates={name: together([p.rates[name] for p in points]) for name in points[0].rates},
+            runs=tuple(run for p in points for run in p.runs),
+        )
+        for points in same.values()
+    ]
+
+
+def _share_at_most(q: Quantity) -> Quantity:
+    return q if q.high is None else replace(q, high=min(1.0, q.high))
+
+
 def criteria_of(s: Summary) -> tuple[Criterion, ...]:
     """The criteria that a run was judged by."""
     judged = s.slo.criteria if s.slo is not None else []
@@ -173,7 +201,7 @@ def _system(runs: Sequence[Summary], utilisation: float, left_out: Sequence[str]
     first = runs[0]
     kind = first.offered.kind
     unit = LOAD_UNIT[kind]
-    points = pool(point_of(s) for s in runs)
+    points = pool(_points(runs))
     criteria = criteria_of(first)
     found = capacity(points, criteria, unit) if criteria else None
     total, output = (_cost(first, found, name) for name in ("total_token_throughput", "output_token_throughput"))

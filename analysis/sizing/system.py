@@ -39,6 +39,17 @@ def load_of(s: Summary) -> Key:
             None if drawn else plan.requests)  # fmt: skip
 
 
+def plan_of(s: Summary) -> Key:
+    """What was asked of the servers, request by request: runs that agree in it had the same arrivals and lengths.
+
+    A seed that only changes made-up prompts makes no other plan: arrivals are known by their counts and gaps.
+    """
+    plan, arrivals = s.plan, s.plan.planned
+    times = None if arrivals is None else (arrivals.span_s, tuple(arrivals.counts), tuple(arrivals.gap_quantiles_s))
+    own = s.plan_sha256 if arrivals is None and s.load.mode == "open" else None  # a plan of an older version
+    return (plan.trace_sha256, plan.requests, plan.arrivals, times, own)
+
+
 def offered(s: Summary) -> float:
     """The load as a number: requests in flight (closed loop), requests/s (open loop), or sessions started per second
     (sessions that wait: how many requests they send depends on the server). Raises ValueError where there is none.
