@@ -16,6 +16,8 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.fake_engine import engine_of
+
 if TYPE_CHECKING:
     from cluster.fake_server import Connection
 
@@ -89,6 +91,7 @@ class Truth:
 
     def __init__(self, args: argparse.Namespace, loop: asyncio.AbstractEventLoop) -> None:
         self.pacer = Pacer(loop)
+        self.engine = engine_of(args.step, args.slots, args.max_num_batched_tokens, loop)
         self.started_s = time.time()
         self.ttft_s: float = args.ttft
         self.itl_s: float = args.itl
@@ -112,30 +115,45 @@ class Truth:
     def metrics(self) -> str:
         """The counters in Prometheus text form, by vLLM's names."""
         label = f'{{engine="0",model_name="{self.model}"}}'
+        engine = self.engine
+        if engine is None:
+            running, waiting, steps = self.running, len(self.queue), []
+            prompt_tokens, generation_tokens = self.prompt_tokens, self.generation_tokens
+        else:
+            running, waiting = engine.running, engine.waiting
+            prompt_tokens, generation_tokens = engine.prompt_tokens, engine.generation_tokens
+            steps = [f"vllm:iteration_tokens_total_count{label} {float(engine.steps)}"]
         reason = f'{{engine="0",finished_reason="length",model_name="{self.model}"}}'
         return "".join(
             f"{line}\n"
             for line in (
                 "# TYPE vllm:prompt_tokens_total counter",
-                f"vllm:prompt_tokens_total{label} {float(self.prompt_tokens)}",
-                f"vllm:generation_tokens_total{label} {float(self.generation_tokens)}",
+                f"vllm:prompt_tokens_total{label} {float(prompt_tokens)}",
+                f"vllm:generation_tokens_total{label} {float(generation_tokens)}",
                 f"vllm:request_success_total{reason} {float(self.finished)}",
-                f"vllm:num_requests_running{label} {float(self.running)}",
-                f"vllm:num_requests_waiting{label} {float(len(self.queue))}",
+                f"vllm:num_requests_running{label} {float(running)}",
+                f"vllm:num_requests_waiting{label} {float(waiting)}",
+                *steps,
                 f"process_start_time_seconds {self.started_s}",
             )
         )
 
     def admit(self, answer: Answer) -> None:
         """Serve now or queue."""
-        if self.slots and self.running >= self.slots:
+        if self.engine is not None:
+            if answer.fault != "hang":
+                self.engine.submit(answer)
+        elif self.slots and self.running >= self.slots:
             self.queue.append(answer)
         else:
             self.running += 1
             answer.begin()
 
-    def release(self) -> None:
-        """A slot is free: the next in the queue begins."""
+    def release(self, answer: Answer) -> None:
+        """An answer is over, its slot is free: the next in the queue begins."""
+        if self.engine is not None:
+            self.engine.leave(answer)
+            return
         self.running -= 1
         while self.queue:
             answer = self.queue.popleft()
@@ -159,6 +177,8 @@ class Answer:
         self.ordinary = None if self.fault else self.truth.ordinary[chat]
         self.sent = 0
         self.chunk_ns: list[int] = []
+        self.came_ns, self.due_ns = received_ns, list[int]()
+        """By the engine, where there is one: from when it counted, and the end of the step that gave each chunk."""
         self.over = False
 
     def begin(self) -> None:
@@ -177,8 +197,7 @@ class Answer:
             self.connection.transport.write(self.ordinary)
             self.chunk_ns.append(time.monotonic_ns())
             self.sent += 1
-            truth = self.truth
-            truth.pacer.call_at(self.t0 + truth.ttft_s + self.sent * truth.itl_s, self)
+            self.wait()
             return
         if not self.stream:
             self.whole()
@@ -204,8 +223,21 @@ class Answer:
         if last:
             self.end()
         else:
-            due = self.t0 + self.truth.ttft_s + self.sent * self.truth.itl_s
-            self.truth.pacer.call_at(due, self)
+            self.wait()
+
+    def wait(self) -> None:
+        """For the next token: on the fixed schedule, or until the engine gives it."""
+        truth = self.truth
+        if truth.engine is None:
+            truth.pacer.call_at(self.t0 + truth.ttft_s + self.sent * truth.itl_s, self)
+
+    def token(self, given: int, due_ns: int) -> None:
+        """The engine has given this answer so many tokens, the last at ``due_ns``: write what is to be written now."""
+        stalled = self.fault == "stall" and self.sent >= 2
+        if self.over or stalled or given <= self.sent or (not self.stream and given < self.tokens):
+            return
+        self.due_ns.append(due_ns)
+        self.tick()
 
     def break_off(self, out: bytes) -> None:
         """End in the way the fault asks for."""
@@ -221,10 +253,12 @@ class Answer:
 
     def whole(self) -> None:
         """The answer to a request that did not ask for a stream: everything after the last token's time."""
-        wait = self.t0 + self.truth.ttft_s + (self.tokens - 1) * self.truth.itl_s - self.connection.loop.time()
-        if wait > 0:
-            self.truth.pacer.call_at(self.connection.loop.time() + wait, self)
-            return
+        truth = self.truth
+        if truth.engine is None:
+            due = self.t0 + truth.ttft_s + (self.tokens - 1) * truth.itl_s
+            if due > self.connection.loop.time():
+                truth.pacer.call_at(due, self)
+                return
         text = " t" * self.tokens
         choice = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
         answer = {"index": 0, **choice, "finish_reason": "length"}
@@ -272,8 +306,9 @@ class Answer:
         truth.finished += self.sent >= self.tokens
         if truth.log:
             row = {"received_ns": self.received_ns, "chunk_ns": self.chunk_ns, "tokens": self.sent}
-            truth.log.write(json.dumps({**row, "prompt_tokens": self.prompt_tokens}) + "\n")
-        truth.release()
+            by_engine = {} if truth.engine is None else {"came_ns": self.came_ns, "due_ns": self.due_ns}
+            truth.log.write(json.dumps({**row, "prompt_tokens": self.prompt_tokens, **by_engine}) + "\n")
+        truth.release(self)
 
 
 def count_prompt(body: dict[str, Any]) -> int:

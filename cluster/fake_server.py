@@ -9,6 +9,10 @@ It prints ``ready http://127.0.0.1:PORT/v1`` and serves ``/v1/completions``, ``/
 
 - The first token is due ``--ttft`` after the request began service, each other ``--itl`` later (absolute schedule).
 - ``--slots N`` serves N requests at once; others queue (a server that is too slow).
+- ``--step 20,1.5,0.02`` in place of ``--ttft`` and ``--itl``: tokens come at the end of the steps of the laboratory's
+  engine (`cluster.simulator`), each of 20 ms, 1.5 ms for each sequence and 0.02 ms for each prompt token that it reads,
+  with ``--slots`` sequences and ``--max-num-batched-tokens`` tokens at most. ``--log`` also says from when the engine
+  counted a request (``came_ns``) and when the step ended that gave each chunk (``due_ns``).
 - ``--log FILE`` writes one JSON line per finished answer with the monotonic times (ns, CLOCK_MONOTONIC, shared by all
   processes of this host) at which the kernel had the whole request and at which it was handed each chunk: the exact
   truth, also while this process is busy.
@@ -34,6 +38,7 @@ import time
 from typing import Any, ClassVar
 
 from cluster.fake_answers import Answer, Truth, head
+from cluster.fake_engine import step_ms
 
 MAX_REQUEST = 64 << 20
 SO_TIMESTAMPNS, TIMESPEC = 35, struct.Struct("qq")  # Linux, 64 bits; the socket module has no name for it
@@ -208,10 +213,18 @@ def main() -> None:
     parser.add_argument("--ttft", type=float, default=0.05, help="seconds to the first token")
     parser.add_argument("--itl", type=float, default=0.01, help="seconds between tokens")
     parser.add_argument("--slots", type=int, default=0, help="requests served at once; 0: no limit")
+    parser.add_argument(
+        "--step", type=step_ms, metavar="BASE_MS,PER_SEQUENCE_MS,PER_PROMPT_TOKEN_MS",
+        help="pace tokens by the steps of a continuous-batching engine, in place of --ttft and --itl",
+    )  # fmt: skip
+    parser.add_argument("--max-num-batched-tokens", type=int, help="tokens of a step at most; with --step")
     parser.add_argument("--pad", type=int, default=0, help="extra bytes per token")
     parser.add_argument("--log", help="file for the exact truth, one JSON line per answer")
+    args = parser.parse_args()
+    if args.max_num_batched_tokens is not None and (args.step is None or args.max_num_batched_tokens < 1):
+        parser.error("--max-num-batched-tokens is at least 1 and needs --step")
     try:
-        asyncio.run(serve(parser.parse_args()))
+        asyncio.run(serve(args))
     except KeyboardInterrupt:
         sys.exit(130)
 
