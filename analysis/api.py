@@ -15,7 +15,7 @@ from analysis.against.variants import Figures, variant_of
 from analysis.export import run_table
 from analysis.load import Run, read_run
 from analysis.money.price import DEFAULT_RATIO
-from analysis.summary import DEFAULT_ATTAIN, Summary, summarise
+from analysis.summary import DEFAULT_ATTAIN, Summary, claims, summarise
 from harness.run import RunManifest
 
 
@@ -52,7 +52,7 @@ class LoadedRun:
         self, slo: Mapping[str, float] | None = None, *, attain: float = DEFAULT_ATTAIN, ratio: float = DEFAULT_RATIO
     ) -> dict[str, Any]:
         """`summary` as plain dicts and lists: what ``harness report --format json`` prints."""
-        plain: dict[str, Any] = msgspec.to_builtins(self.summary(slo, attain=attain, ratio=ratio))
+        plain: dict[str, Any] = msgspec.to_builtins(claims(self.summary(slo, attain=attain, ratio=ratio)))
         return plain
 
     def variant(self, name: str) -> dict[str, Figures]:

@@ -6,7 +6,7 @@ The JSON shape (``harness.report/1``) is a stable interface; METRICS.md lists it
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import numpy as np
@@ -15,6 +15,7 @@ from analysis import arrays, metrics
 from analysis.arrays import Bools, Floats
 from analysis.check import Check
 from analysis.fidelity.questions import Fidelity, fidelity
+from analysis.fullness import GIVEN, Fullness, fullness, given_load_note
 from analysis.intervals import Distribution, Quantity, distribution, rate
 from analysis.load import Rows, Run
 from analysis.metrics import Counts, Tokens, Window
@@ -103,7 +104,12 @@ class Summary:
     tokens: Tokens
     metrics: Metrics
     rates: Rates
+    """Throughput has an interval in a closed loop alone: elsewhere the load is given, and tokens/s are its own."""
+    sampled: Rates
+    """The same with the interval of another run of this length, whatever the loop: what capacity is interpolated with.
+    No claim of a report, so JSON leaves it out."""
     offered: OfferedLoad
+    fullness: Fullness
     slo: Slo | None
     errors: list[ErrorCount]
     cost: Cost
@@ -149,7 +155,14 @@ def summarise(
     checks = [*check_run(run, counts, window, limits), steady_check(run, steady), drain_check(run, window)]
     valid = is_valid(checks)
     judged = judge(run, limits, counts, tokens, attain) if limits else None
-    rates, weighted = _rates(run, window, tokens, counts, limits, ratio)
+    sampled, weighted = _rates(run, window, tokens, counts, limits, ratio)
+    offered = offered_load(run)
+    full = fullness(run, window, sampled.concurrency.value)
+    note = price_note(judged)
+    rates = sampled
+    if offered.kind != "closed":
+        rates, weighted = _given(sampled), _without_interval(weighted)
+        note = "; ".join(filter(None, (note, given_load_note(full))))
     reason = None if valid else "the run is INVALID"
     price = partial(cost, manifest.tier, _replicas(run), ratio=ratio, reason=reason)
     return Summary(
@@ -166,7 +179,9 @@ def summarise(
         tokens=tokens,
         metrics=_metrics(run),
         rates=rates,
-        offered=offered_load(run),
+        sampled=sampled,
+        offered=offered,
+        fullness=full,
         slo=judged,
         errors=_errors(run),
         cost=price(
@@ -175,7 +190,7 @@ def summarise(
             output_rate=rates.output_token_throughput,
             weighted_rate=weighted,
             splits=_splits(run, window, tokens, ratio, counts.succeeded),
-            note=price_note(judged),
+            note=note,
         ),
         steady=steady_state(run, window, steady, rates.total_token_throughput, rates.output_token_throughput, price),
         fidelity=fidelity(run),
@@ -196,6 +211,11 @@ def summarise(
         git=manifest.git,
         assumptions=_assumptions(run, tokens, ratio),
     )
+
+
+def claims(summary: Summary) -> dict[str, object]:
+    """The summary as JSON has it: field by field, without what a report does not claim (`Summary.sampled`)."""
+    return {f.name: getattr(summary, f.name) for f in fields(summary) if f.name != "sampled"}
 
 
 def _dummy(model_facts: Mapping[str, str]) -> bool:
@@ -301,6 +321,17 @@ def _rates(
     ), token_rate(all_known, out + into / ratio)
 
 
+def _given(rates: Rates) -> Rates:
+    """The rates at a load that was given: how fast it was served is the load's own."""
+    names = ("request_throughput", "input_token_throughput", "output_token_throughput", "total_token_throughput",
+             "goodput")  # fmt: skip
+    return replace(rates, **{name: _without_interval(getattr(rates, name)) for name in names})
+
+
+def _without_interval(q: Quantity) -> Quantity:
+    return q if q.value is None else replace(q, low=None, high=None, note=q.note or GIVEN)
+
+
 def _splits(run: Run, window: Window | None, tokens: Tokens, ratio: float, n: int) -> list[Split]:
     """The bill divided by what the servers counted, beside the declared ratio; each says so when it cannot be."""
     tier = run.manifest.tier
@@ -341,8 +372,8 @@ def _assumptions(run: Run, tokens: Tokens, ratio: float) -> list[str]:
     said += [
         "one replica is one whole instance, paid from the first scheduled request to the last finish; idle hours, "
         "standby and start-up are not in the price",
-        f"the split declares an output token to cost {ratio:g} input tokens; only the sum is measured",
-        "latencies are those of successful requests; intervals are 95 %, for another run of this length and load",
+        f"the split is declared: an output token costs {ratio:g} input tokens",
+        "latencies are of successful requests; intervals: 95 %, of another such run",
     ]
     if tokens.cached_input:
         said.append(f"{tokens.cached_input:,} input tokens came from the prefix cache and are priced like the rest")

@@ -82,16 +82,17 @@ def cost(
     """Prices from token rates (tokens/s) of one window: USD per second over tokens per second.
 
     ``weighted_rate`` is input / ratio + output tokens per second, the denominator of the split. The interval comes
-    from the rate's: dear when slow. ``reason`` (not None) withholds every price; so do a missing tier, a tier price
-    that is not a positive number, too few requests for an interval, and a rate that is not known or 0. ``splits``:
+    from the rate's, where it has one: dear when slow. ``reason`` (not None) withholds every price; so do a missing
+    tier, a tier price that is not a positive number, fewer than `MIN_SAMPLES` requests, and a rate that is not known
+    or 0. ``splits``:
     other divisions of the same bill; withheld with the prices.
     """
     if reason is None and tier is None:
         reason = "no tier: say which hardware this ran on (--tier), with its price"
     elif reason is None and tier is not None and not (math.isfinite(tier.usd_per_hour) and tier.usd_per_hour > 0):
         reason = f"tier {tier.name} has no positive price"
-    elif reason is None and total_rate.value is not None and total_rate.low is None:
-        reason = f"a price needs an interval, which needs {MIN_SAMPLES} requests: has {total_rate.n}"
+    elif reason is None and total_rate.value is not None and total_rate.n < MIN_SAMPLES:
+        reason = f"a price needs {MIN_SAMPLES} requests: has {total_rate.n}"
     known = tier is not None and duration_s is not None and math.isfinite(tier.usd_per_hour)
     usd_per_s = tier.usd_per_hour * replicas / 3600 if tier is not None and reason is None else None
 

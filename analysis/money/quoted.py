@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from analysis.fullness import GIVEN, given_load_note
 from analysis.intervals import Quantity
 from analysis.money.unit_prices import Mix
 from analysis.offered_load import KIND_WORDS, LOAD_UNIT
@@ -215,17 +216,23 @@ def _choice_notes(best: list[Summary], points: list[list[Summary]], kept: list[l
     for name, one in doubtful.items():
         notes.append(f"kept, but not beyond doubt: {name}, by {one.attainment.value or 0:.2%} of requests here "
                      f"(95 %: from {one.attainment.low or 0:.2%}); more requests would tell")  # fmt: skip
-    return [*notes, *_common_notes(best, [mix_of(p) for p in kept], repeats=len(best))]
+    given = best[0].offered.kind != "closed"
+    return [*notes, *_common_notes(best, [mix_of(p) for p in kept], repeats=len(best), given=given)]
 
 
-def _common_notes(runs: Sequence[Summary], mixes: Sequence[Mix | None], repeats: int) -> list[str]:
+def _common_notes(
+    runs: Sequence[Summary], mixes: Sequence[Mix | None], repeats: int, *, given: bool = False
+) -> list[str]:
+    """``given``: the quote is of a load that was given, and no estimate of what the servers can do."""
     notes = []
     if repeats > 1:
-        notes.append(f"{repeats} repeats added up; the interval is that between them")
-    else:
+        notes.append(f"{repeats} repeats added up" + ("" if given else "; the interval is that between them"))
+    elif not given:
         notes.append(
             "one run: the interval knows how requests vary, not how days and restarts do; repeats would (--seed)"
         )
+    if given:
+        notes.append(given_load_note(runs[0].fullness))
     if runs[0].load.mode == "closed":
         notes.append("closed loop: a slow server slows its own load, so users who arrive when they like are not priced "
                      "here; replay the trace's own times for that")  # fmt: skip
@@ -245,7 +252,9 @@ def _height(runs: Sequence[Summary]) -> float:
 def pooled_cost(runs: Sequence[Summary]) -> Quantity:
     """USD per 1M total tokens: the runs' bills over their tokens."""
     tokens = [(s.tokens.input or 0) + (s.tokens.output or 0) for s in runs]
-    return over_repeats([s.cost.usd_per_1m_total for s in runs], tokens, [plan_of(s) for s in runs])
+    pooled = over_repeats([s.cost.usd_per_1m_total for s in runs], tokens, [plan_of(s) for s in runs])
+    given = any(s.offered.kind != "closed" for s in runs) and pooled.value is not None
+    return replace(pooled, low=None, high=None, note=GIVEN) if given else pooled
 
 
 def mix_of(runs: Sequence[Summary]) -> Mix | None:

@@ -116,7 +116,7 @@ def _charge_blocks(charge: Charge, terms: Terms) -> list[Block]:
     lines = (
         *warned,
         _quoted(charge),
-        f"Charge {price(asked.value)} USD (95 %: {_interval(asked)}) per 1M tokens of this traffic: cost "
+        f"Charge {price(asked.value)} USD{_within(asked)} per 1M tokens of this traffic: cost "
         f"{price(charge.cost.total.value)} at {u} utilisation, and {m} of the price is gross margin.",
         f"The price pays for the fleet from {percent(standard.break_even_utilisation)} utilisation on "
         f"({tokens(charge.break_even_tokens_per_month)} tokens a month; the fleet costs "
@@ -203,7 +203,7 @@ def _against_block(charge: Charge, terms: Terms) -> Block:
         summed = "none is in the price map (--against NAME, --list-prices)"
     lines = (
         f"Build or buy, for this trace: own cost (without margin) at {percent(terms.utilisation)} utilisation is "
-        f"{price(charge.cost.total.value)} USD (95 %: {_interval(charge.cost.total)}) per 1M tokens.",
+        f"{price(charge.cost.total.value)} USD{_within(charge.cost.total)} per 1M tokens.",
         f"Of {len(same)} API offers of this model: {summed}." if same else f"API offers of this model: {summed}.",
     )
     notes = sorted({note for a in charge.against for note in a.notes})
@@ -238,7 +238,7 @@ def _basis_lines(charge: Charge) -> list[str]:
     ]
     if charge.floor is not None:
         said.append(
-            f"floor: all tokens {price(charge.floor.total.value)} (95 %: {_interval(charge.floor.total)}) USD per 1M, "
+            f"floor: all tokens {price(charge.floor.total.value)}{_within(charge.floor.total)} USD per 1M, "
             f"100 % utilisation at {figure(charge.floor_load)} {charge.offered.unit if charge.offered else ''}, the "
             "highest throughput of any VALID run; it keeps no promise, and a higher load may cost less unless this one "
             "saturated the servers"
@@ -364,6 +364,11 @@ def tokens(value: float | None) -> str:
         if value >= power:
             return f"{value / power:.3g} {word}"
     return f"{value:,.0f}"
+
+
+def _within(q: Quantity) -> str:
+    """The interval in brackets; nothing without one."""
+    return "" if q.low is None and q.high is None else f" (95 %: {_interval(q)})"
 
 
 def _interval(q: Quantity) -> str:

@@ -17,7 +17,7 @@ from rich.text import Text
 from analysis.intervals import Distribution, Quantity
 from analysis.labels import clean as clean
 from analysis.offered_load import KIND_WORDS
-from analysis.summary import Summary
+from analysis.summary import Summary, claims
 
 _MARKDOWN = re.compile(r"([\\`*\[\]<>|])")
 _ALIKE = re.compile(r"needs (\d+) independent .* worth about (\d+)$")
@@ -69,7 +69,7 @@ def render_markdown(summary: Summary) -> str:
 
 def render_json(summary: Summary) -> str:
     """The report as JSON, keys as METRICS.md lists them; not known is null."""
-    return msgspec.json.format(msgspec.json.encode(summary), indent=2).decode()
+    return msgspec.json.format(msgspec.json.encode(claims(summary)), indent=2).decode()
 
 
 # -------------------------------------------------------------------------------------------- what all of them say

@@ -113,6 +113,8 @@ def _sentence(s: Summary) -> str:
         parts.append(
             f"At {load}, a million tokens cost {report.price(price.value)} USD{within}, input and output together."
         )
+        if s.offered.kind != "closed":
+            parts.append(f"That is the cost at this load ({s.fullness.words}), not the cost when full.")
     if s.slo is not None:
         for part in s.slo.criteria:
             share = part.attainment.value

@@ -155,7 +155,7 @@ def systems(summaries: Sequence[Summary], utilisation: float = UTILISATION) -> l
 
 def point_of(s: Summary) -> Point:
     """One VALID run as a point: its load, what it kept, its rates and latencies."""
-    rates: dict[str, Quantity] = {name: getattr(s.rates, name) for name in RATES}
+    rates: dict[str, Quantity] = {name: getattr(s.sampled, name) for name in RATES}
     rates["sent_rate"] = s.offered.sent_rate
     for metric in LATENCIES:
         found: Distribution = getattr(s.metrics, metric)
@@ -291,6 +291,8 @@ def _floor(s: Summary, points: Sequence[Point]) -> Floor | None:
     if not best:
         return None
     rate = point.rates["total_token_throughput"]
+    if s.offered.kind != "closed":  # the load was given, and no estimate of the most that the servers can do
+        rate = replace(rate, low=None, high=None)
     return Floor(load=point.load, total_token_throughput=rate, usd_per_1m_total=cost_at(s, rate))
 
 
