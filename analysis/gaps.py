@@ -33,6 +33,8 @@ class Chunks:
     gap_owner: Ints
     """Place in time of the request, or of its stretch of requests."""
     median_itl_s: float | None
+    shared_stamps: float | None
+    """Share of the chunks after a request's first that have the stamp of the chunk before; None without any."""
     output_tokens: Floats
     """Output tokens per time bin of the window, shape (BINS,); zeros without a window."""
     itl_grid: Floats
@@ -44,9 +46,13 @@ def pool_chunks(run: Run, parts: Iterable[ChunkRows] | None = None) -> Chunks:
     window = metrics.window(run.rows)
     pool = GapPool(len(run.rows))
     output, grid = np.zeros(BINS), np.zeros((BINS, len(EDGES)))
+    timed = shared = 0
     for part in run.parts() if parts is None else parts:
         gaps = metrics.itl(part)
         cells = cell_of(gaps.seconds)
+        counted = gaps.tokens > 0
+        timed += int(counted.sum())
+        shared += int((counted & (gaps.seconds == 0)).sum())
         pool.add(gaps.seconds, gaps.tokens, part.rank, part.chunks, cells)
         if window is not None:
             time = metrics.bin_of(part.chunk_s, window)
@@ -57,7 +63,7 @@ def pool_chunks(run: Run, parts: Iterable[ChunkRows] | None = None) -> Chunks:
     seconds, tokens, owners, median_s = pool.take()
     return Chunks(
         gap_s=seconds, gap_tokens=tokens, gap_owner=owners, median_itl_s=median_s,
-        output_tokens=output, itl_grid=grid,
+        shared_stamps=shared / timed if timed else None, output_tokens=output, itl_grid=grid,
     )  # fmt: skip
 
 

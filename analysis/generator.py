@@ -1,7 +1,8 @@
 """Was the load generator good enough to judge a server by? Its schedule, its processor, its clock, its own count.
 
-A late or busy client shifts every figure that it stamps, and nothing in the rows says so: the checks here use what the
-workers saw of themselves beside the rows. Bounds come from what is measured: an SLO, the gaps between tokens.
+A late client sends late, and shifts every figure that the kernel did not stamp for it; nothing in the rows says so: the
+checks here use what the workers saw of themselves beside the rows. Bounds come from what is measured: an SLO, the gaps
+between tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +19,14 @@ from analysis.load import Run
 from harness.slo import strictest
 
 CPU_BOUND = 0.9
+ALONE_FROM = 6
+"""With 1 % late, one or more of n are late with 1 - 0.99^n: below 5 % up to five requests, where one is evidence."""
+ALONE_MEAN = 0.1
+"""Of the lag bound: what a single late request may add to the mean of lag, and so of TTFT."""
+UNSTAMPED_BOUND = 0.01
+"""Share of reads without the kernel's stamp that no p99 sees, however late they are."""
+SHARED_BOUND = 0.05
+"""Share of chunks with the stamp of the chunk before; beyond it, who brought them together decides on p95 of itl."""
 LITTLE_BOUND = 0.05
 LAG_OF_TTFT = 0.05
 """Lag is counted into TTFT, so it may use up at most this share of the TTFT limit."""
@@ -45,14 +54,31 @@ def lag_bound_s(run: Run, slo: Mapping[str, float]) -> float:
 
 
 def lag(run: Run, bound_s: float) -> Check:
-    """Requests went out when planned: p99 of lag, or the largest below 100 requests, in an open loop."""
+    """Requests went out when planned, in an open loop: at most 1 % of them later than the bound.
+
+    Below 100 requests a single late one is no evidence of more than 1 % (`ALONE_FROM`), and no percentile that is
+    printed moves by more than one rank for it, however late it was. The mean moves by its lag / n, which must stay
+    below a tenth of the bound.
+    """
     values = metrics.column(run.rows, metrics.lag)
     values = arrays.kept(values, arrays.finite(values))
-    if not len(values) or run.manifest.spec.mode != "open":
-        return check("lag", None, "closed loop" if len(values) else "nothing sent", ms(bound_s), "nothing to do")
-    worst, which = _worst(values)
+    n = len(values)
+    if not n or run.manifest.spec.mode != "open":
+        return check("lag", None, "closed loop" if n else "nothing sent", ms(bound_s), "nothing to do")
+    late = arrays.flags(n, lambda part: values[part] > bound_s)
+    over, moved_s = int(late.sum()), float((values - bound_s).sum(where=late)) / n
+    ok = over == 0 or (over == 1 and n >= ALONE_FROM and moved_s <= ALONE_MEAN * bound_s)
+    wanted = f"at most {ms(bound_s)}"
+    if n >= 100:
+        worst, which = _worst(values)
+        ok, observed = worst <= bound_s, f"{which} {ms(worst)}"
+    else:
+        observed = f"max {ms(float(values.max()))}"
+        if over:
+            observed += f", {over} of {n} late"
+            wanted += f", a single one aside that moves the mean by at most {ms(ALONE_MEAN * bound_s)}"
     advice = "the generator could not keep the plan's times: more --workers, a lower rate, or a higher concurrency cap"
-    return check("lag", worst <= bound_s, f"{which} {ms(worst)}", f"at most {ms(bound_s)}", advice)
+    return check("lag", ok, observed, wanted, advice)
 
 
 def _worst(values: Floats) -> tuple[float, str]:
@@ -109,16 +135,32 @@ def _loop_bound_s(run: Run, bound_s: float) -> float:
 
 
 def generator_lag(run: Run, bound_s: float) -> Check:
-    """No load worker read its clock late: p99 lateness of its event loop over the run.
+    """A late event loop moved no figure: p99 lateness of the loops, where it reaches a stamp.
 
-    The kernel stamps, but events that come between two reads share a stamp. Once the loop is late by a whole gap, ITL
-    is the client's own rhythm.
+    The kernel stamps packets when they come, however late they are read, so TTFT and gaps are right. Lateness is in a
+    figure only where the kernel gave no stamp (a worker with more than 1 % of such reads, or that does not say), and
+    where events came together between two reads and share a stamp: beyond a whole gap ITL is then the client's rhythm,
+    or the server's, and nobody can tell which.
     """
-    late = [w.loop_lag_p99_s for w in run.manifest.workers if w.loop_lag_p99_s is not None]
+    late = {w.index: w.loop_lag_p99_s for w in run.manifest.workers if w.loop_lag_p99_s is not None}
     bound_s = _loop_bound_s(run, bound_s)
-    observed = f"p99 {ms(max(late))}" if late else "not measured"
-    advice = "stamps came late, so latencies are wrong: more --workers, or load workers on a machine of their own"
-    return check("generator_lag", max(late) <= bound_s if late else None, observed, f"at most {ms(bound_s)}", advice)
+    wanted = f"at most {ms(bound_s)} where the kernel gave no stamp or stamps are shared"
+    if not late:
+        return check("generator_lag", None, "not measured", wanted, "nothing to do")
+    worst_s = max(late.values())
+    observed = f"p99 {ms(worst_s)}"
+    if worst_s <= bound_s:
+        return check("generator_lag", True, observed, wanted, "")
+    bare = {w.index: 1.0 if w.unstamped_share is None else w.unstamped_share for w in run.manifest.workers}
+    unstamped = max((bare[k] for k, late_s in late.items() if late_s > bound_s), default=0.0)
+    shared = run.chunks.shared_stamps or 0.0
+    observed += f", {min(unstamped, 1.0):.1%} of reads not stamped by the kernel, {shared:.1%} of chunks share a stamp"
+    advice = "the tail of itl may be the client's rhythm"
+    if unstamped > UNSTAMPED_BOUND:
+        advice = "what the kernel did not stamp was stamped late, so its latencies are too long"
+    advice += ": more --workers, or load workers on a machine of their own"
+    ok = unstamped <= UNSTAMPED_BOUND and shared <= SHARED_BOUND
+    return check("generator_lag", ok, observed, wanted, advice)
 
 
 def littles_law(run: Run) -> Check:
@@ -158,11 +200,20 @@ def stamps(run: Run) -> Check:
     late = [w.loop_lag_p99_s for w in run.manifest.workers if w.loop_lag_p99_s is not None]
     bound_s = max(STAMPS_FLOOR_S, STAMPS_OF_ITL * (run.chunks.median_itl_s or 0.0))
     observed = f"p99 {ms(max(late))} late" if late else "not measured"
-    shares = [w.unstamped_share for w in run.manifest.workers if w.unstamped_share is not None]
-    if (unstamped := min(max(shares, default=0.0), 1.0)) > 0:
+    shares = [w.unstamped_share for w in run.manifest.workers]
+    known = [share for share in shares if share is not None]
+    if (unstamped := min(max(known, default=0.0), 1.0)) > 0:
         observed += f"; the kernel stamped {1 - unstamped:.1%} of the reads"
-    advice = "the tail of itl is partly the generator's: load workers on cores of their own, or more --workers"
-    return limit("stamps", max(late) <= bound_s if late else None, observed, f"at most {ms(bound_s)}", advice)
+    if not late or max(late) <= bound_s:
+        return limit("stamps", True if late else None, observed, f"at most {ms(bound_s)}", "nothing to do")
+    shared = run.chunks.shared_stamps or 0.0
+    if len(known) == len(shares) and unstamped <= UNSTAMPED_BOUND and shared <= UNSTAMPED_BOUND:
+        observed += f"; no figure is moved: the kernel stamped the reads, and {shared:.1%} of chunks share a stamp"
+        return limit("stamps", True, observed, f"at most {ms(bound_s)}, or stamped by the kernel one by one", "")
+    if shared > 0:
+        observed += f"; {shared:.1%} of chunks share a stamp"
+    advice = "the tail of itl may be the generator's: load workers on cores of their own, or more --workers"
+    return limit("stamps", False, observed, f"at most {ms(bound_s)}", advice)
 
 
 def generator_stall(run: Run, bound_s: float) -> Check:

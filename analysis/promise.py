@@ -12,7 +12,7 @@ from analysis.arrays import Bools
 from analysis.intervals import Quantity, share
 from analysis.load import Rows, Run
 from analysis.metrics import Counts, Tokens
-from analysis.validity import MISMATCH_BOUND
+from analysis.served import MISMATCH_BOUND
 from harness.slo import criteria, split_key
 
 
@@ -52,13 +52,16 @@ def unjudged(limits: Mapping[str, float], tokens: Tokens, counts: Counts) -> str
     return f"tpot is not known: usage missing on {tokens.missing} of {counts.succeeded} requests"
 
 
-def price_note(slo: Slo | None) -> str | None:
-    """What the SLO says of a price at this load."""
-    if slo is None or slo.met:
-        return None
-    if slo.met is None:
-        return "whether the SLO is kept at this load is not known"
-    return "at this load the SLO is missed: not a price to sell at"
+def price_note(slo: Slo | None, served: str | None = None) -> str | None:
+    """What the SLO says of a price at this load, and which answers it is the price of (``served``: other lengths than
+    the plan's, in words).
+    """
+    said = [] if served is None else [f"the price of the answers that were served: {served}"]
+    if slo is not None and slo.met is None:
+        said.insert(0, "whether the SLO is kept at this load is not known")
+    elif slo is not None and not slo.met:
+        said.insert(0, "at this load the SLO is missed: not a price to sell at")
+    return "; ".join(said) or None
 
 
 def judge(run: Run, limits: dict[str, float], counts: Counts, tokens: Tokens, attain: float) -> Slo:

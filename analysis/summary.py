@@ -25,7 +25,8 @@ from analysis.money.split import Split, Usage, split_bill
 from analysis.offered_load import OfferedLoad, offered_load
 from analysis.plateau import SteadyState, drain_check, steady_check, steady_part, steady_state
 from analysis.promise import Slo, judge, price_note, unjudged
-from analysis.validity import MISMATCH_BOUND, check_run, is_valid
+from analysis.served import MISMATCH_BOUND, served_lengths
+from analysis.validity import check_run, is_valid
 from harness.errors import EXIT_INVALID, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.plan import PlanInfo
 from harness.results import ERRORS
@@ -158,7 +159,7 @@ def summarise(
     sampled, weighted = _rates(run, window, tokens, counts, limits, ratio)
     offered = offered_load(run)
     full = fullness(run, window, sampled.concurrency.value)
-    note = price_note(judged)
+    note = price_note(judged, served_lengths(run))
     rates = sampled
     if offered.kind != "closed":
         rates, weighted = _given(sampled), _without_interval(weighted)

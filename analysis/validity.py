@@ -6,15 +6,14 @@ MLPerf Inference LoadGen, which ends every run with VALID or INVALID and advice.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from datetime import date
 
 import numpy as np
 
 from analysis import arrays, metrics
-from analysis.arrays import Bools, Floats
 from analysis.check import Check, check, limit
+from analysis.counters import server_counters, server_restarts, shared_addresses, token_books
 from analysis.generator import (
     arrival_process,
     generator_cpu,
@@ -26,14 +25,13 @@ from analysis.generator import (
     stamps,
 )
 from analysis.intervals import samples_needed
-from analysis.load import Rows, Run
+from analysis.load import Run
 from analysis.metrics import Counts, Window
 from analysis.offered_load import KIND_WORDS, kind_of
+from analysis.served import MISMATCH_BOUND, input_tokens, output_tokens
 
-MISMATCH_BOUND = 0.01
 FAILED_BOUND = 0.01
 SUCCESS_BOUND = 0.5
-BOOKS_BOUND = 0.005
 SHORT_S = 60.0
 PRICE_AGE_DAYS = 180
 HARDWARE_BOUND = 0.25
@@ -41,21 +39,18 @@ RATE_BOUND = 0.05
 WASTED_BOUND = 0.05
 HELD_BOUND = 0.8
 UNFINISHED_BOUND = 0.01
-BOS_TOKENS = 2
-INPUT_COUNTER = "vllm:prompt_tokens_total"
-OUTPUT_COUNTER = "vllm:generation_tokens_total"
-REQUEST_COUNTER = "vllm:request_success_total"
-START_TIME = "process_start_time_seconds"
 
 
 def check_run(run: Run, counts: Counts, window: Window | None, slo: Mapping[str, float] | None = None) -> list[Check]:
     """All checks, gates first. ``slo``: limits to judge by, s; None: those the run was made with."""
     bound_s = lag_bound_s(run, run.manifest.spec.slo if slo is None else slo)
+    shared = shared_addresses(run)
     return [
-        status(run), files(run), rows(run, counts), success(counts), lag(run, bound_s), arrival_process(run),
+        status(run), files(run), rows(run, counts), success(run, counts), lag(run, bound_s), arrival_process(run),
         workers(run), generator_cpu(run), generator_lag(run, bound_s), littles_law(run), replicas(run),
-        server_restarts(run), engine_fits_tier(run), output_tokens(run), input_tokens(run), token_books(run),
-        usage(run), failures(counts), unfinished(counts), sample_size(run), duration(window), stamps(run),
+        server_restarts(run, shared), engine_fits_tier(run), input_tokens(run), token_books(run, shared),
+        server_counters(run, shared), output_tokens(run), usage(run), failures(run, counts),
+        unfinished(counts), sample_size(run), duration(window), stamps(run),
         generator_stall(run, bound_s), planned_rate(run), arrivals(run), concurrency(run, window),
         wasted_time(run, window), shared_host(run), hardware(run), price_date(run),
     ]  # fmt: skip
@@ -91,14 +86,29 @@ def rows(run: Run, counts: Counts) -> Check:
     return check("rows", not any(bad.values()), observed, "one row for each request", advice)
 
 
-def success(counts: Counts) -> Check:
-    """Most requests succeeded: a server that refuses the larger part of a workload was not measured on it."""
-    ok = counts.succeeded > 0 and counts.succeeded >= SUCCESS_BOUND * counts.offered
+def success(run: Run, counts: Counts) -> Check:
+    """Most requests were answered, or refused for overload (429, 503): a server that turns most of a workload away for
+    any other reason was not measured on it. One that answers nothing was not measured at all.
+    """
+    refused = _refused(run)
+    ok = counts.succeeded > 0 and counts.succeeded + refused >= SUCCESS_BOUND * counts.offered
     observed = f"{counts.succeeded} of {counts.offered} succeeded"
+    observed += f", {refused:.0f} refused as overloaded (429, 503)" if refused else ""
     advice = "see the errors, try one request by hand, then run again"
     if counts.unfinished and not counts.failed:
         advice = "none failed, the others had not ended: let the run end by itself"
-    return check("success", ok, observed, f"at least {SUCCESS_BOUND:.0%}", advice)
+    bound = f"at least {SUCCESS_BOUND:.0%}" + (", refusals for overload among them" if refused else "")
+    return check("success", ok, observed, bound, advice)
+
+
+def _refused(run: Run) -> float:
+    """Requests that the server turned away for overload. Turns that were not sent because the one before them failed
+    are shared out like the failures that were sent.
+    """
+    failed = metrics.by_error(run)[1]
+    ours = {"cancelled", "stopped", "unsent", "no_history"}
+    refused, sent = failed.get("overloaded", 0), sum(n for name, n in failed.items() if name not in ours)
+    return refused * (1 + failed.get("no_history", 0) / sent) if sent else 0.0
 
 
 def workers(run: Run) -> Check:
@@ -117,27 +127,6 @@ def replicas(run: Run) -> Check:
     return check("replicas", not bad, observed, "all live to the end", "look at that server's log, then run again")
 
 
-def server_restarts(run: Run) -> Check:
-    """No server began anew between the first request and the last: its start time is the same, no counter fell."""
-    restarted = [f"replica {r.replica} died ({r.how}), up again: {r.ready or 'never'}" for r in run.manifest.restarts]
-    compared = 0
-    for r in run.manifest.replicas:
-        before, after = r.counters_before, r.counters_after
-        if before is None or after is None:
-            continue
-        compared += 1
-        if before.get(START_TIME) != after.get(START_TIME) and START_TIME in before and START_TIME in after:
-            restarted.append(f"replica {r.index} started again")
-        elif any(after.get(name, value) < value for name, value in before.items() if name != START_TIME):
-            restarted.append(f"replica {r.index}: its counters fell")
-    ok = None if not compared and not restarted else not restarted
-    observed = "; ".join(restarted) or (f"{compared} kept running" if compared else "the server has no counters")
-    if earlier := run.manifest.restarts_before:
-        observed += f"; before this run: {'; '.join(restart.words for restart in earlier)}"
-    advice = "the server restarted during the run, so caches and queues began empty: see its log, then run again"
-    return check("server_restarts", ok, observed, "none", advice)
-
-
 def engine_fits_tier(run: Run) -> Check:
     """The priced hardware is of the kind that was measured: no accelerator's price on a CPU engine's speed."""
     tier, engine = run.manifest.tier, run.manifest.engine
@@ -147,117 +136,6 @@ def engine_fits_tier(run: Run) -> Check:
     observed = f"{engine} on {tier.accelerator or 'CPU'}"
     fits = (engine == "vllm-cpu") == (tier.accelerator is None)
     return check("engine_fits_tier", fits, observed, "same kind", "choose the tier that the server really ran on")
-
-
-def output_tokens(run: Run) -> Check:
-    """Successful requests generated as many tokens as the plan asked for."""
-    asked, got = _both(run.rows, "output_tokens")
-    advice = "the server does not honour max_tokens with ignore_eos, so the load is not the trace's: see its options"
-    return _mismatch("output_tokens", asked, got, advice)
-
-
-def _both(rows: Rows, name: str) -> tuple[Floats, Floats]:
-    """Planned and counted tokens of the successes that have both."""
-
-    def known(part: Rows) -> Bools:
-        found: Bools = np.isfinite(getattr(part, name) + getattr(part, f"planned_{name}"))
-        return found & part.success
-
-    both = metrics.flags(rows, known)
-    return arrays.kept(getattr(rows, f"planned_{name}"), both), arrays.kept(getattr(rows, name), both)
-
-
-def input_tokens(run: Run) -> Check:
-    """Successful requests had as many input tokens as the plan says; exact up to one constant offset, which is a start
-    token or, where the plan did not know the server's chat template, that template.
-    """
-    chat = run.manifest.spec.endpoint == "chat"
-    asked, got = _both(run.rows, "input_tokens")
-    if run.manifest.plan.conversation == "live":
-        return _live_input(asked, got)
-    more = float(got[0] - asked[0]) if len(got) else 0.0
-    constant = all(bool((got[p] - asked[p] == more).all()) for p in arrays.blocks(len(got)))
-    if constant and more and (chat or 0 < more <= BOS_TOKENS):
-        what = "the server's chat template" if chat else "a start token the server adds"
-        observed = f"every prompt has {more:+.0f} tokens against the plan ({what})"
-        return check("input_tokens", True, observed, "as planned, or one constant offset", "")
-    advice = "the plan's tokenizer is not the server's: build the plan with the served model's own"
-    return _mismatch("input_tokens", asked, got, advice)
-
-
-def _live_input(asked: Floats, got: Floats) -> Check:
-    """Of a live conversation, whose turns are as long as the server's own answers make them: the difference, said."""
-    bound = "not gated: a live conversation's input lengths follow from the answers"
-    if not len(got):
-        return check("input_tokens", None, "live conversation, no planned length", bound, "nothing to do")
-    total, share = float(asked.sum()), arrays.differing(asked, got)
-    observed = (
-        f"live conversation: {share:.1%} of {len(got)} differ, {float(got.sum()):,.0f} tokens for {total:,.0f} asked "
-        f"({float(got.sum()) / total - 1:+.1%})"
-    )
-    return check("input_tokens", None, observed, bound, "nothing to do")
-
-
-def _mismatch(name: str, asked: Floats, got: Floats, advice: str) -> Check:
-    bound = f"at most {MISMATCH_BOUND:.0%} of requests differ"
-    if not len(got):
-        return check(name, None, "no request has both a plan and a count", bound, "nothing to do")
-    share = arrays.differing(asked, got)
-    return check(name, share <= MISMATCH_BOUND, f"{share:.1%} of {len(got)} differ", bound, advice)
-
-
-def token_books(run: Run) -> Check:
-    """The servers' own counters (tokens, requests) moved by what the rows say, plus what the others may have used."""
-    sides = {"input": INPUT_COUNTER, "output": OUTPUT_COUNTER, "requests": REQUEST_COUNTER}
-    moved = {side: _moved(run, counter) for side, counter in sides.items()}
-    bound = f"within {BOOKS_BOUND:.1%}, or what failed requests used"
-    if moved["input"] is None or moved["output"] is None:
-        return check("token_books", None, "the server has no token counters", bound, "nothing to do")
-    booked = [_booked(r) for r in (run.rows, run.warmup)]
-    words, ok = [], True
-    for side, server in moved.items():
-        if server is None:  # not every server counts requests
-            continue
-        known, slack = (sum(part[side][i] for part in booked) for i in (0, 1))
-        room = BOOKS_BOUND * max(known, 1.0)
-        ok &= known - room <= server <= known + slack + room
-        words.append(f"{side}: server {server:,.0f}, rows {known:,.0f}" + (f" (+{slack:,.0f} failed)" if slack else ""))
-    advice = "someone else used the server, or it restarted, or its usage is wrong: run again on a server of your own"
-    return check("token_books", ok, "; ".join(words), bound, advice)
-
-
-def _moved(run: Run, counter: str) -> float | None:
-    """How far one counter moved over all replicas; None when any of them does not have it."""
-    total = 0.0
-    for replica in run.manifest.replicas:
-        before, after = replica.counters_before, replica.counters_after
-        if before is None or after is None or counter not in after:
-            return None
-        total += after[counter] - before.get(counter, 0.0)
-    return total if run.manifest.replicas and math.isfinite(total) else None
-
-
-def _booked(rows: Rows) -> dict[str, tuple[float, float]]:
-    """(known, possible beyond) of input and output tokens, from ``usage``, and of requests that the server served.
-
-    A request that was sent and has no usage can have used anything up to what was planned for it; the server may have
-    finished what failed or was cancelled here.
-    """
-    booked = dict.fromkeys(("input", "output", "requests"), (0.0, 0.0))
-    for _, part in rows.blocks():
-        sent = np.isfinite(part.sent_s)
-        sides = {
-            "input": (part.input_tokens, part.planned_input_tokens),
-            "output": (part.output_tokens, part.planned_output_tokens),
-            "requests": (np.where(part.success, 1.0, np.nan), np.ones(len(part))),
-        }
-        for side, (got, planned) in sides.items():
-            known = np.isfinite(got)
-            # no plan for it (text, free length): anything is possible, so the books cannot show an excess
-            beyond = np.nan_to_num(planned[sent & ~known], nan=1e15).sum()
-            before, more = booked[side]
-            booked[side] = before + float(got.sum(where=known)), min(more + float(beyond), 1e15)
-    return booked
 
 
 # --------------------------------------------------------------------------------------------------------------- limits
@@ -273,12 +151,14 @@ def usage(run: Run) -> Check:
     return limit("usage", None if share is None else share <= MISMATCH_BOUND, observed, bound, advice)
 
 
-def failures(counts: Counts) -> Check:
+def failures(run: Run, counts: Counts) -> Check:
     """Few requests failed. Latency percentiles speak of successes only."""
     bad, offered = counts.failed + counts.lost, counts.offered
     share = bad / offered if offered else None
     advice = "latency and tokens are those of the successes, a flattering choice when many fail; see the errors"
+    refused = metrics.by_error(run)[1].get("overloaded", 0)
     observed = f"{bad} of {offered} failed"
+    observed += f", {refused} of them refused as overloaded (429, 503)" if refused else ""
     ok = None if share is None else share <= FAILED_BOUND
     return limit("failures", ok, observed, f"at most {FAILED_BOUND:.0%}", advice)
 

@@ -159,8 +159,13 @@ def engine_version(base_url: str, api_key: str | None) -> str | None:
 
 def counters(base_url: str, api_key: str | None) -> dict[str, float] | None:
     """The server's own counters (``vllm:*_total``, summed over labels) and its start time; null when it has none."""
+    return page_counters(f"{server_root(base_url)}/metrics", api_key)
+
+
+def page_counters(url: str, api_key: str | None) -> dict[str, float] | None:
+    """The same of one page of Prometheus text, wherever it is."""
     try:
-        text = fetch(f"{server_root(base_url)}/metrics", api_key).decode("utf-8", "replace")
+        text = fetch(url, api_key).decode("utf-8", "replace")
     except ServerError:
         return None
     return parse_counters(text) or None

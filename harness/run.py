@@ -75,6 +75,8 @@ class RunSpec:
     """Closed loop: requests scheduled before this time are warm-up. (In an open loop the plan's phase says it.)"""
     tls_ca: str | None = None
     """File of certificates to trust instead of the system's."""
+    counters: bool = True
+    """False: the servers' own counters were not to be read (``--no-counters``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +139,10 @@ class Replica:
     counters_before: dict[str, float] | None = None
     """Server's own counters just before the first request (`vllm:*_total`); null when it has none."""
     counters_after: dict[str, float] | None = None
+    metrics_urls: list[str] = field(default_factory=list)
+    """Pages whose counters are added up (``--metrics-url``); empty: the server's own /metrics."""
+    several_servers: bool = False
+    """Readings of one page came from different processes (a load balancer), so there are no counters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

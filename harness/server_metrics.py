@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -58,7 +59,7 @@ GAUGES = {
     "decode_request_s_total": "vllm:request_decode_time_seconds_sum",
     "process_start_s": "process_start_time_seconds",
 }
-"""Column -> the server's metric, summed over its labels."""
+"""Column -> the server's metric, summed over its labels; `kv_cache_usage` is that of the fullest."""
 
 SCHEMA = pa.schema(
     [
@@ -71,19 +72,19 @@ SCHEMA = pa.schema(
 
 
 class ServerMetrics:
-    """Samples one server into a file from a thread of its own, for the length of a ``with`` block.
+    """Samples one server, or all behind one address, into a file from a thread of its own, as long as a ``with`` block.
 
     Sampling never disturbs the run: a server without /metrics gives an empty file, a full disk ends the sampling and
     is told by ``trouble`` afterwards.
     """
 
-    def __init__(self, base_url: str, api_key: str | None, path: Path, start_unix_ns: int) -> None:
-        self._url = f"{probe.server_root(base_url)}/metrics"
-        self._key, self._path = api_key, path
+    def __init__(self, pages: Sequence[tuple[str, str | None]], path: Path, start_unix_ns: int) -> None:
+        """``pages``: where the metrics are, each with its API key; those of several processes are added up."""
+        self._pages, self._path = pages, path
         # One reading of both clocks, so that a wall clock that is set during the run moves nothing.
         self._start_mono_ns = time.monotonic_ns() + start_unix_ns - time.time_ns()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"metrics {base_url}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"metrics {pages[0][0]}", daemon=True)
         self.trouble: str | None = None
 
     def __enter__(self) -> ServerMetrics:
@@ -110,7 +111,9 @@ class ServerMetrics:
     def _sample(self) -> dict[str, float | None] | None:
         asked = time.monotonic_ns()
         try:
-            text = probe.fetch(self._url, self._key, deadline_s=ANSWER_S).decode("utf-8", "replace")
+            text = "\n".join(
+                probe.fetch(url, key, deadline_s=ANSWER_S).decode("utf-8", "replace") for url, key in self._pages
+            )
         except ServerError:
             return None
         now = time.monotonic_ns()
@@ -139,7 +142,10 @@ def read_server_metrics(path: Path) -> pa.Table | None:
 
 
 def read_gauges(text: str) -> dict[str, float | None]:
-    """The columns of `GAUGES` from Prometheus text, summed over labels; null for what is not there."""
+    """The columns of `GAUGES` from Prometheus text, summed over labels; null for what is not there.
+
+    Several engines: the use of the fullest cache; start times are added up too, so that any restart changes the sum.
+    """
     wanted = {name: column for column, name in GAUGES.items()}
     found: dict[str, float | None] = dict.fromkeys(GAUGES)
     for line in text.splitlines():
@@ -148,7 +154,8 @@ def read_gauges(text: str) -> dict[str, float | None]:
         if column is None:
             continue
         try:
-            found[column] = (found[column] or 0.0) + float(value)
+            before = found[column] or 0.0
+            found[column] = max(before, float(value)) if column == "kv_cache_usage" else before + float(value)
         except ValueError:
             continue
     return found

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from analysis.columns import bools, floats, plan_column, plan_size
+from analysis.counters import moved_by, shared_addresses
 from analysis.fidelity.answer import Plan, Served
 from analysis.load import Run
 from harness.errors import PlanError
@@ -58,7 +59,7 @@ def read_reuse(run: Run) -> tuple[Reuse | None, Reuse | str]:
         return None, "prompts are text of several tokens a word: their tokens are the server's"
     if not own.tokens:
         return own, "prompts are text: their tokens are the server's"
-    if _moved(run, HITS) is None and not bool(np.isfinite(run.rows.cached_tokens).any()):
+    if moved_by(run, HITS) is None and not bool(np.isfinite(run.rows.cached_tokens).any()):
         return own, "the server counts no prefix-cache hits"
     size = block_tokens(run)
     if size is None:
@@ -78,10 +79,11 @@ def block_tokens(run: Run) -> int | None:
 def read_served(run: Run) -> Served:
     """What the servers' own counters and gauges say of their prefix caches."""
     replicas = run.manifest.replicas
+    shared = bool(shared_addresses(run))
     return Served(
-        replicas=len(replicas),
-        queried_tokens=_moved(run, QUERIES),
-        hit_tokens=_moved(run, HITS),
+        replicas=max(2 * shared, sum(len(r.metrics_urls) or 1 for r in replicas)),
+        queried_tokens=None if shared else moved_by(run, QUERIES),
+        hit_tokens=None if shared else moved_by(run, HITS),
         fullest=max((f for r in replicas if (f := _fullest(run, r.index)) is not None), default=None),
         cache_tokens=_cache_tokens(run),
     )
@@ -100,17 +102,6 @@ def _cache_tokens(run: Run) -> float | None:
     ]
     known = [tokens for tokens in held if tokens is not None]
     return sum(known) if known and len(known) == len(held) else None
-
-
-def _moved(run: Run, counter: str) -> float | None:
-    """How far a counter moved over all replicas; None when any of them does not have it."""
-    total = 0.0
-    for replica in run.manifest.replicas:
-        before, after = replica.counters_before, replica.counters_after
-        if before is None or after is None or counter not in after:
-            return None
-        total += after[counter] - before.get(counter, 0.0)
-    return total if run.manifest.replicas else None
 
 
 def _fullest(run: Run, replica: int) -> float | None:

@@ -31,6 +31,10 @@ MOVED_BOUNDS = {1: 0.05, 10: 0.02, 60: 0.01}
 """Window, s -> share of requests that may go out in another one than planned."""
 GAP_BOUND, GAP_FLOOR_S = 0.1, 0.005
 CACHE_FULL = 0.9
+_OTHER_LENGTHS = {
+    "input": "the server counted other lengths than were planned: its tokenizer is another",
+    "output": "the server ended its answers by itself: what was served is not the trace's workload",
+}
 START_TOKENS = 2
 
 
@@ -158,7 +162,7 @@ def _sent_lengths(
     return Fidelity(
         name=name, ok=ok, bound=f"{LENGTH_BOUND:.3f}, means within {EXACT:.0%}",
         observed=f"{distance:.3f} apart; mean {asked.mean():.1f} -> {got.mean():.1f} tokens; {differing:.1%} differ",
-        said="" if ok else "the server counted other lengths than were planned: its tokenizer, or an early stop",
+        said="" if ok else _OTHER_LENGTHS[side],
     )  # fmt: skip
 
 

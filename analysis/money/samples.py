@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from analysis.arrays import Floats
+from analysis.counters import shared_addresses
 from analysis.load import Run
 from analysis.metrics import Window
 from harness.run import RunDir
@@ -47,6 +48,8 @@ COUNTERS = (
 
 def run_samples(run: Run, within: Window) -> Samples:
     """What the servers of a run counted in its window."""
+    if shared_addresses(run):
+        return _no_samples("several servers answer at one address, so their counters are no book")
     tables = [read_server_metrics(RunDir(run.path).server_metrics(r.index)) for r in run.manifest.replicas]
     found = [table for table in tables if table is not None]
     if len(found) < len(tables):

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from analysis import arrays, metrics
 from analysis.arrays import Floats
+from analysis.counters import shared_addresses
 from analysis.grid import EDGES, count_in
 from analysis.intervals import samples_needed
 from analysis.load import Rows, Run
@@ -104,6 +105,8 @@ def _loop_lag(run: Run, window: Window) -> Floats | None:
 
 def _server(run: Run, at_s: Floats) -> dict[str, Floats]:
     """Requests in all servers' batches and queues, and the KV cache use of the fullest, where every server is known."""
+    if shared_addresses(run):
+        return {}
     found: dict[str, list[Floats]] = {name: [] for name in SERVER_COLUMNS}
     for replica in run.manifest.replicas:
         table = read_server_metrics(RunDir(run.path).server_metrics(replica.index))

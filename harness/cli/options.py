@@ -156,6 +156,14 @@ SERVER_OPTIONS = stack(
         metavar="URL",
         help="Use the server that is already there (several: repeat). Then neither Ray nor vLLM is needed.",
     ),
+    click.option(
+        "--metrics-url",
+        "metrics_urls",
+        multiple=True,
+        metavar="URL",
+        help="Page of a server's own counters (repeat: one for each --base-url, or those of all servers behind one, "
+        "added up). Default: /metrics of --base-url.",
+    ),
     click.option("--model", metavar="NAME", help="Model to serve ('harness models'), or the name at --base-url."),
     click.option(
         "--tier",
@@ -219,6 +227,11 @@ LOAD_OPTIONS = stack(
         "--tls-ca",
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
         help="Certificates to trust instead of the system's. Certificates and host names are always verified.",
+    ),
+    click.option(
+        "--no-counters",
+        is_flag=True,
+        help="Do not read the servers' own counters: token books and restarts are then not checked.",
     ),
     click.option(
         "--slo",

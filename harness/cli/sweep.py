@@ -22,7 +22,7 @@ DECIDED = {
     "speed": "loads = { request_rate = [...] }",
 }
 """Options of replay that a sweep decides itself, and what to write instead."""
-OWN = frozenset({*DECIDED, "model", "tier", "base_url", "replicas", "seed", "out", "format", "ratio"})
+OWN = frozenset({*DECIDED, "model", "tier", "base_url", "metrics_url", "replicas", "seed", "out", "format", "ratio"})
 """Options of replay that are no options of a sweep file."""
 
 OPTIONS: dict[str, click.Option] = {

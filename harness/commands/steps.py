@@ -12,10 +12,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from harness import probe
 from harness.build import asked_plan, build_plan
 from harness.commands.output import say
 from harness.commands.targets import LocalTarget, Servers, Target, UrlTarget
+from harness.counters import count_after, count_before, key_for, pages_of
 from harness.errors import HarnessError, PlanError, ServerError, UsageError
 from harness.headers import parse_headers
 from harness.plan import PlanInfo, plan_sha256, read_plan_columns, read_plan_info
@@ -182,7 +182,10 @@ def execute_point(
     stop = stop or StopRequest()
     if servers.restarting() and (died := settle(servers)):
         raise ServerError("; ".join(f"replica {index} is gone: {how}" for index, how in died.items()))
-    replicas = [replace(r, exit=None, counters_before=None, counters_after=None) for r in servers.replicas]
+    replicas = [
+        replace(r, exit=None, counters_before=None, counters_after=None, several_servers=False)
+        for r in servers.replicas
+    ]
     spec = RunSpec(
         mode="closed" if options["concurrency"] else "open",
         concurrency=options["concurrency"] or options["max_concurrency"],
@@ -197,19 +200,24 @@ def execute_point(
         retries=options["retries"], ramp_s=options["ramp_s"],
         warmup_s=options["warmup"] if isinstance(options["warmup"], float) and options["concurrency"] else None,
         tls_ca=str(options["tls_ca"].resolve()) if options["tls_ca"] else None,
+        counters=not options.get("no_counters"),
     )  # fmt: skip
     manifest = describe(run, spec, info, servers, replicas)
     write_manifest(run, manifest)
     try:
         with LoadWorkers(spec, run, api_key=servers.api_key, launch=servers.launch) as load, stop:
-            count_before(replicas, servers.api_key)
+            if spec.counters:
+                count_before(replicas, servers.api_key)
             manifest.status, manifest.start_unix_ns = "running", load.start()
             write_manifest(run, manifest)
-            with sample_servers(servers, run, manifest.start_unix_ns):
+            with sample_servers(servers, run, manifest.start_unix_ns, counters=spec.counters):
                 progress = LoadProgress(console(), total=info.requests, span_s=info.span_s)
                 cut = watch(load, servers, stop, progress, deadline)
             manifest.workers, manifest.end_ns = load.workers, load.end_ns
-        count_after(replicas, servers)
+        died = servers.check()
+        for r in replicas:
+            r.exit = died.get(r.index)
+        count_after(replicas, died, servers.api_key)
         manifest.restarts = servers.restarts[len(manifest.restarts_before) :]
         manifest.status, manifest.reason = "complete", None
         if cut or stop.asked:
@@ -244,47 +252,19 @@ def describe(run: RunDir, spec: RunSpec, info: PlanInfo, servers: Servers, repli
     )  # fmt: skip
 
 
-def count_before(replicas: list[Replica], api_key: str | None) -> None:
-    """Read every server's own counters just before the load."""
-    for r in replicas:
-        r.counters_before = probe.counters(r.base_url, api_key)
-
-
-def count_after(replicas: list[Replica], servers: Servers) -> None:
-    """Read them again just after, where the server is still there; note which replicas died."""
-    died = servers.check()
-    for r in replicas:
-        r.exit = died.get(r.index)
-        if r.counters_before is not None and r.exit is None:
-            r.counters_after = settled_counters(r.base_url, servers.api_key)
-
-
 @contextmanager
-def sample_servers(servers: Servers, run: RunDir, start_unix_ns: int) -> Iterator[None]:
-    """Every server's own metrics, each second, beside the results."""
+def sample_servers(servers: Servers, run: RunDir, start_unix_ns: int, *, counters: bool = True) -> Iterator[None]:
+    """Every server's own metrics, each second, beside the results; the hosts' alone without ``counters``."""
     with ExitStack() as stack:
-        sampled = [
-            stack.enter_context(ServerMetrics(r.base_url, servers.api_key, run.server_metrics(r.index), start_unix_ns))
-            for r in servers.replicas
-        ]
+        sampled = []
+        for r in servers.replicas if counters else []:
+            pages = [(url, key_for(url, r.base_url, servers.api_key)) for url in pages_of(r)]
+            sampled.append(stack.enter_context(ServerMetrics(pages, run.server_metrics(r.index), start_unix_ns)))
         stack.enter_context(servers.sample_hosts(run, start_unix_ns))
         yield
     for metrics in sampled:
         if metrics.trouble:
             say(f"server metrics: {metrics.trouble}")
-
-
-def settled_counters(base_url: str, api_key: str | None) -> dict[str, float] | None:
-    """The counters once they stand still: vLLM books a request a moment after its client has the last byte."""
-    deadline = time.monotonic() + 5.0
-    last = probe.counters(base_url, api_key)
-    while time.monotonic() < deadline:
-        time.sleep(0.3)
-        now = probe.counters(base_url, api_key)
-        if now == last:
-            break
-        last = now
-    return last
 
 
 def watch(

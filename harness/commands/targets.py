@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import probe
 from harness.commands.output import say
+from harness.counters import check_metrics_urls
 from harness.errors import UsageError
 from harness.prompts import Vocabulary
 from harness.run import (
@@ -84,13 +85,16 @@ class Servers:
 class UrlTarget:
     """Servers that are there already. Nothing is started but load workers."""
 
-    def __init__(self, base_urls: list[str], model: str | None, tier: Tier | None) -> None:
+    def __init__(
+        self, base_urls: list[str], model: str | None, tier: Tier | None, metrics_urls: Sequence[str] = ()
+    ) -> None:
         self._key = os.environ.get(API_KEY) or None
         self._urls = [probe.normalise_base_url(url) for url in base_urls]
         found = probe.find_model(self._urls[0], self._key, model)
         self._model, self._longest = found.id, found.max_model_len
         for url in self._urls[1:]:
             probe.find_model(url, self._key, self._model)
+        self._pages = check_metrics_urls(metrics_urls, self._urls, self._key)
         self._tier = tier
         self.label = self._model.rsplit("/", 1)[-1]
 
@@ -125,7 +129,10 @@ class UrlTarget:
         from cluster.registry import end_orphans
 
         end_orphans(say)
-        replicas = [Replica(index=i, base_url=url) for i, url in enumerate(self._urls)]
+        replicas = [
+            Replica(index=i, base_url=url, metrics_urls=pages)
+            for i, (url, pages) in enumerate(zip(self._urls, self._pages, strict=True))
+        ]
         version = probe.engine_version(self._urls[0], self._key)
         yield Servers(
             engine="url",
@@ -220,11 +227,16 @@ def choose_target(options: dict[str, Any]) -> Target:
     """Existing servers when --base-url is given, else servers to start. Raises `UsageError` on unknown names."""
     from cluster.tiers import DEFAULT_TIER, get_tier
 
+    pages = list(options.get("metrics_urls") or ())
+    if pages and not options["base_urls"]:
+        raise UsageError("--metrics-url is for a server that is there already (--base-url): ours are known")
+    if pages and options.get("no_counters"):
+        raise UsageError("--metrics-url says where the counters are, --no-counters not to read them: give one")
     if options["base_urls"]:
         if options.get("tls_ca"):
             probe.trust(options["tls_ca"])
         tier = get_tier(options["tier"]) if options["tier"] else None
-        return UrlTarget(list(options["base_urls"]), options["model"], tier)
+        return UrlTarget(list(options["base_urls"]), options["model"], tier, pages)
     from cluster.models import DEFAULT_MODEL, for_tier, get_model
     from cluster.vllm import check_fit, for_processor
 

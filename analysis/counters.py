@@ -1,0 +1,147 @@
+"""What the servers counted, against what the rows say: other users, restarts, wrong usage.
+
+Counters of one process are a book. Behind one address of several processes they are none: that is found out, said as a
+limit, and nothing is concluded from them. Not checked is not INVALID.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from analysis.check import Check, check, limit
+from analysis.load import Rows, Run
+from harness.counters import several_processes
+from harness.run import Replica, RunDir
+from harness.server_metrics import read_server_metrics
+
+BOOKS_BOUND = 0.005
+INPUT_COUNTER = "vllm:prompt_tokens_total"
+OUTPUT_COUNTER = "vllm:generation_tokens_total"
+REQUEST_COUNTER = "vllm:request_success_total"
+START_TIME = "process_start_time_seconds"
+SAMPLED = {
+    "process_start_s": START_TIME, "prompt_tokens_total": INPUT_COUNTER, "generation_tokens_total": OUTPUT_COUNTER
+}  # fmt: skip
+"""Column of ``server-metrics-<replica>.arrows`` -> the counter, of those that tell one process from another."""
+
+
+def shared_addresses(run: Run) -> list[str]:
+    """Base URLs behind which several servers answer in turn, so that counters read there belong to none of them.
+
+    Never one of ours: a port that we hold has one process, and what it started anew is a restart.
+    """
+    if run.manifest.engine != "url":
+        return []
+    return [r.base_url for r in run.manifest.replicas if r.several_servers or _sampled_several(run, r)]
+
+
+def _sampled_several(run: Run, replica: Replica) -> bool:
+    """Whether the readings of each second, with those before and after the load, came from several processes."""
+    if len(replica.metrics_urls) > 1:  # added up, and each page was looked at before and after
+        return False
+    table = read_server_metrics(RunDir(run.path).server_metrics(replica.index))
+    rows = [] if table is None else table.select([*SAMPLED]).to_pylist()
+    sampled = [{SAMPLED[c]: v for c, v in row.items() if v is not None} for row in rows]
+    before, after = replica.counters_before, replica.counters_after
+    ends = [[] if known is None else [known] for known in (before, after)]
+    return several_processes([*ends[0], *sampled, *ends[1]])
+
+
+def server_counters(run: Run, shared: Sequence[str]) -> Check:
+    """One process answered wherever counters were read, so that they are a book."""
+    bound = "one server behind each address that was read"
+    if shared:
+        observed = f"several servers answer at {', '.join(shared)}: counters and restarts not checked"
+        advice = "name the /metrics page of each server with --metrics-url (repeat), or say --no-counters"
+        return limit("server_counters", False, observed, bound, advice)
+    read = [r for r in run.manifest.replicas if r.counters_before is not None]
+    if not read:
+        return limit("server_counters", None, _unread(run, shared), bound, "nothing to do")
+    pages = sum(len(r.metrics_urls) or 1 for r in read)
+    return limit("server_counters", True, f"{pages} read", bound, "")
+
+
+def _unread(run: Run, shared: Sequence[str]) -> str:
+    """Why there is nothing to check."""
+    if not run.manifest.spec.counters:
+        return "counters not read, as asked"
+    return "several servers answer here" if shared else "the server has no counters"
+
+
+def server_restarts(run: Run, shared: Sequence[str]) -> Check:
+    """No server began anew between the first request and the last: its start time is the same, no counter fell."""
+    restarted = [f"replica {r.replica} died ({r.how}), up again: {r.ready or 'never'}" for r in run.manifest.restarts]
+    compared = 0
+    for r in run.manifest.replicas:
+        before, after = r.counters_before, r.counters_after
+        if before is None or after is None or r.base_url in shared:
+            continue
+        compared += 1
+        started = {name for name in before if name.startswith(START_TIME)}
+        if any(before[name] != after[name] for name in started & after.keys()):
+            restarted.append(f"replica {r.index} started again")
+        elif any(after.get(name, value) < value for name, value in before.items() if name not in started):
+            restarted.append(f"replica {r.index}: its counters fell")
+    ok = None if not compared and not restarted else not restarted
+    observed = "; ".join(restarted) or (f"{compared} kept running" if compared else _unread(run, shared))
+    if earlier := run.manifest.restarts_before:
+        observed += f"; before this run: {'; '.join(restart.words for restart in earlier)}"
+    advice = "the server restarted during the run, so caches and queues began empty: see its log, then run again"
+    return check("server_restarts", ok, observed, "none", advice)
+
+
+def token_books(run: Run, shared: Sequence[str]) -> Check:
+    """The servers' own counters (tokens, requests) moved by what the rows say, plus what the others may have used."""
+    sides = {"input": INPUT_COUNTER, "output": OUTPUT_COUNTER, "requests": REQUEST_COUNTER}
+    moved = {side: None if shared else moved_by(run, counter) for side, counter in sides.items()}
+    bound = f"within {BOOKS_BOUND:.1%}, or what failed requests used"
+    if moved["input"] is None or moved["output"] is None:
+        return check("token_books", None, _unread(run, shared), bound, "nothing to do")
+    booked = [_booked(r) for r in (run.rows, run.warmup)]
+    words, ok = [], True
+    for side, server in moved.items():
+        if server is None:  # not every server counts requests
+            continue
+        known, slack = (sum(part[side][i] for part in booked) for i in (0, 1))
+        room = BOOKS_BOUND * max(known, 1.0)
+        ok &= known - room <= server <= known + slack + room
+        words.append(f"{side}: server {server:,.0f}, rows {known:,.0f}" + (f" (+{slack:,.0f} failed)" if slack else ""))
+    advice = "someone else used the server, or it restarted, or its usage is wrong: run again on a server of your own"
+    return check("token_books", ok, "; ".join(words), bound, advice)
+
+
+def moved_by(run: Run, counter: str) -> float | None:
+    """How far one counter moved over all replicas; None when any of them does not have it."""
+    total = 0.0
+    for replica in run.manifest.replicas:
+        before, after = replica.counters_before, replica.counters_after
+        if before is None or after is None or counter not in after:
+            return None
+        total += after[counter] - before.get(counter, 0.0)
+    return total if run.manifest.replicas and math.isfinite(total) else None
+
+
+def _booked(rows: Rows) -> dict[str, tuple[float, float]]:
+    """(known, possible beyond) of input and output tokens, from ``usage``, and of requests that the server served.
+
+    A request that was sent and has no usage can have used anything up to what was planned for it; the server may have
+    finished what failed or was cancelled here.
+    """
+    booked = dict.fromkeys(("input", "output", "requests"), (0.0, 0.0))
+    for _, part in rows.blocks():
+        sent = np.isfinite(part.sent_s)
+        sides = {
+            "input": (part.input_tokens, part.planned_input_tokens),
+            "output": (part.output_tokens, part.planned_output_tokens),
+            "requests": (np.where(part.success, 1.0, np.nan), np.ones(len(part))),
+        }
+        for side, (got, planned) in sides.items():
+            known = np.isfinite(got)
+            # no plan for it (text, free length): anything is possible, so the books cannot show an excess
+            beyond = np.nan_to_num(planned[sent & ~known], nan=1e15).sum()
+            before, more = booked[side]
+            booked[side] = before + float(got.sum(where=known)), min(more + float(beyond), 1e15)
+    return booked

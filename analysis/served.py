@@ -1,0 +1,97 @@
+"""Was the workload that was served the one that was planned? Lengths of answers and of prompts, as the server counted.
+
+Answers of other lengths than the trace's are a workload that a server chose to serve: its latencies and its price are
+true of it, and say less about the trace. Prompts of other lengths are a wrong plan.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from analysis import arrays, metrics
+from analysis.arrays import Bools, Floats
+from analysis.check import Check, check, limit
+from analysis.load import Rows, Run
+
+MISMATCH_BOUND = 0.01
+BOS_TOKENS = 2
+
+
+def output_tokens(run: Run) -> Check:
+    """Successful requests generated as many tokens as the plan asked for.
+
+    A limit whoever started the server: what was served was served. Most APIs cannot be told to go on after an end of
+    sequence (``ignore_eos`` is vLLM's), and one that can and does not still did this much work for its bill.
+    """
+    asked, got = _both(run.rows, "output_tokens")
+    bound = f"at most {MISMATCH_BOUND:.0%} of answers differ"
+    if not len(got):
+        return limit("output_tokens", None, "no request has both a plan and a count", bound, "nothing to do")
+    share = arrays.differing(asked, got)
+    if share <= MISMATCH_BOUND:
+        return limit("output_tokens", True, f"{share:.1%} of {len(got)} differ", bound, "")
+    longer = sum(int((got[p] > asked[p]).sum()) for p in arrays.blocks(len(got))) / len(got)
+    observed = f"served {served_lengths(run)}: {share - longer:.1%} of {len(got)} answers shorter than planned"
+    advice = "latencies and price are those of the served answers, not of the trace: the server ends answers by itself"
+    if longer:
+        observed += f", {longer:.1%} longer"
+        advice += ", and some run past max_tokens, or its usage counts what was not asked for"
+    return limit("output_tokens", False, observed, bound, advice)
+
+
+def served_lengths(run: Run) -> str | None:
+    """Mean output tokens of an answer, served and planned, in words; None where 1 % of them differ or fewer."""
+    asked, got = _both(run.rows, "output_tokens")
+    if not len(got) or arrays.differing(asked, got) <= MISMATCH_BOUND:
+        return None
+    return f"{float(got.mean()):.4g} output tokens a request for {float(asked.mean()):.4g} planned"
+
+
+def _both(rows: Rows, name: str) -> tuple[Floats, Floats]:
+    """Planned and counted tokens of the successes that have both."""
+
+    def known(part: Rows) -> Bools:
+        found: Bools = np.isfinite(getattr(part, name) + getattr(part, f"planned_{name}"))
+        return found & part.success
+
+    both = metrics.flags(rows, known)
+    return arrays.kept(getattr(rows, f"planned_{name}"), both), arrays.kept(getattr(rows, name), both)
+
+
+def input_tokens(run: Run) -> Check:
+    """Successful requests had as many input tokens as the plan says; exact up to one constant offset, which is a start
+    token or, where the plan did not know the server's chat template, that template.
+    """
+    chat = run.manifest.spec.endpoint == "chat"
+    asked, got = _both(run.rows, "input_tokens")
+    if run.manifest.plan.conversation == "live":
+        return _live_input(asked, got)
+    more = float(got[0] - asked[0]) if len(got) else 0.0
+    constant = all(bool((got[p] - asked[p] == more).all()) for p in arrays.blocks(len(got)))
+    if constant and more and (chat or 0 < more <= BOS_TOKENS):
+        what = "the server's chat template" if chat else "a start token the server adds"
+        observed = f"every prompt has {more:+.0f} tokens against the plan ({what})"
+        return check("input_tokens", True, observed, "as planned, or one constant offset", "")
+    advice = "the plan's tokenizer is not the server's: build the plan with the served model's own"
+    return _mismatch("input_tokens", asked, got, advice)
+
+
+def _live_input(asked: Floats, got: Floats) -> Check:
+    """Of a live conversation, whose turns are as long as the server's own answers make them: the difference, said."""
+    bound = "not gated: a live conversation's input lengths follow from the answers"
+    if not len(got):
+        return check("input_tokens", None, "live conversation, no planned length", bound, "nothing to do")
+    total, share = float(asked.sum()), arrays.differing(asked, got)
+    observed = (
+        f"live conversation: {share:.1%} of {len(got)} differ, {float(got.sum()):,.0f} tokens for {total:,.0f} asked "
+        f"({float(got.sum()) / total - 1:+.1%})"
+    )
+    return check("input_tokens", None, observed, bound, "nothing to do")
+
+
+def _mismatch(name: str, asked: Floats, got: Floats, advice: str) -> Check:
+    bound = f"at most {MISMATCH_BOUND:.0%} of requests differ"
+    if not len(got):
+        return check(name, None, "no request has both a plan and a count", bound, "nothing to do")
+    share = arrays.differing(asked, got)
+    return check(name, share <= MISMATCH_BOUND, f"{share:.1%} of {len(got)} differ", bound, advice)

@@ -1,0 +1,143 @@
+"""A server's own counters before and after the load: from one page or several, and whether one process answers there.
+
+A page (``/metrics``, Prometheus text) speaks for one process. Behind a load balancer each reading may come from another
+one, so differences of its counters mean nothing; that is found out here and written down (`Replica.several_servers`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from urllib.parse import urlsplit
+
+from harness import probe
+from harness.errors import ServerError, UsageError
+from harness.run import Replica
+
+READINGS = 4
+"""In quick succession before the load: a balancer that takes turns is seen for certain, one that draws mostly."""
+SETTLE_S = 5.0
+EVERY_S = 0.3
+_COUNTS = ("_total", "_sum", "_count")
+
+Reading = Mapping[str, float]
+
+
+def check_metrics_urls(urls: Sequence[str], base_urls: Sequence[str], api_key: str | None) -> list[list[str]]:
+    """The pages of each base URL; none given: the server's own. Raises `UsageError`, or `ServerError` for a page
+    without counters.
+    """
+    if not urls:
+        return [[] for _ in base_urls]
+    for url in urls:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
+            raise UsageError(f"--metrics-url {url!r}: expected something like http://127.0.0.1:8000/metrics")
+    if len(base_urls) == 1:
+        pages = [list(dict.fromkeys(urls))]
+    elif len(base_urls) == len(urls):
+        pages = [[url] for url in urls]
+    else:
+        raise UsageError(
+            f"{len(urls)} --metrics-url for {len(base_urls)} --base-url: give one for each, in the same order, or one "
+            f"--base-url with the pages of all servers behind it"
+        )
+    for base_url, own in zip(base_urls, pages, strict=True):
+        for url in own:
+            if probe.page_counters(url, key_for(url, base_url, api_key)) is None:
+                raise ServerError(f"--metrics-url {url}: no counters of a vLLM server there; is it a /metrics page?")
+    return pages
+
+
+def pages_of(replica: Replica) -> list[str]:
+    """Where a server's counters are read."""
+    return replica.metrics_urls or [f"{probe.server_root(replica.base_url)}/metrics"]
+
+
+def key_for(page: str, base_url: str, api_key: str | None) -> str | None:
+    """The API key goes to the server that it is for, and to no other address."""
+    same = urlsplit(page)[:2] == urlsplit(base_url)[:2]
+    return api_key if same else None
+
+
+def several_processes(readings: Sequence[Reading], *, at_once: bool = False) -> bool:
+    """Whether readings of one page, in time order, came from different processes that take turns.
+
+    A process that began anew never comes back: a start time that returns, or a counter that falls twice, is another
+    process. Read ``at_once`` (faster than a server starts) any change of the start time and any fall is one.
+    """
+    starts = [r[probe.START_TIME] for r in readings if probe.START_TIME in r]
+    changes = sum(a != b for a, b in pairwise(starts))
+    falls = sum(_fell(a, b) for a, b in pairwise(readings))
+    if at_once:
+        return changes + falls > 0
+    return changes > len(set(starts)) - 1 if starts else falls > 1
+
+
+def _fell(before: Reading, after: Reading) -> bool:
+    return any(after[name] < value for name, value in before.items() if name.endswith(_COUNTS) and name in after)
+
+
+def summed(pages: Sequence[Reading]) -> dict[str, float]:
+    """One reading of several processes: their counters added up, each one's start time under a name of its own."""
+    if len(pages) == 1:
+        return dict(pages[0])
+    total: dict[str, float] = {}
+    for k, page in enumerate(pages):
+        for name, value in page.items():
+            if name == probe.START_TIME:
+                total[f"{name} {k}"] = value
+            elif name.endswith((*_COUNTS, " num_gpu_blocks")):
+                total[name] = total.get(name, 0.0) + value
+            else:
+                total.setdefault(name, value)
+    size = f"{probe.CACHE_INFO} block_size"
+    if len({page.get(size) for page in pages}) > 1:  # blocks of different sizes cannot be counted together
+        total.pop(size, None)
+    return total
+
+
+def count_before(replicas: Sequence[Replica], api_key: str | None) -> None:
+    """Read every server's counters just before the load."""
+    for r in replicas:
+        _count(r, api_key, lambda _: READINGS, "counters_before")
+
+
+def count_after(replicas: Sequence[Replica], died: Mapping[int, str], api_key: str | None) -> None:
+    """Read them again just after, where the server is still there, once they stand still."""
+    for r in replicas:
+        if r.counters_before is not None and r.index not in died:
+            _count(r, api_key, _until_settled(), "counters_after")
+
+
+def _count(replica: Replica, api_key: str | None, wanted: Callable[[Sequence[Reading]], int], field: str) -> None:
+    pages: list[Reading] = []
+    for url in pages_of(replica):
+        key = key_for(url, replica.base_url, api_key)
+        seen: list[Reading] = []
+        while (found := probe.page_counters(url, key)) is not None:
+            seen.append(found)
+            if several_processes(seen, at_once=True):
+                replica.several_servers, replica.counters_before, replica.counters_after = True, None, None
+                return
+            if len(seen) >= wanted(seen):
+                break
+        if not seen or found is None:
+            setattr(replica, field, None)  # half a book is none
+            return
+        pages.append(seen[-1])
+    setattr(replica, field, summed(pages))
+
+
+def _until_settled() -> Callable[[Sequence[Reading]], int]:
+    """VLLM books a request a moment after its client has the last byte: read until two readings are the same."""
+    deadline = time.monotonic() + SETTLE_S
+
+    def wanted(seen: Sequence[Reading]) -> int:
+        if time.monotonic() >= deadline or (len(seen) > 1 and seen[-1] == seen[-2]):
+            return len(seen)
+        time.sleep(EVERY_S)
+        return len(seen) + 1
+
+    return wanted
