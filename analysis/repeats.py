@@ -13,7 +13,7 @@ from analysis.intervals import Quantity
 from analysis.likeness import student_t
 
 FEWEST_PAIRS = 3
-"""From so many pairs of runs on, intervals of a comparison are those of run to run."""
+"""From so many pairs of runs on a comparison is judged: fewer do not know how much two runs of one system differ."""
 
 
 def over_repeats(
@@ -91,20 +91,22 @@ def _within(values: Floats, shares: Floats, groups: Sequence[Ints]) -> float:
 
 
 def over_pairs(
-    values: Sequence[float], ends: Sequence[tuple[float | None, float | None]]
+    values: Sequence[float], ends: Sequence[tuple[float | None, float | None]], spread: float = 0.0
 ) -> tuple[float, float | None, float | None]:
-    """Mean over pairs of runs with its 95 % interval.
+    """Mean over pairs of runs with its 95 % interval; ``ends`` are those of each pair, which know its requests alone.
 
-    One or two pairs: from the lowest to the highest end of theirs, which knows nothing of what changes from run to run.
-    From three: Student's t over the pairs, which does.
+    From `FEWEST_PAIRS` on Student's t over the pairs, of a standard deviation of ``spread`` at least, and never
+    narrower than what the pairs' own ends say together: three pairs that happen to agree know no more than their
+    requests do. Fewer have no interval: what changes from run to run (restarts, a busy machine) is in none of theirs.
     """
-    mean = float(np.mean(values))
-    if len(values) >= FEWEST_PAIRS:
-        half = student_t(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-        return mean, mean - half, mean + half
-    lows, highs = zip(*ends, strict=True)
-    return (
-        mean,
-        None if None in lows else min(low for low in lows if low is not None),
-        None if None in highs else max(high for high in highs if high is not None),
-    )
+    n, mean = len(values), float(np.mean(values))
+    if n < FEWEST_PAIRS:
+        return mean, None, None
+    between = student_t(n - 1) * max(spread, float(np.std(values, ddof=1))) / math.sqrt(n)
+    known = [
+        (value - low, high - value)
+        for value, (low, high) in zip(values, ends, strict=True)
+        if low is not None and high is not None
+    ]
+    below, above = (float(np.linalg.norm(side)) / n for side in zip(*known, strict=True)) if known else (0.0, 0.0)
+    return mean, mean - max(between, below), mean + max(between, above)

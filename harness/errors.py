@@ -25,6 +25,7 @@ EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_INVALID = 3
 EXIT_SLO_MISSED = 4
+EXIT_NOT_DECIDED = 5
 
 
 class HarnessError(Exception):

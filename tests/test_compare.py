@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_files import MS, SPEC, TIER, bad, good, write_run
 
-from analysis.against.compare import Figure, judge, parse_gate
+from analysis.against.compare import LOADS_OWN, Figure, judge, parse_gate
 from analysis.against.compare import compare as hold_against
 from analysis.against.paired import FIGURES, RATE_BLOCKS, _figure, _percentiles, _share, block_counts, observe
 from analysis.intervals import Quantity
@@ -72,6 +72,12 @@ def against(a, b, *gates):
     return hold_against(a, b, [parse_gate(g) for g in gates])
 
 
+def three(path, who="a", **options):
+    """Three runs of one system, each with a seed of its own."""
+    made = {k: options.pop(k) for k in ("usd", "tier", "spec") if k in options}
+    return [side(path / f"{who}{k}", results(seed=k, who=who, **options), seed=k, **made) for k in range(3)]
+
+
 def figures(comparison, load=0):
     return {f.name: f for f in comparison.loads[load].figures}
 
@@ -87,25 +93,68 @@ def run_compare(*args):
 
 
 def test_what_is_known_is_found(tmp_path):
-    """B takes 1.6 times as long and its hour costs 2.2 instead of 3.6 USD."""
-    a = side(tmp_path / "a")
-    b = side(tmp_path / "b", results(scale=1.6, who="b"), usd=2.2, tier="tier-b")
-    made = against(a, b)
+    """B takes 1.6 times as long; three pairs."""
+    made = against(three(tmp_path), three(tmp_path, "b", scale=1.6, usd=2.2, tier="tier-b"))
     f = figures(made)
     assert made.comparable and set(f) == set(FIGURES)
-    assert f["cost"].verdict == "better"
-    assert f["cost"].change.low < 2.2 / 3.6 - 1 < f["cost"].change.high
     for name in ("ttft_p50", "ttft_p95", "ttft_p99", "tpot_p50", "tpot_p99", "e2e_p50"):
         assert f[name].verdict == "worse"
         assert f[name].change.low < 0.61 and f[name].change.high > 0.59, name
-    assert f["throughput"].verdict == "no difference shown", "the load is given"
     said = " ".join(made.loads[0].verdict)
-    assert re.search(r"B costs 3\d % \+- [\d.]+ % less at the same load and SLO, which both kept", said)
     assert "TTFT p99 of B is" in said and "worse" in said
     assert [d.name for d in made.differs] == ["tier", "price"]
-    assert made.compared == len(FIGURES)
-    assert made.expected_by_chance == pytest.approx(0.05 * len(FIGURES))
+    assert made.compared == len(FIGURES) - len(LOADS_OWN)
+    assert made.expected_by_chance == pytest.approx(0.05 * made.compared)
     assert made.shown == sum(v.verdict in ("better", "worse") for v in f.values())
+
+
+def test_one_pair_shows_figures_and_has_no_verdict(tmp_path):
+    """However far apart two runs lie: how far two runs of one system lie apart is not known from them."""
+    made = against(side(tmp_path / "a"), side(tmp_path / "b", results(scale=1.6, who="b")))
+    assert made.compared == made.shown == 0
+    for f in made.loads[0].figures:
+        assert f.a is not None and f.b is not None and f.difference.value is not None
+        assert (f.verdict, f.difference.low, f.difference.high) == ("not judged", None, None)
+    assert figures(made)["ttft_p50"].difference.note == "one pair: not judged"
+    two = against(three(tmp_path / "2")[:2], three(tmp_path / "2", "b", scale=1.6)[:2])
+    assert {f.verdict for f in two.loads[0].figures} == {"not judged"}
+    assert figures(two)["ttft_p50"].difference.note == "2 pairs: not judged"
+
+
+def test_an_open_loop_judges_no_cost_and_says_what_would(tmp_path):
+    """The load is given: what B could carry beyond it is in none of these runs."""
+    made = against(three(tmp_path), three(tmp_path, "b", usd=2.2, tier="tier-b"), "cost > +5%", "throughput < -3%")
+    f = figures(made)
+    for name in LOADS_OWN:
+        assert f[name].verdict == "not judged" and f[name].difference.low is None
+        assert f[name].a is not None and f[name].change.value is not None
+        assert "harness capacity" in f[name].difference.note and "harness price A B" in f[name].difference.note
+    assert f["e2e_p50"].verdict == "no difference shown"
+    assert [g.outcome for g in made.loads[0].gates] == ["not judged"] * 2
+    assert "harness capacity" in made.loads[0].gates[0].why
+    assert "That is not judged" in made.loads[0].verdict[0] and "harness price A B" in made.loads[0].verdict[0]
+
+
+def test_a_closed_loop_judges_cost(tmp_path):
+    """B costs a bit more than two thirds an hour and is as fast."""
+    spec = replace(SPEC, mode="closed", concurrency=1, slo=SLO)
+
+    def runs(who, usd):
+        for k in range(3):
+            rng = np.random.default_rng([k, ord(who)])
+            rows, at = [], 0
+            for i in range(200):
+                rows.append(good(i, at, ttft_ms=rng.normal(50, 2), inputs=200, tokens=20))
+                at = rows[-1].finished_ns
+            yield side(tmp_path / f"{who}{k}", rows, spec=spec, usd=usd, seed=k, tier=f"tier-{who}")
+
+    made = against(list(runs("a", 3.6)), list(runs("b", 2.5)), "cost > +5%")
+    f = figures(made)["cost"]
+    assert f.verdict == "better" and f.change.low < 2.5 / 3.6 - 1 < f.change.high
+    assert made.loads[0].gates[0].outcome == "holds"
+    assert re.search(
+        r"B costs 3\d % \+- [\d.]+ % less at the same load and SLO, which both kept", made.loads[0].verdict[0]
+    )
 
 
 def test_figures_are_those_of_the_report(tmp_path):
@@ -121,9 +170,9 @@ def test_figures_are_those_of_the_report(tmp_path):
 
 def test_pairing_sees_what_two_separate_intervals_cannot(tmp_path):
     """5 % slower under requests that vary tenfold: hidden between two intervals, plain request by request."""
-    a, b = side(tmp_path / "a"), side(tmp_path / "b", results(scale=1.05, noise=0.01, who="b"))
+    a, b = three(tmp_path), three(tmp_path, "b", scale=1.05, noise=0.01)
     f = figures(against(a, b))["ttft_p50"]
-    one, two = (seen(p).summary.metrics.ttft.p50 for p in (a, b))
+    one, two = (seen(p).summary.metrics.ttft.p50 for p in (a[0], b[0]))
     assert one.high > two.low, "the separate intervals overlap"
     assert f.verdict == "worse"
 
@@ -163,26 +212,30 @@ def test_the_interval_of_a_rate_covers_the_truth_when_stretches_of_time_are_alik
 
 
 def test_nothing_different_shows_nothing_much(tmp_path):
-    a, b = side(tmp_path / "a"), side(tmp_path / "b", results(who="b"))
-    made = against(a, b)
-    assert made.shown <= 3, [f for f in made.loads[0].figures if f.verdict in ("better", "worse")]
+    made = against(three(tmp_path), three(tmp_path, "b"))
+    assert made.shown <= 1, [f for f in made.loads[0].figures if f.verdict in ("better", "worse")]
     assert made.differs == ()
 
 
 def test_no_failure_at_all_is_no_certainty(tmp_path):
-    f = figures(against(side(tmp_path / "a"), side(tmp_path / "b", results(who="b"))))["error_rate"]
+    """Three pairs of 400 requests without an event: each pair's own end, exact, and the mean of three."""
+    f = figures(against(three(tmp_path), three(tmp_path, "b")))["error_rate"]
     assert (f.a, f.b, f.verdict) == (0, 0, "no difference shown")
-    assert f.difference.high == pytest.approx(1 - 0.025 ** (1 / 400))
+    assert f.difference.high == pytest.approx((1 - 0.025 ** (1 / 400)) / 3**0.5)
     assert f.change.value is None and f.change.note == "A is 0"
 
 
 def test_failures_are_shown_and_their_requests_left_out_of_latency(tmp_path):
     planned = {i: {"input_tokens": 200, "output_tokens": 20} for i in range(0, 400, 8)}
-    path = write_run(tmp_path / "b", results(who="b", fails=8), plan=planned, spec=replace(SPEC, slo=SLO))
-    f = figures(against(side(tmp_path / "a"), path))
+    b = []
+    for k in range(3):
+        rows = results(seed=k, who="b", fails=8)
+        b.append(write_run(tmp_path / f"b{k}", rows, plan=planned, spec=replace(SPEC, slo=SLO)))
+        change(b[-1], plan={"seed": k}, tier=replace(TIER, name="tier-a"))
+    f = figures(against(three(tmp_path), b))
     assert f["error_rate"].verdict == "worse" and f["error_rate"].b == pytest.approx(0.125)
     assert f["attainment"].verdict == "worse"
-    assert f["ttft_p50"].difference.n == 350
+    assert f["ttft_p50"].difference.n == 3 * 350
 
 
 @given(st.integers(5, 400))
@@ -228,20 +281,25 @@ def test_repeats_pair_by_seed(tmp_path):
     assert made.caution is None
 
 
-def test_one_pair_is_cautioned_before_its_verdict(tmp_path):
-    """Two runs of one system, minutes apart on a busy machine, differ by more than requests do."""
+def test_one_pair_is_cautioned_and_told_how_to_make_three(tmp_path):
     made = against([side(tmp_path / "a", results())], [side(tmp_path / "b", results(scale=1.2, who="b"))])
     text = render_markdown(comparison_blocks(made))
-    assert text.index("CAUTION. 1 pair of runs") < text.index("A against B") < text.index("worse")
-    assert text.count("know how requests vary") == 1
+    assert text.index("CAUTION. one pair: not judged") < text.index("A against B")
+    assert 'order = "abba"' in text and "harness compare FOLDER" in text
+    assert "better" not in text and "worse" not in text and "no difference" not in text
 
 
 def test_intervals_over_pairs():
-    assert over_pairs([1.0], [(0.5, 1.5)]) == (1.0, 0.5, 1.5)
-    assert over_pairs([1.0, 2.0], [(0.5, 1.5), (1.8, 2.2)]) == (1.5, 0.5, 2.2)
-    assert over_pairs([1.0, 2.0], [(0.5, 1.5), (None, None)]) == (1.5, None, None)
+    assert over_pairs([1.0], [(0.5, 1.5)]) == (1.0, None, None), "what differs from run to run is not in it"
+    assert over_pairs([1.0, 2.0], [(0.5, 1.5), (1.8, 2.2)]) == (1.5, None, None)
     mean, low, high = over_pairs([1.0, 2.0, 3.0], [(None, None)] * 3)
     assert (mean, low, high) == (2.0, pytest.approx(2 - 4.303 / 3**0.5, abs=0.01), pytest.approx(4.484, abs=0.01))
+    # three pairs that agree by luck: what their requests know together is the least
+    assert over_pairs([1.0] * 3, [(0.7, 1.5)] * 3) == (
+        1.0,
+        pytest.approx(1 - 0.3 / 3**0.5),
+        pytest.approx(1 + 0.5 / 3**0.5),
+    )
 
 
 def test_seeds_that_do_not_pair(tmp_path):
@@ -259,7 +317,8 @@ def test_loads_are_compared_one_by_one(tmp_path):
     b = [side(tmp_path / f"b{k}", results(60, who="b"), spec=spec[k]) for k in (1, 2)]
     made = against(a, b)
     assert len(made.loads) == 2 and any("only A has" in note for note in made.notes)
-    assert made.compared == sum(f.verdict != "not known" for load in made.loads for f in load.figures)
+    assert made.compared == 0, "one pair at each load"
+    assert made.caution.startswith("one pair: not judged")
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
@@ -391,20 +450,39 @@ def test_only_a_whole_interval_beyond_the_bound_fails(low, high, outcome):
     assert judge(parse_gate("throughput < -5%"), f).outcome == outcome
 
 
+def pattern(path, who):
+    return str(path / f"{who}?")
+
+
 def test_exit_codes_for_a_ci_job(tmp_path):
-    a, b = side(tmp_path / "a"), side(tmp_path / "b", results(scale=1.6, who="b"))
+    three(tmp_path), three(tmp_path, "b", scale=1.6)
+    a, b = pattern(tmp_path, "a"), pattern(tmp_path, "b")
     worse, fine = ("--fail-if", "ttft_p99 > +10ms"), ("--fail-if", "ttft_p99 > +1s")
     assert run_compare(a, b, *worse).return_value == 4
     assert run_compare(a, b, *fine).return_value == 0
     assert run_compare(a, b, *fine, *worse).return_value == 4
     assert "FAILS" in run_compare(a, b, *worse).stdout
-    no_price = side(tmp_path / "c", results(who="b"))
-    change(no_price, tier=None)
-    done = run_compare(a, no_price, "--fail-if", "cost > +5%")
-    assert done.return_value == 1, "what cannot be judged never passes in silence"
-    assert "CANNOT BE JUDGED" in done.stdout
     assert isinstance(run_compare(a, b, "--fail-if", "cots > 5%").exception, UsageError)
     assert isinstance(run_compare(a, a).exception, UsageError)
+
+
+def test_what_is_not_judged_never_passes_in_silence(tmp_path):
+    """Exit 5: fewer than three pairs, the cost of an open loop, or no price; a condition that fails comes first."""
+    a, b = three(tmp_path), three(tmp_path, "b", scale=1.6)
+    for side_a, side_b in ((a[:1], b[:1]), (a[:2], b[:2])):
+        made = against(side_a, side_b, "ttft_p99 > +10ms")
+        assert [g.outcome for g in made.loads[0].gates] == ["not judged"]
+    one = run_compare(a[0], b[0], "--fail-if", "ttft_p99 > +10ms")
+    assert one.return_value == 5 and "NOT JUDGED (one pair: not judged)" in " ".join(one.stdout.split())
+    assert run_compare(a[0], b[0]).return_value == 0, "nothing was asked"
+    cost = ("--fail-if", "cost > +5%")
+    dear = run_compare(pattern(tmp_path, "a"), pattern(tmp_path, "b"), *cost)
+    assert dear.return_value == 5 and "harness capacity" in dear.stdout and "harness price A B" in dear.stdout
+    both = run_compare(pattern(tmp_path, "a"), pattern(tmp_path, "b"), *cost, "--fail-if", "ttft_p99 > +10ms")
+    assert both.return_value == 4
+    for path in b:
+        change(path, tier=None)
+    assert run_compare(pattern(tmp_path, "a"), pattern(tmp_path, "b"), *cost).return_value == 5
 
 
 # --------------------------------------------------------------------------------------------------------- honest nulls
@@ -445,7 +523,11 @@ def test_closed_loops(tmp_path):
     spec = replace(SPEC, mode="closed", concurrency=1, slo=SLO)
     a = [good(i, i * 80 * MS, tokens=4) for i in range(200)]
     b = [good(i, i * 40 * MS, ttft_ms=25, itl_ms=5, tokens=4) for i in range(200)]
-    f = figures(against(side(tmp_path / "a", a, spec=spec), side(tmp_path / "b", b, spec=spec)))
+    sides = [
+        [side(tmp_path / f"{who}{k}", rows, spec=spec, seed=k) for k in range(3)] for who, rows in (("a", a), ("b", b))
+    ]
+    f = figures(against(*sides))
+    assert f["throughput"].verdict == f["cost"].verdict == "better"
     assert f["throughput"].change.low == pytest.approx(1.0, abs=0.02)
     assert f["cost"].change.value == pytest.approx(-0.5, abs=0.02)
 

@@ -1,8 +1,9 @@
 """A against B: what may be compared, in what they differ, each figure with a paired interval, and a verdict in words.
 
 Runs are paired by load and seed, and must have been asked the same: trace, arrivals, SLO, evidence. What is allowed to
-differ (tier, price, model, engine, its arguments, replicas) is the subject and is named. `harness.compare/1` is the
-JSON shape.
+differ (tier, price, model, engine, its arguments, replicas) is the subject and is named. What two runs of one system
+differ by from run to run is known from three pairs on: fewer are shown and not judged. `harness.compare/1` is the JSON
+shape.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from analysis.against.comparable import Difference, Pairs, differences, pair_runs, plans_differ, refusals
-from analysis.against.paired import FIGURES, SHARES, Observed, PairFigure, pair_figures
+from analysis.against.paired import FIGURES, SHARES, Ends, Observed, PairFigure, pair_figures
 from analysis.intervals import Quantity
 from analysis.repeats import FEWEST_PAIRS, over_pairs
 from analysis.sizing.system import load_words, slo_words
@@ -23,6 +25,12 @@ from harness.errors import UsageError, unknown_name
 
 SCHEMA = "harness.compare/1"
 BY_CHANCE = 0.05
+LOADS_OWN = ("cost", "throughput")
+"""Figures that an open loop gives: its load sets tokens/s, and the hourly price does the rest."""
+INSTEAD = "measure capacity of both (harness capacity), then: harness price A B"
+Verdict = Literal["better", "worse", "no difference shown", "not judged", "not known"]
+JUDGED: tuple[Verdict, ...] = ("better", "worse", "no difference shown")
+Outcome = Literal["fails", "holds", "undecided", "not judged"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +44,10 @@ class Gate:
     bound: float
     relative: bool
     """``bound`` is of B / A - 1; else of B - A in the figure's unit."""
-    outcome: str = "not judged"
+    outcome: Outcome = "not judged"
     """fails: the whole interval lies beyond the bound. holds: none of it does. undecided: part of it does, which does
-    not fail. not judged: the figure has no interval."""
+    not fail. not judged: the figure has no interval, for the reason ``why``."""
+    why: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +60,9 @@ class Figure:
     b: float | None
     difference: Quantity
     change: Quantity
-    verdict: str
-    """better, worse, no difference shown, or not known: of B, by the interval of the difference."""
+    verdict: Verdict
+    """Of B, by the interval of the difference. not judged: there is a figure and no such interval; not known: none of
+    both."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +160,7 @@ def compare(a: Sequence[Observed], b: Sequence[Observed], gates: Sequence[Gate] 
     if reasons:
         return blank
     loads = tuple(_at_load(group, gates) for group in pairs.values())
-    judged = [f for load in loads for f in load.figures if f.verdict != "not known"]
+    judged = [f for load in loads for f in load.figures if f.verdict in JUDGED]
     return replace(
         blank,
         differs=tuple(differences(first_a, first_b)),
@@ -167,15 +177,20 @@ def compare(a: Sequence[Observed], b: Sequence[Observed], gates: Sequence[Gate] 
 
 
 def _caution(pairs: Pairs) -> str | None:
-    """Few pairs: what differs between any two runs of one system is in no interval here, and looks like a finding."""
+    """Few pairs: what differs between any two runs of one system is not known, and would look like a finding."""
     fewest = min(len(group) for group in pairs.values())
     if fewest >= FEWEST_PAIRS:
         return None
     return (
-        f"{fewest} pair{'s' if fewest > 1 else ''} of runs: the intervals know how requests vary, not how restarts, "
-        "days and a busy machine do, so a difference may be one of those; "
-        f"{FEWEST_PAIRS} repeats of each (--seed) would tell"
+        f"{few_words(fewest)}: two runs of one system differ, too, and by how much is known from {FEWEST_PAIRS} pairs "
+        f'on. Make them in turns, A B B A: a sweep file with A and B, order = "abba" and repeats = {FEWEST_PAIRS} '
+        "(harness sweep FILE), then: harness compare FOLDER"
     )
+
+
+def few_words(pairs: int) -> str:
+    """That so few pairs of runs are not judged."""
+    return "one pair: not judged" if pairs == 1 else f"{pairs} pairs: not judged"
 
 
 def _notes(pairs: Pairs, left: Sequence[str]) -> list[str]:
@@ -197,8 +212,8 @@ def _notes(pairs: Pairs, left: Sequence[str]) -> list[str]:
         )
     if any(a.summary.load.mode == "open" for a, _ in every):
         notes.append(
-            "open loop: the load is given, so where both keep up throughput is the load's own, and cost is that at "
-            "this load, not at the most that the hardware can carry"
+            "open loop: the load is given, so throughput is the load's own and cost that at this load, not at the most "
+            f"that the hardware can carry: neither is judged; {INSTEAD}"
         )
     return notes
 
@@ -209,8 +224,14 @@ def _notes(pairs: Pairs, left: Sequence[str]) -> list[str]:
 def _at_load(pairs: Sequence[tuple[Observed, Observed]], gates: Sequence[Gate]) -> LoadComparison:
     found = [pair_figures(a, b) for a, b in pairs]
     evidence = pairs[0][0].summary.evidence
-    figures = {name: _over(name, [figs[name] for figs, _, _ in found], evidence) for name in FIGURES}
     first_a = pairs[0][0]
+    given = LOADS_OWN if first_a.summary.load.mode == "open" else ()
+    by_name = {name: [figs[name] for figs, _, _ in found] for name in FIGURES}
+    spread = _run_to_run({name: pair for name, pair in by_name.items() if name not in (*SHARES, *given)})
+    figures = {
+        name: _over(name, by_name[name], evidence, given=name in given, spread=0.0 if name in SHARES else spread)
+        for name in FIGURES
+    }
     met_a, met_b = (_all_met([pair[k].summary for pair in pairs]) for k in (0, 1))
     judged = tuple(judge(gate, figures[gate.metric]) for gate in gates)
     return LoadComparison(
@@ -224,7 +245,7 @@ def _at_load(pairs: Sequence[tuple[Observed, Observed]], gates: Sequence[Gate]) 
         b_slo_met=met_b,
         figures=tuple(figures.values()),
         gates=judged,
-        verdict=tuple(_sentences(figures, met_a, met_b)),
+        verdict=tuple(_sentences(figures, met_a, met_b, len(pairs))),
     )
 
 
@@ -233,8 +254,25 @@ def _all_met(runs: Sequence[Summary]) -> bool | None:
     return False if False in met else None if None in met else True
 
 
-def _over(name: str, pairs: Sequence[PairFigure], evidence: str) -> Figure:
-    """One figure over the pairs of runs."""
+def _run_to_run(figures: Mapping[str, Sequence[PairFigure]]) -> float:
+    """Standard deviation of the change over the pairs, as a share: the median of all figures that have one.
+
+    A run that is fast is so in most figures. Of a dozen figures over three pairs some agree by luck, and would show a
+    difference where there is none: none is taken to be steadier than this.
+    """
+    spreads = [
+        float(np.std([p.b / p.a - 1 for p in pairs if p.a and p.b is not None], ddof=1))
+        for pairs in figures.values()
+        if len(pairs) >= FEWEST_PAIRS and all(p.a and p.a > 0 and p.b is not None for p in pairs)
+    ]
+    return float(np.median(spreads)) if spreads else 0.0
+
+
+def _over(name: str, pairs: Sequence[PairFigure], evidence: str, *, given: bool, spread: float) -> Figure:
+    """One figure over the pairs of runs.
+
+    ``given``: the load's own, which no run can judge; ``spread``: of its change from pair to pair, at least.
+    """
     unit, less_is_better = FIGURES[name]
     n = sum(p.n for p in pairs)
     blank = Quantity(value=None, n=n, unit=unit, evidence=evidence, note=next((p.note for p in pairs if p.note), None))
@@ -244,14 +282,19 @@ def _over(name: str, pairs: Sequence[PairFigure], evidence: str) -> Figure:
         return Figure(
             name=name, unit=unit, a=None, b=None, difference=blank, change=change, verdict="not known"
         )  # fmt: skip
-    value, low, high = over_pairs([b - a for a, b in known], [p.difference for p in pairs])
-    difference = replace(blank, value=value, low=low, high=high)
-    change = replace(blank, unit="share of A", note="A is 0" if any(a <= 0 for a, _ in known) else blank.note)
-    if all(a > 0 for a, _ in known):
-        value, low, high = over_pairs([b / a - 1 for a, b in known], [p.change for p in pairs])
-        change = replace(change, value=value, low=low, high=high)
+    why = f"the load's own; {INSTEAD}" if given else few_words(len(pairs)) if len(pairs) < FEWEST_PAIRS else None
+    blank = replace(blank, note=why or blank.note)
+
+    def over(values: Sequence[float], ends: Sequence[Ends], unit: str, spread: float) -> Quantity:
+        value, low, high = over_pairs(values, ends, spread)
+        return replace(blank, unit=unit, value=value, low=None if why else low, high=None if why else high)
+
     mean_a, mean_b = (sum(values) / len(known) for values in zip(*known, strict=True))
-    verdict = "not known"
+    difference = over([b - a for a, b in known], [p.difference for p in pairs], unit, spread * mean_a)
+    change = replace(blank, unit="share of A", note="A is 0")
+    if all(a > 0 for a, _ in known):
+        change = over([b / a - 1 for a, b in known], [p.change for p in pairs], "share of A", spread)
+    verdict: Verdict = "not judged"
     if difference.low is not None and difference.high is not None:
         less, more = difference.high < 0, difference.low > 0
         verdict = "no difference shown" if not (less or more) else "better" if less == less_is_better else "worse"
@@ -264,20 +307,22 @@ def judge(gate: Gate, figure: Figure) -> Gate:
     """What became of a gate: only an interval that lies wholly beyond the bound fails it."""
     q = figure.change if gate.relative else figure.difference
     if q.low is None or q.high is None:
-        return replace(gate, outcome="not judged")
+        return replace(gate, outcome="not judged", why=q.note or figure.difference.note or "no interval")
     beyond = (q.low > gate.bound, q.high > gate.bound) if gate.above else (q.high < gate.bound, q.low < gate.bound)
     return replace(gate, outcome="fails" if beyond[0] else "undecided" if beyond[1] else "holds")
 
 
-def _sentences(figures: Mapping[str, Figure], met_a: bool | None, met_b: bool | None) -> list[str]:
-    said = [_cost_sentence(figures["cost"], met_a, met_b)]
+def _sentences(figures: Mapping[str, Figure], met_a: bool | None, met_b: bool | None, pairs: int) -> list[str]:
+    said = [] if pairs >= FEWEST_PAIRS else [f"{few_words(pairs).capitalize()}; the figures stand below."]
+    cost = _cost_sentence(figures["cost"], met_a, met_b)
+    said += [cost] if cost else []
     if met_a != met_b:
         kept, missed = ("A", "B") if met_a else ("B", "A")
         said.append(f"{kept} kept the SLO, {missed} missed it: the cost of {missed} is none to sell at.")
     elif met_a is False:
         said.append("Both missed the SLO: neither cost is one to sell at.")
     for metric in ("ttft", "tpot"):
-        known = [f for p in (99, 95, 50) if (f := figures[f"{metric}_p{p}"]).verdict != "not known"]
+        known = [f for p in (99, 95, 50) if (f := figures[f"{metric}_p{p}"]).verdict in JUDGED]
         # the furthest percentile that is known, and where it shows nothing the furthest that does
         shown = next((f for f in known if f.verdict != "no difference shown"), None)
         said += [_latency_sentence(f) for f in dict.fromkeys((known[0], shown or known[0]))] if known else []
@@ -285,10 +330,20 @@ def _sentences(figures: Mapping[str, Figure], met_a: bool | None, met_b: bool | 
     return said + [_plain_sentence(f) for f in others if f.verdict in ("better", "worse")]
 
 
-def _cost_sentence(f: Figure, met_a: bool | None, met_b: bool | None) -> str:
+def _cost_sentence(f: Figure, met_a: bool | None, met_b: bool | None) -> str | None:
     q = f.change
-    if q.value is None or q.low is None or q.high is None:
+    if f.a is None or f.b is None:
         return f"Cost cannot be compared: {f.difference.note or q.note or 'no interval'}."
+    if f.verdict == "not judged":
+        if INSTEAD not in (f.difference.note or ""):
+            return None  # for want of pairs, as everything here
+        return (
+            f"At this load A costs {f.a:.3g} and B {f.b:.3g} USD per 1M tokens. That is not judged: in an open loop "
+            f"the load is given, and below capacity both could carry more for the same money. Instead, {INSTEAD}."
+        )
+    assert q.value is not None
+    assert q.low is not None
+    assert q.high is not None
     at = (
         " at the same load and SLO, which both kept"
         if met_a and met_b

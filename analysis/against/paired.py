@@ -41,6 +41,9 @@ FIGURES: dict[str, tuple[str, bool]] = {
 SHARES = ("attainment", "error_rate")
 
 
+Ends = tuple[float | None, float | None]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
     """What a comparison needs of one run, one entry per measured request, ordered by request_id."""
@@ -67,8 +70,8 @@ class PairFigure:
     a: float | None
     b: float | None
     n: int
-    difference: tuple[float | None, float | None] = (None, None)
-    change: tuple[float | None, float | None] = (None, None)
+    difference: Ends = (None, None)
+    change: Ends = (None, None)
     note: str | None = None
 
 

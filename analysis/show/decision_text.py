@@ -290,8 +290,10 @@ def comparison_blocks(comparison: Comparison) -> list[Block]:
         rows = [(d.name, d.a, d.b) for d in comparison.differs]
         blocks.append(Block(heads=("What differs", "A", "B"), rows=rows))
     honest = (
-        f"{comparison.compared} figures are compared, each with its own 95 % interval: about "
+        f"{comparison.compared} figures are judged, each by its own 95 % interval over the pairs: about "
         f"{comparison.expected_by_chance:.1f} of them would show a difference by chance alone; {comparison.shown} do"
+        if comparison.compared
+        else "no figure is judged"
     )
     same = (
         f"the same in both: trace {comparison.trace}, seed, load, SLO ({comparison.slo or 'none'}); "
@@ -308,7 +310,7 @@ def _load_block(load: LoadComparison, named: bool) -> Block:
     unknown = sorted(
         {f"{f.name}: {f.difference.note or 'no interval'}" for f in load.figures if f.verdict == "not known"}
     )
-    gates = tuple(f"--fail-if {g.text}: {_OUTCOMES[g.outcome]}" for g in load.gates)
+    gates = tuple(f"--fail-if {g.text}: {_OUTCOMES[g.outcome]}{f' ({g.why})' if g.why else ''}" for g in load.gates)
     return Block(
         title="A against B" + (f": {load.load}" if named else ""),
         lines=(*load.verdict, *gates),
@@ -322,7 +324,7 @@ _OUTCOMES = {
     "fails": "FAILS, the whole interval is beyond it",
     "holds": "holds, the whole interval is within it",
     "undecided": "undecided, the interval lies on both sides; this does not fail (more requests or repeats would tell)",
-    "not judged": "CANNOT BE JUDGED, the figure has no interval",
+    "not judged": "NOT JUDGED",
 }
 
 

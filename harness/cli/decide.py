@@ -110,15 +110,19 @@ Examples:
 
 \b
 Figures: cost, throughput, goodput, attainment, error_rate, ttft_p50 _p95 _p99, tpot_p50 ..., e2e_p50 ...
+From three pairs of runs on (repeats of each, paired by seed) figures are judged; fewer are shown. Make the
+pairs in turns, A B B A: a sweep file with A and B, order = "abba" and repeats = 3. Cost and throughput of an
+open loop are the load's own and not judged: compare capacity (harness capacity, harness price) instead.
 A condition fails only when the whole 95 % interval of the change lies beyond the bound. An interval on
-both sides of it is undecided and does not fail: more requests or repeats would decide.
+both sides of it is undecided and does not fail: more repeats would decide.
 
 \b
 Exit status:
   0  compared; no condition fails
-  1  not comparable (the reasons are in the output), or a condition cannot be judged
+  1  not comparable (the reasons are in the output)
   2  the command line is wrong
   4  a condition of --fail-if fails
+  5  a condition is not judged: fewer than three pairs, cost in an open loop, or a figure that is not known
 """,
 )
 @click.argument("a", metavar="A")

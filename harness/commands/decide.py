@@ -14,6 +14,7 @@ from harness.commands.output import print_blocks, print_json, say
 from harness.errors import (
     EXIT_FAILURE,
     EXIT_INVALID,
+    EXIT_NOT_DECIDED,
     EXIT_SLO_MISSED,
     EXIT_VALID,
     UsageError,
@@ -241,6 +242,6 @@ def compare(
     if result.failed:
         return EXIT_SLO_MISSED
     if result.unjudged:
-        say(f"cannot be judged: {'; '.join(result.unjudged)}")
-        return EXIT_FAILURE
+        say(f"not judged: {'; '.join(result.unjudged)}")
+        return EXIT_NOT_DECIDED
     return EXIT_VALID
