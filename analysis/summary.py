@@ -118,6 +118,8 @@ class Summary:
     fidelity: list[Fidelity]
     tier: Tier | None
     model: str
+    label: str | None
+    """What the user calls this system; None: nothing."""
     engine: str
     server: Server
     host: Host
@@ -197,6 +199,7 @@ def summarise(
         fidelity=fidelity(run),
         tier=manifest.tier,
         model=manifest.model,
+        label=manifest.label,
         engine=manifest.engine,
         server=Server(
             version=manifest.engine_version,

@@ -212,6 +212,8 @@ class RunManifest:
     engine_version: str | None = None
     engine_args: list[str] = field(default_factory=list)
     model: str
+    label: str | None = None
+    """What the user calls this system (``--label``); null: nothing."""
     model_facts: dict[str, str] = field(default_factory=dict)
     """Where the weights came from, their checksum, the number format."""
     replicas: list[Replica] = field(default_factory=list)

@@ -10,7 +10,7 @@ import math
 import random
 import re
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +39,8 @@ class Pair:
     """Null: the sweep's."""
     base_url: str | list[str] | None = None
     """Servers that are there already; null: they are started."""
+    label: str | None = None
+    """What the user calls this system; null: the sweep's own, or none."""
 
     @property
     def base_urls(self) -> tuple[str, ...]:
@@ -46,8 +48,10 @@ class Pair:
         return (self.base_url,) if isinstance(self.base_url, str) else tuple(self.base_url or ())
 
     @property
-    def label(self) -> str:
-        """A name for people."""
+    def name(self) -> str:
+        """For people."""
+        if self.label:
+            return self.label
         model = (self.model or "served model").rstrip("/").rsplit("/", 1)[-1]
         return f"{model} on {self.tier}" if self.tier else model
 
@@ -77,8 +81,9 @@ class SweepSpec:
     replicas: int = 1
     repeats: int = 1
     seed: int = 0
-    order: Literal["random", "given"] = "random"
-    """Of load levels and repeats within a pair."""
+    order: Literal["random", "given", "abba"] = "random"
+    """Of load levels and repeats within a pair. abba: two pairs in turns, A B B A, repeat after repeat, so that what
+    drifts meets both alike (`harness compare`)."""
     on_failure: Literal["continue", "stop"] = "continue"
     """After a point that failed or is INVALID. A missed SLO is a result, not a failure."""
     budget_usd: float | None = None
@@ -154,6 +159,8 @@ def _check(spec: SweepSpec) -> None:
     for name, amount in (("budget_usd", spec.budget_usd), ("budget_hours", spec.budget_hours)):
         if amount is not None and not (math.isfinite(amount) and amount > 0):
             raise UsageError(f"{name}: is {amount:g}, must be above 0")
+    if spec.order == "abba" and len(pairs(spec)) != 2:
+        raise UsageError(f'order: "abba" is for two systems in turns, and here are {len(pairs(spec))}: name two')
     points = len(pairs(spec)) * len(levels(spec)) * spec.repeats
     if points > MOST_POINTS:
         raise UsageError(f"{points:,} runs are asked for, more than the {MOST_POINTS:,} a sweep can hold; make several")
@@ -184,7 +191,7 @@ def pairs(spec: SweepSpec) -> list[Pair]:
                 f"('harness {missing}s' lists them), or the base_url of servers that are there"
             )
         if one in found[:i]:
-            raise UsageError(f"{one.label}: named twice; repeats = 2 measures every point twice")
+            raise UsageError(f"{one.name}: named twice; repeats = 2 measures every point twice")
     return [replace(one, replicas=len(one.base_urls) or one.replicas or spec.replicas) for one in found]
 
 
@@ -284,21 +291,33 @@ def make_points(spec: SweepSpec) -> list[Point]:
     points: list[Point] = []
     found = pairs(spec)
     source = {one: k for k, one in reversed(list(enumerate(_plan_source(one) for one in found)))}
+    for k, level, repeat in _in_order(spec, found):
+        pair = found[k]
+        first = source[_plan_source(pair)]
+        maker = f"{first:02d}-{slug(found[first].name)}"
+        run = f"{level.label}-r{repeat}"
+        points.append(
+            Point(
+                name=f"{len(points) + 1:03d}-{slug(pair.name)}-{run}", pair=k, level=level, repeat=repeat,
+                seed=point_seed(spec.seed, level, repeat), plan=f"{maker}-{run}.arrow",
+            )
+        )  # fmt: skip
+    return points
+
+
+def _in_order(spec: SweepSpec, found: Sequence[Pair]) -> Iterator[tuple[int, Level, int]]:
+    """(pair, level, repeat) of every point as they are run."""
+    repeats = range(1, spec.repeats + 1)
+    if spec.order == "abba":
+        for repeat in repeats:
+            turn = [(k, level, repeat) for k in range(len(found)) for level in levels(spec)]
+            yield from turn if repeat % 2 else reversed(turn)
+        return
     for k, pair in enumerate(found):
-        runs = [(level, repeat) for repeat in range(1, spec.repeats + 1) for level in levels(spec)]
+        runs = [(k, level, repeat) for repeat in repeats for level in levels(spec)]
         if spec.order == "random":
             random.Random(f"{spec.seed}/{pair.model}/{pair.tier}/{k}").shuffle(runs)
-        first = source[_plan_source(pair)]
-        maker = f"{first:02d}-{slug(found[first].label)}"
-        for level, repeat in runs:
-            run = f"{level.label}-r{repeat}"
-            points.append(
-                Point(
-                    name=f"{len(points) + 1:03d}-{slug(pair.label)}-{run}", pair=k, level=level, repeat=repeat,
-                    seed=point_seed(spec.seed, level, repeat), plan=f"{maker}-{run}.arrow",
-                )
-            )  # fmt: skip
-    return points
+        yield from runs
 
 
 def point_seed(seed: int, level: Level, repeat: int) -> int:

@@ -210,7 +210,7 @@ def test_servers_that_are_there_by_tier_and_in_pairs(tmp_path: Path) -> None:
     assert pairs(alone) == [Pair(replicas=1, base_url="http://h")]
     named = read(tmp_path, 'trace = "t"\n' + CONCURRENCY + '[[pair]]\nmodel="a"\ntier="x"\nreplicas=4')
     assert pairs(named) == [Pair(model="a", tier="x", replicas=4)]
-    assert [p.label for p in (named.pair[0], Pair(model="org/m"), Pair(base_url="http://h"))] == [
+    assert [p.name for p in (named.pair[0], Pair(model="org/m"), Pair(base_url="http://h"))] == [
         "a on x", "m", "served model",
     ]  # fmt: skip
 
@@ -572,3 +572,34 @@ def test_a_probe_that_was_made_again_decides_nothing(tmp_path: Path, search: str
         point.verdict = "INVALID"
     write_state(tmp_path, state)
     assert len(done_points(tmp_path)) == 4, "nothing stands in for them"
+
+
+TWO = [Pair(model="m", base_url="http://127.0.0.1:1/v1"), Pair(model="m", base_url="http://127.0.0.1:2/v1")]
+
+
+def test_two_systems_in_turns_a_b_b_a() -> None:
+    """What drifts meets both alike: each repeat is the one before it, backwards."""
+    spec = SweepSpec(trace="t", loads=Loads(concurrency=[1, 8]), pair=TWO, repeats=3, order="abba")
+    points = make_points(spec)
+    assert [p.pair for p in points] == [0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1]
+    assert [p.level.concurrency for p in points] == [1, 8, 1, 8, 8, 1, 8, 1, 1, 8, 1, 8]
+    assert [p.repeat for p in points] == [1] * 4 + [2] * 4 + [3] * 4
+    seeds = [{(p.level, p.repeat): p.seed for p in points if p.pair == k} for k in (0, 1)]
+    assert seeds[0] == seeds[1] and len(set(seeds[0].values())) == 6
+
+
+@pytest.mark.parametrize("systems", [1, 3])
+def test_turns_are_of_two_systems(tmp_path: Path, systems: int) -> None:
+    models = ", ".join(f'"m{k}"' for k in range(systems))
+    file = tmp_path / "s.toml"
+    file.write_text(
+        f'trace = "t"\norder = "abba"\nmodels = [{models}]\nbase_url = "http://a/v1"\nloads = {{ concurrency = [1] }}\n'
+    )
+    with pytest.raises(UsageError, match=f"two systems in turns, and here are {systems}"):
+        read_sweep(file, (), {})
+
+
+def test_a_system_is_called_by_its_label() -> None:
+    pairs_ = [replace(TWO[0], label="old kernel"), replace(TWO[0], label="new kernel")]
+    points = make_points(SweepSpec(trace="t", loads=Loads(concurrency=[1]), pair=pairs_, order="abba"))
+    assert [p.name for p in points] == ["001-old-kernel-c1-r1", "002-new-kernel-c1-r1"]

@@ -23,8 +23,10 @@ from conftest import ROOT, StartServer, descendants, gone, harness, wait_for
 
 from cluster import load
 from harness import sweep_cost
+from harness.cli.decide import compare
 from harness.cli.sweep import sweep
 from harness.commands import sweep_run
+from harness.commands.found import sides_of_sweep
 from harness.commands.targets import Servers, UrlTarget
 from harness.errors import HarnessError, ResultsError, ServerError, UsageError
 from harness.plan import plan_sha256, read_plan_columns
@@ -38,6 +40,7 @@ COMMAND = f"""
 import cluster.load
 cluster.load.LEAD_S = {LEAD_S}
 from harness.cli import cli, main
+from harness.cli.decide import compare
 from harness.cli.sweep import sweep
 cli.add_command(sweep)
 main()
@@ -579,3 +582,26 @@ def test_kill_9_at_any_moment_leaves_a_folder_that_can_go_on(fake_server: StartS
     for name, facts in whole.items():
         rows = (folder / name / "results-0.arrows").stat()
         assert (rows.st_ino, rows.st_mtime_ns) == facts
+
+
+def test_two_servers_in_turns_and_their_comparison(fake_server: StartServer, tmp_path: Path) -> None:
+    """One command makes the pairs, A B B A A B, and names the next; a slower server is found."""
+    servers = [fake_server("--itl", "0.002"), fake_server("--itl", "0.006")]
+    more = 'order = "abba"\nrepeats = 3\nslo = { ttft = "5s" }\n' + "".join(
+        f'[[pair]]\nbase_url = "{s.url}"\nlabel = "{name}"\n' for s, name in zip(servers, "ab", strict=True)
+    )
+    file = write_sweep(tmp_path, None, rows=40, tokens=8, loads="concurrency = [4]", more=more)
+    done = go(file, "--out", tmp_path / "out")
+    folder = folder_of(tmp_path / "out")
+    state = check_whole(folder, 6)
+    assert [state.pairs[p.pair].label for p in state.points] == ["a", "b", "b", "a", "a", "b"]
+    assert [read_manifest(folder / p.name).label for p in state.points] == ["a", "b", "b", "a", "a", "b"]
+    assert f"A against B: harness compare {folder}" in done.stdout
+    a, b = sides_of_sweep(str(folder))
+    assert [read_manifest(path).label for path in (*a, *b)] == ["a"] * 3 + ["b"] * 3
+    with pytest.raises(UsageError, match="needs two sides"):
+        sides_of_sweep(str(a[0]))
+    if any(p.verdict != "VALID" for p in state.points):
+        pytest.skip("on a busy machine some runs prove nothing, and are not compared")
+    made = CliRunner().invoke(compare, [str(folder), "--fail-if", "tpot_p50 > +2ms"], standalone_mode=False)
+    assert made.return_value == 4, made.output

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.against.paired import Observed
-from analysis.sizing.system import load_of, load_words, slo_words
+from analysis.sizing.system import load_of, load_words, servers_of, slo_words, tier_words
 from analysis.summary import Summary
 
 
@@ -38,8 +38,10 @@ _SAME: dict[str, tuple[Callable[[Summary], object], str]] = {
 """What must be the same in all runs, and what to do when it is not."""
 
 _SUBJECT: dict[str, Callable[[Summary], object]] = {
+    "label": lambda s: s.label or "none",
+    "servers": lambda s: " ".join(servers_of(s)) or "started for the run",
     "model": lambda s: s.model,
-    "tier": lambda s: s.tier.name if s.tier else "none",
+    "tier": lambda s: tier_words(s) or "none",
     "replicas": lambda s: s.cost.replicas,
     "price": lambda s: (
         f"{s.tier.usd_per_hour:g} USD/h, {s.tier.purchase}, {s.tier.region}, {s.tier.date}" if s.tier else "none"

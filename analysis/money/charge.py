@@ -22,7 +22,7 @@ from analysis.money.split import Split
 from analysis.money.terms import Structure, Terms, from_split
 from analysis.money.unit_prices import Mix, UnitPrices, bill_parts, times, unit_prices
 from analysis.offered_load import LoadKind
-from analysis.sizing.system import Key, hardware_of, slo_words, system_of
+from analysis.sizing.system import Key, hardware_of, servers_of, slo_words, system_of
 from analysis.summary import Summary
 from harness.run import Tier
 
@@ -51,6 +51,10 @@ class Charge:
 
     tier: str | None
     model: str
+    label: str | None
+    """What the user calls this system."""
+    servers: tuple[str, ...]
+    """Addresses of servers that were there already."""
     engine: str
     args: tuple[str, ...]
     replicas: int
@@ -139,6 +143,8 @@ def _charge(found: Quote, terms: Terms, structure: Structure, basis: PriceBasis 
     made = Charge(
         tier=first.tier.name if first.tier else None,
         model=first.model,
+        label=first.label,
+        servers=servers_of(first),
         engine=f"{first.engine} {first.server.version or ''}".strip(),
         args=tuple(first.server.args),
         replicas=first.cost.replicas,

@@ -12,6 +12,7 @@ from analysis.show.cells import Cell, Table, in_seconds, interval, load_cell, pr
 from analysis.show.plot import Chart, cost_charts, load_charts, share_chart
 from analysis.show.view import RunView
 from analysis.sizing.at_slo import System, systems
+from analysis.sizing.system import servers_of, tier_words, where_words
 from analysis.summary import DEFAULT_ATTAIN, Summary
 
 COLORS = 8
@@ -70,7 +71,7 @@ def compare_runs(views: Sequence[RunView]) -> Comparison:
 
 def _what(view: RunView) -> str:
     s = view.summary
-    return report.clean(f"{s.model} on {s.tier.name if s.tier else 'no tier'}", 80)
+    return report.clean(f"{s.model} on {tier_words(s) or 'no tier'}{where_words(s.label, servers_of(s))}", 120)
 
 
 def _capacity(found: Sequence[System]) -> Table | None:
@@ -141,12 +142,12 @@ def _table(views: Sequence[RunView]) -> Table:
     by_load = sorted(enumerate(views), key=lambda kv: (_what(kv[1]), load_cell(kv[1].summary).sort or 0.0))
     for k, v in by_load:
         s = v.summary
-        cost, tier = s.cost, s.tier
+        cost = s.cost
         prices = (cost.usd_per_1m_total, cost.split.usd_per_1m_input, cost.split.usd_per_1m_output)
         rows.append(
             [
                 Cell(v.label, note=f"{v.verdict}, dummy weights" if s.caution else v.verdict, mark=f"run-{k % COLORS}"),
-                Cell(tier.name if tier else "no tier", note=_basis(s)),
+                Cell(tier_words(s) or "no tier", note=_basis(s)),
                 load_cell(s),
                 *(price_cell(s, price) for price in prices),
                 quantity(s.metrics.ttft.p99, in_seconds),
@@ -180,7 +181,9 @@ def _differences(views: Sequence[RunView]) -> tuple[list[tuple[str, object]], Ta
         "SLO": _slo,
         "loop": lambda s: KIND_WORDS[s.offered.kind],
         "model": lambda s: s.model,
-        "tier": lambda s: s.tier.name if s.tier else "none",
+        "label": lambda s: s.label or "none",
+        "servers": lambda s: " ".join(servers_of(s)) or "started for the run",
+        "tier": lambda s: tier_words(s) or "none",
         "price": _basis,
         "engine": lambda s: f"{s.engine} {s.server.version or ''}".strip(),
         "arguments": lambda s: " ".join(s.server.args) or "none",

@@ -25,6 +25,7 @@ from analysis.money.price_table import PriceReport
 from analysis.money.terms import Terms
 from analysis.money.unit_prices import UnitPrices
 from analysis.show.report import clean, figure, hourly, price
+from analysis.sizing.system import where_words
 
 _MARKDOWN = re.compile(r"([\\`*\[\]<>|_#])")
 
@@ -94,7 +95,8 @@ def price_blocks(report: PriceReport) -> list[Block]:
 
 
 def _charge_blocks(charge: Charge, terms: Terms) -> list[Block]:
-    where = f"{charge.tier or 'no tier'} x {charge.replicas}"
+    stated = " (as stated by you)" if charge.tier and charge.servers else ""
+    where = f"{charge.tier or 'no tier'}{stated} x {charge.replicas}{where_words(charge.label, charge.servers)}"
     title = f"What to charge: {charge.model} on {where}"
     warned = () if charge.caution is None else (f"CAUTION. {charge.caution}",)
     if charge.reason is not None or charge.cost_full is None or charge.cost is None:

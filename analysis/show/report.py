@@ -17,6 +17,7 @@ from rich.text import Text
 from analysis.intervals import Distribution, Quantity
 from analysis.labels import clean as clean
 from analysis.offered_load import KIND_WORDS
+from analysis.sizing.system import servers_of, tier_words, where_words
 from analysis.summary import Summary, claims
 
 _MARKDOWN = re.compile(r"([\\`*\[\]<>|])")
@@ -80,12 +81,13 @@ _WORDY = ("meaning", "example", "95 % interval", "unit", "note")
 
 def headline(summary: Summary) -> str:
     """Model, hardware, evidence."""
-    tier = summary.tier
+    tier = tier_words(summary)
     where = (
-        f"{tier.name} x {summary.cost.replicas}"
+        f"{tier} x {summary.cost.replicas}"
         if tier
         else f"{summary.cost.replicas} {'server' if summary.cost.replicas == 1 else 'servers'}, no tier"
     )
+    where += where_words(summary.label, servers_of(summary))
     return clean(f"{summary.model} on {where}, {summary.evidence} {summary.created[:10]}")
 
 
@@ -229,6 +231,8 @@ def closing(summary: Summary) -> list[tuple[str, list[str]]]:
             f"bill of this window {figure(cost.bill_usd)} USD; {cost.purchase}, {cost.region}, "
             f"read {cost.date}; source: {cost.source}"
         )
+        if summary.engine == "url":
+            basis.append("the tier is as stated by you: what these servers run on was not looked at")
         basis += [
             f"no split by {' or '.join(s.method for s in cost.splits if s.reason == why)}: {why}"
             for why in dict.fromkeys(s.reason for s in cost.splits if s.reason is not None)

@@ -14,6 +14,7 @@ from analysis.show import report
 from analysis.show.cells import Cell, Table, in_percent, in_seconds, interval, number, quantity, state_of
 from analysis.show.curves import SHARES, Promises, curves, promises
 from analysis.show.plot import RunCharts, run_charts
+from analysis.sizing.system import tier_words
 from analysis.summary import DEFAULT_ATTAIN, Summary
 
 MOST_ITEMS = 200
@@ -201,7 +202,7 @@ def _basis(s: Summary) -> list[tuple[str, object]]:
     hardware = f"{tier.accelerator_count} x {tier.accelerator}" if tier.accelerator else "no accelerator"
     bill = f"{report.figure(cost.bill_usd)} USD" if cost.bill_usd is not None else None
     return [
-        ("Tier", f"{tier.name}: {tier.provider} {tier.instance}"),
+        ("Tier", f"{tier_words(s)}: {tier.provider} {tier.instance}"),
         ("Hardware", f"{tier.vcpu} vCPU, {tier.memory_gib:g} GiB, {hardware}"),
         ("Price of one instance", f"{report.hourly(cost.usd_per_hour)} USD/h, {tier.purchase}, {tier.region}"),
         ("Source", f"{tier.source}, read {tier.date}"),
@@ -332,8 +333,9 @@ def _inputs(s: Summary) -> list[tuple[str, list[tuple[str, object]]]]:
         for r in server.replicas[:MOST_ITEMS]
     ]  # fmt: skip
     engine = {"model": s.model, "engine": s.engine, "version": server.version, "arguments": " ".join(server.args)}
-    identity = {"run": s.run_id, "created": s.created, "harness commit": s.git, "plan SHA-256": s.plan_sha256,
-                "run directory": s.run, "evidence": s.evidence}  # fmt: skip
+    identity = {"run": s.run_id, "label": s.label, "created": s.created, "harness commit": s.git,
+                "plan SHA-256": s.plan_sha256, "run directory": s.run, "evidence": s.evidence}  # fmt: skip
+    hardware = _facts(asdict(s.tier)) if s.tier is not None else [("tier", "none stated, so no price")]
     load = asdict(s.load)
     if isinstance(load.get("headers"), dict):
         load["headers"] = list(load["headers"])  # names only: a value may be a secret
@@ -341,7 +343,7 @@ def _inputs(s: Summary) -> list[tuple[str, list[tuple[str, object]]]]:
         ("Load", _facts(load, without=("base_urls", "model"))),
         ("Plan", _facts(asdict(s.plan), without=("notes", "schema_version", "source", "planned"))),
         ("Server", [*_facts(engine), *_facts(server.model_facts), *replicas]),
-        ("Hardware tier", _facts(asdict(s.tier)) if s.tier is not None else [("tier", "none stated, so no price")]),
+        ("Hardware tier" + (", as stated by you" if s.tier and s.engine == "url" else ""), hardware),
         ("Load generator's host", _facts(asdict(s.host))),
         ("Versions", _facts(s.versions)),
         ("This run", _facts(identity)),

@@ -14,7 +14,16 @@ from analysis.money.price import bill_usd, usd_per_1m
 from analysis.offered_load import LOAD_UNIT, LoadKind
 from analysis.repeats import over_repeats
 from analysis.sizing.capacity import Capacity, Point, capacity, knee, little, pool, saturation
-from analysis.sizing.system import Key, has_load, load_words, offered, plan_of, system_of
+from analysis.sizing.system import (
+    Key,
+    has_load,
+    load_words,
+    offered,
+    plan_of,
+    servers_of,
+    system_of,
+    where_words,
+)
 from analysis.summary import Summary
 from harness.slo import Criterion
 
@@ -62,6 +71,9 @@ class System:
     """One tier, model and engine under one kind of load: what it carries and what that costs."""
 
     model: str
+    label: str | None
+    servers: tuple[str, ...]
+    """Addresses of servers that were there already."""
     tier: str | None
     engine: str
     args: tuple[str, ...]
@@ -111,13 +123,16 @@ class System:
 
     @property
     def name(self) -> str:
-        """``model on tier``, with the number of replicas when there are several."""
-        where = f"{self.model} on {self.tier or 'no tier'}"
-        return f"{where} x {self.replicas}" if self.replicas > 1 else where
+        """``model on tier``, with the number of replicas when there are several, address and label if there are any."""
+        stated = " (as stated by you)" if self.tier and self.servers else ""
+        where = f"{self.model} on {self.tier or 'no tier'}{stated}"
+        where = f"{where} x {self.replicas}" if self.replicas > 1 else where
+        return where + where_words(self.label, self.servers)
 
     def same_but_promise(self, other: System) -> bool:
         """Whether ``other`` is the same hardware, software and traffic, judged by another promise."""
-        same = ("model", "tier", "engine", "args", "replicas", "evidence", "trace", "loop", "usd_per_hour")
+        same = ("model", "label", "servers", "tier", "engine", "args", "replicas", "evidence", "trace", "loop",
+                "usd_per_hour")  # fmt: skip
         return self.slo != other.slo and all(getattr(self, name) == getattr(other, name) for name in same)
 
     @property
@@ -207,7 +222,7 @@ def _system(runs: Sequence[Summary], utilisation: float, left_out: Sequence[str]
     total, output = (_cost(first, found, name) for name in ("total_token_throughput", "output_token_throughput"))
     ratios = {f"{p.load:g}": r for p in points if (r := little(p, p.rates["e2e_mean_s"].value)) is not None}
     return System(
-        model=first.model, tier=first.tier.name if first.tier else None,
+        model=first.model, label=first.label, servers=servers_of(first), tier=first.tier.name if first.tier else None,
         engine=f"{first.engine} {first.server.version or ''}".strip(), args=tuple(first.server.args),
         replicas=max(1, first.cost.replicas), evidence=first.evidence, trace=first.plan.trace,
         slo=" and ".join(c.name for c in criteria) or None,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
 from analysis.offered_load import KIND_WORDS
 from analysis.summary import Summary
 
@@ -9,9 +12,31 @@ Key = tuple[object, ...]
 
 
 def hardware_of(s: Summary) -> Key:
-    """Hardware, its price, model, engine and its arguments, and the kind of evidence: what a token costs there."""
+    """Hardware, its price, model, engine and its arguments, and the kind of evidence: what a token costs there.
+
+    Of servers that were there already only their address and the user's label tell them apart.
+    """
     tier = (s.tier.name, s.tier.usd_per_hour) if s.tier else None
-    return (tier, s.cost.replicas, s.model, s.engine, s.server.version, tuple(s.server.args), s.evidence)
+    return (tier, s.cost.replicas, s.model, s.engine, s.server.version, tuple(s.server.args), s.evidence, s.label,
+            servers_of(s))  # fmt: skip
+
+
+def servers_of(s: Summary) -> tuple[str, ...]:
+    """Addresses of servers that were there already; none of those started for the run, whose ports are any."""
+    return tuple(sorted(s.load.base_urls)) if s.engine == "url" else ()
+
+
+def tier_words(s: Summary) -> str | None:
+    """The tier by name, of a server that was there already as what it is: the user's word. None: none was stated."""
+    if s.tier is None:
+        return None
+    return f"{s.tier.name} (as stated by you)" if s.engine == "url" else s.tier.name
+
+
+def where_words(label: str | None, servers: Sequence[str]) -> str:
+    """Label and address of a system, to stand behind its other names; empty where it has neither."""
+    at = ", ".join(urlsplit(url).netloc or url for url in servers[:2]) + (", ..." if len(servers) > 2 else "")
+    return (f" at {at}" if at else "") + (f" [{label}]" if label else "")
 
 
 def system_of(s: Summary) -> Key:

@@ -107,6 +107,7 @@ def price(**options: Any) -> int:
 Examples:
   harness compare runs/20261121T234654Z-h100 runs/20261121T235904Z-l40s
   harness compare 'runs/*-before' 'runs/*-after' --fail-if 'cost > +5%' --fail-if 'ttft_p99 > +20ms'
+  harness compare sweeps/20261122T021500Z-ab
 
 \b
 Figures: cost, throughput, goodput, attainment, error_rate, ttft_p50 _p95 _p99, tpot_p50 ..., e2e_p50 ...
@@ -126,14 +127,14 @@ Exit status:
 """,
 )
 @click.argument("a", metavar="A")
-@click.argument("b", metavar="B")
+@click.argument("b", metavar="[B]", required=False)
 @click.option(
     "--fail-if", multiple=True, metavar="'FIGURE > +5%'", help="End with status 4 when B is that much worse; repeat."
 )
 @JUDGE_OPTIONS
 @format_option("text", "md", "json")
 def compare(**options: Any) -> int:
-    """A against B, each a run directory, a folder of repeats or a quoted pattern.
+    """A against B, each a run directory, a folder of repeats or a quoted pattern; or A alone, a sweep of two systems.
 
     Same trace, load, seed, SLO and evidence, or there is no comparison. Tier, price, model, engine and its arguments
     may differ and are named. Requests are paired by id, repeats by seed.

@@ -170,6 +170,11 @@ SERVER_OPTIONS = stack(
         metavar="NAME",
         help="Hardware tier and its price ('harness tiers'). With --base-url: what it runs on.",
     ),
+    click.option(
+        "--label",
+        metavar="NAME",
+        help="What this system is called in reports. Systems of two labels, or at two --base-url, never count as one.",
+    ),
     click.option("--replicas", type=click.IntRange(min=1), default=1, show_default=True, help="Servers to start."),
     click.option(
         "--on-replica-death",

@@ -139,7 +139,7 @@ class CapacitySession(Session):
         run = f"{level.label}-r{repeat}"
         say(f"next: {level.words} ({why})")
         point = Point(
-            name=f"{len(points) + 1:03d}-{slug(pair.label)}-{run}", pair=0, level=level, repeat=repeat,
+            name=f"{len(points) + 1:03d}-{slug(pair.name)}-{run}", pair=0, level=level, repeat=repeat,
             seed=point_seed(self.state.spec.seed, level, repeat), plan=f"{run}.arrow",
         )  # fmt: skip
         points.append(point)

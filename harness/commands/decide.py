@@ -9,7 +9,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.commands.found import Measured, find_runs, is_search, observe_run, read_summaries
+from harness.commands.found import Measured, find_runs, is_search, observe_run, read_summaries, sides_of_sweep
 from harness.commands.output import print_blocks, print_json, say
 from harness.errors import (
     EXIT_FAILURE,
@@ -110,7 +110,7 @@ def _open_first(decided: Sequence[Charge]) -> list[Charge]:
     """Without the closed loops of what was measured in an open loop, too: they hide the queue that users would see."""
 
     def what(c: Charge) -> tuple[object, ...]:
-        return c.tier, c.model, c.engine, c.args, c.replicas, c.evidence, c.slo
+        return c.tier, c.model, c.label, c.servers, c.engine, c.args, c.replicas, c.evidence, c.slo
 
     asked = {what(c) for c in decided if c.loop != "closed"}
     kept = [c for c in decided if c.loop != "closed" or what(c) not in asked]
@@ -214,7 +214,7 @@ def parse_tier_price(text: str, known: dict[str, Tier]) -> tuple[str, Tier]:
 
 
 def compare(
-    a: str, b: str, *, fail_if: Sequence[str], slo: dict[str, float] | None, attain: float, format_: str
+    a: str, b: str | None, *, fail_if: Sequence[str], slo: dict[str, float] | None, attain: float, format_: str
 ) -> int:
     """A against B; refused with reasons when they are not comparable."""
     from analysis.against.compare import compare as hold_against
@@ -222,13 +222,13 @@ def compare(
     from analysis.show.decision_text import comparison_blocks
 
     gates = [parse_gate(text) for text in fail_if]
-    for text in (a, b):
+    for text in filter(None, (a, b)):
         if is_search(Path(text)):
             raise UsageError(
                 f"{text}: a search for capacity chooses its own loads, so two of them have none in common; put them "
                 "side by side with 'harness price A B', or compare two runs or sweeps of equal loads"
             )
-    sides = [find_runs(text) for text in (a, b)]
+    sides = sides_of_sweep(a) if b is None else (find_runs(a), find_runs(b))
     if {path.resolve() for path in sides[0]} & {path.resolve() for path in sides[1]}:
         raise UsageError(f"{a} and {b} share a run: a run is not compared with itself")
     side_a, side_b = ([observe_run(path, slo, attain) for path in side] for side in sides)

@@ -25,7 +25,7 @@ def replay(trace: Path, out: Path, **options: Any) -> int:
     source = open_asked(trace, options)
     target = choose_target(options)
     root, url = split_out(out)
-    run = create_run_dir(root, f"{trace.name.split('.')[0]}-{target.label}")
+    run = create_run_dir(root, f"{trace.name.split('.')[0]}-{options.get('label') or target.label}")
     say(f"run directory: {run.path}")
     try:
         make_plan(source, run.plan, target, closed=closed, options=options)
@@ -63,7 +63,7 @@ def run(plan: Path, out: Path, **options: Any) -> int:
     check_load_options({**options, "speed": None, "rate": None})
     target = choose_target(options)
     root, url = split_out(out)
-    run_dir = create_run_dir(root, f"{plan.stem}-{target.label}")
+    run_dir = create_run_dir(root, f"{plan.stem}-{options.get('label') or target.label}")
     say(f"run directory: {run_dir.path}")
     copy_plan(plan, run_dir.path / PLAN)
     return run_and_report(run_dir, target, options, url)

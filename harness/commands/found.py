@@ -83,6 +83,24 @@ def find_runs(text: str) -> list[Path]:
     return found
 
 
+def sides_of_sweep(text: str) -> tuple[list[Path], list[Path]]:
+    """The runs of the first system of a sweep of two, and those of the second. Raises `UsageError` for another one."""
+    from harness.sweep_state import STATE, read_state
+
+    folder = Path(text)
+    if not (folder / STATE).is_file():
+        raise UsageError(f"{text}: compare needs two sides, A and B; alone stands only the folder of a sweep of two")
+    state = read_state(folder)
+    if len(state.pairs) != 2:
+        raise UsageError(f"{text}: is a sweep of {len(state.pairs)} systems; name the runs of two of them as A and B")
+    which = {point.name: point.pair for point in state.points}
+    done = done_points(folder)
+    first, second = ([path for path in done if which[path.name] == k] for k in (0, 1))
+    if not first or not second:
+        raise ResultsError(f"{text}: no point of {state.pairs[0 if not first else 1].name} is done")
+    return first, second
+
+
 def is_search(path: Path) -> bool:
     """Whether this is the folder of a search for capacity."""
     from harness.sweep_state import STATE, read_state

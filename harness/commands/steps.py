@@ -202,7 +202,7 @@ def execute_point(
         tls_ca=str(options["tls_ca"].resolve()) if options["tls_ca"] else None,
         counters=not options.get("no_counters"),
     )  # fmt: skip
-    manifest = describe(run, spec, info, servers, replicas)
+    manifest = describe(run, spec, info, servers, replicas, options.get("label"))
     write_manifest(run, manifest)
     try:
         with LoadWorkers(spec, run, api_key=servers.api_key, launch=servers.launch) as load, stop:
@@ -239,13 +239,15 @@ def settle(servers: Servers) -> dict[int, str]:
         time.sleep(0.5)
 
 
-def describe(run: RunDir, spec: RunSpec, info: PlanInfo, servers: Servers, replicas: list[Replica]) -> RunManifest:
+def describe(
+    run: RunDir, spec: RunSpec, info: PlanInfo, servers: Servers, replicas: list[Replica], label: str | None = None
+) -> RunManifest:
     """The manifest before the first request."""
     return RunManifest(
         run_id=run.path.name, created=now_utc(), spec=spec, plan=info, plan_sha256=plan_sha256(run.plan),
         tier=servers.tier, engine=servers.engine, engine_version=servers.engine_version,
         engine_args=servers.engine_args,
-        model=servers.model, model_facts=servers.model_facts, replicas=replicas, host=describe_host(),
+        model=servers.model, label=label, model_facts=servers.model_facts, replicas=replicas, host=describe_host(),
         load_shares_server_host=servers.shares_host, load_shares_server_cores=servers.shared_cores,
         restarts_before=list(servers.restarts),
         versions=installed_versions(), git=git_commit(),

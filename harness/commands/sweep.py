@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -147,7 +148,7 @@ def check(spec: SweepSpec, options: dict[str, Any]) -> list[Tier | None]:
                 unfit.append(str(e))
         found.append(tier)
         if tier is None and spec.budget_usd is not None:
-            raise UsageError(f"a budget in USD needs a price: name the tier of {pair.label}, or set a budget in hours")
+            raise UsageError(f"a budget in USD needs a price: name the tier of {pair.name}, or set a budget in hours")
     if unfit:
         raise UsageError("\n  ".join([*unfit, "name the pairs that fit as [[pair]] instead of models and tiers"]))
     return found
@@ -184,7 +185,8 @@ def show_plan(
                  "repeat": point.repeat, "seed": point.seed, "requests": guess.requests, "hours": guess.seconds / 3600,
                  "usd": guess.seconds / 3600 * usd if tier else None, "assumed": guess.assumed}
             )  # fmt: skip
-        begin_h = start_s(pair, tier) / 3600 if mine else 0.0
+        starts = sum(turn == k for turn, _ in itertools.groupby(point.pair for point in todo))  # in turns: each time
+        begin_h = starts * start_s(pair, tier) / 3600
         hours = begin_h + sum(expected[point.name].seconds for point in mine) / 3600
         groups.append(
             {"model": pair.model, "tier": pair.tier, "replicas": pair.replicas, "runs": len(mine),
@@ -265,6 +267,8 @@ def sum_up(folder: Path, state: SweepState, format_: str) -> int:
         cost = _usd(usd if any(rental.tier for rental in state.rentals) else None)
         print(f"{_count(state, 'done')} of {len(state.points)} points done; {hours:.3g} h of servers, {cost} USD")
         print(f"sweep folder: {folder}")
+        if state.spec.order == "abba" and state.spec.repeats > 1:
+            print(f"A against B: {shlex.join(['harness', 'compare', str(folder)])}")
     if _count(state, "done") < len(state.points):
         return EXIT_FAILURE
     return EXIT_INVALID if any(point.verdict != "VALID" for point in state.points) else EXIT_VALID

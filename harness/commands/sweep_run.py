@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import time
@@ -57,10 +58,11 @@ class Session:
 
     def work(self) -> None:
         """The points that are to be done, once what an earlier sitting left was looked at."""
-        for k, pair in enumerate(self.state.pairs):
-            points = [p for p in self.state.points if p.pair == k and p.state == "pending"]
-            if points and not self.over:
-                say(f"{pair.label} x {pair.replicas}: {len(points)} point{'s' if len(points) > 1 else ''}")
+        pending = [p for p in self.state.points if p.state == "pending"]
+        for k, turn in itertools.groupby(pending, key=lambda point: point.pair):
+            points, pair = list(turn), self.state.pairs[k]
+            if not self.over:
+                say(f"{pair.name} x {pair.replicas}: {len(points)} point{'s' if len(points) > 1 else ''}")
                 self._pair(k, points)
 
     # --- what an earlier sitting left --------------------------------------------------------------------------------
@@ -103,7 +105,7 @@ class Session:
                 with self.serving(k, target) as servers:
                     self._points(left, servers)
         except (HarnessError, OSError) as e:
-            say(f"{pair.label}: {e}")
+            say(f"{pair.name}: {e}")
             for point in left:
                 self.end(point, "failed", str(e).splitlines()[0])
             self._stop_if_asked()
@@ -128,7 +130,7 @@ class Session:
             yield servers
 
     def _server_dir(self, k: int) -> RunDir:
-        path = self.folder / "servers" / f"{k:02d}-{slug(self.state.pairs[k].label)}"
+        path = self.folder / "servers" / f"{k:02d}-{slug(self.state.pairs[k].name)}"
         path.mkdir(parents=True, exist_ok=True)
         return RunDir(path)
 
@@ -320,7 +322,8 @@ class Session:
     def _options(self, point: Point) -> dict[str, Any]:
         """The options of ``harness replay`` that this point stands for."""
         level = {"concurrency": point.level.concurrency, "rate": point.level.request_rate, "seed": point.seed}
-        return {**self.options, **level}
+        label = self.state.pairs[point.pair].label or self.options.get("label")
+        return {**self.options, **level, "label": label}
 
     def tell_once(self, words: str) -> None:
         """A line that many points have in common."""
