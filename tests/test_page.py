@@ -347,7 +347,7 @@ def test_several_runs_are_compared_by_price_and_load(tmp_path):
     stopped = view(tmp_path / "c", fast, label="stopped", status="stopped")
     made = page(cheap, dear, stopped)
     assert "2 of 3 runs are VALID" in made.text
-    assert "kept its SLO is busy" in made.text
+    assert "The cheapest VALID run that kept its SLO: not judged. busy:" in made.text, "one run each"
     cost = next(c for c in made.charts if c["title"].startswith("Cost against the TTFT"))
     (line,) = cost["lines"]
     assert len(cost["x"]) == 2
@@ -603,6 +603,95 @@ def test_the_limit_of_a_percentile_is_drawn(tmp_path):
     against = {c.title: [m.label for m in c.marks] for c in compare_runs([one, two]).load}
     assert against["TTFT, median"] == []
     assert [labels for title, labels in against.items() if title.startswith("TTFT, p")] == [["SLO p95"]]
+
+
+@pytest.mark.parametrize(
+    ("slo", "drawn", "over_time_name"),
+    [
+        ({"ttft_p95": 0.2}, "TTFT, p95", "p95 (largest of fewer than 20)"),
+        ({"ttft_p99": 0.2}, "TTFT, p99", "p99 (largest of fewer than 100)"),
+        ({"ttft": 0.2}, "TTFT, p99", "p99 (largest of fewer than 100)"),
+        ({"tpot": 0.2}, "TTFT, p99", "p99 (largest of fewer than 100)"),
+    ],
+)
+def test_under_a_limit_stands_the_percentile_that_it_is_promised_of(tmp_path, slo, drawn, over_time_name):
+    """99 % of requests are to keep a limit that names no percentile."""
+    runs = [view(tmp_path / str(k), mixed(400 + k), label=str(k), spec=replace(SPEC, slo=slo)) for k in range(2)]
+    chart = next(c for c in compare_runs(runs).load if c.title.startswith("TTFT, p"))
+    share = over_time_name.split()[0]
+    assert chart.title == drawn
+    assert [m.label for m in chart.marks] == ([] if "tpot" in slo else [f"SLO {share}"])
+    timeline = next(c for c in runs[0].charts.timeline if c.title == "TTFT")
+    assert [line.name for line in timeline.lines] == ["median", over_time_name]
+    assert [m.label for m in timeline.marks] == ([] if "tpot" in slo else [f"SLO {share}"])
+
+
+def test_closed_and_open_loops_are_no_points_of_one_line(tmp_path):
+    closed = replace(SLO, mode="closed", concurrency=4)
+    views = [
+        view(tmp_path / "a", [good(i) for i in range(400)], label="a"),
+        view(tmp_path / "b", [good(i, i * 60 * MS) for i in range(400)], label="b", spec=closed),
+    ]
+    made = compare_runs(views)
+    for chart in (*made.load, *made.cost):
+        assert [line.name for line in chart.lines] == ["m on test.large, open loop", "m on test.large, closed loop"]
+
+
+def test_repeats_of_one_load_all_have_a_point(tmp_path):
+    runs = [view(tmp_path / str(k), [good(i, ttft_ms=40 + 10 * k) for i in range(400)], label=str(k)) for k in range(3)]
+    chart = next(c for c in compare_runs(runs).load if c.title == "TTFT, median")
+    assert chart.x == pytest.approx([10.0] * 3)
+    assert chart.lines[0].y == pytest.approx([0.04, 0.05, 0.06])
+
+
+def repeats(tmp_path, name, slower, spread, n=3):
+    """A closed loop of one system, ``n`` times; ``spread``: of the speed of a run."""
+    made = []
+    for k in range(n):
+        rng, at, rows = np.random.default_rng([k, *name.encode()]), 0, []
+        factor = slower * np.exp(spread * rng.standard_normal())
+        for i in range(120):
+            rows.append(good(i, at, ttft_ms=50 * factor * rng.lognormal(0, 0.02), itl_ms=10 * factor))
+            at = rows[-1].finished_ns
+        spec = replace(SLO, mode="closed", concurrency=1)
+        made.append(view(tmp_path / f"{name}{k}", rows, label=f"{name}{k}", spec=spec, model=name))
+    return made
+
+
+def test_a_winner_is_named_only_where_repeats_tell_them_apart(tmp_path):
+    far = compare_runs([*repeats(tmp_path / "1", "int8", 1.0, 0.01), *repeats(tmp_path / "1", "bf16", 1.5, 0.01)])
+    assert "The cheapest VALID run that kept its SLO is int80 and 2 more of it" in far.sentence
+    near = compare_runs([*repeats(tmp_path / "2", "int8", 1.0, 0.01), *repeats(tmp_path / "2", "bf16", 1.003, 0.01)])
+    assert "no difference shown between" in near.sentence
+    once = compare_runs(
+        [*repeats(tmp_path / "3", "int8", 1.0, 0.01, 1), *repeats(tmp_path / "3", "bf16", 1.5, 0.01, 1)]
+    )
+    assert "not judged" in once.sentence and "3 repeats of each" in once.sentence
+    for made in (near, once):
+        assert "is int8" not in made.sentence and "is bf16" not in made.sentence
+
+
+def test_of_two_equal_runs_both_are_seen(visit, tmp_path):
+    """One lies on the other, point by point: the colour of both is drawn."""
+    rows = [good(i, ttft_ms=50 + i % 9) for i in range(400)]
+    tab = visit(*(view(tmp_path / name, rows, label=name, model=name) for name in "ab"))
+    seen = tab.evaluate(
+        """() => {
+          const figure = [...document.querySelectorAll('figure')].find((f) => f.textContent.includes('TTFT, median'));
+          const canvas = figure.querySelector('canvas'), probe = document.createElement('span');
+          document.body.append(probe);
+          const d = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+          return [0, 1].map((k) => {
+            probe.style.color = `var(--c${k})`;
+            const [r, g, b] = getComputedStyle(probe).color.match(/\\d+/g).map(Number);
+            let n = 0;
+            for (let i = 0; i < d.length; i += 4)
+              n += d[i + 3] > 200 && Math.abs(d[i] - r) + Math.abs(d[i + 1] - g) + Math.abs(d[i + 2] - b) < 30;
+            return n;
+          });
+        }"""
+    )
+    assert min(seen) > 20, seen
 
 
 def test_a_few_odd_short_gaps_do_not_fill_a_picture(tmp_path):

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from analysis.offered_load import KIND_WORDS
 from analysis.show import report
 from analysis.show.capacity_text import HEADS, INTERVAL, sentence, system_row
-from analysis.show.cells import Cell, Table, in_seconds, interval, load_cell, price_cell, quantity
+from analysis.show.cells import Cell, Table, in_seconds, load_cell, price_cell, quantity
 from analysis.show.plot import Chart, cost_charts, load_charts, share_chart
 from analysis.show.view import RunView
+from analysis.show.winner import cheapest
 from analysis.sizing.at_slo import System, systems
 from analysis.sizing.system import servers_of, tier_words, where_words
 from analysis.summary import DEFAULT_ATTAIN, Summary
@@ -44,9 +45,11 @@ class Comparison:
 def compare_runs(views: Sequence[RunView]) -> Comparison:
     """Views of runs as one comparison; an INVALID run stands in the table with its verdict and without a price."""
     groups: dict[str, list[RunView]] = {}
+    loops = {v.summary.load.mode for v in views}
     for view in views:
         s = view.summary
-        name = _what(view)
+        # nor those of a closed loop with those of an open one: they are no points of one curve
+        name = _what(view) + (f", {s.load.mode} loop" if len(loops) > 1 else "")
         # figures of another kind never stand on one line with measured ones
         groups.setdefault(name if s.evidence == "measured" else f"{name}, {s.evidence}", []).append(view)
     priced = {name: [(v.summary, v.kept) for v in members] for name, members in groups.items()}
@@ -55,7 +58,7 @@ def compare_runs(views: Sequence[RunView]) -> Comparison:
     found = [s for s in systems([v.summary for v in views]) if s.capacity is not None and len(s.loads) > 1]
     share = max((v.summary.slo.attain for v in views if v.summary.slo is not None), default=DEFAULT_ATTAIN)
     return Comparison(
-        sentence=_sentence(views),
+        sentence=_sentence(views, found),
         mind=_mind(differs, but=ON_PURPOSE if found else ()),
         state="invalid" if all(v.state == "invalid" for v in views) else "valid",
         table=_table(views),
@@ -114,26 +117,11 @@ def _distributions(views: Sequence[RunView]) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def _sentence(views: Sequence[RunView]) -> str:
+def _sentence(views: Sequence[RunView], found: Sequence[System]) -> str:
     invalid, missed = (sum(v.state == state for v in views) for state in ("invalid", "missed"))
-    parts = [f"{len(views) - invalid} of {len(views)} runs are VALID"]
-    parts[0] += f", {missed} of them missed their SLO." if missed else "."
-    promised = [v for v in views if v.state == "valid"]
-    # a closed loop hides the queue that users would see: it names a price only where nothing else was measured
-    promised = [v for v in promised if v.summary.load.mode == "open"] or promised
-    costs = [(v.summary.cost.usd_per_1m_total, v) for v in promised]
-    priced = [(q.value, q, v) for q, v in costs if q.value is not None]
-    if priced:
-        price, quantity_, best = min(priced, key=lambda p: p[0])
-        kept = "that kept its SLO" if best.summary.slo is not None else "(no SLO was given)"
-        within = interval(quantity_, report.price)
-        parts.append(
-            f"The cheapest VALID run {kept} is {best.label}: {report.price(price)} USD per 1M tokens"
-            + (f" (95 %: {within})." if within else ".")
-        )
-    else:
-        parts.append("No run has a price and kept its SLO.")
-    return " ".join(parts)
+    said = f"{len(views) - invalid} of {len(views)} runs are VALID"
+    said += f", {missed} of them missed their SLO. " if missed else ". "
+    return said + cheapest([(v.label, v.summary) for v in views], found)
 
 
 def _table(views: Sequence[RunView]) -> Table:

@@ -25,7 +25,6 @@ from harness.server_metrics import read_server_metrics
 PER_GROUP, FEW = 20, 3
 SECOND = 1.0
 GROUPS = (1, 2, 4, 5, 8, 10, 20)
-WORST_OF = 100
 NEAR_S = 5.0
 """A server that was not heard of for longer than this has no value there."""
 SERVER_COLUMNS = ("running", "waiting", "kv_cache_usage")
@@ -146,8 +145,8 @@ def cumulative(grid: Floats) -> Floats:
     return np.cumsum(counts) / counts.sum() if counts.sum() else np.full(len(EDGES), np.nan)
 
 
-def over_time(grid: Floats, requests: int) -> tuple[Floats, Floats]:
-    """Median and worst latency per time bin, s; worst is p99, or the largest of fewer than 100.
+def over_time(grid: Floats, requests: int, tail: float = 0.99) -> tuple[Floats, Floats]:
+    """Median and worst latency per time bin, s; worst is that of the share ``tail``, or the largest of too few for it.
 
     Neighbouring bins are joined until one holds about `PER_GROUP` of ``requests``, so that a median means something.
     """
@@ -155,7 +154,7 @@ def over_time(grid: Floats, requests: int) -> tuple[Floats, Floats]:
     counts = np.cumsum(grid.reshape(BINS // group, group, -1).sum(axis=1), axis=1)
     total = counts[:, -1]
     found = []
-    for share in (np.full(len(total), 0.5), np.where(total < WORST_OF, 1.0, 0.99)):
+    for share in (np.full(len(total), 0.5), np.where(total * (1 - tail) < 1 - 1e-9, 1.0, tail)):
         reached = counts >= (share * total * (1 - 1e-12))[:, None]
         value = EDGES[np.argmax(reached, axis=1)]
         found.append(np.repeat(np.where(total > 0, value, np.nan), group))

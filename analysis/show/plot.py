@@ -16,7 +16,7 @@ from analysis.grid import EDGES, PER_DECADE
 from analysis.intervals import Distribution, Quantity
 from analysis.load import Run
 from analysis.show.curves import Curves, Promises, cumulative, joined, over_time
-from analysis.summary import Summary
+from analysis.summary import DEFAULT_ATTAIN, Summary
 from harness.slo import split_key
 
 Points = list[float | None]
@@ -86,10 +86,11 @@ class RunCharts:
 def run_charts(run: Run, summary: Summary, found: Curves, linked: str) -> RunCharts:
     """The pictures of one run; ``linked`` names its timeline."""
     limits = summary.slo.limits if summary.slo is not None else {}
+    attain = summary.slo.attain if summary.slo is not None else DEFAULT_ATTAIN
     bound_s = lag_bound_s(run, limits) if run.manifest.spec.mode == "open" else None
     return RunCharts(
         distributions=_distributions(summary, found, limits),
-        timeline=_timeline(summary, found, limits, linked),
+        timeline=_timeline(summary, found, promises_of(limits, attain), linked),
         lag=_lag(summary, found, bound_s, linked),
         below={name: cumulative(found.grids[name]) for name in ("ttft", "itl", "tpot", "e2e")},
     )
@@ -103,6 +104,20 @@ def _promised(limits: Mapping[str, float], metric: str, axis: str) -> list[Mark]
         if name == metric:
             marks.append(Mark(axis=axis, at=limit, label="SLO" if share is None else f"SLO p{share * 100:g}"))
     return marks
+
+
+def promises_of(limits: Mapping[str, float], attain: float) -> dict[str, tuple[float, float]]:
+    """Metric -> the share of requests and the limit that an SLO promises of it; of several the first."""
+    found: dict[str, tuple[float, float]] = {}
+    for key, limit in limits.items():
+        name, share = split_key(key)
+        found.setdefault(name, (attain if share is None else share, limit))
+    return found
+
+
+def _limit(promise: tuple[float, float] | None) -> list[Mark]:
+    """The line of a limit beside the percentile that it is promised of."""
+    return [] if promise is None else [Mark(axis="y", at=promise[1], label=f"SLO p{promise[0] * 100:g}")]
 
 
 # ------------------------------------------------------------------------------------------------------- distributions
@@ -179,7 +194,7 @@ def _spoken(said: Distribution) -> str:
 # ------------------------------------------------------------------------------------------------------------ timeline
 
 
-def _timeline(summary: Summary, found: Curves, limits: dict[str, float], linked: str) -> list[Chart]:
+def _timeline(summary: Summary, found: Curves, promised: Mapping[str, tuple[float, float]], linked: str) -> list[Chart]:
     """Load, in flight, latency and tokens on one time axis; server queue and KV cache where the server told."""
     said = summary.metrics
 
@@ -190,13 +205,15 @@ def _timeline(summary: Summary, found: Curves, limits: dict[str, float], linked:
         )  # fmt: skip
 
     def latency(title: str, name: str, distribution: Distribution) -> Chart:
-        middle, worst = over_time(found.grids[name], summary.requests.succeeded)
-        marks = _promised(limits, name, "y")
+        share = promised[name][0] if name in promised else 0.99
+        middle, worst = over_time(found.grids[name], summary.requests.succeeded, share)
+        # an SLO's limit holds for a share of requests: that percentile is drawn beside it, and no other
+        tail = "largest" if share >= 1 else f"p{share * 100:g} (largest of fewer than {1 / (1 - share):.0f})"
         lines = [
             Line(name="median", y=_points(middle), shape="step"),
-            Line(name="p99 (largest of fewer than 100)", y=_points(worst), color="second", shape="step"),
+            Line(name=tail, y=_points(worst), color="second", shape="step"),
         ]
-        return chart(title, "s", lines, _spoken(distribution), log_y=True, marks=marks)
+        return chart(title, "s", lines, _spoken(distribution), log_y=True, marks=_limit(promised.get(name)))
 
     def per_second(values: Floats) -> Points:
         return _points(joined(values, found, summary.requests.sent))
@@ -260,12 +277,10 @@ def load_charts(groups: dict[str, list[Summary]], by_rate: bool) -> list[Chart]:
     """Latency against load: one point a run with its interval, one line a group."""
     charts = []
     everyone = [s for members in groups.values() for s in members]
-    promised = [s.slo.limits if s.slo is not None else {} for s in everyone]
-    limits = promised[0] if promised and all(one == promised[0] for one in promised) else {}
-    for metric, percentile in (
-        ("ttft", "p50"), ("ttft", _tail(everyone, "ttft", ("p99", "p95", "p90"))),
-        ("tpot", "p50"), ("tpot", _tail(everyone, "tpot", ("p95", "p90"))),
-    ):  # fmt: skip
+    promised = [promises_of(s.slo.limits, s.slo.attain) if s.slo is not None else {} for s in everyone]
+    promises = promised[0] if promised and all(one == promised[0] for one in promised) else {}
+    tails = {metric: _tail(everyone, metric, promises.get(metric)) for metric in ("ttft", "tpot")}
+    for metric, percentile in (("ttft", "p50"), ("ttft", tails["ttft"]), ("tpot", "p50"), ("tpot", tails["tpot"])):
         title = f"{metric.upper()}, {'median' if percentile == 'p50' else percentile}"
         lines = {
             name: [
@@ -275,7 +290,8 @@ def load_charts(groups: dict[str, list[Summary]], by_rate: bool) -> list[Chart]:
             ]
             for name, members in groups.items()
         }
-        marks = [] if percentile == "p50" else _promised(limits, metric, "y")
+        promise = promises.get(metric)
+        marks = _limit(promise) if promise is not None and percentile == _named(promise[0]) else []
         x_unit = "requests in flight" if not by_rate else "req/s"
         chart = _against(title, lines, "s", x_unit, "load", marks=marks)
         if chart is not None:
@@ -283,12 +299,19 @@ def load_charts(groups: dict[str, list[Summary]], by_rate: bool) -> list[Chart]:
     return charts
 
 
-def _tail(summaries: Sequence[Summary], metric: str, percentiles: Sequence[str]) -> str:
-    """The highest percentile that all runs support; the first where there is none."""
-    for percentile in percentiles:
-        if all(getattr(getattr(s.metrics, metric), percentile).value is not None for s in summaries):
-            return percentile
-    return percentiles[0]
+def _named(share: float) -> str:
+    return f"p{share * 100:g}"
+
+
+def _tail(summaries: Sequence[Summary], metric: str, promise: tuple[float, float] | None) -> str:
+    """The percentile that the SLO promises, where some run has it; else the highest that all runs support."""
+    known = {
+        name: [getattr(getattr(s.metrics, metric), name).value is not None for s in summaries]
+        for name in ("p99", "p95", "p90")
+    }
+    if promise is not None and any(known.get(_named(promise[0]), ())):
+        return _named(promise[0])
+    return next((name for name, there in known.items() if all(there)), "p99")
 
 
 def load_of(summary: Summary, by_rate: bool) -> float | None:
@@ -305,27 +328,36 @@ def _against(
     title: str, groups: dict[str, list[tuple[float, Quantity]]], unit: str, x_unit: str, x_label: str,
     shape: str = "points", marks: Sequence[Mark] = (),
 ) -> Chart | None:  # fmt: skip
-    """Quantities over an axis that all groups share; None without a single value."""
-    at = sorted({x for line in groups.values() for x, q in line if q.value is not None})
-    if not at:
+    """Quantities over an axis that all groups share, repeats of one load side by side; None without a single value."""
+    numbered = {name: _counted([(x, q) for x, q in points if q.value is not None]) for name, points in groups.items()}
+    columns = sorted({place for by_x in numbered.values() for place in by_x})
+    if not columns:
         return None
     lines = []
-    for number, (name, points) in enumerate(groups.items()):
-        by_x = {x: q for x, q in points if q.value is not None}
+    for number, (name, by_x) in enumerate(numbered.items()):
         if not by_x:
             continue
         lines.append(
             Line(
                 name=name, color=number, shape=shape,
-                y=[_point(by_x[x].value) if x in by_x else None for x in at],
-                low=[_point(by_x[x].low) if x in by_x else None for x in at],
-                high=[_point(by_x[x].high) if x in by_x else None for x in at],
+                y=[_point(by_x[x].value) if x in by_x else None for x in columns],
+                low=[_point(by_x[x].low) if x in by_x else None for x in columns],
+                high=[_point(by_x[x].high) if x in by_x else None for x in columns],
             )
         )  # fmt: skip
+    at = [x for x, _ in columns]
     return Chart(
         title=title, x=at, x_unit=x_unit, x_label=x_label, y_unit=unit, lines=lines, marks=list(marks),
-        says=f"{title} against {x_label}, {len(at)} loads, {len(groups)} lines",
+        says=f"{title} against {x_label}, {len(set(at))} loads, {len(lines)} lines",
     )  # fmt: skip
+
+
+def _counted(points: Sequence[tuple[float, Quantity]]) -> dict[tuple[float, int], Quantity]:
+    """Each point by its x and by how many of this x came before it: none hides another."""
+    found: dict[tuple[float, int], Quantity] = {}
+    for x, q in points:
+        found[x, sum(1 for other, _ in found if other == x)] = q
+    return found
 
 
 def cost_charts(groups: dict[str, list[tuple[Summary, Promises]]], share: float) -> list[Chart]:

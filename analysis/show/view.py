@@ -335,7 +335,9 @@ def _inputs(s: Summary) -> list[tuple[str, list[tuple[str, object]]]]:
     engine = {"model": s.model, "engine": s.engine, "version": server.version, "arguments": " ".join(server.args)}
     identity = {"run": s.run_id, "label": s.label, "created": s.created, "harness commit": s.git,
                 "plan SHA-256": s.plan_sha256, "run directory": s.run, "evidence": s.evidence}  # fmt: skip
-    hardware = _facts(asdict(s.tier)) if s.tier is not None else [("tier", "none stated, so no price")]
+    hardware: list[tuple[str, object]] = [("tier", "none stated, so no price")]
+    if s.tier is not None:
+        hardware = _facts(asdict(s.tier))
     load = asdict(s.load)
     if isinstance(load.get("headers"), dict):
         load["headers"] = list(load["headers"])  # names only: a value may be a secret

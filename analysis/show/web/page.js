@@ -95,7 +95,7 @@
 
   // ---- one chart ------------------------------------------------------------------------------------------------------
   const { linear, stepped, bars } = uPlot.paths;
-  const series = (c, line) => {
+  const series = (c, line, k) => {
     const stroke = color(line.color);
     const made = {
       label: line.name, stroke, width: line.color === "muted" ? 1.25 : 1.75, scale: "y",
@@ -103,8 +103,10 @@
     };
     if (line.shape === "step") made.paths = stepped({ align: 1 });
     if (line.shape === "bars") Object.assign(made, { paths: bars({ size: [0.92, 60], align: 0 }), fill: fade(stroke, 0.75), width: 0 });
-    if (line.shape === "points") Object.assign(made, { spanGaps: true, points: { show: true, size: 8, fill: color("paper"), width: 2 } });
-    if (line.shape === "stairs") Object.assign(made, { paths: stepped({ align: 1 }), spanGaps: true, points: { show: true, size: 8, fill: color("paper"), width: 2 } });
+    // of points at one place each keeps a ring of its own, and a line shows between the dashes of the one over it
+    const rings = { spanGaps: true, dash: k % 4 ? [10, 3 + 3 * (k % 4)] : undefined, points: { show: true, size: 8 + 5 * (k % 4), fill: "transparent", width: 2 } };
+    if (line.shape === "points") Object.assign(made, rings);
+    if (line.shape === "stairs") Object.assign(made, { paths: stepped({ align: 1 }), ...rings });
     if (line.shape === "dots") Object.assign(made, { paths: () => null, points: { show: true, size: 4, fill: stroke, width: 0 } });
     return made;
   };
@@ -121,7 +123,7 @@
       ctx.lineWidth = 1.5 * ratio;
       c.x.forEach((x, i) => {
         if (line.y[i] == null) return;
-        const at = self.valToPos(x, "x", true);
+        const at = self.valToPos(x, "x", true) + (k - (c.lines.length - 1) / 2) * 5 * ratio;
         const [low, high] = [line.low[i] ?? line.y[i], line.high[i] ?? line.y[i]].map((v) => self.valToPos(v, "y", true));
         ctx.beginPath();
         ctx.moveTo(at, low);
@@ -183,7 +185,7 @@
       axes: [axis(c, "x", c.small && !last), axis(c, "y")],
       series: [
         { label: "", value: (self, v) => v == null ? "" : c.x_time ? clock(c.x[c.x.length - 1])(v) : words(c.x_unit)(v) },
-        ...c.lines.map((l) => series(c, l)),
+        ...c.lines.map((l, k) => series(c, l, k)),
       ],
       legend: { live: true, mount: (self, el) => caption.append(el), markers: { width: 0, fill: (self, i) => color(c.lines[i - 1].color) } },
       cursor: { y: false, points: { size: 7 }, drag: { x: true, y: false }, ...(c.linked ? { sync: { key: c.linked, setSeries: false, scales: ["x", null] } } : {}) },
