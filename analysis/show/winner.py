@@ -45,7 +45,11 @@ def cheapest(runs: Sequence[tuple[str, Summary]], found: Sequence[System]) -> st
         # repeats of a trace's own arrivals have one rate exactly; drawn ones have that of their stages in the load
         rate = None if s.plan.stages else s.rates.request_rate.value
         groups.setdefault((system_of(s), (*load_of(s), rate)), []).append((label, s))
-    return _words([_of_repeats(members) for members in groups.values()], f"The cheapest VALID run {promised}")
+    return _words(
+        [_of_repeats(members) for members in groups.values()],
+        f"The cheapest VALID run {promised}",
+        kept[0][1].load.mode,
+    )
 
 
 _PREFERRED: tuple[Callable[[Summary], bool], ...] = (
@@ -56,10 +60,12 @@ _PREFERRED: tuple[Callable[[Summary], bool], ...] = (
 def _of_repeats(members: Sequence[tuple[str, Summary]]) -> Candidate:
     name = members[0][0] + (f" and {len(members) - 1} more of it" if len(members) > 1 else "")
     cost = over_repeats([s.cost.usd_per_1m_total for _, s in members])
-    return Candidate(name=name, cost=cost, judged=len(members) >= FEWEST_PAIRS)
+    # in an open loop the load is given, and what it costs below capacity is no cost of the system
+    judged = len(members) >= FEWEST_PAIRS and members[0][1].load.mode == "closed"
+    return Candidate(name=name, cost=cost, judged=judged)
 
 
-def _words(candidates: Sequence[Candidate], what: str) -> str:
+def _words(candidates: Sequence[Candidate], what: str, loop: str = "closed") -> str:
     ranked = sorted(candidates, key=lambda c: c.cost.value or 0.0)
     best, rest = ranked[0], ranked[1:]
     if not rest:
@@ -67,6 +73,11 @@ def _words(candidates: Sequence[Candidate], what: str) -> str:
     if all(_below(best, other) for other in rest):
         return f"{what} is {_price(best)}; next is {_price(rest[0])}."
     near = next(other for other in rest if not _below(best, other))
+    if loop == "open":
+        return (
+            f"{what}: not judged. {_price(best)}, {_price(near)}: in an open loop the load is given, and below "
+            "capacity any of them could carry more for the same money; measure capacity of each (harness capacity)."
+        )
     if best.judged and near.judged:
         return f"{what}: no difference shown between {_price(best)} and {_price(near)}; their intervals overlap."
     return (
