@@ -14,6 +14,7 @@ import numpy as np
 from analysis import arrays, metrics
 from analysis.arrays import Bools, Floats
 from analysis.check import Check
+from analysis.counters import shared_addresses
 from analysis.fidelity.questions import Fidelity, fidelity
 from analysis.fullness import GIVEN, Fullness, fullness, given_load_note
 from analysis.intervals import Distribution, Quantity, distribution, rate
@@ -167,6 +168,8 @@ def summarise(
         rates, weighted = _given(sampled), _without_interval(weighted)
         note = "; ".join(filter(None, (note, given_load_note(full))))
     reason = None if valid else "the run is INVALID"
+    if valid and shared_addresses(run):
+        reason = "several servers answer at one address, so how many are paid for is not known (--metrics-url)"
     price = partial(cost, manifest.tier, _replicas(run), ratio=ratio, reason=reason)
     return Summary(
         schema=SCHEMA,
@@ -349,7 +352,8 @@ def _splits(run: Run, window: Window | None, tokens: Tokens, ratio: float, n: in
 
 
 def _replicas(run: Run) -> int:
-    return len(run.manifest.replicas) or len(run.manifest.spec.base_urls)
+    """Servers that are paid for: each that has a page of its own, among those behind one address."""
+    return sum(len(r.metrics_urls) or 1 for r in run.manifest.replicas) or len(run.manifest.spec.base_urls)
 
 
 def _errors(run: Run) -> list[ErrorCount]:

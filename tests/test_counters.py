@@ -199,6 +199,7 @@ def test_several_servers_behind_one_address_are_not_blamed(tmp_path, sampled, fa
     said = check(s, "server_counters")
     assert (said.ok, said.gate) == (False, False)
     assert "several servers answer at http://127.0.0.1:1/v1" in said.observed and "--metrics-url" in said.advice
+    assert s.cost.usd_per_1m_total.value is None and "how many are paid for is not known" in s.cost.reason
     for name in ("server_restarts", "token_books"):
         assert check(s, name).ok is None and "several servers answer here" in check(s, name).observed
 
@@ -223,6 +224,7 @@ def test_one_of_several_pages_that_began_anew_is_seen(tmp_path):
     same = summary(tmp_path / "a", counters_before=before, counters_after=after, metrics_urls=urls)
     assert check(same, "server_restarts").ok and check(same, "token_books").ok
     assert check(same, "server_counters").observed == "2 read"
+    assert same.cost.replicas == 2, "two servers are paid for behind one address"
     anew = after | {f"{START} 1": 3.0}
     other = summary(tmp_path / "b", counters_before=before, counters_after=anew, metrics_urls=urls)
     assert check(other, "server_restarts").ok is False
