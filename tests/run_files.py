@@ -68,7 +68,9 @@ def watch(results, *, lag_ms=1, cpu_share=0.2, in_flight=1.0, every_s=1.0):
     return seen
 
 
-def write_run(path: Path, results, *, plan=None, workers=1, requests=None, spec=SPEC, seen=None, **manifest) -> Path:
+def write_run(
+    path: Path, results, *, plan=None, workers=1, requests=None, spec=SPEC, seen=None, planned_rate=10.0, **manifest
+) -> Path:
     """A run directory. ``results``: rows, dealt to ``workers`` files; ``plan``: {request_id: fields} to differ from the
     rows' own facts; ``requests``: plan size when some have no row; ``seen``: observations of worker 0."""
     path.mkdir(parents=True, exist_ok=True)
@@ -87,7 +89,7 @@ def write_run(path: Path, results, *, plan=None, workers=1, requests=None, spec=
     info = PlanInfo(
         schema_version=SCHEMA_VERSION, trace="trace.jsonl", trace_format="jsonl", trace_sha256="0" * 64,
         rows_read=requests, rows_kept=requests, rows_dropped={},
-        arrivals="closed" if spec.mode == "closed" else "trace", speed=1.0, source_rate=10.0, planned_rate=10.0,
+        arrivals="closed" if spec.mode == "closed" else "trace", speed=1.0, source_rate=10.0, planned_rate=planned_rate,
         seed=0, tokenizer=None, requests=requests, span_s=1.0, notes=[],
     )  # fmt: skip
     run = RunDir(path)

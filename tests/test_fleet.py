@@ -135,13 +135,27 @@ def test_an_autoscaler_pays_what_it_asked_for_and_is_late_by_its_start():
     # 1 instance carries 2 req/s; a step from 2 to 8 in minute 3
     day = by_minute(2, 2, 2, 8, 8, 8, 8, 8)
     at_once = autoscaled(replace(L4, start_s=0), day)
-    # it asks for 4 at the end of minute 3, so minute 3 alone is short, by 6 of 8 req/s
+    # it asks for 4 at the end of minute 3; 360 requests are left over then, and four that carry the 8 req/s that are
+    # asked never work them off: everything from minute 3 on waits
     assert at_once.instance_hours == pytest.approx((1 * 4 + 4 * 4) / 60)
-    assert at_once.short_share == pytest.approx(6 / 46)
+    assert at_once.short_share == pytest.approx(40 / 46)
+    assert at_once.backlog_s == pytest.approx(360 / 2)
     late = autoscaled(replace(L4, start_s=120), day)
     assert late.instance_hours == at_once.instance_hours  # what starts is paid
-    assert late.short_share == pytest.approx((6 * 3) / 46)
+    assert late.short_share == pytest.approx(40 / 46)
+    assert late.backlog_s == pytest.approx(3 * 360 / 2)
     assert at_once.peak_instances == 4
+
+
+def test_an_autoscaler_works_its_backlog_off_with_what_it_has_to_spare():
+    # one instance carries 2 req/s; minute 1 leaves 120 requests over; from then on 4 req/s are up for 3 asked: 1 req/s
+    # is to spare, minutes 2 and 3 are behind, and the 4th is not
+    found = autoscaled(replace(L4, start_s=0), by_minute(2, 4, 3, 3, 3, 3))
+    assert found.short_share == pytest.approx((4 + 3 + 3) / 18)
+    assert found.backlog_s == pytest.approx(120 / 2)
+    # what is left over after a lull of half a minute is behind for that half minute
+    found = autoscaled(replace(L4, start_s=0), by_minute(2, 4, 0, 3))
+    assert found.short_share == pytest.approx(4 / 9)
 
 
 def test_an_autoscaler_holds_what_the_last_ten_minutes_needed():
@@ -236,15 +250,16 @@ def test_a_fleet_by_hand(measured):
     assert (tier.mean.instances, tier.worst_minute.instances, tier.peak.instances) == (2, 4, 5)
     assert tier.peak.usd_per_hour == 50.0
     assert tier.peak.usd_per_month == 36_500.0 and tier.peak.usd_per_year == 438_000.0
-    # 36 req/s over 10 replicas of 5
-    assert tier.peak.utilisation == pytest.approx(36 / 50)
+    assert tier.fluid == tier.peak and tier.simulated is None and tier.not_simulated
+    # the mean of the whole trace, 18 req/s, over 10 replicas of 5: what the price rests on
+    assert tier.peak.utilisation == pytest.approx(18 / 50)
     # 18 req/s on average x 100 tokens x 3600 s is 6.48 M tokens an hour for 50 USD
     assert tier.usd_per_1m_served == pytest.approx(50 / 6.48)
     # a schedule: 7.2, 43.2, 14.4 req/s over 10 an instance need 1, 5, 2; asked 2 minutes ahead and held: 5, 5, 5
     assert tier.scheduled.usd == pytest.approx(15 / 60 * 10)
-    # reactive: 1, then what minute 0 needed, then 5; the second minute carries 10 of 36 req/s, the third is still at 10
+    # reactive: 1, then what minute 0 needed, then 5, which are not up yet; nobody who came after minute 0 was in time
     assert tier.reactive.usd == pytest.approx((1 + 1 + 5) / 60 * 10)
-    assert tier.reactive.short_share == pytest.approx((26 + 2) / (6 + 36 + 12))
+    assert tier.reactive.short_share == pytest.approx((36 + 12) / (6 + 36 + 12))
     assert "5 instances, 36,500 USD a month" in made.sentence and "Nothing else was measured" in made.sentence
     by_name = {s.changed: s.instances for s in tier.sensitivities}
     assert by_name["demand x 2"] == 9 and by_name["demand x 0.5"] == 3
@@ -388,8 +403,8 @@ def test_a_trace_without_times_or_lengths_is_no_demand_or_half_of_one(tmp_path):
 
     path = tmp_path / "t.jsonl"
     path.write_text('{"arrival_s": 0, "input_tokens": 5, "output_tokens": 5}\n{"arrival_s": 61, "prompt": "hello"}\n')
-    requests, tokens = read_demand(path, None, False)
-    assert requests.requests == 2 and tokens is None
+    asked = read_demand(path, None, False)
+    assert asked.requests.requests == 2 and asked.tokens is None and asked.replayable is None
     path.write_text('{"input_tokens": 5, "output_tokens": 5}\n')
     with pytest.raises(UsageError, match="no arrival time"):
         read_demand(path, None, False)

@@ -64,6 +64,14 @@ def fit_non_negative(response: Floats, columns: Floats, *, block: int = 1, seed:
     )
 
 
+def solve_non_negative(response: Floats, columns: Floats) -> Floats:
+    """Coefficients >= 0 that bring ``columns @ coefficients`` closest to ``response``; columns (n, k), k <= 4."""
+    length = np.linalg.norm(columns, axis=0)
+    scale = np.where(length > 0, length, 1.0)
+    scaled = columns / scale
+    return np.asarray(_solve((scaled.T @ scaled)[None], (scaled.T @ response)[None])[0] / scale)
+
+
 def _solve(gram: Floats, cross: Floats) -> Floats:
     """Non-negative solutions of the normal equations, shape (m, k): of every set of columns, the best that is feasible.
 

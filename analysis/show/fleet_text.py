@@ -36,7 +36,7 @@ def _demand(plan: FleetPlan) -> str:
 
 def _sizes(plan: FleetPlan) -> Block:
     heads = (
-        "Model and tier", "One replica carries", "Binding", "For the mean", "Worst minute", "Peak + spares",
+        "Model and tier", "One replica carries", "Binding", "For the mean", "Fluid", "Replicas + spares", "Found by",
         "Instances", "Utilisation", "USD/h", "USD/month", "USD/year", "USD per 1M served",
     )  # fmt: skip
     rows = [
@@ -45,8 +45,9 @@ def _sizes(plan: FleetPlan) -> Block:
             f"{'at least ' if one.at_least else ''}{figure(one.capacity)} {one.unit}{_ends(one)}",
             one.binding,
             f"{one.mean.replicas}",
-            f"{one.worst_minute.replicas}",
+            f"{one.fluid.replicas}",
             f"{one.peak.replicas}" + (f" + {one.peak.spares} inst." if one.peak.spares else ""),
+            "fluid" if one.simulated is None else one.simulated.evidence,
             f"{one.peak.instances}",
             f"{one.peak.utilisation:.0%}",
             f"{one.peak.usd_per_hour:,.4g}",
@@ -57,8 +58,28 @@ def _sizes(plan: FleetPlan) -> Block:
         for one in plan.tiers
     ]
     notes = [f"{one.name}: {one.slo}; price: {one.price_basis}" for one in plan.tiers]
-    notes += [f"{one.name}: {note}" for one in plan.tiers for note in one.notes]
+    notes += [f"{one.name}: {note}" for one in plan.tiers for note in (_found_by(one), *one.notes)]
+    notes.append("utilisation is the mean demand over what all instances carry: that is --utilisation of harness price")
     return Block(title="Replicas and instances", heads=heads, rows=rows, notes=tuple(notes))
+
+
+def _found_by(one: TierFleet) -> str:
+    """Where the number of replicas is from."""
+    found = one.simulated
+    if found is None:
+        return f"not simulated, the fluid answer stands alone: {one.not_simulated}"
+    step = found.engine
+    said = (
+        f"simulated: {found.replayed:,} requests on an engine fitted to {step.requests:,} answers (a step takes "
+        f"{step.base_s:.3g} s + {step.per_sequence_s:.2g} s x sequences + {step.per_prompt_token_s:.2g} s x prompt "
+        f"tokens, {step.max_num_seqs} sequences at most; median error {step.residual:.1%}); of {found.resamples} "
+        f"resampled demands {found.missed} miss the promise in some minute"
+    )
+    if found.left_out:
+        said += f"; {found.left_out:,} requests of quiet half hours were not replayed"
+    if not step.limit_seen:
+        said += "; no run was full: the server may hold more sequences, and the fleet be smaller"
+    return said
 
 
 def _ends(one: TierFleet) -> str:
@@ -69,13 +90,13 @@ def _ends(one: TierFleet) -> str:
 
 def _scaling(plan: FleetPlan) -> Block:
     heads = (
-        "Model and tier", "Fixed USD/h", "Scheduled USD/h", "Reactive USD/h", "short of capacity", "Most instances",
-        "Start-up s", "USD per 1M, scheduled",
+        "Model and tier", "Fixed USD/h", "Scheduled USD/h", "Reactive USD/h", "come while it is behind",
+        "Most instances", "Start-up s", "USD per 1M, scheduled",
     )  # fmt: skip
     rows = [
         (
             one.name, f"{one.peak.usd_per_hour:,.4g}", f"{one.scheduled.usd_per_hour:,.4g}",
-            f"{one.reactive.usd_per_hour:,.4g}", f"{one.reactive.short_share:.2%} of demand",
+            f"{one.reactive.usd_per_hour:,.4g}", f"{one.reactive.short_share:.2%} of requests",
             f"{one.scheduled.peak_instances}", figure(one.start_s),
             price(one.usd_per_1m_scheduled),
         )
@@ -86,7 +107,7 @@ def _scaling(plan: FleetPlan) -> Block:
 
 def _changes(one: TierFleet) -> Block:
     rows = [(s.changed, f"{s.instances}", f"{s.usd_per_month:,.0f}") for s in one.sensitivities]
-    return Block(title=f"What changes the fleet: {one.name}", heads=("If", "Instances", "USD/month"), rows=rows)
+    return Block(title=f"What changes the fluid fleet: {one.name}", heads=("If", "Instances", "USD/month"), rows=rows)
 
 
 def fleet_csv(plan: FleetPlan) -> str:
@@ -112,7 +133,9 @@ def _csv_row(one: TierFleet) -> dict[str, object]:
         "capacity": one.capacity, "capacity_low": one.capacity_low, "capacity_high": one.capacity_high,
         "capacity_is_lower_bound": one.at_least, "unit": one.unit, "binding": one.binding,
         "replicas_mean": one.mean.replicas, "replicas_worst_minute": one.worst_minute.replicas,
-        "replicas_peak": one.peak.replicas, "spare_instances": one.peak.spares, "instances": one.peak.instances,
+        "replicas_peak": one.peak.replicas, "replicas_fluid": one.fluid.replicas,
+        "found_by": "fluid" if one.simulated is None else one.simulated.evidence,
+        "spare_instances": one.peak.spares, "instances": one.peak.instances,
         "utilisation": one.peak.utilisation, "usd_per_hour": one.peak.usd_per_hour,
         "usd_per_month": one.peak.usd_per_month, "usd_per_year": one.peak.usd_per_year,
         "usd_per_hour_scheduled": one.scheduled.usd_per_hour, "usd_per_hour_reactive": one.reactive.usd_per_hour,

@@ -101,18 +101,31 @@ class Fleet:
     usd_per_year: float
     """8,760 hours."""
     utilisation: float
-    """Demand over what all instances, spares too, would carry."""
+    """Mean demand over what all instances, spares too, would carry: what `harness price --utilisation` means."""
 
 
-def fleet(offer: Offer, request_rate: float, *, headroom: float = 1.0, availability: float | None = None) -> Fleet:
+def fleet(
+    offer: Offer, request_rate: float, *, mean: float | None = None, headroom: float = 1.0,
+    availability: float | None = None,
+) -> Fleet:  # fmt: skip
     """The smallest fleet that carries ``request_rate`` x ``headroom``.
 
-    ``availability``: with at least this probability enough instances are up, when each is up independently for
-    ``offer.node_availability`` of the time. Raises ValueError for a capacity, price or share that makes no sense.
+    ``mean``: of the whole demand, for its utilisation; None: ``request_rate`` all the time. ``availability``: with at
+    least this probability enough instances are up, when each is up independently for ``offer.node_availability`` of the
+    time. Raises ValueError for a capacity, price or share that makes no sense.
     """
-    if not (offer.capacity > 0 and offer.usd_per_hour >= 0 and offer.replicas_per_instance >= 1):
+    if not offer.capacity > 0:
         raise ValueError(f"{offer.name}: capacity, price and replicas per instance must be positive")
     replicas = max(1, math.ceil(request_rate * headroom / offer.capacity - 1e-9))
+    return fleet_of(offer, replicas, request_rate, mean=mean, availability=availability)
+
+
+def fleet_of(
+    offer: Offer, replicas: int, request_rate: float, *, mean: float | None = None, availability: float | None = None
+) -> Fleet:
+    """So many replicas as whole instances, with what they cost; the rest as for `fleet`."""
+    if not (offer.capacity > 0 and offer.usd_per_hour >= 0 and offer.replicas_per_instance >= 1):
+        raise ValueError(f"{offer.name}: capacity, price and replicas per instance must be positive")
     needed = math.ceil(replicas / offer.replicas_per_instance)
     spares = 0 if availability is None else spare_instances(needed, offer.node_availability, availability)
     instances = needed + spares
@@ -121,7 +134,8 @@ def fleet(offer: Offer, request_rate: float, *, headroom: float = 1.0, availabil
         request_rate=request_rate, replicas=replicas, instances=instances, spares=spares,
         usd_per_hour=usd_per_hour,
         usd_per_month=usd_per_hour * HOURS_PER_MONTH, usd_per_year=usd_per_hour * HOURS_PER_YEAR,
-        utilisation=request_rate / (instances * offer.replicas_per_instance * offer.capacity),
+        utilisation=(request_rate if mean is None else mean)
+        / (instances * offer.replicas_per_instance * offer.capacity),
     )  # fmt: skip
 
 
@@ -157,7 +171,10 @@ class Autoscaled:
     usd_per_hour: float
     peak_instances: int
     short_share: float
-    """Share of requests that came while fewer instances were up than they needed."""
+    """Share of requests that came while the instances that were up had more to do than they could: in a minute that
+    asks for more than they carry, or before the backlog of those before was worked off."""
+    backlog_s: float
+    """Longest time that a request waited for those before it, by that count."""
 
 
 def autoscaled(
@@ -181,14 +198,30 @@ def autoscaled(
         # up at t: what has been asked for without a break since t - lead, and is still wanted
         up = np.array([target[max(0, t - lead) : t + 1].min() for t in range(len(target))])
     paid = target + spares
-    requests = wanted.per_minute * MINUTE_S
-    carried = np.minimum(requests, (up + spares) * per_instance * MINUTE_S)
+    behind, waited_s = _behind(wanted.per_minute, (up + spares) * per_instance)
     hours = float(paid.sum()) * MINUTE_S / 3600
     return Autoscaled(
         instance_hours=hours, usd=hours * offer.usd_per_hour, usd_per_hour=float(paid.mean()) * offer.usd_per_hour,
         peak_instances=int(paid.max()),
-        short_share=float((requests - carried).sum() / requests.sum()),
+        short_share=float((behind * wanted.per_minute).sum() / wanted.per_minute.sum()), backlog_s=waited_s,
     )  # fmt: skip
+
+
+def _behind(asked: Floats, carried: Floats) -> tuple[Floats, float]:
+    """Of each minute the share in which there is a backlog, and the longest wait in it, s; rates by the minute.
+
+    Fluid: demand and service are even within a minute. What a minute does not carry is the next one's to work off.
+    """
+    behind, backlog, waited_s = np.zeros(len(asked)), 0.0, 0.0
+    for k, (rate, most) in enumerate(zip(asked.tolist(), carried.tolist(), strict=True)):
+        waited_s = max(waited_s, backlog / most)
+        if rate > most * (1 + 1e-9):
+            behind[k] = 1.0
+        elif backlog > 0:
+            behind[k] = min(1.0, backlog / ((most - rate) * MINUTE_S)) if most > rate else 1.0
+        backlog = max(0.0, backlog + (rate - most) * MINUTE_S)
+        waited_s = max(waited_s, backlog / most)
+    return behind, waited_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

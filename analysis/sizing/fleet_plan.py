@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 
@@ -11,6 +11,7 @@ from analysis.money.basis import OLD_PRICE_DAYS, is_old
 from analysis.money.charge import HOURS_PER_MONTH
 from analysis.money.price import usd_per_1m
 from analysis.sizing.at_slo import System, drain_words
+from analysis.sizing.fitted_engine import NotFittedError
 from analysis.sizing.fleet import (
     HOLD_MINUTES,
     Autoscaled,
@@ -20,8 +21,10 @@ from analysis.sizing.fleet import (
     Sensitivity,
     autoscaled,
     fleet,
+    fleet_of,
     sensitivities,
 )
+from analysis.sizing.simulated_fleet import SimulatedFleet
 from harness.slo import percent
 
 SCHEMA = "harness.fleet/1"
@@ -39,13 +42,18 @@ class Wanted:
     """Input + output tokens/s, growth included; None when rows do not say their lengths."""
     grow: float = 1.0
     headroom: float = 1.0
-    """The peak fleet carries this many times the worst minute."""
+    """The fleet is planned for this many times the demand: how wrong the forecast may be. Bursts are no reason."""
     availability: float | None = None
     node_availability: float = 1.0
     start_s: float | None = None
     """Instead of what was measured."""
     replicas_per_instance: int | None = None
     """Instead of what the accelerators hold."""
+
+
+Simulate = Callable[[System, float, int], SimulatedFleet]
+"""The fleet of a system for so many times the demand, by replay, from a likely number of replicas on. Raises
+`NotFittedError` where the fluid answer must stand alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +83,14 @@ class TierFleet:
     mean: Fleet
     worst_minute: Fleet
     peak: Fleet
-    """Worst minute x headroom, spare instances included: the fleet to buy when nothing scales."""
+    """The fleet to buy when nothing scales, spare instances included: by replay where there is one, else ``fluid``."""
+    fluid: Fleet
+    """Worst minute x headroom over capacity, spare instances included. Capacity was measured with the traffic's bursts
+    in it, and the worst minute has them again: rather too large where traffic has bursts."""
+    simulated: SimulatedFleet | None
+    """The replay behind ``peak``; None: it is the fluid answer."""
+    not_simulated: str | None
+    """Why there was no replay."""
     reactive: Autoscaled
     scheduled: Autoscaled
     usd_per_1m_served: float | None
@@ -126,11 +141,13 @@ def plan_fleets(
     trace: str,
     others: Sequence[System] = (),
     refused: Sequence[tuple[str, str]] = (),
+    simulate: Simulate | None = None,
 ) -> FleetPlan:
     """Fleets of every system that has a capacity in an open loop and a price, cheapest peak fleet first.
 
     ``others``: the same systems under other promises, for sensitivity alone. ``refused``: runs that are no evidence,
-    each with the reason; they are listed with what was left out.
+    each with the reason; they are listed with what was left out. ``simulate``: finds fleets by replay; None: fluid
+    alone.
     """
     found: list[TierFleet] = []
     excluded: list[tuple[str, str]] = []
@@ -143,7 +160,7 @@ def plan_fleets(
             excluded.append((system.name, why))
         else:
             promises = [o for o in others if o.same_but_promise(system)]
-            found.append(_tier_fleet(system, wanted, promises, date.fromisoformat(made[:10])))
+            found.append(_tier_fleet(system, wanted, promises, date.fromisoformat(made[:10]), simulate))
     found.sort(key=lambda f: (f.peak.usd_per_hour, f.name))
     return FleetPlan(
         schema=SCHEMA, made=made, trace=trace, sentence=_sentence(found, excluded, refused),
@@ -202,11 +219,29 @@ def _offer(system: System, wanted: Wanted) -> tuple[Offer, Demand, str, tuple[fl
     return offer, demand, binding, (low, high)
 
 
-def _tier_fleet(system: System, wanted: Wanted, others: Sequence[System], today: date) -> TierFleet:
+def _by_replay(
+    system: System, wanted: Wanted, likely: int, simulate: Simulate | None
+) -> tuple[SimulatedFleet | None, str | None]:
+    if simulate is None:
+        return None, "no replay was asked for"
+    if system.loop != "open":
+        return None, "measured with sessions that wait: their requests do not come at times of their own"
+    try:
+        return simulate(system, wanted.grow * wanted.headroom, likely), None
+    except NotFittedError as e:
+        return None, str(e)
+
+
+def _tier_fleet(
+    system: System, wanted: Wanted, others: Sequence[System], today: date, simulate: Simulate | None
+) -> TierFleet:
     assert system.capacity is not None
     offer, demand, binding, (low, high) = _offer(system, wanted)
     head, up = wanted.headroom, wanted.availability
-    peak = fleet(offer, demand.worst_minute, headroom=head, availability=up)
+    fluid = peak = fleet(offer, demand.worst_minute, mean=demand.mean, headroom=head, availability=up)
+    replayed, why = _by_replay(system, wanted, fluid.replicas, simulate)
+    if replayed is not None:
+        peak = fleet_of(offer, replayed.replicas, demand.worst_minute, mean=demand.mean, availability=up)
     reactive = autoscaled(offer, demand, headroom=head, spares=peak.spares)
     scheduled = autoscaled(offer, demand, headroom=head, spares=peak.spares, ahead=True)
     ends = [(f"capacity at its {name} end", end) for name, end in (("low", low), ("high", high)) if end]
@@ -221,6 +256,7 @@ def _tier_fleet(system: System, wanted: Wanted, others: Sequence[System], today:
         price_basis=f"{system.purchase}, {system.region}, read {system.price_date}"
         f"{' (OLD)' if is_old(system.price_date or '', today) else ''}; {system.price_source}",
         mean=fleet(offer, demand.mean), worst_minute=fleet(offer, demand.worst_minute), peak=peak,
+        fluid=fluid, simulated=replayed, not_simulated=why,
         reactive=reactive, scheduled=scheduled,
         usd_per_1m_served=_per_1m(peak.usd_per_hour, wanted),
         usd_per_1m_scheduled=_per_1m(scheduled.usd_per_hour, wanted),
@@ -302,8 +338,11 @@ def _sentence(
 def _size(one: TierFleet) -> str:
     peak = one.peak
     plural = "" if peak.instances == 1 else "s"
-    at_most = "at most " if one.at_least else ""
-    return f"{at_most}{peak.instances} instance{plural}, {peak.usd_per_month:,.0f} USD a month{_within(one)}"
+    at_most = "at most " if one.at_least and one.simulated is None else ""
+    said = f"{at_most}{peak.instances} instance{plural}, {peak.usd_per_month:,.0f} USD a month"
+    if one.simulated is None:
+        return f"{said}{_within(one)}"
+    return f"{said} (simulated; fluid: {one.fluid.instances:,}, {one.fluid.usd_per_month:,.0f} USD)"
 
 
 def _within(one: TierFleet) -> str:
@@ -326,12 +365,15 @@ def _within(one: TierFleet) -> str:
 
 def _assumptions(wanted: Wanted) -> tuple[str, ...]:
     said = [
-        f"demand is the trace's, {wanted.grow:g} times; the peak fleet carries its worst minute x {wanted.headroom:g}",
+        f"demand is the trace's, {wanted.grow:g} times, x {wanted.headroom:g} for what the forecast may miss",
+        "a simulated fleet is the smallest that keeps the promise in every minute of the demand, replayed on an engine "
+        "that was fitted to the measured runs; replicas take requests in turn. The fluid one is the worst minute over "
+        "measured capacity",
         "a fleet of N replicas carries N times one: what routing costs in prefix-cache hits only a run of N shows",
         f"a month has {HOURS_PER_MONTH:g} h, a year 12 of them; staff, network, storage and tax are not in the price",
-        f"reactive autoscaling: after each minute it asks for what the busiest of the last {HOLD_MINUTES} needed; new "
-        "instances answer after their start-up time and are paid from the request on. Scheduled: it knows the day and "
-        "asks early enough",
+        "autoscaling is fluid: even demand in a minute, backlog carried. Reactive: after each minute it asks for what "
+        f"the busiest of the last {HOLD_MINUTES} needed; new instances answer after their start-up time and are paid "
+        "from the request on. Scheduled: it knows the day and asks early enough",
     ]
     if wanted.availability is not None:
         said.append(

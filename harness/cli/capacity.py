@@ -119,9 +119,10 @@ Exit status:
 @click.option(
     "--headroom",
     type=GROWTH,
-    default="1.2x",
+    default="1x",
     show_default=True,
-    help="The peak fleet carries this many times the worst minute.",
+    help="Room for a forecast that is too low: the demand times this, on top of --grow. Bursts need none, they are "
+    "replayed.",
 )
 @click.option("--availability", type=SHARE, help="Spare instances so that enough are up this share of the time.")
 @click.option(
@@ -149,9 +150,11 @@ Exit status:
 def plan_fleet(**options: Any) -> int:
     """How many whole instances of each measured tier carry the demand of TRACE, and what they cost.
 
-    FOLDER is what 'harness capacity' or 'harness sweep' left (rates in an open loop, with an SLO and a tier). Replicas
-    for the mean, the worst minute and the peak with headroom; spare instances for availability; fixed against
-    autoscaled over the trace's own time; what growth, price and promise change; the cheapest tier and the runner-up.
+    FOLDER is what 'harness capacity' or 'harness sweep' left (rates in an open loop, with an SLO and a tier). TRACE is
+    replayed in virtual time on an engine fitted to those runs: the fleet is the smallest that keeps the promise in
+    every minute, and is marked as simulated. Beside it stands the fluid answer (worst minute over capacity), alone
+    where no engine can be fitted. Spare instances for availability; fixed against autoscaled over the trace's own
+    time; what growth, price and promise change; the cheapest tier and the runner-up.
     """
     from harness.commands.fleet import plan_fleet as plan
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +14,11 @@ from harness.run import now_utc
 from harness.traces.reading import open_asked
 
 if TYPE_CHECKING:
+    from analysis.sizing.at_slo import System
+    from analysis.sizing.fitted_engine import FittedEngine, Requests, Served
     from analysis.sizing.fleet import Demand
     from analysis.sizing.fleet_plan import FleetPlan
+    from analysis.sizing.simulated_fleet import SimulatedFleet
 
 
 def plan_fleet(
@@ -35,15 +38,18 @@ def plan_fleet(
     format_: str,
 ) -> int:
     """Print the plan; 0: there is a fleet. Without one 4: a tier misses the promise; 3: runs are INVALID; 1: else."""
+    from analysis.load import read_run
     from analysis.sizing.at_slo import systems
+    from analysis.sizing.fitted_engine import NotFittedError, observe
     from analysis.sizing.fleet_plan import Wanted, grown, plan_fleets
+    from analysis.sizing.simulated_fleet import size_fleet
     from harness.commands.found import find_runs, read_summaries
 
     if availability is not None and not availability < 1:
         raise UsageError("--availability 100%: no number of machines that can fail is always enough; ask for less")
-    requests, tokens = read_demand(trace, trace_format, skip_bad)
+    asked = read_demand(trace, trace_format, skip_bad)
     wanted = Wanted(
-        requests=requests, tokens=tokens, headroom=headroom, availability=availability,
+        requests=asked.requests, tokens=asked.tokens, headroom=headroom, availability=availability,
         node_availability=node_availability, start_s=start_s, replicas_per_instance=replicas_per_instance,
     )  # fmt: skip
     runs = [path for text in measured for path in find_runs(text)]
@@ -51,9 +57,18 @@ def plan_fleet(
     summaries = [read_summaries(runs, promise, attain) for promise in promises]
     judged = [systems(found) for found in summaries]
     refused = [(s.run, f"INVALID: {'; '.join(s.reasons)}") for s in summaries[0] if s.verdict != "VALID"]
+    folders = {s.run: path for s, path in zip(summaries[0], runs, strict=True)}
+
+    def by_replay(system: System, factor: float, likely: int) -> SimulatedFleet:
+        if asked.replayable is None:
+            raise NotFittedError("the trace does not say all token lengths, so it cannot be replayed")
+        say(f"{system.name}: replaying {len(asked.replayable):,} requests in virtual time")
+        observed = [observe(read_run(folders[run]), system.replicas) for run in system.runs]
+        return size_fleet(observed, asked.replayable, factor, system.criteria, simulated_engine, likely)
+
     plan = plan_fleets(
         judged[0], grown(wanted, grow), made=now_utc(), trace=str(trace),
-        others=[one for found in judged[1:] for one in found], refused=refused,
+        others=[one for found in judged[1:] for one in found], refused=refused, simulate=by_replay,
     )  # fmt: skip
     _print(plan, format_)
     if plan.tiers:
@@ -63,25 +78,60 @@ def plan_fleet(
     return EXIT_INVALID if refused else EXIT_FAILURE
 
 
-def read_demand(path: Path, trace_format: str | None, skip_bad: bool) -> tuple[Demand, Demand | None]:
-    """Requests/s of a trace, and tokens/s where every row says both its lengths. Raises `UsageError` without times."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A trace as a demand."""
+
+    requests: Demand
+    tokens: Demand | None
+    """None where not every row says both its lengths."""
+    replayable: Requests | None
+    """The requests themselves; None for the same reason."""
+
+
+def read_demand(path: Path, trace_format: str | None, skip_bad: bool) -> Asked:
+    """Requests/s of a trace, and what else its rows say. Raises `UsageError` without times."""
     import numpy as np
 
+    from analysis.sizing.fitted_engine import Requests
     from analysis.sizing.fleet import demand
 
     trace = open_asked(path, {"trace_format": trace_format, "skip_bad": skip_bad}, arrivals_only=True)
-    arrivals, tokens, silent = array("d"), array("d"), 0
+    arrivals, inputs, outputs, silent = array("d"), array("q"), array("q"), 0
     for record in trace:
         if record.arrival_s is None:
             raise UsageError(f"{trace.path}:{record.line}: no arrival time, and a demand is requests over time")
         arrivals.append(record.arrival_s)
-        known = record.input_tokens is not None and record.output_tokens is not None
-        tokens.append((record.input_tokens or 0) + (record.output_tokens or 0) if known else math.nan)
-        silent += not known
+        silent += record.input_tokens is None or record.output_tokens is None
+        inputs.append(record.input_tokens or 0)
+        outputs.append(record.output_tokens or 0)
     times = np.frombuffer(arrivals)
     if silent:
         say(f"{trace.path}: {silent} of {len(times)} rows do not say their token lengths: planned by requests alone")
-    return demand(times), None if silent else demand(times, np.frombuffer(tokens))
+        return Asked(requests=demand(times), tokens=None, replayable=None)
+    lengths = np.frombuffer(inputs, dtype=np.int64), np.frombuffer(outputs, dtype=np.int64)
+    tokens = demand(times, (lengths[0] + lengths[1]).astype(np.float64))
+    order = np.argsort(times, kind="stable")
+    replayable = Requests(
+        arrival_s=times[order], input_tokens=lengths[0][order], output_tokens=np.maximum(1, lengths[1][order])
+    )  # fmt: skip
+    return Asked(requests=demand(times), tokens=tokens, replayable=replayable)
+
+
+def simulated_engine(fitted: FittedEngine, requests: Requests, replicas: int) -> Served:
+    """The project's own engine with the fitted step (`analysis.sizing.fitted_engine.Engine`)."""
+    from analysis.sizing.fitted_engine import Served
+    from cluster.simulator.replica import Workload, simulate
+    from cluster.simulator.scheduler import Limits
+    from cluster.simulator.step_time import LinearStep
+
+    step = LinearStep(fitted.base_s, fitted.per_sequence_s, fitted.per_prompt_token_s)
+    load = Workload(
+        arrival_s=requests.arrival_s, input_tokens=requests.input_tokens, output_tokens=requests.output_tokens
+    )  # fmt: skip
+    limits = Limits(max_num_seqs=fitted.max_num_seqs, max_num_batched_tokens=fitted.max_num_batched_tokens)
+    done = simulate(load, limits, [step] * replicas)
+    return Served(first_token_s=done.first_token_s, finished_s=done.finished_s)
 
 
 def _print(plan: FleetPlan, format_: str) -> None:
