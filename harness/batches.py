@@ -55,9 +55,10 @@ class Batches:
 
     def of(self, n: int) -> Iterator[pa.RecordBatch]:
         """The first ``n`` requests. Raises `PlanError` when the trace is no longer what it was."""
-        done, overlap = 0, self.arrangement is not None
+        done, overlap = 0, self.arrangement is not None and self.arrangement.overlap
         sessions = _Slices(self.trace, wait=self.spec.sessions == "wait", overlap=overlap)
-        prompts = _Prompts(self.spec, self.vocabulary, self.chat, overlap=overlap)
+        alike = {part.copy: part.prompts for part in self.arrangement.parts} if self.arrangement else {}
+        prompts = _Prompts(self.spec, self.vocabulary, self.chat, alike, overlap=overlap)
         self.live = Live(overlap=overlap) if self.spec.conversation == "live" else None
         with contextlib.closing(self._copied(n) if self.arrangement is None else self._arranged(n)) as rows:
             for chunk in _chunks(rows):
@@ -78,19 +79,28 @@ class Batches:
                 return
 
     def _arranged(self, n: int) -> Generator[Copied, None, None]:
-        """Rows as arranged: each part is a reading of its own, so that none need be held."""
+        """Rows as arranged: each part is a reading of its own, so that none need be held.
+
+        A reading is open from its first request to its last: parts that follow each other may be many.
+        """
         assert self.arrangement is not None
-        parts = self.arrangement.parts
+        parts, order = self.arrangement.parts, self.arrangement.part[:n]
+        left = np.bincount(order, minlength=len(parts))
         with contextlib.ExitStack() as open_:
-            readings = [
-                compress(open_.enter_context(contextlib.closing(iter(self.trace))), part.rows.data) for part in parts
-            ]
+            readings: dict[int, tuple[contextlib.ExitStack, Iterator[TraceRecord]]] = {}
             for start in range(0, n, _BATCH_ROWS):
-                for part in self.arrangement.part[start : min(start + _BATCH_ROWS, n)].tolist():
-                    record = next(readings[part], None)
+                for part in order[start : start + _BATCH_ROWS].tolist():
+                    if part not in readings:
+                        one = open_.enter_context(contextlib.ExitStack())
+                        rows = one.enter_context(contextlib.closing(iter(self.trace)))
+                        readings[part] = one, compress(rows, parts[part].rows.data)
+                    record = next(readings[part][1], None)
                     if record is None:
                         return
                     yield parts[part].copy, record
+                    left[part] -= 1
+                    if not left[part]:
+                        readings.pop(part)[0].close()
 
     def _batch(self, rows: list[Copied], first: int, prompts: _Prompts, sessions: _Slices) -> pa.RecordBatch:
         n = len(rows)
@@ -168,8 +178,13 @@ def _new_parts(live: Live, rows: list[Copied], made: list[_Prompt]) -> tuple[lis
 class _Prompts:
     """Makes up the prompts of rows that say lengths only."""
 
-    def __init__(self, spec: PlanSpec, vocabulary: Vocabulary | None, chat: Chat | None, *, overlap: bool) -> None:
+    def __init__(
+        self, spec: PlanSpec, vocabulary: Vocabulary | None, chat: Chat | None, alike: dict[int, int | None],
+        *, overlap: bool,
+    ) -> None:  # fmt: skip
+        """``alike``: copy -> the copy that it shares made-up prefixes with, where it is another."""
         self._spec, self._vocabulary, self._chat, self._overlap = spec, vocabulary, chat, overlap
+        self._alike = {copy: other for copy, other in alike.items() if other is not None}
         room = chat.room if chat is not None else None
         self._turns = Turns(room=room or 0, lengths=room is not None)
         self._copy = 0
@@ -206,7 +221,7 @@ class _Prompts:
         ids = self._vocabulary.token_ids(
             tokens,
             key,
-            seed=_seed_of(self._spec.seed, copy),
+            seed=_seed_of(self._spec.seed, self._alike.get(copy, copy)),
             prefix_ids=record.prefix_ids,
             block_tokens=record.block_tokens,
         )

@@ -21,7 +21,7 @@ from harness.batches import Batches
 from harness.chat import Chat
 from harness.conversation import live_notes, reasons
 from harness.errors import PlanError, UsageError
-from harness.plan import SCHEMA_VERSION, PlanInfo, PlanSpec, write_plan
+from harness.plan import SCHEMA_VERSION, PlanInfo, PlanSpec, Windows, write_plan
 from harness.prompts import Vocabulary
 from harness.records import Trace
 from harness.spool import filled
@@ -29,6 +29,7 @@ from harness.traces.notes import Timed, notes, prompt_notes
 from harness.traces.rescale import arrange, spread
 from harness.traces.stats import arrival_stats, mean_rate
 from harness.traces.survey import Content, Survey, survey
+from harness.traces.windows import windows_in_time, windows_of_rows
 
 RESCALES = ("compress", "thin", "superpose")
 
@@ -46,7 +47,7 @@ def asked_plan(options: Mapping[str, Any], *, closed: bool) -> PlanSpec:
         warmup_s=warmup if isinstance(warmup, float) and not closed else None,
         sessions="wait" if get("conversation") == "live" else get("sessions") or "trace",
         conversation=get("conversation") or "recorded", cancel_share=share, cancel_after_s=after_s,
-        seed=get("seed") or 0,
+        seed=get("seed") or 0, windows=get("windows"),
     )  # fmt: skip
 
 
@@ -79,7 +80,9 @@ def build_plan(
         raise PlanError(f"{out}: exists already; plans are never overwritten, choose another name")
     made_up = vocabulary is not None or choose is not None
     stages = (spec.stages or constant_stage(spec.rate or 0.0, spec.duration_s)) if spec.drawn else ()
-    if spec.drawn:
+    if spec.windows is not None:
+        timed = _windowed(trace, spec, spec.windows, stages, made_up)
+    elif spec.drawn:
         timed = _drawn(trace, spec, stages, made_up)
     elif _regrown(spec):
         timed = _grown(trace, spec, made_up)
@@ -94,6 +97,9 @@ def build_plan(
     n = found.requests if scheduled is None else len(scheduled)
     if spec.closed and spec.repeat and spec.limit is not None:
         n = spec.limit
+    joined = timed.windows
+    if joined is not None:
+        n = len(joined.arrangement.part)
     warmup = _warmup(spec, scheduled, n)
     cancelled = _choose(spec, n)
     planned = None if scheduled is None else arrival_stats(scheduled)
@@ -116,7 +122,7 @@ def build_plan(
         notes=[*notes(trace, spec, timed, planned, cancelled), *prompt_notes(spec, found, chat)],
         burstiness=spec.burstiness,
         stages=list(stages),
-        cycles=-(-n // found.requests) if timed.arrangement is None else 1,
+        cycles=joined.cycles if joined else -(-n // found.requests) if timed.arrangement is None else 1,
         warmup_requests=warmup,
         sessions=spec.sessions,
         conversation=spec.conversation,
@@ -128,6 +134,9 @@ def build_plan(
         template=None if chat is None else chat.template,
         source=found.stats,
         planned=planned,
+        windows=joined.windows if joined else [],
+        busiest=spec.windows is not None and spec.windows.busiest,
+        trace_share=joined.trace_share if joined else None,
     )
     batches = Batches(trace, spec, vocabulary, found.requests, scheduled, warmup, cancelled, chat, timed.arrangement)
     if spec.conversation == "live":
@@ -172,6 +181,8 @@ def check_spec(spec: PlanSpec) -> None:
         raise UsageError("warm-up by time and by requests exclude each other: give one")
     _check_times(spec)
     _check_rescale(spec)
+    if spec.windows is not None:
+        _check_windows(spec, spec.windows)
 
 
 def _check_rescale(spec: PlanSpec) -> None:
@@ -191,6 +202,15 @@ def _check_rescale(spec: PlanSpec) -> None:
         raise UsageError(f"{spec.rescale} needs the request rate to reach (--rate), or say --grow")
     if spec.repeat:
         raise UsageError(f"{what} and repeating the trace exclude each other")
+
+
+def _check_windows(spec: PlanSpec, windows: Windows) -> None:
+    if windows.count < 1 or windows.draw < 0:
+        raise UsageError(f"{windows.count} windows of draw {windows.draw}: at least 1 window, and draws count from 0")
+    if _regrown(spec):
+        raise UsageError("windows are cut from the trace as it is: drop the growth or --rescale")
+    if not spec.closed and not spec.drawn and spec.duration_s is None:
+        raise UsageError("windows are cut by time: give a duration")
 
 
 def _regrown(spec: PlanSpec) -> bool:
@@ -275,6 +295,38 @@ def _own(trace: Trace, spec: PlanSpec, made_up: bool) -> Timed:
     return Timed(
         survey=found, scheduled=_rescale(arrivals, speed), speed=speed, spread_s=spread_s,
         rescale=None if speed == 1.0 else "compress",
+    )  # fmt: skip
+
+
+def _windowed(
+    trace: Trace, spec: PlanSpec, windows: Windows, stages: tuple[Stage, ...], made_up: bool
+) -> Timed:  # fmt: skip
+    """Stretches from different parts of the trace, which is read as a whole."""
+    own = not spec.closed and not spec.drawn
+    found = survey(trace, timed=own, made_up=made_up)
+    if not own:
+        scheduled = None
+        if spec.drawn:
+            most = spec.limit if stages[-1].duration_s is not None else spec.limit or found.requests
+            scheduled = arrival_times(
+                spec.arrivals, stages, burstiness=spec.burstiness or 1.0, seed=spec.seed, most=most
+            )
+            if not len(scheduled):
+                raise UsageError("not one arrival falls into the time: a longer one, a higher rate or another seed")
+        joined = windows_of_rows(
+            found.requests, len(scheduled) if scheduled is not None else spec.limit or found.requests, windows,
+            arrivals=found.arrivals, scheduled=scheduled, trace_sha256=trace.sha256, seed=spec.seed,
+        )  # fmt: skip
+        return Timed(survey=found, scheduled=scheduled, arrangement=joined.arrangement, windows=joined)
+    arrivals, spread_s = _spread(trace, spec, found.arrivals)
+    speed = _speed(trace, arrivals, spec)
+    joined = windows_in_time(
+        arrivals, windows, lasts_ns=(spec.duration_s or 0.0) * 1e9 * speed, speed=speed, trace_sha256=trace.sha256,
+        seed=spec.seed, most=spec.limit,
+    )  # fmt: skip
+    return Timed(
+        survey=found, scheduled=_rescale(joined.arrangement.scheduled, speed), speed=speed, spread_s=spread_s,
+        arrangement=joined.arrangement, windows=joined, rescale=None if speed == 1.0 else "compress",
     )  # fmt: skip
 
 

@@ -75,6 +75,18 @@ SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Windows:
+    """A plan joins stretches from different parts of its trace (`harness.traces.windows`), not its first rows."""
+
+    count: int
+    """So many, of equal length; one where they would overlap because the trace is short."""
+    draw: int
+    """0, 1, 2 ...: which draw of a search this is. Each takes other parts of the trace, between those before it."""
+    busiest: bool = False
+    """Each is the stretch with the most requests."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSpec:
     """What a plan is to be. The seed and the trace decide everything else: equal specs make equal plans."""
 
@@ -124,6 +136,9 @@ class PlanSpec:
     """Made-up prompts as text instead of token ids."""
     max_output_tokens: int | None = None
     """Cap on output lengths, and the length where the trace says none."""
+    windows: Windows | None = None
+    """Own times: the plan lasts ``duration_s``, warm-up among it, and ``rate`` is that of the whole trace on the
+    plan's clock; what falls into the windows may be more or less. Else: only the rows come from windows."""
 
     @property
     def drawn(self) -> bool:
@@ -164,6 +179,21 @@ class TemplateTokens:
     """Of ``closing``, what is still there, at its place, when the conversation goes on."""
     room: int | None
     """Around an answer and the message after it; null: a constant is not known, each prompt is one message."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedWindow:
+    """A stretch of the trace in a plan of several."""
+
+    first_row: int
+    """Of the trace, from 0."""
+    last_row: int
+    """The last of it; before ``first_row`` where the window runs over the trace's end or is empty."""
+    starts_s: float | None
+    """Planned time at which it begins (drawn arrivals: of its first request); null in a closed loop."""
+    requests: int
+    lasts_s: float | None = None
+    """Planned time that it takes; null where the times are not the trace's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,6 +251,12 @@ class PlanInfo:
     """The rows that were read, as the trace records them; null in plans of older versions."""
     planned: ArrivalStats | None = None
     """Arrivals of the plan, on its own clock; null in a closed loop and in plans of older versions."""
+    windows: list[PlannedWindow] = field(default_factory=list)
+    """In the order of the plan; empty when it follows the trace from its beginning."""
+    busiest: bool = False
+    """The windows are the trace's busiest stretch."""
+    trace_share: float | None = None
+    """Share of the trace's rows that the plan sends at least once; null without windows."""
 
 
 def write_plan(out: Path, info: PlanInfo, batches: Iterator[pa.RecordBatch]) -> None:

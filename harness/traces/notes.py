@@ -16,6 +16,7 @@ from harness.spool import blocks
 from harness.traces.rescale import Arrangement
 from harness.traces.stats import ArrivalStats
 from harness.traces.survey import ADAPTERS_LISTED, Survey
+from harness.traces.windows import Joined
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,7 @@ class Timed:
     rescale: str | None = None
     spread_s: float | None = None
     cut: bool = False
+    windows: Joined | None = None
 
 
 def _draw_note(spec: PlanSpec, scheduled: Times) -> list[str]:
@@ -53,6 +55,7 @@ def notes(
     return [
         *trace.notes,
         *_times(spec, timed),
+        *_windows(spec, timed),
         *_spreading(trace, spec, timed),
         *_rescaling(timed, planned),
         *_requests(spec, timed.survey, cancelled),
@@ -64,8 +67,28 @@ def _times(spec: PlanSpec, timed: Timed) -> list[str]:
     said = _draw_note(spec, scheduled) if spec.drawn and scheduled is not None else []
     if found.ended_early:
         said.append(f"reading stopped after {found.requests} usable rows (limit or duration)")
-    elif scheduled is not None and spec.duration_s is not None and scheduled[-1] < 0.95e9 * spec.duration_s:
+    elif (
+        scheduled is not None
+        and spec.windows is None
+        and spec.duration_s is not None
+        and scheduled[-1] < 0.95e9 * spec.duration_s
+    ):
         said.append(f"the trace ends at {int(scheduled[-1]) / 1e9:.1f} s of the {spec.duration_s:g} s asked for")
+    return said
+
+
+def _windows(spec: PlanSpec, timed: Timed) -> list[str]:
+    """Which part of the trace is sent."""
+    if timed.windows is None or spec.windows is None:
+        return []
+    found, rows = timed.windows.windows, timed.survey.requests
+    where = "on its busiest stretch" if spec.windows.busiest else "from different parts of it"
+    what = f"{len(found)} windows {where}" if len(found) > 1 else f"one window {where}" if spec.windows.busiest else (
+        "one window of it"
+    )  # fmt: skip
+    said = [f"the plan joins {what}, not the trace's first rows: {timed.windows.trace_share:.2%} of its {rows} rows"]
+    if len(found) < spec.windows.count:
+        said.append(f"one window instead of {spec.windows.count}: the plan is as long as the trace")
     return said
 
 
@@ -134,7 +157,7 @@ def _after_the_end(scheduled: Times, timed: Timed) -> int:
 def _requests(spec: PlanSpec, found: Survey, cancelled: npt.NDArray[np.bool_]) -> list[str]:
     n = len(cancelled)
     said = []
-    if n > found.requests and spec.repeat:
+    if n > found.requests and (spec.repeat or spec.windows is not None):
         texts = found.requests - found.content.lengths_only
         said.append(
             f"the trace's {found.requests} rows are sent {n / found.requests:.3g} times over; "

@@ -25,7 +25,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -57,7 +57,9 @@ class Part(NamedTuple):
 
     copy: int
     rows: Bools
-    """Whether each row is taken, in trace order."""
+    """Whether each row is taken, in trace order; none after its end."""
+    prompts: int | None = None
+    """Copies with the same number here share made-up prefixes; null: the number is that of the copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +68,11 @@ class Arrangement:
 
     scheduled: Times
     """On the trace's clock, ascending."""
-    part: npt.NDArray[np.uint16]
+    part: npt.NDArray[np.unsignedinteger[Any]]
     """Which of ``parts`` the request comes from: its next row."""
     parts: list[Part]
+    overlap: bool = True
+    """Copies lie over each other; else one is over when the next begins, and so are its sessions."""
 
 
 def parse_growth(text: str) -> float:
