@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
+
+Verdict = Literal["VALID", "INVALID", "TOO SMALL"]
+"""TOO SMALL: measured, but of too few requests to be called either."""
+MIN_REQUESTS = "min_requests"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +32,14 @@ def check(name: str, ok: bool | None, observed: str, bound: str, advice: str, *,
 def limit(name: str, ok: bool | None, observed: str, bound: str, advice: str) -> Check:
     """A check that narrows what may be concluded and leaves the run VALID."""
     return check(name, ok, observed, bound, advice, gate=False)
+
+
+def verdict(checks: Iterable[Check]) -> Verdict:
+    """What the gates say together. A run of too few requests is neither VALID nor INVALID, whatever else it shows."""
+    failed = [c for c in checks if c.gate and c.ok is False]
+    if any(c.name == MIN_REQUESTS for c in failed):
+        return "TOO SMALL"
+    return "INVALID" if failed else "VALID"
 
 
 def ms(seconds: float) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from analysis import arrays, metrics
 from analysis.arrays import Bools, Floats
-from analysis.check import Check
+from analysis.check import Check, Verdict, verdict
 from analysis.counters import shared_addresses
 from analysis.fidelity.questions import Fidelity, fidelity
 from analysis.fullness import GIVEN, Fullness, fullness, given_load_note
@@ -27,8 +27,8 @@ from analysis.offered_load import OfferedLoad, offered_load
 from analysis.plateau import SteadyState, drain_check, steady_check, steady_part, steady_state
 from analysis.promise import Slo, judge, price_note, unjudged
 from analysis.served import MISMATCH_BOUND, served_lengths
-from analysis.validity import check_run, is_valid
-from harness.errors import EXIT_INVALID, EXIT_SLO_MISSED, EXIT_VALID, UsageError
+from analysis.validity import check_run
+from harness.errors import EXIT_INVALID, EXIT_NOT_DECIDED, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.plan import PlanInfo
 from harness.results import ERRORS
 from harness.run import Host, Replica, RunSpec, Tier
@@ -98,7 +98,7 @@ class Summary:
     run_id: str
     created: str
     evidence: str
-    verdict: str
+    verdict: Verdict
     reasons: list[str]
     checks: list[Check]
     window: Window | None
@@ -142,11 +142,13 @@ def summarise(
     slo: Mapping[str, float] | None = None,
     ratio: float = DEFAULT_RATIO,
     attain: float = DEFAULT_ATTAIN,
+    min_requests: int | None = None,
 ) -> Summary:
     """All figures of a run. ``slo`` None: the limits the run was made with; {}: no limits.
 
     ``ratio``: what an output token costs in input tokens, for the split. ``attain``: share of requests that must meet
-    the SLO. Raises `UsageError` on limits, ratio or share that make no sense; never on what the run contains.
+    the SLO. ``min_requests``: how many a verdict needs; None: as the run was made. Raises `UsageError` on limits, ratio
+    or share that make no sense; never on what the run contains.
     """
     manifest = run.manifest
     limits = dict(manifest.spec.slo if slo is None else slo)
@@ -156,8 +158,12 @@ def summarise(
         raise UsageError(f"attain {attain}: the share of requests to meet the SLO is above 0 and at most 1")
     counts, window, tokens = metrics.count(run), metrics.window(run.rows), metrics.tokens(run.rows)
     steady = steady_part(run, window)
-    checks = [*check_run(run, counts, window, limits), steady_check(run, steady), drain_check(run, window)]
-    valid = is_valid(checks)
+    checks = [
+        *check_run(run, counts, window, limits, min_requests),
+        steady_check(run, steady),
+        drain_check(run, window),
+    ]
+    said = verdict(checks)
     judged = judge(run, limits, counts, tokens, attain) if limits else None
     sampled, weighted = _rates(run, window, tokens, counts, limits, ratio)
     offered = offered_load(run)
@@ -167,8 +173,8 @@ def summarise(
     if offered.kind != "closed":
         rates, weighted = _given(sampled), _without_interval(weighted)
         note = "; ".join(filter(None, (note, given_load_note(full))))
-    reason = None if valid else "the run is INVALID"
-    if valid and shared_addresses(run):
+    reason = None if said == "VALID" else f"the run is {said}"
+    if reason is None and shared_addresses(run):
         reason = "several servers answer at one address, so how many are paid for is not known (--metrics-url)"
     price = partial(cost, manifest.tier, _replicas(run), ratio=ratio, reason=reason)
     return Summary(
@@ -177,7 +183,7 @@ def summarise(
         run_id=manifest.run_id,
         created=manifest.created,
         evidence=run.evidence,
-        verdict="VALID" if valid else "INVALID",
+        verdict=said,
         reasons=[f"{c.name}: {c.observed} (wanted: {c.bound}); {c.advice}" for c in checks if c.gate and c.ok is False],
         checks=checks,
         window=window,
@@ -230,11 +236,11 @@ def _dummy(model_facts: Mapping[str, str]) -> bool:
 
 
 def exit_code(summary: Summary) -> int:
-    """0 valid, 3 INVALID, 4 when valid but fewer than the wanted share of requests met every limit of the SLO, or that
-    is not known.
+    """0 valid, 3 INVALID, 5 TOO SMALL, 4 when valid but fewer than the wanted share of requests met every limit of the
+    SLO, or that is not known.
     """
     if summary.verdict != "VALID":
-        return EXIT_INVALID
+        return EXIT_INVALID if summary.verdict == "INVALID" else EXIT_NOT_DECIDED
     return EXIT_SLO_MISSED if summary.slo is not None and not summary.slo.met else EXIT_VALID
 
 

@@ -1,4 +1,4 @@
-"""Is this run evidence? Gates make it INVALID (and then it has no price); limits only narrow what may be concluded.
+"""Is this run evidence? Gates make it INVALID or TOO SMALL (then it has no price); limits only narrow its conclusions.
 
 A failing *server* is a valid measurement with bad goodput; a failing *measurement* is INVALID. Source of the idea:
 MLPerf Inference LoadGen, which ends every run with VALID or INVALID and advice.
@@ -6,13 +6,13 @@ MLPerf Inference LoadGen, which ends every run with VALID or INVALID and advice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import date
 
 import numpy as np
 
 from analysis import arrays, metrics
-from analysis.check import Check, check, limit
+from analysis.check import MIN_REQUESTS, Check, check, limit
 from analysis.counters import server_counters, server_restarts, shared_addresses, token_books
 from analysis.generator import (
     arrival_process,
@@ -41,11 +41,16 @@ HELD_BOUND = 0.8
 UNFINISHED_BOUND = 0.01
 
 
-def check_run(run: Run, counts: Counts, window: Window | None, slo: Mapping[str, float] | None = None) -> list[Check]:
-    """All checks, gates first. ``slo``: limits to judge by, s; None: those the run was made with."""
+def check_run(
+    run: Run, counts: Counts, window: Window | None, slo: Mapping[str, float] | None = None, least: int | None = None
+) -> list[Check]:
+    """All checks, gates first. ``slo``: limits to judge by, s; ``least``: requests that a verdict needs. None: as the
+    run was made.
+    """
     bound_s = lag_bound_s(run, run.manifest.spec.slo if slo is None else slo)
     shared = shared_addresses(run)
     return [
+        min_requests(counts, run.manifest.spec.min_requests if least is None else least),
         status(run), files(run), rows(run, counts), success(run, counts), lag(run, bound_s), arrival_process(run),
         workers(run), generator_cpu(run), generator_lag(run, bound_s), littles_law(run), replicas(run),
         server_restarts(run, shared), engine_fits_tier(run), input_tokens(run), token_books(run, shared),
@@ -56,12 +61,13 @@ def check_run(run: Run, counts: Counts, window: Window | None, slo: Mapping[str,
     ]  # fmt: skip
 
 
-def is_valid(checks: Iterable[Check]) -> bool:
-    """True unless a gate failed."""
-    return not any(c.gate and c.ok is False for c in checks)
-
-
 # ---------------------------------------------------------------------------------------------------------------- gates
+
+
+def min_requests(counts: Counts, least: int) -> Check:
+    """Enough measured requests for a verdict: 29 good ones are compatible with a server that fails one in ten."""
+    observed, bound = f"{counts.offered} measured requests", f"at least {least} (--min-requests)"
+    return check(MIN_REQUESTS, counts.offered >= least, observed, bound, "too small to judge: send more requests")
 
 
 def status(run: Run) -> Check:

@@ -26,6 +26,7 @@ EXIT_USAGE = 2
 EXIT_INVALID = 3
 EXIT_SLO_MISSED = 4
 EXIT_NOT_DECIDED = 5
+"""Too small, or not judged: measured, and no verdict either way."""
 
 
 class HarnessError(Exception):

@@ -58,6 +58,8 @@ class RunSpec:
     """Per-request limits in seconds by metric (ttft, tpot, e2e), e.g. {"ttft": 2.0}."""
     lag_bound_s: float = 0.1
     """The run is INVALID when the 99th percentile of lag (or the largest, below 100 requests) exceeds this."""
+    min_requests: int = 30
+    """Below so many measured requests the run has no verdict but "TOO SMALL"."""
     extra_body: dict[str, object] = field(default_factory=dict)
     """Fields added to every request body."""
     headers: dict[str, str] = field(default_factory=dict)

@@ -269,7 +269,7 @@ class Point:
     state: Literal["pending", "running", "done", "failed", "skipped"] = "pending"
     """"done" whatever its verdict; "failed" has no whole run (``reason``); "skipped": the budget did not allow it."""
     verdict: str | None = None
-    """VALID or INVALID once it is done."""
+    """VALID, INVALID or TOO SMALL once it is done."""
     slo_met: bool | None = None
     reason: str | None = None
     """Why it failed, was skipped, is INVALID, or is to be done again."""

@@ -22,7 +22,7 @@ TIER = Tier(
     date="2026-11-01",
 )  # fmt: skip
 
-SPEC = RunSpec(mode="open", model="m", base_urls=["http://127.0.0.1:1/v1"])
+SPEC = RunSpec(mode="open", model="m", base_urls=["http://127.0.0.1:1/v1"], min_requests=1)
 
 
 def good(request_id, at_ns=None, *, ttft_ms=50, itl_ms=10, tokens=4, inputs=8, lag_ms=0, chunk_tokens="ones"):

@@ -624,7 +624,7 @@ def test_exports_say_the_same_and_read_as_they_are(tmp_path):
     ("name", "results", "manifest", "code", "words"),
     [
         ("invalid", rows(30), {"status": "stopped"}, 3, "status: stopped"),
-        ("empty", [], {}, 3, "success: "),
+        ("empty", [], {}, 5, "min_requests: "),
         ("one request", rows(1), {}, 1, "needs 5 requests"),
         ("no tier", rows(30), {"tier": None}, 1, "no tier"),
         ("no usage", [replace(r, input_tokens=None, output_tokens=None) for r in rows(30)], {}, 1, "usage missing"),

@@ -541,6 +541,8 @@ def test_a_state_is_plain_json() -> None:
     [
         ([("done", "VALID"), ("done", "VALID")], 0),
         ([("done", "VALID"), ("done", "INVALID")], 3),
+        ([("done", "VALID"), ("done", "TOO SMALL")], 5),
+        ([("done", "TOO SMALL"), ("done", "INVALID")], 3),
         ([("done", "INVALID"), ("failed", None)], 1),
         ([("done", "VALID"), ("skipped", None)], 1),
         ([("done", "VALID"), ("pending", None)], 1),

@@ -156,7 +156,8 @@ def test_another_number_format_than_the_models_is_a_limit(tmp_path):
 
 def test_every_check_has_a_test_that_makes_it_fail(tmp_path):
     s = summary(tmp_path)
-    assert {c.name for c in s.checks if c.gate} == {*GATES, "files"}  # files: test_metrics, torn and missing
+    assert {c.name for c in s.checks if c.gate} == {*GATES, "files", "min_requests"}
+    # files: test_metrics, torn and missing; min_requests: test_too_small
     assert {c.name for c in s.checks if not c.gate} == set(LIMITS)
 
 

@@ -70,7 +70,7 @@ def refusals(a: Sequence[Summary], b: Sequence[Summary]) -> list[str]:
     reasons = []
     for side, runs in (("A", a), ("B", b)):
         reasons += [
-            f"{side}: {s.run} is INVALID: {'; '.join(s.reasons) or 'no reason given'}"
+            f"{side}: {s.run} is {s.verdict}: {'; '.join(s.reasons) or 'no reason given'}"
             for s in runs
             if s.verdict != "VALID"
         ]

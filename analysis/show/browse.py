@@ -174,7 +174,7 @@ def _status(manifest: RunManifest) -> Cell:
 def _figures(s: Summary) -> list[Cell]:
     words = {
         "valid": ("VALID", "good"), "missed": ("SLO missed", "warn"), "unknown": ("SLO not judged", "warn"),
-        "invalid": ("INVALID", "bad"),
+        "invalid": ("INVALID", "bad"), "small": ("TOO SMALL", "warn"),
     }  # fmt: skip
     word, mark = words[state_of(s)]
     return [

@@ -34,9 +34,9 @@ class Table:
 
 
 def state_of(s: Summary) -> str:
-    """valid, missed (VALID, but the SLO was not kept), unknown (it cannot be known whether it was) or invalid."""
+    """valid, missed (VALID, but the SLO was not kept), unknown (nobody can know whether it was), invalid or small."""
     if s.verdict != "VALID":
-        return "invalid"
+        return "invalid" if s.verdict == "INVALID" else "small"
     if s.slo is None or s.slo.met:
         return "valid"
     return "unknown" if s.slo.met is None else "missed"

@@ -90,7 +90,7 @@ def price_blocks(report: PriceReport) -> list[Block]:
         blocks += _charge_blocks(charge, report.terms)
     if report.refused:
         lines = tuple(f"{run}: {'; '.join(why)}" for run, why in report.refused)
-        blocks.append(Block(title="Refused: INVALID runs have no price", notes=lines))
+        blocks.append(Block(title="Refused: runs that are not VALID have no price", notes=lines))
     return [*blocks, Block(title="What this rests on", notes=report.assumptions)]
 
 

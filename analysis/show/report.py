@@ -30,8 +30,8 @@ Section = tuple[Sequence[str], list[Sequence[str]]]
 
 def render_text(summary: Summary, console: Console) -> None:
     """Print the report; fits 80 columns."""
-    good = summary.verdict == "VALID"
-    console.print(Text.assemble((f" {summary.verdict} ", "bold white on green" if good else "bold white on red"), "  ",
+    colour = {"VALID": "green", "INVALID": "red", "TOO SMALL": "yellow"}[summary.verdict]
+    console.print(Text.assemble((f" {summary.verdict} ", f"bold white on {colour}"), "  ",
                                 (headline(summary), "bold")))  # fmt: skip
     for line in opening(summary):
         console.print(Text(line, style="bold yellow" if line == summary.caution else ""))

@@ -67,6 +67,7 @@ def view_run(run: Run, summary: Summary, label: str = "") -> RunView:
             "missed": "VALID, SLO missed",
             "unknown": "VALID, SLO not judged",
             "invalid": "INVALID",
+            "small": "TOO SMALL",
         }[state],
         sentence=_sentence(summary),
         opening=report.done(summary),
@@ -75,7 +76,7 @@ def view_run(run: Run, summary: Summary, label: str = "") -> RunView:
         price=_price(summary),
         basis=_basis(summary),
         kept=kept,
-        promises=_promises(summary, kept, shares) if state != "invalid" else None,
+        promises=_promises(summary, kept, shares) if summary.verdict == "VALID" else None,
         latency=_latency(summary),
         rates=_rates(summary),
         lag_says=_lag_says(summary),
@@ -93,6 +94,9 @@ def view_run(run: Run, summary: Summary, label: str = "") -> RunView:
 
 def _sentence(s: Summary) -> str:
     """The verdict as a sentence that someone who reads nothing else may act on."""
+    if s.verdict == "TOO SMALL":
+        n = s.requests.offered
+        return f"{n} {'request is' if n == 1 else 'requests are'} too few for a verdict, and carry no price."
     if s.verdict != "VALID":
         n = len(s.reasons)
         return (

@@ -38,6 +38,7 @@ Exit status:
   1  something failed; the message says what
   2  the command line is wrong
   3  no run was VALID
+  5  no run was VALID or INVALID: all were TOO SMALL
   4  not even the lowest load keeps the promise
   130  stopped by Ctrl-C; --resume goes on
 {ENVIRONMENT}""",
@@ -108,6 +109,7 @@ Exit status:
   1  something failed, or nothing can be planned with; the message says what
   2  the command line is wrong
   3  no fleet, because runs are INVALID; their reasons are in the output
+  5  no fleet, because runs are TOO SMALL
   4  no measured tier keeps the promise
 """,
 )

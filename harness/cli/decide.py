@@ -27,6 +27,7 @@ Exit status:
   1  something failed, or nothing could be priced; the reason is in the output
   2  the command line is wrong
   3  an INVALID run was among them: it has no price, its reasons are in the output
+  5  no run was INVALID, and one was TOO SMALL: it has no price either
   4  no measured load kept the SLO
 """,
 )

@@ -17,6 +17,7 @@ Exit status:
   2  the command line is wrong
   3  the run is INVALID: its figures prove nothing and have no price
   4  the run is VALID and missed its SLO
+  5  the run is TOO SMALL: below --min-requests there is no verdict and no price
 """
 
 ENVIRONMENT = """\b
@@ -185,7 +186,10 @@ SERVER_OPTIONS = stack(
     ),
 )
 
+MIN_REQUESTS_HELP = "Below so many measured requests a run has no verdict but TOO SMALL, and no price."
+
 LOAD_OPTIONS = stack(
+    click.option("--min-requests", type=click.IntRange(min=1), default=30, show_default=True, help=MIN_REQUESTS_HELP),
     click.option("--concurrency", type=click.IntRange(min=1), help="Closed loop: this many in flight, in trace order."),
     click.option(
         "--max-concurrency",

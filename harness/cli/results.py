@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from harness.cli.options import EXIT_STATUS, REPORT_OPTIONS
+from harness.cli.options import EXIT_STATUS, MIN_REQUESTS_HELP, REPORT_OPTIONS
 from harness.cli.types import SLO
 
 
@@ -20,10 +20,13 @@ Examples:
   harness report runs/*-sweep-* --slo ttft=2s --html sweep.html
 
 {EXIT_STATUS}
-Of several runs the worst counts, INVALID first.""",
+Of several runs the worst counts: INVALID, then TOO SMALL.""",
 )
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
 @click.option("--slo", type=SLO, metavar="KEY=TIME,...", help="Judge against this SLO instead of the one of the run.")
+@click.option(
+    "--min-requests", type=click.IntRange(min=1), help=f"{MIN_REQUESTS_HELP} Default: as the run was made, which is 30."
+)
 @REPORT_OPTIONS
 @click.option(
     "--html",

@@ -92,6 +92,7 @@ Exit status:
   1    some point failed or was skipped; the table says why
   2    the command line or the sweep file is wrong, or the file is not the one that was begun
   3    every point is done, some are INVALID
+  5    every point is done, none is INVALID, some are TOO SMALL (min_requests)
   130  stopped by Ctrl-C; --resume goes on
 {ENVIRONMENT}""",
 )

@@ -8,9 +8,10 @@ from typing import Any
 import msgspec
 
 from harness.commands.capacity_run import CapacityReport, CapacitySession, Search, in_loop
+from harness.commands.found import refused_exit
 from harness.commands.output import print_blocks, print_json, say
 from harness.commands.sweep import LOCAL_SWEEPS, begun, check
-from harness.errors import EXIT_FAILURE, EXIT_INVALID, EXIT_SLO_MISSED, EXIT_VALID, UsageError
+from harness.errors import EXIT_FAILURE, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.records import Trace
 from harness.run import now_utc
 from harness.slo import criteria
@@ -37,7 +38,7 @@ def capacity(
     format_: str,
     **options: Any,
 ) -> int:
-    """Search, print, keep; 0: found or beyond, 4: not reached, 3: no VALID run, 1: neither."""
+    """Search, print, keep; 0: found or beyond, 4: not reached, 3 or 5: no VALID run, 1: neither."""
     options = {**options, "slo": slo, "attain": attain}
     ask = Search(criteria=tuple(criteria(slo, attain)), probe_s=probe_s, tolerance=tolerance)
     spec = _spec(trace, ask, max_usd, max_hours, options)
@@ -153,7 +154,7 @@ def _print(report: CapacityReport, ask: Search, format_: str) -> None:
 def _exit(report: CapacityReport) -> int:
     answer = next((one for one in report.systems if one.loop != "closed"), None)
     if answer is None or answer.capacity is None:
-        return EXIT_INVALID if any(p.verdict == "INVALID" for p in report.probes) else EXIT_FAILURE
+        return refused_exit(p.verdict for p in report.probes) or EXIT_FAILURE
     return {"found": EXIT_VALID, "beyond": EXIT_VALID, "not reached": EXIT_SLO_MISSED}.get(
         answer.capacity.state, EXIT_FAILURE
     )

@@ -166,10 +166,12 @@ class CapacitySession(Session):
         assert rate is not None
         from analysis.sizing.search import requests_needed
 
-        needed = requests_needed(self.ask.criteria) + (warmup if isinstance(warmup, int) else 0)
+        least = options["min_requests"]
+        judged = math.ceil(least + 3 * math.sqrt(least))  # the count of arrivals in a window varies
+        needed = max(judged, requests_needed(self.ask.criteria)) + (warmup if isinstance(warmup, int) else 0)
         seconds = max(self.ask.probe_s, (needed + 1) / rate) + warmup_s
         if seconds > self.ask.probe_s + warmup_s:
-            say(f"  {seconds:.0f} s at {rate:g} req/s: fewer than {needed} requests cannot judge this SLO")
+            say(f"  {seconds:.0f} s at {rate:g} req/s: fewer than {needed} requests cannot judge it")
         if rate * seconds > self.survey.rows:
             self.tell_once(
                 f"  the trace has {self.survey.rows} requests: it is repeated, with new prompts where they are made"
@@ -177,14 +179,17 @@ class CapacitySession(Session):
         return {**options, "duration_s": seconds, "repeat": True}
 
     def learn(self, point: Point, run: Run, found: Summary) -> None:
-        """What the search goes on from."""
+        """What the search goes on from. A rung that is TOO SMALL steers too: it guides, and no figure comes from it."""
+        from analysis.check import MIN_REQUESTS
         from analysis.sizing.at_slo import point_of
         from analysis.sizing.search import Probe, limit_used
 
         self.summaries[point.name] = found
+        failed = {c.name for c in found.checks if c.gate and c.ok is False}
+        steers = not failed or (failed == {MIN_REQUESTS} and point.level.concurrency is not None)
         self.probes[point.name] = Probe(
             rate=point.level.request_rate, concurrency=point.level.concurrency,
-            point=point_of(found) if found.verdict == "VALID" else None,
+            point=point_of(found) if steers else None,
             used=limit_used(run, self.ask.criteria),
         )  # fmt: skip
 

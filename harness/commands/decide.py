@@ -9,11 +9,18 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.commands.found import Measured, find_runs, is_search, observe_run, read_summaries, sides_of_sweep
+from harness.commands.found import (
+    Measured,
+    find_runs,
+    is_search,
+    observe_run,
+    read_summaries,
+    refused_exit,
+    sides_of_sweep,
+)
 from harness.commands.output import print_blocks, print_json, say
 from harness.errors import (
     EXIT_FAILURE,
-    EXIT_INVALID,
     EXIT_NOT_DECIDED,
     EXIT_SLO_MISSED,
     EXIT_VALID,
@@ -103,7 +110,7 @@ def price(
         write_prices(out, report)
         say(f"written: {out}")
     _print_price(report, format_, price_csv(price_rows(report)) if format_ == "csv" else "")
-    return _price_exit(report)
+    return refused_exit(s.verdict for s in summaries) or _price_exit(report)
 
 
 def _open_first(decided: Sequence[Charge]) -> list[Charge]:
@@ -133,9 +140,7 @@ def _print_price(report: PriceReport, format_: str, csv_text: str) -> None:
 
 
 def _price_exit(report: PriceReport) -> int:
-    """3: an INVALID run was among them; 4: no load kept the SLO; 1: no price for another reason."""
-    if report.refused:
-        return EXIT_INVALID
+    """4: no load kept the SLO; 1: no price for another reason."""
     if any(made.reason is None for made in report.charges):
         return EXIT_VALID
     return EXIT_SLO_MISSED if any(made.slo_met is False for made in report.charges) else EXIT_FAILURE
@@ -238,7 +243,8 @@ def compare(
     else:
         print_blocks(comparison_blocks(result), format_)
     if not result.comparable:
-        return EXIT_FAILURE
+        both = refused_exit(one.summary.verdict for one in (*side_a, *side_b))
+        return EXIT_NOT_DECIDED if both == EXIT_NOT_DECIDED else EXIT_FAILURE
     if result.failed:
         return EXIT_SLO_MISSED
     if result.unjudged:

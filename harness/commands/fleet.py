@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.commands.output import print_json, say
-from harness.errors import EXIT_FAILURE, EXIT_INVALID, EXIT_SLO_MISSED, EXIT_VALID, UsageError
+from harness.errors import EXIT_FAILURE, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.run import now_utc
 from harness.traces.reading import open_asked
 
@@ -43,7 +43,7 @@ def plan_fleet(
     from analysis.sizing.fitted_engine import NotFittedError, observe
     from analysis.sizing.fleet_plan import Wanted, grown, plan_fleets
     from analysis.sizing.simulated_fleet import size_fleet
-    from harness.commands.found import find_runs, read_summaries
+    from harness.commands.found import find_runs, read_summaries, refused_exit
 
     if availability is not None and not availability < 1:
         raise UsageError("--availability 100%: no number of machines that can fail is always enough; ask for less")
@@ -56,7 +56,7 @@ def plan_fleet(
     promises: list[dict[str, float] | None] = [*slo] or [None]
     summaries = [read_summaries(runs, promise, attain) for promise in promises]
     judged = [systems(found) for found in summaries]
-    refused = [(s.run, f"INVALID: {'; '.join(s.reasons)}") for s in summaries[0] if s.verdict != "VALID"]
+    refused = [(s.run, f"{s.verdict}: {'; '.join(s.reasons)}") for s in summaries[0] if s.verdict != "VALID"]
     folders = {s.run: path for s, path in zip(summaries[0], runs, strict=True)}
 
     def by_replay(system: System, factor: float, likely: int) -> SimulatedFleet:
@@ -75,7 +75,7 @@ def plan_fleet(
         return EXIT_VALID
     if any(one.capacity is not None and one.capacity.state == "not reached" for one in judged[0]):
         return EXIT_SLO_MISSED
-    return EXIT_INVALID if refused else EXIT_FAILURE
+    return refused_exit(s.verdict for s in summaries[0]) or EXIT_FAILURE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

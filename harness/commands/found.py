@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.commands.output import say
-from harness.errors import ResultsError, UsageError
+from harness.errors import EXIT_INVALID, EXIT_NOT_DECIDED, EXIT_VALID, ResultsError, UsageError
 from harness.run import MANIFEST
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def expand(paths: Sequence[Path]) -> list[Path]:
 def done_points(folder: Path) -> list[Path]:
     """The runs of a sweep or a search that are done. Raises `ResultsError` when none is.
 
-    A search probes a load again whose run was INVALID: once that is VALID, the first says nothing more.
+    A search probes a load again whose run was not VALID: once that is VALID, the first says nothing more.
     """
     from harness.sweep_state import read_state
 
@@ -53,8 +53,9 @@ def done_points(folder: Path) -> list[Path]:
         sound = [point.level for point in done if point.verdict == "VALID"]
         again = [point for point in done if point.verdict != "VALID" and point.level in sound]
         if again:
-            say(f"{folder}: {', '.join(p.name for p in again)}: INVALID, and probed again since: left out")
-        done = [point for point in done if point not in again]
+            say(f"{folder}: {', '.join(p.name for p in again)}: not VALID, and probed again since: left out")
+        rungs = [p for p in done if p.verdict == "TOO SMALL" and p.level.concurrency is not None]  # they only guided it
+        done = [point for point in done if point not in again and point not in rungs] or done
     return [folder / point.name for point in done]
 
 
@@ -101,6 +102,14 @@ def sides_of_sweep(text: str) -> tuple[list[Path], list[Path]]:
     return first, second
 
 
+def refused_exit(verdicts: Iterable[str | None]) -> int:
+    """What the runs that are not VALID make of the exit status: 3 when one is INVALID, else 5 when one is TOO SMALL."""
+    found = set(verdicts)
+    if "INVALID" in found:
+        return EXIT_INVALID
+    return EXIT_NOT_DECIDED if "TOO SMALL" in found else EXIT_VALID
+
+
 def is_search(path: Path) -> bool:
     """Whether this is the folder of a search for capacity."""
     from harness.sweep_state import STATE, read_state
@@ -117,8 +126,9 @@ class Measured:
 
 
 def read_summaries(
-    paths: Sequence[Path], slo: dict[str, float] | None, attain: float, divided: Measured | None = None
-) -> list[Summary]:
+    paths: Sequence[Path], slo: dict[str, float] | None, attain: float, divided: Measured | None = None,
+    min_requests: int | None = None,
+) -> list[Summary]:  # fmt: skip
     """Summaries of runs, one run in memory at a time. Raises `UsageError` when one is named twice."""
     from analysis.load import read_run
     from analysis.summary import summarise
@@ -128,7 +138,7 @@ def read_summaries(
     found = []
     for path in paths:
         run = read_run(path)
-        s = summarise(run, slo=slo, attain=attain)
+        s = summarise(run, slo=slo, attain=attain, min_requests=min_requests)
         found.append(s if divided is None else with_splits(run, s, divided.cached_ratio))
     return found
 

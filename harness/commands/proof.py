@@ -71,7 +71,7 @@ def crosscheck(plan: Path, out: Path, repeats: int, format_: str, **options: Any
         theirs.append(their_figures(result))
         completed.append((summary.requests.succeeded, int(result.get("completed", 0))))
         if summary.verdict != "VALID":
-            notes.append(f"our run {k + 1} is INVALID: {'; '.join(summary.reasons)}")
+            notes.append(f"our run {k + 1} is {summary.verdict}: {'; '.join(summary.reasons)}")
     check = compare(ours, theirs, completed, notes)
     (folder / "crosscheck.json").write_bytes(msgspec.json.format(msgspec.json.encode(check), indent=2) + b"\n")
     if format_ == "json":

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.commands.found import expand, read_summaries
+from harness.commands.found import expand, read_summaries, refused_exit
 from harness.commands.output import print_blocks, print_json, print_table, say
-from harness.errors import EXIT_INVALID, EXIT_SLO_MISSED, EXIT_VALID
+from harness.errors import EXIT_SLO_MISSED, EXIT_VALID
 from harness.run import now_utc
 
 if TYPE_CHECKING:
     from analysis.sizing.at_slo import System
+    from analysis.summary import Summary
 
 
 def report(
@@ -23,6 +24,7 @@ def report(
     ratio: float,
     html: Path | None = None,
     variant: str | None = None,
+    min_requests: int | None = None,
 ) -> int:
     """Run directory -> report on stdout; several, or a sweep's -> capacity and cost at the SLO, or a page."""
     from analysis.load import read_run
@@ -31,12 +33,12 @@ def report(
 
     runs = expand(runs)
     if html is not None:
-        return report_page(runs, html, slo=slo, attain=attain, ratio=ratio)
+        return report_page(runs, html, slo=slo, attain=attain, ratio=ratio, min_requests=min_requests)
     if len(runs) > 1:
-        return report_sweep(runs, format_, slo, attain)
+        return report_sweep(runs, format_, slo, attain, min_requests)
     if variant is not None:
         return report_variant(runs[0], variant, format_)
-    summary = summarise(read_run(runs[0]), slo=slo, ratio=ratio, attain=attain)
+    summary = summarise(read_run(runs[0]), slo=slo, ratio=ratio, attain=attain, min_requests=min_requests)
     if format_ == "json":
         print(render_json(summary))
     elif format_ == "md":
@@ -89,33 +91,41 @@ def report_page(runs: Sequence[Path], html: Path, **options: Any) -> int:
     if len(views) == 1:
         return exit_code(views[0].summary)
     summaries = [view.summary for view in views]
-    return exit_of(systems(summaries), [s.run for s in summaries if s.verdict != "VALID"])
+    return exit_of(systems(summaries), summaries)
 
 
-def report_sweep(paths: Sequence[Path], format_: str, slo: dict[str, float] | None, attain: float) -> int:
-    """Several runs as capacity and cost at the SLO, a line per tier and model; 3: a run is INVALID, 4: SLO not kept."""
+def report_sweep(
+    paths: Sequence[Path], format_: str, slo: dict[str, float] | None, attain: float, min_requests: int | None = None
+) -> int:
+    """Several runs as capacity and cost at the SLO, a line per tier and model; 3: a run is INVALID, 5: TOO SMALL, 4:
+    SLO not kept.
+    """
     from analysis.show.capacity_text import sentence, system_blocks
     from analysis.show.decision_text import Block
     from analysis.sizing.at_slo import SCHEMA, systems
 
-    summaries = read_summaries(paths, slo, attain)
+    summaries = read_summaries(paths, slo, attain, min_requests=min_requests)
     found = systems(summaries)
-    invalid = [s.run for s in summaries if s.verdict != "VALID"]
+    invalid = [s.run for s in summaries if s.verdict == "INVALID"]
+    small = [s.run for s in summaries if s.verdict == "TOO SMALL"]
     sentences = [sentence(one) for one in found if one.loop != "closed"] or [sentence(one) for one in found]
     if format_ == "json":
-        print_json({"schema": SCHEMA, "made": now_utc(), "sentences": sentences, "systems": found, "invalid": invalid})
+        print_json({"schema": SCHEMA, "made": now_utc(), "sentences": sentences, "systems": found, "invalid": invalid,
+                    "too_small": small})  # fmt: skip
     else:
         lines = sentences or ["No run is VALID, so there is no capacity and no cost."]
         blocks = [Block(title="Capacity", lines=tuple(lines)), *system_blocks(found)]
         if invalid:
             blocks.append(Block(title="INVALID and left out", notes=tuple(invalid)))
+        if small:
+            blocks.append(Block(title="TOO SMALL and left out", notes=tuple(small)))
         print_blocks(blocks, format_)
-    return exit_of(found, invalid)
+    return exit_of(found, summaries)
 
 
-def exit_of(found: Sequence[System], invalid: Sequence[str]) -> int:
+def exit_of(found: Sequence[System], summaries: Sequence[Summary]) -> int:
     """Status of several runs together. A load beyond capacity misses the SLO: that alone is a result, no failure."""
-    if invalid:
-        return EXIT_INVALID
+    if refused := refused_exit(s.verdict for s in summaries):
+        return refused
     kept = [one.capacity is None or one.capacity.state in ("found", "beyond") for one in found]
     return EXIT_VALID if any(kept) else EXIT_SLO_MISSED

@@ -194,7 +194,7 @@ def execute_point(
         endpoint=choose_endpoint(options["endpoint"], run.plan),
         model=servers.model, base_urls=servers.base_urls,
         workers=choose_workers(run.plan, options, tell),
-        slo=options["slo"] or {},
+        slo=options["slo"] or {}, min_requests=options["min_requests"],
         extra_body=({} if options["no_stream"] else servers.extra_body) | options["extra_body"],
         headers=parse_headers(options["headers"]), stream=not options["no_stream"], balance=options["balance"],
         retries=options["retries"], ramp_s=options["ramp_s"],

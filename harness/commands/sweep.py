@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import probe
+from harness.commands.found import refused_exit
 from harness.commands.output import print_json, print_table, say
 from harness.commands.steps import check_load_options
 from harness.commands.sweep_run import Session
 from harness.commands.targets import rented
-from harness.errors import EXIT_FAILURE, EXIT_INVALID, EXIT_VALID, HarnessError, TraceError, UsageError
+from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, TraceError, UsageError
 from harness.run import Tier, now_utc
 from harness.store import as_url, is_url
 from harness.sweep import SweepSpec, levels, make_points, pairs, read_sweep
@@ -44,7 +45,7 @@ def sweep(
     instead: Mapping[str, str],
     resolve: Resolve,
 ) -> int:
-    """Run a sweep, or go on with one; 0: every point is VALID, 3: some are INVALID, 1: some are not done."""
+    """Run a sweep, or go on with one; 0: all points are VALID, 3: some INVALID, 5: some TOO SMALL, 1: not all done."""
     spec = read_sweep(file, names, instead) if file is not None else None
     root, url = (LOCAL_SWEEPS, as_url(out)) if is_url(out) else (out, None)
     if resume:
@@ -271,7 +272,7 @@ def sum_up(folder: Path, state: SweepState, format_: str) -> int:
             print(f"A against B: {shlex.join(['harness', 'compare', str(folder)])}")
     if _count(state, "done") < len(state.points):
         return EXIT_FAILURE
-    return EXIT_INVALID if any(point.verdict != "VALID" for point in state.points) else EXIT_VALID
+    return refused_exit(point.verdict for point in state.points)
 
 
 def slo_words(met: bool | None) -> str:

@@ -207,7 +207,7 @@ class Session:
             point.took_s = time.monotonic() - began
             self.end(point, "failed", str(e).splitlines()[0])
             say(str(e))
-        if point.verdict != "VALID":
+        if point.verdict not in ("VALID", "TOO SMALL"):
             self._stop_if_asked()
 
     def _stop_if_asked(self) -> None:
