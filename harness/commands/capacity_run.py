@@ -240,7 +240,7 @@ class CapacitySession(Session):
         from analysis.sizing.at_slo import SCHEMA, systems
 
         usd, hours = self.state.spent(time.time())
-        found = systems(list(self.summaries.values()))
+        found = systems([s for s in self.summaries.values() if s.verdict != "TOO SMALL" or s.load.mode == "open"])
         answer = next((one for one in found if one.loop == "open"), None)
         ended = self.ended.why if self.ended else self.over or "ended"
         return CapacityReport(
