@@ -11,11 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from analysis.fidelity.answer import Fidelity, Plan
+from analysis.fidelity.planned import planned_against_source
+from analysis.fidelity.windowed import mean_lengths, rate_and_shape
 from harness.build import asked_plan, build_plan
 from harness.errors import UsageError
 from harness.plan import PlanInfo, PlanSpec, Windows, iter_requests, read_plan_columns, read_plan_info
 from harness.prompts import Vocabulary
 from harness.records import open_trace
+from harness.traces.stats import PartMeans
 
 VOCABULARY = Vocabulary.from_ids(range(100, 5000))
 ROWS = 2000
@@ -139,13 +143,8 @@ def test_equal_specs_are_equal_bytes(tmp_path, trace):
         assert rows_of(tmp_path / "p") != rows_of(tmp_path / "q")
 
 
-def test_a_drift_of_the_trace_is_in_the_probes(tmp_path):
-    rng = np.random.default_rng(3)
-    rows = numbered(6000)
-    for i, row in enumerate(rows):
-        row["output_tokens"] = int(rng.integers(50, 150)) * (1 if i < 900 else 4)
-    drifting = trace_file(tmp_path / "t.jsonl", rows)
-    mean = np.mean([row["output_tokens"] for row in rows])
+def test_a_drift_of_the_trace_is_in_the_probes(tmp_path, drifting):
+    mean = np.mean([json.loads(line)["output_tokens"] for line in drifting.read_text().splitlines()])
     pooled: list[int] = []
     for draw in range(8):
         plan(drifting, tmp_path / "p", draw=draw, seed=draw)
@@ -329,6 +328,78 @@ def test_turns_of_a_window_wait_for_each_other_and_for_none_outside(tmp_path, n)
             assert request.after is None or requests[request.after].slice == request.slice
             last[key] = request.request_id
     assert linked > 50
+
+
+# --- held against the whole trace ------------------------------------------------------------------------------------
+
+
+def answers_of(out: Path, info: PlanInfo) -> dict[str, Fidelity]:
+    columns = read_plan_columns(out, ["scheduled_ns", "slice", "after", "input_tokens", "output_tokens"])
+    got = {name: columns.column(name).to_numpy() for name in columns.column_names}
+    asked = Plan(
+        scheduled_ns=got["scheduled_ns"], slice=got["slice"], waits=np.isfinite(got["after"].astype(float)),
+        input_tokens=got["input_tokens"].astype(float), output_tokens=got["output_tokens"].astype(float),
+    )  # fmt: skip
+    return {answer.name: answer for answer in planned_against_source(info, asked)}
+
+
+@pytest.fixture(scope="module")
+def drifting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(3)
+    rows = numbered(6000)
+    for i, row in enumerate(rows):
+        row["output_tokens"] = int(rng.integers(50, 150)) * (1 if i < 900 else 4)
+    return trace_file(tmp_path_factory.mktemp("d") / "t.jsonl", rows)
+
+
+def test_a_faithful_plan_of_windows_is_like_its_trace_up_to_chance(tmp_path, drifting):
+    differs = Counter[str]()
+    for draw in range(20):
+        info = plan(drifting, tmp_path / "p", count=4, draw=draw)
+        answers = answers_of(tmp_path / "p", info)
+        assert not any("reading stopped" in note or "trace ends" in note for note in info.notes)
+        differs.update(name for name, answer in answers.items() if answer.ok is False)
+        for what in ("request rate", "bursts", "gaps", "input lengths", "output lengths"):
+            assert answers[f"planned: {what}"].ok is not None, answers[f"planned: {what}"]
+    assert max(differs.values(), default=0) <= 2, differs  # two standard errors: 1 in 20
+
+
+def test_a_plan_of_easy_rows_alone_is_not(tmp_path, drifting):
+    info = plan(drifting, tmp_path / "p", count=4)
+    columns = read_plan_columns(tmp_path / "p", ["output_tokens"])
+    lengths = columns.column(0).to_numpy() / 4.0
+    assert mean_lengths("output", info.source.output_tokens, lengths, info).ok is False
+    assert mean_lengths("output", info.source.output_tokens, lengths * 4, info).ok
+    times = read_plan_columns(tmp_path / "p", ["scheduled_ns"]).column(0).to_numpy()
+    on_the_trace = np.rint(times * info.speed).astype(np.int64)
+    assert {a.name for a in rate_and_shape(info, info.source.arrivals, on_the_trace[::2]) if a.ok is False} >= {
+        "planned: request rate", "planned: gaps"
+    }  # fmt: skip
+    bunched = on_the_trace // 10**10 * 10**10
+    bunched += np.arange(len(bunched)) * 1000
+    assert "planned: bursts" in {a.name for a in rate_and_shape(info, info.source.arrivals, bunched) if a.ok is False}
+
+
+def test_the_busiest_stretch_is_not_held_against_the_whole(tmp_path, drifting):
+    info = plan(drifting, tmp_path / "p", count=4, busiest=True)
+    answers = answers_of(tmp_path / "p", info)
+    assert not [a for a in answers.values() if a.ok is False]
+    assert "busiest" in answers["planned: request rate"].said
+
+
+@pytest.mark.parametrize("n", [59, 60, 119, 120, 121, 1000])
+def test_parts_tell_how_far_stretches_are_apart(n):
+    parts = PartMeans()
+    for i in range(n):
+        parts.add(float(i >= n // 2))
+    if n < 60:
+        assert parts.sd() is None
+    else:
+        assert parts.sd() == pytest.approx(0.5, rel=0.03)
+    even = PartMeans()
+    for i in range(6000):
+        even.add(float(i % 2))
+    assert even.sd() == pytest.approx(0.0, abs=1e-9)
 
 
 # --- what is asked for -----------------------------------------------------------------------------------------------

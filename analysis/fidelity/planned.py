@@ -9,6 +9,7 @@ import numpy as np
 
 from analysis import arrays
 from analysis.arrays import Floats, Ints
+from analysis.fidelity import windowed
 from analysis.fidelity.answer import (
     EXACT,
     LENGTH_BOUND,
@@ -51,7 +52,7 @@ def planned_against_source(info: PlanInfo, plan: Plan, reuse: Reuse | None = Non
         _planned_lengths("input", source.input_tokens, plan.input_tokens, info),
         _planned_lengths("output", source.output_tokens, plan.output_tokens, info),
         _planned_sessions(info, source, plan),
-        _planned_prefix(info, source, reuse),
+        _planned_prefix(info, source, plan, reuse),
     ]
 
 
@@ -61,6 +62,8 @@ def _planned_times(info: PlanInfo, source: TraceStats, plan: Plan) -> list[Fidel
     if why is not None or source.arrivals is None or plan.scheduled_ns is None:
         return [not_comparable(name, why or "") for name in names]
     times = on_trace_clock(plan.scheduled_ns, info.speed or 1.0)
+    if info.windows:
+        return windowed.rate_and_shape(info, source.arrivals, times)
     planned = arrival_stats(times)
     assert planned is not None
     growth = info.grow or 1.0
@@ -80,7 +83,7 @@ def _no_times(info: PlanInfo, source: TraceStats, plan: Plan) -> str | None:
         return f"arrivals are drawn ({info.arrivals}), as asked; the trace gives the content"
     if source.arrivals is None or source.arrivals.rate is None or not source.arrivals.counts:
         return "the trace has no times, or one instant"
-    if info.cycles > 1:
+    if info.cycles > 1 and not info.windows:
         return f"the trace is sent {info.cycles} times, one after the other"
     if info.cut:
         return "the plan ends before the trace (limit)"
@@ -211,6 +214,8 @@ def _planned_gaps(name: str, info: PlanInfo, source: ArrivalStats, planned: Arri
 
 
 def _planned_lengths(side: str, source: LengthStats | None, planned: Floats, info: PlanInfo) -> Fidelity:
+    if info.windows:
+        return windowed.mean_lengths(side, source, planned, info)
     name = f"planned: {side} lengths"
     lengths: Counter[int] = Counter()
     for part in arrays.blocks(len(planned)):
@@ -257,6 +262,8 @@ def _planned_sessions(info: PlanInfo, source: TraceStats, plan: Plan) -> Fidelit
         f"{got:.3f} requests in each for {turns:.3f}, most {most} for {source.most_turns}; "
         f"{torn} turns before the one before them"
     )
+    if info.windows and not torn:
+        return not_comparable(name, "windows cut sessions: turns before and after a window are not sent", observed)
     if info.cycles > 1 or info.cut:
         return not_comparable(name, "the plan ends within a pass over the trace, and so do sessions", observed)
     drawn = info.grow is not None and bool(info.grow % 1)
@@ -270,7 +277,7 @@ def _planned_sessions(info: PlanInfo, source: TraceStats, plan: Plan) -> Fidelit
     )  # fmt: skip
 
 
-def _planned_prefix(info: PlanInfo, source: TraceStats, reuse: Reuse | None) -> Fidelity:
+def _planned_prefix(info: PlanInfo, source: TraceStats, plan: Plan, reuse: Reuse | None) -> Fidelity:
     name = "planned: prefix reuse"
     if source.prefix is None:
         return not_comparable(name, "the trace states no prefixes and no sessions")
@@ -282,10 +289,13 @@ def _planned_prefix(info: PlanInfo, source: TraceStats, reuse: Reuse | None) -> 
     observed = f"{ideal:.1%} of input tokens in the trace -> {reuse.hit_rate:.1%} in the prompts"
     if (info.grow or 1.0) % 1 or info.cut:
         return not_comparable(name, "drawn requests lose partners they shared a prefix with", observed)
+    if info.busiest:
+        return not_comparable(name, windowed.ON_PURPOSE, observed)
     sizes = "/".join(map(str, source.prefix.block_tokens))
-    bound_said = f"2 points (in blocks of {sizes} tokens)"
-    ok = abs(ideal - reuse.hit_rate) <= POINTS_BOUND
-    return Fidelity(
-        name=name, ok=ok, observed=observed, bound=bound_said,
-        said="" if ok else "prompts do not share what the trace shares",
-    )  # fmt: skip
+    bound = windowed.prefix_bound(ideal, plan.input_tokens) if info.windows else POINTS_BOUND
+    bound_said = f"{bound * 100:.3g} points (in blocks of {sizes} tokens)"
+    ok = abs(ideal - reuse.hit_rate) <= bound
+    said = "prompts do not share what the trace shares"
+    if info.windows:
+        said += ": what a window cuts off is not there to be found; longer windows lose less"
+    return Fidelity(name=name, ok=ok, observed=observed, bound=bound_said, said="" if ok else said)  # fmt: skip

@@ -61,6 +61,9 @@ class LengthStats:
     mean: float
     quantiles: list[int]
     """`POINTS` of them; each is a length that occurs."""
+    part_sd: float | None = None
+    """Standard deviation of the means of 60 to 120 equal parts of the rows, in their order (`PartMeans`): how far the
+    mean of one stretch is from that of the whole. null below 60 rows, where not asked, in plans of older versions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +102,32 @@ class TraceStats:
     prefix: PrefixStats | None
     grid_s: float | None
     """Step of the coarse clock its times are on; null when there is none to be seen."""
+
+
+class PartMeans:
+    """Means of equal parts of a series whose length is not known before its end: too many parts are joined in pairs."""
+
+    def __init__(self) -> None:
+        self._parts: list[float] = []
+        """Sums of ``_size`` values each."""
+        self._size, self._sum, self._in = 1, 0.0, 0
+
+    def add(self, value: float) -> None:
+        """The next value."""
+        self._sum += value
+        self._in += 1
+        if self._in == self._size:
+            self._parts.append(self._sum)
+            self._sum, self._in = 0.0, 0
+            if len(self._parts) == 2 * PERIODS:
+                self._parts = [a + b for a, b in zip(self._parts[::2], self._parts[1::2], strict=True)]
+                self._size *= 2
+
+    def sd(self) -> float | None:
+        """Standard deviation of the means of the whole parts; None when they are fewer than `PERIODS`."""
+        if len(self._parts) < PERIODS:
+            return None
+        return float(np.std(np.array(self._parts) / self._size, ddof=1))
 
 
 def arrival_stats(times: Ints) -> ArrivalStats | None:
@@ -198,7 +227,7 @@ def counts_between(times: Ints, start_ns: int, span_ns: int, periods: int = PERI
     return counts
 
 
-def length_stats(counts: Mapping[int, int]) -> LengthStats | None:
+def length_stats(counts: Mapping[int, int], part_sd: float | None = None) -> LengthStats | None:
     """Of lengths, given as length -> rows; None of none."""
     if not counts:
         return None
@@ -207,7 +236,8 @@ def length_stats(counts: Mapping[int, int]) -> LengthStats | None:
     rows = int(reached[-1])
     wanted = np.clip(np.ceil(np.linspace(0, 1, POINTS) * rows), 1, rows)
     total = sum(length * count for length, count in counts.items())
-    return LengthStats(rows=rows, mean=total / rows, quantiles=values[np.searchsorted(reached, wanted)].tolist())
+    quantiles = values[np.searchsorted(reached, wanted)].tolist()
+    return LengthStats(rows=rows, mean=total / rows, quantiles=quantiles, part_sd=part_sd)
 
 
 def _blocks(times: Ints) -> Iterator[Ints]:

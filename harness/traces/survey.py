@@ -19,7 +19,7 @@ from harness.spool import Column, Sessions
 from harness.traces.ideal import IdealReuse
 from harness.traces.rescale import Units
 from harness.traces.reshape import place
-from harness.traces.stats import PrefixStats, TraceStats, arrival_stats, length_stats
+from harness.traces.stats import PartMeans, PrefixStats, TraceStats, arrival_stats, length_stats
 
 ADAPTERS_LISTED = 8
 
@@ -110,6 +110,7 @@ class _Look:
         self._starts, self._places = Column("q"), Column("Q")
         self._inputs: Counter[int] = Counter()
         self._outputs: Counter[int] = Counter()
+        self._input_parts, self._output_parts = PartMeans(), PartMeans()
         self._begun = Sessions(_Begun)
         self._sessions = self._session_rows = self._squares = self._most_turns = 0
         """Their number, rows, sum of squared rows, most rows."""
@@ -127,12 +128,14 @@ class _Look:
                     "give the tokenizer of the model (--tokenizer FILE), or name a server to learn its token ids from"
                 )
             self._inputs[record.input_tokens or 0] += 1
+            self._input_parts.add(record.input_tokens or 0)
         elif record.messages is None:
             self._texts += 1
         if record.output_tokens is None:
             self._open_ended += 1
         else:
             self._outputs[record.output_tokens] += 1
+            self._output_parts.add(record.output_tokens)
         if record.session_id is not None or self._seed is not None:
             self._unit(record)
         self._reuse.add(record)
@@ -176,8 +179,8 @@ class _Look:
             stats=TraceStats(
                 requests=self.requests,
                 arrivals=arrival_stats(arrivals),
-                input_tokens=length_stats(self._inputs),
-                output_tokens=length_stats(self._outputs),
+                input_tokens=length_stats(self._inputs, self._input_parts.sd()),
+                output_tokens=length_stats(self._outputs, self._output_parts.sd()),
                 sessions=self._sessions,
                 session_rows=self._session_rows,
                 most_turns=self._most_turns,
