@@ -129,7 +129,8 @@ def check(spec: SweepSpec, options: dict[str, Any]) -> list[Tier | None]:
     """Refuse before anything is rented what can be known to be wrong; the tier of every pair."""
     from cluster.models import get_model
     from cluster.tiers import get_tier
-    from harness.build import asked_plan, check_spec
+    from harness.asked import check_spec
+    from harness.build import asked_plan
 
     for level in levels(spec)[:1]:
         one = {**options, "concurrency": level.concurrency, "rate": level.request_rate}
