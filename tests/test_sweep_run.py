@@ -91,7 +91,7 @@ def write_sweep(
     (tmp_path / "trace.jsonl").write_text("".join(rows_text))
     file = tmp_path / "tiny.toml"
     where = "" if url is None else f'tiers = ["aws-m7a.large"]\nbase_url = "{url}"\n'
-    file.write_text(f'trace = "trace.jsonl"\nloads = {{ {loads} }}\n{where}{more}')
+    file.write_text(f'trace = "trace.jsonl"\nmin_requests = 1\nloads = {{ {loads} }}\n{where}{more}')
     return file
 
 
