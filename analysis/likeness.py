@@ -77,6 +77,15 @@ def _alike(deviations: Floats, one_by_one: float) -> bool:
     return any(abs(float(deviations[k:] @ deviations[:-k])) >= bound > 0 for k in range(1, LAGS + 1))
 
 
+def likeness(deviations: Floats) -> float:
+    """Mean autocorrelation of the first `LAGS` neighbours, 0 to 1: what part of the spread a queue explains."""
+    one_by_one = float(deviations @ deviations)
+    if one_by_one <= 0 or len(deviations) <= LAGS:
+        return 1.0
+    found = [float(deviations[k:] @ deviations[:-k]) / one_by_one for k in range(1, LAGS + 1)]
+    return min(1.0, max(0.0, float(np.mean(found))))
+
+
 def _block_power(deviations: Floats, length: int, power: int) -> float:
     """Mean of block sums to a power, scaled to the whole series."""
     sums = _moving_sums(deviations, length)
