@@ -147,7 +147,7 @@ def distribution(
 
     @cache
     def seen(value: float, p: float) -> float:
-        return share_variance(deviations(value), p, n)
+        return share_variance(deviations(value), p, n, queue is not None)
 
     @cache
     def variance(value: float, p: float) -> float:
@@ -256,14 +256,17 @@ def share(flags: Bools, *, unit: str, evidence: str, queue: Relaxation | None = 
     n = len(flags)
     if not n:
         return Quantity(value=None, n=0, unit=unit, evidence=evidence, note="no requests")
-    p = float(flags.mean())
+    true = int(flags.sum())
+    p = true / n
     if queue is not None and queue.note:
         return Quantity(value=p, n=n, unit=unit, evidence=evidence, note=queue.note)
     alike, size = 0.0 if queue is None else queue.alike, float(n)
     if 0 < p < 1:
         beyond = _beyond_share(flags, p)
-        alike *= (likeness(beyond) if min(p, 1 - p) * n >= FEW else 1.0) * len(beyond) / n
-        size = effective_n(max(share_variance(beyond, p, n), float(beyond @ beyond) / n**2 * (1 + alike)), p, n)
+        alike *= (likeness(beyond) if min(true, n - true) >= FEW else 1.0) * len(beyond) / n
+        size = effective_n(
+            max(share_variance(beyond, p, n, queue is not None), float(beyond @ beyond) / n**2 * (1 + alike)), p, n
+        )
     elif alike:
         size = max(1.0, n / (1 + alike))
     centre = (p + Z**2 / (2 * size)) / (1 + Z**2 / size)

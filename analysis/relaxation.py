@@ -108,7 +108,8 @@ def relaxation(
     if bins < FEWEST_BINS or came.sum() < FEWEST_REQUESTS:
         return None
     came, work_came = came[:bins], work_came[:bins]
-    observed_s, seen_s = bins * bin_s, integrated_time(in_flight) * bin_s
+    # white noise has a time of one bin, however long that is: only what goes beyond a bin was seen
+    observed_s, seen_s = bins * bin_s, (integrated_time(in_flight) - 1) * bin_s
     arrivals, single = integrated_time(came), float(came.var() / came.mean())
     bursts_s = 0.0
     if single * arrivals > UNEVEN:  # without the noise of single arrivals, which hides how long bursts are
@@ -130,7 +131,7 @@ def relaxation(
         spare, unevenness = 1.0, 0.0
     longest_s = queue_s(observed_s)
     bursts_seen = not bursts_s or bins >= FEWEST_BURST_TIMES * arrivals
-    needed_s = max(FEWEST_TIMES * seen_s, BURST_TIMES_AHEAD * bursts_s) if spare > 0 else math.inf
+    needed_s = max(bin_s, FEWEST_TIMES * seen_s, BURST_TIMES_AHEAD * bursts_s) if spare > 0 else math.inf
     while FEWEST_TIMES * queue_s(needed_s) > needed_s and needed_s < LONGEST_S:
         needed_s *= 1.05
     if bursts_seen and observed_s >= FEWEST_TIMES * longest_s:
