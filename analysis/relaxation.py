@@ -32,6 +32,8 @@ FEWEST_BURST_TIMES = 120.0
 """Integrated times of bursty arrivals that a run must outlast: about fifty bursts, each with the quiet after it."""
 BURST_TIMES_AHEAD = 220.0
 """The same for a run that is still to come: its bins are longer, and in longer bins bursts seem longer."""
+CLOCKWORK = 0.1
+"""Of the unevenness of equal requests that come as Poisson arrivals: below it load is as even as a clock."""
 FEWEST_BINS, FEWEST_REQUESTS = 20, 20
 """Below these a run tells nothing about its memory."""
 LONGEST_S = 7 * 86_400.0
@@ -79,21 +81,18 @@ def relaxation_s(series: Floats, bin_s: float) -> float | None:
     return integrated_time(series) * bin_s if len(series) >= FEWEST_BINS else None
 
 
-def integrated_time(series: Floats, least: float = 1.0) -> float:
-    """1 + 2 x the sum of autocorrelations, in places of the series: Geyer's initial monotone sequence.
-
-    At least ``least``; below 1 neighbours make up for each other, as in arrivals at equal distances.
-    """
+def integrated_time(series: Floats) -> float:
+    """1 + 2 x the sum of autocorrelations, in places of the series, at least 1: Geyer's initial monotone sequence."""
     n = len(series)
     beyond = series - series.mean()
     power = np.fft.rfft(beyond, 1 << (2 * n - 1).bit_length())
     products = np.fft.irfft(np.abs(power) ** 2)[:n]
     if n < 2 or products[0] <= 1e-12 * n * float(np.square(series).max(initial=0.0)):
-        return least
+        return 1.0
     pairs = (products[0 : n - 1 : 2] + products[1:n:2]) / products[0]
     ends = np.flatnonzero(pairs <= 0)
     pairs = np.minimum.accumulate(pairs[: ends[0]] if len(ends) else pairs)
-    return max(least, 2 * float(pairs.sum()) - 1)
+    return max(1.0, 2 * float(pairs.sum()) - 1)
 
 
 def relaxation(
@@ -118,7 +117,7 @@ def relaxation(
     # a few bursts tell little of how uneven arrivals really are
     doubt = 1 + ONE_SIDED * math.sqrt(4 * arrivals / bins) if bursts_s else 1.0
     load = float(work_came.sum()) / observed_s
-    unevenness = float(work_came.var()) * integrated_time(work_came, 0.0) / bin_s
+    unevenness = float(work_came.var()) * integrated_time(work_came) / bin_s
     fullest = np.argsort(in_flight, kind="stable")[-max(5, round(FULLEST * len(in_flight))) :]
     spare = float(work_done[fullest].mean()) / bin_s - load
 
@@ -127,8 +126,9 @@ def relaxation(
         left = spare - ONE_SIDED * math.sqrt(doubt * unevenness / run_s)
         return max(seen_s, 2 * doubt * unevenness / left**2 + bursts_s) if left > 0 else math.inf
 
-    if unevenness <= (0.01 * load) ** 2 * observed_s:  # load like clockwork: only the requests in flight can tell
-        spare, unevenness = 1.0, 0.0
+    stretches = work_came[: bins // FEWEST_BINS * FEWEST_BINS].reshape(FEWEST_BINS, -1).sum(axis=1)
+    if stretches.var() < CLOCKWORK * stretches.mean() ** 2 * FEWEST_BINS / came.sum():
+        spare, unevenness = 1.0, 0.0  # a load that never changes shows no spare speed: the requests in flight must tell
     longest_s = queue_s(observed_s)
     bursts_seen = not bursts_s or bins >= FEWEST_BURST_TIMES * arrivals
     needed_s = max(bin_s, FEWEST_TIMES * seen_s, BURST_TIMES_AHEAD * bursts_s) if spare > 0 else math.inf

@@ -127,3 +127,13 @@ def test_a_closed_loop_has_no_such_queue(tmp_path):
     spec = replace(run.manifest.spec, mode="closed", concurrency=2)
     closed = read_run(write_run(tmp_path / "closed", [good(i) for i in range(100)], spec=spec))
     assert queue_of(closed, metrics.window(closed.rows)) is None
+
+
+def test_a_load_as_even_as_a_clock_is_no_queue(tmp_path):
+    """100 requests, one each 30 ms, eight in flight throughout: no spare speed to be seen, and none that is missed."""
+    rng = np.random.default_rng(0)
+    at = [i * 30_000_000 + round(rng.normal(1, 0.3) * 1e6) for i in range(100)]
+    run = read_run(write_run(tmp_path / "run", [good(i, t, itl_ms=10, tokens=20) for i, t in enumerate(at)]))
+    queue = queue_of(run, metrics.window(run.rows))
+    assert queue is not None
+    assert queue.note is None
