@@ -229,6 +229,8 @@ class RunManifest:
     """Replicas that died during the run and were started again (``--on-replica-death restart``)."""
     restarts_before: list[Restart] = field(default_factory=list)
     """Those of earlier runs on the same servers: this one began with their caches empty."""
+    lost: bool = False
+    """Ended early by a search for capacity, since its backlog only grew: it shows an overloaded server and no more."""
     versions: dict[str, str] = field(default_factory=dict)
     git: str | None = None
     """Commit of the harness (with "-dirty"), null outside a checkout."""

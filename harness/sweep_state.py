@@ -227,7 +227,7 @@ def verify(folder: Path, point: Point) -> str | None:
     run = RunDir(folder / point.name)
     try:
         manifest = read_manifest(run.path)
-        if manifest.status != "complete":
+        if manifest.status != "complete" and not manifest.lost:
             return f"its run is {manifest.status}"
         if point.plan_sha256 is None or manifest.plan_sha256 != point.plan_sha256:
             return "its manifest names another plan"

@@ -14,6 +14,7 @@ from analysis.money.price import bill_usd, usd_per_1m
 from analysis.offered_load import LOAD_UNIT, LoadKind
 from analysis.repeats import over_repeats
 from analysis.sizing.capacity import Capacity, Point, capacity, knee, little, pool, saturation
+from analysis.sizing.searched import Answer, kept_answer
 from analysis.sizing.system import (
     Key,
     has_load,
@@ -151,8 +152,13 @@ class System:
         return None if rate is None else rate / self.replicas
 
 
-def systems(summaries: Sequence[Summary], utilisation: float = UTILISATION) -> list[System]:
-    """Capacity and cost of every system, cheapest at its promise first; runs that are not VALID are left out."""
+def systems(
+    summaries: Sequence[Summary], utilisation: float = UTILISATION, answer: Answer | None = None
+) -> list[System]:
+    """Capacity and cost of every system, cheapest at its promise first; runs that are not VALID are left out.
+
+    ``answer``: of the search that these runs are of; None: as it lies beside them, where it does.
+    """
     groups: dict[Key, list[Summary]] = {}
     left_out: dict[Key, list[str]] = {}
     for s in summaries:
@@ -164,7 +170,7 @@ def systems(summaries: Sequence[Summary], utilisation: float = UTILISATION) -> l
             left_out.setdefault(key, []).append("without a rate of their load")
         else:
             groups[key].append(s)
-    found = [_system(runs, utilisation, left_out.get(key, [])) for key, runs in groups.items() if runs]
+    found = [_system(runs, utilisation, left_out.get(key, []), answer) for key, runs in groups.items() if runs]
     return sorted(found, key=lambda one: (one.usd_per_1m_total.value is None, one.usd_per_1m_total.value or 0.0))
 
 
@@ -176,7 +182,8 @@ def point_of(s: Summary) -> Point:
         found: Distribution = getattr(s.metrics, metric)
         rates |= {f"{metric}_{name}_s": getattr(found, name) for name in ("mean", "p50", "p99")}
     kept = tuple(one.attainment for one in s.slo.criteria) if s.slo is not None else ()
-    return Point(load=offered(s), kept=kept, rates=rates, runs=(s.run,))
+    unstable = any(check.name == "backlog" and check.ok is False for check in s.checks)
+    return Point(load=offered(s), kept=kept, rates=rates, runs=(s.run,), unstable=unstable)
 
 
 def _points(runs: Sequence[Summary]) -> list[Point]:
@@ -197,6 +204,7 @@ def _points(runs: Sequence[Summary]) -> list[Point]:
             kept=tuple(_share_at_most(together(shares)) for shares in zip(*(p.kept for p in points), strict=True)),
             rates={name: together([p.rates[name] for p in points]) for name in points[0].rates},
             runs=tuple(run for p in points for run in p.runs),
+            unstable=any(p.unstable for p in points),
         )
         for points in same.values()
     ]
@@ -212,13 +220,18 @@ def criteria_of(s: Summary) -> tuple[Criterion, ...]:
     return tuple(Criterion(name=one.name, wanted=one.wanted, limits=one.limits) for one in judged)
 
 
-def _system(runs: Sequence[Summary], utilisation: float, left_out: Sequence[str]) -> System:
+def _system(
+    runs: Sequence[Summary], utilisation: float, left_out: Sequence[str], answer: Answer | None
+) -> System:  # fmt: skip
     first = runs[0]
     kind = first.offered.kind
     unit = LOAD_UNIT[kind]
     points = pool(_points(runs))
     criteria = criteria_of(first)
-    found = capacity(points, criteria, unit) if criteria else None
+    found = None
+    if criteria:
+        answer = answer or (kept_answer(runs, criteria) if kind != "closed" else None)
+        found = capacity(points, criteria, unit) if answer is None or kind == "closed" else answer.capacity
     total, output = (_cost(first, found, name) for name in ("total_token_throughput", "output_token_throughput"))
     ratios = {f"{p.load:g}": r for p in points if (r := little(p, p.rates["e2e_mean_s"].value)) is not None}
     return System(

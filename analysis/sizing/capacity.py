@@ -25,8 +25,6 @@ GAIN = 0.05
 """A closed loop is saturated when twice the requests in flight give less than this much more throughput."""
 DRAWS = 1000
 """Resamples behind an interval; always the same, so that one sweep gives one answer."""
-NO_INTERVAL = 10
-"""A share without an interval is worth at most so many independent requests: its run was too short for more."""
 RISE = 0.10
 """A latency that grows by less than this from the lowest to the highest load has no knee to speak of."""
 BEND = 0.10
@@ -44,6 +42,8 @@ class Point:
     rates: Mapping[str, Quantity]
     """Per second by name, as in a summary's rates: request_throughput, total_token_throughput ..."""
     runs: tuple[str, ...] = ()
+    unstable: bool = False
+    """Its backlog only grew (`analysis.stability`): it keeps no promise, whatever its requests kept so far."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +82,7 @@ def pool(points: Iterable[Point]) -> list[Point]:
                 kept=tuple(_mean(shares, ceiling=1.0) for shares in zip(*(p.kept for p in same), strict=True)),
                 rates={name: _mean([p.rates[name] for p in same]) for name in names},
                 runs=tuple(run for point in same for run in point.runs),
+                unstable=any(point.unstable for point in same),
             )
         )
     return pooled
@@ -118,6 +119,9 @@ def capacity(points: Sequence[Point], criteria: Sequence[Criterion], unit: str =
         note = f"beyond the highest load: at {loads[-1]:g} {unit} it is kept"
         return Capacity(state="beyond", load=replace(blank, low=low, note=note), limit=None, rates={})
     value = float(crossings[first])
+    done = max((point.rates["request_throughput"].value or 0.0 for point in points if _counted(point)), default=0.0)
+    if unit == "req/s" and 0 < done < value:  # a finite run cannot see a queue that only grows
+        value = done
     low, high = None if low is None else min(low, value), None if high is None else max(high, value)
     load = replace(blank, value=value, low=low, high=high, note=_unproven(low, high))
     return Capacity(state="found", load=load, limit=criteria[first], rates=_rates_at(points, loads, load, draws))
@@ -198,8 +202,12 @@ def falling(values: Floats, weights: Floats) -> Floats:
     return np.concatenate([np.full(length, mean) for mean, _, length in blocks])
 
 
+def _counted(point: Point) -> bool:
+    return "request_throughput" in point.rates
+
+
 def _kept(points: Sequence[Point], k: int) -> Floats:
-    return np.array([point.kept[k].value for point in points], dtype=np.float64)
+    return np.array([0.0 if point.unstable else point.kept[k].value for point in points], dtype=np.float64)
 
 
 def _weights(points: Sequence[Point], k: int) -> Floats:
@@ -228,7 +236,7 @@ def _draws(loads: Floats, points: Sequence[Point], criteria: Sequence[Criterion]
     lowest = np.full(DRAWS, np.inf)
     for k, criterion in enumerate(criteria):
         weights = _weights(points, k)
-        shares = np.stack([_shares(point.kept[k], rng) for point in points])
+        shares = np.stack([_shares(point.kept[k], rng) * (not point.unstable) for point in points])
         places = rng.random(DRAWS)
         found = [_crossing(loads, shares[:, d], weights, criterion.wanted, places[d]) for d in range(DRAWS)]
         lowest = np.minimum(lowest, found)
@@ -238,7 +246,7 @@ def _draws(loads: Floats, points: Sequence[Point], criteria: Sequence[Criterion]
 def _shares(q: Quantity, rng: np.random.Generator) -> Floats:
     """Draws of a share within its own uncertainty: beta at the sample size that its interval stands for."""
     assert q.value is not None
-    size = float(max(1, min(q.n, NO_INTERVAL)))
+    size = float(max(1, q.n))
     if q.low is not None and q.high is not None:
         width = q.high - q.low
         if width <= 1e-9:

@@ -60,15 +60,16 @@ Exit status:
     type=DURATION,
     default=60.0,
     show_default="60s",
-    help="Length of a probe; longer by itself where the SLO's percentile needs more requests.",
+    help="Length of a probe; longer by itself where it would send too few requests.",
 )
 @click.option(
     "--tolerance",
     type=SHARE,
-    default="5%",
+    default="10%",
     show_default=True,
-    help="Stop when the bracket is this narrow.",
+    help="Stop when the 95 % interval reaches this far to either side of capacity.",
 )
+@click.option("--busiest", is_flag=True, help="Probe the busiest stretch of TRACE instead of all its parts.")
 @resume_option(
     "Go on with the search in FOLDER (default: the newest of TRACE): say the rest of the command again.", NEWEST
 )
@@ -77,9 +78,10 @@ Exit status:
 def capacity(trace: Path, **options: Any) -> int:
     """Find the highest request rate at which the promise is kept, and what a million tokens costs there.
 
-    Servers are started once. A closed-loop ladder (1, 4, 16 ... in flight) finds the ceiling; then TRACE is replayed at
-    its own times, rescaled to one rate after the other, until the bracket is narrow enough. Every probe has prompts of
-    its own, is printed with its verdict and cost, and is kept as a run in one sweep folder.
+    Servers are started once. A closed-loop ladder (1, 4, 16 ... in flight) finds the ceiling; then windows from all
+    parts of TRACE, other ones in each probe, are replayed at one rate after the other, until the interval is narrow
+    enough. A probe whose backlog only grows keeps no promise. Every probe has prompts of its own, is printed with its
+    verdict and cost, and is kept as a run in one sweep folder.
     """
     from harness.commands.capacity import capacity as find
 

@@ -34,13 +34,14 @@ def capacity(
     max_hours: float | None,
     probe_s: float,
     tolerance: float,
+    busiest: bool,
     resume: str | None,
     format_: str,
     **options: Any,
 ) -> int:
     """Search, print, keep; 0: found or beyond, 4: not reached, 3 or 5: no VALID run, 1: neither."""
     options = {**options, "slo": slo, "attain": attain}
-    ask = Search(criteria=tuple(criteria(slo, attain)), probe_s=probe_s, tolerance=tolerance)
+    ask = Search(criteria=tuple(criteria(slo, attain)), probe_s=probe_s, tolerance=tolerance, busiest=busiest)
     spec = _spec(trace, ask, max_usd, max_hours, options)
     tiers = check(spec, in_loop(options, closed=True))
     source = open_asked(trace, options)
@@ -99,7 +100,9 @@ def _spec(
         trace=str(trace), loads=Loads(concurrency=[1]), models=[model] if model else [], tiers=[tier] if tier else [],
         base_url=urls or None, replicas=options["replicas"], seed=options["seed"], order="given",
         budget_usd=max_usd, budget_hours=max_hours,
-        options={**plain, "probe_s": ask.probe_s, "tolerance": ask.tolerance, "search": "capacity"},
+        options={
+            **plain, "probe_s": ask.probe_s, "tolerance": ask.tolerance, "busiest": ask.busiest, "search": "capacity",
+        },
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from harness.commands.steps import settle
 from harness.commands.sweep_run import Session
 from harness.commands.targets import Target, choose_target
 from harness.errors import HarnessError
+from harness.plan import Windows
 from harness.records import Trace
 from harness.run import Tier, now_utc
 from harness.slo import Criterion
@@ -24,13 +25,31 @@ from harness.sweep_state import SweepState
 if TYPE_CHECKING:
     from analysis.load import Run
     from analysis.sizing.at_slo import System
+    from analysis.sizing.backlog import Demand
     from analysis.sizing.search import Probe, ProbeRow, Step
+    from analysis.sizing.searched import Answer
     from analysis.summary import Summary
 
+WINDOWS = 3
+"""A probe joins so many windows from different parts of the trace."""
+SHORTEST_WINDOW_S = 15.0
+"""A burst that is cut by the end of a window is no burst: probes that are short have fewer windows."""
+ANSWERS = 10.0
+"""A probe is at least so many times as long as an answer takes alone: a server begins empty and settles in answers."""
+WARMUP = 0.15
+"""Of a probe in an open loop comes on top at its beginning and is not judged: the server starts empty."""
+RUNG = 0.5
+"""A rung of the ladder takes this share of a probe."""
+DECIDE = 5
+"""So many probes decide together, so each offers a fifth of the requests that its percentile needs."""
+LOST = 4.0
+"""A probe is lost when what waits takes the server so many times the longest limit."""
 PACE_S = 0.05
 """No server answers a request faster than this, as far as the size of a closed-loop plan goes."""
 SPARE = 1.5
 """A rung's plan holds this many times what the rung below lets expect."""
+LEAD_S = 2.0
+"""From the order to begin a probe until its clock runs, about."""
 STARTS = 3
 """Servers are started so often in one search; a server that dies under load for the third time will again."""
 
@@ -42,6 +61,9 @@ class Search:
     criteria: tuple[Criterion, ...]
     probe_s: float
     tolerance: float
+    """Half of the interval as a share of capacity, when to end."""
+    busiest: bool = False
+    """Probe the busiest stretch of the trace instead of all of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +77,9 @@ class CapacityReport:
     ended: str
     """Why the search ended."""
     narrow: bool
-    """The bracket is as narrow as was asked for."""
+    """The interval is as narrow as was asked for."""
+    answer: Answer | None
+    """What all probes say together; None before one in an open loop proved anything."""
     probes: Sequence[ProbeRow]
     systems: Sequence[System]
     hours: float
@@ -72,6 +96,8 @@ class CapacitySession(Session):
     ) -> None:  # fmt: skip
         super().__init__(folder, state, options, trace, tiers)
         self.ask, self.asked = ask, options
+        self.demand = demand_of(trace, options)
+        self._waits = options.get("sessions") == "wait" or options.get("conversation") == "live"
         self.probes: dict[str, Probe] = {}
         """By the name of the point."""
         self.summaries: dict[str, Summary] = {}
@@ -125,7 +151,7 @@ class CapacitySession(Session):
         left = next((point for point in self.state.points if point.state == "pending"), None)
         if left is None:
             probes = [self._probe(point) for point in self.state.points]
-            step = next_load(probes, self.ask.criteria, self.ask.tolerance)
+            step = next_load(probes, self.ask.criteria, self.ask.tolerance, self.demand)
             if step.rate is None and step.concurrency is None:
                 self.ended = step
                 return None
@@ -146,12 +172,13 @@ class CapacitySession(Session):
         return point
 
     def _of(self, point: Point) -> dict[str, Any]:
-        """The options of this probe: how long, and how many requests."""
+        """The options of this probe: how long, how many requests, and from which parts of the trace."""
         level, closed = point.level, point.level.concurrency is not None
         options = in_loop(self.asked, closed=closed)
-        warmup = options["warmup"]
-        warmup_s = warmup if isinstance(warmup, float) else 0.0
+        opened = [p.name for p in self.state.points if p.level.concurrency is None]
+        draw = opened.index(point.name) if point.name in opened else 0
         if level.concurrency is not None:
+            options["windows"] = Windows(count=WINDOWS, draw=len(self.probes), busiest=self.ask.busiest)
             pace = level.concurrency / PACE_S
             below = [p for p in self.probes.values() if p.concurrency and p.point and p.concurrency < level.concurrency]
             if below:
@@ -159,38 +186,74 @@ class CapacitySession(Session):
                 assert last.point is not None and last.concurrency is not None
                 done = last.point.rates["request_throughput"].value or pace
                 pace = min(pace, done * level.concurrency / last.concurrency)
-            seconds = self.ask.probe_s + warmup_s
+            seconds = RUNG * self.ask.probe_s
             limit = math.ceil(SPARE * pace * seconds) + level.concurrency
-            return {**options, "duration_s": seconds, "limit": limit, "repeat": True}
+            return {**options, "warmup": None, "duration_s": seconds, "limit": limit, "repeat": True}
         rate = level.request_rate
         assert rate is not None
         from analysis.sizing.search import requests_needed
 
         least = options["min_requests"]
         judged = math.ceil(least + 3 * math.sqrt(least))  # the count of arrivals in a window varies
-        needed = max(judged, requests_needed(self.ask.criteria)) + (warmup if isinstance(warmup, int) else 0)
-        seconds = max(self.ask.probe_s, (needed + 1) / rate) + warmup_s
-        if seconds > self.ask.probe_s + warmup_s:
-            say(f"  {seconds:.0f} s at {rate:g} req/s: fewer than {needed} requests cannot judge it")
-        if rate * seconds > self.survey.rows:
+        needed = max(judged, requests_needed(self.ask.criteria) / DECIDE)
+        seconds = max(self.ask.probe_s, (needed + 1) / rate, ANSWERS * self._answer_s())
+        warmup = options["warmup"] if isinstance(options["warmup"], float) else WARMUP * seconds
+        if seconds > self.ask.probe_s:
+            self.tell_once(
+                f"  {seconds:.0f} s at {rate:g} req/s: less has too few requests, or ends with the first answers"
+            )
+        if rate * (seconds + warmup) > self.survey.rows:
             self.tell_once(
                 f"  the trace has {self.survey.rows} requests: it is repeated, with new prompts where they are made"
             )
-        return {**options, "duration_s": seconds, "repeat": True}
+        count = max(1, min(WINDOWS, int(seconds / SHORTEST_WINDOW_S)))
+        options["windows"] = Windows(count=count, draw=draw, busiest=self.ask.busiest)
+        return {**options, "warmup": warmup, "duration_s": seconds + warmup, "repeat": True}
+
+    def _answer_s(self) -> float:
+        """How long an answer takes one request at a time, s; 0 before that is known."""
+        alone = [p.point for p in self.probes.values() if p.concurrency == 1 and p.point is not None]
+        return (alone[-1].rates["e2e_mean_s"].value or 0.0) if alone else 0.0
+
+    def lost_when(self, point: Point) -> Callable[[Mapping[str, object]], str | None] | None:
+        """A probe is lost when what waits would take the server several times the longest limit to work off."""
+        limits = [limit for criterion in self.ask.criteria for limit in criterion.limits.values()]
+        rungs = [p for p in self.probes.values() if p.concurrency is not None and p.point is not None]
+        if point.level.concurrency is not None or not rungs or not limits:
+            return None
+        best = max(rungs, key=lambda p: p.worked.requests / max(p.worked.seconds, 1e-9) if p.worked else 0.0)
+        if best.worked is None or not best.worked.requests or best.concurrency is None:
+            return None
+        pace = best.worked.requests / best.worked.seconds
+        most = 2 * best.concurrency + LOST * max(*limits, 1.0) * pace
+        from_s = time.monotonic() + LEAD_S + (WARMUP + 0.25) * self.ask.probe_s
+
+        def lost(counts: Mapping[str, object]) -> str | None:
+            waiting = counts.get("in_flight")
+            if not isinstance(waiting, int) or waiting <= most or time.monotonic() < from_s:
+                return None
+            return f"lost: {waiting} requests in flight, and the server gets {pace:.3g} req/s done: ended early"
+
+        return lost
 
     def learn(self, point: Point, run: Run, found: Summary) -> None:
         """What the search goes on from. A rung that is TOO SMALL steers too: it guides, and no figure comes from it."""
         from analysis.check import MIN_REQUESTS
         from analysis.sizing.at_slo import point_of
+        from analysis.sizing.evidence import evidence_of, worked_of
         from analysis.sizing.search import Probe, limit_used
 
         self.summaries[point.name] = found
         failed = {c.name for c in found.checks if c.gate and c.ok is False}
-        steers = not failed or (failed == {MIN_REQUESTS} and point.level.concurrency is not None)
+        rate, lost = point.level.request_rate, run.manifest.lost
+        steers = not failed or (failed == {MIN_REQUESTS} and rate is None)
+        evidence = None
+        if rate is not None and (steers or lost):
+            evidence = evidence_of(run, self.ask.criteria, rate, lost=lost)
         self.probes[point.name] = Probe(
-            rate=point.level.request_rate, concurrency=point.level.concurrency,
-            point=point_of(found) if steers else None,
-            used=limit_used(run, self.ask.criteria),
+            rate=rate, concurrency=point.level.concurrency, point=point_of(found) if steers else None,
+            used=limit_used(run, self.ask.criteria), evidence=evidence,
+            worked=worked_of(run) if steers or lost else None,
         )  # fmt: skip
 
     def _probe(self, point: Point) -> Probe:
@@ -226,13 +289,57 @@ class CapacitySession(Session):
         usd = None
         if tier is not None and point.took_s is not None:
             usd = usd_per_hour(self.state.pairs[0], tier) * point.took_s / 3600
+        known = self.probes.get(point.name)
+        unstable = known is not None and known.evidence is not None and known.evidence.unstable
+        lost = known is not None and known.point is None and known.evidence is not None
         return ProbeRow(
             run=str(self.folder / point.name), load=point.level.words, requests=point.requests,
-            verdict=point.verdict or point.state,
+            verdict="LOST" if lost else point.verdict or point.state,
             attainment=tuple(one.attainment.value for one in found.slo.criteria) if found and found.slo else (),
             request_throughput=found.rates.request_throughput.value if found else None,
-            seconds=point.took_s, usd=usd, why=point.reason,
+            seconds=point.took_s, usd=usd, why=point.reason, unstable=unstable,
         )  # fmt: skip
+
+    def _answer(self) -> Answer | None:
+        """What all probes say together."""
+        from analysis.sizing.search import estimate, keeps
+        from analysis.sizing.searched import Answer, capacity_from
+
+        probes = [self._probe(point) for point in self.state.points]
+        shown = [p.evidence for p in probes if p.evidence is not None]
+        names = [n for n, p in self.probes.items() if p.rate is not None and p.point is not None]
+        summaries = [self.summaries[name] for name in names]
+        if not shown:
+            return None
+        now = estimate(probes, self.ask.criteria, self.demand)
+        found = capacity_from(
+            now, shown, summaries, self.demand, unit="sessions/s" if self._waits else "req/s",
+            sessions_per_request=self._sessions_per_request(summaries) if self._waits else None,
+            reached=any(keeps(p.point, self.ask.criteria) for p in probes if p.rate is not None and p.point),
+        )  # fmt: skip
+        return Answer(
+            criteria=tuple(c.name for c in self.ask.criteria), runs=tuple(names), capacity=found,
+            trace_share=self._trace_share(), seconds=now.seconds if now else 0.0,
+        )  # fmt: skip
+
+    def _sessions_per_request(self, summaries: Sequence[Summary]) -> float:
+        """Sessions that are started for each request of the trace, by the probes' own plans."""
+        started = [(s.offered.session_rate.value, s.plan.planned_rate) for s in summaries]
+        known = [a / b for a, b in started if a is not None and b]
+        return sum(known) / len(known) if known else 1.0
+
+    def _trace_share(self) -> float:
+        """Share of the trace's rows that some probe in an open loop replayed."""
+        rows = len(self.demand)
+        seen: set[int] = set()
+        for name, probe in self.probes.items():
+            if probe.rate is None or probe.evidence is None:
+                continue
+            for window in self.summaries[name].plan.windows:
+                if window.requests >= rows:
+                    return 1.0
+                seen.update((window.first_row + k) % rows for k in range(window.requests))  # it may run over the end
+        return len(seen) / max(1, rows)
 
     def report(self) -> CapacityReport:
         """The answer from all probes so far."""
@@ -240,13 +347,15 @@ class CapacitySession(Session):
         from analysis.sizing.at_slo import SCHEMA, systems
 
         usd, hours = self.state.spent(time.time())
-        found = systems([s for s in self.summaries.values() if s.verdict != "TOO SMALL" or s.load.mode == "open"])
-        answer = next((one for one in found if one.loop == "open"), None)
+        answer_of_all = self._answer()
+        told = [s for s in self.summaries.values() if s.verdict != "TOO SMALL" or s.load.mode == "open"]
+        found = systems(told, answer=answer_of_all)
+        answer = next((one for one in found if one.loop != "closed"), None)
         ended = self.ended.why if self.ended else self.over or "ended"
         return CapacityReport(
             schema=SCHEMA, made=now_utc(), folder=str(self.folder),
             sentence=sentence(answer) if answer else "Capacity is not known: no run in an open loop was VALID.",
-            ended=ended, narrow=self.ended is not None and self.ended.narrow,
+            ended=ended, narrow=self.ended is not None and self.ended.narrow, answer=answer_of_all,
             probes=[self._record(point) for point in self.state.points], systems=found, hours=hours,
             usd=usd if any(rental.tier for rental in self.state.rentals) else None,
         )  # fmt: skip
@@ -258,3 +367,31 @@ def in_loop(options: dict[str, Any], *, closed: bool) -> dict[str, Any]:
         return options
     defaults = {"arrivals": None, "burstiness": None, "max_concurrency": None, "sessions": "trace", "spread": False}
     return {**options, **{name: value for name, value in defaults.items() if name in options}}
+
+
+def demand_of(trace: Trace, options: Mapping[str, Any]) -> Demand:
+    """The whole trace as arrivals and lengths; arrivals that are to be drawn are drawn here at 1 req/s."""
+    import numpy as np
+
+    from analysis.sizing.backlog import Demand
+    from harness.arrivals import arrival_times, constant_stage
+
+    times, inputs, outputs = [], [], []
+    for record in trace:
+        times.append(np.nan if record.arrival_s is None else record.arrival_s)
+        inputs.append(np.nan if record.input_tokens is None else record.input_tokens)
+        outputs.append(np.nan if record.output_tokens is None else record.output_tokens)
+    arrival_s = np.array(times, dtype=np.float64)
+    if options.get("arrivals") not in (None, "trace"):
+        stages = constant_stage(1.0, None)
+        drawn = arrival_times(
+            options["arrivals"], stages, burstiness=options.get("burstiness") or 1.0, seed=0, most=len(times)
+        )
+        arrival_s = np.asarray(drawn, dtype=np.float64) / 1e9
+
+    def known(values: list[float], absent: float) -> np.ndarray[Any, np.dtype[np.float64]]:
+        found = np.array(values, dtype=np.float64)
+        said = np.isfinite(found)
+        return np.where(said, found, float(found[said].mean()) if said.any() else absent)
+
+    return Demand(arrival_s=arrival_s, input_tokens=known(inputs, 0.0), output_tokens=known(outputs, 1.0))

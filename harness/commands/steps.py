@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -168,13 +168,15 @@ def execute_point(
     *,
     stop: StopRequest | None = None,
     deadline: Deadline | None = None,
+    lost: Callable[[Mapping[str, object]], str | None] | None = None,
     tell: Callable[[str], None] = say,
 ) -> RunManifest:
     """Send the plan of ``run`` to servers that are up, and leave them up; the manifest always tells how it ended.
 
     ``stop``: tells the caller afterwards whether the user asked for the end. ``deadline``: then all that is in flight
-    is ended at once; every request still has its row and the manifest says "stopped". ``tell``: hears how many load
-    workers were chosen and why. Many points may share the servers: each manifest has server records of its own.
+    is ended at once; every request still has its row and the manifest says "stopped". ``lost``: says, from the counts
+    so far, why there is no point in going on; the manifest then says so too. ``tell``: hears how many load workers were
+    chosen and why. Many points may share the servers: each manifest has server records of its own.
     """
     from cluster.load import LoadWorkers
 
@@ -212,7 +214,7 @@ def execute_point(
             write_manifest(run, manifest)
             with sample_servers(servers, run, manifest.start_unix_ns, counters=spec.counters):
                 progress = LoadProgress(console(), total=info.requests, span_s=info.span_s)
-                cut = watch(load, servers, stop, progress, deadline)
+                cut, manifest.lost = watch(load, servers, stop, progress, deadline, lost)
             manifest.workers, manifest.end_ns = load.workers, load.end_ns
         died = servers.check()
         for r in replicas:
@@ -270,14 +272,23 @@ def sample_servers(servers: Servers, run: RunDir, start_unix_ns: int, *, counter
 
 
 def watch(
-    load: Any, servers: Servers, stop: StopRequest, progress: LoadProgress, deadline: Deadline | None = None
-) -> str | None:
-    """Follow the load to its end: show progress, notice dead servers, pass on Ctrl-C; null, or why it was cut."""
+    load: Any, servers: Servers, stop: StopRequest, progress: LoadProgress, deadline: Deadline | None = None,
+    lost: Callable[[Mapping[str, object]], str | None] | None = None,
+) -> tuple[str | None, bool]:  # fmt: skip
+    """Follow the load to its end: show progress, notice dead servers, pass on Ctrl-C.
+
+    (null, or why it was cut; whether that was because it is ``lost``)
+    """
     looked, told, dead = time.monotonic(), 0, set[int]()
     cut: str | None = None
+    given_up = False
     with progress:
         while not load.done:
-            progress.update(load.poll(0.5))
+            counts = load.poll(0.5)
+            progress.update(counts)
+            if lost and not cut and (why := lost(counts)):
+                cut, given_up = why, True
+                load.stop(at_once=True)
             if deadline and not cut and time.monotonic() >= deadline.at_s:
                 cut = deadline.why
                 say(f"{cut}: stopping at once")
@@ -297,7 +308,7 @@ def watch(
                             cut = f"replica {index} is gone: {how}"
                             say("stopping at once: half a deployment has no price")
                             load.stop(at_once=True)
-    return cut
+    return cut, given_up
 
 
 class StopRequest:

@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,12 +188,13 @@ class Session:
             began = time.monotonic()
             with self._store.following(run.path, point.name):
                 manifest = execute_point(
-                    run, servers, self._options(point), stop=stop, deadline=self._deadline(point), tell=self.tell_once
-                )
+                    run, servers, self._options(point), stop=stop, deadline=self._deadline(point),
+                    lost=self.lost_when(point), tell=self.tell_once,
+                )  # fmt: skip
             point.took_s = time.monotonic() - began
             if stop.asked:
                 raise KeyboardInterrupt
-            if manifest.status == "stopped":
+            if manifest.status == "stopped" and not manifest.lost:
                 self.end(point, "failed", f"budget: {manifest.reason}; the rows this far are kept")
                 self._skip_rest()
             else:
@@ -209,6 +210,10 @@ class Session:
             say(str(e))
         if point.verdict not in ("VALID", "TOO SMALL"):
             self._stop_if_asked()
+
+    def lost_when(self, point: Point) -> Callable[[Mapping[str, object]], str | None] | None:
+        """What says, from a run's counts so far, that there is no point in going on with it; a sweep never does."""
+        return None
 
     def _stop_if_asked(self) -> None:
         """After a point that failed or is INVALID."""

@@ -1,0 +1,190 @@
+"""The answer of a search for capacity: from its estimate to `Capacity`, and back from the file that keeps it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from analysis.arrays import Floats
+from analysis.intervals import Quantity
+from analysis.sizing.backlog import Demand
+from analysis.sizing.capacity import Capacity
+from analysis.sizing.crossing import NEAR, Evidence
+from analysis.sizing.search import Estimate
+from analysis.summary import Summary
+from harness.slo import Criterion
+
+FILE = "capacity.json"
+"""What a search found, in its folder."""
+MIX_BOUND = 0.05
+"""Mean lengths of the probes that decide lie so near to the trace's, or within two standard errors."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a search says of one promise; kept in `FILE`."""
+
+    criteria: tuple[str, ...]
+    """By name."""
+    runs: tuple[str, ...]
+    """Names of the VALID runs in an open loop that it was made from."""
+    capacity: Capacity
+    trace_share: float
+    """Of the trace's requests that the probes replayed, each counted once."""
+    seconds: float
+    """Of measured load that decided."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mix:
+    """Mean length of one kind of token: of the probes that decide, and of the trace."""
+
+    kind: str
+    probes: float
+    trace: float
+    error: float
+    """Standard error of ``probes``."""
+
+    @property
+    def off(self) -> float:
+        """How far from the trace's, as a share of it."""
+        return abs(self.probes / self.trace - 1) if self.trace else 0.0
+
+    @property
+    def fits(self) -> bool:
+        """Within `MIX_BOUND` or two standard errors, whichever is wider."""
+        return self.off <= max(MIX_BOUND, 2 * self.error / self.trace) if self.trace else True
+
+
+def mixes(probes: Sequence[Evidence], near: float, demand: Demand) -> list[Mix]:
+    """Mean input and output tokens of the probes near a rate, pooled, beside the trace's."""
+    deciding = [p for p in probes if p.measured.any() and abs(math.log(p.rate / near)) <= NEAR]
+    found = []
+    for kind in ("input", "output"):
+        parts, sizes = [], []
+        for p in deciding:
+            tokens: Floats = getattr(p.sent, f"{kind}_tokens")[p.measured]
+            place = p.window - p.window.min()
+            parts.append(np.bincount(place, weights=tokens))
+            sizes.append(np.bincount(place))
+        whole = float(getattr(demand, f"{kind}_tokens").mean())
+        if not parts:
+            continue
+        total, size = np.concatenate(parts), np.concatenate(sizes)
+        total, size = total[size > 0], size[size > 0]
+        mean, n = float(total.sum() / size.sum()), len(size)
+        beyond = total - mean * size
+        error = math.sqrt(float(beyond @ beyond) * n / (n - 1)) / float(size.sum()) if n > 1 else math.inf
+        found.append(Mix(kind=kind, probes=mean, trace=whole, error=error))
+    return found
+
+
+def capacity_from(
+    now: Estimate | None, shown: Sequence[Evidence], summaries: Sequence[Summary], demand: Demand,
+    *, unit: str, sessions_per_request: float | None, reached: bool,
+) -> Capacity:  # fmt: skip
+    """The answer as every report prints it. ``sessions_per_request``: the load is sessions/s, not requests/s.
+
+    ``reached``: some probe kept the promise.
+    """
+    per = 1.0 if sessions_per_request is None else sessions_per_request
+    n = sum(int(p.measured.sum()) for p in shown)
+    evidence = summaries[0].evidence if summaries else "measured"
+
+    def load(value: float | None, low: float | None = None, high: float | None = None, note: str = "") -> Quantity:
+        ends = [None if x is None else x * per for x in (value, low, high)]
+        return Quantity(
+            value=ends[0], low=ends[1], high=ends[2], n=n, unit=unit, evidence=evidence, note=note or None
+        )  # fmt: skip
+
+    if now is None:
+        return Capacity(state="unknown", load=load(None, note="no VALID run in an open loop"), limit=None, rates={})
+    if not now.missed:
+        top = max(p.rate for p in shown)
+        note = f"beyond the highest load: at {top * per:.4g} {unit} it is kept"
+        return Capacity(state="beyond", load=load(None, low=top, note=note), limit=None, rates={})
+    if not reached and now.rate < 0.9 * min(p.rate for p in shown):
+        lowest = min(p.rate for p in shown)
+        note = f"not reached: at {lowest * per:.4g} {unit}, the lowest load that was measured, it is missed"
+        return Capacity(state="not reached", load=load(None, high=lowest, note=note), limit=now.limit, rates={})
+    for mix in mixes(shown, now.rate, demand):
+        if not mix.fits:
+            more = now.seconds / 60 * ((2 * mix.error / mix.trace / MIX_BOUND) ** 2 - 1)
+            longer = f"measure about {more:.0f} minutes longer" if more >= 1 else "measure again with another seed"
+            why = (
+                f"the probes' requests had {mix.probes:,.0f} {mix.kind} tokens in the mean, the trace's have "
+                f"{mix.trace:,.0f}: {longer}"
+            )
+            return Capacity(state="unknown", load=load(None, note=why), limit=None, rates={})
+    value = load(now.rate, now.low, now.high, note=_width_words(now))
+    rates = _rates(now, shown, summaries, demand, value)
+    return Capacity(state="found", load=value, limit=now.limit, rates=rates)
+
+
+def _width_words(now: Estimate) -> str:
+    """How long a narrower interval takes."""
+    minutes, width = now.seconds / 60, now.half_width
+    if now.short:
+        return "no interval: the probes are too short to see a burst through; --probe 60s"
+    if width is None:
+        return f"no interval yet: {now.probes} probes decide; measure longer"
+    return (
+        f"from {minutes:.0f} minutes of load near it, +/- {width:.0%}; half that width takes about "
+        f"{3 * minutes:.0f} minutes more (--tolerance {width / 2:.0%})"
+    )
+
+
+def _rates(
+    now: Estimate, shown: Sequence[Evidence], summaries: Sequence[Summary], demand: Demand, at: Quantity
+) -> Mapping[str, Quantity]:
+    """Requests and tokens per second at that load: tokens as served per request, in the mix of the whole trace."""
+    valid = [s for s in summaries if s.requests.succeeded]
+    succeeded = sum(s.requests.succeeded for s in valid)
+
+    def rate(name: str, per_request: float | None, unit: str) -> Quantity:
+        ends = (now.rate, now.low, now.high)
+        value, low, high = (None if x is None or per_request is None else x * per_request for x in ends)
+        note = None if per_request is not None else "tokens were not counted at every load"
+        return Quantity(
+            value=value, low=low, high=high, n=succeeded, unit=unit, evidence=at.evidence, note=note
+        )  # fmt: skip
+
+    found = {name: rate(name, 1.0, "req/s") for name in ("request_rate", "request_throughput", "sent_rate")}
+    each: dict[str, float | None] = {}
+    for kind in ("input", "output"):
+        counts = [getattr(s.tokens, kind) for s in valid]
+        if not succeeded or any(count is None for count in counts) or any(s.tokens.missing for s in valid):
+            each[kind] = None
+            continue
+        planned = [getattr(p.sent, f"{kind}_tokens")[p.measured] for p in shown if p.measured.any()]
+        served = sum(counts) / succeeded
+        mean = float(np.concatenate(planned).mean()) if planned else 0.0
+        whole = float(getattr(demand, f"{kind}_tokens").mean())
+        each[kind] = served * (whole / mean if mean > 0 else 1.0)
+        found[f"{kind}_token_throughput"] = rate(kind, each[kind], "tokens/s")
+    into, out = each.get("input"), each.get("output")
+    total = None if into is None or out is None else into + out
+    found["total_token_throughput"] = rate("total", total, "tokens/s")
+    return found
+
+
+def kept_answer(runs: Sequence[Summary], criteria: Sequence[Criterion]) -> Answer | None:
+    """What the search in whose folder these runs lie found for this promise; None where there was none, or another."""
+    folders = {Path(s.run).parent for s in runs}
+    if len(folders) != 1:
+        return None
+    try:
+        found = msgspec.json.decode((next(iter(folders)) / FILE).read_bytes(), type=_File).answer
+    except (OSError, msgspec.DecodeError):
+        return None
+    same = found is not None and set(found.criteria) == {c.name for c in criteria}
+    return found if found is not None and same and set(found.runs) == {Path(s.run).name for s in runs} else None
+
+
+class _File(msgspec.Struct):
+    answer: Answer | None = None
