@@ -11,7 +11,7 @@ TRACE  ?= scenarios/traces/azure-conv-2023.csv
 # to be had already); PyTorch's own wheel index only if it fails, because an unreachable extra index costs minutes of retries.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: help setup replay test lint browser clean
+.PHONY: help setup replay test study lint browser clean
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -36,6 +36,9 @@ browser: # the report page is tested in a real browser where one can be had; els
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null \
 	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
 	  || echo "no chromium here: the browser tests of the report page will be skipped"
+
+study: setup ## hold every claim that decides money against known truth, and write the table (hours)
+	$(BIN)/python -m tests.lab
 
 lint: setup ## style and types
 	$(BIN)/ruff check .
