@@ -306,14 +306,14 @@ def test_an_invalid_point_is_recorded_with_its_reason(
     fake_server: StartServer, tmp_path: Path, on_failure: str, sent: int
 ) -> None:
     server = fake_server("--ttft", "0.002", "--itl", "0.001")
-    more = f'on_failure = "{on_failure}"\nextra_body = {{fault = "short"}}\n'
+    more = f'on_failure = "{on_failure}"\nextra_body = {{fault = "cut"}}\n'
     file = write_sweep(tmp_path, server.url, more=more)
     done = run(file, "--out", tmp_path / "sweeps", "--format", "json")
     assert done.return_value == (3 if on_failure == "continue" else 1), done.exception
     points = json.loads(done.stdout)["points"]
     assert len(server.truth()) == sent
     assert points[0]["verdict"] == "INVALID"
-    assert "output_tokens" in points[0]["reason"]
+    assert "success" in points[0]["reason"]
     assert [p["state"] for p in points] == ["done", "done" if on_failure == "continue" else "pending"]
 
 

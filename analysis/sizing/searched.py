@@ -144,11 +144,12 @@ def _rates(
 ) -> Mapping[str, Quantity]:
     """Requests and tokens per second at that load: tokens as served per request, in the mix of the whole trace."""
     valid = [s for s in summaries if s.requests.succeeded]
+    really = _sent_of_planned(valid)
     succeeded = sum(s.requests.succeeded for s in valid)
 
     def rate(name: str, per_request: float | None, unit: str) -> Quantity:
         ends = (now.rate, now.low, now.high)
-        value, low, high = (None if x is None or per_request is None else x * per_request for x in ends)
+        value, low, high = (None if x is None or per_request is None else x * per_request * really for x in ends)
         note = None if per_request is not None else "tokens were not counted at every load"
         return Quantity(
             value=value, low=low, high=high, n=succeeded, unit=unit, evidence=at.evidence, note=note
@@ -171,6 +172,17 @@ def _rates(
     total = None if into is None or out is None else into + out
     found["total_token_throughput"] = rate("total", total, "tokens/s")
     return found
+
+
+def _sent_of_planned(summaries: Sequence[Summary]) -> float:
+    """Share of the planned requests/s that sessions which wait really sent; 1 for loads that send what is due."""
+    known = [
+        (s.offered.sent_rate.value, s.plan.planned_rate)
+        for s in summaries
+        if s.offered.kind == "sessions" and s.offered.sent_rate.value is not None and s.plan.planned_rate
+    ]
+    planned = sum(rate for _, rate in known if rate is not None)
+    return min(1.0, sum(sent for sent, _ in known if sent is not None) / planned) if planned else 1.0
 
 
 def kept_answer(runs: Sequence[Summary], criteria: Sequence[Criterion]) -> Answer | None:

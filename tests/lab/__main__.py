@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.lab.table import Row
 
 STUDIES = ("capacity", "intervals", "repeats", "fleet", "compare")
-"""Modules with ``rows(draws, seed, jobs)``; those that are not there yet are left out."""
+"""Modules with ``rows(draws, seed, jobs)``."""
 CITED = Path(__file__).with_name("cited.toml")
 PAGE = Path(__file__).parents[2] / "analysis" / "METRICS.md"
 BEGIN, END = "<!-- claimed against true: begin -->", "<!-- claimed against true: end -->"
