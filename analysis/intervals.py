@@ -21,12 +21,14 @@ from analysis.likeness import (
     FEWEST_UNITS,
     Z,
     effective_n,
+    likeness,
     long_run_variance,
     share_variance,
     skew_of,
     student_t,
 )
 from analysis.order_statistics import percentile_ends
+from analysis.relaxation import Relaxation
 
 RESAMPLES = 1000
 MAX_UNITS = 1000
@@ -34,6 +36,10 @@ MAX_UNITS = 1000
 MAX_FLAGS = 1_000_000
 ROUNDING = 1e-9
 """By so large a share may two ways to the same figure differ."""
+TAIL_ALIKE = 1.5
+"""A run understates how alike its requests are by up to so much: it is judged about its own mean."""
+FEW = 20
+"""Fewer flags of one kind say nothing of how alike they are: the queue then counts in full."""
 MIN_SAMPLES = 5
 """Below this many samples a mean or rate has no interval."""
 
@@ -62,6 +68,13 @@ class Quantity:
             low, high = (self.value if end is None else end for end in (self.low, self.high))
             if max(low - self.value, self.value - high) > ROUNDING * abs(self.value):
                 raise ValueError(f"{self.value} {self.unit} lies outside its own interval, {self.low} to {self.high}")
+
+
+def without_interval(q: Quantity, why: str | None) -> Quantity:
+    """The quantity without ends, ``why`` in its note; as it is when that is None."""
+    if why is None or q.value is None:
+        return q
+    return replace(q, low=None, high=None, note="; ".join(filter(None, (q.note, why))))
 
 
 def scaled(q: Quantity, factor: float) -> Quantity:
@@ -93,13 +106,21 @@ def samples_needed(p: float) -> int:
 
 
 def distribution(
-    values: Floats, *, unit: str, evidence: str, owners: Ints, weights: Floats | None = None, noun: str = "requests"
+    values: Floats,
+    *,
+    unit: str,
+    evidence: str,
+    owners: Ints,
+    weights: Floats | None = None,
+    noun: str = "requests",
+    queue: Relaxation | None = None,
 ) -> Distribution:
     """Mean and percentiles of ``values``, NaN left out, each with interval.
 
     ``owners`` gives the place in time of the request each value belongs to; values of one request are kept together
     when spread is judged. ``weights``: a value counts as that many equal samples. A percentile is an observed value:
-    the smallest with at least the share p of all samples at or below it.
+    the smallest with at least the share p of all samples at or below it. ``queue``: the memory of the run that the
+    values come from; where the run is too short for that no figure has an interval.
     """
     known = arrays.finite(values)
     if not known.all():
@@ -113,10 +134,27 @@ def distribution(
     quantile, beyond = _ordered(values, units, total) if weights is None else _weighted(values, units, total, weights)
     count = np.bincount(units, weights=weights, minlength=total).astype(np.float64)
 
+    short = None if queue is None else queue.note
+    # units may be several requests each; likeness of slow requests is that of the middle at least: the tail shows less
+    alike = 0.0 if queue is None or short else TAIL_ALIKE * queue.alike * total / (int(owners.max()) + 1)
+
+    def deviations(value: float) -> Floats:
+        below = count - beyond(value)
+        apart: Floats = below - count * (below.sum() / n)
+        return apart
+
+    middle = likeness(deviations(quantile(0.5))) if alike else 0.0
+
+    @cache
+    def seen(value: float, p: float) -> float:
+        return share_variance(deviations(value), p, n, queue is not None)
+
     @cache
     def variance(value: float, p: float) -> float:
-        below = count - beyond(value)
-        return share_variance(below - count * (below.sum() / n), p, n)
+        if not alike:
+            return seen(value, p)
+        each = deviations(value)
+        return max(seen(value, p), float(each @ each) / n**2 * (1 + max(middle, likeness(each)) * alike))
 
     def percentile(p: float, below: Quantity | None = None) -> Quantity:
         """``below``: the next lower percentile. Without that one there is none: they need ever more samples."""
@@ -126,9 +164,11 @@ def distribution(
         if below is not None and below.value is None:
             return replace(blank, note=below.note)
         value = quantile(p)
-        worth = effective_n(variance(value, p), p, n)
+        worth = effective_n(seen(value, p), p, n)
         if worth * (1 - p) < 1:
             return replace(blank, note=f"needs {needed} independent {noun}: these {n:,} are worth about {worth:.0f}")
+        if short:
+            return replace(blank, value=value, note=short)
         low, high = percentile_ends(quantile, variance, p, n) if total >= MIN_SAMPLES else (None, None)
         note = None if low is not None and high is not None else f"too few independent {noun} for both ends"
         # the value is an observed one, at or above its share; of very few independent samples the share of the lower
@@ -142,11 +182,11 @@ def distribution(
     each = values if weights is None else weights * values
     sums = np.bincount(units, weights=each, minlength=total).astype(np.float64)
     mean = float(sums.sum() / count.sum())
-    low, high = ratio_interval(sums, count)
+    low, high = ratio_interval(sums, count, alike)
     note = None if low is not None else f"interval needs {MIN_SAMPLES} requests"
     return Distribution(
         unit=unit,
-        mean=replace(blank, value=mean, low=low, high=high, note=note),
+        mean=without_interval(replace(blank, value=mean, low=low, high=high, note=note), short),
         p50=p50, p90=p90, p95=p95, p99=p99,
     )  # fmt: skip
 
@@ -205,17 +245,30 @@ def rate(per_bin: Floats, bin_s: float, *, n: int, unit: str, evidence: str, not
     return Quantity(value=value, low=low, high=high, n=n, unit=unit, note=note, evidence=evidence)
 
 
-def share(flags: Bools, *, unit: str, evidence: str) -> Quantity:
+def share(flags: Bools, *, unit: str, evidence: str, queue: Relaxation | None = None) -> Quantity:
     """Share of True among ``flags`` (in time order), Wilson interval at the effective sample size.
 
+    ``queue``: the memory of the run. With it flags that hardly differ count as alike as the queue makes them, and a run
+    too short for it has no interval.
     Source: Wilson, Journal of the American Statistical Association 22(158), 1927. It stays honest at 0 % and 100 %,
     where a bootstrap would claim certainty.
     """
     n = len(flags)
     if not n:
         return Quantity(value=None, n=0, unit=unit, evidence=evidence, note="no requests")
-    p = float(flags.mean())
-    size = effective_n(share_variance(_beyond_share(flags, p), p, n), p, n) if 0 < p < 1 else float(n)
+    true = int(flags.sum())
+    p = true / n
+    if queue is not None and queue.note:
+        return Quantity(value=p, n=n, unit=unit, evidence=evidence, note=queue.note)
+    alike, size = 0.0 if queue is None else queue.alike, float(n)
+    if 0 < p < 1:
+        beyond = _beyond_share(flags, p)
+        alike *= (likeness(beyond) if min(true, n - true) >= FEW else 1.0) * len(beyond) / n
+        size = effective_n(
+            max(share_variance(beyond, p, n, queue is not None), float(beyond @ beyond) / n**2 * (1 + alike)), p, n
+        )
+    elif alike:
+        size = max(1.0, n / (1 + alike))
     centre = (p + Z**2 / (2 * size)) / (1 + Z**2 / size)
     half = Z / (1 + Z**2 / size) * math.sqrt(p * (1 - p) / size + Z**2 / (4 * size**2))
     # the ends are exact at 0 and 1, where rounding could put them past the value
@@ -234,8 +287,10 @@ def _beyond_share(flags: Bools, p: float) -> Floats:
     return sums
 
 
-def ratio_interval(numerator: Floats, denominator: Floats) -> tuple[float | None, float | None]:
+def ratio_interval(numerator: Floats, denominator: Floats, alike: float = 0.0) -> tuple[float | None, float | None]:
     """95 % interval of sum(numerator) / sum(denominator) of a series in time order.
+
+    ``alike``: units that a queue makes alike.
 
     Batch means of what each unit adds beyond the ratio. Where nothing is negative the interval is one of logarithms: it
     stays positive, and the inverse (a price) has the inverse ends. The end on the side of the skew lies farther out by
@@ -255,6 +310,8 @@ def ratio_interval(numerator: Floats, denominator: Floats) -> tuple[float | None
         variance, critical = float((beyond**2).sum()) * units / (units - 1), student_t(units - 1)
     else:
         variance, critical = long_run_variance(beyond), CRITICAL
+        if alike:
+            variance = max(variance, float(beyond @ beyond) * (1 + likeness(beyond) * alike) * (Z / CRITICAL) ** 2)
     error = math.sqrt(variance) / total
     if error <= 1e-12 * abs(value):
         return value, value

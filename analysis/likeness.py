@@ -46,11 +46,12 @@ def long_run_variance(deviations: Floats, block_share: float = LONG) -> float:
     return max(whole, 2 * whole - half)
 
 
-def share_variance(deviations: Floats, p: float, n: int) -> float:
+def share_variance(deviations: Floats, p: float, n: int, queue: bool = False) -> float:
     """Variance of a share ``p`` of ``n`` samples, from per-unit sums of (sample counts - share) in time order.
 
     Enlarged so that a normal interval from it has the width that a variance from few blocks deserves. Of fewer than
-    `FEWEST_UNITS` units: as if these were independent. Units whose neighbours are not alike: as they are, one by one.
+    `FEWEST_UNITS` units: as if these were independent. Units whose neighbours are not alike: as they are, one by one;
+    never where they are known to share a ``queue``, whose likeness is small at each distance and large in sum.
     """
     units = len(deviations)
     if units < FEWEST_UNITS:
@@ -60,7 +61,7 @@ def share_variance(deviations: Floats, p: float, n: int) -> float:
         between = float(deviations @ deviations) * units / (units - 1) / n**2
         return max(independent, between * (student_t(units - 1) / Z) ** 2)
     one_by_one = float(deviations @ deviations)
-    if not _alike(deviations, one_by_one):
+    if not queue and not _alike(deviations, one_by_one):
         return one_by_one / n**2
     for block_share, critical in BLOCKS:
         found = long_run_variance(deviations, block_share)
@@ -75,6 +76,15 @@ def _alike(deviations: Floats, one_by_one: float) -> bool:
     size = len(deviations)
     bound = 2 * math.sqrt(math.log10(size) / size) * one_by_one
     return any(abs(float(deviations[k:] @ deviations[:-k])) >= bound > 0 for k in range(1, LAGS + 1))
+
+
+def likeness(deviations: Floats) -> float:
+    """Mean autocorrelation of the first `LAGS` neighbours, 0 to 1: what part of the spread a queue explains."""
+    one_by_one = float(deviations @ deviations)
+    if one_by_one <= 0 or len(deviations) <= LAGS:
+        return 1.0
+    found = [float(deviations[k:] @ deviations[:-k]) / one_by_one for k in range(1, LAGS + 1)]
+    return min(1.0, max(0.0, float(np.mean(found))))
 
 
 def _block_power(deviations: Floats, length: int, power: int) -> float:

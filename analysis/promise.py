@@ -12,6 +12,7 @@ from analysis.arrays import Bools
 from analysis.intervals import Quantity, share
 from analysis.load import Rows, Run
 from analysis.metrics import Counts, Tokens
+from analysis.relaxation import Relaxation
 from analysis.served import MISMATCH_BOUND
 from harness.slo import criteria, split_key
 
@@ -64,7 +65,9 @@ def price_note(slo: Slo | None, served: str | None = None) -> str | None:
     return "; ".join(said) or None
 
 
-def judge(run: Run, limits: dict[str, float], counts: Counts, tokens: Tokens, attain: float) -> Slo:
+def judge(
+    run: Run, limits: dict[str, float], counts: Counts, tokens: Tokens, attain: float, queue: Relaxation | None = None
+) -> Slo:
     """Attainment over every request that was offered: failed, unfinished and lost ones did not meet it."""
     rows = run.rows
     left_out = _in_time(rows, metrics.not_offered(run))
@@ -80,7 +83,7 @@ def judge(run: Run, limits: dict[str, float], counts: Counts, tokens: Tokens, at
             some = kept[part][~left_out[part]]
             met[at : at + len(some)] = some
             at += len(some)
-        return share(met, unit="share of requests", evidence=run.evidence)
+        return share(met, unit="share of requests", evidence=run.evidence, queue=queue)
 
     judged = []
     for criterion in criteria(limits, attain):

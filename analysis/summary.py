@@ -17,7 +17,7 @@ from analysis.check import Check, Verdict, verdict
 from analysis.counters import shared_addresses
 from analysis.fidelity.questions import Fidelity, fidelity
 from analysis.fullness import GIVEN, Fullness, fullness, given_load_note
-from analysis.intervals import Distribution, Quantity, distribution, rate
+from analysis.intervals import Distribution, Quantity, distribution, rate, without_interval
 from analysis.load import Rows, Run
 from analysis.metrics import Counts, Tokens, Window
 from analysis.money.price import DEFAULT_RATIO, Cost, bill_usd, check_ratio, cost
@@ -26,6 +26,8 @@ from analysis.money.split import Split, Usage, split_bill
 from analysis.offered_load import OfferedLoad, offered_load
 from analysis.plateau import SteadyState, drain_check, steady_check, steady_part, steady_state
 from analysis.promise import Slo, judge, price_note, unjudged
+from analysis.queueing import queue_of
+from analysis.relaxation import Relaxation
 from analysis.served import MISMATCH_BOUND, served_lengths
 from analysis.stability import backlog_check
 from analysis.validity import check_run
@@ -166,8 +168,9 @@ def summarise(
         backlog_check(run),
     ]
     said = verdict(checks)
-    judged = judge(run, limits, counts, tokens, attain) if limits else None
-    sampled, weighted = _rates(run, window, tokens, counts, limits, ratio)
+    queue = queue_of(run, window)
+    judged = judge(run, limits, counts, tokens, attain, queue) if limits else None
+    sampled, weighted = _rates(run, window, tokens, counts, limits, ratio, queue)
     offered = offered_load(run)
     full = fullness(run, window, sampled.concurrency.value)
     note = price_note(judged, served_lengths(run))
@@ -191,7 +194,7 @@ def summarise(
         window=window,
         requests=counts,
         tokens=tokens,
-        metrics=_metrics(run),
+        metrics=_metrics(run, queue),
         rates=rates,
         sampled=sampled,
         offered=offered,
@@ -246,11 +249,12 @@ def exit_code(summary: Summary) -> int:
     return EXIT_SLO_MISSED if summary.slo is not None and not summary.slo.met else EXIT_VALID
 
 
-def _metrics(run: Run) -> Metrics:
+def _metrics(run: Run, queue: Relaxation | None) -> Metrics:
     rows, chunks = run.rows, run.chunks
 
-    def per_request(metric: Callable[[Rows], Floats]) -> Distribution:
-        return distribution(metrics.column(rows, metric), owners=rows.rank, unit="s", evidence=run.evidence)
+    def per_request(metric: Callable[[Rows], Floats], queue: Relaxation | None = queue) -> Distribution:
+        values = metrics.column(rows, metric)
+        return distribution(values, owners=rows.rank, unit="s", evidence=run.evidence, queue=queue)
 
     return Metrics(
         ttft=per_request(metrics.ttft),
@@ -263,9 +267,10 @@ def _metrics(run: Run) -> Metrics:
             unit="s",
             evidence=run.evidence,
             noun="gaps",
+            queue=queue,
         ),
         e2e=per_request(metrics.e2e),
-        lag=per_request(metrics.lag),
+        lag=per_request(metrics.lag, None),  # of the client: it waits in no queue of the server
         session_lag=_session_lag(run),
     )
 
@@ -277,7 +282,13 @@ def _session_lag(run: Run) -> Distribution:
 
 
 def _rates(
-    run: Run, window: Window | None, tokens: Tokens, counts: Counts, limits: Mapping[str, float], ratio: float
+    run: Run,
+    window: Window | None,
+    tokens: Tokens,
+    counts: Counts,
+    limits: Mapping[str, float],
+    ratio: float,
+    queue: Relaxation | None,
 ) -> tuple[Rates, Quantity]:
     """The rates, and input / ratio + output tokens per second, the denominator of the price split."""
     rows, evidence = run.rows, run.evidence
@@ -305,7 +316,7 @@ def _rates(
         ended = metrics.binned(arrays.kept(rows.finished_s, which), None, window)
         return rate(ended, window.bin_s, n=int(which.sum()), unit="req/s", evidence=evidence)
 
-    unknown = unjudged(limits, tokens, counts)
+    unknown, short = unjudged(limits, tokens, counts), None if queue is None else queue.note
     good = metrics.meets_slo(rows, limits)
     out, into = run.chunks.output_tokens, metrics.binned(*metrics.input_token_events(rows), window)
     n = counts.succeeded
@@ -332,7 +343,9 @@ def _rates(
             if limits
             else blank("req/s", "no SLO given (--slo)")
         ),
-        concurrency=rate(busy_s, window.bin_s, n=counts.sent, unit="requests", evidence=evidence),
+        concurrency=without_interval(
+            rate(busy_s, window.bin_s, n=counts.sent, unit="requests", evidence=evidence), short
+        ),
     ), token_rate(all_known, out + into / ratio)
 
 

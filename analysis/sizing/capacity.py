@@ -25,6 +25,8 @@ GAIN = 0.05
 """A closed loop is saturated when twice the requests in flight give less than this much more throughput."""
 DRAWS = 1000
 """Resamples behind an interval; always the same, so that one sweep gives one answer."""
+NO_INTERVAL = 10
+"""A share without an interval is worth at most so many independent requests: its run was too short for more."""
 RISE = 0.10
 """A latency that grows by less than this from the lowest to the highest load has no knee to speak of."""
 BEND = 0.10
@@ -246,7 +248,7 @@ def _draws(loads: Floats, points: Sequence[Point], criteria: Sequence[Criterion]
 def _shares(q: Quantity, rng: np.random.Generator) -> Floats:
     """Draws of a share within its own uncertainty: beta at the sample size that its interval stands for."""
     assert q.value is not None
-    size = float(max(1, q.n))
+    size = float(max(1, min(q.n, NO_INTERVAL)))
     if q.low is not None and q.high is not None:
         width = q.high - q.low
         if width <= 1e-9:

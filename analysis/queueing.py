@@ -1,0 +1,37 @@
+"""The memory of a run's queue, from its rows: what `analysis.relaxation` needs to know of it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from analysis import arrays, metrics
+from analysis.load import Run
+from analysis.metrics import Window
+from analysis.relaxation import Relaxation, relaxation
+from analysis.served import MISMATCH_BOUND
+
+
+def queue_of(run: Run, window: Window | None) -> Relaxation | None:
+    """The memory of an open loop; None in a closed loop, which holds its queue at one length, and without a window.
+
+    Work is output tokens, or requests where too many of these are not known.
+    """
+    if window is None or run.manifest.spec.mode != "open":
+        return None
+    rows = run.rows
+    sent = metrics.was_sent(rows)
+    sent_s = arrays.kept(rows.sent_s, sent)
+    came = metrics.binned(sent_s, None, window)
+    sold = arrays.kept(rows.output_tokens, sent)
+    known = arrays.finite(sold)
+    if known.sum() < (1 - MISMATCH_BOUND) * arrays.kept(rows.success, sent).sum():
+        finished_s = arrays.kept(rows.finished_s, sent)
+        work_came, work_done = came, metrics.binned(arrays.kept(finished_s, arrays.finite(finished_s)), None, window)
+    else:
+        sold_then = known & arrays.kept(rows.success, sent)
+        work_came = metrics.binned(arrays.kept(sent_s, sold_then), arrays.kept(sold, sold_then), window)
+        work_done = np.asarray(run.chunks.output_tokens, dtype=np.float64)
+    return relaxation(
+        in_flight=metrics.in_flight(rows, window), came=came, work_came=work_came, work_done=work_done,
+        bin_s=window.bin_s,
+    )  # fmt: skip

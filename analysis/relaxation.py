@@ -1,0 +1,147 @@
+"""How long a queue remembers: what a run of an open loop must outlast before its figures have an interval.
+
+Requests that share a queue are alike for as long as the queue takes to forget a stretch of heavy load. Near capacity
+that is far longer than a few requests, and a short run that saw no bad stretch does not show it. So the time is taken
+from what a short run does know: how much work came and how unevenly, and how fast the server works when it is fullest.
+For a queue in heavy traffic with spare speed m (work/s) and work that comes with variance S (work^2/s) the integrated
+time of the queue is 2 S / m^2; for requests that do not wait for each other the same formula gives about their service
+time. The longer of that and of the integrated time of the requests in flight counts.
+Sources: Whitt, Management Science 35(11), 1989 (how long a queue must be watched, by its load); Geyer, Statistical
+Science 7(4), 1992 (initial monotone sequence).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis.arrays import Floats
+
+FULLEST = 0.1
+"""Share of the run with most requests in flight that shows how fast the server can work."""
+ONE_SIDED = 1.645
+"""Standard errors by which the load may have been higher than this run saw: 95 %."""
+FEWEST_TIMES = 8.0
+"""Integrated times (each two relaxation times of an exponential memory) that a run must outlast, at the longest that
+its own data allow."""
+UNEVEN = 2.0
+"""Long-run variance over mean of the arrivals beyond which they come in bursts: 99 % of Poisson runs have less."""
+FEWEST_BURST_TIMES = 120.0
+"""Integrated times of bursty arrivals that a run must outlast: about fifty bursts, each with the quiet after it."""
+BURST_TIMES_AHEAD = 220.0
+"""The same for a run that is still to come: its bins are longer, and in longer bins bursts seem longer."""
+CLOCKWORK = 0.1
+"""Of the unevenness of equal requests that come as Poisson arrivals: below it load is as even as a clock."""
+FEWEST_BINS, FEWEST_REQUESTS = 20, 20
+"""Below these a run tells nothing about its memory."""
+LONGEST_S = 7 * 86_400.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relaxation:
+    """The memory of one run, as integrated times (1 + 2 x the sum of all autocorrelations) in s."""
+
+    observed_s: float
+    """Time in which requests came."""
+    time_s: float
+    """Best guess; inf: more work came than the server could do."""
+    longest_s: float
+    """What the load may really have been taken into account."""
+    needed_s: float | None
+    """So long must a run be at this load; None: no length is enough."""
+    requests: int
+
+    @property
+    def enough(self) -> bool:
+        """The run is long enough for intervals."""
+        return self.needed_s is not None and self.observed_s >= self.needed_s
+
+    @property
+    def alike(self) -> float:
+        """Requests that the queue makes alike: a share of ``n`` requests is worth ``n / (1 + alike)`` of independent
+        ones at the most.
+        """
+        return math.sqrt(self.time_s * self.longest_s) * self.requests / self.observed_s
+
+    @property
+    def note(self) -> str | None:
+        """Why there is no interval; None: there is."""
+        if self.enough:
+            return None
+        if self.needed_s is None:
+            return "no interval: the server is too close to its limit at this load, however long the run"
+        needed = f"{self.needed_s:.0f} s" if self.needed_s < 90 else f"{math.ceil(self.needed_s / 60)} min"
+        return f"no interval: needs about {needed} at this load, has {self.observed_s:.0f} s"
+
+
+def relaxation_s(series: Floats, bin_s: float) -> float | None:
+    """Integrated autocorrelation time of a series in equal bins, s; at least one bin. None below `FEWEST_BINS` bins."""
+    return integrated_time(series) * bin_s if len(series) >= FEWEST_BINS else None
+
+
+def integrated_time(series: Floats) -> float:
+    """1 + 2 x the sum of autocorrelations, in places of the series, at least 1: Geyer's initial monotone sequence."""
+    n = len(series)
+    beyond = series - series.mean()
+    power = np.fft.rfft(beyond, 1 << (2 * n - 1).bit_length())
+    products = np.fft.irfft(np.abs(power) ** 2)[:n]
+    if n < 2 or products[0] <= 1e-12 * n * float(np.square(series).max(initial=0.0)):
+        return 1.0
+    pairs = (products[0 : n - 1 : 2] + products[1:n:2]) / products[0]
+    ends = np.flatnonzero(pairs <= 0)
+    pairs = np.minimum.accumulate(pairs[: ends[0]] if len(ends) else pairs)
+    return max(1.0, 2 * float(pairs.sum()) - 1)
+
+
+def relaxation(
+    *, in_flight: Floats, came: Floats, work_came: Floats, work_done: Floats, bin_s: float
+) -> Relaxation | None:
+    """The memory of an open loop, from series in equal bins of ``bin_s``; None for a run too short to tell.
+
+    ``in_flight``: requests in flight, ``came``: requests sent, ``work_came``: their work (output tokens),
+    ``work_done``: the work that the server did. Bins after the last request that came count for the work done only.
+    """
+    bins = int(np.flatnonzero(came)[-1]) + 1 if came.any() else 0
+    if bins < FEWEST_BINS or came.sum() < FEWEST_REQUESTS:
+        return None
+    came, work_came = came[:bins], work_came[:bins]
+    # white noise has a time of one bin, however long that is: only what goes beyond a bin was seen
+    observed_s, seen_s = bins * bin_s, (integrated_time(in_flight) - 1) * bin_s
+    arrivals, single = integrated_time(came), float(came.var() / came.mean())
+    bursts_s = 0.0
+    if single * arrivals > UNEVEN:  # without the noise of single arrivals, which hides how long bursts are
+        arrivals = max(arrivals, (single * arrivals - 1) / max(single - 1, 1e-9))
+        bursts_s = arrivals * bin_s
+    # a few bursts tell little of how uneven arrivals really are
+    doubt = 1 + ONE_SIDED * math.sqrt(4 * arrivals / bins) if bursts_s else 1.0
+    load = float(work_came.sum()) / observed_s
+    unevenness = float(work_came.var()) * integrated_time(work_came) / bin_s
+    fullest = np.argsort(in_flight, kind="stable")[-max(5, round(FULLEST * len(in_flight))) :]
+    spare = float(work_done[fullest].mean()) / bin_s - load
+
+    def queue_s(run_s: float) -> float:
+        """The longest that the data allow of a run of ``run_s``."""
+        left = spare - ONE_SIDED * math.sqrt(doubt * unevenness / run_s)
+        return max(seen_s, 2 * doubt * unevenness / left**2 + bursts_s) if left > 0 else math.inf
+
+    stretches = work_came[: bins // FEWEST_BINS * FEWEST_BINS].reshape(FEWEST_BINS, -1).sum(axis=1)
+    if stretches.var() < CLOCKWORK * stretches.mean() ** 2 * FEWEST_BINS / came.sum():
+        spare, unevenness = 1.0, 0.0  # a load that never changes shows no spare speed: the requests in flight must tell
+    longest_s = queue_s(observed_s)
+    bursts_seen = not bursts_s or bins >= FEWEST_BURST_TIMES * arrivals
+    needed_s = max(bin_s, FEWEST_TIMES * seen_s, BURST_TIMES_AHEAD * bursts_s) if spare > 0 else math.inf
+    while FEWEST_TIMES * queue_s(needed_s) > needed_s and needed_s < LONGEST_S:
+        needed_s *= 1.05
+    if bursts_seen and observed_s >= FEWEST_TIMES * longest_s:
+        needed_s = min(needed_s, observed_s)
+    elif needed_s <= observed_s:
+        needed_s = 1.1 * observed_s
+    return Relaxation(
+        observed_s=observed_s,
+        time_s=max(seen_s, 2 * unevenness / spare**2 + bursts_s) if spare > 0 else math.inf,
+        longest_s=longest_s,
+        needed_s=needed_s if needed_s < LONGEST_S else None,
+        requests=int(came.sum()),
+    )
