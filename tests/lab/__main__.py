@@ -1,26 +1,33 @@
-"""Run the studies and write the table: ``python -m tests.lab [--draws N] [--seed S] [--jobs J] [--only NAME ...]``."""
+"""Run the studies and write the table: ``python -m tests.lab [--draws N] [--seed S] [--jobs J] [--only NAME ...]``.
+
+The lines of each study are kept in ``tests/lab/results/`` with the command, seed and commit that made them; the table
+in analysis/METRICS.md is made of all of them and of `CITED`, so that one study can be run again alone.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
+import re
 import subprocess
+import tomllib
+from dataclasses import asdict
 from pathlib import Path
 
 from tests.lab.table import Row
 
-STUDIES = ("capacity", "intervals", "repeats", "fleet", "compare")
-"""Modules with ``rows(draws, seed, jobs)``."""
-CITED = Path(__file__).with_name("cited.toml")
-PAGE = Path(__file__).parents[2] / "analysis" / "METRICS.md"
-BEGIN, END = "<!-- claimed against true: begin -->", "<!-- claimed against true: end -->"
 DRAWS = {"capacity": 200, "intervals": 200, "repeats": 300, "fleet": 10, "compare": 100}
+"""Studies, modules with ``rows(draws, seed, jobs)``, and how many draws each takes when nothing else is said."""
+HERE = Path(__file__).parent
+CITED, RESULTS = HERE / "cited.toml", HERE / "results"
+PAGE = HERE.parents[1] / "analysis" / "METRICS.md"
+BEGIN, END = "<!-- claimed against true: begin -->", "<!-- claimed against true: end -->"
+WORDS = {True: "holds", False: "MISSED", None: "open"}
 
 
 def cited() -> list[Row]:
     """Lines that a test of the suite proves, and those that are open."""
-    import tomllib
-
     return [
         Row(
             item=row["item"], claim=row["claim"], truth=row["truth"], claimed=row["claimed"], draws=row.get("draws", 1),
@@ -30,50 +37,52 @@ def cited() -> list[Row]:
     ]  # fmt: skip
 
 
-def markdown(rows: list[Row], command: str) -> str:
+def kept() -> list[Row]:
+    """Lines of the studies that were run."""
+    found = []
+    for path in sorted(RESULTS.glob("*.json")):
+        study = json.loads(path.read_text())
+        made = f"{study['command']} (commit {study['commit']})"
+        found += [Row(**{**row, "command": made}) for row in study["rows"]]
+    return found
+
+
+def run(name: str, draws: int, seed: int, jobs: int) -> None:
+    """Run one study and keep its lines."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
+    rows = importlib.import_module(f"tests.lab.{name}").rows(draws, seed, jobs)
+    for row in rows:
+        print(f"{row.item:4} {row.claim}: {row.claimed} [{WORDS[row.holds]}]", flush=True)
+    study = {
+        "command": f"python -m tests.lab --only {name} --draws {draws} --seed {seed}", "commit": commit.stdout.strip(),
+        "rows": [asdict(row) for row in rows],
+    }  # fmt: skip
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(study, indent=1) + "\n")
+
+
+def table(rows: list[Row]) -> str:
     """The table as the page holds it."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
-    words = {True: "holds", False: "MISSED", None: "open"}
-    lines = [
-        f"Made by `{command}` at commit {commit.strip()}.", "",
-        "| item | claim | truth | what the product says | draws | | proof |", "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for row in sorted(rows, key=lambda row: (int("".join(c for c in row.item if c.isdigit())), row.item)):
-        proof = f"`{row.command}`" if row.command else ""
-        lines.append(
-            f"| {row.item} | {row.claim} | {row.truth} | {row.claimed} | {row.draws} | {words[row.holds]} | {proof} |"
-        )
-    return "\n".join(lines)
+    lines = ["| item | claim | truth | what the product says | draws | | proof |", "|---|---|---|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: (int(re.sub(r"\D", "", row.item)), row.item)):
+        cells = (row.item, row.claim, row.truth, row.claimed, str(row.draws), WORDS[row.holds])
+        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + f" | `{row.command}` |")
+    return "\n".join(lines).replace("`` ", "").replace("| `` |", "| |")
 
 
 def main() -> None:
     """Run, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, help="default: by study")
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--only", nargs="*", default=list(STUDIES))
-    parser.add_argument("--dry-run", action="store_true", help="print the table, do not write it into the page")
+    parser.add_argument("--only", nargs="*", choices=DRAWS, default=list(DRAWS), help="none: write the table alone")
     args = parser.parse_args()
-    rows = cited()
     for name in args.only:
-        study = importlib.import_module(f"tests.lab.{name}")
-        draws = args.draws or DRAWS[name]
-        for row in study.rows(draws, args.seed, args.jobs):
-            print(f"{row.item:4} {row.claim}: {row.claimed} [{row.holds}]", flush=True)
-            proof = f"python -m tests.lab --only {name} --draws {draws} --seed {args.seed}"
-            rows.append(row if row.command else Row(**{**_fields(row), "command": proof}))
-    table = markdown(rows, "make study")
-    if args.dry_run:
-        print(table)
-        return
+        run(name, args.draws or DRAWS[name], args.seed, args.jobs)
     text = PAGE.read_text()
     before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    PAGE.write_text(f"{before}{BEGIN}\n{table}\n{after}")
-
-
-def _fields(row: Row) -> dict[str, object]:
-    return {name: getattr(row, name) for name in Row.__slots__}
+    PAGE.write_text(f"{before}{BEGIN}\n{table([*cited(), *kept()])}\n{after}")
 
 
 if __name__ == "__main__":
