@@ -31,7 +31,7 @@ from tests.lab import capacity as capacity_lab
 from tests.lab.processes import workload
 
 P95 = (capacity_lab.P95,)
-POISSON = workload("poisson", 4000, 5)
+POISSON = workload("poisson", 16_000, 5)
 DEMAND = capacity_lab.demand_of(POISSON)
 
 
@@ -72,6 +72,13 @@ def test_a_search_ends_with_an_interval_that_is_narrow_enough() -> None:
     assert found.low is not None and found.high is not None and found.low < found.rate < found.high
     assert found.rate == pytest.approx(9.654, rel=0.1)
     assert len(probes) <= 14
+
+
+def test_a_short_trace_leaves_a_wide_interval_and_ends_the_search() -> None:
+    """A thousand requests are one realisation: no number of probes says what another one would have been."""
+    probes, end = search(load=workload("bursty", 1000, 5))
+    assert not end.narrow and "longer trace" in end.why
+    assert len(probes) < MOST_PROBES
 
 
 def test_a_promise_that_any_queue_keeps_is_no_capacity_beyond_what_gets_done() -> None:

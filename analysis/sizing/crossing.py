@@ -37,6 +37,7 @@ SHORTEST_S = 40.0
 TRACE_PARTS = 40
 STEP_DOWN = 0.5
 """Where requests miss without a backlog before them, the crossing is below all probes: this share of the lowest."""
+SETTLED = 0.5
 WIDER = 2.0
 """The interval over Student's t of the windows: they share a server, a pace and a curve that are themselves estimates.
 Set so that intervals cover in the laboratory (tests/lab/capacity.py)."""
@@ -75,6 +76,8 @@ class Crossing:
     """Some request of them missed it: else ``rate`` is only the highest that was seen to be kept."""
     short: bool
     """The probes are too short for an interval."""
+    settled: bool
+    """What is left is the trace's own chance: more probes hardly narrow the interval, a longer trace would."""
 
 
 def crossing(curves: Sequence[Curve], probes: Sequence[Evidence], k: int, wanted: float) -> Crossing | None:
@@ -84,15 +87,15 @@ def crossing(curves: Sequence[Curve], probes: Sequence[Evidence], k: int, wanted
         return None
     found = [_fit(curve, stable, k, wanted) for curve in curves]
     best = min(found, key=lambda fit: fit.error)
-    low = high = None
+    low, high, own = None, None, _own(best)
     seconds = sum(_span_s(p) for p in best.near)
     short = seconds < SHORTEST_S * len(best.near)
     if best.missed and len(best.near) >= FEWEST_PROBES and seconds >= FEWEST_S and not short:
-        low, high = _ends(best, wanted)
+        low, high = _ends(best, wanted, own)
     return Crossing(
         rate=best.rate, low=low, high=high, probes=len(best.near),
         requests=sum(int(p.measured.sum()) for p in best.near), seconds=seconds,
-        missed=best.missed, short=short,
+        missed=best.missed, short=short, settled=best.error <= SETTLED * own,
     )  # fmt: skip
 
 
@@ -163,13 +166,17 @@ def _error(probes: Sequence[Evidence], behind: dict[int, Floats], k: int, level_
     return reach
 
 
-def _ends(fit: _Fit, wanted: float) -> tuple[float, float]:
+def _own(fit: _Fit) -> float:
+    """95 % reach of the share that the whole trace keeps, which is itself one realisation."""
+    within = (fit.curve.of_trace(fit.rate) <= fit.level_s).astype(np.float64)
+    parts = np.array([part.sum() for part in np.array_split(within - within.mean(), TRACE_PARTS)])
+    return 2 * math.sqrt(float(parts @ parts)) / len(within)
+
+
+def _ends(fit: _Fit, wanted: float, own: float) -> tuple[float, float]:
     """Rates at which the trace would be as far from the share wanted as the pooled share may be off."""
     curve, rate, level_s, error = fit.curve, fit.rate, fit.level_s, fit.error
-    within = (curve.of_trace(rate) <= level_s).astype(np.float64) - wanted
-    parts = np.array([part.sum() for part in np.array_split(within - within.mean(), TRACE_PARTS)])
-    own = 2 * math.sqrt(float(parts @ parts)) / len(within)  # the trace is itself one realisation
-    reach = math.hypot(WIDER * error, own)
+    reach = WIDER * math.hypot(error, own)
     # as log odds, which do not end at 1
     odds, steps = math.log(wanted / (1 - wanted)) if wanted < 1 else 12.0, reach / max(wanted * (1 - wanted), 1e-4)
     upper, lower = (1 / (1 + math.exp(-(odds + side * min(steps, 20.0)))) for side in (1, -1))

@@ -137,6 +137,8 @@ class Estimate:
     """Some request missed it, or the ceiling was reached; else capacity lies beyond what was seen."""
     short: bool = False
     """The probes are too short for an interval."""
+    settled: bool = False
+    """More probes hardly narrow the interval: what is left is the trace's own chance."""
 
     @property
     def half_width(self) -> float | None:
@@ -218,7 +220,7 @@ def _capped(
     high = None if first.high is None else max(first.rate, min([first.high, *highs, top]))
     return Estimate(
         rate=first.rate, low=low, high=high, limit=limit, ceiling=sustained.ceiling, seconds=first.seconds,
-        probes=first.probes, missed=first.missed, short=first.short,
+        probes=first.probes, missed=first.missed, short=first.short, settled=first.settled,
     )  # fmt: skip
 
 
@@ -351,9 +353,12 @@ def _ended(now: Estimate, opened: Sequence[Probe], tolerance: float) -> Step | N
     width = now.half_width
     if now.short and now.missed and now.probes >= FEWEST_PROBES:
         return Step(why=f"probes this short give no interval (--probe {SHORTEST_S:.0f}s and more do)")
-    if width is None or not now.missed or width > tolerance:
+    if width is None or not now.missed:
         return None
     words = f"{now.low:.4g} to {now.high:.4g} req/s"
+    if width > tolerance:
+        why = f"the interval {words} is as wide as this trace leaves it: only a longer trace narrows it"
+        return Step(why=why) if now.settled else None
     return Step(why=f"the interval {words} is as narrow as was asked for", narrow=True)
 
 
