@@ -236,12 +236,12 @@ def test_accelerators_are_taken_whole_from_one_node_and_parts_of_a_replica_from_
 def test_parts_that_find_their_meeting_port_taken_meet_at_another(cluster: Cluster, tmp_path: Path) -> None:
     clash = tmp_path / "clash"
     drive = cluster.replay(
-        20, 10.0, "--tier", "aws-p5.48xlarge", TEST_ENGINE="vllm", TEST_PARTS="2", TEST_CLASH=str(clash)
+        40, 10.0, "--tier", "aws-p5.48xlarge", TEST_ENGINE="vllm", TEST_PARTS="2", TEST_CLASH=str(clash)
     )
     assert drive.end(90) in (0, 3), drive.said()
     assert clash.exists()
     assert "replica 0: a port its parts meet at was taken meanwhile; trying another one" in drive.said()
-    assert drive.report()["requests"]["succeeded"] == 20
+    assert drive.report()["requests"]["succeeded"] == 40
     for host in cluster.hosts:
         wait_for(lambda host=host: not harness_processes(host), 15, "nothing left")
 
