@@ -6,6 +6,7 @@ Below ``<--out>/<name of the sweep's folder>``:
 .state/<16 digits>               ``sweep.json`` after each step, by its revision; the last one counts. Nothing is ever
                                  overwritten, so of two harnesses at work on one sweep the second is refused
 plans/<plan>                     every plan
+answers/<16 digits>.json         what a search for capacity found (``capacity.json``), by the revision it was made from
 <point>/                         a point's run, as `harness.mirror` keeps one: its rows go up while it runs
 <point>.aborted-<n>/             what was left of a point that was then done again
 servers/<pair>-<n>/              logs of the servers
@@ -32,7 +33,9 @@ from harness.s3_errors import StoreError, disk_error
 from harness.store import restore, send
 from harness.sweep_state import STATE, SweepState, read_state
 
-STATES = ".state"
+STATES, ANSWERS = ".state", "answers"
+ANSWER = "capacity.json"
+"""What a search found, in its folder."""
 RUN = re.compile(r"(?!\.)[\w.-]+", re.ASCII)
 """Name of a folder below the sweep's that is ours to write."""
 
@@ -79,6 +82,14 @@ class SweepStore:
         if self.url:
             try:
                 upload(path, f"{self.url}/plans/{path.name}", client=self._client)
+            except StoreError as e:
+                self._tell(e)
+
+    def answer(self, path: Path, revision: int) -> None:
+        """Send what a search found."""
+        if self.url:
+            try:
+                upload(path, f"{self.url}/{ANSWERS}/{revision:016d}.json", client=self._client)
             except StoreError as e:
                 self._tell(e)
 
@@ -201,8 +212,11 @@ def _pull_all(url: str, folder: Path, found: list[Stored], say: Say, client: Any
         kind, _, name = stored.name.partition("/")
         if kind == "plans" and RUN.fullmatch(name):
             download(stored.url, folder / kind / name, client=client)
+    answers = [stored for stored in found if re.fullmatch(rf"{ANSWERS}/\d{{16}}\.json", stored.name, re.ASCII)]
+    if answers:
+        download(max(answers, key=lambda stored: stored.name).url, folder / ANSWER, client=client)
     runs = {stored.name.partition("/")[0] for stored in found if "/" in stored.name}
-    for run in sorted(runs - {STATES, "plans", "servers"}):
+    for run in sorted(runs - {STATES, ANSWERS, "plans", "servers"}):
         if RUN.fullmatch(run):
             for note in restore(f"{url}/{run}", folder / run, client=client):
                 say(f"{run}: {note}")

@@ -98,6 +98,8 @@ LIMITS = {
     "steady_state": {},
     # the last request is due at 1.9 s and answered at 2.2 s
     "drain": {"results": [*rows(19), good(19, ttft_ms=270)]},
+    # each answer takes a tenth of a second longer than the one before it: twice as many are due as are done
+    "backlog": {"results": [good(i, ttft_ms=50 + 100 * i) for i in range(20)]},
     "arrivals": {"spec": CLOSED},
     "concurrency": {"spec": CLOSED},
     "wasted_time": {"results": [*rows(19), bad(19, "timeout", took_ms=500)]},

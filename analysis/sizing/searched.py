@@ -18,9 +18,8 @@ from analysis.sizing.crossing import NEAR, Evidence
 from analysis.sizing.search import Estimate
 from analysis.summary import Summary
 from harness.slo import Criterion
+from harness.sweep_store import ANSWER as FILE
 
-FILE = "capacity.json"
-"""What a search found, in its folder."""
 MIX_BOUND = 0.05
 """Mean lengths of the probes that decide lie so near to the trace's, or within two standard errors."""
 

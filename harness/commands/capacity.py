@@ -18,10 +18,8 @@ from harness.slo import criteria
 from harness.store import as_url, is_url
 from harness.sweep import Loads, SweepSpec, pairs
 from harness.sweep_state import SweepState, create_folder, differences, lock, read_state
+from harness.sweep_store import ANSWER as FILE
 from harness.traces.reading import open_asked
-
-FILE = "capacity.json"
-"""What the search found, in the sweep folder."""
 
 
 def capacity(
@@ -68,6 +66,7 @@ def capacity(
         report = session.report()
         try:
             (folder / FILE).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+            session.send(folder / FILE)
         except OSError as e:  # it can be made again from the runs
             say(f"{folder / FILE}: cannot write ({e.strerror})")
     _print(report, ask, format_)

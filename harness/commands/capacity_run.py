@@ -341,6 +341,10 @@ class CapacitySession(Session):
                 seen.update((window.first_row + k) % rows for k in range(window.requests))  # it may run over the end
         return len(seen) / max(1, rows)
 
+    def send(self, answer: Path) -> None:
+        """Keep what was found in the store too, where there is one."""
+        self._store.answer(answer, self.state.revision)
+
     def report(self) -> CapacityReport:
         """The answer from all probes so far."""
         from analysis.show.capacity_text import sentence
