@@ -327,7 +327,7 @@ def _next_rate(
         if rate <= alone * IDLE / 2:
             return Step(why="no VALID run")
         return Step(rate=_round(rate), why="where the ladder and the trace's own bursts put it")
-    if (ended := _ended(now, opened, tolerance)) is not None:
+    if (ended := _ended(now, tolerance)) is not None:
         return ended
     last = [p.rate for p in opened if p.rate is not None and p.proves][-1]
     if now.limit is SUSTAINED:
@@ -348,7 +348,7 @@ def _next_rate(
     return Step(rate=_round(rate), why=why)
 
 
-def _ended(now: Estimate, opened: Sequence[Probe], tolerance: float) -> Step | None:
+def _ended(now: Estimate, tolerance: float) -> Step | None:
     """The end, when the interval is narrow enough."""
     width = now.half_width
     if now.short and now.missed and now.probes >= FEWEST_PROBES:
@@ -378,7 +378,7 @@ def _first_rate(
         guess = FIRST * (low + (high - low) * _place(best.used, missed[0].used))
     for curve in _curves(probes, demand)[:1]:
         for criterion in criteria:
-            waits = [limit for name, limit in criterion.limits.items() if name.partition("_p")[0] in ("ttft", "e2e")]
+            waits = [limit for metric, limit in criterion.limits.items() if metric in ("ttft", "e2e")]
             if waits:
                 guess = min(guess, curve.rate_at(min(waits), criterion.wanted))
     return guess
