@@ -45,6 +45,19 @@ def split_key(key: str) -> tuple[str, float | None]:
     return metric, round(float(percent) / 100, 9)
 
 
+def nearest_key(key: str) -> str:
+    """``key`` as it is written here when it names one known metric and at most a percentile: ``ttft_p99`` from
+    ``p99_ttft``, ``TTFT-p99`` or ``ttft.p(99)``. Any other key as it is.
+    """
+    words = re.findall(r"itl_max|[a-z]+|\d+(?:\.\d+)?", key.lower())
+    metrics = [word for word in words if word in SLO_METRICS]
+    numbers = [word for word in words if word[0].isdigit()]
+    rest = set(words) - set(metrics) - set(numbers) - {"p"}
+    if len(metrics) != 1 or len(numbers) > 1 or rest or ("p" in words) != bool(numbers):
+        return key
+    return f"{metrics[0]}_p{numbers[0]}" if numbers else metrics[0]
+
+
 def check_slo(slo: Mapping[str, float]) -> None:
     """Raise `UsageError` for an unknown key or a limit that is not a positive number of seconds."""
     for key, limit in slo.items():

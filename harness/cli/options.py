@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from harness.cli.types import CANCEL, DURATION, GROWTH, JSON_OBJECT, POSITIVE, SHARE, SLO, STAGES, WARMUP
+from harness.errors import UsageError
 
 EXIT_STATUS = """\b
 Exit status:
@@ -249,6 +252,20 @@ LOAD_OPTIONS = stack(
         help="Latency promised: ttft=2s,tpot=100ms of each request, or ttft_p99=2s,tpot_p95=80ms (also e2e, itl_max).",
     ),
 )
+
+
+def attain_needs_slo(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses --attain where there is no --slo for it to judge."""
+
+    @functools.wraps(function)
+    def checked(**options: Any) -> Any:
+        given = click.get_current_context().get_parameter_source("attain") is not ParameterSource.DEFAULT
+        if given and not options["slo"]:
+            raise UsageError("--attain is the share of requests that must keep --slo: add --slo, like ttft=2s")
+        return function(**options)
+
+    return checked
+
 
 ATTAIN_OPTION = click.option(
     "--attain",

@@ -17,6 +17,7 @@ from harness.cli.options import (
     REPORT_OPTIONS,
     SERVER_OPTIONS,
     TRACE_ARGUMENT,
+    attain_needs_slo,
 )
 from harness.cli.types import WARMUP
 from harness.errors import UsageError
@@ -49,6 +50,7 @@ Examples:
 @LOAD_OPTIONS
 @REPORT_OPTIONS
 @OUT_OPTION
+@attain_needs_slo
 def replay(**options: Any) -> int:
     """Plan, serve, run and report in one go.
 
@@ -138,6 +140,7 @@ Examples:
 )
 @REPORT_OPTIONS
 @OUT_OPTION
+@attain_needs_slo
 def run(**options: Any) -> int:
     """Send a plan and report; starts the servers first unless --base-url is given."""
     from harness import commands

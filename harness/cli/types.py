@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from harness.errors import UsageError
-from harness.slo import split_key
+from harness.slo import nearest_key, split_key
 
 _SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 
@@ -54,14 +54,32 @@ def _window(text: str) -> tuple[float, float]:
 
 def _slo(text: str) -> dict[str, float]:
     limits: dict[str, float] = {}
-    for part in text.split(","):
-        key, _, limit = part.strip().partition("=")
-        split_key(key)
-        seconds = parse_duration(limit)
-        if seconds is None or seconds <= 0 or key in limits:
-            raise UsageError(f"{part.strip()!r}: write each limit once, with a unit, like ttft=2s,tpot=100ms")
-        limits[key] = seconds
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        key, limit = _slo_part(part)
+        if key in limits:
+            raise UsageError(f"{part!r}: {key} has a limit already")
+        limits[key] = limit
+    if not limits:
+        raise UsageError("no limit: write what is promised, like ttft=2s,tpot=100ms")
     return limits
+
+
+def _slo_part(part: str) -> tuple[str, float]:
+    """A key and its limit in seconds; what is written as other tools do is refused with the way to write it here."""
+    match = re.fullmatch(r"(?P<key>[^=:<\s]+)\s*(?P<sign>=|:|<=?|\s)\s*(?P<limit>[^=:<\s]+)", part)
+    if match is None:
+        raise UsageError(f"{part!r}: write a metric and its limit, like ttft=2s or ttft_p99=2s")
+    key, limit = match["key"], match["limit"]
+    right = nearest_key(key)
+    if match["sign"] != "=" or right != key:
+        raise UsageError(f"{part!r}: write {right}={limit}")
+    split_key(key)
+    if re.fullmatch(r"\d+(\.\d+)?", limit):
+        raise UsageError(f"{part!r} has no unit: write {key}={limit}ms or {key}={limit}s")
+    seconds = parse_duration(limit)
+    if not seconds:
+        raise UsageError(f"{part!r}: {limit!r} is not a time above 0: write it with its unit, like {key}=100ms")
+    return key, seconds
 
 
 def _percent(text: str) -> float | None:
