@@ -18,6 +18,7 @@ from typing import Any
 
 from cluster.claims import claims, holders, visible_gpus
 from cluster.placement import Node
+from cluster.preflight import check_ray_address
 from cluster.process import Process, wait_ready
 from harness.errors import ServerError, UsageError
 
@@ -48,7 +49,6 @@ RAY_ENV: dict[str, str | None] = {
 }
 RAY_S = 120.0
 """Ray on this machine is up after a few seconds."""
-CONNECT_S = 10.0
 LOST_S = 15.0
 """A host that leaves a question open for this long is lost to this run; a head that answers nobody, too."""
 HEAD_S = 1.0
@@ -63,20 +63,10 @@ def connect(say: Callable[[str], None]) -> Process | None:
     if ray.is_initialized():
         return None
     address = os.environ.get("RAY_ADDRESS")
-    if address and ("://" in address or address == "local"):  # the latter would start a Ray that nobody ends
-        raise UsageError(
-            f"RAY_ADDRESS={address}: Ray Client and job addresses cannot be used, nor 'local'; run the harness on a "
-            f"machine of the cluster, with the address of its head there (HOST:6379), or unset it for a Ray of our own"
-        )
     if address:
         say(f"joining the Ray cluster at {address}")
         what = f"Ray cluster {address} (RAY_ADDRESS)"
-        host, _, port = address.rpartition(":")
-        if host and port.isdigit():  # Ray itself would try for minutes
-            try:
-                socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
-            except OSError as e:
-                raise ServerError(f"{what}: nothing answers there ({e}); start it, or unset RAY_ADDRESS") from e
+        check_ray_address(address)
         _init(address, what)
         return None
     with tempfile.TemporaryDirectory(prefix="harness-ray-") as folder:

@@ -268,7 +268,9 @@ def _run(argv: Sequence[str], folder: Path, what: str, timeout_s: float) -> None
         text = "\n".join(lines)
         problem = f"took longer than {timeout_s:.0f} s" if code is None else f"failed ({describe_exit(code)})"
         cause = next((advice for needle, advice in _CAUSES if needle in text), None)
-        raise ServerError(f"{what} {problem}{f': {cause}' if cause else ''}", lines[-12:])
+        if cause:
+            raise ServerError(f"{what} {problem}: {cause}")
+        raise ServerError(f"{what} {problem}", lines[-12:])
     finally:
         log.unlink(missing_ok=True)
 

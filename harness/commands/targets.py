@@ -238,12 +238,14 @@ def choose_target(options: dict[str, Any]) -> Target:
         tier = get_tier(options["tier"]) if options["tier"] else None
         return UrlTarget(list(options["base_urls"]), options["model"], tier, pages)
     from cluster.models import DEFAULT_MODEL, for_tier, get_model
+    from cluster.preflight import check_can_serve
     from cluster.vllm import check_fit, for_processor
 
     model, tier = get_model(options["model"] or DEFAULT_MODEL), get_tier(options["tier"] or DEFAULT_TIER)
     facts: dict[str, str] = {}
     if options.get("replicas"):  # `harness plan` starts nothing
         check_fit(model, tier)
+        check_can_serve(tier)
         own = model.on.get("cpu")
         model = for_tier(model, tier.accelerator)
         here = not tier.accelerator_count and not os.environ.get("RAY_ADDRESS")

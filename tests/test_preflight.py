@@ -1,0 +1,77 @@
+"""What starting servers needs is looked at before anything is fetched."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from conftest import harness
+
+from cluster import preflight
+from cluster.tiers import get_tier
+from harness.errors import HarnessError, UsageError
+
+TRACE = Path(__file__).resolve().parent.parent / "scenarios" / "traces" / "azure-conv-2023.csv"
+CPU, GPU = get_tier("aws-m7a.large"), get_tier("aws-p5.48xlarge")
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def test_a_client_only_install_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'llm-harness\[cluster\]'.*--base-url"):
+        preflight.check_can_serve(CPU)
+
+
+def test_vllm_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "_installed", lambda *names: False)
+    with pytest.raises(HarnessError, match=r"llm-harness\[cpu\]"):
+        preflight.check_can_serve(CPU)
+    monkeypatch.setattr(preflight, "visible_gpus", lambda: [str(i) for i in range(8)])
+    with pytest.raises(HarnessError, match=r"llm-harness\[gpu\]"):
+        preflight.check_can_serve(GPU)
+
+
+def test_a_gpu_tier_without_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "visible_gpus", lambda: ["0"])
+    with pytest.raises(HarnessError, match=r"8 x H100.*offers 1 NVIDIA GPU:.*RAY_ADDRESS"):
+        preflight.check_can_serve(GPU)
+
+
+def test_an_old_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "cpu_flags", lambda: {"sse4_2"})
+    monkeypatch.setattr(preflight.platform, "machine", lambda: "x86_64")
+    with pytest.raises(HarnessError, match="AVX2"):
+        preflight.check_can_serve(CPU)
+
+
+def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{s.getsockname()[1]}")
+        with pytest.raises(HarnessError, match="nothing answers there"):
+            preflight.check_can_serve(GPU)
+        s.listen()
+        preflight.check_can_serve(GPU)
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "local", "http://head:8265"])
+def test_an_address_of_another_kind(address: str) -> None:
+    with pytest.raises(UsageError, match="HOST:6379"):
+        preflight.check_ray_address(address)
+
+
+def test_nothing_is_fetched_or_made_before(tmp_path: Path) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+        done = harness(
+            "replay", TRACE, "--out", tmp_path / "runs", RAY_ADDRESS=address, HARNESS_CACHE=str(tmp_path / "cache")
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"harness: Ray cluster {address}")
+    assert list(tmp_path.iterdir()) == [], "no weights, no prompts, no run directory"
