@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from cluster.simulator.alone import serve_alone
 from cluster.simulator.scheduler import Limits, Scheduler, Sequence
 from cluster.simulator.step_time import StepTime
 
@@ -103,18 +104,67 @@ def simulate(
     limits: Limits,
     step_times: Items[StepTime],
     *,
-    router: Router = "round robin",
+    router: Router | Ints = "round robin",
     concurrency: int | None = None,
     until_s: float = math.inf,
 ) -> Outcome:
     """Serve ``workload`` on as many replicas as there are step times (one of its own each, for those with state).
 
-    ``concurrency``: a closed loop of so many slots, which take the requests in order. ``until_s``: what ends or comes
-    later does not. Raises ValueError for a workload that is out of order.
+    ``router``: or the replica of each request, in an open loop where nobody waits. ``concurrency``: a closed loop of so
+    many slots, which take the requests in order. ``until_s``: what ends or comes later does not. Raises ValueError for
+    a workload that is out of order.
     """
+    if concurrency is None and workload.after is None and not (isinstance(router, str) and router != "round robin"):
+        owner = np.arange(len(workload)) % len(step_times) if isinstance(router, str) else router
+        return _each_alone(workload, limits, step_times, owner, until_s)
+    if not isinstance(router, str):
+        raise ValueError("who serves a request cannot be said beforehand where requests wait for others")
     fleet = _Fleet(workload, [Replica(limits, step_time) for step_time in step_times], router, concurrency)
     fleet.run(until_s)
     return fleet.outcome()
+
+
+def _each_alone(
+    workload: Workload, limits: Limits, step_times: Items[StepTime], owner: Ints, until_s: float
+) -> Outcome:  # fmt: skip
+    """Replicas whose requests are known beforehand, one after the other: the same as `_Fleet`, faster."""
+    _check_open(workload)
+    n = len(workload)
+    came = workload.arrival_s < until_s
+    finished_s, first_step, ends = np.full(n, np.nan), np.full(n, -1, dtype=np.int64), []
+    for r, step_time in enumerate(step_times):
+        mine = np.flatnonzero(came & (owner == r))
+        outputs = workload.output_tokens[mine]
+        found = serve_alone(
+            workload.arrival_s[mine].tolist(), workload.input_tokens[mine].tolist(), outputs.tolist(), limits,
+            step_time, until_s,
+        )  # fmt: skip
+        end_s, first = np.array(found[0], dtype=np.float64), np.array(found[1], dtype=np.int64)
+        last = first + outputs - 1
+        done = (first >= 0) & (last < len(end_s))
+        finished_s[mine[done]] = end_s[last[done]]
+        first_step[mine] = first
+        ends.append(end_s)
+    return Outcome(
+        due_s=np.where(came, workload.arrival_s, np.nan), first_token_s=_first_token_s(owner, first_step, ends),
+        finished_s=finished_s, replica=np.where(came, owner, -1), first_step=first_step, step_end_s=ends,
+    )  # fmt: skip
+
+
+def _check_open(workload: Workload) -> None:
+    if np.any(np.diff(workload.arrival_s) < 0):
+        raise ValueError("arrivals must be in order")
+    if len(bad := np.flatnonzero((workload.output_tokens < 1) | (workload.input_tokens < 0))):
+        k = bad[0]
+        raise ValueError(f"request {k}: {workload.input_tokens[k]} in, {workload.output_tokens[k]} out")
+
+
+def _first_token_s(owner: Ints, first_step: Ints, ends: Items[Floats]) -> Floats:
+    first_s = np.full(len(owner), np.nan)
+    for r, end_s in enumerate(ends):
+        mine = (owner == r) & (first_step >= 0)
+        first_s[mine] = end_s[first_step[mine]]
+    return first_s
 
 
 class _Fleet:
@@ -126,8 +176,8 @@ class _Fleet:
         n = len(workload)
         self.replicas, self.router, self.closed = replicas, router, concurrency is not None
         waits = workload.after is not None and not self.closed
-        if not self.closed and not waits and np.any(np.diff(workload.arrival_s) < 0):
-            raise ValueError("arrivals must be in order")
+        if not self.closed and not waits:
+            _check_open(workload)
         self.dynamic = waits or self.closed
         self.due_s, self.finished_s = np.full(n, np.nan), np.full(n, np.nan)
         self.owner, self.first_step = np.full(n, -1, dtype=np.int64), np.full(n, -1, dtype=np.int64)
@@ -187,15 +237,11 @@ class _Fleet:
 
     def outcome(self) -> Outcome:
         """What became of each request so far."""
-        first_s = np.full(len(self.due_s), np.nan)
-        ends = []
-        for r, replica in enumerate(self.replicas):
+        for replica in self.replicas:
             for sequence in replica.scheduler.decoding:
                 self.first_step[sequence.number] = sequence.first_step
-            end_s = np.array(replica.step_end_s, dtype=np.float64)
-            mine = (self.owner == r) & (self.first_step >= 0)
-            first_s[mine] = end_s[self.first_step[mine]]
-            ends.append(end_s)
+        ends = [np.array(replica.step_end_s, dtype=np.float64) for replica in self.replicas]
+        first_s = _first_token_s(self.owner, self.first_step, ends)
         return Outcome(
             due_s=self.due_s, first_token_s=first_s, finished_s=self.finished_s, replica=self.owner,
             first_step=self.first_step, step_end_s=ends,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -49,10 +49,19 @@ class NoisyStep:
 
     def __init__(self, step_time: StepTime, spread: float, seed: int) -> None:
         """``spread``: standard deviation of the factor's logarithm."""
-        self._step_time, self._spread = step_time, spread
-        self._draw = random.Random(seed).gauss
+        self._step_time = step_time
+        self._factor = _factors(spread, seed).__next__
 
     def __call__(self, chunks: Sequence[Chunk], decoding: int, context: int) -> float:
         """Seconds of this step."""
-        factor = math.exp(self._draw(-(self._spread**2) / 2, self._spread))
-        return self._step_time(chunks, decoding, context) * factor
+        return self._step_time(chunks, decoding, context) * self._factor()
+
+
+def _factors(spread: float, seed: int) -> Iterator[float]:
+    """Noise factors, exp of what `random.Random.gauss` gives, two at once and so faster (Box and Muller 1958)."""
+    draw, mean = random.Random(seed).random, -(spread**2) / 2
+    while True:
+        angle = draw() * math.tau
+        radius = math.sqrt(-2.0 * math.log(1.0 - draw()))
+        yield math.exp(mean + math.cos(angle) * radius * spread)
+        yield math.exp(mean + math.sin(angle) * radius * spread)
