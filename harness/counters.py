@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from urllib.parse import urlsplit
 
 from harness import probe
 from harness.errors import ServerError, UsageError
+from harness.question import split_url
 from harness.run import Replica
 
 READINGS = 4
@@ -31,9 +33,7 @@ def check_metrics_urls(urls: Sequence[str], base_urls: Sequence[str], api_key: s
     if not urls:
         return [[] for _ in base_urls]
     for url in urls:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
-            raise UsageError(f"--metrics-url {url!r}: expected something like http://127.0.0.1:8000/metrics")
+        split_url(url, "--metrics-url")
     if len(base_urls) == 1:
         pages = [list(dict.fromkeys(urls))]
     elif len(base_urls) == len(urls):
@@ -98,17 +98,24 @@ def summed(pages: Sequence[Reading]) -> dict[str, float]:
     return total
 
 
-def count_before(replicas: Sequence[Replica], api_key: str | None) -> None:
-    """Read every server's counters just before the load."""
+def count_before(
+    replicas: Sequence[Replica], api_key: str | None, tell: Callable[[str], None] = lambda words: None
+) -> None:
+    """Read every server's counters just before the load; ``tell`` hears why there are none where they are elsewhere."""
     for r in replicas:
-        _count(r, api_key, lambda _: READINGS, "counters_before")
+        try:
+            _count(r, api_key, lambda _: READINGS, "counters_before")
+        except probe.RedirectError as e:
+            r.counters_before = None
+            tell(f"no counters of replica {r.index}: {e}")
 
 
 def count_after(replicas: Sequence[Replica], died: Mapping[int, str], api_key: str | None) -> None:
     """Read them again just after, where the server is still there, once they stand still."""
     for r in replicas:
         if r.counters_before is not None and r.index not in died:
-            _count(r, api_key, _until_settled(), "counters_after")
+            with suppress(probe.RedirectError):  # it was there before
+                _count(r, api_key, _until_settled(), "counters_after")
 
 
 def _count(replica: Replica, api_key: str | None, wanted: Callable[[Sequence[Reading]], int], field: str) -> None:

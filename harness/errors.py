@@ -18,8 +18,9 @@ A failed *request* is never an exception: it is a result row with its error clas
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+_NAME_CHARS, _LOOKED_AT = 100, 1000  # a server or file may name anything, and any number of it
 EXIT_VALID = 0
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -71,7 +72,13 @@ class WorkerError(HarnessError):
 
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> UsageError:
     """UsageError for a name that is not in ``valid``, with the nearest valid ones."""
-    valid = sorted(valid)
-    near = difflib.get_close_matches(name, valid, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"valid: {', '.join(valid) or 'none'}"
-    return UsageError(f"unknown {kind} {name!r}: {hint}")
+    valid = sorted(one[:_NAME_CHARS] for one in valid)
+    near = difflib.get_close_matches(name[:_NAME_CHARS], valid[:_LOOKED_AT], n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"valid: {listed(valid)}"
+    return UsageError(f"unknown {kind} {name[:_NAME_CHARS]!r}: {hint}")
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Names in one line, the first ``most`` of them."""
+    more = len(names) - most
+    return (", ".join(names[:most]) or "none") + (f" and {more:,} more" if more > 0 else "")

@@ -5,22 +5,19 @@ Plain, blocking, with deadlines; nothing here runs while requests are being time
 
 from __future__ import annotations
 
-import http.client
 import re
 import ssl
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlunsplit
 
 import msgspec
 
-from harness.errors import ServerError, UsageError, unknown_name
+from harness.errors import ServerError, UsageError, listed, unknown_name
+from harness.question import ask, split_url
+from harness.untrusted import DECODE_ERRORS
 
 DEADLINE_S = 15.0
-LARGEST_BYTES = 1 << 24
-"""Of an answer; none of those asked for is near it."""
 START_TIME = "process_start_time_seconds"
 """Prometheus clients' own gauge: when the server process began."""
 CACHE_INFO = "vllm:cache_config_info"
@@ -28,8 +25,9 @@ CACHE_INFO = "vllm:cache_config_info"
 and "vllm:cache_config_info num_gpu_blocks" (blocks it holds, on whatever device)."""
 _CACHE_SETTING = re.compile(r'[{,](block_size|num_gpu_blocks)="(\d{1,15})"')
 
-# Environment proxies are ignored: a load test must know where its questions go, as it does for its load.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_TLS: ssl.SSLContext | None = None
+"""Whose certificates are trusted; None: the system's."""
+_SAID = 300  # characters of a refusal that are shown
 
 _WORDS = (
     "time year people way day man thing woman life child world school state family student group country problem hand "
@@ -44,21 +42,16 @@ _WORDS = (
 
 def trust(ca: Path) -> None:
     """From now on trust the certificates in the file ``ca`` instead of the system's. Raises `UsageError`."""
-    global _OPENER
+    global _TLS
     try:
-        context = ssl.create_default_context(cafile=str(ca))
+        _TLS = ssl.create_default_context(cafile=str(ca))
     except (OSError, ssl.SSLError) as e:
         raise UsageError(f"{ca}: not a file of trusted certificates ({e})") from e
-    _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
 
 
 def normalise_base_url(url: str) -> str:
     """``url`` as scheme://host[:port]/...; adds ``/v1`` when there is no path. Raises `UsageError` for no URL."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError(f"--base-url {url!r}: expected something like http://127.0.0.1:8000/v1")
-    if parts.username or parts.password:
-        raise UsageError("--base-url: no user or password in the URL; put the API key into HARNESS_API_KEY")
+    parts = split_url(url, "--base-url")
     return urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/") or "/v1", "", ""))
 
 
@@ -73,22 +66,25 @@ def fetch(url: str, api_key: str | None, body: object = None, *, deadline_s: flo
     if api_key:
         headers["Authorization"] = f"Bearer {api_key}"
     data = None if body is None else msgspec.json.encode(body)
-    request = urllib.request.Request(url, data=data, headers=headers)  # noqa: S310 - scheme checked by normalise_base_url
-    try:
-        with _OPENER.open(request, timeout=deadline_s) as response:
-            found = bytes(response.read(LARGEST_BYTES))
-            if response.length:  # `read` with a number does not say so: half a page of counters is no book
-                raise http.client.IncompleteRead(found, response.length)
-            return found
-    except urllib.error.HTTPError as e:
-        said = e.read(300).decode("utf-8", "replace").strip()
-        if e.code in (401, 403):
-            advice = "the API key is wrong" if api_key else "it wants an API key: put it into HARNESS_API_KEY"
-            raise ServerError(f"{url}: HTTP {e.code}: {advice}") from e
-        raise ServerError(f"{url}: HTTP {e.code}: {said or e.reason}") from e
-    except (OSError, ValueError, http.client.HTTPException) as e:  # the last: it died in the middle of its answer
-        reason = getattr(e, "reason", e)
-        raise ServerError(f"{url}: cannot be reached: {reason}; is the server up, and is the address right?") from e
+    answer = ask(url, headers=headers, body=data, deadline_s=deadline_s, tls=_TLS)
+    if 200 <= answer.status < 300:
+        return answer.body
+    if 300 <= answer.status < 400 and answer.location:
+        raise RedirectError(
+            f"{url}: HTTP {answer.status}: it points to {answer.location[:_SAID]}. Redirects are not followed, since "
+            "the API key would go along: if that address is right, give it instead"
+        )
+    if answer.status in (401, 403):
+        advice = "the API key is wrong" if api_key else "it wants an API key: put it into HARNESS_API_KEY"
+        raise ServerError(f"{url}: HTTP {answer.status}: {advice}")
+    said = answer.body[: 4 * _SAID].decode("utf-8", "replace").strip()
+    if api_key:
+        said = said.replace(api_key, "[api key]")
+    raise ServerError(f"{url}: HTTP {answer.status}: {said[:_SAID] or answer.reason[:_SAID]}")
+
+
+class RedirectError(ServerError):
+    """The server sends whoever asks elsewhere; the message says where to."""
 
 
 class ServedModel(msgspec.Struct, frozen=True):
@@ -111,15 +107,15 @@ def find_model(base_url: str, api_key: str | None, wanted: str | None) -> Served
     url = f"{base_url}/models"
     try:
         served = {m.id: m for m in msgspec.json.decode(fetch(url, api_key), type=_Models).data}
-    except msgspec.DecodeError as e:
+    except DECODE_ERRORS as e:
         raise ServerError(
             f"{url}: not an OpenAI-compatible answer ({e}); is the base URL right (it ends in /v1)?"
         ) from e
     if wanted is None:
         if len(served) == 1:
             return next(iter(served.values()))
-        names = ", ".join(list(served)[:8])
-        raise UsageError(f"{base_url} serves {len(served)} models ({names}): choose one with --model")
+        names = listed([name[:_SAID] for name in list(served)[:8]])
+        raise UsageError(f"{base_url} serves {len(served):,} models ({names}): choose one with --model")
     if wanted not in served:
         raise unknown_name(f"model at {base_url}", wanted, served)
     return served[wanted]
@@ -140,7 +136,7 @@ def ordinary_token_ids(base_url: str, api_key: str | None, model: str) -> list[i
         ids = sorted(set(msgspec.json.decode(answer, type=_Tokens).tokens))
     except ServerError as e:
         raise ServerError(f"the trace has lengths only and the server does not tell its tokens: {advice}\n  {e}") from e
-    except msgspec.DecodeError as e:
+    except DECODE_ERRORS as e:
         raise ServerError(f"{base_url}: /tokenize gave no token ids ({e}): {advice}") from e
     if len(ids) < 50:
         raise ServerError(f"{base_url}: /tokenize gave only {len(ids)} different ids for 100 words: {advice}")
@@ -151,7 +147,7 @@ def engine_version(base_url: str, api_key: str | None) -> str | None:
     """What the server calls its version (vLLM's /version); null when it does not say."""
     try:
         answer: Any = msgspec.json.decode(fetch(f"{server_root(base_url)}/version", api_key, deadline_s=5.0))
-    except (ServerError, msgspec.DecodeError):
+    except (ServerError, *DECODE_ERRORS):
         return None
     version = answer.get("version") if isinstance(answer, dict) else None
     return version if isinstance(version, str) else None
@@ -163,9 +159,11 @@ def counters(base_url: str, api_key: str | None) -> dict[str, float] | None:
 
 
 def page_counters(url: str, api_key: str | None) -> dict[str, float] | None:
-    """The same of one page of Prometheus text, wherever it is."""
+    """The same of one page of Prometheus text, wherever it is. Raises `RedirectError` when it is elsewhere."""
     try:
         text = fetch(url, api_key).decode("utf-8", "replace")
+    except RedirectError:
+        raise
     except ServerError:
         return None
     return parse_counters(text) or None

@@ -110,9 +110,11 @@ class ServerMetrics:
 
     def _sample(self) -> dict[str, float | None] | None:
         asked = time.monotonic_ns()
+        end = time.monotonic() + ANSWER_S  # for all pages
         try:
             text = "\n".join(
-                probe.fetch(url, key, deadline_s=ANSWER_S).decode("utf-8", "replace") for url, key in self._pages
+                probe.fetch(url, key, deadline_s=end - time.monotonic()).decode("utf-8", "replace")
+                for url, key in self._pages
             )
         except ServerError:
             return None

@@ -78,7 +78,7 @@ def read_spec(path: Path) -> WorkerSpec:
 
 
 class Commands:
-    """Lines on stdin and SIGTERM, as they arrive, without ever blocking the event loop."""
+    """Lines on stdin, SIGTERM and SIGHUP, as they arrive, without ever blocking the event loop."""
 
     def __init__(self) -> None:
         self.lines: deque[str] = deque()
@@ -88,7 +88,7 @@ class Commands:
         self._watcher.start(self._read)
         self._signals: list[Any] = []
         # Ctrl-C may reach a whole process group, and the harness then says "stop" as well: that must not count twice.
-        for number, line in ((signal.SIGTERM, "stop"), (signal.SIGINT, "eof")):
+        for number, line in ((signal.SIGTERM, "stop"), (signal.SIGHUP, "stop"), (signal.SIGINT, "eof")):
             watcher = gevent.get_hub().loop.signal(number)
             watcher.start(self._put, line)
             self._signals.append(watcher)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ssl
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import gevent.monkey
 
 from harness import __version__
 from harness.errors import UsageError
 from harness.headers import check_headers
+from harness.question import PORTS, split_url
 
 if TYPE_CHECKING:
     from scenarios.connection import Connection
@@ -42,17 +42,10 @@ class Target:
         headers: Mapping[str, str] | None = None,
         stream: bool = True,
     ) -> None:
-        url = urlsplit(base_url)
-        try:
-            port = url.port or {"http": 80, "https": 443}.get(url.scheme)
-        except ValueError:
-            port = None
-        if not url.hostname or port is None:
-            raise UsageError(f"{base_url!r} is not a base URL: give one such as http://host:8000/v1")
-        if url.username is not None or url.password is not None:
-            raise UsageError("a base URL must not hold a user name or password: set HARNESS_API_KEY instead")
+        url = split_url(base_url, "base URL")
+        port = url.port or PORTS[url.scheme]
         self.index = index
-        self.host = url.hostname
+        self.host = url.hostname or ""
         self.authority = url.netloc
         self.tls = tls if url.scheme == "https" else None
         self.in_flight = 0

@@ -916,7 +916,7 @@ def test_questions_before_the_run_trust_the_same_file(serve, certificate, monkey
         connection.recv(65536)
         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
 
-    monkeypatch.setattr(probe, "_OPENER", probe._OPENER)
+    monkeypatch.setattr(probe, "_TLS", probe._TLS)
     server = serve(talk, tls=context)
     with pytest.raises(ServerError, match="certificate"):
         probe.fetch(server.url, None)

@@ -64,8 +64,10 @@ for _verbs in SECTIONS.values():
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: run a verb and end with its exit status."""
-    # SIGTERM unwinds like Ctrl-C, so that everything started is ended in order.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # These unwind like Ctrl-C, so that everything started is ended in order.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, signal.default_int_handler)
     try:
         code = cli.main(args=list(argv) if argv is not None else None, prog_name="harness", standalone_mode=False)
         sys.stdout.flush()

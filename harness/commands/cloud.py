@@ -8,7 +8,6 @@ import os
 import shutil
 import sys
 import time
-import urllib.request
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.commands.output import print_json, print_table, say
 from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, UsageError
+from harness.question import ask
 
 if TYPE_CHECKING:
     from cluster.cloud import Cluster
@@ -272,9 +272,9 @@ def ray_command() -> str:
 def my_address() -> str:
     """The address of this machine as AWS sees it, as a CIDR of one. Raises `UsageError` when that cannot be learned."""
     try:
-        with urllib.request.urlopen(MY_ADDRESS, timeout=5) as answer:
-            return f"{ipaddress.IPv4Address(answer.read(100).decode().strip())}/32"
-    except (OSError, ValueError) as e:
+        answer = ask(MY_ADDRESS, headers={}, deadline_s=5.0, most_bytes=100)
+        return f"{ipaddress.IPv4Address(answer.body.decode().strip())}/32"
+    except (HarnessError, ValueError) as e:
         raise UsageError(f"who may use SSH? This machine's address is not known ({e}): give --ssh-from CIDR") from e
 
 

@@ -207,9 +207,11 @@ def execute_point(
     manifest = describe(run, spec, info, servers, replicas, options.get("label"))
     write_manifest(run, manifest)
     try:
-        with LoadWorkers(spec, run, api_key=servers.api_key, launch=servers.launch) as load, stop:
+        with ExitStack() as stack:
+            load = stack.enter_context(LoadWorkers(spec, run, api_key=servers.api_key, launch=servers.launch))
             if spec.counters:
-                count_before(replicas, servers.api_key)
+                count_before(replicas, servers.api_key, tell)
+            stack.enter_context(stop)  # only now: what comes before is simply broken off
             manifest.status, manifest.start_unix_ns = "running", load.start()
             write_manifest(run, manifest)
             with sample_servers(servers, run, manifest.start_unix_ns, counters=spec.counters):
@@ -312,15 +314,16 @@ def watch(
 
 
 class StopRequest:
-    """Counts SIGINT and SIGTERM while load runs, so that the run ends in order. Before and after, they raise."""
+    """Counts SIGINT, SIGTERM, SIGHUP while load runs, so that the run ends in order. Before and after, they raise."""
 
     def __init__(self) -> None:
         self.asked = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._count)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                self._before[number] = signal.signal(number, self._count)
         return self
 
     def __exit__(self, *_: object) -> None:

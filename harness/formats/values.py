@@ -12,9 +12,7 @@ from typing import Any
 import msgspec
 
 from harness.formats.row import MAX_ARRIVAL_S, MAX_TOKENS, FailedCallError, LeftOutError, Row, RowError, Rows
-
-DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""All that msgspec raises for bytes that are not what was asked for; RecursionError is JSON nested too deep."""
+from harness.untrusted import DECODE_ERRORS as DECODE_ERRORS
 
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

@@ -1,0 +1,172 @@
+"""A question to a server that nobody vouches for: bounded in all, never sent on, and Ctrl-C is heard."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from harness import probe, question
+from harness.counters import check_metrics_urls, count_before
+from harness.errors import ServerError, UsageError
+from harness.run import Replica
+
+OK = b"HTTP/1.1 200 OK\r\n"
+Talk = Callable[[socket.socket], None]
+
+
+@contextmanager
+def server(talk: Talk) -> Iterator[str]:
+    """Says ``talk`` to everyone; its address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answer() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=one, args=(connection,), daemon=True).start()
+
+    def one(connection: socket.socket) -> None:
+        with connection:
+            try:
+                connection.recv(1 << 16)
+                talk(connection)
+            except OSError:
+                pass
+
+    threading.Thread(target=answer, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+def drip(start: bytes) -> Talk:
+    def talk(connection: socket.socket) -> None:
+        connection.sendall(start)
+        while True:
+            connection.sendall(b"x")
+            time.sleep(0.01)
+
+    return talk
+
+
+@pytest.mark.parametrize(
+    "start", [b"", OK + b"X: ", OK + b"Content-Length: 100000\r\n\r\n", OK + b"\r\n",
+              OK + b"Transfer-Encoding: chunked\r\n\r\nfffff\r\n"],
+    ids=["status line", "header", "body", "body until it closes", "chunk"],
+)  # fmt: skip
+def test_a_byte_now_and_then_does_not_stretch_the_deadline(start: bytes) -> None:
+    with server(drip(start)) as url:
+        begun = time.monotonic()
+        with pytest.raises(ServerError, match=r"no answer within 0\.2 s|cannot be reached"):
+            probe.fetch(f"{url}/metrics", None, deadline_s=0.2)
+        assert time.monotonic() - begun < 2.0
+
+
+def test_a_name_that_is_never_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(question.socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(5))
+    with pytest.raises(ServerError, match=r"no answer within 0\.05 s"):
+        probe.fetch("http://nowhere.example/v1", None, deadline_s=0.05)
+
+
+def test_an_answer_without_end_is_refused() -> None:
+    def talk(connection: socket.socket) -> None:
+        connection.sendall(OK + b"\r\n")
+        while True:
+            connection.sendall(b" " * 65536)
+
+    with server(talk) as url, pytest.raises(ServerError, match="larger than 1 MiB"):
+        question.ask(url, headers={}, deadline_s=10.0, most_bytes=1 << 20)
+
+
+def redirected(elsewhere: str) -> Talk:
+    said = f"HTTP/1.1 307 Go\r\nLocation: {elsewhere}\r\nContent-Length: 0\r\n\r\n".encode()
+    return lambda connection: connection.sendall(said)
+
+
+def test_no_redirect_is_followed_and_the_key_stays(tmp_path: Path) -> None:
+    asked: list[bytes] = []
+
+    def thief(connection: socket.socket) -> None:
+        asked.append(b"")
+        connection.sendall(OK + b'Content-Length: 21\r\n\r\n{"data":[{"id":"m"}]}')
+
+    with server(thief) as elsewhere, server(redirected(f"{elsewhere}/v1/models")) as url:
+        with pytest.raises(ServerError, match=f"points to {elsewhere}"):
+            probe.find_model(f"{url}/v1", "secret", None)
+        with pytest.raises(ServerError, match=f"points to {elsewhere}"):
+            check_metrics_urls([f"{url}/metrics"], [f"{url}/v1"], "secret")
+        said: list[str] = []
+        replica = Replica(index=0, base_url=f"{url}/v1")
+        count_before([replica], "secret", said.append)
+        assert replica.counters_before is None
+        assert elsewhere in said[0] and "counters" in said[0]
+        assert not asked
+
+
+def test_a_refusal_never_repeats_the_key_and_is_cut() -> None:
+    body = b"you said Bearer secret " + b"x" * 100_000
+    head = b"HTTP/1.1 500 No\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with server(lambda connection: connection.sendall(head + body)) as url, pytest.raises(ServerError) as caught:
+        probe.fetch(url, "secret")
+    assert "secret" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[::1", "http://h:99999/v1", "http://h:x/", "http://a b/v1", "http://\u2100.x/", "http://a\x1b[m/",
+            "http://" + "a" * 300, "http://h:0", "ftp://h/", "h:8000", "", "http://u:p@h/", "http:///v1"],
+)  # fmt: skip
+def test_a_malformed_url_is_a_sentence(url: str) -> None:
+    for what in (probe.normalise_base_url, lambda url: check_metrics_urls([url], ["http://h/v1"], None)):
+        with pytest.raises(UsageError, match=r"expected something like|no user or password"):
+            what(url)
+
+
+def test_many_models_with_long_names_are_a_short_message() -> None:
+    names = [f"model-{i}-" + "x" * 1000 for i in range(3000)]
+    body = b'{"data":[' + ",".join(f'{{"id":"{name}"}}' for name in names).encode() + b"]}"
+    head = OK + b"Content-Length: %d\r\n\r\n" % len(body)
+    with server(lambda connection: connection.sendall(head + body)) as url:
+        for wanted in (None, "gpt"):
+            with pytest.raises(UsageError) as caught:
+                probe.find_model(f"{url}/v1", None, wanted)
+            assert len(str(caught.value)) < 3500, wanted
+
+
+@pytest.mark.parametrize("body", [b'{"data":' + b"[" * 100_000, b'{"x":' + b"[" * 100_000, b"\xff", b'{"data":[{}]}'])
+def test_json_of_any_kind_is_a_sentence(body: bytes) -> None:
+    head = OK + b"Content-Length: %d\r\n\r\n" % len(body)
+    with server(lambda connection: connection.sendall(head + body)) as url, pytest.raises(ServerError, match="answer"):
+        probe.find_model(f"{url}/v1", None, None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_question_is_broken_off_by_a_signal(number: signal.Signals, tmp_path: Path) -> None:
+    heard = threading.Event()
+
+    def talk(connection: socket.socket) -> None:
+        heard.set()
+        time.sleep(20)
+
+    trace = tmp_path / "t.jsonl"
+    trace.write_text('{"arrival_s": 0, "input_tokens": 1, "output_tokens": 1}\n')
+    with server(talk) as url:
+        command = [sys.executable, "-m", "harness.cli", "replay", str(trace), "--base-url", url, "--out", str(tmp_path)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ}, start_new_session=True)
+        assert heard.wait(20)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=10)
+    assert (process.returncode, said.decode().strip()) == (130, "harness: stopped")
