@@ -124,6 +124,10 @@ class Columns:
     """Error classes, in the order met; column ``error`` is an index into it, -1 for none."""
     examples: dict[str, str | None] = field(default_factory=dict)
     """Error class -> the first detail that was written with it."""
+    remarked: int = 0
+    """Successes with a detail: something in the answer was left out."""
+    remark: str | None = None
+    """The first of those details."""
     rows: int = 0
     _room: int = 0
     _columns: dict[str, Any] = field(default_factory=dict)
@@ -134,6 +138,7 @@ class Columns:
         part: dict[str, Any] = {name: floats(batch.column(name)) for name in NUMBERS}
         part["request_id"] = np.asarray(batch.column("request_id").to_numpy(), dtype=np.int64)
         part["error"] = self._codes(batch)
+        self._remarks(batch)
         part["possible"] = possible(part)
         if LISTS.issubset(batch.schema.names):
             chunks = reduce_chunks(batch)
@@ -163,6 +168,14 @@ class Columns:
             self.add(pa.record_batch([pa.array([], f.type) for f in SCHEMA], schema=SCHEMA))
         columns, self._columns = self._columns, {}
         return {name: values[: self.rows] for name, values in columns.items()}
+
+    def _remarks(self, batch: pa.RecordBatch) -> None:
+        detail, error = batch.column("detail"), batch.column("error")
+        if detail.null_count < len(batch):
+            said = detail.filter(pc.and_(pc.is_null(error), pc.is_valid(detail)))
+            self.remarked += len(said)
+            if self.remark is None and len(said):
+                self.remark = said[0].as_py()
 
     def _codes(self, batch: pa.RecordBatch) -> npt.NDArray[np.int16]:
         column = batch.column("error")

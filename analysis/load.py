@@ -172,6 +172,8 @@ def _join(
         seconds=read_seconds(directory, manifest.spec.workers, problems),
         errors=tuple(columns.names),
         examples=columns.examples,
+        remarked=columns.remarked,
+        remark=columns.remark,
         sources=tuple(sources),
         measured=row_measured,
         turns=_turns(rows, plan) if kind_of(manifest.spec, manifest.plan) == "sessions" else None,

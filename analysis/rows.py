@@ -125,6 +125,10 @@ class Run:
     """Result files, and how many rows were read of each."""
     measured: Bools
     """For every row of the sources, in order: is it one of `rows`?"""
+    remarked: int = 0
+    """Successes of whose answers something was left out, as of no type that can be read."""
+    remark: str | None = None
+    """What, in the first of them."""
     turns: Turns | None = None
     """Of `rows`, where sessions wait (`analysis.offered_load`); None for other kinds of load."""
     problems: list[str] = field(default_factory=list)

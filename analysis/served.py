@@ -47,6 +47,13 @@ def served_lengths(run: Run) -> str | None:
     return f"{float(got.mean()):.4g} output tokens a request for {float(asked.mean()):.4g} planned"
 
 
+def answer_fields(run: Run) -> Check:
+    """Every field of the answers that becomes a fact could be read. One that cannot be is null and costs no answer."""
+    observed = f"{run.remarked} answers: {run.remark}" if run.remarked else "all could be read"
+    advice = "those facts are null here: the server or a gateway writes them in a way of its own"
+    return limit("answer_fields", not run.remarked, observed, "all of the types of the API", advice)
+
+
 def _both(rows: Rows, name: str) -> tuple[Floats, Floats]:
     """Planned and counted tokens of the successes that have both."""
 

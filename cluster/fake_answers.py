@@ -38,6 +38,11 @@ FAULTS = {
     "short": "half of the tokens that were asked for",
     "bundle": "every chunk holds two tokens",
     "crlf": "events end in CR LF, with comments between them",
+    "cr": "events end in CR, with comments between them",
+    "json_label": "a stream that is labelled application/json",
+    "no_data": "an event without data before the first",
+    "odd_fields": "a finish reason that is a number, and a cached count of -1",
+    "late_zeros": "a usage of zeros after the real one",
 }
 
 BURST = 64
@@ -206,11 +211,15 @@ class Answer:
         step = min(2 if self.fault == "bundle" else 1, self.tokens - self.sent)
         self.sent += step
         last = self.sent >= self.tokens
-        out = head(200, "text/event-stream; charset=utf-8", chunked=True) if first else b""
+        label = "application/json" if self.fault == "json_label" else "text/event-stream; charset=utf-8"
+        out = head(200, label, chunked=True) if first else b""
+        if first and self.fault == "no_data":
+            out += http_chunk(b"data:\n\n")
         if first and self.chat:
             out += self.event({"delta": {"role": "assistant", "content": ""}, "finish_reason": None})
         text = f" t{self.truth.pad}" * step
-        finish = "length" if last and self.fault != "no_finish" else None
+        reason = 1 if self.fault == "odd_fields" else "length"
+        finish = reason if last and self.fault != "no_finish" else None
         choice = {"delta": {"content": text}} if self.chat else {"text": text}
         out += self.event({**choice, "finish_reason": finish})
         if self.sent >= 2 and self.fault in ("stall", "cut", "error_event", "no_finish"):
@@ -272,19 +281,23 @@ class Answer:
         asked = (self.body.get("stream_options") or {}).get("include_usage")
         if asked and self.fault != "no_usage":
             out += self.data({"id": "fake", "model": self.truth.model, "choices": [], "usage": self.usage()})
+            if self.fault == "late_zeros":
+                out += self.data({"id": "fake", "choices": [], "usage": dict.fromkeys(self.usage(), 0)})
         if self.fault != "no_done":
             out += http_chunk(b"data: [DONE]" + self.newline * 2)
         return out + b"0\r\n\r\n"
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """The server's own token books for this answer."""
         total = self.prompt_tokens + self.tokens
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.tokens, "total_tokens": total}
+        counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.tokens, "total_tokens": total}
+        odd = {"prompt_tokens_details": {"cached_tokens": -1}} if self.fault == "odd_fields" else {}
+        return {**counts, **odd}
 
     @property
     def newline(self) -> bytes:
         """The line end of this answer's events."""
-        return b"\r\n" if self.fault == "crlf" else b"\n"
+        return {"crlf": b"\r\n", "cr": b"\r"}.get(self.fault, b"\n")
 
     def event(self, choice: dict[str, Any]) -> bytes:
         """One SSE event with one choice."""
@@ -292,7 +305,7 @@ class Answer:
 
     def data(self, value: dict[str, Any]) -> bytes:
         """One SSE event as an HTTP chunk."""
-        comment = b": ping" + self.newline * 2 if self.fault == "crlf" else b""
+        comment = b": ping" + self.newline * 2 if self.fault in ("crlf", "cr") else b""
         return http_chunk(comment + b"data: " + json.dumps(value).encode() + self.newline * 2)
 
     def end(self) -> None:

@@ -14,6 +14,7 @@ from urllib.parse import urlunsplit
 import msgspec
 
 from harness.errors import ServerError, UsageError, listed, unknown_name
+from harness.prometheus import read_samples, total
 from harness.question import ask, split_url
 from harness.untrusted import DECODE_ERRORS
 
@@ -23,7 +24,8 @@ START_TIME = "process_start_time_seconds"
 CACHE_INFO = "vllm:cache_config_info"
 """Its labels are the cache's settings. Kept: "vllm:cache_config_info block_size" (tokens in a block of the KV cache)
 and "vllm:cache_config_info num_gpu_blocks" (blocks it holds, on whatever device)."""
-_CACHE_SETTING = re.compile(r'[{,](block_size|num_gpu_blocks)="(\d{1,15})"')
+CACHE_SETTINGS = ("block_size", "num_gpu_blocks")
+_WHOLE = re.compile(r"[0-9]{1,15}")
 
 _TLS: ssl.SSLContext | None = None
 """Whose certificates are trusted; None: the system's."""
@@ -173,19 +175,22 @@ def parse_counters(text: str) -> dict[str, float]:
     """Prometheus text -> {name: value} for ``vllm:`` counters and sums, each summed over its labels.
 
     Also, when there are counters beside it, ``process_start_time_seconds``, which tells a restart, and of several
-    engines the last one's settings of its cache (`CACHE_INFO`).
+    engines the last one's settings of its cache (`CACHE_INFO`). A counter of which any part is no number is left out:
+    nothing is known of its sum.
     """
-    totals: dict[str, float] = {}
+    parts: dict[str, list[float]] = {}
     beside: dict[str, float] = {}
-    for line in text.splitlines():
-        series, _, value = line.rpartition(" ")
-        name = series.partition("{")[0]
-        if name == CACHE_INFO:
-            beside |= {f"{CACHE_INFO} {key}": float(number) for key, number in _CACHE_SETTING.findall(series)}
-        if name != START_TIME and not (name.startswith("vllm:") and name.endswith(("_total", "_sum", "_count"))):
-            continue
-        try:
-            totals[name] = totals.get(name, 0.0) + float(value)
-        except ValueError:
-            continue
+    for sample in read_samples(text, _is_counted):
+        if sample.name == CACHE_INFO:
+            settings = {key: sample.labels.get(key, "") for key in CACHE_SETTINGS}
+            beside |= {f"{CACHE_INFO} {key}": float(n) for key, n in settings.items() if _WHOLE.fullmatch(n)}
+        else:
+            parts.setdefault(sample.name, []).append(sample.value)
+    totals = {name: summed for name, values in parts.items() if (summed := total(values)) is not None}
     return totals | beside if totals.keys() - {START_TIME} else {}
+
+
+def _is_counted(name: str) -> bool:
+    return name in (START_TIME, CACHE_INFO) or (
+        name.startswith("vllm:") and name.endswith(("_total", "_sum", "_count"))
+    )

@@ -22,7 +22,8 @@ output_tokens       int32         completion tokens as the server counted them; 
 finish_reason       string        as the server said: stop, length, ...
 http_status         int16         null when no status line arrived
 error               string        null on success, else one of `ERRORS`
-detail              string        a short human text for a failure (at most 300 characters)
+detail              string        a short human text (at most 300 characters) for a failure; on a success what of the
+                                  answer was left out, as of no type that can be read; else null
 retries             int16         how often it was sent again after no connection, 429 or 503 (0 unless the run asks for
                                   retries). sent_ns is the first try, so every latency holds the retries; the other
                                   columns are of the last

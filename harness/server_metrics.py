@@ -9,7 +9,8 @@ t_ns                        int64    when the answer arrived, ns after the commo
 took_ns                     int64    how long the server took to answer; a server that is short of CPU answers late
 running                     float64  requests in the running batch (``vllm:num_requests_running``)
 waiting                     float64  requests in the queue (``vllm:num_requests_waiting``)
-kv_cache_usage              float64  share of the KV cache in use, 0 to 1 (``vllm:kv_cache_usage_perc``)
+kv_cache_usage              float64  share of the KV cache in use, 0 to 1 (``vllm:kv_cache_usage_perc``): of several
+                                     engines the mean
 preemptions_total           float64  requests thrown out of the batch so far (``vllm:num_preemptions_total``)
 prefix_cache_queries_total  float64  input tokens looked up in the prefix cache so far
 prefix_cache_hits_total     float64  of these, found
@@ -38,6 +39,7 @@ import pyarrow as pa
 
 from harness import probe
 from harness.errors import ServerError
+from harness.prometheus import mean, read_samples, total
 from harness.results import whole_batches
 
 SCHEMA_VERSION = "2"
@@ -59,7 +61,9 @@ GAUGES = {
     "decode_request_s_total": "vllm:request_decode_time_seconds_sum",
     "process_start_s": "process_start_time_seconds",
 }
-"""Column -> the server's metric, summed over its labels; `kv_cache_usage` is that of the fullest."""
+"""Column -> the server's metric, summed over its labels."""
+SHARES = frozenset({"kv_cache_usage"})
+"""Columns that are averaged instead: what several engines have together is no share."""
 
 SCHEMA = pa.schema(
     [
@@ -112,14 +116,14 @@ class ServerMetrics:
         asked = time.monotonic_ns()
         end = time.monotonic() + ANSWER_S  # for all pages
         try:
-            text = "\n".join(
+            pages = [
                 probe.fetch(url, key, deadline_s=end - time.monotonic()).decode("utf-8", "replace")
                 for url, key in self._pages
-            )
+            ]
         except ServerError:
             return None
         now = time.monotonic_ns()
-        return {"t_ns": now - self._start_mono_ns, "took_ns": now - asked, **read_gauges(text)}
+        return {"t_ns": now - self._start_mono_ns, "took_ns": now - asked, **read_gauges(*pages)}
 
 
 def read_server_metrics(path: Path) -> pa.Table | None:
@@ -143,21 +147,15 @@ def read_server_metrics(path: Path) -> pa.Table | None:
     return table if len(table) else None
 
 
-def read_gauges(text: str) -> dict[str, float | None]:
-    """The columns of `GAUGES` from Prometheus text, summed over labels; null for what is not there.
+def read_gauges(*pages: str) -> dict[str, float | None]:
+    """The columns of `GAUGES` from pages of Prometheus text; null for what is not there, or in part no number.
 
-    Several engines: the use of the fullest cache; start times are added up too, so that any restart changes the sum.
+    Summed over labels and pages, but of several engines the mean share of the cache in use. Start times are added up
+    too, so that any restart changes the sum.
     """
-    wanted = {name: column for column, name in GAUGES.items()}
-    found: dict[str, float | None] = dict.fromkeys(GAUGES)
-    for line in text.splitlines():
-        series, _, value = line.rpartition(" ")
-        column = wanted.get(series.partition("{")[0])
-        if column is None:
-            continue
-        try:
-            before = found[column] or 0.0
-            found[column] = max(before, float(value)) if column == "kv_cache_usage" else before + float(value)
-        except ValueError:
-            continue
-    return found
+    columns = {name: column for column, name in GAUGES.items()}
+    found: dict[str, list[float]] = {column: [] for column in GAUGES}
+    for page in pages:
+        for sample in read_samples(page, columns.__contains__):
+            found[columns[sample.name]].append(sample.value)
+    return {column: (mean if column in SHARES else total)(values) for column, values in found.items()}

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from array import array
 from itertools import compress
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, get_args
 
 import msgspec
 
 DETAIL_LIMIT = 300
+BOM = b"\xef\xbb\xbf"
+
+_Struct = TypeVar("_Struct", bound=msgspec.Struct)
 
 Tokens = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 
@@ -63,7 +66,7 @@ class _Choice(msgspec.Struct, gc=False):
     text: Any = None
     delta: _Delta | None = None
     message: _Delta | None = None
-    finish_reason: str | None = None
+    finish_reason: Any = None
     token_ids: Any = None
 
 
@@ -75,8 +78,13 @@ class _Event(msgspec.Struct, gc=False):
     message: Any = None
 
 
+class _OddEvent(_Event, gc=False):
+    usage: Any = None
+
+
 _decode_event = msgspec.json.Decoder(_Event).decode
 _decode_events = msgspec.json.Decoder(list[_Event]).decode
+_decode_odd = msgspec.json.Decoder(_OddEvent).decode
 
 
 class Answer:
@@ -106,6 +114,41 @@ class Answer:
             self.token_ids += [i for i in choice.token_ids if isinstance(i, int)]
 
 
+def readable(kind: type[_Struct], value: object, odd: dict[str, None], name: str) -> _Struct | None:
+    """``value`` as this kind of struct, without the fields of it that cannot be; their names are added to ``odd``."""
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        odd[name] = None
+        return None
+    made = kind()
+    for field in msgspec.structs.fields(kind):
+        given, path = value.get(field.name), f"{name}.{field.name}"
+        try:
+            setattr(made, field.name, msgspec.convert(given, field.type))
+        except msgspec.ValidationError:
+            arms = (arm for arm in get_args(field.type) if isinstance(arm, type) and issubclass(arm, msgspec.Struct))
+            inner = next(arms, None)
+            if inner is None:
+                odd[path] = None
+            else:
+                setattr(made, field.name, readable(inner, given, odd, path))
+    return made
+
+
+def largest(a: _Struct | None, b: _Struct | None) -> _Struct | None:
+    """The larger of each count of two; not said is less than any."""
+    if a is None or b is None:
+        return b if a is None else a
+    for name in a.__struct_fields__:
+        one, other = getattr(a, name), getattr(b, name)
+        if isinstance(one, msgspec.Struct):
+            setattr(b, name, largest(one, other))
+        elif one is not None and (other is None or one > other):
+            setattr(b, name, one)
+    return b
+
+
 _NONE, _POSSIBLE, _CERTAIN = range(3)
 _UNSAID = -1
 
@@ -116,13 +159,21 @@ class Completion:
     ``error`` is (class, detail) once something failed: nothing is taken after it. ``ended``: [DONE] was seen.
     """
 
-    __slots__ = ("_certain", "_counted", "_stamps", "_tokens", "ended", "error", "finish_reason", "told", "usage")
+    __slots__ = (
+        "_certain", "_counted", "_stamps", "_tokens", "ended", "error", "finish_reason", "finished", "odd", "told",
+        "usage",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.error: tuple[str, str] | None = None
         self.ended = False
         self.finish_reason: str | None = None
+        self.finished = False
+        """Whether a finish reason of any type was seen."""
         self.usage: Usage | None = None
+        """The largest of each count that was seen: some servers send zeros before or after the real ones."""
+        self.odd: dict[str, None] = {}
+        """Fields that were left out since they are of no type that the API knows, in the order met."""
         # One entry per event that may carry output: when, whether it surely does, and its tokens when the server said.
         # Arrays, because ten thousand streams may be open: 13 bytes for each event.
         self._stamps = array("q")
@@ -140,7 +191,7 @@ class Completion:
     @property
     def blank(self) -> bool:
         """True while nothing was said that any fact is made of."""
-        return self.open and self.empty and self.finish_reason is None
+        return self.open and self.empty and not self.finished and not self.odd
 
     @property
     def open(self) -> bool:
@@ -152,7 +203,8 @@ class Completion:
         """True when all that was said is one output of unsaid length."""
         return (
             self.open
-            and self.finish_reason is None
+            and not self.finished
+            and not self.odd
             and self.usage is None
             and self._certain == bytes([_CERTAIN])
             and self._tokens[0] == _UNSAID
@@ -189,32 +241,38 @@ class Completion:
         return True
 
     def read_event(self, part: bytes, stamp: int, torn: str | None = None) -> None:
-        """Take one event by the book: comments, several data lines, event names, any line end.
+        """Take one event by the book: comments, several data lines, event names, any line end. Without data it says
+        nothing, and one of another name than ours that is no JSON is for somebody else.
 
         ``torn`` is the error class when this is what was left at the end of a stream and turns out to be half an event.
         """
         data, name = [], b""
-        for line in part.split(b"\n"):
-            field, _, value = line.rstrip(b"\r").partition(b":")
+        for line in part.removeprefix(BOM).splitlines():
+            field, _, value = line.partition(b":")
             if field == b"data":
                 data.append(value.removeprefix(b" "))
             elif field == b"event":
                 name = value.strip()
-        if not data or self.ended or self.error is not None:
-            return
         document = b"\n".join(data).strip()
+        if not document or self.error is not None:
+            return
         if document == b"[DONE]":
             self.ended = True
             return
         try:
-            event = _decode_event(document)
+            event = self._decode(document)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+            if self.ended or (torn is None and name not in (b"", b"message", b"error")):
+                return
             if torn is not None:
                 self.fail(torn, "the stream ended in the middle of an event")
             elif name == b"error":
                 self.fail("server", message_in(document))
             else:
                 self.fail("protocol", f"an event that is not a completion chunk ({e})")
+            return
+        if self.ended:  # some servers count after their [DONE]; nothing else can follow it
+            self.usage = largest(self.usage, event.usage)
             return
         if name == b"error" and not event.error:
             event.error = message_in(document)
@@ -223,7 +281,7 @@ class Completion:
     def read_json(self, body: bytes, stamp: int) -> None:
         """Take a whole completion in one body: all its output arrived with the last byte."""
         try:
-            event = _decode_event(body)
+            event = self._decode(body.removeprefix(BOM))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
             self.fail("protocol", f"a JSON body that is not a completion ({e})")
             return
@@ -231,13 +289,22 @@ class Completion:
         if not event.choices:
             self.fail("protocol", "a JSON body that is not a completion (no choices)")
 
+    def _decode(self, document: bytes) -> _Event:
+        """One event. Counts that cannot be read are left out and noted: no answer is lost for them."""
+        try:
+            return _decode_event(document)
+        except msgspec.ValidationError:
+            event = _decode_odd(document)
+            event.usage = readable(Usage, event.usage, self.odd, "usage")
+            return event
+
     def _take(self, event: _Event, stamp: int) -> None:
         if event.error or event.object == "error":
             self.fail("server", _message_of(event))
             return
         usage = event.usage
         if usage is not None:
-            self.usage = usage
+            self.usage = largest(self.usage, usage)
         choices = event.choices
         if not choices:
             return
@@ -245,8 +312,8 @@ class Completion:
             self.told.take(choices[0])
         output, counted = _NONE, None
         for choice in choices:
-            if choice.finish_reason is not None:
-                self.finish_reason = choice.finish_reason[:64]
+            if choice.finish_reason:
+                self._finish(choice.finish_reason)
             delta = choice.delta or choice.message
             if choice.text or (delta is not None and delta.has_output()):
                 output = _CERTAIN
@@ -261,6 +328,13 @@ class Completion:
             self._stamps.append(stamp)
             self._certain.append(output)
             self._tokens.append(_UNSAID if counted is None else counted)
+
+    def _finish(self, reason: object) -> None:
+        self.finished = True
+        if isinstance(reason, str):
+            self.finish_reason = reason[:64]
+        else:
+            self.odd["finish_reason"] = None
 
     def chunks(self) -> tuple[array[int], array[int] | None]:
         """Stamps of the chunks that carry output, and the tokens in each when those are known, never guessed.

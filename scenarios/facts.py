@@ -46,8 +46,13 @@ def facts_of(
         finish_reason=completion.finish_reason,
         http_status=status,
         error=error[0] if error is not None else None,
-        detail=clean(error[1], secret) if error is not None else None,
+        detail=clean(error[1] if error is not None else _left_out(completion), secret) or None,
     )
+
+
+def _left_out(completion: Completion) -> str:
+    """What a success said that cannot be read; empty for an ordinary one."""
+    return f"left out, as of no type that can be read: {', '.join(completion.odd)}" if completion.odd else ""
 
 
 def _judge(
@@ -66,7 +71,7 @@ def _judge(
         return "server", f"the server ended the answer with finish_reason {completion.finish_reason}"
     if not done:
         return "cut", "the answer did not end"
-    if not completion.ended and completion.finish_reason is None:
+    if not completion.ended and not completion.finished:
         if completion.empty:
             return "protocol", "status 200 without a single completion event"
         return "incomplete", "the stream ended without [DONE] and without a finish reason"

@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Callable
 from itertools import accumulate
 
-from scenarios.completion import Completion
+from scenarios.completion import BOM, Completion
 from scenarios.facts import Facts, facts_of
 from scenarios.head import read_head
 from scenarios.plain import Template, fit
@@ -23,6 +23,11 @@ from scenarios.plain import Template, fit
 HEADER_LIMIT = 64 * 1024
 EVENT_LIMIT = 16 * 2**20
 _ERROR_BODY_LIMIT = 64 * 1024
+
+_FIELDS = b"deir:"
+"""How lines of an event stream begin: data, event, id, retry, and comments."""
+# The second of two line ends, each CR, LF or CR LF, by its first byte: an event does not wait for what may follow.
+_BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r)[\r\n]")
 
 _State = Callable[["Response", bytes, int, list[int], list[int]], int]
 
@@ -36,7 +41,7 @@ class Response:
 
     __slots__ = (
         "_body_kind", "_carry", "_chunk_left", "_completion", "_head", "_last_body_ns", "_left", "_location", "_sample",
-        "_secret", "_state", "done", "keep_alive", "status",
+        "_secret", "_state", "_unsure", "done", "keep_alive", "status",
     )  # fmt: skip
     told = False
     """Whether the texts of events are wanted, not only when they came."""
@@ -52,6 +57,7 @@ class Response:
         self._left = 0  # Content-Length still to come
         self._chunk_left = 0  # of the chunk being read
         self._body_kind = ""  # "sse", "json" or "error"
+        self._unsure = True  # whether the body is what its label says
         self._carry = b""  # an unfinished event, or the whole body when it is not a stream
         self._last_body_ns = 0
         self._location = ""
@@ -62,7 +68,7 @@ class Response:
 
     def begin(self) -> None:
         """The head is over, and was that of an event stream in chunks, on a connection that is kept."""
-        self.status, self.keep_alive, self._body_kind = 200, True, "sse"
+        self.status, self.keep_alive, self._body_kind, self._unsure = 200, True, "sse", False
         self._state = Response._read_chunk_size
 
     def feed(self, reads: list[bytes], stamps: list[int]) -> None:
@@ -276,6 +282,8 @@ class Response:
 
     def _take_body(self, raw: bytes, spans: list[tuple[int, int]], ends: list[int], stamps: list[int]) -> None:
         """Body bytes: ``spans`` of ``raw``, whose reads end at ``ends`` and arrived at ``stamps``."""
+        if self._unsure and self._body_kind in ("sse", "json"):
+            self._look_at_body(raw, spans)
         if self._body_kind == "sse":
             if self._completion.error is None:
                 self._take_events(raw, spans, ends, stamps)
@@ -289,21 +297,34 @@ class Response:
             read -= 1
         self._last_body_ns = stamps[read]
 
+    def _look_at_body(self, raw: bytes, spans: list[tuple[int, int]]) -> None:
+        """By its first byte, whatever its label says: a JSON object, or lines of a stream."""
+        seen = self._carry + b"".join([raw[a:b] for a, b in spans])
+        begin = seen.removeprefix(BOM).lstrip()
+        if not begin or BOM.startswith(begin):
+            return  # still to come
+        self._unsure = False
+        if begin.startswith(b"{"):
+            self._body_kind = "json"
+        elif begin[0] in _FIELDS:
+            self._body_kind = "sse"
+
     def _take_events(self, raw: bytes, spans: list[tuple[int, int]], ends: list[int], stamps: list[int]) -> None:
         carried = len(self._carry)
         body = raw[spans[0][0] : spans[0][1]] if len(spans) == 1 else b"".join([raw[a:b] for a, b in spans])
         text = self._carry + body if carried else body
         if b"\r" in text:
-            cuts = [match.end() for match in re.finditer(rb"\n\r?\n", text)]
+            cuts = [match.end() for match in _BLANK_LINE.finditer(text)]
             parts = [text[a:b] for a, b in zip([0, *cuts], cuts, strict=False)]
-            self._carry = text[cuts[-1] :] if cuts else text
+            rest = text[cuts[-1] :] if cuts else text
         else:
             parts = text.split(b"\n\n")
-            self._carry = parts.pop()
+            rest = parts.pop()
             cuts, at = [], 0
             for part in parts:
                 at += len(part) + 2
                 cuts.append(at)
+        self._carry = rest.lstrip(b"\r\n")  # empty lines between events, and the LF of the line end that ended the last
         if len(self._carry) > EVENT_LIMIT:
             self._broken(f"an event of more than {EVENT_LIMIT // 2**20} MiB")
             return

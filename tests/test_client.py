@@ -320,7 +320,8 @@ def test_ipv6(serve, run):
     [
         ("http500", "server"), ("http429", "overloaded"), ("http400", "rejected"), ("redirect", "redirect"),
         ("html", "protocol"), ("cut", "cut"), ("reset", "cut"), ("error_event", "server"), ("no_done", None),
-        ("no_finish", "incomplete"), ("no_usage", None), ("bundle", None), ("crlf", None),
+        ("no_finish", "incomplete"), ("no_usage", None), ("bundle", None), ("crlf", None), ("cr", None),
+        ("json_label", None), ("no_data", None), ("odd_fields", None), ("late_zeros", None),
     ],
 )  # fmt: skip
 def test_each_fault_is_a_row_of_its_class(faulty, run, fault, error):
@@ -330,9 +331,10 @@ def test_each_fault_is_a_row_of_its_class(faulty, run, fault, error):
     assert row.error == error, row.detail
     assert row.error is None or (row.error in ERRORS and row.detail)
     assert (row.finished_ns or 0) >= (row.sent_ns or 0)
-    partial = {"cut": 2, "error_event": 2, "no_finish": 2, "bundle": 3, "no_usage": 6, "no_done": 6, "crlf": 6}
-    assert len(row.chunk_ns or []) == partial.get(fault, 0)
-    assert (row.output_tokens is None) == (fault == "no_usage" or fault not in ("no_done", "bundle", "crlf"))
+    partial = {"cut": 2, "error_event": 2, "no_finish": 2, "bundle": 3}
+    assert len(row.chunk_ns or []) == (6 if error is None and fault != "bundle" else partial.get(fault, 0))
+    assert row.output_tokens == (6 if error is None and fault != "no_usage" else None)
+    assert error is not None or (row.detail is not None) == (fault == "odd_fields")
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,8 @@ SHAPES = [
     '{"choices":[{"finish_reason":%s}]}',
     '{"choices":%s}',
     '{"choices":[{"text":%s}],"usage":{"prompt_tokens":-1}}',
+    '{"choices":[{"text":%s}],"usage":[1]}',
+    '{"choices":[{"text":%s,"finish_reason":1}]}',
     '{"choices":[{"text":%s}]',
 ]
 ENDS = [b"\n\n", b"\r\n\r\n", b"\n\r\n", b"\n"]

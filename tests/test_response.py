@@ -13,6 +13,7 @@ from scenarios.response import EVENT_LIMIT, Response
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+JSON_LABEL = CHUNKED.replace(b"text/event-stream; charset=utf-8", b"application/json")
 DONE = b"data: [DONE]\n\n"
 END = b"0\r\n\r\n"
 
@@ -148,8 +149,55 @@ CASES = {
     "aborted": (stream(text("a"), text("", "abort"), usage(1), DONE), False, 1, [1], 1, "server"),
     "not json": (stream(text("a"), b"data: {oops}\n\n", text("b"), DONE), False, 1, None, None, "protocol"),
     "wrong types": (stream(event({"choices": 5}), DONE), False, 0, None, None, "protocol"),
-    "negative count": (stream(text("a", "stop"), usage(-1), DONE), False, 1, None, None, "protocol"),
-    "count beyond the column": (stream(text("a", "stop"), usage(2**40), DONE), False, 1, None, None, "protocol"),
+    "negative count": (stream(text("a", "stop"), usage(-1), DONE), False, 1, None, None, None),
+    "count beyond the column": (stream(text("a", "stop"), usage(2**40), DONE), False, 1, None, None, None),
+    "a cached count that is none": (stream(text("a", "stop"), usage(1, cached=-1), DONE), False, 1, [1], 1, None),
+    "details that are none": (
+        stream(text("a", "stop", usage={"completion_tokens": 1, "prompt_tokens_details": []}), DONE), False,
+        1, [1], 1, None,
+    ),
+    "usage that is none": (stream(text("a", "stop", usage="none"), DONE), False, 1, None, None, None),
+    "a finish reason that is a number": (stream(text("a"), text("b", 1), usage(2), DONE), False, 2, [1, 1], 2, None),
+    "an odd finish reason, no done": (stream(text("a", {"type": "stop"}), usage(1)), False, 1, [1], 1, None),
+    "an empty finish reason": (stream(text("a", ""), text("b", ""), usage(2)), False, 2, [1, 1], 2, "incomplete"),
+    "an odd choice": (stream(event({"choices": [{"delta": "x"}]}), DONE), False, 0, None, None, "protocol"),
+    "usage of zero after the real one": (
+        stream(text("a"), text("b", "length"), usage(2, cached=4), usage(0, prompt=0), DONE), False, 2, [1, 1], 2, None,
+    ),
+    "usage after done": (stream(text("a", "stop"), DONE, usage(1), b"data: bye\n\n"), False, 1, [1], 1, None),
+    "output after done": (stream(text("a", "stop"), usage(1), DONE, text("b"), event({"error": "late"})), False,
+                          1, [1], 1, None),
+    "events without data": (
+        stream(b"data:\n\n", b"data\n\n", text("a"), b"data: \ndata:\n\n", text("b", "stop"), usage(2), DONE), False,
+        2, [1, 1], 2, None,
+    ),
+    "other fields and events for others": (
+        stream(b"retry: 1000\nid\n\n", b"event: ping\ndata: now\n\n", b"what: this\n\n", b"event: ping\ndata: {}\n\n",
+               text("a", "stop"), usage(1), DONE), False, 1, [1], 1, None,
+    ),
+    "a byte order mark": (stream(b"\xef\xbb\xbf" + text("a", "stop"), usage(1), DONE), False, 1, [1], 1, None),
+    "cr": (
+        stream(*(e.replace(b"\n", b"\r") for e in (text("a"), text("b", "stop"), usage(2), DONE))), False,
+        2, [1, 1], 2, None,
+    ),
+    "any line end": (
+        stream(text("a")[:-1] + b"\r", text("b")[:-1] + b"\r\n", text("c", "stop")[:-2] + b"\r\r\n",
+               usage(3), DONE[:-2] + b"\r\n\n"), False, 3, [1, 1, 1], 3, None,
+    ),
+    "a stream labelled as json": (
+        JSON_LABEL + b"".join(chunk(e) for e in (text("a"), text("b", "stop"), usage(2), DONE)) + END, False,
+        2, [1, 1], 2, None,
+    ),
+    "a stream labelled as json, a comment first": (
+        JSON_LABEL + b"".join(chunk(e) for e in (b"\n", b": hi\n\n", text("a", "stop"), usage(1), DONE)) + END, False,
+        1, [1], 1, None,
+    ),
+    "json labelled as a stream": (
+        CHUNKED + chunk(b'{"choices":[{"text":"ab","finish_reason":2}],')
+        + chunk(b'"usage":{"completion_tokens":2}}') + END, False, 1, [2], 2, None,
+    ),
+    "a json error labelled as a stream": (CHUNKED + chunk(b' {"error": {"message": "no"}}') + END, False,
+                                          0, None, None, "server"),
     "no event at all": (CHUNKED + chunk(b"hello") + END, False, 0, None, None, "protocol"),
     "empty body": (OK + b"Content-Length: 0\r\n\r\n", False, 0, None, None, "protocol"),
     "json completion": (
@@ -344,3 +392,22 @@ def test_counts_of_the_prompt_are_taken_from_usage():
     response, facts = run([stream(text("a", "stop"), usage(1, prompt=9, cached=4), DONE)], False)
     assert (facts.input_tokens, facts.cached_tokens, facts.output_tokens, facts.finish_reason) == (9, 4, 1, "stop")
     assert facts.http_status == response.status == 200
+
+
+@pytest.mark.parametrize(
+    ("events", "found", "left_out"),
+    [
+        ([usage(2, prompt=9, cached=4), usage(0, prompt=0), usage(1, prompt=3)], (9, 4, 2), None),
+        ([usage(2), usage(2, cached=5)], (7, 5, 2), None),
+        ([usage(2, cached=-1)], (7, None, 2), "usage.prompt_tokens_details.cached_tokens"),
+        ([usage("two", cached=3)], (7, 3, None), "usage.completion_tokens"),
+        ([usage(True)], (7, None, None), "usage.completion_tokens"),
+        ([text("", usage=[1])], (None, None, None), "usage"),
+        ([text("", 3.5), usage(2)], (7, None, 2), "finish_reason"),
+    ],
+)
+def test_counts_are_the_largest_said_and_what_cannot_be_read_is_named(events, found, left_out):
+    _, facts = run([stream(text("a"), text("b"), *events, DONE)], False)
+    assert (facts.input_tokens, facts.cached_tokens, facts.output_tokens) == found
+    assert facts.error is None
+    assert facts.detail == (left_out and f"left out, as of no type that can be read: {left_out}")

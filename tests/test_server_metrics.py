@@ -28,7 +28,7 @@ def test_gauges_are_summed_and_what_is_missing_is_null() -> None:
     found = read_gauges(TEXT)
     assert set(found) == set(GAUGES)
     assert found["running"] == 5.0
-    assert found["kv_cache_usage"] == 0.25, "a share is no count: that of the fuller engine"
+    assert found["kv_cache_usage"] == 0.1875, "a share is no count: the mean of both engines"
     assert found["process_start_s"] == 1.7e9
     assert found["waiting"] is None, "another metric whose name begins alike is not this one"
     assert found["preemptions_total"] is None

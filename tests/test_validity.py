@@ -91,6 +91,7 @@ LIMITS = {
     "generator_stall": {"seen": watch(rows(), lag_ms=50)},
     "unfinished": {"results": [*rows(19), bad(19, "stopped")]},
     "usage": {"results": changed(1, output_tokens=None)},
+    "answer_fields": {"results": changed(3, detail="left out: finish_reason")},
     "failures": {"results": [*rows(19), bad(19)]},
     "sample_size": {},
     "duration": {},
