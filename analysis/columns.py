@@ -31,7 +31,8 @@ LONGEST_NS = 2**53
 MOST_CLASSES = 1000
 """Error classes told apart; a file that claims more is not ours."""
 LISTS = {"chunk_gap_ns", "chunk_tokens"}
-NUMBERS = ("scheduled_ns", "sent_ns", "finished_ns", "input_tokens", "cached_tokens", "output_tokens")
+COUNTS = ("input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens")
+NUMBERS = ("scheduled_ns", "sent_ns", "finished_ns", *COUNTS)
 
 
 def read_facts(path: Path) -> Iterator[pa.RecordBatch]:
@@ -250,7 +251,7 @@ def possible(part: dict[str, Any]) -> Bools:
     for name in ("scheduled_ns", "sent_ns", "finished_ns"):
         ok &= ~(np.abs(part[name]) > LONGEST_NS)
     ok &= part["scheduled_ns"] >= 0
-    for name in ("input_tokens", "cached_tokens", "output_tokens"):
+    for name in COUNTS:
         ok &= ~(part[name] < 0)
     return ok
 

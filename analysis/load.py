@@ -24,6 +24,7 @@ from analysis import arrays
 from analysis.arrays import Bools, Floats, Ints
 from analysis.columns import (
     CHUNKS,
+    COUNTS,
     Columns,
     bools,
     chunk_arrays,
@@ -309,7 +310,7 @@ def _rows(table: dict[str, Any], mask: Bools, plan: _Plan) -> Rows:
 
     ids, scheduled = column("request_id"), seconds("scheduled_ns")
     times = ("sent", "finished", "first_gap", "decode", "max_gap")
-    same = ("input_tokens", "cached_tokens", "output_tokens", "error", "chunks", "stated_tokens")
+    same = (*COUNTS, "error", "chunks", "stated_tokens")
     rows = Rows(
         request_id=ids,
         rank=_rank(ids, scheduled, plan.requests),

@@ -41,6 +41,8 @@ class Rows:
     input_tokens: Floats
     cached_tokens: Floats
     output_tokens: Floats
+    reasoning_tokens: Floats
+    """Of ``output_tokens``, spent on reasoning as the server declared them."""
     planned_input_tokens: Floats
     planned_output_tokens: Floats
     error: npt.NDArray[np.int16]

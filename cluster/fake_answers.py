@@ -37,6 +37,9 @@ FAULTS = {
     "no_usage": "no usage chunk",
     "short": "half of the tokens that were asked for",
     "bundle": "every chunk holds two tokens",
+    "double_usage": "usage says twice the tokens that were streamed",
+    "half_usage": "usage says half of the tokens that were streamed",
+    "hidden_reasoning": "usage declares as many reasoning tokens again, which were not streamed",
     "crlf": "events end in CR LF, with comments between them",
     "cr": "events end in CR, with comments between them",
     "json_label": "a stream that is labelled application/json",
@@ -289,10 +292,15 @@ class Answer:
 
     def usage(self) -> dict[str, Any]:
         """The server's own token books for this answer."""
-        total = self.prompt_tokens + self.tokens
-        counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.tokens, "total_tokens": total}
-        odd = {"prompt_tokens_details": {"cached_tokens": -1}} if self.fault == "odd_fields" else {}
-        return {**counts, **odd}
+        said = {"double_usage": 2 * self.tokens, "half_usage": self.tokens // 2, "hidden_reasoning": 2 * self.tokens}
+        tokens = said.get(self.fault, self.tokens)
+        total = self.prompt_tokens + tokens
+        counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": tokens, "total_tokens": total}
+        details = {
+            "odd_fields": {"prompt_tokens_details": {"cached_tokens": -1}},
+            "hidden_reasoning": {"completion_tokens_details": {"reasoning_tokens": self.tokens}},
+        }
+        return {**counts, **details.get(self.fault, {})}
 
     @property
     def newline(self) -> bytes:

@@ -19,7 +19,7 @@ from harness.errors import WorkerError
 
 READS = ("plan", "tls_ca")
 """Fields of a worker's spec that name files it reads."""
-WRITES = ("results", "observations")
+WRITES = ("results", "observations", "answers")
 """Fields that name files it writes."""
 PIECE_BYTES = 4 << 20
 """Of a file that travels."""

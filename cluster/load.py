@@ -290,6 +290,7 @@ def worker_spec(spec: RunSpec, run: RunDir, index: int) -> dict[str, object]:
         "plan": str(run.plan.resolve()),
         "results": str(run.results(index).resolve()),
         "observations": str(run.observations(index).resolve()),
+        "answers": str(run.answers(index).resolve()),
         "mode": spec.mode,
         "concurrency": share(spec.concurrency, spec.workers, index),
         "base_urls": spec.base_urls,

@@ -19,6 +19,8 @@ finished_ns         int64         when the response ended or failed; null when n
 input_tokens        int32         prompt tokens as the server counted them (``usage``); null when it did not say
 cached_tokens       int32         of these, read from the prefix cache; null when it did not say
 output_tokens       int32         completion tokens as the server counted them; null when it did not say
+reasoning_tokens    int32         of these, spent on reasoning, streamed or not, as the server declared them
+                                  (``completion_tokens_details``); null when it did not say
 finish_reason       string        as the server said: stop, length, ...
 http_status         int16         null when no status line arrived
 error               string        null on success, else one of `ERRORS`
@@ -71,7 +73,9 @@ ERRORS: dict[str, str] = {
 }
 """The closed set of error classes, with what each means."""
 
-SCHEMA_VERSION = "2"
+SCHEMA_VERSION = "3"
+_BEFORE = {"2": ["reasoning_tokens"]}
+"""Earlier schema version -> the columns it lacks: null in what is read of it."""
 _PIECES = 1000
 
 SCHEMA = pa.schema(
@@ -87,6 +91,7 @@ SCHEMA = pa.schema(
         pa.field("input_tokens", pa.int32()),
         pa.field("cached_tokens", pa.int32()),
         pa.field("output_tokens", pa.int32()),
+        pa.field("reasoning_tokens", pa.int32()),
         pa.field("finish_reason", pa.string()),
         pa.field("http_status", pa.int16()),
         pa.field("error", pa.string()),
@@ -111,6 +116,7 @@ class Result:
     input_tokens: int | None = None
     cached_tokens: int | None = None
     output_tokens: int | None = None
+    reasoning_tokens: int | None = None
     finish_reason: str | None = None
     http_status: int | None = None
     error: str | None = None
@@ -227,11 +233,12 @@ def iter_results(path: Path) -> Iterator[pa.RecordBatch]:
         with pa.OSFile(str(path), "rb") as source:
             reader = pa.ipc.open_stream(source)
             version = (reader.schema.metadata or {}).get(b"harness.results", b"?").decode()
-            if version != SCHEMA_VERSION:
+            lacking = [] if version == SCHEMA_VERSION else _BEFORE.get(version)
+            if lacking is None:
                 raise ResultsError(f"{path}: result schema {version}, this harness reads {SCHEMA_VERSION}")
             while True:
                 try:
-                    yield reader.read_next_batch()
+                    yield _with_nulls(reader.read_next_batch(), lacking)
                 except StopIteration:
                     return
                 except (pa.ArrowInvalid, OSError):
@@ -242,3 +249,12 @@ def iter_results(path: Path) -> Iterator[pa.RecordBatch]:
         if path.stat().st_size == 0:
             return  # a worker that died before its first byte wrote nothing, which is not an error of the file
         raise ResultsError(f"{path}: not a result file ({e})") from e
+
+
+def _with_nulls(batch: pa.RecordBatch, lacking: Sequence[str]) -> pa.RecordBatch:
+    """A batch of an earlier schema version as one of this; one with other columns is left alone."""
+    if not lacking or batch.schema.names != [name for name in SCHEMA.names if name not in lacking]:
+        return batch
+    nulls = {name: pa.nulls(len(batch), SCHEMA.field(name).type) for name in lacking}
+    columns = [nulls[name] if name in nulls else batch.column(name) for name in SCHEMA.names]
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)

@@ -22,6 +22,7 @@ import msgspec
 import psutil
 
 from harness import __version__
+from harness.answers import Counted
 from harness.errors import ResultsError, UsageError
 from harness.plan import PlanInfo
 
@@ -219,6 +220,8 @@ class RunManifest:
     model_facts: dict[str, str] = field(default_factory=dict)
     """Where the weights came from, their checksum, the number format."""
     replicas: list[Replica] = field(default_factory=list)
+    answers: list[Counted] = field(default_factory=list)
+    """A sample of the answers, counted by ourselves; empty in runs of older versions."""
     workers: list[Worker] = field(default_factory=list)
     host: Host
     load_shares_server_host: bool | None = None
@@ -268,6 +271,10 @@ class RunDir:
     def observations(self, worker: int) -> Path:
         """What one load worker saw of itself, a row a second (`harness.observations`)."""
         return self.path / f"worker-{worker}.arrows"
+
+    def answers(self, worker: int) -> Path:
+        """Texts of some of the answers, until they are counted (`harness.answers`)."""
+        return self.path / f"answers-{worker}.jsonl"
 
     def worker_log(self, worker: int) -> Path:
         """What one load worker printed."""

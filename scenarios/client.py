@@ -24,6 +24,7 @@ from scenarios.connection import Connection
 from scenarios.hot_path import Reader
 from scenarios.later import Later, parse
 from scenarios.pace import Pace
+from scenarios.sampling import Sampler
 from scenarios.stream import Stream
 from scenarios.target import ENDPOINTS, IDLE_LIMIT_S, Target, tls_context
 from scenarios.told import Answered
@@ -60,6 +61,7 @@ class Client:
     "session", server ``slice % servers``, so that the turns of a session meet the same prefix cache. ``retries``: how
     often a request is sent again when no connection came about or the answer was 429 or 503, after a growing pause.
     Without ``stream`` an answer is silent until it is done, so ``stall_s`` does not apply, and it has no chunk times.
+    ``sampler`` keeps some of the answers.
 
     ``record`` gets every row, once, complete (from the event loop, some time after the request ended). Use it from one
     thread. Times in rows count from ``start_mono_ns``, a `time.monotonic_ns` value.
@@ -80,6 +82,7 @@ class Client:
         stream: bool = True,
         balance: str = "least",
         retries: int = 0,
+        sampler: Sampler | None = None,
     ) -> None:
         if not base_urls:
             raise UsageError("no base URL to send to")
@@ -96,6 +99,7 @@ class Client:
         self.retries = retries
         self._stream = stream
         self._api_key = api_key
+        self._sampler = sampler
         self._record = record
         self._timeout_ns = int(timeout_s * 1e9)
         self._stall_ns = int((stall_s if stream else timeout_s) * 1e9)
@@ -152,6 +156,8 @@ class Client:
         (request_id, scheduled_ns) is filled in; ``ended`` is called as soon as the answer ended, in the middle of the
         event loop: it must only note that or wake someone. ``answered`` gets what was said, after the row.
         """
+        if answered is None and self._sampler is not None:
+            answered = self._sampler.next()
         stream = Stream(
             result, payload, self._choose(slice_), self._api_key, ended, slice_, answered, self.start_mono_ns
         )

@@ -28,12 +28,19 @@ class PromptDetails(msgspec.Struct, gc=False):
     cached_tokens: Tokens | None = None
 
 
+class CompletionDetails(msgspec.Struct, gc=False):
+    """What the output was spent on; null where the server does not say."""
+
+    reasoning_tokens: Tokens | None = None
+
+
 class Usage(msgspec.Struct, gc=False):
     """Token counts as the server made them; null where it does not say."""
 
     prompt_tokens: Tokens | None = None
     completion_tokens: Tokens | None = None
     prompt_tokens_details: PromptDetails | None = None
+    completion_tokens_details: CompletionDetails | None = None
 
 
 class _Delta(msgspec.Struct, gc=False):
@@ -88,16 +95,21 @@ _decode_odd = msgspec.json.Decoder(_OddEvent).decode
 
 
 class Answer:
-    """What a server said in one answer: its text, and its token ids where it gives them.
+    """What a server said in one answer: its text, event by event, and its token ids where it gives them.
 
-    Reasoning is not part of it: clients do not send it back.
+    Reasoning is apart: clients do not send it back.
     """
 
-    __slots__ = ("parts", "token_ids")
+    __slots__ = ("blanks", "other", "parts", "reasoning", "token_ids")
 
     def __init__(self) -> None:
         self.parts: list[str] = []
+        self.reasoning: list[str] = []
         self.token_ids: list[int] = []
+        self.blanks = 0
+        """Events that may be a token without text."""
+        self.other = False
+        """Something was said that is no text."""
 
     @property
     def text(self) -> str:
@@ -110,6 +122,13 @@ class Answer:
         text = choice.text if delta is None else delta.content
         if isinstance(text, str) and text:
             self.parts.append(text)
+        elif text is not None and (delta is None or delta.may_be_token()):
+            self.blanks += 1
+        if delta is not None:
+            thought = delta.reasoning_content or delta.reasoning
+            if isinstance(thought, str) and thought:
+                self.reasoning.append(thought)
+            self.other |= bool(delta.tool_calls or delta.function_call or delta.refusal)
         if isinstance(choice.token_ids, list):
             self.token_ids += [i for i in choice.token_ids if isinstance(i, int)]
 
@@ -310,6 +329,7 @@ class Completion:
             return
         if self.told is not None:
             self.told.take(choices[0])
+            self.told.other |= len(choices) > 1
         output, counted = _NONE, None
         for choice in choices:
             if choice.finish_reason:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass
 
-from scenarios.completion import Completion, PromptDetails, Usage, clean, message_in
+from scenarios.completion import Completion, CompletionDetails, PromptDetails, Usage, clean, message_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,7 @@ class Facts:
     input_tokens: int | None
     cached_tokens: int | None
     output_tokens: int | None
+    reasoning_tokens: int | None
     finish_reason: str | None
     http_status: int | None
     error: str | None
@@ -35,6 +36,7 @@ def facts_of(
     """
     usage = completion.usage or Usage()
     details = usage.prompt_tokens_details or PromptDetails()
+    spent = usage.completion_tokens_details or CompletionDetails()
     error = _judge(completion, status, done, body, location)
     chunk_ns, chunk_tokens = completion.chunks()
     return Facts(
@@ -43,6 +45,7 @@ def facts_of(
         input_tokens=usage.prompt_tokens,
         cached_tokens=details.cached_tokens,
         output_tokens=usage.completion_tokens,
+        reasoning_tokens=spent.reasoning_tokens,
         finish_reason=completion.finish_reason,
         http_status=status,
         error=error[0] if error is not None else None,

@@ -35,6 +35,8 @@ class WorkerSpec:
     """File to write rows to."""
     observations: str | None = None
     """File to write what the worker sees of itself to, a row a second; null: none."""
+    answers: str | None = None
+    """File to write a sample of the answers to (`harness.answers`); null: none are kept."""
     mode: str
     """"open" or "closed"."""
     concurrency: int | None = None

@@ -126,6 +126,7 @@ class Stream:
         result.input_tokens = facts.input_tokens
         result.cached_tokens = facts.cached_tokens
         result.output_tokens = facts.output_tokens
+        result.reasoning_tokens = facts.reasoning_tokens
         result.finish_reason = facts.finish_reason
         result.http_status = facts.http_status
         result.error, result.detail = facts.error, facts.detail

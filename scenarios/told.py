@@ -19,7 +19,7 @@ from scenarios.response import Response
 Answered = Callable[[Result, Answer], None]
 """Gets the row of a request that ended, and what was said until then."""
 
-_decode_text = msgspec.json.Decoder(str).decode
+_decode_texts = msgspec.json.Decoder(list[str]).decode
 
 
 class ToldResponse(Response):
@@ -37,7 +37,7 @@ class ToldResponse(Response):
     def feed_plain(self, template: Template, stamps: array[int], texts: list[bytes] | None) -> bool:
         """Take plain events by their texts."""
         plain = super().feed_plain(template, stamps, texts)
-        if plain and template.said:  # else they were taken by the book, which tells
-            # Each is the inside of a JSON string by itself, so together they are one, too.
-            self.answer.parts.append(_decode_text(b'"%b"' % b"".join(texts or ())))
+        if plain and texts:  # else they were taken by the book, which tells
+            said = self.answer.parts if template.said else self.answer.reasoning
+            said += _decode_texts(b'["%b"]' % b'","'.join(texts))
         return plain

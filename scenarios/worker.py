@@ -48,6 +48,7 @@ import locust.env
 import pyarrow as pa
 from gevent.event import Event
 
+from harness.answers import SAMPLE, write_said
 from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, UsageError, WorkerError
 from harness.observations import SCHEMA, Observation, ObservationWriter
 from harness.results import Result, ResultWriter
@@ -56,6 +57,7 @@ from scenarios.client import Client, raise_fd_limit
 from scenarios.observe import Observer
 from scenarios.orders import Commands, WorkerSpec, read_spec, say, start_ns
 from scenarios.replay import Replay
+from scenarios.sampling import Sampler
 from scenarios.saturate import Saturate
 from scenarios.schedule import Load, slot_starts
 from scenarios.user import API_KEY
@@ -91,10 +93,12 @@ class Worker:
             raise WorkerError(f"{spec.results}: cannot write results ({e.strerror or e})") from e
         self.end_ns: int | None = None
         self.rows = 0
+        self._sampler = None if spec.answers is None else Sampler(SAMPLE // spec.workers)
         self._client = Client(
             spec.base_urls, self._record, endpoint=spec.endpoint, timeout_s=spec.timeout_s, stall_s=spec.stall_s,
             tls_ca=spec.tls_ca, api_key=os.environ.get(API_KEY), headers=spec.headers, stream=spec.stream,
             balance=spec.balance, retries=spec.retries,
+            sampler=self._sampler,
         )  # fmt: skip
         closed = spec.mode == "closed"
         self._window = Window(
@@ -288,6 +292,8 @@ class Worker:
         self._writer.close()
         if self._seen is not None:
             self._seen.close()
+        if self._sampler is not None and self.spec.answers is not None:
+            write_said(Path(self.spec.answers), self._sampler.said())
 
     # -- progress -----------------------------------------------------------------------------------------------------
 

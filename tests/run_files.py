@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pyarrow as pa
 
+from harness.answers import Counted, Text
 from harness.observations import Observation, ObservationWriter
 from harness.plan import SCHEMA, SCHEMA_VERSION, PlanInfo, plan_sha256
 from harness.results import Result, ResultWriter
@@ -68,6 +69,13 @@ def watch(results, *, lag_ms=1, cpu_share=0.2, in_flight=1.0, every_s=1.0):
     return seen
 
 
+def said(result):
+    """An answer that says what its row's usage counts: one chunk for each token."""
+    n = result.output_tokens or 0
+    text = Text(bytes=2 * n, words=n, chunks=n, pieces=n, tokens=n)
+    return Counted(request_id=result.request_id, text=text, reasoning=Text())
+
+
 def write_run(
     path: Path, results, *, plan=None, workers=1, requests=None, spec=SPEC, seen=None, planned_rate=10.0, **manifest
 ) -> Path:
@@ -109,6 +117,7 @@ def write_run(
         "run_id": path.name, "created": "2026-11-21T00:00:00Z", "status": "complete",
         "spec": replace(spec, workers=workers),
         "plan": info, "plan_sha256": plan_sha256(run.plan), "tier": TIER, "engine": "vllm-cpu", "model": "m",
+        "answers": [said(r) for r in results[:32] if r.error is None],
         "replicas": [Replica(index=0, base_url="http://127.0.0.1:1/v1")],
         "workers": [Worker(index=w, rows=0, cpu_share=0.2, loop_lag_p99_s=0.001) for w in range(workers)],
         "host": Host(cpu="test", cores=2, memory_gib=8.0, os="test"),

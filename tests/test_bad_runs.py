@@ -116,14 +116,14 @@ def test_a_run_cut_short(tmp_path, keep):
 
 
 def test_rows_of_another_schema_version_are_not_mixed_in(tmp_path):
-    """One worker's file of version 1, one that says 2 but has other columns, one that is right."""
+    """One worker's file of version 1, one that says 3 but has other columns, one that is right."""
     path = write_run(tmp_path / "run", [good(i) for i in range(30)], workers=3, spec=SLO)
     run = RunDir(path)
     rewrite(run.results(0), SCHEMA.with_metadata({"harness.results": "1"}))
     rewrite(run.results(1), pa.schema(list(SCHEMA)[:-1], metadata=SCHEMA.metadata))
     s, written = shown(path)
     assert (s.verdict, s.requests.succeeded, s.requests.lost) == ("INVALID", 10, 20)
-    assert "result schema 1, this harness reads 2" in written["md"]
+    assert "result schema 1, this harness reads 3" in written["md"]
     assert "results-1.arrows: the columns are not those" in written["md"]
 
 

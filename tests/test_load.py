@@ -241,6 +241,7 @@ def test_the_spec_file_holds_absolute_paths(tmp_path: Path, monkeypatch: pytest.
         "worker": 0, "workers": 2, "plan": str(tmp_path / "runs/x/plan.arrow"),
         "results": str(tmp_path / "runs/x/results-0.arrows"), "mode": "closed", "concurrency": 3, "base_urls": ["u"],
         "observations": str(tmp_path / "runs/x/worker-0.arrows"),
+        "answers": str(tmp_path / "runs/x/answers-0.jsonl"),
         "endpoint": "completions", "model": "m", "duration_s": 3.0, "drain_s": 7.0, "timeout_s": 9.0, "stall_s": 8.0,
         "extra_body": {}, "tls_ca": None, "headers": {}, "stream": True, "balance": "least", "retries": 0,
         "ramp_s": None,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_files import MS, SPEC, TIER, S, bad, good, watch, write_run
+from run_files import MS, SPEC, TIER, S, bad, good, said, watch, write_run
 
 from analysis import load, metrics
 from analysis.load import read_run
@@ -81,6 +81,7 @@ GATES = {
     "replicas": {"replicas": [replace(REPLICA, exit="died of signal 9")]},
     "engine_fits_tier": {"tier": replace(TIER, accelerator="H100", accelerator_count=8)},
     "input_tokens": {"results": changed(1, input_tokens=9), "plan": as_planned()},
+    "usage_text": {"answers": [said(good(i, tokens=40)) for i in range(20)]},
     "token_books": {"replicas": counted(160, 85)},
 }
 

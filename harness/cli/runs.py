@@ -133,6 +133,11 @@ Examples:
 @LOAD_OPTIONS
 @ENDPOINT_OPTION
 @click.option(
+    "--tokenizer",
+    type=click.Path(exists=True, path_type=Path),
+    help="Model folder, or its tokenizer.json, to count a sample of the answers with. Default: the model's own.",
+)
+@click.option(
     "--warmup",
     type=WARMUP,
     metavar="TIME",

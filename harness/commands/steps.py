@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from harness.answers import Counted, count_answers, take_said
 from harness.build import asked_plan, build_plan
 from harness.commands.output import say
 from harness.commands.targets import LocalTarget, Servers, Target, UrlTarget
@@ -218,6 +219,7 @@ def execute_point(
                 progress = LoadProgress(console(), total=info.requests, span_s=info.span_s)
                 cut, manifest.lost = watch(load, servers, stop, progress, deadline, lost)
             manifest.workers, manifest.end_ns = load.workers, load.end_ns
+        manifest.answers = counted_sample(run, spec, options.get("tokenizer") or servers.tokenizer)
         died = servers.check()
         for r in replicas:
             r.exit = died.get(r.index)
@@ -232,6 +234,20 @@ def execute_point(
     finally:
         write_manifest(run, manifest)
     return manifest
+
+
+def counted_sample(run: RunDir, spec: RunSpec, tokenizer: Path | None) -> list[Counted]:
+    """The answers that the load workers kept, counted; their texts are deleted. Without tokenizer not in tokens."""
+    said = take_said(run.answers(worker) for worker in range(spec.workers))
+    if not said or tokenizer is None:
+        return count_answers(said)
+    from harness.tokenizer import load_tokenizer
+
+    try:
+        return count_answers(said, load_tokenizer(tokenizer))
+    except PlanError as e:  # the load is over: a run is not lost for it
+        say(f"note: answers are not counted in tokens: {e}")
+        return count_answers(said)
 
 
 def settle(servers: Servers) -> dict[int, str]:

@@ -62,6 +62,7 @@ class Servers:
     extra_body: dict[str, object] = field(default_factory=dict)
     """Fields of every streamed request that this server needs."""
     tokenizer: Path | None = None
+    """The model's own, where it is at hand."""
     shares_host: bool | None = None
     launch: Launch | None = None
     """How load workers are started; None: as children of this process."""
@@ -202,7 +203,7 @@ class LocalTarget:
                 tier=rented(self._tier, hosts_per_replica(self._model, self._tier)),
                 engine_version=d.engine_version, engine_args=d.engine_args,
                 model_facts={**d.model_facts, **self._facts}, shares_host=d.shares_host, shared_cores=d.shared_cores,
-                launch=d.launch, check=d.check,
+                launch=d.launch, check=d.check, tokenizer=None if self._model.dummy else self.weights(),
                 restarts=d.restarts, restarting=lambda: d.restarting, sample_hosts=d.sample_hosts,
                 extra_body=DUMMY_BODY if self._model.dummy else {},
             )  # fmt: skip
