@@ -47,6 +47,8 @@ class _Progress(msgspec.Struct, tag="progress", tag_field="event"):
     in_flight: int = 0
     output_tokens: int = 0
     ttft_s: list[float] = []
+    tpot_s: list[float] = []
+    e2e_s: list[float] = []
 
 
 class _End(msgspec.Struct, tag="end", tag_field="event"):
@@ -76,9 +78,9 @@ class _State:
     garbage: list[str] = field(default_factory=list)
     """Other lines it printed; they explain a death."""
 
-    def read(self) -> list[float]:
-        """Take in its new lines; new TTFT samples, seconds."""
-        samples: list[float] = []
+    def read(self) -> list[_Progress]:
+        """Take in its new lines; those that say how far it is."""
+        found: list[_Progress] = []
         for line in self.child.lines():
             try:
                 event = _DECODER.decode(line)
@@ -88,12 +90,12 @@ class _State:
             self.heard = time.monotonic()
             if isinstance(event, _Progress):
                 self.progress = event
-                samples += event.ttft_s
+                found.append(event)
             elif isinstance(event, _Ready):
                 self.ready = event
             else:
                 self.end = event
-        return samples
+        return found
 
 
 class LoadWorkers:
@@ -123,7 +125,6 @@ class LoadWorkers:
         self._states: list[_State] = []
         self._deadline: float | None = None
         self._why_late = ""
-        self._ttft_s: list[float] = []
 
     def __enter__(self) -> LoadWorkers:
         try:
@@ -201,14 +202,15 @@ class LoadWorkers:
     def poll(self, timeout_s: float) -> dict[str, object]:
         """Merged counts of all workers after ``timeout_s`` (sooner when all have ended).
 
-        Keys: sent, done, failed, in_flight, output_tokens: totals since the start. ttft_s: samples since the last call.
+        Keys: sent, done, failed, in_flight, output_tokens: totals since the start. ttft_s, tpot_s, e2e_s: samples since
+        the last call.
         """
         until = time.monotonic() + timeout_s
-        samples: list[float] = []
+        new: list[_Progress] = []
         while True:
             for state in self._states:
                 if state.over is None:
-                    samples += self._follow(state)
+                    new += self._follow(state)
             left = until - time.monotonic()
             if self.done or left <= 0:
                 break
@@ -217,12 +219,13 @@ class LoadWorkers:
         counts: dict[str, object] = {
             name: sum(getattr(state.progress, name) for state in self._states) for name in names
         }
-        return {**counts, "ttft_s": samples}
+        samples = {name: [s for line in new for s in getattr(line, name)] for name in ("ttft_s", "tpot_s", "e2e_s")}
+        return {**counts, **samples}
 
-    def _follow(self, state: _State) -> list[float]:
+    def _follow(self, state: _State) -> list[_Progress]:
         """Read one worker's lines and settle whether and how it ended."""
         code = state.child.poll()  # before the lines: all of them are there once it has ended
-        samples = state.read()
+        new = state.read()
         now = time.monotonic()
         if state.end is not None and (code is not None or now - state.heard > EXIT_S):
             state.over = state.end.exit or ("" if code in (0, None) else f"{describe_exit(code)} after its last row")
@@ -239,7 +242,7 @@ class LoadWorkers:
             state.progress.in_flight = 0
             if code is None:
                 state.child.stop(1.0)
-        return samples
+        return new
 
     @property
     def done(self) -> bool:

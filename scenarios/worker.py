@@ -9,12 +9,12 @@ opens connections, then says::
 and waits for a line on stdin: ``start <unix_ns>`` (the common start of all workers) or ``stop``. While it runs, about
 twice a second (a line is left out when nobody reads)::
 
-    {"event": "progress", "t_s": 1.5, "sent": 40, "done": 31, "failed": 0, "in_flight": 9, "ttft_s": [0.05],
-     "output_tokens": 512}
+    {"event": "progress", "t_s": 1.5, "sent": 40, "done": 31, "failed": 0, "in_flight": 9, "output_tokens": 512,
+     "ttft_s": [0.05], "e2e_s": [0.31], "tpot_s": [0.01]}
 
-``ttft_s`` samples the TTFT (from the planned time) of requests that ended since the last line. ``stop``, SIGTERM,
-Ctrl-C or the end of stdin: nothing more is sent, what is in flight has ``drain_s``; a second ``stop`` or SIGTERM ends
-that at once.
+``ttft_s``, ``e2e_s`` (from the planned time) and ``tpot_s`` sample requests that ended since the last line. ``stop``,
+SIGTERM, Ctrl-C or the end of stdin: nothing more is sent, what is in flight has ``drain_s``; a second ``stop`` or
+SIGTERM ends that at once.
 At the end every request of the slice has exactly one row, and the last line is::
 
     {"event": "end", "rows": 120, "cpu_share": 0.41, "loop_lag_p99_s": 0.0004, "unstamped_share": 0.0, "exit": null,
@@ -77,7 +77,7 @@ class Worker:
         self.spec = spec
         self.trouble: str | None = None
         self._done = self._failed = self._output_tokens = 0
-        self._ttft_s: list[float] = []
+        self._samples: list[tuple[float, float, float | None]] = []  # ttft, e2e, tpot of what ended since the last line
         self._flushing = self._torn = False
         self._held: list[Result] = []  # rows that came while a flush was writing
         self._flushed = Event()
@@ -260,7 +260,7 @@ class Worker:
             self._failed += result.error is not None
             self._output_tokens += result.output_tokens or 0
             if result.chunk_ns and result.error is None:
-                self._ttft_s.append((result.chunk_ns[0] - result.scheduled_ns) / 1e9)
+                self._samples.append(_latencies(result, result.chunk_ns))
         if self._flushing:
             self._held.append(result)
         else:
@@ -300,14 +300,23 @@ class Worker:
     def _report(self) -> None:
         while True:
             gevent.sleep(_PROGRESS_S)
-            samples = self._ttft_s[:: len(self._ttft_s) // _SAMPLES + 1]
+            samples = self._samples[:: len(self._samples) // _SAMPLES + 1]
             told = say(
                 "progress", must=False, t_s=round(self._load.now_ns() / 1e9, 3), sent=self._load.sent, done=self._done,
-                failed=self._failed, in_flight=self._client.in_flight, ttft_s=[round(s, 4) for s in samples],
-                output_tokens=self._output_tokens,
+                failed=self._failed, in_flight=self._client.in_flight, output_tokens=self._output_tokens,
+                ttft_s=[round(ttft, 4) for ttft, _, _ in samples], e2e_s=[round(e2e, 4) for _, e2e, _ in samples],
+                tpot_s=[round(tpot, 5) for _, _, tpot in samples if tpot is not None],
             )  # fmt: skip
-            if told or len(self._ttft_s) > 100_000:
-                self._ttft_s.clear()
+            if told or len(self._samples) > 100_000:
+                self._samples.clear()
+
+
+def _latencies(result: Result, chunk_ns: Sequence[int]) -> tuple[float, float, float | None]:
+    """Roughly, for the progress line: ttft and e2e from the planned time and tpot (null below two tokens), s."""
+    first, last = chunk_ns[0], chunk_ns[-1]
+    after = (result.output_tokens or 0) - 1
+    tpot = (last - first) / after / 1e9 if after > 0 and last > first else None
+    return (first - result.scheduled_ns) / 1e9, (last - result.scheduled_ns) / 1e9, tpot
 
 
 def _warm_up() -> None:

@@ -14,7 +14,8 @@ import click
 from harness import __version__
 from harness.cli import capacity, catalogue, cloud, decide, processes, results, runs, sweep, trace
 from harness.cli.options import ENVIRONMENT, EXIT_STATUS
-from harness.errors import EXIT_VALID, HarnessError
+from harness.cli.verb import Group, command, read_defaults
+from harness.errors import EXIT_VALID, HarnessError, unknown_name
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Replay": (runs.replay, runs.plan, runs.serve, runs.run, sweep.sweep),
@@ -26,7 +27,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
 """The verbs in the order a newcomer meets them."""
 
 
-class Sections(click.Group):
+class Sections(Group):
     """A group whose help lists the verbs by `SECTIONS`."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -52,11 +53,32 @@ class Sections(click.Group):
     """,
     epilog=f"{EXIT_STATUS}\n{ENVIRONMENT}",
 )
-@click.version_option(__version__, prog_name="harness")
-def cli() -> None:
+@click.version_option(__version__, "-V", "--version", prog_name="harness")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """The group of all verbs."""
+    ctx.default_map = read_defaults(cli)
 
 
+@command(name="help", short_help="Show the help of a verb.", hidden=True)
+@click.argument("verb", nargs=-1)
+@click.pass_context
+def help_(ctx: click.Context, verb: Sequence[str]) -> int:
+    """Show the help of VERB, all of its options, or of the harness."""
+    found: click.Command = cli
+    parent = ctx.find_root()
+    for name in verb:
+        below = found.commands if isinstance(found, click.Group) else {}
+        if name not in below:
+            raise unknown_name("verb", " ".join(verb), below or cli.commands)
+        found = below[name]
+        parent = click.Context(found, info_name=name, parent=parent)
+    parent.meta["harness.help_all"] = True
+    click.echo(found.get_help(parent))
+    return EXIT_VALID
+
+
+cli.add_command(help_)
 for _verbs in SECTIONS.values():
     for _verb in _verbs:
         cli.add_command(_verb)

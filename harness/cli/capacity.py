@@ -10,6 +10,7 @@ import click
 from harness.cli import runs
 from harness.cli.options import ATTAIN_OPTION, ENVIRONMENT, SWEEPS_OPTION, TRACE_ARGUMENT, format_option, resume_option
 from harness.cli.types import DURATION, GROWTH, POSITIVE, SHARE, SLO
+from harness.cli.verb import command
 from harness.errors import UsageError
 
 NEWEST = ""
@@ -24,7 +25,7 @@ def replay_options() -> list[click.Option]:
     return [p for p in runs.replay.params if isinstance(p, click.Option) and p.name not in DECIDED]
 
 
-@click.command(
+@command(
     short_help="Find the highest load that keeps a promise, in few runs.",
     epilog=f"""\b
 Examples:
@@ -97,7 +98,7 @@ def capacity(trace: Path, **options: Any) -> int:
 capacity.params[1:1] = [p for p in replay_options() if p.name not in {q.name for q in capacity.params}]
 
 
-@click.command(
+@command(
     short_help="How many instances, of which tier, carry a demand at a promise.",
     epilog="""\b
 Examples:

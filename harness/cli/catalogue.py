@@ -8,10 +8,11 @@ from typing import Any
 import click
 
 from harness.cli.options import JSON_OPTION
+from harness.cli.verb import Group, command
 from harness.errors import EXIT_VALID
 
 
-@click.command(short_help="Say what this machine can and cannot run, and why.")
+@command(short_help="Say what this machine can and cannot run, and why.")
 @JSON_OPTION
 def doctor(format_: str) -> int:
     """Say what this machine can and cannot run, and why."""
@@ -20,7 +21,9 @@ def doctor(format_: str) -> int:
     return commands.doctor(format_)
 
 
-@click.group(short_help="List hardware tiers and their prices, or read today's.", invoke_without_command=True)
+@click.group(
+    cls=Group, short_help="List hardware tiers and their prices, or read today's.", invoke_without_command=True
+)
 @JSON_OPTION
 @click.pass_context
 def tiers(ctx: click.Context, format_: str) -> int:
@@ -68,7 +71,7 @@ def refresh(**options: Any) -> int:
     return commands.refresh_tiers(**options)
 
 
-@click.command(short_help="List models, or fetch the weights of one.")
+@command(short_help="List models, or fetch the weights of one.")
 @click.option(
     "--fetch", metavar="NAME", help="Get this model's weights now (checked and kept; a second time costs nothing)."
 )

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from harness.cli.options import JSON_OPTION
+from harness.cli.verb import Group
 from harness.errors import UsageError
 
 
@@ -25,7 +26,7 @@ class Cidr(click.ParamType):  # type: ignore[type-arg]  # generic only in newer 
             self.fail(f"{value!r} is no IPv4 network ({e}): write 203.0.113.7/32", param, ctx)
 
 
-@click.group(short_help="Rent, watch and end a Ray cluster on AWS.")
+@click.group(cls=Group, short_help="Rent, watch and end a Ray cluster on AWS.")
 def cluster() -> None:
     """Rent a Ray cluster on AWS for one hardware tier, watch what it costs, end it and prove that nothing is left.
 

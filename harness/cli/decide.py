@@ -9,9 +9,10 @@ import click
 
 from harness.cli.options import JUDGE_OPTIONS, format_option
 from harness.cli.types import RATIO, SHARE_OR_NONE
+from harness.cli.verb import command
 
 
-@click.command(
+@command(
     short_help="What to charge: cost, margin, utilisation, against API list prices.",
     epilog="""\b
 Examples:
@@ -102,7 +103,7 @@ def price(**options: Any) -> int:
     return decide.price(**options)
 
 
-@click.command(
+@command(
     short_help="A against B: paired intervals and a plain verdict; fails a CI job on request.",
     epilog="""\b
 Examples:

@@ -24,7 +24,7 @@ Exit status:
 """
 
 ENVIRONMENT = """\b
-Environment:
+Environment (HARNESS_BASE_URL and the like: any option's default, as in a file harness.toml here):
   HARNESS_API_KEY  the servers' API key; never given on a command line, never written down
   HARNESS_CACHE    where model weights are kept (default: ~/.cache/harness)
   HARNESS_TIERS    your own tiers file, added to the shipped one
@@ -35,12 +35,15 @@ Environment:
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def stack(*options: Decorator) -> Decorator:
-    """Several options as one decorator, first on top."""
+def stack(*options: Decorator, group: str = "Options") -> Decorator:
+    """Several options as one decorator, first on top; ``group`` is their heading in the full help."""
 
     def apply(function: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(options):
             function = option(function)
+            for param in getattr(function, "__click_params__", ()):
+                if not hasattr(param, "group"):
+                    param.group = group
         return function
 
     return apply
@@ -70,6 +73,7 @@ READ_OPTIONS = stack(
         metavar="N",
         help="Of a file with several recordings (time goes back between them), only the Nth.",
     ),
+    group="Trace",
 )
 
 PLAN_OPTIONS = stack(
@@ -150,6 +154,7 @@ PLAN_OPTIONS = stack(
         show_default=True,
         help="API to use. auto: chat when the trace has messages, else completions.",
     ),
+    group="Plan",
 )
 
 SERVER_OPTIONS = stack(
@@ -187,6 +192,7 @@ SERVER_OPTIONS = stack(
         show_default=True,
         help="When a server dies during a run: stop the run now, or start it again and mark the run.",
     ),
+    group="Servers",
 )
 
 MIN_REQUESTS_HELP = "Below so many measured requests a run has no verdict but TOO SMALL, and no price."
@@ -251,6 +257,7 @@ LOAD_OPTIONS = stack(
         metavar="KEY=TIME,...",
         help="Latency promised: ttft=2s,tpot=100ms of each request, or ttft_p99=2s,tpot_p95=80ms (also e2e, itl_max).",
     ),
+    group="Load",
 )
 
 
@@ -279,6 +286,7 @@ JUDGE_OPTIONS = stack(
         "--slo", type=SLO, metavar="KEY=TIME,...", help="Judge against this SLO instead of the one of the runs."
     ),
     ATTAIN_OPTION,
+    group="Report",
 )
 
 REPORT_OPTIONS = stack(
@@ -291,6 +299,7 @@ REPORT_OPTIONS = stack(
         help="What one output token is taken to cost against one input token when the bill is split.",
     ),
     format_option("text", "md", "json"),
+    group="Report",
 )
 
 OUT_OPTION = click.option(

@@ -8,9 +8,10 @@ import click
 
 from harness.cli.options import JSON_OPTION
 from harness.cli.types import DURATION
+from harness.cli.verb import command
 
 
-@click.command(
+@command(
     short_help="List the servers, load workers and Ray that are running.",
     epilog="""\b
 Examples:
@@ -30,7 +31,7 @@ def ps(format_: str) -> int:
     return processes.ps(format_)
 
 
-@click.command(
+@command(
     short_help="End what 'harness ps' lists, one by its ID or all.",
     epilog="""\b
 Examples:

@@ -9,9 +9,10 @@ import click
 
 from harness.cli.options import EXIT_STATUS, MIN_REQUESTS_HELP, REPORT_OPTIONS
 from harness.cli.types import SLO
+from harness.cli.verb import command
 
 
-@click.command(
+@command(
     short_help="Report on a run directory; compare several in a page.",
     epilog=f"""\b
 Examples:
@@ -46,7 +47,7 @@ def report(**options: Any) -> int:
     return commands.report(**options)
 
 
-@click.command(
+@command(
     short_help="Write result rows as Parquet, CSV or JSON.",
     epilog="""\b
 Examples:
@@ -68,7 +69,7 @@ def export(runs: tuple[Path, ...], output: Path) -> int:
     return export_rows(runs, output)
 
 
-@click.command(
+@command(
     name="open",
     short_help="Browse a folder of runs on a local page.",
     epilog="""\b

@@ -20,6 +20,7 @@ from harness.cli.options import (
     attain_needs_slo,
 )
 from harness.cli.types import WARMUP
+from harness.cli.verb import command
 from harness.errors import UsageError
 
 ENDPOINT_OPTION = click.option(
@@ -31,7 +32,7 @@ ENDPOINT_OPTION = click.option(
 )
 
 
-@click.command(
+@command(
     short_help="Plan, serve, run and report in one go.",
     epilog=f"""\b
 Examples:
@@ -67,7 +68,7 @@ def replay(**options: Any) -> int:
     return commands.replay(**options)
 
 
-@click.command(
+@command(
     short_help="Turn a trace into a plan file: requests, prompts, times.",
     epilog="""\b
 Examples:
@@ -103,7 +104,7 @@ def plan(**options: Any) -> int:
     return commands.plan(**options)
 
 
-@click.command(short_help="Start servers and keep them until Ctrl-C.")
+@command(short_help="Start servers and keep them until Ctrl-C.")
 @SERVER_OPTIONS
 @OUT_OPTION
 def serve(**options: Any) -> int:
@@ -119,7 +120,7 @@ def serve(**options: Any) -> int:
     return commands.serve(**options)
 
 
-@click.command(
+@command(
     short_help="Send a plan and report.",
     epilog=f"""\b
 Examples:
@@ -153,7 +154,7 @@ def run(**options: Any) -> int:
     return commands.run(**options)
 
 
-@click.command(
+@command(
     short_help="Compare our figures with those of vLLM's own client.",
     epilog="""\b
 Examples:
@@ -181,7 +182,7 @@ def crosscheck(**options: Any) -> int:
     return commands.crosscheck(**options)
 
 
-@click.command(short_help="Measure what the load generator can carry on this machine.")
+@command(short_help="Measure what the load generator can carry on this machine.")
 @JSON_OPTION
 def calibrate(format_: str) -> int:
     """Measure what one load worker on this machine can carry, in under a minute.

@@ -11,6 +11,7 @@ import click
 
 from harness.cli import runs
 from harness.cli.options import ENVIRONMENT, JSON_OPTION, SWEEPS_OPTION, resume_option
+from harness.cli.verb import command
 from harness.errors import UsageError
 
 NEWEST = "newest"
@@ -74,7 +75,7 @@ def _arguments(option: click.Option, value: Any, folder: Path) -> list[str]:
     return [f"{flag}={value}"]
 
 
-@click.command(
+@command(
     short_help="Models x tiers x load levels x repeats on one trace.",
     epilog=f"""\b
 Examples:

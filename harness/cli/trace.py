@@ -9,6 +9,7 @@ import click
 
 from harness.cli.options import JSON_OPTION, READ_OPTIONS, stack
 from harness.cli.types import DURATION, WINDOW
+from harness.cli.verb import Group
 
 _READ = stack(
     click.argument("trace", type=click.Path(path_type=Path)),
@@ -43,6 +44,7 @@ _BLOCK = click.option(
 
 
 @click.group(
+    cls=Group,
     short_help="Look at a trace, convert, sample, make up or anonymize one.",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )

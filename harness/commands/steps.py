@@ -216,7 +216,9 @@ def execute_point(
             manifest.status, manifest.start_unix_ns = "running", load.start()
             write_manifest(run, manifest)
             with sample_servers(servers, run, manifest.start_unix_ns, counters=spec.counters):
-                progress = LoadProgress(console(), total=info.requests, span_s=info.span_s)
+                progress = LoadProgress(
+                    console(), total=info.requests, span_s=info.span_s, slo=spec.slo, attain=options["attain"]
+                )
                 cut, manifest.lost = watch(load, servers, stop, progress, deadline, lost)
             manifest.workers, manifest.end_ns = load.workers, load.end_ns
         manifest.answers = counted_sample(run, spec, options.get("tokenizer") or servers.tokenizer)

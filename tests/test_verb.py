@@ -1,0 +1,144 @@
+"""Help, defaults from the environment and from harness.toml, quiet and verbose runs, and the line of a run."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+from conftest import StartServer, harness
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from harness.cli import cli
+from harness.cli.verb import COMMON, Group, read_defaults
+from harness.errors import UsageError
+from harness.progress import LoadProgress
+
+TRACE = Path(__file__).resolve().parent.parent / "scenarios" / "traces" / "azure-conv-2023.csv"
+RESERVED = {"api-key", "cache", "tiers", "interpreted", "group", "peers", "complete"}
+"""Variables HARNESS_* that are no option's default."""
+
+
+def leaves(group: click.Group) -> list[click.Command]:
+    return [leaf for verb in group.commands.values() for leaf in (leaves(verb) if isinstance(verb, Group) else [verb])]
+
+
+def test_a_long_verb_shows_a_dozen_options_until_asked() -> None:
+    short, full = (CliRunner().invoke(cli, ["replay", word]).output for word in ("-h", "--help-all"))
+    shown = [line for line in short.splitlines() if line.startswith("  --")]
+    assert len(shown) == len(COMMON) + 1 == 13, "and --help-all"
+    assert "more options: cli replay --help-all" in short
+    for heading in ("Trace:", "Plan:", "Servers:", "Load:", "Report:"):
+        assert f"\n{heading}\n" in full
+        assert f"\n{heading}\n" not in short
+    assert "--burstiness" in full
+    assert "--burstiness" not in short
+
+
+def test_help_of_a_verb() -> None:
+    run = CliRunner().invoke
+    assert run(cli, ["help"]).output == run(cli, ["--help"]).output
+    assert run(cli, ["help", "replay"]).output == run(cli, ["replay", "--help-all"]).output
+    assert "Usage: cli trace inspect" in run(cli, ["help", "trace", "inspect"]).output
+    done = harness("help", "replya")
+    assert done.returncode == 2
+    assert "did you mean replay" in done.stderr
+
+
+def test_version_and_module() -> None:
+    assert harness("-V").stdout.startswith("harness, version ")
+
+
+def test_no_option_has_the_variable_of_something_else() -> None:
+    names = {p.opts[0].strip("-") for verb in leaves(cli) for p in verb.params if isinstance(p, click.Option)}
+    assert not names & RESERVED
+
+
+def defaults(tmp_path: Path, text: str, **environment: str) -> dict[str, Any]:
+    path = tmp_path / "harness.toml"
+    path.write_text(text)
+    return read_defaults(cli, path, environment)
+
+
+def test_defaults_from_a_file_and_the_environment(tmp_path: Path) -> None:
+    text = 'model = "a"\nbase-url = ["http://a/v1", "http://b/v1"]\n[replay]\nlimit = 5\nslo = { ttft = "2s" }\n'
+    text += "no_stream = true\n"
+    found = defaults(tmp_path, text, HARNESS_MODEL="b", HARNESS_OUT="there")
+    assert found["replay"] == {
+        "model": "b", "base_urls": ["http://a/v1", "http://b/v1"], "limit": "5", "slo": "ttft=2s", "no_stream": True,
+        "out": "there",
+    }  # fmt: skip
+    assert found["serve"]["model"] == "b"
+    assert "slo" not in found["run"]
+    assert read_defaults(cli, tmp_path / "none.toml", {})["replay"] == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("modle = 1", "modle: no verb has such an option; did you mean model"),
+        ("[replya]\nlimit = 1", "replya: no such verb; did you mean replay"),
+        ("[replay]\nspeeed = 1", "speeed: harness replay has no such option; did you mean speed"),
+        ("[replay", "not TOML"),
+        ("a = " + "[" * 5000, "not TOML"),
+        ("#" * (1 << 21), "larger than 1 MiB"),
+    ],
+)
+def test_a_wrong_file_of_defaults(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as e:
+        defaults(tmp_path, text)
+    assert words in str(e.value)
+    assert "harness.toml" in str(e.value)
+
+
+def test_the_command_line_wins_and_verbose_says_where_values_come_from(
+    tmp_path: Path, fake_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = fake_server("--ttft", "0.01", "--itl", "0.001")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HARNESS_LIMIT", "31")
+    (tmp_path / "harness.toml").write_text(f'limit = 40\nconcurrency = 9\nbase-url = "{server.url}"\n')
+    replay = [sys.executable, "-m", "harness", "replay", str(TRACE), "--concurrency", "8"]
+    done = subprocess.run([*replay, "-v"], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--limit = 31 (from HARNESS_LIMIT)" in done.stderr
+    assert "(from harness.toml)" in done.stderr
+    assert "31 of 31 requests" in done.stdout
+    assert "closed loop, 8 in flight" in done.stdout
+    quiet = subprocess.run([*replay, "-q"], capture_output=True, text=True, timeout=100, check=False)
+    assert quiet.stderr == ""
+    assert "31 of 31 requests" in quiet.stdout
+
+
+def progress(width: int = 80, **options: Any) -> LoadProgress:
+    return LoadProgress(Console(file=io.StringIO(), width=width), total=60, span_s=None, **options)
+
+
+def test_the_line_of_a_run_shows_what_the_slo_is_about() -> None:
+    counts: dict[str, object] = {
+        "done": 16, "in_flight": 8, "failed": 1, "ttft_s": [0.1, 0.2, 0.3], "tpot_s": [0.09], "e2e_s": [3.0],
+    }  # fmt: skip
+    plain = progress()
+    plain.update(counts)
+    assert "16/60" in plain.line(counts, 0.0, 80)
+    assert "ttft p50 200 ms" in plain.line(counts, 0.0, 80)
+    promised = progress(slo={"ttft_p99": 2.0, "tpot": 0.1}, attain=0.95)
+    promised.update(counts)
+    assert "tpot p95 90 ms of 100 ms" in promised.line(counts, 0.0, 80), "it is nearer to its limit than ttft"
+
+
+@given(st.integers(0, 10**9), st.integers(0, 10**6), st.floats(0, 1e5), st.integers(20, 200))
+def test_the_line_of_a_run_fits(done: int, in_flight: int, ttft_s: float, width: int) -> None:
+    counts: dict[str, object] = {"done": done, "in_flight": in_flight, "failed": done // 2, "ttft_s": [ttft_s]}
+    shown = progress(slo={"ttft_p99": 2.0})
+    shown.update(counts)
+    text = shown.line(counts, 1.0, width)
+    assert len(text) <= width
+    assert str(done) in text
