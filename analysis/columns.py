@@ -197,15 +197,17 @@ class Columns:
         return codes
 
 
-CHUNKS: dict[str, type] = dict.fromkeys(("first_gap_ns", "decode_ns", "max_gap_ns", "stated_tokens"), np.float64)
+CHUNKS: dict[str, type] = dict.fromkeys(
+    ("first_gap_ns", "decode_ns", "max_gap_ns", "stated_tokens", "first_tokens"), np.float64
+)
 CHUNKS["chunks"] = np.int32
 """What `reduce_chunks` makes, and of which type."""
 
 
 def reduce_chunks(batch: pa.RecordBatch) -> dict[str, Any]:
     """What stays of each row's chunks: ``chunks``, ``first_gap_ns``, ``decode_ns`` (first chunk to last),
-    ``max_gap_ns`` (longest after the first), ``stated_tokens``, and ``possible``: False where they contradict each
-    other or the times of their row.
+    ``max_gap_ns`` (longest after the first), ``stated_tokens``, ``first_tokens`` (of these, in the first chunk), and
+    ``possible``: False where they contradict each other or the times of their row.
     """
     gaps, offsets = lists(batch.column("chunk_gap_ns"))
     counts = np.diff(offsets)
@@ -225,20 +227,22 @@ def reduce_chunks(batch: pa.RecordBatch) -> dict[str, Any]:
     tokens, token_offsets = lists(batch.column("chunk_tokens"))
     told = bools(pc.is_valid(batch.column("chunk_tokens")))
     ok &= ~told | (np.diff(token_offsets) == counts)
-    stated = np.where(some, np.nan, 0.0)
+    stated, head = np.where(some, np.nan, 0.0), np.full(len(batch), np.nan)
     begins = token_offsets[:-1][np.diff(token_offsets) > 0]
     if len(tokens) and tokens.min() == tokens.max() == 1:
         stated = np.where(told, np.diff(token_offsets), stated)
+        head[told & some] = 1.0
     elif len(begins):
         rows = np.diff(token_offsets) > 0
-        stated[rows] = np.add.reduceat(tokens, begins)
+        stated[rows], head[rows] = np.add.reduceat(tokens, begins), tokens[begins]
         if tokens.min() < 1:  # a count below one makes it no division of the answer
-            stated[np.flatnonzero(rows)[np.minimum.reduceat(tokens, begins) < 1]] = np.nan
+            unclear = np.flatnonzero(rows)[np.minimum.reduceat(tokens, begins) < 1]
+            stated[unclear] = head[unclear] = np.nan
     sent, finished = floats(batch.column("sent_ns")), floats(batch.column("finished_ns"))
     ok &= np.where(some, finished >= sent + np.nan_to_num(first) + np.nan_to_num(decode), True)
     return {
         "chunks": counts.astype(np.int32), "first_gap_ns": first, "decode_ns": decode, "max_gap_ns": longest,
-        "stated_tokens": stated, "possible": ok,
+        "stated_tokens": stated, "first_tokens": head, "possible": ok,
     }  # fmt: skip
 
 

@@ -310,7 +310,7 @@ def _rows(table: dict[str, Any], mask: Bools, plan: _Plan) -> Rows:
 
     ids, scheduled = column("request_id"), seconds("scheduled_ns")
     times = ("sent", "finished", "first_gap", "decode", "max_gap")
-    same = (*COUNTS, "error", "chunks", "stated_tokens")
+    same = (*COUNTS, "error", "chunks", "stated_tokens", "first_tokens")
     rows = Rows(
         request_id=ids,
         rank=_rank(ids, scheduled, plan.requests),

@@ -18,6 +18,8 @@ from analysis.arrays import Bools, Floats, Ints
 from analysis.load import ChunkRows, Rows, Run
 from harness.slo import split_key
 
+BETWEEN_BOUND = 0.1
+"""Share by which tpot may be wrong for want of knowing how many tokens a chunk holds."""
 WINDOW_RULE = "whole run, ramp and drain included"
 BINS = 200
 
@@ -73,15 +75,30 @@ def service_e2e(rows: Rows) -> Floats:
 
 
 def tpot(rows: Rows) -> Floats:
-    """tpot, s per output token: (last chunk - first chunk) / (output tokens - 1).
+    """tpot, s per output token: (last chunk - first chunk) / tokens that came between.
 
-    NaN below two output tokens, without ``usage``, and when all output came in one chunk: then nothing was timed.
-    Source: vLLM and NVIDIA GenAI-Perf divide by output tokens - 1; they end at the last token as here.
+    NaN below two output tokens, without ``usage``, when all output came in one chunk (then nothing was timed), and when
+    nobody knows how many tokens came between.
+    Source: vLLM and NVIDIA GenAI-Perf divide by output tokens - 1: the same where the first chunk holds one token.
     """
-    usable = rows.success & (rows.chunks >= 2) & (rows.output_tokens >= 2)
+    tokens = between(rows)
+    usable = rows.success & (rows.chunks >= 2) & (rows.output_tokens >= 2) & (tokens >= 1)
     result = np.full(len(rows), np.nan)
-    result[usable] = rows.decode_s[usable] / (rows.output_tokens[usable] - 1)
+    result[usable] = rows.decode_s[usable] / tokens[usable]
     return result
+
+
+def between(rows: Rows) -> Floats:
+    """Output tokens after the first chunk; NaN when not known.
+
+    As the server said for each chunk. Where it did not, the first chunk holds at least one and leaves one at least for
+    each other: output tokens - 1, unless what it may hold makes more than `BETWEEN_BOUND` of a difference, or some
+    tokens are declared to be reasoning: those were perhaps not streamed.
+    """
+    most, least = rows.output_tokens - 1, rows.chunks - 1
+    close = (least >= (1 - BETWEEN_BOUND) * most) & ~(rows.reasoning_tokens > 0)
+    stated = rows.stated_tokens - rows.first_tokens
+    return np.where(np.isfinite(stated), stated, np.where(close, most, np.nan))
 
 
 def itl_max(rows: Rows) -> Floats:
@@ -197,6 +214,12 @@ def by_error(run: Run) -> tuple[int, dict[str, int]]:
 def _code(run: Run, name: str) -> int:
     """What `Rows.error` holds for an error class; no row holds it where there was none."""
     return run.errors.index(name) if name in run.errors else len(run.errors)
+
+
+def unknown(rows: Rows, name: str) -> int:
+    """Successful requests of two output tokens or more whose ``tpot`` or ``itl_max`` nobody knows."""
+    metric = {"tpot": tpot, "itl_max": itl_max}[name]
+    return int(flags(rows, lambda part: part.success & ~(part.output_tokens < 2) & np.isnan(metric(part))).sum())
 
 
 def meets_slo(rows: Rows, slo: Mapping[str, float]) -> Bools:

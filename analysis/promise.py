@@ -11,7 +11,7 @@ from analysis import arrays, metrics
 from analysis.arrays import Bools
 from analysis.intervals import Quantity, share
 from analysis.load import Rows, Run
-from analysis.metrics import Counts, Tokens
+from analysis.metrics import Counts
 from analysis.relaxation import Relaxation
 from analysis.served import MISMATCH_BOUND
 from harness.slo import criteria, split_key
@@ -46,11 +46,15 @@ class Slo:
     criteria: list[Judged]
 
 
-def unjudged(limits: Mapping[str, float], tokens: Tokens, counts: Counts) -> str | None:
+def unjudged(limits: Mapping[str, float], rows: Rows, counts: Counts) -> str | None:
     """Why it is not known whether requests kept these limits; None: it is."""
-    if tokens.missing <= MISMATCH_BOUND * counts.succeeded or all(split_key(key)[0] != "tpot" for key in limits):
-        return None
-    return f"tpot is not known: usage missing on {tokens.missing} of {counts.succeeded} requests"
+    for name in ("tpot", "itl_max"):
+        if all(split_key(key)[0] != name for key in limits):
+            continue
+        missing = metrics.unknown(rows, name)
+        if missing > MISMATCH_BOUND * counts.succeeded:
+            return f"{name} is not known of {missing} of {counts.succeeded} requests (limits say why)"
+    return None
 
 
 def price_note(slo: Slo | None, served: str | None = None) -> str | None:
@@ -65,15 +69,13 @@ def price_note(slo: Slo | None, served: str | None = None) -> str | None:
     return "; ".join(said) or None
 
 
-def judge(
-    run: Run, limits: dict[str, float], counts: Counts, tokens: Tokens, attain: float, queue: Relaxation | None = None
-) -> Slo:
+def judge(run: Run, limits: dict[str, float], counts: Counts, attain: float, queue: Relaxation | None = None) -> Slo:
     """Attainment over every request that was offered: failed, unfinished and lost ones did not meet it."""
     rows = run.rows
     left_out = _in_time(rows, metrics.not_offered(run))
 
     def attained(within: Mapping[str, float]) -> Quantity:
-        if why := unjudged(within, tokens, counts):
+        if why := unjudged(within, rows, counts):
             unit = "share of requests"
             return Quantity(value=None, n=counts.offered, unit=unit, note=why, evidence=run.evidence)
         met = arrays.zeros(counts.offered, np.bool_)  # lost ones last: they met nothing

@@ -57,6 +57,8 @@ class Rows:
     """Longest gap between two chunks; NaN below two."""
     stated_tokens: Floats
     """Output tokens that the chunks say they hold; NaN when the server did not say."""
+    first_tokens: Floats
+    """Of these, in the first chunk."""
 
     def __len__(self) -> int:
         return len(self.request_id)

@@ -169,7 +169,7 @@ def summarise(
     ]
     said = verdict(checks)
     queue = queue_of(run, window)
-    judged = judge(run, limits, counts, tokens, attain, queue) if limits else None
+    judged = judge(run, limits, counts, attain, queue) if limits else None
     sampled, weighted = _rates(run, window, tokens, counts, limits, ratio, queue)
     offered = offered_load(run)
     full = fullness(run, window, sampled.concurrency.value)
@@ -316,7 +316,7 @@ def _rates(
         ended = metrics.binned(arrays.kept(rows.finished_s, which), None, window)
         return rate(ended, window.bin_s, n=int(which.sum()), unit="req/s", evidence=evidence)
 
-    unknown, short = unjudged(limits, tokens, counts), None if queue is None else queue.note
+    unknown, short = unjudged(limits, rows, counts), None if queue is None else queue.note
     good = metrics.meets_slo(rows, limits)
     out, into = run.chunks.output_tokens, metrics.binned(*metrics.input_token_events(rows), window)
     n = counts.succeeded

@@ -65,7 +65,7 @@ def test_a_chunk_of_k_tokens_is_k_samples_of_its_share(tmp_path):
     assert gaps.seconds == pytest.approx([0.010, 0.010])
     assert gaps.tokens == pytest.approx([3, 1])
     assert (gaps.seconds * gaps.tokens).sum() == pytest.approx(0.040)  # last chunk - first chunk
-    assert metrics.tpot(rows) == pytest.approx([0.040 / 5])
+    assert metrics.tpot(rows) == pytest.approx([0.040 / 4]), "the two of the first chunk came before"
     assert summarise(run_of(tmp_path / "again", [row])).metrics.itl.mean.n == 4
 
 
@@ -76,6 +76,33 @@ def test_unknown_tokens_per_chunk_are_one_sample_each_and_said(tmp_path, tokens)
     gaps = pooled(run.whole())
     assert (len(gaps.seconds), metrics.untold(run.rows)) == (2, 1)
     assert any("one sample per chunk" in a for a in summarise(run).assumptions)
+
+
+@pytest.mark.parametrize(
+    ("stamps_ms", "per_chunk", "usage", "reasoning", "tpot_ms"),
+    [
+        ([50, 60], [5, 1], 6, None, 10),  # five tokens in the first event, then one
+        ([50, 60], None, 6, None, None),  # the same, and the server does not say
+        ([50 + 10 * k for k in range(20)], None, 21, None, 9.5),  # one may be in any chunk: 5 % at most
+        ([50 + 10 * k for k in range(20)], None, 24, None, None),
+        ([50 + 10 * k for k in range(6)], None, 24, 18, None),  # reasoning that was not streamed
+        ([50 + 10 * k for k in range(20)], None, 21, 1, None),
+        ([50 + 10 * k for k in range(24)], [1] * 24, 24, 12, 10),  # streamed: each chunk is a token
+        ([50 + 10 * k for k in range(6)], [19, *[1] * 5], 24, 18, 10),  # told with each chunk, by usage so far
+        ([50 + 10 * k for k in range(24)], None, 12, None, 230 / 11),  # chunks of less than a token
+    ],
+)
+def test_tpot_counts_the_tokens_that_came_between(tmp_path, stamps_ms, per_chunk, usage, reasoning, tpot_ms):
+    row = good(0, 0, tokens=1)
+    row.chunk_ns, row.chunk_tokens = [at * MS for at in stamps_ms], per_chunk
+    row.output_tokens, row.reasoning_tokens, row.finished_ns = usage, reasoning, stamps_ms[-1] * MS
+    run = run_of(tmp_path, [row] * 1)
+    (got,) = metrics.tpot(run.rows)
+    assert (None if np.isnan(got) else got * 1e3) == (None if tpot_ms is None else pytest.approx(tpot_ms))
+    assert metrics.unknown(run.rows, "tpot") == (tpot_ms is None)
+    judged = summarise(run, slo={"tpot": 0.0105}).slo
+    assert judged.met is (None if tpot_ms is None else tpot_ms < 10.5)
+    assert (judged.attainment.value is None) is (tpot_ms is None)
 
 
 def test_metrics_that_do_not_exist_are_null(tmp_path):
@@ -124,7 +151,9 @@ def test_gaps_and_tokens_add_up(drawn):
     gaps = pooled(rows)
     decode = [(r.chunk_ns[-1] - r.chunk_ns[0]) / 1e9 for r in results]
     assert (gaps.seconds * gaps.tokens).sum() == pytest.approx(sum(decode), abs=1e-6)
-    assert np.nansum(metrics.tpot(rows) * (rows.output_tokens - 1)) == pytest.approx(sum(decode), abs=1e-6)
+    assert np.nansum(metrics.tpot(rows) * (rows.output_tokens - rows.first_tokens)) == pytest.approx(
+        sum(decode), abs=1e-6
+    )
     times, tokens = rows.chunk_s, metrics.chunk_output_tokens(rows)
     assert tokens.sum() == pytest.approx(sum(r.output_tokens for r in results))
     within = metrics.window(rows)

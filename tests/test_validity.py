@@ -87,6 +87,7 @@ GATES = {
 
 LIMITS = {
     "output_tokens": {"results": changed(1, output_tokens=3, chunk_tokens=None), "plan": as_planned()},
+    "chunk_tokens": {"results": changed(1, output_tokens=9, chunk_tokens=None)},
     "server_counters": {"engine": "url", "replicas": [replace(REPLICA, several_servers=True)]},
     "stamps": {"workers_said": worker(loop_lag_p99_s=0.005)},
     "generator_stall": {"seen": watch(rows(), lag_ms=50)},
