@@ -7,21 +7,29 @@ are sorted only when the format is written out of order (or when asked to), and 
 
 from __future__ import annotations
 
-import heapq
-import pickle
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
+from harness.arrival_order import ArrivalOrder
 from harness.errors import TraceError, UsageError, unknown_name
 from harness.formats import FORMATS
 from harness.formats.detect import detect
-from harness.formats.row import FAILED_CALL, MAX_ARRIVAL_S, FailedCallError, LeftOutError, Reader, Row, RowError
-from harness.source import Cut, Source, open_source
+from harness.formats.row import (
+    FAILED_CALL,
+    FailedCallError,
+    Item,
+    LeftOutError,
+    Place,
+    Reader,
+    Row,
+    RowError,
+    is_whole_prompt,
+    weight,
+)
+from harness.source import Source, open_source
+from harness.spool import Sorter
 
 __all__ = ["FAILED_CALL", "Draw", "Trace", "TraceRecord", "open_trace"]
 
@@ -31,8 +39,6 @@ Draw = Callable[[], tuple[int, int]]
 _MAX_REASONS = 30
 _FAST, _FAST_ROWS = 1000, 100
 """Requests/s that no single trace is likely to hold over so many rows: the clock may be in another unit."""
-_SORT_ROWS = 200_000
-"""Rows held in memory when sorting; the rest waits in temporary files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +70,10 @@ class TraceRecord:
     """From the end of the session's previous answer to this turn."""
     timeout_s: float | None = None
     """The client waited this long at most, counted from when it had sent the request; None: the run's limit."""
+    model: str | None = None
+    """Model that answered in production, by the source's name for it. Never asked for: see ``adapter``."""
+    cached_tokens: int | None = None
+    """Of ``input_tokens``, those that production found in a prompt cache."""
 
 
 class Trace:
@@ -91,7 +101,7 @@ class Trace:
         self.sha256 = source.sha256
         """Of the file as it lies on disk (compressed, if it is)."""
         self.skip_bad = skip_bad
-        self.sorted = sort or not FORMATS[format_].in_order
+        self.sort = sort
         self.part = part
         self.rows_read = 0
         self.rows_kept = 0
@@ -116,24 +126,24 @@ class Trace:
         """
         reader = FORMATS[self.format]()
         books = _Books()
-        order = _Order(self.part)
+        order = ArrivalOrder(self.part)
         done = False
         try:
             rows = self._rows(reader, books)
-            for number, row in _sorted(rows) if self.sorted else rows:
+            for place, row in self._in_order(rows, reader, books):
                 try:
                     arrival_s = order.arrival_s(row)
                 except RowError as e:
-                    self._refuse(books, number, e)
+                    self._refuse(books, place, e)
                     continue
                 except LeftOutError as e:
                     books.drop(e.reason)
                     continue
                 books.kept += 1
-                yield TraceRecord(number, arrival_s, *row[1:])
+                yield TraceRecord(place.line, arrival_s, *row[1:])
             done = True
         finally:
-            if self.sorted and not done:
+            if not done and books.sorted:
                 books.read = books.kept + books.dropped.total()  # rows that were sorted, but not looked at
             self.rows_read, self.rows_kept, self.rows_dropped = books.read, books.kept, dict(books.dropped)
             self.rows_failed = books.failed
@@ -143,70 +153,87 @@ class Trace:
         if not books.kept:
             raise TraceError(self.source.name, None, f"no usable row: {books}")
 
-    def _rows(self, reader: Reader, books: _Books) -> Iterator[tuple[int, Row]]:
+    def _in_order(
+        self, rows: Iterator[tuple[Place, Row]], reader: Reader, books: _Books
+    ) -> Iterator[tuple[Place, Row]]:
+        """Rows by arrival, equal ones in file order, where that has to be made."""
+        if not self.sort and reader.in_order:
+            yield from rows
+            return
+        books.sorted = True
+        rows_sorted: Sorter[tuple[Place, Row]] = Sorter(_when, lambda placed: weight(placed[1]))
+        for placed in rows:
+            books.moved = books.moved or _when(placed) < books.latest
+            books.latest = max(books.latest, _when(placed))
+            rows_sorted.add(placed)
+        yield from rows_sorted
+
+    def _rows(self, reader: Reader, books: _Books) -> Iterator[tuple[Place, Row]]:
         """Good rows in file order; the others are counted or raised."""
         draw = self._lengths() if self._lengths else None
-        header = reader.has_header
-        number = 0
         try:
             reader.beside(self.source.path)
         except RowError as e:
             raise TraceError(self.source.name, None, str(e)) from None
-        for number, record in reader.records(self.source):
-            if header:
-                self._read_header(reader, number, record)
-                header = False
-                continue
-            for item in _parse(reader, record):
-                yield from self._judge(books, number, item, draw)
-        for item in reader.end():
-            yield from self._judge(books, number, item, draw)
+        last = Place(0, 1)
+
+        def placed() -> Iterator[tuple[Place, object]]:
+            nonlocal last
+            for line, record in reader.records(self.source):
+                last = Place(0, line)
+                yield last, record
+
+        for place, item in reader.rows(placed()):
+            yield from self._judge(reader, books, place, item, draw)
+        for at, item in reader.end():
+            yield from self._judge(reader, books, at or last, item, draw)
 
     def _judge(
-        self, books: _Books, number: int, item: Row | RowError | LeftOutError, draw: Draw | None
-    ) -> Iterator[tuple[int, Row]]:
+        self, reader: Reader, books: _Books, place: Place, item: Item, draw: Draw | None
+    ) -> Iterator[tuple[Place, Row]]:
         books.read += 1
         if isinstance(item, LeftOutError):
             books.drop(item.reason)
             books.failed += isinstance(item, FailedCallError)
         elif isinstance(item, RowError):
-            self._refuse(books, number, item)
+            self._refuse(books, place, item)
         elif item.input_tokens is not None or item.text is not None or item.messages is not None:
-            yield number, item
+            if not reader.sends_text and not is_whole_prompt(item):
+                books.partial += 1
+                item = item._replace(text=None, messages=None)
+            yield place, item
         elif draw is not None:
             input_tokens, output_tokens = draw()
             books.drawn += 1
-            yield number, item._replace(input_tokens=input_tokens, output_tokens=item.output_tokens or output_tokens)
+            yield place, item._replace(input_tokens=input_tokens, output_tokens=item.output_tokens or output_tokens)
         elif self._arrivals_only:
-            yield number, item
+            yield place, item
         else:
             raise TraceError(
                 self.source.name,
-                number,
+                place.line,
                 f"this {self.format} file says when requests arrived, not how long they were. State the lengths: "
                 "--input-tokens lognormal:mean=800,cv=1 --output-tokens ... (or write them into a trace of their own: "
                 "'harness trace convert FILE --input-tokens ... --output-tokens ... -o OUT')",
             )
 
-    def _refuse(self, books: _Books, number: int, error: RowError) -> None:
+    def _refuse(self, books: _Books, place: Place, error: RowError) -> None:
         if not self.skip_bad:
-            raise TraceError(self.source.name, number, f"{error} (--skip-bad drops and counts such rows)") from None
+            raise TraceError(self.source.name, place.line, f"{error} (--skip-bad drops and counts such rows)") from None
         books.drop(error.reason)
 
-    def _read_header(self, reader: Reader, number: int, line: bytes) -> None:
-        try:
-            reader.header(line)
-        except RowError as e:
-            raise TraceError(self.source.name, number, f"{e}; this is not a {self.format} trace") from None
-
-    def _notes(self, reader: Reader, order: _Order, books: _Books) -> list[str]:
+    def _notes(self, reader: Reader, order: ArrivalOrder, books: _Books) -> list[str]:
         notes = [f"{count} of {books.read} rows not replayed: {why}" for why, count in sorted(books.dropped.items())]
-        if self.sorted and order.instants:
-            notes.append(
-                "rows sorted by arrival: " + ("as asked" if reader.in_order else "the source writes them later")
-            )
+        if books.moved:
+            why = "the source writes them later, or files were put together in another order"
+            notes.append("rows sorted by arrival: " + ("as asked" if self.sort else why))
         if books.drawn:
             notes.append(f"token lengths of {books.drawn} rows are drawn from the stated distributions, not measured")
+        if books.partial:
+            notes.append(
+                f"{books.partial} rows have a text that cannot be the whole prompt, by the input tokens counted beside "
+                "it: replayed by their lengths"
+            )
         if self.grid_s is not None:
             notes.append(
                 f"arrivals lie on a grid of {self.grid_s:g} s: {books.kept} rows on {order.instants} instants. The "
@@ -256,23 +283,16 @@ def open_trace(
     )  # fmt: skip
 
 
-def _parse(reader: Reader, record: object) -> Iterable[Row | RowError | LeftOutError]:
-    """What one record holds, its errors as values."""
-    try:
-        if isinstance(record, Cut):
-            raise RowError("line too long", f"longer than {(len(record) - 1) // 2**20} MiB: not a trace line")
-        row = reader.parse(record)
-    except (RowError, LeftOutError) as e:
-        return (e,)
-    return (row,) if isinstance(row, Row) else row
-
-
 class _Books:
     """Every row is read, and then kept or dropped for a reason."""
 
     def __init__(self) -> None:
-        self.read = self.kept = self.drawn = self.failed = 0
+        self.read = self.kept = self.drawn = self.failed = self.partial = 0
         self.dropped: Counter[str] = Counter()
+        self.sorted = self.moved = False
+        """Whether rows are put in order, and whether one was not."""
+        self.latest = -1
+        """Arrival of the rows so far, ns."""
 
     def drop(self, reason: str) -> None:
         """Count a row under ``reason``; a file can name reasons (an API, a status), so their number is bounded."""
@@ -283,115 +303,6 @@ class _Books:
         return f"{self.read} rows read" + (f", dropped: {reasons}" if reasons else "")
 
 
-Numbered = tuple[int, Row]
-
-
-def _when(numbered: Numbered) -> int:
-    arrival_ns = numbered[1].arrival_ns
+def _when(placed: tuple[Place, Row]) -> int:
+    arrival_ns = placed[1].arrival_ns
     return -1 if arrival_ns is None else arrival_ns
-
-
-def _sorted(rows: Iterator[Numbered]) -> Iterator[Numbered]:
-    """Rows by arrival, equal ones in file order. More than `_SORT_ROWS` are sorted in temporary files and merged."""
-    with ExitStack() as files:
-        runs: list[Iterator[Numbered]] = []
-        chunk: list[Numbered] = []
-        for row in rows:
-            chunk.append(row)
-            if len(chunk) == _SORT_ROWS:
-                chunk.sort(key=_when)
-                runs.append(_stored(chunk, files.enter_context(tempfile.TemporaryFile())))
-                chunk = []
-        chunk.sort(key=_when)
-        yield from heapq.merge(*runs, chunk, key=_when) if runs else chunk
-
-
-def _stored(chunk: list[Numbered], file: IO[bytes]) -> Iterator[Numbered]:
-    for at in range(0, len(chunk), 1000):
-        pickle.dump(chunk[at : at + 1000], file, pickle.HIGHEST_PROTOCOL)
-    end = file.tell()
-    file.seek(0)
-
-    def load() -> Iterator[Numbered]:
-        while file.tell() < end:
-            yield from pickle.load(file)  # noqa: S301  # our own temporary file, without a name
-
-    return load()
-
-
-class _Order:
-    """Shifts arrivals to zero, refuses those that go back, and watches for a coarse clock."""
-
-    def __init__(self, part: int | None = None) -> None:
-        self._part = part
-        self._current = 1
-        self._first_ns: int | None = None
-        self._last_ns: int | None = None
-        self._before_ns: int | None = None
-        self._timed: bool | None = None
-        self._steps: Counter[int] = Counter()
-        self.instants = 0
-
-    @property
-    def span_s(self) -> float | None:
-        """From the first row to the last; None without times."""
-        return None if self._first_ns is None or self._last_ns is None else (self._last_ns - self._first_ns) / 1e9
-
-    def arrival_s(self, row: Row) -> float | None:
-        """Seconds after the first row; None when the trace has no times. Raises `RowError` and `LeftOutError`."""
-        now_ns = row.arrival_ns
-        if self._timed is None:
-            self._timed = now_ns is not None
-        if self._timed != (now_ns is not None):
-            has = "no arrival_s, but rows before have" if self._timed else "arrival_s, but rows before have none"
-            raise RowError("arrival_s on some rows only", f"{has}: all rows or none")
-        if now_ns is None:
-            return None
-        if self._part is not None and not self._in_part(now_ns, self._part):
-            raise LeftOutError("in another part of the file")
-        if self._first_ns is None or self._last_ns is None:
-            self._first_ns = self._last_ns = now_ns
-            self.instants = 1
-        if now_ns - self._first_ns > MAX_ARRIVAL_S * 1_000_000_000:
-            years = (now_ns - self._first_ns) / 3.156e16
-            raise RowError(
-                "arrival centuries late", f"arrives {years:.0f} years after the first row: no time of one trace"
-            )
-        step_ns = now_ns - self._last_ns
-        if step_ns:
-            if step_ns < 0:
-                raise RowError(
-                    "arrival before the row above",
-                    f"arrives {-step_ns / 1e9:.9g} s before the row above: a trace goes forward in time. Does the file "
-                    "hold several recordings? 'harness trace convert --part N' cuts out one; --sort puts rows in order",
-                )
-            # Whole milliseconds, as coarse clocks have a jitter of one; bounded, as fine clocks need no counting.
-            if len(self._steps) < 10_000:
-                self._steps[(step_ns + 500_000) // 1_000_000] += 1
-            self._last_ns = now_ns
-            self.instants += 1
-        return (now_ns - self._first_ns) / 1e9
-
-    def _in_part(self, now_ns: int, part: int) -> bool:
-        """Whether the row is in the wanted part; each part begins where time goes back."""
-        if self._before_ns is not None and now_ns < self._before_ns:
-            self._current += 1
-        self._before_ns = now_ns
-        return self._current == part
-
-    def grid_s(self, rows: int) -> float | None:
-        """Step of the clock the source rounded to, seconds; None when the arrivals show no coarse one.
-
-        A grid is said to be there when 95 % of at least 10 steps between different arrivals are whole multiples (to
-        2 ms) of the most frequent one, that one is at least 0.1 s, and ``rows`` clearly outnumber the instants:
-        otherwise rounding shapes no burst worth telling.
-        """
-        steps = self._steps
-        total = steps.total()
-        if total < 10 or rows < 1.05 * self.instants:
-            return None
-        grid_ms = steps.most_common(1)[0][0]
-        if grid_ms < 100:
-            return None
-        on_grid = sum(n for ms, n in steps.items() if min(ms % grid_ms, -ms % grid_ms) <= 2 and ms > 2)
-        return grid_ms / 1000 if on_grid >= 0.95 * total else None

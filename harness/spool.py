@@ -1,14 +1,17 @@
-"""What is kept of a trace of any length while memory stays bounded: numbers one a row, and a little for each session.
+"""What is kept of a trace of any length while memory stays bounded: numbers one a row, a little for each session, and
+rows that are to be put in order.
 
-Both begin in memory, and what is too much goes to temporary files without a name, where Python's `tempfile` and SQLite
+All begin in memory, and what is too much goes to temporary files without a name, where Python's `tempfile` and SQLite
 put things. Where that is memory itself (a tmpfs), set TMPDIR to a disk.
 """
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import mmap
 import os
+import pickle
 import sqlite3
 import tempfile
 from array import array
@@ -27,6 +30,8 @@ HELD_SESSIONS = 2**18
 """Sessions that are held in memory, and as many of those that were last used before them."""
 HELD_NUMBERS = 2**16
 """Entries of a column that are held in memory."""
+HELD_BYTES = 2**26
+"""Of what is sorted, about so much is held in memory."""
 BLOCK = 2**18
 """Entries that are worked on at a time."""
 
@@ -139,6 +144,73 @@ class Column:
             raise _no_room("a number for each row", e.strerror or str(e)) from e
         self._stored += len(self._held)
         self._held = array(self._code)
+
+
+T = TypeVar("T")
+
+
+class Sorter(Generic[T]):
+    """Things that are added in any order and come out sorted, equal ones as they were added; read once.
+
+    Beyond `HELD_BYTES` they are sorted in parts that lie in a file, and merged as they are read.
+    """
+
+    def __init__(self, key: Callable[[T], Any], weight: Callable[[T], int]) -> None:
+        """``weight``: about how many bytes one takes."""
+        self._key, self._weight = key, weight
+        self._held: list[T] = []
+        self._size = 0
+        self._file: IO[bytes] | None = None
+        self._parts: list[list[tuple[int, int]]] = []
+        """Of each part: where its blocks begin, and their sizes."""
+
+    def add(self, thing: T) -> None:
+        """The next one. Raises `HarnessError` on a full disk."""
+        self._held.append(thing)
+        self._size += self._weight(thing)
+        if self._size >= HELD_BYTES:
+            self._store()
+
+    def __iter__(self) -> Iterator[T]:
+        """All of them, sorted."""
+        self._held.sort(key=self._key)
+        if not self._parts:
+            return iter(self._held)
+        return heapq.merge(*(self._stored(part) for part in self._parts), self._held, key=self._key)
+
+    def _store(self) -> None:
+        self._held.sort(key=self._key)
+        blocks: list[tuple[int, int]] = []
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="harness-")  # noqa: SIM115  # lives as long as the sorter
+            for block in self._blocks():
+                data = pickle.dumps(block, pickle.HIGHEST_PROTOCOL)
+                blocks.append((self._file.seek(0, os.SEEK_END), len(data)))
+                self._file.write(data)
+            self._file.flush()
+        except OSError as e:
+            raise _no_room("rows to be sorted", e.strerror or str(e)) from e
+        self._parts.append(blocks)
+        self._held, self._size = [], 0
+
+    def _blocks(self) -> Iterator[list[T]]:
+        """What is held, in pieces of about a megabyte or less."""
+        block: list[T] = []
+        size = 0
+        for thing in self._held:
+            block.append(thing)
+            size += self._weight(thing)
+            if size >= min(HELD_BYTES, 2**20):
+                yield block
+                block, size = [], 0
+        if block:
+            yield block
+
+    def _stored(self, part: list[tuple[int, int]]) -> Iterator[T]:
+        assert self._file is not None
+        for at, size in part:
+            yield from pickle.loads(os.pread(self._file.fileno(), size, at))  # noqa: S301  # our own file, without a name
 
 
 def empty(n: int, kind: npt.DTypeLike) -> npt.NDArray[Any]:

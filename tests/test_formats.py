@@ -170,12 +170,12 @@ def test_a_json_array_of_rows_is_read_as_lines_are(tmp_path):
 
 
 def test_rows_are_sorted_beyond_what_memory_may_hold(tmp_path, monkeypatch):
-    from harness import records as records_module
+    from harness import spool
 
     rows = [{"arrival_s": (i * 7919) % 1000 / 8, "input_tokens": 1 + i, "output_tokens": 1} for i in range(1000)]
     path = write(tmp_path, lines(*rows))
     whole = read(path, sort=True)[0]
-    monkeypatch.setattr(records_module, "_SORT_ROWS", 64)
+    monkeypatch.setattr(spool, "HELD_BYTES", 64 * 500)
     spilled, trace = read(path, sort=True)
     assert spilled == whole
     assert [r.arrival_s for r in whole] == sorted(r["arrival_s"] for r in rows)
@@ -379,7 +379,7 @@ def test_openai_tools_without_usage_are_said_to_be_missing(tmp_path):
 
 def test_openai_shapes(tmp_path):
     usage = {"prompt_tokens": 100, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 64}}
-    request = {"model": "m", "messages": [{"role": "user", "content": "q"}], "max_tokens": 50}
+    request = {"model": "m", "messages": [{"role": "user", "content": "q " * 90}], "max_tokens": 50}
     image = {"model": "m", "messages": [{"role": "user", "content": [{"type": "image_url"}, {"type": "text"}]}]}
     completion = {"id": "c", "object": "chat.completion", "created": 1_790_000_000, "usage": usage}
     rows = [
@@ -430,9 +430,17 @@ def test_litellm_json_and_csv_are_the_same_trace():
         assert [r.arrival_s for r in kept] == pytest.approx(
             [(datetime.fromisoformat(r["startTime"]) - first).total_seconds() for r in want], abs=1e-9
         )
-        texts = [r.messages for r in kept if r.messages]
-        assert texts == [({"role": "user", "content": 'Say "hello",\nplease'},)]
+        assert not any(r.messages for r in kept)
+        assert any("1 rows have a text that cannot be the whole prompt" in note for note in trace.notes)
         assert any("sorted by arrival" in note for note in trace.notes)
+
+
+def test_litellm_messages_of_a_csv_are_json_in_quotes(tmp_path):
+    asked = 'Say "hello",\nplease, and nothing else at all.'
+    header, row = "startTime,prompt_tokens,completion_tokens,messages", ["2026-09-21T14:13:20Z", "12", "5"]
+    field = json.dumps([{"role": "user", "content": asked}]).replace('"', '""')
+    ((record,), _) = read(write(tmp_path, f'{header}\n{",".join(row)},"{field}"\n'))
+    assert record.messages == ({"role": "user", "content": asked},)
 
 
 def spend(**fields: object) -> dict[str, object]:
@@ -503,12 +511,14 @@ def test_otel_other_shapes_and_ambiguities(tmp_path):
     one = {"trace_id": "t", "span_count": 2, "spans": [span(1_790_000_000.25), span(1_790_000_001_500, id_="02")]}
     assert [r.arrival_s for r in read(write(tmp_path, lines(one)))[0]] == [0.0, 1.25]
     assert "not a time since 1970" in problem(write(tmp_path, lines(span(12.5))))
-    more = span(usage__cache_read__input_tokens=101)
-    assert "more cached tokens than input tokens" in problem(write(tmp_path, lines(more)))
+    more = span(usage__cache_read__input_tokens=101, usage__cache_creation__input_tokens=7)
+    (beside,), trace = read(write(tmp_path, lines(more)))
+    assert (beside.input_tokens, beside.cached_tokens) == (208, 101)
+    assert "1 spans count cached tokens beside the input tokens: they were added" in trace.notes
     kept, trace = read(write(tmp_path, lines(span(), span(), span(id_="3", operation__name="embeddings"))))
     assert len(kept) == 1
     assert trace.rows_dropped == {"same span id as an earlier row (a copy)": 1}
-    assert "no gen_ai.usage.input_tokens" in problem(
+    assert "the call has no input tokens and no text" in problem(
         write(tmp_path, lines(span(operation__name="chat", usage__input_tokens=None)))
     )
 

@@ -165,7 +165,7 @@ def test_azure_2024_style_other_column_order_and_extra_columns(tmp_path, ending,
 def test_azure_timestamps_are_exact_to_100_ns(moment, ticks, zone):
     moment = moment.replace(microsecond=0)
     reader = Azure()
-    reader.header(AZURE)
+    reader.parse(AZURE)
     row = reader.parse(
         f"{moment:%H:%M:%S}".join([f"{moment.date().isoformat()} ", f".{ticks:07}{zone},1,1\r\n"]).encode()
     )

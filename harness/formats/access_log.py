@@ -1,7 +1,8 @@
-r"""Access logs of nginx and Envoy in front of a model server: when requests arrived, and nothing about their length.
+r"""Access logs of nginx and Envoy in front of a model server: when requests arrived, and seldom how long they were.
 
 Kept are successful POSTs to a text completion API (``/v1/chat/completions``, ``/v1/messages``, ...); other requests and
-failures are counted. Lengths must be stated (``harness trace convert --input-tokens ... --output-tokens ...``).
+failures are counted. Where the log has no lengths, they must be stated (``harness trace convert --input-tokens ...
+--output-tokens ...``).
 
 **nginx** writes a line when a request *ends*, so the arrival is the end less ``$request_time``. Read are JSON logs with
 ``request_time`` and ``msec``, ``time_iso8601`` or ``time_local``; ingress-nginx's own format; and the combined format,
@@ -9,12 +10,13 @@ with ``rt=`` or ``request_time=`` after it. Plain combined has no duration: then
 clock of whole seconds, and a note says so.
 
 **Envoy**'s default format (and JSON with ``start_time`` and ``response_code``) begins with the request's start, in
-milliseconds.
+milliseconds. The AI Gateway's JSON also has ``gen_ai.usage.input_tokens`` and ``output_tokens`` (cached tokens inside),
+``gen_ai.response.model`` and ``session.id``; what is not known is ``-`` or left out.
 
 Both are sorted by arrival.
 
 Source: nginx documentation (ngx_http_log_module); ingress-nginx documentation, log format; Envoy documentation, access
-logging.
+logging; Envoy AI Gateway documentation, access logs.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from datetime import datetime
 from typing import Any
 
 from harness.formats.row import FailedCallError, LeftOutError, Reader, Row, RowError
-from harness.formats.values import IsoClock, decode_object, epoch_ns, fields_of, show
+from harness.formats.values import IsoClock, called, decode_object, epoch_ns, fields_of, show, token_count
 
 _MODEL_PATH = re.compile(r"/(completions|messages|responses|generate|generate_stream|chat)$")
 _COMBINED = re.compile(
@@ -37,6 +39,8 @@ _INGRESS = re.compile(rb" \d+ (\d+\.\d{3}) \[")
 _ENVOY = re.compile(rb'\[([\dTZ:.+-]+)\] "([^"]*)" (\d{1,3}) \S+ .*', re.DOTALL)
 # Envoy Gateway's default calls it x-envoy-origin-path.
 _ENVOY_PATHS = ("path", "x-envoy-original-path", "x_envoy_original_path", "x-envoy-origin-path", ":path")
+_INPUT, _OUTPUT = "gen_ai.usage.input_tokens", "gen_ai.usage.output_tokens"
+_CACHED = "gen_ai.usage.cached_input_tokens"
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
@@ -107,7 +111,7 @@ class Nginx(Reader):
 class Envoy(Reader):
     """Reader of Envoy access logs."""
 
-    summary = "Envoy access log (default format or JSON): arrivals only"
+    summary = "Envoy access log (default format or JSON): arrivals; of the AI Gateway also token counts"
     clock = "START_TIME, the start of the request: a date and time with its zone"
     in_order = False
 
@@ -123,6 +127,7 @@ class Envoy(Reader):
 
     def parse(self, record: bytes) -> Row:
         """Read one line."""
+        value: dict[str, Any] = {}
         if record.startswith(b"{"):
             value = decode_object(record)
             path = next((value[name] for name in _ENVOY_PATHS if value.get(name)), None)
@@ -135,7 +140,19 @@ class Envoy(Reader):
             start, request, status = (match[i].decode("utf-8", "replace") for i in (1, 2, 3))
         arrival_ns = self._clock.ns(start)
         _check(request, status)
-        return Row(arrival_ns, None, None)
+        known = {name: field for name, field in value.items() if field not in (None, "", "-")}
+        input_tokens = token_count(_INPUT, known.get(_INPUT))
+        output_tokens = token_count(_OUTPUT, known.get(_OUTPUT))
+        called(input_tokens, output_tokens)
+        return Row(
+            arrival_ns, input_tokens, output_tokens, _text(known, "session.id"),
+            model=_text(known, "gen_ai.response.model") or _text(known, "gen_ai.request.model"),
+            cached_tokens=token_count(_CACHED, known.get(_CACHED)),
+        )  # fmt: skip
+
+
+def _text(value: dict[str, Any], name: str) -> str | None:
+    return value[name] if isinstance(value.get(name), str) else None
 
 
 def _check(request: str, status: str) -> None:

@@ -9,7 +9,7 @@ Source: Azure/AzurePublicDataset, ``AzureLLMInferenceDataset2023.md`` and ``...2
 
 from __future__ import annotations
 
-from harness.formats.row import Reader, Row, safe
+from harness.formats.row import Reader, Row, Rows, safe
 from harness.formats.values import Columns, IsoClock, called, header_names, tokens
 
 _COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
@@ -20,23 +20,21 @@ class Azure(Reader):
 
     summary = "Azure LLM inference trace (CSV: TIMESTAMP, ContextTokens, GeneratedTokens)"
     clock = "TIMESTAMP, a date and time: up to 9 decimals of a second, UTC where no zone is given"
-    has_header = True
 
     def __init__(self) -> None:
         self._clock = IsoClock("TIMESTAMP")
-        self._columns = Columns(",".join(_COLUMNS).encode(), _COLUMNS)
+        self._columns: Columns | None = None
 
     @staticmethod
     def sniff(record: bytes) -> bool:
         """The header names all three columns."""
         return set(_COLUMNS) <= set(header_names(record))
 
-    def header(self, line: bytes) -> None:
-        """Find the columns by name."""
-        self._columns = Columns(line, _COLUMNS)
-
-    def parse(self, record: bytes) -> Row:
+    def parse(self, record: bytes) -> Row | Rows:
         """Read one CSV line. No field of this format needs quotes, so none are understood."""
+        if self._columns is None:
+            self._columns = Columns(record, _COLUMNS)
+            return ()
         fields = self._columns.split(record)
         time, into, out = self._columns.at
         arrival_ns = self._clock.ns(fields[time].decode("utf-8", "replace"))
@@ -47,5 +45,5 @@ class Azure(Reader):
 
     def notes(self) -> list[str]:
         """Columns that are there and are not replayed."""
-        extra = [name for name in self._columns.names if name not in _COLUMNS]
+        extra = [name for name in (self._columns.names if self._columns else ()) if name not in _COLUMNS]
         return [f"columns not replayed: {safe(', '.join(extra), 500)}"] if extra else []

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 
-from harness.formats.row import Reader, Row, RowError
+from harness.formats.row import Reader, Row, RowError, Rows
 from harness.formats.values import Columns, called, header_names, seconds_ns, show, tokens
 
 _COLUMNS = ("Timestamp", "Request tokens", "Response tokens", "Total tokens")
@@ -32,10 +32,9 @@ class BurstGPT(Reader):
 
     summary = "BurstGPT trace (CSV: Timestamp in s, Request tokens, Response tokens; v3 with Session ID)"
     clock = "Timestamp in seconds: the header is that of BurstGPT, whose totals were checked on every row"
-    has_header = True
 
     def __init__(self) -> None:
-        self._columns = Columns(",".join(_COLUMNS).encode(), _COLUMNS)
+        self._columns: Columns | None = None
         self._session: int | None = None
 
     @staticmethod
@@ -43,14 +42,13 @@ class BurstGPT(Reader):
         """The header names the columns that all versions have."""
         return set(_COLUMNS) <= set(header_names(record))
 
-    def header(self, line: bytes) -> None:
-        """Find the columns by name."""
-        self._columns = Columns(line, _COLUMNS)
-        names = self._columns.names
-        self._session = names.index(_SESSION) if _SESSION in names else None
-
-    def parse(self, record: bytes) -> Row:
+    def parse(self, record: bytes) -> Row | Rows:
         """Read one CSV line. No field of this format needs quotes, so none are understood."""
+        if self._columns is None:
+            self._columns = Columns(record, _COLUMNS)
+            names = self._columns.names
+            self._session = names.index(_SESSION) if _SESSION in names else None
+            return ()
         fields = self._columns.split(record)
         time, into, out, total = self._columns.at
         if not _SECONDS.fullmatch(fields[time]):

@@ -3,7 +3,9 @@
 ``{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]}``, ``{"conversation": [{"role",
 "content"}]}`` or ``{"messages": [{"role", "content"}]}`` that ends with an answer. Each answer was a request of its
 own: its messages are all that went before it, its session the conversation, its turn the count of answers before. A
-question at the end that nobody answered is a request too.
+question at the end that nobody answered is a request too. A function call is an answer (``from: function_call``,
+``tool_calls``), what the function gave back (``observation``, ``tool``) a message: both are sent as their text.
+Definitions of tools, images, sound and video are not sent, and a note says of how many requests that is true.
 
 There are no times per request (where the log has one for the conversation, it says nothing about the turns) and no
 token counts: ``--tokenizer`` on the trace verbs counts prompts and answers.
@@ -13,7 +15,9 @@ Source: the ShareGPT, LMSYS-Chat-1M and WildChat data cards; OpenAI's fine-tunin
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
+
+import msgspec
 
 from harness.formats.jsonl import answered
 from harness.formats.row import FailedCallError, LeftOutError, Reader, Row, RowError, Rows
@@ -24,8 +28,11 @@ _IDS = ("id", "conversation_id", "conversation_hash", "session_id")
 _ROLES = {
     "human": "user", "user": "user", "system": "system", "developer": "system", "tool": "tool",
     "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "model": "assistant", "bing": "assistant",
-    "bard": "assistant",
+    "bard": "assistant", "function_call": "assistant", "observation": "tool", "function": "tool", "ipython": "tool",
+    "function_response": "tool", "tool_response": "tool", "tool_call": "assistant",
 }  # fmt: skip
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_MARKS = ("<image>", "<video>", "<audio>", "<image_placeholder>")
 
 
 class Chat(Reader):
@@ -33,9 +40,10 @@ class Chat(Reader):
 
     summary = "chat log (JSON or JSON Lines: ShareGPT conversations, LMSYS, WildChat, messages ending with an answer)"
     clock = "none: a conversation has no time for each request"
+    sends_text = True
 
     def __init__(self) -> None:
-        self._conversations = 0
+        self._conversations = self._media = self._tools = 0
 
     @staticmethod
     def sniff(record: bytes) -> bool:
@@ -56,24 +64,75 @@ class Chat(Reader):
         named = next((str(value[name]) for name in _IDS if isinstance(value.get(name), str | int)), "")
         session = named or f"conversation-{self._conversations}"
         said = [_message(turn) for turn in turns]
+        files = any(value.get(name) for name in _MEDIA)
+        defined = any(value.get(name) not in (None, "", "[]", []) for name in ("tools", "functions"))
         rows: list[Row | LeftOutError] = []
-        for at, message in enumerate(said):
-            if message["role"] == "assistant" and at:
-                row = Row(None, None, None, session, len(rows), messages=tuple(said[:at]), answer=message["content"])
-                rows.append(row if message["content"] else FailedCallError("empty answer (failed call)"))
-        if said and said[-1]["role"] != "assistant":
-            rows.append(Row(None, None, None, session, len(rows), messages=tuple(said)))
+        for at, turn in enumerate([*said, None]):
+            if at and (turn is None or turn.message["role"] == "assistant"):
+                before = said[:at]
+                if turn is None and before[-1].message["role"] == "assistant":
+                    break
+                row = Row(
+                    None, None, None, session, len(rows), messages=tuple(each.message for each in before),
+                    answer=None if turn is None else turn.message["content"],
+                )  # fmt: skip
+                if turn is not None and not turn.message["content"]:
+                    rows.append(FailedCallError("empty answer (failed call)"))
+                    continue
+                rows.append(row)
+                self._media += any(each.media for each in before) or files
+                self._tools += defined or any(each.calls for each in before)
         return rows
 
+    def notes(self) -> list[str]:
+        """What of the prompts is not sent, or not as it was."""
+        said = []
+        if self._media:
+            said.append(
+                f"{self._media} requests had images, sound or video, which are not sent: their prompts are shorter "
+                "than they were in production"
+            )
+        if self._tools:
+            said.append(
+                f"{self._tools} requests had tools: calls and results are sent as their text, definitions are not sent"
+            )
+        return said
 
-def _message(turn: Any) -> dict[str, str]:
+
+class _Said(NamedTuple):
+    """One turn."""
+
+    message: dict[str, str]
+    media: bool
+    """It had an image, sound or video."""
+    calls: bool
+    """It is a function call, or what came of one."""
+
+
+def _message(turn: Any) -> _Said:
     if not isinstance(turn, dict):
         raise RowError("bad turn", "a turn of the conversation is not an object")
     speaker = turn.get("from", turn.get("role"))
     content = turn.get("value", turn.get("content"))
-    if not isinstance(content, str):
-        raise RowError("not text", "a turn of the conversation is not text (an image or a tool call)")
+    made = turn.get("tool_calls") or turn.get("function_call")
     role = _ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
+    text, media = _text(content)
+    if text is None and not made:
+        raise RowError("not text", "a turn of the conversation is neither text nor a call of a tool")
     if role is None:
         raise RowError("unknown speaker", f"a turn is from {show(str(speaker))}, expected {', '.join(sorted(_ROLES))}")
-    return {"role": role, "content": content}
+    if made:
+        text = (text or "") + msgspec.json.encode(made).decode()
+    calls = bool(made) or role == "tool" or speaker in ("function_call", "tool_call")
+    return _Said({"role": role, "content": text or ""}, media, calls)
+
+
+def _text(content: Any) -> tuple[str | None, bool]:
+    """The text of a turn, and whether it had something that is none."""
+    if isinstance(content, str):
+        return content, any(mark in content for mark in _MARKS)
+    if not isinstance(content, list) or not all(isinstance(part, dict | str) for part in content):
+        return None, False
+    texts = [part if isinstance(part, str) else part.get("text") for part in content]
+    known = [text for text in texts if isinstance(text, str)]
+    return "".join(known), len(known) < len(texts)

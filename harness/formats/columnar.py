@@ -27,6 +27,7 @@ class Columnar(Reader):
 
     summary = "Parquet or Arrow file with the columns of our JSON Lines"
     clock = "arrival_s in seconds, by its name"
+    sends_text = True
 
     def __init__(self) -> None:
         self._sizes = BlockSizes()

@@ -20,6 +20,9 @@
 ``think_s``        number, from the end of the session's previous answer to this turn; needs ``session_id``
 ``timeout_s``      number above 0, the client's own time limit for this request, counted from when it is sent; left
                    out: the limit of the run
+``model``          string, model that answered in production; never asked for (that is ``adapter``), but rows can be
+                   chosen by it
+``cached_tokens``  integer, of ``input_tokens`` those that production found in a prompt cache
 =================  ===================================================================================================
 
 A row needs one of ``prompt``, ``messages`` and ``input_tokens``; ``prompt`` and ``messages`` exclude each other.
@@ -33,6 +36,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Set
 from typing import Annotated
 
 import msgspec
@@ -66,6 +70,8 @@ class Line(msgspec.Struct, forbid_unknown_fields=True):
     cancel_after_s: Annotated[float, msgspec.Meta(gt=0, le=1e6)] | None = None
     think_s: Annotated[float, msgspec.Meta(ge=0, le=1e6)] | None = None
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=1e6)] | None = None
+    model: str | None = None
+    cached_tokens: _Tokens | None = None
 
 
 FIELDS = Line.__struct_fields__
@@ -78,6 +84,7 @@ class Jsonl(Reader):
 
     summary = "our JSON Lines: arrival_s, prompt or messages or input_tokens, output_tokens, session_id, prefix_ids ..."
     clock = "arrival_s in seconds, by its name"
+    sends_text = True
 
     def __init__(self) -> None:
         self._sizes = BlockSizes()
@@ -87,9 +94,14 @@ class Jsonl(Reader):
         """An object with a field that is only ours (a misspelt one beside it is then reported by name)."""
         fields = fields_of(record)
         if fields.keys() & _TELLING:
-            return "model" not in fields and "body" not in fields
-        # Messages alone are ours, unless the last is an answer: then it is a chat log, see `harness.formats.chat`.
-        return "messages" in fields and fields.keys() <= set(FIELDS) and not answered(fields["messages"])
+            # A request to a model has a model and a prompt, and nothing that only a trace has.
+            return "body" not in fields and ("model" not in fields or _is_row(fields.keys()))
+        # Messages alone are ours, unless the last is an answer: then it is a chat log, see `harness.formats.chat`. With
+        # nothing but a model beside them they are a request, see `harness.formats.openai`.
+        request = fields.keys() == {"messages", "model"}
+        return (
+            "messages" in fields and fields.keys() <= set(FIELDS) and not answered(fields["messages"]) and not request
+        )
 
     def parse(self, record: bytes) -> Row:
         """Read one line."""
@@ -103,6 +115,10 @@ class Jsonl(Reader):
     def blocks(self) -> str | None:
         """As ``block_tokens`` says."""
         return self._sizes.said()
+
+
+def _is_row(names: Set[str]) -> bool:
+    return names <= set(FIELDS) and bool(names & (_TELLING - {"prompt"}))
 
 
 class BlockSizes:
@@ -152,6 +168,8 @@ def row_of(line: Line) -> Row:
         line.cancel_after_s,
         line.think_s,
         line.timeout_s,
+        line.model,
+        line.cached_tokens,
     )
 
 

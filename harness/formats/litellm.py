@@ -89,8 +89,13 @@ class LiteLLM(Reader):
                 "what was counted is not clear",
             )
         called(input_tokens, output_tokens)
-        messages = plain_messages(_json(row.get("messages")))
-        return Row(arrival_ns, input_tokens, output_tokens, _text(row.get("session_id")), messages=messages)
+        asked = _json(row.get("proxy_server_request"))
+        tools = isinstance(asked, dict) and (asked.get("tools") or asked.get("functions"))
+        messages = None if tools else plain_messages(_json(row.get("messages")))
+        return Row(
+            arrival_ns, input_tokens, output_tokens, _text(row.get("session_id")), messages=messages,
+            model=_text(row.get("model")),
+        )  # fmt: skip
 
 
 def _telling(names: Iterable[str]) -> bool:

@@ -1,38 +1,46 @@
-"""OpenAI-style logs: batch files, request bodies, and responses, one JSON object each.
+"""Logs of OpenAI's and Anthropic's APIs: batch files, request bodies, and responses, one JSON object each.
 
 ==========================================  ==========================================================================
 ``{"custom_id", "url", "body": {...}}``     batch input: what was asked; no times, no output length
 ``{"custom_id", "response": {...}}``        batch output: ``usage``; no prompt, no times (an offline workload has none)
-``{"request": {...}, "response": {...}}``   a logged call: the prompt, ``usage``, and ``created`` as the arrival
-``{"object": "chat.completion", ...}``      a response: ``usage`` and ``created``
+``{"request": {...}, "response": {...}}``   a logged call: the prompt, ``usage``, and a time
+``{"object": "chat.completion", ...}``      a response: ``usage`` and ``created``; also ``{"type": "message", ...}``
 ``{"model", "messages"}`` or ``"prompt"``   a request body
 ==========================================  ==========================================================================
 
-``usage.prompt_tokens`` (``input_tokens``) contain the cached ones, which are never added. ``created`` is in whole
-seconds since 1970. ``max_tokens`` is a limit, not a length, and is not taken for one. Prompts that are more than text
-(images, tool calls, definitions of tools) are not sent; a call that has ``usage`` is then replayed by its lengths.
-Without it, the text beside definitions of tools is sent alone, and a note says so; others are refused.
+What ``usage`` counts: `harness.formats.usage`. The arrival is the log's own time (``timestamp``, ``time``,
+``start_time`` ...), or else ``created`` of the answer, in whole seconds since 1970. ``max_tokens`` is a limit, not a
+length, and is not taken for one. Prompts that are more than text (images, tool calls, definitions of tools) are not
+sent; a call that has ``usage`` is then replayed by its lengths. Without it, the text beside definitions of tools is
+sent alone, and a note says so; others are refused.
 
-Source: OpenAI API reference (Batch, Chat, Completions, Responses).
+A system prompt beside the messages (Anthropic's ``system``, ``instructions`` of Responses) goes before them.
+
+Source: OpenAI API reference (Batch, Chat, Completions, Responses); Anthropic API reference (Messages).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from harness.formats.jsonl import Jsonl
 from harness.formats.row import FailedCallError, LeftOutError, Reader, Row, RowError
-from harness.formats.values import Copies, called, decode_object, epoch_ns, fields_of, plain_messages, token_count
+from harness.formats.usage import usage_of
+from harness.formats.values import Copies, called, decode_object, fields_of, plain_messages, plain_text, wall_clock_ns
 
 _TEXT_URLS = ("/completions", "/responses")
 _OTHERS = {"usage", "startTime", "traceId", "trace_id", "prompt_tokens", "conversation"}
 _OBJECTS = ("chat.completion", "text_completion", "response")
+_TIMES = (
+    "timestamp", "time", "start_time", "startTime", "started_at", "request_time", "created_at", "ts", "@timestamp",
+)  # fmt: skip
 
 
 class OpenAI(Reader):
     """Reader of OpenAI batch files and API logs."""
 
-    summary = "OpenAI batch input or output, or logged API requests and responses (JSON Lines)"
-    clock = "created, a time since 1970: its size shows the unit, as 2001 to 2100 differ in each"
+    summary = "OpenAI batch input or output, or logged requests and responses of OpenAI or Anthropic (JSON Lines)"
+    clock = "the log's own time, a date or a time since 1970 whose size shows the unit; else created of the answer"
     in_order = False
 
     def __init__(self) -> None:
@@ -49,7 +57,12 @@ class OpenAI(Reader):
             or {"custom_id", "response"} <= names
             or ({"request", "response"} <= names and fields["request"].startswith(b"{"))
             or fields.get("object", b"").strip(b'"').decode("utf-8", "replace") in _OBJECTS
-            or ("model" in names and bool(names & {"messages", "prompt"}) and not names & _OTHERS)
+            or (fields.get("type") == b'"message"' and {"role", "content", "usage"} <= names)
+            or (
+                "model" in names
+                and bool(names & {"messages", "prompt"})
+                and not (names & _OTHERS or Jsonl.sniff(record))
+            )
         )
 
     def parse(self, record: bytes) -> Row:
@@ -61,10 +74,9 @@ class OpenAI(Reader):
         if isinstance(url, str) and not url.endswith(_TEXT_URLS):
             raise LeftOutError(f"not a text completion ({url[:40]})")
         request, response = _shape(value)
-        input_tokens, output_tokens = _usage(response)
+        usage = usage_of(response.get("usage"))
         text, messages, prompt_ids = _prompt(request)
-        if input_tokens is None:
-            input_tokens = prompt_ids
+        input_tokens = prompt_ids if usage.input_tokens is None else usage.input_tokens
         if request.get("tools") or request.get("functions"):
             if input_tokens is None:
                 self._without_tools += 1
@@ -74,16 +86,17 @@ class OpenAI(Reader):
             if input_tokens is None:
                 raise RowError("no text", "neither a prompt of text only nor usage: nothing to send")
             self._not_text += bool(request) and prompt_ids is None
-        created = response.get("created") or response.get("created_at")
-        batch = "custom_id" in value
-        called(input_tokens, output_tokens)
+        called(input_tokens, usage.output_tokens)
+        model = response.get("model") or request.get("model")
         return Row(
-            None if batch or created is None else epoch_ns("created", created),
+            None if "custom_id" in value else _arrival_ns(value, response),
             input_tokens,
-            output_tokens,
+            usage.output_tokens,
             text=text,
             messages=messages,
             answer=_answer(response),
+            model=model if isinstance(model, str) else None,
+            cached_tokens=usage.cached_tokens,
         )
 
     def notes(self) -> list[str]:
@@ -114,30 +127,39 @@ def _shape(value: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         return value["body"], response if isinstance(response, dict) else {}
     if isinstance(response, dict):
         return value["request"] if isinstance(value.get("request"), dict) else {}, response
-    return ({}, value) if value.get("object") in _OBJECTS else (value, {})
+    return ({}, value) if value.get("object") in _OBJECTS or value.get("type") == "message" else (value, {})
 
 
-def _usage(response: dict[str, Any]) -> tuple[int | None, int | None]:
-    usage = response.get("usage")
-    if not isinstance(usage, dict):
-        return None, None
-    return (
-        token_count("prompt_tokens", usage.get("prompt_tokens", usage.get("input_tokens"))),
-        token_count("completion_tokens", usage.get("completion_tokens", usage.get("output_tokens"))),
-    )
+def _arrival_ns(value: dict[str, Any], response: dict[str, Any]) -> int | None:
+    """Of a log's entry: its own time, which is finer than the answer's."""
+    for name in _TIMES if response is not value else ():
+        if isinstance(value.get(name), str | int | float) and value[name] != "":
+            return wall_clock_ns(name, value[name])
+    created = response.get("created") or response.get("created_at")
+    return None if created is None else wall_clock_ns("created", created)
 
 
 def _prompt(request: dict[str, Any]) -> tuple[str | None, tuple[dict[str, str], ...] | None, int | None]:
     """(text, messages, number of token ids): at most one is set."""
     asked = next((request[name] for name in ("messages", "prompt", "input") if request.get(name) is not None), None)
     if isinstance(asked, str) and asked:
+        instructions = request.get("instructions")
+        if isinstance(instructions, str) and instructions:
+            return None, ({"role": "system", "content": instructions}, {"role": "user", "content": asked}), None
         return asked, None, None
     if isinstance(asked, list) and asked and all(type(i) is int for i in asked):
         return None, None, len(asked)
-    return None, plain_messages(asked), None
+    messages = plain_messages(asked)
+    before = next((request[name] for name in ("system", "instructions") if request.get(name)), None)
+    if messages is None or before is None:
+        return None, messages, None
+    system = plain_text(before)
+    return None, None if system is None else ({"role": "system", "content": system}, *messages), None
 
 
 def _answer(response: dict[str, Any]) -> str | None:
+    if response.get("type") == "message":
+        return plain_text(response.get("content"))
     choices = response.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         return None

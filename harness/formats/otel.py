@@ -7,13 +7,14 @@ console exporter (one object a span) and ``{"trace_id": ..., "spans": [...]}``. 
 start time                                     the arrival
 ``gen_ai.usage.input_tokens``                  input tokens, cached ones **included** (old: ``...prompt_tokens``)
 ``gen_ai.usage.output_tokens``                 output tokens, reasoning included (old: ``...completion_tokens``)
-``gen_ai.conversation.id``                     session
-``gen_ai.usage.cache_read.input_tokens``       only checked: more than the input means that this source does not include
-                                               them, and then its counts are refused as ambiguous
+``gen_ai.usage.cache_read.input_tokens``       cached tokens. More of them than input tokens: this source counts them
+                                               (and ``cache_creation``) beside the input, and they are added
+``gen_ai.conversation.id``, ``session.id``     session
+``gen_ai.response.model``, ``..request.model`` model
 =============================================  =======================================================================
 
 Spans without ``gen_ai`` usage are no rows (HTTP, tools), nor are spans of an agent, which sum up their calls. One call
-is often seen twice, by a framework and by the SDK under it: of a span and its parent, both model calls, one is kept.
+is often seen twice, by a framework and by the SDK under it: `harness.formats.calls` says which spans are one.
 Spans are exported when they end, so rows are sorted by arrival.
 
 Source: OpenTelemetry semantic conventions for generative AI (status Development), OTLP specification.
@@ -24,30 +25,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from harness.formats.row import FailedCallError, LeftOutError, Reader, Row, RowError, Rows
-from harness.formats.values import Copies, IsoClock, called, decode_object, epoch_ns, fields_of, token_count
+from harness.formats.calls import Span, SpanReader
+from harness.formats.row import FailedCallError, Item, LeftOutError, Row, RowError
+from harness.formats.values import IsoClock, decode_object, epoch_ns, fields_of, token_count
 
 _GROUPS = ("resourceSpans", "batches")
+_STARTS = ("startTimeUnixNano", "start_time_unix_nano", "start_time", "startTime")
+_ENDS = ("endTimeUnixNano", "end_time_unix_nano", "end_time", "endTime")
 _INPUT = ("gen_ai.usage.input_tokens", "gen_ai.usage.prompt_tokens")
 _OUTPUT = ("gen_ai.usage.output_tokens", "gen_ai.usage.completion_tokens")
 _CACHED = ("gen_ai.usage.cache_read.input_tokens", "gen_ai.usage.cache_read_input_tokens")
+_WRITTEN = ("gen_ai.usage.cache_creation.input_tokens", "gen_ai.usage.cache_creation_input_tokens")
+_SESSION = ("gen_ai.conversation.id", "session.id", "langfuse.session.id")
+_MODEL = ("gen_ai.response.model", "gen_ai.request.model")
+_CALLS = ("chat", "text_completion", "generate_content", "completion")
 _NO_CALLS = ("embeddings", "invoke_agent", "create_agent", "execute_tool", "invoke_workflow")
-_CALLS_HELD = 200_000
 
 
-class OTel(Reader):
+class OTel(SpanReader):
     """Reader of OpenTelemetry spans."""
 
     summary = "OpenTelemetry gen_ai spans (JSON: OTLP, Tempo, console exporter)"
     clock = "start of the span: a date, or a time since 1970 whose size shows the unit"
-    in_order = False
 
     def __init__(self) -> None:
-        self._clock = IsoClock("start time")
-        self._copies = Copies("span id")
-        self._calls: dict[str, str] = {}
-        """Span id -> parent id of the latest calls."""
-        self._parents: dict[str, None] = {}
+        super().__init__()
+        self._clock = IsoClock("span time")
+        self._beside = 0
 
     @staticmethod
     def sniff(record: bytes) -> bool:
@@ -56,67 +60,63 @@ class OTel(Reader):
         shapes = ({"resourceSpans"}, {"batches"}, {"spans", "trace_id"}, {"context", "attributes", "start_time"})
         return any(shape <= fields for shape in shapes)
 
-    def parse(self, record: bytes) -> Rows:
+    def spans(self, record: bytes) -> Iterator[Span | RowError | LeftOutError]:
         """Read one object."""
-        items: list[Row | RowError | LeftOutError] = []
         for span in _spans(decode_object(record)):
             try:
-                row = self._row(span)
-            except (RowError, LeftOutError) as e:
-                items.append(e)
-            else:
-                if row is not None:
-                    items.append(row)
-        return items
+                yield self._span(span)
+            except RowError as e:
+                yield e
 
-    def _row(self, span: Any) -> Row | None:
-        """The span's row; None when it is no model call."""
+    def notes(self) -> list[str]:
+        """Counts that were added up."""
+        if not self._beside:
+            return []
+        return [f"{self._beside} spans count cached tokens beside the input tokens: they were added"]
+
+    def _span(self, span: Any) -> Span:
         if not isinstance(span, dict):
             raise RowError("bad span", "a span is not a JSON object")
+        context = span["context"] if isinstance(span.get("context"), dict) else {}
         attributes = _attributes(span.get("attributes"))
-        if not any(name.startswith("gen_ai.") for name in attributes):
-            return None
+        item = self._item(span, attributes)
+        return Span(
+            trace_id=_id(span, "traceId", "trace_id") or _id(context, "trace_id", "traceId"),
+            id=_id(span, "spanId", "span_id") or _id(context, "span_id", "spanId"),
+            parent=_id(span, "parentSpanId", "parent_span_id", "parent_id"),
+            start_ns=0 if item is None else self._time(span, _STARTS),
+            end_ns=None if item is None else self._end(span),
+            response_id=None if item is None else _text(attributes, ("gen_ai.response.id",)),
+            item=item,
+        )
+
+    def _item(self, span: dict[str, Any], attributes: dict[str, Any]) -> Item | None:
+        """What the span says of a model call; None when it is about something else."""
         operation = attributes.get("gen_ai.operation.name")
-        if operation in _NO_CALLS:
+        if operation in _NO_CALLS or not any(name.startswith("gen_ai.") for name in attributes):
             return None
-        failed = _failed(span)
         input_tokens, output_tokens = _count(attributes, _INPUT), _count(attributes, _OUTPUT)
-        if input_tokens is None and output_tokens is None and operation is None and not failed:
+        failed = _failed(span)
+        known = operation in _CALLS or (operation is None and failed)
+        if input_tokens is None and output_tokens is None and not known:
             return None
-        self._once(span)
-        arrival_ns = self._start(span)
+        arrival_ns = self._time(span, _STARTS)
         if failed:
-            raise FailedCallError("failed call (status error)")
-        if input_tokens is None or output_tokens is None:
-            raise RowError("no token counts", f"the span has no {_INPUT[0]} or no {_OUTPUT[0]}")
-        if (_count(attributes, _CACHED) or 0) > input_tokens:
-            raise RowError(
-                "ambiguous cached tokens",
-                f"more cached tokens than input tokens ({input_tokens}): this source does not count them as input, "
-                "against the convention, so the input length is not known",
-            )
-        called(input_tokens, output_tokens)
-        session = attributes.get("gen_ai.conversation.id")
-        return Row(arrival_ns, input_tokens, output_tokens, session if isinstance(session, str) and session else None)
+            return FailedCallError("failed call (status error)")
+        cached = _count(attributes, _CACHED)
+        if input_tokens is not None and (cached or 0) > input_tokens:
+            self._beside += 1
+            input_tokens += (cached or 0) + (_count(attributes, _WRITTEN) or 0)
+        return Row(
+            arrival_ns, input_tokens, output_tokens, _text(attributes, _SESSION), model=_text(attributes, _MODEL),
+            cached_tokens=cached,
+        )  # fmt: skip
 
-    def _once(self, span: dict[str, Any]) -> None:
-        """Raises `LeftOutError` for a copy, and for the parent or child of a call that was counted."""
-        context = span.get("context") if isinstance(span.get("context"), dict) else {}
-        id_ = _id(span, "spanId", "span_id") or _id(context or {}, "span_id", "spanId")
-        parent = _id(span, "parentSpanId", "parent_span_id", "parent_id")
-        self._copies.check(id_)
-        if parent in self._calls or (id_ and id_ in self._parents):
-            raise LeftOutError("another span of the same call")
-        if id_:
-            self._calls[id_] = parent
-            if parent:
-                self._parents[parent] = None
-            if len(self._calls) > _CALLS_HELD:
-                gone = self._calls.pop(next(iter(self._calls)))
-                self._parents.pop(gone, None)
+    def _end(self, span: dict[str, Any]) -> int | None:
+        return self._time(span, _ENDS) if any(span.get(name) is not None for name in _ENDS) else None
 
-    def _start(self, span: dict[str, Any]) -> int:
-        for name in ("startTimeUnixNano", "start_time_unix_nano", "start_time", "startTime"):
+    def _time(self, span: dict[str, Any], names: tuple[str, ...]) -> int:
+        for name in names:
             value = span.get(name)
             if isinstance(value, str) and not value.isdigit():
                 return self._clock.ns(value)
@@ -158,6 +158,10 @@ def _attributes(value: Any) -> dict[str, Any]:
 
 def _count(attributes: dict[str, Any], names: tuple[str, ...]) -> int | None:
     return next((token_count(name, attributes[name]) for name in names if attributes.get(name) is not None), None)
+
+
+def _text(attributes: dict[str, Any], names: tuple[str, ...]) -> str | None:
+    return next((value for name in names if isinstance(value := attributes.get(name), str) and value), None)
 
 
 def _failed(span: dict[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -35,6 +35,18 @@ class Row(NamedTuple):
     cancel_after_s: float | None = None
     think_s: float | None = None
     timeout_s: float | None = None
+    model: str | None = None
+    """Model that answered in production, by the source's name for it."""
+    cached_tokens: int | None = None
+    """Of ``input_tokens``, those that production found in a prompt cache."""
+
+
+def weight(row: Row) -> int:
+    """About how many bytes of memory a row takes."""
+    texts = len(row.text or "") + len(row.answer or "")
+    if row.messages is not None:
+        texts += sum(len(message["content"]) + 200 for message in row.messages)
+    return 500 + texts + 40 * len(row.prefix_ids or ())
 
 
 def safe(words: str, most: int) -> str:
@@ -54,6 +66,9 @@ class RowError(Exception):
         self.reason = reason
         super().__init__(safe(problem, 1000))
 
+    def __reduce__(self) -> tuple[type[RowError], tuple[str, str]]:
+        return RowError, (self.reason, str(self))
+
 
 class LeftOutError(Exception):
     """A well-formed row that is not to be replayed, but counted under ``reason``: a failed call, a copy."""
@@ -70,23 +85,52 @@ class FailedCallError(LeftOutError):
         super().__init__(reason)
 
 
-Rows = Sequence[Row | RowError | LeftOutError]
+Item = Row | RowError | LeftOutError
+"""A row, or why it is none."""
+Rows = Sequence[Item]
 """What a record of several calls (a conversation, a batch of spans) holds; empty when it is no call at all."""
 
 
+class Place(NamedTuple):
+    """Where a record begins."""
+
+    file: int
+    """Of the files of a trace, from 0."""
+    line: int
+    """1-based; the row in a columnar file."""
+
+
+def is_whole_prompt(row: Row) -> bool:
+    """Whether the text of a row can be all that its input tokens were counted of.
+
+    A token has a byte at least, and seldom many: beyond what a chat template adds, more tokens than bytes show that
+    parts of the prompt (a system prompt, tools, images) were not written down, and far more bytes that the text is
+    something else. True where there is nothing to compare.
+    """
+    if row.input_tokens is None or (row.text is None and row.messages is None):
+        return True
+    said = [row.text] if row.messages is None else [message["content"] for message in row.messages]
+    size = sum(len(text.encode("utf-8", "replace")) for text in said if text is not None)
+    template = 8 if row.messages is None else 64 + 16 * len(said)
+    return row.input_tokens <= size + template and size <= 400 + 40 * row.input_tokens
+
+
 class Reader:
-    """One trace format. An instance reads one file once, from its first record to its last."""
+    """One trace format. An instance reads the files of one trace once, from the first record to the last.
+
+    Most readers are `sniff` and `parse`. One that needs more than a record at a time overrides `rows` or `end`.
+    """
 
     summary: ClassVar[str]
     """One line for people choosing a format."""
-    clock: ClassVar[str]
+    clock: str
     """What its times are, and what in the file shows it."""
-    has_header: ClassVar[bool] = False
-    """The first line goes to `header`, not to `parse`."""
     quoted: ClassVar[bool] = False
     """CSV whose quoted fields may hold commas and line ends."""
-    in_order: ClassVar[bool] = True
+    in_order: bool = True
     """False: the source writes a row when its call has ended, or in no order at all; rows are sorted by arrival."""
+    sends_text: ClassVar[bool] = False
+    """Texts are meant to be sent as they are, whatever the token counts beside them."""
     log: ClassVar[bool] = False
     """Other lines may stand before the first that shows the format."""
 
@@ -99,18 +143,29 @@ class Reader:
         """Look at the files that belong to the trace at ``path`` and lie beside it. Raises `RowError`."""
 
     def records(self, file: source.Source) -> Iterator[tuple[int, Any]]:
-        """(line, record) of each record; see `harness.source.records`."""
+        """(line, record) of each record of a file; see `harness.source.records`."""
         return source.records(file, quoted=self.quoted)
 
-    def header(self, line: bytes) -> None:
-        """Read the header line. Raises `RowError`."""
+    def rows(self, records: Iterable[tuple[Place, Any]]) -> Iterator[tuple[Place, Item]]:
+        """What each record of one file holds, errors as values."""
+        for place, record in records:
+            try:
+                found = self.parse(whole(record))
+            except (RowError, LeftOutError) as e:
+                yield place, e
+                continue
+            if isinstance(found, Row):
+                yield place, found
+            else:
+                for item in found:
+                    yield place, item
 
     def parse(self, record: Any) -> Row | Rows:
         """Read one record. Raises `RowError` or `LeftOutError`."""
         raise NotImplementedError
 
-    def end(self) -> Rows:
-        """Rows that were still waiting for a later line when the file ended."""
+    def end(self) -> Iterable[tuple[Place | None, Item]]:
+        """Rows that were still waiting for a later record when the last file ended; no place: that last record's."""
         return ()
 
     def blocks(self) -> str | None:
@@ -118,5 +173,12 @@ class Reader:
         return None
 
     def notes(self) -> list[str]:
-        """What a reader of the results must know about this file, after its last record."""
+        """What a reader of the results must know about this trace, after its last record."""
         return []
+
+
+def whole(record: Any) -> Any:
+    """The record. Raises `RowError` for the beginning of one that was too long to be read."""
+    if isinstance(record, source.Cut):
+        raise RowError("line too long", f"longer than {(len(record) - 1) // 2**20} MiB: not a trace line")
+    return record

@@ -82,6 +82,7 @@ def called(input_tokens: int | None, output_tokens: int | None) -> None:
 
 # --- times ---------------------------------------------------------------------------------------------------------
 
+_NUMBER = re.compile(r"\d{1,24}(\.\d{0,12})?", re.ASCII)
 _TIME = re.compile(r":(\d\d)(?:[.,](\d{1,9}))?\s*(Z|UTC|[+-]\d\d:?(?:\d\d)?)?", re.ASCII)
 
 
@@ -143,8 +144,8 @@ def epoch_ns(name: str, value: Any) -> int:
     The years 2001 to 2100 are four ranges of numbers that do not meet, so the unit is certain; other numbers raise
     `RowError`.
     """
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 25:
-        value = int(value)
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        value = int(value) if value.isdigit() else float(value)
     if isinstance(value, int | float) and not isinstance(value, bool):
         for unit_ns in (1, 1000, 1_000_000, _SECOND):
             if 978_307_200 * _SECOND <= value * unit_ns < 4_102_444_800 * _SECOND:
@@ -154,6 +155,13 @@ def epoch_ns(name: str, value: Any) -> int:
     raise RowError(
         f"bad {name}", f"{name} is {show(str(value))}: not a time since 1970 between the years 2001 and 2100"
     )
+
+
+def wall_clock_ns(name: str, value: Any) -> int:
+    """Nanoseconds since 1970 of a date and time, or of a number since 1970 (`epoch_ns`). Raises `RowError`."""
+    if isinstance(value, str) and not _NUMBER.fullmatch(value.strip()):
+        return IsoClock(name).ns(value.strip())
+    return epoch_ns(name, value)
 
 
 # --- CSV -----------------------------------------------------------------------------------------------------------
@@ -212,6 +220,21 @@ csv.field_size_limit(2**24)
 # --- text ----------------------------------------------------------------------------------------------------------
 
 
+def plain_text(value: Any) -> str | None:
+    """A text, or content parts that are nothing but text; None for anything more."""
+    if isinstance(value, list):
+        texts = [
+            part.get("text") if part.get("type") in _TEXT_PARTS else None for part in value if isinstance(part, dict)
+        ]
+        if len(texts) != len(value) or not all(isinstance(text, str) for text in texts):
+            return None
+        value = "".join(map(str, texts))
+    return value if isinstance(value, str) and value else None
+
+
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
+
 def plain_messages(value: Any) -> tuple[dict[str, str], ...] | None:
     """Chat messages with a role and a text each; None when there are none or one of them is more than text."""
     if not isinstance(value, list) or not value:
@@ -226,7 +249,7 @@ def plain_messages(value: Any) -> tuple[dict[str, str], ...] | None:
         if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
             # One text part is the same as the text.
             part = content[0]
-            content = part.get("text") if part.get("type") in ("text", "input_text", "output_text") else None
+            content = part.get("text") if part.get("type") in _TEXT_PARTS else None
         if not isinstance(role, str) or not role or not isinstance(content, str):
             return None
         messages.append({"role": role, "content": content})

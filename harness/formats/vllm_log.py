@@ -22,10 +22,11 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from harness.formats.row import FailedCallError, Reader, Row, RowError, Rows
+from harness.formats.row import FailedCallError, Item, Reader, Row, RowError, Rows
 from harness.formats.values import called, prefix_hashes, show
 
 BLOCK_TOKENS = 16
@@ -93,9 +94,9 @@ class VllmLog(Reader):
             return self._generated(match)
         return self._overflow()
 
-    def end(self) -> Rows:
+    def end(self) -> Iterator[tuple[None, Item]]:
         """Requests without an end in the log."""
-        return [self._row(id_) for id_ in list(self._open)]
+        return ((None, self._row(id_)) for id_ in list(self._open))
 
     def blocks(self) -> str | None:
         """16 tokens, made from the token ids."""

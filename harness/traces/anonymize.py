@@ -2,7 +2,7 @@
 
 Text is counted with a tokenizer. Of its token ids, and of the prefix ids a trace may have already, only hashes of
 blocks stay: keyed with a random salt that is thrown away, so that nobody can test a guess of what a block said; they
-still tell which requests share their beginning. Sessions, and adapters, are numbered in order of appearance.
+still tell which requests share their beginning. Sessions, adapters and models are numbered in order of appearance.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def anonymize(
     """
     if not 16 <= len(salt) <= 64:
         raise UsageError("the salt must be 16 to 64 random bytes")
-    sessions, adapters = _Numbers("session"), _Numbers("adapter")
+    sessions, adapters, models = _Numbers("session"), _Numbers("adapter"), _Numbers("model")
     for number, (record, ids, answer_tokens) in enumerate(_with_ids(records, tokenizer)):
         prefix_ids, size = record.prefix_ids, record.block_tokens
         input_tokens = record.input_tokens
@@ -87,6 +87,7 @@ def anonymize(
             messages=None,
             answer=None,
             adapter=adapters.name(record.adapter),
+            model=models.name(record.model),
         )
 
 

@@ -89,7 +89,7 @@ def _write_parquet(rows: Iterator[dict[str, Any]], raw: IO[bytes], out: Path) ->
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
     types = {
         "messages": pa.list_(message), "prefix_ids": pa.list_(pa.int64()), "input_tokens": pa.int32(),
-        "output_tokens": pa.int32(), "turn": pa.int32(), "block_tokens": pa.int32(),
+        "output_tokens": pa.int32(), "turn": pa.int32(), "block_tokens": pa.int32(), "cached_tokens": pa.int32(),
     }  # fmt: skip
     default = {True: pa.float64(), False: pa.string()}
     schema = pa.schema([(name, types.get(name) or default[name.endswith("_s")]) for name in FIELDS])
