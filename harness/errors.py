@@ -18,7 +18,10 @@ A failed *request* is never an exception: it is a result row with its error clas
 from __future__ import annotations
 
 import difflib
+import errno
+import traceback
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 _NAME_CHARS, _LOOKED_AT = 100, 1000  # a server or file may name anything, and any number of it
 EXIT_VALID = 0
@@ -82,3 +85,35 @@ def listed(names: Sequence[str], most: int = 20) -> str:
     """Names in one line, the first ``most`` of them."""
     more = len(names) - most
     return (", ".join(names[:most]) or "none") + (f" and {more:,} more" if more > 0 else "")
+
+
+_LIMITS = {
+    errno.EMFILE: "raise the limit of open files (ulimit -n 65536)",
+    errno.ENFILE: "this machine has no more open files to give",
+    errno.ENOMEM: "free some memory, or raise the limit (ulimit -v unlimited)",
+    errno.ENOSPC: "free some space on that disk",
+    errno.EDQUOT: "free some of your share of that disk",
+    errno.EAGAIN: "raise the limit of processes and threads (ulimit -u)",
+}
+
+
+def sentence(error: Exception) -> str:
+    """What went wrong, of an error that nobody foresaw: what, where, and what to do."""
+    if isinstance(error, MemoryError) or "failed to map segment" in str(error):
+        return f"not enough memory: {_LIMITS[errno.ENOMEM]}"
+    if isinstance(error, RecursionError):
+        return f"something in the input is nested too deeply to be read ({_where(error)})"
+    what = f"{type(error).__name__}: {error}".removesuffix(": ")
+    if isinstance(error, OSError):
+        what = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+        if error.errno in _LIMITS:
+            return f"{what}: {_LIMITS[error.errno]}"
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return f"{error}: {_LIMITS[errno.EAGAIN]}"
+    advice = "HARNESS_TRACEBACK=1 shows the whole of it, for a report of this fault"
+    return f"{what.splitlines()[0] if what else type(error).__name__} ({_where(error)}); {advice}"
+
+
+def _where(error: Exception) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    return f"{Path(last[0].filename).name}:{last[0].lineno}" if last else "unknown place"

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from types import TracebackType
 
 import numpy as np
-from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from harness.console import Console
 from harness.slo import split_key
 from harness.verbosity import Verbosity, verbosity
 

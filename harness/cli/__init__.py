@@ -5,9 +5,14 @@ What a verb does is in `harness.commands`, imported when the verb runs.
 
 from __future__ import annotations
 
+import io
+import os
+import resource
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from types import FrameType
 
 import click
 
@@ -15,7 +20,8 @@ from harness import __version__
 from harness.cli import capacity, catalogue, cloud, decide, processes, results, runs, sweep, trace
 from harness.cli.options import ENVIRONMENT, EXIT_STATUS
 from harness.cli.verb import Group, command, read_defaults
-from harness.errors import EXIT_VALID, HarnessError, unknown_name
+from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, sentence, unknown_name
+from harness.terminal import cut, guard_streams, hung_up
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Replay": (runs.replay, runs.plan, runs.serve, runs.run, sweep.sweep),
@@ -85,25 +91,47 @@ for _verbs in SECTIONS.values():
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point: run a verb and end with its exit status."""
+    """Entry point: run a verb and end with its exit status. Whatever goes wrong is a sentence on standard error."""
+    guard_streams()
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        # OpenBLAS takes memory for every processor, and where there is none it aborts or tries again for ever.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # These unwind like Ctrl-C, so that everything started is ended in order.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, _interrupt)
     try:
         code = cli.main(args=list(argv) if argv is not None else None, prog_name="harness", standalone_mode=False)
         sys.stdout.flush()
     except click.ClickException as e:
-        e.show()
+        shown = io.StringIO()
+        e.show(shown)
+        _tell(shown.getvalue().rstrip())
         code = e.exit_code
     except HarnessError as e:
-        click.echo(f"harness: {e}", err=True)
+        _tell(f"harness: {e}")
         code = e.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("harness: stopped", err=True)
+        _tell("harness: stopped")
         code = 130
     except BrokenPipeError:
         # The reader of our stdout went away (`| head`): nothing to tell anyone; keep the interpreter from trying again.
         sys.stderr.close()
         code = EXIT_VALID
+    except Exception as e:
+        if os.environ.get("HARNESS_TRACEBACK"):
+            raise
+        _tell(f"harness: {sentence(e)}")
+        code = EXIT_FAILURE
     sys.exit(code or EXIT_VALID)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    if number == signal.SIGHUP:
+        hung_up()
+    signal.default_int_handler(number, frame)
+
+
+def _tell(words: str) -> None:
+    with suppress(OSError, ValueError):  # nobody can be told
+        print(cut(words), file=sys.stderr, flush=True)

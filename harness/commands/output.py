@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from harness.progress import console
+from harness.terminal import cut
 
 if TYPE_CHECKING:
     from analysis.show.decision_text import Block
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def say(words: str) -> None:
     """One line for the person, on stderr."""
-    console().print(words, markup=False)
+    console().print(cut(words), markup=False)
 
 
 def print_json(value: object) -> None:
@@ -27,8 +28,9 @@ def print_json(value: object) -> None:
 def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """A plain table on stdout."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
+
+    from harness.console import Console
 
     table = Table(box=box.SIMPLE_HEAD)
     for column in columns:
@@ -41,9 +43,8 @@ def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 
 def print_blocks(blocks: Sequence[Block], format_: str) -> None:
     """Blocks on stdout, as Markdown (md) or text; into a pipe there is no width to fit, so nothing is cut."""
-    from rich.console import Console
-
     from analysis.show.decision_text import render_markdown, render_text
+    from harness.console import Console
 
     if format_ == "md":
         print(render_markdown(blocks))

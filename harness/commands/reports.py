@@ -44,7 +44,7 @@ def report(
     elif format_ == "md":
         print(render_markdown(summary))
     else:
-        from rich.console import Console
+        from harness.console import Console
 
         render_text(summary, Console(highlight=False))
     return exit_code(summary)

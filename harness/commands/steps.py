@@ -36,6 +36,7 @@ from harness.run import (
 )
 from harness.server_metrics import ServerMetrics
 from harness.slo import metrics_of
+from harness.terminal import hung_up
 from harness.traces.survey import Content
 
 HEALTH_EVERY_S = 2.0
@@ -349,4 +350,6 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _count(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            hung_up()
         self.asked += 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -202,9 +201,7 @@ def _say(words: str) -> None:
 
 
 def _print(text: str) -> None:
-    # A terminal that cannot show a bar must not lose the figures beside it.
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding))
+    print(text)
 
 
 def _print_json(value: object) -> None:
