@@ -15,6 +15,10 @@ from analysis.load import Rows, Run
 
 MISMATCH_BOUND = 0.01
 BOS_TOKENS = 2
+TEMPLATE_TOKENS = 512
+"""A server's chat template adds no more to a prompt; one that does sends a prompt of its own."""
+CUT_BOUND = 0.1
+"""Share of the planned tokens that a template of fewer tokens than the plan thought may take."""
 
 
 def output_tokens(run: Run) -> Check:
@@ -75,11 +79,18 @@ def input_tokens(run: Run) -> Check:
         return _live_input(asked, got)
     more = float(got[0] - asked[0]) if len(got) else 0.0
     constant = all(bool((got[p] - asked[p] == more).all()) for p in arrays.blocks(len(got)))
-    if constant and more and (chat or 0 < more <= BOS_TOKENS):
+    template = chat and len(got) > 0 and -CUT_BOUND * float(asked.mean()) <= more <= TEMPLATE_TOKENS
+    if constant and more and (template or 0 < more <= BOS_TOKENS):
         what = "the server's chat template" if chat else "a start token the server adds"
         observed = f"every prompt has {more:+.0f} tokens against the plan ({what})"
         return check("input_tokens", True, observed, "as planned, or one constant offset", "")
     advice = "the plan's tokenizer is not the server's: build the plan with the served model's own"
+    longest = float(got.max()) if len(got) else 0.0
+    cut = arrays.flags(len(got), lambda part: (got[part] == longest) & (asked[part] > longest))
+    if np.count_nonzero(cut) > MISMATCH_BOUND * len(got):
+        advice = (
+            f"the server cuts prompts at {longest:,.0f} tokens (a context length?): shorter prompts, or a longer one"
+        )
     return _mismatch("input_tokens", asked, got, advice)
 
 

@@ -15,16 +15,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
 import numpy as np
 
 from analysis.check import Check, check, limit
 from analysis.load import Run
-from harness.answers import Counted, Text
+from analysis.served import TEMPLATE_TOKENS
+from harness.answers import Counted, Prompt, Text
 
 TOLERANCE = 0.1
-"""Share of an answer's tokens by which usage and text may differ,"""
+"""Share of a text's tokens by which usage and text may differ,"""
 TOLERANCE_TOKENS = 3.0
 """or so many tokens, where that is more: a start, a stop, a special token without text."""
+CUT_FROM, CUT_ALIKE, CUT_SPREAD = 64, 3, 1.25
+"""Prompts were cut when so many have one count, the largest, of so many tokens or more, and sizes that differ."""
 SINGLE_BOUND = 0.05
 """Chunks are single tokens when at most this share of them has more than one piece of text."""
 
@@ -35,13 +39,15 @@ _WORDS: dict[How, str] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """One answer of the sample: what the server counted, and what we did."""
 
     usage: float
     reasoning: float
     """Declared; 0 when it is not."""
+    input: float
+    """Prompt tokens that it counted; NaN when it did not."""
     counted: Counted
 
 
@@ -71,6 +77,58 @@ def usage_text(run: Run) -> Check:
     return check(name, True, observed, bound, "")
 
 
+def prompt_text(run: Run) -> Check:
+    """Input tokens that the servers counted are in the prompts that were sent, and all of these were read.
+
+    Of prompts whose length the plan does not know: text of the trace. A server may add what is the same for every
+    prompt, its chat template. A byte is at most one token, a word at least one.
+    """
+    name, bound = "prompt_text", f"within {TOLERANCE:.0%} of the prompts, or {TOLERANCE_TOKENS:.0f} tokens a prompt"
+    prompts = [(a.input, a.counted.prompt) for a in sampled(run) if a.counted.prompt and np.isfinite(a.input)]
+    if not prompts:
+        return check(name, None, "no prompt of unknown length with a count", bound, "nothing to do")
+    total = sum(said for said, _ in prompts)
+    observed = f"usage {total:,.0f} input tokens, {len(prompts)} prompts of {sum(p.bytes for _, p in prompts):,} bytes"
+    added = len(msgspec.json.encode(run.manifest.spec.extra_body)) + TEMPLATE_TOKENS
+    if total > sum(p.bytes + added for _, p in prompts):
+        advice = "a token has a byte at least: usage counts prompts that were not sent, so no cost per token is right"
+        return check(name, False, observed, "at most a token a byte", advice)
+    cut = _cut(prompts)
+    if cut is not None:
+        advice = "the server reads only a part of long prompts: a longer context length there, or shorter prompts"
+        return check(name, False, f"{observed}; {cut}", bound, advice)
+    known = [(said, p, p.tokens) for said, p in prompts if p.tokens is not None]
+    if len(known) < len(prompts):
+        return check(name, True, observed, "at most a token a byte, at least one a word, none cut", "")
+    allowed = sum(max(TOLERANCE_TOKENS, TOLERANCE * own) for _, _, own in known)
+    beyond = [said - own for said, _, own in known]
+    chat = any(p.messages for _, p, _ in known)
+    same = float(np.median(beyond)) if chat else 0.0
+    observed += f"; by the tokenizer {sum(own for _, _, own in known):,}"
+    spread = sum(abs(more - same) for more in beyond)
+    ok = spread <= allowed and -allowed / len(known) <= same <= TEMPLATE_TOKENS
+    advice = "usage counts other prompts than were sent, or --tokenizer is not the served model's"
+    return check(name, ok, observed, bound + (", the same for all aside" if chat else ""), advice)
+
+
+def _cut(prompts: Sequence[tuple[float, Prompt]]) -> str | None:
+    """Which prompts were not read to their end; None: none, as far as can be seen.
+
+    Those of fewer tokens than words; and where several have the very same count, which no other exceeds, while their
+    texts differ in size.
+    """
+    fewer = [said for said, p in prompts if said < (1 - TOLERANCE) * p.words - TOLERANCE_TOKENS]
+    if fewer:
+        return f"{len(fewer)} have fewer tokens than words"
+    longest = max(said for said, _ in prompts)
+    sizes = [p.bytes for said, p in prompts if said == longest]
+    if longest >= CUT_FROM and len(sizes) >= CUT_ALIKE and max(sizes) >= CUT_SPREAD * min(sizes):
+        return (
+            f"{len(sizes)} of {min(sizes):,} to {max(sizes):,} bytes all have {longest:,.0f} tokens, and none has more"
+        )
+    return None
+
+
 def _advice(excess: float, how: How) -> str:
     wrong = "usage counts output that was not sent and is not declared as reasoning" if excess > 0 else (
         "usage leaves out output that was sent"
@@ -88,8 +146,12 @@ def sampled(run: Run) -> list[Answer]:
         known = np.flatnonzero(np.isin(part.request_id, ids) & part.success & np.isfinite(part.output_tokens))
         reasoning = np.nan_to_num(part.reasoning_tokens)
         found += [
-            Answer(float(part.output_tokens[i]), float(reasoning[i]), counted[int(part.request_id[i])]) for i in known
-        ]
+            Answer(
+                usage=float(part.output_tokens[i]), reasoning=float(reasoning[i]), input=float(part.input_tokens[i]),
+                counted=counted[int(part.request_id[i])],
+            )
+            for i in known
+        ]  # fmt: skip
     return found
 
 

@@ -13,7 +13,7 @@ emits) by 4.6 % in the mean and 29 % at most. So single answers prove nothing, a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 
 SAMPLE = 96
 """Answers of a run that are counted, at most."""
+PROMPTS = 32
+"""Of these, at most so many with their prompts: a plan is read a batch at a time."""
 
 _LETTERS = r"[^\W\d_\u0e00-\U0010ffff]+"
 # As tokenizers cut text before they look for tokens (OpenAI's cl100k, which Llama 3 and Qwen follow), but digits, and
 # letters of scripts without spaces, one by one: what is one piece here may be several tokens, never the reverse.
 _PIECE = re.compile(rf"(?:[^\r\n\w]|_)?{_LETTERS}| ?[^\W_]| ?(?:[^\s\w]|_)+[\r\n]*|\s+")
-_WORD = re.compile(_LETTERS)
+_WORD = re.compile(rf"{_LETTERS}\S*")
 _BROKEN = "\ufffd"
 
 
@@ -48,6 +50,12 @@ class Said(msgspec.Struct, kw_only=True, omit_defaults=True):
     """There was output that is neither, such as a tool call: its text is not all that was generated."""
 
 
+class _Message(msgspec.Struct, forbid_unknown_fields=True):
+    role: str
+    content: str
+    name: str | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
     """One text, counted."""
@@ -55,7 +63,7 @@ class Text:
     bytes: int = 0
     """Of UTF-8. A token has one at least."""
     words: int = 0
-    """Runs of letters between other characters. Hardly a tokenizer has tokens of more than one."""
+    """Stretches with a letter between spaces. Hardly a tokenizer has tokens of more than one."""
     chunks: int = 0
     """That carried it."""
     crowded: int = 0
@@ -67,26 +75,79 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What was sent with one request, counted."""
+
+    bytes: int
+    """Of its text; of messages, of the JSON that holds them."""
+    words: int
+    """As of a `Text`."""
+    messages: int = 0
+    """0: text alone."""
+    tokens: int | None = None
+    """By the model's tokenizer, of messages as its chat template makes a prompt of them; null without."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Counted:
-    """One answer of the sample, counted."""
+    """One answer of the sample, counted, and what it answers."""
 
     request_id: int
     text: Text
     reasoning: Text
+    prompt: Prompt | None = None
+    """Null where the plan has its length already, and of what is not all text."""
     blanks: int = 0
     ids: int = 0
     other: bool = False
 
 
-def count_answers(said: Iterable[Said], tokenizer: TextTokenizer | None = None) -> list[Counted]:
+def count_answers(
+    said: Iterable[Said], tokenizer: TextTokenizer | None = None, prompts: Mapping[int, Prompt] | None = None
+) -> list[Counted]:
     """The same answers, counted; in tokens where there is a tokenizer."""
     return [
         Counted(
             request_id=one.request_id, text=_count(one.text, tokenizer), reasoning=_count(one.reasoning, tokenizer),
-            blanks=one.blanks, ids=one.ids, other=one.other,
+            prompt=(prompts or {}).get(one.request_id), blanks=one.blanks, ids=one.ids, other=one.other,
         )
         for one in said
     ]  # fmt: skip
+
+
+def count_prompts(plan: Path, ids: Iterable[int], tokenizer: TextTokenizer | None = None) -> dict[int, Prompt]:
+    """Prompts of these requests whose length the plan does not know, counted. Raises `PlanError`."""
+    from harness.plan import find_requests
+
+    found = {}
+    for request in find_requests(plan, ids):
+        if request.input_tokens is None and not request.continues:
+            prompt = _prompt(request.prompt_text, request.messages, tokenizer)
+            if prompt is not None:
+                found[request.request_id] = prompt
+    return found
+
+
+def _prompt(text: str | None, messages: str | None, tokenizer: TextTokenizer | None) -> Prompt | None:
+    if messages is None:
+        if text is None:
+            return None
+        tokens = None if tokenizer is None else len(tokenizer.encode([text])[0])
+        return Prompt(bytes=_bytes(text), words=len(_WORD.findall(text)), tokens=tokens)
+    try:
+        turns = msgspec.json.decode(messages, type=list[_Message])
+    except msgspec.DecodeError:
+        return None  # parts that are no text, tool calls: bytes say little of them
+    said = [{"role": turn.role, "content": turn.content} for turn in turns]
+    ids = None if tokenizer is None else tokenizer.chat_ids(said)
+    return Prompt(
+        bytes=_bytes(messages), words=sum(len(_WORD.findall(turn.content)) for turn in turns), messages=len(turns),
+        tokens=None if ids is None else len(ids),
+    )  # fmt: skip
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode(errors="replace"))
 
 
 def _count(chunks: Sequence[str], tokenizer: TextTokenizer | None) -> Text:
@@ -96,7 +157,7 @@ def _count(chunks: Sequence[str], tokenizer: TextTokenizer | None) -> Text:
     pieces = [len(_PIECE.findall(chunk)) for chunk in chunks]
     countable = tokenizer is not None and _BROKEN not in text
     return Text(
-        bytes=len(text.encode(errors="replace")), words=len(_WORD.findall(text)), chunks=len(chunks),
+        bytes=_bytes(text), words=len(_WORD.findall(text)), chunks=len(chunks),
         crowded=sum(n > 1 for n in pieces), pieces=sum(max(n, 1) for n in pieces),
         tokens=len(tokenizer.encode([text])[0]) if tokenizer is not None and countable else None,
     )  # fmt: skip

@@ -36,7 +36,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -333,6 +333,22 @@ def iter_batches(path: Path, worker: int = 0, workers: int = 1) -> Iterator[pa.R
             mine = np.flatnonzero(batch.column("slice").to_numpy() % workers == worker)
             if len(mine):
                 yield batch if len(mine) == batch.num_rows else batch.take(pa.array(mine))
+
+
+def find_requests(path: Path, ids: Iterable[int]) -> Iterator[Request]:
+    """The requests with these ids; batches without any of them are not read. Raises `PlanError`."""
+    wanted = np.array([*ids], dtype=np.int64)
+    which = [
+        i
+        for i, batch in enumerate(iter_plan_columns(path, ["request_id"]))
+        if np.isin(batch.column(0).to_numpy(), wanted).any()
+    ]
+    with _open(path) as reader:
+        _info(path, reader.schema)
+        for i in which:
+            batch = reader.get_batch(i)
+            batch.validate(full=True)
+            yield from requests_in(batch.filter(pa.array(np.isin(batch.column("request_id").to_numpy(), wanted))))
 
 
 def plan_sha256(path: Path) -> str:

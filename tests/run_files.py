@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pyarrow as pa
 
-from harness.answers import Counted, Text
+from harness.answers import Counted, Prompt, Text
 from harness.observations import Observation, ObservationWriter
 from harness.plan import SCHEMA, SCHEMA_VERSION, PlanInfo, plan_sha256
 from harness.results import Result, ResultWriter
@@ -73,7 +73,9 @@ def said(result):
     """An answer that says what its row's usage counts: one chunk for each token."""
     n = result.output_tokens or 0
     text = Text(bytes=2 * n, words=n, chunks=n, pieces=n, tokens=n)
-    return Counted(request_id=result.request_id, text=text, reasoning=Text())
+    inputs = result.input_tokens or 0
+    prompt = Prompt(bytes=4 * inputs, words=inputs // 2, tokens=inputs)
+    return Counted(request_id=result.request_id, text=text, reasoning=Text(), prompt=prompt)
 
 
 def write_run(

@@ -403,7 +403,7 @@ def test_rows_need_no_python_loop(tmp_path):
     """Columns only: 5,000 rows of 4 chunks take fewer calls than ten a row."""
     import sys
 
-    path = write_run(tmp_path / "run", [good(i, i * MS) for i in range(5000)])
+    path = write_run(tmp_path / "run", [good(i, i * MS) for i in range(5000)], answers=[])
     calls = 0
 
     def count(*_):

@@ -17,8 +17,8 @@ from test_prompts import byte_level
 
 from analysis.load import read_run
 from analysis.summary import summarise
-from harness.answers import Said, count_answers, take_said, write_said
-from harness.run import read_manifest
+from harness.answers import Said, count_answers, count_prompts, take_said, write_said
+from harness.run import RunDir, read_manifest, write_manifest
 from harness.tokenizer import FastTokenizer
 from scenarios.completion import Answer
 from scenarios.sampling import Sampler
@@ -116,6 +116,91 @@ def test_answers_are_pooled_for_text_encoded_again_is_off_by_a_few(tmp_path):
     run = read_run(write_run(tmp_path / "run", rows, answers=count_answers(answers, tokens)))
     assert next(c for c in summarise(run).checks if c.name == "usage_text").ok
     assert checked(tmp_path / "all", answers, int(exact * 1.2), tokens=tokens)[0].ok is False
+
+
+def prompts_of(tmp_path, texts, usage, *, chat=False, tokens=None, spec=SPEC):
+    """The check of prompts of a run whose k-th prompt is ``texts[k]`` and counted as ``usage[k]``."""
+    rows = [replace(good(k, tokens=4), input_tokens=n) for k, n in enumerate(usage)]
+    plan = {
+        k: {"input_tokens": None, "prompt_token_ids": None, "prompt_text": None if chat else text,
+            "messages": json.dumps([{"role": "user", "content": text}]) if chat else None}
+        for k, text in enumerate(texts)
+    }  # fmt: skip
+    path = write_run(tmp_path / "run", rows, spec=spec, plan=plan)
+    prompts = count_prompts(path / "plan.arrow", range(len(texts)), tokens)
+    manifest = read_manifest(path)
+    manifest.answers = count_answers([said(k, text=4) for k in range(len(texts))], tokens, prompts)
+    write_manifest(RunDir(path), manifest)
+    summary = summarise(read_run(path))
+    return next(c for c in summary.checks if c.name == "prompt_text"), summary
+
+
+LONG = [" ".join(["some words"] * (30 + 10 * k)) for k in range(20)]
+OWN = [2 * (30 + 10 * k) for k in range(20)]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize(
+    ("what", "usage", "ok"),
+    [
+        ("as sent", OWN, True),
+        ("one start token", [n + 1 for n in OWN], True),
+        ("a template", [n + 90 for n in OWN], True),
+        ("100 times the bytes", [100 * len(text) for text in LONG], False),
+        ("cut below its words", [min(n, 150) for n in OWN], False),
+        ("half", [n // 2 for n in OWN], False),
+    ],
+)
+def test_prompts_are_held_against_their_bytes_and_words(tmp_path, chat, what, usage, ok):
+    check, summary = prompts_of(tmp_path, LONG, usage, chat=chat)
+    assert check.ok is ok, (what, check)
+    assert check.gate and (summary.cost.usd_per_1m_total.value is None) is (not ok)
+
+
+def test_prompts_that_end_at_one_count_were_cut_there(tmp_path):
+    """4 tokens a word, cut at 600 tokens: every prompt still has more tokens than words."""
+    usage = [min(2 * n, 600) for n in OWN]
+    check, _ = prompts_of(tmp_path, LONG, usage)
+    assert check.ok is False and "all have 600 tokens" in check.observed
+    assert prompts_of(tmp_path / "whole", LONG, [2 * n for n in OWN])[0].ok
+    same = [LONG[3]] * 20
+    assert prompts_of(tmp_path / "same", same, [2 * OWN[3]] * 20)[0].ok, "one prompt, sent again and again"
+
+
+@pytest.mark.parametrize(("usage", "ok"), [(1.0, True), (1.05, True), (2.0, False), (0.7, False)])
+def test_a_tokenizer_counts_prompts_too(tmp_path, usage, ok):
+    own = [len(ids) for ids in tokenizer().encode(LONG)]
+    check, _ = prompts_of(tmp_path, LONG, [int(usage * n) for n in own], tokens=tokenizer())
+    assert check.ok is ok, check
+
+
+def test_what_is_no_text_is_not_judged_by_its_bytes(tmp_path):
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}]}]
+    tool = [{"role": "assistant", "content": None, "tool_calls": []}]
+    rows = [replace(good(k), input_tokens=9000) for k in range(2)]
+    fields = {"input_tokens": None, "prompt_token_ids": None, "prompt_text": None}
+    plan = {k: {**fields, "messages": json.dumps(messages)} for k, messages in enumerate((image, tool))}
+    path = write_run(tmp_path / "run", rows, plan=plan)
+    assert count_prompts(path / "plan.arrow", [0, 1]) == {}
+
+
+@pytest.mark.parametrize(
+    ("usage", "ok", "advice"),
+    [
+        ([1000] * 20, True, None),
+        ([1080] * 20, True, None),  # a template
+        ([100_000] * 20, False, "tokenizer"),
+        ([512] * 20, False, "cuts prompts at 512"),
+        ([1000] * 10 + [700] * 10, False, "tokenizer"),
+    ],
+)
+def test_a_constant_difference_is_a_template_only_within_bounds(tmp_path, usage, ok, advice):
+    rows = [replace(good(k), input_tokens=n) for k, n in enumerate(usage)]
+    plan = {k: {"input_tokens": 1000} for k in range(20)}
+    path = write_run(tmp_path / "run", rows, plan=plan, spec=replace(SPEC, endpoint="chat"))
+    check = next(c for c in summarise(read_run(path)).checks if c.name == "input_tokens")
+    assert check.ok is ok
+    assert (advice or "") in (check.advice or "")
 
 
 def test_several_answers_a_request_and_old_runs_are_not_judged(tmp_path):

@@ -13,6 +13,7 @@ from run_files import MS, SPEC, TIER, S, bad, good, said, watch, write_run
 from analysis import load, metrics
 from analysis.load import read_run
 from analysis.summary import summarise
+from harness.answers import Prompt
 from harness.results import ERRORS, Result
 from harness.run import Host, Replica, Restart, RunDir, Worker, read_manifest, write_manifest
 
@@ -81,6 +82,9 @@ GATES = {
     "replicas": {"replicas": [replace(REPLICA, exit="died of signal 9")]},
     "engine_fits_tier": {"tier": replace(TIER, accelerator="H100", accelerator_count=8)},
     "input_tokens": {"results": changed(1, input_tokens=9), "plan": as_planned()},
+    "prompt_text": {
+        "answers": [replace(said(good(i)), prompt=Prompt(bytes=900, words=200)) for i in range(20)],
+    },
     "usage_text": {"answers": [said(good(i, tokens=40)) for i in range(20)]},
     "token_books": {"replicas": counted(160, 85)},
 }

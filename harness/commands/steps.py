@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from harness.answers import Counted, count_answers, take_said
+from harness.answers import PROMPTS, Counted, count_answers, count_prompts, take_said
 from harness.build import asked_plan, build_plan
 from harness.commands.output import say
 from harness.commands.targets import LocalTarget, Servers, Target, UrlTarget
@@ -242,14 +242,18 @@ def execute_point(
 def counted_sample(run: RunDir, spec: RunSpec, tokenizer: Path | None) -> list[Counted]:
     """The answers that the load workers kept, counted; their texts are deleted. Without tokenizer not in tokens."""
     said = take_said(run.answers(worker) for worker in range(spec.workers))
-    if not said or tokenizer is None:
-        return count_answers(said)
-    from harness.tokenizer import load_tokenizer
+    if not said:
+        return []
+    counts = None
+    try:  # the load is over: a run is not lost for it
+        if tokenizer is not None:
+            from harness.tokenizer import load_tokenizer
 
-    try:
-        return count_answers(said, load_tokenizer(tokenizer))
-    except PlanError as e:  # the load is over: a run is not lost for it
-        say(f"note: answers are not counted in tokens: {e}")
+            counts = load_tokenizer(tokenizer)
+        every = -(-len(said) // PROMPTS)
+        return count_answers(said, counts, count_prompts(run.plan, (one.request_id for one in said[::every]), counts))
+    except PlanError as e:
+        say(f"note: answers and prompts are not counted in tokens: {e}")
         return count_answers(said)
 
 
