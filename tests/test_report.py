@@ -163,3 +163,17 @@ def test_a_percentile_of_too_few_independent_requests_says_what_they_are_worth()
     assert report.value(alike, str) == "n≈15<59"
     assert report.value(replace(alike, note="needs 299 requests, has 60"), str) == "n<299"
     assert report.value(replace(alike, note="no requests to measure"), str) == "-"
+
+
+def test_the_last_three_lines_are_verdict_price_and_slo(tmp_path) -> None:
+    kept = text(
+        summary(tmp_path / "a", [good(i) for i in range(200)], spec=replace(SPEC, slo={"ttft": 2.0}))
+    ).splitlines()[-3:]
+    assert kept[0] == "VALID"
+    assert kept[1] == "8.325 USD per 1M tokens, 24.975 per 1M output tokens at this load"
+    assert kept[2].startswith("SLO met: ttft <= 2 s for 99 % of requests, kept by 1")
+    refused = text(summary(tmp_path / "b", [bad(i, "unsent", sent=False) for i in range(200)])).splitlines()[-3:]
+    assert refused[0].startswith("INVALID: ")
+    assert refused[1].startswith("no price: ")
+    assert refused[2] == "SLO not judged: the run is INVALID"
+    assert text(summary(tmp_path / "c", spec=replace(SPEC, slo={}))).splitlines()[-1].startswith("no SLO was given")

@@ -51,8 +51,9 @@ def render_text(summary: Summary, console: Console) -> None:
             body = Table.grid(padding=0)
             body.add_row("- ", Text(line, overflow="fold"))
             console.print(body)
-    console.print()
     console.print(Text(f"run directory: {clean(summary.run)}"), soft_wrap=True)
+    for line in bottom_lines(summary):
+        console.print(Text(line, style="bold"), no_wrap=True, overflow="ellipsis")
 
 
 def render_markdown(summary: Summary) -> str:
@@ -122,6 +123,31 @@ def done(summary: Summary) -> list[str]:
     trace = f"{summary.plan.trace} ({summary.plan.trace_format})"
     served = clean(f"{load_words}; trace {trace}; {summary.engine} {summary.server.version or ''}".rstrip())
     return ["; ".join(parts), served]
+
+
+def bottom_lines(summary: Summary) -> tuple[str, str, str]:
+    """Verdict, price, SLO: a line each, the last that a terminal shows."""
+    reason = f": {summary.reasons[0]}" if summary.reasons else ""
+    more = f" (and {len(summary.reasons) - 1} more)" if len(summary.reasons) > 1 else ""
+    cost = summary.cost
+    if cost.reason is not None:
+        paid = f"no price: {cost.reason}"
+    else:
+        total, output = cost.usd_per_1m_total, cost.usd_per_1m_output_only
+        within = f" ({interval(total, price)})" if total.low is not None or total.high is not None else ""
+        given = "" if summary.load.mode == "closed" else " at this load"
+        paid = f"{price(total.value)} USD per 1M tokens{within}, {price(output.value)} per 1M output tokens{given}"
+    if summary.verdict != "VALID" and summary.slo is not None:
+        kept = f"SLO not judged: the run is {summary.verdict}"
+    elif summary.slo is None:
+        kept = "no SLO was given (--slo ttft=2s,tpot=100ms)"
+    else:
+        words = {True: "met", False: "MISSED", None: "not judged"}
+        kept = "; ".join(
+            f"SLO {words[part.met]}: {part.name}, kept by {value(part.attainment, percent)}"
+            for part in summary.slo.criteria
+        )
+    return clean(f"{summary.verdict}{reason}{more}"), clean(paid), clean(kept)
 
 
 def sections(summary: Summary, *, wide: bool = False) -> list[Section]:
@@ -212,7 +238,8 @@ def _rates(summary: Summary) -> Section:
         rows.append(_rate_row(f"goodput ({limits})", r.goodput))
         for part in summary.slo.criteria:
             became = {True: "met", False: "MISSED", None: "not judged"}[part.met]
-            rows.append((*_rate_row(f"SLO {became}: {part.name}", part.attainment, percent)[:3], "of requests"))
+            name = part.name.removesuffix(" of requests")
+            rows.append((*_rate_row(f"SLO {became}: {name}", part.attainment, percent)[:3], "of requests"))
     return ("Throughput", "value", "95 % interval", "unit"), rows
 
 
@@ -222,7 +249,7 @@ def _rate_row(name: str, q: Quantity, style: object = None) -> Sequence[str]:
 
 
 def closing(summary: Summary) -> list[tuple[str, list[str]]]:
-    """Price basis, limits, what could not be checked, assumptions."""
+    """Price basis, limits and what could not be checked, assumptions."""
     cost = summary.cost
     basis = []
     if cost.reason is None:
@@ -233,21 +260,16 @@ def closing(summary: Summary) -> list[tuple[str, list[str]]]:
         )
         if summary.engine == "url":
             basis.append("the tier is as stated by you: what these servers run on was not looked at")
-        basis += [
-            f"no split by {' or '.join(s.method for s in cost.splits if s.reason == why)}: {why}"
-            for why in dict.fromkeys(s.reason for s in cost.splits if s.reason is not None)
-        ]
         if cost.note:
             basis.insert(0, cost.note)
     missed = [c for c in summary.checks if not c.gate and c.ok is False]
     limits = [f"{c.name}: {c.observed}; {c.advice}" for c in missed]
     unchecked = [f"{c.name}: {c.observed}" for c in summary.checks if c.ok is None and c.gate]
-    asked = [f for f in summary.fidelity if f.ok is not None]
-    differ = [f"fidelity: {f.name}: {f.observed} (bound: {f.bound}); {f.said}" for f in asked if not f.ok]
-    agree = f"fidelity: {len(asked) - len(differ)} of {len(asked)} comparisons of trace, plan and run agree"
-    named = [("Price basis", basis), ("Limits of this run", limits + differ)]
-    named.append(("Not checked", ["; ".join(unchecked)] if unchecked else []))
-    named.append(("Assumptions", [*summary.assumptions, *([agree] if asked else [])]))
+    apart = [f for f in summary.fidelity if f.ok is False]
+    differ = [f"fidelity: {f.name}: {f.observed} (bound: {f.bound}); {f.said}" for f in apart]
+    blind = [f"not checked: {'; '.join(unchecked)}"] if unchecked else []
+    named = [("Price basis", basis), ("Limits of this run", limits + differ + blind)]
+    named.append(("Assumptions", list(summary.assumptions)))
     return [(title, [clean(line) for line in lines]) for title, lines in named if lines]
 
 
