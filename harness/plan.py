@@ -268,6 +268,7 @@ def write_plan(out: Path, info: PlanInfo, batches: Iterator[pa.RecordBatch]) -> 
     schema = SCHEMA.with_metadata({INFO_KEY: msgspec.json.encode(info)})
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     try:
+        temporary.touch(mode=0o600)  # it holds the prompts of users
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema, options=options) as writer:
             for batch in batches:
                 writer.write_batch(batch.replace_schema_metadata(schema.metadata))

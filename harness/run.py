@@ -1,7 +1,8 @@
 """The run directory: what was asked (`RunSpec`), what happened (`RunManifest`), and where the files are.
 
 ``runs/<UTC time>-<name>/`` holds ``run.json``, ``plan.arrow``, ``results-<worker>.arrows``,
-``worker-<worker>.arrows``, ``worker-<worker>.log``, ``server-<replica>.log``. A directory is never overwritten.
+``worker-<worker>.arrows``, ``worker-<worker>.log``, ``server-<replica>.log``. A directory is never overwritten, and
+its owner's alone.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from harness.plan import PlanInfo
 SCHEMA_VERSION = "1"
 MANIFEST = "run.json"
 PLAN = "plan.arrow"
+PRIVATE = 0o700
+"""Mode of a folder with a plan in it: plans hold the prompts of users."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +68,8 @@ class RunSpec:
     """Fields added to every request body."""
     headers: dict[str, str] = field(default_factory=dict)
     """Added to every request; never a secret (`harness.headers`)."""
+    header_env: dict[str, str] = field(default_factory=dict)
+    """Header -> environment variable that holds its value, which may be secret and is written nowhere."""
     stream: bool = True
     """False: one JSON answer, of which only the end is timed."""
     balance: str = "least"
@@ -293,12 +298,15 @@ def create_run_dir(root: Path, name: str) -> RunDir:
     """A new directory ``<root>/<UTC time>-<name>``; raises `ResultsError` when it cannot be made."""
     if str(root).startswith("s3:/"):
         raise UsageError(f"{root}: this verb writes to a local folder; s3:// is for replay, plan, run and report")
+    if not str(root.absolute()).isprintable():
+        raise UsageError(f"{root}: a name with characters that cannot be printed or written down: choose another --out")
     label = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60] or "run"
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     for suffix in ("", *(f"-{i}" for i in range(2, 100))):
         path = root / f"{stamp}-{label}{suffix}"
         try:
-            path.mkdir(parents=True)
+            root.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=PRIVATE)
         except FileExistsError:
             if not root.is_dir():
                 raise ResultsError(f"{root}: is a file, not a folder; choose another --out") from None

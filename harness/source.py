@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 from harness.errors import TraceError, UsageError
+from harness.terminal import printable
 
 MAX_LINE_BYTES = 16 * 2**20
 """Longest line that is read; more is not a trace but a binary file or a file without line ends."""
@@ -42,7 +43,7 @@ class Source:
     """A trace file to be read as often as needed."""
 
     name: str
-    """As the user gave it."""
+    """As the user gave it, made printable."""
     path: Path
     """Where the bytes lie."""
     sha256: str
@@ -72,7 +73,7 @@ def open_source(name: str | Path) -> Source:
                 text, None, "is not a regular file; a trace is read more than once: pipe it in and name it '-'"
             )
         with path.open("rb") as raw:
-            return Source(text, path, hashlib.file_digest(raw, "sha256").hexdigest())
+            return Source(printable(text), path, hashlib.file_digest(raw, "sha256").hexdigest())
     except OSError as e:
         raise TraceError(text, None, f"cannot read: {e.strerror or e}") from e
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import msgspec
 
 from harness.errors import ResultsError, UsageError
-from harness.run import Tier
+from harness.run import PRIVATE, Tier
 from harness.s3 import as_url, is_url
 from harness.sweep import Pair, Point, SweepSpec, slug
 
@@ -95,7 +95,8 @@ def create_folder(root: Path, state: SweepState) -> Path:
         raise UsageError(f"{as_url(root)}: a sweep writes to a local folder")
     hidden = root / f".{stamp}-{os.getpid()}"
     try:
-        hidden.mkdir(parents=True)
+        root.mkdir(parents=True, exist_ok=True)
+        hidden.mkdir(mode=PRIVATE)
         write_state(hidden, state)
         for suffix in ("", *(f"-{i}" for i in range(2, 100))):
             folder = root / f"{stamp}-{slug(state.name) or 'sweep'}{suffix}"

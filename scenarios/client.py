@@ -18,6 +18,7 @@ from typing import Any
 import gevent
 
 from harness.errors import UsageError
+from harness.headers import check_headers
 from harness.results import Result
 from scenarios.completion import clean
 from scenarios.connection import Connection
@@ -79,6 +80,7 @@ class Client:
         tls_ca: str | None = None,
         api_key: str | None = None,
         headers: Mapping[str, str] | None = None,
+        secret_headers: Mapping[str, str] | None = None,
         stream: bool = True,
         balance: str = "least",
         retries: int = 0,
@@ -90,15 +92,17 @@ class Client:
             raise UsageError(f"unknown endpoint {endpoint!r}: valid: {', '.join(ENDPOINTS)}")
         if balance not in BALANCES:
             raise UsageError(f"unknown balance {balance!r}: valid: {', '.join(BALANCES)}")
+        check_headers(headers or {})
         tls = tls_context(tls_ca) if any(url.startswith("https:") for url in base_urls) else None
         self._targets = [
-            Target(i, url, endpoint, api_key, tls, headers=headers, stream=stream) for i, url in enumerate(base_urls)
+            Target(i, url, endpoint, api_key, tls, headers={**(headers or {}), **(secret_headers or {})}, stream=stream)
+            for i, url in enumerate(base_urls)
         ]
         self._turn = 0
         self._balance = balance
         self.retries = retries
         self._stream = stream
-        self._api_key = api_key
+        self._secrets = tuple(filter(None, (api_key, *(secret_headers or {}).values())))
         self._sampler = sampler
         self._record = record
         self._timeout_ns = int(timeout_s * 1e9)
@@ -159,7 +163,7 @@ class Client:
         if answered is None and self._sampler is not None:
             answered = self._sampler.next()
         stream = Stream(
-            result, payload, self._choose(slice_), self._api_key, ended, slice_, answered, self.start_mono_ns
+            result, payload, self._choose(slice_), self._secrets, ended, slice_, answered, self.start_mono_ns
         )
         result.sent_ns = stream.sent_ns - self.start_mono_ns
         self._active.add(stream)

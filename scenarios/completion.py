@@ -414,9 +414,13 @@ def message_in(body: bytes) -> str:
     return body.decode("utf-8", "replace")
 
 
-def clean(text: str, secret: str | None = None) -> str:
+Secret = str | tuple[str, ...] | None
+"""The API key, and values of other headers that are nobody's business."""
+
+
+def clean(text: str, secret: Secret = None) -> str:
     """One printable line of at most 300 characters, without ``secret``."""
-    if secret:
-        text = text.replace(secret, "[api key]")
+    for one in (secret,) if isinstance(secret, str) else secret or ():
+        text = text.replace(one, "[api key]") if one else text
     text = " ".join("".join(c if c.isprintable() else " " for c in text[: 20 * DETAIL_LIMIT]).split())
     return text if len(text) <= DETAIL_LIMIT else text[: DETAIL_LIMIT - 3] + "..."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass
 
-from scenarios.completion import Completion, CompletionDetails, PromptDetails, Usage, clean, message_in
+from scenarios.completion import Completion, CompletionDetails, PromptDetails, Secret, Usage, clean, message_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Facts:
 
 
 def facts_of(
-    completion: Completion, *, status: int | None, done: bool, body: bytes, location: str, secret: str | None
+    completion: Completion, *, status: int | None, done: bool, body: bytes, location: str, secret: Secret
 ) -> Facts:
     """The facts of an answer with these events, and this ``status``; final once ``done``.
 

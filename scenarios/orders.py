@@ -52,6 +52,7 @@ class WorkerSpec:
     tls_ca: str | None = None
     """File of certificates to trust instead of the system's."""
     headers: dict[str, str] = field(default_factory=dict)
+    header_env: dict[str, str] = field(default_factory=dict)
     stream: bool = True
     balance: str = "least"
     retries: int = 0

@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Callable
 from itertools import accumulate
 
-from scenarios.completion import BOM, Completion
+from scenarios.completion import BOM, Completion, Secret
 from scenarios.facts import Facts, facts_of
 from scenarios.head import read_head
 from scenarios.plain import Template, fit
@@ -46,7 +46,7 @@ class Response:
     told = False
     """Whether the texts of events are wanted, not only when they came."""
 
-    def __init__(self, secret: str | None = None) -> None:
+    def __init__(self, secret: Secret = None) -> None:
         self.done = False
         self.keep_alive = False
         self.status: int | None = None

@@ -8,7 +8,7 @@ from time import monotonic_ns
 from typing import TYPE_CHECKING, Any
 
 from harness.results import Result
-from scenarios.completion import clean
+from scenarios.completion import Secret, clean
 from scenarios.hot_path import Kept
 from scenarios.plain import Shape
 from scenarios.response import Response
@@ -34,7 +34,7 @@ class Stream:
         result: Result,
         payload: bytes,
         target: Target,
-        secret: str | None,
+        secret: Secret,
         ended: Callable[[Result], None] | None,
         slice_: int = 0,
         answered: Answered | None = None,

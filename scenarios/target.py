@@ -10,7 +10,6 @@ import gevent.monkey
 
 from harness import __version__
 from harness.errors import UsageError
-from harness.headers import check_headers
 from harness.question import PORTS, split_url
 
 if TYPE_CHECKING:
@@ -59,7 +58,6 @@ class Target:
         self.addresses = [(family, address) for family, _, _, _, address in found]
         if api_key is not None and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
             raise UsageError("HARNESS_API_KEY holds characters that cannot be in an HTTP header")
-        check_headers(headers or {})
         path = url.path.rstrip("/") + ENDPOINTS[endpoint] + (f"?{url.query}" if url.query else "")
         lines = [
             f"POST {path} HTTP/1.1",

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import msgspec
 
 from harness.results import Result
-from scenarios.completion import Answer
+from scenarios.completion import Answer, Secret
 from scenarios.plain import Template
 from scenarios.response import Response
 
@@ -28,7 +28,7 @@ class ToldResponse(Response):
     __slots__ = ("answer", "answered")
     told = True
 
-    def __init__(self, secret: str | None, answered: Answered) -> None:
+    def __init__(self, secret: Secret, answered: Answered) -> None:
         super().__init__(secret)
         self.answered = answered
         self.answer = Answer()

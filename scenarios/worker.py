@@ -50,6 +50,7 @@ from gevent.event import Event
 
 from harness.answers import SAMPLE, write_said
 from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, UsageError, WorkerError
+from harness.headers import from_environment
 from harness.observations import SCHEMA, Observation, ObservationWriter
 from harness.results import Result, ResultWriter
 from scenarios.alarm import Alarm
@@ -96,7 +97,8 @@ class Worker:
         self._sampler = None if spec.answers is None else Sampler(SAMPLE // spec.workers)
         self._client = Client(
             spec.base_urls, self._record, endpoint=spec.endpoint, timeout_s=spec.timeout_s, stall_s=spec.stall_s,
-            tls_ca=spec.tls_ca, api_key=os.environ.get(API_KEY), headers=spec.headers, stream=spec.stream,
+            tls_ca=spec.tls_ca, api_key=os.environ.get(API_KEY), headers=spec.headers,
+            secret_headers=from_environment(spec.header_env), stream=spec.stream,
             balance=spec.balance, retries=spec.retries,
             sampler=self._sampler,
         )  # fmt: skip

@@ -83,7 +83,9 @@ def test_the_report_of_a_run_of_strangers(tmp_path: Path, format_: str) -> None:
 def test_file_names_that_are_not_utf_8(tmp_path: Path) -> None:
     name = os.fsdecode(b"tr\xffce\x1b[2J.jsonl")
     trace = tmp_path / name
-    trace.write_text('{"arrival_s": 0, "input_tokens": 4, "output_tokens": 2, "text": "a"}\n')
+    trace.write_text(
+        '{"arrival_s": 0, "input_tokens": 4, "output_tokens": 2, "messages": [{"role": "user", "content": "a"}]}\n'
+    )
     for args in (["trace", "inspect", trace], ["trace", "inspect", trace, "--format", "json"],
                  ["plan", trace, "-o", tmp_path / "p.arrow"], ["replay", trace, "--base-url", "http://127.0.0.1:1"],
                  ["report", tmp_path / name]):  # fmt: skip

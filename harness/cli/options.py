@@ -228,6 +228,12 @@ LOAD_OPTIONS = stack(
         "--header", "headers", multiple=True, metavar="'NAME: VALUE'", help="Extra HTTP header, never a secret; repeat."
     ),
     click.option(
+        "--header-env",
+        multiple=True,
+        metavar="NAME=VARIABLE",
+        help="Extra HTTP header whose value, which may be secret, is in this environment variable; repeat.",
+    ),
+    click.option(
         "--balance",
         type=click.Choice(["least", "round-robin", "session"]),
         default="least",

@@ -15,10 +15,7 @@ from harness.errors import (
     UsageError,
 )
 from harness.plan import read_plan_columns, read_plan_info
-from harness.run import (
-    RunDir,
-    create_run_dir,
-)
+from harness.run import PRIVATE, RunDir, create_run_dir
 
 
 def crosscheck(plan: Path, out: Path, repeats: int, format_: str, **options: Any) -> int:
@@ -44,7 +41,7 @@ def crosscheck(plan: Path, out: Path, repeats: int, format_: str, **options: Any
 
     def run_ours(name: str) -> Any:
         run = RunDir(folder / name)
-        run.path.mkdir()
+        run.path.mkdir(mode=PRIVATE)
         copy_plan(plan, run.plan)
         execute(run, target, options)
         return summarise(read_run(run.path))

@@ -18,7 +18,7 @@ from harness.commands.output import say
 from harness.commands.targets import LocalTarget, Servers, Target, UrlTarget
 from harness.counters import count_after, count_before, key_for, pages_of
 from harness.errors import HarnessError, PlanError, ServerError, UsageError
-from harness.headers import parse_headers
+from harness.headers import check_apart, parse_header_env, parse_headers
 from harness.plan import PlanInfo, plan_sha256, read_plan_columns, read_plan_info
 from harness.progress import LoadProgress, console
 from harness.prompts import Vocabulary
@@ -58,7 +58,7 @@ def check_load_options(options: dict[str, Any]) -> bool:
         raise UsageError("--extra-body must not say stream: use --no-stream, which knows what it cannot time then")
     if options.get("no_stream") and {"ttft", "tpot", "itl_max"} & metrics_of(options.get("slo") or {}):
         raise UsageError("--no-stream answers have no ttft, tpot or itl_max to promise: an SLO on e2e, or stream")
-    parse_headers(options.get("headers", ()))
+    check_apart(parse_headers(options.get("headers", ())), parse_header_env(options.get("header_env") or ()))
     return closed
 
 
@@ -200,7 +200,8 @@ def execute_point(
         workers=choose_workers(run.plan, options, tell),
         slo=options["slo"] or {}, min_requests=options["min_requests"],
         extra_body=({} if options["no_stream"] else servers.extra_body) | options["extra_body"],
-        headers=parse_headers(options["headers"]), stream=not options["no_stream"], balance=options["balance"],
+        headers=parse_headers(options["headers"]), header_env=parse_header_env(options.get("header_env") or ()),
+        stream=not options["no_stream"], balance=options["balance"],
         retries=options["retries"], ramp_s=options["ramp_s"],
         warmup_s=options["warmup"] if isinstance(options["warmup"], float) and options["concurrency"] else None,
         tls_ca=str(options["tls_ca"].resolve()) if options["tls_ca"] else None,

@@ -18,7 +18,7 @@ from harness.commands.targets import Servers, Target, choose_target
 from harness.errors import HarnessError, PlanError
 from harness.plan import plan_sha256, read_plan_info
 from harness.records import Trace
-from harness.run import RunDir, Tier
+from harness.run import PRIVATE, RunDir, Tier
 from harness.sweep import Point, levels, slug
 from harness.sweep_cost import Survey, expect, start_s, survey, usd_per_hour
 from harness.sweep_state import Rental, SweepState, close_rentals, set_aside, verify, write_state
@@ -131,12 +131,12 @@ class Session:
 
     def _server_dir(self, k: int) -> RunDir:
         path = self.folder / "servers" / f"{k:02d}-{slug(self.state.pairs[k].name)}"
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True, mode=PRIVATE)
         return RunDir(path)
 
     def make_plans(self, target: Target, points: list[Point]) -> None:
         """Every plan of these points, before anything is rented."""
-        (self.folder / "plans").mkdir(exist_ok=True)
+        (self.folder / "plans").mkdir(exist_ok=True, mode=PRIVATE)
         for point in points:
             path = self.folder / "plans" / point.plan
             notes: list[str] = []
@@ -181,7 +181,7 @@ class Session:
             if aside := set_aside(run.path):
                 say(f"{point.name}: what an earlier try left is in {aside.name}")
                 self._store.set_aside(point.name, aside.name)
-            run.path.mkdir()
+            run.path.mkdir(mode=PRIVATE)
             copy_plan(self.folder / "plans" / point.plan, run.plan)
             point.state, point.reason = "running", None
             self.write()
