@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from cluster.head import NICENESS
 from harness.errors import HarnessError, UsageError
 from harness.paths import state_dir
 from harness.run import Tier, installed_versions
@@ -194,7 +195,7 @@ def ray_config(cluster: Cluster, folder: Path, images: dict[str, str]) -> dict[s
         "node_config": _machine(cluster, cluster.tier, "worker", images["worker"], cluster.disk_gib),
     }
     ray = (
-        f"ulimit -n 65536; RAY_AUTH_MODE=token {NOTICE} {_ENV}/bin/ray start --disable-usage-stats "
+        f"ulimit -n 65536; RAY_AUTH_MODE=token {NOTICE} {NICENESS}=0 {_ENV}/bin/ray start --disable-usage-stats "
         "--object-manager-port=8076"
     )
     return {

@@ -2,7 +2,7 @@
 
 `cluster.process.Process` runs this file as a script. It uses the standard library only, so it is up at once::
 
-    guard.py CONTROL_FD STATUS_FD GRACE_S CPUS COMMAND ARGUMENT...
+    guard.py CONTROL_FD STATUS_FD GRACE_S CPUS NICE COMMAND ARGUMENT...
 
 The owner holds the other ends of two pipes. CONTROL closes when the owner dies, however it dies, or orders a stop (it
 may write another grace first). STATUS carries ``pid N``, ``left N ...`` if something outlived SIGKILL, and as the last
@@ -25,6 +25,7 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Mapping, Sequence
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -34,7 +35,7 @@ KILL_S = 30.0
 
 def main(argv: list[str]) -> None:
     """Start the command, wait for its end or an order to end it, leave nothing behind."""
-    control, status, grace_s, cpus, command = int(argv[1]), int(argv[2]), float(argv[3]), argv[4], argv[5:]
+    control, status, grace_s, command = int(argv[1]), int(argv[2]), float(argv[3]), argv[6:]
     if guard := os.fork():
         os.closerange(0, max(control, status) + 1)  # the stand-in holds no pipe, only the place in the tree
         os.waitpid(guard, 0)
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> None:
     prctl(PR_SET_CHILD_SUBREAPER)
     child = os.fork()
     if child == 0:
-        become(command, cpus)
+        become(command, cpus=argv[4], nice=argv[5])
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
@@ -76,8 +77,10 @@ def prctl(option: int, value: int = 1) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
-def become(command: list[str], cpus: str) -> None:
-    """Turn this process into the command, in a session of its own, on these processors ("0,1"; "-": any)."""
+def become(command: list[str], cpus: str, nice: str) -> None:
+    """Turn this process into the command, in a session of its own, on these processors ("0,1"; "-": any), at this nice
+    value ("-": as it is), or as near to it as this user may.
+    """
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)  # an order to end that comes before the exec must not be swallowed
     guard = os.getppid()
@@ -86,6 +89,9 @@ def become(command: list[str], cpus: str) -> None:
     if os.getppid() != guard:
         os._exit(137)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if nice != "-":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, int(nice))
     try:
         if cpus != "-":
             os.sched_setaffinity(0, map(int, cpus.split(",")))
@@ -150,13 +156,13 @@ def send(child: int, number: int) -> None:
             os.killpg(child, number)
 
 
-def descendants(root: int) -> list[int]:
-    """Every process below ``root``, from /proc; empty where there is no /proc."""
-    children: dict[int, list[int]] = {}
+def children() -> dict[int, list[int]]:
+    """The children of every process that has any, from /proc; empty where there is no /proc."""
+    found: dict[int, list[int]] = {}
     try:
         names = os.listdir("/proc")  # noqa: PTH208 - pathlib would double the guard's start-up time
     except OSError:
-        return []
+        return found
     for name in names:
         if name.isdigit():
             try:
@@ -164,11 +170,17 @@ def descendants(root: int) -> list[int]:
                     parent = int(file.read().rpartition(b")")[2].split()[1])
             except (OSError, IndexError, ValueError):
                 continue  # it ended while we looked
-            children.setdefault(parent, []).append(int(name))
+            found.setdefault(parent, []).append(int(name))
+    return found
+
+
+def descendants(root: int, tree: Mapping[int, Sequence[int]] | None = None) -> list[int]:
+    """Every process below ``root``, from `children` (null: those of now)."""
+    tree = children() if tree is None else tree
     found: list[int] = []
     queue = [root]
     while queue:
-        queue.extend(below := children.get(queue.pop(), []))
+        queue.extend(below := tree.get(queue.pop(), ()))
         found.extend(below)
     return found
 

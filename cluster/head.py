@@ -7,7 +7,12 @@ command, so the guard of that command ends them like anything else. Prints one l
 from __future__ import annotations
 
 import json
+import os
 import signal
+
+NICENESS = "RAY_worker_niceness"
+"""How much nicer than itself Ray starts workers, and so servers. Its own choice is 15: then whatever else runs on the
+machine goes first. 0 wherever a Ray for the harness is started."""
 
 OBJECT_STORE_BYTES = 100 << 20
 """Ray's own smallest is 75 MB; nothing large goes through it here."""
@@ -15,6 +20,7 @@ OBJECT_STORE_BYTES = 100 << 20
 
 def main() -> None:
     """Start Ray, say where it is, wait to be ended."""
+    os.environ[NICENESS] = "0"  # before Ray is imported
     import ray
 
     ray.init(

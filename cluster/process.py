@@ -56,6 +56,8 @@ class Process:
         self.host = socket.gethostname()
         self.pid: int | None = None
         """Of the command itself (its group leader); null until it has started."""
+        self.guard: int | None = None
+        """Parent of it, and of what it started and left; null until it has started."""
         self.survivors: list[int] = []
         """What outlived SIGKILL: stuck in the kernel. `harness ps` goes on showing it."""
         self._control: int | None = control
@@ -82,12 +84,13 @@ class Process:
         pipes: bool = False,
         grace_s: float = GRACE_S,
         cpus: Sequence[int] | None = None,
+        nice: int | None = None,
     ) -> Process:
         """Run ``argv`` (no shell, no secrets: everyone on the host can read it) in a session of its own.
 
         ``env`` is added to this process's environment; None takes a variable away. ``log`` is appended with stderr and,
         without ``pipes``, stdout. With ``pipes`` stdin and stdout talk to `write_line` and `lines`. ``cpus``: run on
-        these processors only.
+        these processors only. ``nice``: at this nice value, or as near to it as this user may; null: at this process's.
         Raises `HarnessError` when the log cannot be written or no process can be made. A command that does not exist
         ends with code 127 and says so in its log.
         """
@@ -95,7 +98,8 @@ class Process:
         control, control_end = os.pipe()
         status_end, status = os.pipe()
         where = ",".join(map(str, cpus)) if cpus else "-"
-        guard = [sys.executable, "-I", "-S", str(GUARD), str(control), str(status), str(grace_s), where, *argv]
+        place = [where, "-" if nice is None else str(nice)]
+        guard = [sys.executable, "-I", "-S", str(GUARD), str(control), str(status), str(grace_s), *place, *argv]
         try:
             with (log or Path(os.devnull)).open("ab") as out:
                 popen = subprocess.Popen(
@@ -152,7 +156,7 @@ class Process:
     def _register(self, pid: int) -> str | None:
         """Note it down for `harness ps`, `harness stop` and the sweep for orphans."""
         try:
-            guard = psutil.Process(pid).ppid()
+            self.guard = guard = psutil.Process(pid).ppid()
         except psutil.Error:
             return None  # it has ended already
         return registry.register(

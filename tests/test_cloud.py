@@ -28,6 +28,7 @@ from packaging.specifiers import SpecifierSet
 
 from cluster import cloud, ec2
 from cluster.cloud import Cluster, Node
+from cluster.head import NICENESS
 from cluster.tiers import get_tier, list_tiers
 from harness.cli.cloud import cluster as verbs
 from harness.errors import HarnessError, UsageError
@@ -125,6 +126,14 @@ def test_setup_commands_are_shell(tmp_path: Path) -> None:
             script.write_text(text)
             done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, timeout=10, check=False)
             assert done.returncode == 0, (text, done.stderr)
+
+
+def test_every_ray_that_is_started_runs_servers_at_nice_0() -> None:
+    made = config(make())
+    starts = [c for key in ("head", "worker") for c in made[f"{key}_start_ray_commands"] if "ray start" in c]
+    assert len(starts) == 2 and all(f" {NICENESS}=0 " in c.partition("ray start")[0] for c in starts)
+    manual = (ROOT / "cluster" / "README.md").read_text()
+    assert f"export {NICENESS}=0\n" in manual[: manual.index("\nray start")]
 
 
 @pytest.fixture
@@ -655,6 +664,7 @@ def test_kuberay_cluster(manifest: dict[str, dict[str, Any]]) -> None:
         assert int(resources["limits"].get("nvidia.com/gpu", 0)) >= gpus
         assert ("nvidia.com/gpu" in resources["limits"]) == bool(gpus)
         assert not any("TOKEN" in e["name"] and "value" in e for e in container.get("env", []))
+        assert {"name": NICENESS, "value": "0"} in container["env"], "servers do not give way to whatever else runs"
     assert len(images) == 1, "Ray wants one version on all nodes"
     shared = {v["name"]: v for v in worker["template"]["spec"]["volumes"]}["dshm"]["emptyDir"]
     assert shared["medium"] == "Memory" and "sizeLimit" in shared, "tensor parallelism talks through /dev/shm"

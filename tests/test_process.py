@@ -65,6 +65,24 @@ def test_environment_is_added_and_taken_away(tmp_path: Path, monkeypatch: pytest
     assert process.lines() == ["x-gone"]
 
 
+@pytest.mark.parametrize("more", [None, 0, 4])
+def test_a_nice_value_is_that_of_all_it_starts(more: int | None) -> None:
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    nice = None if more is None else own + more
+    code = "import os; os.fork(); os.write(1, b'%d\\n' % os.getpriority(os.PRIO_PROCESS, 0))"
+    with Process.start([sys.executable, "-c", code], name="p", pipes=True, nice=nice) as process:
+        assert process.wait(10) == 0
+        assert [int(line) for line in process.lines()] == [own + (more or 0)] * 2
+
+
+def test_a_nice_value_that_may_not_be_had_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = "raise PermissionError"  # who is not root may not ask for less than it has
+    code = f"import os\ndef no(*a): {refused}\nos.setpriority = no\nfrom cluster import guard\n"
+    code += "guard.become(['echo', 'it runs'], cpus='-', nice='-5')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
+    assert done.stdout == "it runs\n", done.stderr
+
+
 def test_a_command_that_does_not_exist_says_so(tmp_path: Path) -> None:
     process = Process.start(["/no/such/command"], name="p", log=tmp_path / "log")
     assert process.wait(10) == 127
