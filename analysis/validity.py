@@ -30,6 +30,7 @@ from analysis.load import Run
 from analysis.metrics import Counts, Window
 from analysis.offered_load import KIND_WORDS, kind_of
 from analysis.served import MISMATCH_BOUND, answer_fields, input_tokens, output_tokens
+from analysis.starved import starved
 from analysis.usage_check import prompt_text, usage_text
 
 FAILED_BOUND = 0.01
@@ -55,8 +56,8 @@ def check_run(
         min_requests(counts, run.manifest.spec.min_requests if least is None else least),
         status(run), files(run), rows(run, counts), success(run, counts), lag(run, bound_s), arrival_process(run),
         workers(run), generator_cpu(run), generator_lag(run, bound_s), littles_law(run), replicas(run),
-        server_restarts(run, shared), engine_fits_tier(run), input_tokens(run), prompt_text(run), usage_text(run),
-        token_books(run, shared),
+        starved(run, window), server_restarts(run, shared), engine_fits_tier(run), input_tokens(run),
+        prompt_text(run), usage_text(run), token_books(run, shared),
         server_counters(run, shared), output_tokens(run), usage(run), answer_fields(run), chunk_tokens(run),
         failures(run, counts), unfinished(counts), sample_size(run), duration(window), stamps(run),
         generator_stall(run, bound_s), planned_rate(run), arrivals(run), concurrency(run, window),

@@ -23,6 +23,7 @@ from cluster.placement import choose_cpus
 from cluster.process import GRACE_S, NO_SECRETS, Process
 from cluster.registry import end_orphans, work_folder
 from cluster.replica import Failed, Look, ReplicaOwner, Started
+from cluster.schedstat import Sampler
 from harness.errors import HarnessError
 
 if TYPE_CHECKING:
@@ -46,12 +47,20 @@ class ServersActor:
     dozens of them take a fair share of a core (`tests/bench/supervise.py`).
     """
 
-    def __init__(self, engine: Engine, servers: Sequence[tuple[str, str]], api_key: str, host: str) -> None:
-        """``servers``: name and log of each. ``host``: the address to listen on; empty: this node's in the cluster."""
+    def __init__(
+        self, engine: Engine, servers: Sequence[tuple[str, str]], api_key: str, host: str, nice: int | None = None
+    ) -> None:
+        """``servers``: name and log of each. ``host``: the address to listen on; empty: this node's in the cluster.
+
+        ``nice``: what the load workers run at: servers that run at more look slower beside them than they are.
+        """
         host = host or node_address()
         self._owners = [ReplicaOwner(engine, name, log, api_key, host) for name, log in servers]
+        for owner in self._owners:
+            owner.nice = nice
         self._run_dir = Path(servers[0][1]).parent
         self._claims: list[str | None] = []
+        self._sampler: Sampler | None = None
 
     def node_id(self) -> str:
         """The Ray node it runs on."""
@@ -62,6 +71,25 @@ class ServersActor:
     def look(self, log_offsets: Sequence[int]) -> list[Look]:
         """News of every server."""
         return [owner.look(at) for owner, at in zip(self._owners, log_offsets, strict=True)]
+
+    def clock_ns(self) -> int:
+        """Wall clock of this host, ns since 1970."""
+        return time.time_ns()
+
+    def sample(self, start_unix_ns: int) -> None:
+        """Sample what the servers run and wait from now on; `look` tells.
+
+        ``start_unix_ns``: the common start by this host's clock.
+        """
+        self.end_samples()
+        self._sampler = Sampler(self._owners, start_unix_ns)
+        self._sampler.start()
+
+    def end_samples(self) -> None:
+        """No more."""
+        sampler, self._sampler = self._sampler, None
+        if sampler is not None:
+            sampler.stop()
 
     def prepare(self) -> Failed | None:
         """Whatever takes long before servers can start: orphans' memory, weights on this host."""
@@ -168,14 +196,16 @@ class WorkerActor:
         return None
 
     def begin(
-        self, argv: Sequence[str], env: dict[str, str | None], name: str, spec: str, log: str, cpus: list[int] | None
-    ) -> str | None:
+        self, argv: Sequence[str], env: dict[str, str | None], name: str, spec: str, log: str, cpus: list[int] | None,
+        nice: int | None = None,
+    ) -> str | None:  # fmt: skip
         """Start it on a spec file of the folder; what went wrong, or null."""
         command = [*argv, str(self._folder / spec)]
         try:
             self._process = Process.start(
-                command, name=name, env={**NO_SECRETS, **env}, log=self._folder / log, pipes=True, cpus=cpus
-            )
+                command, name=name, env={**NO_SECRETS, **env}, log=self._folder / log, pipes=True, cpus=cpus,
+                nice=nice,
+            )  # fmt: skip
         except HarnessError as e:
             return str(e)
         return None

@@ -19,6 +19,7 @@ from typing import Any
 from cluster.actors import Reserved, ServersActor
 from cluster.claims import claims
 from cluster.engine import WHOLE, Engine, Part
+from cluster.head import NICENESS
 from cluster.job import Child, Job, Launch, start_here
 from cluster.join import alive_nodes, connect, disconnect, head_gone, last_line
 from cluster.models import Model
@@ -91,6 +92,8 @@ class Deployment:
         self._spare_cpus: list[int] | None = None
         self._workers: list[Child] = []
         self._hosts: list[RemoteHost] = []
+        self._nice = os.getpriority(os.PRIO_PROCESS, 0)
+        """Of this process, and so of the load workers: no server of the run is to give way to them."""
         self.api_key = api_key
         self.replicas = [Replica(index=i, base_url="", log=str(run_dir / f"server-{i}.log")) for i in range(replicas)]
         self.engine = self._engine.name
@@ -151,8 +154,11 @@ class Deployment:
         for owner, server in zip(self._watch.owners, self._start_servers(), strict=True):
             if owner.part == 0:
                 replica = self.replicas[owner.replica]
-                replica.base_url, replica.ready_s = server.base_url, server.ready_s
+                replica.base_url, replica.ready_s, replica.nice = server.base_url, server.ready_s, server.nice
                 self._say(f"replica {owner.replica} ready after {server.ready_s:.0f} s at {server.base_url}")
+                if server.nice is not None and server.nice > self._nice:
+                    self._say(f"warning: replica {owner.replica} runs at nice {server.nice}, so other work of its host "
+                              f"goes first: start Ray there with {NICENESS}=0 in its environment")  # fmt: skip
         for _ in range(2):  # their logs come home before there is load; the first question may be an old one
             self._watch.listen(CHECK_S)
         self.engine_version = probe.engine_version(self.replicas[0].base_url, self.api_key)
@@ -189,7 +195,8 @@ class Deployment:
             log = self._run_dir / (f"server-{index}-part-{part}.log" if part else f"server-{index}.log")
             servers.append((name, str(log)))
         address = "127.0.0.1" if len(self._nodes) == 1 else ""
-        host = Host(ray.remote(**options)(ServersActor).remote(self._engine, servers, self.api_key, address))
+        actor = ray.remote(**options)(ServersActor)
+        host = Host(actor.remote(self._engine, servers, self.api_key, address, self._nice))
         host.owners = [Owner(host, i, index, part, Path(servers[i][1])) for i, index in enumerate(members)]
         self._watch.hosts.append(host)
         self._watch.owners += host.owners
@@ -327,7 +334,9 @@ class Deployment:
 
     @contextmanager
     def sample_hosts(self, run: RunDir, start_unix_ns: int) -> Iterator[None]:
-        """Counters of this host and of every host with a replica or load workers, each second, beside the results."""
+        """Counters of this host and of every host with a replica or load workers, and the processor time of every
+        server, each second, beside the results.
+        """
         used = {host.node for host in self._watch.hosts} | {node.node_id for node in self._load_nodes}
         remote = [
             RemoteHost(node, host_file(run.path, node.address))
@@ -336,7 +345,10 @@ class Deployment:
         ]
         self._hosts = remote
         here = self._nodes[0].address if len(self._nodes) > 1 else "local"
-        with HostMetrics(host_file(run.path, here), start_unix_ns) as metrics:
+        with (
+            HostMetrics(host_file(run.path, here), start_unix_ns) as metrics,
+            self._watch.sampling(run, start_unix_ns),
+        ):
             try:
                 for host in remote:
                     host.begin(start_unix_ns)

@@ -7,6 +7,7 @@ is lost. What it had written and flushed until then is in the run directory: fil
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +57,13 @@ class RemoteWorker:
         problem = self._get(self._actor.put.remote(spec, self._job.spec_in(folder)))
         problem = problem or self._get(
             self._actor.begin.remote(
-                list(self._job.argv), dict(self._job.env), self.name, spec, self.log.name, self._cpus
+                list(self._job.argv),
+                dict(self._job.env),
+                self.name,
+                spec,
+                self.log.name,
+                self._cpus,
+                os.getpriority(os.PRIO_PROCESS, 0),
             )
         )
         if problem:

@@ -5,21 +5,27 @@ Methods are called from several threads, so that `ReplicaOwner.stop` overtakes a
 
 from __future__ import annotations
 
+import os
 import queue
 import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from cluster.engine import WHOLE, Engine, Part
+from cluster.guard import descendants
 from cluster.job import read_piece
 from cluster.process import GRACE_S, NO_SECRETS, Process, describe_exit, wait_ready
 from cluster.registry import work_folder
 from harness import probe
 from harness.errors import HarnessError, ServerError
+from harness.server_processor import ProcessorSecond
+
+T = TypeVar("T")
 
 TRIES = 3
 """Starts with a new port when another process was faster to take it."""
@@ -36,6 +42,8 @@ class Started:
 
     base_url: str
     ready_s: float
+    nice: int | None = None
+    """Its nice value; null when not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +66,8 @@ class Look:
     """The next piece of the log; empty when the driver can read it itself."""
     start: int
     """Which start of the server this is about, from 1."""
+    seconds: list[ProcessorSecond] = field(default_factory=list)
+    """What its processes ran and waited since the last look, while that is sampled."""
 
 
 class ReplicaOwner:
@@ -68,6 +78,8 @@ class ReplicaOwner:
         self.name = name
         self.cpus: Sequence[int] | None = None
         """Processors the server may use; null: all."""
+        self.nice: int | None = None
+        """Nice value to start the server at; null: this process's own."""
         self._engine, self._api_key, self._host = engine, api_key, host
         self._log = Path(log)
         self._remote_log = not self._log.parent.is_dir()  # another host, no shared storage: `look` brings it home
@@ -80,23 +92,34 @@ class ReplicaOwner:
         self._stopped = False
         self._start = 1
         self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._seconds: queue.SimpleQueue[ProcessorSecond] = queue.SimpleQueue()
         self._state = "queued"
         self._read = 0  # of the log, for states
         self._unhealthy: str | None = None
 
     def look(self, log_offset: int = 0) -> Look:
         """State, words for the person since the last call, how the server ended, and its log from ``log_offset``."""
-        messages = []
-        while not self._messages.empty():
-            messages.append(self._messages.get_nowait())
+        messages, seconds = drained(self._messages), drained(self._seconds)
         self._follow_log()
         log = read_piece(self._log, log_offset) if self._remote_log else b""
         start = self._start  # before the question how it ended: an end must not be taken for that of a later start
-        return Look(self._state, messages, self.ended(), log, start)
+        return Look(self._state, messages, self.ended(), log, start, seconds)
 
     def say(self, words: str) -> None:
         """For the person; heard with the next `look`."""
         self._messages.put(words)
+
+    def processes(self, tree: Mapping[int, Sequence[int]]) -> list[int]:
+        """The server's processes, the one that was started first; none while it is not ready."""
+        process = self._process
+        if process is None or self._state != "ready" or process.pid is None or process.guard is None:
+            return []
+        found = descendants(process.guard, tree)
+        return [process.pid, *(pid for pid in found if pid != process.pid)] if process.pid in found else []
+
+    def note_second(self, second: ProcessorSecond) -> None:
+        """What they ran and waited; told with the next `look`."""
+        self._seconds.put(second)
 
     def _follow_log(self) -> None:
         if self._process is None or self._state == "ready":
@@ -154,8 +177,9 @@ class ReplicaOwner:
         before = time.monotonic()
         self._state = "starting"
         process = self._process = Process.start(
-            command.argv, name=self.name, env={**NO_SECRETS, **command.env}, log=self._log, cpus=self.cpus
-        )
+            command.argv, name=self.name, env={**NO_SECRETS, **command.env}, log=self._log, cpus=self.cpus,
+            nice=self.nice,
+        )  # fmt: skip
         self._unhealthy, self._start = None, number  # last: `look` asks for them in the other order
         if self._stopped:  # looked at after the start: a `stop` before it found nothing to end
             raise ServerError(f"{self.name}: stopped before it was ready")
@@ -165,7 +189,7 @@ class ReplicaOwner:
             wait_ready(answers, process, ready_s, explain=self._engine.explain)
             threading.Thread(target=self._watch_health, args=(base_url, process), daemon=True).start()
         self._state = "ready"
-        return Started(base_url, time.monotonic() - before)
+        return Started(base_url, time.monotonic() - before, nice_of(process.pid))
 
     def _watch_health(self, base_url: str, process: Process) -> None:
         """Thread: notice a server that runs and does not answer."""
@@ -207,6 +231,22 @@ class ReplicaOwner:
         """Take the folder of a log that came home away."""
         if self._remote_log:
             shutil.rmtree(self._log.parent, ignore_errors=True)
+
+
+def drained(waiting: queue.SimpleQueue[T]) -> list[T]:
+    """All that waits."""
+    found = []
+    while not waiting.empty():
+        found.append(waiting.get_nowait())
+    return found
+
+
+def nice_of(pid: int | None) -> int | None:
+    """Nice value of a process; null when it is gone."""
+    try:
+        return None if pid is None else os.getpriority(os.PRIO_PROCESS, pid)
+    except OSError:
+        return None
 
 
 def ready_check(base_url: str, model: str, api_key: str) -> Callable[[], bool]:

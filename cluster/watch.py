@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cluster.join import LOST_S, Question, ask, end_actor, head_gone
+from cluster.remote import clock_offset_ns
 from cluster.replica import Failed, Look
-from harness.run import Replica, Restart, now_utc
+from harness.run import Replica, Restart, RunDir, now_utc
+from harness.server_processor import ProcessorSeconds
 
 import ray  # isort: skip  # after cluster.join, which sets what Ray reads when it is imported
+from ray.exceptions import GetTimeoutError, RayError  # isort: skip
 
 CHECK_S = 1.0
 """`Watch.check` waits this long for answers; late ones are taken the next time."""
@@ -48,6 +52,17 @@ class Host:
             self.question = Question(lambda: self.actor.look.remote([owner.offset for owner in self.owners]))
         return self.question.send()
 
+    def sample(self, start_unix_ns: int) -> bool:
+        """Have it sample what its servers run and wait; false when it does not answer."""
+        if not self.node or self.lost:
+            return False
+        try:
+            ahead_ns = clock_offset_ns(lambda: ray.get(self.actor.clock_ns.remote(), timeout=LOST_S))
+        except (RayError, GetTimeoutError):
+            return False
+        self.actor.sample.remote(start_unix_ns + ahead_ns)
+        return True
+
 
 @dataclass(slots=True)
 class Owner:
@@ -65,6 +80,8 @@ class Owner:
     ended: str | None = None
     start: int = 1
     """The start of its server that counts: what is said of an earlier one is of a death that is known."""
+    seconds: ProcessorSeconds | None = None
+    """Where what its processes ran and waited goes; null while that is not sampled."""
 
     def take(self, look: Look, say: Callable[[str], None]) -> None:
         """What its actor said."""
@@ -76,6 +93,8 @@ class Owner:
                 say(f"replica {self.replica}: {look.state}")
         if look.start >= self.start:
             self.ended = look.ended
+        if self.seconds is not None:
+            self.seconds.write(look.seconds)
         if look.log:
             append(self.log, look.log)
             self.offset += len(look.log)
@@ -122,6 +141,29 @@ class Watch:
                         owner.ended = host.lost
                         if owner.offset:
                             append(owner.log, LOG_FILE_NOTE.encode())
+
+    @contextmanager
+    def sampling(self, run: RunDir, start_unix_ns: int) -> Iterator[None]:
+        """What the processes of each server run and wait for a processor, each second, beside the results.
+
+        `listen` brings it home. A host that does not answer has none, which stops no run.
+        """
+        hosts = [host for host in self.hosts if host.sample(start_unix_ns)]
+        owners = [owner for host in hosts for owner in host.owners]
+        for owner in owners:
+            owner.seconds = ProcessorSeconds(run.server_processor(owner.replica, owner.part))
+        try:
+            yield
+        finally:
+            ask([host.actor.end_samples.remote() for host in hosts if not host.lost])
+            for _ in range(2):  # the first question may be an old one
+                self.listen(CHECK_S)
+            for owner in owners:
+                if owner.seconds is not None:
+                    owner.seconds.close()
+                    if owner.seconds.trouble:
+                        self._say(f"processor times: {owner.seconds.trouble}")
+                owner.seconds = None
 
     def check(self) -> dict[int, str]:
         """Replicas that have ended, index -> how; recorded in them as well. Waits a second at most.

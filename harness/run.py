@@ -142,6 +142,8 @@ class Replica:
     log: str | None = None
     ready_s: float | None = None
     """Seconds from process start until it answered; null for a server that was already there."""
+    nice: int | None = None
+    """Nice value it ran at; null when not known."""
     exit: str | None = None
     """null while it ran to the end of the run; else how it ended before that."""
     counters_before: dict[str, float] | None = None
@@ -288,6 +290,15 @@ class RunDir:
     def server_metrics(self, replica: int) -> Path:
         """What one model server said of itself each second (`harness.server_metrics`)."""
         return self.path / f"server-metrics-{replica}.arrows"
+
+    def server_processor(self, replica: int, part: int = 0) -> Path:
+        """What a model server's processes (or those of one host's part) ran and waited (`harness.server_processor`)."""
+        return self.path / f"server-processor-{replica}{f'-part-{part}' if part else ''}.arrows"
+
+    def server_processors(self, replica: int) -> list[Path]:
+        """Those of all its parts that are there."""
+        others = self.path.glob(f"server-processor-{replica}-part-*.arrows")
+        return [file for file in [self.server_processor(replica), *sorted(others)] if file.exists()]
 
     def server_log(self, replica: int) -> Path:
         """What one model server printed."""

@@ -13,6 +13,7 @@ from harness.observations import Observation, ObservationWriter
 from harness.plan import SCHEMA, SCHEMA_VERSION, PlanInfo, plan_sha256
 from harness.results import Result, ResultWriter
 from harness.run import Host, Replica, RunDir, RunManifest, RunSpec, Tier, Worker, write_manifest
+from harness.server_processor import ProcessorSecond, ProcessorSeconds
 
 S = 1_000_000_000
 MS = 1_000_000
@@ -24,6 +25,9 @@ TIER = Tier(
 )  # fmt: skip
 
 SPEC = RunSpec(mode="open", model="m", base_urls=["http://127.0.0.1:1/v1"], min_requests=1)
+
+QUIET = ProcessorSecond(t_ns=10**6 * S, length_ns=10**6 * S, threads=60, run_ns=4 * 10**5 * S, delay_ns=2 * 10**4 * S)
+"""What the processes of a server ran and waited that had its processors to itself, for as long as any run lasts."""
 
 
 def good(request_id, at_ns=None, *, ttft_ms=50, itl_ms=10, tokens=4, inputs=8, lag_ms=0, chunk_tokens="ones"):
@@ -79,10 +83,12 @@ def said(result):
 
 
 def write_run(
-    path: Path, results, *, plan=None, workers=1, requests=None, spec=SPEC, seen=None, planned_rate=10.0, **manifest
-) -> Path:
+    path: Path, results, *, plan=None, workers=1, requests=None, spec=SPEC, seen=None, planned_rate=10.0,
+    processor=None, **manifest,
+) -> Path:  # fmt: skip
     """A run directory. ``results``: rows, dealt to ``workers`` files; ``plan``: {request_id: fields} to differ from the
-    rows' own facts; ``requests``: plan size when some have no row; ``seen``: observations of worker 0."""
+    rows' own facts; ``requests``: plan size when some have no row; ``seen``: observations of worker 0; ``processor``:
+    what each server started here ran and waited, unless it had its processors to itself."""
     path.mkdir(parents=True, exist_ok=True)
     by_id = {r.request_id: r for r in reversed(results)}
     requests = (max(by_id) + 1 if by_id else 0) if requests is None else requests
@@ -124,5 +130,16 @@ def write_run(
         "workers": [Worker(index=w, rows=0, cpu_share=0.2, loop_lag_p99_s=0.001) for w in range(workers)],
         "host": Host(cpu="test", cores=2, memory_gib=8.0, os="test"),
     }  # fmt: skip
-    write_manifest(run, RunManifest(**(facts | manifest)))
+    facts |= manifest
+    for replica in facts["replicas"] if facts["engine"] != "url" else ():
+        write_processor(run.server_processor(replica.index), [QUIET] if processor is None else processor)
+    write_manifest(run, RunManifest(**facts))
     return path
+
+
+def write_processor(path: Path, rows: list[ProcessorSecond]) -> None:
+    """What is known of the processor time of a server's processes."""
+    file = ProcessorSeconds(path)
+    file.write(rows)
+    file.close()
+    assert file.trouble is None

@@ -11,7 +11,8 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -34,13 +35,15 @@ from cluster.process import Process
 from cluster.remote import RemoteHost
 from cluster.replica import Failed, Look, ReplicaOwner, Started, hold_port
 from cluster.tiers import get_tier
-from cluster.watch import MOST_RESTARTS, Host, Owner, _Restarting
+from cluster.watch import MOST_RESTARTS, Host, Owner, Watch, _Restarting
 from harness import probe
 from harness.commands import targets
 from harness.errors import ServerError, UsageError
 from harness.host_metrics import host_file, read_host_metrics
 from harness.run import Restart, RunDir, RunSpec, create_run_dir
+from harness.server_processor import ProcessorSecond, read_server_processor
 
+S = 1_000_000_000
 TIER = get_tier("aws-m7a.large")
 SERVER = (sys.executable, "-m", "cluster.fake_server", "--ttft", "0.01", "--host", "{host}", "--port", "{port}")
 FAKE = CommandEngine(name="fake", served_model="fake", argv=SERVER, api_key_env="FAKE_SERVER_API_KEY")
@@ -533,6 +536,86 @@ def test_the_counters_of_the_host_are_sampled(tmp_path: Path, local_ray: None) -
         wait_for(lambda: host_file(run.path, "local").exists(), 10, "the file")
         time.sleep(1.5)
     assert read_host_metrics(host_file(run.path, "local")).num_rows >= 1
+
+
+@pytest.mark.ray
+def test_the_processor_times_of_every_server_come_home(tmp_path: Path, local_ray: Process) -> None:
+    """For each run on the same servers, at the nice value of this process: Ray's own choice is 15 more."""
+    runs = [create_run_dir(tmp_path, name) for name in ("a", "b")]
+    body, own = {"model": "fake", "prompt": [1], "max_tokens": 20}, os.getpriority(os.PRIO_PROCESS, 0)
+    with deploy(tmp_path, replicas=2) as d:
+        assert [r.nice for r in d.replicas] == [own, own]
+        actors = [p for p in psutil.Process(local_ray.pid).children(recursive=True) if "ServersActor" in p.cmdline()[0]]
+        assert actors and {p.nice() for p in actors} == {own}, "also where a server could not be given another"
+        for run in runs:
+            with d.sample_hosts(run, time.time_ns()):
+                for one in d.replicas:
+                    probe.fetch(f"{one.base_url}/completions", "secret", body)
+                time.sleep(1.2)
+                assert d.check() == {}
+        idle = create_run_dir(tmp_path, "idle")
+        d._watch.listen(1.0)
+    for run in runs:
+        for index in range(2):
+            rows = read_server_processor(run.server_processor(index)).to_pylist()
+            assert 1 <= len(rows) <= 10
+            assert -1 * S < rows[0]["t_ns"] - rows[0]["length_ns"] < rows[-1]["t_ns"] < 20 * S
+            assert all(row["threads"] >= 1 and row["run_ns"] >= 0 and row["delay_ns"] >= 0 for row in rows)
+            assert sum(row["run_ns"] for row in rows) > 0
+    assert list(idle.path.iterdir()) == []
+
+
+class Answer:
+    """What an actor's method answers, at once."""
+
+    def __init__(self, answer: Callable[..., Any]) -> None:
+        self.remote = answer
+
+
+def test_a_server_elsewhere_is_sampled_on_its_own_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its host is an hour ahead. Others do not answer, and no file can be made in the end: neither stops anything."""
+    from ray.exceptions import RayError
+
+    begun: list[int] = []
+    rows = [ProcessorSecond(t_ns=S, length_ns=S, threads=9, run_ns=500, delay_ns=50)]
+    looks = [[Look("ready", [], None, b"", 1, rows)], [Look("ready", [], None, b"", 1, [])]]
+
+    def ahead() -> int:
+        return time.time_ns() + 3_600 * S
+
+    actor = types.SimpleNamespace(
+        clock_ns=Answer(ahead), sample=Answer(begun.append), end_samples=Answer(lambda: None),
+        look=Answer(lambda offsets: looks.pop(0) if len(looks) > 1 else looks[0]),
+    )  # fmt: skip
+
+    def gone() -> int:
+        raise RayError("gone")
+
+    def get(ref: Any, timeout: float) -> Any:
+        return ref
+
+    monkeypatch.setattr("cluster.watch.ray.get", get)
+    monkeypatch.setattr("cluster.watch.ray.wait", lambda refs, **options: (refs, []))
+    said: list[str] = []
+    watch = Watch([], said.append, restart=False, ready_s=1)
+    hosts = [Host(actor, node="a"), Host(types.SimpleNamespace(clock_ns=Answer(gone)), node="b"), Host(None)]
+    for index, host in enumerate(hosts):
+        host.owners = [Owner(host, 0, index, 0, tmp_path / "log")]
+    watch.hosts, watch.owners = hosts[:1], [o for host in hosts for o in host.owners]
+    run = create_run_dir(tmp_path, "t")
+    watch.hosts = hosts
+    start = time.time_ns()
+    with watch.sampling(run, start):
+        watch.hosts = hosts[:1]
+        watch.listen()
+    assert abs(begun[0] - start - 3_600 * S) < S
+    assert read_server_processor(run.server_processor(0)).column("run_ns").to_pylist() == [500]
+    assert sorted(p.name for p in run.path.glob("server-processor-*")) == ["server-processor-0.arrows"]
+    assert said == []
+    looks.insert(0, [Look("ready", [], None, b"", 1, rows)])
+    with watch.sampling(RunDir(tmp_path / "gone"), start):
+        watch.listen()
+    assert len(said) == 1 and "server-processor-0.arrows: cannot write" in said[0]
 
 
 @pytest.mark.ray

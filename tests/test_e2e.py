@@ -75,6 +75,9 @@ def test_a_real_trace_on_a_real_server_gives_a_price(tmp_path: Path) -> None:
     (replica,) = manifest.replicas
     assert replica.counters_before is not None
     assert replica.counters_after is not None
+    (starved,) = (c for c in report["checks"] if c["name"] == "starved")
+    assert starved["ok"] is True and starved["gate"], starved
+    assert replica.nice == os.getpriority(os.PRIO_PROCESS, 0)
     before, after = replica.counters_before, replica.counters_after
     assert after["vllm:prompt_tokens_total"] - before["vllm:prompt_tokens_total"] == planned_in
     assert after["vllm:generation_tokens_total"] - before["vllm:generation_tokens_total"] == planned_out

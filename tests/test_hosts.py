@@ -20,7 +20,8 @@ from conftest import ROOT, wait_for
 from hosts.network import HostOnBridge, hosts, why_not
 
 from harness.results import read_results
-from harness.run import read_manifest
+from harness.run import RunDir, read_manifest
+from harness.server_processor import read_server_processor
 
 if importlib.util.find_spec("ray") is None:
     pytest.skip("needs ray: pip install -e '.[cluster]'", allow_module_level=True)
@@ -30,7 +31,7 @@ if reason := why_not():
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 PORT = 6379
-TIMING = {"lag", "generator_lag", "generator_cpu", "arrival_process", "littles_law"}
+TIMING = {"lag", "generator_lag", "generator_cpu", "arrival_process", "littles_law", "starved"}
 """Gates that three hosts on two cores may fail: they are about speed, the tests here are not."""
 LOSS_S = 60.0
 """A run that lost a host ends this long after its plan at the latest (or after the loss, when it is stopped)."""
@@ -123,8 +124,8 @@ class Drive:
 
 
 def noticing() -> dict[str, str]:
-    """What cluster/README.md has machines set, so that one that is cut off notices it."""
-    return dict(re.findall(r"(RAY_g\w+)=(\d+)", (ROOT / "cluster" / "README.md").read_text()))
+    """What cluster/README.md has machines set: to notice that they are cut off, and to let servers run at nice 0."""
+    return dict(re.findall(r"(RAY_[gw]\w+)=(\d+)", (ROOT / "cluster" / "README.md").read_text()))
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +206,11 @@ def test_servers_and_load_on_different_hosts(cluster: Cluster) -> None:
     assert [w.rows for w in manifest.workers] == [drive.rows(0), drive.rows(1)]
     assert manifest.replicas[0].base_url.startswith(f"http://{cluster.hosts[server_hosts[0]].address}:")
     assert "ready http" in (drive.run / "server-0.log").read_text(), "the log of a server elsewhere came home"
+    assert manifest.replicas[0].nice == os.getpriority(os.PRIO_PROCESS, 0), "as cluster/README.md has Ray started"
+    times = read_server_processor(RunDir(drive.run).server_processor(0)).to_pylist()
+    assert manifest.end_ns is not None
+    assert sum(row["length_ns"] for row in times if 0 <= row["t_ns"] <= manifest.end_ns) > 0.5 * manifest.end_ns
+    assert next(c for c in report["checks"] if c["name"] == "starved")["gate"], "what it waited was read"
     for file in drive.run.rglob("*"):
         if file.is_file():
             assert key.encode() not in file.read_bytes(), file

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_files import MS, SPEC, TIER, S, bad, good, said, watch, write_run
+from run_files import MS, QUIET, SPEC, TIER, S, bad, good, said, watch, write_run
 
 from analysis import load, metrics
 from analysis.load import read_run
@@ -80,6 +80,7 @@ GATES = {
     "generator_cpu": {"workers_said": worker(cpu_share=0.95)},
     "generator_lag": {"workers_said": worker(loop_lag_p99_s=0.2)},
     "replicas": {"replicas": [replace(REPLICA, exit="died of signal 9")]},
+    "starved": {"processor": [replace(QUIET, delay_ns=QUIET.run_ns)]},
     "engine_fits_tier": {"tier": replace(TIER, accelerator="H100", accelerator_count=8)},
     "input_tokens": {"results": changed(1, input_tokens=9), "plan": as_planned()},
     "prompt_text": {
@@ -166,7 +167,7 @@ def test_another_number_format_than_the_models_is_a_limit(tmp_path):
 def test_every_check_has_a_test_that_makes_it_fail(tmp_path):
     s = summary(tmp_path)
     assert {c.name for c in s.checks if c.gate} == {*GATES, "files", "min_requests"}
-    # files: test_metrics, torn and missing; min_requests: test_too_small
+    # files: test_metrics, torn and missing; min_requests: test_too_small; starved as a limit: test_starved
     assert {c.name for c in s.checks if not c.gate} == set(LIMITS)
 
 
