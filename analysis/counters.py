@@ -18,6 +18,8 @@ from harness.run import Replica, RunDir
 from harness.server_metrics import read_server_metrics
 
 BOOKS_BOUND = 0.005
+ANY = 1e15
+"""More tokens than any run has: what a request may have used of which nothing is known."""
 INPUT_COUNTER = "vllm:prompt_tokens_total"
 OUTPUT_COUNTER = "vllm:generation_tokens_total"
 REQUEST_COUNTER = "vllm:request_success_total"
@@ -100,7 +102,8 @@ def token_books(run: Run, shared: Sequence[str]) -> Check:
     bound = f"within {BOOKS_BOUND:.1%}, or what failed requests used"
     if moved["input"] is None or moved["output"] is None:
         return check("token_books", None, _unread(run, shared), bound, "nothing to do")
-    booked = [_booked(r) for r in (run.rows, run.warmup)]
+    free = run.manifest.spec.output_lengths == "free"
+    booked = [_booked(r, free=free) for r in (run.rows, run.warmup)]
     words, ok = [], True
     for side, server in moved.items():
         if server is None:  # not every server counts requests
@@ -108,7 +111,8 @@ def token_books(run: Run, shared: Sequence[str]) -> Check:
         known, slack = (sum(part[side][i] for part in booked) for i in (0, 1))
         room = BOOKS_BOUND * max(known, 1.0)
         ok &= known - room <= server <= known + slack + room
-        words.append(f"{side}: server {server:,.0f}, rows {known:,.0f}" + (f" (+{slack:,.0f} failed)" if slack else ""))
+        room_for = f"{slack:,.0f}" if slack < ANY else "any number"
+        words.append(f"{side}: server {server:,.0f}, rows {known:,.0f}" + (f" (+{room_for} failed)" if slack else ""))
     advice = "someone else used the server, or it restarted, or its usage is wrong: run again on a server of your own"
     return check("token_books", ok, "; ".join(words), bound, advice)
 
@@ -124,24 +128,24 @@ def moved_by(run: Run, counter: str) -> float | None:
     return total if run.manifest.replicas and math.isfinite(total) else None
 
 
-def _booked(rows: Rows) -> dict[str, tuple[float, float]]:
+def _booked(rows: Rows, *, free: bool) -> dict[str, tuple[float, float]]:
     """(known, possible beyond) of input and output tokens, from ``usage``, and of requests that the server served.
 
-    A request that was sent and has no usage can have used anything up to what was planned for it; the server may have
-    finished what failed or was cancelled here.
+    A request that was sent and has no usage can have used anything up to what was planned for it, or whatever it liked
+    where lengths were ``free``; the server may have finished what failed or was cancelled here.
     """
     booked = dict.fromkeys(("input", "output", "requests"), (0.0, 0.0))
     for _, part in rows.blocks():
         sent = np.isfinite(part.sent_s)
         sides = {
             "input": (part.input_tokens, part.planned_input_tokens),
-            "output": (part.output_tokens, part.planned_output_tokens),
+            "output": (part.output_tokens, part.planned_output_tokens * (np.nan if free else 1.0)),
             "requests": (np.where(part.success, 1.0, np.nan), np.ones(len(part))),
         }
         for side, (got, planned) in sides.items():
             known = np.isfinite(got)
             # no plan for it (text, free length): anything is possible, so the books cannot show an excess
-            beyond = np.nan_to_num(planned[sent & ~known], nan=1e15).sum()
+            beyond = np.nan_to_num(planned[sent & ~known], nan=ANY).sum()
             before, more = booked[side]
-            booked[side] = before + float(got.sum(where=known)), min(more + float(beyond), 1e15)
+            booked[side] = before + float(got.sum(where=known)), min(more + float(beyond), ANY)
     return booked

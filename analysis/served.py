@@ -25,16 +25,21 @@ def output_tokens(run: Run) -> Check:
     """Successful requests generated as many tokens as the plan asked for.
 
     A limit whoever started the server: what was served was served. Most APIs cannot be told to go on after an end of
-    sequence (``ignore_eos`` is vLLM's), and one that can and does not still did this much work for its bill.
+    sequence (``ignore_eos`` is vLLM's), and one that can and does not still did this much work for its bill. Answers
+    shorter than what was asked for as a cap are what was asked for.
     """
     asked, got = _both(run.rows, "output_tokens")
     bound = f"at most {MISMATCH_BOUND:.0%} of answers differ"
     if not len(got):
         return limit("output_tokens", None, "no request has both a plan and a count", bound, "nothing to do")
-    share = arrays.differing(asked, got)
+    how, share = run.manifest.spec.output_lengths, arrays.differing(asked, got)
+    longer = sum(int((got[p] > asked[p]).sum()) for p in arrays.blocks(len(got))) / len(got)
+    if how == "free" or (how == "cap" and longer <= MISMATCH_BOUND):
+        words = "lengths left to the server" if how == "free" else "planned lengths are caps"
+        observed = f"{words}: {served_lengths(run) or 'as planned'}"
+        return limit("output_tokens", None if how == "free" else True, observed, "none beyond its cap", "nothing to do")
     if share <= MISMATCH_BOUND:
         return limit("output_tokens", True, f"{share:.1%} of {len(got)} differ", bound, "")
-    longer = sum(int((got[p] > asked[p]).sum()) for p in arrays.blocks(len(got))) / len(got)
     observed = f"served {served_lengths(run)}: {share - longer:.1%} of {len(got)} answers shorter than planned"
     advice = "latencies and price are those of the served answers, not of the trace: the server ends answers by itself"
     if longer:

@@ -108,6 +108,9 @@ class Truth:
         self.pad: str = "x" * args.pad
         self.api_key = os.environ.get("FAKE_SERVER_API_KEY", "")
         self.log = Path(args.log).open("a", buffering=1) if args.log else None  # noqa: SIM115 - lives as long as we do
+        self.hosted: bool = args.hosted
+        self.busy_s: float = args.busy
+        self.first_s: float | None = None
         self.running = 0
         self.queue: deque[Answer] = deque()
         self.prompt_tokens = self.generation_tokens = self.finished = 0
@@ -146,6 +149,23 @@ class Truth:
             )
         )
 
+    def keys(self, headers: dict[str, str]) -> tuple[str, str]:
+        """The key that was given, as it was, and the one that is right."""
+        if self.hosted:
+            return headers.get("api-key", ""), self.api_key
+        return headers.get("authorization", ""), f"Bearer {self.api_key}"
+
+    def refused(self, body: dict[str, Any]) -> tuple[int, str, str] | None:
+        """Status, words and headers of a refusal; null when there is none."""
+        now = time.monotonic()
+        self.first_s = now if self.first_s is None else self.first_s
+        if (left := self.first_s + self.busy_s - now) > 0:
+            return 429, "too many requests", f"Retry-After: {math.ceil(left)}\r\n"
+        unknown = [name for name in ("max_tokens", "ignore_eos", "temperature") if name in body]
+        if self.hosted and unknown:
+            return 400, f"Unsupported parameter: {unknown[0]}", ""
+        return None
+
     def admit(self, answer: Answer) -> None:
         """Serve now or queue."""
         if self.engine is not None:
@@ -174,13 +194,17 @@ class Truth:
 class Answer:
     """One request being answered: writes its chunks on an absolute schedule."""
 
-    def __init__(self, connection: Connection, body: dict[str, Any], chat: bool, received_ns: int) -> None:
+    def __init__(
+        self, connection: Connection, body: dict[str, Any], chat: bool, received_ns: int, *, load: bool
+    ) -> None:
+        self.load = load
+        """False for what is asked before a load."""
         self.connection, self.body, self.chat, self.received_ns = connection, body, chat, received_ns
         self.truth = connection.truth
         self.fault = str(body.get("fault") or "")
         self.stream = bool(body.get("stream"))
         tokens = int(body.get("max_tokens") or body.get("max_completion_tokens") or 16)
-        self.tokens = max(1, tokens // 2) if self.fault == "short" else tokens
+        self.tokens = max(1, tokens // 2) if self.fault == "short" or self.truth.hosted else tokens
         self.prompt_tokens = count_prompt(body)
         self.ordinary = None if self.fault else self.truth.ordinary[chat]
         self.sent = 0
@@ -326,7 +350,7 @@ class Answer:
         truth.generation_tokens += self.sent
         truth.finished += self.sent >= self.tokens
         if truth.log:
-            row = {"received_ns": self.received_ns, "chunk_ns": self.chunk_ns, "tokens": self.sent}
+            row = {"load": self.load, "received_ns": self.received_ns, "chunk_ns": self.chunk_ns, "tokens": self.sent}
             by_engine = {} if truth.engine is None else {"came_ns": self.came_ns, "due_ns": self.due_ns}
             truth.log.write(json.dumps({**row, "prompt_tokens": self.prompt_tokens, **by_engine}) + "\n")
         truth.release(self)

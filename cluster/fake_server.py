@@ -17,6 +17,10 @@ It prints ``ready http://127.0.0.1:PORT/v1`` and serves ``/v1/completions``, ``/
   processes of this host) at which the kernel had the whole request and at which it was handed each chunk: the exact
   truth, also while this process is busy.
 - ``FAKE_SERVER_API_KEY`` in the environment makes it demand that key.
+- ``--hosted`` makes it as hosted APIs are: everything under ``/openai/deployments/fake?api-version=...``, each request
+  with a header ``X-Tenant: t1`` and the key in ``api-key``; no list of models, no counters; lengths in
+  ``max_completion_tokens``, of which half as many tokens come, and neither ``ignore_eos`` nor a temperature.
+- ``--busy S`` answers 429 with ``Retry-After`` until S seconds after the first request for tokens.
 - A request body may carry ``"fault"``: one of `cluster.fake_answers.FAULTS`.
 
 Prompt tokens: the number of token ids, or of words in a text. Output tokens: ``max_tokens``, one per chunk.
@@ -39,6 +43,7 @@ from typing import Any, ClassVar
 
 from cluster.fake_answers import Answer, Truth, head
 from cluster.fake_engine import step_ms
+from harness.probe import QUESTION
 
 MAX_REQUEST = 64 << 20
 SO_TIMESTAMPNS, TIMESPEC = 35, struct.Struct("qq")  # Linux, 64 bits; the socket module has no name for it
@@ -118,7 +123,11 @@ class Connection(asyncio.Protocol):
         body = bytes(self.buffer[end + 4 : end + 4 + size])
         del self.buffer[: end + 4 + size]
         method, path, _ = lines[0].split(" ", 2)
-        self.route(method, path.split("?")[0], headers, body)
+        known = hosted_path(path, headers) if self.truth.hosted else path.split("?")[0]
+        if known is None:
+            self.error(404, "Resource not found: path, api-version or X-Tenant")
+        else:
+            self.route(method, known, headers, body)
 
     def write(self, data: bytes) -> None:
         """Hand bytes to the kernel."""
@@ -144,16 +153,16 @@ class Connection(asyncio.Protocol):
         elif path == "/metrics":
             payload = truth.metrics().encode()
             self.write(head(200, "text/plain", length=len(payload)) + payload)
-        elif truth.api_key and not hmac.compare_digest(headers.get("authorization", ""), f"Bearer {truth.api_key}"):
+        elif truth.api_key and not hmac.compare_digest(*truth.keys(headers)):
             self.error(401, "Unauthorized")
         elif path == "/v1/models":
             self.reply(200, {"object": "list", "data": [{"id": truth.model, "max_model_len": 32768}]})
         elif method != "POST":
             self.error(404, "Not Found")
         else:
-            self.post(path, raw)
+            self.post(path, raw, load=not headers.get("user-agent", "").startswith(QUESTION))
 
-    def post(self, path: str, raw: bytes) -> None:
+    def post(self, path: str, raw: bytes, *, load: bool) -> None:
         """Answer one POST."""
         try:
             body = json.loads(raw)
@@ -167,8 +176,10 @@ class Connection(asyncio.Protocol):
             self.error(404, "Not Found")
         elif body.get("model") != self.truth.model:
             self.error(404, f"The model `{body.get('model')}` does not exist.")
+        elif refused := self.truth.refused(body):
+            self.error(*refused)
         elif not self.refuse(str(body.get("fault") or "")):
-            self.answer = Answer(self, body, "chat" in path, Socket.came_ns)
+            self.answer = Answer(self, body, "chat" in path, Socket.came_ns, load=load)
             self.truth.admit(self.answer)
 
     def refuse(self, fault: str) -> bool:
@@ -185,6 +196,16 @@ class Connection(asyncio.Protocol):
         else:
             return False
         return True
+
+
+def hosted_path(path: str, headers: dict[str, str]) -> str | None:
+    """What a path of a hosted API is here; null for what it does not know, its list of models among it."""
+    at, _, query = path.partition("?")
+    known = at.removeprefix("/openai/deployments/fake")
+    asked = "api-version=" in query and headers.get("x-tenant") == "t1"
+    if known == at or known in ("/models", "/metrics") or not asked:
+        return None
+    return known if known in ("/tokenize", "/version") else f"/v1{known}"
 
 
 async def serve(args: argparse.Namespace) -> None:
@@ -219,6 +240,8 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--max-num-batched-tokens", type=int, help="tokens of a step at most; with --step")
     parser.add_argument("--pad", type=int, default=0, help="extra bytes per token")
+    parser.add_argument("--hosted", action="store_true", help="be as a hosted API is")
+    parser.add_argument("--busy", type=float, default=0.0, help="seconds for which it asks to come back later")
     parser.add_argument("--log", help="file for the exact truth, one JSON line per answer")
     args = parser.parse_args()
     if args.max_num_batched_tokens is not None and (args.step is None or args.max_num_batched_tokens < 1):

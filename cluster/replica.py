@@ -22,6 +22,7 @@ from cluster.job import read_piece
 from cluster.process import GRACE_S, NO_SECRETS, Process, describe_exit, wait_ready
 from cluster.registry import work_folder
 from harness import probe
+from harness.access import page_beside
 from harness.errors import HarnessError, ServerError
 from harness.server_processor import ProcessorSecond
 
@@ -193,7 +194,7 @@ class ReplicaOwner:
 
     def _watch_health(self, base_url: str, process: Process) -> None:
         """Thread: notice a server that runs and does not answer."""
-        url = f"{probe.server_root(base_url)}/health"
+        url = page_beside(base_url, "/health")
         well = time.monotonic()
         while process.wait(HEALTH_EVERY_S) is None and process is self._process:
             try:
@@ -254,12 +255,11 @@ def ready_check(base_url: str, model: str, api_key: str) -> Callable[[], bool]:
 
     The check raises `ServerError` when the server is up but refuses that completion: waiting would not help.
     """
-    root = probe.server_root(base_url)
     body = {"model": model, "prompt": [1], "max_tokens": 1, "temperature": 0}
 
     def check() -> bool:
         try:
-            probe.fetch(f"{root}/health", api_key, deadline_s=5.0)
+            probe.fetch(page_beside(base_url, "/health"), api_key, deadline_s=5.0)
         except ServerError:
             return False
         try:

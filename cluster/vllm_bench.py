@@ -19,17 +19,18 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
 
 from cluster.process import Process, describe_exit, tail
+from harness.access import page_under
 from harness.errors import ServerError, UsageError
 from harness.plan import Request, iter_requests
-from harness.probe import server_root
 from harness.run import python
 
 DEADLINE_S = 3600.0
-PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
+PATHS = {"completions": "/completions", "chat": "/chat/completions"}
 _QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 
 
@@ -41,7 +42,8 @@ def check_can_run() -> None:
 
 def run_vllm_bench(
     plan: Path, out: Path, *, base_url: str, model: str, concurrency: int | None, extra_body: Mapping[str, object],
-    api_key: str | None, endpoint: str = "completions", deadline_s: float = DEADLINE_S,
+    api_key: str | None, endpoint: str = "completions", headers: Mapping[str, str] | None = None,
+    deadline_s: float = DEADLINE_S,
 ) -> dict[str, Any]:  # fmt: skip
     """Send ``plan`` with vLLM's client and return the figures it saved (to ``out``, JSON; its words beside it).
 
@@ -49,9 +51,12 @@ def run_vllm_bench(
 
     Raises `ServerError` when it ends without figures or not within ``deadline_s``.
     """
+    url = urlsplit(page_under(base_url, PATHS[endpoint]))
     argv = [
-        python(), "-m", "cluster.vllm_bench", str(plan), "--backend", "openai", "--base-url", server_root(base_url),
-        "--endpoint", PATHS[endpoint], "--model", model, "--dataset-name", "timed_trace",
+        python(), "-m", "cluster.vllm_bench", str(plan), "--backend", "openai",
+        "--base-url", f"{url.scheme}://{url.netloc}", "--endpoint", urlunsplit(("", "", url.path, url.query, "")),
+        *(["--header", *(f"{name}={value}" for name, value in headers.items())] if headers else []),
+        "--model", model, "--dataset-name", "timed_trace",
         "--temperature", "0", "--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,90,99",
         "--ready-check-timeout-sec", "0", "--disable-tqdm", "--save-result", "--result-dir", str(out.parent),
         "--result-filename", out.name,

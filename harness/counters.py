@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
-from urllib.parse import urlsplit
 
 from harness import probe
+from harness.access import AccessLike, access_of, page_beside
 from harness.errors import ServerError, UsageError
 from harness.question import split_url
 from harness.run import Replica
@@ -26,7 +26,7 @@ _COUNTS = ("_total", "_sum", "_count")
 Reading = Mapping[str, float]
 
 
-def check_metrics_urls(urls: Sequence[str], base_urls: Sequence[str], api_key: str | None) -> list[list[str]]:
+def check_metrics_urls(urls: Sequence[str], base_urls: Sequence[str], access: AccessLike) -> list[list[str]]:
     """The pages of each base URL; none given: the server's own. Raises `UsageError`, or `ServerError` for a page
     without counters.
     """
@@ -45,20 +45,14 @@ def check_metrics_urls(urls: Sequence[str], base_urls: Sequence[str], api_key: s
         )
     for base_url, own in zip(base_urls, pages, strict=True):
         for url in own:
-            if probe.page_counters(url, key_for(url, base_url, api_key)) is None:
+            if probe.page_counters(url, access_of(access).at(url, base_url)) is None:
                 raise ServerError(f"--metrics-url {url}: no counters of a vLLM server there; is it a /metrics page?")
     return pages
 
 
 def pages_of(replica: Replica) -> list[str]:
     """Where a server's counters are read."""
-    return replica.metrics_urls or [f"{probe.server_root(replica.base_url)}/metrics"]
-
-
-def key_for(page: str, base_url: str, api_key: str | None) -> str | None:
-    """The API key goes to the server that it is for, and to no other address."""
-    same = urlsplit(page)[:2] == urlsplit(base_url)[:2]
-    return api_key if same else None
+    return replica.metrics_urls or [page_beside(replica.base_url, "/metrics")]
 
 
 def several_processes(readings: Sequence[Reading], *, at_once: bool = False) -> bool:
@@ -99,31 +93,31 @@ def summed(pages: Sequence[Reading]) -> dict[str, float]:
 
 
 def count_before(
-    replicas: Sequence[Replica], api_key: str | None, tell: Callable[[str], None] = lambda words: None
+    replicas: Sequence[Replica], access: AccessLike, tell: Callable[[str], None] = lambda words: None
 ) -> None:
     """Read every server's counters just before the load; ``tell`` hears why there are none where they are elsewhere."""
     for r in replicas:
         try:
-            _count(r, api_key, lambda _: READINGS, "counters_before")
+            _count(r, access, lambda _: READINGS, "counters_before")
         except probe.RedirectError as e:
             r.counters_before = None
             tell(f"no counters of replica {r.index}: {e}")
 
 
-def count_after(replicas: Sequence[Replica], died: Mapping[int, str], api_key: str | None) -> None:
+def count_after(replicas: Sequence[Replica], died: Mapping[int, str], access: AccessLike) -> None:
     """Read them again just after, where the server is still there, once they stand still."""
     for r in replicas:
         if r.counters_before is not None and r.index not in died:
             with suppress(probe.RedirectError):  # it was there before
-                _count(r, api_key, _until_settled(), "counters_after")
+                _count(r, access, _until_settled(), "counters_after")
 
 
-def _count(replica: Replica, api_key: str | None, wanted: Callable[[Sequence[Reading]], int], field: str) -> None:
+def _count(replica: Replica, access: AccessLike, wanted: Callable[[Sequence[Reading]], int], field: str) -> None:
     pages: list[Reading] = []
     for url in pages_of(replica):
-        key = key_for(url, replica.base_url, api_key)
+        here = access_of(access).at(url, replica.base_url)
         seen: list[Reading] = []
-        while (found := probe.page_counters(url, key)) is not None:
+        while (found := probe.page_counters(url, here)) is not None:
             seen.append(found)
             if several_processes(seen, at_once=True):
                 replica.several_servers, replica.counters_before, replica.counters_after = True, None, None

@@ -88,7 +88,7 @@ def check_headers(headers: Mapping[str, str]) -> None:
     Headers are written into the manifest; a message about one never shows its value.
     """
     for name, value in headers.items():
-        if _NAME.fullmatch(name) and (_SECRET_NAME.search(name) or _SECRET_VALUE.search(value)):
+        if _NAME.fullmatch(name) and looks_secret(name, value):
             raise UsageError(
                 f"header {name!r} looks like a secret, and headers are written into the run's manifest. Put the API "
                 "key into HARNESS_API_KEY, which is sent as 'Authorization: Bearer'; any other secret into an "
@@ -104,3 +104,16 @@ def _check(name: str, value: str) -> None:
         raise UsageError(f"header {name!r} is set by the client itself")
     if not (value.isascii() and (value.isprintable() or not value)):
         raise UsageError(f"header {name!r}: its value must be printable ASCII on one line")
+
+
+def looks_secret(name: str, value: str) -> bool:
+    """Whether a header, or a part of a URL's query, had better not be written down."""
+    return bool(_SECRET_NAME.search(name) or _SECRET_VALUE.search(value))
+
+
+def check_key_header(name: str, headers: Mapping[str, str]) -> None:
+    """Raise `UsageError` for a name that no header with the API key can have beside these ``headers``."""
+    if not _NAME.fullmatch(name) or name.lower() in _OURS:
+        raise UsageError(f"--key-header {name[:60]!r}: not the name of a header that can carry a key")
+    if name.lower() in (other.lower() for other in headers):
+        raise UsageError(f"--header and --key-header both set {name!r}: give one")

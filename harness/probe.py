@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import re
 import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlunsplit
 
 import msgspec
 
+from harness import __version__
+from harness.access import Access, AccessLike, access_of, page_beside, page_under
 from harness.errors import ServerError, UsageError, listed, unknown_name
 from harness.prometheus import read_samples, total
-from harness.question import ask, split_url
+from harness.question import Answer, ask
+from harness.retry_after import retry_after_s
 from harness.untrusted import DECODE_ERRORS
 
 DEADLINE_S = 15.0
+QUESTION = "harness-question"
+"""How a server's log tells questions from load, which is of "harness"."""
 START_TIME = "process_start_time_seconds"
 """Prometheus clients' own gauge: when the server process began."""
 CACHE_INFO = "vllm:cache_config_info"
@@ -51,45 +57,60 @@ def trust(ca: Path) -> None:
         raise UsageError(f"{ca}: not a file of trusted certificates ({e})") from e
 
 
-def normalise_base_url(url: str) -> str:
-    """``url`` as scheme://host[:port]/...; adds ``/v1`` when there is no path. Raises `UsageError` for no URL."""
-    parts = split_url(url, "--base-url")
-    return urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/") or "/v1", "", ""))
-
-
-def server_root(base_url: str) -> str:
-    """The server's address without ``/v1``: where vLLM keeps /metrics, /version and /tokenize."""
-    return base_url.removesuffix("/v1")
-
-
-def fetch(url: str, api_key: str | None, body: object = None, *, deadline_s: float = DEADLINE_S) -> bytes:
+def fetch(url: str, access: AccessLike, body: object = None, *, deadline_s: float = DEADLINE_S) -> bytes:
     """The body of a GET, or of a POST of ``body`` as JSON. Raises `ServerError` that says what to do."""
-    headers = {"Accept": "*/*", "Content-Type": "application/json"}
-    if api_key:
-        headers["Authorization"] = f"Bearer {api_key}"
+    access = access_of(access)
+    headers = {
+        "Accept": "*/*", "Content-Type": "application/json", "User-Agent": f"{QUESTION}/{__version__}", **access.lines()
+    }  # fmt: skip
     data = None if body is None else msgspec.json.encode(body)
-    answer = ask(url, headers=headers, body=data, deadline_s=deadline_s, tls=_TLS)
-    if 200 <= answer.status < 300:
-        return answer.body
+    while True:
+        answer = ask(url, headers=headers, body=data, deadline_s=deadline_s, tls=_TLS)
+        if 200 <= answer.status < 300:
+            return answer.body
+        wait_s = retry_after_s(answer.retry_after) if answer.status in (429, 503) else None
+        if access.patience is None or not access.patience.wait(url, wait_s):
+            raise _refusal(url, answer, access, wait_s)
+
+
+def _refusal(url: str, answer: Answer, access: Access, wait_s: float | None) -> ServerError:
+    """What to say of an answer that is none."""
     if 300 <= answer.status < 400 and answer.location:
-        raise RedirectError(
+        return RedirectError(
             f"{url}: HTTP {answer.status}: it points to {answer.location[:_SAID]}. Redirects are not followed, since "
             "the API key would go along: if that address is right, give it instead"
         )
-    if answer.status in (401, 403):
-        advice = "the API key is wrong" if api_key else "it wants an API key: put it into HARNESS_API_KEY"
-        raise ServerError(f"{url}: HTTP {answer.status}: {advice}")
     said = answer.body[: 4 * _SAID].decode("utf-8", "replace").strip()
-    if api_key:
-        said = said.replace(api_key, "[api key]")
-    raise ServerError(f"{url}: HTTP {answer.status}: {said[:_SAID] or answer.reason[:_SAID]}")
+    if access.api_key:
+        said = said.replace(access.api_key, "[api key]")
+    said = said[:_SAID] or answer.reason[:_SAID]
+    if answer.status == 401:
+        said = "the API key is wrong" if access.api_key else "it wants an API key: put it into HARNESS_API_KEY"
+    elif answer.status == 403:
+        said += "; the API key may not do this" if access.api_key else "; if it wants an API key: HARNESS_API_KEY"
+    elif wait_s is not None and access.patience is not None:
+        said += f"; it asks to come back in {wait_s:.3g} s (Retry-After), later than a start may take: run again then"
+    return RefusalError(f"{url}: HTTP {answer.status}: {said}", answer.status, wait_s)
+
+
+class RefusalError(ServerError):
+    """The server answered, and not with what was asked for. ``wait_s``: when it wants to be asked again, if it said."""
+
+    def __init__(self, message: str, status: int, wait_s: float | None) -> None:
+        self.status, self.wait_s = status, wait_s
+        super().__init__(message)
 
 
 class RedirectError(ServerError):
     """The server sends whoever asks elsewhere; the message says where to."""
 
 
-class ServedModel(msgspec.Struct, frozen=True):
+class _Models(msgspec.Struct):
+    data: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
     """A model as /v1/models lists it."""
 
     id: str
@@ -97,44 +118,67 @@ class ServedModel(msgspec.Struct, frozen=True):
     """Longest input plus output, tokens; vLLM says so, others may not."""
 
 
-class _Models(msgspec.Struct):
-    data: list[ServedModel]
+def find_model(
+    base_url: str, access: AccessLike, wanted: str | None, tell: Callable[[str], None] = lambda words: None
+) -> ServedModel:
+    """The model to ask for: ``wanted``, else the only one there is.
 
-
-def find_model(base_url: str, api_key: str | None, wanted: str | None) -> ServedModel:
-    """The model to ask for: ``wanted`` if it is served, else the only one there is.
-
-    Raises `ServerError` when the server cannot be asked, `UsageError` when the name does not settle it.
+    A list of models is advice: where it is missing, or does not name the one that is wanted, ``tell`` hears so. Raises
+    `ServerError` when the server cannot be asked or takes no such key, `UsageError` when only a name could settle it.
     """
-    url = f"{base_url}/models"
+    url = page_under(base_url, "/models")
     try:
-        served = {m.id: m for m in msgspec.json.decode(fetch(url, api_key), type=_Models).data}
+        served = {model.id: model for model in _models_in(fetch(url, access))}
+    except RefusalError as e:
+        if e.status == 401:
+            raise
+        if wanted is None:
+            raise ServerError(f"{e}\n  it does not say which models it serves: choose one with --model") from e
+        tell(f"note: {e}: going on with model {wanted}, as --model says")
+        return ServedModel(wanted)
     except DECODE_ERRORS as e:
-        raise ServerError(
-            f"{url}: not an OpenAI-compatible answer ({e}); is the base URL right (it ends in /v1)?"
-        ) from e
+        said = f"{url}: not an OpenAI-compatible answer ({e})"
+        if wanted is None:
+            raise ServerError(
+                f"{said}; is the base URL right (it ends in /v1)? Else choose a model with --model"
+            ) from e
+        tell(f"note: {said}: going on with model {wanted}, as --model says")
+        return ServedModel(wanted)
     if wanted is None:
         if len(served) == 1:
             return next(iter(served.values()))
+        if not served:
+            raise ServerError(f"{url}: not an OpenAI-compatible answer: it names no model; choose one with --model")
         names = listed([name[:_SAID] for name in list(served)[:8]])
         raise UsageError(f"{base_url} serves {len(served):,} models ({names}): choose one with --model")
     if wanted not in served:
-        raise unknown_name(f"model at {base_url}", wanted, served)
-    return served[wanted]
+        tell(f"note: {unknown_name(f'model at {base_url}', wanted, served)}; going on, as --model says")
+    return served.get(wanted, ServedModel(wanted))
+
+
+def _models_in(body: bytes) -> list[ServedModel]:
+    """The models of a list, bare or under ``data``; of entries that are none nothing is made."""
+    found = msgspec.json.decode(body, type=_Models | list[Any])
+    made = []
+    for entry in found.data if isinstance(found, _Models) else found:
+        if isinstance(entry, dict) and isinstance(name := entry.get("id"), str):
+            longest = entry.get("max_model_len")
+            made.append(ServedModel(name, longest if type(longest) is int and longest > 0 else None))
+    return made
 
 
 class _Tokens(msgspec.Struct):
     tokens: list[int]
 
 
-def ordinary_token_ids(base_url: str, api_key: str | None, model: str) -> list[int]:
+def ordinary_token_ids(base_url: str, access: AccessLike, model: str) -> list[int]:
     """Token ids that stand for ordinary words at this server (vLLM's /tokenize), at least 50 of them.
 
     Raises `ServerError` when it does not tell: then a tokenizer file must be given.
     """
     advice = "give the model's tokenizer.json with --tokenizer FILE"
     try:
-        answer = fetch(f"{server_root(base_url)}/tokenize", api_key, {"model": model, "prompt": _WORDS})
+        answer = fetch(page_beside(base_url, "/tokenize"), access, {"model": model, "prompt": _WORDS})
         ids = sorted(set(msgspec.json.decode(answer, type=_Tokens).tokens))
     except ServerError as e:
         raise ServerError(f"the trace has lengths only and the server does not tell its tokens: {advice}\n  {e}") from e
@@ -145,25 +189,25 @@ def ordinary_token_ids(base_url: str, api_key: str | None, model: str) -> list[i
     return ids
 
 
-def engine_version(base_url: str, api_key: str | None) -> str | None:
+def engine_version(base_url: str, access: AccessLike) -> str | None:
     """What the server calls its version (vLLM's /version); null when it does not say."""
     try:
-        answer: Any = msgspec.json.decode(fetch(f"{server_root(base_url)}/version", api_key, deadline_s=5.0))
+        answer: Any = msgspec.json.decode(fetch(page_beside(base_url, "/version"), access, deadline_s=5.0))
     except (ServerError, *DECODE_ERRORS):
         return None
     version = answer.get("version") if isinstance(answer, dict) else None
     return version if isinstance(version, str) else None
 
 
-def counters(base_url: str, api_key: str | None) -> dict[str, float] | None:
+def counters(base_url: str, access: AccessLike) -> dict[str, float] | None:
     """The server's own counters (``vllm:*_total``, summed over labels) and its start time; null when it has none."""
-    return page_counters(f"{server_root(base_url)}/metrics", api_key)
+    return page_counters(page_beside(base_url, "/metrics"), access)
 
 
-def page_counters(url: str, api_key: str | None) -> dict[str, float] | None:
+def page_counters(url: str, access: AccessLike) -> dict[str, float] | None:
     """The same of one page of Prometheus text, wherever it is. Raises `RedirectError` when it is elsewhere."""
     try:
-        text = fetch(url, api_key).decode("utf-8", "replace")
+        text = fetch(url, access).decode("utf-8", "replace")
     except RedirectError:
         raise
     except ServerError:

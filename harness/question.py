@@ -37,6 +37,8 @@ class Answer:
     body: bytes
     location: str | None
     """Where a redirect points, as it was said."""
+    retry_after: str | None = None
+    """When to come back, as it was said."""
 
 
 def split_url(text: str, what: str) -> SplitResult:
@@ -96,7 +98,8 @@ def _asked(
             raise ServerError(f"{parts.geturl()}: the answer is larger than {most_bytes / 2**20:g} MiB")
         if response.length:  # `read` with a number does not say so: half a page of counters is no book
             raise http.client.IncompleteRead(found, response.length)
-        return Answer(response.status, response.reason, found, response.getheader("Location"))
+        said = response.getheader
+        return Answer(response.status, response.reason, found, said("Location"), said("Retry-After"))
 
 
 def _left(end: float) -> float:

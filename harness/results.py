@@ -26,9 +26,9 @@ http_status         int16         null when no status line arrived
 error               string        null on success, else one of `ERRORS`
 detail              string        a short human text (at most 300 characters) for a failure; on a success what of the
                                   answer was left out, as of no type that can be read; else null
-retries             int16         how often it was sent again after no connection, 429 or 503 (0 unless the run asks for
-                                  retries). sent_ns is the first try, so every latency holds the retries; the other
-                                  columns are of the last
+retries             int16         how often it was sent again: once at most when the server closed a kept connection as
+                                  it was used; after no connection, 429 or 503 only if the run asks for retries. sent_ns
+                                  is the first try, so latencies hold the retries; the other columns are of the last
 ==================  ============  =====================================================================================
 
 All times are one monotonic clock of the worker's host, zero at the common start of the run. Bytes arrive when the

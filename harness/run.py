@@ -18,11 +18,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import psutil
 
 from harness import __version__
+from harness.access import AUTHORIZATION
 from harness.answers import Counted
 from harness.errors import ResultsError, UsageError
 from harness.plan import PlanInfo
@@ -32,6 +34,10 @@ MANIFEST = "run.json"
 PLAN = "plan.arrow"
 PRIVATE = 0o700
 """Mode of a folder with a plan in it: plans hold the prompts of users."""
+
+
+OutputLengths = Literal["forced", "cap", "free"]
+"""forced: exactly as many tokens (``ignore_eos``); cap: at most so many; free: nothing is said of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +62,7 @@ class RunSpec:
     model: str
     """Model name as the server knows it."""
     base_urls: list[str]
-    """One per replica, each ending in /v1."""
+    """One per replica, of the API (it mostly ends in /v1); a query goes with every request."""
     workers: int = 1
     slo: dict[str, float] = field(default_factory=dict)
     """Per-request limits in seconds by metric (ttft, tpot, e2e), e.g. {"ttft": 2.0}."""
@@ -70,6 +76,12 @@ class RunSpec:
     """Added to every request; never a secret (`harness.headers`)."""
     header_env: dict[str, str] = field(default_factory=dict)
     """Header -> environment variable that holds its value, which may be secret and is written nowhere."""
+    key_header: str = AUTHORIZATION
+    """Which header carries the API key."""
+    length_field: str = "max_tokens"
+    """Field of the body that says how many tokens to generate."""
+    output_lengths: OutputLengths = "forced"
+    """What the planned lengths of answers are to the server."""
     stream: bool = True
     """False: one JSON answer, of which only the end is timed."""
     balance: str = "least"

@@ -38,6 +38,7 @@ from types import TracebackType
 import pyarrow as pa
 
 from harness import probe
+from harness.access import AccessLike
 from harness.errors import ServerError
 from harness.prometheus import mean, read_samples, total
 from harness.results import whole_batches
@@ -82,8 +83,8 @@ class ServerMetrics:
     is told by ``trouble`` afterwards.
     """
 
-    def __init__(self, pages: Sequence[tuple[str, str | None]], path: Path, start_unix_ns: int) -> None:
-        """``pages``: where the metrics are, each with its API key; those of several processes are added up."""
+    def __init__(self, pages: Sequence[tuple[str, AccessLike]], path: Path, start_unix_ns: int) -> None:
+        """``pages``: where the metrics are and how to ask for them; those of several processes are added up."""
         self._pages, self._path = pages, path
         # One reading of both clocks, so that a wall clock that is set during the run moves nothing.
         self._start_mono_ns = time.monotonic_ns() + start_unix_ns - time.time_ns()
@@ -117,8 +118,8 @@ class ServerMetrics:
         end = time.monotonic() + ANSWER_S  # for all pages
         try:
             pages = [
-                probe.fetch(url, key, deadline_s=end - time.monotonic()).decode("utf-8", "replace")
-                for url, key in self._pages
+                probe.fetch(url, access, deadline_s=end - time.monotonic()).decode("utf-8", "replace")
+                for url, access in self._pages
             ]
         except ServerError:
             return None

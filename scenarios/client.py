@@ -17,9 +17,11 @@ from typing import Any
 
 import gevent
 
+from harness.access import AUTHORIZATION
 from harness.errors import UsageError
 from harness.headers import check_headers
 from harness.results import Result
+from harness.retry_after import retry_after_s
 from scenarios.completion import clean
 from scenarios.connection import Connection
 from scenarios.hot_path import Reader
@@ -27,7 +29,7 @@ from scenarios.later import Later, parse
 from scenarios.pace import Pace
 from scenarios.sampling import Sampler
 from scenarios.stream import Stream
-from scenarios.target import ENDPOINTS, IDLE_LIMIT_S, Target, tls_context
+from scenarios.target import ENDPOINTS, Target, tls_context
 from scenarios.told import Answered
 
 BALANCES = ("least", "round-robin", "session")
@@ -40,7 +42,9 @@ _SLICES = 8  # a sweep goes over ten thousand streams in so many parts, lest it 
 _RAW_LIMIT, _SIZE_LIMIT = 4096, 16384
 _QUIET_NS = 1_000_000_000  # chunks after which nothing came for so long may have been an end that only parsing finds
 RETRY_S, RETRY_MOST_S = 0.25, 4.0
-"""Wait before the first retry of a request, and before any; it doubles in between."""
+"""Wait before the first retry of a request, and before any; it doubles in between. Longer where the server says so."""
+CLOSED_NS = 1_000_000_000
+"""A kept connection that ends so soon after it was used, without a byte, was being closed; later, something failed."""
 _OPENING = 128  # connections being opened at the same time: below any server's listen backlog
 
 
@@ -60,7 +64,8 @@ class Client:
 
     ``balance``: "least", the server with the least of this client's requests in flight; "round-robin", in turn;
     "session", server ``slice % servers``, so that the turns of a session meet the same prefix cache. ``retries``: how
-    often a request is sent again when no connection came about or the answer was 429 or 503, after a growing pause.
+    often a request is sent again when no connection came about or the answer was 429 or 503, after a growing pause (and
+    not before the server's Retry-After). Besides, one that met a kept connection as it was closed is sent once more.
     Without ``stream`` an answer is silent until it is done, so ``stall_s`` does not apply, and it has no chunk times.
     ``sampler`` keeps some of the answers.
 
@@ -81,6 +86,7 @@ class Client:
         api_key: str | None = None,
         headers: Mapping[str, str] | None = None,
         secret_headers: Mapping[str, str] | None = None,
+        key_header: str = AUTHORIZATION,
         stream: bool = True,
         balance: str = "least",
         retries: int = 0,
@@ -94,8 +100,9 @@ class Client:
             raise UsageError(f"unknown balance {balance!r}: valid: {', '.join(BALANCES)}")
         check_headers(headers or {})
         tls = tls_context(tls_ca) if any(url.startswith("https:") for url in base_urls) else None
+        every = {**(headers or {}), **(secret_headers or {})}
         self._targets = [
-            Target(i, url, endpoint, api_key, tls, headers={**(headers or {}), **(secret_headers or {})}, stream=stream)
+            Target(i, url, endpoint, api_key, tls, headers=every, key_header=key_header, stream=stream)
             for i, url in enumerate(base_urls)
         ]
         self._turn = 0
@@ -212,16 +219,31 @@ class Client:
 
     def _try_again(self, stream: Stream) -> bool:
         """Whether this ended try is followed by another, which is then on its way."""
-        result = stream.result
+        result, tries = stream.result, stream.result.retries - stream.resent
         # The status is known by now: only what follows the first bytes is parsed later.
         refused = stream.error[0] == "connect" if stream.error else stream.response.status in (429, 503)
-        if not refused or result.retries >= self.retries:
+        if not refused or tries >= self.retries:
             return False
-        pause_s = min(RETRY_S * 2.0**result.retries, RETRY_MOST_S)
+        asked_s = retry_after_s(stream.response.retry_after) or 0.0
+        if monotonic_ns() + asked_s * 1e9 > stream.sent_ns + self._timeout_ns:
+            return False  # it would be in vain: the answer stays what it is
+        pause_s = max(min(RETRY_S * 2.0**tries, RETRY_MOST_S), asked_s)
         result.retries += 1
         stream.begin(monotonic_ns() + int(pause_s * 1e9))  # no timeout before that
         stream.retry = self.loop.timer(pause_s)
         stream.retry.start(self._retry, stream, update=True)
+        return True
+
+    def resend(self, stream: Stream, stamp: int) -> bool:
+        """Send once more, on a fresh connection, what was sent on a kept one that the server was just closing; False
+        when that is not what happened. Nobody read it: there was not a byte of an answer, and the end came soon.
+        """
+        if stream.resent or not stream.silent or stamp - stream.tried_ns > CLOSED_NS:
+            return False
+        stream.resent = True
+        stream.result.retries += 1
+        stream.begin(monotonic_ns())
+        Connection(self, stream.target).open(stream)
         return True
 
     def _retry(self, stream: Stream) -> None:
@@ -306,6 +328,8 @@ class Client:
         for stream in part:
             if stream not in self._active:
                 continue
+            if not self.retries and now - stream.tried_ns > CLOSED_NS:
+                stream.payload = b""  # nor will it be sent again
             connection = stream.connection
             if now - stream.sent_ns > self._timeout_ns and stream not in self._own_limit:
                 self._time_out(stream, self._timeout_ns)
@@ -323,7 +347,7 @@ class Client:
 
     def _close_idle(self, now: int) -> None:
         for target in self._targets:
-            stale = [c for c in target.idle if c.used and now - c.idle_ns > IDLE_LIMIT_S * 1e9]
+            stale = [c for c in target.idle if c.used and now - c.idle_ns > target.idle_limit_s * 1e9]
             for connection in stale:
                 del target.idle[connection]
                 connection.close()

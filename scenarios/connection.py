@@ -36,7 +36,7 @@ class Connection:
 
     __slots__ = (
         "_address", "_bio_in", "_bio_out", "_came_ns", "_out", "_reader", "_tls", "_writer", "client", "fd", "idle_ns",
-        "ready", "recvmsg", "sock", "stream", "target", "used",
+        "ready", "recvmsg", "reused", "sock", "stream", "target", "used",
     )  # fmt: skip
 
     def __init__(self, client: Client, target: Target) -> None:
@@ -45,6 +45,7 @@ class Connection:
         self.stream: Stream | None = None
         self.ready = False
         self.used = False
+        self.reused = False  # not opened for the request that it carries
         self.idle_ns = 0
         self.sock: socket.socket | None = None
         self.fd = -1
@@ -145,13 +146,14 @@ class Connection:
     def send(self, stream: Stream) -> None:
         """Send a request on this idle connection."""
         self.stream = stream
+        self.reused = True
         stream.connection = self
         self._write(stream)
 
     def _write(self, stream: Stream) -> None:
         self.used = True
         head, payload = self.target.head, stream.payload
-        if not self.client.retries:
+        if not (self.client.retries or self.reused):
             stream.payload = b""  # ten thousand streams may be open
         if stream.shape is not None and stream.shape.opening:
             self.client.reader.keep(self.fd, stream.kept, stream.shape.pattern, True)
@@ -256,6 +258,8 @@ class Connection:
 
     def _end(self, stream: Stream, stamp: int, *, keep: bool) -> None:
         self.stream = stream.connection = None
+        if stream.response.idle_s is not None:
+            self.target.idle_s = stream.response.idle_s
         if keep and not self._out:
             self.client.reader.keep_all(self.fd)
             self.client.pool(self)
@@ -323,6 +327,8 @@ class Connection:
             self.client.drop(self)
             return
         stream.connection = None
+        if self.reused and stream.payload and self.client.resend(stream, stamp):
+            return
         stream.parse(over=True)
         stream.response.eof(trouble)
         self.client.end(stream, stamp)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 MEANS = frozenset(["connection", "content-encoding", "content-length", "content-type", "location", "transfer-encoding"])
 """Headers that are read; whatever others say changes nothing."""
+_TIMEOUT = re.compile(r"(?:^|,)\s*timeout\s*=\s*\"?(\d{1,6})\b", re.IGNORECASE)
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9]\d\d)(?: |$)")
 
 
@@ -25,6 +26,9 @@ class Head:
     """"none" (there is no body), "chunked", "length" or "close" (until the connection ends)."""
     length: int = 0
     location: str = ""
+    idle_s: float | None = None
+    """How long the server keeps an idle connection (``Keep-Alive: timeout``); null: it does not say."""
+    retry_after: str = ""
     problem: str | None = None
 
 
@@ -52,8 +56,14 @@ def read_head(head: bytes) -> Head | None:
         keep_alive = False
     return Head(
         status=status, keep_alive=keep_alive, body=body, framing=framing, length=length,
-        location=headers.get("location", ""), problem=problem or unframed,
+        location=headers.get("location", ""), idle_s=_idle_s(headers.get("keep-alive", "")),
+        retry_after=headers.get("retry-after", ""), problem=problem or unframed,
     )  # fmt: skip
+
+
+def _idle_s(said: str) -> float | None:
+    found = _TIMEOUT.search(said)
+    return float(found[1]) if found else None
 
 
 def is_usual(head: bytes) -> bool:

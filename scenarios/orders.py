@@ -17,7 +17,9 @@ import gevent.monkey
 import msgspec
 from gevent.event import Event
 
+from harness.access import AUTHORIZATION
 from harness.errors import UsageError, WorkerError
+from harness.run import OutputLengths
 
 START_WAIT_S = 600.0
 """How long a ready worker waits to be told when to start."""
@@ -53,6 +55,9 @@ class WorkerSpec:
     """File of certificates to trust instead of the system's."""
     headers: dict[str, str] = field(default_factory=dict)
     header_env: dict[str, str] = field(default_factory=dict)
+    key_header: str = AUTHORIZATION
+    length_field: str = "max_tokens"
+    output_lengths: OutputLengths = "forced"
     stream: bool = True
     balance: str = "least"
     retries: int = 0

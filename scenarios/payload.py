@@ -14,8 +14,23 @@ import msgspec
 
 from harness.errors import UsageError
 from harness.plan import Request
+from harness.run import OutputLengths
 from scenarios.completion import Answer
 from scenarios.target import ENDPOINTS
+
+NO_TEMPERATURE = "max_completion_tokens"
+"""Models that want their lengths in this field refuse a temperature."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """How the planned lengths of answers are asked for: in which field of the body, and as what."""
+
+    field: str = "max_tokens"
+    kind: OutputLengths = "forced"
+
+
+FORCED = Lengths()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +76,17 @@ def prepare(
     model: str,
     extra_body: Mapping[str, object] | None = None,
     stream: bool = True,
+    lengths: Lengths = FORCED,
 ) -> bytes:
     """The bytes of one request from its Content-Length header on; `Target.head` comes before them.
 
-    It asks for its own ``model`` if the plan has one. Generation is greedy, and forced to ``output_tokens`` when the
-    plan has them. ``extra_body`` fields win over ours; a null there removes the field (for servers that refuse one they
-    do not know).
+    It asks for its own ``model`` if the plan has one. Generation is greedy (`NO_TEMPERATURE` aside), and forced to
+    ``output_tokens``, or as ``lengths`` say, when the plan has them. ``extra_body`` fields win over ours; a null there
+    removes the field (for servers that refuse one they do not know).
 
     Raises `UsageError` when the endpoint cannot take this kind of prompt.
     """
-    return _framed(_encoded(request, _body(request, endpoint, model, extra_body or {}, stream)))
+    return _framed(_encoded(request, _body(request, endpoint, model, extra_body or {}, stream, lengths)))
 
 
 def draft(
@@ -80,6 +96,7 @@ def draft(
     model: str,
     extra_body: Mapping[str, object] | None = None,
     stream: bool = True,
+    lengths: Lengths = FORCED,
     kept: bool,
 ) -> Draft:
     """One turn of a live conversation, the same way. ``kept``: a later turn needs its answer.
@@ -97,7 +114,7 @@ def draft(
     form = "messages" if endpoint == "chat" else "text" if request.prompt_token_ids is None else "token_ids"
     if kept and form == "token_ids":
         extra = {"return_token_ids": True, **extra}
-    body = _body(request, endpoint, model, extra, stream)
+    body = _body(request, endpoint, model, extra, stream, lengths)
     name = "messages" if form == "messages" else "prompt"
     prompt = _encoded(request, body.pop(name))
     before, after = b'{"%b":%b' % (name.encode(), prompt[:1]), prompt[-1:] + b"," + _encoded(request, body)[1:]
@@ -116,7 +133,7 @@ def _encoded(request: Request, value: object) -> bytes:
 
 
 def _body(
-    request: Request, endpoint: str, model: str, extra_body: Mapping[str, object], stream: bool
+    request: Request, endpoint: str, model: str, extra_body: Mapping[str, object], stream: bool, lengths: Lengths
 ) -> dict[str, object]:
     body: dict[str, object] = {"model": request.model or model}
     if endpoint == "completions":
@@ -127,10 +144,13 @@ def _body(
         body["messages"] = _messages(request)
     else:
         raise UsageError(f"unknown endpoint {endpoint!r}: valid: {', '.join(ENDPOINTS)}")
-    if request.output_tokens is not None:
-        body["max_tokens"] = request.output_tokens
-        body["ignore_eos"] = True
-    body.update(temperature=0, stream=stream)
+    if request.output_tokens is not None and lengths.kind != "free":
+        body[lengths.field] = request.output_tokens
+        if lengths.kind == "forced":
+            body["ignore_eos"] = True
+    if lengths.field != NO_TEMPERATURE:
+        body["temperature"] = 0
+    body["stream"] = stream
     if stream:
         body["stream_options"] = {"include_usage": True}
     for name, value in extra_body.items():

@@ -36,12 +36,13 @@ class Response:
     """One HTTP answer, fed in pieces of any size.
 
     After each `feed`: ``done`` (nothing more belongs to this answer), ``keep_alive`` (the connection may be used
-    again), ``status`` (null before the status line). ``secret`` is cut out of every detail.
+    again), ``status`` (null before the status line), ``idle_s`` and ``retry_after`` (as `head.Head` has them).
+    ``secret`` is cut out of every detail.
     """
 
     __slots__ = (
         "_body_kind", "_carry", "_chunk_left", "_completion", "_head", "_last_body_ns", "_left", "_location", "_sample",
-        "_secret", "_state", "_unsure", "done", "keep_alive", "status",
+        "_secret", "_state", "_unsure", "done", "idle_s", "keep_alive", "retry_after", "status",
     )  # fmt: skip
     told = False
     """Whether the texts of events are wanted, not only when they came."""
@@ -50,6 +51,8 @@ class Response:
         self.done = False
         self.keep_alive = False
         self.status: int | None = None
+        self.idle_s: float | None = None
+        self.retry_after = ""
         self._secret = secret
         # A plain function, not a bound method: no reference cycle, and the client runs with the garbage collector off.
         self._state: _State = Response._read_head
@@ -186,6 +189,7 @@ class Response:
             return
         self.status, self.keep_alive = head.status, head.keep_alive
         self._body_kind, self._left, self._location = head.body, head.length, head.location
+        self.idle_s, self.retry_after = head.idle_s, head.retry_after
         if head.problem:
             self._broken(head.problem)
         elif head.framing == "chunked":

@@ -25,8 +25,9 @@ class Stream:
     """One request on its way: the row it will become, and what has been read for it."""
 
     __slots__ = (
-        "answered", "connection", "ended", "error", "hang_up", "kept", "last_ns", "payload", "queued", "response",
-        "result", "retry", "secret", "seen", "sent_ns", "shape", "slice", "start_ns", "target", "tried_ns",
+        "answered", "connection", "ended", "error", "hang_up", "kept", "last_ns", "payload", "queued", "resent",
+        "response", "result", "retry", "secret", "seen", "sent_ns", "shape", "slice", "start_ns", "target",
+        "tried_ns",
     )  # fmt: skip
 
     def __init__(
@@ -49,6 +50,7 @@ class Stream:
         self.slice = slice_
         self.start_ns = start_ns  # of the run clock: what is parsed has the times of that
         self.queued = False  # it waits to be parsed
+        self.resent = False  # once, on a fresh connection
         self.hang_up: Any = None  # timer
         self.retry: Any = None  # timer
         self.begin(monotonic_ns())
@@ -71,6 +73,11 @@ class Stream:
                 timer.stop()
                 timer.close()
         self.hang_up = self.retry = None
+
+    @property
+    def silent(self) -> bool:
+        """Whether not a byte of its answer has come."""
+        return self.seen == b"" and not self.kept.last_ns
 
     @property
     def heard_ns(self) -> int:

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from harness.errors import HarnessError, PlanError
 from harness.plan import Request, iter_batches, read_plan_columns, requests_in
-from scenarios.payload import draft, prepare
+from scenarios.payload import FORCED, Lengths, draft, prepare
 from scenarios.schedule import Planned, Schedule
 
 
@@ -34,10 +34,11 @@ class Window:
 
     def __init__(
         self, plan: Path, worker: int = 0, workers: int = 1, *, timed: bool, endpoint: str, model: str,
-        extra_body: dict[str, object] | None = None, stream: bool = True,
+        extra_body: dict[str, object] | None = None, stream: bool = True, lengths: Lengths = FORCED,
     ) -> None:  # fmt: skip
         self._plan, self._worker, self._workers, self._timed = plan, worker, workers, timed
         self._endpoint, self._model, self._extra_body, self._stream = endpoint, model, extra_body or {}, stream
+        self._lengths = lengths
         table = self._columns(["request_id", "scheduled_ns", "after", "continues"])
         self.requests: int = table.num_rows
         if timed and table["scheduled_ns"].null_count:
@@ -81,12 +82,13 @@ class Window:
         if continues or kept:
             turn = draft(
                 request, endpoint=self._endpoint, model=self._model, extra_body=self._extra_body, stream=self._stream,
-                kept=kept,
+                lengths=self._lengths, kept=kept,
             )  # fmt: skip
         else:
             payload = prepare(
-                request, endpoint=self._endpoint, model=self._model, extra_body=self._extra_body, stream=self._stream
-            )
+                request, endpoint=self._endpoint, model=self._model, extra_body=self._extra_body, stream=self._stream,
+                lengths=self._lengths,
+            )  # fmt: skip
         return Planned(
             request.request_id, request.scheduled_ns, request.after, request.think_ns or 0, payload, request.slice,
             request.cancel_after_ns, request.timeout_ns, turn, continues, kept,

@@ -57,6 +57,7 @@ from scenarios.alarm import Alarm
 from scenarios.client import Client, raise_fd_limit
 from scenarios.observe import Observer
 from scenarios.orders import Commands, WorkerSpec, read_spec, say, start_ns
+from scenarios.payload import Lengths
 from scenarios.replay import Replay
 from scenarios.sampling import Sampler
 from scenarios.saturate import Saturate
@@ -98,14 +99,14 @@ class Worker:
         self._client = Client(
             spec.base_urls, self._record, endpoint=spec.endpoint, timeout_s=spec.timeout_s, stall_s=spec.stall_s,
             tls_ca=spec.tls_ca, api_key=os.environ.get(API_KEY), headers=spec.headers,
-            secret_headers=from_environment(spec.header_env), stream=spec.stream,
+            secret_headers=from_environment(spec.header_env), key_header=spec.key_header, stream=spec.stream,
             balance=spec.balance, retries=spec.retries,
             sampler=self._sampler,
         )  # fmt: skip
         closed = spec.mode == "closed"
         self._window = Window(
             Path(spec.plan), spec.worker, spec.workers, timed=not closed, endpoint=spec.endpoint, model=spec.model,
-            extra_body=spec.extra_body, stream=spec.stream,
+            extra_body=spec.extra_body, stream=spec.stream, lengths=Lengths(spec.length_field, spec.output_lengths),
         )  # fmt: skip
         self.requests = self._window.requests
         schedule = self._window.schedule()

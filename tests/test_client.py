@@ -276,6 +276,86 @@ def test_a_long_idle_connection_is_not_trusted(serve, run, monkeypatch):
     assert server.connections == 2
 
 
+def closing(times, first_byte=b""):
+    """Answers once on each connection; on the first ``times`` it closes when the next request arrives, unread."""
+
+    def talk(connection, nth):
+        read_request(connection)
+        connection.sendall(answer())
+        if nth <= times:
+            connection.recv(1, socket.MSG_PEEK)
+            connection.sendall(first_byte)
+            if first_byte:
+                connection.recv(65536)  # else what was sent would be lost with the connection
+            return
+        while read_request(connection):
+            connection.sendall(answer())
+
+    return talk
+
+
+def test_a_connection_closed_as_it_is_used_costs_no_request(serve, run):
+    server = serve(closing(1))
+    sender = run(server.url)
+    first = sender.one()
+    second = sender.one()
+    assert (first.error, first.retries, second.error, second.retries) == (None, 0, None, 1)
+    assert server.connections == 2
+    assert second.sent_ns < second.chunk_ns[0]
+    sender.send()
+    assert sender.wait()[-1].retries == 0, "on the fresh connection, which was kept"
+
+
+@pytest.mark.parametrize("what", ["a byte came", "it came late", "it was opened for it"])
+def test_nothing_else_is_sent_twice_unasked(serve, run, monkeypatch, what):
+    if what == "it came late":
+        monkeypatch.setattr("scenarios.client.CLOSED_NS", 0)
+    sender = run(serve(closing(9, b"H" if what == "a byte came" else b"")).url)
+    if what == "it was opened for it":
+        sender = run(serve(lambda connection, nth: connection.recv(1)).url)
+    else:
+        sender.one()
+    row = sender.one()
+    assert (row.error, row.retries) == ("cut", 0)
+
+
+def test_it_is_tried_once_more_and_no_oftener(serve, run):
+    def talk(connection, nth):
+        read_request(connection)
+        if nth == 1:
+            connection.sendall(answer())
+            connection.recv(1, socket.MSG_PEEK)
+
+    sender = run(serve(talk).url)
+    sender.one()
+    row = sender.one()
+    assert (row.error, row.retries) == ("cut", 1)
+
+
+@pytest.mark.parametrize(("said", "limit_s"), [("timeout=1", 0.8), ("max=5, timeout=60", 48.0), ("timeout=600", 60.0),
+                                               ("max=5", 4.0), ("timeout=soon", 4.0)])  # fmt: skip
+def test_a_server_says_how_long_it_keeps_a_connection(serve, run, said, limit_s):
+    head = HEAD.replace(b"\r\n\r\n", b"\r\nKeep-Alive: %b\r\n\r\n" % said.encode())
+    sender = run(serve(repeat(answer().replace(HEAD, head))).url)
+    for _ in range(2):  # the second is known by its opening
+        sender.one()
+    assert sender.client._targets[0].idle_limit_s == limit_s
+
+
+@pytest.mark.parametrize(("said", "error"), [("0.5", None), ("9999", "overloaded"), ("later", None)])
+def test_a_retry_is_not_sent_before_the_server_wants_it(serve, run, said, error):
+    def talk(connection, nth):
+        read_request(connection)
+        busy = b"HTTP/1.1 429 X\r\nRetry-After: %b\r\nContent-Length: 0\r\n\r\n" % said.encode()
+        connection.sendall(busy)
+        while read_request(connection):
+            connection.sendall(answer())
+
+    row = run(serve(talk).url, retries=1).one()
+    assert (row.error, row.retries) == (error, 0 if error else 1)
+    assert (row.finished_ns - row.sent_ns) / 1e9 > {"0.5": 0.5, "later": 0.25}.get(said, 0)
+
+
 def test_the_server_with_least_in_flight_is_chosen(serve, run):
     release = threading.Event()
 

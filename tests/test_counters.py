@@ -22,7 +22,8 @@ from run_files import SPEC, good, write_run
 from analysis.counters import moved_by, shared_addresses
 from analysis.load import read_run
 from analysis.summary import Summary, summarise
-from harness.counters import check_metrics_urls, count_after, count_before, key_for, several_processes, summed
+from harness.access import Access
+from harness.counters import check_metrics_urls, count_after, count_before, several_processes, summed
 from harness.errors import ServerError, UsageError
 from harness.run import Replica, RunDir, read_manifest
 from harness.server_metrics import SCHEMA
@@ -141,9 +142,10 @@ def test_half_a_book_is_none():
 
 
 def test_the_api_key_stays_with_its_server():
-    assert key_for("http://a:1/metrics", "http://a:1/v1", "secret") == "secret"
+    access = Access(api_key="secret", headers={"X-Tenant": "t1"})
+    assert access.at("http://a:1/metrics", "http://a:1/v1?api-version=3") == access
     for other in ("http://a:2/metrics", "https://a:1/metrics", "http://b:1/metrics"):
-        assert key_for(other, "http://a:1/v1", "secret") is None
+        assert access.at(other, "http://a:1/v1").lines() == {"X-Tenant": "t1"}
     keys: list[str | None] = []
     with pages(lambda _: text(10, 1), keys=keys) as urls:
         count_before([replica(urls)], "secret")

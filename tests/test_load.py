@@ -244,6 +244,7 @@ def test_the_spec_file_holds_absolute_paths(tmp_path: Path, monkeypatch: pytest.
         "answers": str(tmp_path / "runs/x/answers-0.jsonl"),
         "endpoint": "completions", "model": "m", "duration_s": 3.0, "drain_s": 7.0, "timeout_s": 9.0, "stall_s": 8.0,
         "extra_body": {}, "tls_ca": None, "headers": {}, "stream": True, "balance": "least", "retries": 0,
-        "ramp_s": None,
+        "ramp_s": None, "header_env": {}, "key_header": "Authorization", "length_field": "max_tokens",
+        "output_lengths": "forced",
     }  # fmt: skip
     assert json.loads(json.dumps(made)) == made

@@ -9,6 +9,7 @@ import pytest
 from conftest import StartServer
 
 from harness import probe
+from harness.access import normalise_base_url
 from harness.errors import ServerError, UsageError
 
 TEXT = """# HELP vllm:prompt_tokens_total Number of prefill tokens processed.
@@ -41,16 +42,32 @@ def test_counters_are_summed_over_their_labels() -> None:
         ("http://127.0.0.1:8000/", "http://127.0.0.1:8000/v1"),
         ("http://127.0.0.1:8000/v1/", "http://127.0.0.1:8000/v1"),
         ("https://[::1]:8000/openai/v1", "https://[::1]:8000/openai/v1"),
+        ("http://h/v1/chat/completions", "http://h/v1"),
+        ("http://h/v1/completions/", "http://h/v1"),
+        ("http://h/v1/models", "http://h/v1"),
+        ("http://h/chat/completions", "http://h"),
+        ("http://h/x/?api-version=2024-10-21", "http://h/x?api-version=2024-10-21"),
+        (
+            "https://h/openai/deployments/g/chat/completions?api-version=1#top",
+            "https://h/openai/deployments/g?api-version=1",
+        ),
     ],
 )
 def test_base_urls(given: str, url: str) -> None:
-    assert probe.normalise_base_url(given) == url
+    assert normalise_base_url(given) == url
+
+
+@pytest.mark.parametrize("query", ["api-key=1", "key=AIza", "subscription-key=", "sig=x", "a=b&access_token=1"])
+def test_a_key_in_a_base_url_is_refused_without_being_shown(query: str) -> None:
+    with pytest.raises(UsageError, match="--key-header") as e:
+        normalise_base_url(f"http://h/v1?{query}")
+    assert "AIza" not in str(e.value)
 
 
 @pytest.mark.parametrize("given", ["", "127.0.0.1:8000", "ftp://a/v1", "http://", "http://u:p@a/v1"])
 def test_what_is_no_base_url(given: str) -> None:
     with pytest.raises(UsageError):
-        probe.normalise_base_url(given)
+        normalise_base_url(given)
 
 
 def test_what_a_server_tells(fake_server: StartServer) -> None:
@@ -62,8 +79,9 @@ def test_what_a_server_tells(fake_server: StartServer) -> None:
     counters = probe.counters(server.url, None)
     assert counters is not None
     assert counters["vllm:prompt_tokens_total"] == 0.0
-    with pytest.raises(UsageError, match="did you mean m"):
-        probe.find_model(server.url, None, "mm")
+    told: list[str] = []
+    assert probe.find_model(server.url, None, "mm", told.append).id == "mm"
+    assert "did you mean m" in told[0]
 
 
 class Page(http.server.BaseHTTPRequestHandler):

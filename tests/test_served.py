@@ -94,3 +94,11 @@ def test_turns_that_lost_their_history_follow_the_failure_before_them(tmp_path, 
     results = [good(k) for k in range(8)] + [bad(k, error) for k in range(8, 16)]
     results += [bad(k, "no_history", sent=False) for k in range(16, 40)]
     assert summary(tmp_path, results).verdict == verdict
+
+
+@pytest.mark.parametrize(("how", "longer", "ok"), [("cap", 0, True), ("cap", 10, False), ("free", 10, None)])
+def test_lengths_that_were_caps_or_free_are_what_was_asked_for(tmp_path, how, longer, ok):
+    results, plan = answers([30] * longer + [6] * 30)
+    said = check(summary(tmp_path, results, plan=plan, spec=replace(SPEC, output_lengths=how)), "output_tokens")
+    assert (said.ok, said.gate) == (ok, False)
+    assert "output tokens a request for 24 planned" in said.observed

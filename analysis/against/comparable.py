@@ -28,6 +28,7 @@ _SAME: dict[str, tuple[Callable[[Summary], object], str]] = {
     "loop": (lambda s: s.load.mode, "replay both in the same kind of loop"),
     "API": (lambda s: (s.load.endpoint, "streamed" if s.load.stream else "not streamed"), "ask both the same way"),
     "request body": (lambda s: str(sorted(s.load.extra_body.items(), key=str)), "give both the same --extra-body"),
+    "output lengths": (lambda s: s.load.output_lengths, "give both the same --output-lengths"),
     "duration": (lambda s: s.load.duration_s, "give both the same --duration"),
     "time limits": (lambda s: (s.load.timeout_s, s.load.stall_s), "give both the same --timeout and --stall"),
     "retries": (lambda s: s.load.retries, "give both the same --retries"),

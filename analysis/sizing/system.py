@@ -49,7 +49,7 @@ def system_of(s: Summary) -> Key:
     load, plan = s.load, s.plan
     drawn = (plan.arrivals, plan.burstiness, load.concurrency) if load.mode == "open" else None
     asked = (s.offered.kind, load.endpoint, load.stream, str(sorted(load.extra_body.items(), key=str)), plan.sessions,
-             plan.conversation, plan.max_output_tokens, drawn)  # fmt: skip
+             plan.conversation, plan.max_output_tokens, load.output_lengths, drawn)  # fmt: skip
     return (*hardware_of(s), limits, plan.trace_sha256, asked)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from harness.access import AUTHORIZATION
 from harness.cli.types import CANCEL, DURATION, GROWTH, JSON_OBJECT, POSITIVE, SHARE, SLO, STAGES, WARMUP
 from harness.errors import UsageError
 
@@ -25,7 +26,8 @@ Exit status:
 
 ENVIRONMENT = """\b
 Environment (HARNESS_BASE_URL and the like: any option's default, as in a file harness.toml here):
-  HARNESS_API_KEY  the servers' API key; never given on a command line, never written down
+  HARNESS_API_KEY  the servers' API key; never given on a command line, never written down (at --base-url
+                   OPENAI_API_KEY where this is unset)
   HARNESS_CACHE    where model weights are kept (default: ~/.cache/harness)
   HARNESS_TIERS    your own tiers file, added to the shipped one
   RAY_ADDRESS      use this Ray cluster instead of starting Ray on this machine
@@ -197,7 +199,46 @@ SERVER_OPTIONS = stack(
 
 MIN_REQUESTS_HELP = "Below so many measured requests a run has no verdict but TOO SMALL, and no price."
 
+ACCESS_OPTIONS = stack(
+    click.option(
+        "--header",
+        "headers",
+        multiple=True,
+        metavar="'NAME: VALUE'",
+        help="Extra HTTP header of every request, also those for models and metrics; never a secret; repeat.",
+    ),
+    click.option(
+        "--header-env",
+        multiple=True,
+        metavar="NAME=VARIABLE",
+        help="Extra HTTP header whose value, which may be secret, is in this environment variable; repeat.",
+    ),
+    click.option(
+        "--key-header",
+        metavar="NAME",
+        default=AUTHORIZATION,
+        show_default=True,
+        help="Header with the API key. Authorization carries 'Bearer' and the key, any other (api-key) the key alone.",
+    ),
+    group="Servers",
+)
+
 LOAD_OPTIONS = stack(
+    ACCESS_OPTIONS,
+    click.option(
+        "--output-lengths",
+        type=click.Choice(["forced", "cap", "free"]),
+        help="Planned lengths of answers: forced (ignore_eos, which vLLM and SGLang know), at most so many tokens, or "
+        "not sent. Default: forced; cap with --length-field max_completion_tokens.",
+    ),
+    click.option(
+        "--length-field",
+        default="max_tokens",
+        show_default=True,
+        metavar="NAME",
+        help="Field of the body that carries them. With max_completion_tokens no temperature is sent either: models "
+        "that want the one refuse the other.",
+    ),
     click.option("--min-requests", type=click.IntRange(min=1), default=30, show_default=True, help=MIN_REQUESTS_HELP),
     click.option("--concurrency", type=click.IntRange(min=1), help="Closed loop: this many in flight, in trace order."),
     click.option(
@@ -224,15 +265,6 @@ LOAD_OPTIONS = stack(
     ),
     click.option("--ramp", "ramp_s", type=DURATION, help="Closed loop: fill up evenly over this time."),
     click.option("--no-stream", is_flag=True, help="Ask for one JSON answer. Then there is no ttft, tpot or itl."),
-    click.option(
-        "--header", "headers", multiple=True, metavar="'NAME: VALUE'", help="Extra HTTP header, never a secret; repeat."
-    ),
-    click.option(
-        "--header-env",
-        multiple=True,
-        metavar="NAME=VARIABLE",
-        help="Extra HTTP header whose value, which may be secret, is in this environment variable; repeat.",
-    ),
     click.option(
         "--balance",
         type=click.Choice(["least", "round-robin", "session"]),

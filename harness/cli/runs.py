@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from harness.cli.options import (
+    ACCESS_OPTIONS,
     ENVIRONMENT,
     EXIT_STATUS,
     JSON_OPTION,
@@ -83,6 +84,7 @@ Examples:
     "--base-url", "base_urls", multiple=True, metavar="URL", help="Learn ordinary token ids from this server."
 )
 @click.option("--model", metavar="NAME", help="Model whose tokenizer the prompts are made for.")
+@ACCESS_OPTIONS
 @click.option(
     "--tls-ca",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),

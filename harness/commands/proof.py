@@ -7,13 +7,15 @@ from typing import Any
 
 import msgspec
 
+from harness.access import AUTHORIZATION
 from harness.commands.output import print_json, print_table, say
-from harness.commands.steps import check_load_options, choose_endpoint, copy_plan, execute
+from harness.commands.steps import check_load_options, choose_endpoint, copy_plan, execute, output_lengths
 from harness.commands.targets import UrlTarget, choose_target
 from harness.errors import (
     EXIT_VALID,
     UsageError,
 )
+from harness.headers import parse_headers
 from harness.plan import read_plan_columns, read_plan_info
 from harness.run import PRIVATE, RunDir, create_run_dir
 
@@ -32,6 +34,7 @@ def crosscheck(plan: Path, out: Path, repeats: int, format_: str, **options: Any
     notes = beyond_vllm(plan, endpoint)
     options.setdefault("warmup", None)
     check_load_options({**options, "speed": None, "rate": None})
+    check_their_client(options)
     target = choose_target(options)
     if not isinstance(target, UrlTarget) or len(target.base_urls) != 1:
         raise UsageError("the cross-check sends to one server that is there: give its --base-url (see harness serve)")
@@ -58,7 +61,7 @@ def crosscheck(plan: Path, out: Path, repeats: int, format_: str, **options: Any
                 found[side] = run_vllm_bench(
                     plan, folder / f"vllm-{k}.json", base_url=target.base_urls[0], model=target.model,
                     concurrency=options["concurrency"], extra_body=options["extra_body"], api_key=target.api_key,
-                    endpoint=endpoint,
+                    endpoint=endpoint, headers=parse_headers(options["headers"]),
                 )  # fmt: skip
         summary, result = found["harness"], found["vllm"]
         if endpoint == "chat":
@@ -89,6 +92,16 @@ def crosscheck(plan: Path, out: Path, repeats: int, format_: str, **options: Any
             print(f"note: {note}")
         print(folder / "crosscheck.json")
     return EXIT_VALID
+
+
+def check_their_client(options: dict[str, Any]) -> None:
+    """Raise `UsageError` for what vLLM's client cannot be told."""
+    lengths = (options["length_field"], output_lengths(options))
+    if options["key_header"] != AUTHORIZATION or lengths != ("max_tokens", "forced"):
+        raise UsageError(
+            "vLLM's client sends a bearer and forces lengths in max_tokens: the cross-check takes no --key-header, "
+            "--length-field or --output-lengths"
+        )
 
 
 def beyond_vllm(plan: Path, endpoint: str) -> list[str]:

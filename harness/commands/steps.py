@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,18 +13,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from harness.access import Access
 from harness.answers import PROMPTS, Counted, count_answers, count_prompts, take_said
 from harness.build import asked_plan, build_plan
 from harness.commands.output import say
 from harness.commands.targets import LocalTarget, Servers, Target, UrlTarget
-from harness.counters import count_after, count_before, key_for, pages_of
+from harness.counters import count_after, count_before, pages_of
 from harness.errors import HarnessError, PlanError, ServerError, UsageError
-from harness.headers import check_apart, parse_header_env, parse_headers
+from harness.headers import check_apart, from_environment, parse_header_env, parse_headers
 from harness.plan import PlanInfo, plan_sha256, read_plan_columns, read_plan_info
 from harness.progress import LoadProgress, console
 from harness.prompts import Vocabulary
 from harness.records import Trace
 from harness.run import (
+    OutputLengths,
     Replica,
     RunDir,
     RunManifest,
@@ -38,6 +41,7 @@ from harness.server_metrics import ServerMetrics
 from harness.slo import metrics_of
 from harness.terminal import hung_up
 from harness.traces.survey import Content
+from harness.warmup import Way, first_request, warm_up
 
 HEALTH_EVERY_S = 2.0
 
@@ -59,7 +63,15 @@ def check_load_options(options: dict[str, Any]) -> bool:
     if options.get("no_stream") and {"ttft", "tpot", "itl_max"} & metrics_of(options.get("slo") or {}):
         raise UsageError("--no-stream answers have no ttft, tpot or itl_max to promise: an SLO on e2e, or stream")
     check_apart(parse_headers(options.get("headers", ())), parse_header_env(options.get("header_env") or ()))
+    if not re.fullmatch(r"[A-Za-z_]\w*", options.get("length_field") or "max_tokens"):
+        raise UsageError(f"--length-field {options['length_field']!r}: not the name of a field, like max_tokens")
     return closed
+
+
+def output_lengths(options: dict[str, Any]) -> OutputLengths:
+    """What planned lengths are to the server. Hosted APIs, whose field is not vLLM's, know no way to force them."""
+    asked: OutputLengths | None = options["output_lengths"]
+    return asked or ("forced" if options["length_field"] == "max_tokens" else "cap")
 
 
 def make_plan(
@@ -172,13 +184,15 @@ def execute_point(
     deadline: Deadline | None = None,
     lost: Callable[[Mapping[str, object]], str | None] | None = None,
     tell: Callable[[str], None] = say,
+    warm: bool = False,
 ) -> RunManifest:
     """Send the plan of ``run`` to servers that are up, and leave them up; the manifest always tells how it ended.
 
     ``stop``: tells the caller afterwards whether the user asked for the end. ``deadline``: then all that is in flight
     is ended at once; every request still has its row and the manifest says "stopped". ``lost``: says, from the counts
     so far, why there is no point in going on; the manifest then says so too. ``tell``: hears how many load workers were
-    chosen and why. Many points may share the servers: each manifest has server records of its own.
+    chosen and why. ``warm``: servers that are still cold are warmed up first. Many points may share
+    the servers: each manifest has server records of its own.
     """
     from cluster.load import LoadWorkers
 
@@ -201,23 +215,29 @@ def execute_point(
         slo=options["slo"] or {}, min_requests=options["min_requests"],
         extra_body=({} if options["no_stream"] else servers.extra_body) | options["extra_body"],
         headers=parse_headers(options["headers"]), header_env=parse_header_env(options.get("header_env") or ()),
-        stream=not options["no_stream"], balance=options["balance"],
-        retries=options["retries"], ramp_s=options["ramp_s"],
+        key_header=options["key_header"], length_field=options["length_field"], output_lengths=output_lengths(options),
+        stream=not options["no_stream"], balance=options["balance"], retries=options["retries"],
+        ramp_s=options["ramp_s"],
         warmup_s=options["warmup"] if isinstance(options["warmup"], float) and options["concurrency"] else None,
         tls_ca=str(options["tls_ca"].resolve()) if options["tls_ca"] else None,
         counters=not options.get("no_counters"),
     )  # fmt: skip
+    access = Access(
+        api_key=servers.api_key, key_header=spec.key_header, headers=spec.headers,
+        secret_headers=from_environment(spec.header_env), patience=servers.patience,
+    )  # fmt: skip
     manifest = describe(run, spec, info, servers, replicas, options.get("label"))
     write_manifest(run, manifest)
     try:
+        _make_ready(servers, spec, access, run.plan, tell, warm=warm)
         with ExitStack() as stack:
             load = stack.enter_context(LoadWorkers(spec, run, api_key=servers.api_key, launch=servers.launch))
             if spec.counters:
-                count_before(replicas, servers.api_key, tell)
+                count_before(replicas, access, tell)
             stack.enter_context(stop)  # only now: what comes before is simply broken off
             manifest.status, manifest.start_unix_ns = "running", load.start()
             write_manifest(run, manifest)
-            with sample_servers(servers, run, manifest.start_unix_ns, counters=spec.counters):
+            with sample_servers(servers, run, manifest.start_unix_ns, access, counters=spec.counters):
                 progress = LoadProgress(
                     console(), total=info.requests, span_s=info.span_s, slo=spec.slo, attain=options["attain"]
                 )
@@ -227,7 +247,7 @@ def execute_point(
         died = servers.check()
         for r in replicas:
             r.exit = died.get(r.index)
-        count_after(replicas, died, servers.api_key)
+        count_after(replicas, died, access)
         manifest.restarts = servers.restarts[len(manifest.restarts_before) :]
         manifest.status, manifest.reason = "complete", None
         if cut or stop.asked:
@@ -258,6 +278,18 @@ def counted_sample(run: RunDir, spec: RunSpec, tokenizer: Path | None) -> list[C
         return count_answers(said)
 
 
+def _make_ready(
+    servers: Servers, spec: RunSpec, access: Access, plan: Path, tell: Callable[[str], None], *, warm: bool
+) -> None:
+    """Before the clock starts: see whether servers that are not ours answer, and warm up those that shall be warm."""
+    if servers.patience is not None and not servers.asked:
+        first_request(Way.of(spec), access, plan, tell)
+        servers.asked = True
+    if warm and not servers.warm:
+        warm_up(Way.of(spec), access, plan, tell)
+        servers.warm = True
+
+
 def settle(servers: Servers) -> dict[int, str]:
     """Wait until no dead server is being started again; those that are gone for good, index -> how."""
     while True:  # a restart has a deadline of its own: then it is among the dead
@@ -283,12 +315,14 @@ def describe(
 
 
 @contextmanager
-def sample_servers(servers: Servers, run: RunDir, start_unix_ns: int, *, counters: bool = True) -> Iterator[None]:
+def sample_servers(
+    servers: Servers, run: RunDir, start_unix_ns: int, access: Access, *, counters: bool = True
+) -> Iterator[None]:
     """Every server's own metrics, each second, beside the results; the hosts' alone without ``counters``."""
     with ExitStack() as stack:
         sampled = []
         for r in servers.replicas if counters else []:
-            pages = [(url, key_for(url, r.base_url, servers.api_key)) for url in pages_of(r)]
+            pages = [(url, access.hurried().at(url, r.base_url)) for url in pages_of(r)]
             sampled.append(stack.enter_context(ServerMetrics(pages, run.server_metrics(r.index), start_unix_ns)))
         stack.enter_context(servers.sample_hosts(run, start_unix_ns))
         yield

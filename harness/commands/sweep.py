@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import probe
+from harness.access import normalise_base_url
 from harness.commands.found import refused_exit
 from harness.commands.output import print_json, print_table, say
 from harness.commands.steps import check_load_options
@@ -140,7 +140,7 @@ def check(spec: SweepSpec, options: dict[str, Any]) -> list[Tier | None]:
     for pair in pairs(spec):
         tier = get_tier(pair.tier) if pair.tier else None
         for url in pair.base_urls:
-            probe.normalise_base_url(url)
+            normalise_base_url(url)
         if not pair.base_urls:
             assert tier is not None
             model = get_model(pair.model or "")

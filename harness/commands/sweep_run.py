@@ -189,7 +189,7 @@ class Session:
             with self._store.following(run.path, point.name):
                 manifest = execute_point(
                     run, servers, self._options(point), stop=stop, deadline=self._deadline(point),
-                    lost=self.lost_when(point), tell=self.tell_once,
+                    lost=self.lost_when(point), tell=self.tell_once, warm=True,
                 )  # fmt: skip
             point.took_s = time.monotonic() - began
             if stop.asked:

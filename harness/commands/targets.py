@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import probe
+from harness.access import AUTHORIZATION, Access, AccessLike, Patience, access_of, normalise_base_url
 from harness.commands.output import say
 from harness.counters import check_metrics_urls
 from harness.errors import UsageError
+from harness.headers import check_key_header, from_environment, parse_header_env, parse_headers
 from harness.prompts import Vocabulary
 from harness.run import (
     Replica,
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 
 API_KEY = "HARNESS_API_KEY"
+OTHER_KEY = "OPENAI_API_KEY"
+"""Read where ours is unset, for servers that are there already."""
 ON_REPLICA_DEATH = ("fail", "restart")
 """What to do when a server dies while load runs: stop the run now, or start it again and mark the run."""
 DUMMY_BODY: dict[str, object] = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
@@ -56,6 +60,12 @@ class Servers:
     replicas: list[Replica]
     tier: Tier | None
     api_key: str | None
+    patience: Patience | None = None
+    """For what is asked before a load begins; null: they are ours, and ready."""
+    asked: bool = False
+    """Whether a first request showed that they answer."""
+    warm: bool = False
+    """Whether they were warmed up."""
     engine_version: str | None = None
     engine_args: list[str] = field(default_factory=list)
     model_facts: dict[str, str] = field(default_factory=dict)
@@ -87,15 +97,16 @@ class UrlTarget:
     """Servers that are there already. Nothing is started but load workers."""
 
     def __init__(
-        self, base_urls: list[str], model: str | None, tier: Tier | None, metrics_urls: Sequence[str] = ()
-    ) -> None:
-        self._key = os.environ.get(API_KEY) or None
-        self._urls = [probe.normalise_base_url(url) for url in base_urls]
-        found = probe.find_model(self._urls[0], self._key, model)
+        self, base_urls: list[str], model: str | None, tier: Tier | None, metrics_urls: Sequence[str] = (),
+        access: AccessLike = None,
+    ) -> None:  # fmt: skip
+        self._urls = [normalise_base_url(url) for url in base_urls]
+        self._access = access_of(access)
+        found = probe.find_model(self._urls[0], self._access, model, say)
         self._model, self._longest = found.id, found.max_model_len
         for url in self._urls[1:]:
-            probe.find_model(url, self._key, self._model)
-        self._pages = check_metrics_urls(metrics_urls, self._urls, self._key)
+            probe.find_model(url, self._access, self._model, say)
+        self._pages = check_metrics_urls(metrics_urls, self._urls, self._access)
         self._tier = tier
         self.label = self._model.rsplit("/", 1)[-1]
 
@@ -112,7 +123,7 @@ class UrlTarget:
     @property
     def api_key(self) -> str | None:
         """The key of the environment; null when there is none."""
-        return self._key
+        return self._access.api_key
 
     @property
     def max_model_len(self) -> int | None:
@@ -121,7 +132,7 @@ class UrlTarget:
 
     def vocabulary(self) -> Vocabulary:
         """Ordinary token ids, as this server counts them."""
-        ids = probe.ordinary_token_ids(self._urls[0], self._key, self._model)
+        ids = probe.ordinary_token_ids(self._urls[0], self._access, self._model)
         return Vocabulary.from_ids(ids, name=f"{self._model} at the server")
 
     @contextmanager
@@ -134,13 +145,14 @@ class UrlTarget:
             Replica(index=i, base_url=url, metrics_urls=pages)
             for i, (url, pages) in enumerate(zip(self._urls, self._pages, strict=True))
         ]
-        version = probe.engine_version(self._urls[0], self._key)
+        version = probe.engine_version(self._urls[0], self._access)
         yield Servers(
             engine="url",
             model=self._model,
             replicas=replicas,
             tier=self._tier,
-            api_key=self._key,
+            api_key=self.api_key,
+            patience=self._access.patience,
             engine_version=version,
         )
 
@@ -212,6 +224,23 @@ class LocalTarget:
 Target = UrlTarget | LocalTarget
 
 
+def access_to(options: dict[str, Any]) -> Access:
+    """What every request to servers that are there already carries. Raises `UsageError`."""
+    headers, key_header = parse_headers(options.get("headers") or ()), options.get("key_header") or AUTHORIZATION
+    secret = from_environment(parse_header_env(options.get("header_env") or ()))
+    check_key_header(key_header, {**headers, **secret})
+    return Access(
+        api_key=_key_of_environment(), key_header=key_header, headers=headers, secret_headers=secret,
+        patience=Patience(say),
+    )  # fmt: skip
+
+
+def _key_of_environment() -> str | None:
+    if not (key := os.environ.get(API_KEY)) and (key := os.environ.get(OTHER_KEY)):
+        say(f"API key: {OTHER_KEY}, since {API_KEY} is not set")
+    return key or None
+
+
 def rented(tier: Tier, hosts: int) -> Tier:
     """What one replica rents: the tier, or ``hosts`` of it as one, at their price together."""
     if hosts == 1:
@@ -237,7 +266,9 @@ def choose_target(options: dict[str, Any]) -> Target:
         if options.get("tls_ca"):
             probe.trust(options["tls_ca"])
         tier = get_tier(options["tier"]) if options["tier"] else None
-        return UrlTarget(list(options["base_urls"]), options["model"], tier, pages)
+        return UrlTarget(list(options["base_urls"]), options["model"], tier, pages, access_to(options))
+    if options.get("key_header") not in (None, AUTHORIZATION):
+        raise UsageError("--key-header is for a server that is there already (--base-url): ours take a bearer")
     from cluster.models import DEFAULT_MODEL, for_tier, get_model
     from cluster.preflight import check_can_serve
     from cluster.vllm import check_fit, for_processor

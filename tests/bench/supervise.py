@@ -78,7 +78,7 @@ def measure_supervision(folder: Path, replicas: int, seconds: float) -> dict[str
     from cluster.deployment import Deployment
     from cluster.models import get_model
     from cluster.tiers import get_tier
-    from harness.probe import server_root
+    from harness.access import page_beside
     from harness.run import create_run_dir
     from harness.server_metrics import ServerMetrics, read_server_metrics
 
@@ -93,7 +93,7 @@ def measure_supervision(folder: Path, replicas: int, seconds: float) -> dict[str
         stack.enter_context(deployment.sample_hosts(run, start))
         for replica in deployment.replicas:
             file = run.server_metrics(replica.index)
-            stack.enter_context(ServerMetrics([(f"{server_root(replica.base_url)}/metrics", "key")], file, start))
+            stack.enter_context(ServerMetrics([(page_beside(replica.base_url, "/metrics"), "key")], file, start))
         time.sleep(5)
         watched = supervisors(replicas)
         before = {pid: cpu_s(process) for pid, (_, process) in watched.items()}
