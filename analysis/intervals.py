@@ -38,6 +38,8 @@ ROUNDING = 1e-9
 """By so large a share may two ways to the same figure differ."""
 TAIL_ALIKE = 1.5
 """A run understates how alike its requests are by up to so much: it is judged about its own mean."""
+WAITING = 0.25
+"""Likeness of slow requests that the queue decides, at the least: a run may have seen none that waited for others."""
 FEW = 20
 """Fewer flags of one kind say nothing of how alike they are: the queue then counts in full."""
 MIN_SAMPLES = 5
@@ -114,13 +116,15 @@ def distribution(
     weights: Floats | None = None,
     noun: str = "requests",
     queue: Relaxation | None = None,
+    waits: bool = False,
 ) -> Distribution:
     """Mean and percentiles of ``values``, NaN left out, each with interval.
 
     ``owners`` gives the place in time of the request each value belongs to; values of one request are kept together
     when spread is judged. ``weights``: a value counts as that many equal samples. A percentile is an observed value:
     the smallest with at least the share p of all samples at or below it. ``queue``: the memory of the run that the
-    values come from; where the run is too short for that no figure has an interval.
+    values come from; where the run is too short for that no figure has an interval. ``waits``: what is slow waited for
+    others, as a late first token did.
     """
     known = arrays.finite(values)
     if not known.all():
@@ -153,8 +157,8 @@ def distribution(
     def variance(value: float, p: float) -> float:
         if not alike:
             return seen(value, p)
-        each = deviations(value)
-        return max(seen(value, p), float(each @ each) / n**2 * (1 + max(middle, likeness(each)) * alike))
+        each, least = deviations(value), WAITING if waits and p > 0.5 else middle
+        return max(seen(value, p), float(each @ each) / n**2 * (1 + max(middle, least, likeness(each)) * alike))
 
     def percentile(p: float, below: Quantity | None = None) -> Quantity:
         """``below``: the next lower percentile. Without that one there is none: they need ever more samples."""

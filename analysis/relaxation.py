@@ -13,25 +13,33 @@ Science 7(4), 1992 (initial monotone sequence).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from analysis.arrays import Floats
+from analysis.bursts import bursts_seen
 
 FULLEST = 0.1
 """Share of the run with most requests in flight that shows how fast the server can work."""
 ONE_SIDED = 1.645
 """Standard errors by which the load may have been higher than this run saw: 95 %."""
+UNLUCKY = 0.84
+"""Standard errors by which this run may have been luckier than the next: it must be long enough in four of five."""
 FEWEST_TIMES = 8.0
 """Integrated times (each two relaxation times of an exponential memory) that a run must outlast, at the longest that
 its own data allow."""
 UNEVEN = 2.0
 """Long-run variance over mean of the arrivals beyond which they come in bursts: 99 % of Poisson runs have less."""
+FEWEST_BURSTS = 7
+"""Bursts that a run must show: a third of those that come are too short to be seen, so about ten."""
 FEWEST_BURST_TIMES = 120.0
-"""Integrated times of bursty arrivals that a run must outlast: about fifty bursts, each with the quiet after it."""
-BURST_TIMES_AHEAD = 220.0
-"""The same for a run that is still to come: its bins are longer, and in longer bins bursts seem longer."""
+"""Or so many integrated times of its arrivals: they are too short to be told apart, and then there are many."""
+FEWEST_BURSTY_TIMES = 5.0
+"""Integrated times that a run in bursts must outlast: ten relaxation times."""
+BURSTS_AHEAD = 14
+"""Bursts that the advice to run longer asks for, by the rate at which this run showed them."""
 CLOCKWORK = 0.1
 """Of the unevenness of equal requests that come as Poisson arrivals: below it load is as even as a clock."""
 FEWEST_BINS, FEWEST_REQUESTS = 20, 20
@@ -48,7 +56,8 @@ class Relaxation:
     time_s: float
     """Best guess; inf: more work came than the server could do."""
     longest_s: float
-    """What the load may really have been taken into account."""
+    """What the load may really have been taken into account; of arrivals in bursts how uneven
+    they really are."""
     needed_s: float | None
     """So long must a run be at this load; None: no length is enough."""
     requests: int
@@ -71,7 +80,8 @@ class Relaxation:
         if self.enough:
             return None
         if self.needed_s is None:
-            return "no interval: the server is too close to its limit at this load, however long the run"
+            seen = f"by what {self.observed_s:.0f} s show"
+            return f"no interval: {seen}, the server is too close to its limit at this load, however long the run"
         needed = f"{self.needed_s:.0f} s" if self.needed_s < 90 else f"{math.ceil(self.needed_s / 60)} min"
         return f"no interval: needs about {needed} at this load, has {self.observed_s:.0f} s"
 
@@ -121,27 +131,43 @@ def relaxation(
     fullest = np.argsort(in_flight, kind="stable")[-max(5, round(FULLEST * len(in_flight))) :]
     spare = float(work_done[fullest].mean()) / bin_s - load
 
-    def queue_s(run_s: float) -> float:
-        """The longest that the data allow of a run of ``run_s``."""
-        left = spare - ONE_SIDED * math.sqrt(doubt * unevenness / run_s)
-        return max(seen_s, 2 * doubt * unevenness / left**2 + bursts_s) if left > 0 else math.inf
-
     stretches = work_came[: bins // FEWEST_BINS * FEWEST_BINS].reshape(FEWEST_BINS, -1).sum(axis=1)
     if stretches.var() < CLOCKWORK * stretches.mean() ** 2 * FEWEST_BINS / came.sum():
         spare, unevenness = 1.0, 0.0  # a load that never changes shows no spare speed: the requests in flight must tell
-    longest_s = queue_s(observed_s)
-    bursts_seen = not bursts_s or bins >= FEWEST_BURST_TIMES * arrivals
-    needed_s = max(bin_s, FEWEST_TIMES * seen_s, BURST_TIMES_AHEAD * bursts_s) if spare > 0 else math.inf
-    while FEWEST_TIMES * queue_s(needed_s) > needed_s and needed_s < LONGEST_S:
-        needed_s *= 1.05
-    if bursts_seen and observed_s >= FEWEST_TIMES * longest_s:
-        needed_s = min(needed_s, observed_s)
-    elif needed_s <= observed_s:
-        needed_s = 1.1 * observed_s
+
+    def queue_s(more: float, doubt: float = doubt) -> float:
+        """The queue's time if the load were higher by ``more`` standard errors of a second."""
+        left = spare - more * math.sqrt(doubt * unevenness)
+        return max(seen_s, 2 * doubt * unevenness / left**2 + bursts_s) if left > 0 else math.inf
+
+    # of few bursts the error of the load would allow anything: there it is taken as it was seen
+    longest_s = queue_s(0.0 if bursts_s else ONE_SIDED / math.sqrt(observed_s))
+    times = FEWEST_BURSTY_TIMES if bursts_s else FEWEST_TIMES
+    shortest_s = bin_s
+    if bursts_s and bins < FEWEST_BURST_TIMES * arrivals:
+        bursts = bursts_seen(came[:-1])  # requests came for a part of the last bin only
+        shortest_s = observed_s if bursts >= FEWEST_BURSTS else observed_s * BURSTS_AHEAD / max(1, bursts)
+    needed_s: float | None = observed_s
+    if observed_s < max(shortest_s, times * longest_s):
+        ahead = (_ahead_s(queue_s, observed_s, shortest_s, times, unlucky) for unlucky in (UNLUCKY, 0.0))
+        needed_s = next((found for found in ahead if found is not None), None)
     return Relaxation(
         observed_s=observed_s,
-        time_s=max(seen_s, 2 * unevenness / spare**2 + bursts_s) if spare > 0 else math.inf,
+        time_s=queue_s(0.0, doubt=1.0),
         longest_s=longest_s,
-        needed_s=needed_s if needed_s < LONGEST_S else None,
+        needed_s=needed_s,
         requests=int(came.sum()),
     )
+
+
+def _ahead_s(
+    queue_s: Callable[[float], float], observed_s: float, shortest_s: float, times: float, unlucky: float
+) -> float | None:
+    """How long a run to come must be, longer than this one: it will see another load, and so did this one."""
+    run_s = max(shortest_s, 1.1 * observed_s)
+    while run_s < LONGEST_S:
+        more = ONE_SIDED / math.sqrt(run_s) + unlucky * math.sqrt(1 / run_s + 1 / observed_s)
+        if times * queue_s(more) <= run_s:
+            return run_s
+        run_s *= 1.05
+    return None

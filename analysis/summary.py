@@ -252,13 +252,15 @@ def exit_code(summary: Summary) -> int:
 def _metrics(run: Run, queue: Relaxation | None) -> Metrics:
     rows, chunks = run.rows, run.chunks
 
-    def per_request(metric: Callable[[Rows], Floats], queue: Relaxation | None = queue) -> Distribution:
+    def per_request(
+        metric: Callable[[Rows], Floats], queue: Relaxation | None = queue, waits: bool = False
+    ) -> Distribution:
         values = metrics.column(rows, metric)
-        return distribution(values, owners=rows.rank, unit="s", evidence=run.evidence, queue=queue)
+        return distribution(values, owners=rows.rank, unit="s", evidence=run.evidence, queue=queue, waits=waits)
 
     return Metrics(
-        ttft=per_request(metrics.ttft),
-        service_ttft=per_request(metrics.service_ttft),
+        ttft=per_request(metrics.ttft, waits=True),
+        service_ttft=per_request(metrics.service_ttft, waits=True),
         tpot=per_request(metrics.tpot),
         itl=distribution(
             chunks.gap_s,

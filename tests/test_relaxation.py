@@ -9,13 +9,16 @@ import pytest
 from run_files import good, write_run
 
 from analysis import metrics
+from analysis.bursts import bursts_seen
 from analysis.intervals import distribution, share
 from analysis.load import read_run
 from analysis.queueing import queue_of
 from analysis.relaxation import Relaxation, integrated_time, relaxation_s
 from analysis.summary import summarise
 from harness.results import Result
-from tests.lab.intervals import Cell, held, long_run, one_run, queue_and_figures
+from tests.lab.intervals import Cell, held, known_truths, long_run, one_run, queue_and_figures
+from tests.lab.longer import followed
+from tests.lab.truths import long_run_values
 
 QUEUE = Relaxation(observed_s=300.0, time_s=10.0, longest_s=10.0, needed_s=80.0, requests=3000)
 SHORT = replace(QUEUE, observed_s=60.0, needed_s=700.0, requests=600)
@@ -63,7 +66,8 @@ def test_a_run_too_short_for_its_queue_has_figures_without_interval_and_says_how
 
 @pytest.mark.parametrize(("kind", "busy", "seconds", "least", "most"), [
     ("poisson", 0.5, 300.0, 0.95, 1.0), ("poisson", 0.7, 300.0, 0.95, 1.0), ("poisson", 0.95, 60.0, 0.0, 0.05),
-    ("bursty", 0.7, 60.0, 0.0, 0.1),
+    ("bursty", 0.7, 60.0, 0.0, 0.1), ("bursty", 0.5, 60.0, 0.0, 0.1), ("bursty", 0.5, 300.0, 0.85, 1.0),
+    ("bursty", 0.95, 300.0, 0.0, 0.05),
 ])  # fmt: skip
 def test_which_runs_are_long_enough(kind, busy, seconds, least, most):
     """40 runs of each; a bursty run of 60 s in which no burst fell looks like a quiet one and cannot know."""
@@ -83,6 +87,50 @@ def test_intervals_near_capacity_cover():
         given = [one[name] for one in found if name in one]
         assert len(given) >= 45
         assert np.mean(given) >= 0.88, name
+
+
+def test_bursts_are_counted_and_single_arrivals_are_none():
+    """Twelve bursts of 2 s at five times the rate; Poisson arrivals of one rate are seldom cut."""
+    rng = np.random.default_rng(4)
+    rates = np.full(200, 4.0)
+    rates[[at + k for at in range(8, 200, 16) for k in range(4)]] = 20.0
+    assert np.mean([bursts_seen(rng.poisson(rates).astype(float)) for _ in range(20)]) == pytest.approx(12, abs=1)
+    even = [bursts_seen(rng.poisson(np.full(200, 4.0)).astype(float)) for _ in range(100)]
+    assert np.mean(even) < 0.2 and max(even) < 7
+    assert bursts_seen(np.zeros(30)) == bursts_seen(np.full(30, 5.0)) == 0
+
+
+def test_intervals_of_a_run_of_seventeen_bursts_cover():
+    """Half busy, 300 s; forty runs were withheld altogether when fifty bursts were asked for."""
+    (truth,) = known_truths([("bursty", 0.5)]).values()
+    found = [held(Cell("bursty", 0.5, 300.0), truth, seed) for seed in range(700, 740)]
+    for name in ("ttft p50", "e2e p50", "attainment 90 %", "attainment 97 %"):
+        given = [one[name] for one in found if name in one]
+        assert len(given) >= 32, name
+        assert np.mean(given) >= 0.85, name
+
+
+def test_a_slow_first_token_is_alike_even_where_the_run_saw_none_that_waited():
+    """Half busy, 60 s: p95 lies where waiting begins, and held the truth in 88 % of the runs that gave it an end."""
+    (truth,) = known_truths([("poisson", 0.5)]).values()
+    found = [held(Cell("poisson", 0.5, 60.0), truth, seed) for seed in range(50_001, 50_061)]
+    assert np.mean([one["ttft p95"] for one in found if "ttft p95" in one]) >= 0.93
+
+
+def test_a_run_as_long_as_a_short_one_asks_for_has_intervals():
+    (truth,) = known_truths([("bursty", 0.5)]).values()
+    told = [followed(Cell("bursty", 0.5, 60.0), truth, seed) for seed in range(800, 812)]
+    made = [one.held for one in told if one is not None and one.held is not None]
+    assert len(made) >= 9
+    assert np.mean([bool(one) for one in made]) >= 0.8
+
+
+def test_long_runs_are_made_once(tmp_path):
+    kept, made = tmp_path / "truths.json", []
+    for _ in range(2):
+        found = long_run_values({"a": 1, "b": 2}, lambda case: made.append(case) or {"p50": 0.5 * case}, map, kept)
+        assert found == [{"p50": 0.5}, {"p50": 1.0}]
+    assert made == [1, 2]
 
 
 def ends(q):
