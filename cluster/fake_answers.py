@@ -37,6 +37,8 @@ FAULTS = {
     "no_usage": "no usage chunk",
     "short": "half of the tokens that were asked for",
     "bundle": "every chunk holds two tokens",
+    "empty": "no token, a finish reason, and no usage",
+    "only_done": "nothing but [DONE]",
     "double_usage": "usage says twice the tokens that were streamed",
     "half_usage": "usage says half of the tokens that were streamed",
     "hidden_reasoning": "usage declares as many reasoning tokens again, which were not streamed",
@@ -235,6 +237,9 @@ class Answer:
             self.whole()
             return
         first = self.sent == 0
+        if self.fault in ("empty", "only_done"):
+            self.say_nothing()
+            return
         step = min(2 if self.fault == "bundle" else 1, self.tokens - self.sent)
         self.sent += step
         last = self.sent >= self.tokens
@@ -274,6 +279,14 @@ class Answer:
             return
         self.due_ns.append(due_ns)
         self.tick()
+
+    def say_nothing(self) -> None:
+        """End without a token, as a gateway does that lost its engine."""
+        choice = {"delta": {"content": ""}} if self.chat else {"text": ""}
+        out = head(200, "text/event-stream; charset=utf-8", chunked=True)
+        out += self.event({**choice, "finish_reason": "stop"}) if self.fault == "empty" else b""
+        self.connection.write(out + http_chunk(b"data: [DONE]" + self.newline * 2) + b"0\r\n\r\n")
+        self.end()
 
     def break_off(self, out: bytes) -> None:
         """End in the way the fault asks for."""

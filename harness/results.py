@@ -64,6 +64,7 @@ ERRORS: dict[str, str] = {
     "cut": "the connection ended before the response did",
     "protocol": "the answer is not an HTTP or OpenAI-compatible stream (for example an HTML page)",
     "incomplete": "the stream ended without [DONE] and without a finish reason",
+    "empty": "the answer ended well, but without any output, and no usage says that there was any",
     "stall": "the server sent nothing for the stall timeout",
     "timeout": "the request was not finished within the request timeout",
     "cancelled": "the client hung up when the plan told it to: neither a success nor a failure of the server",

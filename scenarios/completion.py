@@ -208,6 +208,12 @@ class Completion:
         return not self._stamps and self.usage is None
 
     @property
+    def said_nothing(self) -> bool:
+        """True when nothing was put out, and no count says that anything was."""
+        usage = None if self.usage is None else self.usage.completion_tokens
+        return not (usage or self._counted or self._certain.count(_CERTAIN))
+
+    @property
     def blank(self) -> bool:
         """True while nothing was said that any fact is made of."""
         return self.open and self.empty and not self.finished and not self.odd

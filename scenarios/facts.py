@@ -78,6 +78,9 @@ def _judge(
         if completion.empty:
             return "protocol", "status 200 without a single completion event"
         return "incomplete", "the stream ended without [DONE] and without a finish reason"
+    if completion.said_nothing:  # as from a gateway that lost its engine: fast, and no answer
+        how = completion.finish_reason or "none"
+        return "empty", f"no output and no usage, though tokens were asked for (finish reason: {how})"
     return None
 
 

@@ -400,7 +400,8 @@ def test_ipv6(serve, run):
     [
         ("http500", "server"), ("http429", "overloaded"), ("http400", "rejected"), ("redirect", "redirect"),
         ("html", "protocol"), ("cut", "cut"), ("reset", "cut"), ("error_event", "server"), ("no_done", None),
-        ("no_finish", "incomplete"), ("no_usage", None), ("bundle", None), ("crlf", None), ("cr", None),
+        ("no_finish", "incomplete"), ("no_usage", None), ("bundle", None), ("empty", "empty"),
+        ("only_done", "empty"), ("crlf", None), ("cr", None),
         ("json_label", None), ("no_data", None), ("odd_fields", None), ("late_zeros", None),
     ],
 )  # fmt: skip

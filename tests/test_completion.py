@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scenarios.completion import Answer, Completion
+from scenarios.facts import facts_of
 
 
 def completion(*events: dict[str, Any], told: bool = False) -> Completion:
@@ -49,6 +50,42 @@ ROLE = delta(role="assistant", content="")
 def test_a_token_without_text_counts_where_the_servers_own_count_says_so(events, stamps, tokens):
     got, counted = completion(*events).chunks()
     assert (list(got), None if counted is None else list(counted)) == (stamps, tokens)
+
+
+NOTHING = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+
+
+@pytest.mark.parametrize(
+    ("events", "error"),
+    [
+        ((), "empty"),  # nothing but [DONE]
+        ((ROLE, NOTHING), "empty"),
+        ((ROLE, delta(content=""), NOTHING), "empty"),
+        ((NOTHING, usage(0)), "empty"),
+        ((NOTHING, {"choices": [], "usage": None}), "empty"),
+        ((NOTHING, {"choices": [], "usage": {"prompt_tokens": 9}}), "empty"),
+        ((NOTHING, usage(1)), None),  # the model ended at once: its last token counts
+        ((ROLE, delta(content="a"), NOTHING), None),
+        ((ROLE, delta(reasoning_content="a"), NOTHING), None),
+        ((ROLE, delta(tool_calls=[{"index": 0, "function": {"name": "f"}}]), NOTHING), None),
+        ((ROLE, delta(refusal="no"), NOTHING), None),
+        (({"choices": [{"index": 0, "text": "", "token_ids": [2], "finish_reason": "stop"}]},), None),
+    ],
+)
+def test_an_answer_without_output_and_without_a_count_of_any_is_no_success(events, error):
+    said = completion(*events)
+    said.read_event(b"data: [DONE]\n\n", 9)
+    facts = facts_of(said, status=200, done=True, body=b"", location="", secret=None)
+    assert facts.error == error
+    assert (facts.detail is not None) is (error is not None)
+
+
+def test_a_whole_answer_without_output_is_none_either():
+    for text, usage_, error in (("", None, "empty"), ("", {"completion_tokens": 1}, None), ("a", None, None)):
+        said = Completion()
+        body = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}], "usage": usage_}
+        said.read_json(msgspec.json.encode(body), 1)
+        assert facts_of(said, status=200, done=True, body=b"", location="", secret=None).error == error
 
 
 def test_the_chunk_that_names_the_role_is_not_the_beginning_of_output():
