@@ -52,8 +52,12 @@ def unjudged(limits: Mapping[str, float], rows: Rows, counts: Counts) -> str | N
         if all(split_key(key)[0] != name for key in limits):
             continue
         missing = metrics.unknown(rows, name)
-        if missing > MISMATCH_BOUND * counts.succeeded:
-            return f"{name} is not known of {missing} of {counts.succeeded} requests (limits say why)"
+        if missing <= MISMATCH_BOUND * counts.succeeded:
+            continue
+        uncounted = int(metrics.flags(rows, lambda part: part.success & np.isnan(part.output_tokens)).sum())
+        if name == "tpot" and uncounted == missing:
+            return f"tpot is not known: usage missing on {missing} of {counts.succeeded} requests"
+        return f"{name} is not known of {missing} of {counts.succeeded} requests (limits say why)"
     return None
 
 
