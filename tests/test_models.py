@@ -57,6 +57,20 @@ def test_a_broken_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tex
         list_models()
 
 
+def test_the_users_own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    file = tmp_path / "harness" / "models.toml"
+    file.parent.mkdir()
+    mine = '[{}]\nsource="huggingface"\nrepo="me/m"\nlicence="x"\ndtype="auto"\nmax_model_len=77\nchat=true\n'
+    file.write_text(mine.format("mine") + mine.format("smollm2-135m"))
+    assert get_model("mine").repo == "me/m"
+    assert get_model("smollm2-135m").max_model_len == 77, "it replaces the shipped one"
+    assert list_models()[0].name == "smollm2-135m"
+    monkeypatch.setenv("HARNESS_MODELS", str(tmp_path / "none.toml"))
+    with pytest.raises(UsageError, match=r"none\.toml"):
+        list_models()
+
+
 def test_a_folder_is_a_model(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "my-model", eos_token_id=[2, 3], vocab_size=100)
     model = get_model(str(folder))

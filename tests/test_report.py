@@ -22,6 +22,7 @@ from analysis.show import report
 from analysis.show.report import hourly, render_json, render_markdown, render_text
 from analysis.summary import ErrorCount, Metrics, Rates, Server, Summary, summarise
 from analysis.validity import Check
+from harness.commands.found import expand
 
 METRICS_MD = (Path(metrics.__file__).parent / "METRICS.md").read_text()
 EVIL = "[bold red]x[/] | \x1b[31mred\x07 `code` <b>\u202egnp.exe\n# head\ud800"
@@ -177,3 +178,11 @@ def test_the_last_three_lines_are_verdict_price_and_slo(tmp_path) -> None:
     assert refused[1].startswith("no price: ")
     assert refused[2] == "SLO not judged: the run is INVALID"
     assert text(summary(tmp_path / "c", spec=replace(SPEC, slo={}))).splitlines()[-1].startswith("no SLO was given")
+
+
+def test_a_folder_of_runs_stands_for_all_of_them(tmp_path) -> None:
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").touch()
+    assert expand([tmp_path, tmp_path / "a"]) == [tmp_path / "a", tmp_path / "b", tmp_path / "a"]
+    assert expand([tmp_path / "none"]) == [tmp_path / "none"], "whoever reads it says what it lacks"

@@ -22,7 +22,7 @@ from harness.errors import UsageError
 from harness.progress import LoadProgress
 
 TRACE = Path(__file__).resolve().parent.parent / "scenarios" / "traces" / "azure-conv-2023.csv"
-RESERVED = {"api-key", "cache", "tiers", "interpreted", "group", "peers", "complete"}
+RESERVED = {"api-key", "cache", "tiers", "models", "interpreted", "group", "peers", "complete"}
 """Variables HARNESS_* that are no option's default."""
 
 
@@ -32,7 +32,7 @@ def leaves(group: click.Group) -> list[click.Command]:
 
 def test_a_long_verb_shows_a_dozen_options_until_asked() -> None:
     short, full = (CliRunner().invoke(cli, ["replay", word]).output for word in ("-h", "--help-all"))
-    shown = [line for line in short.splitlines() if line.startswith("  --")]
+    shown = [line for line in short.splitlines() if line.startswith(("  --", "  -o, "))]
     assert len(shown) == len(COMMON) + 1 == 13, "and --help-all"
     assert "more options: cli replay --help-all" in short
     for heading in ("Trace:", "Plan:", "Servers:", "Load:", "Report:"):

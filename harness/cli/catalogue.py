@@ -11,6 +11,8 @@ from harness.cli.options import JSON_OPTION
 from harness.cli.verb import Group, command
 from harness.errors import EXIT_VALID
 
+PURCHASES = ("on-demand", "spot", "reserved", "owned")
+
 
 @command(short_help="Say what this machine can and cannot run, and why.")
 @JSON_OPTION
@@ -24,13 +26,16 @@ def doctor(format_: str) -> int:
 @click.group(
     cls=Group, short_help="List hardware tiers and their prices, or read today's.", invoke_without_command=True
 )
+@click.option("--accelerator", metavar="NAME", help="Only these, like H100; cpu: those without one.")
+@click.option("--provider", metavar="NAME", help="Only those of one provider, like aws.")
+@click.option("--purchase", type=click.Choice(PURCHASES), help="Only those bought in this way.")
 @JSON_OPTION
 @click.pass_context
-def tiers(ctx: click.Context, format_: str) -> int:
+def tiers(ctx: click.Context, /, **options: Any) -> int:
     """List the hardware tiers with their prices, each with source and date."""
     from harness import commands
 
-    return EXIT_VALID if ctx.invoked_subcommand else commands.tiers(format_)
+    return EXIT_VALID if ctx.invoked_subcommand else commands.tiers(**options)
 
 
 @tiers.command(
@@ -53,7 +58,10 @@ Examples:
     help="Days of spot prices to take the mean of, each weighted by how long it held.",
 )
 @click.option(
+    "-o",
+    "--output",
     "--out",
+    "out",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Tiers file to write. Default: HARNESS_TIERS, else ~/.config/harness/tiers.toml.",
 )
@@ -77,7 +85,11 @@ def refresh(**options: Any) -> int:
 )
 @JSON_OPTION
 def models(fetch: str | None, format_: str) -> int:
-    """List the models that can be served, or fetch the weights of one."""
+    """List the models that can be served, or fetch the weights of one.
+
+    Your own models file, HARNESS_MODELS or ~/.config/harness/models.toml, adds entries and replaces those of the same
+    name; cluster/models.toml shows the fields. A folder with config.json and weights needs no entry: --model ./FOLDER.
+    """
     from harness import commands
 
     return commands.models(fetch, format_)

@@ -29,7 +29,7 @@ Environment (HARNESS_BASE_URL and the like: any option's default, as in a file h
   HARNESS_API_KEY  the servers' API key; never given on a command line, never written down (at --base-url
                    OPENAI_API_KEY where this is unset)
   HARNESS_CACHE    where model weights are kept (default: ~/.cache/harness)
-  HARNESS_TIERS    your own tiers file, added to the shipped one
+  HARNESS_TIERS    your own tiers file, added to the shipped one; HARNESS_MODELS: of models
   RAY_ADDRESS      use this Ray cluster instead of starting Ray on this machine
 """
 
@@ -341,7 +341,10 @@ REPORT_OPTIONS = stack(
 )
 
 OUT_OPTION = click.option(
+    "-o",
+    "--output",
     "--out",
+    "out",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("runs"),
     show_default=True,
@@ -350,7 +353,10 @@ OUT_OPTION = click.option(
 TRACE_ARGUMENT = click.argument("trace", type=click.Path(path_type=Path))
 JSON_OPTION = format_option("text", "json")
 SWEEPS_OPTION = click.option(
+    "-o",
+    "--output",
     "--out",
+    "out",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("sweeps"),
     show_default=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -11,7 +12,9 @@ from harness.commands.output import print_json, print_table, say
 from harness.errors import (
     EXIT_FAILURE,
     EXIT_VALID,
+    unknown_name,
 )
+from harness.run import Tier
 
 
 def doctor(format_: str) -> int:
@@ -32,21 +35,27 @@ def doctor(format_: str) -> int:
     return EXIT_VALID if any(can.values()) else EXIT_FAILURE
 
 
-def tiers(format_: str) -> int:
-    """The tiers with their prices."""
-    from cluster.tiers import full_note, list_tiers, price_age_days, price_note
+def tiers(accelerator: str | None, provider: str | None, purchase: str | None, format_: str) -> int:
+    """The tiers with their prices, those that match; `UsageError` when none does."""
+    from cluster.tiers import full_note, list_tiers, price_age_days, price_note, usd_per_accelerator_hour
 
     known = list_tiers()
+    if accelerator is not None:
+        known = _only(known, "accelerator", accelerator, lambda t: t.accelerator or "cpu")
+    if provider is not None:
+        known = _only(known, "provider", provider, lambda t: t.provider)
+    if purchase is not None:
+        known = _only(known, "purchase", purchase, lambda t: t.purchase)
     if format_ == "json":
         print_json(
             [
                 {**msgspec.to_builtins(t), "note": full_note(t), "price_age_days": price_age_days(t),
-                 "old": price_note(t) is not None}
+                 "usd_per_accelerator_hour": usd_per_accelerator_hour(t), "old": price_note(t) is not None}
                 for t in known
             ]
         )  # fmt: skip
         return EXIT_VALID
-    columns = ("tier", "accelerators", "vCPU", "GiB", "USD/h", "bought", "region", "date")
+    columns = ("tier", "accelerators", "vCPU", "GiB", "USD/h", "each", "bought", "region", "date")
     print_table(
         columns,
         [
@@ -56,6 +65,7 @@ def tiers(format_: str) -> int:
                 str(t.vcpu),
                 f"{t.memory_gib:g}",
                 f"{t.usd_per_hour:g}",
+                "-" if (each := usd_per_accelerator_hour(t)) is None else f"{each:.4g}",
                 t.purchase,
                 t.region,
                 t.date + (" old" if price_note(t) else ""),
@@ -63,11 +73,19 @@ def tiers(format_: str) -> int:
             for t in known
         ],
     )
-    print("Price sources:")
+    print("each: USD per accelerator hour. Price sources:")
     for t in known:
         note = full_note(t)
         print(f"  {t.name}: {t.source}" + (f"\n      {note}" if note else ""))
     return EXIT_VALID
+
+
+def _only(tiers: list[Tier], what: str, wanted: str, of: Callable[[Tier], str]) -> list[Tier]:
+    """Those of which ``of`` is ``wanted``, whatever its case; `UsageError` with what there is when none is."""
+    found = [tier for tier in tiers if of(tier).lower() == wanted.lower()]
+    if not found:
+        raise unknown_name(f"{what} of these tiers", wanted, {of(tier) for tier in tiers})
+    return found
 
 
 def refresh_tiers(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def expand(paths: Sequence[Path]) -> list[Path]:
-    """Run directories, a sweep folder standing for those of its points that are done.
+    """Run directories: a sweep folder stands for those of its points that are done, a folder of runs for all of them.
 
     Raises `ResultsError` for a sweep of which no point is done.
     """
@@ -28,10 +28,12 @@ def expand(paths: Sequence[Path]) -> list[Path]:
 
     found: list[Path] = []
     for path in [local_copy(path, say) for path in paths]:
-        if not (path / STATE).exists():
+        if (path / STATE).exists():
+            found += done_points(path)
+        elif (path / MANIFEST).exists():
             found.append(path)
-            continue
-        found += done_points(path)
+        else:
+            found += sorted(file.parent for file in path.glob(f"*/{MANIFEST}")) or [path]
     return found
 
 
