@@ -66,6 +66,7 @@ ERRORS: dict[str, str] = {
     "incomplete": "the stream ended without [DONE] and without a finish reason",
     "empty": "the answer ended well, but without any output, and no usage says that there was any",
     "stall": "the server sent nothing for the stall timeout",
+    "too_long": "the answer went on far beyond the tokens that were asked for, and was hung up on",
     "timeout": "the request was not finished within the request timeout",
     "cancelled": "the client hung up when the plan told it to: neither a success nor a failure of the server",
     "no_history": "never sent: an earlier turn of its live conversation failed, so it had nothing to go on from",

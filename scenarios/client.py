@@ -24,7 +24,7 @@ from harness.results import Result
 from harness.retry_after import retry_after_s
 from scenarios.completion import clean
 from scenarios.connection import Connection
-from scenarios.hot_path import Reader
+from scenarios.hot_path import Kept, Reader
 from scenarios.later import Later, parse
 from scenarios.pace import Pace
 from scenarios.sampling import Sampler
@@ -40,6 +40,7 @@ _SLICES = 8  # a sweep goes over ten thousand streams in so many parts, lest it 
 # What a stream may hold before it is parsed, looked at once a sweep. Whole chunks: few, as they are large and teach how
 # plain events look. In all: much, for that is cheap.
 _RAW_LIMIT, _SIZE_LIMIT = 4096, 16384
+_FLOOD = 16 * 2**20  # bytes from one part of a sweep to the next, beyond which large streams do not wait for theirs
 _QUIET_NS = 1_000_000_000  # chunks after which nothing came for so long may have been an end that only parsing finds
 RETRY_S, RETRY_MOST_S = 0.25, 4.0
 """Wait before the first retry of a request, and before any; it doubles in between. Longer where the server says so."""
@@ -124,6 +125,7 @@ class Client:
         self._share = 0
         self.tls_reads = self.tls_unstamped = 0
         """As the counts of the reader, of connections with TLS."""
+        self._swept_bytes = 0
         self.start_mono_ns = monotonic_ns()
         self.loop: Any = gevent.get_hub().loop
         self.reader = Reader()
@@ -162,15 +164,25 @@ class Client:
         cancel_after_ns: int | None = None,
         timeout_ns: int | None = None,
         answered: Answered | None = None,
+        most_tokens: int | None = None,
     ) -> Stream:
         """Send now; hang up after ``cancel_after_ns``; ``timeout_ns`` counts instead of the client's own. ``result``
         (request_id, scheduled_ns) is filled in; ``ended`` is called as soon as the answer ended, in the middle of the
-        event loop: it must only note that or wake someone. ``answered`` gets what was said, after the row.
+        event loop: it must only note that or wake someone. ``answered`` gets what was said, after the row. An answer
+        that goes on far beyond ``most_tokens`` is hung up on.
         """
         if answered is None and self._sampler is not None:
             answered = self._sampler.next()
         stream = Stream(
-            result, payload, self._choose(slice_), self._secrets, ended, slice_, answered, self.start_mono_ns
+            result,
+            payload,
+            self._choose(slice_),
+            self._secrets,
+            ended,
+            slice_,
+            answered,
+            self.start_mono_ns,
+            most_tokens,
         )
         result.sent_ns = stream.sent_ns - self.start_mono_ns
         self._active.add(stream)
@@ -320,6 +332,7 @@ class Client:
         """Every timeout of every stream, a part at a time; parse what came; close what has been idle for too long."""
         now = monotonic_ns()
         self.later.begin()
+        self._stem_floods()
         if not self._unswept:
             self._unswept = list(self._active)
             self._share = -(-len(self._unswept) // _SLICES)
@@ -340,10 +353,29 @@ class Client:
                     self._give_up(stream, error, f"{stream.target.authority}: {what} in {limit_s:g} s")
             elif now - stream.heard_ns > self._stall_ns and (self._stream or stream not in self._own_limit):
                 self._give_up(stream, "stall", f"the server sent nothing for {self._stall_ns / 1e9:g} s")
+            elif stream.too_long:
+                self._cut_off(stream)
             elif stream.queued:
                 parse(stream)  # there was no time for it since the last sweep
             elif _is_much(stream, now):
                 self.later.add(stream)
+
+    def _cut_off(self, stream: Stream) -> None:
+        """Hang up, and parse no more of it than was."""
+        stream.kept = Kept()
+        self._give_up(
+            stream, "too_long", f"it went on far beyond the {stream.most_tokens} output tokens that were asked for"
+        )
+
+    def _stem_floods(self) -> None:
+        """Between two sweeps a stream without end could fill the memory."""
+        came, self._swept_bytes = self.reader.bytes - self._swept_bytes, self.reader.bytes
+        if came > _FLOOD:
+            for stream in [s for s in self._active if s.kept.size > _FLOOD // 16]:
+                if stream.too_long:
+                    self._cut_off(stream)
+                else:
+                    parse(stream)
 
     def _close_idle(self, now: int) -> None:
         for target in self._targets:

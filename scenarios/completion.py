@@ -15,6 +15,8 @@ from typing import Annotated, Any, TypeVar, get_args
 import msgspec
 
 DETAIL_LIMIT = 300
+_LINES = 50_000
+"""Of one event; each is looked at in Python, while nothing is read."""
 BOM = b"\xef\xbb\xbf"
 
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
@@ -203,6 +205,11 @@ class Completion:
         """Where to put what was said, when anyone wants to know."""
 
     @property
+    def outputs(self) -> int:
+        """How many events may carry output."""
+        return len(self._stamps)
+
+    @property
     def empty(self) -> bool:
         """True while no event said anything."""
         return not self._stamps and self.usage is None
@@ -271,14 +278,10 @@ class Completion:
 
         ``torn`` is the error class when this is what was left at the end of a stream and turns out to be half an event.
         """
-        data, name = [], b""
-        for line in part.removeprefix(BOM).splitlines():
-            field, _, value = line.partition(b":")
-            if field == b"data":
-                data.append(value.removeprefix(b" "))
-            elif field == b"event":
-                name = value.strip()
-        document = b"\n".join(data).strip()
+        if len(part) > _LINES and part.count(b"\n") + part.count(b"\r") > _LINES:
+            self.fail("protocol", f"an event of more than {_LINES:,} lines")
+            return
+        document, name = _fields(part)
         if not document or self.error is not None:
             return
         if document == b"[DONE]":
@@ -390,6 +393,18 @@ class Completion:
         if not tokens or _UNSAID in tokens or (total is not None and sum(tokens) != total):
             return False
         return not any(not n and c == _CERTAIN for n, c in zip(tokens, self._certain, strict=True))
+
+
+def _fields(part: bytes) -> tuple[bytes, bytes]:
+    """The data of an event, and its name."""
+    data, name = [], b""
+    for line in part.removeprefix(BOM).splitlines():
+        field, _, value = line.partition(b":")
+        if field == b"data":
+            data.append(value.removeprefix(b" "))
+        elif field == b"event":
+            name = value.strip()
+    return b"\n".join(data).strip(), name
 
 
 def _ones(n: int) -> array[int]:

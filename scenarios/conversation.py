@@ -54,6 +54,7 @@ class Conversations:
         stream = self._client.send(
             result, draft.payload(history), ended, slice_=planned.slice,
             cancel_after_ns=planned.cancel_after_ns, timeout_ns=planned.timeout_ns, answered=answered,
+            most_tokens=planned.most_tokens,
         )  # fmt: skip
         if planned.kept and planned.request_id not in self._said:
             self._open[planned.request_id] = stream

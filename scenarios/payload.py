@@ -121,6 +121,18 @@ def draft(
     return Draft(before, prompt[1:-1], after, form)
 
 
+def most_tokens(
+    request: Request, extra_body: Mapping[str, object] | None = None, lengths: Lengths = FORCED
+) -> int | None:
+    """Output tokens that this request asks for at most, over all its answers; null when it names no bound."""
+    extra = extra_body or {}
+    named = {lengths.field: None if lengths.kind == "free" else request.output_tokens, **extra}
+    fields = (lengths.field, "max_tokens", "max_completion_tokens")
+    asked = [n for name in fields if isinstance(n := named.get(name), int)]
+    answers = [n for n in (extra.get("n"), extra.get("best_of"), 1) if isinstance(n, int)]
+    return max(asked) * max(answers) if asked else None
+
+
 def _framed(raw: bytes) -> bytes:
     return b"Content-Length: %d\r\n\r\n%b" % (len(raw), raw)
 

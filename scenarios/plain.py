@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import msgspec
 
@@ -30,6 +31,7 @@ _HEADER = re.compile(rb"\r\n([\w-]+): ?([^\r\n\0]*)(?=\r\n)")
 _SIZE, _BLANK_LINE = re.compile(rb"([1-9a-fA-F][0-9a-fA-F]{0,5})\r\n"), re.compile(rb"\n\r?\n")
 _PROBES, _NOTHING = [b"?", b"!"], [b"", b""]
 _TEMPLATES = 4  # that a shape has at most: the oldest is forgotten
+_LONG, _TRIES = 16384, 8  # bytes of a plain event, and texts in it that are tried: each costs two decodes
 _SAME = ord("=")
 _decode_text = msgspec.json.Decoder(str).decode
 
@@ -51,7 +53,9 @@ class Template:
         event = content.removesuffix(end)
         if not (content.endswith(end) and event.startswith(b"data:")) or b"\n" in event or b"\r" in event:
             return None  # several lines: what they mean together is for the book
-        for found in _TEXT.finditer(event):
+        if len(event) > _LONG:
+            return None
+        for found in islice(_TEXT.finditer(event), _TRIES):
             before, after = event[: found.end()], event[event.find(b'"', found.end()) :]
             told = [_told(before + text + after) for text in _PROBES]
             if told in (_PROBES, _NOTHING):

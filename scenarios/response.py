@@ -25,6 +25,8 @@ EVENT_LIMIT = 16 * 2**20
 _ERROR_BODY_LIMIT = 64 * 1024
 
 _FIELDS = b"deir:"
+_BLANK = 4096  # bytes of white space before a body may begin
+_END = 3  # bytes of the longest end of an event, less the last
 """How lines of an event stream begin: data, event, id, retry, and comments."""
 # The second of two line ends, each CR, LF or CR LF, by its first byte: an event does not wait for what may follow.
 _BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r)[\r\n]")
@@ -42,7 +44,7 @@ class Response:
 
     __slots__ = (
         "_body_kind", "_carry", "_chunk_left", "_completion", "_head", "_last_body_ns", "_left", "_location", "_sample",
-        "_secret", "_state", "_unsure", "done", "idle_s", "keep_alive", "retry_after", "status",
+        "_secret", "_size", "_state", "_unsure", "done", "idle_s", "keep_alive", "retry_after", "status",
     )  # fmt: skip
     told = False
     """Whether the texts of events are wanted, not only when they came."""
@@ -61,8 +63,10 @@ class Response:
         self._chunk_left = 0  # of the chunk being read
         self._body_kind = ""  # "sse", "json" or "error"
         self._unsure = True  # whether the body is what its label says
-        self._carry = b""  # an unfinished event, or the whole body when it is not a stream
+        # An unfinished event, or the whole body when it is not a stream; in one piece, so each byte is copied once.
+        self._carry: bytes | bytearray = b""
         self._last_body_ns = 0
+        self._size = 0
         self._location = ""
         self._completion = Completion()
         self._sample = b""  # content of the last whole chunk
@@ -124,6 +128,11 @@ class Response:
         return Template.learn(self._sample) if self.at_an_event else None
 
     @property
+    def taken(self) -> tuple[int, int]:
+        """Events with output, and bytes of the body but for those of plain events."""
+        return self._completion.outputs, self._size
+
+    @property
     def begun(self) -> bool:
         """Whether there was an event with output or usage."""
         return not self._completion.empty
@@ -163,7 +172,7 @@ class Response:
     def _finish(self, torn: str = "incomplete") -> None:
         """The body is over. An event without its blank line counts if it is whole; else the stream is ``torn``."""
         self.done = True
-        completion, carry = self._completion, self._carry
+        completion, carry = self._completion, bytes(self._carry)
         if self._body_kind == "json":
             self._carry = b""
             completion.read_json(carry, self._last_body_ns)
@@ -292,9 +301,10 @@ class Response:
             if self._completion.error is None:
                 self._take_events(raw, spans, ends, stamps)
         elif self._body_kind == "json" or len(self._carry) < _ERROR_BODY_LIMIT:
-            self._carry += b"".join([raw[a:b] for a, b in spans])
+            self._hold(b"".join([raw[a:b] for a, b in spans]))
             if len(self._carry) > EVENT_LIMIT:
                 self._broken(f"more than {EVENT_LIMIT // 2**20} MiB in one answer")
+        self._size += sum(b - a for a, b in spans)
         last = spans[-1][1]
         read = len(ends) - 1
         while read and ends[read - 1] >= last:
@@ -303,26 +313,34 @@ class Response:
 
     def _look_at_body(self, raw: bytes, spans: list[tuple[int, int]]) -> None:
         """By its first byte, whatever its label says: a JSON object, or lines of a stream."""
-        seen = self._carry + b"".join([raw[a:b] for a, b in spans])
+        seen = self._carry[:_BLANK] + b"".join([raw[a:b] for a, b in spans])
         begin = seen.removeprefix(BOM).lstrip()
-        if not begin or BOM.startswith(begin):
+        if (not begin or BOM.startswith(begin)) and len(seen) < _BLANK:
             return  # still to come
         self._unsure = False
         if begin.startswith(b"{"):
             self._body_kind = "json"
-        elif begin[0] in _FIELDS:
+        elif begin and begin[0] in _FIELDS:
             self._body_kind = "sse"
 
     def _take_events(self, raw: bytes, spans: list[tuple[int, int]], ends: list[int], stamps: list[int]) -> None:
         carried = len(self._carry)
         body = raw[spans[0][0] : spans[0][1]] if len(spans) == 1 else b"".join([raw[a:b] for a, b in spans])
-        text = self._carry + body if carried else body
+        looked = max(carried - _END, 0)  # no event ends before that
+        if carried:
+            self._hold(body)
+            if not _BLANK_LINE.search(self._carry, looked):
+                if len(self._carry) > EVENT_LIMIT:
+                    self._broken(f"an event of more than {EVENT_LIMIT // 2**20} MiB")
+                return
+        text = bytes(self._carry) if carried else body
         if b"\r" in text:
-            cuts = [match.end() for match in _BLANK_LINE.finditer(text)]
+            cuts = [match.end() for match in _BLANK_LINE.finditer(text, looked)]
             parts = [text[a:b] for a, b in zip([0, *cuts], cuts, strict=False)]
             rest = text[cuts[-1] :] if cuts else text
         else:
-            parts = text.split(b"\n\n")
+            first, *parts = text[looked:].split(b"\n\n")
+            parts.insert(0, text[:looked] + first)
             rest = parts.pop()
             cuts, at = [], 0
             for part in parts:
@@ -342,10 +360,15 @@ class Response:
         if completion.error is not None and completion.error[0] == "protocol":
             self.done, self.keep_alive = True, False
 
+    def _hold(self, body: bytes) -> None:
+        if not isinstance(self._carry, bytearray):
+            self._carry = bytearray(self._carry)
+        self._carry += body
+
     def facts(self) -> Facts:
         """The facts so far; final once ``done``."""
         return facts_of(
-            self._completion, status=self.status, done=self.done, body=self._carry, location=self._location,
+            self._completion, status=self.status, done=self.done, body=bytes(self._carry), location=self._location,
             secret=self._secret,
         )  # fmt: skip
 

@@ -64,6 +64,8 @@ class Planned:
     continues: bool = False
     kept: bool = False
     """A later turn goes on from this one's answer."""
+    most_tokens: int | None = None
+    """As `scenarios.payload.most_tokens`."""
 
     @property
     def size(self) -> int:
@@ -309,7 +311,7 @@ class Load:
         if planned.draft is None:
             self.client.send(
                 result, planned.payload, ended, slice_=planned.slice, cancel_after_ns=planned.cancel_after_ns,
-                timeout_ns=planned.timeout_ns,
+                timeout_ns=planned.timeout_ns, most_tokens=planned.most_tokens,
             )  # fmt: skip
         self.sent += sent
         if not self.schedule.left:

@@ -19,14 +19,17 @@ if TYPE_CHECKING:
     from scenarios.target import Target
 
 _SEEN_LIMIT = 65536
+# An answer is too long beyond this. Gateways stream single characters, and with log-probabilities a token is kilobytes.
+_EVENTS_EACH, _EVENTS_MORE = 8, 256
+_BYTES_EACH, _BYTES_MORE = 65536, 16 * 2**20
 
 
 class Stream:
     """One request on its way: the row it will become, and what has been read for it."""
 
     __slots__ = (
-        "answered", "connection", "ended", "error", "hang_up", "kept", "last_ns", "payload", "queued", "resent",
-        "response", "result", "retry", "secret", "seen", "sent_ns", "shape", "slice", "start_ns", "target",
+        "answered", "connection", "ended", "error", "hang_up", "kept", "last_ns", "most_tokens", "payload", "queued",
+        "resent", "response", "result", "retry", "secret", "seen", "sent_ns", "shape", "slice", "start_ns", "target",
         "tried_ns",
     )  # fmt: skip
 
@@ -40,6 +43,7 @@ class Stream:
         slice_: int = 0,
         answered: Answered | None = None,
         start_ns: int = 0,
+        most_tokens: int | None = None,
     ) -> None:
         self.result = result
         self.answered = answered
@@ -49,6 +53,7 @@ class Stream:
         self.ended = ended
         self.slice = slice_
         self.start_ns = start_ns  # of the run clock: what is parsed has the times of that
+        self.most_tokens = most_tokens
         self.queued = False  # it waits to be parsed
         self.resent = False  # once, on a fresh connection
         self.hang_up: Any = None  # timer
@@ -83,6 +88,17 @@ class Stream:
     def heard_ns(self) -> int:
         """When something arrived last, or else when it was sent."""
         return max(self.kept.last_ns, self.last_ns)
+
+    @property
+    def too_long(self) -> bool:
+        """Whether it has gone on far beyond what was asked for, however a token is cut into events."""
+        if self.most_tokens is None:
+            return False
+        events, size = self.response.taken
+        return (
+            events + len(self.kept) > _EVENTS_MORE + _EVENTS_EACH * self.most_tokens
+            or size + self.kept.size > _BYTES_MORE + _BYTES_EACH * self.most_tokens
+        )
 
     def feed(self, data: bytes, stamp: int) -> None:
         """Take bytes that were handed on, at once; whatever came before them must be parsed."""

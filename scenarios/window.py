@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from harness.errors import HarnessError, PlanError
 from harness.plan import Request, iter_batches, read_plan_columns, requests_in
-from scenarios.payload import FORCED, Lengths, draft, prepare
+from scenarios.payload import FORCED, Lengths, draft, most_tokens, prepare
 from scenarios.schedule import Planned, Schedule
 
 
@@ -92,6 +92,7 @@ class Window:
         return Planned(
             request.request_id, request.scheduled_ns, request.after, request.think_ns or 0, payload, request.slice,
             request.cancel_after_ns, request.timeout_ns, turn, continues, kept,
+            most_tokens(request, self._extra_body, self._lengths),
         )  # fmt: skip
 
     def _read_ahead(self) -> Any:
