@@ -1,7 +1,8 @@
 """Did the servers have a processor whenever they wanted one? A server beside other work is slow, and so dear, for it.
 
-What their threads waited, by the kernel's own count (`harness.server_processor`), over what they ran. The engine's own
-threads make each other wait as well, also on an idle machine, and that is no fault of the measurement: `OWN_WAIT`.
+What their threads waited, by the kernel's own count (`harness.server_processor`), over what they ran. Of threads with
+work: those that only wake up now and then wait many times what they run, on an idle machine too, and slow nothing.
+The engine's own threads make each other wait as well, which is no fault of the measurement: `OWN_WAIT`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from harness.run import Replica, RunDir
 from harness.server_processor import read_server_processor
 
 NS = 1e9
-OWN_WAIT = 0.11
-"""Of its processor time, what a server waits for its own threads and those of the load. Measured: vLLM 0.32 on two idle
-cores, ``make replay`` (8 streams, two engine threads that are always busy, some 40 that wake now and then), in its
-undisturbed stretches of 38 and 39 s: 0.111 and 0.110. Larger machines have less."""
+OWN_WAIT = 0.07
+"""Of its processor time, what a server waits for its own threads and those of the load. Measured: vLLM 0.32 on two
+idle cores, ``make replay`` (8 streams, two engine threads that are always busy, 71 others), in its undisturbed parts of
+38 and 41 s: 0.065 and 0.069 (analysis/METRICS.md). Machines with more cores have less."""
 STARVED_BOUND = 0.10
 """Of its processor time, what a server may wait beyond `OWN_WAIT`."""
 SMALL_WAIT = 0.01
@@ -37,6 +38,7 @@ class Waits:
     """What a server ran and waited over a window; all in seconds."""
 
     run_s: float
+    """Of threads with work, as all here."""
     delay_s: float
     """Ready to run without a processor, added up over threads."""
     stolen_s: float
@@ -47,7 +49,7 @@ class Waits:
     @property
     def share(self) -> float:
         """Waited over run."""
-        return (self.delay_s + self.stolen_s) / self.run_s
+        return (self.delay_s + self.stolen_s) / self.run_s if self.run_s > 0 else 0.0
 
     @property
     def starved(self) -> bool:
@@ -69,10 +71,10 @@ def starved(run: Run, window: Window | None) -> Check:
     known = [(r, waits) for r, waits in found if waits is not None]
     replica, worst = max(known, key=lambda one: one[1].share, default=(None, None))
     if replica is not None and worst is not None:
-        observed = (
-            f"replica {replica.index} waited {worst.share:.0%} of the {worst.run_s:,.1f} s it ran "
-            f"({worst.delay_s / worst.run_s:.0%} behind others, {worst.stolen_s / worst.run_s:.0%} stolen)"
-        )
+        observed = f"replica {replica.index} waited {worst.share:.0%} of the {worst.run_s:,.1f} s it ran"
+        if worst.run_s > 0:
+            delay, stolen = worst.delay_s / worst.run_s, worst.stolen_s / worst.run_s
+            observed += f" ({delay:.0%} behind other threads, {stolen:.0%} stolen by its host)"
         if worst.starved:
             return check("starved", False, observed, bound, _advice(replica, worst))
         if len(known) == len(found):
@@ -104,20 +106,18 @@ def waits_of(file: Path, window: Window) -> Waits | None:
         table = read_server_processor(file)
     except ResultsError:
         return None
-    end_s, length_s, run_s, delay_s, busy_s, stolen_s = (
-        floats(table.column(name)) / NS
-        for name in ("t_ns", "length_ns", "run_ns", "delay_ns", "host_busy_ns", "host_stolen_ns")
+    end_s, length_s, all_s, run_s, delay_s, busy_s, stolen_s = (
+        floats(table.column(f"{name}_ns")) / NS
+        for name in ("t", "length", "run", "work_run", "work_delay", "host_busy", "host_stolen")
     )
     begin_s = end_s - length_s
     inside_s = np.clip(np.minimum(end_s, window.end_s) - np.maximum(begin_s, window.start_s), 0.0, None)
-    counts = (length_s > 0) & (run_s >= 0) & (delay_s >= 0)
+    counts = (length_s > 0) & (all_s >= 0) & (run_s >= 0) & (delay_s >= 0)
     weight = np.divide(inside_s, length_s, out=np.zeros_like(length_s), where=counts)
     its = np.divide(run_s, busy_s, out=np.zeros_like(run_s), where=busy_s > 0)
     watched_s = float((weight * length_s).sum())
-    run = float((weight * run_s).sum())
-    if run <= 0 or watched_s < COVERED * window.duration_s:
+    if (weight * all_s).sum() <= 0 or watched_s < COVERED * window.duration_s:
         return None
-    stolen = np.nan_to_num(stolen_s * np.minimum(its, 1.0))
-    return Waits(
-        run_s=run, delay_s=float((weight * delay_s).sum()), stolen_s=float((weight * stolen).sum()), watched_s=watched_s
-    )
+    stolen = np.maximum(np.nan_to_num(stolen_s * np.minimum(its, 1.0)), 0.0)
+    run, delay, taken = (float((weight * times).sum()) for times in (run_s, delay_s, stolen))
+    return Waits(run_s=run, delay_s=delay, stolen_s=taken, watched_s=watched_s)

@@ -18,6 +18,9 @@ from cluster.guard import children
 from harness.server_processor import ProcessorSecond
 
 EVERY_S = 1.0
+WORK_SHARE = 0.1
+"""Of an interval, that a thread ran or waited: below it, it has no work. vLLM has dozens of threads that wake up a
+hundred times a second to find nothing. They wait for many times what they run, and nothing waits for them."""
 
 
 class Times(NamedTuple):
@@ -48,6 +51,15 @@ def read_threads(pids: Sequence[int]) -> dict[int, Times]:
     return found
 
 
+class Used(NamedTuple):
+    """What the threads of a server ran and waited, ns; of these, those with work (`WORK_SHARE`)."""
+
+    run_ns: int
+    delay_ns: int
+    work_run_ns: int
+    work_delay_ns: int
+
+
 class HostTimes(NamedTuple):
     """Of all processors of this host since it started, ns; null: its system does not say."""
 
@@ -75,8 +87,9 @@ class Meter:
         self._before: Mapping[int, Times] | None = None
         self._root: int | None = None
 
-    def take(self, root: int, threads: Mapping[int, Times]) -> Times | None:
-        """Since the last reading; null when there was none, or it was of another ``root`` (process): a new start.
+    def take(self, root: int, threads: Mapping[int, Times], length_ns: int) -> Used | None:
+        """Since the last reading, ``length_ns`` ago; null when there was none, or it was of another ``root`` (process),
+        before a new start.
 
         A thread that is new, or has the number of one that ended, counts from its own beginning; the last moments of
         one that ended are not known.
@@ -85,13 +98,16 @@ class Meter:
         known, self._root = self._root == root, root
         if before is None or not known:
             return None
-        run = delay = 0
+        run = delay = work_run = work_delay = 0
         for thread, now in threads.items():
             then = before.get(thread, Times(0, 0))
             again = now.run_ns < then.run_ns or now.delay_ns < then.delay_ns
-            run += now.run_ns - (0 if again else then.run_ns)
-            delay += now.delay_ns - (0 if again else then.delay_ns)
-        return Times(run, delay)
+            ran = now.run_ns - (0 if again else then.run_ns)
+            waited = now.delay_ns - (0 if again else then.delay_ns)
+            works = ran + waited >= WORK_SHARE * length_ns
+            run, delay = run + ran, delay + waited
+            work_run, work_delay = work_run + works * ran, work_delay + works * waited
+        return Used(run, delay, work_run, work_delay)
 
     def forget(self) -> None:
         """The next reading is the first again."""
@@ -143,19 +159,20 @@ class Sampler:
         """Once; a server that serves now, and did the last time, gets a row of what was between."""
         tree = children()
         now_ns, host = time.monotonic_ns(), host_times()
-        length_ns = None if self._before_ns is None else now_ns - self._before_ns
+        length_ns = now_ns - (self._before_ns or now_ns)
         for server, meter in self._servers:
             pids = server.processes(tree)
             threads = read_threads(pids)
             if not threads:
                 meter.forget()
                 continue
-            used = meter.take(pids[0], threads)
+            used = meter.take(pids[0], threads, length_ns)
             if used is not None and length_ns:
                 server.note_second(
                     ProcessorSecond(
                         t_ns=now_ns - self._start_mono_ns, length_ns=length_ns, threads=len(threads),
                         run_ns=used.run_ns, delay_ns=used.delay_ns,
+                        work_run_ns=used.work_run_ns, work_delay_ns=used.work_delay_ns,
                         host_busy_ns=grown(host.busy_ns, self._host.busy_ns),
                         host_stolen_ns=grown(host.stolen_ns, self._host.stolen_ns),
                     )

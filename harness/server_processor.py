@@ -12,6 +12,9 @@ threads         int32  threads of the server's processes at its end
 run_ns          int64  processor time of all of them in the interval
 delay_ns        int64  time in which they were ready to run and had no processor, added up over threads (run delay). It
                        holds the time in which the quota of their group (cgroup) was used up
+work_run_ns     int64  of ``run_ns``, what threads with work ran: those that ran or waited for a tenth of the interval.
+                       The others wake up now and then, and mostly for nothing
+work_delay_ns   int64  of ``delay_ns``, what these waited
 host_busy_ns    int64  processor time of everything on their host
 host_stolen_ns  int64  processor time that was due to their host, a virtual machine, and went to others (steal). A
                        thread that it is taken from neither runs nor waits by its own kernel's count
@@ -40,6 +43,8 @@ SCHEMA = pa.schema(
         pa.field("threads", pa.int32(), nullable=False),
         pa.field("run_ns", pa.int64(), nullable=False),
         pa.field("delay_ns", pa.int64(), nullable=False),
+        pa.field("work_run_ns", pa.int64(), nullable=False),
+        pa.field("work_delay_ns", pa.int64(), nullable=False),
         pa.field("host_busy_ns", pa.int64()),
         pa.field("host_stolen_ns", pa.int64()),
     ],
@@ -56,6 +61,8 @@ class ProcessorSecond:
     threads: int
     run_ns: int
     delay_ns: int
+    work_run_ns: int
+    work_delay_ns: int
     host_busy_ns: int | None = None
     host_stolen_ns: int | None = None
 

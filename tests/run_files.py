@@ -26,7 +26,10 @@ TIER = Tier(
 
 SPEC = RunSpec(mode="open", model="m", base_urls=["http://127.0.0.1:1/v1"], min_requests=1)
 
-QUIET = ProcessorSecond(t_ns=10**6 * S, length_ns=10**6 * S, threads=60, run_ns=4 * 10**5 * S, delay_ns=2 * 10**4 * S)
+QUIET = ProcessorSecond(
+    t_ns=10**6 * S, length_ns=10**6 * S, threads=60, run_ns=4 * 10**5 * S, delay_ns=2 * 10**4 * S,
+    work_run_ns=4 * 10**5 * S, work_delay_ns=10**4 * S,
+)  # fmt: skip
 """What the processes of a server ran and waited that had its processors to itself, for as long as any run lasts."""
 
 

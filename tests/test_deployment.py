@@ -577,7 +577,7 @@ def test_a_server_elsewhere_is_sampled_on_its_own_clock(tmp_path: Path, monkeypa
     from ray.exceptions import RayError
 
     begun: list[int] = []
-    rows = [ProcessorSecond(t_ns=S, length_ns=S, threads=9, run_ns=500, delay_ns=50)]
+    rows = [ProcessorSecond(t_ns=S, length_ns=S, threads=9, run_ns=500, delay_ns=50, work_run_ns=0, work_delay_ns=0)]
     looks = [[Look("ready", [], None, b"", 1, rows)], [Look("ready", [], None, b"", 1, [])]]
 
     def ahead() -> int:

@@ -80,7 +80,7 @@ GATES = {
     "generator_cpu": {"workers_said": worker(cpu_share=0.95)},
     "generator_lag": {"workers_said": worker(loop_lag_p99_s=0.2)},
     "replicas": {"replicas": [replace(REPLICA, exit="died of signal 9")]},
-    "starved": {"processor": [replace(QUIET, delay_ns=QUIET.run_ns)]},
+    "starved": {"processor": [replace(QUIET, work_delay_ns=QUIET.run_ns)]},
     "engine_fits_tier": {"tier": replace(TIER, accelerator="H100", accelerator_count=8)},
     "input_tokens": {"results": changed(1, input_tokens=9), "plan": as_planned()},
     "prompt_text": {
