@@ -200,19 +200,21 @@ class Columns:
 CHUNKS: dict[str, type] = dict.fromkeys(
     ("first_gap_ns", "decode_ns", "max_gap_ns", "stated_tokens", "first_tokens"), np.float64
 )
-CHUNKS["chunks"] = np.int32
+CHUNKS |= dict.fromkeys(("chunks", "shared"), np.int32)
 """What `reduce_chunks` makes, and of which type."""
 
 
 def reduce_chunks(batch: pa.RecordBatch) -> dict[str, Any]:
     """What stays of each row's chunks: ``chunks``, ``first_gap_ns``, ``decode_ns`` (first chunk to last),
-    ``max_gap_ns`` (longest after the first), ``stated_tokens``, ``first_tokens`` (of these, in the first chunk), and
-    ``possible``: False where they contradict each other or the times of their row.
+    ``max_gap_ns`` (longest after the first), ``stated_tokens``, ``first_tokens`` (of these, in the first chunk),
+    ``shared`` (chunks with the time of the one before), and ``possible``: False where they contradict each other or
+    the times of their row.
     """
     gaps, offsets = lists(batch.column("chunk_gap_ns"))
     counts = np.diff(offsets)
     some = counts > 0
     starts = offsets[:-1][some]
+    shared = np.zeros(len(batch), dtype=np.int32)
     first, decode, longest = (np.full(len(batch), np.nan) for _ in range(3))
     ok = np.ones(len(batch), dtype=np.bool_)
     if len(starts):
@@ -222,6 +224,9 @@ def reduce_chunks(batch: pa.RecordBatch) -> dict[str, Any]:
         later[starts] = 0
         longest[some] = np.maximum.reduceat(later, starts)
         longest[counts < 2] = np.nan
+        together = gaps == 0
+        together[starts] = False
+        shared[some] = np.add.reduceat(together, starts, dtype=np.int32)
         if gaps.min() < 0 or gaps.max() > LONGEST_NS:
             ok[some] = (np.minimum.reduceat(gaps, starts) >= 0) & (np.maximum.reduceat(gaps, starts) <= LONGEST_NS)
     tokens, token_offsets = lists(batch.column("chunk_tokens"))
@@ -242,7 +247,7 @@ def reduce_chunks(batch: pa.RecordBatch) -> dict[str, Any]:
     ok &= np.where(some, finished >= sent + np.nan_to_num(first) + np.nan_to_num(decode), True)
     return {
         "chunks": counts.astype(np.int32), "first_gap_ns": first, "decode_ns": decode, "max_gap_ns": longest,
-        "stated_tokens": stated, "first_tokens": head, "possible": ok,
+        "stated_tokens": stated, "first_tokens": head, "shared": shared, "possible": ok,
     }  # fmt: skip
 
 

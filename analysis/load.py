@@ -35,6 +35,7 @@ from analysis.columns import (
     read_parts,
     reduce_chunks,
 )
+from analysis.held import Held
 from analysis.offered_load import kind_of
 from analysis.rows import ChunkRows as ChunkRows
 from analysis.rows import Rows as Rows
@@ -158,8 +159,10 @@ def _join(
         sum(int(np.count_nonzero(~seen[part] & (measured[part] == which))) for part in arrays.blocks(plan.requests))
         for which in (True, False)
     )
-    warmup_rows = _rows(dict(table), arrays.flags(len(ids), lambda part: keep[part] & ~row_measured[part]), plan)
-    rows = _rows(table, row_measured, plan)
+    observed = read_seconds(directory, manifest.spec.workers, problems)
+    held = Held(observed, manifest.workers)
+    warmup_rows = _rows(dict(table), arrays.flags(len(ids), lambda part: keep[part] & ~row_measured[part]), plan, held)
+    rows = _rows(table, row_measured, plan, held)
     run = Run(
         path=directory.path,
         manifest=manifest,
@@ -170,7 +173,7 @@ def _join(
         lost=lost,
         lost_warmup=lost_warmup,
         **counts,
-        seconds=read_seconds(directory, manifest.spec.workers, problems),
+        seconds=observed,
         errors=tuple(columns.names),
         examples=columns.examples,
         remarked=columns.remarked,
@@ -295,7 +298,7 @@ def _read_rows(paths: list[Path], columns: Columns, problems: list[str]) -> list
     return sources
 
 
-def _rows(table: dict[str, Any], mask: Bools, plan: _Plan) -> Rows:
+def _rows(table: dict[str, Any], mask: Bools, plan: _Plan, held: Held) -> Rows:
     """The rows under ``mask`` as columns, times in seconds; each column is taken out of ``table`` as it is used."""
     whole = bool(mask.all())
 
@@ -309,14 +312,18 @@ def _rows(table: dict[str, Any], mask: Bools, plan: _Plan) -> Rows:
         return np.divide(values, NS, out=values)
 
     ids, scheduled = column("request_id"), seconds("scheduled_ns")
-    times = ("sent", "finished", "first_gap", "decode", "max_gap")
-    same = (*COUNTS, "error", "chunks", "stated_tokens", "first_tokens")
+    sent, finished = seconds("sent_ns"), seconds("finished_ns")
+    times = ("first_gap", "decode", "max_gap")
+    same = (*COUNTS, "error", "chunks", "stated_tokens", "first_tokens", "shared")
     rows = Rows(
         request_id=ids,
         rank=_rank(ids, scheduled, plan.requests),
         planned_input_tokens=arrays.filled(len(ids), lambda part: plan.input_tokens[ids[part]]),
         planned_output_tokens=arrays.filled(len(ids), lambda part: plan.output_tokens[ids[part]]),
         scheduled_s=scheduled,
+        sent_s=sent,
+        finished_s=finished,
+        held_s=arrays.filled(len(ids), lambda part: held.between(sent[part], finished[part])),
         **{f"{name}_s": seconds(f"{name}_ns") for name in times},
         **{name: column(name) for name in same},
     )

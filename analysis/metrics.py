@@ -20,6 +20,9 @@ from harness.slo import split_key
 
 BETWEEN_BOUND = 0.1
 """Share by which tpot may be wrong for want of knowing how many tokens a chunk holds."""
+CLUMP_BOUND, CLUMP_FLOOR_S = 0.25, 0.005
+"""Share of chunks that come together with the one before, and time between those that do not, from which on an answer
+was delivered in clumps."""
 WINDOW_RULE = "whole run, ramp and drain included"
 BINS = 200
 
@@ -77,12 +80,12 @@ def service_e2e(rows: Rows) -> Floats:
 def tpot(rows: Rows) -> Floats:
     """tpot, s per output token: (last chunk - first chunk) / tokens that came between.
 
-    NaN below two output tokens, without ``usage``, when all output came in one chunk (then nothing was timed), and when
-    nobody knows how many tokens came between.
+    NaN below two output tokens, without ``usage``, when all output came in one chunk (then nothing was timed) or in
+    clumps (`clumped`), and when nobody knows how many tokens came between.
     Source: vLLM and NVIDIA GenAI-Perf divide by output tokens - 1: the same where the first chunk holds one token.
     """
     tokens = between(rows)
-    usable = rows.success & (rows.chunks >= 2) & (rows.output_tokens >= 2) & (tokens >= 1)
+    usable = rows.success & (rows.chunks >= 2) & (rows.output_tokens >= 2) & (tokens >= 1) & ~clumped(rows)
     result = np.full(len(rows), np.nan)
     result[usable] = rows.decode_s[usable] / tokens[usable]
     return result
@@ -101,9 +104,24 @@ def between(rows: Rows) -> Floats:
     return np.where(np.isfinite(stated), stated, np.where(close, most, np.nan))
 
 
+def clumped(rows: Rows) -> Bools:
+    """Answers that were delivered in clumps, so that their gaps are the transport's and not the engine's.
+
+    More than `CLUMP_BOUND` of the chunks have the time of the one before, and the times that differ lie farther apart
+    (where none does: the first from sending) than our own loop stood still meanwhile, so that it was not we who read
+    them together.
+    """
+    later = rows.chunks - 1
+    apart = later - rows.shared
+    spacing = np.divide(rows.decode_s, apart, out=rows.first_gap_s.copy(), where=apart > 0)
+    together = (later > 0) & (rows.shared > CLUMP_BOUND * later)
+    found: Bools = together & (spacing > np.maximum(CLUMP_FLOOR_S, rows.held_s))
+    return found
+
+
 def itl_max(rows: Rows) -> Floats:
-    """Longest pause of each answer, s: the longest gap between two chunks. NaN below two chunks."""
-    return np.where(rows.success, rows.max_gap_s, np.nan)
+    """Longest pause of each answer, s: the longest gap between two chunks. NaN below two chunks, and in clumps."""
+    return np.where(rows.success & ~clumped(rows), rows.max_gap_s, np.nan)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,13 +136,13 @@ class Gaps:
 
 
 def itl(rows: ChunkRows) -> Gaps:
-    """itl, s: gaps between token arrivals of successful requests, pooled.
+    """itl, s: gaps between token arrivals of successful requests that did not come in clumps, pooled.
 
     A chunk of k tokens that came g after the chunk before it counts as k samples of g / k; a request's first chunk is
     ttft and counts none. So the samples of a request add up to last chunk - first chunk.
     """
     parts = _parts(rows)
-    tokens = np.repeat(rows.success.astype(np.float64), rows.chunks)
+    tokens = np.repeat((rows.success & ~clumped(rows)).astype(np.float64), rows.chunks)
     tokens[rows.offsets[:-1][rows.chunks > 0]] = 0.0
     if parts is None:
         return Gaps(seconds=rows.gap_s, tokens=tokens)

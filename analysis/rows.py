@@ -59,6 +59,10 @@ class Rows:
     """Output tokens that the chunks say they hold; NaN when the server did not say."""
     first_tokens: Floats
     """Of these, in the first chunk."""
+    shared: npt.NDArray[np.int32]
+    """Chunks that came together with the one before."""
+    held_s: Floats
+    """Longest that an event loop of ours stood still meanwhile: what it read together may have come apart."""
 
     def __len__(self) -> int:
         return len(self.request_id)

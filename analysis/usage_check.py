@@ -140,6 +140,8 @@ def _advice(excess: float, how: How) -> str:
 def sampled(run: Run) -> list[Answer]:
     """The answers of the sample that are measured successes with usage."""
     counted = {one.request_id: one for one in run.manifest.answers}
+    if not counted:
+        return []
     ids = np.array([*counted], dtype=np.int64)
     found = []
     for _, part in run.rows.blocks():

@@ -14,7 +14,7 @@ import numpy as np
 from analysis import arrays, metrics
 from analysis.check import MIN_REQUESTS, Check, check, limit
 from analysis.counters import server_counters, server_restarts, shared_addresses, token_books
-from analysis.delivery import chunk_tokens
+from analysis.delivery import delivery
 from analysis.generator import (
     arrival_process,
     generator_cpu,
@@ -58,7 +58,8 @@ def check_run(
         workers(run), generator_cpu(run), generator_lag(run, bound_s), littles_law(run), replicas(run),
         starved(run, window), server_restarts(run, shared), engine_fits_tier(run), input_tokens(run),
         prompt_text(run), usage_text(run), token_books(run, shared),
-        server_counters(run, shared), output_tokens(run), usage(run), answer_fields(run), chunk_tokens(run),
+        server_counters(run, shared), output_tokens(run), usage(run), answer_fields(run),
+        *delivery(run),
         failures(run, counts), unfinished(counts), sample_size(run), duration(window), stamps(run),
         generator_stall(run, bound_s), planned_rate(run), arrivals(run), concurrency(run, window),
         wasted_time(run, window), shared_host(run), hardware(run), price_date(run),

@@ -92,6 +92,7 @@ GATES = {
 
 LIMITS = {
     "output_tokens": {"results": changed(1, output_tokens=3, chunk_tokens=None), "plan": as_planned()},
+    "bulk_delivery": {"results": rows(itl_ms=0)},
     "chunk_tokens": {"results": changed(1, output_tokens=9, chunk_tokens=None)},
     "server_counters": {"engine": "url", "replicas": [replace(REPLICA, several_servers=True)]},
     "stamps": {"workers_said": worker(loop_lag_p99_s=0.005)},

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from analysis import metrics
 from analysis.arrays import Bools, Floats, Ints
 from analysis.money.nonnegative import solve_non_negative
 from analysis.rows import Run
@@ -121,6 +122,7 @@ class Observed:
     cached_tokens: float
     """Of all of them; 0 when the server did not say."""
     failed: int
+    """Requests without the times of their tokens, those that came in clumps among them."""
 
     def __len__(self) -> int:
         return len(self.sent_s)
@@ -157,7 +159,7 @@ def observe(run: Run, replicas: int) -> Observed:
         found = batch.column("replica").fill_null(-1).to_numpy(zero_copy_only=False)
         served_by.append(found[keep])
     known = np.isfinite(rows.sent_s) & np.isfinite(rows.first_gap_s) & (rows.error < 0)
-    known &= np.isfinite(rows.input_tokens) & (rows.output_tokens >= 1)
+    known &= np.isfinite(rows.input_tokens) & (rows.output_tokens >= 1) & ~metrics.clumped(rows)
     order = np.flatnonzero(known)[np.argsort(rows.sent_s[known], kind="stable")]
     first_s = rows.sent_s[order] + rows.first_gap_s[order]
     return Observed(
@@ -173,7 +175,7 @@ def fit_engine(runs: Sequence[Observed]) -> FittedEngine:
     """The engine that explains the runs of one system best. Raises `NotFittedError` where it cannot be told."""
     asked = sum(len(run) + run.failed for run in runs)
     if not asked or sum(run.failed for run in runs) > LARGEST_FAILED * asked:
-        raise NotFittedError(f"more than {LARGEST_FAILED:.0%} of the requests failed or were not streamed")
+        raise NotFittedError(f"more than {LARGEST_FAILED:.0%} of the requests failed or were not streamed by token")
     if sum(run.cached_tokens for run in runs) > LARGEST_CACHED * sum(float(run.input_tokens.sum()) for run in runs):
         raise NotFittedError("the servers read part of the prompts from their prefix cache, which no step time shows")
     for run in runs:
