@@ -8,7 +8,7 @@ within every session, so requests per second are an outcome, and the load is the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -39,7 +39,8 @@ class OfferedLoad:
     """req/s: (n - 1) / (last - first time sent). Null below two requests, or when all were sent at one instant."""
     session_rate: Quantity
     """Sessions started per second: (n - 1) / (last - first planned time) of the first turns that were sent. Null but
-    for sessions that wait."""
+    for sessions that wait. A plan of windows cuts sessions, and what is left of one begins none: there it is planned
+    requests/s over the trace's requests for each session."""
     requests_per_session: float | None
     """Requests that were planned over sessions that were; null but for sessions that wait. With ``session_rate`` it is
     the rate of requests that a server asks for that keeps up."""
@@ -71,9 +72,14 @@ def offered_load(run: Run) -> OfferedLoad:
         begun = int(np.count_nonzero(first))
         per_session = len(rows) / begun if begun else None
     why = "nothing is a session that waits" if starts is None else "fewer than two sessions were started"
+    session_rate = rate(np.zeros(0) if starts is None else starts, "sessions/s", why)
+    plan = run.manifest.plan
+    if starts is not None and plan.windows and plan.source is not None and plan.planned_rate:
+        per_session = plan.source.requests_per_session
+        session_rate = replace(session_rate, value=plan.planned_rate / per_session, note=None)
     return OfferedLoad(
         kind=kind,
         sent_rate=rate(arrays.kept(rows.sent_s, sent), "req/s", "fewer than two requests were sent"),
-        session_rate=rate(np.zeros(0) if starts is None else starts, "sessions/s", why),
+        session_rate=session_rate,
         requests_per_session=per_session,
     )

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import compress, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -32,6 +32,31 @@ _BATCH_SIZE = 2_000_000
 
 Copied = tuple[int, TraceRecord]
 """A row and which copy of the trace it is of: a trace can be begun again, or be laid over itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """A reading of the trace that takes some of its rows."""
+
+    open_: contextlib.ExitStack
+    rows: Iterator[tuple[int, TraceRecord]]
+    held: dict[int, TraceRecord]
+    """Read already, and sent later: turns of sessions that lie over each other."""
+
+    def take(self, wanted: int | None) -> TraceRecord | None:
+        """The row of that number, or the next; None when there is none."""
+        if wanted in self.held:
+            return self.held.pop(wanted)
+        for row, record in self.rows:
+            if wanted is None or row == wanted:
+                return record
+            self.held[row] = record
+        return None
+
+
+def _listed(order: npt.NDArray[np.unsignedinteger[Any]]) -> Iterator[int]:
+    for start in range(0, len(order), _BATCH_ROWS):
+        yield from order[start : start + _BATCH_ROWS].tolist()
 
 
 @dataclass(slots=True)
@@ -87,20 +112,20 @@ class Batches:
         parts, order = self.arrangement.parts, self.arrangement.part[:n]
         left = np.bincount(order, minlength=len(parts))
         with contextlib.ExitStack() as open_:
-            readings: dict[int, tuple[contextlib.ExitStack, Iterator[TraceRecord]]] = {}
-            for start in range(0, n, _BATCH_ROWS):
-                for part in order[start : start + _BATCH_ROWS].tolist():
-                    if part not in readings:
-                        one = open_.enter_context(contextlib.ExitStack())
-                        rows = one.enter_context(contextlib.closing(iter(self.trace)))
-                        readings[part] = one, compress(rows, parts[part].rows.data)
-                    record = next(readings[part][1], None)
-                    if record is None:
-                        return
-                    yield parts[part].copy, record
-                    left[part] -= 1
-                    if not left[part]:
-                        readings.pop(part)[0].close()
+            readings: dict[int, _Reading] = {}
+            for at, part in enumerate(_listed(order)):
+                if part not in readings:
+                    one = open_.enter_context(contextlib.ExitStack())
+                    rows = one.enter_context(contextlib.closing(iter(self.trace)))
+                    readings[part] = _Reading(one, compress(enumerate(rows), parts[part].rows.data), {})
+                wanted = None if self.arrangement.rows is None else int(self.arrangement.rows[at])
+                record = readings[part].take(wanted)
+                if record is None:
+                    return
+                yield parts[part].copy, record
+                left[part] -= 1
+                if not left[part]:
+                    readings.pop(part).open_.close()
 
     def _batch(self, rows: list[Copied], first: int, prompts: _Prompts, sessions: _Slices) -> pa.RecordBatch:
         n = len(rows)

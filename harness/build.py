@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from harness.records import Trace
 from harness.spool import filled
 from harness.traces.notes import Timed, notes, prompt_notes
 from harness.traces.rescale import arrange, spread
+from harness.traces.session_windows import session_windows
 from harness.traces.stats import arrival_stats, mean_rate
 from harness.traces.survey import Content, Survey, survey
 from harness.traces.windows import windows_in_time, windows_of_rows
@@ -207,7 +209,8 @@ def _windowed(
 ) -> Timed:  # fmt: skip
     """Stretches from different parts of the trace, which is read as a whole."""
     own = not spec.closed and not spec.drawn
-    found = survey(trace, timed=own, made_up=made_up)
+    waits = own and spec.sessions == "wait"
+    found = survey(trace, timed=own, made_up=made_up, units_seed=spec.seed if waits else None)
     if not own:
         scheduled = None
         if spec.drawn:
@@ -224,13 +227,14 @@ def _windowed(
         return Timed(survey=found, scheduled=scheduled, arrangement=joined.arrangement, windows=joined)
     arrivals, spread_s = _spread(trace, spec, found.arrivals)
     speed = _speed(trace, arrivals, spec)
-    joined = windows_in_time(
-        arrivals, windows, lasts_ns=(spec.duration_s or 0.0) * 1e9 * speed, speed=speed, trace_sha256=trace.sha256,
-        seed=spec.seed, most=spec.limit,
+    cut = windows_in_time if found.units is None else partial(session_windows, starts=found.units.starts)
+    joined = cut(
+        arrivals, asked=windows, lasts_ns=(spec.duration_s or 0.0) * 1e9 * speed, speed=speed,
+        trace_sha256=trace.sha256, seed=spec.seed, most=spec.limit,
     )  # fmt: skip
     return Timed(
         survey=found, scheduled=_rescale(joined.arrangement.scheduled, speed), speed=speed, spread_s=spread_s,
-        arrangement=joined.arrangement, windows=joined, rescale=None if speed == 1.0 else "compress",
+        arrangement=joined.arrangement, windows=joined, rescale=None if speed == 1.0 else "compress", own_pace=waits,
     )  # fmt: skip
 
 

@@ -13,10 +13,14 @@ from analysis.show.capacity_text import sentence, system_blocks
 from analysis.show.report import render_json, render_markdown
 from analysis.show.view import view_run
 from analysis.sizing.at_slo import systems
+from analysis.sizing.evidence import evidence_of
 from analysis.sizing.system import load_words, offered
 from analysis.summary import summarise
 from analysis.turns import own_times
+from harness.plan import PlannedWindow
 from harness.run import RunDir, read_manifest, write_manifest
+from harness.slo import Criterion
+from harness.traces.stats import TraceStats
 
 TURNS, EVERY_S, ANSWER_S, THINK_S = 4, 2.0, 3.0, 1.0
 """Planned: a turn each 2 s. The server takes 3 s to answer, and users think for 1 s: each turn comes 4 s after the
@@ -141,3 +145,33 @@ def test_own_times_follow_think_times_that_the_clock_does_not():
     after, think = np.array([np.nan, 0, np.nan, 1]), np.array([np.nan, 5.0, np.nan, np.nan]) * MS
     assert own_times(scheduled, after, think).tolist() == [0, 5 * MS, 2 * MS, 5 * MS]
     assert scheduled.tolist() == [0, MS, 2 * MS, 3 * MS]
+
+
+def test_what_a_window_leaves_of_a_session_begins_none(tmp_path):
+    """Of three windows a half of the first turns are of sessions that began before; the trace says how many begin."""
+    whole = sessions_run(tmp_path / "run")
+    manifest = read_manifest(tmp_path / "run")
+    source = TraceStats(
+        requests=1000, arrivals=None, input_tokens=None, output_tokens=None, sessions=100, session_rows=900,
+        most_turns=12, unit_rows=9.0, prefix=None, grid_s=None,
+    )  # fmt: skip
+    windows = [PlannedWindow(first_row=0, last_row=239, starts_s=0.0, requests=240, lasts_s=36.0)]
+    manifest.plan = replace(manifest.plan, windows=windows, source=source)
+    write_manifest(RunDir(tmp_path / "run"), manifest)
+    cut = summarise(read_run(tmp_path / "run"))
+    assert cut.offered.requests_per_session == 5.0  # 900 in sessions of 9, 100 alone
+    assert cut.offered.session_rate.value == pytest.approx(whole.plan.planned_rate / 5.0)
+    assert cut.offered.sent_rate == whole.offered.sent_rate
+
+
+def test_turns_that_come_after_the_plans_end_are_no_evidence(tmp_path):
+    """60 starts, one each half second, and turns planned to 35.5 s; with 3 s to answer they come until 41.5 s."""
+    sessions_run(tmp_path / "run")
+    run = read_run(tmp_path / "run")
+    limit = Criterion(name="ttft", wanted=0.95, limits={"ttft": 1.0})
+    evidence = evidence_of(run, [limit], 6.7, lost=False)
+    last_s = 29.5 + (TURNS - 1) * EVERY_S
+    late = sum(k * 0.5 + turn * (ANSWER_S + THINK_S) > last_s for k in range(60) for turn in range(TURNS))
+    assert late == 12 + 4  # the last 12 sessions' fourth turns, the last 4 sessions' third
+    assert int(evidence.measured.sum()) == len(evidence.kept[0]) == 240 - late
+    assert evidence.sent.after is not None and evidence.sent.after[:5].tolist() == [-1, 0, 1, 2, -1]

@@ -314,19 +314,18 @@ def test_turns_of_a_window_wait_for_each_other_and_for_none_outside(tmp_path, n)
         info = plan(sessions, tmp_path / "p", draw=draw, sessions="wait")
         requests = list(iter_requests(tmp_path / "p"))
         ends = np.cumsum([w.requests for w in info.windows])
-        last: dict[tuple[int, str], int] = {}
-        passed = before = 0
+        of_session: dict[int, list[tuple[int, int, str]]] = {}
         for request in requests:
             assert request.output_tokens is not None
             row = request.output_tokens - 1
-            if row < before:
-                passed += 1  # the trace begins again
-            before = row
-            key = (int(np.searchsorted(ends, request.request_id, side="right")), passed, rows[row]["session_id"])
-            assert request.after == last.get(key)
+            window = int(np.searchsorted(ends, request.request_id, side="right"))
+            before = of_session.setdefault(request.slice, [])
+            assert request.after == (before[-1][0] if before else None)
+            before.append((request.request_id, window, rows[row]["session_id"]))
+            assert len({(window, session) for _, window, session in before}) == 1
+            turns_of = [requests[i].output_tokens or 0 for i, _, _ in before]
+            assert turns_of == sorted(turns_of), "turns of one pass over the trace, in order"
             linked += request.after is not None
-            assert request.after is None or requests[request.after].slice == request.slice
-            last[key] = request.request_id
     assert linked > 50
 
 

@@ -24,6 +24,7 @@ ERRORS = 2.0
 KS_CHANCE = 1.95
 """As in `analysis.fidelity.planned`."""
 ON_PURPOSE = "the windows are the trace's busiest stretch, as asked"
+OWN_PACE = "sessions that wait begin on another clock and keep their own pace, so gaps are no scaled ones"
 CHANCE_OR_DRIFT = "this plan's windows are not like the whole trace: more or longer windows, or several draws together"
 
 
@@ -37,6 +38,9 @@ def rate_and_shape(info: PlanInfo, source: ArrivalStats, times: Ints) -> list[Fi
         return [over_time if name == names[1] else not_comparable(name, ON_PURPOSE) for name in names]
     planned = arrival_stats(times)
     assert planned is not None
+    if info.sessions == "wait" and info.speed != 1.0:
+        paced = (not_comparable(name, OWN_PACE) for name in names[2:])
+        return [_rate(names[0], info, source, planned), over_time, *paced]
     return [
         _rate(names[0], info, source, planned),
         over_time,

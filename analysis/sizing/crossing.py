@@ -180,7 +180,5 @@ def _ends(fit: _Fit, wanted: float, own: float) -> tuple[float, float]:
     # as log odds, which do not end at 1
     odds, steps = math.log(wanted / (1 - wanted)) if wanted < 1 else 12.0, reach / max(wanted * (1 - wanted), 1e-4)
     upper, lower = (1 / (1 + math.exp(-(odds + side * min(steps, 20.0)))) for side in (1, -1))
-    shares, rates = curve.shares(level_s), curve.rates
-    low = float(np.interp(-upper, -shares, rates))
-    high = float(np.interp(-lower, -shares, rates))
+    low, high = (curve.rate_within(level_s, share) for share in (upper, lower))
     return min(low, rate), max(high, rate)

@@ -38,6 +38,8 @@ TRIES = 2
 """A load whose runs were INVALID so often is left alone."""
 BEYOND = 1.1
 """An open loop at this multiple of the ceiling shows what a server that never idles gets done."""
+FULL = 0.96
+"""Of the ceiling: a server that is as good as full and still keeps up."""
 FIRST = 0.9
 """The first rate: at most this share of the ceiling."""
 STEP_UP, STEP_DOWN = 1.5, 0.6
@@ -327,6 +329,9 @@ def _next_rate(
         if rate <= alone * IDLE / 2:
             return Step(why="no VALID run")
         return Step(rate=_round(rate), why="where the ladder and the trace's own bursts put it")
+    if now.limit is SUSTAINED and now.missed and not _seen_full(opened, now.ceiling):
+        why = f"the server gets {now.ceiling:.3g} req/s done: just below that, to see whether the promise breaks first"
+        return Step(rate=_round(FULL * now.ceiling), why=why)
     if (ended := _ended(now, tolerance)) is not None:
         return ended
     last = [p.rate for p in opened if p.rate is not None and p.proves][-1]
@@ -346,6 +351,13 @@ def _next_rate(
             return Step(why=f"runs at {spoilt:g} req/s are INVALID, and at {last:g} the promise is kept")
         rate = (last + spoilt) / 2
     return Step(rate=_round(rate), why=why)
+
+
+def _seen_full(opened: Sequence[Probe], ceiling: float) -> bool:
+    """A probe near the ceiling kept up, so that its requests say what the promise allows there; or two did not."""
+    shown = [p.evidence for p in opened if p.evidence is not None]
+    near = [e for e in shown if abs(e.rate / ceiling / FULL - 1) <= 1 - FULL]
+    return any(not e.unstable for e in near) or len(near) >= TRIES
 
 
 def _ended(now: Estimate, tolerance: float) -> Step | None:

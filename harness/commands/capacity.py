@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from harness.commands.capacity_run import CapacityReport, CapacitySession, Search, in_loop
+from harness.commands.capacity_plan import in_loop
+from harness.commands.capacity_run import CapacityReport, CapacitySession, Search
 from harness.commands.found import refused_exit
 from harness.commands.output import print_blocks, print_json, say
 from harness.commands.sweep import LOCAL_SWEEPS, begun, check

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.commands.capacity_plan import WINDOWS, demand_of, in_loop, waits_in, window_count
 from harness.commands.output import say
 from harness.commands.steps import settle
 from harness.commands.sweep_run import Session
@@ -25,15 +26,10 @@ from harness.sweep_state import SweepState
 if TYPE_CHECKING:
     from analysis.load import Run
     from analysis.sizing.at_slo import System
-    from analysis.sizing.backlog import Demand
     from analysis.sizing.search import Probe, ProbeRow, Step
     from analysis.sizing.searched import Answer
     from analysis.summary import Summary
 
-WINDOWS = 3
-"""A probe joins so many windows from different parts of the trace."""
-SHORTEST_WINDOW_S = 15.0
-"""A burst that is cut by the end of a window is no burst: probes that are short have fewer windows."""
 ANSWERS = 10.0
 """A probe is at least so many times as long as an answer takes alone: a server begins empty and settles in answers."""
 WARMUP = 0.15
@@ -97,7 +93,7 @@ class CapacitySession(Session):
         super().__init__(folder, state, options, trace, tiers)
         self.ask, self.asked = ask, options
         self.demand = demand_of(trace, options)
-        self._waits = options.get("sessions") == "wait" or options.get("conversation") == "live"
+        self._waits = waits_in(options)
         self.probes: dict[str, Probe] = {}
         """By the name of the point."""
         self.summaries: dict[str, Summary] = {}
@@ -197,7 +193,8 @@ class CapacitySession(Session):
         judged = math.ceil(least + 3 * math.sqrt(least))  # the count of arrivals in a window varies
         needed = max(judged, requests_needed(self.ask.criteria) / DECIDE)
         seconds = max(self.ask.probe_s, (needed + 1) / rate, ANSWERS * self._answer_s())
-        warmup = options["warmup"] if isinstance(options["warmup"], float) else WARMUP * seconds
+        asked = options["warmup"]
+        warmup = asked if isinstance(asked, float) else max(WARMUP * seconds, self._settles_s())
         if seconds > self.ask.probe_s:
             self.tell_once(
                 f"  {seconds:.0f} s at {rate:g} req/s: less has too few requests, or ends with the first answers"
@@ -206,9 +203,15 @@ class CapacitySession(Session):
             self.tell_once(
                 f"  the trace has {self.survey.rows} requests: it is repeated, with new prompts where they are made"
             )
-        count = max(1, min(WINDOWS, int(seconds / SHORTEST_WINDOW_S)))
+        count = window_count(seconds, waits=self._waits)
         options["windows"] = Windows(count=count, draw=draw, busiest=self.ask.busiest)
         return {**options, "warmup": warmup, "duration_s": seconds + warmup, "repeat": True}
+
+    def _settles_s(self) -> float:
+        """How long sessions that wait take to come at their rate, s: where answers take longer than in the trace, the
+        last turns of a session come that much later, and until then there are fewer.
+        """
+        return self.demand.requests_per_session * self._answer_s() if self._waits else 0.0
 
     def _answer_s(self) -> float:
         """How long an answer takes one request at a time, s; 0 before that is known."""
@@ -314,19 +317,13 @@ class CapacitySession(Session):
         now = estimate(probes, self.ask.criteria, self.demand)
         found = capacity_from(
             now, shown, summaries, self.demand, unit="sessions/s" if self._waits else "req/s",
-            sessions_per_request=self._sessions_per_request(summaries) if self._waits else None,
+            sessions_per_request=1 / self.demand.requests_per_session if self._waits else None,
             reached=any(keeps(p.point, self.ask.criteria) for p in probes if p.rate is not None and p.point),
         )  # fmt: skip
         return Answer(
             criteria=tuple(c.name for c in self.ask.criteria), runs=tuple(names), capacity=found,
             trace_share=self._trace_share(), seconds=now.seconds if now else 0.0,
         )  # fmt: skip
-
-    def _sessions_per_request(self, summaries: Sequence[Summary]) -> float:
-        """Sessions that are started for each request of the trace, by the probes' own plans."""
-        started = [(s.offered.session_rate.value, s.plan.planned_rate) for s in summaries]
-        known = [a / b for a, b in started if a is not None and b]
-        return sum(known) / len(known) if known else 1.0
 
     def _trace_share(self) -> float:
         """Share of the trace's rows that some probe in an open loop replayed."""
@@ -363,39 +360,3 @@ class CapacitySession(Session):
             probes=[self._record(point) for point in self.state.points], systems=found, hours=hours,
             usd=usd if any(rental.tier for rental in self.state.rentals) else None,
         )  # fmt: skip
-
-
-def in_loop(options: dict[str, Any], *, closed: bool) -> dict[str, Any]:
-    """The options of a replay in this kind of loop: a ladder draws no arrivals and rescales nothing."""
-    if not closed:
-        return options
-    defaults = {"arrivals": None, "burstiness": None, "max_concurrency": None, "sessions": "trace", "spread": False}
-    return {**options, **{name: value for name, value in defaults.items() if name in options}}
-
-
-def demand_of(trace: Trace, options: Mapping[str, Any]) -> Demand:
-    """The whole trace as arrivals and lengths; arrivals that are to be drawn are drawn here at 1 req/s."""
-    import numpy as np
-
-    from analysis.sizing.backlog import Demand
-    from harness.arrivals import arrival_times, constant_stage
-
-    times, inputs, outputs = [], [], []
-    for record in trace:
-        times.append(np.nan if record.arrival_s is None else record.arrival_s)
-        inputs.append(np.nan if record.input_tokens is None else record.input_tokens)
-        outputs.append(np.nan if record.output_tokens is None else record.output_tokens)
-    arrival_s = np.array(times, dtype=np.float64)
-    if options.get("arrivals") not in (None, "trace"):
-        stages = constant_stage(1.0, None)
-        drawn = arrival_times(
-            options["arrivals"], stages, burstiness=options.get("burstiness") or 1.0, seed=0, most=len(times)
-        )
-        arrival_s = np.asarray(drawn, dtype=np.float64) / 1e9
-
-    def known(values: list[float], absent: float) -> np.ndarray[Any, np.dtype[np.float64]]:
-        found = np.array(values, dtype=np.float64)
-        said = np.isfinite(found)
-        return np.where(said, found, float(found[said].mean()) if said.any() else absent)
-
-    return Demand(arrival_s=arrival_s, input_tokens=known(inputs, 0.0), output_tokens=known(outputs, 1.0))

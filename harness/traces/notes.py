@@ -34,6 +34,8 @@ class Timed:
     spread_s: float | None = None
     cut: bool = False
     windows: Joined | None = None
+    own_pace: bool = False
+    """Turns come as long after their session's first as in the trace, whatever the clock."""
 
 
 def _draw_note(spec: PlanSpec, scheduled: Times) -> list[str]:
@@ -109,7 +111,9 @@ def _rescaling(timed: Timed, planned: ArrivalStats | None) -> list[str]:
     if timed.rescale == "compress":
         how = f"{timed.speed:.4g} times as fast" if timed.speed > 1 else f"{1 / timed.speed:.4g} times slower"
         said = [
-            f"time compression: the trace's clock runs {how}, and gaps, bursts and the pace of sessions with it; "
+            f"sessions begin on a clock that runs {how}; within a session turns keep the trace's own pace"
+            if timed.own_pace
+            else f"time compression: the trace's clock runs {how}, and gaps, bursts and the pace of sessions with it; "
             "--rescale thin or superpose are fewer or more users on the same clock"
         ]
     else:

@@ -73,6 +73,8 @@ class Arrangement:
     parts: list[Part]
     overlap: bool = True
     """Copies lie over each other; else one is over when the next begins, and so are its sessions."""
+    rows: Times | None = None
+    """Row of the trace of each request, where a part's are not sent in the order of the trace."""
 
 
 def parse_growth(text: str) -> float:

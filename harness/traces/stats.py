@@ -103,6 +103,11 @@ class TraceStats:
     grid_s: float | None
     """Step of the coarse clock its times are on; null when there is none to be seen."""
 
+    @property
+    def requests_per_session(self) -> float:
+        """Mean number of requests in a session; a row without one is one of its own."""
+        return self.requests / max(self.requests - self.session_rows + self.sessions, 1)
+
 
 class PartMeans:
     """Means of equal parts of a series whose length is not known before its end: too many parts are joined in pairs."""

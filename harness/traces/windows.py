@@ -41,7 +41,7 @@ class Joined(NamedTuple):
     """How often a row is sent at most."""
 
 
-class _Stretch(NamedTuple):
+class Stretch(NamedTuple):
     """Rows of the trace from ``first`` up to, not including, ``end``, counted on when the trace begins again."""
 
     first: int
@@ -59,28 +59,10 @@ def windows_in_time(
     Raises `UsageError` when all rows arrive at one instant, when nothing falls into the windows, and for a time that
     64-bit nanoseconds do not hold.
     """
-    n, span = len(arrivals), int(arrivals[-1])
-    if n < 2 or not span:
-        raise UsageError("all rows arrive at one instant: there is no time to cut windows from")
-    if lasts_ns >= 2**62:
-        raise UsageError("windows would last more than 146 years on the trace's clock: a shorter time, or a lower rate")
-    period = span + max(span // (n - 1), 1)
-    count = _count(asked, lasts_ns > period)
-    length = max(round(lasts_ns / count), 1)
-    if asked.busiest:
-        starts = [_busiest_start(arrivals, period, length)] * count
-    else:
-        starts = [round(period * place) % period for place in _places(asked.draw, count, trace_sha256)]
-    stretches, shifts = [], list[int]()
-    left = most
-    for at, which in enumerate(_order(count, seed)):
-        start = starts[which]
-        first, end = (_rows_before(arrivals, period, time) for time in (start, start + length))
-        if left is not None:
-            end = min(end, first + left)
-            left -= end - first
-        stretches.append(_Stretch(first, end))
-        shifts.append(at * length - start)
+    n, period = len(arrivals), period_of(arrivals)
+    stretches, shifts, length = stretches_in_time(
+        arrivals, period, asked, lasts_ns=lasts_ns, trace_sha256=trace_sha256, seed=seed, most=most
+    )
     scheduled = empty(sum(s.end - s.first for s in stretches), np.int64)
     at = 0
     for stretch, shift in zip(stretches, shifts, strict=True):
@@ -88,11 +70,49 @@ def windows_in_time(
             rows = np.arange(stretch.first + part.start, stretch.first + part.stop)
             scheduled[at : at + len(rows)] = rows // n * period + arrivals[rows % n] + shift
             at += len(rows)
-    if not at:
-        raise UsageError("not one request of the trace falls into the plan's windows: a longer time, or a higher rate")
     lasts_s = length / speed / 1e9
-    begins = [which * lasts_s for which in range(count)]
+    begins = [which * lasts_s for which in range(len(stretches))]
     return _joined(scheduled, stretches, n, begins, lasts_s, again=asked.busiest)
+
+
+def period_of(arrivals: Times) -> int:
+    """Time from one beginning of the trace to the next, ns: its span and one mean gap.
+
+    Raises `UsageError` when all rows arrive at one instant.
+    """
+    n, span = len(arrivals), int(arrivals[-1])
+    if n < 2 or not span:
+        raise UsageError("all rows arrive at one instant: there is no time to cut windows from")
+    return span + max(span // (n - 1), 1)
+
+
+def stretches_in_time(
+    times: Times, period: int, asked: Windows, *, lasts_ns: float, trace_sha256: str, seed: int, most: int | None
+) -> tuple[list[Stretch], list[int], int]:
+    """What each window takes of ``times`` (ns, ascending), in the order of the plan; by how much it is moved, ns; and
+    how long each lasts, ns, all on the trace's clock. Raises as `windows_in_time` does.
+    """
+    if lasts_ns >= 2**62:
+        raise UsageError("windows would last more than 146 years on the trace's clock: a shorter time, or a lower rate")
+    count = _count(asked, lasts_ns > period)
+    length = max(round(lasts_ns / count), 1)
+    if asked.busiest:
+        starts = [_busiest_start(times, period, length)] * count
+    else:
+        starts = [round(period * place) % period for place in _places(asked.draw, count, trace_sha256)]
+    stretches, shifts = [], list[int]()
+    left = most
+    for at, which in enumerate(_order(count, seed)):
+        start = starts[which]
+        first, end = (_rows_before(times, period, time) for time in (start, start + length))
+        if left is not None:
+            end = min(end, first + left)
+            left -= end - first
+        stretches.append(Stretch(first, end))
+        shifts.append(at * length - start)
+    if not any(stretch.end > stretch.first for stretch in stretches):
+        raise UsageError("not one request of the trace falls into the plan's windows: a longer time, or a higher rate")
+    return stretches, shifts, length
 
 
 def windows_of_rows(
@@ -112,7 +132,7 @@ def windows_of_rows(
     else:
         starts = [int(rows * place) % rows for place in _places(asked.draw, count, trace_sha256)]
     stretches = [
-        _Stretch(starts[which], starts[which] + size) for which, size in zip(_order(count, seed), sizes, strict=True)
+        Stretch(starts[which], starts[which] + size) for which, size in zip(_order(count, seed), sizes, strict=True)
     ]
     begins = [None] * count if scheduled is None else [int(scheduled[at]) / 1e9 for at in np.cumsum([0, *sizes[:-1]])]
     none = empty(0, np.int64) if scheduled is None else scheduled
@@ -173,7 +193,7 @@ def _densest_start(arrivals: Times, rows: int) -> int:
 
 def _joined(
     scheduled: Times,
-    stretches: Sequence[_Stretch],
+    stretches: Sequence[Stretch],
     n: int,
     begins: Sequence[float | None],
     lasts_s: float | None,
