@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 
+from cluster.simulator.replica import Workload
 from tests.lab import capacity
-from tests.lab.processes import RATE, Process, workload
+from tests.lab.processes import RATE, Process, recorded, sessions, workload
 from tests.lab.table import Coverage
 
 
 @pytest.mark.parametrize("process", ["poisson", "bursty", "diurnal"])
 def test_a_search_finds_the_capacity_that_is_true(process: Process) -> None:
-    true = capacity.TRUTHS[process]
-    told = capacity.judge(capacity.searches(process, 8, 41, math.inf, 0.1, jobs=1), true)
+    case = capacity.CASES[process]
+    told = capacity.judge(capacity.searches(case, 8, 41, math.inf, 0.1, jobs=1), case.true)
     covered = told["coverage"]
     assert isinstance(covered, Coverage) and covered.draws == 8
     assert covered.held >= 6  # of 8 at 95 %: fewer in 1 of 180 draws
@@ -22,9 +25,25 @@ def test_a_search_finds_the_capacity_that_is_true(process: Process) -> None:
     assert float(told["half width"]) <= 0.15  # type: ignore[arg-type]
 
 
-def test_the_truth_is_where_95_of_100_requests_keep_the_limit() -> None:
-    true = capacity.TRUTHS["poisson"]
-    assert capacity.kept_share("poisson", true, range(900, 904)) == pytest.approx(0.95, abs=0.015)
+def test_a_search_finds_the_capacity_of_sessions_that_wait() -> None:
+    """On traces of a fifth of the length that `make study` takes."""
+    case = replace(capacity.CASES["sessions"], trace=partial(short_sessions, 4000))
+    answers = capacity.searches(case, 4, 41, math.inf, 0.1, jobs=1)
+    told = capacity.judge(answers, case.true)
+    covered = told["coverage"]
+    assert isinstance(covered, Coverage) and (covered.held, covered.draws) >= (3, 4)
+    assert abs(float(told["mean error"])) < 0.07  # type: ignore[arg-type]
+    assert max(one.found.rate for one in answers if one.found is not None) < capacity.done_rate(case)
+
+
+def short_sessions(requests: int, seed: int) -> Workload:
+    return recorded(sessions(requests, seed))
+
+
+@pytest.mark.parametrize("name", ["poisson", "sessions"])
+def test_the_truth_is_where_95_of_100_requests_keep_the_limit(name: str) -> None:
+    case = capacity.CASES[name]
+    assert capacity.kept_share(case, case.true, range(900, 904)) == pytest.approx(0.95, abs=0.015)
 
 
 @pytest.mark.parametrize("process", ["poisson", "bursty", "diurnal", "drifting"])
@@ -38,7 +57,7 @@ def test_a_process_has_its_rate(process: Process) -> None:
 
 def test_a_drifting_trace_is_not_its_beginning() -> None:
     """The first 15 % are easy: on them alone capacity would be four times as high."""
-    (answer,) = capacity.searches("drifting", 1, 41, math.inf, 0.1, jobs=1)
+    (answer,) = capacity.searches(capacity.CASES["drifting"], 1, 41, math.inf, 0.1, jobs=1)
     assert answer.found is not None and answer.found.rate < 4.5  # a server that never idles gets 3.4 req/s done
 
 

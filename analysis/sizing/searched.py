@@ -15,7 +15,7 @@ from analysis.intervals import Quantity
 from analysis.sizing.backlog import Demand
 from analysis.sizing.capacity import Capacity
 from analysis.sizing.crossing import NEAR, Evidence
-from analysis.sizing.search import Estimate
+from analysis.sizing.search import SUSTAINED, Estimate
 from analysis.summary import Summary
 from harness.slo import Criterion
 from harness.sweep_store import ANSWER as FILE
@@ -125,17 +125,25 @@ def capacity_from(
     return Capacity(state="found", load=value, limit=now.limit, rates=rates)
 
 
+CORRECTED = (
+    "capacity is that of the whole trace: bursts and long answers that the probes met by chance, more or fewer than "
+    "the trace has, are taken out by the curve of its planned load (analysis/METRICS.md)"
+)
+
+
 def _width_words(now: Estimate) -> str:
     """How long a narrower interval takes."""
     minutes, width = now.seconds / 60, now.half_width
     if now.short:
-        return "no interval: the probes are too short to see a burst through; --probe 60s"
-    if width is None:
-        return f"no interval yet: {now.probes} probes decide; measure longer"
-    return (
-        f"from {minutes:.0f} minutes of load near it, +/- {width:.0%}; half that width takes about "
-        f"{3 * minutes:.0f} minutes more (--tolerance {width / 2:.0%})"
-    )
+        said = "no interval: the probes are too short to see a burst through; --probe 60s"
+    elif width is None:
+        said = f"no interval yet: {now.probes} probes decide; measure longer"
+    else:
+        said = (
+            f"from {minutes:.0f} minutes of load near it, +/- {width:.0%}; half that width takes about "
+            f"{3 * minutes:.0f} minutes more (--tolerance {width / 2:.0%})"
+        )
+    return said if now.limit is SUSTAINED else f"{said}; {CORRECTED}"
 
 
 def _rates(

@@ -7,7 +7,7 @@ slower, as a replay does, with everything in it, bursts too.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -24,6 +24,22 @@ STEP = LinearStep(base_s=0.020, per_sequence_s=0.0015, per_prompt_token_s=0.0000
 LIMITS = Limits(max_num_seqs=8)
 """The engine: 8 slots, a step of 20 ms + 1.5 ms for each sequence + 0.02 ms for each prompt token."""
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """What serves in the laboratory."""
+
+    limits: Limits
+    step: LinearStep
+
+
+ENGINE = Engine(limits=LIMITS, step=STEP)
+WIDE = Engine(
+    limits=Limits(max_num_seqs=64),
+    step=LinearStep(base_s=0.012, per_sequence_s=0.0004, per_prompt_token_s=0.00003),
+)  # fmt: skip
+"""Another: 64 slots, a step of 12 ms + 0.4 ms for each sequence + 0.03 ms for each prompt token."""
+
 RATE = 4.0
 Process = Literal["poisson", "bursty", "diurnal", "drifting"]
 PROCESSES: tuple[Process, ...] = get_args(Process)
@@ -33,15 +49,17 @@ BURST = (3.0, 5.0)
 QUIET = (0.5, 20.0)
 SWING = 0.4
 """Of the diurnal rate about its mean; one period is the whole trace."""
+TURNS = 5
+"""Of a session."""
 EASY = 0.15
 """Of a drifting trace, so much comes first, with answers a quarter as long as the rest's."""
 
 
-def workload(process: Process, requests: int, seed: int) -> Workload:
+def workload(process: Process, requests: int, seed: int, median_output: float = 16.0) -> Workload:
     """``requests`` requests of a process."""
     rng = np.random.default_rng([seed, PROCESSES.index(process)])
     arrival_s = _ARRIVALS[process](rng, requests)
-    outputs = np.maximum(1, np.rint(rng.lognormal(np.log(16), 0.7, requests))).astype(np.int64)
+    outputs = np.maximum(1, np.rint(rng.lognormal(np.log(median_output), 0.7, requests))).astype(np.int64)
     if process == "drifting":
         outputs[int(EASY * requests) :] *= 4
     inputs = np.maximum(1, np.rint(rng.lognormal(np.log(200), 0.8, requests))).astype(np.int64)
@@ -53,12 +71,12 @@ def at_rate(load: Workload, rate: float, own_rate: float = RATE) -> Workload:
     return replace(load, arrival_s=load.arrival_s * (own_rate / rate))
 
 
-def serve(load: Workload, until_s: float = np.inf) -> Outcome:
-    """What the laboratory's engine makes of it."""
-    return simulate(load, LIMITS, [STEP], until_s=until_s)
+def serve(load: Workload, until_s: float = np.inf, engine: Engine = ENGINE) -> Outcome:
+    """What an engine of the laboratory makes of it."""
+    return simulate(load, engine.limits, [engine.step], until_s=until_s)
 
 
-def sessions(requests: int, seed: int, turns: int = 5, think_s: float = 2.0) -> Workload:
+def sessions(requests: int, seed: int, turns: int = TURNS, think_s: float = 2.0) -> Workload:
     """Sessions of ``turns`` requests that wait for each other, their first turns Poisson."""
     rng = np.random.default_rng([seed, 99])
     load = workload("poisson", requests, seed)
@@ -67,6 +85,19 @@ def sessions(requests: int, seed: int, turns: int = 5, think_s: float = 2.0) -> 
     after = np.where(number == 0, -1, np.arange(requests) - 1)
     arrival_s = np.repeat(starts, turns)[:requests]
     return replace(load, arrival_s=arrival_s, after=after, think_s=rng.exponential(think_s, requests))
+
+
+def recorded(load: Workload) -> Workload:
+    """Sessions that wait as a trace has them: in the order in which the laboratory's engine got their turns."""
+    assert load.after is not None and load.think_s is not None
+    arrival_s = serve(load).due_s
+    order = np.argsort(arrival_s, kind="stable")
+    place = np.argsort(order)
+    after = np.where(load.after[order] >= 0, place[load.after[order]], -1)
+    return Workload(
+        arrival_s=arrival_s[order], input_tokens=load.input_tokens[order], output_tokens=load.output_tokens[order],
+        after=after, think_s=load.think_s[order],
+    )  # fmt: skip
 
 
 def _poisson(rng: np.random.Generator, n: int) -> Floats:
