@@ -28,7 +28,7 @@ from analysis.likeness import (
     student_t,
 )
 from analysis.order_statistics import percentile_ends
-from analysis.relaxation import Relaxation
+from analysis.relaxation import Memory, Relaxation
 
 RESAMPLES = 1000
 MAX_UNITS = 1000
@@ -41,7 +41,7 @@ TAIL_ALIKE = 1.5
 WAITING = 0.25
 """Likeness of slow requests that the queue decides, at the least: a run may have seen none that waited for others."""
 FEW = 20
-"""Fewer flags of one kind say nothing of how alike they are: the queue then counts in full."""
+"""Fewer flags of one kind say little of how alike they are: in an open loop the queue then counts in full."""
 MIN_SAMPLES = 5
 """Below this many samples a mean or rate has no interval."""
 
@@ -115,7 +115,7 @@ def distribution(
     owners: Ints,
     weights: Floats | None = None,
     noun: str = "requests",
-    queue: Relaxation | None = None,
+    queue: Memory | None = None,
     waits: bool = False,
 ) -> Distribution:
     """Mean and percentiles of ``values``, NaN left out, each with interval.
@@ -140,7 +140,7 @@ def distribution(
 
     short = None if queue is None else queue.note
     # units may be several requests each; likeness of slow requests is that of the middle at least: the tail shows less
-    alike = 0.0 if queue is None or short else TAIL_ALIKE * queue.alike * total / (int(owners.max()) + 1)
+    alike = 0.0 if short else _alike_units(queue, total, int(owners.max()) + 1)
 
     def deviations(value: float) -> Floats:
         below = count - beyond(value)
@@ -193,6 +193,11 @@ def distribution(
         mean=without_interval(replace(blank, value=mean, low=low, high=high, note=note), short),
         p50=p50, p90=p90, p95=p95, p99=p99,
     )  # fmt: skip
+
+
+def _alike_units(queue: Memory | None, units: int, requests: int) -> float:
+    """Units that an open loop's queue makes alike. A closed loop's shows in what its neighbours have in common."""
+    return TAIL_ALIKE * queue.alike * units / requests if isinstance(queue, Relaxation) else 0.0
 
 
 Sample = tuple[Callable[[float], float], Callable[[float], Floats]]
@@ -249,7 +254,7 @@ def rate(per_bin: Floats, bin_s: float, *, n: int, unit: str, evidence: str, not
     return Quantity(value=value, low=low, high=high, n=n, unit=unit, note=note, evidence=evidence)
 
 
-def share(flags: Bools, *, unit: str, evidence: str, queue: Relaxation | None = None) -> Quantity:
+def share(flags: Bools, *, unit: str, evidence: str, queue: Memory | None = None) -> Quantity:
     """Share of True among ``flags`` (in time order), Wilson interval at the effective sample size.
 
     ``queue``: the memory of the run. With it flags that hardly differ count as alike as the queue makes them, and a run
@@ -267,7 +272,10 @@ def share(flags: Bools, *, unit: str, evidence: str, queue: Relaxation | None = 
     alike, size = 0.0 if queue is None else queue.alike, float(n)
     if 0 < p < 1:
         beyond = _beyond_share(flags, p)
-        alike *= (likeness(beyond) if min(true, n - true) >= FEW else 1.0) * len(beyond) / n
+        seen, few = likeness(beyond), min(true, n - true) < FEW
+        if few:  # an open loop may have missed its bad stretch; those of a closed loop show less of it than there is
+            seen = 1.0 if isinstance(queue, Relaxation) else min(1.0, 2 * seen)
+        alike *= seen * len(beyond) / n
         size = effective_n(
             max(share_variance(beyond, p, n, queue is not None), float(beyond @ beyond) / n**2 * (1 + alike)), p, n
         )

@@ -12,7 +12,7 @@ from analysis.arrays import Bools
 from analysis.intervals import Quantity, share
 from analysis.load import Rows, Run
 from analysis.metrics import Counts
-from analysis.relaxation import Relaxation
+from analysis.relaxation import Memory
 from analysis.served import MISMATCH_BOUND
 from harness.slo import criteria, split_key
 
@@ -73,7 +73,7 @@ def price_note(slo: Slo | None, served: str | None = None) -> str | None:
     return "; ".join(said) or None
 
 
-def judge(run: Run, limits: dict[str, float], counts: Counts, attain: float, queue: Relaxation | None = None) -> Slo:
+def judge(run: Run, limits: dict[str, float], counts: Counts, attain: float, queue: Memory | None = None) -> Slo:
     """Attainment over every request that was offered: failed, unfinished and lost ones did not meet it."""
     rows = run.rows
     left_out = _in_time(rows, metrics.not_offered(run))

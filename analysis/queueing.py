@@ -7,17 +7,19 @@ import numpy as np
 from analysis import arrays, metrics
 from analysis.load import Run
 from analysis.metrics import Window
-from analysis.relaxation import Relaxation, relaxation
+from analysis.relaxation import ClosedLoop, Memory, relaxation
 from analysis.served import MISMATCH_BOUND
 
 
-def queue_of(run: Run, window: Window | None) -> Relaxation | None:
-    """The memory of an open loop; None in a closed loop, which holds its queue at one length, and without a window.
+def queue_of(run: Run, window: Window | None) -> Memory | None:
+    """The memory of the run: of a closed loop its slots, of an open loop what its series show. None without a window.
 
     Work is output tokens, or requests where too many of these are not known.
     """
-    if window is None or run.manifest.spec.mode != "open":
+    if window is None:
         return None
+    if run.manifest.spec.mode != "open":
+        return ClosedLoop(concurrency=run.manifest.spec.concurrency or 1)
     rows = run.rows
     sent = metrics.was_sent(rows)
     sent_s = arrays.kept(rows.sent_s, sent)

@@ -86,6 +86,27 @@ class Relaxation:
         return f"no interval: needs about {needed} at this load, has {self.observed_s:.0f} s"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClosedLoop:
+    """The memory of a closed loop: requests that are in flight together share a server, and its queue never grows."""
+
+    concurrency: int
+    """Requests in flight."""
+
+    @property
+    def alike(self) -> float:
+        """Requests that are alike: those in flight."""
+        return float(self.concurrency)
+
+    @property
+    def note(self) -> str | None:
+        """Why there is no interval: there is."""
+        return None
+
+
+Memory = Relaxation | ClosedLoop
+
+
 def relaxation_s(series: Floats, bin_s: float) -> float | None:
     """Integrated autocorrelation time of a series in equal bins, s; at least one bin. None below `FEWEST_BINS` bins."""
     return integrated_time(series) * bin_s if len(series) >= FEWEST_BINS else None

@@ -27,7 +27,7 @@ from analysis.offered_load import OfferedLoad, offered_load
 from analysis.plateau import SteadyState, drain_check, steady_check, steady_part, steady_state
 from analysis.promise import Slo, judge, price_note, unjudged
 from analysis.queueing import queue_of
-from analysis.relaxation import Relaxation
+from analysis.relaxation import Memory
 from analysis.served import MISMATCH_BOUND, served_lengths
 from analysis.stability import backlog_check
 from analysis.validity import check_run
@@ -249,11 +249,11 @@ def exit_code(summary: Summary) -> int:
     return EXIT_SLO_MISSED if summary.slo is not None and not summary.slo.met else EXIT_VALID
 
 
-def _metrics(run: Run, queue: Relaxation | None) -> Metrics:
+def _metrics(run: Run, queue: Memory | None) -> Metrics:
     rows, chunks = run.rows, run.chunks
 
     def per_request(
-        metric: Callable[[Rows], Floats], queue: Relaxation | None = queue, waits: bool = False
+        metric: Callable[[Rows], Floats], queue: Memory | None = queue, waits: bool = False
     ) -> Distribution:
         values = metrics.column(rows, metric)
         return distribution(values, owners=rows.rank, unit="s", evidence=run.evidence, queue=queue, waits=waits)
@@ -290,7 +290,7 @@ def _rates(
     counts: Counts,
     limits: Mapping[str, float],
     ratio: float,
-    queue: Relaxation | None,
+    queue: Memory | None,
 ) -> tuple[Rates, Quantity]:
     """The rates, and input / ratio + output tokens per second, the denominator of the price split."""
     rows, evidence = run.rows, run.evidence

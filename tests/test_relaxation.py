@@ -11,11 +11,13 @@ from run_files import good, write_run
 from analysis import metrics
 from analysis.bursts import bursts_seen
 from analysis.intervals import distribution, share
+from analysis.likeness import Z
 from analysis.load import read_run
 from analysis.queueing import queue_of
-from analysis.relaxation import Relaxation, integrated_time, relaxation_s
+from analysis.relaxation import ClosedLoop, Relaxation, integrated_time, relaxation_s
 from analysis.summary import summarise
 from harness.results import Result
+from tests.lab import closed
 from tests.lab.intervals import Cell, held, known_truths, long_run, one_run, queue_and_figures
 from tests.lab.longer import followed
 from tests.lab.truths import long_run_values
@@ -169,12 +171,30 @@ def test_a_report_says_what_the_study_counts(tmp_path):
                 assert one is None or one == pytest.approx(other, rel=0.02), name
 
 
-def test_a_closed_loop_has_no_such_queue(tmp_path):
+def test_a_closed_loop_has_its_slots_in_common(tmp_path):
     run = read_run(write_run(tmp_path / "run", [good(i) for i in range(100)]))
-    assert queue_of(run, metrics.window(run.rows)) is not None
+    assert isinstance(queue_of(run, metrics.window(run.rows)), Relaxation)
     spec = replace(run.manifest.spec, mode="closed", concurrency=2)
-    closed = read_run(write_run(tmp_path / "closed", [good(i) for i in range(100)], spec=spec))
-    assert queue_of(closed, metrics.window(closed.rows)) is None
+    other = read_run(write_run(tmp_path / "closed", [good(i) for i in range(100)], spec=spec))
+    assert queue_of(other, metrics.window(other.rows)) == ClosedLoop(concurrency=2)
+
+
+def test_a_share_of_all_in_a_closed_loop_is_not_worth_every_request():
+    flags, loop = np.ones(450, dtype=np.bool_), ClosedLoop(concurrency=8)
+    assert share(flags, unit="share", evidence="simulated", queue=loop).low == pytest.approx(1 / (1 + Z**2 / 50))
+    assert share(~flags, unit="share", evidence="simulated", queue=loop).high == pytest.approx(1 - 1 / (1 + Z**2 / 50))
+    apart, beside = flags.copy(), flags.copy()
+    apart[[50, 150, 250, 350]] = beside[[0, 1, 2, 3]] = False
+    widths = [q.high - q.low for q in (share(f, unit="s", evidence="simulated", queue=loop) for f in (apart, beside))]
+    assert widths[1] > 1.5 * widths[0]
+
+
+def test_percentiles_of_a_closed_loop_cover():
+    """Tpot of requests that share a batch: neighbour by neighbour hardly alike; held in 80 % when taken one by one."""
+    truth = closed.long_run((4, 100_000, 5))
+    found = [closed.held(closed.Loop(4, 60.0), truth, seed) for seed in range(70_000, 70_040)]
+    for name in ("tpot p50", "e2e p50", "e2e p95", "output tokens/s", "tokens/s, steady", "e2e attainment 90 %"):
+        assert np.mean([one[name] for one in found if name in one]) >= 0.88, name
 
 
 def test_a_load_as_even_as_a_clock_is_no_queue(tmp_path):

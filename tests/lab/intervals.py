@@ -20,7 +20,8 @@ from analysis.intervals import Quantity, distribution, share
 from analysis.relaxation import Relaxation, relaxation
 from cluster.simulator.replica import Outcome, Workload
 from tests.lab import truths
-from tests.lab.processes import LIMITS, STEP, Floats, Process, at_rate, serve, workload
+from tests.lab.processes import LIMITS, STEP, Process, at_rate, serve, workload
+from tests.lab.series import BINS, binned, in_flight, tokens_of_steps
 from tests.lab.table import Coverage, Row
 
 BUSY = (0.5, 0.7, 0.85, 0.95)
@@ -28,7 +29,6 @@ BUSY = (0.5, 0.7, 0.85, 0.95)
 FULL = 11.53
 SECONDS = (60.0, 300.0)
 KINDS: tuple[Process, ...] = ("poisson", "bursty")
-BINS = 200
 KEPT = (0.9, 0.968)
 """Limits on ttft that these shares of all requests keep."""
 FIGURES = ("ttft p50", "ttft p95", "ttft p99", "e2e p50", "e2e p95", "e2e p99", "attainment 90 %", "attainment 97 %")
@@ -124,15 +124,12 @@ def queue_and_figures(
     due_s, finished_s = outcome.due_s, outcome.finished_s
     edges = np.linspace(due_s[0], finished_s.max(), BINS + 1)
     bin_s = float(edges[1] - edges[0])
-    ends = np.asarray(outcome.step_end_s[0])
-    begun = np.bincount(outcome.first_step, minlength=len(ends) + 1)
-    over = np.bincount(outcome.first_step + load.output_tokens, minlength=len(ends) + 1)
-    tokens_of_step = np.cumsum(begun[: len(ends)] - over[: len(ends)])
+    ends_s, tokens = tokens_of_steps(load, outcome)
     queue = relaxation(
-        in_flight=_in_flight(due_s, finished_s, edges),
-        came=_binned(due_s, None, edges),
-        work_came=_binned(due_s, load.output_tokens, edges),
-        work_done=_binned(ends, tokens_of_step, edges),
+        in_flight=in_flight(due_s, finished_s, edges),
+        came=binned(due_s, None, edges),
+        work_came=binned(due_s, load.output_tokens, edges),
+        work_done=binned(ends_s, tokens, edges),
         bin_s=bin_s,
     )
     ttft, e2e = outcome.first_token_s - due_s, finished_s - due_s
@@ -144,20 +141,6 @@ def queue_and_figures(
     for name, limit in zip(("attainment 90 %", "attainment 97 %"), limits, strict=True):
         found[name] = share(ttft <= limit, unit="share of requests", evidence=EVIDENCE, queue=queue)
     return queue, found
-
-
-def _binned(times_s: Floats, amounts: Floats | None, edges: Floats) -> Floats:
-    place = ((times_s - edges[0]) / (edges[1] - edges[0])).astype(np.int64)
-    return np.bincount(np.minimum(place, BINS - 1), weights=amounts, minlength=BINS).astype(np.float64)
-
-
-def _in_flight(due_s: Floats, finished_s: Floats, edges: Floats) -> Floats:
-    def passed(events_s: Floats) -> Floats:
-        ordered = np.sort(events_s)
-        count = np.searchsorted(ordered, edges, side="right")
-        return edges * count - np.concatenate(([0.0], np.cumsum(ordered)))[count]
-
-    return np.maximum(0.0, np.diff(passed(due_s) - passed(finished_s)) / (edges[1] - edges[0]))
 
 
 def held(cell: Cell, truth: Truth, seed: int) -> dict[str, bool]:
