@@ -17,10 +17,13 @@ from analysis.show.decision_text import render_markdown
 from analysis.show.fleet_text import fleet_blocks, fleet_csv
 from analysis.sizing.at_slo import systems
 from analysis.sizing.capacity import Capacity
+from analysis.sizing.fitted_engine import FittedEngine
 from analysis.sizing.fleet import (
     HOURS_PER_YEAR,
     Demand,
+    Kept,
     Offer,
+    Schedule,
     autoscaled,
     demand,
     fleet,
@@ -28,9 +31,14 @@ from analysis.sizing.fleet import (
     spare_instances,
 )
 from analysis.sizing.fleet_plan import Wanted, grown, plan_fleets
+from analysis.sizing.simulated_fleet import SimulatedFleet
 from harness.cli.capacity import plan_fleet as plan_fleet_verb
 from harness.errors import UsageError
 
+ENGINE = FittedEngine(
+    base_s=0.02, per_sequence_s=0.0015, per_prompt_token_s=0.00002, max_num_seqs=8, max_num_batched_tokens=None,
+    limit_seen=True, overhead_s=0.0, residual=0.0, requests=1000,
+)  # fmt: skip
 L4 = Offer(name="l4", usd_per_hour=0.8, capacity=2.0)
 
 
@@ -191,6 +199,15 @@ def test_a_schedule_is_never_short_and_pays_for_the_start():
     assert found.instance_hours == pytest.approx((1 + 7 * 4) / 60)
 
 
+def test_what_starts_answers_after_its_start_up_and_not_a_minute_later():
+    # 1, then 3 asked for at 60 s, then 2 at 120 s; start-up 90 s
+    plan = Schedule(target=np.array([1, 3, 3, 3, 2, 4]), start_s=90.0)
+    assert plan.up(np.array([0.0, 60.0, 149.9, 150.0, 239.9, 240.0, 300.0, 359.9, 1000.0])).tolist() == [
+        1, 1, 1, 3, 3, 2, 2, 2, 4,
+    ]  # fmt: skip
+    assert replace(plan, start_s=0.0).up(np.array([0.0, 60.0, 240.0, 300.0])).tolist() == [1, 3, 2, 4]
+
+
 def test_a_year_is_twelve_months():
     assert HOURS_PER_YEAR == 12 * HOURS_PER_MONTH
 
@@ -251,8 +268,8 @@ def test_a_fleet_by_hand(measured):
     assert tier.peak.usd_per_hour == 50.0
     assert tier.peak.usd_per_month == 36_500.0 and tier.peak.usd_per_year == 438_000.0
     assert tier.fluid == tier.peak and tier.simulated is None and tier.not_simulated
-    # the mean of the whole trace, 18 req/s, over 10 replicas of 5: what the price rests on
-    assert tier.peak.utilisation == pytest.approx(18 / 50)
+    # two replicas on an instance, and harness price counts an instance for each: no utilisation makes it right
+    assert tier.peak.utilisation is None and "several share one" in str(tier.no_utilisation)
     # 18 req/s on average x 100 tokens x 3600 s is 6.48 M tokens an hour for 50 USD
     assert tier.usd_per_1m_served == pytest.approx(50 / 6.48)
     # a schedule: 7.2, 43.2, 14.4 req/s over 10 an instance need 1, 5, 2; asked 2 minutes ahead and held: 5, 5, 5
@@ -264,6 +281,40 @@ def test_a_fleet_by_hand(measured):
     by_name = {s.changed: s.instances for s in tier.sensitivities}
     assert by_name["demand x 2"] == 9 and by_name["demand x 0.5"] == 3
     assert by_name["capacity at its low end"] == 5 and by_name["capacity at its high end"] == 4
+
+
+@pytest.mark.parametrize(("rates", "tokens_each", "state", "share"), [
+    ((2, 12, 4), 100.0, "found", 18 / 45),  # 9 replicas of 5 req/s
+    ((2, 12, 4), 300.0, "found", 18 * 300 / (26 * 500)),  # tokens bind, and the price is of tokens
+    ((2, 12, 4), 80.0, "found", 18 * 80 / (9 * 500)),
+    ((2, 12, 4), 100.0, "beyond", 18 / 45),
+    ((14,), 100.0, "found", None),  # 42 req/s steady on 8 replicas, by replay: more than as many times one
+])  # fmt: skip
+def test_utilisation_is_the_share_at_which_the_price_is_the_bill(measured, rates, tokens_each, state, share):
+    class Eight:
+        def fleet(self, system, factor, likely):
+            return SimulatedFleet(
+                replicas=8, evidence="simulated", engine=ENGINE, replayed=1, left_out=0, resamples=20, missed=0,
+                worst_share=1.0, one_fewer_missed=2,
+            )  # fmt: skip
+
+        def scaled(self, system, fitted, factor, plan, spares, per_instance):
+            return Kept(share=0.846, worst_minute=0.1, promised=False, replayed=1)
+
+    system = system_of(measured, state=state)
+    wanted = grown(asked(*rates, tokens_each=tokens_each, headroom=1.2), 3.0)
+    made = plan([system], wanted, replays=Eight() if share is None else None)
+    (tier,) = made.tiers
+    text = " ".join(render_markdown(fleet_blocks(made)).split())
+    if share is None:
+        assert tier.peak.utilisation is None and "more than as many times one" in tier.no_utilisation
+        assert "no utilisation: the fleet serves" in text
+        assert "MISSES: 84.6% (10%)" in text and tier.reactive.kept.promised is False
+        return
+    assert tier.peak.utilisation == pytest.approx(share) and tier.no_utilisation is None
+    assert "not simulated: how many keep the promise" in text
+    # cost at 100 % of one replica: 10 USD an hour over 500 tokens/s
+    assert 10 / (500 * 3600) * 1e6 / tier.peak.utilisation == pytest.approx(tier.usd_per_1m_served)
 
 
 @pytest.mark.parametrize(("read", "old"), [("2026-11", False), ("2026-01", True), ("some day", True)])

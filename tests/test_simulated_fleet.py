@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from analysis.load import read_run
+from analysis.show.fleet_text import WITHIN
 from analysis.sizing.fitted_engine import (
     FittedEngine,
     NotFittedError,
@@ -19,13 +20,23 @@ from analysis.sizing.fitted_engine import (
     observe,
     within,
 )
-from analysis.sizing.simulated_fleet import even_s, resampled, share_by_minute, size_fleet
+from analysis.sizing.simulated_fleet import (
+    FEWEST,
+    MOST_STEPS,
+    _busy,
+    even_s,
+    resampled,
+    share_by_minute,
+    size_fleet,
+    steps_of,
+)
+from analysis.sizing.simulated_scaling import _affordable
 from cluster.simulator.replica import Workload, simulate
 from cluster.simulator.scheduler import Limits
 from harness.cli.capacity import plan_fleet as plan_fleet_verb
 from harness.commands.fleet import simulated_engine
 from harness.slo import Criterion, criteria
-from tests.lab.fleet import SLO, Case, judge, measured_runs, serve, workload, write_rows
+from tests.lab.fleet import SLO, Case, follow, judge, measured_runs, priced, serve, workload, write_rows
 from tests.lab.processes import STEP
 
 TTFT = criteria(SLO, 0.99)
@@ -203,10 +214,13 @@ def test_plan_fleet_says_that_its_fleet_is_simulated_or_why_not(tmp_path, slo, w
     assert (tier["simulated"] is None) == (slo is not None) == (tier["not_simulated"] is not None)
     if slo is None:
         assert tier["simulated"]["evidence"] == "simulated" and tier["evidence"] == "measured"
-    # utilisation is what the price needs: the cost at capacity over it is what the demand's own tokens cost
-    mean = len(load) / (load.arrival_s[-1] - load.arrival_s[0])
-    per_request = mean if tier["binding"] == "requests" else mean * (load.input_tokens + load.output_tokens).mean()
-    assert tier["peak"]["utilisation"] == pytest.approx(per_request / tier["peak"]["instances"] / tier["capacity"])
+    # at the utilisation that is said, harness price says what the month's bill over the month's tokens is
+    tokens_per_s = (load.input_tokens + load.output_tokens).sum() / (load.arrival_s[-1] - load.arrival_s[0])
+    paid = tier["peak"]["usd_per_month"] / (tokens_per_s * 730 * 3600) * 1e6
+    assert 0 < tier["peak"]["utilisation"] <= 1
+    said = priced(tmp_path / "runs", tier["peak"]["utilisation"], {"itl_max": 10.0} if slo else SLO)
+    assert said == pytest.approx(paid, rel=1e-5)
+    assert (tier["reactive"]["kept"] is None) == (tier["scheduled"]["kept"] is None) == (slo is not None)
 
 
 def test_a_small_draw_of_the_study():
@@ -214,6 +228,40 @@ def test_a_small_draw_of_the_study():
     found = judge(Case("poisson", 16.0, 240.0), seed=3)
     assert found.simulated and found.missed <= 1
     assert found.truth <= found.said <= found.truth + 1
+
+
+def test_a_small_draw_of_the_study_of_autoscaling():
+    """A step of three times the demand: the backlog until new replicas answer, and what is late by it."""
+    found = follow(Case("step", 12.0, 360.0, start_s=70.0), seed=2)
+    assert found.reactive.true < 0.9 < found.scheduled.true
+    assert found.reactive.said == pytest.approx(found.reactive.true, abs=WITHIN)
+    assert found.scheduled.said == pytest.approx(found.scheduled.true, abs=WITHIN)
+
+
+def test_a_long_demand_is_replayed_as_far_as_the_steps_go():
+    """A day: its busiest half hours for the fleet, half hours evenly over it for one that follows; and it is said."""
+    rng = np.random.default_rng(0)
+    arrival_s = np.concatenate(([0.0], np.sort(rng.random(59_999)) * 86_400))
+    day = Requests(
+        arrival_s=arrival_s, input_tokens=np.full(60_000, 50), output_tokens=np.full(60_000, 400),
+    )  # fmt: skip
+    busy = _busy(day, KNOWN, 1.0, 3)
+    half_hours = np.unique(day.arrival_s[busy] // 1800)
+    assert 1 <= len(half_hours) < 24 and steps_of(day.chosen(busy), KNOWN, 1.0, 3) * (FEWEST + 1) < 1.1 * MOST_STEPS
+    counts = np.bincount((day.arrival_s // 60).astype(int), minlength=1440).reshape(-1, 30).max(axis=1)
+    assert counts.argmax() in half_hours
+    part = _affordable(day, KNOWN, 1.0, 3)
+    assert steps_of(day.chosen(part), KNOWN, 1.0, 3) < 1.1 * MOST_STEPS
+    assert np.unique(np.diff(np.unique(day.arrival_s[part] // 1800))).tolist() == [3]
+    short = day.chosen(np.arange(60_000) < 500)
+    assert _busy(short, KNOWN, 1.0, 3).all() and _affordable(short, KNOWN, 1.0, 3).all()
+
+
+def test_a_search_says_what_it_tries(measured):
+    said: list[str] = []
+    found = size_fleet(measured, demand(26.0, 400, seed=5), 1.0, TTFT, simulated_engine, 2, progress=said.append)
+    assert "400 requests are replayed" in said[0]
+    assert f"{found.replicas} replicas: enough" in said and f"{found.replicas - 1} replicas: not enough" in said
 
 
 def test_the_true_engine_of_the_study_is_another_one():

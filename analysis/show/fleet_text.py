@@ -9,7 +9,11 @@ import re
 from analysis.export import FORMULA
 from analysis.show.decision_text import Block
 from analysis.show.report import figure, price
+from analysis.sizing.fleet import Autoscaled
 from analysis.sizing.fleet_plan import FleetPlan, TierFleet
+
+WITHIN = 0.03
+"""How far the replayed share is from the share of a real autoscaled fleet of another engine: tests/lab/fleet.py."""
 
 
 def fleet_blocks(plan: FleetPlan) -> list[Block]:
@@ -49,7 +53,7 @@ def _sizes(plan: FleetPlan) -> Block:
             f"{one.peak.replicas}" + (f" + {one.peak.spares} inst." if one.peak.spares else ""),
             "fluid" if one.simulated is None else one.simulated.evidence,
             f"{one.peak.instances}",
-            f"{one.peak.utilisation:.0%}",
+            _share(one.peak.utilisation),
             f"{one.peak.usd_per_hour:,.4g}",
             f"{one.peak.usd_per_month:,.0f}",
             f"{one.peak.usd_per_year:,.0f}",
@@ -59,8 +63,17 @@ def _sizes(plan: FleetPlan) -> Block:
     ]
     notes = [f"{one.name}: {one.slo}; price: {one.price_basis}" for one in plan.tiers]
     notes += [f"{one.name}: {note}" for one in plan.tiers for note in (_found_by(one), *one.notes)]
-    notes.append("utilisation is the mean demand over what all instances carry: that is --utilisation of harness price")
+    notes.append("utilisation is what harness price takes (--utilisation): its cost at that share is USD per 1M served")
+    notes += [
+        f"{one.name}: no utilisation: {one.no_utilisation}. Go by USD per 1M served"
+        for one in plan.tiers if one.no_utilisation is not None
+    ]  # fmt: skip
     return Block(title="Replicas and instances", heads=heads, rows=rows, notes=tuple(notes))
+
+
+def _share(share: float | None) -> str:
+    """A share with as many digits as make a price exact to 1 %."""
+    return "-" if share is None else f"{share:.1%}"
 
 
 def _found_by(one: TierFleet) -> str:
@@ -76,7 +89,7 @@ def _found_by(one: TierFleet) -> str:
         f"resampled demands {found.missed} miss the promise in some minute"
     )
     if found.left_out:
-        said += f"; {found.left_out:,} requests of quiet half hours were not replayed"
+        said += f"; {found.left_out:,} requests of less busy half hours were not replayed"
     if not step.limit_seen:
         said += "; no run was full: the server may hold more sequences, and the fleet be smaller"
     return said
@@ -90,19 +103,45 @@ def _ends(one: TierFleet) -> str:
 
 def _scaling(plan: FleetPlan) -> Block:
     heads = (
-        "Model and tier", "Fixed USD/h", "Scheduled USD/h", "Reactive USD/h", "come while it is behind",
-        "Most instances", "Start-up s", "USD per 1M, scheduled",
+        "Model and tier", "Fixed USD/h", "Scheduled USD/h", "keep the promise", "Reactive USD/h", "keep the promise",
+        "come while it is behind", "Most instances", "Start-up s", "USD per 1M, scheduled",
     )  # fmt: skip
     rows = [
         (
-            one.name, f"{one.peak.usd_per_hour:,.4g}", f"{one.scheduled.usd_per_hour:,.4g}",
-            f"{one.reactive.usd_per_hour:,.4g}", f"{one.reactive.short_share:.2%} of requests",
+            one.name, f"{one.peak.usd_per_hour:,.4g}", f"{one.scheduled.usd_per_hour:,.4g}", _kept(one.scheduled),
+            f"{one.reactive.usd_per_hour:,.4g}", _kept(one.reactive), f"{one.reactive.short_share:.2%} of requests",
             f"{one.scheduled.peak_instances}", figure(one.start_s),
             price(one.usd_per_1m_scheduled),
         )
         for one in plan.tiers
     ]  # fmt: skip
-    return Block(title="Autoscaled against fixed, over the trace's own time", heads=heads, rows=rows)
+    notes = []
+    if any(one.simulated is not None for one in plan.tiers):
+        notes.append(
+            "keep the promise: of all requests, replayed in virtual time while instances come and go (simulated; "
+            f"within {WITHIN * 100:.0f} points of another engine in the laboratory); in brackets the worst minute"
+        )
+    notes += [
+        f"{one.name}: half hours evenly spread over the demand were replayed for that, {kept.replayed:,} of "
+        f"{plan.requests.total:,} requests"
+        for one in plan.tiers
+        if (kept := one.reactive.kept) is not None and kept.replayed < 0.9 * plan.requests.total
+    ]
+    if any(one.simulated is None for one in plan.tiers):
+        notes.append("not simulated: how many keep the promise while instances come and go is not known")
+    notes.append(
+        "come while it is behind: fluid, even demand within a minute; those may keep the promise, and others miss it"
+    )
+    return Block(
+        title="Autoscaled against fixed, over the trace's own time", heads=heads, rows=rows, notes=tuple(notes)
+    )
+
+
+def _kept(one: Autoscaled) -> str:
+    if one.kept is None:
+        return "not simulated"
+    missed = "" if one.kept.promised else "MISSES: "
+    return f"{missed}{one.kept.share:.1%} ({one.kept.worst_minute:.0%})"
 
 
 def _changes(one: TierFleet) -> Block:
@@ -139,6 +178,8 @@ def _csv_row(one: TierFleet) -> dict[str, object]:
         "utilisation": one.peak.utilisation, "usd_per_hour": one.peak.usd_per_hour,
         "usd_per_month": one.peak.usd_per_month, "usd_per_year": one.peak.usd_per_year,
         "usd_per_hour_scheduled": one.scheduled.usd_per_hour, "usd_per_hour_reactive": one.reactive.usd_per_hour,
+        "scheduled_kept_share": None if one.scheduled.kept is None else one.scheduled.kept.share,
+        "reactive_kept_share": None if one.reactive.kept is None else one.reactive.kept.share,
         "reactive_short_share": one.reactive.short_share, "start_s": one.start_s,
         "usd_per_1m_served": one.usd_per_1m_served, "usd_per_1m_scheduled": one.usd_per_1m_scheduled,
         "price_basis": one.price_basis, "reason": None,

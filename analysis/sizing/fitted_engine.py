@@ -101,8 +101,8 @@ class Served:
 class Engine(Protocol):
     """Serves requests in virtual time. The command line hands one in: nothing here knows how it works."""
 
-    def __call__(self, fitted: FittedEngine, requests: Requests, replicas: int) -> Served:
-        """What ``replicas`` engines make of them, each request sent to the next one in turn."""
+    def __call__(self, fitted: FittedEngine, requests: Requests, replicas: int, owner: Ints | None = None) -> Served:
+        """What ``replicas`` engines make of them. ``owner``: who serves each; None: the next in turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

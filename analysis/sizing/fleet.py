@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis.arrays import Floats
+from analysis.arrays import Floats, Ints
 from analysis.money.charge import HOURS_PER_MONTH
 
 MINUTE_S = 60.0
@@ -100,8 +100,8 @@ class Fleet:
     """730 hours."""
     usd_per_year: float
     """8,760 hours."""
-    utilisation: float
-    """Mean demand over what all instances, spares too, would carry: what `harness price --utilisation` means."""
+    utilisation: float | None
+    """Mean demand over what all instances, spares too, carry as many times one replica; None where that is above 1."""
 
 
 def fleet(
@@ -130,13 +130,18 @@ def fleet_of(
     spares = 0 if availability is None else spare_instances(needed, offer.node_availability, availability)
     instances = needed + spares
     usd_per_hour = instances * offer.usd_per_hour
+    carried = instances * offer.replicas_per_instance * offer.capacity
     return Fleet(
         request_rate=request_rate, replicas=replicas, instances=instances, spares=spares,
         usd_per_hour=usd_per_hour,
         usd_per_month=usd_per_hour * HOURS_PER_MONTH, usd_per_year=usd_per_hour * HOURS_PER_YEAR,
-        utilisation=(request_rate if mean is None else mean)
-        / (instances * offer.replicas_per_instance * offer.capacity),
+        utilisation=share_or_none((request_rate if mean is None else mean) / carried),
     )  # fmt: skip
+
+
+def share_or_none(ratio: float) -> float | None:
+    """A ratio that is a share; None above 1, but for rounding."""
+    return None if ratio > 1 + 1e-9 else min(1.0, ratio)
 
 
 def spare_instances(needed: int, node_availability: float, availability: float) -> int:
@@ -162,6 +167,20 @@ def spare_instances(needed: int, node_availability: float, availability: float) 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """How a fleet that follows the demand keeps the promise, by replay. Simulated, never measured."""
+
+    share: float
+    """Of the replayed requests, those that kept the criterion that came off worst."""
+    worst_minute: float
+    """The lowest such share of any judged minute."""
+    promised: bool
+    """Every criterion was kept by as many as promised, over all requests."""
+    replayed: int
+    """Requests."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Autoscaled:
     """A fleet that follows the demand minute by minute."""
 
@@ -171,34 +190,67 @@ class Autoscaled:
     usd_per_hour: float
     peak_instances: int
     short_share: float
-    """Share of requests that came while the instances that were up had more to do than they could: in a minute that
-    asks for more than they carry, or before the backlog of those before was worked off."""
+    """Fluid: share of requests that came while the instances that were up had more to do than they could, in a minute
+    that asks for more than they carry, or before the backlog of those before was worked off. It knows no bursts within
+    a minute, and a request that waits may still keep the promise: ``kept`` says how many do."""
     backlog_s: float
     """Longest time that a request waited for those before it, by that count."""
+    kept: Kept | None = None
+    """None: not replayed."""
 
 
-def autoscaled(
-    offer: Offer, wanted: Demand, *, headroom: float = 1.0, spares: int = 0, ahead: bool = False
-) -> Autoscaled:
-    """What an autoscaler would have cost over the demand's own time.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """How many instances an autoscaler wants in each minute, and how long new ones take."""
+
+    target: Ints
+    """By the minute from the first arrival, without spares; paid from the minute on."""
+    start_s: float
+    """Until what is new answers; 0 where it is asked for ahead."""
+
+    def up(self, since_s: Floats) -> Ints:
+        """Instances that answer at moments after the first arrival, s: those wanted all through the last ``start_s``.
+        What the first minute wants is up from the beginning.
+        """
+        minute = np.minimum((since_s // MINUTE_S).astype(np.int64), len(self.target) - 1)
+        oldest = np.maximum(0, ((since_s - self.start_s) // MINUTE_S).astype(np.int64))
+        found = self.target[minute]
+        for back in range(1, math.ceil(self.start_s / MINUTE_S) + 1):
+            before = minute - back
+            found = np.where(before >= oldest, np.minimum(found, self.target[np.maximum(before, 0)]), found)
+        return np.asarray(found, dtype=np.int64)
+
+
+def schedule(offer: Offer, wanted: Demand, *, headroom: float = 1.0, ahead: bool = False) -> Schedule:
+    """What an autoscaler asks for over the demand's own time.
 
     Policy: at the end of each minute it asks for what the busiest of the last `HOLD_MINUTES` minutes needed (times
     ``headroom``); what is new answers the offer's ``start_s`` later (at once when not measured) and is paid from the
     request on; what is too much is given back at once. It begins with what the first minute needs. ``ahead``: it knows
     the day (a schedule) and asks so early that what a minute needs answers when it begins.
     """
-    lead = math.ceil((offer.start_s or 0.0) / MINUTE_S)
+    start_s = offer.start_s or 0.0
     per_instance = offer.capacity * offer.replicas_per_instance
     asked = np.maximum(1, np.ceil(wanted.per_minute * headroom / per_instance - 1e-9)).astype(np.int64)
+    lead = math.ceil(start_s / MINUTE_S)
     if ahead:
-        target = np.array([asked[max(0, t - HOLD_MINUTES) : t + lead + 1].max() for t in range(len(asked))])
-        up = target
+        target = [asked[max(0, t - HOLD_MINUTES) : t + lead + 1].max() for t in range(len(asked))]
     else:
-        target = np.array([asked[max(0, t - HOLD_MINUTES) : t].max() if t else asked[0] for t in range(len(asked))])
-        # up at t: what has been asked for without a break since t - lead, and is still wanted
-        up = np.array([target[max(0, t - lead) : t + 1].min() for t in range(len(target))])
-    paid = target + spares
-    behind, waited_s = _behind(wanted.per_minute, (up + spares) * per_instance)
+        target = [asked[max(0, t - HOLD_MINUTES) : t].max() if t else asked[0] for t in range(len(asked))]
+    return Schedule(target=np.array(target, dtype=np.int64), start_s=0.0 if ahead else start_s)
+
+
+def autoscaled(
+    offer: Offer, wanted: Demand, *, headroom: float = 1.0, spares: int = 0, ahead: bool = False
+) -> Autoscaled:
+    """What an autoscaler (`schedule`) would have cost over the demand's own time."""
+    plan = schedule(offer, wanted, headroom=headroom, ahead=ahead)
+    # fluid: by whole minutes, in which what is not up at their beginning counts as not up
+    up = plan.up(MINUTE_S * np.arange(len(plan.target), dtype=np.float64))
+    paid = plan.target + spares
+    behind, waited_s = _behind(
+        wanted.per_minute, offer.capacity * np.asarray((up + spares) * offer.replicas_per_instance, dtype=np.float64)
+    )
     hours = float(paid.sum()) * MINUTE_S / 3600
     return Autoscaled(
         instance_hours=hours, usd=hours * offer.usd_per_hour, usd_per_hour=float(paid.mean()) * offer.usd_per_hour,

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from typing import Protocol
 
+from analysis.intervals import Quantity
 from analysis.money.basis import OLD_PRICE_DAYS, is_old
-from analysis.money.charge import HOURS_PER_MONTH
 from analysis.money.price import usd_per_1m
 from analysis.sizing.at_slo import System, drain_words
-from analysis.sizing.fitted_engine import NotFittedError
+from analysis.sizing.fitted_engine import FittedEngine, NotFittedError
 from analysis.sizing.fleet import (
-    HOLD_MINUTES,
     Autoscaled,
     Demand,
     Fleet,
+    Kept,
     Offer,
+    Schedule,
     Sensitivity,
     autoscaled,
     fleet,
     fleet_of,
+    schedule,
     sensitivities,
+    share_or_none,
 )
+from analysis.sizing.fleet_words import assumptions, sentence
 from analysis.sizing.simulated_fleet import SimulatedFleet
-from harness.slo import percent
 
 SCHEMA = "harness.fleet/1"
 LARGEST_LENGTH_CHANGE = 0.1
@@ -51,9 +54,18 @@ class Wanted:
     """Instead of what the accelerators hold."""
 
 
-Simulate = Callable[[System, float, int], SimulatedFleet]
-"""The fleet of a system for so many times the demand, by replay, from a likely number of replicas on. Raises
-`NotFittedError` where the fluid answer must stand alone."""
+class Replays(Protocol):
+    """The demand, replayed in virtual time; whoever asks need not know how."""
+
+    def fleet(self, system: System, factor: float, likely: int) -> SimulatedFleet:
+        """The fleet of a system for ``factor`` times the demand, from a likely number of replicas on. Raises
+        `NotFittedError` where the fluid answer must stand alone.
+        """
+
+    def scaled(
+        self, system: System, fitted: FittedEngine, factor: float, plan: Schedule, spares: int, per_instance: int
+    ) -> Kept:
+        """How instances that come and go as ``plan`` says, each of ``per_instance`` replicas, keep the promise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +105,8 @@ class TierFleet:
     """Why there was no replay."""
     reactive: Autoscaled
     scheduled: Autoscaled
+    no_utilisation: str | None
+    """Why ``peak`` has no utilisation; None: it has one."""
     usd_per_1m_served: float | None
     """Peak fleet around the clock over the tokens of the demand."""
     usd_per_1m_scheduled: float | None
@@ -141,13 +155,12 @@ def plan_fleets(
     trace: str,
     others: Sequence[System] = (),
     refused: Sequence[tuple[str, str]] = (),
-    simulate: Simulate | None = None,
+    replays: Replays | None = None,
 ) -> FleetPlan:
     """Fleets of every system that has a capacity in an open loop and a price, cheapest peak fleet first.
 
     ``others``: the same systems under other promises, for sensitivity alone. ``refused``: runs that are no evidence,
-    each with the reason; they are listed with what was left out. ``simulate``: finds fleets by replay; None: fluid
-    alone.
+    each with the reason; they are listed with what was left out. ``replays``: None: fluid alone.
     """
     found: list[TierFleet] = []
     excluded: list[tuple[str, str]] = []
@@ -160,13 +173,13 @@ def plan_fleets(
             excluded.append((system.name, why))
         else:
             promises = [o for o in others if o.same_but_promise(system)]
-            found.append(_tier_fleet(system, wanted, promises, date.fromisoformat(made[:10]), simulate))
+            found.append(_tier_fleet(system, wanted, promises, date.fromisoformat(made[:10]), replays))
     found.sort(key=lambda f: (f.peak.usd_per_hour, f.name))
     return FleetPlan(
-        schema=SCHEMA, made=made, trace=trace, sentence=_sentence(found, excluded, refused),
+        schema=SCHEMA, made=made, trace=trace, sentence=sentence(found, excluded, refused),
         requests=_rates(wanted.requests), tokens=_rates(wanted.tokens) if wanted.tokens else None, grow=wanted.grow,
         headroom=wanted.headroom, availability=wanted.availability, node_availability=wanted.node_availability,
-        tiers=tuple(found), excluded=(*excluded, *refused), assumptions=_assumptions(wanted),
+        tiers=tuple(found), excluded=(*excluded, *refused), assumptions=assumptions(wanted),
     )  # fmt: skip
 
 
@@ -200,9 +213,7 @@ def _offer(system: System, wanted: Wanted) -> tuple[Offer, Demand, str, tuple[fl
     assert rate is not None
     at = found.rates.get("sent_rate", found.load) if system.loop == "sessions" else found.load
     ends = (at.low, at.high if found.state == "found" else None)
-    token_rate = found.rates.get("total_token_throughput")
-    if found.state == "beyond":
-        token_rate = system.top_token_throughput
+    token_rate = _token_rate(system)
     demand, binding, capacity = wanted.requests, "requests", rate
     if wanted.tokens is not None and token_rate is not None and token_rate.value:
         per_replica = token_rate.value / count
@@ -219,31 +230,42 @@ def _offer(system: System, wanted: Wanted) -> tuple[Offer, Demand, str, tuple[fl
     return offer, demand, binding, (low, high)
 
 
+def _token_rate(system: System) -> Quantity | None:
+    """Tokens/s of all measured replicas at capacity, or at the highest load where capacity lies beyond it."""
+    assert system.capacity is not None
+    beyond = system.capacity.state == "beyond"
+    return system.top_token_throughput if beyond else system.capacity.rates.get("total_token_throughput")
+
+
 def _by_replay(
-    system: System, wanted: Wanted, likely: int, simulate: Simulate | None
+    system: System, wanted: Wanted, likely: int, replays: Replays | None
 ) -> tuple[SimulatedFleet | None, str | None]:
-    if simulate is None:
+    if replays is None:
         return None, "no replay was asked for"
     if system.loop != "open":
         return None, "measured with sessions that wait: their requests do not come at times of their own"
     try:
-        return simulate(system, wanted.grow * wanted.headroom, likely), None
+        return replays.fleet(system, wanted.grow * wanted.headroom, likely), None
     except NotFittedError as e:
         return None, str(e)
 
 
 def _tier_fleet(
-    system: System, wanted: Wanted, others: Sequence[System], today: date, simulate: Simulate | None
+    system: System, wanted: Wanted, others: Sequence[System], today: date, replays: Replays | None
 ) -> TierFleet:
     assert system.capacity is not None
     offer, demand, binding, (low, high) = _offer(system, wanted)
     head, up = wanted.headroom, wanted.availability
     fluid = peak = fleet(offer, demand.worst_minute, mean=demand.mean, headroom=head, availability=up)
-    replayed, why = _by_replay(system, wanted, fluid.replicas, simulate)
+    replayed, why = _by_replay(system, wanted, fluid.replicas, replays)
     if replayed is not None:
         peak = fleet_of(offer, replayed.replicas, demand.worst_minute, mean=demand.mean, availability=up)
-    reactive = autoscaled(offer, demand, headroom=head, spares=peak.spares)
-    scheduled = autoscaled(offer, demand, headroom=head, spares=peak.spares, ahead=True)
+    served = _per_1m(peak.usd_per_hour, wanted)
+    fluid, _ = _priced(fluid, offer, system, wanted)
+    peak, why_none = _priced(peak, offer, system, wanted)
+    reactive, scheduled = (
+        _follows(system, wanted, offer, demand, peak.spares, replays, replayed, ahead=ahead) for ahead in (False, True)
+    )
     ends = [(f"capacity at its {name} end", end) for name, end in (("low", low), ("high", high)) if end]
     changed = sensitivities(offer, demand.worst_minute, headroom=head, availability=up, capacities=ends)
     changed += [_other_promise(o, wanted) for o in others if _unfit(o) is None]
@@ -258,10 +280,23 @@ def _tier_fleet(
         mean=fleet(offer, demand.mean), worst_minute=fleet(offer, demand.worst_minute), peak=peak,
         fluid=fluid, simulated=replayed, not_simulated=why,
         reactive=reactive, scheduled=scheduled,
-        usd_per_1m_served=_per_1m(peak.usd_per_hour, wanted),
+        no_utilisation=why_none, usd_per_1m_served=served,
         usd_per_1m_scheduled=_per_1m(scheduled.usd_per_hour, wanted),
         sensitivities=tuple(changed), notes=(*_notes(system, offer, demand, today), *_other_traffic(system, wanted)),
     )  # fmt: skip
+
+
+def _follows(
+    system: System, wanted: Wanted, offer: Offer, demand: Demand, spares: int, replays: Replays | None,
+    found: SimulatedFleet | None, *, ahead: bool,
+) -> Autoscaled:  # fmt: skip
+    made = autoscaled(offer, demand, headroom=wanted.headroom, spares=spares, ahead=ahead)
+    if replays is None or found is None:
+        return made
+    plan = schedule(offer, demand, headroom=wanted.headroom, ahead=ahead)
+    return replace(
+        made, kept=replays.scaled(system, found.engine, wanted.grow, plan, spares, offer.replicas_per_instance)
+    )
 
 
 def _other_promise(system: System, wanted: Wanted) -> Sensitivity:
@@ -275,6 +310,28 @@ def _per_1m(usd_per_hour: float, wanted: Wanted) -> float | None:
     if wanted.tokens is None or wanted.tokens.mean <= 0:
         return None
     return usd_per_1m(usd_per_hour / 3600, wanted.tokens.mean)
+
+
+def _priced(size: Fleet, offer: Offer, system: System, wanted: Wanted) -> tuple[Fleet, str | None]:
+    """The fleet with the utilisation at which `harness price` makes of the same runs what its tokens cost: the cost at
+    100 % (one full replica, one instance) over USD per 1M served. Or without one, and why.
+    """
+    if offer.replicas_per_instance > 1:
+        return replace(size, utilisation=None), (
+            "harness price counts a whole instance for each replica, and here several share one"
+        )
+    served, rate = _per_1m(size.usd_per_hour, wanted), _token_rate(system)
+    if served and rate is not None and rate.value:
+        full = usd_per_1m(offer.usd_per_hour * system.replicas / 3600, rate.value)
+        share = share_or_none(full / served)
+    else:
+        share = size.utilisation
+    if share is None:
+        return replace(size, utilisation=None), (
+            "the fleet serves its tokens at less than the cost at 100 % of one replica, which harness price goes by: "
+            "together replicas carry more than as many times one; runs of several replicas would tell how much"
+        )
+    return replace(size, utilisation=share), None
 
 
 def _notes(system: System, offer: Offer, demand: Demand, today: date) -> tuple[str, ...]:
@@ -314,77 +371,6 @@ def _other_traffic(system: System, wanted: Wanted) -> tuple[str, ...]:
         f"a request of the demand has {asked:,.0f} tokens on average, one of those that were measured {measured:,.0f}: "
         "whether the promise holds for the others, only a run of them tells",
     )
-
-
-def _sentence(
-    found: Sequence[TierFleet], excluded: Sequence[tuple[str, str]], refused: Sequence[tuple[str, str]]
-) -> str:
-    if not found:
-        whys = [f"{name}: {why}" for name, why in excluded] or [f"every run is INVALID ({len(refused)})"]
-        return f"No tier can be planned with: {'; '.join(whys)}."
-    best = found[0]
-    said = f"Cheapest: {best.name}, {_size(best)} for {best.slo}."
-    if len(found) > 1:
-        second = found[1]
-        more = second.peak.usd_per_hour / best.peak.usd_per_hour - 1 if best.peak.usd_per_hour else math.inf
-        said += f" Runner-up: {second.name}, {_size(second)} ({more:+.0%})."
-    elif excluded:
-        said += f" No runner-up: {'; '.join(f'{name}: {why}' for name, why in excluded)}."
-    else:
-        said += " Nothing else was measured."
-    return said
-
-
-def _size(one: TierFleet) -> str:
-    peak = one.peak
-    plural = "" if peak.instances == 1 else "s"
-    at_most = "at most " if one.at_least and one.simulated is None else ""
-    said = f"{at_most}{peak.instances} instance{plural}, {peak.usd_per_month:,.0f} USD a month"
-    if one.simulated is None:
-        return f"{said}{_within(one)}"
-    return f"{said} (simulated; fluid: {one.fluid.instances:,}, {one.fluid.usd_per_month:,.0f} USD)"
-
-
-def _within(one: TierFleet) -> str:
-    """The same at the ends of the capacity of one replica; open where an end is not known."""
-    dear, cheap = (
-        next((s for s in one.sensitivities if s.changed == f"capacity at its {end} end"), None)
-        for end in ("low", "high")
-    )
-    if dear is None and cheap is None:
-        return ""
-    if dear is None or cheap is None:
-        (end,) = (s for s in (dear, cheap) if s is not None)
-        word = "up to" if cheap is None else "from"
-        return f" (95 %: {word} {end.instances:,}, {end.usd_per_month:,.0f} USD)"
-    return (
-        f" (95 %: {cheap.instances:,} to {dear.instances:,}, {cheap.usd_per_month:,.0f} to "
-        f"{dear.usd_per_month:,.0f} USD)"
-    )
-
-
-def _assumptions(wanted: Wanted) -> tuple[str, ...]:
-    said = [
-        f"demand is the trace's, {wanted.grow:g} times, x {wanted.headroom:g} for what the forecast may miss",
-        "a simulated fleet is the smallest that keeps the promise in every minute of the demand, replayed on an engine "
-        "that was fitted to the measured runs; replicas take requests in turn. The fluid one is the worst minute over "
-        "measured capacity",
-        "a fleet of N replicas carries N times one: what routing costs in prefix-cache hits only a run of N shows",
-        f"a month has {HOURS_PER_MONTH:g} h, a year 12 of them; staff, network, storage and tax are not in the price",
-        "autoscaling is fluid: even demand in a minute, backlog carried. Reactive: after each minute it asks for what "
-        f"the busiest of the last {HOLD_MINUTES} needed; new instances answer after their start-up time and are paid "
-        "from the request on. Scheduled: it knows the day and asks early enough",
-    ]
-    if wanted.availability is not None:
-        said.append(
-            f"availability {percent(wanted.availability)}: with that probability enough instances are up, each being "
-            f"up {percent(wanted.node_availability)} of the time by itself (an assumption, --node-availability)"
-        )
-    else:
-        said.append("no instance fails: say --availability for spare ones")
-    if wanted.tokens is None:
-        said.append("the trace does not say all token lengths: sized by requests alone, no cost per token")
-    return tuple(said)
 
 
 def grown(wanted: Wanted, factor: float) -> Wanted:

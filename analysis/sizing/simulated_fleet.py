@@ -10,7 +10,7 @@ that what was chance in the demand does not count twice. A fleet is large enough
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,7 +59,7 @@ class SimulatedFleet:
     replayed: int
     """Requests of one replay."""
     left_out: int
-    """Those of the demand in quiet half hours, which were not replayed."""
+    """Those of the demand in less busy half hours, which were not replayed."""
     resamples: int
     missed: int
     """Of them, those in which this fleet misses the promise in some minute."""
@@ -70,19 +70,25 @@ class SimulatedFleet:
     replica is the least there is."""
 
 
+def _silent(_: str) -> None:
+    pass
+
+
 def size_fleet(
     runs: Sequence[Observed], demand: Requests, factor: float, criteria: Sequence[Criterion], engine: Engine,
-    likely: int, seed: int = 0,
+    likely: int, seed: int = 0, progress: Callable[[str], None] = _silent,
 ) -> SimulatedFleet:  # fmt: skip
     """The smallest fleet for ``factor`` times the demand.
 
-    ``likely``: where to begin the search, such as the fluid answer. Raises `NotFittedError` where no engine can be
+    ``likely``: where to begin the search, such as the fluid answer. ``progress``: told of every size that was tried.
+    Raises `NotFittedError` where no engine can be
     fitted or trusted, or no fleet keeps the promise.
     """
     fitted = confirmed(fit_engine(runs), engine, runs, criteria)
-    busy = demand.chosen(_busy(demand, fitted))
-    times = _resamples(busy, fitted, likely)
-    replays = _Replays(fitted, engine, criteria, busy, factor, times, seed)
+    busy = demand.chosen(_busy(demand, fitted, factor, likely))
+    times = _resamples(busy, fitted, factor, likely)
+    progress(f"{len(busy):,} requests are replayed, and {times} resamples of them, on fleets of about {likely}")
+    replays = _Replays(fitted, engine, criteria, busy, factor, times, seed, progress)
     found = _smallest(replays, max(1, likely))
     fewer = replays.missed(found - 1)[0] if found > 1 else None
     missed, worst = replays.missed(found)
@@ -114,8 +120,9 @@ class _Replays:
 
     def __init__(
         self, fitted: FittedEngine, engine: Engine, criteria: Sequence[Criterion], demand: Requests, factor: float,
-        resamples: int, seed: int,
+        resamples: int, seed: int, progress: Callable[[str], None],
     ) -> None:  # fmt: skip
+        self.progress = progress
         self.fitted, self.engine, self.criteria = fitted, engine, criteria
         self.demand, self.factor, self.resamples, self.seed = demand, factor, resamples, seed
         self.most = math.floor(MISSES * resamples)
@@ -138,6 +145,8 @@ class _Replays:
                     missed = max(missed, self.most + 1)
                     break
             self._seen[replicas] = missed, worst
+            enough = "enough" if missed <= self.most else "not enough"
+            self.progress(f"{replicas} replica{'' if replicas == 1 else 's'}: {enough}")
         return self._seen[replicas]
 
     def _demands(self) -> Iterator[Requests]:
@@ -222,24 +231,34 @@ def even_s(arrival_s: Floats) -> float:
     return found
 
 
+def steps_of(demand: Requests, fitted: FittedEngine, factor: float, replicas: int) -> float:
+    """About how many steps a replay takes: one for each token, or as many as the time holds."""
+    span_s = len(np.unique(demand.arrival_s // MINUTE_S)) * MINUTE_S
+    return max(1.0, min(factor * float(demand.output_tokens.sum()), replicas * span_s / max(fitted.base_s, 1e-6)))
+
+
 def _work_s(requests: Requests, fitted: FittedEngine) -> Floats:
     """What each request takes of one full replica."""
     token_s = fitted.per_sequence_s + fitted.base_s / fitted.max_num_seqs
     return token_s * requests.output_tokens + fitted.per_prompt_token_s * requests.input_tokens
 
 
-def _busy(demand: Requests, fitted: FittedEngine) -> Bools:
-    """Which requests come in a half hour that can decide: its worst minute asks for enough of the worst of all."""
+def _busy(demand: Requests, fitted: FittedEngine, factor: float, replicas: int) -> Bools:
+    """Which requests come in a half hour that can decide: its worst minute asks for enough of the worst of all. Of many
+    the busiest, as far as `MOST_STEPS` go.
+    """
     since_s = demand.arrival_s - demand.arrival_s[0]
     by_minute = np.bincount((since_s // MINUTE_S).astype(np.int64), weights=_work_s(demand, fitted))
     whole = math.ceil(len(by_minute) * MINUTE_S / STRETCH_S)
     padded = np.zeros(whole * round(STRETCH_S / MINUTE_S))
     padded[: len(by_minute)] = by_minute
     worst = padded.reshape(whole, -1).max(axis=1)
-    return np.asarray(worst[(since_s // STRETCH_S).astype(np.int64)] >= QUIET * worst.max())
+    stretch = (since_s // STRETCH_S).astype(np.int64)
+    steps = steps_of(demand, fitted, factor, replicas) / whole * (FEWEST + 1)
+    affordable = max(1, math.floor(MOST_STEPS / steps))
+    least = max(QUIET * worst.max(), np.sort(worst)[::-1][min(affordable, whole) - 1])
+    return np.asarray(worst[stretch] >= least)
 
 
-def _resamples(demand: Requests, fitted: FittedEngine, replicas: int) -> int:
-    span_s = len(np.unique(demand.arrival_s // STRETCH_S)) * STRETCH_S
-    steps = min(float(demand.output_tokens.sum()), replicas * span_s / max(fitted.base_s, 1e-6))
-    return int(np.clip(MOST_STEPS / max(steps, 1.0), FEWEST, RESAMPLES))
+def _resamples(demand: Requests, fitted: FittedEngine, factor: float, replicas: int) -> int:
+    return int(np.clip(MOST_STEPS / steps_of(demand, fitted, factor, replicas), FEWEST, RESAMPLES))

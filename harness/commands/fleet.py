@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,9 +14,10 @@ from harness.run import now_utc
 from harness.traces.reading import open_asked
 
 if TYPE_CHECKING:
+    from analysis.arrays import Ints
     from analysis.sizing.at_slo import System
     from analysis.sizing.fitted_engine import FittedEngine, Requests, Served
-    from analysis.sizing.fleet import Demand
+    from analysis.sizing.fleet import Demand, Kept, Schedule
     from analysis.sizing.fleet_plan import FleetPlan
     from analysis.sizing.simulated_fleet import SimulatedFleet
 
@@ -38,11 +39,8 @@ def plan_fleet(
     format_: str,
 ) -> int:
     """Print the plan; 0: there is a fleet. Without one 4: a tier misses the promise; 3: runs are INVALID; 1: else."""
-    from analysis.load import read_run
     from analysis.sizing.at_slo import systems
-    from analysis.sizing.fitted_engine import NotFittedError, observe
     from analysis.sizing.fleet_plan import Wanted, grown, plan_fleets
-    from analysis.sizing.simulated_fleet import size_fleet
     from harness.commands.found import find_runs, read_summaries, refused_exit
 
     if availability is not None and not availability < 1:
@@ -59,16 +57,10 @@ def plan_fleet(
     refused = [(s.run, f"{s.verdict}: {'; '.join(s.reasons)}") for s in summaries[0] if s.verdict != "VALID"]
     folders = {s.run: path for s, path in zip(summaries[0], runs, strict=True)}
 
-    def by_replay(system: System, factor: float, likely: int) -> SimulatedFleet:
-        if asked.replayable is None:
-            raise NotFittedError("the trace does not say all token lengths, so it cannot be replayed")
-        say(f"{system.name}: replaying {len(asked.replayable):,} requests in virtual time")
-        observed = [observe(read_run(folders[run]), system.replicas) for run in system.runs]
-        return size_fleet(observed, asked.replayable, factor, system.criteria, simulated_engine, likely)
-
     plan = plan_fleets(
         judged[0], grown(wanted, grow), made=now_utc(), trace=str(trace),
-        others=[one for found in judged[1:] for one in found], refused=refused, simulate=by_replay,
+        others=[one for found in judged[1:] for one in found], refused=refused,
+        replays=_Replays(asked.replayable, folders),
     )  # fmt: skip
     _print(plan, format_)
     if plan.tiers:
@@ -76,6 +68,42 @@ def plan_fleet(
     if any(one.capacity is not None and one.capacity.state == "not reached" for one in judged[0]):
         return EXIT_SLO_MISSED
     return refused_exit(s.verdict for s in summaries[0]) or EXIT_FAILURE
+
+
+@dataclass(frozen=True, slots=True)
+class _Replays:
+    """The demand, replayed on engines fitted to runs (`analysis.sizing.fleet_plan.Replays`)."""
+
+    demand: Requests | None
+    folders: Mapping[str, Path]
+    """Of the runs, by name."""
+
+    def fleet(self, system: System, factor: float, likely: int) -> SimulatedFleet:
+        """The smallest that keeps the promise of a system."""
+        from analysis.load import read_run
+        from analysis.sizing.fitted_engine import NotFittedError, observe
+        from analysis.sizing.simulated_fleet import size_fleet
+
+        if self.demand is None:
+            raise NotFittedError("the trace does not say all token lengths, so it cannot be replayed")
+        say(f"{system.name}: replaying {len(self.demand):,} requests in virtual time")
+        observed = [observe(read_run(self.folders[run]), system.replicas) for run in system.runs]
+        return size_fleet(
+            observed, self.demand, factor, system.criteria, simulated_engine, likely,
+            progress=lambda words: say(f"{system.name}: {words}"),
+        )  # fmt: skip
+
+    def scaled(
+        self, system: System, fitted: FittedEngine, factor: float, plan: Schedule, spares: int, per_instance: int
+    ) -> Kept:
+        """How a fleet that follows the demand keeps the promise."""
+        from analysis.sizing.simulated_scaling import follow
+
+        assert self.demand is not None, "an engine was fitted to replay it"
+        return follow(
+            fitted, self.demand, factor, system.criteria, simulated_engine, plan, spares=spares,
+            per_instance=per_instance,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +146,7 @@ def read_demand(path: Path, trace_format: str | None, skip_bad: bool) -> Asked:
     return Asked(requests=demand(times), tokens=tokens, replayable=replayable)
 
 
-def simulated_engine(fitted: FittedEngine, requests: Requests, replicas: int) -> Served:
+def simulated_engine(fitted: FittedEngine, requests: Requests, replicas: int, owner: Ints | None = None) -> Served:
     """The project's own engine with the fitted step (`analysis.sizing.fitted_engine.Engine`)."""
     from analysis.sizing.fitted_engine import Served
     from cluster.simulator.replica import Workload, simulate
@@ -130,7 +158,7 @@ def simulated_engine(fitted: FittedEngine, requests: Requests, replicas: int) ->
         arrival_s=requests.arrival_s, input_tokens=requests.input_tokens, output_tokens=requests.output_tokens
     )  # fmt: skip
     limits = Limits(max_num_seqs=fitted.max_num_seqs, max_num_batched_tokens=fitted.max_num_batched_tokens)
-    done = simulate(load, limits, [step] * replicas)
+    done = simulate(load, limits, [step] * replicas, router="round robin" if owner is None else owner)
     return Served(first_token_s=done.first_token_s, finished_s=done.finished_s)
 
 

@@ -17,13 +17,16 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
+from analysis.show.fleet_text import WITHIN
 from cluster.simulator.replica import Outcome, Workload, simulate
 from cluster.simulator.scheduler import Limits
 from cluster.simulator.step_time import NoisyStep
 from harness.results import Result
+from tests.lab import scaling
 from tests.lab.processes import BURST, EASY, QUIET, STEP, SWING, Floats, Process
 from tests.lab.table import Row
 from tests.run_files import SPEC, watch, write_run
@@ -40,19 +43,54 @@ ALLOWED = math.floor(0.05 * SEEDS)
 RUN_RATES, RUN_S = (3.0, 6.0, 8.0, 10.0), 150.0
 
 
+Kind = Process | Literal["step", "waves"]
+"""step: three times as much from a third of the trace on; waves: two days of a large swing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """A trace: its process and its mean rate, req/s."""
 
-    process: Process
+    process: Kind
     rate: float
     span_s: float = 1200.0
+    start_s: float = 60.0
+    """Of a replica."""
 
 
 CASES = (
     Case("poisson", 14.0), Case("poisson", 30.0), Case("poisson", 52.0), Case("bursty", 9.0), Case("bursty", 18.0),
     Case("bursty", 24.0), Case("diurnal", 14.0), Case("diurnal", 36.0), Case("drifting", 6.0), Case("drifting", 13.0),
 )  # fmt: skip
+
+
+CHANGING = (
+    Case("step", 20.0, start_s=150.0), Case("step", 40.0, start_s=90.0), Case("waves", 16.0, 2400.0, 150.0),
+    Case("waves", 40.0, 1800.0, 100.0),
+)  # fmt: skip
+"""Traces that only autoscaling is studied on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shares:
+    """Shares of requests that keep the promise."""
+
+    said: float
+    true: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Followed:
+    """One case: what was said of autoscaling and what is true, and what tokens cost."""
+
+    case: Case
+    reactive: Shares
+    scheduled: Shares
+    utilisation: float | None
+    priced: float | None
+    """By `harness price` at that utilisation, USD per 1M tokens; None without one."""
+    paid: float
+    """The month's bill of the fleet over the month's tokens, USD per 1M."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,18 +105,45 @@ class Found:
     simulated: bool
     missed: int
     """Of `SEEDS` draws, those that miss the promise with the fleet that was said; counted up to one more than may."""
-    utilisation: float
+    followed: Followed
 
 
 def rows(draws: int, seed: int, jobs: int) -> list[Row]:
-    """``draws`` traces (the cases in turn)."""
+    """``draws`` traces (the cases in turn), and those that change for each seed."""
     asked = [(CASES[k % len(CASES)], seed + k // len(CASES)) for k in range(draws)]
-    if jobs > 1:
-        with ProcessPoolExecutor(jobs) as pool:
-            found = list(pool.map(judge, *zip(*asked, strict=True)))
-    else:
-        found = [judge(*one) for one in asked]
-    return [_row(found)]
+    changing = [(case, s) for s in dict.fromkeys(s for _, s in asked) for case in CHANGING]
+    with ProcessPoolExecutor(jobs) as pool:
+        found = list(pool.map(judge, *zip(*asked, strict=True)))
+        more = list(pool.map(follow, *zip(*changing, strict=True)))
+    followed = [*(one.followed for one in found), *more]
+    return [_row(found), _price_row(followed), _scaling_row(followed)]
+
+
+def _price_row(found: list[Followed]) -> Row:
+    known = [one for one in found if one.utilisation is not None and one.priced is not None]
+    off = max((abs((one.priced or 0.0) / one.paid - 1) for one in known), default=math.nan)
+    most = max((one.utilisation or 0.0 for one in known), default=math.nan)
+    return Row(
+        item="9", claim="utilisation of a fleet, and the price at it",
+        truth="at most 100 %; the month's bill over the month's tokens",
+        claimed=f"{len(known)} of {len(found)} fleets have one, {most:.1%} at most; `harness price` at it is at most "
+        f"{off:.2g} off; the others carry more than as many times one replica: none, and why", draws=len(found),
+        holds=most <= 1 and off < 1e-4,
+    )  # fmt: skip
+
+
+def _scaling_row(found: list[Followed]) -> Row:
+    shares = {name: [getattr(one, name) for one in found] for name in ("reactive", "scheduled")}
+    within = {name: sum(abs(s.said - s.true) <= WITHIN for s in both) for name, both in shares.items()}
+    worst = max((s for both in shares.values() for s in both), key=lambda s: abs(s.said - s.true))
+    poorest = min(shares["reactive"], key=lambda s: s.true)
+    return Row(
+        item="9", claim="share that keeps the promise while instances come and go (reactive, scheduled)",
+        truth="an autoscaler event by event on another engine, 5 draws of its noise",
+        claimed=f"within {WITHIN * 100:.0f} points for {within['reactive']} and {within['scheduled']} of {len(found)}; "
+        f"worst: {worst.said:.1%} said for {worst.true:.1%}; poorest: {poorest.said:.1%} for {poorest.true:.1%}",
+        draws=len(found), holds=all(n == len(found) for n in within.values()),
+    )  # fmt: skip
 
 
 def _row(found: list[Found]) -> Row:
@@ -100,14 +165,40 @@ def judge(case: Case, seed: int) -> Found:
     """One trace: plan it, then find out."""
     trace = workload(case, np.random.default_rng([seed, 1]))
     with tempfile.TemporaryDirectory() as folder:
-        plan = planned(Path(folder), trace, seed)
-    (tier,) = plan["tiers"]
+        tier, followed = _followed(case, Path(folder), trace, seed)
     said = int(tier["peak"]["replicas"])
     true = Truth(case, seed)
     return Found(
         case=case, truth=true.smallest(said), said=said, fluid=int(tier["fluid"]["replicas"]),
         simulated=tier["simulated"] is not None, missed=true.missed(said),
-        utilisation=float(tier["peak"]["utilisation"]),
+        followed=followed,
+    )  # fmt: skip
+
+
+def follow(case: Case, seed: int) -> Followed:
+    """One trace, without its smallest fleet by brute force."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _followed(case, Path(folder), workload(case, np.random.default_rng([seed, 1])), seed)[1]
+
+
+def _followed(case: Case, folder: Path, trace: Workload, seed: int) -> tuple[dict[str, Any], Followed]:
+    (tier,) = planned(folder, trace, seed, case.start_s)["tiers"]
+    tokens = trace.input_tokens + trace.output_tokens
+    amounts = tokens if tier["binding"] == "tokens" else np.ones(len(trace))
+
+    def shares(name: str) -> Shares:
+        true = scaling.kept(
+            trace, tier["capacity"], amounts, case.start_s, LIMITS, STEP, SPREAD, SLO["ttft_p95"],
+            ahead=name == "scheduled",
+        )  # fmt: skip
+        return Shares(said=tier[name]["kept"]["share"], true=true)
+
+    share = tier["peak"]["utilisation"]
+    per_month = float(tokens.sum()) / (trace.arrival_s[-1] - trace.arrival_s[0]) * 730 * 3600
+    return tier, Followed(
+        case=case, reactive=shares("reactive"), scheduled=shares("scheduled"), utilisation=share,
+        priced=None if share is None else priced(folder / "runs", share),
+        paid=tier["peak"]["usd_per_month"] / per_month * 1e6,
     )  # fmt: skip
 
 
@@ -141,8 +232,18 @@ def _flat(rng: np.random.Generator, span_s: float) -> tuple[Floats, Floats]:
     return np.array([span_s]), np.ones(1)
 
 
-_INTENSITY: dict[Process, Callable[[np.random.Generator, float], tuple[Floats, Floats]]] = {
-    "poisson": _flat, "bursty": _bursts, "diurnal": _day, "drifting": _flat,
+def _step(rng: np.random.Generator, span_s: float) -> tuple[Floats, Floats]:
+    return np.array([span_s / 3, span_s * 2 / 3]), np.array([3 / 7, 9 / 7])
+
+
+def _waves(rng: np.random.Generator, span_s: float) -> tuple[Floats, Floats]:
+    seconds = np.arange(span_s)
+    return np.ones(len(seconds)), 1 - 0.7 * np.cos(4 * np.pi * (seconds + 0.5) / span_s)
+
+
+_INTENSITY: dict[Kind, Callable[[np.random.Generator, float], tuple[Floats, Floats]]] = {
+    "poisson": _flat, "bursty": _bursts, "diurnal": _day, "drifting": _flat, "step": _step,
+    "waves": _waves,
 }  # fmt: skip
 
 
@@ -201,7 +302,22 @@ def keeps(load: Workload, served: Outcome) -> bool:
     return all(bad <= 0.05 * n + 1e-9 for n, bad in stretches)
 
 
-def planned(folder: Path, trace: Workload, seed: int) -> dict[str, list[dict[str, dict[str, float]]]]:
+def priced(runs: Path, share: float, slo: dict[str, float] = SLO) -> float:
+    """What `harness price` says that tokens cost at a utilisation, USD per 1M."""
+    from harness.commands.decide import price
+
+    said = StringIO()
+    with redirect_stdout(said), redirect_stderr(StringIO()):
+        price(
+            [str(runs)], margin=None, utilisation=share, ratio=(1.0, 4.0, None), split="declared", volume=None,
+            batch_discount=None, re_price=None, tier_prices=[], against=[], list_prices=None, slo=slo, attain=0.99,
+            format_="json", out=None,
+        )  # fmt: skip
+    (charge,) = json.loads(said.getvalue())["charges"]
+    return float(charge["cost"]["total"]["value"])
+
+
+def planned(folder: Path, trace: Workload, seed: int, start_s: float = 60.0) -> dict[str, list[dict[str, Any]]]:
     """What `harness plan-fleet` prints, from a trace file and run directories alone."""
     from harness.commands.fleet import plan_fleet
 
@@ -214,7 +330,7 @@ def planned(folder: Path, trace: Workload, seed: int) -> dict[str, list[dict[str
     with redirect_stdout(said), redirect_stderr(StringIO()):
         plan_fleet(
             path, [str(folder / "runs")], trace_format=None, skip_bad=False, grow=1.0, headroom=1.0, availability=None,
-            node_availability=1.0, start_s=60.0, replicas_per_instance=None, slo=[SLO], attain=0.99, format_="json",
+            node_availability=1.0, start_s=start_s, replicas_per_instance=None, slo=[SLO], attain=0.99, format_="json",
         )  # fmt: skip
     return json.loads(said.getvalue())
 

@@ -1,0 +1,63 @@
+"""Fleets that follow the demand, on the true engine: an autoscaler event by event, which knows nothing of the planner.
+
+Policy, as `harness plan-fleet` states it. After each minute it counts what came, and wants what the busiest of the last
+ten minutes needed; a new replica answers ``start_s`` later; what is too much goes at once, the newest first. Scheduled:
+the same with the whole day known, asked for so early that it answers in time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from cluster.simulator.replica import Workload, simulate
+from cluster.simulator.scheduler import Limits
+from cluster.simulator.step_time import NoisyStep, StepTime
+
+HOLD = 10
+DRAWS = 5
+"""Of the engine's noise."""
+
+
+def kept(
+    load: Workload, each: float, amounts: np.ndarray, start_s: float, limits: Limits, step: StepTime, spread: float,
+    ttft_s: float, *, ahead: bool,
+) -> float:  # fmt: skip
+    """Share of requests whose first token came within ``ttft_s``, mean over `DRAWS`.
+
+    ``each``: what one replica carries, per second, in the unit of ``amounts``, which each request asks for.
+    """
+    owner = _owners(load.arrival_s, each, amounts, start_s, ahead=ahead)
+    shares = []
+    for draw in range(DRAWS):
+        steps = [NoisyStep(step, spread, 5000 + 1000 * draw + r) for r in range(int(owner.max()) + 1)]
+        served = simulate(load, limits, steps, router=owner)
+        shares.append(float(np.mean(served.first_token_s - load.arrival_s <= ttft_s)))
+    return float(np.mean(shares))
+
+
+def _owners(arrival_s: np.ndarray, each: float, amounts: np.ndarray, start_s: float, *, ahead: bool) -> np.ndarray:
+    since_s = arrival_s - arrival_s[0]
+    minutes = int(since_s[-1] // 60) + 1
+    needed = []
+    for minute in range(minutes):
+        here = (since_s >= 60 * minute) & (since_s < 60 * (minute + 1))
+        needed.append(max(1, math.ceil(float(amounts[here].sum()) / 60 / each - 1e-9)))
+    ready_s = [0.0] * needed[0]
+    """Of each replica that is up or starting, the oldest first."""
+    owner, minute = np.zeros(len(since_s), dtype=np.int64), 0
+    early = math.ceil(start_s / 60)
+    if ahead:
+        ready_s = [0.0] * max(needed[: early + 1])
+    for k, now_s in enumerate(since_s.tolist()):
+        while minute < int(now_s // 60):
+            minute += 1
+            seen = (
+                needed[max(0, minute - HOLD) : minute + early + 1] if ahead else needed[max(0, minute - HOLD) : minute]
+            )
+            wanted = max(seen)
+            del ready_s[wanted:]
+            ready_s += [60.0 * minute + (0.0 if ahead else start_s)] * (wanted - len(ready_s))
+        owner[k] = k % sum(one <= now_s for one in ready_s)
+    return owner
