@@ -154,9 +154,17 @@ def test_noise_is_the_seeds_and_has_mean_one() -> None:
 @given(
     st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 9), st.sampled_from([None, 1, 7, 64, 256]),
     st.floats(1.0, 60.0), st.sampled_from([math.inf, 0.0, 2.0]), st.booleans(),
+    st.sampled_from([0.0, 0.000001]),
 )  # fmt: skip
 def test_replicas_one_after_the_other_are_the_replicas_together(
-    seed: int, replicas: int, slots: int, room: int | None, rate: float, until_s: float, noisy: bool
+    seed: int,
+    replicas: int,
+    slots: int,
+    room: int | None,
+    rate: float,
+    until_s: float,
+    noisy: bool,
+    context_s: float,
 ) -> None:
     """The fast loop (`cluster.simulator.alone`) and the plain scheduler agree to the last bit."""
     rng = np.random.default_rng(seed)
@@ -166,7 +174,7 @@ def test_replicas_one_after_the_other_are_the_replicas_together(
         arrival_s=arrival_s, input_tokens=rng.integers(0, 500, 80), output_tokens=rng.geometric(0.1, 80)
     )  # fmt: skip
     limits = Limits(max_num_seqs=slots, max_num_batched_tokens=room)
-    linear = LinearStep(0.02, 0.0015, 0.00002, 0.000001)
+    linear = LinearStep(0.02, 0.0015, 0.00002, context_s)
 
     def steps() -> list[LinearStep | NoisyStep]:
         return [NoisyStep(linear, 0.2, seed + r) if noisy else linear for r in range(replicas)]

@@ -34,9 +34,11 @@ MINUTE_S = 60.0
 RESAMPLES = 20
 MISSES = 0.05
 """Of the resamples, so many may miss the promise in some minute."""
-MOST_STEPS = 5_000_000
-"""Of all resamples of one fleet together, about: a longer demand is resampled less often, `FEWEST` times at least."""
-FEWEST = 4
+MOST_STEPS = 30_000_000
+"""Of all replays by one fleet together, about: a longer demand is resampled less often, `FEWEST` times at least, and
+only its busiest half hours are."""
+FEWEST = 10
+"""With fewer a fleet that misses the promise on one day of three would pass too often."""
 NEAR = 2
 """A copy of a request may come at least about as far away as the second-next request."""
 EVEN_SCALES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
@@ -81,15 +83,15 @@ def size_fleet(
     """The smallest fleet for ``factor`` times the demand.
 
     ``likely``: where to begin the search, such as the fluid answer. ``progress``: told of every size that was tried.
-    Raises `NotFittedError` where no engine can be
-    fitted or trusted, or no fleet keeps the promise.
+    Raises `NotFittedError` where no engine can be fitted or trusted, or no fleet keeps the promise.
     """
     fitted = confirmed(fit_engine(runs), engine, runs, criteria)
     busy = demand.chosen(_busy(demand, fitted, factor, likely))
     times = _resamples(busy, fitted, factor, likely)
     progress(f"{len(busy):,} requests are replayed, and {times} resamples of them, on fleets of about {likely}")
     replays = _Replays(fitted, engine, criteria, busy, factor, times, seed, progress)
-    found = _smallest(replays, max(1, likely))
+    # one replay tells most sizes that are not enough; only near the answer all are worth their time
+    found = _smallest(replays.enough, _smallest(replays.maybe, max(1, likely)))
     fewer = replays.missed(found - 1)[0] if found > 1 else None
     missed, worst = replays.missed(found)
     return SimulatedFleet(
@@ -98,17 +100,17 @@ def size_fleet(
     )  # fmt: skip
 
 
-def _smallest(replays: _Replays, likely: int) -> int:
-    """Outwards from a likely answer in steps that double, then by halving what lies between."""
+def _smallest(enough: Callable[[int], bool], likely: int) -> int:
+    """Outwards from a likely answer in steps of 1, 1, 2, 4 ..., then by halving what lies between."""
     low, high, step = 0, likely, 1
-    while not replays.enough(high):
-        low, high, step = high, high + step, 2 * step
+    while not enough(high):
+        low, high, step = high, high + max(1, step // 2), 2 * step
         if high > LARGEST * likely + 4:
             raise NotFittedError(f"not even {low} replicas keep the promise in every minute of the replayed demand")
     step = 1
     while high - low > 1:
         middle = max(high - step, (low + high) // 2)
-        if replays.enough(middle):
+        if enough(middle):
             high, step = middle, 2 * step
         else:
             low = middle
@@ -128,6 +130,15 @@ class _Replays:
         self.most = math.floor(MISSES * resamples)
         self.reach_s = even_s(demand.arrival_s) if len(demand) else 0.0
         self._seen: dict[int, tuple[int, float]] = {}
+        self._first: dict[int, tuple[float, bool]] = {}
+
+    def maybe(self, replicas: int) -> bool:
+        """Whether the first replay keeps the promise."""
+        if replicas not in self._first:
+            self._first[replicas] = self._worst(next(self._demands()), replicas)
+            if not self._first[replicas][1]:
+                self.progress(f"{replicas} replica{'' if replicas == 1 else 's'}: not enough")
+        return self._first[replicas][1]
 
     def enough(self, replicas: int) -> bool:
         return self.missed(replicas)[0] <= self.most
@@ -137,7 +148,8 @@ class _Replays:
         if replicas not in self._seen:
             missed, worst = 0, math.nan
             for number, requests in enumerate(self._demands()):
-                share, kept = self._worst(requests, replicas)
+                known = self._first.get(replicas) if number == 0 else None
+                share, kept = known or self._worst(requests, replicas)
                 if number == 0:
                     worst = share
                 missed += not kept
@@ -231,10 +243,17 @@ def even_s(arrival_s: Floats) -> float:
     return found
 
 
-def steps_of(demand: Requests, fitted: FittedEngine, factor: float, replicas: int) -> float:
-    """About how many steps a replay takes: one for each token, or as many as the time holds."""
-    span_s = len(np.unique(demand.arrival_s // MINUTE_S)) * MINUTE_S
-    return max(1.0, min(factor * float(demand.output_tokens.sum()), replicas * span_s / max(fitted.base_s, 1e-6)))
+def steps_of(requests: Requests, fitted: FittedEngine, factor: float, replicas: int) -> float:
+    """About how many steps a replay takes: one for each token where hardly two sequences run at once, else as many as
+    the time holds, in steps as long as the mean number of sequences makes them.
+    """
+    span_s = len(np.unique(requests.arrival_s // MINUTE_S)) * MINUTE_S
+    tokens = factor * float(requests.output_tokens.sum())
+    base_s, each_s = max(fitted.base_s, 1e-6), fitted.per_sequence_s
+    # b sequences of one replica give b tokens in base + b x each: b = tokens/s x base / (1 - tokens/s x each)
+    free = max(0.0, 1 - tokens / (replicas * span_s) * each_s)
+    longest = replicas * span_s * max(free / base_s, 1 / (base_s + each_s * fitted.max_num_seqs))
+    return max(1.0, min(tokens, longest))
 
 
 def _work_s(requests: Requests, fitted: FittedEngine) -> Floats:
@@ -254,10 +273,13 @@ def _busy(demand: Requests, fitted: FittedEngine, factor: float, replicas: int) 
     padded[: len(by_minute)] = by_minute
     worst = padded.reshape(whole, -1).max(axis=1)
     stretch = (since_s // STRETCH_S).astype(np.int64)
-    steps = steps_of(demand, fitted, factor, replicas) / whole * (FEWEST + 1)
-    affordable = max(1, math.floor(MOST_STEPS / steps))
-    least = max(QUIET * worst.max(), np.sort(worst)[::-1][min(affordable, whole) - 1])
-    return np.asarray(worst[stretch] >= least)
+    chosen, steps = np.zeros(whole, dtype=np.bool_), 0.0
+    for k in np.argsort(-worst, kind="stable"):
+        steps += (FEWEST + 1) * steps_of(demand.chosen(stretch == k), fitted, factor, replicas)
+        if worst[k] < QUIET * worst.max() or (steps > MOST_STEPS and chosen.any()):
+            break
+        chosen[k] = True
+    return np.asarray(chosen[stretch])
 
 
 def _resamples(demand: Requests, fitted: FittedEngine, factor: float, replicas: int) -> int:

@@ -14,8 +14,11 @@ import numpy as np
 from analysis.arrays import Bools
 from analysis.sizing.fitted_engine import Engine, FittedEngine, Requests, delayed, within
 from analysis.sizing.fleet import Kept, Schedule
-from analysis.sizing.simulated_fleet import MOST_STEPS, STRETCH_S, even_s, resampled, share_by_minute, steps_of
+from analysis.sizing.simulated_fleet import STRETCH_S, even_s, resampled, share_by_minute, steps_of
 from harness.slo import Criterion
+
+MOST_STEPS = 20_000_000
+"""Of one replay."""
 
 
 def follow(
@@ -24,7 +27,7 @@ def follow(
 ) -> Kept:  # fmt: skip
     """``factor`` times the demand on the instances that ``plan`` has up, and ``spares`` beside them.
 
-    Of a demand that would take more than `MOST_STEPS` half hours evenly spread over it are replayed.
+    Of a demand that would take more than `MOST_STEPS`, half hours evenly spread over it are replayed.
     """
     began_s = demand.arrival_s[0]
     requests = demand.chosen(_affordable(demand, fitted, factor, per_instance * int(plan.target.max() + spares)))

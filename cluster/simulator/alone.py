@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Sequence
 
 from cluster.simulator.scheduler import Limits
-from cluster.simulator.step_time import Chunk, StepTime
+from cluster.simulator.step_time import Chunk, LinearStep, StepTime
 
 NO_CHUNKS: Sequence[Chunk] = ()
 NOBODY: Sequence[int] = ()
@@ -34,14 +34,20 @@ def serve_alone(
     leaving: dict[int, tuple[int, int]] = {}
     """By step: how many sequences end with it, and the sum of their lengths."""
     coming_s = [*arrival_s, math.inf]
-    now_s = coming_s[0]
+    now_s = next_s = coming_s[0]
+    plain_s = _plain_s(step_time, most)
     while now_s < until_s:
-        while coming_s[prompts.come] <= now_s:
+        while next_s <= now_s:
             prompts.come += 1
-        chunks, ready = NO_CHUNKS, NOBODY
+            next_s = coming_s[prompts.come]
+        ready = NOBODY
         if prompts.reading or (decoding < most and prompts.begun < prompts.come):
             chunks, ready = prompts.next(decoding, most)
-        now_s += step_time(chunks, decoding, context)
+            now_s += step_time(chunks, decoding, context)
+        elif plain_s is not None:
+            now_s += plain_s[decoding]
+        else:
+            now_s += step_time(NO_CHUNKS, decoding, context)
         if now_s >= until_s:
             break
         end_s.append(now_s)
@@ -58,9 +64,16 @@ def serve_alone(
             decoding -= count
             context -= length
             if not decoding and not prompts.reading and prompts.begun == prompts.come:
-                now_s = max(now_s, coming_s[prompts.come])
+                now_s = max(now_s, next_s)
         step += 1
     return end_s, first_step
+
+
+def _plain_s(step_time: StepTime, most: int) -> list[float] | None:
+    """What a step of decoding alone takes, by the number of sequences; None where it depends on more than that."""
+    if isinstance(step_time, LinearStep) and step_time.per_context_token_s == 0:
+        return [step_time(NO_CHUNKS, decoding, 0) for decoding in range(most + 1)]
+    return None
 
 
 class _Prompts:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -17,7 +18,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -43,6 +44,7 @@ ALLOWED = math.floor(0.05 * SEEDS)
 RUN_RATES, RUN_S = (3.0, 6.0, 8.0, 10.0), 150.0
 
 
+T = TypeVar("T")
 Kind = Process | Literal["step", "waves"]
 """step: three times as much from a third of the trace on; waves: two days of a large swing."""
 
@@ -113,10 +115,16 @@ def rows(draws: int, seed: int, jobs: int) -> list[Row]:
     asked = [(CASES[k % len(CASES)], seed + k // len(CASES)) for k in range(draws)]
     changing = [(case, s) for s in dict.fromkeys(s for _, s in asked) for case in CHANGING]
     with ProcessPoolExecutor(jobs) as pool:
-        found = list(pool.map(judge, *zip(*asked, strict=True)))
-        more = list(pool.map(follow, *zip(*changing, strict=True)))
+        found = [_told(one) for one in pool.map(judge, *zip(*asked, strict=True))]
+        more = [_told(one) for one in pool.map(follow, *zip(*changing, strict=True))]
     followed = [*(one.followed for one in found), *more]
     return [_row(found), _price_row(followed), _scaling_row(followed)]
+
+
+def _told(one: T) -> T:
+    """It takes minutes: each trace is printed as it is done."""
+    print(one, file=sys.stderr, flush=True)
+    return one
 
 
 def _price_row(found: list[Followed]) -> Row:
