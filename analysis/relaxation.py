@@ -25,6 +25,8 @@ FULLEST = 0.1
 """Share of the run with most requests in flight that shows how fast the server can work."""
 ONE_SIDED = 1.645
 """Standard errors by which the load may have been higher than this run saw: 95 %."""
+ONE_SIDED_BURSTY = 0.5
+"""The same of arrivals in bursts, of which a few would allow any load: 69 %."""
 UNLUCKY = 0.84
 """Standard errors by which this run may have been luckier than the next: it must be long enough in four of five."""
 FEWEST_TIMES = 8.0
@@ -56,8 +58,7 @@ class Relaxation:
     time_s: float
     """Best guess; inf: more work came than the server could do."""
     longest_s: float
-    """What the load may really have been taken into account; of arrivals in bursts how uneven
-    they really are."""
+    """What the load may really have been taken into account, and how uneven arrivals in bursts really are."""
     needed_s: float | None
     """So long must a run be at this load; None: no length is enough."""
     requests: int
@@ -161,8 +162,7 @@ def relaxation(
         left = spare - more * math.sqrt(doubt * unevenness)
         return max(seen_s, 2 * doubt * unevenness / left**2 + bursts_s) if left > 0 else math.inf
 
-    # of few bursts the error of the load would allow anything: there it is taken as it was seen
-    longest_s = queue_s(0.0 if bursts_s else ONE_SIDED / math.sqrt(observed_s))
+    longest_s = queue_s((ONE_SIDED_BURSTY if bursts_s else ONE_SIDED) / math.sqrt(observed_s))
     times = FEWEST_BURSTY_TIMES if bursts_s else FEWEST_TIMES
     shortest_s = bin_s
     if bursts_s and bins < FEWEST_BURST_TIMES * arrivals:
