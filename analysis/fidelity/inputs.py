@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import numpy as np
@@ -15,7 +16,8 @@ from analysis.load import Run
 from harness.errors import PlanError
 from harness.run import RunDir
 from harness.server_metrics import read_server_metrics
-from harness.traces.reuse import Reuse, UnknownTokensError, plan_prompts, prompt_reuse
+from harness.traces.prefix import Ints
+from harness.traces.reuse import Ids, Reuse, UnknownTokensError, plan_prompts, prompt_reuse
 
 QUERIES = "vllm:prefix_cache_queries_total"
 HITS = "vllm:prefix_cache_hits_total"
@@ -65,6 +67,42 @@ def read_reuse(run: Run) -> tuple[Reuse | None, Reuse | str]:
     if size is None:
         return own, "the server does not say how large the blocks of its prefix cache are"
     return own, prompt_reuse(plan_prompts(plan, template), size)
+
+
+def measured_reuse(run: Run) -> Reuse | None:
+    """What measured prompts find in an unlimited cache that has those of the warm-up, in the trace's blocks.
+
+    None where the trace states no reuse, or a prompt's tokens are the server's to count. Raises `PlanError`.
+    """
+    info = run.manifest.plan
+    if info.conversation == "live" or info.source is None or info.source.prefix is None:
+        return None
+    size = min(info.source.prefix.block_tokens)
+
+    def of_first(n: int) -> Reuse:
+        prompts = plan_prompts(RunDir(run.path).plan, info.template, shared_head=False)
+        return prompt_reuse(_first(prompts, n), size, partial=True)
+
+    try:
+        whole, warmup = of_first(info.requests), of_first(info.warmup_requests)
+    except UnknownTokensError:
+        return None
+    if whole.prompts < info.requests or not whole.tokens:
+        return None
+    return Reuse(
+        block_tokens=size, prompts=whole.prompts - warmup.prompts, tokens=whole.tokens - warmup.tokens,
+        hit_tokens=whole.hit_tokens - warmup.hit_tokens,
+    )  # fmt: skip
+
+
+def _first(prompts: Iterable[tuple[Ids, Ints]], n: int) -> Iterator[tuple[Ids, Ints]]:
+    """The first ``n`` of prompts that come many at a time."""
+    for ids, lengths in prompts:
+        if n <= 0:
+            return
+        lengths = lengths[:n]
+        yield ids[: int(lengths.sum())], lengths
+        n -= len(lengths)
 
 
 def block_tokens(run: Run) -> int | None:

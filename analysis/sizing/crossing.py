@@ -58,6 +58,8 @@ class Evidence:
     """Of the measured requests, which window of the trace each is of."""
     unstable: bool
     """Its backlog only grew: it keeps no promise, and what its requests kept says nothing."""
+    cached_tokens: float | None = None
+    """Mean per measured request that an unlimited prefix cache finds in the plan; None: the trace states no reuse."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from analysis import metrics
 from analysis.arrays import Bools, Floats, Ints
+from analysis.fidelity.inputs import measured_reuse
 from analysis.load import Rows, Run
 from analysis.sizing.backlog import Demand
 from analysis.sizing.crossing import Evidence
@@ -35,7 +36,11 @@ def evidence_of(run: Run, criteria: Sequence[Criterion], rate: float, *, lost: b
     starts_s = [window.starts_s for window in run.manifest.plan.windows if window.starts_s is not None]
     window = window_of(plan.due_s[measured], starts_s)
     unstable = lost or _grew(run, plan)
-    return Evidence(rate=rate, sent=plan.demand, measured=measured, kept=kept, window=window, unstable=unstable)
+    reuse = None if lost else measured_reuse(run)
+    return Evidence(
+        rate=rate, sent=plan.demand, measured=measured, kept=kept, window=window, unstable=unstable,
+        cached_tokens=reuse.hit_tokens / reuse.prompts if reuse is not None and reuse.prompts else None,
+    )  # fmt: skip
 
 
 def worked_of(run: Run) -> Worked:

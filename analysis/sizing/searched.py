@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from analysis.arrays import Floats
+from analysis.fidelity.answer import POINTS_BOUND
 from analysis.intervals import Quantity
 from analysis.sizing.backlog import Demand
 from analysis.sizing.capacity import Capacity
@@ -19,9 +20,12 @@ from analysis.sizing.search import SUSTAINED, Estimate
 from analysis.summary import Summary
 from harness.slo import Criterion
 from harness.sweep_store import ANSWER as FILE
+from harness.traces.stats import TraceStats
 
 MIX_BOUND = 0.05
 """Mean lengths of the probes that decide lie so near to the trace's, or within two standard errors."""
+CACHED_BOUND = POINTS_BOUND
+"""Of input tokens: cached ones may differ by so many, too, since 5 % of few are nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +52,8 @@ class Mix:
     trace: float
     error: float
     """Standard error of ``probes``."""
+    least: float = 0.0
+    """Tokens that it may be off, at least."""
 
     @property
     def off(self) -> float:
@@ -57,11 +63,26 @@ class Mix:
     @property
     def fits(self) -> bool:
         """Within `MIX_BOUND` or two standard errors, whichever is wider."""
-        return self.off <= max(MIX_BOUND, 2 * self.error / self.trace) if self.trace else True
+        return abs(self.probes - self.trace) <= max(self.bound, 2 * self.error) if self.trace else True
+
+    @property
+    def bound(self) -> float:
+        """Tokens that it may be off, chance apart."""
+        return max(MIX_BOUND * self.trace, self.least)
+
+    def advice(self, minutes: float) -> str:
+        """What to do about it, after so many minutes."""
+        if self.kind == "cached" and self.probes < self.trace:
+            times = (self.trace - self.probes) / self.bound
+            return f"windows cut conversations and shared prefixes: probes about {times:.1f} times as long (--probe)"
+        more = minutes * ((2 * self.error / self.bound) ** 2 - 1)
+        return f"measure about {more:.0f} minutes longer" if more >= 1 else "measure again with another seed"
 
 
-def mixes(probes: Sequence[Evidence], near: float, demand: Demand) -> list[Mix]:
-    """Mean input and output tokens of the probes near a rate, pooled, beside the trace's."""
+def mixes(probes: Sequence[Evidence], near: float, demand: Demand, source: TraceStats | None = None) -> list[Mix]:
+    """Mean input and output tokens of the probes near a rate, pooled, beside the trace's; and cached ones, where
+    ``source`` states what an unlimited prefix cache finds in it.
+    """
     deciding = [p for p in probes if p.measured.any() and abs(math.log(p.rate / near)) <= NEAR]
     found = []
     for kind in ("input", "output"):
@@ -80,6 +101,14 @@ def mixes(probes: Sequence[Evidence], near: float, demand: Demand) -> list[Mix]:
         beyond = total - mean * size
         error = math.sqrt(float(beyond @ beyond) * n / (n - 1)) / float(size.sum()) if n > 1 else math.inf
         found.append(Mix(kind=kind, probes=mean, trace=whole, error=error))
+    known = [p.cached_tokens for p in deciding if p.cached_tokens is not None]
+    if source is not None and source.prefix is not None and source.input_tokens is not None and known:
+        each, inputs = np.array(known), source.input_tokens.mean
+        error = float(each.std(ddof=1)) / math.sqrt(len(each)) if len(each) > 1 else math.inf
+        trace = source.prefix.hit_rate_tokens * inputs
+        found.append(
+            Mix(kind="cached", probes=float(each.mean()), trace=trace, error=error, least=CACHED_BOUND * inputs)
+        )
     return found
 
 
@@ -111,13 +140,12 @@ def capacity_from(
         lowest = min(p.rate for p in shown)
         note = f"not reached: at {lowest * per:.4g} {unit}, the lowest load that was measured, it is missed"
         return Capacity(state="not reached", load=load(None, high=lowest, note=note), limit=now.limit, rates={})
-    for mix in mixes(shown, now.rate, demand):
+    for mix in mixes(shown, now.rate, demand, summaries[0].plan.source if summaries else None):
         if not mix.fits:
-            more = now.seconds / 60 * ((2 * mix.error / mix.trace / MIX_BOUND) ** 2 - 1)
-            longer = f"measure about {more:.0f} minutes longer" if more >= 1 else "measure again with another seed"
+            whose = " that a prefix cache would find" if mix.kind == "cached" else ""
             why = (
-                f"the probes' requests had {mix.probes:,.0f} {mix.kind} tokens in the mean, the trace's have "
-                f"{mix.trace:,.0f}: {longer}"
+                f"the probes' requests had {mix.probes:,.0f} {mix.kind} tokens{whose} in the mean, the trace's have "
+                f"{mix.trace:,.0f}: {mix.advice(now.seconds / 60)}"
             )
             return Capacity(state="unknown", load=load(None, note=why), limit=None, rates={})
     value = load(now.rate, now.low, now.high, note=_width_words(now))
