@@ -3,27 +3,30 @@
 `open_source` takes a path, ``-`` (standard input) or ``s3://bucket/key``. A trace is read more than once, so what is
 not a file is first copied to a temporary one (in ``$TMPDIR``), which is removed with the `Source`.
 
-`records` cuts the bytes (gzip and zstd are unpacked as they are read) into records: lines, CSV records whose quoted
-fields may hold line ends, or the values of a JSON document. Memory is bounded whatever the file holds: of a record that
-is too long only its beginning comes out.
+`records` cuts the bytes (gzip, zstd, xz, bzip2 and zip are unpacked as they are read) into records: lines, CSV records
+whose quoted fields may hold line ends, or the values of a JSON document. Memory is bounded whatever the file holds: of
+a record that is too long only its beginning comes out.
 """
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import io
+import lzma
 import re
 import shutil
 import stat
 import sys
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from harness.errors import TraceError, UsageError
 from harness.terminal import printable
@@ -48,8 +51,10 @@ class Source:
     """Where the bytes lie."""
     sha256: str
     """Of the bytes as they lie there (compressed, if they are)."""
-    _spool: IO[bytes] | None = field(default=None, repr=False)
+    held: object = field(default=None, repr=False)
     """Holds a temporary copy alive."""
+    member: str | None = None
+    """The file of a zip archive that is meant."""
 
 
 def open_source(name: str | Path) -> Source:
@@ -115,10 +120,15 @@ def _spooled(name: str, stream: BinaryIO) -> Source:
 
 
 def magic(source: Source, size: int = 16) -> bytes:
-    """The first bytes of the file as it lies there."""
+    """The first bytes of the file as it lies there, or in its archive."""
     try:
         with source.path.open("rb") as raw:
-            return raw.read(size)
+            if source.member is None:
+                return raw.read(size)
+            with zipfile.ZipFile(raw) as archive, archive.open(source.member) as member:
+                return member.read(size)
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as e:
+        raise TraceError(source.name, None, f"damaged zip data ({e}): copy the file again") from e
     except OSError as e:
         raise TraceError(source.name, None, f"cannot read: {e.strerror or e}") from e
 
@@ -132,32 +142,51 @@ class _Place:
 @contextmanager
 def _unpacked(source: Source, place: _Place) -> Iterator[BinaryIO]:
     """The file's bytes, decompressed; what goes wrong while they are read becomes a `TraceError`."""
+    kind = "zip" if source.member is not None else ""
     try:
-        with source.path.open("rb") as raw:
-            start = raw.read(4)
-            raw.seek(0)
-            if start.startswith(b"\x1f\x8b"):
-                yield cast(BinaryIO, io.BufferedReader(gzip.GzipFile(fileobj=raw), 2**20))
-            elif start == b"\x28\xb5\x2f\xfd":
-                import pyarrow as pa
-
-                zipped: Any = pa.CompressedInputStream(pa.OSFile(str(source.path)), "zstd")
-                yield cast(BinaryIO, io.BufferedReader(zipped, 2**20))
-            else:
-                yield raw
+        with ExitStack() as open_:
+            raw: Any = open_.enter_context(source.path.open("rb"))
+            if source.member is not None:
+                raw = open_.enter_context(open_.enter_context(zipfile.ZipFile(raw)).open(source.member))
+            # An archive may hold a compressed file, and that is all.
+            stream = cast(BinaryIO, io.BufferedReader(raw, 2**20) if source.member is not None else raw)
+            start = stream.peek(6)[:6] if isinstance(stream, io.BufferedReader) else b""
+            kind = next((name for magic, name in _PACKED.items() if start.startswith(magic)), kind)
+            yield _opened(kind, stream)
     except EOFError as e:
-        raise TraceError(source.name, place.line, "the gzip data ends early: the file was cut, copy it again") from e
-    except (gzip.BadGzipFile, zlib.error) as e:
-        raise TraceError(source.name, place.line, f"damaged gzip data ({e}): copy the file again") from e
+        raise TraceError(source.name, place.line, f"the {kind} data ends early: the file was cut, copy it again") from e
+    except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as e:
+        raise TraceError(source.name, place.line, f"damaged {kind} data ({e}): copy the file again") from e
     except OSError as e:
         problem = e.strerror or str(e)
         if "Truncated" in problem:
             problem = "the zstd data ends early: the file was cut, copy it again"
         elif "ZSTD" in problem:
             problem = f"damaged zstd data ({problem}): copy the file again"
+        elif kind:
+            problem = f"damaged {kind} data ({problem}): copy the file again"
         else:
             problem = f"cannot read: {problem}"
         raise TraceError(source.name, place.line, problem) from e
+
+
+_PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2"}
+
+
+def _opened(kind: str, raw: BinaryIO) -> BinaryIO:
+    """The stream, decompressed."""
+    if kind == "gzip":
+        return cast(BinaryIO, io.BufferedReader(gzip.GzipFile(fileobj=raw), 2**20))
+    if kind == "xz":
+        return cast(BinaryIO, io.BufferedReader(lzma.LZMAFile(raw), 2**20))
+    if kind == "bzip2":
+        return cast(BinaryIO, io.BufferedReader(bz2.BZ2File(raw), 2**20))
+    if kind == "zstd":
+        import pyarrow as pa
+
+        zipped: Any = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
+        return cast(BinaryIO, io.BufferedReader(zipped, 2**20))
+    return raw
 
 
 def unpack(source: Source, limit: int) -> bytes:
@@ -205,11 +234,15 @@ def _is_document(line: bytes) -> bool:
     return (text[:1] == b"{" and text[-1:] in b"{[,") or re.match(rb"\[\s*([{\[\]]|$)", line) is not None
 
 
+_SEPARATOR = re.compile(rb"sep=.\s*", re.IGNORECASE)
+"""Excel's word, before the header of a CSV, for what divides the fields."""
+
+
 def _first_line(stream: BinaryIO) -> tuple[int, bytes]:
     """Number and bytes of the first line that is not blank (empty bytes: there is none), its indent taken off."""
     number = 1
     line = stream.readline(MAX_LINE_BYTES + 1).removeprefix(b"\xef\xbb\xbf")
-    while line and line.isspace():
+    while line and (line.isspace() or _SEPARATOR.fullmatch(line)):
         number += line.endswith(b"\n")
         line = stream.readline(MAX_LINE_BYTES + 1)
     return number, line.lstrip(b" \t") if line.lstrip().startswith((b"[", b"{")) else line

@@ -214,6 +214,7 @@ def test_any_trace_can_be_described(rows, timed):
         "rows_kept": 1,
         "rows_dropped": {},
         "rows_failed": 0,
+        "examples": {},
         "clock": "x in seconds" if timed else None,
         "blocks": None,
         "grid_s": None,

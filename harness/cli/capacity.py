@@ -8,7 +8,14 @@ from typing import Any
 import click
 
 from harness.cli import runs
-from harness.cli.options import ATTAIN_OPTION, ENVIRONMENT, SWEEPS_OPTION, TRACE_ARGUMENT, format_option, resume_option
+from harness.cli.options import (
+    ATTAIN_OPTION,
+    ENVIRONMENT,
+    ONE_TRACE_ARGUMENT,
+    SWEEPS_OPTION,
+    format_option,
+    resume_option,
+)
 from harness.cli.types import DURATION, GROWTH, POSITIVE, SHARE, SLO
 from harness.cli.verb import command
 from harness.errors import UsageError
@@ -44,7 +51,7 @@ Exit status:
   130  stopped by Ctrl-C; --resume goes on
 {ENVIRONMENT}""",
 )
-@TRACE_ARGUMENT
+@ONE_TRACE_ARGUMENT
 @click.option(
     "--slo",
     type=SLO,
@@ -116,7 +123,7 @@ Exit status:
   4  no measured tier keeps the promise
 """,
 )
-@TRACE_ARGUMENT
+@ONE_TRACE_ARGUMENT
 @click.argument("measured", nargs=-1, required=True, metavar="FOLDER...")
 @click.option("--trace-format", metavar="NAME", help="Force the trace format instead of detecting it by content.")
 @click.option("--skip-bad", is_flag=True, help="Leave out lines that cannot be read.")

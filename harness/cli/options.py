@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from harness.access import AUTHORIZATION
-from harness.cli.types import CANCEL, DURATION, GROWTH, JSON_OBJECT, POSITIVE, SHARE, SLO, STAGES, WARMUP
+from harness.cli.types import CANCEL, COLUMNS, DURATION, GROWTH, JSON_OBJECT, POSITIVE, SHARE, SLO, STAGES, WARMUP
 from harness.errors import UsageError
 
 EXIT_STATUS = """\b
@@ -74,6 +74,23 @@ READ_OPTIONS = stack(
         type=click.IntRange(min=1),
         metavar="N",
         help="Of a file with several recordings (time goes back between them), only the Nth.",
+    ),
+    click.option(
+        "--map",
+        "columns",
+        type=COLUMNS,
+        metavar="ROLE=COLUMN,...",
+        help="Columns of a table (CSV, JSON Lines, Parquet) by what they are: arrival=ts,input=p,output=c,session=s,"
+        "model=m. Those not named are found by common names.",
+    ),
+    click.option(
+        "--time-unit", type=click.Choice(["s", "ms", "us", "ns"]), help="Unit of its times, where nothing shows it."
+    ),
+    click.option(
+        "--where",
+        multiple=True,
+        metavar="FIELD=PATTERN",
+        help="Only rows that match: model=llama-3*, session=a|b, adapter=...; repeat: all must.",
     ),
     group="Trace",
 )
@@ -350,7 +367,9 @@ OUT_OPTION = click.option(
     show_default=True,
     help="Folder for run directories; never overwritten.",
 )
-TRACE_ARGUMENT = click.argument("trace", type=click.Path(path_type=Path))
+ONE_TRACE_ARGUMENT = click.argument("trace", type=click.Path(path_type=Path))
+TRACE_ARGUMENT = click.argument("trace", type=click.Path(path_type=Path), nargs=-1, required=True)
+"""Files of one trace: also folders, patterns, archives, - and s3://."""
 JSON_OPTION = format_option("text", "json")
 SWEEPS_OPTION = click.option(
     "-o",

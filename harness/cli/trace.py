@@ -7,14 +7,11 @@ from typing import Any
 
 import click
 
-from harness.cli.options import JSON_OPTION, READ_OPTIONS, stack
+from harness.cli.options import JSON_OPTION, READ_OPTIONS, TRACE_ARGUMENT, stack
 from harness.cli.types import DURATION, WINDOW
 from harness.cli.verb import Group
 
-_READ = stack(
-    click.argument("trace", type=click.Path(path_type=Path)),
-    READ_OPTIONS,
-)
+_READ = stack(TRACE_ARGUMENT, READ_OPTIONS)
 _OUTPUT = click.option(
     "-o",
     "--output",
@@ -51,8 +48,9 @@ _BLOCK = click.option(
 def trace() -> None:
     """Look at a trace, convert, sample, make up or anonymize one.
 
-    A trace is a file (plain, gzip or zstd), - for standard input, or s3://bucket/key; scenarios/traces/README.md lists
-    the formats, which are found by content.
+    A trace is a file (plain, gzip, zstd, xz, bzip2 or zip), several of them, a folder, a pattern in quotes, - for
+    standard input, s3://bucket/key or s3://bucket/prefix/; rows of several files are merged by arrival.
+    scenarios/traces/README.md lists the formats, which are found by content.
     """
 
 

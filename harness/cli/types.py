@@ -109,6 +109,12 @@ def _stages(text: str) -> Any:
     return parse_stages(text)
 
 
+def _columns(text: str) -> Any:
+    from harness.formats.columns import parse_map
+
+    return parse_map(text)
+
+
 def _growth(text: str) -> float:
     from harness.traces.rescale import parse_growth
 
@@ -167,6 +173,8 @@ SHARE_OR_NONE = Parsed("share", _share_or_none)
 """A share, 0 too, from ``40%`` or ``0.4``."""
 STAGES = Parsed("stages", _stages)
 """A tuple of `harness.arrivals.Stage` from ``2m@4,5m@8``."""
+COLUMNS = Parsed("columns", _columns)
+"""Role of a table's column -> its name, from ``arrival=ts,input=p,output=c``."""
 GROWTH = Parsed("growth", _growth)
 """A factor from ``3x``, ``1.2``, ``+200%`` or ``-20%``."""
 WARMUP = Parsed("warmup", _warmup)

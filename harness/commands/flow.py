@@ -16,16 +16,16 @@ from harness.errors import EXIT_VALID, ServerError, UsageError
 from harness.plan import read_plan_info
 from harness.run import PLAN, RunDir, create_run_dir
 from harness.store import as_url, is_url, local_copy, mirrored, output_file, split_out
-from harness.traces.reading import open_asked
+from harness.traces.reading import Files, open_asked
 
 
-def replay(trace: Path, out: Path, **options: Any) -> int:
+def replay(trace: Files, out: Path, **options: Any) -> int:
     """Plan, serve, run, report."""
     closed = check_load_options(options)
     source = open_asked(trace, options)
     target = choose_target(options)
     root, url = split_out(out)
-    run = create_run_dir(root, f"{trace.name.split('.')[0]}-{options.get('label') or target.label}")
+    run = create_run_dir(root, f"{source.path.name.split('.')[0]}-{options.get('label') or target.label}")
     say(f"run directory: {run.path}")
     try:
         make_plan(source, run.plan, target, closed=closed, options=options)
@@ -36,7 +36,7 @@ def replay(trace: Path, out: Path, **options: Any) -> int:
     return run_and_report(run, target, options, url)
 
 
-def plan(trace: Path, output: Path, format_: str, **options: Any) -> int:
+def plan(trace: Files, output: Path, format_: str, **options: Any) -> int:
     """Trace -> plan file."""
     source = open_asked(trace, options)
     options.setdefault("tier", None)

@@ -16,6 +16,7 @@ from harness.formats.openai import OpenAI
 from harness.formats.otel import OTel
 from harness.formats.ragpulse import RagPulse
 from harness.formats.row import Reader
+from harness.formats.table import Table
 from harness.formats.vllm_log import VllmLog
 
 FORMATS: dict[str, type[Reader]] = {
@@ -33,6 +34,7 @@ FORMATS: dict[str, type[Reader]] = {
     "openai": OpenAI,
     "otel": OTel,
     "ragpulse": RagPulse,
+    "table": Table,
     "vllm-log": VllmLog,
 }
 """Name (as given to ``--trace-format``) -> reader."""

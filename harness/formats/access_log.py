@@ -59,7 +59,8 @@ class Nginx(Reader):
     def sniff(record: bytes) -> bool:
         """A line of the combined format, or an object with nginx's names."""
         if record.startswith(b"{"):
-            return "request_time" in fields_of(record)
+            names = fields_of(record).keys()
+            return "request_time" in names and bool(names & {"status", "request", "request_uri", "uri"})
         return _COMBINED.match(record[:20_000]) is not None
 
     def parse(self, record: bytes) -> Row:

@@ -9,57 +9,53 @@
 ``Total tokens``      their sum, checked
 ====================  ================================================================================================
 
-``Model``, ``Log Type`` and version 3's ``Elapsed time`` (whole seconds to the last token) are not replayed. Columns are
-found by name.
+``Model`` is kept; ``Log Type`` and version 3's ``Elapsed time`` (whole seconds to the last token) are not replayed.
+Columns are found by name.
 
 Source: HPMLL/BurstGPT, README; Wang et al., *BurstGPT*, KDD 2025.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from harness.formats.row import Reader, Row, RowError, Rows
-from harness.formats.values import Columns, called, header_names, seconds_ns, show, tokens
+from harness.formats.asked import Role
+from harness.formats.clock import Clock
+from harness.formats.row import Row, RowError
+from harness.formats.table import Table, header_of
+from harness.formats.values import show, token_count
 
-_COLUMNS = ("Timestamp", "Request tokens", "Response tokens", "Total tokens")
-_SESSION = "Session ID"
-_SECONDS = re.compile(rb"\d{1,12}(\.\d{1,9})?")
+_TOTAL = "Total tokens"
 
 
-class BurstGPT(Reader):
+class BurstGPT(Table):
     """Reader of BurstGPT traces, versions 1 to 3."""
 
     summary = "BurstGPT trace (CSV: Timestamp in s, Request tokens, Response tokens; v3 with Session ID)"
-    clock = "Timestamp in seconds: the header is that of BurstGPT, whose totals were checked on every row"
+    others_first: ClassVar[bool] = False
+    names: ClassVar[Mapping[Role, str]] = {
+        "arrival": "Timestamp", "input": "Request tokens", "output": "Response tokens",
+    }  # fmt: skip
+    checked: ClassVar[frozenset[str]] = frozenset({_TOTAL})
 
-    def __init__(self) -> None:
-        self._columns: Columns | None = None
-        self._session: int | None = None
-
-    @staticmethod
-    def sniff(record: bytes) -> bool:
+    @classmethod
+    def sniff(cls, record: bytes) -> bool:
         """The header names the columns that all versions have."""
-        return set(_COLUMNS) <= set(header_names(record))
+        return {*cls.names.values(), _TOTAL} <= set(header_of(record)[1])
 
-    def parse(self, record: bytes) -> Row | Rows:
-        """Read one CSV line. No field of this format needs quotes, so none are understood."""
-        if self._columns is None:
-            self._columns = Columns(record, _COLUMNS)
-            names = self._columns.names
-            self._session = names.index(_SESSION) if _SESSION in names else None
-            return ()
-        fields = self._columns.split(record)
-        time, into, out, total = self._columns.at
-        if not _SECONDS.fullmatch(fields[time]):
-            raise RowError("bad Timestamp", f"Timestamp is {show(fields[time])}, expected seconds")
-        input_tokens = tokens("Request tokens", fields[into])
-        output_tokens = tokens("Response tokens", fields[out])
-        if tokens("Total tokens", fields[total]) != input_tokens + output_tokens:
+    def clock_of(self, name: str) -> Clock:
+        """Seconds."""
+        clock = Clock(name)
+        clock.know("s", "Timestamp in seconds: the header is that of BurstGPT, whose totals were checked on every row")
+        return clock
+
+    def row(self, row: Mapping[str, Any]) -> Row:
+        """The row, its total checked."""
+        counts = [token_count(name, row.get(name)) for name in ("Request tokens", "Response tokens", _TOTAL)]
+        if None not in counts and sum(counts[:2]) != counts[2]:  # type: ignore[arg-type]
             raise RowError(
                 "bad Total tokens",
-                f"Total tokens is {show(fields[total])}, but request and response are {input_tokens} + {output_tokens}",
+                f"Total tokens is {show(str(row.get(_TOTAL)))}, but request and response are {counts[0]} + {counts[1]}",
             )
-        called(input_tokens, output_tokens)
-        session = fields[self._session].decode("utf-8", "replace").strip() if self._session is not None else ""
-        return Row(seconds_ns("Timestamp", float(fields[time])), input_tokens, output_tokens, session or None)
+        return super().row(row)

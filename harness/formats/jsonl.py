@@ -41,6 +41,7 @@ from typing import Annotated
 
 import msgspec
 
+from harness.formats.columns import role_of
 from harness.formats.row import MAX_ARRIVAL_S, MAX_TOKENS, FailedCallError, Reader, Row, RowError
 from harness.formats.values import DECODE_ERRORS, decode_error, fields_of
 
@@ -93,6 +94,8 @@ class Jsonl(Reader):
     def sniff(record: bytes) -> bool:
         """An object with a field that is only ours (a misspelt one beside it is then reported by name)."""
         fields = fields_of(record)
+        if fields.get("arrival_s", b"").startswith(b'"') or any(role_of(name) for name in fields.keys() - set(FIELDS)):
+            return False  # a table with some of our names
         if fields.keys() & _TELLING:
             # A request to a model has a model and a prompt, and nothing that only a trace has.
             return "body" not in fields and ("model" not in fields or _is_row(fields.keys()))

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from harness import source
+from harness.errors import UsageError
+from harness.formats.asked import Asked
 
 MAX_TOKENS = 2**24
 """Most tokens one request may have in or out. Far above any context window: more is a damaged or misread field."""
@@ -129,7 +131,9 @@ class Reader:
     """CSV whose quoted fields may hold commas and line ends."""
     in_order: bool = True
     """False: the source writes a row when its call has ended, or in no order at all; rows are sorted by arrival."""
-    sends_text: ClassVar[bool] = False
+    others_first: ClassVar[bool] = False
+    """Claims only what no other format claims."""
+    sends_text: bool = False
     """Texts are meant to be sent as they are, whatever the token counts beside them."""
     log: ClassVar[bool] = False
     """Other lines may stand before the first that shows the format."""
@@ -138,6 +142,19 @@ class Reader:
     def sniff(record: bytes) -> bool:
         """Whether the first record of a file (not blank, no byte-order mark) shows this format."""
         raise NotImplementedError
+
+    def ask(self, asked: Asked) -> None:
+        """What the user says of columns and times. Raises `UsageError` where the format has its own."""
+        if asked.columns:
+            raise UsageError(
+                "--map names the columns of a table; this format has names of its own (--trace-format table)"
+            )
+        if asked.unit is not None:
+            raise UsageError(f"--time-unit: the times of this format have a unit of their own ({self.clock})")
+
+    def unclear(self) -> str | None:
+        """After the first rows: why their times cannot be read; None: they can."""
+        return None
 
     def beside(self, path: Path) -> None:
         """Look at the files that belong to the trace at ``path`` and lie beside it. Raises `RowError`."""

@@ -56,9 +56,13 @@ def rows_of(items: Sequence[Any], row: Callable[[dict[str, Any]], Row | None]) -
 def tokens(name: str, field: bytes) -> int:
     """A token count from text: digits only, at most `MAX_TOKENS`."""
     # isdigit on bytes is ASCII only; a bare int() would take "+1", "1_0" and " 1". Ten digits are far above the limit.
-    if field.isdigit() and len(field) <= 10 and (count := int(field)) <= MAX_TOKENS:
+    whole = field.strip() if field.isdigit() else _WHOLE.sub(rb"\1", field.strip())  # 374.0: pandas writes it so
+    if whole.isdigit() and len(whole) <= 10 and (count := int(whole)) <= MAX_TOKENS:
         return count
     raise RowError(f"bad {name}", f"{name} is {show(field)}, expected a whole number from 0 to {MAX_TOKENS}")
+
+
+_WHOLE = re.compile(rb"^(\d+)\.0*$")
 
 
 def token_count(name: str, value: Any) -> int | None:
@@ -197,7 +201,7 @@ class Columns:
         try:
             (fields,) = csv.reader([record.decode().rstrip("\r\n")], strict=True)
         except UnicodeDecodeError as e:
-            raise _not_utf8(e) from None
+            raise not_utf8(e) from None
         except (csv.Error, ValueError) as e:
             raise RowError("bad row", f"not a CSV record ({e}): {show(record)}") from None
         if len(fields) != len(self.names):
@@ -205,7 +209,8 @@ class Columns:
         return dict(zip(self.names, fields, strict=True))
 
 
-def _not_utf8(error: UnicodeDecodeError) -> RowError:
+def not_utf8(error: UnicodeDecodeError) -> RowError:
+    """What to say of bytes that are no UTF-8."""
     return RowError("not UTF-8", f"not UTF-8 ({error.reason}): convert the file, for example with iconv")
 
 
@@ -310,7 +315,7 @@ def decode_error(error: Exception, record: bytes, fields: Iterable[str]) -> RowE
     try:
         record.decode()  # asked here: what msgspec raises for it differs between its versions
     except UnicodeDecodeError as e:
-        return _not_utf8(e)
+        return not_utf8(e)
     if not isinstance(error, msgspec.ValidationError):
         return RowError("not JSON", f"not a JSON object on one line ({error}): {show(record)}")
     problem = str(error)

@@ -184,6 +184,16 @@ def _requests(spec: PlanSpec, found: Survey, cancelled: npt.NDArray[np.bool_]) -
         more = " and more" if len(found.adapters) > ADAPTERS_LISTED else ""
         names = safe(", ".join(found.adapters[:ADAPTERS_LISTED]), 500)
         said.append(f"rows ask for their own model: {names}{more}")
+    if len(found.models) > 1:
+        listed = ", ".join(
+            f"{'(not said)' if share.model is None else safe(share.model, 60)} {share.rows / found.requests:.0%}"
+            for share in found.models[:ADAPTERS_LISTED]
+        )
+        more = f" and {len(found.models) - ADAPTERS_LISTED} more" if len(found.models) > ADAPTERS_LISTED else ""
+        said.append(
+            f"the trace mixes the traffic of {len(found.models)} models: {listed}{more}. All of it goes to the model "
+            "under test; --where model=NAME plans that of one"
+        )
     if found.open_ended and spec.max_output_tokens is None:
         said.append(
             f"{found.open_ended} rows do not say how many tokens to generate: the server decides "

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.errors import UsageError
+from harness.formats.asked import Asked
 from harness.records import Trace, open_trace
+from harness.selection import parse_where
+
+Files = Path | Sequence[Path]
+"""What the command line calls a trace: a file, or several."""
 
 
-def open_asked(trace: Path, options: dict[str, Any], *, arrivals_only: bool = False) -> Trace:
-    """The trace with the options ``trace_format``, ``skip_bad``, ``sort``, ``part``, ``input_tokens``,
-    ``output_tokens`` and ``seed``; those not there are not asked for.
+def open_asked(trace: Files, options: dict[str, Any], *, arrivals_only: bool = False) -> Trace:
+    """The trace with the options ``trace_format``, ``skip_bad``, ``sort``, ``part``, ``columns``, ``time_unit``,
+    ``where``, ``input_tokens``, ``output_tokens`` and ``seed``; those not there are not asked for.
 
     The two lengths are distributions (`harness.traces.distributions`) for logs that have arrivals only, drawn from the
     seed. ``arrivals_only``: such logs are read without lengths too.
@@ -35,4 +41,6 @@ def open_asked(trace: Path, options: dict[str, Any], *, arrivals_only: bool = Fa
         part=options.get("part"),
         lengths=lengths,
         arrivals_only=arrivals_only,
+        table=Asked(options.get("columns") or {}, options.get("time_unit")),
+        where=parse_where(options.get("where") or ()),
     )

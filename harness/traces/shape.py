@@ -95,6 +95,8 @@ class Shape:
     sessions: Sessions | None
     prefix: Prefix | None
     rows_with_text: int
+    models: tuple[ModelShare, ...]
+    """By rows, the most first; empty where no row says its model."""
 
 
 def measure(records: Iterable[TraceRecord]) -> Shape:
@@ -103,6 +105,44 @@ def measure(records: Iterable[TraceRecord]) -> Shape:
     for record in records:
         columns.add(record)
     return columns.shape()
+
+
+@dataclass(slots=True)
+class ModelShare:
+    """The rows of one model, by the source's name for it."""
+
+    model: str | None
+    """null: rows that do not say it; `OTHER_MODELS`: those beyond the first `MODELS_HELD`."""
+    rows: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+OTHER_MODELS = "(other models)"
+MODELS_HELD = 1000
+
+
+class Models:
+    """Rows and tokens by model."""
+
+    def __init__(self) -> None:
+        self._found: dict[str | None, ModelShare] = {}
+
+    def add(self, record: TraceRecord) -> None:
+        """The next record."""
+        name = record.model
+        if name not in self._found and len(self._found) >= MODELS_HELD:
+            name = OTHER_MODELS
+        share = self._found.setdefault(name, ModelShare(name))
+        share.rows += 1
+        share.input_tokens += record.input_tokens or 0
+        share.output_tokens += record.output_tokens or 0
+
+    def shares(self) -> tuple[ModelShare, ...]:
+        """The most first."""
+        if not self._found.keys() - {None}:
+            return ()
+        return tuple(sorted(self._found.values(), key=lambda share: (-share.rows, share.model or "")))
 
 
 class _LastTurn(NamedTuple):
@@ -125,6 +165,7 @@ class Columns:
     rows: int = 0
     with_text: int = 0
     reuse: IdealReuse = field(default_factory=IdealReuse)
+    models: Models = field(default_factory=Models)
     _last: Kept[_LastTurn] = field(default_factory=lambda: Kept(_LastTurn))
     _turns: Counter[int] = field(default_factory=Counter)
     """Turns so far -> sessions that have so many."""
@@ -141,6 +182,7 @@ class Columns:
             self._turn(record.session_id, arrival_ns)
         self.with_text += record.text is not None or record.messages is not None
         self.reuse.add(record)
+        self.models.add(record)
 
     def _turn(self, session: str, arrival_ns: int | None) -> None:
         last = self._last.get(session) or _LastTurn(0, None)
@@ -174,6 +216,7 @@ class Columns:
             sessions=self._sessions(),
             prefix=self.reuse.result(),
             rows_with_text=self.with_text,
+            models=self.models.shares(),
         )
 
     def _sessions(self) -> Sessions | None:

@@ -6,10 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from harness.formats.row import safe
 from harness.traces.shape import Lengths, Shape
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _SHADES = " ░▒▓█"
+_MODELS = 12
+"""Models that are listed."""
 _BURST = 5
 """Fewest requests that are called a burst."""
 
@@ -31,6 +34,8 @@ def described(facts: dict[str, Any], shape: Shape) -> str:
         *_joint(shape),
         *_sessions(shape),
         _prefix(shape),
+        *_models(shape),
+        *_unread(facts),
         *(f"note      {note}" for note in facts["notes"]),
     ]
     return "\n".join(line.rstrip() for line in lines if line)
@@ -151,6 +156,31 @@ def _prefix(shape: Shape) -> str:
         f"prefix    ideal cache hit {p.hit_rate_blocks:.1%} of blocks of {sizes} tokens, {p.hit_rate_tokens:.1%} of "
         f"tokens{sampled}{turns}{text}"
     )
+
+
+def _models(shape: Shape) -> list[str]:
+    if not shape.models:
+        return []
+    lines = [f"models    {len(shape.models)} (--where model=NAME chooses):"]
+    for share in shape.models[:_MODELS]:
+        name = safe(share.model, 60) if share.model is not None else "(not said)"
+        tokens = f"{share.input_tokens:,} input and {share.output_tokens:,} output tokens"
+        lines.append(f"          {name}: {share.rows:,} rows, {tokens}")
+    if len(shape.models) > _MODELS:
+        lines.append(f"          and {len(shape.models) - _MODELS} more")
+    return lines
+
+
+def _unread(facts: dict[str, Any]) -> list[str]:
+    """Rows that cannot be read, which a plan refuses."""
+    examples: dict[str, str] = facts["examples"]
+    if not examples:
+        return []
+    count = sum(facts["rows_dropped"][reason] for reason in examples)
+    return [
+        f"unread    {count} rows cannot be read, and a plan refuses them (--skip-bad drops them); the first of each:",
+        *(f"          {safe(example, 300)}" for example in examples.values()),
+    ]
 
 
 def _duration(seconds: float) -> str:

@@ -19,6 +19,7 @@ from harness.spool import Column, Sessions
 from harness.traces.ideal import IdealReuse
 from harness.traces.rescale import Units
 from harness.traces.reshape import place
+from harness.traces.shape import Models, ModelShare
 from harness.traces.stats import PartMeans, PrefixStats, TraceStats, arrival_stats, length_stats
 
 ADAPTERS_LISTED = 8
@@ -53,6 +54,8 @@ class Survey:
     """Rows that bring a time limit of their own."""
     adapters: tuple[str, ...]
     """Models or adapters that rows ask for, the first few and one more."""
+    models: tuple[ModelShare, ...]
+    """That answered in production, the most rows first."""
     ended_early: bool
     stats: TraceStats
 
@@ -117,6 +120,7 @@ class _Look:
         self._reuse = IdealReuse()
         self._texts = self._open_ended = self._hang_ups = self._timeouts = 0
         self._adapters: dict[str, None] = {}
+        self._models = Models()
 
     def at(self, record: TraceRecord) -> None:
         """The next row, its arrival noted already."""
@@ -139,6 +143,7 @@ class _Look:
         if record.session_id is not None or self._seed is not None:
             self._unit(record)
         self._reuse.add(record)
+        self._models.add(record)
         self._hang_ups += record.cancel_after_s is not None
         self._timeouts += record.timeout_s is not None
         if record.adapter is not None and len(self._adapters) <= ADAPTERS_LISTED:
@@ -175,6 +180,7 @@ class _Look:
             hang_ups=self._hang_ups,
             timeouts=self._timeouts,
             adapters=tuple(self._adapters),
+            models=self._models.shares(),
             ended_early=ended_early,
             stats=TraceStats(
                 requests=self.requests,

@@ -13,15 +13,15 @@ import msgspec
 from harness.errors import EXIT_VALID, UsageError
 from harness.progress import console
 from harness.records import Trace, TraceRecord
-from harness.traces.reading import open_asked
+from harness.traces.reading import Files, open_asked
 from harness.traces.shape import Shape, measure
 from harness.traces.shape_text import compared, described
 from harness.traces.writer import check_output, write_trace
 
 
-def inspect(trace: Path, format_: str, **options: Any) -> int:
+def inspect(trace: Files, format_: str, **options: Any) -> int:
     """Say what a trace is."""
-    source = open_asked(trace, options, arrivals_only=True)
+    source = open_asked(trace, {**options, "skip_bad": True}, arrivals_only=True)
     records: Iterable[TraceRecord] = source
     if options.get("tokenizer") is not None:
         from harness.tokenizer import load_tokenizer
@@ -36,13 +36,14 @@ def inspect(trace: Path, format_: str, **options: Any) -> int:
         )
     shape = measure(records)
     facts = {
-        "file": source.source.name,
+        "file": source.sources.name,
         "format": source.format,
         "sha256": source.sha256,
         "rows_read": source.rows_read,
         "rows_kept": source.rows_kept,
         "rows_dropped": source.rows_dropped,
         "rows_failed": source.rows_failed,
+        "examples": source.examples,
         "clock": source.clock,
         "blocks": source.blocks,
         "span_s": shape.span_s,
@@ -56,7 +57,7 @@ def inspect(trace: Path, format_: str, **options: Any) -> int:
     return EXIT_VALID
 
 
-def convert(trace: Path, output: Path, **options: Any) -> int:
+def convert(trace: Files, output: Path, **options: Any) -> int:
     """Any trace -> our JSON Lines or Parquet."""
     check_output(output)
     source = open_asked(trace, options)
@@ -70,7 +71,7 @@ def convert(trace: Path, output: Path, **options: Any) -> int:
     return EXIT_VALID
 
 
-def sample(trace: Path, output: Path, **options: Any) -> int:
+def sample(trace: Files, output: Path, **options: Any) -> int:
     """A smaller trace, and what became of its shape."""
     from harness.traces.reshape import Sample
     from harness.traces.reshape import sample as choose
@@ -116,7 +117,7 @@ def synth(output: Path, **options: Any) -> int:
     return EXIT_VALID
 
 
-def anonymize(trace: Path, output: Path, **options: Any) -> int:
+def anonymize(trace: Files, output: Path, **options: Any) -> int:
     """A trace that may be shared."""
     from harness.tokenizer import load_tokenizer
     from harness.traces.anonymize import anonymize as without_text
