@@ -50,6 +50,8 @@ class _Progress(msgspec.Struct, tag="progress", tag_field="event"):
     ttft_s: list[float] = []
     tpot_s: list[float] = []
     e2e_s: list[float] = []
+    quiet_s: dict[int, float] = {}
+    heard: list[int] = []
 
 
 class _End(msgspec.Struct, tag="end", tag_field="event"):
@@ -188,12 +190,15 @@ class LoadWorkers:
             self._limit(LEAD_S + self._spec.duration_s + self._spec.drain_s + SLACK_S, "did not end in time")
         return start_ns
 
-    def stop(self, at_once: bool = False) -> None:
-        """Ask for an end: no new requests, those in flight may finish. ``at_once``: they may not.
+    def stop(self, at_once: bool = False, silent: int | None = None) -> None:
+        """Ask for an end: no new requests, those in flight may finish. ``at_once``: they may not. ``silent``: a server
+        whose requests have stalled.
 
         Workers write a row for every request either way; keep calling `poll` until `done`.
         """
         for state in self._states:
+            if silent is not None:
+                state.child.write_line(f"silent {silent}")
             for _ in range(2 if at_once else 1):  # a second "stop" cuts short what is in flight
                 state.child.write_line("stop")
         seconds = AT_ONCE_S if at_once else self._spec.drain_s + SLACK_S
@@ -209,7 +214,7 @@ class LoadWorkers:
         """Merged counts of all workers after ``timeout_s`` (sooner when all have ended).
 
         Keys: sent, done, failed, in_flight, output_tokens: totals since the start. ttft_s, tpot_s, e2e_s: samples since
-        the last call.
+        the last call. quiet_s: by server, how long requests have waited for a byte, where that is long.
         """
         until = time.monotonic() + timeout_s
         new: list[_Progress] = []
@@ -226,7 +231,18 @@ class LoadWorkers:
             name: sum(getattr(state.progress, name) for state in self._states) for name in names
         }
         samples = {name: [s for line in new for s in getattr(line, name)] for name in ("ttft_s", "tpot_s", "e2e_s")}
-        return {**counts, **samples}
+        return {**counts, **samples, "quiet_s": self._quiet_s()}
+
+    def _quiet_s(self) -> dict[int, float]:
+        """How long requests have waited for a byte, by server: those from which no worker has heard of late."""
+        running = [state.progress for state in self._states if state.over is None]
+        heard = {k for progress in running for k in progress.heard}
+        quiet: dict[int, float] = {}
+        for progress in running:
+            for k, waited_s in progress.quiet_s.items():
+                if k not in heard:
+                    quiet[k] = max(waited_s, quiet.get(k, 0.0))
+        return quiet
 
     def _follow(self, state: _State) -> list[_Progress]:
         """Read one worker's lines and settle whether and how it ended."""

@@ -17,6 +17,7 @@ from harness.question import split_url
 AUTHORIZATION = "Authorization"
 START_UP_S = 300.0
 """A server that asks to be left alone (``Retry-After``) is waited for so long in all before a load begins."""
+LEAST_WAIT_S = 1.0
 _QUERY_KEYS = frozenset({"key", "code", "sig", "subscription-key"})
 _ENDPOINTS = ("/chat/completions", "/completions", "/models")
 
@@ -33,6 +34,7 @@ class Patience:
         """Wait as asked; False, at once, when nothing was asked or that is longer than there is time for."""
         if wait_s is None or wait_s > self.left_s:
             return False
+        wait_s = max(wait_s, LEAST_WAIT_S)  # or a server that says 0 is asked for ever
         self.left_s -= wait_s
         self.tell(f"{who}: asks to come back in {wait_s:.3g} s (Retry-After): waiting")
         self.sleep(wait_s)

@@ -5,18 +5,21 @@ Plain, blocking, with deadlines; nothing here runs while requests are being time
 
 from __future__ import annotations
 
+import queue
 import re
 import ssl
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import msgspec
 
 from harness import __version__
 from harness.access import Access, AccessLike, access_of, page_beside, page_under
-from harness.errors import ServerError, UsageError, listed, unknown_name
+from harness.errors import HarnessError, ServerError, UsageError, listed, unknown_name
 from harness.prometheus import read_samples, total
 from harness.question import Answer, ask
 from harness.retry_after import retry_after_s
@@ -65,7 +68,10 @@ def fetch(url: str, access: AccessLike, body: object = None, *, deadline_s: floa
     }  # fmt: skip
     data = None if body is None else msgspec.json.encode(body)
     while True:
+        begun = time.monotonic()
         answer = ask(url, headers=headers, body=data, deadline_s=deadline_s, tls=_TLS)
+        if access.patience is not None:
+            access.patience.left_s -= time.monotonic() - begun
         if 200 <= answer.status < 300:
             return answer.body
         wait_s = retry_after_s(answer.retry_after) if answer.status in (429, 503) else None
@@ -81,8 +87,8 @@ def _refusal(url: str, answer: Answer, access: Access, wait_s: float | None) -> 
             "the API key would go along: if that address is right, give it instead"
         )
     said = answer.body[: 4 * _SAID].decode("utf-8", "replace").strip()
-    if access.api_key:
-        said = said.replace(access.api_key, "[api key]")
+    for secret in filter(None, (access.api_key, *access.secret_headers.values())):
+        said = said.replace(secret, "[api key]")
     said = said[:_SAID] or answer.reason[:_SAID]
     if answer.status == 401:
         said = "the API key is wrong" if access.api_key else "it wants an API key: put it into HARNESS_API_KEY"
@@ -91,6 +97,24 @@ def _refusal(url: str, answer: Answer, access: Access, wait_s: float | None) -> 
     elif wait_s is not None and access.patience is not None:
         said += f"; it asks to come back in {wait_s:.3g} s (Retry-After), later than a start may take: run again then"
     return RefusalError(f"{url}: HTTP {answer.status}: {said}", answer.status, wait_s)
+
+
+def answers(base_url: str, access: Access, deadline_s: float) -> bool:
+    """Whether a server answers any question (models, health, metrics), whatever it says, asked all at once."""
+    heard: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+    def one(url: str, access: Access) -> None:
+        try:
+            headers = {"User-Agent": f"{QUESTION}/{__version__}", **access.lines()}
+            ask(url, headers=headers, deadline_s=deadline_s, tls=_TLS)
+            heard.put(True)
+        except HarnessError:
+            heard.put(False)
+
+    urls = [page_under(base_url, "/models"), page_beside(base_url, "/health"), page_beside(base_url, "/metrics")]
+    for url in urls:
+        Thread(target=one, args=(url, access), daemon=True).start()
+    return any(heard.get() for _ in urls)
 
 
 class RefusalError(ServerError):

@@ -25,6 +25,8 @@ def console() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True, quiet=verbosity() is Verbosity.QUIET)
 
 
+QUIET_S = 5.0
+"""From then on is said how long the server has sent nothing."""
 LINE = 80
 """Columns that the line of a run fits, wherever it goes."""
 LIVE = ("ttft", "tpot", "e2e")
@@ -86,8 +88,11 @@ class LoadProgress:
         then, before = self._recent[0] if self._recent else (now, done)
         rate = (done - before) / (now - then) if now > then else 0.0
         left_s = self._left_s(now, done, rate)
+        quiet = counts.get("quiet_s")
+        waited_s = max(quiet.values(), default=0.0) if isinstance(quiet, dict) else 0.0
         words = {
             "done": f"  {done}/{self._total}",
+            "waits": f"no byte for {waited_s:.0f} s" if waited_s >= QUIET_S else "",
             "rate": f"{rate:.1f} req/s",
             "in flight": f"{_int(counts.get('in_flight'))} in flight",
             "failed": f"{failed} failed",

@@ -41,6 +41,7 @@ _SLICES = 8  # a sweep goes over ten thousand streams in so many parts, lest it 
 # plain events look. In all: much, for that is cheap.
 _RAW_LIMIT, _SIZE_LIMIT = 4096, 16384
 _FLOOD = 16 * 2**20  # bytes from one part of a sweep to the next, beyond which large streams do not wait for theirs
+_TOLD = 100  # servers of which is said how long they are quiet
 _QUIET_NS = 1_000_000_000  # chunks after which nothing came for so long may have been an end that only parsing finds
 RETRY_S, RETRY_MOST_S = 0.25, 4.0
 """Wait before the first retry of a request, and before any; it doubles in between. Longer where the server says so."""
@@ -204,6 +205,8 @@ class Client:
         target = stream.target
         stream.result.replica = target.index
         target.in_flight += 1
+        if target.waiting_ns is None:
+            target.waiting_ns = stream.tried_ns
         connection = target.take(stream.tried_ns)
         if connection is None:
             Connection(self, target).open(stream)
@@ -318,6 +321,8 @@ class Client:
             stream.stop_timers()
         stream.result.finished_ns = stamp - self.start_mono_ns
         stream.target.in_flight -= 1
+        if stream.heard_ns > stream.tried_ns:
+            stream.target.heard(stamp)
         self._active.discard(stream)
         if self._own_limit:
             self._own_limit.discard(stream)
@@ -339,26 +344,28 @@ class Client:
             self._close_idle(now)
         part, self._unswept = self._unswept[: self._share], self._unswept[self._share :]
         for stream in part:
-            if stream not in self._active:
-                continue
-            if not self.retries and now - stream.tried_ns > CLOSED_NS:
-                stream.payload = b""  # nor will it be sent again
-            connection = stream.connection
-            if now - stream.sent_ns > self._timeout_ns and stream not in self._own_limit:
-                self._time_out(stream, self._timeout_ns)
-            elif connection is not None and not connection.ready:
-                if now - stream.tried_ns > self._connect_timeout_ns:
-                    tls, limit_s = connection.shaking_hands, self._connect_timeout_ns / 1e9
-                    error, what = ("tls", "no TLS handshake") if tls else ("connect", "not accepted")
-                    self._give_up(stream, error, f"{stream.target.authority}: {what} in {limit_s:g} s")
-            elif now - stream.heard_ns > self._stall_ns and (self._stream or stream not in self._own_limit):
-                self._give_up(stream, "stall", f"the server sent nothing for {self._stall_ns / 1e9:g} s")
-            elif stream.too_long:
-                self._cut_off(stream)
-            elif stream.queued:
-                parse(stream)  # there was no time for it since the last sweep
-            elif _is_much(stream, now):
-                self.later.add(stream)
+            if stream in self._active:
+                self._look_at(stream, now)
+
+    def _look_at(self, stream: Stream, now: int) -> None:
+        connection = stream.connection
+        if stream.heard_ns > stream.tried_ns:
+            stream.target.heard(stream.heard_ns)
+        if now - stream.sent_ns > self._timeout_ns and stream not in self._own_limit:
+            self._time_out(stream, self._timeout_ns)
+        elif connection is not None and not connection.ready:
+            if now - stream.tried_ns > self._connect_timeout_ns:
+                tls, limit_s = connection.shaking_hands, self._connect_timeout_ns / 1e9
+                error, what = ("tls", "no TLS handshake") if tls else ("connect", "not accepted")
+                self._give_up(stream, error, f"{stream.target.authority}: {what} in {limit_s:g} s")
+        elif now - stream.heard_ns > self._stall_ns and (self._stream or stream not in self._own_limit):
+            self._give_up(stream, "stall", f"the server sent nothing for {self._stall_ns / 1e9:g} s")
+        elif stream.too_long:
+            self._cut_off(stream)
+        elif stream.queued:
+            parse(stream)  # there was no time for it since the last sweep
+        elif _is_much(stream, now):
+            self.later.add(stream)
 
     def _cut_off(self, stream: Stream) -> None:
         """Hang up, and parse no more of it than was."""
@@ -392,10 +399,21 @@ class Client:
             stream.connection = None
         self.end(stream, monotonic_ns())
 
-    def abort(self, error: str, detail: str) -> None:
-        """End every request in flight with this error class."""
+    def abort(self, error: str, detail: str, replica: int | None = None) -> None:
+        """End every request in flight, or every one at ``replica``, with this error class."""
         for stream in list(self._active):
-            self._give_up(stream, error, detail)
+            if replica is None or stream.target.index == replica:
+                self._give_up(stream, error, detail)
+
+    def quiet_s(self) -> tuple[dict[int, float], list[int]]:
+        """By server, how long requests have waited for a byte from it, where that is long; and those just heard."""
+        now, quiet, heard = monotonic_ns(), {}, []
+        for target in self._targets[:_TOLD]:
+            if target.waiting_ns is not None and now - target.waiting_ns > _QUIET_NS:
+                quiet[target.index] = round((now - target.waiting_ns) / 1e9, 1)
+            elif target.waiting_ns is not None:
+                heard.append(target.index)
+        return quiet, heard
 
     def close(self) -> None:
         """Close every connection and stop. Requests in flight end as ``stopped``."""

@@ -54,6 +54,8 @@ class Target:
         self.authority = url.netloc
         self.tls = tls if url.scheme == "https" else None
         self.in_flight = 0
+        self.waiting_ns: int | None = None
+        """Since when requests have been waiting without a byte from it; null: none does."""
         self.shape: Shape | None = None
         """What its answers look like, once one has shown it."""
         self.idle: dict[Connection, None] = {}  # as a set, in the order they became so
@@ -79,6 +81,11 @@ class Target:
             *(f"{name}: {value}" for name, value in access.lines().items()),
         ]
         self.head = "".join(f"{line}\r\n" for line in lines).encode("ascii")
+
+    def heard(self, at_ns: int) -> None:
+        """A byte came."""
+        if self.waiting_ns is None or at_ns > self.waiting_ns:
+            self.waiting_ns = at_ns if self.in_flight else None
 
     def prefer(self, index: int) -> None:
         """Try the address that just accepted first from now on."""

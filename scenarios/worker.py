@@ -10,11 +10,13 @@ and waits for a line on stdin: ``start <unix_ns>`` (the common start of all work
 twice a second (a line is left out when nobody reads)::
 
     {"event": "progress", "t_s": 1.5, "sent": 40, "done": 31, "failed": 0, "in_flight": 9, "output_tokens": 512,
-     "ttft_s": [0.05], "e2e_s": [0.31], "tpot_s": [0.01]}
+     "ttft_s": [0.05], "e2e_s": [0.31], "tpot_s": [0.01], "quiet_s": {}, "heard": [0]}
 
-``ttft_s``, ``e2e_s`` (from the planned time) and ``tpot_s`` sample requests that ended since the last line. ``stop``,
-SIGTERM, Ctrl-C or the end of stdin: nothing more is sent, what is in flight has ``drain_s``; a second ``stop`` or
-SIGTERM ends that at once.
+``ttft_s``, ``e2e_s`` (from the planned time) and ``tpot_s`` sample requests that ended since the last line; ``quiet_s``
+says how long requests have waited for a byte, by server, where that is long, and ``heard`` names servers that are not
+quiet. ``silent K``: server K is, so what is in flight there has stalled, and nothing more is sent. ``stop``, SIGTERM,
+Ctrl-C or the end of stdin: nothing more is sent, what is in flight has ``drain_s``; a second ``stop`` or SIGTERM ends
+that at once.
 At the end every request of the slice has exactly one row, and the last line is::
 
     {"event": "end", "rows": 120, "cpu_share": 0.41, "loop_lag_p99_s": 0.0004, "unstamped_share": 0.0, "exit": null,
@@ -200,6 +202,10 @@ class Worker:
             line = self.commands.next(None)
             if line == "stop":
                 self._stops += 1
+            elif line is not None and line.startswith("silent "):
+                self._stop_sending()
+                self._client.abort("stall", "no request had a byte, and the server answered no question", int(line[7:]))
+                continue
             elif line == "eof":
                 pass  # the harness is gone, or done talking: no reason to hurry
             else:
@@ -304,11 +310,12 @@ class Worker:
         while True:
             gevent.sleep(_PROGRESS_S)
             samples = self._samples[:: len(self._samples) // _SAMPLES + 1]
+            quiet_s, heard = self._client.quiet_s()
             told = say(
                 "progress", must=False, t_s=round(self._load.now_ns() / 1e9, 3), sent=self._load.sent, done=self._done,
                 failed=self._failed, in_flight=self._client.in_flight, output_tokens=self._output_tokens,
                 ttft_s=[round(ttft, 4) for ttft, _, _ in samples], e2e_s=[round(e2e, 4) for _, e2e, _ in samples],
-                tpot_s=[round(tpot, 5) for _, _, tpot in samples if tpot is not None],
+                tpot_s=[round(tpot, 5) for _, _, tpot in samples if tpot is not None], quiet_s=quiet_s, heard=heard,
             )  # fmt: skip
             if told or len(self._samples) > 100_000:
                 self._samples.clear()

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from harness import probe
 from harness.access import Access
 from harness.answers import PROMPTS, Counted, count_answers, count_prompts, take_said
 from harness.build import asked_plan, build_plan
@@ -38,6 +39,7 @@ from harness.run import (
     write_manifest,
 )
 from harness.server_metrics import ServerMetrics
+from harness.silence import ASK_AGAIN_S, SILENT_S, Silence
 from harness.slo import metrics_of
 from harness.terminal import hung_up
 from harness.traces.survey import Content
@@ -241,7 +243,8 @@ def execute_point(
                 progress = LoadProgress(
                     console(), total=info.requests, span_s=info.span_s, slo=spec.slo, attain=options["attain"]
                 )
-                cut, manifest.lost = watch(load, servers, stop, progress, deadline, lost)
+                silence = Silence(lambda k: probe.answers(spec.base_urls[k], access, ASK_AGAIN_S))
+                cut, manifest.lost = watch(load, servers, stop, progress, deadline, lost, silence)
             manifest.workers, manifest.end_ns = load.workers, load.end_ns
         manifest.answers = counted_sample(run, spec, options.get("tokenizer") or servers.tokenizer)
         died = servers.check()
@@ -333,7 +336,7 @@ def sample_servers(
 
 def watch(
     load: Any, servers: Servers, stop: StopRequest, progress: LoadProgress, deadline: Deadline | None = None,
-    lost: Callable[[Mapping[str, object]], str | None] | None = None,
+    lost: Callable[[Mapping[str, object]], str | None] | None = None, silence: Silence | None = None,
 ) -> tuple[str | None, bool]:  # fmt: skip
     """Follow the load to its end: show progress, notice dead servers, pass on Ctrl-C.
 
@@ -349,6 +352,10 @@ def watch(
             if lost and not cut and (why := lost(counts)):
                 cut, given_up = why, True
                 load.stop(at_once=True)
+            if silence and not cut and not servers.restarting() and (k := silent(silence, counts)) is not None:
+                cut = f"replica {k} is silent: no byte on any request for {SILENT_S:g} s, and no answer to a question"
+                say(f"{cut}: stopping at once")
+                load.stop(at_once=True, silent=k)
             if deadline and not cut and time.monotonic() >= deadline.at_s:
                 cut = deadline.why
                 say(f"{cut}: stopping at once")
@@ -369,6 +376,12 @@ def watch(
                             say("stopping at once: half a deployment has no price")
                             load.stop(at_once=True)
     return cut, given_up
+
+
+def silent(silence: Silence, counts: Mapping[str, object]) -> int | None:
+    """The server that is silent, by these counts, if one is."""
+    quiet = counts.get("quiet_s")
+    return silence.look(quiet if isinstance(quiet, dict) else {})
 
 
 class StopRequest:
