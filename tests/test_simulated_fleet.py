@@ -20,6 +20,7 @@ from analysis.sizing.fitted_engine import (
     observe,
     within,
 )
+from analysis.sizing.fleet import Schedule
 from analysis.sizing.simulated_fleet import (
     FEWEST,
     MOST_STEPS,
@@ -32,6 +33,7 @@ from analysis.sizing.simulated_fleet import (
 )
 from analysis.sizing.simulated_scaling import MOST_STEPS as MOST_FOLLOWED
 from analysis.sizing.simulated_scaling import _affordable
+from analysis.sizing.simulated_scaling import follow as follow_demand
 from cluster.simulator.replica import Workload, simulate
 from cluster.simulator.scheduler import Limits
 from harness.cli.capacity import plan_fleet as plan_fleet_verb
@@ -237,6 +239,26 @@ def test_a_small_draw_of_the_study_of_autoscaling():
     assert found.reactive.true < 0.9 < found.scheduled.true
     assert found.reactive.said == pytest.approx(found.reactive.true, abs=WITHIN)
     assert found.scheduled.said == pytest.approx(found.scheduled.true, abs=WITHIN)
+
+
+def test_a_fleet_that_never_changes_is_a_fixed_one():
+    day = demand(30.0, 3000, seed=8)
+    plan = Schedule(target=np.array([2, 2, 2]), start_s=60.0)
+
+    def kept(**more):
+        return follow_demand(KNOWN, day, more.pop("factor", 1.0), TTFT, simulated_engine, plan, **more)
+
+    served = simulated_engine(KNOWN, day, 3)
+    share = float(within(day, served, TTFT[0]).mean())
+    assert kept(spares=1).share == share and kept(spares=1).replayed == 3000
+    assert share > 0.95 and kept(spares=1).promised and kept(spares=1).worst_minute <= share
+    # two replicas of at most 12 req/s for 30: a queue that grows; two instances of two replicas each have none
+    assert kept().share < 0.5 and not kept().promised
+    assert kept(per_instance=2).share > 0.99
+    # grown, it is another day of about so many times the requests
+    twice = kept(factor=2.0, per_instance=3)
+    assert 5700 < twice.replayed < 6300 and twice.share > 0.95
+    assert kept(factor=2.0, spares=1).share < 0.3
 
 
 def test_a_long_demand_is_replayed_as_far_as_the_steps_go():

@@ -348,7 +348,7 @@ def _notes(system: System, offer: Offer, demand: Demand, today: date) -> tuple[s
         said.append(f"{shared} replicas share an instance: that they do not slow each other is assumed, not measured")
     if offer.start_s is None:
         said.append("start-up was not measured (servers that were there already): autoscaling counts it as 0 (--start)")
-    if demand.span_s < 86_400:
+    if demand.span_s < 0.99 * 86_400:
         hours = demand.span_s / 3600
         said.append(f"the trace spans {hours:.2g} h, no whole day: what autoscaling saves over a day is not in it")
     return tuple(said)

@@ -35,7 +35,10 @@ Exit status:
 @click.argument("runs", nargs=-1, required=True, metavar="RUN_OR_FOLDER...")
 @click.option("--margin", type=SHARE_OR_NONE, help="Gross margin, of the price (not a markup on cost). Default: 40%.")
 @click.option(
-    "--utilisation", type=SHARE_OR_NONE, help="Share of the paid capacity that is sold, around the clock. Default: 30%."
+    "--utilisation",
+    type=SHARE_OR_NONE,
+    help="Share of the paid capacity that is sold, around the clock; harness plan-fleet says it of a fleet. "
+    "Default: 30%.",
 )
 @click.option(
     "--ratio",
