@@ -75,7 +75,7 @@ class Nginx(Reader):
             found = _INGRESS.match(rest) or _NAMED_TIME.search(rest)
             duration = found[1].decode() if found else None
             request, status = match[2].decode("utf-8", "replace"), match[3].decode()
-        _check(request, status)
+        check_call(request, status)
         if duration is None:
             self._ends += 1
         return Row(end_ns - _duration_ns(duration), None, None)
@@ -140,7 +140,7 @@ class Envoy(Reader):
                 raise RowError("bad line", f"not a line of Envoy's default format: {show(record)}")
             start, request, status = (match[i].decode("utf-8", "replace") for i in (1, 2, 3))
         arrival_ns = self._clock.ns(start)
-        _check(request, status)
+        check_call(request, status)
         known = {name: field for name, field in value.items() if field not in (None, "", "-")}
         input_tokens = token_count(_INPUT, known.get(_INPUT))
         output_tokens = token_count(_OUTPUT, known.get(_OUTPUT))
@@ -156,14 +156,16 @@ def _text(value: dict[str, Any], name: str) -> str | None:
     return value[name] if isinstance(value.get(name), str) else None
 
 
-def _check(request: str, status: str) -> None:
+def check_call(request: str, status: str) -> None:
     """Raises `LeftOutError` unless this was a successful call of a model API."""
     method, _, rest = request.partition(" ")
-    path = rest.split(" ")[0].split("?")[0]
+    path = rest.split(" ")[0].split("?")[0].rstrip("/")
     if method != "POST" or not _MODEL_PATH.search(path):
         raise LeftOutError("not a call of a text completion API")
     if not re.fullmatch(r"\d{3}", status, re.ASCII):
         raise RowError("bad status", f"status is {show(status)}")
+    if int(status) == 499:
+        raise LeftOutError("cancelled by the client (HTTP 499)")
     if int(status) >= 400 or int(status) < 200:
         raise FailedCallError(f"failed call (HTTP {int(status)})")
 

@@ -48,6 +48,8 @@ class Span(NamedTuple):
     """The API's name for the answer."""
     item: Item | None = None
     """What the span says of a call; counts may be missing. None: it is about something else."""
+    agent: bool = False
+    """It is the run of an agent: the calls of its trace are turns of one session, where they name no other."""
 
 
 class SpanReader(Reader):
@@ -91,9 +93,12 @@ class _Call(NamedTuple):
 def calls(spans: Iterator[tuple[Place, Span]]) -> Iterator[tuple[Place, Item]]:
     """What the spans come to, which are sorted by trace: each call once, and for each other model span why not."""
     named: Sorter[_Call] = Sorter(lambda call: (call.response_id, call.key), lambda call: _weigh(call.item))
-    for _, group in groupby(spans, lambda placed: placed[1].trace_id):
+    for trace_id, group in groupby(spans, lambda placed: placed[1].trace_id):
         for some in _portions(group):
+            run = trace_id if any(span.agent for _, span in some) else None
             for call in _Tree(some).calls():
+                if run and isinstance(call.item, Row) and call.item.session_id is None:
+                    call = call._replace(item=call.item._replace(session_id=run))
                 if call.response_id:
                     named.add(call)
                 else:

@@ -11,11 +11,14 @@ from harness.errors import TraceError
 from harness.formats import FORMATS
 from harness.formats.row import RowError, safe
 from harness.formats.table import Table, header_of, split
+from harness.formats.values import header_names
 from harness.source import Source, magic, records
 from harness.sources import Sources
 
 _HEAD_RECORDS = 20_000
 """A log is recognised by one of this many first lines: servers print a banner before the first request."""
+_HEAD_OBJECTS = 200
+"""The same of a file of JSON objects: the session of an agent begins with others than its calls."""
 
 
 def detect(source: Source) -> str:
@@ -30,7 +33,7 @@ def detect(source: Source) -> str:
         found = claims(record, logs_only=at > 0)
         if len(found) == 1:
             return found[0]
-        if found or at + 1 == _HEAD_RECORDS or (not at and record.lstrip()[:1] in (b"{", b"[")):
+        if found or at + 1 == (_HEAD_OBJECTS if first.lstrip()[:1] == b"{" else _HEAD_RECORDS):
             break
     if not first:
         raise TraceError(source.name, None, "is empty: no line with anything on it")
@@ -110,7 +113,16 @@ _SERVEGEN = re.compile(
 )
 
 
+_TOTALS = frozenset({"usage_input_tokens_no_cache", "n_context_tokens_total", "n_generated_tokens_total"})
+"""Columns of a provider's usage export, whose rows add up the calls of a day."""
+
+
 def _looks_like(first: bytes) -> str:
+    if _TOTALS & set(header_names(first[:10_000])):
+        return (
+            "; it looks like a provider's usage export: totals of days, in which there is no request. Use a log of "
+            "calls, or draw a trace with these totals: 'harness trace synth'"
+        )
     if _SERVEGEN.match(first):
         return "; it looks like a ServeGen client model, not requests: 'harness trace synth --servegen' draws a trace"
     line = first.partition(b"\r")[0]

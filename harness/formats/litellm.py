@@ -1,5 +1,6 @@
 """LiteLLM proxy spend logs (table ``LiteLLM_SpendLogs``): JSON, JSON Lines, pages of the API (``{"data": [...]}``), or
-CSV as a database writes it.
+CSV as a database writes it; also what its callbacks are given (``StandardLoggingPayload``: ``id``, times in seconds
+since 1970, cached tokens in ``metadata.usage_object``).
 
 Read are ``startTime`` (the arrival; UTC when it has no zone), ``prompt_tokens``, ``completion_tokens``,
 ``total_tokens`` (must be their sum), ``call_type``, ``status``, ``cache_hit``, ``request_id``, ``session_id`` and,
@@ -21,6 +22,7 @@ from typing import Any
 import msgspec
 
 from harness.formats.row import FailedCallError, LeftOutError, Reader, Row, RowError, Rows
+from harness.formats.usage import usage_of
 from harness.formats.values import (
     DECODE_ERRORS,
     Columns,
@@ -28,6 +30,7 @@ from harness.formats.values import (
     IsoClock,
     called,
     decode_object,
+    epoch_ns,
     fields_of,
     header_names,
     plain_messages,
@@ -74,10 +77,10 @@ class LiteLLM(Reader):
     def _row(self, row: dict[str, Any]) -> Row:
         if missing := _TELLING - row.keys():
             raise RowError("missing fields", f"no {', '.join(sorted(missing))} in {show(str(row))}")
-        self._copies.check(_text(row.get("request_id")))
+        self._copies.check(_text(row.get("request_id")) or _text(row.get("id")))
         input_tokens = token_count("prompt_tokens", row["prompt_tokens"])
         output_tokens = token_count("completion_tokens", row["completion_tokens"])
-        arrival_ns = self._clock.ns(str(row["startTime"]))
+        arrival_ns = self._time_ns(row["startTime"])
         _left_out(row)
         if input_tokens is None or output_tokens is None:
             raise RowError("no token counts", "prompt_tokens or completion_tokens is empty")
@@ -94,8 +97,17 @@ class LiteLLM(Reader):
         messages = None if tools else plain_messages(_json(row.get("messages")))
         return Row(
             arrival_ns, input_tokens, output_tokens, _text(row.get("session_id")), messages=messages,
-            model=_text(row.get("model")),
+            model=_text(row.get("model")), cached_tokens=_cached(_json(row.get("metadata"))),
         )  # fmt: skip
+
+    def _time_ns(self, value: Any) -> int:
+        """Of a date in a table, or of seconds since 1970 in what callbacks are given."""
+        return epoch_ns("startTime", value) if isinstance(value, int | float) else self._clock.ns(str(value))
+
+
+def _cached(metadata: Any) -> int | None:
+    usage = metadata.get("usage_object") if isinstance(metadata, dict) else None
+    return usage_of(usage).cached_tokens
 
 
 def _telling(names: Iterable[str]) -> bool:

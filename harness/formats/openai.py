@@ -3,6 +3,7 @@
 ==========================================  ==========================================================================
 ``{"custom_id", "url", "body": {...}}``     batch input: what was asked; no times, no output length
 ``{"custom_id", "response": {...}}``        batch output: ``usage``; no prompt, no times (an offline workload has none)
+``{"custom_id", "params": {...}}``          Anthropic batch input, and output: ``{"custom_id", "result": {...}}``
 ``{"request": {...}, "response": {...}}``   a logged call: the prompt, ``usage``, and a time
 ``{"object": "chat.completion", ...}``      a response: ``usage`` and ``created``; also ``{"type": "message", ...}``
 ``{"model", "messages"}`` or ``"prompt"``   a request body
@@ -24,7 +25,7 @@ from __future__ import annotations
 from typing import Any
 
 from harness.formats.jsonl import Jsonl
-from harness.formats.row import FailedCallError, LeftOutError, Reader, Row, RowError
+from harness.formats.row import FailedCallError, LeftOutError, Reader, Row, RowError, safe
 from harness.formats.usage import usage_of
 from harness.formats.values import Copies, called, decode_object, fields_of, plain_messages, plain_text, wall_clock_ns
 
@@ -49,13 +50,14 @@ class OpenAI(Reader):
 
     @staticmethod
     def sniff(record: bytes) -> bool:
-        """One of the five shapes."""
+        """One of the shapes."""
         fields = fields_of(record)
         names = fields.keys()
         return (
             {"custom_id", "body"} <= names
             or {"custom_id", "response"} <= names
-            or ({"request", "response"} <= names and fields["request"].startswith(b"{"))
+            or ("custom_id" in names and any(fields.get(name, b"").startswith(b"{") for name in ("params", "result")))
+            or ({"request", "response"} <= names and "latencies" not in names and fields["request"].startswith(b"{"))
             or fields.get("object", b"").strip(b'"').decode("utf-8", "replace") in _OBJECTS
             or (fields.get("type") == b'"message"' and {"role", "content", "usage"} <= names)
             or (
@@ -116,6 +118,12 @@ def _shape(value: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(request body, response body) of any of the shapes; empty where there is none. Raises `FailedCallError`."""
     if value.get("error"):
         raise FailedCallError("failed call (error)")
+    if isinstance(value.get("params"), dict):
+        return value["params"], {}
+    if isinstance(result := value.get("result"), dict):
+        if not isinstance(result.get("message"), dict):
+            raise FailedCallError(f"failed call (batch: {safe(str(result.get('type')), 20)})")
+        return {}, result["message"]
     response = value.get("response")
     if isinstance(response, dict):
         if isinstance(response.get("status_code"), int) and response["status_code"] >= 400:
