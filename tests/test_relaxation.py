@@ -21,6 +21,7 @@ from tests.lab import closed
 from tests.lab.intervals import Cell, held, known_truths, long_run, one_run, queue_and_figures
 from tests.lab.longer import followed
 from tests.lab.truths import long_run_values
+from tests.lab.worth import half_widths
 
 QUEUE = Relaxation(observed_s=300.0, time_s=10.0, longest_s=10.0, needed_s=80.0, requests=3000)
 SHORT = replace(QUEUE, observed_s=60.0, needed_s=700.0, requests=600)
@@ -133,6 +134,15 @@ def test_long_runs_are_made_once(tmp_path):
         found = long_run_values({"a": 1, "b": 2}, lambda case: made.append(case) or {"p50": 0.5 * case}, map, kept)
         assert found == [{"p50": 0.5}, {"p50": 1.0}]
     assert made == [1, 2]
+
+
+def test_what_a_run_is_worth_by_its_own_process():
+    """Intervals of bursty runs are as wide as the process asks for: in the mean of squares, since shares are skewed."""
+    (best,) = half_widths(Cell("bursty", 0.5, 300.0), 60_000, 9, (0.9,))
+    (truth,) = known_truths([("bursty", 0.5)]).values()
+    found = [queue_and_figures(*one_run(Cell("bursty", 0.5, 300.0), seed), truth.limits) for seed in range(900, 916)]
+    widths = [figures["attainment 90 %"] for queue, figures in found if queue is not None and queue.enough]
+    assert 0.7 * best < np.sqrt(np.mean([((q.high - q.low) / 2) ** 2 for q in widths])) < 1.5 * best
 
 
 def ends(q):
