@@ -19,6 +19,8 @@ TEMPLATE_TOKENS = 512
 """A server's chat template adds no more to a prompt; one that does sends a prompt of its own."""
 CUT_BOUND = 0.1
 """Share of the planned tokens that a template of fewer tokens than the plan thought may take."""
+RECORDED_BOUND = 2.0
+"""Two tokenizers count the same text within this factor."""
 
 
 def output_tokens(run: Run) -> Check:
@@ -61,6 +63,33 @@ def answer_fields(run: Run) -> Check:
     observed = f"{run.remarked} answers: {run.remark}" if run.remarked else "all could be read"
     advice = "those facts are null here: the server or a gateway writes them in a way of its own"
     return limit("answer_fields", not run.remarked, observed, "all of the types of the API", advice)
+
+
+def recorded_tokens(run: Run) -> Check:
+    """Prompts of the trace's own text have about as many tokens here as production counted of them.
+
+    Tokenizers differ by less than half. More shows that the texts are not all that production sent (a system prompt,
+    tools or images that nobody wrote down), or that they are more.
+    """
+    name, bound = "recorded_tokens", f"within a factor of {RECORDED_BOUND:g} of what production counted"
+    plan = run.manifest.plan
+    recorded = plan.source.text_tokens if plan.source is not None else None
+    rows = run.rows
+
+    def of_text(part: Rows) -> Bools:
+        found: Bools = part.success & np.isfinite(part.input_tokens) & np.isnan(part.planned_input_tokens)
+        return found
+
+    got = arrays.kept(rows.input_tokens, metrics.flags(rows, of_text))
+    if recorded is None or not len(got) or plan.conversation == "live":
+        return limit(name, None, "no text of the trace with a count beside it", bound, "nothing to do")
+    mean = float(got.mean())
+    observed = f"{mean:,.4g} input tokens a prompt of the trace's text, {recorded:,.4g} in production"
+    advice = (
+        "the texts are not the prompts that production counted, so the load is another: write them down whole, or "
+        "replay by the lengths (harness trace anonymize takes the texts out)"
+    )
+    return limit(name, recorded / RECORDED_BOUND <= mean <= recorded * RECORDED_BOUND, observed, bound, advice)
 
 
 def _both(rows: Rows, name: str) -> tuple[Floats, Floats]:

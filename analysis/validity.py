@@ -29,7 +29,7 @@ from analysis.intervals import samples_needed
 from analysis.load import Run
 from analysis.metrics import Counts, Window
 from analysis.offered_load import KIND_WORDS, kind_of
-from analysis.served import MISMATCH_BOUND, answer_fields, input_tokens, output_tokens
+from analysis.served import MISMATCH_BOUND, answer_fields, input_tokens, output_tokens, recorded_tokens
 from analysis.starved import starved
 from analysis.usage_check import prompt_text, usage_text
 
@@ -59,6 +59,7 @@ def check_run(
         starved(run, window), server_restarts(run, shared), engine_fits_tier(run), input_tokens(run),
         prompt_text(run), usage_text(run), token_books(run, shared),
         server_counters(run, shared), output_tokens(run), usage(run), answer_fields(run),
+        recorded_tokens(run),
         *delivery(run),
         failures(run, counts), unfinished(counts), sample_size(run), duration(window), stamps(run),
         generator_stall(run, bound_s), planned_rate(run), arrivals(run), concurrency(run, window),

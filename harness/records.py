@@ -226,7 +226,7 @@ class Trace:
             input_tokens, output_tokens = draw()
             books.drawn += 1
             yield place, item._replace(input_tokens=input_tokens, output_tokens=item.output_tokens or output_tokens)
-        elif self.asked.survey:
+        elif self.asked.arrivals_only or self.asked.survey:
             yield place, item
         else:
             raise TraceError(
@@ -238,7 +238,7 @@ class Trace:
             )
 
     def _refuse(self, books: _Books, place: Place, error: RowError) -> None:
-        if not self.asked.skip_bad:
+        if not (self.asked.skip_bad or self.asked.survey):
             raise TraceError(
                 self._name(place), place.line, f"{error} (--skip-bad drops and counts such rows)"
             ) from None
@@ -291,8 +291,10 @@ class Reading:
     1)."""
     lengths: Callable[[], Draw] | None = None
     """Draws the lengths of rows that say neither length nor text (access logs), a fresh drawer for each iteration."""
+    arrivals_only: bool = False
+    """Such rows are given as they are where there are no lengths to draw."""
     survey: bool = False
-    """Only to be described: such rows are given as they are, and times of an unknown unit left out."""
+    """Only to be described: as ``arrivals_only`` and ``skip_bad``, and times of an unknown unit are left out."""
     table: Asked = field(default_factory=Asked)
     """Columns and unit, as the user names them."""
     where: tuple[Where, ...] = ()
@@ -308,13 +310,14 @@ def open_trace(
     part: int | None = None,
     lengths: Callable[[], Draw] | None = None,
     arrivals_only: bool = False,
+    survey: bool = False,
     table: Asked | None = None,
     where: Sequence[Where] = (),
 ) -> Trace:
     """A `Trace` over ``path``, its format found from its first record unless ``format`` names it.
 
     ``path`` stands for one file or several (`harness.sources.open_sources`), ``-`` for standard input. The others are
-    the fields of `Reading`; ``arrivals_only`` is its ``survey``.
+    the fields of `Reading`.
 
     Raises `TraceError` when a file cannot be opened or its format is not recognised, `UsageError` for an unknown format
     and for options that exclude each other.
@@ -329,8 +332,8 @@ def open_trace(
     if part is not None and len(sources.files) > 1:
         raise UsageError("--part is of one file: rows of several are merged by arrival")
     asked = Reading(
-        skip_bad=skip_bad, sort=sort, part=part, lengths=lengths, survey=arrivals_only, table=table or Asked(),
-        where=tuple(where),
+        skip_bad=skip_bad, sort=sort, part=part, lengths=lengths, arrivals_only=arrivals_only, survey=survey,
+        table=table or Asked(), where=tuple(where),
     )  # fmt: skip
     if format is None and asked.table.columns:
         format = "table"  # noqa: A001

@@ -87,11 +87,12 @@ def said(result):
 
 def write_run(
     path: Path, results, *, plan=None, workers=1, requests=None, spec=SPEC, seen=None, planned_rate=10.0,
-    processor=None, **manifest,
+    processor=None, source=None, **manifest,
 ) -> Path:  # fmt: skip
     """A run directory. ``results``: rows, dealt to ``workers`` files; ``plan``: {request_id: fields} to differ from the
     rows' own facts; ``requests``: plan size when some have no row; ``seen``: observations of worker 0; ``processor``:
-    what each server started here ran and waited, unless it had its processors to itself."""
+    what each server started here ran and waited, unless it had its processors to itself; ``source``: what the plan says
+    of its trace."""
     path.mkdir(parents=True, exist_ok=True)
     by_id = {r.request_id: r for r in reversed(results)}
     requests = (max(by_id) + 1 if by_id else 0) if requests is None else requests
@@ -109,7 +110,7 @@ def write_run(
         schema_version=SCHEMA_VERSION, trace="trace.jsonl", trace_format="jsonl", trace_sha256="0" * 64,
         rows_read=requests, rows_kept=requests, rows_dropped={},
         arrivals="closed" if spec.mode == "closed" else "trace", speed=1.0, source_rate=10.0, planned_rate=planned_rate,
-        seed=0, tokenizer=None, requests=requests, span_s=1.0, notes=[],
+        seed=0, tokenizer=None, requests=requests, span_s=1.0, notes=[], source=source,
     )  # fmt: skip
     run = RunDir(path)
     schema = SCHEMA.with_metadata({"harness.plan": msgspec.json.encode(info)})

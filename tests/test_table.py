@@ -254,7 +254,7 @@ def test_small_whole_numbers_ask_for_their_unit_and_are_surveyed_without(tmp_pat
     said = problem(path)
     assert "span 500 s in seconds, 0.5 s in milliseconds. Say --time-unit" in said
     assert said in problem(path, skip_bad=True)
-    kept, trace = read(path, arrivals_only=True)
+    kept, trace = read(path, survey=True)
     assert [row[:2] for row in kept] == [(None, 5), (None, 6)]
     assert "in a unit that nothing shows" in (trace.clock or "")
     for unit, last in (("s", 500.0), ("ms", 0.5), ("us", 0.0005)):

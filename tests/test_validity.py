@@ -16,6 +16,7 @@ from analysis.summary import summarise
 from harness.answers import Prompt
 from harness.results import ERRORS, Result
 from harness.run import Host, Replica, Restart, RunDir, Worker, read_manifest, write_manifest
+from harness.traces.stats import TraceStats
 
 REPLICA = Replica(index=0, base_url="http://127.0.0.1:1/v1")
 CLOSED = replace(SPEC, mode="closed", concurrency=8)
@@ -55,6 +56,14 @@ def changed(k, n=20, **fields):
 
 def as_planned(n=20):
     return {i: {"input_tokens": 8, "output_tokens": 4} for i in range(n)}
+
+
+def recorded(text_tokens):
+    """A trace of texts that had so many input tokens in production."""
+    return TraceStats(
+        requests=20, arrivals=None, input_tokens=None, output_tokens=None, sessions=0, session_rows=0, most_turns=0,
+        unit_rows=1.0, prefix=None, grid_s=None, text_tokens=text_tokens,
+    )  # fmt: skip
 
 
 GATES = {
@@ -99,6 +108,7 @@ LIMITS = {
     "generator_stall": {"seen": watch(rows(), lag_ms=50)},
     "unfinished": {"results": [*rows(19), bad(19, "stopped")]},
     "usage": {"results": changed(1, output_tokens=None)},
+    "recorded_tokens": {"plan": {i: {"input_tokens": None} for i in range(20)}, "source": recorded(17)},
     "answer_fields": {"results": changed(3, detail="left out: finish_reason")},
     "failures": {"results": [*rows(19), bad(19)]},
     "sample_size": {},
@@ -165,6 +175,15 @@ def test_another_number_format_than_the_models_is_a_limit(tmp_path):
     assert said.ok is False and "float32 in place of x" in said.observed
 
 
+@pytest.mark.parametrize(
+    ("tokens", "ok"), [(None, None), (3.9, False), (4, True), (8, True), (16, True), (16.1, False)]
+)
+def test_texts_are_held_against_what_production_counted(tmp_path, tokens, ok):
+    """Each prompt here has 8 input tokens."""
+    texts = {i: {"input_tokens": None} for i in range(20)}
+    assert check(summary(tmp_path, plan=texts, source=recorded(tokens)), "recorded_tokens").ok is ok
+
+
 def test_every_check_has_a_test_that_makes_it_fail(tmp_path):
     s = summary(tmp_path)
     assert {c.name for c in s.checks if c.gate} == {*GATES, "files", "min_requests"}
@@ -180,7 +199,8 @@ def test_a_good_run_passes_everything_that_can_be_checked(tmp_path):
     )  # fmt: skip
     assert s.verdict == "VALID"
     assert [c.name for c in s.checks if c.ok is False] == []
-    assert {c.name for c in s.checks if c.ok is None} == {"concurrency", "hardware"}
+    # recorded_tokens: of texts, and this plan knows every length
+    assert {c.name for c in s.checks if c.ok is None} == {"concurrency", "hardware", "recorded_tokens"}
 
 
 def test_a_demo_of_sixty_requests_is_valid_with_its_limits_said(tmp_path):

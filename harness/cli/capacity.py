@@ -12,6 +12,7 @@ from harness.cli.options import (
     ATTAIN_OPTION,
     ENVIRONMENT,
     ONE_TRACE_ARGUMENT,
+    READ_OPTIONS,
     SWEEPS_OPTION,
     format_option,
     resume_option,
@@ -125,8 +126,7 @@ Exit status:
 )
 @ONE_TRACE_ARGUMENT
 @click.argument("measured", nargs=-1, required=True, metavar="FOLDER...")
-@click.option("--trace-format", metavar="NAME", help="Force the trace format instead of detecting it by content.")
-@click.option("--skip-bad", is_flag=True, help="Leave out lines that cannot be read.")
+@READ_OPTIONS
 @click.option("--grow", type=GROWTH, default="1x", show_default=True, help="The forecast: this many times the trace.")
 @click.option(
     "--headroom",

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness.commands.output import print_json, say
 from harness.errors import EXIT_FAILURE, EXIT_SLO_MISSED, EXIT_VALID, UsageError
@@ -37,6 +37,7 @@ def plan_fleet(
     slo: Sequence[dict[str, float]],
     attain: float,
     format_: str,
+    **reading: Any,
 ) -> int:
     """Print the plan; 0: there is a fleet. Without one 4: a tier misses the promise; 3: runs are INVALID; 1: else."""
     from analysis.sizing.at_slo import systems
@@ -45,7 +46,7 @@ def plan_fleet(
 
     if availability is not None and not availability < 1:
         raise UsageError("--availability 100%: no number of machines that can fail is always enough; ask for less")
-    asked = read_demand(trace, trace_format, skip_bad)
+    asked = read_demand(trace, trace_format, skip_bad, **reading)
     wanted = Wanted(
         requests=asked.requests, tokens=asked.tokens, headroom=headroom, availability=availability,
         node_availability=node_availability, start_s=start_s, replicas_per_instance=replicas_per_instance,
@@ -117,14 +118,17 @@ class Asked:
     """The requests themselves; None for the same reason."""
 
 
-def read_demand(path: Path, trace_format: str | None, skip_bad: bool) -> Asked:
-    """Requests/s of a trace, and what else its rows say. Raises `UsageError` without times."""
+def read_demand(path: Path, trace_format: str | None, skip_bad: bool, **reading: Any) -> Asked:
+    """Requests/s of a trace, and what else its rows say; ``reading``: other options of `open_asked`.
+
+    Raises `UsageError` without times.
+    """
     import numpy as np
 
     from analysis.sizing.fitted_engine import Requests
     from analysis.sizing.fleet import demand
 
-    trace = open_asked(path, {"trace_format": trace_format, "skip_bad": skip_bad}, arrivals_only=True)
+    trace = open_asked(path, {**reading, "trace_format": trace_format, "skip_bad": skip_bad}, arrivals_only=True)
     arrivals, inputs, outputs, silent = array("d"), array("q"), array("q"), 0
     for record in trace:
         if record.arrival_s is None:

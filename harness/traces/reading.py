@@ -15,12 +15,12 @@ Files = Path | Sequence[Path]
 """What the command line calls a trace: a file, or several."""
 
 
-def open_asked(trace: Files, options: dict[str, Any], *, arrivals_only: bool = False) -> Trace:
+def open_asked(trace: Files, options: dict[str, Any], *, arrivals_only: bool = False, survey: bool = False) -> Trace:
     """The trace with the options ``trace_format``, ``skip_bad``, ``sort``, ``part``, ``columns``, ``time_unit``,
     ``where``, ``input_tokens``, ``output_tokens`` and ``seed``; those not there are not asked for.
 
     The two lengths are distributions (`harness.traces.distributions`) for logs that have arrivals only, drawn from the
-    seed. ``arrivals_only``: such logs are read without lengths too.
+    seed. ``arrivals_only``: such logs are read without lengths too; ``survey``: whatever there is is to be described.
 
     Raises what `open_trace` does, and `UsageError` for one of the two lengths without the other.
     """
@@ -41,6 +41,7 @@ def open_asked(trace: Files, options: dict[str, Any], *, arrivals_only: bool = F
         part=options.get("part"),
         lengths=lengths,
         arrivals_only=arrivals_only,
+        survey=survey,
         table=Asked(options.get("columns") or {}, options.get("time_unit")),
         where=parse_where(options.get("where") or ()),
     )

@@ -102,6 +102,8 @@ class TraceStats:
     prefix: PrefixStats | None
     grid_s: float | None
     """Step of the coarse clock its times are on; null when there is none to be seen."""
+    text_tokens: float | None = None
+    """Mean input tokens that production counted of rows with a text; null where one of them has no count."""
 
     @property
     def requests_per_session(self) -> float:

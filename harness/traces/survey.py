@@ -118,6 +118,7 @@ class _Look:
         self._sessions = self._session_rows = self._squares = self._most_turns = 0
         """Their number, rows, sum of squared rows, most rows."""
         self._reuse = IdealReuse()
+        self._text_tokens: int | None = 0
         self._texts = self._open_ended = self._hang_ups = self._timeouts = 0
         self._adapters: dict[str, None] = {}
         self._models = Models()
@@ -133,8 +134,10 @@ class _Look:
                 )
             self._inputs[record.input_tokens or 0] += 1
             self._input_parts.add(record.input_tokens or 0)
-        elif record.messages is None:
-            self._texts += 1
+        else:
+            self._texts += record.messages is None
+            counted = record.input_tokens is not None and self._text_tokens is not None
+            self._text_tokens = (self._text_tokens or 0) + (record.input_tokens or 0) if counted else None
         if record.output_tokens is None:
             self._open_ended += 1
         else:
@@ -197,5 +200,6 @@ class _Look:
                     continued_turns=prefix.continued_turns, independent_turns=prefix.independent_turns,
                 ),
                 grid_s=self._trace.grid_s,
+                text_tokens=self._text_tokens / (self.requests - self._inputs.total()) if self._text_tokens else None,
             ),
         )  # fmt: skip

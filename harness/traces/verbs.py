@@ -21,7 +21,7 @@ from harness.traces.writer import check_output, write_trace
 
 def inspect(trace: Files, format_: str, **options: Any) -> int:
     """Say what a trace is."""
-    source = open_asked(trace, {**options, "skip_bad": True}, arrivals_only=True)
+    source = open_asked(trace, options, survey=True)
     records: Iterable[TraceRecord] = source
     if options.get("tokenizer") is not None:
         from harness.tokenizer import load_tokenizer
