@@ -93,6 +93,18 @@ def test_a_promise_that_any_queue_keeps_is_no_capacity_beyond_what_gets_done() -
     assert max(p.rate for p in probes if p.rate) <= 1.2 * found.rate, "the search knows the ceiling that it has seen"
 
 
+def test_what_the_server_gets_done_is_no_capacity_before_a_probe_was_as_good_as_full() -> None:
+    """One probe at half the ceiling kept all, one beyond it only grew: the promise breaks somewhere between."""
+    rng = np.random.default_rng(3)
+    steps = [Step(concurrency=c, why="") for c in (1, 4, 16, 64)] + [Step(rate=r, why="") for r in (5.0, 14.0)]
+    probes = [capacity_lab.probe(POISSON, step, k, rng)[0] for k, step in enumerate(steps)]
+    found = estimate(probes, P95, DEMAND)
+    assert found is not None and found.missed and (found.low, found.high) == (None, None)
+    assert found.rate < 9.7 < found.ceiling
+    step = next_load(probes, P95, 0.1, DEMAND)
+    assert step.rate == pytest.approx(0.96 * found.ceiling, rel=1e-3) and "just below" in step.why
+
+
 def test_a_queue_that_only_grew_keeps_no_promise() -> None:
     probes, _ = search((Criterion(name="ttft_p95 <= 1000 s", wanted=0.95, limits={"ttft": 1000.0}),))
     grown = next(p for p in probes if p.evidence is not None and p.evidence.unstable)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -207,7 +207,10 @@ def estimate(probes: Sequence[Probe], criteria: Sequence[Criterion], demand: Dem
         return sustained
     first, limit = min(known, key=lambda pair: pair[0].rate)
     if first.rate >= ceiling or (not first.missed and sustained.missed):
-        return sustained
+        kept = min(first.rate, ceiling)
+        if not _seen_full(shown, ceiling):  # what lies between is not known: claim what was seen to be kept
+            return replace(sustained, rate=kept, low=None, high=None)
+        return replace(sustained, low=None if low is None else min(low, kept))
     return _capped(first, limit, known, sustained)
 
 
@@ -329,7 +332,8 @@ def _next_rate(
         if rate <= alone * IDLE / 2:
             return Step(why="no VALID run")
         return Step(rate=_round(rate), why="where the ladder and the trace's own bursts put it")
-    if now.limit is SUSTAINED and now.missed and not _seen_full(opened, now.ceiling):
+    shown = [p.evidence for p in opened if p.evidence is not None]
+    if now.limit is SUSTAINED and now.missed and not _seen_full(shown, now.ceiling):
         why = f"the server gets {now.ceiling:.3g} req/s done: just below that, to see whether the promise breaks first"
         return Step(rate=_round(FULL * now.ceiling), why=why)
     if (ended := _ended(now, tolerance)) is not None:
@@ -353,9 +357,8 @@ def _next_rate(
     return Step(rate=_round(rate), why=why)
 
 
-def _seen_full(opened: Sequence[Probe], ceiling: float) -> bool:
+def _seen_full(shown: Sequence[Evidence], ceiling: float) -> bool:
     """A probe near the ceiling kept up, so that its requests say what the promise allows there; or two did not."""
-    shown = [p.evidence for p in opened if p.evidence is not None]
     near = [e for e in shown if abs(e.rate / ceiling / FULL - 1) <= 1 - FULL]
     return any(not e.unstable for e in near) or len(near) >= TRIES
 
