@@ -125,6 +125,8 @@ class Columns:
     """Error classes, in the order met; column ``error`` is an index into it, -1 for none."""
     examples: dict[str, str | None] = field(default_factory=dict)
     """Error class -> the first detail that was written with it."""
+    resent: int = 0
+    """Rows that were sent more than once."""
     remarked: int = 0
     """Successes with a detail: something in the answer was left out."""
     remark: str | None = None
@@ -140,6 +142,7 @@ class Columns:
         part["request_id"] = np.asarray(batch.column("request_id").to_numpy(), dtype=np.int64)
         part["error"] = self._codes(batch)
         self._remarks(batch)
+        self.resent += pc.sum(pc.greater(batch.column("retries"), 0)).as_py() or 0
         part["possible"] = possible(part)
         if LISTS.issubset(batch.schema.names):
             chunks = reduce_chunks(batch)

@@ -13,6 +13,7 @@ import numpy as np
 
 from analysis.check import Check, check, limit
 from analysis.load import Rows, Run
+from analysis.outage import outages
 from harness.counters import several_processes
 from harness.run import Replica, RunDir
 from harness.server_metrics import read_server_metrics
@@ -74,7 +75,9 @@ def _unread(run: Run, shared: Sequence[str]) -> str:
 
 
 def server_restarts(run: Run, shared: Sequence[str]) -> Check:
-    """No server began anew between the first request and the last: its start time is the same, no counter fell."""
+    """No server began anew between the first request and the last: its start time is the same, no counter fell, and it
+    was there all the time.
+    """
     restarted = [f"replica {r.replica} died ({r.how}), up again: {r.ready or 'never'}" for r in run.manifest.restarts]
     compared = 0
     for r in run.manifest.replicas:
@@ -87,6 +90,11 @@ def server_restarts(run: Run, shared: Sequence[str]) -> Check:
             restarted.append(f"replica {r.index} started again")
         elif any(after.get(name, value) < value for name, value in before.items() if name not in started):
             restarted.append(f"replica {r.index}: its counters fell")
+    for since_s, until_s, failed in outages(run):
+        restarted.append(
+            f"from {since_s:.1f} to {until_s:.1f} s no connection came about and all in flight was lost ({failed} "
+            "requests), then answers came again"
+        )
     ok = None if not compared and not restarted else not restarted
     observed = "; ".join(restarted) or (f"{compared} kept running" if compared else _unread(run, shared))
     if earlier := run.manifest.restarts_before:

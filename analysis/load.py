@@ -176,6 +176,7 @@ def _join(
         seconds=observed,
         errors=tuple(columns.names),
         examples=columns.examples,
+        resent=columns.resent,
         remarked=columns.remarked,
         remark=columns.remark,
         sources=tuple(sources),

@@ -133,6 +133,8 @@ class Run:
     """Result files, and how many rows were read of each."""
     measured: Bools
     """For every row of the sources, in order: is it one of `rows`?"""
+    resent: int = 0
+    """Requests that were sent more than once."""
     remarked: int = 0
     """Successes of whose answers something was left out, as of no type that can be read."""
     remark: str | None = None

@@ -13,6 +13,7 @@ import numpy as np
 
 from analysis import arrays, metrics
 from analysis.check import MIN_REQUESTS, Check, check, limit
+from analysis.cold_start import cold_start
 from analysis.counters import server_counters, server_restarts, shared_addresses, token_books
 from analysis.delivery import delivery
 from analysis.generator import (
@@ -59,11 +60,10 @@ def check_run(
         starved(run, window), server_restarts(run, shared), engine_fits_tier(run), input_tokens(run),
         prompt_text(run), usage_text(run), token_books(run, shared),
         server_counters(run, shared), output_tokens(run), usage(run), answer_fields(run),
-        recorded_tokens(run),
-        *delivery(run),
-        failures(run, counts), unfinished(counts), sample_size(run), duration(window), stamps(run),
-        generator_stall(run, bound_s), planned_rate(run), arrivals(run), concurrency(run, window),
-        wasted_time(run, window), shared_host(run), hardware(run), price_date(run),
+        recorded_tokens(run), *delivery(run),
+        failures(run, counts), unfinished(counts), cold_start(run), sent_again(run, counts), sample_size(run),
+        duration(window), stamps(run), generator_stall(run, bound_s), planned_rate(run), arrivals(run),
+        concurrency(run, window), wasted_time(run, window), shared_host(run), hardware(run), price_date(run),
     ]  # fmt: skip
 
 
@@ -173,6 +173,19 @@ def failures(run: Run, counts: Counts) -> Check:
     observed += f", {refused} of them refused as overloaded (429, 503)" if refused else ""
     ok = None if share is None else share <= FAILED_BOUND
     return limit("failures", ok, observed, f"at most {FAILED_BOUND:.0%}", advice)
+
+
+def sent_again(run: Run, counts: Counts) -> Check:
+    """Few requests were sent more than once. Their latency counts from the first time."""
+    bound = f"at most {FAILED_BOUND:.0%}"
+    observed = f"{run.resent} of {counts.sent} sent again"
+    advice = (
+        "no connection, 429 or 503, as --retries wants it: their latency holds the pause"
+        if run.manifest.spec.retries
+        else "kept connections were closed as they were used: a balancer or server closes them sooner than it says "
+        "(Keep-Alive: timeout); no fault of the model's, and their latency holds the second try"
+    )
+    return limit("sent_again", run.resent <= FAILED_BOUND * counts.sent, observed, bound, advice)
 
 
 def unfinished(counts: Counts) -> Check:

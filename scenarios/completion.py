@@ -158,16 +158,19 @@ def readable(kind: type[_Struct], value: object, odd: dict[str, None], name: str
 
 
 def largest(a: _Struct | None, b: _Struct | None) -> _Struct | None:
-    """The larger of each count of two; not said is less than any."""
+    """The larger of each count of two; not said is less than any. ``a`` may be changed: some say it with each token."""
     if a is None or b is None:
         return b if a is None else a
     for name in a.__struct_fields__:
-        one, other = getattr(a, name), getattr(b, name)
-        if isinstance(one, msgspec.Struct):
-            setattr(b, name, largest(one, other))
-        elif one is not None and (other is None or one > other):
-            setattr(b, name, one)
-    return b
+        other = getattr(b, name)
+        if other is None:
+            continue
+        one = getattr(a, name)
+        if isinstance(other, msgspec.Struct):
+            setattr(a, name, largest(one, other))
+        elif one is None or other > one:
+            setattr(a, name, other)
+    return a
 
 
 _NONE, _POSSIBLE, _CERTAIN = range(3)

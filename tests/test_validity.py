@@ -110,6 +110,8 @@ LIMITS = {
     "usage": {"results": changed(1, output_tokens=None)},
     "recorded_tokens": {"plan": {i: {"input_tokens": None} for i in range(20)}, "source": recorded(17)},
     "answer_fields": {"results": changed(3, detail="left out: finish_reason")},
+    "cold_start": {"results": [good(i, ttft_ms=900 if i < 3 else 50) for i in range(20)]},
+    "sent_again": {"results": changed(1, retries=1)},
     "failures": {"results": [*rows(19), bad(19)]},
     "sample_size": {},
     "duration": {},
