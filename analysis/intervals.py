@@ -28,7 +28,7 @@ from analysis.likeness import (
     student_t,
 )
 from analysis.order_statistics import percentile_ends
-from analysis.relaxation import Memory, Relaxation
+from analysis.relaxation import ClosedLoop, Memory, Relaxation
 
 RESAMPLES = 1000
 MAX_UNITS = 1000
@@ -265,10 +265,21 @@ def share(flags: Bools, *, unit: str, evidence: str, queue: Memory | None = None
     n = len(flags)
     if not n:
         return Quantity(value=None, n=0, unit=unit, evidence=evidence, note="no requests")
-    true = int(flags.sum())
-    p = true / n
+    p = int(flags.sum()) / n
     if queue is not None and queue.note:
         return Quantity(value=p, n=n, unit=unit, evidence=evidence, note=queue.note)
+    low, high = _share_ends(flags, p, queue)
+    if isinstance(queue, ClosedLoop) and 0 < p < 1 and n > 2 * queue.concurrency:
+        # its first requests come all at once, as none does later: the interval holds with and without them
+        rest = flags[queue.concurrency :]
+        later_low, later_high = _share_ends(rest, int(rest.sum()) / len(rest), queue)
+        low, high = min(low, later_low), max(high, later_high)
+    return Quantity(value=p, low=low, high=high, n=n, unit=unit, evidence=evidence)
+
+
+def _share_ends(flags: Bools, p: float, queue: Memory | None) -> tuple[float, float]:
+    """Wilson's interval of the share ``p`` of True at the effective size."""
+    n, true = len(flags), int(flags.sum())
     alike, size = 0.0 if queue is None else queue.alike, float(n)
     if 0 < p < 1:
         beyond = _beyond_share(flags, p)
@@ -285,7 +296,7 @@ def share(flags: Bools, *, unit: str, evidence: str, queue: Memory | None = None
     half = Z / (1 + Z**2 / size) * math.sqrt(p * (1 - p) / size + Z**2 / (4 * size**2))
     # the ends are exact at 0 and 1, where rounding could put them past the value
     low, high = (min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)))
-    return Quantity(value=p, low=low, high=high, n=n, unit=unit, evidence=evidence)
+    return low, high
 
 
 def _beyond_share(flags: Bools, p: float) -> Floats:
