@@ -29,8 +29,9 @@ TOLERANCE_TOKENS = 3.0
 """or so many tokens, where that is more: a start, a stop, a special token without text."""
 CUT_FROM, CUT_ALIKE, CUT_SPREAD = 64, 3, 1.25
 """Prompts were cut when so many have one count, the largest, of so many tokens or more, and sizes that differ."""
-SINGLE_BOUND = 0.05
-"""Chunks are single tokens when at most this share of them has more than one piece of text."""
+SINGLE_BOUND = 0.1
+"""Chunks are single tokens when at most this share of them has more than one piece of text. In prose at least 6 of 10
+tokens begin a piece, so those within a piece that nobody sees are fewer than the bound of the sum."""
 
 How = Literal["token ids", "the tokenizer", "chunks", "bytes"]
 _WORDS: dict[How, str] = {

@@ -222,6 +222,14 @@ def test_what_need_not_be_one_token(chunk, crowded):
     assert (text.crowded, text.bytes, text.tokens) == (crowded, len(chunk.encode()), None)
 
 
+@pytest.mark.parametrize(("usage", "ok"), [(24, True), (48, False)])
+def test_a_first_event_of_several_tokens_is_counted_by_its_pieces(tmp_path, usage, ok):
+    """5 tokens in the first event and 19 that follow one by one: 1 of 20 chunks holds several."""
+    answers = [Said(request_id=k, text=[" tok" * 5, *[" tok"] * 19]) for k in range(ANSWERS)]
+    check, _ = checked(tmp_path, answers, usage)
+    assert (check.ok, check.gate) == (ok, True), check
+
+
 def test_broken_characters_are_not_counted_in_tokens():
     assert count_answers([Said(request_id=0, text=["a\ufffd"])], tokenizer())[0].text.tokens is None
 
