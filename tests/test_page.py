@@ -405,6 +405,20 @@ def test_command_line(tmp_path):
     assert harness("report", one, "--html", out, "--slo", "ttft=1ms").returncode == 4
 
 
+def test_decisions_have_pages_of_what_they_print(tmp_path):
+    one, two = (write_run(tmp_path / name, [good(i, lag_ms=1) for i in range(60)]) for name in ("one", "two"))
+    for verb, runs in (("price", (one,)), ("compare", (one, two))):
+        out = tmp_path / f"{verb}.html"
+        done = harness(verb, *runs, "--html", out)
+        assert str(out) in done.stderr
+        found = Page(out.read_text())
+        assert "default-src 'none'" in found.policy
+        first = next(line for line in done.stdout.splitlines() if line.strip())
+        assert first.strip() in found.text
+        figures = set(re.findall(r"\d+\.\d+", done.stdout))
+        assert figures and not {one for one in figures if one not in found.text}, "every figure is on the page"
+
+
 def test_the_page_of_a_search_says_the_capacity_first(tmp_path):
     """What the system carries is the verdict; that a load beyond it broke the promise is no failure."""
     rows = {rate: [good(i, int(i * 1e9 / rate), ttft_ms=ms) for i in range(700)] for rate, ms in ((10, 50), (20, 900))}

@@ -21,7 +21,9 @@ import msgspec
 from markupsafe import Markup
 
 from analysis.show import report
+from analysis.show.cells import Cell, Table
 from analysis.show.compared import compare_runs
+from analysis.show.decision_text import Block
 from analysis.show.plot import Chart
 from analysis.show.view import RunView
 from harness.errors import ResultsError
@@ -57,7 +59,28 @@ def write_page(path: Path, views: Sequence[RunView]) -> int:
 
     Raises `ResultsError` when it cannot be written.
     """
-    data = render_page(views).encode("utf-8", "replace")
+    return _write(path, render_page(views))
+
+
+def write_blocks_page(path: Path, verb: str, blocks: Sequence[Block], made: str) -> int:
+    """Write a decision's blocks, as ``verb`` prints them, as a page; otherwise as `write_page`. ``made``: the time."""
+    shown = [
+        {
+            "title": block.title, "lines": block.lines, "notes": block.notes,
+            "table": Table(
+                caption="", heads=block.heads, right=range(1, len(block.heads)),
+                rows=[[Cell(text) for text in row] for row in block.rows],
+            ) if block.rows else None,
+        }
+        for block in blocks
+    ]  # fmt: skip
+    title = next((block.title for block in blocks if block.title), verb)
+    values = {"verb": verb, "blocks": shown, "made": made, "title": title, "home": None, "policy": policy()}
+    return _write(path, render("blocks.html", **values))
+
+
+def _write(path: Path, text: str) -> int:
+    data = text.encode("utf-8", "replace")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(data)

@@ -15,6 +15,7 @@ from harness.cli.options import (
     READ_OPTIONS,
     SWEEPS_OPTION,
     format_option,
+    html_option,
     resume_option,
 )
 from harness.cli.types import DURATION, GROWTH, POSITIVE, SHARE, SLO
@@ -83,6 +84,7 @@ Exit status:
     "Go on with the search in FOLDER (default: the newest of TRACE): say the rest of the command again.", NEWEST
 )
 @SWEEPS_OPTION
+@html_option("the probes, compared,")
 @format_option("text", "md", "json")
 def capacity(trace: Path, **options: Any) -> int:
     """Find the highest request rate at which the promise is kept, and what a million tokens costs there.
@@ -158,6 +160,7 @@ Exit status:
     help="Judge by this promise instead of the runs' own; repeat: the others show what a promise costs.",
 )
 @ATTAIN_OPTION
+@html_option("the plan")
 @format_option("text", "md", "json", "csv")
 def plan_fleet(**options: Any) -> int:
     """How many whole instances of each measured tier carry the demand of TRACE, and what they cost.

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from harness.cli.options import JUDGE_OPTIONS, format_option
+from harness.cli.options import JUDGE_OPTIONS, format_option, html_option
 from harness.cli.types import RATIO, SHARE_OR_NONE
 from harness.cli.verb import command
 
@@ -88,6 +88,7 @@ Exit status:
     help="LiteLLM's model_prices_and_context_window.json instead of the dated extract that is shipped.",
 )
 @JUDGE_OPTIONS
+@html_option("the decision")
 @format_option("text", "md", "json", "csv")
 @click.option(
     "-o",
@@ -137,6 +138,7 @@ Exit status:
     "--fail-if", multiple=True, metavar="'FIGURE > +5%'", help="End with status 4 when B is that much worse; repeat."
 )
 @JUDGE_OPTIONS
+@html_option("the comparison")
 @format_option("text", "md", "json")
 def compare(**options: Any) -> int:
     """A against B, each a run directory, a folder of repeats or a quoted pattern; or A alone, a sweep of two systems.

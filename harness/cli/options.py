@@ -58,6 +58,15 @@ def format_option(*kinds: str) -> Decorator:
     )
 
 
+def html_option(what: str) -> Decorator:
+    """``--html FILE``: ``what`` as one page that stands alone."""
+    return click.option(
+        "--html",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help=f"Write {what} as one page that stands alone, too; an earlier one is replaced.",
+    )
+
+
 def resume_option(what: str, newest: str) -> Decorator:
     """``--resume`` with a folder or without, which is ``newest``."""
     return click.option("--resume", is_flag=False, flag_value=newest, metavar="[FOLDER]", help=what)

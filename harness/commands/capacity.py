@@ -9,8 +9,9 @@ import msgspec
 
 from harness.commands.capacity_plan import in_loop
 from harness.commands.capacity_run import CapacityReport, CapacitySession, Search
-from harness.commands.found import refused_exit
+from harness.commands.found import expand, refused_exit
 from harness.commands.output import print_blocks, print_json, say
+from harness.commands.reports import page_of
 from harness.commands.sweep import LOCAL_SWEEPS, begun, check
 from harness.errors import EXIT_FAILURE, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.records import Trace
@@ -36,6 +37,7 @@ def capacity(
     busiest: bool,
     resume: str | None,
     format_: str,
+    html: Path | None,
     **options: Any,
 ) -> int:
     """Search, print, keep; 0: found or beyond, 4: not reached, 3 or 5: no VALID run, 1: neither."""
@@ -71,6 +73,8 @@ def capacity(
         except OSError as e:  # it can be made again from the runs
             say(f"{folder / FILE}: cannot write ({e.strerror})")
     _print(report, ask, format_)
+    if html is not None and report.probes:
+        page_of(expand([folder]), html, slo=slo, attain=attain, min_requests=options["min_requests"])
     return _exit(report)
 
 

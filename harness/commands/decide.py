@@ -18,7 +18,7 @@ from harness.commands.found import (
     refused_exit,
     sides_of_sweep,
 )
-from harness.commands.output import print_blocks, print_json, say
+from harness.commands.output import print_blocks, print_json, say, write_blocks
 from harness.errors import (
     EXIT_FAILURE,
     EXIT_NOT_DECIDED,
@@ -57,6 +57,7 @@ def price(
     attain: float,
     format_: str,
     out: Path | None,
+    html: Path | None,
 ) -> int:
     """What to charge, from VALID runs only; the table also as a file."""
     from analysis.money.buy import compare_with_api
@@ -109,6 +110,10 @@ def price(
     if out is not None:
         write_prices(out, report)
         say(f"written: {out}")
+    if html is not None:
+        from analysis.show.decision_text import price_blocks
+
+        write_blocks(html, "price", price_blocks(report))
     _print_price(report, format_, price_csv(price_rows(report)) if format_ == "csv" else "")
     return refused_exit(s.verdict for s in summaries) or _price_exit(report)
 
@@ -219,8 +224,9 @@ def parse_tier_price(text: str, known: dict[str, Tier]) -> tuple[str, Tier]:
 
 
 def compare(
-    a: str, b: str | None, *, fail_if: Sequence[str], slo: dict[str, float] | None, attain: float, format_: str
-) -> int:
+    a: str, b: str | None, *, fail_if: Sequence[str], slo: dict[str, float] | None, attain: float, format_: str,
+    html: Path | None,
+) -> int:  # fmt: skip
     """A against B; refused with reasons when they are not comparable."""
     from analysis.against.compare import compare as hold_against
     from analysis.against.compare import parse_gate
@@ -238,6 +244,8 @@ def compare(
         raise UsageError(f"{a} and {b} share a run: a run is not compared with itself")
     side_a, side_b = ([observe_run(path, slo, attain) for path in side] for side in sides)
     result = hold_against(side_a, side_b, gates)
+    if html is not None:
+        write_blocks(html, "compare", comparison_blocks(result))
     if format_ == "json":
         print_json(result)
     else:

@@ -37,6 +37,7 @@ def plan_fleet(
     slo: Sequence[dict[str, float]],
     attain: float,
     format_: str,
+    html: Path | None = None,
     **reading: Any,
 ) -> int:
     """Print the plan; 0: there is a fleet. Without one 4: a tier misses the promise; 3: runs are INVALID; 1: else."""
@@ -63,7 +64,7 @@ def plan_fleet(
         others=[one for found in judged[1:] for one in found], refused=refused,
         replays=_Replays(asked.replayable, folders),
     )  # fmt: skip
-    _print(plan, format_)
+    _print(plan, format_, html)
     if plan.tiers:
         return EXIT_VALID
     if any(one.capacity is not None and one.capacity.state == "not reached" for one in judged[0]):
@@ -166,10 +167,12 @@ def simulated_engine(fitted: FittedEngine, requests: Requests, replicas: int, ow
     return Served(first_token_s=done.first_token_s, finished_s=done.finished_s)
 
 
-def _print(plan: FleetPlan, format_: str) -> None:
+def _print(plan: FleetPlan, format_: str, html: Path | None) -> None:
     from analysis.show.fleet_text import fleet_blocks, fleet_csv
-    from harness.commands.output import print_blocks
+    from harness.commands.output import print_blocks, write_blocks
 
+    if html is not None:
+        write_blocks(html, "plan-fleet", fleet_blocks(plan))
     if format_ == "json":
         print_json(plan)
     elif format_ == "csv":

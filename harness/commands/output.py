@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -50,3 +51,12 @@ def print_blocks(blocks: Sequence[Block], format_: str) -> None:
         print(render_markdown(blocks))
     else:
         render_text(blocks, Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 240))
+
+
+def write_blocks(path: Path, verb: str, blocks: Sequence[Block]) -> None:
+    """Blocks as a page that stands alone; its path on stderr. An earlier page of that name is replaced."""
+    from analysis.show.page import write_blocks_page
+    from harness.run import now_utc
+
+    size = write_blocks_page(path, verb, blocks, now_utc())
+    say(f"{path}: {size / 1e6:.2f} MB, stands alone; open it in a browser")

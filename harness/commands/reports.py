@@ -72,13 +72,22 @@ def report_variant(path: Path, name: str, format_: str) -> int:
 
 
 def report_page(runs: Sequence[Path], html: Path, **options: Any) -> int:
-    """Run directories -> one page; its path on stdout. One run is in memory at a time."""
+    """Run directories -> one page; its path on stdout."""
+    from analysis.sizing.at_slo import systems
+    from analysis.summary import exit_code
+
+    summaries = page_of(runs, html, **options)
+    print(html)
+    return exit_code(summaries[0]) if len(summaries) == 1 else exit_of(systems(summaries), summaries)
+
+
+def page_of(runs: Sequence[Path], html: Path, **options: Any) -> list[Summary]:
+    """Write the page of these runs; their summaries. One run is in memory at a time."""
     from analysis.labels import label_runs
     from analysis.load import read_run
     from analysis.show.page import write_page
     from analysis.show.view import view_run
-    from analysis.sizing.at_slo import systems
-    from analysis.summary import exit_code, summarise
+    from analysis.summary import summarise
 
     views = []
     for path, label in zip(runs, label_runs(runs), strict=True):
@@ -87,11 +96,7 @@ def report_page(runs: Sequence[Path], html: Path, **options: Any) -> int:
         del run
     size = write_page(html, views)
     say(f"{html}: {size / 1e6:.2f} MB, stands alone; open it in a browser")
-    print(html)
-    if len(views) == 1:
-        return exit_code(views[0].summary)
-    summaries = [view.summary for view in views]
-    return exit_of(systems(summaries), summaries)
+    return [view.summary for view in views]
 
 
 def report_sweep(
