@@ -21,7 +21,7 @@ from cluster.engine import WHOLE, Engine, Part
 from cluster.job import read_piece
 from cluster.placement import choose_cpus
 from cluster.process import GRACE_S, NO_SECRETS, Process
-from cluster.registry import end_orphans, work_folder
+from cluster.registry import name_orphans, work_folder
 from cluster.replica import Failed, Look, ReplicaOwner, Started
 from cluster.schedstat import Sampler
 from harness.errors import HarnessError
@@ -94,7 +94,7 @@ class ServersActor:
     def prepare(self) -> Failed | None:
         """Whatever takes long before servers can start: orphans' memory, weights on this host."""
         try:
-            end_orphans(self._owners[0].say)
+            name_orphans(self._owners[0].say)
             for owner in self._owners:
                 owner.prepare()
         except HarnessError as e:

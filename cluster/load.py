@@ -76,6 +76,8 @@ class _State:
     ready: _Ready | None = None
     progress: _Progress = field(default_factory=_Progress)
     end: _End | None = None
+    lost: bool = False
+    """It was killed, or its host is gone, with the rows of its last second."""
     over: str | None = None
     """How it ended in the end, once it has; empty when as it should."""
     garbage: list[str] = field(default_factory=list)
@@ -252,10 +254,11 @@ class LoadWorkers:
         if state.end is not None and (code is not None or now - state.heard > EXIT_S):
             state.over = state.end.exit or ("" if code in (0, None) else f"{describe_exit(code)} after its last row")
         elif code is not None and state.child.trouble:
-            state.over = f"lost: {state.child.trouble}"
+            state.lost, state.over = True, f"lost: {state.child.trouble}"
         elif code is not None:
             said = [*state.garbage, *state.child.tail(1)]
-            state.over = describe_exit(code) + (f": {said[-1]}" if said else "")
+            state.lost = code < 0
+            state.over = ("lost: " if state.lost else "") + describe_exit(code) + (f": {said[-1]}" if said else "")
         elif self._deadline is not None and now > self._deadline:
             state.over = self._why_late
         elif state.end is None and now - state.heard > self._silence_s:
@@ -270,6 +273,12 @@ class LoadWorkers:
     def done(self) -> bool:
         """Every worker has ended."""
         return all(state.over is not None for state in self._states)
+
+    @property
+    def lost(self) -> str | None:
+        """Which workers were killed in the middle, and how; null when none was."""
+        gone = [f"load worker {k} {state.over}" for k, state in enumerate(self._states) if state.lost]
+        return "; ".join(gone) or None
 
     @property
     def workers(self) -> list[Worker]:

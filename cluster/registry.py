@@ -2,7 +2,8 @@
 
 ``$XDG_STATE_HOME/harness/processes`` (default ``~/.local/state/...``) holds ``<id>.json`` for every server, load worker
 and Ray that `cluster.process.Process` started. Its owner takes the file away when the group has ended. A file whose
-owner is gone is an orphan: `end_orphans` ends what is left of it. Entries hold no secret: command lines never do.
+owner is gone is an orphan: `name_orphans` says so, and `harness stop` ends what is left of it; a run ends nothing that
+it did not start. Entries hold no secret: command lines never do.
 
 A process is known by its pid *and* its start time in this boot, so that a pid used again by someone else is never hit.
 """
@@ -93,6 +94,8 @@ class Entry:
         found = []
         for process in psutil.process_iter():
             try:
+                if process.uids().effective != os.geteuid():
+                    continue  # another user's, whatever it says: root sees them all
                 inside = (led or left) and os.getsid(process.pid) == self.command.pid
                 ours = inside and led
                 if not ours:
@@ -180,6 +183,8 @@ def running() -> list[Entry]:
     here = place()
     for file in sorted(folder().glob("*.json")):
         try:
+            if file.lstat().st_uid != os.geteuid():
+                continue  # of another user, who shares this folder
             entry = msgspec.json.decode(file.read_bytes(), type=Entry)
         except OSError:
             continue  # its owner was faster
@@ -218,12 +223,12 @@ def end(entry: Entry, grace_s: float = GRACE_S) -> bool:
     return gone
 
 
-def end_orphans(say: Callable[[str], None]) -> int:
-    """End what a killed harness left behind on this host, and say so; how many groups."""
+def name_orphans(say: Callable[[str], None]) -> int:
+    """Say what a killed harness left behind on this host, and how to end it; how many groups."""
     orphans = [entry for entry in running() if entry.orphan]
     for entry in orphans:
-        words = f"{entry.name} (pid {entry.command.pid}, {entry.run_dir or 'no log'}), whose owner is gone"
-        say(f"ended {words}" if end(entry) else f"cannot end {words}: see harness ps")
+        where = f"pid {entry.command.pid}, {entry.run_dir or 'no log'}"
+        say(f"still running: {entry.name} ({where}), whose owner is gone: harness stop {entry.id} ends it")
     return len(orphans)
 
 

@@ -38,6 +38,8 @@ kernel gets their packet; events that arrive between two reads of a socket have 
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -133,16 +135,22 @@ _scalars = attrgetter(*_SCALARS)
 class ResultWriter:
     """Appends rows in memory and writes them as one compressed Arrow batch on each `flush`.
 
-    Call `flush` every two seconds or so: a process that dies loses at most what came after the last one.
+    Call `flush` often: a process that dies loses at most what came after the last one. A disk that takes no more leaves
+    the file whole up to there; what could not be written is kept, and tried again with the next call.
     """
 
     def __init__(self, path: Path, worker: int) -> None:
         self._worker = worker
-        self._sink = pa.OSFile(str(path), "wb")
+        self._file = path.open("wb", buffering=0)
+        self._bytes = io.BytesIO()  # not yet in the file
+        self._written = 0
         options = pa.ipc.IpcWriteOptions(compression="zstd")
-        self._writer = pa.ipc.new_stream(self._sink, SCHEMA, options=options)
+        self._writer = pa.ipc.new_stream(self._bytes, SCHEMA, options=options)
         self.rows = 0
+        """In the file."""
+        self._encoded = 0
         self._clear()
+        self._put()
 
     def _clear(self) -> None:
         self._rows: list[tuple[object, ...]] = []
@@ -165,9 +173,31 @@ class ResultWriter:
         self._token_offsets.append(len(self._tokens))
 
     def flush(self) -> None:
-        """Write what was appended since the last flush to the file, complete up to here even if we die next."""
-        if not self._rows:
-            return
+        """Write what was appended since the last flush to the file, complete up to here even if we die next.
+
+        Raises `OSError` when the disk does not take it.
+        """
+        if self._rows:
+            self._encode()
+        self._put()
+
+    def _put(self) -> None:
+        data = memoryview(self._bytes.getvalue())
+        try:
+            done = 0
+            while done < len(data):
+                done += os.pwrite(self._file.fileno(), data[done:], self._written + done)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), self._written)
+            raise
+        self._written += len(data)
+        self.rows += self._encoded
+        self._encoded = 0
+        self._bytes.seek(0)
+        self._bytes.truncate()
+
+    def _encode(self) -> None:
         rows, stamps, stamp_offsets = self._rows, self._stamps, self._stamp_offsets
         tokens, token_offsets, nulls = self._tokens, self._token_offsets, self._token_nulls
         self._clear()
@@ -187,16 +217,16 @@ class ResultWriter:
             else:
                 arrays.append(pa.array(columns[field.name], type=field.type))
         self._writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
-        self._sink.flush()
-        self.rows += len(rows)
+        self._encoded += len(rows)
 
     def close(self) -> None:
         """Flush and end the stream. Safe to call twice."""
-        if self._sink.closed:
+        if self._file.closed:
             return
         self.flush()
         self._writer.close()
-        self._sink.close()
+        self._put()
+        self._file.close()
 
 
 def _gaps(stamps: array[int], offsets: array[int], sent_ns: Sequence[Any]) -> npt.NDArray[np.int64]:

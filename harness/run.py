@@ -221,9 +221,9 @@ class RunManifest:
     created: str
     """UTC, ISO 8601."""
     status: str = "planned"
-    """planned, running, complete, stopped (by the user) or failed."""
+    """planned, running, complete, stopped (by the user), lost (a load worker was killed) or failed."""
     reason: str | None = None
-    """Why it was stopped or failed; null when complete."""
+    """Why it was stopped, lost or failed; null when complete."""
     spec: RunSpec
     plan: PlanInfo
     plan_sha256: str

@@ -68,7 +68,7 @@ from scenarios.user import API_KEY
 from scenarios.window import Window
 
 _OPEN_LOOP_CONNECTIONS = 64  # opened ahead when no cap says how many there can be
-_PROGRESS_S, _FLUSH_S = 0.5, 2.0
+_PROGRESS_S, _FLUSH_S = 0.5, 0.7  # with parsing and writing, rows of less than a second are lost with a process
 _SAMPLES = 200
 _UNSENT = 10_000  # rows in memory at the end of a run that was stopped
 _SOCKETS = 65536  # room for them is made before the start
@@ -82,7 +82,7 @@ class Worker:
         self.trouble: str | None = None
         self._done = self._failed = self._output_tokens = 0
         self._samples: list[tuple[float, float, float | None]] = []  # ttft, e2e, tpot of what ended since the last line
-        self._flushing = self._torn = False
+        self._flushing = self._full = False
         self._held: list[Result] = []  # rows that came while a flush was writing
         self._flushed = Event()
         self._stops = 0  # how often we were told to
@@ -250,15 +250,15 @@ class Worker:
             self._record(Result(request_id, now if due is None else due, error="unsent"))
             if n % _UNSENT == 0:
                 gevent.sleep(0)  # the flush may have its turn: a plan of millions was stopped
-                if not self._flushing and not self._torn:
+                if not self._flushing and not self._full:
                     self._check(_attempt(self._writer.flush))
         self._flushed.set()
         if flusher is not None:
             flusher.join(timeout=30)
         if self._flushing:
             self.trouble = f"{self.spec.results}: the disk took no rows for 30 s"
-        elif not self._torn:
-            self._check(_attempt(self._close_files))
+        else:
+            self._check(_attempt(self._close_files))  # of a full disk once more: there may be room by now
         self.rows = self._writer.rows
 
     # -- rows ---------------------------------------------------------------------------------------------------------
@@ -276,9 +276,9 @@ class Worker:
             self._writer.append(result)
 
     def _flush_rows(self) -> None:
-        """Write rows every two seconds, in a thread: a slow disk must not hold up the stamps."""
+        """Write rows all the time, in a thread: a slow disk must not hold up the stamps."""
         pool = gevent.get_hub().threadpool
-        while not self._flushed.wait(_FLUSH_S) and not self._torn:
+        while not self._flushed.wait(_FLUSH_S) and not self._full:
             self._flushing = True
             self._check(pool.apply(_attempt, (self._write,)))
             self._flushing = False
@@ -288,7 +288,7 @@ class Worker:
 
     def _check(self, failure: Exception | None) -> None:
         if failure is not None:
-            self._torn = True  # whatever followed half a batch could not be read
+            self._full, self._stops = True, 2  # whatever ends from now on might be lost: what is in flight, ends now
             self._give_up(f"{self.spec.results}: cannot write results ({failure})")
 
     def _write(self) -> None:

@@ -1,4 +1,4 @@
-"""What runs is written down; what is an orphan is ended; a pid that belongs to someone else is never hit."""
+"""What runs is written down; an orphan is named, and ended when asked for; a pid of someone else's is never hit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from conftest import ROOT, gone, wait_for
 
 from cluster import registry
 from cluster.process import Process
-from cluster.registry import Entry, Identity, end, end_orphans, identify, running, work_folder
+from cluster.registry import Entry, Identity, end, identify, name_orphans, running, work_folder
 from harness.cli import processes as verbs
 
 
@@ -49,7 +49,7 @@ def test_a_process_is_listed_while_it_runs(tmp_path: Path, own_state: Path) -> N
     assert entry.owner == identify(os.getpid())
     assert entry.run_dir == str(tmp_path)
     assert not entry.orphan
-    assert end_orphans(print) == 0
+    assert name_orphans(print) == 0
     assert own_state.stat().st_mode & 0o077 == 0, "nobody else reads it"
     process.stop()
     assert running() == []
@@ -104,7 +104,7 @@ def test_what_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
     process.wait(10)
 
 
-def test_orphans_of_a_killed_owner_and_a_killed_guard_are_ended_at_the_next_start(tmp_path: Path) -> None:
+def test_orphans_of_a_killed_owner_and_a_killed_guard_are_named_and_ended_when_asked_for(tmp_path: Path) -> None:
     owner = textwrap.dedent("""
         import sys, time
         from cluster.process import Process
@@ -128,8 +128,10 @@ def test_orphans_of_a_killed_owner_and_a_killed_guard_are_ended_at_the_next_star
     (left,) = running()
     assert left.orphan
     said: list[str] = []
-    assert end_orphans(said.append) == 1
-    assert "ended replica 7" in said[0]
+    assert name_orphans(said.append) == 1
+    assert f"harness stop {left.id}" in said[0] and "replica 7" in said[0]
+    assert not gone(grandchild.pid), "a run ends nothing that it did not start"
+    assert end(left)
     assert all(gone(p.pid) for p in members)
     assert running() == []
 
@@ -146,7 +148,7 @@ def test_a_pid_used_again_is_never_hit(tmp_path: Path, own_state: Path) -> None:
     assert old.orphan
     assert old.members() == []
     assert end(old)
-    assert end_orphans(print) == 0
+    assert name_orphans(print) == 0
     assert [e.id for e in running()] == [entry.id]
     assert stranger.poll() is None
     stranger.kill()

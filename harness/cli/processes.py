@@ -24,7 +24,7 @@ def ps(format_: str) -> int:
     """List what the harness started as this user and is running: servers, load workers, Ray.
 
     Of this machine, and of every node of the Ray cluster when RAY_ADDRESS names one. "orphan" is what nobody waits for
-    any more: the next run ends it, or 'harness stop' does.
+    any more: the next run says so, 'harness stop' ends it.
     """
     from harness.commands import processes
 

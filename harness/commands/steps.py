@@ -20,7 +20,7 @@ from harness.build import asked_plan, build_plan
 from harness.commands.output import say
 from harness.commands.targets import LocalTarget, Servers, Target, UrlTarget
 from harness.counters import count_after, count_before, pages_of
-from harness.errors import HarnessError, PlanError, ServerError, UsageError
+from harness.errors import HarnessError, PlanError, ResultsError, ServerError, UsageError
 from harness.headers import check_apart, from_environment, parse_header_env, parse_headers
 from harness.plan import PlanInfo, plan_sha256, read_plan_columns, read_plan_info
 from harness.progress import LoadProgress, console
@@ -244,8 +244,10 @@ def execute_point(
                     console(), total=info.requests, span_s=info.span_s, slo=spec.slo, attain=options["attain"]
                 )
                 silence = Silence(lambda k: probe.answers(spec.base_urls[k], access, ASK_AGAIN_S))
-                cut, manifest.lost = watch(load, servers, stop, progress, deadline, lost, silence)
-            manifest.workers, manifest.end_ns = load.workers, load.end_ns
+                cut, manifest.lost = watch(load, servers, stop, progress, deadline, lost, silence, run.manifest.exists)
+            manifest.workers, manifest.end_ns, gone = load.workers, load.end_ns, load.lost
+            if not run.manifest.exists():
+                raise ResultsError(f"{run.path}: was deleted or moved while the run went on; its rows are lost")
         manifest.answers = counted_sample(run, spec, options.get("tokenizer") or servers.tokenizer)
         died = servers.check()
         for r in replicas:
@@ -255,11 +257,14 @@ def execute_point(
         manifest.status, manifest.reason = "complete", None
         if cut or stop.asked:
             manifest.status, manifest.reason = "stopped", cut or "stopped by the user"
+        elif gone:
+            manifest.status, manifest.reason = "lost", gone
     except (HarnessError, KeyboardInterrupt) as e:
         manifest.status, manifest.reason = "failed", (str(e) or "stopped by the user").splitlines()[0]
         raise
     finally:
-        write_manifest(run, manifest)
+        if run.path.exists():
+            write_manifest(run, manifest)
     return manifest
 
 
@@ -337,6 +342,7 @@ def sample_servers(
 def watch(
     load: Any, servers: Servers, stop: StopRequest, progress: LoadProgress, deadline: Deadline | None = None,
     lost: Callable[[Mapping[str, object]], str | None] | None = None, silence: Silence | None = None,
+    there: Callable[[], bool] = lambda: True,
 ) -> tuple[str | None, bool]:  # fmt: skip
     """Follow the load to its end: show progress, notice dead servers, pass on Ctrl-C.
 
@@ -367,6 +373,10 @@ def watch(
                 load.stop(at_once=told > 1)
             if time.monotonic() - looked > HEALTH_EVERY_S:
                 looked = time.monotonic()
+                if not cut and not there():
+                    cut = "the run directory is gone"
+                    say(f"{cut}: stopping at once")
+                    load.stop(at_once=True)
                 for index, how in servers.check().items():
                     if index not in dead:
                         dead.add(index)

@@ -138,9 +138,9 @@ class UrlTarget:
     @contextmanager
     def open(self, run: RunDir) -> Iterator[Servers]:
         """The servers, as they are."""
-        from cluster.registry import end_orphans
+        from cluster.registry import name_orphans
 
-        end_orphans(say)
+        name_orphans(say)
         replicas = [
             Replica(index=i, base_url=url, metrics_urls=pages)
             for i, (url, pages) in enumerate(zip(self._urls, self._pages, strict=True))
@@ -201,10 +201,10 @@ class LocalTarget:
     def open(self, run: RunDir) -> Iterator[Servers]:
         """Start the servers; end them whatever happens inside."""
         from cluster.deployment import Deployment
-        from cluster.registry import end_orphans
+        from cluster.registry import name_orphans
         from cluster.vllm import hosts_per_replica
 
-        end_orphans(say)
+        name_orphans(say)
         key = os.environ.get(API_KEY) or secrets.token_urlsafe(24)
         with Deployment(
             model=self._model, weights=self.weights(), tier=self._tier, replicas=self._replicas, run_dir=run.path,
