@@ -21,6 +21,7 @@ from analysis.arrays import Bools, Floats, Ints
 from harness.errors import ResultsError
 from harness.plan import iter_plan_columns
 from harness.results import SCHEMA, iter_results
+from harness.untrusted import open_arrow
 
 PART_CHUNKS = 200_000
 """Chunks that are worked on at a time: what a step needs beside them stays in tens of megabytes."""
@@ -42,7 +43,7 @@ def read_facts(path: Path) -> Iterator[pa.RecordBatch]:
     """
     wanted = [i for i, name in enumerate(SCHEMA.names) if name not in LISTS]
     options, schema = pa.ipc.IpcReadOptions(included_fields=wanted), pa.schema([SCHEMA.field(i) for i in wanted])
-    with pa.OSFile(str(path), "rb") as source:
+    with open_arrow(path) as source:
         for batch in pa.ipc.open_stream(source, options=options):
             if not batch.schema.equals(schema):
                 raise ResultsError("the columns are not those of this result schema")

@@ -43,7 +43,7 @@ from analysis.rows import Run as Run
 from analysis.rows import columns_of, read_again
 from analysis.seconds import read_seconds
 from analysis.turns import Turns, own_times
-from harness.errors import ResultsError
+from harness.errors import ResultsError, listed
 from harness.plan import plan_sha256
 from harness.run import RunDir, RunManifest, read_manifest
 
@@ -280,7 +280,7 @@ def _result_files(directory: RunDir, workers: int, problems: list[str]) -> list[
         problems.append("a results-*.arrows file without a worker number was left out")
     missing = [k for k in range(workers) if not directory.results(k).exists()]
     if missing:
-        problems.append(f"no result file of worker {', '.join(map(str, missing))}")
+        problems.append(f"no result file of worker {listed([str(k) for k in missing])}")
     return paths
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tomllib
 from dataclasses import MISSING
 from pathlib import Path
 from types import NoneType
@@ -13,6 +12,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import msgspec
 
 from harness.errors import UsageError, unknown_name
+from harness.untrusted import read_toml
 
 T = TypeVar("T")
 
@@ -23,12 +23,7 @@ def read_catalogue(path: Path, kind: type[T]) -> dict[str, T]:
     Raises `UsageError` (a hand-written file is part of what was asked) when the file cannot be read, an entry has an
     unknown key, lacks one, or holds a value of the wrong type: a mistyped key must not silently become a default.
     """
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UsageError(f"{path}: cannot read ({e.strerror})") from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise UsageError(f"{path}: not a TOML file: {e}") from e
+    tables = read_toml(path)
     assert dataclasses.is_dataclass(kind)
     hints = get_type_hints(kind)
     # TOML has no null: a key that may be null is null when it is absent.

@@ -39,6 +39,7 @@ import pyarrow as pa
 
 from harness.errors import ResultsError
 from harness.results import whole_batches
+from harness.untrusted import open_arrow
 
 SCHEMA_VERSION = "1"
 EVERY_S = 1.0
@@ -186,7 +187,7 @@ def read_host_metrics(path: Path) -> pa.Table:
     Raises `ResultsError` when it is missing or does not begin as a stream of this schema version.
     """
     try:
-        with pa.OSFile(str(path), "rb") as source:
+        with open_arrow(path) as source:
             if source.size() == 0:
                 return SCHEMA.empty_table()
             reader = pa.ipc.open_stream(source)

@@ -35,6 +35,7 @@ import pyarrow as pa
 
 from harness.errors import ResultsError
 from harness.results import whole_batches
+from harness.untrusted import open_arrow
 
 SCHEMA_VERSION = "2"
 _BEFORE = {"1": ["prepared"]}
@@ -110,7 +111,7 @@ def read_observations(path: Path) -> pa.Table:
     Raises `ResultsError` when it is missing or does not begin as a stream of this schema version.
     """
     try:
-        with pa.OSFile(str(path), "rb") as source:
+        with open_arrow(path) as source:
             if source.size() == 0:
                 return SCHEMA.empty_table()
             reader = pa.ipc.open_stream(source)

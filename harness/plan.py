@@ -47,6 +47,7 @@ import pyarrow as pa
 from harness.arrivals import Stage
 from harness.errors import PlanError, UsageError, unknown_name
 from harness.traces.stats import ArrivalStats, TraceStats
+from harness.untrusted import check_regular, open_arrow
 
 SCHEMA_VERSION = "2"
 _STEP_ROWS = 32
@@ -355,6 +356,7 @@ def find_requests(path: Path, ids: Iterable[int]) -> Iterator[Request]:
 def plan_sha256(path: Path) -> str:
     """SHA-256 of a plan file, hex. Raises `PlanError` when it cannot be read."""
     try:
+        check_regular(path)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as e:
@@ -365,7 +367,7 @@ def plan_sha256(path: Path) -> str:
 def _open(path: Path, options: pa.ipc.IpcReadOptions | None = None) -> Iterator[pa.ipc.RecordBatchFileReader]:
     """A reader of a plan file; whatever Arrow says of it while it is open becomes a `PlanError`."""
     try:
-        with pa.OSFile(str(path), "rb") as source, pa.ipc.open_file(source, options=options) as reader:
+        with open_arrow(path) as source, pa.ipc.open_file(source, options=options) as reader:
             yield reader
     except FileNotFoundError as e:
         raise PlanError(f"{path}: no such plan") from e

@@ -23,7 +23,7 @@ from harness.errors import HarnessError, ServerError, UsageError, listed, unknow
 from harness.prometheus import read_samples, total
 from harness.question import Answer, ask
 from harness.retry_after import retry_after_s
-from harness.untrusted import DECODE_ERRORS
+from harness.untrusted import DECODE_ERRORS, check_regular
 
 DEADLINE_S = 15.0
 QUESTION = "harness-question"
@@ -55,6 +55,7 @@ def trust(ca: Path) -> None:
     """From now on trust the certificates in the file ``ca`` instead of the system's. Raises `UsageError`."""
     global _TLS
     try:
+        check_regular(ca)
         _TLS = ssl.create_default_context(cafile=str(ca))
     except (OSError, ssl.SSLError) as e:
         raise UsageError(f"{ca}: not a file of trusted certificates ({e})") from e

@@ -53,6 +53,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from harness.errors import ResultsError
+from harness.untrusted import open_arrow
 
 ERRORS: dict[str, str] = {
     "connect": "no connection: refused, unreachable, or not accepted in time",
@@ -262,7 +263,7 @@ def whole_batches(reader: pa.RecordBatchStreamReader) -> pa.Table:
 def iter_results(path: Path) -> Iterator[pa.RecordBatch]:
     """Batches of one result file, in the order written, up to the first torn one."""
     try:
-        with pa.OSFile(str(path), "rb") as source:
+        with open_arrow(path) as source:
             reader = pa.ipc.open_stream(source)
             version = (reader.schema.metadata or {}).get(b"harness.results", b"?").decode()
             lacking = [] if version == SCHEMA_VERSION else _BEFORE.get(version)
@@ -281,6 +282,8 @@ def iter_results(path: Path) -> Iterator[pa.RecordBatch]:
         if path.stat().st_size == 0:
             return  # a worker that died before its first byte wrote nothing, which is not an error of the file
         raise ResultsError(f"{path}: not a result file ({e})") from e
+    except OSError as e:
+        raise ResultsError(f"{path}: not a result file ({e.strerror or e})") from e
 
 
 def _with_nulls(batch: pa.RecordBatch, lacking: Sequence[str]) -> pa.RecordBatch:

@@ -28,10 +28,14 @@ from harness.access import AUTHORIZATION
 from harness.answers import Counted
 from harness.errors import ResultsError, UsageError
 from harness.plan import PlanInfo
+from harness.untrusted import DECODE_ERRORS, read_regular
 
 SCHEMA_VERSION = "1"
 MANIFEST = "run.json"
 PLAN = "plan.arrow"
+MOST_BYTES = 64 * 2**20
+"""Of a manifest that is read."""
+MOST_WORKERS = 100_000
 PRIVATE = 0o700
 """Mode of a folder with a plan in it: plans hold the prompts of users."""
 
@@ -356,16 +360,20 @@ def read_manifest(path: Path) -> RunManifest:
     """The manifest of a run directory. Raises `ResultsError` when it is missing, torn or of another schema."""
     file = path / MANIFEST
     try:
-        raw = file.read_bytes()
+        raw = read_regular(file, MOST_BYTES)
     except OSError as e:
         raise ResultsError(f"{path}: not a run directory: {MANIFEST}: {e.strerror}") from e
     try:
         version = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get("schema_version")
         if version is None or msgspec.json.decode(version) != SCHEMA_VERSION:
             raise ResultsError(f"{file}: schema {version!r}, this harness reads {SCHEMA_VERSION}")
-        return msgspec.json.decode(raw, type=RunManifest)
-    except msgspec.DecodeError as e:
-        raise ResultsError(f"{file}: {e}") from e
+        manifest = msgspec.json.decode(raw, type=RunManifest)
+    except DECODE_ERRORS as e:
+        problem = "nested too deeply" if isinstance(e, RecursionError) else e
+        raise ResultsError(f"{file}: {problem}") from e
+    if not 1 <= manifest.spec.workers <= MOST_WORKERS:
+        raise ResultsError(f"{file}: {manifest.spec.workers} load workers: no run has that many")
+    return manifest
 
 
 def cpu_flags() -> set[str]:

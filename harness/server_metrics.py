@@ -42,6 +42,7 @@ from harness.access import AccessLike
 from harness.errors import ServerError
 from harness.prometheus import mean, read_samples, total
 from harness.results import whole_batches
+from harness.untrusted import open_arrow
 
 SCHEMA_VERSION = "2"
 EVERY_S = 1.0
@@ -133,7 +134,7 @@ def read_server_metrics(path: Path) -> pa.Table | None:
     A torn tail is left out: what came before it is whole.
     """
     try:
-        with pa.OSFile(str(path), "rb") as source, pa.ipc.open_stream(source) as reader:
+        with open_arrow(path) as source, pa.ipc.open_stream(source) as reader:
             schema = reader.schema
             if not {"t_ns", "took_ns"} <= set(schema.names) <= set(SCHEMA.names):
                 return None

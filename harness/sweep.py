@@ -9,7 +9,6 @@ import hashlib
 import math
 import random
 import re
-import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, Literal
 import msgspec
 
 from harness.errors import UsageError, unknown_name
+from harness.untrusted import read_toml
 
 MOST_LEVELS = 1000
 MOST_POINTS = 10_000
@@ -105,7 +105,7 @@ def read_sweep(path: Path, option_names: Collection[str], instead: Mapping[str, 
     Raises `UsageError` with file and key for what is unknown, missing, of the wrong type or contradicts itself.
     """
     try:
-        table = _normalise(tomllib.loads(path.read_text(encoding="utf-8")), option_names, instead)
+        table = _normalise(read_toml(path), option_names, instead)
         own = {key: table.pop(key) for key in KEYS & table.keys()}
         spec = msgspec.convert({**own, "options": table}, SweepSpec)
         if spec.trace == "-":
@@ -113,15 +113,11 @@ def read_sweep(path: Path, option_names: Collection[str], instead: Mapping[str, 
         if "://" not in spec.trace:
             spec = replace(spec, trace=str(path.resolve().parent / Path(spec.trace).expanduser()))
         _check(spec)
-    except OSError as e:
-        raise UsageError(f"{path}: cannot read ({e.strerror})") from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise UsageError(f"{path}: not a TOML file: {e}") from e
     except msgspec.ValidationError as e:
         problem, _, where = str(e).partition(" - at `$.")
         raise UsageError(f"{path}: {where.rstrip('`') + ': ' if where else ''}{problem}") from e
     except UsageError as e:
-        raise UsageError(f"{path}: {e}") from e
+        raise UsageError(f"{path}: {str(e).removeprefix(f'{path}: ')}") from e
     return spec
 
 

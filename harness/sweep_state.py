@@ -23,9 +23,10 @@ from pathlib import Path
 import msgspec
 
 from harness.errors import ResultsError, UsageError
-from harness.run import PRIVATE, Tier
+from harness.run import MOST_BYTES, PRIVATE, Tier
 from harness.s3 import as_url, is_url
 from harness.sweep import Pair, Point, SweepSpec, slug
+from harness.untrusted import DECODE_ERRORS, read_regular
 
 SCHEMA_VERSION = "1"
 STATE = "sweep.json"
@@ -134,15 +135,16 @@ def read_state(folder: Path) -> SweepState:
     """The state of a sweep folder. Raises `ResultsError` when there is none, or one of another schema."""
     file = folder / STATE
     try:
-        raw = file.read_bytes()
+        raw = read_regular(file, MOST_BYTES)
         version = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get("schema_version")
         if version is None or msgspec.json.decode(version) != SCHEMA_VERSION:
             raise ResultsError(f"{file}: not a sweep of schema {SCHEMA_VERSION}, which this harness reads")
         state = msgspec.json.decode(raw, type=SweepState)
     except OSError as e:
         raise ResultsError(f"{folder}: not a sweep folder: {STATE}: {e.strerror}") from e
-    except msgspec.DecodeError as e:
-        raise ResultsError(f"{file}: {e}") from e
+    except DECODE_ERRORS as e:
+        problem = "nested too deeply" if isinstance(e, RecursionError) else e
+        raise ResultsError(f"{file}: {problem}") from e
     for point in state.points:
         if Path(point.name).name != point.name or Path(point.plan).name != point.plan:
             raise ResultsError(f"{file}: point {point.name!r}: not a name inside the sweep folder")

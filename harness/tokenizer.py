@@ -25,6 +25,7 @@ from typing import Any, Protocol
 from tokenizers import Tokenizer
 
 from harness.errors import PlanError
+from harness.untrusted import read_regular
 
 Messages = Sequence[dict[str, str]]
 
@@ -70,7 +71,7 @@ def load_tokenizer(path: Path) -> TextTokenizer:
     if file is None:
         raise PlanError(f"{path}: no tokenizer in this folder; looked for {', '.join(_FILES)}")
     try:
-        raw = file.read_bytes()
+        raw = read_regular(file, 2**30)
     except OSError as e:
         raise PlanError(f"{file}: cannot read the tokenizer ({e.strerror}); name a tokenizer.json or its folder") from e
     # Of merges apart from their vocabulary too.

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from harness.errors import UsageError, unknown_name
+from harness.untrusted import DECODE_ERRORS, check_regular
 
 EXTRACT = Path(__file__).with_name("listprices.json")
 SCHEMA = "harness.listprices/1"
@@ -83,7 +84,7 @@ def read_list_prices(path: Path | None = None) -> PriceMap:
     """
     file = path or EXTRACT
     try:
-        if file.stat().st_size > MAX_BYTES:
+        if check_regular(file) > MAX_BYTES:
             raise UsageError(f"{file}: larger than {MAX_BYTES / 1e6:.0f} MB; a price map is a few MB")
         raw = file.read_bytes()
         modified = dt.datetime.fromtimestamp(file.stat().st_mtime, dt.UTC).date().isoformat()
@@ -91,7 +92,7 @@ def read_list_prices(path: Path | None = None) -> PriceMap:
         raise UsageError(f"{file}: cannot read the price map ({e.strerror})") from e
     try:
         document = msgspec.json.decode(raw, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+    except DECODE_ERRORS as e:
         raise UsageError(f"{file}: not a JSON price map ({e})") from e
     if document.get("schema") == SCHEMA:
         day, entries = str(document.get("date")), document.get("prices")

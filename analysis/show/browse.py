@@ -20,7 +20,7 @@ from analysis.show.cells import Cell, in_seconds, load_cell, price_cell, quantit
 from analysis.show.page import policy, render, render_page
 from analysis.show.view import RunView, view_run
 from analysis.summary import Summary, summarise
-from harness.errors import HarnessError, ResultsError, UsageError
+from harness.errors import HarnessError, ResultsError, UsageError, sentence
 from harness.run import MANIFEST, RunManifest, read_manifest
 
 DEPTH = 4
@@ -90,9 +90,10 @@ class Results:
             try:
                 run = read_run(path)
                 view = view_run(run, summarise(run), report.clean(key, 80))
-            except (HarnessError, OSError) as e:
-                self._figures[key] = (stamp, str(e))
-                raise ResultsError(f"{key}: {e}") from e
+            except Exception as e:  # one bad run is one bad line
+                why = str(e) if isinstance(e, HarnessError) else sentence(e)
+                self._figures[key] = (stamp, why)
+                raise ResultsError(f"{key}: {why}") from e
             self._figures[key] = (stamp, view.summary)
             self._views[key] = (stamp, view)
             while len(self._views) > MOST_VIEWS:

@@ -18,9 +18,11 @@ from analysis.sizing.capacity import Capacity
 from analysis.sizing.crossing import NEAR, Evidence
 from analysis.sizing.search import SUSTAINED, Estimate
 from analysis.summary import Summary
+from harness.run import MOST_BYTES
 from harness.slo import Criterion
 from harness.sweep_store import ANSWER as FILE
 from harness.traces.stats import TraceStats
+from harness.untrusted import DECODE_ERRORS, read_regular
 
 MIX_BOUND = 0.05
 """Mean lengths of the probes that decide lie so near to the trace's, or within two standard errors."""
@@ -226,8 +228,8 @@ def kept_answer(runs: Sequence[Summary], criteria: Sequence[Criterion]) -> Answe
     if len(folders) != 1:
         return None
     try:
-        found = msgspec.json.decode((next(iter(folders)) / FILE).read_bytes(), type=_File).answer
-    except (OSError, msgspec.DecodeError):
+        found = msgspec.json.decode(read_regular(next(iter(folders)) / FILE, MOST_BYTES), type=_File).answer
+    except (OSError, *DECODE_ERRORS):
         return None
     same = found is not None and set(found.criteria) == {c.name for c in criteria}
     return found if found is not None and same and set(found.runs) == {Path(s.run).name for s in runs} else None

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from harness.commands.output import say
-from harness.errors import EXIT_VALID, HarnessError, UsageError
+from harness.errors import EXIT_VALID, HarnessError, UsageError, sentence
 
 ADDRESS = "127.0.0.1"
 ANSWER_WITHIN_S = 30.0
@@ -120,6 +120,8 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(400, problem_page("Not like this", str(e)))
         except HarnessError as e:
             self._answer(404, problem_page("Not readable", str(e)))
+        except Exception as e:  # the others can still be looked at
+            self._answer(500, problem_page("Not readable", sentence(e)))
         else:
             if page is None:
                 self._answer(404, problem_page("Not found", "There is no such page."))

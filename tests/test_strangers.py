@@ -1,0 +1,146 @@
+"""A run directory, a sweep or a list from strangers: one clear line, soon, and the others go on."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from run_files import good, write_run
+
+from analysis.load import read_run
+from analysis.show.browse import Results
+from cluster.tiers import read_tiers
+from harness import probe
+from harness.errors import HarnessError, ResultsError, UsageError
+from harness.run import read_manifest
+from harness.sweep import read_sweep
+from harness.sweep_state import read_state
+from harness.untrusted import TOML_BYTES, read_regular
+
+
+def a_run(path: Path) -> Path:
+    return write_run(path, [good(i) for i in range(10)])
+
+
+def deep(depth: int = 100_000) -> str:
+    return "[" * depth + "]" * depth
+
+
+def damage_manifest(path: Path, text: str) -> None:
+    (path / "run.json").write_text(text)
+
+
+def with_spec(path: Path, **fields: object) -> None:
+    manifest = json.loads((path / "run.json").read_bytes())
+    manifest["spec"].update(fields)
+    damage_manifest(path, json.dumps(manifest))
+
+
+def pipe(path: Path, name: str) -> None:
+    (path / name).unlink(missing_ok=True)
+    os.mkfifo(path / name)
+
+
+def device(path: Path, name: str) -> None:
+    (path / name).unlink()
+    (path / name).symlink_to("/dev/zero")
+
+
+def huge(path: Path) -> None:
+    with (path / "run.json").open("r+b") as file:
+        file.truncate(3 << 30)
+
+
+BAD = {
+    "deep": lambda path: damage_manifest(path, '{"schema_version":"1","x":' + deep() + "}"),
+    "deep field": lambda path: damage_manifest(path, json.dumps(json.loads((path / "run.json").read_bytes())).replace(
+        '"extra_body": {}', '"extra_body": {"a": ' + deep() + "}")),
+    "not UTF-8": lambda path: (path / "run.json").write_bytes(b'{"schema_version":"1","x":"\xff"}'),
+    "pipe": lambda path: pipe(path, "run.json"),
+    "device": lambda path: device(path, "run.json"),
+    "3 GB": huge,
+    "workers": lambda path: with_spec(path, workers=10**12),
+    "no workers": lambda path: with_spec(path, workers=-1),
+    "plan pipe": lambda path: pipe(path, "plan.arrow"),
+    "plan device": lambda path: device(path, "plan.arrow"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_run_directory_of_strangers_is_one_line(tmp_path: Path, kind: str) -> None:
+    path = a_run(tmp_path / "run")
+    BAD[kind](path)
+    with pytest.raises(HarnessError) as caught:
+        read_run(path)
+    said = str(caught.value)
+    assert str(path) in said and len(said) < 400 + len(str(path)) and "\n" not in said
+
+
+@pytest.mark.parametrize("make", [pipe, device])
+def test_results_that_are_no_files_are_a_problem_of_the_run(tmp_path: Path, make) -> None:
+    path = a_run(tmp_path / "run")
+    make(path, "results-0.arrows")
+    run = read_run(path)
+    assert any("results-0.arrows" in problem for problem in run.problems)
+    (path / "worker-0.arrows").unlink(missing_ok=True)
+    pipe(path, "worker-0.arrows")
+    read_run(path)
+
+
+def test_a_folder_of_runs_survives_its_bad_ones(tmp_path: Path, monkeypatch) -> None:
+    for kind, damage in BAD.items():
+        damage(a_run(tmp_path / kind.replace(" ", "-")))
+    a_run(tmp_path / "good")
+    a_run(tmp_path / "buggy")
+    results = Results(tmp_path)
+    real = read_run
+
+    def reads(path: Path):
+        if path.name == "buggy":
+            raise KeyError("a fault of ours")
+        return real(path)
+
+    monkeypatch.setattr("analysis.show.browse.read_run", reads)
+    for key in results.waiting():
+        if key == "good":
+            results.view(key)
+        else:
+            with pytest.raises(ResultsError):
+                results.view(key)
+    assert results.waiting() == []
+    assert results.list_page().count("unreadable") == len(BAD) + 1
+
+
+@pytest.mark.parametrize("text", ["a=" + deep(), "a=" + "9" * 10_000, "a=\n", "a" * (TOML_BYTES + 1)])
+def test_toml_of_any_kind_is_a_sentence(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "x.toml"
+    file.write_text(text)
+    for read in (lambda: read_tiers(file), lambda: read_sweep(file, (), {})):
+        with pytest.raises(UsageError, match=r"x\.toml") as caught:
+            read()
+        assert str(caught.value).count("x.toml") == 1 and len(str(caught.value)) < 500
+    file.unlink()
+    os.mkfifo(file)
+    for read in (lambda: read_tiers(file), lambda: read_sweep(file, (), {}), lambda: probe.trust(file)):
+        with pytest.raises(UsageError, match="not a regular file"):
+            read()
+
+
+def test_a_sweep_of_strangers_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text('{"schema_version":' + deep() + "}")
+    with pytest.raises(ResultsError, match="nested too deeply"):
+        read_state(tmp_path)
+    pipe(tmp_path, "sweep.json")
+    with pytest.raises(ResultsError, match="not a regular file"):
+        read_state(tmp_path)
+
+
+def test_files_are_read_up_to_a_bound(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"123")
+    assert read_regular(tmp_path / "x", 3) == b"123"
+    with pytest.raises(OSError, match="larger than"):
+        read_regular(tmp_path / "x", 2)
+    with pytest.raises(ResultsError, match="not a run directory"):
+        read_manifest(tmp_path)
