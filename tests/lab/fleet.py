@@ -202,7 +202,7 @@ def _followed(case: Case, folder: Path, trace: Workload, seed: int) -> tuple[dic
         return Shares(said=tier[name]["kept"]["share"], true=true)
 
     share = tier["peak"]["utilisation"]
-    per_month = float(tokens.sum()) / (trace.arrival_s[-1] - trace.arrival_s[0]) * 730 * 3600
+    per_month = float(tokens.sum()) / float(trace.arrival_s[-1] - trace.arrival_s[0]) * 730 * 3600
     return tier, Followed(
         case=case, reactive=shares("reactive"), scheduled=shares("scheduled"), utilisation=share,
         priced=None if share is None else priced(folder / "runs", share),
