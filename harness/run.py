@@ -42,6 +42,8 @@ PRIVATE = 0o700
 
 OutputLengths = Literal["forced", "cap", "free"]
 """forced: exactly as many tokens (``ignore_eos``); cap: at most so many; free: nothing is said of them."""
+NO_TEMPERATURE = "max_completion_tokens"
+"""Models that want their lengths in this field refuse a temperature."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ from harness import probe
 from harness.access import Access, page_under
 from harness.errors import ServerError
 from harness.plan import Request, iter_requests
-from harness.run import RunSpec
+from harness.run import NO_TEMPERATURE, OutputLengths, RunSpec
 
 FIRST_ANSWER_S = 15.0
 WARM_REQUESTS, WARM_IN_FLIGHT = 16, 8
@@ -29,6 +29,7 @@ WARM_REQUESTS, WARM_IN_FLIGHT = 16, 8
 WARM_TOKENS = 16
 WARM_S = 30.0
 _HOPELESS = (401, 403, 404)
+_HOW = "\n  --length-field, --output-lengths and --extra-body change what is sent"
 _PATHS = {"completions": "/completions", "chat": "/chat/completions"}
 
 
@@ -40,16 +41,24 @@ class Way:
     endpoint: str
     model: str
     length_field: str
+    output_lengths: OutputLengths
     extra_body: Mapping[str, object]
 
     @classmethod
     def of(cls, spec: RunSpec) -> Way:
         """That of a run."""
-        return cls(spec.base_urls, spec.endpoint, spec.model, spec.length_field, spec.extra_body)
+        return cls(
+            spec.base_urls, spec.endpoint, spec.model, spec.length_field, spec.output_lengths, spec.extra_body
+        )  # fmt: skip
 
     def ask(self, base_url: str, access: Access, prompt: Mapping[str, object], tokens: int, deadline_s: float) -> None:
         """Send one request and read its whole answer, whatever it says. Raises `ServerError`."""
-        body = {"model": self.model, **prompt, self.length_field: tokens, **self.extra_body, "stream": False}
+        body: dict[str, object] = {"model": self.model, **prompt, self.length_field: tokens}
+        if self.output_lengths == "forced":
+            body["ignore_eos"] = True
+        if self.length_field != NO_TEMPERATURE:
+            body["temperature"] = 0
+        body |= {**self.extra_body, "stream": False}
         kept = {name: value for name, value in body.items() if value is not None and name != "stream_options"}
         probe.fetch(page_under(base_url, _PATHS[self.endpoint]), access, kept, deadline_s=deadline_s)
 
@@ -68,7 +77,7 @@ def first_request(way: Way, access: Access, plan: Path, tell: Callable[[str], No
         except probe.RefusalError as e:
             if e.status in _HOPELESS or e.wait_s is not None:
                 raise ServerError(f"{e}\n  no load was begun: every request would end like this first one") from e
-            tell(f"note: a first request was refused: {e}")
+            tell(f"note: a first request was refused: {e}{_HOW if e.status in (400, 422) else ''}")
         except probe.RedirectError:
             raise
         except ServerError as e:

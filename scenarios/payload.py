@@ -14,12 +14,9 @@ import msgspec
 
 from harness.errors import UsageError
 from harness.plan import Request
-from harness.run import OutputLengths
+from harness.run import NO_TEMPERATURE, OutputLengths
 from scenarios.completion import Answer
 from scenarios.target import ENDPOINTS
-
-NO_TEMPERATURE = "max_completion_tokens"
-"""Models that want their lengths in this field refuse a temperature."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import StartServer, harness
@@ -15,6 +16,7 @@ from harness.errors import ServerError, UsageError
 from harness.headers import check_key_header
 from harness.plan import Request
 from harness.retry_after import retry_after_s
+from harness.warmup import Way
 from scenarios.client import Client
 from scenarios.payload import Lengths, prepare
 
@@ -85,6 +87,24 @@ def test_a_server_is_waited_for_as_long_as_a_start_may_take(fake_server: StartSe
     assert 56 <= patience.left_s < 60 and "come back in 2 s" in told[0]
     with pytest.raises(ServerError, match="429"):
         probe.fetch(f"{fake_server('--busy', '5').url}/completions", "k", ask)
+
+
+@pytest.mark.parametrize(
+    ("field", "lengths", "extra", "refused"),
+    [("max_tokens", "cap", {}, "max_tokens"), ("max_completion_tokens", "forced", {}, "ignore_eos"),
+     ("max_completion_tokens", "cap", {"temperature": 1}, "temperature"), ("max_completion_tokens", "cap", {}, None)],
+)  # fmt: skip
+def test_the_first_request_asks_as_the_others_will(
+    fake_server: StartServer, field: str, lengths: Any, extra: dict[str, object], refused: str | None
+) -> None:
+    url = fake_server("--hosted").url.replace("/v1", "/openai/deployments/fake?api-version=1")
+    way = Way([url], "chat", "fake", field, lengths, extra)
+    access, hello = Access(headers={"X-Tenant": "t1"}), {"messages": [{"role": "user", "content": "Hello"}]}
+    if refused is None:
+        way.ask(url, access, hello, 1, 10.0)
+    else:
+        with pytest.raises(probe.RefusalError, match=f"HTTP 400.*{refused}"):
+            way.ask(url, access, hello, 1, 10.0)
 
 
 def write_trace(path: Path, n: int) -> Path:
