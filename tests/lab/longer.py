@@ -95,4 +95,4 @@ def _row(cell: Cell, told: list[Told], draws: int) -> Row:
 
 
 def _minutes(seconds: float) -> str:
-    return "any length in vain" if math.isinf(seconds) else f"{seconds / 60:.3g} min"
+    return "any length in vain" if math.isinf(seconds) else f"{seconds / 60:,.0f} min"
