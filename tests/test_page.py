@@ -10,6 +10,7 @@ import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +28,7 @@ from analysis.show.compared import compare_runs
 from analysis.show.curves import EDGES, cumulative, curves, over_time, promises
 from analysis.show.page import LONGEST, plain, render_page, write_page
 from analysis.show.report import render_json
+from analysis.show.tradeoff import interactivity, per_accelerator, tradeoff_charts
 from analysis.show.view import RunView, view_run
 from analysis.summary import summarise
 from harness.errors import ResultsError
@@ -544,6 +546,40 @@ def test_browser_sorts_tables_by_number_with_unknown_last_and_back(visit, tmp_pa
     tab.keyboard.press("Enter")  # a table sorts without a mouse
     shown = tab.locator("#checks tbody th").evaluate_all("cells => cells.map((c) => c.innerText.split('\\n')[0])")
     assert shown == sorted(shown)
+
+
+def test_browser_saves_a_chart_as_csv_and_png(visit, tmp_path):
+    v = view(tmp_path / "run")
+    tab = visit(v)
+    chart = page(v).charts[0]
+    figure = tab.locator("figure").first
+    figure.hover()
+    saved = {}
+    for kind in ("CSV", "PNG"):
+        with tab.expect_download() as found:
+            figure.get_by_role("button", name=f"as {kind}").click()
+        assert found.value.suggested_filename.endswith(f".{kind.lower()}")
+        saved[kind] = Path(found.value.path()).read_bytes()
+    head, *rows = saved["CSV"].decode().splitlines()
+    assert len(rows) == len(chart["x"])
+    assert float(rows[0].split(",")[0]) == chart["x"][0]
+    assert head.count('","') + 1 == len(rows[0].split(","))
+    assert saved["PNG"].startswith(b"\x89PNG")
+
+
+def test_the_trade_off_is_per_accelerator_and_user(tmp_path):
+    spec = replace(SLO, slo={"tpot_p95": 0.05})
+    paths = [write_run(tmp_path / n, [good(i, i * 20 * MS) for i in range(300)], spec=spec) for n in ("a", "b")]
+    runs = [summarise(read_run(path)) for path in paths]
+    eight = replace(runs[1], tier=replace(runs[1].tier, accelerator="H100", accelerator_count=8))
+    rate = runs[0].rates.output_token_throughput.value
+    assert per_accelerator(runs[0]).value == pytest.approx(rate), "no accelerator: per server"
+    assert per_accelerator(eight).value == pytest.approx(rate / 8)
+    assert interactivity(runs[0]) == pytest.approx(100), "a token each 10 ms"
+    charts = tradeoff_charts({"a": runs}, [], by_rate=True)
+    assert [c.x_label for c in charts] == ["interactivity", "interactivity", "load"]
+    assert [(m.at, m.label) for m in charts[0].marks] == [(20, "SLO")]
+    assert charts[0].title == "Output tokens/s per server"
 
 
 def test_browser_switches_light_and_dark_and_redraws(visit, tmp_path):

@@ -10,6 +10,7 @@ from analysis.show import report
 from analysis.show.capacity_text import HEADS, INTERVAL, sentence, system_row
 from analysis.show.cells import Cell, Table, in_seconds, load_cell, price_cell, quantity
 from analysis.show.plot import Chart, cost_charts, load_charts, share_chart
+from analysis.show.tradeoff import tradeoff_charts
 from analysis.show.view import RunView
 from analysis.show.winner import cheapest
 from analysis.sizing.at_slo import System, systems
@@ -38,6 +39,7 @@ class Comparison:
     """Capacity and cost at the promise per tier and model; None without a promise or with one load only."""
     capacity_says: list[str]
     cost: list[Chart]
+    tradeoff: list[Chart]
     load: list[Chart]
     distributions: list[Chart]
 
@@ -54,6 +56,7 @@ def compare_runs(views: Sequence[RunView]) -> Comparison:
         groups.setdefault(name if s.evidence == "measured" else f"{name}, {s.evidence}", []).append(view)
     priced = {name: [(v.summary, v.kept) for v in members] for name, members in groups.items()}
     valid = {name: [v.summary for v in members if v.summary.verdict == "VALID"] for name, members in groups.items()}
+    by_rate = all(v.summary.load.mode == "open" for v in views)
     same, differs = _differences(views)
     found = [s for s in systems([v.summary for v in views]) if s.capacity is not None and len(s.loads) > 1]
     share = max((v.summary.slo.attain for v in views if v.summary.slo is not None), default=DEFAULT_ATTAIN)
@@ -67,7 +70,8 @@ def compare_runs(views: Sequence[RunView]) -> Comparison:
         capacity=_capacity(found),
         capacity_says=[sentence(s) for s in found if s.loop != "closed"],
         cost=cost_charts(priced, share),
-        load=load_charts(valid, by_rate=all(v.summary.load.mode == "open" for v in views)),
+        tradeoff=tradeoff_charts(valid, found, by_rate),
+        load=load_charts(valid, by_rate),
         distributions=_distributions(views),
     )
 

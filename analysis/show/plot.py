@@ -293,7 +293,7 @@ def load_charts(groups: dict[str, list[Summary]], by_rate: bool) -> list[Chart]:
         promise = promises.get(metric)
         marks = _limit(promise) if promise is not None and percentile == _named(promise[0]) else []
         x_unit = "requests in flight" if not by_rate else "req/s"
-        chart = _against(title, lines, "s", x_unit, "load", marks=marks)
+        chart = against(title, lines, "s", x_unit, "load", marks=marks)
         if chart is not None:
             charts.append(chart)
     return charts
@@ -324,7 +324,7 @@ def load_of(summary: Summary, by_rate: bool) -> float | None:
     return rates.request_rate.value if by_rate else rates.concurrency.value
 
 
-def _against(
+def against(
     title: str, groups: dict[str, list[tuple[float, Quantity]]], unit: str, x_unit: str, x_label: str,
     shape: str = "points", marks: Sequence[Mark] = (),
 ) -> Chart | None:  # fmt: skip
@@ -373,7 +373,7 @@ def cost_charts(groups: dict[str, list[tuple[Summary, Promises]]], share: float)
             ]
             lines[name] = _cheapest(points)
         name = f"Cost against the {title} limit that {share * 100:.4g}% of requests kept"
-        chart = _against(name, lines, "USD", "s", f"{title} limit", shape="stairs")
+        chart = against(name, lines, "USD", "s", f"{title} limit", shape="stairs")
         if chart is not None:
             charts.append(replace(chart, log_x=True))
     return charts

@@ -200,7 +200,55 @@
     figure.querySelectorAll(".u-legend").forEach((e) => e.remove());
     drawn.delete(figure);
   };
+  // ---- each chart as a table or a picture -------------------------------------------------------------------------
+  const save = (name, href) => {
+    const link = document.createElement("a");
+    Object.assign(link, { download: name, href });
+    link.click();
+  };
+  const csv = (c) => {
+    const quoted = (v) => v == null ? "" : typeof v === "number" ? String(v) : `"${String(v).replace(/"/g, '""').replace(/^[=+@-]/, "'$&")}"`;
+    const ends = c.lines.flatMap((l) => [l.name, ...(l.low ? [`${l.name}, low`] : []), ...(l.high ? [`${l.name}, high`] : [])]);
+    const head = [`${c.x_label || "x"}, ${c.x_unit}`, ...ends.map((n) => `${n}, ${c.y_unit}`)];
+    const rows = c.x.map((x, i) => [x, ...c.lines.flatMap((l) => [l.y[i], ...(l.low ? [l.low[i]] : []), ...(l.high ? [l.high[i]] : [])])]);
+    return [head, ...rows].map((row) => row.map(quoted).join(",")).join("\n") + "\n";
+  };
+  const png = (figure) => {
+    const drawing = figure.querySelector("canvas"), made = document.createElement("canvas");
+    const c = charts[+figure.dataset.chart], ratio = devicePixelRatio, top = 44 * ratio;
+    [made.width, made.height] = [drawing.width, drawing.height + top];
+    const ctx = made.getContext("2d");
+    ctx.fillStyle = getComputedStyle(document.body).backgroundColor; // a transparent picture is unreadable on another page
+    ctx.fillRect(0, 0, made.width, made.height);
+    ctx.drawImage(drawing, 0, top);
+    ctx.fillStyle = color("ink");
+    ctx.font = `600 ${13 * ratio}px system-ui, sans-serif`;
+    ctx.fillText(c.title, 8 * ratio, 17 * ratio);
+    ctx.font = `${12 * ratio}px system-ui, sans-serif`;
+    let at = 8 * ratio;
+    for (const line of c.lines) {
+      ctx.fillStyle = color(line.color);
+      ctx.fillText(line.name, at, 35 * ratio);
+      at += ctx.measureText(line.name).width + 14 * ratio;
+    }
+    return made.toDataURL("image/png");
+  };
+  const downloads = (figure) => {
+    const c = charts[+figure.dataset.chart], name = c.title.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "") || "chart";
+    const box = document.createElement("div");
+    box.className = "save screen";
+    for (const [kind, href] of [["csv", () => "data:text/csv;charset=utf-8," + encodeURIComponent(csv(c))], ["png", () => png(figure)]]) {
+      const button = document.createElement("button");
+      Object.assign(button, { type: "button", textContent: kind.toUpperCase() });
+      button.setAttribute("aria-label", `Save "${c.title}" as ${kind.toUpperCase()}`);
+      button.addEventListener("click", () => save(`${name}.${kind}`, href()));
+      box.append(button);
+    }
+    figure.append(box);
+  };
+
   const figures = [...document.querySelectorAll("figure[data-chart]")];
+  figures.forEach(downloads);
   const redraw = () => figures.forEach((f) => { erase(f); if (f.offsetParent !== null) draw(f); });
   const fit = new ResizeObserver((entries) => {
     for (const { target } of entries) {
