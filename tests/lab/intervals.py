@@ -41,6 +41,7 @@ UNSEEN = {"ttft p99"}
 WITHHELD = {("bursty", 60.0)}
 """Runs that hold fewer than ten bursts: they must have no interval."""
 WHY = {
+    ("poisson", 300.0): ", 95 % printed up to 70 % busy but for ttft p99, of which too few are independent",
     ("bursty", 60.0): ": it holds 3 to 7 bursts, fewer than ten, so it must have none and say how long a run must be",
     ("bursty", 300.0): ": 17 to 33 bursts, but from 85 % busy on fewer than three relaxation times of its queue",
 }
