@@ -178,7 +178,8 @@ class LoadWorkers:
 
     def _failure(self, index: int, problem: str) -> WorkerError:
         state = self._states[index]
-        words = [*state.garbage, *state.child.tail(12)]
+        # Of a traceback the last line says what happened; the whole is in the log.
+        words = [line for line in (*state.garbage, *state.child.tail(12)) if not line.startswith((" ", "Traceback"))]
         log = self._run.worker_log(index)
         return WorkerError("\n  ".join([f"load worker {index} {problem}; its log: {log}", *words]))
 

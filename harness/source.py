@@ -218,14 +218,14 @@ def records(source: Source, *, quoted: bool = False) -> Iterator[tuple[int, byte
     """
     place = _Place()
     with _unpacked(source, place) as stream:
-        number, line = _first_line(stream)
+        number, line = _first_line(source, stream)
         # An export may be one object on one line, too long for a line.
         if _is_document(line) or (len(line) > MAX_LINE_BYTES and line.startswith(b"{")):
             yield from _json_values(source, place, stream, number, line)
         elif quoted and not line.startswith(b"{"):
             yield from _csv_records(source, place, _lines(stream, place, number, line))
         else:
-            yield from (found for found in _lines(stream, place, number, line) if not found[1].isspace())
+            yield from _said(source, _lines(stream, place, number, line))
 
 
 def _is_document(line: bytes) -> bool:
@@ -238,14 +238,33 @@ _SEPARATOR = re.compile(rb"sep=.\s*", re.IGNORECASE)
 """Excel's word, before the header of a CSV, for what divides the fields."""
 
 
-def _first_line(stream: BinaryIO) -> tuple[int, bytes]:
+def _first_line(source: Source, stream: BinaryIO) -> tuple[int, bytes]:
     """Number and bytes of the first line that is not blank (empty bytes: there is none), its indent taken off."""
-    number = 1
+    number, blank = 1, 0
     line = stream.readline(MAX_LINE_BYTES + 1).removeprefix(b"\xef\xbb\xbf")
     while line and (line.isspace() or _SEPARATOR.fullmatch(line)):
         number += line.endswith(b"\n")
+        blank += len(line)
+        _check_blank(source, number, blank)
         line = stream.readline(MAX_LINE_BYTES + 1)
     return number, line.lstrip(b" \t") if line.lstrip().startswith((b"[", b"{")) else line
+
+
+def _check_blank(source: Source, number: int, blank_bytes: int) -> None:
+    if blank_bytes > MAX_LINE_BYTES:
+        raise TraceError(source.name, number, f"nothing but blanks for {MAX_LINE_BYTES // 2**20} MiB: not a trace")
+
+
+def _said(source: Source, lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+    """Those that are not blank."""
+    blank = 0
+    for number, line in lines:
+        if line.isspace():
+            blank += len(line)
+            _check_blank(source, number, blank)
+        else:
+            blank = 0
+            yield number, line
 
 
 def _lines(stream: BinaryIO, place: _Place, number: int, line: bytes) -> Iterator[tuple[int, bytes]]:
@@ -293,9 +312,13 @@ def _json_values(
     """Values of a JSON array, or JSON objects one after the other. Only brackets and quotes are looked at."""
     scan = _JsonScan(array=first.startswith(b"["), line=number)
     chunk = first[1:] if scan.array else first
+    blank = 0
     while chunk:
+        count = scan.count
         yield from scan.feed(chunk)
         place.line = scan.line
+        blank = blank + len(chunk) if scan.empty and scan.count == count else 0
+        _check_blank(source, scan.line, blank)
         if scan.problem:
             raise TraceError(source.name, scan.line, scan.problem)
         chunk = stream.read(_CHUNK)
@@ -312,6 +335,8 @@ class _JsonScan:
         self.array = array
         self.closed = False
         self.line = line
+        self.count = 0
+        """Values so far."""
         self.depth = 0
         self.in_string = False
         self.problem: str | None = None
@@ -361,6 +386,11 @@ class _JsonScan:
         elif mark != b"," or not self.array or self.closed:
             self.problem = f"a {mark.decode()} where no value is open: not a JSON document"
 
+    @property
+    def empty(self) -> bool:
+        """Nothing but blanks has come since the last value."""
+        return not self._value
+
     def rest(self) -> bytes:
         """What stands after the last value that ended."""
         return bytes(self._value)
@@ -381,5 +411,6 @@ class _JsonScan:
             if self.closed:
                 self.problem = "text after the end of the JSON array: not a JSON document"
                 return
+            self.count += 1
             yield self._value_line, (Cut if len(self._value) > MAX_VALUE_BYTES else bytes)(self._value)
             self._value.clear()

@@ -51,7 +51,7 @@ import pyarrow as pa
 from gevent.event import Event
 
 from harness.answers import SAMPLE, write_said
-from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, UsageError, WorkerError
+from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, UsageError, WorkerError, sentence
 from harness.headers import from_environment
 from harness.observations import SCHEMA, Observation, ObservationWriter
 from harness.results import Result, ResultWriter
@@ -391,8 +391,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {e}", file=sys.stderr)
         end["exit"], code = str(e), e.exit_code
     except Exception as e:  # a bug outside of the event loop's callbacks: the harness must hear how this ended, too
-        traceback.print_exc()
-        end["exit"], code = f"internal error: {type(e).__name__}: {e} (see the worker's log)", EXIT_FAILURE
+        if isinstance(e, OSError | MemoryError | ImportError):  # the machine's limits
+            print(f"error: {sentence(e)}", file=sys.stderr)
+            end["exit"], code = sentence(e), EXIT_FAILURE
+        else:
+            traceback.print_exc()
+            end["exit"], code = f"internal error: {type(e).__name__}: {e} (see the worker's log)", EXIT_FAILURE
     say("end", **end)
     return code
 

@@ -20,6 +20,7 @@ from harness.commands.steps import StopRequest, watch
 from harness.commands.targets import Servers
 from harness.errors import ServerError
 from harness.progress import LoadProgress
+from harness.run import RunDir
 from harness.silence import ASK_AFTER_S, ASK_AGAIN_S, SILENT_S, Silence
 from scenarios.payload import prepare
 
@@ -135,6 +136,18 @@ def test_the_run_ends_with_the_word_and_the_progress_line_says_what_it_waits_for
     assert load.told == [(True, 0)]
     assert "no byte for 12 s" in progress.line({"quiet_s": {0: 12.0}}, 0.0, 80)
     assert "no byte" not in progress.line({"quiet_s": {0: 2.0}}, 0.0, 80)
+
+
+def test_a_worker_that_dies_with_a_traceback_is_told_in_a_line(tmp_path) -> None:
+    class Child:
+        def tail(self, n: int) -> list[str]:
+            return ["Traceback (most recent call last):", '  File "x.py", line 3, in <module>', "MemoryError"]
+
+    load = LoadWorkers.__new__(LoadWorkers)
+    load._states, load._run = [_State(Child(), 0.0)], RunDir(tmp_path)  # type: ignore[arg-type]
+    said = str(load._failure(0, "ended before it was ready"))
+    assert "Traceback" not in said and "File" not in said
+    assert said.endswith("worker-0.log\n  MemoryError")
 
 
 def test_what_several_workers_heard_is_put_together() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -13,7 +14,8 @@ from analysis.load import read_run
 from analysis.show.browse import Results
 from cluster.tiers import read_tiers
 from harness import probe
-from harness.errors import HarnessError, ResultsError, UsageError
+from harness.errors import HarnessError, ResultsError, TraceError, UsageError
+from harness.records import open_trace
 from harness.run import read_manifest
 from harness.sweep import read_sweep
 from harness.sweep_state import read_state
@@ -126,6 +128,24 @@ def test_toml_of_any_kind_is_a_sentence(tmp_path: Path, text: str) -> None:
     for read in (lambda: read_tiers(file), lambda: read_sweep(file, (), {}), lambda: probe.trust(file)):
         with pytest.raises(UsageError, match="not a regular file"):
             read()
+
+
+@pytest.mark.parametrize("name", ["lines", "array", "gzip", "later"])
+def test_blanks_without_end_are_one_line_and_read_no_further(tmp_path: Path, monkeypatch, name: str) -> None:
+    monkeypatch.setattr("harness.source.MAX_LINE_BYTES", 1 << 16)
+    row = b'{"arrival_s": 0, "input_tokens": 1, "output_tokens": 1}\n'
+    text = {"lines": b" \n" * (1 << 16), "array": b"[" + b" " * (1 << 20), "later": row + b"\n" * (1 << 17)}
+    file = tmp_path / "t"
+    file.write_bytes(gzip.compress(b" " * (1 << 22)) if name == "gzip" else text[name])
+    with pytest.raises(TraceError, match="nothing but blanks"):
+        list(open_trace(file))
+
+
+def test_a_few_blanks_are_no_matter(tmp_path: Path) -> None:
+    file = tmp_path / "t.json"
+    row = '{"arrival_s": 0, "input_tokens": 1, "output_tokens": 1}'
+    file.write_text(f"\n\n[\n\n  {row},\n\n\n{row}\n\n]\n\n")
+    assert len(list(open_trace(file))) == 2
 
 
 def test_a_sweep_of_strangers_is_a_sentence(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ Environment (HARNESS_BASE_URL and the like: any option's default, as in a file h
                    OPENAI_API_KEY where this is unset)
   HARNESS_CACHE    where model weights are kept (default: ~/.cache/harness)
   HARNESS_TIERS    your own tiers file, added to the shipped one; HARNESS_MODELS: of models
+  HARNESS_TRACEBACK 1: show the whole of an error that nobody foresaw
   RAY_ADDRESS      use this Ray cluster instead of starting Ray on this machine
 """
 
