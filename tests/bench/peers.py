@@ -114,6 +114,7 @@ class Harness:
                 "worker": k, "workers": self.workers, "plan": str(folder / "plan.arrow"), "endpoint": "chat",
                 "results": str(folder / f"results-{k}.arrows"), "mode": "open" if share is None else "closed",
                 "model": MODEL, "concurrency": share, "base_urls": [f"{work.url}/v1"], "drain_s": 60,
+                "answers": str(folder / f"answers-{k}.jsonl"),
             }  # fmt: skip
             (folder / f"spec-{k}.json").write_text(json.dumps(spec))
 
