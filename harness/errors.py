@@ -93,7 +93,7 @@ _LIMITS = {
     errno.ENOMEM: "free some memory, or raise the limit (ulimit -v unlimited)",
     errno.ENOSPC: "free some space on that disk",
     errno.EDQUOT: "free some of your share of that disk",
-    errno.EAGAIN: "raise the limit of processes and threads (ulimit -u)",
+    errno.EAGAIN: "raise the limits of threads and memory (ulimit -u, ulimit -v)",
 }
 
 
