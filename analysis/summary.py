@@ -31,6 +31,7 @@ from analysis.relaxation import Memory
 from analysis.served import MISMATCH_BOUND, served_lengths
 from analysis.stability import backlog_check
 from analysis.validity import check_run
+from analysis.warm_cache import REASON, warm_cache
 from harness.errors import EXIT_INVALID, EXIT_NOT_DECIDED, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.plan import PlanInfo
 from harness.results import ERRORS
@@ -166,6 +167,7 @@ def summarise(
         steady_check(run, steady),
         drain_check(run, window),
         backlog_check(run),
+        (warm := warm_cache(run)),
     ]
     said = verdict(checks)
     queue = queue_of(run, window)
@@ -181,6 +183,8 @@ def summarise(
     reason = None if said == "VALID" else f"the run is {said}"
     if reason is None and shared_addresses(run):
         reason = "several servers answer at one address, so how many are paid for is not known (--metrics-url)"
+    if reason is None and warm.ok is False:
+        reason = REASON
     price = partial(cost, manifest.tier, _replicas(run), ratio=ratio, reason=reason)
     return Summary(
         schema=SCHEMA,

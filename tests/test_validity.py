@@ -66,6 +66,10 @@ def recorded(text_tokens):
     )  # fmt: skip
 
 
+def prompts_of_their_own(n=20):
+    return {i: {"input_tokens": 8, "prompt_token_ids": list(range(8 * i, 8 * i + 8))} for i in range(n)}
+
+
 GATES = {
     "status": {"status": "stopped", "reason": "stopped by the user"},
     "rows": {"requests": 21},
@@ -121,6 +125,7 @@ LIMITS = {
     "drain": {"results": [*rows(19), good(19, ttft_ms=270)]},
     # each answer takes a tenth of a second longer than the one before it: twice as many are due as are done
     "backlog": {"results": [good(i, ttft_ms=50 + 100 * i) for i in range(20)]},
+    "prefix_cache": {"results": changed(20, cached_tokens=7), "plan": prompts_of_their_own()},
     "arrivals": {"spec": CLOSED},
     "concurrency": {"spec": CLOSED},
     "wasted_time": {"results": [*rows(19), bad(19, "timeout", took_ms=500)]},
@@ -202,7 +207,9 @@ def test_a_good_run_passes_everything_that_can_be_checked(tmp_path):
     assert s.verdict == "VALID"
     assert [c.name for c in s.checks if c.ok is False] == []
     # recorded_tokens: of texts, and this plan knows every length
-    assert {c.name for c in s.checks if c.ok is None} == {"concurrency", "hardware", "recorded_tokens"}
+    # prefix_cache: the server counts no hits
+    unchecked = {"concurrency", "hardware", "recorded_tokens", "prefix_cache"}
+    assert {c.name for c in s.checks if c.ok is None} == unchecked
 
 
 def test_a_demo_of_sixty_requests_is_valid_with_its_limits_said(tmp_path):

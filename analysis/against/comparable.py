@@ -10,6 +10,7 @@ import numpy as np
 from analysis.against.paired import Observed
 from analysis.sizing.system import load_of, load_words, servers_of, slo_words, tier_words
 from analysis.summary import Summary
+from analysis.warm_cache import NAME as WARM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +75,12 @@ def refusals(a: Sequence[Summary], b: Sequence[Summary]) -> list[str]:
             f"{side}: {s.run} is {s.verdict}: {'; '.join(s.reasons) or 'no reason given'}"
             for s in runs
             if s.verdict != "VALID"
+        ]
+        reasons += [
+            f"{side}: {s.run}: {c.observed}: {c.advice}"
+            for s in runs
+            for c in s.checks
+            if c.name == WARM and c.ok is False
         ]
         for s in runs[1:]:
             other = [d.name for d in differences(runs[0], s) if d.name not in ("harness", "load generator's machine")]

@@ -26,6 +26,7 @@ from analysis.sizing.system import (
     where_words,
 )
 from analysis.summary import Summary
+from analysis.warm_cache import NAME as WARM
 from harness.slo import Criterion
 
 SCHEMA = "harness.capacity/1"
@@ -166,6 +167,8 @@ def systems(
         groups.setdefault(key, [])
         if s.verdict != "VALID":
             left_out.setdefault(key, []).append("not VALID")
+        elif any(c.name == WARM and c.ok is False for c in s.checks):
+            left_out.setdefault(key, []).append("answered from a warm prefix cache")
         elif not has_load(s):
             left_out.setdefault(key, []).append("without a rate of their load")
         else:

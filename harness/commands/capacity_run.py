@@ -245,9 +245,10 @@ class CapacitySession(Session):
         from analysis.sizing.at_slo import point_of
         from analysis.sizing.evidence import evidence_of, worked_of
         from analysis.sizing.search import Probe, limit_used
+        from analysis.warm_cache import NAME as WARM
 
         self.summaries[point.name] = found
-        failed = {c.name for c in found.checks if c.gate and c.ok is False}
+        failed = {c.name for c in found.checks if (c.gate or c.name == WARM) and c.ok is False}
         rate, lost = point.level.request_rate, run.manifest.lost
         steers = not failed or (failed == {MIN_REQUESTS} and rate is None)
         evidence = None

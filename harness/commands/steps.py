@@ -18,6 +18,7 @@ from harness.access import Access
 from harness.answers import PROMPTS, Counted, count_answers, count_prompts, take_said
 from harness.build import asked_plan, build_plan
 from harness.commands.output import say
+from harness.commands.seen import seen_before
 from harness.commands.targets import LocalTarget, Servers, Target, UrlTarget
 from harness.counters import count_after, count_before, pages_of
 from harness.errors import HarnessError, PlanError, ResultsError, ServerError, UsageError
@@ -230,6 +231,8 @@ def execute_point(
     )  # fmt: skip
     manifest = describe(run, spec, info, servers, replicas, options.get("label"))
     write_manifest(run, manifest)
+    if said := seen_before(run, manifest):
+        tell(said)
     try:
         _make_ready(servers, spec, access, run.plan, tell, warm=warm)
         with ExitStack() as stack:

@@ -1,0 +1,75 @@
+"""A prefix cache that knew the prompts before the run: said, and neither priced nor compared."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from run_files import SPEC, good, write_run
+
+from analysis.against.comparable import refusals
+from analysis.load import read_run
+from analysis.sizing.at_slo import systems
+from analysis.summary import Summary, summarise
+from harness.commands.seen import seen_before
+from harness.run import RunDir, read_manifest
+
+N, TOKENS = 40, 64
+
+
+def run(path, *, cached=0, shared=0, ids=True, **manifest) -> Summary:
+    """40 prompts of 64 tokens, of which the first ``shared`` are the same in all; ``cached``: by usage, of each."""
+    own = [range(1000 * (k + 1), 1000 * (k + 1) + TOKENS - shared) for k in range(N)]
+    plan = {
+        k: {"input_tokens": TOKENS, "prompt_token_ids": [*range(shared), *own[k]] if ids else [1]} for k in range(N)
+    }
+    rows = [replace(good(k, k * 50_000_000), input_tokens=TOKENS, cached_tokens=cached) for k in range(N)]
+    write_run(path, rows, plan=plan, **{"spec": replace(SPEC, slo={"ttft": 1.0}), **manifest})
+    return summarise(read_run(path))
+
+
+def cache_check(s: Summary):
+    (found,) = [c for c in s.checks if c.name == "prefix_cache"]
+    return found
+
+
+def test_more_than_a_cold_cache_finds_has_no_price(tmp_path):
+    """96 % of prompts that share nothing: they were there before the run."""
+    warm, cold = run(tmp_path / "warm", cached=62), run(tmp_path / "cold")
+    assert cache_check(warm).ok is False and "96.9% of input tokens found, 0.0%" in cache_check(warm).observed
+    assert warm.verdict == "VALID", "a limit: all of it was measured"
+    assert warm.cost.usd_per_1m_total.value is None and warm.cost.reason is not None
+    assert cache_check(cold).ok is True and cold.cost.usd_per_1m_total.value is not None
+    assert any("96.9%" in reason for reason in refusals([cold], [warm])), "who goes second does not win"
+    assert not any("input tokens found" in reason for reason in refusals([cold], [cold]))
+    (system,) = systems([cold, warm])
+    assert system.runs == (cold.run,) and any("warm prefix cache" in note for note in system.notes)
+
+
+@pytest.mark.parametrize(("shared", "cached", "ok"), [(32, 31, True), (32, 48, True), (32, 56, False)])
+def test_what_prompts_share_is_found_by_a_cold_cache_too(tmp_path, shared, cached, ok):
+    """A url says no block size: up to a block of 16 more of each prompt is allowed."""
+    s = run(tmp_path / "run", shared=shared, cached=cached, engine="url")
+    assert cache_check(s).ok is ok
+
+
+def test_prompts_whose_tokens_are_the_servers_are_not_checked(tmp_path):
+    s = run(tmp_path / "run", cached=62, ids=False)
+    assert cache_check(s).ok is None and s.cost.usd_per_1m_total.value is not None
+
+
+def test_a_server_that_had_these_prompts_is_named_before_the_start(tmp_path):
+    for name in ("20260101T000000Z-a", "20260101T000500Z-b"):
+        run(tmp_path / name, engine="url", start_unix_ns=1)
+    first, second = (RunDir(tmp_path / name) for name in ("20260101T000000Z-a", "20260101T000500Z-b"))
+    said = seen_before(second, read_manifest(second.path))
+    assert said is not None and "20260101T000000Z-a" in said and "--seed 1" in said
+    manifest = read_manifest(second.path)
+    other_seed = replace(manifest, plan=replace(manifest.plan, seed=7))
+    assert seen_before(second, other_seed) is None
+    elsewhere = replace(manifest, spec=replace(manifest.spec, base_urls=["http://127.0.0.1:9/v1"]))
+    assert seen_before(second, elsewhere) is None
+    started = replace(manifest, engine="vllm")
+    assert seen_before(second, started) is None, "a server that was started for the run has an empty cache"
+    (first.path / "run.json").write_text("{")
+    assert seen_before(second, manifest) is None
