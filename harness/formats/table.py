@@ -16,7 +16,7 @@ A table is what is in no other format: every other reader is asked first.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import chain, islice
 from typing import Any, ClassVar
 
@@ -52,6 +52,8 @@ class Table(Reader):
         self._mark = ","
         self._at: Mapping[Role, str] | None = None
         self._others: dict[str, None] = {}
+        self._known: Set[str] = frozenset()
+        """Names of the last row, as those of most rows are."""
         self._clock: Clock | None = None
 
     def ask(self, asked: Asked) -> None:
@@ -190,7 +192,8 @@ class Table(Reader):
     def row(self, row: Mapping[str, Any]) -> Row:
         """The row of named values. Raises `RowError` and `LeftOutError`."""
         assert self._at is not None
-        if len(self._others) < 50:
+        if row.keys() != self._known and len(self._others) < 50:
+            self._known = row.keys()
             used = {name.partition(".")[0] for name in self._at.values()}
             used |= {*_BESIDE, "usage", *self.checked}
             self._others |= {name: None for name in row if name not in used}
@@ -217,7 +220,7 @@ class Table(Reader):
         if name.startswith("usage.") and name not in row and not self._asked.columns:
             return usage_of(row.get("usage"))
         counts = Usage(*(self._count(row, role) for role in ("input", "output", "cached")))
-        if name == "input_tokens" and not self._asked.columns:
+        if name == "input_tokens" and not self._asked.columns and any(each in row for each in _BESIDE):
             # Anthropic's columns stand beside it.
             beside = {each: token_count(each, _given(row.get(each))) for each in _BESIDE}
             if counts.input_tokens is not None and any(beside.values()):
@@ -246,6 +249,8 @@ class Table(Reader):
 
 def _given(value: Any) -> Any:
     if isinstance(value, str):
+        if value.isdigit():
+            return value
         return None if value.strip().lower() in _MISSING else value.strip()
     return None if isinstance(value, float) and value != value else value
 
