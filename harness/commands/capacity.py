@@ -37,7 +37,7 @@ def capacity(
     busiest: bool,
     resume: str | None,
     format_: str,
-    html: Path | None,
+    html: Path | None = None,
     **options: Any,
 ) -> int:
     """Search, print, keep; 0: found or beyond, 4: not reached, 3 or 5: no VALID run, 1: neither."""

@@ -57,7 +57,7 @@ def price(
     attain: float,
     format_: str,
     out: Path | None,
-    html: Path | None,
+    html: Path | None = None,
 ) -> int:
     """What to charge, from VALID runs only; the table also as a file."""
     from analysis.money.buy import compare_with_api
@@ -225,7 +225,7 @@ def parse_tier_price(text: str, known: dict[str, Tier]) -> tuple[str, Tier]:
 
 def compare(
     a: str, b: str | None, *, fail_if: Sequence[str], slo: dict[str, float] | None, attain: float, format_: str,
-    html: Path | None,
+    html: Path | None = None,
 ) -> int:  # fmt: skip
     """A against B; refused with reasons when they are not comparable."""
     from analysis.against.compare import compare as hold_against
