@@ -193,7 +193,7 @@ def test_a_slow_server_is_the_servers_fault(fake_server: StartServer, tmp_path: 
 @pytest.mark.parametrize(
     ("fault", "error"),
     [
-        ("http500", "server"), ("http429", "overloaded"), ("http400", "rejected"), ("redirect", "redirect"),
+        ("http500", "server"), ("http429", "overloaded"), ("http400", "rejected"),
         ("html", "protocol"), ("hang", "stall"), ("stall", "stall"), ("cut", "cut"), ("reset", "cut"),
         ("error_event", "server"), ("no_finish", "incomplete"),
     ],
@@ -216,6 +216,16 @@ def test_each_fault_is_a_row_with_its_class(fake_server: StartServer, tmp_path: 
     assert report["requests"]["succeeded"] == 0
     assert report["metrics"]["ttft"]["p50"]["value"] is None
     assert report["cost"]["usd_per_1m_total"]["value"] is None
+
+
+def test_a_redirect_is_named_before_the_load_and_not_followed(fake_server: StartServer, tmp_path: Path) -> None:
+    """During a load it is a row of class redirect (`tests/test_client.py`)."""
+    server = fake_server("--ttft", "0.01", "--itl", "0.002")
+    trace = write_trace(tmp_path / "trace.jsonl", 4, 0.01)
+    fault = json.dumps({"fault": "redirect"})
+    done = harness("replay", trace, "--base-url", server.url, "--extra-body", fault, "--out", tmp_path / "runs")
+    assert done.returncode == 1, done.stdout
+    assert "it points to http://127.0.0.1:9/" in done.stderr
 
 
 @pytest.mark.parametrize("fault", ["no_done", "bundle", "crlf", ""])
