@@ -78,6 +78,8 @@ ERRORS: dict[str, str] = {
 }
 """The closed set of error classes, with what each means."""
 
+FLUSH_S = 0.7
+"""How often a worker writes its rows: with their parsing, less than a second of them is lost with its process."""
 SCHEMA_VERSION = "3"
 _BEFORE = {"2": ["reasoning_tokens"]}
 """Earlier schema version -> the columns it lacks: null in what is read of it."""

@@ -54,7 +54,7 @@ from harness.answers import SAMPLE, write_said
 from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, UsageError, WorkerError, sentence
 from harness.headers import from_environment
 from harness.observations import SCHEMA, Observation, ObservationWriter
-from harness.results import Result, ResultWriter
+from harness.results import FLUSH_S, Result, ResultWriter
 from scenarios.alarm import Alarm
 from scenarios.client import Client, raise_fd_limit
 from scenarios.observe import Observer
@@ -68,7 +68,7 @@ from scenarios.user import API_KEY
 from scenarios.window import Window
 
 _OPEN_LOOP_CONNECTIONS = 64  # opened ahead when no cap says how many there can be
-_PROGRESS_S, _FLUSH_S = 0.5, 0.7  # with parsing and writing, rows of less than a second are lost with a process
+_PROGRESS_S = 0.5
 _SAMPLES = 200
 _UNSENT = 10_000  # rows in memory at the end of a run that was stopped
 _SOCKETS = 65536  # room for them is made before the start
@@ -278,7 +278,7 @@ class Worker:
     def _flush_rows(self) -> None:
         """Write rows all the time, in a thread: a slow disk must not hold up the stamps."""
         pool = gevent.get_hub().threadpool
-        while not self._flushed.wait(_FLUSH_S) and not self._full:
+        while not self._flushed.wait(FLUSH_S) and not self._full:
             self._flushing = True
             self._check(pool.apply(_attempt, (self._write,)))
             self._flushing = False

@@ -17,8 +17,8 @@ from conftest import StartServer, harness, start_harness, wait_for
 from run_files import good
 
 from cluster import registry
-from harness.results import ResultWriter, read_results
-from scenarios import client, worker
+from harness.results import FLUSH_S, ResultWriter, read_results
+from scenarios import client
 
 
 def test_a_full_disk_leaves_the_file_whole_and_loses_nothing_when_there_is_room_again(
@@ -54,7 +54,7 @@ def test_a_full_disk_leaves_the_file_whole_and_loses_nothing_when_there_is_room_
 
 def test_rows_wait_less_than_a_second() -> None:
     """Until they are parsed (a part of a sweep) and then for the next flush."""
-    assert worker._FLUSH_S + client._SWEEP_S / client._SLICES < 0.8
+    assert FLUSH_S + client._SWEEP_S / client._SLICES < 0.8
 
 
 def trace_of(path: Path, n: int, every_s: float) -> Path:

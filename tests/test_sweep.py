@@ -95,7 +95,7 @@ def test_options_become_what_the_command_line_makes_of_them(tmp_path: Path) -> N
     warmup = "30s"
     skip-bad = true
     no_stream = false
-    slo = {ttft = "2s", tpot = 0.1}
+    slo = {ttft = "2s", tpot = "100ms"}
     extra_body = {temperature = 0.5, nested = {a = [1]}}
     header = ["X-A: 1", "X-B: 2"]
     cancel = "5%@2s"
