@@ -33,6 +33,7 @@ def crosscheck(plan: Path, out: Path, repeats: int, format_: str, **options: Any
     endpoint = choose_endpoint(options["endpoint"], plan)
     notes = beyond_vllm(plan, endpoint)
     options.setdefault("warmup", None)
+    options.setdefault("attain", 1.0)  # of no SLO
     check_load_options({**options, "speed": None, "rate": None})
     check_their_client(options)
     target = choose_target(options)
