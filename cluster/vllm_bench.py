@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
     parser: argparse.ArgumentParser = FlexibleArgumentParser()
     serve.add_cli_args(parser)
     args = parser.parse_args(options)
-    chat = args.endpoint == PATHS["chat"]
+    chat = urlsplit(args.endpoint).path.endswith(PATHS["chat"])
     if chat:
         # Requests with times of their own are for completions backends alone, so its chat one goes by their name.
         serve.ASYNC_REQUEST_FUNCS["openai"] = serve.ASYNC_REQUEST_FUNCS["openai-chat"]
