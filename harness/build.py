@@ -26,6 +26,7 @@ from harness.errors import PlanError, UsageError
 from harness.plan import SCHEMA_VERSION, PlanInfo, PlanSpec, Windows, write_plan
 from harness.prompts import Vocabulary
 from harness.records import Trace
+from harness.seeds import load_seed
 from harness.spool import filled
 from harness.traces.notes import Timed, notes, prompt_notes
 from harness.traces.rescale import arrange, spread
@@ -164,7 +165,9 @@ def _drawn(trace: Trace, spec: PlanSpec, stages: tuple[Stage, ...], made_up: boo
     """Times from an arrival process; the trace has to have as many rows, or be repeated."""
 
     def draw(most: int | None) -> Times:
-        return arrival_times(spec.arrivals, stages, burstiness=spec.burstiness or 1.0, seed=spec.seed, most=most)
+        return arrival_times(
+            spec.arrivals, stages, burstiness=spec.burstiness or 1.0, seed=load_seed(spec.seed), most=most
+        )
 
     if stages[-1].duration_s is None:
         found = survey(trace, limit=spec.limit, timed=False, made_up=made_up)
@@ -210,19 +213,19 @@ def _windowed(
     """Stretches from different parts of the trace, which is read as a whole."""
     own = not spec.closed and not spec.drawn
     waits = own and spec.sessions == "wait"
-    found = survey(trace, timed=own, made_up=made_up, units_seed=spec.seed if waits else None)
+    found = survey(trace, timed=own, made_up=made_up, units_seed=load_seed(spec.seed) if waits else None)
     if not own:
         scheduled = None
         if spec.drawn:
             most = spec.limit if stages[-1].duration_s is not None else spec.limit or found.requests
             scheduled = arrival_times(
-                spec.arrivals, stages, burstiness=spec.burstiness or 1.0, seed=spec.seed, most=most
+                spec.arrivals, stages, burstiness=spec.burstiness or 1.0, seed=load_seed(spec.seed), most=most
             )
             if not len(scheduled):
                 raise UsageError("not one arrival falls into the time: a longer one, a higher rate or another seed")
         joined = windows_of_rows(
             found.requests, len(scheduled) if scheduled is not None else spec.limit or found.requests, windows,
-            arrivals=found.arrivals, scheduled=scheduled, trace_sha256=trace.sha256, seed=spec.seed,
+            arrivals=found.arrivals, scheduled=scheduled, trace_sha256=trace.sha256, seed=load_seed(spec.seed),
         )  # fmt: skip
         return Timed(survey=found, scheduled=scheduled, arrangement=joined.arrangement, windows=joined)
     arrivals, spread_s = _spread(trace, spec, found.arrivals)
@@ -230,7 +233,7 @@ def _windowed(
     cut = windows_in_time if found.units is None else partial(session_windows, starts=found.units.starts)
     joined = cut(
         arrivals, asked=windows, lasts_ns=(spec.duration_s or 0.0) * 1e9 * speed, speed=speed,
-        trace_sha256=trace.sha256, seed=spec.seed, most=spec.limit,
+        trace_sha256=trace.sha256, seed=load_seed(spec.seed), most=spec.limit,
     )  # fmt: skip
     return Timed(
         survey=found, scheduled=_rescale(joined.arrangement.scheduled, speed), speed=speed, spread_s=spread_s,
@@ -242,11 +245,11 @@ def _grown(trace: Trace, spec: PlanSpec, made_up: bool) -> Timed:
     """Another demand on the trace's own clock, thinned or superposed; that clock may then run faster."""
     speed = spec.speed or 1.0
     cut_ns = None if spec.duration_s is None else spec.duration_s * 1e9 * speed
-    found = survey(trace, cut_ns=cut_ns, made_up=made_up, units_seed=spec.seed)
+    found = survey(trace, cut_ns=cut_ns, made_up=made_up, units_seed=load_seed(spec.seed))
     arrivals, spread_s = _spread(trace, spec, found.arrivals)
     growth = _growth(trace, spec, found)
     assert found.units is not None
-    arranged = arrange(arrivals, found.units, growth, spec.seed)
+    arranged = arrange(arrivals, found.units, growth, load_seed(spec.seed))
     scheduled = _rescale(arranged.scheduled, speed)
     due = len(scheduled) if spec.duration_s is None else int(np.searchsorted(scheduled, spec.duration_s * 1e9))
     n = due if spec.limit is None else min(due, spec.limit)
@@ -279,7 +282,7 @@ def _growth(trace: Trace, spec: PlanSpec, found: Survey) -> float:
 def _spread(trace: Trace, spec: PlanSpec, arrivals: Times) -> tuple[Times, float | None]:
     """Arrivals, spread within the steps of their clock where that is asked for and there are any."""
     grid_s = trace.grid_s if spec.spread else None
-    return (arrivals, None) if grid_s is None else (spread(arrivals, grid_s, spec.seed), grid_s)
+    return (arrivals, None) if grid_s is None else (spread(arrivals, grid_s, load_seed(spec.seed)), grid_s)
 
 
 def _cycled(trace: Trace, arrivals: Times, rows: int | None, cut_ns: float | None) -> Times:
@@ -338,5 +341,5 @@ def _warmup(spec: PlanSpec, scheduled: Times | None, n: int) -> int:
 
 def _choose(spec: PlanSpec, n: int) -> npt.NDArray[np.bool_]:
     """Which requests' clients hang up."""
-    generator = np.random.Generator(np.random.PCG64([spec.seed & (2**64 - 1), *b"cancel"]))
+    generator = np.random.Generator(np.random.PCG64([load_seed(spec.seed) & (2**64 - 1), *b"cancel"]))
     return filled(n, lambda part: generator.random(part.stop - part.start) < spec.cancel_share, np.bool_)

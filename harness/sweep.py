@@ -17,6 +17,7 @@ from typing import Any, Literal
 import msgspec
 
 from harness.errors import UsageError, unknown_name
+from harness.seeds import drawn_seed, load_seed, with_load
 from harness.untrusted import read_toml
 
 MOST_LEVELS = 1000
@@ -80,7 +81,8 @@ class SweepSpec:
     """Servers that are there already: of the one tier, or a table with those of each tier."""
     replicas: int = 1
     repeats: int = 1
-    seed: int = 0
+    seed: int | None = None
+    """None: not stated; one is drawn when the sweep begins, for prompts that no server has seen."""
     order: Literal["random", "given", "abba"] = "random"
     """Of load levels and repeats within a pair. abba: two pairs in turns, A B B A, repeat after repeat, so that what
     drifts meets both alike (`harness compare`)."""
@@ -277,6 +279,13 @@ class Point:
     """A few figures of its report, seconds, requests/s and USD."""
 
 
+def seeded(spec: SweepSpec, begun: SweepSpec | None = None) -> SweepSpec:
+    """The spec with a seed: its own, else that of the sweep which was ``begun``, else one that is drawn."""
+    if spec.seed is not None:
+        return spec
+    return replace(spec, seed=drawn_seed() if begun is None else begun.seed)
+
+
 def make_points(spec: SweepSpec) -> list[Point]:
     """Every point in the order of execution: pair after pair, inside a pair shuffled by the seed (or as given).
 
@@ -295,7 +304,7 @@ def make_points(spec: SweepSpec) -> list[Point]:
         points.append(
             Point(
                 name=f"{len(points) + 1:03d}-{slug(pair.name)}-{run}", pair=k, level=level, repeat=repeat,
-                seed=point_seed(spec.seed, level, repeat), plan=f"{maker}-{run}.arrow",
+                seed=point_seed(spec.seed or 0, level, repeat), plan=f"{maker}-{run}.arrow",
             )
         )  # fmt: skip
     return points
@@ -312,13 +321,14 @@ def _in_order(spec: SweepSpec, found: Sequence[Pair]) -> Iterator[tuple[int, Lev
     for k, pair in enumerate(found):
         runs = [(k, level, repeat) for repeat in repeats for level in levels(spec)]
         if spec.order == "random":
-            random.Random(f"{spec.seed}/{pair.model}/{pair.tier}/{k}").shuffle(runs)
+            random.Random(f"{load_seed(spec.seed or 0)}/{pair.model}/{pair.tier}/{k}").shuffle(runs)
         yield from runs
 
 
 def point_seed(seed: int, level: Level, repeat: int) -> int:
-    """The seed of one level and repeat: 31 bits of a hash, so that no two sweeps' seeds are neighbours either."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{level.label}/{repeat}".encode()).digest()[:4]) >> 1
+    """The seed of one level and repeat: its load 31 bits of a hash, so that no two sweeps' seeds are neighbours."""
+    load = int.from_bytes(hashlib.sha256(f"{load_seed(seed)}/{level.label}/{repeat}".encode()).digest()[:4]) >> 1
+    return with_load(seed, load)
 
 
 def _plan_source(pair: Pair) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from analysis.against.paired import Observed
 from analysis.sizing.system import load_of, load_words, servers_of, slo_words, tier_words
 from analysis.summary import Summary
 from analysis.warm_cache import NAME as WARM
+from harness.seeds import load_seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +121,7 @@ def pair_runs(a: Sequence[Observed], b: Sequence[Observed]) -> tuple[Pairs, list
     pairs, reasons = {}, []
     for load in shared:
         runs_a, runs_b = sides[0][load], sides[1][load]
-        seeds_a, seeds_b = ([o.summary.plan.seed for o in runs] for runs in (runs_a, runs_b))
+        seeds_a, seeds_b = ([load_seed(o.summary.plan.seed) for o in runs] for runs in (runs_a, runs_b))
         if seeds_a != seeds_b:
             reasons.append(f"seed: A {_list(seeds_a)}, B {_list(seeds_b)}; each repeat needs one of the same seed")
         else:
@@ -138,7 +139,7 @@ def _list(seeds: Sequence[int]) -> str:
 
 def _by_load(side: Sequence[Observed]) -> dict[tuple[object, ...], list[Observed]]:
     loads: dict[tuple[object, ...], list[Observed]] = {}
-    for o in sorted(side, key=lambda o: (o.summary.plan.seed, o.summary.created, o.summary.run)):
+    for o in sorted(side, key=lambda o: (load_seed(o.summary.plan.seed), o.summary.created, o.summary.run)):
         loads.setdefault(load_of(o.summary), []).append(o)
     return loads
 

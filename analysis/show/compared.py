@@ -16,6 +16,7 @@ from analysis.show.winner import cheapest
 from analysis.sizing.at_slo import System, systems
 from analysis.sizing.system import servers_of, tier_words, where_words
 from analysis.summary import DEFAULT_ATTAIN, Summary
+from harness.seeds import load_seed
 
 COLORS = 8
 UNLIKE = ("trace", "SLO", "seed", "evidence", "loop")
@@ -168,7 +169,7 @@ def _differences(views: Sequence[RunView]) -> tuple[list[tuple[str, object]], Ta
     asked: dict[str, Callable[[Summary], object]] = {
         "trace": lambda s: f"{s.plan.trace} {s.plan.trace_sha256[:12]}",
         "plan": lambda s: s.plan_sha256[:12],
-        "seed": lambda s: s.plan.seed,
+        "seed": lambda s: load_seed(s.plan.seed),
         "requests": lambda s: s.plan.requests,
         "SLO": _slo,
         "loop": lambda s: KIND_WORDS[s.offered.kind],

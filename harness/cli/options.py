@@ -169,7 +169,12 @@ PLAN_OPTIONS = stack(
     click.option("--cancel", type=CANCEL, metavar="SHARE@TIME", help="Clients that hang up: 0.05@2s is 5 % after 2 s."),
     click.option("--limit", type=click.IntRange(min=1), help="Only the first N requests of the trace."),
     click.option("--duration", "duration_s", type=DURATION, help="Only this much of the planned time, e.g. 5m."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Seed of all that is drawn."),
+    click.option(
+        "--seed",
+        type=int,
+        help="Seed of all that is drawn. Default: the same load each time (0), with made-up prompts that no server has "
+        "seen; the number that gives them again is printed.",
+    ),
     click.option(
         "--tokenizer",
         type=click.Path(exists=True, path_type=Path),

@@ -18,7 +18,7 @@ from harness.records import Trace
 from harness.run import now_utc
 from harness.slo import criteria
 from harness.store import as_url, is_url
-from harness.sweep import Loads, SweepSpec, pairs
+from harness.sweep import Loads, SweepSpec, pairs, seeded
 from harness.sweep_state import SweepState, create_folder, differences, lock, read_state
 from harness.sweep_store import ANSWER as FILE
 from harness.traces.reading import open_asked
@@ -52,6 +52,7 @@ def capacity(
         folder = begun(Path(resume) if resume else None, root, _name(trace))
         state = _take_over(folder, spec, source)
     else:
+        spec = seeded(spec)
         state = SweepState(
             name=_name(trace), created=now_utc(), file=str(trace), spec=spec, trace_sha256=source.sha256,
             pairs=pairs(spec), points=[],
@@ -124,6 +125,7 @@ def _take_over(folder: Path, spec: SweepSpec, trace: Trace) -> SweepState:
     state = read_state(folder)
     if state.spec.options.get("search") != "capacity":
         raise UsageError(f"{folder}: is a sweep, not a search for capacity: harness sweep --resume {folder}")
+    spec = seeded(spec, state.spec)
     if changed := differences(state.spec, spec):
         raise UsageError(
             f"{folder}: was asked something else:\n  " + "\n  ".join(changed)

@@ -162,7 +162,7 @@ class CapacitySession(Session):
         say(f"next: {level.words} ({why})")
         point = Point(
             name=f"{len(points) + 1:03d}-{slug(pair.name)}-{run}", pair=0, level=level, repeat=repeat,
-            seed=point_seed(self.state.spec.seed, level, repeat), plan=f"{run}.arrow",
+            seed=point_seed(self.state.spec.seed or 0, level, repeat), plan=f"{run}.arrow",
         )  # fmt: skip
         points.append(point)
         return point

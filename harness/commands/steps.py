@@ -39,6 +39,7 @@ from harness.run import (
     now_utc,
     write_manifest,
 )
+from harness.seeds import drawn_seed
 from harness.server_metrics import ServerMetrics
 from harness.silence import ASK_AGAIN_S, SILENT_S, Silence
 from harness.slo import metrics_of
@@ -101,9 +102,13 @@ def make_plan(
         return target.vocabulary(), chat
 
     started = time.monotonic()
+    drawn = options.get("seed") is None
+    options = {**options, "seed": drawn_seed()} if drawn else options
     info = build_plan(trace, out, asked_plan(options, closed=closed), choose=choose)
     rate = f", {info.planned_rate:.4g} req/s" if info.planned_rate else ""
     tell(f"plan: {info.requests} requests from {info.trace_format} trace{rate} ({time.monotonic() - started:.1f} s)")
+    if drawn and info.tokenizer is not None:
+        tell(f"  seed {info.seed}, drawn: prompts that no server has seen; --seed {info.seed} makes them again")
     for note in [*info.notes, *too_long(out, target.max_model_len)]:
         tell(f"  note: {note}")
     return info

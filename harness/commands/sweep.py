@@ -18,7 +18,7 @@ from harness.commands.targets import rented
 from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, TraceError, UsageError
 from harness.run import Tier, now_utc
 from harness.store import as_url, is_url
-from harness.sweep import SweepSpec, levels, make_points, pairs, read_sweep
+from harness.sweep import SweepSpec, levels, make_points, pairs, read_sweep, seeded
 from harness.sweep_cost import Survey, expect, start_s, survey, usd_per_hour
 from harness.sweep_state import SweepState, create_folder, differences, find_folder, lock, read_state, write_state
 from harness.sweep_store import come_home
@@ -56,6 +56,7 @@ def sweep(
     else:
         assert spec is not None
         assert file is not None
+        spec = seeded(spec)
         state = SweepState(
             name=file.stem, created=now_utc(), file=str(file.resolve()), spec=spec, trace_sha256="",
             pairs=pairs(spec), points=make_points(spec),
@@ -117,6 +118,7 @@ def _newest(folder: Path, state: SweepState) -> SweepState:
 
 def _take_over(state: SweepState, spec: SweepSpec, file: Path, folder: Path) -> None:
     """Resume with the file said again. Raises `UsageError` when it asks for other points."""
+    spec = seeded(spec, state.spec)
     if changed := differences(state.spec, spec):
         raise UsageError(
             f"{file}: is not the sweep that was begun in {folder}:\n  " + "\n  ".join(changed)

@@ -9,6 +9,7 @@ from typing import Any
 from harness.errors import UsageError
 from harness.formats.asked import Asked
 from harness.records import Trace, open_trace
+from harness.seeds import load_seed
 from harness.selection import parse_where
 
 Files = Path | Sequence[Path]
@@ -31,7 +32,7 @@ def open_asked(trace: Files, options: dict[str, Any], *, arrivals_only: bool = F
 
         if not all(stated):
             raise UsageError("--input-tokens and --output-tokens go together")
-        seed = options.get("seed") or 0
+        seed = load_seed(options.get("seed") or 0)
         lengths = draw_lengths(parse_lengths(str(stated[0])), parse_lengths(str(stated[1])), seed)
     return open_trace(
         trace,
