@@ -254,6 +254,7 @@ class LoadWorkers:
         now = time.monotonic()
         if state.end is not None and (code is not None or now - state.heard > EXIT_S):
             state.over = state.end.exit or ("" if code in (0, None) else f"{describe_exit(code)} after its last row")
+            state.lost = state.ready is not None and (state.end.rows or 0) < state.ready.requests  # a full disk
         elif code is not None and state.child.trouble:
             state.lost, state.over = True, f"lost: {state.child.trouble}"
         elif code is not None:
@@ -277,7 +278,7 @@ class LoadWorkers:
 
     @property
     def lost(self) -> str | None:
-        """Which workers were killed in the middle, and how; null when none was."""
+        """Which workers lost rows, killed in the middle or for want of room, and how; null when none did."""
         gone = [f"load worker {k} {state.over}" for k, state in enumerate(self._states) if state.lost]
         return "; ".join(gone) or None
 

@@ -122,7 +122,7 @@ def test_without_a_key_none_is_inherited(tmp_path: Path, monkeypatch: pytest.Mon
     ("act", "expected"),
     [
         ("crash", "exit code 1: worker blew up"),
-        ("kill", "killed by SIGKILL"),
+        ("kill", "lost: killed by SIGKILL"),
         ("says so", "lost a connection pool"),
         ("fails late", "exit code 5 after its last row"),
     ],

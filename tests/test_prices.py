@@ -528,7 +528,7 @@ def test_every_shipped_tier_survives_writing(tmp_path: Path) -> None:
     [
         (lambda p: p.write_text("not = toml = "), "not a TOML file"),
         (lambda p: p.write_text("[x]\nprice = 1\n"), "unknown key 'price'"),
-        (lambda p: p.mkdir(), "Is a directory"),
+        (lambda p: p.mkdir(), "not a regular file"),
         (lambda p: p.symlink_to(CATALOGUE), "shipped catalogue is not written"),
     ],
 )

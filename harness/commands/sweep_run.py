@@ -197,6 +197,8 @@ class Session:
             if manifest.status == "stopped" and not manifest.lost:
                 self.end(point, "failed", f"budget: {manifest.reason}; the rows this far are kept")
                 self._skip_rest()
+            elif manifest.status == "lost":
+                self.end(point, "failed", manifest.reason)
             else:
                 problem = self.judge(point)
                 self.end(point, "failed" if problem else "done", problem or point.reason)

@@ -218,7 +218,7 @@
     const c = charts[+figure.dataset.chart], ratio = devicePixelRatio, top = 44 * ratio;
     [made.width, made.height] = [drawing.width, drawing.height + top];
     const ctx = made.getContext("2d");
-    ctx.fillStyle = getComputedStyle(document.body).backgroundColor; // a transparent picture is unreadable on another page
+    ctx.fillStyle = getComputedStyle(document.body).backgroundColor;
     ctx.fillRect(0, 0, made.width, made.height);
     ctx.drawImage(drawing, 0, top);
     ctx.fillStyle = color("ink");
