@@ -120,9 +120,7 @@ def test_an_error_that_nobody_foresaw_is_a_sentence(error: Exception, words: str
     assert words in said and "\n" not in said
 
 
-@pytest.mark.parametrize(
-    ("limit", "value"), [(resource.RLIMIT_NOFILE, 24), (resource.RLIMIT_AS, 300 << 20), (resource.RLIMIT_AS, 700 << 20)]
-)
+@pytest.mark.parametrize(("limit", "value"), [(resource.RLIMIT_NOFILE, 24), (resource.RLIMIT_AS, 300 << 20)])
 def test_limits_of_the_machine_are_a_sentence(tmp_path: Path, limit: int, value: int) -> None:
     path = write_run(tmp_path / "run", [good(i) for i in range(40)])
     done = subprocess.run(
@@ -146,5 +144,5 @@ def test_a_terminal_that_hangs_up_ends_the_verb_in_order(tmp_path: Path) -> None
         connection, _ = silent.accept()
         os.close(main_end)
         process.send_signal(signal.SIGHUP)
-        assert process.wait(timeout=10) == 130
+        assert process.wait(timeout=30) == 130  # the question itself would end after 15 s, with another status
         connection.close()
