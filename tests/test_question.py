@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -155,6 +154,11 @@ def test_json_of_any_kind_is_a_sentence(body: bytes) -> None:
         probe.find_model(f"{url}/v1", None, None)
 
 
+def hear_hangups() -> None:
+    """Under nohup a process inherits that SIGHUP is ignored, and so do these tests."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_question_is_broken_off_by_a_signal(number: signal.Signals, tmp_path: Path) -> None:
     heard = threading.Event()
@@ -167,7 +171,8 @@ def test_a_question_is_broken_off_by_a_signal(number: signal.Signals, tmp_path: 
     trace.write_text('{"arrival_s": 0, "input_tokens": 1, "output_tokens": 1}\n')
     with server(talk) as url:
         command = [sys.executable, "-m", "harness.cli", "replay", str(trace), "--base-url", url, "--out", str(tmp_path)]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ}, start_new_session=True)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True,
+                                   preexec_fn=hear_hangups)  # fmt: skip
         assert heard.wait(20)
         process.send_signal(number)
         _, said = process.communicate(timeout=10)
