@@ -254,7 +254,8 @@ class LoadWorkers:
         now = time.monotonic()
         if state.end is not None and (code is not None or now - state.heard > EXIT_S):
             state.over = state.end.exit or ("" if code in (0, None) else f"{describe_exit(code)} after its last row")
-            state.lost = state.ready is not None and (state.end.rows or 0) < state.ready.requests  # a full disk
+            wanted = (state.ready.requests if state.ready else None) or 0
+            state.lost = (state.end.rows or 0) < wanted  # as on a full disk
         elif code is not None and state.child.trouble:
             state.lost, state.over = True, f"lost: {state.child.trouble}"
         elif code is not None:
