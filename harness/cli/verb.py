@@ -29,7 +29,12 @@ CONFIG_BYTES = 1 << 20
 
 
 class Verb(click.Command):
-    """A command with --help-all, -q and -v; its options carry the name of their ``group``."""
+    """A command with -h, --help-all, -q and -v; its options carry the name of their ``group``."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        # Its own, not its group's: Click makes the option once, and a sweep file's options are parsed without a group.
+        self.context_settings.setdefault("help_option_names", ["-h", "--help"])
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """The verb's own options, then those that every verb has."""
