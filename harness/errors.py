@@ -110,7 +110,7 @@ def sentence(error: Exception) -> str:
             return f"{what}: {_LIMITS[error.errno]}"
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return f"{error}: {_LIMITS[errno.EAGAIN]}"
-    advice = "HARNESS_TRACEBACK=1 shows the whole of it, for a report of this fault"
+    advice = "-v (or HARNESS_TRACEBACK=1) shows the whole of it, for a report of this fault"
     return f"{what.splitlines()[0] if what else type(error).__name__} ({_where(error)}); {advice}"
 
 

@@ -37,9 +37,7 @@ from typing import Any
 import psutil
 import pyarrow as pa
 
-from harness.errors import ResultsError
-from harness.results import whole_batches
-from harness.untrusted import open_arrow
+from harness.results import read_stream
 
 SCHEMA_VERSION = "1"
 EVERY_S = 1.0
@@ -186,16 +184,4 @@ def read_host_metrics(path: Path) -> pa.Table:
 
     Raises `ResultsError` when it is missing or does not begin as a stream of this schema version.
     """
-    try:
-        with open_arrow(path) as source:
-            if source.size() == 0:
-                return SCHEMA.empty_table()
-            reader = pa.ipc.open_stream(source)
-            version = (reader.schema.metadata or {}).get(b"harness.host_metrics", b"?").decode("utf-8", "replace")
-            if version != SCHEMA_VERSION or reader.schema.names != SCHEMA.names:
-                raise ResultsError(f"{path}: host metrics schema {version}, this harness reads {SCHEMA_VERSION}")
-            return whole_batches(reader)
-    except FileNotFoundError as e:
-        raise ResultsError(f"{path}: no such file") from e
-    except (pa.ArrowException, OSError) as e:
-        raise ResultsError(f"{path}: not a file of host metrics ({e})") from e
+    return read_stream(path, SCHEMA, b"harness.host_metrics", SCHEMA_VERSION, "host metrics")

@@ -251,6 +251,29 @@ def read_results(path: Path) -> pa.Table:
     return pa.Table.from_batches(iter_results(path), schema=SCHEMA)
 
 
+def read_stream(path: Path, schema: pa.Schema, key: bytes, version: str, what: str) -> pa.Table:
+    """Rows of an Arrow stream of ``what``; every complete batch of one that was cut short, none of an empty file.
+
+    ``key`` is where its metadata says the version. Raises `ResultsError` when the file is missing or does not begin as
+    a stream of this schema and version.
+    """
+    try:
+        with open_arrow(path) as source:
+            if source.size() == 0:
+                return schema.empty_table()
+            reader = pa.ipc.open_stream(source)
+            said = (reader.schema.metadata or {}).get(key, b"?").decode("utf-8", "replace")
+            if said != version or reader.schema != schema:
+                raise ResultsError(f"{path}: {what} schema {said}, this harness reads {version}")
+            table = whole_batches(reader)
+        table.validate(full=True)
+        return table
+    except FileNotFoundError as e:
+        raise ResultsError(f"{path}: no such file") from e
+    except (pa.ArrowException, OSError) as e:
+        raise ResultsError(f"{path}: not a file of {what} ({e})") from e
+
+
 def whole_batches(reader: pa.RecordBatchStreamReader) -> pa.Table:
     """Every complete batch of a stream, up to a torn one, in few pieces: a batch of one row takes kilobytes."""
     held: list[pa.RecordBatch] = []

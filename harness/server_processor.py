@@ -31,9 +31,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from harness.errors import ResultsError
-from harness.results import whole_batches
-from harness.untrusted import open_arrow
+from harness.results import read_stream
 
 SCHEMA_VERSION = "1"
 
@@ -113,18 +111,4 @@ def read_server_processor(path: Path) -> pa.Table:
 
     Raises `ResultsError` when it is missing or does not begin as a stream of this schema version.
     """
-    try:
-        with open_arrow(path) as source:
-            if source.size() == 0:
-                return SCHEMA.empty_table()
-            reader = pa.ipc.open_stream(source)
-            version = (reader.schema.metadata or {}).get(b"harness.server_processor", b"?").decode("utf-8", "replace")
-            if version != SCHEMA_VERSION or reader.schema != SCHEMA:
-                raise ResultsError(f"{path}: processor schema {version}, this harness reads {SCHEMA_VERSION}")
-            table = whole_batches(reader)
-        table.validate(full=True)
-        return table
-    except FileNotFoundError as e:
-        raise ResultsError(f"{path}: no such file") from e
-    except (pa.ArrowException, OSError) as e:
-        raise ResultsError(f"{path}: not a file of processor times ({e})") from e
+    return read_stream(path, SCHEMA, b"harness.server_processor", SCHEMA_VERSION, "processor times")

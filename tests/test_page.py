@@ -578,7 +578,9 @@ def test_the_trade_off_is_per_accelerator_and_user(tmp_path):
     assert interactivity(runs[0]) == pytest.approx(100), "a token each 10 ms"
     charts = tradeoff_charts({"a": runs}, [], by_rate=True)
     assert [c.x_label for c in charts] == ["interactivity", "interactivity", "load"]
-    assert [(m.at, m.label) for m in charts[0].marks] == [(20, "SLO")]
+    assert [(m.at, m.label) for m in charts[0].marks] == [(20, "SLO")], "of p95, as the points are"
+    unlike = tradeoff_charts({"a": [runs[0], summarise(read_run(paths[1]), slo={"tpot_p90": 0.05})]}, [], by_rate=True)
+    assert unlike[0].marks == [], "two promises, no mark"
     assert charts[0].title == "Output tokens/s per server"
 
 

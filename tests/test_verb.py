@@ -16,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from harness.cli import cli
+from harness.cli import cli, main
 from harness.cli.verb import COMMON, Group, read_defaults
 from harness.errors import UsageError
 from harness.progress import LoadProgress
+from harness.verbosity import Verbosity, set_verbosity
 
 TRACE = Path(__file__).resolve().parent.parent / "scenarios" / "traces" / "azure-conv-2023.csv"
 RESERVED = {"api-key", "cache", "tiers", "models", "interpreted", "group", "peers", "complete"}
@@ -115,6 +116,15 @@ def test_the_command_line_wins_and_verbose_says_where_values_come_from(
     quiet = subprocess.run([*replay, "-q"], capture_output=True, text=True, timeout=100, check=False)
     assert quiet.stderr == ""
     assert "31 of 31 requests" in quiet.stdout
+
+
+def test_verbose_shows_the_traceback_of_a_fault_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.commands.doctor", lambda format_: {}["x"])
+    with pytest.raises(SystemExit):
+        main(["doctor"])
+    with pytest.raises(KeyError):
+        main(["doctor", "-v"])
+    set_verbosity(Verbosity.NORMAL)
 
 
 def progress(width: int = 80, **options: Any) -> LoadProgress:

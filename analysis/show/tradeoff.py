@@ -1,8 +1,8 @@
 """Pictures of the trade that a tier offers: what an accelerator gives against what a user sees of it, and its price.
 
-*Interactivity* is tokens/s of one user's stream, 1 / median TPOT; throughput per accelerator is output tokens/s over
-all of a system's accelerators (over its servers where a tier has none). Between two measured loads nothing is known;
-the lines only guide the eye.
+*Interactivity* is tokens/s of one user's stream: 1 / TPOT, at the percentile that the SLO promises, else the median.
+Throughput per accelerator is output tokens/s over all of a system's accelerators (over its servers where a tier has
+none). Between two measured loads nothing is known; the lines only guide the eye.
 
 Source: the axes are those of InferenceMAX's curves.
 """
@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from analysis.intervals import Quantity, scaled
-from analysis.show.plot import Chart, Mark, against, load_of
+from analysis.show.plot import Chart, Mark, against, load_of, promises_of
 from analysis.sizing.at_slo import System
 from analysis.summary import Summary
-from harness.slo import strictest
 
 
 def tradeoff_charts(groups: Mapping[str, Sequence[Summary]], found: Sequence[System], by_rate: bool) -> list[Chart]:
@@ -25,14 +24,17 @@ def tradeoff_charts(groups: Mapping[str, Sequence[Summary]], found: Sequence[Sys
     """
     everyone = [s for members in groups.values() for s in members]
     unit = "accelerator" if all(s.tier is not None and s.tier.accelerator_count for s in everyone) else "server"
-    limit_s = _tpot_limit(everyone)
+    percentile, limit_s = _promised(everyone)
     promised = [] if limit_s is None else [Mark(axis="x", at=1 / limit_s, label="SLO")]
     capacities = [
         Mark(axis="x", at=one.capacity.load.value, label="capacity")
         for one in found
         if one.loop == ("open" if by_rate else "closed") and one.capacity and one.capacity.load.value is not None
     ]
-    user = {name: [(x, s) for s in members if (x := interactivity(s)) is not None] for name, members in groups.items()}
+    user = {
+        name: [(x, s) for s in members if (x := interactivity(s, percentile)) is not None]
+        for name, members in groups.items()
+    }
     loads = {
         name: [(x, s) for s in members if (x := load_of(s, by_rate)) is not None] for name, members in groups.items()
     }
@@ -57,9 +59,9 @@ def tradeoff_charts(groups: Mapping[str, Sequence[Summary]], found: Sequence[Sys
     return [chart for chart in charts if chart is not None]
 
 
-def interactivity(summary: Summary) -> float | None:
-    """Tokens/s of one stream: 1 / median TPOT; None where that is not known."""
-    tpot_s = summary.metrics.tpot.p50.value
+def interactivity(summary: Summary, percentile: str = "p50") -> float | None:
+    """Tokens/s of one stream: 1 / TPOT at ``percentile``; None where that is not known."""
+    tpot_s = getattr(summary.metrics.tpot, percentile).value
     return 1 / tpot_s if tpot_s else None
 
 
@@ -69,7 +71,15 @@ def per_accelerator(summary: Summary) -> Quantity:
     return scaled(summary.rates.output_token_throughput, 1 / (summary.cost.replicas * (accelerators or 1)))
 
 
-def _tpot_limit(summaries: Sequence[Summary]) -> float | None:
-    """The one limit that all SLOs set on TPOT, s; None where there is none or they differ."""
-    found = {strictest(s.slo.limits, "tpot") if s.slo else None for s in summaries}
-    return found.pop() if len(found) == 1 else None
+def _promised(summaries: Sequence[Summary]) -> tuple[str, float | None]:
+    """The percentile of TPOT that all SLOs promise, and its limit, s: a mark says nothing of points at another one.
+
+    The median and None where there is no such promise, they differ, or no run has that percentile.
+    """
+    found = {promises_of(s.slo.limits, s.slo.attain).get("tpot") if s.slo else None for s in summaries}
+    promise = found.pop() if len(found) == 1 else None
+    if promise is not None:
+        name = f"p{promise[0] * 100:g}"
+        if any(getattr(s.metrics.tpot, name, None) and getattr(s.metrics.tpot, name).value for s in summaries):
+            return name, promise[1]
+    return "p50", None

@@ -22,6 +22,7 @@ from harness.cli.options import ENVIRONMENT, EXIT_STATUS
 from harness.cli.verb import Group, command, read_defaults
 from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, sentence, unknown_name
 from harness.terminal import cut, guard_streams, hung_up
+from harness.verbosity import Verbosity, verbosity
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Replay": (runs.replay, runs.plan, runs.serve, runs.run, sweep.sweep),
@@ -119,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stderr.close()
         code = EXIT_VALID
     except Exception as e:
-        if os.environ.get("HARNESS_TRACEBACK"):
+        if os.environ.get("HARNESS_TRACEBACK") or verbosity() is Verbosity.VERBOSE:
             raise
         _tell(f"harness: {sentence(e)}")
         code = EXIT_FAILURE
