@@ -24,6 +24,9 @@ from harness.errors import ServerError, UsageError
 
 MOST_BYTES = 1 << 24
 """Of an answer; none of those asked for is near it."""
+HEARING_S = 0.25
+"""The longest single wait. A signal that arrives just before a system call starts does not interrupt it, and Python
+hears of it only when the call returns."""
 PORTS = {"http": 80, "https": 443}
 """Where a URL of each scheme leads that names no port."""
 
@@ -139,10 +142,10 @@ def _addresses(host: str, port: int, end: float) -> list[tuple[int, Any]]:
             found.put(e)
 
     threading.Thread(target=resolve, name=f"resolve {host}", daemon=True).start()
-    try:
-        answer = found.get(timeout=_left(end))
-    except queue.Empty as e:
-        raise TimeoutError from e
+    while True:
+        with contextlib.suppress(queue.Empty):
+            answer = found.get(timeout=min(_left(end), HEARING_S))
+            break
     if isinstance(answer, Exception):
         raise answer
     return [(family, address) for family, _, _, _, address in answer]
@@ -173,5 +176,8 @@ class _Received(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        self._sock.settimeout(_left(self._end))
-        return self._sock.recv_into(buffer)
+        while True:
+            left = _left(self._end)
+            self._sock.settimeout(min(left, HEARING_S))
+            with contextlib.suppress(TimeoutError):
+                return self._sock.recv_into(buffer)

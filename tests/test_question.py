@@ -161,11 +161,11 @@ def hear_hangups() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_question_is_broken_off_by_a_signal(number: signal.Signals, tmp_path: Path) -> None:
-    heard = threading.Event()
+    heard, over = threading.Event(), threading.Event()
 
     def talk(connection: socket.socket) -> None:
         heard.set()
-        time.sleep(20)
+        over.wait(60)
 
     trace = tmp_path / "t.jsonl"
     trace.write_text('{"arrival_s": 0, "input_tokens": 1, "output_tokens": 1}\n')
@@ -173,7 +173,39 @@ def test_a_question_is_broken_off_by_a_signal(number: signal.Signals, tmp_path: 
         command = [sys.executable, "-m", "harness.cli", "replay", str(trace), "--base-url", url, "--out", str(tmp_path)]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True,
                                    preexec_fn=hear_hangups)  # fmt: skip
-        assert heard.wait(20)
+        assert heard.wait(60)
         process.send_signal(number)
-        _, said = process.communicate(timeout=10)
+        _, said = process.communicate(timeout=60)
+        over.set()
     assert (process.returncode, said.decode().strip()) == (130, "harness: stopped")
+
+
+def test_a_signal_is_heard_that_interrupts_no_system_call() -> None:
+    """One that comes just before the call, or to another thread, sets Python's flag and wakes nobody."""
+
+    class HeardError(Exception): ...
+
+    def handler(number: int, frame: object) -> None:
+        raise HeardError
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+
+            def send() -> None:
+                connection, _ = silent.accept()
+                with connection:
+                    connection.recv(1)  # asked: the wait for the answer begins
+                    time.sleep(0.1)
+                    signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+                    over.wait(60)
+
+            over = threading.Event()
+            threading.Thread(target=send, daemon=True).start()
+            begun = time.monotonic()
+            with pytest.raises(HeardError):
+                question.ask(f"http://127.0.0.1:{silent.getsockname()[1]}/", headers={}, deadline_s=60)
+            assert time.monotonic() - begun < 30
+    finally:
+        over.set()
+        signal.signal(signal.SIGUSR1, before)

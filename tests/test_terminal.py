@@ -147,5 +147,5 @@ def test_a_terminal_that_hangs_up_ends_the_verb_in_order(tmp_path: Path) -> None
         connection, _ = silent.accept()
         os.close(main_end)
         process.send_signal(signal.SIGHUP)
-        assert process.wait(timeout=10) == 130
+        assert process.wait(timeout=60) == 130
         connection.close()
