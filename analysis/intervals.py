@@ -1,7 +1,7 @@
 """A value and how far to trust it: sample-size rules, percentiles, means, rates, shares. Everything is 95 %.
 
 How much neighbours in time are alike is asked in `analysis.likeness`, which ranks bracket a percentile in
-`analysis.order_statistics`. How often the intervals cover: METRICS.md, tests/test_coverage.py.
+`analysis.order_statistics`. How often the intervals cover: INTERVALS.md, tests/test_coverage.py.
 """
 
 from __future__ import annotations

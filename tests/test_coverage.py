@@ -70,7 +70,7 @@ PROCESSES = {
 
 OUTSIDE = {("two regimes, 1500", "p95"): 0.979}
 """Figures that are not brought in, with what they cover: too wide where slow requests come from another regime, so that
-those at 95 % are less alike than those at 60 to 90 %. See METRICS.md."""
+those at 95 % are less alike than those at 60 to 90 %. See INTERVALS.md."""
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from analysis.summary import ErrorCount, Metrics, Rates, Server, Summary, summar
 from analysis.validity import Check
 from harness.commands.found import expand
 
-METRICS_MD = (Path(metrics.__file__).parent / "METRICS.md").read_text()
+METRICS_MD = "".join(path.read_text() for path in Path(metrics.__file__).parent.glob("*.md"))
 EVIL = "[bold red]x[/] | \x1b[31mred\x07 `code` <b>\u202egnp.exe\n# head\ud800"
 
 

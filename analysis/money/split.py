@@ -1,7 +1,7 @@
 """The bill divided into input, cached input and output, by four methods. Every division adds back to the bill exactly.
 
 A division is an answer only when the data can carry it: a mix that hardly varies, a part at zero or an interval wider
-than the price itself is "not identifiable", with the reason and the numbers behind it. Methods and rules: METRICS.md.
+than the price itself is "not identifiable", with the reason and the numbers behind it. Methods and rules: PRICES.md.
 """
 
 from __future__ import annotations

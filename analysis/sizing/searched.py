@@ -157,7 +157,7 @@ def capacity_from(
 
 CORRECTED = (
     "capacity is that of the whole trace: bursts and long answers that the probes met by chance, more or fewer than "
-    "the trace has, are taken out by the curve of its planned load (analysis/METRICS.md)"
+    "the trace has, are taken out by the curve of its planned load (analysis/PRICES.md)"
 )
 
 

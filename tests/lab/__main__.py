@@ -1,7 +1,7 @@
 """Run the studies and write the table: ``python -m tests.lab [--draws N] [--seed S] [--jobs J] [--only NAME ...]``.
 
 The lines of each study are kept in ``tests/lab/results/`` with the command, seed and commit that made them; the table
-in analysis/METRICS.md is made of all of them and of `CITED`, so that one study can be run again alone.
+in analysis/INTERVALS.md is made of all of them and of `CITED`, so that one study can be run again alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DRAWS = {
 """Studies, modules with ``rows(draws, seed, jobs)``, and how many draws each takes when nothing else is said."""
 HERE = Path(__file__).parent
 CITED, RESULTS = HERE / "cited.toml", HERE / "results"
-PAGE = HERE.parents[1] / "analysis" / "METRICS.md"
+PAGE = HERE.parents[1] / "analysis" / "INTERVALS.md"
 BEGIN, END = "<!-- claimed against true: begin -->", "<!-- claimed against true: end -->"
 WORDS = {True: "holds", False: "MISSED", None: "open"}
 
