@@ -142,6 +142,8 @@ class Columns:
         part: dict[str, Any] = {name: floats(batch.column(name)) for name in NUMBERS}
         part["request_id"] = np.asarray(batch.column("request_id").to_numpy(), dtype=np.int64)
         part["error"] = self._codes(batch)
+        for name in ("replica", "retries"):
+            part[name] = pc.fill_null(batch.column(name), -1).to_numpy()
         self._remarks(batch)
         self.resent += pc.sum(pc.greater(batch.column("retries"), 0)).as_py() or 0
         part["possible"] = possible(part)

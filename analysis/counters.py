@@ -7,7 +7,7 @@ limit, and nothing is concluded from them. Not checked is not INVALID.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -45,12 +45,16 @@ def _sampled_several(run: Run, replica: Replica) -> bool:
     """Whether the readings of each second, with those before and after the load, came from several processes."""
     if len(replica.metrics_urls) > 1:  # added up, and each page was looked at before and after
         return False
+    return several_processes(_readings(run, replica))
+
+
+def _readings(run: Run, replica: Replica) -> list[Mapping[str, float]]:
+    """What was read of a server's counters, in time order: before the load, each second of it, and after it."""
     table = read_server_metrics(RunDir(run.path).server_metrics(replica.index))
     rows = [] if table is None else table.select([*SAMPLED]).to_pylist()
     sampled = [{SAMPLED[c]: v for c, v in row.items() if v is not None} for row in rows]
     before, after = replica.counters_before, replica.counters_after
-    ends = [[] if known is None else [known] for known in (before, after)]
-    return several_processes([*ends[0], *sampled, *ends[1]])
+    return [*([] if before is None else [before]), *sampled, *([] if after is None else [after])]
 
 
 def server_counters(run: Run, shared: Sequence[str]) -> Check:
@@ -79,21 +83,21 @@ def server_restarts(run: Run, shared: Sequence[str]) -> Check:
     was there all the time.
     """
     restarted = [f"replica {r.replica} died ({r.how}), up again: {r.ready or 'never'}" for r in run.manifest.restarts]
+    several = len(run.manifest.replicas) > 1
+    where = {r.index: f" ({r.base_url})" for r in run.manifest.replicas if several}
     compared = 0
     for r in run.manifest.replicas:
-        before, after = r.counters_before, r.counters_after
-        if before is None or after is None or r.base_url in shared:
+        readings = _readings(run, r)
+        if len(readings) < 2 or r.base_url in shared:
             continue
         compared += 1
-        started = {name for name in before if name.startswith(START_TIME)}
-        if any(before[name] != after[name] for name in started & after.keys()):
-            restarted.append(f"replica {r.index} started again")
-        elif any(after.get(name, value) < value for name, value in before.items() if name not in started):
-            restarted.append(f"replica {r.index}: its counters fell")
-    for since_s, until_s, failed in outages(run):
+        if (how := _began_anew(readings)) is not None:
+            restarted.append(f"replica {r.index}{where.get(r.index, '')}{how}")
+    for one in outages(run):
+        whose = f"replica {one.replica}{where[one.replica]} " if one.replica in where else ""
         restarted.append(
-            f"from {since_s:.1f} to {until_s:.1f} s no connection came about and all in flight was lost ({failed} "
-            "requests), then answers came again"
+            f"{whose}from {one.since_s:.1f} to {one.until_s:.1f} s no connection came about and all in flight was lost "
+            f"({one.requests} requests), then answers came again"
         )
     ok = None if not compared and not restarted else not restarted
     observed = "; ".join(restarted) or (f"{compared} kept running" if compared else _unread(run, shared))
@@ -101,6 +105,21 @@ def server_restarts(run: Run, shared: Sequence[str]) -> Check:
         observed += f"; before this run: {'; '.join(restart.words for restart in earlier)}"
     advice = "the server restarted during the run, so caches and queues began empty: see its log, then run again"
     return check("server_restarts", ok, observed, "none", advice)
+
+
+def _began_anew(readings: Sequence[Mapping[str, float]]) -> str | None:
+    """How a later reading shows that the process is another one than before: its start time, or a counter that fell."""
+    last: dict[str, float] = {}
+    fell = False
+    for reading in readings:
+        for name, value in reading.items():
+            if name.startswith(START_TIME):
+                if last.get(name, value) != value:
+                    return " started again"
+            elif value < last.get(name, value):
+                fell = True
+        last.update(reading)
+    return ": its counters fell" if fell else None
 
 
 def token_books(run: Run, shared: Sequence[str]) -> Check:

@@ -315,7 +315,7 @@ def _rows(table: dict[str, Any], mask: Bools, plan: _Plan, held: Held) -> Rows:
     ids, scheduled = column("request_id"), seconds("scheduled_ns")
     sent, finished = seconds("sent_ns"), seconds("finished_ns")
     times = ("first_gap", "decode", "max_gap")
-    same = (*COUNTS, "error", "chunks", "stated_tokens", "first_tokens", "shared")
+    same = (*COUNTS, "error", "replica", "retries", "chunks", "stated_tokens", "first_tokens", "shared")
     rows = Rows(
         request_id=ids,
         rank=_rank(ids, scheduled, plan.requests),

@@ -6,48 +6,81 @@ once, refuses connections until it is back, and then answers again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
 import numpy as np
 
 from analysis import arrays
-from analysis.arrays import Floats
+from analysis.arrays import Bools, Floats
 from analysis.load import Rows, Run
 
 LEAST = 3
-"""Fewer failures than that may have had a reason of their own."""
+"""Fewer than that may have had a reason of their own."""
 
 
-def outages(run: Run) -> list[tuple[float, float, int]]:
-    """Each as (its first failure, its last one, s, and how many failed), where one server was asked.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outage:
+    """One server that was away for a while."""
 
-    In it requests failed unconnected or cut, at least one of them unconnected, and no answer that went well was under
-    way; there were such answers before and after.
+    replica: int
+    since_s: float
+    """The first request that met it so,"""
+    until_s: float
+    """and the last."""
+    requests: int
+
+
+def outages(run: Run) -> list[Outage]:
+    """Those of each server, in time order.
+
+    In it at least one request to this server failed unconnected or was cut, one found no connection or (``--retries``)
+    had to be sent again, to whichever server, and no answer of this one that went well was under way. There were such
+    answers before and after.
     """
-    codes = {name: run.errors.index(name) for name in ("connect", "cut") if name in run.errors}
-    if "connect" not in codes or len(run.manifest.spec.base_urls) > 1:
+    codes: dict[str, int] = {name: run.errors.index(name) for name in ("connect", "cut") if name in run.errors}
+    return [one for replica in range(len(run.manifest.spec.base_urls)) for one in _outages_of(run, replica, codes)]
+
+
+def _outages_of(run: Run, replica: int, codes: dict[str, int]) -> list[Outage]:
+    def failed(rows: Rows, part: slice, *names: str) -> Bools:
+        which = [codes[name] for name in names if name in codes]
+        return np.asarray((rows.replica[part] == replica) & np.isin(rows.error[part], which))
+
+    def again(rows: Rows, part: slice) -> Bools:
+        return np.asarray((rows.error[part] < 0) & (rows.retries[part] > 0) & bool(run.manifest.spec.retries))
+
+    def good(rows: Rows, part: slice) -> Bools:
+        return np.asarray((rows.replica[part] == replica) & (rows.error[part] < 0))
+
+    lost = _kept(run, "finished_s", lambda rows, part: failed(rows, part, "connect", "cut"))
+    if not len(lost):
         return []
-    sides = (run.rows, run.warmup)
-    failed = np.concatenate([_ends(rows, *codes.values()) for rows in sides])
-    refused = set(np.concatenate([_ends(rows, codes["connect"]) for rows in sides]).tolist())
-    began, ended = (np.concatenate([_good(rows, name) for rows in sides]) for name in ("sent_s", "finished_s"))
-    began.sort()
-    ended.sort()
-    found: list[list[float]] = []
-    place = -1
-    for at in np.sort(failed).tolist():
+    resent = _kept(run, "sent_s", again)
+    refused = {*_kept(run, "finished_s", lambda rows, part: failed(rows, part, "connect")).tolist(), *resent.tolist()}
+    # When the last try of what was sent again began is not known: its end alone shows that the server was there.
+    once = _kept(run, "sent_s", lambda rows, part: good(rows, part) & ~again(rows, part))
+    late = _kept(run, "finished_s", lambda rows, part: good(rows, part) & again(rows, part))
+    began, ended = np.sort(np.concatenate((once, late))), np.sort(_kept(run, "finished_s", good))
+    found: dict[int, list[float]] = {}
+    for at in np.sort(np.concatenate((lost, resent))).tolist():
         before, under_way = np.searchsorted(ended, at, side="right"), np.searchsorted(began, at)
-        if not 0 < before == under_way < len(ended):
-            continue
-        if before != place:
-            found.append([])
-        place = int(before)
-        found[-1].append(at)
-    return [(one[0], one[-1], len(one)) for one in found if len(one) >= LEAST and refused.intersection(one)]
+        if 0 < before == under_way < len(ended):
+            found.setdefault(int(before), []).append(at)
+    own = set(lost.tolist())
+    return [
+        Outage(replica=replica, since_s=one[0], until_s=one[-1], requests=len(one))
+        for one in found.values()
+        if len(one) >= LEAST and refused.intersection(one) and own.intersection(one)
+    ]
 
 
-def _ends(rows: Rows, *codes: int) -> Floats:
-    """When the requests of these classes ended, s."""
-    return arrays.kept(rows.finished_s, arrays.flags(len(rows), lambda part: np.isin(rows.error[part], codes)))
-
-
-def _good(rows: Rows, name: str) -> Floats:
-    return arrays.kept(getattr(rows, name), rows.success)
+def _kept(run: Run, name: str, where: Callable[[Rows, slice], Bools]) -> Floats:
+    """A column of the rows, those of the warm-up among them, that ``where`` says."""
+    return np.concatenate(
+        [
+            arrays.kept(getattr(rows, name), arrays.flags(len(rows), partial(where, rows)))
+            for rows in (run.rows, run.warmup)
+        ]
+    )

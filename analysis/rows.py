@@ -47,6 +47,10 @@ class Rows:
     planned_output_tokens: Floats
     error: npt.NDArray[np.int16]
     """Place of the error class in `Run.errors`, -1 for a success."""
+    replica: npt.NDArray[np.int16]
+    """The server it was last sent to, -1 when it was never sent."""
+    retries: npt.NDArray[np.int16]
+    """How often it was sent again."""
     chunks: npt.NDArray[np.int32]
     """How many chunks carried output."""
     first_gap_s: Floats

@@ -95,6 +95,49 @@ def test_what_is_no_restart(tmp_path: Path, results: list[Any]) -> None:
     assert outages(read_run(write_run(tmp_path / "r", results))) == []
 
 
+def at_server(row: Any, replica: int, **facts: Any) -> Any:
+    return replace(row, replica=replica, **facts)
+
+
+def test_a_restart_of_one_of_several_servers_is_noticed_and_named(tmp_path: Path) -> None:
+    """Server 0 goes on all the time; server 1 loses what it has, refuses, and comes back."""
+    urls = ["http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1"]
+    facts: dict[str, Any] = {
+        "engine": "url", "spec": replace(SPEC, base_urls=urls),
+        "replicas": [Replica(index=k, base_url=url) for k, url in enumerate(urls)],
+    }  # fmt: skip
+    down = {10, 12, 14}
+    results = [
+        at_server(bad(i, "cut" if i == 10 else "connect", took_ms=20) if i in down else good(i, ttft_ms=20), 1 - i % 2)
+        for i in range(40)
+    ]
+    s = summary(tmp_path / "r", results, **facts)
+    said = check(s, "server_restarts")
+    assert s.verdict == "INVALID" and said.ok is False and s.cost.usd_per_1m_total.value is None
+    assert said.observed.startswith("replica 1 (http://127.0.0.1:2/v1) from 1.0 to 1.4 s no connection came about")
+    assert len(outages(read_run(tmp_path / "r"))) == 1, "the other one answered all the time"
+    dealt = [at_server(row, row.request_id // 2 % 2) for row in results]
+    assert outages(read_run(write_run(tmp_path / "dealt", dealt, **facts))) == [], "each lost one or two, for itself"
+
+
+def sent_again(request_id: int, until_ms: int = 2000) -> Any:
+    """A request that found nobody there at first, and was answered soon after the server was back."""
+    took_ms = until_ms - 100 * request_id + request_id
+    return replace(good(request_id, ttft_ms=took_ms), retries=2)
+
+
+def test_a_restart_is_noticed_when_what_was_refused_was_sent_again(tmp_path: Path) -> None:
+    rows = with_failures([bad(10, "cut", took_ms=50), *(sent_again(i) for i in range(11, 19))])
+    retrying = replace(SPEC, retries=5)
+    s = summary(tmp_path / "r", rows, engine="url", spec=retrying)
+    said = check(s, "server_restarts")
+    assert s.verdict == "INVALID" and "from 1.1 to 1.8 s" in said.observed and "(9 requests)" in said.observed
+    kept = summary(tmp_path / "kept", rows, engine="url")
+    assert check(kept, "server_restarts").ok is None, "nothing is sent again unasked but on a connection that closed"
+    quota = with_failures([sent_again(i) for i in range(10, 19)])
+    assert outages(read_run(write_run(tmp_path / "quota", quota, spec=retrying))) == [], "429 loses nothing in flight"
+
+
 def test_an_unknown_number_is_not_printed_as_one(tmp_path: Path) -> None:
     names = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
     replica = Replica(

@@ -171,15 +171,19 @@ def test_pages_are_dealt_to_base_urls():
 def summary(tmp_path: Path, sampled: Sequence[dict[str, float]] = (), engine: str = "url", **facts: object) -> Summary:
     found = {"index": 0, "base_url": "http://127.0.0.1:1/v1", "counters_before": KEPT, "counters_after": MOVED}
     path = write_run(tmp_path / "run", [good(k) for k in range(20)], engine=engine, replicas=[Replica(**found | facts)])
+    write_samples(path, 0, sampled)
+    return summarise(read_run(path))
+
+
+def write_samples(path: Path, replica: int, sampled: Sequence[dict[str, float]]) -> None:
     columns = {"process_start_s": START, "prompt_tokens_total": INPUT, "generation_tokens_total": OUTPUT}
     rows = [
         {"t_ns": k * 10**9, "took_ns": 1, **{c: page.get(name) for c, name in columns.items()}}
         for k, page in enumerate(sampled)
     ]
-    file = str(RunDir(path).server_metrics(0))
+    file = str(RunDir(path).server_metrics(replica))
     with pa.OSFile(file, "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as stream:
         stream.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
-    return summarise(read_run(path))
 
 
 OTHER = {INPUT: 80.0, OUTPUT: 40.0, START: 9.0}
@@ -217,6 +221,39 @@ def test_a_restart_is_still_a_restart(tmp_path, sampled, after, engine):
     s = summary(tmp_path, sampled, engine, counters_after=after)
     assert s.verdict == "INVALID" and check(s, "server_restarts").ok is False
     assert check(s, "server_counters").ok is True
+
+
+BACK = {INPUT: 10.0, OUTPUT: 5.0}
+
+
+def without_start(*readings: dict[str, float]) -> list[dict[str, float]]:
+    return [{name: n for name, n in one.items() if name != START} for one in readings]
+
+
+@pytest.mark.parametrize(
+    ("sampled", "words"),
+    [
+        ([KEPT, BACK | {START: 9.0}, MOVED | {START: 9.0}], "started again"),  # no start time before and after
+        ([{INPUT: 180.0, OUTPUT: 90.0}, BACK], "its counters fell"),  # and are higher than before at the end
+        ([{INPUT: 180.0, OUTPUT: 90.0}, {}, BACK], "its counters fell"),  # it had none while it was not used
+    ],
+)
+def test_a_restart_in_mid_run_is_seen_though_the_counters_at_the_end_are_higher(tmp_path, sampled, words):
+    """Two servers; nothing is said of the first."""
+    before, after = without_start(KEPT, MOVED)
+    urls = ["http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1"]
+    path = write_run(
+        tmp_path / "run", [good(k) for k in range(20)], engine="url", spec=replace(SPEC, base_urls=urls, retries=3),
+        replicas=[
+            Replica(index=k, base_url=url, counters_before=before, counters_after=after) for k, url in enumerate(urls)
+        ],
+    )  # fmt: skip
+    write_samples(path, 0, without_start(KEPT, KEPT, MOVED))
+    write_samples(path, 1, sampled)
+    s = summarise(read_run(path))
+    said = check(s, "server_restarts")
+    assert s.verdict == "INVALID" and said.ok is False and s.cost.usd_per_1m_total.value is None
+    assert said.observed == f"replica 1 (http://127.0.0.1:2/v1){' ' if words[0] == 's' else ': '}{words}"
 
 
 def test_one_of_several_pages_that_began_anew_is_seen(tmp_path):
