@@ -15,8 +15,10 @@ from analysis.check import Check, check, limit
 from analysis.load import Rows, Run
 from analysis.outage import outages
 from harness.counters import several_processes
+from harness.errors import listed
 from harness.run import Replica, RunDir
-from harness.server_metrics import read_server_metrics
+from harness.server_metrics import read_server_metrics, samples_of_no_number
+from harness.terminal import printable
 
 BOOKS_BOUND = 0.005
 ANY = 1e15
@@ -53,8 +55,11 @@ def _readings(run: Run, replica: Replica) -> list[Mapping[str, float]]:
     table = read_server_metrics(RunDir(run.path).server_metrics(replica.index))
     rows = [] if table is None else table.select([*SAMPLED]).to_pylist()
     sampled = [{SAMPLED[c]: v for c, v in row.items() if v is not None} for row in rows]
-    before, after = replica.counters_before, replica.counters_after
-    return [*([] if before is None else [before]), *sampled, *([] if after is None else [after])]
+    before, after = (
+        [] if read is None else [{name: value for name, value in read.items() if value is not None}]
+        for read in (replica.counters_before, replica.counters_after)
+    )
+    return [*before, *sampled, *after]
 
 
 def server_counters(run: Run, shared: Sequence[str]) -> Check:
@@ -67,8 +72,23 @@ def server_counters(run: Run, shared: Sequence[str]) -> Check:
     read = [r for r in run.manifest.replicas if r.counters_before is not None]
     if not read:
         return limit("server_counters", None, _unread(run, shared), bound, "nothing to do")
+    if lost := _not_numbers(run):
+        observed = f"not measured, as what the servers said was no number: {listed(lost)}"
+        advice = "what needs them is not checked: see the servers' /metrics"
+        return limit("server_counters", False, observed, bound, advice)
     pages = sum(len(r.metrics_urls) or 1 for r in read)
     return limit("server_counters", True, f"{pages} read", bound, "")
+
+
+def _not_numbers(run: Run) -> list[str]:
+    """Counters and samples that some server stated as NaN or infinity."""
+    found: dict[str, None] = {}
+    for r in run.manifest.replicas:
+        for counters in (r.counters_before, r.counters_after):
+            found |= {printable(name): None for name, value in (counters or {}).items() if value is None}
+        sampled = samples_of_no_number(RunDir(run.path).server_metrics(r.index))
+        found |= {f"{column} (each second)": None for column in sampled}
+    return list(found)
 
 
 def _unread(run: Run, shared: Sequence[str]) -> str:
@@ -149,9 +169,12 @@ def moved_by(run: Run, counter: str) -> float | None:
     total = 0.0
     for replica in run.manifest.replicas:
         before, after = replica.counters_before, replica.counters_after
-        if before is None or after is None or counter not in after:
+        if before is None or after is None:
             return None
-        total += after[counter] - before.get(counter, 0.0)
+        start, end = before.get(counter, 0.0), after.get(counter)
+        if start is None or end is None:
+            return None
+        total += end - start
     return total if run.manifest.replicas and math.isfinite(total) else None
 
 

@@ -307,7 +307,7 @@ class Deployment:
             host.fetch()
         return self._watch.check()
 
-    def counters(self) -> list[dict[str, float] | None]:
+    def counters(self) -> list[probe.Counters | None]:
         """Each server's own counters now; null from one that does not answer."""
         return [probe.counters(replica.base_url, self.api_key) for replica in self.replicas]
 

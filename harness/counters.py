@@ -23,7 +23,7 @@ SETTLE_S = 5.0
 EVERY_S = 0.3
 _COUNTS = ("_total", "_sum", "_count")
 
-Reading = Mapping[str, float]
+Reading = Mapping[str, float | None]
 
 
 def check_metrics_urls(urls: Sequence[str], base_urls: Sequence[str], access: AccessLike) -> list[list[str]]:
@@ -61,7 +61,7 @@ def several_processes(readings: Sequence[Reading], *, at_once: bool = False) -> 
     A process that began anew never comes back: a start time that returns, or a counter that falls twice, is another
     process. Read ``at_once`` (faster than a server starts) any change of the start time and any fall is one.
     """
-    starts = [r[probe.START_TIME] for r in readings if probe.START_TIME in r]
+    starts = [start for r in readings if (start := r.get(probe.START_TIME)) is not None]
     changes = sum(a != b for a, b in pairwise(starts))
     falls = sum(_fell(a, b) for a, b in pairwise(readings))
     if at_once:
@@ -70,20 +70,25 @@ def several_processes(readings: Sequence[Reading], *, at_once: bool = False) -> 
 
 
 def _fell(before: Reading, after: Reading) -> bool:
-    return any(after[name] < value for name, value in before.items() if name.endswith(_COUNTS) and name in after)
+    return any(
+        value is not None and (later := after.get(name)) is not None and later < value
+        for name, value in before.items()
+        if name.endswith(_COUNTS)
+    )
 
 
-def summed(pages: Sequence[Reading]) -> dict[str, float]:
+def summed(pages: Sequence[Reading]) -> probe.Counters:
     """One reading of several processes: their counters added up, each one's start time under a name of its own."""
     if len(pages) == 1:
         return dict(pages[0])
-    total: dict[str, float] = {}
+    total: probe.Counters = {}
     for k, page in enumerate(pages):
         for name, value in page.items():
             if name == probe.START_TIME:
                 total[f"{name} {k}"] = value
             elif name.endswith((*_COUNTS, " num_gpu_blocks")):
-                total[name] = total.get(name, 0.0) + value
+                so_far = total.get(name, 0.0)
+                total[name] = None if value is None or so_far is None else so_far + value
             else:
                 total.setdefault(name, value)
     size = f"{probe.CACHE_INFO} block_size"

@@ -35,6 +35,8 @@ CACHE_INFO = "vllm:cache_config_info"
 and "vllm:cache_config_info num_gpu_blocks" (blocks it holds, on whatever device)."""
 CACHE_SETTINGS = ("block_size", "num_gpu_blocks")
 _WHOLE = re.compile(r"[0-9]{1,15}")
+Counters = dict[str, float | None]
+"""Name -> value; null: what the server said was no number."""
 
 _TLS: ssl.SSLContext | None = None
 """Whose certificates are trusted; None: the system's."""
@@ -224,12 +226,12 @@ def engine_version(base_url: str, access: AccessLike) -> str | None:
     return version if isinstance(version, str) else None
 
 
-def counters(base_url: str, access: AccessLike) -> dict[str, float] | None:
+def counters(base_url: str, access: AccessLike) -> Counters | None:
     """The server's own counters (``vllm:*_total``, summed over labels) and its start time; null when it has none."""
     return page_counters(page_beside(base_url, "/metrics"), access)
 
 
-def page_counters(url: str, access: AccessLike) -> dict[str, float] | None:
+def page_counters(url: str, access: AccessLike) -> Counters | None:
     """The same of one page of Prometheus text, wherever it is. Raises `RedirectError` when it is elsewhere."""
     try:
         text = fetch(url, access).decode("utf-8", "replace")
@@ -240,22 +242,22 @@ def page_counters(url: str, access: AccessLike) -> dict[str, float] | None:
     return parse_counters(text) or None
 
 
-def parse_counters(text: str) -> dict[str, float]:
+def parse_counters(text: str) -> Counters:
     """Prometheus text -> {name: value} for ``vllm:`` counters and sums, each summed over its labels.
 
     Also, when there are counters beside it, ``process_start_time_seconds``, which tells a restart, and of several
-    engines the last one's settings of its cache (`CACHE_INFO`). A counter of which any part is no number is left out:
+    engines the last one's settings of its cache (`CACHE_INFO`). A counter of which any part is no number is null:
     nothing is known of its sum.
     """
     parts: dict[str, list[float]] = {}
-    beside: dict[str, float] = {}
+    beside: Counters = {}
     for sample in read_samples(text, _is_counted):
         if sample.name == CACHE_INFO:
             settings = {key: sample.labels.get(key, "") for key in CACHE_SETTINGS}
             beside |= {f"{CACHE_INFO} {key}": float(n) for key, n in settings.items() if _WHOLE.fullmatch(n)}
         else:
             parts.setdefault(sample.name, []).append(sample.value)
-    totals = {name: summed for name, values in parts.items() if (summed := total(values)) is not None}
+    totals = {name: total(values) for name, values in parts.items()}
     return totals | beside if totals.keys() - {START_TIME} else {}
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
+import math
 import os
 import platform
 import re
@@ -164,9 +166,10 @@ class Replica:
     """Nice value it ran at; null when not known."""
     exit: str | None = None
     """null while it ran to the end of the run; else how it ended before that."""
-    counters_before: dict[str, float] | None = None
-    """Server's own counters just before the first request (`vllm:*_total`); null when it has none."""
-    counters_after: dict[str, float] | None = None
+    counters_before: dict[str, float | None] | None = None
+    """Server's own counters just before the first request (`vllm:*_total`); null when it has none. A single one is
+    null when what it said was no number."""
+    counters_after: dict[str, float | None] | None = None
     metrics_urls: list[str] = field(default_factory=list)
     """Pages whose counters are added up (``--metrics-url``); empty: the server's own /metrics."""
     several_servers: bool = False
@@ -358,6 +361,25 @@ def write_manifest(run: RunDir, manifest: RunManifest) -> None:
         raise ResultsError(f"{run.manifest}: cannot write ({e.strerror})") from e
 
 
+def _as_json(raw: bytes) -> bytes:
+    """``raw`` with null for NaN, Infinity and numbers beyond any, which other writers leave and no JSON has."""
+    try:
+        msgspec.json.decode(raw)
+        return raw
+    except msgspec.DecodeError:
+        pass
+    try:
+        found = json.loads(raw, parse_constant=lambda _: None, parse_float=_finite)
+    except ValueError:
+        return raw  # no JSON at all: let its reader say why
+    return msgspec.json.encode(found)
+
+
+def _finite(digits: str) -> float | None:
+    value = float(digits)
+    return value if math.isfinite(value) else None
+
+
 def read_manifest(path: Path) -> RunManifest:
     """The manifest of a run directory. Raises `ResultsError` when it is missing, torn or of another schema."""
     file = path / MANIFEST
@@ -366,6 +388,7 @@ def read_manifest(path: Path) -> RunManifest:
     except OSError as e:
         raise ResultsError(f"{path}: not a run directory: {MANIFEST}: {e.strerror}") from e
     try:
+        raw = _as_json(raw)
         version = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get("schema_version")
         if version is None or msgspec.json.decode(version) != SCHEMA_VERSION:
             raise ResultsError(f"{file}: schema {version!r}, this harness reads {SCHEMA_VERSION}")

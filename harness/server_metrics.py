@@ -36,6 +36,7 @@ from pathlib import Path
 from types import TracebackType
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from harness import probe
 from harness.access import AccessLike
@@ -129,10 +130,29 @@ class ServerMetrics:
 
 
 def read_server_metrics(path: Path) -> pa.Table | None:
-    """Samples of one server with the columns of `SCHEMA`, null where the file is older and has none; None: no samples.
+    """Samples of one server with the columns of `SCHEMA`, null where the file is older and has none, and for what is no
+    number (older runs wrote that down); None: no samples.
 
     A torn tail is left out: what came before it is whole.
     """
+    table = _read(path)
+    if table is None:
+        return None
+    for column in GAUGES:
+        at, values = table.schema.get_field_index(column), table.column(column)
+        table = table.set_column(at, SCHEMA.field(column), pc.if_else(pc.is_finite(values), values, None))
+    return table
+
+
+def samples_of_no_number(path: Path) -> list[str]:
+    """Columns in which a file has NaN or infinity."""
+    table = _read(path)
+    if table is None:
+        return []
+    return [column for column in GAUGES if pc.any(pc.invert(pc.is_finite(table.column(column)))).as_py()]
+
+
+def _read(path: Path) -> pa.Table | None:
     try:
         with open_arrow(path) as source, pa.ipc.open_stream(source) as reader:
             schema = reader.schema

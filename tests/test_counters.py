@@ -25,8 +25,9 @@ from analysis.summary import Summary, summarise
 from harness.access import Access
 from harness.counters import check_metrics_urls, count_after, count_before, several_processes, summed
 from harness.errors import ServerError, UsageError
+from harness.probe import parse_counters
 from harness.run import Replica, RunDir, read_manifest
-from harness.server_metrics import SCHEMA
+from harness.server_metrics import SCHEMA, read_server_metrics
 
 START = "process_start_time_seconds"
 INPUT, OUTPUT = "vllm:prompt_tokens_total", "vllm:generation_tokens_total"
@@ -361,3 +362,64 @@ def test_a_balancer_before_two_servers_is_measured_and_its_counters_where_they_a
     for one in (s, t, u):
         gates = {c.name for c in one.checks if c.gate and c.ok is False}
         assert gates <= {"lag", "generator_cpu", "generator_lag", "arrival_process", "littles_law"}, one.reasons
+
+
+# ---------------------------------------------------------------------------------------------- counters of no number
+
+
+def rewritten(path: Path, *, by: dict[str, str]) -> Path:
+    """The run directory with other words in its manifest."""
+    text = RunDir(path).manifest.read_text()
+    for old, new in by.items():
+        assert old in text
+        text = text.replace(old, new)
+    RunDir(path).manifest.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("word", ["null", "NaN", "Infinity", "-Infinity", "1e999"])
+def test_a_counter_that_is_no_number_is_not_measured_and_the_run_is_read(tmp_path, word):
+    """Older runs have null there, as msgspec writes NaN; others' writers have the words."""
+    path = write_run(
+        tmp_path / "run", [good(k) for k in range(20)], engine="url",
+        replicas=[Replica(index=0, base_url="http://127.0.0.1:1/v1",
+                          counters_before=KEPT | {"vllm:odd_total": 12345.0},
+                          counters_after=MOVED | {"vllm:odd_total": 67890.0})],
+    )  # fmt: skip
+    s = summarise(read_run(rewritten(path, by={"12345.0": word})))
+    assert s.verdict == "VALID" and check(s, "token_books").ok and check(s, "server_restarts").ok
+    said = check(s, "server_counters")
+    assert (said.ok, said.gate) == (False, False) and "vllm:odd_total" in said.observed
+
+
+@pytest.mark.parametrize("lost", [INPUT, START])
+def test_what_needs_a_counter_that_is_no_number_is_not_checked(tmp_path, lost):
+    for side in ("counters_before", "counters_after"):
+        values = {"counters_before": KEPT, "counters_after": MOVED}
+        s = summary(tmp_path / side, **{side: values[side] | {lost: None}})
+        assert s.verdict == "VALID", side
+        assert check(s, "token_books").ok is (None if lost == INPUT else True)
+        assert lost in check(s, "server_counters").observed
+
+
+def test_samples_that_are_no_number_are_null_and_said(tmp_path):
+    """Runs of before the parser knew NaN have it in their samples."""
+    sampled = [KEPT, KEPT | {START: float("nan")}, KEPT, KEPT | {START: float("inf"), INPUT: float("nan")}, KEPT]
+    s = summary(tmp_path, sampled)
+    assert s.verdict == "VALID" and check(s, "server_restarts").ok
+    said = check(s, "server_counters")
+    assert said.ok is False and "several" not in said.observed
+    assert "process_start_s" in said.observed and "prompt_tokens_total" in said.observed
+    table = read_server_metrics(RunDir(Path(s.run)).server_metrics(0))
+    assert table is not None and table.column("process_start_s").to_pylist() == [7.0, None, 7.0, None, 7.0]
+
+
+def test_a_page_with_a_counter_of_no_number_is_written_and_read_again(tmp_path):
+    first = parse_counters(f'{INPUT} 5\nvllm:odd_total NaN\n{OUTPUT}{{engine="1"}} +Inf\n')
+    assert first == {INPUT: 5.0, "vllm:odd_total": None, OUTPUT: None}
+    path = write_run(
+        tmp_path / "run", [good(0)], replicas=[Replica(index=0, base_url="http://x/v1", counters_before=first)]
+    )
+    assert read_manifest(path).replicas[0].counters_before == first
+    assert summed([first, {INPUT: 2.0, OUTPUT: 3.0}]) == {INPUT: 7.0, "vllm:odd_total": None, OUTPUT: None}
+    assert not several_processes([first, first, first], at_once=True)

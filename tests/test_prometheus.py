@@ -63,7 +63,8 @@ def test_counts_are_summed_shares_averaged_and_what_is_no_number_is_null() -> No
     found = read_gauges(text, text + "# EOF\n")
     assert (found["running"], found["kv_cache_usage"], found["engine_steps_total"]) == (10.0, 0.5, 16.0)
     assert [found[k] for k in ("prompt_tokens_total", "generation_tokens_total", "process_start_s")] == [None] * 3
-    assert probe.parse_counters(text) == {"vllm:iteration_tokens_total_count": 8.0}
+    nulls = dict.fromkeys((probe.START_TIME, "vllm:prompt_tokens_total", "vllm:generation_tokens_total"))
+    assert probe.parse_counters(text) == {"vllm:iteration_tokens_total_count": 8.0, **nulls}
     assert (total([]), mean([]), mean([1.0, math.nan])) == (None, None, None)
 
 
