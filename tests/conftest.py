@@ -30,6 +30,19 @@ class FakeServer:
         return [entry for line in self.log.read_text().splitlines() if (entry := json.loads(line)).pop("load")]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Group tests for ``pytest -n --dist loadgroup``: a file, whose tests share fixtures, is a group; so is all of Ray.
+
+    The group of Ray goes first: its tests start clusters, one after the other, and take longest.
+    """
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    ray = [item for item in items if item.get_closest_marker("ray")]
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item in ray else item.path.stem))
+    items.sort(key=lambda item: item not in ray)
+
+
 @pytest.fixture(autouse=True)
 def no_own_tiers(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """A developer's own tiers file must not leak into tests."""

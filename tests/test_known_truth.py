@@ -18,6 +18,8 @@ from conftest import ROOT, StartServer, descendants, gone, harness, interrupt, s
 
 from harness.results import ERRORS, read_results
 
+pytestmark = pytest.mark.alone
+
 
 def write_trace(path: Path, n: int, gap_s: float, input_tokens: int = 20, output_tokens: int = 20) -> Path:
     path.write_text(
