@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import Any
 import msgspec
 
 from cluster.tiers import CATALOGUE, read_tiers
+from harness import aws
+from harness.aws import AwsError
 from harness.errors import HarnessError, UsageError, unknown_name
 from harness.run import Tier
 
@@ -27,10 +29,6 @@ SPOT_DAYS_MAX = 90.0
 """EC2 keeps no more."""
 PAGES = 100
 """More than this is no answer to a question about one instance type."""
-CONNECT_S = 5
-READ_S = 30
-ATTEMPTS = 4
-"""Of one call, throttling and server faults included."""
 DESCRIPTIONS = ["Linux/UNIX", "Linux/UNIX (Amazon VPC)"]
 """The second is how accounts of before 2013 see the same thing."""
 
@@ -44,7 +42,6 @@ _WANTED = {
     "licenseModel": "No License required",
 }
 _SPOT = "-spot"
-_CREDENTIALS = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; pricing:GetProducts is enough"
 
 
 class RefusedError(HarnessError):
@@ -152,11 +149,9 @@ def on_demand_tier(tier: Tier, now: datetime) -> Tier:
         "Filters": [{"Type": "TERM_MATCH", "Field": k, "Value": v} for k, v in filters.items()],
         "MaxResults": 100,
     }
-    call = _client("pricing", PRICE_LIST_REGION).get_products
     where = f"{tier.instance} in {tier.region}"
-    products = [
-        _product(text, where) for page in _pages(call, request, "AWS Price List API") for text in page["PriceList"]
-    ]
+    pages = _pages("pricing", PRICE_LIST_REGION, "get_products", request, "AWS Price List API")
+    products = [_product(text, where) for page in pages for text in page["PriceList"]]
     offers = [offer for product in products for offer in _offers(product, filters)]
     if len(offers) != 1:
         raise HarnessError(f"AWS Price List API: {where}: {_what_came_back(products, offers)}")
@@ -238,8 +233,8 @@ def spot_tier(tier: Tier, days: float, now: datetime) -> Tier:
         "InstanceTypes": [tier.instance], "ProductDescriptions": DESCRIPTIONS, "StartTime": start, "EndTime": now,
         "MaxResults": 1000,
     }  # fmt: skip
-    call = _client("ec2", tier.region).describe_spot_price_history
-    rows = [row for page in _pages(call, request, "EC2 spot price history") for row in page["SpotPriceHistory"]]
+    pages = _pages("ec2", tier.region, "describe_spot_price_history", request, "EC2 spot price history")
+    rows = [row for page in pages for row in page["SpotPriceHistory"]]
     rows = [row for row in rows if row.get("InstanceType") == tier.instance]
     rows = [row for row in rows if row.get("ProductDescription") == DESCRIPTIONS[0]] or rows  # never both, mixed
     zones = zone_prices(rows, start, now)
@@ -290,46 +285,28 @@ def zone_prices(rows: Sequence[dict[str, Any]], start: datetime, end: datetime) 
 # --- asking AWS ----------------------------------------------------------------------------------------------------
 
 
-def _client(service: str, region: str) -> Any:
-    """A client with deadlines. Endpoints may be set in the environment (AWS_ENDPOINT_URL_PRICING, ..._EC2)."""
-    import boto3
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError
-
-    config = Config(
-        connect_timeout=CONNECT_S, read_timeout=READ_S, retries={"total_max_attempts": ATTEMPTS, "mode": "standard"}
-    )
-    try:
-        return boto3.session.Session().client(service, region_name=region, config=config)
-    except (BotoCoreError, ValueError) as e:
-        raise RefusedError(f"AWS cannot be asked: {e}; nothing was changed") from e
-
-
-def _pages(call: Callable[..., Any], request: dict[str, Any], what: str) -> list[dict[str, Any]]:
+def _pages(service: str, region: str, call: str, request: Mapping[str, object], what: str) -> list[dict[str, Any]]:
     """Every page of an answer. A page token that went stale on the way starts over, once."""
-    from botocore.exceptions import ClientError
-
     try:
-        return _read_pages(call, request, what)
-    except ClientError as e:
-        if e.response.get("Error", {}).get("Code") not in _STALE:
-            raise _explain(e, what) from e
-    try:
-        return _read_pages(call, request, what)
-    except ClientError as e:
-        raise _explain(e, what) from e
+        client = aws.client(service, region)
+        try:
+            return _read_pages(getattr(client, call), request, what)
+        except AwsError as e:
+            if e.code not in _STALE:
+                raise
+            return _read_pages(getattr(client, call), request, what)
+    except AwsError as e:
+        if e.refusal != "other":
+            raise RefusedError(f"{e}. Nothing was changed") from e
+        raise
 
 
-def _read_pages(call: Callable[..., Any], request: dict[str, Any], what: str) -> list[dict[str, Any]]:
-    from botocore.exceptions import BotoCoreError
-
+def _read_pages(call: Callable[..., Any], request: Mapping[str, object], what: str) -> list[dict[str, Any]]:
     pages: list[dict[str, Any]] = []
     token: str | None = None
     while True:
-        try:
+        with aws.explained(what, "pricing:GetProducts and, for spot prices, ec2:DescribeSpotPriceHistory"):
             page = call(**request, **({"NextToken": token} if token else {}))
-        except BotoCoreError as e:
-            raise _explain(e, what) from e
         pages.append(page)
         last, token = token, page.get("NextToken") or None
         if token is None:
@@ -339,34 +316,3 @@ def _read_pages(call: Callable[..., Any], request: dict[str, Any], what: str) ->
 
 
 _STALE = ("InvalidNextTokenException", "ExpiredNextTokenException", "InvalidNextToken")
-_DENIED = ("AccessDenied", "AccessDeniedException", "UnauthorizedOperation")
-_UNKNOWN = (
-    "AuthFailure", "InvalidClientTokenId", "UnrecognizedClientException", "SignatureDoesNotMatch",
-    "InvalidSignatureException", "ExpiredToken", "ExpiredTokenException", "RequestExpired", "OptInRequired",
-)  # fmt: skip
-_BUSY = ("Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequestsException")
-
-
-def _explain(e: Exception, what: str) -> HarnessError:
-    """What went wrong and what to do; `RefusedError` when every further question would fail alike."""
-    from botocore import exceptions as boto
-
-    if isinstance(e, boto.ClientError):
-        error = e.response.get("Error", {})
-        code, said = str(error.get("Code", "?")), str(error.get("Message", ""))[:200]
-        if code in _DENIED:
-            needs = "pricing:GetProducts and, for spot prices, ec2:DescribeSpotPriceHistory"
-            return RefusedError(f"{what}: these AWS credentials may not ask ({code}); they need {needs}. {_UNCHANGED}")
-        if code in _UNKNOWN:
-            return RefusedError(f"{what}: AWS refuses these credentials ({code}: {said}); renew them. {_UNCHANGED}")
-        if code in _BUSY:
-            return RefusedError(f"{what}: throttled {ATTEMPTS} times ({code}); wait a minute. {_UNCHANGED}")
-        return HarnessError(f"{what}: {code}: {said}")
-    if isinstance(e, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError):
-        return RefusedError(f"{what}: no usable AWS credentials ({e}): {_CREDENTIALS}. {_UNCHANGED}")
-    if isinstance(e, boto.HTTPClientError | boto.ConnectionError):
-        return RefusedError(f"{what}: AWS is out of reach ({e}); check the network and proxy. {_UNCHANGED}")
-    return HarnessError(f"{what}: {e}")
-
-
-_UNCHANGED = "Nothing was changed"

@@ -284,7 +284,7 @@ def test_no_single_answer_says_what_came_back(aws: FakeAws, products: list[dict[
 def test_products_that_are_no_json(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through botocore's own Stubber, which checks our request against the service's model."""
     client = boto3.client("pricing", region_name="us-east-1", aws_access_key_id="x", aws_secret_access_key="x")
-    monkeypatch.setattr(prices, "_client", lambda service, region: client)
+    monkeypatch.setattr("harness.aws.client", lambda service, region: client)
     with Stubber(client) as stub:
         for rows in (["{"], ["[]"], ['{"product": {"attributes": []}}']):
             stub.add_response("get_products", {"PriceList": rows})
@@ -305,7 +305,7 @@ def test_busy_and_stale_answers_are_asked_again(aws: FakeAws) -> None:
 @pytest.mark.parametrize(
     ("service", "code", "said"),
     [
-        ("pricing", "AccessDeniedException", "may not ask .*pricing:GetProducts and, for spot"),
+        ("pricing", "AccessDeniedException", "may not do this .*pricing:GetProducts and, for spot"),
         ("pricing", "UnrecognizedClientException", "refuses these credentials"),
         ("pricing", "ExpiredTokenException", "renew them"),
         ("pricing", "ThrottlingException", "throttled 1 times"),
@@ -316,7 +316,7 @@ def test_busy_and_stale_answers_are_asked_again(aws: FakeAws) -> None:
 def test_refusals_end_it_at_once(
     aws: FakeAws, monkeypatch: pytest.MonkeyPatch, service: str, code: str, said: str
 ) -> None:
-    monkeypatch.setattr(prices, "ATTEMPTS", 1)
+    monkeypatch.setattr("harness.aws.ATTEMPTS", 1)
     aws.products = [product()]
     aws.troubles.append((service, code))
     with pytest.raises(RefusedError, match=said) as caught:
@@ -327,7 +327,7 @@ def test_refusals_end_it_at_once(
 
 
 def test_other_faults_are_the_tiers_own(aws: FakeAws, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prices, "ATTEMPTS", 1)
+    monkeypatch.setattr("harness.aws.ATTEMPTS", 1)
     aws.products = [product()]
     aws.troubles.extend([("pricing", "InternalErrorException"), ("pricing", "HTML")])
     changes = refresh(["aws-g6.xlarge", "aws-g5.xlarge", "aws-p5.48xlarge"], now=NOW)
@@ -336,7 +336,7 @@ def test_other_faults_are_the_tiers_own(aws: FakeAws, monkeypatch: pytest.Monkey
 
 
 def test_without_credentials_or_network(aws: FakeAws, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prices, "ATTEMPTS", 1)
+    monkeypatch.setattr("harness.aws.ATTEMPTS", 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL_PRICING", "http://127.0.0.1:9")
     with pytest.raises(RefusedError, match=r"out of reach .*check the network"):
         one()
@@ -586,5 +586,5 @@ def test_the_verb(aws: FakeAws, own_folder: Path) -> None:
     before = (own_folder / "tiers.toml").read_bytes()
     refused = harness(*arguments)
     assert refused.returncode == 1
-    assert "may not ask" in refused.stderr
+    assert "may not do this" in refused.stderr
     assert (own_folder / "tiers.toml").read_bytes() == before
