@@ -57,7 +57,8 @@ def usage_text(run: Run) -> Check:
     name, bound = "usage_text", f"within {TOLERANCE:.0%} of the text, or {TOLERANCE_TOKENS:.0f} tokens an answer"
     extra = run.manifest.spec.extra_body
     if any(extra.get(several) not in (None, 1) for several in ("n", "best_of")):
-        return check(name, None, "several answers a request (n, best_of)", bound, "nothing to do")
+        observed = "several answers a request (n, best_of), whose tokens are counted together"
+        return limit(name, False, observed, bound, "ask for one answer a request where tokens and prices matter")
     answers = [one for one in sampled(run) if not one.counted.other]
     if not answers:
         return check(name, None, "no answer with text and a count was kept", bound, "nothing to do")

@@ -72,6 +72,7 @@ class _Delta(msgspec.Struct, gc=False):
 
 
 class _Choice(msgspec.Struct, gc=False):
+    index: Any = None
     text: Any = None
     delta: _Delta | None = None
     message: _Delta | None = None
@@ -184,8 +185,8 @@ class Completion:
     """
 
     __slots__ = (
-        "_certain", "_counted", "_stamps", "_tokens", "ended", "error", "finish_reason", "finished", "odd", "told",
-        "usage",
+        "_certain", "_counted", "_stamps", "_tokens", "ended", "error", "finish_reason", "finished", "odd", "several",
+        "told", "usage",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -198,6 +199,8 @@ class Completion:
         """The largest of each count that was seen: some servers send zeros before or after the real ones."""
         self.odd: dict[str, None] = {}
         """Fields that were left out since they are of no type that the API knows, in the order met."""
+        self.several = False
+        """Whether there were choices beside the first. Only the first is timed; usage counts all."""
         # One entry per event that may carry output: when, whether it surely does, and its tokens when the server said.
         # Arrays, because ten thousand streams may be open: 13 bytes for each event.
         self._stamps = array("q")
@@ -221,12 +224,12 @@ class Completion:
     def said_nothing(self) -> bool:
         """True when nothing was put out, and no count says that anything was."""
         usage = None if self.usage is None else self.usage.completion_tokens
-        return not (usage or self._counted or self._certain.count(_CERTAIN))
+        return not (usage or self._counted or self._certain.count(_CERTAIN) or self.several)
 
     @property
     def blank(self) -> bool:
         """True while nothing was said that any fact is made of."""
-        return self.open and self.empty and not self.finished and not self.odd
+        return self.open and self.empty and not self.finished and not self.odd and not self.several
 
     @property
     def open(self) -> bool:
@@ -240,6 +243,7 @@ class Completion:
             self.open
             and not self.finished
             and not self.odd
+            and not self.several
             and self.usage is None
             and self._certain == bytes([_CERTAIN])
             and self._tokens[0] == _UNSAID
@@ -339,20 +343,21 @@ class Completion:
         choices = event.choices
         if not choices:
             return
+        choice = self._first(choices)
+        if choice is None:
+            return
         if self.told is not None:
-            self.told.take(choices[0])
-            self.told.other |= len(choices) > 1
+            self.told.take(choice)
         output, counted = _NONE, None
-        for choice in choices:
-            if choice.finish_reason:
-                self._finish(choice.finish_reason)
-            delta = choice.delta or choice.message
-            if choice.text or (delta is not None and delta.has_output()):
-                output = _CERTAIN
-            elif output == _NONE and (choice.text is not None or (delta is not None and delta.may_be_token())):
-                output = _POSSIBLE
-            if isinstance(choice.token_ids, list):
-                counted = (counted or 0) + len(choice.token_ids)
+        if choice.finish_reason:
+            self._finish(choice.finish_reason)
+        delta = choice.delta or choice.message
+        if choice.text or (delta is not None and delta.has_output()):
+            output = _CERTAIN
+        elif choice.text is not None or (delta is not None and delta.may_be_token()):
+            output = _POSSIBLE
+        if isinstance(choice.token_ids, list):
+            counted = len(choice.token_ids)
         if counted is None and usage is not None and usage.completion_tokens is not None:
             counted = max(usage.completion_tokens - self._counted, 0)
         self._counted += counted or 0
@@ -360,6 +365,16 @@ class Completion:
             self._stamps.append(stamp)
             self._certain.append(output)
             self._tokens.append(_UNSAID if counted is None else counted)
+
+    def _first(self, choices: list[_Choice]) -> _Choice | None:
+        """The choice that is timed, if it is among these."""
+        first: _Choice | None = choices[0]
+        if len(choices) > 1 or choices[0].index:
+            first = next((one for place, one in enumerate(choices) if _index(one, place) == 0), None)
+            self.several |= len(choices) > 1 or first is None
+            if self.told is not None:
+                self.told.other |= self.several
+        return first
 
     def _finish(self, reason: object) -> None:
         self.finished = True
@@ -374,6 +389,8 @@ class Completion:
         An empty text may be a token whose character is not whole yet, a special one, or no token at all: only the
         server's own count decides.
         """
+        if self.several:
+            return self._at_least(_CERTAIN), None
         total = self.usage.completion_tokens if self.usage is not None else None
         if self._counts_agree(total):
             return array("q", compress(self._stamps, self._tokens)), array("i", filter(None, self._tokens))
@@ -396,6 +413,11 @@ class Completion:
         if not tokens or _UNSAID in tokens or (total is not None and sum(tokens) != total):
             return False
         return not any(not n and c == _CERTAIN for n, c in zip(tokens, self._certain, strict=True))
+
+
+def _index(choice: _Choice, place: int) -> int:
+    """Which choice this is: as it says, else by its place."""
+    return choice.index if type(choice.index) is int else place
 
 
 def _fields(part: bytes) -> tuple[bytes, bytes]:

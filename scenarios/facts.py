@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
+from typing import Literal
 
 from scenarios.completion import Completion, CompletionDetails, PromptDetails, Secret, Usage, clean, message_in
 
@@ -44,8 +45,8 @@ def facts_of(
         chunk_tokens=chunk_tokens,
         input_tokens=usage.prompt_tokens,
         cached_tokens=details.cached_tokens,
-        output_tokens=usage.completion_tokens,
-        reasoning_tokens=spent.reasoning_tokens,
+        output_tokens=None if completion.several else usage.completion_tokens,
+        reasoning_tokens=None if completion.several else spent.reasoning_tokens,
         finish_reason=completion.finish_reason,
         http_status=status,
         error=error[0] if error is not None else None,
@@ -53,9 +54,18 @@ def facts_of(
     )
 
 
+LeftOut = Literal["several choices", "fields"]
+"""Why something that a success said became no fact."""
+
+
 def _left_out(completion: Completion) -> str:
-    """What a success said that cannot be read; empty for an ordinary one."""
-    return f"left out, as of no type that can be read: {', '.join(completion.odd)}" if completion.odd else ""
+    """What a success said that became no fact, and why; empty for an ordinary one."""
+    words: dict[LeftOut, str] = {}
+    if completion.several:
+        words["several choices"] = "choices[0] alone is timed; usage counts all, so output_tokens is null"
+    if completion.odd:
+        words["fields"] = f"left out, as of no type that can be read: {', '.join(completion.odd)}"
+    return "; ".join(said if why == "fields" else f"{why}: {said}" for why, said in words.items())
 
 
 def _judge(

@@ -111,3 +111,60 @@ def test_what_was_said_without_streaming_and_on_completions():
     assert (said.text, said.token_ids) == ("ab", [7])
     odd = completion({"choices": [{"text": ["a"], "token_ids": "x"}]}, told=True).told
     assert (odd.text, odd.token_ids) == ("", [])
+
+
+# ---------------------------------------------------------------------------------------------------- several choices
+
+
+def of(index: int | None, **fields: Any) -> dict[str, Any]:
+    choice = {"delta": fields} if index is None else {"index": index, "delta": fields}
+    return {"choices": [choice]}
+
+
+def both(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    return {"choices": first["choices"] + second["choices"]}
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        # each choice in events of its own, as vLLM streams n=2: the second one begins sooner and ends later
+        (of(1, content="x"), of(0, content="a"), of(1, content="y"), of(0, content="b"), of(1, content="z"), usage(5)),
+        (of(1, content="x"), both(of(1, content="y"), of(0, content="a")), usage(9), of(0, content="b"), usage(9)),
+        (usage(3), both(of(None, content="a"), of(None, content="x")), usage(4), both(of(0, content="b"), of(1))),
+    ],
+)
+def test_of_several_choices_the_first_is_timed_and_no_count_of_all_is_taken_for_its_own(events):
+    """Stamps 2 and 4 are those of choice 0; the server's count is of all choices, so nobody knows that of one."""
+    made = completion(*events, told=True)
+    made.read_event(b"data: [DONE]\n\n", 9)
+    facts = facts_of(made, status=200, done=True, body=b"", location="", secret=None)
+    assert (facts.error, list(facts.chunk_ns)) == (None, [2, 4])
+    assert (facts.output_tokens, facts.chunk_tokens, facts.reasoning_tokens) == (None, None, None)
+    assert facts.input_tokens == 1, "a prompt is counted once"
+    assert facts.detail is not None and facts.detail.startswith("several choices: ")
+    assert made.told is not None and (made.told.text, made.told.other) == ("ab", True)
+
+
+def test_one_choice_of_any_index_or_none_is_as_ever():
+    for index in (0, None):
+        facts = facts_of(
+            completion(of(index, content="a"), of(index, content="b", finish_reason="stop"), usage(2)),
+            status=200, done=True, body=b"", location="", secret=None,
+        )  # fmt: skip
+        assert (list(facts.chunk_ns), facts.output_tokens) == ([1, 2], 2)
+
+
+def test_the_end_of_another_choice_is_not_the_end_of_the_first():
+    ended = {"choices": [{"index": 1, "delta": {}, "finish_reason": "length"}]}
+    facts = facts_of(completion(of(0, content="a"), ended), status=200, done=True, body=b"", location="", secret=None)
+    assert (facts.error, facts.finish_reason) == ("incomplete", None)
+
+
+def test_a_whole_answer_of_several_choices_has_no_count_of_its_first():
+    made = Completion()
+    made.told = Answer()
+    choices = [{"index": k, "message": {"content": text}, "finish_reason": "stop"} for k, text in ((1, "x"), (0, "a"))]
+    made.read_json(msgspec.json.encode({"choices": choices, "usage": {"completion_tokens": 2}}), 5)
+    facts = facts_of(made, status=200, done=True, body=b"", location="", secret=None)
+    assert (facts.error, list(facts.chunk_ns), facts.output_tokens, made.told.text) == (None, [5], None, "a")

@@ -62,6 +62,9 @@ SHAPES = [
     '{"choices":[{"text":%s}],"usage":[1]}',
     '{"choices":[{"text":%s,"finish_reason":1}]}',
     '{"choices":[{"text":%s}]',
+    '{"choices":[{"index":1,"text":%s}]}',
+    '{"choices":[{"text":%s,"index":1}]}',
+    '{"choices":[{"index":0,"delta":{"content":%s}},{"index":1,"delta":{}}]}',
 ]
 ENDS = [b"\n\n", b"\r\n\r\n", b"\n\r\n", b"\n"]
 
@@ -170,6 +173,7 @@ def test_what_only_looks_plain_is_never_taken(shape: str) -> None:
 
 ROLE = delta(role="assistant", content="")
 FIRST = delta(content="a")
+SECOND = b'data: {"choices":[{"index":1,"delta":{"role":"assistant","content":""}}]}\n\n'
 
 
 @pytest.mark.parametrize(
@@ -183,6 +187,7 @@ FIRST = delta(content="a")
         pytest.param([chunk(ROLE + FIRST)], [], id="in one chunk"),
         pytest.param([chunk(ROLE[:9]), chunk(ROLE[9:]), chunk(FIRST)], [], id="an event in two chunks"),
         pytest.param([chunk(usage(3)), chunk(FIRST)], [], id="what is said is no opening"),
+        pytest.param([chunk(ROLE), chunk(SECOND), chunk(FIRST)], [chunk(ROLE)], id="another choice"),
     ],
 )
 def test_an_opening_is_what_says_nothing_yet(parts: list[bytes], known: list[bytes]) -> None:

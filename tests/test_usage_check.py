@@ -204,9 +204,10 @@ def test_a_constant_difference_is_a_template_only_within_bounds(tmp_path, usage,
 
 
 def test_several_answers_a_request_and_old_runs_are_not_judged(tmp_path):
-    several = replace(SPEC, extra_body={"n": 2})
     answers = [said(k) for k in range(ANSWERS)]
-    assert checked(tmp_path, answers, 48, spec=several)[0].ok is None
+    for name in ("n", "best_of"):
+        said_so = checked(tmp_path / name, answers, 48, spec=replace(SPEC, extra_body={name: 2}))[0]
+        assert (said_so.ok, said_so.gate) == (False, False) and "counted together" in said_so.observed
     assert checked(tmp_path / "old", [], 48)[0].ok is None
 
 
