@@ -7,6 +7,9 @@ those of prompts that were mostly not read.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 
 from analysis.check import Check, limit
@@ -14,7 +17,8 @@ from analysis.fidelity.inputs import block_tokens, read_served
 from analysis.load import Run
 from harness.errors import PlanError
 from harness.run import RunDir
-from harness.traces.reuse import Reuse, UnknownTokensError, plan_prompts, prompt_reuse
+from harness.traces.reuse import UnknownTokensError, plan_prompts, prompt_reuse
+from harness.traces.text_reuse import BLOCK_BYTES, text_reuse, text_words
 
 NAME = "prefix_cache"
 POINTS = 0.02
@@ -23,6 +27,8 @@ FINEST = 16
 """Tokens in a block where nobody knows; a smaller one finds up to so many more of each prompt."""
 HEAD = 64
 """Tokens that an unknown chat template may put before every prompt, the same for all."""
+DENSER = 2.0
+"""Texts that prompts share may have so many more tokens a byte than the others."""
 UNKNOWN = "times to first token may be of a warm cache; restart the servers before the run to be sure"
 REASON = "the prefix cache knew more of the prompts than a cold one can"
 
@@ -39,13 +45,15 @@ def warm_cache(run: Run) -> Check:
         return limit(NAME, None, "the servers count no prefix-cache hits", bound, UNKNOWN)
     if found <= POINTS:
         return limit(NAME, True, f"{found:.1%} of input tokens found", bound, advice)
-    ideal = _ideal(run)
-    if ideal is None:
+    cold = _cold(run)
+    if cold is None:
         observed = f"{found:.1%} of input tokens found; the prompts' own share is the server's tokenizer's to count"
         return limit(NAME, None, observed, bound, UNKNOWN)
-    most = ideal.hit_rate + POINTS + _spare(run) * ideal.prompts / ideal.tokens
-    observed = f"{found:.1%} of input tokens found, {ideal.hit_rate:.1%} in a cold unlimited cache"
-    return limit(NAME, found <= most, observed, bound, advice)
+    observed = f"{found:.1%} of input tokens found, {cold.share:.1%} in a cold unlimited cache"
+    if cold.text:
+        observed += f" by the bytes of their text, {cold.most:.1%} at most"
+        advice = advice.replace("replay with another --seed, restart", "restart")  # which leaves texts as they are
+    return limit(NAME, found <= cold.most, observed, bound, advice)
 
 
 def _found(run: Run) -> float | None:
@@ -64,19 +72,66 @@ def _found(run: Run) -> float | None:
     return cached / tokens if tokens else None
 
 
-def _ideal(run: Run) -> Reuse | None:
-    """What a cold unlimited cache finds in the plan's prompts; None where their tokens are not known."""
-    info = run.manifest.plan
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cold:
+    """What an unlimited cache that begins empty finds, as a share of input tokens."""
+
+    share: float
+    most: float
+    """With all that is not known of blocks, templates and tokens."""
+    text: bool
+    """Some prompts are text of the trace, whose tokens are the server's to count."""
+
+
+def _cold(run: Run) -> Cold | None:
+    """None where the prompts' tokens are not known."""
+    info, path = run.manifest.plan, RunDir(run.path).plan
     if info.conversation == "live":
         return None
     try:
-        reuse = prompt_reuse(plan_prompts(RunDir(run.path).plan, info.template), block_tokens(run) or FINEST)
+        made = prompt_reuse(plan_prompts(path, info.template), block_tokens(run) or FINEST)
+        text = text_reuse(path)
+        each = _text_tokens(run) if text.tokens else 0.0
+        head = _head(run, path) if text.tokens else 0.0
     except (UnknownTokensError, PlanError):
         return None
-    return reuse if reuse.tokens and reuse.prompts == info.requests else None
+    if made.prompts + text.prompts != info.requests or each is None:
+        return None
+    of_text = each * text.prompts
+    tokens = made.tokens + of_text
+    if not tokens:
+        return None
+    shared = text.hit_rate
+    most_shared = DENSER * shared / (DENSER * shared + 1 - shared)
+    spare = _spare(run) * made.prompts + head * text.prompts
+    if text.tokens:
+        spare += BLOCK_BYTES * text.prompts * of_text / text.tokens
+    return Cold(
+        share=(made.hit_tokens + shared * of_text) / tokens,
+        most=(made.hit_tokens + most_shared * of_text + spare) / tokens + POINTS,
+        text=bool(text.prompts),
+    )
+
+
+def _text_tokens(run: Run) -> float | None:
+    """Mean input tokens of prompts of the trace's text, as the server counted them; None where it did not."""
+    counted = [side.input_tokens[side.success & np.isnan(side.planned_input_tokens)] for side in (run.rows, run.warmup)]
+    tokens = np.concatenate(counted)
+    tokens = tokens[np.isfinite(tokens)]
+    return float(tokens.mean()) if len(tokens) and tokens.sum() else None
+
+
+def _head(run: Run, path: Path) -> float:
+    """Tokens of each text that may be a chat template's, the same for all: what a prompt has beyond its words."""
+    if run.manifest.spec.endpoint != "chat":
+        return 0.0
+    words = text_words(path, run.manifest.plan.requests)
+    beyond = np.concatenate([side.input_tokens - words[side.request_id] for side in (run.rows, run.warmup)])
+    known = beyond[np.isfinite(beyond)]
+    return float(min(max(known.min(), 0.0), HEAD)) if len(known) else float(HEAD)
 
 
 def _spare(run: Run) -> int:
-    """Tokens of each prompt that may be found beyond that."""
+    """Tokens of each made-up prompt that may be found beyond that."""
     chat = run.manifest.spec.endpoint == "chat" and run.manifest.plan.template is None
     return (HEAD if chat else 0) + (FINEST if block_tokens(run) is None else 0)

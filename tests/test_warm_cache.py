@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -56,6 +57,67 @@ def test_what_prompts_share_is_found_by_a_cold_cache_too(tmp_path, shared, cache
 def test_prompts_whose_tokens_are_the_servers_are_not_checked(tmp_path):
     s = run(tmp_path / "run", cached=62, ids=False)
     assert cache_check(s).ok is None and s.cost.usd_per_1m_total.value is not None
+
+
+def text_run(path, texts, *, tokens, cached, chat=False) -> Summary:
+    """Prompts of the trace's own text, of which the server counts ``tokens`` each and finds ``cached``."""
+    named = [{"messages": text, "prompt_text": None} if chat else {"prompt_text": text} for text in texts]
+    plan = {k: {"input_tokens": None, "prompt_token_ids": None, **fields} for k, fields in enumerate(named)}
+    rows = [replace(good(k, k * 50_000_000), input_tokens=tokens, cached_tokens=cached) for k in range(len(texts))]
+    spec = replace(SPEC, endpoint="chat" if chat else "completions")
+    write_run(path, rows, plan=plan, spec=spec, engine="url", answers=[])
+    return summarise(read_run(path))
+
+
+def words(k: int, n: int) -> str:
+    return " ".join(f"w{k}x{i}" for i in range(n))
+
+
+SHARED = words(0, 500)
+
+
+@pytest.mark.parametrize(
+    ("texts", "cached", "ok"),
+    [
+        ([words(k, 1000) for k in range(N)], 0, True),
+        ([words(k, 1000) for k in range(N)], 100, False),  # nothing is shared
+        ([f"{SHARED} {words(k + 1, 500)}" for k in range(N)], 490, True),
+        ([f"{SHARED} {words(k + 1, 500)}" for k in range(N)], 600, True),  # it may be denser than the rest
+        ([f"{SHARED} {words(k + 1, 500)}" for k in range(N)], 960, False),
+        ([words(0, 1000)] * N, 990, True),  # one prompt for all
+    ],
+)
+def test_texts_share_what_their_bytes_share(tmp_path, texts, cached, ok):
+    s = text_run(tmp_path / "run", texts, tokens=1000, cached=cached)
+    said = cache_check(s)
+    assert said.ok is ok and s.verdict == "VALID"
+    assert (s.cost.usd_per_1m_total.value is None) is (not ok)
+    if not ok:
+        assert "by the bytes of their text" in said.observed
+        assert "--seed" not in (said.advice or "--seed"), "no seed changes texts of the trace"
+
+
+def test_a_chat_shares_its_turns_and_a_template_no_longer_than_its_prompts_leave_room_for(tmp_path):
+    def chat(*contents: str) -> str:
+        roles = ("user", "assistant")
+        return json.dumps([{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)])
+
+    turns = [chat(*(words(k, 100) for k in range(n))) for n in range(1, 12, 2)]
+    assert cache_check(text_run(tmp_path / "turns", turns, tokens=620, cached=520, chat=True)).ok
+    alone = [chat(words(k, 100)) for k in range(N)]
+    for tokens, cached, ok in ((130, 28, True), (130, 96, False), (100, 28, False)):
+        s = text_run(tmp_path / f"{tokens}-{cached}", alone, tokens=tokens, cached=cached, chat=True)
+        assert cache_check(s).ok is ok, (tokens, cached, cache_check(s).observed)
+
+
+def test_prompts_made_up_and_prompts_of_text_add_up(tmp_path):
+    """Half of the input is 20 prompts of the trace's text, which share nothing; the others are one prompt of ids."""
+    plan = {k: {"input_tokens": None, "prompt_token_ids": None, "prompt_text": words(k, 1000)} for k in range(20)}
+    plan |= {k: {"input_tokens": 1000, "prompt_token_ids": [*range(1000)]} for k in range(20, N)}
+    for cached, ok in ((450, True), (700, False)):
+        rows = [replace(good(k, k * 50_000_000), input_tokens=1000, cached_tokens=cached) for k in range(N)]
+        path = write_run(tmp_path / str(cached), rows, plan=plan, engine="url", answers=[])
+        assert cache_check(summarise(read_run(path))).ok is ok
 
 
 def test_a_server_that_had_these_prompts_is_named_before_the_start(tmp_path):
