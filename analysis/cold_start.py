@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from analysis import arrays, metrics
+from analysis import metrics
 from analysis.arrays import Bools, Floats
 from analysis.check import Check, limit, ms
 from analysis.load import Run
@@ -67,10 +67,10 @@ def first_wave(took_s: Floats, tokens: Floats) -> int:
 
 def _in_order(run: Run, streamed: bool) -> tuple[Floats, Floats]:
     """How long each success took, s, and its input tokens, in the order of sending."""
-    took_s = metrics.column(run.rows, metrics.service_ttft if streamed else metrics.service_e2e)
-    known = arrays.finite(took_s)
-    order = np.argsort(arrays.kept(run.rows.sent_s, known), kind="stable")
-    return arrays.kept(took_s, known)[order], arrays.kept(run.rows.input_tokens, known)[order]
+    took_s = (metrics.service_ttft if streamed else metrics.service_e2e)(run.rows)
+    known = np.isfinite(took_s)
+    order = np.argsort(run.rows.sent_s[known], kind="stable")
+    return took_s[known][order], run.rows.input_tokens[known][order]
 
 
 def _leading(flags: Bools) -> int:

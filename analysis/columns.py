@@ -16,7 +16,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from analysis import arrays
 from analysis.arrays import Bools, Floats, Ints
 from harness.errors import ResultsError
 from harness.plan import iter_plan_columns
@@ -26,7 +25,6 @@ from harness.untrusted import open_arrow
 PART_CHUNKS = 200_000
 """Chunks that are worked on at a time: what a step needs beside them stays in tens of megabytes."""
 PART_ROWS = 100_000
-FIRST_ROOM = 65_536
 LONGEST_NS = 2**53
 """104 days: no run is longer, and times within it are exact as floats."""
 MOST_CLASSES = 1000
@@ -34,6 +32,9 @@ MOST_CLASSES = 1000
 LISTS = {"chunk_gap_ns", "chunk_tokens"}
 COUNTS = ("input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens")
 NUMBERS = ("scheduled_ns", "sent_ns", "finished_ns", *COUNTS)
+
+Table = dict[str, npt.NDArray[Any]]
+"""Columns of one length by name."""
 
 
 def read_facts(path: Path) -> Iterator[pa.RecordBatch]:
@@ -97,7 +98,7 @@ def _cut(held: list[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 def plan_size(path: Path) -> int:
     """How many requests a plan has. Raises `ResultsError` unless their ids are 0..n-1 in any order, `PlanError`."""
     n = sum(len(batch) for batch in iter_plan_columns(path, ["request_id"]))
-    seen = arrays.zeros(n, np.bool_)
+    seen = np.zeros(n, np.bool_)
     for batch in iter_plan_columns(path, ["request_id"]):
         ids = batch.column(0).to_numpy()
         if ids.min(initial=0) < 0 or ids.max(initial=0) >= n:
@@ -112,7 +113,7 @@ def plan_column(
     path: Path, name: str, n: int, values: Callable[[Any], Any], dtype: npt.DTypeLike = np.float64
 ) -> npt.NDArray[Any]:
     """A column of a plan of ``n`` requests by request id, read a batch at a time. Raises `PlanError`."""
-    made = arrays.empty(n, dtype)
+    made = np.empty(n, dtype)
     for batch in iter_plan_columns(path, ["request_id", name]):
         made[batch.column(0).to_numpy()] = values(batch.column(1))
     return made
@@ -133,13 +134,11 @@ class Columns:
     remark: str | None = None
     """The first of those details."""
     rows: int = 0
-    _room: int = 0
-    _columns: dict[str, Any] = field(default_factory=dict)
-    """Of `_room` entries, of which ``rows`` are used."""
+    _parts: list[Table] = field(default_factory=list)
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Reduce one batch. Raises `ResultsError` for rows of too many error classes."""
-        part: dict[str, Any] = {name: floats(batch.column(name)) for name in NUMBERS}
+        part: Table = {name: floats(batch.column(name)) for name in NUMBERS}
         part["request_id"] = np.asarray(batch.column("request_id").to_numpy(), dtype=np.int64)
         part["error"] = self._codes(batch)
         for name in ("replica", "retries"):
@@ -151,30 +150,15 @@ class Columns:
             chunks = reduce_chunks(batch)
             part["possible"] &= chunks.pop("possible")
             part |= chunks
-        end = self.rows + len(batch)
-        if not self._columns or end > self._room:
-            self._grow(max(end, 2 * self._room, FIRST_ROOM), part)
-        for name, values in part.items():
-            self._columns[name][self.rows : end] = values
-        if self.rows // arrays.BLOCK < end // arrays.BLOCK:
-            for values in self._columns.values():
-                arrays.forget(values)
-        self.rows = end
+        self._parts.append(part)
+        self.rows += len(batch)
 
-    def _grow(self, room: int, part: dict[str, Any]) -> None:
-        for name, values in part.items():
-            wider = arrays.empty(room, values.dtype)
-            for span in arrays.blocks(self.rows):
-                wider[span] = self._columns[name][span]
-            self._columns[name] = wider
-        self._room = room
-
-    def take(self) -> dict[str, Any]:
+    def take(self) -> Table:
         """Name -> column over all batches; they are forgotten here."""
-        if not self._columns:
+        if not self._parts:
             self.add(pa.record_batch([pa.array([], f.type) for f in SCHEMA], schema=SCHEMA))
-        columns, self._columns = self._columns, {}
-        return {name: values[: self.rows] for name, values in columns.items()}
+        parts, self._parts = self._parts, []
+        return {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
 
     def _remarks(self, batch: pa.RecordBatch) -> None:
         detail, error = batch.column("detail"), batch.column("error")
@@ -210,7 +194,7 @@ CHUNKS |= dict.fromkeys(("chunks", "shared"), np.int32)
 """What `reduce_chunks` makes, and of which type."""
 
 
-def reduce_chunks(batch: pa.RecordBatch) -> dict[str, Any]:
+def reduce_chunks(batch: pa.RecordBatch) -> Table:
     """What stays of each row's chunks: ``chunks``, ``first_gap_ns``, ``decode_ns`` (first chunk to last),
     ``max_gap_ns`` (longest after the first), ``stated_tokens``, ``first_tokens`` (of these, in the first chunk),
     ``shared`` (chunks with the time of the one before), and ``possible``: False where they contradict each other or
@@ -257,7 +241,7 @@ def reduce_chunks(batch: pa.RecordBatch) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def possible(part: dict[str, Any]) -> Bools:
+def possible(part: Table) -> Bools:
     """False for rows that contradict themselves: a row that cannot be true is no evidence of anything."""
     sent, finished = part["sent_ns"], part["finished_ns"]
     was_sent = np.isfinite(sent)
@@ -271,7 +255,7 @@ def possible(part: dict[str, Any]) -> Bools:
     return ok
 
 
-def chunk_arrays(batch: pa.RecordBatch) -> dict[str, Any]:
+def chunk_arrays(batch: pa.RecordBatch) -> Table:
     """Every chunk of a batch: ``offsets``, ``gap_s``, ``chunk_s``, ``chunk_tokens``."""
     gaps, offsets = lists(batch.column("chunk_gap_ns"))
     counts = np.diff(offsets)

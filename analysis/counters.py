@@ -184,18 +184,16 @@ def _booked(rows: Rows, *, free: bool) -> dict[str, tuple[float, float]]:
     A request that was sent and has no usage can have used anything up to what was planned for it, or whatever it liked
     where lengths were ``free``; the server may have finished what failed or was cancelled here.
     """
-    booked = dict.fromkeys(("input", "output", "requests"), (0.0, 0.0))
-    for _, part in rows.blocks():
-        sent = np.isfinite(part.sent_s)
-        sides = {
-            "input": (part.input_tokens, part.planned_input_tokens),
-            "output": (part.output_tokens, part.planned_output_tokens * (np.nan if free else 1.0)),
-            "requests": (np.where(part.success, 1.0, np.nan), np.ones(len(part))),
-        }
-        for side, (got, planned) in sides.items():
-            known = np.isfinite(got)
-            # no plan for it (text, free length): anything is possible, so the books cannot show an excess
-            beyond = np.nan_to_num(planned[sent & ~known], nan=ANY).sum()
-            before, more = booked[side]
-            booked[side] = before + float(got.sum(where=known)), min(more + float(beyond), ANY)
+    sent = np.isfinite(rows.sent_s)
+    sides = {
+        "input": (rows.input_tokens, rows.planned_input_tokens),
+        "output": (rows.output_tokens, rows.planned_output_tokens * (np.nan if free else 1.0)),
+        "requests": (np.where(rows.success, 1.0, np.nan), np.ones(len(rows))),
+    }
+    booked = {}
+    for side, (got, planned) in sides.items():
+        known = np.isfinite(got)
+        # no plan for it (text, free length): anything is possible, so the books cannot show an excess
+        beyond = np.nan_to_num(planned[sent & ~known], nan=ANY).sum()
+        booked[side] = float(got.sum(where=known)), min(float(beyond), ANY)
     return booked

@@ -13,32 +13,30 @@ from analysis.load import Run
 UNTOLD_BOUND = 0.01
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Seen:
     """Streamed successes of two output tokens or more, and those of them that cannot be timed by token."""
 
-    streamed: int = 0
-    clumps: int = 0
-    single: int = 0
+    streamed: int
+    clumps: int
+    single: int
     """All in one event."""
-    hidden: int = 0
+    hidden: int
     """With declared reasoning that may not have been streamed."""
-    unclear: int = 0
+    unclear: int
     """Nobody says how many tokens a chunk holds."""
 
 
 def delivery(run: Run) -> tuple[Check, Check]:
     """Output arrived as it was made, and it is known how many tokens came between first chunk and last."""
-    seen = _Seen()
-    for _, part in run.rows.blocks():
-        streamed = part.success & (part.chunks >= 1) & (part.output_tokens >= 2)
-        clumps, single, declared = metrics.clumped(part), part.chunks == 1, part.reasoning_tokens > 0
-        lost = streamed & ~clumps & ~single & np.isnan(metrics.between(part))
-        seen.streamed += int(streamed.sum())
-        seen.clumps += int((streamed & clumps).sum())
-        seen.single += int((streamed & single).sum())
-        seen.hidden += int((lost & declared).sum())
-        seen.unclear += int((lost & ~declared).sum())
+    rows = run.rows
+    streamed = rows.success & (rows.chunks >= 1) & (rows.output_tokens >= 2)
+    clumps, single, declared = metrics.clumped(rows), rows.chunks == 1, rows.reasoning_tokens > 0
+    lost = streamed & ~clumps & ~single & np.isnan(metrics.between(rows))
+    seen = _Seen(
+        streamed=int(streamed.sum()), clumps=int((streamed & clumps).sum()), single=int((streamed & single).sum()),
+        hidden=int((lost & declared).sum()), unclear=int((lost & ~declared).sum()),
+    )  # fmt: skip
     return _bulk_delivery(seen), _chunk_tokens(seen)
 
 

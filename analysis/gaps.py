@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from analysis import arrays, metrics
+from analysis import metrics
 from analysis.arrays import Floats, Ints
 from analysis.grid import CELLS, EDGES, cell_of, count_in
 from analysis.load import ChunkRows, Run
@@ -90,7 +90,7 @@ class GapPool:
             if self._size <= EXACT:
                 return
             kept, self._kept = self._kept, []
-            self._cells = arrays.zeros(self._units * CELLS, np.int64)
+            self._cells = np.zeros(self._units * CELLS, np.int64)
             self._sums = np.zeros(CELLS)
             self._used = CELLS, 0
             for gaps, counts, owners in kept:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from analysis import arrays, metrics
+from analysis import metrics
 from analysis.arrays import Floats
 from analysis.check import Check, check, limit, ms
 from analysis.load import Run
@@ -60,12 +60,12 @@ def lag(run: Run, bound_s: float) -> Check:
     printed moves by more than one rank for it, however late it was. The mean moves by its lag / n, which must stay
     below a tenth of the bound.
     """
-    values = metrics.column(run.rows, metrics.lag)
-    values = arrays.kept(values, arrays.finite(values))
+    values = metrics.lag(run.rows)
+    values = values[np.isfinite(values)]
     n = len(values)
     if not n or run.manifest.spec.mode != "open":
         return check("lag", None, "closed loop" if n else "nothing sent", ms(bound_s), "nothing to do")
-    late = arrays.flags(n, lambda part: values[part] > bound_s)
+    late = values > bound_s
     over, moved_s = int(late.sum()), float((values - bound_s).sum(where=late)) / n
     ok = over == 0 or (over == 1 and n >= ALONE_FROM and moved_s <= ALONE_MEAN * bound_s)
     wanted = f"at most {ms(bound_s)}"
@@ -96,11 +96,11 @@ def arrival_process(run: Run) -> Check:
     seconds begin half a second before the first arrival, so that times on a grid of whole seconds lie in the middle.
     """
     sent = metrics.was_sent(run.rows)
-    due, went = arrays.ranked(run.rows.scheduled_s, sent), arrays.ranked(run.rows.sent_s, sent)
+    due, went = np.sort(run.rows.scheduled_s[sent]), np.sort(run.rows.sent_s[sent])
     if run.manifest.spec.mode != "open" or len(due) < MIN_ARRIVALS:
         why = "closed loop" if run.manifest.spec.mode != "open" else f"fewer than {MIN_ARRIVALS} requests"
         return check("arrival_process", None, why, "as planned", "nothing to do")
-    off_s = arrays.mean_distance(arrays.ranked_gaps(due), arrays.ranked_gaps(went))
+    off_s = float(np.abs(np.sort(np.diff(due)) - np.sort(np.diff(went))).mean())
     mean_s = float(due[-1] - due[0]) / (len(due) - 1)
     bound_s = max(GAP_BOUND * mean_s, GAP_FLOOR_S)
     seconds = np.arange(due[0] - 0.5, max(due[-1], went[-1]) + 1.0)
@@ -179,10 +179,9 @@ def littles_law(run: Run) -> Check:
         return check("littles_law", None, f"in flight sampled for {end_s:.2f} s only", bound, "nothing to do")
     begun, time_s = 0, 0.0
     for rows in (run.rows, run.warmup):
-        for _, part in rows.blocks():
-            within = np.isfinite(part.sent_s) & (part.sent_s < end_s)
-            begun += int(within.sum())
-            time_s += float(np.maximum(0.0, np.minimum(part.finished_s, end_s) - part.sent_s)[within].sum())
+        within = np.isfinite(rows.sent_s) & (rows.sent_s < end_s)
+        begun += int(within.sum())
+        time_s += float(np.maximum(0.0, np.minimum(rows.finished_s, end_s) - rows.sent_s)[within].sum())
     if not begun:
         return check("littles_law", None, "nothing sent", bound, "nothing to do")
     seen = float((seconds.in_flight * seconds.length_s)[known].sum()) / end_s

@@ -13,7 +13,6 @@ from functools import cache
 
 import numpy as np
 
-from analysis import arrays
 from analysis.arrays import Bools, Floats, Ints
 from analysis.likeness import (
     ALPHA,
@@ -126,9 +125,9 @@ def distribution(
     values come from; where the run is too short for that no figure has an interval. ``waits``: what is slow waited for
     others, as a late first token did.
     """
-    known = arrays.finite(values)
+    known = np.isfinite(values)
     if not known.all():
-        values, owners = arrays.kept(values, known), arrays.kept(owners, known)
+        values, owners = values[known], owners[known]
         weights = None if weights is None else weights[known]
     n = len(values) if weights is None else round(float(weights.sum()))
     blank = Quantity(value=None, n=n, unit=unit, evidence=evidence, note=f"no {noun} to measure")
@@ -205,16 +204,13 @@ Sample = tuple[Callable[[float], float], Callable[[float], Floats]]
 
 
 def _ordered(values: Floats, units: Ints, total: int) -> Sample:
-    ranked, n = arrays.ranked(values), len(values)
+    ranked, n = np.sort(values), len(values)
 
     def quantile(p: float) -> float:
         return float(ranked[min(n, max(1, math.ceil(n * p * (1 - 1e-12)))) - 1])
 
     def beyond(value: float) -> Floats:
-        found = np.zeros(total)
-        for part in arrays.blocks(n):
-            found += np.bincount(units[part][values[part] > value], minlength=total)
-        return found
+        return np.bincount(units[values > value], minlength=total).astype(np.float64)
 
     return quantile, beyond
 
@@ -234,12 +230,12 @@ def _weighted(values: Floats, units: Ints, total: int, weights: Floats) -> Sampl
 
 def _units(owners: Ints) -> tuple[Ints, int]:
     """Unit of each value, numbered in time without a gap, at most `MAX_UNITS`, and how many units there are."""
-    present = arrays.zeros(int(owners.max()) + 1, np.bool_)
+    present = np.zeros(int(owners.max()) + 1, np.bool_)
     present[owners] = True
-    place = arrays.running(len(present), lambda part: present[part], np.int64)
+    place = np.cumsum(present)
     total = int(place[-1])
     parts = min(total, MAX_UNITS)
-    return arrays.filled(len(owners), lambda part: (place[owners[part]] - 1) * parts // total, np.int64), parts
+    return ((place[owners] - 1) * parts // total), parts
 
 
 def rate(per_bin: Floats, bin_s: float, *, n: int, unit: str, evidence: str, note: str | None = None) -> Quantity:
@@ -303,11 +299,7 @@ def _beyond_share(flags: Bools, p: float) -> Floats:
     """What each flag, or each of `MAX_FLAGS` equal parts of a longer series, adds beyond the share ``p``."""
     if len(flags) <= MAX_FLAGS:
         return flags.astype(np.float64) - p
-    sums = np.zeros(MAX_FLAGS)
-    for part in arrays.blocks(len(flags)):
-        place = np.arange(part.start, part.stop) * MAX_FLAGS // len(flags)
-        sums[place[0] : place[-1] + 1] += np.bincount(place - place[0], weights=flags[part] - p)
-    return sums
+    return np.bincount(np.arange(len(flags)) * MAX_FLAGS // len(flags), weights=flags - p).astype(np.float64)
 
 
 def ratio_interval(numerator: Floats, denominator: Floats, alike: float = 0.0) -> tuple[float | None, float | None]:

@@ -1,7 +1,7 @@
 """Read a run directory into NumPy columns: result rows joined to the plan by request_id.
 
-A run of any length fits: `analysis.columns` reduces the stamps to a dozen numbers a request as they are read, which for
-a long run lie in a temporary file (`analysis.arrays`); what needs each stamp reads them a part at a time (`Run.parts`).
+`analysis.columns` reduces the stamps to a dozen numbers a request as they are read; what needs each stamp reads them a
+part at a time (`Run.parts`). So memory grows with the requests (about 0.5 KB each), never with their tokens.
 A sound run is decompressed once: its facts without the stamps say which rows count and when, so that all stamps can be
 reduced and pooled as they pass by. Where anything is odd it is read the long way, which says what.
 
@@ -20,12 +20,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from analysis import arrays
 from analysis.arrays import Bools, Floats, Ints
 from analysis.columns import (
     CHUNKS,
     COUNTS,
     Columns,
+    Table,
     bools,
     chunk_arrays,
     floats,
@@ -124,8 +124,6 @@ def _reduce(run: Run, keep: Bools) -> Iterator[ChunkRows]:
                         getattr(rows, name)[part] = values[which]
             chosen = batch if measured.all() else batch.filter(pa.array(measured))
             yield ChunkRows(**columns_of(run.rows, slice(begin, sides[0][1])), **chunk_arrays(chosen))
-            if begin // arrays.BLOCK < sides[0][1] // arrays.BLOCK:
-                run.rows.forget()
 
 
 def _join(
@@ -135,33 +133,20 @@ def _join(
     """The rows joined to the plan, and which of all rows count, warm-up among them."""
     table = columns.take()
     ids, possible = table["request_id"], table.pop("possible")
-    known = arrays.flags(len(ids), lambda part: (ids[part] >= 0) & (ids[part] < plan.requests))
+    known = (ids >= 0) & (ids < plan.requests)
     first = _first_of_each(ids, known, plan.requests)
     if manifest.spec.mode == "open":  # a row that moved its own due time would hide its lag
         possible &= _due_as_planned(table, plan, known)
-    keep, seen, row_measured = (arrays.zeros(n, np.bool_) for n in (len(ids), plan.requests, len(ids)))
-    warmup_ns = (manifest.spec.warmup_s or 0.0) * NS
-    measured = arrays.flags(plan.requests, lambda part: plan.measured[part])
-    counts = dict.fromkeys(("duplicates", "unknown", "impossible"), 0)
-    for part in arrays.blocks(len(ids)):
-        here = keep[part] = first[part] & possible[part]
-        counts["unknown"] += int((~known[part]).sum())
-        counts["duplicates"] += int((known[part] & ~first[part]).sum())
-        counts["impossible"] += int((first[part] & ~possible[part]).sum())
-        seen[ids[part][here]] = True
-        if warmup_ns:
-            early = here & (table["scheduled_ns"][part] < warmup_ns) & np.isfinite(table["sent_ns"][part])
-            measured[ids[part][early]] = False
-        row_measured[part][here] = measured[ids[part][here]]
-    due_ns = plan.scheduled_ns
-    due = arrays.ranked(due_ns, arrays.flags(plan.requests, lambda part: measured[part] & np.isfinite(due_ns[part])))
-    lost, lost_warmup = (
-        sum(int(np.count_nonzero(~seen[part] & (measured[part] == which))) for part in arrays.blocks(plan.requests))
-        for which in (True, False)
-    )
+    keep, measured = first & possible, plan.measured.copy()
+    if warmup_ns := (manifest.spec.warmup_s or 0.0) * NS:
+        measured[ids[keep & (table["scheduled_ns"] < warmup_ns) & np.isfinite(table["sent_ns"])]] = False
+    seen, row_measured = np.zeros(plan.requests, np.bool_), np.zeros(len(ids), np.bool_)
+    seen[ids[keep]] = True
+    row_measured[keep] = measured[ids[keep]]
+    due_ns = plan.scheduled_ns[measured & np.isfinite(plan.scheduled_ns)]
     observed = read_seconds(directory, manifest.spec.workers, problems)
     held = Held(observed, manifest.workers)
-    warmup_rows = _rows(dict(table), arrays.flags(len(ids), lambda part: keep[part] & ~row_measured[part]), plan, held)
+    warmup_rows = _rows(dict(table), keep & ~row_measured, plan, held)
     rows = _rows(table, row_measured, plan, held)
     run = Run(
         path=directory.path,
@@ -169,10 +154,12 @@ def _join(
         warmup=warmup_rows,
         rows=rows,
         planned=int(measured.sum()),
-        planned_scheduled_s=np.divide(due, NS, out=due),
-        lost=lost,
-        lost_warmup=lost_warmup,
-        **counts,
+        planned_scheduled_s=np.sort(due_ns) / NS,
+        lost=int(np.count_nonzero(~seen & measured)),
+        lost_warmup=int(np.count_nonzero(~seen & ~measured)),
+        duplicates=int((known & ~first).sum()),
+        unknown=int((~known).sum()),
+        impossible=int((first & ~possible).sum()),
         seconds=observed,
         errors=tuple(columns.names),
         examples=columns.examples,
@@ -191,16 +178,11 @@ def _turns(rows: Rows, plan: _Plan) -> Turns:
     """What sessions that wait make of the rows; where no request waits for another, each begins a session."""
     n = len(rows)
     if plan.after is None or plan.think_ns is None:
-        return Turns(first=arrays.flags(n, lambda part: True), lag_s=arrays.filled(n, lambda _: np.nan))
+        return Turns(first=np.full(n, True), lag_s=np.full(n, np.nan))
     after, own = plan.after, own_times(plan.scheduled_ns, plan.after, plan.think_ns)
-
-    def lag_s(part: slice) -> Floats:
-        ids = rows.request_id[part]
-        waited = np.isfinite(after[ids]) & np.isfinite(rows.sent_s[part])
-        return np.where(waited, np.maximum(0.0, rows.scheduled_s[part] - own[ids] / NS), np.nan)
-
-    first = arrays.flags(n, lambda part: ~np.isfinite(after[rows.request_id[part]]))
-    return Turns(first=first, lag_s=arrays.filled(n, lag_s))
+    ids, waits = rows.request_id, np.isfinite(after[rows.request_id])
+    lag_s = np.where(waits & np.isfinite(rows.sent_s), np.maximum(0.0, rows.scheduled_s - own[ids] / NS), np.nan)
+    return Turns(first=~waits, lag_s=lag_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,7 +208,7 @@ def _read_plan(directory: RunDir) -> _Plan:
     n = plan_size(directory.plan)
     read = partial(plan_column, directory.plan, n=n)
     after = read("after", values=floats)
-    waits = any(np.isfinite(after[part]).any() for part in arrays.blocks(n))
+    waits = bool(np.isfinite(after).any())
     return _Plan(
         measured=read("phase", values=lambda chunk: bools(pc.equal(chunk, "measured")), dtype=np.bool_),
         after=after if waits else None,
@@ -237,39 +219,30 @@ def _read_plan(directory: RunDir) -> _Plan:
 
 def _first_of_each(ids: Ints, known: Bools, requests: int) -> Bools:
     """Whether a row is the first of its request id; False for ids that are not ``known``."""
-    first, seen = arrays.zeros(len(ids), np.bool_), arrays.zeros(requests, np.bool_)
-    for part in arrays.blocks(len(ids)):
-        places = np.flatnonzero(known[part])
-        found, index = np.unique(ids[part][places], return_index=True)
-        fresh = ~seen[found]
-        first[part.start + places[index[fresh]]] = True
-        seen[found] = True
+    at = np.full(requests, -1)
+    places = np.flatnonzero(known)[::-1]
+    at[ids[places]] = places  # of several the last assignment stays, which is the first row
+    first = np.zeros(len(ids), np.bool_)
+    first[at[at >= 0]] = True
     return first
 
 
-def _due_as_planned(table: dict[str, Any], plan: _Plan, known: Bools) -> Bools:
+def _due_as_planned(table: Table, plan: _Plan, known: Bools) -> Bools:
     """Not sent before it was due, and of the known rows: due when the plan says; a turn that waited for another, not
     before that one had ended.
     """
-    ids, ended = table["request_id"], None
+    ids, due = table["request_id"], table["scheduled_ns"]
+    ok: Bools = ~(table["sent_ns"] < due - EARLY_NS)
+    mine = ids[known]
+    as_planned = due[known] == plan.scheduled_ns[mine]
     if plan.after is not None:
-        ended = arrays.filled(plan.requests, lambda _: np.nan)
-        for part in arrays.blocks(len(ids)):
-            ended[ids[part][known[part]]] = table["finished_ns"][part][known[part]]
-
-    def check(part: slice) -> Bools:
-        due, here = table["scheduled_ns"][part], known[part]
-        ok: Bools = ~(table["sent_ns"][part] < due - EARLY_NS)
-        mine = ids[part][here]
-        as_planned = due[here] == plan.scheduled_ns[mine]
-        if plan.after is not None and ended is not None:
-            before = plan.after[mine]
-            waited = np.isfinite(before)
-            as_planned[waited] = ~(due[here][waited] < ended[before[waited].astype(np.int64)])
-        ok[here] &= as_planned
-        return ok
-
-    return arrays.flags(len(ids), check)
+        ended = np.full(plan.requests, np.nan)
+        ended[ids[known]] = table["finished_ns"][known]
+        before = plan.after[mine]
+        waited = np.isfinite(before)
+        as_planned[waited] = ~(due[known][waited] < ended[before[waited].astype(np.int64)])
+    ok[known] &= as_planned
+    return ok
 
 
 def _result_files(directory: RunDir, workers: int, problems: list[str]) -> list[Path]:
@@ -299,14 +272,14 @@ def _read_rows(paths: list[Path], columns: Columns, problems: list[str]) -> list
     return sources
 
 
-def _rows(table: dict[str, Any], mask: Bools, plan: _Plan, held: Held) -> Rows:
+def _rows(table: Table, mask: Bools, plan: _Plan, held: Held) -> Rows:
     """The rows under ``mask`` as columns, times in seconds; each column is taken out of ``table`` as it is used."""
     whole = bool(mask.all())
 
     def column(name: str) -> Any:
         if name not in table:
-            return arrays.empty(int(np.count_nonzero(mask)), CHUNKS[name])
-        return table.pop(name) if whole else arrays.kept(table.pop(name), mask)
+            return np.empty(int(np.count_nonzero(mask)), CHUNKS[name])
+        return table.pop(name) if whole else table.pop(name)[mask]
 
     def seconds(name: str) -> Any:
         values = column(name)
@@ -316,36 +289,28 @@ def _rows(table: dict[str, Any], mask: Bools, plan: _Plan, held: Held) -> Rows:
     sent, finished = seconds("sent_ns"), seconds("finished_ns")
     times = ("first_gap", "decode", "max_gap")
     same = (*COUNTS, "error", "replica", "retries", "chunks", "stated_tokens", "first_tokens", "shared")
-    rows = Rows(
+    return Rows(
         request_id=ids,
         rank=_rank(ids, scheduled, plan.requests),
-        planned_input_tokens=arrays.filled(len(ids), lambda part: plan.input_tokens[ids[part]]),
-        planned_output_tokens=arrays.filled(len(ids), lambda part: plan.output_tokens[ids[part]]),
+        planned_input_tokens=plan.input_tokens[ids],
+        planned_output_tokens=plan.output_tokens[ids],
         scheduled_s=scheduled,
         sent_s=sent,
         finished_s=finished,
-        held_s=arrays.filled(len(ids), lambda part: held.between(sent[part], finished[part])),
+        held_s=held.between(sent, finished),
         **{f"{name}_s": seconds(f"{name}_ns") for name in times},
         **{name: column(name) for name in same},
     )
-    rows.forget()
-    return rows
 
 
 def _rank(ids: Ints, scheduled_s: Floats, requests: int) -> Ints:
     """Place of each row when ordered by (scheduled_s, id); by counting where ids follow the clock, as in most plans."""
-    due = arrays.filled(requests, lambda _: np.nan)
-    for part in arrays.blocks(len(ids)):
-        due[ids[part]] = scheduled_s[part]
-    place, count, latest = arrays.empty(requests, np.int64), 0, -np.inf
-    for part in arrays.blocks(requests):
-        there = np.isfinite(due[part])
-        times = due[part][there]
-        if len(times) and (times[0] < latest or (np.diff(times) < 0).any()):
-            rank = arrays.empty(len(ids), np.int64)
-            rank[np.lexsort((ids, scheduled_s))] = np.arange(len(ids))
-            return rank
-        latest = times[-1] if len(times) else latest
-        place[part] = np.cumsum(there) + (count - 1)
-        count += len(times)
-    return arrays.filled(len(ids), lambda part: place[ids[part]], np.int64)
+    due = np.full(requests, np.nan)
+    due[ids] = scheduled_s
+    there = np.isfinite(due)
+    if (np.diff(due[there]) < 0).any():
+        rank = np.empty(len(ids), np.int64)
+        rank[np.lexsort((ids, scheduled_s))] = np.arange(len(ids))
+        return rank
+    place: Ints = np.cumsum(there) - 1
+    return place[ids]

@@ -1,19 +1,16 @@
 """Every metric as a pure function of result columns. Definitions, edge cases and sources: METRICS.md.
 
 Per-request functions return one float per row, NaN where the metric does not exist for that row. Latency exists for
-successful requests only; failures count against goodput and attainment instead. `column` works one out for a whole run.
+successful requests only; failures count against goodput and attainment instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from analysis import arrays
 from analysis.arrays import Bools, Floats, Ints
 from analysis.load import ChunkRows, Rows, Run
 from harness.slo import split_key
@@ -27,26 +24,9 @@ WINDOW_RULE = "whole run, ramp and drain included"
 BINS = 200
 
 
-def column(rows: Rows, metric: Callable[[Rows], Floats]) -> Floats:
-    """A metric of all rows, worked out a block at a time, so that nothing else is as long as the run."""
-    return _worked_out(rows, metric, np.float64)
-
-
-def flags(rows: Rows, test: Callable[[Rows], Bools]) -> Bools:
-    """The same for what is true or false of each row."""
-    return _worked_out(rows, test, np.bool_)
-
-
-def _worked_out(rows: Rows, of: Callable[[Rows], Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    made = arrays.empty(len(rows), dtype)
-    for part, block in rows.blocks():
-        made[part] = of(block)
-    return made
-
-
 def was_sent(rows: Rows) -> Bools:
     """Rows that went out."""
-    return arrays.finite(rows.sent_s)
+    return np.isfinite(rows.sent_s)
 
 
 def lag(rows: Rows) -> Floats:
@@ -158,7 +138,7 @@ def _parts(rows: ChunkRows) -> Floats | None:
 
 def untold(rows: Rows) -> int:
     """Successful requests of several chunks whose server did not say how many tokens a chunk holds: one sample each."""
-    return int(flags(rows, lambda part: part.success & (part.chunks >= 2) & np.isnan(part.stated_tokens)).sum())
+    return int((rows.success & (rows.chunks >= 2) & np.isnan(rows.stated_tokens)).sum())
 
 
 # ---------------------------------------------------------------------------------------------- which requests count
@@ -192,16 +172,16 @@ def not_due(run: Run) -> Bools:
     """Rows that were never meant to go out: unsent because the run's own ``duration_s`` ended before they were due."""
     spec, rows = run.manifest.spec, run.rows
     if spec.duration_s is None or run.manifest.status != "complete":
-        return arrays.zeros(len(rows), np.bool_)
+        return np.zeros(len(rows), np.bool_)
     from_s = spec.duration_s if spec.mode == "open" else -np.inf
-    unsent = _code(run, "unsent")
-    return flags(rows, lambda part: (part.error == unsent) & (part.scheduled_s >= from_s))
+    found: Bools = (rows.error == _code(run, "unsent")) & (rows.scheduled_s >= from_s)
+    return found
 
 
 def not_offered(run: Run) -> Bools:
     """Rows that are no evidence for or against the server: never due, or cancelled on purpose."""
-    late, cancelled = not_due(run), _code(run, "cancelled")
-    return arrays.flags(len(late), lambda part: late[part] | (run.rows.error[part] == cancelled))
+    cancelled: Bools = run.rows.error == _code(run, "cancelled")
+    return not_due(run) | cancelled
 
 
 def count(run: Run) -> Counts:
@@ -223,9 +203,7 @@ def count(run: Run) -> Counts:
 
 def by_error(run: Run) -> tuple[int, dict[str, int]]:
     """How many rows succeeded, and how many ended with each error class."""
-    found = np.zeros(len(run.errors) + 1, dtype=np.int64)
-    for part in arrays.blocks(len(run.rows)):
-        found += np.bincount(run.rows.error[part] + 1, minlength=len(found))
+    found = np.bincount(run.rows.error + 1, minlength=len(run.errors) + 1)
     return int(found[0]), dict(zip(run.errors, found[1:].tolist(), strict=True))
 
 
@@ -237,7 +215,7 @@ def _code(run: Run, name: str) -> int:
 def unknown(rows: Rows, name: str) -> int:
     """Successful requests of two output tokens or more whose ``tpot`` or ``itl_max`` nobody knows."""
     metric = {"tpot": tpot, "itl_max": itl_max}[name]
-    return int(flags(rows, lambda part: part.success & ~(part.output_tokens < 2) & np.isnan(metric(part))).sum())
+    return int((rows.success & ~(rows.output_tokens < 2) & np.isnan(metric(rows))).sum())
 
 
 def meets_slo(rows: Rows, slo: Mapping[str, float]) -> Bools:
@@ -245,7 +223,7 @@ def meets_slo(rows: Rows, slo: Mapping[str, float]) -> Bools:
 
     One exception: a request of fewer than two output tokens has no tpot and no pause to miss.
     """
-    return flags(rows, lambda part: slo_ratio(part, slo) <= 1)
+    return slo_ratio(rows, slo) <= 1
 
 
 def slo_ratio(rows: Rows, slo: Mapping[str, float]) -> Floats:
@@ -293,11 +271,7 @@ def window(rows: Rows) -> Window | None:
 
 def binned(times_s: Floats, amounts: Floats | None, within: Window) -> Floats:
     """Sum of ``amounts`` (None: count) per bin of the window, shape (BINS,). Every time must lie in the window."""
-    total = np.zeros(BINS)
-    for part in arrays.blocks(len(times_s)):
-        weights = None if amounts is None else amounts[part]
-        total += np.bincount(bin_of(times_s[part], within), weights=weights, minlength=BINS)
-    return total
+    return np.bincount(bin_of(times_s, within), weights=amounts, minlength=BINS).astype(np.float64)
 
 
 def bin_of(times_s: Floats, within: Window) -> Ints:
@@ -322,29 +296,29 @@ def chunk_output_tokens(rows: ChunkRows) -> Floats:
 
 def unstreamed_output_events(rows: Rows) -> tuple[Floats, Floats]:
     """(time s, output tokens) of successful requests without chunks: all at the finish."""
-    at_end = flags(rows, lambda part: part.success & np.isfinite(part.output_tokens) & (part.chunks == 0))
-    return arrays.kept(rows.finished_s, at_end), arrays.kept(rows.output_tokens, at_end)
+    at_end = rows.success & np.isfinite(rows.output_tokens) & (rows.chunks == 0)
+    return rows.finished_s[at_end], rows.output_tokens[at_end]
 
 
 def input_token_events(rows: Rows) -> tuple[Floats, Floats]:
     """(time s, input tokens) of successful requests, at the first chunk (the prompt has been read by then)."""
-    sold = flags(rows, lambda part: part.success & np.isfinite(part.input_tokens))
-    time = column(rows, lambda part: np.where(part.chunks > 0, part.sent_s + part.first_gap_s, part.finished_s))
-    return arrays.kept(time, sold), arrays.kept(rows.input_tokens, sold)
+    sold = rows.success & np.isfinite(rows.input_tokens)
+    time = np.where(rows.chunks > 0, rows.sent_s + rows.first_gap_s, rows.finished_s)
+    return time[sold], rows.input_tokens[sold]
 
 
 def in_flight(rows: Rows, within: Window) -> Floats:
     """Requests in flight, time average per bin of the window, shape (BINS,); failed requests count while they ran."""
     sent = was_sent(rows)
     edges = np.linspace(within.start_s, within.end_s, BINS + 1)
-    begun, ended = (_integral(arrays.ranked(t, sent), edges) for t in (rows.sent_s, rows.finished_s))
+    begun, ended = (_integral(np.sort(t[sent]), edges) for t in (rows.sent_s, rows.finished_s))
     return np.maximum(0.0, np.diff(begun - ended) / within.bin_s)
 
 
 def _integral(sorted_s: Floats, at: Floats) -> Floats:
     """Sum over events of max(0, at - event), for each ``at``."""
     passed = np.searchsorted(sorted_s, at, side="right")
-    running = arrays.running(len(sorted_s), lambda part: sorted_s[part])
+    running = np.cumsum(sorted_s)
     before: Floats = np.where(passed > 0, running[passed - 1], 0.0) if len(running) else np.zeros(len(at))
     return at * passed - before
 
@@ -366,26 +340,22 @@ class Tokens:
 
 def tokens(rows: Rows) -> Tokens:
     """Token totals over the window. A total is None when no successful request said it."""
-    sums = dict.fromkeys(("input", "cached", "output", "wasted"), 0.0)
-    told = dict.fromkeys(sums, 0)
-    missing = 0
-    for _, part in rows.blocks():
-        sold = part.success
-        counted = np.where(np.isfinite(part.output_tokens), part.output_tokens, part.stated_tokens)
-        wasted = np.where(~sold & (part.chunks > 0), counted, 0.0)
-        columns = (part.input_tokens, part.cached_tokens, part.output_tokens)
-        for name, values in zip(sums, (*(np.where(sold, x, np.nan) for x in columns), wasted), strict=True):
-            known = np.isfinite(values)
-            sums[name] += float(values.sum(where=known))
-            told[name] += int(known.sum())
-        missing += int((sold & ~(np.isfinite(part.input_tokens) & np.isfinite(part.output_tokens))).sum())
+    sold = rows.success
+    counted = np.where(np.isfinite(rows.output_tokens), rows.output_tokens, rows.stated_tokens)
+    wasted = counted[~sold & (rows.chunks > 0)]
     return Tokens(
-        input=int(sums["input"]) if told["input"] else None,
-        cached_input=int(sums["cached"]) if told["cached"] else None,
-        output=int(sums["output"]) if told["output"] else None,
-        wasted_output=int(sums["wasted"]) if told["wasted"] == len(rows) else None,
-        missing=missing,
+        input=_total(rows.input_tokens[sold]),
+        cached_input=_total(rows.cached_tokens[sold]),
+        output=_total(rows.output_tokens[sold]),
+        wasted_output=int(wasted.sum()) if np.isfinite(wasted).all() else None,
+        missing=int((sold & ~(np.isfinite(rows.input_tokens) & np.isfinite(rows.output_tokens))).sum()),
     )
+
+
+def _total(values: Floats) -> int | None:
+    """Sum of those that are known; None where none is."""
+    known = np.isfinite(values)
+    return int(values.sum(where=known)) if known.any() else None
 
 
 def planned_rate(run: Run) -> float | None:

@@ -13,7 +13,6 @@ from typing import Literal
 
 import numpy as np
 
-from analysis import arrays
 from analysis.arrays import Floats
 from analysis.intervals import Quantity
 from analysis.rows import Run
@@ -57,7 +56,7 @@ def offered_load(run: Run) -> OfferedLoad:
     """What was offered to the servers of a run."""
     kind = kind_of(run.manifest.spec, run.manifest.plan)
     rows, evidence = run.rows, run.evidence
-    sent = arrays.finite(rows.sent_s)
+    sent = np.isfinite(rows.sent_s)
 
     def rate(times_s: Floats, unit: str, why: str) -> Quantity:
         n = len(times_s)
@@ -68,7 +67,7 @@ def offered_load(run: Run) -> OfferedLoad:
     starts = per_session = None
     if run.turns is not None:
         first = run.turns.first
-        starts = arrays.kept(rows.scheduled_s, arrays.flags(len(sent), lambda part: sent[part] & first[part]))
+        starts = rows.scheduled_s[sent & first]
         begun = int(np.count_nonzero(first))
         per_session = len(rows) / begun if begun else None
     why = "nothing is a session that waits" if starts is None else "fewer than two sessions were started"
@@ -79,7 +78,7 @@ def offered_load(run: Run) -> OfferedLoad:
         session_rate = replace(session_rate, value=plan.planned_rate / per_session, note=None)
     return OfferedLoad(
         kind=kind,
-        sent_rate=rate(arrays.kept(rows.sent_s, sent), "req/s", "fewer than two requests were sent"),
+        sent_rate=rate(rows.sent_s[sent], "req/s", "fewer than two requests were sent"),
         session_rate=session_rate,
         requests_per_session=per_session,
     )

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
-from analysis import arrays
 from analysis.arrays import Bools, Floats
 from analysis.load import Rows, Run
 
@@ -44,24 +42,24 @@ def outages(run: Run) -> list[Outage]:
 
 
 def _outages_of(run: Run, replica: int, codes: dict[str, int]) -> list[Outage]:
-    def failed(rows: Rows, part: slice, *names: str) -> Bools:
+    def failed(rows: Rows, *names: str) -> Bools:
         which = [codes[name] for name in names if name in codes]
-        return np.asarray((rows.replica[part] == replica) & np.isin(rows.error[part], which))
+        return np.asarray((rows.replica == replica) & np.isin(rows.error, which))
 
-    def again(rows: Rows, part: slice) -> Bools:
-        return np.asarray((rows.error[part] < 0) & (rows.retries[part] > 0) & bool(run.manifest.spec.retries))
+    def again(rows: Rows) -> Bools:
+        return np.asarray((rows.error < 0) & (rows.retries > 0) & bool(run.manifest.spec.retries))
 
-    def good(rows: Rows, part: slice) -> Bools:
-        return np.asarray((rows.replica[part] == replica) & (rows.error[part] < 0))
+    def good(rows: Rows) -> Bools:
+        return np.asarray((rows.replica == replica) & (rows.error < 0))
 
-    lost = _kept(run, "finished_s", lambda rows, part: failed(rows, part, "connect", "cut"))
+    lost = _kept(run, "finished_s", lambda rows: failed(rows, "connect", "cut"))
     if not len(lost):
         return []
     resent = _kept(run, "sent_s", again)
-    refused = {*_kept(run, "finished_s", lambda rows, part: failed(rows, part, "connect")).tolist(), *resent.tolist()}
+    refused = {*_kept(run, "finished_s", lambda rows: failed(rows, "connect")).tolist(), *resent.tolist()}
     # When the last try of what was sent again began is not known: its end alone shows that the server was there.
-    once = _kept(run, "sent_s", lambda rows, part: good(rows, part) & ~again(rows, part))
-    late = _kept(run, "finished_s", lambda rows, part: good(rows, part) & again(rows, part))
+    once = _kept(run, "sent_s", lambda rows: good(rows) & ~again(rows))
+    late = _kept(run, "finished_s", lambda rows: good(rows) & again(rows))
     began, ended = np.sort(np.concatenate((once, late))), np.sort(_kept(run, "finished_s", good))
     found: dict[int, list[float]] = {}
     for at in np.sort(np.concatenate((lost, resent))).tolist():
@@ -76,11 +74,6 @@ def _outages_of(run: Run, replica: int, codes: dict[str, int]) -> list[Outage]:
     ]
 
 
-def _kept(run: Run, name: str, where: Callable[[Rows, slice], Bools]) -> Floats:
+def _kept(run: Run, name: str, where: Callable[[Rows], Bools]) -> Floats:
     """A column of the rows, those of the warm-up among them, that ``where`` says."""
-    return np.concatenate(
-        [
-            arrays.kept(getattr(rows, name), arrays.flags(len(rows), partial(where, rows)))
-            for rows in (run.rows, run.warmup)
-        ]
-    )
+    return np.concatenate([getattr(rows, name)[where(rows)] for rows in (run.rows, run.warmup)])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis import arrays, metrics
+from analysis import metrics
 from analysis.arrays import Floats
 from analysis.check import Check, limit
 from analysis.intervals import Quantity, rate
@@ -63,7 +63,7 @@ def drain_check(run: Run, window: Window | None) -> Check:
     bound = f"at most {LARGEST_DRAIN:.0%} of the window after the last request was due"
     if run.manifest.spec.mode != "open" or window is None:
         return limit("drain", None, "closed loop or no window", bound, "nothing to do")
-    sent = arrays.finite(run.rows.sent_s)
+    sent = np.isfinite(run.rows.sent_s)
     last_s = float(run.rows.scheduled_s.max(where=sent, initial=-np.inf))
     drain_s = max(0.0, window.end_s - last_s)
     advice = (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis import arrays, metrics
+from analysis import metrics
 from analysis.arrays import Bools
 from analysis.intervals import Quantity, share
 from analysis.load import Rows, Run
@@ -54,7 +54,7 @@ def unjudged(limits: Mapping[str, float], rows: Rows, counts: Counts) -> str | N
         missing = metrics.unknown(rows, name)
         if missing <= MISMATCH_BOUND * counts.succeeded:
             continue
-        uncounted = int(metrics.flags(rows, lambda part: part.success & np.isnan(part.output_tokens)).sum())
+        uncounted = int((rows.success & np.isnan(rows.output_tokens)).sum())
         if name == "tpot" and uncounted == missing:
             return f"tpot is not known: usage missing on {missing} of {counts.succeeded} requests"
         return f"{name} is not known of {missing} of {counts.succeeded} requests (limits say why)"
@@ -82,13 +82,9 @@ def judge(run: Run, limits: dict[str, float], counts: Counts, attain: float, que
         if why := unjudged(within, rows, counts):
             unit = "share of requests"
             return Quantity(value=None, n=counts.offered, unit=unit, note=why, evidence=run.evidence)
-        met = arrays.zeros(counts.offered, np.bool_)  # lost ones last: they met nothing
-        kept = _in_time(rows, metrics.meets_slo(rows, within))
-        at = 0
-        for part in arrays.blocks(len(rows)):
-            some = kept[part][~left_out[part]]
-            met[at : at + len(some)] = some
-            at += len(some)
+        met = np.zeros(counts.offered, np.bool_)  # lost ones last: they met nothing
+        offered = _in_time(rows, metrics.meets_slo(rows, within))[~left_out]
+        met[: len(offered)] = offered
         return share(met, unit="share of requests", evidence=run.evidence, queue=queue)
 
     judged = []
@@ -107,6 +103,6 @@ def judge(run: Run, limits: dict[str, float], counts: Counts, attain: float, que
 
 def _in_time(rows: Rows, flags: Bools) -> Bools:
     """Flags of the rows in the order they were due."""
-    found = arrays.zeros(len(rows), np.bool_)
+    found = np.zeros(len(rows), np.bool_)
     found[rows.rank] = flags
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from analysis import arrays, metrics
+from analysis import metrics
 from analysis.load import Run
 from analysis.metrics import Window
 from analysis.relaxation import ClosedLoop, Memory, relaxation
@@ -22,16 +22,16 @@ def queue_of(run: Run, window: Window | None) -> Memory | None:
         return ClosedLoop(concurrency=run.manifest.spec.concurrency or 1)
     rows = run.rows
     sent = metrics.was_sent(rows)
-    sent_s = arrays.kept(rows.sent_s, sent)
+    sent_s = rows.sent_s[sent]
     came = metrics.binned(sent_s, None, window)
-    sold = arrays.kept(rows.output_tokens, sent)
-    known = arrays.finite(sold)
-    if known.sum() < (1 - MISMATCH_BOUND) * arrays.kept(rows.success, sent).sum():
-        finished_s = arrays.kept(rows.finished_s, sent)
-        work_came, work_done = came, metrics.binned(arrays.kept(finished_s, arrays.finite(finished_s)), None, window)
+    sold = rows.output_tokens[sent]
+    known = np.isfinite(sold)
+    if known.sum() < (1 - MISMATCH_BOUND) * rows.success[sent].sum():
+        finished_s = rows.finished_s[sent]
+        work_came, work_done = came, metrics.binned(finished_s[np.isfinite(finished_s)], None, window)
     else:
-        sold_then = known & arrays.kept(rows.success, sent)
-        work_came = metrics.binned(arrays.kept(sent_s, sold_then), arrays.kept(sold, sold_then), window)
+        sold_then = known & rows.success[sent]
+        work_came = metrics.binned(sent_s[sold_then], sold[sold_then], window)
         work_done = np.asarray(run.chunks.output_tokens, dtype=np.float64)
     return relaxation(
         in_flight=metrics.in_flight(rows, window), came=came, work_came=work_came, work_done=work_done,

@@ -6,15 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from analysis import arrays
 from analysis.arrays import Bools, Floats, Ints
-from analysis.columns import chunk_arrays, read_parts
+from analysis.columns import Table, chunk_arrays, read_parts
 from analysis.seconds import Seconds
 from analysis.turns import Turns
 from harness.errors import ResultsError
@@ -74,18 +73,8 @@ class Rows:
     @property
     def success(self) -> Bools:
         """Rows without an error."""
-        return arrays.flags(len(self), lambda part: self.error[part] < 0)
-
-    def blocks(self) -> Iterator[tuple[slice, Rows]]:
-        """All rows in order, a block at a time: where it lies, and its rows."""
-        for part in arrays.blocks(len(self)):
-            yield part, Rows(**columns_of(self, part))
-            self.forget()
-
-    def forget(self) -> None:
-        """Let go of the memory of columns that lie in a file (`arrays.forget`)."""
-        for f in fields(Rows):
-            arrays.forget(getattr(self, f.name))
+        found: Bools = self.error < 0
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +195,6 @@ def read_again(path: Path, count: int) -> Iterator[pa.RecordBatch]:
         raise ResultsError(f"{path}: shorter than it was; report again when nothing writes to it")
 
 
-def columns_of(rows: Rows, where: slice | Bools) -> dict[str, Any]:
+def columns_of(rows: Rows, where: slice | Bools) -> Table:
     """Name -> column of some of the rows."""
     return {f.name: getattr(rows, f.name)[where] for f in fields(Rows)}

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from analysis import arrays, metrics
-from analysis.arrays import Bools, Floats
+from analysis.arrays import Floats
 from analysis.check import Check, check, limit
 from analysis.load import Rows, Run
 
@@ -34,8 +33,8 @@ def output_tokens(run: Run) -> Check:
     bound = f"at most {MISMATCH_BOUND:.0%} of answers differ"
     if not len(got):
         return limit("output_tokens", None, "no request has both a plan and a count", bound, "nothing to do")
-    how, share = run.manifest.spec.output_lengths, arrays.differing(asked, got)
-    longer = sum(int((got[p] > asked[p]).sum()) for p in arrays.blocks(len(got))) / len(got)
+    how, share = run.manifest.spec.output_lengths, float(np.mean(asked != got))
+    longer = float(np.mean(got > asked))
     if how == "free" or (how == "cap" and longer <= MISMATCH_BOUND):
         words = "lengths left to the server" if how == "free" else "planned lengths are caps"
         observed = f"{words}: {served_lengths(run) or 'as planned'}"
@@ -53,7 +52,7 @@ def output_tokens(run: Run) -> Check:
 def served_lengths(run: Run) -> str | None:
     """Mean output tokens of an answer, served and planned, in words; None where 1 % of them differ or fewer."""
     asked, got = _both(run.rows, "output_tokens")
-    if not len(got) or arrays.differing(asked, got) <= MISMATCH_BOUND:
+    if not len(got) or float(np.mean(asked != got)) <= MISMATCH_BOUND:
         return None
     return f"{float(got.mean()):.4g} output tokens a request for {float(asked.mean()):.4g} planned"
 
@@ -79,12 +78,7 @@ def recorded_tokens(run: Run) -> Check:
     plan = run.manifest.plan
     recorded = plan.source.text_tokens if plan.source is not None else None
     rows = run.rows
-
-    def of_text(part: Rows) -> Bools:
-        found: Bools = part.success & np.isfinite(part.input_tokens) & np.isnan(part.planned_input_tokens)
-        return found
-
-    got = arrays.kept(rows.input_tokens, metrics.flags(rows, of_text))
+    got = rows.input_tokens[rows.success & np.isfinite(rows.input_tokens) & np.isnan(rows.planned_input_tokens)]
     if recorded is None or not len(got) or plan.conversation == "live":
         return limit(name, None, "no text of the trace with a count beside it", bound, "nothing to do")
     mean = float(got.mean())
@@ -98,13 +92,9 @@ def recorded_tokens(run: Run) -> Check:
 
 def _both(rows: Rows, name: str) -> tuple[Floats, Floats]:
     """Planned and counted tokens of the successes that have both."""
-
-    def known(part: Rows) -> Bools:
-        found: Bools = np.isfinite(getattr(part, name) + getattr(part, f"planned_{name}"))
-        return found & part.success
-
-    both = metrics.flags(rows, known)
-    return arrays.kept(getattr(rows, f"planned_{name}"), both), arrays.kept(getattr(rows, name), both)
+    got, asked = getattr(rows, name), getattr(rows, f"planned_{name}")
+    both = np.isfinite(got + asked) & rows.success
+    return asked[both], got[both]
 
 
 def input_tokens(run: Run) -> Check:
@@ -116,7 +106,7 @@ def input_tokens(run: Run) -> Check:
     if run.manifest.plan.conversation == "live":
         return _live_input(asked, got)
     more = float(got[0] - asked[0]) if len(got) else 0.0
-    constant = all(bool((got[p] - asked[p] == more).all()) for p in arrays.blocks(len(got)))
+    constant = bool((got - asked == more).all())
     template = chat and len(got) > 0 and -CUT_BOUND * float(asked.mean()) <= more <= TEMPLATE_TOKENS
     if constant and more and (template or 0 < more <= BOS_TOKENS):
         what = "the server's chat template" if chat else "a start token the server adds"
@@ -124,7 +114,7 @@ def input_tokens(run: Run) -> Check:
         return check("input_tokens", True, observed, "as planned, or one constant offset", "")
     advice = "the plan's tokenizer is not the server's: build the plan with the served model's own"
     longest = float(got.max()) if len(got) else 0.0
-    cut = arrays.flags(len(got), lambda part: (got[part] == longest) & (asked[part] > longest))
+    cut = (got == longest) & (asked > longest)
     if np.count_nonzero(cut) > MISMATCH_BOUND * len(got):
         advice = (
             f"the server cuts prompts at {longest:,.0f} tokens (a context length?): shorter prompts, or a longer one"
@@ -137,7 +127,7 @@ def _live_input(asked: Floats, got: Floats) -> Check:
     bound = "not gated: a live conversation's input lengths follow from the answers"
     if not len(got):
         return check("input_tokens", None, "live conversation, no planned length", bound, "nothing to do")
-    total, share = float(asked.sum()), arrays.differing(asked, got)
+    total, share = float(asked.sum()), float(np.mean(asked != got))
     observed = (
         f"live conversation: {share:.1%} of {len(got)} differ, {float(got.sum()):,.0f} tokens for {total:,.0f} asked "
         f"({float(got.sum()) / total - 1:+.1%})"
@@ -149,5 +139,5 @@ def _mismatch(name: str, asked: Floats, got: Floats, advice: str) -> Check:
     bound = f"at most {MISMATCH_BOUND:.0%} of requests differ"
     if not len(got):
         return check(name, None, "no request has both a plan and a count", bound, "nothing to do")
-    share = arrays.differing(asked, got)
+    share = float(np.mean(asked != got))
     return check(name, share <= MISMATCH_BOUND, f"{share:.1%} of {len(got)} differ", bound, advice)

@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from analysis import arrays, metrics
+from analysis import metrics
 from analysis.arrays import Bools, Floats
 from analysis.check import Check, Verdict, verdict
 from analysis.counters import shared_addresses
@@ -259,7 +259,7 @@ def _metrics(run: Run, queue: Memory | None) -> Metrics:
     def per_request(
         metric: Callable[[Rows], Floats], queue: Memory | None = queue, waits: bool = False
     ) -> Distribution:
-        values = metrics.column(rows, metric)
+        values = metric(rows)
         return distribution(values, owners=rows.rank, unit="s", evidence=run.evidence, queue=queue, waits=waits)
 
     return Metrics(
@@ -319,7 +319,7 @@ def _rates(
         ), token  # fmt: skip
 
     def requests(which: Bools) -> Quantity:
-        ended = metrics.binned(arrays.kept(rows.finished_s, which), None, window)
+        ended = metrics.binned(rows.finished_s[which], None, window)
         return rate(ended, window.bin_s, n=int(which.sum()), unit="req/s", evidence=evidence)
 
     unknown, short = unjudged(limits, rows, counts), None if queue is None else queue.note

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis import arrays
 from analysis.arrays import Bools, Floats
 
 
@@ -28,15 +27,8 @@ def own_times(scheduled: Floats, after: Floats, think: Floats) -> Floats:
     none) plus ``think``. On the trace's own clock that is the planned time: there the next turn comes when the recorded
     answer ended and the user had thought. On a faster clock, which think times do not follow, it may be later.
     """
-    own = arrays.filled(len(scheduled), lambda part: scheduled[part])
-    moved = True
-    while moved:  # one level of turns at a time, at worst
-        moved = False
-        for part in arrays.blocks(len(own)):
-            waits = np.isfinite(after[part])
-            here = own[part][waits]
-            least = own[after[part][waits].astype(np.int64)] + np.nan_to_num(think[part][waits])
-            if (least > here).any():
-                moved = True
-                own[part][waits] = np.maximum(here, least)
+    own, waits = scheduled.copy(), np.isfinite(after)
+    before, think = after[waits].astype(np.int64), np.nan_to_num(think[waits])
+    while ((least := own[before] + think) > own[waits]).any():  # one level of turns at a time, at worst
+        own[waits] = np.maximum(own[waits], least)
     return own

@@ -145,18 +145,16 @@ def sampled(run: Run) -> list[Answer]:
     if not counted:
         return []
     ids = np.array([*counted], dtype=np.int64)
-    found = []
-    for _, part in run.rows.blocks():
-        known = np.flatnonzero(np.isin(part.request_id, ids) & part.success & np.isfinite(part.output_tokens))
-        reasoning = np.nan_to_num(part.reasoning_tokens)
-        found += [
-            Answer(
-                usage=float(part.output_tokens[i]), reasoning=float(reasoning[i]), input=float(part.input_tokens[i]),
-                counted=counted[int(part.request_id[i])],
-            )
-            for i in known
-        ]  # fmt: skip
-    return found
+    rows = run.rows
+    known = np.flatnonzero(np.isin(rows.request_id, ids) & rows.success & np.isfinite(rows.output_tokens))
+    reasoning = np.nan_to_num(rows.reasoning_tokens)
+    return [
+        Answer(
+            usage=float(rows.output_tokens[i]), reasoning=float(reasoning[i]), input=float(rows.input_tokens[i]),
+            counted=counted[int(rows.request_id[i])],
+        )
+        for i in known
+    ]  # fmt: skip
 
 
 def _how(answers: Sequence[Answer]) -> How:

@@ -11,7 +11,7 @@ from datetime import date
 
 import numpy as np
 
-from analysis import arrays, metrics
+from analysis import metrics
 from analysis.check import MIN_REQUESTS, Check, check, limit
 from analysis.cold_start import cold_start
 from analysis.counters import server_counters, server_restarts, shared_addresses, token_books
@@ -218,7 +218,7 @@ def planned_rate(run: Run) -> Check:
     """Requests went out at the planned rate (open loop)."""
     asked = metrics.planned_rate(run)
     sent_s = run.rows.sent_s
-    sent = arrays.finite(sent_s)
+    sent = np.isfinite(sent_s)
     n, span_s = int(sent.sum()), float(sent_s.max(where=sent, initial=0) - sent_s.min(where=sent, initial=np.inf))
     bound = f"within {RATE_BOUND:.0%} of the plan"
     if asked is None or n < 2 or span_s <= 0:
@@ -258,8 +258,8 @@ def concurrency(run: Run, window: Window | None) -> Check:
 
 def wasted_time(run: Run, window: Window | None) -> Check:
     """Little time in flight went into requests that did not succeed."""
-    spent = metrics.column(run.rows, metrics.service_e2e)
-    known = arrays.finite(spent)
+    spent = metrics.service_e2e(run.rows)
+    known = np.isfinite(spent)
     bound = f"at most {WASTED_BOUND:.0%} of the time in flight"
     if window is None or not known.any():
         return limit("wasted_time", None, "no window", bound, "nothing to do")

@@ -1,6 +1,5 @@
-"""A run of any length gives the same figures: columns in files or in memory, blocks short or long, one pass or two."""
+"""A run of any length gives the same figures, read in one pass or two, in memory that follows its requests."""
 
-import os
 import random
 import tracemalloc
 from dataclasses import replace
@@ -12,23 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_files import SPEC, bad, good, watch, write_run
 
-from analysis import arrays, columns, gaps, intervals, load
+from analysis import columns, gaps, load
 from analysis.grid import EDGES, cell_of, count_in
 from analysis.load import read_run
-from analysis.show.page import render_page
 from analysis.show.report import render_json
-from analysis.show.view import view_run
 from analysis.summary import summarise
-from harness.errors import ResultsError
 from harness.run import RunDir
-from harness.traces import stats
-
-
-@pytest.fixture
-def in_files(monkeypatch):
-    """Every column lives in a file, and work goes by blocks of seven."""
-    monkeypatch.setattr(arrays, "HELD", 1)
-    monkeypatch.setattr(arrays, "BLOCK", 7)
 
 
 def mixed(tmp_path, name="run", **options):
@@ -44,26 +32,6 @@ def mixed(tmp_path, name="run", **options):
     plan = {k: {"phase": "warmup"} for k in range(20)} | {9: {"after": 8, "scheduled_ns": None}}
     spec = replace(SPEC, slo={"ttft": 0.5, "tpot_p95": 0.05}, warmup_s=4.0)
     return write_run(tmp_path / name, rows, plan=plan, workers=2, requests=400, spec=spec, seen=watch(rows), **options)
-
-
-def figures(path):
-    run = read_run(path)
-    summary = summarise(run)
-    return render_json(summary), render_page([view_run(run, summary)])
-
-
-def test_columns_in_files_change_no_figure(tmp_path, monkeypatch):
-    path = mixed(tmp_path)
-    in_memory = figures(path)
-    monkeypatch.setattr(arrays, "HELD", 1)
-    assert figures(path) == in_memory
-
-
-def test_short_blocks_change_no_figure(tmp_path, monkeypatch):
-    path = mixed(tmp_path)
-    long = figures(path)
-    monkeypatch.setattr(arrays, "BLOCK", 7)
-    assert figures(path) == long
 
 
 def test_one_pass_and_two_give_the_same(tmp_path, monkeypatch):
@@ -94,54 +62,22 @@ def test_an_odd_run_is_read_the_long_way(tmp_path, harm):
     assert "chunks" not in vars(run)
 
 
-def test_columns_leave_no_file_behind(tmp_path, monkeypatch, in_files):
-    path = mixed(tmp_path)
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(scratch))
-    run = read_run(path)
-    summarise(run)
-    assert list(scratch.iterdir()) == []
-
-
-def test_no_array_in_memory_is_as_long_as_the_run(tmp_path, monkeypatch):
-    """Ten million requests stream: what the analysis holds beside its files does not grow with them."""
+def test_memory_grows_with_the_requests_and_not_with_their_tokens(tmp_path, monkeypatch):
+    """A million requests of 200 tokens in 3 GB, two million in 6."""
     for owner, name, size in (
-        (arrays, "HELD", 1), (arrays, "BLOCK", 2048), (gaps, "EXACT", 1000), (gaps, "UNITS", 2),
-        (intervals, "MAX_FLAGS", 1000), (columns, "PART_ROWS", 2048), (columns, "PART_CHUNKS", 4096),
-        (columns, "FIRST_ROOM", 2048), (stats, "_BLOCK", 2048),
+        (gaps, "EXACT", 1000), (gaps, "UNITS", 2), (columns, "PART_ROWS", 2048), (columns, "PART_CHUNKS", 4096),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, size)
     most = {}
-    for requests in (2000, 20_000, 60_000):  # the first one loads what is loaded only once
-        make_run(tmp_path / str(requests), requests, 2)
+    for requests, tokens in ((2000, 2), (10_000, 2), (10_000, 12), (30_000, 2)):  # the first one loads modules
+        path = tmp_path / f"{requests}x{tokens}"
+        make_run(path, requests, tokens)
         tracemalloc.start()
-        summarise(read_run(tmp_path / str(requests)))
-        most[requests] = tracemalloc.get_traced_memory()[1]
+        summarise(read_run(path))
+        most[requests, tokens] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert (most[60_000] - most[20_000]) / 40_000 < 3  # bytes a request; one column of numbers alone is 8
-
-
-def test_a_full_disk_is_an_error_with_advice(monkeypatch, in_files):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(ResultsError, match=r"no room for .*No space left.*TMPDIR"):
-        arrays.empty(100)
-
-
-def test_what_is_forgotten_is_still_there(in_files):
-    made = arrays.filled(100, lambda part: np.arange(part.start, part.stop, dtype=float))
-    arrays.forget(made[10:20])
-    assert made.tolist() == list(range(100))
-
-
-@given(st.lists(st.tuples(st.floats(-10, 1e5), st.booleans()), max_size=60))
-def test_kept_and_ranked_are_numpys(pairs):
-    values, where = np.array([v for v, _ in pairs]), np.array([w for _, w in pairs], dtype=bool)
-    assert arrays.kept(values, where).tolist() == values[where].tolist()
-    assert arrays.ranked(values, where).tolist() == sorted(values[where].tolist())
+    assert (most[30_000, 2] - most[10_000, 2]) / 20_000 < 1000  # bytes a request
+    assert (most[10_000, 12] - most[10_000, 2]) / 100_000 < 4  # bytes a token: stamps alone are 8
 
 
 @given(st.lists(st.floats(0, 1e6) | st.sampled_from(EDGES.tolist()), min_size=1, max_size=80))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from analysis import arrays
 from analysis.arrays import Bools, Floats, Ints
 
 EXACT = 0.01
@@ -72,37 +71,22 @@ def number(value: float | None) -> str:
 
 def ks_distance(a: npt.NDArray[np.generic], b: npt.NDArray[np.generic]) -> float:
     """Kolmogorov-Smirnov distance of two samples, or of two lists of equally many quantiles."""
-    a, b = arrays.ranked(a), arrays.ranked(b)
-    largest = 0.0
-    for points in (a, b):
-        for part in arrays.blocks(len(points)):
-            shares = [np.searchsorted(x, points[part], side="right") / len(x) for x in (a, b)]
-            largest = max(largest, float(np.abs(shares[0] - shares[1]).max()))
-    return largest
+    a, b = np.sort(a), np.sort(b)
+    at = np.concatenate((a, b))
+    shares = [np.searchsorted(x, at, side="right") / len(x) for x in (a, b)]
+    return float(np.abs(shares[0] - shares[1]).max(initial=0.0))
 
 
 def backwards(slices: Ints, times: Ints | Floats | None) -> int:
     """Requests that come before the one before them in their slice."""
     if times is None or not len(slices):
         return 0
-    found, latest = 0, arrays.filled(int(slices.max()) + 1, lambda _: -np.inf)
-    for part in arrays.blocks(len(slices)):
-        order = np.argsort(slices[part], kind="stable")
-        which, time = slices[part][order], times[part][order]
-        first = np.concatenate(([True], which[1:] != which[:-1]))
-        before = np.where(first, latest[which], np.roll(time, 1))
-        found += int(np.count_nonzero(time < before))
-        last = np.roll(first, -1)
-        latest[which[last]] = time[last]
-    return found
+    order = np.argsort(slices, kind="stable")
+    which, time = slices[order], times[order]
+    return int(np.count_nonzero((which[1:] == which[:-1]) & (time[1:] < time[:-1])))
 
 
 def groups(values: Ints) -> tuple[int, int]:
     """How many different values there are, and how often the most frequent one occurs."""
-    ranked, different, most, begun = arrays.ranked(values), 0, 0, 0
-    for part in arrays.blocks(len(ranked)):
-        begins = part.start + np.flatnonzero(np.diff(ranked[part], prepend=ranked[max(0, part.start - 1)]))
-        different += len(begins)
-        most = max(most, int(np.diff(begins, prepend=begun, append=part.stop).max()))
-        begun = int(begins[-1]) if len(begins) else begun
-    return different + bool(len(ranked)), most
+    counts = np.unique(values, return_counts=True)[1]
+    return len(counts), int(counts.max(initial=0))

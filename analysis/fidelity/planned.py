@@ -7,7 +7,6 @@ from collections import Counter
 
 import numpy as np
 
-from analysis import arrays
 from analysis.arrays import Floats, Ints
 from analysis.fidelity import windowed
 from analysis.fidelity.answer import (
@@ -95,7 +94,8 @@ def on_trace_clock(scheduled_ns: Ints, speed: float) -> Ints:
     if speed == 1.0:
         return scheduled_ns
     step = 10 ** max(3, math.ceil(math.log10(speed)) + 1)
-    return arrays.filled(len(scheduled_ns), lambda part: np.rint(scheduled_ns[part] * (speed / step)) * step, np.int64)
+    found: Ints = (np.rint(scheduled_ns * (speed / step)) * step).astype(np.int64)
+    return found
 
 
 def _rate(name: str, growth: float, source: TraceStats, planned: ArrivalStats) -> Fidelity:
@@ -217,11 +217,8 @@ def _planned_lengths(side: str, source: LengthStats | None, planned: Floats, inf
     if info.windows:
         return windowed.mean_lengths(side, source, planned, info)
     name = f"planned: {side} lengths"
-    lengths: Counter[int] = Counter()
-    for part in arrays.blocks(len(planned)):
-        values, counts = np.unique(planned[part][np.isfinite(planned[part])], return_counts=True)
-        lengths.update(dict(zip(map(int, values), counts.tolist(), strict=True)))
-    after = length_stats(lengths)
+    values, counts = np.unique(planned[np.isfinite(planned)], return_counts=True)
+    after = length_stats(Counter(dict(zip(map(int, values), counts.tolist(), strict=True))))
     if source is None or after is None:
         return not_comparable(
             name, "the trace says no lengths on this side" if source is None else "they are the server's"

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from analysis import arrays
 from analysis.arrays import Bools, Floats, Ints
 from analysis.fidelity.answer import (
     EXACT,
@@ -46,10 +45,10 @@ def sent_against_planned(
     ``reuse``: of the plan's prompts, in whole blocks of the server's size, or why it is not known.
     """
     ids, success, cached = (_joined(rows, name) for name in ("request_id", "success", "cached_tokens"))
-    sent_s = arrays.filled(len(plan.slice), lambda _: np.nan)
+    sent_s = np.full(len(plan.slice), np.nan)
     for part in rows:
         sent_s[part.request_id] = part.sent_s
-    went = arrays.finite(sent_s)
+    went = np.isfinite(sent_s)
     n = int(went.sum())
     return [
         Fidelity(
@@ -66,20 +65,19 @@ def sent_against_planned(
 
 def _joined(rows: Sequence[Rows], name: str) -> Any:
     """A column of all rows."""
-    columns = [getattr(part, name) for part in rows]
-    return np.concatenate(columns, out=arrays.empty(sum(map(len, columns)), columns[0].dtype))
+    return np.concatenate([getattr(part, name) for part in rows])
 
 
 def _sent_times(plan: Plan, sent_s: Floats, went: Bools) -> list[Fidelity]:
     names = [f"sent: {what}" for what in ("arrivals in windows", "bursts", "gaps")]
     if plan.scheduled_ns is None:
         return [not_comparable(name, "closed loop: a free slot decides when to send") for name in names]
-    timed = arrays.flags(len(went), lambda part: went[part] & ~plan.waits[part])
+    timed = went & ~plan.waits
     if timed.sum() < MIN_REQUESTS:
         why = f"fewer than {MIN_REQUESTS} requests were sent at a time of their own"
         return [not_comparable(name, why) for name in names]
-    due, went_s = arrays.ranked(plan.scheduled_ns, timed), arrays.ranked(sent_s, timed)
-    got = arrays.filled(len(went_s), lambda part: np.rint(went_s[part] * 1e9), np.int64)
+    due, went_s = np.sort(plan.scheduled_ns[timed]), np.sort(sent_s[timed])
+    got = np.rint(went_s * 1e9).astype(np.int64)
     return [_sent_windows(names[0], due, got), _sent_bursts(names[1], due, got), _sent_gaps(names[2], due, got)]
 
 
@@ -103,11 +101,8 @@ def _moved(due: Ints, got: Ints, window_s: int) -> float:
     if last > 50_000_000:
         return 0.0
     more = np.zeros(last + 1, dtype=np.int64)
-    for part in arrays.blocks(len(due)):
-        for times, sign in ((due[part], 1), (got[part], -1)):
-            place = np.maximum(times - start, 0) // width
-            counted = np.bincount(place - place[0])
-            more[place[0] : place[0] + len(counted)] += sign * counted
+    for times, sign in ((due, 1), (got, -1)):
+        more += sign * np.bincount(np.maximum(times - start, 0) // width, minlength=last + 1)
     return float(np.abs(more).sum()) / 2 / len(due)
 
 
@@ -126,7 +121,7 @@ def _sent_bursts(name: str, due: Ints, got: Ints) -> Fidelity:
 
 
 def _sent_gaps(name: str, due: Ints, got: Ints) -> Fidelity:
-    off_s = arrays.mean_distance(arrays.ranked_gaps(due), arrays.ranked_gaps(got)) / 1e9
+    off_s = float(np.abs(np.sort(np.diff(due)) - np.sort(np.diff(got))).mean()) / 1e9
     mean_s = int(due[-1] - due[0]) / 1e9 / (len(due) - 1)
     bound_s = max(GAP_BOUND * mean_s, GAP_FLOOR_S)
     return Fidelity(
@@ -144,20 +139,20 @@ def _sent_lengths(
     *,
     chat: bool = False,
 ) -> Fidelity:
-    name, n = f"sent: {side} lengths", len(counted)
-    asked = arrays.filled(n, lambda part: planned[ids[part]])
-    both = arrays.flags(n, lambda part: success[part] & np.isfinite(asked[part]) & np.isfinite(counted[part]))
+    name = f"sent: {side} lengths"
+    asked = planned[ids]
+    both = success & np.isfinite(asked) & np.isfinite(counted)
     if not both.any():
         return not_comparable(name, "no request has both a planned length and the server's count")
-    asked, got = arrays.kept(asked, both), arrays.kept(counted, both)
+    asked, got = asked[both], counted[both]
     start = got[0] - asked[0]
-    constant = all(bool((got[part] - asked[part] == start).all()) for part in arrays.blocks(len(got)))
+    constant = bool((got - asked == start).all())
     if side == "input" and start > 0 and constant:
         if chat:
             return not_comparable(name, f"chat: the server's template adds {start:.0f} tokens to every planned prompt")
         got -= start if start <= START_TOKENS else 0  # a start token that the server adds to every prompt
     distance = ks_distance(asked, got)
-    differing = arrays.differing(asked, got)
+    differing = float(np.mean(asked != got))
     ok = distance <= LENGTH_BOUND and abs(got.mean() - asked.mean()) <= EXACT * asked.mean()
     return Fidelity(
         name=name, ok=ok, bound=f"{LENGTH_BOUND:.3f}, means within {EXACT:.0%}",
@@ -171,7 +166,7 @@ def _sent_turns(plan: Plan, sent_s: Floats, went: Bools) -> Fidelity:
     followers = len(plan.slice) - groups(plan.slice)[0]
     if not followers:
         return not_comparable(name, "no session has a second turn")
-    overtaken = backwards(arrays.kept(plan.slice, went), arrays.kept(sent_s, went))
+    overtaken = backwards(plan.slice[went], sent_s[went])
     return Fidelity(
         name=name, ok=overtaken == 0, observed=f"{overtaken} of {followers} turns before the one before them",
         bound="none", said="" if not overtaken else "turns of a session overtook each other",
@@ -221,7 +216,7 @@ def _cache_hits(reuse: Reuse, served: Served, cached: Floats, success: Bools) ->
     """Share of input tokens found in the server's cache, and who says so."""
     if served.queried_tokens and served.hit_tokens is not None:
         return served.hit_tokens / served.queried_tokens, "its counters"
-    known = arrays.flags(len(cached), lambda part: np.isfinite(cached[part]) & success[part])
+    known = np.isfinite(cached) & success
     if known.any() and known.sum() == success.sum():
         return float(cached.sum(where=known)) / reuse.tokens, "usage of each request"
     return None, ""

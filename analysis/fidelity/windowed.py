@@ -12,7 +12,6 @@ import math
 
 import numpy as np
 
-from analysis import arrays
 from analysis.arrays import Floats, Ints
 from analysis.fidelity.answer import EXACT, LENGTH_BOUND, POINTS_BOUND, Fidelity, not_comparable, number
 from harness.plan import PlanInfo
@@ -102,7 +101,7 @@ def _gaps(name: str, source: ArrivalStats, planned: ArrivalStats) -> Fidelity:
 def mean_lengths(side: str, source: LengthStats | None, lengths: Floats, info: PlanInfo) -> Fidelity:
     """Mean tokens of the plan against those of the trace."""
     name = f"planned: {side} lengths"
-    known = arrays.flags(len(lengths), lambda part: np.isfinite(lengths[part]))
+    known = np.isfinite(lengths)
     n = int(known.sum())
     if source is None or not n:
         return not_comparable(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from analysis import arrays, metrics
+from analysis import metrics
 from analysis.arrays import Floats
 from analysis.counters import shared_addresses
 from analysis.grid import EDGES, count_in
@@ -61,22 +61,21 @@ def curves(run: Run) -> Curves | None:
         return None
     rows = run.rows
     grids = {name: np.zeros((BINS, len(EDGES))) for name in ("ttft", "service_ttft", "tpot", "e2e", "lag")}
-    for _, block in rows.blocks():
-        due = metrics.bin_of(block.scheduled_s, window)
-        for name, grid in grids.items():
-            count_in(grid, due, getattr(metrics, name)(block))
+    due = metrics.bin_of(rows.scheduled_s, window)
+    for name, grid in grids.items():
+        count_in(grid, due, getattr(metrics, name)(rows))
     grids["itl"] = run.chunks.itl_grid
     into = metrics.binned(*metrics.input_token_events(rows), window)
     sent = metrics.was_sent(rows)
-    failed = metrics.flags(rows, lambda part: np.isfinite(part.sent_s) & ~part.success)
+    failed = np.isfinite(rows.sent_s) & ~rows.success
     edges = np.linspace(window.start_s, window.end_s, BINS + 1)
     middle = (edges[:-1] + edges[1:]) / 2
     return Curves(
         window=window,
         time_s=middle,
-        planned=_per_second(arrays.kept(rows.scheduled_s, sent), window),
-        sent=_per_second(arrays.kept(rows.sent_s, sent), window),
-        failed=_per_second(arrays.kept(rows.finished_s, failed), window),
+        planned=_per_second(rows.scheduled_s[sent], window),
+        sent=_per_second(rows.sent_s[sent], window),
+        failed=_per_second(rows.finished_s[failed], window),
         in_flight=metrics.in_flight(rows, window),
         input_tokens=into / window.bin_s,
         output_tokens=run.chunks.output_tokens / window.bin_s,
@@ -185,8 +184,8 @@ def promises(run: Run, counts: Counts, shares: Sequence[float]) -> Promises:
     rows = run.rows
     found: Promises = {}
     for name, metric in (("ttft", metrics.ttft), ("tpot", _tpot_kept), ("e2e", metrics.e2e)):
-        values = metrics.column(rows, metric)
-        ranked = arrays.ranked(values, arrays.finite(values))
+        values = metric(rows)
+        ranked = np.sort(values[np.isfinite(values)])
         found[name] = {}
         for share in shares:
             place = math.ceil(share * counts.offered * (1 - 1e-12)) - 1
