@@ -631,6 +631,33 @@ def test_no_column_is_lost_on_paper(visit, tmp_path):
     wait_for(lambda: 0 < tab.evaluate(widest) <= 720, 20, "tables as wide as the paper")
 
 
+BEYOND = """() => [...document.querySelectorAll('td, tbody th, dd')].filter((cell) => {
+  const words = document.createRange();
+  words.selectNodeContents(cell);
+  const box = words.getBoundingClientRect(), own = cell.getBoundingClientRect();
+  return box.width && (box.right > innerWidth || box.left < 0 || box.right > own.right + 1 || box.left < own.left - 1);
+}).map((cell) => cell.textContent)"""
+
+
+@pytest.mark.parametrize("width", [375, 1280])
+def test_no_figure_lies_beyond_the_screen_or_its_cell(visit, tmp_path, width):
+    """Nothing has to be scrolled sideways, and why there is no price is said once, where there is room for it."""
+    runs = [view(tmp_path / name, label=name, **options) for name, options in (
+        ("priced", {}), ("no-tier", {"tier": None}), ("stopped", {"status": "stopped"}),
+        ("slow", {"results": [good(i, ttft_ms=900) for i in range(400)]}),
+    )]  # fmt: skip
+    tab = visit(*runs)
+    tab.set_viewport_size({"width": width, "height": 900})
+    tab.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    assert tab.evaluate(BEYOND) == []
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    wide = "[...document.querySelectorAll('.scroll')].filter((box) => box.scrollWidth > box.clientWidth + 1).length"
+    assert tab.evaluate(wide) == 0
+    row = tab.locator("tbody tr", has_text="no-tier").first
+    assert row.inner_text().count("say which hardware this ran on") == 1
+    assert "say which hardware" in row.locator("th").inner_text(), "beside the verdict, not in a column of prices"
+
+
 def test_browser_runs_nothing_that_a_server_wrote(visit, tmp_path):
     rows = [good(i) for i in range(60)] + [bad(60 + i, detail=EVIL[:300]) for i in range(3)]
     options = {"model": EVIL, "tier": replace(TIER, name=EVIL), "versions": {EVIL: EVIL}, "engine_args": [EVIL]}

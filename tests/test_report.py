@@ -172,12 +172,22 @@ def test_the_last_three_lines_are_verdict_price_and_slo(tmp_path) -> None:
     ).splitlines()[-3:]
     assert kept[0] == "VALID"
     assert kept[1] == "8.325 USD per 1M tokens, 24.975 per 1M output tokens at this load"
-    assert kept[2].startswith("SLO met: ttft <= 2 s for 99 % of requests, kept by 1")
+    assert kept[2].startswith("SLO met, kept by 1")
     refused = text(summary(tmp_path / "b", [bad(i, "unsent", sent=False) for i in range(200)])).splitlines()[-3:]
     assert refused[0].startswith("INVALID: ")
     assert refused[1].startswith("no price: ")
     assert refused[2] == "SLO not judged: the run is INVALID"
     assert text(summary(tmp_path / "c", spec=replace(SPEC, slo={}))).splitlines()[-1].startswith("no SLO was given")
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_no_figure_of_the_last_lines_is_cut(tmp_path, width) -> None:
+    long = {"ttft_p95": 0.2, "tpot_p99": 0.1, "e2e_p99": 9.0}
+    said = text(summary(tmp_path, [good(i) for i in range(400)], spec=replace(SPEC, slo=long)), width).split("run dir")
+    assert "…" not in said[1]
+    bottom = " ".join(said[1].split())
+    for figures in ("8.329 USD", "24.987 per 1M output", "kept by 100%: ttft_p95", "kept by 100%: e2e_p99"):
+        assert figures in bottom
 
 
 def test_a_folder_of_runs_stands_for_all_of_them(tmp_path) -> None:

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from analysis.load import read_run
 from analysis.show import report
-from analysis.show.cells import Cell, in_seconds, load_cell, price_cell, quantity, state_of
+from analysis.show.cells import Cell, in_seconds, load_cell, price_cell, quantity, state_of, verdict_note
 from analysis.show.page import policy, render, render_page
 from analysis.show.view import RunView, view_run
 from analysis.summary import Summary, summarise
@@ -179,7 +179,7 @@ def _figures(s: Summary) -> list[Cell]:
     }  # fmt: skip
     word, mark = words[state_of(s)]
     return [
-        Cell(word, note="dummy weights" if s.caution else None, mark=mark),
+        Cell(word, note=verdict_note(s), mark=mark),
         load_cell(s),
         quantity(s.metrics.ttft.p99, in_seconds),
         price_cell(s, s.cost.usd_per_1m_total),

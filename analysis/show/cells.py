@@ -51,9 +51,18 @@ def quantity(q: Quantity, style: Callable[[float], str]) -> Cell:
 
 
 def price_cell(s: Summary, q: Quantity) -> Cell:
-    """A price with its interval; quiet where the SLO was missed, for it is none to sell at."""
-    cell = quantity(q, report.price)
+    """A price with its interval; quiet where the SLO was missed, for it is none to sell at. Why there is none stands
+    beside the verdict (`verdict_note`): a column of prices is too narrow for words.
+    """
+    cell = replace(quantity(q, report.price), note=interval(q, report.price) if q.value is not None else None)
     return replace(cell, mark="quiet") if state_of(s) in ("missed", "unknown") else cell
+
+
+def verdict_note(s: Summary, verdict: str = "") -> str | None:
+    """``verdict`` and what else is to be known about the run before its figures are read."""
+    reason = s.cost.reason if s.verdict == "VALID" else None
+    said = [verdict, "dummy weights" if s.caution else "", f"no price: {reason}" if reason else ""]
+    return "; ".join(filter(None, said)) or None
 
 
 def load_cell(s: Summary) -> Cell:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from analysis.offered_load import KIND_WORDS
 from analysis.show import report
 from analysis.show.capacity_text import HEADS, INTERVAL, sentence, system_row
-from analysis.show.cells import Cell, Table, in_seconds, load_cell, price_cell, quantity
+from analysis.show.cells import Cell, Table, in_seconds, load_cell, price_cell, quantity, verdict_note
 from analysis.show.plot import Chart, cost_charts, load_charts, share_chart
 from analysis.show.tradeoff import tradeoff_charts
 from analysis.show.view import RunView
@@ -139,7 +139,7 @@ def _table(views: Sequence[RunView]) -> Table:
         prices = (cost.usd_per_1m_total, cost.split.usd_per_1m_input, cost.split.usd_per_1m_output)
         rows.append(
             [
-                Cell(v.label, note=f"{v.verdict}, dummy weights" if s.caution else v.verdict, mark=f"run-{k % COLORS}"),
+                Cell(v.label, note=verdict_note(s, v.verdict), mark=f"run-{k % COLORS}"),
                 Cell(tier_words(s) or "no tier", note=_basis(s)),
                 load_cell(s),
                 *(price_cell(s, price) for price in prices),

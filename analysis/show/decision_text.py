@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -26,6 +25,7 @@ from analysis.money.terms import Terms
 from analysis.money.unit_prices import UnitPrices
 from analysis.show.report import clean, figure, hourly, price
 from analysis.sizing.system import where_words
+from harness.text_table import text_tables
 
 _MARKDOWN = re.compile(r"([\\`*\[\]<>|_#])")
 
@@ -51,13 +51,10 @@ def render_text(blocks: Iterable[Block], console: Console) -> None:
         for line in block.lines:
             console.print(Text(clean(line)))
         if block.rows:
-            table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-            for n, head in enumerate(block.heads):
-                table.add_column(head, justify="right" if n else "left", overflow="fold")
-            for row in block.rows:
-                table.add_row(*(Text(clean(cell)) for cell in row))
-            console.print()
-            console.print(table)
+            rows = [tuple(clean(cell) for cell in row) for row in block.rows]
+            for table in text_tables(block.heads, rows, console.width):
+                console.print()
+                console.print(table)
         for note in block.notes:
             body = RichTable.grid(padding=0)
             body.add_row("- ", Text(clean(note), overflow="fold"))

@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Sequence
 
 import msgspec
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +18,7 @@ from analysis.labels import clean as clean
 from analysis.offered_load import KIND_WORDS
 from analysis.sizing.system import servers_of, tier_words, where_words
 from analysis.summary import Summary, claims
+from harness.text_table import text_tables
 
 _MARKDOWN = re.compile(r"([\\`*\[\]<>|])")
 _ALIKE = re.compile(r"needs (\d+) independent .* worth about (\d+)$")
@@ -36,14 +36,10 @@ def render_text(summary: Summary, console: Console) -> None:
     for line in opening(summary):
         console.print(Text(line, style="bold yellow" if line == summary.caution else ""))
     for heads, rows in sections(summary):
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        for k, head in enumerate(heads):
-            words = k == 0 or head in _WORDY
-            table.add_column(head, justify="left" if words else "right", overflow="fold", no_wrap=not words)
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
-        console.print()
-        console.print(table)
+        right = [k for k, head in enumerate(heads) if k and head not in _WORDY]
+        for table in text_tables(heads, rows, console.width, right):
+            console.print()
+            console.print(table)
     for title, lines in closing(summary):
         console.print()
         console.print(Text(title, style="bold"))
@@ -52,8 +48,10 @@ def render_text(summary: Summary, console: Console) -> None:
             body.add_row("- ", Text(line, overflow="fold"))
             console.print(body)
     console.print(Text(f"run directory: {clean(summary.run)}"), soft_wrap=True)
-    for line in bottom_lines(summary):
-        console.print(Text(line, style="bold"), no_wrap=True, overflow="ellipsis")
+    verdict, *figures = bottom_lines(summary)
+    console.print(Text(verdict, style="bold"), no_wrap=True, overflow="ellipsis")  # the reasons stand above, whole
+    for line in figures:
+        console.print(Text(line, style="bold"))
 
 
 def render_markdown(summary: Summary) -> str:
@@ -144,7 +142,7 @@ def bottom_lines(summary: Summary) -> tuple[str, str, str]:
     else:
         words = {True: "met", False: "MISSED", None: "not judged"}
         kept = "; ".join(
-            f"SLO {words[part.met]}: {part.name}, kept by {value(part.attainment, percent)}"
+            f"SLO {words[part.met]}, kept by {value(part.attainment, percent)}: {part.name}"
             for part in summary.slo.criteria
         )
     return clean(f"{summary.verdict}{reason}{more}"), clean(paid), clean(kept)

@@ -28,18 +28,13 @@ def print_json(value: object) -> None:
 
 def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """A plain table on stdout."""
-    from rich import box
-    from rich.table import Table
-
     from harness.console import Console
+    from harness.text_table import text_tables
 
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    # Into a pipe there is no width to fit: never cut what a script or a pager will read.
-    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200).print(table)
+    # Into a pipe there is no width to fit: one table, a line for each row, as a script or a pager will read it.
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
+    for table in text_tables(columns, rows, console.width, right=()):
+        console.print(table)
 
 
 def print_blocks(blocks: Sequence[Block], format_: str) -> None:
