@@ -15,6 +15,10 @@ from typing import Any
 
 import psutil
 import pytest
+from hypothesis import settings
+
+settings.register_profile("no clock", deadline=None)  # how long an example takes is the machine's load
+settings.load_profile("no clock")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -28,7 +28,7 @@ def printed(heads, rows, width) -> list[str]:
     return out.getvalue().splitlines()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(TABLES, st.sampled_from([60, 80, 120, 240]))
 def test_no_word_is_cut_and_no_line_is_too_long(table, width):
     lines = printed(table[0], table[1:], width)
