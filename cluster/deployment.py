@@ -59,9 +59,10 @@ WEIGHTS_S = 4 * 3600.0
 class Deployment:
     """Model servers for the length of a ``with`` block.
 
-    ``replicas``, ``engine``, ``engine_version``, ``engine_args``, ``model_facts``, ``shares_host`` and ``shared_cores``
-    describe them once they are ready. Entering raises `ServerError` when one of them does not come up, after all were
-    ended again. It may be held open over many runs; `check` watches the servers while one lasts.
+    ``replicas``, ``engine``, ``evidence``, ``engine_version``, ``engine_args``, ``model_facts``, ``shares_host`` and
+    ``shared_cores`` describe them once they are ready. Raises `UsageError` for a tier the engine does not fit; entering
+    raises `ServerError` when one of them does not come up, after all were ended again. It may be held open over many
+    runs; `check` watches the servers while one lasts.
     """
 
     def __init__(
@@ -81,6 +82,8 @@ class Deployment:
         if replicas < 1:
             raise UsageError(f"--replicas {replicas}: at least one server is needed")
         self._engine: Engine = engine or VllmEngine(model=model, tier=tier, weights=weights)
+        if misfit := self._engine.misfit(tier):
+            raise UsageError(misfit)
         self._tier, self._run_dir, self._say, self._ready_s = tier, run_dir, say, ready_s
         self._joined = False
         """This deployment connected to Ray, so it disconnects."""
@@ -96,7 +99,7 @@ class Deployment:
         """Of this process, and so of the load workers: no server of the run is to give way to them."""
         self.api_key = api_key
         self.replicas = [Replica(index=i, base_url="", log=str(run_dir / f"server-{i}.log")) for i in range(replicas)]
-        self.engine = self._engine.name
+        self.engine, self.evidence = self._engine.name, self._engine.evidence
         self.engine_args = self._engine.args
         self.engine_version: str | None = None
         self.model_facts = self._engine.facts()

