@@ -9,7 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness import source as source_module
@@ -376,6 +376,7 @@ def test_a_forced_format_that_does_not_fit_is_refused(tmp_path):
         open_trace(path, format="moncake")
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.one_of(st.binary(max_size=60), st.sampled_from([*GOOD.values(), *(c[1] for c in BAD_LINES.values())])))
 )

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.cli.trace import trace as verbs
@@ -268,6 +268,7 @@ def test_a_time_of_another_kind_is_refused(tmp_path):
     assert (len(kept), sum(trace.rows_dropped.values())) == (1, 3)
 
 
+@settings(deadline=None)
 @given(st.integers(978_307_200, 4_102_444_799), st.integers(0, 999_999_999))
 def test_any_time_since_1970_is_exact(second, rest):
     for unit, size in (("s", 10**9), ("ms", 10**6), ("us", 10**3), ("ns", 1)):
@@ -276,6 +277,77 @@ def test_any_time_since_1970_is_exact(second, rest):
         text = str(whole // size) if unit != "s" else f"{second}.{rest:09}"
         clock.look([text])
         assert clock.ns(text) == (whole if unit != "s" else second * 10**9 + rest)
+
+
+EPOCHS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
+STARTED_NS = int(BASE.timestamp()) * 10**9
+
+
+def epochs(unit: str) -> list[float]:
+    """The three arrivals since 1970; whole numbers but for seconds."""
+    if unit == "s":
+        return [int(BASE.timestamp()) + t for t, _, _ in ROWS]
+    return [(STARTED_NS + round(t * 1e9)) // EPOCHS[unit] for t, _, _ in ROWS]
+
+
+@pytest.mark.parametrize("name", ["arrival_s", "arrival_{unit}", "epoch_{unit}", "epoch", "unix_time_{unit}",
+                                  "startTimeUnix{unit}", "arrival_epoch_{unit}", "timestamp_epoch", "t"])  # fmt: skip
+@pytest.mark.parametrize("unit", ["ms", "us", "ns", "s"])
+@pytest.mark.parametrize("carrier", ["csv", "json", "parquet"])
+def test_times_since_1970_are_read_whatever_their_column_is_called(tmp_path, name, unit, carrier):
+    """Also under our own name, which says seconds: no trace is 30,000 years long."""
+    column = name.format(unit=unit.capitalize() if "Unix" in name else unit)
+    rows = [{column: t, "input_tokens": i, "output_tokens": o}
+            for t, (_, i, o) in zip(epochs(unit), ROWS, strict=True)]  # fmt: skip
+    path = tmp_path / "t"
+    if carrier == "csv":
+        path.write_text(csv_of(list(rows[0]), [list(row.values()) for row in rows]))
+    elif carrier == "json":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    kept, trace = read(path)
+    assert kept == ROWS, trace.notes
+    assert trace.clock is not None and column in trace.clock
+    if name == "arrival_s" and unit != "s":
+        assert f"in {unit} since 1970, by its size" in trace.clock
+
+
+def test_our_own_rows_keep_their_other_fields_beside_a_time_since_1970(tmp_path):
+    rows = [{"arrival_s": t, "prompt": f"row {at}", "session_id": "s", "turn": at} for at, t in enumerate(epochs("ms"))]
+    path = write(tmp_path, "".join(json.dumps(row) + "\n" for row in rows))
+    records = list(open_trace(path))
+    assert [(r.arrival_s, r.text, r.session_id, r.turn) for r in records] == [
+        (t, f"row {at}", "s", at) for at, (t, _, _) in enumerate(ROWS)
+    ]
+    mixed = [rows[0], {"arrival_s": 5.5, "prompt": "x"}, {"arrival_s": 1e15, "prompt": "x"}]
+    assert "arrival_s is '5.5': not in ms since 1970" in problem(
+        write(tmp_path, "".join(json.dumps(row) + "\n" for row in mixed))
+    )
+    for wrong in (1e11, 5e12, 1e300, -1):
+        assert "arrival_s" in problem(write(tmp_path, json.dumps({"arrival_s": wrong, "prompt": "x"})))
+
+
+def test_a_first_time_that_is_none_does_not_decide_for_the_others(tmp_path):
+    """A row of a counter that had not begun: it is refused, the others are what they are."""
+    rows = [(0, 5, 7), *((t, i, o) for t, (_, i, o) in zip(epochs("ms"), ROWS, strict=True)), ("", 5, 7)]
+    kept, trace = read(write(tmp_path, csv_of(NAMES, rows)), skip_bad=True)
+    assert (kept, sum(trace.rows_dropped.values())) == (ROWS, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"), [("epoch", [0, 500]), ("arrival", ["0", "1500"]), ("ts", [20260921, 20260922])]
+)
+def test_small_whole_numbers_have_no_unit_by_any_of_these_names(name, values):
+    clock = Clock(name)
+    clock.look(values)
+    assert "Say --time-unit" in (clock.unclear or "")
+
+
+def test_a_name_with_a_unit_is_believed_where_it_can_be(tmp_path):
+    clock = Clock("arrival_ns")
+    clock.look([1_790_000_000, 3_580_000_000])
+    assert (clock.said, clock.ns(3_580_000_000)) == ("arrival_ns in ns, by its name", 3_580_000_000)
 
 
 def test_a_clock_refuses_what_is_no_time():

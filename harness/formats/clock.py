@@ -2,7 +2,7 @@
 
 ==========================================  ==========================================================================
 dates and times (``2026-09-21T14:13:20Z``)  UTC where no zone is given
-a unit in the name (``arrival_time_ns``)    that unit
+a unit in the name (``arrival_time_ns``)    that unit, unless the times were 285 years and more in it
 numbers of 2001 to 2100 since 1970          s, ms, us or ns: the four ranges do not meet
 smaller numbers, some with a fraction       seconds
 smaller whole numbers                       not known: s and ms are both common. ``--time-unit`` says it
@@ -75,19 +75,23 @@ class Clock:
             return
         numbers = [number for value in values if (number := _number(value)) is not None]
         named = unit_of(self.name)[1]
+        typical = sorted(numbers)[len(numbers) // 2] if numbers else Decimal(0)
         if self._unit is not None:
             self.said = f"{self.name} in {self._unit}, as asked"
-            self.absolute = bool(numbers) and _is_epoch(numbers[0], self._unit)
+            self.absolute = bool(numbers) and _is_epoch(typical, self._unit)
         elif len(numbers) < len([value for value in values if value not in (None, "")]) / 2 or not numbers:
             self._iso, self.absolute = IsoClock(self.name), True
             self.said = f"{self.name}, a date and time, UTC where no zone is given"
-        elif named is not None:
+        elif named is not None and _fits(typical, named):
             self._unit = named
-            self.absolute = _is_epoch(numbers[0], named)
+            self.absolute = _is_epoch(typical, named)
             self.said = f"{self.name} in {named}, by its name"
-        elif epoch := _epoch_unit(numbers[0]):
+        elif epoch := _epoch_unit(typical):
             self._unit, self.absolute = epoch, True
-            self.said = f"{self.name} in {epoch} since 1970, by its size"
+            but = f" (not {named}, as its name says)" if named else ""
+            self.said = f"{self.name} in {epoch} since 1970, by its size{but}"
+        elif named is not None:
+            self._unit, self.said = named, f"{self.name} in {named}, by its name"
         elif any(number % 1 for number in numbers):
             self._unit = "s"
             self.said = f"{self.name} in seconds, as it has fractions (--time-unit ms, us or ns, if not)"
@@ -119,7 +123,7 @@ class Clock:
         if self._unit is None:
             return None
         ns = int((number * UNIT_NS[self._unit]).to_integral_value())
-        if not 0 <= ns <= MAX_ARRIVAL_S * 10**9:
+        if not _fits(number, self._unit):
             raise RowError(
                 f"bad {self.name}",
                 f"{self.name} is {show(str(value))}, expected a time in {self._unit} from 0 to {MAX_ARRIVAL_S} s",
@@ -139,6 +143,10 @@ def _number(value: Any) -> Decimal | None:
     if isinstance(value, str) and _NUMBER.fullmatch(text := value.strip()):
         return Decimal(text)
     return None
+
+
+def _fits(number: Decimal, unit: TimeUnit) -> bool:
+    return 0 <= number * UNIT_NS[unit] <= MAX_ARRIVAL_S * 10**9
 
 
 def _is_epoch(number: Decimal, unit: TimeUnit) -> bool:

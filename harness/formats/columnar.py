@@ -16,7 +16,7 @@ import msgspec
 from harness.errors import TraceError
 from harness.formats.asked import Role
 from harness.formats.columns import is_table, recognised
-from harness.formats.jsonl import FIELDS, BlockSizes, Line, row_of
+from harness.formats.jsonl import FIELDS, BlockSizes, Line, OwnClock, row_of
 from harness.formats.row import Item, LeftOutError, Place, RowError, safe
 from harness.formats.table import Table
 from harness.formats.values import decode_error
@@ -37,6 +37,7 @@ class Columnar(Table):
     def __init__(self) -> None:
         super().__init__()
         self._sizes = BlockSizes()
+        self._own = OwnClock()
         self._ours = False
 
     @classmethod
@@ -47,7 +48,7 @@ class Columnar(Table):
     @property
     def clock(self) -> str:  # type: ignore[override]
         """As its name says, or as found."""
-        return "arrival_s in seconds, by its name" if self._ours else super().clock
+        return self._own.said if self._ours else super().clock
 
     @property
     def sends_text(self) -> bool:  # type: ignore[override]
@@ -74,7 +75,7 @@ class Columnar(Table):
             try:
                 if isinstance(record, RowError):
                     raise record
-                row = row_of(msgspec.convert(record, Line))
+                row = row_of(msgspec.convert(record, Line), self._own)
                 self._sizes.see(row)
                 yield place, row
             except msgspec.ValidationError as e:

@@ -13,7 +13,9 @@ _COMMON: dict[Role, str] = {
     "arrival": "arrival arrival_time arrivals arrived_at arrival_timestamp arrived timestamp time_stamp ts "
     "request_time request_timestamp requested_at request_start request_received received_at received "
     "request_start_time start_time start_timestamp started_at start created_at created submitted_at "
-    "sent_at event_time event_timestamp date_time datetime time t",
+    "sent_at event_time event_timestamp date_time datetime time epoch epoch_time epoch_timestamp timestamp_epoch "
+    "time_epoch arrival_epoch unix_time unix_timestamp unix_epoch unix timestamp_unix time_unix arrival_unix "
+    "start_time_unix event_time_unix request_time_unix t",
     "input": "input_tokens prompt_tokens input_length prompt_length input_len prompt_len num_prompt_tokens "
     "num_input_tokens num_prefill_tokens prefill_tokens n_prompt_tokens n_input_tokens nb_input_tokens context_tokens "
     "request_tokens query_tokens prompt_token_count input_token_count prompt_tokens_count input_tokens_count "

@@ -2,7 +2,8 @@
 
 =================  ===================================================================================================
 ``arrival_s``      number, seconds on any clock (the first row becomes zero). Never decreasing. On all rows or on none.
-                   Numbers are 64-bit floats: seconds since 1970 keep a quarter of a microsecond
+                   Numbers are 64-bit floats: seconds since 1970 keep a quarter of a microsecond. Those that can only be
+                   milli-, micro- or nanoseconds since 1970 are read as these, and that is said
 ``prompt``         string, the prompt as text, sent as it is
 ``messages``       chat messages ``[{"role": ..., "content": ...}, ...]``, contents are strings
 ``input_tokens``   integer, prompt length. A prompt of exactly this length is made when there is no text
@@ -41,9 +42,10 @@ from typing import Annotated
 
 import msgspec
 
+from harness.formats.clock import Clock
 from harness.formats.columns import role_of
 from harness.formats.row import MAX_ARRIVAL_S, MAX_TOKENS, FailedCallError, Reader, Row, RowError
-from harness.formats.values import DECODE_ERRORS, decode_error, fields_of
+from harness.formats.values import DECODE_ERRORS, decode_error, fields_of, seconds_ns
 
 _Tokens = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
 _Text = Annotated[str, msgspec.Meta(min_length=1)]
@@ -57,7 +59,7 @@ class _Message(msgspec.Struct, forbid_unknown_fields=True):
 class Line(msgspec.Struct, forbid_unknown_fields=True):
     """One row; see the module docstring for each field."""
 
-    arrival_s: Annotated[float, msgspec.Meta(ge=0, le=MAX_ARRIVAL_S)] | None = None
+    arrival_s: Annotated[int, msgspec.Meta(ge=0)] | Annotated[float, msgspec.Meta(ge=0)] | None = None
     prompt: _Text | None = None
     messages: Annotated[list[_Message], msgspec.Meta(min_length=1)] | None = None
     input_tokens: _Tokens | None = None
@@ -77,6 +79,7 @@ class Line(msgspec.Struct, forbid_unknown_fields=True):
 
 FIELDS = Line.__struct_fields__
 _TELLING = {"prompt", "input_tokens", "output_tokens", "arrival_s", "prefix_ids", "block_tokens"}
+_EXACT_S = 2**53 / 1e9
 _decode = msgspec.json.Decoder(Line).decode
 
 
@@ -84,11 +87,16 @@ class Jsonl(Reader):
     """Reader of our own JSON Lines."""
 
     summary = "our JSON Lines: arrival_s, prompt or messages or input_tokens, output_tokens, session_id, prefix_ids ..."
-    clock = "arrival_s in seconds, by its name"
     sends_text = True
 
     def __init__(self) -> None:
         self._sizes = BlockSizes()
+        self._clock = OwnClock()
+
+    @property
+    def clock(self) -> str:  # type: ignore[override]
+        """As its name says, or as found."""
+        return self._clock.said
 
     @staticmethod
     def sniff(record: bytes) -> bool:
@@ -109,7 +117,7 @@ class Jsonl(Reader):
     def parse(self, record: bytes) -> Row:
         """Read one line."""
         try:
-            row = row_of(_decode(record))
+            row = row_of(_decode(record), self._clock)
             self._sizes.see(row)
             return row
         except DECODE_ERRORS as e:
@@ -141,6 +149,28 @@ class BlockSizes:
         return f"{sizes} tokens, as block_tokens says; the ids were counted on every row" if sizes else None
 
 
+class OwnClock:
+    """Times of ``arrival_s``: seconds, unless the first can only be another unit since 1970."""
+
+    def __init__(self) -> None:
+        self.said = "arrival_s in seconds, by its name"
+        self._clock: Clock | None = None
+        self._known = False
+
+    def ns(self, arrival: float) -> int:
+        """Nanoseconds. Raises `RowError`."""
+        if not self._known:
+            self._known = True
+            if arrival > MAX_ARRIVAL_S:
+                self._clock = Clock("arrival_s")
+                self._clock.look([arrival])
+                self.said = self._clock.said
+        if self._clock is not None:
+            return self._clock.ns(arrival) or 0
+        # Beyond, whole nanoseconds have no place in a float.
+        return round(arrival * 1e9) if arrival < _EXACT_S else seconds_ns("arrival_s", arrival)
+
+
 def answered(messages: bytes) -> bool:
     """Whether these messages (JSON) end with an assistant's."""
     try:
@@ -150,14 +180,14 @@ def answered(messages: bytes) -> bool:
     return isinstance(last, dict) and last.get("role") == "assistant"
 
 
-def row_of(line: Line) -> Row:
-    """The row of a decoded line. Raises `RowError` and `FailedCallError`."""
+def row_of(line: Line, clock: OwnClock) -> Row:
+    """The row of a decoded line, its time on ``clock``. Raises `RowError` and `FailedCallError`."""
     if problem := _contradiction(line):
         raise RowError("bad fields", problem)
     if line.input_tokens == 0 or line.output_tokens == 0:
         raise FailedCallError
     return Row(
-        None if line.arrival_s is None else round(line.arrival_s * 1e9),
+        None if line.arrival_s is None else clock.ns(line.arrival_s),
         line.input_tokens,
         line.output_tokens,
         line.session_id,
