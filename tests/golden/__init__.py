@@ -1,1 +1,1 @@
-"""Published and measured cases with known answers. Source and licence of each: README.md here."""
+"""Published and measured cases with known answers, and runs of our own with theirs. All of them: README.md here."""
