@@ -241,7 +241,7 @@ def claims(summary: Summary) -> dict[str, object]:
 
 
 def _dummy(model_facts: Mapping[str, str]) -> bool:
-    return "dummy" in model_facts.get("weights", "").lower() or model_facts.get("source") == "dummy"
+    return model_facts.get("source") == "dummy"
 
 
 def exit_code(summary: Summary) -> int:

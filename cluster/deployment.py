@@ -18,7 +18,7 @@ from typing import Any
 
 from cluster.actors import Reserved, ServersActor
 from cluster.claims import claims
-from cluster.engine import WHOLE, Engine, Part
+from cluster.engine import WHOLE, Engine, Part, State
 from cluster.head import NICENESS
 from cluster.job import Child, Job, Launch, start_here
 from cluster.join import alive_nodes, connect, disconnect, head_gone, last_line
@@ -40,7 +40,7 @@ from cluster.watch import CHECK_S, Host, Owner, Watch
 from harness import probe
 from harness.errors import ServerError, UsageError
 from harness.host_metrics import HostMetrics, host_file
-from harness.run import Replica, Restart, RunDir, Tier
+from harness.run import OnReplicaDeath, Replica, Restart, RunDir, Tier
 
 import ray  # isort: skip  # after cluster.join, which sets what Ray reads when it is imported
 from ray.exceptions import RayError  # isort: skip
@@ -77,7 +77,7 @@ class Deployment:
         say: Callable[[str], None] = lambda text: None,
         engine: Engine | None = None,
         ready_s: float = READY_S,
-        on_replica_death: str = "fail",
+        on_replica_death: OnReplicaDeath = "fail",
     ) -> None:
         if replicas < 1:
             raise UsageError(f"--replicas {replicas}: at least one server is needed")
@@ -290,8 +290,8 @@ class Deployment:
     # -- while it runs ------------------------------------------------------------------------------------------------
 
     @property
-    def states(self) -> list[str]:
-        """Of each replica: queued, starting, loading, compiling or ready (`cluster.engine.STATES`)."""
+    def states(self) -> list[State]:
+        """Of each replica: queued, starting, loading, compiling or ready (`cluster.engine.State`)."""
         return [owner.state for owner in self._watch.owners if owner.part == 0]
 
     @property

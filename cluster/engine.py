@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
+from cluster.process import Cause
 from harness.run import Evidence, Tier
 
-STATES = ("queued", "starting", "loading", "compiling", "ready")
+State = Literal["queued", "starting", "loading", "compiling", "ready"]
 """What a replica goes through, in this order; a kind of server may skip some."""
 
 
@@ -77,10 +78,10 @@ class Engine(Protocol):
     def command(self, host: str, port: int, api_key: str, part: Part = WHOLE) -> Command:
         """The server's command on its host."""
 
-    def state(self, line: str) -> str | None:
-        """The one of `STATES` that a line of the log begins; null when it says nothing of that."""
+    def state(self, line: str) -> State | None:
+        """The `State` that a line of the log begins; null when it says nothing of that."""
 
-    def explain(self, lines: Sequence[str]) -> str | None:
+    def explain(self, lines: Sequence[str]) -> Cause | None:
         """Why it died, from the end of its log; null when no line is known."""
 
 
@@ -121,10 +122,11 @@ class CommandEngine:
         argv = [word.format(host=host, port=port) if "{" in word else word for word in self.argv]
         return Command(argv=argv, env={self.api_key_env: api_key})
 
-    def state(self, line: str) -> str | None:
+    def state(self, line: str) -> State | None:
         """Nothing is known of its log."""
         return None
 
-    def explain(self, lines: Sequence[str]) -> str | None:
+    def explain(self, lines: Sequence[str]) -> Cause | None:
         """Nothing is known of its messages but a taken port."""
-        return "port in use" if "address already in use" in "\n".join(lines).lower() else None
+        taken = any("address already in use" in line.lower() for line in lines)
+        return Cause("port in use", port_taken=True) if taken else None

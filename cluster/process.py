@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -35,6 +36,20 @@ NO_SECRETS: dict[str, str | None] = dict.fromkeys(
 TAIL_BYTES = 1 << 16
 LINE_CHARS = 400
 """A log line longer than this is cut in messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """Why a process ended, as its log has it."""
+
+    words: str
+    """The cause and what to do."""
+    port_taken: bool = False
+    """Another process has its port: on another one it may start."""
+
+
+class PortTakenError(ServerError):
+    """A server did not start because another process has its port."""
 
 
 class Process:
@@ -288,13 +303,13 @@ def wait_ready(
     process: Process,
     timeout_s: float,
     *,
-    explain: Callable[[Sequence[str]], str | None] = lambda lines: None,
+    explain: Callable[[Sequence[str]], Cause | None] = lambda lines: None,
     poll_s: float = 0.25,
 ) -> float:
     """Seconds until ``check()`` was true.
 
-    Raises `ServerError` with the last log lines, and what ``explain`` makes of the log, when the process ends first or
-    ``timeout_s`` passes. The process is not stopped here: it is the caller's.
+    Raises `ServerError` (`PortTakenError`) with the last log lines, and what ``explain`` makes of the log, when the
+    process ends first or ``timeout_s`` passes. The process is not stopped here: it is the caller's.
     """
     start = time.monotonic()
     while True:
@@ -311,4 +326,5 @@ def wait_ready(
             continue
         cause = explain(process.tail(400))
         where = f"; its log: {process.log}" if process.log else ""
-        raise ServerError(f"{process.name} {problem}{f': {cause}' if cause else ''}{where}", process.tail())
+        failure = PortTakenError if cause and cause.port_taken else ServerError
+        raise failure(f"{process.name} {problem}{f': {cause.words}' if cause else ''}{where}", process.tail())

@@ -13,13 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from typing import TypeVar
 
-from cluster.engine import WHOLE, Engine, Part
+from cluster.engine import WHOLE, Engine, Part, State
 from cluster.guard import descendants
 from cluster.job import read_piece
-from cluster.process import GRACE_S, NO_SECRETS, Process, describe_exit, wait_ready
+from cluster.process import GRACE_S, NO_SECRETS, PortTakenError, Process, describe_exit, wait_ready
 from cluster.registry import work_folder
 from harness import probe
 from harness.access import page_beside
@@ -60,7 +61,7 @@ class Failed:
 class Look:
     """What a replica's owner has to say since the last look."""
 
-    state: str
+    state: State
     messages: list[str]
     ended: str | None
     log: bytes
@@ -94,7 +95,7 @@ class ReplicaOwner:
         self._start = 1
         self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._seconds: queue.SimpleQueue[ProcessorSecond] = queue.SimpleQueue()
-        self._state = "queued"
+        self._state: State = "queued"
         self._read = 0  # of the log, for states
         self._unhealthy: str | None = None
 
@@ -150,7 +151,7 @@ class ReplicaOwner:
                 return self._start_once(deadline - time.monotonic())
             except HarnessError as e:
                 self.end(0)
-                clash = "port in use" in str(e) and not self._stopped
+                clash = isinstance(e, PortTakenError) and not self._stopped
                 if not clash or attempt == TRIES or part != WHOLE:  # parts agree on a port: they start again together
                     return Failed(str(e), clash)
                 self.say("its port was taken meanwhile; trying another one")
@@ -214,7 +215,7 @@ class ReplicaOwner:
         if (code := process.poll()) is None:
             return self._unhealthy
         cause = self._engine.explain(process.tail(400))
-        return describe_exit(code) + (f": {cause}" if cause else "")
+        return describe_exit(code) + (f": {cause.words}" if cause else "")
 
     def stop(self, grace_s: float = GRACE_S) -> None:
         """End the server and everything it started; it cannot be started any more."""
@@ -264,9 +265,11 @@ def ready_check(base_url: str, model: str, api_key: str) -> Callable[[], bool]:
             return False
         try:
             probe.fetch(f"{base_url}/completions", api_key, body, deadline_s=120.0)
-        except ServerError as e:
-            if ": HTTP 4" in str(e):
+        except probe.RefusalError as e:
+            if HTTPStatus.BAD_REQUEST <= e.status < HTTPStatus.INTERNAL_SERVER_ERROR:
                 raise ServerError(f"the server is up but refuses a completion: {e}") from e
+            return False
+        except ServerError:
             return False
         return True
 

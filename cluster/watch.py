@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cluster.engine import State
 from cluster.join import LOST_S, Question, ask, end_actor, head_gone
 from cluster.remote import clock_offset_ns
 from cluster.replica import Failed, Look
@@ -74,7 +75,7 @@ class Owner:
     replica: int
     part: int
     log: Path
-    state: str = "queued"
+    state: State = "queued"
     offset: int = 0
     """Of the log, when it comes from another host."""
     ended: str | None = None

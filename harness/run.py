@@ -45,6 +45,8 @@ PRIVATE = 0o700
 
 Evidence = Literal["measured", "simulated"]
 """Where the rows of a run come from: a server on the hardware that is named, or a model of one."""
+OnReplicaDeath = Literal["fail", "restart"]
+"""What to do when a server dies while load runs: stop the run now, or start it again and mark the run."""
 OutputLengths = Literal["forced", "cap", "free"]
 """forced: exactly as many tokens (``ignore_eos``); cap: at most so many; free: nothing is said of them."""
 NO_TEMPERATURE = "max_completion_tokens"

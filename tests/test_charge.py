@@ -407,7 +407,7 @@ def test_what_is_doubtful_about_the_chosen_load_is_said(tmp_path):
 
 def test_dummy_weights_and_the_terms_of_a_price_are_said_before_it(tmp_path):
     tier = replace(TIER, note="3 years, all upfront")
-    write_run(tmp_path / "r", rows(), model="m:dummy", model_facts={"weights": "dummy"}, tier=tier)
+    write_run(tmp_path / "r", rows(), model="m:dummy", model_facts={"source": "dummy"}, tier=tier)
     text = " ".join(run_price(tmp_path / "r").output.split())
     assert text.index("CAUTION. Dummy weights") < text.index("Charge ")
     assert "a price list; 3 years, all upfront" in text

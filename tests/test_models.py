@@ -11,7 +11,8 @@ import pytest
 from cluster import models
 from cluster.models import DEFAULT_MODEL, get_model, list_models
 from cluster.tiers import get_tier
-from cluster.vllm import CAUSES, engine_args, engine_kind, explain, server_argv, server_env
+from cluster.vllm import engine_args, engine_kind, server_argv, server_env
+from cluster.vllm_log import CAUSES, explain
 from harness.errors import UsageError
 
 
@@ -160,8 +161,9 @@ DEATHS = [
 def test_deaths_are_understood(line: str, cause: str) -> None:
     said = explain(["INFO starting", f"(EngineCore pid=7) {line}", "Traceback follows"])
     assert said is not None
-    assert cause in said
-    assert ": " in said, "a cause comes with advice"
+    assert cause in said.words
+    assert ": " in said.words, "a cause comes with advice"
+    assert said.port_taken == ("port" in cause)
 
 
 def test_every_cause_is_exercised() -> None:

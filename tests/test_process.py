@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, gone, wait_for
 
 from cluster import process
-from cluster.process import Process, describe_exit, sweep, tail, wait_ready
+from cluster.process import Cause, PortTakenError, Process, describe_exit, sweep, tail, wait_ready
 from cluster.registry import MARK, running
 from harness.errors import HarnessError, ServerError
 
@@ -200,11 +200,12 @@ def test_a_death_before_ready_is_told_with_its_cause_and_last_words(tmp_path: Pa
         ["sh", "-c", "echo first >&2; echo 'address already in use' >&2; exit 7"], name="server 0", log=tmp_path / "log"
     )
     start = time.monotonic()
-    with pytest.raises(ServerError) as caught:
-        wait_ready(lambda: False, process, 60, explain=lambda lines: "port in use" if "use" in lines[-1] else None)
+    taken = Cause("its port is taken", port_taken=True)
+    with pytest.raises(PortTakenError) as caught:
+        wait_ready(lambda: False, process, 60, explain=lambda lines: taken if "use" in lines[-1] else None)
     assert time.monotonic() - start < 20, "a death is not waited out"
     assert "server 0 ended before it was ready: exit code 7" in str(caught.value)
-    assert "port in use" in str(caught.value)
+    assert "its port is taken" in str(caught.value)
     assert str(tmp_path / "log") in str(caught.value)
     assert caught.value.log_tail == ["first", "address already in use"]
 

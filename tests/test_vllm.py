@@ -45,9 +45,9 @@ from cluster.vllm import (
     pipeline_parallel_size,
     server_argv,
     server_env,
-    state,
     tensor_parallel_size,
 )
+from cluster.vllm_log import state
 from cluster.weights import ensure_weights, weights_facts
 from harness.errors import UsageError
 from harness.run import Tier

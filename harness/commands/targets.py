@@ -17,7 +17,7 @@ from harness.counters import check_metrics_urls
 from harness.errors import UsageError
 from harness.headers import check_key_header, from_environment, parse_header_env, parse_headers
 from harness.prompts import Vocabulary
-from harness.run import Evidence, Replica, Restart, RunDir, System, Tier, cpu_flags
+from harness.run import Evidence, OnReplicaDeath, Replica, Restart, RunDir, System, Tier, cpu_flags
 
 if TYPE_CHECKING:
     from cluster.job import Launch
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 API_KEY = "HARNESS_API_KEY"
 OTHER_KEY = "OPENAI_API_KEY"
 """Read where ours is unset, for servers that are there already."""
-ON_REPLICA_DEATH = ("fail", "restart")
-"""What to do when a server dies while load runs: stop the run now, or start it again and mark the run."""
 DUMMY_BODY: dict[str, object] = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 """Dummy weights come without a tokenizer, so chunks have no text: the server counts their tokens for us."""
 
@@ -165,7 +163,7 @@ class LocalTarget:
     """Servers that a Ray cluster starts for this run: this machine's own, or the one RAY_ADDRESS names."""
 
     def __init__(
-        self, model: Model, tier: Tier, replicas: int, on_replica_death: str, facts: Mapping[str, str]
+        self, model: Model, tier: Tier, replicas: int, on_replica_death: OnReplicaDeath, facts: Mapping[str, str]
     ) -> None:
         self._model, self._tier, self._replicas, self._facts = model, tier, replicas, facts
         self._on_replica_death = on_replica_death
