@@ -21,8 +21,10 @@ from harness.run import RunDir, RunSpec, Worker
 
 READY_S = 300.0
 """Reading a large plan takes a worker this long at most."""
-LEAD_S = 1.0
-"""Between the order to start and the common start: every worker must have it before."""
+LEAD_S = 0.3
+"""Between the order to start and the common start: every worker on this host must have it before."""
+FAR_LEAD_S = 1.0
+"""The same where workers hear through a cluster."""
 SILENCE_S = 30.0
 """Workers report about twice a second; one that says nothing for this long hangs."""
 EXIT_S = 10.0
@@ -184,13 +186,14 @@ class LoadWorkers:
         return WorkerError("\n  ".join([f"load worker {index} {problem}; its log: {log}", *words]))
 
     def start(self) -> int:
-        """Give the common start; returns it, ns of the wall clock, about a second from now."""
-        start_ns = time.time_ns() + int(LEAD_S * 1e9)
+        """Give the common start, a moment from now; returns it, ns of the wall clock."""
+        lead_s = LEAD_S if self._launch is start_here else FAR_LEAD_S
+        start_ns = time.time_ns() + int(lead_s * 1e9)
         for state in self._states:
-            state.heard = time.monotonic() + LEAD_S
+            state.heard = time.monotonic() + lead_s
             state.child.write_line(f"start {start_ns}")  # one that died meanwhile shows in poll
         if self._spec.duration_s is not None:
-            self._limit(LEAD_S + self._spec.duration_s + self._spec.drain_s + SLACK_S, "did not end in time")
+            self._limit(lead_s + self._spec.duration_s + self._spec.drain_s + SLACK_S, "did not end in time")
         return start_ns
 
     def stop(self, at_once: bool = False, silent: int | None = None) -> None:

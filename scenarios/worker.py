@@ -27,11 +27,10 @@ At the end every request of the slice has exactly one row, and the last line is:
 
 from __future__ import annotations
 
-import locust  # isort: skip  # first: it patches the standard library, and wants to before anything else is imported
+import scenarios.lean_imports  # noqa: F401  # isort: skip  # first: Locust patches the standard library
 
 import fcntl
 import gc
-import importlib.abc
 import logging
 import os
 import platform
@@ -55,6 +54,7 @@ from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, UsageError, W
 from harness.headers import from_environment
 from harness.observations import SCHEMA, Observation, ObservationWriter
 from harness.results import FLUSH_S, Result, ResultWriter
+from harness.startup import forgo_pandas
 from scenarios.alarm import Alarm
 from scenarios.client import Client, raise_fd_limit
 from scenarios.observe import Observer
@@ -339,15 +339,6 @@ def _warm_up() -> None:
     seen.close()
 
 
-class _NoPandas(importlib.abc.MetaPathFinder):
-    """Arrow imports pandas with its first array if it is installed: memory and start-up time for nothing we use."""
-
-    def find_spec(self, name: str, path: object, target: object = None) -> None:
-        """Find everything but pandas where it is always found."""
-        if name == "pandas":
-            raise ModuleNotFoundError("a load worker does without pandas", name=name)
-
-
 def _grow_fd_table(limit: int) -> None:
     """Make room for many sockets now: Linux holds a process with threads up each time the table doubles."""
     try:
@@ -371,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     end: dict[str, Any] = dict.fromkeys(["cpu_share", "loop_lag_p99_s", "unstamped_share", "exit", "end_ns"])
     end["rows"] = 0
     code = EXIT_VALID
-    sys.meta_path.insert(0, _NoPandas())
+    forgo_pandas()
     try:
         if len(arguments) != 1:
             raise UsageError("usage: python -m scenarios.worker SPEC.json")

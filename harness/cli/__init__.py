@@ -21,6 +21,7 @@ from harness.cli import capacity, catalogue, cloud, decide, processes, results, 
 from harness.cli.options import ENVIRONMENT, EXIT_STATUS
 from harness.cli.verb import Group, command, read_defaults
 from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, sentence, unknown_name
+from harness.startup import forgo_pandas
 from harness.terminal import cut, guard_streams, hung_up
 from harness.verbosity import Verbosity, verbosity
 
@@ -97,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
         # OpenBLAS takes memory for every processor, and where there is none it aborts or tries again for ever.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    forgo_pandas()
     # These unwind like Ctrl-C, so that everything started is ended in order.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup

@@ -18,9 +18,9 @@ PURCHASES = ("on-demand", "spot", "reserved", "owned")
 @JSON_OPTION
 def doctor(format_: str) -> int:
     """Say what this machine can and cannot run, and why."""
-    from harness import commands
+    from harness.commands import catalogue
 
-    return commands.doctor(format_)
+    return catalogue.doctor(format_)
 
 
 @click.group(
@@ -33,9 +33,9 @@ def doctor(format_: str) -> int:
 @click.pass_context
 def tiers(ctx: click.Context, /, **options: Any) -> int:
     """List the hardware tiers with their prices, each with source and date."""
-    from harness import commands
+    from harness.commands import catalogue
 
-    return EXIT_VALID if ctx.invoked_subcommand else commands.tiers(**options)
+    return EXIT_VALID if ctx.invoked_subcommand else catalogue.tiers(**options)
 
 
 @tiers.command(
@@ -74,9 +74,9 @@ def refresh(**options: Any) -> int:
     credentials (environment, profile or role) that may call pricing:GetProducts and ec2:DescribeSpotPriceHistory.
     The shipped prices are never changed; without credentials or network nothing is.
     """
-    from harness import commands
+    from harness.commands import catalogue
 
-    return commands.refresh_tiers(**options)
+    return catalogue.refresh_tiers(**options)
 
 
 @command(short_help="List models, or fetch the weights of one.")
@@ -90,6 +90,6 @@ def models(fetch: str | None, format_: str) -> int:
     Your own models file, HARNESS_MODELS or ~/.config/harness/models.toml, adds entries and replaces those of the same
     name; cluster/models.toml shows the fields. A folder with config.json and weights needs no entry: --model ./FOLDER.
     """
-    from harness import commands
+    from harness.commands import catalogue
 
-    return commands.models(fetch, format_)
+    return catalogue.models(fetch, format_)

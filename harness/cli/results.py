@@ -42,9 +42,9 @@ Of several runs the worst counts: INVALID, then TOO SMALL.""",
 )
 def report(**options: Any) -> int:
     """Report on a run directory: verdict, price, latency under load, throughput, errors."""
-    from harness import commands
+    from harness.commands import reports
 
-    return commands.report(**options)
+    return reports.report(**options)
 
 
 @command(

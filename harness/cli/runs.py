@@ -63,9 +63,9 @@ def replay(**options: Any) -> int:
     Requests go out at the trace's own times (open loop) unless --concurrency is given (closed loop). Latency counts
     from the planned time, so a late client or a full queue shows.
     """
-    from harness import commands
+    from harness.commands import flow
 
-    return commands.replay(**options)
+    return flow.replay(**options)
 
 
 @command(
@@ -100,9 +100,9 @@ Examples:
 @JSON_OPTION
 def plan(**options: Any) -> int:
     """Turn a trace into a plan: every request, its prompt and its time, fixed in a file before anything is started."""
-    from harness import commands
+    from harness.commands import flow
 
-    return commands.plan(**options)
+    return flow.plan(**options)
 
 
 @command(short_help="Start servers and keep them until Ctrl-C.")
@@ -114,11 +114,11 @@ def serve(**options: Any) -> int:
     Prints one base URL per replica on stdout. The API key is HARNESS_API_KEY if that is set, else a new one, written to
     a file only you can read.
     """
-    from harness import commands
+    from harness.commands import flow
 
     if options.pop("base_urls"):
         raise UsageError("harness serve starts servers: it takes no --base-url")
-    return commands.serve(**options)
+    return flow.serve(**options)
 
 
 @command(
@@ -150,9 +150,9 @@ Examples:
 @attain_needs_slo
 def run(**options: Any) -> int:
     """Send a plan and report; starts the servers first unless --base-url is given."""
-    from harness import commands
+    from harness.commands import flow
 
-    return commands.run(**options)
+    return flow.run(**options)
 
 
 @command(
@@ -178,9 +178,9 @@ def crosscheck(**options: Any) -> int:
     and times. A figure agrees when the 95 % interval of the difference, from the repeats, holds zero and is narrow
     enough to tell; five repeats and more make it so.
     """
-    from harness import commands
+    from harness.commands import proof
 
-    return commands.crosscheck(**options)
+    return proof.crosscheck(**options)
 
 
 @command(short_help="Measure what the load generator can carry on this machine.")
@@ -192,6 +192,6 @@ def calibrate(format_: str) -> int:
     and how far TTFT and ITL are from the truth at half of the ceiling. The result is kept in the cache; runs are then
     given as many load workers as their plan needs, and a plan that this machine cannot carry is said before it starts.
     """
-    from harness import commands
+    from harness.commands import proof
 
-    return commands.calibrate(format_)
+    return proof.calibrate(format_)
