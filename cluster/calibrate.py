@@ -1,9 +1,10 @@
 """What one load worker on this machine can carry: it is driven against the known-truth server and compared with it.
 
-Four questions, under a minute: how many requests a second, how many streamed events a second, how late it sends at 500
-requests/s, and how far its TTFT and ITL are from the truth at half of its ceiling. Streams are paced (a token each 10
-ms, as a server makes them): a server that writes as fast as it can flatters a client, whose reads then hold many
-events. Where there are two cores or more, the worker has the first one and the servers the others.
+Five questions, about a minute: how many requests a second, how many streamed events a second, whether reading in
+batches saves CPU at a moderate rate, how late it sends at 500 requests/s, and how far its TTFT and ITL are from the
+truth at half of its ceiling. Streams are paced (a token each 10 ms, as a server makes them): a server that writes as
+fast as it can flatters a client, whose reads then hold many events. Where there are two cores or more, the worker has
+the first one and the servers the others.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from harness.plan import PlanSpec
 from harness.prompts import Vocabulary
 from harness.records import open_trace
 from harness.results import read_results
-from harness.run import RunDir, RunSpec, describe_host, installed_versions, now_utc, python
+from harness.run import BATCH_READS_FROM, RunDir, RunSpec, describe_host, installed_versions, now_utc, python
 
 Floats = npt.NDArray[np.float64]
 
@@ -49,6 +50,10 @@ KEPT = 1.05
 FULL = 0.85
 """A process that uses this much of a core is the limit."""
 LAG_RATE = 500.0
+MODERATE_STREAMS, MODERATE_TOKENS = 200, 150
+"""A rate at which it depends on the machine whether to read in batches: 50 events per interval of 2.5 ms."""
+BATCH_READS_EARLY, NEVER = 30, 10**9
+"""Events per read interval from which reads are batched, where that saves CPU at a moderate rate; or never."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +103,7 @@ class Bench:
 
     def step(
         self, arrivals_s: Floats | None, *, requests: int, tokens: int, itl_s: float = ITL_S, ttft_s: float = TTFT_S,
-        concurrency: int | None = None, duration_s: float | None = None,
+        concurrency: int | None = None, duration_s: float | None = None, batch_reads_from: int = BATCH_READS_FROM,
     ) -> Step:  # fmt: skip
         """Send ``requests`` of ``tokens`` output tokens, at ``arrivals_s`` or ``concurrency`` at a time.
 
@@ -116,6 +121,7 @@ class Bench:
             spec = RunSpec(
                 mode="open" if concurrency is None else "closed", concurrency=concurrency, duration_s=duration_s,
                 drain_s=10.0, timeout_s=STEP_S, stall_s=STEP_S, model="fake", base_urls=urls,
+                batch_reads_from=batch_reads_from,
             )  # fmt: skip
             launch: Launch = partial(start_here, cpus=self._worker_cpus)
             with LoadWorkers(spec, run, api_key=None, launch=launch) as load:
@@ -266,6 +272,19 @@ def find_ceiling(drive: Callable[[int], Step], say: Callable[[str], None], steps
     return best, at_least and best.cpu_share < 0.9
 
 
+def find_batch_threshold(drive: Callable[[int], Step], say: Callable[[str], None]) -> int:
+    """Events per read interval from which reads are batched here. ``drive`` runs a moderate load with a threshold.
+
+    Both ways are measured twice, in turns: other work on the machine only ever adds, so the least of each counts.
+    """
+    found: dict[int, list[float]] = {BATCH_READS_EARLY: [], NEVER: []}
+    for threshold in (BATCH_READS_EARLY, NEVER, NEVER, BATCH_READS_EARLY):
+        found[threshold].append(_cpu_us_per_event(drive(threshold)))
+    batched, at_once = min(found[BATCH_READS_EARLY]), min(found[NEVER])
+    say(f"  CPU per event: {batched:.1f} us in batches, {at_once:.1f} us as bytes arrive")
+    return BATCH_READS_EARLY if batched < at_once else BATCH_READS_FROM
+
+
 def poisson(rate: float, duration_s: float, seed: int) -> Floats:
     """Arrival times of a Poisson process of ``rate`` per second, s, from 0 to ``duration_s``."""
     gaps = np.random.default_rng(seed).exponential(1 / rate, int(rate * duration_s * 2) + 10)
@@ -284,6 +303,8 @@ def calibrate(say: Callable[[str], None], *, seed: int = 0) -> Calibration:
         say("events a second: paced streams, more of them each time")
         best, at_least = find_ceiling(lambda n: bench.step(_spread(n), requests=n, tokens=STREAM_TOKENS), say)
         ceiling = best.events_per_s
+        say("reads: in batches or as bytes arrive")
+        batch_reads_from = find_batch_threshold(partial(_moderate, bench), say)
         say(f"lag: Poisson arrivals at {LAG_RATE:g} requests/s")
         arrivals = poisson(LAG_RATE, 5.0, seed)
         late = bench.step(arrivals, requests=len(arrivals), tokens=16, itl_s=0.005)
@@ -307,9 +328,18 @@ def calibrate(say: Callable[[str], None], *, seed: int = 0) -> Calibration:
         ttft_error_p99_s=_error(half.ttft_s, half.true_ttft_s, 0.99),
         itl_error_p50_s=_error(half.itl_s, half.true_itl_s, 0.5),
         itl_error_p99_s=_error(half.itl_s, half.true_itl_s, 0.99),
-        cpu_us_per_event=half.cpu_s / max(half.events, 1) * 1e6,
+        cpu_us_per_event=_cpu_us_per_event(half), batch_reads_from=batch_reads_from,
         took_s=round(time.monotonic() - began, 1), notes=notes,
     )  # fmt: skip
+
+
+def _moderate(bench: Bench, batch_reads_from: int) -> Step:
+    arrivals = _spread(MODERATE_STREAMS)
+    return bench.step(arrivals, requests=len(arrivals), tokens=MODERATE_TOKENS, batch_reads_from=batch_reads_from)
+
+
+def _cpu_us_per_event(step: Step) -> float:
+    return step.cpu_s / max(step.events, 1) * 1e6
 
 
 def _spread(streams: int) -> Floats:

@@ -351,4 +351,5 @@ def worker_spec(spec: RunSpec, run: RunDir, index: int) -> dict[str, object]:
         "balance": spec.balance,
         "retries": spec.retries,
         "ramp_s": spec.ramp_s,
+        "batch_reads_from": spec.batch_reads_from,
     }

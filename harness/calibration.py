@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from harness.errors import ResultsError
 from harness.plan import read_plan_columns
-from harness.run import Host, describe_host
+from harness.run import BATCH_READS_FROM, Host, describe_host
 
 SCHEMA_VERSION = "1"
 FILE = "calibration.json"
@@ -64,6 +64,8 @@ class Calibration:
     itl_error_p99_s: float
     cpu_us_per_event: float
     """Processor time of the worker for one event, microseconds, at that rate."""
+    batch_reads_from: int = BATCH_READS_FROM
+    """Events per read interval from which reading in batches costs less than reading as bytes arrive."""
     took_s: float
     notes: list[str] = field(default_factory=list)
 

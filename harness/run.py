@@ -49,6 +49,8 @@ OnReplicaDeath = Literal["fail", "restart"]
 """What to do when a server dies while load runs: stop the run now, or start it again and mark the run."""
 OutputLengths = Literal["forced", "cap", "free"]
 """forced: exactly as many tokens (``ignore_eos``); cap: at most so many; free: nothing is said of them."""
+BATCH_READS_FROM = 80
+"""Events per read interval from which reading in batches saves CPU on every machine measured so far."""
 NO_TEMPERATURE = "max_completion_tokens"
 """Models that want their lengths in this field refuse a temperature."""
 
@@ -108,6 +110,9 @@ class RunSpec:
     """Closed loop: requests scheduled before this time are warm-up. (In an open loop the plan's phase says it.)"""
     tls_ca: str | None = None
     """File of certificates to trust instead of the system's."""
+    batch_reads_from: int = BATCH_READS_FROM
+    """Load workers read in batches from so many events per interval on (`scenarios.pace`); ``harness calibrate``
+    measures it."""
     counters: bool = True
     """False: the servers' own counters were not to be read (``--no-counters``)."""
 

@@ -22,11 +22,12 @@ from harness.errors import UsageError
 from harness.headers import check_headers
 from harness.results import Result
 from harness.retry_after import retry_after_s
+from harness.run import BATCH_READS_FROM
 from scenarios.completion import clean
 from scenarios.connection import Connection
 from scenarios.hot_path import Kept, Reader
 from scenarios.later import Later, parse
-from scenarios.pace import Pace
+from scenarios.pace import ReadPacer
 from scenarios.sampling import Sampler
 from scenarios.stream import Stream
 from scenarios.target import ENDPOINTS, Target, tls_context
@@ -69,7 +70,7 @@ class Client:
     often a request is sent again when no connection came about or the answer was 429 or 503, after a growing pause (and
     not before the server's Retry-After). Besides, one that met a kept connection as it was closed is sent once more.
     Without ``stream`` an answer is silent until it is done, so ``stall_s`` does not apply, and it has no chunk times.
-    ``sampler`` keeps some of the answers.
+    ``sampler`` keeps some of the answers. ``batch_reads_from``: see `scenarios.pace`.
 
     ``record`` gets every row, once, complete (from the event loop, some time after the request ended). Use it from one
     thread. Times in rows count from ``start_mono_ns``, a `time.monotonic_ns` value.
@@ -93,6 +94,7 @@ class Client:
         balance: str = "least",
         retries: int = 0,
         sampler: Sampler | None = None,
+        batch_reads_from: int = BATCH_READS_FROM,
     ) -> None:
         if not base_urls:
             raise UsageError("no base URL to send to")
@@ -130,7 +132,7 @@ class Client:
         self.start_mono_ns = monotonic_ns()
         self.loop: Any = gevent.get_hub().loop
         self.reader = Reader()
-        self._pace = Pace(self.reader, self._active.__len__)
+        self._pacer = ReadPacer(self.reader, self._active.__len__, batch_reads_from)
         self.later = Later(self.loop, record, timed=stream)
         """What waits to be parsed."""
         sweep_s = max(_SWEEP_LEAST_S, min(_SWEEP_S, min(timeout_s, stall_s, connect_timeout_s) / 8))
@@ -425,7 +427,7 @@ class Client:
             target.idle.clear()
         self._sweeper.stop()
         self._sweeper.close()
-        self._pace.close()
+        self._pacer.close()
         self.reader.close()
 
 

@@ -19,7 +19,7 @@ from gevent.event import Event
 
 from harness.access import AUTHORIZATION
 from harness.errors import UsageError, WorkerError
-from harness.run import OutputLengths
+from harness.run import BATCH_READS_FROM, OutputLengths
 
 START_WAIT_S = 600.0
 """How long a ready worker waits to be told when to start."""
@@ -62,6 +62,7 @@ class WorkerSpec:
     balance: str = "least"
     retries: int = 0
     ramp_s: float | None = None
+    batch_reads_from: int = BATCH_READS_FROM
 
 
 def read_spec(path: Path) -> WorkerSpec:

@@ -1,101 +1,87 @@
-"""When to read: at once, or, while very many tokens arrive, a moment later and many together.
+"""When to read: as soon as bytes arrive or, while very many tokens arrive, in batches at fixed intervals.
 
-A wake-up costs as much as some reads, and the kernel stamps bytes when they come, not when they are read. So a busy
-client reads only so often: four times in the time between two tokens of a stream, and every 2.5 ms at least. Sends are
-not held back; but that an answer has ended is known that much later, which a closed loop sees as lag. Where few
-events come in a period it depends on the machine whether that saves anything: a wake-up may be dear, and a processor
-that has slept is slow at first. There both ways are tried, and the one that costs less is kept.
+A wake-up costs as much as several reads, and the kernel stamps bytes when they arrive, not when they are read. So a
+busy client reads at intervals: four times between two tokens of a stream, and every 2.5 ms at least. Sends are not held
+back, but the client learns that much later that an answer has ended, which a closed loop reports as lag.
 
-Two events that come between two reads share a stamp. Where that becomes more than rare, since some streams are faster
-than others or tokens come in bursts, periods get shorter; where the kernel gives no stamps there are none.
+Batches pay off from a number of events per interval that depends on the machine: a wake-up may be expensive, and a
+processor that has slept is slow at first. `BATCH_READS_FROM` holds on every machine measured so far; ``harness
+calibrate`` measures whether this one profits earlier (`harness.calibration.Calibration.batch_reads_from`). Nothing is
+tried out during a run that is measured.
+
+Two events of a stream that arrive between two reads share a stamp. When that becomes more than rare, because some
+streams are faster than the mean or tokens come in bursts, the interval shrinks; without kernel stamps there is none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from time import monotonic_ns, thread_time_ns
+from time import monotonic_ns
 from typing import Any
 
 import gevent
 
+from harness.run import BATCH_READS_FROM
 from scenarios.alarm import Ticker
 from scenarios.hot_path import Reader
 
-MOST_NS, _LEAST_NS = 2_500_000, 500_000
-_READS = 4  # between two tokens of a stream
+MAX_INTERVAL_NS, _MIN_INTERVAL_NS = 2_500_000, 500_000
+_READS_PER_TOKEN = 4
 _WINDOW_S = 0.1
-_FEW, _MANY = 30, 80  # events in a period: not worth it; worth it on every machine so far
-_TRIAL = 32  # windows, of which the last two are spent on the way that cost more
-_NEWEST = 0.4  # what a window counts for in the cost of its way
-_RARE = 500  # of so many events one may share its stamp: far from what a 99th percentile of gaps would show
-_GROWTH_NS = MOST_NS // 16  # of the longest period, per window without that
+_SHARED_LIMIT = 500  # one event in so many may share its stamp: far from what a 99th percentile of ITL would show
+_GROWTH_NS = MAX_INTERVAL_NS // 16  # of the longest interval, per window in which sharing was rare
 
 
-class Pace:
-    """Calls ``reader.read`` on gevent's event loop when it should be; ``streams`` says how many answers are open."""
+class ReadPacer:
+    """Calls ``reader.read`` on gevent's event loop when it is due. ``streams`` returns how many answers are open;
+    ``batch_from`` is the number of events per interval from which reads are batched.
+    """
 
-    def __init__(self, reader: Reader, streams: Callable[[], int]) -> None:
+    def __init__(self, reader: Reader, streams: Callable[[], int], batch_from: int = BATCH_READS_FROM) -> None:
         self._reader = reader
         self._streams = streams
+        self._batch_from = batch_from
         loop: Any = gevent.get_hub().loop
         self._ready: Any = loop.io(reader.fileno(), 1)
-        self._ready.start(reader.read)  # while it returns True, the same watcher still has cause
+        self._ready.start(reader.read)  # level-triggered: it is called again while reads are left over
         self._ticker = Ticker(reader.read)
-        self._period_ns = 0  # 0: at once
-        self._most_ns = MOST_NS
-        # When it began; until then processor time, events, shared ones, reads without a stamp
-        self._window = monotonic_ns(), thread_time_ns(), 0, 0, 0
-        self._costs: list[float | None] = [None, None]  # processor time of an event: read at once, in rounds
-        self._tried = 0
-        self._looker: Any = loop.timer(_WINDOW_S, _WINDOW_S)
-        self._looker.start(self._look)
+        self._interval_ns = 0  # 0: read as bytes arrive
+        self._max_ns = MAX_INTERVAL_NS
+        # At the start of the window: time, events, events that share a stamp, reads without a kernel stamp.
+        self._window = monotonic_ns(), 0, 0, 0
+        self._timer: Any = loop.timer(_WINDOW_S, _WINDOW_S)
+        self._timer.start(self._adapt)
 
-    def _look(self) -> None:
-        """How often to read, by what came of late."""
+    def _adapt(self) -> None:
+        """Choose the interval for the next window from what arrived in the last one."""
         reader = self._reader
-        since, spent, seen, shared, unstamped = self._window
-        now, cpu, events = monotonic_ns(), thread_time_ns(), reader.events
-        self._window = now, cpu, events, reader.shared, reader.unstamped
-        if (reader.shared - shared) * _RARE > events - seen:
-            self._most_ns = max(self._most_ns // 2, _LEAST_NS // 2)
+        since, seen, shared, unstamped = self._window
+        now, events = monotonic_ns(), reader.events
+        self._window = now, events, reader.shared, reader.unstamped
+        if (reader.shared - shared) * _SHARED_LIMIT > events - seen:
+            self._max_ns = max(self._max_ns // 2, _MIN_INTERVAL_NS // 2)
         else:
-            self._most_ns = min(self._most_ns + _GROWTH_NS, MOST_NS)
-        came = max(events - seen, 1)
-        ns_per_event = (now - since) / came
-        period_ns = min(self._most_ns, int(ns_per_event * self._streams() / _READS))
-        if period_ns < _LEAST_NS or not self._ticker.precise or reader.unstamped != unstamped:
-            worth = False
-        elif _FEW * ns_per_event <= period_ns < _MANY * ns_per_event:
-            worth = self._try((cpu - spent) / came)
-        else:
-            worth = period_ns >= _MANY * ns_per_event
-        self._every(period_ns if worth else 0)
+            self._max_ns = min(self._max_ns + _GROWTH_NS, MAX_INTERVAL_NS)
+        ns_per_event = (now - since) / max(events - seen, 1)
+        interval_ns = min(self._max_ns, int(ns_per_event * self._streams() / _READS_PER_TOKEN))
+        pays_off = interval_ns >= max(_MIN_INTERVAL_NS, self._batch_from * ns_per_event)
+        possible = self._ticker.precise and reader.unstamped == unstamped
+        self._set_interval(interval_ns if pays_off and possible else 0)
 
-    def _try(self, cost: float) -> bool:
-        """Whether to read in rounds, after a window in which an event has cost so much."""
-        rounds = bool(self._period_ns)
-        known = self._costs[rounds]
-        self._costs[rounds] = cost if known is None else known + (cost - known) * _NEWEST
-        self._tried = (self._tried + 1) % _TRIAL
-        at_once, in_rounds = self._costs
-        if at_once is None or in_rounds is None:
-            return not rounds
-        return (in_rounds < at_once) != (self._tried >= _TRIAL - 2)
-
-    def _every(self, period_ns: int) -> None:
-        if period_ns == self._period_ns:
+    def _set_interval(self, interval_ns: int) -> None:
+        if interval_ns == self._interval_ns:
             return
-        self._period_ns = period_ns
-        if period_ns:
+        self._interval_ns = interval_ns
+        if interval_ns:
             self._ready.stop()
-            self._ticker.every(period_ns)
+            self._ticker.every(interval_ns)
         else:
             self._ticker.stop()
             self._ready.start(self._reader.read)
 
     def close(self) -> None:
-        """Read no more; the reader is closed by its owner."""
-        for watcher in (self._ready, self._looker):
+        """Stop reading; the owner closes the reader."""
+        for watcher in (self._ready, self._timer):
             watcher.stop()
             watcher.close()
         self._ticker.close()

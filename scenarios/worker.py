@@ -103,7 +103,7 @@ class Worker:
             tls_ca=spec.tls_ca, api_key=os.environ.get(API_KEY), headers=spec.headers,
             secret_headers=from_environment(spec.header_env), key_header=spec.key_header, stream=spec.stream,
             balance=spec.balance, retries=spec.retries,
-            sampler=self._sampler,
+            sampler=self._sampler, batch_reads_from=spec.batch_reads_from,
         )  # fmt: skip
         closed = spec.mode == "closed"
         self._window = Window(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from test_worker import write_plan
 
 from cluster import calibrate
-from cluster.calibrate import Bench, Step, find_ceiling, kept_up, poisson, server_was_the_limit
+from cluster.calibrate import Bench, Step, find_batch_threshold, find_ceiling, kept_up, poisson, server_was_the_limit
 from harness.calibration import (
     DEFAULT_EVENTS_PER_S,
     FILE,
@@ -23,7 +24,7 @@ from harness.calibration import (
     write_calibration,
 )
 from harness.errors import ResultsError, WorkerError
-from harness.run import describe_host
+from harness.run import BATCH_READS_FROM, describe_host
 
 NOMINAL_S = calibrate.TTFT_S + (calibrate.STREAM_TOKENS - 1) * calibrate.ITL_S
 
@@ -92,6 +93,20 @@ def test_what_keeping_up_means():
     assert not server_was_the_limit(step(10, server=0.95, cpu=0.95))
 
 
+@pytest.mark.parametrize(("batched_s", "at_once_s", "found"), [(0.9, 1.0, 30), (1.0, 0.9, BATCH_READS_FROM)])
+def test_batching_begins_early_only_where_it_saves_cpu(batched_s, at_once_s, found):
+    """Each way is measured twice, in turns; what other work adds to one of them decides nothing."""
+    tried = []
+
+    def drive(threshold):
+        tried.append(threshold)
+        spent = batched_s if threshold == calibrate.BATCH_READS_EARLY else at_once_s
+        return replace(step(100), cpu_s=spent * (3 if len(tried) in (1, 2) else 1))
+
+    assert find_batch_threshold(drive, lambda words: None) == found
+    assert tried == [30, calibrate.NEVER, calibrate.NEVER, 30]
+
+
 def test_poisson_arrivals_are_seeded_and_poisson():
     times = poisson(500, 20, 7)
     assert (times == poisson(500, 20, 7)).all() and len(times) != len(poisson(500, 20, 8))
@@ -129,6 +144,10 @@ def test_a_calibration_is_kept_for_this_machine_only(tmp_path):
     assert read_calibration(tmp_path) is None, "another machine's"
     write_calibration(tmp_path, replace(CALIBRATION, events_per_s=0.0))
     assert read_calibration(tmp_path) is None, "nonsense must not become a division by zero"
+    older = json.loads(path.read_text())
+    del older["batch_reads_from"]
+    (tmp_path / FILE).write_text(json.dumps(older))
+    assert read_calibration(tmp_path) == CALIBRATION, "made before that was measured"
     (tmp_path / FILE).write_text("{not json")
     assert read_calibration(tmp_path) is None
     (tmp_path / "file").write_text("")

@@ -28,6 +28,7 @@ from harness.progress import LoadProgress, console
 from harness.prompts import Vocabulary
 from harness.records import Trace
 from harness.run import (
+    BATCH_READS_FROM,
     OutputLengths,
     RunDir,
     RunManifest,
@@ -165,6 +166,15 @@ def choose_workers(plan: Path, options: dict[str, Any], tell: Callable[[str], No
     return sizing.workers
 
 
+def batch_reads_from() -> int:
+    """Events per read interval from which load workers read in batches: as calibrated here, else the default."""
+    from harness.calibration import read_calibration
+    from harness.paths import cache_dir
+
+    calibration = read_calibration(cache_dir())
+    return calibration.batch_reads_from if calibration else BATCH_READS_FROM
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deadline:
     """When a point must end whatever is left of it, and why."""
@@ -225,6 +235,7 @@ def execute_point(
         ramp_s=options["ramp_s"],
         warmup_s=options["warmup"] if isinstance(options["warmup"], float) and options["concurrency"] else None,
         tls_ca=str(options["tls_ca"].resolve()) if options["tls_ca"] else None,
+        batch_reads_from=batch_reads_from(),
         counters=not options.get("no_counters"),
     )  # fmt: skip
     access = Access(
