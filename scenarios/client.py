@@ -25,9 +25,9 @@ from harness.retry_after import retry_after_s
 from harness.run import BATCH_READS_FROM
 from scenarios.completion import clean
 from scenarios.connection import Connection
-from scenarios.hot_path import Kept, Reader
 from scenarios.later import Later, parse
 from scenarios.pace import ReadPacer
+from scenarios.reading import Kept, Reader
 from scenarios.sampling import Sampler
 from scenarios.stream import Stream
 from scenarios.target import ENDPOINTS, Target, tls_context

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import gevent.monkey
 
-from scenarios.reading import READ_SIZE, SAID_SIZE, SO_TIMESTAMPNS, arrived_ns
+from scenarios.reading import ANCILLARY_SIZE, COMPILED, READ_SIZE, SO_TIMESTAMPNS, arrived_ns
 from scenarios.stream import Stream
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ class Connection:
         response = stream.response
         if response.done:
             self._end(stream, stream.last_ns, keep=response.keep_alive)
-        elif response.begun and response.at_an_event:
+        elif COMPILED and response.begun and response.at_an_event:
             self._keep(stream)
 
     def other(self, data: bytes, stamp: int) -> None:
@@ -271,7 +271,7 @@ class Connection:
         assert self._bio_in is not None
         assert self._tls is not None
         try:
-            data, said, _, _ = self.recvmsg(READ_SIZE, SAID_SIZE)
+            data, said, _, _ = self.recvmsg(READ_SIZE, ANCILLARY_SIZE)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as e:

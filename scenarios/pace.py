@@ -23,7 +23,7 @@ import gevent
 
 from harness.run import BATCH_READS_FROM
 from scenarios.alarm import Ticker
-from scenarios.hot_path import Reader
+from scenarios.reading import Reader
 
 MAX_INTERVAL_NS, _MIN_INTERVAL_NS = 2_500_000, 500_000
 _READS_PER_TOKEN = 4

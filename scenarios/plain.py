@@ -21,7 +21,7 @@ import msgspec
 
 from scenarios.completion import Answer, Completion
 from scenarios.head import MEANS, is_usual
-from scenarios.hot_path import Pattern
+from scenarios.reading import Pattern
 
 _TEXT = re.compile(rb'"(?:content|text|reasoning|reasoning_content)" ?: ?"')
 # What no fact is read from, so that any other value of the same length means the same: strings of letters and digits,
@@ -38,7 +38,7 @@ _decode_text = msgspec.json.Decoder(str).decode
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """What a plain event looks like around its text, from ``data:`` on; ``loose`` as in `hot_path.Pattern`."""
+    """What a plain event looks like around its text, from ``data:`` on; ``loose`` as in `reading.Pattern`."""
 
     before: bytes
     loose: bytes

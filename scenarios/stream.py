@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from harness.results import Result
 from scenarios.completion import Secret, clean
-from scenarios.hot_path import Kept
 from scenarios.plain import Shape
+from scenarios.reading import Kept
 from scenarios.response import Response
 from scenarios.told import Answered, ToldResponse
 

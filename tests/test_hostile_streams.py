@@ -9,9 +9,9 @@ import pytest
 from test_client import Run, Server, request
 
 from harness.results import ERRORS, Result
-from scenarios.hot_path import Kept
 from scenarios.payload import Lengths, most_tokens, prepare
 from scenarios.plain import Template
+from scenarios.reading import Kept
 from scenarios.response import Response
 from scenarios.stream import Stream
 

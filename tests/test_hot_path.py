@@ -1,4 +1,4 @@
-"""The compiled hot path does what the one in Python does, byte by byte; neither loses, invents or keeps anything."""
+"""The compiled reader stores what fits the pattern and passes on the rest; neither reader loses or invents a byte."""
 
 from __future__ import annotations
 
@@ -19,10 +19,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scenarios import hot_path, reading
+from scenarios import reading
 from scenarios.plain import fit
 
-PATHS: list[Any] = [reading, *([hot_path] if hot_path.COMPILED else [])]
+PYTHON: Any = SimpleNamespace(
+    Reader=reading.PythonReader, Kept=reading.PythonKept, Pattern=reading.PythonPattern, COMPILED=False
+)
+needs_compiled = pytest.mark.skipif(not reading.COMPILED, reason="no compiled reader here")
+STORING: list[Any] = [pytest.param(reading, marks=needs_compiled, id="compiled")]
+READERS: list[Any] = [pytest.param(PYTHON, id="python"), *STORING]
 BEFORE, AFTER = b'data: {"id":"x","choices":[{"text":"', b'","finish_reason":null}]}'
 OTHER_BEFORE, OTHER_AFTER = b'data: {"x":"', b'"}\n\n'
 HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
@@ -138,12 +143,13 @@ PIECES = st.one_of(
 )
 
 
+@needs_compiled
 @settings(max_examples=700, deadline=None)
 @given(
     pieces=st.lists(PIECES, min_size=1, max_size=20), cuts=st.lists(st.integers(0, 3000), max_size=6),
     opening=st.booleans(), sound=st.booleans(), last=st.booleans(),
 )  # fmt: skip
-def test_both_paths_take_the_same_bytes_the_same_way(
+def test_every_byte_is_stored_or_passed_on_once(
     pieces: list[bytes], cuts: list[int], opening: bool, sound: bool, last: bool
 ) -> None:
     if sound:  # whole chunks, as most streams are
@@ -151,33 +157,33 @@ def test_both_paths_take_the_same_bytes_the_same_way(
     body = (HEAD if opening and sound else b"") + b"".join(pieces)
     edges = sorted({0, len(body), *(cut for cut in cuts if cut < len(body))})
     writes = [body[a:b] for a, b in pairwise(edges)]
-    found = []
-    for path in PATHS:
-        source = Source(path, HEAD if opening else b"")
-        try:
-            source.keep(opening=opening)
-            for write in writes:
-                source.here.sendall(write)
-                source.reader.read()
-            source.here.close()
+    source = Source(reading, HEAD if opening else b"")
+    try:
+        source.keep(opening=opening)
+        for write in writes:
+            source.here.sendall(write)
             source.reader.read()
-            source.reader.read()
-            runs, events, rest, opened = source.runs(), source.reader.events, source.kept.rest(), source.kept.opened
-        finally:
-            source.close()
-        kept = (HEAD if opened else b"") + b"".join(framed(kind, part) for kind, parts in runs for part in parts)
-        told = b"".join(data for _, data in source.told if data)  # type: ignore[misc]
-        taken = kept + rest + told
-        if sound:
-            assert taken == body, "no byte is lost, moved or taken twice"
-        else:  # a line end may be taken for granted that never comes
-            assert without_line_ends(taken) == without_line_ends(body)
-        assert all(text for kind, parts in runs for text in parts if kind)
-        assert source.told[-1] == ("lost", None)
-        assert source.reader.bytes == len(body)
-        assert not sound or [kind for kind, _ in source.told] == ["ended"] * last + ["lost"]
-        found.append((runs, source.told, events, rest, opened, source.kept.raw, source.kept.owed, source.reader.shared))
-    assert all(one == found[0] for one in found)
+        source.here.close()
+        source.reader.read()
+        source.reader.read()
+        runs, events, rest, opened = source.runs(), source.reader.events, source.kept.rest(), source.kept.opened
+    finally:
+        source.close()
+    kept = (HEAD if opened else b"") + b"".join(framed(kind, part) for kind, parts in runs for part in parts)
+    told = b"".join(data for _, data in source.told if data)  # type: ignore[misc]
+    taken = kept + rest + told
+    if sound:
+        assert taken == body, "no byte is lost, moved or taken twice"
+    else:  # a line end may be taken for granted that never comes
+        assert without_line_ends(taken) == without_line_ends(body)
+    assert all(text for kind, parts in runs for text in parts if kind)
+    assert source.told[-1] == ("lost", None)
+    assert source.reader.bytes == len(body)
+    assert not sound or [kind for kind, _ in source.told] == ["ended"] * last + ["lost"]
+    contents = [part for _, parts in runs for part in parts if part]
+    passed_on = sum(kind in ("received", "other") for kind, _ in source.told)
+    assert events == opened + len(contents) + passed_on
+    assert source.reader.shared <= max(sum(len(parts) for kind, parts in runs if kind) - 1, 0)
 
 
 def framed(kind: int, part: bytes) -> bytes:
@@ -189,7 +195,7 @@ def without_line_ends(data: bytes) -> bytes:
     return data.lower().translate(None, b"\r\n")
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", STORING)
 def test_an_event_in_a_chunk_that_is_not_whole_is_not_kept_waiting(path: Any) -> None:
     """Of a chunk with several events that comes bit by bit each has its own time: by the book."""
     source = Source(path)
@@ -203,7 +209,7 @@ def test_an_event_in_a_chunk_that_is_not_whole_is_not_kept_waiting(path: Any) ->
     source.close()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", STORING)
 def test_an_answer_is_told_of_only_at_its_end(path: Any) -> None:
     """However it is cut: byte by byte, whole, or in any two parts."""
     answer = HEAD + plain(b"one") + plain(b"two") + chunk(b"data: [DONE]\n\n") + END
@@ -224,7 +230,7 @@ def test_an_answer_is_told_of_only_at_its_end(path: Any) -> None:
         source.close()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", STORING)
 def test_an_answer_of_unknown_events_is_told_of_at_the_first(path: Any) -> None:
     """Another model behind the same server: what its events look like is learned at once."""
     source = Source(path, HEAD)
@@ -238,7 +244,7 @@ def test_an_answer_of_unknown_events_is_told_of_at_the_first(path: Any) -> None:
     source.close()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", STORING)
 def test_an_event_that_is_not_over_hides_no_other(path: Any) -> None:
     """Chunks need not end where events do: what follows half an event is the rest of it, however plain it looks."""
     source = Source(path)
@@ -255,7 +261,7 @@ def test_an_event_that_is_not_over_hides_no_other(path: Any) -> None:
     source.close()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", STORING)
 @pytest.mark.parametrize(
     ("may", "fits", "not_"),
     [("w", b"a", b'"'), ("w", b"-", b"\\"), ("d", b"7", b"a"), ("v", b'"', b"\n"), ("=", b"?", b"a")],
@@ -279,7 +285,7 @@ def test_what_is_loose_may_differ_in_its_own_way_alone(path: Any, may: str, fits
         source.close()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", STORING)
 def test_what_is_not_whole_outlives_what_was_taken(path: Any) -> None:
     source = Source(path)
     source.keep()
@@ -297,7 +303,22 @@ def test_what_is_not_whole_outlives_what_was_taken(path: Any) -> None:
     source.close()
 
 
-@pytest.mark.parametrize("path", PATHS)
+def test_the_python_reader_passes_on_bytes_that_were_read_elsewhere() -> None:
+    source = Source(PYTHON)
+    source.reader.remove(source.there.fileno())
+    source.reader.add(source.there.fileno(), source, False)
+    source.here.sendall(b"ciphers")
+    assert source.reader.read() is False
+    now = time.monotonic_ns()
+    source.reader.take(source.there.fileno(), b"plain", now)
+    source.reader.remove(source.there.fileno())
+    source.reader.take(source.there.fileno(), b"gone", now)
+    assert source.told == [("received", b"plain")]
+    assert (source.reader.events, source.reader.bytes, source.reader.reads) == (1, 5, 0)
+    source.close()
+
+
+@pytest.mark.parametrize("path", STORING)
 def test_bytes_can_be_taken_that_were_read_elsewhere(path: Any) -> None:
     """Those of a connection with TLS, however many."""
     source = Source(path)
@@ -319,7 +340,7 @@ def test_bytes_can_be_taken_that_were_read_elsewhere(path: Any) -> None:
     source.close()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", STORING)
 def test_a_read_of_several_plain_events_is_all_texts(path: Any) -> None:
     source = Source(path)
     source.keep()
@@ -332,7 +353,7 @@ def test_a_read_of_several_plain_events_is_all_texts(path: Any) -> None:
     source.close()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", READERS)
 def test_more_than_fits_one_read_arrives_in_order(path: Any) -> None:
     source = Source(path)
     source.there.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
@@ -347,7 +368,7 @@ def test_more_than_fits_one_read_arrives_in_order(path: Any) -> None:
     source.close()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", READERS)
 def test_many_sockets_are_read_in_several_rounds(path: Any) -> None:
     """A round that takes long says that there is more, so that what is due meanwhile goes out."""
     source = Source(path)
@@ -374,7 +395,7 @@ def slow(source: Source) -> Any:
     return received
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", STORING)
 def test_bytes_and_an_end_that_come_together_are_both_told(path: Any) -> None:
     source = Source(path)
     source.keep()
@@ -423,7 +444,7 @@ class Late(Source):
         return sent, read
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", READERS)
 def test_a_stamp_is_when_bytes_came_not_when_they_were_read(path: Any) -> None:
     source = Late(path)
     try:
@@ -431,7 +452,7 @@ def test_a_stamp_is_when_bytes_came_not_when_they_were_read(path: Any) -> None:
         source.keep()
         times += [source.send(plain(b"text"), 0.1) for _ in range(3)]
         times += [source.send(plain(b"t" * 5000), 0.1)]
-        stamps = source.heard + array("q", source.kept.runs(0, False)[0][1]).tolist()
+        stamps = source.heard + [ns for _, some, _ in source.kept.runs(0, False) for ns in array("q", some)]
         assert len(stamps) == len(times)
         for stamp, (sent, read) in zip(stamps, times, strict=True):
             assert sent <= stamp < sent + (read - sent) / 2
@@ -439,7 +460,7 @@ def test_a_stamp_is_when_bytes_came_not_when_they_were_read(path: Any) -> None:
         source.close()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", STORING)
 def test_events_that_share_a_read_have_the_stamp_of_the_last(path: Any) -> None:
     source = Late(path)
     try:
@@ -472,7 +493,7 @@ def test_without_a_stamp_of_the_kernel_the_time_of_the_read_counts(said: list[tu
     assert before <= reading.arrived_ns(said, 0) <= time.monotonic_ns()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", READERS)
 def test_a_reset_is_told_with_its_number(path: Any) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     source = Source(path)
@@ -493,7 +514,7 @@ def test_a_reset_is_told_with_its_number(path: Any) -> None:
     source.close()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", READERS)
 def test_an_error_in_one_connection_loses_nothing_of_another(path: Any) -> None:
     first, second = Source(path), Source(path)
     second.reader.remove(second.there.fileno())
@@ -515,7 +536,7 @@ def test_an_error_in_one_connection_loses_nothing_of_another(path: Any) -> None:
     first.close()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", READERS)
 def test_a_connection_closed_by_another_in_the_same_round_is_left_alone(path: Any) -> None:
     first, second = Source(path), Source(path)
     second.reader.remove(second.there.fileno())
@@ -534,7 +555,7 @@ def test_a_connection_closed_by_another_in_the_same_round_is_left_alone(path: An
     first.close()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", STORING)
 def test_nothing_is_held_once_it_is_closed(path: Any) -> None:
     source = Source(path)
     source.keep()
@@ -550,7 +571,7 @@ def test_nothing_is_held_once_it_is_closed(path: Any) -> None:
     assert (sys.getrefcount(kept), sys.getrefcount(shape)) == (2, 2)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", READERS)
 def test_what_cannot_be_read_is_refused(path: Any) -> None:
     reader = path.Reader()
     here, there = socket.socketpair()
@@ -571,22 +592,22 @@ def test_what_cannot_be_read_is_refused(path: Any) -> None:
     there.close()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", STORING)
 def test_a_pattern_says_of_every_byte_whether_it_may_differ(path: Any) -> None:
     for wrong in ((b"ab", b"=", ()), (b"", b"", ((b"ab", b"=", b""),)), (b"", b"", ((b"a", b"=", b""),) * 16)):
         with pytest.raises(ValueError, match=r"differ|more than"):
             path.Pattern(*wrong)
 
 
-@pytest.mark.skipif(not hot_path.COMPILED, reason="no compiled hot path here")
+@needs_compiled
 def test_the_compiled_path_believes_nothing_of_another_kind() -> None:
     for wrong in ((), ("text", b"====", ()), (b"", b"", []), (b"", b"", ((b"", b""),)), (b"", b"", ("abc",))):
         with pytest.raises(TypeError):
-            hot_path.Pattern(*wrong)  # type: ignore[arg-type]
-    reader, kept = hot_path.Reader(), hot_path.Kept()
+            reading.Pattern(*wrong)  # type: ignore[arg-type]
+    reader, kept = reading.Reader(), reading.Kept()
     here, there = socket.socketpair()
     reader.add(here.fileno(), SimpleNamespace(), True)  # type: ignore[arg-type]
-    for what in ((kept, SimpleNamespace()), (object(), None), (kept, reading.Pattern(b"", b"", ()))):
+    for what in ((kept, SimpleNamespace()), (object(), None), (kept, reading.PythonPattern(b"", b"", ()))):
         with pytest.raises(TypeError):
             reader.keep(here.fileno(), *what, True)  # type: ignore[arg-type]
     there.sendall(b"x")
@@ -601,4 +622,4 @@ def test_the_compiled_path_believes_nothing_of_another_kind() -> None:
     shutil.which("cc") is None or bool(os.environ.get("HARNESS_INTERPRETED")), reason="no C compiler here"
 )
 def test_the_compiled_path_was_built_where_it_could_be() -> None:
-    assert hot_path.COMPILED
+    assert reading.COMPILED

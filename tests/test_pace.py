@@ -13,8 +13,8 @@ import pytest
 
 from harness.run import BATCH_READS_FROM
 from scenarios import pace
-from scenarios.hot_path import Reader
 from scenarios.pace import MAX_INTERVAL_NS, ReadPacer
+from scenarios.reading import Reader
 
 MS = 1_000_000
 

@@ -8,6 +8,7 @@ import re
 import socket
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from test_response import CHUNKED, DONE, END, chunk, delta, listed, text, usage
 
 from harness.results import Result
-from scenarios import hot_path, reading
+from scenarios import reading
 from scenarios.completion import Answer
 from scenarios.connection import Connection
 from scenarios.facts import Facts
@@ -24,7 +25,12 @@ from scenarios.plain import Shape, Template, fit
 from scenarios.response import Response
 from scenarios.stream import Stream
 
-PATHS: list[Any] = [reading, *([hot_path] if hot_path.COMPILED else [])]
+PYTHON: Any = SimpleNamespace(
+    Reader=reading.PythonReader, Kept=reading.PythonKept, Pattern=reading.PythonPattern, COMPILED=False
+)
+needs_compiled = pytest.mark.skipif(not reading.COMPILED, reason="no compiled reader here")
+STORING: list[Any] = [pytest.param(reading, marks=needs_compiled, id="compiled")]
+READERS: list[Any] = [PYTHON, *([reading] if reading.COMPILED else [])]
 TOKENS = ["a", " the", "ß", "日本", "🙂", '"', "\\", "\n", "\n\n", "\r\n", "\x00", "\x7f", "}]}", '"}]}', "data: x",
           "[DONE]", '","finish_reason":"stop', "e\r\ndata: ", " ", "\u2028", "0", "f9\r\n"]  # fmt: skip
 ODD = ["", '"a"', "null", "5", "true", "[1]", '"\\ud83d"', '"\\ud83d\\ude42"', '"\\ude42"', '"\\x"', '"\\u12"', '"a\\"',
@@ -108,8 +114,16 @@ def takes(template: Template | None, content: bytes) -> bool:
     """Whether the hot path and what follows it would take this content of a chunk for some more output."""
     if template is None:
         return False
-    kind, found = reading.Pattern(b"", b"", ((template.before, template.loose, template.after),)).text(content)
-    return bool(kind) and fit([found])
+    here, there = socket.socketpair()
+    reader, kept = reading.Reader(), reading.Kept()
+    reader.add(here.fileno(), SimpleNamespace(), False)  # type: ignore[arg-type]
+    pattern = reading.Pattern(b"", b"", ((template.before, template.loose, template.after),))
+    reader.keep(here.fileno(), kept, pattern, False)
+    reader.take(here.fileno(), b"%x\r\n%b\r\n" % (len(content), content), 1)
+    reader.close()
+    here.close()
+    there.close()
+    return all(kind and parts is not None and fit(parts) for kind, _, parts in kept.runs(0, True))
 
 
 def is_output(content: bytes) -> bool:
@@ -117,6 +131,7 @@ def is_output(content: bytes) -> bool:
     return (len(facts.chunk_ns), facts.chunk_tokens, facts.finish_reason, facts.error) == (1, None, None, "cut")
 
 
+@needs_compiled
 @settings(max_examples=600, deadline=None)
 @given(shape=st.sampled_from(SHAPES), first=VALUES, values=st.lists(VALUES, min_size=1, max_size=6))
 def test_whatever_a_template_takes_is_one_output_by_the_book(shape, first, values) -> None:
@@ -126,6 +141,7 @@ def test_whatever_a_template_takes_is_one_output_by_the_book(shape, first, value
         assert not takes(template, content) or is_output(content), content
 
 
+@needs_compiled
 @settings(max_examples=600, deadline=None)
 @given(
     shape=st.sampled_from(SHAPES), ids=st.lists(IDS, min_size=2, max_size=2), values=st.lists(VALUES, min_size=2),
@@ -140,6 +156,7 @@ def test_the_next_answer_is_taken_with_another_id_and_time(shape, ids, values, c
     assert not takes(Template.learn(first), second) or is_output(second), second
 
 
+@needs_compiled
 def test_other_ids_and_times_of_the_same_length_are_known() -> None:
     shape = '{"id":"cmpl-%s","created":%s,"choices":[{"text":%%s}]}'
     template = Template.learn(said(shape % ("0f3a", "1764391234"), b'"a"'))
@@ -151,6 +168,7 @@ def test_other_ids_and_times_of_the_same_length_are_known() -> None:
     assert Template.learn(said(shape % ("9b2c", "1764399999"), b'"a"')) == template, "alike is equal"
 
 
+@needs_compiled
 def test_what_servers_really_send_is_learned() -> None:
     """A template that never fits would make every other test here true."""
     for shape in SHAPES[:5]:
@@ -165,6 +183,7 @@ def test_what_servers_really_send_is_learned() -> None:
             assert not takes(template, contents[0].upper())
 
 
+@needs_compiled
 @pytest.mark.parametrize("shape", SHAPES[5:12] + SHAPES[16:18] + SHAPES[20:])
 def test_what_only_looks_plain_is_never_taken(shape: str) -> None:
     content = said(shape, b'"a"')
@@ -260,6 +279,7 @@ class Wire:
         here, there = socket.socketpair()
         connection = Connection(owner, self.target)
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("scenarios.connection.COMPILED", self.path.COMPILED)
             patch.setattr("scenarios.stream.Kept", self.path.Kept)
             patch.setattr("scenarios.plain.Pattern", self.path.Pattern)
             feed = Stream.feed
@@ -319,7 +339,7 @@ def test_what_the_hot_path_keeps_says_what_the_book_says(data: st.DataObject) ->
     """Several answers one after the other, of one shape but for ids, times and whatever goes wrong, parsed now and
     then, cut anywhere, any byte damaged.
     """
-    path = data.draw(st.sampled_from(PATHS))
+    path = data.draw(st.sampled_from(READERS))
     wire = Wire(path)
     shape = data.draw(st.sampled_from(SHAPES[:5] * 3 + SHAPES[5:]))
     told = data.draw(st.booleans())
@@ -358,7 +378,7 @@ def test_what_the_hot_path_keeps_says_what_the_book_says(data: st.DataObject) ->
             assert stream.response.answer.text == said_by_the_book.text
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", STORING)
 @pytest.mark.parametrize("shape", SHAPES[:3])
 def test_cut_or_joined_at_any_byte(path: Any, shape: str) -> None:
     """A cut anywhere in a stream that otherwise comes an event a read: all facts and stamps are those by the book."""
@@ -381,7 +401,7 @@ def test_cut_or_joined_at_any_byte(path: Any, shape: str) -> None:
     assert wire.handed_on == handed_on, "once it is known nothing is handed on before the end"
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", STORING)
 @pytest.mark.parametrize("more", [b"", b"X-Request-Id: 7\r\n"])
 def test_from_the_second_answer_on_nothing_is_parsed_before_the_end(path: Any, more: bytes) -> None:
     """Other dates and ids are no news, and of a plain event only the text is kept: 10,000 streams fit in memory."""
@@ -397,7 +417,7 @@ def test_from_the_second_answer_on_nothing_is_parsed_before_the_end(path: Any, m
         assert (stream.response.keep_alive, stream.response.done) == (True, True)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", STORING)
 def test_a_shape_that_is_learned_while_others_wait_serves_them_too(path: Any) -> None:
     """The answers of a first wave come together: all were sent before any had shown what they look like."""
     wire = Wire(path)
@@ -418,7 +438,7 @@ def test_a_shape_that_is_learned_while_others_wait_serves_them_too(path: Any) ->
     assert (reader.bytes, reader.events) == (len(b"".join(reads)), 1 + 1 + 2)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", STORING)
 @pytest.mark.parametrize("lacks", [1, 2])
 def test_a_line_end_that_never_comes_is_no_line_end(path: Any, lacks: int) -> None:
     """An event counts once its content is there; that its chunk is broken shows in what follows."""
@@ -430,9 +450,10 @@ def test_a_line_end_that_never_comes_is_no_line_end(path: Any, lacks: int) -> No
         agrees(*wire.answer(reads), expected)
 
 
+@needs_compiled
 @pytest.mark.parametrize("changed", [b"404 OK", b"200 NO"])
 def test_another_status_is_no_opening(changed: bytes) -> None:
-    wire = Wire(hot_path)
+    wire = Wire(reading)
     reads = [head_of(1), chunk(ROLE), chunk(FIRST), chunk(DONE) + END]
     wire.answer(reads)
     before = wire.handed_on
@@ -441,9 +462,10 @@ def test_another_status_is_no_opening(changed: bytes) -> None:
     assert wire.handed_on > before
 
 
+@needs_compiled
 def test_many_models_behind_one_server_are_each_known_from_the_first_event_on() -> None:
     """More than a shape remembers, by turns: what is not known is learned at once, not at the end."""
-    wire = Wire(hot_path)
+    wire = Wire(reading)
     for nth in range(30):
         shape = SHAPES[0].replace('"x"', f'"x","model":"adapter-{"x" * (nth % 10)}"')
         reads = [head_of(1), *(chunk(said(shape, b'"t%d"' % i)) for i in range(50)), chunk(DONE) + END]
@@ -456,6 +478,7 @@ REASONING, CONTENT = SHAPES[3], '{"choices":[{"delta":{"content":%s}}]}'
 ODD_ONE = '{"choices":[{"delta":{"content":%s},"logprobs":[]}]}'
 
 
+@needs_compiled
 @pytest.mark.parametrize("every", [1, 3, 4, 5, 13])
 @pytest.mark.parametrize(
     ("shapes", "least"),
@@ -477,7 +500,7 @@ def test_an_answer_that_changes_is_recognised_again(shapes: list[str | None], le
         kept += len(stamps)
         return feed_plain(response, template, stamps, texts)
 
-    wire = Wire(hot_path)
+    wire = Wire(reading)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Response, "feed_plain", count)
         stream, _ = wire.answer([CHUNKED, *reads, chunk(DONE) + END], set(range(1, 200, every)))
