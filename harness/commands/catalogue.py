@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,11 +18,20 @@ from harness.errors import (
 from harness.run import Tier
 
 
+def hot_path() -> str:
+    """How load workers of this installation read: "compiled", or "python" where that could not be built."""
+    try:
+        import scenarios._reading  # type: ignore  # noqa: F401
+    except ImportError:
+        return "python"
+    return "python" if os.environ.get("HARNESS_INTERPRETED") else "compiled"
+
+
 def doctor(format_: str) -> int:
     """Findings about this machine."""
     from harness.paths import cache_dir
 
-    findings = examination.examine(cache_dir())
+    findings = examination.examine(cache_dir(), hot_path())
     can = examination.abilities(findings)
     if format_ == "json":
         print_json({"findings": findings, "can": can})

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from harness.access import AUTHORIZATION
+from harness.commands.catalogue import hot_path
 from harness.commands.output import print_json, print_table, say
 from harness.commands.steps import check_load_options, choose_endpoint, copy_plan, execute, output_lengths
 from harness.commands.targets import UrlTarget, choose_target
@@ -132,7 +133,7 @@ def calibrate(format_: str) -> int:
     from harness.calibration import write_calibration
     from harness.paths import cache_dir
 
-    found = measure(say)
+    found = measure(say, hot_path=hot_path())
     path = write_calibration(cache_dir(), found)
     if format_ == "json":
         print_json(found)

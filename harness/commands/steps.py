@@ -17,6 +17,7 @@ from harness import probe
 from harness.access import Access
 from harness.answers import PROMPTS, Counted, count_answers, count_prompts, take_said
 from harness.build import asked_plan, build_plan
+from harness.commands.catalogue import hot_path
 from harness.commands.output import say
 from harness.commands.seen import seen_before
 from harness.commands.targets import LocalTarget, Servers, Target, UrlTarget
@@ -247,6 +248,7 @@ def execute_point(
         restarts_before=servers.restarts,
     )  # fmt: skip
     manifest.load_shares_server_host, manifest.load_shares_server_cores = servers.shares_host, servers.shared_cores
+    manifest.versions["hot path"] = hot_path()
     write_manifest(run, manifest)
     if said := seen_before(run, manifest):
         tell(said)

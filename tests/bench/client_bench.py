@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(ROOT))
+from harness.commands.catalogue import hot_path
 from harness.run import describe_host, git_commit, installed_versions, now_utc
 
 TTFT_S, ITL_S = 0.02, 0.01  # 100 tokens/s per stream
@@ -373,7 +374,7 @@ def main() -> int:
     if options.json is not None:
         document = {
             "date": now_utc(), "git": git_commit(), "host": dataclasses.asdict(describe_host()),
-            "versions": installed_versions(), "python": platform.python_version(),
+            "versions": installed_versions() | {"hot path": hot_path()}, "python": platform.python_version(),
             "memory_gib": psutil.virtual_memory().total / 2**30,
             "clients": {name: dataclasses.asdict(figures) for name, figures in compared.items()},
             "harness alone": alone,
