@@ -50,6 +50,8 @@ class Span(NamedTuple):
     """What the span says of a call; counts may be missing. None: it is about something else."""
     agent: bool = False
     """It is the run of an agent: the calls of its trace are turns of one session, where they name no other."""
+    session_id: str | None = None
+    """Session of all calls of the trace that name no other."""
 
 
 class SpanReader(Reader):
@@ -58,7 +60,7 @@ class SpanReader(Reader):
     in_order = False
 
     def __init__(self) -> None:
-        self._spans: Sorter[tuple[Place, Span]] = Sorter(lambda placed: (placed[1].trace_id, placed[0]), _weight)
+        self._spans: Sorter[tuple[Place, Span]] = Sorter(_by_trace, _weight)
 
     def spans(self, record: Any) -> Iterator[Span | RowError | LeftOutError]:
         """The spans of one record; what cannot be read as a value. Raises `RowError`."""
@@ -76,7 +78,7 @@ class SpanReader(Reader):
             except RowError as e:
                 yield place, e
 
-    def end(self) -> Iterator[tuple[Place, Item]]:
+    def end(self) -> Iterator[tuple[Place | None, Item]]:
         """The calls."""
         return calls(iter(self._spans))
 
@@ -94,8 +96,10 @@ def calls(spans: Iterator[tuple[Place, Span]]) -> Iterator[tuple[Place, Item]]:
     """What the spans come to, which are sorted by trace: each call once, and for each other model span why not."""
     named: Sorter[_Call] = Sorter(lambda call: (call.response_id, call.key), lambda call: _weigh(call.item))
     for trace_id, group in groupby(spans, lambda placed: placed[1].trace_id):
+        session: str | None = None
         for some in _portions(group):
-            run = trace_id if any(span.agent for _, span in some) else None
+            session = session or some[0][1].session_id
+            run = session or (trace_id if any(span.agent for _, span in some) else None)
             for call in _Tree(some).calls():
                 if run and isinstance(call.item, Row) and call.item.session_id is None:
                     call = call._replace(item=call.item._replace(session_id=run))
@@ -258,6 +262,7 @@ def _filled(row: Row, outer: Row) -> Row:
         output_tokens=outer.output_tokens if row.output_tokens is None else row.output_tokens,
         session_id=row.session_id or outer.session_id,
         model=row.model or outer.model,
+        cached_tokens=outer.cached_tokens if row.cached_tokens is None else row.cached_tokens,
     )
 
 
@@ -276,6 +281,12 @@ def _fullest_first(span: Span) -> tuple[Any, ...]:
     row = span.item if isinstance(span.item, Row) else None
     counts = (0, 0) if row is None else (-(row.input_tokens or 0), -(row.output_tokens or 0))
     return (row is None, span.item is None, *counts, -(span.end_ns or 0), span.start_ns, span.id, span.parent)
+
+
+def _by_trace(placed: tuple[Place, Span]) -> tuple[str, bool, Place]:
+    """What names the session of a trace comes first."""
+    place, span = placed
+    return span.trace_id, span.session_id is None, place
 
 
 def _weight(placed: tuple[Place, Span]) -> int:

@@ -8,7 +8,7 @@ file with other columns those are read that make a table (`harness.formats.table
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import msgspec
@@ -103,11 +103,22 @@ def rows(file: Source, asked: Mapping[Role, str]) -> Iterator[tuple[int, dict[st
 
     Raises `TraceError` for a damaged file, and for one whose columns are no trace's.
     """
+    return chosen_rows(file, _wanted(file, _schema(file), asked))
+
+
+def column_names(file: Source) -> list[str]:
+    """Of a columnar file. Raises `TraceError`."""
+    names: list[str] = _schema(file).names
+    return names
+
+
+def chosen_rows(file: Source, wanted: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
+    """The same of these columns. Raises `TraceError` for a damaged file."""
     import pyarrow as pa
 
     number = 0
     try:
-        for batch in _batches(file, asked):
+        for batch in _batches(file, wanted):
             batch.validate(full=True)  # Arrow trusts offsets: a damaged file would read outside its memory
             names = batch.schema.names
             for values in zip(*(_values(column) for column in batch.columns), strict=True):
@@ -166,30 +177,28 @@ def _is_ours(schema: Any, asked: Mapping[Role, str]) -> bool:
     return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind))
 
 
-def _batches(file: Source, asked: Mapping[Role, str]) -> Iterator[Any]:
+def _batches(file: Source, wanted: Sequence[str]) -> Iterator[Any]:
     import pyarrow as pa
 
     kind = magic(file)
     if kind.startswith(b"PAR1"):
-        yield from _parquet(file, asked)
+        yield from _parquet(file, wanted)
         return
     with pa.OSFile(str(file.path), "rb") as raw:
         if kind.startswith(b"ARROW1"):
             with pa.ipc.open_file(raw) as reader:
-                wanted = _wanted(file, reader.schema, asked)
                 parts = (reader.get_batch(i) for i in range(reader.num_record_batches))
-                yield from (part for batch in parts for part in _cut(batch.select(wanted)))
+                yield from (part for batch in parts for part in _cut(batch.select(list(wanted))))
         else:
             with pa.ipc.open_stream(raw) as reader:
-                wanted = _wanted(file, reader.schema, asked)
-                yield from (part for batch in reader for part in _cut(batch.select(wanted)))
+                yield from (part for batch in reader for part in _cut(batch.select(list(wanted))))
 
 
-def _parquet(file: Source, asked: Mapping[Role, str]) -> Iterator[Any]:
+def _parquet(file: Source, wanted: Sequence[str]) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(str(file.path), pre_buffer=False, buffer_size=2**20) as parquet:
-        wanted, written = _wanted(file, parquet.schema_arrow, asked), parquet.metadata
+        written = parquet.metadata
         for group in range(written.num_row_groups):
             rows = written.row_group(group).num_rows
             columns = [written.row_group(group).column(at) for at in range(written.num_columns)]
@@ -205,7 +214,7 @@ def _parquet(file: Source, asked: Mapping[Role, str]) -> Iterator[Any]:
                 if c.path_in_schema in wanted and c.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
             )
             fit = min(_ROWS, _BATCH_BYTES * rows // max(size, 1), _BATCH_BYTES // max(texts, 1))
-            yield from parquet.iter_batches(max(1, fit), row_groups=[group], columns=wanted, use_threads=False)
+            yield from parquet.iter_batches(max(1, fit), row_groups=[group], columns=list(wanted), use_threads=False)
 
 
 def _cut(batch: Any) -> Iterator[Any]:

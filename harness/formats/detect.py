@@ -9,6 +9,7 @@ import msgspec
 
 from harness.errors import TraceError
 from harness.formats import FORMATS
+from harness.formats.columnar import column_names, is_columnar
 from harness.formats.row import RowError, safe
 from harness.formats.table import Table, header_of, split
 from harness.formats.values import header_names
@@ -26,6 +27,9 @@ def detect(source: Source) -> str:
 
     Raises `TraceError` when none or several do, with what the file looks like.
     """
+    if is_columnar(source):
+        header = ",".join(column_names(source)).encode()
+        return next((name for name, reader in FORMATS.items() if reader.columnar and reader.sniff(header)), "columnar")
     first, line, found = b"", None, list[str]()
     for at, (number, record) in enumerate(records(source)):
         if not at:

@@ -1,5 +1,6 @@
-"""Langfuse observations: a JSON array, JSON Lines, pages of the API (``{"data": [...]}``), or traces that hold theirs
-(``{"sessionId": ..., "observations": [...]}``, or ``{"trace": ..., "observations": [...]}`` as the web page saves it).
+"""Langfuse observations: a JSON array, JSON Lines, pages of the API (``{"data": [...]}``), traces that hold theirs
+(``{"sessionId": ..., "observations": [...]}``, or ``{"trace": ..., "observations": [...]}`` as the web page saves it),
+and exports of the table of observations as CSV or Parquet, where objects are strings of JSON.
 
 Rows are the observations of type ``GENERATION`` (others, like ``SPAN``, are no model calls) that state tokens or have
 an input. ``startTime`` is the arrival; ``usageDetails`` has the tokens, in older exports ``usage``. Names come in camel
@@ -15,43 +16,72 @@ is refused. Gemini's total has thoughts that nothing else names: they are output
 replayed by its lengths.
 
 Exports come newest first, so rows are sorted by arrival. The session is ``sessionId`` of the observation or its trace.
+Exported observations do not have it: an export of traces beside theirs names it. By itself that has no calls.
 
-Source: Langfuse API reference (observations), documentation page "Model usage and cost"; Gemini API reference,
-``UsageMetadata``.
+Source: Langfuse API reference (observations), documentation pages "Model usage and cost", "Export to blob storage" and
+its source (columns of the exports); Gemini API reference, ``UsageMetadata``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
 
 from harness.formats.calls import Span, SpanReader
-from harness.formats.row import FailedCallError, Item, LeftOutError, Row, RowError
-from harness.formats.values import DECODE_ERRORS, IsoClock, decode_object, fields_of, plain_messages, token_count
+from harness.formats.columnar import chosen_rows, column_names, is_columnar
+from harness.formats.row import FailedCallError, Item, LeftOutError, Place, Row, RowError
+from harness.formats.table import header_of, split
+from harness.formats.values import DECODE_ERRORS, IsoClock, decode_object, fields_of, plain_messages, show, token_count
+from harness.source import Source
 
 _INPUT = ("input", "input_tokens", "inputTokens", "prompt_tokens", "promptTokens")
 _OUTPUT = ("output", "output_tokens", "outputTokens", "completion_tokens", "completionTokens")
 _TOTAL = ("total", "total_tokens", "totalTokens")
+_FLAT = {
+    "input": ("inputUsage", "input_usage", *_INPUT[1:]),
+    "output": ("outputUsage", "output_usage", *_OUTPUT[1:]),
+    "total": ("totalUsage", "total_usage", *_TOTAL[1:]),
+}
+"""Kind of tokens -> columns of exports that count it beside an observation, or instead of its details."""
+_OF_TRACES = {"id", "timestamp", "bookmarked"}
+"""Columns of an export of traces."""
+_EMPTY = ("", "null", "NULL", "\\N")
 _RESPONSE_ID = "gen_ai.response.id"
+
+_READ = frozenset({
+    "id", "traceid", "type", "parentobservationid", "starttime", "endtime", "level", "input", "output", "metadata",
+    "model", "providedmodelname", "usage", "usagedetails", "sessionid", "timestamp", "bookmarked",
+    *(name.replace("_", "").lower() for names in _FLAT.values() for name in names),
+})  # fmt: skip
+"""Columns that are read of Parquet, in small letters and without marks."""
 
 
 class Langfuse(SpanReader):
     """Reader of Langfuse observations."""
 
-    summary = "Langfuse observations (JSON or JSON Lines: type GENERATION, startTime, usageDetails)"
+    summary = "Langfuse observations (JSON, JSON Lines, CSV or Parquet: type GENERATION, startTime, usageDetails)"
     clock = "startTime, a date and time, UTC where no zone is given"
+    quoted = True
+    columnar = True
 
     def __init__(self) -> None:
         super().__init__()
         self._clock = IsoClock("startTime")
         self._by_length = self._thoughts = 0
+        self._header: list[str] = []
+        self._mark = ","
+        self._traces = self._observations = 0
 
     @staticmethod
     def sniff(record: bytes) -> bool:
-        """An observation, or a page of them."""
-        fields = fields_of(record)
+        """An observation, a page of them, or the header of an export."""
+        fields: Mapping[str, bytes] = fields_of(record)
+        if record[:1].isalnum() or record[:1] == b'"':
+            fields = dict.fromkeys(header_of(record)[1], b"")
+        if _is_trace(fields):
+            return True
         for name, few in (("observations", 10**9), ("data", 3)):
             if len(fields) <= few and (page := fields.get(name, b"")).startswith(b"["):
                 return b'"traceId"' in page or b'"trace_id"' in page
@@ -59,9 +89,58 @@ class Langfuse(SpanReader):
             {"traceId", "startTime"} <= fields.keys() or {"trace_id", "start_time"} <= fields.keys()
         )
 
-    def spans(self, record: bytes) -> Iterator[Span | RowError | LeftOutError]:
+    def records(self, file: Source) -> Iterator[tuple[int, Any]]:
+        """Lines, values, CSV records, or rows of a columnar file."""
+        if not is_columnar(file):
+            return super().records(file)
+        return chosen_rows(file, [name for name in column_names(file) if name.replace("_", "").lower() in _READ])
+
+    def rows(self, records: Iterable[tuple[Place, Any]]) -> Iterator[tuple[Place, Item]]:
+        """Each file has a header of its own."""
+        self._header = []
+        return super().rows(records)
+
+    def end(self) -> Iterator[tuple[Place | None, Item]]:
+        """The calls."""
+        if self._traces and not self._observations:
+            yield (
+                None,
+                RowError(
+                    "an export of traces",
+                    "this is an export of traces: each row adds up calls. Also export the observations",
+                ),
+            )
+        yield from super().end()
+
+    def _exported(self, record: Any) -> dict[str, Any]:
+        """One row of an export; empty for a header."""
+        if isinstance(record, RowError):
+            raise record
+        if isinstance(record, dict):
+            return {name: value for name, value in record.items() if value not in _EMPTY}
+        if not self._header:
+            self._mark, self._header = header_of(record)
+            return {}
+        fields = split(record, self._mark)
+        if fields == self._header:
+            return {}
+        if len(fields) != len(self._header):
+            raise RowError(
+                "bad row", f"{len(fields)} fields, expected {len(self._header)} as in the header: {show(record)}"
+            )
+        return {name: value for name, value in zip(self._header, fields, strict=True) if value not in _EMPTY}
+
+    def spans(self, record: Any) -> Iterator[Span | RowError | LeftOutError]:
         """Read one observation, page or trace."""
-        value = decode_object(record)
+        if isinstance(record, bytes) and record.lstrip()[:1] == b"{":
+            value = decode_object(record)
+        elif not (value := self._exported(record)):
+            return
+        if _is_trace(value) and not isinstance(value.get("observations"), list):
+            self._traces += 1
+            if (session := _session(value)) is not None:
+                yield Span(_text(value.get("id")) or "", "", "", session_id=session)
+            return
         trace: dict[str, Any] = {}
         observations = value.get("data")
         if not isinstance(observations, list):
@@ -93,6 +172,7 @@ class Langfuse(SpanReader):
         return said
 
     def _span(self, observation: dict[str, Any], trace: dict[str, Any]) -> Span:
+        self._observations += 1
         span = Span(
             trace_id=_text(_get(observation, "traceId", "trace_id") or trace.get("id")) or "",
             id=_text(observation.get("id")) or "",
@@ -102,21 +182,23 @@ class Langfuse(SpanReader):
             return span
         start_ns = self._clock.ns(str(_get(observation, "startTime", "start_time")))
         end = _get(observation, "endTime", "end_time")
-        attributes = _decoded(observation.get("metadata"))
-        attributes = attributes.get("attributes", attributes) if isinstance(attributes, dict) else {}
+        attributes = _object(observation.get("metadata"))
+        attributes = _object(attributes.get("attributes", attributes))
         return span._replace(
             start_ns=start_ns,
             end_ns=None if end is None else self._clock.ns(str(end)),
-            response_id=_text(attributes.get(_RESPONSE_ID)) if isinstance(attributes, dict) else None,
+            response_id=_text(_decoded(attributes.get(_RESPONSE_ID))),
             item=self._item(observation, trace, start_ns),
         )
 
     def _item(self, observation: dict[str, Any], trace: dict[str, Any], arrival_ns: int) -> Item:
         if observation.get("level") == "ERROR":
             return FailedCallError("failed call (level ERROR)")
-        details = _get(observation, "usageDetails", "usage_details") or observation.get("usage")
+        details = _object(_get(observation, "usageDetails", "usage_details")) or _object(observation.get("usage"))
+        if not details:
+            details = {kind: count for kind, names in _FLAT.items() if (count := _get(observation, *names)) is not None}
         model = _text(_get(observation, "model", "providedModelName", "provided_model_name"))
-        counts = self._counts(_decoded(details), model)
+        counts = self._counts(details, model)
         prompt = _prompt(observation.get("input"))
         if counts == (None, None) and not prompt.given:
             if observation.get("output") is None:
@@ -128,13 +210,11 @@ class Langfuse(SpanReader):
             self._by_length += prompt.given
         return Row(
             arrival_ns, *counts, _text(_get(observation, "sessionId", "session_id") or _session(trace)),
-            text=prompt.text, messages=prompt.messages, model=model,
+            text=prompt.text, messages=prompt.messages, model=model, cached_tokens=_cached(details, counts[0]),
         )  # fmt: skip
 
-    def _counts(self, details: Any, model: str | None) -> tuple[int | None, int | None]:
+    def _counts(self, details: Mapping[str, Any], model: str | None) -> tuple[int | None, int | None]:
         """Input and output tokens, everything counted once; None: not recorded."""
-        if not isinstance(details, dict):
-            return None, None
         if str(details.get("unit") or "TOKENS").upper() != "TOKENS":
             raise RowError("not tokens", f"usage is counted in {details['unit']}, not in tokens")
         counts = {
@@ -157,6 +237,17 @@ class Langfuse(SpanReader):
             self._thoughts += 1
             return into, total - into
         return _reading(into, out, total, rest)
+
+
+def _cached(details: Mapping[str, Any], input_tokens: int | None) -> int | None:
+    """Of the input, what was read from a prompt cache; None where the details do not name it."""
+    read = [
+        token_count(name, value) or 0
+        for name, value in details.items()
+        if "cach" in name.lower() and not any(word in name.lower() for word in ("creat", "writ", "cost", "output"))
+    ]
+    found = sum(read)
+    return found if read and found <= (input_tokens or 0) else None
 
 
 def _reading(into: int, out: int, total: int | None, rest: dict[str, int]) -> tuple[int, int]:
@@ -235,6 +326,18 @@ def _decoded(value: Any) -> Any:
     except DECODE_ERRORS:
         # Cut by whoever wrote it, or a text that begins with a bracket.
         return {} if value.lstrip()[:2] in ('{"', "[{") else value
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """An object, also from a string of JSON or a map of Arrow; empty for anything else."""
+    if isinstance(value, list) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in value):
+        return {str(name): inner for name, inner in value}
+    value = _decoded(value)
+    return value if isinstance(value, dict) else {}
+
+
+def _is_trace(fields: Mapping[str, Any]) -> bool:
+    return fields.keys() >= _OF_TRACES and "type" not in fields
 
 
 def _session(trace: dict[str, Any]) -> str | None:

@@ -135,6 +135,8 @@ class Reader:
     """Claims only what no other format claims."""
     sends_text: bool = False
     """Texts are meant to be sent as they are, whatever the token counts beside them."""
+    columnar: ClassVar[bool] = False
+    """Also read from Parquet and Arrow, whose columns show it as the header of a CSV would."""
     log: ClassVar[bool] = False
     """Other lines may stand before the first that shows the format."""
 
