@@ -56,8 +56,8 @@ class LoadedRun:
         return plain
 
     def variant(self, name: str) -> dict[str, Figures]:
-        """The run's figures as another tool defines them: ``vllm-bench``, ``guidellm``, ``aiperf``, ``inference-perf``,
-        ``genai-bench``, ``llmeter``, ``evalscope`` (METRICS.md has the formulas). Raises `UsageError` on other names.
+        """The run's figures as another tool defines them: ``vllm-bench``, ``guidellm``, ``aiperf``
+        (METRICS.md has the formulas). Raises `UsageError` on other names.
         """
         return variant_of(name, self.run)
 

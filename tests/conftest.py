@@ -80,7 +80,7 @@ def fake_server(tmp_path: Path) -> Iterator[StartServer]:
         process.wait(10)
 
 
-SENDS = frozenset({"replay", "run", "capacity", "crosscheck"})
+SENDS = frozenset({"replay", "run", "capacity"})
 
 
 def _command(args: tuple[str | Path, ...]) -> list[str]:

@@ -198,54 +198,6 @@ def test_the_servers_own_counters_divide_the_bill(tmp_path):
     assert any("a server was not sampled" in note for note in none["notes"])
 
 
-def mixes(folder, shapes, sure=True):
-    """Closed loops that keep one engine busy (1 ms an input token, 5 ms an output token), two loads of each mix."""
-    found = []
-    for k, (into, out) in enumerate(shapes):
-        for concurrency in (1, 2) if sure else (1,):
-            took, spec = into + 5 * out, replace(SPEC, mode="closed", concurrency=concurrency)
-            results = [
-                good(i, i * took * 10**6, ttft_ms=into + 5, itl_ms=5, tokens=out, inputs=into) for i in range(60)
-            ]
-            path = write_run(folder / f"{k}-{concurrency}", results, model=MODEL, spec=spec)
-            s = summarise(read_run(path))
-            found.append(replace(s, plan=replace(s.plan, trace_sha256=str(k))))
-    return found
-
-
-def test_runs_of_other_mixes_divide_the_bill(tmp_path):
-    """An output token costs five input tokens: told by how long runs of three traces keep the same engine busy."""
-    runs = mixes(tmp_path, [(40, 8), (200, 8), (40, 40)])
-    made = decide(*runs, split_method="load regression")
-    assert len(made) == 3, "each trace has its own price"
-    for one in made:
-        assert one.structure.method == "load regression"
-        assert one.cost_full.output.value / one.cost_full.input.value == pytest.approx(5, rel=0.01)
-        assert sum(one.bill_nanousd) == pytest.approx(one.cost_full.total.value * one.mix.total * 1e3, abs=1)
-        assert any("divided by load regression: rows 6, condition" in note for note in one.notes)
-
-
-@pytest.mark.parametrize(
-    ("shapes", "sure", "words"),
-    [
-        ([(40, 8), (80, 16), (120, 24)], True, "the mix hardly varies"),
-        ([(40, 8), (200, 8)], True, "4 runs were saturated, needs 5"),
-        ([(40, 8), (200, 8), (40, 40), (8, 40), (90, 9)], False, "0 runs were saturated"),
-    ],
-)
-def test_mixes_that_tell_nothing_are_refused(tmp_path, shapes, sure, words):
-    for made in decide(*mixes(tmp_path, shapes, sure), split_method="load regression"):
-        assert made.structure.method == "declared ratio"
-        assert any("not identifiable" in note and words in note for note in made.notes)
-
-
-def test_load_regression_on_the_command_line(tmp_path):
-    write_run(tmp_path / "r", rows(), model=MODEL)
-    done = run_price(tmp_path / "r", "--split", "load-regression")
-    assert done.return_value == 0
-    assert "load regression: not identifiable (0 runs were saturated" in " ".join(done.stdout.split())
-
-
 def test_a_split_that_is_not_identifiable_is_said(tmp_path):
     s = summary(tmp_path / "r")
     none = not_identifiable("step model", "the mix hardly varies", evidence="measured", n=9)

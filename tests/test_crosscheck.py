@@ -6,14 +6,23 @@ import json
 from importlib.util import find_spec
 
 import pytest
+from bench.crosscheck import (
+    FIGURES,
+    REASONS,
+    beyond_vllm,
+    compare,
+    crosscheck,
+    our_figures,
+    their_figures,
+    without_role_chunk,
+)
 from conftest import StartServer, harness
 from run_files import good, write_run
 from test_plan import build, trace_of
 
-from analysis.against.crosscheck import FIGURES, REASONS, compare, our_figures, their_figures, without_role_chunk
 from analysis.load import read_run
 from analysis.summary import summarise
-from harness.commands.proof import beyond_vllm
+from harness.errors import UsageError
 
 
 def repeats(values, name="service_ttft_mean"):
@@ -115,15 +124,11 @@ def test_a_chat_plan_is_crosschecked(fake_server: StartServer, tmp_path):
     plan = tmp_path / "plan.arrow"
     done = harness("plan", trace, "--base-url", server.url, "-o", plan)
     assert done.returncode == 0, done.stderr
-    done = harness(
-        "crosscheck", plan, "--base-url", server.url, "--out", tmp_path / "runs", "--format", "json", timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["completed"] == [[16, 16]] * 3
-    assert any("names the role" in note for note in found["notes"])
-    figures = {f["name"]: f for f in found["figures"]}
-    assert figures["itl_mean"]["theirs"] == pytest.approx(5, rel=0.1), "as printed it would be 7/8 of that"
+    found = crosscheck(plan, server.url, tmp_path / "runs")
+    assert found.completed == [(16, 16)] * 3
+    assert any("names the role" in note for note in found.notes)
+    figures = {f.name: f for f in found.figures}
+    assert figures["itl_mean"].theirs == pytest.approx(5, rel=0.1), "as printed it would be 7/8 of that"
     assert sorted(t["prompt_tokens"] for t in server.truth()) == sorted(words * 7)
 
 
@@ -141,14 +146,10 @@ def test_vllms_client_is_given_the_same_requests(fake_server: StartServer, tmp_p
     plan = tmp_path / "plan.arrow"
     done = harness("plan", trace, "--base-url", server.url, "-o", plan)
     assert done.returncode == 0, done.stderr
-    done = harness(
-        "crosscheck", plan, "--base-url", server.url, "--out", tmp_path / "runs", "--format", "json", timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["completed"] == [[24, 24]] * 3
-    figures = {f["name"]: f for f in found["figures"]}
-    assert figures["tpot_mean"]["theirs"] == pytest.approx(5, rel=0.3)
+    found = crosscheck(plan, server.url, tmp_path / "runs")
+    assert found.completed == [(24, 24)] * 3
+    figures = {f.name: f for f in found.figures}
+    assert figures["tpot_mean"].theirs == pytest.approx(5, rel=0.3)
     truth = sorted(server.truth(), key=lambda t: t["received_ns"])
     runs = [truth[i : i + 24] for i in range(0, len(truth), 24)]
     assert len(runs) == 7, "one uncounted, three of each client"
@@ -158,7 +159,6 @@ def test_vllms_client_is_given_the_same_requests(fake_server: StartServer, tmp_p
         assert span_s == pytest.approx(23 * 0.05, abs=0.15), "sent at the plan's times"
 
 
-@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM, whose client this is, is not installed")
 def test_the_crosscheck_says_what_it_cannot_do(fake_server: StartServer, tmp_path):
     server = fake_server()
     ask = [{"role": "user", "content": "hi"}]
@@ -173,8 +173,8 @@ def test_the_crosscheck_says_what_it_cannot_do(fake_server: StartServer, tmp_pat
         trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
         made = harness("plan", trace, "--base-url", server.url, "-o", plan, *args)
         assert made.returncode == 0, made.stderr
-        done = harness("crosscheck", plan, "--base-url", server.url, "--out", tmp_path / "runs")
-        assert (done.returncode, words in done.stderr) == (2, True), done.stderr
+        with pytest.raises(UsageError, match=words):
+            beyond_vllm(plan, "chat")
 
 
 def test_what_vllms_client_does_not_do_is_noted(tmp_path):

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from analysis.money.nonnegative import fit_non_negative
 from analysis.money.price import bill_usd
-from analysis.money.samples import Samples, busy_rows, server_samples
+from analysis.money.samples import Samples, WorkRows, busy_rows, server_samples
 from analysis.money.split import (
     Usage,
-    by_load_regression,
+    by_fit,
     by_phase_time,
     by_ratio,
     by_step_model,
@@ -194,30 +194,19 @@ def test_cached_input_that_costs_nothing_is_not_known():
     assert sum(parts(fit)) == fit.bill_nusd
 
 
-def test_load_regression_over_runs_of_other_mixes():
-    rng = np.random.default_rng(0)
-    into, out = rng.uniform(1e5, 2e6, 12), rng.uniform(1e5, 1e6, 12)
-    spent = (2e-4 * into + 5e-4 * out) * (1 + 0.02 * rng.standard_normal(12))
-    split = by_load_regression(USD, USAGE, spent=spent, uncached_input=into, output=out, evidence="measured")
-    assert split.ratio == pytest.approx(2.5, rel=0.1)
-    q = split.usd_per_1m_input
-    assert q.low <= USD / (USAGE.input + 2.5 * USAGE.output) * 1e6 <= q.high
-
-
 # ------------------------------------------------------------------------------------------------- not identifiable
 
 
 def test_one_mix_has_no_two_prices():
     """The same requests faster and slower: any division explains it."""
     into = np.linspace(1e5, 2e6, 12)
-    split = by_load_regression(
-        USD, USAGE, spent=2e-4 * into + 5e-4 * into / 4, uncached_input=into, output=into / 4, evidence="measured"
-    )
+    split = regression(2e-4 * into + 5e-4 * into / 4, into, into / 4)
     assert "hardly varies" in refused(split)
 
 
 def regression(spent, into, out):
-    return by_load_regression(USD, USAGE, spent=spent, uncached_input=into, output=out, evidence="measured")
+    rows = WorkRows(spent=spent, uncached_input=into, cached_input=None, output=out, steps=None)
+    return by_fit("step model", USD, USAGE, rows, evidence="measured", block=1, seed=0)
 
 
 def test_a_mix_that_moves_by_a_hundredth_is_one_mix():
@@ -264,23 +253,21 @@ def test_request_seconds_of_a_batch_are_no_engine_time():
 def test_a_part_at_zero_is_no_price():
     rng = np.random.default_rng(0)
     into, out = rng.uniform(1, 2, (2, 30)) * 1e5
-    split = by_load_regression(
-        USD, USAGE, spent=1e-3 * out - 1e-5 * into, uncached_input=into, output=out, evidence="measured"
-    )
+    split = regression(1e-3 * out - 1e-5 * into, into, out)
     assert "at its bound" in refused(split)
 
 
 def test_noise_gives_no_price():
     rng = np.random.default_rng(0)
     into, out, spent = rng.exponential(1.0, (3, 30))
-    reason = refused(by_load_regression(USD, USAGE, spent=spent, uncached_input=into, output=out, evidence="measured"))
+    reason = refused(regression(spent, into, out))
     assert re.fullmatch(r"the fitted times are \d+% off the measured ones, and 25% is the most", reason)
 
 
 @pytest.mark.parametrize("n", [0, 1, 4])
 def test_too_few_rows(n):
     column = np.arange(1.0, n + 1)
-    split = by_load_regression(USD, USAGE, spent=column, uncached_input=column, output=column**2, evidence="measured")
+    split = regression(column, column, column**2)
     assert "rows for 2 unknowns" in refused(split)
 
 

@@ -152,19 +152,6 @@ def linear(values: Floats, weights: Floats | None, p: float) -> float:
     return float(np.percentile(values, 100 * p))
 
 
-def exclusive(values: Floats, weights: Floats | None, p: float) -> float:
-    """Place p (n + 1), beyond the ends the outer line goes on: Python's ``statistics.quantiles``."""
-    ranked = np.sort(values)
-    n = len(ranked)
-    if n == 1:
-        return float(ranked[0])
-    if p == 0.5:
-        return float(np.median(ranked))
-    place = p * (n + 1)
-    k = min(max(int(place), 1), n - 1)
-    return float(ranked[k - 1] + (place - k) * (ranked[k] - ranked[k - 1]))
-
-
 def by_weight(values: Floats, weights: Floats | None, p: float) -> float:
     """Smallest value with at least the share p of all weight at or below it."""
     order = np.argsort(values, kind="stable")
@@ -193,28 +180,10 @@ _ttft = _plain(lambda s: s.ttft)
 _last = _plain(lambda s: s.last)
 _ended = _plain(lambda s: s.ended)
 _decode = _plain(_per_token(lambda s: s.last - s.ttft))
-_until_end = _per_token(lambda s: s.ended - s.ttft)
 
 
 def _itl_per_chunk(s: Served) -> Values | None:
     return None if s.gaps is None else (s.gaps.seconds, None)
-
-
-def _itl_zeros(s: Served) -> Values | None:
-    """Each token of a chunk at the chunk's time: its gap once, then zeros."""
-    if s.gaps is None:
-        return None
-    tokens = np.where(np.isfinite(s.gaps.tokens), s.gaps.tokens, 1.0)
-    zeros = int(tokens.sum()) - len(tokens)
-    return np.concatenate((s.gaps.seconds, np.zeros(max(0, zeros)))), None
-
-
-def _only_streams(function: Callable[[Served], Values]) -> Callable[[Served], Values]:
-    def values(s: Served) -> Values:
-        found, weights = function(s)
-        return np.where(s.chunks > 1, found, np.nan), weights
-
-    return values
 
 
 def _guidellm_tpot(s: Served) -> Values:
@@ -227,23 +196,12 @@ def _guidellm_itl(s: Served) -> Values:
     return np.nan_to_num(values), np.where(s.n_out > 0, s.n_out, 1.0) - 1.0
 
 
-def _genai_bench_tpot(s: Served) -> Values:
-    values = _until_end(s)
-    jitter = (s.ended - s.ttft < 0.01) | (values < 0.001)
-    return np.where(jitter, np.nan, values), None
-
-
-def _evalscope_tpot(s: Served) -> Values:
-    return np.nan_to_num(_decode(s)[0]), None
-
-
 _AMOUNTS: dict[str, Callable[[Served], float]] = {
     "successes": lambda s: float(len(s.ttft)),
     "output tokens": lambda s: float(np.nansum(s.n_out)),
     "input + output tokens": lambda s: float(np.nansum(s.n_out) + np.nansum(s.n_in)),
 }
 _WINDOWS: dict[str, Callable[[Served], float]] = {
-    "last end - first send": lambda s: s.duration,
     "last end - first send, failures too": lambda s: s.duration_all,
     "last chunk - first send": lambda s: s.duration_chunks,
 }
@@ -258,7 +216,7 @@ LAST = "last chunk - sent"
 DECODE = "(last chunk - first chunk) / (output tokens - 1), requests of two tokens or more"
 
 
-def _rates(source: str, *names: str, window: str = "last end - first send") -> dict[str, Definition]:
+def _rates(source: str, *names: str, window: str) -> dict[str, Definition]:
     """Requests, output tokens and (where a third name is given) all tokens per second of a window."""
     return {
         name: Definition(
@@ -272,11 +230,6 @@ def _rates(source: str, *names: str, window: str = "last end - first send") -> d
 _VLLM, _VLLM_CLIENT = "vllm/benchmarks/serve.py: calculate_metrics", "vllm/benchmarks/lib/endpoint_request_func.py"
 _GUIDE, _GUIDE_SUM = "guidellm/schemas/base/request_stats.py", "guidellm/benchmark/schemas/metrics.py"
 _AIPERF = "aiperf/metrics/types/"
-_INFERENCE = "inference_perf/reportgen/base.py: compute_request_latency_metrics"
-_GENAI = "genai_bench/metrics/request_metrics_collector.py"
-_GENAI_SUM = "genai_bench/metrics/aggregated_metrics_collector.py"
-_LLMETER = "llmeter/endpoints/openai.py"
-_EVAL = "evalscope/perf/utils/benchmark_util.py"
 
 
 def _define(formula: str, source: str, values: Callable[[Served], Values | None]) -> Definition:
@@ -329,64 +282,6 @@ VARIANTS: Mapping[str, Variant] = {
             "request_latency": _define(LAST, _AIPERF + "request_latency_metric.py", _last),
             **_rates(_AIPERF + "output_token_throughput_metrics.py",
                      "request_throughput", "output_token_throughput", window="last chunk - first send"),
-        },
-    ),
-    "inference-perf": Variant(
-        read="0.7.0",
-        percentile=linear,
-        metrics={
-            "time_to_first_token": _define(
-                TTFT + ", of requests of two stamps or more", _INFERENCE, _only_streams(_ttft)
-            ),
-            "time_per_output_token": _define(DECODE, _INFERENCE, _only_streams(_decode)),
-            "normalized_time_per_output_token": _define(
-                "(end of response - sent) / output tokens; 0 without output", _INFERENCE,
-                _plain(lambda s: np.where(s.n_out > 0, s.ended / np.where(s.n_out > 0, s.n_out, 1.0), 0.0)),
-            ),
-            "inter_token_latency": _define(
-                "gaps between tokens, all tokens of a chunk at its time: zeros inside a chunk", _INFERENCE, _itl_zeros
-            ),
-            "request_latency": _define("end of response - sent", _INFERENCE, _ended),
-            **_rates(_INFERENCE.replace("compute_request_latency_metrics", "summarize_requests"),
-                     "requests_per_sec", "output_tokens_per_sec", "total_tokens_per_sec",
-                     window="last end - first send, failures too"),
-        },
-    ),
-    "genai-bench": Variant(
-        read="commits 007ac4d7 and 29be4e91",
-        percentile=linear,
-        metrics={
-            "ttft": _define(TTFT, _GENAI, _ttft),
-            "tpot": _define(
-                "(end of response - first chunk) / (output tokens - 1); left out below 10 ms or above 1,000 tokens/s",
-                f"{_GENAI}; {_GENAI_SUM}", _genai_bench_tpot,
-            ),
-            "e2e_latency": _define("end of response - sent", _GENAI, _ended),
-            "input_throughput": _define(
-                "input tokens / ttft of each request, tokens/s", _GENAI, _plain(lambda s: s.n_in / s.ttft)
-            ),
-            **_rates(_GENAI_SUM, "requests_per_second", "mean_output_throughput_tokens_per_s",
-                     "mean_total_tokens_throughput_tokens_per_s"),
-        },
-    ),
-    "llmeter": Variant(
-        read="commits 0bf61a00 and 1d6e5580",
-        percentile=exclusive,
-        metrics={
-            "time_to_first_token": _define(TTFT, _LLMETER, _ttft),
-            "time_to_last_token": _define(LAST, _LLMETER, _last),
-            "time_per_output_token": _define(DECODE, "llmeter/runner.py", _decode),
-        },
-    ),
-    "evalscope": Variant(
-        read="commit 07dc32fa",
-        percentile=linear,
-        metrics={
-            "ttft": _define(TTFT, _EVAL, _ttft),
-            "tpot": _define(DECODE + "; others count as 0 in the mean", _EVAL, _evalscope_tpot),
-            "itl": _define("gaps between chunks, pooled", _EVAL, _itl_per_chunk),
-            "latency": _define(LAST, "evalscope/perf/plugin/api/default_api.py", _last),
-            **_rates(_EVAL, "request_throughput", "output_token_throughput", "total_token_throughput"),
         },
     ),
 }  # fmt: skip

@@ -16,13 +16,12 @@ from datetime import date
 from analysis.intervals import Quantity, scaled
 from analysis.money.basis import OLD_PRICE_DAYS, PriceBasis, basis_of
 from analysis.money.buy import Against
-from analysis.money.mixes import METHOD, busy_runs, split_by_mixes
 from analysis.money.quoted import Quote, quote
 from analysis.money.split import Split
 from analysis.money.terms import Structure, Terms, from_split
 from analysis.money.unit_prices import Mix, UnitPrices, bill_parts, times, unit_prices
 from analysis.offered_load import LoadKind
-from analysis.sizing.system import Key, hardware_of, servers_of, slo_words, system_of
+from analysis.sizing.system import Key, servers_of, slo_words, system_of
 from analysis.summary import Summary
 from harness.run import Tier
 
@@ -127,11 +126,10 @@ def charge(
         if s.verdict != "VALID":
             raise ValueError(f"{s.run} is {s.verdict}: it has no price")
         systems.setdefault(system_of(s), []).append(s)
-    busy = busy_runs(summaries) if split_method == METHOD else {}
     made = []
     for runs in systems.values():
         found = quote(runs)
-        weights = _weights(found, structure, split_method, busy.get(hardware_of(runs[0]), []))
+        weights = _weights(found, structure, split_method)
         made.append(_charge(found, terms, weights, basis_of(runs[0].tier, new_prices or {}, today)))
     return sorted(made, key=lambda c: math.inf if c.cost_full is None else c.cost_full.total.value or math.inf)
 
@@ -193,14 +191,11 @@ def _charge(found: Quote, terms: Terms, structure: Structure, basis: PriceBasis 
     )
 
 
-def _weights(found: Quote, declared: Structure, method: str | None, busy: Sequence[Summary]) -> Structure:
-    """Weights by ``method`` of the first run where it is identifiable, or of the ``busy`` runs; else the declared."""
+def _weights(found: Quote, declared: Structure, method: str | None) -> Structure:
+    """Weights by ``method`` of the first run where it is identifiable; else the declared."""
     if method is None:
         return declared
     splits = [split for s in found.runs for split in s.cost.splits if split.method == method]
-    if method == METHOD and found.total.value is not None and found.mix is not None and found.mix.total:
-        usd = found.total.value * found.mix.total / 1e6
-        splits = [split_by_mixes(usd, found.mix, busy, evidence=found.runs[0].evidence)]
     split = next((split for split in splits if split.usd_per_1m_output.value is not None), None)
     if split is not None:
         return replace(from_split(split), note=_found(split))

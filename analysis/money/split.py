@@ -1,4 +1,4 @@
-"""The bill divided into input, cached input and output, by four methods. Every division adds back to the bill exactly.
+"""The bill divided into input, cached input and output, by three methods. Every division adds back to the bill exactly.
 
 A division is an answer only when the data can carry it: a mix that hardly varies, a part at zero or an interval wider
 than the price itself is "not identifiable", with the reason and the numbers behind it. Methods and rules: PRICES.md.
@@ -82,7 +82,7 @@ def divide(usd: float, weights: Sequence[float]) -> list[int]:
     return parts
 
 
-# ------------------------------------------------------------------------------------------------- the four methods
+# ------------------------------------------------------------------------------------------------ the three methods
 
 
 def by_ratio(
@@ -143,27 +143,7 @@ def by_step_model(usd: float, usage: Usage, samples: Samples, *, evidence: str, 
     rows, trouble = busy_rows(samples)
     if trouble or rows is None:
         return not_identifiable(method, trouble or "no samples", evidence=evidence, n=0)
-    return _by_fit(method, usd, usage, rows, evidence=evidence, block=max(1, round(len(rows.spent) / 10)), seed=seed)
-
-
-def by_load_regression(
-    usd: float,
-    usage: Usage,
-    *,
-    spent: Floats,
-    uncached_input: Floats,
-    output: Floats,
-    cached_input: Floats | None = None,
-    evidence: str,
-    seed: int = 0,
-) -> Split:
-    """By runs (or far apart windows) whose mixes differ: spent = a x uncached input + b x output (+ d x cached input).
-
-    ``spent``: engine seconds or USD of each run, all at their capacity: idle time is nobody's and would go to either.
-    Non-negative least squares, bootstrap over runs.
-    """
-    rows = WorkRows(spent=spent, uncached_input=uncached_input, cached_input=cached_input, output=output, steps=None)
-    return _by_fit("load regression", usd, usage, rows, evidence=evidence, block=1, seed=seed)
+    return by_fit(method, usd, usage, rows, evidence=evidence, block=max(1, round(len(rows.spent) / 10)), seed=seed)
 
 
 def split_bill(
@@ -203,7 +183,7 @@ def split_bill(
 # ------------------------------------------------------------------------------------------------- behind the methods
 
 
-def _by_fit(method: str, usd: float, usage: Usage, rows: WorkRows, *, evidence: str, block: int, seed: int) -> Split:
+def by_fit(method: str, usd: float, usage: Usage, rows: WorkRows, *, evidence: str, block: int, seed: int) -> Split:
     """Fit, judge whether the data carry it, and price."""
     n = len(rows.spent)
     names, columns = ["input", "output"], [rows.uncached_input, rows.output]
@@ -213,7 +193,7 @@ def _by_fit(method: str, usd: float, usage: Usage, rows: WorkRows, *, evidence: 
     if rows.steps is not None:
         names, columns = [*names, "steps"], [*columns, rows.steps]
     # a part only needs its own row to be known, so fewer rows than twice the unknowns say nothing
-    if n < max(SMALLEST_ROWS if block > 1 else 5, 2 * len(names)):
+    if n < max(SMALLEST_ROWS, 2 * len(names)):
         return not_identifiable(method, f"{n} rows for {len(names)} unknowns", evidence=evidence, n=n)
     fit = fit_non_negative(rows.spent, np.column_stack(columns), block=block, seed=seed)
     facts = _facts(fit, names, columns)

@@ -30,7 +30,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Results": (results.report, results.open_, results.export, decide.compare),
     "Decisions": (capacity.capacity, capacity.plan_fleet, decide.price),
     "Traces, tiers, models": (trace.trace, catalogue.tiers, catalogue.models),
-    "Machines": (catalogue.doctor, processes.ps, processes.stop, cloud.cluster, runs.calibrate, runs.crosscheck),
+    "Machines": (catalogue.doctor, processes.ps, processes.stop, cloud.cluster, runs.calibrate),
 }
 """The verbs in the order a newcomer meets them."""
 

@@ -18,7 +18,6 @@ from harness.cli.verb import command
 Examples:
   harness price runs/20261121T234654Z-trace-smollm2-135m
   harness price sweeps/20261122T021500Z-capacity-trace --margin 40% --utilisation 30% --volume 0,1e9:-10%,1e10:-20%
-  harness price sweeps/chat sweeps/rag sweeps/code --split load-regression
   harness price runs/sweep --tier-price "aws-g6.xlarge=0.62@our contract@2026-11-20@reserved"
   harness price runs/* --against gpt-5-mini --format csv -o prices.parquet
 
@@ -51,12 +50,11 @@ Exit status:
 )
 @click.option(
     "--split",
-    type=click.Choice(["declared", "phase-time", "step-model", "load-regression"]),
+    type=click.Choice(["declared", "phase-time", "step-model"]),
     default="declared",
     show_default=True,
-    help="How the bill is laid on input, cached input and output: by --ratio; as the runs' own servers counted it "
-    "(phase-time, step-model); or by runs of several traces at full load (load-regression). Where that cannot be told: "
-    "by --ratio, and it is said.",
+    help="How the bill is laid on input, cached input and output: by --ratio, or as the runs' own servers counted it "
+    "(phase-time, step-model). Where that cannot be told: by --ratio, and it is said.",
 )
 @click.option(
     "--volume",

@@ -37,8 +37,7 @@ Of several runs the worst counts: INVALID, then TOO SMALL.""",
 @click.option(
     "--variant",
     metavar="TOOL",
-    help="This run's figures by another tool's definitions: vllm-bench, guidellm, aiperf, inference-perf, genai-bench, "
-    "llmeter, evalscope.",
+    help="This run's figures by another tool's definitions: vllm-bench, guidellm, aiperf.",
 )
 def report(**options: Any) -> int:
     """Report on a run directory: verdict, price, latency under load, throughput, errors."""

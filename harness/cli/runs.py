@@ -1,4 +1,4 @@
-"""The verbs that make and send a plan: replay, plan, serve, run, crosscheck, calibrate."""
+"""The verbs that make and send a plan: replay, plan, serve, run, calibrate."""
 
 from __future__ import annotations
 
@@ -153,34 +153,6 @@ def run(**options: Any) -> int:
     from harness.commands import flow
 
     return flow.run(**options)
-
-
-@command(
-    short_help="Compare our figures with those of vLLM's own client.",
-    epilog="""\b
-Examples:
-  harness crosscheck plan.arrow --base-url http://127.0.0.1:8000/v1
-  harness crosscheck plan.arrow --base-url http://127.0.0.1:8000/v1 --concurrency 8 --repeats 5
-""",
-)
-@click.argument("plan", type=click.Path(path_type=Path))
-@click.option("--repeats", type=click.IntRange(min=3), default=3, show_default=True, help="Runs of each client.")
-@SERVER_OPTIONS
-@LOAD_OPTIONS
-@ENDPOINT_OPTION
-@JSON_OPTION
-@OUT_OPTION
-def crosscheck(**options: Any) -> int:
-    """Send one plan with our client and with vLLM's own, in turn, and show both sides' figures.
-
-    Service TTFT, TPOT, ITL and throughput should agree within the noise of the repeats; where they differ, it says why.
-    vLLM's client is `vllm bench serve` of the installed engine, given the plan's own prompts or chat messages, lengths
-    and times. A figure agrees when the 95 % interval of the difference, from the repeats, holds zero and is narrow
-    enough to tell; five repeats and more make it so.
-    """
-    from harness.commands import proof
-
-    return proof.crosscheck(**options)
 
 
 @command(short_help="Measure what the load generator can carry on this machine.")

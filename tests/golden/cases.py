@@ -21,7 +21,7 @@ from harness.cli import cli
 HERE = Path(__file__).parent
 RUNS, EXPECTED = HERE / "run_dirs", HERE / "expected"
 SINGLE = ("alone", "cache", "closed", "counted", "failures", "invalid", "live", "open", "sessions", "vllm")
-VARIANTS = ("vllm-bench", "guidellm", "aiperf", "inference-perf", "genai-bench", "llmeter", "evalscope")
+VARIANTS = ("vllm-bench", "guidellm", "aiperf")
 PRICE = "price --list-prices list-prices.json --format json"
 """The extract that is shipped grows old, this one is."""
 
@@ -38,7 +38,6 @@ CASES: dict[str, str] = {
     "price-repeats": f"{PRICE} a1 a2 a3",
     "price-phase-time": f"{PRICE} alone cache --split phase-time --ratio 1:4:0.1",
     "price-step-model": f"{PRICE} counted vllm --split step-model",
-    "price-load-regression": f"{PRICE} open closed sessions --split load-regression",
     "price-terms": f"{PRICE} sweep --margin 55% --utilisation 45% --ratio 1:5 --volume 0,1e9:-10%,1e10:-20% "
     "--batch-discount 50% --against gpt-5-mini --tier-price aws-g6.xlarge=0.62@contract@2026-01-20@reserved",
     "compare-repeats": "compare a? b? --fail-if e2e_p50>+5% --format json",

@@ -1,4 +1,5 @@
-"""Our figures beside those of vLLM's own client, on the same server and the same plan.
+"""Our figures beside those of vLLM's own client, on the same server and the same plan: `crosscheck`, or
+``python tests/bench/crosscheck.py PLAN URL [REPEATS]``.
 
 Both clients are run several times in alternated order. Repeats of one client show how much the server itself varies;
 two clients agree on a figure when their means differ by no more than that explains (Welch's t interval, 95 %), or by
@@ -11,15 +12,30 @@ Where vLLM's client defines a figure in another way, its own stamps are used by 
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from analysis.arrays import Floats
-from analysis.likeness import student_t
-from analysis.summary import Summary
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from bench.vllm_bench import check_can_run, run_vllm_bench  # noqa: E402
+
+from analysis.arrays import Floats  # noqa: E402
+from analysis.likeness import student_t  # noqa: E402
+from analysis.load import read_run  # noqa: E402
+from analysis.summary import Summary, summarise  # noqa: E402
+from harness.errors import UsageError  # noqa: E402
+from harness.plan import read_plan_columns, read_plan_info  # noqa: E402
+from harness.run import MANIFEST, read_manifest  # noqa: E402
 
 Figures = dict[str, float]
 
@@ -99,6 +115,70 @@ class CrossCheck:
     agree: bool
     """No figure differs, at least one could be told, and both completed the same requests."""
     notes: list[str]
+
+
+def crosscheck(plan: Path, base_url: str, out: Path, *, repeats: int = 3, concurrency: int | None = None) -> CrossCheck:
+    """The same plan with our client and with vLLM's, in turn, on one server that is there; runs and results in ``out``.
+
+    Our client goes once before, uncounted: it leaves the server's prefix cache as every later run finds it. Raises
+    `UsageError` for a plan that vLLM's client cannot send.
+    """
+    check_can_run()
+    first, _ = _ours(plan, base_url, out / "first", concurrency)
+    manifest = read_manifest(first)
+    endpoint = manifest.spec.endpoint
+    notes = beyond_vllm(plan, endpoint)
+    ours, theirs, completed = [], [], []
+    for k in range(repeats):
+        for side in ("harness", "vllm") if k % 2 == 0 else ("vllm", "harness"):  # neither always comes after the other
+            if side == "harness":
+                _, summary = _ours(plan, base_url, out / f"harness-{k}", concurrency)
+            else:
+                result = run_vllm_bench(
+                    plan, out / f"vllm-{k}.json", base_url=base_url, model=manifest.model, concurrency=concurrency,
+                    extra_body=manifest.spec.extra_body, api_key=os.environ.get("HARNESS_API_KEY"), endpoint=endpoint,
+                )  # fmt: skip
+        if endpoint == "chat":
+            result, note = without_role_chunk(result)
+            notes += [note] if k == 0 else []
+        ours.append(our_figures(summary))
+        theirs.append(their_figures(result))
+        completed.append((summary.requests.succeeded, int(result.get("completed", 0))))
+        if summary.verdict != "VALID":
+            notes.append(f"our run {k + 1} is {summary.verdict}: {'; '.join(summary.reasons)}")
+    return compare(ours, theirs, completed, notes)
+
+
+def _ours(plan: Path, base_url: str, out: Path, concurrency: int | None) -> tuple[Path, Summary]:
+    """Run the plan with our client; its run directory and summary."""
+    slots = ["--concurrency", str(concurrency)] if concurrency else []
+    argv = [sys.executable, "-m", "harness", "run", str(plan), "--base-url", base_url, "--out", str(out), *slots]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False, timeout=3600)
+    found = [file.parent for file in out.glob(f"*/{MANIFEST}")]
+    if not found:
+        raise RuntimeError(f"{' '.join(argv)}: {done.stderr}")
+    return found[0], summarise(read_run(found[0]))
+
+
+def beyond_vllm(plan: Path, endpoint: str) -> list[str]:
+    """What of this plan vLLM's client does not do. Raises `UsageError` where the two could not ask for the same."""
+    if read_plan_info(plan).conversation == "live":
+        raise UsageError(
+            f"{plan} is a live conversation: its prompts follow from the answers of each run, so no two clients send "
+            "the same; plan it with --conversation recorded"
+        )
+    columns = read_plan_columns(plan, ["output_tokens", "after", "cancel_after_ns", "timeout_ns"])
+    if endpoint == "chat" and (missing := columns["output_tokens"].null_count):
+        raise UsageError(
+            f"{plan}: {missing} requests do not say how many tokens to generate, which vLLM's client must be told: use "
+            "a trace with output_tokens ('harness trace convert --tokenizer FILE' counts recorded answers)"
+        )
+    said = {
+        "after": "wait for the turn before them", "cancel_after_ns": "hang up",
+        "timeout_ns": "have a time limit of their own",
+    }  # fmt: skip
+    counted = {name: len(columns) - columns[name].null_count for name in said}
+    return [f"{n} requests {said[name]}, which vLLM's client does not do" for name, n in counted.items() if n]
 
 
 def our_figures(summary: Summary) -> Figures:
@@ -208,3 +288,15 @@ def _noise(a: Floats, b: Floats) -> float:
         return 0.0
     degrees = sum(parts) ** 2 / sum(p**2 / (len(x) - 1) for p, x in zip(parts, (a, b), strict=True))
     return student_t(max(1, math.floor(degrees))) * math.sqrt(sum(parts))
+
+
+def main() -> None:
+    """Compare on the command line; the figures as JSON."""
+    plan, url, *repeats = sys.argv[1:]
+    out = Path(tempfile.mkdtemp(prefix="harness-crosscheck-"))
+    found = crosscheck(Path(plan), url, out, repeats=int(repeats[0]) if repeats else 3)
+    print(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@ a server for exactly the same. Sending, timing and figures are vLLM's. Its ``vll
 CPU wheel, and no dataset of its command line takes such requests with times of one's own, hence this process of our
 own::
 
-    python -m cluster.vllm_bench PLAN [options of vllm bench serve]
+    python tests/bench/vllm_bench.py PLAN [options of vllm bench serve]
 
 Source: vLLM ``benchmarks/serve.py`` (``main_async``, ``get_request`` with ``self_timed``).
 """
@@ -53,7 +53,7 @@ def run_vllm_bench(
     """
     url = urlsplit(page_under(base_url, PATHS[endpoint]))
     argv = [
-        python(), "-m", "cluster.vllm_bench", str(plan), "--backend", "openai",
+        python(), __file__, str(plan), "--backend", "openai",
         "--base-url", f"{url.scheme}://{url.netloc}", "--endpoint", urlunsplit(("", "", url.path, url.query, "")),
         *(["--header", *(f"{name}={value}" for name, value in headers.items())] if headers else []),
         "--model", model, "--dataset-name", "timed_trace",
