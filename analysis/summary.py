@@ -13,6 +13,7 @@ import numpy as np
 
 from analysis import metrics
 from analysis.arrays import Bools, Floats
+from analysis.cache_shares import CacheShares, cache_shares
 from analysis.check import Check, Verdict, verdict
 from analysis.counters import shared_addresses
 from analysis.fidelity.questions import Fidelity, fidelity
@@ -121,6 +122,7 @@ class Summary:
     cost: Cost
     steady: SteadyState
     fidelity: list[Fidelity]
+    cache: CacheShares
     tier: Tier | None
     model: str
     label: str | None
@@ -215,6 +217,7 @@ def summarise(
         ),
         steady=steady_state(run, window, steady, rates.total_token_throughput, rates.output_token_throughput, price),
         fidelity=fidelity(run),
+        cache=cache_shares(run),
         tier=manifest.tier,
         model=manifest.model,
         label=manifest.label,

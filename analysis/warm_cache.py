@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -35,7 +36,7 @@ REASON = "the prefix cache knew more of the prompts than a cold one can"
 
 def warm_cache(run: Run) -> Check:
     """The share of input tokens found in the servers' caches is at most that of an unlimited one that began empty."""
-    found = _found(run)
+    found, _ = hit_share(run)
     bound = "what the plan's own prompts share"
     advice = (
         "the servers had these prompts before, or others send them, so latencies and costs are of a warm cache: "
@@ -56,20 +57,23 @@ def warm_cache(run: Run) -> Check:
     return limit(NAME, found <= cold.most, observed, bound, advice)
 
 
-def _found(run: Run) -> float | None:
-    """Share of input tokens found in caches: by the servers' counters, else by the usage of every answer."""
+HitSource = Literal["counters", "usage"]
+
+
+def hit_share(run: Run) -> tuple[float | None, HitSource | None]:
+    """Share of input tokens found in caches, and who says so: the servers' counters, else the usage of every answer."""
     served = read_served(run)
     if served.queried_tokens and served.hit_tokens is not None:
-        return served.hit_tokens / served.queried_tokens
+        return served.hit_tokens / served.queried_tokens, "counters"
     sides = (run.rows, run.warmup)
     cached, inputs = (
         np.concatenate([getattr(side, name) for side in sides]) for name in ("cached_tokens", "input_tokens")
     )
     known = np.concatenate([side.success for side in sides]) & np.isfinite(inputs)
     if not known.any() or not bool(np.isfinite(cached[known]).all()):
-        return None
+        return None, None
     tokens, cached = float(inputs[known].sum()), float(cached[known].sum())
-    return cached / tokens if tokens else None
+    return (cached / tokens, "usage") if tokens else (None, None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -120,7 +120,20 @@ def done(summary: Summary) -> list[str]:
     load_words = f"{KIND_WORDS[offered.kind]}, {asked}"
     trace = f"{summary.plan.trace} ({summary.plan.trace_format})"
     served = clean(f"{load_words}; trace {trace}; {summary.engine} {summary.server.version or ''}".rstrip())
-    return ["; ".join(parts), served]
+    return ["; ".join(parts), served, *_cache(summary)]
+
+
+def _cache(summary: Summary) -> list[str]:
+    """What production's prompt cache held, and what that of the replay: where the trace says it."""
+    found, source = summary.cache, summary.plan.source
+    if found.recorded_share is None or source is None:
+        return []
+    replay = "not measured"
+    if found.replay_share is not None:
+        whose = "the servers' counters" if found.replay_source == "counters" else "usage of each request"
+        replay = f"{percent(found.replay_share)} ({whose})"
+    rows = f"{found.recorded_rows:,} of {source.requests:,} rows say it"
+    return [f"prompt cache: recorded {percent(found.recorded_share)} of input cached ({rows}), replay {replay}"]
 
 
 def bottom_lines(summary: Summary) -> tuple[str, str, str]:

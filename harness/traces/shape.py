@@ -30,7 +30,15 @@ from harness.spool import Column, blocks, empty
 from harness.spool import Sessions as Kept
 from harness.traces.ideal import IdealReuse
 from harness.traces.prefix import Prefix
-from harness.traces.stats import WINDOWS_S, counts_between, dispersion, mean_rate, worst
+from harness.traces.stats import (
+    WINDOWS_S,
+    CacheCount,
+    RecordedCache,
+    counts_between,
+    dispersion,
+    mean_rate,
+    worst,
+)
 
 Ints = npt.NDArray[np.int64]
 Lens = npt.NDArray[np.int32]
@@ -94,6 +102,8 @@ class Shape:
     """rows by power of four of the input (down) and output tokens (across)."""
     sessions: Sessions | None
     prefix: Prefix | None
+    recorded_cache: RecordedCache | None
+    """What production's prompt cache found; null where no row says it."""
     rows_with_text: int
     models: tuple[ModelShare, ...]
     """By rows, the most first; empty where no row says its model."""
@@ -165,6 +175,7 @@ class Columns:
     rows: int = 0
     with_text: int = 0
     reuse: IdealReuse = field(default_factory=IdealReuse)
+    cache: CacheCount = field(default_factory=CacheCount)
     models: Models = field(default_factory=Models)
     _last: Kept[_LastTurn] = field(default_factory=lambda: Kept(_LastTurn))
     _turns: Counter[int] = field(default_factory=Counter)
@@ -182,6 +193,7 @@ class Columns:
             self._turn(record.session_id, arrival_ns)
         self.with_text += record.text is not None or record.messages is not None
         self.reuse.add(record)
+        self.cache.add(record.input_tokens, record.cached_tokens)
         self.models.add(record)
 
     def _turn(self, session: str, arrival_ns: int | None) -> None:
@@ -215,6 +227,7 @@ class Columns:
             joint=pairs.joint(),
             sessions=self._sessions(),
             prefix=self.reuse.result(),
+            recorded_cache=self.cache.result(),
             rows_with_text=self.with_text,
             models=self.models.shares(),
         )

@@ -34,6 +34,7 @@ def described(facts: dict[str, Any], shape: Shape) -> str:
         *_joint(shape),
         *_sessions(shape),
         _prefix(shape),
+        _recorded(shape),
         *_models(shape),
         *_unread(facts),
         *(f"note      {note}" for note in facts["notes"]),
@@ -156,6 +157,15 @@ def _prefix(shape: Shape) -> str:
         f"prefix    ideal cache hit {p.hit_rate_blocks:.1%} of blocks of {sizes} tokens, {p.hit_rate_tokens:.1%} of "
         f"tokens{sampled}{turns}{text}"
     )
+
+
+def _recorded(shape: Shape) -> str:
+    """What production found in its own cache."""
+    found = shape.recorded_cache
+    if found is None:
+        return ""
+    tokens = f"{found.cached_tokens:,} of {found.input_tokens:,} tokens"
+    return f"cached    {found.share:.1%} of input: {tokens} on the {found.rows:,} of {shape.rows:,} rows that say it"
 
 
 def _models(shape: Shape) -> list[str]:

@@ -84,6 +84,40 @@ class PrefixStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedCache:
+    """What production's prompt cache found, by the rows that state both their input and their cached tokens."""
+
+    rows: int
+    input_tokens: int
+    cached_tokens: int
+
+    @property
+    def share(self) -> float:
+        """Of input tokens, those that were cached."""
+        return self.cached_tokens / max(self.input_tokens, 1)
+
+
+class CacheCount:
+    """Adds up `RecordedCache`."""
+
+    def __init__(self) -> None:
+        self._rows = self._input = self._cached = 0
+
+    def add(self, input_tokens: int | None, cached_tokens: int | None) -> None:
+        """The next row."""
+        if input_tokens is not None and cached_tokens is not None:
+            self._rows += 1
+            self._input += input_tokens
+            self._cached += cached_tokens
+
+    def result(self) -> RecordedCache | None:
+        """So far; None when no row states it."""
+        if not self._rows:
+            return None
+        return RecordedCache(rows=self._rows, input_tokens=self._input, cached_tokens=self._cached)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TraceStats:
     """Of the rows a plan was made from, as the trace records them."""
 
@@ -104,6 +138,8 @@ class TraceStats:
     """Step of the coarse clock its times are on; null when there is none to be seen."""
     text_tokens: float | None = None
     """Mean input tokens that production counted of rows with a text; null where one of them has no count."""
+    recorded_cache: RecordedCache | None = None
+    """null where no row states its cached tokens, and in plans of older versions."""
 
     @property
     def requests_per_session(self) -> float:

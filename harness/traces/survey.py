@@ -20,7 +20,7 @@ from harness.traces.ideal import IdealReuse
 from harness.traces.rescale import Units
 from harness.traces.reshape import place
 from harness.traces.shape import Models, ModelShare
-from harness.traces.stats import PartMeans, PrefixStats, TraceStats, arrival_stats, length_stats
+from harness.traces.stats import CacheCount, PartMeans, PrefixStats, TraceStats, arrival_stats, length_stats
 
 ADAPTERS_LISTED = 8
 
@@ -118,6 +118,7 @@ class _Look:
         self._sessions = self._session_rows = self._squares = self._most_turns = 0
         """Their number, rows, sum of squared rows, most rows."""
         self._reuse = IdealReuse()
+        self._cache = CacheCount()
         self._text_tokens: int | None = 0
         self._texts = self._open_ended = self._hang_ups = self._timeouts = 0
         self._adapters: dict[str, None] = {}
@@ -146,6 +147,7 @@ class _Look:
         if record.session_id is not None or self._seed is not None:
             self._unit(record)
         self._reuse.add(record)
+        self._cache.add(record.input_tokens, record.cached_tokens)
         self._models.add(record)
         self._hang_ups += record.cancel_after_s is not None
         self._timeouts += record.timeout_s is not None
@@ -200,6 +202,7 @@ class _Look:
                     continued_turns=prefix.continued_turns, independent_turns=prefix.independent_turns,
                 ),
                 grid_s=self._trace.grid_s,
+                recorded_cache=self._cache.result(),
                 text_tokens=self._text_tokens / (self.requests - self._inputs.total()) if self._text_tokens else None,
             ),
         )  # fmt: skip
