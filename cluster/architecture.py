@@ -23,6 +23,7 @@ BLACKWELL = frozenset({"B200", "B300", "GB200", "GB300", "RTX-PRO-6000"})
 """Compute capability 10 and above (source: vLLM's page on INT8 W8A8, which it has not there)."""
 
 Config = Mapping[str, Any]
+"""A model's config.json: whatever its authors wrote."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,12 +95,12 @@ QUANTIZATIONS: dict[str, Quantization] = {
 
 
 @cache
-def architectures() -> dict[str, dict[str, Any]]:
+def architectures() -> Mapping[str, Config]:
     """The shipped configurations by name."""
     return tomllib.loads(ARCHITECTURES.read_text(encoding="utf-8"))
 
 
-def architecture(name: str) -> dict[str, Any]:
+def architecture(name: str) -> Config:
     """The shipped configuration of this name. Raises `UsageError` naming the nearest ones when there is none."""
     known = architectures()
     if name not in known:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import MISSING
 from pathlib import Path
 from types import NoneType
@@ -49,7 +50,7 @@ def own_catalogue(kind: str) -> Path:
     return (Path(base) if base else Path.home() / ".config") / "harness" / f"{kind}.toml"
 
 
-def _refuse_unknown_keys(where: str, table: dict[str, Any], kind: Any, skip: str = "name") -> None:
+def _refuse_unknown_keys(where: str, table: Mapping[str, object], kind: Any, skip: str = "name") -> None:
     """Look into tables in the table too: ``x = {...}``, ``[[x]]`` and ``[x.any-name]``, as the field's type says."""
     hints = get_type_hints(kind)
     keys = {field.name for field in dataclasses.fields(kind)} - {skip}

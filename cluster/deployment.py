@@ -185,7 +185,7 @@ class Deployment:
 
     def _own(self, members: list[int], group: Any, part: int) -> None:
         """An actor on one bundle of a placement group, for these replicas (of them: for this part)."""
-        options: dict[str, Any] = {
+        options: dict[str, object] = {
             "num_cpus": ACTOR_CPUS,
             "max_concurrency": len(members) + 8,  # every start waits in a thread of its own
             "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=part),

@@ -13,13 +13,46 @@ import math
 import os
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Protocol, TypedDict
 
 from cluster.fake_engine import engine_of
 
-if TYPE_CHECKING:
-    from cluster.fake_server import Connection
+
+class Body(TypedDict, total=False):
+    """What is read of a request's body."""
+
+    model: str
+    prompt: str | list[int]
+    messages: list[dict[str, str]]
+    max_tokens: int
+    max_completion_tokens: int
+    ignore_eos: bool
+    temperature: float
+    stream: bool
+    stream_options: dict[str, bool]
+    fault: str
+    """One of `FAULTS`."""
+
+
+class Connection(Protocol):
+    """Where an answer goes: `cluster.fake_server.Connection`."""
+
+    closed: bool
+    loop: asyncio.AbstractEventLoop
+    transport: asyncio.Transport
+
+    @property
+    def truth(self) -> Truth:
+        """Settings and counters of the server."""
+
+    def write(self, data: bytes) -> None:
+        """Hand bytes to the kernel."""
+
+    def reply(self, status: int, value: object) -> None:
+        """A complete JSON answer."""
+
 
 FAULTS = {
     "http500": "HTTP 500 with a JSON error",
@@ -158,7 +191,7 @@ class Truth:
             return headers.get("api-key", ""), self.api_key
         return headers.get("authorization", ""), f"Bearer {self.api_key}"
 
-    def refused(self, body: dict[str, Any]) -> tuple[int, str, str] | None:
+    def refused(self, body: Body) -> tuple[int, str, str] | None:
         """Status, words and headers of a refusal; null when there is none."""
         now = time.monotonic()
         self.first_s = now if self.first_s is None else self.first_s
@@ -197,9 +230,7 @@ class Truth:
 class Answer:
     """One request being answered: writes its chunks on an absolute schedule."""
 
-    def __init__(
-        self, connection: Connection, body: dict[str, Any], chat: bool, received_ns: int, *, load: bool
-    ) -> None:
+    def __init__(self, connection: Connection, body: Body, chat: bool, received_ns: int, *, load: bool) -> None:
         self.load = load
         """False for what is asked before a load."""
         self.connection, self.body, self.chat, self.received_ns = connection, body, chat, received_ns
@@ -332,7 +363,7 @@ class Answer:
             out += http_chunk(b"data: [DONE]" + self.newline * 2)
         return out + b"0\r\n\r\n"
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> dict[str, object]:
         """The server's own token books for this answer."""
         said = {"double_usage": 2 * self.tokens, "half_usage": self.tokens // 2, "hidden_reasoning": 2 * self.tokens}
         tokens = said.get(self.fault, self.tokens)
@@ -349,11 +380,11 @@ class Answer:
         """The line end of this answer's events."""
         return {"crlf": b"\r\n", "cr": b"\r"}.get(self.fault, b"\n")
 
-    def event(self, choice: dict[str, Any]) -> bytes:
+    def event(self, choice: Mapping[str, object]) -> bytes:
         """One SSE event with one choice."""
         return self.data({"id": "fake", "model": self.truth.model, "choices": [{"index": 0, **choice}]})
 
-    def data(self, value: dict[str, Any]) -> bytes:
+    def data(self, value: Mapping[str, object]) -> bytes:
         """One SSE event as an HTTP chunk."""
         comment = b": ping" + self.newline * 2 if self.fault in ("crlf", "cr") else b""
         return http_chunk(comment + b"data: " + json.dumps(value).encode() + self.newline * 2)
@@ -374,7 +405,7 @@ class Answer:
         truth.release(self)
 
 
-def count_prompt(body: dict[str, Any]) -> int:
+def count_prompt(body: Body) -> int:
     """Prompt tokens by this server's own simple rule: ids one each, text by words."""
     prompt = body.get("prompt")
     if isinstance(prompt, list):

@@ -13,18 +13,29 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from cluster.simulator.scheduler import Limits, Scheduler, Sequence
 from cluster.simulator.step_time import LinearStep, StepTime
-
-if TYPE_CHECKING:
-    from cluster.fake_answers import Answer
 
 POLLS = 5
 """Turns of the event loop between two steps: a request on a new connection takes four to be accepted and read."""
 SPIN_S = 0.001
 """The event loop's timer is up to 1 ms late; the last of the wait is spent turning it."""
+
+
+class Answer(Protocol):
+    """What the engine paces: `cluster.fake_answers.Answer`."""
+
+    received_ns: int
+    """When the kernel had the request."""
+    came_ns: int
+    """From when the engine counts it; the engine says."""
+    prompt_tokens: int
+    tokens: int
+
+    def token(self, given: int, due_ns: int) -> None:
+        """The engine has given so many tokens, the last at ``due_ns``."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

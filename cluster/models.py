@@ -7,7 +7,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from cluster.architecture import (
     DTYPE_BYTES,
@@ -228,7 +228,7 @@ def _int(value: object) -> int | None:
     return first if isinstance(first, int) else None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Config:
     try:
         value = json.loads(path.read_bytes())
     except OSError as e:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import msgspec
 
@@ -164,19 +164,51 @@ def on_demand_tier(tier: Tier, now: datetime) -> Tier:
     )  # fmt: skip
 
 
-def _product(text: object, where: str) -> dict[str, Any]:
+class _Item(TypedDict):
+    attributes: dict[str, str]
+    sku: NotRequired[str]
+
+
+class _Dimension(TypedDict, total=False):
+    unit: str
+    pricePerUnit: dict[str, str]
+
+
+class _Term(TypedDict, total=False):
+    priceDimensions: dict[str, _Dimension]
+
+
+class Product(TypedDict):
+    """What is read of one product of the price list, as it is there."""
+
+    product: _Item
+    terms: NotRequired[dict[str, dict[str, _Term]]]
+    publicationDate: NotRequired[str]
+
+
+class SpotPrice(TypedDict, total=False):
+    """One change of a spot price, as EC2 says it."""
+
+    InstanceType: str
+    ProductDescription: str
+    AvailabilityZone: str
+    SpotPrice: str
+    Timestamp: datetime
+
+
+def _product(text: object, where: str) -> Product:
     """The API hands out every product as a string of JSON."""
     try:
-        product = msgspec.json.decode(text if isinstance(text, str) else msgspec.json.encode(text))
+        product: Product = msgspec.json.decode(text if isinstance(text, str) else msgspec.json.encode(text))
         attributes = product["product"]["attributes"]
     except (msgspec.DecodeError, KeyError, TypeError) as e:
         raise HarnessError(f"AWS Price List API: {where}: a product that cannot be read ({e!r})") from e
     if not isinstance(attributes, dict):
         raise HarnessError(f"AWS Price List API: {where}: a product without attributes")
-    return dict(product)
+    return product
 
 
-def _offers(product: dict[str, Any], wanted: dict[str, str]) -> Iterator[tuple[float, str, dict[str, Any]]]:
+def _offers(product: Product, wanted: Mapping[str, str]) -> Iterator[tuple[float, str, Product]]:
     """(USD per hour, SKU, product) of every on-demand price that is one: hourly, in USD, above 0."""
     attributes = product["product"]["attributes"]
     if any(attributes.get(key) != value for key, value in wanted.items()):
@@ -195,7 +227,7 @@ def _offers(product: dict[str, Any], wanted: dict[str, str]) -> Iterator[tuple[f
                 yield price, str(product["product"].get("sku", "unknown")), product
 
 
-def _what_came_back(products: Sequence[dict[str, Any]], offers: Sequence[tuple[float, str, Any]]) -> str:
+def _what_came_back(products: Sequence[Product], offers: Sequence[tuple[float, str, Product]]) -> str:
     if not products:
         return "no product; is the instance type offered in this region, and spelt as AWS spells it?"
     if offers:
@@ -211,7 +243,7 @@ def _what_came_back(products: Sequence[dict[str, Any]], offers: Sequence[tuple[f
     )
 
 
-def _check_shape(tier: Tier, attributes: dict[str, Any]) -> None:
+def _check_shape(tier: Tier, attributes: Mapping[str, str]) -> None:
     """A price for other hardware than the tier says would be a wrong price for every run on it."""
     told = {"vcpu": tier.vcpu, "memory": tier.memory_gib, "gpu": tier.accelerator_count}
     for key, ours in told.items():
@@ -252,7 +284,7 @@ def spot_tier(tier: Tier, days: float, now: datetime) -> Tier:
     )  # fmt: skip
 
 
-def zone_prices(rows: Sequence[dict[str, Any]], start: datetime, end: datetime) -> list[ZonePrice]:
+def zone_prices(rows: Sequence[SpotPrice], start: datetime, end: datetime) -> list[ZonePrice]:
     """Spot prices by zone between ``start`` and ``end``, the cheapest mean first.
 
     Rows are price *changes*, each valid until the next of its zone, and the last one before ``start`` comes along; so a
@@ -285,7 +317,7 @@ def zone_prices(rows: Sequence[dict[str, Any]], start: datetime, end: datetime) 
 # --- asking AWS ----------------------------------------------------------------------------------------------------
 
 
-def _pages(service: str, region: str, call: str, request: Mapping[str, object], what: str) -> list[dict[str, Any]]:
+def _pages(service: str, region: str, call: str, request: Mapping[str, object], what: str) -> list[Any]:
     """Every page of an answer. A page token that went stale on the way starts over, once."""
     try:
         client = aws.client(service, region)
@@ -301,8 +333,8 @@ def _pages(service: str, region: str, call: str, request: Mapping[str, object], 
         raise
 
 
-def _read_pages(call: Callable[..., Any], request: Mapping[str, object], what: str) -> list[dict[str, Any]]:
-    pages: list[dict[str, Any]] = []
+def _read_pages(call: Callable[..., Any], request: Mapping[str, object], what: str) -> list[Any]:
+    pages: list[Any] = []
     token: str | None = None
     while True:
         with aws.explained(what, "pricing:GetProducts and, for spot prices, ec2:DescribeSpotPriceHistory"):

@@ -44,7 +44,7 @@ def run_vllm_bench(
     plan: Path, out: Path, *, base_url: str, model: str, concurrency: int | None, extra_body: Mapping[str, object],
     api_key: str | None, endpoint: str = "completions", headers: Mapping[str, str] | None = None,
     deadline_s: float = DEADLINE_S,
-) -> dict[str, Any]:  # fmt: skip
+) -> Mapping[str, Any]:  # fmt: skip
     """Send ``plan`` with vLLM's client and return the figures it saved (to ``out``, JSON; its words beside it).
 
     On the chat ``endpoint`` they come with the stamps of each request.
@@ -68,7 +68,7 @@ def run_vllm_bench(
     with Process.start(argv, name="vllm bench serve", env={**_QUIET, "OPENAI_API_KEY": api_key}, log=log) as child:
         code = child.wait(deadline_s)
     try:
-        found: dict[str, Any] = msgspec.json.decode(out.read_bytes())
+        found: Mapping[str, Any] = msgspec.json.decode(out.read_bytes())
     except (OSError, msgspec.DecodeError) as e:
         how = f"took more than {deadline_s:.0f} s" if code is None else f"ended ({describe_exit(code)}) without figures"
         raise ServerError(f"vllm bench serve {how}; its log: {log}", tail(log, 12)) from e
@@ -111,7 +111,7 @@ def main(argv: Sequence[str]) -> None:
     asyncio.run(serve.main_async(args))
 
 
-def _prompt(request: Request, *, chat: bool) -> dict[str, Any]:
+def _prompt(request: Request, *, chat: bool) -> Mapping[str, Any]:
     """What our client would send, as vLLM's takes it. Raises `UsageError` for what the endpoint cannot take."""
     if not chat:
         if request.prompt_token_ids is None and request.prompt_text is None:
