@@ -23,9 +23,9 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from cluster.job import Launch, start_here
-from cluster.load import LoadWorkers
-from cluster.process import Process, wait_ready
+from cluster.deploy.job import Launch, start_here
+from cluster.deploy.load_workers import LoadWorkers
+from cluster.process.process import Process, wait_ready
 from harness.build import build_plan
 from harness.calibration import Calibration
 from harness.errors import ServerError, WorkerError
@@ -152,7 +152,7 @@ def _write_plan(run: RunDir, arrivals_s: Floats | None, requests: int, tokens: i
 
 def _start_server(run: RunDir, log: Path, ttft_s: float, itl_s: float, cpus: list[int] | None) -> Process:
     # 150 bytes more than the shortest event: about as long as what vLLM sends for a token
-    argv = [python(), "-m", "cluster.fake_server", "--ttft", str(ttft_s), "--itl", str(itl_s), "--pad", "150"]
+    argv = [python(), "-m", "cluster.engines.fake.server", "--ttft", str(ttft_s), "--itl", str(itl_s), "--pad", "150"]
     return Process.start(
         [*argv, "--log", str(log)], name="known-truth server", log=run.path / f"{log.stem}.log", pipes=True, cpus=cpus,
     )  # fmt: skip

@@ -10,7 +10,7 @@ The tree::
     ├── ServerError         exit 1   a model server did not start, died, or does not answer as one
     ├── WorkerError         exit 1   a load worker did not start or died
     ├── StoreError          exit 1   an object on S3 cannot be read or written (`harness.s3`)
-    └── RefusedError        exit 1   a cloud's price service refused us (`cluster.prices`)
+    └── RefusedError        exit 1   a cloud's price service refused us (`cluster.catalogue.prices`)
 
 A failed *request* is never an exception: it is a result row with its error class (`harness.results.ERRORS`).
 """

@@ -16,7 +16,7 @@ from conftest import StartServer
 from analysis.intervals import Quantity
 from analysis.sizing.capacity import Point
 from analysis.sizing.search import MOST_PROBES, SUSTAINED, Probe, Step, estimate, keeps, next_load, requests_needed
-from cluster import load
+from cluster.deploy import load_workers as load
 from cluster.simulator.replica import Workload
 from harness.cli.capacity import capacity, plan_fleet
 from harness.cli.decide import compare

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, harness
 
-from cluster import claims
-from cluster.actors import Reserved, ServersActor
-from cluster.engine import CommandEngine
-from cluster.replica import Failed
+from cluster.deploy.actors import Reserved, ServersActor
+from cluster.deploy.replica import Failed
+from cluster.engines.protocol import CommandEngine
+from cluster.process import reservations as claims
 from harness.errors import ServerError
 
 ENGINE = CommandEngine(name="fake", served_model="fake", argv=("sleep", "600"))
@@ -29,7 +29,7 @@ def other_run(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     code = """
 import json, sys
 from pathlib import Path
-from cluster import claims
+from cluster.process import reservations as claims
 for line in sys.stdin:
     with claims.alone():
         print(claims.claim("replica 0", Path("/runs/first"), **json.loads(line)), flush=True)
@@ -106,7 +106,7 @@ def test_a_ray_of_our_own_does_not_see_accelerators_that_are_held(
     tmp_path: Path, other_run: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("ray")
-    from cluster.join import free_gpus
+    from cluster.deploy.ray_session import free_gpus
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (tmp_path / "gpus").mkdir()
@@ -164,7 +164,7 @@ def test_a_state_folder_that_cannot_be_written_stops_nothing(tmp_path: Path, mon
 
 
 def test_ps_shows_what_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cluster.process import Process
+    from cluster.process.process import Process
 
     with Process.start(["sleep", "60"], name="replica 0", log=tmp_path / "server-0.log") as process:
         with claims.alone():

@@ -421,7 +421,7 @@ def test_each_fault_is_a_row_of_its_class(faulty, run, fault, error):
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory):
     process = subprocess.Popen(
-        [sys.executable, "-m", "cluster.fake_server", "--ttft", "0.01", "--itl", "0.005"],
+        [sys.executable, "-m", "cluster.engines.fake.server", "--ttft", "0.01", "--itl", "0.005"],
         cwd=ROOT, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     yield FakeServer(process.stdout.readline().split()[1], process, tmp_path_factory.mktemp("unused"))

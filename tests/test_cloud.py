@@ -24,12 +24,12 @@ from click.testing import CliRunner, Result
 from conftest import ROOT
 from packaging.specifiers import SpecifierSet
 
+from cluster.catalogue.tiers import get_tier, list_tiers
 from cluster.deploy import aws as aws_machines
 from cluster.deploy import rent
 from cluster.deploy.aws import Aws
+from cluster.deploy.ray_head import NICENESS
 from cluster.deploy.rent import Cluster
-from cluster.head import NICENESS
-from cluster.tiers import get_tier, list_tiers
 from harness.cli.cloud import cluster as verbs
 from harness.errors import HarnessError, UsageError
 

@@ -17,7 +17,7 @@ from conftest import ROOT, FakeServer, StartServer, wait_for
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.fake_engine import step_ms
+from cluster.engines.fake.pacing import step_ms
 from cluster.simulator.replica import Workload, simulate
 from cluster.simulator.scheduler import Limits, Scheduler, Sequence
 from cluster.simulator.step_time import LinearStep
@@ -171,7 +171,11 @@ def test_an_answer_in_one_piece_comes_with_its_last_token(fake_server: StartServ
 )
 def test_what_cannot_be_is_refused(args: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "cluster.fake_server", *args], cwd=ROOT, capture_output=True, timeout=60, check=False
+        [sys.executable, "-m", "cluster.engines.fake.server", *args],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 2 and args[0].encode() in done.stderr
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from conftest import wait_for
 
-from cluster.tiers import CATALOGUE, check_accelerators, read_tiers
+from cluster.catalogue.tiers import CATALOGUE, check_accelerators, read_tiers
 from harness import host_metrics
 from harness.errors import ResultsError, ServerError
 from harness.host_metrics import SCHEMA, Gpus, HostMetrics, busy_share, host_file, read_host_metrics

@@ -161,7 +161,7 @@ def harness_processes(host: HostOnBridge) -> list[str]:
             words = " ".join(process.cmdline())
         except psutil.Error:
             continue
-        if any(name in words for name in ("cluster.fake_server", "scenarios.worker", "guard.py")):
+        if any(name in words for name in ("cluster.engines.fake.server", "scenarios.worker", "guard.py")):
             found.append(words[:200])
     return found
 
@@ -179,7 +179,9 @@ def test_servers_and_load_on_different_hosts(cluster: Cluster) -> None:
     assert 0 not in server_hosts, "the driver's own host carries servers last"
 
     # No secret in a command line, and in the environment only of who needs it.
-    servers = [p for h in cluster.hosts for p in h.processes() if "cluster.fake_server" in " ".join(p.cmdline())]
+    servers = [
+        p for h in cluster.hosts for p in h.processes() if "cluster.engines.fake.server" in " ".join(p.cmdline())
+    ]
     key = next(p.environ()["FAKE_SERVER_API_KEY"] for p in servers if "FAKE_SERVER_API_KEY" in p.environ())
     token = cluster.env["RAY_AUTH_TOKEN"]
     for process in psutil.process_iter():
@@ -228,7 +230,7 @@ def test_accelerators_are_taken_whole_from_one_node_and_parts_of_a_replica_from_
     assert drive.process.poll() is None, drive.said()
     assert not any("fake_server" in p for p in harness_processes(cluster.hosts[0])), "no accelerators there"
     for host in cluster.hosts[1:]:
-        servers = [p for p in host.processes() if p.cmdline()[1:3] == ["-m", "cluster.fake_server"]]
+        servers = [p for p in host.processes() if p.cmdline()[1:3] == ["-m", "cluster.engines.fake.server"]]
         assert len(servers) == 1, "each node has what one replica, or one part of it, takes whole"
         assert servers[0].environ()["CUDA_VISIBLE_DEVICES"].count(",") == 7
     assert drive.end(90) in (0, 3), drive.said()

@@ -16,7 +16,7 @@ import pytest
 from conftest import StartServer, harness, start_harness, wait_for
 from run_files import good
 
-from cluster import registry
+from cluster.process import registry
 from harness.results import FLUSH_S, ResultWriter, read_results
 from scenarios import client
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster import models
-from cluster.models import DEFAULT_MODEL, get_model, list_models
-from cluster.tiers import get_tier
-from cluster.vllm import engine_args, engine_kind, server_argv, server_env
-from cluster.vllm_log import CAUSES, explain
+from cluster.catalogue import models
+from cluster.catalogue.models import DEFAULT_MODEL, get_model, list_models
+from cluster.catalogue.tiers import get_tier
+from cluster.engines.vllm import engine_args, engine_kind, server_argv, server_env
+from cluster.engines.vllm_log import CAUSES, explain
 from harness.errors import UsageError
 
 

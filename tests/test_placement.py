@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.placement import (
+from cluster.catalogue.tiers import CATALOGUE, read_tiers
+from cluster.deploy.placement import (
     GIB,
     Node,
     bundles,
@@ -17,7 +18,6 @@ from cluster.placement import (
     room,
     shortage,
 )
-from cluster.tiers import CATALOGUE, read_tiers
 
 TIERS = read_tiers(CATALOGUE)
 CPU_TIER, P5 = TIERS["aws-m7a.large"], TIERS["aws-p5.48xlarge"]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import harness
 
-from cluster import preflight
-from cluster.tiers import get_tier
+from cluster.catalogue.tiers import get_tier
+from cluster.deploy import preflight
 from harness.errors import HarnessError, UsageError
 
 TRACE = Path(__file__).resolve().parent.parent / "scenarios" / "traces" / "azure-conv-2023.csv"

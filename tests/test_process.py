@@ -15,9 +15,9 @@ import psutil
 import pytest
 from conftest import ROOT, gone, wait_for
 
-from cluster import process
-from cluster.process import Cause, PortTakenError, Process, describe_exit, sweep, tail, wait_ready
-from cluster.registry import MARK, running
+from cluster.process import process
+from cluster.process.process import Cause, PortTakenError, Process, describe_exit, sweep, tail, wait_ready
+from cluster.process.registry import MARK, running
 from harness.errors import HarnessError, ServerError
 
 # Prints its own pid and that of a grandchild in a session of its own; both ignore SIGTERM when asked to.
@@ -129,7 +129,7 @@ def test_a_command_that_ends_takes_what_it_left_behind_with_it(tmp_path: Path) -
 def test_death_of_the_owner_ends_the_family(tmp_path: Path, number: signal.Signals) -> None:
     owner = textwrap.dedent(f"""
         import sys, time
-        from cluster.process import Process
+        from cluster.process.process import Process
         p = Process.start([sys.executable, "-c", {FAMILY!r}], name="family", pipes=True)
         while not (lines := p.lines()): time.sleep(0.01)
         print(lines[0], flush=True)

@@ -13,7 +13,7 @@ from rich.console import Console
 from test_client import Run, Server, request
 from test_question import OK, server
 
-from cluster.load import LoadWorkers, _Progress, _State
+from cluster.deploy.load_workers import LoadWorkers, _Progress, _State
 from harness import probe
 from harness.access import Access, Patience
 from harness.commands.steps import StopRequest, watch

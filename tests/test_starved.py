@@ -16,10 +16,10 @@ from analysis.check import Check
 from analysis.load import read_run
 from analysis.starved import OWN_WAIT, STARVED_BOUND
 from analysis.summary import Summary, summarise
-from cluster import schedstat
-from cluster.engine import CommandEngine, Part
-from cluster.replica import ReplicaOwner, Started
-from cluster.schedstat import HostTimes, Meter, Sampler, Times, read_threads
+from cluster.deploy.replica import ReplicaOwner, Started
+from cluster.engines.protocol import CommandEngine, Part
+from cluster.process import cpu_times as schedstat
+from cluster.process.cpu_times import HostTimes, Meter, Sampler, Times, read_threads
 from harness.errors import ResultsError
 from harness.run import Replica, RunDir
 from harness.server_processor import ProcessorSecond, ProcessorSeconds, read_server_processor

@@ -12,7 +12,7 @@ from run_files import good, write_run
 
 from analysis.load import read_run
 from analysis.show.browse import Results
-from cluster.tiers import read_tiers
+from cluster.catalogue.tiers import read_tiers
 from harness import probe
 from harness.errors import HarnessError, ResultsError, TraceError, UsageError
 from harness.records import open_trace

@@ -21,7 +21,7 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import ROOT, StartServer, descendants, gone, harness, wait_for
 
-from cluster import load
+from cluster.deploy import load_workers as load
 from harness import sweep_cost
 from harness.cli.decide import compare
 from harness.cli.sweep import sweep
@@ -37,8 +37,8 @@ LEAD_S = 0.2
 """Load starts this long after the order, not a second: tiny points on one machine."""
 
 COMMAND = f"""
-import cluster.load
-cluster.load.LEAD_S = {LEAD_S}
+import cluster.deploy.load_workers
+cluster.deploy.load_workers.LEAD_S = {LEAD_S}
 from harness.cli import cli, main
 from harness.cli.decide import compare
 from harness.cli.sweep import sweep

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.architecture import (
+from cluster.catalogue.architecture import (
     QUANTIZATIONS,
     architecture,
     architectures,
@@ -24,8 +24,7 @@ from cluster.architecture import (
     tensor_parallel_sizes,
     weight_bytes,
 )
-from cluster.engine import Part
-from cluster.models import (
+from cluster.catalogue.models import (
     Model,
     OnTier,
     for_tier,
@@ -34,8 +33,10 @@ from cluster.models import (
     model_kv_bytes_per_token,
     model_weight_bytes,
 )
-from cluster.tiers import CATALOGUE, read_tiers
-from cluster.vllm import (
+from cluster.catalogue.tiers import CATALOGUE, read_tiers
+from cluster.catalogue.weights import ensure_weights, weights_facts
+from cluster.engines.protocol import Part
+from cluster.engines.vllm import (
     VllmEngine,
     check_fit,
     engine_args,
@@ -47,8 +48,7 @@ from cluster.vllm import (
     server_env,
     tensor_parallel_size,
 )
-from cluster.vllm_log import state
-from cluster.weights import ensure_weights, weights_facts
+from cluster.engines.vllm_log import state
 from harness.errors import UsageError
 from harness.run import Tier
 

@@ -15,9 +15,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster import weights
-from cluster.models import Model, Wheel, get_model
-from cluster.weights import MANIFEST, check_weights, ensure_weights, sha256, weights_facts
+from cluster.catalogue import weights
+from cluster.catalogue.models import Model, Wheel, get_model
+from cluster.catalogue.weights import MANIFEST, check_weights, ensure_weights, sha256, weights_facts
 from harness.errors import ServerError
 
 PARTS = [b"GGUF first half", b" second half"]

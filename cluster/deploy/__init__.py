@@ -1,1 +1,1 @@
-"""From a tier to servers that answer: rented machines, the Ray session, placement, the servers' supervision."""
+"""From a tier to servers and load workers that run: rented machines, the Ray session, placement, supervision."""

@@ -21,9 +21,9 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from cluster.head import NICENESS
-from cluster.process import Process, describe_exit
-from cluster.tiers import full_note
+from cluster.catalogue.tiers import full_note
+from cluster.deploy.ray_head import NICENESS
+from cluster.process.process import Process, describe_exit
 from harness.errors import HarnessError, UsageError
 from harness.paths import state_dir
 from harness.run import Tier, installed_versions

@@ -88,7 +88,8 @@ def models(fetch: str | None, format_: str) -> int:
     """List the models that can be served, or fetch the weights of one.
 
     Your own models file, HARNESS_MODELS or ~/.config/harness/models.toml, adds entries and replaces those of the same
-    name; cluster/models.toml shows the fields. A folder with config.json and weights needs no entry: --model ./FOLDER.
+    name; cluster/catalogue/models.toml shows the fields. A folder with config.json and weights
+    needs no entry: --model ./FOLDER.
     """
     from harness.commands import catalogue
 

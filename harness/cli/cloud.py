@@ -83,9 +83,9 @@ def up(
     """
     from dataclasses import replace
 
+    from cluster.catalogue.tiers import get_tier
     from cluster.deploy import rent
     from cluster.deploy.aws import HEAD_TIER
-    from cluster.tiers import get_tier
     from harness.commands.output import say
 
     workers = get_tier(tier)

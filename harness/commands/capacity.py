@@ -93,8 +93,8 @@ def _check_times(trace: Trace, options: dict[str, Any]) -> None:
 def _spec(
     trace: Path, ask: Search, max_usd: float | None, max_hours: float | None, options: dict[str, Any]
 ) -> SweepSpec:
-    from cluster.models import DEFAULT_MODEL
-    from cluster.tiers import DEFAULT_TIER
+    from cluster.catalogue.models import DEFAULT_MODEL
+    from cluster.catalogue.tiers import DEFAULT_TIER
 
     own = ("base_urls", "model", "tier", "replicas", "seed")
     urls = list(options["base_urls"])

@@ -47,7 +47,7 @@ def doctor(format_: str) -> int:
 
 def tiers(accelerator: str | None, provider: str | None, purchase: str | None, format_: str) -> int:
     """The tiers with their prices, those that match; `UsageError` when none does."""
-    from cluster.tiers import full_note, list_tiers, price_age_days, price_note, usd_per_accelerator_hour
+    from cluster.catalogue.tiers import full_note, list_tiers, price_age_days, price_note, usd_per_accelerator_hour
 
     known = list_tiers()
     if accelerator is not None:
@@ -103,8 +103,8 @@ def refresh_tiers(
     format_: str,
 ) -> int:  # fmt: skip
     """Today's AWS prices into the user's own tiers file."""
-    from cluster.prices import refresh
-    from cluster.tiers import own_file, write_tiers
+    from cluster.catalogue.prices import refresh
+    from cluster.catalogue.tiers import own_file, write_tiers
 
     file = out or own_file()
     changes = refresh(names, region=region, spot=spot, spot_days=spot_days, files=[own_file(), file])
@@ -132,8 +132,14 @@ def refresh_tiers(
 
 def models(fetch: str | None, format_: str) -> int:
     """The models, or the weights of one."""
-    from cluster.models import get_model, list_models, model_config, model_kv_bytes_per_token, model_weight_bytes
-    from cluster.weights import ensure_weights
+    from cluster.catalogue.models import (
+        get_model,
+        list_models,
+        model_config,
+        model_kv_bytes_per_token,
+        model_weight_bytes,
+    )
+    from cluster.catalogue.weights import ensure_weights
 
     if fetch:
         print(ensure_weights(get_model(fetch), say=say))

@@ -171,7 +171,7 @@ def _assumptions(
 
 def _new_prices(file: Path | None, stated: Sequence[str], runs: Sequence[Summary]) -> dict[str, Tier]:
     """New tier prices by name: of a tiers file, and from the command line, which wins."""
-    from cluster.tiers import read_tiers
+    from cluster.catalogue.tiers import read_tiers
 
     known = {s.tier.name: s.tier for s in runs if s.tier is not None}
     found: dict[str, Tier] = {}
@@ -189,7 +189,7 @@ def _new_prices(file: Path | None, stated: Sequence[str], runs: Sequence[Summary
 
 def parse_tier_price(text: str, known: dict[str, Tier]) -> tuple[str, Tier]:
     """A run's tier with the price of ``NAME=USD@SOURCE@DATE[@PURCHASE]``. Raises `UsageError`."""
-    from cluster.tiers import PURCHASES, price_age_days
+    from cluster.catalogue.tiers import PURCHASES, price_age_days
 
     name, equals, rest = text.partition("=")
     parts = rest.split("@")

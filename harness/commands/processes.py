@@ -14,7 +14,7 @@ from harness.commands.output import print_json, print_table, say
 from harness.errors import EXIT_FAILURE, EXIT_VALID, UsageError, unknown_name
 
 if TYPE_CHECKING:
-    from cluster.registry import Entry
+    from cluster.process.registry import Entry
 
 ORDER = ("load worker", "replica", "Ray")
 """Kinds in the order they are ended: what depends on another before it. Anything else comes first."""
@@ -85,7 +85,7 @@ def _cluster() -> AbstractContextManager[None]:
     """Connected to the cluster that RAY_ADDRESS names, if any."""
     if not os.environ.get("RAY_ADDRESS"):
         return nullcontext()
-    from cluster.join import joined
+    from cluster.deploy.ray_session import joined
 
     return joined(say)
 
@@ -94,7 +94,7 @@ def _each_host(function: Callable[..., list[Any]], *args: Any, timeout_s: float 
     """What ``function`` returned on every host that answers; on this machine alone without a cluster."""
     if not os.environ.get("RAY_ADDRESS"):
         return [function(*args)]
-    from cluster.join import alive_nodes, on_each
+    from cluster.deploy.ray_session import alive_nodes, on_each
 
     nodes = alive_nodes()
     answers = on_each(nodes, function, *args, timeout_s=timeout_s)
@@ -112,8 +112,8 @@ def _found() -> list[_Running]:
 
 def _running() -> list[_Running]:
     """What runs on this host; orphans and claims are told here, where the pids mean something."""
-    from cluster.claims import claims
-    from cluster.registry import running
+    from cluster.process.registry import running
+    from cluster.process.reservations import claims
 
     holds = {(one.owner, one.name): one.words for one in claims()}
     return [_Running(entry, entry.orphan, holds.get((entry.owner, entry.name))) for entry in running()]
@@ -121,7 +121,7 @@ def _running() -> list[_Running]:
 
 def _end(ids: list[str], grace_s: float) -> list[str]:
     """Of these ids those that were running on this host and are ended now."""
-    from cluster.registry import end, running
+    from cluster.process.registry import end, running
 
     here = [entry for entry in running() if entry.id in ids]
     with ThreadPoolExecutor(max_workers=32) as pool:

@@ -210,7 +210,7 @@ def execute_point(
     chosen and why. ``warm``: servers that are still cold are warmed up first. Many points may share
     the servers: each manifest has server records of its own.
     """
-    from cluster.load import LoadWorkers
+    from cluster.deploy.load_workers import LoadWorkers
 
     info = read_plan_info(run.plan)
     stop = stop or StopRequest()

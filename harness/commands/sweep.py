@@ -25,7 +25,7 @@ from harness.sweep_store import come_home
 from harness.traces.reading import open_asked
 
 if TYPE_CHECKING:
-    from cluster.models import Model
+    from cluster.catalogue.models import Model
 
 LOCAL_SWEEPS = Path("sweeps")
 """Where the folders of sweeps are that go to S3 as well."""
@@ -129,8 +129,8 @@ def _take_over(state: SweepState, spec: SweepSpec, file: Path, folder: Path) -> 
 
 def check(spec: SweepSpec, options: dict[str, Any]) -> list[Tier | None]:
     """Refuse before anything is rented what can be known to be wrong; the tier of every pair."""
-    from cluster.models import get_model
-    from cluster.tiers import get_tier
+    from cluster.catalogue.models import get_model
+    from cluster.catalogue.tiers import get_tier
     from harness.asked import check_spec
     from harness.build import asked_plan
 
@@ -160,8 +160,8 @@ def check(spec: SweepSpec, options: dict[str, Any]) -> list[Tier | None]:
 
 def _fit(model: Model, tier: Tier) -> Tier:
     """What one replica of this model rents of the tier. Raises `UsageError` for a model that does not fit."""
-    from cluster.models import for_tier
-    from cluster.vllm import check_fit, hosts_per_replica
+    from cluster.catalogue.models import for_tier
+    from cluster.engines.vllm import check_fit, hosts_per_replica
 
     check_fit(model, tier)
     return rented(tier, hosts_per_replica(for_tier(model, tier.accelerator), tier))

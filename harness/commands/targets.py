@@ -20,8 +20,8 @@ from harness.prompts import Vocabulary
 from harness.run import Evidence, OnReplicaDeath, Replica, Restart, RunDir, System, Tier, cpu_flags
 
 if TYPE_CHECKING:
-    from cluster.job import Launch
-    from cluster.models import Model
+    from cluster.catalogue.models import Model
+    from cluster.deploy.job import Launch
 
 
 API_KEY = "HARNESS_API_KEY"
@@ -140,7 +140,7 @@ class UrlTarget:
     @contextmanager
     def open(self, run: RunDir) -> Iterator[Servers]:
         """The servers, as they are."""
-        from cluster.registry import name_orphans
+        from cluster.process.registry import name_orphans
 
         name_orphans(say)
         replicas = [
@@ -172,7 +172,7 @@ class LocalTarget:
 
     def weights(self) -> Path:
         """The weights' folder, fetched on first use."""
-        from cluster.weights import ensure_weights
+        from cluster.catalogue.weights import ensure_weights
 
         if self._weights is None:
             self._weights = ensure_weights(self._model, say=say)
@@ -202,9 +202,9 @@ class LocalTarget:
     @contextmanager
     def open(self, run: RunDir) -> Iterator[Servers]:
         """Start the servers; end them whatever happens inside."""
-        from cluster.deployment import Deployment
-        from cluster.registry import name_orphans
-        from cluster.vllm import hosts_per_replica
+        from cluster.deploy.deployment import Deployment
+        from cluster.engines.vllm import hosts_per_replica
+        from cluster.process.registry import name_orphans
 
         name_orphans(say)
         key = os.environ.get(API_KEY) or secrets.token_urlsafe(24)
@@ -257,7 +257,7 @@ def rented(tier: Tier, hosts: int) -> Tier:
 
 def choose_target(options: dict[str, Any]) -> Target:
     """Existing servers when --base-url is given, else servers to start. Raises `UsageError` on unknown names."""
-    from cluster.tiers import DEFAULT_TIER, get_tier
+    from cluster.catalogue.tiers import DEFAULT_TIER, get_tier
 
     pages = list(options.get("metrics_urls") or ())
     if pages and not options["base_urls"]:
@@ -271,9 +271,9 @@ def choose_target(options: dict[str, Any]) -> Target:
         return UrlTarget(list(options["base_urls"]), options["model"], tier, pages, access_to(options))
     if options.get("key_header") not in (None, AUTHORIZATION):
         raise UsageError("--key-header is for a server that is there already (--base-url): ours take a bearer")
-    from cluster.models import DEFAULT_MODEL, for_tier, get_model
-    from cluster.preflight import check_can_serve
-    from cluster.vllm import check_fit, for_processor
+    from cluster.catalogue.models import DEFAULT_MODEL, for_tier, get_model
+    from cluster.deploy.preflight import check_can_serve
+    from cluster.engines.vllm import check_fit, for_processor
 
     model, tier = get_model(options["model"] or DEFAULT_MODEL), get_tier(options["tier"] or DEFAULT_TIER)
     facts: dict[str, str] = {}

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
 
-from cluster.process import Process, describe_exit, tail
+from cluster.process.process import Process, describe_exit, tail
 from harness.access import page_under
 from harness.errors import ServerError, UsageError
 from harness.plan import Request, iter_requests

@@ -1,0 +1,355 @@
+"""Load workers as processes: started together, started at one instant, followed to their end, whatever they do.
+
+A worker is ``python -m scenarios.worker SPEC.json`` (its module says what the lines hold). It prints JSON lines with an
+``event`` (ready, progress, end) and reads ``start <unix_ns>`` and ``stop``. The end of its stdin means stop.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from cluster.deploy.job import Child, Job, Launch, start_here
+from cluster.process.process import NO_SECRETS, describe_exit
+from harness.errors import UsageError, WorkerError
+from harness.headers import from_environment
+from harness.run import RunDir, RunSpec, Worker
+
+READY_S = 300.0
+"""Reading a large plan takes a worker this long at most."""
+LEAD_S = 0.3
+"""Between the order to start and the common start: every worker on this host must have it before."""
+FAR_LEAD_S = 1.0
+"""The same where workers hear through a cluster."""
+SILENCE_S = 30.0
+"""Workers report about twice a second; one that says nothing for this long hangs."""
+EXIT_S = 10.0
+"""From a worker's last words to the end of its process."""
+AT_ONCE_S = 5.0
+"""To write the last rows when nothing in flight is waited for."""
+SLACK_S = 30.0
+"""Above what a worker was told to need."""
+POLL_S = 0.1
+GARBAGE_LINES = 10
+
+WORKER = (sys.executable, "-m", "scenarios.worker")
+
+
+class _Ready(msgspec.Struct, tag="ready", tag_field="event"):
+    requests: int | None = None
+
+
+class _Progress(msgspec.Struct, tag="progress", tag_field="event"):
+    sent: int = 0
+    done: int = 0
+    failed: int = 0
+    in_flight: int = 0
+    output_tokens: int = 0
+    ttft_s: list[float] = []
+    tpot_s: list[float] = []
+    e2e_s: list[float] = []
+    quiet_s: dict[int, float] = {}
+    heard: list[int] = []
+
+
+class _End(msgspec.Struct, tag="end", tag_field="event"):
+    rows: int | None = None
+    cpu_share: float | None = None
+    loop_lag_p99_s: float | None = None
+    unstamped_share: float | None = None
+    exit: str | None = None
+    end_ns: int | None = None
+
+
+_DECODER = msgspec.json.Decoder(_Ready | _Progress | _End)
+
+
+@dataclass(slots=True)
+class _State:
+    """One worker as far as its lines tell."""
+
+    child: Child
+    heard: float
+    """When it last said anything that makes sense."""
+    ready: _Ready | None = None
+    progress: _Progress = field(default_factory=_Progress)
+    end: _End | None = None
+    lost: bool = False
+    """It was killed, or its host is gone, with the rows of its last second."""
+    over: str | None = None
+    """How it ended in the end, once it has; empty when as it should."""
+    garbage: list[str] = field(default_factory=list)
+    """Other lines it printed; they explain a death."""
+
+    def read(self) -> list[_Progress]:
+        """Take in its new lines; those that say how far it is."""
+        found: list[_Progress] = []
+        for line in self.child.lines():
+            try:
+                event = _DECODER.decode(line)
+            except msgspec.DecodeError:
+                self.garbage = [*self.garbage, line[:400]][-GARBAGE_LINES:]
+                continue
+            self.heard = time.monotonic()
+            if isinstance(event, _Progress):
+                self.progress = event
+                found.append(event)
+            elif isinstance(event, _Ready):
+                self.ready = event
+            else:
+                self.end = event
+        return found
+
+
+class LoadWorkers:
+    """All load workers of one run; a context manager that leaves none behind.
+
+    Entering starts them and waits until every one has read its slice of the plan; it raises `WorkerError` when one does
+    not get ready. `start` sets them off together; call `poll` until `done`. ``workers`` and ``end_ns`` then hold what
+    they said of themselves. A worker lost on the way is a fact in ``workers``, not an exception: its rows are kept.
+    """
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        run: RunDir,
+        *,
+        api_key: str | None,
+        launch: Launch | None = None,
+        worker: Sequence[str] = WORKER,
+        ready_s: float = READY_S,
+        silence_s: float = SILENCE_S,
+    ) -> None:
+        if spec.concurrency is not None and spec.concurrency < spec.workers:
+            raise UsageError(f"{spec.workers} workers cannot share {spec.concurrency} in flight: use fewer --workers")
+        self._spec, self._run, self._api_key = spec, run, api_key
+        self._launch: Launch = launch or start_here
+        self._worker, self._ready_s, self._silence_s = worker, ready_s, silence_s
+        self._states: list[_State] = []
+        self._deadline: float | None = None
+        self._why_late = ""
+
+    def __enter__(self) -> LoadWorkers:
+        try:
+            for index in range(self._spec.workers):
+                self._states.append(self._spawn(index))
+            self._wait_ready()
+        except BaseException:  # Ctrl-C as well: leave nothing running
+            self._kill("not started")
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._kill("ended with the harness")
+
+    def _spawn(self, index: int) -> _State:
+        job = Job(
+            name=f"load worker {index}",
+            argv=self._worker,
+            env={**NO_SECRETS, **self._secrets(), "HARNESS_API_KEY": self._api_key},
+            spec=worker_spec(self._spec, self._run, index),
+            spec_file=self._run.path.resolve() / f"worker-{index}.json",
+            log=self._run.worker_log(index),
+        )
+        child = self._launch(job)
+        return _State(child, time.monotonic())
+
+    def _secrets(self) -> dict[str, str]:
+        """Variables with the values of headers: a worker on another host has none of this environment."""
+        values = from_environment(self._spec.header_env)
+        return {variable: values[name] for name, variable in self._spec.header_env.items()}
+
+    def _wait_ready(self) -> None:
+        deadline = time.monotonic() + self._ready_s
+        while True:
+            for index, state in enumerate(self._states):
+                code = state.child.poll()  # before the lines: all of them are there once it has ended
+                state.read()
+                if state.ready is None and code is not None:
+                    how = state.child.trouble or describe_exit(code)
+                    raise self._failure(index, f"ended before it was ready ({how})")
+                if state.ready is None and time.monotonic() > deadline:
+                    raise self._failure(index, f"was not ready after {self._ready_s:.0f} s")
+            if all(state.ready for state in self._states):
+                return
+            time.sleep(POLL_S / 2)
+
+    def _failure(self, index: int, problem: str) -> WorkerError:
+        state = self._states[index]
+        # Of a traceback the last line says what happened; the whole is in the log.
+        words = [line for line in (*state.garbage, *state.child.tail(12)) if not line.startswith((" ", "Traceback"))]
+        log = self._run.worker_log(index)
+        return WorkerError("\n  ".join([f"load worker {index} {problem}; its log: {log}", *words]))
+
+    def start(self) -> int:
+        """Give the common start, a moment from now; returns it, ns of the wall clock."""
+        lead_s = LEAD_S if self._launch is start_here else FAR_LEAD_S
+        start_ns = time.time_ns() + int(lead_s * 1e9)
+        for state in self._states:
+            state.heard = time.monotonic() + lead_s
+            state.child.write_line(f"start {start_ns}")  # one that died meanwhile shows in poll
+        if self._spec.duration_s is not None:
+            self._limit(lead_s + self._spec.duration_s + self._spec.drain_s + SLACK_S, "did not end in time")
+        return start_ns
+
+    def stop(self, at_once: bool = False, silent: int | None = None) -> None:
+        """Ask for an end: no new requests, those in flight may finish. ``at_once``: they may not. ``silent``: a server
+        whose requests have stalled.
+
+        Workers write a row for every request either way; keep calling `poll` until `done`.
+        """
+        for state in self._states:
+            if silent is not None:
+                state.child.write_line(f"silent {silent}")
+            for _ in range(2 if at_once else 1):  # a second "stop" cuts short what is in flight
+                state.child.write_line("stop")
+        seconds = AT_ONCE_S if at_once else self._spec.drain_s + SLACK_S
+        self._limit(seconds, "did not stop when asked to")
+
+    def _limit(self, seconds: float, why: str) -> None:
+        """From then on workers that still run are ended, for this reason."""
+        deadline = time.monotonic() + seconds
+        if self._deadline is None or deadline < self._deadline:
+            self._deadline, self._why_late = deadline, why
+
+    def poll(self, timeout_s: float) -> dict[str, object]:
+        """Merged counts of all workers after ``timeout_s`` (sooner when all have ended).
+
+        Keys: sent, done, failed, in_flight, output_tokens: totals since the start. ttft_s, tpot_s, e2e_s: samples since
+        the last call. quiet_s: by server, how long requests have waited for a byte, where that is long.
+        """
+        until = time.monotonic() + timeout_s
+        new: list[_Progress] = []
+        while True:
+            for state in self._states:
+                if state.over is None:
+                    new += self._follow(state)
+            left = until - time.monotonic()
+            if self.done or left <= 0:
+                break
+            time.sleep(min(POLL_S, left))
+        names = ("sent", "done", "failed", "in_flight", "output_tokens")
+        counts: dict[str, object] = {
+            name: sum(getattr(state.progress, name) for state in self._states) for name in names
+        }
+        samples = {name: [s for line in new for s in getattr(line, name)] for name in ("ttft_s", "tpot_s", "e2e_s")}
+        return {**counts, **samples, "quiet_s": self._quiet_s()}
+
+    def _quiet_s(self) -> dict[int, float]:
+        """How long requests have waited for a byte, by server: those from which no worker has heard of late."""
+        running = [state.progress for state in self._states if state.over is None]
+        heard = {k for progress in running for k in progress.heard}
+        quiet: dict[int, float] = {}
+        for progress in running:
+            for k, waited_s in progress.quiet_s.items():
+                if k not in heard:
+                    quiet[k] = max(waited_s, quiet.get(k, 0.0))
+        return quiet
+
+    def _follow(self, state: _State) -> list[_Progress]:
+        """Read one worker's lines and settle whether and how it ended."""
+        code = state.child.poll()  # before the lines: all of them are there once it has ended
+        new = state.read()
+        now = time.monotonic()
+        if state.end is not None and (code is not None or now - state.heard > EXIT_S):
+            state.over = state.end.exit or ("" if code in (0, None) else f"{describe_exit(code)} after its last row")
+            wanted = (state.ready.requests if state.ready else None) or 0
+            state.lost = (state.end.rows or 0) < wanted  # as on a full disk
+        elif code is not None and state.child.trouble:
+            state.lost, state.over = True, f"lost: {state.child.trouble}"
+        elif code is not None:
+            said = [*state.garbage, *state.child.tail(1)]
+            state.lost = code < 0
+            state.over = ("lost: " if state.lost else "") + describe_exit(code) + (f": {said[-1]}" if said else "")
+        elif self._deadline is not None and now > self._deadline:
+            state.over = self._why_late
+        elif state.end is None and now - state.heard > self._silence_s:
+            state.over = f"hung: said nothing for {self._silence_s:.0f} s"
+        if state.over is not None:
+            state.progress.in_flight = 0
+            if code is None:
+                state.child.stop(1.0)
+        return new
+
+    @property
+    def done(self) -> bool:
+        """Every worker has ended."""
+        return all(state.over is not None for state in self._states)
+
+    @property
+    def lost(self) -> str | None:
+        """Which workers lost rows, killed in the middle or for want of room, and how; null when none did."""
+        gone = [f"load worker {k} {state.over}" for k, state in enumerate(self._states) if state.lost]
+        return "; ".join(gone) or None
+
+    @property
+    def workers(self) -> list[Worker]:
+        """What is known of each worker, for the manifest."""
+        return [
+            Worker(
+                index=index,
+                host=state.child.host or None,
+                exit=state.over or None,
+                rows=state.end.rows if state.end else None,
+                cpu_share=state.end.cpu_share if state.end else None,
+                loop_lag_p99_s=state.end.loop_lag_p99_s if state.end else None,
+                unstamped_share=state.end.unstamped_share if state.end else None,
+            )
+            for index, state in enumerate(self._states)
+        ]
+
+    @property
+    def end_ns(self) -> int | None:
+        """When the last worker was done, ns after the common start; null when none said so."""
+        ends = [state.end.end_ns for state in self._states if state.end and state.end.end_ns is not None]
+        return max(ends, default=None)
+
+    def _kill(self, why: str) -> None:
+        for state in self._states:
+            if state.over is None:
+                state.over = why
+                state.child.stop(1.0)
+
+
+def share(concurrency: int | None, workers: int, index: int) -> int | None:
+    """A worker's part of the requests in flight; the parts add up to ``concurrency``. Null stays null: no cap."""
+    if concurrency is None:
+        return None
+    return concurrency // workers + (index < concurrency % workers)
+
+
+def worker_spec(spec: RunSpec, run: RunDir, index: int) -> dict[str, object]:
+    """The file a load worker is started with."""
+    return {
+        "worker": index,
+        "workers": spec.workers,
+        "plan": str(run.plan.resolve()),
+        "results": str(run.results(index).resolve()),
+        "observations": str(run.observations(index).resolve()),
+        "answers": str(run.answers(index).resolve()),
+        "mode": spec.mode,
+        "concurrency": share(spec.concurrency, spec.workers, index),
+        "base_urls": spec.base_urls,
+        "endpoint": spec.endpoint,
+        "model": spec.model,
+        "duration_s": spec.duration_s,
+        "drain_s": spec.drain_s,
+        "timeout_s": spec.timeout_s,
+        "stall_s": spec.stall_s,
+        "extra_body": spec.extra_body,
+        "tls_ca": spec.tls_ca,
+        "headers": spec.headers,
+        "header_env": spec.header_env,
+        "key_header": spec.key_header,
+        "length_field": spec.length_field,
+        "output_lengths": spec.output_lengths,
+        "stream": spec.stream,
+        "balance": spec.balance,
+        "retries": spec.retries,
+        "ramp_s": spec.ramp_s,
+        "batch_reads_from": spec.batch_reads_from,
+    }

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server of known truth: ``python -m cluster.engines.fake.server``."""

@@ -1,0 +1,426 @@
+"""What the fake server says and when: its truth (settings and counters) and each answer on its absolute schedule.
+
+One timer serves all answers and ordinary chunks are rendered before, so that one process carries many streams.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import heapq
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol, TypedDict
+
+from cluster.engines.fake.pacing import engine_of
+
+
+class Body(TypedDict, total=False):
+    """What is read of a request's body."""
+
+    model: str
+    prompt: str | list[int]
+    messages: list[dict[str, str]]
+    max_tokens: int
+    max_completion_tokens: int
+    ignore_eos: bool
+    temperature: float
+    stream: bool
+    stream_options: dict[str, bool]
+    fault: str
+    """One of `FAULTS`."""
+
+
+class Connection(Protocol):
+    """Where an answer goes: `cluster.engines.fake.server.Connection`."""
+
+    closed: bool
+    loop: asyncio.AbstractEventLoop
+    transport: asyncio.Transport
+
+    @property
+    def truth(self) -> Truth:
+        """Settings and counters of the server."""
+
+    def write(self, data: bytes) -> None:
+        """Hand bytes to the kernel."""
+
+    def reply(self, status: int, value: object) -> None:
+        """A complete JSON answer."""
+
+
+FAULTS = {
+    "http500": "HTTP 500 with a JSON error",
+    "http429": "HTTP 429",
+    "http400": "HTTP 400",
+    "redirect": "HTTP 307 to elsewhere",
+    "html": "HTTP 200 with an HTML page",
+    "hang": "no byte, ever",
+    "stall": "two tokens, then silence",
+    "cut": "two tokens, then the connection closes",
+    "reset": "the connection closes before any byte",
+    "error_event": "two tokens, then an error event and a regular end",
+    "no_done": "all tokens, finish reason, but no [DONE]",
+    "no_finish": "two tokens, then a regular end of the HTTP body with neither finish reason nor [DONE]",
+    "no_usage": "no usage chunk",
+    "short": "half of the tokens that were asked for",
+    "bundle": "every chunk holds two tokens",
+    "bulk": "all events together, when the last is due",
+    "empty": "no token, a finish reason, and no usage",
+    "only_done": "nothing but [DONE]",
+    "double_usage": "usage says twice the tokens that were streamed",
+    "half_usage": "usage says half of the tokens that were streamed",
+    "hidden_reasoning": "usage declares as many reasoning tokens again, which were not streamed",
+    "crlf": "events end in CR LF, with comments between them",
+    "cr": "events end in CR, with comments between them",
+    "json_label": "a stream that is labelled application/json",
+    "no_data": "an event without data before the first",
+    "odd_fields": "a finish reason that is a number, and a cached count of -1",
+    "late_zeros": "a usage of zeros after the real one",
+}
+
+BURST = 64
+"""Chunks written in a row before requests that came meanwhile are read."""
+
+
+class Pacer:
+    """Calls answers when they are due, all with one timer of the event loop, in the order of their times."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.due: list[tuple[float, int, Answer]] = []
+        self.number = 0
+        self.timer: asyncio.Handle | None = None
+        self.timer_at = math.inf
+
+    def call_at(self, at: float, answer: Answer) -> None:
+        """Call ``answer.tick`` at this time of the loop's clock."""
+        self.number += 1
+        heapq.heappush(self.due, (at, self.number, answer))
+        if at < self.timer_at:
+            self.arm(at)
+
+    def arm(self, at: float) -> None:
+        """Wake up at this time, and not at the one that was set."""
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer_at = at
+        self.timer = self.loop.call_at(at, self.run)
+
+    def run(self) -> None:
+        """Everything that is due."""
+        due, now, pop = self.due, self.loop.time(), heapq.heappop
+        self.timer, self.timer_at = None, -math.inf  # while we are here nobody need set it
+        try:
+            for _ in range(BURST):
+                if not due or due[0][0] > now:
+                    break
+                pop(due)[2].tick()
+        finally:
+            if due and due[0][0] <= now:
+                self.timer = self.loop.call_soon(self.run)
+            else:
+                self.timer_at = math.inf
+                if due:
+                    self.arm(due[0][0])
+
+
+class Truth:
+    """Counters and settings shared by all connections of one server."""
+
+    def __init__(self, args: argparse.Namespace, loop: asyncio.AbstractEventLoop) -> None:
+        self.pacer = Pacer(loop)
+        self.engine = engine_of(args.step, args.slots, args.max_num_batched_tokens, loop)
+        self.started_s = time.time()
+        self.ttft_s: float = args.ttft
+        self.itl_s: float = args.itl
+        self.model: str = args.model
+        self.slots: int = args.slots
+        self.pad: str = "x" * args.pad
+        self.api_key = os.environ.get("FAKE_SERVER_API_KEY", "")
+        self.log = Path(args.log).open("a", buffering=1) if args.log else None  # noqa: SIM115 - lives as long as we do
+        self.hosted: bool = args.hosted
+        self.busy_s: float = args.busy
+        self.first_s: float | None = None
+        self.running = 0
+        self.queue: deque[Answer] = deque()
+        self.prompt_tokens = self.generation_tokens = self.finished = 0
+        text = f" t{self.pad}"
+        # What most chunks of most answers are, by chat or not.
+        self.ordinary = {
+            chat: http_chunk(b"data: %b\n\n" % json.dumps(
+                {"id": "fake", "model": self.model, "choices": [{"index": 0, **choice, "finish_reason": None}]}
+            ).encode())
+            for chat, choice in ((True, {"delta": {"content": text}}), (False, {"text": text}))
+        }  # fmt: skip
+
+    def metrics(self) -> str:
+        """The counters in Prometheus text form, by vLLM's names."""
+        label = f'{{engine="0",model_name="{self.model}"}}'
+        engine = self.engine
+        if engine is None:
+            running, waiting, steps = self.running, len(self.queue), []
+            prompt_tokens, generation_tokens = self.prompt_tokens, self.generation_tokens
+        else:
+            running, waiting = engine.running, engine.waiting
+            prompt_tokens, generation_tokens = engine.prompt_tokens, engine.generation_tokens
+            steps = [f"vllm:iteration_tokens_total_count{label} {float(engine.steps)}"]
+        reason = f'{{engine="0",finished_reason="length",model_name="{self.model}"}}'
+        return "".join(
+            f"{line}\n"
+            for line in (
+                "# TYPE vllm:prompt_tokens_total counter",
+                f"vllm:prompt_tokens_total{label} {float(prompt_tokens)}",
+                f"vllm:generation_tokens_total{label} {float(generation_tokens)}",
+                f"vllm:request_success_total{reason} {float(self.finished)}",
+                f"vllm:num_requests_running{label} {float(running)}",
+                f"vllm:num_requests_waiting{label} {float(waiting)}",
+                *steps,
+                f"process_start_time_seconds {self.started_s}",
+            )
+        )
+
+    def keys(self, headers: dict[str, str]) -> tuple[str, str]:
+        """The key that was given, as it was, and the one that is right."""
+        if self.hosted:
+            return headers.get("api-key", ""), self.api_key
+        return headers.get("authorization", ""), f"Bearer {self.api_key}"
+
+    def refused(self, body: Body) -> tuple[int, str, str] | None:
+        """Status, words and headers of a refusal; null when there is none."""
+        now = time.monotonic()
+        self.first_s = now if self.first_s is None else self.first_s
+        if (left := self.first_s + self.busy_s - now) > 0:
+            return 429, "too many requests", f"Retry-After: {math.ceil(left)}\r\n"
+        unknown = [name for name in ("max_tokens", "ignore_eos", "temperature") if name in body]
+        if self.hosted and unknown:
+            return 400, f"Unsupported parameter: {unknown[0]}", ""
+        return None
+
+    def admit(self, answer: Answer) -> None:
+        """Serve now or queue."""
+        if self.engine is not None:
+            if answer.fault != "hang":
+                self.engine.submit(answer)
+        elif self.slots and self.running >= self.slots:
+            self.queue.append(answer)
+        else:
+            self.running += 1
+            answer.begin()
+
+    def release(self, answer: Answer) -> None:
+        """An answer is over, its slot is free: the next in the queue begins."""
+        if self.engine is not None:
+            self.engine.leave(answer)
+            return
+        self.running -= 1
+        while self.queue:
+            answer = self.queue.popleft()
+            if not answer.connection.closed:
+                self.running += 1
+                answer.begin()
+                return
+
+
+class Answer:
+    """One request being answered: writes its chunks on an absolute schedule."""
+
+    def __init__(self, connection: Connection, body: Body, chat: bool, received_ns: int, *, load: bool) -> None:
+        self.load = load
+        """False for what is asked before a load."""
+        self.connection, self.body, self.chat, self.received_ns = connection, body, chat, received_ns
+        self.truth = connection.truth
+        self.fault = str(body.get("fault") or "")
+        self.stream = bool(body.get("stream"))
+        tokens = int(body.get("max_tokens") or body.get("max_completion_tokens") or 16)
+        self.tokens = max(1, tokens // 2) if self.fault == "short" or self.truth.hosted else tokens
+        self.prompt_tokens = count_prompt(body)
+        self.ordinary = None if self.fault else self.truth.ordinary[chat]
+        self.sent = 0
+        self.chunk_ns: list[int] = []
+        self.came_ns, self.due_ns = received_ns, list[int]()
+        """By the engine, where there is one: from when it counted, and the end of the step that gave each chunk."""
+        self.over = False
+        self.held = b""
+
+    def begin(self) -> None:
+        """Start the clock of this answer."""
+        self.t0 = self.connection.loop.time()
+        if self.fault == "hang":
+            return
+        self.truth.pacer.call_at(self.t0 + self.truth.ttft_s, self)
+
+    def tick(self) -> None:
+        """Write the next chunk, or the end."""
+        if self.connection.closed:
+            self.end()
+            return
+        if self.ordinary is not None and self.stream and 0 < self.sent < self.tokens - 1:
+            self.connection.transport.write(self.ordinary)
+            self.chunk_ns.append(time.monotonic_ns())
+            self.sent += 1
+            self.wait()
+            return
+        if not self.stream:
+            self.whole()
+            return
+        first = self.sent == 0
+        if self.fault in ("empty", "only_done"):
+            self.say_nothing()
+            return
+        step = min(2 if self.fault == "bundle" else 1, self.tokens - self.sent)
+        self.sent += step
+        last = self.sent >= self.tokens
+        label = "application/json" if self.fault == "json_label" else "text/event-stream; charset=utf-8"
+        out = head(200, label, chunked=True) if first else b""
+        if first and self.fault == "no_data":
+            out += http_chunk(b"data:\n\n")
+        if first and self.chat:
+            out += self.event({"delta": {"role": "assistant", "content": ""}, "finish_reason": None})
+        text = f" t{self.truth.pad}" * step
+        reason = 1 if self.fault == "odd_fields" else "length"
+        finish = reason if last and self.fault != "no_finish" else None
+        choice = {"delta": {"content": text}} if self.chat else {"text": text}
+        out += self.event({**choice, "finish_reason": finish})
+        if self.sent >= 2 and self.fault in ("stall", "cut", "error_event", "no_finish"):
+            self.break_off(out)
+            return
+        if last:
+            out += self.closing()
+        if self.fault == "bulk":
+            self.held += out
+            out = self.held if last else b""
+        self.connection.write(out)
+        self.chunk_ns.append(time.monotonic_ns())
+        if last:
+            self.end()
+        else:
+            self.wait()
+
+    def wait(self) -> None:
+        """For the next token: on the fixed schedule, or until the engine gives it."""
+        truth = self.truth
+        if truth.engine is None:
+            truth.pacer.call_at(self.t0 + truth.ttft_s + self.sent * truth.itl_s, self)
+
+    def token(self, given: int, due_ns: int) -> None:
+        """The engine has given this answer so many tokens, the last at ``due_ns``: write what is to be written now."""
+        stalled = self.fault == "stall" and self.sent >= 2
+        if self.over or stalled or given <= self.sent or (not self.stream and given < self.tokens):
+            return
+        self.due_ns.append(due_ns)
+        self.tick()
+
+    def say_nothing(self) -> None:
+        """End without a token, as a gateway does that lost its engine."""
+        choice = {"delta": {"content": ""}} if self.chat else {"text": ""}
+        out = head(200, "text/event-stream; charset=utf-8", chunked=True)
+        out += self.event({**choice, "finish_reason": "stop"}) if self.fault == "empty" else b""
+        self.connection.write(out + http_chunk(b"data: [DONE]" + self.newline * 2) + b"0\r\n\r\n")
+        self.end()
+
+    def break_off(self, out: bytes) -> None:
+        """End in the way the fault asks for."""
+        if self.fault == "error_event":
+            out += self.data({"error": {"message": "engine died", "type": "InternalServerError", "code": 500}})
+        if self.fault in ("error_event", "no_finish"):
+            out += b"0\r\n\r\n"
+        self.connection.write(out)
+        if self.fault == "cut":
+            self.connection.transport.close()
+        if self.fault != "stall":
+            self.end()
+
+    def whole(self) -> None:
+        """The answer to a request that did not ask for a stream: everything after the last token's time."""
+        truth = self.truth
+        if truth.engine is None:
+            due = self.t0 + truth.ttft_s + (self.tokens - 1) * truth.itl_s
+            if due > self.connection.loop.time():
+                truth.pacer.call_at(due, self)
+                return
+        text = " t" * self.tokens
+        choice = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        answer = {"index": 0, **choice, "finish_reason": "length"}
+        self.connection.reply(200, {"model": self.truth.model, "choices": [answer], "usage": self.usage()})
+        self.sent = self.tokens
+        self.end()
+
+    def closing(self) -> bytes:
+        """What follows the last token."""
+        out = b""
+        asked = (self.body.get("stream_options") or {}).get("include_usage")
+        if asked and self.fault != "no_usage":
+            out += self.data({"id": "fake", "model": self.truth.model, "choices": [], "usage": self.usage()})
+            if self.fault == "late_zeros":
+                out += self.data({"id": "fake", "choices": [], "usage": dict.fromkeys(self.usage(), 0)})
+        if self.fault != "no_done":
+            out += http_chunk(b"data: [DONE]" + self.newline * 2)
+        return out + b"0\r\n\r\n"
+
+    def usage(self) -> dict[str, object]:
+        """The server's own token books for this answer."""
+        said = {"double_usage": 2 * self.tokens, "half_usage": self.tokens // 2, "hidden_reasoning": 2 * self.tokens}
+        tokens = said.get(self.fault, self.tokens)
+        total = self.prompt_tokens + tokens
+        counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": tokens, "total_tokens": total}
+        details = {
+            "odd_fields": {"prompt_tokens_details": {"cached_tokens": -1}},
+            "hidden_reasoning": {"completion_tokens_details": {"reasoning_tokens": self.tokens}},
+        }
+        return {**counts, **details.get(self.fault, {})}
+
+    @property
+    def newline(self) -> bytes:
+        """The line end of this answer's events."""
+        return {"crlf": b"\r\n", "cr": b"\r"}.get(self.fault, b"\n")
+
+    def event(self, choice: Mapping[str, object]) -> bytes:
+        """One SSE event with one choice."""
+        return self.data({"id": "fake", "model": self.truth.model, "choices": [{"index": 0, **choice}]})
+
+    def data(self, value: Mapping[str, object]) -> bytes:
+        """One SSE event as an HTTP chunk."""
+        comment = b": ping" + self.newline * 2 if self.fault in ("crlf", "cr") else b""
+        return http_chunk(comment + b"data: " + json.dumps(value).encode() + self.newline * 2)
+
+    def end(self) -> None:
+        """Books, log and the next in the queue."""
+        if self.over:
+            return
+        self.over = True
+        truth = self.truth
+        truth.prompt_tokens += self.prompt_tokens
+        truth.generation_tokens += self.sent
+        truth.finished += self.sent >= self.tokens
+        if truth.log:
+            row = {"load": self.load, "received_ns": self.received_ns, "chunk_ns": self.chunk_ns, "tokens": self.sent}
+            by_engine = {} if truth.engine is None else {"came_ns": self.came_ns, "due_ns": self.due_ns}
+            truth.log.write(json.dumps({**row, "prompt_tokens": self.prompt_tokens, **by_engine}) + "\n")
+        truth.release(self)
+
+
+def count_prompt(body: Body) -> int:
+    """Prompt tokens by this server's own simple rule: ids one each, text by words."""
+    prompt = body.get("prompt")
+    if isinstance(prompt, list):
+        return len(prompt)
+    if isinstance(prompt, str):
+        return len(prompt.split())
+    return sum(len(str(m.get("content", "")).split()) for m in body.get("messages") or [])
+
+
+def head(status: int, content_type: str, *, length: int | None = None, chunked: bool = False, extra: str = "") -> bytes:
+    """A response head."""
+    size = "Transfer-Encoding: chunked\r\n" if chunked else f"Content-Length: {length}\r\n"
+    return f"HTTP/1.1 {status} X\r\nContent-Type: {content_type}\r\n{size}{extra}\r\n".encode()
+
+
+def http_chunk(payload: bytes) -> bytes:
+    """One chunk of a chunked body."""
+    return b"%x\r\n%b\r\n" % (len(payload), payload)
