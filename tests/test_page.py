@@ -246,6 +246,21 @@ def test_an_invalid_run_says_why_and_has_no_price(tmp_path):
     assert "a million tokens cost" not in said
 
 
+def test_what_an_invalid_run_measured_is_folded_and_why_stands_open(tmp_path):
+    rows = [*(good(i) for i in range(50)), *(bad(50 + i, detail="503: full") for i in range(60))]
+    made = page(view(tmp_path / "run", rows)).html
+    closed = re.search(r'<details class="folded" id="figures"><summary>(.*?)</summary>(.*?)</details>', made, re.DOTALL)
+    assert closed, "and not open"
+    assert "prove nothing" in closed[1]
+    assert "Latency, ms" in closed[2] and made.count("<figure") == closed[2].count("<figure") > 0
+    outside = made.replace(closed[0], "")
+    assert outside.index("50 of 110") < outside.index("Failures first") < outside.index("503: full")
+    assert "Throughput over" not in outside and 'class="keys"' not in outside
+    kept = page(view(tmp_path / "valid")).html
+    assert 'class="folded"' not in kept and 'class="keys"' in kept
+    assert 'href="#figures"' in made and 'href="#latency"' not in made
+
+
 def test_a_missed_slo_is_said_first(tmp_path):
     v = view(tmp_path / "run", [good(i) for i in range(400)], spec=replace(SPEC, slo={"ttft": 0.03}))
     assert v.state == "missed"
@@ -358,8 +373,8 @@ def test_several_runs_are_compared_by_price_and_load(tmp_path):
     load = next(c for c in made.charts if c["title"] == "TTFT, p99")
     assert load["x"] == pytest.approx([12.5, 50.0])
     assert load["lines"][0]["y"] == pytest.approx([0.046, 0.096], rel=0.01)
-    spread = next(c for c in made.charts if c["title"].startswith("TTFT: share") and len(c["lines"]) == 3)
-    assert [line["name"] for line in spread["lines"]] == ["busy", "idle", "stopped"]
+    spread = next(c for c in made.charts if c["title"].startswith("TTFT: share") and len(c["lines"]) == 2)
+    assert [line["name"] for line in spread["lines"]] == ["busy", "idle"]
     assert "What differs" in made.text
     assert "no fair comparison" not in made.text
     other = view(tmp_path / "d", fast, label="other", spec=replace(SLO, slo={"ttft": 9.0}))

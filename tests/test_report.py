@@ -53,9 +53,29 @@ def test_verdict_then_price_then_latency(tmp_path):
 def test_an_invalid_run_says_why_first_and_prints_no_price(tmp_path):
     said = text(summary(tmp_path, status="stopped", reason="stopped by the user"))
     assert said.lstrip().startswith("INVALID")
-    assert said.index("stopped by the user") < said.index("Cost")
-    assert "no price" in said
+    assert "no price: the run is INVALID" in said.splitlines()[-2]
     assert "USD/h" not in said
+
+
+@pytest.mark.parametrize("form", ["text", "md"])
+def test_an_invalid_run_is_short_unless_all_is_asked_for(tmp_path, form):
+    """Why, what went wrong and what to do; figures that prove nothing only on request, and always in JSON."""
+    rows = [*(good(i) for i in range(50)), *(bad(50 + i, detail="503: full") for i in range(60))]
+    s = summary(tmp_path, rows)
+    assert s.verdict == "INVALID"
+
+    def said(whole):
+        out = io.StringIO()
+        render_text(s, Console(file=out, width=80, highlight=False), whole)
+        return out.getvalue() if form == "text" else render_markdown(s, whole)
+
+    short, full = said(False), said(True)
+    for words in ("50 of 110", "503: full", "prove nothing", "With -v"):
+        assert words in short
+    assert "tpot" not in short and "Assumptions" not in short and len(short.splitlines()) <= 22
+    assert "tpot" in full and "With -v" not in full
+    assert full.index("503: full") < full.index("tpot")
+    assert json.loads(render_json(s))["metrics"]["tpot"]["p50"]["value"] == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

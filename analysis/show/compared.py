@@ -112,8 +112,9 @@ def _mind(differs: Table | None, but: Sequence[str]) -> str | None:
 
 
 def _distributions(views: Sequence[RunView]) -> list[Chart]:
-    """TTFT and ITL of all runs over each other."""
-    numbered = [(k, v.label, v.charts.below) for k, v in enumerate(views) if v.charts is not None]
+    """TTFT and ITL of all runs over each other, but of those that prove nothing."""
+    known = [(k, v) for k, v in enumerate(views) if v.state != "invalid"]
+    numbered = [(k, v.label, v.charts.below) for k, v in known if v.charts is not None]
     colors = [k for k, _, _ in numbered]
     charts = [
         share_chart(metric.upper(), noun, {label: below[metric] for _, label, below in numbered}, [], colors=colors)
@@ -136,6 +137,12 @@ def _table(views: Sequence[RunView]) -> Table:
     for k, v in by_load:
         s = v.summary
         cost = s.cost
+        figures = (
+            quantity(s.metrics.ttft.p99, in_seconds),
+            quantity(s.metrics.tpot.p95, in_seconds),
+            quantity(s.rates.output_token_throughput, report.figure),
+            quantity(s.slo.attainment, report.percent) if s.slo is not None else Cell("-"),
+        )
         prices = (cost.usd_per_1m_total, cost.split.usd_per_1m_input, cost.split.usd_per_1m_output)
         rows.append(
             [
@@ -143,17 +150,14 @@ def _table(views: Sequence[RunView]) -> Table:
                 Cell(tier_words(s) or "no tier", note=_basis(s)),
                 load_cell(s),
                 *(price_cell(s, price) for price in prices),
-                quantity(s.metrics.ttft.p99, in_seconds),
-                quantity(s.metrics.tpot.p95, in_seconds),
-                quantity(s.rates.output_token_throughput, report.figure),
-                quantity(s.slo.attainment, report.percent) if s.slo is not None else Cell("-"),
+                *(replace(cell, mark="quiet") if v.state == "invalid" else cell for cell in figures),
             ]
         )
     heads = (
         "Run", "Tier", "Load", "All tokens", "Input", "Output", "TTFT p99", "TPOT p95", "Output tok/s", "SLO kept",
     )  # fmt: skip
     evidence = ", ".join(sorted({v.summary.cost.usd_per_1m_total.evidence for v in views}))
-    caption = f"USD per 1M tokens ({evidence}); small print: 95 % intervals; grey price: SLO missed"
+    caption = f"USD per 1M tokens ({evidence}); small print: 95 % intervals; grey: SLO missed or INVALID"
     return Table(caption, heads, rows, right=range(2, 10))
 
 

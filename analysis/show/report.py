@@ -28,19 +28,19 @@ Section = tuple[Sequence[str], list[Sequence[str]]]
 """Column heads, the first of which names the table, and rows."""
 
 
-def render_text(summary: Summary, console: Console) -> None:
-    """Print the report; fits 80 columns."""
+def render_text(summary: Summary, console: Console, whole: bool = False) -> None:
+    """Print the report; fits 80 columns. ``whole``: also the figures of an INVALID run, which prove nothing."""
     colour = {"VALID": "green", "INVALID": "red", "TOO SMALL": "yellow"}[summary.verdict]
     console.print(Text.assemble((f" {summary.verdict} ", f"bold white on {colour}"), "  ",
                                 (headline(summary), "bold")))  # fmt: skip
     for line in opening(summary):
         console.print(Text(line, style="bold yellow" if line == summary.caution else ""))
-    for heads, rows in sections(summary):
+    for heads, rows in sections(summary, whole=whole):
         right = [k for k, head in enumerate(heads) if k and head not in _WORDY]
         for table in text_tables(heads, rows, console.width, right):
             console.print()
             console.print(table)
-    for title, lines in closing(summary):
+    for title, lines in closing(summary, whole=whole):
         console.print()
         console.print(Text(title, style="bold"))
         for line in lines:
@@ -54,15 +54,15 @@ def render_text(summary: Summary, console: Console) -> None:
         console.print(Text(line, style="bold"))
 
 
-def render_markdown(summary: Summary) -> str:
-    """The report as GitHub-flavoured Markdown."""
+def render_markdown(summary: Summary, whole: bool = False) -> str:
+    """The report as GitHub-flavoured Markdown; ``whole`` as in `render_text`."""
     lines = [f"## {summary.verdict}: {_md(headline(summary))}", ""]
     lines += [(f"**{line}**" if line == summary.caution else _md(line)) + "  " for line in opening(summary)]
-    for heads, rows in sections(summary, wide=True):
+    for heads, rows in sections(summary, wide=True, whole=whole):
         lines += ["", _md_row(heads), _md_row([" --- " if head in _WORDY or not k else " ---: "
                                                                 for k, head in enumerate(heads)])]  # fmt: skip
         lines += [_md_row([_md(cell) for cell in row]) for row in rows]
-    for title, notes in closing(summary):
+    for title, notes in closing(summary, whole=whole):
         lines += ["", f"**{title}**", ""] + [f"- {_md(note)}" for note in notes]
     return "\n".join([*lines, "", f"Run directory: {_md(clean(summary.run))}"])
 
@@ -161,15 +161,21 @@ def bottom_lines(summary: Summary) -> tuple[str, str, str]:
     return clean(f"{summary.verdict}{reason}{more}"), clean(paid), clean(kept)
 
 
-def sections(summary: Summary, *, wide: bool = False) -> list[Section]:
-    """Tables: cost, latency, rates, errors. ``wide``: there is room for the intervals of latencies, too."""
-    found: list[Section] = [_cost(summary), _latency(summary, wide), _rates(summary)]
+def sections(summary: Summary, *, wide: bool = False, whole: bool = False) -> list[Section]:
+    """Tables: cost, latency, rates, errors. ``wide``: there is room for the intervals of latencies, too.
+
+    An INVALID run has no cost, and its other figures only where the ``whole`` is asked for.
+    """
+    invalid = summary.verdict == "INVALID"
+    found: list[Section] = [] if invalid else [_cost(summary)]
+    if whole or not invalid:
+        found += [_latency(summary, wide), _rates(summary)]
     if summary.errors:
         rows = [
             (clean(e.error), f"{e.count:,}", clean(e.meaning), clean(e.example or "-", DETAIL_CHARS))
             for e in summary.errors
         ]
-        found.append((("Errors", "count", "meaning", "example"), list(rows)))
+        found.insert(0 if invalid else len(found), (("Errors", "count", "meaning", "example"), list(rows)))
     return found
 
 
@@ -259,8 +265,14 @@ def _rate_row(name: str, q: Quantity, style: object = None) -> Sequence[str]:
     return (name, value(q, style), interval(q, style) if q.value is not None else clean(q.note or "-"), q.unit)
 
 
-def closing(summary: Summary) -> list[tuple[str, list[str]]]:
-    """Price basis, limits and what could not be checked, assumptions."""
+PROVES_NOTHING = "the run is INVALID, so its figures prove nothing"
+
+
+def closing(summary: Summary, *, whole: bool = True) -> list[tuple[str, list[str]]]:
+    """Price basis, limits and what could not be checked, assumptions; of an INVALID run only where the figures are."""
+    if summary.verdict == "INVALID" and not whole:
+        said = f"left out: {PROVES_NOTHING}. With -v they are shown, and --format json has them all."
+        return [("Latency and throughput", [said])]
     cost = summary.cost
     basis = []
     if cost.reason is None:

@@ -31,6 +31,7 @@ class RunView:
     """valid, missed or invalid."""
     verdict: str
     sentence: str
+    proves_nothing: str
     opening: list[str]
     limits: list[str]
     """Names of the limits that narrow the figures; what each says is under Inputs."""
@@ -70,9 +71,10 @@ def view_run(run: Run, summary: Summary, label: str = "") -> RunView:
             "small": "TOO SMALL",
         }[state],
         sentence=_sentence(summary),
+        proves_nothing=report.PROVES_NOTHING,
         opening=report.done(summary),
         limits=[c.name for c in summary.checks if not c.gate and c.ok is False],
-        keys=_keys(summary),
+        keys=[] if state == "invalid" else _keys(summary),
         price=_price(summary),
         basis=_basis(summary),
         kept=kept,

@@ -111,7 +111,7 @@ def _shared(long: bool) -> list[click.Option]:
     shared = [
         flag(["-q", "--quiet"], is_eager=True, callback=loudness, help="Say nothing but the result and errors."),
         flag(["-v", "--verbose"], is_eager=True, callback=loudness, help="Say also where options come from, and show "
-             "the traceback of a failure that is not explained."),
+             "the figures of an INVALID run and the traceback of a failure that is not explained."),
     ]  # fmt: skip
     full = flag(["--help-all"], is_eager=True, callback=help_all, help="Show all options.")
     return [full, *shared] if long else shared

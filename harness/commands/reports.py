@@ -10,6 +10,7 @@ from harness.commands.found import expand, read_summaries, refused_exit
 from harness.commands.output import print_blocks, print_json, print_table, say
 from harness.errors import EXIT_SLO_MISSED, EXIT_VALID
 from harness.run import now_utc
+from harness.verbosity import Verbosity, verbosity
 
 if TYPE_CHECKING:
     from analysis.sizing.at_slo import System
@@ -39,14 +40,15 @@ def report(
     if variant is not None:
         return report_variant(runs[0], variant, format_)
     summary = summarise(read_run(runs[0]), slo=slo, ratio=ratio, attain=attain, min_requests=min_requests)
+    whole = verbosity() is Verbosity.VERBOSE
     if format_ == "json":
         print(render_json(summary))
     elif format_ == "md":
-        print(render_markdown(summary))
+        print(render_markdown(summary, whole))
     else:
         from harness.console import Console
 
-        render_text(summary, Console(highlight=False))
+        render_text(summary, Console(highlight=False), whole)
     return exit_code(summary)
 
 
