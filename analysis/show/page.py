@@ -24,6 +24,7 @@ from analysis.show import report
 from analysis.show.cells import Cell, Table
 from analysis.show.compared import compare_runs
 from analysis.show.decision_text import Block
+from analysis.show.glossary import with_terms
 from analysis.show.plot import Chart
 from analysis.show.view import RunView
 from harness.errors import ResultsError
@@ -51,7 +52,8 @@ def render_page(views: Sequence[RunView], home: str | None = None) -> str:
 def render(template: str, **values: Any) -> str:
     """One of our templates with the page's own style and script."""
     css, js = _style_and_script()
-    return _templates().get_template(template).render(css=Markup(css), js=Markup(js), **values) + "\n"  # noqa: S704 - ours
+    page = _templates().get_template(template).render(css=Markup(css), js=Markup(js), **values)  # noqa: S704 - ours
+    return with_terms(page) + "\n"
 
 
 def write_page(path: Path, views: Sequence[RunView]) -> int:

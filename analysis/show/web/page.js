@@ -290,6 +290,15 @@
     }));
   }
 
+  // ---- terms: a click, a key or a touch opens them by itself -----------------------------------------------------------
+  for (const term of document.querySelectorAll(".term")) {
+    const tip = document.getElementById(term.getAttribute("popovertarget"));
+    if (!tip.showPopover) continue;
+    const mouse = (wanted) => (e) => { if (e.pointerType === "mouse" && tip.matches(":popover-open") !== wanted) tip.togglePopover({ source: term }); };
+    term.addEventListener("pointerenter", mouse(true));
+    term.addEventListener("pointerleave", mouse(false));
+  }
+
   // ---- light, dark, paper -----------------------------------------------------------------------------------------------
   const root = document.documentElement, dark = matchMedia("(prefers-color-scheme: dark)");
   const button = document.getElementById("theme");
