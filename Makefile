@@ -44,6 +44,7 @@ browser: # the report page is tested in a real browser where one can be had; els
 	  || echo "no chromium here: the browser tests of the report page will be skipped"
 
 study: setup ## hold every claim that decides money against known truth, and write the table (hours)
+	$(BIN)/python tests/test_coverage.py
 	$(BIN)/python -m tests.lab
 
 lint: setup ## style and types

@@ -1,8 +1,10 @@
 """95 % intervals cover the truth in 93 to 97 % of runs whose truth is known; where they do not, the list says so.
 
-Truths are exact where the law is known, else from two million requests of the same process. Of 55 latencies a few lie
-outside by the luck of any one draw of 1,000 runs, up to four, so three draws count together: that on which the rules
-were first tuned, and the first two on which the present ones were checked and not tuned. More of them:
+Truths are exact where the law is known, else from two million requests of the same process. Latencies are costly: here
+300 runs of each process are held against what the luck of 300 allows, and all of them together against one point either
+way, which a rule that is a tenth too narrow or too wide misses. `make study` holds 3,000 runs to 93 to 97 % each, in
+three draws that count together, since of 55 latencies up to four lie outside by the luck of one draw: that on which the
+rules were first tuned, and the first two on which the present ones were checked and not tuned. More of them:
 `python tests/test_coverage.py 7 201 202 203 204 205`.
 """
 
@@ -20,6 +22,7 @@ from analysis.money.price import usd_per_1m
 from analysis.repeats import over_repeats
 
 RUNS = 1000
+FEW = 300
 DRAWS = (7, 201, 202)
 FIGURES = {"mean": None, "p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 
@@ -80,18 +83,18 @@ def truths(process):
 
 
 @functools.cache
-def covered(process, draws=DRAWS):
+def covered(process, draws=DRAWS, runs=RUNS):
     """The mean over draws of `covered_in`."""
-    each = [covered_in(process, draw) for draw in draws]
+    each = [covered_in(process, draw, runs) for draw in draws]
     return {name: float(np.mean([found[name] for found in each])) for name in FIGURES}
 
 
-def covered_in(process, draw):
+def covered_in(process, draw, runs):
     """Figure -> share of the intervals given that hold the truth; an end that is not known excludes nothing.
 
     A percentile that is refused is no interval; one that is refused in most runs covers nothing: nan.
     """
-    data, truth = PROCESSES[process](np.random.default_rng(draw), RUNS), truths(process)
+    data, truth = PROCESSES[process](np.random.default_rng(draw), runs), truths(process)
     owners = np.arange(data.shape[1])
     given: dict[str, list[bool]] = {name: [] for name in FIGURES}
     for row in data:
@@ -100,23 +103,28 @@ def covered_in(process, draw):
             q = getattr(found, name)
             if q.value is not None:
                 given[name].append(holds(q, truth[name]))
-    return {name: float(np.mean(held)) if len(held) > RUNS / 2 else math.nan for name, held in given.items()}
+    return {name: float(np.mean(held)) if len(held) > runs / 2 else math.nan for name, held in given.items()}
 
 
 def holds(q: Quantity, truth: float) -> bool:
     return (q.low is None or q.low <= truth) and (q.high is None or truth <= q.high)
 
 
+def in_band(found, runs):
+    """93 to 97 %, and three standard errors of that many runs either way."""
+    low, high = (end + sign * 3 * math.sqrt(end * (1 - end) / runs) for end, sign in ((0.93, -1), (0.97, 1)))
+    return low <= found <= high
+
+
 @pytest.mark.parametrize("name", FIGURES)
 @pytest.mark.parametrize("process", PROCESSES)
 def test_latencies(process, name):
-    found, known = covered(process)[name], OUTSIDE.get((process, name))
-    assert not math.isnan(found)
-    if known is None:
-        assert 0.93 <= found <= 0.97
-    else:  # said openly, and held: not worse, and taken off the list when it is mended
-        assert found == pytest.approx(known, abs=0.006)
-        assert not 0.93 <= found <= 0.97
+    assert in_band(covered(process, DRAWS[:1], FEW)[name], FEW)
+
+
+def test_latencies_together():
+    each = [found for process in PROCESSES for found in covered(process, DRAWS[:1], FEW).values()]
+    assert 0.946 <= np.mean(each) <= 0.966
 
 
 def bins(rng, spread, phi):
@@ -228,7 +236,20 @@ def test_repeats(runs):
     assert alone / RUNS < 0.5
 
 
-if __name__ == "__main__":
+def study(draws):
+    """Print what each process covers in ``draws``; the figures that are not as said."""
+    amiss = []
     for process in PROCESSES:
-        found = covered(process, tuple(int(draw) for draw in sys.argv[1:]) or DRAWS)
-        print(f"{process:30}", *(f"{name} {100 * share:5.1f}" for name, share in found.items()), sep="  ", flush=True)
+        found = covered(process, draws)
+        print(f"{process:30}", *(f"{name} {100 * held:5.1f}" for name, held in found.items()), sep="  ", flush=True)
+        for name, held in found.items():
+            known = OUTSIDE.get((process, name))
+            # What is outside is said openly, and held: not worse, and taken off the list when it is mended.
+            as_said = abs(held - known) <= 0.006 and not 0.93 <= held <= 0.97 if known else 0.93 <= held <= 0.97
+            amiss += [] if as_said else [f"{process}, {name}: {held:.1%}"]
+    return amiss
+
+
+if __name__ == "__main__":
+    if amiss := study(tuple(int(draw) for draw in sys.argv[1:]) or DRAWS):
+        sys.exit("not as said: " + "; ".join(amiss))
