@@ -1,7 +1,7 @@
-"""Load scenarios: the streaming client, the pace at which a plan is sent, and the Locust users that send it.
+"""Load scenarios: a plan goes in, requests go out on its schedule, and a result row for each comes out.
 
-The hot path is `client` (bytes and stamps) and `load` (what goes out when); `response` and `completion` turn the bytes
-into facts afterwards. Nothing outside this folder imports Locust or gevent.
+`replay` (open loop) and `saturate` (closed loop) are what Locust runs; `worker` runs one of them as a process of its
+own. `client` sends the requests and times the answers. Nothing outside this folder imports Locust or gevent.
 """
 
 import os

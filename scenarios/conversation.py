@@ -16,13 +16,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from harness.results import Result
-from scenarios.completion import Answer
+from scenarios.client.completion import Answer
 from scenarios.payload import Draft
 
 if TYPE_CHECKING:
-    from scenarios.client import Client
+    from scenarios.client.client import Client
+    from scenarios.client.in_flight import Stream
     from scenarios.schedule import Planned
-    from scenarios.stream import Stream
 
 NO_HISTORY = "no_history"
 """Class of the row of a turn that was not sent because an earlier one failed."""

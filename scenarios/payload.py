@@ -15,8 +15,8 @@ import msgspec
 from harness.errors import UsageError
 from harness.plan import Request
 from harness.run import NO_TEMPERATURE, OutputLengths
-from scenarios.completion import Answer
-from scenarios.target import ENDPOINTS
+from scenarios.client.completion import Answer
+from scenarios.client.endpoint import ENDPOINTS
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import gevent
 
-from scenarios.alarm import Alarm
+from scenarios.client.timers import Alarm
+from scenarios.locust_user import PlanUser, run_as_locustfile
 from scenarios.schedule import BURST, Load
-from scenarios.user import PlanUser, run_as_locustfile
 
 
 class Replay(PlanUser):

@@ -6,8 +6,8 @@ from functools import partial
 
 from harness.answers import SAMPLE, Said
 from harness.results import Result
-from scenarios.completion import Answer
-from scenarios.told import Answered
+from scenarios.client.capture import Answered
+from scenarios.client.completion import Answer
 
 
 class Sampler:

@@ -11,9 +11,9 @@ import heapq
 import gevent
 
 from harness.results import Result
-from scenarios.alarm import Alarm
+from scenarios.client.timers import Alarm
+from scenarios.locust_user import PlanUser, run_as_locustfile
 from scenarios.schedule import BURST, Load
-from scenarios.user import PlanUser, run_as_locustfile
 
 
 class Saturate(PlanUser):

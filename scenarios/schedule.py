@@ -18,8 +18,8 @@ from gevent.event import Event
 
 from harness.errors import HarnessError, PlanError
 from harness.results import Result
-from scenarios.alarm import Alarm
-from scenarios.client import Client
+from scenarios.client.client import Client
+from scenarios.client.timers import Alarm
 from scenarios.conversation import NO_HISTORY, Conversations
 from scenarios.payload import Draft
 

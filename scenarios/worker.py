@@ -1,8 +1,8 @@
 """The load worker process: ``python -m scenarios.worker SPEC.json``.
 
-SPEC.json is a `scenarios.orders.WorkerSpec`; the API key comes from the environment variable HARNESS_API_KEY only. JSON
-lines on stdout, words on stderr. The worker prepares the first requests of its slice of the plan (`scenarios.window`),
-opens connections, then says::
+SPEC.json is a `scenarios.worker_protocol.WorkerSpec`; the API key comes from the environment variable HARNESS_API_KEY
+only. JSON lines on stdout, words on stderr. The worker prepares the first requests of its slice of the plan
+(`scenarios.plan_reader`), opens connections, then says::
 
     {"event": "ready", "requests": 120, "fd_limit": 65536, "host": "node-7"}
 
@@ -55,17 +55,17 @@ from harness.headers import from_environment
 from harness.observations import SCHEMA, Observation, ObservationWriter
 from harness.results import FLUSH_S, Result, ResultWriter
 from harness.startup import forgo_pandas
-from scenarios.alarm import Alarm
-from scenarios.client import Client, raise_fd_limit
-from scenarios.observe import Observer
-from scenarios.orders import Commands, WorkerSpec, read_spec, say, start_ns
+from scenarios.client.client import Client, raise_fd_limit
+from scenarios.client.timers import Alarm
+from scenarios.locust_user import API_KEY
+from scenarios.observer import Observer
 from scenarios.payload import Lengths
+from scenarios.plan_reader import Window
 from scenarios.replay import Replay
 from scenarios.sampling import Sampler
 from scenarios.saturate import Saturate
 from scenarios.schedule import Load, slot_starts
-from scenarios.user import API_KEY
-from scenarios.window import Window
+from scenarios.worker_protocol import Commands, WorkerSpec, read_spec, say, start_ns
 
 _OPEN_LOOP_CONNECTIONS = 64  # opened ahead when no cap says how many there can be
 _PROGRESS_S = 0.5

@@ -17,7 +17,7 @@ from harness.headers import check_key_header
 from harness.plan import Request
 from harness.retry_after import retry_after_s
 from harness.warmup import Way
-from scenarios.client import Client
+from scenarios.client.client import Client
 from scenarios.payload import Lengths, prepare
 
 

@@ -20,10 +20,10 @@ from harness.errors import ServerError, UsageError
 from harness.headers import parse_headers
 from harness.plan import Request
 from harness.results import ERRORS, Result
-from scenarios.client import Client
-from scenarios.connection import Connection
+from scenarios.client.client import Client
+from scenarios.client.connection import Connection
+from scenarios.client.in_flight import Stream
 from scenarios.payload import prepare
-from scenarios.stream import Stream
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -267,7 +267,7 @@ def test_a_connection_closed_while_idle_is_not_used_again(serve, run):
 
 
 def test_a_long_idle_connection_is_not_trusted(serve, run, monkeypatch):
-    monkeypatch.setattr("scenarios.target.IDLE_LIMIT_S", 0.05)
+    monkeypatch.setattr("scenarios.client.endpoint.IDLE_LIMIT_S", 0.05)
     server = serve(repeat(answer()))
     sender = run(server.url)
     sender.one()
@@ -309,7 +309,7 @@ def test_a_connection_closed_as_it_is_used_costs_no_request(serve, run):
 @pytest.mark.parametrize("what", ["a byte came", "it came late", "it was opened for it"])
 def test_nothing_else_is_sent_twice_unasked(serve, run, monkeypatch, what):
     if what == "it came late":
-        monkeypatch.setattr("scenarios.client.CLOSED_NS", 0)
+        monkeypatch.setattr("scenarios.client.client.CLOSED_NS", 0)
     sender = run(serve(closing(9, b"H" if what == "a byte came" else b"")).url)
     if what == "it was opened for it":
         sender = run(serve(lambda connection, nth: connection.recv(1)).url)
@@ -379,7 +379,7 @@ def test_the_second_address_of_a_host_is_tried(serve, run, monkeypatch):
     port = dead.getsockname()[1]
     dead.close()
     found = [(socket.AF_INET, 1, 6, "", ("127.0.0.1", port)), (socket.AF_INET, 1, 6, "", ("127.0.0.1", server.port))]
-    monkeypatch.setattr("scenarios.target._getaddrinfo", lambda *_: found)
+    monkeypatch.setattr("scenarios.client.endpoint._getaddrinfo", lambda *_: found)
     assert run("http://two.example/v1").one().error is None
 
 
@@ -454,7 +454,7 @@ def test_no_descriptors_left(serve, run, monkeypatch):
         raise OSError(errno.EMFILE, "")
 
     sender = run(serve(repeat(answer())).url)
-    monkeypatch.setattr("scenarios.connection._socket", none_left)
+    monkeypatch.setattr("scenarios.client.connection._socket", none_left)
     assert "open files" in sender.client.open_connections(2)
     row = sender.one()
     assert (row.error, "open files" in row.detail) == ("connect", True)
@@ -816,7 +816,7 @@ def test_no_retries_unless_asked_for(serve, run):
 
 
 def test_retries_are_counted_and_take_time(serve, run, monkeypatch):
-    monkeypatch.setattr("scenarios.client.RETRY_S", 0.1)
+    monkeypatch.setattr("scenarios.client.client.RETRY_S", 0.1)
     calls = []
 
     def talk(connection, nth):
@@ -836,7 +836,7 @@ def test_retries_are_counted_and_take_time(serve, run, monkeypatch):
 
 
 def test_retries_come_to_an_end_and_only_for_what_may_pass(serve, run, monkeypatch):
-    monkeypatch.setattr("scenarios.client.RETRY_S", 0.01)
+    monkeypatch.setattr("scenarios.client.client.RETRY_S", 0.01)
     chunked = b"HTTP/1.1 429 X\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbusy\r\n0\r\n\r\n"
     for data, error, retries in (
         (chunked, "overloaded", 2), (b"HTTP/1.1 500 X\r\nContent-Length: 0\r\n\r\n", "server", 0),
@@ -852,14 +852,14 @@ def test_retries_come_to_an_end_and_only_for_what_may_pass(serve, run, monkeypat
 
 
 def test_a_retry_may_go_to_another_server(serve, run, monkeypatch):
-    monkeypatch.setattr("scenarios.client.RETRY_S", 0.01)
+    monkeypatch.setattr("scenarios.client.client.RETRY_S", 0.01)
     row = run(serve(repeat(BUSY)).url, serve(repeat(answer())).url, retries=1).one()
     assert (row.error, row.retries, row.replica) == (None, 1, 1)
 
 
 def test_what_waits_for_its_retry_can_be_stopped_cancelled_and_timed_out(serve, run, monkeypatch):
-    monkeypatch.setattr("scenarios.client.RETRY_S", 60.0)
-    monkeypatch.setattr("scenarios.client.RETRY_MOST_S", 60.0)
+    monkeypatch.setattr("scenarios.client.client.RETRY_S", 60.0)
+    monkeypatch.setattr("scenarios.client.client.RETRY_MOST_S", 60.0)
     url = serve(repeat(BUSY)).url
     sender = run(url, retries=1)
     sender.send()
@@ -944,7 +944,7 @@ def open_files():
 
 def test_requests_leave_no_garbage_and_no_descriptors(serve, run, monkeypatch):
     """The collector is off during a run: nothing a request leaves behind may need it."""
-    monkeypatch.setattr("scenarios.client.RETRY_S", 0.01)
+    monkeypatch.setattr("scenarios.client.client.RETRY_S", 0.01)
     closing = HEAD.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") + answer()[len(HEAD) :]
     sender = run(serve(once(closing)).url, serve(once(BUSY)).url, retries=1, balance="round-robin")
     sender.one()

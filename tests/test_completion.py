@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scenarios.completion import Answer, Completion
-from scenarios.facts import facts_of
+from scenarios.client.completion import Answer, Completion
+from scenarios.client.outcome import facts_of
 
 
 def completion(*events: dict[str, Any], told: bool = False) -> Completion:

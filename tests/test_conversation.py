@@ -27,11 +27,11 @@ from harness.plan import iter_requests, plan_sha256, read_plan_info
 from harness.records import TraceRecord
 from harness.results import Result, read_results
 from harness.run import RunDir, read_manifest
-from scenarios.completion import Answer
+from scenarios.client.capture import ToldResponse
+from scenarios.client.completion import Answer
 from scenarios.conversation import Conversations
 from scenarios.payload import draft, prepare
-from scenarios.told import ToldResponse
-from scenarios.window import Window
+from scenarios.plan_reader import Window
 
 S = 1_000_000_000
 FORMS = ("messages", "text", "ids")

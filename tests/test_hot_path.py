@@ -19,8 +19,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scenarios import reading
-from scenarios.plain import fit
+from scenarios.client import reader as reading
+from scenarios.client.fast_path import fit
 
 PYTHON: Any = SimpleNamespace(
     Reader=reading.PythonReader, Kept=reading.PythonKept, Pattern=reading.PythonPattern, COMPILED=False

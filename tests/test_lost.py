@@ -18,7 +18,7 @@ from run_files import good
 
 from cluster.process import registry
 from harness.results import FLUSH_S, ResultWriter, read_results
-from scenarios import client
+from scenarios.client import client
 
 
 def test_a_full_disk_leaves_the_file_whole_and_loses_nothing_when_there_is_room_again(

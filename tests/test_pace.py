@@ -12,9 +12,9 @@ import gevent
 import pytest
 
 from harness.run import BATCH_READS_FROM
-from scenarios import pace
-from scenarios.pace import MAX_INTERVAL_NS, ReadPacer
-from scenarios.reading import Reader
+from scenarios.client import pacing as pace
+from scenarios.client.pacing import MAX_INTERVAL_NS, ReadPacer
+from scenarios.client.reader import Reader
 
 MS = 1_000_000
 
@@ -176,7 +176,7 @@ def test_bytes_are_read_at_once_or_when_it_is_time() -> None:
 
 
 def test_where_there_is_no_timerfd_it_reads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scenarios.alarm._libc", object())
+    monkeypatch.setattr("scenarios.client.timers._libc", object())
     rig = Rig(monkeypatch)
     rig.streams = 1000
     rig.rounds(100, MS)

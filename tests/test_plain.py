@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from test_response import CHUNKED, DONE, END, chunk, delta, listed, text, usage
 
 from harness.results import Result
-from scenarios import reading
-from scenarios.completion import Answer
-from scenarios.connection import Connection
-from scenarios.facts import Facts
-from scenarios.plain import Shape, Template, fit
-from scenarios.response import Response
-from scenarios.stream import Stream
+from scenarios.client import reader as reading
+from scenarios.client.completion import Answer
+from scenarios.client.connection import Connection
+from scenarios.client.fast_path import Shape, Template, fit
+from scenarios.client.http1 import Response
+from scenarios.client.in_flight import Stream
+from scenarios.client.outcome import Facts
 
 PYTHON: Any = SimpleNamespace(
     Reader=reading.PythonReader, Kept=reading.PythonKept, Pattern=reading.PythonPattern, COMPILED=False
@@ -279,9 +279,9 @@ class Wire:
         here, there = socket.socketpair()
         connection = Connection(owner, self.target)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("scenarios.connection.COMPILED", self.path.COMPILED)
-            patch.setattr("scenarios.stream.Kept", self.path.Kept)
-            patch.setattr("scenarios.plain.Pattern", self.path.Pattern)
+            patch.setattr("scenarios.client.connection.COMPILED", self.path.COMPILED)
+            patch.setattr("scenarios.client.in_flight.Kept", self.path.Kept)
+            patch.setattr("scenarios.client.fast_path.Pattern", self.path.Pattern)
             feed = Stream.feed
 
             def handed_on(stream: Stream, data: bytes, stamp: int) -> None:

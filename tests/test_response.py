@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.results import ERRORS
-from scenarios.completion import clean
-from scenarios.facts import Facts
-from scenarios.response import EVENT_LIMIT, Response
+from scenarios.client.completion import clean
+from scenarios.client.http1 import EVENT_LIMIT, Response
+from scenarios.client.outcome import Facts
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"

@@ -161,7 +161,7 @@ def test_what_several_workers_heard_is_put_together() -> None:
 
 
 def test_the_client_knows_how_long_a_server_has_sent_nothing(monkeypatch) -> None:
-    monkeypatch.setattr("scenarios.client._QUIET_NS", 50_000_000)
+    monkeypatch.setattr("scenarios.client.client._QUIET_NS", 50_000_000)
     go_on = threading.Event()
 
     def talk(connection, nth):

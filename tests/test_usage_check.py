@@ -20,7 +20,7 @@ from analysis.summary import summarise
 from harness.answers import Said, count_answers, count_prompts, take_said, write_said
 from harness.run import RunDir, read_manifest, write_manifest
 from harness.tokenizer import FastTokenizer
-from scenarios.completion import Answer
+from scenarios.client.completion import Answer
 from scenarios.sampling import Sampler
 
 WORDS = ["load", " of", " the", " server", ",", " answers", ".", "\n", " 7", " un", "known", " It", "'s"]

@@ -18,8 +18,8 @@ from test_worker import Worker, classes, run_patched, write_plan
 from harness.errors import PlanError
 from harness.observations import SCHEMA, read_observations
 from scenarios import schedule as schedules
+from scenarios.plan_reader import Window
 from scenarios.schedule import Planned, Schedule
-from scenarios.window import Window
 
 SMALL = schedules._Ahead(ns=200_000_000, requests=5, bytes=10**6, least_ns=10_000_000, least=2, most_bytes=2 * 10**6)
 

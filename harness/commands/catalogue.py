@@ -21,7 +21,7 @@ from harness.run import Tier
 def hot_path() -> str:
     """How load workers of this installation read: "compiled", or "python" where that could not be built."""
     try:
-        import scenarios._reading  # type: ignore  # noqa: F401
+        import scenarios.client._reader  # type: ignore  # noqa: F401
     except ImportError:
         return "python"
     return "python" if os.environ.get("HARNESS_INTERPRETED") else "compiled"

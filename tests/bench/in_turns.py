@@ -20,14 +20,14 @@ from peers import RIVALS, Harness
 
 
 def client_of(name: str) -> Client:
-    """A rival by its name; else a checkout, which must have its own ``scenarios/_reading*.so`` to run compiled."""
+    """A rival by its name; else a checkout, which must have its own ``_reader*.so`` to run compiled."""
     for rival in RIVALS:
         if rival.name == name:
             return rival
     tree = Path(name).resolve()
     if not (tree / "scenarios/worker.py").is_file():
         raise SystemExit(f"{name}: neither a rival ({', '.join(r.name for r in RIVALS)}) nor a checkout")
-    if not any(tree.glob("scenarios/_reading*.so")):
+    if not any(tree.glob("scenarios/**/_rea*.so")):
         print(f"{name}: not compiled: the client in Python is measured", file=sys.stderr)
     return Harness(tree=tree)
 

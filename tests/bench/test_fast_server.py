@@ -10,7 +10,7 @@ import psutil
 import pytest
 from measure import Cores, FastServer, fast_server
 
-from scenarios.response import Response
+from scenarios.client.http1 import Response
 
 ANYWHERE = Cores(frozenset(os.sched_getaffinity(0)), frozenset(os.sched_getaffinity(0)))
 

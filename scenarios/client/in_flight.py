@@ -8,15 +8,15 @@ from time import monotonic_ns
 from typing import TYPE_CHECKING, Any
 
 from harness.results import Result
-from scenarios.completion import Secret, clean
-from scenarios.plain import Shape
-from scenarios.reading import Kept
-from scenarios.response import Response
-from scenarios.told import Answered, ToldResponse
+from scenarios.client.capture import Answered, ToldResponse
+from scenarios.client.completion import Secret, clean
+from scenarios.client.fast_path import Shape
+from scenarios.client.http1 import Response
+from scenarios.client.reader import Kept
 
 if TYPE_CHECKING:
-    from scenarios.connection import Connection
-    from scenarios.target import Target
+    from scenarios.client.connection import Connection
+    from scenarios.client.endpoint import Target
 
 _SEEN_LIMIT = 65536
 # An answer is too long beyond this. Gateways stream single characters, and with log-probabilities a token is kilobytes.

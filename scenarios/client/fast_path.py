@@ -19,9 +19,9 @@ from itertools import islice
 
 import msgspec
 
-from scenarios.completion import Answer, Completion
-from scenarios.head import MEANS, is_usual
-from scenarios.reading import Pattern
+from scenarios.client.completion import Answer, Completion
+from scenarios.client.head import MEANS, is_usual
+from scenarios.client.reader import Pattern
 
 _TEXT = re.compile(rb'"(?:content|text|reasoning|reasoning_content)" ?: ?"')
 # What no fact is read from, so that any other value of the same length means the same: strings of letters and digits,

@@ -15,10 +15,10 @@ from array import array
 from collections.abc import Callable
 from itertools import accumulate
 
-from scenarios.completion import BOM, Completion, Secret
-from scenarios.facts import Facts, facts_of
-from scenarios.head import read_head
-from scenarios.plain import Template, fit
+from scenarios.client.completion import BOM, Completion, Secret
+from scenarios.client.fast_path import Template, fit
+from scenarios.client.head import read_head
+from scenarios.client.outcome import Facts, facts_of
 
 HEADER_LIMIT = 64 * 1024
 EVENT_LIMIT = 16 * 2**20

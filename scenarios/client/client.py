@@ -1,9 +1,9 @@
 """The streaming client: sends prepared requests and turns each answer into a result row.
 
-Bytes are prepared before they are due (`scenarios.window`), connections are opened before the clock starts
+Bytes are prepared before they are due (`scenarios.plan_reader`), connections are opened before the clock starts
 (`Client.open_connections`), and while answers stream in nothing is parsed: reads are stamped and kept
-(`scenarios.reading`), and parsed when the event loop has nothing else to do. One sweep serves all timeouts. Nothing is
-sent twice unless that was asked for, and then the row counts it.
+(`scenarios.client.reader`), and parsed when the event loop has nothing else to do. One sweep serves all timeouts.
+Nothing is sent twice unless that was asked for, and then the row counts it.
 
 Not followed on purpose: redirects and proxy settings of the environment. A load test must know where its load goes.
 """
@@ -23,15 +23,15 @@ from harness.headers import check_headers
 from harness.results import Result
 from harness.retry_after import retry_after_s
 from harness.run import BATCH_READS_FROM
-from scenarios.completion import clean
-from scenarios.connection import Connection
-from scenarios.later import Later, parse
-from scenarios.pace import ReadPacer
-from scenarios.reading import Kept, Reader
+from scenarios.client.capture import Answered
+from scenarios.client.completion import clean
+from scenarios.client.connection import Connection
+from scenarios.client.endpoint import ENDPOINTS, Target, tls_context
+from scenarios.client.in_flight import Stream
+from scenarios.client.pacing import ReadPacer
+from scenarios.client.parse_queue import Later, parse
+from scenarios.client.reader import Kept, Reader
 from scenarios.sampling import Sampler
-from scenarios.stream import Stream
-from scenarios.target import ENDPOINTS, Target, tls_context
-from scenarios.told import Answered
 
 BALANCES = ("least", "round-robin", "session")
 """How a request finds its server: see `Client`."""
@@ -70,7 +70,7 @@ class Client:
     often a request is sent again when no connection came about or the answer was 429 or 503, after a growing pause (and
     not before the server's Retry-After). Besides, one that met a kept connection as it was closed is sent once more.
     Without ``stream`` an answer is silent until it is done, so ``stall_s`` does not apply, and it has no chunk times.
-    ``sampler`` keeps some of the answers. ``batch_reads_from``: see `scenarios.pace`.
+    ``sampler`` keeps some of the answers. ``batch_reads_from``: see `scenarios.client.pacing`.
 
     ``record`` gets every row, once, complete (from the event loop, some time after the request ended). Use it from one
     thread. Times in rows count from ``start_mono_ns``, a `time.monotonic_ns` value.

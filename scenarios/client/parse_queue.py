@@ -8,8 +8,8 @@ from time import monotonic_ns
 from typing import Any
 
 from harness.results import Result
-from scenarios.stream import Stream
-from scenarios.told import ToldResponse
+from scenarios.client.capture import ToldResponse
+from scenarios.client.in_flight import Stream
 
 # Answers wait until there are so many, or until the next sweep: each by itself would find cold caches. Beyond the
 # backlog one is parsed on the spot for each that ends.

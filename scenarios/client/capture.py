@@ -12,9 +12,9 @@ from collections.abc import Callable
 import msgspec
 
 from harness.results import Result
-from scenarios.completion import Answer, Secret
-from scenarios.plain import Template
-from scenarios.response import Response
+from scenarios.client.completion import Answer, Secret
+from scenarios.client.fast_path import Template
+from scenarios.client.http1 import Response
 
 Answered = Callable[[Result, Answer], None]
 """Gets the row of a request that ended, and what was said until then."""

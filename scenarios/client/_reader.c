@@ -1,4 +1,4 @@
-/* The hot path of the load generator, compiled: what `scenarios/reading.py` says in Python, said in C.
+/* The hot path of the load generator, compiled: what `scenarios/client/reader.py` says in Python, said in C.
 
    Both have the same two types and the same behaviour, which tests/test_hot_path.py compares byte by byte; the Python
    one is the one to read first. This one exists because a token costs the interpreter more than it costs the kernel.
@@ -177,7 +177,7 @@ static PyType_Slot pattern_slots[] = {
     {0},
 };
 
-static PyType_Spec pattern_spec = {"scenarios._reading.Pattern", sizeof(Pattern), 0, Py_TPFLAGS_DEFAULT, pattern_slots};
+static PyType_Spec pattern_spec = {"scenarios.client._reader.Pattern", sizeof(Pattern), 0, Py_TPFLAGS_DEFAULT, pattern_slots};
 
 /* -- Kept ---------------------------------------------------------------------------------------------------------- */
 
@@ -339,7 +339,7 @@ static PyType_Slot kept_slots[] = {
     {0},
 };
 
-static PyType_Spec kept_spec = {"scenarios._reading.Kept", sizeof(Kept), 0, Py_TPFLAGS_DEFAULT, kept_slots};
+static PyType_Spec kept_spec = {"scenarios.client._reader.Kept", sizeof(Kept), 0, Py_TPFLAGS_DEFAULT, kept_slots};
 
 /* -- Reader -------------------------------------------------------------------------------------------------------- */
 
@@ -763,7 +763,7 @@ static PyType_Slot reader_slots[] = {
     {0},
 };
 
-static PyType_Spec reader_spec = {"scenarios._reading.Reader", sizeof(Reader), 0, Py_TPFLAGS_DEFAULT, reader_slots};
+static PyType_Spec reader_spec = {"scenarios.client._reader.Reader", sizeof(Reader), 0, Py_TPFLAGS_DEFAULT, reader_slots};
 
 /* -- the module ---------------------------------------------------------------------------------------------------- */
 
@@ -796,8 +796,8 @@ static void module_free(void *module) { module_clear(module); }
 static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {0}};
 
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "_reading", "The hot path, compiled (see scenarios/reading.py).", sizeof(State),
+    PyModuleDef_HEAD_INIT, "_reader", "The hot path, compiled (see scenarios/client/reader.py).", sizeof(State),
     NULL, module_slots, NULL, module_clear, module_free,
 };
 
-PyMODINIT_FUNC PyInit__reading(void) { return PyModuleDef_Init(&definition); }
+PyMODINIT_FUNC PyInit__reader(void) { return PyModuleDef_Init(&definition); }

@@ -22,8 +22,8 @@ from typing import Any
 import gevent
 
 from harness.run import BATCH_READS_FROM
-from scenarios.alarm import Ticker
-from scenarios.reading import Reader
+from scenarios.client.reader import Reader
+from scenarios.client.timers import Ticker
 
 MAX_INTERVAL_NS, _MIN_INTERVAL_NS = 2_500_000, 500_000
 _READS_PER_TOKEN = 4

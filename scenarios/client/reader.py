@@ -1,8 +1,8 @@
-"""Receives bytes and stamps each read: the hot path, compiled in `_reading.c` where that could be built.
+"""Receives bytes and stamps each read: the hot path, compiled in `_reader.c` where that could be built.
 
 `Reader` polls all descriptors with one epoll. The compiled one recognises what the answers of a server have in common
-(`Pattern`, learned by `scenarios.plain`) and stores chunks in `Kept` without calling into Python until the answer
-ends; anything unexpected is passed on, and parsed by the full parser. The Python fallback passes everything on.
+(`Pattern`, learned by `scenarios.client.fast_path`) and stores chunks in `Kept` without calling into Python until the
+answer ends; anything unexpected is passed on, and parsed by the full parser. The Python fallback passes everything on.
 
 A stamp is the kernel's: when the packet arrived, however late it was read. Only events that arrived between two reads
 of the same descriptor share one, that of the last.
@@ -209,8 +209,8 @@ Kept = PythonKept
 Reader = PythonReader
 if not TYPE_CHECKING and not os.environ.get("HARNESS_INTERPRETED"):
     try:
-        from scenarios import _reading
+        from scenarios.client import _reader
     except ImportError:
         pass  # there was no C compiler when this was installed
     else:
-        COMPILED, Pattern, Kept, Reader = True, _reading.Pattern, _reading.Kept, _reading.Reader
+        COMPILED, Pattern, Kept, Reader = True, _reader.Pattern, _reader.Kept, _reader.Reader

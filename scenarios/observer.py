@@ -20,8 +20,8 @@ from time import monotonic_ns
 import psutil
 
 from harness.observations import Observation
-from scenarios.alarm import Ticker
-from scenarios.client import Client
+from scenarios.client.client import Client
+from scenarios.client.timers import Ticker
 from scenarios.schedule import Load
 
 TICK_NS = 10_000_000

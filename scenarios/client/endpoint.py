@@ -15,8 +15,8 @@ from harness.headers import check_key_header
 from harness.question import PORTS, split_url
 
 if TYPE_CHECKING:
-    from scenarios.connection import Connection
-    from scenarios.plain import Shape
+    from scenarios.client.connection import Connection
+    from scenarios.client.fast_path import Shape
 
 _getaddrinfo: Any = gevent.monkey.get_original("socket", "getaddrinfo")
 _SSLContext: Any = gevent.monkey.get_original("ssl", "SSLContext")

@@ -250,7 +250,7 @@ class Completion:
         )
 
     def take_plain(self, stamps: array[int]) -> None:
-        """Take events that are known to be plain (`scenarios.plain`)."""
+        """Take events that are known to be plain (`scenarios.client.fast_path`)."""
         self._stamps.extend(stamps)
         self._certain += bytes([_CERTAIN]) * len(stamps)
         self._tokens.extend(array("i", [_UNSAID]) * len(stamps))

@@ -6,7 +6,7 @@ from array import array
 from dataclasses import dataclass
 from typing import Literal
 
-from scenarios.completion import Completion, CompletionDetails, PromptDetails, Secret, Usage, clean, message_in
+from scenarios.client.completion import Completion, CompletionDetails, PromptDetails, Secret, Usage, clean, message_in
 
 
 @dataclass(frozen=True, slots=True)

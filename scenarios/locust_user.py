@@ -19,11 +19,11 @@ from locust.runners import LocalRunner
 
 from harness.errors import EXIT_FAILURE, EXIT_USAGE, HarnessError, UsageError
 from harness.results import Result, ResultWriter
-from scenarios.alarm import Alarm
-from scenarios.client import Client, raise_fd_limit
+from scenarios.client.client import Client, raise_fd_limit
+from scenarios.client.endpoint import ENDPOINTS
+from scenarios.client.timers import Alarm
+from scenarios.plan_reader import Window
 from scenarios.schedule import Load
-from scenarios.target import ENDPOINTS
-from scenarios.window import Window
 
 API_KEY = "HARNESS_API_KEY"
 """Environment variable with the API key; there is no other way to give it, so that it is in no file and no argument."""

@@ -1,7 +1,7 @@
 """One keep-alive connection on gevent's event loop: connect, TLS, write, and what follows from the bytes it reads.
 
 No greenlet belongs to a connection and none is switched to per read. Connections without TLS are read by
-`scenarios.reading`, the hot path; those with it read themselves.
+`scenarios.client.reader`, the hot path; those with it read themselves.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import gevent.monkey
 
-from scenarios.reading import ANCILLARY_SIZE, COMPILED, READ_SIZE, SO_TIMESTAMPNS, arrived_ns
-from scenarios.stream import Stream
+from scenarios.client.in_flight import Stream
+from scenarios.client.reader import ANCILLARY_SIZE, COMPILED, READ_SIZE, SO_TIMESTAMPNS, arrived_ns
 
 if TYPE_CHECKING:
     import socket
 
-    from scenarios.client import Client
-    from scenarios.target import Target
+    from scenarios.client.client import Client
+    from scenarios.client.endpoint import Target
 
 # Locust patches the socket module to switch greenlets; the hot path is driven by callbacks and needs the real one.
 _socket: Any = gevent.monkey.get_original("socket", "socket")
