@@ -19,6 +19,7 @@ from harness.formats.columns import is_table, recognised
 from harness.formats.jsonl import FIELDS, BlockSizes, Line, OwnClock, row_of
 from harness.formats.row import Item, LeftOutError, Place, RowError, safe
 from harness.formats.table import Table
+from harness.formats.unpacked import check_arrow
 from harness.formats.values import decode_error
 from harness.source import MAX_LINE_BYTES, Source, magic
 
@@ -159,9 +160,12 @@ def _schema(file: Source) -> Any:
     kind = magic(file)
     try:
         if kind.startswith(b"PAR1"):
-            return pq.read_schema(str(file.path))
-        with pa.OSFile(str(file.path), "rb") as raw:
-            return (pa.ipc.open_file if kind.startswith(b"ARROW1") else pa.ipc.open_stream)(raw).schema
+            schema = pq.read_schema(str(file.path))
+        else:
+            with pa.OSFile(str(file.path), "rb") as raw:
+                schema = (pa.ipc.open_file if kind.startswith(b"ARROW1") else pa.ipc.open_stream)(raw).schema
+        schema.names  # noqa: B018  # decoded only here
+        return schema
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
         raise TraceError(file.name, None, f"damaged columnar file ({e}): copy it again") from e
 
@@ -184,6 +188,7 @@ def _batches(file: Source, wanted: Sequence[str]) -> Iterator[Any]:
     if kind.startswith(b"PAR1"):
         yield from _parquet(file, wanted)
         return
+    check_arrow(file)
     with pa.OSFile(str(file.path), "rb") as raw:
         if kind.startswith(b"ARROW1"):
             with pa.ipc.open_file(raw) as reader:
@@ -218,7 +223,21 @@ def _parquet(file: Source, wanted: Sequence[str]) -> Iterator[Any]:
 
 
 def _cut(batch: Any) -> Iterator[Any]:
-    yield from (batch.slice(at, _ROWS) for at in range(0, batch.num_rows, _ROWS))
+    """Parts of a batch that are as large in Python as one may be."""
+    rows, size = max(batch.num_rows, 1), max(batch.get_total_buffer_size(), 1)
+    # Rows of some kinds may all be the same bytes: each is as large as all that is there.
+    repeated = sum(column.get_total_buffer_size() for column in batch.columns if _repeats(column.type))
+    fit = max(1, min(_ROWS, _BATCH_BYTES * rows // size, _BATCH_BYTES // max(repeated, 1)))
+    yield from (batch.slice(at, fit) for at in range(0, batch.num_rows, fit))
+
+
+def _repeats(kind: Any) -> bool:
+    """Whether values of a type, or in it, may share bytes."""
+    import pyarrow.types as types
+
+    shares = (types.is_string_view, types.is_binary_view, types.is_list_view, types.is_large_list_view,
+              types.is_run_end_encoded)  # fmt: skip
+    return any(of(kind) for of in shares) or any(_repeats(kind.field(i).type) for i in range(kind.num_fields))
 
 
 def _wanted(file: Source, schema: Any, asked: Mapping[Role, str]) -> list[str]:
