@@ -13,53 +13,104 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from analysis import metrics
-from analysis.arrays import Floats, Ints
+from analysis.arrays import Bools, Floats, Ints
 from analysis.grid import CELLS, EDGES, cell_of, count_in
-from analysis.load import ChunkRows, Run
-from analysis.metrics import BINS
+from analysis.rows import ChunkRows, Chunks, Rows
+from analysis.window import BINS, bin_of, binned, window
 
+CLUMP_BOUND, CLUMP_FLOOR_S = 0.25, 0.005
+"""Share of chunks that come together with the one before, and time between those that do not, from which on an answer
+was delivered in clumps."""
 EXACT = 1_000_000
 UNITS = 500
 
 
+def clumped(rows: Rows) -> Bools:
+    """Answers that were delivered in clumps, so that their gaps are the transport's and not the engine's.
+
+    More than `CLUMP_BOUND` of the chunks have the time of the one before, and the times that differ lie farther apart
+    (where none does: the first from sending) than our own loop stood still meanwhile, so that it was not we who read
+    them together.
+    """
+    later = rows.chunks - 1
+    apart = later - rows.shared
+    spacing = np.divide(rows.decode_s, apart, out=rows.first_gap_s.copy(), where=apart > 0)
+    together = (later > 0) & (rows.shared > CLUMP_BOUND * later)
+    found: Bools = together & (spacing > np.maximum(CLUMP_FLOOR_S, rows.held_s))
+    return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chunks:
-    """What the figures need of all chunks of the measured rows."""
+class Gaps:
+    """Pooled inter-token gaps, one entry per chunk: ``seconds`` per token, standing for ``tokens`` tokens.
 
-    gap_s: Floats
-    """Gaps between tokens, s; each stands for ``gap_tokens`` tokens of the stretch of requests ``gap_owner``."""
-    gap_tokens: Floats
-    gap_owner: Ints
-    """Place in time of the request, or of its stretch of requests."""
-    median_itl_s: float | None
-    shared_stamps: float | None
-    """Share of the chunks after a request's first that have the stamp of the chunk before; None without any."""
-    output_tokens: Floats
-    """Output tokens per time bin of the window, shape (BINS,); zeros without a window."""
-    itl_grid: Floats
-    """Tokens per time bin and latency bin (`grid.EDGES`), by the time of the later token."""
+    ``tokens`` is 0 where a chunk ends no gap between tokens: a request's first, and those of failed requests.
+    """
+
+    seconds: Floats
+    tokens: Floats
 
 
-def pool_chunks(run: Run, parts: Iterable[ChunkRows] | None = None) -> Chunks:
-    """Pool every chunk of a run, from ``parts`` or read again. Raises `ResultsError` when a file has changed."""
-    window = metrics.window(run.rows)
-    pool = GapPool(len(run.rows))
+def itl(rows: ChunkRows) -> Gaps:
+    """itl, s: gaps between token arrivals of successful requests that did not come in clumps, pooled.
+
+    A chunk of k tokens that came g after the chunk before it counts as k samples of g / k; a request's first chunk is
+    ttft and counts none. So the samples of a request add up to last chunk - first chunk.
+    """
+    parts = _parts(rows)
+    tokens = np.repeat((rows.success & ~clumped(rows)).astype(np.float64), rows.chunks)
+    tokens[rows.offsets[:-1][rows.chunks > 0]] = 0.0
+    if parts is None:
+        return Gaps(seconds=rows.gap_s, tokens=tokens)
+    return Gaps(seconds=rows.gap_s / parts, tokens=parts * tokens)
+
+
+def _parts(rows: ChunkRows) -> Floats | None:
+    """Tokens per chunk, 1 where the server did not say; None when it is 1 throughout, as it mostly is."""
+    if (np.isnan(rows.stated_tokens) | (rows.stated_tokens == rows.chunks)).all():
+        return None
+    return np.where(np.isnan(rows.chunk_tokens), 1.0, rows.chunk_tokens)
+
+
+def chunk_output_tokens(rows: ChunkRows) -> Floats:
+    """Output tokens of each chunk: ``usage`` of successful requests spread over their chunks.
+
+    By the chunks' own token counts where known, else evenly; 0 for chunks of other requests.
+    """
+    parts = _parts(rows)
+    whole = rows.stated_tokens
+    whole = np.where(np.isnan(whole), rows.chunks, whole)
+    sold = rows.success & np.isfinite(rows.output_tokens)
+    scale = np.divide(rows.output_tokens, whole, out=np.zeros(len(rows)), where=sold & (rows.chunks > 0))
+    each = np.repeat(scale, rows.chunks)
+    return each if parts is None else parts * each
+
+
+def unstreamed_output_events(rows: Rows) -> tuple[Floats, Floats]:
+    """(time s, output tokens) of successful requests without chunks: all at the finish."""
+    at_end = rows.success & np.isfinite(rows.output_tokens) & (rows.chunks == 0)
+    return rows.finished_s[at_end], rows.output_tokens[at_end]
+
+
+def pool_chunks(rows: Rows, parts: Iterable[ChunkRows]) -> Chunks:
+    """Pool the chunks of ``parts``, which are those of ``rows``."""
+    within = window(rows)
+    pool = GapPool(len(rows))
     output, grid = np.zeros(BINS), np.zeros((BINS, len(EDGES)))
     timed = shared = 0
-    for part in run.parts() if parts is None else parts:
-        gaps = metrics.itl(part)
+    for part in parts:
+        gaps = itl(part)
         cells = cell_of(gaps.seconds)
         counted = gaps.tokens > 0
         timed += int(counted.sum())
         shared += int((counted & (gaps.seconds == 0)).sum())
         pool.add(gaps.seconds, gaps.tokens, part.rank, part.chunks, cells)
-        if window is not None:
-            time = metrics.bin_of(part.chunk_s, window)
-            output += np.bincount(time, weights=metrics.chunk_output_tokens(part), minlength=BINS)
+        if within is not None:
+            time = bin_of(part.chunk_s, within)
+            output += np.bincount(time, weights=chunk_output_tokens(part), minlength=BINS)
             count_in(grid, time, gaps.seconds, gaps.tokens, cells)
-    if window is not None:
-        output += metrics.binned(*metrics.unstreamed_output_events(run.rows), window)
+    if within is not None:
+        output += binned(*unstreamed_output_events(rows), within)
     seconds, tokens, owners, median_s = pool.take()
     return Chunks(
         gap_s=seconds, gap_tokens=tokens, gap_owner=owners, median_itl_s=median_s,

@@ -11,7 +11,7 @@ Nothing is repaired. What cannot be read or cannot be true is left out, counted,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,12 @@ from analysis.columns import (
     read_parts,
     reduce_chunks,
 )
+from analysis.gaps import pool_chunks
 from analysis.held import Held
-from analysis.offered_load import kind_of
 from analysis.rows import ChunkRows as ChunkRows
 from analysis.rows import Rows as Rows
 from analysis.rows import Run as Run
-from analysis.rows import columns_of, read_again
+from analysis.rows import columns_of, load_kind, read_again
 from analysis.seconds import read_seconds
 from analysis.turns import Turns, own_times
 from harness.errors import ResultsError, listed
@@ -75,6 +75,7 @@ def read_run(path: Path) -> Run:
         columns = Columns()
         sources = _read_rows(files, columns, problems)
         run, _ = _join(directory, manifest, plan, columns, sources, problems)
+        run = replace(run, chunks=pool_chunks(run.rows, run.parts()))
     return run
 
 
@@ -82,8 +83,6 @@ def _read_through(
     directory: RunDir, manifest: RunManifest, plan: _Plan, files: list[Path], problems: list[str]
 ) -> Run | None:
     """The run with its chunks pooled already; None when anything is odd."""
-    from analysis.gaps import pool_chunks
-
     columns, sources = Columns(), []
     try:
         for path in files:
@@ -92,7 +91,7 @@ def _read_through(
                 columns.add(batch)
             sources.append((path, columns.rows - before))
         run, keep = _join(directory, manifest, plan, columns, sources, list(problems))
-        run.__dict__["chunks"] = pool_chunks(run, _reduce(run, keep))  # what the cached property would work out
+        run = replace(run, chunks=pool_chunks(run.rows, _reduce(run, keep)))
     except (ResultsError, pa.ArrowException, OSError):
         return None
     problems += run.problems[len(problems) :]
@@ -168,7 +167,8 @@ def _join(
         remark=columns.remark,
         sources=tuple(sources),
         measured=row_measured,
-        turns=_turns(rows, plan) if kind_of(manifest.spec, manifest.plan) == "sessions" else None,
+        chunks=pool_chunks(Rows(**columns_of(rows, slice(0))), ()),  # of none yet
+        turns=_turns(rows, plan) if load_kind(manifest.spec, manifest.plan) == "sessions" else None,
         problems=problems,
     )
     return run, keep

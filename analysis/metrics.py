@@ -11,22 +11,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.arrays import Bools, Floats, Ints
-from analysis.load import ChunkRows, Rows, Run
+from analysis.arrays import Bools, Floats
+from analysis.gaps import Gaps as Gaps
+from analysis.gaps import chunk_output_tokens as chunk_output_tokens
+from analysis.gaps import clumped as clumped
+from analysis.gaps import itl as itl
+from analysis.gaps import unstreamed_output_events as unstreamed_output_events
+from analysis.rows import Rows, Run
+from analysis.window import BINS as BINS
+from analysis.window import Window as Window
+from analysis.window import bin_of as bin_of
+from analysis.window import binned as binned
+from analysis.window import was_sent as was_sent
+from analysis.window import window as window
 from harness.slo import split_key
 
 BETWEEN_BOUND = 0.1
 """Share by which tpot may be wrong for want of knowing how many tokens a chunk holds."""
-CLUMP_BOUND, CLUMP_FLOOR_S = 0.25, 0.005
-"""Share of chunks that come together with the one before, and time between those that do not, from which on an answer
-was delivered in clumps."""
-WINDOW_RULE = "whole run, ramp and drain included"
-BINS = 200
-
-
-def was_sent(rows: Rows) -> Bools:
-    """Rows that went out."""
-    return np.isfinite(rows.sent_s)
+MISMATCH_BOUND = 0.01
+"""Share of requests of which something may be unknown or other than planned before a figure of all is none."""
 
 
 def lag(rows: Rows) -> Floats:
@@ -84,56 +87,9 @@ def between(rows: Rows) -> Floats:
     return np.where(np.isfinite(stated), stated, np.where(close, most, np.nan))
 
 
-def clumped(rows: Rows) -> Bools:
-    """Answers that were delivered in clumps, so that their gaps are the transport's and not the engine's.
-
-    More than `CLUMP_BOUND` of the chunks have the time of the one before, and the times that differ lie farther apart
-    (where none does: the first from sending) than our own loop stood still meanwhile, so that it was not we who read
-    them together.
-    """
-    later = rows.chunks - 1
-    apart = later - rows.shared
-    spacing = np.divide(rows.decode_s, apart, out=rows.first_gap_s.copy(), where=apart > 0)
-    together = (later > 0) & (rows.shared > CLUMP_BOUND * later)
-    found: Bools = together & (spacing > np.maximum(CLUMP_FLOOR_S, rows.held_s))
-    return found
-
-
 def itl_max(rows: Rows) -> Floats:
     """Longest pause of each answer, s: the longest gap between two chunks. NaN below two chunks, and in clumps."""
     return np.where(rows.success & ~clumped(rows), rows.max_gap_s, np.nan)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gaps:
-    """Pooled inter-token gaps, one entry per chunk: ``seconds`` per token, standing for ``tokens`` tokens.
-
-    ``tokens`` is 0 where a chunk ends no gap between tokens: a request's first, and those of failed requests.
-    """
-
-    seconds: Floats
-    tokens: Floats
-
-
-def itl(rows: ChunkRows) -> Gaps:
-    """itl, s: gaps between token arrivals of successful requests that did not come in clumps, pooled.
-
-    A chunk of k tokens that came g after the chunk before it counts as k samples of g / k; a request's first chunk is
-    ttft and counts none. So the samples of a request add up to last chunk - first chunk.
-    """
-    parts = _parts(rows)
-    tokens = np.repeat((rows.success & ~clumped(rows)).astype(np.float64), rows.chunks)
-    tokens[rows.offsets[:-1][rows.chunks > 0]] = 0.0
-    if parts is None:
-        return Gaps(seconds=rows.gap_s, tokens=tokens)
-    return Gaps(seconds=rows.gap_s / parts, tokens=parts * tokens)
-
-
-def _parts(rows: ChunkRows) -> Floats | None:
-    """Tokens per chunk, 1 where the server did not say; None when it is 1 throughout, as it mostly is."""
-    if (np.isnan(rows.stated_tokens) | (rows.stated_tokens == rows.chunks)).all():
-        return None
-    return np.where(np.isnan(rows.chunk_tokens), 1.0, rows.chunk_tokens)
 
 
 def untold(rows: Rows) -> int:
@@ -242,64 +198,6 @@ def slo_ratio(rows: Rows, slo: Mapping[str, float]) -> Floats:
 # ------------------------------------------------------------------------------------------------ the window and rates
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Window:
-    """The one window of every rate, in seconds after the common start, and its rule in words."""
-
-    rule: str
-    start_s: float
-    end_s: float
-    duration_s: float
-
-    @property
-    def bin_s(self) -> float:
-        """Width of one of the `BINS` equal bins, s."""
-        return self.duration_s / BINS
-
-
-def window(rows: Rows) -> Window | None:
-    """From the first scheduled to the last finish of any sent request, failed ones too; None when there is no time."""
-    sent = was_sent(rows)
-    if not sent.any():
-        return None
-    start = float(rows.scheduled_s.min(where=sent, initial=np.inf))
-    end = float(rows.finished_s.max(where=sent, initial=-np.inf))
-    if end <= start:
-        return None
-    return Window(rule=WINDOW_RULE, start_s=start, end_s=end, duration_s=end - start)
-
-
-def binned(times_s: Floats, amounts: Floats | None, within: Window) -> Floats:
-    """Sum of ``amounts`` (None: count) per bin of the window, shape (BINS,). Every time must lie in the window."""
-    return np.bincount(bin_of(times_s, within), weights=amounts, minlength=BINS).astype(np.float64)
-
-
-def bin_of(times_s: Floats, within: Window) -> Ints:
-    """Which of the `BINS` bins of the window each time lies in; what is outside lies in the bin at that end."""
-    place = (times_s - within.start_s) / within.bin_s
-    return np.clip(place, 0, BINS - 1, out=place).astype(np.int64)
-
-
-def chunk_output_tokens(rows: ChunkRows) -> Floats:
-    """Output tokens of each chunk: ``usage`` of successful requests spread over their chunks.
-
-    By the chunks' own token counts where known, else evenly; 0 for chunks of other requests.
-    """
-    parts = _parts(rows)
-    whole = rows.stated_tokens
-    whole = np.where(np.isnan(whole), rows.chunks, whole)
-    sold = rows.success & np.isfinite(rows.output_tokens)
-    scale = np.divide(rows.output_tokens, whole, out=np.zeros(len(rows)), where=sold & (rows.chunks > 0))
-    each = np.repeat(scale, rows.chunks)
-    return each if parts is None else parts * each
-
-
-def unstreamed_output_events(rows: Rows) -> tuple[Floats, Floats]:
-    """(time s, output tokens) of successful requests without chunks: all at the finish."""
-    at_end = rows.success & np.isfinite(rows.output_tokens) & (rows.chunks == 0)
-    return rows.finished_s[at_end], rows.output_tokens[at_end]
-
-
 def input_token_events(rows: Rows) -> tuple[Floats, Floats]:
     """(time s, input tokens) of successful requests, at the first chunk (the prompt has been read by then)."""
     sold = rows.success & np.isfinite(rows.input_tokens)
@@ -370,3 +268,18 @@ def planned_rate(run: Run) -> float | None:
     if run.manifest.spec.mode != "open" or len(due) < 2 or due[-1] <= due[0]:
         return None
     return float((len(due) - 1) / (due[-1] - due[0]))
+
+
+def unjudged(limits: Mapping[str, float], rows: Rows, counts: Counts) -> str | None:
+    """Why it is not known whether requests kept these limits; None: it is."""
+    for name in ("tpot", "itl_max"):
+        if all(split_key(key)[0] != name for key in limits):
+            continue
+        missing = unknown(rows, name)
+        if missing <= MISMATCH_BOUND * counts.succeeded:
+            continue
+        uncounted = int((rows.success & np.isnan(rows.output_tokens)).sum())
+        if name == "tpot" and uncounted == missing:
+            return f"tpot is not known: usage missing on {missing} of {counts.succeeded} requests"
+        return f"{name} is not known of {missing} of {counts.succeeded} requests (limits say why)"
+    return None

@@ -9,17 +9,14 @@ within every session, so requests per second are an outcome, and the load is the
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
 from analysis.arrays import Floats
 from analysis.intervals import Quantity
+from analysis.rows import LoadKind as LoadKind
 from analysis.rows import Run
-from harness.plan import PlanInfo
-from harness.run import RunSpec
 
-LoadKind = Literal["open", "closed", "sessions"]
 KIND_WORDS: dict[LoadKind, str] = {
     "open": "open loop",
     "closed": "closed loop",
@@ -45,16 +42,9 @@ class OfferedLoad:
     the rate of requests that a server asks for that keeps up."""
 
 
-def kind_of(spec: RunSpec, plan: PlanInfo) -> LoadKind:
-    """The kind of load of a run, by what was asked."""
-    if spec.mode == "closed":
-        return "closed"
-    return "sessions" if plan.sessions == "wait" or plan.conversation == "live" else "open"
-
-
 def offered_load(run: Run) -> OfferedLoad:
     """What was offered to the servers of a run."""
-    kind = kind_of(run.manifest.spec, run.manifest.plan)
+    kind = run.load_kind
     rows, evidence = run.rows, run.evidence
     sent = np.isfinite(rows.sent_s)
 

@@ -1,9 +1,8 @@
-"""The figures of a closed loop without its ramp and drain: throughput and price of the steady part."""
+"""The figures of a closed loop without its ramp and drain: throughput of the steady part."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -13,24 +12,10 @@ from analysis.check import Check, limit
 from analysis.intervals import Quantity, rate
 from analysis.load import Run
 from analysis.metrics import Window
-from analysis.money.price import Cost
 from analysis.steady import Steady, steady_window
 
 LARGEST_DRAIN = 0.1
 """Of the window: more of it moves a price by more than most intervals admit."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SteadyState:
-    """The steady part and its figures; ``window`` says where it is, or why there is none. No figures without one, nor
-    of arrivals: what is quiet there is the traffic's own, and to leave it out would sell hours that are paid for.
-    """
-
-    window: Steady | None
-    total_token_throughput: Quantity
-    output_token_throughput: Quantity
-    usd_per_1m_total: Quantity
-    usd_per_1m_output_only: Quantity
 
 
 def steady_part(run: Run, window: Window | None) -> Steady | None:
@@ -75,43 +60,27 @@ def drain_check(run: Run, window: Window | None) -> Check:
     return limit("drain", share <= LARGEST_DRAIN, observed, bound, advice)
 
 
-def steady_state(
-    run: Run,
-    window: Window | None,
-    steady: Steady | None,
-    total: Quantity,
-    output: Quantity,
-    price: Callable[..., Cost],
-) -> SteadyState:
-    """Throughput and price of the steady part, the same bins for tokens and for the bill.
-
-    ``total`` and ``output`` are the token rates of the whole run, not known where they are not; ``price`` is
-    `analysis.money.price.cost` with the tier and the verdict bound.
+def steady_rates(
+    run: Run, window: Window | None, steady: Steady | None, total: Quantity, output: Quantity
+) -> tuple[Quantity, Quantity]:
+    """Tokens/s and output tokens/s of the steady part; ``total`` and ``output`` are those of the whole run, not known
+    where they are not. None of arrivals: what is quiet there is the traffic's own, and to leave it out would sell hours
+    that are paid for.
     """
     arrive = run.manifest.spec.mode != "closed"
     if window is None or steady is None or not steady.found or arrive:
         why = "nothing was sent and ended" if steady is None else steady.reason
         why = "not a closed loop: its quiet stretches are part of the load" if arrive else why
-        total, output = (
+        none = [
             q if q.value is None else replace(q, value=None, low=None, high=None, note=why) for q in (total, output)
-        )
-    else:
-        part, bin_s = slice(steady.first, steady.last), window.bin_s
+        ]
+        return none[0], none[1]
+    part, bin_s = slice(steady.first, steady.last), window.bin_s
 
-        def within(whole: Quantity, per_bin: Floats) -> Quantity:
-            if whole.value is None:
-                return whole
-            return rate(per_bin[part], bin_s, n=whole.n, unit=whole.unit, evidence=whole.evidence, note=whole.note)
+    def within(whole: Quantity, per_bin: Floats) -> Quantity:
+        if whole.value is None:
+            return whole
+        return rate(per_bin[part], bin_s, n=whole.n, unit=whole.unit, evidence=whole.evidence, note=whole.note)
 
-        into = metrics.binned(*metrics.input_token_events(run.rows), window)
-        total = within(total, run.chunks.output_tokens + into)
-        output = within(output, run.chunks.output_tokens)
-    duration_s = None if steady is None else steady.duration_s
-    paid = price(duration_s, total_rate=total, output_rate=output, weighted_rate=output, note=None)
-    return SteadyState(
-        window=steady,
-        total_token_throughput=total,
-        output_token_throughput=output,
-        usd_per_1m_total=paid.usd_per_1m_total,
-        usd_per_1m_output_only=paid.usd_per_1m_output_only,
-    )
+    into = metrics.binned(*metrics.input_token_events(run.rows), window)
+    return within(total, run.chunks.output_tokens + into), within(output, run.chunks.output_tokens)

@@ -13,8 +13,7 @@ from analysis.intervals import Quantity, share
 from analysis.load import Rows, Run
 from analysis.metrics import Counts
 from analysis.relaxation import Memory
-from analysis.served import MISMATCH_BOUND
-from harness.slo import criteria, split_key
+from harness.slo import criteria
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,21 +45,6 @@ class Slo:
     criteria: list[Judged]
 
 
-def unjudged(limits: Mapping[str, float], rows: Rows, counts: Counts) -> str | None:
-    """Why it is not known whether requests kept these limits; None: it is."""
-    for name in ("tpot", "itl_max"):
-        if all(split_key(key)[0] != name for key in limits):
-            continue
-        missing = metrics.unknown(rows, name)
-        if missing <= MISMATCH_BOUND * counts.succeeded:
-            continue
-        uncounted = int((rows.success & np.isnan(rows.output_tokens)).sum())
-        if name == "tpot" and uncounted == missing:
-            return f"tpot is not known: usage missing on {missing} of {counts.succeeded} requests"
-        return f"{name} is not known of {missing} of {counts.succeeded} requests (limits say why)"
-    return None
-
-
 def price_note(slo: Slo | None, served: str | None = None) -> str | None:
     """What the SLO says of a price at this load, and which answers it is the price of (``served``: other lengths than
     the plan's, in words).
@@ -79,7 +63,7 @@ def judge(run: Run, limits: dict[str, float], counts: Counts, attain: float, que
     left_out = _in_time(rows, metrics.not_offered(run))
 
     def attained(within: Mapping[str, float]) -> Quantity:
-        if why := unjudged(within, rows, counts):
+        if why := metrics.unjudged(within, rows, counts):
             unit = "share of requests"
             return Quantity(value=None, n=counts.offered, unit=unit, note=why, evidence=run.evidence)
         met = np.zeros(counts.offered, np.bool_)  # lost ones last: they met nothing

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +16,12 @@ from analysis.columns import Table, chunk_arrays, read_parts
 from analysis.seconds import Seconds
 from analysis.turns import Turns
 from harness.errors import ResultsError
+from harness.plan import PlanInfo
 from harness.results import SCHEMA
-from harness.run import RunManifest
+from harness.run import RunManifest, RunSpec
 
-if TYPE_CHECKING:
-    from analysis.gaps import Chunks
+LoadKind = Literal["open", "closed", "sessions"]
+"""`analysis.offered_load` says what each is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +96,25 @@ class ChunkRows(Rows):
         return np.repeat(np.arange(len(self)), self.chunks)
 
 
-@dataclass(frozen=True, kw_only=True)  # without slots: `chunks` is kept once it was worked out
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunks:
+    """What the figures need of all chunks of the measured rows."""
+
+    gap_s: Floats
+    """Gaps between tokens, s; each stands for ``gap_tokens`` tokens of the stretch of requests ``gap_owner``."""
+    gap_tokens: Floats
+    gap_owner: Ints
+    """Place in time of the request, or of its stretch of requests."""
+    median_itl_s: float | None
+    shared_stamps: float | None
+    """Share of the chunks after a request's first that have the stamp of the chunk before; None without any."""
+    output_tokens: Floats
+    """Output tokens per time bin of the window, shape (BINS,); zeros without a window."""
+    itl_grid: Floats
+    """Tokens per time bin and latency bin (`grid.EDGES`), by the time of the later token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """One run, read. ``rows`` are the measured requests; ``warmup`` the others, which count in no figure."""
 
@@ -134,8 +152,14 @@ class Run:
     """What, in the first of them."""
     turns: Turns | None = None
     """Of `rows`, where sessions wait (`analysis.offered_load`); None for other kinds of load."""
+    chunks: Chunks
     problems: list[str] = field(default_factory=list)
     """What could not be read, in words."""
+
+    @property
+    def load_kind(self) -> LoadKind:
+        """The kind of load, by what was asked."""
+        return load_kind(self.manifest.spec, self.manifest.plan)
 
     @property
     def evidence(self) -> str:
@@ -175,12 +199,12 @@ class Run:
         joined["offsets"] = np.concatenate(([0], np.cumsum(joined["chunks"], dtype=np.int64)))
         return ChunkRows(**joined)
 
-    @cached_property
-    def chunks(self) -> Chunks:
-        """What the figures need of all chunks: gaps between tokens, and tokens by time. One pass over the files."""
-        from analysis.gaps import pool_chunks
 
-        return pool_chunks(self)
+def load_kind(spec: RunSpec, plan: PlanInfo) -> LoadKind:
+    """The kind of load that was asked for."""
+    if spec.mode == "closed":
+        return "closed"
+    return "sessions" if plan.sessions == "wait" or plan.conversation == "live" else "open"
 
 
 def read_again(path: Path, count: int) -> Iterator[pa.RecordBatch]:

@@ -11,8 +11,8 @@ import numpy as np
 from analysis.arrays import Floats
 from analysis.check import Check, check, limit
 from analysis.load import Rows, Run
+from analysis.metrics import MISMATCH_BOUND
 
-MISMATCH_BOUND = 0.01
 BOS_TOKENS = 2
 TEMPLATE_TOKENS = 512
 """A server's chat template adds no more to a prompt; one that does sends a prompt of its own."""

@@ -6,31 +6,33 @@ The JSON shape (``harness.report/1``) is a stable interface; METRICS.md lists it
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 
 import numpy as np
 
 from analysis import metrics
-from analysis.arrays import Bools, Floats
+from analysis.arrays import Floats
 from analysis.cache_shares import CacheShares, cache_shares
 from analysis.check import Check, Verdict, verdict
 from analysis.counters import shared_addresses
 from analysis.fidelity.questions import Fidelity, fidelity
-from analysis.fullness import GIVEN, Fullness, fullness, given_load_note
-from analysis.intervals import Distribution, Quantity, distribution, rate, without_interval
+from analysis.fullness import Fullness, fullness, given_load_note
+from analysis.intervals import Distribution, Quantity, distribution
 from analysis.load import Rows, Run
 from analysis.metrics import Counts, Tokens, Window
 from analysis.money.price import DEFAULT_RATIO, Cost, bill_usd, check_ratio, cost
 from analysis.money.samples import run_samples
-from analysis.money.split import Split, Usage, split_bill
+from analysis.money.split import Split, split_bill, token_mix
 from analysis.offered_load import OfferedLoad, offered_load
-from analysis.plateau import SteadyState, drain_check, steady_check, steady_part, steady_state
-from analysis.promise import Slo, judge, price_note, unjudged
-from analysis.queueing import queue_of
+from analysis.plateau import drain_check, steady_check, steady_part, steady_rates
+from analysis.promise import Slo, judge, price_note
+from analysis.rates import Rates as Rates
+from analysis.rates import given, given_rate, queue_of, served_rates
 from analysis.relaxation import Memory
-from analysis.served import MISMATCH_BOUND, served_lengths
+from analysis.served import served_lengths
 from analysis.stability import backlog_check
+from analysis.steady import Steady
 from analysis.validity import check_run
 from analysis.warm_cache import REASON, warm_cache
 from harness.errors import EXIT_INVALID, EXIT_NOT_DECIDED, EXIT_SLO_MISSED, EXIT_VALID, UsageError
@@ -62,16 +64,16 @@ class Metrics:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rates:
-    """Per second over the window; ``concurrency`` is requests in flight, time average."""
+class SteadyState:
+    """The steady part and its figures; ``window`` says where it is, or why there is none. No figures without one, nor
+    of arrivals (`analysis.plateau.steady_rates`).
+    """
 
-    request_rate: Quantity
-    request_throughput: Quantity
-    input_token_throughput: Quantity
-    output_token_throughput: Quantity
+    window: Steady | None
     total_token_throughput: Quantity
-    goodput: Quantity
-    concurrency: Quantity
+    output_token_throughput: Quantity
+    usd_per_1m_total: Quantity
+    usd_per_1m_output_only: Quantity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,13 +176,13 @@ def summarise(
     said = verdict(checks)
     queue = queue_of(run, window)
     judged = judge(run, limits, counts, attain, queue) if limits else None
-    sampled, weighted = _rates(run, window, tokens, counts, limits, ratio, queue)
+    sampled, weighted = served_rates(run, window, tokens, counts, limits, ratio, queue)
     offered = offered_load(run)
     full = fullness(run, window, sampled.concurrency.value)
     note = price_note(judged, served_lengths(run))
     rates = sampled
     if offered.kind != "closed":
-        rates, weighted = _given(sampled), _without_interval(weighted)
+        rates, weighted = given(sampled), given_rate(weighted)
         note = "; ".join(filter(None, (note, given_load_note(full))))
     reason = None if said == "VALID" else f"the run is {said}"
     if reason is None and shared_addresses(run):
@@ -212,10 +214,10 @@ def summarise(
             total_rate=rates.total_token_throughput,
             output_rate=rates.output_token_throughput,
             weighted_rate=weighted,
-            splits=_splits(run, window, tokens, ratio, counts.succeeded),
+            splits=_splits(run, window, tokens, counts.succeeded),
             note=note,
         ),
-        steady=steady_state(run, window, steady, rates.total_token_throughput, rates.output_token_throughput, price),
+        steady=_steady_state(run, window, steady, rates, price),
         fidelity=fidelity(run),
         cache=cache_shares(run),
         tier=manifest.tier,
@@ -236,6 +238,19 @@ def summarise(
         git=manifest.git,
         assumptions=_assumptions(run, tokens, ratio),
     )
+
+
+def _steady_state(
+    run: Run, window: Window | None, steady: Steady | None, rates: Rates, price: Callable[..., Cost]
+) -> SteadyState:
+    """Throughput and price of the steady part, the same bins for tokens and for the bill."""
+    total, output = steady_rates(run, window, steady, rates.total_token_throughput, rates.output_token_throughput)
+    duration_s = None if steady is None else steady.duration_s
+    paid = price(duration_s, total_rate=total, output_rate=output, weighted_rate=output, note=None)
+    return SteadyState(
+        window=steady, total_token_throughput=total, output_token_throughput=output,
+        usd_per_1m_total=paid.usd_per_1m_total, usd_per_1m_output_only=paid.usd_per_1m_output_only,
+    )  # fmt: skip
 
 
 def claims(summary: Summary) -> dict[str, object]:
@@ -290,95 +305,16 @@ def _session_lag(run: Run) -> Distribution:
     return distribution(lag_s, owners=owners, unit="s", evidence=run.evidence, noun="turns that wait for an answer")
 
 
-def _rates(
-    run: Run,
-    window: Window | None,
-    tokens: Tokens,
-    counts: Counts,
-    limits: Mapping[str, float],
-    ratio: float,
-    queue: Memory | None,
-) -> tuple[Rates, Quantity]:
-    """The rates, and input / ratio + output tokens per second, the denominator of the price split."""
-    rows, evidence = run.rows, run.evidence
-    asked = metrics.planned_rate(run)
-    request_rate = Quantity(
-        value=asked,
-        n=len(run.planned_scheduled_s),
-        unit="req/s",
-        note="planned arrivals over their own span" if asked is not None else "no planned times",
-        evidence="plan",
-    )
-
-    def blank(unit: str, why: str, n: int = 0) -> Quantity:
-        return Quantity(value=None, n=n, unit=unit, note=why, evidence=evidence)
-
-    if window is None:
-        request, token = (blank(unit, "nothing was sent and ended") for unit in ("req/s", "tokens/s"))
-        in_flight = blank("requests", "nothing was sent and ended")
-        return Rates(
-            request_rate=request_rate, request_throughput=request, input_token_throughput=token,
-            output_token_throughput=token, total_token_throughput=token, goodput=request, concurrency=in_flight,
-        ), token  # fmt: skip
-
-    def requests(which: Bools) -> Quantity:
-        ended = metrics.binned(rows.finished_s[which], None, window)
-        return rate(ended, window.bin_s, n=int(which.sum()), unit="req/s", evidence=evidence)
-
-    unknown, short = unjudged(limits, rows, counts), None if queue is None else queue.note
-    good = metrics.meets_slo(rows, limits)
-    out, into = run.chunks.output_tokens, metrics.binned(*metrics.input_token_events(rows), window)
-    n = counts.succeeded
-    too_few = tokens.missing > MISMATCH_BOUND * n
-    note = f"usage missing on {tokens.missing} of {n} requests" if tokens.missing else None
-
-    def token_rate(total: int | None, per_bin: Floats) -> Quantity:
-        if total is None or too_few:
-            return blank("tokens/s", note or "no request succeeded", n)
-        return rate(per_bin, window.bin_s, n=n, unit="tokens/s", evidence=evidence, note=note)
-
-    busy_s = metrics.in_flight(rows, window) * window.bin_s
-    all_known = None if tokens.input is None or tokens.output is None else tokens.input + tokens.output
-    return Rates(
-        request_rate=request_rate,
-        request_throughput=requests(rows.success),
-        input_token_throughput=token_rate(tokens.input, into),
-        output_token_throughput=token_rate(tokens.output, out),
-        total_token_throughput=token_rate(all_known, out + into),
-        goodput=(
-            blank("req/s", unknown, n)
-            if unknown
-            else requests(good)
-            if limits
-            else blank("req/s", "no SLO given (--slo)")
-        ),
-        concurrency=without_interval(
-            rate(busy_s, window.bin_s, n=counts.sent, unit="requests", evidence=evidence), short
-        ),
-    ), token_rate(all_known, out + into / ratio)
-
-
-def _given(rates: Rates) -> Rates:
-    """The rates at a load that was given: how fast it was served is the load's own."""
-    names = ("request_throughput", "input_token_throughput", "output_token_throughput", "total_token_throughput",
-             "goodput")  # fmt: skip
-    return replace(rates, **{name: _without_interval(getattr(rates, name)) for name in names})
-
-
-def _without_interval(q: Quantity) -> Quantity:
-    return q if q.value is None else replace(q, low=None, high=None, note=q.note or GIVEN)
-
-
-def _splits(run: Run, window: Window | None, tokens: Tokens, ratio: float, n: int) -> list[Split]:
-    """The bill divided by what the servers counted, beside the declared ratio; each says so when it cannot be."""
+def _splits(run: Run, window: Window | None, tokens: Tokens, n: int) -> list[Split]:
+    """The bill divided by what the servers counted; each says so when it cannot be."""
     tier = run.manifest.tier
     usd = usage = samples = None
     if window is not None and tier is not None:
         usd = bill_usd(tier.usd_per_hour, _replicas(run), window.duration_s)
         samples = run_samples(run, window)
     if tokens.input is not None and tokens.output is not None and not tokens.missing:
-        usage = Usage(input=tokens.input, cached_input=tokens.cached_input, output=tokens.output)
-    return split_bill(usd, usage, samples, ratio=ratio, evidence=run.evidence, n=n)[1:]
+        usage = token_mix(tokens.input, tokens.cached_input, tokens.output)
+    return split_bill(usd, usage, samples, evidence=run.evidence, n=n)
 
 
 def _replicas(run: Run) -> int:

@@ -29,15 +29,15 @@ from analysis.generator import (
 from analysis.intervals import samples_needed
 from analysis.load import Run
 from analysis.metrics import Counts, Window
-from analysis.offered_load import KIND_WORDS, kind_of
-from analysis.served import MISMATCH_BOUND, answer_fields, input_tokens, output_tokens, recorded_tokens
+from analysis.offered_load import KIND_WORDS
+from analysis.price_age import OLD_DAYS, age_days
+from analysis.served import answer_fields, input_tokens, output_tokens, recorded_tokens
 from analysis.starved import starved
 from analysis.usage_check import prompt_text, usage_text
 
 FAILED_BOUND = 0.01
 SUCCESS_BOUND = 0.5
 SHORT_S = 60.0
-PRICE_AGE_DAYS = 180
 HARDWARE_BOUND = 0.25
 RATE_BOUND = 0.05
 WASTED_BOUND = 0.05
@@ -159,8 +159,8 @@ def usage(run: Run) -> Check:
     advice = "tokens are not known, so there is no token price: use a server that honours stream_options.include_usage"
     share = missing / total if total else None
     observed = f"missing on {missing} of {total} successful requests"
-    bound = f"missing on at most {MISMATCH_BOUND:.0%}"
-    return limit("usage", None if share is None else share <= MISMATCH_BOUND, observed, bound, advice)
+    bound = f"missing on at most {metrics.MISMATCH_BOUND:.0%}"
+    return limit("usage", None if share is None else share <= metrics.MISMATCH_BOUND, observed, bound, advice)
 
 
 def failures(run: Run, counts: Counts) -> Check:
@@ -226,7 +226,7 @@ def planned_rate(run: Run) -> Check:
     got = (n - 1) / span_s
     advice = (
         "a slow server slowed sessions that wait for it: judge it by sessions started per second and by session lag"
-        if kind_of(run.manifest.spec, run.manifest.plan) == "sessions"
+        if run.load_kind == "sessions"
         else "the offered load was not the planned one: more --workers, or let the run end by itself"
     )
     observed = f"{got:.3g} of {asked:.3g} req/s"
@@ -235,7 +235,7 @@ def planned_rate(run: Run) -> Check:
 
 def arrivals(run: Run) -> Check:
     """Requests came at times of their own, as users do, not when a slot was free."""
-    kind = kind_of(run.manifest.spec, run.manifest.plan)
+    kind = run.load_kind
     advice = "a slow server slows its own load here, so queueing is hidden: replay the trace's times for latency claims"
     if kind == "sessions":
         advice = (
@@ -296,12 +296,10 @@ def hardware(run: Run) -> Check:
 def price_date(run: Run) -> Check:
     """The price was read not long before the run."""
     tier = run.manifest.tier
-    bound = f"at most {PRICE_AGE_DAYS} days before the run"
+    bound = f"at most {OLD_DAYS} days before the run"
     if tier is None:
         return limit("price_date", None, "no tier", bound, "nothing to do")
-    try:
-        day = date.fromisoformat(tier.date if len(tier.date) > 7 else f"{tier.date}-01")
-        age = (date.fromisoformat(run.manifest.created[:10]) - day).days
-    except ValueError:
+    age = age_days(tier.date, date.fromisoformat(run.manifest.created[:10]))
+    if age is None:
         return limit("price_date", False, f"date {tier.date!r} cannot be read", bound, "give the price a date")
-    return limit("price_date", age <= PRICE_AGE_DAYS, f"{age} days", bound, "look the price up again")
+    return limit("price_date", age <= OLD_DAYS, f"{age} days", bound, "look the price up again")

@@ -7,20 +7,30 @@ those of prompts that were mostly not read.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow.compute as pc
 
 from analysis.check import Check, limit
-from analysis.fidelity.inputs import block_tokens, read_served
+from analysis.counters import moved_by, shared_addresses
 from analysis.load import Run
 from harness.errors import PlanError
 from harness.run import RunDir
+from harness.server_metrics import read_server_metrics
 from harness.traces.reuse import UnknownTokensError, plan_prompts, prompt_reuse
 from harness.traces.text_reuse import BLOCK_BYTES, text_reuse, text_words
 
+QUERIES = "vllm:prefix_cache_queries_total"
+HITS = "vllm:prefix_cache_hits_total"
+BLOCK_SIZE = "vllm:cache_config_info block_size"
+BLOCKS = "vllm:cache_config_info num_gpu_blocks"
+"""What the server says of its cache, beside its counters."""
+OWN_BLOCK_TOKENS = {"vllm": 16, "vllm-cpu": 128}
+"""Engines that were started without a block size -> the one they take."""
 NAME = "prefix_cache"
 POINTS = 0.02
 """Of input tokens: so much more is found where requests overlap in another order."""
@@ -32,6 +42,20 @@ DENSER = 2.0
 """Texts that prompts share may have so many more tokens a byte than the others."""
 UNKNOWN = "times to first token may be of a warm cache; restart the servers before the run to be sure"
 REASON = "the prefix cache knew more of the prompts than a cold one can"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What servers said of their prefix caches."""
+
+    replicas: int
+    queried_tokens: float | None
+    """null when no server counts them."""
+    hit_tokens: float | None
+    fullest: float | None = None
+    """Largest share of the KV cache in use."""
+    cache_tokens: float | None = None
+    """What the caches hold; null when the servers do not say."""
 
 
 def warm_cache(run: Run) -> Check:
@@ -139,3 +163,49 @@ def _spare(run: Run) -> int:
     """Tokens of each made-up prompt that may be found beyond that."""
     chat = run.manifest.spec.endpoint == "chat" and run.manifest.plan.template is None
     return (HEAD if chat else 0) + (FINEST if block_tokens(run) is None else 0)
+
+
+# ------------------------------------------------------------------------------------ what the servers say of theirs
+
+
+def block_tokens(run: Run) -> int | None:
+    """Tokens in a block of the servers' prefix caches: as they say, else as they were started; None: nobody knows."""
+    said = {int(size) for size in _said(run, BLOCK_SIZE) if size is not None and size >= 1}
+    if said:
+        return said.pop() if len(said) == 1 else None
+    found = re.search(r"--block-size[= ](\d+)", " ".join(run.manifest.engine_args))
+    return max(1, int(found[1])) if found else OWN_BLOCK_TOKENS.get(run.manifest.engine)
+
+
+def read_served(run: Run) -> Served:
+    """What the servers' own counters and gauges say of their prefix caches."""
+    replicas = run.manifest.replicas
+    shared = bool(shared_addresses(run))
+    return Served(
+        replicas=max(2 * shared, sum(len(r.metrics_urls) or 1 for r in replicas)),
+        queried_tokens=None if shared else moved_by(run, QUERIES),
+        hit_tokens=None if shared else moved_by(run, HITS),
+        fullest=max((f for r in replicas if (f := _fullest(run, r.index)) is not None), default=None),
+        cache_tokens=_cache_tokens(run),
+    )
+
+
+def _said(run: Run, name: str) -> list[float | None]:
+    """A figure that each replica stated before the load."""
+    return [(replica.counters_before or {}).get(name) for replica in run.manifest.replicas]
+
+
+def _cache_tokens(run: Run) -> float | None:
+    """Tokens that the caches of all replicas hold; None when any does not say."""
+    held = [
+        None if size is None or blocks is None else size * blocks
+        for size, blocks in zip(_said(run, BLOCK_SIZE), _said(run, BLOCKS), strict=True)
+    ]
+    known = [tokens for tokens in held if tokens is not None]
+    return sum(known) if known and len(known) == len(held) else None
+
+
+def _fullest(run: Run, replica: int) -> float | None:
+    """Largest share of the KV cache that was in use, as sampled; None without a sample."""
+    table = read_server_metrics(RunDir(run.path).server_metrics(replica))
+    return None if table is None else pc.max(table.column("kv_cache_usage")).as_py()

@@ -24,9 +24,9 @@ from analysis.load import read_run
 from analysis.money.buy import api_usd, compare_with_api
 from analysis.money.charge import HOURS_PER_MONTH, charge, slo_words
 from analysis.money.listprices import find_list_prices, read_list_prices
-from analysis.money.split import Usage, by_ratio, not_identifiable
+from analysis.money.split import TokenMix, by_ratio, not_identifiable, token_mix
 from analysis.money.terms import Structure, Terms, VolumeTier, declared, from_split, parse_volume
-from analysis.money.unit_prices import Mix, unit_prices
+from analysis.money.unit_prices import unit_prices
 from analysis.summary import summarise
 from harness.cli.decide import price
 from harness.commands.decide import parse_tier_price
@@ -97,7 +97,7 @@ def test_by_hand(tmp_path):
     st.floats(0, 100), st.one_of(st.none(), st.floats(0, 10)), st.floats(0.01, 100),
 )  # fmt: skip
 def test_the_parts_add_up_to_the_bill(usd, uncached, cached, out, w_in, w_cached, w_out):
-    mix = Mix(uncached_input=uncached, cached_input=cached, output=out)
+    mix = TokenMix(uncached_input=uncached, cached_input=cached, output=out)
     total = Quantity(value=usd, low=usd * 0.9, high=usd * 1.2, n=9, unit="", evidence="measured x list price")
     structure = Structure(method="declared ratio", input=w_in, cached_input=w_cached, output=w_out)
     prices = unit_prices(total, mix, structure)
@@ -116,7 +116,7 @@ def test_margin_and_break_even_agree(margin, utilisation, discount, batch):
     from analysis.money.charge import _offers
 
     q = Quantity(value=2.0, low=1.0, high=3.0, n=9, unit="", evidence="measured")
-    full = unit_prices(q, Mix(uncached_input=10, cached_input=5, output=5), declared(4.0, 1.0, 0.25))
+    full = unit_prices(q, TokenMix(uncached_input=10, cached_input=5, output=5), declared(4.0, 1.0, 0.25))
     terms = Terms(
         margin=margin, utilisation=utilisation, volume=(VolumeTier(from_tokens=1e9, discount=discount),),
         batch_discount=batch,
@@ -134,7 +134,7 @@ def test_doubt_about_the_division_is_added_to_that_about_the_bill():
     """3 % and 4 % that know nothing of each other are 5 %; the total knows nothing of the division."""
     total = Quantity(value=1.0, low=0.97, high=1.03, n=9, unit="", evidence="measured")
     weights = Structure(method="step model", input=1.0, cached_input=None, output=4.0, spread=(0.0, 0.0, 0.04))
-    prices = unit_prices(total, Mix(uncached_input=10, cached_input=None, output=10), weights)
+    prices = unit_prices(total, TokenMix(uncached_input=10, cached_input=None, output=10), weights)
     assert prices.output.high / prices.output.value == pytest.approx(1.05)
     assert prices.output.low / prices.output.value == pytest.approx(0.95)
     assert prices.input.high / prices.input.value == pytest.approx(1.03)
@@ -142,7 +142,7 @@ def test_doubt_about_the_division_is_added_to_that_about_the_bill():
 
 
 def test_a_split_brings_its_own_doubt():
-    split = by_ratio(1.0, Usage(input=10, cached_input=None, output=10), 4.0, evidence="measured")
+    split = by_ratio(1.0, token_mix(10, None, 10), 4.0, evidence="measured")
     out = split.usd_per_1m_output
     wide = replace(split, usd_per_1m_output=replace(out, low=out.value * 0.9, high=out.value * 1.2))
     assert from_split(wide).spread == pytest.approx((0.0, 0.0, 0.2))
@@ -163,7 +163,7 @@ def test_cached_input_has_its_own_price(tmp_path):
 
 def test_a_measured_split_gives_the_weights(tmp_path):
     s = summary(tmp_path / "r", rows(cached=6))
-    split = by_ratio(1.0, Usage(input=3200, cached_input=2400, output=1600), 5.0, evidence="measured", cached_ratio=0.1)
+    split = by_ratio(1.0, token_mix(3200, 2400, 1600), 5.0, evidence="measured", cached_ratio=0.1)
     assert from_split(split).output / from_split(split).input == pytest.approx(5)
     with_split = replace(s, cost=replace(s.cost, splits=[replace(split, method="step model")]))
     (made,) = decide(with_split, split_method="step model")

@@ -13,7 +13,7 @@ from analysis.bursts import bursts_seen
 from analysis.intervals import distribution, share
 from analysis.likeness import Z
 from analysis.load import read_run
-from analysis.queueing import queue_of
+from analysis.rates import queue_of
 from analysis.relaxation import ClosedLoop, Relaxation, integrated_time, relaxation_s
 from analysis.summary import summarise
 from harness.results import Result

@@ -18,17 +18,17 @@ from analysis.money.nonnegative import fit_non_negative
 from analysis.money.price import bill_usd
 from analysis.money.samples import Samples, WorkRows, busy_rows, server_samples
 from analysis.money.split import (
-    Usage,
     by_fit,
     by_phase_time,
     by_ratio,
     by_step_model,
     divide,
     split_bill,
+    token_mix,
 )
 
 USD = 10.0
-USAGE = Usage(input=8e6, cached_input=None, output=2e6)
+USAGE = token_mix(8e6, None, 2e6)
 
 
 def parts(split):
@@ -86,7 +86,7 @@ def test_nothing_divides_by_nothing(weights):
     st.none() | st.floats(0, 1),
 )  # fmt: skip
 def test_every_declared_split_adds_up(usd, into, hit, out, ratio, cached_ratio):
-    usage = Usage(input=float(into), cached_input=into * hit, output=float(out))
+    usage = token_mix(float(into), into * hit, float(out))
     split = by_ratio(usd, usage, ratio, cached_ratio=cached_ratio, evidence="measured")
     assert sum(parts(split)) == split.bill_nusd == round(Fraction(usd) * 10**9)
     price_in, price_cached, price_out = prices(split)
@@ -101,7 +101,7 @@ def test_every_declared_split_adds_up(usd, into, hit, out, ratio, cached_ratio):
 
 def test_deepseeks_day_by_phase_time():
     """Engine seconds of each phase from the tokens a node does per second: what was published, and adds up."""
-    usage = Usage(input=deepseek.INPUT, cached_input=deepseek.CACHED_INPUT, output=deepseek.OUTPUT)
+    usage = token_mix(deepseek.INPUT, deepseek.CACHED_INPUT, deepseek.OUTPUT)
     usd = bill_usd(deepseek.USD_PER_HOUR, 1, 24 * 3600) * deepseek.NODES
     assert usd == pytest.approx(87_072)
     prefill, decode = deepseek.INPUT / deepseek.PREFILL_PER_S, deepseek.OUTPUT / deepseek.DECODE_PER_S
@@ -115,7 +115,7 @@ def test_deepseeks_day_by_phase_time():
 
 
 def test_deepseeks_day_with_cached_input_apart():
-    usage = Usage(input=deepseek.INPUT, cached_input=deepseek.CACHED_INPUT, output=deepseek.OUTPUT)
+    usage = token_mix(deepseek.INPUT, deepseek.CACHED_INPUT, deepseek.OUTPUT)
     prefill, decode = deepseek.INPUT / deepseek.PREFILL_PER_S, deepseek.OUTPUT / deepseek.DECODE_PER_S
     split = by_phase_time(87_072.0, usage, prefill, decode, evidence="quoted", cached_ratio=0.25)
     price_in, price_cached, price_out = prices(split)
@@ -134,7 +134,8 @@ def test_gke_ratio_on_the_measured_run():
 def test_the_measured_run_by_step_model():
     """Two thirds of the bill are output; request seconds of 128 sequences at once are refused as engine time."""
     usd = bill_usd(qwen.USD_PER_HOUR, 1, qwen.SPAN_S)
-    declared, phase, step = split_bill(usd, qwen.USAGE, qwen.samples(), ratio=4.0, evidence="measured")
+    phase, step = split_bill(usd, qwen.USAGE, qwen.samples(), evidence="measured")
+    declared = by_ratio(usd, qwen.USAGE, 4.0, evidence="measured")
     assert "no engine time" in refused(phase)
     assert phase.facts["overlap"] == pytest.approx(102.7, abs=0.1)
     assert step.reason is None
@@ -174,7 +175,7 @@ def test_time_that_is_mostly_shared_is_a_rule_not_a_measurement():
 
 
 def test_cached_input_has_a_price_of_its_own():
-    usage = replace(USAGE, cached_input=4e6)
+    usage = token_mix(8e6, 4e6, 2e6)
     split = by_step_model(USD, usage, samples(np.random.default_rng(0), d=5e-5), evidence="measured")
     price_in, _, price_out = prices(split)
     true_in = USD / (4e6 + 4e6 / 4 + 2.5 * 2e6) * 1e6
@@ -187,7 +188,7 @@ def test_cached_input_has_a_price_of_its_own():
 def test_cached_input_that_costs_nothing_is_not_known():
     rng = np.random.default_rng(1)
     found = replace(samples(rng), cached_input=1000 * rng.random(300))
-    fit = by_step_model(USD, replace(USAGE, cached_input=4e6), found, evidence="measured")
+    fit = by_step_model(USD, token_mix(8e6, 4e6, 2e6), found, evidence="measured")
     assert fit.facts["per_cached_input"] < 1e-5
     if fit.usd_per_1m_cached_input.value is None:
         assert "not told from nothing" in fit.usd_per_1m_cached_input.note
@@ -285,13 +286,12 @@ def test_phases_without_time():
 
 @pytest.mark.parametrize(("usd", "usage"), [(None, USAGE), (USD, None), (USD, replace(USAGE, output=0.0))])
 def test_no_bill_no_split(usd, usage):
-    for split in split_bill(usd, usage, None, ratio=4.0, evidence="measured"):
+    for split in split_bill(usd, usage, None, evidence="measured"):
         refused(split)
 
 
-def test_unsampled_servers_leave_the_declared_ratio():
-    declared, phase, step = split_bill(USD, USAGE, None, ratio=4.0, evidence="measured")
-    assert declared.reason is None
+def test_unsampled_servers_divide_nothing():
+    phase, step = split_bill(USD, USAGE, None, evidence="measured")
     assert refused(phase) == refused(step) == "the servers were not sampled"
 
 

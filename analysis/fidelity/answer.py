@@ -45,20 +45,6 @@ class Plan:
     output_tokens: Floats
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
-    """What servers said of their prefix caches."""
-
-    replicas: int
-    queried_tokens: float | None
-    """null when no server counts them."""
-    hit_tokens: float | None
-    fullest: float | None = None
-    """Largest share of the KV cache in use."""
-    cache_tokens: float | None = None
-    """What the caches hold; null when the servers do not say."""
-
-
 def not_comparable(name: str, why: str, observed: str = "not comparable") -> Fidelity:
     """An answer that is none, and why."""
     return Fidelity(name=name, ok=None, observed=observed, bound="", said=why)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from functools import partial
 
@@ -10,22 +9,14 @@ import numpy as np
 import pyarrow.compute as pc
 
 from analysis.columns import bools, floats, plan_column, plan_size
-from analysis.counters import moved_by, shared_addresses
-from analysis.fidelity.answer import Plan, Served
+from analysis.counters import moved_by
+from analysis.fidelity.answer import Plan
 from analysis.load import Run
+from analysis.warm_cache import HITS, block_tokens
 from harness.errors import PlanError
 from harness.run import RunDir
-from harness.server_metrics import read_server_metrics
 from harness.traces.prefix import Ints
 from harness.traces.reuse import Ids, Reuse, UnknownTokensError, plan_prompts, prompt_reuse
-
-QUERIES = "vllm:prefix_cache_queries_total"
-HITS = "vllm:prefix_cache_hits_total"
-BLOCK_SIZE = "vllm:cache_config_info block_size"
-BLOCKS = "vllm:cache_config_info num_gpu_blocks"
-"""What the server says of its cache, beside its counters."""
-OWN_BLOCK_TOKENS = {"vllm": 16, "vllm-cpu": 128}
-"""Engines that were started without a block size -> the one they take."""
 
 
 def read_plan(run: Run) -> Plan:
@@ -103,46 +94,3 @@ def _first(prompts: Iterable[tuple[Ids, Ints]], n: int) -> Iterator[tuple[Ids, I
         lengths = lengths[:n]
         yield ids[: int(lengths.sum())], lengths
         n -= len(lengths)
-
-
-def block_tokens(run: Run) -> int | None:
-    """Tokens in a block of the servers' prefix caches: as they say, else as they were started; None: nobody knows."""
-    said = {int(size) for size in _said(run, BLOCK_SIZE) if size is not None and size >= 1}
-    if said:
-        return said.pop() if len(said) == 1 else None
-    found = re.search(r"--block-size[= ](\d+)", " ".join(run.manifest.engine_args))
-    return max(1, int(found[1])) if found else OWN_BLOCK_TOKENS.get(run.manifest.engine)
-
-
-def read_served(run: Run) -> Served:
-    """What the servers' own counters and gauges say of their prefix caches."""
-    replicas = run.manifest.replicas
-    shared = bool(shared_addresses(run))
-    return Served(
-        replicas=max(2 * shared, sum(len(r.metrics_urls) or 1 for r in replicas)),
-        queried_tokens=None if shared else moved_by(run, QUERIES),
-        hit_tokens=None if shared else moved_by(run, HITS),
-        fullest=max((f for r in replicas if (f := _fullest(run, r.index)) is not None), default=None),
-        cache_tokens=_cache_tokens(run),
-    )
-
-
-def _said(run: Run, name: str) -> list[float | None]:
-    """A figure that each replica stated before the load."""
-    return [(replica.counters_before or {}).get(name) for replica in run.manifest.replicas]
-
-
-def _cache_tokens(run: Run) -> float | None:
-    """Tokens that the caches of all replicas hold; None when any does not say."""
-    held = [
-        None if size is None or blocks is None else size * blocks
-        for size, blocks in zip(_said(run, BLOCK_SIZE), _said(run, BLOCKS), strict=True)
-    ]
-    known = [tokens for tokens in held if tokens is not None]
-    return sum(known) if known and len(known) == len(held) else None
-
-
-def _fullest(run: Run, replica: int) -> float | None:
-    """Largest share of the KV cache that was in use, as sampled; None without a sample."""
-    table = read_server_metrics(RunDir(run.path).server_metrics(replica))
-    return None if table is None else pc.max(table.column("kv_cache_usage")).as_py()

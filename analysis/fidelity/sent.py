@@ -16,13 +16,13 @@ from analysis.fidelity.answer import (
     POINTS_BOUND,
     Fidelity,
     Plan,
-    Served,
     backwards,
     groups,
     ks_distance,
     not_comparable,
 )
 from analysis.load import Rows
+from analysis.warm_cache import Served
 from harness.traces.reuse import Reuse
 from harness.traces.stats import WINDOWS_S, dispersion
 

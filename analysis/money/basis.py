@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import date
 
+from analysis.price_age import is_old
 from harness.errors import UsageError
 from harness.run import Tier
-
-OLD_PRICE_DAYS = 180
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +22,7 @@ class PriceBasis:
     source: str
     date: str
     old: bool
-    """Read more than `OLD_PRICE_DAYS` ago."""
+    """Read more than `analysis.price_age.OLD_DAYS` ago."""
     note: str | None = None
     """What a reader of the price must know besides: term, condition, assumption."""
     measured_with: PriceBasis | None = None
@@ -49,15 +48,6 @@ def basis_of(tier: Tier | None, new_prices: Mapping[str, Tier], today: date) -> 
             "differ); a price can be replaced, a measurement cannot"
         )
     return replace(_dated(new, today), measured_with=own)
-
-
-def is_old(read: str, today: date) -> bool:
-    """Whether a price read on that day (or in that month) is older than `OLD_PRICE_DAYS`, or its date unreadable."""
-    try:
-        day = date.fromisoformat(read if len(read) > 7 else f"{read}-01")
-    except ValueError:
-        return True  # a date that nobody can read proves nothing
-    return (today - day).days > OLD_PRICE_DAYS
 
 
 def _dated(tier: Tier, today: date) -> PriceBasis:

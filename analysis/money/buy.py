@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from analysis.intervals import Quantity, scaled
 from analysis.money.listprices import ListPrice
+from analysis.money.split import TokenMix
 from analysis.money.terms import Terms
-from analysis.money.unit_prices import Mix
 
 if TYPE_CHECKING:
     from analysis.money.charge import Charge
@@ -42,7 +42,7 @@ def compare_with_api(made: Charge, terms: Terms, prices: Sequence[ListPrice], fa
     return replace(made, against=tuple(sorted(found, key=lambda a: (not a.same_model, a.usd_per_1m_total))))
 
 
-def api_usd(price: ListPrice, mix: Mix) -> float:
+def api_usd(price: ListPrice, mix: TokenMix) -> float:
     """Bill for ``mix`` at an API's list prices, USD. No cached price listed: cached input at the full input price."""
     cached = price.usd_per_1m_input if price.usd_per_1m_cached_input is None else price.usd_per_1m_cached_input
     return (

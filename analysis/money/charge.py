@@ -14,19 +14,18 @@ from dataclasses import dataclass, replace
 from datetime import date
 
 from analysis.intervals import Quantity, scaled
-from analysis.money.basis import OLD_PRICE_DAYS, PriceBasis, basis_of
+from analysis.money.basis import PriceBasis, basis_of
 from analysis.money.buy import Against
+from analysis.money.price import HOURS_PER_MONTH
 from analysis.money.quoted import Quote, quote
-from analysis.money.split import Split
+from analysis.money.split import Split, TokenMix
 from analysis.money.terms import Structure, Terms, from_split
-from analysis.money.unit_prices import Mix, UnitPrices, bill_parts, times, unit_prices
+from analysis.money.unit_prices import UnitPrices, bill_parts, times, unit_prices
 from analysis.offered_load import LoadKind
+from analysis.price_age import OLD_DAYS
 from analysis.sizing.system import Key, servers_of, slo_words, system_of
 from analysis.summary import Summary
 from harness.run import Tier
-
-HOURS_PER_MONTH = 730.0
-"""8,760 h / 12."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +77,7 @@ class Charge:
     denominator: str
     basis: PriceBasis | None
     structure: Structure
-    mix: Mix | None
+    mix: TokenMix | None
     """Of those runs; at capacity of one hour there."""
     bill_nanousd: tuple[int, int, int] | None
     """What uncached input, cached input and output carry of the bill for these tokens; adds up to it."""
@@ -219,7 +218,7 @@ def _notes(found: Quote, structure: Structure, basis: PriceBasis | None) -> list
     elif mix is not None and structure.cached_input is None and mix.cached_input:
         said.append("cached input is priced like the rest of the input: declare its weight (--ratio IN:OUT:CACHED)")
     if basis is not None and basis.old:
-        said.append(f"OLD: the price of the hardware was read on {basis.date}, over {OLD_PRICE_DAYS} days ago")
+        said.append(f"OLD: the price of the hardware was read on {basis.date}, over {OLD_DAYS} days ago")
     limits = {c.name: c for s in runs for c in s.checks if not c.gate and c.ok is False and c.name != "price_date"}
     # what to do about it says which way a price is off; the bound alone does not
     said += [f"limit of the measurement, {c.name}: {c.observed}; {c.advice or c.bound}" for c in limits.values()]

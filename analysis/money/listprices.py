@@ -17,13 +17,12 @@ from typing import Any
 
 import msgspec
 
+from analysis.price_age import is_old
 from harness.errors import UsageError, unknown_name
 from harness.untrusted import DECODE_ERRORS, check_regular
 
 EXTRACT = Path(__file__).with_name("listprices.json")
 SCHEMA = "harness.listprices/1"
-OLD_DAYS = 180
-"""A map from longer ago than this is marked old."""
 MAX_BYTES = 100_000_000
 TEXT_MODES = ("chat", "completion", "responses")
 KEYS = (
@@ -72,8 +71,8 @@ class PriceMap:
         return (today - dt.date.fromisoformat(self.date)).days
 
     def is_old(self, today: dt.date) -> bool:
-        """True when the map is older than `OLD_DAYS`."""
-        return self.age_days(today) > OLD_DAYS
+        """True when the map is old (`analysis.price_age`)."""
+        return is_old(self.date, today)
 
 
 def read_list_prices(path: Path | None = None) -> PriceMap:

@@ -1,4 +1,4 @@
-"""USD per 1M tokens: the bill of the window over the tokens served in it. Nothing else decides a price here.
+"""What the tokens of a run cost: the bill of its window over the tokens served in it.
 
 Assumption, stated in every summary: one replica is one whole instance of its tier, paid for the whole window.
 """
@@ -6,17 +6,20 @@ Assumption, stated in every summary: one replica is one whole instance of its ti
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from analysis.intervals import MIN_SAMPLES, Quantity
-from analysis.money.split import Split, Usage, by_ratio, not_identifiable
+from analysis.money.split import Split, TokenMix, by_ratio, not_identifiable
 from harness.errors import UsageError
 from harness.run import Tier
 
-__all__ = ["DEFAULT_RATIO", "Cost", "Split", "bill_usd", "check_ratio", "cost", "split_by_ratio", "usd_per_1m"]
-
+OUTPUT_ONLY = "output (which carry the whole bill)"
 DEFAULT_RATIO = 4.0
+DEFAULT_UTILISATION = 0.3
+"""Share of the capacity that is used around the clock, where nothing else is said."""
+HOURS_PER_YEAR = 8760.0
+HOURS_PER_MONTH = HOURS_PER_YEAR / 12
 
 
 def bill_usd(usd_per_hour: float, replicas: int, duration_s: float) -> float:
@@ -29,14 +32,23 @@ def usd_per_1m(usd: float, tokens: float) -> float:
     return usd / tokens * 1e6
 
 
-def split_by_ratio(usd: float, input_tokens: float, output_tokens: float, ratio: float) -> tuple[float, float]:
-    """(USD per 1M input, USD per 1M output) when an output token is declared to cost ``ratio`` input tokens.
+def at_rate(
+    usd_per_s: float | None, rate: Quantity, per: str, *, why: str | None = None, share: float = 1.0
+) -> Quantity:
+    """USD per 1M ``per`` tokens of servers that cost ``usd_per_s`` and serve ``rate`` tokens/s, dear when slow.
 
-    input x price_in + output x price_out is the whole bill again. The ratio is an opinion, not a measurement.
-    Source: Google GKE Inference Quickstart, out = usd / (input / ratio + output), in = out / ratio, ratio 4.
+    The interval is the rate's, where it has one. ``share``: of the bill that these tokens carry. Null with the reason
+    ``why`` without a price, and without a rate.
     """
-    output = usd_per_1m(usd, input_tokens / ratio + output_tokens)
-    return output / ratio, output
+    unit, evidence = f"USD per 1M {per} tokens", f"{rate.evidence} x list price"
+    if usd_per_s is None or not rate.value:
+        why = why or rate.note or "no tokens were served"
+        return Quantity(value=None, n=rate.n, unit=unit, note=why, evidence=evidence)
+    usd = usd_per_s * share
+    return Quantity(
+        value=usd_per_1m(usd, rate.value), low=usd_per_1m(usd, rate.high) if rate.high else None,
+        high=usd_per_1m(usd, rate.low) if rate.low else None, n=rate.n, unit=unit, note=rate.note, evidence=evidence,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,28 +108,13 @@ def cost(
     known = tier is not None and duration_s is not None and math.isfinite(tier.usd_per_hour)
     usd_per_s = tier.usd_per_hour * replicas / 3600 if tier is not None and reason is None else None
 
-    def per_1m(rate: Quantity, per: str, factor: float = 1.0) -> Quantity:
-        unit = f"USD per 1M {per} tokens"
-        evidence = f"{rate.evidence} x list price"
-        if usd_per_s is None or not rate.value:
-            why = reason or rate.note or "no tokens were served"
-            return Quantity(value=None, n=rate.n, unit=unit, note=why, evidence=evidence)
-        usd = usd_per_s * factor
-        return Quantity(
-            value=usd_per_1m(usd, rate.value),
-            low=usd_per_1m(usd, rate.high) if rate.high else None,
-            high=usd_per_1m(usd, rate.low) if rate.low else None,
-            n=rate.n,
-            unit=unit,
-            note=rate.note,
-            evidence=evidence,
-        )
-
+    into = at_rate(usd_per_s, weighted_rate, "input", why=reason, share=1 / ratio)
+    out = at_rate(usd_per_s, weighted_rate, "output", why=reason)
     bill = bill_usd(tier.usd_per_hour, replicas, duration_s) if known and tier and duration_s else None
     return Cost(
-        usd_per_1m_total=per_1m(total_rate, "input + output"),
-        usd_per_1m_output_only=per_1m(output_rate, "output (which carry the whole bill)"),
-        split=_declared(bill, duration_s, total_rate, output_rate, ratio, per_1m, weighted_rate),
+        usd_per_1m_total=at_rate(usd_per_s, total_rate, "input + output", why=reason),
+        usd_per_1m_output_only=at_rate(usd_per_s, output_rate, OUTPUT_ONLY, why=reason),
+        split=_declared(bill, duration_s, total_rate, output_rate, ratio, into, out),
         splits=[s if usd_per_s is not None else _withheld(s, reason or "no price") for s in splits],
         bill_usd=bill,
         usd_per_hour=tier.usd_per_hour if tier and math.isfinite(tier.usd_per_hour) else None,
@@ -137,21 +134,19 @@ def _declared(
     total_rate: Quantity,
     output_rate: Quantity,
     ratio: float,
-    per_1m: Callable[[Quantity, str, float], Quantity],
-    weighted_rate: Quantity,
+    into: Quantity,
+    out: Quantity,
 ) -> Split:
     """The declared split: prices with the interval of the weighted rate, parts from the tokens of the window."""
-    into, out = per_1m(weighted_rate, "input", 1 / ratio), per_1m(weighted_rate, "output", 1.0)
     if out.value is None or bill is None or not duration_s or total_rate.value is None or output_rate.value is None:
         why = out.note or "tokens were not counted"
-        blank = not_identifiable("declared ratio", why, evidence=weighted_rate.evidence, n=weighted_rate.n)
+        blank = not_identifiable("declared ratio", why, evidence=total_rate.evidence, n=out.n)
         return replace(blank, ratio=ratio, usd_per_1m_input=into, usd_per_1m_output=out)
-    tokens = Usage(
-        input=max(0.0, total_rate.value - output_rate.value) * duration_s,
-        cached_input=None,
+    tokens = TokenMix(
+        uncached_input=max(0.0, total_rate.value - output_rate.value) * duration_s, cached_input=None,
         output=output_rate.value * duration_s,
-    )
-    parts = by_ratio(bill, tokens, ratio, evidence=weighted_rate.evidence, n=weighted_rate.n)
+    )  # fmt: skip
+    parts = by_ratio(bill, tokens, ratio, evidence=total_rate.evidence, n=out.n)
     return replace(parts, usd_per_1m_input=into, usd_per_1m_output=out)
 
 

@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from analysis.money.charge import Charge
+from analysis.money.split import TokenMix
 from analysis.money.terms import Structure, Terms
-from analysis.money.unit_prices import Mix, UnitPrices
+from analysis.money.unit_prices import UnitPrices
 from analysis.offered_load import KIND_WORDS
 from harness.errors import HarnessError, UsageError
 
@@ -160,7 +161,7 @@ def _in_the_mix(denominator: str) -> str:
 
 def _counted(charge: Charge) -> dict[str, dict[str, Any]]:
     """Denominator and tokens of each kind of tokens."""
-    mix, of = charge.mix or Mix(uncached_input=0, cached_input=None, output=0), charge.denominator
+    mix, of = charge.mix or TokenMix(uncached_input=0, cached_input=None, output=0), charge.denominator
     apart = charge.cost is not None and charge.cost.cached_input.value is not None
     into = mix.uncached_input + (0 if apart else mix.cached_input or 0)
     kinds = {

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from analysis.fullness import GIVEN, given_load_note
 from analysis.intervals import Quantity
-from analysis.money.unit_prices import Mix
+from analysis.money.split import TokenMix, token_mix
 from analysis.offered_load import KIND_WORDS, LOAD_UNIT
 from analysis.repeats import over_repeats
 from analysis.sizing.at_slo import System, systems
@@ -42,7 +42,7 @@ class Quote:
     """Those of that load; at capacity those of the two loads around it, the lower first."""
     total: Quantity
     """USD per 1M input + output tokens."""
-    mix: Mix | None
+    mix: TokenMix | None
     """The tokens of those runs; at capacity of one hour."""
     denominator: str
     floor: Quantity | None
@@ -97,7 +97,7 @@ def _at_capacity(system: System, runs: Sequence[Summary]) -> Quote | None:
     )  # fmt: skip
 
 
-def _hour(into: float, out: float, mixes: Sequence[Mix], place: float) -> Mix:
+def _hour(into: float, out: float, mixes: Sequence[TokenMix], place: float) -> TokenMix:
     """Whole tokens of one hour; the cached share of input lies between those of the loads around it, too."""
     input_, output = round(into * 3600), round(out * 3600)
     shares = [
@@ -106,9 +106,9 @@ def _hour(into: float, out: float, mixes: Sequence[Mix], place: float) -> Mix:
     ]
     known = [share for share in shares if share is not None]
     if len(known) < len(shares):
-        return Mix(uncached_input=input_, cached_input=None, output=output)
+        return TokenMix(uncached_input=input_, cached_input=None, output=output)
     cached = min(input_, round(input_ * (known[0] + place * (known[-1] - known[0]))))
-    return Mix(uncached_input=input_ - cached, cached_input=cached, output=output)
+    return TokenMix(uncached_input=input_ - cached, cached_input=cached, output=output)
 
 
 def _capacity_words(system: System, first: Summary) -> str:
@@ -121,7 +121,7 @@ def _capacity_words(system: System, first: Summary) -> str:
 
 
 def _capacity_notes(
-    system: System, around: Sequence[Sequence[Summary]], mixes: Sequence[Mix | None]
+    system: System, around: Sequence[Sequence[Summary]], mixes: Sequence[TokenMix | None]
 ) -> tuple[str, ...]:
     assert system.capacity is not None
     said = []
@@ -221,7 +221,7 @@ def _choice_notes(best: list[Summary], points: list[list[Summary]], kept: list[l
 
 
 def _common_notes(
-    runs: Sequence[Summary], mixes: Sequence[Mix | None], repeats: int, *, given: bool = False
+    runs: Sequence[Summary], mixes: Sequence[TokenMix | None], repeats: int, *, given: bool = False
 ) -> list[str]:
     """``given``: the quote is of a load that was given, and no estimate of what the servers can do."""
     notes = []
@@ -257,11 +257,10 @@ def pooled_cost(runs: Sequence[Summary]) -> Quantity:
     return replace(pooled, low=None, high=None, note=GIVEN) if given else pooled
 
 
-def mix_of(runs: Sequence[Summary]) -> Mix | None:
+def mix_of(runs: Sequence[Summary]) -> TokenMix | None:
     """The tokens that these runs served; None when one of them does not say."""
     if any(s.tokens.input is None or s.tokens.output is None for s in runs):
         return None
     into, out = sum(s.tokens.input or 0 for s in runs), sum(s.tokens.output or 0 for s in runs)
     known = [s.tokens.cached_input for s in runs]
-    cached = None if None in known else min(into, sum(c or 0 for c in known))
-    return Mix(uncached_input=into - (cached or 0), cached_input=cached, output=out)
+    return token_mix(into, None if None in known else sum(c or 0 for c in known), out)

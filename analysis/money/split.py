@@ -28,17 +28,28 @@ LARGEST_OVERLAP = 1.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
-    """The tokens that a bill paid for; ``input`` holds cached ones, ``cached_input`` None: not counted."""
+class TokenMix:
+    """Tokens that were served; ``cached_input`` None: the server did not say, all input counts as uncached."""
 
-    input: float
+    uncached_input: float
     cached_input: float | None
     output: float
 
     @property
-    def uncached_input(self) -> float:
-        """Input tokens that had to be computed (all of them where cached ones were not counted)."""
-        return max(0.0, self.input - (self.cached_input or 0.0))
+    def input(self) -> float:
+        """Cached and uncached."""
+        return self.uncached_input + (self.cached_input or 0)
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.input + self.output
+
+
+def token_mix(input_tokens: int, cached_input: int | None, output: int) -> TokenMix:
+    """What was served of ``input_tokens``, of which ``cached_input`` came from a cache, and output tokens."""
+    cached = None if cached_input is None else min(input_tokens, cached_input)
+    return TokenMix(uncached_input=input_tokens - (cached or 0), cached_input=cached, output=output)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +97,7 @@ def divide(usd: float, weights: Sequence[float]) -> list[int]:
 
 
 def by_ratio(
-    usd: float, usage: Usage, ratio: float, *, evidence: str, cached_ratio: float | None = None, n: int = 0
+    usd: float, usage: TokenMix, ratio: float, *, evidence: str, cached_ratio: float | None = None, n: int = 0
 ) -> Split:
     """Declared: an output token costs ``ratio`` input tokens, a cached one ``cached_ratio`` of an uncached one.
 
@@ -98,7 +109,7 @@ def by_ratio(
 
 def by_phase_time(
     usd: float,
-    usage: Usage,
+    usage: TokenMix,
     prefill_s: float,
     decode_s: float,
     *,
@@ -132,7 +143,7 @@ def by_phase_time(
     return _split(method, usd, usage, (*weights, decode_s / usage.output), evidence=evidence, n=n, facts=facts)
 
 
-def by_step_model(usd: float, usage: Usage, samples: Samples, *, evidence: str, seed: int = 0) -> Split:
+def by_step_model(usd: float, usage: TokenMix, samples: Samples, *, evidence: str, seed: int = 0) -> Split:
     """By a fitted model of engine time: seconds = a x uncached input + b x output (+ c x steps + d x cached input).
 
     Non-negative least squares over intervals of about 5 s, all busy. With steps counted, c is the time that both share
@@ -148,27 +159,23 @@ def by_step_model(usd: float, usage: Usage, samples: Samples, *, evidence: str, 
 
 def split_bill(
     usd: float | None,
-    usage: Usage | None,
+    usage: TokenMix | None,
     samples: Samples | None,
     *,
-    ratio: float,
     evidence: str,
     cached_ratio: float | None = None,
     n: int = 0,
 ) -> list[Split]:
-    """The bill of one run by every method that one run allows: declared ratio, phase time, step model.
+    """The bill of one run by what its servers counted: phase time and step model. The declared split is `cost`'s own.
 
     ``usd`` or ``usage`` None: no price is allowed or known, and every method says so.
     """
     if usd is None or usage is None or not (usd > 0 and usage.input > 0 and usage.output > 0):
         why = "there is no bill to divide" if usd is None else "tokens were not counted"
-        return [
-            not_identifiable(m, why, evidence=evidence, n=n) for m in ("declared ratio", "phase time", "step model")
-        ]
-    found = [by_ratio(usd, usage, ratio, evidence=evidence, cached_ratio=cached_ratio, n=n)]
+        return [not_identifiable(m, why, evidence=evidence, n=n) for m in ("phase time", "step model")]
     if samples is None or samples.trouble:
         why = samples.trouble if samples and samples.trouble else "the servers were not sampled"
-        return found + [not_identifiable(m, why, evidence=evidence, n=n) for m in ("phase time", "step model")]
+        return [not_identifiable(m, why, evidence=evidence, n=n) for m in ("phase time", "step model")]
     if samples.prefill_request_s is None or samples.decode_request_s is None:
         phase = not_identifiable("phase time", "the servers do not count time by phase", evidence=evidence, n=n)
     else:
@@ -177,13 +184,13 @@ def split_bill(
             usd, usage, samples.prefill_request_s, samples.decode_request_s,
             evidence=evidence, busy_s=busy, cached_ratio=cached_ratio, n=n,
         )  # fmt: skip
-    return [*found, phase, by_step_model(usd, usage, samples, evidence=evidence)]
+    return [phase, by_step_model(usd, usage, samples, evidence=evidence)]
 
 
 # ------------------------------------------------------------------------------------------------- behind the methods
 
 
-def by_fit(method: str, usd: float, usage: Usage, rows: WorkRows, *, evidence: str, block: int, seed: int) -> Split:
+def by_fit(method: str, usd: float, usage: TokenMix, rows: WorkRows, *, evidence: str, block: int, seed: int) -> Split:
     """Fit, judge whether the data carry it, and price."""
     n = len(rows.spent)
     names, columns = ["input", "output"], [rows.uncached_input, rows.output]
@@ -242,7 +249,9 @@ def _trouble(fit: Fit, names: Sequence[str], facts: dict[str, float]) -> str | N
     return None
 
 
-def _with_intervals(split: Split, usd: float, usage: Usage, fit: Fit, names: Sequence[str], with_cached: bool) -> Split:
+def _with_intervals(
+    split: Split, usd: float, usage: TokenMix, fit: Fit, names: Sequence[str], with_cached: bool
+) -> Split:
     """Price intervals: the same division by each resample's own coefficients."""
     draws = dict(zip(names, fit.draws.T, strict=True))
     cached = draws["cached_input"] * (usage.cached_input or 0.0) if with_cached else 0.0
@@ -268,7 +277,7 @@ def _with_intervals(split: Split, usd: float, usage: Usage, fit: Fit, names: Seq
 def _split(
     method: str,
     usd: float,
-    usage: Usage,
+    usage: TokenMix,
     per_token: tuple[float, float | None, float],
     *,
     evidence: str,

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from analysis.intervals import Quantity, scaled
-from analysis.money.split import divide
+from analysis.money.split import TokenMix, divide
 from analysis.money.terms import Structure
 from harness.errors import UsageError
 
@@ -22,21 +22,7 @@ class UnitPrices:
     total: Quantity
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mix:
-    """Tokens that were served; ``cached_input`` None: the server did not say, all input counts as uncached."""
-
-    uncached_input: int
-    cached_input: int | None
-    output: int
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.uncached_input + (self.cached_input or 0) + self.output
-
-
-def unit_prices(total: Quantity, mix: Mix, structure: Structure) -> UnitPrices:
+def unit_prices(total: Quantity, mix: TokenMix, structure: Structure) -> UnitPrices:
     """Prices of the three kinds that make the same bill as ``total`` per 1M of all tokens does.
 
     uncached x input + cached x cached_input + output x output = total x all tokens; ends of intervals likewise, as long
@@ -79,7 +65,7 @@ def unit_prices(total: Quantity, mix: Mix, structure: Structure) -> UnitPrices:
     )
 
 
-def _weighed(mix: Mix, structure: Structure) -> tuple[float, float, float]:
+def _weighed(mix: TokenMix, structure: Structure) -> tuple[float, float, float]:
     """Tokens of each kind times their weight."""
     cached = structure.input if structure.cached_input is None else structure.cached_input
     weighed = (mix.uncached_input * structure.input, (mix.cached_input or 0) * cached, mix.output * structure.output)
@@ -88,7 +74,7 @@ def _weighed(mix: Mix, structure: Structure) -> tuple[float, float, float]:
     return weighed
 
 
-def bill_parts(usd_per_1m: float, mix: Mix, structure: Structure) -> tuple[int, int, int]:
+def bill_parts(usd_per_1m: float, mix: TokenMix, structure: Structure) -> tuple[int, int, int]:
     """What uncached input, cached input and output carry of the bill, in whole billionths of a USD."""
     into, cached, out = divide(usd_per_1m * mix.total / 1e6, _weighed(mix, structure))
     return into, cached, out

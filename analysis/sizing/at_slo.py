@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from analysis.intervals import Distribution, Quantity, scaled
-from analysis.money.price import bill_usd, usd_per_1m
+from analysis.money.price import DEFAULT_UTILISATION, OUTPUT_ONLY, at_rate, bill_usd
 from analysis.offered_load import LOAD_UNIT, LoadKind
 from analysis.repeats import over_repeats
 from analysis.sizing.capacity import Capacity, Point, capacity, knee, little, pool, saturation
@@ -30,8 +30,6 @@ from analysis.warm_cache import NAME as WARM
 from harness.slo import Criterion
 
 SCHEMA = "harness.capacity/1"
-UTILISATION = 0.3
-"""Share of capacity that is used around the clock, where nothing else is said; the default of ``harness price``."""
 LITTLE_BOUND = 0.10
 RATES = (
     "request_rate", "request_throughput", "input_token_throughput", "output_token_throughput",
@@ -154,7 +152,7 @@ class System:
 
 
 def systems(
-    summaries: Sequence[Summary], utilisation: float = UTILISATION, answer: Answer | None = None
+    summaries: Sequence[Summary], utilisation: float = DEFAULT_UTILISATION, answer: Answer | None = None
 ) -> list[System]:
     """Capacity and cost of every system, cheapest at its promise first; runs that are not VALID are left out.
 
@@ -246,7 +244,7 @@ def _system(
         runs=tuple(run for p in points for run in p.runs), capacity=found,
         top_sent_rate=_top_sent_rate(kind, points),
         top_token_throughput=points[-1].rates["total_token_throughput"], usd_per_1m_total=total,
-        usd_per_1m_output_only=replace(output, unit="USD per 1M output (which carry the whole bill) tokens"),
+        usd_per_1m_output_only=replace(output, unit=f"USD per 1M {OUTPUT_ONLY} tokens"),
         utilisation=utilisation, usd_per_1m_total_utilised=scaled(total, 1 / utilisation), floor=_floor(first, points),
         usd_per_hour=first.tier.usd_per_hour if first.tier else None, replicas_per_instance=_fitting(first),
         purchase=first.cost.purchase, region=first.cost.region, price_source=first.cost.source,
@@ -287,20 +285,10 @@ def _fitting(s: Summary) -> int:
 
 def cost_at(s: Summary, rate: Quantity, per: str = "input + output") -> Quantity:
     """USD per 1M tokens at a token throughput, from the price of the run's own tier: dear when slow."""
-    blank = Quantity(
-        value=None, n=rate.n, unit=f"USD per 1M {per} tokens", evidence=f"{rate.evidence} x list price", note=rate.note
-    )
-    if s.tier is None or s.cost.usd_per_hour is None or s.cost.usd_per_hour <= 0:
-        return replace(blank, note="no tier, so no price (--tier)")
-    if not rate.value:
-        return replace(blank, note=rate.note or "no tokens were counted")
-    usd_per_s = bill_usd(s.cost.usd_per_hour, max(1, s.cost.replicas), 1.0)
-    return replace(
-        blank,
-        value=usd_per_1m(usd_per_s, rate.value),
-        low=usd_per_1m(usd_per_s, rate.high) if rate.high else None,
-        high=usd_per_1m(usd_per_s, rate.low) if rate.low else None,
-    )
+    priced = s.tier is not None and s.cost.usd_per_hour is not None and s.cost.usd_per_hour > 0
+    usd_per_s = bill_usd(s.cost.usd_per_hour or 0.0, max(1, s.cost.replicas), 1.0) if priced else None
+    why = rate.note or "no tokens were counted" if priced else "no tier, so no price (--tier)"
+    return at_rate(usd_per_s, rate, per, why=why)
 
 
 def _cost(s: Summary, found: Capacity | None, name: str) -> Quantity:

@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from analysis.arrays import Floats, Ints
-from analysis.money.charge import HOURS_PER_MONTH
+from analysis.money.price import HOURS_PER_MONTH, HOURS_PER_YEAR
 
 MINUTE_S = 60.0
-HOURS_PER_YEAR = 8760.0
 MOST_SPARES = 1_000_000
 HOLD_MINUTES = 10
 """An autoscaler keeps what the busiest of the last so many minutes needed."""

@@ -8,8 +8,8 @@ from datetime import date
 from typing import Protocol
 
 from analysis.intervals import Quantity
-from analysis.money.basis import OLD_PRICE_DAYS, is_old
 from analysis.money.price import usd_per_1m
+from analysis.price_age import OLD_DAYS, is_old
 from analysis.sizing.at_slo import System, drain_words
 from analysis.sizing.fitted_engine import FittedEngine, NotFittedError
 from analysis.sizing.fleet import (
@@ -338,7 +338,7 @@ def _notes(system: System, offer: Offer, demand: Demand, today: date) -> tuple[s
     assert system.capacity is not None
     said = []
     if is_old(system.price_date or "", today):
-        said.append(f"OLD: the price of the hardware was read on {system.price_date}, over {OLD_PRICE_DAYS} days ago")
+        said.append(f"OLD: the price of the hardware was read on {system.price_date}, over {OLD_DAYS} days ago")
     if system.capacity.state == "beyond":
         said.append("capacity lies beyond the highest measured load: a lower bound, so the fleet is an upper one")
     if system.drained:

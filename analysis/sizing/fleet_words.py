@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from analysis.money.charge import HOURS_PER_MONTH
+from analysis.money.price import HOURS_PER_MONTH
 from analysis.sizing.fleet import HOLD_MINUTES
 from harness.slo import percent
 

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from analysis.summary import Summary
 
 DEFAULT_MARGIN = 0.4
-DEFAULT_UTILISATION = 0.3
 
 
 def price(
@@ -63,6 +62,7 @@ def price(
     from analysis.money.buy import compare_with_api
     from analysis.money.charge import charge
     from analysis.money.listprices import family, find_list_prices, read_list_prices
+    from analysis.money.price import DEFAULT_UTILISATION
     from analysis.money.price_table import SCHEMA, PriceReport, price_csv, price_rows, write_prices
     from analysis.money.terms import Terms, declared, parse_volume
 

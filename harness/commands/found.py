@@ -147,16 +147,15 @@ def read_summaries(
 
 def with_splits(run: Run, s: Summary, cached_ratio: float | None) -> Summary:
     """The summary with its bill divided by every method that this run allows."""
-    from analysis.money.price import DEFAULT_RATIO
     from analysis.money.samples import run_samples
-    from analysis.money.split import Usage, split_bill
+    from analysis.money.split import split_bill, token_mix
 
     usage = None
     if s.tokens.input is not None and s.tokens.output is not None:
-        usage = Usage(input=s.tokens.input, cached_input=s.tokens.cached_input, output=s.tokens.output)
+        usage = token_mix(s.tokens.input, s.tokens.cached_input, s.tokens.output)
     bill = s.cost.bill_usd if s.cost.usd_per_1m_total.value is not None else None
     splits = split_bill(
-        bill, usage, run_samples(run, s.window) if s.window else None, ratio=DEFAULT_RATIO, evidence=s.evidence,
+        bill, usage, run_samples(run, s.window) if s.window else None, evidence=s.evidence,
         cached_ratio=cached_ratio, n=s.requests.succeeded,
     )  # fmt: skip
     return replace(s, cost=replace(s.cost, splits=splits))

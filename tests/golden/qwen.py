@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.money.samples import Samples
-from analysis.money.split import Usage
+from analysis.money.split import token_mix
 
 HERE = Path(__file__).parent
 USD_PER_HOUR = 16.57216 / 2
@@ -17,9 +17,7 @@ REQUESTS = np.genfromtxt(HERE / "qwen3_32b_requests.csv", delimiter=",", names=T
 TICKS = np.genfromtxt(HERE / "qwen3_32b_timeseries.csv", delimiter=",", names=True)
 """One row a second: t (its end), tokens in it, requests running and waiting at its end."""
 SPAN_S = float(REQUESTS["last_token_s"].max() - REQUESTS["queued_s"].min())
-USAGE = Usage(
-    input=float(REQUESTS["input_tokens"].sum()), cached_input=None, output=float(REQUESTS["output_tokens"].sum())
-)
+USAGE = token_mix(float(REQUESTS["input_tokens"].sum()), None, float(REQUESTS["output_tokens"].sum()))
 
 
 def samples() -> Samples:
