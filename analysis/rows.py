@@ -18,7 +18,8 @@ from analysis.turns import Turns
 from harness.errors import ResultsError
 from harness.plan import PlanInfo
 from harness.results import SCHEMA
-from harness.run import RunManifest, RunSpec
+from harness.run import RunManifest
+from harness.run_spec import RunSpec
 
 LoadKind = Literal["open", "closed", "sessions"]
 """`analysis.offered_load` says what each is."""

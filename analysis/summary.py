@@ -38,7 +38,8 @@ from analysis.warm_cache import REASON, warm_cache
 from harness.errors import EXIT_INVALID, EXIT_NOT_DECIDED, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.plan import PlanInfo
 from harness.results import ERRORS
-from harness.run import Host, Replica, RunSpec, Tier
+from harness.run import Host, Replica, Tier
+from harness.run_spec import RunSpec
 from harness.slo import check_slo
 
 SCHEMA = "harness.report/1"

@@ -34,7 +34,8 @@ from harness.plan import PlanSpec
 from harness.prompts import Vocabulary
 from harness.records import open_trace
 from harness.results import read_results
-from harness.run import BATCH_READS_FROM, RunDir, RunSpec, describe_host, installed_versions, now_utc, python
+from harness.run import RunDir, describe_host, installed_versions, now_utc, python
+from harness.run_spec import BATCH_READS_FROM, RunSpec
 
 Floats = npt.NDArray[np.float64]
 

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field, replace
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from harness.errors import UsageError
-from harness.headers import looks_secret
+from harness.headers import AUTHORIZATION, looks_secret
 from harness.question import split_url
 
-AUTHORIZATION = "Authorization"
 START_UP_S = 300.0
 """A server that asks to be left alone (``Retry-After``) is waited for so long in all before a load begins."""
 LEAST_WAIT_S = 1.0

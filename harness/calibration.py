@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 
 from harness.errors import ResultsError
 from harness.plan import read_plan_columns
-from harness.run import BATCH_READS_FROM, Host, describe_host
+from harness.run import Host, describe_host
+from harness.run_spec import BATCH_READS_FROM
 
 SCHEMA_VERSION = "1"
 FILE = "calibration.json"

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 
 from harness.errors import UsageError
 
+AUTHORIZATION = "Authorization"
+"""Carries the API key, unless another header is named."""
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OURS = {

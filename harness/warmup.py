@@ -21,7 +21,7 @@ from harness import probe
 from harness.access import Access, page_under
 from harness.errors import ServerError
 from harness.plan import Request, iter_requests
-from harness.run import NO_TEMPERATURE, OutputLengths, RunSpec
+from harness.run_spec import NO_TEMPERATURE, OutputLengths, RunSpec
 
 FIRST_ANSWER_S = 15.0
 WARM_REQUESTS, WARM_IN_FLIGHT = 16, 8

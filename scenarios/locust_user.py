@@ -19,6 +19,7 @@ from locust.runners import LocalRunner
 
 from harness.errors import EXIT_FAILURE, EXIT_USAGE, HarnessError, UsageError
 from harness.results import Result, ResultWriter
+from harness.run_spec import DEFAULTS, RunSpec
 from scenarios.client.client import Client, raise_fd_limit
 from scenarios.client.endpoint import ENDPOINTS
 from scenarios.client.timers import Alarm
@@ -80,8 +81,17 @@ def _add_options(parser: Any) -> None:
     group = parser.add_argument_group("harness")
     group.add_argument("--plan", required=True, help="plan file made by `harness plan`")
     group.add_argument("--model", default="default", help="model name as the server knows it")
-    group.add_argument("--endpoint", default="completions", choices=[*ENDPOINTS], help="default: completions")
+    group.add_argument("--endpoint", default=DEFAULTS.endpoint, choices=[*ENDPOINTS], help="default: completions")
     group.add_argument("--results", default="", help="also write one Arrow row per request to this file")
+
+
+def asked(options: Any, host: str, *, timed: bool) -> RunSpec:
+    """What Locust's own command line asks for; the rest is as in every run."""
+    base = host.rstrip("/")
+    return RunSpec(
+        mode="open" if timed else "closed", model=options.model, endpoint=options.endpoint,
+        base_urls=[base if base.endswith("/v1") else f"{base}/v1"],
+    )  # fmt: skip
 
 
 class _LocustRun:
@@ -93,15 +103,12 @@ class _LocustRun:
         options = environment.parsed_options
         if not environment.host:
             raise UsageError("say where to send it: --host http://127.0.0.1:8000")
-        base = environment.host.rstrip("/")
         self._environment = environment
         self._name = ENDPOINTS[options.endpoint]
         raise_fd_limit()
-        self._client = Client(
-            [base if base.endswith("/v1") else f"{base}/v1"], self._record,
-            endpoint=options.endpoint, api_key=os.environ.get(API_KEY),
-        )  # fmt: skip
-        self._window = Window(Path(options.plan), timed=timed, endpoint=options.endpoint, model=options.model)
+        spec = asked(options, environment.host, timed=timed)
+        self._client = Client(spec, self._record, api_key=os.environ.get(API_KEY))
+        self._window = Window(Path(options.plan), spec)
         self._load = environment.load = Load(self._window.schedule(), self._client)
         self._writer = ResultWriter(Path(options.results), 0) if options.results else None
         self._connections = 32 if timed else options.num_users or 1

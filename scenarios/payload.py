@@ -14,7 +14,7 @@ import msgspec
 
 from harness.errors import UsageError
 from harness.plan import Request
-from harness.run import NO_TEMPERATURE, OutputLengths
+from harness.run_spec import DEFAULTS, NO_TEMPERATURE, OutputLengths
 from scenarios.client.completion import Answer
 from scenarios.client.endpoint import ENDPOINTS
 
@@ -23,8 +23,8 @@ from scenarios.client.endpoint import ENDPOINTS
 class Lengths:
     """How the planned lengths of answers are asked for: in which field of the body, and as what."""
 
-    field: str = "max_tokens"
-    kind: OutputLengths = "forced"
+    field: str = DEFAULTS.length_field
+    kind: OutputLengths = DEFAULTS.output_lengths
 
 
 FORCED = Lengths()

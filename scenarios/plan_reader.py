@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 
 from harness.errors import HarnessError, PlanError
 from harness.plan import Request, iter_batches, read_plan_columns, requests_in
-from scenarios.payload import FORCED, Lengths, draft, most_tokens, prepare
+from harness.run_spec import RunSpec
+from scenarios.payload import Lengths, draft, most_tokens, prepare
 from scenarios.schedule import Planned, Schedule
 
 
@@ -33,12 +34,15 @@ class Window:
     """
 
     def __init__(
-        self, plan: Path, worker: int = 0, workers: int = 1, *, timed: bool, endpoint: str, model: str,
-        extra_body: dict[str, object] | None = None, stream: bool = True, lengths: Lengths = FORCED,
-    ) -> None:  # fmt: skip
-        self._plan, self._worker, self._workers, self._timed = plan, worker, workers, timed
-        self._endpoint, self._model, self._extra_body, self._stream = endpoint, model, extra_body or {}, stream
-        self._lengths = lengths
+        self,
+        plan: Path,
+        spec: RunSpec,
+        worker: int = 0,
+    ) -> None:
+        self._plan, self._worker, self._workers = plan, worker, spec.workers
+        self._timed = timed = spec.mode == "open"
+        self._endpoint, self._model, self._extra_body = spec.endpoint, spec.model, spec.extra_body
+        self._stream, self._lengths = spec.stream, Lengths(spec.length_field, spec.output_lengths)
         table = self._columns(["request_id", "scheduled_ns", "after", "continues"])
         self.requests: int = table.num_rows
         if timed and table["scheduled_ns"].null_count:
@@ -50,7 +54,7 @@ class Window:
         self._awaited = _awaited(table)
         self._kept = _kept(table)
         self._read = 0
-        self._batches = iter_batches(plan, worker, workers)
+        self._batches = iter_batches(plan, worker, spec.workers)
         self._rows: Iterator[Request] = iter(())
         self._coming = self._read_ahead()
 

@@ -1,6 +1,6 @@
 """The load worker process: ``python -m scenarios.worker SPEC.json``.
 
-SPEC.json is a `scenarios.worker_protocol.WorkerSpec`; the API key comes from the environment variable HARNESS_API_KEY
+SPEC.json is a `harness.run_spec.WorkerSpec`; the API key comes from the environment variable HARNESS_API_KEY
 only. JSON lines on stdout, words on stderr. The worker prepares the first requests of its slice of the plan
 (`scenarios.plan_reader`), opens connections, then says::
 
@@ -54,18 +54,18 @@ from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, UsageError, W
 from harness.headers import from_environment
 from harness.observations import SCHEMA, Observation, ObservationWriter
 from harness.results import FLUSH_S, Result, ResultWriter
+from harness.run_spec import WorkerSpec
 from harness.startup import forgo_pandas
 from scenarios.client.client import Client, raise_fd_limit
 from scenarios.client.timers import Alarm
 from scenarios.locust_user import API_KEY
 from scenarios.observer import Observer
-from scenarios.payload import Lengths
 from scenarios.plan_reader import Window
 from scenarios.replay import Replay
 from scenarios.sampling import Sampler
 from scenarios.saturate import Saturate
 from scenarios.schedule import Load, slot_starts
-from scenarios.worker_protocol import Commands, WorkerSpec, read_spec, say, start_ns
+from scenarios.worker_protocol import Commands, read_spec, say, start_ns
 
 _OPEN_LOOP_CONNECTIONS = 64  # opened ahead when no cap says how many there can be
 _PROGRESS_S = 0.5
@@ -99,17 +99,11 @@ class Worker:
         self.rows = 0
         self._sampler = None if spec.answers is None else Sampler(SAMPLE // spec.workers)
         self._client = Client(
-            spec.base_urls, self._record, endpoint=spec.endpoint, timeout_s=spec.timeout_s, stall_s=spec.stall_s,
-            tls_ca=spec.tls_ca, api_key=os.environ.get(API_KEY), headers=spec.headers,
-            secret_headers=from_environment(spec.header_env), key_header=spec.key_header, stream=spec.stream,
-            balance=spec.balance, retries=spec.retries,
-            sampler=self._sampler, batch_reads_from=spec.batch_reads_from,
+            spec, self._record, api_key=os.environ.get(API_KEY), secret_headers=from_environment(spec.header_env),
+            sampler=self._sampler,
         )  # fmt: skip
         closed = spec.mode == "closed"
-        self._window = Window(
-            Path(spec.plan), spec.worker, spec.workers, timed=not closed, endpoint=spec.endpoint, model=spec.model,
-            extra_body=spec.extra_body, stream=spec.stream, lengths=Lengths(spec.length_field, spec.output_lengths),
-        )  # fmt: skip
+        self._window = Window(Path(spec.plan), spec, spec.worker)
         self.requests = self._window.requests
         schedule = self._window.schedule()
         slots = spec.concurrency or 1

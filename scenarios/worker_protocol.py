@@ -7,7 +7,6 @@ import select
 import signal
 import time
 from collections import deque
-from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic_ns
 from typing import Any
@@ -17,52 +16,12 @@ import gevent.monkey
 import msgspec
 from gevent.event import Event
 
-from harness.access import AUTHORIZATION
 from harness.errors import UsageError, WorkerError
-from harness.run import BATCH_READS_FROM, OutputLengths
+from harness.run_spec import WorkerSpec
 
 START_WAIT_S = 600.0
 """How long a ready worker waits to be told when to start."""
 _poll: Any = gevent.monkey.get_original("select", "poll")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerSpec:
-    """What one load worker does. The meaning of each field is that of `harness.run.RunSpec`."""
-
-    worker: int
-    workers: int
-    plan: str
-    results: str
-    """File to write rows to."""
-    observations: str | None = None
-    """File to write what the worker sees of itself to, a row a second; null: none."""
-    answers: str | None = None
-    """File to write a sample of the answers to (`harness.answers`); null: none are kept."""
-    mode: str
-    """"open" or "closed"."""
-    concurrency: int | None = None
-    """This worker's share: slots (closed loop), or cap on requests in flight (open loop, null = none)."""
-    base_urls: list[str]
-    endpoint: str = "completions"
-    model: str
-    duration_s: float | None = None
-    drain_s: float = 60.0
-    timeout_s: float = 600.0
-    stall_s: float = 60.0
-    extra_body: dict[str, Any] = field(default_factory=dict)
-    tls_ca: str | None = None
-    """File of certificates to trust instead of the system's."""
-    headers: dict[str, str] = field(default_factory=dict)
-    header_env: dict[str, str] = field(default_factory=dict)
-    key_header: str = AUTHORIZATION
-    length_field: str = "max_tokens"
-    output_lengths: OutputLengths = "forced"
-    stream: bool = True
-    balance: str = "least"
-    retries: int = 0
-    ramp_s: float | None = None
-    batch_reads_from: int = BATCH_READS_FROM
 
 
 def read_spec(path: Path) -> WorkerSpec:
@@ -73,8 +32,6 @@ def read_spec(path: Path) -> WorkerSpec:
         raise UsageError(f"{path}: cannot read the worker's spec ({e.strerror})") from e
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
         raise UsageError(f"{path}: not a worker's spec ({e})") from e
-    if spec.mode not in ("open", "closed"):
-        raise UsageError(f"{path}: mode {spec.mode!r}: valid: open, closed")
     if spec.concurrency is None and spec.mode == "closed":
         raise UsageError(f"{path}: a closed loop needs a concurrency")
     if spec.concurrency is not None and spec.concurrency < 1:

@@ -12,7 +12,8 @@ from harness.answers import Counted, Prompt, Text
 from harness.observations import Observation, ObservationWriter
 from harness.plan import SCHEMA, SCHEMA_VERSION, PlanInfo, plan_sha256
 from harness.results import Result, ResultWriter
-from harness.run import Host, Replica, RunDir, RunManifest, RunSpec, Tier, Worker, write_manifest
+from harness.run import Host, Replica, RunDir, RunManifest, Tier, Worker, write_manifest
+from harness.run_spec import RunSpec
 from harness.server_processor import ProcessorSecond, ProcessorSeconds
 
 S = 1_000_000_000

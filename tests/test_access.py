@@ -16,6 +16,7 @@ from harness.errors import ServerError, UsageError
 from harness.headers import check_key_header
 from harness.plan import Request
 from harness.retry_after import retry_after_s
+from harness.run_spec import RunSpec
 from harness.warmup import Way
 from scenarios.client.client import Client
 from scenarios.payload import Lengths, prepare
@@ -57,7 +58,10 @@ def test_how_lengths_are_asked_for() -> None:
 
 
 def test_the_query_of_a_base_url_goes_with_every_request() -> None:
-    client = Client(["http://127.0.0.1:1/x?api-version=1"], lambda row: None, api_key="k", key_header="api-key")
+    client = Client(
+        RunSpec(mode="open", model="m", base_urls=["http://127.0.0.1:1/x?api-version=1"], key_header="api-key"),
+        lambda row: None, api_key="k",
+    )  # fmt: skip
     head = client._targets[0].head.decode()
     client.close()
     assert head.startswith("POST /x/completions?api-version=1 HTTP/1.1\r\n")

@@ -20,6 +20,7 @@ from harness.errors import ServerError, UsageError
 from harness.headers import parse_headers
 from harness.plan import Request
 from harness.results import ERRORS, Result
+from harness.run_spec import RunSpec
 from scenarios.client.client import Client
 from scenarios.client.connection import Connection
 from scenarios.client.in_flight import Stream
@@ -106,12 +107,21 @@ def serve():
         server.socket.close()
 
 
+OWN = ("connect_timeout_s", "api_key", "secret_headers", "sampler")
+"""What a client is given beside the spec of its run."""
+
+
+def spec_of(*urls, **asked):
+    return RunSpec(mode="open", model="fake", base_urls=[*urls], **asked)
+
+
 class Run:
     """A client and its rows."""
 
     def __init__(self, *urls, **options):
         self.rows: list[Result] = []
-        self.client = Client(urls, self.rows.append, **options)
+        own = {name: options.pop(name) for name in OWN if name in options}
+        self.client = Client(spec_of(*urls, **options), self.rows.append, **own)
         self.sent = 0
 
     def send(self, payload=None, ended=None, slice_=0, cancel_after_ns=None, timeout_ns=None, **fields):
@@ -214,7 +224,7 @@ def test_prepare_fits_the_prompt_to_the_endpoint():
 )
 def test_what_is_no_base_url_is_refused(url):
     with pytest.raises(UsageError) as e:
-        Client([url], lambda row: None)
+        Client(spec_of(url), lambda row: None)
     assert "secret" not in str(e.value)
 
 
@@ -765,7 +775,7 @@ def test_headers_that_must_not_be(lines, words):
 
 def test_headers_are_checked_where_they_are_sent_too():
     with pytest.raises(UsageError):
-        Client(["http://127.0.0.1:9/v1"], lambda row: None, headers={"X-A": "b\r\nX-B: c"})
+        Client(spec_of("http://127.0.0.1:9/v1", headers={"X-A": "b\r\nX-B: c"}), lambda row: None)
 
 
 def test_a_client_hangs_up_when_the_plan_says(faulty, serve, run):

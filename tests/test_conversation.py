@@ -27,6 +27,7 @@ from harness.plan import iter_requests, plan_sha256, read_plan_info
 from harness.records import TraceRecord
 from harness.results import Result, read_results
 from harness.run import RunDir, read_manifest
+from harness.run_spec import RunSpec
 from scenarios.client.capture import ToldResponse
 from scenarios.client.completion import Answer
 from scenarios.conversation import Conversations
@@ -232,7 +233,7 @@ def test_a_damaged_plan_is_refused(tmp_path):
     for damage in ({"after": [None, 0, 0], "continues": [None, True, True]}, {"continues": [None, True, None]}):
         plan = write_plan(tmp_path / f"{len(damage)}.arrow", n=3, slice=[0, 0, 0], **damage)
         with pytest.raises(PlanError, match="damaged"):
-            Window(plan, timed=True, endpoint="completions", model="m")
+            Window(plan, RunSpec(mode="open", model="m", base_urls=[]))
 
 
 # -- what was said ----------------------------------------------------------------------------------------------------
@@ -435,7 +436,9 @@ def test_answers_are_kept_only_while_a_turn_needs_them(tmp_path, echo):
     plan = write_plan(tmp_path / "plan.arrow", n=40, timed=False, **chain(10, sessions, think_ns=[None] * 40))
     run = Run(server.url, endpoint="chat")
     try:
-        load = Load(Window(plan, timed=False, endpoint="chat", model="m").schedule(), run.client)
+        load = Load(
+            Window(plan, RunSpec(mode="closed", endpoint="chat", model="m", base_urls=[])).schedule(), run.client
+        )
         most = 0
         while load.schedule.left:
             if load.schedule.next_due() is None:

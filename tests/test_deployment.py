@@ -40,7 +40,8 @@ from harness import probe
 from harness.commands import targets
 from harness.errors import ServerError, UsageError
 from harness.host_metrics import host_file, read_host_metrics
-from harness.run import Restart, RunDir, RunSpec, create_run_dir
+from harness.run import Restart, RunDir, create_run_dir
+from harness.run_spec import RunSpec
 from harness.server_processor import ProcessorSecond, read_server_processor
 
 S = 1_000_000_000

@@ -16,7 +16,8 @@ from cluster.engines.protocol import CommandEngine, Engine
 from harness.cli import cli
 from harness.errors import UsageError
 from harness.plan import plan_sha256, read_plan_info
-from harness.run import RunDir, RunSpec, System, Worker, new_manifest, read_manifest, write_manifest
+from harness.run import RunDir, System, Worker, new_manifest, read_manifest, write_manifest
+from harness.run_spec import RunSpec
 
 TIER = get_tier("aws-m7a.large")
 STUB = CommandEngine(

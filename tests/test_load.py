@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 from conftest import gone
@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from cluster.deploy.load_workers import LoadWorkers, share, worker_spec
 from harness.errors import UsageError, WorkerError
-from harness.run import RunDir, RunSpec, create_run_dir
+from harness.run import RunDir, create_run_dir
+from harness.run_spec import RunSpec, WorkerSpec
 
 # Speaks the worker protocol; extra_body says how worker 0 misbehaves.
 WORKER = """
@@ -237,14 +238,10 @@ def test_the_spec_file_holds_absolute_paths(tmp_path: Path, monkeypatch: pytest.
         duration_s=3.0, timeout_s=9.0, stall_s=8.0, drain_s=7.0,
     )  # fmt: skip
     made = worker_spec(spec, RunDir(Path("runs/x")), 0)
-    assert made == {
-        "worker": 0, "workers": 2, "plan": str(tmp_path / "runs/x/plan.arrow"),
-        "results": str(tmp_path / "runs/x/results-0.arrows"), "mode": "closed", "concurrency": 3, "base_urls": ["u"],
-        "observations": str(tmp_path / "runs/x/worker-0.arrows"),
-        "answers": str(tmp_path / "runs/x/answers-0.jsonl"),
-        "endpoint": "completions", "model": "m", "duration_s": 3.0, "drain_s": 7.0, "timeout_s": 9.0, "stall_s": 8.0,
-        "extra_body": {}, "tls_ca": None, "headers": {}, "stream": True, "balance": "least", "retries": 0,
-        "ramp_s": None, "header_env": {}, "key_header": "Authorization", "length_field": "max_tokens",
-        "output_lengths": "forced",
-    }  # fmt: skip
-    assert json.loads(json.dumps(made)) == made
+    assert made == WorkerSpec(
+        worker=0, workers=2, plan=str(tmp_path / "runs/x/plan.arrow"),
+        results=str(tmp_path / "runs/x/results-0.arrows"), observations=str(tmp_path / "runs/x/worker-0.arrows"),
+        answers=str(tmp_path / "runs/x/answers-0.jsonl"), mode="closed", concurrency=3, base_urls=["u"], model="m",
+        duration_s=3.0, drain_s=7.0, timeout_s=9.0, stall_s=8.0,
+    )  # fmt: skip
+    assert msgspec.json.decode(msgspec.json.encode(made), type=WorkerSpec) == made

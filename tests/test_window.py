@@ -17,6 +17,7 @@ from test_worker import Worker, classes, run_patched, write_plan
 
 from harness.errors import PlanError
 from harness.observations import SCHEMA, read_observations
+from harness.run_spec import RunSpec
 from scenarios import schedule as schedules
 from scenarios.plan_reader import Window
 from scenarios.schedule import Planned, Schedule
@@ -24,8 +25,9 @@ from scenarios.schedule import Planned, Schedule
 SMALL = schedules._Ahead(ns=200_000_000, requests=5, bytes=10**6, least_ns=10_000_000, least=2, most_bytes=2 * 10**6)
 
 
-def window(plan: Path, *args: int, timed: bool = True) -> Window:
-    return Window(plan, *args, timed=timed, endpoint="completions", model="m")
+def window(plan: Path, worker: int = 0, workers: int = 1, *, timed: bool = True) -> Window:
+    spec = RunSpec(mode="open" if timed else "closed", model="m", base_urls=[], workers=workers)
+    return Window(plan, spec, worker)
 
 
 def drain(schedule: Schedule, now_ns: int = 10**15) -> list[int]:

@@ -16,6 +16,7 @@ import msgspec
 
 from cluster.process.process import GRACE_S, Process
 from harness.errors import WorkerError
+from harness.run_spec import WorkerSpec
 
 READS = ("plan", "tls_ca")
 """Fields of a worker's spec that name files it reads."""
@@ -47,24 +48,25 @@ class Job:
     name: str
     argv: Sequence[str]
     env: Mapping[str, str | None]
-    spec: Mapping[str, object]
+    spec: WorkerSpec
     """With absolute paths of this host."""
     spec_file: Path
     log: Path
 
     def reads(self) -> dict[str, Path]:
         """Files it needs, by field of the spec."""
-        return {field: Path(str(self.spec[field])) for field in READS if self.spec.get(field)}
+        return {field: Path(name) for field in READS if (name := getattr(self.spec, field))}
 
     def writes(self) -> dict[str, Path]:
         """Files it makes, by field of the spec, and its log."""
-        files = {field: Path(str(self.spec[field])) for field in WRITES if self.spec.get(field)}
+        files = {field: Path(name) for field in WRITES if (name := getattr(self.spec, field))}
         return {**files, "log": self.log}
 
     def spec_in(self, folder: str) -> bytes:
         """The spec with its files in a folder of another host."""
         moved = {field: f"{folder}/{file.name}" for field, file in {**self.reads(), **self.writes()}.items()}
-        return msgspec.json.encode({**self.spec, **{k: v for k, v in moved.items() if k in self.spec}})
+        del moved["log"]
+        return msgspec.json.encode({**msgspec.to_builtins(self.spec), **moved})
 
 
 class Launch(Protocol):

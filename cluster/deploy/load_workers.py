@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import msgspec
 
@@ -17,7 +17,8 @@ from cluster.deploy.job import Child, Job, Launch, start_here
 from cluster.process.process import NO_SECRETS, describe_exit
 from harness.errors import UsageError, WorkerError
 from harness.headers import from_environment
-from harness.run import RunDir, RunSpec, Worker
+from harness.run import RunDir, Worker
+from harness.run_spec import RunSpec, WorkerSpec
 
 READY_S = 300.0
 """Reading a large plan takes a worker this long at most."""
@@ -322,34 +323,11 @@ def share(concurrency: int | None, workers: int, index: int) -> int | None:
     return concurrency // workers + (index < concurrency % workers)
 
 
-def worker_spec(spec: RunSpec, run: RunDir, index: int) -> dict[str, object]:
-    """The file a load worker is started with."""
-    return {
-        "worker": index,
-        "workers": spec.workers,
-        "plan": str(run.plan.resolve()),
-        "results": str(run.results(index).resolve()),
-        "observations": str(run.observations(index).resolve()),
-        "answers": str(run.answers(index).resolve()),
-        "mode": spec.mode,
-        "concurrency": share(spec.concurrency, spec.workers, index),
-        "base_urls": spec.base_urls,
-        "endpoint": spec.endpoint,
-        "model": spec.model,
-        "duration_s": spec.duration_s,
-        "drain_s": spec.drain_s,
-        "timeout_s": spec.timeout_s,
-        "stall_s": spec.stall_s,
-        "extra_body": spec.extra_body,
-        "tls_ca": spec.tls_ca,
-        "headers": spec.headers,
-        "header_env": spec.header_env,
-        "key_header": spec.key_header,
-        "length_field": spec.length_field,
-        "output_lengths": spec.output_lengths,
-        "stream": spec.stream,
-        "balance": spec.balance,
-        "retries": spec.retries,
-        "ramp_s": spec.ramp_s,
-        "batch_reads_from": spec.batch_reads_from,
-    }
+def worker_spec(spec: RunSpec, run: RunDir, index: int) -> WorkerSpec:
+    """What a load worker is started with."""
+    asked = {f.name: getattr(spec, f.name) for f in fields(RunSpec)}
+    asked["concurrency"] = share(spec.concurrency, spec.workers, index)
+    return WorkerSpec(
+        **asked, worker=index, plan=str(run.plan.resolve()), results=str(run.results(index).resolve()),
+        observations=str(run.observations(index).resolve()), answers=str(run.answers(index).resolve()),
+    )  # fmt: skip

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 from click.core import ParameterSource
 
-from harness.access import AUTHORIZATION
 from harness.cli.types import CANCEL, COLUMNS, DURATION, GROWTH, JSON_OBJECT, POSITIVE, SHARE, SLO, STAGES, WARMUP
 from harness.errors import UsageError
+from harness.run_spec import DEFAULTS, Balance, OutputLengths
 
 EXIT_STATUS = """\b
 Exit status:
@@ -248,7 +248,7 @@ ACCESS_OPTIONS = stack(
     click.option(
         "--key-header",
         metavar="NAME",
-        default=AUTHORIZATION,
+        default=DEFAULTS.key_header,
         show_default=True,
         help="Header with the API key. Authorization carries 'Bearer' and the key, any other (api-key) the key alone.",
     ),
@@ -259,19 +259,25 @@ LOAD_OPTIONS = stack(
     ACCESS_OPTIONS,
     click.option(
         "--output-lengths",
-        type=click.Choice(["forced", "cap", "free"]),
+        type=click.Choice(get_args(OutputLengths)),
         help="Planned lengths of answers: forced (ignore_eos, which vLLM and SGLang know), at most so many tokens, or "
         "not sent. Default: forced; cap with --length-field max_completion_tokens.",
     ),
     click.option(
         "--length-field",
-        default="max_tokens",
+        default=DEFAULTS.length_field,
         show_default=True,
         metavar="NAME",
         help="Field of the body that carries them. With max_completion_tokens no temperature is sent either: models "
         "that want the one refuse the other.",
     ),
-    click.option("--min-requests", type=click.IntRange(min=1), default=30, show_default=True, help=MIN_REQUESTS_HELP),
+    click.option(
+        "--min-requests",
+        type=click.IntRange(min=1),
+        default=DEFAULTS.min_requests,
+        show_default=True,
+        help=MIN_REQUESTS_HELP,
+    ),
     click.option("--concurrency", type=click.IntRange(min=1), help="Closed loop: this many in flight, in trace order."),
     click.option(
         "--max-concurrency",
@@ -282,13 +288,18 @@ LOAD_OPTIONS = stack(
         "--workers", type=click.IntRange(min=1), help="Load worker processes. Default: one per core, as far as useful."
     ),
     click.option(
-        "--timeout", "timeout_s", type=DURATION, default=600.0, show_default="10m", help="Limit for one request."
+        "--timeout",
+        "timeout_s",
+        type=DURATION,
+        default=DEFAULTS.timeout_s,
+        show_default="10m",
+        help="Limit for one request.",
     ),
     click.option(
         "--stall",
         "stall_s",
         type=DURATION,
-        default=120.0,
+        default=DEFAULTS.stall_s,
         show_default="2m",
         help="Limit for a server that sends nothing.",
     ),
@@ -299,15 +310,15 @@ LOAD_OPTIONS = stack(
     click.option("--no-stream", is_flag=True, help="Ask for one JSON answer. Then there is no ttft, tpot or itl."),
     click.option(
         "--balance",
-        type=click.Choice(["least", "round-robin", "session"]),
-        default="least",
+        type=click.Choice(get_args(Balance)),
+        default=DEFAULTS.balance,
         show_default=True,
         help="With several servers: least in flight, in turn, or all turns of a session to one.",
     ),
     click.option(
         "--retries",
         type=click.IntRange(min=0, max=100),
-        default=0,
+        default=DEFAULTS.retries,
         show_default=True,
         help="Send again after no connection, 429 or 503. Counted, and latency still counts from the planned time.",
     ),

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from harness import probe
 from harness.access import Access
@@ -29,15 +29,13 @@ from harness.progress import LoadProgress, console
 from harness.prompts import Vocabulary
 from harness.records import Trace
 from harness.run import (
-    BATCH_READS_FROM,
-    OutputLengths,
     RunDir,
     RunManifest,
-    RunSpec,
     describe_host,
     new_manifest,
     write_manifest,
 )
+from harness.run_spec import BATCH_READS_FROM, Endpoint, OutputLengths, RunSpec
 from harness.seeds import drawn_seed
 from harness.server_metrics import ServerMetrics
 from harness.silence import ASK_AGAIN_S, SILENT_S, Silence
@@ -142,7 +140,7 @@ def copy_plan(source: Path, target: Path) -> None:
             raise PlanError(f"{target}: cannot copy {source} ({e.strerror})") from e
 
 
-def choose_endpoint(wanted: str, plan: Path) -> str:
+def choose_endpoint(wanted: Literal["auto"] | Endpoint, plan: Path) -> Endpoint:
     """The API for this plan: chat if any request has messages and nothing else was asked for."""
     if wanted != "auto":
         return wanted

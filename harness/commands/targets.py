@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import probe
-from harness.access import AUTHORIZATION, Access, AccessLike, Patience, access_of, normalise_base_url
+from harness.access import Access, AccessLike, Patience, access_of, normalise_base_url
 from harness.commands.output import say
 from harness.counters import check_metrics_urls
 from harness.errors import UsageError
-from harness.headers import check_key_header, from_environment, parse_header_env, parse_headers
+from harness.headers import AUTHORIZATION, check_key_header, from_environment, parse_header_env, parse_headers
 from harness.prompts import Vocabulary
 from harness.run import Evidence, OnReplicaDeath, Replica, Restart, RunDir, System, Tier, cpu_flags
 

@@ -11,18 +11,17 @@ Not followed on purpose: redirects and proxy settings of the environment. A load
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from time import monotonic_ns
-from typing import Any
+from typing import Any, get_args
 
 import gevent
 
-from harness.access import AUTHORIZATION
 from harness.errors import UsageError
 from harness.headers import check_headers
 from harness.results import Result
 from harness.retry_after import retry_after_s
-from harness.run import BATCH_READS_FROM
+from harness.run_spec import Balance, RunSpec
 from scenarios.client.capture import Answered
 from scenarios.client.completion import clean
 from scenarios.client.connection import Connection
@@ -33,7 +32,7 @@ from scenarios.client.parse_queue import Later, parse
 from scenarios.client.reader import Kept, Reader
 from scenarios.sampling import Sampler
 
-BALANCES = ("least", "round-robin", "session")
+BALANCES: tuple[Balance, ...] = get_args(Balance)
 """How a request finds its server: see `Client`."""
 # How often all streams are looked at: eight times within the shortest time limit, but not more or less often than this.
 _SWEEP_S, _SWEEP_LEAST_S = 0.5, 0.05
@@ -70,7 +69,7 @@ class Client:
     often a request is sent again when no connection came about or the answer was 429 or 503, after a growing pause (and
     not before the server's Retry-After). Besides, one that met a kept connection as it was closed is sent once more.
     Without ``stream`` an answer is silent until it is done, so ``stall_s`` does not apply, and it has no chunk times.
-    ``sampler`` keeps some of the answers. ``batch_reads_from``: see `scenarios.client.pacing`.
+    ``sampler`` keeps some of the answers.
 
     ``record`` gets every row, once, complete (from the event loop, some time after the request ended). Use it from one
     thread. Times in rows count from ``start_mono_ns``, a `time.monotonic_ns` value.
@@ -78,46 +77,36 @@ class Client:
 
     def __init__(
         self,
-        base_urls: Sequence[str],
+        spec: RunSpec,
         record: Callable[[Result], None],
         *,
-        endpoint: str = "completions",
-        timeout_s: float = 600.0,
-        stall_s: float = 60.0,
         connect_timeout_s: float = 10.0,
-        tls_ca: str | None = None,
         api_key: str | None = None,
-        headers: Mapping[str, str] | None = None,
         secret_headers: Mapping[str, str] | None = None,
-        key_header: str = AUTHORIZATION,
-        stream: bool = True,
-        balance: str = "least",
-        retries: int = 0,
         sampler: Sampler | None = None,
-        batch_reads_from: int = BATCH_READS_FROM,
     ) -> None:
-        if not base_urls:
+        if not spec.base_urls:
             raise UsageError("no base URL to send to")
-        if endpoint not in ENDPOINTS:
-            raise UsageError(f"unknown endpoint {endpoint!r}: valid: {', '.join(ENDPOINTS)}")
-        if balance not in BALANCES:
-            raise UsageError(f"unknown balance {balance!r}: valid: {', '.join(BALANCES)}")
-        check_headers(headers or {})
-        tls = tls_context(tls_ca) if any(url.startswith("https:") for url in base_urls) else None
-        every = {**(headers or {}), **(secret_headers or {})}
+        if spec.endpoint not in ENDPOINTS:
+            raise UsageError(f"unknown endpoint {spec.endpoint!r}: valid: {', '.join(ENDPOINTS)}")
+        if spec.balance not in BALANCES:
+            raise UsageError(f"unknown balance {spec.balance!r}: valid: {', '.join(BALANCES)}")
+        check_headers(spec.headers)
+        tls = tls_context(spec.tls_ca) if any(url.startswith("https:") for url in spec.base_urls) else None
+        every = {**spec.headers, **(secret_headers or {})}
         self._targets = [
-            Target(i, url, endpoint, api_key, tls, headers=every, key_header=key_header, stream=stream)
-            for i, url in enumerate(base_urls)
+            Target(i, url, spec.endpoint, api_key, tls, headers=every, key_header=spec.key_header, stream=spec.stream)
+            for i, url in enumerate(spec.base_urls)
         ]
         self._turn = 0
-        self._balance = balance
-        self.retries = retries
-        self._stream = stream
+        self._balance = spec.balance
+        self.retries = spec.retries
+        self._stream = spec.stream
         self._secrets = tuple(filter(None, (api_key, *(secret_headers or {}).values())))
         self._sampler = sampler
         self._record = record
-        self._timeout_ns = int(timeout_s * 1e9)
-        self._stall_ns = int((stall_s if stream else timeout_s) * 1e9)
+        self._timeout_ns = int(spec.timeout_s * 1e9)
+        self._stall_ns = int((spec.stall_s if spec.stream else spec.timeout_s) * 1e9)
         self._connect_timeout_ns = int(connect_timeout_s * 1e9)
         self._active: set[Stream] = set()
         self._own_limit: set[Stream] = set()
@@ -132,10 +121,10 @@ class Client:
         self.start_mono_ns = monotonic_ns()
         self.loop: Any = gevent.get_hub().loop
         self.reader = Reader()
-        self._pacer = ReadPacer(self.reader, self._active.__len__, batch_reads_from)
-        self.later = Later(self.loop, record, timed=stream)
+        self._pacer = ReadPacer(self.reader, self._active.__len__, spec.batch_reads_from)
+        self.later = Later(self.loop, record, timed=spec.stream)
         """What waits to be parsed."""
-        sweep_s = max(_SWEEP_LEAST_S, min(_SWEEP_S, min(timeout_s, stall_s, connect_timeout_s) / 8))
+        sweep_s = max(_SWEEP_LEAST_S, min(_SWEEP_S, min(spec.timeout_s, spec.stall_s, connect_timeout_s) / 8))
         self._sweeper: Any = self.loop.timer(sweep_s / _SLICES, sweep_s / _SLICES)
         self._sweeper.start(self._sweep)
 

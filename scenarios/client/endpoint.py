@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import gevent.monkey
 
 from harness import __version__
-from harness.access import AUTHORIZATION, Access
+from harness.access import Access
 from harness.errors import UsageError
-from harness.headers import check_key_header
+from harness.headers import AUTHORIZATION, check_key_header
 from harness.question import PORTS, split_url
 
 if TYPE_CHECKING:
