@@ -17,6 +17,7 @@ from harness.errors import TraceError
 from harness.formats.asked import Role
 from harness.formats.columns import is_table, recognised
 from harness.formats.jsonl import FIELDS, BlockSizes, Line, OwnClock, row_of
+from harness.formats.parquet_pages import check_pages, group_pages
 from harness.formats.row import Item, LeftOutError, Place, RowError, safe
 from harness.formats.table import Table
 from harness.formats.unpacked import check_arrow
@@ -127,7 +128,12 @@ def chosen_rows(file: Source, wanted: Sequence[str]) -> Iterator[tuple[int, dict
                 row = {name: value for name, value in zip(names, values, strict=True) if value is not None}
                 yield number, row if all(_is_short(value) for value in values) else _too_long()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-        raise TraceError(file.name, number + 1, f"damaged columnar file ({e}): copy it again") from e
+        raise _damaged(file, number + 1, e) from e
+
+
+def _damaged(file: Source, row: int | None, error: Exception) -> TraceError:
+    """What to say of a file that Arrow cannot read; its words may hold any byte of it."""
+    return TraceError(file.name, row, f"damaged columnar file ({safe(str(error).strip(), 300)}): copy it again")
 
 
 def _is_short(value: Any) -> bool:
@@ -167,7 +173,7 @@ def _schema(file: Source) -> Any:
         schema.names  # noqa: B018  # decoded only here
         return schema
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-        raise TraceError(file.name, None, f"damaged columnar file ({e}): copy it again") from e
+        raise _damaged(file, None, e) from e
 
 
 def _is_ours(schema: Any, asked: Mapping[Role, str]) -> bool:
@@ -202,24 +208,29 @@ def _batches(file: Source, wanted: Sequence[str]) -> Iterator[Any]:
 def _parquet(file: Source, wanted: Sequence[str]) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(str(file.path), pre_buffer=False, buffer_size=2**20) as parquet:
+    path = str(file.path)
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as parquet, file.path.open("rb") as raw:
         written = parquet.metadata
-        for group in range(written.num_row_groups):
-            rows = written.row_group(group).num_rows
-            columns = [written.row_group(group).column(at) for at in range(written.num_columns)]
-            size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] in wanted)
+        for at in range(written.num_row_groups):
+            group = written.row_group(at)
+            columns = {(c := group.column(k)).path_in_schema: c for k in range(written.num_columns)}
+            columns = {name: column for name, column in columns.items() if name.split(".")[0] in wanted}
+            pages = group_pages(file, raw, columns)
+            # Equal numbers are written as one: unpacked each has its own place.
+            rows, size = group.num_rows, sum(max(each.total, 8 * each.values) for each in pages.values())
             if size > MAX_LINE_BYTES * max(rows, 1):
                 raise TraceError(
                     file.name, None, f"its rows have {size // max(rows, 1) // 2**20} MiB each on average: not a trace"
                 )
+            check_pages(file, pages)
             # A value that is repeated is written once: a row may be as large as all that is written, but for numbers.
             texts = sum(
-                c.total_uncompressed_size
-                for c in columns
-                if c.path_in_schema in wanted and c.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
+                pages[name].total if name in wanted else pages[name].dictionary
+                for name, column in columns.items()
+                if column.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
             )
             fit = min(_ROWS, _BATCH_BYTES * rows // max(size, 1), _BATCH_BYTES // max(texts, 1))
-            yield from parquet.iter_batches(max(1, fit), row_groups=[group], columns=list(wanted), use_threads=False)
+            yield from parquet.iter_batches(max(1, fit), row_groups=[at], columns=list(wanted), use_threads=False)
 
 
 def _cut(batch: Any) -> Iterator[Any]:

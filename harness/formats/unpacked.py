@@ -28,7 +28,7 @@ _DICTIONARY, _BATCH = 2, 3
 """What a message is; the fields of a footer that list them have the same numbers."""
 
 
-class _DamagedError(Exception):
+class DamagedError(Exception):
     """The headers make no sense."""
 
 
@@ -42,18 +42,21 @@ def check_arrow(file: Source) -> None:
                 if message.dictionary is not None:
                     before = dictionaries.get(message.dictionary, 0) if message.is_delta else 0
                     dictionaries[message.dictionary] = before + message.size
-                _fits(file, sum(dictionaries.values()) + (message.dictionary is None) * message.size, "batches")
-    except (_DamagedError, struct.error, OSError) as e:
+                size = sum(dictionaries.values()) + (message.dictionary is None) * message.size
+                check_fits(file, size, "a batch of it", "write it in smaller batches")
+    except (DamagedError, struct.error, OSError) as e:
         raise TraceError(file.name, None, f"damaged columnar file ({e}): copy it again") from e
 
 
-def _fits(file: Source, size: int, parts: str) -> None:
-    if size > MOST_BYTES:
+def check_fits(file: Source, size: int, part: str, advice: str, most: int | None = None) -> None:
+    """Raises `TraceError` when a ``part`` has more bytes than ``most``; None: `MOST_BYTES`."""
+    most = MOST_BYTES if most is None else most
+    if size > most:
         raise TraceError(
             file.name,
             None,
-            f"one of its {parts} takes {size // 2**20:,} MiB of memory once unpacked, more than the "
-            f"{MOST_BYTES // 2**20} that a trace may: write it in smaller {parts}",
+            f"{part} takes {size // 2**20:,} MiB of memory once unpacked, more than the {most // 2**20} that one may: "
+            f"{advice}",
         )
 
 
@@ -84,7 +87,7 @@ def _of_file(raw: BinaryIO) -> Iterator[_Message]:
     end = raw.seek(-len(_MAGIC) - 4, os.SEEK_END)
     size = struct.unpack("<i", raw.read(4))[0]
     if not 0 < size <= min(end, _HEADER_BYTES):
-        raise _DamagedError(f"a footer of {size} bytes")
+        raise DamagedError(f"a footer of {size} bytes")
     raw.seek(end - size)
     footer = _Table.root(raw.read(size))
     for field in (_DICTIONARY, _BATCH):
@@ -106,12 +109,12 @@ def _message(raw: BinaryIO, at: int) -> tuple[_Message | None, int | None]:
     if size == 0:
         return None, None
     if not 0 < size <= _HEADER_BYTES:
-        raise _DamagedError(f"a header of {size} bytes")
+        raise DamagedError(f"a header of {size} bytes")
     raw.seek(at + 8)
     table = _Table.root(raw.read(size))
     body_at, body = at + 8 + size, table.number(3, "q")
     if body < 0:
-        raise _DamagedError(f"a body of {body} bytes")
+        raise DamagedError(f"a body of {body} bytes")
     kind, header = table.number(1, "B"), table.inner(2)
     batch = header.inner(1) if header is not None and kind == _DICTIONARY else header
     if header is None or batch is None or kind not in (_DICTIONARY, _BATCH):
@@ -141,7 +144,7 @@ class _Table:
         (back,) = struct.unpack_from("<i", data, at)
         self._fields = at - back
         if not 0 <= self._fields <= len(data) - 4:
-            raise _DamagedError("no table")
+            raise DamagedError("no table")
         (self._size,) = struct.unpack_from("<H", data, self._fields)
 
     @classmethod
