@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import stat
 from dataclasses import replace
 
 import pytest
@@ -12,8 +14,9 @@ from analysis.against.comparable import refusals
 from analysis.load import read_run
 from analysis.sizing.at_slo import systems
 from analysis.summary import Summary, summarise
-from harness.commands.seen import seen_before
-from harness.run import RunDir, read_manifest
+from harness.commands.seen import note_sent, seen_before
+from harness.paths import state_dir
+from harness.run import RunDir, read_manifest, write_manifest
 
 N, TOKENS = 40, 64
 
@@ -120,18 +123,84 @@ def test_prompts_made_up_and_prompts_of_text_add_up(tmp_path):
         assert cache_check(summarise(read_run(path))).ok is ok
 
 
+URL = "https://user:secret@gpu-1:8000/v1?key=secret"
+
+
+def asked(path, *, seed=0, tokenizer="t", urls=("http://127.0.0.1:1/v1",), **facts):
+    """A run that is about to begin, or (start_unix_ns) has begun."""
+    run(path, engine="url", **facts)
+    manifest = read_manifest(path)
+    plan = replace(manifest.plan, seed=seed, tokenizer=tokenizer)
+    manifest = replace(manifest, plan=plan, spec=replace(manifest.spec, base_urls=[*urls]))
+    write_manifest(RunDir(path), manifest)
+    return RunDir(path), manifest
+
+
 def test_a_server_that_had_these_prompts_is_named_before_the_start(tmp_path):
-    for name in ("20260101T000000Z-a", "20260101T000500Z-b"):
-        run(tmp_path / name, engine="url", start_unix_ns=1)
-    first, second = (RunDir(tmp_path / name) for name in ("20260101T000000Z-a", "20260101T000500Z-b"))
-    said = seen_before(second, read_manifest(second.path))
+    first, _ = asked(tmp_path / "20260101T000000Z-a", start_unix_ns=1)
+    second, manifest = asked(tmp_path / "20260101T000500Z-b")
+    said = seen_before(second, manifest)
     assert said is not None and "20260101T000000Z-a" in said and "--seed 1" in said
-    manifest = read_manifest(second.path)
-    other_seed = replace(manifest, plan=replace(manifest.plan, seed=7))
-    assert seen_before(second, other_seed) is None
+    assert seen_before(second, replace(manifest, plan=replace(manifest.plan, seed=7))) is None
     elsewhere = replace(manifest, spec=replace(manifest.spec, base_urls=["http://127.0.0.1:9/v1"]))
     assert seen_before(second, elsewhere) is None
     started = replace(manifest, engine="vllm")
     assert seen_before(second, started) is None, "a server that was started for the run has an empty cache"
     (first.path / "run.json").write_text("{")
     assert seen_before(second, manifest) is None
+
+
+def test_it_is_named_wherever_the_earlier_run_was_put(tmp_path):
+    _, first = asked(tmp_path / "here" / "a", urls=[URL, "http://gpu-2/v1"])
+    note_sent(first, now_s=1_767_225_600)
+    where, second = asked(tmp_path / "there" / "b", urls=["https://GPU-1:8000/v1"])
+    said = seen_before(where, second)
+    assert said is not None and "(2026-01-01 00:00 UTC)" in said and "--seed 1" in said
+    for other in (
+        replace(second, plan=replace(second.plan, seed=1)), replace(second, engine="vllm"),
+        replace(second, spec=replace(second.spec, base_urls=["https://gpu-1:8001/v1"])),
+    ):  # fmt: skip
+        assert seen_before(where, other) is None
+
+
+def test_no_seed_makes_texts_of_the_trace_new(tmp_path):
+    _, first = asked(tmp_path / "here" / "a", tokenizer=None)
+    note_sent(first)
+    where, second = asked(tmp_path / "there" / "b", tokenizer=None, seed=5)
+    said = seen_before(where, second)
+    assert said is not None and "texts of the same trace" in said and "no --seed changes them" in said
+
+
+def test_what_was_sent_is_kept_privately_without_secrets_and_within_bounds(tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.commands.seen.KEPT", 3)
+    file = state_dir() / "seen.json"
+    for seed in range(6):
+        where, manifest = asked(tmp_path / "a", seed=seed, urls=[URL])
+        note_sent(manifest, now_s=seed)
+        note_sent(manifest, now_s=seed)
+    kept = json.loads(file.read_text())
+    assert [one["at"] for one in kept] == [3, 4, 5]
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert "secret" not in file.read_text() and "gpu-1" not in file.read_text()
+    file.write_text('[{"address": 3}')
+    assert seen_before(where, manifest) is None
+    note_sent(manifest, now_s=9)
+    assert [one["at"] for one in json.loads(file.read_text())] == [9]
+    note_sent(replace(manifest, engine="vllm"))
+    assert len(json.loads(file.read_text())) == 1
+
+
+def test_a_state_folder_that_cannot_be_written_or_is_held_stops_no_run(tmp_path, monkeypatch):
+    where, manifest = asked(tmp_path / "a")
+    monkeypatch.setattr("harness.commands.seen.LOCK_S", 0.0)
+    note_sent(manifest)
+    file = state_dir() / "seen.json"
+    before = file.read_bytes()
+    with (state_dir() / "seen.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        note_sent(replace(manifest, plan=replace(manifest.plan, seed=1)))
+    assert file.read_bytes() == before
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    note_sent(manifest)
+    assert seen_before(where, manifest) is None

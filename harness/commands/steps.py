@@ -19,7 +19,7 @@ from harness.answers import PROMPTS, Counted, count_answers, count_prompts, take
 from harness.build import asked_plan, build_plan
 from harness.commands.catalogue import hot_path
 from harness.commands.output import say
-from harness.commands.seen import seen_before
+from harness.commands.seen import note_sent, seen_before
 from harness.commands.targets import LocalTarget, Servers, Target, UrlTarget
 from harness.counters import count_after, count_before, pages_of
 from harness.errors import HarnessError, PlanError, ResultsError, ServerError, UsageError
@@ -259,6 +259,7 @@ def execute_point(
             stack.enter_context(stop)  # only now: what comes before is simply broken off
             manifest.status, manifest.start_unix_ns = "running", load.start()
             write_manifest(run, manifest)
+            note_sent(manifest)
             with sample_servers(servers, run, manifest.start_unix_ns, access, counters=spec.counters):
                 progress = LoadProgress(
                     console(), total=info.requests, span_s=info.span_s, slo=spec.slo, attain=options["attain"]
