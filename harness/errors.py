@@ -97,21 +97,38 @@ _LIMITS = {
 }
 
 
+_SAID: tuple[tuple[type[Exception], str, int], ...] = (
+    (ImportError, "failed to map segment", errno.ENOMEM),  # the dynamic loader, of an extension module
+    (OSError, "failed to map segment", errno.ENOMEM),  # the same, of any library
+    (RuntimeError, "can't start new thread", errno.EAGAIN),  # CPython; pthread_create's own number is lost there
+)
+"""Limits of the machine that come without a number: what is said of them. The only words of others that are looked for,
+and they decide nothing but the advice in a sentence.
+"""
+
+
+def _limit_met(error: Exception) -> int | None:
+    """The errno of the limit that this is about; None: it is about none."""
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    return next((met for kind, said, met in _SAID if isinstance(error, kind) and said in str(error)), None)
+
+
 def sentence(error: Exception) -> str:
     """What went wrong, of an error that nobody foresaw: what, where, and what to do."""
-    if isinstance(error, MemoryError) or "failed to map segment" in str(error):
-        return f"not enough memory: {_LIMITS[errno.ENOMEM]}"
     if isinstance(error, RecursionError):
         return f"something in the input is nested too deeply to be read ({_where(error)})"
-    what = f"{type(error).__name__}: {error}".removesuffix(": ")
+    what = f"{type(error).__name__}: {error}".removesuffix(": ").partition("\n")[0]
     if isinstance(error, OSError):
-        what = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
-        if error.errno in _LIMITS:
-            return f"{what}: {_LIMITS[error.errno]}"
-    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
-        return f"{error}: {_LIMITS[errno.EAGAIN]}"
-    advice = "-v (or HARNESS_TRACEBACK=1) shows the whole of it, for a report of this fault"
-    return f"{what.splitlines()[0] if what else type(error).__name__} ({_where(error)}); {advice}"
+        what = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part) or what
+    elif isinstance(error, MemoryError):
+        what = "not enough memory"
+    if (advice := _LIMITS.get(_limit_met(error) or 0)) is not None:
+        return f"{what}: {advice}"
+    more = "-v (or HARNESS_TRACEBACK=1) shows the whole of it, for a report of this fault"
+    return f"{what.splitlines()[0]} ({_where(error)}); {more}"
 
 
 def _where(error: Exception) -> str:

@@ -111,13 +111,24 @@ def test_a_terminal_of_another_encoding_loses_no_figure(tmp_path: Path) -> None:
         (OSError(24, "Too many open files", "x"), "x: Too many open files: raise the limit of open files"),
         (OSError(28, "No space left on device"), "free some space"),
         (RecursionError("maximum"), "nested too deeply"),
-        (RuntimeError("can't start new thread"), "ulimit -u"),
+        (RuntimeError("can't start new thread"), "RuntimeError: can't start new thread: raise the limits of threads"),
+        (ImportError("_x.so: failed to map segment from shared object"), "free some memory"),
+        (OSError("libx.so: failed to map segment from shared object"), "free some memory"),
+        (OSError(2, "No such file or directory", "failed to map segment"), "failed to map segment: No such file"),
+        (ValueError("row 3: failed to map segment; can't start new thread"), "HARNESS_TRACEBACK=1"),
+        (OSError(), "OSError (unknown place)"),
         (KeyError("x\ny"), "KeyError: 'x"),
     ],
 )
 def test_an_error_that_nobody_foresaw_is_a_sentence(error: Exception, words: str) -> None:
     said = sentence(error)
     assert words in said and "\n" not in said
+
+
+def test_words_of_others_are_looked_for_where_there_is_no_number_alone() -> None:
+    """They choose advice. An error with a number of its own, or of another kind, is not about what its words are."""
+    for error in (OSError(2, "failed to map segment"), KeyError("can't start new thread"), RuntimeError("map segment")):
+        assert "ulimit" not in sentence(error)
 
 
 @pytest.mark.parametrize(("limit", "value"), [(resource.RLIMIT_NOFILE, 24), (resource.RLIMIT_AS, 300 << 20)])
