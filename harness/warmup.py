@@ -21,6 +21,7 @@ from harness import probe
 from harness.access import Access, page_under
 from harness.errors import ServerError
 from harness.plan import Request, iter_requests
+from harness.question import HEARING_S
 from harness.run_spec import NO_TEMPERATURE, OutputLengths, RunSpec
 
 FIRST_ANSWER_S = 15.0
@@ -112,7 +113,8 @@ def warm_up(way: Way, access: Access, plan: Path, tell: Callable[[str], None]) -
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        while thread.is_alive():
+            thread.join(HEARING_S)
 
 
 def _turned_round(requests: Iterable[Request], way: Way) -> Iterable[tuple[dict[str, object], int]]:
