@@ -89,7 +89,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         yield found
     finally:
         process.kill()  # on SIGTERM it lingers
-        process.wait(10)
+        process.wait(120)
 
 
 def make_bucket(server: S3Server, name: str) -> None:

@@ -39,7 +39,7 @@ for line in sys.stdin:
     )
     yield process
     process.kill()
-    process.wait(10)
+    process.wait(120)
 
 
 def hold(process: subprocess.Popen[str], **what: list[int] | list[str]) -> None:
@@ -124,7 +124,7 @@ def test_a_dead_run_holds_nothing(tmp_path: Path, other_run: subprocess.Popen[st
     hold(other_run, cpus=[2, 3, 4, 5])
     assert len(claims.claims()) == 1
     other_run.kill()
-    other_run.wait(10)
+    other_run.wait(120)
     assert claims.claims() == []
     assert not list(claims.folder().glob("*.json")), "it is taken away"
     assert servers(tmp_path).reserve(2, gpus=False) == Reserved([[2, 3]], None)
@@ -144,7 +144,7 @@ def test_two_runs_that_begin_together_do_not_take_the_same(tmp_path: Path, monke
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(120)
     assert sorted(taken) == [[2], [3], [4], [5]]
 
 

@@ -116,7 +116,7 @@ def test_setup_commands_are_shell(tmp_path: Path) -> None:
         script = tmp_path / "script.sh"
         for text in [*commands, *(rent.first_boot(make(tier), role) for role in ("head", "worker"))]:
             script.write_text(text)
-            done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, timeout=10, check=False)
+            done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, timeout=120, check=False)
             assert done.returncode == 0, (text, done.stderr)
 
 
@@ -148,7 +148,7 @@ def node(tmp_path: Path) -> Any:
         before = datetime.now().timestamp() - 60 * quiet_minutes
         os.utime(mark, (before, before))
         env = {**os.environ, "PATH": f"{bin_}:{os.environ['PATH']}"}
-        subprocess.run(["bash", str(script), role, "60"], env=env, timeout=10, check=True, capture_output=True)
+        subprocess.run(["bash", str(script), role, "60"], env=env, timeout=120, check=True, capture_output=True)
         return (bin_ / "down").exists()
 
     return run

@@ -130,11 +130,11 @@ def test_a_port_taken_meanwhile_is_tried_again_elsewhere(tmp_path: Path) -> None
 def test_a_server_that_refuses_completions_is_not_waited_for(tmp_path: Path) -> None:
     engine = CommandEngine(name="fake", served_model="other name", argv=SERVER, api_key_env="FAKE_SERVER_API_KEY")
     start = time.monotonic()
-    failed = make_owner(tmp_path, engine).start(60)
+    failed = make_owner(tmp_path, engine).start(600)
     assert isinstance(failed, Failed)
     assert "up but refuses a completion" in failed.message
     assert "other name" in failed.message
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 250, "it is not waited for"
 
 
 def test_a_stop_during_the_start_overtakes_it(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_stop_during_the_start_overtakes_it(tmp_path: Path) -> None:
     thread.start()
     time.sleep(0.5)
     owner.stop()
-    thread.join(20)
+    thread.join(120)
     assert isinstance(results[0], Failed)
 
 
@@ -167,7 +167,7 @@ def test_the_death_before_a_restart_is_never_told_as_one_of_the_new_start(tmp_pa
     started = owner.start(30)
     assert isinstance(started, Started)
     listeners(started.base_url)[0].kill()
-    wait_for(lambda: owner.ended() is not None, 15, "the death")
+    wait_for(lambda: owner.ended() is not None, 120, "the death")
     assert isinstance(owner.restart(30), Started)
     between, after = Looking.looks[1], owner.look()
     owner.stop()
@@ -199,8 +199,8 @@ def test_the_states_of_a_start_are_read_from_the_log(tmp_path: Path) -> None:
             seen.append(state)
         return state == "ready"
 
-    wait_for(look, 30, "ready")
-    thread.join(10)
+    wait_for(look, 120, "ready")
+    thread.join(120)
     owner.stop()
     assert [s for s in seen if s not in ("queued", "starting")] == ["loading", "compiling", "ready"]
 
@@ -213,10 +213,10 @@ def test_a_server_that_runs_and_does_not_answer_is_dead(tmp_path: Path, monkeypa
     assert isinstance(started, Started)
     (server,) = listeners(started.base_url)
     server.suspend()
-    wait_for(lambda: owner.ended() is not None, 15, "its silence to be noticed")
+    wait_for(lambda: owner.ended() is not None, 120, "its silence to be noticed")
     assert "/health has failed for" in (owner.ended() or "")
     server.resume()
-    wait_for(lambda: owner.ended() is None, 15, "it answers again")
+    wait_for(lambda: owner.ended() is None, 120, "it answers again")
     owner.stop()
 
 
@@ -462,7 +462,7 @@ def test_replicas_live_and_die_in_the_open(tmp_path: Path, local_ray: None) -> N
 
         (server,) = listeners(urls[0])
         server.kill()
-        wait_for(lambda: 0 in d.check(), 15, "the death to be noticed")
+        wait_for(lambda: 0 in d.check(), 120, "the death to be noticed")
         assert "killed by SIGKILL" in d.check()[0]
         assert d.replicas[0].exit is not None
         assert d.replicas[1].exit is None
@@ -477,7 +477,7 @@ def test_a_server_that_dies_at_start_is_no_timeout(tmp_path: Path, local_ray: No
     start = time.monotonic()
     with pytest.raises(ServerError) as caught, deploy(tmp_path, BROKEN, replicas=2):
         pass
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 250
     assert "ended before it was ready: exit code 3" in str(caught.value)
     assert "no such weights" in str(caught.value)
     assert "server-" in str(caught.value)
@@ -491,9 +491,9 @@ def test_a_dead_replica_is_started_again_at_its_address_and_the_run_is_marked(tm
         before = d.counters()[0]
         (server,) = listeners(url)
         server.kill()
-        wait_for(lambda: d.check() == {} and bool(d.restarts), 15, "the death")
+        wait_for(lambda: d.check() == {} and bool(d.restarts), 120, "the death")
         assert "killed by SIGKILL" in d.restarts[0].how, "noted at once, also when the run ends before it is up again"
-        wait_for(lambda: d.check() == {} and d.restarts[0].ready is not None, 30, "the restart")
+        wait_for(lambda: d.check() == {} and d.restarts[0].ready is not None, 120, "the restart")
         (restart,) = d.restarts
         assert (restart.replica, (restart.took_s or 99) < 30) == (0, True)
         assert restart.died <= (restart.ready or "")
@@ -515,7 +515,7 @@ def test_a_replica_that_cannot_be_started_again_is_dead(tmp_path: Path, local_ra
     with deploy(tmp_path, engine, on_replica_death="restart") as d:
         (server,) = listeners(d.replicas[0].base_url)
         server.kill()
-        wait_for(lambda: 0 in d.check(), 30, "the failure")
+        wait_for(lambda: 0 in d.check(), 120, "the failure")
         assert "killed by SIGKILL" in d.check()[0]
         assert "not started again: replica 0 ended before it was ready: exit code 4" in d.check()[0]
         assert [r.ready for r in d.restarts] == [None]
@@ -534,7 +534,7 @@ def test_hardware_that_is_not_there_is_said_before_anything_starts(tmp_path: Pat
         ),
     ):  # fmt: skip
         pass
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 120
     assert "2 x aws-p5.48xlarge: the Ray cluster has room for 0; each needs" in str(caught.value)
     assert "no H100" in str(caught.value)
     assert said == []
@@ -544,7 +544,7 @@ def test_hardware_that_is_not_there_is_said_before_anything_starts(tmp_path: Pat
 def test_the_counters_of_the_host_are_sampled(tmp_path: Path, local_ray: None) -> None:
     run = create_run_dir(tmp_path, "t")
     with deploy(tmp_path) as d, d.sample_hosts(run, time.time_ns()):
-        wait_for(lambda: host_file(run.path, "local").exists(), 10, "the file")
+        wait_for(lambda: host_file(run.path, "local").exists(), 120, "the file")
         time.sleep(1.5)
     assert read_host_metrics(host_file(run.path, "local")).num_rows >= 1
 
@@ -670,9 +670,9 @@ def test_killing_the_driver_leaves_nothing(tmp_path: Path) -> None:
         assert len(tree) > 8, "Ray, its actor, guards, the server"
     finally:
         os.kill(process.pid, signal.SIGKILL)
-        process.wait(10)
+        process.wait(120)
 
-    wait_for(lambda: all(gone(p) for p in tree), 15, "server, guards and all of Ray ended")
+    wait_for(lambda: all(gone(p) for p in tree), 120, "server, guards and all of Ray ended")
 
 
 @pytest.mark.ray
@@ -686,11 +686,11 @@ def test_the_end_of_our_own_ray_does_not_end_the_driver(tmp_path: Path) -> None:
         from test_deployment import deploy
         with deploy(Path({str(tmp_path)!r})) as d:
             d._ray.kill()
-            wait_for(lambda: 0 in d.check(), 30, "the death")
+            wait_for(lambda: 0 in d.check(), 120, "the death")
         print("verdict", flush=True)
     """)
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     ran = subprocess.run(
-        [sys.executable, "-c", driver], cwd=ROOT, env=env, capture_output=True, text=True, timeout=50, check=False
+        [sys.executable, "-c", driver], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False
     )
     assert (ran.returncode, ran.stdout) == (0, "verdict\n"), ran.stderr

@@ -6,14 +6,16 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, FakeServer, StartServer, wait_for
+from conftest import ROOT, FakeServer, StartServer, in_time, wait_for
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,12 +24,15 @@ from cluster.simulator.replica import Workload, simulate
 from cluster.simulator.scheduler import Limits, Scheduler, Sequence
 from cluster.simulator.step_time import LinearStep
 
+HANG_S = 120.0
+"""Longer than anything here takes on a busy machine."""
+ENDLESS = 100_000
 STEP = ("--step", "8,0.6,0.01")
 LINEAR = LinearStep(*(ms / 1000 for ms in step_ms(STEP[1])))
 
 
-async def ask(url: str, at_s: float, prompt: int, tokens: int, hang_up_s: float | None = None, **more: object) -> bytes:
-    """One request on a connection of its own; b"" if it hangs up."""
+async def ask(url: str, at_s: float, prompt: int, tokens: int, **more: object) -> bytes:
+    """One request on a connection of its own."""
     await asyncio.sleep(at_s)
     where = urllib.parse.urlsplit(url)
     reader, writer = await asyncio.open_connection(where.hostname, where.port)
@@ -35,9 +40,6 @@ async def ask(url: str, at_s: float, prompt: int, tokens: int, hang_up_s: float 
     raw = json.dumps(body).encode()
     writer.write(b"POST /v1/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n%b" % (len(raw), raw))
     try:
-        if hang_up_s is not None:
-            await asyncio.sleep(hang_up_s)
-            return b""
         return await reader.readuntil(b"0\r\n\r\n" if more.get("stream", True) else b"}}")
     finally:
         writer.close()
@@ -49,7 +51,7 @@ async def ask_all(url: str, plan: list[tuple[float, int, int]]) -> list[bytes]:
 
 def metrics(url: str) -> dict[str, float]:
     """By name without its labels."""
-    with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics", timeout=HANG_S) as answer:
         lines = answer.read().decode().splitlines()
     pairs = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
     return {name.split("{")[0]: float(value) for name, value in pairs}
@@ -57,7 +59,7 @@ def metrics(url: str) -> dict[str, float]:
 
 def truth_of(server: FakeServer, n: int) -> list[dict[str, Any]]:
     """Of n answers, in the order in which the engine counted them."""
-    wait_for(lambda: len(server.truth()) >= n, 20, f"{n} lines of truth")
+    wait_for(lambda: len(server.truth()) >= n, HANG_S, f"{n} lines of truth")
     return sorted(server.truth(), key=lambda row: row["came_ns"])
 
 
@@ -66,7 +68,26 @@ def truth_of(server: FakeServer, n: int) -> list[dict[str, Any]]:
 )  # fmt: skip
 def test_real_and_virtual_time_agree(fake_server: StartServer, slots: int, batched_tokens: int | None) -> None:
     more = () if batched_tokens is None else ("--max-num-batched-tokens", str(batched_tokens))
-    server = fake_server(*STEP, "--slots", str(slots), *more)
+
+    def play() -> dict[str, bool]:
+        server = fake_server(*STEP, "--slots", str(slots), *more)
+        counted, written, first = played_late_s(server, slots, batched_tokens)
+        return {
+            f"a request was counted {counted} s late": counted == 0,
+            f"a token was written {written} s late": written < 0.002,
+            f"TTFT was off by {first} s": first < 0.002,
+        }
+
+    in_time(play, attempts=4)
+
+
+def played_late_s(server: FakeServer, slots: int, batched_tokens: int | None) -> tuple[float, ...]:
+    """Play a workload and hold it, exactly, against virtual time; then, by how much things were late at the median.
+
+    In order: that a request was counted after the kernel had it; that a token was written after it was due (TTFT is
+    late by that of the first and TPOT by the difference of the last's and the first's over n - 1, so it bounds what a
+    median of either is off by); and that TTFT was off, s.
+    """
     rng = np.random.default_rng(15)
     n, rate = 80, 30.0  # some 80 % of what it can do, so that requests also wait
     arrivals = np.cumsum(rng.exponential(1 / rate, n)).tolist()
@@ -90,52 +111,79 @@ def test_real_and_virtual_time_agree(fake_server: StartServer, slots: int, batch
 
     # A request counts from when the kernel had it, except where a step began before it could be read.
     late_ns = np.array([row["came_ns"] - row["received_ns"] for row in rows])
-    assert late_ns.min() >= 0 and np.median(late_ns) == 0
-    # Nothing is written before it is due. TTFT is late by the first chunk's lateness and TPOT by the difference of the
-    # last's and the first's over n - 1, so the median lateness bounds what a median of either is off by.
+    assert late_ns.min() >= 0
+    # Nothing is written before it is due.
     written_late = np.concatenate([np.array(row["chunk_ns"]) - row["due_ns"] for row in rows]) / 1e9
     assert written_late.min() > -1e-6
-    assert np.median(written_late) < 0.002
     ttft = np.array([row["chunk_ns"][0] - row["received_ns"] for row in rows]) / 1e9
     off = ttft - (virtual.first_token_s - virtual.due_s)
-    assert np.median(np.abs(off)) < 0.002
+    return float(np.median(late_ns)) / 1e9, float(np.median(written_late)), float(np.median(np.abs(off)))
+
+
+async def until(url: str, what: str, reached: Callable[[dict[str, float]], bool]) -> dict[str, float]:
+    """The metrics once they say so."""
+    end = time.monotonic() + HANG_S
+    while not reached(found := await asyncio.to_thread(metrics, url)):
+        assert time.monotonic() < end, f"{what}: {found}"
+        await asyncio.sleep(0.01)
+    return found
+
+
+def queue(found: dict[str, float]) -> tuple[float, float]:
+    return found["vllm:num_requests_running"], found["vllm:num_requests_waiting"]
+
+
+async def hung_up(asking: asyncio.Task[bytes]) -> None:
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
 
 
 def test_the_books_are_vllms(fake_server: StartServer) -> None:
-    server = fake_server("--step", "50,0,0", "--slots", "2")
+    server = fake_server("--step", "2,0,0", "--slots", "2")
 
-    async def three() -> dict[str, float]:
-        asking = [asyncio.create_task(ask(server.url, 0, 10, 20)) for _ in range(3)]
-        await asyncio.sleep(0.5)
-        found = await asyncio.to_thread(metrics, server.url)
-        await asyncio.gather(*asking)
-        return found
+    async def play() -> tuple[dict[str, float], dict[str, float]]:
+        asking = [asyncio.create_task(ask(server.url, 0, 10, ENDLESS)) for _ in range(3)]
+        during = await until(
+            server.url, "two run", lambda m: queue(m) == (2, 1) and m["vllm:generation_tokens_total"] > 2
+        )
+        for one in asking:
+            await hung_up(one)
+        return during, await until(server.url, "none is left", lambda m: queue(m) == (0, 0))
 
-    during = asyncio.run(three())
-    assert (during["vllm:num_requests_running"], during["vllm:num_requests_waiting"]) == (2, 1)
+    during, before = asyncio.run(play())
     assert during["vllm:prompt_tokens_total"] == 20, "of prompts that were read"
-    assert 0 < during["vllm:generation_tokens_total"] < 40, "as they come, not when an answer is over"
+    assert during["vllm:generation_tokens_total"] < 2 * ENDLESS, "as they come, not when an answer is over"
+    assert (before["vllm:request_success_total"], before["vllm:prompt_tokens_total"]) in ((0, 20), (0, 30))
+
+    asyncio.run(ask_all(server.url, [(0, 10, 20)] * 3))
     after = metrics(server.url)
-    assert (after["vllm:num_requests_running"], after["vllm:num_requests_waiting"]) == (0, 0)
-    assert (after["vllm:prompt_tokens_total"], after["vllm:generation_tokens_total"]) == (30, 60)
-    assert after["vllm:request_success_total"] == 3
-    assert after["vllm:iteration_tokens_total_count"] >= 40
+    moved = {name: after[name] - before[name] for name in after}
+    assert queue(after) == (0, 0)
+    assert (moved["vllm:prompt_tokens_total"], moved["vllm:generation_tokens_total"]) == (30, 60)
+    assert moved["vllm:request_success_total"] == 3
+    assert moved["vllm:iteration_tokens_total_count"] >= 40
 
 
 def test_who_hangs_up_frees_the_slot(fake_server: StartServer) -> None:
     server = fake_server("--step", "10,0,0", "--slots", "1")
 
     async def play() -> None:
-        gone = asyncio.create_task(ask(server.url, 0, 5, 100_000, hang_up_s=0.3))
-        waiting = asyncio.create_task(ask(server.url, 0.1, 5, 100_000, hang_up_s=0.1))
-        assert b"[DONE]" in await asyncio.wait_for(ask(server.url, 0.15, 5, 3), 30)
-        await asyncio.gather(gone, waiting)
+        going = asyncio.create_task(ask(server.url, 0, 5, ENDLESS))
+        await until(server.url, "it goes on", lambda m: m["vllm:generation_tokens_total"] > 0)
+        waiting = asyncio.create_task(ask(server.url, 0, 5, ENDLESS))
+        await until(server.url, "the next one waits", lambda m: queue(m) == (1, 1))
+        await hung_up(waiting)
+        await until(server.url, "it waits no more", lambda m: queue(m) == (1, 0))
+        last = asyncio.create_task(ask(server.url, 0, 5, 3))
+        await until(server.url, "the last one waits", lambda m: queue(m) == (1, 1))
+        await hung_up(going)
+        assert b"[DONE]" in await asyncio.wait_for(last, HANG_S)
 
     asyncio.run(play())
-    wait_for(lambda: len(server.truth()) == 3, 10, "a line for each, those that hung up too")
+    wait_for(lambda: len(server.truth()) == 3, HANG_S, "a line for each, those that hung up too")
     assert sorted(row["tokens"] > 0 for row in server.truth()) == [False, True, True]
     found = metrics(server.url)
-    assert (found["vllm:num_requests_running"], found["vllm:num_requests_waiting"]) == (0, 0)
+    assert queue(found) == (0, 0)
     assert found["vllm:request_success_total"] == 1
 
 
@@ -147,7 +195,7 @@ def test_faults_are_acted_out_by_steps(fake_server: StartServer, fault: str, chu
 
     async def play() -> None:
         try:
-            await asyncio.wait_for(ask(server.url, 0, 5, 6, fault=fault), 30)
+            await asyncio.wait_for(ask(server.url, 0, 5, 6, fault=fault), HANG_S)
         except asyncio.IncompleteReadError:
             assert fault == "cut"
 

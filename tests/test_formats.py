@@ -828,7 +828,7 @@ def s3(monkeypatch):
     yield
     server.shutdown()
     server.server_close()
-    thread.join(10)
+    thread.join(120)
 
 
 def test_s3_objects(s3):

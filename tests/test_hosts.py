@@ -217,7 +217,7 @@ def test_servers_and_load_on_different_hosts(cluster: Cluster) -> None:
         if file.is_file():
             assert key.encode() not in file.read_bytes(), file
     for host in cluster.hosts:
-        wait_for(lambda host=host: not harness_processes(host), 15, "nothing left")
+        wait_for(lambda host=host: not harness_processes(host), 120, "nothing left")
 
 
 @pytest.mark.parametrize(("replicas", "parts"), [(2, 1), (1, 2)])
@@ -238,7 +238,7 @@ def test_accelerators_are_taken_whole_from_one_node_and_parts_of_a_replica_from_
     assert len({r.base_url for r in manifest.replicas}) == replicas
     assert [r.exit for r in manifest.replicas] == [None] * replicas
     for host in cluster.hosts:
-        wait_for(lambda host=host: not harness_processes(host), 15, "nothing left")
+        wait_for(lambda host=host: not harness_processes(host), 120, "nothing left")
 
 
 def test_parts_that_find_their_meeting_port_taken_meet_at_another(cluster: Cluster, tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_parts_that_find_their_meeting_port_taken_meet_at_another(cluster: Clust
     assert "replica 0: a port its parts meet at was taken meanwhile; trying another one" in drive.said()
     assert drive.report()["requests"]["succeeded"] == 40
     for host in cluster.hosts:
-        wait_for(lambda host=host: not harness_processes(host), 15, "nothing left")
+        wait_for(lambda host=host: not harness_processes(host), 120, "nothing left")
 
 
 def test_a_tier_that_is_not_there_is_said_at_once_node_by_node(cluster: Cluster) -> None:
@@ -304,7 +304,7 @@ def test_the_host_of_a_server_dies(cluster: Cluster) -> None:
     assert drive.rows(0) + drive.rows(1) == 300, "a row for every request, sent or not"
     assert "ready http" in (drive.run / "server-0.log").read_text(), "what it had logged till then"
     for host in cluster.hosts:
-        wait_for(lambda host=host: not harness_processes(host), 15, "nothing left")
+        wait_for(lambda host=host: not harness_processes(host), 120, "nothing left")
 
 
 def test_the_head_of_the_cluster_dies(cluster: Cluster) -> None:

@@ -126,7 +126,7 @@ def test_the_truth_begins_when_the_request_came_however_late_it_is_read(fake_ser
             answer = b""
             while not answer.endswith(b"0\r\n\r\n"):
                 answer += there.recv(65536)
-            wait_for(lambda k=k: len(server.truth()) > k, 10, "the truth, which is written after the answer")
+            wait_for(lambda k=k: len(server.truth()) > k, 120, "the truth, which is written after the answer")
             truth = server.truth()[k]
             assert before_ns - 1_000_000 <= truth["received_ns"] <= sent_ns + 1_000_000
             assert truth["chunk_ns"][0] - truth["received_ns"] >= (0.02 + late_s) * 0.95e9
@@ -285,7 +285,7 @@ def test_ctrl_c_reports_what_there_is_and_leaves_nothing(fake_server: StartServe
     left = descendants(process.pid)
     assert left
     interrupt(process)
-    stdout, stderr = process.communicate(timeout=30)
+    stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 3
     assert "Traceback" not in stderr
     report = json.loads(stdout)
@@ -296,7 +296,7 @@ def test_ctrl_c_reports_what_there_is_and_leaves_nothing(fake_server: StartServe
     assert sum(r["error"] is None for r in rows) >= 40
     assert {r["error"] for r in rows} <= {None, "unsent", "stopped"}
     assert report["metrics"]["ttft"]["p50"]["value"] is not None
-    wait_for(lambda: all(gone(p) for p in left), 10, "workers ended")
+    wait_for(lambda: all(gone(p) for p in left), 120, "workers ended")
 
 
 def test_sigkill_leaves_no_worker(fake_server: StartServer, tmp_path: Path) -> None:
@@ -307,8 +307,8 @@ def test_sigkill_leaves_no_worker(fake_server: StartServer, tmp_path: Path) -> N
     left = descendants(process.pid)
     assert len(left) >= 2, "a guard and a worker at least"
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=30)
-    wait_for(lambda: all(gone(p) for p in left), 15, "workers ended")
+    process.communicate(timeout=120)
+    wait_for(lambda: all(gone(p) for p in left), 120, "workers ended")
     rows = rows_of(tmp_path / "runs")
     assert sum(r["error"] is None for r in rows) >= 1, "what was flushed is there"
 

@@ -497,7 +497,7 @@ def visit(browser, tmp_path):
         tab.on("request", lambda r: asked.append(r.url))
         tab.goto(out.as_uri())
         # Not wait_for_function: it polls by eval, which the page's own policy forbids.
-        wait_for(lambda: tab.evaluate("document.querySelectorAll('canvas').length > 0"), 20, "a chart")
+        wait_for(lambda: tab.evaluate("document.querySelectorAll('canvas').length > 0"), 120, "a chart")
         return tab
 
     yield go
@@ -529,9 +529,9 @@ def test_browser_draws_every_chart_and_asks_for_nothing(visit, tmp_path):
     tab.set_viewport_size({"width": 380, "height": 800})
     # The charts follow the window a frame later.
     narrow = "document.documentElement.scrollWidth <= 380"
-    wait_for(lambda: tab.evaluate(narrow), 20, "a page as narrow as the window")
+    wait_for(lambda: tab.evaluate(narrow), 120, "a page as narrow as the window")
     charts = "[...document.querySelectorAll('.uplot')].every((u) => u.clientWidth <= 380)"
-    wait_for(lambda: tab.evaluate(charts), 20, "charts as narrow as the window")
+    wait_for(lambda: tab.evaluate(charts), 120, "charts as narrow as the window")
 
 
 def test_browser_sorts_tables_by_number_with_unknown_last_and_back(visit, tmp_path):
@@ -624,14 +624,14 @@ def test_browser_zooms_all_of_the_timeline_together(visit, tmp_path):
     tab.mouse.down()
     tab.mouse.move(box["x"] + 300, y, steps=5)
     tab.mouse.up()
-    wait_for(lambda: tab.evaluate(f"(before) => ({last})() !== before", whole), 20, "another range")
+    wait_for(lambda: tab.evaluate(f"(before) => ({last})() !== before", whole), 120, "another range")
 
 
 def test_browser_draws_each_run_when_it_is_opened_and_all_on_paper(visit, tmp_path):
     tab = visit(view(tmp_path / "a", label="a"), view(tmp_path / "b", label="b"))
     closed = len(ink(tab))
     tab.locator("details.run summary").first.click()
-    wait_for(lambda: tab.evaluate(f"document.querySelectorAll('canvas').length > {closed}"), 20, "the closed charts")
+    wait_for(lambda: tab.evaluate(f"document.querySelectorAll('canvas').length > {closed}"), 120, "the closed charts")
     assert min(ink(tab, "details[open] figure")) > 0.005
     assert len(tab.pdf()) > 20_000
     assert tab.locator("details[open]").count() == 1  # as it was before printing
@@ -643,7 +643,7 @@ def test_no_column_is_lost_on_paper(visit, tmp_path):
     tab.set_viewport_size({"width": 720, "height": 1000})
     tab.emulate_media(media="print")
     widest = "Math.max(...[...document.querySelectorAll('.scroll table')].map((t) => t.offsetWidth))"
-    wait_for(lambda: 0 < tab.evaluate(widest) <= 720, 20, "tables as wide as the paper")
+    wait_for(lambda: 0 < tab.evaluate(widest) <= 720, 120, "tables as wide as the paper")
 
 
 BEYOND = """() => [...document.querySelectorAll('td, tbody th, dd')].filter((cell) => {

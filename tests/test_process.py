@@ -34,7 +34,7 @@ time.sleep(600)
 def start_family(tmp_path: Path, *args: str) -> tuple[Process, list[int]]:
     process = Process.start([sys.executable, "-c", FAMILY, *args], name="family", log=tmp_path / "log", pipes=True)
     lines: list[str] = []
-    wait_for(lambda: bool(lines.extend(process.lines()) or lines) and process.pid is not None, 10, "the family's pids")
+    wait_for(lambda: bool(lines.extend(process.lines()) or lines) and process.pid is not None, 120, "the family's pids")
     return process, [int(pid) for pid in lines[0].split()]
 
 
@@ -42,7 +42,7 @@ def test_talks_through_pipes_and_ends_with_its_code(tmp_path: Path) -> None:
     code = "import sys; print(sys.stdin.readline().upper(), end=''); print('to the log', file=sys.stderr); sys.exit(3)"
     process = Process.start([sys.executable, "-c", code], name="p", log=tmp_path / "log", pipes=True)
     assert process.write_line("hello")
-    assert process.wait(10) == 3
+    assert process.wait(120) == 3
     assert process.lines() == ["HELLO"]
     assert process.tail() == ["to the log"]
     assert not process.write_line("anyone there?")
@@ -52,7 +52,7 @@ def test_talks_through_pipes_and_ends_with_its_code(tmp_path: Path) -> None:
 def test_the_last_line_is_there_once_poll_says_it_ended(tmp_path: Path) -> None:
     for _ in range(10):
         process = Process.start(["sh", "-c", "echo a; echo b; exit 0"], name="p", pipes=True)
-        assert process.wait(10) == 0
+        assert process.wait(120) == 0
         assert process.lines() == ["a", "b"]
 
 
@@ -61,7 +61,7 @@ def test_environment_is_added_and_taken_away(tmp_path: Path, monkeypatch: pytest
     process = Process.start(
         ["sh", "-c", 'echo "$ADDED-${TAKEN_AWAY:-gone}"'], name="p", env={"ADDED": "x", "TAKEN_AWAY": None}, pipes=True
     )
-    process.wait(10)
+    process.wait(120)
     assert process.lines() == ["x-gone"]
 
 
@@ -71,7 +71,7 @@ def test_a_nice_value_is_that_of_all_it_starts(more: int | None) -> None:
     nice = None if more is None else own + more
     code = "import os; os.fork(); os.write(1, b'%d\\n' % os.getpriority(os.PRIO_PROCESS, 0))"
     with Process.start([sys.executable, "-c", code], name="p", pipes=True, nice=nice) as process:
-        assert process.wait(10) == 0
+        assert process.wait(120) == 0
         assert [int(line) for line in process.lines()] == [own + (more or 0)] * 2
 
 
@@ -79,13 +79,13 @@ def test_a_nice_value_that_may_not_be_had_stops_nothing(monkeypatch: pytest.Monk
     refused = "raise PermissionError"  # who is not root may not ask for less than it has
     code = f"import os\ndef no(*a): {refused}\nos.setpriority = no\nfrom cluster import guard\n"
     code += "guard.become(['echo', 'it runs'], cpus='-', nice='-5')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout == "it runs\n", done.stderr
 
 
 def test_a_command_that_does_not_exist_says_so(tmp_path: Path) -> None:
     process = Process.start(["/no/such/command"], name="p", log=tmp_path / "log")
-    assert process.wait(10) == 127
+    assert process.wait(120) == 127
     assert "cannot start /no/such/command: No such file" in process.tail()[0]
 
 
@@ -113,15 +113,15 @@ def test_stop_overtakes_from_another_thread(tmp_path: Path) -> None:
     threads = [threading.Thread(target=lambda: codes.append(process.stop())) for _ in range(4)]
     for thread in threads:
         thread.start()
-    assert process.wait(20) == -signal.SIGTERM
+    assert process.wait(120) == -signal.SIGTERM
     for thread in threads:
-        thread.join(20)
+        thread.join(120)
     assert codes == [-signal.SIGTERM] * 4
 
 
 def test_a_command_that_ends_takes_what_it_left_behind_with_it(tmp_path: Path) -> None:
     process = Process.start(["sh", "-c", "setsid sleep 600 & echo $!; exit 4"], name="p", pipes=True)
-    assert process.wait(20) == 4
+    assert process.wait(120) == 4
     assert gone(int(process.lines()[0]))
 
 
@@ -141,8 +141,8 @@ def test_death_of_the_owner_ends_the_family(tmp_path: Path, number: signal.Signa
     below = [p.pid for p in psutil.Process(process.pid).children(recursive=True)]
     assert set(pids) <= set(below), "the tree shows who started what"
     os.kill(process.pid, number)
-    process.wait(10)
-    wait_for(lambda: all(gone(pid) for pid in below), 15, "guard and family ended")
+    process.wait(120)
+    wait_for(lambda: all(gone(pid) for pid in below), 120, "guard and family ended")
 
 
 def test_killing_the_owners_direct_children_spares_the_command(tmp_path: Path) -> None:
@@ -167,15 +167,15 @@ def test_a_killed_guard_leaves_nothing_either(tmp_path: Path) -> None:
     guard = psutil.Process(process.pid).parent()
     assert guard is not None
     guard.kill()
-    assert process.wait(10) == -signal.SIGKILL
-    wait_for(lambda: all(gone(pid) for pid in pids), 10, "command killed by the kernel, the rest swept")
+    assert process.wait(120) == -signal.SIGKILL
+    wait_for(lambda: all(gone(pid) for pid in pids), 120, "command killed by the kernel, the rest swept")
 
 
 def test_sweep_finds_a_process_by_session_though_it_hides_its_environment() -> None:
     child = subprocess.Popen(["sleep", "600"], env={"PATH": os.environ["PATH"]}, start_new_session=True)
     marked = subprocess.Popen(["sleep", "600"], env={"PATH": os.environ["PATH"], MARK: "only-this-test"})
     assert set(sweep(child.pid, "only-this-test")) == {child.pid, marked.pid}
-    assert child.wait(10) == marked.wait(10) == -signal.SIGKILL
+    assert child.wait(120) == marked.wait(120) == -signal.SIGKILL
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no processor affinity here")
@@ -183,14 +183,14 @@ def test_runs_on_the_processors_it_is_given() -> None:
     own = max(os.sched_getaffinity(0))
     code = "import os; print(sorted(os.sched_getaffinity(0)))"
     process = Process.start([sys.executable, "-c", code], name="p", pipes=True, cpus=[own])
-    assert process.wait(10) == 0
+    assert process.wait(120) == 0
     assert process.lines() == [f"[{own}]"]
 
 
 def test_ready_is_when_the_check_says_so() -> None:
     with Process.start(["sleep", "600"], name="p") as process:
         answers = iter([False, False, True])
-        assert 0 < wait_ready(lambda: next(answers), process, 10, poll_s=0.05) < 10
+        assert 0 < wait_ready(lambda: next(answers), process, 250, poll_s=0.05) < 250
         with pytest.raises(ServerError, match="p was not ready after 0 s"):
             wait_ready(lambda: False, process, 0.2, poll_s=0.05)
 
@@ -202,8 +202,8 @@ def test_a_death_before_ready_is_told_with_its_cause_and_last_words(tmp_path: Pa
     start = time.monotonic()
     taken = Cause("its port is taken", port_taken=True)
     with pytest.raises(PortTakenError) as caught:
-        wait_ready(lambda: False, process, 60, explain=lambda lines: taken if "use" in lines[-1] else None)
-    assert time.monotonic() - start < 20, "a death is not waited out"
+        wait_ready(lambda: False, process, 600, explain=lambda lines: taken if "use" in lines[-1] else None)
+    assert time.monotonic() - start < 250, "a death is not waited out"
     assert "server 0 ended before it was ready: exit code 7" in str(caught.value)
     assert "its port is taken" in str(caught.value)
     assert str(tmp_path / "log") in str(caught.value)
@@ -236,13 +236,13 @@ def test_what_outlives_sigkill_is_named_and_stays_listed(tmp_path: Path, monkeyp
     )
     monkeypatch.setattr(process, "GUARD", powerless)
     stuck = Process.start(["sleep", "600"], name="stuck", log=tmp_path / "log")
-    wait_for(lambda: stuck.pid is not None, 10, "its pid")
+    wait_for(lambda: stuck.pid is not None, 120, "its pid")
     try:
-        wait_for(lambda: bool(running()), 10, "its entry")
+        wait_for(lambda: bool(running()), 120, "its entry")
         assert stuck.stop(0.1) == -signal.SIGKILL
         assert stuck.survivors == [stuck.pid]
         assert f"still there 0.3 s after SIGKILL: [{stuck.pid}]" in (tmp_path / "log").read_text()
         assert [(one.name, one.alive) for one in running()] == [("stuck", True)]
     finally:
         os.kill(stuck.pid or 0, signal.SIGKILL)
-    wait_for(lambda: not running(), 10, "it is forgotten once it has ended")
+    wait_for(lambda: not running(), 120, "it is forgotten once it has ended")

@@ -37,7 +37,7 @@ def sleeps(entry: Entry) -> list[psutil.Process]:
 
 def start(tmp_path: Path, code: str = "import time; time.sleep(600)", name: str = "replica 0") -> tuple[Process, Entry]:
     process = Process.start([sys.executable, "-c", code], name=name, log=tmp_path / "log")
-    wait_for(lambda: any(e.command.pid == process.pid for e in running()), 10, "the entry")
+    wait_for(lambda: any(e.command.pid == process.pid for e in running()), 120, "the entry")
     (entry,) = (e for e in running() if e.command.pid == process.pid)
     return process, entry
 
@@ -74,7 +74,7 @@ def test_a_folder_of_a_killed_process_is_removed_by_the_next(tmp_path: Path, mon
         mine = work_folder()
         assert (theirs / "plan.arrow").exists(), "its process lives"
         process.kill()
-        process.wait(10)
+        process.wait(120)
     more = work_folder()
     assert not theirs.exists()
     assert mine.is_dir() and more.is_dir() and mine != more
@@ -84,23 +84,23 @@ def test_a_folder_of_a_killed_process_is_removed_by_the_next(tmp_path: Path, mon
 def test_stop_ends_the_whole_group_and_its_owner_sees_it(tmp_path: Path) -> None:
     code = "import subprocess, time; subprocess.Popen(['sleep', '600'], start_new_session=True); time.sleep(600)"
     process, entry = start(tmp_path, code)
-    wait_for(lambda: len(psutil.Process(entry.guard.pid).children(recursive=True)) == 2, 10, "the grandchild")
+    wait_for(lambda: len(psutil.Process(entry.guard.pid).children(recursive=True)) == 2, 120, "the grandchild")
     family = psutil.Process(entry.guard.pid).children(recursive=True)
     assert end(entry)
     assert all(gone(p.pid) for p in family)
-    assert process.wait(10) == -signal.SIGTERM
+    assert process.wait(120) == -signal.SIGTERM
 
 
 def test_what_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('x', flush=True); time.sleep(600)"
     process, entry = start(tmp_path, code)
-    wait_for(lambda: "x" in (tmp_path / "log").read_text(), 10, "the handler")
+    wait_for(lambda: "x" in (tmp_path / "log").read_text(), 120, "the handler")
     os.kill(entry.guard.pid, signal.SIGSTOP)  # even when its guard hangs
     begin = time.monotonic()
     assert end(entry, grace_s=0.5)
-    assert time.monotonic() - begin < 15
+    assert time.monotonic() - begin < 120, "it would sleep on"
     assert gone(entry.command.pid)
-    process.wait(10)
+    process.wait(120)
 
 
 def test_orphans_of_a_killed_owner_and_a_killed_guard_are_named_and_ended_when_asked_for(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_orphans_of_a_killed_owner_and_a_killed_guard_are_named_and_ended_when_a
         time.sleep(600)
     """)
     process = subprocess.Popen([sys.executable, "-c", owner], cwd=ROOT, env=os.environ)
-    wait_for(lambda: any(e.name == "replica 7" and sleeps(e) for e in running()), 10, "the group")
+    wait_for(lambda: any(e.name == "replica 7" and sleeps(e) for e in running()), 120, "the group")
     (entry,) = running()
     members = entry.members()
     (grandchild,) = sleeps(entry)
@@ -121,8 +121,8 @@ def test_orphans_of_a_killed_owner_and_a_killed_guard_are_named_and_ended_when_a
     os.kill(process.pid, signal.SIGSTOP)
     os.kill(entry.guard.pid, signal.SIGKILL)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait(10)
-    wait_for(lambda: gone(entry.command.pid), 10, "the command, killed by the kernel")
+    process.wait(120)
+    wait_for(lambda: gone(entry.command.pid), 120, "the command, killed by the kernel")
     assert not gone(grandchild.pid)
     (left,) = running()
     assert left.orphan
@@ -151,7 +151,7 @@ def test_a_pid_used_again_is_never_hit(tmp_path: Path, own_state: Path) -> None:
     assert [e.id for e in running()] == [entry.id]
     assert stranger.poll() is None
     stranger.kill()
-    stranger.wait(10)
+    stranger.wait(120)
     process.stop()
 
 
@@ -162,7 +162,7 @@ def test_a_session_number_used_again_by_a_shell_that_has_ended_is_never_hit(tmp_
     shell = subprocess.Popen(["sh", "-c", "sleep 600 & echo $!"], start_new_session=True, stdout=subprocess.PIPE)
     assert shell.stdout is not None
     job = psutil.Process(int(shell.stdout.readline()))
-    shell.wait(10)
+    shell.wait(120)
     assert os.getsid(job.pid) == shell.pid
     now = entry.command.began.partition(":")[0]
     was = Identity(shell.pid, f"{now if boot == 'this boot' else boot}:1")
@@ -186,11 +186,11 @@ def test_the_grace_that_was_asked_for_is_given_whatever_the_guard_was_started_wi
         time.sleep(600)
     """)
     process = Process.start([sys.executable, "-c", code], name="slow to end", log=tmp_path / "log", grace_s=0.2)
-    wait_for(lambda: "x" in (tmp_path / "log").read_text() and bool(running()), 10, "the handler")
+    wait_for(lambda: "x" in (tmp_path / "log").read_text() and bool(running()), 120, "the handler")
     (entry,) = running()
     assert end(entry, grace_s=15)
     assert (tmp_path / "tidied").exists()
-    assert process.wait(10) == 0
+    assert process.wait(120) == 0
 
 
 def test_entries_of_other_hosts_and_broken_ones(tmp_path: Path, own_state: Path) -> None:
@@ -209,13 +209,13 @@ def test_a_state_folder_that_cannot_be_written_stops_nothing(tmp_path: Path, mon
     blocked.touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(blocked))
     process = Process.start(["true"], name="p")
-    assert process.wait(10) == 0
+    assert process.wait(120) == 0
     assert running() == []
 
 
 def test_entries_hold_no_environment(tmp_path: Path, own_state: Path) -> None:
     process = Process.start(["sleep", "600"], name="p", env={"VLLM_API_KEY": "top-secret"})
-    wait_for(lambda: len(running()) == 1, 10, "the entry")
+    wait_for(lambda: len(running()) == 1, 120, "the entry")
     assert all("top-secret" not in file.read_text() for file in own_state.iterdir())
     process.stop()
 
@@ -240,9 +240,9 @@ def test_ps_and_stop(tmp_path: Path) -> None:
     for arguments in ([], [entry.id, "--all"]):
         assert "say which" in str(runner.invoke(verbs.stop, arguments, standalone_mode=False).exception)
     assert runner.invoke(verbs.stop, [entry.id], standalone_mode=False).return_value == 0
-    assert one.wait(10) == -signal.SIGTERM
+    assert one.wait(120) == -signal.SIGTERM
     assert two.poll() is None
     assert runner.invoke(verbs.stop, ["--all"], standalone_mode=False).return_value == 0
-    assert two.wait(10) is not None
+    assert two.wait(120) is not None
     assert gone(other.command.pid)
     assert registry.running() == []

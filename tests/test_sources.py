@@ -282,7 +282,7 @@ def bucket(monkeypatch):
     yield objects
     server.shutdown()
     server.server_close()
-    thread.join(10)
+    thread.join(120)
 
 
 def test_everything_below_a_prefix(bucket):

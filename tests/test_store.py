@@ -273,9 +273,9 @@ def test_a_growing_run_is_followed_and_then_whole(s3_env: str, tmp_path: Path) -
     for i in range(3):
         rows(writer, 10 * i, 10)
         up = i + 1
-        wait_for(lambda: len([n for n in part_names(url) if "results-0" in n]) >= up, 30, f"part {i} is up")  # noqa: B023
+        wait_for(lambda: len([n for n in part_names(url) if "results-0" in n]) >= up, 120, f"part {i} is up")  # noqa: B023
     write(run / "run.json", b'{"status": "running"}')
-    wait_for(lambda: sum("run.json" in n for n in part_names(url)) == 2, 30, "the new version is up")
+    wait_for(lambda: sum("run.json" in n for n in part_names(url)) == 2, 120, "the new version is up")
 
     # As another machine sees it when this one is gone now.
     assert restore(url, tmp_path / "dead") == ["this run is still being sent, or its machine died before the end"]
@@ -323,7 +323,7 @@ for i in range(10_000):
         wait_for(lambda: sum("results-0" in name for name in part_names(url)) >= 3, 60, "parts go up")
     finally:
         process.send_signal(signal.SIGKILL)
-        process.wait(10)
+        process.wait(120)
     kept = local_copy(url)
     ids = read_results(kept / "results-0.arrows").column("request_id").to_pylist()
     assert ids == list(range(len(ids)))

@@ -92,7 +92,7 @@ def test_a_machine_that_died_is_taken_over_by_another(
         wait_for(lambda: any("/.parts/results-0" in name for name in names(s3_env)), 60, "rows at the store")
     finally:
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate(timeout=20)
+        process.communicate(timeout=120)
     (name,) = {name.partition("/")[0] for name in names(s3_env)}
     shutil.rmtree(elsewhere / "sweeps" / name)  # the disk died with its machine
     before = len(server.truth())

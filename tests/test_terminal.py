@@ -135,7 +135,7 @@ def test_words_of_others_are_looked_for_where_there_is_no_number_alone() -> None
 def test_limits_of_the_machine_are_a_sentence(tmp_path: Path, limit: int, value: int) -> None:
     path = write_run(tmp_path / "run", [good(i) for i in range(40)])
     done = subprocess.run(
-        [sys.executable, "-m", "harness.cli", "report", path], cwd=ROOT, capture_output=True, text=True, timeout=30,
+        [sys.executable, "-m", "harness.cli", "report", path], cwd=ROOT, capture_output=True, text=True, timeout=120,
         preexec_fn=lambda: resource.setrlimit(limit, (value, value)), check=False,
     )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr

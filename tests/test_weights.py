@@ -203,7 +203,7 @@ def test_two_runs_do_not_convert_at_once(tmp_path: Path, model: Model, monkeypat
         time.sleep(0.6)
         assert said == ["another process is preparing tiny; waiting for it"]
         assert not (tmp_path / "models" / "tiny").exists()
-    thread.join(60)
+    thread.join(120)
     assert (tmp_path / "models" / "tiny").is_dir()
 
 

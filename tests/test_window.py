@@ -258,7 +258,7 @@ def test_a_run_stopped_early_has_a_row_for_what_was_never_read(fake_server: Star
         _, end, rows = worker.end()
     finally:
         worker.process.kill()
-        worker.process.wait(10)
+        worker.process.wait(120)
     assert (end["exit"], len(rows)) == (None, 40_000)
     assert set(classes(rows)) == {None, "unsent"}
     assert [row["request_id"] for row in rows] == list(range(40_000))

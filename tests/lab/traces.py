@@ -72,7 +72,7 @@ def engine_server(log: Path) -> Iterator[str]:
         yield url
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(120)
 
 
 def main(folder: Path) -> None:
