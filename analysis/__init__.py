@@ -1,5 +1,6 @@
 """From result rows to figures with intervals, a verdict and a price. Reads files; never sends, never starts anything.
 
-``load`` rows and plan -> ``metrics`` -> ``intervals`` -> ``validity`` -> ``price`` -> ``summary`` -> ``report``.
-Every definition is in METRICS.md, INTERVALS.md and PRICES.md.
+A package or module imports only those to its left: ``rows``, ``stats``, ``metrics``, ``offered_load``, ``rates``,
+``slo``, ``steady``, ``validity``, ``fidelity``, ``cost``, ``summary``, ``capacity``, ``pricing``, ``compare``,
+``export``, ``show``, ``api``. Every definition is in METRICS.md.
 """

@@ -11,10 +11,10 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 
-from analysis.against.variants import Figures, variant_of
+from analysis.compare.variants import Figures, variant_of
+from analysis.cost.cost import DEFAULT_RATIO
 from analysis.export import run_table
-from analysis.load import Run, read_run
-from analysis.money.price import DEFAULT_RATIO
+from analysis.rows.read import Run, read_run
 from analysis.summary import DEFAULT_ATTAIN, Summary, claims, summarise
 from harness.run import RunManifest
 

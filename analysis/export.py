@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 from analysis import metrics
 from analysis.arrays import Floats
 from analysis.labels import label_runs
-from analysis.load import Rows, Run, read_run
+from analysis.rows.read import Rows, Run, read_run
 from harness.errors import ResultsError, UsageError
 from harness.results import SCHEMA as ROW
 

@@ -12,18 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.arrays import Bools, Floats
-from analysis.gaps import Gaps as Gaps
-from analysis.gaps import chunk_output_tokens as chunk_output_tokens
-from analysis.gaps import clumped as clumped
-from analysis.gaps import itl as itl
-from analysis.gaps import unstreamed_output_events as unstreamed_output_events
-from analysis.rows import Rows, Run
-from analysis.window import BINS as BINS
-from analysis.window import Window as Window
-from analysis.window import bin_of as bin_of
-from analysis.window import binned as binned
-from analysis.window import was_sent as was_sent
-from analysis.window import window as window
+from analysis.rows.itl_histogram import Gaps as Gaps
+from analysis.rows.itl_histogram import chunk_output_tokens as chunk_output_tokens
+from analysis.rows.itl_histogram import clumped as clumped
+from analysis.rows.itl_histogram import itl as itl
+from analysis.rows.itl_histogram import unstreamed_output_events as unstreamed_output_events
+from analysis.rows.run import Rows, Run
+from analysis.rows.window import BINS as BINS
+from analysis.rows.window import Window as Window
+from analysis.rows.window import bin_of as bin_of
+from analysis.rows.window import binned as binned
+from analysis.rows.window import was_sent as was_sent
+from analysis.rows.window import window as window
 from harness.slo import split_key
 
 BETWEEN_BOUND = 0.1

@@ -9,11 +9,11 @@ import numpy as np
 
 from analysis import metrics
 from analysis.arrays import Bools, Floats
-from analysis.fullness import GIVEN
-from analysis.intervals import Quantity, rate, without_interval
 from analysis.metrics import Counts, Tokens, Window
-from analysis.relaxation import ClosedLoop, Memory, relaxation
-from analysis.rows import Run
+from analysis.offered_load import GIVEN
+from analysis.rows.run import Run
+from analysis.stats.intervals import Quantity, rate, without_interval
+from analysis.stats.relaxation import ClosedLoop, Memory, relaxation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,28 +13,24 @@ import numpy as np
 
 from analysis import metrics
 from analysis.arrays import Floats
-from analysis.cache_shares import CacheShares, cache_shares
 from analysis.check import Check, Verdict, verdict
-from analysis.counters import shared_addresses
+from analysis.cost.cost import DEFAULT_RATIO, Cost, bill_usd, check_ratio, cost
+from analysis.cost.samples import run_samples
+from analysis.cost.split import Split, split_bill, token_mix
 from analysis.fidelity.questions import Fidelity, fidelity
-from analysis.fullness import Fullness, fullness, given_load_note
-from analysis.intervals import Distribution, Quantity, distribution
-from analysis.load import Rows, Run
 from analysis.metrics import Counts, Tokens, Window
-from analysis.money.price import DEFAULT_RATIO, Cost, bill_usd, check_ratio, cost
-from analysis.money.samples import run_samples
-from analysis.money.split import Split, split_bill, token_mix
-from analysis.offered_load import OfferedLoad, offered_load
-from analysis.plateau import drain_check, steady_check, steady_part, steady_rates
-from analysis.promise import Slo, judge, price_note
+from analysis.offered_load import Fullness, OfferedLoad, fullness, given_load_note, offered_load
 from analysis.rates import Rates as Rates
 from analysis.rates import given, given_rate, queue_of, served_rates
-from analysis.relaxation import Memory
-from analysis.served import served_lengths
-from analysis.stability import backlog_check
-from analysis.steady import Steady
-from analysis.validity import check_run
-from analysis.warm_cache import REASON, warm_cache
+from analysis.rows.read import Rows, Run
+from analysis.slo import Slo, judge, price_note
+from analysis.stats.intervals import Distribution, Quantity, distribution
+from analysis.stats.relaxation import Memory
+from analysis.steady import Steady, backlog_check, drain_check, steady_check, steady_part, steady_rates
+from analysis.validity.checks import check_run
+from analysis.validity.counters import shared_addresses
+from analysis.validity.lengths import served_lengths
+from analysis.validity.prefix_cache import REASON, CacheShares, cache_shares, warm_cache
 from harness.errors import EXIT_INVALID, EXIT_NOT_DECIDED, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.plan import PlanInfo
 from harness.results import ERRORS
@@ -61,13 +57,13 @@ class Metrics:
     lag: Distribution
     session_lag: Distribution
     """How much later than the plan itself allows turns were due, since the answer before them had not ended
-    (`analysis.turns`); null but for sessions that wait."""
+    (`analysis.rows.run`); null but for sessions that wait."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SteadyState:
     """The steady part and its figures; ``window`` says where it is, or why there is none. No figures without one, nor
-    of arrivals (`analysis.plateau.steady_rates`).
+    of arrivals (`analysis.steady.steady_rates`).
     """
 
     window: Steady | None

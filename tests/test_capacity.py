@@ -7,12 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_files import SPEC, TIER, S, good, watch, write_run
 
-from analysis.intervals import Quantity, share
-from analysis.load import read_run
-from analysis.show.capacity_text import sentence, system_blocks
-from analysis.show.decision_text import render_markdown
-from analysis.sizing.at_slo import System, cost_at, systems
-from analysis.sizing.capacity import (
+from analysis.capacity.serving_config import System, cost_at, systems
+from analysis.capacity.sweep import (
     Capacity,
     Point,
     bracket,
@@ -23,7 +19,11 @@ from analysis.sizing.capacity import (
     pool,
     saturation,
 )
-from analysis.sizing.system import offered
+from analysis.capacity.system import offered
+from analysis.rows.read import read_run
+from analysis.show.capacity_text import sentence, system_blocks
+from analysis.show.decision_text import render_markdown
+from analysis.stats.intervals import Quantity, share
 from analysis.summary import summarise
 from harness.slo import Criterion
 

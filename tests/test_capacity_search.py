@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import StartServer
 
-from analysis.intervals import Quantity
-from analysis.sizing.capacity import Point
-from analysis.sizing.search import MOST_PROBES, SUSTAINED, Probe, Step, estimate, keeps, next_load, requests_needed
+from analysis.capacity.search import MOST_PROBES, SUSTAINED, Probe, Step, estimate, keeps, next_load, requests_needed
+from analysis.capacity.sweep import Point
+from analysis.stats.intervals import Quantity
 from cluster.deploy import load_workers as load
 from cluster.simulator.replica import Workload
 from harness.cli.capacity import capacity, plan_fleet

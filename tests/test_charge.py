@@ -19,14 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_files import SPEC, TIER, good, write_run
 
-from analysis.intervals import Quantity
-from analysis.load import read_run
-from analysis.money.buy import api_usd, compare_with_api
-from analysis.money.charge import HOURS_PER_MONTH, charge, slo_words
-from analysis.money.listprices import find_list_prices, read_list_prices
-from analysis.money.split import TokenMix, by_ratio, not_identifiable, token_mix
-from analysis.money.terms import Structure, Terms, VolumeTier, declared, from_split, parse_volume
-from analysis.money.unit_prices import unit_prices
+from analysis.cost.split import TokenMix, by_ratio, not_identifiable, token_mix
+from analysis.pricing.list_prices import find_list_prices, read_list_prices
+from analysis.pricing.rate_card import HOURS_PER_MONTH, api_usd, charge, compare_with_api, slo_words
+from analysis.pricing.terms import Structure, Terms, VolumeTier, declared, from_split, parse_volume, unit_prices
+from analysis.rows.read import read_run
+from analysis.stats.intervals import Quantity
 from analysis.summary import summarise
 from harness.cli.decide import price
 from harness.commands.decide import parse_tier_price
@@ -113,7 +111,7 @@ def test_the_parts_add_up_to_the_bill(usd, uncached, cached, out, w_in, w_cached
     st.floats(0, 0.99), st.floats(0.01, 1), st.floats(0, 0.99), st.floats(0, 0.99)
 )  # fmt: skip
 def test_margin_and_break_even_agree(margin, utilisation, discount, batch):
-    from analysis.money.charge import _offers
+    from analysis.pricing.rate_card import _offers
 
     q = Quantity(value=2.0, low=1.0, high=3.0, n=9, unit="", evidence="measured")
     full = unit_prices(q, TokenMix(uncached_input=10, cached_input=5, output=5), declared(4.0, 1.0, 0.25))

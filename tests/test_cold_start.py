@@ -11,10 +11,10 @@ import pytest
 from run_files import SPEC, bad, good, write_run
 
 from analysis.check import Check
-from analysis.cold_start import first_wave
-from analysis.load import read_run
-from analysis.outage import outages
+from analysis.rows.read import read_run
 from analysis.summary import Summary, summarise
+from analysis.validity.cold_start import first_wave
+from analysis.validity.counters import outages
 from harness.run import Replica
 
 

@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_files import MS, SPEC, TIER, bad, good, write_run
 
-from analysis.against.compare import LOADS_OWN, Figure, judge, parse_gate
-from analysis.against.compare import compare as hold_against
-from analysis.against.paired import FIGURES, RATE_BLOCKS, _figure, _percentiles, _share, block_counts, observe
-from analysis.intervals import Quantity
-from analysis.load import read_run
-from analysis.repeats import over_pairs
+from analysis.compare.compare import LOADS_OWN, Figure, judge, parse_gate
+from analysis.compare.compare import compare as hold_against
+from analysis.compare.paired import FIGURES, RATE_BLOCKS, _figure, _percentiles, _share, block_counts, observe
+from analysis.rows.read import read_run
 from analysis.show.decision_text import comparison_blocks, render_markdown
+from analysis.stats.intervals import Quantity
+from analysis.stats.replicates import over_pairs
 from analysis.summary import summarise
 from harness.cli.decide import compare
 from harness.errors import HarnessError, UsageError

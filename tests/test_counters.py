@@ -19,9 +19,9 @@ import pytest
 from conftest import StartServer
 from run_files import SPEC, good, write_run
 
-from analysis.counters import moved_by, shared_addresses
-from analysis.load import read_run
+from analysis.rows.read import read_run
 from analysis.summary import Summary, summarise
+from analysis.validity.counters import moved_by, shared_addresses
 from harness.access import Access
 from harness.counters import check_metrics_urls, count_after, count_before, several_processes, summed
 from harness.errors import ServerError, UsageError

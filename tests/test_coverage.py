@@ -17,9 +17,9 @@ import sys
 import numpy as np
 import pytest
 
-from analysis.intervals import Quantity, distribution, rate, ratio_interval, share
-from analysis.money.price import usd_per_1m
-from analysis.repeats import over_repeats
+from analysis.cost.cost import usd_per_1m
+from analysis.stats.intervals import Quantity, distribution, rate, ratio_interval, share
+from analysis.stats.replicates import over_repeats
 
 RUNS = 1000
 FEW = 300

@@ -12,10 +12,9 @@ from conftest import StartServer, harness
 from run_files import MS, SPEC, S, good, watch, write_run
 
 from analysis import metrics
-from analysis.held import Held
-from analysis.load import read_run
-from analysis.seconds import Seconds
-from analysis.sizing.fitted_engine import observe
+from analysis.capacity.fitted_engine import observe
+from analysis.rows.read import read_run
+from analysis.rows.worker_samples import Held, Seconds
 from analysis.summary import summarise
 from harness.run import Worker
 

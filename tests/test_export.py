@@ -14,9 +14,10 @@ from pyarrow import parquet
 from run_files import MS, SPEC, TIER, bad, good, write_run
 
 import harness
-from analysis import columns, export
+from analysis import export
 from analysis.export import SCHEMA, export_runs
-from analysis.load import read_run
+from analysis.rows import columns
+from analysis.rows.read import read_run
 from harness.cli.results import export as export_verb
 from harness.errors import ResultsError, UsageError
 

@@ -12,12 +12,11 @@ import pyarrow as pa
 import pytest
 from run_files import SPEC, good, write_run
 
-from analysis.fidelity.answer import ks_distance
-from analysis.fidelity.inputs import read_plan
+from analysis.fidelity.inputs import ks_distance, read_plan
 from analysis.fidelity.planned import on_trace_clock
 from analysis.fidelity.questions import Fidelity, fidelity, fidelity_text
-from analysis.load import Run, read_run
-from analysis.warm_cache import Served, block_tokens
+from analysis.rows.read import Run, read_run
+from analysis.validity.prefix_cache import Served, block_tokens
 from harness.build import build_plan
 from harness.plan import PlanSpec, iter_requests, plan_sha256
 from harness.prompts import Vocabulary

@@ -15,7 +15,7 @@ import pytest
 from conftest import harness
 
 from analysis.fidelity.questions import fidelity, fidelity_text
-from analysis.load import read_run
+from analysis.rows.read import read_run
 from harness.records import open_trace
 from harness.traces.shape import measure
 

@@ -11,14 +11,8 @@ from hypothesis import strategies as st
 from run_files import SPEC, TIER, bad, good, write_run
 from test_capacity import sweep_run
 
-from analysis.intervals import Quantity
-from analysis.money.charge import HOURS_PER_MONTH
-from analysis.show.decision_text import render_markdown
-from analysis.show.fleet_text import fleet_blocks, fleet_csv
-from analysis.sizing.at_slo import systems
-from analysis.sizing.capacity import Capacity
-from analysis.sizing.fitted_engine import FittedEngine
-from analysis.sizing.fleet import (
+from analysis.capacity.fitted_engine import FittedEngine
+from analysis.capacity.fleet import (
     HOURS_PER_YEAR,
     Demand,
     Kept,
@@ -30,8 +24,14 @@ from analysis.sizing.fleet import (
     sensitivities,
     spare_instances,
 )
-from analysis.sizing.fleet_plan import Wanted, grown, plan_fleets
-from analysis.sizing.simulated_fleet import SimulatedFleet
+from analysis.capacity.fleet_plan import Wanted, grown, plan_fleets
+from analysis.capacity.serving_config import systems
+from analysis.capacity.simulated_fleet import SimulatedFleet
+from analysis.capacity.sweep import Capacity
+from analysis.pricing.rate_card import HOURS_PER_MONTH
+from analysis.show.decision_text import render_markdown
+from analysis.show.fleet_text import fleet_blocks, fleet_csv
+from analysis.stats.intervals import Quantity
 from harness.cli.capacity import plan_fleet as plan_fleet_verb
 from harness.errors import UsageError
 

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_files import good, write_run
 
-from analysis import gaps, metrics
-from analysis.gaps import GapPool
-from analysis.intervals import distribution
-from analysis.load import read_run
+from analysis import metrics
+from analysis.rows import itl_histogram as gaps
+from analysis.rows.itl_histogram import GapPool
+from analysis.rows.read import read_run
+from analysis.stats.intervals import distribution
 from analysis.summary import summarise
 
 

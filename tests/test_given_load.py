@@ -9,11 +9,11 @@ import pyarrow as pa
 import pytest
 from run_files import SPEC, S, good, write_run
 
-from analysis.load import read_run
-from analysis.money.quoted import quote
+from analysis.capacity.serving_config import systems
+from analysis.pricing.operating_point import quote
+from analysis.rows.read import read_run
 from analysis.show.report import render_json, render_markdown
 from analysis.show.view import view_run
-from analysis.sizing.at_slo import systems
 from analysis.summary import summarise
 from harness.run import Replica, RunDir, read_manifest, write_manifest
 from harness.server_metrics import SCHEMA

@@ -11,7 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from run_files import SPEC, good, write_run
 
-from analysis.intervals import (
+from analysis.rows.read import read_run
+from analysis.stats.autocorrelation import BLOCKS, CRITICAL, LONG, long_run_variance, student_t
+from analysis.stats.intervals import (
     MIN_SAMPLES,
     Quantity,
     distribution,
@@ -20,9 +22,7 @@ from analysis.intervals import (
     samples_needed,
     share,
 )
-from analysis.likeness import BLOCKS, CRITICAL, LONG, long_run_variance, student_t
-from analysis.load import read_run
-from analysis.repeats import over_repeats
+from analysis.stats.replicates import over_repeats
 from analysis.summary import summarise
 
 Z = {0.5: 0.0, 0.9: 1.2815515655, 0.95: 1.6448536270, 0.99: 2.3263478740}

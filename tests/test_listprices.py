@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from analysis.money.listprices import EXTRACT, family, find_list_prices, make_extract, read_list_prices
+from analysis.pricing.list_prices import EXTRACT, family, find_list_prices, make_extract, read_list_prices
 from harness.errors import UsageError
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from run_files import MS, SPEC, S, bad, good, write_run
 
 from analysis import metrics
-from analysis.load import read_run
+from analysis.rows.read import read_run
 from analysis.summary import exit_code, summarise
 from harness.errors import EXIT_INVALID, EXIT_SLO_MISSED, EXIT_VALID, PlanError, ResultsError, UsageError
 from harness.results import ERRORS, Result

@@ -11,11 +11,11 @@ from typing import cast
 import numpy as np
 import pytest
 
+from analysis.capacity.backlog import Demand
+from analysis.capacity.crossing import Evidence
+from analysis.capacity.search_answer import mixes
 from analysis.fidelity.inputs import measured_reuse
-from analysis.load import Run
-from analysis.sizing.backlog import Demand
-from analysis.sizing.crossing import Evidence
-from analysis.sizing.searched import mixes
+from analysis.rows.read import Run
 from harness.build import build_plan
 from harness.commands.capacity_plan import window_count
 from harness.plan import PlanInfo, PlanSpec, Windows

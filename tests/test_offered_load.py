@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from run_files import MS, SPEC, S, good, write_run
 
-from analysis.load import read_run
+from analysis.capacity.probes import evidence_of
+from analysis.capacity.serving_config import systems
+from analysis.capacity.system import load_words, offered
+from analysis.rows.read import read_run
+from analysis.rows.run import own_times
 from analysis.show.capacity_text import sentence, system_blocks
 from analysis.show.report import render_json, render_markdown
 from analysis.show.view import view_run
-from analysis.sizing.at_slo import systems
-from analysis.sizing.evidence import evidence_of
-from analysis.sizing.system import load_words, offered
 from analysis.summary import summarise
-from analysis.turns import own_times
 from harness.plan import PlannedWindow
 from harness.run import RunDir, read_manifest, write_manifest
 from harness.slo import Criterion

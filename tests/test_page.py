@@ -20,9 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_files import MS, SPEC, TIER, S, bad, good, write_run
 
-from analysis import columns, metrics
+from analysis import metrics
 from analysis.labels import label_runs
-from analysis.load import read_run
+from analysis.rows import columns
+from analysis.rows.read import read_run
 from analysis.show import curves as reduce
 from analysis.show.compared import compare_runs
 from analysis.show.curves import EDGES, cumulative, curves, over_time, promises

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from run_files import TIER, good, write_run
 
-from analysis.intervals import Quantity
-from analysis.load import read_run
-from analysis.money.price import bill_usd, cost, usd_per_1m
-from analysis.money.split import by_phase_time, by_ratio, token_mix
+from analysis.cost.cost import bill_usd, cost, usd_per_1m
+from analysis.cost.split import by_phase_time, by_ratio, token_mix
+from analysis.rows.read import read_run
+from analysis.stats.intervals import Quantity
 from analysis.summary import summarise
 from harness.errors import UsageError
 

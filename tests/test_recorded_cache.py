@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from rich.console import Console
 from run_files import good, write_run
 
-from analysis.load import read_run
+from analysis.rows.read import read_run
 from analysis.show.page import render_page
 from analysis.show.report import render_json, render_markdown, render_text
 from analysis.show.view import view_run

@@ -9,12 +9,11 @@ import pytest
 from run_files import good, write_run
 
 from analysis import metrics
-from analysis.bursts import bursts_seen
-from analysis.intervals import distribution, share
-from analysis.likeness import Z
-from analysis.load import read_run
 from analysis.rates import queue_of
-from analysis.relaxation import ClosedLoop, Relaxation, integrated_time, relaxation_s
+from analysis.rows.read import read_run
+from analysis.stats.autocorrelation import Z
+from analysis.stats.intervals import distribution, share
+from analysis.stats.relaxation import ClosedLoop, Relaxation, bursts_seen, integrated_time, relaxation_s
 from analysis.summary import summarise
 from harness.results import Result
 from tests.lab import closed

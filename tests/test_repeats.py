@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from run_files import SPEC, S, good, write_run
 
-from analysis.intervals import Quantity
-from analysis.load import read_run
-from analysis.repeats import over_repeats
-from analysis.sizing.at_slo import systems
-from analysis.sizing.system import plan_of
+from analysis.capacity.serving_config import systems
+from analysis.capacity.system import plan_of
+from analysis.rows.read import read_run
+from analysis.stats.intervals import Quantity
+from analysis.stats.replicates import over_repeats
 from analysis.summary import summarise
 from harness.run import RunDir, read_manifest, write_manifest
 from harness.traces.stats import arrival_stats

@@ -13,15 +13,15 @@ from rich.console import Console
 from run_files import SPEC, TIER, bad, good, write_run
 
 from analysis import metrics
-from analysis.intervals import Quantity
-from analysis.load import read_run
+from analysis.cost.cost import Cost, Split
 from analysis.metrics import Counts, Tokens, Window
-from analysis.money.price import Cost, Split
-from analysis.promise import Slo
+from analysis.rows.read import read_run
 from analysis.show import report
 from analysis.show.report import hourly, render_json, render_markdown, render_text
+from analysis.slo import Slo
+from analysis.stats.intervals import Quantity
 from analysis.summary import ErrorCount, Metrics, Rates, Server, Summary, summarise
-from analysis.validity import Check
+from analysis.validity.checks import Check
 from harness.commands.found import expand
 
 METRICS_MD = "".join(path.read_text() for path in Path(metrics.__file__).parent.glob("*.md"))

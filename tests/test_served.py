@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from run_files import SPEC, bad, good, write_run
 
-from analysis.load import read_run
+from analysis.rows.read import read_run
 from analysis.summary import summarise
 
 PLANNED = 24

@@ -1,4 +1,4 @@
-"""An engine told from rows, and the smallest fleet by replay (`analysis.sizing.fitted_engine`, `simulated_fleet`)."""
+"""An engine told from rows, and the smallest fleet by replay (`analysis.capacity.fitted_engine`, `simulated_fleet`)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from analysis.load import read_run
-from analysis.show.fleet_text import WITHIN
-from analysis.sizing.fitted_engine import (
+from analysis.capacity.fitted_engine import (
     FittedEngine,
     NotFittedError,
     Requests,
@@ -20,10 +18,11 @@ from analysis.sizing.fitted_engine import (
     observe,
     within,
 )
-from analysis.sizing.fleet import Schedule
-from analysis.sizing.simulated_fleet import (
+from analysis.capacity.fleet import Schedule
+from analysis.capacity.simulated_fleet import (
     FEWEST,
     MOST_STEPS,
+    _affordable,
     _busy,
     even_s,
     resampled,
@@ -31,9 +30,10 @@ from analysis.sizing.simulated_fleet import (
     size_fleet,
     steps_of,
 )
-from analysis.sizing.simulated_scaling import MOST_STEPS as MOST_FOLLOWED
-from analysis.sizing.simulated_scaling import _affordable
-from analysis.sizing.simulated_scaling import follow as follow_demand
+from analysis.capacity.simulated_fleet import MOST_SCALED_STEPS as MOST_FOLLOWED
+from analysis.capacity.simulated_fleet import follow as follow_demand
+from analysis.rows.read import read_run
+from analysis.show.fleet_text import WITHIN
 from cluster.simulator.replica import Workload, simulate
 from cluster.simulator.scheduler import Limits
 from harness.cli.capacity import plan_fleet as plan_fleet_verb

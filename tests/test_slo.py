@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_files import MS, bad, good, write_run
 
-from analysis.load import read_run
+from analysis.rows.read import read_run
 from analysis.summary import Summary, summarise
 from harness.cli.types import SHARE, SLO
 from harness.errors import UsageError
@@ -104,7 +104,7 @@ def test_the_longest_pause_can_be_promised(tmp_path: Path) -> None:
 def test_a_percentile_is_met_exactly_when_enough_of_the_sorted_sample_lies_within(times, limit, percent) -> None:
     import numpy as np
 
-    from analysis.sizing.search import limit_used
+    from analysis.capacity.search import limit_used
 
     class Rows:
         success = np.ones(len(times), dtype=bool)

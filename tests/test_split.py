@@ -14,10 +14,9 @@ from golden import deepseek, qwen
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.money.nonnegative import fit_non_negative
-from analysis.money.price import bill_usd
-from analysis.money.samples import Samples, WorkRows, busy_rows, server_samples
-from analysis.money.split import (
+from analysis.cost.cost import bill_usd
+from analysis.cost.samples import Samples, WorkRows, busy_rows, server_samples
+from analysis.cost.split import (
     by_fit,
     by_phase_time,
     by_ratio,
@@ -26,6 +25,7 @@ from analysis.money.split import (
     split_bill,
     token_mix,
 )
+from analysis.stats.nonnegative import fit_non_negative
 
 USD = 10.0
 USAGE = token_mix(8e6, None, 2e6)

@@ -13,9 +13,9 @@ import pytest
 from run_files import MS, S, good, write_processor, write_run
 
 from analysis.check import Check
-from analysis.load import read_run
-from analysis.starved import OWN_WAIT, STARVED_BOUND
+from analysis.rows.read import read_run
 from analysis.summary import Summary, summarise
+from analysis.validity.starved import OWN_WAIT, STARVED_BOUND
 from cluster.deploy.replica import ReplicaOwner, Started
 from cluster.engines.protocol import CommandEngine, Part
 from cluster.process import cpu_times as schedstat

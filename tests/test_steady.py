@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from golden import qwen
 
-from analysis.money.price import bill_usd, usd_per_1m
+from analysis.cost.cost import bill_usd, usd_per_1m
 from analysis.steady import LARGEST_DRIFT, Steady, _drift, steady_window
 
 BINS = 200

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from run_files import good, write_run
 
-from analysis.load import read_run
+from analysis.rows.read import read_run
 from analysis.show.browse import Results
 from cluster.catalogue.tiers import read_tiers
 from harness import probe

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 from run_files import SPEC, TIER, good, write_run
 
-from analysis.against.comparable import differences, refusals
-from analysis.load import read_run
+from analysis.capacity.serving_config import systems
+from analysis.capacity.system import hardware_of, system_of
+from analysis.compare.comparable import differences, refusals
+from analysis.rows.read import read_run
 from analysis.show import report
 from analysis.show.compared import compare_runs
 from analysis.show.view import view_run
-from analysis.sizing.at_slo import systems
-from analysis.sizing.system import hardware_of, system_of
 from analysis.summary import summarise
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from analysis.load import read_run
-from analysis.sizing.at_slo import systems
+from analysis.capacity.serving_config import systems
+from analysis.rows.read import read_run
 from analysis.summary import Summary, exit_code, summarise
 from harness.commands.found import refused_exit
 from harness.commands.reports import exit_of

@@ -15,7 +15,7 @@ from run_files import SPEC, good, write_run
 from test_completion import completion, delta
 from test_prompts import byte_level
 
-from analysis.load import read_run
+from analysis.rows.read import read_run
 from analysis.summary import summarise
 from harness.answers import Said, count_answers, count_prompts, take_said, write_said
 from harness.run import RunDir, read_manifest, write_manifest

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from run_files import MS, QUIET, SPEC, TIER, S, bad, good, said, watch, write_run
 
-from analysis import load, metrics
-from analysis.load import read_run
+from analysis import metrics
+from analysis.rows import read as load
+from analysis.rows.read import read_run
 from analysis.summary import summarise
 from harness.answers import Prompt
 from harness.results import ERRORS, Result

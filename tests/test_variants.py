@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from run_files import bad, good, write_run
 
-from analysis.against.variants import (
+from analysis.compare.variants import (
     PERCENTILES,
     VARIANTS,
     ChunkGaps,
@@ -19,7 +19,7 @@ from analysis.against.variants import (
     variant,
     variant_of,
 )
-from analysis.load import read_run
+from analysis.rows.read import read_run
 from harness.errors import UsageError
 
 METRICS_MD = (Path(__file__).resolve().parent.parent / "analysis" / "METRICS.md").read_text()

@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 from run_files import SPEC, good, write_run
 
-from analysis.against.comparable import refusals
-from analysis.load import read_run
-from analysis.sizing.at_slo import systems
+from analysis.capacity.serving_config import systems
+from analysis.compare.comparable import refusals
+from analysis.rows.read import read_run
 from analysis.summary import Summary, summarise
 from harness.commands.seen import note_sent, seen_before
 from harness.paths import state_dir

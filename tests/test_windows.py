@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.fidelity.answer import Fidelity, Plan
+from analysis.fidelity.inputs import Fidelity, Plan
 from analysis.fidelity.planned import planned_against_source
 from analysis.fidelity.windowed import mean_lengths, rate_and_shape
 from harness.build import asked_plan, build_plan

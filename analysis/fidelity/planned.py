@@ -9,7 +9,7 @@ import numpy as np
 
 from analysis.arrays import Floats, Ints
 from analysis.fidelity import windowed
-from analysis.fidelity.answer import (
+from analysis.fidelity.inputs import (
     EXACT,
     LENGTH_BOUND,
     MIN_REQUESTS,

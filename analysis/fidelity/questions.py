@@ -19,12 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from analysis.fidelity.answer import Fidelity
-from analysis.fidelity.inputs import read_plan, read_reuse
+from analysis.fidelity.inputs import Fidelity, read_plan, read_reuse
 from analysis.fidelity.planned import planned_against_source
 from analysis.fidelity.sent import sent_against_planned
-from analysis.load import Run
-from analysis.warm_cache import read_served
+from analysis.rows.read import Run
+from analysis.validity.prefix_cache import read_served
 from harness.errors import PlanError
 
 __all__ = ["Fidelity", "fidelity", "fidelity_text"]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from analysis.arrays import Bools, Floats, Ints
-from analysis.fidelity.answer import (
+from analysis.fidelity.inputs import (
     EXACT,
     LENGTH_BOUND,
     MIN_REQUESTS,
@@ -21,8 +21,8 @@ from analysis.fidelity.answer import (
     ks_distance,
     not_comparable,
 )
-from analysis.load import Rows
-from analysis.warm_cache import Served
+from analysis.rows.read import Rows
+from analysis.validity.prefix_cache import Served
 from harness.traces.reuse import Reuse
 from harness.traces.stats import WINDOWS_S, dispersion
 

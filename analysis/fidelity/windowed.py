@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 from analysis.arrays import Floats, Ints
-from analysis.fidelity.answer import EXACT, LENGTH_BOUND, POINTS_BOUND, Fidelity, not_comparable, number
+from analysis.fidelity.inputs import EXACT, LENGTH_BOUND, POINTS_BOUND, Fidelity, not_comparable, number
 from harness.plan import PlanInfo
 from harness.traces.stats import FEWEST_WINDOWS, WINDOWS_S, ArrivalStats, LengthStats, arrival_stats
 

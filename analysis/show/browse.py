@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Lock
 from urllib.parse import quote
 
-from analysis.load import read_run
+from analysis.rows.read import read_run
 from analysis.show import report
 from analysis.show.cells import Cell, in_seconds, load_cell, price_cell, quantity, state_of, verdict_note
 from analysis.show.page import policy, render, render_page

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from analysis.intervals import Quantity
+from analysis.capacity.search import ProbeRow
+from analysis.capacity.serving_config import System
 from analysis.offered_load import KIND_WORDS
 from analysis.show.decision_text import Block
 from analysis.show.report import figure, hourly, price
-from analysis.sizing.at_slo import System
-from analysis.sizing.search import ProbeRow
+from analysis.stats.intervals import Quantity
 from harness.slo import Criterion, percent
 
 INTERVAL = "95 %"

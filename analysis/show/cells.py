@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from analysis.intervals import Quantity
 from analysis.show import report
 from analysis.show.plot import load_of
+from analysis.stats.intervals import Quantity
 from analysis.summary import Summary
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from analysis.capacity.serving_config import System, systems
+from analysis.capacity.system import servers_of, tier_words, where_words
 from analysis.offered_load import KIND_WORDS
 from analysis.show import report
 from analysis.show.capacity_text import HEADS, INTERVAL, sentence, system_row
@@ -13,8 +15,6 @@ from analysis.show.plot import Chart, cost_charts, load_charts, share_chart
 from analysis.show.tradeoff import tradeoff_charts
 from analysis.show.view import RunView
 from analysis.show.winner import cheapest
-from analysis.sizing.at_slo import System, systems
-from analysis.sizing.system import servers_of, tier_words, where_words
 from analysis.summary import DEFAULT_ATTAIN, Summary
 from harness.seeds import load_seed
 

@@ -1,6 +1,6 @@
 """One run as arrays of a fixed size, whatever its length: what pictures and the table of promises are made from.
 
-Latencies are counted into a grid of time bins x latency bins (`analysis.grid`).
+Latencies are counted into a grid of time bins x latency bins (`analysis.rows.itl_histogram`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import pyarrow as pa
 
 from analysis import metrics
 from analysis.arrays import Floats
-from analysis.counters import shared_addresses
-from analysis.grid import EDGES, count_in
-from analysis.intervals import samples_needed
-from analysis.load import Rows, Run
 from analysis.metrics import BINS, Counts, Window
+from analysis.rows.itl_histogram import EDGES, count_in
+from analysis.rows.read import Rows, Run
+from analysis.stats.intervals import samples_needed
+from analysis.validity.counters import shared_addresses
 from harness.run import RunDir
 from harness.server_metrics import read_server_metrics
 

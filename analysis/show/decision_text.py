@@ -13,18 +13,16 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from analysis.against.compare import Comparison, Figure, LoadComparison
-from analysis.against.paired import SHARES
-from analysis.intervals import Quantity
-from analysis.money.basis import PriceBasis
-from analysis.money.buy import Against
-from analysis.money.charge import Charge
-from analysis.money.listprices import ListPrice
-from analysis.money.price_table import PriceReport
-from analysis.money.terms import Terms
-from analysis.money.unit_prices import UnitPrices
+from analysis.capacity.system import where_words
+from analysis.compare.compare import Comparison, Figure, LoadComparison
+from analysis.compare.paired import SHARES
+from analysis.cost.basis import PriceBasis
+from analysis.pricing.list_prices import ListPrice
+from analysis.pricing.price_table import PriceReport
+from analysis.pricing.rate_card import Against, Charge
+from analysis.pricing.terms import Terms, UnitPrices
 from analysis.show.report import clean, figure, hourly, price
-from analysis.sizing.system import where_words
+from analysis.stats.intervals import Quantity
 from harness.text_table import text_tables
 
 _MARKDOWN = re.compile(r"([\\`*\[\]<>|_#])")

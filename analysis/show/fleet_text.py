@@ -6,11 +6,11 @@ import csv
 import io
 import re
 
+from analysis.capacity.fleet import Autoscaled
+from analysis.capacity.fleet_plan import FleetPlan, TierFleet
 from analysis.export import FORMULA
 from analysis.show.decision_text import Block
 from analysis.show.report import figure, price
-from analysis.sizing.fleet import Autoscaled
-from analysis.sizing.fleet_plan import FleetPlan, TierFleet
 
 WITHIN = 0.03
 """How far the replayed share is from the share of a real autoscaled fleet of another engine: tests/lab/fleet.py."""

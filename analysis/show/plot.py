@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from analysis.arrays import Floats
-from analysis.generator import lag_bound_s
-from analysis.grid import EDGES, PER_DECADE
-from analysis.intervals import Distribution, Quantity
-from analysis.load import Run
+from analysis.rows.itl_histogram import EDGES, PER_DECADE
+from analysis.rows.read import Run
 from analysis.show.curves import Curves, Promises, cumulative, joined, over_time
+from analysis.stats.intervals import Distribution, Quantity
 from analysis.summary import DEFAULT_ATTAIN, Summary
+from analysis.validity.generator import lag_bound_s
 from harness.slo import split_key
 
 Points = list[float | None]

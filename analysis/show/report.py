@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from analysis.intervals import Distribution, Quantity
+from analysis.capacity.system import servers_of, tier_words, where_words
 from analysis.labels import clean as clean
 from analysis.offered_load import KIND_WORDS
-from analysis.sizing.system import servers_of, tier_words, where_words
+from analysis.stats.intervals import Distribution, Quantity
 from analysis.summary import Summary, claims
 from harness.text_table import text_tables
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from analysis.intervals import Quantity, scaled
+from analysis.capacity.serving_config import System
 from analysis.show.plot import Chart, Mark, against, load_of, promises_of
-from analysis.sizing.at_slo import System
+from analysis.stats.intervals import Quantity, scaled
 from analysis.summary import Summary
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import msgspec
 
-from analysis.intervals import Distribution, Quantity, samples_needed
-from analysis.load import Run
+from analysis.capacity.system import tier_words
+from analysis.rows.read import Run
 from analysis.show import report
 from analysis.show.cells import Cell, Table, in_percent, in_seconds, interval, number, quantity, state_of
 from analysis.show.curves import SHARES, Promises, curves, promises
 from analysis.show.plot import RunCharts, run_charts
-from analysis.sizing.system import tier_words
+from analysis.stats.intervals import Distribution, Quantity, samples_needed
 from analysis.summary import DEFAULT_ATTAIN, Summary
 
 MOST_ITEMS = 200

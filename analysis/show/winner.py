@@ -1,7 +1,7 @@
 """Which of several systems or loads is the cheapest, where what was measured tells them apart, and no name where not.
 
-Run against run only repeats know how much two runs of one system differ (`analysis.repeats`), as in `harness compare`;
-at capacity the interval over many probes does.
+Run against run only repeats know how much two runs of one system differ (`analysis.stats.replicates`), as in `harness
+compare`; at capacity the interval over many probes does.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from analysis.intervals import Quantity
-from analysis.repeats import FEWEST_PAIRS, over_repeats
+from analysis.capacity.serving_config import System
+from analysis.capacity.system import Key, load_of, system_of
 from analysis.show import report
 from analysis.show.cells import interval, state_of
-from analysis.sizing.at_slo import System
-from analysis.sizing.system import Key, load_of, system_of
+from analysis.stats.intervals import Quantity
+from analysis.stats.replicates import FEWEST_PAIRS, over_repeats
 from analysis.summary import Summary
 
 

@@ -10,7 +10,7 @@ from harness.records import Trace
 if TYPE_CHECKING:
     import numpy as np
 
-    from analysis.sizing.backlog import Demand
+    from analysis.capacity.backlog import Demand
 
 WINDOWS = 3
 """A probe joins so many windows from different parts of the trace."""
@@ -42,7 +42,7 @@ def demand_of(trace: Trace, options: Mapping[str, Any]) -> Demand:
     """The whole trace as arrivals and lengths; arrivals that are to be drawn are drawn here at 1 req/s."""
     import numpy as np
 
-    from analysis.sizing.backlog import Demand
+    from analysis.capacity.backlog import Demand
     from harness.arrivals import arrival_times, constant_stage
 
     times, inputs, outputs, starts, after = [], [], [], [], []

@@ -24,10 +24,10 @@ from harness.sweep_cost import start_s, usd_per_hour
 from harness.sweep_state import SweepState
 
 if TYPE_CHECKING:
-    from analysis.load import Run
-    from analysis.sizing.at_slo import System
-    from analysis.sizing.search import Probe, ProbeRow, Step
-    from analysis.sizing.searched import Answer
+    from analysis.capacity.search import Probe, ProbeRow, Step
+    from analysis.capacity.search_answer import Answer
+    from analysis.capacity.serving_config import System
+    from analysis.rows.read import Run
     from analysis.summary import Summary
 
 ANSWERS = 10.0
@@ -142,7 +142,7 @@ class CapacitySession(Session):
 
     def _next(self) -> Point | None:
         """The point to do now: one that was left half done, else what the search asks for; None at its end."""
-        from analysis.sizing.search import next_load
+        from analysis.capacity.search import next_load
 
         left = next((point for point in self.state.points if point.state == "pending"), None)
         if left is None:
@@ -187,7 +187,7 @@ class CapacitySession(Session):
             return {**options, "warmup": None, "duration_s": seconds, "limit": limit, "repeat": True}
         rate = level.request_rate
         assert rate is not None
-        from analysis.sizing.search import requests_needed
+        from analysis.capacity.search import requests_needed
 
         least = options["min_requests"]
         judged = math.ceil(least + 3 * math.sqrt(least))  # the count of arrivals in a window varies
@@ -241,11 +241,11 @@ class CapacitySession(Session):
 
     def learn(self, point: Point, run: Run, found: Summary) -> None:
         """What the search goes on from. A rung that is TOO SMALL steers too: it guides, and no figure comes from it."""
+        from analysis.capacity.probes import evidence_of, worked_of
+        from analysis.capacity.search import Probe, limit_used
+        from analysis.capacity.serving_config import point_of
         from analysis.check import MIN_REQUESTS
-        from analysis.sizing.at_slo import point_of
-        from analysis.sizing.evidence import evidence_of, worked_of
-        from analysis.sizing.search import Probe, limit_used
-        from analysis.warm_cache import NAME as WARM
+        from analysis.validity.prefix_cache import NAME as WARM
 
         self.summaries[point.name] = found
         failed = {c.name for c in found.checks if (c.gate or c.name == WARM) and c.ok is False}
@@ -261,7 +261,7 @@ class CapacitySession(Session):
         )  # fmt: skip
 
     def _probe(self, point: Point) -> Probe:
-        from analysis.sizing.search import Probe
+        from analysis.capacity.search import Probe
 
         blank = Probe(rate=point.level.request_rate, concurrency=point.level.concurrency, point=None)
         return self.probes.get(point.name, blank)
@@ -286,7 +286,7 @@ class CapacitySession(Session):
         say(f"probe {self.state.points.index(point) + 1}: {row.load}: {' · '.join(words)}")
 
     def _record(self, point: Point) -> ProbeRow:
-        from analysis.sizing.search import ProbeRow
+        from analysis.capacity.search import ProbeRow
 
         found = self.summaries.get(point.name)
         tier = self.state.rentals[-1].tier if self.state.rentals else None
@@ -306,8 +306,8 @@ class CapacitySession(Session):
 
     def _answer(self) -> Answer | None:
         """What all probes say together."""
-        from analysis.sizing.search import estimate, keeps
-        from analysis.sizing.searched import Answer, capacity_from
+        from analysis.capacity.search import estimate, keeps
+        from analysis.capacity.search_answer import Answer, capacity_from
 
         probes = [self._probe(point) for point in self.state.points]
         shown = [p.evidence for p in probes if p.evidence is not None]
@@ -345,8 +345,8 @@ class CapacitySession(Session):
 
     def report(self) -> CapacityReport:
         """The answer from all probes so far."""
+        from analysis.capacity.serving_config import SCHEMA, systems
         from analysis.show.capacity_text import sentence
-        from analysis.sizing.at_slo import SCHEMA, systems
 
         usd, hours = self.state.spent(time.time())
         answer_of_all = self._answer()

@@ -30,10 +30,10 @@ from harness.errors import (
 from harness.run import Tier, now_utc
 
 if TYPE_CHECKING:
-    from analysis.money.charge import Charge
-    from analysis.money.listprices import PriceMap
-    from analysis.money.price_table import PriceReport
-    from analysis.money.terms import Terms
+    from analysis.pricing.list_prices import PriceMap
+    from analysis.pricing.price_table import PriceReport
+    from analysis.pricing.rate_card import Charge
+    from analysis.pricing.terms import Terms
     from analysis.summary import Summary
 
 DEFAULT_MARGIN = 0.4
@@ -59,12 +59,11 @@ def price(
     html: Path | None = None,
 ) -> int:
     """What to charge, from VALID runs only; the table also as a file."""
-    from analysis.money.buy import compare_with_api
-    from analysis.money.charge import charge
-    from analysis.money.listprices import family, find_list_prices, read_list_prices
-    from analysis.money.price import DEFAULT_UTILISATION
-    from analysis.money.price_table import SCHEMA, PriceReport, price_csv, price_rows, write_prices
-    from analysis.money.terms import Terms, declared, parse_volume
+    from analysis.cost.cost import DEFAULT_UTILISATION
+    from analysis.pricing.list_prices import family, find_list_prices, read_list_prices
+    from analysis.pricing.price_table import SCHEMA, PriceReport, price_csv, price_rows, write_prices
+    from analysis.pricing.rate_card import charge, compare_with_api
+    from analysis.pricing.terms import Terms, declared, parse_volume
 
     today = datetime.now(UTC).date()
     terms = Terms(
@@ -228,8 +227,8 @@ def compare(
     html: Path | None = None,
 ) -> int:  # fmt: skip
     """A against B; refused with reasons when they are not comparable."""
-    from analysis.against.compare import compare as hold_against
-    from analysis.against.compare import parse_gate
+    from analysis.compare.compare import compare as hold_against
+    from analysis.compare.compare import parse_gate
     from analysis.show.decision_text import comparison_blocks
 
     gates = [parse_gate(text) for text in fail_if]

@@ -15,11 +15,11 @@ from harness.traces.reading import open_asked
 
 if TYPE_CHECKING:
     from analysis.arrays import Ints
-    from analysis.sizing.at_slo import System
-    from analysis.sizing.fitted_engine import FittedEngine, Requests, Served
-    from analysis.sizing.fleet import Demand, Kept, Schedule
-    from analysis.sizing.fleet_plan import FleetPlan
-    from analysis.sizing.simulated_fleet import SimulatedFleet
+    from analysis.capacity.fitted_engine import FittedEngine, Requests, Served
+    from analysis.capacity.fleet import Demand, Kept, Schedule
+    from analysis.capacity.fleet_plan import FleetPlan
+    from analysis.capacity.serving_config import System
+    from analysis.capacity.simulated_fleet import SimulatedFleet
 
 
 def plan_fleet(
@@ -41,8 +41,8 @@ def plan_fleet(
     **reading: Any,
 ) -> int:
     """Print the plan; 0: there is a fleet. Without one 4: a tier misses the promise; 3: runs are INVALID; 1: else."""
-    from analysis.sizing.at_slo import systems
-    from analysis.sizing.fleet_plan import Wanted, grown, plan_fleets
+    from analysis.capacity.fleet_plan import Wanted, grown, plan_fleets
+    from analysis.capacity.serving_config import systems
     from harness.commands.found import find_runs, read_summaries, refused_exit
 
     if availability is not None and not availability < 1:
@@ -74,7 +74,7 @@ def plan_fleet(
 
 @dataclass(frozen=True, slots=True)
 class _Replays:
-    """The demand, replayed on engines fitted to runs (`analysis.sizing.fleet_plan.Replays`)."""
+    """The demand, replayed on engines fitted to runs (`analysis.capacity.fleet_plan.Replays`)."""
 
     demand: Requests | None
     folders: Mapping[str, Path]
@@ -82,9 +82,9 @@ class _Replays:
 
     def fleet(self, system: System, factor: float, likely: int) -> SimulatedFleet:
         """The smallest that keeps the promise of a system."""
-        from analysis.load import read_run
-        from analysis.sizing.fitted_engine import NotFittedError, observe
-        from analysis.sizing.simulated_fleet import size_fleet
+        from analysis.capacity.fitted_engine import NotFittedError, observe
+        from analysis.capacity.simulated_fleet import size_fleet
+        from analysis.rows.read import read_run
 
         if self.demand is None:
             raise NotFittedError("the trace does not say all token lengths, so it cannot be replayed")
@@ -99,7 +99,7 @@ class _Replays:
         self, system: System, fitted: FittedEngine, factor: float, plan: Schedule, spares: int, per_instance: int
     ) -> Kept:
         """How a fleet that follows the demand keeps the promise."""
-        from analysis.sizing.simulated_scaling import follow
+        from analysis.capacity.simulated_fleet import follow
 
         assert self.demand is not None, "an engine was fitted to replay it"
         return follow(
@@ -126,8 +126,8 @@ def read_demand(path: Path, trace_format: str | None, skip_bad: bool, **reading:
     """
     import numpy as np
 
-    from analysis.sizing.fitted_engine import Requests
-    from analysis.sizing.fleet import demand
+    from analysis.capacity.fitted_engine import Requests
+    from analysis.capacity.fleet import demand
 
     trace = open_asked(path, {**reading, "trace_format": trace_format, "skip_bad": skip_bad}, arrivals_only=True)
     arrivals, inputs, outputs, silent = array("d"), array("q"), array("q"), 0
@@ -152,8 +152,8 @@ def read_demand(path: Path, trace_format: str | None, skip_bad: bool, **reading:
 
 
 def simulated_engine(fitted: FittedEngine, requests: Requests, replicas: int, owner: Ints | None = None) -> Served:
-    """The project's own engine with the fitted step (`analysis.sizing.fitted_engine.Engine`)."""
-    from analysis.sizing.fitted_engine import Served
+    """The project's own engine with the fitted step (`analysis.capacity.fitted_engine.Engine`)."""
+    from analysis.capacity.fitted_engine import Served
     from cluster.simulator.replica import Workload, simulate
     from cluster.simulator.scheduler import Limits
     from cluster.simulator.step_time import LinearStep

@@ -13,8 +13,8 @@ from harness.errors import EXIT_INVALID, EXIT_NOT_DECIDED, EXIT_VALID, ResultsEr
 from harness.run import MANIFEST
 
 if TYPE_CHECKING:
-    from analysis.against.paired import Observed
-    from analysis.load import Run
+    from analysis.compare.paired import Observed
+    from analysis.rows.read import Run
     from analysis.summary import Summary
 
 
@@ -132,7 +132,7 @@ def read_summaries(
     min_requests: int | None = None,
 ) -> list[Summary]:  # fmt: skip
     """Summaries of runs, one run in memory at a time. Raises `UsageError` when one is named twice."""
-    from analysis.load import read_run
+    from analysis.rows.read import read_run
     from analysis.summary import summarise
 
     if len({path.resolve() for path in paths}) < len(paths):
@@ -147,8 +147,8 @@ def read_summaries(
 
 def with_splits(run: Run, s: Summary, cached_ratio: float | None) -> Summary:
     """The summary with its bill divided by every method that this run allows."""
-    from analysis.money.samples import run_samples
-    from analysis.money.split import split_bill, token_mix
+    from analysis.cost.samples import run_samples
+    from analysis.cost.split import split_bill, token_mix
 
     usage = None
     if s.tokens.input is not None and s.tokens.output is not None:
@@ -163,8 +163,8 @@ def with_splits(run: Run, s: Summary, cached_ratio: float | None) -> Summary:
 
 def observe_run(path: Path, slo: dict[str, float] | None, attain: float) -> Observed:
     """What a comparison needs of one run directory."""
-    from analysis.against.paired import observe
-    from analysis.load import read_run
+    from analysis.compare.paired import observe
+    from analysis.rows.read import read_run
     from analysis.summary import summarise
 
     run = read_run(path)

@@ -13,7 +13,7 @@ from harness.run import now_utc
 from harness.verbosity import Verbosity, verbosity
 
 if TYPE_CHECKING:
-    from analysis.sizing.at_slo import System
+    from analysis.capacity.serving_config import System
     from analysis.summary import Summary
 
 
@@ -28,7 +28,7 @@ def report(
     min_requests: int | None = None,
 ) -> int:
     """Run directory -> report on stdout; several, or a sweep's -> capacity and cost at the SLO, or a page."""
-    from analysis.load import read_run
+    from analysis.rows.read import read_run
     from analysis.show.report import render_json, render_markdown, render_text
     from analysis.summary import exit_code, summarise
 
@@ -54,8 +54,8 @@ def report(
 
 def report_variant(path: Path, name: str, format_: str) -> int:
     """Run directory -> its figures as another tool defines them. They carry no verdict and no interval of ours."""
-    from analysis.against.variants import variant_of
-    from analysis.load import read_run
+    from analysis.compare.variants import variant_of
+    from analysis.rows.read import read_run
     from analysis.show.report import figure
 
     found = variant_of(name, read_run(path))
@@ -75,7 +75,7 @@ def report_variant(path: Path, name: str, format_: str) -> int:
 
 def report_page(runs: Sequence[Path], html: Path, **options: Any) -> int:
     """Run directories -> one page; its path on stdout."""
-    from analysis.sizing.at_slo import systems
+    from analysis.capacity.serving_config import systems
     from analysis.summary import exit_code
 
     summaries = page_of(runs, html, **options)
@@ -86,7 +86,7 @@ def report_page(runs: Sequence[Path], html: Path, **options: Any) -> int:
 def page_of(runs: Sequence[Path], html: Path, **options: Any) -> list[Summary]:
     """Write the page of these runs; their summaries. One run is in memory at a time."""
     from analysis.labels import label_runs
-    from analysis.load import read_run
+    from analysis.rows.read import read_run
     from analysis.show.page import write_page
     from analysis.show.view import view_run
     from analysis.summary import summarise
@@ -107,9 +107,9 @@ def report_sweep(
     """Several runs as capacity and cost at the SLO, a line per tier and model; 3: a run is INVALID, 5: TOO SMALL, 4:
     SLO not kept.
     """
+    from analysis.capacity.serving_config import SCHEMA, systems
     from analysis.show.capacity_text import sentence, system_blocks
     from analysis.show.decision_text import Block
-    from analysis.sizing.at_slo import SCHEMA, systems
 
     summaries = read_summaries(paths, slo, attain, min_requests=min_requests)
     found = systems(summaries)

@@ -25,7 +25,7 @@ from harness.sweep_state import Rental, SweepState, close_rentals, set_aside, ve
 from harness.sweep_store import SweepStore
 
 if TYPE_CHECKING:
-    from analysis.load import Run
+    from analysis.rows.read import Run
     from analysis.summary import Summary
 
 STOPPED = "stopped by the user"
@@ -225,7 +225,7 @@ class Session:
 
     def judge(self, point: Point) -> str | None:
         """Read the run and write its verdict and figures into the point; null, or why that cannot be done."""
-        from analysis.load import read_run
+        from analysis.rows.read import read_run
         from analysis.summary import summarise
 
         try:

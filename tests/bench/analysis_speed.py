@@ -126,7 +126,7 @@ def _results(path: Path, worker: int, workers: int, due: np.ndarray, tokens: int
 
 def summary(path: Path) -> dict[str, object]:
     """Ours: everything that ``harness report --format json`` does."""
-    from analysis.load import read_run
+    from analysis.rows.read import read_run
     from analysis.show.report import render_json
     from analysis.summary import summarise
 
@@ -145,7 +145,7 @@ def _few(s: object) -> dict[str, object]:
 
 def page(path: Path) -> dict[str, object]:
     """Ours: ``harness report --html``, and how long it takes beyond the summary."""
-    from analysis.load import read_run
+    from analysis.rows.read import read_run
     from analysis.show.page import write_page
     from analysis.show.view import view_run
     from analysis.summary import summarise

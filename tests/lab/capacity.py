@@ -14,13 +14,13 @@ from multiprocessing import get_context
 
 import numpy as np
 
-from analysis.intervals import Quantity
-from analysis.sizing.backlog import Demand
-from analysis.sizing.capacity import Point
-from analysis.sizing.crossing import Evidence
-from analysis.sizing.evidence import window_of, worked_between
-from analysis.sizing.search import Estimate, Probe, Step, Worked, estimate, next_load
-from analysis.stability import only_grew
+from analysis.capacity.backlog import Demand
+from analysis.capacity.crossing import Evidence
+from analysis.capacity.probes import window_of, worked_between
+from analysis.capacity.search import Estimate, Probe, Step, Worked, estimate, next_load
+from analysis.capacity.sweep import Point
+from analysis.stats.intervals import Quantity
+from analysis.steady import only_grew
 from cluster.simulator.replica import Outcome, Workload, simulate
 from harness.commands.capacity_plan import WINDOWS, window_count
 from harness.commands.capacity_run import RUNG, WARMUP

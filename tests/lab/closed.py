@@ -14,8 +14,8 @@ from functools import partial
 
 import numpy as np
 
-from analysis.intervals import Quantity, distribution, rate, share
-from analysis.relaxation import ClosedLoop
+from analysis.stats.intervals import Quantity, distribution, rate, share
+from analysis.stats.relaxation import ClosedLoop
 from analysis.steady import steady_window
 from cluster.simulator.replica import Outcome, Workload, simulate
 from tests.lab import truths

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.against.compare import JUDGED, compare, parse_gate
-from analysis.against.paired import Observed
-from analysis.load import read_run
+from analysis.compare.compare import JUDGED, compare, parse_gate
+from analysis.compare.paired import Observed
 from analysis.metrics import Window
+from analysis.rows.read import read_run
 from analysis.summary import Summary, summarise
 from cluster.simulator.replica import simulate
 from cluster.simulator.step_time import LinearStep, NoisyStep

@@ -16,8 +16,8 @@ from functools import partial
 
 import numpy as np
 
-from analysis.intervals import Quantity, distribution, share
-from analysis.relaxation import Relaxation, relaxation
+from analysis.stats.intervals import Quantity, distribution, share
+from analysis.stats.relaxation import Relaxation, relaxation
 from cluster.simulator.replica import Outcome, Workload
 from tests.lab import truths
 from tests.lab.processes import LIMITS, STEP, Process, at_rate, serve, workload

@@ -1,8 +1,9 @@
 """Repeats of one plan: identical arrivals and lengths, another engine noise each time. What they share must not shrink.
 
 Truth is the long-run value of the process. Each draw is a plan of its own, run three times on engines whose speed
-differs from run to run (1 %) and from step to step (5 %); its figures are put together by `analysis.repeats`, once as
-repeats of one plan and, to show what that changes, once as if each run had been asked something else.
+differ from run to run (1 %) and from step to step (5 %); its figures are put together by
+`analysis.stats.replicates`, once as repeats of one plan and, to show what that changes, once as if each run had been
+asked something else.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from functools import partial
 
 import numpy as np
 
-from analysis.intervals import Quantity, distribution, rate, share
-from analysis.repeats import over_repeats
+from analysis.stats.intervals import Quantity, distribution, rate, share
+from analysis.stats.replicates import over_repeats
 from cluster.simulator.replica import Workload, simulate
 from cluster.simulator.step_time import LinearStep, NoisyStep
 from tests.lab.processes import LIMITS, STEP, Floats, at_rate, workload

@@ -1,1 +1,0 @@
-"""A run beside another run, and beside other tools' definitions and clients."""

@@ -1,0 +1,239 @@
+"""The answer of a search for capacity: from its estimate to `Capacity`, and back from the file that keeps it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from analysis.arrays import Floats
+from analysis.capacity.backlog import Demand
+from analysis.capacity.crossing import NEAR, Evidence
+from analysis.capacity.search import SUSTAINED, Estimate
+from analysis.capacity.sweep import Capacity
+from analysis.fidelity.inputs import POINTS_BOUND
+from analysis.stats.intervals import Quantity
+from analysis.summary import Summary
+from harness.run import MOST_BYTES
+from harness.slo import Criterion
+from harness.sweep_store import ANSWER as FILE
+from harness.traces.stats import TraceStats
+from harness.untrusted import DECODE_ERRORS, read_regular
+
+MIX_BOUND = 0.05
+"""Mean lengths of the probes that decide lie so near to the trace's, or within two standard errors."""
+CACHED_BOUND = POINTS_BOUND
+"""Of input tokens: cached ones may differ by so many, too, since 5 % of few are nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a search says of one promise; kept in `FILE`."""
+
+    criteria: tuple[str, ...]
+    """By name."""
+    runs: tuple[str, ...]
+    """Names of the VALID runs in an open loop that it was made from."""
+    capacity: Capacity
+    trace_share: float
+    """Of the trace's requests that the probes replayed, each counted once."""
+    seconds: float
+    """Of measured load that decided."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mix:
+    """Mean length of one kind of token: of the probes that decide, and of the trace."""
+
+    kind: str
+    probes: float
+    trace: float
+    error: float
+    """Standard error of ``probes``."""
+    least: float = 0.0
+    """Tokens that it may be off, at least."""
+
+    @property
+    def off(self) -> float:
+        """How far from the trace's, as a share of it."""
+        return abs(self.probes / self.trace - 1) if self.trace else 0.0
+
+    @property
+    def fits(self) -> bool:
+        """Within `MIX_BOUND` or two standard errors, whichever is wider."""
+        return abs(self.probes - self.trace) <= max(self.bound, 2 * self.error) if self.trace else True
+
+    @property
+    def bound(self) -> float:
+        """Tokens that it may be off, chance apart."""
+        return max(MIX_BOUND * self.trace, self.least)
+
+    def advice(self, minutes: float) -> str:
+        """What to do about it, after so many minutes."""
+        if self.kind == "cached" and self.probes < self.trace:
+            times = (self.trace - self.probes) / self.bound
+            return f"windows cut conversations and shared prefixes: probes about {times:.1f} times as long (--probe)"
+        more = minutes * ((2 * self.error / self.bound) ** 2 - 1)
+        return f"measure about {more:.0f} minutes longer" if more >= 1 else "measure again with another seed"
+
+
+def mixes(probes: Sequence[Evidence], near: float, demand: Demand, source: TraceStats | None = None) -> list[Mix]:
+    """Mean input and output tokens of the probes near a rate, pooled, beside the trace's; and cached ones, where
+    ``source`` states what an unlimited prefix cache finds in it.
+    """
+    deciding = [p for p in probes if p.measured.any() and abs(math.log(p.rate / near)) <= NEAR]
+    found = []
+    for kind in ("input", "output"):
+        parts, sizes = [], []
+        for p in deciding:
+            tokens: Floats = getattr(p.sent, f"{kind}_tokens")[p.measured]
+            place = p.window - p.window.min()
+            parts.append(np.bincount(place, weights=tokens))
+            sizes.append(np.bincount(place))
+        whole = float(getattr(demand, f"{kind}_tokens").mean())
+        if not parts:
+            continue
+        total, size = np.concatenate(parts), np.concatenate(sizes)
+        total, size = total[size > 0], size[size > 0]
+        mean, n = float(total.sum() / size.sum()), len(size)
+        beyond = total - mean * size
+        error = math.sqrt(float(beyond @ beyond) * n / (n - 1)) / float(size.sum()) if n > 1 else math.inf
+        found.append(Mix(kind=kind, probes=mean, trace=whole, error=error))
+    known = [p.cached_tokens for p in deciding if p.cached_tokens is not None]
+    if source is not None and source.prefix is not None and source.input_tokens is not None and known:
+        each, inputs = np.array(known), source.input_tokens.mean
+        error = float(each.std(ddof=1)) / math.sqrt(len(each)) if len(each) > 1 else math.inf
+        trace = source.prefix.hit_rate_tokens * inputs
+        found.append(
+            Mix(kind="cached", probes=float(each.mean()), trace=trace, error=error, least=CACHED_BOUND * inputs)
+        )
+    return found
+
+
+def capacity_from(
+    now: Estimate | None, shown: Sequence[Evidence], summaries: Sequence[Summary], demand: Demand,
+    *, unit: str, sessions_per_request: float | None, reached: bool,
+) -> Capacity:  # fmt: skip
+    """The answer as every report prints it. ``sessions_per_request``: the load is sessions/s, not requests/s.
+
+    ``reached``: some probe kept the promise.
+    """
+    per = 1.0 if sessions_per_request is None else sessions_per_request
+    n = sum(int(p.measured.sum()) for p in shown)
+    evidence = summaries[0].evidence if summaries else "measured"
+
+    def load(value: float | None, low: float | None = None, high: float | None = None, note: str = "") -> Quantity:
+        ends = [None if x is None else x * per for x in (value, low, high)]
+        return Quantity(
+            value=ends[0], low=ends[1], high=ends[2], n=n, unit=unit, evidence=evidence, note=note or None
+        )  # fmt: skip
+
+    if now is None:
+        return Capacity(state="unknown", load=load(None, note="no VALID run in an open loop"), limit=None, rates={})
+    if not now.missed:
+        top = max(p.rate for p in shown)
+        note = f"beyond the highest load: at {top * per:.4g} {unit} it is kept"
+        return Capacity(state="beyond", load=load(None, low=top, note=note), limit=None, rates={})
+    if not reached and now.rate < 0.9 * min(p.rate for p in shown):
+        lowest = min(p.rate for p in shown)
+        note = f"not reached: at {lowest * per:.4g} {unit}, the lowest load that was measured, it is missed"
+        return Capacity(state="not reached", load=load(None, high=lowest, note=note), limit=now.limit, rates={})
+    for mix in mixes(shown, now.rate, demand, summaries[0].plan.source if summaries else None):
+        if not mix.fits:
+            whose = " that a prefix cache would find" if mix.kind == "cached" else ""
+            why = (
+                f"the probes' requests had {mix.probes:,.0f} {mix.kind} tokens{whose} in the mean, the trace's have "
+                f"{mix.trace:,.0f}: {mix.advice(now.seconds / 60)}"
+            )
+            return Capacity(state="unknown", load=load(None, note=why), limit=None, rates={})
+    value = load(now.rate, now.low, now.high, note=_width_words(now))
+    rates = _rates(now, shown, summaries, demand, value)
+    return Capacity(state="found", load=value, limit=now.limit, rates=rates)
+
+
+CORRECTED = (
+    "capacity is that of the whole trace: bursts and long answers that the probes met by chance, more or fewer than "
+    "the trace has, are taken out by the curve of its planned load (analysis/PRICES.md)"
+)
+
+
+def _width_words(now: Estimate) -> str:
+    """How long a narrower interval takes."""
+    minutes, width = now.seconds / 60, now.half_width
+    if now.short:
+        said = "no interval: the probes are too short to see a burst through; --probe 60s"
+    elif width is None:
+        said = f"no interval yet: {now.probes} probes decide; measure longer"
+    else:
+        said = (
+            f"from {minutes:.0f} minutes of load near it, +/- {width:.0%}; half that width takes about "
+            f"{3 * minutes:.0f} minutes more (--tolerance {width / 2:.0%})"
+        )
+    return said if now.limit is SUSTAINED else f"{said}; {CORRECTED}"
+
+
+def _rates(
+    now: Estimate, shown: Sequence[Evidence], summaries: Sequence[Summary], demand: Demand, at: Quantity
+) -> Mapping[str, Quantity]:
+    """Requests and tokens per second at that load: tokens as served per request, in the mix of the whole trace."""
+    valid = [s for s in summaries if s.requests.succeeded]
+    really = _sent_of_planned(valid)
+    succeeded = sum(s.requests.succeeded for s in valid)
+
+    def rate(name: str, per_request: float | None, unit: str) -> Quantity:
+        ends = (now.rate, now.low, now.high)
+        value, low, high = (None if x is None or per_request is None else x * per_request * really for x in ends)
+        note = None if per_request is not None else "tokens were not counted at every load"
+        return Quantity(
+            value=value, low=low, high=high, n=succeeded, unit=unit, evidence=at.evidence, note=note
+        )  # fmt: skip
+
+    found = {name: rate(name, 1.0, "req/s") for name in ("request_rate", "request_throughput", "sent_rate")}
+    each: dict[str, float | None] = {}
+    for kind in ("input", "output"):
+        counts = [getattr(s.tokens, kind) for s in valid]
+        if not succeeded or any(count is None for count in counts) or any(s.tokens.missing for s in valid):
+            each[kind] = None
+            continue
+        planned = [getattr(p.sent, f"{kind}_tokens")[p.measured] for p in shown if p.measured.any()]
+        served = sum(counts) / succeeded
+        mean = float(np.concatenate(planned).mean()) if planned else 0.0
+        whole = float(getattr(demand, f"{kind}_tokens").mean())
+        each[kind] = served * (whole / mean if mean > 0 else 1.0)
+        found[f"{kind}_token_throughput"] = rate(kind, each[kind], "tokens/s")
+    into, out = each.get("input"), each.get("output")
+    total = None if into is None or out is None else into + out
+    found["total_token_throughput"] = rate("total", total, "tokens/s")
+    return found
+
+
+def _sent_of_planned(summaries: Sequence[Summary]) -> float:
+    """Share of the planned requests/s that sessions which wait really sent; 1 for loads that send what is due."""
+    known = [
+        (s.offered.sent_rate.value, s.plan.planned_rate)
+        for s in summaries
+        if s.offered.kind == "sessions" and s.offered.sent_rate.value is not None and s.plan.planned_rate
+    ]
+    planned = sum(rate for _, rate in known if rate is not None)
+    return min(1.0, sum(sent for sent, _ in known if sent is not None) / planned) if planned else 1.0
+
+
+def kept_answer(runs: Sequence[Summary], criteria: Sequence[Criterion]) -> Answer | None:
+    """What the search in whose folder these runs lie found for this promise; None where there was none, or another."""
+    folders = {Path(s.run).parent for s in runs}
+    if len(folders) != 1:
+        return None
+    try:
+        found = msgspec.json.decode(read_regular(next(iter(folders)) / FILE, MOST_BYTES), type=_File).answer
+    except (OSError, *DECODE_ERRORS):
+        return None
+    same = found is not None and set(found.criteria) == {c.name for c in criteria}
+    return found if found is not None and same and set(found.runs) == {Path(s.run).name for s in runs} else None
+
+
+class _File(msgspec.Struct):
+    answer: Answer | None = None

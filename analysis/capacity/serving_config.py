@@ -1,0 +1,387 @@
+"""A sweep's runs as capacity and cost at a promise: one `System` per tier, model, engine arguments and kind of load.
+
+From VALID runs only. Throughput is interpolated, cost is derived from it, nothing is extrapolated.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from analysis.capacity.search_answer import Answer, kept_answer
+from analysis.capacity.sweep import Capacity, Point, capacity, knee, little, pool, saturation
+from analysis.capacity.system import (
+    Key,
+    has_load,
+    load_words,
+    offered,
+    plan_of,
+    servers_of,
+    system_of,
+    where_words,
+)
+from analysis.cost.cost import DEFAULT_UTILISATION, OUTPUT_ONLY, at_rate, bill_usd
+from analysis.offered_load import LOAD_UNIT, LoadKind
+from analysis.stats.intervals import Distribution, Quantity, scaled
+from analysis.stats.replicates import over_repeats
+from analysis.summary import Summary
+from analysis.validity.prefix_cache import NAME as WARM
+from harness.slo import Criterion
+
+SCHEMA = "harness.capacity/1"
+LITTLE_BOUND = 0.10
+RATES = (
+    "request_rate", "request_throughput", "input_token_throughput", "output_token_throughput",
+    "total_token_throughput", "goodput", "concurrency",
+)  # fmt: skip
+LATENCIES = ("ttft", "tpot", "e2e")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Floor:
+    """The highest token throughput of any VALID run: it keeps no promise, and a higher load may beat it."""
+
+    load: float
+    total_token_throughput: Quantity
+    usd_per_1m_total: Quantity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knee:
+    """Where one latency turns up."""
+
+    metric: str
+    load: float | None
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interactive:
+    """What one user sees at one load, and what it costs there."""
+
+    load: float
+    tokens_per_s_per_user: Quantity
+    """1 / tpot p50."""
+    usd_per_1m_total: Quantity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class System:
+    """One tier, model and engine under one kind of load: what it carries and what that costs."""
+
+    model: str
+    label: str | None
+    servers: tuple[str, ...]
+    """Addresses of servers that were there already."""
+    tier: str | None
+    engine: str
+    args: tuple[str, ...]
+    replicas: int
+    evidence: str
+    trace: str
+    slo: str | None
+    criteria: tuple[Criterion, ...]
+    loop: LoadKind
+    unit: str
+    """Of loads: req/s, in flight, or sessions/s started."""
+    loads: tuple[float, ...]
+    runs: tuple[str, ...]
+    capacity: Capacity | None
+    """Of all replicas together; None without a promise."""
+    top_sent_rate: float | None
+    """Requests/s that sessions which wait really sent at the highest measured load; None for other kinds of load."""
+    top_token_throughput: Quantity | None
+    """Tokens/s (input + output) at the highest measured load; None when they were not counted."""
+    usd_per_1m_total: Quantity
+    """At capacity."""
+    usd_per_1m_output_only: Quantity
+    """At capacity; output alone carries the whole bill."""
+    utilisation: float
+    usd_per_1m_total_utilised: Quantity
+    """At capacity, when that share of it is sold."""
+    floor: Floor | None
+    usd_per_hour: float | None
+    """Of one replica's instance."""
+    replicas_per_instance: int
+    """Whole ones that fit by accelerators; 1 on a CPU tier."""
+    purchase: str | None
+    region: str | None
+    price_source: str | None
+    price_date: str | None
+    knees: tuple[Knee, ...]
+    saturated_from: float | None
+    """The lowest measured load that the server did not follow; None: it followed all."""
+    drained: tuple[float, ...]
+    """Loads of which a run was drain to a good part (check ``drain``): their tokens/s are low, their costs high."""
+    little: Mapping[str, float]
+    """By load: requests in flight over throughput x mean e2e latency."""
+    interactivity: tuple[Interactive, ...]
+    start_s: float | None
+    """From starting a replica until it answered: the slowest seen; None when the servers were there already."""
+    notes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """``model on tier``, with the number of replicas when there are several, address and label if there are any."""
+        stated = " (as stated by you)" if self.tier and self.servers else ""
+        where = f"{self.model} on {self.tier or 'no tier'}{stated}"
+        where = f"{where} x {self.replicas}" if self.replicas > 1 else where
+        return where + where_words(self.label, self.servers)
+
+    def same_but_promise(self, other: System) -> bool:
+        """Whether ``other`` is the same hardware, software and traffic, judged by another promise."""
+        same = ("model", "label", "servers", "tier", "engine", "args", "replicas", "evidence", "trace", "loop",
+                "usd_per_hour")  # fmt: skip
+        return self.slo != other.slo and all(getattr(self, name) == getattr(other, name) for name in same)
+
+    @property
+    def requests_per_s(self) -> float | None:
+        """Capacity of one replica in requests/s, but for a closed loop; a floor when it lies beyond the highest load;
+        else None. Of sessions that wait: what was really sent at that rate of sessions.
+        """
+        if self.capacity is None or self.loop == "closed":
+            return None
+        beyond = self.capacity.state == "beyond"
+        if self.loop == "open":
+            rate = self.loads[-1] if beyond else self.capacity.load.value
+        else:
+            sent = self.capacity.rates.get("sent_rate")
+            rate = self.top_sent_rate if beyond else sent.value if sent is not None else None
+        return None if rate is None else rate / self.replicas
+
+
+def systems(
+    summaries: Sequence[Summary], utilisation: float = DEFAULT_UTILISATION, answer: Answer | None = None
+) -> list[System]:
+    """Capacity and cost of every system, cheapest at its promise first; runs that are not VALID are left out.
+
+    ``answer``: of the search that these runs are of; None: as it lies beside them, where it does.
+    """
+    groups: dict[Key, list[Summary]] = {}
+    left_out: dict[Key, list[str]] = {}
+    for s in summaries:
+        key = system_of(s)
+        groups.setdefault(key, [])
+        if s.verdict != "VALID":
+            left_out.setdefault(key, []).append("not VALID")
+        elif any(c.name == WARM and c.ok is False for c in s.checks):
+            left_out.setdefault(key, []).append("answered from a warm prefix cache")
+        elif not has_load(s):
+            left_out.setdefault(key, []).append("without a rate of their load")
+        else:
+            groups[key].append(s)
+    found = [_system(runs, utilisation, left_out.get(key, []), answer) for key, runs in groups.items() if runs]
+    return sorted(found, key=lambda one: (one.usd_per_1m_total.value is None, one.usd_per_1m_total.value or 0.0))
+
+
+def point_of(s: Summary) -> Point:
+    """One VALID run as a point: its load, what it kept, its rates and latencies."""
+    rates: dict[str, Quantity] = {name: getattr(s.sampled, name) for name in RATES}
+    rates["sent_rate"] = s.offered.sent_rate
+    for metric in LATENCIES:
+        found: Distribution = getattr(s.metrics, metric)
+        rates |= {f"{metric}_{name}_s": getattr(found, name) for name in ("mean", "p50", "p99")}
+    kept = tuple(one.attainment for one in s.slo.criteria) if s.slo is not None else ()
+    unstable = any(check.name == "backlog" and check.ok is False for check in s.checks)
+    return Point(load=offered(s), kept=kept, rates=rates, runs=(s.run,), unstable=unstable)
+
+
+def _points(runs: Sequence[Summary]) -> list[Point]:
+    """A point for each load and plan. Repeats of one plan are one point: what they share is as uncertain as in one run,
+    so to `pool`, which takes points for independent, they must not look like several.
+    """
+    same: dict[Key, list[Point]] = {}
+    for s in runs:
+        point = point_of(s)
+        same.setdefault((point.load, plan_of(s)), []).append(point)
+
+    def together(quantities: Sequence[Quantity]) -> Quantity:
+        return over_repeats(quantities, [max(1, q.n) for q in quantities], ["one plan"] * len(quantities))
+
+    return [
+        Point(
+            load=points[0].load,
+            kept=tuple(_share_at_most(together(shares)) for shares in zip(*(p.kept for p in points), strict=True)),
+            rates={name: together([p.rates[name] for p in points]) for name in points[0].rates},
+            runs=tuple(run for p in points for run in p.runs),
+            unstable=any(p.unstable for p in points),
+        )
+        for points in same.values()
+    ]
+
+
+def _share_at_most(q: Quantity) -> Quantity:
+    return q if q.high is None else replace(q, high=min(1.0, q.high))
+
+
+def criteria_of(s: Summary) -> tuple[Criterion, ...]:
+    """The criteria that a run was judged by."""
+    judged = s.slo.criteria if s.slo is not None else []
+    return tuple(Criterion(name=one.name, wanted=one.wanted, limits=one.limits) for one in judged)
+
+
+def _system(
+    runs: Sequence[Summary], utilisation: float, left_out: Sequence[str], answer: Answer | None
+) -> System:  # fmt: skip
+    first = runs[0]
+    kind = first.offered.kind
+    unit = LOAD_UNIT[kind]
+    points = pool(_points(runs))
+    criteria = criteria_of(first)
+    found = None
+    if criteria:
+        answer = answer or (kept_answer(runs, criteria) if kind != "closed" else None)
+        found = capacity(points, criteria, unit) if answer is None or kind == "closed" else answer.capacity
+    total, output = (_cost(first, found, name) for name in ("total_token_throughput", "output_token_throughput"))
+    ratios = {f"{p.load:g}": r for p in points if (r := little(p, p.rates["e2e_mean_s"].value)) is not None}
+    return System(
+        model=first.model, label=first.label, servers=servers_of(first), tier=first.tier.name if first.tier else None,
+        engine=f"{first.engine} {first.server.version or ''}".strip(), args=tuple(first.server.args),
+        replicas=max(1, first.cost.replicas), evidence=first.evidence, trace=first.plan.trace,
+        slo=" and ".join(c.name for c in criteria) or None,
+        criteria=criteria, loop=kind, unit=unit, loads=tuple(p.load for p in points),
+        runs=tuple(run for p in points for run in p.runs), capacity=found,
+        top_sent_rate=_top_sent_rate(kind, points),
+        top_token_throughput=points[-1].rates["total_token_throughput"], usd_per_1m_total=total,
+        usd_per_1m_output_only=replace(output, unit=f"USD per 1M {OUTPUT_ONLY} tokens"),
+        utilisation=utilisation, usd_per_1m_total_utilised=scaled(total, 1 / utilisation), floor=_floor(first, points),
+        usd_per_hour=first.tier.usd_per_hour if first.tier else None, replicas_per_instance=_fitting(first),
+        purchase=first.cost.purchase, region=first.cost.region, price_source=first.cost.source,
+        price_date=first.cost.date, knees=_knees(points), saturated_from=_saturated_from(kind, points),
+        drained=_drained(runs), little=ratios, interactivity=_interactivity(first, points),
+        start_s=max((r.ready_s for s in runs for r in s.server.replicas if r.ready_s is not None), default=None),
+        notes=_notes(runs, points, found, ratios, left_out, kind),
+    )  # fmt: skip
+
+
+def _top_sent_rate(kind: LoadKind, points: Sequence[Point]) -> float | None:
+    return points[-1].rates["sent_rate"].value if kind == "sessions" else None
+
+
+def _saturated_from(kind: LoadKind, points: Sequence[Point]) -> float | None:
+    """The lowest load that the servers did not follow. Sessions that wait ask for their planned requests/s: what they
+    really send follows the server, and would always look followed.
+    """
+    if kind != "sessions":
+        return saturation(points, closed=kind == "closed")
+    asked = [(p.load, p.rates["request_rate"].value, p) for p in points]
+    known = [(load, replace(p, load=rate)) for load, rate, p in asked if rate is not None]
+    at = saturation([p for _, p in known], closed=False)
+    return next((load for load, p in known if p.load == at), None)
+
+
+def _fitting(s: Summary) -> int:
+    """Replicas that one instance holds by its accelerators, from the engine's own parallel sizes."""
+    if s.tier is None or not s.tier.accelerator_count:
+        return 1
+    needed = 1
+    words = [word for arg in s.server.args for word in arg.split("=", 1)]
+    for flag, size in itertools.pairwise(words):
+        if flag in ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp") and size.isdigit():
+            needed *= int(size)
+    return max(1, s.tier.accelerator_count // max(1, needed))
+
+
+def cost_at(s: Summary, rate: Quantity, per: str = "input + output") -> Quantity:
+    """USD per 1M tokens at a token throughput, from the price of the run's own tier: dear when slow."""
+    priced = s.tier is not None and s.cost.usd_per_hour is not None and s.cost.usd_per_hour > 0
+    usd_per_s = bill_usd(s.cost.usd_per_hour or 0.0, max(1, s.cost.replicas), 1.0) if priced else None
+    why = rate.note or "no tokens were counted" if priced else "no tier, so no price (--tier)"
+    return at_rate(usd_per_s, rate, per, why=why)
+
+
+def _cost(s: Summary, found: Capacity | None, name: str) -> Quantity:
+    rate = found.rates.get(name) if found is not None else None
+    if rate is None:
+        if found is None:
+            why = "no SLO was given (--slo)"
+        elif found.state == "found":
+            why = "tokens were not counted at every load"
+        else:
+            why = found.load.note or found.state
+        rate = Quantity(value=None, n=0, unit="tokens/s", evidence=s.evidence, note=why)
+    return cost_at(s, rate)
+
+
+def _floor(s: Summary, points: Sequence[Point]) -> Floor | None:
+    known = [(p.rates["total_token_throughput"].value or 0.0, p) for p in points]
+    best, point = max(known, key=lambda pair: pair[0])
+    if not best:
+        return None
+    rate = point.rates["total_token_throughput"]
+    if s.offered.kind != "closed":  # the load was given, and no estimate of the most that the servers can do
+        rate = replace(rate, low=None, high=None)
+    return Floor(load=point.load, total_token_throughput=rate, usd_per_1m_total=cost_at(s, rate))
+
+
+def _knees(points: Sequence[Point]) -> tuple[Knee, ...]:
+    found = []
+    for metric in LATENCIES:
+        for name in ("p50", "p99"):
+            known = [(p.load, q.value) for p in points if (q := p.rates[f"{metric}_{name}_s"]).value is not None]
+            loads, values = [load for load, _ in known], [value for _, value in known if value is not None]
+            at = knee(loads, values)
+            reason = None
+            if at is None:
+                reason = (
+                    f"{len(known)} loads, at least 3 are needed" if len(known) < 3 else "the curve is straight or flat"
+                )
+            found.append(Knee(metric=f"{metric} {name}", load=at, reason=reason))
+    return tuple(found)
+
+
+def _interactivity(s: Summary, points: Sequence[Point]) -> tuple[Interactive, ...]:
+    found = []
+    for p in points:
+        tpot = p.rates["tpot_p50_s"]
+        if not tpot.value:
+            continue
+        speed = replace(
+            tpot, value=1 / tpot.value, low=1 / tpot.high if tpot.high else None,
+            high=1 / tpot.low if tpot.low else None, unit="output tokens/s per user",
+        )  # fmt: skip
+        cost = cost_at(s, p.rates["total_token_throughput"])
+        found.append(Interactive(load=p.load, tokens_per_s_per_user=speed, usd_per_1m_total=cost))
+    return tuple(found)
+
+
+def _drained(runs: Sequence[Summary]) -> tuple[float, ...]:
+    return tuple(sorted({offered(s) for s in runs for c in s.checks if c.name == "drain" and c.ok is False}))
+
+
+def drain_words(loads: Sequence[float], unit: str) -> str:
+    """What drain does to the figures of these loads."""
+    where = ", ".join(f"{load:g}" for load in loads)
+    return (
+        f"drain: at {where} {unit} more than a tenth of the window lies after the last request was due; tokens/s come "
+        "out low and costs high there, and longer runs would tell"
+    )
+
+
+def _notes(
+    runs: Sequence[Summary], points: Sequence[Point], found: Capacity | None, ratios: Mapping[str, float],
+    left_out: Sequence[str], kind: LoadKind,
+) -> tuple[str, ...]:  # fmt: skip
+    said = []
+    for why, n in sorted((why, left_out.count(why)) for why in set(left_out)):
+        said.append(f"{n} runs are {why} and left out" if n > 1 else f"1 run is {why} and left out")
+    old = {c.observed for s in runs for c in s.checks if c.name == "price_date" and c.ok is False}
+    said += [f"OLD: age of the hardware's price when it was measured: {age}" for age in sorted(old)]
+    if kind == "closed":
+        said.append("closed loop: a slow server slows its own load here, so this is no capacity for arrivals; replay "
+                    "the trace's own times for that")  # fmt: skip
+    if kind == "sessions":
+        said.append("sessions that wait: the load is sessions started per second; a turn waits for the answer before "
+                    "it, so fewer requests than planned are sent where answers are slow (session lag)")  # fmt: skip
+    off = [f"{load} ({ratio:.2f})" for load, ratio in ratios.items() if abs(ratio - 1) > LITTLE_BOUND]
+    if off:
+        said.append(f"Little's law does not balance at load {', '.join(off)}: failures, or mostly ramp and drain")
+    if drained := _drained(runs):
+        said.append(drain_words(drained, LOAD_UNIT[kind]))
+    if found is not None and found.load.note:
+        said.append(found.load.note)
+    if len(points) == 1:
+        said.append(f"one load was measured ({load_words(runs[0])}): capacity needs one that keeps the promise and one "
+                    "that misses it")  # fmt: skip
+    return tuple(said)

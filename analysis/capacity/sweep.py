@@ -1,0 +1,304 @@
+"""Capacity: the highest load at which a promise is kept, and what limits a system beyond it. Nothing is extrapolated.
+
+A `Point` is one load of one system (tier, model, engine arguments), repeats pooled, from VALID runs only. Loads are
+requests/s (open loop) or requests in flight (closed loop); one system is judged in one of the two.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from analysis.arrays import Floats
+from analysis.stats.autocorrelation import ALPHA, Z
+from analysis.stats.intervals import Quantity
+from analysis.stats.replicates import over_repeats
+from harness.slo import Criterion
+
+FOLLOWS = 0.95
+"""A server that finishes less than this share of the offered rate is saturated."""
+GAIN = 0.05
+"""A closed loop is saturated when twice the requests in flight give less than this much more throughput."""
+DRAWS = 1000
+"""Resamples behind an interval; always the same, so that one sweep gives one answer."""
+NO_INTERVAL = 10
+"""A share without an interval is worth at most so many independent requests: its run was too short for more."""
+RISE = 0.10
+"""A latency that grows by less than this from the lowest to the highest load has no knee to speak of."""
+BEND = 0.10
+"""A curve bends when it runs this far below its chord, as a share of its height; a straight one has no knee."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One load, its repeats pooled."""
+
+    load: float
+    """Requests/s that were offered, or requests in flight."""
+    kept: tuple[Quantity, ...]
+    """Share of offered requests that kept each criterion, in the order of the criteria."""
+    rates: Mapping[str, Quantity]
+    """Per second by name, as in a summary's rates: request_throughput, total_token_throughput ..."""
+    runs: tuple[str, ...] = ()
+    unstable: bool = False
+    """Its backlog only grew (`analysis.steady`): it keeps no promise, whatever its requests kept so far."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """The highest load at which every criterion is kept."""
+
+    state: str
+    """"found"; "not reached": the lowest load misses already; "beyond": the highest load keeps it; "unknown"."""
+    load: Quantity
+    """Interpolated between the two measured loads around it. Interval, 95 %: each share is drawn anew within its own
+    uncertainty, and between the two loads around a drawn crossing every place is equally likely, since nothing was
+    measured there (a straight line would claim to know). An end beyond the measured loads is None; with state "beyond"
+    the value is None and ``low`` a floor of what is possible, with "not reached" ``high`` its ceiling."""
+    limit: Criterion | None
+    """What is missed first; None when nothing was."""
+    rates: Mapping[str, Quantity]
+    """Each rate at that load, interpolated; its interval spans that of the load, and has no end where that has none."""
+
+
+def pool(points: Iterable[Point]) -> list[Point]:
+    """Points by load, lowest first, those of equal load as one: means weighted by samples.
+
+    The interval of a pooled figure is the wider of what the repeats' own intervals say together and what the repeats
+    differ by (Student's t needs two; with one it is that one's own).
+    """
+    by_load: dict[float, list[Point]] = {}
+    for point in points:
+        by_load.setdefault(point.load, []).append(point)
+    pooled = []
+    for load in sorted(by_load):
+        same = by_load[load]
+        names = [name for name in same[0].rates if all(name in point.rates for point in same)]
+        pooled.append(
+            Point(
+                load=load,
+                kept=tuple(_mean(shares, ceiling=1.0) for shares in zip(*(p.kept for p in same), strict=True)),
+                rates={name: _mean([p.rates[name] for p in same]) for name in names},
+                runs=tuple(run for point in same for run in point.runs),
+                unstable=any(point.unstable for point in same),
+            )
+        )
+    return pooled
+
+
+def capacity(points: Sequence[Point], criteria: Sequence[Criterion], unit: str = "req/s") -> Capacity:
+    """The highest load at which every criterion is kept, from pooled points in order of load (`pool`).
+
+    More load never helps a promise, so the shares are first made to fall with the load (weighted isotonic regression).
+    Raises ValueError for no criteria or points out of order.
+    """
+    if not criteria:
+        raise ValueError("capacity needs a promise to keep: at least one criterion")
+    loads = np.array([point.load for point in points])
+    if np.any(np.diff(loads) <= 0):
+        raise ValueError("points must be pooled: one of each load, lowest first")
+    n = sum(q.n for point in points for q in point.kept[:1])
+    evidence = points[0].kept[0].evidence if points else "measured"
+    blank = Quantity(value=None, n=n, unit=unit, evidence=evidence)
+    known = [k for k, point in enumerate(points) if all(q.value is not None for q in point.kept)]
+    if not known:
+        why = next((q.note for point in points for q in point.kept if q.note), "no VALID run")
+        return Capacity(state="unknown", load=replace(blank, note=why), limit=None, rates={})
+    points, loads = [points[k] for k in known], loads[known]
+    crossings = [_crossing(loads, _kept(points, k), _weights(points, k), c.wanted) for k, c in enumerate(criteria)]
+    first = int(np.argmin(crossings))
+    draws = _draws(loads, points, criteria)
+    low, high = _ends(draws, loads)
+    if crossings[first] == -math.inf:
+        note = f"not reached: at {loads[0]:g} {unit}, the lowest load that was measured, it is missed"
+        load = replace(blank, high=high, note=note)
+        return Capacity(state="not reached", load=load, limit=criteria[first], rates={})
+    if crossings[first] == math.inf:
+        note = f"beyond the highest load: at {loads[-1]:g} {unit} it is kept"
+        return Capacity(state="beyond", load=replace(blank, low=low, note=note), limit=None, rates={})
+    value = float(crossings[first])
+    done = max((point.rates["request_throughput"].value or 0.0 for point in points if _counted(point)), default=0.0)
+    if unit == "req/s" and 0 < done < value:  # a finite run cannot see a queue that only grows
+        value = done
+    low, high = None if low is None else min(low, value), None if high is None else max(high, value)
+    load = replace(blank, value=value, low=low, high=high, note=_unproven(low, high))
+    return Capacity(state="found", load=load, limit=criteria[first], rates=_rates_at(points, loads, load, draws))
+
+
+def bracket(points: Sequence[Point], criteria: Sequence[Criterion]) -> tuple[float | None, float | None]:
+    """The neighbouring measured loads of which the lower keeps every criterion and the higher does not.
+
+    Judged like `capacity`. None: no measured load is on that side.
+    """
+    points = [point for point in points if all(q.value is not None for q in point.kept)]
+    if not points:
+        return None, None
+    keeps = np.ones(len(points), dtype=np.bool_)
+    for k, criterion in enumerate(criteria):
+        keeps &= falling(_kept(points, k), _weights(points, k)) >= criterion.wanted
+    kept = int(keeps.sum())
+    return points[kept - 1].load if kept else None, points[kept].load if kept < len(points) else None
+
+
+def saturation(points: Sequence[Point], *, closed: bool) -> float | None:
+    """The lowest load at which the server no longer follows; None when it followed to the end.
+
+    Open loop: it finishes less than `FOLLOWS` of the offered rate, beyond the interval's doubt. Closed loop: from there
+    on, doubling the requests in flight gives less than `GAIN` more throughput.
+    """
+    known = [(p.load, p.rates["request_throughput"]) for p in points if p.rates["request_throughput"].value]
+    if not closed:
+        for load, done in known:
+            best = done.high if done.high is not None else done.value
+            if best is not None and best < FOLLOWS * load:
+                return load
+        return None
+    for (load, done), (more, after) in itertools.pairwise(known):
+        assert done.value is not None and after.value is not None
+        doublings = math.log2(more / load)
+        if after.value < done.value * (1 + GAIN) ** doublings:
+            return load
+    return None
+
+
+def little(point: Point, e2e_s: float | None) -> float | None:
+    """Requests in flight over throughput x mean e2e latency: 1 when the figures of a point agree with each other.
+
+    None when one of them is not known. Source: Little, Operations Research 9(3), 1961.
+    """
+    flow, inside = point.rates["request_throughput"].value, point.rates["concurrency"].value
+    return None if not flow or not e2e_s or inside is None else inside / (flow * e2e_s)
+
+
+def knee(loads: Sequence[float], values: Sequence[float]) -> float | None:
+    """The load where a curve that grows with load turns up: the point farthest below its chord.
+
+    None below three points, for a curve that bends by less than `BEND` of its height, and for one that hardly rises
+    (by less than `RISE` of its lowest value).
+    Source: Kneedle, Satopaa et al., ICDCS Workshops 2011.
+    """
+    x, y = np.asarray(loads, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    if len(x) < 3 or not np.all(np.isfinite(y)) or y.max() <= y.min() * (1 + RISE):
+        return None
+    below = (x - x[0]) / (x[-1] - x[0]) - (y - y.min()) / (y.max() - y.min())
+    return float(x[np.argmax(below)]) if below.max() >= BEND else None
+
+
+def falling(values: Floats, weights: Floats) -> Floats:
+    """The non-increasing series nearest to ``values`` by weighted squares: pool adjacent violators.
+
+    Source: Barlow et al., Statistical Inference under Order Restrictions, 1972.
+    """
+    blocks: list[tuple[float, float, int]] = []  # mean, weight, length
+    for value, weight in zip(values, weights, strict=True):
+        mean, total, length = float(value), float(weight), 1
+        while blocks and blocks[-1][0] < mean:
+            before, heavy, count = blocks.pop()
+            mean = (before * heavy + mean * total) / (heavy + total)
+            total, length = heavy + total, length + count
+        blocks.append((mean, total, length))
+    return np.concatenate([np.full(length, mean) for mean, _, length in blocks])
+
+
+def _counted(point: Point) -> bool:
+    return "request_throughput" in point.rates
+
+
+def _kept(points: Sequence[Point], k: int) -> Floats:
+    return np.array([0.0 if point.unstable else point.kept[k].value for point in points], dtype=np.float64)
+
+
+def _weights(points: Sequence[Point], k: int) -> Floats:
+    return np.array([max(1, point.kept[k].n) for point in points], dtype=np.float64)
+
+
+def _crossing(loads: Floats, shares: Floats, weights: Floats, wanted: float, place: float | None = None) -> float:
+    """Load at which shares made to fall come down to ``wanted``; -inf: below all loads, inf: above.
+
+    ``place``: how far between the two loads around it; None: where a straight line crosses.
+    """
+    shares = falling(shares, weights)
+    keeps = shares >= wanted
+    if not keeps[0]:
+        return -math.inf
+    if keeps[-1]:
+        return math.inf
+    i = int(np.flatnonzero(keeps)[-1])
+    step = (shares[i] - wanted) / (shares[i] - shares[i + 1]) if place is None else place
+    return float(loads[i] + step * (loads[i + 1] - loads[i]))
+
+
+def _draws(loads: Floats, points: Sequence[Point], criteria: Sequence[Criterion]) -> Floats:
+    """What capacity could have been: `DRAWS` loads, -inf below and inf above all that was measured."""
+    rng = np.random.default_rng(0)
+    lowest = np.full(DRAWS, np.inf)
+    for k, criterion in enumerate(criteria):
+        weights = _weights(points, k)
+        shares = np.stack([_shares(point.kept[k], rng) * (not point.unstable) for point in points])
+        places = rng.random(DRAWS)
+        found = [_crossing(loads, shares[:, d], weights, criterion.wanted, places[d]) for d in range(DRAWS)]
+        lowest = np.minimum(lowest, found)
+    return lowest
+
+
+def _shares(q: Quantity, rng: np.random.Generator) -> Floats:
+    """Draws of a share within its own uncertainty: beta at the sample size that its interval stands for."""
+    assert q.value is not None
+    size = float(max(1, min(q.n, NO_INTERVAL)))
+    if q.low is not None and q.high is not None:
+        width = q.high - q.low
+        if width <= 1e-9:
+            return np.full(DRAWS, q.value)
+        sizes = np.geomspace(1e-3, 1e9, 600)
+        spread = Z / (1 + Z**2 / sizes) * np.sqrt(q.value * (1 - q.value) / sizes + Z**2 / (4 * sizes**2))
+        size = float(np.interp(-width, -2 * spread, sizes))  # Wilson's width falls with the size
+    return rng.beta(q.value * size + 0.5, (1 - q.value) * size + 0.5, DRAWS)
+
+
+def _ends(draws: Floats, loads: Floats) -> tuple[float | None, float | None]:
+    """The 95 % interval of draws; an end beyond the measured loads is None, unless the other one is too."""
+    low, high = (float(x) for x in np.quantile(draws, (ALPHA / 2, 1 - ALPHA / 2), method="nearest"))
+    if high == -math.inf:
+        return None, float(loads[0])
+    if low == math.inf:
+        return float(loads[-1]), None
+    return None if low == -math.inf else low, None if high == math.inf else high
+
+
+def _unproven(low: float | None, high: float | None) -> str | None:
+    ends = [name for name, end in (("below", low), ("above", high)) if end is None]
+    return f"may lie {' or '.join(ends)} the measured loads: more requests or loads there narrow it" if ends else None
+
+
+def _rates_at(points: Sequence[Point], loads: Floats, at: Quantity, draws: Floats) -> dict[str, Quantity]:
+    rng = np.random.default_rng(1)
+    found = {}
+    for name, first in points[0].rates.items():
+        series = [q for point in points if (q := point.rates.get(name)) is not None and q.value is not None]
+        if len(series) < len(points) or at.value is None:
+            continue
+        values = np.array([q.value for q in series], dtype=np.float64)
+        value = float(np.interp(at.value, loads, values))
+        low = high = None
+        open_ended = at.low is None and at.high is None
+        if not open_ended and all(q.low is not None and q.high is not None for q in series):
+            spread = np.array([((q.high or 0.0) - (q.low or 0.0)) / (2 * Z) for q in series])
+            noise = rng.standard_normal((DRAWS, len(series))) * spread
+            inside = np.clip(draws, loads[0], loads[-1])
+            drawn = [float(np.interp(x, loads, values + n)) for x, n in zip(inside, noise, strict=True)]
+            ends = np.quantile(drawn, (ALPHA / 2, 1 - ALPHA / 2))
+            # where capacity has no end within the measured loads, nor has what was interpolated between them
+            low = None if at.low is None else max(0.0, min(value, float(ends[0])))
+            high = None if at.high is None else max(value, float(ends[1]))
+        found[name] = replace(first, value=value, low=low, high=high, n=sum(q.n for q in series), note=None)
+    return found
+
+
+def _mean(quantities: Sequence[Quantity], ceiling: float = math.inf) -> Quantity:
+    """Quantities of one kind as one, weighted by samples; None when one of them is not known."""
+    mean = over_repeats(quantities, [max(1, q.n) for q in quantities])
+    return mean if mean.high is None else replace(mean, high=min(ceiling, mean.high))

@@ -1,0 +1,154 @@
+"""What the tokens of a run cost: the bill of its window over the tokens served in it.
+
+Assumption, stated in every summary: one replica is one whole instance of its tier, paid for the whole window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from analysis.cost.split import Split, TokenMix, by_ratio, not_identifiable
+from analysis.stats.intervals import MIN_SAMPLES, Quantity
+from harness.errors import UsageError
+from harness.run import Tier
+
+OUTPUT_ONLY = "output (which carry the whole bill)"
+DEFAULT_RATIO = 4.0
+DEFAULT_UTILISATION = 0.3
+"""Share of the capacity that is used around the clock, where nothing else is said."""
+HOURS_PER_YEAR = 8760.0
+HOURS_PER_MONTH = HOURS_PER_YEAR / 12
+
+
+def bill_usd(usd_per_hour: float, replicas: int, duration_s: float) -> float:
+    """Cost of the window, USD: usd_per_hour x replicas x hours."""
+    return usd_per_hour * replicas * duration_s / 3600
+
+
+def usd_per_1m(usd: float, tokens: float) -> float:
+    """USD per 1M tokens when ``usd`` paid for ``tokens``. Raises ZeroDivisionError without tokens."""
+    return usd / tokens * 1e6
+
+
+def at_rate(
+    usd_per_s: float | None, rate: Quantity, per: str, *, why: str | None = None, share: float = 1.0
+) -> Quantity:
+    """USD per 1M ``per`` tokens of servers that cost ``usd_per_s`` and serve ``rate`` tokens/s, dear when slow.
+
+    The interval is the rate's, where it has one. ``share``: of the bill that these tokens carry. Null with the reason
+    ``why`` without a price, and without a rate.
+    """
+    unit, evidence = f"USD per 1M {per} tokens", f"{rate.evidence} x list price"
+    if usd_per_s is None or not rate.value:
+        why = why or rate.note or "no tokens were served"
+        return Quantity(value=None, n=rate.n, unit=unit, note=why, evidence=evidence)
+    usd = usd_per_s * share
+    return Quantity(
+        value=usd_per_1m(usd, rate.value), low=usd_per_1m(usd, rate.high) if rate.high else None,
+        high=usd_per_1m(usd, rate.low) if rate.low else None, n=rate.n, unit=unit, note=rate.note, evidence=evidence,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What the tokens of this run cost. Values are None with the reason in ``reason``; ``note`` warns about a price."""
+
+    usd_per_1m_total: Quantity
+    usd_per_1m_output_only: Quantity
+    split: Split
+    """By the declared ratio."""
+    splits: Sequence[Split]
+    """By what was measured: see `analysis.cost.split.split_bill`."""
+    bill_usd: float | None
+    usd_per_hour: float | None
+    replicas: int
+    purchase: str | None
+    region: str | None
+    source: str | None
+    date: str | None
+    reason: str | None
+    note: str | None
+
+
+def check_ratio(ratio: float) -> None:
+    """Raise `UsageError` unless ``ratio`` is a positive number."""
+    if not (math.isfinite(ratio) and ratio > 0):
+        raise UsageError(f"ratio {ratio}: an output token must cost a positive number of input tokens")
+
+
+def cost(
+    tier: Tier | None,
+    replicas: int,
+    duration_s: float | None,
+    *,
+    total_rate: Quantity,
+    output_rate: Quantity,
+    weighted_rate: Quantity,
+    ratio: float,
+    reason: str | None,
+    note: str | None,
+    splits: Sequence[Split] = (),
+) -> Cost:
+    """Prices from token rates (tokens/s) of one window: USD per second over tokens per second.
+
+    ``weighted_rate`` is input / ratio + output tokens per second, the denominator of the split. The interval comes
+    from the rate's, where it has one: dear when slow. ``reason`` (not None) withholds every price; so do a missing
+    tier, a tier price that is not a positive number, fewer than `MIN_SAMPLES` requests, and a rate that is not known
+    or 0. ``splits``:
+    other divisions of the same bill; withheld with the prices.
+    """
+    if reason is None and tier is None:
+        reason = "no tier: say which hardware this ran on (--tier), with its price"
+    elif reason is None and tier is not None and not (math.isfinite(tier.usd_per_hour) and tier.usd_per_hour > 0):
+        reason = f"tier {tier.name} has no positive price"
+    elif reason is None and total_rate.value is not None and total_rate.n < MIN_SAMPLES:
+        reason = f"a price needs {MIN_SAMPLES} requests: has {total_rate.n}"
+    known = tier is not None and duration_s is not None and math.isfinite(tier.usd_per_hour)
+    usd_per_s = tier.usd_per_hour * replicas / 3600 if tier is not None and reason is None else None
+
+    into = at_rate(usd_per_s, weighted_rate, "input", why=reason, share=1 / ratio)
+    out = at_rate(usd_per_s, weighted_rate, "output", why=reason)
+    bill = bill_usd(tier.usd_per_hour, replicas, duration_s) if known and tier and duration_s else None
+    return Cost(
+        usd_per_1m_total=at_rate(usd_per_s, total_rate, "input + output", why=reason),
+        usd_per_1m_output_only=at_rate(usd_per_s, output_rate, OUTPUT_ONLY, why=reason),
+        split=_declared(bill, duration_s, total_rate, output_rate, ratio, into, out),
+        splits=[s if usd_per_s is not None else _withheld(s, reason or "no price") for s in splits],
+        bill_usd=bill,
+        usd_per_hour=tier.usd_per_hour if tier and math.isfinite(tier.usd_per_hour) else None,
+        replicas=replicas,
+        purchase=tier.purchase if tier else None,
+        region=tier.region if tier else None,
+        source=tier.source if tier else None,
+        date=tier.date if tier else None,
+        reason=reason,
+        note=note,
+    )
+
+
+def _declared(
+    bill: float | None,
+    duration_s: float | None,
+    total_rate: Quantity,
+    output_rate: Quantity,
+    ratio: float,
+    into: Quantity,
+    out: Quantity,
+) -> Split:
+    """The declared split: prices with the interval of the weighted rate, parts from the tokens of the window."""
+    if out.value is None or bill is None or not duration_s or total_rate.value is None or output_rate.value is None:
+        why = out.note or "tokens were not counted"
+        blank = not_identifiable("declared ratio", why, evidence=total_rate.evidence, n=out.n)
+        return replace(blank, ratio=ratio, usd_per_1m_input=into, usd_per_1m_output=out)
+    tokens = TokenMix(
+        uncached_input=max(0.0, total_rate.value - output_rate.value) * duration_s, cached_input=None,
+        output=output_rate.value * duration_s,
+    )  # fmt: skip
+    parts = by_ratio(bill, tokens, ratio, evidence=total_rate.evidence, n=out.n)
+    return replace(parts, usd_per_1m_input=into, usd_per_1m_output=out)
+
+
+def _withheld(split: Split, reason: str) -> Split:
+    return replace(not_identifiable(split.method, reason, evidence="", n=split.usd_per_1m_output.n), facts=split.facts)

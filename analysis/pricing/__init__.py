@@ -1,0 +1,1 @@
+"""From measured costs and stated terms to what to charge, beside what others ask."""

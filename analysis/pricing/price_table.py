@@ -1,0 +1,233 @@
+"""The price decision as one document and as a flat table: `harness.price/1`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from analysis.cost.split import TokenMix
+from analysis.offered_load import KIND_WORDS
+from analysis.pricing.rate_card import Charge
+from analysis.pricing.terms import Structure, Terms, UnitPrices
+from harness.errors import HarnessError, UsageError
+
+SCHEMA = "harness.price/1"
+
+_TEXT = (
+    "tier", "model", "engine", "engine_args", "what", "tokens", "note", "evidence", "denominator", "window",
+    "structure", "purchase", "region", "price_source", "price_date", "measured_with_price_date", "load", "trace", "slo",
+    "verdict",
+    "measured", "made", "runs", "quoted_at", "load_unit",
+)  # fmt: skip
+_OTHER = {"replicas": pa.int64(), "n": pa.int64(), "counted_tokens": pa.int64(), "slo_met": pa.bool_()}
+COLUMNS: dict[str, pa.DataType] = {
+    name: pa.string() if name in _TEXT else _OTHER.get(name, pa.float64())
+    for name in (
+        "tier", "model", "replicas", "engine", "engine_args", "what", "tokens", "usd_per_1m", "low", "high", "n",
+        "note", "evidence", "denominator", "counted_tokens", "window", "window_s", "utilisation", "gross_margin",
+        "discount", "from_tokens_per_month", "break_even_utilisation", "break_even_tokens_per_month",
+        "capacity_tokens_per_month", "fleet_usd_per_month", "structure", "usd_per_hour", "purchase", "region",
+        "price_source", "price_date", "measured_with_usd_per_hour", "measured_with_price_date", "quoted_at", "load",
+        "load_value", "load_low", "load_high", "load_unit", "trace",
+        "slo", "slo_met", "verdict", "measured", "made", "runs",
+    )
+}  # fmt: skip
+"""The flat table: one row per tier, model, kind of figure (``what``) and kind of tokens; not known is null.
+
+``usd_per_1m`` is per 1M of ``counted_tokens``; of the three kinds their products add up to that of "total".
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PriceReport:
+    """What to charge, for every tier and model that was asked about."""
+
+    schema: str
+    made: str
+    """UTC, ISO 8601: when these prices were worked out. The measurements have their own days."""
+    terms: Terms
+    structure: Structure
+    charges: list[Charge]
+    refused: list[tuple[str, tuple[str, ...]]]
+    """INVALID runs with their reasons."""
+    list_prices: dict[str, str]
+    """Source, date and licence of the API list prices."""
+    assumptions: tuple[str, ...]
+
+
+def price_rows(report: PriceReport) -> list[dict[str, Any]]:
+    """The flat table as dicts with the keys of `COLUMNS`."""
+    return [row for charge in report.charges for row in _rows(charge, report)]
+
+
+def _rows(charge: Charge, report: PriceReport) -> list[dict[str, Any]]:
+    basis, before = charge.basis, charge.basis.measured_with if charge.basis else None
+    common = dict.fromkeys(COLUMNS) | {
+        "tier": charge.tier, "model": charge.model, "replicas": charge.replicas, "engine": charge.engine,
+        "engine_args": " ".join(charge.args), "evidence": charge.evidence,
+        "window": charge.window, "window_s": charge.window_s,
+        "capacity_tokens_per_month": charge.capacity_tokens_per_month,
+        "fleet_usd_per_month": charge.fleet_usd_per_month, "structure": _structure_words(charge.structure),
+        "usd_per_hour": basis.usd_per_hour if basis else None, "purchase": basis.purchase if basis else None,
+        "region": basis.region if basis else None, "price_source": basis.source if basis else None,
+        "price_date": basis.date if basis else None,
+        "measured_with_usd_per_hour": before.usd_per_hour if before else None,
+        "measured_with_price_date": before.date if before else None, "quoted_at": charge.quoted_at,
+        "load": charge.load, **_load(charge), "trace": charge.trace,
+        "slo": charge.slo, "slo_met": charge.slo_met, "measured": charge.measured, "made": report.made,
+        "runs": " ".join(charge.runs),
+    }  # fmt: skip
+    if charge.cost_full is None or charge.cost is None:
+        return [common | {"what": "no price", "note": charge.reason}]
+    counted = _counted(charge)
+    rows = _kinds(common | {"what": "cost", "utilisation": 1.0}, charge.cost_full, counted)
+    rows += _kinds(common | {"what": "cost", "utilisation": report.terms.utilisation}, charge.cost, counted)
+    if charge.floor is not None:
+        rows += _floor_rows(charge, charge.floor, common, counted)
+    for offer in charge.offers:
+        facts = {
+            "what": f"price: {offer.name}", "utilisation": report.terms.utilisation, "gross_margin": offer.margin,
+            "discount": offer.discount, "from_tokens_per_month": offer.from_tokens,
+            "break_even_utilisation": offer.break_even_utilisation,
+            "break_even_tokens_per_month": (charge.capacity_tokens_per_month or 0.0) * offer.break_even_utilisation
+            if offer.break_even_utilisation <= 1 else None,
+        }  # fmt: skip
+        rows += _kinds(common | facts, offer.prices, counted)
+    for a in charge.against:
+        facts = {
+            "what": f"API list price: {a.price.name}", "evidence": "list price",
+            "price_source": report.list_prices["source"], "price_date": report.list_prices["date"],
+            "break_even_utilisation": a.break_even_utilisation.value,
+            "break_even_tokens_per_month": a.break_even_tokens_per_month, "verdict": a.verdict,
+            "note": "; ".join(a.notes) or None,
+        }  # fmt: skip
+        values = {
+            "input": a.price.usd_per_1m_input, "cached_input": a.price.usd_per_1m_cached_input,
+            "output": a.price.usd_per_1m_output, "total": a.usd_per_1m_total,
+        }  # fmt: skip
+        rows += [
+            common | _OURS | facts | counted[kind] | {"tokens": kind, "usd_per_1m": value}
+            for kind, value in values.items()
+        ]
+    return rows
+
+
+_OURS = dict.fromkeys(
+    (
+        "replicas", "engine", "engine_args", "window", "window_s", "capacity_tokens_per_month", "fleet_usd_per_month",
+        "structure", "usd_per_hour", "purchase", "region", "measured_with_usd_per_hour", "measured_with_price_date",
+        "quoted_at", "load", "load_value", "load_low", "load_high", "load_unit", "slo", "slo_met",
+    )
+)  # fmt: skip
+"""What is true of our own fleet only and says nothing of an API."""
+
+
+def _load(charge: Charge) -> dict[str, Any]:
+    q = charge.offered
+    ends = {} if q is None else {"load_value": q.value, "load_low": q.low, "load_high": q.high, "load_unit": q.unit}
+    return dict.fromkeys(("load_value", "load_low", "load_high", "load_unit")) | ends
+
+
+def _floor_rows(
+    charge: Charge, floor: UnitPrices, common: dict[str, Any], counted: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The saturated floor: another load, which keeps no promise; the mix is that of the quoted one."""
+    unit = common["load_unit"] or ""
+    facts = {
+        "what": "saturated floor", "utilisation": 1.0, "quoted_at": "a measured load", "slo_met": None,
+        "load": f"{KIND_WORDS[charge.loop]}, {charge.floor_load:g} {unit}".strip(), "load_value": charge.floor_load,
+        "load_low": None, "load_high": None, "capacity_tokens_per_month": None, "window_s": None, "runs": None,
+        "note": "highest throughput of any VALID run: it keeps no promise",
+    }  # fmt: skip
+    mixed = {kind: one | {"denominator": _in_the_mix(one["denominator"])} for kind, one in counted.items()}
+    return [row | {"note": row["note"] or facts["note"]} for row in _kinds(common | facts, floor, mixed)]
+
+
+def _in_the_mix(denominator: str) -> str:
+    return (
+        denominator.partition(" of successful requests")[0] + " of successful requests, in the mix of the quoted load"
+    )
+
+
+def _counted(charge: Charge) -> dict[str, dict[str, Any]]:
+    """Denominator and tokens of each kind of tokens."""
+    mix, of = charge.mix or TokenMix(uncached_input=0, cached_input=None, output=0), charge.denominator
+    apart = charge.cost is not None and charge.cost.cached_input.value is not None
+    into = mix.uncached_input + (0 if apart else mix.cached_input or 0)
+    kinds = {
+        "input": ("uncached input" if apart else "input", into),
+        "cached_input": ("cached input", mix.cached_input if apart else None),
+        "output": ("output", mix.output),
+        "total": ("input + output", mix.total),
+    }
+    return {
+        kind: {"denominator": of.replace("input + output", words, 1), "counted_tokens": tokens}
+        for kind, (words, tokens) in kinds.items()
+    }
+
+
+def _kinds(common: dict[str, Any], prices: UnitPrices, counted: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    named = {"input": prices.input, "cached_input": prices.cached_input, "output": prices.output, "total": prices.total}
+    return [
+        common
+        | counted[kind]
+        | {"tokens": kind, "usd_per_1m": q.value, "low": q.low, "high": q.high, "n": q.n, "note": q.note}
+        for kind, q in named.items()
+    ]
+
+
+def _structure_words(structure: Structure) -> str:
+    cached = "-" if structure.cached_input is None else f"{structure.cached_input:g}"
+    return f"{structure.method} input:output:cached {structure.input:g}:{structure.output:g}:{cached}"
+
+
+def price_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """The flat table as CSV. A text that a spreadsheet would run as a formula is preceded by an apostrophe."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(COLUMNS), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: _cell(value) for key, value in row.items()})
+    return out.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        text = " ".join(value.split())
+        return f"'{text}" if text[:1] in ("=", "+", "-", "@") and text != "-" else text
+    return value
+
+
+def write_prices(path: Path, report: PriceReport) -> None:
+    """Write the flat table (.parquet, .csv) or the whole document (.json) beside ``path``, then rename it into place.
+
+    Raises `UsageError` for another ending, `HarnessError` when it cannot be written.
+    """
+    rows = price_rows(report)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        if path.suffix == ".parquet":
+            schema = pa.schema(list(COLUMNS.items()), metadata={"harness.price": SCHEMA})
+            pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
+        elif path.suffix == ".csv":
+            temporary.write_text(price_csv(rows), encoding="utf-8")
+        elif path.suffix == ".json":
+            temporary.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+        else:
+            raise UsageError(f"{path}: write to a file that ends in .parquet, .csv or .json")
+        temporary.replace(path)
+    except OSError as e:
+        raise HarnessError(f"{path}: cannot write ({e.strerror or e})") from e
+    finally:
+        temporary.unlink(missing_ok=True)
