@@ -111,6 +111,14 @@ def no_driver() -> None:
     raise NvmlError("Driver Not Loaded")
 
 
+def rows_of(file: Path) -> int:
+    """How many are there so far."""
+    try:
+        return int(read_host_metrics(file).num_rows)
+    except ResultsError:
+        return 0
+
+
 @pytest.mark.parametrize("module", [None, fake_nvml(nvmlInit=no_driver)])
 def test_no_accelerator_is_null(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", module)
@@ -118,7 +126,7 @@ def test_no_accelerator_is_null(module: Any, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(host_metrics, "EVERY_S", 0.05)
     file = host_file(tmp_path, "local")
     with HostMetrics(file, time.time_ns()):
-        time.sleep(0.3)
+        wait_for(lambda: rows_of(file) > 0, 120, "a row")
     assert set(read_host_metrics(file).column("gpu_util").to_pylist()) == {None}
 
 
@@ -127,7 +135,7 @@ def test_a_torn_file_keeps_what_is_whole(tmp_path: Path, monkeypatch: pytest.Mon
     file = host_file(tmp_path, "10.0.0.1/../x")
     assert file.parent == tmp_path, "an address is no path"
     with HostMetrics(file, time.time_ns()):
-        time.sleep(0.4)
+        wait_for(lambda: rows_of(file) > 3, 120, "some rows")
     whole = read_host_metrics(file).num_rows
     raw = file.read_bytes()
     file.write_bytes(raw[: len(raw) * 2 // 3])
@@ -146,7 +154,7 @@ def test_a_full_disk_is_told_and_stops_nothing(monkeypatch: pytest.MonkeyPatch) 
         pytest.skip("no /dev/full here")
     monkeypatch.setattr(host_metrics, "EVERY_S", 0.05)
     with HostMetrics(Path("/dev/full"), time.time_ns()) as metrics:
-        time.sleep(0.3)
+        wait_for(lambda: metrics.trouble is not None, 120, "it is told")
     assert metrics.trouble is not None
     assert "cannot write" in metrics.trouble
     assert SCHEMA.metadata[b"harness.host_metrics"] == b"1"

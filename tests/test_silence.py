@@ -162,16 +162,16 @@ def test_what_several_workers_heard_is_put_together() -> None:
 
 def test_the_client_knows_how_long_a_server_has_sent_nothing(monkeypatch) -> None:
     monkeypatch.setattr("scenarios.client.client._QUIET_NS", 50_000_000)
-    go_on = threading.Event()
+    go_on, over = threading.Event(), threading.Event()
 
     def talk(connection, nth):
         connection.recv(65536)
         if nth == 1:
-            go_on.wait(10)
+            go_on.wait(120)
             connection.sendall(OK + b"Content-Type: text/event-stream\r\n\r\n")
             time.sleep(0.05)
         else:
-            time.sleep(1)
+            over.wait(120)
 
     listener = Server(talk)
     sender = Run(listener.url, timeout_s=20.0)
@@ -192,6 +192,7 @@ def test_the_client_knows_how_long_a_server_has_sent_nothing(monkeypatch) -> Non
         sender.client.later.settle()
         assert [row.error for row in sender.rows][1:] == ["stall"]
     finally:
+        over.set()
         sender.client.close()
         listener.socket.close()
 

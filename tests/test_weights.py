@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import wait_for
 
 from cluster.catalogue import weights
 from cluster.catalogue.models import Model, Wheel, get_model
@@ -200,7 +201,8 @@ def test_two_runs_do_not_convert_at_once(tmp_path: Path, model: Model, monkeypat
         fcntl.flock(other, fcntl.LOCK_EX)
         thread = threading.Thread(target=ensure_weights, args=(model,), kwargs={"cache": tmp_path, "say": said.append})
         thread.start()
-        time.sleep(0.6)
+        wait_for(lambda: bool(said), 120, "it is said")
+        time.sleep(0.3)  # three looks at the lock
         assert said == ["another process is preparing tiny; waiting for it"]
         assert not (tmp_path / "models" / "tiny").exists()
     thread.join(120)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import StartServer
+from conftest import StartServer, wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_worker import Worker, classes, run_patched, write_plan
@@ -249,11 +249,12 @@ def test_a_run_through_a_narrow_window(fake_server: StartServer, tmp_path: Path,
 
 def test_a_run_stopped_early_has_a_row_for_what_was_never_read(fake_server: StartServer, tmp_path: Path) -> None:
     plan = write_plan(tmp_path / "plan.arrow", n=40_000, gap_s=0.02, tokens=1)
-    worker = Worker(tmp_path, fake_server("--ttft", "0.01").url, plan)
+    server = fake_server("--ttft", "0.01")
+    worker = Worker(tmp_path, server.url, plan)
     try:
         assert worker.ready()["requests"] == 40_000
         worker.tell(f"start {time.time_ns()}")
-        time.sleep(0.5)
+        wait_for(lambda: len(server.truth()) > 0, 120, "an answer")
         worker.tell("stop")
         _, end, rows = worker.end()
     finally:
