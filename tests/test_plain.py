@@ -417,6 +417,23 @@ def test_from_the_second_answer_on_nothing_is_parsed_before_the_end(path: Any, m
         assert (stream.response.keep_alive, stream.response.done) == (True, True)
 
 
+@pytest.mark.parametrize("path", READERS)
+def test_events_of_another_choice_are_not_taken_for_those_of_the_first(path: Any) -> None:
+    """Not even once the answers of this server, of one choice so far, are known."""
+    wire = Wire(path)
+    one, other = ('{"id":"c-1","choices":[{"index":K,"text":%s}]}'.replace("K", k) for k in "01")
+    for nth in range(5):
+        several = nth > 1
+        body = [said(one, b'" t%d"' % i) for i in range(20)]
+        if several:
+            body = [event for i, first in enumerate(body) for event in (said(other, b'" x%d"' % i), first)]
+        reads = [head_of(nth), *map(chunk, body), chunk(usage(20 * (1 + several))), chunk(DONE) + END]
+        stream, sent = wire.answer(reads)
+        agrees(stream, sent, by_the_book(reads))
+        facts = stream.response.facts()
+        assert (len(facts.chunk_ns), facts.output_tokens) == (20, None if several else 20)
+
+
 @pytest.mark.parametrize("path", STORING)
 def test_a_shape_that_is_learned_while_others_wait_serves_them_too(path: Any) -> None:
     """The answers of a first wave come together: all were sent before any had shown what they look like."""
