@@ -34,17 +34,36 @@ class FakeServer:
         return [entry for line in self.log.read_text().splitlines() if (entry := json.loads(line)).pop("load")]
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Group tests for ``pytest -n --dist loadgroup``: a file, whose tests share fixtures, is a group; so is all of Ray.
+RAY = ("test_hosts", "test_deployment", "test_replica_death")
+"""They start Ray: one worker of ``pytest -n`` runs them all, one after the other."""
+LONGEST = (
+    "test_sweep_store",
+    "test_capacity_search",
+    "test_sweep_run",
+    "test_worker",
+    "test_known_truth",
+    "test_store",
+)
 
-    The group of Ray goes first: its tests start clusters, one after the other, and take longest.
-    """
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    ray = [item for item in items if item.get_closest_marker("ray")]
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item in ray else item.path.stem))
-    items.sort(key=lambda item: item not in ray)
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest goes first, so that no worker is left alone with it."""
+    first = (*RAY, *LONGEST)
+    items.sort(key=lambda item: first.index(item.path.stem) if item.path.stem in first else len(first))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give whole files to the workers of ``pytest -n``: their tests share fixtures."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if Path(file).stem in RAY else file
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -179,6 +179,7 @@ def folder_of(out: Path) -> Path:
     return folder
 
 
+@pytest.mark.alone
 def test_a_known_capacity_is_found_and_a_fleet_planned_by_it(fake_server: StartServer, tmp_path: Path) -> None:
     # two slots, 100 ms a request: 20 req/s, and beyond that the queue grows
     server = fake_server(*SLOW, "--slots", "2")

@@ -18,8 +18,6 @@ from conftest import ROOT, StartServer, descendants, gone, harness, interrupt, s
 
 from harness.results import ERRORS, read_results
 
-pytestmark = pytest.mark.alone
-
 
 def write_trace(path: Path, n: int, gap_s: float, input_tokens: int = 20, output_tokens: int = 20) -> Path:
     path.write_text(
@@ -61,6 +59,7 @@ def samples_of(out: Path) -> dict[str, list[float]]:
     return found
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_truth_is_reported(fake_server: StartServer, tmp_path: Path, workers: int) -> None:
     server = fake_server("--ttft", "0.05", "--itl", "0.01")
@@ -110,6 +109,7 @@ def test_the_truth_is_reported(fake_server: StartServer, tmp_path: Path, workers
     assert report["cost"]["reason"]
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(sys.platform != "linux", reason="kernels elsewhere give no such stamps")
 def test_the_truth_begins_when_the_request_came_however_late_it_is_read(fake_server: StartServer) -> None:
     server = fake_server("--ttft", "0.02", "--itl", "0.001")
@@ -151,6 +151,7 @@ def test_a_named_tier_gives_a_price(fake_server: StartServer, tmp_path: Path) ->
     assert bill == pytest.approx(0.11592 * hours, rel=1e-9)
 
 
+@pytest.mark.alone
 def test_a_starved_client_is_shown_and_has_no_price(fake_server: StartServer, tmp_path: Path) -> None:
     """8 places at 40 req/s, 0.43 s an answer: from 'sent' all looks well, from 'scheduled' it does not."""
     server = fake_server("--ttft", "0.05", "--itl", "0.02")
@@ -175,6 +176,7 @@ def test_a_starved_client_is_shown_and_has_no_price(fake_server: StartServer, tm
     assert p95["lag"] > 1.0
 
 
+@pytest.mark.alone
 def test_a_slow_server_is_the_servers_fault(fake_server: StartServer, tmp_path: Path) -> None:
     """The same overload without a cap on the client: lag stays small, the queue is the server's, the run is VALID."""
     server = fake_server("--ttft", "0.05", "--itl", "0.02", "--slots", "8")
@@ -277,6 +279,7 @@ def test_server_killed_in_mid_run_loses_nothing_measured(fake_server: StartServe
     assert {e["error"] for e in report["errors"]} >= {"connect"}
 
 
+@pytest.mark.alone
 def test_ctrl_c_reports_what_there_is_and_leaves_nothing(fake_server: StartServer, tmp_path: Path) -> None:
     server = fake_server("--ttft", "0.02", "--itl", "0.005")
     trace = write_trace(tmp_path / "trace.jsonl", 3000, 0.02)

@@ -526,6 +526,7 @@ def test_a_plan_for_64_replicas_is_there_in_a_second(tmp_path: Path) -> None:
 # --- it ends in the middle -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_ctrl_c_ends_the_point_in_order_and_the_sweep_can_go_on(fake_server: StartServer, tmp_path: Path) -> None:
     server = fake_server("--ttft", "0.02", "--itl", "0.005")
     file = write_sweep(tmp_path, server.url, rows=80, tokens=10, loads="concurrency = [2]")
@@ -585,6 +586,7 @@ def test_kill_9_at_any_moment_leaves_a_folder_that_can_go_on(fake_server: StartS
         assert (rows.st_ino, rows.st_mtime_ns) == facts
 
 
+@pytest.mark.alone
 def test_two_servers_in_turns_and_their_comparison(fake_server: StartServer, tmp_path: Path) -> None:
     """One command makes the pairs, A B B A A B, and names the next; a slower server is found."""
     servers = [fake_server("--itl", "0.002"), fake_server("--itl", "0.006")]

@@ -149,6 +149,7 @@ def test_a_schedule_that_could_never_end_is_refused():
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_open_loop_follows_the_plan_and_measures_the_truth(fake_server: StartServer, start, tmp_path):
     server = fake_server("--ttft", "0.05", "--itl", "0.01")
     worker = start(server.url, write_plan(tmp_path / "plan.arrow", n=60, gap_s=0.02)).start()
@@ -189,6 +190,7 @@ def test_slices_of_several_workers_are_the_plan(fake_server: StartServer, start,
     assert all(row["request_id"] // 3 % 2 == row["worker"] for row in rows)
 
 
+@pytest.mark.alone
 def test_closed_loop_keeps_its_slots_full(fake_server: StartServer, start, tmp_path):
     server = fake_server("--ttft", "0.03", "--itl", "0.005")
     plan = write_plan(tmp_path / "plan.arrow", n=60, timed=False)
@@ -310,6 +312,7 @@ def test_what_is_no_file_of_observations_is_said(tmp_path, content):
 # -- how a run can end ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_the_duration_cuts_the_plan(fake_server: StartServer, start, tmp_path):
     server = fake_server("--ttft", "0.02", "--itl", "0.005")
     plan = write_plan(tmp_path / "plan.arrow", n=200, gap_s=0.02)
@@ -613,6 +616,7 @@ def test_a_plain_locustfile_stopped_by_locust_has_all_rows(fake_server: StartSer
     assert set(found) <= {None, "stopped", "unsent"}
 
 
+@pytest.mark.alone
 def test_a_plain_locustfile_stopped_before_it_could_begin_has_all_rows(tmp_path):
     full = socket.create_server(("127.0.0.1", 0), backlog=0)
     port = full.getsockname()[1]
