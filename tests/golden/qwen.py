@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.money.samples import Samples
-from analysis.money.split import token_mix
+from analysis.cost.samples import Samples
+from analysis.cost.split import token_mix
 
 HERE = Path(__file__).parent
 USD_PER_HOUR = 16.57216 / 2
