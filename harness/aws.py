@@ -34,10 +34,12 @@ CODES: dict[str, Refusal] = {
 
 
 class AwsError(HarnessError):
-    """AWS did not do what it was asked. ``code``: its own word for why; "" when it did not answer."""
+    """AWS did not do what it was asked. ``code`` and ``status``: its own word for why and the answer's HTTP status; ""
+    and 0 when it did not answer.
+    """
 
-    def __init__(self, what: str, problem: str, refusal: Refusal = "other", code: str = "") -> None:
-        self.problem, self.refusal, self.code = problem, refusal, code
+    def __init__(self, what: str, problem: str, refusal: Refusal = "other", code: str = "", status: int = 0) -> None:
+        self.problem, self.refusal, self.code, self.status = problem, refusal, code, status
         super().__init__(f"{what}: {problem}")
 
 
@@ -83,7 +85,8 @@ def _answered(what: str, needs: str, e: Any) -> AwsError:
         problem = f"throttled {ATTEMPTS} times ({code}); wait a minute"
     else:
         problem = f"{code}: {said}"
-    return AwsError(what, problem, refusal, code)
+    status = int(e.response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
+    return AwsError(what, problem, refusal, code, status)
 
 
 def _unanswered(what: str, e: Exception) -> AwsError:

@@ -9,7 +9,7 @@ The tree::
     ├── ResultsError        exit 1   a run directory or result file is missing, torn or of another schema
     ├── ServerError         exit 1   a model server did not start, died, or does not answer as one
     ├── WorkerError         exit 1   a load worker did not start or died
-    ├── StoreError          exit 1   an object on S3 cannot be read or written (`harness.s3`)
+    ├── StoreError          exit 1   an object on S3 cannot be read or written (`harness.store.objects`)
     └── RefusedError        exit 1   a cloud's price service refused us (`cluster.catalogue.prices`)
 
 A failed *request* is never an exception: it is a result row with its error class (`harness.results.ERRORS`).

@@ -91,7 +91,8 @@ def _stdin() -> BinaryIO:
 
 def _fetched(url: str) -> Source:
     """A verified temporary copy of an object."""
-    from harness.s3 import StoreError, fetch
+    from harness.store.errors import StoreError
+    from harness.store.objects import fetch
 
     spool = tempfile.NamedTemporaryFile(prefix="harness-trace-")  # noqa: SIM115  # lives as long as the Source
     try:

@@ -24,7 +24,7 @@ import msgspec
 
 from harness.errors import ResultsError, UsageError
 from harness.run import MOST_BYTES, PRIVATE, Tier
-from harness.s3 import as_url, is_url
+from harness.store.objects import as_url, is_url
 from harness.sweep import Pair, Point, SweepSpec, slug
 from harness.untrusted import DECODE_ERRORS, read_regular
 
@@ -81,7 +81,7 @@ class SweepState:
     writer: str = ""
     """Host, pid and time of the sitting that wrote it: two at work on one sweep never write the same step."""
     store_url: str | None = None
-    """Where on S3 the folder is kept as well (`harness.sweep_store`)."""
+    """Where on S3 the folder is kept as well (`harness.store.sweeps`)."""
 
     def spent(self, now_s: float) -> tuple[float, float]:
         """(USD, hours) from the start of servers to their end, this far."""

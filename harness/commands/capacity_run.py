@@ -341,7 +341,7 @@ class CapacitySession(Session):
 
     def send(self, answer: Path) -> None:
         """Keep what was found in the store too, where there is one."""
-        self._store.answer(answer, self.state.revision)
+        self._store.send(answer)
 
     def report(self) -> CapacityReport:
         """The answer from all probes so far."""

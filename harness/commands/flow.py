@@ -15,7 +15,9 @@ from harness.commands.targets import API_KEY, Target, choose_target
 from harness.errors import EXIT_VALID, ServerError, UsageError
 from harness.plan import read_plan_info
 from harness.run import PLAN, RunDir, create_run_dir
-from harness.store import as_url, is_url, local_copy, mirrored, output_file, split_out
+from harness.store.copies import local_copy, output_file, split_out
+from harness.store.follow import mirrored
+from harness.store.objects import as_url, is_url
 from harness.traces.reading import Files, open_asked
 
 

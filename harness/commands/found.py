@@ -23,7 +23,7 @@ def expand(paths: Sequence[Path]) -> list[Path]:
 
     Raises `ResultsError` for a sweep of which no point is done.
     """
-    from harness.store import local_copy
+    from harness.store.copies import local_copy
     from harness.sweep_state import STATE
 
     found: list[Path] = []

@@ -17,11 +17,11 @@ from harness.commands.sweep_run import Session
 from harness.commands.targets import rented
 from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, TraceError, UsageError
 from harness.run import Tier, now_utc
-from harness.store import as_url, is_url
+from harness.store.objects import as_url, is_url
+from harness.store.sweeps import come_home
 from harness.sweep import SweepSpec, levels, make_points, pairs, read_sweep, seeded
 from harness.sweep_cost import Survey, expect, start_s, survey, usd_per_hour
 from harness.sweep_state import SweepState, create_folder, differences, find_folder, lock, read_state, write_state
-from harness.sweep_store import come_home
 from harness.traces.reading import open_asked
 
 if TYPE_CHECKING:

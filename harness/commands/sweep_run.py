@@ -19,10 +19,10 @@ from harness.errors import HarnessError, PlanError
 from harness.plan import plan_sha256, read_plan_info
 from harness.records import Trace
 from harness.run import PRIVATE, RunDir, Tier
+from harness.store.sweeps import SweepStore
 from harness.sweep import Point, levels, slug
 from harness.sweep_cost import Survey, expect, start_s, survey, usd_per_hour
 from harness.sweep_state import Rental, SweepState, close_rentals, set_aside, verify, write_state
-from harness.sweep_store import SweepStore
 
 if TYPE_CHECKING:
     from analysis.rows.read import Run
@@ -48,8 +48,7 @@ class Session:
 
     def run(self) -> None:
         """Do every point that is not done. Raises KeyboardInterrupt after Ctrl-C, with everything written down."""
-        if not self.state.revision:
-            self._store.begin(self.state)
+        self._store.begin(self.state)
         try:
             self._look_back()
             self.work()
@@ -125,7 +124,7 @@ class Session:
     def serving(self, k: int, target: Target) -> Iterator[Servers]:
         """Servers of the ``k``-th pair, rented from the order to start them until they have ended."""
         folder = self._server_dir(k)
-        with self._store.servers(folder.path), self._rented(k) as rental, target.open(folder) as servers:
+        with self._rented(k) as rental, target.open(folder) as servers:
             rental.tier = servers.tier
             yield servers
 
@@ -150,7 +149,6 @@ class Session:
             if point.plan_sha256 not in (None, found):
                 raise PlanError(f"{path}: comes out otherwise than before (another harness?); begin a new sweep")
             point.plan_sha256, point.requests = found, info.requests
-            self._store.plan(path)
             if info.tokenizer is None:
                 notes.append("  note: prompts are the trace's own text, the same in every point: a warm prefix cache "
                              "knows them from the second point on")  # fmt: skip
@@ -180,17 +178,16 @@ class Session:
         try:
             if aside := set_aside(run.path):
                 say(f"{point.name}: what an earlier try left is in {aside.name}")
-                self._store.set_aside(point.name, aside.name)
+                self._store.set_aside(point.name)
             run.path.mkdir(mode=PRIVATE)
             copy_plan(self.folder / "plans" / point.plan, run.plan)
             point.state, point.reason = "running", None
             self.write()
             began = time.monotonic()
-            with self._store.following(run.path, point.name):
-                manifest = execute_point(
-                    run, servers, self._options(point), stop=stop, deadline=self._deadline(point),
-                    lost=self.lost_when(point), tell=self.tell_once, warm=True,
-                )  # fmt: skip
+            manifest = execute_point(
+                run, servers, self._options(point), stop=stop, deadline=self._deadline(point),
+                lost=self.lost_when(point), tell=self.tell_once, warm=True,
+            )  # fmt: skip
             point.took_s = time.monotonic() - began
             if stop.asked:
                 raise KeyboardInterrupt

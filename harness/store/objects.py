@@ -1,9 +1,9 @@
 """Objects on S3, or on anything that speaks its protocol: ``s3://BUCKET/KEY``.
 
 Region, credentials and endpoint (AWS_ENDPOINT_URL_S3) come from the environment, as for every AWS tool. Nothing is
-ever overwritten. What goes up is checked there, part by part, against its SHA-256, and the whole file's SHA-256 is kept
-with the object. What comes down is checked against that, or against the object's own checksum when another tool put it
-there. s3transfer, boto3's own way to send files, cannot refuse to overwrite.
+overwritten unless that is asked for. What goes up is checked there, part by part, against its SHA-256, and the whole
+file's SHA-256 is kept with the object. What comes down is checked against that, or against the object's own checksum
+when another tool put it there. s3transfer, boto3's own way to send files, cannot refuse to overwrite.
 """
 
 from __future__ import annotations
@@ -11,26 +11,29 @@ from __future__ import annotations
 import base64
 import errno
 import hashlib
+import io
 import os
 import re
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import IO, Any
 
+from harness import aws
+from harness.aws import code_of
 from harness.errors import UsageError
-from harness.s3_errors import EXISTS, broke_off, code_of, damaged, disk_error, explained, is_checksum
-from harness.s3_errors import StoreError as StoreError
+from harness.store.errors import EXISTS, MISSING, StoreError, broke_off, damaged, disk_error, explained
 
 PART_BYTES = 8 << 20
 """Files above this go up in parts of it (S3 refuses parts below 5 MiB, and more than 10,000 of them)."""
 CONNECT_S = 10
 READ_S = 60
-ATTEMPTS = 4
-"""Of one request, and of one download that breaks off."""
+BREAKS = 4
+"""How often one download may break off."""
 SLOWEST_BYTES_PER_S = 128 << 10
 SLACK_S = 300.0
 """A transfer may take this long and its size at the slowest rate; then it fails."""
@@ -63,57 +66,72 @@ def as_url(name: str | Path) -> str:
 
 def connect() -> Any:
     """A client with deadlines and retries; one may be used by several threads. Costs about as much as a request."""
-    import boto3
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError
-
-    config = Config(
-        connect_timeout=CONNECT_S, read_timeout=READ_S, max_pool_connections=_CONNECTIONS,
-        retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
-    )  # fmt: skip
-    try:
-        return boto3.session.Session().client("s3", config=config)
-    except (BotoCoreError, ValueError) as e:
-        raise StoreError("s3", f"cannot be asked: {e}") from e
+    with explained("s3://", "read"):
+        return aws.client("s3", connect_timeout=CONNECT_S, read_timeout=READ_S, max_pool_connections=_CONNECTIONS)
 
 
 # --- up ------------------------------------------------------------------------------------------------------------
 
 
-def upload(path: Path, url: str, *, client: Any = None) -> None:
-    """Put the file at ``url`` and verify that it arrived. The same bytes there already are as good.
+def upload(path: Path, url: str, *, client: Any = None, overwrite: bool = False) -> None:
+    """Put what the file holds now at ``url`` and verify that it arrived. The same bytes there already are as good.
 
-    Raises `StoreError` when another object is there, or it cannot be written whole and in time; then nothing is there.
+    Raises `StoreError` when another object is there (unless ``overwrite``), or it cannot be written whole and in time.
     """
     bucket, key = split_url(url)
     client = client or connect()
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(0)
+            sha256 = _sha256(file, size)
             with explained(url, "write"):
                 # Not every store knows If-None-Match: ask first, too.
-                if (known := _head(client, bucket, key)) is not None:
-                    _refuse_other(url, known, size, sha256)
+                known = _head(client, bucket, key)
+                if known is not None and _is(known, size, sha256):
                     return
+                if known is not None and not overwrite:
+                    raise _other(url)
                 send = _put if size <= PART_BYTES else _put_in_parts
-                checksum = send(client, bucket, key, file, size, sha256)
+                when = {} if overwrite else NEW
+                checksum = send(client, bucket, key, file, size, sha256, when)
                 _verify(client, url, size, sha256, checksum)
     except OSError as e:
         raise StoreError(url, f"{path} cannot be read ({e.strerror or e})") from e
 
 
-def put(data: bytes, url: str, *, client: Any = None) -> None:
-    """Put these few bytes at ``url``; the same bytes there already are as good. Raises `StoreError`."""
-    import io
+NEW = {"IfNoneMatch": "*"}
+"""Refused where an object of this name is."""
 
+
+def put(data: bytes, url: str, *, client: Any = None, replaces: str | None = None) -> str:
+    """Put these few bytes at ``url`` and return their ETag; the same bytes there already are as good.
+
+    They replace the object with the ETag ``replaces``; null: none. Where it is otherwise: `StoreError`, ``conflict``.
+    """
     bucket, key = split_url(url)
+    client = client or connect()
+    when = NEW if replaces is None else {"IfMatch": replaces}
     with explained(url, "write"):
-        _put(client or connect(), bucket, key, io.BytesIO(data), len(data), hashlib.sha256(data).hexdigest())
+        _put(client, bucket, key, io.BytesIO(data), len(data), hashlib.sha256(data).hexdigest(), when)
+        known = _head(client, bucket, key)
+    if known is None:
+        raise StoreError(url, "was written, and is not there", transient=True)
+    return str(known["ETag"])
 
 
-def _put(client: Any, bucket: str, key: str, file: IO[bytes], size: int, sha256: str) -> str:
+def get(url: str, *, client: Any = None) -> tuple[bytes, str] | None:
+    """The bytes of a small object and its ETag; null when there is none. Raises `StoreError`."""
+    client = client or connect()
+    with explained(url, "read"):
+        known = _head(client, *split_url(url))
+    if known is None:
+        return None
+    out = io.BytesIO()
+    fetch(url, out, client=client)
+    return out.getvalue(), str(known["ETag"])
+
+
+def _put(client: Any, bucket: str, key: str, file: IO[bytes], size: int, sha256: str, when: Mapping[str, str]) -> str:
     """One request. Returns the checksum that S3 then has of it."""
     from botocore.exceptions import ClientError
 
@@ -121,18 +139,20 @@ def _put(client: Any, bucket: str, key: str, file: IO[bytes], size: int, sha256:
     checksum = _base64(hashlib.sha256(data).digest())
     try:
         client.put_object(
-            Bucket=bucket, Key=key, Body=data, IfNoneMatch="*", ChecksumSHA256=checksum, Metadata={"sha256": sha256}
+            Bucket=bucket, Key=key, Body=data, ChecksumSHA256=checksum, Metadata={"sha256": sha256}, **when
         )
     except ClientError as e:
         # Our own request may have arrived although its answer did not: then the retry finds its own object.
-        known = _head(client, bucket, key) if code_of(e) in EXISTS else None
-        if known is None:
+        if code_of(e) not in EXISTS or (known := _head(client, bucket, key)) is None:
             raise
-        _refuse_other(f"s3://{bucket}/{key}", known, size, sha256)
+        if not _is(known, size, sha256):
+            raise _other(f"s3://{bucket}/{key}") from e
     return checksum
 
 
-def _put_in_parts(client: Any, bucket: str, key: str, file: IO[bytes], size: int, sha256: str) -> str:
+def _put_in_parts(
+    client: Any, bucket: str, key: str, file: IO[bytes], size: int, sha256: str, when: Mapping[str, str]
+) -> str:
     """Multipart upload, aborted when it fails. Returns the checksum of its parts' checksums."""
     from botocore.exceptions import ClientError
 
@@ -154,12 +174,12 @@ def _put_in_parts(client: Any, bucket: str, key: str, file: IO[bytes], size: int
             part = {"PartNumber": number, "ChecksumSHA256": _base64(digest)}
             parts.append(part | {"ETag": client.upload_part(**target, **part, Body=data)["ETag"]})
         try:
-            client.complete_multipart_upload(**target, MultipartUpload={"Parts": parts}, IfNoneMatch="*")
+            client.complete_multipart_upload(**target, MultipartUpload={"Parts": parts}, **when)
         except ClientError as e:
-            known = _head(client, bucket, key) if code_of(e) in (*EXISTS, "NoSuchUpload") else None
-            if known is None:
+            if code_of(e) not in (*EXISTS, "NoSuchUpload") or (known := _head(client, bucket, key)) is None:
                 raise
-            _refuse_other(url, known, size, sha256)
+            if not _is(known, size, sha256):
+                raise _other(url) from e
     except BaseException:
         # Parts of an upload that nobody ends are kept, and billed, for ever.
         with suppress(Exception):
@@ -175,9 +195,25 @@ def _read_exactly(file: IO[bytes], size: int) -> bytes:
     return data
 
 
-def _refuse_other(url: str, known: dict[str, Any], size: int, sha256: str) -> None:
-    if known["ContentLength"] != size or known.get("Metadata", {}).get("sha256") != sha256:
-        raise StoreError(url, "exists already, with other content; nothing is overwritten: choose another name")
+def _sha256(file: IO[bytes], size: int) -> str:
+    """Of the first ``size`` bytes (the file may be growing); rewinds it."""
+    digest, left = hashlib.sha256(), size
+    while left and (chunk := file.read(min(left, 1 << 20))):
+        digest.update(chunk)
+        left -= len(chunk)
+    file.seek(0)
+    return digest.hexdigest()
+
+
+def _is(known: Mapping[str, Any], size: int, sha256: str) -> bool:
+    """Whether an object holds just these bytes."""
+    return bool(known["ContentLength"] == size and known.get("Metadata", {}).get("sha256") == sha256)
+
+
+def _other(url: str) -> StoreError:
+    return StoreError(
+        url, "exists already, with other content; nothing is overwritten: choose another name", conflict=True
+    )
 
 
 def _verify(client: Any, url: str, size: int, sha256: str, checksum: str) -> None:
@@ -223,6 +259,8 @@ def fetch(url: str, out: IO[bytes], *, client: Any = None) -> str:
 
     Raises `StoreError` when it cannot be read, breaks off again and again, or is not what was stored.
     """
+    from botocore.exceptions import FlexibleChecksumError
+
     bucket, key = split_url(url)
     client = client or connect()
     start, digest, got, failures = out.tell() if out.seekable() else 0, hashlib.sha256(), 0, 0
@@ -251,10 +289,10 @@ def fetch(url: str, out: IO[bytes], *, client: Any = None) -> str:
         except Exception as e:
             if not broke_off(e):
                 raise
-            if is_checksum(e):
+            if isinstance(e, FlexibleChecksumError):
                 raise damaged(url) from e
             failures += 1
-            if failures >= ATTEMPTS:
+            if failures >= BREAKS:
                 raise StoreError(url, f"the stream broke off {failures} times ({e})", transient=True) from e
             time.sleep(0.1 * 2**failures)
             continue
@@ -312,16 +350,6 @@ def delete(objects: list[Stored], *, client: Any = None) -> None:
             raise StoreError(f"s3://{batch[0][0]}/{error.get('Key')}", f"cannot be removed ({error.get('Code')})")
 
 
-def move(objects: list[Stored], url: str, *, client: Any = None) -> None:
-    """Give objects of one listing the same names below ``url``. Raises `StoreError`; then some are there twice."""
-    client = client or connect()
-    for stored in objects:
-        (bucket, key), (into, name) = split_url(stored.url), split_url(f"{url}/{stored.name}")
-        with explained(stored.url, "write"):
-            client.copy_object(Bucket=into, Key=name, CopySource={"Bucket": bucket, "Key": key})
-    delete(objects, client=client)
-
-
 def split_url(url: str | Path) -> tuple[str, str]:
     """(bucket, key). Raises `UsageError`."""
     bucket, _, key = as_url(url).removeprefix("s3://").partition("/")
@@ -337,7 +365,7 @@ def _head(client: Any, bucket: str, key: str) -> dict[str, Any] | None:
         answer: dict[str, Any] = client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
         return answer
     except ClientError as e:
-        if code_of(e) in ("404", "NoSuchKey"):
+        if code_of(e) in MISSING:
             return None
         raise
 
