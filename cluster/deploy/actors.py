@@ -23,7 +23,7 @@ from cluster.engines.protocol import WHOLE, Engine, Part
 from cluster.process.cpu_times import Sampler
 from cluster.process.process import GRACE_S, NO_SECRETS, Process
 from cluster.process.registry import name_orphans, work_folder
-from cluster.process.reservations import alone, claim, claims, holders, release, visible_gpus
+from cluster.process.reservations import exclusively, holders, release, reservations, reserve, visible_gpus
 from harness.errors import HarnessError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class ServersActor:
         for owner in self._owners:
             owner.nice = nice
         self._run_dir = Path(servers[0][1]).parent
-        self._claims: list[str | None] = []
+        self._reserved: list[str | None] = []
         self._sampler: Sampler | None = None
 
     def node_id(self) -> str:
@@ -102,7 +102,7 @@ class ServersActor:
         return None
 
     def reserve(self, vcpu: int | None, gpus: bool) -> Reserved | Failed:
-        """Claim what the servers will run on; call it once. Processors that another run holds are left to it.
+        """Reserve what the servers will run on; call it once. Processors that another run holds are left to it.
 
         ``vcpu``: of the tier, when it has no accelerators. ``gpus``: this actor's accelerators were given by a Ray of
         our own, which knows of no other run (a cluster's Ray gives each to one job).
@@ -113,15 +113,15 @@ class ServersActor:
             return Failed(f"{self._owners[0].name}: {e}")
 
     def _reserve(self, vcpu: int | None, gpus: bool) -> Reserved | Failed:
-        with alone():
-            others = [one for one in claims() if one.owner.pid != os.getpid()]
+        with exclusively():
+            others = [one for one in reservations() if one.owner.pid != os.getpid()]
             if gpus:
                 mine = visible_gpus()
                 if taken := [one for one in others if set(one.gpus) & set(mine)]:
                     return Failed(
                         f"{self._owners[0].name}: its GPUs are held: {holders(taken)}; harness stop ends them"
                     )
-                self._claims.append(claim(self._owners[0].name, self._run_dir, gpus=mine))
+                self._reserved.append(reserve(self._owners[0].name, self._run_dir, gpus=mine))
             if vcpu is None:
                 return Reserved([None] * len(self._owners), None)
             every = sorted(os.sched_getaffinity(0))
@@ -129,7 +129,7 @@ class ServersActor:
             free = [cpu for cpu in every if not any(cpu in one.cpus for one in in_the_way)]
             for rank, owner in enumerate(self._owners):
                 owner.cpus = choose_cpus(free or every, vcpu, rank, len(self._owners))
-                self._claims.append(claim(owner.name, self._run_dir, cpus=owner.cpus))
+                self._reserved.append(reserve(owner.name, self._run_dir, cpus=owner.cpus))
         if in_the_way and 0 < len(free) < vcpu * len(self._owners):
             self._owners[0].say(f"has {len(free)} processors to itself of this host's {len(every)}: "
                                 f"{holders(in_the_way)}")  # fmt: skip
@@ -156,7 +156,7 @@ class ServersActor:
         """End all servers and everything they started."""
         with ThreadPoolExecutor(max_workers=len(self._owners)) as pool:
             list(pool.map(lambda owner: owner.stop(grace_s), self._owners))
-        release(self._claims)
+        release(self._reserved)
 
     def clean(self) -> None:
         """Take the folders of logs that came home away."""

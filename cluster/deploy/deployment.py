@@ -32,11 +32,11 @@ from cluster.deploy.ray_head import NICENESS
 from cluster.deploy.ray_session import alive_nodes, connect, disconnect, head_gone, last_line
 from cluster.deploy.remote import RemoteHost, RemoteWorker
 from cluster.deploy.replica import TRIES, Failed, Started
-from cluster.deploy.supervisor import CHECK_S, Host, Owner, Watch
+from cluster.deploy.supervisor import CHECK_S, Host, Owner, Supervisor
 from cluster.engines.protocol import WHOLE, Engine, Part, State
 from cluster.engines.vllm import VllmEngine
 from cluster.process.process import GRACE_S, Process
-from cluster.process.reservations import claims
+from cluster.process.reservations import reservations
 from harness import probe
 from harness.errors import ServerError, UsageError
 from harness.host_metrics import HostMetrics, host_file
@@ -107,7 +107,7 @@ class Deployment:
         """True when load workers run on the machine of a replica."""
         self.shared_cores: bool | None = None
         """True when load workers may run on processors that a replica runs on."""
-        self._watch = Watch(self.replicas, say, restart=on_replica_death == "restart", ready_s=ready_s)
+        self._supervisor = Supervisor(self.replicas, say, restart=on_replica_death == "restart", ready_s=ready_s)
 
     def __enter__(self) -> Deployment:
         try:
@@ -146,7 +146,7 @@ class Deployment:
         for (_, members), group in zip(together, self._groups, strict=True):
             for part in range(need.hosts):
                 self._own(members, group, part)
-        hosts = self._watch.hosts
+        hosts = self._supervisor.hosts
         nodes = self._gather([host.actor.node_id.remote() for host in hosts], ACTOR_S, "its Ray actor did not start")
         for host, node_id in zip(hosts, nodes, strict=True):
             host.node = node_id
@@ -154,7 +154,7 @@ class Deployment:
         vcpu = None if self._tier.accelerator_count else self._tier.vcpu
         local_gpus = bool(self._tier.accelerator_count) and self._ray is not None
         reserved = self._gather([host.actor.reserve.remote(vcpu, local_gpus) for host in hosts], ACTOR_S, "no answer")
-        for owner, server in zip(self._watch.owners, self._start_servers(), strict=True):
+        for owner, server in zip(self._supervisor.owners, self._start_servers(), strict=True):
             if owner.part == 0:
                 replica = self.replicas[owner.replica]
                 replica.base_url, replica.ready_s, replica.nice = server.base_url, server.ready_s, server.nice
@@ -163,7 +163,7 @@ class Deployment:
                     self._say(f"warning: replica {owner.replica} runs at nice {server.nice}, so other work of its host "
                               f"goes first: start Ray there with {NICENESS}=0 in its environment")  # fmt: skip
         for _ in range(2):  # their logs come home before there is load; the first question may be an old one
-            self._watch.listen(CHECK_S)
+            self._supervisor.listen(CHECK_S)
         self.engine_version = probe.engine_version(self.replicas[0].base_url, self.api_key)
         self._note_cpus(reserved)
         self._place_load(reserved)
@@ -201,12 +201,12 @@ class Deployment:
         actor = ray.remote(**options)(ServersActor)
         host = Host(actor.remote(self._engine, servers, self.api_key, address, self._nice))
         host.owners = [Owner(host, i, index, part, Path(servers[i][1])) for i, index in enumerate(members)]
-        self._watch.hosts.append(host)
-        self._watch.owners += host.owners
+        self._supervisor.hosts.append(host)
+        self._supervisor.owners += host.owners
 
     def _start_servers(self) -> list[Started]:
         """Start all servers at once; what each owner has. The parts of one meet at a port: another one on a clash."""
-        owners = self._watch.owners
+        owners = self._supervisor.owners
         started: list[Started | Failed] = [Failed("", clash=True) for _ in owners]
         for attempt in range(1, TRIES + 1):
             again = {o.replica for o, found in zip(owners, started, strict=True) if isinstance(found, Failed)}
@@ -241,13 +241,17 @@ class Deployment:
         self, refs: list[Any], timeout_s: float, late: str, *, of: list[int] | None = None, clash_ok: bool = False
     ) -> list[Any]:
         """Results of one call to every host, or to owners, in order; raises `ServerError` at the first failure."""
-        asked = [self._watch.owners[i] for i in of] if of is not None else [h.owners[0] for h in self._watch.hosts]
+        asked = (
+            [self._supervisor.owners[i] for i in of]
+            if of is not None
+            else [h.owners[0] for h in self._supervisor.hosts]
+        )
         deadline = time.monotonic() + timeout_s
         results: dict[int, Any] = {}
         while len(results) < len(refs):
             waiting = [ref for i, ref in enumerate(refs) if i not in results]
             done, _ = ray.wait(waiting, num_returns=1, timeout=0.5)
-            self._watch.listen()
+            self._supervisor.listen()
             for ref in done:
                 index = refs.index(ref)
                 try:
@@ -260,7 +264,7 @@ class Deployment:
                 missing = next(asked[i].replica for i in range(len(refs)) if i not in results)
                 if time.monotonic() > deadline:
                     raise ServerError(f"replica {missing}: {late} (waited {timeout_s:.0f} s)")
-                for host in self._watch.hosts:
+                for host in self._supervisor.hosts:
                     if host.lost:
                         raise ServerError(f"replica {host.owners[0].replica}: {host.lost}")
         return [results[i] for i in range(len(refs))]
@@ -276,12 +280,12 @@ class Deployment:
 
     def _place_load(self, reserved: list[Reserved]) -> None:
         """Choose where load workers go: nodes without a replica, else processors without one, else beside them."""
-        servers = [host.node for host in self._watch.hosts]
+        servers = [host.node for host in self._supervisor.hosts]
         self._load_nodes = choose_load_nodes(self._nodes, servers)
         self.shares_host = self.shared_cores = any(node.node_id in servers for node in self._load_nodes)
         taken = [cpus for one in reserved for cpus in one.cpus]
         if self.shares_host and len(self._nodes) == 1 and all(cpus is not None for cpus in taken):
-            held = {cpu for cpus in taken for cpu in cpus or ()} | {cpu for one in claims() for cpu in one.cpus}
+            held = {cpu for cpus in taken for cpu in cpus or ()} | {cpu for one in reservations() for cpu in one.cpus}
             if spare := sorted(os.sched_getaffinity(0) - held):
                 self._spare_cpus, self.shared_cores = spare, any(one.shared_with for one in reserved)
         if self.shared_cores:
@@ -292,23 +296,23 @@ class Deployment:
     @property
     def states(self) -> list[State]:
         """Of each replica: queued, starting, loading, compiling or ready (`cluster.engines.protocol.State`)."""
-        return [owner.state for owner in self._watch.owners if owner.part == 0]
+        return [owner.state for owner in self._supervisor.owners if owner.part == 0]
 
     @property
     def restarts(self) -> list[Restart]:
         """Replicas that died and were started again, so far; always the same list."""
-        return self._watch.restarts
+        return self._supervisor.restarts
 
     @property
     def restarting(self) -> bool:
         """A dead server is being started again."""
-        return self._watch.restarting
+        return self._supervisor.restarting
 
     def check(self) -> dict[int, str]:
-        """Replicas that have ended, index -> how (`cluster.deploy.supervisor.Watch.check`). Waits a second at most."""
+        """Replicas that have ended, index -> how (`Supervisor.check`). Waits a second at most."""
         for host in self._hosts:
             host.fetch()
-        return self._watch.check()
+        return self._supervisor.check()
 
     def counters(self) -> list[probe.Counters | None]:
         """Each server's own counters now; null from one that does not answer."""
@@ -340,7 +344,7 @@ class Deployment:
         """Counters of this host and of every host with a replica or load workers, and the processor time of every
         server, each second, beside the results.
         """
-        used = {host.node for host in self._watch.hosts} | {node.node_id for node in self._load_nodes}
+        used = {host.node for host in self._supervisor.hosts} | {node.node_id for node in self._load_nodes}
         remote = [
             RemoteHost(node, host_file(run.path, node.address))
             for node in self._nodes
@@ -350,7 +354,7 @@ class Deployment:
         here = self._nodes[0].address if len(self._nodes) > 1 else "local"
         with (
             HostMetrics(host_file(run.path, here), start_unix_ns) as metrics,
-            self._watch.sampling(run, start_unix_ns),
+            self._supervisor.sampling(run, start_unix_ns),
         ):
             try:
                 for host in remote:
@@ -379,7 +383,7 @@ class Deployment:
             elif ray.is_initialized():
                 for worker in workers:
                     worker.stop(grace_s)
-                self._watch.stop(grace_s)  # hosts answer without their cluster's head, too
+                self._supervisor.stop(grace_s)  # hosts answer without their cluster's head, too
                 for group in groups if not head_gone() else ():
                     with contextlib.suppress(RayError):
                         remove_placement_group(group)

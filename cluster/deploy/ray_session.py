@@ -19,7 +19,7 @@ from typing import Any
 from cluster.deploy.placement import Node
 from cluster.deploy.preflight import check_ray_address
 from cluster.process.process import Process, wait_ready
-from cluster.process.reservations import claims, holders, visible_gpus
+from cluster.process.reservations import holders, reservations, visible_gpus
 from harness.errors import ServerError, UsageError
 
 if not os.environ.get("RAY_ADDRESS"):
@@ -91,7 +91,7 @@ def connect(say: Callable[[str], None]) -> Process | None:
 
 def free_gpus(say: Callable[[str], None]) -> dict[str, str]:
     """What hides the accelerators that other runs hold from a Ray of our own, as environment; says which those are."""
-    held = [one for one in claims() if one.gpus]
+    held = [one for one in reservations() if one.gpus]
     if not held:
         return {}
     taken = {gpu for one in held for gpu in one.gpus}

@@ -24,7 +24,7 @@ import ray  # isort: skip  # after cluster.deploy.ray_session, which sets what R
 from ray.exceptions import GetTimeoutError, RayError  # isort: skip
 
 CHECK_S = 1.0
-"""`Watch.check` waits this long for answers; late ones are taken the next time."""
+"""`Supervisor.check` waits this long for answers; late ones are taken the next time."""
 MOST_RESTARTS = 5
 """Of one replica: a server that goes on dying is broken, and to start it again for ever would be a wait without end."""
 RESTART_SLACK_S = 60.0
@@ -107,11 +107,11 @@ class _Restarting:
 
     answer: Any
     place: int
-    """In ``Watch.restarts``."""
+    """In ``Supervisor.restarts``."""
     since: float
 
 
-class Watch:
+class Supervisor:
     """Follows the servers of one deployment. With ``restart`` a dead one is started again, at its address."""
 
     def __init__(

@@ -1,7 +1,7 @@
 """What servers hold of this host, so that a second run places itself elsewhere or says who is in its way.
 
 ``$XDG_STATE_HOME/harness/claims`` holds ``<id>.json`` for every server of this user's harness: the processors it is
-pinned to and its accelerators. A claim counts as long as the process that made it lives (`registry.Identity`),
+pinned to and its accelerators. A reservation counts as long as the process that made it lives (`registry.Identity`),
 however that ends. Ports need none: the owner of a server keeps its port bound (`cluster.deploy.replica.hold_port`).
 """
 
@@ -30,7 +30,7 @@ NVIDIA = Path("/proc/driver/nvidia/gpus")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
+class Reservation:
     """What one server holds."""
 
     id: str
@@ -51,13 +51,13 @@ class Claim:
 
 
 def folder() -> Path:
-    """Where the claims are."""
+    """Where the reservations are."""
     return state_dir() / "claims"
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """One harness at a time looks at what is free and claims it. Without a writable disk everyone is alone.
+def exclusively() -> Iterator[None]:
+    """One harness at a time looks at what is free and reserves it. Without a writable disk everyone is alone.
 
     The lock is held for one listing of a folder, and let go when its holder dies. Raises `ServerError` when another
     process keeps it for `LOCK_S`.
@@ -81,29 +81,29 @@ def _lock(file: IO[bytes]) -> None:
             time.sleep(0.05)
 
 
-def claims() -> list[Claim]:
+def reservations() -> list[Reservation]:
     """Those of living processes on this host; the others are taken away."""
     found, here = [], place()
     for file in sorted(folder().glob("*.json")):
         try:
-            claim = msgspec.json.decode(file.read_bytes(), type=Claim)
+            one = msgspec.json.decode(file.read_bytes(), type=Reservation)
         except OSError:
             continue
         except msgspec.DecodeError:
-            claim = None
-        if claim is not None and claim.place != here:
+            one = None
+        if one is not None and one.place != here:
             continue  # a home that several hosts share
-        if claim is not None and claim.owner.alive:
-            found.append(claim)
+        if one is not None and one.owner.alive:
+            found.append(one)
         else:
             with contextlib.suppress(OSError):
                 file.unlink(missing_ok=True)
     return found
 
 
-def claim(name: str, run_dir: Path, *, cpus: Sequence[int] = (), gpus: Sequence[str] = ()) -> str | None:
-    """Write a claim of this process; its id. Null when that cannot be done: a full disk must not stop a run."""
-    made = Claim(
+def reserve(name: str, run_dir: Path, *, cpus: Sequence[int] = (), gpus: Sequence[str] = ()) -> str | None:
+    """Write a reservation of this process; its id. Null when that cannot be done: a full disk must not stop a run."""
+    made = Reservation(
         id=secrets.token_hex(4), name=name, place=place(), owner=identify(os.getpid()), run_dir=str(run_dir),
         cpus=list(cpus), gpus=list(gpus),
     )  # fmt: skip
@@ -117,14 +117,14 @@ def claim(name: str, run_dir: Path, *, cpus: Sequence[int] = (), gpus: Sequence[
 
 
 def release(ids: Iterable[str | None]) -> None:
-    """Take claims away."""
-    for claim_id in ids:
-        if claim_id:
+    """Take reservations away."""
+    for reserved in ids:
+        if reserved:
             with contextlib.suppress(OSError):
-                (folder() / f"{claim_id}.json").unlink(missing_ok=True)
+                (folder() / f"{reserved}.json").unlink(missing_ok=True)
 
 
-def holders(of: Sequence[Claim]) -> str:
+def holders(of: Sequence[Reservation]) -> str:
     """Who holds what, for a person."""
     return "; ".join(f"{one.words} by {one.name} of {one.run_dir} (pid {one.owner.pid})" for one in of)
 

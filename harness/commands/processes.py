@@ -111,11 +111,11 @@ def _found() -> list[_Running]:
 
 
 def _running() -> list[_Running]:
-    """What runs on this host; orphans and claims are told here, where the pids mean something."""
+    """What runs on this host; orphans and reservations are told here, where the pids mean something."""
     from cluster.process.registry import running
-    from cluster.process.reservations import claims
+    from cluster.process.reservations import reservations
 
-    holds = {(one.owner, one.name): one.words for one in claims()}
+    holds = {(one.owner, one.name): one.words for one in reservations()}
     return [_Running(entry, entry.orphan, holds.get((entry.owner, entry.name))) for entry in running()]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import heapq
 import json
 import math
 import os
@@ -17,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, TypedDict
 
-from cluster.engines.fake.pacing import engine_of
+from cluster.engines.fake.pacing import Pacer, engine_of
 
 
 class Body(TypedDict, total=False):
@@ -83,51 +82,6 @@ FAULTS = {
     "odd_fields": "a finish reason that is a number, and a cached count of -1",
     "late_zeros": "a usage of zeros after the real one",
 }
-
-BURST = 64
-"""Chunks written in a row before requests that came meanwhile are read."""
-
-
-class Pacer:
-    """Calls answers when they are due, all with one timer of the event loop, in the order of their times."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self.due: list[tuple[float, int, Answer]] = []
-        self.number = 0
-        self.timer: asyncio.Handle | None = None
-        self.timer_at = math.inf
-
-    def call_at(self, at: float, answer: Answer) -> None:
-        """Call ``answer.tick`` at this time of the loop's clock."""
-        self.number += 1
-        heapq.heappush(self.due, (at, self.number, answer))
-        if at < self.timer_at:
-            self.arm(at)
-
-    def arm(self, at: float) -> None:
-        """Wake up at this time, and not at the one that was set."""
-        if self.timer is not None:
-            self.timer.cancel()
-        self.timer_at = at
-        self.timer = self.loop.call_at(at, self.run)
-
-    def run(self) -> None:
-        """Everything that is due."""
-        due, now, pop = self.due, self.loop.time(), heapq.heappop
-        self.timer, self.timer_at = None, -math.inf  # while we are here nobody need set it
-        try:
-            for _ in range(BURST):
-                if not due or due[0][0] > now:
-                    break
-                pop(due)[2].tick()
-        finally:
-            if due and due[0][0] <= now:
-                self.timer = self.loop.call_soon(self.run)
-            else:
-                self.timer_at = math.inf
-                if due:
-                    self.arm(due[0][0])
 
 
 class Truth:

@@ -1,4 +1,4 @@
-"""The laboratory's engine in real time: it decides when the fake server's tokens are due, in place of a fixed schedule.
+"""When the fake server's tokens are due: at times that were fixed before, or by the laboratory's engine in real time.
 
 The scheduler and the step time are those of `cluster.simulator`. Each step ends at the end of the one before plus its
 own time, however late this process gets to it: lateness delays what is written and never what comes after. A request
@@ -9,6 +9,7 @@ counts from when the kernel had it and is seen when the running step ends, so th
 from __future__ import annotations
 
 import asyncio
+import heapq
 import math
 import sys
 from collections.abc import Callable
@@ -18,10 +19,61 @@ from typing import Protocol
 from cluster.simulator.scheduler import Limits, Scheduler, Sequence
 from cluster.simulator.step_time import LinearStep, StepTime
 
+BURST = 64
+"""Chunks written in a row before requests that came meanwhile are read."""
 POLLS = 5
 """Turns of the event loop between two steps: a request on a new connection takes four to be accepted and read."""
 SPIN_S = 0.001
 """The event loop's timer is up to 1 ms late; the last of the wait is spent turning it."""
+
+
+class Ticking(Protocol):
+    """What the pacer calls: `cluster.engines.fake.answers.Answer`."""
+
+    def tick(self) -> None:
+        """It is due."""
+
+
+class Pacer:
+    """Calls answers when they are due, all with one timer of the event loop, in the order of their times."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.due: list[tuple[float, int, Ticking]] = []
+        self.number = 0
+        self.timer: asyncio.Handle | None = None
+        self.timer_at = math.inf
+
+    def call_at(self, at: float, answer: Ticking) -> None:
+        """Call ``answer.tick`` at this time of the loop's clock."""
+        self.number += 1
+        heapq.heappush(self.due, (at, self.number, answer))
+        if at < self.timer_at:
+            self.arm(at)
+
+    def arm(self, at: float) -> None:
+        """Wake up at this time, and not at the one that was set."""
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer_at = at
+        self.timer = self.loop.call_at(at, self.run)
+
+    def run(self) -> None:
+        """Everything that is due."""
+        due, now, pop = self.due, self.loop.time(), heapq.heappop
+        self.timer, self.timer_at = None, -math.inf  # while we are here nobody need set it
+        try:
+            for _ in range(BURST):
+                if not due or due[0][0] > now:
+                    break
+                pop(due)[2].tick()
+        finally:
+            if due and due[0][0] <= now:
+                self.timer = self.loop.call_soon(self.run)
+            else:
+                self.timer_at = math.inf
+                if due:
+                    self.arm(due[0][0])
 
 
 class Answer(Protocol):
