@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from harness.formats.row import MAX_ARRIVAL_S, LeftOutError, Row, RowError
+from harness.formats.row import MAX_ARRIVAL_S, LeftOutError, RowError, TraceRecord
 
 
 class ArrivalOrder:
@@ -25,8 +25,8 @@ class ArrivalOrder:
         """From the first row to the last; None without times."""
         return None if self._first_ns is None or self._last_ns is None else (self._last_ns - self._first_ns) / 1e9
 
-    def arrival_s(self, row: Row) -> float | None:
-        """Seconds after the first row; None when the trace has no times. Raises `RowError` and `LeftOutError`."""
+    def arrival_ns(self, row: TraceRecord) -> int | None:
+        """Nanoseconds after the first row; None when the trace has no times. Raises `RowError` and `LeftOutError`."""
         now_ns = row.arrival_ns
         if self._timed is None:
             self._timed = now_ns is not None
@@ -58,7 +58,7 @@ class ArrivalOrder:
                 self._steps[(step_ns + 500_000) // 1_000_000] += 1
             self._last_ns = now_ns
             self.instants += 1
-        return (now_ns - self._first_ns) / 1e9
+        return now_ns - self._first_ns
 
     def _in_part(self, now_ns: int, part: int) -> bool:
         """Whether the row is in the wanted part; each part begins where time goes back."""

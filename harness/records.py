@@ -25,10 +25,10 @@ from harness.formats.row import (
     LeftOutError,
     Place,
     Reader,
-    Row,
     RowError,
+    TraceRecord,
     is_whole_prompt,
-    weight,
+    memory_bytes,
 )
 from harness.selection import Where, unmatched
 from harness.source import Source
@@ -43,41 +43,6 @@ Draw = Callable[[], tuple[int, int]]
 _MAX_REASONS = 30
 _FAST, _FAST_ROWS = 1000, 100
 """Requests/s that no single trace is likely to hold over so many rows: the clock may be in another unit."""
-
-
-@dataclass(frozen=True, slots=True)
-class TraceRecord:
-    """One request of a trace. What the file does not say is None."""
-
-    line: int
-    """1-based line in the (uncompressed) file its record begins on; the row in a columnar file."""
-    arrival_s: float | None
-    """Seconds after the first kept record; never decreasing."""
-    input_tokens: int | None
-    """Counted by the source's tokenizer, as everywhere in a trace."""
-    output_tokens: int | None
-    session_id: str | None = None
-    turn: int | None = None
-    prefix_ids: tuple[int, ...] | None = None
-    """One per block of ``block_tokens``, the last perhaps partial; equal leading ids are equal leading tokens."""
-    block_tokens: int | None = None
-    text: str | None = None
-    messages: tuple[dict[str, str], ...] | None = None
-    """Chat messages, each with ``role`` and ``content``."""
-    answer: str | None = None
-    """What the model said in production. Never sent."""
-    adapter: str | None = None
-    """Model or LoRA adapter to ask for, by the name the server under test has for it; None: the run's model."""
-    cancel_after_s: float | None = None
-    """The client hung up this long after it had sent the request."""
-    think_s: float | None = None
-    """From the end of the session's previous answer to this turn."""
-    timeout_s: float | None = None
-    """The client waited this long at most, counted from when it had sent the request; None: the run's limit."""
-    model: str | None = None
-    """Model that answered in production, by the source's name for it. Never asked for: see ``adapter``."""
-    cached_tokens: int | None = None
-    """Of ``input_tokens``, those that production found in a prompt cache."""
 
 
 class Trace:
@@ -133,7 +98,7 @@ class Trace:
             rows = self._rows(reader, books)
             for place, row in self._in_order(rows, reader, books):
                 try:
-                    arrival_s = order.arrival_s(row)
+                    arrival_ns = order.arrival_ns(row)
                 except RowError as e:
                     self._refuse(books, place, e)
                     continue
@@ -141,7 +106,7 @@ class Trace:
                     books.drop(e.reason)
                     continue
                 books.kept += 1
-                yield TraceRecord(place.line, arrival_s, *row[1:])
+                yield row._replace(arrival_ns=arrival_ns, line=place.line)
             done = True
         finally:
             if not done and books.sorted:
@@ -162,8 +127,8 @@ class Trace:
         return reader
 
     def _in_order(
-        self, rows: Iterator[tuple[Place, Row]], reader: Reader, books: _Books
-    ) -> Iterator[tuple[Place, Row]]:
+        self, rows: Iterator[tuple[Place, TraceRecord]], reader: Reader, books: _Books
+    ) -> Iterator[tuple[Place, TraceRecord]]:
         """Rows by arrival, equal ones in file order, where that has to be made."""
         first = next(rows, None)  # what the times are shows when the first row is there
         if first is None:
@@ -173,14 +138,14 @@ class Trace:
             yield from rows
             return
         books.sorted = True
-        by_arrival: Sorter[tuple[Place, Row]] = Sorter(_when, lambda placed: weight(placed[1]))
+        by_arrival: Sorter[tuple[Place, TraceRecord]] = Sorter(_when, lambda placed: memory_bytes(placed[1]))
         for placed in chain((first,), rows):
             books.moved = books.moved or _when(placed) < books.latest
             books.latest = max(books.latest, _when(placed))
             by_arrival.add(placed)
         yield from by_arrival
 
-    def _rows(self, reader: Reader, books: _Books) -> Iterator[tuple[Place, Row]]:
+    def _rows(self, reader: Reader, books: _Books) -> Iterator[tuple[Place, TraceRecord]]:
         """Good rows in file order; the others are counted or raised."""
         draw = self.asked.lengths() if self.asked.lengths else None
         last = Place(0, 1)
@@ -203,7 +168,7 @@ class Trace:
 
     def _judge(
         self, reader: Reader, books: _Books, place: Place, item: Item, draw: Draw | None
-    ) -> Iterator[tuple[Place, Row]]:
+    ) -> Iterator[tuple[Place, TraceRecord]]:
         books.read += 1
         if isinstance(item, LeftOutError):
             books.drop(item.reason)
@@ -367,6 +332,6 @@ class _Books:
         return f"{self.read} rows read" + (f", dropped: {reasons}" if reasons else "")
 
 
-def _when(placed: tuple[Place, Row]) -> int:
+def _when(placed: tuple[Place, TraceRecord]) -> int:
     arrival_ns = placed[1].arrival_ns
     return -1 if arrival_ns is None else arrival_ns

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Literal, cast, get_args
 
 from harness.errors import UsageError, unknown_name
-from harness.formats.row import Row
+from harness.formats.row import TraceRecord
 
 Field = Literal["model", "session", "adapter"]
 FIELDS: tuple[Field, ...] = get_args(Field)
@@ -24,7 +24,7 @@ class Where:
     def __str__(self) -> str:
         return f"{self.field}={'|'.join(self.patterns)}"
 
-    def matches(self, row: Row) -> bool:
+    def matches(self, row: TraceRecord) -> bool:
         """Whether the row is wanted; one that does not say the field is not."""
         value = {"model": row.model, "session": row.session_id, "adapter": row.adapter}[self.field]
         return value is not None and any(fnmatchcase(value, pattern) for pattern in self.patterns)
@@ -44,6 +44,6 @@ def parse_where(texts: Iterable[str]) -> tuple[Where, ...]:
     return tuple(found)
 
 
-def unmatched(row: Row, wanted: Sequence[Where]) -> str | None:
+def unmatched(row: TraceRecord, wanted: Sequence[Where]) -> str | None:
     """Why a row is left out; None: it is wanted."""
     return next((f"not {where} (--where)" for where in wanted if not where.matches(row)), None)

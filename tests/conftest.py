@@ -17,6 +17,8 @@ import psutil
 import pytest
 from hypothesis import settings
 
+from harness.records import TraceRecord
+
 settings.register_profile("no clock", deadline=None)  # how long an example takes is the machine's load
 settings.load_profile("no clock")
 
@@ -72,6 +74,14 @@ def no_own_tiers(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monke
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     # nor its processes into `harness ps`; not in tmp_path, where tests look for the one run they made
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+
+
+def trace_record(
+    line: int, arrival_s: float | None, input_tokens: int | None, output_tokens: int | None, *rest: Any, **more: Any
+) -> TraceRecord:
+    """A record as a trace gives it, its time in seconds."""
+    arrival_ns = None if arrival_s is None else round(arrival_s * 1e9)
+    return TraceRecord(arrival_ns, input_tokens, output_tokens, *rest, line=line, **more)
 
 
 StartServer = Callable[..., FakeServer]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from harness import spool
 from harness.formats.calls import COPY, SAME, SUM, Span, calls
-from harness.formats.row import FailedCallError, Place, Row
+from harness.formats.row import FailedCallError, Place, TraceRecord
 from harness.records import open_trace
 
 BASE_S = 1_790_000_000
@@ -166,7 +166,8 @@ def trees(draw: st.DrawFn) -> list[S]:
 def items(spans: Sequence[S]) -> list[tuple[Place, Span]]:
     made = []
     for at, s in enumerate(spans):
-        item = None if s.tokens is None else FailedCallError() if s.failed else Row(round(s.start * 1e9), *s.tokens)
+        good = None if s.tokens is None else TraceRecord(round(s.start * 1e9), *s.tokens)
+        item = FailedCallError() if good and s.failed else good
         made.append(
             (Place(0, at), Span(s.trace, s.id, s.parent, round(s.start * 1e9), round(s.end * 1e9), s.answer, item))
         )
@@ -192,7 +193,7 @@ def test_no_span_and_no_named_answer_is_lost(spans):
     models = [s for s in spans if s.tokens is not None]
     assert len(got) == len(models)
     answers = {s.answer for s in models if s.answer and not s.failed}
-    assert sum(isinstance(item, Row) for _, item in got) >= len(answers)
+    assert sum(isinstance(item, TraceRecord) for _, item in got) >= len(answers)
 
 
 def test_what_does_not_fit_into_memory_comes_out_the_same(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import gevent
 import msgspec
 import numpy as np
 import pytest
-from conftest import ROOT, StartServer, harness
+from conftest import ROOT, StartServer, harness, trace_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_client import HEAD, Run, Server, chunk, read_request, request
@@ -51,7 +51,7 @@ def body_of(payload: bytes) -> dict[str, Any]:
 
 
 def record(form: str, prompt: Any, *, answer: str | None = None, output_tokens: int | None = None) -> TraceRecord:
-    return TraceRecord(
+    return trace_record(
         1, 0.0, len(prompt) if form == "ids" else None, output_tokens, session_id="s", answer=answer,
         text=prompt if form == "text" else None, messages=tuple(prompt) if form == "messages" else None,
     )  # fmt: skip

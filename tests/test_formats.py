@@ -24,6 +24,8 @@ from harness.formats.jsonl import FIELDS
 from harness.formats.values import IsoClock, epoch_ns
 from harness.records import FAILED_CALL, TraceRecord, open_trace
 from harness.source import open_source, records
+from harness.traces.anonymize import anonymize
+from harness.traces.writer import write_trace
 
 SAMPLES = Path(__file__).resolve().parent.parent / "scenarios" / "traces"
 
@@ -163,8 +165,8 @@ def test_a_json_array_of_rows_is_read_as_lines_are(tmp_path):
         rows = [json.loads(line) for line in (SAMPLES / name).read_text().splitlines()]
         for indent in (None, 2):
             path = write(tmp_path, json.dumps(rows, indent=indent))
-            got = [r.__class__(0, *[getattr(r, f) for f in r.__slots__[1:]]) for r in read(path)[0]]
-            want = [r.__class__(0, *[getattr(r, f) for f in r.__slots__[1:]]) for r in read(SAMPLES / name)[0]]
+            got = [r._replace(line=0) for r in read(path)[0]]
+            want = [r._replace(line=0) for r in read(SAMPLES / name)[0]]
             assert got == want
     kept, _ = read(write(tmp_path, '[\n{"prompt": "a"},\n\n {"prompt": "b"}\n]'))
     assert [r.line for r in kept] == [2, 4]
@@ -712,9 +714,7 @@ def test_columnar_files_have_the_columns_of_our_lines(tmp_path):
         kept, trace = read(tmp_path / name)
         assert trace.format == "columnar"
         assert [r.line for r in kept] == list(range(1, 21))
-        for got, line in zip(kept, want, strict=True):
-            for field in line.__slots__[1:]:
-                assert getattr(got, field) == getattr(line, field)
+        assert [r._replace(line=0) for r in kept] == [r._replace(line=0) for r in want]
 
 
 def test_columnar_bad_files(tmp_path):
@@ -939,3 +939,31 @@ def test_vllm_logs_of_all_ages(tmp_path, before, ids, tokens, text):
     )
     (record,) = open_trace(path)
     assert (record.input_tokens, record.text) == (tokens, text)
+
+
+AUDITED = {
+    "arrival_s": 0.0, "prompt": "Capital of Italy?", "max_tokens": 20, "expected": "Rome", "weight": 2.5,
+    "check": {"type": "exact", "fold": True}, "gate": {"schema": {"type": "string"}, "type": "json_schema"},
+    "tags": {"task": "extract", "team": "billing"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.jsonl.gz", "t.parquet"])
+def test_what_answers_are_judged_by_is_carried_and_written(tmp_path, name):
+    (record,), _ = read(write(tmp_path, json.dumps(AUDITED)))
+    assert (record.max_tokens, record.expected, record.weight) == (20, ("Rome",), 2.5)
+    assert json.loads(record.check) == AUDITED["check"] and json.loads(record.gate) == AUDITED["gate"]
+    assert record.tags == (("task", "extract"), ("team", "billing"))
+    write_trace([record], tmp_path / name)
+    assert read(tmp_path / name)[0] == [record]
+    (anonymous,) = anonymize([record._replace(text=None, input_tokens=5)], salt=bytes(16), tokenizer=None)
+    assert (anonymous.expected, anonymous.check, anonymous.gate, anonymous.tags) == (None,) * 4, "words of users"
+    assert (anonymous.max_tokens, anonymous.weight) == (20, 2.5)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"check": "[1]"}, {"check": "no JSON"}, {"gate": [1]}, {"tags": {"a": 1}}, {"expected": []},
+            {"expected": ""}, {"max_tokens": 0}, {"weight": 0}],
+)  # fmt: skip
+def test_what_answers_are_judged_by_is_refused_where_it_is_none(tmp_path, bad):
+    assert f"{next(iter(bad))}" in problem(write(tmp_path, json.dumps({"prompt": "a", **bad})))

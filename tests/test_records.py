@@ -9,6 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from conftest import trace_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +17,7 @@ from harness import source as source_module
 from harness.errors import TraceError, UsageError
 from harness.formats import FORMATS
 from harness.formats.azure import Azure
-from harness.formats.row import Place, Row
+from harness.formats.row import Place
 from harness.records import FAILED_CALL, TraceRecord, open_trace
 
 SAMPLES = Path(__file__).resolve().parent.parent / "scenarios" / "traces"
@@ -59,9 +60,9 @@ def test_azure_conv_golden():
         {},
         [],
     )
-    assert records[0] == TraceRecord(2, 0.0, 374, 44)
+    assert records[0] == trace_record(2, 0.0, 374, 44)
     # By hand: 18:15:46.6805900 is the first row, 18:15:50.9951690 the second: 4.314579 s apart.
-    assert records[1] == TraceRecord(3, 4.314579, 396, 109)
+    assert records[1] == trace_record(3, 4.314579, 396, 109)
     assert records[-1].arrival_s == 148.18913
     assert sum(r.input_tokens for r in records) == 553_386
     assert sum(r.output_tokens for r in records) == 156_892
@@ -69,8 +70,8 @@ def test_azure_conv_golden():
 
 def test_azure_code_golden():
     records = list(open_trace(SAMPLES / "azure-code-2023.csv"))
-    assert records[0] == TraceRecord(2, 0.0, 4808, 10)
-    assert records[1] == TraceRecord(3, 0.052, 3180, 8)
+    assert records[0] == trace_record(2, 0.0, 4808, 10)
+    assert records[1] == trace_record(3, 0.052, 3180, 8)
     assert (len(records), records[-1].arrival_s) == (300, 216.8382390)
     assert (sum(r.input_tokens for r in records), sum(r.output_tokens for r in records)) == (627_529, 7_126)
 
@@ -79,7 +80,7 @@ def test_mooncake_golden():
     trace = open_trace(SAMPLES / "mooncake-conversation.jsonl")
     records = list(trace)
     assert (trace.format, trace.rows_read, trace.rows_kept) == ("mooncake", 200, 200)
-    assert records[0] == TraceRecord(1, 0.0, 6758, 500, None, None, tuple(range(14)), 512)
+    assert records[0] == trace_record(1, 0.0, 6758, 500, None, None, tuple(range(14)), 512)
     assert records[-1].arrival_s == 72.0
     assert sum(r.input_tokens for r in records) == 2_782_179
     assert sum(r.output_tokens for r in records) == 71_379
@@ -136,9 +137,9 @@ def test_jsonl_keeps_what_the_file_says(tmp_path):
         ),
     )
     assert list(open_trace(path)) == [
-        TraceRecord(1, 0.0, 3, None, text="a"),
-        TraceRecord(2, 0.0, None, None, "s", 0, messages=tuple(messages)),
-        TraceRecord(3, 2.5, 33, 1, None, None, (7, 8, -9), 16),
+        trace_record(1, 0.0, 3, None, text="a"),
+        trace_record(2, 0.0, None, None, "s", 0, messages=tuple(messages)),
+        trace_record(3, 2.5, 33, 1, None, None, (7, 8, -9), 16),
     ]
 
 
@@ -158,7 +159,7 @@ def test_azure_2024_style_other_column_order_and_extra_columns(tmp_path, ending,
     lines = ["GeneratedTokens,NumImages,TIMESTAMP,ContextTokens"]
     lines += ["9,1,2024-05-10 00:00:00.009930+00:00,2162", "5,0,2024-05-10 00:00:59.999999+00:00,10"]
     trace = open_trace(write(tmp_path, ending.join(lines) + last))
-    assert list(trace) == [TraceRecord(2, 0.0, 2162, 9), TraceRecord(3, 59.990069, 10, 5)]
+    assert list(trace) == [trace_record(2, 0.0, 2162, 9), trace_record(3, 59.990069, 10, 5)]
     assert trace.notes == ["columns not replayed: NumImages"]
 
 
@@ -168,7 +169,7 @@ def test_azure_timestamps_are_exact_to_100_ns(moment, ticks, zone):
     reader = Azure()
     line = f"{moment:%H:%M:%S}".join([f"{moment.date().isoformat()} ", f".{ticks:07}{zone},1,1\r\n"]).encode()
     ((_, row),) = reader.rows([(Place(0, 1), AZURE), (Place(0, 2), line)])
-    assert isinstance(row, Row)
+    assert isinstance(row, TraceRecord)
     days = moment.toordinal() - 719_163  # of 1970-01-01
     seconds = days * 86_400 + moment.hour * 3600 + moment.minute * 60 + moment.second
     assert row.arrival_ns == int((Decimal(seconds) + Decimal(ticks) / 10**7) * 10**9)

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from harness.cli.trace import trace as verbs
 from harness.errors import TraceError, UsageError
-from harness.formats.row import Row
+from harness.formats.row import TraceRecord
 from harness.plan import PlanSpec
 from harness.records import open_trace
 from harness.selection import parse_where, unmatched
@@ -67,9 +67,9 @@ def test_a_choice_that_is_none(text):
 
 def test_case_counts_and_what_is_not_said_does_not_match():
     (wanted,) = parse_where(["model=Llama*"])
-    assert unmatched(Row(0, 1, 1, model="Llama-3"), [wanted]) is None
-    assert unmatched(Row(0, 1, 1, model="llama-3"), [wanted]) is not None
-    assert unmatched(Row(0, 1, 1), [wanted]) is not None
+    assert unmatched(TraceRecord(0, 1, 1, model="Llama-3"), [wanted]) is None
+    assert unmatched(TraceRecord(0, 1, 1, model="llama-3"), [wanted]) is not None
+    assert unmatched(TraceRecord(0, 1, 1), [wanted]) is not None
 
 
 def test_inspect_lists_models_with_rows_and_tokens(mixed):

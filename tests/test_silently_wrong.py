@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.formats.row import Row, is_whole_prompt
+from harness.formats.row import TraceRecord, is_whole_prompt
 from harness.formats.usage import Usage, usage_of
-from harness.records import Trace, TraceRecord, open_trace
+from harness.records import Trace, open_trace
 
 USER = {"role": "user", "content": "Name three rivers of France, please."}
 SYSTEM = {"role": "system", "content": "You are brief."}
@@ -92,7 +92,7 @@ def test_thoughts_of_gemini_are_output(tmp_path):
     ],
 )
 def test_a_text_that_cannot_be_the_whole_prompt(tokens, text, messages, whole):
-    assert is_whole_prompt(Row(0, tokens, 1, text=text, messages=messages)) is whole
+    assert is_whole_prompt(TraceRecord(0, tokens, 1, text=text, messages=messages)) is whole
 
 
 def test_what_is_not_the_whole_prompt_is_replayed_by_its_length(tmp_path):

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from conftest import trace_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -54,7 +55,7 @@ def refused(*args: object) -> str:
 
 
 def without_line(record: TraceRecord) -> tuple[object, ...]:
-    return tuple(getattr(record, name) for name in record.__slots__[1:])
+    return record._replace(line=0)
 
 
 # --- shape -----------------------------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ def test_ideal_prefix_hit(monkeypatch, name, batch):
 )
 def test_prefix_hits_count_leading_runs_only(requests):
     records = [
-        TraceRecord(1, None, max(1, len(ids) * size - min(cut, size - 1)), 1, prefix_ids=tuple(ids), block_tokens=size)
+        trace_record(1, None, max(1, len(ids) * size - min(cut, size - 1)), 1, prefix_ids=tuple(ids), block_tokens=size)
         for ids, size, cut in requests
     ]
     found = measure(records).prefix
@@ -153,7 +154,7 @@ def test_prefix_is_estimated_when_blocks_are_too_many(monkeypatch):
     for _ in range(4000):
         head = rng.choice([0, 1, 2, 3])
         ids = tuple([head * 100 + i for i in range(10)] + [rng.getrandbits(60) for _ in range(10)])
-        records.append(TraceRecord(1, None, 20 * 16, 1, prefix_ids=ids, block_tokens=16))
+        records.append(trace_record(1, None, 20 * 16, 1, prefix_ids=ids, block_tokens=16))
     exact = measure(records).prefix
     monkeypatch.setattr(prefix_module, "MAX_BLOCKS", 4096)
     monkeypatch.setattr(prefix_module, "_BATCH_BLOCKS", 2000)
@@ -169,7 +170,7 @@ def test_sessions_quantiles_and_correlation():
     for i in range(500):
         session = None if i % 5 == 0 else f"s{i % 7}"
         into = int(rng.integers(1, 1000))
-        records.append(TraceRecord(i, i * 0.5, into, 2 * into, session_id=session))
+        records.append(trace_record(i, i * 0.5, into, 2 * into, session_id=session))
     shape = measure(records)
     assert (shape.sessions.sessions, shape.sessions.rows) == (7, 400)
     per_session = Counter(r.session_id for r in records if r.session_id)
@@ -189,7 +190,7 @@ def test_sessions_quantiles_and_correlation():
         float(np.quantile([r.input_tokens for r in records], 0.9))
     )
     assert sum(shape.input_tokens.histogram.values()) == sum(map(sum, shape.joint["rows"])) == 500
-    falling = measure([TraceRecord(i, None, i + 1, 600 - i) for i in range(500)])
+    falling = measure([trace_record(i, None, i + 1, 600 - i) for i in range(500)])
     assert falling.rank_correlation == pytest.approx(-1.0)
     assert (falling.span_s, falling.mean_rate, falling.rate_over_time) == (None, None, None)
 
@@ -206,7 +207,7 @@ def test_rate_over_time_adds_up():
 )
 def test_any_trace_can_be_described(rows, timed):
     rows.sort()
-    records = [TraceRecord(1, t if timed else None, i, o) for t, i, o in rows]
+    records = [trace_record(1, t if timed else None, i, o) for t, i, o in rows]
     facts = {
         "file": "f",
         "format": "x",
@@ -615,7 +616,7 @@ def leading(a: tuple[object, ...], b: tuple[object, ...]) -> int:
     st.lists(st.lists(st.sampled_from(WORDS[:3]), min_size=1, max_size=40), min_size=2, max_size=6), st.integers(1, 9)
 )
 def test_blocks_are_shared_as_far_as_the_text_is(tokenizer, prompts, size):
-    records = [TraceRecord(1, None, None, None, text=" ".join(p)) for p in prompts]
+    records = [trace_record(1, None, None, None, text=" ".join(p)) for p in prompts]
     out = list(anonymize(records, salt=SALT, tokenizer=load_tokenizer(tokenizer), block_tokens=size))
     assert len(out) == len(prompts)
     for a, b in itertools.pairwise(range(len(out))):
@@ -626,7 +627,7 @@ def test_blocks_are_shared_as_far_as_the_text_is(tokenizer, prompts, size):
 
 def test_counts_of_the_source_stay_and_template_tokens_are_nobodys(tokenizer):
     text = "one two three four five six seven one two"
-    records = [TraceRecord(i, None, n, 3, text=text) for i, n in enumerate((12, 12, 9, 5))]
+    records = [trace_record(i, None, n, 3, text=text) for i, n in enumerate((12, 12, 9, 5))]
     a, b, c, d = anonymize(records, salt=SALT, tokenizer=load_tokenizer(tokenizer), block_tokens=4)
     assert [r.input_tokens for r in (a, b, c, d)] == [12, 12, 9, 5]
     assert [len(r.prefix_ids) for r in (a, b, c, d)] == [3, 3, 3, 2]
@@ -661,9 +662,9 @@ def test_anonymize_refusals(tmp_path, tokenizer):
 def test_count_tokens_fills_only_gaps(tokenizer):
     made = load_tokenizer(tokenizer)
     records = [
-        TraceRecord(1, None, 50, None, text="one two", answer="three"),
-        TraceRecord(2, None, None, 9, text="one two", answer="three"),
-        TraceRecord(3, None, 5, 6),
+        trace_record(1, None, 50, None, text="one two", answer="three"),
+        trace_record(2, None, None, 9, text="one two", answer="three"),
+        trace_record(3, None, 5, 6),
     ]
     got = [(r.input_tokens, r.output_tokens) for r in count_tokens(records, made)]
     assert got == [(50, 1), (2, 9), (5, 6)]
@@ -674,7 +675,7 @@ def test_count_tokens_fills_only_gaps(tokenizer):
 
 def test_a_failed_write_leaves_nothing(tmp_path):
     def breaks():
-        yield TraceRecord(1, 0.0, 1, 1)
+        yield trace_record(1, 0.0, 1, 1)
         raise TraceError("x", 2, "broken")
 
     for name in ("t.jsonl", "t.jsonl.gz", "t.parquet"):
@@ -686,6 +687,6 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
 
 def test_written_gzip_is_gzip(tmp_path):
-    write_trace([TraceRecord(1, 5.25, 1, 1), TraceRecord(2, 6.35, 1, 1)], tmp_path / "t.jsonl.gz")
+    write_trace([trace_record(1, 5.25, 1, 1), trace_record(2, 6.35, 1, 1)], tmp_path / "t.jsonl.gz")
     rows = [json.loads(line) for line in gzip.decompress((tmp_path / "t.jsonl.gz").read_bytes()).splitlines()]
     assert [row["arrival_s"] for row in rows] == [0.0, 1.1]

@@ -6,13 +6,14 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+from conftest import trace_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.build import build_plan
 from harness.plan import PlanInfo, PlanSpec, Request, iter_requests
 from harness.prompts import Vocabulary
-from harness.records import TraceRecord, open_trace
+from harness.records import open_trace
 from harness.traces.ideal import IdealReuse
 from harness.traces.reuse import plan_prompts, prompt_reuse
 from harness.traces.shape import measure
@@ -163,7 +164,7 @@ def test_the_expected_reuse_is_that_of_the_prompts(rows, tmp_path_factory):
 def test_expected_reuse_of_a_known_trace():
     ideal = IdealReuse()
     for i, (session, tokens, out) in enumerate([("a", 100, 10), (None, 50, 10), ("a", 130, 10), ("a", 64, 10)]):
-        ideal.add(TraceRecord(i + 1, float(i), tokens, out, session_id=session))
+        ideal.add(trace_record(i + 1, float(i), tokens, out, session_id=session))
     found = ideal.result()
     assert (found.rows, found.tokens, found.hit_tokens) == (4, 344, 96)  # six whole blocks of the first prompt
     assert (found.blocks, found.hit_blocks) == (7 + 4 + 9 + 4, 6)
@@ -173,5 +174,5 @@ def test_expected_reuse_of_a_known_trace():
 
 def test_a_trace_without_sessions_or_prefixes_states_no_reuse():
     ideal = IdealReuse()
-    ideal.add(TraceRecord(1, 0.0, 100, 10))
+    ideal.add(trace_record(1, 0.0, 100, 10))
     assert ideal.result() is None

@@ -25,7 +25,7 @@ import re
 from datetime import datetime
 from typing import Any
 
-from harness.formats.row import FailedCallError, LeftOutError, Reader, Row, RowError
+from harness.formats.row import FailedCallError, LeftOutError, Reader, RowError, TraceRecord
 from harness.formats.values import IsoClock, called, decode_object, epoch_ns, fields_of, show, token_count
 
 _MODEL_PATH = re.compile(r"/(completions|messages|responses|generate|generate_stream|chat)$")
@@ -63,7 +63,7 @@ class Nginx(Reader):
             return "request_time" in names and bool(names & {"status", "request", "request_uri", "uri"})
         return _COMBINED.match(record[:20_000]) is not None
 
-    def parse(self, record: bytes) -> Row:
+    def parse(self, record: bytes) -> TraceRecord:
         """Read one line."""
         if record.startswith(b"{"):
             end_ns, duration, request, status = self._json(decode_object(record))
@@ -78,7 +78,7 @@ class Nginx(Reader):
         check_call(request, status)
         if duration is None:
             self._ends += 1
-        return Row(end_ns - _duration_ns(duration), None, None)
+        return TraceRecord(end_ns - _duration_ns(duration), None, None)
 
     def notes(self) -> list[str]:
         """When ends stand for arrivals."""
@@ -126,7 +126,7 @@ class Envoy(Reader):
             return {"start_time", "response_code"} <= fields_of(record).keys()
         return _ENVOY.match(record[:20_000]) is not None
 
-    def parse(self, record: bytes) -> Row:
+    def parse(self, record: bytes) -> TraceRecord:
         """Read one line."""
         value: dict[str, Any] = {}
         if record.startswith(b"{"):
@@ -145,7 +145,7 @@ class Envoy(Reader):
         input_tokens = token_count(_INPUT, known.get(_INPUT))
         output_tokens = token_count(_OUTPUT, known.get(_OUTPUT))
         called(input_tokens, output_tokens)
-        return Row(
+        return TraceRecord(
             arrival_ns, input_tokens, output_tokens, _text(known, "session.id"),
             model=_text(known, "gen_ai.response.model") or _text(known, "gen_ai.request.model"),
             cached_tokens=token_count(_CACHED, known.get(_CACHED)),

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from harness.formats.row import FailedCallError, Item, LeftOutError, Place, Reader, Row, RowError, whole
+from harness.formats.row import FailedCallError, Item, LeftOutError, Place, Reader, RowError, TraceRecord, whole
 from harness.formats.usage import usage_of
 from harness.formats.values import Copies, IsoClock, called, decode_object, fields_of
 
@@ -28,7 +28,7 @@ _CODEX_INPUT = frozenset({"user_message", "function_call_output", "custom_tool_c
 
 class _Call(NamedTuple):
     place: Place
-    row: Row
+    row: TraceRecord
 
 
 class ClaudeCode(Reader):
@@ -88,7 +88,7 @@ class ClaudeCode(Reader):
             return
         self._copies.check(name)
         model = message.get("model")
-        row = Row(
+        row = TraceRecord(
             self._before.pop(session, None) or self._clock.ns(time), usage.input_tokens, usage.output_tokens, session,
             model=model if isinstance(model, str) else None, cached_tokens=usage.cached_tokens,
         )  # fmt: skip
@@ -118,7 +118,7 @@ class Codex(Reader):
         fields = fields_of(record)
         return {"timestamp", "type", "payload"} <= fields.keys() and fields["type"] in _CODEX
 
-    def parse(self, record: bytes) -> Row | tuple[()]:
+    def parse(self, record: bytes) -> TraceRecord | tuple[()]:
         """Read one line."""
         line = decode_object(record)
         payload = line.get("payload")
@@ -135,7 +135,7 @@ class Codex(Reader):
             return self._call(info, line["timestamp"])
         return ()
 
-    def _call(self, info: dict[str, Any], time: str) -> Row:
+    def _call(self, info: dict[str, Any], time: str) -> TraceRecord:
         total, self._total = self._total, info.get("total_token_usage")
         if total is not None and total == self._total:
             raise LeftOutError("same running total as the event before (a copy)")
@@ -147,7 +147,7 @@ class Codex(Reader):
         arrival_ns = self._clock.ns(time) if self._before is None else self._before
         self._before = None
         cached = usage_of({"input_tokens": usage.get("cached_input_tokens")}).input_tokens
-        return Row(
+        return TraceRecord(
             arrival_ns, found.input_tokens, found.output_tokens, self._session, model=self._model, cached_tokens=cached
         )
 
@@ -160,7 +160,7 @@ def _session(line: dict[str, Any]) -> str:
     return name
 
 
-def _checked(row: Row) -> Item:
+def _checked(row: TraceRecord) -> Item:
     try:
         called(row.input_tokens, row.output_tokens)
     except LeftOutError as e:

@@ -23,7 +23,7 @@ from typing import Annotated
 
 import msgspec
 
-from harness.formats.row import MAX_ARRIVAL_S, MAX_TOKENS, Reader, Row, RowError
+from harness.formats.row import MAX_ARRIVAL_S, MAX_TOKENS, Reader, RowError, TraceRecord
 from harness.formats.values import DECODE_ERRORS, Copies, called, decode_error, fields_of, seconds_ns, shown_blocks
 from harness.spool import Sessions
 
@@ -64,7 +64,7 @@ class Bailian(Reader):
         """The object has the fields that set this format apart from Mooncake's."""
         return set(_REQUIRED) <= fields_of(record).keys()
 
-    def parse(self, record: bytes) -> Row:
+    def parse(self, record: bytes) -> TraceRecord:
         """Read one line."""
         try:
             row = _decode(record)
@@ -89,7 +89,7 @@ class Bailian(Reader):
         root = before if before is not None else parent if parent >= 0 else row.chat_id
         self._root.set(row.chat_id, root)
         called(row.input_length, row.output_length)
-        return Row(
+        return TraceRecord(
             seconds_ns("timestamp", row.timestamp),
             row.input_length,
             row.output_length,

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from harness.formats.row import FailedCallError, LeftOutError, Reader, Row, RowError, Rows
+from harness.formats.row import FailedCallError, LeftOutError, Reader, RowError, Rows, TraceRecord
 from harness.formats.values import (
     DECODE_ERRORS,
     Copies,
@@ -48,13 +48,13 @@ class Bedrock(Reader):
         inner = fields.get("message", fields.get("events", b"") or fields.get("logEvents", b""))
         return fields.get("schemaType") == _TYPE or b"ModelInvocationLog" in inner
 
-    def parse(self, record: bytes) -> Row | Rows:
+    def parse(self, record: bytes) -> TraceRecord | Rows:
         """Read one object."""
         value = decode_object(record)
         events = value.get("events", value.get("logEvents"))
         return rows_of(events, self._row) if isinstance(events, list) else self._row(value)
 
-    def _row(self, value: dict[str, Any]) -> Row:
+    def _row(self, value: dict[str, Any]) -> TraceRecord:
         if isinstance(message := value.get("message"), str):
             try:
                 value = msgspec.json.decode(message)
@@ -78,6 +78,6 @@ class Bedrock(Reader):
         input_tokens += (read or 0) + (written or 0)
         called(input_tokens, output_tokens)
         model = value.get("modelId")
-        return Row(
+        return TraceRecord(
             arrival_ns, input_tokens, output_tokens, model=model if isinstance(model, str) else None, cached_tokens=read
         )

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 from harness.formats.asked import Role
 from harness.formats.clock import Clock
-from harness.formats.row import Row, RowError
+from harness.formats.row import RowError, TraceRecord
 from harness.formats.table import Table, header_of
 from harness.formats.values import show, token_count
 
@@ -50,7 +50,7 @@ class BurstGPT(Table):
         clock.know("s", "Timestamp in seconds: the header is that of BurstGPT, whose totals were checked on every row")
         return clock
 
-    def row(self, row: Mapping[str, Any]) -> Row:
+    def row(self, row: Mapping[str, Any]) -> TraceRecord:
         """The row, its total checked."""
         counts = [token_count(name, row.get(name)) for name in ("Request tokens", "Response tokens", _TOTAL)]
         if None not in counts and sum(counts[:2]) != counts[2]:  # type: ignore[arg-type]

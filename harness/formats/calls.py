@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from harness.formats.row import Item, LeftOutError, Place, Reader, Row, RowError, weight, whole
+from harness.formats.row import Item, LeftOutError, Place, Reader, RowError, TraceRecord, memory_bytes, whole
 from harness.formats.values import called
 from harness.spool import Sorter
 
@@ -101,7 +101,7 @@ def calls(spans: Iterator[tuple[Place, Span]]) -> Iterator[tuple[Place, Item]]:
             session = session or some[0][1].session_id
             run = session or (trace_id if any(span.agent for _, span in some) else None)
             for call in _Tree(some).calls():
-                if run and isinstance(call.item, Row) and call.item.session_id is None:
+                if run and isinstance(call.item, TraceRecord) and call.item.session_id is None:
                     call = call._replace(item=call.item._replace(session_id=run))
                 if call.response_id:
                     named.add(call)
@@ -152,7 +152,7 @@ class _Tree:
             if call is None and under.calls and not self._is_own(at, under):
                 yield _Call("", (), self._spans[at][0], LeftOutError(SUM))
             elif call is None:
-                under.add([at], isinstance(self._spans[at][1].item, Row))
+                under.add([at], isinstance(self._spans[at][1].item, TraceRecord))
             else:
                 call.append(at)
             outer = around[at]
@@ -175,7 +175,7 @@ class _Tree:
     def _is_own(self, at: int, under: _Below) -> bool:
         """Whether a span around several calls is one of its own: it names a response, or none of them has one."""
         span = self._spans[at][1]
-        return span.response_id is not None or (isinstance(span.item, Row) and not under.answered)
+        return span.response_id is not None or (isinstance(span.item, TraceRecord) and not under.answered)
 
     def _around(self, at: int) -> int | None:
         """The nearest model span up the tree whose interval holds this one; none on a ring of parents."""
@@ -194,18 +194,18 @@ class _Tree:
 
     def _said(self, call: list[int], depth: dict[int, int]) -> Iterator[_Call]:
         """One call, from its spans, innermost first; and the spans that are other views of it."""
-        best = next((at for at in call if isinstance(self._spans[at][1].item, Row)), call[0])
+        best = next((at for at in call if isinstance(self._spans[at][1].item, TraceRecord)), call[0])
         place, span = self._spans[best]
         item = span.item
         assert item is not None
-        if isinstance(item, Row):
+        if isinstance(item, TraceRecord):
             for other in (self._spans[at][1].item for at in call if at != best):
-                item = _filled(item, other) if isinstance(other, Row) else item
+                item = _filled(item, other) if isinstance(other, TraceRecord) else item
             item = _checked(item)
         name = next((name for at in call if (name := self._spans[at][1].response_id)), "")
         key = (
-            not isinstance(item, Row), isinstance(item, Row) and item.output_tokens is None, -depth[best],
-            -span.start_ns, span.end_ns or 0, span.trace_id, span.id,
+            not isinstance(item, TraceRecord), isinstance(item, TraceRecord) and item.output_tokens is None,
+            -depth[best], -span.start_ns, span.end_ns or 0, span.trace_id, span.id,
         )  # fmt: skip
         yield _Call(name, key, place, item)
         yield from (_Call("", (), self._spans[at][0], LeftOutError(SAME)) for at in call if at != best)
@@ -255,7 +255,7 @@ def _holds(outer: Span, inner: Span) -> bool:
     )
 
 
-def _filled(row: Row, outer: Row) -> Row:
+def _filled(row: TraceRecord, outer: TraceRecord) -> TraceRecord:
     """``row`` with what only a span around it states."""
     return row._replace(
         input_tokens=outer.input_tokens if row.input_tokens is None else row.input_tokens,
@@ -266,7 +266,7 @@ def _filled(row: Row, outer: Row) -> Row:
     )
 
 
-def _checked(row: Row) -> Item:
+def _checked(row: TraceRecord) -> Item:
     if row.input_tokens is None and row.text is None and row.messages is None:
         return RowError("no token counts", "the call has no input tokens and no text: nothing to send")
     try:
@@ -278,7 +278,7 @@ def _checked(row: Row) -> Item:
 
 def _fullest_first(span: Span) -> tuple[Any, ...]:
     """Copies may differ, as a span is written again when more is known; of equal ones any will do."""
-    row = span.item if isinstance(span.item, Row) else None
+    row = span.item if isinstance(span.item, TraceRecord) else None
     counts = (0, 0) if row is None else (-(row.input_tokens or 0), -(row.output_tokens or 0))
     return (row is None, span.item is None, *counts, -(span.end_ns or 0), span.start_ns, span.id, span.parent)
 
@@ -294,4 +294,4 @@ def _weight(placed: tuple[Place, Span]) -> int:
 
 
 def _weigh(item: Item | None) -> int:
-    return weight(item) if isinstance(item, Row) else 500
+    return memory_bytes(item) if isinstance(item, TraceRecord) else 500

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from harness.formats.jsonl import answered
-from harness.formats.row import FailedCallError, LeftOutError, Reader, Row, RowError, Rows
+from harness.formats.row import FailedCallError, LeftOutError, Reader, RowError, Rows, TraceRecord
 from harness.formats.values import decode_object, fields_of, show
 
 _TURNS = ("conversations", "conversation", "messages")
@@ -66,13 +66,13 @@ class Chat(Reader):
         said = [_message(turn) for turn in turns]
         files = any(value.get(name) for name in _MEDIA)
         defined = any(value.get(name) not in (None, "", "[]", []) for name in ("tools", "functions"))
-        rows: list[Row | LeftOutError] = []
+        rows: list[TraceRecord | LeftOutError] = []
         for at, turn in enumerate([*said, None]):
             if at and (turn is None or turn.message["role"] == "assistant"):
                 before = said[:at]
                 if turn is None and before[-1].message["role"] == "assistant":
                     break
-                row = Row(
+                row = TraceRecord(
                     None, None, None, session, len(rows), messages=tuple(each.message for each in before),
                     answer=None if turn is None else turn.message["content"],
                 )  # fmt: skip

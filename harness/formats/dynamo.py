@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.formats.row import MAX_ARRIVAL_S, FailedCallError, Reader, Row, RowError
+from harness.formats.row import MAX_ARRIVAL_S, FailedCallError, Reader, RowError, TraceRecord
 from harness.formats.values import Copies, called, decode_object, fields_of, show, shown_blocks, token_count
 
 _SCHEMA = "dynamo.request.trace."
@@ -37,7 +37,7 @@ class Dynamo(Reader):
         fields = fields_of(fields["event"]) if "event" in fields else fields
         return fields.get("schema", b"").startswith(b'"' + _SCHEMA.encode())
 
-    def parse(self, record: bytes) -> Row | tuple[()]:
+    def parse(self, record: bytes) -> TraceRecord | tuple[()]:
         """Read one event."""
         event = decode_object(record)
         event = event["event"] if isinstance(event.get("event"), dict) else event
@@ -57,7 +57,7 @@ class Dynamo(Reader):
         context = event["agent_context"] if isinstance(event.get("agent_context"), dict) else {}
         ids, size = self._blocks(replay)
         session = context.get("session_id")
-        return Row(
+        return TraceRecord(
             _milliseconds_ns(request.get("request_received_ms")), input_tokens, output_tokens,
             session if isinstance(session, str) else None, prefix_ids=ids, block_tokens=size,
             cached_tokens=token_count("cached_tokens", request.get("cached_tokens")),

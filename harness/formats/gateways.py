@@ -26,7 +26,7 @@ from typing import Any
 import msgspec
 
 from harness.formats.access_log import check_call
-from harness.formats.row import FailedCallError, LeftOutError, Reader, Row, RowError, Rows
+from harness.formats.row import FailedCallError, LeftOutError, Reader, RowError, Rows, TraceRecord
 from harness.formats.values import (
     DECODE_ERRORS,
     Copies,
@@ -55,7 +55,7 @@ class Kong(Reader):
         """Its times and its request."""
         return {"started_at", "latencies", "request", "response"} <= fields_of(record).keys()
 
-    def parse(self, record: bytes) -> Row:
+    def parse(self, record: bytes) -> TraceRecord:
         """Read one line."""
         value = decode_object(record)
         request, response = _object(value, "request"), _object(value, "response")
@@ -67,7 +67,7 @@ class Kong(Reader):
             if "prompt_tokens" in usage:
                 model = _object(plugin, "meta").get("response_model") or _object(plugin, "meta").get("request_model")
                 return _counted(arrival_ns, usage, "prompt_tokens", "completion_tokens", model)
-        return Row(arrival_ns, None, None)
+        return TraceRecord(arrival_ns, None, None)
 
 
 class Cloudflare(Reader):
@@ -89,12 +89,12 @@ class Cloudflare(Reader):
             page.startswith(b"[") and b'"tokens_in"' in page and b'"created_at"' in page
         )
 
-    def parse(self, record: bytes) -> Row | Rows:
+    def parse(self, record: bytes) -> TraceRecord | Rows:
         """Read a line or a page."""
         value = decode_object(record)
         return rows_of(value["result"], self._row) if isinstance(value.get("result"), list) else self._row(value)
 
-    def _row(self, value: dict[str, Any]) -> Row:
+    def _row(self, value: dict[str, Any]) -> TraceRecord:
         self._copies.check(str(value.get("id") or ""))
         if value.get("cached") in (True, 1):
             raise LeftOutError("answered from the gateway's cache")
@@ -124,17 +124,17 @@ class AzureGateway(Reader):
             or fields.get("category") == b'"RequestResponse"'
         )
 
-    def parse(self, record: bytes) -> Row | Rows:
+    def parse(self, record: bytes) -> TraceRecord | Rows:
         """Read a line or a page."""
         value = decode_object(record)
         records = value.get("records")
         return rows_of(records, self._row) if isinstance(records, list) else self._one(self._row(value))
 
     @staticmethod
-    def _one(row: Row | None) -> Row | Rows:
+    def _one(row: TraceRecord | None) -> TraceRecord | Rows:
         return () if row is None else row
 
-    def _row(self, value: dict[str, Any]) -> Row | None:
+    def _row(self, value: dict[str, Any]) -> TraceRecord | None:
         facts = _object(value, "properties")
         if isinstance(text := value.get("properties"), str):
             try:
@@ -147,7 +147,7 @@ class AzureGateway(Reader):
             if "Completions" not in str(value.get("operationName")):
                 raise LeftOutError("not a call of a text completion API")
             check_call("POST /completions", str(value.get("resultSignature")))
-            return Row(time_ns - round(_number("durationMs", value.get("durationMs")) * 1e6), None, None)
+            return TraceRecord(time_ns - round(_number("durationMs", value.get("durationMs")) * 1e6), None, None)
         if _number("SequenceNumber", facts.get("SequenceNumber", 0)) != 0:
             return None
         return _counted(time_ns, facts, "PromptTokens", "CompletionTokens", facts.get("ModelName"))
@@ -165,13 +165,13 @@ class Caddy(Reader):
         """Its names."""
         return {"ts", "duration", "request", "status"} <= fields_of(record).keys()
 
-    def parse(self, record: bytes) -> Row:
+    def parse(self, record: bytes) -> TraceRecord:
         """Read one line."""
         value = decode_object(record)
         request = _object(value, "request")
         check_call(f"{request.get('method')} {request.get('uri')}", str(value.get("status")))
         duration_ns = round(_number("duration", value.get("duration")) * 1e9)
-        return Row(wall_clock_ns("ts", value.get("ts")) - duration_ns, None, None)
+        return TraceRecord(wall_clock_ns("ts", value.get("ts")) - duration_ns, None, None)
 
 
 class Traefik(Reader):
@@ -186,17 +186,17 @@ class Traefik(Reader):
         """Its names."""
         return {"StartUTC", "RequestPath", "DownstreamStatus"} <= fields_of(record).keys()
 
-    def parse(self, record: bytes) -> Row:
+    def parse(self, record: bytes) -> TraceRecord:
         """Read one line."""
         value = decode_object(record)
         check_call(f"{value.get('RequestMethod')} {value.get('RequestPath')}", str(value.get("DownstreamStatus")))
-        return Row(wall_clock_ns("StartUTC", value.get("StartUTC")), None, None)
+        return TraceRecord(wall_clock_ns("StartUTC", value.get("StartUTC")), None, None)
 
 
-def _counted(arrival_ns: int, fields: _Object, into: str, out: str, model: object) -> Row:
+def _counted(arrival_ns: int, fields: _Object, into: str, out: str, model: object) -> TraceRecord:
     input_tokens, output_tokens = token_count(into, fields.get(into)), token_count(out, fields.get(out))
     called(input_tokens, output_tokens)
-    return Row(arrival_ns, input_tokens, output_tokens, model=model if isinstance(model, str) else None)
+    return TraceRecord(arrival_ns, input_tokens, output_tokens, model=model if isinstance(model, str) else None)
 
 
 def _object(value: _Object, name: str) -> dict[str, Any]:

@@ -24,7 +24,16 @@
 ``model``          string, model that answered in production; never asked for (that is ``adapter``), but rows can be
                    chosen by it
 ``cached_tokens``  integer, of ``input_tokens`` those that production found in a prompt cache
+``max_tokens``     integer from 1, the cap that production set on the answer
+``expected``       string or list of strings: right answers, any of which will do
+``check``          object, how an answer is held against the truth
+``gate``           object, what production itself can test of an answer at run time
+``tags``           object of strings, what the request belongs to: ``{"task": "extract", "team": "billing"}``
+``weight``         number above 0, how many requests of production this one stands for
 =================  ===================================================================================================
+
+The last six are carried for the judgement of answers; a replay sends none of them. Where a file cannot hold objects
+(Parquet), ``check``, ``gate`` and ``tags`` are their JSON as a string.
 
 A row needs one of ``prompt``, ``messages`` and ``input_tokens``; ``prompt`` and ``messages`` exclude each other.
 ``null`` means not given. Unknown fields are refused: a misspelt field must not be silently ignored. A row with zero
@@ -44,7 +53,7 @@ import msgspec
 
 from harness.formats.clock import Clock
 from harness.formats.columns import role_of
-from harness.formats.row import MAX_ARRIVAL_S, MAX_TOKENS, FailedCallError, Reader, Row, RowError
+from harness.formats.row import MAX_ARRIVAL_S, MAX_TOKENS, FailedCallError, Reader, RowError, TraceRecord
 from harness.formats.values import DECODE_ERRORS, decode_error, fields_of, seconds_ns
 
 _Tokens = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
@@ -75,6 +84,12 @@ class Line(msgspec.Struct, forbid_unknown_fields=True):
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=1e6)] | None = None
     model: str | None = None
     cached_tokens: _Tokens | None = None
+    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)] | None = None
+    expected: _Text | Annotated[list[_Text], msgspec.Meta(min_length=1)] | None = None
+    check: dict[str, object] | str | None = None
+    gate: dict[str, object] | str | None = None
+    tags: dict[str, str] | str | None = None
+    weight: Annotated[float, msgspec.Meta(gt=0, le=1e9)] | None = None
 
 
 FIELDS = Line.__struct_fields__
@@ -114,7 +129,7 @@ class Jsonl(Reader):
             "messages" in fields and fields.keys() <= set(FIELDS) and not answered(fields["messages"]) and not request
         )
 
-    def parse(self, record: bytes) -> Row:
+    def parse(self, record: bytes) -> TraceRecord:
         """Read one line."""
         try:
             row = row_of(_decode(record), self._clock)
@@ -138,7 +153,7 @@ class BlockSizes:
     def __init__(self) -> None:
         self._rows: Counter[int] = Counter()
 
-    def see(self, row: Row) -> None:
+    def see(self, row: TraceRecord) -> None:
         """The next row."""
         if row.block_tokens is not None and (row.block_tokens in self._rows or len(self._rows) < 8):
             self._rows[row.block_tokens] += 1
@@ -180,13 +195,13 @@ def answered(messages: bytes) -> bool:
     return isinstance(last, dict) and last.get("role") == "assistant"
 
 
-def row_of(line: Line, clock: OwnClock) -> Row:
+def row_of(line: Line, clock: OwnClock) -> TraceRecord:
     """The row of a decoded line, its time on ``clock``. Raises `RowError` and `FailedCallError`."""
     if problem := _contradiction(line):
         raise RowError("bad fields", problem)
     if line.input_tokens == 0 or line.output_tokens == 0:
         raise FailedCallError
-    return Row(
+    return TraceRecord(
         None if line.arrival_s is None else clock.ns(line.arrival_s),
         line.input_tokens,
         line.output_tokens,
@@ -203,7 +218,34 @@ def row_of(line: Line, clock: OwnClock) -> Row:
         line.timeout_s,
         line.model,
         line.cached_tokens,
+        line.max_tokens,
+        None if line.expected is None else (line.expected,) if isinstance(line.expected, str) else tuple(line.expected),
+        _object("check", line.check),
+        _object("gate", line.gate),
+        _tags(line.tags),
+        line.weight,
     )
+
+
+def _object(name: str, value: dict[str, object] | str | None) -> str | None:
+    """JSON of an object, which may be that already, its keys in order. Raises `RowError`."""
+    if value is None:
+        return None
+    try:
+        found = msgspec.json.decode(value, type=dict[str, object]) if isinstance(value, str) else value
+    except DECODE_ERRORS as e:
+        raise RowError("bad fields", f"{name} must be a JSON object: {e}") from None
+    return msgspec.json.encode(found, order="sorted").decode()
+
+
+def _tags(value: dict[str, str] | str | None) -> tuple[tuple[str, str], ...] | None:
+    if value is None:
+        return None
+    try:
+        found = msgspec.json.decode(value, type=dict[str, str]) if isinstance(value, str) else value
+    except DECODE_ERRORS as e:
+        raise RowError("bad fields", f"tags must be a JSON object of strings: {e}") from None
+    return tuple(sorted(found.items()))
 
 
 def _contradiction(row: Line) -> str | None:

@@ -31,7 +31,7 @@ import msgspec
 
 from harness.formats.calls import Span, SpanReader
 from harness.formats.columnar import chosen_rows, column_names, is_columnar
-from harness.formats.row import FailedCallError, Item, LeftOutError, Place, Row, RowError
+from harness.formats.row import FailedCallError, Item, LeftOutError, Place, RowError, TraceRecord
 from harness.formats.table import header_of, split
 from harness.formats.values import DECODE_ERRORS, IsoClock, decode_object, fields_of, plain_messages, show, token_count
 from harness.source import Source
@@ -208,7 +208,7 @@ class Langfuse(SpanReader):
             if counts[0] is None:
                 return RowError("no token counts", "neither input tokens nor a prompt of text: nothing to send")
             self._by_length += prompt.given
-        return Row(
+        return TraceRecord(
             arrival_ns, *counts, _text(_get(observation, "sessionId", "session_id") or _session(trace)),
             text=prompt.text, messages=prompt.messages, model=model, cached_tokens=_cached(details, counts[0]),
         )  # fmt: skip

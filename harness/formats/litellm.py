@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from harness.formats.row import FailedCallError, LeftOutError, Reader, Row, RowError, Rows
+from harness.formats.row import FailedCallError, LeftOutError, Reader, RowError, Rows, TraceRecord
 from harness.formats.usage import usage_of
 from harness.formats.values import (
     DECODE_ERRORS,
@@ -65,7 +65,7 @@ class LiteLLM(Reader):
             return all(f'"{name}"'.encode() in page for name in _TELLING)
         return _telling(fields) or _telling(header_names(record[:100_000]))
 
-    def parse(self, record: bytes) -> Row | Rows:
+    def parse(self, record: bytes) -> TraceRecord | Rows:
         """Read one object or CSV record (the first one may be the header)."""
         first, self._first = self._first, False
         if first and not record.lstrip().startswith(b"{"):
@@ -74,7 +74,7 @@ class LiteLLM(Reader):
         row: dict[str, Any] = self._columns.split_quoted(record) if self._columns else decode_object(record)
         return rows_of(row["data"], self._row) if isinstance(row.get("data"), list) else self._row(row)
 
-    def _row(self, row: dict[str, Any]) -> Row:
+    def _row(self, row: dict[str, Any]) -> TraceRecord:
         if missing := _TELLING - row.keys():
             raise RowError("missing fields", f"no {', '.join(sorted(missing))} in {show(str(row))}")
         self._copies.check(_text(row.get("request_id")) or _text(row.get("id")))
@@ -95,7 +95,7 @@ class LiteLLM(Reader):
         asked = _json(row.get("proxy_server_request"))
         tools = isinstance(asked, dict) and (asked.get("tools") or asked.get("functions"))
         messages = None if tools else plain_messages(_json(row.get("messages")))
-        return Row(
+        return TraceRecord(
             arrival_ns, input_tokens, output_tokens, _text(row.get("session_id")), messages=messages,
             model=_text(row.get("model")), cached_tokens=_cached(_json(row.get("metadata"))),
         )  # fmt: skip

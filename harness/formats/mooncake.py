@@ -30,7 +30,7 @@ import msgspec
 
 from harness.formats.asked import Asked
 from harness.formats.clock import Clock
-from harness.formats.row import Item, LeftOutError, Place, Reader, Row, RowError, Rows, safe, whole
+from harness.formats.row import Item, LeftOutError, Place, Reader, RowError, Rows, TraceRecord, safe, whole
 from harness.formats.values import (
     called,
     decode_object,
@@ -106,7 +106,7 @@ class Mooncake(Reader):
             except (RowError, LeftOutError) as e:
                 yield place, e
 
-    def parse(self, record: bytes) -> Row | Rows:
+    def parse(self, record: bytes) -> TraceRecord | Rows:
         """Not used: what the times are is found first."""
         raise NotImplementedError
 
@@ -137,7 +137,7 @@ class Mooncake(Reader):
         if shown and not self._clock.absolute and self._asked.unit is None and times:
             self._clock.know("ms", "timestamp in milliseconds: beside the 512-token blocks of Mooncake")
 
-    def _row(self, row: dict[str, Any]) -> Row:
+    def _row(self, row: dict[str, Any]) -> TraceRecord:
         if "chat_id" in row:
             raise RowError("unknown field", "unknown field 'chat_id': a row of Bailian (--trace-format bailian)")
         if len(self._others) < 50:
@@ -153,7 +153,7 @@ class Mooncake(Reader):
         session = None if session is None else str(session)
         arrival_ns, think_s = self._when(row, session)
         called(input_tokens, output_tokens)
-        return Row(
+        return TraceRecord(
             arrival_ns, input_tokens, output_tokens, session, prefix_ids=ids,
             block_tokens=None if ids is None else BLOCK_TOKENS, text=text or None, think_s=think_s,
         )  # fmt: skip

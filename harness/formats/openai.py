@@ -25,7 +25,7 @@ from __future__ import annotations
 from typing import Any
 
 from harness.formats.jsonl import Jsonl
-from harness.formats.row import FailedCallError, LeftOutError, Reader, Row, RowError, safe
+from harness.formats.row import FailedCallError, LeftOutError, Reader, RowError, TraceRecord, safe
 from harness.formats.usage import usage_of
 from harness.formats.values import Copies, called, decode_object, fields_of, plain_messages, plain_text, wall_clock_ns
 
@@ -67,7 +67,7 @@ class OpenAI(Reader):
             )
         )
 
-    def parse(self, record: bytes) -> Row:
+    def parse(self, record: bytes) -> TraceRecord:
         """Read one object."""
         value = decode_object(record)
         if "custom_id" in value:
@@ -90,7 +90,7 @@ class OpenAI(Reader):
             self._not_text += bool(request) and prompt_ids is None
         called(input_tokens, usage.output_tokens)
         model = response.get("model") or request.get("model")
-        return Row(
+        return TraceRecord(
             None if "custom_id" in value else _arrival_ns(value, response),
             input_tokens,
             usage.output_tokens,

@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from harness.formats.calls import Span, SpanReader
-from harness.formats.row import FailedCallError, Item, LeftOutError, Row, RowError
+from harness.formats.row import FailedCallError, Item, LeftOutError, RowError, TraceRecord
 from harness.formats.values import IsoClock, decode_object, epoch_ns, fields_of, token_count
 
 _GROUPS = ("resourceSpans", "batches")
@@ -125,7 +125,7 @@ class OTel(SpanReader):
         if input_tokens is not None and (cached or 0) > input_tokens:
             self._beside += 1
             input_tokens += (cached or 0) + (_count(attributes, _WRITTEN) or 0)
-        return Row(
+        return TraceRecord(
             arrival_ns, input_tokens, output_tokens, _text(attributes, _SESSION), model=_text(attributes, _MODEL),
             cached_tokens=cached,
         )  # fmt: skip

@@ -29,7 +29,7 @@ from typing import Annotated
 import msgspec
 
 from harness.errors import TraceError
-from harness.formats.row import MAX_TOKENS, Reader, Row, RowError
+from harness.formats.row import MAX_TOKENS, Reader, RowError, TraceRecord
 from harness.formats.values import DECODE_ERRORS, called, decode_error, decode_object, fields_of, seconds_ns, show
 from harness.source import open_source, records
 
@@ -84,7 +84,7 @@ class RagPulse(Reader):
             if file is not None:
                 self._lengths[name] = _table(file, key)
 
-    def parse(self, record: bytes) -> Row:
+    def parse(self, record: bytes) -> TraceRecord:
         """Read one line."""
         try:
             row = _decode(record)
@@ -97,7 +97,7 @@ class RagPulse(Reader):
         self._rows += 1
         called(row.input_length, row.output_length)
         ids = self._blocks(row) if len(self._lengths) == len(_TABLES) else None
-        return Row(
+        return TraceRecord(
             seconds_ns("timestamp", int(row.timestamp)), row.input_length, row.output_length, row.session_id, None, ids,
             None if ids is None else BLOCK_TOKENS,
         )  # fmt: skip

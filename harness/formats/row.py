@@ -19,33 +19,64 @@ FAILED_CALL = "zero tokens (failed call)"
 """Reason under which rows are counted that record a failed call of the source system."""
 
 
-class Row(NamedTuple):
-    """One trace row as its format states it. ``arrival_ns`` is the source's own clock, not yet shifted to zero."""
+class TraceRecord(NamedTuple):
+    """One request of a trace, exactly as the file says. What it does not say is None.
+
+    A reader gives it on the source's own clock; a `Trace` shifts the first one it keeps to zero and adds the line.
+    """
 
     arrival_ns: int | None
+    """From a reader: ns on the source's clock. From a `Trace`: ns after the first kept record; never decreasing."""
     input_tokens: int | None
+    """Counted by the source's tokenizer, as everywhere in a trace."""
     output_tokens: int | None
     session_id: str | None = None
     turn: int | None = None
     prefix_ids: tuple[int, ...] | None = None
+    """One per block of ``block_tokens``, the last perhaps partial; equal leading ids are equal leading tokens."""
     block_tokens: int | None = None
     text: str | None = None
     messages: tuple[dict[str, str], ...] | None = None
+    """Chat messages, each with ``role`` and ``content``."""
     answer: str | None = None
-    """What the model said, where the file has it: never sent, but it can be counted."""
+    """What the model said in production. Never sent, but it can be counted."""
     adapter: str | None = None
+    """Model or LoRA adapter to ask for, by the name the server under test has for it; None: the run's model."""
     cancel_after_s: float | None = None
+    """The client hung up this long after it had sent the request."""
     think_s: float | None = None
+    """From the end of the session's previous answer to this turn."""
     timeout_s: float | None = None
+    """The client waited this long at most, counted from when it had sent the request; None: the run's limit."""
     model: str | None = None
-    """Model that answered in production, by the source's name for it."""
+    """Model that answered in production, by the source's name for it. Never asked for: see ``adapter``."""
     cached_tokens: int | None = None
     """Of ``input_tokens``, those that production found in a prompt cache."""
+    max_tokens: int | None = None
+    """The cap that production set on the answer."""
+    expected: tuple[str, ...] | None = None
+    """Right answers, any of which will do."""
+    check: str | None = None
+    """How an answer is held against the truth; JSON of an object."""
+    gate: str | None = None
+    """What production itself can test of an answer at run time; JSON of an object."""
+    tags: tuple[tuple[str, str], ...] | None = None
+    """(name, value), in order of name."""
+    weight: float | None = None
+    """How many requests of production this one stands for."""
+    line: int = 0
+    """1-based line in the (uncompressed) file its record begins on; the row in a columnar file."""
+
+    @property
+    def arrival_s(self) -> float | None:
+        """``arrival_ns`` in seconds."""
+        return None if self.arrival_ns is None else self.arrival_ns / 1e9
 
 
-def weight(row: Row) -> int:
+def memory_bytes(row: TraceRecord) -> int:
     """About how many bytes of memory a row takes."""
-    texts = len(row.text or "") + len(row.answer or "")
+    carried = (row.text, row.answer, row.check, row.gate, *(row.expected or ()))
+    texts = sum(len(text) for text in carried if text is not None)
     if row.messages is not None:
         texts += sum(len(message["content"]) + 200 for message in row.messages)
     return 500 + texts + 40 * len(row.prefix_ids or ())
@@ -87,7 +118,7 @@ class FailedCallError(LeftOutError):
         super().__init__(reason)
 
 
-Item = Row | RowError | LeftOutError
+Item = TraceRecord | RowError | LeftOutError
 """A row, or why it is none."""
 Rows = Sequence[Item]
 """What a record of several calls (a conversation, a batch of spans) holds; empty when it is no call at all."""
@@ -102,7 +133,7 @@ class Place(NamedTuple):
     """1-based; the row in a columnar file."""
 
 
-def is_whole_prompt(row: Row) -> bool:
+def is_whole_prompt(row: TraceRecord) -> bool:
     """Whether the text of a row can be all that its input tokens were counted of.
 
     A token has a byte at least, and seldom many: beyond what a chat template adds, more tokens than bytes show that
@@ -173,13 +204,13 @@ class Reader:
             except (RowError, LeftOutError) as e:
                 yield place, e
                 continue
-            if isinstance(found, Row):
+            if isinstance(found, TraceRecord):
                 yield place, found
             else:
                 for item in found:
                     yield place, item
 
-    def parse(self, record: Any) -> Row | Rows:
+    def parse(self, record: Any) -> TraceRecord | Rows:
         """Read one record. Raises `RowError` or `LeftOutError`."""
         raise NotImplementedError
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 
-from harness.formats.row import LeftOutError, Reader, Row, RowError
+from harness.formats.row import LeftOutError, Reader, RowError, TraceRecord
 from harness.formats.values import Copies, IsoClock, called, epoch_ns, token_count
 
 _LINE = re.compile(rb"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[^\]]{0,40}\] (.*)", re.DOTALL)
@@ -41,7 +41,7 @@ class SGLang(Reader):
     def __init__(self) -> None:
         self._clock = IsoClock("time")
         self._copies = Copies("rid")
-        self._prefills: dict[str, Row] = {}
+        self._prefills: dict[str, TraceRecord] = {}
 
     @staticmethod
     def sniff(record: bytes) -> bool:
@@ -49,7 +49,7 @@ class SGLang(Reader):
         line = _LINE.match(record[:100_000])
         return line is not None and (_STATS.search(line[2]) or _FINISH.match(line[2])) is not None
 
-    def parse(self, record: bytes) -> Row | tuple[()]:
+    def parse(self, record: bytes) -> TraceRecord | tuple[()]:
         """Read one line; most are about something else."""
         if (line := _LINE.match(record)) is None:
             return ()
@@ -68,7 +68,7 @@ class SGLang(Reader):
         """Prefills without their decoding."""
         return [(None, LeftOutError("a prefill without its decode line"))] * len(self._prefills)
 
-    def _stats(self, written_ns: int, request: dict[str, str], times: dict[str, str]) -> Row | tuple[()]:
+    def _stats(self, written_ns: int, request: dict[str, str], times: dict[str, str]) -> TraceRecord | tuple[()]:
         rid, kind = request.get("rid", ""), request.get("type", "unified")
         if rid.startswith("HEALTH_CHECK"):
             return ()
@@ -91,12 +91,14 @@ class SGLang(Reader):
         return row
 
 
-def _row(at_ns: int, fields: dict[str, str], names: tuple[str, str, str], before: str = "") -> Row:
+def _row(at_ns: int, fields: dict[str, str], names: tuple[str, str, str], before: str = "") -> TraceRecord:
     input_tokens, output_tokens, cached = (token_count(name, fields.get(name)) for name in names)
     if input_tokens is None or output_tokens is None:
         raise RowError("no token counts", f"no {names[0]} or {names[1]}")
     called(input_tokens, output_tokens)
-    return Row(at_ns - round(float(fields.get(before, 0)) * 1e9), input_tokens, output_tokens, cached_tokens=cached)
+    return TraceRecord(
+        at_ns - round(float(fields.get(before, 0)) * 1e9), input_tokens, output_tokens, cached_tokens=cached
+    )
 
 
 def _pairs(text: bytes) -> dict[str, str]:

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 from harness.formats.asked import Asked, Role
 from harness.formats.clock import Clock
 from harness.formats.columns import is_table, recognised
-from harness.formats.row import Item, LeftOutError, Place, Reader, Row, RowError, Rows, safe, whole
+from harness.formats.row import Item, LeftOutError, Place, Reader, RowError, Rows, TraceRecord, safe, whole
 from harness.formats.usage import Usage, usage_of
 from harness.formats.values import called, decode_object, fields_of, not_utf8, show, token_count
 from harness.source import Source
@@ -106,7 +106,7 @@ class Table(Reader):
             except (RowError, LeftOutError) as e:
                 yield place, e
 
-    def parse(self, record: Any) -> Row | Rows:
+    def parse(self, record: Any) -> TraceRecord | Rows:
         """Not used: rows need the header before them."""
         raise NotImplementedError
 
@@ -189,7 +189,7 @@ class Table(Reader):
         """Of the column of times."""
         return Clock(name, self._asked.unit)
 
-    def row(self, row: Mapping[str, Any]) -> Row:
+    def row(self, row: Mapping[str, Any]) -> TraceRecord:
         """The row of named values. Raises `RowError` and `LeftOutError`."""
         assert self._at is not None
         if row.keys() != self._known and len(self._others) < 50:
@@ -205,7 +205,7 @@ class Table(Reader):
             raise RowError("no input tokens", f"{self._at.get('input', 'the input length')} is empty")
         called(input_tokens, output_tokens)
         session, model = self._value(row, "session"), self._value(row, "model")
-        return Row(
+        return TraceRecord(
             None if self._clock is None else self._clock.ns(arrival),
             input_tokens,
             output_tokens,

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from harness.formats.row import MAX_ARRIVAL_S, MAX_TOKENS, FailedCallError, LeftOutError, Row, RowError, Rows
+from harness.formats.row import MAX_ARRIVAL_S, MAX_TOKENS, FailedCallError, LeftOutError, RowError, Rows, TraceRecord
 from harness.untrusted import DECODE_ERRORS as DECODE_ERRORS
 
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -35,9 +35,9 @@ def fields_of(record: bytes) -> dict[str, bytes]:
         return {}
 
 
-def rows_of(items: Sequence[Any], row: Callable[[dict[str, Any]], Row | None]) -> Rows:
+def rows_of(items: Sequence[Any], row: Callable[[dict[str, Any]], TraceRecord | None]) -> Rows:
     """What ``row`` makes of each object of a page, errors as values."""
-    found: list[Row | RowError | LeftOutError] = []
+    found: list[TraceRecord | RowError | LeftOutError] = []
     for item in items:
         try:
             if not isinstance(item, dict):

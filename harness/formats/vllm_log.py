@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from harness.formats.row import FailedCallError, Item, Reader, Row, RowError, Rows
+from harness.formats.row import FailedCallError, Item, Reader, RowError, Rows, TraceRecord
 from harness.formats.values import called, prefix_hashes, show
 
 BLOCK_TOKENS = 16
@@ -148,7 +148,7 @@ class VllmLog(Reader):
             request.failed = reason[1].decode()
         return [self._row(match[1])]
 
-    def _row(self, id_: bytes) -> Row | RowError | FailedCallError:
+    def _row(self, id_: bytes) -> TraceRecord | RowError | FailedCallError:
         request = self._open.pop(id_)
         if request.arrival_ns is None:
             return RowError(
@@ -160,7 +160,7 @@ class VllmLog(Reader):
         output_tokens = request.output_tokens if request.output_tokens is not None else request.deltas or None
         if ids is None:
             self._no_output += request.text is not None and output_tokens is None
-            return Row(request.arrival_ns, None, output_tokens, text=request.text or None)
+            return TraceRecord(request.arrival_ns, None, output_tokens, text=request.text or None)
         try:
             called(len(ids), output_tokens)
         except FailedCallError as e:
@@ -168,7 +168,7 @@ class VllmLog(Reader):
         self._lengths[len(ids)] += 1
         self._no_output += output_tokens is None
         hashes = prefix_hashes(ids, BLOCK_TOKENS)
-        return Row(request.arrival_ns, len(ids), output_tokens, prefix_ids=hashes, block_tokens=BLOCK_TOKENS)
+        return TraceRecord(request.arrival_ns, len(ids), output_tokens, prefix_ids=hashes, block_tokens=BLOCK_TOKENS)
 
     def _overflow(self) -> Rows:
         return [self._row(next(iter(self._open)))] if len(self._open) > _WAITING else ()

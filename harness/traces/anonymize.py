@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 
 from harness.errors import TraceError, UsageError
@@ -45,8 +44,7 @@ def _encoded(
 def count_tokens(records: Iterable[TraceRecord], tokenizer: TextTokenizer) -> Iterator[TraceRecord]:
     """Records with the token counts of prompt and answer filled in where the trace has only the text."""
     for record, ids, answer_tokens in _encoded(records, tokenizer):
-        yield replace(
-            record,
+        yield record._replace(
             input_tokens=len(ids) if record.input_tokens is None and ids is not None else record.input_tokens,
             output_tokens=answer_tokens or None if record.output_tokens is None else record.output_tokens,
         )
@@ -55,7 +53,7 @@ def count_tokens(records: Iterable[TraceRecord], tokenizer: TextTokenizer) -> It
 def anonymize(
     records: Iterable[TraceRecord], *, salt: bytes, tokenizer: TextTokenizer | None, block_tokens: int = BLOCK_TOKENS
 ) -> Iterator[TraceRecord]:
-    """Records without text, ids or names.
+    """Records without text, ids, names, tags, and what answers are checked by.
 
     Counts that the source gave are kept; where the text has fewer tokens (a chat template adds some), the blocks that
     are left over are shared with nobody, and where it has more, the ids end with the count. Messages are counted
@@ -76,8 +74,7 @@ def anonymize(
             prefix_ids = _text_blocks(ids, input_tokens, size, salt, number)
         elif prefix_ids is not None:
             prefix_ids = _keyed([i.to_bytes(8, "little", signed=True) for i in prefix_ids], salt)
-        yield replace(
-            record,
+        yield record._replace(
             input_tokens=input_tokens,
             output_tokens=answer_tokens or None if record.output_tokens is None else record.output_tokens,
             session_id=sessions.name(record.session_id),
@@ -88,6 +85,10 @@ def anonymize(
             answer=None,
             adapter=adapters.name(record.adapter),
             model=models.name(record.model),
+            expected=None,
+            check=None,
+            gate=None,
+            tags=None,
         )
 
 

@@ -59,7 +59,7 @@ def synthesize(
             if (duration_s is not None and arrival_s >= duration_s) or made == requests:
                 return
             made += 1
-            yield TraceRecord(made, arrival_s, i, o)
+            yield TraceRecord(round(arrival_s * 1e9), i, o, line=made)
         now_s = float(times[-1])
 
 
@@ -111,7 +111,7 @@ class ServeGen:
         first_s: float | None = None
         for made, (arrival_s, into, out) in enumerate(heapq.merge(*streams), start=1):
             first_s = arrival_s if first_s is None else first_s
-            yield TraceRecord(made, arrival_s - first_s, into, out)
+            yield TraceRecord(round((arrival_s - first_s) * 1e9), into, out, line=made)
 
     def _client(
         self,

@@ -58,14 +58,17 @@ def write_trace(records: Iterable[TraceRecord], out: Path) -> int:
 
 def _shifted(records: Iterable[TraceRecord]) -> Iterator[dict[str, Any]]:
     """Fields as in the file, those not given left out."""
-    first_s: float | None = None
+    first_ns: int | None = None
     for record in records:
         row = {name: value for name, a in _ATTRIBUTES.items() if (value := getattr(record, a)) is not None}
-        if record.arrival_s is not None:
-            first_s = record.arrival_s if first_s is None else first_s
-            # In nanoseconds, as differences of floats have tails.
-            row["arrival_s"] = (round(record.arrival_s * 1e9) - round(first_s * 1e9)) / 1e9
+        if record.arrival_ns is not None:
+            first_ns = record.arrival_ns if first_ns is None else first_ns
+            row["arrival_s"] = (record.arrival_ns - first_ns) / 1e9
         yield row
+
+
+_OBJECTS = ("check", "gate")
+"""JSON in a record and in Parquet, objects in JSON Lines."""
 
 
 def _write_lines(rows: Iterator[dict[str, Any]], raw: IO[bytes], out: Path) -> int:
@@ -77,6 +80,9 @@ def _write_lines(rows: Iterator[dict[str, Any]], raw: IO[bytes], out: Path) -> i
             # Without name and time, so that equal traces are equal files.
             file = cast(IO[bytes], stack.enter_context(gzip.GzipFile("", "wb", 6, raw, mtime=0)))
         for row in rows:
+            row.update({name: msgspec.Raw(row[name].encode()) for name in _OBJECTS if name in row})
+            if "tags" in row:
+                row["tags"] = dict(row["tags"])
             file.write(encode(row) + b"\n")
             count += 1
     return count
@@ -90,12 +96,16 @@ def _write_parquet(rows: Iterator[dict[str, Any]], raw: IO[bytes], out: Path) ->
     types = {
         "messages": pa.list_(message), "prefix_ids": pa.list_(pa.int64()), "input_tokens": pa.int32(),
         "output_tokens": pa.int32(), "turn": pa.int32(), "block_tokens": pa.int32(), "cached_tokens": pa.int32(),
+        "max_tokens": pa.int32(), "expected": pa.list_(pa.string()), "weight": pa.float64(),
     }  # fmt: skip
     default = {True: pa.float64(), False: pa.string()}
     schema = pa.schema([(name, types.get(name) or default[name.endswith("_s")]) for name in FIELDS])
     count = 0
     with pq.ParquetWriter(raw, schema, compression="zstd") as writer:
         while batch := list(islice(rows, _BATCH)):
+            for row in batch:
+                if "tags" in row:
+                    row["tags"] = msgspec.json.encode(dict(row["tags"])).decode()
             count += len(batch)
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
     return count
