@@ -1,6 +1,6 @@
 """A sample of answers counted by ourselves, to hold what a server says it counted against what it said.
 
-Load workers keep the texts of some answers, spread evenly over the run (`scenarios.sampling`), and write them to
+Load workers keep the texts of some answers, spread evenly over the run (`scenarios.client.capture`), and write them to
 ``answers-<worker>.jsonl`` when the load is over. Then they are counted here, off the clock: in bytes, in words, in the
 chunks that carried them, and in tokens where the model's tokenizer is at hand. The counts go into the manifest, the
 texts are deleted. `analysis.validity.usage` compares.

@@ -2,7 +2,7 @@
 
 A turn *goes on* from the row before it of its session when its prompt is that row's prompt, then an answer, then
 something new. Only what is new is planned; what goes before it is known when the turn is sent
-(`scenarios.conversation`). A turn that does not go on (its history was cut or rewritten, or nobody can tell where the
+(`scenarios.dispatch`). A turn that does not go on (its history was cut or rewritten, or nobody can tell where the
 answer ends) is sent whole, as it was recorded, and counted by reason.
 """
 

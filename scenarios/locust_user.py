@@ -23,15 +23,15 @@ from harness.run_spec import DEFAULTS, RunSpec
 from scenarios.client.client import Client, raise_fd_limit
 from scenarios.client.endpoint import ENDPOINTS
 from scenarios.client.timers import Alarm
+from scenarios.dispatch import Dispatcher
 from scenarios.plan_reader import Window
-from scenarios.schedule import Load
 
 API_KEY = "HARNESS_API_KEY"
 """Environment variable with the API key; there is no other way to give it, so that it is in no file and no argument."""
 
 
 class PlanUser(User):  # type: ignore[misc]  # Locust ships no types
-    """Sends what `Load` of its environment holds, in a way its subclass says."""
+    """Sends what `Dispatcher` of its environment holds, in a way its subclass says."""
 
     abstract = True
     precise = False
@@ -40,18 +40,18 @@ class PlanUser(User):  # type: ignore[misc]  # Locust ships no types
     @task  # type: ignore[untyped-decorator]
     def play(self) -> None:
         """Send until the plan is done or the run stops; then this user is gone."""
-        load: Load | None = getattr(self.environment, "load", None)
-        if load is not None and not load.over:
-            alarm = load.join(precise=self.precise)
+        dispatcher: Dispatcher | None = getattr(self.environment, "dispatcher", None)
+        if dispatcher is not None and not dispatcher.over:
+            alarm = dispatcher.join(precise=self.precise)
             try:
-                joined_ns = load.now_ns() if load.started.is_set() else 0
-                load.started.wait()
-                self.send_all(load, alarm, joined_ns)
+                joined_ns = dispatcher.now_ns() if dispatcher.started.is_set() else 0
+                dispatcher.started.wait()
+                self.send_all(dispatcher, alarm, joined_ns)
             finally:
-                load.leave(alarm)
+                dispatcher.leave(alarm)
         raise StopUser
 
-    def send_all(self, load: Load, alarm: Alarm, joined_ns: int) -> None:
+    def send_all(self, dispatcher: Dispatcher, alarm: Alarm, joined_ns: int) -> None:
         """Send requests of ``load`` until it is over; this user was there from ``joined_ns`` of the run clock on."""
         raise NotImplementedError
 
@@ -109,7 +109,7 @@ class _LocustRun:
         spec = asked(options, environment.host, timed=timed)
         self._client = Client(spec, self._record, api_key=os.environ.get(API_KEY))
         self._window = Window(Path(options.plan), spec)
-        self._load = environment.load = Load(self._window.schedule(), self._client)
+        self._dispatcher = environment.dispatcher = Dispatcher(self._window.schedule(), self._client)
         self._writer = ResultWriter(Path(options.results), 0) if options.results else None
         self._connections = 32 if timed else options.num_users or 1
         self._watcher: Any = None
@@ -121,26 +121,26 @@ class _LocustRun:
         if self._closed:
             self._client.close()
             return
-        self._load.begin(monotonic_ns())
+        self._dispatcher.begin(monotonic_ns())
         self._watcher = gevent.spawn(self._watch)
         gevent.spawn(self._fill)
 
     def _fill(self) -> None:
         """Read and prepare the plan ahead of its time."""
         try:
-            self._load.fill()
+            self._dispatcher.fill()
         except HarnessError as e:
             print(f"error: {e}", file=sys.stderr)
             self._environment.process_exit_code = EXIT_FAILURE
-            self._load.stop()
+            self._dispatcher.stop()
 
     def _watch(self) -> None:
         """Flush rows, and end the test when the plan is done."""
-        while not self._load.over or self._client.in_flight:
+        while not self._dispatcher.over or self._client.in_flight:
             gevent.sleep(0.5)
             if self._writer is not None:
                 self._writer.flush()
-        self._client.later.settle()
+        self._client.parse_queue.settle()
         self._environment.runner.quit()
 
     def _record(self, result: Result) -> None:
@@ -165,14 +165,14 @@ class _LocustRun:
         """One row for every request, also those that were stopped."""
         self._closed = True
         if self._watcher is None:
-            self._load.begin(monotonic_ns())
+            self._dispatcher.begin(monotonic_ns())
         elif gevent.getcurrent() is not self._watcher:
             self._watcher.kill(block=False)
-        self._load.stop()
+        self._dispatcher.stop()
         self._client.abort("stopped", "in flight when the test was stopped")
-        self._client.later.settle()
-        now = self._load.now_ns()
-        unsent = [(planned.request_id, planned.scheduled_ns) for planned in self._load.schedule.rest()]
+        self._client.parse_queue.settle()
+        now = self._dispatcher.now_ns()
+        unsent = [(planned.request_id, planned.scheduled_ns) for planned in self._dispatcher.schedule.rest()]
         for request_id, due in (*unsent, *self._window.unread()):
             self._record(Result(request_id, now if due is None else due, error="unsent"))
         if self._watcher is not None:

@@ -22,7 +22,7 @@ import psutil
 from harness.observations import Observation
 from scenarios.client.client import Client
 from scenarios.client.timers import Ticker
-from scenarios.schedule import Load
+from scenarios.dispatch import Dispatcher
 
 TICK_NS = 10_000_000
 EVERY_NS = 1_000_000_000
@@ -32,10 +32,10 @@ _UNWRITTEN = 3600  # rows kept for a disk that takes none; after that the oldest
 class Observer:
     """Watches this process from `begin` until `end`; `rows` are what was seen and not yet taken."""
 
-    def __init__(self, client: Client, load: Load, done: Callable[[], int]) -> None:
+    def __init__(self, client: Client, dispatcher: Dispatcher, done: Callable[[], int]) -> None:
         self.rows: deque[Observation] = deque(maxlen=_UNWRITTEN)
         self._client = client
-        self._load, self._done = load, done
+        self._dispatcher, self._done = dispatcher, done
         self._process = psutil.Process()
         self._gc_ns = self._gc_began = 0
         self._all = array("q", [0]) * _BUCKETS
@@ -108,9 +108,9 @@ class Observer:
                 gc_pause_ns=self._gc_ns,
                 events=deltas[0], bytes=deltas[1], sent=deltas[2], done=deltas[3],
                 in_flight=self._in_flight / len(lags) if lags else None,
-                backlog=len(self._client.later),
+                backlog=len(self._client.parse_queue),
                 rss_bytes=self._process.memory_info().rss,
-                prepared=self._load.schedule.prepared,
+                prepared=self._dispatcher.schedule.prepared,
             )
         )  # fmt: skip
         for lag in lags:
@@ -119,7 +119,7 @@ class Observer:
         self._lags, self._in_flight, self._gc_ns = [], 0, 0
 
     def _count(self) -> tuple[int, int, int, int]:
-        return (*self._client.read, self._load.sent, self._done())
+        return (*self._client.read, self._dispatcher.sent, self._done())
 
     def _on_gc(self, phase: str, info: dict[str, int]) -> None:
         if phase == "start":

@@ -75,7 +75,7 @@ def prepare(
     stream: bool = True,
     lengths: Lengths = FORCED,
 ) -> bytes:
-    """The bytes of one request from its Content-Length header on; `Target.head` comes before them.
+    """The bytes of one request from its Content-Length header on; `Endpoint.head` comes before them.
 
     It asks for its own ``model`` if the plan has one. Generation is greedy (`NO_TEMPERATURE` aside), and forced to
     ``output_tokens``, or as ``lengths`` say, when the plan has them. ``extra_body`` fields win over ours; a null there

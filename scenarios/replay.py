@@ -9,8 +9,8 @@ from __future__ import annotations
 import gevent
 
 from scenarios.client.timers import Alarm
+from scenarios.dispatch import BURST, Dispatcher
 from scenarios.locust_user import PlanUser, run_as_locustfile
-from scenarios.schedule import BURST, Load
 
 
 class Replay(PlanUser):
@@ -21,19 +21,19 @@ class Replay(PlanUser):
 
     precise = True
 
-    def send_all(self, load: Load, alarm: Alarm, joined_ns: int) -> None:
+    def send_all(self, dispatcher: Dispatcher, alarm: Alarm, joined_ns: int) -> None:
         """Send each request when it is due."""
         sent = 0
-        while not load.over:
-            due = load.schedule.next_due()
-            full = load.cap is not None and load.client.in_flight >= load.cap
+        while not dispatcher.over:
+            due = dispatcher.schedule.next_due()
+            full = dispatcher.cap is not None and dispatcher.client.in_flight >= dispatcher.cap
             if due is None or full:
                 alarm.wait_until(None)
-            elif due > load.now_ns():
-                alarm.wait_until(load.client.start_mono_ns + due)
+            elif due > dispatcher.now_ns():
+                alarm.wait_until(dispatcher.client.start_mono_ns + due)
                 sent = 0
             else:
-                load.send_next(load.ended)
+                dispatcher.send_next(dispatcher.ended)
                 sent += 1
                 if sent % BURST == 0:
                     gevent.sleep(0)

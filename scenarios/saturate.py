@@ -12,8 +12,8 @@ import gevent
 
 from harness.results import Result
 from scenarios.client.timers import Alarm
+from scenarios.dispatch import BURST, Dispatcher
 from scenarios.locust_user import PlanUser, run_as_locustfile
-from scenarios.schedule import BURST, Load
 
 
 class Saturate(PlanUser):
@@ -25,28 +25,28 @@ class Saturate(PlanUser):
 
     precise = True
 
-    def send_all(self, load: Load, alarm: Alarm, joined_ns: int) -> None:
+    def send_all(self, dispatcher: Dispatcher, alarm: Alarm, joined_ns: int) -> None:
         """Keep a request in flight on each slot."""
-        free = [max(joined_ns, load.next_start()) for _ in range(load.slots)]
+        free = [max(joined_ns, dispatcher.next_start()) for _ in range(dispatcher.slots)]
         heapq.heapify(free)
 
         def ended(result: Result) -> None:
             assert result.finished_ns is not None
             heapq.heappush(free, result.finished_ns)
-            load.ended(result)
+            dispatcher.ended(result)
             alarm.ring()
 
         sent = 0
-        while not load.over:
-            due = load.schedule.next_due()
+        while not dispatcher.over:
+            due = dispatcher.schedule.next_due()
             if due is None or not free:
                 alarm.wait_until(None)
-            elif max(due, free[0]) > load.now_ns():
-                alarm.wait_until(load.client.start_mono_ns + max(due, free[0]))
+            elif max(due, free[0]) > dispatcher.now_ns():
+                alarm.wait_until(dispatcher.client.start_mono_ns + max(due, free[0]))
                 sent = 0
             else:
                 slot = heapq.heappop(free)
-                if not load.send_next(ended, slot):
+                if not dispatcher.send_next(ended, slot):
                     heapq.heappush(free, slot)
                 sent += 1
                 if sent % BURST == 0:

@@ -1,26 +1,19 @@
-"""What goes out when: the order of a worker's requests, the clock they wait for, and what all users of a process share.
+"""The order in which a worker's requests are sent, and when each is due.
 
-Nothing here knows Locust. The plan fixed every time before the clock started; a late request never moves a later one.
+The plan fixed every time before the clock started; a late request never moves a later one.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from time import monotonic_ns
 
-import gevent
 import numpy as np
 import numpy.typing as npt
-from gevent.event import Event
 
 from harness.errors import HarnessError, PlanError
-from harness.results import Result
-from scenarios.client.client import Client
-from scenarios.client.timers import Alarm
-from scenarios.conversation import NO_HISTORY, Conversations
 from scenarios.payload import Draft
 
 
@@ -40,10 +33,6 @@ class _Ahead:
 
 
 AHEAD = _Ahead()
-BURST = 16
-"""Late requests sent in a row before the loop may read answers again."""
-_FILL_S, _FULL_S = 0.01, 0.05  # between two looks, while too little is prepared and when enough is
-_FILL_NS, _HURRY_NS = 500_000, 3_000_000  # of these; answers that come meanwhile are stamped that much late
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +126,11 @@ class Schedule:
                 moving and self._bytes >= AHEAD.most_bytes
             )
         return count < AHEAD.requests or ahead_ns < AHEAD.ns
+
+    @property
+    def well_prepared(self) -> bool:
+        """Whether there is no hurry to prepare more."""
+        return self.prepared > AHEAD.requests // 2
 
     def read_more(self) -> bool:
         """Prepare one more; False when there is none. Raises what reading the plan does."""
@@ -234,131 +228,3 @@ class Schedule:
         self.left = self.prepared = self._bytes = 0
         self.all_read = True
         return rest
-
-
-def slot_starts(ramp_s: float | None, slots: int, worker: int = 0, workers: int = 1) -> list[int]:
-    """When each slot of a worker joins a closed loop, ns of the run clock: evenly over ``ramp_s``, the first at once.
-
-    The slots of all workers take turns, so that the whole load climbs evenly, too.
-    """
-    return [round((ramp_s or 0.0) * 1e9 * (slot + worker / workers) / slots) for slot in range(slots)]
-
-
-class Load:
-    """What all users of one process share: the schedule, the client, the start, and the wish to stop.
-
-    ``cap``: most requests in flight (open loop). ``slots``: requests that each user keeps in flight (closed loop), and
-    ``starts`` when each of them joins (default: at once).
-    """
-
-    def __init__(
-        self, schedule: Schedule, client: Client, cap: int | None = None, slots: int = 1, starts: Iterable[int] = ()
-    ) -> None:
-        self.schedule = schedule
-        self.client = client
-        self.conversations = Conversations(client)
-        self.cap = cap
-        self.slots = slots
-        self._starts = deque(starts)
-        self.stopping = False
-        self.sent = 0
-        self.started = Event()
-        self.finished = Event()
-        """Set when the last user has left: nothing more will be sent."""
-        self._alarms: list[Alarm] = []
-        if not schedule.left:
-            self.finished.set()
-
-    def begin(self, start_mono_ns: int) -> None:
-        """The clock starts; call it at that moment."""
-        self.client.start_mono_ns = start_mono_ns
-        self.started.set()
-
-    def now_ns(self) -> int:
-        """The run clock."""
-        return monotonic_ns() - self.client.start_mono_ns
-
-    def join(self, *, precise: bool = False) -> Alarm:
-        """A user comes to wait; returns what to wait on."""
-        alarm = Alarm(precise=precise)
-        self._alarms.append(alarm)
-        return alarm
-
-    def next_start(self) -> int:
-        """When the next slot joins, ns of the run clock; each call is another slot."""
-        return self._starts.popleft() if self._starts else 0
-
-    def leave(self, alarm: Alarm) -> None:
-        """A user has nothing more to send."""
-        self._alarms.remove(alarm)
-        alarm.close()
-        if not self._alarms:
-            self.finished.set()
-
-    @property
-    def over(self) -> bool:
-        """True when nothing may or need be sent any more."""
-        return self.stopping or not self.schedule.left
-
-    def send_next(self, ended: Callable[[Result], None], free_ns: int | None = None) -> bool:
-        """Send the next request. It was due at its own time or, in a closed loop, when its slot was free.
-
-        False when it was not sent: a turn of a live conversation that has nothing to go on from.
-        """
-        planned, due = self.schedule.take(self.now_ns())
-        result = Result(planned.request_id, max(due, free_ns or 0))
-        sent = planned.draft is None or self._converse(planned, result, ended)
-        if planned.draft is None:
-            self.client.send(
-                result, planned.payload, ended, slice_=planned.slice, cancel_after_ns=planned.cancel_after_ns,
-                timeout_ns=planned.timeout_ns, most_tokens=planned.most_tokens,
-            )  # fmt: skip
-        self.sent += sent
-        if not self.schedule.left:
-            self._ring()  # that was the last: nobody has anything to wait for
-        return sent
-
-    def _converse(self, planned: Planned, result: Result, ended: Callable[[Result], None]) -> bool:
-        history = self.conversations.history(planned)
-        if isinstance(history, bytes):
-            self.conversations.send(planned, result, history, ended)
-            return True
-        self.conversations.drop(planned, history)
-        result.error, result.detail = NO_HISTORY, history
-        self.client.refuse(result)
-        if self.schedule.finished(planned.request_id, result.scheduled_ns):
-            self._ring()
-        return False
-
-    def ended(self, result: Result) -> None:
-        """An answer ended: its session's next turn may now have a time, and under a cap there is room."""
-        assert result.finished_ns is not None
-        if self.schedule.finished(result.request_id, result.finished_ns) or self.cap is not None:
-            self._ring()
-
-    def fill(self) -> None:
-        """Keep requests prepared, a few at a time, until the whole plan is read; for a greenlet of its own.
-
-        Raises what reading the plan does.
-        """
-        schedule = self.schedule
-        while not (self.stopping or schedule.all_read):
-            gevent.sleep(_FILL_S if schedule.wants_more(self.now_ns()) else _FULL_S)
-            due, now = schedule.known_due(), monotonic_ns()
-            end = now + (_FILL_NS if schedule.prepared > AHEAD.requests // 2 else _HURRY_NS)
-            while schedule.wants_more(self.now_ns()) and monotonic_ns() < end and schedule.read_more():
-                pass
-            if schedule.known_due() != due:
-                self._ring()
-        if schedule.trouble is not None:  # a user found it, who ran out of prepared requests
-            raise schedule.trouble
-
-    def stop(self) -> None:
-        """Send nothing more; what is in flight goes on."""
-        self.stopping = True
-        self.started.set()
-        self._ring()
-
-    def _ring(self) -> None:
-        for alarm in self._alarms:
-            alarm.ring()

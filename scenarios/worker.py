@@ -56,15 +56,15 @@ from harness.observations import SCHEMA, Observation, ObservationWriter
 from harness.results import FLUSH_S, Result, ResultWriter
 from harness.run_spec import WorkerSpec
 from harness.startup import forgo_pandas
+from scenarios.client.capture import Sampler
 from scenarios.client.client import Client, raise_fd_limit
 from scenarios.client.timers import Alarm
+from scenarios.dispatch import Dispatcher, slot_starts
 from scenarios.locust_user import API_KEY
 from scenarios.observer import Observer
 from scenarios.plan_reader import Window
 from scenarios.replay import Replay
-from scenarios.sampling import Sampler
 from scenarios.saturate import Saturate
-from scenarios.schedule import Load, slot_starts
 from scenarios.worker_protocol import Commands, read_spec, say, start_ns
 
 _OPEN_LOOP_CONNECTIONS = 64  # opened ahead when no cap says how many there can be
@@ -108,8 +108,8 @@ class Worker:
         schedule = self._window.schedule()
         slots = spec.concurrency or 1
         starts = slot_starts(spec.ramp_s, slots, spec.worker, spec.workers) if closed else ()
-        self._load = Load(schedule, self._client, None if closed else spec.concurrency, slots, starts)
-        self.observer = Observer(self._client, self._load, lambda: self._done)
+        self._dispatcher = Dispatcher(schedule, self._client, None if closed else spec.concurrency, slots, starts)
+        self.observer = Observer(self._client, self._dispatcher, lambda: self._done)
         self._open_connections(None)
         _warm_up()
         self._runner = self._start_user(Saturate if closed else Replay)
@@ -127,7 +127,7 @@ class Worker:
         """The one user of this worker, waiting for the start."""
         logging.getLogger("locust").setLevel(logging.ERROR)
         environment = locust.env.Environment(user_classes=[user], catch_exceptions=False)
-        environment.load = self._load
+        environment.dispatcher = self._dispatcher
         runner = environment.create_local_runner()
         runner.start(1, spawn_rate=1)
         deadline = monotonic_ns() + 30_000_000_000
@@ -155,26 +155,26 @@ class Worker:
         gc.disable()
         commander = gevent.spawn(self._obey)
         alarm = Alarm(precise=True)
-        while (now := monotonic_ns()) < start and not self._load.stopping:
+        while (now := monotonic_ns()) < start and not self._dispatcher.stopping:
             alarm.wait_until(min(start, now + 100_000_000))
         alarm.close()
-        self._load.begin(start)
+        self._dispatcher.begin(start)
         self.observer.begin()
         watchers = [commander, gevent.spawn(self._report), gevent.spawn(self._fill)]
         flusher = gevent.spawn(self._flush_rows)
-        self._load.finished.wait(self.spec.duration_s)
-        self._load.stop()
+        self._dispatcher.finished.wait(self.spec.duration_s)
+        self._dispatcher.stop()
         self._drain()
-        self.end_ns = self._load.now_ns()
-        self._client.later.settle()
+        self.end_ns = self._dispatcher.now_ns()
+        self._client.parse_queue.settle()
         self.observer.end()
         gevent.killall(watchers)
         self._finish(flusher)
 
     def abandon(self) -> None:
         """Told to stop before the start: nothing is sent, every request has its row."""
-        self._load.begin(monotonic_ns())
-        self._load.stop()
+        self._dispatcher.begin(monotonic_ns())
+        self._dispatcher.stop()
         self._finish(None)
 
     def _drain(self) -> None:
@@ -183,7 +183,7 @@ class Worker:
         """
         deadline: int | None = None
         while self._client.in_flight and self._stops < 2:
-            if deadline is None and (self._told_to_stop or self._load.schedule.left):
+            if deadline is None and (self._told_to_stop or self._dispatcher.schedule.left):
                 deadline = monotonic_ns() + int(self.spec.drain_s * 1e9)
             if deadline is not None and monotonic_ns() >= deadline:
                 break
@@ -209,13 +209,13 @@ class Worker:
 
     def _stop_sending(self) -> None:
         self._told_to_stop = True
-        self._load.stop()
-        self._load.finished.set()
+        self._dispatcher.stop()
+        self._dispatcher.finished.set()
 
     def _fill(self) -> None:
         """Read and prepare the plan ahead of its time."""
         try:
-            self._load.fill()
+            self._dispatcher.fill()
         except HarnessError as e:
             self._give_up(str(e))
 
@@ -238,8 +238,8 @@ class Worker:
     def _finish(self, flusher: Any | None) -> None:
         """Every request has one row, and all rows are in the file."""
         self._client.close()
-        now = self._load.now_ns()
-        unsent = [(planned.request_id, planned.scheduled_ns) for planned in self._load.schedule.rest()]
+        now = self._dispatcher.now_ns()
+        unsent = [(planned.request_id, planned.scheduled_ns) for planned in self._dispatcher.schedule.rest()]
         for n, (request_id, due) in enumerate(chain(unsent, self._window.unread()), 1):
             self._record(Result(request_id, now if due is None else due, error="unsent"))
             if n % _UNSENT == 0:
@@ -306,8 +306,9 @@ class Worker:
             samples = self._samples[:: len(self._samples) // _SAMPLES + 1]
             quiet_s, heard = self._client.quiet_s()
             told = say(
-                "progress", must=False, t_s=round(self._load.now_ns() / 1e9, 3), sent=self._load.sent, done=self._done,
-                failed=self._failed, in_flight=self._client.in_flight, output_tokens=self._output_tokens,
+                "progress", must=False, t_s=round(self._dispatcher.now_ns() / 1e9, 3), sent=self._dispatcher.sent,
+                done=self._done, failed=self._failed, in_flight=self._client.in_flight,
+                output_tokens=self._output_tokens,
                 ttft_s=[round(ttft, 4) for ttft, _, _ in samples], e2e_s=[round(e2e, 4) for _, e2e, _ in samples],
                 tpot_s=[round(tpot, 5) for _, _, tpot in samples if tpot is not None], quiet_s=quiet_s, heard=heard,
             )  # fmt: skip

@@ -62,7 +62,7 @@ def test_the_query_of_a_base_url_goes_with_every_request() -> None:
         RunSpec(mode="open", model="m", base_urls=["http://127.0.0.1:1/x?api-version=1"], key_header="api-key"),
         lambda row: None, api_key="k",
     )  # fmt: skip
-    head = client._targets[0].head.decode()
+    head = client._endpoints[0].head.decode()
     client.close()
     assert head.startswith("POST /x/completions?api-version=1 HTTP/1.1\r\n")
     assert "\r\napi-key: k\r\n" in head and "Authorization" not in head

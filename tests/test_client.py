@@ -23,7 +23,7 @@ from harness.results import ERRORS, Result
 from harness.run_spec import RunSpec
 from scenarios.client.client import Client
 from scenarios.client.connection import Connection
-from scenarios.client.in_flight import Stream
+from scenarios.client.in_flight import InFlight
 from scenarios.payload import prepare
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -124,10 +124,15 @@ class Run:
         self.client = Client(spec_of(*urls, **options), self.rows.append, **own)
         self.sent = 0
 
-    def send(self, payload=None, ended=None, slice_=0, cancel_after_ns=None, timeout_ns=None, **fields):
+    def send(self, payload=None, ended=None, session=0, cancel_after_ns=None, timeout_ns=None, **fields):
         payload = payload or prepare(request(**fields), endpoint="completions", model="fake")
         self.client.send(
-            Result(self.sent, 0), payload, ended, slice_=slice_, cancel_after_ns=cancel_after_ns, timeout_ns=timeout_ns
+            Result(self.sent, 0),
+            payload,
+            ended,
+            session=session,
+            cancel_after_ns=cancel_after_ns,
+            timeout_ns=timeout_ns,
         )
         self.sent += 1
 
@@ -360,7 +365,7 @@ def test_a_server_says_how_long_it_keeps_a_connection(serve, run, said, limit_s)
     sender = run(serve(repeat(answer().replace(HEAD, head))).url)
     for _ in range(2):  # the second is known by its opening
         sender.one()
-    assert sender.client._targets[0].idle_limit_s == limit_s
+    assert sender.client._endpoints[0].idle_limit_s == limit_s
 
 
 @pytest.mark.parametrize(("said", "error"), [("0.5", None), ("9999", "overloaded"), ("later", None)])
@@ -628,14 +633,14 @@ def test_an_end_that_only_parsing_finds_frees_its_slot(serve, run, end, error):
     row = sender.one()
     assert (row.error, len(row.chunk_ns)) == (error, 4)
     assert row.finished_ns - row.chunk_ns[-1] < 1_000_000_000, "when its last bytes came"
-    sender.client.later.settle()
+    sender.client.parse_queue.settle()
     assert (len(sender.rows), sender.client.in_flight) == (1, 0)
-    assert not sender.client._targets[0].idle, "what is out of step is not used again"
+    assert not sender.client.pool.idle[sender.client._endpoints[0]], "what is out of step is not used again"
 
 
 def test_a_cut_is_stamped_when_it_came_not_when_it_was_parsed(serve, run, monkeypatch):
     cut_ns = []
-    parse = Stream.parse
+    parse = InFlight.parse
 
     def slow(stream, **how):
         if cut_ns:
@@ -648,7 +653,7 @@ def test_a_cut_is_stamped_when_it_came_not_when_it_was_parsed(serve, run, monkey
         time.sleep(0.3)
         cut_ns.append(time.monotonic_ns())
 
-    monkeypatch.setattr(Stream, "parse", slow)
+    monkeypatch.setattr(InFlight, "parse", slow)
     sender = run(serve(talk).url)
     row = sender.one()
     assert row.error == "cut"
@@ -668,19 +673,19 @@ def test_ten_thousand_idle_connections_cost_no_comparison_each(run):
             return self is other
 
     client = run("http://127.0.0.1:9/v1").client
-    (target,) = client._targets
+    (target,) = client._endpoints
     connections = [Counted(client, target) for _ in range(2000)]
     for connection in connections:
         connection.used = True
-        client.pool(connection)
+        client.idle(connection)
     for connection in connections[500:1000]:
         client.drop(connection)
         client.drop(connection)  # twice is no error
-    assert len(target.idle) == 1500
-    taken = target.take(time.monotonic_ns())
+    assert len(client.pool.idle[target]) == 1500
+    taken = client.pool.take(target, time.monotonic_ns())
     assert taken is connections[-1], "the one used last"
-    client._close_idle(time.monotonic_ns() + 10**11)
-    assert not target.idle
+    client.pool.close_idle(time.monotonic_ns() + 10**11)
+    assert not client.pool.idle[target]
     assert compared < 10_000
 
 
@@ -853,7 +858,7 @@ def test_retries_are_counted_and_take_time(serve, run, monkeypatch):
     assert row.finished_ns - row.sent_ns >= 0.7e9, "0.1 + 0.2 + 0.4 s of waiting are in every latency"
     assert row.chunk_ns[0] - row.sent_ns >= 0.7e9
     assert np.diff(calls)[0] >= 0.1
-    assert [t.in_flight for t in sender.client._targets] == [0]
+    assert [t.in_flight for t in sender.client._endpoints] == [0]
 
 
 def test_retries_come_to_an_end_and_only_for_what_may_pass(serve, run, monkeypatch):
@@ -888,7 +893,7 @@ def test_what_waits_for_its_retry_can_be_stopped_cancelled_and_timed_out(serve, 
     sender.until(lambda: sender.client.in_flight == 1, "one is cancelled")
     sender.client.abort("stopped", "enough")
     assert [(row.error, row.retries) for row in sender.wait()] == [("stopped", 1), ("cancelled", 1)]
-    assert [t.in_flight for t in sender.client._targets] == [0]
+    assert [t.in_flight for t in sender.client._endpoints] == [0]
     row = run(url, retries=1, timeout_s=1.0).one()
     assert (row.error, row.retries) == ("timeout", 1)
 
@@ -900,8 +905,8 @@ def test_servers_in_turn_and_by_session(serve, run):
         sender.one()
     assert [row.replica for row in sender.rows] == [0, 1, 2, 0, 1, 2, 0]
     sender = run(*urls, balance="session")
-    for slice_ in (0, 1, 1, 5, 0, 4, 3):
-        sender.one(slice_=slice_)
+    for session in (0, 1, 1, 5, 0, 4, 3):
+        sender.one(session=session)
     assert [row.replica for row in sender.rows] == [0, 1, 1, 2, 0, 1, 0]
     with pytest.raises(UsageError, match="round-robin"):
         run(*urls, balance="fair")

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scenarios.client.completion import Answer, Completion
-from scenarios.client.outcome import facts_of
+from scenarios.client.outcome import outcome_of
 
 
 def completion(*events: dict[str, Any], told: bool = False) -> Completion:
     """Events read one by one, at 1, 2, 3 ..."""
     made = Completion()
-    made.told = Answer() if told else None
+    made.answer = Answer() if told else None
     for stamp, event in enumerate(events, 1):
         made.read_event(b"data: " + msgspec.json.encode(event) + b"\n\n", stamp)
     return made
@@ -75,7 +75,7 @@ NOTHING = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
 def test_an_answer_without_output_and_without_a_count_of_any_is_no_success(events, error):
     said = completion(*events)
     said.read_event(b"data: [DONE]\n\n", 9)
-    facts = facts_of(said, status=200, done=True, body=b"", location="", secret=None)
+    facts = outcome_of(said, status=200, done=True, body=b"", location="", secret=None)
     assert facts.error == error
     assert (facts.detail is not None) is (error is not None)
 
@@ -85,7 +85,7 @@ def test_a_whole_answer_without_output_is_none_either():
         said = Completion()
         body = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}], "usage": usage_}
         said.read_json(msgspec.json.encode(body), 1)
-        assert facts_of(said, status=200, done=True, body=b"", location="", secret=None).error == error
+        assert outcome_of(said, status=200, done=True, body=b"", location="", secret=None).error == error
 
 
 def test_the_chunk_that_names_the_role_is_not_the_beginning_of_output():
@@ -98,18 +98,18 @@ def test_the_chunk_that_names_the_role_is_not_the_beginning_of_output():
     parts=st.lists(st.tuples(st.sampled_from(["content", "reasoning", "refusal"]), st.text(max_size=5)), max_size=12)
 )
 def test_what_was_said_is_the_content_alone(parts):
-    told = completion(ROLE, *(delta(**{kind: text}) for kind, text in parts), told=True).told
+    told = completion(ROLE, *(delta(**{kind: text}) for kind, text in parts), told=True).answer
     assert told.text == "".join(text for kind, text in parts if kind == "content")
 
 
 def test_what_was_said_without_streaming_and_on_completions():
     whole = Completion()
-    whole.told = Answer()
+    whole.answer = Answer()
     whole.read_json(b'{"choices":[{"message":{"content":"all of it"},"token_ids":[1,2]}]}', 1)
-    assert (whole.told.text, whole.told.token_ids) == ("all of it", [1, 2])
-    said = completion({"choices": [{"text": "a", "token_ids": [7]}]}, {"choices": [{"text": "b"}]}, told=True).told
+    assert (whole.answer.text, whole.answer.token_ids) == ("all of it", [1, 2])
+    said = completion({"choices": [{"text": "a", "token_ids": [7]}]}, {"choices": [{"text": "b"}]}, told=True).answer
     assert (said.text, said.token_ids) == ("ab", [7])
-    odd = completion({"choices": [{"text": ["a"], "token_ids": "x"}]}, told=True).told
+    odd = completion({"choices": [{"text": ["a"], "token_ids": "x"}]}, told=True).answer
     assert (odd.text, odd.token_ids) == ("", [])
 
 
@@ -138,17 +138,17 @@ def test_of_several_choices_the_first_is_timed_and_no_count_of_all_is_taken_for_
     """Stamps 2 and 4 are those of choice 0; the server's count is of all choices, so nobody knows that of one."""
     made = completion(*events, told=True)
     made.read_event(b"data: [DONE]\n\n", 9)
-    facts = facts_of(made, status=200, done=True, body=b"", location="", secret=None)
+    facts = outcome_of(made, status=200, done=True, body=b"", location="", secret=None)
     assert (facts.error, list(facts.chunk_ns)) == (None, [2, 4])
     assert (facts.output_tokens, facts.chunk_tokens, facts.reasoning_tokens) == (None, None, None)
     assert facts.input_tokens == 1, "a prompt is counted once"
     assert facts.detail is not None and facts.detail.startswith("several choices: ")
-    assert made.told is not None and (made.told.text, made.told.other) == ("ab", True)
+    assert made.answer is not None and (made.answer.text, made.answer.other) == ("ab", True)
 
 
 def test_one_choice_of_any_index_or_none_is_as_ever():
     for index in (0, None):
-        facts = facts_of(
+        facts = outcome_of(
             completion(of(index, content="a"), of(index, content="b", finish_reason="stop"), usage(2)),
             status=200, done=True, body=b"", location="", secret=None,
         )  # fmt: skip
@@ -157,14 +157,14 @@ def test_one_choice_of_any_index_or_none_is_as_ever():
 
 def test_the_end_of_another_choice_is_not_the_end_of_the_first():
     ended = {"choices": [{"index": 1, "delta": {}, "finish_reason": "length"}]}
-    facts = facts_of(completion(of(0, content="a"), ended), status=200, done=True, body=b"", location="", secret=None)
+    facts = outcome_of(completion(of(0, content="a"), ended), status=200, done=True, body=b"", location="", secret=None)
     assert (facts.error, facts.finish_reason) == ("incomplete", None)
 
 
 def test_a_whole_answer_of_several_choices_has_no_count_of_its_first():
     made = Completion()
-    made.told = Answer()
+    made.answer = Answer()
     choices = [{"index": k, "message": {"content": text}, "finish_reason": "stop"} for k, text in ((1, "x"), (0, "a"))]
     made.read_json(msgspec.json.encode({"choices": choices, "usage": {"completion_tokens": 2}}), 5)
-    facts = facts_of(made, status=200, done=True, body=b"", location="", secret=None)
-    assert (facts.error, list(facts.chunk_ns), facts.output_tokens, made.told.text) == (None, [5], None, "a")
+    facts = outcome_of(made, status=200, done=True, body=b"", location="", secret=None)
+    assert (facts.error, list(facts.chunk_ns), facts.output_tokens, made.answer.text) == (None, [5], None, "a")

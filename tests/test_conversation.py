@@ -28,9 +28,9 @@ from harness.records import TraceRecord
 from harness.results import Result, read_results
 from harness.run import RunDir, read_manifest
 from harness.run_spec import RunSpec
-from scenarios.client.capture import ToldResponse
+from scenarios.client.capture import CapturingResponse
 from scenarios.client.completion import Answer
-from scenarios.conversation import Conversations
+from scenarios.dispatch import Conversations
 from scenarios.payload import draft, prepare
 from scenarios.plan_reader import Window
 
@@ -257,7 +257,7 @@ def test_what_was_said_is_the_same_however_it_arrives(texts, cuts, spoken):
     at = sorted({cut % len(raw) for cut in cuts} - {0})
     reads = [raw[a:b] for a, b in pairwise([0, *at, len(raw)])]
     told: list[tuple[Result, Answer]] = []
-    response = ToldResponse(None, lambda result, answer: told.append((result, answer)))
+    response = CapturingResponse(None, lambda result, answer: told.append((result, answer)))
     response.feed(reads, list(range(len(reads))))
     assert response.done
     assert response.answer.text == ("".join(texts) if spoken else "")
@@ -322,7 +322,7 @@ def test_a_client_tells_the_answer_and_goes_on_recognising_plain_events(echo, to
     run = Run(server.url, endpoint="chat")
     try:
         payload = draft(request(text="hi", ids=None), endpoint="chat", model="m", kept=True).payload()
-        stream = run.client.send(Result(0, 0), payload, answered=lambda result, answer: told.append(answer.text))
+        stream = run.client.send(Result(0, 0), payload, on_answer=lambda result, answer: told.append(answer.text))
         run.sent = 1
         texts = 0
         while not run.rows:
@@ -430,13 +430,13 @@ def test_who_hung_up_goes_on_from_what_was_read(echo, start, tmp_path):
 
 def test_answers_are_kept_only_while_a_turn_needs_them(tmp_path, echo):
     """After every session has ended nothing is held, and never more than one answer for each that is open."""
-    from scenarios.schedule import Load
+    from scenarios.dispatch import Dispatcher
 
     server, sessions = echo(tokens=5), 4
     plan = write_plan(tmp_path / "plan.arrow", n=40, timed=False, **chain(10, sessions, think_ns=[None] * 40))
     run = Run(server.url, endpoint="chat")
     try:
-        load = Load(
+        load = Dispatcher(
             Window(plan, RunSpec(mode="closed", endpoint="chat", model="m", base_urls=[])).schedule(), run.client
         )
         most = 0

@@ -11,7 +11,7 @@ from test_client import Run, Server, request
 from harness.results import ERRORS, Result
 from scenarios.client.fast_path import Template
 from scenarios.client.http1 import Response
-from scenarios.client.in_flight import Stream
+from scenarios.client.in_flight import InFlight
 from scenarios.client.reader import Kept
 from scenarios.payload import Lengths, most_tokens, prepare
 
@@ -28,7 +28,7 @@ def cpu_s(media: bytes, body: bytes, step: int) -> float:
     for at in range(0, len(data), step):
         response.feed([data[at : at + step]], [at])
     spent = time.process_time() - begun
-    assert response.done and response.facts().error is None
+    assert response.done and response.outcome().error is None
     return spent
 
 
@@ -62,7 +62,7 @@ def test_reads_of_any_size_mean_the_same_however_an_event_ends() -> None:
         data = b"%x\r\n%b\r\n0\r\n\r\n" % (len(events + END), events + END)
         for at in range(0, len(data), step):
             response.feed([data[at : at + step]], [0])
-        facts = response.facts()
+        facts = response.outcome()
         assert facts.error is None
         seen.add(len(facts.chunk_ns))
     assert seen == {19}
@@ -77,7 +77,7 @@ def test_an_event_of_countless_lines_or_texts_costs_no_time() -> None:
     assert Template.learn(many % b",".join([b'{"text":""}'] * 1_000)) is None
     response.feed([b"\r\n"], [0])
     assert time.process_time() - begun < 1.0
-    assert response.facts().error == "protocol"
+    assert response.outcome().error == "protocol"
 
 
 def test_blanks_before_a_body_are_looked_at_once() -> None:
@@ -127,7 +127,7 @@ def test_a_stream_without_end_is_hung_up_on(event, monkeypatch) -> None:
     ids=["no bound", "characters", "events", "no tokens asked", "bytes", "log-probabilities"],
 )  # fmt: skip
 def test_how_long_is_too_long(most, events, size, too_long) -> None:
-    stream = Stream.__new__(Stream)
+    stream = InFlight.__new__(InFlight)
     stream.most_tokens, stream.kept, stream.response = most, Kept(), Response()
     stream.response._completion._stamps.extend([0] * events)
     stream.response._size = size

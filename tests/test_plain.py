@@ -22,8 +22,8 @@ from scenarios.client.completion import Answer
 from scenarios.client.connection import Connection
 from scenarios.client.fast_path import Shape, Template, fit
 from scenarios.client.http1 import Response
-from scenarios.client.in_flight import Stream
-from scenarios.client.outcome import Facts
+from scenarios.client.in_flight import InFlight
+from scenarios.client.outcome import Outcome
 
 PYTHON: Any = SimpleNamespace(
     Reader=reading.PythonReader, Kept=reading.PythonKept, Pattern=reading.PythonPattern, COMPILED=False
@@ -96,10 +96,10 @@ IDS = st.one_of(
 )
 
 
-def by_the_book(reads: list[bytes], told: Answer | None = None) -> Facts:
+def by_the_book(reads: list[bytes], told: Answer | None = None) -> Outcome:
     """The facts of an answer that the server then closes; a stamp is the number of the read, from 0 on."""
     response = Response()
-    response._completion.told = told
+    response._completion.answer = told
     for i, read in enumerate(reads):
         if not response.done:
             response.feed([read], [i])
@@ -249,14 +249,14 @@ class Owner:
 
     def __init__(self, path: Any) -> None:
         self.reader = path.Reader()
-        self.ended: list[Stream] = []
+        self.ended: list[InFlight] = []
         self.pooled = 0
 
-    def end(self, stream: Stream, stamp: int) -> None:
+    def end(self, stream: InFlight, stamp: int) -> None:
         stream.result.finished_ns = stamp
         self.ended.append(stream)
 
-    def pool(self, connection: Connection) -> None:
+    def idle(self, connection: Connection) -> None:
         self.pooled += 1
 
     def drop(self, connection: Connection, trouble: str = "") -> None:
@@ -282,14 +282,14 @@ class Wire:
             patch.setattr("scenarios.client.connection.COMPILED", self.path.COMPILED)
             patch.setattr("scenarios.client.in_flight.Kept", self.path.Kept)
             patch.setattr("scenarios.client.fast_path.Pattern", self.path.Pattern)
-            feed = Stream.feed
+            feed = InFlight.feed
 
-            def handed_on(stream: Stream, data: bytes, stamp: int) -> None:
+            def handed_on(stream: InFlight, data: bytes, stamp: int) -> None:
                 self.handed_on += 1
                 feed(stream, data, stamp)
 
-            patch.setattr(Stream, "feed", handed_on)
-            stream = Stream(Result(0, 0), b"", self.target, None, None, 0, (lambda *_: None) if told else None)
+            patch.setattr(InFlight, "feed", handed_on)
+            stream = InFlight(Result(0, 0), b"", self.target, None, None, 0, (lambda *_: None) if told else None)
             connection.sock, connection.fd, connection.recvmsg = there, there.fileno(), there.recvmsg
             there.setblocking(False)
             connection.ready = True
@@ -318,7 +318,7 @@ class Wire:
         return stream, sent
 
 
-def agrees(stream: Stream, sent: list[int], expected: Facts) -> None:
+def agrees(stream: InFlight, sent: list[int], expected: Outcome) -> None:
     """All facts and stamps are those by the book."""
     found = listed(stream.response)
     assert replace(found, chunk_ns=[]) == replace(expected, chunk_ns=[])
@@ -440,14 +440,14 @@ def test_a_shape_that_is_learned_while_others_wait_serves_them_too(path: Any) ->
     wire = Wire(path)
     reads = [head_of(1), chunk(ROLE), chunk(FIRST), chunk(usage(1)), chunk(DONE) + END]
     wire.answer(reads)
-    before, shape, begin = wire.handed_on, wire.target.shape, Stream.begin
+    before, shape, begin = wire.handed_on, wire.target.shape, InFlight.begin
     with pytest.MonkeyPatch.context() as patch:
 
-        def before_it_was_learned(stream: Stream, now_ns: int) -> None:
+        def before_it_was_learned(stream: InFlight, now_ns: int) -> None:
             begin(stream, now_ns)
             stream.shape = None
 
-        patch.setattr(Stream, "begin", before_it_was_learned)
+        patch.setattr(InFlight, "begin", before_it_was_learned)
         stream, sent = wire.answer(reads)
     agrees(stream, sent, by_the_book(reads))
     assert (wire.handed_on, stream.shape, stream.kept.opened) == (before, shape, True)

@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.results import ERRORS
-from scenarios.client.completion import clean
 from scenarios.client.http1 import EVENT_LIMIT, Response
-from scenarios.client.outcome import Facts
+from scenarios.client.outcome import Outcome, clean
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -245,7 +244,7 @@ def contents(data) -> tuple[bytes, bool] | None:
     return (body, False) if body and not rest else None
 
 
-def run(reads, closed, stamps=None) -> tuple[Response, Facts]:
+def run(reads, closed, stamps=None) -> tuple[Response, Outcome]:
     response = Response()
     for i, read in enumerate(reads):
         response.feed([read], [stamps[i] if stamps else i])
@@ -254,9 +253,9 @@ def run(reads, closed, stamps=None) -> tuple[Response, Facts]:
     return response, listed(response)
 
 
-def listed(response) -> Facts:
+def listed(response) -> Outcome:
     """The facts, comparable."""
-    facts = response.facts()
+    facts = response.outcome()
     tokens = None if facts.chunk_tokens is None else list(facts.chunk_tokens)
     return replace(facts, chunk_ns=list(facts.chunk_ns), chunk_tokens=tokens)
 
@@ -348,7 +347,7 @@ def test_keep_alive_follows_the_headers():
         response = Response()
         response.feed([head + b"Transfer-Encoding: chunked\r\n\r\n" + body + tail], [0])
         assert response.done
-        assert response.facts().error is None
+        assert response.outcome().error is None
         return response.keep_alive
 
     assert alive(OK)
@@ -362,7 +361,7 @@ def test_details_are_short_clean_and_without_the_key():
     body = json.dumps({"error": {"message": "bad key sk-1234\x1b[31m\n" + "x" * 5000}}).encode()
     response = Response(secret="sk-1234")
     response.feed([answer(401, body)], [0])
-    detail = response.facts().detail
+    detail = response.outcome().detail
     assert detail is not None
     assert len(detail) <= 300
     assert detail.isprintable()
@@ -378,14 +377,14 @@ def test_memory_is_bounded_against_endless_events_and_headers():
     for _ in range(EVENT_LIMIT // len(block) + 1):
         response.feed([block], [0])
     assert response.done
-    assert response.facts().error == "protocol"
+    assert response.outcome().error == "protocol"
 
     response = Response()
     response.feed([b"HTTP/1.1 200 OK\r\n"], [0])
     for _ in range(70):
         response.feed([b"X: y\r\n" * 200], [0])
     assert response.done
-    assert response.facts().error == "protocol"
+    assert response.outcome().error == "protocol"
 
 
 def test_counts_of_the_prompt_are_taken_from_usage():

@@ -17,7 +17,8 @@ from harness.cli import main
 from harness.plan import iter_requests
 from harness.results import read_results
 from harness.run import RunDir, read_manifest
-from scenarios.schedule import Planned, Schedule, slot_starts
+from scenarios.dispatch import slot_starts
+from scenarios.schedule import Planned, Schedule
 
 S = 1_000_000_000
 

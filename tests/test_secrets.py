@@ -16,7 +16,7 @@ from harness.errors import UsageError
 from harness.headers import from_environment, parse_header_env, parse_headers
 from harness.results import read_results
 from harness.run import create_run_dir
-from scenarios.client.completion import clean
+from scenarios.client.outcome import clean
 
 VALUE = "tenant-7-very-secret"
 TRACE = '{"arrival_s": 0, "output_tokens": 2, "messages": [{"role": "user", "content": "a b"}]}\n'

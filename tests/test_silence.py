@@ -189,7 +189,7 @@ def test_the_client_knows_how_long_a_server_has_sent_nothing(monkeypatch) -> Non
         sender.client.abort("stall", "the server was silent", replica=1)
         assert sender.client.in_flight == 1
         sender.client.abort("stall", "the server was silent", replica=0)
-        sender.client.later.settle()
+        sender.client.parse_queue.settle()
         assert [row.error for row in sender.rows][1:] == ["stall"]
     finally:
         over.set()

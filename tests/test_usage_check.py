@@ -20,8 +20,8 @@ from analysis.summary import summarise
 from harness.answers import Said, count_answers, count_prompts, take_said, write_said
 from harness.run import RunDir, read_manifest, write_manifest
 from harness.tokenizer import FastTokenizer
+from scenarios.client.capture import Sampler
 from scenarios.client.completion import Answer
-from scenarios.sampling import Sampler
 
 WORDS = ["load", " of", " the", " server", ",", " answers", ".", "\n", " 7", " un", "known", " It", "'s"]
 ANSWERS = 40
@@ -240,11 +240,11 @@ def test_an_answer_keeps_its_chunks_apart():
     role = delta(role="assistant", content="")
     told = completion(
         role, delta(reasoning_content="hm"), delta(content="a"), delta(content=""), delta(content=" b"), told=True
-    ).told
+    ).answer
     assert (told.parts, told.reasoning, told.blanks, told.other) == (["a", " b"], ["hm"], 1, False)
-    assert completion(role, delta(tool_calls=[{"index": 0}]), told=True).told.other
+    assert completion(role, delta(tool_calls=[{"index": 0}]), told=True).answer.other
     two = {"choices": [{"index": 0, "text": "a"}, {"index": 1, "text": "b"}]}
-    assert completion(two, told=True).told.other
+    assert completion(two, told=True).answer.other
 
 
 def test_the_sample_is_spread_over_the_run_and_bounded():

@@ -214,19 +214,19 @@ def test_a_closed_loop_keeps_its_slots_full_and_its_sessions_in_order(
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 NARROW = (
-    "import scenarios.schedule as s\n"
+    "import scenarios.schedule as s, scenarios.dispatch as d\n"
     "s.AHEAD = s._Ahead(ns=100_000_000, requests=5, bytes=10**6, least_ns=10**7, least=2, most_bytes=2 * 10**6)", "",
 )  # fmt: skip
 
 
 # Nobody reads ahead; what ran out is still noticed.
 NO_FILL = NARROW[0] + """
-fill = s.Load.fill
+fill = d.Dispatcher.fill
 def late(self):
     while not (self.stopping or self.schedule.all_read):
-        s.gevent.sleep(0.01)
+        d.gevent.sleep(0.01)
     fill(self)
-s.Load.fill = late""", ""  # fmt: skip
+d.Dispatcher.fill = late""", ""  # fmt: skip
 
 
 @pytest.mark.parametrize(("mode", "concurrency"), [("open", None), ("closed", 8)])

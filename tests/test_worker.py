@@ -524,7 +524,7 @@ def run_patched(tmp_path, url, plan, code, **spec):
     results = tmp_path / "rows.arrows"
     file.write_text(json.dumps({"worker": 0, "workers": 1, "plan": str(plan), "results": str(results), "mode": "closed",
                                 "base_urls": [url], "model": "fake", "concurrency": 8, **spec}))  # fmt: skip
-    modules = "scenarios.client.parse_queue as l, scenarios.worker as w"
+    modules = "scenarios.worker as w, scenarios.client.parse_queue as l"
     program = f"import sys, gc, {modules}\n{code[0]}\nw.main(sys.argv[1:])\n{code[1]}"
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(file)], cwd=ROOT, text=True,
@@ -544,12 +544,15 @@ def run_patched(tmp_path, url, plan, code, **spec):
 
 def test_a_bug_never_ends_as_a_run_that_looks_sound(fake_server: StartServer, tmp_path):
     plan = write_plan(tmp_path / "plan.arrow", timed=False)
-    bug = "def bug(*_): raise LookupError('a bug')\nl.Later._finish = bug", ""
+    bug = "def bug(*_): raise LookupError('a bug')\nl.ParseQueue._finish = bug", ""
     lines, words = run_patched(tmp_path, fake_server("--ttft", "0.01").url, plan, bug)
     end = json.loads(lines[-1])
     assert "LookupError: a bug" in end["exit"]
     assert "Traceback" in words
-    bug = "def bug(*_): raise LookupError('a bug')\nl.Later.settle = bug", ""  # not in a callback of the event loop
+    bug = (
+        "def bug(*_): raise LookupError('a bug')\nl.ParseQueue.settle = bug",
+        "",
+    )  # not in a callback of the event loop
     lines, words = run_patched(tmp_path, fake_server("--ttft", "0.01").url, plan, bug)
     assert "LookupError: a bug" in json.loads(lines[-1])["exit"]
     assert "Traceback" in words

@@ -1,11 +1,11 @@
 """The streaming client: sends prepared requests and turns each answer into a result row.
 
-Bytes are prepared before they are due (`scenarios.plan_reader`), connections are opened before the clock starts
-(`Client.open_connections`), and while answers stream in nothing is parsed: reads are stamped and kept
-(`scenarios.client.reader`), and parsed when the event loop has nothing else to do. One sweep serves all timeouts.
+Request bytes are prepared before they are due (`scenarios.plan_reader`), and connections are opened before the clock
+starts (`Client.open_connections`). While answers stream in nothing is parsed: reads are stamped and stored
+(`scenarios.client.reader`), and parsed when the event loop is otherwise idle. One periodic sweep enforces all timeouts.
 Nothing is sent twice unless that was asked for, and then the row counts it.
 
-Not followed on purpose: redirects and proxy settings of the environment. A load test must know where its load goes.
+Redirects and proxy settings of the environment are ignored on purpose: a load test must know where its load goes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable, Mapping
 from time import monotonic_ns
-from typing import Any, get_args
+from typing import Any
 
 import gevent
 
@@ -21,33 +21,29 @@ from harness.errors import UsageError
 from harness.headers import check_headers
 from harness.results import Result
 from harness.retry_after import retry_after_s
-from harness.run_spec import Balance, RunSpec
-from scenarios.client.capture import Answered
-from scenarios.client.completion import clean
+from harness.run_spec import RunSpec
+from scenarios.client.capture import OnAnswer, Sampler
 from scenarios.client.connection import Connection
-from scenarios.client.endpoint import ENDPOINTS, Target, tls_context
-from scenarios.client.in_flight import Stream
+from scenarios.client.endpoint import ENDPOINTS, Endpoint, tls_context
+from scenarios.client.in_flight import InFlight
 from scenarios.client.pacing import ReadPacer
-from scenarios.client.parse_queue import Later, parse
+from scenarios.client.parse_queue import ParseQueue, parse
+from scenarios.client.pool import Pool
 from scenarios.client.reader import Kept, Reader
-from scenarios.sampling import Sampler
 
-BALANCES: tuple[Balance, ...] = get_args(Balance)
-"""How a request finds its server: see `Client`."""
-# How often all streams are looked at: eight times within the shortest time limit, but not more or less often than this.
+# How often each request in flight is checked: eight times within the shortest timeout, within these limits.
 _SWEEP_S, _SWEEP_LEAST_S = 0.5, 0.05
-_SLICES = 8  # a sweep goes over ten thousand streams in so many parts, lest it holds up the stamps
-# What a stream may hold before it is parsed, looked at once a sweep. Whole chunks: few, as they are large and teach how
-# plain events look. In all: much, for that is cheap.
+_SLICES = 8  # a sweep of ten thousand requests is done in parts, lest it delay sends
+# What a request may store before it is parsed, checked once per sweep. Whole chunks: few, since they are large and
+# show how plain events look. In all: much, because text is cheap.
 _RAW_LIMIT, _SIZE_LIMIT = 4096, 16384
-_FLOOD = 16 * 2**20  # bytes from one part of a sweep to the next, beyond which large streams do not wait for theirs
-_TOLD = 100  # servers of which is said how long they are quiet
-_QUIET_NS = 1_000_000_000  # chunks after which nothing came for so long may have been an end that only parsing finds
+_FLOOD = 16 * 2**20  # bytes between two parts of a sweep, beyond which large answers are parsed at once
+_TOLD = 100  # servers whose silence is reported
+_QUIET_NS = 1_000_000_000  # stored chunks with nothing after them for so long may be an end that only parsing finds
 RETRY_S, RETRY_MOST_S = 0.25, 4.0
-"""Wait before the first retry of a request, and before any; it doubles in between. Longer where the server says so."""
+"""Pause before the first retry of a request, and the longest; it doubles in between. Longer if the server says so."""
 CLOSED_NS = 1_000_000_000
 """A kept connection that ends so soon after it was used, without a byte, was being closed; later, something failed."""
-_OPENING = 128  # connections being opened at the same time: below any server's listen backlog
 
 
 def raise_fd_limit() -> int:
@@ -57,22 +53,20 @@ def raise_fd_limit() -> int:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         except (OSError, ValueError):
-            return soft  # not allowed here (macOS says so of "unlimited"): what we have is what we report
+            return soft  # not allowed here (macOS says so of "unlimited")
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 class Client:
-    """Sends requests to its servers and hands over a row for each.
+    """Sends requests to its servers and hands a row for each to ``record``; what it is asked is in ``spec``.
 
-    ``balance``: "least", the server with the least of this client's requests in flight; "round-robin", in turn;
-    "session", server ``slice % servers``, so that the turns of a session meet the same prefix cache. ``retries``: how
-    often a request is sent again when no connection came about or the answer was 429 or 503, after a growing pause (and
-    not before the server's Retry-After). Besides, one that met a kept connection as it was closed is sent once more.
-    Without ``stream`` an answer is silent until it is done, so ``stall_s`` does not apply, and it has no chunk times.
-    ``sampler`` keeps some of the answers.
+    ``retries`` are made when there was no connection or the answer was 429 or 503, after a growing pause and not before
+    the server's Retry-After. In addition, a request that met a kept connection as it was closed is sent once more.
+    Without ``stream`` an answer is silent until it is complete, so ``stall_s`` does not apply and chunks have no times.
+    ``sampler`` keeps the text of some answers.
 
-    ``record`` gets every row, once, complete (from the event loop, some time after the request ended). Use it from one
-    thread. Times in rows count from ``start_mono_ns``, a `time.monotonic_ns` value.
+    ``record`` is called once for each row, from the event loop, some time after the request ended. Not thread-safe.
+    Times in rows count from ``start_mono_ns``, a `time.monotonic_ns` value.
     """
 
     def __init__(
@@ -89,17 +83,14 @@ class Client:
             raise UsageError("no base URL to send to")
         if spec.endpoint not in ENDPOINTS:
             raise UsageError(f"unknown endpoint {spec.endpoint!r}: valid: {', '.join(ENDPOINTS)}")
-        if spec.balance not in BALANCES:
-            raise UsageError(f"unknown balance {spec.balance!r}: valid: {', '.join(BALANCES)}")
         check_headers(spec.headers)
         tls = tls_context(spec.tls_ca) if any(url.startswith("https:") for url in spec.base_urls) else None
-        every = {**spec.headers, **(secret_headers or {})}
-        self._targets = [
-            Target(i, url, spec.endpoint, api_key, tls, headers=every, key_header=spec.key_header, stream=spec.stream)
+        headers = {**spec.headers, **(secret_headers or {})}
+        self._endpoints = [
+            Endpoint(i, url, spec.endpoint, api_key, tls, headers=headers, key_header=spec.key_header,
+                     stream=spec.stream)
             for i, url in enumerate(spec.base_urls)
-        ]
-        self._turn = 0
-        self._balance = spec.balance
+        ]  # fmt: skip
         self.retries = spec.retries
         self._stream = spec.stream
         self._secrets = tuple(filter(None, (api_key, *(secret_headers or {}).values())))
@@ -108,22 +99,20 @@ class Client:
         self._timeout_ns = int(spec.timeout_s * 1e9)
         self._stall_ns = int((spec.stall_s if spec.stream else spec.timeout_s) * 1e9)
         self._connect_timeout_ns = int(connect_timeout_s * 1e9)
-        self._active: set[Stream] = set()
-        self._own_limit: set[Stream] = set()
+        self._active: set[InFlight] = set()
+        self._own_limit: set[InFlight] = set()
         """Those with a time limit of their own, which has a timer."""
-        self._opening: set[Connection] = set()
-        self._unopened: dict[Target, str] = {}
-        self._unswept: list[Stream] = []
+        self._unswept: list[InFlight] = []
         self._share = 0
-        self.tls_reads = self.tls_unstamped = 0
-        """As the counts of the reader, of connections with TLS."""
         self._swept_bytes = 0
+        self.tls_reads = self.tls_unstamped = 0
+        """Like the counts of the reader, for connections with TLS."""
         self.start_mono_ns = monotonic_ns()
         self.loop: Any = gevent.get_hub().loop
         self.reader = Reader()
+        self.pool = Pool(self, self._endpoints, spec.balance, self._connect_timeout_ns)
         self._pacer = ReadPacer(self.reader, self._active.__len__, spec.batch_reads_from)
-        self.later = Later(self.loop, record, timed=spec.stream)
-        """What waits to be parsed."""
+        self.parse_queue = ParseQueue(self.loop, record, timed=spec.stream)
         sweep_s = max(_SWEEP_LEAST_S, min(_SWEEP_S, min(spec.timeout_s, spec.stall_s, connect_timeout_s) / 8))
         self._sweeper: Any = self.loop.timer(sweep_s / _SLICES, sweep_s / _SLICES)
         self._sweeper.start(self._sweep)
@@ -140,7 +129,7 @@ class Client:
 
     @property
     def unstamped_share(self) -> float | None:
-        """Of all reads, those that have the time of the read because the kernel gave none; null before the first."""
+        """Share of reads without a kernel timestamp, which have the time of the read; null before the first."""
         reads = self.reader.reads + self.tls_reads
         return (self.reader.unstamped + self.tls_unstamped) / reads if reads else None
 
@@ -152,138 +141,94 @@ class Client:
         payload: bytes,
         ended: Callable[[Result], None] | None = None,
         *,
-        slice_: int = 0,
+        session: int = 0,
         cancel_after_ns: int | None = None,
         timeout_ns: int | None = None,
-        answered: Answered | None = None,
+        on_answer: OnAnswer | None = None,
         most_tokens: int | None = None,
-    ) -> Stream:
-        """Send now; hang up after ``cancel_after_ns``; ``timeout_ns`` counts instead of the client's own. ``result``
-        (request_id, scheduled_ns) is filled in; ``ended`` is called as soon as the answer ended, in the middle of the
-        event loop: it must only note that or wake someone. ``answered`` gets what was said, after the row. An answer
-        that goes on far beyond ``most_tokens`` is hung up on.
-        """
-        if answered is None and self._sampler is not None:
-            answered = self._sampler.next()
-        stream = Stream(
-            result,
-            payload,
-            self._choose(slice_),
-            self._secrets,
-            ended,
-            slice_,
-            answered,
-            self.start_mono_ns,
-            most_tokens,
-        )
-        result.sent_ns = stream.sent_ns - self.start_mono_ns
-        self._active.add(stream)
-        if cancel_after_ns is not None or timeout_ns is not None:
-            self._limit(stream, cancel_after_ns, timeout_ns)
-        self._go(stream)
-        return stream
+    ) -> InFlight:
+        """Send now, and fill in ``result`` (request_id, scheduled_ns) when the answer has been parsed.
 
-    def _limit(self, stream: Stream, cancel_after_ns: int | None, timeout_ns: int | None) -> None:
-        """One timer: of two limits only the first can count."""
+        ``ended`` is called as soon as the answer ended, from inside the event loop: it must only take a note or wake
+        someone. ``cancel_after_ns``: hang up after that long. ``timeout_ns`` replaces the client's timeout.
+        ``on_answer`` gets the text, after the row. An answer far longer than ``most_tokens`` is hung up on.
+        """
+        if on_answer is None and self._sampler is not None:
+            on_answer = self._sampler.next()
+        request = InFlight(
+            result, payload, self.pool.choose(session), self._secrets, ended, session, on_answer,
+            self.start_mono_ns, most_tokens,
+        )  # fmt: skip
+        result.sent_ns = request.sent_ns - self.start_mono_ns
+        self._active.add(request)
+        if cancel_after_ns is not None or timeout_ns is not None:
+            self._limit(request, cancel_after_ns, timeout_ns)
+        self._go(request)
+        return request
+
+    def _limit(self, request: InFlight, cancel_after_ns: int | None, timeout_ns: int | None) -> None:
+        """Start one timer: of two limits only the first can apply."""
         if timeout_ns is not None:
-            self._own_limit.add(stream)
+            self._own_limit.add(request)
         first_ns = min(limit for limit in (cancel_after_ns, timeout_ns) if limit is not None)
         give_up = self._hang_up if first_ns == cancel_after_ns else self._time_out
-        stream.hang_up = self.loop.timer(first_ns / 1e9)
-        stream.hang_up.start(give_up, stream, first_ns, update=True)
+        request.hang_up = self.loop.timer(first_ns / 1e9)
+        request.hang_up.start(give_up, request, first_ns, update=True)
 
-    def _go(self, stream: Stream) -> None:
-        target = stream.target
-        stream.result.replica = target.index
-        target.in_flight += 1
-        if target.waiting_ns is None:
-            target.waiting_ns = stream.tried_ns
-        connection = target.take(stream.tried_ns)
-        if connection is None:
-            Connection(self, target).open(stream)
-        else:
-            connection.send(stream)
+    def _go(self, request: InFlight) -> None:
+        endpoint = request.endpoint
+        request.result.replica = endpoint.index
+        endpoint.in_flight += 1
+        if endpoint.waiting_ns is None:
+            endpoint.waiting_ns = request.tried_ns
+        self.pool.send(request)
 
-    def _choose(self, slice_: int) -> Target:
-        targets = self._targets
-        n = len(targets)
-        if n == 1:
-            return targets[0]
-        if self._balance == "session":
-            return targets[slice_ % n]
-        best = self._turn
-        if self._balance == "least":  # ties in turn
-            best = min(range(best, best + n), key=lambda i: targets[i % n].in_flight) % n
-        self._turn = (best + 1) % n
-        return targets[best]
+    def _hang_up(self, request: InFlight, after_ns: int) -> None:
+        self._give_up(request, "cancelled", f"the client hung up {after_ns / 1e9:g} s after it had sent, as planned")
 
-    def _hang_up(self, stream: Stream, after_ns: int) -> None:
-        self._give_up(stream, "cancelled", f"the client hung up {after_ns / 1e9:g} s after it had sent, as planned")
+    def _time_out(self, request: InFlight, limit_ns: int) -> None:
+        self._give_up(request, "timeout", f"not finished {limit_ns / 1e9:g} s after it was sent")
 
-    def _time_out(self, stream: Stream, limit_ns: int) -> None:
-        self._give_up(stream, "timeout", f"not finished {limit_ns / 1e9:g} s after it was sent")
-
-    def _try_again(self, stream: Stream) -> bool:
-        """Whether this ended try is followed by another, which is then on its way."""
-        result, tries = stream.result, stream.result.retries - stream.resent
+    def _try_again(self, request: InFlight) -> bool:
+        """Whether this attempt, which has ended, is followed by another, now scheduled."""
+        result, tries = request.result, request.result.retries - request.resent
         # The status is known by now: only what follows the first bytes is parsed later.
-        refused = stream.error[0] == "connect" if stream.error else stream.response.status in (429, 503)
+        refused = request.error[0] == "connect" if request.error else request.response.status in (429, 503)
         if not refused or tries >= self.retries:
             return False
-        asked_s = retry_after_s(stream.response.retry_after) or 0.0
-        if monotonic_ns() + asked_s * 1e9 > stream.sent_ns + self._timeout_ns:
-            return False  # it would be in vain: the answer stays what it is
+        asked_s = retry_after_s(request.response.retry_after) or 0.0
+        if monotonic_ns() + asked_s * 1e9 > request.sent_ns + self._timeout_ns:
+            return False  # it would time out: the answer stays what it is
         pause_s = max(min(RETRY_S * 2.0**tries, RETRY_MOST_S), asked_s)
         result.retries += 1
-        stream.begin(monotonic_ns() + int(pause_s * 1e9))  # no timeout before that
-        stream.retry = self.loop.timer(pause_s)
-        stream.retry.start(self._retry, stream, update=True)
+        request.begin(monotonic_ns() + int(pause_s * 1e9))  # no timeout before that
+        request.retry = self.loop.timer(pause_s)
+        request.retry.start(self._retry, request, update=True)
         return True
 
-    def resend(self, stream: Stream, stamp: int) -> bool:
+    def resend(self, request: InFlight, stamp: int) -> bool:
         """Send once more, on a fresh connection, what was sent on a kept one that the server was just closing; False
         when that is not what happened. Nobody read it: there was not a byte of an answer, and the end came soon.
         """
-        if stream.resent or not stream.silent or stamp - stream.tried_ns > CLOSED_NS:
+        if request.resent or not request.silent or stamp - request.tried_ns > CLOSED_NS:
             return False
-        stream.resent = True
-        stream.result.retries += 1
-        stream.begin(monotonic_ns())
-        Connection(self, stream.target).open(stream)
+        request.resent = True
+        request.result.retries += 1
+        request.begin(monotonic_ns())
+        Connection(self, request.endpoint).open(request)
         return True
 
-    def _retry(self, stream: Stream) -> None:
-        stream.retry.close()
-        stream.retry = None
-        stream.begin(monotonic_ns())
-        stream.target.in_flight -= 1
-        stream.target = self._choose(stream.slice)
-        self._go(stream)
+    def _retry(self, request: InFlight) -> None:
+        request.retry.close()
+        request.retry = None
+        request.begin(monotonic_ns())
+        request.endpoint.in_flight -= 1
+        request.endpoint = self.pool.choose(request.session)
+        self._go(request)
 
     def open_connections(self, wanted: int, timeout_s: float | None = None) -> str | None:
-        """Open connections until the pools hold ``wanted``, spread over the servers; why some could not be, if so.
-
-        Waits for them at most ``timeout_s`` (default: the connect timeout). A failure here is not an error of the run:
-        the requests themselves will tell.
-        """
-        self._unopened.clear()
-        share = [wanted // len(self._targets) + (i < wanted % len(self._targets)) for i in range(len(self._targets))]
-        todo = [t for t, n in zip(self._targets, share, strict=True) for _ in range(n - len(t.idle))]
-        deadline = monotonic_ns() + (self._connect_timeout_ns if timeout_s is None else int(timeout_s * 1e9))
-        while (todo or self._opening) and monotonic_ns() < deadline:
-            while todo and len(self._opening) < _OPENING:
-                target = todo.pop()
-                if target in self._unopened:
-                    continue
-                connection = Connection(self, target)
-                self._opening.add(connection)
-                connection.open(None)
-            gevent.sleep(0.001)
-        for connection in list(self._opening):
-            connection.close()
-            self._unopened[connection.target] = f"{connection.target.authority}: no connection in time"
-        self._opening.clear()
-        return clean("; ".join(self._unopened.values())) or None
+        """Open connections ahead of the load: see `Pool.open_ahead`."""
+        return self.pool.open_ahead(wanted, timeout_s)
 
     def refuse(self, result: Result) -> None:
         """Hand over the row of a request that is not sent."""
@@ -291,136 +236,121 @@ class Client:
 
     # -- called by connections ----------------------------------------------------------------------------------------
 
-    def pool(self, connection: Connection) -> None:
-        """Keep a connection for the next request."""
-        self._opening.discard(connection)
-        connection.idle_ns = monotonic_ns()
-        connection.target.idle[connection] = None
+    def idle(self, connection: Connection) -> None:
+        """Return a connection to the pool."""
+        self.pool.add(connection)
 
     def drop(self, connection: Connection, trouble: str = "") -> None:
-        """Forget an idle connection that ended, or one that could not be opened ahead."""
-        self._opening.discard(connection)
-        if trouble:
-            self._unopened[connection.target] = trouble
-        connection.target.idle.pop(connection, None)
+        """Forget a connection that carried no request when it ended."""
+        self.pool.drop(connection, trouble)
 
-    def end(self, stream: Stream, stamp: int) -> None:
+    def end(self, request: InFlight, stamp: int) -> None:
         """An answer ended, well or not: say so at once, parse it and hand over its row when there is time."""
-        if self.retries and self._try_again(stream):
+        if self.retries and self._try_again(request):
             return
-        if stream.hang_up is not None or stream.retry is not None:
-            stream.stop_timers()
-        stream.result.finished_ns = stamp - self.start_mono_ns
-        stream.target.in_flight -= 1
-        if stream.heard_ns > stream.tried_ns:
-            stream.target.heard(stamp)
-        self._active.discard(stream)
+        if request.hang_up is not None or request.retry is not None:
+            request.stop_timers()
+        request.result.finished_ns = stamp - self.start_mono_ns
+        request.endpoint.in_flight -= 1
+        if request.heard_ns > request.tried_ns:
+            request.endpoint.heard(stamp)
+        self._active.discard(request)
         if self._own_limit:
-            self._own_limit.discard(stream)
-        if stream.ended is not None:
-            stream.ended(stream.result)
-            stream.ended = None
-        self.later.add(stream)
+            self._own_limit.discard(request)
+        if request.ended is not None:
+            request.ended(request.result)
+            request.ended = None
+        self.parse_queue.add(request)
 
-    # -- once in a while ----------------------------------------------------------------------------------------------
+    # -- periodic work ------------------------------------------------------------------------------------------------
 
     def _sweep(self) -> None:
-        """Every timeout of every stream, a part at a time; parse what came; close what has been idle for too long."""
+        """Check every timeout of every request, a part at a time; parse what came; close what was idle for too long."""
         now = monotonic_ns()
-        self.later.begin()
+        self.parse_queue.begin()
         self._stem_floods()
         if not self._unswept:
             self._unswept = list(self._active)
             self._share = -(-len(self._unswept) // _SLICES)
-            self._close_idle(now)
+            self.pool.close_idle(now)
         part, self._unswept = self._unswept[: self._share], self._unswept[self._share :]
-        for stream in part:
-            if stream in self._active:
-                self._look_at(stream, now)
+        for request in part:
+            if request in self._active:
+                self._check(request, now)
 
-    def _look_at(self, stream: Stream, now: int) -> None:
-        connection = stream.connection
-        if stream.heard_ns > stream.tried_ns:
-            stream.target.heard(stream.heard_ns)
-        if now - stream.sent_ns > self._timeout_ns and stream not in self._own_limit:
-            self._time_out(stream, self._timeout_ns)
+    def _check(self, request: InFlight, now: int) -> None:
+        connection = request.connection
+        if request.heard_ns > request.tried_ns:
+            request.endpoint.heard(request.heard_ns)
+        if now - request.sent_ns > self._timeout_ns and request not in self._own_limit:
+            self._time_out(request, self._timeout_ns)
         elif connection is not None and not connection.ready:
-            if now - stream.tried_ns > self._connect_timeout_ns:
+            if now - request.tried_ns > self._connect_timeout_ns:
                 tls, limit_s = connection.shaking_hands, self._connect_timeout_ns / 1e9
                 error, what = ("tls", "no TLS handshake") if tls else ("connect", "not accepted")
-                self._give_up(stream, error, f"{stream.target.authority}: {what} in {limit_s:g} s")
-        elif now - stream.heard_ns > self._stall_ns and (self._stream or stream not in self._own_limit):
-            self._give_up(stream, "stall", f"the server sent nothing for {self._stall_ns / 1e9:g} s")
-        elif stream.too_long:
-            self._cut_off(stream)
-        elif stream.queued:
-            parse(stream)  # there was no time for it since the last sweep
-        elif _is_much(stream, now):
-            self.later.add(stream)
+                self._give_up(request, error, f"{request.endpoint.authority}: {what} in {limit_s:g} s")
+        elif now - request.heard_ns > self._stall_ns and (self._stream or request not in self._own_limit):
+            self._give_up(request, "stall", f"the server sent nothing for {self._stall_ns / 1e9:g} s")
+        elif request.too_long:
+            self._cut_off(request)
+        elif request.queued:
+            parse(request)  # there was no time for it since the last sweep
+        elif _is_much(request, now):
+            self.parse_queue.add(request)
 
-    def _cut_off(self, stream: Stream) -> None:
+    def _cut_off(self, request: InFlight) -> None:
         """Hang up, and parse no more of it than was."""
-        stream.kept = Kept()
+        request.kept = Kept()
         self._give_up(
-            stream, "too_long", f"it went on far beyond the {stream.most_tokens} output tokens that were asked for"
+            request, "too_long", f"it went on far beyond the {request.most_tokens} output tokens that were asked for"
         )
 
     def _stem_floods(self) -> None:
-        """Between two sweeps a stream without end could fill the memory."""
+        """Between two sweeps an endless answer could fill the memory."""
         came, self._swept_bytes = self.reader.bytes - self._swept_bytes, self.reader.bytes
         if came > _FLOOD:
-            for stream in [s for s in self._active if s.kept.size > _FLOOD // 16]:
-                if stream.too_long:
-                    self._cut_off(stream)
+            for request in [r for r in self._active if r.kept.size > _FLOOD // 16]:
+                if request.too_long:
+                    self._cut_off(request)
                 else:
-                    parse(stream)
+                    parse(request)
 
-    def _close_idle(self, now: int) -> None:
-        for target in self._targets:
-            stale = [c for c in target.idle if c.used and now - c.idle_ns > target.idle_limit_s * 1e9]
-            for connection in stale:
-                del target.idle[connection]
-                connection.close()
-
-    def _give_up(self, stream: Stream, error: str, detail: str) -> None:
-        stream.error = (error, detail)
-        if stream.connection is not None:
-            stream.connection.stream = None
-            stream.connection.close()
-            stream.connection = None
-        self.end(stream, monotonic_ns())
+    def _give_up(self, request: InFlight, error: str, detail: str) -> None:
+        request.error = (error, detail)
+        if request.connection is not None:
+            request.connection.stream = None
+            request.connection.close()
+            request.connection = None
+        self.end(request, monotonic_ns())
 
     def abort(self, error: str, detail: str, replica: int | None = None) -> None:
         """End every request in flight, or every one at ``replica``, with this error class."""
-        for stream in list(self._active):
-            if replica is None or stream.target.index == replica:
-                self._give_up(stream, error, detail)
+        for request in list(self._active):
+            if replica is None or request.endpoint.index == replica:
+                self._give_up(request, error, detail)
 
     def quiet_s(self) -> tuple[dict[int, float], list[int]]:
         """By server, how long requests have waited for a byte from it, where that is long; and those just heard."""
         now, quiet, heard = monotonic_ns(), {}, []
-        for target in self._targets[:_TOLD]:
-            if target.waiting_ns is not None and now - target.waiting_ns > _QUIET_NS:
-                quiet[target.index] = round((now - target.waiting_ns) / 1e9, 1)
-            elif target.waiting_ns is not None:
-                heard.append(target.index)
+        for endpoint in self._endpoints[:_TOLD]:
+            if endpoint.waiting_ns is not None and now - endpoint.waiting_ns > _QUIET_NS:
+                quiet[endpoint.index] = round((now - endpoint.waiting_ns) / 1e9, 1)
+            elif endpoint.waiting_ns is not None:
+                heard.append(endpoint.index)
         return quiet, heard
 
     def close(self) -> None:
         """Close every connection and stop. Requests in flight end as ``stopped``."""
         self.abort("stopped", "the client was closed")
-        self.later.close()
-        for target in self._targets:
-            for connection in target.idle:
-                connection.close()
-            target.idle.clear()
+        self.parse_queue.close()
+        self.pool.close()
         self._sweeper.stop()
         self._sweeper.close()
         self._pacer.close()
         self.reader.close()
 
 
-def _is_much(stream: Stream, now: int) -> bool:
-    """Whether a stream holds what should be parsed before its answer ends."""
-    kept = stream.kept
+def _is_much(request: InFlight, now: int) -> bool:
+    """Whether a request has stored what should be parsed before its answer ends."""
+    kept = request.kept
     return kept.raw > _RAW_LIMIT or kept.size > _SIZE_LIMIT or (kept.raw > 0 and now - kept.last_ns > _QUIET_NS)

@@ -14,7 +14,6 @@ from typing import Annotated, Any, TypeVar, get_args
 
 import msgspec
 
-DETAIL_LIMIT = 300
 _LINES = 50_000
 """Of one event; each is looked at in Python, while nothing is read."""
 BOM = b"\xef\xbb\xbf"
@@ -185,8 +184,8 @@ class Completion:
     """
 
     __slots__ = (
-        "_certain", "_counted", "_stamps", "_tokens", "ended", "error", "finish_reason", "finished", "odd", "several",
-        "told", "usage",
+        "_certain", "_counted", "_stamps", "_tokens", "answer", "ended", "error", "finish_reason", "finished",
+        "odd", "several", "usage",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -207,7 +206,7 @@ class Completion:
         self._certain = bytearray()
         self._tokens = array("i")
         self._counted = 0
-        self.told: Answer | None = None
+        self.answer: Answer | None = None
         """Where to put what was said, when anyone wants to know."""
 
     @property
@@ -346,8 +345,8 @@ class Completion:
         choice = self._first(choices)
         if choice is None:
             return
-        if self.told is not None:
-            self.told.take(choice)
+        if self.answer is not None:
+            self.answer.take(choice)
         output, counted = _NONE, None
         if choice.finish_reason:
             self._finish(choice.finish_reason)
@@ -372,8 +371,8 @@ class Completion:
         if len(choices) > 1 or choices[0].index:
             first = next((one for place, one in enumerate(choices) if _index(one, place) == 0), None)
             self.several |= len(choices) > 1 or first is None
-            if self.told is not None:
-                self.told.other |= self.several
+            if self.answer is not None:
+                self.answer.other |= self.several
         return first
 
     def _finish(self, reason: object) -> None:
@@ -458,15 +457,3 @@ def message_in(body: bytes) -> str:
             if value:
                 return str(value)
     return body.decode("utf-8", "replace")
-
-
-Secret = str | tuple[str, ...] | None
-"""The API key, and values of other headers that are nobody's business."""
-
-
-def clean(text: str, secret: Secret = None) -> str:
-    """One printable line of at most 300 characters, without ``secret``."""
-    for one in (secret,) if isinstance(secret, str) else secret or ():
-        text = text.replace(one, "[api key]") if one else text
-    text = " ".join("".join(c if c.isprintable() else " " for c in text[: 20 * DETAIL_LIMIT]).split())
-    return text if len(text) <= DETAIL_LIMIT else text[: DETAIL_LIMIT - 3] + "..."

@@ -11,18 +11,16 @@ import errno
 import os
 import ssl
 from time import monotonic_ns
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import gevent.monkey
 
-from scenarios.client.in_flight import Stream
-from scenarios.client.reader import ANCILLARY_SIZE, COMPILED, READ_SIZE, SO_TIMESTAMPNS, arrived_ns
+from scenarios.client.endpoint import Endpoint
+from scenarios.client.in_flight import InFlight
+from scenarios.client.reader import ANCILLARY_SIZE, COMPILED, READ_SIZE, SO_TIMESTAMPNS, Reader, arrived_ns
 
 if TYPE_CHECKING:
     import socket
-
-    from scenarios.client.client import Client
-    from scenarios.client.endpoint import Target
 
 # Locust patches the socket module to switch greenlets; the hot path is driven by callbacks and needs the real one.
 _socket: Any = gevent.monkey.get_original("socket", "socket")
@@ -31,18 +29,56 @@ _READ, _WRITE = 1, 2
 _PROTO_TCP, _NODELAY, _SOL_SOCKET, _SO_ERROR = 6, 1, 1, 4
 
 
+class Owner(Protocol):
+    """The client that a connection belongs to, and what it is told."""
+
+    loop: Any
+    reader: Reader
+    retries: int
+    tls_reads: int
+    tls_unstamped: int
+
+    def idle(self, connection: Connection) -> None:
+        """Take back a connection whose answer has ended."""
+
+    def drop(self, connection: Connection, trouble: str = "") -> None:
+        """Forget a connection that carried no request when it ended."""
+
+    def end(self, stream: InFlight, stamp: int) -> None:
+        """Take note that a request ended, one way or another."""
+
+    def resend(self, stream: InFlight, stamp: int) -> bool:
+        """Whether a request that met a closing connection is sent once more."""
+
+
 class Connection:
     """A TCP or TLS connection to one target; carries one stream at a time, or none while idle."""
 
     __slots__ = (
-        "_address", "_bio_in", "_bio_out", "_came_ns", "_out", "_reader", "_tls", "_writer", "client", "fd", "idle_ns",
-        "ready", "recvmsg", "reused", "sock", "stream", "target", "used",
+        "_address",
+        "_bio_in",
+        "_bio_out",
+        "_came_ns",
+        "_out",
+        "_reader",
+        "_tls",
+        "_writer",
+        "client",
+        "endpoint",
+        "fd",
+        "idle_ns",
+        "ready",
+        "recvmsg",
+        "reused",
+        "sock",
+        "stream",
+        "used",
     )  # fmt: skip
 
-    def __init__(self, client: Client, target: Target) -> None:
+    def __init__(self, client: Owner, endpoint: Endpoint) -> None:
         self.client = client
-        self.target = target
-        self.stream: Stream | None = None
+        self.endpoint = endpoint
+        self.stream: InFlight | None = None
         self.ready = False
         self.used = False
         self.reused = False  # not opened for the request that it carries
@@ -61,7 +97,7 @@ class Connection:
 
     # -- opening ------------------------------------------------------------------------------------------------------
 
-    def open(self, stream: Stream | None) -> None:
+    def open(self, stream: InFlight | None) -> None:
         """Start to connect; ``stream`` is sent as soon as that is done, without one the connection joins the pool."""
         self.stream = stream
         if stream is not None:
@@ -70,8 +106,8 @@ class Connection:
 
     def _try_next(self, trouble: str) -> None:
         """Try the next of the target's addresses; nothing was sent yet, so this hides no retry of a request."""
-        while self._address < len(self.target.addresses):
-            family, address = self.target.addresses[self._address]
+        while self._address < len(self.endpoint.addresses):
+            family, address = self.endpoint.addresses[self._address]
             self._address += 1
             try:
                 sock = _socket(family, 1)  # SOCK_STREAM
@@ -94,7 +130,7 @@ class Connection:
 
     def _refused(self, trouble: str) -> None:
         # Not at once: a closed loop would go on to fail its whole plan before the event loop turns again.
-        self.client.loop.run_callback(self._fail, "connect", f"{self.target.authority}: {trouble}")
+        self.client.loop.run_callback(self._fail, "connect", f"{self.endpoint.authority}: {trouble}")
 
     def _connected(self) -> None:
         assert self.sock is not None
@@ -104,15 +140,15 @@ class Connection:
             self._release()
             self._try_next(os.strerror(code))
             return
-        self.target.prefer(self._address - 1)
+        self.endpoint.prefer(self._address - 1)
         self.recvmsg = self.sock.recvmsg
-        self.client.reader.add(self.fd, self, self.target.tls is None)
-        if self.target.tls is None:
+        self.client.reader.add(self.fd, self, self.endpoint.tls is None)
+        if self.endpoint.tls is None:
             self._opened()
             return
         self._reader = self.client.loop.io(self.fd, _READ)
         self._bio_in, self._bio_out = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = self.target.tls.wrap_bio(self._bio_in, self._bio_out, server_hostname=self.target.host)
+        self._tls = self.endpoint.tls.wrap_bio(self._bio_in, self._bio_out, server_hostname=self.endpoint.host)
         self._reader.start(self._read_tls)
         self._shake_hands()
 
@@ -124,7 +160,7 @@ class Connection:
             self._flush_tls()
         except (ssl.SSLError, ValueError) as e:
             self._flush_tls()  # the alert that tells the server why
-            self._fail("tls", f"{self.target.authority}: {getattr(e, 'verify_message', '') or e}")
+            self._fail("tls", f"{self.endpoint.authority}: {getattr(e, 'verify_message', '') or e}")
         else:
             self._flush_tls()
             self._opened()
@@ -137,22 +173,22 @@ class Connection:
     def _opened(self) -> None:
         self.ready = True
         if self.stream is None:
-            self.client.pool(self)
+            self.client.idle(self)
         else:
             self._write(self.stream)
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def send(self, stream: Stream) -> None:
+    def send(self, stream: InFlight) -> None:
         """Send a request on this idle connection."""
         self.stream = stream
         self.reused = True
         stream.connection = self
         self._write(stream)
 
-    def _write(self, stream: Stream) -> None:
+    def _write(self, stream: InFlight) -> None:
         self.used = True
-        head, payload = self.target.head, stream.payload
+        head, payload = self.endpoint.head, stream.payload
         if not (self.client.retries or self.reused):
             stream.payload = b""  # ten thousand streams may be open
         if stream.shape is not None and stream.shape.opening:
@@ -210,9 +246,9 @@ class Connection:
         if stream is None:
             self.lost(None)  # nobody asked: this connection is out of step
             return
-        if stream.shape is None and stream.seen == b"" and self.target.shape is not None and self._tls is None:
+        if stream.shape is None and stream.seen == b"" and self.endpoint.shape is not None and self._tls is None:
             # When it was sent no answer had shown its shape: of the first wave only the first few are parsed.
-            stream.shape = self.target.shape
+            stream.shape = self.endpoint.shape
             self.client.reader.keep(self.fd, stream.kept, stream.shape.pattern, True)
             self.client.reader.take(self.fd, data, stamp)
             return
@@ -239,7 +275,7 @@ class Connection:
         assert stream is not None
         self._end(stream, stamp, keep=stream.kept.opened or stream.response.keep_alive)
 
-    def _keep(self, stream: Stream) -> None:
+    def _keep(self, stream: InFlight) -> None:
         self.client.reader.keep(self.fd, stream.kept, stream.learn().pattern, False)
 
     def failed(self, code: int) -> None:
@@ -247,7 +283,7 @@ class Connection:
         if code not in (errno.EAGAIN, errno.EINTR):
             self.lost(os.strerror(code).lower())
 
-    def look(self, stream: Stream) -> None:
+    def look(self, stream: InFlight) -> None:
         """Parse what is kept now, and learn from it when it is more than texts."""
         chunks = stream.kept.raw
         stream.parse()
@@ -256,13 +292,13 @@ class Connection:
         elif chunks:
             self._keep(stream)
 
-    def _end(self, stream: Stream, stamp: int, *, keep: bool) -> None:
+    def _end(self, stream: InFlight, stamp: int, *, keep: bool) -> None:
         self.stream = stream.connection = None
         if stream.response.idle_s is not None:
-            self.target.idle_s = stream.response.idle_s
+            self.endpoint.idle_s = stream.response.idle_s
         if keep and not self._out:
             self.client.reader.keep_all(self.fd)
-            self.client.pool(self)
+            self.client.idle(self)
         else:
             self.close()
         self.client.end(stream, stamp)
@@ -288,7 +324,7 @@ class Connection:
             if data:
                 self._shake_hands()
             else:
-                self._fail("tls", f"{self.target.authority}: the server closed the connection in the TLS handshake")
+                self._fail("tls", f"{self.endpoint.authority}: the server closed the connection in the TLS handshake")
         if self.ready:
             self._decrypt(stamp, ended=not data)
 

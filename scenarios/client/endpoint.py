@@ -1,10 +1,10 @@
-"""One server to send to: its addresses, the head of every request to it, its idle connections, its certificates."""
+"""One server to send to: its addresses, the head of every request to it, its certificates."""
 
 from __future__ import annotations
 
 import ssl
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gevent.monkey
 
@@ -13,10 +13,7 @@ from harness.access import Access
 from harness.errors import UsageError
 from harness.headers import AUTHORIZATION, check_key_header
 from harness.question import PORTS, split_url
-
-if TYPE_CHECKING:
-    from scenarios.client.connection import Connection
-    from scenarios.client.fast_path import Shape
+from scenarios.client.fast_path import Shape
 
 _getaddrinfo: Any = gevent.monkey.get_original("socket", "getaddrinfo")
 _SSLContext: Any = gevent.monkey.get_original("ssl", "SSLContext")
@@ -29,8 +26,8 @@ IDLE_SHARE, MOST_IDLE_S = 0.8, 60.0
 """Of the time that a server says, so much is used: its clock began earlier than ours."""
 
 
-class Target:
-    """One server: where it is, the head of every request to it, and its open connections.
+class Endpoint:
+    """One server: where it is, the head of every request to it, and what is known of it.
 
     Names are resolved here, once. Raises `UsageError` for a URL that is none or a host without an address.
     """
@@ -58,7 +55,6 @@ class Target:
         """Since when requests have been waiting without a byte from it; null: none does."""
         self.shape: Shape | None = None
         """What its answers look like, once one has shown it."""
-        self.idle: dict[Connection, None] = {}  # as a set, in the order they became so
         self.idle_s: float | None = None
         """How long it keeps an idle connection, as it said last."""
         try:
@@ -96,15 +92,6 @@ class Target:
     def idle_limit_s(self) -> float:
         """A connection idle for longer is not used again."""
         return IDLE_LIMIT_S if self.idle_s is None else min(IDLE_SHARE * self.idle_s, MOST_IDLE_S)
-
-    def take(self, now_ns: int) -> Connection | None:
-        """The most recently used idle connection that the server is unlikely to be closing."""
-        while self.idle:
-            connection, _ = self.idle.popitem()
-            if not connection.used or now_ns - connection.idle_ns < self.idle_limit_s * 1e9:
-                return connection
-            connection.close()
-        return None
 
 
 def tls_context(ca: str | None) -> ssl.SSLContext:

@@ -71,9 +71,9 @@ class Template:
 def _told(event: bytes) -> bytes | None:
     """What is said by an event that is some output, and nothing else; null for any other."""
     probe = Completion()
-    probe.told = Answer()
+    probe.answer = Answer()
     probe.read_event(event, 0)
-    return probe.told.text.encode() if probe.is_plain else None
+    return probe.answer.text.encode() if probe.is_plain else None
 
 
 def fit(texts: list[bytes]) -> bool:

@@ -15,10 +15,10 @@ from array import array
 from collections.abc import Callable
 from itertools import accumulate
 
-from scenarios.client.completion import BOM, Completion, Secret
+from scenarios.client.completion import BOM, Completion
 from scenarios.client.fast_path import Template, fit
 from scenarios.client.head import read_head
-from scenarios.client.outcome import Facts, facts_of
+from scenarios.client.outcome import Outcome, Secret, outcome_of
 
 HEADER_LIMIT = 64 * 1024
 EVENT_LIMIT = 16 * 2**20
@@ -46,8 +46,8 @@ class Response:
         "_body_kind", "_carry", "_chunk_left", "_completion", "_head", "_last_body_ns", "_left", "_location", "_sample",
         "_secret", "_size", "_state", "_unsure", "done", "idle_s", "keep_alive", "retry_after", "status",
     )  # fmt: skip
-    told = False
-    """Whether the texts of events are wanted, not only when they came."""
+    captures = False
+    """Whether the text of events is kept, not only their times."""
 
     def __init__(self, secret: Secret = None) -> None:
         self.done = False
@@ -365,9 +365,9 @@ class Response:
             self._carry = bytearray(self._carry)
         self._carry += body
 
-    def facts(self) -> Facts:
-        """The facts so far; final once ``done``."""
-        return facts_of(
+    def outcome(self) -> Outcome:
+        """The outcome so far; final once ``done``."""
+        return outcome_of(
             self._completion, status=self.status, done=self.done, body=bytes(self._carry), location=self._location,
             secret=self._secret,
         )  # fmt: skip

@@ -6,11 +6,15 @@ from array import array
 from dataclasses import dataclass
 from typing import Literal
 
-from scenarios.client.completion import Completion, CompletionDetails, PromptDetails, Secret, Usage, clean, message_in
+from scenarios.client.completion import Completion, CompletionDetails, PromptDetails, Usage, message_in
+
+DETAIL_LIMIT = 300
+Secret = str | tuple[str, ...] | None
+"""The API key, and the values of other secret headers."""
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class Outcome:
     """What one answer says, as the columns of `harness.results.SCHEMA` mean it.
 
     ``chunk_ns`` are stamps as they were fed. ``chunk_tokens`` is null unless the tokens of every chunk are known.
@@ -28,9 +32,9 @@ class Facts:
     detail: str | None
 
 
-def facts_of(
+def outcome_of(
     completion: Completion, *, status: int | None, done: bool, body: bytes, location: str, secret: Secret
-) -> Facts:
+) -> Outcome:
     """The facts of an answer with these events, and this ``status``; final once ``done``.
 
     ``body`` and ``location`` tell why, where the status is not 200; ``secret`` is cut out of every detail.
@@ -40,7 +44,7 @@ def facts_of(
     spent = usage.completion_tokens_details or CompletionDetails()
     error = _judge(completion, status, done, body, location)
     chunk_ns, chunk_tokens = completion.chunks()
-    return Facts(
+    return Outcome(
         chunk_ns=chunk_ns,
         chunk_tokens=chunk_tokens,
         input_tokens=usage.prompt_tokens,
@@ -99,3 +103,11 @@ def _status_error(status: int) -> str:
     if status in known:
         return known[status]
     return {3: "redirect", 4: "rejected", 5: "server"}.get(status // 100, "protocol")
+
+
+def clean(text: str, secret: Secret = None) -> str:
+    """One printable line of at most 300 characters, without ``secret``."""
+    for one in (secret,) if isinstance(secret, str) else secret or ():
+        text = text.replace(one, "[api key]") if one else text
+    text = " ".join("".join(c if c.isprintable() else " " for c in text[: 20 * DETAIL_LIMIT]).split())
+    return text if len(text) <= DETAIL_LIMIT else text[: DETAIL_LIMIT - 3] + "..."
