@@ -19,11 +19,15 @@ def text_tables(
 ) -> Iterable[Table]:
     """A table for ``width`` columns, or several below each other that repeat the first column (as pandas does).
 
-    ``right``: columns set right, all but the first unless stated.
+    ``right``: columns set right, all but the first unless stated. A line break in a cell stays only where lines are too
+    short for the whole table.
     """
     right = range(1, len(heads)) if right is None else right
+    joined = [[text.replace("\n", " ") for text in row] for row in rows]
+    if sum(_natural(heads, joined)) + GAP * (len(heads) - 1) <= width:
+        rows = joined
     columns = [[head, *(row[k] for row in rows)] for k, head in enumerate(heads)]
-    natural = [max(cell_len(line) for text in column for line in text.split("\n")) for column in columns]
+    natural = _natural(heads, rows)
     least = [_least(column, wide) for column, wide in zip(columns, natural, strict=True)]
     for group in _groups(least, width):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, GAP - 1, 0, 0))
@@ -32,6 +36,13 @@ def text_tables(
         for row in rows:
             table.add_row(*(Text(row[k]) for k in group))
         yield table
+
+
+def _natural(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    return [
+        max(cell_len(line) for text in (head, *(row[k] for row in rows)) for line in text.split("\n"))
+        for k, head in enumerate(heads)
+    ]
 
 
 def _least(column: Sequence[str], natural: int) -> int:

@@ -22,7 +22,7 @@ from analysis.capacity.sweep import (
 from analysis.capacity.system import offered
 from analysis.rows.read import read_run
 from analysis.show.capacity_text import sentence, system_blocks
-from analysis.show.decision_text import render_markdown
+from analysis.show.text import render_markdown
 from analysis.stats.intervals import Quantity, share
 from analysis.summary import summarise
 from harness.slo import Criterion

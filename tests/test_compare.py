@@ -20,7 +20,8 @@ from analysis.compare.compare import LOADS_OWN, Figure, judge, parse_gate
 from analysis.compare.compare import compare as hold_against
 from analysis.compare.paired import FIGURES, RATE_BLOCKS, _figure, _percentiles, _share, block_counts, observe
 from analysis.rows.read import read_run
-from analysis.show.decision_text import comparison_blocks, render_markdown
+from analysis.show.decision_text import comparison_blocks
+from analysis.show.text import render_markdown
 from analysis.stats.intervals import Quantity
 from analysis.stats.replicates import over_pairs
 from analysis.summary import summarise

@@ -29,8 +29,8 @@ from analysis.capacity.serving_config import systems
 from analysis.capacity.simulated_fleet import SimulatedFleet
 from analysis.capacity.sweep import Capacity
 from analysis.pricing.rate_card import HOURS_PER_MONTH
-from analysis.show.decision_text import render_markdown
 from analysis.show.fleet_text import fleet_blocks, fleet_csv
+from analysis.show.text import render_markdown
 from analysis.stats.intervals import Quantity
 from harness.cli.capacity import plan_fleet as plan_fleet_verb
 from harness.errors import UsageError

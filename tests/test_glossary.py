@@ -10,9 +10,9 @@ from test_browse import folder, served  # noqa: F401 - fixtures
 from test_browse import get as fetch
 from test_page import browser, view, visit  # noqa: F401 - fixtures
 
-from analysis.show.decision_text import Block
+from analysis.show.document import Section
 from analysis.show.glossary import GLOSSARY, with_terms
-from analysis.show.page import render_page, write_blocks_page
+from analysis.show.page import render_page, write_sections_page
 
 MARK = re.compile(r'<button type="button" class="term" popovertarget="([^"]+)"[^>]*>')
 
@@ -30,11 +30,11 @@ def test_a_term_is_a_sentence():
 def test_each_term_is_marked_once_in_a_section_and_explained_once():
     made = with_terms(
         "<title>ttft</title><main><section><h1>TTFT</h1><p>Goodput, goodput and TTFTs; a_ttft_p99, valid VALID</p>"
-        "<thead><tr><th><button>TTFT p99</button></th></tr></thead><a>lag</a></section>"
+        "<thead><tr><th><button><bdi>TTFT p99</bdi></button></th></tr></thead><a>lag</a></section>"
         "<section><p title='lag'>service TTFT &lt;lag&gt;</p></section></main><footer>lag</footer>"
     )
     assert marked(made) == [["term-goodput", "term-ttft", "term-valid", "term-p99"], ["term-service-ttft", "term-lag"]]
-    assert '<button>TTFT p99</button><button type="button" class="term" popovertarget="term-p99"' in made
+    assert '<button><bdi>TTFT p99</bdi></button><button type="button" class="term" popovertarget="term-p99"' in made
     assert "<title>ttft</title>" in made and "<h1>TTFT</h1>" in made and "<a>lag</a>" in made
     assert made.count('id="term-ttft"') == 1
     assert set(MARK.findall(made)) == set(re.findall(r'<div popover class="tip" id="([^"]+)">', made))
@@ -52,7 +52,7 @@ def test_marks_add_no_text_and_nest_no_buttons(tmp_path):
 
 
 def test_every_kind_of_page_has_them(tmp_path, served):  # noqa: F811 - the fixture
-    write_blocks_page(tmp_path / "x.html", "price", [Block(title="x", lines=("the SLO and the floor",))], "now")
+    write_sections_page(tmp_path / "x.html", "price", [Section(title="x", lines=("the SLO and the floor",))], "now")
     assert "term-floor" in (tmp_path / "x.html").read_text()
     assert "term-ttft" in fetch(served, "/")[1] and "term-ttft" in render_page([view(tmp_path / "run")])
 
@@ -66,7 +66,7 @@ def test_browser_opens_a_term(visit, browser, tmp_path, way):  # noqa: F811 - th
         tab.goto(url)
     term = tab.locator("#latency tbody .term").first
     tip = tab.locator("#term-ttft")
-    assert term.inner_text() == "TTFT" and not tip.is_visible()
+    assert term.inner_text() == "ttft" and not tip.is_visible()
     if way == "key":
         term.focus()
         tab.keyboard.press("Enter")

@@ -111,8 +111,8 @@ def test_reports_say_what_was_sent(tmp_path):
     assert arrivals.ok is False and arrivals.observed == "sessions that wait"
     v = view_run(read_run(tmp_path / "run"), s)
     assert "At 2 sessions started a second" in v.sentence
-    names = [row[0].text for table in (v.latency, v.rates) for row in table.rows]
-    assert {"Session lag", "Requests sent", "Sessions started"} <= set(names)
+    names = [row[0] for section in v.sections if section.id in ("latency", "time") for row in section.table.rows]
+    assert {"session lag (due after its own time)", "requests sent", "sessions started"} <= set(names)
 
 
 def test_capacity_is_planned_in_sessions(tmp_path):

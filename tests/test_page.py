@@ -25,9 +25,10 @@ from analysis.labels import label_runs
 from analysis.rows import columns
 from analysis.rows.read import read_run
 from analysis.show import curves as reduce
-from analysis.show.compared import compare_runs
+from analysis.show.compared import Comparison, compare_runs
 from analysis.show.curves import EDGES, cumulative, curves, over_time, promises
 from analysis.show.page import LONGEST, plain, render_page, write_page
+from analysis.show.plot import Chart
 from analysis.show.report import render_json
 from analysis.show.tradeoff import interactivity, per_accelerator, tradeoff_charts
 from analysis.show.view import RunView, view_run
@@ -60,6 +61,10 @@ def view(path, results=None, *, label="", **options) -> RunView:
     options.setdefault("spec", SLO)
     run = read_run(write_run(path, mixed() if results is None else results, **options))
     return view_run(run, summarise(run), label)
+
+
+def charts_of(made: RunView | Comparison, *places: str) -> list[Chart]:
+    return [chart for section in made.sections if section.id in places for chart in section.charts]
 
 
 def page(*views: RunView) -> Page:
@@ -212,14 +217,14 @@ def test_server_samples_that_cannot_be_read_are_left_out(tmp_path, spoil):
 def test_verdict_then_price_then_latency_then_proof(tmp_path):
     v = view(tmp_path / "run", [good(i, lag_ms=1) for i in range(700)])
     said = page(v).text
-    order = ("VALID", "a million tokens cost", "Price of", "Cost against SLO", "Latency, ms", "Throughput over",
-             "sent as planned", "Failures first", "Assumptions", "Versions")  # fmt: skip
+    order = ("VALID", "a million tokens cost", "carry the whole bill", "Cost against SLO", "Latency, ms",
+             "Throughput over", "sent as planned", "Failures first", "latencies are of", "Versions")  # fmt: skip
     places = [said.index(word) for word in order]
     assert places == sorted(places)
     assert v.state == "valid"
     assert v.summary.cost.usd_per_1m_total.value is not None
     assert "measured x list price" in said
-    assert "a price list, read 2026-11-01" in said
+    assert "read 2026-11-01; source: a price list" in said
     assert "100% of requests kept TTFT 200 ms and TPOT 100 ms; 99.0% was wanted" in said
 
 
@@ -227,13 +232,13 @@ def test_the_first_screen_names_the_limits_of_its_figures(tmp_path):
     """VALID and a price, without a word on what narrows them, is half of the answer."""
     said = page(view(tmp_path / "run", [good(i) for i in range(100)], tier=replace(TIER, date="2026-01"))).text
     named = said.index("Limits of these figures: sample_size, duration, price_date")
-    assert said.index("a million tokens cost") < named < said.index("Price of")
+    assert said.index("a million tokens cost") < named < said.index("carry the whole bill")
 
 
 def test_runs_stand_by_their_load_whatever_order_they_ran_in(tmp_path):
     runs = [view(tmp_path / name, [good(i, i * gap * MS) for i in range(100)], label=name)
             for name, gap in (("middle", 80), ("low", 160), ("high", 40))]  # fmt: skip
-    table = compare_runs(runs).table
+    table = next(section.table for section in compare_runs(runs).sections if section.id == "loads")
     assert [row[0].text for row in table.rows] == ["low", "middle", "high"]
     assert [row[0].mark for row in table.rows] == ["run-1", "run-0", "run-2"], "colours are those of the pictures"
 
@@ -242,7 +247,7 @@ def test_an_invalid_run_says_why_and_has_no_price(tmp_path):
     said = page(view(tmp_path / "run", status="stopped", reason="the user pressed Ctrl-C")).text
     assert said.index("INVALID") < said.index("the user pressed Ctrl-C") < said.index("Latency")
     assert "no evidence" in said
-    assert "All tokens" not in said
+    assert "output tokens, which carry" not in said
     assert "could have been promised" not in said
     assert "a million tokens cost" not in said
 
@@ -255,7 +260,7 @@ def test_what_an_invalid_run_measured_is_folded_and_why_stands_open(tmp_path):
     assert "prove nothing" in closed[1]
     assert "Latency, ms" in closed[2] and made.count("<figure") == closed[2].count("<figure") > 0
     outside = made.replace(closed[0], "")
-    assert outside.index("50 of 110") < outside.index("Failures first") < outside.index("503: full")
+    assert outside.index("50 of 110") < outside.index("503: full") < outside.index("Failures first")
     assert "Throughput over" not in outside and 'class="keys"' not in outside
     kept = page(view(tmp_path / "valid")).html
     assert 'class="folded"' not in kept and 'class="keys"' in kept
@@ -451,7 +456,8 @@ def test_the_page_of_a_search_says_the_capacity_first(tmp_path):
     assert done.returncode == 0, done.stderr
     head = out.read_text().split("<section")[1]
     assert "m on test.large carries" in head and "no fair comparison" not in head
-    capacity = compare_runs([view_run(run, summarise(run), run.path.name) for run in map(read_run, paths[:2])]).capacity
+    capacity = compare_runs([view_run(run, summarise(run), run.path.name) for run in map(read_run, paths[:2])])
+    capacity = capacity.sections[0].table
     cells = dict(zip(capacity.heads, capacity.rows[0], strict=True))
     for figure in ("Capacity", "USD per 1M there"):
         assert re.fullmatch(r"[\d.]+ to [\d.]+", cells[figure].note), f"{figure} carries its interval under it"
@@ -545,7 +551,7 @@ def test_browser_sorts_tables_by_number_with_unknown_last_and_back(visit, tmp_pa
 
     def click(k):
         head = table.locator("thead th").nth(k)
-        head.locator("button").click()
+        head.locator("button").first.click()
         return head.get_attribute("aria-sort")
 
     before = column(0, attribute=False)
@@ -688,14 +694,11 @@ def test_the_limit_of_a_percentile_is_drawn(tmp_path):
     options = {"spec": replace(SPEC, slo={"ttft_p95": 0.2, "tpot": 0.1})}
     slow = [good(k, k * 50 * MS, ttft_ms=60) for k in range(400)]
     one, two = view(tmp_path / "a", label="a", **options), view(tmp_path / "b", slow, label="b", **options)
-    assert one.charts is not None
-    marked = {
-        c.title: [(m.axis, m.at, m.label) for m in c.marks] for c in one.charts.distributions + one.charts.timeline
-    }
+    marked = {c.title: [(m.axis, m.at, m.label) for m in c.marks] for c in charts_of(one, "latency", "time")}
     assert marked["TTFT: share of successful requests within"] == [("x", 0.2, "SLO p95")]
     assert marked["TTFT"] == [("y", 0.2, "SLO p95")]
     assert marked["ITL"] == []
-    against = {c.title: [m.label for m in c.marks] for c in compare_runs([one, two]).load}
+    against = {c.title: [m.label for m in c.marks] for c in charts_of(compare_runs([one, two]), "latency-load")}
     assert against["TTFT, median"] == []
     assert [labels for title, labels in against.items() if title.startswith("TTFT, p")] == [["SLO p95"]]
 
@@ -712,11 +715,11 @@ def test_the_limit_of_a_percentile_is_drawn(tmp_path):
 def test_under_a_limit_stands_the_percentile_that_it_is_promised_of(tmp_path, slo, drawn, over_time_name):
     """99 % of requests are to keep a limit that names no percentile."""
     runs = [view(tmp_path / str(k), mixed(400 + k), label=str(k), spec=replace(SPEC, slo=slo)) for k in range(2)]
-    chart = next(c for c in compare_runs(runs).load if c.title.startswith("TTFT, p"))
+    chart = next(c for c in charts_of(compare_runs(runs), "latency-load") if c.title.startswith("TTFT, p"))
     share = over_time_name.split()[0]
     assert chart.title == drawn
     assert [m.label for m in chart.marks] == ([] if "tpot" in slo else [f"SLO {share}"])
-    timeline = next(c for c in runs[0].charts.timeline if c.title == "TTFT")
+    timeline = next(c for c in charts_of(runs[0], "time") if c.title == "TTFT")
     assert [line.name for line in timeline.lines] == ["median", over_time_name]
     assert [m.label for m in timeline.marks] == ([] if "tpot" in slo else [f"SLO {share}"])
 
@@ -728,13 +731,13 @@ def test_closed_and_open_loops_are_no_points_of_one_line(tmp_path):
         view(tmp_path / "b", [good(i, i * 60 * MS) for i in range(400)], label="b", spec=closed),
     ]
     made = compare_runs(views)
-    for chart in (*made.load, *made.cost):
+    for chart in charts_of(made, "latency-load", "cost-slo"):
         assert [line.name for line in chart.lines] == ["m on test.large, open loop", "m on test.large, closed loop"]
 
 
 def test_repeats_of_one_load_all_have_a_point(tmp_path):
     runs = [view(tmp_path / str(k), [good(i, ttft_ms=40 + 10 * k) for i in range(400)], label=str(k)) for k in range(3)]
-    chart = next(c for c in compare_runs(runs).load if c.title == "TTFT, median")
+    chart = next(c for c in charts_of(compare_runs(runs), "latency-load") if c.title == "TTFT, median")
     assert chart.x == pytest.approx([10.0] * 3)
     assert chart.lines[0].y == pytest.approx([0.04, 0.05, 0.06])
 
@@ -793,6 +796,5 @@ def test_a_few_odd_short_gaps_do_not_fill_a_picture(tmp_path):
     rows = [good(k, k * 50 * MS, itl_ms=10, tokens=100) for k in range(60)]
     rows[0].chunk_ns = [t if i != 50 else rows[0].chunk_ns[49] + 2000 for i, t in enumerate(rows[0].chunk_ns)]
     v = view(tmp_path / "a", rows)
-    assert v.charts is not None
-    itl = [c for c in v.charts.distributions if c.title.startswith("ITL")]
+    itl = [c for c in charts_of(v, "latency") if c.title.startswith("ITL:")]
     assert [min(c.x) > 0.005 for c in itl] == [True, True]

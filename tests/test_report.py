@@ -16,8 +16,8 @@ from analysis import metrics
 from analysis.cost.cost import Cost, Split
 from analysis.metrics import Counts, Tokens, Window
 from analysis.rows.read import read_run
-from analysis.show import report
-from analysis.show.report import hourly, render_json, render_markdown, render_text
+from analysis.show.figures import hourly, value
+from analysis.show.report import render_json, render_markdown, render_text
 from analysis.slo import Slo
 from analysis.stats.intervals import Quantity
 from analysis.summary import ErrorCount, Metrics, Rates, Server, Summary, summarise
@@ -70,10 +70,10 @@ def test_an_invalid_run_is_short_unless_all_is_asked_for(tmp_path, form):
         return out.getvalue() if form == "text" else render_markdown(s, whole)
 
     short, full = said(False), said(True)
-    for words in ("50 of 110", "503: full", "prove nothing", "With -v"):
+    for words in ("50 of 110", "503: full", "prove nothing", "-v shows"):
         assert words in short
     assert "tpot" not in short and "Assumptions" not in short and len(short.splitlines()) <= 22
-    assert "tpot" in full and "With -v" not in full
+    assert "tpot" in full and "-v shows" not in full
     assert full.index("503: full") < full.index("tpot")
     assert json.loads(render_json(s))["metrics"]["tpot"]["p50"]["value"] == pytest.approx(0.01)
 
@@ -181,9 +181,9 @@ def test_a_missed_slo_is_said_beside_the_price(tmp_path):
 def test_a_percentile_of_too_few_independent_requests_says_what_they_are_worth() -> None:
     note = "needs 59 independent requests: these 60 are worth about 15"
     alike = Quantity(value=None, n=60, unit="s", evidence="measured", note=note)
-    assert report.value(alike, str) == "n≈15<59"
-    assert report.value(replace(alike, note="needs 299 requests, has 60"), str) == "n<299"
-    assert report.value(replace(alike, note="no requests to measure"), str) == "-"
+    assert value(alike, str) == "n≈15<59"
+    assert value(replace(alike, note="needs 299 requests, has 60"), str) == "n<299"
+    assert value(replace(alike, note="no requests to measure"), str) == "-"
 
 
 def test_the_last_three_lines_are_verdict_price_and_slo(tmp_path) -> None:

@@ -33,7 +33,7 @@ def test_two_servers_with_one_model_are_two_systems(tmp_path):
     ]
     assert any("A holds runs of different systems (servers differ)" in reason for reason in refusals([a, b], [a]))
     page = compare_runs([view_run(run, summarise(run), str(k)) for k, run in enumerate(runs)])
-    names = {line.name for chart in page.load for line in chart.lines}
+    names = {line.name for s in page.sections for chart in s.charts if s.id == "latency-load" for line in chart.lines}
     assert len(names) == 2 and all("10.0.0." in name for name in names)
 
 
@@ -54,7 +54,7 @@ def test_a_tier_that_was_stated_is_never_measured_hardware(tmp_path):
     """With --base-url --tier nobody looked at the hardware."""
     stated, started = found(tmp_path / "a"), found(tmp_path / "b", engine="vllm-cpu")
     s = summarise(stated)
-    for text in (report.headline(s), report.render_markdown(s), str(view_run(stated, s).basis)):
+    for text in (report.headline(s), report.render_markdown(s), str(view_run(stated, s).sections)):
         assert "as stated by you" in text
     assert "as stated by you" not in report.render_markdown(summarise(started))
     none = summarise(found(tmp_path / "c", tier=None))

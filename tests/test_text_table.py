@@ -12,7 +12,7 @@ from test_capacity import sweep_run
 
 from analysis.capacity.serving_config import systems
 from analysis.show.capacity_text import system_blocks
-from analysis.show.decision_text import render_text
+from analysis.show.text import render_text
 from harness.text_table import LONGEST_WORD, text_tables
 
 WORDS = st.lists(st.text("abcxyz0123456789.,%", min_size=1, max_size=LONGEST_WORD), min_size=1, max_size=6)

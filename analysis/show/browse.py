@@ -14,9 +14,10 @@ from pathlib import Path
 from threading import Lock
 from urllib.parse import quote
 
+from analysis.labels import clean
 from analysis.rows.read import read_run
-from analysis.show import report
-from analysis.show.cells import Cell, in_seconds, load_cell, price_cell, quantity, state_of, verdict_note
+from analysis.show.document import Cell
+from analysis.show.figures import in_seconds, load_cell, price_cell, quantity, state_of, verdict_note
 from analysis.show.page import policy, render, render_page
 from analysis.show.view import RunView, view_run
 from analysis.summary import Summary, summarise
@@ -89,7 +90,7 @@ class Results:
                 return kept[1]
             try:
                 run = read_run(path)
-                view = view_run(run, summarise(run), report.clean(key, 80))
+                view = view_run(run, summarise(run), clean(key, 80))
             except Exception as e:  # one bad run is one bad line
                 why = str(e) if isinstance(e, HarnessError) else sentence(e)
                 self._figures[key] = (stamp, why)

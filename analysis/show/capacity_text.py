@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from analysis.capacity.search import ProbeRow
 from analysis.capacity.serving_config import System
 from analysis.offered_load import KIND_WORDS
-from analysis.show.decision_text import Block
-from analysis.show.report import figure, hourly, price
+from analysis.show.document import Cell, Row, Section, Table
+from analysis.show.figures import figure, hourly, interval, price, usd, within
 from analysis.stats.intervals import Quantity
 from harness.slo import Criterion, percent
-
-INTERVAL = "95 %"
-HEADS = (
-    "Tier and model", "Loop", "Capacity", INTERVAL, "Breaks first", "Tokens/s there", "USD per 1M there", INTERVAL,
-    "Floor", INTERVAL,
-)  # fmt: skip
-"""Of the table that `system_row` fills; `INTERVAL` is that of the column before."""
 
 
 def sentence(system: System) -> str:
@@ -37,14 +30,14 @@ def sentence(system: System) -> str:
             f"{system.name} carries at least {figure(system.loads[-1])} {system.unit}{_sent(system)} with {promise}: "
             "the highest load that was measured keeps it, so capacity lies beyond and has no figure."
         )
-    load = f"{figure(found.load.value)} {system.unit}{_within(found.load)}{_sent(system)}"
+    load = f"{figure(found.load.value)} {system.unit}{within(found.load, figure)}{_sent(system)}"
     said = f"{system.name} carries {load} with {promise}"
     said += f"; what breaks first: {found.limit.name}." if found.limit and len(system.criteria) > 1 else "."
     total, tokens = system.usd_per_1m_total, found.rates.get("total_token_throughput")
     if tokens is not None and tokens.value is not None:
         said += f" At that load: {figure(tokens.value)} tokens/s (input + output)"
         if total.value is not None:
-            said += f", {price(total.value)} USD per 1M tokens{_within(total, price)}"
+            said += f", {price(total.value)} USD per 1M tokens{within(total, price)}"
         said += "."
     return said
 
@@ -56,10 +49,9 @@ def _sent(system: System) -> str:
     return f" ({figure(system.requests_per_s * system.replicas)} req/s really sent)"
 
 
-def system_blocks(systems: Sequence[System]) -> list[Block]:
+def system_blocks(systems: Sequence[System]) -> list[Section]:
     """Capacity and cost per tier and model, then what limits each."""
-    rows = [system_row(system) for system in systems]
-    if not rows:
+    if not systems:
         return []
     notes = [
         "Capacity is that of all replicas together, from VALID runs; between two measured loads tokens/s are "
@@ -69,12 +61,12 @@ def system_blocks(systems: Sequence[System]) -> list[Block]:
     ]
     sold = [s for s in systems if s.usd_per_1m_total_utilised.value is not None and s.loop != "closed"]
     notes += [_utilised(system) for system in sold]
-    blocks = [Block(title="Capacity and cost at the SLO", heads=HEADS, rows=rows, notes=tuple(notes))]
-    blocks += [Block(title=f"Limits of {s.name}, {KIND_WORDS[s.loop]}", notes=_limits(s)) for s in systems]
+    blocks = [Section(title="Capacity and cost at the SLO", table=capacity_table(systems), notes=tuple(notes))]
+    blocks += [Section(title=f"Limits of {s.name}, {KIND_WORDS[s.loop]}", notes=_limits(s)) for s in systems]
     return blocks
 
 
-def probe_block(probes: Sequence[ProbeRow], criteria: Sequence[Criterion]) -> Block:
+def probe_block(probes: Sequence[ProbeRow], criteria: Sequence[Criterion]) -> Section:
     """What each probe of a search found and cost."""
     heads = ("Load", "Requests", "Verdict", *(c.name for c in criteria), "Done req/s", "Seconds", "USD")
     rows = []
@@ -87,39 +79,47 @@ def probe_block(probes: Sequence[ProbeRow], criteria: Sequence[Criterion]) -> Bl
                 "-" if p.usd is None else f"{p.usd:.4f}",
             )
         )  # fmt: skip
-    return Block(title="Probes", heads=heads, rows=rows)
+    return Section(title="Probes", table=Table(heads, rows))
 
 
-def system_row(system: System) -> tuple[str, ...]:
-    """One line of the table of capacity and cost at the promise."""
+def capacity_table(systems: Sequence[System]) -> Table:
+    """Capacity and cost at the SLO, a line per system, with intervals."""
+    heads = ("Tier and model", "Loop", "Capacity", "Breaks first", "Tokens/s there", "USD per 1M there", "Floor")
+    caption = (
+        "From VALID runs; tokens/s are interpolated between two measured loads, nothing is extrapolated; with 95 % "
+        "intervals"
+    )
+    return Table(heads, [_system_row(system) for system in systems], (2, 4, 5, 6), caption)
+
+
+def _system_row(system: System) -> Row:
     found, floor = system.capacity, system.floor
     tokens = found.rates.get("total_token_throughput") if found else None
-    state = "no SLO" if found is None else found.state
     load = found.load if found else None
-    return (
+    return [
         system.name,
         system.loop,
-        f"{figure(load.value)} {system.unit}" if load and load.value is not None else _state(system, state),
-        _interval(load),
+        Cell(_load(system, load), note=interval(load, figure) or None),
         found.limit.name if found and found.limit else "-",
         figure(tokens.value) if tokens else "-",
-        price(system.usd_per_1m_total.value),
-        _interval(system.usd_per_1m_total, price),
-        price(floor.usd_per_1m_total.value if floor else None),
-        _interval(floor.usd_per_1m_total if floor else None, price),
-    )
+        usd(system.usd_per_1m_total),
+        usd(floor.usd_per_1m_total if floor else None),
+    ]
 
 
-def _state(system: System, state: str) -> str:
+def _load(system: System, load: Quantity | None) -> str:
+    if load is not None and load.value is not None:
+        return f"{figure(load.value)} {system.unit}"
+    state = system.capacity.state if system.capacity else "no SLO"
     return f"beyond {figure(system.loads[-1])} {system.unit}" if state == "beyond" else state
 
 
 def _utilised(system: System) -> str:
     q = system.usd_per_1m_total_utilised
     basis = f"{hourly(system.usd_per_hour)} USD/h, {system.purchase}, {system.region}, {system.price_date}"
-    usd = f"{price(q.value)} USD per 1M tokens{_within(q, price)}"
+    cost = f"{price(q.value)} USD per 1M tokens{within(q, price)}"
     return (
-        f"{system.name}: {usd} at {percent(system.utilisation)} utilisation of that capacity. Price basis: {basis} "
+        f"{system.name}: {cost} at {percent(system.utilisation)} utilisation of that capacity. Price basis: {basis} "
         f"({system.price_source})."
     )
 
@@ -142,16 +142,3 @@ def _limits(system: System) -> tuple[str, ...]:
         ]
         said.append(f"interactivity from {figure(min(speeds))} to {figure(max(speeds))}: {'; '.join(ends)}")
     return (*said, *system.notes)
-
-
-def _within(q: Quantity, show: Callable[[float | None], str] = figure) -> str:
-    text = _interval(q, show)
-    return f" (95 %: {text})" if text != "-" else ""
-
-
-def _interval(q: Quantity | None, show: Callable[[float | None], str] = figure) -> str:
-    if q is None or (q.low is None and q.high is None):
-        return "-"
-    if q.low is None:
-        return f"below {show(q.high)}"
-    return f"from {show(q.low)}" if q.high is None else f"{show(q.low)} to {show(q.high)}"

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 from analysis.capacity.serving_config import System, systems
 from analysis.capacity.system import servers_of, tier_words, where_words
+from analysis.labels import clean
 from analysis.offered_load import KIND_WORDS
-from analysis.show import report
-from analysis.show.capacity_text import HEADS, INTERVAL, sentence, system_row
-from analysis.show.cells import Cell, Table, in_seconds, load_cell, price_cell, quantity, verdict_note
+from analysis.show.capacity_text import capacity_table, sentence
+from analysis.show.document import Cell, Facts, Row, Section, Table
+from analysis.show.figures import figure, hourly, in_seconds, load_cell, percent, price_cell, quantity, verdict_note
 from analysis.show.plot import Chart, cost_charts, load_charts, share_chart
 from analysis.show.tradeoff import tradeoff_charts
 from analysis.show.view import RunView
@@ -20,29 +21,22 @@ from harness.seeds import load_seed
 
 COLORS = 8
 UNLIKE = ("trace", "SLO", "seed", "evidence", "loop")
+"""Runs that differ in one of these did not do the same work to the same standard."""
 ON_PURPOSE = ("seed", "loop")
 """What loads of one system differ in: each has prompts of its own, so that no prefix cache answers."""
-"""Runs that differ in one of these did not do the same work to the same standard."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """Several runs side by side."""
 
+    capacity: list[str]
+    """What each system carries at the SLO, in sentences; empty without an SLO or with one load only."""
     sentence: str
     mind: str | None
     """What makes the runs unlike; None when only what may be compared differs."""
     state: str
-    table: Table
-    differs: Table | None
-    same: list[tuple[str, object]]
-    capacity: Table | None
-    """Capacity and cost at the promise per tier and model; None without a promise or with one load only."""
-    capacity_says: list[str]
-    cost: list[Chart]
-    tradeoff: list[Chart]
-    load: list[Chart]
-    distributions: list[Chart]
+    sections: list[Section]
 
 
 def compare_runs(views: Sequence[RunView]) -> Comparison:
@@ -61,47 +55,39 @@ def compare_runs(views: Sequence[RunView]) -> Comparison:
     same, differs = _differences(views)
     found = [s for s in systems([v.summary for v in views]) if s.capacity is not None and len(s.loads) > 1]
     share = max((v.summary.slo.attain for v in views if v.summary.slo is not None), default=DEFAULT_ATTAIN)
+    sections = [
+        Section(title="Capacity and cost at the SLO", table=capacity_table(found) if found else None),
+        Section(id="loads", title="Each measured load", table=_table(views)),
+        Section(
+            id="cost-slo", title="Cost against SLO", charts=cost_charts(priced, share),
+            lines=["Each point is the cheapest VALID run that kept the limit. Prices are USD per 1M tokens, input and "
+                   "output together; bars are 95 % intervals. Nothing is extrapolated."],
+        ),
+        Section(
+            title="Throughput, price and what a user sees", charts=tradeoff_charts(valid, found, by_rate),
+            lines=["VALID runs, one point each; bars are 95 % intervals. Interactivity is tokens/s of one stream, 1 / "
+                   "TPOT, at the percentile that the SLO promises, else the median; only a closed loop, or a load at "
+                   "capacity, shows what the hardware gives."],
+        ),
+        Section(
+            id="latency-load", title="Latency against load", charts=load_charts(valid, by_rate),
+            lines=["VALID runs; bars are 95 % intervals."],
+        ),
+        Section(title="Distributions", charts=_distributions(views)),
+        Section(title="What is compared", table=differs, facts=[("The same in all runs", same)] if same else []),
+    ]  # fmt: skip
     return Comparison(
+        capacity=[sentence(s) for s in found if s.loop != "closed"],
         sentence=_sentence(views, found),
         mind=_mind(differs, but=ON_PURPOSE if found else ()),
         state="invalid" if all(v.state == "invalid" for v in views) else "valid",
-        table=_table(views),
-        differs=differs,
-        same=same,
-        capacity=_capacity(found),
-        capacity_says=[sentence(s) for s in found if s.loop != "closed"],
-        cost=cost_charts(priced, share),
-        tradeoff=tradeoff_charts(valid, found, by_rate),
-        load=load_charts(valid, by_rate),
-        distributions=_distributions(views),
+        sections=[section for section in sections if section.table or section.charts or section.facts],
     )
 
 
 def _what(view: RunView) -> str:
     s = view.summary
-    return report.clean(f"{s.model} on {tier_words(s) or 'no tier'}{where_words(s.label, servers_of(s))}", 120)
-
-
-def _capacity(found: Sequence[System]) -> Table | None:
-    if not found:
-        return None
-    caption = (
-        "From VALID runs; tokens/s are interpolated between two measured loads, nothing is extrapolated; small "
-        "print: 95 % intervals"
-    )
-    heads = [head for head in HEADS if head != INTERVAL]
-    return Table(caption, heads, [_with_intervals(system_row(s)) for s in found], right=range(4, len(heads)))
-
-
-def _with_intervals(row: Sequence[str]) -> list[Cell]:
-    """Each interval as the small print of the figure before it: a column of its own would not fit the page."""
-    cells: list[Cell] = []
-    for head, text in zip(HEADS, row, strict=True):
-        if head != INTERVAL:
-            cells.append(Cell(text))
-        elif text != "-":
-            cells[-1] = replace(cells[-1], note=text)
-    return cells
+    return clean(f"{s.model} on {tier_words(s) or 'no tier'}{where_words(s.label, servers_of(s))}", 120)
 
 
 def _mind(differs: Table | None, but: Sequence[str]) -> str | None:
@@ -114,7 +100,7 @@ def _mind(differs: Table | None, but: Sequence[str]) -> str | None:
 def _distributions(views: Sequence[RunView]) -> list[Chart]:
     """TTFT and ITL of all runs over each other, but of those that prove nothing."""
     known = [(k, v) for k, v in enumerate(views) if v.state != "invalid"]
-    numbered = [(k, v.label, v.charts.below) for k, v in known if v.charts is not None]
+    numbered = [(k, v.label, v.below) for k, v in known if v.below]
     colors = [k for k, _, _ in numbered]
     charts = [
         share_chart(metric.upper(), noun, {label: below[metric] for _, label, below in numbered}, [], colors=colors)
@@ -140,8 +126,8 @@ def _table(views: Sequence[RunView]) -> Table:
         figures = (
             quantity(s.metrics.ttft.p99, in_seconds),
             quantity(s.metrics.tpot.p95, in_seconds),
-            quantity(s.rates.output_token_throughput, report.figure),
-            quantity(s.slo.attainment, report.percent) if s.slo is not None else Cell("-"),
+            quantity(s.rates.output_token_throughput, figure),
+            quantity(s.slo.attainment, percent) if s.slo is not None else Cell("-"),
         )
         prices = (cost.usd_per_1m_total, cost.split.usd_per_1m_input, cost.split.usd_per_1m_output)
         rows.append(
@@ -158,17 +144,17 @@ def _table(views: Sequence[RunView]) -> Table:
     )  # fmt: skip
     evidence = ", ".join(sorted({v.summary.cost.usd_per_1m_total.evidence for v in views}))
     caption = f"USD per 1M tokens ({evidence}); small print: 95 % intervals; grey: SLO missed or INVALID"
-    return Table(caption, heads, rows, right=range(2, 10))
+    return Table(heads, rows, range(2, 10), caption)
 
 
 def _basis(s: Summary) -> str:
     cost = s.cost
     if s.tier is None:
         return "no price basis"
-    return f"{report.hourly(cost.usd_per_hour)} USD/h x {cost.replicas}, {cost.purchase}, {cost.date}"
+    return f"{hourly(cost.usd_per_hour)} USD/h x {cost.replicas}, {cost.purchase}, {cost.date}"
 
 
-def _differences(views: Sequence[RunView]) -> tuple[list[tuple[str, object]], Table | None]:
+def _differences(views: Sequence[RunView]) -> tuple[Facts, Table | None]:
     """What is the same in all runs, and what is not: a comparison is only as good as this list."""
     asked: dict[str, Callable[[Summary], object]] = {
         "trace": lambda s: f"{s.plan.trace} {s.plan.trace_sha256[:12]}",
@@ -192,8 +178,8 @@ def _differences(views: Sequence[RunView]) -> tuple[list[tuple[str, object]], Ta
     other = [name for name in answers if name not in dict(same)]
     if not other:
         return same, None
-    rows = [[Cell(v.label), *(Cell(answers[name][k]) for name in other)] for k, v in enumerate(views)]
-    return same, Table("What differs between the runs", ("Run", *other), rows)
+    rows: list[Row] = [[v.label, *(Cell(answers[name][k]) for name in other)] for k, v in enumerate(views)]
+    return same, Table(("Run", *other), rows, (), "What differs between the runs")
 
 
 def _slo(s: Summary) -> str:

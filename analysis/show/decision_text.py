@@ -5,14 +5,6 @@ Whatever a trace, a server or a price map wrote is printed as plain characters, 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-
-from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
-
 from analysis.capacity.system import where_words
 from analysis.compare.compare import Comparison, Figure, LoadComparison
 from analysis.compare.paired import SHARES
@@ -21,82 +13,32 @@ from analysis.pricing.list_prices import ListPrice
 from analysis.pricing.price_table import PriceReport
 from analysis.pricing.rate_card import Against, Charge
 from analysis.pricing.terms import Terms, UnitPrices
-from analysis.show.report import clean, figure, hourly, price
+from analysis.show.document import Row, Section, Table
+from analysis.show.figures import figure, hourly, price, usd, within
 from analysis.stats.intervals import Quantity
-from harness.text_table import text_tables
-
-_MARKDOWN = re.compile(r"([\\`*\[\]<>|_#])")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
-    """A heading, sentences, a table, small print: each may be empty."""
-
-    title: str = ""
-    lines: tuple[str, ...] = ()
-    heads: tuple[str, ...] = ()
-    rows: Sequence[tuple[str, ...]] = ()
-    notes: tuple[str, ...] = ()
-
-
-def render_text(blocks: Iterable[Block], console: Console) -> None:
-    """Print; the first column of a table is words, the others are set right."""
-    for k, block in enumerate(blocks):
-        if k:
-            console.print()
-        if block.title:
-            console.print(Text(clean(block.title), style="bold"))
-        for line in block.lines:
-            console.print(Text(clean(line)))
-        if block.rows:
-            rows = [tuple(clean(cell) for cell in row) for row in block.rows]
-            for table in text_tables(block.heads, rows, console.width):
-                console.print()
-                console.print(table)
-        for note in block.notes:
-            body = RichTable.grid(padding=0)
-            body.add_row("- ", Text(clean(note), overflow="fold"))
-            console.print(body)
-
-
-def render_markdown(blocks: Iterable[Block]) -> str:
-    """GitHub-flavoured Markdown."""
-    lines: list[str] = []
-    for block in blocks:
-        if block.title:
-            lines += [f"## {_md(block.title)}", ""]
-        lines += [_md(line) + "  " for line in block.lines]
-        if block.rows:
-            lines += ["", _md_row(block.heads), _md_row([" --- "] + [" ---: "] * (len(block.heads) - 1))]
-            lines += [_md_row([_md(cell) for cell in row]) for row in block.rows]
-        if block.notes:
-            lines += ["", *(f"- {_md(note)}" for note in block.notes)]
-        lines.append("")
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
-
 
 # ------------------------------------------------------------------------------------------------------ what to charge
 
 
-def price_blocks(report: PriceReport) -> list[Block]:
+def price_blocks(report: PriceReport) -> list[Section]:
     """The whole price decision."""
-    blocks: list[Block] = []
+    blocks: list[Section] = []
     for charge in report.charges:
         blocks += _charge_blocks(charge, report.terms)
     if report.refused:
         lines = tuple(f"{run}: {'; '.join(why)}" for run, why in report.refused)
-        blocks.append(Block(title="Refused: runs that are not VALID have no price", notes=lines))
-    return [*blocks, Block(title="What this rests on", notes=report.assumptions)]
+        blocks.append(Section(title="Refused: runs that are not VALID have no price", notes=lines))
+    return [*blocks, Section(title="What this rests on", notes=report.assumptions)]
 
 
-def _charge_blocks(charge: Charge, terms: Terms) -> list[Block]:
+def _charge_blocks(charge: Charge, terms: Terms) -> list[Section]:
     stated = " (as stated by you)" if charge.tier and charge.servers else ""
     where = f"{charge.tier or 'no tier'}{stated} x {charge.replicas}{where_words(charge.label, charge.servers)}"
     title = f"What to charge: {charge.model} on {where}"
     warned = () if charge.caution is None else (f"CAUTION. {charge.caution}",)
     if charge.reason is not None or charge.cost_full is None or charge.cost is None:
         return [
-            Block(title=title, lines=(*warned, f"No price: {charge.reason}.", _load_line(charge)), notes=charge.notes)
+            Section(title=title, lines=(*warned, f"No price: {charge.reason}.", _load_line(charge)), notes=charge.notes)
         ]
     standard = charge.offers[0]
     u, m = percent(terms.utilisation), percent(terms.margin)
@@ -113,18 +55,18 @@ def _charge_blocks(charge: Charge, terms: Terms) -> list[Block]:
     lines = (
         *warned,
         _quoted(charge),
-        f"Charge {price(asked.value)} USD{_within(asked)} per 1M tokens of this traffic: cost "
+        f"Charge {price(asked.value)} USD{within(asked, price)} per 1M tokens of this traffic: cost "
         f"{price(charge.cost.total.value)} at {u} utilisation, and {m} of the price is gross margin.",
         f"The price pays for the fleet from {percent(standard.break_even_utilisation)} utilisation on "
         f"({tokens(charge.break_even_tokens_per_month)} tokens a month; the fleet costs "
         f"{figure(charge.fleet_usd_per_month)} USD a month and serves at most "
         f"{tokens(charge.capacity_tokens_per_month)} at this load).",
     )
-    heads = ("USD per 1M tokens", "cost at 100 %", "95 % of it", f"cost at {u}", "PRICE", "95 % of it", "floor")
-    blocks = [Block(title=title, lines=lines, heads=heads, rows=rows)]
+    heads = ("USD per 1M tokens", "cost at 100 % (95 %)", f"cost at {u}", "PRICE (95 %)", "floor")
+    blocks = [Section(title=title, lines=lines, table=Table(heads, rows))]
     if len(charge.offers) > 1:
         blocks.append(_offers_block(charge, terms))
-    return [*blocks, _against_block(charge, terms), Block(notes=(*_basis_lines(charge), *charge.notes))]
+    return [*blocks, _against_block(charge, terms), Section(notes=(*_basis_lines(charge), *charge.notes))]
 
 
 def _quoted(charge: Charge) -> str:
@@ -135,19 +77,22 @@ def _quoted(charge: Charge) -> str:
     return f"Quoted at one measured load, {slo}: {charge.load}."
 
 
-def _price_row(kind: str, name: str, charge: Charge, asked: UnitPrices) -> tuple[str, ...]:
+def _price_row(kind: str, name: str, charge: Charge, asked: UnitPrices) -> Row:
     q: Quantity = getattr(asked, kind)
     if q.value is None or charge.cost_full is None or charge.cost is None:
-        return (name, "-", "-", "-", "-", "-", "-")
-    full: Quantity = getattr(charge.cost_full, kind)
+        return [name, "-", "-", "-", "-"]
     floor: Quantity | None = getattr(charge.floor, kind) if charge.floor is not None else None
-    return (
-        name, price(full.value), _interval(full), price(getattr(charge.cost, kind).value), price(q.value), _interval(q),
-        price(floor.value if floor is not None else None),
-    )  # fmt: skip
+    cost: Quantity = getattr(charge.cost, kind)
+    return [
+        name,
+        usd(getattr(charge.cost_full, kind)),
+        price(cost.value),
+        usd(q),
+        price(floor.value if floor else None),
+    ]
 
 
-def _offers_block(charge: Charge, terms: Terms) -> Block:
+def _offers_block(charge: Charge, terms: Terms) -> Section:
     rows = [
         (
             offer.name + (f" (-{percent(offer.discount)})" if offer.discount else ""),
@@ -175,10 +120,10 @@ def _offers_block(charge: Charge, terms: Terms) -> Block:
         )
     heads = ("Price list, USD per 1M", "input", "cached", "output", "all", f"margin at {percent(terms.utilisation)}",
              "break-even utilisation")  # fmt: skip
-    return Block(heads=heads, rows=rows, notes=tuple(notes))
+    return Section(table=Table(heads, rows), notes=tuple(notes))
 
 
-def _against_block(charge: Charge, terms: Terms) -> Block:
+def _against_block(charge: Charge, terms: Terms) -> Section:
     assert charge.cost is not None
     rows = [
         (
@@ -200,7 +145,7 @@ def _against_block(charge: Charge, terms: Terms) -> Block:
         summed = "none is in the price map (--against NAME, --list-prices)"
     lines = (
         f"Build or buy, for this trace: own cost (without margin) at {percent(terms.utilisation)} utilisation is "
-        f"{price(charge.cost.total.value)} USD{_within(charge.cost.total)} per 1M tokens.",
+        f"{price(charge.cost.total.value)} USD{within(charge.cost.total, price)} per 1M tokens.",
         f"Of {len(same)} API offers of this model: {summed}." if same else f"API offers of this model: {summed}.",
     )
     notes = sorted({note for a in charge.against for note in a.notes})
@@ -209,7 +154,7 @@ def _against_block(charge: Charge, terms: Terms) -> Block:
     if any(a.verdict == "not known" for a in charge.against):
         notes.append("not known: own cost has no end of its interval on the side that would decide")
     heads = ("API list price", "in/cached/out", "this trace", "own is", "break-even", "verdict")
-    return Block(lines=lines, heads=heads, rows=rows, notes=tuple(notes))
+    return Section(lines=lines, table=Table(heads, rows), notes=tuple(notes))
 
 
 _VERDICTS = {
@@ -235,7 +180,7 @@ def _basis_lines(charge: Charge) -> list[str]:
     ]
     if charge.floor is not None:
         said.append(
-            f"floor: all tokens {price(charge.floor.total.value)}{_within(charge.floor.total)} USD per 1M, "
+            f"floor: all tokens {price(charge.floor.total.value)}{within(charge.floor.total, price)} USD per 1M, "
             f"100 % utilisation at {figure(charge.floor_load)} {charge.offered.unit if charge.offered else ''}, the "
             "highest throughput of any VALID run; it keeps no promise, and a higher load may cost less unless this one "
             "saturated the servers"
@@ -277,15 +222,15 @@ def _load_line(charge: Charge) -> str:
 # ---------------------------------------------------------------------------------------------------------- A against B
 
 
-def comparison_blocks(comparison: Comparison) -> list[Block]:
+def comparison_blocks(comparison: Comparison) -> list[Section]:
     """The whole comparison, or why there is none."""
     if not comparison.comparable:
-        return [Block(title="Not comparable", notes=comparison.reasons)]
-    blocks = [] if comparison.caution is None else [Block(lines=(f"CAUTION. {comparison.caution}.",))]
+        return [Section(title="Not comparable", notes=comparison.reasons)]
+    blocks = [] if comparison.caution is None else [Section(lines=(f"CAUTION. {comparison.caution}.",))]
     blocks += [_load_block(load, len(comparison.loads) > 1) for load in comparison.loads]
     if comparison.differs:
         rows = [(d.name, d.a, d.b) for d in comparison.differs]
-        blocks.append(Block(heads=("What differs", "A", "B"), rows=rows))
+        blocks.append(Section(table=Table(("What differs", "A", "B"), rows)))
     honest = (
         f"{comparison.compared} figures are judged, each by its own 95 % interval over the pairs: about "
         f"{comparison.expected_by_chance:.1f} of them would show a difference by chance alone; {comparison.shown} do"
@@ -296,10 +241,10 @@ def comparison_blocks(comparison: Comparison) -> list[Block]:
         f"the same in both: trace {comparison.trace}, seed, load, SLO ({comparison.slo or 'none'}); "
         f"evidence: {comparison.evidence}"
     )
-    return [*blocks, Block(notes=(honest, same, *comparison.notes))]
+    return [*blocks, Section(notes=(honest, same, *comparison.notes))]
 
 
-def _load_block(load: LoadComparison, named: bool) -> Block:
+def _load_block(load: LoadComparison, named: bool) -> Section:
     rows = [_figure_row(f) for f in load.figures]
     notes = [f"{load.requests:,} requests in {load.pairs} {'pair' if load.pairs == 1 else 'pairs'} of runs"]
     if load.left_out:
@@ -308,11 +253,10 @@ def _load_block(load: LoadComparison, named: bool) -> Block:
         {f"{f.name}: {f.difference.note or 'no interval'}" for f in load.figures if f.verdict == "not known"}
     )
     gates = tuple(f"--fail-if {g.text}: {_OUTCOMES[g.outcome]}{f' ({g.why})' if g.why else ''}" for g in load.gates)
-    return Block(
+    return Section(
         title="A against B" + (f": {load.load}" if named else ""),
         lines=(*load.verdict, *gates),
-        heads=("Figure", "A", "B", "B - A", "95 % interval", "change", "B is"),
-        rows=rows,
+        table=Table(("Figure", "A", "B", "B - A", "95 % interval", "change", "B is"), rows),
         notes=(*notes, *unknown),
     )
 
@@ -363,24 +307,3 @@ def tokens(value: float | None) -> str:
         if value >= power:
             return f"{value / power:.3g} {word}"
     return f"{value:,.0f}"
-
-
-def _within(q: Quantity) -> str:
-    """The interval in brackets; nothing without one."""
-    return "" if q.low is None and q.high is None else f" (95 %: {_interval(q)})"
-
-
-def _interval(q: Quantity) -> str:
-    if q.low is None and q.high is None:
-        return "not known"
-    if q.low is None:
-        return f"below {price(q.high)}"
-    return f"from {price(q.low)}" if q.high is None else f"{price(q.low)} to {price(q.high)}"
-
-
-def _md(text: str) -> str:
-    return _MARKDOWN.sub(r"\\\1", clean(text))
-
-
-def _md_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.strip() for cell in cells) + " |"

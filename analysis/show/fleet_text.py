@@ -9,23 +9,23 @@ import re
 from analysis.capacity.fleet import Autoscaled
 from analysis.capacity.fleet_plan import FleetPlan, TierFleet
 from analysis.export import FORMULA
-from analysis.show.decision_text import Block
-from analysis.show.report import figure, price
+from analysis.show.document import Section, Table
+from analysis.show.figures import figure, price
 
 WITHIN = 0.03
 """How far the replayed share is from the share of a real autoscaled fleet of another engine: tests/lab/fleet.py."""
 
 
-def fleet_blocks(plan: FleetPlan) -> list[Block]:
+def fleet_blocks(plan: FleetPlan) -> list[Section]:
     """The whole plan: the answer first, then the tiers, what scaling saves, and what changes the answer."""
-    blocks = [Block(title="Fleet", lines=(plan.sentence, _demand(plan)))]
+    blocks = [Section(title="Fleet", lines=(plan.sentence, _demand(plan)))]
     if plan.tiers:
         blocks += [_sizes(plan), _scaling(plan)]
         blocks += [_changes(one) for one in plan.tiers]
     if plan.excluded:
         notes = tuple(f"{name}: {why}" for name, why in plan.excluded)
-        blocks.append(Block(title="Left out", notes=notes))
-    return [*blocks, Block(title="What this rests on", notes=plan.assumptions)]
+        blocks.append(Section(title="Left out", notes=notes))
+    return [*blocks, Section(title="What this rests on", notes=plan.assumptions)]
 
 
 def _demand(plan: FleetPlan) -> str:
@@ -38,7 +38,7 @@ def _demand(plan: FleetPlan) -> str:
     return said + f". Planned for {figure(plan.requests.worst_minute * plan.headroom)} req/s."
 
 
-def _sizes(plan: FleetPlan) -> Block:
+def _sizes(plan: FleetPlan) -> Section:
     heads = (
         "Model and tier", "One replica carries", "Binding", "For the mean", "Fluid", "Replicas + spares", "Found by",
         "Instances", "Utilisation", "USD/h", "USD/month", "USD/year", "USD per 1M served",
@@ -68,7 +68,7 @@ def _sizes(plan: FleetPlan) -> Block:
         f"{one.name}: no utilisation: {one.no_utilisation}. Go by USD per 1M served"
         for one in plan.tiers if one.no_utilisation is not None
     ]  # fmt: skip
-    return Block(title="Replicas and instances", heads=heads, rows=rows, notes=tuple(notes))
+    return Section(title="Replicas and instances", table=Table(heads, rows), notes=tuple(notes))
 
 
 def _share(share: float | None) -> str:
@@ -101,7 +101,7 @@ def _ends(one: TierFleet) -> str:
     return f" ({figure(one.capacity_low)} to {figure(one.capacity_high)})"
 
 
-def _scaling(plan: FleetPlan) -> Block:
+def _scaling(plan: FleetPlan) -> Section:
     heads = (
         "Model and tier", "Fixed USD/h", "Scheduled USD/h", "keep the promise", "Reactive USD/h", "keep the promise",
         "come while it is behind", "Most instances", "Start-up s", "USD per 1M, scheduled",
@@ -132,8 +132,8 @@ def _scaling(plan: FleetPlan) -> Block:
     notes.append(
         "come while it is behind: fluid, even demand within a minute; those may keep the promise, and others miss it"
     )
-    return Block(
-        title="Autoscaled against fixed, over the trace's own time", heads=heads, rows=rows, notes=tuple(notes)
+    return Section(
+        title="Autoscaled against fixed, over the trace's own time", table=Table(heads, rows), notes=tuple(notes)
     )
 
 
@@ -144,9 +144,11 @@ def _kept(one: Autoscaled) -> str:
     return f"{missed}{one.kept.share:.1%} ({one.kept.worst_minute:.0%})"
 
 
-def _changes(one: TierFleet) -> Block:
+def _changes(one: TierFleet) -> Section:
     rows = [(s.changed, f"{s.instances}", f"{s.usd_per_month:,.0f}") for s in one.sensitivities]
-    return Block(title=f"What changes the fluid fleet: {one.name}", heads=("If", "Instances", "USD/month"), rows=rows)
+    return Section(
+        title=f"What changes the fluid fleet: {one.name}", table=Table(("If", "Instances", "USD/month"), rows)
+    )
 
 
 def fleet_csv(plan: FleetPlan) -> str:

@@ -92,7 +92,7 @@ def _marked(main: str) -> str:
             if not inside:
                 part = _TERMS.sub(mark, part)
             elif inside == ["button"]:  # the head of a column is a button of its own: it sorts
-                after_head = next(filter(None, (mark(found, "") for found in _TERMS.finditer(part))), "")
+                after_head = after_head or next(filter(None, (mark(found, "") for found in _TERMS.finditer(part))), "")
         elif part.startswith("<section"):
             seen.clear()
         elif name[1] in _UNMARKED:

@@ -20,12 +20,13 @@ import jinja2
 import msgspec
 from markupsafe import Markup
 
+from analysis.labels import clean
 from analysis.show import report
-from analysis.show.cells import Cell, Table
 from analysis.show.compared import compare_runs
-from analysis.show.decision_text import Block
+from analysis.show.document import Section
 from analysis.show.glossary import with_terms
 from analysis.show.plot import Chart
+from analysis.show.text import PROVES_NOTHING
 from analysis.show.view import RunView
 from harness.errors import ResultsError
 
@@ -35,18 +36,29 @@ LONGEST = 1000
 
 def render_page(views: Sequence[RunView], home: str | None = None) -> str:
     """The whole page of one run, or of several compared, as HTML; ``home`` is where it links back to, if anywhere."""
+    if len(views) == 1:
+        return _page(title=report.headline(views[0].summary), one=views[0], sections=views[0].sections, home=home)
+    comparison = compare_runs(views)
+    title = f"{len(views)} runs compared"
+    return _page(title=title, comparison=comparison, sections=comparison.sections, views=views, home=home)
+
+
+def _page(**values: Any) -> str:
     charts: list[Chart] = []
 
-    def figure(chart: Chart) -> int:
+    def number(chart: Chart) -> int:
         charts.append(chart)
         return len(charts) - 1
 
-    comparison = compare_runs(views) if len(views) > 1 else None
+    absent = dict.fromkeys(("home", "one", "comparison", "verb", "first", "made"))
     return render(
-        "page.html", views=views, one=views[0] if len(views) == 1 else None, comparison=comparison, figure=figure,
-        title=report.headline(views[0].summary) if len(views) == 1 else f"{len(views)} runs compared", home=home,
-        policy=policy(), data=lambda: _json_for_script(charts),
-    )  # fmt: skip
+        "page.html",
+        **{**absent, **values},
+        policy=policy(),
+        proves_nothing=PROVES_NOTHING,
+        chart_number=number,
+        data=lambda: _json_for_script(charts),
+    )
 
 
 def render(template: str, **values: Any) -> str:
@@ -64,21 +76,10 @@ def write_page(path: Path, views: Sequence[RunView]) -> int:
     return _write(path, render_page(views))
 
 
-def write_blocks_page(path: Path, verb: str, blocks: Sequence[Block], made: str) -> int:
-    """Write a decision's blocks, as ``verb`` prints them, as a page; otherwise as `write_page`. ``made``: the time."""
-    shown = [
-        {
-            "title": block.title, "lines": block.lines, "notes": block.notes,
-            "table": Table(
-                caption="", heads=block.heads, right=range(1, len(block.heads)),
-                rows=[[Cell(text) for text in row] for row in block.rows],
-            ) if block.rows else None,
-        }
-        for block in blocks
-    ]  # fmt: skip
-    title = next((block.title for block in blocks if block.title), verb)
-    values = {"verb": verb, "blocks": shown, "made": made, "title": title, "home": None, "policy": policy()}
-    return _write(path, render("blocks.html", **values))
+def write_sections_page(path: Path, verb: str, sections: Sequence[Section], made: str) -> int:
+    """Write what ``verb`` prints as a page; otherwise as `write_page`. ``made``: the time."""
+    title = next((section.title for section in sections if section.title), verb)
+    return _write(path, _page(title=title, verb=verb, made=made, first=sections[0], sections=sections[1:]))
 
 
 def _write(path: Path, text: str) -> int:
@@ -103,7 +104,7 @@ def plain(value: object) -> object:
     if value is None:
         return "-"
     text = str(value)
-    return report.clean(text) if len(text) <= LONGEST else f"{report.clean(text[:LONGEST])}… ({len(text):,} characters)"
+    return clean(text) if len(text) <= LONGEST else f"{clean(text[:LONGEST])}… ({len(text):,} characters)"
 
 
 @cache

@@ -1,94 +1,102 @@
-"""One run in the words and tables of the HTML page. No arithmetic: figures come from the `Summary` and the curves."""
+"""One run as its page: what `analysis.show.report` says in sections, with pictures, checks and all inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import msgspec
 
-from analysis.capacity.system import tier_words
+from analysis.arrays import Floats
 from analysis.rows.read import Run
 from analysis.show import report
-from analysis.show.cells import Cell, Table, in_percent, in_seconds, interval, number, quantity, state_of
 from analysis.show.curves import SHARES, Promises, curves, promises
+from analysis.show.document import MOST_ITEMS, Cell, Facts, Row, Section, Table
+from analysis.show.figures import figure, in_seconds, percent, price, quantity, state_of, within
 from analysis.show.plot import RunCharts, run_charts
-from analysis.stats.intervals import Distribution, Quantity, samples_needed
+from analysis.stats.intervals import Distribution, samples_needed
 from analysis.summary import DEFAULT_ATTAIN, Summary
 
-MOST_ITEMS = 200
-"""Entries of one list that a server or a trace could make endless (arguments, facts, errors)."""
+_VERDICTS = {
+    "valid": "VALID", "missed": "VALID, SLO missed", "unknown": "VALID, SLO not judged", "invalid": "INVALID",
+    "small": "TOO SMALL",
+}  # fmt: skip
+_FEW_SAMPLES = (
+    "Of successful requests. “n<299” means that so many samples are needed before this percentile is more than the "
+    "luck of one request; “n≈60<299”: neighbours are so alike that they are worth about 60."
+)
+_ONE_AXIS = (
+    "One time axis: point at any picture to read all of them at that moment, drag to zoom, double-click to zoom out."
+)
+_NO_CHARTS = RunCharts(distributions=[], timeline=[], lag=[], below={})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunView:
-    """One run, in the words and tables of the page."""
+    """One run, in the words, tables and pictures of its page."""
 
     label: str
     summary: Summary
     state: str
-    """valid, missed or invalid."""
+    """As `state_of` names it."""
     verdict: str
     sentence: str
-    proves_nothing: str
     opening: list[str]
     limits: list[str]
-    """Names of the limits that narrow the figures; what each says is under Inputs."""
+    """Names of the limits that narrow the figures; what each says stands under Limits."""
     keys: list[tuple[str, Cell]]
-    price: Table | None
-    basis: list[tuple[str, object]]
     kept: Promises
-    promises: Table | None
-    latency: Table
-    rates: Table
-    lag_says: str
-    charts: RunCharts | None
-    checks: Table
-    fidelity: Table | None
-    errors: Table | None
-    inputs: list[tuple[str, list[tuple[str, object]]]]
-    notes: list[tuple[str, list[str]]]
+    below: Mapping[str, Floats]
+    """Metric -> share at or below each of `EDGES`, for pictures of several runs."""
+    sections: list[Section]
 
 
 def view_run(run: Run, summary: Summary, label: str = "") -> RunView:
     """Reduce one run to what its page shows; the run itself can be forgotten afterwards."""
     found = curves(run)
-    attain = summary.slo.attain if summary.slo is not None else DEFAULT_ATTAIN
-    shares = sorted({*SHARES, attain})
-    charts = run_charts(run, summary, found, linked=f"time {label}") if found is not None else None
+    shares = sorted({*SHARES, summary.slo.attain if summary.slo is not None else DEFAULT_ATTAIN})
+    charts = run_charts(run, summary, found, linked=f"time {label}") if found is not None else _NO_CHARTS
     kept = promises(run, summary.requests, shares)
     state = state_of(summary)
     return RunView(
         label=label,
         summary=summary,
         state=state,
-        verdict={
-            "valid": "VALID",
-            "missed": "VALID, SLO missed",
-            "unknown": "VALID, SLO not judged",
-            "invalid": "INVALID",
-            "small": "TOO SMALL",
-        }[state],
+        verdict=_VERDICTS[state],
         sentence=_sentence(summary),
-        proves_nothing=report.PROVES_NOTHING,
         opening=report.done(summary),
         limits=[c.name for c in summary.checks if not c.gate and c.ok is False],
         keys=[] if state == "invalid" else _keys(summary),
-        price=_price(summary),
-        basis=_basis(summary),
         kept=kept,
-        promises=_promises(summary, kept, shares) if summary.verdict == "VALID" else None,
-        latency=_latency(summary),
-        rates=_rates(summary),
-        lag_says=_lag_says(summary),
-        charts=charts,
-        checks=_checks(summary),
-        fidelity=_fidelity(summary),
-        errors=_errors(summary),
-        inputs=_inputs(summary),
-        notes=[(title, lines) for title, lines in report.closing(summary) if title != "Price basis"],
+        below=charts.below,
+        sections=_sections(summary, charts, _promises(summary, kept, shares)),
     )
+
+
+def _sections(s: Summary, charts: RunCharts, promised: Table | None) -> list[Section]:
+    """Price, latency, load, then the proof; of an INVALID run the proof first, and its figures folded."""
+    invalid = s.verdict == "INVALID"
+    said = {section.id: section for section in report.run_sections(s)}
+    said["latency"] = replace(said["latency"], charts=charts.distributions, remark=_FEW_SAMPLES)
+    said["time"] = replace(said["time"], title="Over time", charts=charts.timeline, remark=_ONE_AXIS)
+    said["lag"] = Section(
+        id="lag", title="Was the load sent as planned?", lines=[_lag_says(s)], charts=charts.lag, proves_nothing=invalid
+    )
+    if promised is not None and s.verdict == "VALID":
+        said["promises"] = Section(
+            id="promises", title="Cost against SLO", table=promised,
+            lines=["At this load, this is what could have been promised. Failed and lost requests kept no limit."],
+        )  # fmt: skip
+    said["checks"] = Section(
+        id="checks", title="Checks", table=_checks(s),
+        lines=["A failed gate makes the run INVALID. A failed limit narrows what may be concluded from it."],
+    )  # fmt: skip
+    if s.fidelity:
+        said["fidelity"] = Section(id="fidelity", title="Fidelity", table=_fidelity(s))
+    said["inputs"] = Section(id="inputs", title="Inputs", facts=_inputs(s))
+    figures, proof = ("cost", "promises", "latency", "time", "lag"), ("errors", "checks", "fidelity")
+    ordered = (*proof, *figures) if invalid else (*figures, *proof)
+    return [said[place] for place in (*ordered, "limits", "assumptions", "inputs") if place in said]
 
 
 # ---------------------------------------------------------------------------------------------------------- plain words
@@ -105,10 +113,10 @@ def _sentence(s: Summary) -> str:
             f"This run is no evidence: {n} {'check' if n == 1 else 'checks'} failed. "
             "Its figures help to find out why; they carry no price."
         )
-    price = s.cost.usd_per_1m_total
+    cost = s.cost.usd_per_1m_total
     parts = []
-    if price.value is None:
-        parts.append(f"No price: {s.cost.reason or price.note or 'not known'}.")
+    if cost.value is None:
+        parts.append(f"No price: {s.cost.reason or cost.note or 'not known'}.")
     else:
         load = f"{s.load.concurrency} requests in flight"
         if s.load.mode == "open":
@@ -116,18 +124,17 @@ def _sentence(s: Summary) -> str:
             at = (s.offered.session_rate if sessions else s.rates.request_rate).value
             what = "sessions started a second" if sessions else "requests a second"
             load = "this load" if at is None else f"{at:.4g} {what}"
-        within = f" (95 %: {interval(price, report.price)})" if interval(price, report.price) else ""
         parts.append(
-            f"At {load}, a million tokens cost {report.price(price.value)} USD{within}, input and output together."
+            f"At {load}, a million tokens cost {price(cost.value)} USD{within(cost, price)}, input and output together."
         )
         if s.offered.kind != "closed":
             parts.append(f"That is the cost at this load ({s.fullness.words}), not the cost when full.")
     if s.slo is not None:
         for part in s.slo.criteria:
             share = part.attainment.value
-            kept = "not known" if share is None else report.percent(share)
+            kept = "not known" if share is None else percent(share)
             promise = " and ".join(f"{name.upper()} {in_seconds(limit)}" for name, limit in part.limits.items())
-            parts.append(f"{kept} of requests kept {promise}; {report.percent(part.wanted)} was wanted.")
+            parts.append(f"{kept} of requests kept {promise}; {percent(part.wanted)} was wanted.")
         if s.slo.met is False:
             parts.append("The promise was not kept at this load: not a price to sell at.")
         if s.slo.attainment.note:
@@ -139,17 +146,16 @@ def _sentence(s: Summary) -> str:
 
 def _keys(s: Summary) -> list[tuple[str, Cell]]:
     """The few figures above everything else."""
-    cost = s.cost
-    price = cost.usd_per_1m_total
-    keys = [("USD per 1M tokens", quantity(price, report.price))] if price.value is not None else []
+    cost = s.cost.usd_per_1m_total
+    keys = [("USD per 1M tokens", quantity(cost, price))] if cost.value is not None else []
     if s.slo is not None:
         part = max(s.slo.criteria, key=lambda part: _missed(part.attainment.value) / max(1e-9, 1 - part.wanted))
-        keys.append((f"kept {part.name}", quantity(part.attainment, report.percent)))
+        keys.append((f"kept {part.name}", quantity(part.attainment, percent)))
     return [
         *keys,
         _tail("TTFT", s.metrics.ttft),
         _tail("ITL", s.metrics.itl),
-        ("output tokens/s", quantity(s.rates.output_token_throughput, report.figure)),
+        ("output tokens/s", quantity(s.rates.output_token_throughput, figure)),
     ]
 
 
@@ -178,48 +184,6 @@ def _lag_says(s: Summary) -> str:
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def _price(s: Summary) -> Table | None:
-    cost = s.cost
-    if cost.reason is not None:
-        return None
-    split = cost.split
-    ratio = f"when 1 output token costs {split.ratio:g} input tokens"
-    lines = [
-        ("All tokens", "bill / (input + output tokens)", cost.usd_per_1m_total),
-        ("Input tokens", f"share of the bill, {ratio}", split.usd_per_1m_input),
-        ("Output tokens", f"share of the bill, {ratio}", split.usd_per_1m_output),
-        ("Output tokens alone", "the whole bill / output tokens", cost.usd_per_1m_output_only),
-        *((name.capitalize(), "what the servers counted", q) for name, q in report.counted_splits(s)),
-        *((name.capitalize(), "the steady part", q) for name, q in report.steady_prices(s)),
-    ]
-    return Table(
-        "USD per 1M tokens", ("Price of", "USD", "95 % interval", "Evidence"), right=(1, 2), rows=
-        [
-            [Cell(name, note=how), number(q, report.price), Cell(interval(q, report.price)), Cell("", tag=q.evidence)]
-            for name, how, q in lines
-        ],
-    )  # fmt: skip
-
-
-def _basis(s: Summary) -> list[tuple[str, object]]:
-    cost, tier, window = s.cost, s.tier, s.window
-    if tier is None:
-        return []
-    hardware = f"{tier.accelerator_count} x {tier.accelerator}" if tier.accelerator else "no accelerator"
-    bill = f"{report.figure(cost.bill_usd)} USD" if cost.bill_usd is not None else None
-    return [
-        ("Tier", f"{tier_words(s)}: {tier.provider} {tier.instance}"),
-        ("Hardware", f"{tier.vcpu} vCPU, {tier.memory_gib:g} GiB, {hardware}"),
-        ("Price of one instance", f"{report.hourly(cost.usd_per_hour)} USD/h, {tier.purchase}, {tier.region}"),
-        ("Source", f"{tier.source}, read {tier.date}"),
-        ("Replicas", f"{cost.replicas}, each one whole instance"),
-        ("Window", f"{window.duration_s:,.1f} s: {window.rule}" if window else None),
-        ("Bill of the window", bill),
-        *((f"Split by {split.method}", split.reason) for split in cost.splits if split.reason is not None),
-        *([("Mind", cost.note)] if cost.note else []),
-    ]
-
-
 def _promises(s: Summary, kept: Promises, shares: Sequence[float]) -> Table | None:
     """The limit that each share of all offered requests kept: what could be promised at this load."""
     names = (("ttft", "TTFT"), ("tpot", "TPOT"), ("e2e", "E2E"))
@@ -233,65 +197,16 @@ def _promises(s: Summary, kept: Promises, shares: Sequence[float]) -> Table | No
         few = s.requests.offered < samples_needed(share)
         return Cell(f"needs {samples_needed(share):,} requests" if few else "not kept: failures", mark="quiet")
 
-    return Table(
-        "Limit that a share of all offered requests kept, each by itself",
-        ("Share of requests", *(head for _, head in names)),
-        [[Cell(in_percent(share), sort=share), *(cell(metric, share) for metric, _ in names)] for share in shares],
-        right=(1, 2, 3),
-    )
-
-
-def _latency(s: Summary) -> Table:
-    m = s.metrics
-    named = [
-        ("TTFT", "first output - planned time", m.ttft), ("Service TTFT", "first output - sent time", m.service_ttft),
-        ("TPOT", "per output token after the first", m.tpot), ("ITL", "gaps between tokens, pooled", m.itl),
-        ("E2E", "end - planned time", m.e2e), ("Lag", "sent - planned time", m.lag),
-    ]  # fmt: skip
-    if s.offered.kind == "sessions":
-        named.append(("Session lag", "due - own time, behind the answer before it", m.session_lag))
     rows = [
-        [
-            Cell(name, note=what),
-            *(quantity(q, report.milliseconds) for q in (d.mean, d.p50, d.p90, d.p95, d.p99)),
-            Cell(f"{d.mean.n:,}", sort=d.mean.n),
-        ]
-        for name, what, d in named
+        [Cell(f"{share * 100:.4g}%", sort=share), *(cell(metric, share) for metric, _ in names)] for share in shares
     ]
-    heads = ("Metric", "mean", "p50", "p90", "p95", "p99", "samples")
-    return Table("Latency, ms, with 95 % intervals", heads, rows, right=range(1, 7))
-
-
-def _rates(s: Summary) -> Table:
-    r = s.rates
-    named = [
-        ("Requests planned", r.request_rate), *_sent(s), ("Requests succeeded", r.request_throughput),
-        ("Input tokens", r.input_token_throughput), ("Output tokens", r.output_token_throughput),
-        ("Input + output tokens", r.total_token_throughput), ("In flight, time average", r.concurrency),
-    ]  # fmt: skip
-    if s.slo is not None:
-        named.append(("Goodput: within the SLO", r.goodput))
-    rows = [
-        [
-            Cell(name, note=q.note if q.value is None else None), number(q, report.figure),
-            Cell(interval(q, report.figure)), Cell(q.unit),
-            Cell("", tag=q.evidence),
-        ]
-        for name, q in named
-    ]  # fmt: skip
-    return Table("Throughput over the window", ("Rate", "value", "95 % interval", "Unit", "Evidence"), rows, (1, 2))
-
-
-def _sent(s: Summary) -> list[tuple[str, Quantity]]:
-    """What sessions that wait really offered."""
-    if s.offered.kind != "sessions":
-        return []
-    return [("Requests sent", s.offered.sent_rate), ("Sessions started", s.offered.session_rate)]
+    caption = "Limit that a share of all offered requests kept, each by itself"
+    return Table(("Share of requests", *(head for _, head in names)), rows, caption=caption)
 
 
 def _checks(s: Summary) -> Table:
     words = {True: ("passed", "good"), False: ("failed", "bad"), None: ("not checked", "quiet")}
-    rows = []
+    rows: list[Row] = []
     for c in sorted(s.checks, key=lambda c: (c.ok is not False, not c.gate)):
         word, mark = words[c.ok]
         if c.ok is False and not c.gate:
@@ -299,35 +214,25 @@ def _checks(s: Summary) -> Table:
         rows.append(
             [
                 Cell(c.name, note=c.advice if c.ok is False else None), Cell(word, mark=mark),
-                Cell(c.observed), Cell(c.bound), Cell("gate" if c.gate else "limit"),
+                c.observed, c.bound, "gate" if c.gate else "limit",
             ]
         )  # fmt: skip
-    return Table("Failures first, then gates, then limits", ("Check", "Result", "Observed", "Wanted", "Kind"), rows)
+    heads = ("Check", "Result", "Observed", "Wanted", "Kind")
+    return Table(heads, rows, (), "Failures first, then gates, then limits")
 
 
-def _fidelity(s: Summary) -> Table | None:
+def _fidelity(s: Summary) -> Table:
     """Trace against plan against run, differences first."""
-    if not s.fidelity:
-        return None
     words = {True: ("agrees", "good"), False: ("differs", "warn"), None: ("not comparable", "quiet")}
-    rows = [
-        [Cell(f.name, note=f.said or None), Cell(words[f.ok][0], mark=words[f.ok][1]), Cell(f.observed), Cell(f.bound)]
+    rows: list[Row] = [
+        [Cell(f.name, note=f.said or None), Cell(words[f.ok][0], mark=words[f.ok][1]), f.observed, f.bound]
         for f in sorted(s.fidelity, key=lambda f: (f.ok is not False, f.ok is None))
     ]
-    return Table("Plan against trace, run against plan", ("Comparison", "Result", "Observed", "Bound"), rows)
+    heads = ("Comparison", "Result", "Observed", "Bound")
+    return Table(heads, rows, (), "Plan against trace, run against plan")
 
 
-def _errors(s: Summary) -> Table | None:
-    if not s.errors:
-        return None
-    rows = [
-        [Cell(e.error), Cell(f"{e.count:,}", sort=e.count), Cell(e.meaning), Cell(report.clean(e.example or "-", 300))]
-        for e in s.errors[:MOST_ITEMS]
-    ]
-    return Table("Requests that did not succeed", ("Error", "count", "Meaning", "First example"), rows, (1,))
-
-
-def _inputs(s: Summary) -> list[tuple[str, list[tuple[str, object]]]]:
+def _inputs(s: Summary) -> list[tuple[str, Facts]]:
     """Everything that went in, so that the run can be repeated and doubted."""
     server = s.server
     replicas = [
@@ -358,7 +263,7 @@ def _inputs(s: Summary) -> list[tuple[str, list[tuple[str, object]]]]:
     ]
 
 
-def _facts(facts: dict[str, Any], without: Sequence[str] = ()) -> list[tuple[str, object]]:
+def _facts(facts: Mapping[str, object], without: Sequence[str] = ()) -> list[tuple[str, object]]:
     said: list[tuple[str, object]] = []
     for name, value in list(facts.items())[:MOST_ITEMS]:
         if name in without:

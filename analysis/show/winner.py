@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 from analysis.capacity.serving_config import System
 from analysis.capacity.system import Key, load_of, system_of
-from analysis.show import report
-from analysis.show.cells import interval, state_of
+from analysis.show.figures import price, state_of, within
 from analysis.stats.intervals import Quantity
 from analysis.stats.replicates import FEWEST_PAIRS, over_repeats
 from analysis.summary import Summary
@@ -94,5 +93,4 @@ def _below(best: Candidate, other: Candidate) -> bool:
 
 def _price(c: Candidate) -> str:
     assert c.cost.value is not None
-    within = interval(c.cost, report.price) if c.judged else ""
-    return f"{c.name}: {report.price(c.cost.value)} USD per 1M tokens" + (f" (95 %: {within})" if within else "")
+    return f"{c.name}: {price(c.cost.value)} USD per 1M tokens" + (within(c.cost, price) if c.judged else "")

@@ -142,7 +142,7 @@ def _take_over(folder: Path, spec: SweepSpec, trace: Trace) -> SweepState:
 
 def _print(report: CapacityReport, ask: Search, format_: str) -> None:
     from analysis.show.capacity_text import probe_block, system_blocks
-    from analysis.show.decision_text import Block
+    from analysis.show.document import Section
 
     if format_ == "json":
         print_json(report)
@@ -151,7 +151,7 @@ def _print(report: CapacityReport, ask: Search, format_: str) -> None:
     took = f"The search took {len(report.probes)} probes and {report.hours:.2f} h of servers{cost}."
     lines = (report.sentence, f"{took} It ended: {report.ended}.")
     blocks = [
-        Block(title="Capacity", lines=lines),
+        Section(title="Capacity", lines=lines),
         probe_block(report.probes, ask.criteria),
         *system_blocks(report.systems),
     ]

@@ -13,7 +13,7 @@ from harness.progress import console
 from harness.terminal import cut
 
 if TYPE_CHECKING:
-    from analysis.show.decision_text import Block
+    from analysis.show.document import Section
 
 
 def say(words: str) -> None:
@@ -37,9 +37,9 @@ def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
         console.print(table)
 
 
-def print_blocks(blocks: Sequence[Block], format_: str) -> None:
+def print_blocks(blocks: Sequence[Section], format_: str) -> None:
     """Blocks on stdout, as Markdown (md) or text; into a pipe there is no width to fit, so nothing is cut."""
-    from analysis.show.decision_text import render_markdown, render_text
+    from analysis.show.text import render_markdown, render_text
     from harness.console import Console
 
     if format_ == "md":
@@ -48,10 +48,10 @@ def print_blocks(blocks: Sequence[Block], format_: str) -> None:
         render_text(blocks, Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 240))
 
 
-def write_blocks(path: Path, verb: str, blocks: Sequence[Block]) -> None:
+def write_blocks(path: Path, verb: str, blocks: Sequence[Section]) -> None:
     """Blocks as a page that stands alone; its path on stderr. An earlier page of that name is replaced."""
-    from analysis.show.page import write_blocks_page
+    from analysis.show.page import write_sections_page
     from harness.run import now_utc
 
-    size = write_blocks_page(path, verb, blocks, now_utc())
+    size = write_sections_page(path, verb, blocks, now_utc())
     say(f"{path}: {size / 1e6:.2f} MB, stands alone; open it in a browser")

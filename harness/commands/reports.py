@@ -56,7 +56,7 @@ def report_variant(path: Path, name: str, format_: str) -> int:
     """Run directory -> its figures as another tool defines them. They carry no verdict and no interval of ours."""
     from analysis.compare.variants import variant_of
     from analysis.rows.read import read_run
-    from analysis.show.report import figure
+    from analysis.show.figures import figure
 
     found = variant_of(name, read_run(path))
     if format_ == "json":
@@ -109,7 +109,7 @@ def report_sweep(
     """
     from analysis.capacity.serving_config import SCHEMA, systems
     from analysis.show.capacity_text import sentence, system_blocks
-    from analysis.show.decision_text import Block
+    from analysis.show.document import Section
 
     summaries = read_summaries(paths, slo, attain, min_requests=min_requests)
     found = systems(summaries)
@@ -121,11 +121,11 @@ def report_sweep(
                     "too_small": small})  # fmt: skip
     else:
         lines = sentences or ["No run is VALID, so there is no capacity and no cost."]
-        blocks = [Block(title="Capacity", lines=tuple(lines)), *system_blocks(found)]
+        blocks = [Section(title="Capacity", lines=tuple(lines)), *system_blocks(found)]
         if invalid:
-            blocks.append(Block(title="INVALID and left out", notes=tuple(invalid)))
+            blocks.append(Section(title="INVALID and left out", notes=tuple(invalid)))
         if small:
-            blocks.append(Block(title="TOO SMALL and left out", notes=tuple(small)))
+            blocks.append(Section(title="TOO SMALL and left out", notes=tuple(small)))
         print_blocks(blocks, format_)
     return exit_of(found, summaries)
 
