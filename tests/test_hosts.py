@@ -9,6 +9,7 @@ import re
 import secrets
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,8 +130,13 @@ def noticing() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("c")
+def cluster() -> Iterator[Cluster]:
+    # Not in pytest's folder: under `pytest -n` that is too long for the path of Ray's sockets, 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="hosts-", ignore_cleanup_errors=True) as name:
+        yield from cluster_in(Path(name))
+
+
+def cluster_in(folder: Path) -> Iterator[Cluster]:
     (folder / "out").mkdir()
     (folder / "ray").mkdir()
     env = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "HARNESS_"))}
