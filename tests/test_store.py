@@ -402,6 +402,23 @@ def test_the_manifest_goes_up_last(s3_env: str, tmp_path: Path, monkeypatch: pyt
     assert sent[-1] == "run.json" and len(sent) == 5
 
 
+def test_a_folder_that_was_set_aside_is_sent_again(s3_env: str, tmp_path: Path) -> None:
+    plan = write(tmp_path / "sweep" / "plans" / "p.arrow", b"plan")
+    point = tmp_path / "sweep" / "point"
+    point.mkdir()
+    (point / "plan.arrow").hardlink_to(plan)
+    write(point / "results-3.arrows", b"rows of a first try")
+    follower = Follower(tmp_path / "sweep", s3_env)
+    assert follower.close(0.0) is None
+    point.rename(tmp_path / "sweep" / "point.aborted-1")
+    follower.remove("point")
+    point.mkdir()
+    (point / "plan.arrow").hardlink_to(plan)  # as it was, to the byte and the time
+    assert follower.close(0.0) is None
+    there = {"plans/p.arrow", "point/plan.arrow", "point.aborted-1/plan.arrow", "point.aborted-1/results-3.arrows"}
+    assert set(sizes(s3_env)) == there
+
+
 def test_a_failing_run_goes_up_like_any_other(s3_env: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     write(run / "run.json", b'{"status": "failed"}')

@@ -153,7 +153,7 @@ def test_wrong_credentials_are_said_before_anything_is_sent(
 
 FULL = """
 mount -t tmpfs -o size=1200k tmpfs "$2" && cd "$2" || exit 99
-head -c 930k /dev/zero > ballast
+head -c 1030k /dev/zero > ballast
 "$0" -c "$1" sweep "$3" --out "$4" > said 2> /dev/null; echo "full: $?"
 rm ballast
 "$0" -c "$1" sweep --resume sweeps/2* > table 2> said; echo "room: $?"
