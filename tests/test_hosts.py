@@ -29,6 +29,9 @@ if importlib.util.find_spec("ray") is None:
 if reason := why_not():
     pytest.skip(reason, allow_module_level=True)
 
+FAKE = "cluster.engines.fake.server"
+"""A server, in the command line of its process."""
+
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 PORT = 6379
@@ -167,7 +170,7 @@ def harness_processes(host: HostOnBridge) -> list[str]:
             words = " ".join(process.cmdline())
         except psutil.Error:
             continue
-        if any(name in words for name in ("cluster.engines.fake.server", "scenarios.worker", "guard.py")):
+        if any(name in words for name in (FAKE, "scenarios.worker", "guard.py")):
             found.append(words[:200])
     return found
 
@@ -177,7 +180,7 @@ def test_servers_and_load_on_different_hosts(cluster: Cluster) -> None:
     key_seen: list[str] = []
     wait_for(lambda: drive.rows(1) > 5 or drive.process.poll() is not None, 90, "rows from another host")
     assert drive.process.poll() is None, drive.said()
-    server_hosts = [i for i, h in enumerate(cluster.hosts) if any("fake_server" in p for p in harness_processes(h))]
+    server_hosts = [i for i, h in enumerate(cluster.hosts) if any(FAKE in p for p in harness_processes(h))]
     load_hosts = [i for i, h in enumerate(cluster.hosts) if any("scenarios.worker" in p for p in harness_processes(h))]
     assert len(server_hosts) == 1
     assert len(load_hosts) == 2
@@ -199,9 +202,9 @@ def test_servers_and_load_on_different_hosts(cluster: Cluster) -> None:
         assert token not in words
         if key in environment.values():
             key_seen.append(words)
-        if "fake_server" in words or "scenarios.worker" in words:
+        if FAKE in words or "scenarios.worker" in words:
             assert token not in environment.values(), words
-    assert key_seen and all("fake_server" in words or "scenarios.worker" in words for words in key_seen), key_seen
+    assert key_seen and all(FAKE in words or "scenarios.worker" in words for words in key_seen), key_seen
 
     assert drive.end(90) in (0, 3), drive.said()
     report = drive.report()
@@ -234,7 +237,7 @@ def test_accelerators_are_taken_whole_from_one_node_and_parts_of_a_replica_from_
     drive = cluster.replay(60, 10.0, *options, TEST_ENGINE="vllm", TEST_PARTS=str(parts))
     wait_for(lambda: drive.rows(0) > 0 or drive.process.poll() is not None, 90, "rows")
     assert drive.process.poll() is None, drive.said()
-    assert not any("fake_server" in p for p in harness_processes(cluster.hosts[0])), "no accelerators there"
+    assert not any(FAKE in p for p in harness_processes(cluster.hosts[0])), "no accelerators there"
     for host in cluster.hosts[1:]:
         servers = [p for p in host.processes() if p.cmdline()[1:3] == ["-m", "cluster.engines.fake.server"]]
         assert len(servers) == 1, "each node has what one replica, or one part of it, takes whole"
@@ -299,7 +302,7 @@ def test_the_host_of_a_server_dies(cluster: Cluster) -> None:
     drive = cluster.replay(300, 20.0, "--stall", "5s")
     wait_for(lambda: drive.rows(1) > 20 or drive.process.poll() is not None, 90, "rows")
     assert drive.process.poll() is None, drive.said()
-    victim = next(h for h in cluster.hosts[1:] if any("fake_server" in p for p in harness_processes(h)))
+    victim = next(h for h in cluster.hosts[1:] if any(FAKE in p for p in harness_processes(h)))
     victim.kill()
     assert drive.end(15 + LOSS_S) == 3, drive.said()
     report = drive.report()
