@@ -430,7 +430,7 @@ def test_events_of_another_choice_are_not_taken_for_those_of_the_first(path: Any
         reads = [head_of(nth), *map(chunk, body), chunk(usage(20 * (1 + several))), chunk(DONE) + END]
         stream, sent = wire.answer(reads)
         agrees(stream, sent, by_the_book(reads))
-        facts = stream.response.facts()
+        facts = stream.response.outcome()
         assert (len(facts.chunk_ns), facts.output_tokens) == (20, None if several else 20)
 
 
