@@ -274,6 +274,10 @@ class RunDir:
         """Texts of some of the answers, until they are counted (`harness.answers`)."""
         return self.path / f"answers-{worker}.jsonl"
 
+    def captured(self, worker: int) -> Path:
+        """Captured answers of one worker (`harness.captured`)."""
+        return self.path / f"answers-{worker}.arrows"
+
     def worker_log(self, worker: int) -> Path:
         """What one load worker printed."""
         return self.path / f"worker-{worker}.log"

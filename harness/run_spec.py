@@ -15,6 +15,8 @@ Loop = Literal["open", "closed"]
 Endpoint = Literal["completions", "chat"]
 Balance = Literal["least", "round-robin", "session"]
 """Which server a request goes to: the one with the fewest in flight, in turn, or all of a session to one."""
+Capture = Literal["off", "hmac", "text"]
+"""What is kept of the text of answers (`harness.captured`)."""
 OutputLengths = Literal["forced", "cap", "free"]
 """forced: exactly as many tokens (``ignore_eos``); cap: at most so many; free: nothing is said of them."""
 BATCH_READS_FROM = 80
@@ -71,6 +73,8 @@ class RunSpec:
     requests of a slice to one."""
     retries: int = 0
     """How often a request is sent again when there was no connection or the server said 429 or 503."""
+    capture: Capture = "off"
+    """What is kept of each answer in ``answers-<worker>.arrows``: nothing, an HMAC of its text, or also the text."""
     ramp_s: float | None = None
     """Closed loop: slots join evenly over this time; null: all at once."""
     warmup_s: float | None = None
@@ -99,5 +103,7 @@ class WorkerSpec(RunSpec):
     """File to write rows to."""
     observations: str | None = None
     """File to write what the worker sees of itself to, a row a second; null: none."""
+    captured: str | None = None
+    """File to write captured answers to, unless ``capture`` is off."""
     answers: str | None = None
     """File to write a sample of the answers to (`harness.answers`); null: none are kept."""

@@ -34,6 +34,7 @@ import gc
 import logging
 import os
 import platform
+import secrets
 import sys
 import time
 import traceback
@@ -50,6 +51,7 @@ import pyarrow as pa
 from gevent.event import Event
 
 from harness.answers import SAMPLE, write_said
+from harness.captured import KEY_BYTES, KEY_VARIABLE, CapturedWriter
 from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, UsageError, WorkerError, sentence
 from harness.headers import from_environment
 from harness.observations import SCHEMA, Observation, ObservationWriter
@@ -58,6 +60,7 @@ from harness.run_spec import WorkerSpec
 from harness.startup import forgo_pandas
 from scenarios.client.capture import Sampler
 from scenarios.client.client import Client, raise_fd_limit
+from scenarios.client.completion import Answer
 from scenarios.client.timers import Alarm
 from scenarios.dispatch import Dispatcher, slot_starts
 from scenarios.locust_user import API_KEY
@@ -93,6 +96,7 @@ class Worker:
         try:
             self._writer = ResultWriter(Path(spec.results), spec.worker)
             self._seen = None if spec.observations is None else ObservationWriter(Path(spec.observations))
+            self._captured = _captured_writer(spec)
         except OSError as e:
             raise WorkerError(f"{spec.results}: cannot write results ({e.strerror or e})") from e
         self.end_ns: int | None = None
@@ -100,7 +104,7 @@ class Worker:
         self._sampler = None if spec.answers is None else Sampler(SAMPLE // spec.workers)
         self._client = Client(
             spec, self._record, api_key=os.environ.get(API_KEY), secret_headers=from_environment(spec.header_env),
-            sampler=self._sampler,
+            sampler=self._sampler, capture=None if self._captured is None else self._capture,
         )  # fmt: skip
         closed = spec.mode == "closed"
         self._window = Window(Path(spec.plan), spec, spec.worker)
@@ -269,6 +273,11 @@ class Worker:
         else:
             self._writer.append(result)
 
+    def _capture(self, result: Result, answer: Answer) -> None:
+        assert self._captured is not None
+        if result.error is None:
+            self._captured.append(result.request_id, answer.text)
+
     def _flush_rows(self) -> None:
         """Write rows all the time, in a thread: a slow disk must not hold up the stamps."""
         pool = gevent.get_hub().threadpool
@@ -289,12 +298,16 @@ class Worker:
         self._writer.flush()
         if self._seen is not None:
             self._seen.write(self.observer.take())
+        if self._captured is not None:
+            self._captured.flush()
 
     def _close_files(self) -> None:
         self._write()
         self._writer.close()
         if self._seen is not None:
             self._seen.close()
+        if self._captured is not None:
+            self._captured.close()
         if self._sampler is not None and self.spec.answers is not None:
             write_said(Path(self.spec.answers), self._sampler.said())
 
@@ -322,6 +335,14 @@ def _latencies(result: Result, chunk_ns: Sequence[int]) -> tuple[float, float, f
     after = (result.output_tokens or 0) - 1
     tpot = (last - first) / after / 1e9 if after > 0 and last > first else None
     return (first - result.scheduled_ns) / 1e9, (last - result.scheduled_ns) / 1e9, tpot
+
+
+def _captured_writer(spec: WorkerSpec) -> CapturedWriter | None:
+    if spec.capture == "off" or spec.captured is None:
+        return None
+    given = os.environ.pop(KEY_VARIABLE, "")
+    key = bytes.fromhex(given) if given else secrets.token_bytes(KEY_BYTES)
+    return CapturedWriter(Path(spec.captured), key, keep_text=spec.capture == "text")
 
 
 def _warm_up() -> None:

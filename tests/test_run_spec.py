@@ -27,7 +27,7 @@ options = argument_parser.parse_options(["--plan", "p", "--host", "http://127.0.
 spec = user.asked(options, options.host, timed=True)
 client = Client(spec, lambda row: None)
 assert (client._stall_ns, client._timeout_ns) == (spec.stall_s * 1e9, spec.timeout_s * 1e9)
-assert (client.retries, client._balance, client._stream) == (spec.retries, spec.balance, spec.stream)
+assert (client.retries, client.pool._balance, client._stream) == (spec.retries, spec.balance, spec.stream)
 import msgspec
 sys.stdout.write("\\n" + msgspec.json.encode(spec).decode())
 """

@@ -20,7 +20,7 @@ from harness.run_spec import WorkerSpec
 
 READS = ("plan", "tls_ca")
 """Fields of a worker's spec that name files it reads."""
-WRITES = ("results", "observations", "answers")
+WRITES = ("results", "observations", "answers", "captured")
 """Fields that name files it writes."""
 PIECE_BYTES = 4 << 20
 """Of a file that travels."""

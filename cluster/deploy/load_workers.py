@@ -6,6 +6,7 @@ A worker is ``python -m scenarios.worker SPEC.json`` (its module says what the l
 
 from __future__ import annotations
 
+import secrets
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import msgspec
 
 from cluster.deploy.job import Child, Job, Launch, start_here
 from cluster.process.process import NO_SECRETS, describe_exit
+from harness.captured import KEY_BYTES, KEY_VARIABLE
 from harness.errors import UsageError, WorkerError
 from harness.headers import from_environment
 from harness.run import RunDir, Worker
@@ -130,6 +132,7 @@ class LoadWorkers:
         self._spec, self._run, self._api_key = spec, run, api_key
         self._launch: Launch = launch or start_here
         self._worker, self._ready_s, self._silence_s = worker, ready_s, silence_s
+        self._capture_key = secrets.token_hex(KEY_BYTES)
         self._states: list[_State] = []
         self._deadline: float | None = None
         self._why_late = ""
@@ -162,7 +165,8 @@ class LoadWorkers:
     def _secrets(self) -> dict[str, str]:
         """Variables with the values of headers: a worker on another host has none of this environment."""
         values = from_environment(self._spec.header_env)
-        return {variable: values[name] for name, variable in self._spec.header_env.items()}
+        of_headers = {variable: values[name] for name, variable in self._spec.header_env.items()}
+        return of_headers | ({} if self._spec.capture == "off" else {KEY_VARIABLE: self._capture_key})
 
     def _wait_ready(self) -> None:
         deadline = time.monotonic() + self._ready_s
@@ -330,4 +334,5 @@ def worker_spec(spec: RunSpec, run: RunDir, index: int) -> WorkerSpec:
     return WorkerSpec(
         **asked, worker=index, plan=str(run.plan.resolve()), results=str(run.results(index).resolve()),
         observations=str(run.observations(index).resolve()), answers=str(run.answers(index).resolve()),
+        captured=None if spec.capture == "off" else str(run.captured(index).resolve()),
     )  # fmt: skip

@@ -307,7 +307,9 @@ LOAD_OPTIONS = stack(
         "--extra-body", type=JSON_OBJECT, default="{}", help="JSON object whose fields are added to every request."
     ),
     click.option("--ramp", "ramp_s", type=DURATION, help="Closed loop: fill up evenly over this time."),
-    click.option("--no-stream", is_flag=True, help="Ask for one JSON answer. Then there is no ttft, tpot or itl."),
+    click.option("--no-stream", is_flag=True, help="Disable streaming. Then there is no ttft, tpot or itl."),
+    click.option("--capture-answers", is_flag=True, help="Store an HMAC of each answer, by request id."),
+    click.option("--keep-text", is_flag=True, help="Store the text of each answer, too (0600)."),
     click.option(
         "--balance",
         type=click.Choice(get_args(Balance)),

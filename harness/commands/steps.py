@@ -35,7 +35,7 @@ from harness.run import (
     new_manifest,
     write_manifest,
 )
-from harness.run_spec import BATCH_READS_FROM, Endpoint, OutputLengths, RunSpec
+from harness.run_spec import BATCH_READS_FROM, Capture, Endpoint, OutputLengths, RunSpec
 from harness.seeds import drawn_seed
 from harness.server_metrics import ServerMetrics
 from harness.silence import ASK_AGAIN_S, SILENT_S, Silence
@@ -165,6 +165,13 @@ def choose_workers(plan: Path, options: dict[str, Any], tell: Callable[[str], No
     return sizing.workers
 
 
+def asked_capture(options: Mapping[str, object]) -> Capture:
+    """What is kept of the answers."""
+    if options.get("keep_text"):
+        return "text"
+    return "hmac" if options.get("capture_answers") else "off"
+
+
 def batch_reads_from() -> int:
     """Events per read interval from which load workers read in batches: as calibrated here, else the default."""
     from harness.calibration import read_calibration
@@ -230,7 +237,9 @@ def execute_point(
         extra_body=({} if options["no_stream"] else servers.extra_body) | options["extra_body"],
         headers=parse_headers(options["headers"]), header_env=parse_header_env(options.get("header_env") or ()),
         key_header=options["key_header"], length_field=options["length_field"], output_lengths=output_lengths(options),
-        stream=not options["no_stream"], balance=options["balance"], retries=options["retries"],
+        stream=not options["no_stream"],
+        capture=asked_capture(options),
+        balance=options["balance"], retries=options["retries"],
         ramp_s=options["ramp_s"],
         warmup_s=options["warmup"] if isinstance(options["warmup"], float) and options["concurrency"] else None,
         tls_ca=str(options["tls_ca"].resolve()) if options["tls_ca"] else None,

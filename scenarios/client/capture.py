@@ -21,6 +21,18 @@ OnAnswer = Callable[[Result, Answer], None]
 _decode_texts = msgspec.json.Decoder(list[str]).decode
 
 
+def both(first: OnAnswer, second: OnAnswer | None) -> OnAnswer:
+    """Call the first, then the second, if there is one."""
+    if second is None:
+        return first
+
+    def call(result: Result, answer: Answer) -> None:
+        first(result, answer)
+        second(result, answer)
+
+    return call
+
+
 class CapturingResponse(Response):
     """A `Response` that also keeps the text.
 

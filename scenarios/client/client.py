@@ -22,7 +22,7 @@ from harness.headers import check_headers
 from harness.results import Result
 from harness.retry_after import retry_after_s
 from harness.run_spec import RunSpec
-from scenarios.client.capture import OnAnswer, Sampler
+from scenarios.client.capture import OnAnswer, Sampler, both
 from scenarios.client.connection import Connection
 from scenarios.client.endpoint import ENDPOINTS, Endpoint, tls_context
 from scenarios.client.in_flight import InFlight
@@ -63,7 +63,7 @@ class Client:
     ``retries`` are made when there was no connection or the answer was 429 or 503, after a growing pause and not before
     the server's Retry-After. In addition, a request that met a kept connection as it was closed is sent once more.
     Without ``stream`` an answer is silent until it is complete, so ``stall_s`` does not apply and chunks have no times.
-    ``sampler`` keeps the text of some answers.
+    ``sampler`` keeps the text of some answers; ``capture`` gets that of every one.
 
     ``record`` is called once for each row, from the event loop, some time after the request ended. Not thread-safe.
     Times in rows count from ``start_mono_ns``, a `time.monotonic_ns` value.
@@ -78,6 +78,7 @@ class Client:
         api_key: str | None = None,
         secret_headers: Mapping[str, str] | None = None,
         sampler: Sampler | None = None,
+        capture: OnAnswer | None = None,
     ) -> None:
         if not spec.base_urls:
             raise UsageError("no base URL to send to")
@@ -95,6 +96,7 @@ class Client:
         self._stream = spec.stream
         self._secrets = tuple(filter(None, (api_key, *(secret_headers or {}).values())))
         self._sampler = sampler
+        self._capture = capture
         self._record = record
         self._timeout_ns = int(spec.timeout_s * 1e9)
         self._stall_ns = int((spec.stall_s if spec.stream else spec.timeout_s) * 1e9)
@@ -155,6 +157,8 @@ class Client:
         """
         if on_answer is None and self._sampler is not None:
             on_answer = self._sampler.next()
+        if self._capture is not None:
+            on_answer = both(self._capture, on_answer)
         request = InFlight(
             result, payload, self.pool.choose(session), self._secrets, ended, session, on_answer,
             self.start_mono_ns, most_tokens,
