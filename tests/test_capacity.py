@@ -21,7 +21,7 @@ from analysis.capacity.sweep import (
 )
 from analysis.capacity.system import offered
 from analysis.rows.read import read_run
-from analysis.show.capacity_text import sentence, system_blocks
+from analysis.show.capacity_text import capacity_sections, sentence
 from analysis.show.text import render_markdown
 from analysis.stats.intervals import Quantity, share
 from analysis.summary import summarise
@@ -271,7 +271,7 @@ def test_a_sweep_becomes_capacity_and_the_cost_there(tmp_path):
     assert speeds == pytest.approx([100, 100, 100])
     assert all(0.9 < ratio < 1.1 for ratio in system.little.values())
     assert "5 req/s" in sentence(system) and "ttft_p95 <= 1 s" in sentence(system)
-    assert "Capacity and cost at the SLO" in render_markdown(system_blocks([system]))
+    assert "Capacity and cost at the SLO" in render_markdown(capacity_sections([system]))
 
 
 def test_repeats_are_one_load_and_invalid_runs_none(tmp_path):
@@ -292,7 +292,7 @@ def test_answers_without_a_figure_have_no_cost(tmp_path):
     high = only(systems([sweep_run(tmp_path / "b", 2, 0)]))
     assert high.capacity is not None and high.capacity.state == "beyond" and high.requests_per_s == 2.0
     assert high.usd_per_1m_total.value is None and "at least 2 req/s" in sentence(high)
-    assert render_markdown(system_blocks([low, high]))
+    assert render_markdown(capacity_sections([low, high]))
 
 
 def test_without_a_promise_there_is_a_floor_but_no_capacity(tmp_path):
@@ -300,7 +300,7 @@ def test_without_a_promise_there_is_a_floor_but_no_capacity(tmp_path):
     system = only(systems([replace(run, slo=None)]))
     assert system.capacity is None and system.requests_per_s is None and system.floor is not None
     assert "no SLO" in sentence(system)
-    assert render_markdown(system_blocks([system]))
+    assert render_markdown(capacity_sections([system]))
 
 
 def test_without_a_price_there_is_capacity_but_no_cost(tmp_path):

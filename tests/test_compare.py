@@ -20,7 +20,7 @@ from analysis.compare.compare import LOADS_OWN, Figure, judge, parse_gate
 from analysis.compare.compare import compare as hold_against
 from analysis.compare.paired import FIGURES, RATE_BLOCKS, _figure, _percentiles, _share, block_counts, observe
 from analysis.rows.read import read_run
-from analysis.show.decision_text import comparison_blocks
+from analysis.show.decision_text import comparison_sections
 from analysis.show.text import render_markdown
 from analysis.stats.intervals import Quantity
 from analysis.stats.replicates import over_pairs
@@ -284,7 +284,7 @@ def test_repeats_pair_by_seed(tmp_path):
 
 def test_one_pair_is_cautioned_and_told_how_to_make_three(tmp_path):
     made = against([side(tmp_path / "a", results())], [side(tmp_path / "b", results(scale=1.2, who="b"))])
-    text = render_markdown(comparison_blocks(made))
+    text = render_markdown(comparison_sections(made))
     assert text.index("CAUTION. one pair: not judged") < text.index("A against B")
     assert 'order = "abba"' in text and "harness compare FOLDER" in text
     assert "better" not in text and "worse" not in text and "no difference" not in text

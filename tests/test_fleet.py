@@ -29,7 +29,7 @@ from analysis.capacity.serving_config import systems
 from analysis.capacity.simulated_fleet import SimulatedFleet
 from analysis.capacity.sweep import Capacity
 from analysis.pricing.rate_card import HOURS_PER_MONTH
-from analysis.show.fleet_text import fleet_blocks, fleet_csv
+from analysis.show.fleet_text import fleet_csv, fleet_sections
 from analysis.show.text import render_markdown
 from analysis.stats.intervals import Quantity
 from harness.cli.capacity import plan_fleet as plan_fleet_verb
@@ -305,14 +305,14 @@ def test_utilisation_is_the_share_at_which_the_price_is_the_bill(measured, rates
     wanted = grown(asked(*rates, tokens_each=tokens_each, headroom=1.2), 3.0)
     made = plan([system], wanted, replays=Eight() if share is None else None)
     (tier,) = made.tiers
-    text = " ".join(render_markdown(fleet_blocks(made)).split())
+    text = " ".join(render_markdown(fleet_sections(made)).split())
     if share is None:
         assert tier.peak.utilisation is None and "more than as many times one" in tier.no_utilisation
         assert "no utilisation: the fleet serves" in text
         assert "MISSES: 84.6% (10%)" in text and tier.reactive.kept.promised is False
         return
     assert tier.peak.utilisation == pytest.approx(share) and tier.no_utilisation is None
-    assert "not simulated: how many keep the promise" in text
+    assert "not simulated: how many keep the SLO" in text
     # cost at 100 % of one replica: 10 USD an hour over 500 tokens/s
     assert 10 / (500 * 3600) * 1e6 / tier.peak.utilisation == pytest.approx(tier.usd_per_1m_served)
 
@@ -365,7 +365,7 @@ def test_what_does_not_reach_the_promise_is_left_out_with_its_reason(measured):
     assert "closed loop" in why["m on shut"] and "--slo" in why["m on none"]
     assert "no interval" in why["m on few"], "no money is spent on a figure that nobody can defend"
     assert made.sentence.startswith("No tier")
-    assert render_markdown(fleet_blocks(made)) and "slow" in fleet_csv(made)
+    assert render_markdown(fleet_sections(made)) and "slow" in fleet_csv(made)
 
 
 def test_beyond_the_highest_load_is_a_lower_bound_and_said(measured):
@@ -426,7 +426,7 @@ def test_another_promise_is_a_line_of_its_own(measured):
 
 def test_a_plan_prints_in_every_form(measured):
     made = plan([system_of(measured, name="=cmd()", start_s=None)], asked(2, 12, 4))
-    text = render_markdown(fleet_blocks(made))
+    text = render_markdown(fleet_sections(made))
     assert "Runner-up" not in text and "start-up was not measured" in text
     assert (
         json.loads(msgspec.json.encode(made))["tiers"][0]["peak"]["usd_per_month"] == made.tiers[0].peak.usd_per_month

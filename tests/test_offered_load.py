@@ -13,7 +13,7 @@ from analysis.capacity.serving_config import systems
 from analysis.capacity.system import load_words, offered
 from analysis.rows.read import read_run
 from analysis.rows.run import own_times
-from analysis.show.capacity_text import sentence, system_blocks
+from analysis.show.capacity_text import capacity_sections, sentence
 from analysis.show.report import render_json, render_markdown
 from analysis.show.view import view_run
 from analysis.summary import summarise
@@ -130,7 +130,7 @@ def test_capacity_is_planned_in_sessions(tmp_path):
     assert system.top_sent_rate == pytest.approx(239 / (14.75 + 30.0))
     assert system.requests_per_s is not None and system.requests_per_s < system.top_sent_rate
     assert " req/s really sent)" in sentence(system)
-    assert any("sessions that wait" in block.title for block in system_blocks([system]))
+    assert any("sessions that wait" in block.title for block in capacity_sections([system]))
     # it does not follow the 11.5 req/s that these sessions ask for, though it does follow what they really send
     assert system.saturated_from == 4.0
 

@@ -26,7 +26,7 @@ from analysis.rows import columns
 from analysis.rows.read import read_run
 from analysis.show import curves as reduce
 from analysis.show.compared import Comparison, compare_runs
-from analysis.show.curves import EDGES, cumulative, curves, over_time, promises
+from analysis.show.curves import EDGES, cumulative, curves, kept_limits, over_time
 from analysis.show.page import LONGEST, plain, render_page, write_page
 from analysis.show.plot import Chart
 from analysis.show.report import render_json
@@ -168,13 +168,13 @@ def test_joined_rates_keep_their_mean(tmp_path):
 def test_promises_count_failures_as_broken_and_need_enough_requests(tmp_path):
     rows = [bad(i) if i % 100 < 6 else good(i, ttft_ms=i % 100) for i in range(1000)]
     run = read_run(write_run(tmp_path / "run", rows))
-    kept = promises(run, metrics.count(run), (0.90, 0.94, 0.95, 0.999))["ttft"]
+    kept = kept_limits(run, metrics.count(run), (0.90, 0.94, 0.95, 0.999))["ttft"]
     assert kept[0.90] == pytest.approx(0.095)  # 0..5 ms failed, so 90 % of all is reached at 95 ms
     assert kept[0.94] == pytest.approx(0.099)
     assert kept[0.95] is None  # 6 % failed
     assert kept[0.999] is None  # needs 2,995 requests
     short = read_run(write_run(tmp_path / "short", [good(i, tokens=1) for i in range(100)]))
-    assert promises(short, metrics.count(short), (0.9,))["tpot"][0.9] == 0.0
+    assert kept_limits(short, metrics.count(short), (0.9,))["tpot"][0.9] == 0.0
 
 
 def server_metrics(path, values, names=SERVER.names):
@@ -246,9 +246,9 @@ def test_runs_stand_by_their_load_whatever_order_they_ran_in(tmp_path):
 def test_an_invalid_run_says_why_and_has_no_price(tmp_path):
     said = page(view(tmp_path / "run", status="stopped", reason="the user pressed Ctrl-C")).text
     assert said.index("INVALID") < said.index("the user pressed Ctrl-C") < said.index("Latency")
-    assert "no evidence" in said
+    assert "proves nothing" in said
     assert "output tokens, which carry" not in said
-    assert "could have been promised" not in said
+    assert "could have been the SLO" not in said
     assert "a million tokens cost" not in said
 
 
@@ -382,7 +382,7 @@ def test_several_runs_are_compared_by_price_and_load(tmp_path):
     spread = next(c for c in made.charts if c["title"].startswith("TTFT: share") and len(c["lines"]) == 2)
     assert [line["name"] for line in spread["lines"]] == ["busy", "idle"]
     assert "What differs" in made.text
-    assert "no fair comparison" not in made.text
+    assert "not a fair comparison" not in made.text
     other = view(tmp_path / "d", fast, label="other", spec=replace(SLO, slo={"ttft": 9.0}))
     assert "The runs differ in SLO: " in page(cheap, other).text
 
@@ -455,7 +455,7 @@ def test_the_page_of_a_search_says_the_capacity_first(tmp_path):
     done = harness("report", *paths, "--html", out)
     assert done.returncode == 0, done.stderr
     head = out.read_text().split("<section")[1]
-    assert "m on test.large carries" in head and "no fair comparison" not in head
+    assert "m on test.large carries" in head and "not a fair comparison" not in head
     capacity = compare_runs([view_run(run, summarise(run), run.path.name) for run in map(read_run, paths[:2])])
     capacity = capacity.sections[0].table
     cells = dict(zip(capacity.heads, capacity.rows[0], strict=True))

@@ -11,7 +11,7 @@ from rich.console import Console
 from test_capacity import sweep_run
 
 from analysis.capacity.serving_config import systems
-from analysis.show.capacity_text import system_blocks
+from analysis.show.capacity_text import capacity_sections
 from analysis.show.text import render_text
 from harness.text_table import LONGEST_WORD, text_tables
 
@@ -50,7 +50,7 @@ def test_capacity_and_its_price_lose_no_figure_in_a_narrow_terminal(tmp_path):
 
     def figures(width):
         out = io.StringIO()
-        render_text(system_blocks(found), Console(file=out, width=width, highlight=False))
+        render_text(capacity_sections(found), Console(file=out, width=width, highlight=False))
         return set(re.findall(r"\d[\d.,]*", out.getvalue()))
 
     assert figures(240) == figures(80) == figures(60)

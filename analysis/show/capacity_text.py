@@ -1,4 +1,4 @@
-"""Words and tables of capacity and cost at a promise. No arithmetic beyond units and percent."""
+"""Words and tables of capacity and cost at the SLO. No arithmetic beyond units and percent."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from harness.slo import Criterion, percent
 
 def sentence(system: System) -> str:
     """The capacity of one system and its cost there, in one plain sentence or two."""
-    promise, found = system.slo or "no promise", system.capacity
+    slo, found = system.slo or "any latency", system.capacity
     if found is None:
         return f"{system.name}: no SLO was given, so there is no capacity (--slo)."
     if found.state == "unknown":
         return f"{system.name}: capacity is not known: {found.load.note}."
     if found.state == "not reached":
         return (
-            f"{system.name} does not keep {promise}: at {figure(system.loads[0])} {system.unit}, the lowest load "
+            f"{system.name} does not keep {slo}: at {figure(system.loads[0])} {system.unit}, the lowest load "
             f"that was measured, {found.limit.name if found.limit else 'it'} is missed. Lower loads were not measured."
         )
     if found.state == "beyond":
         return (
-            f"{system.name} carries at least {figure(system.loads[-1])} {system.unit}{_sent(system)} with {promise}: "
+            f"{system.name} carries at least {figure(system.loads[-1])} {system.unit}{_sent(system)} with {slo}: "
             "the highest load that was measured keeps it, so capacity lies beyond and has no figure."
         )
     load = f"{figure(found.load.value)} {system.unit}{within(found.load, figure)}{_sent(system)}"
-    said = f"{system.name} carries {load} with {promise}"
+    said = f"{system.name} carries {load} with {slo}"
     said += f"; what breaks first: {found.limit.name}." if found.limit and len(system.criteria) > 1 else "."
     total, tokens = system.usd_per_1m_total, found.rates.get("total_token_throughput")
     if tokens is not None and tokens.value is not None:
@@ -49,24 +49,24 @@ def _sent(system: System) -> str:
     return f" ({figure(system.requests_per_s * system.replicas)} req/s really sent)"
 
 
-def system_blocks(systems: Sequence[System]) -> list[Section]:
+def capacity_sections(systems: Sequence[System]) -> list[Section]:
     """Capacity and cost per tier and model, then what limits each."""
     if not systems:
         return []
     notes = [
         "Capacity is that of all replicas together, from VALID runs; between two measured loads tokens/s are "
         "interpolated and the cost is derived from them; nothing is extrapolated.",
-        "Floor: cost at the highest throughput of any VALID run. It keeps no promise; where no measured load saturated "
+        "Floor: cost at the highest throughput of any VALID run. It keeps no SLO; where no measured load saturated "
         "the servers, a higher one may cost less.",
     ]
     sold = [s for s in systems if s.usd_per_1m_total_utilised.value is not None and s.loop != "closed"]
     notes += [_utilised(system) for system in sold]
-    blocks = [Section(title="Capacity and cost at the SLO", table=capacity_table(systems), notes=tuple(notes))]
-    blocks += [Section(title=f"Limits of {s.name}, {KIND_WORDS[s.loop]}", notes=_limits(s)) for s in systems]
-    return blocks
+    sections = [Section(title="Capacity and cost at the SLO", table=capacity_table(systems), notes=tuple(notes))]
+    sections += [Section(title=f"Limits of {s.name}, {KIND_WORDS[s.loop]}", notes=_limits(s)) for s in systems]
+    return sections
 
 
-def probe_block(probes: Sequence[ProbeRow], criteria: Sequence[Criterion]) -> Section:
+def probe_section(probes: Sequence[ProbeRow], criteria: Sequence[Criterion]) -> Section:
     """What each probe of a search found and cost."""
     heads = ("Load", "Requests", "Verdict", *(c.name for c in criteria), "Done req/s", "Seconds", "USD")
     rows = []

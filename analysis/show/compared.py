@@ -45,7 +45,7 @@ def compare_runs(views: Sequence[RunView]) -> Comparison:
     loops = {v.summary.load.mode for v in views}
     for view in views:
         s = view.summary
-        # nor those of a closed loop with those of an open one: they are no points of one curve
+        # nor those of a closed loop with those of an open one: they are not points of one curve
         name = _what(view) + (f", {s.load.mode} loop" if len(loops) > 1 else "")
         # figures of another kind never stand on one line with measured ones
         groups.setdefault(name if s.evidence == "measured" else f"{name}, {s.evidence}", []).append(view)
@@ -66,8 +66,8 @@ def compare_runs(views: Sequence[RunView]) -> Comparison:
         Section(
             title="Throughput, price and what a user sees", charts=tradeoff_charts(valid, found, by_rate),
             lines=["VALID runs, one point each; bars are 95 % intervals. Interactivity is tokens/s of one stream, 1 / "
-                   "TPOT, at the percentile that the SLO promises, else the median; only a closed loop, or a load at "
-                   "capacity, shows what the hardware gives."],
+                   "TPOT, at the percentile of the SLO, else the median; only a closed loop, or a load at capacity, "
+                   "shows what the hardware gives."],
         ),
         Section(
             id="latency-load", title="Latency against load", charts=load_charts(valid, by_rate),
@@ -94,7 +94,7 @@ def _mind(differs: Table | None, but: Sequence[str]) -> str | None:
     unlike = [name for name in UNLIKE if differs is not None and name in differs.heads and name not in but]
     if not unlike:
         return None
-    return f"The runs differ in {' and '.join(unlike)}: their figures stand side by side, they are no fair comparison."
+    return f"The runs differ in {' and '.join(unlike)}: side by side, but this is not a fair comparison."
 
 
 def _distributions(views: Sequence[RunView]) -> list[Chart]:

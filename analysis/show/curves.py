@@ -1,4 +1,4 @@
-"""One run as arrays of a fixed size, whatever its length: what pictures and the table of promises are made from.
+"""One run as arrays of a fixed size, whatever its length: what pictures and the table of kept limits are made from.
 
 Latencies are counted into a grid of time bins x latency bins (`analysis.rows.itl_histogram`).
 """
@@ -171,18 +171,18 @@ def _group(requests: int, wanted: int) -> int:
     return next((k for k in GROUPS if requests * k >= wanted * BINS), GROUPS[-1])
 
 
-Promises = dict[str, dict[float, float | None]]
+KeptLimits = dict[str, dict[float, float | None]]
 """Metric -> share -> limit, s."""
 
 
-def promises(run: Run, counts: Counts, shares: Sequence[float]) -> Promises:
+def kept_limits(run: Run, counts: Counts, shares: Sequence[float]) -> KeptLimits:
     """The limit (s) on ttft, tpot and e2e that each share of all offered requests kept, each metric by itself.
 
     Failed and lost requests kept no limit; a success of fewer than two output tokens kept every tpot. None when too
     many failed for that share, or when there are too few requests for it (`samples_needed`).
     """
     rows = run.rows
-    found: Promises = {}
+    found: KeptLimits = {}
     for name, metric in (("ttft", metrics.ttft), ("tpot", _tpot_kept), ("e2e", metrics.e2e)):
         values = metric(rows)
         ranked = np.sort(values[np.isfinite(values)])

@@ -20,18 +20,18 @@ from analysis.stats.intervals import Quantity
 # ------------------------------------------------------------------------------------------------------ what to charge
 
 
-def price_blocks(report: PriceReport) -> list[Section]:
+def price_sections(report: PriceReport) -> list[Section]:
     """The whole price decision."""
-    blocks: list[Section] = []
+    sections: list[Section] = []
     for charge in report.charges:
-        blocks += _charge_blocks(charge, report.terms)
+        sections += _charge_sections(charge, report.terms)
     if report.refused:
         lines = tuple(f"{run}: {'; '.join(why)}" for run, why in report.refused)
-        blocks.append(Section(title="Refused: runs that are not VALID have no price", notes=lines))
-    return [*blocks, Section(title="What this rests on", notes=report.assumptions)]
+        sections.append(Section(title="Refused: runs that are not VALID have no price", notes=lines))
+    return [*sections, Section(title="What this rests on", notes=report.assumptions)]
 
 
-def _charge_blocks(charge: Charge, terms: Terms) -> list[Section]:
+def _charge_sections(charge: Charge, terms: Terms) -> list[Section]:
     stated = " (as stated by you)" if charge.tier and charge.servers else ""
     where = f"{charge.tier or 'no tier'}{stated} x {charge.replicas}{where_words(charge.label, charge.servers)}"
     title = f"What to charge: {charge.model} on {where}"
@@ -63,10 +63,10 @@ def _charge_blocks(charge: Charge, terms: Terms) -> list[Section]:
         f"{tokens(charge.capacity_tokens_per_month)} at this load).",
     )
     heads = ("USD per 1M tokens", "cost at 100 % (95 %)", f"cost at {u}", "PRICE (95 %)", "floor")
-    blocks = [Section(title=title, lines=lines, table=Table(heads, rows))]
+    sections = [Section(title=title, lines=lines, table=Table(heads, rows))]
     if len(charge.offers) > 1:
-        blocks.append(_offers_block(charge, terms))
-    return [*blocks, _against_block(charge, terms), Section(notes=(*_basis_lines(charge), *charge.notes))]
+        sections.append(_offers(charge, terms))
+    return [*sections, _against(charge, terms), Section(notes=(*_basis_lines(charge), *charge.notes))]
 
 
 def _quoted(charge: Charge) -> str:
@@ -92,7 +92,7 @@ def _price_row(kind: str, name: str, charge: Charge, asked: UnitPrices) -> Row:
     ]
 
 
-def _offers_block(charge: Charge, terms: Terms) -> Section:
+def _offers(charge: Charge, terms: Terms) -> Section:
     rows = [
         (
             offer.name + (f" (-{percent(offer.discount)})" if offer.discount else ""),
@@ -123,7 +123,7 @@ def _offers_block(charge: Charge, terms: Terms) -> Section:
     return Section(table=Table(heads, rows), notes=tuple(notes))
 
 
-def _against_block(charge: Charge, terms: Terms) -> Section:
+def _against(charge: Charge, terms: Terms) -> Section:
     assert charge.cost is not None
     rows = [
         (
@@ -182,7 +182,7 @@ def _basis_lines(charge: Charge) -> list[str]:
         said.append(
             f"floor: all tokens {price(charge.floor.total.value)}{within(charge.floor.total, price)} USD per 1M, "
             f"100 % utilisation at {figure(charge.floor_load)} {charge.offered.unit if charge.offered else ''}, the "
-            "highest throughput of any VALID run; it keeps no promise, and a higher load may cost less unless this one "
+            "highest throughput of any VALID run; it keeps no SLO, and a higher load may cost less unless this one "
             "saturated the servers"
         )
     if charge.basis is not None:
@@ -222,15 +222,15 @@ def _load_line(charge: Charge) -> str:
 # ---------------------------------------------------------------------------------------------------------- A against B
 
 
-def comparison_blocks(comparison: Comparison) -> list[Section]:
+def comparison_sections(comparison: Comparison) -> list[Section]:
     """The whole comparison, or why there is none."""
     if not comparison.comparable:
         return [Section(title="Not comparable", notes=comparison.reasons)]
-    blocks = [] if comparison.caution is None else [Section(lines=(f"CAUTION. {comparison.caution}.",))]
-    blocks += [_load_block(load, len(comparison.loads) > 1) for load in comparison.loads]
+    sections = [] if comparison.caution is None else [Section(lines=(f"CAUTION. {comparison.caution}.",))]
+    sections += [_load(load, len(comparison.loads) > 1) for load in comparison.loads]
     if comparison.differs:
         rows = [(d.name, d.a, d.b) for d in comparison.differs]
-        blocks.append(Section(table=Table(("What differs", "A", "B"), rows)))
+        sections.append(Section(table=Table(("What differs", "A", "B"), rows)))
     honest = (
         f"{comparison.compared} figures are judged, each by its own 95 % interval over the pairs: about "
         f"{comparison.expected_by_chance:.1f} of them would show a difference by chance alone; {comparison.shown} do"
@@ -241,10 +241,10 @@ def comparison_blocks(comparison: Comparison) -> list[Section]:
         f"the same in both: trace {comparison.trace}, seed, load, SLO ({comparison.slo or 'none'}); "
         f"evidence: {comparison.evidence}"
     )
-    return [*blocks, Section(notes=(honest, same, *comparison.notes))]
+    return [*sections, Section(notes=(honest, same, *comparison.notes))]
 
 
-def _load_block(load: LoadComparison, named: bool) -> Section:
+def _load(load: LoadComparison, named: bool) -> Section:
     rows = [_figure_row(f) for f in load.figures]
     notes = [f"{load.requests:,} requests in {load.pairs} {'pair' if load.pairs == 1 else 'pairs'} of runs"]
     if load.left_out:

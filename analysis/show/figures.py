@@ -97,7 +97,7 @@ def number(q: Quantity, style: Style) -> Cell:
 
 
 def price_cell(s: Summary, q: Quantity) -> Cell:
-    """A price with its interval; quiet where the SLO was missed, for it is none to sell at. Why there is none stands
+    """A price with its interval; quiet where the SLO was missed: not a price to sell at. Why there is none stands
     beside the verdict (`verdict_note`): a column of prices is too narrow for words.
     """
     cell = replace(quantity(q, price), note=interval(q, price) or None if q.value is not None else None)

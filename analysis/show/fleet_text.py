@@ -16,16 +16,16 @@ WITHIN = 0.03
 """How far the replayed share is from the share of a real autoscaled fleet of another engine: tests/lab/fleet.py."""
 
 
-def fleet_blocks(plan: FleetPlan) -> list[Section]:
+def fleet_sections(plan: FleetPlan) -> list[Section]:
     """The whole plan: the answer first, then the tiers, what scaling saves, and what changes the answer."""
-    blocks = [Section(title="Fleet", lines=(plan.sentence, _demand(plan)))]
+    sections = [Section(title="Fleet", lines=(plan.sentence, _demand(plan)))]
     if plan.tiers:
-        blocks += [_sizes(plan), _scaling(plan)]
-        blocks += [_changes(one) for one in plan.tiers]
+        sections += [_sizes(plan), _scaling(plan)]
+        sections += [_changes(one) for one in plan.tiers]
     if plan.excluded:
         notes = tuple(f"{name}: {why}" for name, why in plan.excluded)
-        blocks.append(Section(title="Left out", notes=notes))
-    return [*blocks, Section(title="What this rests on", notes=plan.assumptions)]
+        sections.append(Section(title="Left out", notes=notes))
+    return [*sections, Section(title="What this rests on", notes=plan.assumptions)]
 
 
 def _demand(plan: FleetPlan) -> str:
@@ -86,7 +86,7 @@ def _found_by(one: TierFleet) -> str:
         f"simulated: {found.replayed:,} requests on an engine fitted to {step.requests:,} answers (a step takes "
         f"{step.base_s:.3g} s + {step.per_sequence_s:.2g} s x sequences + {step.per_prompt_token_s:.2g} s x prompt "
         f"tokens, {step.max_num_seqs} sequences at most; median error {step.residual:.1%}); of {found.resamples} "
-        f"resampled demands {found.missed} miss the promise in some minute"
+        f"resampled demands {found.missed} miss the SLO in some minute"
     )
     if found.left_out:
         said += f"; {found.left_out:,} requests of less busy half hours were not replayed"
@@ -103,7 +103,7 @@ def _ends(one: TierFleet) -> str:
 
 def _scaling(plan: FleetPlan) -> Section:
     heads = (
-        "Model and tier", "Fixed USD/h", "Scheduled USD/h", "keep the promise", "Reactive USD/h", "keep the promise",
+        "Model and tier", "Fixed USD/h", "Scheduled USD/h", "keep the SLO", "Reactive USD/h", "keep the SLO",
         "come while it is behind", "Most instances", "Start-up s", "USD per 1M, scheduled",
     )  # fmt: skip
     rows = [
@@ -118,7 +118,7 @@ def _scaling(plan: FleetPlan) -> Section:
     notes = []
     if any(one.simulated is not None for one in plan.tiers):
         notes.append(
-            "keep the promise: of all requests, replayed in virtual time while instances come and go (simulated; "
+            "keep the SLO: of all requests, replayed in virtual time while instances come and go (simulated; "
             f"within {WITHIN * 100:.0f} points of another engine in the laboratory); in brackets the worst minute"
         )
     notes += [
@@ -128,9 +128,9 @@ def _scaling(plan: FleetPlan) -> Section:
         if (kept := one.reactive.kept) is not None and kept.replayed < 0.9 * plan.requests.total
     ]
     if any(one.simulated is None for one in plan.tiers):
-        notes.append("not simulated: how many keep the promise while instances come and go is not known")
+        notes.append("not simulated: how many keep the SLO while instances come and go is not known")
     notes.append(
-        "come while it is behind: fluid, even demand within a minute; those may keep the promise, and others miss it"
+        "come while it is behind: fluid, even demand within a minute; those may keep the SLO, and others miss it"
     )
     return Section(
         title="Autoscaled against fixed, over the trace's own time", table=Table(heads, rows), notes=tuple(notes)

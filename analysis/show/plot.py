@@ -13,7 +13,7 @@ import numpy as np
 from analysis.arrays import Floats
 from analysis.rows.itl_histogram import EDGES, PER_DECADE
 from analysis.rows.read import Run
-from analysis.show.curves import Curves, Promises, cumulative, joined, over_time
+from analysis.show.curves import Curves, KeptLimits, cumulative, joined, over_time
 from analysis.stats.intervals import Distribution, Quantity
 from analysis.summary import DEFAULT_ATTAIN, Summary
 from analysis.validity.generator import lag_bound_s
@@ -90,13 +90,13 @@ def run_charts(run: Run, summary: Summary, found: Curves, linked: str) -> RunCha
     bound_s = lag_bound_s(run, limits) if run.manifest.spec.mode == "open" else None
     return RunCharts(
         distributions=_distributions(summary, found, limits),
-        timeline=_timeline(summary, found, promises_of(limits, attain), linked),
+        timeline=_timeline(summary, found, slo_limits(limits, attain), linked),
         lag=_lag(summary, found, bound_s, linked),
         below={name: cumulative(found.grids[name]) for name in ("ttft", "itl", "tpot", "e2e")},
     )
 
 
-def _promised(limits: Mapping[str, float], metric: str, axis: str) -> list[Mark]:
+def _marks(limits: Mapping[str, float], metric: str, axis: str) -> list[Mark]:
     """A line for each limit of the SLO on a metric, that of a percentile with its name."""
     marks = []
     for key, limit in limits.items():
@@ -106,8 +106,8 @@ def _promised(limits: Mapping[str, float], metric: str, axis: str) -> list[Mark]
     return marks
 
 
-def promises_of(limits: Mapping[str, float], attain: float) -> dict[str, tuple[float, float]]:
-    """Metric -> the share of requests and the limit that an SLO promises of it; of several the first."""
+def slo_limits(limits: Mapping[str, float], attain: float) -> dict[str, tuple[float, float]]:
+    """Metric -> the share of requests and the limit that an SLO sets on it; of several the first."""
     found: dict[str, tuple[float, float]] = {}
     for key, limit in limits.items():
         name, share = split_key(key)
@@ -115,9 +115,9 @@ def promises_of(limits: Mapping[str, float], attain: float) -> dict[str, tuple[f
     return found
 
 
-def _limit(promise: tuple[float, float] | None) -> list[Mark]:
-    """The line of a limit beside the percentile that it is promised of."""
-    return [] if promise is None else [Mark(axis="y", at=promise[1], label=f"SLO p{promise[0] * 100:g}")]
+def _limit(limit: tuple[float, float] | None) -> list[Mark]:
+    """The line of a limit beside the percentile that it is set on."""
+    return [] if limit is None else [Mark(axis="y", at=limit[1], label=f"SLO p{limit[0] * 100:g}")]
 
 
 # ------------------------------------------------------------------------------------------------------- distributions
@@ -132,7 +132,7 @@ def _distributions(summary: Summary, found: Curves, limits: dict[str, float]) ->
     ):  # fmt: skip
         if not found.grids[name].sum():
             continue
-        marks = _promised(limits, name, "x")
+        marks = _marks(limits, name, "x")
         sources = {"from planned time": "ttft", "from sent time": "service_ttft"} if name == "ttft" else {title: name}
         share = share_chart(title, noun, {k: cumulative(found.grids[v]) for k, v in sources.items()}, marks, said)
         if share is not None:
@@ -194,7 +194,9 @@ def _spoken(said: Distribution) -> str:
 # ------------------------------------------------------------------------------------------------------------ timeline
 
 
-def _timeline(summary: Summary, found: Curves, promised: Mapping[str, tuple[float, float]], linked: str) -> list[Chart]:
+def _timeline(
+    summary: Summary, found: Curves, limits_of: Mapping[str, tuple[float, float]], linked: str
+) -> list[Chart]:
     """Load, in flight, latency and tokens on one time axis; server queue and KV cache where the server told."""
     said = summary.metrics
 
@@ -205,7 +207,7 @@ def _timeline(summary: Summary, found: Curves, promised: Mapping[str, tuple[floa
         )  # fmt: skip
 
     def latency(title: str, name: str, distribution: Distribution) -> Chart:
-        share = promised[name][0] if name in promised else 0.99
+        share = limits_of[name][0] if name in limits_of else 0.99
         middle, worst = over_time(found.grids[name], summary.requests.succeeded, share)
         # an SLO's limit holds for a share of requests: that percentile is drawn beside it, and no other
         tail = "largest" if share >= 1 else f"p{share * 100:g} (largest of fewer than {1 / (1 - share):.0f})"
@@ -213,7 +215,7 @@ def _timeline(summary: Summary, found: Curves, promised: Mapping[str, tuple[floa
             Line(name="median", y=_points(middle), shape="step"),
             Line(name=tail, y=_points(worst), color="second", shape="step"),
         ]
-        return chart(title, "s", lines, _spoken(distribution), log_y=True, marks=_limit(promised.get(name)))
+        return chart(title, "s", lines, _spoken(distribution), log_y=True, marks=_limit(limits_of.get(name)))
 
     def per_second(values: Floats) -> Points:
         return _points(joined(values, found, summary.requests.sent))
@@ -277,9 +279,9 @@ def load_charts(groups: dict[str, list[Summary]], by_rate: bool) -> list[Chart]:
     """Latency against load: one point a run with its interval, one line a group."""
     charts = []
     everyone = [s for members in groups.values() for s in members]
-    promised = [promises_of(s.slo.limits, s.slo.attain) if s.slo is not None else {} for s in everyone]
-    promises = promised[0] if promised and all(one == promised[0] for one in promised) else {}
-    tails = {metric: _tail(everyone, metric, promises.get(metric)) for metric in ("ttft", "tpot")}
+    limits_of = [slo_limits(s.slo.limits, s.slo.attain) if s.slo is not None else {} for s in everyone]
+    limits = limits_of[0] if limits_of and all(one == limits_of[0] for one in limits_of) else {}
+    tails = {metric: _tail(everyone, metric, limits.get(metric)) for metric in ("ttft", "tpot")}
     for metric, percentile in (("ttft", "p50"), ("ttft", tails["ttft"]), ("tpot", "p50"), ("tpot", tails["tpot"])):
         title = f"{metric.upper()}, {'median' if percentile == 'p50' else percentile}"
         lines = {
@@ -290,8 +292,8 @@ def load_charts(groups: dict[str, list[Summary]], by_rate: bool) -> list[Chart]:
             ]
             for name, members in groups.items()
         }
-        promise = promises.get(metric)
-        marks = _limit(promise) if promise is not None and percentile == _named(promise[0]) else []
+        limit = limits.get(metric)
+        marks = _limit(limit) if limit is not None and percentile == _named(limit[0]) else []
         x_unit = "requests in flight" if not by_rate else "req/s"
         chart = against(title, lines, "s", x_unit, "load", marks=marks)
         if chart is not None:
@@ -303,14 +305,14 @@ def _named(share: float) -> str:
     return f"p{share * 100:g}"
 
 
-def _tail(summaries: Sequence[Summary], metric: str, promise: tuple[float, float] | None) -> str:
-    """The percentile that the SLO promises, where some run has it; else the highest that all runs support."""
+def _tail(summaries: Sequence[Summary], metric: str, limit: tuple[float, float] | None) -> str:
+    """The percentile that the SLO sets a limit on, where some run has it; else the highest that all runs support."""
     known = {
         name: [getattr(getattr(s.metrics, metric), name).value is not None for s in summaries]
         for name in ("p99", "p95", "p90")
     }
-    if promise is not None and any(known.get(_named(promise[0]), ())):
-        return _named(promise[0])
+    if limit is not None and any(known.get(_named(limit[0]), ())):
+        return _named(limit[0])
     return next((name for name, there in known.items() if all(there)), "p99")
 
 
@@ -360,7 +362,7 @@ def _counted(points: Sequence[tuple[float, Quantity]]) -> dict[tuple[float, int]
     return found
 
 
-def cost_charts(groups: dict[str, list[tuple[Summary, Promises]]], share: float) -> list[Chart]:
+def cost_charts(groups: dict[str, list[tuple[Summary, KeptLimits]]], share: float) -> list[Chart]:
     """Cost against SLO: for each limit, the cheapest VALID run that kept it for this share of offered requests."""
     charts = []
     for metric, title in (("ttft", "TTFT"), ("tpot", "TPOT")):

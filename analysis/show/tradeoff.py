@@ -1,6 +1,6 @@
 """Pictures of the trade that a tier offers: what an accelerator gives against what a user sees of it, and its price.
 
-*Interactivity* is tokens/s of one user's stream: 1 / TPOT, at the percentile that the SLO promises, else the median.
+*Interactivity* is tokens/s of one user's stream: 1 / TPOT, at the percentile of the SLO, else the median.
 Throughput per accelerator is output tokens/s over all of a system's accelerators (over its servers where a tier has
 none). Between two measured loads nothing is known; the lines only guide the eye.
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from analysis.capacity.serving_config import System
-from analysis.show.plot import Chart, Mark, against, load_of, promises_of
+from analysis.show.plot import Chart, Mark, against, load_of, slo_limits
 from analysis.stats.intervals import Quantity, scaled
 from analysis.summary import Summary
 
@@ -24,8 +24,8 @@ def tradeoff_charts(groups: Mapping[str, Sequence[Summary]], found: Sequence[Sys
     """
     everyone = [s for members in groups.values() for s in members]
     unit = "accelerator" if all(s.tier is not None and s.tier.accelerator_count for s in everyone) else "server"
-    percentile, limit_s = _promised(everyone)
-    promised = [] if limit_s is None else [Mark(axis="x", at=1 / limit_s, label="SLO")]
+    percentile, limit_s = _shared_limit(everyone)
+    marked = [] if limit_s is None else [Mark(axis="x", at=1 / limit_s, label="SLO")]
     capacities = [
         Mark(axis="x", at=one.capacity.load.value, label="capacity")
         for one in found
@@ -43,12 +43,12 @@ def tradeoff_charts(groups: Mapping[str, Sequence[Summary]], found: Sequence[Sys
         against(
             f"Output tokens/s per {unit}",
             {name: [(x, per_accelerator(s)) for x, s in points] for name, points in user.items()},
-            "tokens/s", "tokens/s per user", "interactivity", marks=promised,
+            "tokens/s", "tokens/s per user", "interactivity", marks=marked,
         ),
         against(
             "USD per 1M tokens against what a user sees",
             {name: [(x, s.cost.usd_per_1m_total) for x, s in points] for name, points in user.items()},
-            "USD", "tokens/s per user", "interactivity", marks=promised,
+            "USD", "tokens/s per user", "interactivity", marks=marked,
         ),
         against(
             "USD per 1M tokens against load",
@@ -71,15 +71,15 @@ def per_accelerator(summary: Summary) -> Quantity:
     return scaled(summary.rates.output_token_throughput, 1 / (summary.cost.replicas * (accelerators or 1)))
 
 
-def _promised(summaries: Sequence[Summary]) -> tuple[str, float | None]:
-    """The percentile of TPOT that all SLOs promise, and its limit, s: a mark says nothing of points at another one.
+def _shared_limit(summaries: Sequence[Summary]) -> tuple[str, float | None]:
+    """The percentile of TPOT that all SLOs limit, and that limit, s: a mark says nothing of points at another one.
 
-    The median and None where there is no such promise, they differ, or no run has that percentile.
+    The median and None where there is no such limit, they differ, or no run has that percentile.
     """
-    found = {promises_of(s.slo.limits, s.slo.attain).get("tpot") if s.slo else None for s in summaries}
-    promise = found.pop() if len(found) == 1 else None
-    if promise is not None:
-        name = f"p{promise[0] * 100:g}"
+    found = {slo_limits(s.slo.limits, s.slo.attain).get("tpot") if s.slo else None for s in summaries}
+    limit = found.pop() if len(found) == 1 else None
+    if limit is not None:
+        name = f"p{limit[0] * 100:g}"
         if any(getattr(s.metrics.tpot, name, None) and getattr(s.metrics.tpot, name).value for s in summaries):
-            return name, promise[1]
+            return name, limit[1]
     return "p50", None

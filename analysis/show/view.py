@@ -10,7 +10,7 @@ import msgspec
 from analysis.arrays import Floats
 from analysis.rows.read import Run
 from analysis.show import report
-from analysis.show.curves import SHARES, Promises, curves, promises
+from analysis.show.curves import SHARES, KeptLimits, curves, kept_limits
 from analysis.show.document import MOST_ITEMS, Cell, Facts, Row, Section, Table
 from analysis.show.figures import figure, in_seconds, percent, price, quantity, state_of, within
 from analysis.show.plot import RunCharts, run_charts
@@ -45,7 +45,7 @@ class RunView:
     limits: list[str]
     """Names of the limits that narrow the figures; what each says stands under Limits."""
     keys: list[tuple[str, Cell]]
-    kept: Promises
+    kept: KeptLimits
     below: Mapping[str, Floats]
     """Metric -> share at or below each of `EDGES`, for pictures of several runs."""
     sections: list[Section]
@@ -56,7 +56,7 @@ def view_run(run: Run, summary: Summary, label: str = "") -> RunView:
     found = curves(run)
     shares = sorted({*SHARES, summary.slo.attain if summary.slo is not None else DEFAULT_ATTAIN})
     charts = run_charts(run, summary, found, linked=f"time {label}") if found is not None else _NO_CHARTS
-    kept = promises(run, summary.requests, shares)
+    kept = kept_limits(run, summary.requests, shares)
     state = state_of(summary)
     return RunView(
         label=label,
@@ -69,11 +69,11 @@ def view_run(run: Run, summary: Summary, label: str = "") -> RunView:
         keys=[] if state == "invalid" else _keys(summary),
         kept=kept,
         below=charts.below,
-        sections=_sections(summary, charts, _promises(summary, kept, shares)),
+        sections=_sections(summary, charts, _kept_limits(summary, kept, shares)),
     )
 
 
-def _sections(s: Summary, charts: RunCharts, promised: Table | None) -> list[Section]:
+def _sections(s: Summary, charts: RunCharts, limits: Table | None) -> list[Section]:
     """Price, latency, load, then the proof; of an INVALID run the proof first, and its figures folded."""
     invalid = s.verdict == "INVALID"
     said = {section.id: section for section in report.run_sections(s)}
@@ -82,10 +82,10 @@ def _sections(s: Summary, charts: RunCharts, promised: Table | None) -> list[Sec
     said["lag"] = Section(
         id="lag", title="Was the load sent as planned?", lines=[_lag_says(s)], charts=charts.lag, proves_nothing=invalid
     )
-    if promised is not None and s.verdict == "VALID":
-        said["promises"] = Section(
-            id="promises", title="Cost against SLO", table=promised,
-            lines=["At this load, this is what could have been promised. Failed and lost requests kept no limit."],
+    if limits is not None and s.verdict == "VALID":
+        said["slo"] = Section(
+            id="slo", title="Cost against SLO", table=limits,
+            lines=["At this load, these limits could have been the SLO. Failed and lost requests kept no limit."],
         )  # fmt: skip
     said["checks"] = Section(
         id="checks", title="Checks", table=_checks(s),
@@ -94,7 +94,7 @@ def _sections(s: Summary, charts: RunCharts, promised: Table | None) -> list[Sec
     if s.fidelity:
         said["fidelity"] = Section(id="fidelity", title="Fidelity", table=_fidelity(s))
     said["inputs"] = Section(id="inputs", title="Inputs", facts=_inputs(s))
-    figures, proof = ("cost", "promises", "latency", "time", "lag"), ("errors", "checks", "fidelity")
+    figures, proof = ("cost", "slo", "latency", "time", "lag"), ("errors", "checks", "fidelity")
     ordered = (*proof, *figures) if invalid else (*figures, *proof)
     return [said[place] for place in (*ordered, "limits", "assumptions", "inputs") if place in said]
 
@@ -110,7 +110,7 @@ def _sentence(s: Summary) -> str:
     if s.verdict != "VALID":
         n = len(s.reasons)
         return (
-            f"This run is no evidence: {n} {'check' if n == 1 else 'checks'} failed. "
+            f"This run proves nothing: {n} {'check' if n == 1 else 'checks'} failed. "
             "Its figures help to find out why; they carry no price."
         )
     cost = s.cost.usd_per_1m_total
@@ -133,14 +133,14 @@ def _sentence(s: Summary) -> str:
         for part in s.slo.criteria:
             share = part.attainment.value
             kept = "not known" if share is None else percent(share)
-            promise = " and ".join(f"{name.upper()} {in_seconds(limit)}" for name, limit in part.limits.items())
-            parts.append(f"{kept} of requests kept {promise}; {percent(part.wanted)} was wanted.")
+            limits = " and ".join(f"{name.upper()} {in_seconds(limit)}" for name, limit in part.limits.items())
+            parts.append(f"{kept} of requests kept {limits}; {percent(part.wanted)} was wanted.")
         if s.slo.met is False:
-            parts.append("The promise was not kept at this load: not a price to sell at.")
+            parts.append("The SLO was missed at this load: not a price to sell at.")
         if s.slo.attainment.note:
             parts.append(f"{s.slo.attainment.note}.")
     else:
-        parts.append("No SLO was given, so nothing was promised.")
+        parts.append("No SLO was given.")
     return " ".join(parts)
 
 
@@ -184,8 +184,8 @@ def _lag_says(s: Summary) -> str:
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def _promises(s: Summary, kept: Promises, shares: Sequence[float]) -> Table | None:
-    """The limit that each share of all offered requests kept: what could be promised at this load."""
+def _kept_limits(s: Summary, kept: KeptLimits, shares: Sequence[float]) -> Table | None:
+    """The limit that each share of all offered requests kept: what the SLO could be at this load."""
     names = (("ttft", "TTFT"), ("tpot", "TPOT"), ("e2e", "E2E"))
     if all(limit is None for by_share in kept.values() for limit in by_share.values()):
         return None

@@ -38,7 +38,7 @@ def cheapest(runs: Sequence[tuple[str, Summary]], found: Sequence[System]) -> st
         kept = [run for run in kept if prefer(run[1])] or kept
     if not kept:
         return "No run has a price and kept its SLO."
-    promised = "that kept its SLO" if kept[0][1].slo is not None else "(no SLO was given)"
+    which = "that kept its SLO" if kept[0][1].slo is not None else "(no SLO was given)"
     groups: dict[tuple[Key, Key], list[tuple[str, Summary]]] = {}
     for label, s in kept:
         # repeats of a trace's own arrivals have one rate exactly; drawn ones have that of their stages in the load
@@ -46,7 +46,7 @@ def cheapest(runs: Sequence[tuple[str, Summary]], found: Sequence[System]) -> st
         groups.setdefault((system_of(s), (*load_of(s), rate)), []).append((label, s))
     return _words(
         [_of_repeats(members) for members in groups.values()],
-        f"The cheapest VALID run {promised}",
+        f"The cheapest VALID run {which}",
         kept[0][1].load.mode,
     )
 
@@ -59,7 +59,7 @@ _PREFERRED: tuple[Callable[[Summary], bool], ...] = (
 def _of_repeats(members: Sequence[tuple[str, Summary]]) -> Candidate:
     name = members[0][0] + (f" and {len(members) - 1} more of it" if len(members) > 1 else "")
     cost = over_repeats([s.cost.usd_per_1m_total for _, s in members])
-    # in an open loop the load is given, and what it costs below capacity is no cost of the system
+    # in an open loop the load is given, and what it costs below capacity is not the cost of the system
     judged = len(members) >= FEWEST_PAIRS and members[0][1].load.mode == "closed"
     return Candidate(name=name, cost=cost, judged=judged)
 

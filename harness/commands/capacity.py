@@ -10,7 +10,7 @@ import msgspec
 from harness.commands.capacity_plan import in_loop
 from harness.commands.capacity_run import CapacityReport, CapacitySession, Search
 from harness.commands.found import expand, refused_exit
-from harness.commands.output import print_blocks, print_json, say
+from harness.commands.output import print_json, print_sections, say
 from harness.commands.reports import page_of
 from harness.commands.sweep import LOCAL_SWEEPS, begun, check
 from harness.errors import EXIT_FAILURE, EXIT_SLO_MISSED, EXIT_VALID, UsageError
@@ -141,7 +141,7 @@ def _take_over(folder: Path, spec: SweepSpec, trace: Trace) -> SweepState:
 
 
 def _print(report: CapacityReport, ask: Search, format_: str) -> None:
-    from analysis.show.capacity_text import probe_block, system_blocks
+    from analysis.show.capacity_text import capacity_sections, probe_section
     from analysis.show.document import Section
 
     if format_ == "json":
@@ -150,12 +150,12 @@ def _print(report: CapacityReport, ask: Search, format_: str) -> None:
     cost = f", {report.usd:.4f} USD" if report.usd is not None else ""
     took = f"The search took {len(report.probes)} probes and {report.hours:.2f} h of servers{cost}."
     lines = (report.sentence, f"{took} It ended: {report.ended}.")
-    blocks = [
+    sections = [
         Section(title="Capacity", lines=lines),
-        probe_block(report.probes, ask.criteria),
-        *system_blocks(report.systems),
+        probe_section(report.probes, ask.criteria),
+        *capacity_sections(report.systems),
     ]
-    print_blocks(blocks, format_)
+    print_sections(sections, format_)
     if format_ != "md":
         print(f"\nsweep folder: {report.folder}")
 

@@ -18,7 +18,7 @@ from harness.commands.found import (
     refused_exit,
     sides_of_sweep,
 )
-from harness.commands.output import print_blocks, print_json, say, write_blocks
+from harness.commands.output import print_json, print_sections, say, write_sections
 from harness.errors import (
     EXIT_FAILURE,
     EXIT_NOT_DECIDED,
@@ -110,9 +110,9 @@ def price(
         write_prices(out, report)
         say(f"written: {out}")
     if html is not None:
-        from analysis.show.decision_text import price_blocks
+        from analysis.show.decision_text import price_sections
 
-        write_blocks(html, "price", price_blocks(report))
+        write_sections(html, "price", price_sections(report))
     _print_price(report, format_, price_csv(price_rows(report)) if format_ == "csv" else "")
     return refused_exit(s.verdict for s in summaries) or _price_exit(report)
 
@@ -133,14 +133,14 @@ def _open_first(decided: Sequence[Charge]) -> list[Charge]:
 
 
 def _print_price(report: PriceReport, format_: str, csv_text: str) -> None:
-    from analysis.show.decision_text import price_blocks
+    from analysis.show.decision_text import price_sections
 
     if format_ == "json":
         print_json(report)
     elif format_ == "csv":
         print(csv_text, end="")
     else:
-        print_blocks(price_blocks(report), format_)
+        print_sections(price_sections(report), format_)
 
 
 def _price_exit(report: PriceReport) -> int:
@@ -229,7 +229,7 @@ def compare(
     """A against B; refused with reasons when they are not comparable."""
     from analysis.compare.compare import compare as hold_against
     from analysis.compare.compare import parse_gate
-    from analysis.show.decision_text import comparison_blocks
+    from analysis.show.decision_text import comparison_sections
 
     gates = [parse_gate(text) for text in fail_if]
     for text in filter(None, (a, b)):
@@ -244,11 +244,11 @@ def compare(
     side_a, side_b = ([observe_run(path, slo, attain) for path in side] for side in sides)
     result = hold_against(side_a, side_b, gates)
     if html is not None:
-        write_blocks(html, "compare", comparison_blocks(result))
+        write_sections(html, "compare", comparison_sections(result))
     if format_ == "json":
         print_json(result)
     else:
-        print_blocks(comparison_blocks(result), format_)
+        print_sections(comparison_sections(result), format_)
     if not result.comparable:
         both = refused_exit(one.summary.verdict for one in (*side_a, *side_b))
         return EXIT_NOT_DECIDED if both == EXIT_NOT_DECIDED else EXIT_FAILURE

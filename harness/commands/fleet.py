@@ -168,14 +168,14 @@ def simulated_engine(fitted: FittedEngine, requests: Requests, replicas: int, ow
 
 
 def _print(plan: FleetPlan, format_: str, html: Path | None) -> None:
-    from analysis.show.fleet_text import fleet_blocks, fleet_csv
-    from harness.commands.output import print_blocks, write_blocks
+    from analysis.show.fleet_text import fleet_csv, fleet_sections
+    from harness.commands.output import print_sections, write_sections
 
     if html is not None:
-        write_blocks(html, "plan-fleet", fleet_blocks(plan))
+        write_sections(html, "plan-fleet", fleet_sections(plan))
     if format_ == "json":
         print_json(plan)
     elif format_ == "csv":
         print(fleet_csv(plan), end="")
     else:
-        print_blocks(fleet_blocks(plan), format_)
+        print_sections(fleet_sections(plan), format_)

@@ -37,21 +37,21 @@ def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
         console.print(table)
 
 
-def print_blocks(blocks: Sequence[Section], format_: str) -> None:
+def print_sections(sections: Sequence[Section], format_: str) -> None:
     """Blocks on stdout, as Markdown (md) or text; into a pipe there is no width to fit, so nothing is cut."""
     from analysis.show.text import render_markdown, render_text
     from harness.console import Console
 
     if format_ == "md":
-        print(render_markdown(blocks))
+        print(render_markdown(sections))
     else:
-        render_text(blocks, Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 240))
+        render_text(sections, Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 240))
 
 
-def write_blocks(path: Path, verb: str, blocks: Sequence[Section]) -> None:
+def write_sections(path: Path, verb: str, sections: Sequence[Section]) -> None:
     """Blocks as a page that stands alone; its path on stderr. An earlier page of that name is replaced."""
     from analysis.show.page import write_sections_page
     from harness.run import now_utc
 
-    size = write_sections_page(path, verb, blocks, now_utc())
+    size = write_sections_page(path, verb, sections, now_utc())
     say(f"{path}: {size / 1e6:.2f} MB, stands alone; open it in a browser")

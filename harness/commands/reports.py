@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.commands.found import expand, read_summaries, refused_exit
-from harness.commands.output import print_blocks, print_json, print_table, say
+from harness.commands.output import print_json, print_sections, print_table, say
 from harness.errors import EXIT_SLO_MISSED, EXIT_VALID
 from harness.run import now_utc
 from harness.verbosity import Verbosity, verbosity
@@ -108,7 +108,7 @@ def report_sweep(
     SLO not kept.
     """
     from analysis.capacity.serving_config import SCHEMA, systems
-    from analysis.show.capacity_text import sentence, system_blocks
+    from analysis.show.capacity_text import capacity_sections, sentence
     from analysis.show.document import Section
 
     summaries = read_summaries(paths, slo, attain, min_requests=min_requests)
@@ -121,12 +121,12 @@ def report_sweep(
                     "too_small": small})  # fmt: skip
     else:
         lines = sentences or ["No run is VALID, so there is no capacity and no cost."]
-        blocks = [Section(title="Capacity", lines=tuple(lines)), *system_blocks(found)]
+        sections = [Section(title="Capacity", lines=tuple(lines)), *capacity_sections(found)]
         if invalid:
-            blocks.append(Section(title="INVALID and left out", notes=tuple(invalid)))
+            sections.append(Section(title="INVALID and left out", notes=tuple(invalid)))
         if small:
-            blocks.append(Section(title="TOO SMALL and left out", notes=tuple(small)))
-        print_blocks(blocks, format_)
+            sections.append(Section(title="TOO SMALL and left out", notes=tuple(small)))
+        print_sections(sections, format_)
     return exit_of(found, summaries)
 
 
