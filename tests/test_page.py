@@ -27,7 +27,8 @@ from analysis.rows.read import read_run
 from analysis.show import curves as reduce
 from analysis.show.compared import Comparison, compare_runs
 from analysis.show.curves import EDGES, cumulative, curves, kept_limits, over_time
-from analysis.show.page import LONGEST, plain, render_page, write_page
+from analysis.show.document import Section, Table
+from analysis.show.page import LONGEST, plain, render_page, write_page, write_sections_page
 from analysis.show.plot import Chart
 from analysis.show.report import render_json
 from analysis.show.tradeoff import interactivity, per_accelerator, tradeoff_charts
@@ -678,6 +679,18 @@ def test_no_figure_lies_beyond_the_screen_or_its_cell(visit, tmp_path, width):
     row = tab.locator("tbody tr", has_text="no-tier").first
     assert row.inner_text().count("say which hardware this ran on") == 1
     assert "say which hardware" in row.locator("th").inner_text(), "beside the verdict, not in a column of prices"
+
+
+def test_a_table_of_many_columns_fits_a_screen(browser, tmp_path):
+    """That of plan-fleet has 13, and its prices stand last."""
+    heads = ["Model and tier", *("Replicas + spares" for _ in range(8)), *("USD per 1M served" for _ in range(4))]
+    rows = [["Qwen/Qwen3-0.6B on aws-p5.48xlarge", *["1,234.56 (1,100.12 to 1,301.34)"] * 12]]
+    out = tmp_path / "fleet.html"
+    write_sections_page(out, "plan-fleet", [Section(title="Fleet"), Section(table=Table(heads, rows))], "now")
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    tab.goto(out.as_uri())
+    assert tab.evaluate(BEYOND) == []
+    tab.close()
 
 
 def test_browser_runs_nothing_that_a_server_wrote(visit, tmp_path):

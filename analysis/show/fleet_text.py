@@ -96,9 +96,10 @@ def _found_by(one: TierFleet) -> str:
 
 
 def _ends(one: TierFleet) -> str:
-    if one.capacity_low is None and one.capacity_high is None:
-        return ""
-    return f" ({figure(one.capacity_low)} to {figure(one.capacity_high)})"
+    low, high = one.capacity_low, one.capacity_high
+    if low is None:
+        return "" if high is None else f" (at most {figure(high)})"
+    return f" (at least {figure(low)})" if high is None else f" ({figure(low)} to {figure(high)})"
 
 
 def _scaling(plan: FleetPlan) -> Section:
