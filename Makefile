@@ -37,7 +37,7 @@ replay: setup ## replay 60 real requests on a real vLLM server and print the pri
 	$(BIN)/harness replay $(TRACE) --limit 60 --concurrency 8
 
 test: setup lint browser ## the whole test suite, with one end-to-end run on real vLLM
-	OPENBLAS_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) -m 'not (alone or e2e)' \
+	OPENBLAS_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not (alone or e2e)' \
 	  || $(PYTEST) --last-failed --last-failed-no-failures none -m 'not (alone or e2e)'
 	$(PYTEST) -m 'alone or e2e'
 

@@ -36,36 +36,15 @@ class FakeServer:
         return [entry for line in self.log.read_text().splitlines() if (entry := json.loads(line)).pop("load")]
 
 
-RAY = ("test_hosts", "test_deployment", "test_replica_death")
-"""They start Ray: one worker of ``pytest -n`` runs them all, one after the other."""
 LONGEST = (
-    "test_sweep_store",
-    "test_capacity_search",
-    "test_sweep_run",
-    "test_worker",
-    "test_known_truth",
-    "test_store",
-)
+    "test_hosts", "test_deployment", "test_sweep_store", "test_capacity_search", "test_sweep_run", "test_worker",
+    "test_replica_death", "test_known_truth", "test_store",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest goes first, so that no worker is left alone with it."""
-    first = (*RAY, *LONGEST)
-    items.sort(key=lambda item: first.index(item.path.stem) if item.path.stem in first else len(first))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give whole files to the workers of ``pytest -n``: their tests share fixtures."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ByFile(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return "ray" if Path(file).stem in RAY else file
-
-    config.option.loadscopereorder = False
-    return ByFile(config, log)
+    """What takes longest goes first, so that no worker of ``pytest -n`` is left alone with it."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(autouse=True)

@@ -915,6 +915,7 @@ def test_servers_in_turn_and_by_session(serve, run):
 # -- time and memory --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_known_ttft_and_itl_are_measured(fake_server: StartServer, run):
     server = fake_server("--ttft", "0.1", "--itl", "0.02")
     sender = run(server.url)
