@@ -16,7 +16,7 @@ from analysis.cost.cost import DEFAULT_RATIO
 from analysis.export import run_table
 from analysis.rows.read import Run, read_run
 from analysis.summary import DEFAULT_ATTAIN, Summary, claims, summarise
-from harness.run import RunManifest
+from harness.record.manifest import RunManifest
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Result rows for other tools: flat columns with units in their names, a run at a time, a batch in memory at a time.
 
-Columns: those of the result row as they are (`harness.results`), before them which run, after them what is derived.
+Columns: those of the result row as they are (`harness.record.results`), before them which run, after them what is
+derived.
 
 =====================  =======  ======================================================================================
 column                 type     meaning
@@ -34,7 +35,7 @@ from analysis.arrays import Floats
 from analysis.labels import label_runs
 from analysis.rows.read import Rows, Run, read_run
 from harness.errors import ResultsError, UsageError
-from harness.results import SCHEMA as ROW
+from harness.record.results import SCHEMA as ROW
 
 DERIVED: dict[str, Callable[[Rows], Floats]] = {
     "ttft_s": metrics.ttft,

@@ -26,16 +26,16 @@ import psutil
 from cluster.deploy.job import Launch, start_here
 from cluster.deploy.load_workers import LoadWorkers
 from cluster.process.process import Process, wait_ready
-from harness.build import build_plan
 from harness.calibration import Calibration
 from harness.errors import ServerError, WorkerError
-from harness.observations import read_observations
-from harness.plan import PlanSpec
-from harness.prompts import Vocabulary
-from harness.records import open_trace
-from harness.results import read_results
-from harness.run import RunDir, describe_host, installed_versions, now_utc, python
-from harness.run_spec import BATCH_READS_FROM, RunSpec
+from harness.plan.build import build_plan
+from harness.plan.file import PlanSpec
+from harness.plan.prompts import Vocabulary
+from harness.record.manifest import RunDir, describe_host, installed_versions, now_utc, python
+from harness.record.results import read_results
+from harness.record.run_spec import BATCH_READS_FROM, RunSpec
+from harness.record.worker_samples import read_observations
+from harness.trace.io import open_trace
 
 Floats = npt.NDArray[np.float64]
 

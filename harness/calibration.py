@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow.compute as pc
 
 from harness.errors import ResultsError
-from harness.plan import read_plan_columns
-from harness.run import Host, describe_host
-from harness.run_spec import BATCH_READS_FROM
+from harness.plan.file import read_plan_columns
+from harness.record.manifest import Host, describe_host
+from harness.record.run_spec import BATCH_READS_FROM
 
 SCHEMA_VERSION = "1"
 FILE = "calibration.json"

@@ -22,7 +22,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from harness.errors import ResultsError
-from harness.results import whole_batches
+from harness.record.results import whole_batches
 from harness.untrusted import open_arrow
 
 SCHEMA_VERSION = "1"

@@ -12,7 +12,7 @@ The tree::
     ├── StoreError          exit 1   an object on S3 cannot be read or written (`harness.store.objects`)
     └── RefusedError        exit 1   a cloud's price service refused us (`cluster.catalogue.prices`)
 
-A failed *request* is never an exception: it is a result row with its error class (`harness.results.ERRORS`).
+A failed *request* is never an exception: it is a result row with its error class (`harness.record.results.ERRORS`).
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from time import monotonic_ns
 import gevent
 from gevent.event import Event
 
-from harness.results import Result
+from harness.record.results import Result
 from scenarios.client.client import Client
 from scenarios.client.completion import Answer
 from scenarios.client.in_flight import InFlight

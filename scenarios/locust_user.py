@@ -18,8 +18,8 @@ from locust.exception import StopUser
 from locust.runners import LocalRunner
 
 from harness.errors import EXIT_FAILURE, EXIT_USAGE, HarnessError, UsageError
-from harness.results import Result, ResultWriter
-from harness.run_spec import DEFAULTS, RunSpec
+from harness.record.results import Result, ResultWriter
+from harness.record.run_spec import DEFAULTS, RunSpec
 from scenarios.client.client import Client, raise_fd_limit
 from scenarios.client.endpoint import ENDPOINTS
 from scenarios.client.timers import Alarm

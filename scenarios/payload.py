@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 
 from harness.errors import UsageError
-from harness.plan import Request
-from harness.run_spec import DEFAULTS, NO_TEMPERATURE, OutputLengths
+from harness.plan.file import Request
+from harness.record.run_spec import DEFAULTS, NO_TEMPERATURE, OutputLengths
 from scenarios.client.completion import Answer
 from scenarios.client.endpoint import ENDPOINTS
 

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from harness.errors import HarnessError, PlanError
-from harness.plan import Request, iter_batches, read_plan_columns, requests_in
-from harness.run_spec import RunSpec
+from harness.plan.file import Request, iter_batches, read_plan_columns, requests_in
+from harness.record.run_spec import RunSpec
 from scenarios.payload import Lengths, draft, most_tokens, prepare
 from scenarios.schedule import Planned, Schedule
 

@@ -10,7 +10,7 @@ import heapq
 
 import gevent
 
-from harness.results import Result
+from harness.record.results import Result
 from scenarios.client.timers import Alarm
 from scenarios.dispatch import BURST, Dispatcher
 from scenarios.locust_user import PlanUser, run_as_locustfile

@@ -37,7 +37,7 @@ AHEAD = _Ahead()
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A request ready to be sent; times and links as in `harness.plan`."""
+    """A request ready to be sent; times and links as in `harness.plan.file`."""
 
     request_id: int
     scheduled_ns: int | None

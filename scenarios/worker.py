@@ -1,6 +1,6 @@
 """The load worker process: ``python -m scenarios.worker SPEC.json``.
 
-SPEC.json is a `harness.run_spec.WorkerSpec`; the API key comes from the environment variable HARNESS_API_KEY
+SPEC.json is a `harness.record.run_spec.WorkerSpec`; the API key comes from the environment variable HARNESS_API_KEY
 only. JSON lines on stdout, words on stderr. The worker prepares the first requests of its slice of the plan
 (`scenarios.plan_reader`), opens connections, then says::
 
@@ -50,13 +50,13 @@ import locust.env
 import pyarrow as pa
 from gevent.event import Event
 
-from harness.answers import SAMPLE, write_said
 from harness.captured import KEY_BYTES, KEY_VARIABLE, CapturedWriter
 from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, UsageError, WorkerError, sentence
-from harness.headers import from_environment
-from harness.observations import SCHEMA, Observation, ObservationWriter
-from harness.results import FLUSH_S, Result, ResultWriter
-from harness.run_spec import WorkerSpec
+from harness.record.answers import SAMPLE, write_said
+from harness.record.results import FLUSH_S, Result, ResultWriter
+from harness.record.run_spec import WorkerSpec
+from harness.record.worker_samples import SCHEMA, Observation, ObservationWriter
+from harness.server.headers import from_environment
 from harness.startup import forgo_pandas
 from scenarios.client.capture import Sampler
 from scenarios.client.client import Client, raise_fd_limit

@@ -17,7 +17,7 @@ import msgspec
 from gevent.event import Event
 
 from harness.errors import UsageError, WorkerError
-from harness.run_spec import WorkerSpec
+from harness.record.run_spec import WorkerSpec
 
 START_WAIT_S = 600.0
 """How long a ready worker waits to be told when to start."""

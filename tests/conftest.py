@@ -17,7 +17,7 @@ import psutil
 import pytest
 from hypothesis import settings
 
-from harness.records import TraceRecord
+from harness.trace.io import TraceRecord
 
 settings.register_profile("no clock", deadline=None)  # how long an example takes is the machine's load
 settings.load_profile("no clock")

@@ -8,13 +8,13 @@ from pathlib import Path
 import msgspec
 import pyarrow as pa
 
-from harness.answers import Counted, Prompt, Text
-from harness.observations import Observation, ObservationWriter
-from harness.plan import SCHEMA, SCHEMA_VERSION, PlanInfo, plan_sha256
-from harness.results import Result, ResultWriter
-from harness.run import Host, Replica, RunDir, RunManifest, Tier, Worker, write_manifest
-from harness.run_spec import RunSpec
-from harness.server_processor import ProcessorSecond, ProcessorSeconds
+from harness.plan.file import SCHEMA, SCHEMA_VERSION, PlanInfo, plan_sha256
+from harness.record.answers import Counted, Prompt, Text
+from harness.record.manifest import Host, Replica, RunDir, RunManifest, Tier, Worker, write_manifest
+from harness.record.results import Result, ResultWriter
+from harness.record.run_spec import RunSpec
+from harness.record.server_processor import ProcessorSecond, ProcessorSeconds
+from harness.record.worker_samples import Observation, ObservationWriter
 
 S = 1_000_000_000
 MS = 1_000_000

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from conftest import StartServer, harness
 
-from harness import probe
-from harness.access import Access, Patience
 from harness.errors import ServerError, UsageError
-from harness.headers import check_key_header
-from harness.plan import Request
-from harness.retry_after import retry_after_s
-from harness.run_spec import RunSpec
-from harness.warmup import Way
+from harness.plan.file import Request
+from harness.record.run_spec import RunSpec
+from harness.server import probe
+from harness.server.access import Access, Patience
+from harness.server.headers import check_key_header
+from harness.server.retry_after import retry_after_s
+from harness.server.warmup import Way
 from scenarios.client.client import Client
 from scenarios.payload import Lengths, prepare
 

@@ -76,7 +76,7 @@ def test_locust_and_ray_never_share_a_process() -> None:
     assert "locust" in worker
     assert not {"ray", "flask", "jinja2"} & worker, "Locust brings a web page that a worker never shows"
     assert not {"ray", "vllm", "torch", "locust", "gevent"} & loaded_by(
-        "import harness.cli, harness.commands.flow, harness.probe, cluster.deploy.load_workers, "
+        "import harness.cli, harness.commands.flow, harness.server.probe, cluster.deploy.load_workers, "
         "cluster.process.process, analysis"
     )
 

@@ -18,7 +18,7 @@ from analysis.rows.itl_histogram import EDGES, cell_of, count_in
 from analysis.rows.read import read_run
 from analysis.show.report import render_json
 from analysis.summary import summarise
-from harness.run import RunDir
+from harness.record.manifest import RunDir
 
 
 def mixed(tmp_path, name="run", **options):

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.arrivals import Stage, arrival_times, constant_stage, parse_stages
 from harness.errors import UsageError
+from harness.plan.arrivals import Stage, arrival_times, constant_stage, parse_stages
 
 S = 1_000_000_000
 
@@ -104,7 +104,7 @@ def test_times_are_sorted_inside_the_stages_and_a_cut_changes_none(process, stag
 
 def test_blocks_do_not_show(monkeypatch):
     whole = arrival_times("gamma", constant_stage(3.0), burstiness=2.0, most=1000)
-    monkeypatch.setattr("harness.arrivals._BLOCK", 7)
+    monkeypatch.setattr("harness.plan.arrivals._BLOCK", 7)
     assert arrival_times("gamma", constant_stage(3.0), burstiness=2.0, most=1000).tolist() == whole.tolist()
 
 

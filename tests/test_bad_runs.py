@@ -25,9 +25,9 @@ from analysis.show.report import render_json, render_markdown, render_text
 from analysis.show.view import view_run
 from analysis.summary import exit_code, summarise
 from harness.errors import EXIT_SLO_MISSED, EXIT_VALID, HarnessError
-from harness.results import SCHEMA
-from harness.run import MANIFEST, Host, Replica, RunDir, Worker
-from harness.server_metrics import SCHEMA as SERVER
+from harness.record.manifest import MANIFEST, Host, Replica, RunDir, Worker
+from harness.record.results import SCHEMA
+from harness.record.server_metrics import SCHEMA as SERVER
 
 SLO = replace(SPEC, slo={"ttft": 0.2, "tpot": 0.1})
 NOT_A_NUMBER = re.compile(r"(?<![a-z])[-+]?(nan|inf|infinity)(?![a-z])", re.IGNORECASE)

@@ -22,7 +22,7 @@ from analysis.show import browse
 from analysis.show.browse import Results
 from harness.commands.results import serve
 from harness.errors import ResultsError, UsageError
-from harness.run import MANIFEST
+from harness.record.manifest import MANIFEST
 
 
 @pytest.fixture

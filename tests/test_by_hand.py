@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from run_files import SPEC, good, write_run
 
 from harness.cli.decide import price
-from harness.run import MANIFEST
+from harness.record.manifest import MANIFEST
 
 duckdb = pytest.importorskip("duckdb")
 

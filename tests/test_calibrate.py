@@ -25,8 +25,8 @@ from harness.calibration import (
     write_calibration,
 )
 from harness.errors import ResultsError, WorkerError
-from harness.run import describe_host
-from harness.run_spec import BATCH_READS_FROM
+from harness.record.manifest import describe_host
+from harness.record.run_spec import BATCH_READS_FROM
 
 NOMINAL_S = calibrate.TTFT_S + (calibrate.STREAM_TOKENS - 1) * calibrate.ITL_S
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import spool
-from harness.formats.calls import COPY, SAME, SUM, Span, calls
-from harness.formats.row import FailedCallError, Place, TraceRecord
-from harness.records import open_trace
+from harness.trace import spool
+from harness.trace.formats.calls import COPY, SAME, SUM, Span, calls
+from harness.trace.formats.record import FailedCallError, Place, TraceRecord
+from harness.trace.io import open_trace
 
 BASE_S = 1_790_000_000
 

@@ -24,9 +24,9 @@ from harness.cli.results import report
 from harness.commands.capacity import FILE
 from harness.commands.capacity_run import CapacitySession
 from harness.errors import ServerError, UsageError
-from harness.run import read_manifest
+from harness.record.manifest import read_manifest
 from harness.slo import Criterion, criteria
-from harness.sweep_state import read_state
+from harness.sweep.state import read_state
 from tests.lab import capacity as capacity_lab
 from tests.lab.processes import workload
 

@@ -18,8 +18,8 @@ from test_worker import write_plan
 
 from harness.captured import KEY_VARIABLE, CapturedWriter, read_captured
 from harness.errors import ResultsError
-from harness.results import read_results
-from harness.run_spec import DEFAULTS
+from harness.record.results import read_results
+from harness.record.run_spec import DEFAULTS
 
 KEY = bytes(range(32))
 

@@ -30,8 +30,8 @@ from harness.cli.decide import price
 from harness.commands.decide import parse_tier_price
 from harness.commands.found import find_runs
 from harness.errors import HarnessError, ResultsError, UsageError
-from harness.run import MANIFEST, Replica, RunDir
-from harness.server_metrics import SCHEMA as SERVER_SCHEMA
+from harness.record.manifest import MANIFEST, Replica, RunDir
+from harness.record.server_metrics import SCHEMA as SERVER_SCHEMA
 
 TERMS = Terms(margin=0.4, utilisation=0.3)
 TODAY = dt.date(2026, 11, 22)

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from test_prompts import byte_level, characters, merging, metaspace
 from tokenizers import AddedToken, Tokenizer
 
-from harness.build import build_plan
-from harness.chat import Chat, Made
 from harness.errors import PlanError, UsageError
-from harness.plan import PlanInfo, PlanSpec, iter_requests
-from harness.prompts import Vocabulary
-from harness.records import open_trace
-from harness.tokenizer import ChatTemplate
-from harness.traces.reuse import UnknownTokensError, plan_prompts, prompt_reuse
-from harness.traces.survey import Content
-from harness.traces.turns import Turns
+from harness.plan.build import build_plan
+from harness.plan.chat import Chat, Made
+from harness.plan.file import PlanInfo, PlanSpec, iter_requests
+from harness.plan.prompts import Vocabulary
+from harness.plan.tokenizers import ChatTemplate
+from harness.trace.io import open_trace
+from harness.trace.reuse import UnknownTokensError, plan_prompts, prompt_reuse
+from harness.trace.survey import Content
+from harness.trace.turns import Turns
 
 ANSWER = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 TEMPLATES = {

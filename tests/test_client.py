@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, FakeServer, StartServer
 
-from harness import probe
 from harness.errors import ServerError, UsageError
-from harness.headers import parse_headers
-from harness.plan import Request
-from harness.results import ERRORS, Result
-from harness.run_spec import RunSpec
+from harness.plan.file import Request
+from harness.record.results import ERRORS, Result
+from harness.record.run_spec import RunSpec
+from harness.server import probe
+from harness.server.headers import parse_headers
 from scenarios.client.client import Client
 from scenarios.client.connection import Connection
 from scenarios.client.in_flight import InFlight

@@ -15,7 +15,7 @@ from analysis.rows.read import read_run
 from analysis.summary import Summary, summarise
 from analysis.validity.cold_start import first_wave
 from analysis.validity.counters import outages
-from harness.run import Replica
+from harness.record.manifest import Replica
 
 
 def summary(path: Path, results: list[Any], **options: Any) -> Summary:

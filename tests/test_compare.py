@@ -27,7 +27,7 @@ from analysis.stats.replicates import over_pairs
 from analysis.summary import summarise
 from harness.cli.decide import compare
 from harness.errors import HarnessError, UsageError
-from harness.run import Host, RunDir, read_manifest, write_manifest
+from harness.record.manifest import Host, RunDir, read_manifest, write_manifest
 
 SLO = {"ttft": 1.0}
 

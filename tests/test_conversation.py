@@ -21,13 +21,13 @@ from test_client import HEAD, Run, Server, chunk, read_request, request
 from test_plan import VOCABULARY, build, trace_of
 from test_worker import classes, starter, write_plan  # noqa: F401 - a fixture
 
-from harness.conversation import Live, Prompt
 from harness.errors import PlanError, UsageError
-from harness.plan import iter_requests, plan_sha256, read_plan_info
-from harness.records import TraceRecord
-from harness.results import Result, read_results
-from harness.run import RunDir, read_manifest
-from harness.run_spec import RunSpec
+from harness.plan.conversation import Live, Prompt
+from harness.plan.file import iter_requests, plan_sha256, read_plan_info
+from harness.record.manifest import RunDir, read_manifest
+from harness.record.results import Result, read_results
+from harness.record.run_spec import RunSpec
+from harness.trace.io import TraceRecord
 from scenarios.client.capture import CapturingResponse
 from scenarios.client.completion import Answer
 from scenarios.dispatch import Conversations

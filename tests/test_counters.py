@@ -22,12 +22,12 @@ from run_files import SPEC, good, write_run
 from analysis.rows.read import read_run
 from analysis.summary import Summary, summarise
 from analysis.validity.counters import moved_by, shared_addresses
-from harness.access import Access
-from harness.counters import check_metrics_urls, count_after, count_before, several_processes, summed
 from harness.errors import ServerError, UsageError
-from harness.probe import parse_counters
-from harness.run import Replica, RunDir, read_manifest
-from harness.server_metrics import SCHEMA, read_server_metrics
+from harness.record.manifest import Replica, RunDir, read_manifest
+from harness.record.server_metrics import SCHEMA, read_server_metrics
+from harness.server.access import Access
+from harness.server.counters import check_metrics_urls, count_after, count_before, several_processes, summed
+from harness.server.probe import parse_counters
 
 START = "process_start_time_seconds"
 INPUT, OUTPUT = "vllm:prompt_tokens_total", "vllm:generation_tokens_total"

@@ -16,7 +16,7 @@ from analysis.capacity.fitted_engine import observe
 from analysis.rows.read import read_run
 from analysis.rows.worker_samples import Held, Seconds
 from analysis.summary import summarise
-from harness.run import Worker
+from harness.record.manifest import Worker
 
 TOKENS = 24
 

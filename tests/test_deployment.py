@@ -36,13 +36,13 @@ from cluster.deploy.replica import Failed, Look, ReplicaOwner, Started, hold_por
 from cluster.deploy.supervisor import MOST_RESTARTS, Host, Owner, Supervisor, _Restarting
 from cluster.engines.protocol import WHOLE, Command, CommandEngine, Part
 from cluster.process.process import Process
-from harness import probe
 from harness.commands import targets
 from harness.errors import ServerError, UsageError
-from harness.host_metrics import host_file, read_host_metrics
-from harness.run import Restart, RunDir, create_run_dir
-from harness.run_spec import RunSpec
-from harness.server_processor import ProcessorSecond, read_server_processor
+from harness.record.host_metrics import host_file, read_host_metrics
+from harness.record.manifest import Restart, RunDir, create_run_dir
+from harness.record.run_spec import RunSpec
+from harness.record.server_processor import ProcessorSecond, read_server_processor
+from harness.server import probe
 
 S = 1_000_000_000
 TIER = get_tier("aws-m7a.large")

@@ -18,11 +18,11 @@ from conftest import descendants, gone, harness, start_harness, wait_for
 
 from analysis.fidelity.questions import fidelity, fidelity_text
 from analysis.rows.read import read_run
-from harness.plan import read_plan_columns
-from harness.records import open_trace
-from harness.results import read_results
-from harness.run import read_manifest
-from harness.traces.shape import measure
+from harness.plan.file import read_plan_columns
+from harness.record.manifest import read_manifest
+from harness.record.results import read_results
+from harness.trace.io import open_trace
+from harness.trace.shape import measure
 
 TRACES = Path(__file__).resolve().parent.parent / "scenarios" / "traces"
 TRACE = TRACES / "azure-conv-2023.csv"

@@ -15,9 +15,9 @@ from cluster.catalogue.tiers import get_tier
 from cluster.engines.protocol import CommandEngine, Engine
 from harness.cli import cli
 from harness.errors import UsageError
-from harness.plan import plan_sha256, read_plan_info
-from harness.run import RunDir, System, Worker, new_manifest, read_manifest, write_manifest
-from harness.run_spec import RunSpec
+from harness.plan.file import plan_sha256, read_plan_info
+from harness.record.manifest import RunDir, System, Worker, new_manifest, read_manifest, write_manifest
+from harness.record.run_spec import RunSpec
 
 TIER = get_tier("aws-m7a.large")
 STUB = CommandEngine(

@@ -17,14 +17,14 @@ from analysis.fidelity.planned import on_trace_clock
 from analysis.fidelity.questions import Fidelity, fidelity, fidelity_text
 from analysis.rows.read import Run, read_run
 from analysis.validity.prefix_cache import Served, block_tokens
-from harness.build import build_plan
-from harness.plan import PlanSpec, iter_requests, plan_sha256
-from harness.prompts import Vocabulary
-from harness.records import open_trace
-from harness.results import Result
-from harness.run import Replica, RunDir, read_manifest, write_manifest
-from harness.server_metrics import SCHEMA as SERVER_SCHEMA
-from harness.traces.reuse import plan_prompts, prompt_reuse
+from harness.plan.build import build_plan
+from harness.plan.file import PlanSpec, iter_requests, plan_sha256
+from harness.plan.prompts import Vocabulary
+from harness.record.manifest import Replica, RunDir, read_manifest, write_manifest
+from harness.record.results import Result
+from harness.record.server_metrics import SCHEMA as SERVER_SCHEMA
+from harness.trace.io import open_trace
+from harness.trace.reuse import plan_prompts, prompt_reuse
 
 SAMPLES = Path(__file__).resolve().parent.parent / "scenarios" / "traces"
 VOCABULARY = Vocabulary.from_ids(range(100, 5000))

@@ -18,14 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.errors import TraceError, UsageError
-from harness.formats.asked import Asked
-from harness.formats.detect import claims
-from harness.formats.jsonl import FIELDS
-from harness.formats.values import IsoClock, epoch_ns
-from harness.records import FAILED_CALL, TraceRecord, open_trace
-from harness.source import open_source, records
-from harness.traces.anonymize import anonymize
-from harness.traces.writer import write_trace
+from harness.trace.anonymize import anonymize
+from harness.trace.formats.asked import Asked
+from harness.trace.formats.detect import claims
+from harness.trace.formats.jsonl import FIELDS
+from harness.trace.formats.values import IsoClock, epoch_ns
+from harness.trace.io import FAILED_CALL, TraceRecord, open_trace
+from harness.trace.source import open_source, records
+from harness.trace.writer import write_trace
 
 SAMPLES = Path(__file__).resolve().parent.parent / "scenarios" / "traces"
 
@@ -173,7 +173,7 @@ def test_a_json_array_of_rows_is_read_as_lines_are(tmp_path):
 
 
 def test_rows_are_sorted_beyond_what_memory_may_hold(tmp_path, monkeypatch):
-    from harness import spool
+    from harness.trace import spool
 
     rows = [{"arrival_s": (i * 7919) % 1000 / 8, "input_tokens": 1 + i, "output_tokens": 1} for i in range(1000)]
     path = write(tmp_path, lines(*rows))
@@ -495,7 +495,7 @@ def test_otel_counts_each_call_and_each_token_once():
 
 
 def test_an_export_in_one_long_line_is_one_value(tmp_path, monkeypatch):
-    from harness import source as source_module
+    from harness.trace import source as source_module
 
     spans = [json.loads(line) for line in (SAMPLES / "otel-genai-constructed.jsonl").read_text().splitlines()]
     whole = {"resourceSpans": [group for line in spans for group in line["resourceSpans"]]}
@@ -638,7 +638,7 @@ def test_access_log_variants(tmp_path):
 
 
 def test_arrivals_alone_are_refused_until_lengths_are_stated():
-    from harness.traces.distributions import draw_lengths, parse_lengths
+    from harness.trace.distributions import draw_lengths, parse_lengths
 
     path = SAMPLES / "envoy-constructed.log"
     assert "State the lengths" in problem(path)
@@ -732,7 +732,7 @@ def test_columnar_bad_files(tmp_path):
 
 
 def test_a_plan_is_not_a_trace(tmp_path):
-    from harness.plan import INFO_KEY
+    from harness.plan.file import INFO_KEY
 
     schema = pa.schema([("request_id", pa.int64())], metadata={INFO_KEY: b"{}"})
     with pa.ipc.new_file(str(tmp_path / "plan.arrow"), schema) as writer:

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from harness import source as source_module
 from harness.errors import TraceError
-from harness.formats import FORMATS
-from harness.records import open_trace
-from harness.traces.shape import measure
+from harness.trace import source as source_module
+from harness.trace.formats import FORMATS
+from harness.trace.io import open_trace
+from harness.trace.shape import measure
 
 SAMPLES = Path(__file__).resolve().parent.parent / "scenarios" / "traces"
 NAMES = [

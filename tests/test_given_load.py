@@ -15,8 +15,8 @@ from analysis.rows.read import read_run
 from analysis.show.report import render_json, render_markdown
 from analysis.show.view import view_run
 from analysis.summary import summarise
-from harness.run import Replica, RunDir, read_manifest, write_manifest
-from harness.server_metrics import SCHEMA
+from harness.record.manifest import Replica, RunDir, read_manifest, write_manifest
+from harness.record.server_metrics import SCHEMA
 
 
 def run_of(path, *, mode="open", busy=400, quiet=0, **spec):

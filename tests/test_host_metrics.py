@@ -14,9 +14,9 @@ import pytest
 from conftest import wait_for
 
 from cluster.catalogue.tiers import CATALOGUE, check_accelerators, read_tiers
-from harness import host_metrics
 from harness.errors import ResultsError, ServerError
-from harness.host_metrics import SCHEMA, Gpus, HostMetrics, busy_share, host_file, read_host_metrics
+from harness.record import host_metrics
+from harness.record.host_metrics import SCHEMA, Gpus, HostMetrics, busy_share, host_file, read_host_metrics
 
 
 def test_samples_on_the_runs_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import time
 import pytest
 from test_client import Run, Server, request
 
-from harness.results import ERRORS, Result
+from harness.record.results import ERRORS, Result
 from scenarios.client.fast_path import Template
 from scenarios.client.http1 import Response
 from scenarios.client.in_flight import InFlight

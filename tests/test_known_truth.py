@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, StartServer, descendants, gone, harness, interrupt, start_harness, wait_for
 
-from harness.results import ERRORS, read_results
+from harness.record.results import ERRORS, read_results
 
 
 def write_trace(path: Path, n: int, gap_s: float, input_tokens: int = 20, output_tokens: int = 20) -> Path:

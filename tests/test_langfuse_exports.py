@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from harness.errors import TraceError
-from harness.records import Trace, open_trace
+from harness.trace.io import Trace, open_trace
 
 Observation = Mapping[str, Any]
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from cluster.deploy.load_workers import LoadWorkers, share, worker_spec
 from harness.errors import UsageError, WorkerError
-from harness.run import RunDir, create_run_dir
-from harness.run_spec import RunSpec, WorkerSpec
+from harness.record.manifest import RunDir, create_run_dir
+from harness.record.run_spec import RunSpec, WorkerSpec
 
 # Speaks the worker protocol; extra_body says how worker 0 misbehaves.
 WORKER = """

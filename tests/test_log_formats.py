@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from harness.errors import TraceError
-from harness.records import Trace, TraceRecord, open_trace
+from harness.trace.io import Trace, TraceRecord, open_trace
 
 
 def read(tmp_path: Path, *lines: object, **options: Any) -> tuple[list[TraceRecord], Trace]:

@@ -17,7 +17,7 @@ from conftest import StartServer, harness, start_harness, wait_for
 from run_files import good
 
 from cluster.process import registry
-from harness.results import FLUSH_S, ResultWriter, read_results
+from harness.record.results import FLUSH_S, ResultWriter, read_results
 from scenarios.client import client
 
 

@@ -17,8 +17,8 @@ from analysis import metrics
 from analysis.rows.read import read_run
 from analysis.summary import exit_code, summarise
 from harness.errors import EXIT_INVALID, EXIT_SLO_MISSED, EXIT_VALID, PlanError, ResultsError, UsageError
-from harness.results import ERRORS, Result
-from harness.run import RunDir
+from harness.record.manifest import RunDir
+from harness.record.results import ERRORS, Result
 
 
 def run_of(tmp_path, results, **options):

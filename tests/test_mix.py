@@ -16,13 +16,13 @@ from analysis.capacity.crossing import Evidence
 from analysis.capacity.search_answer import mixes
 from analysis.fidelity.inputs import measured_reuse
 from analysis.rows.read import Run
-from harness.build import build_plan
 from harness.commands.capacity_plan import window_count
-from harness.plan import PlanInfo, PlanSpec, Windows
-from harness.prompts import Vocabulary
-from harness.records import open_trace
-from harness.run import RunDir
-from harness.traces.stats import LengthStats, PrefixStats, TraceStats
+from harness.plan.build import build_plan
+from harness.plan.file import PlanInfo, PlanSpec, Windows
+from harness.plan.prompts import Vocabulary
+from harness.record.manifest import RunDir
+from harness.trace.io import open_trace
+from harness.trace.stats import LengthStats, PrefixStats, TraceStats
 
 VOCABULARY = Vocabulary.from_ids(range(100, 5000))
 RATE, TURNS, THINK_S, SESSIONS = 8.0, 5, 2.0, 400

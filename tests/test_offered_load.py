@@ -17,10 +17,10 @@ from analysis.show.capacity_text import capacity_sections, sentence
 from analysis.show.report import render_json, render_markdown
 from analysis.show.view import view_run
 from analysis.summary import summarise
-from harness.plan import PlannedWindow
-from harness.run import RunDir, read_manifest, write_manifest
+from harness.plan.file import PlannedWindow
+from harness.record.manifest import RunDir, read_manifest, write_manifest
 from harness.slo import Criterion
-from harness.traces.stats import TraceStats
+from harness.trace.stats import TraceStats
 
 TURNS, EVERY_S, ANSWER_S, THINK_S = 4, 2.0, 3.0, 1.0
 """Planned: a turn each 2 s. The server takes 3 s to answer, and users think for 1 s: each turn comes 4 s after the

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import gevent
 import pytest
 
-from harness.run_spec import BATCH_READS_FROM
+from harness.record.run_spec import BATCH_READS_FROM
 from scenarios.client import pacing as pace
 from scenarios.client.pacing import MAX_INTERVAL_NS, ReadPacer
 from scenarios.client.reader import Reader

@@ -35,8 +35,8 @@ from analysis.show.tradeoff import interactivity, per_accelerator, tradeoff_char
 from analysis.show.view import RunView, view_run
 from analysis.summary import summarise
 from harness.errors import ResultsError
-from harness.run import Replica, RunDir, read_manifest, write_manifest
-from harness.server_metrics import SCHEMA as SERVER
+from harness.record.manifest import Replica, RunDir, read_manifest, write_manifest
+from harness.record.server_metrics import SCHEMA as SERVER
 
 EVIL = (
     "<script>window.hacked=1</script></script><img src=x onerror=window.hacked=1>\"' onmouseover='window.hacked=1' "

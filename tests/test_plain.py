@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_response import CHUNKED, DONE, END, chunk, delta, listed, text, usage
 
-from harness.results import Result
+from harness.record.results import Result
 from scenarios.client import reader as reading
 from scenarios.client.completion import Answer
 from scenarios.client.connection import Connection

@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from harness import batches
-from harness import build as build_module
-from harness.arrivals import arrival_times, constant_stage, parse_stages
-from harness.build import build_plan
 from harness.cli import main
 from harness.errors import PlanError, TraceError, UsageError
-from harness.plan import (
+from harness.plan import batches
+from harness.plan import build as build_module
+from harness.plan.arrivals import arrival_times, constant_stage, parse_stages
+from harness.plan.build import build_plan
+from harness.plan.file import (
     INFO_KEY,
     SCHEMA,
     PlanInfo,
@@ -31,8 +31,8 @@ from harness.plan import (
     read_plan_columns,
     read_plan_info,
 )
-from harness.prompts import Vocabulary
-from harness.records import Trace, open_trace
+from harness.plan.prompts import Vocabulary
+from harness.trace.io import Trace, open_trace
 
 SAMPLES = Path(__file__).resolve().parent.parent / "scenarios" / "traces"
 VOCABULARY = Vocabulary.from_ids(range(100, 5000))

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 from conftest import StartServer
 
-from harness import probe
-from harness.access import normalise_base_url
 from harness.errors import ServerError, UsageError
+from harness.server import probe
+from harness.server.access import normalise_base_url
 
 TEXT = """# HELP vllm:prompt_tokens_total Number of prefill tokens processed.
 # TYPE vllm:prompt_tokens_total counter

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from harness.errors import PlanError
-from harness.prompts import MIN_IDS, Vocabulary
+from harness.plan.prompts import MIN_IDS, Vocabulary
 
 
 def words(n: int) -> list[str]:

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from test_worker import write_plan
 
-from harness import probe, question, warmup
-from harness.access import Access, normalise_base_url
-from harness.counters import check_metrics_urls, count_before
 from harness.errors import ServerError, UsageError
-from harness.run import Replica
+from harness.record.manifest import Replica
+from harness.server import probe, question, warmup
+from harness.server.access import Access, normalise_base_url
+from harness.server.counters import check_metrics_urls, count_before
 
 OK = b"HTTP/1.1 200 OK\r\n"
 Talk = Callable[[socket.socket], None]

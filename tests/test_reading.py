@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import TraceError, UsageError
-from harness.traces.reading import open_asked
+from harness.trace.reading import open_asked
 
 SAMPLES = Path(__file__).resolve().parent.parent / "scenarios" / "traces"
 

@@ -21,10 +21,10 @@ from analysis.show.report import render_json, render_markdown, render_text
 from analysis.show.view import view_run
 from analysis.summary import Summary, summarise
 from harness.cli.trace import trace as verbs
-from harness.records import open_trace
-from harness.run import Replica
-from harness.traces.stats import RecordedCache, TraceStats
-from harness.traces.survey import survey
+from harness.record.manifest import Replica
+from harness.trace.io import open_trace
+from harness.trace.stats import RecordedCache, TraceStats
+from harness.trace.survey import survey
 
 ROWS = [(1000, 600), (20, None), (500, 0), (300, 300), (None, 64)]
 """Input and cached tokens: 900 of 1,800 on the three rows that say both."""

@@ -13,12 +13,12 @@ from conftest import trace_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import source as source_module
 from harness.errors import TraceError, UsageError
-from harness.formats import FORMATS
-from harness.formats.azure import Azure
-from harness.formats.row import Place
-from harness.records import FAILED_CALL, TraceRecord, open_trace
+from harness.trace import source as source_module
+from harness.trace.formats import FORMATS
+from harness.trace.formats.azure import Azure
+from harness.trace.formats.record import Place
+from harness.trace.io import FAILED_CALL, TraceRecord, open_trace
 
 SAMPLES = Path(__file__).resolve().parent.parent / "scenarios" / "traces"
 AZURE = b"TIMESTAMP,ContextTokens,GeneratedTokens\r\n"

@@ -15,7 +15,7 @@ from analysis.stats.autocorrelation import Z
 from analysis.stats.intervals import distribution, share
 from analysis.stats.relaxation import ClosedLoop, Relaxation, bursts_seen, integrated_time, relaxation_s
 from analysis.summary import summarise
-from harness.results import Result
+from harness.record.results import Result
 from tests.lab import closed
 from tests.lab.intervals import Cell, held, known_truths, long_run, one_run, queue_and_figures
 from tests.lab.longer import followed

@@ -15,8 +15,8 @@ from analysis.rows.read import read_run
 from analysis.stats.intervals import Quantity
 from analysis.stats.replicates import over_repeats
 from analysis.summary import summarise
-from harness.run import RunDir, read_manifest, write_manifest
-from harness.traces.stats import arrival_stats
+from harness.record.manifest import RunDir, read_manifest, write_manifest
+from harness.trace.stats import arrival_stats
 from tests.lab import repeats as study
 
 T2 = 4.303

@@ -16,8 +16,8 @@ import psutil
 import pytest
 from conftest import ROOT, descendants, wait_for
 
-from harness.results import read_results
-from harness.run import read_manifest
+from harness.record.manifest import read_manifest
+from harness.record.results import read_results
 
 pytestmark = [
     pytest.mark.ray,

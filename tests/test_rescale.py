@@ -11,14 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from harness.build import build_plan
 from harness.errors import PlanError, UsageError
-from harness.plan import PlanInfo, PlanSpec, iter_requests, plan_sha256, read_plan_info
-from harness.prompts import Vocabulary
-from harness.records import open_trace
-from harness.traces import stats as stats_module
-from harness.traces.rescale import MOST_SHIFT_NS, parse_growth, spread
-from harness.traces.stats import arrival_stats, counts_between, length_stats
+from harness.plan.build import build_plan
+from harness.plan.file import PlanInfo, PlanSpec, iter_requests, plan_sha256, read_plan_info
+from harness.plan.prompts import Vocabulary
+from harness.trace import stats as stats_module
+from harness.trace.io import open_trace
+from harness.trace.rescale import MOST_SHIFT_NS, parse_growth, spread
+from harness.trace.stats import arrival_stats, counts_between, length_stats
 
 SAMPLES = Path(__file__).resolve().parent.parent / "scenarios" / "traces"
 VOCABULARY = Vocabulary.from_ids(range(100, 5000))
@@ -219,7 +219,7 @@ def test_turns_of_copies_wait_for_their_own(tmp_path):
 
 
 def test_a_trace_that_shrinks_while_it_is_laid_over_itself(tmp_path, monkeypatch):
-    from harness import build as build_module
+    from harness.plan import build as build_module
 
     rows = rows_at(poisson(50))
     trace = write(tmp_path / "t.jsonl", rows)

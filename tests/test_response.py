@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.results import ERRORS
+from harness.record.results import ERRORS
 from scenarios.client.http1 import EVENT_LIMIT, Response
 from scenarios.client.outcome import Outcome, clean
 

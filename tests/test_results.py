@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.errors import ResultsError
-from harness.results import SCHEMA, Result, ResultWriter, iter_results, read_results
+from harness.record.results import SCHEMA, Result, ResultWriter, iter_results, read_results
 
 
 def rows(n: int, start: int = 0) -> list[Result]:
@@ -54,7 +54,7 @@ def test_what_was_flushed_survives_sigkill(tmp_path: Path) -> None:
     path = tmp_path / "results-0.arrows"
     code = f"""
 import time, pathlib
-from harness.results import Result, ResultWriter
+from harness.record.results import Result, ResultWriter
 w = ResultWriter(pathlib.Path({str(path)!r}), 0)
 for b in range(4):
     for i in range(100):

@@ -13,8 +13,8 @@ import pytest
 from cluster.deploy.load_workers import worker_spec
 from harness.cli import runs
 from harness.cli.verb import Verb
-from harness.run import RunDir
-from harness.run_spec import DEFAULTS, RunSpec, WorkerSpec
+from harness.record.manifest import RunDir
+from harness.record.run_spec import DEFAULTS, RunSpec, WorkerSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCUST = """
@@ -63,7 +63,7 @@ def test_a_worker_does_what_its_run_was_asked(tmp_path: Path) -> None:
 
 
 def test_the_spec_costs_no_import() -> None:
-    code = "import sys, harness.run_spec; print(*sys.modules)"
+    code = "import sys, harness.record.run_spec; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
     )

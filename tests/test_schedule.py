@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from test_worker import classes, starter, write_plan  # noqa: F401 - a fixture
 
 from harness.cli import main
-from harness.plan import iter_requests
-from harness.results import read_results
-from harness.run import RunDir, read_manifest
+from harness.plan.file import iter_requests
+from harness.record.manifest import RunDir, read_manifest
+from harness.record.results import read_results
 from scenarios.dispatch import slot_starts
 from scenarios.schedule import Planned, Schedule
 

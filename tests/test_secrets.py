@@ -13,9 +13,9 @@ import pytest
 from conftest import harness
 
 from harness.errors import UsageError
-from harness.headers import from_environment, parse_header_env, parse_headers
-from harness.results import read_results
-from harness.run import create_run_dir
+from harness.record.manifest import create_run_dir
+from harness.record.results import read_results
+from harness.server.headers import from_environment, parse_header_env, parse_headers
 from scenarios.client.outcome import clean
 
 VALUE = "tenant-7-very-secret"

@@ -9,9 +9,9 @@ from conftest import StartServer, harness
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.plan import plan_sha256, read_plan_columns, read_plan_info
-from harness.seeds import drawn_seed, load_seed, with_load
-from harness.sweep import Loads, SweepSpec, make_points, seeded
+from harness.plan.file import plan_sha256, read_plan_columns, read_plan_info
+from harness.plan.seeds import drawn_seed, load_seed, with_load
+from harness.sweep.spec import Loads, SweepSpec, make_points, seeded
 
 LENGTHS = Path(__file__).resolve().parent.parent / "scenarios" / "traces" / "azure-conv-2023.csv"
 DRAWN = ("--arrivals", "gamma", "--burstiness", "0.5", "--rate", "9", "--cancel", "20%@2s", "--limit", "40")

@@ -10,11 +10,11 @@ from click.testing import CliRunner, Result
 
 from harness.cli.trace import trace as verbs
 from harness.errors import TraceError, UsageError
-from harness.formats.row import TraceRecord
-from harness.plan import PlanSpec
-from harness.records import open_trace
-from harness.selection import parse_where, unmatched
-from harness.traces.survey import survey
+from harness.plan.file import PlanSpec
+from harness.trace.formats.record import TraceRecord
+from harness.trace.io import open_trace
+from harness.trace.selection import parse_where, unmatched
+from harness.trace.survey import survey
 
 ROWS = [("llama-3-8b", 10, 1), ("llama-3-70b", 20, 2), ("gpt-4o", 300, 30), ("llama-3-8b", 40, 4), (None, 5, 5)]
 
@@ -92,8 +92,8 @@ def test_a_converted_trace_keeps_its_models(mixed, tmp_path):
 
 
 def plan_notes(path: Path, *where: str) -> list[str]:
-    from harness.build import build_plan
-    from harness.prompts import Vocabulary
+    from harness.plan.build import build_plan
+    from harness.plan.prompts import Vocabulary
 
     trace = open_trace(path, where=parse_where(where))
     out = path.with_name(f"{len(where)}.arrow")

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 from conftest import StartServer, wait_for
 
-from harness.server_metrics import GAUGES, SCHEMA, ServerMetrics, read_gauges, read_server_metrics
+from harness.record.server_metrics import GAUGES, SCHEMA, ServerMetrics, read_gauges, read_server_metrics
 
 TEXT = """# TYPE vllm:num_requests_running gauge
 vllm:num_requests_running{engine="0"} 3.0

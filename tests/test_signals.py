@@ -21,8 +21,8 @@ from typing import IO
 import pytest
 from conftest import ROOT, StartServer, descendants, processes_of, wait_for
 
-from harness.results import read_results
-from harness.run import RunDir, RunManifest, read_manifest
+from harness.record.manifest import RunDir, RunManifest, read_manifest
+from harness.record.results import read_results
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 HANG_S = 120.0

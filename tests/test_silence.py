@@ -14,14 +14,14 @@ from test_client import Run, Server, request
 from test_question import OK, server
 
 from cluster.deploy.load_workers import LoadWorkers, _Progress, _State
-from harness import probe
-from harness.access import Access, Patience
 from harness.commands.steps import StopRequest, watch
 from harness.commands.targets import Servers
 from harness.errors import ServerError
 from harness.progress import LoadProgress
-from harness.run import RunDir
-from harness.silence import ASK_AFTER_S, ASK_AGAIN_S, SILENT_S, Silence
+from harness.record.manifest import RunDir
+from harness.server import probe
+from harness.server.access import Access, Patience
+from harness.server.silence import ASK_AFTER_S, ASK_AGAIN_S, SILENT_S, Silence
 from scenarios.payload import prepare
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.formats.row import TraceRecord, is_whole_prompt
-from harness.formats.usage import Usage, usage_of
-from harness.records import Trace, open_trace
+from harness.trace.formats.record import TraceRecord, is_whole_prompt
+from harness.trace.formats.usage import Usage, usage_of
+from harness.trace.io import Trace, open_trace
 
 USER = {"role": "user", "content": "Name three rivers of France, please."}
 SYSTEM = {"role": "system", "content": "You are brief."}

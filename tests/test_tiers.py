@@ -19,7 +19,7 @@ from cluster.catalogue.tiers import (
     read_tiers,
 )
 from harness.errors import UsageError
-from harness.run import Ownership
+from harness.record.manifest import Ownership
 
 GOOD = """
 ["my.box"]

@@ -15,8 +15,8 @@ from test_prompts import byte_level, corpus, words
 from tokenizers import Tokenizer
 
 from harness.errors import PlanError
-from harness.prompts import Vocabulary
-from harness.tokenizer import load_tokenizer
+from harness.plan.prompts import Vocabulary
+from harness.plan.tokenizers import load_tokenizer
 
 
 def vocab_and_merges(folder: Path) -> None:

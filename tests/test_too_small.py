@@ -15,7 +15,7 @@ from analysis.summary import Summary, exit_code, summarise
 from harness.commands.found import refused_exit
 from harness.commands.reports import exit_of
 from harness.errors import EXIT_INVALID, EXIT_NOT_DECIDED, EXIT_VALID
-from harness.run_spec import RunSpec
+from harness.record.run_spec import RunSpec
 from tests.conftest import StartServer, harness
 from tests.run_files import SPEC, bad, good, write_run
 

@@ -23,16 +23,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from harness.cli.trace import trace as verbs
 from harness.errors import HarnessError, TraceError, UsageError
-from harness.records import TraceRecord, open_trace
-from harness.tokenizer import load_tokenizer
-from harness.traces import prefix as prefix_module
-from harness.traces.anonymize import anonymize, count_tokens
-from harness.traces.distributions import parse_arrivals, parse_lengths
-from harness.traces.reshape import Sample, sample
-from harness.traces.shape import measure
-from harness.traces.shape_text import described
-from harness.traces.synth import read_servegen, synthesize
-from harness.traces.writer import write_trace
+from harness.plan.tokenizers import load_tokenizer
+from harness.trace import prefix as prefix_module
+from harness.trace.anonymize import anonymize, count_tokens
+from harness.trace.distributions import parse_arrivals, parse_lengths
+from harness.trace.io import TraceRecord, open_trace
+from harness.trace.reshape import Sample, sample
+from harness.trace.shape import measure
+from harness.trace.shape_text import described
+from harness.trace.synth import read_servegen, synthesize
+from harness.trace.writer import write_trace
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "scenarios" / "traces"

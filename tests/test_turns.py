@@ -10,14 +10,14 @@ from conftest import trace_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.build import build_plan
-from harness.plan import PlanInfo, PlanSpec, Request, iter_requests
-from harness.prompts import Vocabulary
-from harness.records import open_trace
-from harness.traces.ideal import IdealReuse
-from harness.traces.reuse import plan_prompts, prompt_reuse
-from harness.traces.shape import measure
-from harness.traces.turns import BLOCK_TOKENS
+from harness.plan.build import build_plan
+from harness.plan.file import PlanInfo, PlanSpec, Request, iter_requests
+from harness.plan.prompts import Vocabulary
+from harness.trace.ideal import IdealReuse
+from harness.trace.io import open_trace
+from harness.trace.reuse import plan_prompts, prompt_reuse
+from harness.trace.shape import measure
+from harness.trace.turns import BLOCK_TOKENS
 
 VOCABULARY = Vocabulary.from_ids(range(100, 5000))
 

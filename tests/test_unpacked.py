@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from harness.errors import TraceError
-from harness.formats import columnar, unpacked
-from harness.formats.parquet_pages import group_pages
-from harness.records import open_trace
-from harness.source import open_source
+from harness.trace.formats import columnar, unpacked
+from harness.trace.formats.parquet_pages import group_pages
+from harness.trace.io import open_trace
+from harness.trace.source import open_source
 
 Kind = Literal["file", "stream"]
 KINDS: tuple[Kind, ...] = ("file", "stream")
@@ -27,7 +27,7 @@ READ = """
 import resource, sys
 import pyarrow.compute, pyarrow.parquet
 from harness.errors import HarnessError
-from harness.records import open_trace
+from harness.trace.io import open_trace
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 rows, said = 0, ""
 try:

@@ -14,10 +14,10 @@ from analysis import metrics
 from analysis.rows import read as load
 from analysis.rows.read import read_run
 from analysis.summary import summarise
-from harness.answers import Prompt
-from harness.results import ERRORS, Result
-from harness.run import Host, Replica, Restart, RunDir, Worker, read_manifest, write_manifest
-from harness.traces.stats import TraceStats
+from harness.record.answers import Prompt
+from harness.record.manifest import Host, Replica, Restart, RunDir, Worker, read_manifest, write_manifest
+from harness.record.results import ERRORS, Result
+from harness.trace.stats import TraceStats
 
 REPLICA = Replica(index=0, base_url="http://127.0.0.1:1/v1")
 CLOSED = replace(SPEC, mode="closed", concurrency=8)

@@ -50,7 +50,7 @@ from cluster.engines.vllm import (
 )
 from cluster.engines.vllm_log import state
 from harness.errors import UsageError
-from harness.run import Tier
+from harness.record.manifest import Tier
 
 TIERS = read_tiers(CATALOGUE)
 GIB = 2**30

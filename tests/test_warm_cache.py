@@ -16,7 +16,7 @@ from analysis.rows.read import read_run
 from analysis.summary import Summary, summarise
 from harness.commands.seen import note_sent, seen_before
 from harness.paths import state_dir
-from harness.run import RunDir, read_manifest, write_manifest
+from harness.record.manifest import RunDir, read_manifest, write_manifest
 
 N, TOKENS = 40, 64
 

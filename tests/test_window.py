@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from test_worker import Worker, classes, run_patched, write_plan
 
 from harness.errors import PlanError
-from harness.observations import SCHEMA, read_observations
-from harness.run_spec import RunSpec
+from harness.record.run_spec import RunSpec
+from harness.record.worker_samples import SCHEMA, read_observations
 from scenarios import schedule as schedules
 from scenarios.plan_reader import Window
 from scenarios.schedule import Planned, Schedule

@@ -14,12 +14,12 @@ import pytest
 from analysis.fidelity.inputs import Fidelity, Plan
 from analysis.fidelity.planned import planned_against_source
 from analysis.fidelity.windowed import mean_lengths, rate_and_shape
-from harness.build import asked_plan, build_plan
 from harness.errors import UsageError
-from harness.plan import PlanInfo, PlanSpec, Windows, iter_requests, read_plan_columns, read_plan_info
-from harness.prompts import Vocabulary
-from harness.records import open_trace
-from harness.traces.stats import PartMeans
+from harness.plan.build import asked_plan, build_plan
+from harness.plan.file import PlanInfo, PlanSpec, Windows, iter_requests, read_plan_columns, read_plan_info
+from harness.plan.prompts import Vocabulary
+from harness.trace.io import open_trace
+from harness.trace.stats import PartMeans
 
 VOCABULARY = Vocabulary.from_ids(range(100, 5000))
 ROWS = 2000

@@ -16,8 +16,8 @@ from analysis.capacity.search import Worked
 from analysis.fidelity.inputs import measured_reuse
 from analysis.rows.read import Rows, Run
 from analysis.steady import only_grew
-from harness.plan import read_plan_columns
-from harness.run import RunDir
+from harness.plan.file import read_plan_columns
+from harness.record.manifest import RunDir
 from harness.slo import Criterion
 
 PLANNED = ["phase", "scheduled_ns", "after", "input_tokens", "output_tokens"]

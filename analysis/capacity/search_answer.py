@@ -18,10 +18,10 @@ from analysis.capacity.sweep import Capacity
 from analysis.fidelity.inputs import POINTS_BOUND
 from analysis.stats.intervals import Quantity
 from analysis.summary import Summary
-from harness.run import MOST_BYTES
+from harness.record.manifest import MOST_BYTES
 from harness.slo import Criterion
 from harness.store.sweeps import ANSWER as FILE
-from harness.traces.stats import TraceStats
+from harness.trace.stats import TraceStats
 from harness.untrusted import DECODE_ERRORS, read_regular
 
 MIX_BOUND = 0.05

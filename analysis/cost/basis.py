@@ -8,7 +8,7 @@ from datetime import date
 
 from analysis.price_age import is_old
 from harness.errors import UsageError
-from harness.run import Tier
+from harness.record.manifest import Tier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

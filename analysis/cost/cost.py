@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from analysis.cost.split import Split, TokenMix, by_ratio, not_identifiable
 from analysis.stats.intervals import MIN_SAMPLES, Quantity
 from harness.errors import UsageError
-from harness.run import Tier
+from harness.record.manifest import Tier
 
 OUTPUT_ONLY = "output (which carry the whole bill)"
 DEFAULT_RATIO = 4.0

@@ -22,10 +22,10 @@ from analysis.fidelity.inputs import (
     not_comparable,
     number,
 )
-from harness.plan import PlanInfo
-from harness.traces.rescale import MOST_SHIFT, longest_shift_ns
-from harness.traces.reuse import Reuse
-from harness.traces.stats import (
+from harness.plan.file import PlanInfo
+from harness.trace.rescale import MOST_SHIFT, longest_shift_ns
+from harness.trace.reuse import Reuse
+from harness.trace.stats import (
     WINDOWS_S,
     ArrivalStats,
     LengthStats,

@@ -23,8 +23,8 @@ from analysis.fidelity.inputs import (
 )
 from analysis.rows.read import Rows
 from analysis.validity.prefix_cache import Served
-from harness.traces.reuse import Reuse
-from harness.traces.stats import WINDOWS_S, dispersion
+from harness.trace.reuse import Reuse
+from harness.trace.stats import WINDOWS_S, dispersion
 
 MOVED_BOUNDS = {1: 0.05, 10: 0.02, 60: 0.01}
 """Window, s -> share of requests that may go out in another one than planned."""

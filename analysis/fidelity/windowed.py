@@ -1,6 +1,6 @@
 """Planned against source where the plan is several windows of the trace: is it like the whole, up to chance?
 
-A window's rows and gaps are the trace's by construction (`harness.traces.windows`), so what can differ is the mix: one
+A window's rows and gaps are the trace's by construction (`harness.trace.windows`), so what can differ is the mix: one
 short plan has another mean length than its trace by chance alone. Means may be off by `MEAN_BOUND`, or by two standard
 errors where that is more, taken from single requests or from the means of the windows, whichever says more: neighbours
 are alike. Shares and rates likewise, with the trace's own index of dispersion D as what a burst does to chance.
@@ -14,8 +14,8 @@ import numpy as np
 
 from analysis.arrays import Floats, Ints
 from analysis.fidelity.inputs import EXACT, LENGTH_BOUND, POINTS_BOUND, Fidelity, not_comparable, number
-from harness.plan import PlanInfo
-from harness.traces.stats import FEWEST_WINDOWS, WINDOWS_S, ArrivalStats, LengthStats, arrival_stats
+from harness.plan.file import PlanInfo
+from harness.trace.stats import FEWEST_WINDOWS, WINDOWS_S, ArrivalStats, LengthStats, arrival_stats
 
 MEAN_BOUND = 0.05
 ERRORS = 2.0

@@ -26,7 +26,7 @@ from analysis.pricing.operating_point import Quote, quote
 from analysis.pricing.terms import Structure, Terms, UnitPrices, bill_parts, from_split, times, unit_prices
 from analysis.stats.intervals import Quantity, scaled
 from analysis.summary import Summary
-from harness.run import Tier
+from harness.record.manifest import Tier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

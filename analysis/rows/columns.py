@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 
 from analysis.arrays import Bools, Floats, Ints
 from harness.errors import ResultsError
-from harness.plan import iter_plan_columns
-from harness.results import SCHEMA, iter_results
+from harness.plan.file import iter_plan_columns
+from harness.record.results import SCHEMA, iter_results
 from harness.untrusted import open_arrow
 
 PART_CHUNKS = 200_000

@@ -42,8 +42,8 @@ from analysis.rows.run import Run as Run
 from analysis.rows.run import Turns, columns_of, load_kind, own_times, read_again
 from analysis.rows.worker_samples import Held, read_seconds
 from harness.errors import ResultsError, listed
-from harness.plan import plan_sha256
-from harness.run import RunDir, RunManifest, read_manifest
+from harness.plan.file import plan_sha256
+from harness.record.manifest import RunDir, RunManifest, read_manifest
 
 NS = 1e9
 EARLY_NS = 1_000_000

@@ -15,10 +15,10 @@ from analysis.arrays import Bools, Floats, Ints
 from analysis.rows.columns import Table, chunk_arrays, read_parts
 from analysis.rows.worker_samples import Seconds
 from harness.errors import ResultsError
-from harness.plan import PlanInfo
-from harness.results import SCHEMA
-from harness.run import RunManifest
-from harness.run_spec import RunSpec
+from harness.plan.file import PlanInfo
+from harness.record.manifest import RunManifest
+from harness.record.results import SCHEMA
+from harness.record.run_spec import RunSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,8 @@ import pyarrow as pa
 from analysis.arrays import Bools, Floats, Ints
 from analysis.rows.columns import floats
 from harness.errors import ResultsError
-from harness.observations import SCHEMA, read_observations
-from harness.run import RunDir, Worker
+from harness.record.manifest import RunDir, Worker
+from harness.record.worker_samples import SCHEMA, read_observations
 
 
 class Held:

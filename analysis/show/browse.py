@@ -22,7 +22,7 @@ from analysis.show.page import policy, render, render_page
 from analysis.show.view import RunView, view_run
 from analysis.summary import Summary, summarise
 from harness.errors import HarnessError, ResultsError, UsageError, sentence
-from harness.run import MANIFEST, RunManifest, read_manifest
+from harness.record.manifest import MANIFEST, RunManifest, read_manifest
 
 DEPTH = 4
 """Levels of folders that are looked through; a sweep's runs lie one below it."""

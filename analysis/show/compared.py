@@ -17,7 +17,7 @@ from analysis.show.tradeoff import tradeoff_charts
 from analysis.show.view import RunView
 from analysis.show.winner import cheapest
 from analysis.summary import DEFAULT_ATTAIN, Summary
-from harness.seeds import load_seed
+from harness.plan.seeds import load_seed
 
 COLORS = 8
 UNLIKE = ("trace", "SLO", "seed", "evidence", "loop")

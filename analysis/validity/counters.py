@@ -20,10 +20,10 @@ import numpy as np
 from analysis.arrays import Bools, Floats
 from analysis.check import Check, check, limit
 from analysis.rows.read import Rows, Run
-from harness.counters import several_processes
 from harness.errors import listed
-from harness.run import Replica, RunDir
-from harness.server_metrics import read_server_metrics, samples_of_no_number
+from harness.record.manifest import Replica, RunDir
+from harness.record.server_metrics import read_server_metrics, samples_of_no_number
+from harness.server.counters import several_processes
 from harness.terminal import printable
 
 LEAST = 3

@@ -1,8 +1,8 @@
 """Did the servers have a processor whenever they wanted one? A server beside other work is slow, and so dear, for it.
 
-What their threads waited, by the kernel's own count (`harness.server_processor`), over what they ran. Of threads with
-work: those that only wake up now and then wait many times what they run, on an idle machine too, and slow nothing.
-The engine's own threads make each other wait as well, which is no fault of the measurement: `OWN_WAIT`.
+What their threads waited, by the kernel's own count (`harness.record.server_processor`), over what they ran. Of
+threads with work: those that only wake up now and then wait many times what they run, on an idle machine too, and slow
+nothing. The engine's own threads make each other wait as well, which is no fault of the measurement: `OWN_WAIT`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from analysis.metrics import Window
 from analysis.rows.columns import floats
 from analysis.rows.read import Run
 from harness.errors import ResultsError
-from harness.run import Replica, RunDir
-from harness.server_processor import read_server_processor
+from harness.record.manifest import Replica, RunDir
+from harness.record.server_processor import read_server_processor
 
 NS = 1e9
 OWN_WAIT = 0.07

@@ -1,4 +1,4 @@
-"""Can the servers' own token counts be true? Usage against the text of a sample of answers (`harness.answers`).
+"""Can the servers' own token counts be true? Usage against the text of a sample of answers (`harness.record.answers`).
 
 One rule: usage less the reasoning it declares is compared with the visible text. What is declared as reasoning is paid
 for whether it was streamed or not. The text is counted, in this order, by token ids that came with it, by the model's
@@ -21,7 +21,7 @@ import numpy as np
 from analysis.check import Check, check, limit
 from analysis.rows.read import Run
 from analysis.validity.lengths import TEMPLATE_TOKENS
-from harness.answers import Counted, Prompt, Text
+from harness.record.answers import Counted, Prompt, Text
 
 TOLERANCE = 0.1
 """Share of a text's tokens by which usage and text may differ,"""

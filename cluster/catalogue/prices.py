@@ -20,7 +20,7 @@ from cluster.catalogue.tiers import CATALOGUE, read_tiers
 from harness import aws
 from harness.aws import AwsError
 from harness.errors import HarnessError, UsageError, unknown_name
-from harness.run import Tier
+from harness.record.manifest import Tier
 
 PRICE_LIST_REGION = "us-east-1"
 """One of the few regions that serve the Price List API; every one of them knows the prices of all regions."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from cluster.catalogue.toml_files import own_catalogue, read_catalogue
 from harness.errors import HarnessError, ServerError, UsageError, unknown_name
-from harness.run import Ownership, Tier
+from harness.record.manifest import Ownership, Tier
 
 if TYPE_CHECKING:
     from tomlkit import TOMLDocument
@@ -134,7 +134,7 @@ def check_accelerators(tier: Tier) -> None:
     wanted = tier.accelerator_memory_gib
     if not tier.accelerator_count or wanted is None:
         return
-    from harness.host_metrics import Gpus  # Arrow: not for tiers without accelerators
+    from harness.record.host_metrics import Gpus  # Arrow: not for tiers without accelerators
 
     gpus = Gpus()
     found = gpus.memory_gib()

@@ -28,7 +28,7 @@ from cluster.catalogue.models import Model, model_config
 from cluster.process.process import Process, describe_exit
 from harness.errors import ServerError
 from harness.paths import cache_dir
-from harness.run import now_utc
+from harness.record.manifest import now_utc
 
 MANIFEST = "harness-weights.json"
 CONVERTER = "1"

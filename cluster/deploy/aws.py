@@ -13,7 +13,7 @@ from cluster.deploy.rent import Cluster, Role, first_boot
 from harness import aws
 from harness.aws import AwsError, explained
 from harness.errors import HarnessError
-from harness.run import Tier
+from harness.record.manifest import Tier
 
 client = cache(aws.client)
 """To make one costs more than a question."""

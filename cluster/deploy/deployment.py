@@ -37,10 +37,10 @@ from cluster.engines.protocol import WHOLE, Engine, Part, State
 from cluster.engines.vllm import VllmEngine
 from cluster.process.process import GRACE_S, Process
 from cluster.process.reservations import reservations
-from harness import probe
 from harness.errors import ServerError, UsageError
-from harness.host_metrics import HostMetrics, host_file
-from harness.run import OnReplicaDeath, Replica, Restart, RunDir, Tier
+from harness.record.host_metrics import HostMetrics, host_file
+from harness.record.manifest import OnReplicaDeath, Replica, Restart, RunDir, Tier
+from harness.server import probe
 
 import ray  # isort: skip  # after cluster.deploy.ray_session, which sets what Ray reads when it is imported
 from ray.exceptions import RayError  # isort: skip

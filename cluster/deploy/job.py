@@ -16,7 +16,7 @@ import msgspec
 
 from cluster.process.process import GRACE_S, Process
 from harness.errors import WorkerError
-from harness.run_spec import WorkerSpec
+from harness.record.run_spec import WorkerSpec
 
 READS = ("plan", "tls_ca")
 """Fields of a worker's spec that name files it reads."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from harness.run import Tier
+from harness.record.manifest import Tier
 
 ACTOR_CPUS = 0.01
 """What an actor asks Ray for: the real work happens in its process, and one core has to hold server and load actors."""

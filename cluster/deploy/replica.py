@@ -22,10 +22,10 @@ from cluster.engines.protocol import WHOLE, Engine, Part, State
 from cluster.process.guard import descendants
 from cluster.process.process import GRACE_S, NO_SECRETS, PortTakenError, Process, describe_exit, wait_ready
 from cluster.process.registry import work_folder
-from harness import probe
-from harness.access import page_beside
 from harness.errors import HarnessError, ServerError
-from harness.server_processor import ProcessorSecond
+from harness.record.server_processor import ProcessorSecond
+from harness.server import probe
+from harness.server.access import page_beside
 
 T = TypeVar("T")
 

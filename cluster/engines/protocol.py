@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from cluster.process.process import Cause
-from harness.run import Evidence, Tier
+from harness.record.manifest import Evidence, Tier
 
 State = Literal["queued", "starting", "loading", "compiling", "ready"]
 """What a replica goes through, in this order; a kind of server may skip some."""

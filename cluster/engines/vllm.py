@@ -17,7 +17,7 @@ from cluster.engines import vllm_log
 from cluster.engines.protocol import WHOLE, Command, Part, State
 from cluster.process.process import Cause
 from harness.errors import UsageError
-from harness.run import Evidence, Tier
+from harness.record.manifest import Evidence, Tier
 
 KEEP_ALIVE_S = 900
 """vLLM closes idle connections after 5 s by default; a client that reuses one then sees resets that are no fault."""

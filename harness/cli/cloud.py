@@ -162,7 +162,7 @@ def down(name: str | None, tier: str | None) -> int:
 
 def _my_address() -> str:
     """The address of this machine as AWS sees it, as a CIDR of one. Raises `UsageError` when that cannot be learned."""
-    from harness.question import ask
+    from harness.server.question import ask
 
     try:
         answer = ask(MY_ADDRESS, headers={}, deadline_s=5.0, most_bytes=100)

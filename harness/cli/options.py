@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from harness.cli.types import CANCEL, COLUMNS, DURATION, GROWTH, JSON_OBJECT, POSITIVE, SHARE, SLO, STAGES, WARMUP
 from harness.errors import UsageError
-from harness.run_spec import DEFAULTS, Balance, OutputLengths
+from harness.record.run_spec import DEFAULTS, Balance, OutputLengths
 
 EXIT_STATUS = """\b
 Exit status:

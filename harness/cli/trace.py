@@ -1,4 +1,4 @@
-"""The ``harness trace`` verbs: inspect, convert, sample, synth, anonymize. `harness.traces.verbs` does the work."""
+"""The ``harness trace`` verbs: inspect, convert, sample, synth, anonymize. `harness.trace.verbs` does the work."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def inspect(**options: Any) -> int:
     """Say what a trace is: format, rows, its clock and prefix blocks and what shows them, rate over time, bursts, token
     lengths, sessions, prefix reuse.
     """
-    from harness.traces import verbs
+    from harness.trace import verbs
 
     return verbs.inspect(**options)
 
@@ -95,7 +95,7 @@ def convert(**options: Any) -> int:
     --input-tokens and --output-tokens are for logs that have arrivals only; with --tokenizer the lengths of text are
     counted and written beside it.
     """
-    from harness.traces import verbs
+    from harness.trace import verbs
 
     return verbs.convert(**options)
 
@@ -117,7 +117,7 @@ Examples:
 @_SEED
 def sample(**options: Any) -> int:
     """Keep a window, N requests, or a thinner trace; sessions stay whole. Prints the shape before and after."""
-    from harness.traces import verbs
+    from harness.trace import verbs
 
     return verbs.sample(**options)
 
@@ -147,7 +147,7 @@ Examples:
 @_SEED
 def synth(**options: Any) -> int:
     """Make up a trace from distributions of gaps and lengths, or from ServeGen's client models."""
-    from harness.traces import verbs
+    from harness.trace import verbs
 
     return verbs.synth(**options)
 
@@ -169,6 +169,6 @@ def anonymize(**options: Any) -> int:
     Text is counted with --tokenizer; of its blocks only hashes stay, keyed with a random salt that is thrown away.
     Sessions are numbered.
     """
-    from harness.traces import verbs
+    from harness.trace import verbs
 
     return verbs.anonymize(**options)

@@ -104,19 +104,19 @@ def _share_or_none(text: str) -> float:
 
 
 def _stages(text: str) -> Any:
-    from harness.arrivals import parse_stages
+    from harness.plan.arrivals import parse_stages
 
     return parse_stages(text)
 
 
 def _columns(text: str) -> Any:
-    from harness.formats.columns import parse_map
+    from harness.trace.formats.columns import parse_map
 
     return parse_map(text)
 
 
 def _growth(text: str) -> float:
-    from harness.traces.rescale import parse_growth
+    from harness.trace.rescale import parse_growth
 
     return parse_growth(text)
 
@@ -172,7 +172,7 @@ SHARE = Parsed("share", _share)
 SHARE_OR_NONE = Parsed("share", _share_or_none)
 """A share, 0 too, from ``40%`` or ``0.4``."""
 STAGES = Parsed("stages", _stages)
-"""A tuple of `harness.arrivals.Stage` from ``2m@4,5m@8``."""
+"""A tuple of `harness.plan.arrivals.Stage` from ``2m@4,5m@8``."""
 COLUMNS = Parsed("columns", _columns)
 """Role of a table's column -> its name, from ``arrival=ts,input=p,output=c``."""
 GROWTH = Parsed("growth", _growth)

@@ -14,14 +14,14 @@ from harness.commands.output import print_json, print_sections, say
 from harness.commands.reports import page_of
 from harness.commands.sweep import LOCAL_SWEEPS, begun, check
 from harness.errors import EXIT_FAILURE, EXIT_SLO_MISSED, EXIT_VALID, UsageError
-from harness.records import Trace
-from harness.run import now_utc
+from harness.record.manifest import now_utc
 from harness.slo import criteria
 from harness.store.objects import as_url, is_url
 from harness.store.sweeps import ANSWER as FILE
-from harness.sweep import Loads, SweepSpec, pairs, seeded
-from harness.sweep_state import SweepState, create_folder, differences, lock, read_state
-from harness.traces.reading import open_asked
+from harness.sweep.spec import Loads, SweepSpec, pairs, seeded
+from harness.sweep.state import SweepState, create_folder, differences, lock, read_state
+from harness.trace.io import Trace
+from harness.trace.reading import open_asked
 
 
 def capacity(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from harness.records import Trace
+from harness.trace.io import Trace
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +43,7 @@ def demand_of(trace: Trace, options: Mapping[str, Any]) -> Demand:
     import numpy as np
 
     from analysis.capacity.backlog import Demand
-    from harness.arrivals import arrival_times, constant_stage
+    from harness.plan.arrivals import arrival_times, constant_stage
 
     times, inputs, outputs, starts, after = [], [], [], [], []
     begun: dict[str, float] = {}

@@ -15,13 +15,13 @@ from harness.commands.steps import settle
 from harness.commands.sweep_run import Session
 from harness.commands.targets import Target, choose_target
 from harness.errors import HarnessError
-from harness.plan import Windows
-from harness.records import Trace
-from harness.run import Tier, now_utc
+from harness.plan.file import Windows
+from harness.record.manifest import Tier, now_utc
 from harness.slo import Criterion
-from harness.sweep import Level, Point, point_seed, slug
-from harness.sweep_cost import start_s, usd_per_hour
-from harness.sweep_state import SweepState
+from harness.sweep.cost import start_s, usd_per_hour
+from harness.sweep.spec import Level, Point, point_seed, slug
+from harness.sweep.state import SweepState
+from harness.trace.io import Trace
 
 if TYPE_CHECKING:
     from analysis.capacity.search import Probe, ProbeRow, Step

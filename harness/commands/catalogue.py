@@ -15,7 +15,7 @@ from harness.errors import (
     EXIT_VALID,
     unknown_name,
 )
-from harness.run import Tier
+from harness.record.manifest import Tier
 
 
 def hot_path() -> str:

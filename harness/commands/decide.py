@@ -27,7 +27,7 @@ from harness.errors import (
     UsageError,
     unknown_name,
 )
-from harness.run import Tier, now_utc
+from harness.record.manifest import Tier, now_utc
 
 if TYPE_CHECKING:
     from analysis.pricing.list_prices import PriceMap

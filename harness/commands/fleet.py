@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from harness.commands.output import print_json, say
 from harness.errors import EXIT_FAILURE, EXIT_SLO_MISSED, EXIT_VALID, UsageError
-from harness.run import now_utc
-from harness.traces.reading import open_asked
+from harness.record.manifest import now_utc
+from harness.trace.reading import open_asked
 
 if TYPE_CHECKING:
     from analysis.arrays import Ints

@@ -13,12 +13,12 @@ from harness.commands.reports import report
 from harness.commands.steps import StopRequest, check_load_options, copy_plan, execute, make_plan
 from harness.commands.targets import API_KEY, Target, choose_target
 from harness.errors import EXIT_VALID, ServerError, UsageError
-from harness.plan import read_plan_info
-from harness.run import PLAN, RunDir, create_run_dir
+from harness.plan.file import read_plan_info
+from harness.record.manifest import PLAN, RunDir, create_run_dir
 from harness.store.copies import local_copy, output_file, split_out
 from harness.store.follow import mirrored
 from harness.store.objects import as_url, is_url
-from harness.traces.reading import Files, open_asked
+from harness.trace.reading import Files, open_asked
 
 
 def replay(trace: Files, out: Path, **options: Any) -> int:

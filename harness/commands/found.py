@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from harness.commands.output import say
 from harness.errors import EXIT_INVALID, EXIT_NOT_DECIDED, EXIT_VALID, ResultsError, UsageError
-from harness.run import MANIFEST
+from harness.record.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from analysis.compare.paired import Observed
@@ -24,7 +24,7 @@ def expand(paths: Sequence[Path]) -> list[Path]:
     Raises `ResultsError` for a sweep of which no point is done.
     """
     from harness.store.copies import local_copy
-    from harness.sweep_state import STATE
+    from harness.sweep.state import STATE
 
     found: list[Path] = []
     for path in [local_copy(path, say) for path in paths]:
@@ -42,7 +42,7 @@ def done_points(folder: Path) -> list[Path]:
 
     A search probes a load again whose run was not VALID: once that is VALID, the first says nothing more.
     """
-    from harness.sweep_state import read_state
+    from harness.sweep.state import read_state
 
     state = read_state(folder)
     points = state.points
@@ -66,7 +66,7 @@ def find_runs(text: str) -> list[Path]:
 
     Of a sweep or a search those of its points that are done. Raises `ResultsError` when there is none.
     """
-    from harness.sweep_state import STATE
+    from harness.sweep.state import STATE
 
     path = Path(text)
     if (path / MANIFEST).is_file():
@@ -88,7 +88,7 @@ def find_runs(text: str) -> list[Path]:
 
 def sides_of_sweep(text: str) -> tuple[list[Path], list[Path]]:
     """The runs of the first system of a sweep of two, and those of the second. Raises `UsageError` for another one."""
-    from harness.sweep_state import STATE, read_state
+    from harness.sweep.state import STATE, read_state
 
     folder = Path(text)
     if not (folder / STATE).is_file():
@@ -114,7 +114,7 @@ def refused_exit(verdicts: Iterable[str | None]) -> int:
 
 def is_search(path: Path) -> bool:
     """Whether this is the folder of a search for capacity."""
-    from harness.sweep_state import STATE, read_state
+    from harness.sweep.state import STATE, read_state
 
     return (path / STATE).is_file() and read_state(path).spec.options.get("search") == "capacity"
 

@@ -51,7 +51,7 @@ def print_sections(sections: Sequence[Section], format_: str) -> None:
 def write_sections(path: Path, verb: str, sections: Sequence[Section]) -> None:
     """Blocks as a page that stands alone; its path on stderr. An earlier page of that name is replaced."""
     from analysis.show.page import write_sections_page
-    from harness.run import now_utc
+    from harness.record.manifest import now_utc
 
     size = write_sections_page(path, verb, sections, now_utc())
     say(f"{path}: {size / 1e6:.2f} MB, stands alone; open it in a browser")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from harness.commands.found import expand, read_summaries, refused_exit
 from harness.commands.output import print_json, print_sections, print_table, say
 from harness.errors import EXIT_SLO_MISSED, EXIT_VALID
-from harness.run import now_utc
+from harness.record.manifest import now_utc
 from harness.verbosity import Verbosity, verbosity
 
 if TYPE_CHECKING:

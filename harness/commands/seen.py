@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 import msgspec
 
 from harness.paths import state_dir
-from harness.plan import PlanInfo
-from harness.run import MANIFEST, PRIVATE, RunDir, RunManifest
+from harness.plan.file import PlanInfo
+from harness.record.manifest import MANIFEST, PRIVATE, RunDir, RunManifest
 from harness.untrusted import read_regular
 
 LOOKED_AT = 200

@@ -13,36 +13,36 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from harness import probe
-from harness.access import Access
-from harness.answers import PROMPTS, Counted, count_answers, count_prompts, take_said
-from harness.build import asked_plan, build_plan
 from harness.commands.catalogue import hot_path
 from harness.commands.output import say
 from harness.commands.seen import note_sent, seen_before
 from harness.commands.targets import LocalTarget, Servers, Target, UrlTarget
-from harness.counters import count_after, count_before, pages_of
 from harness.errors import HarnessError, PlanError, ResultsError, ServerError, UsageError
-from harness.headers import check_apart, from_environment, parse_header_env, parse_headers
-from harness.plan import PlanInfo, plan_sha256, read_plan_columns, read_plan_info
+from harness.plan.build import asked_plan, build_plan
+from harness.plan.file import PlanInfo, plan_sha256, read_plan_columns, read_plan_info
+from harness.plan.prompts import Vocabulary
+from harness.plan.seeds import drawn_seed
 from harness.progress import LoadProgress, console
-from harness.prompts import Vocabulary
-from harness.records import Trace
-from harness.run import (
+from harness.record.answers import PROMPTS, Counted, count_answers, count_prompts, take_said
+from harness.record.manifest import (
     RunDir,
     RunManifest,
     describe_host,
     new_manifest,
     write_manifest,
 )
-from harness.run_spec import BATCH_READS_FROM, Capture, Endpoint, OutputLengths, RunSpec
-from harness.seeds import drawn_seed
-from harness.server_metrics import ServerMetrics
-from harness.silence import ASK_AGAIN_S, SILENT_S, Silence
+from harness.record.run_spec import BATCH_READS_FROM, Capture, Endpoint, OutputLengths, RunSpec
+from harness.record.server_metrics import ServerMetrics
+from harness.server import probe
+from harness.server.access import Access
+from harness.server.counters import count_after, count_before, pages_of
+from harness.server.headers import check_apart, from_environment, parse_header_env, parse_headers
+from harness.server.silence import ASK_AGAIN_S, SILENT_S, Silence
+from harness.server.warmup import Way, first_request, warm_up
 from harness.slo import metrics_of
 from harness.terminal import hung_up
-from harness.traces.survey import Content
-from harness.warmup import Way, first_request, warm_up
+from harness.trace.io import Trace
+from harness.trace.survey import Content
 
 HEALTH_EVERY_S = 2.0
 
@@ -306,7 +306,7 @@ def counted_sample(run: RunDir, spec: RunSpec, tokenizer: Path | None) -> list[C
     counts = None
     try:  # the load is over: a run is not lost for it
         if tokenizer is not None:
-            from harness.tokenizer import load_tokenizer
+            from harness.plan.tokenizers import load_tokenizer
 
             counts = load_tokenizer(tokenizer)
         every = -(-len(said) // PROMPTS)

@@ -9,20 +9,20 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.access import normalise_base_url
 from harness.commands.found import refused_exit
 from harness.commands.output import print_json, print_table, say
 from harness.commands.steps import check_load_options
 from harness.commands.sweep_run import Session
 from harness.commands.targets import rented
 from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, TraceError, UsageError
-from harness.run import Tier, now_utc
+from harness.record.manifest import Tier, now_utc
+from harness.server.access import normalise_base_url
 from harness.store.objects import as_url, is_url
 from harness.store.sweeps import come_home
-from harness.sweep import SweepSpec, levels, make_points, pairs, read_sweep, seeded
-from harness.sweep_cost import Survey, expect, start_s, survey, usd_per_hour
-from harness.sweep_state import SweepState, create_folder, differences, find_folder, lock, read_state, write_state
-from harness.traces.reading import open_asked
+from harness.sweep.cost import Survey, expect, start_s, survey, usd_per_hour
+from harness.sweep.spec import SweepSpec, levels, make_points, pairs, read_sweep, seeded
+from harness.sweep.state import SweepState, create_folder, differences, find_folder, lock, read_state, write_state
+from harness.trace.reading import open_asked
 
 if TYPE_CHECKING:
     from cluster.catalogue.models import Model
@@ -131,8 +131,8 @@ def check(spec: SweepSpec, options: dict[str, Any]) -> list[Tier | None]:
     """Refuse before anything is rented what can be known to be wrong; the tier of every pair."""
     from cluster.catalogue.models import get_model
     from cluster.catalogue.tiers import get_tier
-    from harness.asked import check_spec
-    from harness.build import asked_plan
+    from harness.plan.build import asked_plan
+    from harness.plan.rules import check_spec
 
     for level in levels(spec)[:1]:
         one = {**options, "concurrency": level.concurrency, "rate": level.request_rate}

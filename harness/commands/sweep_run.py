@@ -16,13 +16,13 @@ from harness.commands.output import say
 from harness.commands.steps import Deadline, StopRequest, copy_plan, execute_point, make_plan, settle
 from harness.commands.targets import Servers, Target, choose_target
 from harness.errors import HarnessError, PlanError
-from harness.plan import plan_sha256, read_plan_info
-from harness.records import Trace
-from harness.run import PRIVATE, RunDir, Tier
+from harness.plan.file import plan_sha256, read_plan_info
+from harness.record.manifest import PRIVATE, RunDir, Tier
 from harness.store.sweeps import SweepStore
-from harness.sweep import Point, levels, slug
-from harness.sweep_cost import Survey, expect, start_s, survey, usd_per_hour
-from harness.sweep_state import Rental, SweepState, close_rentals, set_aside, verify, write_state
+from harness.sweep.cost import Survey, expect, start_s, survey, usd_per_hour
+from harness.sweep.spec import Point, levels, slug
+from harness.sweep.state import Rental, SweepState, close_rentals, set_aside, verify, write_state
+from harness.trace.io import Trace
 
 if TYPE_CHECKING:
     from analysis.rows.read import Run

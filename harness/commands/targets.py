@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import probe
-from harness.access import Access, AccessLike, Patience, access_of, normalise_base_url
 from harness.commands.output import say
-from harness.counters import check_metrics_urls
 from harness.errors import UsageError
-from harness.headers import AUTHORIZATION, check_key_header, from_environment, parse_header_env, parse_headers
-from harness.prompts import Vocabulary
-from harness.run import Evidence, OnReplicaDeath, Replica, Restart, RunDir, System, Tier, cpu_flags
+from harness.plan.prompts import Vocabulary
+from harness.record.manifest import Evidence, OnReplicaDeath, Replica, Restart, RunDir, System, Tier, cpu_flags
+from harness.server import probe
+from harness.server.access import Access, AccessLike, Patience, access_of, normalise_base_url
+from harness.server.counters import check_metrics_urls
+from harness.server.headers import AUTHORIZATION, check_key_header, from_environment, parse_header_env, parse_headers
 
 if TYPE_CHECKING:
     from cluster.catalogue.models import Model
@@ -34,7 +34,7 @@ DUMMY_BODY: dict[str, object] = {"stream_options": {"include_usage": True, "cont
 @contextmanager
 def sample_here(run: RunDir, start_unix_ns: int) -> Iterator[None]:
     """The counters of this machine alone, each second, beside the results."""
-    from harness.host_metrics import HostMetrics, host_file
+    from harness.record.host_metrics import HostMetrics, host_file
 
     with HostMetrics(host_file(run.path, "local"), start_unix_ns) as metrics:
         yield
@@ -79,7 +79,7 @@ class Servers:
     shared_cores: bool | None = None
     """True when load workers may run on processors that a server runs on; null when not known."""
     sample_hosts: Callable[[RunDir, int], AbstractContextManager[None]] = sample_here
-    """Samples the counters of the hosts of servers and load (`harness.host_metrics`) while a run lasts."""
+    """Samples the counters of the hosts of servers and load (`harness.record.host_metrics`) while a run lasts."""
 
     @property
     def base_urls(self) -> list[str]:

@@ -16,7 +16,7 @@ from harness.store.copies import restore
 from harness.store.errors import StoreError
 from harness.store.follow import CLOSE_S, Follower, Say
 from harness.store.objects import as_url, connect, get, put, upload
-from harness.sweep_state import STATE, SweepState, read_state
+from harness.sweep.state import STATE, SweepState, read_state
 
 ANSWER = "capacity.json"
 """What a search found, in its folder."""

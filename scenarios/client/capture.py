@@ -8,8 +8,8 @@ from functools import partial
 
 import msgspec
 
-from harness.answers import SAMPLE, Said
-from harness.results import Result
+from harness.record.answers import SAMPLE, Said
+from harness.record.results import Result
 from scenarios.client.completion import Answer
 from scenarios.client.fast_path import Template
 from scenarios.client.http1 import Response
@@ -59,7 +59,7 @@ class CapturingResponse(Response):
 
 
 class Sampler:
-    """Keeps the text of at most ``most`` answers, evenly spread however many there are, for `harness.answers`.
+    """Keeps the text of at most ``most`` answers, evenly spread however many there are, for `harness.record.answers`.
 
     Every answer at first, then every second one, every fourth, and so on.
     """

@@ -18,10 +18,10 @@ from typing import Any
 import gevent
 
 from harness.errors import UsageError
-from harness.headers import check_headers
-from harness.results import Result
-from harness.retry_after import retry_after_s
-from harness.run_spec import RunSpec
+from harness.record.results import Result
+from harness.record.run_spec import RunSpec
+from harness.server.headers import check_headers
+from harness.server.retry_after import retry_after_s
 from scenarios.client.capture import OnAnswer, Sampler, both
 from scenarios.client.connection import Connection
 from scenarios.client.endpoint import ENDPOINTS, Endpoint, tls_context

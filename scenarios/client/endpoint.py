@@ -9,10 +9,10 @@ from typing import Any
 import gevent.monkey
 
 from harness import __version__
-from harness.access import Access
 from harness.errors import UsageError
-from harness.headers import AUTHORIZATION, check_key_header
-from harness.question import PORTS, split_url
+from harness.server.access import Access
+from harness.server.headers import AUTHORIZATION, check_key_header
+from harness.server.question import PORTS, split_url
 from scenarios.client.fast_path import Shape
 
 _getaddrinfo: Any = gevent.monkey.get_original("socket", "getaddrinfo")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from time import monotonic_ns
 from typing import Any, Protocol
 
-from harness.results import Result
+from harness.record.results import Result
 from scenarios.client.capture import CapturingResponse, OnAnswer
 from scenarios.client.endpoint import Endpoint
 from scenarios.client.fast_path import Shape

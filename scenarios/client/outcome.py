@@ -15,7 +15,7 @@ Secret = str | tuple[str, ...] | None
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one answer says, as the columns of `harness.results.SCHEMA` mean it.
+    """What one answer says, as the columns of `harness.record.results.SCHEMA` mean it.
 
     ``chunk_ns`` are stamps as they were fed. ``chunk_tokens`` is null unless the tokens of every chunk are known.
     """

@@ -21,7 +21,7 @@ from typing import Any
 
 import gevent
 
-from harness.run_spec import BATCH_READS_FROM
+from harness.record.run_spec import BATCH_READS_FROM
 from scenarios.client.reader import Reader
 from scenarios.client.timers import Ticker
 

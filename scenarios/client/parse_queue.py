@@ -7,7 +7,7 @@ from collections.abc import Callable
 from time import monotonic_ns
 from typing import Any
 
-from harness.results import Result
+from harness.record.results import Result
 from scenarios.client.capture import CapturingResponse
 from scenarios.client.in_flight import InFlight
 

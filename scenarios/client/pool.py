@@ -9,7 +9,7 @@ from typing import get_args
 import gevent
 
 from harness.errors import UsageError
-from harness.run_spec import Balance
+from harness.record.run_spec import Balance
 from scenarios.client.connection import Connection, Owner
 from scenarios.client.endpoint import Endpoint
 from scenarios.client.in_flight import InFlight

@@ -32,10 +32,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from run_files import SPEC, TIER  # noqa: E402
 
-from harness import plan as plans  # noqa: E402
-from harness import results as rows  # noqa: E402
-from harness.observations import Observation, ObservationWriter  # noqa: E402
-from harness.run import Host, Replica, RunDir, RunManifest, Worker, write_manifest  # noqa: E402
+from harness.plan import file as plans  # noqa: E402
+from harness.record import results as rows  # noqa: E402
+from harness.record.manifest import Host, Replica, RunDir, RunManifest, Worker, write_manifest  # noqa: E402
+from harness.record.worker_samples import Observation, ObservationWriter  # noqa: E402
 
 BATCH = 2000
 RATE = 500.0
@@ -171,7 +171,7 @@ def pandas(path: Path) -> dict[str, object]:
     over every stamp for tokens per second, every mean and percentile from its list. No intervals, no checks."""
     import pandas as pd
 
-    from harness.results import iter_results
+    from harness.record.results import iter_results
 
     answers = []
     for file in sorted(path.glob("results-*.arrows")):

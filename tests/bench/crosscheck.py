@@ -34,8 +34,8 @@ from analysis.rows.read import read_run  # noqa: E402
 from analysis.stats.autocorrelation import student_t  # noqa: E402
 from analysis.summary import Summary, summarise  # noqa: E402
 from harness.errors import UsageError  # noqa: E402
-from harness.plan import read_plan_columns, read_plan_info  # noqa: E402
-from harness.run import MANIFEST, read_manifest  # noqa: E402
+from harness.plan.file import read_plan_columns, read_plan_info  # noqa: E402
+from harness.record.manifest import MANIFEST, read_manifest  # noqa: E402
 
 Figures = dict[str, float]
 

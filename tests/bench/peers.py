@@ -144,7 +144,7 @@ class Harness:
     def read(self, work: Work, folder: Path) -> Said:
         """From the rows."""
         sys.path.insert(0, str(ROOT))
-        from harness.results import read_results
+        from harness.record.results import read_results
 
         files = [folder / f"results-{k}.arrows" for k in range(self.workers)]
         tables = [read_results(file).combine_chunks() for file in files]

@@ -86,10 +86,10 @@ def main() -> None:
 
 def one(path: str, spec: dict[str, Any]) -> None:
     sys.path.insert(0, str(ROOT))
-    from harness.build import build_plan
-    from harness.plan import PlanSpec
-    from harness.prompts import Vocabulary
-    from harness.records import open_trace
+    from harness.plan.build import build_plan
+    from harness.plan.file import PlanSpec
+    from harness.plan.prompts import Vocabulary
+    from harness.trace.io import open_trace
 
     vocabulary = Vocabulary.from_ids(range(100, 49_000))
     if spec.get("as_text"):

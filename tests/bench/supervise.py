@@ -78,9 +78,9 @@ def measure_supervision(folder: Path, replicas: int, seconds: float) -> dict[str
     from cluster.catalogue.models import get_model
     from cluster.catalogue.tiers import get_tier
     from cluster.deploy.deployment import Deployment
-    from harness.access import page_beside
-    from harness.run import create_run_dir
-    from harness.server_metrics import ServerMetrics, read_server_metrics
+    from harness.record.manifest import create_run_dir
+    from harness.record.server_metrics import ServerMetrics, read_server_metrics
+    from harness.server.access import page_beside
 
     run = create_run_dir(folder, "supervise")
     began = time.monotonic()

@@ -89,8 +89,8 @@ def main() -> None:
 
 def one(path: str) -> None:
     sys.path.insert(0, str(ROOT))
-    from harness.records import open_trace
-    from harness.traces.shape import measure
+    from harness.trace.io import open_trace
+    from harness.trace.shape import measure
 
     shape = measure(open_trace(path))
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

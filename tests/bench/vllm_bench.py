@@ -24,10 +24,10 @@ from urllib.parse import urlsplit, urlunsplit
 import msgspec
 
 from cluster.process.process import Process, describe_exit, tail
-from harness.access import page_under
 from harness.errors import ServerError, UsageError
-from harness.plan import Request, iter_requests
-from harness.run import python
+from harness.plan.file import Request, iter_requests
+from harness.record.manifest import python
+from harness.server.access import page_under
 
 DEADLINE_S = 3600.0
 PATHS = {"completions": "/completions", "chat": "/chat/completions"}

@@ -17,7 +17,7 @@ from cluster.catalogue.models import DEFAULT_MODEL
 from cluster.engines.protocol import WHOLE, Command, CommandEngine, Part
 from harness.cli import main
 from harness.commands.targets import LocalTarget
-from harness.prompts import Vocabulary
+from harness.plan.prompts import Vocabulary
 
 CLASH = os.environ.get("TEST_CLASH", "")
 

@@ -24,11 +24,11 @@ from analysis.steady import only_grew
 from cluster.simulator.replica import Outcome, Workload, simulate
 from harness.commands.capacity_plan import WINDOWS, window_count
 from harness.commands.capacity_run import RUNG, WARMUP
-from harness.plan import Windows
+from harness.plan.file import Windows
 from harness.slo import Criterion
-from harness.traces.session_windows import session_windows
-from harness.traces.stats import mean_rate
-from harness.traces.windows import Joined, windows_in_time
+from harness.trace.session_windows import session_windows
+from harness.trace.stats import mean_rate
+from harness.trace.windows import Joined, windows_in_time
 from tests.lab.processes import (
     ENGINE,
     WIDE,

@@ -26,7 +26,7 @@ from analysis.show.fleet_text import WITHIN
 from cluster.simulator.replica import Outcome, Workload, simulate
 from cluster.simulator.scheduler import Limits
 from cluster.simulator.step_time import NoisyStep
-from harness.results import Result
+from harness.record.results import Result
 from tests.lab import scaling
 from tests.lab.processes import BURST, EASY, QUIET, STEP, SWING, Floats, Process
 from tests.lab.table import Row

@@ -43,7 +43,7 @@ from typing import Any, ClassVar
 
 from cluster.engines.fake.answers import Answer, Truth, head
 from cluster.engines.fake.pacing import step_ms
-from harness.probe import QUESTION
+from harness.server.probe import QUESTION
 
 MAX_REQUEST = 64 << 20
 SO_TIMESTAMPNS, TIMESPEC = 35, struct.Struct("qq")  # Linux, 64 bits; the socket module has no name for it

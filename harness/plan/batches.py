@@ -1,0 +1,341 @@
+"""Trace records -> batches of plan rows: prompts, sessions, hang-ups. `harness.plan.build` decides how many and
+when.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from itertools import compress, islice
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from harness.errors import PlanError
+from harness.plan.arrivals import Times
+from harness.plan.chat import Chat, Made
+from harness.plan.conversation import Live, Prompt
+from harness.plan.file import SCHEMA, PlanSpec
+from harness.plan.prompts import Ids, Vocabulary
+from harness.trace.formats.record import safe
+from harness.trace.io import Trace, TraceRecord
+from harness.trace.rescale import Arrangement
+from harness.trace.spool import Sessions
+from harness.trace.turns import Turns, accumulates
+
+# Batches are bounded in rows and in tokens or characters, so that memory is, whatever the trace holds.
+_BATCH_ROWS = 1024
+_BATCH_SIZE = 2_000_000
+
+Copied = tuple[int, TraceRecord]
+"""A row and which copy of the trace it is of: a trace can be begun again, or be laid over itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """A reading of the trace that takes some of its rows."""
+
+    open_: contextlib.ExitStack
+    rows: Iterator[tuple[int, TraceRecord]]
+    held: dict[int, TraceRecord]
+    """Read already, and sent later: turns of sessions that lie over each other."""
+
+    def take(self, wanted: int | None) -> TraceRecord | None:
+        """The row of that number, or the next; None when there is none."""
+        if wanted in self.held:
+            return self.held.pop(wanted)
+        for row, record in self.rows:
+            if wanted is None or row == wanted:
+                return record
+            self.held[row] = record
+        return None
+
+
+def _listed(order: npt.NDArray[np.unsignedinteger[Any]]) -> Iterator[int]:
+    for start in range(0, len(order), _BATCH_ROWS):
+        yield from order[start : start + _BATCH_ROWS].tolist()
+
+
+@dataclass(slots=True)
+class Batches:
+    """Reads the trace a second time and turns it into batches of `SCHEMA`."""
+
+    trace: Trace
+    spec: PlanSpec
+    vocabulary: Vocabulary | None
+    rows: int
+    """Of the trace, before it begins again."""
+    scheduled: Times | None
+    warmup: int
+    cancelled: npt.NDArray[np.bool_]
+    chat: Chat | None = None
+    """Makes messages of made-up prompts, where they go to a chat endpoint whose template is known."""
+    arrangement: Arrangement | None = None
+    """null: the rows in trace order, from the beginning again where ``rows`` are too few."""
+    live: Live | None = None
+    """What became of the live conversations of the last `of`; null without."""
+
+    def of(self, n: int) -> Iterator[pa.RecordBatch]:
+        """The first ``n`` requests. Raises `PlanError` when the trace is no longer what it was."""
+        done, overlap = 0, self.arrangement is not None and self.arrangement.overlap
+        sessions = _Slices(self.trace, wait=self.spec.sessions == "wait", overlap=overlap)
+        alike = {part.copy: part.prompts for part in self.arrangement.parts} if self.arrangement else {}
+        prompts = _Prompts(self.spec, self.vocabulary, self.chat, alike, overlap=overlap)
+        self.live = Live(overlap=overlap) if self.spec.conversation == "live" else None
+        with contextlib.closing(self._copied(n) if self.arrangement is None else self._arranged(n)) as rows:
+            for chunk in _chunks(rows):
+                yield self._batch(chunk, done, prompts, sessions)
+                done += len(chunk)
+        if done != n:
+            raise PlanError(f"{self.trace.path}: {n} requests before, now {done}: it changed while it was read")
+
+    def _copied(self, n: int) -> Generator[Copied, None, None]:
+        """Rows in trace order."""
+        for copy in range(-(-n // self.rows)):
+            with contextlib.closing(iter(self.trace)) as records:
+                read = 0
+                for record in islice(records, min(self.rows, n - copy * self.rows)):
+                    read += 1
+                    yield copy, record
+            if read < min(self.rows, n - copy * self.rows):
+                return
+
+    def _arranged(self, n: int) -> Generator[Copied, None, None]:
+        """Rows as arranged: each part is a reading of its own, so that none need be held.
+
+        A reading is open from its first request to its last: parts that follow each other may be many.
+        """
+        assert self.arrangement is not None
+        parts, order = self.arrangement.parts, self.arrangement.part[:n]
+        left = np.bincount(order, minlength=len(parts))
+        with contextlib.ExitStack() as open_:
+            readings: dict[int, _Reading] = {}
+            for at, part in enumerate(_listed(order)):
+                if part not in readings:
+                    one = open_.enter_context(contextlib.ExitStack())
+                    rows = one.enter_context(contextlib.closing(iter(self.trace)))
+                    readings[part] = _Reading(one, compress(enumerate(rows), parts[part].rows.data), {})
+                wanted = None if self.arrangement.rows is None else int(self.arrangement.rows[at])
+                record = readings[part].take(wanted)
+                if record is None:
+                    return
+                yield parts[part].copy, record
+                left[part] -= 1
+                if not left[part]:
+                    readings.pop(part).open_.close()
+
+    def _batch(self, rows: list[Copied], first: int, prompts: _Prompts, sessions: _Slices) -> pa.RecordBatch:
+        n = len(rows)
+        chunk = [record for _, record in rows]
+        made = [_own(record, prompt) for record, prompt in zip(chunk, prompts.of(rows, first), strict=True)]
+        continues: list[bool | None] = [None] * n
+        if self.live is not None:
+            made, continues = _new_parts(self.live, rows, made)
+        slices, after, think_ns = sessions.place(rows, first)
+        columns = {
+            "request_id": pa.array(np.arange(first, first + n, dtype=np.int64)),
+            "phase": pa.array(["warmup" if i < self.warmup else "measured" for i in range(first, first + n)]),
+            "scheduled_ns": None if self.scheduled is None else pa.array(self.scheduled[first : first + n]),
+            "slice": pa.array(slices, pa.int64()),
+            "after": pa.array(after, pa.int64()),
+            "think_ns": pa.array(think_ns, pa.int64()),
+            "cancel_after_ns": pa.array(
+                [self._cancel_after_ns(record, i) for i, record in enumerate(chunk, first)], pa.int64()
+            ),
+            "timeout_ns": pa.array([_timeout_ns(record) for record in chunk], pa.int64()),
+            "continues": pa.array(continues, pa.bool_()),
+            "model": pa.array([record.adapter for record in chunk], pa.string()),
+            # Of a text, the trace's count is another tokenizer's: only the server knows.
+            "input_tokens": pa.array([prompt.tokens for prompt in made], pa.int32()),
+            "output_tokens": pa.array([self._output_tokens(r.output_tokens) for r in chunk], pa.int32()),
+            "prompt_token_ids": _id_lists([prompt.ids for prompt in made]),
+            "prompt_text": pa.array([prompt.text for prompt in made], pa.string()),
+            "messages": pa.array([prompt.messages for prompt in made], pa.string()),
+        }
+        nulls = {field.name: pa.nulls(n, field.type) for field in SCHEMA if columns.get(field.name) is None}
+        return pa.record_batch([(columns | nulls)[name] for name in SCHEMA.names], schema=SCHEMA)
+
+    def _cancel_after_ns(self, record: TraceRecord, i: int) -> int | None:
+        if record.cancel_after_s is not None:
+            return round(record.cancel_after_s * 1e9)
+        return round((self.spec.cancel_after_s or 0.0) * 1e9) if self.cancelled[i] else None
+
+    def _output_tokens(self, traced: int | None) -> int | None:
+        most = self.spec.max_output_tokens
+        if traced is None or most is None:
+            return traced if most is None else most
+        return min(traced, most)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """What is sent. None of these: the trace's own text or messages."""
+
+    tokens: int | None = None
+    ids: Ids | None = None
+    text: str | None = None
+    messages: str | None = None
+
+
+def _own(record: TraceRecord, prompt: _Prompt) -> _Prompt:
+    """The trace's own text or messages where it has them, else the prompt made up for it."""
+    if record.messages is not None:
+        return _Prompt(messages=msgspec.json.encode(record.messages).decode())
+    return prompt if record.text is None else _Prompt(text=record.text)
+
+
+def _new_parts(live: Live, rows: list[Copied], made: list[_Prompt]) -> tuple[list[_Prompt], list[bool | None]]:
+    """Of turns of live conversations, what is new in each, and which they are."""
+    parts, continues = list(made), list[bool | None]([None] * len(made))
+    for i, ((copy, record), prompt) in enumerate(zip(rows, made, strict=True)):
+        messages = None if prompt.messages is None else msgspec.json.decode(prompt.messages, type=list[dict[str, str]])
+        new = live.new(copy, record, Prompt(messages=messages, text=prompt.text, ids=prompt.ids))
+        if new is not None:
+            left = None if new.messages is None else msgspec.json.encode(new.messages).decode()
+            parts[i] = _Prompt(tokens=prompt.tokens, ids=new.ids, text=new.text, messages=left)
+            continues[i] = True
+    return parts, continues
+
+
+class _Prompts:
+    """Makes up the prompts of rows that say lengths only."""
+
+    def __init__(
+        self, spec: PlanSpec, vocabulary: Vocabulary | None, chat: Chat | None, alike: dict[int, int | None],
+        *, overlap: bool,
+    ) -> None:  # fmt: skip
+        """``alike``: copy -> the copy that it shares made-up prefixes with, where it is another."""
+        self._spec, self._vocabulary, self._chat, self._overlap = spec, vocabulary, chat, overlap
+        self._alike = {copy: other for copy, other in alike.items() if other is not None}
+        room = chat.room if chat is not None else None
+        self._turns = Turns(room=room or 0, lengths=room is not None)
+        self._copy = 0
+
+    def of(self, rows: list[Copied], first: int) -> list[_Prompt]:
+        """One for each row."""
+        made = [self._made(copy, record, i) for i, (copy, record) in enumerate(rows, first)]
+        wanted = [each for each in made if each is not None]
+        if self._chat is not None:
+            prompts = iter([
+                _Prompt(tokens=m.tokens, messages=messages)
+                for m, messages in zip(wanted, self._chat.messages(wanted), strict=True)
+            ])  # fmt: skip
+        elif self._spec.as_text and self._vocabulary is not None:
+            texts = self._vocabulary.texts([m.ids for m in wanted])
+            prompts = iter([_Prompt(tokens=m.tokens, text=text) for m, text in zip(wanted, texts, strict=True)])
+        else:
+            prompts = iter([_Prompt(tokens=m.tokens, ids=m.ids) for m in wanted])
+        return [_Prompt() if each is None else next(prompts) for each in made]
+
+    def _made(self, copy: int, record: TraceRecord, request_id: int) -> Made | None:
+        """What the prompt is made from; None where the trace has its own."""
+        if record.text is not None or record.messages is not None:
+            return None
+        assert self._vocabulary is not None and record.input_tokens is not None
+        if copy != self._copy and not self._overlap:
+            self._turns.clear()  # the copy before is over, and so are its sessions
+        self._copy = copy
+        tokens = record.input_tokens if self._chat is None else max(record.input_tokens, self._chat.shortest)
+        key, before = request_id, tuple[int, ...]()
+        if accumulates(record):
+            turn = self._turns.place((copy, record.session_id), request_id, tokens, record.output_tokens)
+            key, before = turn.first, turn.before
+        ids = self._vocabulary.token_ids(
+            tokens,
+            key,
+            seed=_seed_of(self._spec.seed, self._alike.get(copy, copy)),
+            prefix_ids=record.prefix_ids,
+            block_tokens=record.block_tokens,
+        )
+        return Made(ids=ids, tokens=tokens, before=before)
+
+
+class _LastTurn(NamedTuple):
+    """A session's last row."""
+
+    slice: int
+    request_id: int
+    turn: int | None
+
+
+class _Slices:
+    """Which slice each request belongs to, and which turn it waits for."""
+
+    def __init__(self, trace: Trace, *, wait: bool, overlap: bool) -> None:
+        self._trace, self._wait, self._overlap = trace, wait, overlap
+        self._slices = self._copy = 0
+        self._last = Sessions(_LastTurn)
+
+    def place(self, rows: list[Copied], first: int) -> tuple[list[int], list[int | None], list[int | None]]:
+        """slice, after and think_ns of each row."""
+        slices: list[int] = []
+        after: list[int | None] = []
+        think_ns: list[int | None] = []
+        for request_id, (copy, record) in enumerate(rows, first):
+            if copy != self._copy and not self._overlap:
+                self._last.clear()  # the copy before is over, and so are its sessions
+            self._copy = copy
+            session = None if record.session_id is None else (copy, record.session_id)
+            last = None if session is None else self._last.get(session)
+            if last is None:
+                slices.append(self._slices)
+                self._slices += 1
+            else:
+                slices.append(last.slice)
+            waits = self._wait and last is not None
+            after.append(last.request_id if waits and last is not None else None)
+            think_ns.append(round((record.think_s or 0.0) * 1e9) if waits else None)
+            if session is not None:
+                if (
+                    waits
+                    and last is not None
+                    and (last.turn or 0) > (record.turn if record.turn is not None else 2**31)
+                ):
+                    session_id = safe(session[1], 80)
+                    raise PlanError(
+                        f"{self._trace.path}:{record.line}: turn {record.turn} of session {session_id!r} comes "
+                        f"after its turn {last.turn}: a turn cannot wait for a later one; put the rows in order"
+                    )
+                self._last.set(session, _LastTurn(slices[-1], request_id, record.turn))
+        return slices, after, think_ns
+
+
+def _timeout_ns(record: TraceRecord) -> int | None:
+    """At least one: a time too short for a nanosecond is not no time."""
+    return None if record.timeout_s is None else max(round(record.timeout_s * 1e9), 1)
+
+
+def _seed_of(seed: int, copy: int) -> int:
+    """The seed of a copy's prompts: shared prefixes of one pass over the trace must be unknown to the next."""
+    if not copy:
+        return seed
+    return int.from_bytes(hashlib.blake2b(f"{seed} {copy}".encode(), digest_size=8).digest(), "little")
+
+
+def _chunks(rows: Iterator[Copied]) -> Iterator[list[Copied]]:
+    chunk: list[Copied] = []
+    size = 0
+    for row in rows:
+        chunk.append(row)
+        record = row[1]
+        if record.messages is not None:
+            size += sum(len(message["content"]) for message in record.messages)
+        else:
+            size += len(record.text) if record.text is not None else record.input_tokens or 0
+        if len(chunk) == _BATCH_ROWS or size >= _BATCH_SIZE:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _id_lists(prompts: list[Ids | None]) -> pa.Array:
+    offsets = np.cumsum([0] + [0 if ids is None else len(ids) for ids in prompts], dtype=np.int32)
+    values = np.concatenate([np.empty(0, dtype=np.int32), *(ids for ids in prompts if ids is not None)])
+    missing = pa.array([ids is None for ids in prompts])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), mask=missing)

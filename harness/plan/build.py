@@ -1,0 +1,345 @@
+"""Trace -> plan: how many requests, and when. Everything random is drawn before the clock starts, from one seed.
+
+The trace is read twice: once to count it and learn its times (`harness.trace.survey`), once to write its requests
+(`harness.plan.batches`). In memory is one batch of prompts; what is kept of every request (eight bytes for its time,
+some more where another demand is made) and of every session lies in files where it is much (`harness.trace.spool`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from harness.errors import PlanError, UsageError
+from harness.plan.arrivals import Stage, Times, arrival_times, constant_stage
+from harness.plan.batches import Batches
+from harness.plan.chat import Chat
+from harness.plan.conversation import live_notes, reasons
+from harness.plan.file import SCHEMA_VERSION, PlanInfo, PlanSpec, Windows, write_plan
+from harness.plan.prompts import Vocabulary
+from harness.plan.rules import check_spec, regrown
+from harness.plan.seeds import load_seed
+from harness.trace.io import Trace
+from harness.trace.notes import Timed, notes, prompt_notes
+from harness.trace.rescale import arrange, spread
+from harness.trace.session_windows import session_windows
+from harness.trace.spool import filled
+from harness.trace.stats import arrival_stats, mean_rate
+from harness.trace.survey import Content, Survey, survey
+from harness.trace.windows import windows_in_time, windows_of_rows
+
+
+def asked_plan(options: Mapping[str, Any], *, closed: bool) -> PlanSpec:
+    """What the planning options of the command line (those of ``harness plan``) ask for; those not there are not."""
+    get, warmup = options.get, options.get("warmup")
+    share, after_s = get("cancel") or (0.0, None)
+    return PlanSpec(
+        closed=closed, arrivals=get("arrivals") or ("poisson" if get("stages") else "trace"),
+        burstiness=get("burstiness"), stages=get("stages") or (), speed=get("speed"), rate=get("rate"),
+        rescale=get("rescale") or "compress", grow=get("grow"), spread=bool(get("spread")),
+        limit=get("limit"), duration_s=None if closed else get("duration_s"), repeat=bool(get("repeat")),
+        warmup_requests=warmup if isinstance(warmup, int) else None,
+        warmup_s=warmup if isinstance(warmup, float) and not closed else None,
+        sessions="wait" if get("conversation") == "live" else get("sessions") or "trace",
+        conversation=get("conversation") or "recorded", cancel_share=share, cancel_after_s=after_s,
+        seed=get("seed") or 0, windows=get("windows"),
+    )  # fmt: skip
+
+
+Choose = Callable[[Content], tuple[Vocabulary | None, bool]]
+"""From what the trace holds: what to make prompts from, if anything, and whether they go to a chat endpoint."""
+
+
+def build_plan(
+    trace: Trace, out: Path, spec: PlanSpec, vocabulary: Vocabulary | None = None, *, choose: Choose | None = None
+) -> PlanInfo:
+    """Write the plan of ``trace`` to ``out`` and say what is in it. Equal arguments write equal bytes.
+
+    Request i is row i of the trace, whatever decides its time.
+
+    Prompts: text and messages of the trace are sent as they are, recorded answers of earlier turns included. Of rows
+    that say lengths only, prompts of exactly that length are made from ``vocabulary`` and depend on (seed, request_id)
+    alone, or on (seed, prefix ids) where the trace has them; requests that share leading ids share those tokens. A turn
+    that continues its session (`harness.trace.turns`) begins with the prompt before it and an answer made up for it.
+    ``as_text``: as text; where the tokenizer's chat template is known, as messages (`harness.plan.chat`). ``choose``
+    says the vocabulary and ``as_text`` once the trace has been read.
+
+    Sessions stay whole (one ``slice``). With ``sessions="wait"`` a turn waits for the row before it of its session, and
+    for ``think_s`` where the trace has it; a turn number that goes back is refused.
+
+    Raises `UsageError` for options that exclude each other, need times the trace lacks, or more requests than it has;
+    `PlanError` when the file exists or cannot be written or prompts cannot be made; `TraceError` from reading.
+    """
+    check_spec(spec)
+    if out.exists():
+        raise PlanError(f"{out}: exists already; plans are never overwritten, choose another name")
+    made_up = vocabulary is not None or choose is not None
+    stages = (spec.stages or constant_stage(spec.rate or 0.0, spec.duration_s)) if spec.drawn else ()
+    if spec.windows is not None:
+        timed = _windowed(trace, spec, spec.windows, stages, made_up)
+    elif spec.drawn:
+        timed = _drawn(trace, spec, stages, made_up)
+    elif regrown(spec):
+        timed = _grown(trace, spec, made_up)
+    else:
+        timed = _own(trace, spec, made_up)
+    found, scheduled = timed.survey, timed.scheduled
+    if choose is not None:
+        vocabulary, as_text = choose(found.content)
+        spec = replace(spec, as_text=as_text)
+    vocabulary = vocabulary if found.content.lengths_only else None
+    chat = Chat.of(vocabulary) if vocabulary is not None and spec.as_text else None
+    n = found.requests if scheduled is None else len(scheduled)
+    if spec.closed and spec.repeat and spec.limit is not None:
+        n = spec.limit
+    joined = timed.windows
+    if joined is not None:
+        n = len(joined.arrangement.part)
+    warmup = _warmup(spec, scheduled, n)
+    cancelled = _choose(spec, n)
+    planned = None if scheduled is None else arrival_stats(scheduled)
+    info = PlanInfo(
+        schema_version=SCHEMA_VERSION,
+        trace=trace.path.name,
+        trace_format=trace.format,
+        trace_sha256=trace.sha256,
+        rows_read=found.requests + sum(trace.rows_dropped.values()),
+        rows_kept=found.requests,
+        rows_dropped=dict(trace.rows_dropped),
+        arrivals="closed" if spec.closed else spec.arrivals,
+        speed=None if spec.closed or spec.drawn else timed.speed,
+        source_rate=mean_rate(found.arrivals),
+        planned_rate=planned.rate if planned else None,
+        seed=spec.seed,
+        tokenizer=None if vocabulary is None else vocabulary.name,
+        requests=n,
+        span_s=planned.span_s if planned else None,
+        notes=[*notes(trace, spec, timed, planned, cancelled), *prompt_notes(spec, found, chat)],
+        burstiness=spec.burstiness,
+        stages=list(stages),
+        cycles=joined.cycles if joined else -(-n // found.requests) if timed.arrangement is None else 1,
+        warmup_requests=warmup,
+        sessions=spec.sessions,
+        conversation=spec.conversation,
+        rescale=timed.rescale,
+        grow=timed.grow,
+        spread_s=timed.spread_s,
+        max_output_tokens=spec.max_output_tokens,
+        cut=timed.cut,
+        template=None if chat is None else chat.template,
+        source=found.stats,
+        planned=planned,
+        windows=joined.windows if joined else [],
+        busiest=spec.windows is not None and spec.windows.busiest,
+        trace_share=joined.trace_share if joined else None,
+    )
+    batches = Batches(trace, spec, vocabulary, found.requests, scheduled, warmup, cancelled, chat, timed.arrangement)
+    if spec.conversation == "live":
+        info = replace(info, notes=[*info.notes, *_live_notes(trace, batches, n)])
+    write_plan(out, info, batches.of(n))
+    return info
+
+
+def _live_notes(trace: Trace, batches: Batches, n: int) -> list[str]:
+    """What becomes of the conversations, which only a reading of all tells. Raises `UsageError` when none is live."""
+    for _ in batches.of(n):
+        pass
+    assert batches.live is not None
+    if not batches.live.continued:
+        why = reasons(batches.live) or "no session has a second turn"
+        raise UsageError(f"{trace.path}: no turn can carry the server's own answers (--conversation live): {why}")
+    return live_notes(batches.live)
+
+
+# --- times -----------------------------------------------------------------------------------------------------------
+
+
+def _drawn(trace: Trace, spec: PlanSpec, stages: tuple[Stage, ...], made_up: bool) -> Timed:
+    """Times from an arrival process; the trace has to have as many rows, or be repeated."""
+
+    def draw(most: int | None) -> Times:
+        return arrival_times(
+            spec.arrivals, stages, burstiness=spec.burstiness or 1.0, seed=load_seed(spec.seed), most=most
+        )
+
+    if stages[-1].duration_s is None:
+        found = survey(trace, limit=spec.limit, timed=False, made_up=made_up)
+        return Timed(survey=found, scheduled=draw(spec.limit if spec.repeat else found.requests))
+    scheduled = draw(spec.limit)
+    needed = len(scheduled)
+    if not needed:
+        raise UsageError("not one arrival falls into the stages: a longer time, a higher rate or another seed")
+    found = survey(trace, limit=needed, timed=False, made_up=made_up)
+    if found.requests < needed and not spec.repeat:
+        raise UsageError(
+            f"{trace.path}: {needed} requests arrive in the {sum(s.duration_s or 0 for s in stages):g} s asked for, "
+            f"the trace has {found.requests}: ask for less, or begin the trace again when it runs out (--repeat)"
+        )
+    return Timed(survey=found, scheduled=scheduled)
+
+
+def _own(trace: Trace, spec: PlanSpec, made_up: bool) -> Timed:
+    """The trace's own times on a faster or slower clock; none in a closed loop."""
+    rows, cut_ns = spec.limit, None
+    if spec.rate is not None and spec.duration_s is not None:
+        # Rounded first: 1.1 x 10 must be 11 rows, not 12.
+        asked = math.ceil(round(spec.rate * spec.duration_s, 6))
+        rows = asked if rows is None else min(asked, rows)
+    elif spec.duration_s is not None:
+        cut_ns = spec.duration_s * 1e9 * (spec.speed or 1.0)  # on the trace's clock
+    found = survey(trace, limit=rows, cut_ns=cut_ns, timed=not spec.closed, made_up=made_up)
+    if spec.closed:
+        return Timed(survey=found)
+    arrivals, spread_s = _spread(trace, spec, found.arrivals)
+    if spec.repeat:
+        arrivals = _cycled(trace, arrivals, rows, cut_ns)
+    speed = _speed(trace, arrivals, spec)
+    return Timed(
+        survey=found, scheduled=_rescale(arrivals, speed), speed=speed, spread_s=spread_s,
+        rescale=None if speed == 1.0 else "compress",
+    )  # fmt: skip
+
+
+def _windowed(
+    trace: Trace, spec: PlanSpec, windows: Windows, stages: tuple[Stage, ...], made_up: bool
+) -> Timed:  # fmt: skip
+    """Stretches from different parts of the trace, which is read as a whole."""
+    own = not spec.closed and not spec.drawn
+    waits = own and spec.sessions == "wait"
+    found = survey(trace, timed=own, made_up=made_up, units_seed=load_seed(spec.seed) if waits else None)
+    if not own:
+        scheduled = None
+        if spec.drawn:
+            most = spec.limit if stages[-1].duration_s is not None else spec.limit or found.requests
+            scheduled = arrival_times(
+                spec.arrivals, stages, burstiness=spec.burstiness or 1.0, seed=load_seed(spec.seed), most=most
+            )
+            if not len(scheduled):
+                raise UsageError("not one arrival falls into the time: a longer one, a higher rate or another seed")
+        joined = windows_of_rows(
+            found.requests, len(scheduled) if scheduled is not None else spec.limit or found.requests, windows,
+            arrivals=found.arrivals, scheduled=scheduled, trace_sha256=trace.sha256, seed=load_seed(spec.seed),
+        )  # fmt: skip
+        return Timed(survey=found, scheduled=scheduled, arrangement=joined.arrangement, windows=joined)
+    arrivals, spread_s = _spread(trace, spec, found.arrivals)
+    speed = _speed(trace, arrivals, spec)
+    cut = windows_in_time if found.units is None else partial(session_windows, starts=found.units.starts)
+    joined = cut(
+        arrivals, asked=windows, lasts_ns=(spec.duration_s or 0.0) * 1e9 * speed, speed=speed,
+        trace_sha256=trace.sha256, seed=load_seed(spec.seed), most=spec.limit,
+    )  # fmt: skip
+    return Timed(
+        survey=found, scheduled=_rescale(joined.arrangement.scheduled, speed), speed=speed, spread_s=spread_s,
+        arrangement=joined.arrangement, windows=joined, rescale=None if speed == 1.0 else "compress", own_pace=waits,
+    )  # fmt: skip
+
+
+def _grown(trace: Trace, spec: PlanSpec, made_up: bool) -> Timed:
+    """Another demand on the trace's own clock, thinned or superposed; that clock may then run faster."""
+    speed = spec.speed or 1.0
+    cut_ns = None if spec.duration_s is None else spec.duration_s * 1e9 * speed
+    found = survey(trace, cut_ns=cut_ns, made_up=made_up, units_seed=load_seed(spec.seed))
+    arrivals, spread_s = _spread(trace, spec, found.arrivals)
+    growth = _growth(trace, spec, found)
+    assert found.units is not None
+    arranged = arrange(arrivals, found.units, growth, load_seed(spec.seed))
+    scheduled = _rescale(arranged.scheduled, speed)
+    due = len(scheduled) if spec.duration_s is None else int(np.searchsorted(scheduled, spec.duration_s * 1e9))
+    n = due if spec.limit is None else min(due, spec.limit)
+    if not n:
+        raise UsageError(f"{trace.path}: no request is left within the duration: a longer one, or another seed")
+    return Timed(
+        survey=found, scheduled=scheduled[:n], speed=speed, arrangement=arranged, grow=growth, spread_s=spread_s,
+        rescale="thin" if growth < 1 else "superpose", cut=n < due,
+    )  # fmt: skip
+
+
+def _growth(trace: Trace, spec: PlanSpec, found: Survey) -> float:
+    """Demand asked for, as a multiple of the trace's."""
+    if spec.rate is None:
+        assert spec.grow is not None
+        return spec.grow
+    own = mean_rate(found.arrivals)
+    if own is None:
+        raise _one_instant(trace, len(found.arrivals), spec.rate)
+    growth = spec.rate / own
+    if (growth > 1) is (spec.rescale == "thin") and not math.isclose(growth, 1.0):
+        other = "superpose" if growth > 1 else "thin"
+        raise UsageError(
+            f"{trace.path}: arrives at {own:.4g} requests/s, so {spec.rescale} cannot make {spec.rate:g} of it: "
+            f"say {other} (or --grow {growth:.3g}x, which chooses)"
+        )
+    return growth
+
+
+def _spread(trace: Trace, spec: PlanSpec, arrivals: Times) -> tuple[Times, float | None]:
+    """Arrivals, spread within the steps of their clock where that is asked for and there are any."""
+    grid_s = trace.grid_s if spec.spread else None
+    return (arrivals, None) if grid_s is None else (spread(arrivals, grid_s, load_seed(spec.seed)), grid_s)
+
+
+def _cycled(trace: Trace, arrivals: Times, rows: int | None, cut_ns: float | None) -> Times:
+    """Arrivals of a trace that begins again, one mean gap after its last row, up to ``rows`` or ``cut_ns``."""
+    n, span = len(arrivals), int(arrivals[-1])
+    if not span:
+        raise UsageError(f"{trace.path}: all rows arrive at one instant: there is no time to begin it again")
+    period = span + max(span // (n - 1), 1)
+    cycles = min(
+        math.inf if rows is None else -(-rows // n), math.inf if cut_ns is None else math.ceil(cut_ns / period)
+    )
+    if cycles * period >= 2**63:
+        raise UsageError("the trace would be repeated for more than 292 years: a lower limit or duration")
+    total = max(int(cycles), 1) * n
+    times: Times = filled(
+        total if rows is None else min(total, rows),
+        lambda part: (at := np.arange(part.start, part.stop)) // n * period + arrivals[at % n], np.int64,
+    )  # fmt: skip
+    return times if cut_ns is None else times[: np.searchsorted(times, cut_ns)]
+
+
+def _speed(trace: Trace, arrivals: Times, spec: PlanSpec) -> float:
+    if spec.rate is None:
+        return 1.0 if spec.speed is None else spec.speed
+    own = mean_rate(arrivals)
+    if own is None:
+        raise _one_instant(trace, len(arrivals), spec.rate)
+    return spec.rate / own
+
+
+def _one_instant(trace: Trace, rows: int, rate: float) -> UsageError:
+    what = "only one row is" if rows == 1 else f"all {rows} rows are"
+    return UsageError(
+        f"{trace.path}: {what} kept at one instant, which no change of clock turns into {rate:g} requests/s; "
+        "keep more rows (--limit, --duration), or use --concurrency or --arrivals poisson"
+    )
+
+
+def _rescale(arrivals: Times, speed: float) -> Times:
+    if speed == 1.0:
+        return arrivals  # exact: no float in between
+    if int(arrivals[-1]) / speed >= 2**63:
+        raise UsageError(f"speed {speed:g} stretches the trace beyond 292 years; speed above 1 is faster")
+    return filled(len(arrivals), lambda part: np.rint(arrivals[part] / speed), np.int64)
+
+
+def _warmup(spec: PlanSpec, scheduled: Times | None, n: int) -> int:
+    """How many of the first requests are warm-up."""
+    warmup = spec.warmup_requests or 0
+    if spec.warmup_s is not None and scheduled is not None:
+        warmup = int(np.searchsorted(scheduled, spec.warmup_s * 1e9))
+    if warmup >= n:
+        raise UsageError(f"all {n} requests would be warm-up: nothing is left to be measured; shorten it")
+    return warmup
+
+
+def _choose(spec: PlanSpec, n: int) -> npt.NDArray[np.bool_]:
+    """Which requests' clients hang up."""
+    generator = np.random.Generator(np.random.PCG64([load_seed(spec.seed) & (2**64 - 1), *b"cancel"]))
+    return filled(n, lambda part: generator.random(part.stop - part.start) < spec.cancel_share, np.bool_)

@@ -1,0 +1,185 @@
+"""A sample of answers counted by ourselves, to hold what a server says it counted against what it said.
+
+Load workers keep the texts of some answers, spread evenly over the run (`scenarios.client.capture`), and write them to
+``answers-<worker>.jsonl`` when the load is over. Then they are counted here, off the clock: in bytes, in words, in the
+chunks that carried them, and in tokens where the model's tokenizer is at hand. The counts go into the manifest, the
+texts are deleted. `analysis.validity.usage` compares.
+
+Text that a tokenizer encodes again may differ from what the model emitted. Measured with SmolLM2's tokenizer on 200
+pieces each of 5, 24 and 200 tokens: prose, tables, Python and C by -1 to +1 tokens, ids drawn at random (which no model
+emits) by 4.6 % in the mean and 29 % at most. So single answers prove nothing, and a pooled sample does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+if TYPE_CHECKING:
+    from harness.plan.tokenizers import TextTokenizer
+
+SAMPLE = 96
+"""Answers of a run that are counted, at most."""
+PROMPTS = 32
+"""Of these, at most so many with their prompts: a plan is read a batch at a time."""
+
+_LETTERS = r"[^\W\d_\u0e00-\U0010ffff]+"
+# As tokenizers cut text before they look for tokens (OpenAI's cl100k, which Llama 3 and Qwen follow), but digits, and
+# letters of scripts without spaces, one by one: what is one piece here may be several tokens, never the reverse.
+_PIECE = re.compile(rf"(?:[^\r\n\w]|_)?{_LETTERS}| ?[^\W_]| ?(?:[^\s\w]|_)+[\r\n]*|\s+")
+_WORD = re.compile(rf"{_LETTERS}\S*")
+_BROKEN = "\ufffd"
+
+
+class Said(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What one answer said, chunk by chunk."""
+
+    request_id: int
+    text: list[str]
+    reasoning: list[str] = []
+    blanks: int = 0
+    """Chunks that may be a token without text: a special one, half a character."""
+    ids: int = 0
+    """Token ids that came with the chunks; 0 when the server gives none."""
+    other: bool = False
+    """There was output that is neither, such as a tool call: its text is not all that was generated."""
+
+
+class _Message(msgspec.Struct, forbid_unknown_fields=True):
+    role: str
+    content: str
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """One text, counted."""
+
+    bytes: int = 0
+    """Of UTF-8. A token has one at least."""
+    words: int = 0
+    """Stretches with a letter between spaces. Hardly a tokenizer has tokens of more than one."""
+    chunks: int = 0
+    """That carried it."""
+    crowded: int = 0
+    """Of these, chunks that need not be a single token: of more than one piece."""
+    pieces: int = 0
+    """Pieces of all chunks, each of one token or more."""
+    tokens: int | None = 0
+    """By the model's tokenizer; null without one, or where the text has broken characters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What was sent with one request, counted."""
+
+    bytes: int
+    """Of its text; of messages, of the JSON that holds them."""
+    words: int
+    """As of a `Text`."""
+    messages: int = 0
+    """0: text alone."""
+    tokens: int | None = None
+    """By the model's tokenizer, of messages as its chat template makes a prompt of them; null without."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counted:
+    """One answer of the sample, counted, and what it answers."""
+
+    request_id: int
+    text: Text
+    reasoning: Text
+    prompt: Prompt | None = None
+    """Null where the plan has its length already, and of what is not all text."""
+    blanks: int = 0
+    ids: int = 0
+    other: bool = False
+
+
+def count_answers(
+    said: Iterable[Said], tokenizer: TextTokenizer | None = None, prompts: Mapping[int, Prompt] | None = None
+) -> list[Counted]:
+    """The same answers, counted; in tokens where there is a tokenizer."""
+    return [
+        Counted(
+            request_id=one.request_id, text=_count(one.text, tokenizer), reasoning=_count(one.reasoning, tokenizer),
+            prompt=(prompts or {}).get(one.request_id), blanks=one.blanks, ids=one.ids, other=one.other,
+        )
+        for one in said
+    ]  # fmt: skip
+
+
+def count_prompts(plan: Path, ids: Iterable[int], tokenizer: TextTokenizer | None = None) -> dict[int, Prompt]:
+    """Prompts of these requests whose length the plan does not know, counted. Raises `PlanError`."""
+    from harness.plan.file import find_requests
+
+    found = {}
+    for request in find_requests(plan, ids):
+        if request.input_tokens is None and not request.continues:
+            prompt = _prompt(request.prompt_text, request.messages, tokenizer)
+            if prompt is not None:
+                found[request.request_id] = prompt
+    return found
+
+
+def _prompt(text: str | None, messages: str | None, tokenizer: TextTokenizer | None) -> Prompt | None:
+    if messages is None:
+        if text is None:
+            return None
+        tokens = None if tokenizer is None else len(tokenizer.encode([text])[0])
+        return Prompt(bytes=_bytes(text), words=len(_WORD.findall(text)), tokens=tokens)
+    try:
+        turns = msgspec.json.decode(messages, type=list[_Message])
+    except msgspec.DecodeError:
+        return None  # parts that are no text, tool calls: bytes say little of them
+    said = [{"role": turn.role, "content": turn.content} for turn in turns]
+    ids = None if tokenizer is None else tokenizer.chat_ids(said)
+    return Prompt(
+        bytes=_bytes(messages), words=sum(len(_WORD.findall(turn.content)) for turn in turns), messages=len(turns),
+        tokens=None if ids is None else len(ids),
+    )  # fmt: skip
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode(errors="replace"))
+
+
+def _count(chunks: Sequence[str], tokenizer: TextTokenizer | None) -> Text:
+    if not chunks:
+        return Text()
+    text = "".join(chunks)
+    pieces = [len(_PIECE.findall(chunk)) for chunk in chunks]
+    countable = tokenizer is not None and _BROKEN not in text
+    return Text(
+        bytes=_bytes(text), words=len(_WORD.findall(text)), chunks=len(chunks),
+        crowded=sum(n > 1 for n in pieces), pieces=sum(max(n, 1) for n in pieces),
+        tokens=len(tokenizer.encode([text])[0]) if tokenizer is not None and countable else None,
+    )  # fmt: skip
+
+
+def write_said(file: Path, said: Sequence[Said]) -> None:
+    """Write answers, one JSON object a line. Raises `OSError`."""
+    file.write_bytes(b"".join(msgspec.json.encode(one) + b"\n" for one in said))
+
+
+def take_said(files: Iterable[Path]) -> list[Said]:
+    """Read the answers of all files that are there, and delete the files; what cannot be read is left out."""
+    found: list[Said] = []
+    for file in files:
+        try:
+            lines = file.read_bytes().splitlines()
+            file.unlink()
+        except OSError:
+            continue
+        for line in lines:
+            try:
+                found.append(msgspec.json.decode(line, type=Said))
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                continue
+    return found

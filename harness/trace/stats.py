@@ -1,0 +1,291 @@
+"""What a plan keeps of its trace, so that the plan and the run can be judged by it: some hundred numbers, no requests.
+
+==========================  ==========================================================================================
+dispersion                  variance / mean of the number of arrivals in windows of 1, 10 and 60 s, laid from the first
+                            arrival to the last, the rest of a window at the end left out. Poisson arrivals have 1
+worst minute                most arrivals in any 60 s (begun by an arrival), over the mean of the whole
+gap cv                      standard deviation / mean of the gaps between arrivals. Poisson arrivals have 1
+mean rate                   (n - 1) / span, requests/s
+==========================  ==========================================================================================
+
+Functions here take sorted times as integer ns and work a block at a time: their memory does not grow with the trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+
+WINDOWS_S = (1, 10, 60)
+FEWEST_WINDOWS = 10
+POINTS = 51
+"""A distribution is kept as so many quantiles, evenly from the smallest to the largest value."""
+PERIODS = 60
+"""Equal parts of the span in which arrivals are counted: the shape over time."""
+
+_BLOCK = 2**20
+_MOST_WINDOWS = 20_000_000
+_MOST_GAPS = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrivalStats:
+    """Arrivals in time."""
+
+    requests: int
+    span_s: float
+    rate: float | None
+    """Requests/s; null when all arrive at one instant."""
+    dispersion: dict[str, float | None]
+    """"1s", "10s", "60s"; null below ten windows."""
+    worst_minute: float | None
+    """null when the span is below a minute."""
+    gap_cv: float | None
+    gap_quantiles_s: list[float]
+    """`POINTS` of them (of at most a million gaps, evenly chosen)."""
+    counts: list[int]
+    """Arrivals in `PERIODS` equal parts of the span; empty when all arrive at one instant."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LengthStats:
+    """Token lengths of one side."""
+
+    rows: int
+    """Rows that say it."""
+    mean: float
+    quantiles: list[int]
+    """`POINTS` of them; each is a length that occurs."""
+    part_sd: float | None = None
+    """Standard deviation of the means of 60 to 120 equal parts of the rows, in their order (`PartMeans`): how far the
+    mean of one stretch is from that of the whole. null below 60 rows, where not asked, in plans of older versions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixStats:
+    """What an unlimited prefix cache would have found, at the trace's own blocks."""
+
+    block_tokens: list[int]
+    rows: int
+    """Rows counted."""
+    hit_rate_blocks: float
+    hit_rate_tokens: float
+    sampled: int
+    """1: every block was counted; k: one in k."""
+    continued_turns: int | None = None
+    """Turns of sessions that continue the one before them (`harness.trace.turns`); null without such sessions."""
+    independent_turns: int | None = None
+    """Later turns of sessions that do not: their prompts share nothing with those before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedCache:
+    """What production's prompt cache found, by the rows that state both their input and their cached tokens."""
+
+    rows: int
+    input_tokens: int
+    cached_tokens: int
+
+    @property
+    def share(self) -> float:
+        """Of input tokens, those that were cached."""
+        return self.cached_tokens / max(self.input_tokens, 1)
+
+
+class CacheCount:
+    """Adds up `RecordedCache`."""
+
+    def __init__(self) -> None:
+        self._rows = self._input = self._cached = 0
+
+    def add(self, input_tokens: int | None, cached_tokens: int | None) -> None:
+        """The next row."""
+        if input_tokens is not None and cached_tokens is not None:
+            self._rows += 1
+            self._input += input_tokens
+            self._cached += cached_tokens
+
+    def result(self) -> RecordedCache | None:
+        """So far; None when no row states it."""
+        if not self._rows:
+            return None
+        return RecordedCache(rows=self._rows, input_tokens=self._input, cached_tokens=self._cached)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceStats:
+    """Of the rows a plan was made from, as the trace records them."""
+
+    requests: int
+    arrivals: ArrivalStats | None
+    """null when the trace has no times."""
+    input_tokens: LengthStats | None
+    """Of rows that say lengths only; the length of a text is the server's to count."""
+    output_tokens: LengthStats | None
+    sessions: int
+    session_rows: int
+    """Rows that belong to one."""
+    most_turns: int
+    unit_rows: float
+    """Rows of the session (1 without one) of a row, on average over rows: how unequal a draw of whole sessions is."""
+    prefix: PrefixStats | None
+    grid_s: float | None
+    """Step of the coarse clock its times are on; null when there is none to be seen."""
+    text_tokens: float | None = None
+    """Mean input tokens that production counted of rows with a text; null where one of them has no count."""
+    recorded_cache: RecordedCache | None = None
+    """null where no row states its cached tokens, and in plans of older versions."""
+
+    @property
+    def requests_per_session(self) -> float:
+        """Mean number of requests in a session; a row without one is one of its own."""
+        return self.requests / max(self.requests - self.session_rows + self.sessions, 1)
+
+
+class PartMeans:
+    """Means of equal parts of a series whose length is not known before its end: too many parts are joined in pairs."""
+
+    def __init__(self) -> None:
+        self._parts: list[float] = []
+        """Sums of ``_size`` values each."""
+        self._size, self._sum, self._in = 1, 0.0, 0
+
+    def add(self, value: float) -> None:
+        """The next value."""
+        self._sum += value
+        self._in += 1
+        if self._in == self._size:
+            self._parts.append(self._sum)
+            self._sum, self._in = 0.0, 0
+            if len(self._parts) == 2 * PERIODS:
+                self._parts = [a + b for a, b in zip(self._parts[::2], self._parts[1::2], strict=True)]
+                self._size *= 2
+
+    def sd(self) -> float | None:
+        """Standard deviation of the means of the whole parts; None when they are fewer than `PERIODS`."""
+        if len(self._parts) < PERIODS:
+            return None
+        return float(np.std(np.array(self._parts) / self._size, ddof=1))
+
+
+def arrival_stats(times: Ints) -> ArrivalStats | None:
+    """Of ``times`` (ns, ascending); None of none."""
+    if not len(times):
+        return None
+    span_ns = int(times[-1] - times[0])
+    rate = mean_rate(times)
+    worst_minute = worst(times, 60)
+    return ArrivalStats(
+        requests=len(times),
+        span_s=span_ns / 1e9,
+        rate=rate,
+        dispersion={f"{w}s": dispersion(times, w) for w in WINDOWS_S},
+        worst_minute=None if worst_minute is None or rate is None else worst_minute[0] / (rate * 60),
+        gap_cv=gap_cv(times),
+        gap_quantiles_s=gap_quantiles_s(times),
+        counts=counts_between(times, int(times[0]), span_ns).tolist() if span_ns else [],
+    )
+
+
+def mean_rate(times: Ints) -> float | None:
+    """Mean arrival rate, req/s: (n - 1) / span; None below two rows or when all arrive at one instant.
+
+    n - 1, because n arrivals have n - 1 gaps: k requests a second apart arrive at 1 req/s, not at k / (k - 1).
+    """
+    if len(times) < 2 or times[-1] == times[0]:
+        return None
+    return (len(times) - 1) * 1e9 / int(times[-1] - times[0])
+
+
+def window_counts(times: Ints, window_s: int) -> Ints | None:
+    """Arrivals in each whole window; None when there are fewer than `FEWEST_WINDOWS`."""
+    if not len(times):
+        return None
+    window_ns = window_s * 1_000_000_000
+    windows = int(times[-1] - times[0]) // window_ns
+    if not FEWEST_WINDOWS <= windows <= _MOST_WINDOWS:
+        return None
+    counts = np.zeros(windows, dtype=np.int64)
+    for block in _blocks(times):
+        at = (block - times[0]) // window_ns
+        first = int(at[0])
+        found = np.bincount(at[at < windows] - first)
+        counts[first : first + len(found)] += found
+    return counts
+
+
+def dispersion(times: Ints, window_s: int) -> float | None:
+    """Variance / mean of the counts in windows; None below ten windows."""
+    counts = window_counts(times, window_s)
+    return None if counts is None else float(counts.var() / counts.mean())
+
+
+def worst(times: Ints, window_s: int) -> tuple[int, int] | None:
+    """(most arrivals in any window begun by an arrival, which arrival); None when the span is shorter than it."""
+    window_ns = window_s * 1_000_000_000
+    if len(times) < 2 or times[-1] - times[0] < window_ns:
+        return None
+    best = (0, 0)
+    for start in range(0, len(times), _BLOCK):
+        block = times[start : start + _BLOCK]
+        counts = np.searchsorted(times, block + window_ns, side="left") - np.arange(start, start + len(block))
+        at = int(counts.argmax())
+        if counts[at] > best[0]:
+            best = (int(counts[at]), start + at)
+    return best
+
+
+def gap_cv(times: Ints) -> float | None:
+    """Standard deviation / mean of the gaps; None below two gaps or when all arrive at one instant."""
+    if len(times) < 3 or times[-1] == times[0]:
+        return None
+    mean_ns = int(times[-1] - times[0]) / (len(times) - 1)
+    squares = sum(float((((gaps - mean_ns) / mean_ns) ** 2).sum()) for gaps in _gaps(times))
+    return float(np.sqrt(squares / (len(times) - 1)))
+
+
+def gap_quantiles_s(times: Ints) -> list[float]:
+    """`POINTS` quantiles of the gaps, s; of every k-th gap where there are more than a million. Empty without gaps."""
+    every = -(-len(times) // _MOST_GAPS)
+    after = times[1::every]
+    gaps = after - times[:-1:every][: len(after)]
+    if not len(gaps):
+        return []
+    found = np.quantile(gaps, np.linspace(0, 1, POINTS), method="inverted_cdf")
+    return [int(gap) / 1e9 for gap in found]
+
+
+def counts_between(times: Ints, start_ns: int, span_ns: int, periods: int = PERIODS) -> Ints:
+    """Arrivals in ``periods`` equal parts of the time from ``start_ns`` on; the end itself is in the last part."""
+    counts = np.zeros(periods, dtype=np.int64)
+    for block in _blocks(times):
+        inside = block[(block >= start_ns) & (block <= start_ns + span_ns)] - start_ns
+        at = np.minimum(inside * (periods / span_ns), periods - 1).astype(np.int64)
+        counts += np.bincount(at, minlength=periods)
+    return counts
+
+
+def length_stats(counts: Mapping[int, int], part_sd: float | None = None) -> LengthStats | None:
+    """Of lengths, given as length -> rows; None of none."""
+    if not counts:
+        return None
+    values = np.array(sorted(counts), dtype=np.int64)
+    reached = np.cumsum([counts[int(value)] for value in values])
+    rows = int(reached[-1])
+    wanted = np.clip(np.ceil(np.linspace(0, 1, POINTS) * rows), 1, rows)
+    total = sum(length * count for length, count in counts.items())
+    quantiles = values[np.searchsorted(reached, wanted)].tolist()
+    return LengthStats(rows=rows, mean=total / rows, quantiles=quantiles, part_sd=part_sd)
+
+
+def _blocks(times: Ints) -> Iterator[Ints]:
+    return (times[at : at + _BLOCK] for at in range(0, len(times), _BLOCK))
+
+
+def _gaps(times: Ints) -> Iterator[Ints]:
+    return (np.diff(times[at : at + _BLOCK + 1]) for at in range(0, len(times) - 1, _BLOCK))

@@ -1,0 +1,247 @@
+"""Made-up traces: arrivals and lengths drawn from distributions, or from a ServeGen client model. All from a seed.
+
+**ServeGen** (alibaba/ServeGen) publishes no requests but a model per client: ``NAME-trace.csv`` has a line for each
+window of 600 s (start, rate, coefficient of variation, ``Gamma`` or ``Weibull`` or nothing, shape, scale) and
+``NAME-dataset.json`` the distributions of token lengths for each 6 h (as text that holds a Python dict; multimodal
+models split the input into text, image, audio and video tokens, which are added). In each window a stationary renewal
+process with the given family and shape is drawn, its scale set so that the mean rate is the window's; where no family
+was fitted, a Poisson process. Input and output lengths are drawn independently, as the model has no joint
+distribution.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import heapq
+import io
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from harness.errors import TraceError, UsageError
+from harness.trace.distributions import Distribution, Floats
+from harness.trace.formats.record import MAX_TOKENS
+from harness.trace.io import TraceRecord
+from harness.trace.source import open_source, unpack
+
+_BATCH = 4096
+_MAX_MODEL_BYTES = 256 * 2**20
+
+
+def synthesize(
+    *,
+    gaps: Distribution,
+    input_tokens: Distribution,
+    output_tokens: Distribution,
+    requests: int | None,
+    duration_s: float | None,
+    seed: int,
+) -> Iterator[TraceRecord]:
+    """Requests with these gaps (s) and lengths, the first at 0, until there are ``requests`` or ``duration_s`` is over.
+
+    Raises `UsageError` when neither end is given.
+    """
+    if requests is None and duration_s is None:
+        raise UsageError("say where the trace ends: --requests or --duration")
+    rng = np.random.default_rng(seed)
+    made, now_s = 0, 0.0
+    while requests is None or made < requests:
+        times = now_s + np.concatenate([[0.0], np.cumsum(gaps.draw(rng, _BATCH))])
+        into, out = input_tokens.draw_tokens(rng, _BATCH), output_tokens.draw_tokens(rng, _BATCH)
+        for arrival_s, i, o in zip(times[:-1].tolist(), into.tolist(), out.tolist(), strict=True):
+            if (duration_s is not None and arrival_s >= duration_s) or made == requests:
+                return
+            made += 1
+            yield TraceRecord(round(arrival_s * 1e9), i, o, line=made)
+        now_s = float(times[-1])
+
+
+# --- ServeGen ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    start_s: float
+    end_s: float
+    rate: float
+    family: str
+    shape: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Lengths:
+    """Distributions of one 6 h step: each (values, probabilities); the inputs are added up."""
+
+    inputs: list[tuple[Floats, Floats]]
+    output: tuple[Floats, Floats]
+
+
+@dataclass(slots=True)
+class ServeGen:
+    """A pool of ServeGen clients; iterate `draw`."""
+
+    clients: dict[str, tuple[list[_Window], list[tuple[float, _Lengths | None]]]]
+    without_lengths: int = 0
+    """Requests left out so far because the model has no lengths for their time."""
+    without_family: int = field(default=0)
+    """Windows so far whose gaps have no fitted family: drawn as Poisson."""
+
+    @property
+    def span_s(self) -> tuple[float, float]:
+        """First and last second that any client has a window for."""
+        windows = [window for windows, _ in self.clients.values() for window in windows]
+        return min(w.start_s for w in windows), max(w.end_s for w in windows)
+
+    def draw(self, start_s: float, end_s: float, seed: int) -> Iterator[TraceRecord]:
+        """Requests of all clients from ``start_s`` to ``end_s`` of the model's clock, by arrival, the first at 0.
+
+        Each request's ``session_id`` is None: the model has no conversations.
+        """
+        streams = [
+            self._client(windows, lengths, start_s, end_s, np.random.default_rng([seed, i]))
+            for i, (windows, lengths) in enumerate(self.clients.values())
+        ]
+        first_s: float | None = None
+        for made, (arrival_s, into, out) in enumerate(heapq.merge(*streams), start=1):
+            first_s = arrival_s if first_s is None else first_s
+            yield TraceRecord(round((arrival_s - first_s) * 1e9), into, out, line=made)
+
+    def _client(
+        self,
+        windows: list[_Window],
+        lengths: list[tuple[float, _Lengths | None]],
+        start_s: float,
+        end_s: float,
+        rng: np.random.Generator,
+    ) -> Iterator[tuple[float, int, int]]:
+        for window in windows:
+            if window.end_s <= start_s or window.start_s >= end_s or window.rate <= 0:
+                continue
+            self.without_family += not window.family
+            times = _arrivals(window, rng)
+            times = times[(times >= start_s) & (times < end_s)]
+            now = next((step for at, step in reversed(lengths) if at <= window.start_s), None)
+            if now is None:
+                self.without_lengths += len(times)
+                continue
+            into = sum((_pick(values, rng, len(times)) for values in now.inputs), np.zeros(len(times)))
+            out = _pick(now.output, rng, len(times))
+            counts = np.clip(np.rint([into, out]), 1, MAX_TOKENS).astype(np.int64)
+            yield from zip(times.tolist(), counts[0].tolist(), counts[1].tolist(), strict=True)
+
+
+def _arrivals(window: _Window, rng: np.random.Generator) -> Floats:
+    """Arrival times of a stationary renewal process: its first gap is a length-biased one, cut at a random place."""
+    k, length = window.shape, window.end_s - window.start_s
+    mean = 1 / window.rate
+    if window.family == "Weibull":
+        scale = mean / math.gamma(1 + 1 / k)
+        first = scale * rng.gamma(1 + 1 / k) ** (1 / k)
+    elif window.family == "Gamma":
+        scale = mean / k
+        first = rng.gamma(k + 1, scale)
+    else:
+        first = rng.gamma(2, mean)
+    times = [np.array([first * rng.random()])]
+    while times[-1][-1] < length:
+        n = int(window.rate * length) + 16
+        if window.family == "Weibull":
+            gaps = scale * rng.weibull(k, n)
+        elif window.family == "Gamma":
+            gaps = rng.gamma(k, scale, n)
+        else:
+            gaps = rng.exponential(mean, n)
+        times.append(times[-1][-1] + np.cumsum(gaps))
+    found: Floats = np.concatenate(times)
+    return window.start_s + found[found < length]
+
+
+def _pick(values: tuple[Floats, Floats], rng: np.random.Generator, n: int) -> npt.NDArray[np.float64]:
+    return rng.choice(values[0], n, p=values[1])
+
+
+def read_servegen(path: Path) -> ServeGen:
+    """The clients in a folder of ``*-trace.csv`` and ``*-dataset.json`` pairs (plain or compressed), or of one pair.
+
+    Raises `TraceError` for files that are missing or not as described.
+    """
+    if path.is_dir():
+        traces = sorted(f for f in path.iterdir() if re.search(r"-trace\.csv(\.gz|\.zst)?$", f.name))
+        if not traces:
+            raise TraceError(str(path), None, "no ServeGen client in this folder: expected NAME-trace.csv")
+    else:
+        traces = [path.with_name(re.sub(r"-dataset\.json", "-trace.csv", path.name))]
+    clients = {}
+    for trace in traces:
+        stem = re.sub(r"-trace\.csv(\.gz|\.zst)?$", "", trace.name)
+        names = (f"{stem}-dataset.json{suffix}" for suffix in ("", ".gz", ".zst"))
+        dataset = next((file for name in names if (file := trace.with_name(name)).is_file()), None)
+        if stem == trace.name or dataset is None:
+            raise TraceError(str(trace), None, f"a ServeGen client is a pair: no {stem}-dataset.json beside it")
+        clients[stem] = (_windows(trace), _steps(dataset))
+    return ServeGen(clients)
+
+
+def _windows(file: Path) -> list[_Window]:
+    windows: list[_Window] = []
+    starts: list[float] = []
+    for line, row in enumerate(csv.reader(io.StringIO(_text(file))), start=1):
+        try:
+            start_s, rate, family, shape = float(row[0]), float(row[1]), row[3], float(row[4])
+        except (ValueError, IndexError):
+            raise TraceError(str(file), line, f"expected start,rate,cv,family,shape,scale, found {row}") from None
+        good = all(math.isfinite(x) for x in (start_s, rate, shape)) and start_s >= 0 and 0 <= rate < 1e6
+        if not good or family not in ("", "Gamma", "Weibull") or (family and shape < 0.01):
+            raise TraceError(str(file), line, f"not a window of a ServeGen client: {row}")
+        if starts and start_s <= starts[-1]:
+            raise TraceError(str(file), line, "this window does not begin after the one above")
+        starts.append(start_s)
+        windows.append(_Window(start_s, 0.0, rate, family, shape))
+    if len(starts) < 2:
+        raise TraceError(str(file), None, "fewer than two windows: their length is not known")
+    ends = [*starts[1:], 2 * starts[-1] - starts[-2]]
+    return [_Window(w.start_s, end_s, w.rate, w.family, w.shape) for w, end_s in zip(windows, ends, strict=True)]
+
+
+def _steps(file: Path) -> list[tuple[float, _Lengths | None]]:
+    steps: list[tuple[float, _Lengths | None]] = []
+    try:
+        for start, fields in sorted(json.loads(_text(file)).items(), key=lambda item: float(item[0])):
+            names = ("input_tokens",) if "input_tokens" in fields else tuple(
+                f"{kind}_tokens" for kind in ("text", "image", "audio", "video")
+            )  # fmt: skip
+            found = [_probabilities(fields[name]) for name in names]
+            output = _probabilities(fields["output_tokens"])
+            whole = output is not None and all(p is not None for p in found)
+            steps.append((float(start), _Lengths([p for p in found if p], output) if whole and output else None))
+    except (ValueError, KeyError, TypeError, AttributeError, SyntaxError, RecursionError, MemoryError) as e:
+        raise TraceError(str(file), None, f"not the lengths of a ServeGen client ({type(e).__name__}: {e})") from None
+    return steps
+
+
+def _probabilities(text: str) -> tuple[Floats, Floats] | None:
+    """(values, probabilities) of a Python dict as text; None when it is empty (an idle time)."""
+    pairs = ast.literal_eval(text)
+    values, weights = (np.array(list(side), dtype=np.float64) for side in (pairs.keys(), pairs.values()))
+    if not len(values):
+        return None
+    if not (np.isfinite(values).all() and (values >= 0).all() and (weights >= 0).all()):
+        raise ValueError("a length or a probability is negative or no number")
+    if not 0.99 < weights.sum() < 1.01:
+        raise ValueError(f"probabilities add up to {weights.sum():g}")
+    return values, weights / weights.sum()
+
+
+def _text(file: Path) -> str:
+    raw = unpack(open_source(file), _MAX_MODEL_BYTES)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as e:
+        raise TraceError(str(file), None, f"not UTF-8 ({e.reason})") from None
