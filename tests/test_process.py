@@ -77,7 +77,7 @@ def test_a_nice_value_is_that_of_all_it_starts(more: int | None) -> None:
 
 def test_a_nice_value_that_may_not_be_had_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = "raise PermissionError"  # who is not root may not ask for less than it has
-    code = f"import os\ndef no(*a): {refused}\nos.setpriority = no\nfrom cluster import guard\n"
+    code = f"import os\ndef no(*a): {refused}\nos.setpriority = no\nfrom cluster.process import guard\n"
     code += "guard.become(['echo', 'it runs'], cpus='-', nice='-5')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout == "it runs\n", done.stderr
