@@ -451,11 +451,12 @@ def test_sums_add_up_and_more_demand_never_needs_less(rates, factor, held, capac
 
 def test_a_trace_without_times_or_lengths_is_no_demand_or_half_of_one(tmp_path):
     from harness.commands.fleet import read_demand
+    from harness.options import ReadOptions
 
     path = tmp_path / "t.jsonl"
     path.write_text('{"arrival_s": 0, "input_tokens": 5, "output_tokens": 5}\n{"arrival_s": 61, "prompt": "hello"}\n')
-    asked = read_demand(path, None, False)
+    asked = read_demand(path, ReadOptions())
     assert asked.requests.requests == 2 and asked.tokens is None and asked.replayable is None
     path.write_text('{"input_tokens": 5, "output_tokens": 5}\n')
     with pytest.raises(UsageError, match="no arrival time"):
-        read_demand(path, None, False)
+        read_demand(path, ReadOptions())

@@ -22,6 +22,7 @@ from harness.cli.sweep import DECIDED, OPTIONS, OWN, resolve
 from harness.commands.found import done_points
 from harness.commands.sweep import sum_up
 from harness.errors import ResultsError, UsageError
+from harness.options import PlanOptions
 from harness.plan.build import asked_plan, build_plan
 from harness.plan.file import plan_sha256
 from harness.plan.prompts import Vocabulary
@@ -82,8 +83,8 @@ def test_the_example_is_read_and_every_option_of_it_is_one_of_replay() -> None:
     spec = read_sweep(file, NAMES, DECIDED)
     assert Path(spec.trace).is_file(), "the trace counts from the folder of the file"
     options = resolve(spec.options, str(file), file.parent)
-    assert options["slo"]
-    assert options["timeout_s"] == 600, "what the file does not say is as on the command line"
+    assert options.load.slo
+    assert options.load.timeout_s == 600, "what the file does not say is as on the command line"
     assert make_points(spec)
 
 
@@ -103,15 +104,16 @@ def test_options_become_what_the_command_line_makes_of_them(tmp_path: Path) -> N
     """
     spec = read(tmp_path, GOOD + text)
     options = resolve(spec.options, "f", tmp_path)
-    assert options["duration_s"] == 300
-    assert options["warmup"] == 30.0
-    assert options["skip_bad"] is True
-    assert options["no_stream"] is False
-    assert options["slo"] == {"ttft": 2.0, "tpot": 0.1}
-    assert options["extra_body"] == {"temperature": 0.5, "nested": {"a": [1]}}
-    assert options["headers"] == ("X-A: 1", "X-B: 2")
-    assert options["cancel"] == (0.05, 2.0)
-    assert options["tokenizer"] == tmp_path / "tok.json"
+    plan, load = options.plan, options.load
+    assert plan.duration_s == 300
+    assert plan.warmup_s == 30.0
+    assert plan.skip_bad is True
+    assert load.no_stream is False
+    assert load.slo == {"ttft": 2.0, "tpot": 0.1}
+    assert load.extra_body == {"temperature": 0.5, "nested": {"a": [1]}}
+    assert load.headers == ("X-A: 1", "X-B: 2")
+    assert plan.cancel == (0.05, 2.0)
+    assert plan.tokenizer == tmp_path / "tok.json"
     assert [level.request_rate for level in levels(spec)] == [1, 2.5, 4, 8]
 
 
@@ -290,10 +292,10 @@ AROUND = BETWEEN_S + 400 * ITL_S
     ],
 )  # fmt: skip
 def test_estimates(level: Level, options: dict[str, Any], requests: int, seconds: float) -> None:
-    found = estimate(level, options, TRACE)
+    found = estimate(level, PlanOptions(**options), TRACE)
     assert found.requests == requests
     assert found.seconds == pytest.approx(seconds + AROUND)
-    slow = estimate(level, options, replace(TRACE, longest_output=10**6))
+    slow = estimate(level, PlanOptions(**options), replace(TRACE, longest_output=10**6))
     assert slow.seconds == pytest.approx(seconds + BETWEEN_S + DRAIN_S), "no drain is longer than it may be"
     assert found.assumed == (level.concurrency is not None and "duration_s" not in options)
 
@@ -314,14 +316,15 @@ def test_other_users_on_the_same_clock_take_as_long_as_the_trace(
     file = tmp_path / "t.jsonl"
     row = {"arrival_s": 0.0, "input_tokens": 5, "output_tokens": 400}
     file.write_text("".join(json.dumps(row | {"arrival_s": i / 10}) + "\n" for i in range(1001)))
-    found = survey(open_trace(file), [Level(request_rate=rate)], more)
-    guess = estimate(Level(request_rate=rate), more, found)
+    asked = PlanOptions(**more)
+    found = survey(open_trace(file), [Level(request_rate=rate)], asked)
+    guess = estimate(Level(request_rate=rate), asked, found)
     assert guess.requests == pytest.approx(requests, abs=2)
     assert guess.seconds - AROUND == pytest.approx(seconds, rel=0.01)
     info = build_plan(
         open_trace(file),
         tmp_path / "p",
-        asked_plan({**more, "rate": rate}, closed=False),
+        asked_plan(replace(asked, rate=rate), closed=False),
         Vocabulary.from_ids(range(99)),
     )
     assert guess.requests == pytest.approx(info.requests, rel=0.25), "what the plan then holds"
@@ -334,26 +337,26 @@ def test_what_the_trace_cannot_give_is_said_before_anything_begins(tmp_path: Pat
     file.write_text("".join(json.dumps(row) + "\n" for _ in range(9)))
     rates = [Level(request_rate=1.0), Level(request_rate=20.0)]
     with pytest.raises(UsageError, match="no arrival times"):
-        survey(open_trace(file), rates, {})
-    assert survey(open_trace(file), rates, {"arrivals": "poisson"}).rows == 9
-    assert survey(open_trace(file), [Level(concurrency=2)], {}).rate is None
+        survey(open_trace(file), rates, PlanOptions())
+    assert survey(open_trace(file), rates, PlanOptions(arrivals="poisson")).rows == 9
+    assert survey(open_trace(file), [Level(concurrency=2)], PlanOptions()).rate is None
     file.write_text("".join(json.dumps(row | {"arrival_s": i / 10}) + "\n" for i in range(100)))
     for rescale, rate in (("thin", "20 req/s"), ("superpose", "1 req/s")):
         with pytest.raises(UsageError, match=f"10 requests/s.*{rescale}.*cannot make {rate}"):
-            survey(open_trace(file), rates, {"rescale": rescale})
+            survey(open_trace(file), rates, PlanOptions(rescale=rescale))
 
 
 def test_what_was_measured_at_the_same_level_beats_a_guess() -> None:
     points = make_points(SPEC)
     done = next(p for p in points if p.level.concurrency == 8)
     done.state, done.took_s = "done", 77.0
-    expected = expect(points, {}, TRACE)
+    expected = expect(points, PlanOptions(), TRACE)
     alike = [p for p in points if (p.pair, p.level) == (done.pair, done.level)]
     assert len(alike) == 3
     assert {expected[p.name].seconds for p in alike} == {77.0}
     assert all(expected[p.name].seconds != 77.0 for p in points if p not in alike)
     alike[1].state, alike[1].took_s = "done", 99.0
-    assert {expect(points, {}, TRACE)[p.name].seconds for p in alike} == {99.0}, "the careful one of two"
+    assert {expect(points, PlanOptions(), TRACE)[p.name].seconds for p in alike} == {99.0}, "the careful one of two"
 
 
 def test_dollars_are_price_by_replicas_by_hours() -> None:
@@ -375,11 +378,11 @@ def test_a_trace_is_read_no_further_than_the_heaviest_level_needs(tmp_path: Path
     file = tmp_path / "t.jsonl"
     row = {"arrival_s": 0.0, "input_tokens": 5}
     file.write_text("".join(json.dumps(row | {"arrival_s": i, "output_tokens": i + 1}) + "\n" for i in range(50)))
-    assert rows_needed([Level(request_rate=2.0), Level(request_rate=0.1)], {"duration_s": 10.0}) == 20
-    found = survey(open_trace(file), [Level(request_rate=2.0)], {"duration_s": 10.0})
+    assert rows_needed([Level(request_rate=2.0), Level(request_rate=0.1)], PlanOptions(duration_s=10.0)) == 20
+    found = survey(open_trace(file), [Level(request_rate=2.0)], PlanOptions(duration_s=10.0))
     assert found == Survey(rows=20, output_tokens=10.5, longest_output=20, span_s=19.0)
-    assert survey(open_trace(file), [Level(concurrency=2)], {"limit": 4}).rows == 4
-    assert survey(open_trace(file), [Level(concurrency=2)], {"duration_s": 4.0}).rows == 50
+    assert survey(open_trace(file), [Level(concurrency=2)], PlanOptions(limit=4)).rows == 4
+    assert survey(open_trace(file), [Level(concurrency=2)], PlanOptions(duration_s=4.0)).rows == 50
 
 
 # --- on disk ---------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from analysis.fidelity.inputs import Fidelity, Plan
 from analysis.fidelity.planned import planned_against_source
 from analysis.fidelity.windowed import mean_lengths, rate_and_shape
 from harness.errors import UsageError
+from harness.options import PlanOptions
 from harness.plan.build import asked_plan, build_plan
 from harness.plan.file import PlanInfo, PlanSpec, Windows, iter_requests, read_plan_columns, read_plan_info
 from harness.plan.prompts import Vocabulary
@@ -406,8 +407,8 @@ def test_parts_tell_how_far_stretches_are_apart(n):
 
 def test_the_options_bring_windows():
     windows = Windows(count=4, draw=2)
-    assert asked_plan({"windows": windows, "rate": 3.0, "duration_s": 60.0}, closed=False).windows == windows
-    assert asked_plan({"rate": 3.0}, closed=False).windows is None
+    assert asked_plan(PlanOptions(windows=windows, rate=3.0, duration_s=60.0), closed=False).windows == windows
+    assert asked_plan(PlanOptions(rate=3.0), closed=False).windows is None
 
 
 @pytest.mark.parametrize(

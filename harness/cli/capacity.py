@@ -21,6 +21,7 @@ from harness.cli.options import (
 from harness.cli.types import DURATION, GROWTH, POSITIVE, SHARE, SLO
 from harness.cli.verb import command
 from harness.errors import UsageError
+from harness.options import ReadOptions, ReplayOptions, taken
 
 NEWEST = ""
 """--resume without a folder."""
@@ -86,7 +87,10 @@ Exit status:
 @SWEEPS_OPTION
 @html_option("the probes, compared,")
 @format_option("text", "md", "json")
-def capacity(trace: Path, **options: Any) -> int:
+def capacity(
+    trace: Path, out: Path, max_usd: float | None, max_hours: float | None, probe_s: float, tolerance: float,
+    busiest: bool, resume: str | None, html: Path | None, **options: Any,
+) -> int:  # fmt: skip
     """Find the highest request rate at which the promise is kept, and what a million tokens costs there.
 
     Servers are started once. A closed-loop ladder (1, 4, 16 ... in flight) finds the ceiling; then windows from all
@@ -98,11 +102,10 @@ def capacity(trace: Path, **options: Any) -> int:
 
     if str(trace) == "-":
         raise UsageError("a search reads its trace many times: name a file instead of standard input")
-    with runs.replay.make_context("capacity", ["trace"]) as context:
-        defaults = {name: value for name, value in context.params.items() if name in DECIDED}
-    for name in ("slo", "attain", "format_", "out", "ratio"):
-        defaults.pop(name, None)
-    return find(trace, **{**defaults, **options})
+    return find(
+        trace, out, ReplayOptions.of(options), max_usd=max_usd, max_hours=max_hours, probe_s=probe_s,
+        tolerance=tolerance, busiest=busiest, resume=resume, html=html,
+    )  # fmt: skip
 
 
 capacity.params[1:1] = [p for p in replay_options() if p.name not in {q.name for q in capacity.params}]
@@ -162,7 +165,11 @@ Exit status:
 @ATTAIN_OPTION
 @html_option("the plan")
 @format_option("text", "md", "json", "csv")
-def plan_fleet(**options: Any) -> int:
+def plan_fleet(
+    trace: Path, measured: tuple[str, ...], grow: float, headroom: float, availability: float | None,
+    node_availability: float, start_s: float | None, replicas_per_instance: int | None,
+    slo: tuple[dict[str, float], ...], attain: float, html: Path | None, format_: str, **reading: Any,
+) -> int:  # fmt: skip
     """How many whole instances of each measured tier carry the demand of TRACE, and what they cost.
 
     FOLDER is what 'harness capacity' or 'harness sweep' left (rates in an open loop, with an SLO and a tier). TRACE is
@@ -173,4 +180,8 @@ def plan_fleet(**options: Any) -> int:
     """
     from harness.commands.fleet import plan_fleet as plan
 
-    return plan(**options)
+    return plan(
+        trace, measured, taken(ReadOptions, reading), grow=grow, headroom=headroom, availability=availability,
+        node_availability=node_availability, start_s=start_s, replicas_per_instance=replicas_per_instance, slo=slo,
+        attain=attain, format_=format_, html=html,
+    )  # fmt: skip

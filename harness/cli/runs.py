@@ -23,6 +23,7 @@ from harness.cli.options import (
 from harness.cli.types import WARMUP
 from harness.cli.verb import command
 from harness.errors import UsageError
+from harness.options import ReplayOptions, ServeOptions, taken
 
 ENDPOINT_OPTION = click.option(
     "--endpoint",
@@ -53,7 +54,7 @@ Examples:
 @REPORT_OPTIONS
 @OUT_OPTION
 @attain_needs_slo
-def replay(**options: Any) -> int:
+def replay(trace: tuple[Path, ...], out: Path, **options: Any) -> int:
     """Plan, serve, run and report in one go.
 
     TRACE is a production trace in any format that 'harness trace inspect' names, plain or compressed, also several
@@ -65,7 +66,7 @@ def replay(**options: Any) -> int:
     """
     from harness.commands import flow
 
-    return flow.replay(**options)
+    return flow.replay(trace, out, ReplayOptions.of(options))
 
 
 @command(
@@ -98,17 +99,17 @@ Examples:
     help="The plan file; never overwritten.",
 )
 @JSON_OPTION
-def plan(**options: Any) -> int:
+def plan(trace: tuple[Path, ...], output: Path, **options: Any) -> int:
     """Turn a trace into a plan: every request, its prompt and its time, fixed in a file before anything is started."""
     from harness.commands import flow
 
-    return flow.plan(**options)
+    return flow.plan(trace, output, ReplayOptions.of(options))
 
 
 @command(short_help="Start servers and keep them until Ctrl-C.")
 @SERVER_OPTIONS
 @OUT_OPTION
-def serve(**options: Any) -> int:
+def serve(out: Path, **options: Any) -> int:
     """Start servers and keep them until Ctrl-C.
 
     Prints one base URL per replica on stdout. The API key is HARNESS_API_KEY if that is set, else a new one, written to
@@ -116,9 +117,10 @@ def serve(**options: Any) -> int:
     """
     from harness.commands import flow
 
-    if options.pop("base_urls"):
+    asked = taken(ServeOptions, options)
+    if asked.base_urls:
         raise UsageError("harness serve starts servers: it takes no --base-url")
-    return flow.serve(**options)
+    return flow.serve(out, asked)
 
 
 @command(
@@ -148,11 +150,11 @@ Examples:
 @REPORT_OPTIONS
 @OUT_OPTION
 @attain_needs_slo
-def run(**options: Any) -> int:
+def run(plan: Path, out: Path, **options: Any) -> int:
     """Send a plan and report; starts the servers first unless --base-url is given."""
     from harness.commands import flow
 
-    return flow.run(**options)
+    return flow.run(plan, out, ReplayOptions.of(options))
 
 
 @command(short_help="Measure what the load generator can carry on this machine.")

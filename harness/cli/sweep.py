@@ -13,6 +13,7 @@ from harness.cli import runs
 from harness.cli.options import ENVIRONMENT, JSON_OPTION, SWEEPS_OPTION, resume_option
 from harness.cli.verb import command
 from harness.errors import UsageError
+from harness.options import ReplayOptions
 
 NEWEST = "newest"
 """--resume without a folder."""
@@ -34,7 +35,7 @@ OPTIONS: dict[str, click.Option] = {
 """Every option of ``harness replay`` by the key it has in a sweep file."""
 
 
-def resolve(values: Mapping[str, Any], file: str, folder: Path) -> dict[str, Any]:
+def resolve(values: Mapping[str, object], file: str, folder: Path) -> ReplayOptions:
     """The options of ``harness replay`` with the defaults of the command line and these values from a sweep file.
 
     Paths count from ``folder``. Raises `UsageError` with file and key.
@@ -53,10 +54,10 @@ def resolve(values: Mapping[str, Any], file: str, folder: Path) -> dict[str, Any
         raise UsageError(f"{file}: {where}{e.message}") from e
     except ValueError as e:  # a path with a NUL in it
         raise UsageError(f"{file}: {e}") from e
-    return {name: value for name, value in context.params.items() if name not in ("trace", "out", "format_")}
+    return ReplayOptions.of({name: value for name, value in context.params.items() if name not in ("trace", "out")})
 
 
-def _arguments(option: click.Option, value: Any, folder: Path) -> list[str]:
+def _arguments(option: click.Option, value: object, folder: Path) -> list[str]:
     """One key as the words of a command line. Raises ValueError."""
     flag = max(option.opts, key=len)
     if option.is_flag:

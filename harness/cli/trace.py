@@ -10,7 +10,9 @@ import click
 from harness.cli.options import JSON_OPTION, READ_OPTIONS, TRACE_ARGUMENT, stack
 from harness.cli.types import DURATION, WINDOW
 from harness.cli.verb import Group
+from harness.options import ReadOptions, taken
 
+Files = tuple[Path, ...]
 _READ = stack(TRACE_ARGUMENT, READ_OPTIONS)
 _OUTPUT = click.option(
     "-o",
@@ -66,13 +68,15 @@ Examples:
 @_TOKENIZER
 @_BLOCK
 @JSON_OPTION
-def inspect(**options: Any) -> int:
+def inspect(trace: Files, tokenizer: Path | None, block_tokens: int, format_: str, **reading: Any) -> int:
     """Say what a trace is: format, rows, its clock and prefix blocks and what shows them, rate over time, bursts, token
     lengths, sessions, prefix reuse.
     """
     from harness.trace import verbs
 
-    return verbs.inspect(**options)
+    return verbs.inspect(
+        trace, taken(ReadOptions, reading), tokenizer=tokenizer, block_tokens=block_tokens, format_=format_
+    )
 
 
 @trace.command(
@@ -89,7 +93,7 @@ Examples:
 @_LENGTHS
 @_SEED
 @_TOKENIZER
-def convert(**options: Any) -> int:
+def convert(trace: Files, output: Path, tokenizer: Path | None, **reading: Any) -> int:
     """Write a trace in the harness's own format.
 
     --input-tokens and --output-tokens are for logs that have arrivals only; with --tokenizer the lengths of text are
@@ -97,7 +101,7 @@ def convert(**options: Any) -> int:
     """
     from harness.trace import verbs
 
-    return verbs.convert(**options)
+    return verbs.convert(trace, output, taken(ReadOptions, reading), tokenizer=tokenizer)
 
 
 @trace.command(
@@ -115,11 +119,16 @@ Examples:
 @click.option("--thin", type=click.FloatRange(0, 1, min_open=True), help="Keep this share of sessions, at random.")
 @click.option("--cut-sessions", is_flag=True, help="Let --window and --limit cut through sessions.")
 @_SEED
-def sample(**options: Any) -> int:
+def sample(
+    trace: Files, output: Path, window_s: tuple[float, float] | None, limit: int | None, thin: float | None,
+    cut_sessions: bool, seed: int, **reading: Any,
+) -> int:  # fmt: skip
     """Keep a window, N requests, or a thinner trace; sessions stay whole. Prints the shape before and after."""
     from harness.trace import verbs
+    from harness.trace.reshape import Sample
 
-    return verbs.sample(**options)
+    how = Sample(window_s=window_s, limit=limit, thin=thin, cut_sessions=cut_sessions, seed=seed)
+    return verbs.sample(trace, output, taken(ReadOptions, reading), how)
 
 
 @trace.command(
@@ -145,11 +154,11 @@ Examples:
 @click.option("--servegen", type=click.Path(exists=True, path_type=Path), help="ServeGen client models, a folder.")
 @click.option("--window", "window_s", type=WINDOW, help="With --servegen: this part of the model's time, 10h:11h.")
 @_SEED
-def synth(**options: Any) -> int:
+def synth(output: Path, **options: Any) -> int:
     """Make up a trace from distributions of gaps and lengths, or from ServeGen's client models."""
     from harness.trace import verbs
 
-    return verbs.synth(**options)
+    return verbs.synth(output, verbs.SynthOptions(**options))
 
 
 @trace.command(
@@ -163,7 +172,7 @@ Example:
 @_OUTPUT
 @_TOKENIZER
 @_BLOCK
-def anonymize(**options: Any) -> int:
+def anonymize(trace: Files, output: Path, tokenizer: Path | None, block_tokens: int, **reading: Any) -> int:
     """Take out every word; keep lengths, times and shared prefixes.
 
     Text is counted with --tokenizer; of its blocks only hashes stay, keyed with a random salt that is thrown away.
@@ -171,4 +180,4 @@ def anonymize(**options: Any) -> int:
     """
     from harness.trace import verbs
 
-    return verbs.anonymize(**options)
+    return verbs.anonymize(trace, output, taken(ReadOptions, reading), tokenizer=tokenizer, block_tokens=block_tokens)

@@ -136,7 +136,7 @@ def _cancel(text: str) -> tuple[float, float]:
     return found, after_s
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def _json_object(text: str) -> dict[str, object]:
     try:
         decoded = json.loads(text)
     except ValueError as e:

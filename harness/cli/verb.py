@@ -16,6 +16,8 @@ from click.core import ParameterSource
 from harness.errors import UsageError
 from harness.verbosity import Verbosity, set_verbosity
 
+Table = dict[str, object]
+"""Of a TOML file, before its types are checked."""
 SHORT = 14
 """A verb with more options than this shows only those that most people need, until asked for --help-all."""
 COMMON = frozenset(
@@ -117,9 +119,7 @@ def _shared(long: bool) -> list[click.Option]:
     return [full, *shared] if long else shared
 
 
-def read_defaults(
-    group: click.Group, path: Path = CONFIG, environment: Mapping[str, str] = os.environ
-) -> dict[str, Any]:
+def read_defaults(group: click.Group, path: Path = CONFIG, environment: Mapping[str, str] = os.environ) -> Table:
     """Click's ``default_map`` of a group: defaults from a file, and over them those of the environment.
 
     In the file a table named as a verb holds options of that verb, without their dashes; a key above all tables holds
@@ -136,7 +136,7 @@ def read_defaults(
     return _map(group, shared, own, said, path)
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path) -> Table:
     try:
         with path.open("rb") as file:
             raw = file.read(CONFIG_BYTES + 1)
@@ -153,13 +153,15 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _map(
-    group: click.Group, shared: Mapping[str, Any], own: Mapping[str, Any], said: Mapping[str, str], path: Path
-) -> dict[str, Any]:
+    group: click.Group, shared: Mapping[str, object], own: Mapping[str, object], said: Mapping[str, str], path: Path
+) -> Table:
     for name in own:
         _check(path, name, group.commands, "no such verb")
-    found: dict[str, Any] = {}
+    found: Table = {}
     for name, verb in group.commands.items():
         values = own.get(name, {})
+        if not isinstance(values, dict):
+            raise UsageError(f"{path}: {name}: is the name of a verb, so it begins a table: [{name}]")
         if isinstance(verb, click.Group):
             found[name] = _map(verb, shared, values, said, path)
             continue
@@ -175,7 +177,7 @@ def _variable(option: str) -> str:
     return "HARNESS_" + option.strip("-").replace("-", "_").upper()
 
 
-def _value(verb: click.Command, name: str, value: Any) -> Any:
+def _value(verb: click.Command, name: str, value: object) -> object:
     """A TOML value as Click takes a default: words are parsed by the option's own type."""
     option = next(p for p in verb.params if p.name == name)
     if isinstance(value, dict) and name == "slo":
@@ -208,7 +210,7 @@ def _leaves(group: click.Group) -> Iterator[click.Command]:
             yield verb
 
 
-def _check(path: Path, key: str, known: Mapping[str, Any] | set[str], problem: str) -> None:
+def _check(path: Path, key: str, known: Mapping[str, object] | set[str], problem: str) -> None:
     if _key(key) not in known:
         near = difflib.get_close_matches(_key(key), known, n=1, cutoff=0.5)
         raise UsageError(f"{path}: {key}: {problem}{f'; did you mean {near[0]}?' if near else ''}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -14,6 +13,7 @@ from harness.commands.output import print_json, print_sections, say
 from harness.commands.reports import page_of
 from harness.commands.sweep import LOCAL_SWEEPS, begun, check
 from harness.errors import EXIT_FAILURE, EXIT_SLO_MISSED, EXIT_VALID, UsageError
+from harness.options import PlanOptions, ReplayOptions
 from harness.record.manifest import now_utc
 from harness.slo import criteria
 from harness.store.objects import as_url, is_url
@@ -27,26 +27,23 @@ from harness.trace.reading import open_asked
 def capacity(
     trace: Path,
     out: Path,
+    options: ReplayOptions,
     *,
-    slo: dict[str, float],
-    attain: float,
     max_usd: float | None,
     max_hours: float | None,
     probe_s: float,
     tolerance: float,
     busiest: bool,
     resume: str | None,
-    format_: str,
     html: Path | None = None,
-    **options: Any,
 ) -> int:
     """Search, print, keep; 0: found or beyond, 4: not reached, 3 or 5: no VALID run, 1: neither."""
-    options = {**options, "slo": slo, "attain": attain}
+    slo, attain = dict(options.load.slo or {}), options.report.attain
     ask = Search(criteria=tuple(criteria(slo, attain)), probe_s=probe_s, tolerance=tolerance, busiest=busiest)
     spec = _spec(trace, ask, max_usd, max_hours, options)
     tiers = check(spec, in_loop(options, closed=True))
-    source = open_asked(trace, options)
-    _check_times(source, options)
+    source = open_asked(trace, options.plan)
+    _check_times(source, options.plan)
     root, url = (LOCAL_SWEEPS, as_url(out)) if is_url(out) else (out, None)
     if resume is not None:
         folder = begun(Path(resume) if resume else None, root, _name(trace))
@@ -73,37 +70,38 @@ def capacity(
             session.send(folder / FILE)
         except OSError as e:  # it can be made again from the runs
             say(f"{folder / FILE}: cannot write ({e.strerror})")
-    _print(report, ask, format_)
+    _print(report, ask, options.report.format_)
     if html is not None and report.probes:
-        page_of(expand([folder]), html, slo=slo, attain=attain, min_requests=options["min_requests"])
+        page_of(expand([folder]), html, slo=slo, attain=attain, min_requests=options.load.min_requests)
     return _exit(report)
 
 
 # ------------------------------------------------------------------------------------------------------------- asking
 
 
-def _check_times(trace: Trace, options: dict[str, Any]) -> None:
+def _check_times(trace: Trace, asked: PlanOptions) -> None:
     """Refuse before anything is rented a trace that cannot be replayed in an open loop."""
-    if options["arrivals"] in (None, "trace") and next(iter(trace)).arrival_s is None:
+    if not asked.drawn and next(iter(trace)).arrival_s is None:
         raise UsageError(
             f"{trace.path}: the trace has no arrival times to rescale: say --arrivals poisson (or gamma, --burstiness)"
         )
 
 
 def _spec(
-    trace: Path, ask: Search, max_usd: float | None, max_hours: float | None, options: dict[str, Any]
+    trace: Path, ask: Search, max_usd: float | None, max_hours: float | None, options: ReplayOptions
 ) -> SweepSpec:
     from cluster.catalogue.models import DEFAULT_MODEL
     from cluster.catalogue.tiers import DEFAULT_TIER
 
-    own = ("base_urls", "model", "tier", "replicas", "seed")
-    urls = list(options["base_urls"])
-    model = options["model"] or (None if urls else DEFAULT_MODEL)
-    tier = options["tier"] or (None if urls else DEFAULT_TIER)
-    plain = {name: _plain(value) for name, value in options.items() if name not in own}
+    own = ("base_urls", "model", "tier", "replicas", "seed", "ratio", "format_")
+    asked = options.serve
+    urls = list(asked.base_urls)
+    model = asked.model or (None if urls else DEFAULT_MODEL)
+    tier = asked.tier or (None if urls else DEFAULT_TIER)
+    plain = {name: _plain(value) for name, value in options.by_name().items() if name not in own}
     return SweepSpec(
         trace=str(trace), loads=Loads(concurrency=[1]), models=[model] if model else [], tiers=[tier] if tier else [],
-        base_url=urls or None, replicas=options["replicas"], seed=options["seed"], order="given",
+        base_url=urls or None, replicas=asked.replicas or 1, seed=options.plan.seed, order="given",
         budget_usd=max_usd, budget_hours=max_hours,
         options={
             **plain, "probe_s": ask.probe_s, "tolerance": ask.tolerance, "busiest": ask.busiest, "search": "capacity",
@@ -111,9 +109,9 @@ def _spec(
     )  # fmt: skip
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """An option as it comes back from a JSON file."""
-    return msgspec.json.decode(msgspec.json.encode(value, enc_hook=str))
+    return msgspec.json.decode(msgspec.json.encode(value, enc_hook=str), type=object)
 
 
 def _name(trace: Path) -> str:
@@ -123,7 +121,7 @@ def _name(trace: Path) -> str:
 def _take_over(folder: Path, spec: SweepSpec, trace: Trace) -> SweepState:
     """Go on with the search in ``folder``. Raises `UsageError` when it was asked something else."""
     state = read_state(folder)
-    if state.spec.options.get("search") != "capacity":
+    if not state.spec.is_search:
         raise UsageError(f"{folder}: is a sweep, not a search for capacity: harness sweep --resume {folder}")
     spec = seeded(spec, state.spec)
     if changed := differences(state.spec, spec):

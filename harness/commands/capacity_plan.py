@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from harness.options import PlanOptions, ReplayOptions
 from harness.trace.io import Trace
 
 if TYPE_CHECKING:
@@ -25,20 +26,17 @@ def window_count(seconds: float, *, waits: bool) -> int:
     return 1 if waits else max(1, min(WINDOWS, int(seconds / SHORTEST_WINDOW_S)))
 
 
-def waits_in(options: Mapping[str, Any]) -> bool:
-    """Whether turns of a session wait for each other."""
-    return options.get("sessions") == "wait" or options.get("conversation") == "live"
-
-
-def in_loop(options: dict[str, Any], *, closed: bool) -> dict[str, Any]:
+def in_loop(asked: ReplayOptions, *, closed: bool) -> ReplayOptions:
     """The options of a replay in this kind of loop: a ladder draws no arrivals and rescales nothing."""
     if not closed:
-        return options
-    defaults = {"arrivals": None, "burstiness": None, "max_concurrency": None, "sessions": "trace", "spread": False}
-    return {**options, **{name: value for name, value in defaults.items() if name in options}}
+        return asked
+    return replace(
+        asked, load=replace(asked.load, max_concurrency=None),
+        plan=replace(asked.plan, arrivals=None, burstiness=None, sessions="trace", spread=False),
+    )  # fmt: skip
 
 
-def demand_of(trace: Trace, options: Mapping[str, Any]) -> Demand:
+def demand_of(trace: Trace, asked: PlanOptions) -> Demand:
     """The whole trace as arrivals and lengths; arrivals that are to be drawn are drawn here at 1 req/s."""
     import numpy as np
 
@@ -48,7 +46,7 @@ def demand_of(trace: Trace, options: Mapping[str, Any]) -> Demand:
     times, inputs, outputs, starts, after = [], [], [], [], []
     begun: dict[str, float] = {}
     last: dict[str, int] = {}
-    waits = waits_in(options)
+    waits = asked.waits
     for record in trace:
         times.append(np.nan if record.arrival_s is None else record.arrival_s)
         if waits:
@@ -62,11 +60,9 @@ def demand_of(trace: Trace, options: Mapping[str, Any]) -> Demand:
     arrival_s = np.array(times, dtype=np.float64)
     into_session_s = arrival_s - np.array(starts) if waits else None
     waits_for = np.array(after, dtype=np.int64) if waits else None
-    if options.get("arrivals") not in (None, "trace"):
+    if asked.arrivals is not None and asked.arrivals != "trace":
         stages = constant_stage(1.0, None)
-        drawn = arrival_times(
-            options["arrivals"], stages, burstiness=options.get("burstiness") or 1.0, seed=0, most=len(times)
-        )
+        drawn = arrival_times(asked.arrivals, stages, burstiness=asked.burstiness or 1.0, seed=0, most=len(times))
         arrival_s, into_session_s = np.asarray(drawn, dtype=np.float64) / 1e9, None
 
     def known(values: list[float], absent: float) -> np.ndarray[Any, np.dtype[np.float64]]:

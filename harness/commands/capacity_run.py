@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.commands.capacity_plan import WINDOWS, demand_of, in_loop, waits_in, window_count
+from harness.commands.capacity_plan import WINDOWS, demand_of, in_loop, window_count
 from harness.commands.output import say
 from harness.commands.steps import settle
 from harness.commands.sweep_run import Session
 from harness.commands.targets import Target, choose_target
 from harness.errors import HarnessError
+from harness.options import ReplayOptions
 from harness.plan.file import Windows
 from harness.record.manifest import Tier, now_utc
 from harness.slo import Criterion
@@ -87,13 +88,13 @@ class CapacitySession(Session):
     """One sitting of a search. Every probe is a point of a sweep: its folder, budget and resumption are a sweep's."""
 
     def __init__(
-        self, folder: Path, state: SweepState, options: dict[str, Any], trace: Trace, tiers: Sequence[Tier | None],
+        self, folder: Path, state: SweepState, options: ReplayOptions, trace: Trace, tiers: Sequence[Tier | None],
         ask: Search,
     ) -> None:  # fmt: skip
         super().__init__(folder, state, options, trace, tiers)
         self.ask, self.asked = ask, options
-        self.demand = demand_of(trace, options)
-        self._waits = waits_in(options)
+        self.demand = demand_of(trace, options.plan)
+        self._waits = options.plan.waits
         self.probes: dict[str, Probe] = {}
         """By the name of the point."""
         self.summaries: dict[str, Summary] = {}
@@ -106,7 +107,7 @@ class CapacitySession(Session):
                 self.judge(point)
             if point.state == "skipped":
                 point.state = "pending"
-        target = choose_target({**self.options, **self._where()})
+        target = choose_target(self.serving_options(self.state.pairs[0]))
         for _ in range(STARTS):
             if self.over or (first := self._next()) is None:
                 return
@@ -117,10 +118,6 @@ class CapacitySession(Session):
                 self.over = str(e).splitlines()[0]
         if self.ended is None and not self.over:
             self.over = f"servers died under load {STARTS} times"
-
-    def _where(self) -> dict[str, Any]:
-        pair = self.state.pairs[0]
-        return {"base_urls": pair.base_urls, "model": pair.model, "tier": pair.tier, "replicas": pair.replicas}
 
     def _rent_and_probe(self, target: Target, first: Point) -> None:
         """Servers for as many probes as they live, from ``first`` on."""
@@ -167,14 +164,14 @@ class CapacitySession(Session):
         points.append(point)
         return point
 
-    def _of(self, point: Point) -> dict[str, Any]:
+    def _of(self, point: Point) -> ReplayOptions:
         """The options of this probe: how long, how many requests, and from which parts of the trace."""
         level, closed = point.level, point.level.concurrency is not None
         options = in_loop(self.asked, closed=closed)
         opened = [p.name for p in self.state.points if p.level.concurrency is None]
         draw = opened.index(point.name) if point.name in opened else 0
         if level.concurrency is not None:
-            options["windows"] = Windows(count=WINDOWS, draw=len(self.probes), busiest=self.ask.busiest)
+            windows = Windows(count=WINDOWS, draw=len(self.probes), busiest=self.ask.busiest)
             pace = level.concurrency / PACE_S
             below = [p for p in self.probes.values() if p.concurrency and p.point and p.concurrency < level.concurrency]
             if below:
@@ -184,17 +181,20 @@ class CapacitySession(Session):
                 pace = min(pace, done * level.concurrency / last.concurrency)
             seconds = RUNG * self.ask.probe_s
             limit = math.ceil(SPARE * pace * seconds) + level.concurrency
-            return {**options, "warmup": None, "duration_s": seconds, "limit": limit, "repeat": True}
+            rung = replace(
+                options.plan, windows=windows, warmup=None, duration_s=seconds, limit=limit, repeat=True
+            )  # fmt: skip
+            return replace(options, plan=rung)
         rate = level.request_rate
         assert rate is not None
         from analysis.capacity.search import requests_needed
 
-        least = options["min_requests"]
+        least = options.load.min_requests
         judged = math.ceil(least + 3 * math.sqrt(least))  # the count of arrivals in a window varies
         needed = max(judged, requests_needed(self.ask.criteria) / DECIDE)
         seconds = max(self.ask.probe_s, (needed + 1) / rate, ANSWERS * self._answer_s())
-        asked = options["warmup"]
-        warmup = asked if isinstance(asked, float) else max(WARMUP * seconds, self._settles_s())
+        asked_s = options.plan.warmup_s
+        warmup = asked_s if asked_s is not None else max(WARMUP * seconds, self._settles_s())
         if seconds > self.ask.probe_s:
             self.tell_once(
                 f"  {seconds:.0f} s at {rate:g} req/s: less has too few requests, or ends with the first answers"
@@ -204,8 +204,9 @@ class CapacitySession(Session):
                 f"  the trace has {self.survey.rows} requests: it is repeated, with new prompts where they are made"
             )
         count = window_count(seconds, waits=self._waits)
-        options["windows"] = Windows(count=count, draw=draw, busiest=self.ask.busiest)
-        return {**options, "warmup": warmup, "duration_s": seconds + warmup, "repeat": True}
+        windows = Windows(count=count, draw=draw, busiest=self.ask.busiest)
+        probe = replace(options.plan, windows=windows, warmup=warmup, duration_s=seconds + warmup, repeat=True)
+        return replace(options, plan=probe)
 
     def _settles_s(self) -> float:
         """How long sessions that wait take to come at their rate, s: where answers take longer than in the trace, the

@@ -6,10 +6,11 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from harness.commands.output import print_json, say
 from harness.errors import EXIT_FAILURE, EXIT_SLO_MISSED, EXIT_VALID, UsageError
+from harness.options import ReadOptions
 from harness.record.manifest import now_utc
 from harness.trace.reading import open_asked
 
@@ -25,9 +26,8 @@ if TYPE_CHECKING:
 def plan_fleet(
     trace: Path,
     measured: Sequence[str],
+    reading: ReadOptions,
     *,
-    trace_format: str | None,
-    skip_bad: bool,
     grow: float,
     headroom: float,
     availability: float | None,
@@ -38,7 +38,6 @@ def plan_fleet(
     attain: float,
     format_: str,
     html: Path | None = None,
-    **reading: Any,
 ) -> int:
     """Print the plan; 0: there is a fleet. Without one 4: a tier misses the promise; 3: runs are INVALID; 1: else."""
     from analysis.capacity.fleet_plan import Wanted, grown, plan_fleets
@@ -47,7 +46,7 @@ def plan_fleet(
 
     if availability is not None and not availability < 1:
         raise UsageError("--availability 100%: no number of machines that can fail is always enough; ask for less")
-    asked = read_demand(trace, trace_format, skip_bad, **reading)
+    asked = read_demand(trace, reading)
     wanted = Wanted(
         requests=asked.requests, tokens=asked.tokens, headroom=headroom, availability=availability,
         node_availability=node_availability, start_s=start_s, replicas_per_instance=replicas_per_instance,
@@ -119,8 +118,8 @@ class Asked:
     """The requests themselves; None for the same reason."""
 
 
-def read_demand(path: Path, trace_format: str | None, skip_bad: bool, **reading: Any) -> Asked:
-    """Requests/s of a trace, and what else its rows say; ``reading``: other options of `open_asked`.
+def read_demand(path: Path, reading: ReadOptions) -> Asked:
+    """Requests/s of a trace, and what else its rows say.
 
     Raises `UsageError` without times.
     """
@@ -129,7 +128,7 @@ def read_demand(path: Path, trace_format: str | None, skip_bad: bool, **reading:
     from analysis.capacity.fitted_engine import Requests
     from analysis.capacity.fleet import demand
 
-    trace = open_asked(path, {**reading, "trace_format": trace_format, "skip_bad": skip_bad}, arrivals_only=True)
+    trace = open_asked(path, reading, arrivals_only=True)
     arrivals, inputs, outputs, silent = array("d"), array("q"), array("q"), 0
     for record in trace:
         if record.arrival_s is None:

@@ -6,13 +6,13 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from harness.commands.output import print_json, say
 from harness.commands.reports import report
-from harness.commands.steps import StopRequest, check_load_options, copy_plan, execute, make_plan
+from harness.commands.steps import StopRequest, copy_plan, execute, make_plan
 from harness.commands.targets import API_KEY, Target, choose_target
-from harness.errors import EXIT_VALID, ServerError, UsageError
+from harness.errors import EXIT_VALID, ServerError
+from harness.options import ReplayOptions, ServeOptions
 from harness.plan.file import read_plan_info
 from harness.record.manifest import PLAN, RunDir, create_run_dir
 from harness.store.copies import local_copy, output_file, split_out
@@ -21,16 +21,16 @@ from harness.store.objects import as_url, is_url
 from harness.trace.reading import Files, open_asked
 
 
-def replay(trace: Files, out: Path, **options: Any) -> int:
+def replay(trace: Files, out: Path, options: ReplayOptions) -> int:
     """Plan, serve, run, report."""
-    closed = check_load_options(options)
-    source = open_asked(trace, options)
+    options.check()
+    source = open_asked(trace, options.plan)
     target = choose_target(options)
     root, url = split_out(out)
-    run = create_run_dir(root, f"{source.path.name.split('.')[0]}-{options.get('label') or target.label}")
+    run = create_run_dir(root, f"{source.path.name.split('.')[0]}-{options.serve.label or target.label}")
     say(f"run directory: {run.path}")
     try:
-        make_plan(source, run.plan, target, closed=closed, options=options)
+        make_plan(source, run.plan, target, options)
     except BaseException:
         with suppress(OSError):
             run.path.rmdir()  # nothing is in it: no run was begun
@@ -38,42 +38,37 @@ def replay(trace: Files, out: Path, **options: Any) -> int:
     return run_and_report(run, target, options, url)
 
 
-def plan(trace: Files, output: Path, format_: str, **options: Any) -> int:
+def plan(trace: Files, output: Path, options: ReplayOptions) -> int:
     """Trace -> plan file."""
-    source = open_asked(trace, options)
-    options.setdefault("tier", None)
-    closed = check_load_options(options)
-    if closed and isinstance(options["warmup"], float):
-        raise UsageError("a closed loop has no planned times: say --warmup N requests, or the time to harness run")
+    options.check_plan()
+    source = open_asked(trace, options.plan)
     with output_file(output) as path:
-        info = make_plan(source, path, choose_target(options), closed=closed, options=options)
-    if format_ == "json":
+        info = make_plan(source, path, choose_target(options), options)
+    if options.report.format_ == "json":
         print_json(info)
     else:
         print(as_url(output) if is_url(output) else output)
     return EXIT_VALID
 
 
-def run(plan: Path, out: Path, **options: Any) -> int:
+def run(plan: Path, out: Path, options: ReplayOptions) -> int:
     """Plan file -> run directory and report."""
     plan = local_copy(plan, say)
     info = read_plan_info(plan)
-    if info.arrivals == "closed" and not options["concurrency"]:
-        raise UsageError(f"{plan} is planned for a closed loop, without times: say --concurrency N")
-    if options["warmup"] and not (isinstance(options["warmup"], float) and options["concurrency"]):
-        raise UsageError("--warmup is part of the plan (harness plan); here it is a time in a closed loop, like 30s")
-    check_load_options({**options, "speed": None, "rate": None})
+    options.check_run(plan, planned_closed=info.arrivals == "closed")
     target = choose_target(options)
     root, url = split_out(out)
-    run_dir = create_run_dir(root, f"{plan.stem}-{options.get('label') or target.label}")
+    run_dir = create_run_dir(root, f"{plan.stem}-{options.serve.label or target.label}")
     say(f"run directory: {run_dir.path}")
     copy_plan(plan, run_dir.path / PLAN)
     return run_and_report(run_dir, target, options, url)
 
 
-def serve(out: Path, **options: Any) -> int:
+def serve(out: Path, options: ServeOptions) -> int:
     """Start servers, keep them until asked to stop."""
-    target = choose_target({**options, "base_urls": ()})
+    asked = ReplayOptions(serve=options)
+    asked.check()
+    target = choose_target(asked)
     run_dir = create_run_dir(out, f"serve-{target.label}")
     stop = StopRequest()
     with target.open(run_dir) as servers, stop:
@@ -96,8 +91,9 @@ def serve(out: Path, **options: Any) -> int:
     return EXIT_VALID
 
 
-def run_and_report(run: RunDir, target: Target, options: dict[str, Any], url: str | None) -> int:
+def run_and_report(run: RunDir, target: Target, options: ReplayOptions, url: str | None) -> int:
     """Send the plan of ``run`` to ``target``, write the record (also to ``url``), print the report."""
     with mirrored(url, run.path, say):
         execute(run, target, options)
-    return report([run.path], options["format_"], options["slo"], options["attain"], options["ratio"])
+    slo, shown = options.load.slo, options.report
+    return report([run.path], shown.format_, None if slo is None else dict(slo), shown.attain, shown.ratio)

@@ -51,7 +51,7 @@ def done_points(folder: Path) -> list[Path]:
         raise ResultsError(f"{folder}: no point of this sweep is done; go on with: harness sweep --resume {folder}")
     if len(done) < len(points):
         say(f"{folder}: {len(points) - len(done)} of {len(points)} points are not done and left out")
-    if state.spec.options.get("search") == "capacity":
+    if state.spec.is_search:
         sound = [point.level for point in done if point.verdict == "VALID"]
         again = [point for point in done if point.verdict != "VALID" and point.level in sound]
         if again:
@@ -116,7 +116,7 @@ def is_search(path: Path) -> bool:
     """Whether this is the folder of a search for capacity."""
     from harness.sweep.state import STATE, read_state
 
-    return (path / STATE).is_file() and read_state(path).spec.options.get("search") == "capacity"
+    return (path / STATE).is_file() and read_state(path).spec.is_search
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +17,7 @@ from harness.commands.output import say
 from harness.commands.seen import note_sent, seen_before
 from harness.commands.targets import LocalTarget, Servers, Target, UrlTarget
 from harness.errors import HarnessError, PlanError, ResultsError, ServerError, UsageError
+from harness.options import LoadOptions, ReplayOptions
 from harness.plan.build import asked_plan, build_plan
 from harness.plan.file import PlanInfo, plan_sha256, read_plan_columns, read_plan_info
 from harness.plan.prompts import Vocabulary
@@ -31,15 +31,14 @@ from harness.record.manifest import (
     new_manifest,
     write_manifest,
 )
-from harness.record.run_spec import BATCH_READS_FROM, Capture, Endpoint, OutputLengths, RunSpec
+from harness.record.run_spec import BATCH_READS_FROM, Endpoint, RunSpec
 from harness.record.server_metrics import ServerMetrics
 from harness.server import probe
 from harness.server.access import Access
 from harness.server.counters import count_after, count_before, pages_of
-from harness.server.headers import check_apart, from_environment, parse_header_env, parse_headers
+from harness.server.headers import from_environment, parse_header_env, parse_headers
 from harness.server.silence import ASK_AGAIN_S, SILENT_S, Silence
 from harness.server.warmup import Way, first_request, warm_up
-from harness.slo import metrics_of
 from harness.terminal import hung_up
 from harness.trace.io import Trace
 from harness.trace.survey import Content
@@ -47,61 +46,32 @@ from harness.trace.survey import Content
 HEALTH_EVERY_S = 2.0
 
 
-def check_load_options(options: dict[str, Any]) -> bool:
-    """Whether the loop is closed. Raises `UsageError` on options that exclude each other."""
-    closed = bool(options.get("concurrency"))
-    deciding = ("speed", "rate", "grow", "arrivals", "stages", "max_concurrency")
-    given = [name for name in deciding if options.get(name) not in (None, 0, (), "trace")]
-    if closed and given:
-        flag = "--" + given[0].replace("_", "-")
-        raise UsageError(f"--concurrency is a closed loop, where a free slot decides when to send: drop it or {flag}")
-    if options.get("speed") and options.get("rate"):
-        raise UsageError("--speed and --rate both rescale the trace's clock: give one")
-    if options.get("ramp_s") and not closed:
-        raise UsageError("--ramp is how a closed loop fills up: add --concurrency; in an open loop --stages can climb")
-    if "stream" in options.get("extra_body", {}):
-        raise UsageError("--extra-body must not say stream: use --no-stream, which knows what it cannot time then")
-    if options.get("no_stream") and {"ttft", "tpot", "itl_max"} & metrics_of(options.get("slo") or {}):
-        raise UsageError("--no-stream answers have no ttft, tpot or itl_max to promise: an SLO on e2e, or stream")
-    check_apart(parse_headers(options.get("headers", ())), parse_header_env(options.get("header_env") or ()))
-    if not re.fullmatch(r"[A-Za-z_]\w*", options.get("length_field") or "max_tokens"):
-        raise UsageError(f"--length-field {options['length_field']!r}: not the name of a field, like max_tokens")
-    return closed
-
-
-def output_lengths(options: dict[str, Any]) -> OutputLengths:
-    """What planned lengths are to the server. Hosted APIs, whose field is not vLLM's, know no way to force them."""
-    asked: OutputLengths | None = options["output_lengths"]
-    return asked or ("forced" if options["length_field"] == "max_tokens" else "cap")
-
-
 def make_plan(
     trace: Trace,
     out: Path,
     target: Target,
-    *,
-    closed: bool,
-    options: dict[str, Any],
+    options: ReplayOptions,
     tell: Callable[[str], None] = say,
 ) -> PlanInfo:
     """Build the plan file, with prompts as the target counts them; ``tell`` hears what is in it."""
+    asked = options.plan
 
     def choose(content: Content) -> tuple[Vocabulary | None, bool]:
-        chat = options["endpoint"] == "chat" or (options["endpoint"] == "auto" and content.messages > 0)
+        chat = asked.endpoint == "chat" or (asked.endpoint == "auto" and content.messages > 0)
         if isinstance(target, LocalTarget):
             target.check_prompts(chat=chat, text=content.text > 0)
         if not content.lengths_only:
             return None, chat
-        if options["tokenizer"]:
-            return Vocabulary.from_tokenizer(options["tokenizer"]), chat
+        if asked.tokenizer:
+            return Vocabulary.from_tokenizer(asked.tokenizer), chat
         if chat and isinstance(target, UrlTarget):
             raise UsageError("chat takes text, and text of an exact length needs a tokenizer: give --tokenizer FOLDER")
         return target.vocabulary(), chat
 
     started = time.monotonic()
-    drawn = options.get("seed") is None
-    options = {**options, "seed": drawn_seed()} if drawn else options
-    info = build_plan(trace, out, asked_plan(options, closed=closed), choose=choose)
+    drawn = asked.seed is None
+    seeded = replace(asked, seed=drawn_seed()) if drawn else asked
+    info = build_plan(trace, out, asked_plan(seeded, closed=options.load.closed), choose=choose)
     rate = f", {info.planned_rate:.4g} req/s" if info.planned_rate else ""
     tell(f"plan: {info.requests} requests from {info.trace_format} trace{rate} ({time.monotonic() - started:.1f} s)")
     if drawn and info.tokenizer is not None:
@@ -148,28 +118,21 @@ def choose_endpoint(wanted: Literal["auto"] | Endpoint, plan: Path) -> Endpoint:
     return "chat" if messages.null_count < len(messages) else "completions"
 
 
-def choose_workers(plan: Path, options: dict[str, Any], tell: Callable[[str], None] = say) -> int:
+def choose_workers(plan: Path, asked: LoadOptions, tell: Callable[[str], None] = say) -> int:
     """Load workers: as asked, else as many as the plan's busiest time needs at half of each one's ceiling; says why."""
     from harness.calibration import demand, read_calibration, size_workers
     from harness.paths import cache_dir
 
-    in_flight = options["concurrency"] or options["max_concurrency"]
+    in_flight = asked.concurrency or asked.max_concurrency
     requests = read_plan_info(plan).requests
     sizing = size_workers(
-        demand(plan, options["concurrency"]), read_calibration(cache_dir()), cores=describe_host().cores,
-        asked=options["workers"], most=min(requests, in_flight or requests),
+        demand(plan, asked.concurrency), read_calibration(cache_dir()), cores=describe_host().cores,
+        asked=asked.workers, most=min(requests, in_flight or requests),
     )  # fmt: skip
     tell(sizing.words)
     if sizing.warning:
         tell(f"warning: {sizing.warning}")
     return sizing.workers
-
-
-def asked_capture(options: Mapping[str, object]) -> Capture:
-    """What is kept of the answers."""
-    if options.get("keep_text"):
-        return "text"
-    return "hmac" if options.get("capture_answers") else "off"
 
 
 def batch_reads_from() -> int:
@@ -190,7 +153,7 @@ class Deadline:
     why: str
 
 
-def execute(run: RunDir, target: Target, options: dict[str, Any]) -> None:
+def execute(run: RunDir, target: Target, options: ReplayOptions) -> None:
     """Open ``target``, send the plan of ``run`` to it, close it."""
     with target.open(run) as servers:
         execute_point(run, servers, options)
@@ -199,7 +162,7 @@ def execute(run: RunDir, target: Target, options: dict[str, Any]) -> None:
 def execute_point(
     run: RunDir,
     servers: Servers,
-    options: dict[str, Any],
+    options: ReplayOptions,
     *,
     stop: StopRequest | None = None,
     deadline: Deadline | None = None,
@@ -225,33 +188,31 @@ def execute_point(
         replace(r, exit=None, counters_before=None, counters_after=None, several_servers=False)
         for r in servers.replicas
     ]
+    asked = options.load
     spec = RunSpec(
-        mode="closed" if options["concurrency"] else "open",
-        concurrency=options["concurrency"] or options["max_concurrency"],
-        duration_s=options.get("duration_s") if options["concurrency"] else None,
-        timeout_s=options["timeout_s"], stall_s=options["stall_s"],
-        endpoint=choose_endpoint(options["endpoint"], run.plan),
+        mode="closed" if asked.closed else "open",
+        concurrency=asked.concurrency or asked.max_concurrency,
+        duration_s=options.plan.duration_s if asked.closed else None,
+        timeout_s=asked.timeout_s, stall_s=asked.stall_s,
+        endpoint=choose_endpoint(options.plan.endpoint, run.plan),
         model=servers.model, base_urls=servers.base_urls,
-        workers=choose_workers(run.plan, options, tell),
-        slo=options["slo"] or {}, min_requests=options["min_requests"],
-        extra_body=({} if options["no_stream"] else servers.extra_body) | options["extra_body"],
-        headers=parse_headers(options["headers"]), header_env=parse_header_env(options.get("header_env") or ()),
-        key_header=options["key_header"], length_field=options["length_field"], output_lengths=output_lengths(options),
-        stream=not options["no_stream"],
-        capture=asked_capture(options),
-        balance=options["balance"], retries=options["retries"],
-        ramp_s=options["ramp_s"],
-        warmup_s=options["warmup"] if isinstance(options["warmup"], float) and options["concurrency"] else None,
-        tls_ca=str(options["tls_ca"].resolve()) if options["tls_ca"] else None,
-        batch_reads_from=batch_reads_from(),
-        counters=not options.get("no_counters"),
+        workers=choose_workers(run.plan, asked, tell),
+        slo=dict(asked.slo or {}), min_requests=asked.min_requests,
+        extra_body={**({} if asked.no_stream else servers.extra_body), **asked.extra_body},
+        headers=parse_headers(asked.headers), header_env=parse_header_env(asked.header_env),
+        key_header=asked.key_header, length_field=asked.length_field, output_lengths=asked.lengths,
+        stream=not asked.no_stream, capture=asked.capture, balance=asked.balance, retries=asked.retries,
+        ramp_s=asked.ramp_s,
+        warmup_s=options.plan.warmup_s if asked.closed else None,
+        tls_ca=str(asked.tls_ca.resolve()) if asked.tls_ca else None,
+        batch_reads_from=batch_reads_from(), counters=not asked.no_counters,
     )  # fmt: skip
     access = Access(
         api_key=servers.api_key, key_header=spec.key_header, headers=spec.headers,
         secret_headers=from_environment(spec.header_env), patience=servers.patience,
     )  # fmt: skip
     manifest = new_manifest(
-        run.path.name, spec, info, plan_sha256(run.plan), servers.system, replicas=replicas, label=options.get("label"),
+        run.path.name, spec, info, plan_sha256(run.plan), servers.system, replicas=replicas, label=options.serve.label,
         restarts_before=servers.restarts,
     )  # fmt: skip
     manifest.load_shares_server_host, manifest.load_shares_server_cores = servers.shares_host, servers.shared_cores
@@ -271,14 +232,14 @@ def execute_point(
             note_sent(manifest)
             with sample_servers(servers, run, manifest.start_unix_ns, access, counters=spec.counters):
                 progress = LoadProgress(
-                    console(), total=info.requests, span_s=info.span_s, slo=spec.slo, attain=options["attain"]
+                    console(), total=info.requests, span_s=info.span_s, slo=spec.slo, attain=options.report.attain
                 )
                 silence = Silence(lambda k: probe.answers(spec.base_urls[k], access, ASK_AGAIN_S))
                 cut, manifest.lost = watch(load, servers, stop, progress, deadline, lost, silence, run.manifest.exists)
             manifest.workers, manifest.end_ns, gone = load.workers, load.end_ns, load.lost
             if not run.manifest.exists():
                 raise ResultsError(f"{run.path}: was deleted or moved while the run went on; its rows are lost")
-        manifest.answers = counted_sample(run, spec, options.get("tokenizer") or servers.tokenizer)
+        manifest.answers = counted_sample(run, spec, options.plan.tokenizer or servers.tokenizer)
         died = servers.check()
         for r in replicas:
             r.exit = died.get(r.index)

@@ -6,15 +6,16 @@ import itertools
 import shlex
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from harness.commands.found import refused_exit
 from harness.commands.output import print_json, print_table, say
-from harness.commands.steps import check_load_options
 from harness.commands.sweep_run import Session
 from harness.commands.targets import rented
 from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, TraceError, UsageError
+from harness.options import PlanOptions, ReplayOptions
 from harness.record.manifest import Tier, now_utc
 from harness.server.access import normalise_base_url
 from harness.store.objects import as_url, is_url
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 LOCAL_SWEEPS = Path("sweeps")
 """Where the folders of sweeps are that go to S3 as well."""
-Resolve = Callable[[Mapping[str, Any], str, Path], dict[str, Any]]
+Resolve = Callable[[Mapping[str, object], str, Path], ReplayOptions]
 """Turns the options of a sweep file into those of a replay; (options, file for messages, folder of its paths)."""
 
 
@@ -65,8 +66,8 @@ def sweep(
     options = resolve(state.spec.options, str(file or asked), asked.parent)
     try:
         tiers = check(state.spec, options)
-        trace = open_asked(Path(state.spec.trace), options)
-        found = survey(trace, levels(state.spec), options)
+        trace = open_asked(Path(state.spec.trace), options.plan)
+        found = survey(trace, levels(state.spec), options.plan)
     except UsageError as e:
         raise UsageError(f"{file or asked}: {e}") from e
     except TraceError as e:
@@ -82,7 +83,7 @@ def sweep(
             "begin a new sweep"
         )
     if dry_run:
-        return show_plan(state, options, found, tiers, format_)
+        return show_plan(state, options.plan, found, tiers, format_)
     if not resume:
         folder = create_folder(root, state)
         state.store_url = f"{url}/{folder.name}" if url else None
@@ -127,7 +128,7 @@ def _take_over(state: SweepState, spec: SweepSpec, file: Path, folder: Path) -> 
     state.spec, state.file = spec, str(file.resolve())
 
 
-def check(spec: SweepSpec, options: dict[str, Any]) -> list[Tier | None]:
+def check(spec: SweepSpec, options: ReplayOptions) -> list[Tier | None]:
     """Refuse before anything is rented what can be known to be wrong; the tier of every pair."""
     from cluster.catalogue.models import get_model
     from cluster.catalogue.tiers import get_tier
@@ -135,8 +136,10 @@ def check(spec: SweepSpec, options: dict[str, Any]) -> list[Tier | None]:
     from harness.plan.rules import check_spec
 
     for level in levels(spec)[:1]:
-        one = {**options, "concurrency": level.concurrency, "rate": level.request_rate}
-        check_spec(asked_plan(one, closed=check_load_options(one)))
+        one = options.at(rate=level.request_rate, concurrency=level.concurrency)
+        for pair in pairs(spec):
+            replace(one, serve=replace(one.serve, base_urls=pair.base_urls)).check()
+        check_spec(asked_plan(one.plan, closed=one.load.closed))
     found: list[Tier | None] = []
     unfit: list[str] = []
     for pair in pairs(spec):
@@ -170,46 +173,99 @@ def _fit(model: Model, tier: Tier) -> Tier:
 # --- before ----------------------------------------------------------------------------------------------------------
 
 
-def show_plan(
-    state: SweepState, options: dict[str, Any], found: Survey, tiers: Sequence[Tier | None], format_: str
-) -> int:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedRun:
+    """A run that is still to be done, and what it is expected to take."""
+
+    name: str
+    model: str | None
+    tier: str | None
+    replicas: int | None
+    request_rate: float | None
+    concurrency: int | None
+    repeat: int
+    seed: int
+    requests: int
+    hours: float
+    usd: float | None
+    assumed: bool
+    """The pace of the server decides, which is assumed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedPair:
+    """The runs of one model on one tier, with the start of its servers."""
+
+    model: str | None
+    tier: str | None
+    replicas: int | None
+    runs: int
+    start_up_hours: float
+    hours: float
+    usd_per_hour: float | None
+    """Of all replicas; null without a price."""
+    usd: float | None
+    price_date: str | None
+    price_source: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepPlan:
+    """``harness.sweep-plan/1``: what a sweep has still to do, against its budget."""
+
+    schema: str
+    name: str
+    runs: list[PlannedRun]
+    pairs: list[PlannedPair]
+    hours: float
+    usd: float | None
+    spent_hours: float
+    spent_usd: float | None
+    budget_hours: float | None
+    budget_usd: float | None
+    fits: bool
+
+
+def show_plan(state: SweepState, asked: PlanOptions, found: Survey, tiers: Sequence[Tier | None], format_: str) -> int:
     """Every run still to be done with its hours and dollars, per pair and in all, against the budget."""
-    expected = expect(state.points, options, found)
+    expected = expect(state.points, asked, found)
     todo = [point for point in state.points if point.state != "done"]
-    runs: list[dict[str, Any]] = []
-    groups: list[dict[str, Any]] = []
+    runs: list[PlannedRun] = []
+    groups: list[PlannedPair] = []
     for k, (pair, tier) in enumerate(zip(state.pairs, tiers, strict=True)):
         usd = usd_per_hour(pair, tier)
         mine = [point for point in todo if point.pair == k]
         for point in mine:
             guess = expected[point.name]
             runs.append(
-                {"name": point.name, "model": pair.model, "tier": pair.tier, "replicas": pair.replicas,
-                 "request_rate": point.level.request_rate, "concurrency": point.level.concurrency,
-                 "repeat": point.repeat, "seed": point.seed, "requests": guess.requests, "hours": guess.seconds / 3600,
-                 "usd": guess.seconds / 3600 * usd if tier else None, "assumed": guess.assumed}
+                PlannedRun(
+                    name=point.name, model=pair.model, tier=pair.tier, replicas=pair.replicas,
+                    request_rate=point.level.request_rate, concurrency=point.level.concurrency, repeat=point.repeat,
+                    seed=point.seed, requests=guess.requests, hours=guess.seconds / 3600,
+                    usd=guess.seconds / 3600 * usd if tier else None, assumed=guess.assumed,
+                )
             )  # fmt: skip
         starts = sum(turn == k for turn, _ in itertools.groupby(point.pair for point in todo))  # in turns: each time
         begin_h = starts * start_s(pair, tier) / 3600
         hours = begin_h + sum(expected[point.name].seconds for point in mine) / 3600
         groups.append(
-            {"model": pair.model, "tier": pair.tier, "replicas": pair.replicas, "runs": len(mine),
-             "start_up_hours": begin_h, "hours": hours, "usd_per_hour": usd if tier else None,
-             "usd": hours * usd if tier else None, "price_date": tier.date if tier else None,
-             "price_source": tier.source if tier else None}
+            PlannedPair(
+                model=pair.model, tier=pair.tier, replicas=pair.replicas, runs=len(mine), start_up_hours=begin_h,
+                hours=hours, usd_per_hour=usd if tier else None, usd=hours * usd if tier else None,
+                price_date=tier.date if tier else None, price_source=tier.source if tier else None,
+            )
         )  # fmt: skip
     priced = any(tiers)
     spent_usd, spent_hours = state.spent(time.time())
-    total: dict[str, Any] = {
-        "schema": "harness.sweep-plan/1", "name": state.name, "runs": runs, "pairs": groups,
-        "hours": sum(g["hours"] for g in groups), "usd": sum(g["usd"] or 0.0 for g in groups) if priced else None,
-        "spent_hours": spent_hours, "spent_usd": spent_usd if priced else None,
-        "budget_hours": state.spec.budget_hours, "budget_usd": state.spec.budget_usd,
-    }  # fmt: skip
-    total["fits"] = all(
-        budget is None or total[name] + total[f"spent_{name}"] <= budget
-        for name, budget in (("hours", state.spec.budget_hours), ("usd", state.spec.budget_usd))
-    )
+    hours, spec = sum(g.hours for g in groups), state.spec
+    usd_in_all = sum(g.usd or 0.0 for g in groups) if priced else None
+    total = SweepPlan(
+        schema="harness.sweep-plan/1", name=state.name, runs=runs, pairs=groups, hours=hours, usd=usd_in_all,
+        spent_hours=spent_hours, spent_usd=spent_usd if priced else None,
+        budget_hours=spec.budget_hours, budget_usd=spec.budget_usd,
+        fits=(spec.budget_hours is None or hours + spent_hours <= spec.budget_hours)
+        and (spec.budget_usd is None or usd_in_all is None or usd_in_all + spent_usd <= spec.budget_usd),
+    )  # fmt: skip
     if format_ == "json":
         print_json(total)
     else:
@@ -217,35 +273,38 @@ def show_plan(
     return EXIT_VALID
 
 
-def _print_plan(state: SweepState, total: Mapping[str, Any]) -> None:
+def _print_plan(state: SweepState, total: SweepPlan) -> None:
     words = {point.name: point.level.words for point in state.points}
     print_table(
         ("run", "load", "repeat", "requests", "minutes", "USD"),
         [
-            (r["name"], words[r["name"]], str(r["repeat"]), f"{r['requests']:,}",
-             f"{r['hours'] * 60:.1f}{' ?' if r['assumed'] else ''}", _usd(r["usd"]))
-            for r in total["runs"]
+            (r.name, words[r.name], str(r.repeat), f"{r.requests:,}",
+             f"{r.hours * 60:.1f}{' ?' if r.assumed else ''}", _usd(r.usd))
+            for r in total.runs
         ],
     )  # fmt: skip
     print_table(
         ("model", "tier", "replicas", "runs", "start-up min", "hours", "USD/h", "price read", "USD"),
         [
-            (g["model"] or "-", g["tier"] or "-", str(g["replicas"]), str(g["runs"]),
-             f"{g['start_up_hours'] * 60:.1f}", f"{g['hours']:.2f}",
-             f"{g['usd_per_hour']:.4g}" if g["usd_per_hour"] is not None else "-", g["price_date"] or "-",
-             _usd(g["usd"]))
-            for g in total["pairs"]
+            (g.model or "-", g.tier or "-", str(g.replicas), str(g.runs),
+             f"{g.start_up_hours * 60:.1f}", f"{g.hours:.2f}",
+             f"{g.usd_per_hour:.4g}" if g.usd_per_hour is not None else "-", g.price_date or "-", _usd(g.usd))
+            for g in total.pairs
         ],
     )  # fmt: skip
-    if any(r["assumed"] for r in total["runs"]):
+    if any(r.assumed for r in total.runs):
         print("?: a closed loop without a duration is as fast as its server; 20 output tokens/s a request are assumed")
-    print(f"{len(total['runs'])} runs, {total['hours']:.3g} h of servers, {_usd(total['usd'])} USD")
-    if total["spent_hours"]:
-        print(f"spent so far: {total['spent_hours']:.3g} h, {_usd(total['spent_usd'])} USD")
-    for unit, budget in (("hours", total["budget_hours"]), ("usd", total["budget_usd"])):
+    print(f"{len(total.runs)} runs, {total.hours:.3g} h of servers, {_usd(total.usd)} USD")
+    if total.spent_hours:
+        print(f"spent so far: {total.spent_hours:.3g} h, {_usd(total.spent_usd)} USD")
+    budgets = (
+        ("h", total.budget_hours, total.hours + total.spent_hours),
+        ("USD", total.budget_usd, (total.usd or 0.0) + (total.spent_usd or 0.0)),
+    )
+    for unit, budget, needed in budgets:
         if budget is not None:
-            left = budget - total[unit] - total[f"spent_{unit}"]
-            what = f"budget {budget:g} {'h' if unit == 'hours' else 'USD'}"
+            left = budget - needed
+            what = f"budget {budget:g} {unit}"
             print(f"{what}: {'enough' if left >= 0 else f'{-left:.4g} short: what does not fit will be skipped'}")
 
 

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,12 @@ from harness.commands.output import say
 from harness.commands.steps import Deadline, StopRequest, copy_plan, execute_point, make_plan, settle
 from harness.commands.targets import Servers, Target, choose_target
 from harness.errors import HarnessError, PlanError
+from harness.options import ReplayOptions
 from harness.plan.file import plan_sha256, read_plan_info
 from harness.record.manifest import PRIVATE, RunDir, Tier
 from harness.store.sweeps import SweepStore
 from harness.sweep.cost import Survey, expect, start_s, survey, usd_per_hour
-from harness.sweep.spec import Point, levels, slug
+from harness.sweep.spec import Pair, Point, levels, slug
 from harness.sweep.state import Rental, SweepState, close_rentals, set_aside, verify, write_state
 from harness.trace.io import Trace
 
@@ -35,11 +37,11 @@ class Session:
     """One sitting of a sweep: from its start or its resumption to its end. ``state`` is on disk before every step."""
 
     def __init__(
-        self, folder: Path, state: SweepState, options: dict[str, Any], trace: Trace, tiers: Sequence[Tier | None],
+        self, folder: Path, state: SweepState, options: ReplayOptions, trace: Trace, tiers: Sequence[Tier | None],
         found: Survey | None = None,
     ) -> None:  # fmt: skip
         self.folder, self.state, self.options, self.trace, self.tiers = folder, state, options, trace, tiers
-        self.survey = found or survey(trace, levels(state.spec), options)
+        self.survey = found or survey(trace, levels(state.spec), options.plan)
         self._began_ns = time.time_ns()
         self._store = SweepStore(folder, state.store_url, say)
         self.over: str | None = None
@@ -92,10 +94,7 @@ class Session:
         left = deque(points)
         pair = self.state.pairs[k]
         try:
-            target = choose_target(
-                {**self.options, "base_urls": pair.base_urls, "model": pair.model, "tier": pair.tier,
-                 "replicas": pair.replicas}
-            )  # fmt: skip
+            target = choose_target(self.serving_options(pair))
             self.make_plans(target, points)
             while left and not self.over:
                 if not self.affordable(left[0], start_s(pair, self.tiers[k])):
@@ -143,8 +142,7 @@ class Session:
                 set_aside(path)
                 say(f"{path}: is damaged; it is made again")
             if not path.exists():
-                closed = point.level.concurrency is not None
-                make_plan(self.trace, path, target, closed=closed, options=self._options(point), tell=notes.append)
+                make_plan(self.trace, path, target, self._options(point), tell=notes.append)
             found, info = plan_sha256(path), read_plan_info(path)
             if point.plan_sha256 not in (None, found):
                 raise PlanError(f"{path}: comes out otherwise than before (another harness?); begin a new sweep")
@@ -227,7 +225,8 @@ class Session:
 
         try:
             run = read_run(self.folder / point.name)
-            found = summarise(run, slo=self.options["slo"], attain=self.options["attain"])
+            slo = None if self.options.load.slo is None else dict(self.options.load.slo)
+            found = summarise(run, slo=slo, attain=self.options.report.attain)
         except HarnessError as e:
             return str(e).splitlines()[0]
         if point.took_s is None and run.manifest.end_ns is not None:
@@ -272,7 +271,7 @@ class Session:
             words.append(f"{hours:.3g} of {spec.budget_hours:g} h")
         left = [p for p in self.state.points if p.state == "pending"]
         if left:
-            expected = expect(self.state.points, self.options, self.survey)
+            expected = expect(self.state.points, self.options.plan, self.survey)
             minutes = sum(expected[p.name].seconds for p in left) / 60
             minutes += (
                 sum(start_s(self.state.pairs[k], self.tiers[k]) for k in {p.pair for p in left} - {point.pair}) / 60
@@ -286,7 +285,7 @@ class Session:
         """Whether the estimate of this point fits into what is left; if not, it is skipped."""
         spec = self.state.spec
         usd, hours = self.state.spent(time.time())
-        more_h = (expect(self.state.points, self.options, self.survey)[point.name].seconds + start) / 3600
+        more_h = (expect(self.state.points, self.options.plan, self.survey)[point.name].seconds + start) / 3600
         more_usd = more_h * usd_per_hour(self.state.pairs[point.pair], self.tiers[point.pair])
         problems = []
         if spec.budget_usd is not None and usd + more_usd > spec.budget_usd:
@@ -323,11 +322,19 @@ class Session:
 
     # --- small things ------------------------------------------------------------------------------------------------
 
-    def _options(self, point: Point) -> dict[str, Any]:
+    def serving_options(self, pair: Pair) -> ReplayOptions:
+        """The options of ``harness replay`` on the servers of this pair."""
+        serve = replace(
+            self.options.serve, base_urls=pair.base_urls, model=pair.model, tier=pair.tier, replicas=pair.replicas,
+            label=pair.label or self.options.serve.label,
+        )  # fmt: skip
+        return replace(self.options, serve=serve)
+
+    def _options(self, point: Point) -> ReplayOptions:
         """The options of ``harness replay`` that this point stands for."""
-        level = {"concurrency": point.level.concurrency, "rate": point.level.request_rate, "seed": point.seed}
-        label = self.state.pairs[point.pair].label or self.options.get("label")
-        return {**self.options, **level, "label": label}
+        here = self.serving_options(self.state.pairs[point.pair])
+        at = here.at(rate=point.level.request_rate, concurrency=point.level.concurrency)
+        return replace(at, plan=replace(at.plan, seed=point.seed))
 
     def tell_once(self, words: str) -> None:
         """A line that many points have in common."""

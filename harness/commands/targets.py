@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from harness.commands.output import say
 from harness.errors import UsageError
+from harness.options import LoadOptions, ReplayOptions
 from harness.plan.prompts import Vocabulary
 from harness.record.manifest import Evidence, OnReplicaDeath, Replica, Restart, RunDir, System, Tier, cpu_flags
 from harness.server import probe
 from harness.server.access import Access, AccessLike, Patience, access_of, normalise_base_url
 from harness.server.counters import check_metrics_urls
-from harness.server.headers import AUTHORIZATION, check_key_header, from_environment, parse_header_env, parse_headers
+from harness.server.headers import check_key_header, from_environment, parse_header_env, parse_headers
 
 if TYPE_CHECKING:
     from cluster.catalogue.models import Model
@@ -226,13 +227,12 @@ class LocalTarget:
 Target = UrlTarget | LocalTarget
 
 
-def access_to(options: dict[str, Any]) -> Access:
+def access_to(asked: LoadOptions) -> Access:
     """What every request to servers that are there already carries. Raises `UsageError`."""
-    headers, key_header = parse_headers(options.get("headers") or ()), options.get("key_header") or AUTHORIZATION
-    secret = from_environment(parse_header_env(options.get("header_env") or ()))
-    check_key_header(key_header, {**headers, **secret})
+    headers, secret = parse_headers(asked.headers), from_environment(parse_header_env(asked.header_env))
+    check_key_header(asked.key_header, {**headers, **secret})
     return Access(
-        api_key=_key_of_environment(), key_header=key_header, headers=headers, secret_headers=secret,
+        api_key=_key_of_environment(), key_header=asked.key_header, headers=headers, secret_headers=secret,
         patience=Patience(say),
     )  # fmt: skip
 
@@ -255,29 +255,23 @@ def rented(tier: Tier, hosts: int) -> Tier:
     )  # fmt: skip
 
 
-def choose_target(options: dict[str, Any]) -> Target:
+def choose_target(options: ReplayOptions) -> Target:
     """Existing servers when --base-url is given, else servers to start. Raises `UsageError` on unknown names."""
     from cluster.catalogue.tiers import DEFAULT_TIER, get_tier
 
-    pages = list(options.get("metrics_urls") or ())
-    if pages and not options["base_urls"]:
-        raise UsageError("--metrics-url is for a server that is there already (--base-url): ours are known")
-    if pages and options.get("no_counters"):
-        raise UsageError("--metrics-url says where the counters are, --no-counters not to read them: give one")
-    if options["base_urls"]:
-        if options.get("tls_ca"):
-            probe.trust(options["tls_ca"])
-        tier = get_tier(options["tier"]) if options["tier"] else None
-        return UrlTarget(list(options["base_urls"]), options["model"], tier, pages, access_to(options))
-    if options.get("key_header") not in (None, AUTHORIZATION):
-        raise UsageError("--key-header is for a server that is there already (--base-url): ours take a bearer")
+    asked = options.serve
+    if asked.base_urls:
+        if options.load.tls_ca:
+            probe.trust(options.load.tls_ca)
+        tier = get_tier(asked.tier) if asked.tier else None
+        return UrlTarget(list(asked.base_urls), asked.model, tier, asked.metrics_urls, access_to(options.load))
     from cluster.catalogue.models import DEFAULT_MODEL, for_tier, get_model
     from cluster.deploy.preflight import check_can_serve
     from cluster.engines.vllm import check_fit, for_processor
 
-    model, tier = get_model(options["model"] or DEFAULT_MODEL), get_tier(options["tier"] or DEFAULT_TIER)
+    model, tier = get_model(asked.model or DEFAULT_MODEL), get_tier(asked.tier or DEFAULT_TIER)
     facts: dict[str, str] = {}
-    if options.get("replicas"):  # `harness plan` starts nothing
+    if asked.replicas:  # `harness plan` starts nothing
         check_fit(model, tier)
         check_can_serve(tier)
         own = model.on.get("cpu")
@@ -288,4 +282,4 @@ def choose_target(options: dict[str, Any]) -> Target:
             if why:
                 facts["dtype_reason"] = why
                 say(f"note: {model.name} is served in {why}")
-    return LocalTarget(model, tier, options.get("replicas", 1), options.get("on_replica_death") or "fail", facts)
+    return LocalTarget(model, tier, asked.replicas or 1, asked.on_replica_death, facts)

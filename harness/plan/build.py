@@ -8,16 +8,16 @@ some more where another demand is made) and of every session lies in files where
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from harness.errors import PlanError, UsageError
+from harness.options import PlanOptions
 from harness.plan.arrivals import Stage, Times, arrival_times, constant_stage
 from harness.plan.batches import Batches
 from harness.plan.chat import Chat
@@ -36,20 +36,18 @@ from harness.trace.survey import Content, Survey, survey
 from harness.trace.windows import windows_in_time, windows_of_rows
 
 
-def asked_plan(options: Mapping[str, Any], *, closed: bool) -> PlanSpec:
-    """What the planning options of the command line (those of ``harness plan``) ask for; those not there are not."""
-    get, warmup = options.get, options.get("warmup")
-    share, after_s = get("cancel") or (0.0, None)
+def asked_plan(asked: PlanOptions, *, closed: bool) -> PlanSpec:
+    """What the planning options of the command line (those of ``harness plan``) ask for."""
+    share, after_s = asked.cancel or (0.0, None)
     return PlanSpec(
-        closed=closed, arrivals=get("arrivals") or ("poisson" if get("stages") else "trace"),
-        burstiness=get("burstiness"), stages=get("stages") or (), speed=get("speed"), rate=get("rate"),
-        rescale=get("rescale") or "compress", grow=get("grow"), spread=bool(get("spread")),
-        limit=get("limit"), duration_s=None if closed else get("duration_s"), repeat=bool(get("repeat")),
-        warmup_requests=warmup if isinstance(warmup, int) else None,
-        warmup_s=warmup if isinstance(warmup, float) and not closed else None,
-        sessions="wait" if get("conversation") == "live" else get("sessions") or "trace",
-        conversation=get("conversation") or "recorded", cancel_share=share, cancel_after_s=after_s,
-        seed=get("seed") or 0, windows=get("windows"),
+        closed=closed, arrivals=asked.arrivals or ("poisson" if asked.stages else "trace"),
+        burstiness=asked.burstiness, stages=tuple(asked.stages or ()), speed=asked.speed, rate=asked.rate,
+        rescale=asked.rescale, grow=asked.grow, spread=asked.spread, limit=asked.limit,
+        duration_s=None if closed else asked.duration_s, repeat=asked.repeat,
+        warmup_requests=asked.warmup if isinstance(asked.warmup, int) else None,
+        warmup_s=None if closed else asked.warmup_s,
+        sessions="wait" if asked.waits else "trace", conversation=asked.conversation,
+        cancel_share=share, cancel_after_s=after_s, seed=asked.seed or 0, windows=asked.windows,
     )  # fmt: skip
 
 

@@ -6,11 +6,11 @@ Every estimate rests on stated assumptions; the budget is held to what the clock
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from harness.errors import UsageError
+from harness.options import PlanOptions
 from harness.record.manifest import Tier
 from harness.sweep.spec import Level, Pair, Point
 from harness.trace import survey as traces
@@ -46,18 +46,18 @@ class Survey:
         return (self.rows - 1) / self.span_s if self.span_s else None
 
 
-def survey(trace: Trace, levels: Sequence[Level], options: Mapping[str, Any]) -> Survey:
+def survey(trace: Trace, levels: Sequence[Level], asked: PlanOptions) -> Survey:
     """Read the trace as far as the sweep will.
 
     Raises `TraceError`, and `UsageError` for a trace without the times that are needed, or that no draw of its users
     gives the rates asked for.
     """
-    until_s = options.get("duration_s") if same_clock(options) else None
+    until_s = asked.duration_s if same_clock(asked) else None
     seen = traces.survey(
         trace,
-        limit=rows_needed(levels, options),
+        limit=rows_needed(levels, asked),
         cut_ns=None if until_s is None else until_s * 1e9,
-        timed=levels[0].request_rate is not None and options.get("arrivals") in (None, "trace"),
+        timed=levels[0].request_rate is not None and not asked.drawn,
         made_up=True,
     )
     said = seen.stats.output_tokens
@@ -68,31 +68,30 @@ def survey(trace: Trace, levels: Sequence[Level], options: Mapping[str, Any]) ->
         longest_output=max(seen.longest_output, SAID_TOKENS if seen.open_ended else 0),
         span_s=int(seen.arrivals[-1]) / 1e9 if len(seen.arrivals) else None,
     )
-    for level in levels if same_clock(options) and found.rate else ():
-        if level.request_rate and (level.request_rate > (found.rate or 0)) is (options["rescale"] == "thin"):
+    for level in levels if same_clock(asked) and found.rate else ():
+        if level.request_rate and (level.request_rate > (found.rate or 0)) is (asked.rescale == "thin"):
             raise UsageError(
-                f"{trace.path}: arrives at {found.rate:.4g} requests/s: rescale = '{options['rescale']}' cannot make "
+                f"{trace.path}: arrives at {found.rate:.4g} requests/s: rescale = '{asked.rescale}' cannot make "
                 f"{level.words} of it; keep loads.request_rate on one side of that, or leave rescale out"
             )
     return found
 
 
-def same_clock(options: Mapping[str, Any]) -> bool:
+def same_clock(asked: PlanOptions) -> bool:
     """Rates are reached by fewer or more users on the trace's own clock, not by another clock."""
-    return options.get("rescale") in ("thin", "superpose")
+    return asked.rescale in ("thin", "superpose")
 
 
-def rows_needed(levels: Iterable[Level], options: Mapping[str, Any]) -> int | None:
+def rows_needed(levels: Iterable[Level], asked: PlanOptions) -> int | None:
     """Rows of the trace that the heaviest level sends; null: all (within the duration)."""
-    if same_clock(options):
+    if same_clock(asked):
         return None
-    limit: int | None = options.get("limit")
-    duration_s = options.get("duration_s")
+    limit, duration_s = asked.limit, asked.duration_s
     most = max((level.request_rate or math.inf) for level in levels) * duration_s if duration_s else math.inf
     if math.isinf(most):
         return limit
-    asked = max(1, math.ceil(round(most, 6)))
-    return asked if limit is None else min(asked, limit)
+    rows = max(1, math.ceil(round(most, 6)))
+    return rows if limit is None else min(rows, limit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,17 +105,17 @@ class Estimate:
     """True where the pace of the server decides, so that `ITL_S` stands in for it."""
 
 
-def estimate(level: Level, options: Mapping[str, Any], found: Survey) -> Estimate:
+def estimate(level: Level, asked: PlanOptions, found: Survey) -> Estimate:
     """Requests and seconds of one point: its planned span or duration (warm-up inside it), the drain, the way there."""
-    limit, duration_s = options.get("limit"), options.get("duration_s")
-    rows = limit if limit and options.get("repeat") else found.rows if not limit else min(limit, found.rows)
+    limit, duration_s = asked.limit, asked.duration_s
+    rows = limit if limit and asked.repeat else found.rows if not limit else min(limit, found.rows)
     around_s = BETWEEN_S + min(DRAIN_S, found.longest_output * ITL_S)
     if level.request_rate is not None:
-        if same_clock(options) and found.rate and found.span_s:
+        if same_clock(asked) and found.rate and found.span_s:
             due = min(found.rows * level.request_rate / found.rate, limit or math.inf)
             return Estimate(requests=round(due), seconds=due / level.request_rate + around_s, assumed=False)
         due = level.request_rate * duration_s if duration_s else math.inf
-        if not options.get("repeat") or math.isinf(due):
+        if not asked.repeat or math.isinf(due):
             due = min(due, rows)
         if limit:
             due = min(due, limit)
@@ -140,13 +139,13 @@ def usd_per_hour(pair: Pair, tier: Tier | None) -> float:
     return tier.usd_per_hour * (pair.replicas or 1) if tier is not None else 0.0
 
 
-def expect(points: Sequence[Point], options: Mapping[str, Any], found: Survey) -> dict[str, Estimate]:
+def expect(points: Sequence[Point], asked: PlanOptions, found: Survey) -> dict[str, Estimate]:
     """Estimates by the name of the point. What the same pair took at the same level is worth more than a guess."""
     measured: dict[tuple[int, Level], list[float]] = {}
     for point in points:
         if point.state == "done" and point.took_s is not None:
             measured.setdefault((point.pair, point.level), []).append(point.took_s)
-    guesses = {level: estimate(level, options, found) for level in {point.level for point in points}}
+    guesses = {level: estimate(level, asked, found) for level in {point.level for point in points}}
     expected: dict[str, Estimate] = {}
     for point in points:
         guess, seen = guesses[point.level], measured.get((point.pair, point.level))

@@ -20,6 +20,8 @@ from harness.errors import UsageError, unknown_name
 from harness.plan.seeds import drawn_seed, load_seed, with_load
 from harness.untrusted import read_toml
 
+Table = dict[str, object]
+"""Of a file in TOML or JSON, before its types are checked."""
 MOST_LEVELS = 1000
 MOST_POINTS = 10_000
 MOST_LOAD = 1e15
@@ -91,8 +93,13 @@ class SweepSpec:
     budget_usd: float | None = None
     budget_hours: float | None = None
     """Hours of the clock in which servers are up."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
     """Every other key: an option of ``harness replay`` by its name."""
+
+    @property
+    def is_search(self) -> bool:
+        """A search for capacity, which chooses its points one by one."""
+        return self.options.get("search") == "capacity"
 
 
 KEYS = frozenset(f.name for f in fields(SweepSpec) if f.name != "options")
@@ -123,9 +130,9 @@ def read_sweep(path: Path, option_names: Collection[str], instead: Mapping[str, 
     return spec
 
 
-def _normalise(raw: dict[str, Any], option_names: Collection[str], instead: Mapping[str, str]) -> dict[str, Any]:
+def _normalise(raw: Table, option_names: Collection[str], instead: Mapping[str, str]) -> Table:
     """Keys with _ for -, every one of them known, inner tables included."""
-    table: dict[str, Any] = {}
+    table: Table = {}
     for written, value in raw.items():
         key = written.replace("-", "_")
         if key in instead:

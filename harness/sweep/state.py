@@ -186,7 +186,7 @@ def differences(before: SweepSpec, after: SweepSpec) -> list[str]:
             found.append(f"{name}: {_words(was)} -> {_words(is_)}")
     for name in sorted({*before.options, *after.options}):
         was, is_ = before.options.get(name), after.options.get(name)
-        if was != is_:
+        if (was or None) != (is_ or None):  # older folders lack options that came later and were not given
             found.append(f"{name}: {_words(was)} -> {_words(is_)}")
     return found
 

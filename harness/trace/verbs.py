@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from harness.errors import EXIT_VALID, UsageError
+from harness.options import ReadOptions
 from harness.progress import console
 from harness.trace.io import Trace, TraceRecord
 from harness.trace.reading import Files, open_asked
@@ -18,12 +20,15 @@ from harness.trace.shape import Shape, measure
 from harness.trace.shape_text import compared, described
 from harness.trace.writer import check_output, write_trace
 
+if TYPE_CHECKING:
+    from harness.trace.reshape import Sample
 
-def inspect(trace: Files, format_: str, **options: Any) -> int:
+
+def inspect(trace: Files, reading: ReadOptions, *, tokenizer: Path | None, block_tokens: int, format_: str) -> int:
     """Say what a trace is."""
-    source = open_asked(trace, options, survey=True)
+    source = open_asked(trace, reading, survey=True)
     records: Iterable[TraceRecord] = source
-    if options.get("tokenizer") is not None:
+    if tokenizer is not None:
         from harness.plan.tokenizers import load_tokenizer
         from harness.trace.anonymize import anonymize
 
@@ -31,8 +36,8 @@ def inspect(trace: Files, format_: str, **options: Any) -> int:
         records = anonymize(
             source,
             salt=bytes(16),
-            tokenizer=load_tokenizer(options["tokenizer"]),
-            block_tokens=options["block_tokens"],
+            tokenizer=load_tokenizer(tokenizer),
+            block_tokens=block_tokens,
         )
     shape = measure(records)
     facts = {
@@ -57,28 +62,26 @@ def inspect(trace: Files, format_: str, **options: Any) -> int:
     return EXIT_VALID
 
 
-def convert(trace: Files, output: Path, **options: Any) -> int:
+def convert(trace: Files, output: Path, reading: ReadOptions, *, tokenizer: Path | None) -> int:
     """Any trace -> our JSON Lines or Parquet."""
     check_output(output)
-    source = open_asked(trace, options)
+    source = open_asked(trace, reading)
     records: Iterable[TraceRecord] = source
-    if options.get("tokenizer") is not None:
+    if tokenizer is not None:
         from harness.plan.tokenizers import load_tokenizer
         from harness.trace.anonymize import count_tokens
 
-        records = count_tokens(source, load_tokenizer(options["tokenizer"]))
+        records = count_tokens(source, load_tokenizer(tokenizer))
     _finish(source, records, output)
     return EXIT_VALID
 
 
-def sample(trace: Files, output: Path, **options: Any) -> int:
+def sample(trace: Files, output: Path, reading: ReadOptions, how: Sample) -> int:
     """A smaller trace, and what became of its shape."""
-    from harness.trace.reshape import Sample
     from harness.trace.reshape import sample as choose
 
     check_output(output)
-    how = Sample(**{field.name: options[field.name] for field in dataclasses.fields(Sample)})
-    source = open_asked(trace, options)
+    source = open_asked(trace, reading)
     tap = _Tap(choose(source, how))
     write_trace(tap, output)
     before = measure(source)
@@ -88,27 +91,43 @@ def sample(trace: Files, output: Path, **options: Any) -> int:
     return EXIT_VALID
 
 
-def synth(output: Path, **options: Any) -> int:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SynthOptions:
+    """What ``harness trace synth`` is asked for."""
+
+    rate: float | None
+    arrivals: str
+    input_tokens: str | None
+    output_tokens: str | None
+    requests: int | None
+    duration_s: float | None
+    servegen: Path | None
+    window_s: tuple[float, float] | None
+    seed: int
+
+
+def synth(output: Path, asked: SynthOptions) -> int:
     """A made-up trace."""
     check_output(output)
-    if options["servegen"] is not None:
-        return _servegen(output, options)
+    if asked.servegen is not None:
+        return _servegen(output, asked, asked.servegen)
     from harness.trace.distributions import parse_arrivals, parse_lengths
     from harness.trace.synth import synthesize
 
-    missing = [name for name in ("rate", "input_tokens", "output_tokens") if options[name] is None]
-    if missing:
-        names = ", ".join("--" + name.replace("_", "-") for name in missing)
-        raise UsageError(f"say {names} (or --servegen FOLDER)")
-    if options["window_s"] is not None:
+    rate, inputs, outputs = asked.rate, asked.input_tokens, asked.output_tokens
+    if rate is None or inputs is None or outputs is None:
+        given = {"--rate": rate, "--input-tokens": inputs, "--output-tokens": outputs}
+        missing = ", ".join(flag for flag, value in given.items() if value is None)
+        raise UsageError(f"say {missing} (or --servegen FOLDER)")
+    if asked.window_s is not None:
         raise UsageError("--window goes with --servegen; say --duration or --requests")
     records = synthesize(
-        gaps=parse_arrivals(options["arrivals"], options["rate"]),
-        input_tokens=parse_lengths(options["input_tokens"]),
-        output_tokens=parse_lengths(options["output_tokens"]),
-        requests=options["requests"],
-        duration_s=options["duration_s"],
-        seed=options["seed"],
+        gaps=parse_arrivals(asked.arrivals, rate),
+        input_tokens=parse_lengths(inputs),
+        output_tokens=parse_lengths(outputs),
+        requests=asked.requests,
+        duration_s=asked.duration_s,
+        seed=asked.seed,
     )
     tap = _Tap(records)
     write_trace(tap, output)
@@ -117,41 +136,40 @@ def synth(output: Path, **options: Any) -> int:
     return EXIT_VALID
 
 
-def anonymize(trace: Files, output: Path, **options: Any) -> int:
+def anonymize(trace: Files, output: Path, reading: ReadOptions, *, tokenizer: Path | None, block_tokens: int) -> int:
     """A trace that may be shared."""
     from harness.plan.tokenizers import load_tokenizer
     from harness.trace.anonymize import anonymize as without_text
 
     check_output(output)
-    tokenizer = None if options["tokenizer"] is None else load_tokenizer(options["tokenizer"])
-    source = open_asked(trace, options)
-    records = without_text(
-        source, salt=secrets.token_bytes(32), tokenizer=tokenizer, block_tokens=options["block_tokens"]
-    )
+    counter = None if tokenizer is None else load_tokenizer(tokenizer)
+    source = open_asked(trace, reading)
+    records = without_text(source, salt=secrets.token_bytes(32), tokenizer=counter, block_tokens=block_tokens)
     _finish(source, records, output)
     return EXIT_VALID
 
 
-def _servegen(output: Path, options: dict[str, Any]) -> int:
+def _servegen(output: Path, asked: SynthOptions, folder: Path) -> int:
     from itertools import islice
 
     from harness.trace.synth import read_servegen
 
-    for name in ("rate", "input_tokens", "output_tokens"):
-        if options[name] is not None:
-            raise UsageError(f"--{name.replace('_', '-')} comes from the model with --servegen")
-    model = read_servegen(options["servegen"])
+    given = {"--rate": asked.rate, "--input-tokens": asked.input_tokens, "--output-tokens": asked.output_tokens}
+    for flag, value in given.items():
+        if value is not None:
+            raise UsageError(f"{flag} comes from the model with --servegen")
+    model = read_servegen(folder)
     first_s, last_s = model.span_s
-    start_s, end_s = options["window_s"] or (first_s, last_s)
-    if options["duration_s"] is not None:
-        end_s = min(end_s, start_s + options["duration_s"])
-    if options["window_s"] is None and options["duration_s"] is None and options["requests"] is None:
+    start_s, end_s = asked.window_s or (first_s, last_s)
+    if asked.duration_s is not None:
+        end_s = min(end_s, start_s + asked.duration_s)
+    if asked.window_s is None and asked.duration_s is None and asked.requests is None:
         raise UsageError(
             f"the model covers {last_s - first_s:g} s; say how much of it: --window 10h:11h, --duration or --requests"
         )
     if not first_s <= start_s < last_s:
         raise UsageError(f"the model covers {first_s:g} s to {last_s:g} s, the window begins at {start_s:g} s")
-    tap = _Tap(islice(model.draw(start_s, end_s, options["seed"]), options["requests"]))
+    tap = _Tap(islice(model.draw(start_s, end_s, asked.seed), asked.requests))
     write_trace(tap, output)
     say = [f"clients: {', '.join(model.clients)}; model time {start_s:g} s to {min(end_s, last_s):g} s"]
     if model.without_lengths:
