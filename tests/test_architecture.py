@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,3 +95,13 @@ def test_the_simulator_is_numpy_and_the_standard_library_alone() -> None:
 def test_help_is_light() -> None:
     """`harness --help` answers at once: no Arrow, no NumPy, no engine."""
     assert not {"pyarrow", "numpy", "ray", "locust", "rich"} & loaded_by("import harness.cli")
+
+
+def test_the_reading_order_is_true_and_takes_an_hour() -> None:
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    section = page.split("## Read it in an hour")[1].split("\n## ")[0]
+    paths = re.findall(r"`((?:harness|scenarios|cluster|analysis)/[\w/]+\.py)`", section)
+    assert len(paths) >= 8
+    assert sum(len((ROOT / path).read_text().splitlines()) for path in paths) < 2500
+    missing = [path for path in re.findall(r"`([\w/]+\.(?:py|c|md))`", page) if not (ROOT / path).exists()]
+    assert not missing
