@@ -1,4 +1,4 @@
-"""The Python API: `harness.load` opens a run directory for a notebook."""
+"""The Python API: ``from analysis.api import load`` opens a run directory for a notebook."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pyarrow as pa
@@ -50,9 +49,9 @@ class LoadedRun:
 
     def as_dict(
         self, slo: Mapping[str, float] | None = None, *, attain: float = DEFAULT_ATTAIN, ratio: float = DEFAULT_RATIO
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """`summary` as plain dicts and lists: what ``harness report --format json`` prints."""
-        plain: dict[str, Any] = msgspec.to_builtins(claims(self.summary(slo, attain=attain, ratio=ratio)))
+        plain: dict[str, object] = msgspec.to_builtins(claims(self.summary(slo, attain=attain, ratio=ratio)))
         return plain
 
     def variant(self, name: str) -> dict[str, Figures]:

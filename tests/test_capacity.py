@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_files import SPEC, TIER, S, good, watch, write_run
 
-from analysis.capacity.serving_config import System, cost_at, systems
+from analysis.capacity.serving_config import ServingConfig, cost_at, serving_configs
 from analysis.capacity.sweep import (
     Capacity,
     Point,
@@ -246,14 +246,14 @@ def sweep_run(path, rate, slow, *, valid=True, seed=0, mode="open", tier=TIER, *
     return replace(summary, plan=plan)
 
 
-def only(found: list[System]) -> System:
+def only(found: list[ServingConfig]) -> ServingConfig:
     (system,) = found
     return system
 
 
 def test_a_sweep_becomes_capacity_and_the_cost_there(tmp_path):
     runs = [sweep_run(tmp_path / f"{r}", r, slow) for r, slow in ((2, 0), (4, 0), (8, 20))]
-    system = only(systems(runs))
+    system = only(serving_configs(runs))
     assert system.capacity is not None and system.capacity.state == "found"
     # from 100 % at 4 to 80 % at 8 req/s: 95 % after a quarter of the way
     assert system.capacity.load.value == pytest.approx(5.0)
@@ -278,18 +278,18 @@ def test_repeats_are_one_load_and_invalid_runs_none(tmp_path):
     runs = [sweep_run(tmp_path / "a", 2, 0), sweep_run(tmp_path / "b", 2, 0, seed=1), sweep_run(tmp_path / "c", 8, 10)]
     spoilt = sweep_run(tmp_path / "d", 4, 0, valid=False)
     assert spoilt.verdict == "INVALID"
-    system = only(systems([*runs, spoilt]))
+    system = only(serving_configs([*runs, spoilt]))
     assert system.loads == (2.0, 8.0) and len(system.runs) == 3
     assert any("1 run is not VALID" in note for note in system.notes)
-    assert systems([spoilt]) == []
+    assert serving_configs([spoilt]) == []
 
 
 def test_answers_without_a_figure_have_no_cost(tmp_path):
-    low = only(systems([sweep_run(tmp_path / "a", 2, 50)]))
+    low = only(serving_configs([sweep_run(tmp_path / "a", 2, 50)]))
     assert low.capacity is not None and low.capacity.state == "not reached" and low.requests_per_s is None
     assert low.usd_per_1m_total.value is None and low.usd_per_1m_total.note
     assert "does not keep" in sentence(low)
-    high = only(systems([sweep_run(tmp_path / "b", 2, 0)]))
+    high = only(serving_configs([sweep_run(tmp_path / "b", 2, 0)]))
     assert high.capacity is not None and high.capacity.state == "beyond" and high.requests_per_s == 2.0
     assert high.usd_per_1m_total.value is None and "at least 2 req/s" in sentence(high)
     assert render_markdown(capacity_sections([low, high]))
@@ -297,7 +297,7 @@ def test_answers_without_a_figure_have_no_cost(tmp_path):
 
 def test_without_a_promise_there_is_a_floor_but_no_capacity(tmp_path):
     run = sweep_run(tmp_path / "a", 2, 0)
-    system = only(systems([replace(run, slo=None)]))
+    system = only(serving_configs([replace(run, slo=None)]))
     assert system.capacity is None and system.requests_per_s is None and system.floor is not None
     assert "no SLO" in sentence(system)
     assert render_markdown(capacity_sections([system]))
@@ -305,19 +305,21 @@ def test_without_a_promise_there_is_a_floor_but_no_capacity(tmp_path):
 
 def test_without_a_price_there_is_capacity_but_no_cost(tmp_path):
     runs = [sweep_run(tmp_path / "a", 2, 0, tier=None), sweep_run(tmp_path / "b", 8, 50, tier=None)]
-    system = only(systems(runs))
+    system = only(serving_configs(runs))
     assert system.requests_per_s is not None
     assert system.usd_per_1m_total.value is None and "no tier" in system.usd_per_1m_total.note
 
 
 def test_an_old_price_is_said_beside_the_capacity(tmp_path):
     old = replace(TIER, date="2025-01")
-    (system,) = systems([sweep_run(tmp_path / f"{rate}", rate, slow, tier=old) for rate, slow in ((4, 0), (8, 20))])
+    (system,) = serving_configs(
+        [sweep_run(tmp_path / f"{rate}", rate, slow, tier=old) for rate, slow in ((4, 0), (8, 20))]
+    )
     assert any(note.startswith("OLD: ") for note in system.notes)
 
 
 def test_the_two_kinds_of_loop_are_two_systems(tmp_path):
-    found = systems([sweep_run(tmp_path / "a", 2, 0), sweep_run(tmp_path / "b", 2, 0, mode="closed")])
+    found = serving_configs([sweep_run(tmp_path / "a", 2, 0), sweep_run(tmp_path / "b", 2, 0, mode="closed")])
     assert sorted(s.loop for s in found) == ["closed", "open"]
     closed = next(s for s in found if s.loop == "closed")
     assert closed.unit == "in flight" and closed.loads == (8.0,) and closed.requests_per_s is None

@@ -22,7 +22,7 @@ from run_files import SPEC, TIER, good, write_run
 from analysis.cost.split import TokenMix, by_ratio, not_identifiable, token_mix
 from analysis.pricing.list_prices import find_list_prices, read_list_prices
 from analysis.pricing.rate_card import HOURS_PER_MONTH, api_usd, charge, compare_with_api, slo_words
-from analysis.pricing.terms import Structure, Terms, VolumeTier, declared, from_split, parse_volume, unit_prices
+from analysis.pricing.terms import Terms, TokenWeights, VolumeTier, declared, from_split, parse_volume, unit_prices
 from analysis.rows.read import read_run
 from analysis.stats.intervals import Quantity
 from analysis.summary import summarise
@@ -97,7 +97,7 @@ def test_by_hand(tmp_path):
 def test_the_parts_add_up_to_the_bill(usd, uncached, cached, out, w_in, w_cached, w_out):
     mix = TokenMix(uncached_input=uncached, cached_input=cached, output=out)
     total = Quantity(value=usd, low=usd * 0.9, high=usd * 1.2, n=9, unit="", evidence="measured x list price")
-    structure = Structure(method="declared ratio", input=w_in, cached_input=w_cached, output=w_out)
+    structure = TokenWeights(method="declared ratio", input=w_in, cached_input=w_cached, output=w_out)
     prices = unit_prices(total, mix, structure)
     for end in ("value", "low", "high"):
         into, out_price = getattr(prices.input, end), getattr(prices.output, end)
@@ -131,7 +131,7 @@ def test_margin_and_break_even_agree(margin, utilisation, discount, batch):
 def test_doubt_about_the_division_is_added_to_that_about_the_bill():
     """3 % and 4 % that know nothing of each other are 5 %; the total knows nothing of the division."""
     total = Quantity(value=1.0, low=0.97, high=1.03, n=9, unit="", evidence="measured")
-    weights = Structure(method="step model", input=1.0, cached_input=None, output=4.0, spread=(0.0, 0.0, 0.04))
+    weights = TokenWeights(method="step model", input=1.0, cached_input=None, output=4.0, spread=(0.0, 0.0, 0.04))
     prices = unit_prices(total, TokenMix(uncached_input=10, cached_input=None, output=10), weights)
     assert prices.output.high / prices.output.value == pytest.approx(1.05)
     assert prices.output.low / prices.output.value == pytest.approx(0.95)
@@ -526,7 +526,7 @@ def test_volume_tiers():
 @pytest.mark.parametrize("weights", [(0, 0, 0), (-1, 0, 4), (1, 0, math.nan), (math.inf, 0, 1)])
 def test_weights_that_make_no_sense(weights):
     with pytest.raises(UsageError):
-        Structure(method="declared ratio", input=weights[0], cached_input=weights[1], output=weights[2])
+        TokenWeights(method="declared ratio", input=weights[0], cached_input=weights[1], output=weights[2])
 
 
 # -------------------------------------------------------------------------------------------------------- command line

@@ -19,7 +19,7 @@ import pytest
 
 from analysis.cost.cost import usd_per_1m
 from analysis.stats.intervals import Quantity, distribution, rate, ratio_interval, share
-from analysis.stats.replicates import over_repeats
+from analysis.stats.replicates import over_replicates
 
 RUNS = 1000
 FEW = 300
@@ -230,7 +230,7 @@ def test_repeats(runs):
         quantities = [
             Quantity(value=v, low=v - 2, high=v + 2, n=100, unit="req/s", evidence="simulated") for v in values
         ]
-        together += holds(over_repeats(quantities), 100.0)
+        together += holds(over_replicates(quantities), 100.0)
         alone += holds(quantities[0], 100.0)
     assert 0.93 <= together / RUNS <= 0.97
     assert alone / RUNS < 0.5

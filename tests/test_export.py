@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from pyarrow import parquet
 from run_files import MS, SPEC, TIER, bad, good, write_run
 
-import harness
 from analysis import export
+from analysis.api import load
 from analysis.export import SCHEMA, export_runs
 from analysis.rows import columns
 from analysis.rows.read import read_run
@@ -57,7 +57,7 @@ def test_parquet_holds_the_rows_and_what_is_derived(runs, tmp_path):
 def test_arrow_agrees_with_the_report(runs, tmp_path):
     out = tmp_path / "rows.parquet"
     export_runs(runs, out)
-    true = harness.load(runs[0]).summary().metrics.ttft.mean.value
+    true = load(runs[0]).summary().metrics.ttft.mean.value
     table = parquet.read_table(out, filters=[("run", "=", "one")])
     assert np.mean(table.column("ttft_s").drop_null().to_numpy()) == pytest.approx(true)
 
@@ -68,7 +68,7 @@ def test_duckdb_reads_it(runs, tmp_path):
         export_runs(runs, out := tmp_path / name)
         asked = f"SELECT avg(ttft_s), count(*), sum(len(chunk_gap_ns)) FROM '{out}' WHERE run = 'one' AND measured"
         mean, rows, chunks = duckdb.sql(asked).fetchall()[0]
-        true = harness.load(runs[0]).summary().metrics.ttft.mean
+        true = load(runs[0]).summary().metrics.ttft.mean
         assert (mean, rows, chunks) == (pytest.approx(true.value), 21, 18 * 4)
 
 
@@ -86,7 +86,7 @@ def pandas_reads(pandas, file):
 
 def test_polars_and_pandas_read_it(runs, tmp_path):
     polars, pandas = pytest.importorskip("polars"), pytest.importorskip("pandas")
-    true = harness.load(runs[0]).summary().metrics.e2e.mean.value
+    true = load(runs[0]).summary().metrics.e2e.mean.value
     for name in ("rows.parquet", "rows.csv", "rows.json", "rows.jsonl"):
         export_runs(runs, out := tmp_path / name)
         frames = [polars_reads(polars, out).to_pandas(), pandas_reads(pandas, out)]
@@ -178,7 +178,7 @@ def test_command_line(runs, tmp_path):
 
 
 def test_load_gives_table_summary_and_manifest(runs):
-    run = harness.load(str(runs[0]))
+    run = load(str(runs[0]))
     table = run.table()
     assert isinstance(table, pa.Table)
     assert table.schema.equals(SCHEMA)
@@ -191,15 +191,9 @@ def test_as_dict_is_the_report_as_json(runs):
     from analysis.show.report import render_json
     from analysis.summary import summarise
 
-    run = harness.load(runs[0])
+    run = load(runs[0])
     assert run.as_dict() == json.loads(render_json(summarise(read_run(runs[0]))))
     assert run.as_dict({"ttft": 0.05})["slo"]["limits"] == {"ttft": 0.05}
-
-
-def test_importing_harness_loads_nothing_heavy():
-    from test_architecture import loaded_by
-
-    assert not {"numpy", "pyarrow", "analysis"} & loaded_by("import harness; harness.load")
 
 
 def test_rows_that_change_while_they_are_read_are_noticed(runs):

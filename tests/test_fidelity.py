@@ -16,7 +16,7 @@ from analysis.fidelity.inputs import ks_distance, read_plan
 from analysis.fidelity.planned import on_trace_clock
 from analysis.fidelity.questions import Fidelity, fidelity, fidelity_text
 from analysis.rows.read import Run, read_run
-from analysis.validity.prefix_cache import Served, block_tokens
+from analysis.validity.prefix_cache import CacheCounters, block_tokens
 from harness.plan.build import build_plan
 from harness.plan.file import PlanSpec, iter_requests, plan_sha256
 from harness.plan.prompts import Vocabulary
@@ -460,4 +460,4 @@ def test_a_plan_is_read_in_the_order_of_its_requests(tmp_path, trace):
     assert plan.scheduled_ns is not None
     assert plan.waits.any()
     assert len(plan.slice) == len(plan.scheduled_ns) == 1200
-    assert Served(replicas=1, queried_tokens=None, hit_tokens=None).fullest is None
+    assert CacheCounters(replicas=1, queried_tokens=None, hit_tokens=None).fullest is None

@@ -14,10 +14,10 @@ from test_capacity import sweep_run
 from analysis.capacity.fitted_engine import FittedEngine
 from analysis.capacity.fleet import (
     HOURS_PER_YEAR,
-    Demand,
     Kept,
-    Offer,
     Schedule,
+    TierOffer,
+    TrafficDemand,
     autoscaled,
     demand,
     fleet,
@@ -25,7 +25,7 @@ from analysis.capacity.fleet import (
     spare_instances,
 )
 from analysis.capacity.fleet_plan import Wanted, grown, plan_fleets
-from analysis.capacity.serving_config import systems
+from analysis.capacity.serving_config import serving_configs
 from analysis.capacity.simulated_fleet import SimulatedFleet
 from analysis.capacity.sweep import Capacity
 from analysis.pricing.rate_card import HOURS_PER_MONTH
@@ -39,12 +39,12 @@ ENGINE = FittedEngine(
     base_s=0.02, per_sequence_s=0.0015, per_prompt_token_s=0.00002, max_num_seqs=8, max_num_batched_tokens=None,
     limit_seen=True, overhead_s=0.0, residual=0.0, requests=1000,
 )  # fmt: skip
-L4 = Offer(name="l4", usd_per_hour=0.8, capacity=2.0)
+L4 = TierOffer(name="l4", usd_per_hour=0.8, capacity=2.0)
 
 
 def by_minute(*rates):
     per_minute = np.array(rates, dtype=float)
-    return Demand(
+    return TrafficDemand(
         per_minute=per_minute, mean=float(per_minute.mean()), worst_minute=float(per_minute.max()),
         requests=round(float(per_minute.sum()) * 60), span_s=60.0 * len(rates),
     )  # fmt: skip
@@ -80,7 +80,7 @@ def test_demand_needs_arrivals(times):
 
 def test_a_fleet_is_whole_instances():
     # 7 req/s over 2 req/s a replica: 4 replicas; 3 to a box: 2 boxes
-    found = fleet(Offer(name="box", usd_per_hour=10.0, capacity=2.0, replicas_per_instance=3), 7.0)
+    found = fleet(TierOffer(name="box", usd_per_hour=10.0, capacity=2.0, replicas_per_instance=3), 7.0)
     assert (found.replicas, found.instances, found.spares) == (4, 2, 0)
     assert found.usd_per_hour == 20.0 and found.usd_per_month == 14_600 and found.usd_per_year == 175_200
     assert found.utilisation == pytest.approx(7 / 12)
@@ -89,7 +89,9 @@ def test_a_fleet_is_whole_instances():
 def test_a_demand_that_fits_exactly_takes_no_instance_more():
     assert fleet(L4, 6.0).instances == 3
     assert fleet(L4, 6.0, headroom=1.1).instances == 4
-    assert fleet(Offer(name="x", usd_per_hour=1, capacity=0.1), 0.3).instances == 3  # 0.3 / 0.1 is above 3 in floats
+    assert (
+        fleet(TierOffer(name="x", usd_per_hour=1, capacity=0.1), 0.3).instances == 3
+    )  # 0.3 / 0.1 is above 3 in floats
 
 
 def test_nothing_asked_still_takes_one():
@@ -128,7 +130,7 @@ def test_certainty_cannot_be_bought():
     st.sampled_from([None, 0.99, 0.999]),
 )
 def test_more_demand_never_needs_less(rate, factor, capacity, per_instance, availability):
-    offer = Offer(
+    offer = TierOffer(
         name="x", usd_per_hour=1.0, capacity=capacity, replicas_per_instance=per_instance, node_availability=0.99
     )
     small = fleet(offer, rate, availability=availability)
@@ -225,7 +227,7 @@ def test_demand_counts_tokens_as_well_as_requests():
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("fleet")
-    (system,) = systems([sweep_run(path / f"{r}", r, slow) for r, slow in ((4, 0), (8, 20))])
+    (system,) = serving_configs([sweep_run(path / f"{r}", r, slow) for r, slow in ((4, 0), (8, 20))])
     return system
 
 
@@ -437,7 +439,7 @@ def test_a_plan_prints_in_every_form(measured):
 
 @given(st.lists(st.floats(0, 500), min_size=1, max_size=60), st.floats(1, 4), st.integers(1, 8), st.floats(0.1, 50))
 def test_sums_add_up_and_more_demand_never_needs_less(rates, factor, held, capacity):
-    offer = Offer(name="x", usd_per_hour=2.0, capacity=capacity, replicas_per_instance=held, start_s=70.0)
+    offer = TierOffer(name="x", usd_per_hour=2.0, capacity=capacity, replicas_per_instance=held, start_s=70.0)
     day = by_minute(*rates, 0.1)
     for ahead in (False, True):
         small, large = autoscaled(offer, day, ahead=ahead), autoscaled(offer, day.grown(factor), ahead=ahead)

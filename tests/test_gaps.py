@@ -10,7 +10,7 @@ from run_files import good, write_run
 
 from analysis import metrics
 from analysis.rows import itl_histogram as gaps
-from analysis.rows.itl_histogram import GapPool
+from analysis.rows.itl_histogram import ItlHistogram
 from analysis.rows.read import read_run
 from analysis.stats.intervals import distribution
 from analysis.summary import summarise
@@ -18,7 +18,7 @@ from analysis.summary import summarise
 
 def pooled(seconds, tokens, owners, requests, exact, monkeypatch, pieces=1):
     monkeypatch.setattr(gaps, "EXACT", exact)
-    pool = GapPool(requests)
+    pool = ItlHistogram(requests)
     for part in np.array_split(np.arange(len(seconds)), pieces):
         pool.add(seconds[part], tokens[part], owners[part], np.ones(len(part), dtype=np.int32))
     return pool.take()[:3]

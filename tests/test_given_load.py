@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 from run_files import SPEC, S, good, write_run
 
-from analysis.capacity.serving_config import systems
-from analysis.pricing.operating_point import quote
+from analysis.capacity.serving_config import serving_configs
+from analysis.pricing.operating_point import operating_point
 from analysis.rows.read import read_run
 from analysis.show.report import render_json, render_markdown
 from analysis.show.view import view_run
@@ -127,11 +127,11 @@ def test_capacity_keeps_the_interval_of_its_cost(tmp_path):
         manifest.plan = replace(manifest.plan, planned_rate=1 / every_s)
         write_manifest(RunDir(tmp_path / str(k)), manifest)
         runs.append(summarise(read_run(tmp_path / str(k))))
-    (system,) = systems(runs)
+    (system,) = serving_configs(runs)
     assert system.capacity is not None and system.capacity.state == "found"
     assert system.usd_per_1m_total.low is not None and system.usd_per_1m_total.high is not None
     assert system.floor is not None and system.floor.usd_per_1m_total.low is None
-    made = quote([runs[0]])
+    made = operating_point([runs[0]])
     assert made.at == "a measured load" and made.total.value is not None
     assert (made.total.low, made.total.high) == (None, None)
     assert any("the cost at this load, which was given" in note for note in made.notes)

@@ -22,7 +22,7 @@ from analysis.stats.intervals import (
     samples_needed,
     share,
 )
-from analysis.stats.replicates import over_repeats
+from analysis.stats.replicates import over_replicates
 from analysis.summary import summarise
 
 Z = {0.5: 0.0, 0.9: 1.2815515655, 0.95: 1.6448536270, 0.99: 2.3263478740}
@@ -213,7 +213,7 @@ def quantity(value, unit="req/s"):
 
 
 def test_repeats_by_hand():
-    q = over_repeats([quantity(9.0), quantity(10.0), quantity(11.0)])
+    q = over_replicates([quantity(9.0), quantity(10.0), quantity(11.0)])
     assert q.value == 10.0 and q.n == 30
     assert q.high - q.value == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
     assert q.note == "mean of 3 runs, interval between runs"
@@ -222,21 +222,21 @@ def test_repeats_by_hand():
 def test_repeats_are_no_narrower_than_the_runs_themselves():
     """Runs that happen to agree do not know more than each of them together did: 3 / sqrt(4) here."""
     alike = [replace(quantity(10.0), low=8.0, high=13.0)] * 4
-    assert (over_repeats(alike).low, over_repeats(alike).high) == (10 - 2 / 2, 10 + 3 / 2)
+    assert (over_replicates(alike).low, over_replicates(alike).high) == (10 - 2 / 2, 10 + 3 / 2)
 
 
 def test_repeats_by_weight_are_the_ratio_of_sums():
     """Two bills over two counts of tokens: 8 for 4 and 6 for 2 make 14 for 6."""
-    assert over_repeats([quantity(2.0), quantity(3.0)], [4, 2]).value == pytest.approx(14 / 6)
+    assert over_replicates([quantity(2.0), quantity(3.0)], [4, 2]).value == pytest.approx(14 / 6)
 
 
 def test_one_run_is_no_repeat():
-    assert over_repeats([quantity(9.0)]) == quantity(9.0)
-    q = over_repeats([quantity(9.0), replace(quantity(None), note="usage missing")])
+    assert over_replicates([quantity(9.0)]) == quantity(9.0)
+    q = over_replicates([quantity(9.0), replace(quantity(None), note="usage missing")])
     assert (q.value, q.low, q.n) == (None, None, 20) and q.note == "1 of 2 repeats have no value: usage missing"
     for wrong in ([], [quantity(1.0), quantity(1.0, "s")]):
         with pytest.raises(ValueError, match="one unit"):
-            over_repeats(wrong)
+            over_replicates(wrong)
 
 
 def test_no_interval_from_too_few():

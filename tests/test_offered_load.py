@@ -9,7 +9,7 @@ import pytest
 from run_files import MS, SPEC, S, good, write_run
 
 from analysis.capacity.probes import evidence_of
-from analysis.capacity.serving_config import systems
+from analysis.capacity.serving_config import serving_configs
 from analysis.capacity.system import load_words, offered
 from analysis.rows.read import read_run
 from analysis.rows.run import own_times
@@ -121,7 +121,7 @@ def test_capacity_is_planned_in_sessions(tmp_path):
         sessions_run(tmp_path / "low", start_every_s=1.0, answer_s=0.4, limit_s=1.0),
         sessions_run(tmp_path / "high", start_every_s=0.25, answer_s=9.0, limit_s=1.0),
     ]
-    (system,) = systems(runs)
+    (system,) = serving_configs(runs)
     assert (system.loop, system.unit, system.loads) == ("sessions", "sessions/s", (1.0, 4.0))
     # at 4 a second every request that is sent keeps the limit, and ever more turns wait for the answer before them
     assert system.capacity is not None and system.capacity.state == "found"
@@ -137,7 +137,7 @@ def test_capacity_is_planned_in_sessions(tmp_path):
 
 def test_open_loops_and_sessions_are_different_systems(tmp_path):
     runs = [sessions_run(tmp_path / "a"), sessions_run(tmp_path / "b", waits=False)]
-    assert sorted(one.loop for one in systems(runs)) == ["open", "sessions"]
+    assert sorted(one.loop for one in serving_configs(runs)) == ["open", "sessions"]
 
 
 def test_own_times_follow_think_times_that_the_clock_does_not():

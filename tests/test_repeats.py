@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from run_files import SPEC, S, good, write_run
 
-from analysis.capacity.serving_config import systems
+from analysis.capacity.serving_config import serving_configs
 from analysis.capacity.system import plan_of
 from analysis.rows.read import read_run
 from analysis.stats.intervals import Quantity
-from analysis.stats.replicates import over_repeats
+from analysis.stats.replicates import over_replicates
 from analysis.summary import summarise
 from harness.record.manifest import RunDir, read_manifest, write_manifest
 from harness.trace.stats import arrival_stats
@@ -30,31 +30,31 @@ def quantity(value, low=None, high=None):
 def test_what_runs_of_one_plan_share_does_not_shrink():
     """Three runs that agree: each knows its plan to - 3 and + 4, and so do all. Of three plans: by sqrt 3 better."""
     alike = [quantity(10.0, 7.0, 14.0)] * 3
-    one_plan = over_repeats(alike, plans=["a"] * 3)
+    one_plan = over_replicates(alike, plans=["a"] * 3)
     assert (one_plan.value, one_plan.low, one_plan.high) == (10.0, 7.0, 14.0)
     assert "one plan" in one_plan.note
-    apart = over_repeats(alike, plans=["a", "b", "c"])
+    apart = over_replicates(alike, plans=["a", "b", "c"])
     assert (apart.low, apart.high) == pytest.approx((10 - 3 / math.sqrt(3), 10 + 4 / math.sqrt(3)))
-    assert over_repeats(alike) == apart
+    assert over_replicates(alike) == apart
 
 
 def test_what_they_differ_in_comes_on_top():
     """Values 9, 10, 11: 4.303 / sqrt 3 from run to run beside the 2 of the plan."""
-    q = over_repeats([quantity(v, v - 2, v + 2) for v in (9.0, 10.0, 11.0)], plans=["a"] * 3)
+    q = over_replicates([quantity(v, v - 2, v + 2) for v in (9.0, 10.0, 11.0)], plans=["a"] * 3)
     assert q.high - 10 == pytest.approx(math.hypot(2, T2 / math.sqrt(3)), rel=1e-3)
     assert 10 - q.low == pytest.approx(q.high - 10)
 
 
 def test_repeats_of_one_plan_alone_know_nothing_of_others():
     """Without the runs' own intervals the spread between them says what an engine varies by, not what traffic does."""
-    q = over_repeats([quantity(v) for v in (9.0, 10.0, 11.0)], plans=["a"] * 3)
+    q = over_replicates([quantity(v) for v in (9.0, 10.0, 11.0)], plans=["a"] * 3)
     assert (q.value, q.low, q.high, q.note) == (10.0, None, None, "mean of 3 runs of one plan")
 
 
 def test_two_plans_twice_each_are_two_samples_of_traffic():
-    q = over_repeats([quantity(v, v - 4, v + 4) for v in (10.0, 10.0, 10.0, 10.0)], plans=["a", "a", "b", "b"])
+    q = over_replicates([quantity(v, v - 4, v + 4) for v in (10.0, 10.0, 10.0, 10.0)], plans=["a", "a", "b", "b"])
     assert q.high - 10 == pytest.approx(4 / math.sqrt(2))
-    far = over_repeats([quantity(v, v - 1, v + 1) for v in (9.0, 9.0, 11.0, 11.0)], plans=["a", "a", "b", "b"])
+    far = over_replicates([quantity(v, v - 1, v + 1) for v in (9.0, 9.0, 11.0, 11.0)], plans=["a", "a", "b", "b"])
     # two plans that differ by 2: standard error 1, Student's t of one degree of freedom
     assert far.high - 10 == pytest.approx(12.706, rel=1e-3)
 
@@ -77,7 +77,7 @@ def test_capacity_takes_repeats_of_one_trace_for_one_sample(tmp_path):
     assert len({plan_of(s) for s in three}) == 1
     floors = []
     for runs in ([one], three):
-        (system,) = systems(runs)
+        (system,) = serving_configs(runs)
         assert system.floor is not None
         floors.append(system.floor.total_token_throughput)
     assert (floors[1].low, floors[1].high) == pytest.approx((floors[0].low, floors[0].high))

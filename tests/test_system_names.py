@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from run_files import SPEC, TIER, good, write_run
 
-from analysis.capacity.serving_config import systems
+from analysis.capacity.serving_config import serving_configs
 from analysis.capacity.system import hardware_of, system_of
 from analysis.compare.comparable import differences, refusals
 from analysis.rows.read import read_run
@@ -25,7 +25,7 @@ def test_two_servers_with_one_model_are_two_systems(tmp_path):
     runs = [found(tmp_path / str(k), port=k) for k in (1, 2)]
     a, b = map(summarise, runs)
     assert hardware_of(a) != hardware_of(b) and system_of(a) != system_of(b)
-    assert sorted(s.name for s in systems([a, b])) == [
+    assert sorted(s.name for s in serving_configs([a, b])) == [
         "m on test.large (as stated by you) at 10.0.0.1:8000", "m on test.large (as stated by you) at 10.0.0.2:8000",
     ]  # fmt: skip
     assert ("servers", "http://10.0.0.1:8000/v1", "http://10.0.0.2:8000/v1") in [
@@ -45,7 +45,7 @@ def test_ports_of_servers_that_were_started_mean_nothing(tmp_path):
 def test_a_label_is_part_of_the_system_and_of_its_name(tmp_path):
     a, b = (summarise(found(tmp_path / name, label=name, engine="vllm-cpu")) for name in ("old", "new"))
     assert hardware_of(a) != hardware_of(b)
-    assert {s.name for s in systems([a, b])} == {"m on test.large [old]", "m on test.large [new]"}
+    assert {s.name for s in serving_configs([a, b])} == {"m on test.large [old]", "m on test.large [new]"}
     assert "[old]" in report.headline(a)
     assert [(d.name, d.a, d.b) for d in differences(a, b)] == [("label", "old", "new")]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from test_capacity import sweep_run
 
-from analysis.capacity.serving_config import systems
+from analysis.capacity.serving_config import serving_configs
 from analysis.show.capacity_text import capacity_sections
 from analysis.show.text import render_text
 from harness.text_table import LONGEST_WORD, text_tables
@@ -46,7 +46,7 @@ def test_what_fits_is_one_table_and_what_does_not_repeats_the_first_column():
 
 
 def test_capacity_and_its_price_lose_no_figure_in_a_narrow_terminal(tmp_path):
-    found = systems([sweep_run(tmp_path / f"{r}", r, slow) for r, slow in ((2, 0), (4, 0), (8, 20))])
+    found = serving_configs([sweep_run(tmp_path / f"{r}", r, slow) for r, slow in ((2, 0), (4, 0), (8, 20))])
 
     def figures(width):
         out = io.StringIO()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from analysis.capacity.serving_config import systems
+from analysis.capacity.serving_config import serving_configs
 from analysis.rows.read import read_run
 from analysis.summary import Summary, exit_code, summarise
 from harness.commands.found import refused_exit
@@ -65,10 +65,10 @@ def test_of_several_runs_invalid_counts_before_too_small(tmp_path: Path) -> None
     large = judged(tmp_path / "a", [good(i) for i in range(40)])
     small = judged(tmp_path / "b", [good(i) for i in range(3)])
     broken = judged(tmp_path / "c", [good(i) for i in range(40)], status="stopped")
-    assert exit_of(systems([large, small]), [large, small]) == EXIT_NOT_DECIDED
-    assert exit_of(systems([large, small, broken]), [large, small, broken]) == EXIT_INVALID
+    assert exit_of(serving_configs([large, small]), [large, small]) == EXIT_NOT_DECIDED
+    assert exit_of(serving_configs([large, small, broken]), [large, small, broken]) == EXIT_INVALID
     assert refused_exit(["VALID"]) == EXIT_VALID
-    (one,) = systems([large, small])
+    (one,) = serving_configs([large, small])
     assert len(one.loads) == 1, "what is too small makes no capacity"
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from run_files import SPEC, good, write_run
 
-from analysis.capacity.serving_config import systems
+from analysis.capacity.serving_config import serving_configs
 from analysis.compare.comparable import refusals
 from analysis.rows.read import read_run
 from analysis.summary import Summary, summarise
@@ -46,7 +46,7 @@ def test_more_than_a_cold_cache_finds_has_no_price(tmp_path):
     assert cache_check(cold).ok is True and cold.cost.usd_per_1m_total.value is not None
     assert any("96.9%" in reason for reason in refusals([cold], [warm])), "who goes second does not win"
     assert not any("input tokens found" in reason for reason in refusals([cold], [cold]))
-    (system,) = systems([cold, warm])
+    (system,) = serving_configs([cold, warm])
     assert system.runs == (cold.run,) and any("warm prefix cache" in note for note in system.notes)
 
 

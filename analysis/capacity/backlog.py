@@ -60,6 +60,20 @@ class Demand:
         return self.output_tokens + prompt_weight * self.input_tokens
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worked:
+    """What ended within a stretch of a run in which load came all the time."""
+
+    seconds: float
+    requests: int
+    input_tokens: float
+    output_tokens: float
+
+    def rate(self, prompt_weight: float, mean_tokens: float) -> float:
+        """Requests of the trace's mean length per second."""
+        return (self.output_tokens + prompt_weight * self.input_tokens) / mean_tokens / max(self.seconds, 1e-9)
+
+
 def backlog_s(arrival_s: Floats, work: Floats, pace: float) -> Floats:
     """Seconds of work that each request finds before it, at ``pace`` work/s, from an empty server on."""
     if not len(arrival_s):

@@ -91,7 +91,7 @@ class Requests:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
+class ServedTimes:
     """When each request had its first token and its last, on the clock of the arrivals."""
 
     first_token_s: Floats
@@ -101,12 +101,14 @@ class Served:
 class Engine(Protocol):
     """Serves requests in virtual time. The command line hands one in: nothing here knows how it works."""
 
-    def __call__(self, fitted: FittedEngine, requests: Requests, replicas: int, owner: Ints | None = None) -> Served:
+    def __call__(
+        self, fitted: FittedEngine, requests: Requests, replicas: int, owner: Ints | None = None
+    ) -> ServedTimes:
         """What ``replicas`` engines make of them. ``owner``: who serves each; None: the next in turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Observed:
+class ObservedRun:
     """The successful requests of one run, in order of their sending."""
 
     run: str
@@ -133,11 +135,11 @@ class Observed:
         return Requests(arrival_s=self.sent_s, input_tokens=self.input_tokens, output_tokens=self.output_tokens)
 
     @property
-    def served(self) -> Served:
+    def served(self) -> ServedTimes:
         """What was measured."""
-        return Served(first_token_s=self.first_s, finished_s=self.finished_s)
+        return ServedTimes(first_token_s=self.first_s, finished_s=self.finished_s)
 
-    def beginning(self) -> Observed:
+    def beginning(self) -> ObservedRun:
         """Its first `MOST_REPLAYED` requests."""
         part = slice(MOST_REPLAYED)
         return replace(
@@ -151,7 +153,7 @@ class NotFittedError(Exception):
     """No engine can be told from the runs; the words say why."""
 
 
-def observe(run: Run, replicas: int) -> Observed:
+def observe(run: Run, replicas: int) -> ObservedRun:
     """What a fit needs of a run: of each streamed success who served it, and when."""
     rows = run.rows
     served_by = [np.zeros(0)]
@@ -162,7 +164,7 @@ def observe(run: Run, replicas: int) -> Observed:
     known &= np.isfinite(rows.input_tokens) & (rows.output_tokens >= 1) & ~metrics.clumped(rows)
     order = np.flatnonzero(known)[np.argsort(rows.sent_s[known], kind="stable")]
     first_s = rows.sent_s[order] + rows.first_gap_s[order]
-    return Observed(
+    return ObservedRun(
         run=str(run.path), replicas=replicas, replica=np.concatenate(served_by)[order].astype(np.int64),
         sent_s=rows.sent_s[order], first_s=first_s, last_s=first_s + rows.decode_s[order],
         finished_s=rows.finished_s[order], input_tokens=rows.input_tokens[order].astype(np.int64),
@@ -171,7 +173,7 @@ def observe(run: Run, replicas: int) -> Observed:
     )  # fmt: skip
 
 
-def fit_engine(runs: Sequence[Observed]) -> FittedEngine:
+def fit_engine(runs: Sequence[ObservedRun]) -> FittedEngine:
     """The engine that explains the runs of one system best. Raises `NotFittedError` where it cannot be told."""
     asked = sum(len(run) + run.failed for run in runs)
     if not asked or sum(run.failed for run in runs) > LARGEST_FAILED * asked:
@@ -211,7 +213,7 @@ def fit_engine(runs: Sequence[Observed]) -> FittedEngine:
 
 
 def confirmed(
-    fitted: FittedEngine, engine: Engine, runs: Sequence[Observed], criteria: Sequence[Criterion]
+    fitted: FittedEngine, engine: Engine, runs: Sequence[ObservedRun], criteria: Sequence[Criterion]
 ) -> FittedEngine:
     """The fitted engine with prompt chunks that give the measured runs again when they are replayed on it.
 
@@ -244,18 +246,18 @@ def confirmed(
     return best
 
 
-def _first_token_error(run: Observed, served: Served) -> float:
+def _first_token_error(run: ObservedRun, served: ServedTimes) -> float:
     """How far the mean time to first token of a replay is from the measured one, as a logarithm."""
     means = [float((first_s - run.sent_s).mean()) for first_s in (served.first_token_s, run.first_s)]
     return float(abs(np.log(means[0] / means[1]))) if min(means) > 0 else np.inf
 
 
-def delayed(served: Served, by_s: float) -> Served:
+def delayed(served: ServedTimes, by_s: float) -> ServedTimes:
     """The same, everything later."""
-    return Served(first_token_s=served.first_token_s + by_s, finished_s=served.finished_s + by_s)
+    return ServedTimes(first_token_s=served.first_token_s + by_s, finished_s=served.finished_s + by_s)
 
 
-def within(requests: Requests, served: Served, criterion: Criterion) -> Bools:
+def within(requests: Requests, served: ServedTimes, criterion: Criterion) -> Bools:
     """Which requests keep all limits of a criterion. Raises `NotFittedError` for a limit that is not simulated."""
     kept: Bools = np.ones(len(requests), dtype=np.bool_)
     for metric, limit_s in criterion.limits.items():
@@ -282,7 +284,7 @@ class _Part:
     outputs: Ints
 
 
-def _by_replica(run: Observed) -> list[_Part]:
+def _by_replica(run: ObservedRun) -> list[_Part]:
     return [
         _Part(run.sent_s[mine], run.first_s[mine], run.last_s[mine], run.input_tokens[mine], run.output_tokens[mine])
         for mine in (run.replica == r for r in np.unique(run.replica))

@@ -25,7 +25,7 @@ GROWTH, PRICES = (0.5, 1.5, 2.0, 4.0), (0.8, 1.2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Demand:
+class TrafficDemand:
     """Requests/s over time, or tokens/s."""
 
     per_minute: Floats
@@ -38,15 +38,15 @@ class Demand:
     span_s: float
     """First to last arrival; 60 s at least, so that a handful of requests is no huge rate."""
 
-    def grown(self, factor: float) -> Demand:
+    def grown(self, factor: float) -> TrafficDemand:
         """The same day with ``factor`` times the requests at every moment."""
-        return Demand(
+        return TrafficDemand(
             per_minute=self.per_minute * factor, mean=self.mean * factor, worst_minute=self.worst_minute * factor,
             requests=round(self.requests * factor), span_s=self.span_s,
         )  # fmt: skip
 
 
-def demand(arrival_s: Floats, amounts: Floats | None = None) -> Demand:
+def demand(arrival_s: Floats, amounts: Floats | None = None) -> TrafficDemand:
     """The demand of a trace from its arrival times in seconds, in any order. Raises ValueError without arrivals.
 
     ``amounts``: what each arrival asks for, such as its tokens; None: one request.
@@ -63,14 +63,14 @@ def demand(arrival_s: Floats, amounts: Floats | None = None) -> Demand:
     # of what comes in the 60 s that begin with each request, the most
     running = np.concatenate(([0.0], np.cumsum(each)))
     worst = float((running[np.searchsorted(times, times + MINUTE_S, side="left")] - running[:-1]).max())
-    return Demand(
+    return TrafficDemand(
         per_minute=minutes / MINUTE_S, mean=float(each.sum()) / span_s, worst_minute=worst / MINUTE_S,
         requests=round(float(each.sum())), span_s=span_s,
     )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Offer:
+class TierOffer:
     """One way to serve: a model on a tier, as it was measured."""
 
     name: str
@@ -104,7 +104,7 @@ class Fleet:
 
 
 def fleet(
-    offer: Offer, request_rate: float, *, mean: float | None = None, headroom: float = 1.0,
+    offer: TierOffer, request_rate: float, *, mean: float | None = None, headroom: float = 1.0,
     availability: float | None = None,
 ) -> Fleet:  # fmt: skip
     """The smallest fleet that carries ``request_rate`` x ``headroom``.
@@ -120,7 +120,12 @@ def fleet(
 
 
 def fleet_of(
-    offer: Offer, replicas: int, request_rate: float, *, mean: float | None = None, availability: float | None = None
+    offer: TierOffer,
+    replicas: int,
+    request_rate: float,
+    *,
+    mean: float | None = None,
+    availability: float | None = None,
 ) -> Fleet:
     """So many replicas as whole instances, with what they cost; the rest as for `fleet`."""
     if not (offer.capacity > 0 and offer.usd_per_hour >= 0 and offer.replicas_per_instance >= 1):
@@ -220,7 +225,7 @@ class Schedule:
         return np.asarray(found, dtype=np.int64)
 
 
-def schedule(offer: Offer, wanted: Demand, *, headroom: float = 1.0, ahead: bool = False) -> Schedule:
+def schedule(offer: TierOffer, wanted: TrafficDemand, *, headroom: float = 1.0, ahead: bool = False) -> Schedule:
     """What an autoscaler asks for over the demand's own time.
 
     Policy: at the end of each minute it asks for what the busiest of the last `HOLD_MINUTES` minutes needed (times
@@ -240,7 +245,7 @@ def schedule(offer: Offer, wanted: Demand, *, headroom: float = 1.0, ahead: bool
 
 
 def autoscaled(
-    offer: Offer, wanted: Demand, *, headroom: float = 1.0, spares: int = 0, ahead: bool = False
+    offer: TierOffer, wanted: TrafficDemand, *, headroom: float = 1.0, spares: int = 0, ahead: bool = False
 ) -> Autoscaled:
     """What an autoscaler (`schedule`) would have cost over the demand's own time."""
     plan = schedule(offer, wanted, headroom=headroom, ahead=ahead)
@@ -285,7 +290,7 @@ class Sensitivity:
 
 
 def sensitivities(
-    offer: Offer, peak: float, *, headroom: float = 1.0, availability: float | None = None,
+    offer: TierOffer, peak: float, *, headroom: float = 1.0, availability: float | None = None,
     capacities: Sequence[tuple[str, float]] = (),
 ) -> list[Sensitivity]:  # fmt: skip
     """The fleet for ``peak`` requests/s with demand, price and capacity changed one at a time.

@@ -10,12 +10,12 @@ from typing import Protocol
 from analysis.capacity.fitted_engine import FittedEngine, NotFittedError
 from analysis.capacity.fleet import (
     Autoscaled,
-    Demand,
     Fleet,
     Kept,
-    Offer,
     Schedule,
     Sensitivity,
+    TierOffer,
+    TrafficDemand,
     autoscaled,
     fleet,
     fleet_of,
@@ -24,7 +24,7 @@ from analysis.capacity.fleet import (
     share_or_none,
 )
 from analysis.capacity.fleet_words import assumptions, sentence
-from analysis.capacity.serving_config import System, drain_words
+from analysis.capacity.serving_config import ServingConfig, drain_words
 from analysis.capacity.simulated_fleet import SimulatedFleet
 from analysis.cost.cost import usd_per_1m
 from analysis.price_age import OLD_DAYS, is_old
@@ -39,9 +39,9 @@ LARGEST_LENGTH_CHANGE = 0.1
 class Wanted:
     """What the fleet is planned for."""
 
-    requests: Demand
+    requests: TrafficDemand
     """Requests/s, growth included."""
-    tokens: Demand | None
+    tokens: TrafficDemand | None
     """Input + output tokens/s, growth included; None when rows do not say their lengths."""
     grow: float = 1.0
     headroom: float = 1.0
@@ -57,13 +57,13 @@ class Wanted:
 class Replays(Protocol):
     """The demand, replayed in virtual time; whoever asks need not know how."""
 
-    def fleet(self, system: System, factor: float, likely: int) -> SimulatedFleet:
+    def fleet(self, system: ServingConfig, factor: float, likely: int) -> SimulatedFleet:
         """The fleet of a system for ``factor`` times the demand, from a likely number of replicas on. Raises
         `NotFittedError` where the fluid answer must stand alone.
         """
 
     def scaled(
-        self, system: System, fitted: FittedEngine, factor: float, plan: Schedule, spares: int, per_instance: int
+        self, system: ServingConfig, fitted: FittedEngine, factor: float, plan: Schedule, spares: int, per_instance: int
     ) -> Kept:
         """How instances that come and go as ``plan`` says, each of ``per_instance`` replicas, keep the promise."""
 
@@ -115,7 +115,7 @@ class TierFleet:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rates:
+class DemandRates:
     """A demand in four numbers."""
 
     mean: float
@@ -132,9 +132,9 @@ class FleetPlan:
     made: str
     trace: str
     sentence: str
-    requests: Rates
+    requests: DemandRates
     """Requests/s, growth included."""
-    tokens: Rates | None
+    tokens: DemandRates | None
     """Input + output tokens/s, growth included; None when the trace does not say."""
     grow: float
     headroom: float
@@ -148,12 +148,12 @@ class FleetPlan:
 
 
 def plan_fleets(
-    systems: Sequence[System],
+    systems: Sequence[ServingConfig],
     wanted: Wanted,
     *,
     made: str,
     trace: str,
-    others: Sequence[System] = (),
+    others: Sequence[ServingConfig] = (),
     refused: Sequence[tuple[str, str]] = (),
     replays: Replays | None = None,
 ) -> FleetPlan:
@@ -183,13 +183,13 @@ def plan_fleets(
     )  # fmt: skip
 
 
-def _rates(demand: Demand) -> Rates:
-    return Rates(
+def _rates(demand: TrafficDemand) -> DemandRates:
+    return DemandRates(
         mean=demand.mean, worst_minute=demand.worst_minute, total=demand.requests, span_s=demand.span_s
     )  # fmt: skip
 
 
-def _unfit(system: System) -> str | None:
+def _unfit(system: ServingConfig) -> str | None:
     found = system.capacity
     if found is None:
         return "no SLO: say what is promised (--slo)"
@@ -205,7 +205,9 @@ def _unfit(system: System) -> str | None:
     return None
 
 
-def _offer(system: System, wanted: Wanted) -> tuple[Offer, Demand, str, tuple[float | None, float | None]]:
+def _offer(
+    system: ServingConfig, wanted: Wanted
+) -> tuple[TierOffer, TrafficDemand, str, tuple[float | None, float | None]]:
     """The offer in the unit that binds, the demand in that unit, which it is, and the ends of its capacity."""
     assert system.capacity is not None
     found, count = system.capacity, system.replicas
@@ -220,7 +222,7 @@ def _offer(system: System, wanted: Wanted) -> tuple[Offer, Demand, str, tuple[fl
         if wanted.tokens.worst_minute / per_replica > wanted.requests.worst_minute / rate * (1 + 1e-9):
             demand, binding, capacity = wanted.tokens, "tokens", per_replica
             ends = (token_rate.low, token_rate.high if found.state == "found" else None)
-    offer = Offer(
+    offer = TierOffer(
         name=system.name, usd_per_hour=system.usd_per_hour or 0.0, capacity=capacity,
         replicas_per_instance=wanted.replicas_per_instance or system.replicas_per_instance,
         start_s=system.start_s if wanted.start_s is None else wanted.start_s,
@@ -230,7 +232,7 @@ def _offer(system: System, wanted: Wanted) -> tuple[Offer, Demand, str, tuple[fl
     return offer, demand, binding, (low, high)
 
 
-def _token_rate(system: System) -> Quantity | None:
+def _token_rate(system: ServingConfig) -> Quantity | None:
     """Tokens/s of all measured replicas at capacity, or at the highest load where capacity lies beyond it."""
     assert system.capacity is not None
     beyond = system.capacity.state == "beyond"
@@ -238,7 +240,7 @@ def _token_rate(system: System) -> Quantity | None:
 
 
 def _by_replay(
-    system: System, wanted: Wanted, likely: int, replays: Replays | None
+    system: ServingConfig, wanted: Wanted, likely: int, replays: Replays | None
 ) -> tuple[SimulatedFleet | None, str | None]:
     if replays is None:
         return None, "no replay was asked for"
@@ -251,7 +253,7 @@ def _by_replay(
 
 
 def _tier_fleet(
-    system: System, wanted: Wanted, others: Sequence[System], today: date, replays: Replays | None
+    system: ServingConfig, wanted: Wanted, others: Sequence[ServingConfig], today: date, replays: Replays | None
 ) -> TierFleet:
     assert system.capacity is not None
     offer, demand, binding, (low, high) = _offer(system, wanted)
@@ -287,8 +289,8 @@ def _tier_fleet(
 
 
 def _follows(
-    system: System, wanted: Wanted, offer: Offer, demand: Demand, spares: int, replays: Replays | None,
-    found: SimulatedFleet | None, *, ahead: bool,
+    system: ServingConfig, wanted: Wanted, offer: TierOffer, demand: TrafficDemand, spares: int,
+    replays: Replays | None, found: SimulatedFleet | None, *, ahead: bool,
 ) -> Autoscaled:  # fmt: skip
     made = autoscaled(offer, demand, headroom=wanted.headroom, spares=spares, ahead=ahead)
     if replays is None or found is None:
@@ -299,7 +301,7 @@ def _follows(
     )
 
 
-def _other_promise(system: System, wanted: Wanted) -> Sensitivity:
+def _other_promise(system: ServingConfig, wanted: Wanted) -> Sensitivity:
     offer, demand, _, _ = _offer(system, wanted)
     size = fleet(offer, demand.worst_minute, headroom=wanted.headroom, availability=wanted.availability)
     return Sensitivity(changed=f"SLO {system.slo}", instances=size.instances, usd_per_month=size.usd_per_month)
@@ -312,7 +314,7 @@ def _per_1m(usd_per_hour: float, wanted: Wanted) -> float | None:
     return usd_per_1m(usd_per_hour / 3600, wanted.tokens.mean)
 
 
-def _priced(size: Fleet, offer: Offer, system: System, wanted: Wanted) -> tuple[Fleet, str | None]:
+def _priced(size: Fleet, offer: TierOffer, system: ServingConfig, wanted: Wanted) -> tuple[Fleet, str | None]:
     """The fleet with the utilisation at which `harness price` makes of the same runs what its tokens cost: the cost at
     100 % (one full replica, one instance) over USD per 1M served. Or without one, and why.
     """
@@ -334,7 +336,7 @@ def _priced(size: Fleet, offer: Offer, system: System, wanted: Wanted) -> tuple[
     return replace(size, utilisation=share), None
 
 
-def _notes(system: System, offer: Offer, demand: Demand, today: date) -> tuple[str, ...]:
+def _notes(system: ServingConfig, offer: TierOffer, demand: TrafficDemand, today: date) -> tuple[str, ...]:
     assert system.capacity is not None
     said = []
     if is_old(system.price_date or "", today):
@@ -354,7 +356,7 @@ def _notes(system: System, offer: Offer, demand: Demand, today: date) -> tuple[s
     return tuple(said)
 
 
-def _other_traffic(system: System, wanted: Wanted) -> tuple[str, ...]:
+def _other_traffic(system: ServingConfig, wanted: Wanted) -> tuple[str, ...]:
     """Whether the demand's requests are longer or shorter than those that the promise was measured on."""
     assert system.capacity is not None
     found = system.capacity.rates

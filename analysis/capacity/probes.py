@@ -10,9 +10,8 @@ import pyarrow as pa
 
 from analysis import metrics
 from analysis.arrays import Bools, Floats, Ints
-from analysis.capacity.backlog import Demand
+from analysis.capacity.backlog import Demand, Worked
 from analysis.capacity.crossing import Evidence
-from analysis.capacity.search import Worked
 from analysis.fidelity.inputs import measured_reuse
 from analysis.rows.read import Rows, Run
 from analysis.steady import only_grew

@@ -16,6 +16,7 @@ import numpy as np
 from analysis import metrics
 from analysis.arrays import Floats
 from analysis.capacity.backlog import Curve, Demand, curve_of
+from analysis.capacity.backlog import Worked as Worked
 from analysis.capacity.crossing import (
     FEWEST_PROBES,
     PROMPT_WEIGHTS,
@@ -55,20 +56,6 @@ PACE_STEP = 0.01
 """Paces are told apart this finely, as a share: a curve is then worked out once for many steps."""
 SUSTAINED = Criterion(name="the server keeps up", wanted=1.0)
 """What limits a load when the promise itself would allow more than the server gets done."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Worked:
-    """What ended within a stretch of a run in which load came all the time."""
-
-    seconds: float
-    requests: int
-    input_tokens: float
-    output_tokens: float
-
-    def rate(self, prompt_weight: float, mean_tokens: float) -> float:
-        """Requests of the trace's mean length per second."""
-        return (self.output_tokens + prompt_weight * self.input_tokens) / mean_tokens / max(self.seconds, 1e-9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

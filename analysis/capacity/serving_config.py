@@ -1,4 +1,4 @@
-"""A sweep's runs as capacity and cost at a promise: one `System` per tier, model, engine arguments and kind of load.
+"""A sweep's runs as capacity and cost at an SLO: a `ServingConfig` per tier, model, engine arguments, kind of load.
 
 From VALID runs only. Throughput is interpolated, cost is derived from it, nothing is extrapolated.
 """
@@ -24,7 +24,7 @@ from analysis.capacity.system import (
 from analysis.cost.cost import DEFAULT_UTILISATION, OUTPUT_ONLY, at_rate, bill_usd
 from analysis.offered_load import LOAD_UNIT, LoadKind
 from analysis.stats.intervals import Distribution, Quantity, scaled
-from analysis.stats.replicates import over_repeats
+from analysis.stats.replicates import over_replicates
 from analysis.summary import Summary
 from analysis.validity.prefix_cache import NAME as WARM
 from harness.slo import Criterion
@@ -67,7 +67,7 @@ class Interactive:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class System:
+class ServingConfig:
     """One tier, model and engine under one kind of load: what it carries and what that costs."""
 
     model: str
@@ -129,7 +129,7 @@ class System:
         where = f"{where} x {self.replicas}" if self.replicas > 1 else where
         return where + where_words(self.label, self.servers)
 
-    def same_but_promise(self, other: System) -> bool:
+    def same_but_promise(self, other: ServingConfig) -> bool:
         """Whether ``other`` is the same hardware, software and traffic, judged by another promise."""
         same = ("model", "label", "servers", "tier", "engine", "args", "replicas", "evidence", "trace", "loop",
                 "usd_per_hour")  # fmt: skip
@@ -151,9 +151,9 @@ class System:
         return None if rate is None else rate / self.replicas
 
 
-def systems(
+def serving_configs(
     summaries: Sequence[Summary], utilisation: float = DEFAULT_UTILISATION, answer: Answer | None = None
-) -> list[System]:
+) -> list[ServingConfig]:
     """Capacity and cost of every system, cheapest at its promise first; runs that are not VALID are left out.
 
     ``answer``: of the search that these runs are of; None: as it lies beside them, where it does.
@@ -197,7 +197,7 @@ def _points(runs: Sequence[Summary]) -> list[Point]:
         same.setdefault((point.load, plan_of(s)), []).append(point)
 
     def together(quantities: Sequence[Quantity]) -> Quantity:
-        return over_repeats(quantities, [max(1, q.n) for q in quantities], ["one plan"] * len(quantities))
+        return over_replicates(quantities, [max(1, q.n) for q in quantities], ["one plan"] * len(quantities))
 
     return [
         Point(
@@ -223,7 +223,7 @@ def criteria_of(s: Summary) -> tuple[Criterion, ...]:
 
 def _system(
     runs: Sequence[Summary], utilisation: float, left_out: Sequence[str], answer: Answer | None
-) -> System:  # fmt: skip
+) -> ServingConfig:  # fmt: skip
     first = runs[0]
     kind = first.offered.kind
     unit = LOAD_UNIT[kind]
@@ -235,7 +235,7 @@ def _system(
         found = capacity(points, criteria, unit) if answer is None or kind == "closed" else answer.capacity
     total, output = (_cost(first, found, name) for name in ("total_token_throughput", "output_token_throughput"))
     ratios = {f"{p.load:g}": r for p in points if (r := little(p, p.rates["e2e_mean_s"].value)) is not None}
-    return System(
+    return ServingConfig(
         model=first.model, label=first.label, servers=servers_of(first), tier=first.tier.name if first.tier else None,
         engine=f"{first.engine} {first.server.version or ''}".strip(), args=tuple(first.server.args),
         replicas=max(1, first.cost.replicas), evidence=first.evidence, trace=first.plan.trace,

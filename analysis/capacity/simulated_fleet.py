@@ -25,7 +25,7 @@ from analysis.capacity.fitted_engine import (
     Engine,
     FittedEngine,
     NotFittedError,
-    Observed,
+    ObservedRun,
     Requests,
     confirmed,
     delayed,
@@ -116,7 +116,7 @@ def _silent(_: str) -> None:
 
 
 def size_fleet(
-    runs: Sequence[Observed], demand: Requests, factor: float, criteria: Sequence[Criterion], engine: Engine,
+    runs: Sequence[ObservedRun], demand: Requests, factor: float, criteria: Sequence[Criterion], engine: Engine,
     likely: int, seed: int = 0, progress: Callable[[str], None] = _silent,
 ) -> SimulatedFleet:  # fmt: skip
     """The smallest fleet for ``factor`` times the demand.

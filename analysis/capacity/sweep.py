@@ -16,7 +16,7 @@ import numpy as np
 from analysis.arrays import Floats
 from analysis.stats.autocorrelation import ALPHA, Z
 from analysis.stats.intervals import Quantity
-from analysis.stats.replicates import over_repeats
+from analysis.stats.replicates import over_replicates
 from harness.slo import Criterion
 
 FOLLOWS = 0.95
@@ -300,5 +300,5 @@ def _rates_at(points: Sequence[Point], loads: Floats, at: Quantity, draws: Float
 
 def _mean(quantities: Sequence[Quantity], ceiling: float = math.inf) -> Quantity:
     """Quantities of one kind as one, weighted by samples; None when one of them is not known."""
-    mean = over_repeats(quantities, [max(1, q.n) for q in quantities])
+    mean = over_replicates(quantities, [max(1, q.n) for q in quantities])
     return mean if mean.high is None else replace(mean, high=min(ceiling, mean.high))

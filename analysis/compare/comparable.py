@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.capacity.system import load_of, load_words, servers_of, slo_words, tier_words
-from analysis.compare.paired import Observed
+from analysis.compare.paired import PairedRun
 from analysis.summary import Summary
 from analysis.validity.prefix_cache import NAME as WARM
 from harness.plan.seeds import load_seed
@@ -101,10 +101,10 @@ def _words(answer: object) -> str:
     return "not set" if answer is None else str(answer)
 
 
-Pairs = Mapping[tuple[object, ...], list[tuple[Observed, Observed]]]
+Pairs = Mapping[tuple[object, ...], list[tuple[PairedRun, PairedRun]]]
 
 
-def pair_runs(a: Sequence[Observed], b: Sequence[Observed]) -> tuple[Pairs, list[str], list[str]]:
+def pair_runs(a: Sequence[PairedRun], b: Sequence[PairedRun]) -> tuple[Pairs, list[str], list[str]]:
     """(pairs by load, loads that only one side has, why nothing can be paired)."""
     sides = [_by_load(side) for side in (a, b)]
     shared = [load for load in sides[0] if load in sides[1]]
@@ -129,7 +129,7 @@ def pair_runs(a: Sequence[Observed], b: Sequence[Observed]) -> tuple[Pairs, list
     return pairs, left, reasons
 
 
-def _sizes(side: Mapping[tuple[object, ...], list[Observed]]) -> str:
+def _sizes(side: Mapping[tuple[object, ...], list[PairedRun]]) -> str:
     return " / ".join(f"{group[0].summary.plan.requests} requests" for group in side.values())
 
 
@@ -137,14 +137,14 @@ def _list(seeds: Sequence[int]) -> str:
     return ", ".join(map(str, seeds))
 
 
-def _by_load(side: Sequence[Observed]) -> dict[tuple[object, ...], list[Observed]]:
-    loads: dict[tuple[object, ...], list[Observed]] = {}
+def _by_load(side: Sequence[PairedRun]) -> dict[tuple[object, ...], list[PairedRun]]:
+    loads: dict[tuple[object, ...], list[PairedRun]] = {}
     for o in sorted(side, key=lambda o: (load_seed(o.summary.plan.seed), o.summary.created, o.summary.run)):
         loads.setdefault(load_of(o.summary), []).append(o)
     return loads
 
 
-def plans_differ(a: Observed, b: Observed) -> list[str]:
+def plans_differ(a: PairedRun, b: PairedRun) -> list[str]:
     """Why two runs of one trace, load and seed were not asked for the same requests all the same."""
     if a.summary.plan_sha256 == b.summary.plan_sha256:
         return []

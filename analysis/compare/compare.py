@@ -17,7 +17,7 @@ import numpy as np
 
 from analysis.capacity.system import load_words, slo_words
 from analysis.compare.comparable import Difference, Pairs, differences, pair_runs, plans_differ, refusals
-from analysis.compare.paired import FIGURES, SHARES, Ends, Observed, PairFigure, pair_figures
+from analysis.compare.paired import FIGURES, SHARES, Ends, PairedRun, PairFigure, pair_figures
 from analysis.stats.intervals import Quantity
 from analysis.stats.replicates import FEWEST_PAIRS, over_pairs
 from analysis.summary import Summary
@@ -145,7 +145,7 @@ def parse_gate(text: str) -> Gate:
     )  # fmt: skip
 
 
-def compare(a: Sequence[Observed], b: Sequence[Observed], gates: Sequence[Gate] = ()) -> Comparison:
+def compare(a: Sequence[PairedRun], b: Sequence[PairedRun], gates: Sequence[Gate] = ()) -> Comparison:
     """A against B. Never raises on what runs contain: what cannot be compared is a reason."""
     reasons = refusals([o.summary for o in a], [o.summary for o in b])
     pairs, left, unpaired = ({}, [], []) if reasons else pair_runs(a, b)
@@ -221,7 +221,7 @@ def _notes(pairs: Pairs, left: Sequence[str]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- one load
 
 
-def _at_load(pairs: Sequence[tuple[Observed, Observed]], gates: Sequence[Gate]) -> LoadComparison:
+def _at_load(pairs: Sequence[tuple[PairedRun, PairedRun]], gates: Sequence[Gate]) -> LoadComparison:
     found = [pair_figures(a, b) for a, b in pairs]
     evidence = pairs[0][0].summary.evidence
     first_a = pairs[0][0]

@@ -45,7 +45,7 @@ Ends = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Observed:
+class PairedRun:
     """What a comparison needs of one run, one entry per measured request, ordered by request_id."""
 
     summary: Summary
@@ -75,14 +75,14 @@ class PairFigure:
     note: str | None = None
 
 
-def observe(run: Run, summary: Summary) -> Observed:
+def observe(run: Run, summary: Summary) -> PairedRun:
     """The columns of a run that comparisons use."""
     rows = run.rows
     order = np.argsort(rows.request_id, kind="stable")
     success = rows.success[order]
     limits = summary.slo.limits if summary.slo is not None else {}
     latency = {name: measure(rows)[order] for name, measure in _LATENCIES.items()}
-    return Observed(
+    return PairedRun(
         summary=summary,
         request_id=rows.request_id[order],
         finished_s=rows.finished_s[order],
@@ -99,7 +99,7 @@ def observe(run: Run, summary: Summary) -> Observed:
 _LATENCIES = {"ttft": metrics.ttft, "tpot": metrics.tpot, "e2e": metrics.e2e}
 
 
-def pair_figures(a: Observed, b: Observed) -> tuple[dict[str, PairFigure], int, int]:
+def pair_figures(a: PairedRun, b: PairedRun) -> tuple[dict[str, PairFigure], int, int]:
     """(`FIGURES` of two runs, requests that were paired, requests that only one of them has or was offered)."""
     _, in_a, in_b = np.intersect1d(a.request_id, b.request_id, assume_unique=True, return_indices=True)
     both = a.offered[in_a] & b.offered[in_b]
@@ -107,7 +107,7 @@ def pair_figures(a: Observed, b: Observed) -> tuple[dict[str, PairFigure], int, 
     n = len(in_a)
     left_out = int(a.offered.sum()) + int(b.offered.sum()) - 2 * n
     figures: dict[str, PairFigure] = _rates(a, b)
-    shares: dict[str, Callable[[Observed], Bools]] = {"error_rate": lambda o: ~o.success}
+    shares: dict[str, Callable[[PairedRun], Bools]] = {"error_rate": lambda o: ~o.success}
     if unjudged := _not_judged(a, b):
         figures["attainment"] = PairFigure(a=None, b=None, n=n, note=unjudged)
     else:
@@ -217,7 +217,7 @@ def _share(a: Bools, b: Bools) -> PairFigure:
     return PairFigure(a=made.a, b=made.b, n=n, difference=(low, high), change=made.change)
 
 
-def _rates(a: Observed, b: Observed) -> dict[str, PairFigure]:
+def _rates(a: PairedRun, b: PairedRun) -> dict[str, PairFigure]:
     """cost, throughput and goodput from what ended in each of the window's equal bins."""
     sides = [_binned(side) for side in (a, b)]
     if any(window_s is None for _, _, window_s in sides):
@@ -254,7 +254,7 @@ def _rates(a: Observed, b: Observed) -> dict[str, PairFigure]:
 
 
 def _cost(
-    a: Observed, b: Observed, rate_a: tuple[float, Floats], rate_b: tuple[float, Floats], n: int, why: str | None
+    a: PairedRun, b: PairedRun, rate_a: tuple[float, Floats], rate_b: tuple[float, Floats], n: int, why: str | None
 ) -> PairFigure:
     why = next((q.note or "no price" for o in (a, b) if (q := o.summary.cost.usd_per_1m_total).value is None), why)
     if why:
@@ -266,16 +266,16 @@ def _cost(
     return _figure(cost_a, cost_b, drawn_a, drawn_b, n, RATE_BLOCKS)
 
 
-def _usd_per_s(o: Observed) -> float:
+def _usd_per_s(o: PairedRun) -> float:
     return (o.summary.cost.usd_per_hour or 0.0) * o.summary.cost.replicas / 3600
 
 
-def _no_tokens(o: Observed) -> str | None:
+def _no_tokens(o: PairedRun) -> str | None:
     q = o.summary.rates.total_token_throughput
     return None if q.value else q.note or "no tokens were served"
 
 
-def _not_judged(*both: Observed) -> str | None:
+def _not_judged(*both: PairedRun) -> str | None:
     """Why it is not known how many requests kept the SLO; None: it is."""
     for slo in (o.summary.slo for o in both):
         if slo is None or slo.attainment.value is None:
@@ -283,7 +283,7 @@ def _not_judged(*both: Observed) -> str | None:
     return None
 
 
-def _binned(o: Observed) -> tuple[Floats, Floats, float | None]:
+def _binned(o: PairedRun) -> tuple[Floats, Floats, float | None]:
     """(tokens, requests within the SLO, window s) per bin, both at the time their request ended.
 
     The whole window's totals are those of the summary, where tokens are attributed by chunk.

@@ -22,7 +22,7 @@ from analysis.fidelity.inputs import (
     not_comparable,
 )
 from analysis.rows.read import Rows
-from analysis.validity.prefix_cache import Served
+from analysis.validity.prefix_cache import CacheCounters
 from harness.trace.reuse import Reuse
 from harness.trace.stats import WINDOWS_S, dispersion
 
@@ -38,7 +38,7 @@ START_TOKENS = 2
 
 
 def sent_against_planned(
-    plan: Plan, rows: Sequence[Rows], reuse: Reuse | str, served: Served, *, chat: bool = False
+    plan: Plan, rows: Sequence[Rows], reuse: Reuse | str, served: CacheCounters, *, chat: bool = False
 ) -> list[Fidelity]:
     """Whether what went out, and what the servers counted, is the plan. ``rows``: of the measured and the warm-up.
 
@@ -173,7 +173,7 @@ def _sent_turns(plan: Plan, sent_s: Floats, went: Bools) -> Fidelity:
     )  # fmt: skip
 
 
-def _sent_prefix(reuse: Reuse | str, served: Served, cached: Floats, success: Bools, planned: int) -> Fidelity:
+def _sent_prefix(reuse: Reuse | str, served: CacheCounters, cached: Floats, success: Bools, planned: int) -> Fidelity:
     name = "sent: prefix reuse"
     if isinstance(reuse, str):
         return not_comparable(name, reuse)
@@ -199,7 +199,7 @@ def _sent_prefix(reuse: Reuse | str, served: Served, cached: Floats, success: Bo
     )  # fmt: skip
 
 
-def _forgot(reuse: Reuse, served: Served) -> str | None:
+def _forgot(reuse: Reuse, served: CacheCounters) -> str | None:
     """Why the server's cache cannot have kept everything; None when nothing shows it.
 
     The share in use alone does not: blocks that only wait to be found again count as free.
@@ -212,7 +212,7 @@ def _forgot(reuse: Reuse, served: Served) -> str | None:
     return None
 
 
-def _cache_hits(reuse: Reuse, served: Served, cached: Floats, success: Bools) -> tuple[float | None, str]:
+def _cache_hits(reuse: Reuse, served: CacheCounters, cached: Floats, success: Bools) -> tuple[float | None, str]:
     """Share of input tokens found in the server's cache, and who says so."""
     if served.queried_tokens and served.hit_tokens is not None:
         return served.hit_tokens / served.queried_tokens, "its counters"

@@ -13,7 +13,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -90,7 +89,7 @@ def read_list_prices(path: Path | None = None) -> PriceMap:
     except OSError as e:
         raise UsageError(f"{file}: cannot read the price map ({e.strerror})") from e
     try:
-        document = msgspec.json.decode(raw, type=dict[str, Any])
+        document = msgspec.json.decode(raw, type=dict[str, object])
     except DECODE_ERRORS as e:
         raise UsageError(f"{file}: not a JSON price map ({e})") from e
     if document.get("schema") == SCHEMA:
@@ -152,7 +151,9 @@ def family(name: str) -> str:
     return "-".join(words)
 
 
-def make_extract(full: Mapping[str, Any], names: Sequence[str], version: str, day: str, licence: str) -> dict[str, Any]:
+def make_extract(
+    full: Mapping[str, Mapping[str, object]], names: Sequence[str], version: str, day: str, licence: str
+) -> dict[str, object]:
     """A new ``list_prices.json`` document: of the ``full`` LiteLLM map the entries in ``names``, untouched."""
     return {
         "schema": SCHEMA,
@@ -166,7 +167,7 @@ def make_extract(full: Mapping[str, Any], names: Sequence[str], version: str, da
     }
 
 
-def _entries(document: Mapping[str, Any]) -> dict[str, ListPrice]:
+def _entries(document: Mapping[str, object]) -> dict[str, ListPrice]:
     prices = {}
     for name, entry in document.items():
         if not isinstance(entry, dict) or entry.get("mode") not in TEXT_MODES:

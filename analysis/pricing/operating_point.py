@@ -10,12 +10,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from analysis.capacity.serving_config import System, systems
+from analysis.capacity.serving_config import ServingConfig, serving_configs
 from analysis.capacity.system import Key, arrival_words, has_load, load_of, load_words, offered, plan_of
 from analysis.cost.split import TokenMix, token_mix
 from analysis.offered_load import GIVEN, KIND_WORDS, LOAD_UNIT, given_load_note
 from analysis.stats.intervals import Quantity
-from analysis.stats.replicates import over_repeats
+from analysis.stats.replicates import over_replicates
 from analysis.summary import Summary
 
 LARGEST_MIX_CHANGE = 0.05
@@ -28,7 +28,7 @@ AN_HOUR = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Quote:
+class OperatingPoint:
     """One load of one system and its cost, at the price that its runs were measured with."""
 
     at: str
@@ -53,9 +53,9 @@ class Quote:
     notes: tuple[str, ...]
 
 
-def quote(runs: Sequence[Summary]) -> Quote:
+def operating_point(runs: Sequence[Summary]) -> OperatingPoint:
     """The load to quote from the VALID runs of one system (`system_of`)."""
-    system = next(iter(systems(runs)), None)
+    system = next(iter(serving_configs(runs)), None)
     found = system.capacity if system is not None else None
     if system is not None and found is not None and found.state == "found":
         made = _at_capacity(system, runs)
@@ -67,7 +67,7 @@ def quote(runs: Sequence[Summary]) -> Quote:
 # --------------------------------------------------------------------------------------------------------- at capacity
 
 
-def _at_capacity(system: System, runs: Sequence[Summary]) -> Quote | None:
+def _at_capacity(system: ServingConfig, runs: Sequence[Summary]) -> OperatingPoint | None:
     """The quote at capacity; None where tokens or a price are missing."""
     assert system.capacity is not None and system.capacity.load.value is not None
     found, load = system.capacity, system.capacity.load.value
@@ -87,7 +87,7 @@ def _at_capacity(system: System, runs: Sequence[Summary]) -> Quote | None:
     exact = usd / mix.total * 1e6  # whole tokens: prices times tokens are the hour's bill
     ends = [None if end is None else end * exact / cost.value for end in (cost.low, cost.high)]
     total = replace(cost, value=exact, low=ends[0], high=ends[1])
-    return Quote(
+    return OperatingPoint(
         at="capacity", words=_capacity_words(system, runs[0]), load=found.load,
         runs=tuple(s for one in around for s in one), total=total, mix=mix, denominator=AN_HOUR,
         floor=system.floor.usd_per_1m_total if system.floor else None,
@@ -110,7 +110,7 @@ def _hour(into: float, out: float, mixes: Sequence[TokenMix], place: float) -> T
     return TokenMix(uncached_input=input_ - cached, cached_input=cached, output=output)
 
 
-def _capacity_words(system: System, first: Summary) -> str:
+def _capacity_words(system: ServingConfig, first: Summary) -> str:
     assert system.capacity is not None
     q = system.capacity.load
     assert q.value is not None
@@ -120,7 +120,7 @@ def _capacity_words(system: System, first: Summary) -> str:
 
 
 def _capacity_notes(
-    system: System, around: Sequence[Sequence[Summary]], mixes: Sequence[TokenMix | None]
+    system: ServingConfig, around: Sequence[Sequence[Summary]], mixes: Sequence[TokenMix | None]
 ) -> tuple[str, ...]:
     assert system.capacity is not None
     said = []
@@ -145,7 +145,7 @@ def _capacity_notes(
 # ----------------------------------------------------------------------------------------------------- a measured load
 
 
-def _measured(system: System | None, runs: Sequence[Summary]) -> Quote:
+def _measured(system: ServingConfig | None, runs: Sequence[Summary]) -> OperatingPoint:
     chosen, reason, notes = _choose(system, runs)
     first, last = chosen[0], chosen[-1]
     load, words = None, load_words(first)
@@ -156,7 +156,7 @@ def _measured(system: System | None, runs: Sequence[Summary]) -> Quote:
     elif has_load(first):
         load = Quantity(value=offered(first), n=len(chosen), unit=unit, evidence="plan")
     floor = system.floor if system is not None and len(system.loads) > 1 else None
-    return Quote(
+    return OperatingPoint(
         at="a measured load", words=words, load=load, runs=tuple(chosen), total=pooled_cost(chosen),
         mix=mix_of(chosen), denominator=SUCCESSFUL, floor=floor.usd_per_1m_total if floor else None,
         floor_load=floor.load if floor else None,
@@ -171,7 +171,7 @@ def _kept(runs: Sequence[Summary]) -> bool | None:
     return False if False in met else None if None in met else True
 
 
-def _choose(system: System | None, runs: Sequence[Summary]) -> tuple[list[Summary], str | None, list[str]]:
+def _choose(system: ServingConfig | None, runs: Sequence[Summary]) -> tuple[list[Summary], str | None, list[str]]:
     """The runs of the load to quote, why there is none, and what to know of it.
 
     With an SLO the highest load of which all repeats kept it and below which none missed it; without one the cheapest.
@@ -251,7 +251,7 @@ def _height(runs: Sequence[Summary]) -> float:
 def pooled_cost(runs: Sequence[Summary]) -> Quantity:
     """USD per 1M total tokens: the runs' bills over their tokens."""
     tokens = [(s.tokens.input or 0) + (s.tokens.output or 0) for s in runs]
-    pooled = over_repeats([s.cost.usd_per_1m_total for s in runs], tokens, [plan_of(s) for s in runs])
+    pooled = over_replicates([s.cost.usd_per_1m_total for s in runs], tokens, [plan_of(s) for s in runs])
     given = any(s.offered.kind != "closed" for s in runs) and pooled.value is not None
     return replace(pooled, low=None, high=None, note=GIVEN) if given else pooled
 

@@ -8,7 +8,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pyarrow as pa
@@ -16,11 +15,15 @@ import pyarrow.parquet as pq
 
 from analysis.cost.split import TokenMix
 from analysis.offered_load import KIND_WORDS
-from analysis.pricing.rate_card import Charge
-from analysis.pricing.terms import Structure, Terms, UnitPrices
+from analysis.pricing.rate_card import RateCard
+from analysis.pricing.terms import Terms, TokenWeights, UnitPrices
 from harness.errors import HarnessError, UsageError
 
 SCHEMA = "harness.price/1"
+
+Cell = str | float | bool | None
+Row = dict[str, Cell]
+"""A row of the flat table: not known is None."""
 
 _TEXT = (
     "tier", "model", "engine", "engine_args", "what", "tokens", "note", "evidence", "denominator", "window",
@@ -55,8 +58,8 @@ class PriceReport:
     made: str
     """UTC, ISO 8601: when these prices were worked out. The measurements have their own days."""
     terms: Terms
-    structure: Structure
-    charges: list[Charge]
+    structure: TokenWeights
+    charges: list[RateCard]
     refused: list[tuple[str, tuple[str, ...]]]
     """INVALID runs with their reasons."""
     list_prices: dict[str, str]
@@ -64,12 +67,12 @@ class PriceReport:
     assumptions: tuple[str, ...]
 
 
-def price_rows(report: PriceReport) -> list[dict[str, Any]]:
+def price_rows(report: PriceReport) -> list[Row]:
     """The flat table as dicts with the keys of `COLUMNS`."""
     return [row for charge in report.charges for row in _rows(charge, report)]
 
 
-def _rows(charge: Charge, report: PriceReport) -> list[dict[str, Any]]:
+def _rows(charge: RateCard, report: PriceReport) -> list[Row]:
     basis, before = charge.basis, charge.basis.measured_with if charge.basis else None
     common = dict.fromkeys(COLUMNS) | {
         "tier": charge.tier, "model": charge.model, "replicas": charge.replicas, "engine": charge.engine,
@@ -131,24 +134,23 @@ _OURS = dict.fromkeys(
 """What is true of our own fleet only and says nothing of an API."""
 
 
-def _load(charge: Charge) -> dict[str, Any]:
+def _load(charge: RateCard) -> Row:
     q = charge.offered
     ends = {} if q is None else {"load_value": q.value, "load_low": q.low, "load_high": q.high, "load_unit": q.unit}
     return dict.fromkeys(("load_value", "load_low", "load_high", "load_unit")) | ends
 
 
-def _floor_rows(
-    charge: Charge, floor: UnitPrices, common: dict[str, Any], counted: dict[str, dict[str, Any]]
-) -> list[dict[str, Any]]:
+def _floor_rows(charge: RateCard, floor: UnitPrices, common: Row, counted: dict[str, Row]) -> list[Row]:
     """The saturated floor: another load, which keeps no promise; the mix is that of the quoted one."""
     unit = common["load_unit"] or ""
-    facts = {
+    facts: Row = {
         "what": "saturated floor", "utilisation": 1.0, "quoted_at": "a measured load", "slo_met": None,
         "load": f"{KIND_WORDS[charge.loop]}, {charge.floor_load:g} {unit}".strip(), "load_value": charge.floor_load,
         "load_low": None, "load_high": None, "capacity_tokens_per_month": None, "window_s": None, "runs": None,
         "note": "highest throughput of any VALID run: it keeps no promise",
     }  # fmt: skip
-    mixed = {kind: one | {"denominator": _in_the_mix(one["denominator"])} for kind, one in counted.items()}
+    words = {kind: _in_the_mix(str(one["denominator"])) for kind, one in counted.items()}
+    mixed: dict[str, Row] = {kind: one | {"denominator": words[kind]} for kind, one in counted.items()}
     return [row | {"note": row["note"] or facts["note"]} for row in _kinds(common | facts, floor, mixed)]
 
 
@@ -158,7 +160,7 @@ def _in_the_mix(denominator: str) -> str:
     )
 
 
-def _counted(charge: Charge) -> dict[str, dict[str, Any]]:
+def _counted(charge: RateCard) -> dict[str, Row]:
     """Denominator and tokens of each kind of tokens."""
     mix, of = charge.mix or TokenMix(uncached_input=0, cached_input=None, output=0), charge.denominator
     apart = charge.cost is not None and charge.cost.cached_input.value is not None
@@ -175,7 +177,7 @@ def _counted(charge: Charge) -> dict[str, dict[str, Any]]:
     }
 
 
-def _kinds(common: dict[str, Any], prices: UnitPrices, counted: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _kinds(common: Row, prices: UnitPrices, counted: dict[str, Row]) -> list[Row]:
     named = {"input": prices.input, "cached_input": prices.cached_input, "output": prices.output, "total": prices.total}
     return [
         common
@@ -185,12 +187,12 @@ def _kinds(common: dict[str, Any], prices: UnitPrices, counted: dict[str, dict[s
     ]
 
 
-def _structure_words(structure: Structure) -> str:
+def _structure_words(structure: TokenWeights) -> str:
     cached = "-" if structure.cached_input is None else f"{structure.cached_input:g}"
     return f"{structure.method} input:output:cached {structure.input:g}:{structure.output:g}:{cached}"
 
 
-def price_csv(rows: Sequence[dict[str, Any]]) -> str:
+def price_csv(rows: Sequence[Row]) -> str:
     """The flat table as CSV. A text that a spreadsheet would run as a formula is preceded by an apostrophe."""
     out = io.StringIO()
     writer = csv.DictWriter(out, fieldnames=list(COLUMNS), lineterminator="\n")
@@ -200,7 +202,7 @@ def price_csv(rows: Sequence[dict[str, Any]]) -> str:
     return out.getvalue()
 
 
-def _cell(value: Any) -> Any:
+def _cell(value: Cell) -> Cell:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):

@@ -22,15 +22,15 @@ from analysis.cost.split import Split, TokenMix
 from analysis.offered_load import LoadKind
 from analysis.price_age import OLD_DAYS
 from analysis.pricing.list_prices import ListPrice
-from analysis.pricing.operating_point import Quote, quote
-from analysis.pricing.terms import Structure, Terms, UnitPrices, bill_parts, from_split, times, unit_prices
+from analysis.pricing.operating_point import OperatingPoint, operating_point
+from analysis.pricing.terms import Terms, TokenWeights, UnitPrices, bill_parts, from_split, times, unit_prices
 from analysis.stats.intervals import Quantity, scaled
 from analysis.summary import Summary
 from harness.record.manifest import Tier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Against:
+class ApiComparison:
     """The same traffic at an API's list price, against running the fleet oneself (cost, without margin)."""
 
     price: ListPrice
@@ -48,7 +48,7 @@ class Against:
     notes: tuple[str, ...]
 
 
-def compare_with_api(made: Charge, terms: Terms, prices: Sequence[ListPrice], family: str) -> Charge:
+def compare_with_api(made: RateCard, terms: Terms, prices: Sequence[ListPrice], family: str) -> RateCard:
     """``made`` with what its traffic would cost at each of ``prices``; ``family``: of the model that was measured."""
     if made.cost_full is None or made.mix is None or made.fleet_usd_per_month is None:
         return made
@@ -66,7 +66,7 @@ def api_usd(price: ListPrice, mix: TokenMix) -> float:
     ) / 1e6
 
 
-def _against(made: Charge, terms: Terms, price: ListPrice, same_model: bool) -> Against:
+def _against(made: RateCard, terms: Terms, price: ListPrice, same_model: bool) -> ApiComparison:
     assert made.cost_full is not None and made.mix is not None and made.fleet_usd_per_month is not None
     blend = api_usd(price, made.mix) / made.mix.total * 1e6
     full = made.cost_full.total
@@ -84,7 +84,7 @@ def _against(made: Charge, terms: Terms, price: ListPrice, same_model: bool) -> 
         notes.append("no cached price is listed: cached input at full price")
     if price.dearer_when_long:
         notes.append("long prompts cost more there; only the base price is used")
-    return Against(
+    return ApiComparison(
         price=price,
         same_model=same_model,
         usd_per_1m_total=blend,
@@ -112,7 +112,7 @@ class Offer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Charge:
+class RateCard:
     """The decision for one tier and model. Without a price everything that rests on it is None or empty: ``reason``."""
 
     tier: str | None
@@ -144,7 +144,7 @@ class Charge:
     """Sum over the runs."""
     denominator: str
     basis: PriceBasis | None
-    structure: Structure
+    structure: TokenWeights
     mix: TokenMix | None
     """Of those runs; at capacity of one hour there."""
     bill_nanousd: tuple[int, int, int] | None
@@ -162,7 +162,7 @@ class Charge:
     """All tokens the fleet serves in 730 h at the measured load."""
     break_even_tokens_per_month: float | None
     """Tokens a month at which the standard price pays for the fleet."""
-    against: tuple[Against, ...]
+    against: tuple[ApiComparison, ...]
     reason: str | None
     caution: str | None
     """What a reader must know before any figure; None when there is nothing."""
@@ -175,12 +175,12 @@ class Charge:
 def charge(
     summaries: Sequence[Summary],
     terms: Terms,
-    structure: Structure,
+    structure: TokenWeights,
     *,
     today: date,
     split_method: str | None = None,
     new_prices: Mapping[str, Tier] | None = None,
-) -> list[Charge]:
+) -> list[RateCard]:
     """One decision for each `system_of`, cheapest first; only VALID summaries may come in.
 
     Quoted at the highest load that keeps the SLO (`quoted.quote`). ``today``: by which prices are old.
@@ -195,17 +195,17 @@ def charge(
         systems.setdefault(system_of(s), []).append(s)
     made = []
     for runs in systems.values():
-        found = quote(runs)
+        found = operating_point(runs)
         weights = _weights(found, structure, split_method)
         made.append(_charge(found, terms, weights, basis_of(runs[0].tier, new_prices or {}, today)))
     return sorted(made, key=lambda c: math.inf if c.cost_full is None else c.cost_full.total.value or math.inf)
 
 
-def _charge(found: Quote, terms: Terms, structure: Structure, basis: PriceBasis | None) -> Charge:
+def _charge(found: OperatingPoint, terms: Terms, structure: TokenWeights, basis: PriceBasis | None) -> RateCard:
     first, full, mix, reason = found.runs[0], found.total, found.mix, found.reason
     if reason is None and (full.value is None or mix is None or basis is None or not mix.total):
         reason = full.note or first.cost.reason or "no tokens were served"
-    made = Charge(
+    made = RateCard(
         tier=first.tier.name if first.tier else None,
         model=first.model,
         label=first.label,
@@ -258,7 +258,7 @@ def _charge(found: Quote, terms: Terms, structure: Structure, basis: PriceBasis 
     )
 
 
-def _weights(found: Quote, declared: Structure, method: str | None) -> Structure:
+def _weights(found: OperatingPoint, declared: TokenWeights, method: str | None) -> TokenWeights:
     """Weights by ``method`` of the first run where it is identifiable; else the declared."""
     if method is None:
         return declared
@@ -278,7 +278,7 @@ def _found(split: Split) -> str:
     return f"divided by {split.method}: {', '.join(facts) or 'no fit'}{ends} USD per 1M; the bill is taken as it is"
 
 
-def _notes(found: Quote, structure: Structure, basis: PriceBasis | None) -> list[str]:
+def _notes(found: OperatingPoint, structure: TokenWeights, basis: PriceBasis | None) -> list[str]:
     runs, mix = found.runs, found.mix
     said = [structure.note] if structure.note else []
     if mix is not None and mix.cached_input is None:

@@ -25,7 +25,7 @@ class UnitPrices:
     total: Quantity
 
 
-def unit_prices(total: Quantity, mix: TokenMix, structure: Structure) -> UnitPrices:
+def unit_prices(total: Quantity, mix: TokenMix, structure: TokenWeights) -> UnitPrices:
     """Prices of the three kinds that make the same bill as ``total`` per 1M of all tokens does.
 
     uncached x input + cached x cached_input + output x output = total x all tokens; ends of intervals likewise, as long
@@ -68,7 +68,7 @@ def unit_prices(total: Quantity, mix: TokenMix, structure: Structure) -> UnitPri
     )
 
 
-def _weighed(mix: TokenMix, structure: Structure) -> tuple[float, float, float]:
+def _weighed(mix: TokenMix, structure: TokenWeights) -> tuple[float, float, float]:
     """Tokens of each kind times their weight."""
     cached = structure.input if structure.cached_input is None else structure.cached_input
     weighed = (mix.uncached_input * structure.input, (mix.cached_input or 0) * cached, mix.output * structure.output)
@@ -77,7 +77,7 @@ def _weighed(mix: TokenMix, structure: Structure) -> tuple[float, float, float]:
     return weighed
 
 
-def bill_parts(usd_per_1m: float, mix: TokenMix, structure: Structure) -> tuple[int, int, int]:
+def bill_parts(usd_per_1m: float, mix: TokenMix, structure: TokenWeights) -> tuple[int, int, int]:
     """What uncached input, cached input and output carry of the bill, in whole billionths of a USD."""
     into, cached, out = divide(usd_per_1m * mix.total / 1e6, _weighed(mix, structure))
     return into, cached, out
@@ -92,7 +92,7 @@ def times(prices: UnitPrices, factor: float) -> UnitPrices:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Structure:
+class TokenWeights:
     """What an uncached input, a cached input and an output token weigh against each other in one bill."""
 
     method: str
@@ -144,18 +144,18 @@ class Terms:
             raise UsageError("volume tiers: thresholds from 0 tokens, discounts from 0 % to below 100 %")
 
 
-def declared(output: float, input: float = 1.0, cached_input: float | None = None) -> Structure:  # noqa: A002
+def declared(output: float, input: float = 1.0, cached_input: float | None = None) -> TokenWeights:  # noqa: A002
     """Weights that somebody declared: an opinion. ``cached_input`` None: priced like the rest of the input."""
-    return Structure(method="declared ratio", input=input, cached_input=cached_input, output=output)
+    return TokenWeights(method="declared ratio", input=input, cached_input=cached_input, output=output)
 
 
-def from_split(split: Split) -> Structure:
+def from_split(split: Split) -> TokenWeights:
     """The weights that a split of the bill found, with its own intervals. Raises `UsageError` when it found none."""
     into, cached, out = split.usd_per_1m_input, split.usd_per_1m_cached_input, split.usd_per_1m_output
     if into.value is None or out.value is None:
         raise UsageError(f"{split.method}: not identifiable: {split.reason or into.note or 'no price'}; use --ratio")
     unit = into.value or 1.0  # in input tokens, as a declared ratio is
-    return Structure(
+    return TokenWeights(
         method=split.method,
         input=into.value / unit,
         cached_input=None if cached.value is None else cached.value / unit,

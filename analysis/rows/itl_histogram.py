@@ -148,7 +148,7 @@ def unstreamed_output_events(rows: Rows) -> tuple[Floats, Floats]:
 def pool_chunks(rows: Rows, parts: Iterable[ChunkRows]) -> Chunks:
     """Pool the chunks of ``parts``, which are those of ``rows``."""
     within = window(rows)
-    pool = GapPool(len(rows))
+    pool = ItlHistogram(len(rows))
     output, grid = np.zeros(BINS), np.zeros((BINS, len(EDGES)))
     timed = shared = 0
     for part in parts:
@@ -171,7 +171,7 @@ def pool_chunks(rows: Rows, parts: Iterable[ChunkRows]) -> Chunks:
     )  # fmt: skip
 
 
-class GapPool:
+class ItlHistogram:
     """Gaps, each with the tokens it stands for and the place in time (0 to ``requests`` - 1) of its request."""
 
     def __init__(self, requests: int) -> None:

@@ -40,7 +40,7 @@ from analysis.rows.run import ChunkRows as ChunkRows
 from analysis.rows.run import Rows as Rows
 from analysis.rows.run import Run as Run
 from analysis.rows.run import Turns, columns_of, load_kind, own_times, read_again
-from analysis.rows.worker_samples import Held, read_seconds
+from analysis.rows.worker_samples import LoopStalls, read_worker_samples
 from harness.errors import ResultsError, listed
 from harness.plan.file import plan_sha256
 from harness.record.manifest import RunDir, RunManifest, read_manifest
@@ -141,8 +141,8 @@ def _join(
     seen[ids[keep]] = True
     row_measured[keep] = measured[ids[keep]]
     due_ns = plan.scheduled_ns[measured & np.isfinite(plan.scheduled_ns)]
-    observed = read_seconds(directory, manifest.spec.workers, problems)
-    held = Held(observed, manifest.workers)
+    observed = read_worker_samples(directory, manifest.spec.workers, problems)
+    held = LoopStalls(observed, manifest.workers)
     warmup_rows = _rows(dict(table), keep & ~row_measured, plan, held)
     rows = _rows(table, row_measured, plan, held)
     run = Run(
@@ -270,7 +270,7 @@ def _read_rows(paths: list[Path], columns: Columns, problems: list[str]) -> list
     return sources
 
 
-def _rows(table: Table, mask: Bools, plan: _Plan, held: Held) -> Rows:
+def _rows(table: Table, mask: Bools, plan: _Plan, held: LoopStalls) -> Rows:
     """The rows under ``mask`` as columns, times in seconds; each column is taken out of ``table`` as it is used."""
     whole = bool(mask.all())
 

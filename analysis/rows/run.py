@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from analysis.arrays import Bools, Floats, Ints
 from analysis.rows.columns import Table, chunk_arrays, read_parts
-from analysis.rows.worker_samples import Seconds
+from analysis.rows.worker_samples import WorkerSamples
 from harness.errors import ResultsError
 from harness.plan.file import PlanInfo
 from harness.record.manifest import RunManifest
@@ -110,7 +110,7 @@ class ChunkRows(Rows):
     offsets: Ints
     """Chunks of row i are offsets[i]:offsets[i + 1]."""
     gap_s: Floats
-    """Seconds since the chunk before; for a row's first chunk, since sent_s."""
+    """WorkerSamples since the chunk before; for a row's first chunk, since sent_s."""
     chunk_s: Floats
     """Time of each chunk."""
     chunk_tokens: Floats
@@ -161,7 +161,7 @@ class Run:
     """Rows whose request_id the plan does not have; left out."""
     impossible: int
     """Rows that cannot be true (an end before the last chunk, a negative count, not the plan's due time); left out."""
-    seconds: Seconds
+    seconds: WorkerSamples
     errors: tuple[str, ...]
     """Error classes that `Rows.error` points to."""
     examples: dict[str, str | None]

@@ -14,10 +14,10 @@ from harness.record.manifest import RunDir, Worker
 from harness.record.worker_samples import SCHEMA, read_observations
 
 
-class Held:
+class LoopStalls:
     """Longest stall of any worker's loop, by time, s; of workers that did not watch themselves, what they said last."""
 
-    def __init__(self, seconds: Seconds, workers: list[Worker]) -> None:
+    def __init__(self, seconds: WorkerSamples, workers: list[Worker]) -> None:
         said = [w.loop_lag_p99_s for w in workers if w.loop_lag_p99_s is not None]
         known = np.isfinite(seconds.loop_lag_max_s) & np.isfinite(seconds.t_s)
         ends, lags = np.maximum(0.0, seconds.t_s[known]), seconds.loop_lag_max_s[known]
@@ -49,7 +49,7 @@ SHORTEST_SECOND_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seconds:
+class WorkerSamples:
     """What the load workers saw of themselves, all workers' rows in one; not measured is NaN."""
 
     worker: Ints
@@ -68,7 +68,7 @@ class Seconds:
         return self.length_s >= SHORTEST_SECOND_S
 
 
-def read_seconds(directory: RunDir, workers: int, problems: list[str]) -> Seconds:
+def read_worker_samples(directory: RunDir, workers: int, problems: list[str]) -> WorkerSamples:
     """Observations of all workers; a run of before there were any has none, a file that cannot be read is a problem."""
     tables, owners, lengths, unwatched = [], [], [], []
     for k in range(workers):
@@ -84,7 +84,7 @@ def read_seconds(directory: RunDir, workers: int, problems: list[str]) -> Second
         owners.append(np.full(table.num_rows, k))
         lengths.append(np.diff(floats(table.column("t_ns")), prepend=0.0) / NS)
     table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
-    return Seconds(
+    return WorkerSamples(
         worker=np.concatenate([np.zeros(0, dtype=np.int64), *owners]).astype(np.int64),
         t_s=floats(table.column("t_ns")) / NS,
         length_s=np.concatenate([np.zeros(0), *lengths]),

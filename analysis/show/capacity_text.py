@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from analysis.capacity.search import ProbeRow
-from analysis.capacity.serving_config import System
+from analysis.capacity.serving_config import ServingConfig
 from analysis.offered_load import KIND_WORDS
 from analysis.show.document import Cell, Row, Section, Table
 from analysis.show.figures import figure, hourly, interval, price, usd, within
@@ -13,7 +13,7 @@ from analysis.stats.intervals import Quantity
 from harness.slo import Criterion, percent
 
 
-def sentence(system: System) -> str:
+def sentence(system: ServingConfig) -> str:
     """The capacity of one system and its cost there, in one plain sentence or two."""
     slo, found = system.slo or "any latency", system.capacity
     if found is None:
@@ -42,14 +42,14 @@ def sentence(system: System) -> str:
     return said
 
 
-def _sent(system: System) -> str:
+def _sent(system: ServingConfig) -> str:
     """Requests/s that sessions which wait really sent at capacity; nothing for other loads."""
     if system.loop != "sessions" or system.requests_per_s is None:
         return ""
     return f" ({figure(system.requests_per_s * system.replicas)} req/s really sent)"
 
 
-def capacity_sections(systems: Sequence[System]) -> list[Section]:
+def capacity_sections(systems: Sequence[ServingConfig]) -> list[Section]:
     """Capacity and cost per tier and model, then what limits each."""
     if not systems:
         return []
@@ -82,7 +82,7 @@ def probe_section(probes: Sequence[ProbeRow], criteria: Sequence[Criterion]) -> 
     return Section(title="Probes", table=Table(heads, rows))
 
 
-def capacity_table(systems: Sequence[System]) -> Table:
+def capacity_table(systems: Sequence[ServingConfig]) -> Table:
     """Capacity and cost at the SLO, a line per system, with intervals."""
     heads = ("Tier and model", "Loop", "Capacity", "Breaks first", "Tokens/s there", "USD per 1M there", "Floor")
     caption = (
@@ -92,7 +92,7 @@ def capacity_table(systems: Sequence[System]) -> Table:
     return Table(heads, [_system_row(system) for system in systems], (2, 4, 5, 6), caption)
 
 
-def _system_row(system: System) -> Row:
+def _system_row(system: ServingConfig) -> Row:
     found, floor = system.capacity, system.floor
     tokens = found.rates.get("total_token_throughput") if found else None
     load = found.load if found else None
@@ -107,14 +107,14 @@ def _system_row(system: System) -> Row:
     ]
 
 
-def _load(system: System, load: Quantity | None) -> str:
+def _load(system: ServingConfig, load: Quantity | None) -> str:
     if load is not None and load.value is not None:
         return f"{figure(load.value)} {system.unit}"
     state = system.capacity.state if system.capacity else "no SLO"
     return f"beyond {figure(system.loads[-1])} {system.unit}" if state == "beyond" else state
 
 
-def _utilised(system: System) -> str:
+def _utilised(system: ServingConfig) -> str:
     q = system.usd_per_1m_total_utilised
     basis = f"{hourly(system.usd_per_hour)} USD/h, {system.purchase}, {system.region}, {system.price_date}"
     cost = f"{price(q.value)} USD per 1M tokens{within(q, price)}"
@@ -124,7 +124,7 @@ def _utilised(system: System) -> str:
     )
 
 
-def _limits(system: System) -> tuple[str, ...]:
+def _limits(system: ServingConfig) -> tuple[str, ...]:
     said = []
     if system.saturated_from is not None:
         said.append(f"saturated from {figure(system.saturated_from)} {system.unit} on: more load gives no more answers")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from analysis.capacity.serving_config import System, systems
+from analysis.capacity.serving_config import ServingConfig, serving_configs
 from analysis.capacity.system import servers_of, tier_words, where_words
 from analysis.labels import clean
 from analysis.offered_load import KIND_WORDS
@@ -53,7 +53,7 @@ def compare_runs(views: Sequence[RunView]) -> Comparison:
     valid = {name: [v.summary for v in members if v.summary.verdict == "VALID"] for name, members in groups.items()}
     by_rate = all(v.summary.load.mode == "open" for v in views)
     same, differs = _differences(views)
-    found = [s for s in systems([v.summary for v in views]) if s.capacity is not None and len(s.loads) > 1]
+    found = [s for s in serving_configs([v.summary for v in views]) if s.capacity is not None and len(s.loads) > 1]
     share = max((v.summary.slo.attain for v in views if v.summary.slo is not None), default=DEFAULT_ATTAIN)
     sections = [
         Section(title="Capacity and cost at the SLO", table=capacity_table(found) if found else None),
@@ -109,7 +109,7 @@ def _distributions(views: Sequence[RunView]) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def _sentence(views: Sequence[RunView], found: Sequence[System]) -> str:
+def _sentence(views: Sequence[RunView], found: Sequence[ServingConfig]) -> str:
     invalid, missed = (sum(v.state == state for v in views) for state in ("invalid", "missed"))
     said = f"{len(views) - invalid} of {len(views)} runs are VALID"
     said += f", {missed} of them missed their SLO. " if missed else ". "

@@ -11,7 +11,7 @@ from analysis.compare.paired import SHARES
 from analysis.cost.basis import PriceBasis
 from analysis.pricing.list_prices import ListPrice
 from analysis.pricing.price_table import PriceReport
-from analysis.pricing.rate_card import Against, Charge
+from analysis.pricing.rate_card import ApiComparison, RateCard
 from analysis.pricing.terms import Terms, UnitPrices
 from analysis.show.document import Row, Section, Table
 from analysis.show.figures import figure, hourly, price, usd, within
@@ -31,7 +31,7 @@ def price_sections(report: PriceReport) -> list[Section]:
     return [*sections, Section(title="What this rests on", notes=report.assumptions)]
 
 
-def _charge_sections(charge: Charge, terms: Terms) -> list[Section]:
+def _charge_sections(charge: RateCard, terms: Terms) -> list[Section]:
     stated = " (as stated by you)" if charge.tier and charge.servers else ""
     where = f"{charge.tier or 'no tier'}{stated} x {charge.replicas}{where_words(charge.label, charge.servers)}"
     title = f"What to charge: {charge.model} on {where}"
@@ -55,7 +55,7 @@ def _charge_sections(charge: Charge, terms: Terms) -> list[Section]:
     lines = (
         *warned,
         _quoted(charge),
-        f"Charge {price(asked.value)} USD{within(asked, price)} per 1M tokens of this traffic: cost "
+        f"RateCard {price(asked.value)} USD{within(asked, price)} per 1M tokens of this traffic: cost "
         f"{price(charge.cost.total.value)} at {u} utilisation, and {m} of the price is gross margin.",
         f"The price pays for the fleet from {percent(standard.break_even_utilisation)} utilisation on "
         f"({tokens(charge.break_even_tokens_per_month)} tokens a month; the fleet costs "
@@ -69,7 +69,7 @@ def _charge_sections(charge: Charge, terms: Terms) -> list[Section]:
     return [*sections, _against(charge, terms), Section(notes=(*_basis_lines(charge), *charge.notes))]
 
 
-def _quoted(charge: Charge) -> str:
+def _quoted(charge: RateCard) -> str:
     """At which load, in one sentence."""
     if charge.quoted_at == "capacity":
         return f"Quoted at the highest load that keeps the SLO ({charge.slo}): {charge.load}."
@@ -77,7 +77,7 @@ def _quoted(charge: Charge) -> str:
     return f"Quoted at one measured load, {slo}: {charge.load}."
 
 
-def _price_row(kind: str, name: str, charge: Charge, asked: UnitPrices) -> Row:
+def _price_row(kind: str, name: str, charge: RateCard, asked: UnitPrices) -> Row:
     q: Quantity = getattr(asked, kind)
     if q.value is None or charge.cost_full is None or charge.cost is None:
         return [name, "-", "-", "-", "-"]
@@ -92,7 +92,7 @@ def _price_row(kind: str, name: str, charge: Charge, asked: UnitPrices) -> Row:
     ]
 
 
-def _offers(charge: Charge, terms: Terms) -> Section:
+def _offers(charge: RateCard, terms: Terms) -> Section:
     rows = [
         (
             offer.name + (f" (-{percent(offer.discount)})" if offer.discount else ""),
@@ -123,7 +123,7 @@ def _offers(charge: Charge, terms: Terms) -> Section:
     return Section(table=Table(heads, rows), notes=tuple(notes))
 
 
-def _against(charge: Charge, terms: Terms) -> Section:
+def _against(charge: RateCard, terms: Terms) -> Section:
     assert charge.cost is not None
     rows = [
         (
@@ -167,13 +167,13 @@ def _asked(p: ListPrice) -> tuple[float | None, ...]:
     return p.usd_per_1m_input, p.usd_per_1m_cached_input, p.usd_per_1m_output
 
 
-def _api_name(a: Against) -> str:
+def _api_name(a: ApiComparison) -> str:
     """Vendor and the last part of the map's name; the whole name is in the exports."""
     short = a.price.name.rsplit("/", 1)[-1]
     return f"{a.price.vendor} {short}" + ("" if a.same_model else " (another model)")
 
 
-def _basis_lines(charge: Charge) -> list[str]:
+def _basis_lines(charge: RateCard) -> list[str]:
     said = [
         f"{charge.evidence}; {_load_line(charge)}",
         f"denominator: {charge.denominator}; window: {charge.window} ({figure(charge.window_s)} s)",
@@ -212,7 +212,7 @@ def _basis(basis: PriceBasis) -> str:
     )
 
 
-def _load_line(charge: Charge) -> str:
+def _load_line(charge: RateCard) -> str:
     became = {True: "kept", False: "MISSED", None: "not judged"}[charge.slo_met]
     slo = "no SLO" if charge.slo is None else f"SLO {charge.slo}: {became}"
     runs = f"{len(charge.runs)} runs" if len(charge.runs) > 1 else "1 run"

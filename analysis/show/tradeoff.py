@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from analysis.capacity.serving_config import System
+from analysis.capacity.serving_config import ServingConfig
 from analysis.show.plot import Chart, Mark, against, load_of, slo_limits
 from analysis.stats.intervals import Quantity, scaled
 from analysis.summary import Summary
 
 
-def tradeoff_charts(groups: Mapping[str, Sequence[Summary]], found: Sequence[System], by_rate: bool) -> list[Chart]:
+def tradeoff_charts(
+    groups: Mapping[str, Sequence[Summary]], found: Sequence[ServingConfig], by_rate: bool
+) -> list[Chart]:
     """Of VALID runs by group: throughput per accelerator and USD per 1M against interactivity, and USD against load.
 
     Charts without a point are left out. The limit that the SLO sets on TPOT is marked, and each capacity.

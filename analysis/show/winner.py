@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from analysis.capacity.serving_config import System
+from analysis.capacity.serving_config import ServingConfig
 from analysis.capacity.system import Key, load_of, system_of
 from analysis.show.figures import price, state_of, within
 from analysis.stats.intervals import Quantity
-from analysis.stats.replicates import FEWEST_PAIRS, over_repeats
+from analysis.stats.replicates import FEWEST_PAIRS, over_replicates
 from analysis.summary import Summary
 
 
@@ -26,7 +26,7 @@ class Candidate:
     judged: bool
 
 
-def cheapest(runs: Sequence[tuple[str, Summary]], found: Sequence[System]) -> str:
+def cheapest(runs: Sequence[tuple[str, Summary]], found: Sequence[ServingConfig]) -> str:
     """One sentence or two on cost: at capacity where two systems or more have one, else of the runs by their labels."""
     priced = [s for s in found if s.loop == "open" and s.usd_per_1m_total.value is not None]
     if len(priced) > 1:
@@ -58,7 +58,7 @@ _PREFERRED: tuple[Callable[[Summary], bool], ...] = (
 
 def _of_repeats(members: Sequence[tuple[str, Summary]]) -> Candidate:
     name = members[0][0] + (f" and {len(members) - 1} more of it" if len(members) > 1 else "")
-    cost = over_repeats([s.cost.usd_per_1m_total for _, s in members])
+    cost = over_replicates([s.cost.usd_per_1m_total for _, s in members])
     # in an open loop the load is given, and what it costs below capacity is not the cost of the system
     judged = len(members) >= FEWEST_PAIRS and members[0][1].load.mode == "closed"
     return Candidate(name=name, cost=cost, judged=judged)

@@ -78,7 +78,7 @@ def _alike(deviations: Floats, one_by_one: float) -> bool:
     return any(abs(float(deviations[k:] @ deviations[:-k])) >= bound > 0 for k in range(1, LAGS + 1))
 
 
-def likeness(deviations: Floats) -> float:
+def autocorrelation(deviations: Floats) -> float:
     """Mean autocorrelation of the first `LAGS` neighbours, 0 to 1: what part of the spread a queue explains."""
     one_by_one = float(deviations @ deviations)
     if one_by_one <= 0 or len(deviations) <= LAGS:

@@ -19,8 +19,8 @@ from analysis.stats.autocorrelation import (
     CRITICAL,
     FEWEST_UNITS,
     Z,
+    autocorrelation,
     effective_n,
-    likeness,
     long_run_variance,
     share_variance,
     skew_of,
@@ -146,7 +146,7 @@ def distribution(
         apart: Floats = below - count * (below.sum() / n)
         return apart
 
-    middle = likeness(deviations(quantile(0.5))) if alike else 0.0
+    middle = autocorrelation(deviations(quantile(0.5))) if alike else 0.0
 
     @cache
     def seen(value: float, p: float) -> float:
@@ -157,7 +157,7 @@ def distribution(
         if not alike:
             return seen(value, p)
         each, least = deviations(value), WAITING if waits and p > 0.5 else middle
-        return max(seen(value, p), float(each @ each) / n**2 * (1 + max(middle, least, likeness(each)) * alike))
+        return max(seen(value, p), float(each @ each) / n**2 * (1 + max(middle, least, autocorrelation(each)) * alike))
 
     def percentile(p: float, below: Quantity | None = None) -> Quantity:
         """``below``: the next lower percentile. Without that one there is none: they need ever more samples."""
@@ -279,7 +279,7 @@ def _share_ends(flags: Bools, p: float, queue: Memory | None) -> tuple[float, fl
     alike, size = 0.0 if queue is None else queue.alike, float(n)
     if 0 < p < 1:
         beyond = _beyond_share(flags, p)
-        seen, few = likeness(beyond), min(true, n - true) < FEW
+        seen, few = autocorrelation(beyond), min(true, n - true) < FEW
         if few:  # an open loop may have missed its bad stretch; those of a closed loop show less of it than there is
             seen = 1.0 if isinstance(queue, Relaxation) else min(1.0, 2 * seen)
         alike *= seen * len(beyond) / n
@@ -326,7 +326,9 @@ def ratio_interval(numerator: Floats, denominator: Floats, alike: float = 0.0) -
     else:
         variance, critical = long_run_variance(beyond), CRITICAL
         if alike:
-            variance = max(variance, float(beyond @ beyond) * (1 + likeness(beyond) * alike) * (Z / CRITICAL) ** 2)
+            variance = max(
+                variance, float(beyond @ beyond) * (1 + autocorrelation(beyond) * alike) * (Z / CRITICAL) ** 2
+            )
     error = math.sqrt(variance) / total
     if error <= 1e-12 * abs(value):
         return value, value

@@ -16,7 +16,7 @@ FEWEST_PAIRS = 3
 """From so many pairs of runs on a comparison is judged: fewer do not know how much two runs of one system differ."""
 
 
-def over_repeats(
+def over_replicates(
     quantities: Sequence[Quantity], weights: Sequence[float] | None = None, plans: Sequence[Hashable] | None = None
 ) -> Quantity:
     """One figure over repeats of one point: the mean of the runs' values by weight (default: all alike), with interval.

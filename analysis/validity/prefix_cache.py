@@ -73,7 +73,7 @@ REASON = "the prefix cache knew more of the prompts than a cold one can"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
+class CacheCounters:
     """What servers said of their prefix caches."""
 
     replicas: int
@@ -205,11 +205,11 @@ def block_tokens(run: Run) -> int | None:
     return max(1, int(found[1])) if found else OWN_BLOCK_TOKENS.get(run.manifest.engine)
 
 
-def read_served(run: Run) -> Served:
+def read_served(run: Run) -> CacheCounters:
     """What the servers' own counters and gauges say of their prefix caches."""
     replicas = run.manifest.replicas
     shared = bool(shared_addresses(run))
-    return Served(
+    return CacheCounters(
         replicas=max(2 * shared, sum(len(r.metrics_urls) or 1 for r in replicas)),
         queried_tokens=None if shared else moved_by(run, QUERIES),
         hit_tokens=None if shared else moved_by(run, HITS),

@@ -27,7 +27,7 @@ from harness.trace.io import Trace
 if TYPE_CHECKING:
     from analysis.capacity.search import Probe, ProbeRow, Step
     from analysis.capacity.search_answer import Answer
-    from analysis.capacity.serving_config import System
+    from analysis.capacity.serving_config import ServingConfig
     from analysis.rows.read import Run
     from analysis.summary import Summary
 
@@ -78,7 +78,7 @@ class CapacityReport:
     answer: Answer | None
     """What all probes say together; None before one in an open loop proved anything."""
     probes: Sequence[ProbeRow]
-    systems: Sequence[System]
+    systems: Sequence[ServingConfig]
     hours: float
     """Of servers, their start among them."""
     usd: float | None
@@ -346,13 +346,13 @@ class CapacitySession(Session):
 
     def report(self) -> CapacityReport:
         """The answer from all probes so far."""
-        from analysis.capacity.serving_config import SCHEMA, systems
+        from analysis.capacity.serving_config import SCHEMA, serving_configs
         from analysis.show.capacity_text import sentence
 
         usd, hours = self.state.spent(time.time())
         answer_of_all = self._answer()
         told = [s for s in self.summaries.values() if s.verdict != "TOO SMALL" or s.load.mode == "open"]
-        found = systems(told, answer=answer_of_all)
+        found = serving_configs(told, answer=answer_of_all)
         answer = next((one for one in found if one.loop != "closed"), None)
         ended = self.ended.why if self.ended else self.over or "ended"
         return CapacityReport(

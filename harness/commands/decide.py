@@ -32,7 +32,7 @@ from harness.record.manifest import Tier, now_utc
 if TYPE_CHECKING:
     from analysis.pricing.list_prices import PriceMap
     from analysis.pricing.price_table import PriceReport
-    from analysis.pricing.rate_card import Charge
+    from analysis.pricing.rate_card import RateCard
     from analysis.pricing.terms import Terms
     from analysis.summary import Summary
 
@@ -117,10 +117,10 @@ def price(
     return refused_exit(s.verdict for s in summaries) or _price_exit(report)
 
 
-def _open_first(decided: Sequence[Charge]) -> list[Charge]:
+def _open_first(decided: Sequence[RateCard]) -> list[RateCard]:
     """Without the closed loops of what was measured in an open loop, too: they hide the queue that users would see."""
 
-    def what(c: Charge) -> tuple[object, ...]:
+    def what(c: RateCard) -> tuple[object, ...]:
         return c.tier, c.model, c.label, c.servers, c.engine, c.args, c.replicas, c.evidence, c.slo
 
     asked = {what(c) for c in decided if c.loop != "closed"}

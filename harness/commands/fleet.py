@@ -16,10 +16,10 @@ from harness.trace.reading import open_asked
 
 if TYPE_CHECKING:
     from analysis.arrays import Ints
-    from analysis.capacity.fitted_engine import FittedEngine, Requests, Served
-    from analysis.capacity.fleet import Demand, Kept, Schedule
+    from analysis.capacity.fitted_engine import FittedEngine, Requests, ServedTimes
+    from analysis.capacity.fleet import Kept, Schedule, TrafficDemand
     from analysis.capacity.fleet_plan import FleetPlan
-    from analysis.capacity.serving_config import System
+    from analysis.capacity.serving_config import ServingConfig
     from analysis.capacity.simulated_fleet import SimulatedFleet
 
 
@@ -41,7 +41,7 @@ def plan_fleet(
 ) -> int:
     """Print the plan; 0: there is a fleet. Without one 4: a tier misses the promise; 3: runs are INVALID; 1: else."""
     from analysis.capacity.fleet_plan import Wanted, grown, plan_fleets
-    from analysis.capacity.serving_config import systems
+    from analysis.capacity.serving_config import serving_configs
     from harness.commands.found import find_runs, read_summaries, refused_exit
 
     if availability is not None and not availability < 1:
@@ -54,7 +54,7 @@ def plan_fleet(
     runs = [path for text in measured for path in find_runs(text)]
     promises: list[dict[str, float] | None] = [*slo] or [None]
     summaries = [read_summaries(runs, promise, attain) for promise in promises]
-    judged = [systems(found) for found in summaries]
+    judged = [serving_configs(found) for found in summaries]
     refused = [(s.run, f"{s.verdict}: {'; '.join(s.reasons)}") for s in summaries[0] if s.verdict != "VALID"]
     folders = {s.run: path for s, path in zip(summaries[0], runs, strict=True)}
 
@@ -79,7 +79,7 @@ class _Replays:
     folders: Mapping[str, Path]
     """Of the runs, by name."""
 
-    def fleet(self, system: System, factor: float, likely: int) -> SimulatedFleet:
+    def fleet(self, system: ServingConfig, factor: float, likely: int) -> SimulatedFleet:
         """The smallest that keeps the promise of a system."""
         from analysis.capacity.fitted_engine import NotFittedError, observe
         from analysis.capacity.simulated_fleet import size_fleet
@@ -95,7 +95,7 @@ class _Replays:
         )  # fmt: skip
 
     def scaled(
-        self, system: System, fitted: FittedEngine, factor: float, plan: Schedule, spares: int, per_instance: int
+        self, system: ServingConfig, fitted: FittedEngine, factor: float, plan: Schedule, spares: int, per_instance: int
     ) -> Kept:
         """How a fleet that follows the demand keeps the promise."""
         from analysis.capacity.simulated_fleet import follow
@@ -111,8 +111,8 @@ class _Replays:
 class Asked:
     """A trace as a demand."""
 
-    requests: Demand
-    tokens: Demand | None
+    requests: TrafficDemand
+    tokens: TrafficDemand | None
     """None where not every row says both its lengths."""
     replayable: Requests | None
     """The requests themselves; None for the same reason."""
@@ -150,9 +150,9 @@ def read_demand(path: Path, reading: ReadOptions) -> Asked:
     return Asked(requests=demand(times), tokens=tokens, replayable=replayable)
 
 
-def simulated_engine(fitted: FittedEngine, requests: Requests, replicas: int, owner: Ints | None = None) -> Served:
+def simulated_engine(fitted: FittedEngine, requests: Requests, replicas: int, owner: Ints | None = None) -> ServedTimes:
     """The project's own engine with the fitted step (`analysis.capacity.fitted_engine.Engine`)."""
-    from analysis.capacity.fitted_engine import Served
+    from analysis.capacity.fitted_engine import ServedTimes
     from cluster.simulator.replica import Workload, simulate
     from cluster.simulator.scheduler import Limits
     from cluster.simulator.step_time import LinearStep
@@ -163,7 +163,7 @@ def simulated_engine(fitted: FittedEngine, requests: Requests, replicas: int, ow
     )  # fmt: skip
     limits = Limits(max_num_seqs=fitted.max_num_seqs, max_num_batched_tokens=fitted.max_num_batched_tokens)
     done = simulate(load, limits, [step] * replicas, router="round robin" if owner is None else owner)
-    return Served(first_token_s=done.first_token_s, finished_s=done.finished_s)
+    return ServedTimes(first_token_s=done.first_token_s, finished_s=done.finished_s)
 
 
 def _print(plan: FleetPlan, format_: str, html: Path | None) -> None:

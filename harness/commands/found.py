@@ -13,7 +13,7 @@ from harness.errors import EXIT_INVALID, EXIT_NOT_DECIDED, EXIT_VALID, ResultsEr
 from harness.record.manifest import MANIFEST
 
 if TYPE_CHECKING:
-    from analysis.compare.paired import Observed
+    from analysis.compare.paired import PairedRun
     from analysis.rows.read import Run
     from analysis.summary import Summary
 
@@ -161,7 +161,7 @@ def with_splits(run: Run, s: Summary, cached_ratio: float | None) -> Summary:
     return replace(s, cost=replace(s.cost, splits=splits))
 
 
-def observe_run(path: Path, slo: dict[str, float] | None, attain: float) -> Observed:
+def observe_run(path: Path, slo: dict[str, float] | None, attain: float) -> PairedRun:
     """What a comparison needs of one run directory."""
     from analysis.compare.paired import observe
     from analysis.rows.read import read_run

@@ -13,7 +13,7 @@ from harness.record.manifest import now_utc
 from harness.verbosity import Verbosity, verbosity
 
 if TYPE_CHECKING:
-    from analysis.capacity.serving_config import System
+    from analysis.capacity.serving_config import ServingConfig
     from analysis.summary import Summary
 
 
@@ -75,12 +75,12 @@ def report_variant(path: Path, name: str, format_: str) -> int:
 
 def report_page(runs: Sequence[Path], html: Path, **options: Any) -> int:
     """Run directories -> one page; its path on stdout."""
-    from analysis.capacity.serving_config import systems
+    from analysis.capacity.serving_config import serving_configs
     from analysis.summary import exit_code
 
     summaries = page_of(runs, html, **options)
     print(html)
-    return exit_code(summaries[0]) if len(summaries) == 1 else exit_of(systems(summaries), summaries)
+    return exit_code(summaries[0]) if len(summaries) == 1 else exit_of(serving_configs(summaries), summaries)
 
 
 def page_of(runs: Sequence[Path], html: Path, **options: Any) -> list[Summary]:
@@ -107,12 +107,12 @@ def report_sweep(
     """Several runs as capacity and cost at the SLO, a line per tier and model; 3: a run is INVALID, 5: TOO SMALL, 4:
     SLO not kept.
     """
-    from analysis.capacity.serving_config import SCHEMA, systems
+    from analysis.capacity.serving_config import SCHEMA, serving_configs
     from analysis.show.capacity_text import capacity_sections, sentence
     from analysis.show.document import Section
 
     summaries = read_summaries(paths, slo, attain, min_requests=min_requests)
-    found = systems(summaries)
+    found = serving_configs(summaries)
     invalid = [s.run for s in summaries if s.verdict == "INVALID"]
     small = [s.run for s in summaries if s.verdict == "TOO SMALL"]
     sentences = [sentence(one) for one in found if one.loop != "closed"] or [sentence(one) for one in found]
@@ -130,7 +130,7 @@ def report_sweep(
     return exit_of(found, summaries)
 
 
-def exit_of(found: Sequence[System], summaries: Sequence[Summary]) -> int:
+def exit_of(found: Sequence[ServingConfig], summaries: Sequence[Summary]) -> int:
     """Status of several runs together. A load beyond capacity misses the SLO: that alone is a result, no failure."""
     if refused := refused_exit(s.verdict for s in summaries):
         return refused

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.compare.compare import JUDGED, compare, parse_gate
-from analysis.compare.paired import Observed
+from analysis.compare.paired import PairedRun
 from analysis.metrics import Window
 from analysis.rows.read import read_run
 from analysis.summary import Summary, summarise
@@ -44,7 +44,7 @@ def template(mode: str) -> Summary:
     return replace(found, verdict="VALID", reasons=[])
 
 
-def run(mode: str, seed: int, name: str, slower: float = 1.0) -> Observed:
+def run(mode: str, seed: int, name: str, slower: float = 1.0) -> PairedRun:
     """One run of the system. ``seed``: of its requests, which both sides of a pair share; ``name``: of all else."""
     rng = np.random.default_rng([seed, *name.encode()])
     factor = slower * float(np.exp(RUN_TO_RUN * rng.standard_normal()))
@@ -60,7 +60,7 @@ def run(mode: str, seed: int, name: str, slower: float = 1.0) -> Observed:
     begin, over = float(due.min()), float(end.max())
     summary = template(mode)
     every = np.ones(REQUESTS, dtype=np.bool_)
-    return Observed(
+    return PairedRun(
         summary=replace(
             summary, run=name, plan=replace(summary.plan, seed=seed),
             window=Window(rule="whole", start_s=begin, end_s=over, duration_s=over - begin),

@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 
 from analysis.stats.intervals import Quantity, distribution, rate, share
-from analysis.stats.replicates import over_repeats
+from analysis.stats.replicates import over_replicates
 from cluster.simulator.replica import Workload, simulate
 from cluster.simulator.step_time import LinearStep, NoisyStep
 from tests.lab.processes import LIMITS, STEP, Floats, at_rate, workload
@@ -77,7 +77,7 @@ def covered(seed: int, truth: dict[str, float]) -> dict[tuple[str, int, str], bo
             for how, plans in (("one plan", [0] * runs), ("apart", list(range(runs)))):
                 if any(q.value is None for q in some):
                     continue
-                q = over_repeats(some, plans=plans)
+                q = over_replicates(some, plans=plans)
                 if q.low is not None or q.high is not None:
                     above, below = q.low is None or q.low <= truth[name], q.high is None or truth[name] <= q.high
                     found[name, runs, how] = above and below
