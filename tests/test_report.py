@@ -179,11 +179,10 @@ def test_a_missed_slo_is_said_beside_the_price(tmp_path):
 
 
 def test_a_percentile_of_too_few_independent_requests_says_what_they_are_worth() -> None:
-    note = "needs 59 independent requests: these 60 are worth about 15"
-    alike = Quantity(value=None, n=60, unit="s", evidence="measured", note=note)
+    alike = Quantity(value=None, n=60, unit="s", evidence="measured", note="any words", needed=59, worth=15)
     assert value(alike, str) == "n≈15<59"
-    assert value(replace(alike, note="needs 299 requests, has 60"), str) == "n<299"
-    assert value(replace(alike, note="no requests to measure"), str) == "-"
+    assert value(replace(alike, needed=299, worth=None), str) == "n<299"
+    assert value(replace(alike, needed=None, worth=None), str) == "-"
 
 
 def test_the_last_three_lines_are_verdict_price_and_slo(tmp_path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,8 +11,6 @@ from analysis.stats.intervals import Quantity
 from analysis.summary import Summary
 
 Style = Callable[[float], str]
-_ALIKE = re.compile(r"needs (\d+) independent .* worth about (\d+)$")
-_NEEDS = re.compile(r"needs (\d+) \w+, has ")
 
 
 def value(q: Quantity, style: Style) -> str:
@@ -22,10 +19,9 @@ def value(q: Quantity, style: Style) -> str:
     """
     if q.value is not None:
         return style(q.value)
-    if alike := _ALIKE.match(q.note or ""):
-        return f"n≈{alike[2]}<{alike[1]}"
-    needs = _NEEDS.match(q.note or "")
-    return f"n<{needs[1]}" if needs else "-"
+    if q.needed is None:
+        return "-"
+    return f"n<{q.needed}" if q.worth is None else f"n≈{q.worth}<{q.needed}"
 
 
 def interval(q: Quantity | None, style: Style, none: str = "") -> str:

@@ -60,6 +60,10 @@ class Quantity:
     unit: str
     note: str | None = None
     evidence: str
+    needed: int | None = None
+    """Samples that the figure needs, where there are too few for it; else None."""
+    worth: int | None = None
+    """Independent samples that the ``n`` are worth, where there are too few for that alone; else None."""
 
     def __post_init__(self) -> None:
         for number in (self.value, self.low, self.high):
@@ -163,13 +167,14 @@ def distribution(
         """``below``: the next lower percentile. Without that one there is none: they need ever more samples."""
         needed = samples_needed(p)
         if n < needed:
-            return replace(blank, note=f"needs {needed} {noun}, has {n}")
+            return replace(blank, note=f"needs {needed} {noun}, has {n}", needed=needed)
         if below is not None and below.value is None:
-            return replace(blank, note=below.note)
+            return replace(blank, note=below.note, needed=below.needed, worth=below.worth)
         value = quantile(p)
         worth = effective_n(seen(value, p), p, n)
         if worth * (1 - p) < 1:
-            return replace(blank, note=f"needs {needed} independent {noun}: these {n:,} are worth about {worth:.0f}")
+            why = f"needs {needed} independent {noun}: these {n:,} are worth about {worth:.0f}"
+            return replace(blank, note=why, needed=needed, worth=round(worth))
         if short:
             return replace(blank, value=value, note=short)
         low, high = percentile_ends(quantile, variance, p, n) if total >= MIN_SAMPLES else (None, None)

@@ -52,8 +52,11 @@ def make_plan(
     target: Target,
     options: ReplayOptions,
     tell: Callable[[str], None] = say,
+    note: Callable[[str], None] | None = None,
 ) -> PlanInfo:
-    """Build the plan file, with prompts as the target counts them; ``tell`` hears what is in it."""
+    """Build the plan file, with prompts as the target counts them; ``tell`` hears what is in it, ``note`` its notes
+    (by default ``tell``, too).
+    """
     asked = options.plan
 
     def choose(content: Content) -> tuple[Vocabulary | None, bool]:
@@ -76,8 +79,9 @@ def make_plan(
     tell(f"plan: {info.requests} requests from {info.trace_format} trace{rate} ({time.monotonic() - started:.1f} s)")
     if drawn and info.tokenizer is not None:
         tell(f"  seed {info.seed}, drawn: prompts that no server has seen; --seed {info.seed} makes them again")
-    for note in [*info.notes, *too_long(out, target.max_model_len)]:
-        tell(f"  note: {note}")
+    note = note or tell
+    for words in [*info.notes, *too_long(out, target.max_model_len)]:
+        note(f"  note: {words}")
     return info
 
 

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 STOPPED = "stopped by the user"
 
 
+def _unsaid(_: str) -> None:
+    """What would be said of every plan of a sweep."""
+
+
 class Session:
     """One sitting of a sweep: from its start or its resumption to its end. ``state`` is on disk before every step."""
 
@@ -142,7 +146,7 @@ class Session:
                 set_aside(path)
                 say(f"{path}: is damaged; it is made again")
             if not path.exists():
-                make_plan(self.trace, path, target, self._options(point), tell=notes.append)
+                make_plan(self.trace, path, target, self._options(point), tell=_unsaid, note=notes.append)
             found, info = plan_sha256(path), read_plan_info(path)
             if point.plan_sha256 not in (None, found):
                 raise PlanError(f"{path}: comes out otherwise than before (another harness?); begin a new sweep")
@@ -151,8 +155,7 @@ class Session:
                 notes.append("  note: prompts are the trace's own text, the same in every point: a warm prefix cache "
                              "knows them from the second point on")  # fmt: skip
             for note in notes:
-                if note.startswith("  note"):
-                    self.tell_once(note)
+                self.tell_once(note)
         self.write()
 
     @contextmanager
