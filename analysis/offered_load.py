@@ -27,7 +27,8 @@ from harness.record.server_metrics import read_server_metrics
 
 SLOTS = "--max-num-seqs"
 GIVEN = "the load is given"
-"""Why throughput and cost of an open loop have no interval."""
+"""Why throughput and cost of an open loop have no interval: they follow from a load that was chosen and estimate
+nothing. In a closed loop and at capacity they say what the servers can do, and have one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -183,8 +183,9 @@ class Schedule:
         return free[0][0] if free else released[0][0] if released else None
 
     def take(self, now_ns: int) -> tuple[Planned, int]:
-        """The next request and when it was due: the one due first, also when all are late. Where new sessions have no
-        time (closed loop), turns whose time has come go before them.
+        """The next request and when it was due: the one due first, also when all are late. (Were later turns to go
+        first, a late worker would hold back new sessions for as long as it is late, since some turn is always due.)
+        Where new sessions have no time (closed loop), turns whose time has come go before them.
         """
         self.left -= 1
         self.prepared -= 1

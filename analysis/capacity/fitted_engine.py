@@ -99,7 +99,7 @@ class ServedTimes:
 
 
 class Engine(Protocol):
-    """Serves requests in virtual time. The command line hands one in: nothing here knows how it works."""
+    """Serves requests in virtual time. `analysis` does not import the simulator: the command line hands it in."""
 
     def __call__(
         self, fitted: FittedEngine, requests: Requests, replicas: int, owner: Ints | None = None

@@ -1,4 +1,4 @@
-"""Capacity: the highest load at which a promise is kept, and what limits a system beyond it. Nothing is extrapolated.
+"""Capacity: the highest load at which the SLO is met, and what limits a system beyond it. Nothing is extrapolated.
 
 A `Point` is one load of one system (tier, model, engine arguments), repeats pooled, from VALID runs only. Loads are
 requests/s (open loop) or requests in flight (closed loop); one system is judged in one of the two.
@@ -233,7 +233,10 @@ def _crossing(loads: Floats, shares: Floats, weights: Floats, wanted: float, pla
 
 
 def _draws(loads: Floats, points: Sequence[Point], criteria: Sequence[Criterion]) -> Floats:
-    """What capacity could have been: `DRAWS` loads, -inf below and inf above all that was measured."""
+    """What capacity could have been: `DRAWS` loads, -inf below and inf above all that was measured.
+
+    Nothing was measured between the two loads around a crossing, so each place between them is taken as equally likely.
+    """
     rng = np.random.default_rng(0)
     lowest = np.full(DRAWS, np.inf)
     for k, criterion in enumerate(criteria):

@@ -117,6 +117,7 @@ def _templates() -> jinja2.Environment:
 
 @cache
 def _style_and_script() -> tuple[str, str]:
+    """Both as the page holds them. uPlot is inlined: other plotting libraries are many times its size."""
     css = _file("uplot.css") + "\n" + _file("page.css")
     return css, f"/*\n{_file('uplot-LICENSE.txt')}*/\n{_file('uplot.js')}\n{_file('page.js')}"
 

@@ -50,7 +50,7 @@ class Quantity:
     """A figure: value in ``unit`` with its 95 % interval [low, high] from ``n`` samples.
 
     None is "not known", never 0; ``note`` then says why. ``evidence`` says where it comes from: measured, simulated,
-    list price.
+    list price. A value outside its own interval raises ValueError, so that no report can show one.
     """
 
     value: float | None

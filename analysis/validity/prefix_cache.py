@@ -197,7 +197,10 @@ def _spare(run: Run) -> int:
 
 
 def block_tokens(run: Run) -> int | None:
-    """Tokens in a block of the servers' prefix caches: as they say, else as they were started; None: nobody knows."""
+    """Tokens in a block of the servers' prefix caches: as they say, else as they were started; None: not known.
+
+    Caches find whole blocks only, so what a plan repeats is counted in blocks of this size.
+    """
     said = {int(size) for size in _said(run, BLOCK_SIZE) if size is not None and size >= 1}
     if said:
         return said.pop() if len(said) == 1 else None

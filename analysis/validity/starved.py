@@ -1,8 +1,10 @@
-"""Did the servers have a processor whenever they wanted one? A server beside other work is slow, and so dear, for it.
+"""Did the servers have a processor whenever they wanted one?
 
-What their threads waited, by the kernel's own count (`harness.record.server_processor`), over what they ran. Of
-threads with work: those that only wake up now and then wait many times what they run, on an idle machine too, and slow
-nothing. The engine's own threads make each other wait as well, which is no fault of the measurement: `OWN_WAIT`.
+Waiting for a processor is not the speed of the hardware, so a run whose servers waited too long is INVALID and has no
+price. Measured as the time that server threads waited over the time that they ran, by the kernel's own count
+(`harness.record.server_processor`). Only threads with work count: those that just wake up now and then wait many times
+what they run, on an idle machine too, and slow nothing. An engine's threads also make each other wait, which is not a
+fault of the measurement: `OWN_WAIT`.
 """
 
 from __future__ import annotations

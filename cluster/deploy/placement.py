@@ -159,7 +159,8 @@ def choose_load_nodes(nodes: Sequence[Node], servers: Sequence[str]) -> list[Nod
 def choose_cpus(cpus: Sequence[int], vcpu: int, rank: int, count: int) -> list[int]:
     """Processors for replica ``rank`` of ``count`` on a host: as many as the tier has, no two replicas on the same.
 
-    On a host with fewer than all of them need, each gets its even share, at least one (then shared).
+    On a host with fewer than all of them need, each gets its even share, at least one (then shared). Not left to vLLM,
+    which binds its threads without knowing of other servers and would put two replicas on the same cores.
     """
     if len(cpus) < count:
         return [cpus[rank % len(cpus)]]

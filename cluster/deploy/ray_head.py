@@ -1,7 +1,8 @@
 """A Ray of this machine in a process of its own: ``python -m cluster.deploy.ray_head``.
 
 Ray starts half a dozen processes, and some of them outlive a killed driver by a minute. Here all of them are below one
-command, so the guard of that command ends them like anything else. Prints one line of JSON with the address and waits.
+command, so the guard of that command ends them like anything else. It listens on loopback only and requires a random
+token of the run (`cluster.deploy.ray_session` sets both). Prints one line of JSON with the address and waits.
 """
 
 from __future__ import annotations

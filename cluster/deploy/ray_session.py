@@ -26,7 +26,7 @@ if not os.environ.get("RAY_ADDRESS"):
     # A Ray of our own lets in only who has this run's token. Ray reads these once, when it is imported.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    # And it is on loopback alone, which Ray knows from systems where clusters are not supported.
+    # And it listens on loopback only: what Ray does on Windows and macOS, where it supports no clusters.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 # A driver that has lost the cluster's head is ended by Ray after this time, in the middle of whatever it does. By then

@@ -117,6 +117,7 @@ def for_processor(model: Model, tier: Tier, flags: AbstractSet[str]) -> tuple[Mo
 
     bfloat16 becomes float32 on x86 with AVX2 alone: vLLM's kernels for bfloat16 want AVX-512 and are several times
     slower there. Not where that does not fit the tier's memory, and not for quantised weights, whose kernels differ.
+    For servers on the driver's own machine only: on a Ray cluster it cannot see the processors, and nothing changes.
     """
     if "avx2" not in flags or "avx512f" in flags or model.dtype != "bfloat16" or model.quantization:
         return model, None

@@ -12,8 +12,9 @@ line ``exit N`` (negative: a signal), unless the command itself is still there.
   does when a worker exits) hits the stand-in, and the process tree still shows who started what.
 - It is the reaper of every descendant of the command (PR_SET_CHILD_SUBREAPER), also of those that made their own
   session, so "no child left to wait for" proves that nothing is left.
-- Should the guard itself be killed, the kernel kills the command (PR_SET_PDEATHSIG, safe here: one thread), and the
-  owner, seeing STATUS end without ``exit``, sweeps the rest.
+- Should the guard itself be killed, the kernel kills the command (PR_SET_PDEATHSIG), and the owner, seeing STATUS end
+  without ``exit``, sweeps the rest. PR_SET_PDEATHSIG could not replace the guard: it is sent when the *thread* that
+  forked exits (the guard has only one), and it does not reach grandchildren.
 """
 
 from __future__ import annotations

@@ -251,7 +251,8 @@ class PlanInfo:
     cut: bool = False
     """A limit cut off requests that were thinned or superposed: the plan ends before the trace does."""
     source: TraceStats | None = None
-    """The rows that were read, as the trace records them; null in plans of older versions."""
+    """The rows that were read, as the trace records them, so that a run can be compared with its trace when the trace
+    file is gone (`analysis.fidelity`); null in plans of older versions."""
     planned: ArrivalStats | None = None
     """Arrivals of the plan, on its own clock; null in a closed loop and in plans of older versions."""
     windows: list[PlannedWindow] = field(default_factory=list)

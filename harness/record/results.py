@@ -1,6 +1,9 @@
 """The result row: one per planned request, written as it happens, readable after any crash.
 
-A failure is a row; nothing is dropped. Columns of `SCHEMA` (file ``results-<worker>.arrows``, Arrow IPC *stream*):
+A failure is a row; nothing is dropped. The file ``results-<worker>.arrows`` is an Arrow IPC *stream*, not an Arrow IPC
+file: of a stream that was cut off every complete batch can still be read, of a file without its footer nothing.
+
+Columns of `SCHEMA`:
 
 ==================  ============  =====================================================================================
 column              type          meaning
@@ -12,13 +15,15 @@ scheduled_ns        int64         when it was due, ns after the common start. Op
                                   moment its slot became free
 sent_ns             int64         when the client began to send it (before any connection set-up); null: never sent
 chunk_gap_ns        list<int64>   ns between chunks that carry output: the first from sent_ns, each other from the chunk
-                                  before it. Gaps, because they compress to half of absolute times.
+                                  before it. Gaps are service TTFT and ITL as they stand, and compress
+                                  to half of absolute times (under five bytes a token).
                                   Empty when no output arrived, and when the answer was not streamed
 chunk_tokens        list<int32>   output tokens in each of those chunks; null when the server did not let us know
 finished_ns         int64         when the response ended or failed; null when never sent
 input_tokens        int32         prompt tokens as the server counted them (``usage``); null when it did not say
 cached_tokens       int32         of these, read from the prefix cache; null when it did not say
-output_tokens       int32         completion tokens as the server counted them; null when it did not say
+output_tokens       int32         completion tokens as the server counted them (``usage``); null when it did not say.
+                                  Never the number of chunks: one may hold several tokens, or none
 reasoning_tokens    int32         of these, spent on reasoning, streamed or not, as the server declared them
                                   (``completion_tokens_details``); null when it did not say
 finish_reason       string        as the server said: stop, length, ...

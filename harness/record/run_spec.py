@@ -72,7 +72,10 @@ class RunSpec:
     """Which base URL a request goes to: "least" in flight (as its worker sees it), "round-robin", or "session": all
     requests of a slice to one."""
     retries: int = 0
-    """How often a request is sent again when there was no connection or the server said 429 or 503."""
+    """How often a request is sent again when there was no connection or the server said 429 or 503. No other
+    failure is retried, because the server may already have worked on the request. Off by default: latency counts from
+    the first try, so it includes the pauses. (Not counted here: a request that met a kept connection just as the server
+    closed it is always sent once more.)"""
     capture: Capture = "off"
     """What is kept of each answer in ``answers-<worker>.arrows``: nothing, an HMAC of its text, or also the text."""
     ramp_s: float | None = None

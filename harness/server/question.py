@@ -1,6 +1,7 @@
 """One question over HTTP to a server that nobody vouches for.
 
-It takes a bounded time in all (`http.client` alone bounds each read, so a byte a second lasts for ever) and a bounded
+Every request to a server except the load itself is made by `ask`, so that these rules are kept everywhere. A question
+takes a bounded time in all (`http.client` alone bounds each read, so a byte a second lasts for ever) and a bounded
 number of bytes, follows no redirect, since the API key would go along, and heeds no proxy of the environment: a load
 test must know where its questions go, as it does for its load. Ctrl-C is heard at any moment.
 """

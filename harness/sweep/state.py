@@ -6,7 +6,10 @@
     plans/                one plan for each load level and repeat, shared by all tiers of a model
     servers/<pair>/       logs of the servers that the points of one model and tier shared
     <point>/              one run directory per point (`harness.record.manifest`)
-    <point>.aborted-<n>/  what a crash, a Ctrl-C or an empty purse left of a point that was then done again
+    <point>.aborted-<n>/  what a crash, a Ctrl-C or a spent budget left of a point that was then done again
+
+``sweep.json`` is replaced in one step before and after every point, so whatever ends a sweep leaves a whole one. Which
+points are kept when it goes on is not decided by it but by their rows (`verify`): it may be older than they are.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Receives bytes and stamps each read: the hot path, compiled in `_reader.c` where that could be built.
 
-`Reader` polls all descriptors with one epoll. The compiled one recognises what the answers of a server have in common
+`Reader` polls all descriptors with one epoll, and the event loop watches that one: a watcher for each connection would
+cost a dispatch by the event loop for each read. The compiled one recognises what the answers of a server have in common
 (`Pattern`, learned by `scenarios.client.fast_path`) and stores chunks in `Kept` without calling into Python until the
 answer ends; anything unexpected is passed on, and parsed by the full parser. The Python fallback passes everything on.
 
