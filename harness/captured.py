@@ -1,6 +1,7 @@
 """Captured answers of a run: what each request was answered, by request id, beside its result rows.
 
-Off by default. ``answers-<worker>.arrows`` (Arrow IPC stream, readable by its owner alone) has these columns:
+Off by default. ``answers-<worker>.arrows`` (Arrow IPC stream, readable by its owner alone, never sent to a store) has
+these columns:
 
 ===========  ===========  =============================================================================================
 column       type         meaning

@@ -255,6 +255,7 @@ def test_a_growing_run_is_followed_and_then_whole(s3_env: str, tmp_path: Path) -
     write(run / "run.json", b'{"status": "planned"}')
     write(run / "api-key", b"nobody else's business")
     write(run / ".run.json.123", b"half")
+    write(run / "answers-0.arrows", b"what users were told")
     url = f"{s3_env}/run"
     follower = fast(run, url, said)
     follower.claim()

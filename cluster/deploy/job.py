@@ -7,6 +7,7 @@ died is in the run directory.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,3 +94,12 @@ def read_piece(file: Path, offset: int) -> bytes:
             return source.read(PIECE_BYTES)
     except OSError:
         return b""
+
+
+def append_piece(file: Path, piece: bytes) -> None:
+    """Append what came from another host. A file that this makes is its owner's alone, as captured answers have to be.
+
+    Raises `OSError`.
+    """
+    with open(file, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as target:
+        target.write(piece)

@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from cluster.deploy.actors import HostActor, Report, WorkerActor
-from cluster.deploy.job import PIECE_BYTES, Job
+from cluster.deploy.job import PIECE_BYTES, Job, append_piece
 from cluster.deploy.placement import ACTOR_CPUS, Node
 from cluster.deploy.ray_session import LOST_S, Question, end_actor, last_line, on
 from cluster.process.process import GRACE_S, tail
@@ -101,8 +101,7 @@ class RemoteWorker:
         for name, piece in report.pieces.items():
             if piece:
                 try:
-                    with self._files[name].open("ab") as file:
-                        file.write(piece)
+                    append_piece(self._files[name], piece)
                 except OSError as e:
                     self._lose(f"{self._files[name]}: cannot write ({e.strerror})")
                     return

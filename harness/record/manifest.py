@@ -2,8 +2,8 @@
 are.
 
 ``runs/<UTC time>-<name>/`` holds ``run.json``, ``plan.arrow``, ``results-<worker>.arrows``,
-``worker-<worker>.arrows``, ``worker-<worker>.log``, ``server-<replica>.log``. A directory is never overwritten, and
-its owner's alone.
+``worker-<worker>.arrows``, ``worker-<worker>.log``, ``server-<replica>.log`` and, if answers are captured,
+``answers-<worker>.arrows`` (`harness.captured`). A directory is never overwritten, and its owner's alone.
 """
 
 from __future__ import annotations

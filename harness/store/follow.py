@@ -3,6 +3,8 @@
 The folder stays on this machine; a `Follower` follows it. Its files lie below the URL under their own names,
 ``run.json`` sent last; ``.sender`` beside them says who sends, and is gone when every file is up. So a machine that
 dies loses what came since the last round, and any machine can bring back the rest (`harness.store.copies`).
+Captured answers (``answers-<worker>.arrows``, `harness.captured`) are not sent, since they are the text of users: copy
+them yourself if they are to go there.
 
 ``python -m harness.store RUN_DIRECTORY s3://BUCKET/PREFIX`` sends a run, or what is missing of it, later.
 """
@@ -48,6 +50,8 @@ LAST = "run.json"
 """Goes up last in a round: what it says of a run, the run has."""
 KINDS = (".json", ".toml", ".md", ".html", ".arrows", ".log", ".arrow")
 """Endings of the files a run is made of, small ones first: a large plan must not hold back the rows."""
+CAPTURED = "answers-*.arrows"
+"""Captured answers, which stay on this machine."""
 
 Say = Callable[[str], None]
 
@@ -59,8 +63,8 @@ def silent(words: str) -> None:
 class Follower:
     """Sends what changed in a folder from a thread; the load never waits for it.
 
-    Only files a run is made of are sent: an API key that was left beside them is not. ``apart``: names that another
-    sends.
+    Only files a run is made of are sent: an API key that was left beside them is not, nor are captured answers.
+    ``apart``: names that another sends.
     """
 
     def __init__(
@@ -144,7 +148,7 @@ class Follower:
         found = []
         for path in self._folder.rglob("*"):
             inside = path.relative_to(self._folder)
-            if path.suffix not in KINDS or any(part.startswith(".") for part in inside.parts):
+            if path.suffix not in KINDS or path.match(CAPTURED) or any(part.startswith(".") for part in inside.parts):
                 continue
             if path.name != MARK and str(inside) not in self._apart and path.is_file():
                 found.append(path)
