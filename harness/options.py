@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from harness.plan.arrivals import Stage
     from harness.plan.file import Windows
     from harness.record.manifest import OnReplicaDeath
-    from harness.trace.formats.asked import Role, TimeUnit
+    from harness.trace.formats.record import Role, TimeUnit
 
 OutputFormat = Literal["text", "md", "json", "csv"]
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from harness.errors import TraceError, UsageError
 from harness.trace.anonymize import anonymize
-from harness.trace.formats.asked import Asked
 from harness.trace.formats.detect import claims
 from harness.trace.formats.jsonl import FIELDS
+from harness.trace.formats.record import Asked
 from harness.trace.formats.values import IsoClock, epoch_ns
 from harness.trace.io import FAILED_CALL, TraceRecord, open_trace
 from harness.trace.source import open_source, records

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from harness.errors import TraceError
 from harness.trace import source as source_module
-from harness.trace.formats import FORMATS
+from harness.trace.formats.detect import FORMATS
 from harness.trace.io import open_trace
 from harness.trace.shape import measure
 

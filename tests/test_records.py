@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from harness.errors import TraceError, UsageError
 from harness.trace import source as source_module
-from harness.trace.formats import FORMATS
-from harness.trace.formats.azure import Azure
+from harness.trace.formats.detect import FORMATS
+from harness.trace.formats.published import Azure
 from harness.trace.formats.record import Place
 from harness.trace.io import FAILED_CALL, TraceRecord, open_trace
 

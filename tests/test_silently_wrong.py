@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness.trace.formats.record import TraceRecord, is_whole_prompt
-from harness.trace.formats.usage import Usage, usage_of
+from harness.trace.formats.values import Usage, usage_of
 from harness.trace.io import Trace, open_trace
 
 USER = {"role": "user", "content": "Name three rivers of France, please."}

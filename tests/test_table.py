@@ -17,10 +17,8 @@ from hypothesis import strategies as st
 
 from harness.cli.trace import trace as verbs
 from harness.errors import TraceError, UsageError
-from harness.trace.formats.asked import Asked
-from harness.trace.formats.clock import Clock, unit_of
-from harness.trace.formats.columns import parse_map, recognised, role_of
-from harness.trace.formats.record import RowError
+from harness.trace.formats.columns import Clock, parse_map, recognised, role_of, unit_of
+from harness.trace.formats.record import Asked, RowError
 from harness.trace.io import Trace, TraceRecord, open_trace
 
 BASE = datetime(2026, 9, 21, 14, 13, 20, tzinfo=UTC)

@@ -16,7 +16,7 @@ import pytest
 
 from harness.errors import TraceError
 from harness.trace.formats import columnar, unpacked
-from harness.trace.formats.parquet_pages import group_pages
+from harness.trace.formats.unpacked import group_pages
 from harness.trace.io import open_trace
 from harness.trace.source import open_source
 

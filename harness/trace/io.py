@@ -15,11 +15,10 @@ from pathlib import Path
 
 from harness.errors import TraceError, UsageError, unknown_name
 from harness.trace.arrival_order import ArrivalOrder
-from harness.trace.formats import FORMATS
-from harness.trace.formats.asked import Asked
-from harness.trace.formats.detect import detect_all
+from harness.trace.formats.detect import FORMATS, detect_all
 from harness.trace.formats.record import (
     FAILED_CALL,
+    Asked,
     FailedCallError,
     Item,
     LeftOutError,

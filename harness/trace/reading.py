@@ -8,7 +8,7 @@ from pathlib import Path
 from harness.errors import UsageError
 from harness.options import ReadOptions
 from harness.plan.seeds import load_seed
-from harness.trace.formats.asked import Asked
+from harness.trace.formats.record import Asked
 from harness.trace.io import Trace, open_trace
 from harness.trace.selection import parse_where
 

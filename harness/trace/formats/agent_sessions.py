@@ -26,8 +26,7 @@ from harness.trace.formats.record import (
     TraceRecord,
     whole,
 )
-from harness.trace.formats.usage import usage_of
-from harness.trace.formats.values import Copies, IsoClock, called, decode_object, fields_of
+from harness.trace.formats.values import Copies, IsoClock, called, decode_object, fields_of, usage_of
 
 _WAITING = 1000
 """Calls of which further lines may come; of older ones the last line is taken to have been read."""

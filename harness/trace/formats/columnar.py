@@ -9,95 +9,31 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
-
-import msgspec
+from typing import Any
 
 from harness.errors import TraceError
-from harness.trace.formats.asked import Role
 from harness.trace.formats.columns import is_table, recognised
-from harness.trace.formats.jsonl import FIELDS, BlockSizes, Line, OwnClock, row_of
-from harness.trace.formats.parquet_pages import check_pages, group_pages
-from harness.trace.formats.record import Item, LeftOutError, Place, RowError, safe
-from harness.trace.formats.table import Table
-from harness.trace.formats.unpacked import check_arrow
-from harness.trace.formats.values import decode_error
+from harness.trace.formats.jsonl import FIELDS
+from harness.trace.formats.record import Role, RowError, safe
+from harness.trace.formats.unpacked import check_arrow, check_pages, group_pages
 from harness.trace.source import MAX_LINE_BYTES, Source, magic
 
+MAGICS = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")
+"""First bytes of Parquet, an Arrow file and an Arrow stream."""
 _ROWS = 4096
 _BATCH_BYTES = 2**26
 _OURS_ALONE = {"prompt", "messages", "prefix_ids", "block_tokens"}
 """Columns by which a file is meant to be in our format, whatever else it has."""
 
 
-class Columnar(Table):
-    """Reader of columnar files; the first bytes tell which kind."""
-
-    summary = "Parquet or Arrow file with the columns of our JSON Lines, or of any table"
-    others_first: ClassVar[bool] = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._sizes = BlockSizes()
-        self._own = OwnClock()
-        self._ours = False
-
-    @classmethod
-    def sniff(cls, record: bytes) -> bool:
-        """The magic bytes of Parquet, an Arrow file or an Arrow stream."""
-        return record.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"))
-
-    @property
-    def clock(self) -> str:  # type: ignore[override]
-        """As its name says, or as found."""
-        return self._own.said if self._ours else super().clock
-
-    @property
-    def sends_text(self) -> bool:  # type: ignore[override]
-        """Our own rows are written to be sent."""
-        return self._ours
-
-    def records(self, file: Source) -> Iterator[tuple[int, Any]]:
-        """(row from 1, column -> value without nulls)."""
-        self._ours = _is_ours(_schema(file), self._asked.columns)
-        return rows(file, self._asked.columns)
-
-    def rows(self, records: Iterable[tuple[Place, Any]]) -> Iterator[tuple[Place, Item]]:
-        """Rows of our own as lines of JSON would be read; those of a table as a table's."""
-        records = iter(records)
-        first = next(records, None)
-        if first is None:
-            return
-        place, record = first
-        again = _chained(place, record, records)
-        if not self._ours:
-            yield from super().rows(again)
-            return
-        for place, record in again:
-            try:
-                if isinstance(record, RowError):
-                    raise record
-                row = row_of(msgspec.convert(record, Line), self._own)
-                self._sizes.see(row)
-                yield place, row
-            except msgspec.ValidationError as e:
-                yield place, decode_error(e, b"", FIELDS)
-            except (RowError, LeftOutError) as e:
-                yield place, e
-
-    def blocks(self) -> str | None:
-        """As ``block_tokens`` says."""
-        return self._sizes.said()
-
-
-def _chained(place: Place, record: Any, others: Iterator[tuple[Place, Any]]) -> Iterator[tuple[Place, Any]]:
-    yield place, record
-    yield from others
-
-
 def is_columnar(file: Source) -> bool:
     """Whether the bytes of a file say so."""
-    return Columnar.sniff(magic(file))
+    return magic(file).startswith(MAGICS)
+
+
+def is_ours(file: Source, asked: Mapping[Role, str]) -> bool:
+    """Whether all columns are ours, times in seconds as ours are. Raises `TraceError`."""
+    return _is_ours(_schema(file), asked)
 
 
 def rows(file: Source, asked: Mapping[Role, str]) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
@@ -177,7 +113,6 @@ def _schema(file: Source) -> Any:
 
 
 def _is_ours(schema: Any, asked: Mapping[Role, str]) -> bool:
-    """Whether all columns are ours, times in seconds as ours are."""
     import pyarrow as pa
 
     names = schema.names

@@ -1,4 +1,7 @@
-"""Which format a file has, from its first record; and what it is instead, when it has none."""
+"""Which format a file has, from its first record; and what it is instead, when it has none.
+
+A new format is a `Reader` and a line in `FORMATS`.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,52 @@ from collections import Counter
 import msgspec
 
 from harness.errors import TraceError
-from harness.trace.formats import FORMATS
+from harness.trace.formats.access_log import AzureGateway, Caddy, Cloudflare, Envoy, Kong, Nginx, Traefik
+from harness.trace.formats.agent_sessions import ClaudeCode, Codex
+from harness.trace.formats.api_logs import Bedrock, Dynamo, LiteLLM
 from harness.trace.formats.columnar import column_names, is_columnar
-from harness.trace.formats.record import RowError, safe
-from harness.trace.formats.table import Table, header_of, split
+from harness.trace.formats.engine_logs import SGLang, VllmLog
+from harness.trace.formats.jsonl import Jsonl
+from harness.trace.formats.langfuse import Langfuse
+from harness.trace.formats.messages import Chat, OpenAI
+from harness.trace.formats.mooncake import Mooncake
+from harness.trace.formats.otel import OTel
+from harness.trace.formats.published import Azure, Bailian, BurstGPT, RagPulse
+from harness.trace.formats.record import Reader, RowError, safe
+from harness.trace.formats.table import Columnar, Table, header_of, split
 from harness.trace.formats.values import header_names
 from harness.trace.source import Source, magic, records
 from harness.trace.sources import Sources
+
+FORMATS: dict[str, type[Reader]] = {
+    "azure": Azure,
+    "azure-gateway": AzureGateway,
+    "bailian": Bailian,
+    "bedrock": Bedrock,
+    "burstgpt": BurstGPT,
+    "caddy": Caddy,
+    "chat": Chat,
+    "claude-code": ClaudeCode,
+    "cloudflare": Cloudflare,
+    "codex": Codex,
+    "columnar": Columnar,
+    "dynamo": Dynamo,
+    "envoy": Envoy,
+    "jsonl": Jsonl,
+    "kong": Kong,
+    "langfuse": Langfuse,
+    "litellm": LiteLLM,
+    "mooncake": Mooncake,
+    "nginx": Nginx,
+    "openai": OpenAI,
+    "otel": OTel,
+    "ragpulse": RagPulse,
+    "sglang-log": SGLang,
+    "table": Table,
+    "traefik": Traefik,
+    "vllm-log": VllmLog,
+}
+"""Name (as given to ``--trace-format``) -> reader."""
 
 _HEAD_RECORDS = 20_000
 """A log is recognised by one of this many first lines: servers print a banner before the first request."""

@@ -51,8 +51,7 @@ from typing import Annotated
 
 import msgspec
 
-from harness.trace.formats.clock import Clock
-from harness.trace.formats.columns import role_of
+from harness.trace.formats.columns import Clock, role_of
 from harness.trace.formats.record import MAX_ARRIVAL_S, MAX_TOKENS, FailedCallError, Reader, RowError, TraceRecord
 from harness.trace.formats.values import DECODE_ERRORS, decode_error, fields_of, seconds_ns
 
@@ -123,8 +122,8 @@ class Jsonl(Reader):
             # A request to a model has a model and a prompt, and nothing that only a trace has.
             return "body" not in fields and ("model" not in fields or _is_row(fields.keys()))
         # Messages alone are ours, unless the last is an answer: then it is a chat log, see
-        # `harness.trace.formats.chat`. With nothing but a model beside them they are a request, see
-        # `harness.trace.formats.openai`.
+        # `harness.trace.formats.messages`. With nothing but a model beside them they are a request, see
+        # `harness.trace.formats.messages`.
         request = fields.keys() == {"messages", "model"}
         return (
             "messages" in fields and fields.keys() <= set(FIELDS) and not answered(fields["messages"]) and not request

@@ -14,7 +14,7 @@
 ``len(hash_ids) == ceil(input_length / 512)`` on every row of the published traces; it is checked, because files of the
 same fields with other block sizes exist (Qwen-Bailian: 16 tokens and float seconds) and would be replayed with other
 prefixes and on another clock. Prompts of several blocks show Mooncake, and so milliseconds; where there are none, small
-whole numbers could be seconds as well, and the unit is asked for (`harness.trace.formats.clock`).
+whole numbers could be seconds as well, and the unit is asked for (`harness.trace.formats.columns`).
 
 Source: kvcache-ai/Mooncake, ``FAST25-release/traces``; ai-dynamo/aiperf, ``docs/tutorials/fixed-schedule.md`` and
 ``docs/benchmark-datasets.md``; vllm-project/guidellm, trace replay.
@@ -28,9 +28,19 @@ from typing import Annotated, Any
 
 import msgspec
 
-from harness.trace.formats.asked import Asked
-from harness.trace.formats.clock import Clock
-from harness.trace.formats.record import Item, LeftOutError, Place, Reader, RowError, Rows, TraceRecord, safe, whole
+from harness.trace.formats.columns import Clock
+from harness.trace.formats.record import (
+    Asked,
+    Item,
+    LeftOutError,
+    Place,
+    Reader,
+    RowError,
+    Rows,
+    TraceRecord,
+    safe,
+    whole,
+)
 from harness.trace.formats.values import (
     called,
     decode_object,

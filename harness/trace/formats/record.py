@@ -1,14 +1,28 @@
-"""What a format reader gives back for one record of a trace file, and how it refuses one."""
+"""What a format reader gives back for one record of a trace file, and how it refuses one; what it may be told."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from harness.errors import UsageError
 from harness.trace import source
-from harness.trace.formats.asked import Asked
+
+Role = Literal["arrival", "input", "output", "session", "model", "cached"]
+"""What a column of a table can be."""
+ROLES: tuple[Role, ...] = get_args(Role)
+TimeUnit = Literal["s", "ms", "us", "ns"]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the user says of a table."""
+
+    columns: Mapping[Role, str] = field(default_factory=dict)
+    unit: TimeUnit | None = None
+
 
 MAX_TOKENS = 2**24
 """Most tokens one request may have in or out. Far above any context window: more is a damaged or misread field."""

@@ -3,12 +3,12 @@
 Columns are found by their names (`harness.trace.formats.columns`), or named by the user (``--map
 arrival=ts,input=p,output=c``, in JSON with dots into objects). Needed are the input tokens and one of the time and the
 output tokens; session, model and cached tokens are read where there are any; all else is not replayed, and a note says
-so. What the times are is found from the first rows (`harness.trace.formats.clock`), or said by ``--time-unit``.
+so. What the times are is found from the first rows (`harness.trace.formats.columns`), or said by ``--time-unit``.
 
 CSV may be divided by commas, semicolons, tabs or bars, its fields quoted, counts written as ``374.0``; the header may
 come again, as it does where files were put together. Empty fields, ``null`` and ``NaN`` are not given. With
 Anthropic's columns beside ``input_tokens`` (``cache_read_input_tokens``, ``cache_creation_input_tokens``) these are
-added, and a ``usage`` object is read as `harness.trace.formats.usage` says.
+added, and a ``usage`` object is read as `harness.trace.formats.values` says.
 
 A table is what is in no other format: every other reader is asked first.
 """
@@ -20,12 +20,35 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import chain, islice
 from typing import Any, ClassVar
 
-from harness.trace.formats.asked import Asked, Role
-from harness.trace.formats.clock import Clock
-from harness.trace.formats.columns import is_table, recognised
-from harness.trace.formats.record import Item, LeftOutError, Place, Reader, RowError, Rows, TraceRecord, safe, whole
-from harness.trace.formats.usage import Usage, usage_of
-from harness.trace.formats.values import called, decode_object, fields_of, not_utf8, show, token_count
+import msgspec
+
+from harness.trace.formats import columnar
+from harness.trace.formats.columns import Clock, is_table, recognised
+from harness.trace.formats.jsonl import FIELDS, BlockSizes, Line, OwnClock, row_of
+from harness.trace.formats.record import (
+    Asked,
+    Item,
+    LeftOutError,
+    Place,
+    Reader,
+    Role,
+    RowError,
+    Rows,
+    TraceRecord,
+    safe,
+    whole,
+)
+from harness.trace.formats.values import (
+    Usage,
+    called,
+    decode_error,
+    decode_object,
+    fields_of,
+    not_utf8,
+    show,
+    token_count,
+    usage_of,
+)
 from harness.trace.source import Source
 
 MARKS = (",", ";", "\t", "|")
@@ -86,8 +109,6 @@ class Table(Reader):
 
     def records(self, file: Source) -> Iterator[tuple[int, Any]]:
         """Lines, objects, or rows of a columnar file."""
-        from harness.trace.formats import columnar
-
         return columnar.rows(file, self._asked.columns) if columnar.is_columnar(file) else super().records(file)
 
     def rows(self, records: Iterable[tuple[Place, Any]]) -> Iterator[tuple[Place, Item]]:
@@ -245,6 +266,65 @@ class Table(Reader):
         if role == "arrival" and isinstance(value, str) and self._mark == ";" and ":" not in value:
             return value.replace(",", ".")  # a decimal comma
         return value
+
+
+class Columnar(Table):
+    """Reader of columnar files; the first bytes tell which kind."""
+
+    summary = "Parquet or Arrow file with the columns of our JSON Lines, or of any table"
+    others_first: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes = BlockSizes()
+        self._own = OwnClock()
+        self._ours = False
+
+    @classmethod
+    def sniff(cls, record: bytes) -> bool:
+        """The magic bytes of Parquet, an Arrow file or an Arrow stream."""
+        return record.startswith(columnar.MAGICS)
+
+    @property
+    def clock(self) -> str:  # type: ignore[override]
+        """As its name says, or as found."""
+        return self._own.said if self._ours else super().clock
+
+    @property
+    def sends_text(self) -> bool:  # type: ignore[override]
+        """Our own rows are written to be sent."""
+        return self._ours
+
+    def records(self, file: Source) -> Iterator[tuple[int, Any]]:
+        """(row from 1, column -> value without nulls)."""
+        self._ours = columnar.is_ours(file, self._asked.columns)
+        return columnar.rows(file, self._asked.columns)
+
+    def rows(self, records: Iterable[tuple[Place, Any]]) -> Iterator[tuple[Place, Item]]:
+        """Rows of our own as lines of JSON would be read; those of a table as a table's."""
+        records = iter(records)
+        first = list(islice(records, 1))  # opens the file: only now is known whose columns it has
+        if not first:
+            return
+        again = chain(first, records)
+        if not self._ours:
+            yield from super().rows(again)
+            return
+        for place, record in again:
+            try:
+                if isinstance(record, RowError):
+                    raise record
+                row = row_of(msgspec.convert(record, Line), self._own)
+                self._sizes.see(row)
+                yield place, row
+            except msgspec.ValidationError as e:
+                yield place, decode_error(e, b"", FIELDS)
+            except (RowError, LeftOutError) as e:
+                yield place, e
+
+    def blocks(self) -> str | None:
+        """As ``block_tokens`` says."""
+        return self._sizes.said()
 
 
 def _given(value: Any) -> Any:
