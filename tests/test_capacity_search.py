@@ -21,8 +21,8 @@ from cluster.simulator.replica import Workload
 from harness.cli.capacity import capacity, plan_fleet
 from harness.cli.decide import compare
 from harness.cli.results import report
+from harness.cli.runner.capacity import CapacitySession
 from harness.commands.capacity import FILE
-from harness.commands.capacity_run import CapacitySession
 from harness.errors import ServerError, UsageError
 from harness.record.manifest import read_manifest
 from harness.slo import Criterion, criteria

@@ -27,8 +27,8 @@ from analysis.rows.read import read_run
 from analysis.stats.intervals import Quantity
 from analysis.summary import summarise
 from harness.cli.decide import price
+from harness.cli.select_runs import find_runs
 from harness.commands.decide import parse_tier_price
-from harness.commands.found import find_runs
 from harness.errors import HarnessError, ResultsError, UsageError
 from harness.record.manifest import MANIFEST, Replica, RunDir
 from harness.record.server_metrics import SCHEMA as SERVER_SCHEMA

@@ -36,7 +36,7 @@ from cluster.deploy.replica import Failed, Look, ReplicaOwner, Started, hold_por
 from cluster.deploy.supervisor import MOST_RESTARTS, Host, Owner, Supervisor, _Restarting
 from cluster.engines.protocol import WHOLE, Command, CommandEngine, Part
 from cluster.process.process import Process
-from harness.commands import targets
+from harness.cli.runner import targets
 from harness.errors import ServerError, UsageError
 from harness.record.host_metrics import host_file, read_host_metrics
 from harness.record.manifest import Restart, RunDir, create_run_dir

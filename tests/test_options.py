@@ -112,6 +112,6 @@ def untyped(path: Path) -> list[str]:
 
 
 def test_no_dictionary_of_anything_goes_from_function_to_function() -> None:
-    files = [*(ROOT / "harness/cli").glob("*.py"), *(ROOT / "harness/commands").glob("*.py"),
+    files = [*(ROOT / "harness/cli").rglob("*.py"), *(ROOT / "harness/commands").glob("*.py"),
              *(ROOT / "harness/sweep").glob("*.py")]  # fmt: skip
     assert [one for file in files for one in untyped(file)] == []

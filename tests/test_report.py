@@ -22,7 +22,7 @@ from analysis.slo import Slo
 from analysis.stats.intervals import Quantity
 from analysis.summary import ErrorCount, Metrics, Rates, Server, Summary, summarise
 from analysis.validity.checks import Check
-from harness.commands.found import expand
+from harness.cli.select_runs import expand
 
 METRICS_MD = "".join(path.read_text() for path in Path(metrics.__file__).parent.glob("*.md"))
 EVIL = "[bold red]x[/] | \x1b[31mred\x07 `code` <b>\u202egnp.exe\n# head\ud800"

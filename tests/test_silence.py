@@ -14,8 +14,8 @@ from test_client import Run, Server, request
 from test_question import OK, server
 
 from cluster.deploy.load_workers import LoadWorkers, _Progress, _State
-from harness.commands.steps import StopRequest, watch
-from harness.commands.targets import Servers
+from harness.cli.runner.steps import StopRequest, watch
+from harness.cli.runner.targets import Servers
 from harness.errors import ServerError
 from harness.progress import LoadProgress
 from harness.record.manifest import RunDir

@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_files import TIER, good, write_run
 
+from harness.cli.select_runs import done_points
 from harness.cli.sweep import DECIDED, OPTIONS, OWN, resolve
-from harness.commands.found import done_points
 from harness.commands.sweep import sum_up
 from harness.errors import ResultsError, UsageError
 from harness.options import PlanOptions

@@ -23,10 +23,10 @@ from conftest import ROOT, StartServer, descendants, gone, harness, wait_for
 
 from cluster.deploy import load_workers as load
 from harness.cli.decide import compare
+from harness.cli.runner import sweep as sweep_run
+from harness.cli.runner.targets import Servers, UrlTarget
+from harness.cli.select_runs import sides_of_sweep
 from harness.cli.sweep import sweep
-from harness.commands import sweep_run
-from harness.commands.found import sides_of_sweep
-from harness.commands.targets import Servers, UrlTarget
 from harness.errors import HarnessError, ResultsError, ServerError, UsageError
 from harness.plan.file import plan_sha256, read_plan_columns
 from harness.record.manifest import Restart, RunDir, read_manifest

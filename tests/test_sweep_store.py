@@ -116,7 +116,7 @@ def test_a_store_that_fails_stops_no_sweep_and_gets_the_rest_at_the_end(
     fake_server: StartServer, tmp_path: Path, proxy: Proxy, s3_env: str, elsewhere: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from harness.commands import sweep_run
+    from harness.cli.runner import sweep as sweep_run
 
     real, calls = sweep_run.execute_point, list[str]()
 

@@ -14,7 +14,7 @@ from analysis.capacity.serving_config import serving_configs
 from analysis.compare.comparable import refusals
 from analysis.rows.read import read_run
 from analysis.summary import Summary, summarise
-from harness.commands.seen import note_sent, seen_before
+from harness.cli.runner.sent_prompts import note_sent, seen_before
 from harness.paths import state_dir
 from harness.record.manifest import RunDir, read_manifest, write_manifest
 
@@ -172,7 +172,7 @@ def test_no_seed_makes_texts_of_the_trace_new(tmp_path):
 
 
 def test_what_was_sent_is_kept_privately_without_secrets_and_within_bounds(tmp_path, monkeypatch):
-    monkeypatch.setattr("harness.commands.seen.KEPT", 3)
+    monkeypatch.setattr("harness.cli.runner.sent_prompts.KEPT", 3)
     file = state_dir() / "seen.json"
     for seed in range(6):
         where, manifest = asked(tmp_path / "a", seed=seed, urls=[URL])
@@ -192,7 +192,7 @@ def test_what_was_sent_is_kept_privately_without_secrets_and_within_bounds(tmp_p
 
 def test_a_state_folder_that_cannot_be_written_or_is_held_stops_no_run(tmp_path, monkeypatch):
     where, manifest = asked(tmp_path / "a")
-    monkeypatch.setattr("harness.commands.seen.LOCK_S", 0.0)
+    monkeypatch.setattr("harness.cli.runner.sent_prompts.LOCK_S", 0.0)
     note_sent(manifest)
     file = state_dir() / "seen.json"
     before = file.read_bytes()

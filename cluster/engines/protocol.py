@@ -1,7 +1,8 @@
 """What a deployment needs to know of a kind of server. A new kind is one file with one class that has these members.
 
 vLLM, on accelerators and on CPUs, is `cluster.engines.vllm.VllmEngine`; any other command line is `CommandEngine`. A
-server that is there already (``--base-url``) is never started, so it needs none (`harness.commands.targets.UrlTarget`).
+server that is there already (``--base-url``) is never started, so it needs none
+(`harness.cli.runner.targets.UrlTarget`).
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def up(
     from cluster.catalogue.tiers import get_tier
     from cluster.deploy import rent
     from cluster.deploy.aws import HEAD_TIER
-    from harness.commands.output import say
+    from harness.cli.output import say
 
     workers = get_tier(tier)
     provider = _provider(workers.provider)
@@ -124,7 +124,7 @@ def up(
 def status(name: str | None, tier: str | None, format_: str) -> int:
     """Show the clusters that were rented from this machine: workers that run, dollars so far at most."""
     from cluster.deploy import rent
-    from harness.commands.output import print_json, print_table, say
+    from harness.cli.output import print_json, print_table, say
 
     now, rows = datetime.now(UTC), []
     for one in [rent.choose(name, tier)] if name or tier else rent.known_clusters():
@@ -154,7 +154,7 @@ def down(name: str | None, tier: str | None) -> int:
     Exit status 0 only when AWS shows nothing of it any more; else what is left is listed, and the status is 1.
     """
     from cluster.deploy import rent
-    from harness.commands.output import say
+    from harness.cli.output import say
 
     chosen = rent.choose(name, tier)
     return EXIT_VALID if rent.down(chosen, _provider(chosen.tier.provider), say) else EXIT_FAILURE

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import msgspec
 
-from harness.commands.capacity_plan import in_loop
-from harness.commands.capacity_run import CapacityReport, CapacitySession, Search
-from harness.commands.found import expand, refused_exit
-from harness.commands.output import print_json, print_sections, say
+from harness.cli.output import print_json, print_sections, say
+from harness.cli.runner.capacity import CapacityReport, CapacitySession, Search
+from harness.cli.runner.windows import in_loop
+from harness.cli.select_runs import expand, refused_exit
 from harness.commands.reports import page_of
 from harness.commands.sweep import LOCAL_SWEEPS, begun, check
 from harness.errors import EXIT_FAILURE, EXIT_SLO_MISSED, EXIT_VALID, UsageError

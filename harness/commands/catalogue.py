@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from harness import doctor as examination
-from harness.commands.output import print_json, print_table, say
+from harness.cli.output import print_json, print_table, say
 from harness.errors import (
     EXIT_FAILURE,
     EXIT_VALID,

@@ -9,7 +9,8 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.commands.found import (
+from harness.cli.output import print_json, print_sections, say, write_sections
+from harness.cli.select_runs import (
     Measured,
     find_runs,
     is_search,
@@ -18,7 +19,6 @@ from harness.commands.found import (
     refused_exit,
     sides_of_sweep,
 )
-from harness.commands.output import print_json, print_sections, say, write_sections
 from harness.errors import (
     EXIT_FAILURE,
     EXIT_NOT_DECIDED,

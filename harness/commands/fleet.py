@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.commands.output import print_json, say
+from harness.cli.output import print_json, say
 from harness.errors import EXIT_FAILURE, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.options import ReadOptions
 from harness.record.manifest import now_utc
@@ -42,7 +42,7 @@ def plan_fleet(
     """Print the plan; 0: there is a fleet. Without one 4: a tier misses the promise; 3: runs are INVALID; 1: else."""
     from analysis.capacity.fleet_plan import Wanted, grown, plan_fleets
     from analysis.capacity.serving_config import serving_configs
-    from harness.commands.found import find_runs, read_summaries, refused_exit
+    from harness.cli.select_runs import find_runs, read_summaries, refused_exit
 
     if availability is not None and not availability < 1:
         raise UsageError("--availability 100%: no number of machines that can fail is always enough; ask for less")
@@ -168,7 +168,7 @@ def simulated_engine(fitted: FittedEngine, requests: Requests, replicas: int, ow
 
 def _print(plan: FleetPlan, format_: str, html: Path | None) -> None:
     from analysis.show.fleet_text import fleet_csv, fleet_sections
-    from harness.commands.output import print_sections, write_sections
+    from harness.cli.output import print_sections, write_sections
 
     if html is not None:
         write_sections(html, "plan-fleet", fleet_sections(plan))

@@ -7,10 +7,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from harness.commands.output import print_json, say
+from harness.cli.output import print_json, say
+from harness.cli.runner.steps import StopRequest, copy_plan, execute, make_plan
+from harness.cli.runner.targets import API_KEY, Target, choose_target
 from harness.commands.reports import report
-from harness.commands.steps import StopRequest, copy_plan, execute, make_plan
-from harness.commands.targets import API_KEY, Target, choose_target
 from harness.errors import EXIT_VALID, ServerError
 from harness.options import ReplayOptions, ServeOptions
 from harness.plan.file import read_plan_info

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from harness.commands.output import print_json, print_table, say
+from harness.cli.output import print_json, print_table, say
 from harness.errors import EXIT_FAILURE, EXIT_VALID, UsageError, unknown_name
 
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from harness.cli.output import print_json, print_table, say
 from harness.commands.catalogue import hot_path
-from harness.commands.output import print_json, print_table, say
 from harness.errors import EXIT_VALID
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.commands.found import expand, read_summaries, refused_exit
-from harness.commands.output import print_json, print_sections, print_table, say
+from harness.cli.output import print_json, print_sections, print_table, say
+from harness.cli.select_runs import expand, read_summaries, refused_exit
 from harness.errors import EXIT_SLO_MISSED, EXIT_VALID
 from harness.record.manifest import now_utc
 from harness.verbosity import Verbosity, verbosity

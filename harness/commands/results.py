@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from harness.commands.output import say
+from harness.cli.output import say
 from harness.errors import EXIT_VALID, HarnessError, UsageError, sentence
 
 ADDRESS = "127.0.0.1"
@@ -23,7 +23,7 @@ FIRST_LOOK_S = 2.0
 def export(runs: Sequence[Path], output: Path) -> int:
     """Run directories -> one file of rows; its path on stdout."""
     from analysis.export import export_runs
-    from harness.commands.found import expand
+    from harness.cli.select_runs import expand
 
     rows = export_runs(expand(runs), output, say)
     say(f"{output}: {rows:,} rows, {output.stat().st_size / 1e6:.1f} MB")

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.commands.found import refused_exit
-from harness.commands.output import print_json, print_table, say
-from harness.commands.sweep_run import Session
-from harness.commands.targets import rented
+from harness.cli.output import print_json, print_table, say
+from harness.cli.runner.sweep import Session
+from harness.cli.runner.targets import rented
+from harness.cli.select_runs import refused_exit
 from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, TraceError, UsageError
 from harness.options import PlanOptions, ReplayOptions
 from harness.record.manifest import Tier, now_utc

@@ -16,7 +16,7 @@ import cluster.deploy.deployment
 from cluster.catalogue.models import DEFAULT_MODEL
 from cluster.engines.protocol import WHOLE, Command, CommandEngine, Part
 from harness.cli import main
-from harness.commands.targets import LocalTarget
+from harness.cli.runner.targets import LocalTarget
 from harness.plan.prompts import Vocabulary
 
 CLASH = os.environ.get("TEST_CLASH", "")

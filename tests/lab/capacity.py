@@ -22,8 +22,8 @@ from analysis.capacity.sweep import Point
 from analysis.stats.intervals import Quantity
 from analysis.steady import only_grew
 from cluster.simulator.replica import Outcome, Workload, simulate
-from harness.commands.capacity_plan import WINDOWS, window_count
-from harness.commands.capacity_run import RUNG, WARMUP
+from harness.cli.runner.capacity import RUNG, WARMUP
+from harness.cli.runner.windows import WINDOWS, window_count
 from harness.plan.file import Windows
 from harness.slo import Criterion
 from harness.trace.session_windows import session_windows

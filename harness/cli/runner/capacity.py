@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.commands.capacity_plan import WINDOWS, demand_of, in_loop, window_count
-from harness.commands.output import say
-from harness.commands.steps import settle
-from harness.commands.sweep_run import Session
-from harness.commands.targets import Target, choose_target
+from harness.cli.output import say
+from harness.cli.runner.steps import settle
+from harness.cli.runner.sweep import Session
+from harness.cli.runner.targets import Target, choose_target
+from harness.cli.runner.windows import WINDOWS, demand_of, in_loop, window_count
 from harness.errors import HarnessError
 from harness.options import ReplayOptions
 from harness.plan.file import Windows

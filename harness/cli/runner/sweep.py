@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.commands.output import say
-from harness.commands.steps import Deadline, StopRequest, copy_plan, execute_point, make_plan, settle
-from harness.commands.targets import Servers, Target, choose_target
+from harness.cli.output import say
+from harness.cli.runner.steps import Deadline, StopRequest, copy_plan, execute_point, make_plan, settle
+from harness.cli.runner.targets import Servers, Target, choose_target
 from harness.errors import HarnessError, PlanError
 from harness.options import ReplayOptions
 from harness.plan.file import plan_sha256, read_plan_info

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.commands.output import say
+from harness.cli.output import say
 from harness.errors import UsageError
 from harness.options import LoadOptions, ReplayOptions
 from harness.plan.prompts import Vocabulary
