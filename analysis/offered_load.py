@@ -5,10 +5,8 @@ fixed number is in flight, and a slow server slows its own load. *Sessions that 
 each turn waits for the answer before it (``--sessions wait``, ``--conversation live``): a slow server slows the load
 within every session, so requests per second are an outcome, and the load is the rate of sessions started.
 
-How full the servers were at the load of a run, from what they said of themselves each second.
-
-In an open loop the load is given, and so are throughput and cost at it: an idle server's tokens are dear, and would be
-on any hardware. What makes such a price readable is how much of the servers it kept busy.
+In an open loop the load is given, and so are throughput and cost at it: the tokens of an idle server are dear on any
+hardware. So such a price is shown with how full the servers were (`Fullness`), by their own metrics each second.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What was promised and what was kept: the SLO, judged over every request that was offered."""
+"""The SLO of a run, judged over every request that was offered: a failed or refused one met nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Judged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slo:
-    """What was promised and what was kept (`harness.slo` has the rules)."""
+    """An SLO and how far it was met (`harness.slo` has the rules)."""
 
     limits: dict[str, float]
     """As it was asked for: seconds by key, ``ttft`` or ``ttft_p99``."""

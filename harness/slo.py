@@ -1,8 +1,8 @@
-"""What can be promised: the keys and criteria of an SLO (`RunSpec.slo`, limits in seconds by key).
+"""Service-level objectives: the keys and criteria of an SLO (`RunSpec.slo`, limits in seconds by key).
 
 ``ttft``, ``tpot``, ``e2e``, ``itl_max`` alone limit every request: together they are one criterion, which a share of
-requests (``attain``) must keep. ``ttft_p99`` is a criterion of its own: 99 % of requests keep that limit. All requests
-that were offered count: failed, refused and unfinished ones kept nothing. So a percentile is judged by a share, which
+requests (``attain``) must meet. ``ttft_p99`` is a criterion of its own: 99 % of requests meet that limit. All requests
+that were offered count: failed, refused and unfinished ones met nothing. So a percentile is judged by a share, which
 every sample supports, and never by an order statistic that it may not.
 """
 
@@ -17,13 +17,13 @@ from harness.errors import UsageError, unknown_name
 
 SLO_METRICS = ("ttft", "tpot", "e2e", "itl_max")
 LOWEST, HIGHEST = 50.0, 99.9
-"""Percentiles that can be promised."""
+"""Percentiles that an SLO may name."""
 _KEY = re.compile(r"(?P<metric>[a-z0-9_]+?)(?:_p(?P<percent>\d+(?:\.\d+)?))?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Criterion:
-    """One part of a promise: the share ``wanted`` of all offered requests keeps every limit."""
+    """One part of an SLO: the share ``wanted`` of all offered requests meets every limit."""
 
     name: str
     """In words."""

@@ -1,4 +1,4 @@
-"""The rate at which a promise is just kept, from probes around it: what was measured, corrected by what they met.
+"""The rate at which an SLO is just met, from probes around it: what was measured, corrected by what they met.
 
 A probe of a minute meets by chance more or fewer bursts and long answers than the trace has, and its share of requests
 within the SLO says more about that than about the server. So each probe's requests are laid beside the whole trace by
@@ -57,7 +57,7 @@ class Evidence:
     window: Ints
     """Of the measured requests, which window of the trace each is of."""
     unstable: bool
-    """Its backlog only grew: it keeps no promise, and what its requests kept says nothing."""
+    """Its backlog only grew: it meets no SLO, however many of its requests were within the limits."""
     cached_tokens: float | None = None
     """Mean per measured request that an unlimited prefix cache finds in the plan; None: the trace states no reuse."""
 

@@ -1,6 +1,6 @@
 """The fleet: how many whole instances of a tier carry a demand, and what they cost in an hour, a month and a year.
 
-Capacity is that of one replica at the promised latency (`analysis.capacity.sweep`), demand is requests/s, or tokens/s,
+Capacity is that of one replica at the SLO (`analysis.capacity.sweep`), demand is requests/s, or tokens/s,
 over time. A fleet of N replicas is taken to carry N times one: routing may cost prefix-cache hits, which only a run of
 N replicas shows.
 """
@@ -77,7 +77,7 @@ class TierOffer:
     usd_per_hour: float
     """Of one instance."""
     capacity: float
-    """Requests/s (or tokens/s, as the demand) that one replica carries at the promised latency."""
+    """Requests/s (or tokens/s, as the demand) that one replica carries at the SLO."""
     replicas_per_instance: int = 1
     start_s: float | None = None
     """From asking for a replica until it answers; None when not measured."""
@@ -172,7 +172,7 @@ def spare_instances(needed: int, node_availability: float, availability: float) 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """How a fleet that follows the demand keeps the promise, by replay. Simulated, never measured."""
+    """How a fleet that follows the demand meets the SLO, by replay. Simulated, never measured."""
 
     share: float
     """Of the replayed requests, those that kept the criterion that came off worst."""
@@ -196,7 +196,7 @@ class Autoscaled:
     short_share: float
     """Fluid: share of requests that came while the instances that were up had more to do than they could, in a minute
     that asks for more than they carry, or before the backlog of those before was worked off. It knows no bursts within
-    a minute, and a request that waits may still keep the promise: ``kept`` says how many do."""
+    a minute, and a request that waits may still meet the SLO: ``kept`` says how many do."""
     backlog_s: float
     """Longest time that a request waited for those before it, by that count."""
     kept: Kept | None = None

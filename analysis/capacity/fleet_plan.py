@@ -1,4 +1,4 @@
-"""From a demand and measured capacities to fleets, what they cost, and the cheapest one that keeps the promise."""
+"""From a demand and measured capacities to fleets, what they cost, and the cheapest one that meets the SLO."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Replays(Protocol):
     def scaled(
         self, system: ServingConfig, fitted: FittedEngine, factor: float, plan: Schedule, spares: int, per_instance: int
     ) -> Kept:
-        """How instances that come and go as ``plan`` says, each of ``per_instance`` replicas, keep the promise."""
+        """How instances that come and go as ``plan`` says, each of ``per_instance`` replicas, meet the SLO."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +159,7 @@ def plan_fleets(
 ) -> FleetPlan:
     """Fleets of every system that has a capacity in an open loop and a price, cheapest peak fleet first.
 
-    ``others``: the same systems under other promises, for sensitivity alone. ``refused``: runs that are no evidence,
+    ``others``: the same systems under other SLOs, for sensitivity alone. ``refused``: runs that are no evidence,
     each with the reason; they are listed with what was left out. ``replays``: None: fluid alone.
     """
     found: list[TierFleet] = []
@@ -357,7 +357,7 @@ def _notes(system: ServingConfig, offer: TierOffer, demand: TrafficDemand, today
 
 
 def _other_traffic(system: ServingConfig, wanted: Wanted) -> tuple[str, ...]:
-    """Whether the demand's requests are longer or shorter than those that the promise was measured on."""
+    """Whether the demand's requests are longer or shorter than those of the runs that the SLO was judged on."""
     assert system.capacity is not None
     found = system.capacity.rates
     flow, rate = found.get("request_throughput"), found.get("total_token_throughput")

@@ -1,6 +1,6 @@
 """Which load to probe next in the search for capacity, and what all probes together say.
 
-First a short closed-loop ladder (1, 4, 16 ... in flight) up to where throughput stops growing or the promise breaks:
+First a short closed-loop ladder (1, 4, 16 ... in flight) up to where throughput stops growing or the SLO is missed:
 the ceiling, beyond which no rate is believed. Then open-loop probes of windows from all over the trace, each at the
 crossing that the ones before it give (`analysis.capacity.crossing`), until the interval is as narrow as was asked for.
 """
@@ -48,14 +48,14 @@ STEP_UP, STEP_DOWN = 1.5, 0.6
 SPREAD = 0.05
 """Probes lie this far to either side of the estimate: they learn more than at one rate, and are never all alike."""
 IDLE = 0.25
-"""At this share of what one request at a time does, hardly any two meet: a promise missed there cannot be kept."""
+"""At this share of what one request at a time does, hardly any two meet: an SLO missed there cannot be met."""
 SATURATED = 0.9
 """Stretches that got so much done of the most that any did count as saturated."""
 FEWEST_STRETCHES = 3
 PACE_STEP = 0.01
 """Paces are told apart this finely, as a share: a curve is then worked out once for many steps."""
 SUSTAINED = Criterion(name="the server keeps up", wanted=1.0)
-"""What limits a load when the promise itself would allow more than the server gets done."""
+"""What limits a load when the SLO itself would allow more than the server gets done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ class Probe:
     point: Point | None
     """None: the run was INVALID or failed. A lost probe has none either, but evidence that it was unstable."""
     used: float = math.nan
-    """Share of the tightest limit that the wanted share of requests used; above 1 the promise is missed."""
+    """Share of the tightest limit that the wanted share of requests used; above 1 the SLO is missed."""
     evidence: Evidence | None = None
     """Of an open loop."""
     worked: Worked | None = None
@@ -94,7 +94,7 @@ class ProbeRow:
     usd: float | None
     why: str | None
     unstable: bool = False
-    """Its backlog only grew, so it keeps no promise whatever its requests kept."""
+    """Its backlog only grew, so it meets no SLO, however many of its requests were within the limits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +110,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """Where the promise breaks by all probes so far, req/s."""
+    """Where the SLO is missed by all probes so far, req/s."""
 
     rate: float
     low: float | None
@@ -178,7 +178,7 @@ def next_load(
 
 
 def estimate(probes: Sequence[Probe], criteria: Sequence[Criterion], demand: Demand) -> Estimate | None:
-    """Where the promise breaks, by all probes together; None before a probe in an open loop proves anything."""
+    """Where the SLO is missed, by all probes together; None before a probe in an open loop proves anything."""
     shown = [p.evidence for p in probes if p.evidence is not None]
     curves = _curves(probes, demand)
     if not shown or not curves:
@@ -297,7 +297,7 @@ def _next_rung(ladder: dict[float, list[Probe]], criteria: Sequence[Criterion]) 
         if _throughput(last) < _throughput(earlier) * (1 + GAIN) ** math.log2(top / before):
             return None
         if not keeps(last.point, criteria) and not keeps(earlier.point or last.point, criteria):
-            return None  # two rungs beyond the promise: the ceiling is high enough for any rate that keeps it
+            return None  # two rungs beyond the SLO: the ceiling is high enough for any rate that meets it
     return Step(concurrency=int(top) * RUNG, why="throughput still grows")
 
 
@@ -345,7 +345,7 @@ def _next_rate(
 
 
 def _seen_full(shown: Sequence[Evidence], ceiling: float) -> bool:
-    """A probe near the ceiling kept up, so that its requests say what the promise allows there; or two did not."""
+    """A probe near the ceiling kept up, so that its requests say what the SLO allows there; or two did not."""
     near = [e for e in shown if abs(e.rate / ceiling / FULL - 1) <= 1 - FULL]
     return any(not e.unstable for e in near) or len(near) >= TRIES
 

@@ -32,7 +32,7 @@ CACHED_BOUND = POINTS_BOUND
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What a search says of one promise; kept in `FILE`."""
+    """What a search says of one SLO; kept in `FILE`."""
 
     criteria: tuple[str, ...]
     """By name."""
@@ -120,7 +120,7 @@ def capacity_from(
 ) -> Capacity:  # fmt: skip
     """The answer as every report prints it. ``sessions_per_request``: the load is sessions/s, not requests/s.
 
-    ``reached``: some probe kept the promise.
+    ``reached``: some probe met the SLO.
     """
     per = 1.0 if sessions_per_request is None else sessions_per_request
     n = sum(int(p.measured.sum()) for p in shown)
@@ -223,7 +223,7 @@ def _sent_of_planned(summaries: Sequence[Summary]) -> float:
 
 
 def kept_answer(runs: Sequence[Summary], criteria: Sequence[Criterion]) -> Answer | None:
-    """What the search in whose folder these runs lie found for this promise; None where there was none, or another."""
+    """What the search in whose folder these runs lie found for this SLO; None where there was none, or another."""
     folders = {Path(s.run).parent for s in runs}
     if len(folders) != 1:
         return None

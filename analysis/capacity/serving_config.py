@@ -40,7 +40,7 @@ LATENCIES = ("ttft", "tpot", "e2e")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Floor:
-    """The highest token throughput of any VALID run: it keeps no promise, and a higher load may beat it."""
+    """The highest token throughput of any VALID run: it meets no SLO, and a higher load may beat it."""
 
     load: float
     total_token_throughput: Quantity
@@ -88,7 +88,7 @@ class ServingConfig:
     loads: tuple[float, ...]
     runs: tuple[str, ...]
     capacity: Capacity | None
-    """Of all replicas together; None without a promise."""
+    """Of all replicas together; None without an SLO."""
     top_sent_rate: float | None
     """Requests/s that sessions which wait really sent at the highest measured load; None for other kinds of load."""
     top_token_throughput: Quantity | None
@@ -130,7 +130,7 @@ class ServingConfig:
         return where + where_words(self.label, self.servers)
 
     def same_but_promise(self, other: ServingConfig) -> bool:
-        """Whether ``other`` is the same hardware, software and traffic, judged by another promise."""
+        """Whether ``other`` is the same hardware, software and traffic, judged by another SLO."""
         same = ("model", "label", "servers", "tier", "engine", "args", "replicas", "evidence", "trace", "loop",
                 "usd_per_hour")  # fmt: skip
         return self.slo != other.slo and all(getattr(self, name) == getattr(other, name) for name in same)
@@ -154,7 +154,7 @@ class ServingConfig:
 def serving_configs(
     summaries: Sequence[Summary], utilisation: float = DEFAULT_UTILISATION, answer: Answer | None = None
 ) -> list[ServingConfig]:
-    """Capacity and cost of every system, cheapest at its promise first; runs that are not VALID are left out.
+    """Capacity and cost of every system, cheapest at its SLO first; runs that are not VALID are left out.
 
     ``answer``: of the search that these runs are of; None: as it lies beside them, where it does.
     """

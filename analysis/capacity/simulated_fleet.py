@@ -1,15 +1,14 @@
-"""The smallest fleet that keeps a promise in every minute of a demand, by replaying it on an engine fitted to runs.
+"""The smallest fleet that meets an SLO in every minute of a demand, by replaying it on an engine fitted to runs.
 
 Nothing here was measured: the figures are simulated. The demand is replayed as it was, and in resamples of it, since
 what is bought must serve another day with other luck: each request comes a Poisson number of times (mean 1, or the
 growth; the Poisson bootstrap, Hanley and MacGibbon 2006), near its own time: as far from it as the rate is even, so
 that what was chance in the demand does not count twice. A fleet is large enough when the demand itself and at least
-95 % of the resamples keep the promise in every minute.
+95 % of the resamples meet the SLO in every minute.
 
-How a fleet that follows the demand keeps a promise, by replay on an engine fitted to runs: simulated, not measured.
-
-New instances take their share of what comes from when they answer; what waits elsewhere stays where it is. One that is
-given back takes nothing more and ends what it has.
+A fleet that follows the demand is replayed in the same way. A new instance takes its share of new requests from the
+moment it answers, and none that already wait elsewhere; one that is given back takes no new requests and finishes what
+it has.
 """
 
 from __future__ import annotations
@@ -72,12 +71,12 @@ def _affordable(demand: Requests, fitted: FittedEngine, factor: float, replicas:
 MINUTE_S = 60.0
 RESAMPLES = 20
 MISSES = 0.05
-"""Of the resamples, so many may miss the promise in some minute."""
+"""Of the resamples, so many may miss the SLO in some minute."""
 MOST_STEPS = 30_000_000
 """Of all replays by one fleet together, about: a longer demand is resampled less often, `FEWEST` times at least, and
 only its busiest half hours are."""
 FEWEST = 10
-"""With fewer a fleet that misses the promise on one day of three would pass too often."""
+"""With fewer a fleet that misses the SLO on one day of three would pass too often."""
 NEAR = 2
 """A copy of a request may come at least about as far away as the second-next request."""
 EVEN_SCALES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
@@ -86,7 +85,7 @@ STRETCH_S = 1800.0
 QUIET = 0.6
 """A half hour whose worst minute asks for less than this share of the worst of all is not replayed."""
 LARGEST = 4
-"""Times the fluid answer: where not even that many replicas keep the promise, no number does."""
+"""Times the fluid answer: where not even that many replicas meet the SLO, no number does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,11 +102,11 @@ class SimulatedFleet:
     """Those of the demand in less busy half hours, which were not replayed."""
     resamples: int
     missed: int
-    """Of them, those in which this fleet misses the promise in some minute."""
+    """Of them, those in which this fleet misses the SLO in some minute."""
     worst_share: float
     """The lowest share of requests in any judged minute that kept a criterion, when the demand itself is replayed."""
     one_fewer_missed: int | None
-    """Of the replays with one replica fewer, those that were seen to miss the promise before it was given up; None: one
+    """Of the replays with one replica fewer, those that were seen to miss the SLO before it was given up; None: one
     replica is the least there is."""
 
 
@@ -122,7 +121,7 @@ def size_fleet(
     """The smallest fleet for ``factor`` times the demand.
 
     ``likely``: where to begin the search, such as the fluid answer. ``progress``: told of every size that was tried.
-    Raises `NotFittedError` where no engine can be fitted or trusted, or no fleet keeps the promise.
+    Raises `NotFittedError` where no engine can be fitted or trusted, or no fleet meets the SLO.
     """
     fitted = confirmed(fit_engine(runs), engine, runs, criteria)
     busy = demand.chosen(_busy(demand, fitted, factor, likely))
@@ -172,7 +171,7 @@ class _Replays:
         self._first: dict[int, tuple[float, bool]] = {}
 
     def maybe(self, replicas: int) -> bool:
-        """Whether the first replay keeps the promise."""
+        """Whether the first replay meets the SLO."""
         if replicas not in self._first:
             self._first[replicas] = self._worst(next(self._demands()), replicas)
             if not self._first[replicas][1]:
@@ -183,7 +182,7 @@ class _Replays:
         return self.missed(replicas)[0] <= self.most
 
     def missed(self, replicas: int) -> tuple[int, float]:
-        """Resamples that miss the promise, counted up to one too many, and the worst share of the demand itself."""
+        """Resamples that miss the SLO, counted up to one too many, and the worst share of the demand itself."""
         if replicas not in self._seen:
             missed, worst = 0, math.nan
             for number, requests in enumerate(self._demands()):

@@ -45,7 +45,7 @@ class Point:
     """Per second by name, as in a summary's rates: request_throughput, total_token_throughput ..."""
     runs: tuple[str, ...] = ()
     unstable: bool = False
-    """Its backlog only grew (`analysis.steady`): it keeps no promise, whatever its requests kept so far."""
+    """Its backlog only grew (`analysis.steady`): it meets no SLO, however many of its requests did."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,8 +93,8 @@ def pool(points: Iterable[Point]) -> list[Point]:
 def capacity(points: Sequence[Point], criteria: Sequence[Criterion], unit: str = "req/s") -> Capacity:
     """The highest load at which every criterion is kept, from pooled points in order of load (`pool`).
 
-    More load never helps a promise, so the shares are first made to fall with the load (weighted isotonic regression).
-    Raises ValueError for no criteria or points out of order.
+    More load never helps to meet an SLO, so the shares are first made to fall with the load (weighted isotonic
+    regression). Raises ValueError for no criteria or points out of order.
     """
     if not criteria:
         raise ValueError("capacity needs a promise to keep: at least one criterion")

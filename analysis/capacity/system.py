@@ -1,4 +1,4 @@
-"""What is measured as one: the same hardware, software, promise and traffic. Runs of one differ in load alone."""
+"""What is measured as one: the same hardware, software, SLO and traffic. Runs of one differ in load alone."""
 
 from __future__ import annotations
 

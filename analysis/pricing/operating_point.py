@@ -45,7 +45,7 @@ class OperatingPoint:
     """The tokens of those runs; at capacity of one hour."""
     denominator: str
     floor: Quantity | None
-    """USD per 1M tokens at the highest throughput of any VALID run: it keeps no promise."""
+    """USD per 1M tokens at the highest throughput of any VALID run: it meets no SLO."""
     floor_load: float | None
     kept: bool | None
     """Whether the SLO is kept; None without one."""

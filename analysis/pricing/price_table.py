@@ -141,7 +141,7 @@ def _load(charge: RateCard) -> Row:
 
 
 def _floor_rows(charge: RateCard, floor: UnitPrices, common: Row, counted: dict[str, Row]) -> list[Row]:
-    """The saturated floor: another load, which keeps no promise; the mix is that of the quoted one."""
+    """The saturated floor: another load, which meets no SLO; the mix is that of the quoted one."""
     unit = common["load_unit"] or ""
     facts: Row = {
         "what": "saturated floor", "utilisation": 1.0, "quoted_at": "a measured load", "slo_met": None,

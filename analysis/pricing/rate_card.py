@@ -152,7 +152,7 @@ class RateCard:
     cost_full: UnitPrices | None
     cost: UnitPrices | None
     floor: UnitPrices | None
-    """Cost at the highest throughput of any VALID run: it keeps no promise. Unless that load saturated the servers, a
+    """Cost at the highest throughput of any VALID run: it meets no SLO. Unless that load saturated the servers, a
     higher one may cost less."""
     floor_load: float | None
     offers: tuple[Offer, ...]

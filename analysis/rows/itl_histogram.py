@@ -4,7 +4,7 @@ Up to `EXACT` gaps are kept as they are. Beyond that they are counted in fine ce
 `UNITS` stretches of the run, because neighbours are alike and intervals must see that. A cell stands for the
 mean of what is in it: counts and the overall mean stay exact, a percentile is off by 0.1 % at most.
 
-Latencies counted into bins, so that a million samples and a hundred become the same few thousand numbers.
+Latencies of requests are counted into bins, so that a picture of a million is as small as one of a hundred.
 
 Fine cells are 1/1024 of an octave wide (as HdrHistogram's): a float's own bits, shifted, are its cell. The bins of
 pictures are 2.3 % wide, 100 to a decade: read from them, a value is at most that much too high.

@@ -1,12 +1,11 @@
 """What the servers counted, against what the rows say: other users, restarts, wrong usage.
 
-Counters of one process are a book. Behind one address of several processes they are none: that is found out, said as a
-limit, and nothing is concluded from them. Not checked is not INVALID.
+Counters add up only within one process. Where several processes answer at one address (a load balancer), that is
+detected and reported as a limit, and nothing is concluded from the counters: not checked is not INVALID.
 
-Stretches in which a server answered nobody and was not there, seen from the client alone: it was started again.
-
-A server that is only overloaded goes on with some of what it has in flight. One whose process ended loses all of it at
-once, refuses connections until it is back, and then answers again.
+Restarts are also detected from the client alone (`outages`). A server that is only overloaded goes on with some of what
+it has in flight. One whose process ended loses all of it at once, refuses connections until it is back, and then
+answers again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Was the workload that was served the one that was planned? Lengths of answers and of prompts, as the server counted.
 
-Answers of other lengths than the trace's are a workload that a server chose to serve: its latencies and its price are
-true of it, and say less about the trace. Prompts of other lengths are a wrong plan.
+Answers of other lengths than the trace's are a workload that a server chose to serve. Its latencies and its price were
+measured, so the run is VALID with a limit: they say less about the trace. Prompts of other lengths are a wrong plan.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Whether the servers found more of the prompts in their prefix caches than the plan's own repetition explains.
 
-A cache that is cold when a run begins finds no more than what prompts of the run share with those before them. More
-was there already: the same plan was sent before, or somebody else sends it. Then times to first token and costs are
-those of prompts that were mostly not read.
+A cache that is cold when a run begins finds no more than what prompts of the run share with those before them. If it
+found more, that was cached already: the same plan was sent before, or someone else sends it. Then TTFT and costs are
+those of prompts that were mostly not computed.
 
-How much of the input a prompt cache held: in production, as the trace records it, and in the replay.
+Also how much of the input a prompt cache held: in production, as the trace records it, and in the replay.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from harness.plan.file import TemplateTokens
 from harness.plan.prompts import Ids, Vocabulary
 from harness.plan.tokenizers import TextTokenizer
 
-_PROVED_EVERY = 64
+_PROVED_EVERY = 64  # one prompt in so many is rendered and counted again, whatever was measured before
 _PROBE_KEY = 2**64 - 1
 _ROLES = ("user", "assistant")
 

@@ -1,7 +1,8 @@
 """A server's own counters before and after the load: from one page or several, and whether one process answers there.
 
-A page (``/metrics``, Prometheus text) speaks for one process. Behind a load balancer each reading may come from another
-one, so differences of its counters mean nothing; that is found out here and written down (`Replica.several_servers`).
+A page (``/metrics``, Prometheus text) holds the counters of one process. Behind a load balancer each reading may come
+from another one, so differences of its counters mean nothing; that is detected by their start times, and recorded
+(`Replica.several_servers`). Each page named with ``--metrics-url`` is one server, and one that is paid for.
 """
 
 from __future__ import annotations
