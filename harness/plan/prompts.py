@@ -78,7 +78,7 @@ class Vocabulary:
         control characters). Where the tokenizer has them, only whole words are used, each one token wherever it stands
         between spaces: then ids and text are the same prompt, token for token.
 
-        Raises `PlanError` when there is no such file or it is no tokenizer.
+        Raises `PlanError` when there is no such file or it is not a tokenizer.
         """
         tokenizer = load_tokenizer(path)
         clean = _clean_ids(tokenizer)

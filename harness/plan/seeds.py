@@ -1,7 +1,7 @@
 """Seeds: one number that gives a plan again, bit for bit, whether it was stated or drawn.
 
 Its lower 32 bits decide the load: arrivals, lengths, what is sampled and who hangs up. Made-up prompts depend on all of
-it. A seed that nobody stated is drawn above those bits, so that two visits to one server send the same load with
+it. A seed that was not given is drawn above those bits, so that two visits to one server send the same load with
 prompts that its prefix cache has not seen.
 """
 

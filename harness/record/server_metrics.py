@@ -66,7 +66,7 @@ GAUGES = {
 }
 """Column -> the server's metric, summed over its labels."""
 SHARES = frozenset({"kv_cache_usage"})
-"""Columns that are averaged instead: what several engines have together is no share."""
+"""Columns that are averaged instead: what several engines have together is not a share."""
 
 SCHEMA = pa.schema(
     [

@@ -92,7 +92,7 @@ def _first(plan: Path) -> Request | None:
 def warm_up(way: Way, access: Access, plan: Path, tell: Callable[[str], None]) -> None:
     """Send some requests like those of ``plan`` to each server, a few at a time, for `WARM_S` at most.
 
-    How they end is none of its business: the load will tell.
+    How they end does not matter here: the load will show it.
     """
     left: deque[tuple[str, dict[str, object], int]] = deque(
         (url, prompt, tokens)

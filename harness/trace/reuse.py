@@ -2,7 +2,7 @@
 
 Token ids are taken as they are. Of made-up texts and messages each word is one token (`harness.plan.prompts`), so it
 stands for one, and the template's own tokens are put where the plan says it puts them; where that does not add up to
-each row's ``input_tokens``, nobody but the server knows the tokens.
+each row's ``input_tokens``, only the server knows the tokens.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ A call is often seen by a framework, by the SDK under it and by a gateway behind
   different responses.
 
 Of the spans of a call the innermost counts; counts, session and model that it does not state are taken from those
-around it. A span that holds several calls and names no response of its own adds them up: it is no call. A later turn
+around it. A span that holds several calls and names no response of its own adds them up: it is not a call. A later turn
 of a conversation may well be a child of the turn before it, but not within its time.
 
 The order of the spans in the file plays no part: they are sorted by trace, in temporary files where they are many.
@@ -30,13 +30,13 @@ COPY = "same span id as an earlier row (a copy)"
 _ROUNDED_NS = 1_000_000
 """Spans of one call are rounded to milliseconds by some, and not by others."""
 _HELD = 500_000
-"""Spans of one trace that are looked at together; more are no trace of one request."""
+"""Spans of one trace that are looked at together; more are not the trace of one request."""
 _DEEPEST = 1000
 """Spans above one that are looked at."""
 
 
 class Span(NamedTuple):
-    """One span, or observation. Those that are no model call count for their place in the tree."""
+    """One span, or observation. Those that are not model calls count for their place in the tree."""
 
     trace_id: str
     id: str
@@ -67,7 +67,7 @@ class SpanReader(Reader):
         raise NotImplementedError
 
     def rows(self, records: Any) -> Iterator[tuple[Place, Item]]:
-        """Only what is no span: calls are known when all spans are."""
+        """Only what is not a span: calls are known when all spans are."""
         for place, record in records:
             try:
                 for span in self.spans(whole(record)):
