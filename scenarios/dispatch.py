@@ -24,7 +24,7 @@ from harness.record.results import Result
 from scenarios.client.client import Client
 from scenarios.client.completion import Answer
 from scenarios.client.in_flight import InFlight
-from scenarios.client.timers import Alarm
+from scenarios.client.timers import WakeTimer
 from scenarios.payload import Draft
 from scenarios.schedule import Planned, Schedule
 
@@ -112,7 +112,7 @@ class Dispatcher:
         self.started = Event()
         self.finished = Event()
         """Set when the last user has left: nothing more will be sent."""
-        self._alarms: list[Alarm] = []
+        self._timers: list[WakeTimer] = []
         if not schedule.left:
             self.finished.set()
 
@@ -125,21 +125,21 @@ class Dispatcher:
         """The run clock."""
         return monotonic_ns() - self.client.start_mono_ns
 
-    def join(self, *, precise: bool = False) -> Alarm:
+    def join(self, *, precise: bool = False) -> WakeTimer:
         """A user comes to wait; returns what to wait on."""
-        alarm = Alarm(precise=precise)
-        self._alarms.append(alarm)
-        return alarm
+        timer = WakeTimer(precise=precise)
+        self._timers.append(timer)
+        return timer
 
     def next_start(self) -> int:
         """When the next slot joins, ns of the run clock; each call is another slot."""
         return self._starts.popleft() if self._starts else 0
 
-    def leave(self, alarm: Alarm) -> None:
+    def leave(self, timer: WakeTimer) -> None:
         """A user has nothing more to send."""
-        self._alarms.remove(alarm)
-        alarm.close()
-        if not self._alarms:
+        self._timers.remove(timer)
+        timer.close()
+        if not self._timers:
             self.finished.set()
 
     @property
@@ -162,7 +162,7 @@ class Dispatcher:
             )  # fmt: skip
         self.sent += sent
         if not self.schedule.left:
-            self._ring()  # that was the last: nobody has anything to wait for
+            self._wake_all()  # that was the last: nobody has anything to wait for
         return sent
 
     def _converse(self, planned: Planned, result: Result, ended: Callable[[Result], None]) -> bool:
@@ -174,14 +174,14 @@ class Dispatcher:
         result.error, result.detail = NO_HISTORY, history
         self.client.refuse(result)
         if self.schedule.finished(planned.request_id, result.scheduled_ns):
-            self._ring()
+            self._wake_all()
         return False
 
     def ended(self, result: Result) -> None:
         """An answer ended: its session's next turn may now have a time, and under a cap there is room."""
         assert result.finished_ns is not None
         if self.schedule.finished(result.request_id, result.finished_ns) or self.cap is not None:
-            self._ring()
+            self._wake_all()
 
     def fill(self) -> None:
         """Keep requests prepared, a few at a time, until the whole plan is read; for a greenlet of its own.
@@ -196,7 +196,7 @@ class Dispatcher:
             while schedule.wants_more(self.now_ns()) and monotonic_ns() < end and schedule.read_more():
                 pass
             if schedule.known_due() != due:
-                self._ring()
+                self._wake_all()
         if schedule.trouble is not None:  # a user found it, who ran out of prepared requests
             raise schedule.trouble
 
@@ -204,8 +204,8 @@ class Dispatcher:
         """Send nothing more; what is in flight goes on."""
         self.stopping = True
         self.started.set()
-        self._ring()
+        self._wake_all()
 
-    def _ring(self) -> None:
-        for alarm in self._alarms:
-            alarm.ring()
+    def _wake_all(self) -> None:
+        for timer in self._timers:
+            timer.wake()

@@ -22,9 +22,9 @@ from harness.record.results import Result, ResultWriter
 from harness.record.run_spec import DEFAULTS, RunSpec
 from scenarios.client.client import Client, raise_fd_limit
 from scenarios.client.endpoint import ENDPOINTS
-from scenarios.client.timers import Alarm
+from scenarios.client.timers import WakeTimer
 from scenarios.dispatch import Dispatcher
-from scenarios.plan_reader import Window
+from scenarios.plan_reader import PlanReader
 
 API_KEY = "HARNESS_API_KEY"
 """Environment variable with the API key; there is no other way to give it, so that it is in no file and no argument."""
@@ -42,16 +42,16 @@ class PlanUser(User):  # type: ignore[misc]  # Locust ships no types
         """Send until the plan is done or the run stops; then this user is gone."""
         dispatcher: Dispatcher | None = getattr(self.environment, "dispatcher", None)
         if dispatcher is not None and not dispatcher.over:
-            alarm = dispatcher.join(precise=self.precise)
+            timer = dispatcher.join(precise=self.precise)
             try:
                 joined_ns = dispatcher.now_ns() if dispatcher.started.is_set() else 0
                 dispatcher.started.wait()
-                self.send_all(dispatcher, alarm, joined_ns)
+                self.send_all(dispatcher, timer, joined_ns)
             finally:
-                dispatcher.leave(alarm)
+                dispatcher.leave(timer)
         raise StopUser
 
-    def send_all(self, dispatcher: Dispatcher, alarm: Alarm, joined_ns: int) -> None:
+    def send_all(self, dispatcher: Dispatcher, timer: WakeTimer, joined_ns: int) -> None:
         """Send requests of ``load`` until it is over; this user was there from ``joined_ns`` of the run clock on."""
         raise NotImplementedError
 
@@ -108,8 +108,8 @@ class _LocustRun:
         raise_fd_limit()
         spec = asked(options, environment.host, timed=timed)
         self._client = Client(spec, self._record, api_key=os.environ.get(API_KEY))
-        self._window = Window(Path(options.plan), spec)
-        self._dispatcher = environment.dispatcher = Dispatcher(self._window.schedule(), self._client)
+        self._plan_reader = PlanReader(Path(options.plan), spec)
+        self._dispatcher = environment.dispatcher = Dispatcher(self._plan_reader.schedule(), self._client)
         self._writer = ResultWriter(Path(options.results), 0) if options.results else None
         self._connections = 32 if timed else options.num_users or 1
         self._watcher: Any = None
@@ -173,7 +173,7 @@ class _LocustRun:
         self._client.parse_queue.settle()
         now = self._dispatcher.now_ns()
         unsent = [(planned.request_id, planned.scheduled_ns) for planned in self._dispatcher.schedule.rest()]
-        for request_id, due in (*unsent, *self._window.unread()):
+        for request_id, due in (*unsent, *self._plan_reader.unread()):
             self._record(Result(request_id, now if due is None else due, error="unsent"))
         if self._watcher is not None:
             self._client.close()

@@ -24,7 +24,7 @@ from scenarios.payload import Lengths, draft, most_tokens, prepare
 from scenarios.schedule import Planned, Schedule
 
 
-class Window:
+class PlanReader:
     """An iterator over a worker's requests, each prepared when it is asked for; in the order of the plan.
 
     ``requests`` is how many there are in all. Use it from greenlets: one that asks while a batch is being read waits.
@@ -63,7 +63,7 @@ class Window:
         mine = table["slice"].to_numpy() % self._workers == self._worker
         return table.filter(pa.array(mine)).select(names)
 
-    def __iter__(self) -> Window:
+    def __iter__(self) -> PlanReader:
         return self
 
     def __next__(self) -> Planned:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gevent
 
-from scenarios.client.timers import Alarm
+from scenarios.client.timers import WakeTimer
 from scenarios.dispatch import BURST, Dispatcher
 from scenarios.locust_user import PlanUser, run_as_locustfile
 
@@ -21,16 +21,16 @@ class Replay(PlanUser):
 
     precise = True
 
-    def send_all(self, dispatcher: Dispatcher, alarm: Alarm, joined_ns: int) -> None:
+    def send_all(self, dispatcher: Dispatcher, timer: WakeTimer, joined_ns: int) -> None:
         """Send each request when it is due."""
         sent = 0
         while not dispatcher.over:
             due = dispatcher.schedule.next_due()
             full = dispatcher.cap is not None and dispatcher.client.in_flight >= dispatcher.cap
             if due is None or full:
-                alarm.wait_until(None)
+                timer.wait_until(None)
             elif due > dispatcher.now_ns():
-                alarm.wait_until(dispatcher.client.start_mono_ns + due)
+                timer.wait_until(dispatcher.client.start_mono_ns + due)
                 sent = 0
             else:
                 dispatcher.send_next(dispatcher.ended)

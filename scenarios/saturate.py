@@ -11,7 +11,7 @@ import heapq
 import gevent
 
 from harness.record.results import Result
-from scenarios.client.timers import Alarm
+from scenarios.client.timers import WakeTimer
 from scenarios.dispatch import BURST, Dispatcher
 from scenarios.locust_user import PlanUser, run_as_locustfile
 
@@ -25,7 +25,7 @@ class Saturate(PlanUser):
 
     precise = True
 
-    def send_all(self, dispatcher: Dispatcher, alarm: Alarm, joined_ns: int) -> None:
+    def send_all(self, dispatcher: Dispatcher, timer: WakeTimer, joined_ns: int) -> None:
         """Keep a request in flight on each slot."""
         free = [max(joined_ns, dispatcher.next_start()) for _ in range(dispatcher.slots)]
         heapq.heapify(free)
@@ -34,15 +34,15 @@ class Saturate(PlanUser):
             assert result.finished_ns is not None
             heapq.heappush(free, result.finished_ns)
             dispatcher.ended(result)
-            alarm.ring()
+            timer.wake()
 
         sent = 0
         while not dispatcher.over:
             due = dispatcher.schedule.next_due()
             if due is None or not free:
-                alarm.wait_until(None)
+                timer.wait_until(None)
             elif max(due, free[0]) > dispatcher.now_ns():
-                alarm.wait_until(dispatcher.client.start_mono_ns + max(due, free[0]))
+                timer.wait_until(dispatcher.client.start_mono_ns + max(due, free[0]))
                 sent = 0
             else:
                 slot = heapq.heappop(free)

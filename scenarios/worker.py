@@ -61,11 +61,11 @@ from harness.startup import forgo_pandas
 from scenarios.client.capture import Sampler
 from scenarios.client.client import Client, raise_fd_limit
 from scenarios.client.completion import Answer
-from scenarios.client.timers import Alarm
+from scenarios.client.timers import WakeTimer
 from scenarios.dispatch import Dispatcher, slot_starts
 from scenarios.locust_user import API_KEY
 from scenarios.observer import Observer
-from scenarios.plan_reader import Window
+from scenarios.plan_reader import PlanReader
 from scenarios.replay import Replay
 from scenarios.saturate import Saturate
 from scenarios.worker_protocol import Commands, read_spec, say, start_ns
@@ -107,9 +107,9 @@ class Worker:
             sampler=self._sampler, capture=None if self._captured is None else self._capture,
         )  # fmt: skip
         closed = spec.mode == "closed"
-        self._window = Window(Path(spec.plan), spec, spec.worker)
-        self.requests = self._window.requests
-        schedule = self._window.schedule()
+        self._plan_reader = PlanReader(Path(spec.plan), spec, spec.worker)
+        self.requests = self._plan_reader.requests
+        schedule = self._plan_reader.schedule()
         slots = spec.concurrency or 1
         starts = slot_starts(spec.ramp_s, slots, spec.worker, spec.workers) if closed else ()
         self._dispatcher = Dispatcher(schedule, self._client, None if closed else spec.concurrency, slots, starts)
@@ -158,10 +158,10 @@ class Worker:
         gc.freeze()
         gc.disable()
         commander = gevent.spawn(self._obey)
-        alarm = Alarm(precise=True)
+        timer = WakeTimer(precise=True)
         while (now := monotonic_ns()) < start and not self._dispatcher.stopping:
-            alarm.wait_until(min(start, now + 100_000_000))
-        alarm.close()
+            timer.wait_until(min(start, now + 100_000_000))
+        timer.close()
         self._dispatcher.begin(start)
         self.observer.begin()
         watchers = [commander, gevent.spawn(self._report), gevent.spawn(self._fill)]
@@ -244,7 +244,7 @@ class Worker:
         self._client.close()
         now = self._dispatcher.now_ns()
         unsent = [(planned.request_id, planned.scheduled_ns) for planned in self._dispatcher.schedule.rest()]
-        for n, (request_id, due) in enumerate(chain(unsent, self._window.unread()), 1):
+        for n, (request_id, due) in enumerate(chain(unsent, self._plan_reader.unread()), 1):
             self._record(Result(request_id, now if due is None else due, error="unsent"))
             if n % _UNSENT == 0:
                 gevent.sleep(0)  # the flush may have its turn: a plan of millions was stopped

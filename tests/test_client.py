@@ -955,7 +955,7 @@ def test_a_long_answer_is_parsed_on_the_way(serve, run):
     sender.send()
     (stream,) = sender.client._active
     sender.until(lambda: len(stream.response._completion._stamps) >= 99_000, "parsed as it comes")
-    sender.until(lambda: stream.kept.size < 100_000, "of 14 MB")
+    sender.until(lambda: stream.buffer.size < 100_000, "of 14 MB")
     pause.set()
     assert len(sender.wait()[0].chunk_ns) == 100_000
 

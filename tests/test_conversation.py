@@ -32,7 +32,7 @@ from scenarios.client.capture import CapturingResponse
 from scenarios.client.completion import Answer
 from scenarios.dispatch import Conversations
 from scenarios.payload import draft, prepare
-from scenarios.plan_reader import Window
+from scenarios.plan_reader import PlanReader
 
 S = 1_000_000_000
 FORMS = ("messages", "text", "ids")
@@ -233,7 +233,7 @@ def test_a_damaged_plan_is_refused(tmp_path):
     for damage in ({"after": [None, 0, 0], "continues": [None, True, True]}, {"continues": [None, True, None]}):
         plan = write_plan(tmp_path / f"{len(damage)}.arrow", n=3, slice=[0, 0, 0], **damage)
         with pytest.raises(PlanError, match="damaged"):
-            Window(plan, RunSpec(mode="open", model="m", base_urls=[]))
+            PlanReader(plan, RunSpec(mode="open", model="m", base_urls=[]))
 
 
 # -- what was said ----------------------------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ def test_a_client_tells_the_answer_and_goes_on_recognising_plain_events(echo, to
         run.sent = 1
         texts = 0
         while not run.rows:
-            texts = max(texts, len(stream.kept) if not stream.kept.raw else 0)
+            texts = max(texts, len(stream.buffer) if not stream.buffer.chunk_bytes else 0)
             gevent.sleep(0.002)
         assert (run.rows[0].error, run.rows[0].output_tokens, len(run.rows[0].chunk_ns)) == (None, tokens, tokens)
         assert told == list(server.said.values())
@@ -437,7 +437,7 @@ def test_answers_are_kept_only_while_a_turn_needs_them(tmp_path, echo):
     run = Run(server.url, endpoint="chat")
     try:
         load = Dispatcher(
-            Window(plan, RunSpec(mode="closed", endpoint="chat", model="m", base_urls=[])).schedule(), run.client
+            PlanReader(plan, RunSpec(mode="closed", endpoint="chat", model="m", base_urls=[])).schedule(), run.client
         )
         most = 0
         while load.schedule.left:

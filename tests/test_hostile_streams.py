@@ -12,7 +12,7 @@ from harness.record.results import ERRORS, Result
 from scenarios.client.fast_path import Template
 from scenarios.client.http1 import Response
 from scenarios.client.in_flight import InFlight
-from scenarios.client.reader import Kept
+from scenarios.client.reader import ReceiveBuffer
 from scenarios.payload import Lengths, most_tokens, prepare
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -128,7 +128,7 @@ def test_a_stream_without_end_is_hung_up_on(event, monkeypatch) -> None:
 )  # fmt: skip
 def test_how_long_is_too_long(most, events, size, too_long) -> None:
     stream = InFlight.__new__(InFlight)
-    stream.most_tokens, stream.kept, stream.response = most, Kept(), Response()
+    stream.most_tokens, stream.buffer, stream.response = most, ReceiveBuffer(), Response()
     stream.response._completion._stamps.extend([0] * events)
     stream.response._size = size
     assert stream.too_long is too_long

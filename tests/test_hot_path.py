@@ -23,7 +23,10 @@ from scenarios.client import reader as reading
 from scenarios.client.fast_path import fit
 
 PYTHON: Any = SimpleNamespace(
-    Reader=reading.PythonReader, Kept=reading.PythonKept, Pattern=reading.PythonPattern, COMPILED=False
+    Reader=reading.PythonReader,
+    ReceiveBuffer=reading.PythonReceiveBuffer,
+    Pattern=reading.PythonPattern,
+    COMPILED=False,
 )
 needs_compiled = pytest.mark.skipif(not reading.COMPILED, reason="no compiled reader here")
 STORING: list[Any] = [pytest.param(reading, marks=needs_compiled, id="compiled")]
@@ -58,21 +61,21 @@ class Source:
         self.here, self.there = socket.socketpair()
         self.there.setblocking(False)
         self.recvmsg = self.there.recvmsg
-        self.reader, self.kept = path.Reader(), path.Kept()
+        self.reader, self.buffer = path.Reader(), path.ReceiveBuffer()
         self.pattern = pattern(path, opening)
         self.told: list[tuple[str, object]] = []
         self.reader.add(self.there.fileno(), self, True)
 
-    def keep(self, *, opening: bool = False) -> None:
-        self.reader.keep(self.there.fileno(), self.kept, self.pattern, opening)
+    def store(self, *, opening: bool = False) -> None:
+        self.reader.store(self.there.fileno(), self.buffer, self.pattern, opening)
 
     def received(self, data: bytes, stamp: int) -> None:
         assert 0 <= time.monotonic_ns() - stamp < 60e9
         self.told.append(("received", data))
 
-    def other(self, data: bytes, stamp: int) -> None:
+    def unmatched(self, data: bytes, stamp: int) -> None:
         assert 0 <= time.monotonic_ns() - stamp < 60e9
-        self.told.append(("other", data))
+        self.told.append(("unmatched", data))
 
     def ended(self, stamp: int) -> None:
         assert 0 <= time.monotonic_ns() - stamp < 60e9
@@ -87,19 +90,19 @@ class Source:
         self.reader.remove(self.there.fileno())
 
     def runs(self) -> list[tuple[int, list[bytes]]]:
-        """What is kept, looked at in every way there is."""
-        runs = self.kept.runs(0, True)
+        """What is stored, looked at in every way there is."""
+        runs = self.buffer.runs(0, True)
         stamps = [stamp for _, stamps, _ in runs for stamp in array("q", stamps)]
         assert stamps == sorted(stamps)
-        assert len(self.kept) == len(stamps) == sum(len(parts) for _, _, parts in runs)
-        assert self.kept.last_ns >= (stamps[-1] if stamps else 0)
-        assert self.kept.raw == sum(len(part) for kind, _, parts in runs for part in parts if not kind)
-        assert self.kept.size >= sum(len(part) for _, _, parts in runs for part in parts)
+        assert len(self.buffer) == len(stamps) == sum(len(parts) for _, _, parts in runs)
+        assert self.buffer.last_ns >= (stamps[-1] if stamps else 0)
+        assert self.buffer.chunk_bytes == sum(len(part) for kind, _, parts in runs for part in parts if not kind)
+        assert self.buffer.size >= sum(len(part) for _, _, parts in runs for part in parts)
         texts = [text for kind, _, parts in runs for text in parts if kind]
         simple = all(32 <= byte < 127 and byte not in b'"\\' for text in texts for byte in text)
         assert fit(texts) or not simple
         since = stamps[0] if stamps else 1
-        for (kind, all_stamps, parts), (kind_too, some, few) in zip(runs, self.kept.runs(since, False), strict=True):
+        for (kind, all_stamps, parts), (kind_too, some, few) in zip(runs, self.buffer.runs(since, False), strict=True):
             assert kind == kind_too
             assert array("q", some).tolist() == [stamp - since for stamp in array("q", all_stamps)]
             assert few == (None if kind and simple else parts)
@@ -108,7 +111,7 @@ class Source:
         return [(kind, parts) for kind, _, parts in runs]
 
     def texts(self) -> list[bytes]:
-        """The texts, when nothing else is kept."""
+        """The texts, when nothing else is stored."""
         runs = self.runs()
         assert all(runs), "texts alone"
         return [text for kind, parts in runs for text in parts if kind]
@@ -159,19 +162,24 @@ def test_every_byte_is_stored_or_passed_on_once(
     writes = [body[a:b] for a, b in pairwise(edges)]
     source = Source(reading, HEAD if opening else b"")
     try:
-        source.keep(opening=opening)
+        source.store(opening=opening)
         for write in writes:
             source.here.sendall(write)
             source.reader.read()
         source.here.close()
         source.reader.read()
         source.reader.read()
-        runs, events, rest, opened = source.runs(), source.reader.events, source.kept.rest(), source.kept.opened
+        runs, events, rest, opened = (
+            source.runs(),
+            source.reader.events,
+            source.buffer.take_partial(),
+            source.buffer.opening_matched,
+        )
     finally:
         source.close()
-    kept = (HEAD if opened else b"") + b"".join(framed(kind, part) for kind, parts in runs for part in parts)
+    stored = (HEAD if opened else b"") + b"".join(framed(kind, part) for kind, parts in runs for part in parts)
     told = b"".join(data for _, data in source.told if data)  # type: ignore[misc]
-    taken = kept + rest + told
+    taken = stored + rest + told
     if sound:
         assert taken == body, "no byte is lost, moved or taken twice"
     else:  # a line end may be taken for granted that never comes
@@ -181,13 +189,13 @@ def test_every_byte_is_stored_or_passed_on_once(
     assert source.reader.bytes == len(body)
     assert not sound or [kind for kind, _ in source.told] == ["ended"] * last + ["lost"]
     contents = [part for _, parts in runs for part in parts if part]
-    passed_on = sum(kind in ("received", "other") for kind, _ in source.told)
+    passed_on = sum(kind in ("received", "unmatched") for kind, _ in source.told)
     assert events == opened + len(contents) + passed_on
     assert source.reader.shared <= max(sum(len(parts) for kind, parts in runs if kind) - 1, 0)
 
 
 def framed(kind: int, part: bytes) -> bytes:
-    """The chunk that was kept as this."""
+    """The chunk that was stored as this."""
     return (chunk(part), plain(part), plain(part, before=OTHER_BEFORE, after=b'"}'))[kind]
 
 
@@ -199,13 +207,13 @@ def without_line_ends(data: bytes) -> bytes:
 def test_an_event_in_a_chunk_that_is_not_whole_is_not_kept_waiting(path: Any) -> None:
     """Of a chunk with several events that comes bit by bit each has its own time: by the book."""
     source = Source(path)
-    source.keep()
+    source.store()
     source.here.sendall(b"fff\r\n" + BEFORE)
     source.reader.read()
     assert source.told == []
     source.here.sendall(b"text" + AFTER + b"\n\n")
     source.reader.read()
-    assert source.told == [("other", b"fff\r\n" + BEFORE + b"text" + AFTER + b"\n\n")]
+    assert source.told == [("unmatched", b"fff\r\n" + BEFORE + b"text" + AFTER + b"\n\n")]
     source.close()
 
 
@@ -216,12 +224,12 @@ def test_an_answer_is_told_of_only_at_its_end(path: Any) -> None:
     cuts = [[answer[i : i + 1] for i in range(len(answer))], *([answer[:i], answer[i:]] for i in range(1, len(answer)))]
     for parts in cuts:
         source = Source(path, HEAD)
-        source.keep(opening=True)
+        source.store(opening=True)
         for i, part in enumerate(parts):
             source.here.sendall(part)
             source.reader.read()
             assert source.told == ([("ended", None)] if i == len(parts) - 1 else [])
-        assert source.kept.opened
+        assert source.buffer.opening_matched
         (one, texts), (zero, rest) = source.runs()
         assert (one, texts, zero, rest) == (1, [b"one", b"two"], 0, [b"data: [DONE]\n\n", b""])
         source.here.sendall(b"and more")
@@ -234,13 +242,13 @@ def test_an_answer_is_told_of_only_at_its_end(path: Any) -> None:
 def test_an_answer_of_unknown_events_is_told_of_at_the_first(path: Any) -> None:
     """Another model behind the same server: what its events look like is learned at once."""
     source = Source(path, HEAD)
-    source.keep(opening=True)
+    source.store(opening=True)
     source.here.sendall(HEAD)
     source.reader.read()
     source.here.sendall(chunk(b"data: 1\n\n") + plain(b"text"))
     source.reader.read()
-    assert (source.kept.opened, source.runs()) == (True, [])
-    assert source.told == [("other", chunk(b"data: 1\n\n") + plain(b"text"))]
+    assert (source.buffer.opening_matched, source.runs()) == (True, [])
+    assert source.told == [("unmatched", chunk(b"data: 1\n\n") + plain(b"text"))]
     source.close()
 
 
@@ -248,13 +256,13 @@ def test_an_answer_of_unknown_events_is_told_of_at_the_first(path: Any) -> None:
 def test_an_event_that_is_not_over_hides_no_other(path: Any) -> None:
     """Chunks need not end where events do: what follows half an event is the rest of it, however plain it looks."""
     source = Source(path)
-    source.keep()
+    source.store()
     source.here.sendall(chunk(b"data: half") + plain(b"no event") + chunk(b"\n\n") + plain(b"text"))
     source.reader.read()
     assert [kind for kind, _ in source.runs()] == [0, 1]
     source.close()
     source = Source(path)
-    source.keep()
+    source.store()
     source.here.sendall(chunk(b": half") + chunk(b" of a comment") + plain(b"no event") + plain(b"text"))
     source.reader.read()
     assert [(kind, len(parts)) for kind, parts in source.runs()] == [(0, 3), (1, 1)]
@@ -273,33 +281,36 @@ def test_what_is_loose_may_differ_in_its_own_way_alone(path: Any, may: str, fits
         content = before.replace(b"?", byte)
         source = Source(path)
         source.pattern = path.Pattern(before, loose, ((before, loose, b'"}\n\n'),))
-        source.keep()
+        source.store()
         source.here.sendall(chunk(content + b'text"}\n\n'))
         source.reader.read()
         assert [kind for kind, _ in source.runs()] == [int(plain_too)]
-        source.kept.clear()
-        source.keep(opening=True)
+        source.buffer.clear()
+        source.store(opening=True)
         source.here.sendall(content)
         source.reader.read()
-        assert (source.kept.opened, source.told) == (plain_too, [] if plain_too else [("other", content)])
+        assert (source.buffer.opening_matched, source.told) == (
+            plain_too,
+            [] if plain_too else [("unmatched", content)],
+        )
         source.close()
 
 
 @pytest.mark.parametrize("path", STORING)
 def test_what_is_not_whole_outlives_what_was_taken(path: Any) -> None:
     source = Source(path)
-    source.keep()
+    source.store()
     whole = plain(b"second")
     source.here.sendall(plain(b"first") + whole[:9])
     source.reader.read()
     assert source.texts() == [b"first"]
-    source.kept.clear()
-    assert (len(source.kept), source.kept.size, source.kept.raw) == (0, 0, 0)
-    source.keep()  # by another pattern, perhaps
+    source.buffer.clear()
+    assert (len(source.buffer), source.buffer.size, source.buffer.chunk_bytes) == (0, 0, 0)
+    source.store()  # by another pattern, perhaps
     source.here.sendall(whole[9:] + b"1")
     source.reader.read()
     assert source.texts() == [b"second"]
-    assert (source.kept.rest(), source.kept.rest()) == (b"1", b"")
+    assert (source.buffer.take_partial(), source.buffer.take_partial()) == (b"1", b"")
     source.close()
 
 
@@ -324,7 +335,7 @@ def test_bytes_can_be_taken_that_were_read_elsewhere(path: Any) -> None:
     source = Source(path)
     source.reader.remove(source.there.fileno())
     source.reader.add(source.there.fileno(), source, False)
-    source.keep()
+    source.store()
     source.here.sendall(b"ciphers")
     source.reader.read()
     assert source.told == []
@@ -343,12 +354,12 @@ def test_bytes_can_be_taken_that_were_read_elsewhere(path: Any) -> None:
 @pytest.mark.parametrize("path", STORING)
 def test_a_read_of_several_plain_events_is_all_texts(path: Any) -> None:
     source = Source(path)
-    source.keep()
+    source.store()
     source.here.sendall(b"".join(plain(b"t%d" % i) for i in range(9)))
     source.reader.read()
     assert source.texts() == [b"t%d" % i for i in range(9)]
     assert (source.told, source.reader.shared, source.reader.reads) == ([], 8, 1)
-    source.kept.clear()
+    source.buffer.clear()
     assert source.texts() == []
     source.close()
 
@@ -398,7 +409,7 @@ def slow(source: Source) -> Any:
 @pytest.mark.parametrize("path", STORING)
 def test_bytes_and_an_end_that_come_together_are_both_told(path: Any) -> None:
     source = Source(path)
-    source.keep()
+    source.store()
     source.here.sendall(plain(b"last"))
     source.here.close()
     for _ in range(3):
@@ -449,10 +460,10 @@ def test_a_stamp_is_when_bytes_came_not_when_they_were_read(path: Any) -> None:
     source = Late(path)
     try:
         times = [source.send(b"no event", 0.1) for _ in range(3)]
-        source.keep()
+        source.store()
         times += [source.send(plain(b"text"), 0.1) for _ in range(3)]
         times += [source.send(plain(b"t" * 5000), 0.1)]
-        stamps = source.heard + [ns for _, some, _ in source.kept.runs(0, False) for ns in array("q", some)]
+        stamps = source.heard + [ns for _, some, _ in source.buffer.runs(0, False) for ns in array("q", some)]
         assert len(stamps) == len(times)
         for stamp, (sent, read) in zip(stamps, times, strict=True):
             assert sent <= stamp < sent + (read - sent) / 2
@@ -464,11 +475,11 @@ def test_a_stamp_is_when_bytes_came_not_when_they_were_read(path: Any) -> None:
 def test_events_that_share_a_read_have_the_stamp_of_the_last(path: Any) -> None:
     source = Late(path)
     try:
-        source.keep()
+        source.store()
         source.here.sendall(plain(b"first"))
         time.sleep(0.05)
         sent, read = source.send(plain(b"second"), 0.1)
-        first, second = array("q", source.kept.runs(0, False)[0][1])
+        first, second = array("q", source.buffer.runs(0, False)[0][1])
         assert first == second
         assert sent <= second < sent + (read - sent) / 2
     finally:
@@ -558,17 +569,17 @@ def test_a_connection_closed_by_another_in_the_same_round_is_left_alone(path: An
 @pytest.mark.parametrize("path", STORING)
 def test_nothing_is_held_once_it_is_closed(path: Any) -> None:
     source = Source(path)
-    source.keep()
+    source.store()
     source.here.sendall(plain(b"text") + b"other")
     source.reader.read()
-    kept, shape = source.kept, source.pattern
-    source.keep()
+    buffer, shape = source.buffer, source.pattern
+    source.store()
     source.close()
     held = weakref.ref(source)
     del source
     gc.collect()
     assert held() is None
-    assert (sys.getrefcount(kept), sys.getrefcount(shape)) == (2, 2)
+    assert (sys.getrefcount(buffer), sys.getrefcount(shape)) == (2, 2)
 
 
 @pytest.mark.parametrize("path", READERS)
@@ -585,8 +596,8 @@ def test_what_cannot_be_read_is_refused(path: Any) -> None:
             reader.add(closed, there, False)
     reader.remove(here.fileno())
     reader.remove(here.fileno())  # twice is no error
-    reader.keep_all(here.fileno())
-    reader.keep(here.fileno(), path.Kept(), None, True)  # nor is what is gone
+    reader.stop_storing(here.fileno())
+    reader.store(here.fileno(), path.ReceiveBuffer(), None, True)  # nor is what is gone
     reader.close()
     here.close()
     there.close()
@@ -604,12 +615,12 @@ def test_the_compiled_path_believes_nothing_of_another_kind() -> None:
     for wrong in ((), ("text", b"====", ()), (b"", b"", []), (b"", b"", ((b"", b""),)), (b"", b"", ("abc",))):
         with pytest.raises(TypeError):
             reading.Pattern(*wrong)  # type: ignore[arg-type]
-    reader, kept = reading.Reader(), reading.Kept()
+    reader, buffer = reading.Reader(), reading.ReceiveBuffer()
     here, there = socket.socketpair()
     reader.add(here.fileno(), SimpleNamespace(), True)  # type: ignore[arg-type]
-    for what in ((kept, SimpleNamespace()), (object(), None), (kept, reading.PythonPattern(b"", b"", ()))):
+    for what in ((buffer, SimpleNamespace()), (object(), None), (buffer, reading.PythonPattern(b"", b"", ()))):
         with pytest.raises(TypeError):
-            reader.keep(here.fileno(), *what, True)  # type: ignore[arg-type]
+            reader.store(here.fileno(), *what, True)  # type: ignore[arg-type]
     there.sendall(b"x")
     with pytest.raises(AttributeError):
         reader.read()

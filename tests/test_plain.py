@@ -26,7 +26,10 @@ from scenarios.client.in_flight import InFlight
 from scenarios.client.outcome import Outcome
 
 PYTHON: Any = SimpleNamespace(
-    Reader=reading.PythonReader, Kept=reading.PythonKept, Pattern=reading.PythonPattern, COMPILED=False
+    Reader=reading.PythonReader,
+    ReceiveBuffer=reading.PythonReceiveBuffer,
+    Pattern=reading.PythonPattern,
+    COMPILED=False,
 )
 needs_compiled = pytest.mark.skipif(not reading.COMPILED, reason="no compiled reader here")
 STORING: list[Any] = [pytest.param(reading, marks=needs_compiled, id="compiled")]
@@ -115,15 +118,15 @@ def takes(template: Template | None, content: bytes) -> bool:
     if template is None:
         return False
     here, there = socket.socketpair()
-    reader, kept = reading.Reader(), reading.Kept()
+    reader, buffer = reading.Reader(), reading.ReceiveBuffer()
     reader.add(here.fileno(), SimpleNamespace(), False)  # type: ignore[arg-type]
     pattern = reading.Pattern(b"", b"", ((template.before, template.loose, template.after),))
-    reader.keep(here.fileno(), kept, pattern, False)
+    reader.store(here.fileno(), buffer, pattern, False)
     reader.take(here.fileno(), b"%x\r\n%b\r\n" % (len(content), content), 1)
     reader.close()
     here.close()
     there.close()
-    return all(kind and parts is not None and fit(parts) for kind, _, parts in kept.runs(0, True))
+    return all(kind and parts is not None and fit(parts) for kind, _, parts in buffer.runs(0, True))
 
 
 def is_output(content: bytes) -> bool:
@@ -280,7 +283,7 @@ class Wire:
         connection = Connection(owner, self.target)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("scenarios.client.connection.COMPILED", self.path.COMPILED)
-            patch.setattr("scenarios.client.in_flight.Kept", self.path.Kept)
+            patch.setattr("scenarios.client.in_flight.ReceiveBuffer", self.path.ReceiveBuffer)
             patch.setattr("scenarios.client.fast_path.Pattern", self.path.Pattern)
             feed = InFlight.feed
 
@@ -314,7 +317,7 @@ class Wire:
                 connection.close()
                 owner.reader.close()
         assert len(owner.ended) == 1
-        assert len(stream.kept) == 0
+        assert len(stream.buffer) == 0
         return stream, sent
 
 
@@ -450,7 +453,7 @@ def test_a_shape_that_is_learned_while_others_wait_serves_them_too(path: Any) ->
         patch.setattr(InFlight, "begin", before_it_was_learned)
         stream, sent = wire.answer(reads)
     agrees(stream, sent, by_the_book(reads))
-    assert (wire.handed_on, stream.shape, stream.kept.opened) == (before, shape, True)
+    assert (wire.handed_on, stream.shape, stream.buffer.opening_matched) == (before, shape, True)
     reader = wire.reader
     assert (reader.bytes, reader.events) == (len(b"".join(reads)), 1 + 1 + 2)
 
@@ -509,12 +512,12 @@ ODD_ONE = '{"choices":[{"delta":{"content":%s},"logprobs":[]}]}'
 def test_an_answer_that_changes_is_recognised_again(shapes: list[str | None], least: int, every: int) -> None:
     """However few reads are parsed at a time; and the next answer is known from its beginning to its end."""
     reads = [chunk(b": ping\n\n" if s is None else said(s, b'"t%d"' % i)) for i, s in enumerate(shapes)]
-    kept = 0
+    stored = 0
     feed_plain = Response.feed_plain
 
     def count(response: Response, template: Template, stamps: Any, texts: Any) -> bool:
-        nonlocal kept
-        kept += len(stamps)
+        nonlocal stored
+        stored += len(stamps)
         return feed_plain(response, template, stamps, texts)
 
     wire = Wire(reading)
@@ -522,7 +525,7 @@ def test_an_answer_that_changes_is_recognised_again(shapes: list[str | None], le
         patch.setattr(Response, "feed_plain", count)
         stream, _ = wire.answer([CHUNKED, *reads, chunk(DONE) + END], set(range(1, 200, every)))
         assert len(listed(stream.response).chunk_ns) == 200 - shapes.count(None)
-        assert kept >= least
-        kept = 0
+        assert stored >= least
+        stored = 0
         stream, _ = wire.answer([CHUNKED, *reads, chunk(DONE) + END])
-        assert len(listed(stream.response).chunk_ns) == kept == 200 - shapes.count(None)
+        assert len(listed(stream.response).chunk_ns) == stored == 200 - shapes.count(None)

@@ -1,8 +1,6 @@
-/* The hot path of the load generator, compiled: what `scenarios/client/reader.py` says in Python, said in C.
-
-   Both have the same two types and the same behaviour, which tests/test_hot_path.py compares byte by byte; the Python
-   one is the one to read first. This one exists because a token costs the interpreter more than it costs the kernel.
-   It builds against the stable ABI of Python 3.11, and where it cannot be built the Python one is used. */
+/* The hot path of the load generator. `scenarios/client/reader.py` documents its types; without a C compiler its Python
+   fallback is used, which passes everything on. This one stores chunks by itself, because a token costs the interpreter
+   more than it costs the kernel. tests/test_hot_path.py checks that no byte is lost. Stable ABI of Python 3.11. */
 
 #define _GNU_SOURCE
 #define Py_LIMITED_API 0x030b0000
@@ -45,25 +43,25 @@ enum { WORD = 1, DIGIT = 2, VALUE = 4 }; /* what a byte may be where it need not
 static uint8_t may_be[256];
 
 typedef struct {
-    Py_ssize_t end; /* of a stretch of bytes that are alike in this: */
+    Py_ssize_t end; /* of a span of bytes that are alike in this: */
     uint8_t may;    /* 0: each is the same; else any of these */
-} Stretch;
+} Span;
 
 typedef struct {
     char *bytes;
     Py_ssize_t size;
-    Stretch *stretches;
-} Likeness;
+    Span *spans;
+} MaskedBytes;
 
 typedef struct {
-    Likeness before;
+    MaskedBytes before;
     char *after;
     Py_ssize_t after_size;
 } Event;
 
 typedef struct {
     PyObject_HEAD
-    Likeness opening;
+    MaskedBytes opening;
     Event *events;
     int count;
 } Pattern;
@@ -71,15 +69,15 @@ typedef struct {
 #define KINDS 15 /* a Mark has four bits for the kind */
 
 /* Whether `data` is like the first `size` bytes of it. */
-static int like(const Likeness *as, const char *data, Py_ssize_t size) {
-    const Stretch *stretch = as->stretches;
-    for (Py_ssize_t at = 0; at < size; at = stretch++->end) {
-        const Py_ssize_t end = stretch->end < size ? stretch->end : size;
-        if (!stretch->may) {
+static int matches(const MaskedBytes *as, const char *data, Py_ssize_t size) {
+    const Span *span = as->spans;
+    for (Py_ssize_t at = 0; at < size; at = span++->end) {
+        const Py_ssize_t end = span->end < size ? span->end : size;
+        if (!span->may) {
             if (memcmp(data + at, as->bytes + at, end - at)) return 0;
         } else {
             for (Py_ssize_t i = at; i < end; i++)
-                if (!(may_be[(uint8_t)data[i]] & stretch->may)) return 0;
+                if (!(may_be[(uint8_t)data[i]] & span->may)) return 0;
         }
     }
     return 1;
@@ -92,7 +90,7 @@ static void *copy_of(const void *bytes, Py_ssize_t size) {
     return copy;
 }
 
-static int Likeness_init(Likeness *self, PyObject *bytes, PyObject *loose) {
+static int MaskedBytes_init(MaskedBytes *self, PyObject *bytes, PyObject *loose) {
     char *same, *kinds;
     Py_ssize_t size, loose_size;
     if (PyBytes_AsStringAndSize(bytes, &same, &size) < 0 || PyBytes_AsStringAndSize(loose, &kinds, &loose_size) < 0)
@@ -102,31 +100,31 @@ static int Likeness_init(Likeness *self, PyObject *bytes, PyObject *loose) {
         return -1;
     }
     self->bytes = copy_of(same, size);
-    self->stretches = self->bytes ? PyMem_Malloc((size + 1) * sizeof(Stretch)) : NULL;
-    if (!self->stretches) {
+    self->spans = self->bytes ? PyMem_Malloc((size + 1) * sizeof(Span)) : NULL;
+    if (!self->spans) {
         if (self->bytes) PyErr_NoMemory();
         return -1;
     }
-    Stretch *last = self->stretches;
+    Span *last = self->spans;
     for (Py_ssize_t i = 0; i < size; i++) {
         const uint8_t may = kinds[i] == 'w' ? WORD : kinds[i] == 'd' ? DIGIT : kinds[i] == 'v' ? VALUE : 0;
         if (i && may != last->may) last++;
-        *last = (Stretch){.end = i + 1, .may = may};
+        *last = (Span){.end = i + 1, .may = may};
     }
     self->size = size;
     return 0;
 }
 
-static void Likeness_free(Likeness *self) {
+static void MaskedBytes_free(MaskedBytes *self) {
     PyMem_Free(self->bytes);
-    PyMem_Free(self->stretches);
+    PyMem_Free(self->spans);
 }
 
 static void Pattern_dealloc(Pattern *self) {
     PyTypeObject *type = Py_TYPE((PyObject *)self);
-    Likeness_free(&self->opening);
+    MaskedBytes_free(&self->opening);
     for (int i = 0; i < self->count; i++) {
-        Likeness_free(&self->events[i].before);
+        MaskedBytes_free(&self->events[i].before);
         PyMem_Free(self->events[i].after);
     }
     PyMem_Free(self->events);
@@ -142,7 +140,8 @@ static int Event_init(Event *self, PyObject *tuple) {
         PyErr_Format(PyExc_TypeError, "an event is a tuple");
         return -1;
     }
-    if (!PyArg_ParseTuple(tuple, "SSS", &before, &loose, &after) || Likeness_init(&self->before, before, loose) < 0 ||
+    if (!PyArg_ParseTuple(tuple, "SSS", &before, &loose, &after) ||
+        MaskedBytes_init(&self->before, before, loose) < 0 ||
         PyBytes_AsStringAndSize(after, &bytes, &self->after_size) < 0)
         return -1;
     self->after = copy_of(bytes, self->after_size);
@@ -158,7 +157,7 @@ static PyObject *Pattern_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     Pattern *self = (Pattern *)allocate(type, 0);
     if (!self) return NULL;
-    int bad = Likeness_init(&self->opening, opening, loose) < 0;
+    int bad = MaskedBytes_init(&self->opening, opening, loose) < 0;
     if (!bad && !(self->events = PyMem_Calloc(count ? count : 1, sizeof(Event)))) {
         PyErr_NoMemory();
         bad = 1;
@@ -171,7 +170,7 @@ static PyObject *Pattern_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
 }
 
 static PyType_Slot pattern_slots[] = {
-    {Py_tp_doc, "What the answers of a server look like."},
+    {Py_tp_doc, "What the answers of a server have in common."},
     {Py_tp_new, Pattern_new},
     {Py_tp_dealloc, Pattern_dealloc},
     {0},
@@ -179,7 +178,7 @@ static PyType_Slot pattern_slots[] = {
 
 static PyType_Spec pattern_spec = {"scenarios.client._reader.Pattern", sizeof(Pattern), 0, Py_TPFLAGS_DEFAULT, pattern_slots};
 
-/* -- Kept ---------------------------------------------------------------------------------------------------------- */
+/* -- ReceiveBuffer ------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     int64_t stamp;
@@ -193,16 +192,16 @@ typedef struct {
     PyObject_HEAD
     char *data; /* of each entry a Mark, then its bytes; behind them those of a chunk that is not whole yet */
     uint32_t count, size, partial, room;
-    uint32_t raw;   /* bytes of contents */
+    uint32_t chunk_bytes;   /* bytes of contents */
     uint32_t odd;   /* not 0: some text has a quote, a backslash, or what is not printable ASCII */
-    uint8_t opening, opened; /* the opening of the answer is still to come; it came */
+    uint8_t opening, opening_matched; /* the opening of the answer is still to come; it came */
     uint8_t first;  /* the first event after it is still to come */
     uint8_t inside; /* the last chunk did not end with an event */
-    uint8_t owed;   /* bytes of its line end that lack; when other bytes came, they never will */
+    uint8_t line_end_missing;   /* bytes of its line end still missing; forever, if other bytes came instead */
     int64_t last_ns;
-} Kept;
+} Buffer;
 
-static int Kept_reserve(Kept *self, uint64_t size) {
+static int Buffer_reserve(Buffer *self, uint64_t size) {
     if (size <= self->room) return 0;
     uint64_t room = self->room ? 2 * (uint64_t)self->room : 512;
     if (room < size) room = size;
@@ -216,10 +215,10 @@ static int Kept_reserve(Kept *self, uint64_t size) {
     return 0;
 }
 
-static int Kept_add(Kept *self, const char *bytes, Py_ssize_t length, int kind, int64_t stamp) {
+static int Buffer_add(Buffer *self, const char *bytes, Py_ssize_t length, int kind, int64_t stamp) {
     const Mark mark = {.stamp = stamp, .length = (uint32_t)length, .kind = kind};
     const uint64_t size = self->size + sizeof mark + (uint64_t)length;
-    if (Kept_reserve(self, size) < 0) return -1;
+    if (Buffer_reserve(self, size) < 0) return -1;
     memcpy(self->data + self->size, &mark, sizeof mark);
     memcpy(self->data + self->size + sizeof mark, bytes, length);
     if (kind) {
@@ -228,14 +227,14 @@ static int Kept_add(Kept *self, const char *bytes, Py_ssize_t length, int kind, 
             odd |= (bytes[i] < ' ') | (bytes[i] > '~') | (bytes[i] == '"') | (bytes[i] == '\\');
         self->odd |= odd;
     } else {
-        self->raw += (uint32_t)length;
+        self->chunk_bytes += (uint32_t)length;
     }
     self->size = (uint32_t)size;
     self->count++;
     return 0;
 }
 
-static void Kept_dealloc(Kept *self) {
+static void Buffer_dealloc(Buffer *self) {
     PyTypeObject *type = Py_TYPE((PyObject *)self);
     PyMem_Free(self->data);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
@@ -243,15 +242,15 @@ static void Kept_dealloc(Kept *self) {
     Py_DECREF(type);
 }
 
-static Py_ssize_t Kept_length(Kept *self) { return self->count; }
+static Py_ssize_t Buffer_length(Buffer *self) { return self->count; }
 
-static PyObject *Kept_rest(Kept *self, PyObject *Py_UNUSED(none)) {
+static PyObject *Buffer_take_partial(Buffer *self, PyObject *Py_UNUSED(none)) {
     PyObject *rest = PyBytes_FromStringAndSize(self->data + self->size, self->partial);
     if (rest) self->partial = 0;
     return rest;
 }
 
-static PyObject *Kept_clear(Kept *self, PyObject *Py_UNUSED(none)) {
+static PyObject *Buffer_clear(Buffer *self, PyObject *Py_UNUSED(none)) {
     char *rest = NULL;
     if (self->partial) {
         rest = copy_of(self->data + self->size, self->partial);
@@ -260,11 +259,11 @@ static PyObject *Kept_clear(Kept *self, PyObject *Py_UNUSED(none)) {
     PyMem_Free(self->data);
     self->data = rest;
     self->room = self->partial;
-    self->count = self->size = self->raw = self->odd = 0;
+    self->count = self->size = self->chunk_bytes = self->odd = 0;
     Py_RETURN_NONE;
 }
 
-static PyObject *Kept_run(Kept *self, uint32_t *at, int64_t since, int whole) {
+static PyObject *Buffer_run(Buffer *self, uint32_t *at, int64_t since, int whole) {
     Mark mark, first;
     uint32_t end = *at, count = 0;
     memcpy(&first, self->data + *at, sizeof first);
@@ -294,97 +293,100 @@ static PyObject *Kept_run(Kept *self, uint32_t *at, int64_t since, int whole) {
     return run;
 }
 
-static PyObject *Kept_runs(Kept *self, PyObject *args) {
+static PyObject *Buffer_runs(Buffer *self, PyObject *args) {
     long long since;
     int whole;
     if (!PyArg_ParseTuple(args, "Lp", &since, &whole)) return NULL;
     PyObject *runs = PyList_New(0);
     for (uint32_t at = 0; runs && at < self->size;) {
-        PyObject *run = Kept_run(self, &at, since, whole);
+        PyObject *run = Buffer_run(self, &at, since, whole);
         if (!run || PyList_Append(runs, run) < 0) Py_CLEAR(runs);
         Py_XDECREF(run);
     }
     return runs;
 }
 
-static PyObject *Kept_opened(Kept *self, void *Py_UNUSED(closure)) { return PyBool_FromLong(self->opened); }
+static PyObject *Buffer_opening_matched(Buffer *self, void *Py_UNUSED(closure)) {
+    return PyBool_FromLong(self->opening_matched);
+}
 
-static PyMethodDef kept_methods[] = {
-    {"runs", (PyCFunction)Kept_runs, METH_VARARGS, "Stretches of one kind: kind, stamps, parts."},
-    {"rest", (PyCFunction)Kept_rest, METH_NOARGS, "Take the bytes of a chunk that is not whole."},
-    {"clear", (PyCFunction)Kept_clear, METH_NOARGS, "Hold nothing but that."},
+static PyMethodDef buffer_methods[] = {
+    {"runs", (PyCFunction)Buffer_runs, METH_VARARGS, "Everything stored, in runs of one kind: kind, stamps, parts."},
+    {"take_partial", (PyCFunction)Buffer_take_partial, METH_NOARGS, "Remove and return the bytes of an incomplete chunk."},
+    {"clear", (PyCFunction)Buffer_clear, METH_NOARGS, "Drop everything but an incomplete chunk."},
     {0},
 };
 
-static PyMemberDef kept_members[] = {
-    {"last_ns", T_LONGLONG, offsetof(Kept, last_ns), READONLY, "When something arrived last; 0 for never."},
-    {"raw", T_UINT, offsetof(Kept, raw), READONLY, "Bytes held of contents of chunks."},
-    {"size", T_UINT, offsetof(Kept, size), READONLY, "Bytes held."},
-    {"owed", T_UBYTE, offsetof(Kept, owed), READONLY, "Bytes of the last chunk's line end that lack."},
+static PyMemberDef buffer_members[] = {
+    {"last_ns", T_LONGLONG, offsetof(Buffer, last_ns), READONLY, "When something was last stored; 0 for never."},
+    {"chunk_bytes", T_UINT, offsetof(Buffer, chunk_bytes), READONLY, "Bytes of whole chunks."},
+    {"size", T_UINT, offsetof(Buffer, size), READONLY, "Bytes of everything."},
+    {"line_end_missing", T_UBYTE, offsetof(Buffer, line_end_missing), READONLY,
+     "Bytes still missing of the last chunk's line end."},
     {0},
 };
 
-static PyGetSetDef kept_values[] = {
-    {"opened", (getter)Kept_opened, NULL, "Whether the answer began with the opening of its pattern.", NULL},
+static PyGetSetDef buffer_values[] = {
+    {"opening_matched", (getter)Buffer_opening_matched, NULL, "Whether the answer began with the opening.", NULL},
     {0},
 };
 
-static PyType_Slot kept_slots[] = {
-    {Py_tp_doc, "What has arrived of an answer and when."},
-    {Py_tp_dealloc, Kept_dealloc},
-    {Py_tp_methods, kept_methods},
-    {Py_tp_members, kept_members},
-    {Py_tp_getset, kept_values},
-    {Py_sq_length, Kept_length},
+static PyType_Slot buffer_slots[] = {
+    {Py_tp_doc, "What has arrived of an answer, each chunk with its stamp."},
+    {Py_tp_dealloc, Buffer_dealloc},
+    {Py_tp_methods, buffer_methods},
+    {Py_tp_members, buffer_members},
+    {Py_tp_getset, buffer_values},
+    {Py_sq_length, Buffer_length},
     {0},
 };
 
-static PyType_Spec kept_spec = {"scenarios.client._reader.Kept", sizeof(Kept), 0, Py_TPFLAGS_DEFAULT, kept_slots};
+static PyType_Spec buffer_spec = {"scenarios.client._reader.ReceiveBuffer", sizeof(Buffer), 0, Py_TPFLAGS_DEFAULT, buffer_slots};
 
 /* -- Reader -------------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     PyObject *connection; /* null: nothing is read from this descriptor */
-    int64_t came_ns;      /* when what was last read came: what is read next came later */
-    Kept *kept;           /* null: whatever arrives is handed on */
+    int64_t last_ns;      /* when what was last read came: what is read next came later */
+    Buffer *buffer;       /* null: whatever arrives is passed on */
     Pattern *pattern;     /* null: no event is known */
-    uint8_t polled;       /* false: what arrives is read by the connection itself, which hands it to `take` */
-} Lane;
+    uint8_t polled;       /* false: what arrives is read by the connection itself, which passes it to `take` */
+} Socket;
 
 typedef struct {
-    PyTypeObject *kept, *pattern;
+    PyTypeObject *buffer, *pattern;
 } State;
 
 typedef struct {
     PyObject_HEAD
     int epoll;
     int room;
-    Lane *lanes; /* by descriptor */
+    Socket *sockets; /* by descriptor */
     State types;
-    char *buffer; /* PARTIAL bytes for what came before, then READ_SIZE for what comes */
+    char *scratch; /* PARTIAL bytes for what came before, then READ_SIZE for what comes */
     int64_t offset_ns; /* of the monotonic clock from the wall clock, in which the kernel stamps */
     int64_t now_ns;    /* when this round of reading began */
-    unsigned long long events, bytes; /* that were read: events, and reads of what is handed on */
+    unsigned long long events, bytes; /* that were read: events, and reads that were passed on */
     unsigned long long shared;        /* plain events that came with another in one read, and share its stamp */
     unsigned long long reads, unstamped; /* reads; those for which the kernel did not say when their bytes came */
     PyObject *error, *error_value, *error_trace; /* what the next return from read raises */
 } Reader;
 
-static Lane *lane_of(Reader *self, int fd) {
-    return fd >= 0 && fd < self->room && self->lanes[fd].connection ? &self->lanes[fd] : NULL;
+static Socket *socket_of(Reader *self, int fd) {
+    return fd >= 0 && fd < self->room && self->sockets[fd].connection ? &self->sockets[fd] : NULL;
 }
 
-static void lane_keep_all(Lane *lane) {
-    Kept *kept = lane->kept;
-    Pattern *pattern = lane->pattern;
-    lane->kept = NULL;
-    lane->pattern = NULL;
-    Py_XDECREF((PyObject *)kept);
+static void stop_storing(Socket *sock) {
+    Buffer *buffer = sock->buffer;
+    Pattern *pattern = sock->pattern;
+    sock->buffer = NULL;
+    sock->pattern = NULL;
+    Py_XDECREF((PyObject *)buffer);
     Py_XDECREF((PyObject *)pattern);
 }
 
-/* The HTTP chunk that `data` begins with: its bytes, or 0 when more may come, or -1 when it is for the book; and where
-   its content begins, and how long that is: 0 for the last chunk. Its line end may lack: the content came without. */
+/* The size of the HTTP chunk that `data` begins with; 0 when it is incomplete, -1 when it is for the full parser. Also
+   where its content begins and how long that is (0 for the last chunk). Its line end may be missing still. */
 static Py_ssize_t chunk(const char *data, Py_ssize_t size, const char **content, Py_ssize_t *length) {
     Py_ssize_t digits = 0, value = 0;
     for (; digits < DIGITS && digits < size; digits++) {
@@ -413,7 +415,7 @@ static int plain_event(const Pattern *pattern, const char *content, Py_ssize_t s
         const Event *event = &pattern->events[i];
         *text = content + event->before.size;
         *length = size - event->before.size - event->after_size;
-        if (*length >= 1 && *length <= (Py_ssize_t)LONGEST && like(&event->before, content, event->before.size) &&
+        if (*length >= 1 && *length <= (Py_ssize_t)LONGEST && matches(&event->before, content, event->before.size) &&
             !memcmp(*text + *length, event->after, event->after_size))
             return i + 1;
     }
@@ -436,7 +438,7 @@ static int done(PyObject *connection, PyObject *result) {
     return result ? 0 : -1;
 }
 
-static int hand_on(PyObject *connection, const char *method, const char *data, Py_ssize_t size, int64_t stamp) {
+static int pass_on(PyObject *connection, const char *method, const char *data, Py_ssize_t size, int64_t stamp) {
     Py_INCREF(connection); /* the call may close it */
     return done(connection, PyObject_CallMethod(connection, method, "y#L", data, size, (long long)stamp));
 }
@@ -453,63 +455,64 @@ static int ended(PyObject *connection, int64_t stamp) {
 }
 
 /* Take bytes that arrived; `data` lies in the buffer, with room before it. */
-static int take(Reader *self, Lane *lane, char *data, Py_ssize_t size, int64_t stamp) {
-    Kept *const kept = lane->kept;
-    const Pattern *const pattern = lane->pattern;
+static int take(Reader *self, Socket *sock, char *data, Py_ssize_t size, int64_t stamp) {
+    Buffer *const buffer = sock->buffer;
+    const Pattern *const pattern = sock->pattern;
     const char *at = data, *const end = data + size, *content, *text;
     Py_ssize_t length, text_length, whole = 0;
     int last = 0, events = 0;
-    if (!kept) {
+    if (!buffer) {
         self->events++;
-        return hand_on(lane->connection, "received", data, size, stamp);
+        return pass_on(sock->connection, "received", data, size, stamp);
     }
-    kept->last_ns = stamp;
-    if (kept->partial) {
-        at -= kept->partial;
-        memcpy((char *)at, kept->data + kept->size, kept->partial);
-        kept->partial = 0;
+    buffer->last_ns = stamp;
+    if (buffer->partial) {
+        at -= buffer->partial;
+        memcpy((char *)at, buffer->data + buffer->size, buffer->partial);
+        buffer->partial = 0;
     }
-    for (; kept->owed && at < end && *at == LINE_END[2 - kept->owed]; at++) kept->owed--;
-    if (kept->owed && at < end) whole = -1;
-    if (kept->opening) {
+    for (; buffer->line_end_missing && at < end && *at == LINE_END[2 - buffer->line_end_missing]; at++)
+        buffer->line_end_missing--;
+    if (buffer->line_end_missing && at < end) whole = -1;
+    if (buffer->opening) {
         const Py_ssize_t wanted = pattern ? pattern->opening.size : 0, here = end - at < wanted ? end - at : wanted;
-        whole = wanted && like(&pattern->opening, at, here) ? 0 : -1;
+        whole = wanted && matches(&pattern->opening, at, here) ? 0 : -1;
         if (!whole && here == wanted) {
             at += wanted;
-            kept->opening = 0;
-            kept->opened = kept->first = 1;
+            buffer->opening = 0;
+            buffer->opening_matched = buffer->first = 1;
             self->events++;
         }
     }
-    while (!kept->opening && !kept->owed && at < end && !last &&
+    while (!buffer->opening && !buffer->line_end_missing && at < end && !last &&
            (whole = chunk(at, end - at, &content, &length)) > 0) {
-        const int kind = kept->inside ? 0 : plain_event(pattern, content, length, &text, &text_length);
-        if (!kind && kept->first) { /* its events are of no kind that is known: to be learned now, not at the end */
+        const int kind = buffer->inside ? 0 : plain_event(pattern, content, length, &text, &text_length);
+        if (!kind && buffer->first) { /* its events are of no kind that is known: to be learned now, not at the end */
             whole = -1;
             break;
         }
-        kept->first = 0;
-        if (Kept_add(kept, kind ? text : content, kind ? text_length : length, kind, stamp) < 0) return -1;
+        buffer->first = 0;
+        if (Buffer_add(buffer, kind ? text : content, kind ? text_length : length, kind, stamp) < 0) return -1;
         self->events += length > 0;
         self->shared += kind && events++ > 0;
         if (!kind) {
             last = !length;
-            kept->inside = !ends_an_event(content, length);
+            buffer->inside = !ends_an_event(content, length);
         }
         at += whole;
-        if (at > end) kept->owed = (uint8_t)(at - end); /* it is checked when it comes */
+        if (at > end) buffer->line_end_missing = (uint8_t)(at - end); /* it is checked when it comes */
     }
     if (at >= end && !last) return 0;
-    if (!last && !whole && end - at <= PARTIAL && (kept->opening || !has_an_event(at, end - at))) {
-        if (Kept_reserve(kept, (uint64_t)kept->size + (end - at)) < 0) return -1;
-        memcpy(kept->data + kept->size, at, end - at);
-        kept->partial = (uint32_t)(end - at);
+    if (!last && !whole && end - at <= PARTIAL && (buffer->opening || !has_an_event(at, end - at))) {
+        if (Buffer_reserve(buffer, (uint64_t)buffer->size + (end - at)) < 0) return -1;
+        memcpy(buffer->data + buffer->size, at, end - at);
+        buffer->partial = (uint32_t)(end - at);
         return 0;
     }
-    lane_keep_all(lane);
-    if (at == end) return ended(lane->connection, stamp);
+    stop_storing(sock);
+    if (at == end) return ended(sock->connection, stamp);
     self->events++;
-    return hand_on(lane->connection, "other", at, end - at, stamp);
+    return pass_on(sock->connection, "unmatched", at, end - at, stamp);
 }
 
 /* Keep the first Python error of a round: the other sockets that are ready are told of only once. */
@@ -531,7 +534,7 @@ enum { MORE, LESS, OVER }; /* after a read: there may be more; all was read that
 
 /* When the kernel got the last of these bytes; now, where it did not say. However the wall clock was set meanwhile: not
    before what was read last. */
-static int64_t arrived(Reader *self, Lane *lane, struct msghdr *message) {
+static int64_t arrived(Reader *self, Socket *sock, struct msghdr *message) {
     struct cmsghdr *said = CMSG_FIRSTHDR(message);
     int64_t stamp;
     self->reads++;
@@ -543,22 +546,22 @@ static int64_t arrived(Reader *self, Lane *lane, struct msghdr *message) {
             const int64_t now = now_ns(CLOCK_MONOTONIC); /* seldom: most of it was there when the round began */
             if (stamp > now) stamp = now;
         }
-        if (stamp < lane->came_ns) stamp = lane->came_ns;
+        if (stamp < sock->last_ns) stamp = sock->last_ns;
     } else {
         stamp = now_ns(CLOCK_MONOTONIC);
         self->unstamped++;
     }
-    return lane->came_ns = stamp;
+    return sock->last_ns = stamp;
 }
 
 static int receive(Reader *self, int fd) {
-    Lane *lane = lane_of(self, fd);
-    if (!lane) return OVER; /* closed by what came before it in this round */
+    Socket *sock = socket_of(self, fd);
+    if (!sock) return OVER; /* closed by what came before it in this round */
     union {
         struct cmsghdr head;
         char room[CMSG_SPACE(sizeof(struct timespec))];
     } control;
-    struct iovec bytes = {self->buffer + PARTIAL, READ_SIZE};
+    struct iovec bytes = {self->scratch + PARTIAL, READ_SIZE};
     struct msghdr message = {.msg_iov = &bytes, .msg_iovlen = 1, .msg_control = &control,
                              .msg_controllen = sizeof control};
     /* Not libc's recvmsg: in a process with threads that is a place to be cancelled at, which it costs more to be than
@@ -568,8 +571,8 @@ static int receive(Reader *self, int fd) {
     if (error == EINTR) return MORE;
     if (error == EAGAIN || error == EWOULDBLOCK) return OVER;
     if (size > 0) self->bytes += size;
-    const int bad = size > 0 ? take(self, lane, self->buffer + PARTIAL, size, arrived(self, lane, &message))
-                             : lost(lane->connection, error);
+    const int bad = size > 0 ? take(self, sock, self->scratch + PARTIAL, size, arrived(self, sock, &message))
+                             : lost(sock->connection, error);
     if (bad < 0) note_error(self);
     return size <= 0 ? OVER : size == READ_SIZE ? MORE : LESS;
 }
@@ -582,7 +585,7 @@ static void read_one(Reader *self, int fd, uint32_t events) {
         if (state == OVER || (state == LESS && !(events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)))) return;
     }
     struct epoll_event again = {.events = EVENTS, .data.fd = fd}; /* a stream without end is not to starve the others */
-    if (lane_of(self, fd)) epoll_ctl(self->epoll, EPOLL_CTL_MOD, fd, &again);
+    if (socket_of(self, fd)) epoll_ctl(self->epoll, EPOLL_CTL_MOD, fd, &again);
 }
 
 static PyObject *Reader_read(Reader *self, PyObject *Py_UNUSED(none)) {
@@ -609,41 +612,41 @@ static PyObject *Reader_add(Reader *self, PyObject *args) {
     PyObject *connection;
     int fd, polled;
     if (!PyArg_ParseTuple(args, "iOp", &fd, &connection, &polled)) return NULL;
-    if (fd < 0 || lane_of(self, fd)) return PyErr_Format(PyExc_ValueError, "descriptor %d cannot be added", fd);
+    if (fd < 0 || socket_of(self, fd)) return PyErr_Format(PyExc_ValueError, "descriptor %d cannot be added", fd);
     struct epoll_event event = {.events = polled ? EVENTS : 0, .data.fd = fd};
     if (epoll_ctl(self->epoll, EPOLL_CTL_ADD, fd, &event) < 0) return PyErr_SetFromErrno(PyExc_OSError);
     if (!polled) epoll_ctl(self->epoll, EPOLL_CTL_DEL, fd, NULL); /* it is a socket, and open: that was the question */
     if (fd >= self->room) { /* only now: a number that is open is no larger than the limit of open files */
         int room = fd + 1 + self->room / 2;
-        Lane *grown = PyMem_Realloc(self->lanes, room * sizeof(Lane));
+        Socket *grown = PyMem_Realloc(self->sockets, room * sizeof(Socket));
         if (!grown) {
             if (polled) epoll_ctl(self->epoll, EPOLL_CTL_DEL, fd, NULL);
             return PyErr_NoMemory();
         }
-        memset(grown + self->room, 0, (room - self->room) * sizeof(Lane));
-        self->lanes = grown;
+        memset(grown + self->room, 0, (room - self->room) * sizeof(Socket));
+        self->sockets = grown;
         self->room = room;
     }
     Py_INCREF(connection);
-    self->lanes[fd] = (Lane){.connection = connection, .polled = polled, .came_ns = now_ns(CLOCK_MONOTONIC)};
+    self->sockets[fd] = (Socket){.connection = connection, .polled = polled, .last_ns = now_ns(CLOCK_MONOTONIC)};
     Py_RETURN_NONE;
 }
 
-static PyObject *Reader_keep(Reader *self, PyObject *args) {
-    PyObject *kept, *pattern;
+static PyObject *Reader_store(Reader *self, PyObject *args) {
+    PyObject *buffer, *pattern;
     int fd, opening;
-    if (!PyArg_ParseTuple(args, "iO!Op", &fd, self->types.kept, &kept, &pattern, &opening)) return NULL;
+    if (!PyArg_ParseTuple(args, "iO!Op", &fd, self->types.buffer, &buffer, &pattern, &opening)) return NULL;
     if (pattern != Py_None && !PyObject_TypeCheck(pattern, self->types.pattern))
         return PyErr_Format(PyExc_TypeError, "no pattern");
-    Lane *lane = lane_of(self, fd);
-    if (!lane) Py_RETURN_NONE;
-    Py_INCREF(kept);
+    Socket *sock = socket_of(self, fd);
+    if (!sock) Py_RETURN_NONE;
+    Py_INCREF(buffer);
     if (pattern != Py_None) Py_INCREF(pattern);
-    lane_keep_all(lane);
-    lane->kept = (Kept *)kept;
-    lane->pattern = pattern != Py_None ? (Pattern *)pattern : NULL;
-    lane->kept->opening = opening;
-    if (opening) lane->came_ns = now_ns(CLOCK_MONOTONIC); /* what came before the request is no answer to it */
+    stop_storing(sock);
+    sock->buffer = (Buffer *)buffer;
+    sock->pattern = pattern != Py_None ? (Pattern *)pattern : NULL;
+    sock->buffer->opening = opening;
+    if (opening) sock->last_ns = now_ns(CLOCK_MONOTONIC); /* what came before the request is no answer to it */
     Py_RETURN_NONE;
 }
 
@@ -654,42 +657,42 @@ static PyObject *Reader_take(Reader *self, PyObject *args) {
     int fd;
     if (!PyArg_ParseTuple(args, "iy#L", &fd, &data, &size, &stamp)) return NULL;
     for (Py_ssize_t at = 0, part; at < size; at += part) {
-        Lane *lane = lane_of(self, fd);
-        if (!lane) break; /* closed by what came before */
+        Socket *sock = socket_of(self, fd);
+        if (!sock) break; /* closed by what came before */
         part = size - at < READ_SIZE ? size - at : READ_SIZE;
-        if (lane->polled) self->events--; /* counted when it was handed on, as its bytes were */
+        if (sock->polled) self->events--; /* counted when it was passed on, as its bytes were */
         else self->bytes += part;
-        memcpy(self->buffer + PARTIAL, data + at, part);
-        if (take(self, lane, self->buffer + PARTIAL, part, stamp) < 0) return NULL;
+        memcpy(self->scratch + PARTIAL, data + at, part);
+        if (take(self, sock, self->scratch + PARTIAL, part, stamp) < 0) return NULL;
     }
     Py_RETURN_NONE;
 }
 
-static PyObject *Reader_keep_all(Reader *self, PyObject *arg) {
+static PyObject *Reader_stop_storing(Reader *self, PyObject *arg) {
     long fd = PyLong_AsLong(arg);
     if (fd == -1 && PyErr_Occurred()) return NULL;
-    Lane *lane = lane_of(self, (int)fd);
-    if (lane) lane_keep_all(lane);
+    Socket *sock = socket_of(self, (int)fd);
+    if (sock) stop_storing(sock);
     Py_RETURN_NONE;
 }
 
 static PyObject *Reader_remove(Reader *self, PyObject *arg) {
     long fd = PyLong_AsLong(arg);
     if (fd == -1 && PyErr_Occurred()) return NULL;
-    Lane *lane = lane_of(self, (int)fd);
-    if (!lane) Py_RETURN_NONE;
-    lane_keep_all(lane);
-    int gone = lane->polled && epoll_ctl(self->epoll, EPOLL_CTL_DEL, (int)fd, NULL) < 0;
+    Socket *sock = socket_of(self, (int)fd);
+    if (!sock) Py_RETURN_NONE;
+    stop_storing(sock);
+    int gone = sock->polled && epoll_ctl(self->epoll, EPOLL_CTL_DEL, (int)fd, NULL) < 0;
     if (gone) PyErr_SetFromErrno(PyExc_OSError);
-    Py_CLEAR(lane->connection); /* last: it may be the last to hold the socket */
+    Py_CLEAR(sock->connection); /* last: it may be the last to hold the socket */
     if (gone) return NULL;
     Py_RETURN_NONE;
 }
 
 static void release_all(Reader *self) {
     for (int fd = 0; fd < self->room; fd++) {
-        lane_keep_all(&self->lanes[fd]);
-        Py_CLEAR(self->lanes[fd].connection);
+        stop_storing(&self->sockets[fd]);
+        Py_CLEAR(self->sockets[fd].connection);
     }
     if (self->epoll >= 0) close(self->epoll);
     self->epoll = -1;
@@ -711,11 +714,11 @@ static PyObject *Reader_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     if (!self) return NULL;
     self->epoll = epoll_create1(EPOLL_CLOEXEC);
     self->types = *(State *)PyModule_GetState(module);
-    Py_INCREF((PyObject *)self->types.kept);
+    Py_INCREF((PyObject *)self->types.buffer);
     Py_INCREF((PyObject *)self->types.pattern);
-    self->buffer = PyMem_Malloc(PARTIAL + READ_SIZE);
+    self->scratch = PyMem_Malloc(PARTIAL + READ_SIZE);
     if (self->epoll < 0) PyErr_SetFromErrno(PyExc_OSError);
-    else if (!self->buffer) PyErr_NoMemory();
+    else if (!self->scratch) PyErr_NoMemory();
     else return (PyObject *)self;
     Py_DECREF(self);
     return NULL;
@@ -724,9 +727,9 @@ static PyObject *Reader_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
 static void Reader_dealloc(Reader *self) {
     PyTypeObject *type = Py_TYPE((PyObject *)self);
     release_all(self);
-    PyMem_Free(self->lanes);
-    PyMem_Free(self->buffer);
-    Py_XDECREF((PyObject *)self->types.kept);
+    PyMem_Free(self->sockets);
+    PyMem_Free(self->scratch);
+    Py_XDECREF((PyObject *)self->types.buffer);
     Py_XDECREF((PyObject *)self->types.pattern);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
     release(self);
@@ -736,9 +739,9 @@ static void Reader_dealloc(Reader *self) {
 static PyMethodDef reader_methods[] = {
     {"read", (PyCFunction)Reader_read, METH_NOARGS, "Read what has bytes, without waiting."},
     {"add", (PyCFunction)Reader_add, METH_VARARGS, "Read from this descriptor from now on."},
-    {"keep", (PyCFunction)Reader_keep, METH_VARARGS, "Keep the answer that arrives on a descriptor."},
-    {"take", (PyCFunction)Reader_take, METH_VARARGS, "Take bytes of a descriptor that is not polled, or that were handed on."},
-    {"keep_all", (PyCFunction)Reader_keep_all, METH_O, "Hand on whatever arrives again."},
+    {"store", (PyCFunction)Reader_store, METH_VARARGS, "Store the answer that arrives on a descriptor."},
+    {"take", (PyCFunction)Reader_take, METH_VARARGS, "Take bytes of an unpolled descriptor, or that were passed on."},
+    {"stop_storing", (PyCFunction)Reader_stop_storing, METH_O, "Pass on whatever arrives from now on."},
     {"remove", (PyCFunction)Reader_remove, METH_O, "Read from it no more."},
     {"close", (PyCFunction)Reader_close, METH_NOARGS, "Stop; sockets are closed by their owners."},
     {"fileno", (PyCFunction)Reader_fileno, METH_NOARGS, "A descriptor that is readable while there is work."},
@@ -755,7 +758,7 @@ static PyMemberDef reader_members[] = {
 };
 
 static PyType_Slot reader_slots[] = {
-    {Py_tp_doc, "Receives, stamps and keeps, for every descriptor that has bytes."},
+    {Py_tp_doc, "Receives, stamps and stores, for every descriptor that has bytes."},
     {Py_tp_new, Reader_new},
     {Py_tp_dealloc, Reader_dealloc},
     {Py_tp_methods, reader_methods},
@@ -774,8 +777,8 @@ static int module_exec(PyObject *module) {
         may_be[c] = (digit ? DIGIT | WORD : 0) | (letter || c == '_' || c == '-' ? WORD : 0) |
                     (c && c != '\r' && c != '\n' ? VALUE : 0);
     }
-    types->kept = (PyTypeObject *)PyType_FromModuleAndSpec(module, &kept_spec, NULL);
-    if (!types->kept || PyModule_AddType(module, types->kept) < 0) return -1;
+    types->buffer = (PyTypeObject *)PyType_FromModuleAndSpec(module, &buffer_spec, NULL);
+    if (!types->buffer || PyModule_AddType(module, types->buffer) < 0) return -1;
     types->pattern = (PyTypeObject *)PyType_FromModuleAndSpec(module, &pattern_spec, NULL);
     if (!types->pattern || PyModule_AddType(module, types->pattern) < 0) return -1;
     PyObject *reader = PyType_FromModuleAndSpec(module, &reader_spec, NULL);
@@ -786,7 +789,7 @@ static int module_exec(PyObject *module) {
 
 static int module_clear(PyObject *module) {
     State *types = PyModule_GetState(module);
-    Py_CLEAR(types->kept);
+    Py_CLEAR(types->buffer);
     Py_CLEAR(types->pattern);
     return 0;
 }

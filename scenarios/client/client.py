@@ -29,7 +29,7 @@ from scenarios.client.in_flight import InFlight
 from scenarios.client.pacing import ReadPacer
 from scenarios.client.parse_queue import ParseQueue, parse
 from scenarios.client.pool import Pool
-from scenarios.client.reader import Kept, Reader
+from scenarios.client.reader import Reader, ReceiveBuffer
 
 # How often each request in flight is checked: eight times within the shortest timeout, within these limits.
 _SWEEP_S, _SWEEP_LEAST_S = 0.5, 0.05
@@ -304,7 +304,7 @@ class Client:
 
     def _cut_off(self, request: InFlight) -> None:
         """Hang up, and parse no more of it than was."""
-        request.kept = Kept()
+        request.buffer = ReceiveBuffer()
         self._give_up(
             request, "too_long", f"it went on far beyond the {request.most_tokens} output tokens that were asked for"
         )
@@ -313,7 +313,7 @@ class Client:
         """Between two sweeps an endless answer could fill the memory."""
         came, self._swept_bytes = self.reader.bytes - self._swept_bytes, self.reader.bytes
         if came > _FLOOD:
-            for request in [r for r in self._active if r.kept.size > _FLOOD // 16]:
+            for request in [r for r in self._active if r.buffer.size > _FLOOD // 16]:
                 if request.too_long:
                     self._cut_off(request)
                 else:
@@ -356,5 +356,9 @@ class Client:
 
 def _is_much(request: InFlight, now: int) -> bool:
     """Whether a request has stored what should be parsed before its answer ends."""
-    kept = request.kept
-    return kept.raw > _RAW_LIMIT or kept.size > _SIZE_LIMIT or (kept.raw > 0 and now - kept.last_ns > _QUIET_NS)
+    buffer = request.buffer
+    return (
+        buffer.chunk_bytes > _RAW_LIMIT
+        or buffer.size > _SIZE_LIMIT
+        or (buffer.chunk_bytes > 0 and now - buffer.last_ns > _QUIET_NS)
+    )

@@ -194,7 +194,7 @@ class Connection:
         if not (self.client.retries or self.reused):
             stream.payload = b""  # ten thousand streams may be open
         if stream.shape is not None and stream.shape.opening:
-            self.client.reader.keep(self.fd, stream.kept, stream.shape.pattern, True)
+            self.client.reader.store(self.fd, stream.buffer, stream.shape.pattern, True)
         if self._tls is None:
             self._send_now(head, payload)
             return
@@ -251,7 +251,7 @@ class Connection:
         if stream.shape is None and stream.seen == b"" and self.endpoint.shape is not None and self._tls is None:
             # When it was sent no answer had shown its shape: of the first wave only the first few are parsed.
             stream.shape = self.endpoint.shape
-            self.client.reader.keep(self.fd, stream.kept, stream.shape.pattern, True)
+            self.client.reader.store(self.fd, stream.buffer, stream.shape.pattern, True)
             self.client.reader.take(self.fd, data, stamp)
             return
         stream.feed(data, stamp)
@@ -259,13 +259,13 @@ class Connection:
         if response.done:
             self._end(stream, stream.last_ns, keep=response.keep_alive)
         elif COMPILED and response.begun and response.at_an_event:
-            self._keep(stream)
+            self._store(stream)
 
-    def other(self, data: bytes, stamp: int) -> None:
+    def unmatched(self, data: bytes, stamp: int) -> None:
         """Take bytes that are not as expected, after those that were kept."""
         assert self.stream is not None
         self.stream.parse()
-        if self.stream.kept.owed:
+        if self.stream.buffer.line_end_missing:
             self.stream.response.misframed()  # this is not the line end that the last chunk lacked
         self.received(data, stamp)
 
@@ -275,10 +275,10 @@ class Connection:
         """
         stream = self.stream
         assert stream is not None
-        self._end(stream, stamp, keep=stream.kept.opened or stream.response.keep_alive)
+        self._end(stream, stamp, keep=stream.buffer.opening_matched or stream.response.keep_alive)
 
-    def _keep(self, stream: InFlight) -> None:
-        self.client.reader.keep(self.fd, stream.kept, stream.learn().pattern, False)
+    def _store(self, stream: InFlight) -> None:
+        self.client.reader.store(self.fd, stream.buffer, stream.learn().pattern, False)
 
     def failed(self, code: int) -> None:
         """Receiving failed."""
@@ -287,19 +287,19 @@ class Connection:
 
     def look(self, stream: InFlight) -> None:
         """Parse what is kept now, and learn from it when it is more than texts."""
-        chunks = stream.kept.raw
+        chunks = stream.buffer.chunk_bytes
         stream.parse()
         if stream.response.done:
             self._end(stream, stream.heard_ns, keep=stream.response.keep_alive)
         elif chunks:
-            self._keep(stream)
+            self._store(stream)
 
     def _end(self, stream: InFlight, stamp: int, *, keep: bool) -> None:
         self.stream = stream.connection = None
         if stream.response.idle_s is not None:
             self.endpoint.idle_s = stream.response.idle_s
         if keep and not self._out:
-            self.client.reader.keep_all(self.fd)
+            self.client.reader.stop_storing(self.fd)
             self.client.idle(self)
         else:
             self.close()

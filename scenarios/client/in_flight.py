@@ -13,7 +13,7 @@ from scenarios.client.endpoint import Endpoint
 from scenarios.client.fast_path import Shape
 from scenarios.client.http1 import Response
 from scenarios.client.outcome import Secret, clean
-from scenarios.client.reader import Kept
+from scenarios.client.reader import ReceiveBuffer
 
 _SEEN_LIMIT = 65536
 # An answer is too long beyond this. Gateways stream single characters, and with log-probabilities a token is kilobytes.
@@ -42,7 +42,7 @@ class InFlight:
     """One request in flight: the row it will become, and what has been received for it."""
 
     __slots__ = (
-        "connection", "ended", "endpoint", "error", "hang_up", "kept", "last_ns", "most_tokens", "on_answer",
+        "buffer", "connection", "ended", "endpoint", "error", "hang_up", "last_ns", "most_tokens", "on_answer",
         "payload", "queued", "resent", "response", "result", "retry", "secret", "seen", "sent_ns", "session", "shape",
         "start_ns", "tried_ns",
     )  # fmt: skip
@@ -79,7 +79,7 @@ class InFlight:
         """Forget what was received: the request is sent, perhaps again, at ``now_ns``."""
         on_answer = self.on_answer
         self.response = Response(self.secret) if on_answer is None else CapturingResponse(self.secret, on_answer)
-        self.kept = Kept()
+        self.buffer = ReceiveBuffer()
         self.shape: Shape | None = self.endpoint.shape  # by which the reader stores the answer
         self.seen: bytes | None = b""  # the answer as passed on, up to its first output: to learn the shape from
         self.tried_ns = self.last_ns = now_ns
@@ -97,12 +97,12 @@ class InFlight:
     @property
     def silent(self) -> bool:
         """Whether not a byte of its answer has arrived."""
-        return self.seen == b"" and not self.kept.last_ns
+        return self.seen == b"" and not self.buffer.last_ns
 
     @property
     def heard_ns(self) -> int:
         """When something last arrived, or else when it was sent."""
-        return max(self.kept.last_ns, self.last_ns)
+        return max(self.buffer.last_ns, self.last_ns)
 
     @property
     def too_long(self) -> bool:
@@ -111,8 +111,8 @@ class InFlight:
             return False
         events, size = self.response.taken
         return (
-            events + len(self.kept) > _EVENTS_MORE + _EVENTS_EACH * self.most_tokens
-            or size + self.kept.size > _BYTES_MORE + _BYTES_EACH * self.most_tokens
+            events + len(self.buffer) > _EVENTS_MORE + _EVENTS_EACH * self.most_tokens
+            or size + self.buffer.size > _BYTES_MORE + _BYTES_EACH * self.most_tokens
         )
 
     def feed(self, data: bytes, stamp: int) -> None:
@@ -124,21 +124,21 @@ class InFlight:
 
     def parse(self, *, over: bool = False) -> None:
         """Parse what is stored; ``over``: nothing more will arrive, so an incomplete chunk, too."""
-        kept, response = self.kept, self.response
-        if kept.opened and self.seen is not None:
+        buffer, response = self.buffer, self.response
+        if buffer.opening_matched and self.seen is not None:
             self.seen = None
             response.begin()
-        if kept:
-            for kind, stamps, parts in kept.runs(self.start_ns, response.captures):
+        if buffer:
+            for kind, stamps, parts in buffer.runs(self.start_ns, response.captures):
                 times = array("q", stamps)
                 if kind:
                     assert self.shape is not None
                     response.feed_plain(self.shape.templates[kind - 1], times, parts)
                 elif parts:
                     response.feed_chunks(parts, times.tolist())
-            kept.clear()
-        if over and (rest := kept.rest()):
-            self.feed(rest, kept.last_ns)
+            buffer.clear()
+        if over and (rest := buffer.take_partial()):
+            self.feed(rest, buffer.last_ns)
 
     def learn(self) -> Shape:
         """Learn the shape of this server's answers from what has been parsed."""

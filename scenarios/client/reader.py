@@ -2,8 +2,9 @@
 
 `Reader` polls all descriptors with one epoll, and the event loop watches that one: a watcher for each connection would
 cost a dispatch by the event loop for each read. The compiled one recognises what the answers of a server have in common
-(`Pattern`, learned by `scenarios.client.fast_path`) and stores chunks in `Kept` without calling into Python until the
-answer ends; anything unexpected is passed on, and parsed by the full parser. The Python fallback passes everything on.
+(`Pattern`, learned by `scenarios.client.fast_path`) and stores chunks in a `ReceiveBuffer` without calling into Python
+until the answer ends; anything unexpected is passed on, and parsed by the full parser. The Python fallback passes
+everything on.
 
 A stamp is the kernel's: when the packet arrived, however late it was read. Only events that arrived between two reads
 of the same descriptor share one, that of the last.
@@ -37,7 +38,7 @@ class Source(Protocol):
     def received(self, data: bytes, stamp: int) -> None:
         """Take bytes that arrived at ``stamp``, monotonic ns, and are not stored."""
 
-    def other(self, data: bytes, stamp: int) -> None:
+    def unmatched(self, data: bytes, stamp: int) -> None:
         """Take bytes that do not fit the pattern, after those that were stored; whatever follows is passed on."""
 
     def ended(self, stamp: int) -> None:
@@ -64,17 +65,17 @@ class PythonPattern:
         pass
 
 
-class PythonKept:
+class PythonReceiveBuffer:
     """What has arrived of an answer, in order, each chunk with its stamp (monotonic ns), until it is parsed."""
 
     __slots__ = ()
-    opened = False
+    opening_matched = False
     """Whether the answer began with the opening of its pattern."""
-    owed = 0
+    line_end_missing = 0
     """Bytes still missing of the last chunk's line end."""
     last_ns = 0
     """When something was last stored; 0 for never."""
-    raw = 0
+    chunk_bytes = 0
     """Bytes of whole chunks."""
     size = 0
     """Bytes of everything."""
@@ -85,7 +86,7 @@ class PythonKept:
     def clear(self) -> None:
         """Drop everything but an incomplete chunk."""
 
-    def rest(self) -> bytes:
+    def take_partial(self) -> bytes:
         """Remove and return the bytes of an incomplete chunk."""
         return b""
 
@@ -133,12 +134,12 @@ class PythonReader:
             self._epoll.unregister(fd)
         self._sources[fd], self._last_ns[fd] = source, monotonic_ns()
 
-    def keep(self, fd: int, kept: PythonKept, pattern: PythonPattern | None, opening: bool) -> None:
+    def store(self, fd: int, buffer: PythonReceiveBuffer, pattern: PythonPattern | None, opening: bool) -> None:
         """Store the answer that arrives on this descriptor; ``opening``: from its first byte on, if it begins as the
         pattern says. Otherwise the next byte must begin a chunk. Without a pattern no event is plain.
         """
 
-    def keep_all(self, fd: int) -> None:
+    def stop_storing(self, fd: int) -> None:
         """Pass on whatever arrives from now on."""
 
     def remove(self, fd: int) -> None:
@@ -206,7 +207,7 @@ def arrived_ns(ancillary: _Ancillary, after_ns: int) -> int:
 COMPILED = False
 """Whether the reader is the compiled one; the environment variable HARNESS_INTERPRETED turns it off."""
 Pattern = PythonPattern
-Kept = PythonKept
+ReceiveBuffer = PythonReceiveBuffer
 Reader = PythonReader
 if not TYPE_CHECKING and not os.environ.get("HARNESS_INTERPRETED"):
     try:
@@ -214,4 +215,4 @@ if not TYPE_CHECKING and not os.environ.get("HARNESS_INTERPRETED"):
     except ImportError:
         pass  # there was no C compiler when this was installed
     else:
-        COMPILED, Pattern, Kept, Reader = True, _reader.Pattern, _reader.Kept, _reader.Reader
+        COMPILED, Pattern, ReceiveBuffer, Reader = True, _reader.Pattern, _reader.ReceiveBuffer, _reader.Reader

@@ -95,7 +95,7 @@ class Ticker:
         self._timer.close()
 
 
-class Alarm:
+class WakeTimer:
     """Lets one greenlet wait until a moment of the monotonic clock, or until someone rings.
 
     libev's timers are a millisecond coarse. ``precise`` waits on a Linux timerfd instead, which the kernel keeps far
@@ -104,15 +104,15 @@ class Alarm:
 
     def __init__(self, *, precise: bool = False) -> None:
         self._loop: Any = gevent.get_hub().loop
-        self._rung = False
+        self._woken = False
         self._waiter: Any = None
         self._timer = Timer() if precise else None
         self._watcher: Any = self._loop.io(self._timer.fd, 1) if self._timer and self._timer.fd >= 0 else None
 
     def wait_until(self, due_ns: int | None) -> None:
         """Return at ``due_ns`` (a `time.monotonic_ns` value; null: never), or at once when it rings or has rung."""
-        if self._rung or (due_ns is not None and due_ns <= monotonic_ns()):
-            self._rung = False
+        if self._woken or (due_ns is not None and due_ns <= monotonic_ns()):
+            self._woken = False
             return
         self._waiter = Waiter()
         watcher = None
@@ -123,7 +123,7 @@ class Alarm:
             self._waiter.get()
         finally:
             self._waiter = None
-            self._rung = False
+            self._woken = False
             if watcher is not None:
                 watcher.stop()
                 if watcher is not self._watcher:
@@ -136,14 +136,14 @@ class Alarm:
         self._timer.set(due_ns)
         return self._watcher
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         """Wake the waiting greenlet soon: after the reads that are ready now were stamped."""
-        if not self._rung:
-            self._rung = True
+        if not self._woken:
+            self._woken = True
             if self._waiter is not None:
-                self._loop.run_callback(self._wake)
+                self._loop.run_callback(self._switch)
 
-    def _wake(self) -> None:
+    def _switch(self) -> None:
         if self._waiter is not None:
             self._waiter.switch(None)
 

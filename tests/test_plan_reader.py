@@ -19,15 +19,15 @@ from harness.errors import PlanError
 from harness.record.run_spec import RunSpec
 from harness.record.worker_samples import SCHEMA, read_observations
 from scenarios import schedule as schedules
-from scenarios.plan_reader import Window
+from scenarios.plan_reader import PlanReader
 from scenarios.schedule import Planned, Schedule
 
 SMALL = schedules._Ahead(ns=200_000_000, requests=5, bytes=10**6, least_ns=10_000_000, least=2, most_bytes=2 * 10**6)
 
 
-def window(plan: Path, worker: int = 0, workers: int = 1, *, timed: bool = True) -> Window:
+def window(plan: Path, worker: int = 0, workers: int = 1, *, timed: bool = True) -> PlanReader:
     spec = RunSpec(mode="open" if timed else "closed", model="m", base_urls=[], workers=workers)
-    return Window(plan, spec, worker)
+    return PlanReader(plan, spec, worker)
 
 
 def drain(schedule: Schedule, now_ns: int = 10**15) -> list[int]:
