@@ -260,11 +260,13 @@ def _dummy(model_facts: Mapping[str, str]) -> bool:
 
 
 def exit_code(summary: Summary) -> int:
-    """0 valid, 3 INVALID, 5 TOO SMALL, 4 when valid but fewer than the wanted share of requests met every limit of the
-    SLO, or that is not known.
+    """0 valid, 3 INVALID, 4 when valid but fewer than the wanted share of requests met every limit of the SLO, 5 TOO
+    SMALL, or valid and the SLO could not be judged.
     """
-    if summary.verdict != "VALID":
-        return EXIT_INVALID if summary.verdict == "INVALID" else EXIT_NOT_DECIDED
+    if summary.verdict == "INVALID":
+        return EXIT_INVALID
+    if summary.verdict == "TOO SMALL" or (summary.slo is not None and summary.slo.met is None):
+        return EXIT_NOT_DECIDED
     return EXIT_SLO_MISSED if summary.slo is not None and not summary.slo.met else EXIT_VALID
 
 

@@ -120,6 +120,6 @@ def test_a_server_behind_a_buffering_proxy_end_to_end(fake_server: StartServer, 
     )  # fmt: skip
     report = json.loads(done.stdout)
     assert report["verdict"] == "VALID", report["reasons"]
-    assert (done.returncode, report["slo"]["met"]) == (4, None)
+    assert (done.returncode, report["slo"]["met"]) == (5, None)
     assert report["metrics"]["tpot"]["p50"]["value"] is None and report["metrics"]["itl"]["p50"]["value"] is None
     assert [c["ok"] for c in report["checks"] if c["name"] == "bulk_delivery"] == [False]

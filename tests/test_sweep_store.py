@@ -151,11 +151,15 @@ def test_wrong_credentials_are_said_before_anything_is_sent(
     monkeypatch.undo()
 
 
+FILLED_AT = 80_000
+"""Bytes of rows of both points: the first has written all of its."""
 FULL = """
 mount -t tmpfs -o size=1200k tmpfs "$2" && cd "$2" || exit 99
-head -c 1030k /dev/zero > ballast
+fill() { until [ "$(cat sweeps/*/*/results-0.arrows 2> /dev/null | wc -c)" -gt "$1" ]; do sleep 0.01; done
+         cat /dev/zero > ballast 2> /dev/null; }
+fill "$5" & filler=$!
 "$0" -c "$1" sweep "$3" --out "$4" > said 2> /dev/null; echo "full: $?"
-rm ballast
+kill $filler 2> /dev/null; rm ballast
 "$0" -c "$1" sweep --resume sweeps/2* > table 2> said; echo "room: $?"
 tail -n 1 said
 """
@@ -164,14 +168,14 @@ tail -n 1 said
 def test_a_full_disk_ends_the_point_and_the_store_gets_all_of_it_later(
     fake_server: StartServer, tmp_path: Path, s3_env: str
 ) -> None:
-    """The folder of the sweep is on a file system of 1.2 MB, where the rows of the second point do not fit."""
+    """The folder of the sweep is on a file system that is full when the second point has written a part of its rows."""
     server = fake_server("--ttft", "0.005", "--itl", "0.001")
     file = write_sweep(tmp_path, server.url, rows=200, tokens=150, loads="concurrency = [8, 16]")
     small = tmp_path / "small"
     small.mkdir()
     done = subprocess.run(
         ["unshare", "--map-root-user", "--mount", "sh", "-c", FULL, sys.executable, COMMAND, str(small), str(file),
-         s3_env],
+         s3_env, str(FILLED_AT)],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=150, check=False,
     )  # fmt: skip
     if done.returncode == 99 or "full:" not in done.stdout:

@@ -328,6 +328,7 @@ def priced(runs: Path, share: float, slo: dict[str, float] = SLO) -> float:
 def planned(folder: Path, trace: Workload, seed: int, start_s: float = 60.0) -> dict[str, list[dict[str, Any]]]:
     """What `harness plan-fleet` prints, from a trace file and run directories alone."""
     from harness.commands.fleet import plan_fleet
+    from harness.options import ReadOptions
 
     path = folder / "trace.jsonl"
     with path.open("w") as out:
@@ -337,7 +338,7 @@ def planned(folder: Path, trace: Workload, seed: int, start_s: float = 60.0) -> 
     said = StringIO()
     with redirect_stdout(said), redirect_stderr(StringIO()):
         plan_fleet(
-            path, [str(folder / "runs")], trace_format=None, skip_bad=False, grow=1.0, headroom=1.0, availability=None,
+            path, [str(folder / "runs")], ReadOptions(), grow=1.0, headroom=1.0, availability=None,
             node_availability=1.0, start_s=start_s, replicas_per_instance=None, slo=[SLO], attain=0.99, format_="json",
         )  # fmt: skip
     return json.loads(said.getvalue())
