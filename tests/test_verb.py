@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from harness.cli import cli, main
+from harness.cli import SECTIONS, cli, main
 from harness.cli.verb import COMMON, Group, read_defaults
 from harness.errors import UsageError
 from harness.progress import LoadProgress
@@ -60,6 +61,59 @@ def test_version_and_module() -> None:
 def test_no_option_has_the_variable_of_something_else() -> None:
     names = {p.opts[0].strip("-") for verb in leaves(cli) for p in verb.params if isinstance(p, click.Option)}
     assert not names & RESERVED
+
+
+def test_the_list_of_verbs_is_what_the_verbs_say() -> None:
+    lazy = {name: verb for verbs in SECTIONS.values() for name, verb in verbs.items()}
+    assert lazy.keys() == cli.commands.keys() - {"help"}
+    for name, verb in lazy.items():
+        assert (cli.commands[name].name, cli.commands[name].short_help) == (name, verb.short_help)
+
+
+MODULES = "print(*sorted(m for m in sys.modules if m.startswith(('harness.cli.', 'analysis.', 'cluster.'))))"
+
+
+@pytest.mark.parametrize(
+    ("words", "environment"),
+    [
+        (["-h"], {}),
+        (["help"], {}),
+        (["-V"], {}),
+        (["nonsense"], {}),
+        ([], {"_HARNESS_COMPLETE": "bash_complete", "COMP_WORDS": "harness re", "COMP_CWORD": "1"}),
+    ],
+    ids=str,
+)
+def test_no_verb_is_imported_before_it_is_asked_for(words: list[str], environment: dict[str, str]) -> None:
+    code = f"import atexit, sys; from harness.cli import main; atexit.register(lambda: {MODULES}); main({words})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    *said, modules = done.stdout.splitlines()
+    assert set(modules.split()) == {"harness.cli.options", "harness.cli.types", "harness.cli.verb"}, done.stderr
+    if environment:
+        assert said == ["plain,replay", "plain,report"]
+
+
+def test_a_verb_is_imported_alone() -> None:
+    code = f"import atexit, sys; from harness.cli import main; atexit.register(lambda: {MODULES}); main(['stop', '-h'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    own = {"harness.cli.options", "harness.cli.types", "harness.cli.verb", "harness.cli.processes"}
+    assert {m for m in done.stdout.splitlines()[-1].split() if m.startswith("harness.cli.")} - own <= {
+        "harness.cli.output"
+    }
+
+
+def test_defaults_of_one_verb_need_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "harness.toml"
+    path.write_text('format = "json"\n[replay]\nlimit = 5\n')
+    found = read_defaults(cli, path, {"HARNESS_MODEL": "m"}, verb="ps")
+    assert found == {"ps": {"format_": "json"}, "replay": {"format_": "json", "limit": "5", "model": "m"}}
+    path.write_text('model = "m"\n')
+    assert read_defaults(cli, path, {}, verb="ps") == {"ps": {}}, "another verb has it"
+    path.write_text("modle = 1")
+    with pytest.raises(UsageError, match="modle: no verb has such an option; did you mean model"):
+        read_defaults(cli, path, {}, verb="ps")
 
 
 def defaults(tmp_path: Path, text: str, **environment: str) -> dict[str, Any]:

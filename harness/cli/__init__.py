@@ -1,6 +1,5 @@
-"""The command line: one group; each file of this package holds the options and help of a few verbs.
-
-What a verb does is in `harness.commands`, imported when the verb runs.
+"""The command line: one group of verbs. A module of this package holds the options, the help and the body of a few
+verbs and is imported when one of them is run or its help is asked for; `harness.cli.runner` is what they share.
 """
 
 from __future__ import annotations
@@ -17,37 +16,58 @@ from types import FrameType
 import click
 
 from harness import __version__
-from harness.cli import capacity, catalogue, cloud, decide, processes, results, runs, sweep, trace
 from harness.cli.options import ENVIRONMENT, EXIT_STATUS
-from harness.cli.verb import Group, command, read_defaults
+from harness.cli.verb import Lazy, LazyGroup, command, read_defaults
 from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, sentence, unknown_name
 from harness.startup import forgo_pandas
 from harness.terminal import cut, guard_streams, hung_up
 from harness.verbosity import Verbosity, verbosity
 
-SECTIONS: dict[str, tuple[click.Command, ...]] = {
-    "Replay": (runs.replay, runs.plan, runs.serve, runs.run, sweep.sweep),
-    "Results": (results.report, results.open_, results.export, decide.compare),
-    "Decisions": (capacity.capacity, capacity.plan_fleet, decide.price),
-    "Traces, tiers, models": (trace.trace, catalogue.tiers, catalogue.models),
-    "Machines": (catalogue.doctor, processes.ps, processes.stop, cloud.cluster, runs.calibrate),
+SECTIONS: dict[str, dict[str, Lazy]] = {
+    "Replay": {
+        "replay": Lazy("harness.cli.runs:replay", "Plan, serve, run and report in one go."),
+        "plan": Lazy("harness.cli.runs:plan", "Turn a trace into a plan file: requests, prompts, times."),
+        "serve": Lazy("harness.cli.runs:serve", "Start servers and keep them until Ctrl-C."),
+        "run": Lazy("harness.cli.runs:run", "Send a plan and report."),
+        "sweep": Lazy("harness.cli.sweep:sweep", "Models x tiers x load levels x repeats on one trace."),
+    },
+    "Results": {
+        "report": Lazy("harness.cli.results:report", "Report on a run directory; compare several in a page."),
+        "open": Lazy("harness.cli.results:open_", "Browse a folder of runs on a local page."),
+        "export": Lazy("harness.cli.results:export", "Write result rows as Parquet, CSV or JSON."),
+        "compare": Lazy(
+            "harness.cli.decide:compare",
+            "A against B: paired intervals and a plain verdict; fails a CI job on request.",
+        ),
+    },
+    "Decisions": {
+        "capacity": Lazy("harness.cli.capacity:capacity", "Find the highest load that keeps a promise, in few runs."),
+        "plan-fleet": Lazy(
+            "harness.cli.capacity:plan_fleet", "How many instances, of which tier, carry a demand at a promise."
+        ),
+        "price": Lazy(
+            "harness.cli.decide:price", "What to charge: cost, margin, utilisation, against API list prices."
+        ),
+    },
+    "Traces, tiers, models": {
+        "trace": Lazy("harness.cli.trace:trace", "Look at a trace, convert, sample, make up or anonymize one."),
+        "tiers": Lazy("harness.cli.catalogue:tiers", "List hardware tiers and their prices, or read today's."),
+        "models": Lazy("harness.cli.catalogue:models", "List models, or fetch the weights of one."),
+    },
+    "Machines": {
+        "doctor": Lazy("harness.cli.catalogue:doctor", "Say what this machine can and cannot run, and why."),
+        "ps": Lazy("harness.cli.processes:ps", "List the servers, load workers and Ray that are running."),
+        "stop": Lazy("harness.cli.processes:stop", "End what 'harness ps' lists, one by its ID or all."),
+        "cluster": Lazy("harness.cli.cloud:cluster", "Rent, watch and end a Ray cluster on AWS."),
+        "calibrate": Lazy("harness.cli.runs:calibrate", "Measure what the load generator can carry on this machine."),
+    },
 }
 """The verbs in the order a newcomer meets them."""
 
 
-class Sections(Group):
-    """A group whose help lists the verbs by `SECTIONS`."""
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """One heading with its verbs per section, their columns aligned."""
-        width = max(len(name) for name in self.commands)
-        for heading, verbs in SECTIONS.items():
-            with formatter.section(heading):
-                formatter.write_dl([(f"{verb.name:<{width}}", verb.get_short_help_str(80)) for verb in verbs])
-
-
 @click.group(
-    cls=Sections,
+    cls=LazyGroup,
+    sections=SECTIONS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help="""Replay a production trace against LLM servers and learn what a million tokens costs.
 
@@ -65,7 +85,7 @@ class Sections(Group):
 @click.pass_context
 def cli(ctx: click.Context) -> None:
     """The group of all verbs."""
-    ctx.default_map = read_defaults(cli)
+    ctx.default_map = read_defaults(cli, verb=ctx.invoked_subcommand)
 
 
 @command(name="help", short_help="Show the help of a verb.", hidden=True)
@@ -75,6 +95,8 @@ def help_(ctx: click.Context, verb: Sequence[str]) -> int:
     """Show the help of VERB, all of its options, or of the harness."""
     found: click.Command = cli
     parent = ctx.find_root()
+    if verb:
+        parent.default_map = read_defaults(cli, verb=verb[0])
     for name in verb:
         below = found.commands if isinstance(found, click.Group) else {}
         if name not in below:
@@ -87,9 +109,6 @@ def help_(ctx: click.Context, verb: Sequence[str]) -> int:
 
 
 cli.add_command(help_)
-for _verbs in SECTIONS.values():
-    for _verb in _verbs:
-        cli.add_command(_verb)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from harness.errors import UsageError
 from harness.verbosity import Verbosity, set_verbosity
@@ -86,6 +89,71 @@ class Group(click.Group):
     command_class = Verb
 
 
+@dataclass(frozen=True, slots=True)
+class Lazy:
+    """A verb that is not imported yet."""
+
+    where: str
+    """``module:attribute``."""
+    short_help: str
+    """The command's own, so that a list of verbs imports none of them."""
+
+
+class LazyVerbs(MutableMapping[str, click.Command]):
+    """Verbs by name, each imported when it is looked up: when it is run, or its own help or completion is asked for."""
+
+    def __init__(self, verbs: Mapping[str, Lazy]) -> None:
+        self._verbs: dict[str, Lazy | click.Command] = dict(verbs)
+
+    def __getitem__(self, name: str) -> click.Command:
+        verb = self._verbs[name]
+        if isinstance(verb, Lazy):
+            module, _, attribute = verb.where.partition(":")
+            verb = self._verbs[name] = getattr(import_module(module), attribute)
+        return verb
+
+    def __setitem__(self, name: str, verb: click.Command) -> None:
+        self._verbs[name] = verb
+
+    def __delitem__(self, name: str) -> None:
+        del self._verbs[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._verbs
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._verbs)
+
+    def __len__(self) -> int:
+        return len(self._verbs)
+
+
+class LazyGroup(Group):
+    """A group whose verbs are imported one by one, and whose help lists them by section without any of them.
+
+    Like "Lazily Loading Subcommands" in Click's documentation, but in `commands` itself: Click finds near names there.
+    """
+
+    def __init__(self, name: str | None = None, *, sections: Mapping[str, Mapping[str, Lazy]], **settings: Any) -> None:
+        self.sections = sections
+        """Heading -> name -> verb, in the order of the help."""
+        self._lazy = {name: verb for verbs in sections.values() for name, verb in verbs.items()}
+        super().__init__(name, commands=LazyVerbs(self._lazy), **settings)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """One heading with its verbs per section, their columns aligned."""
+        width = max(map(len, self.commands))
+        for heading, verbs in self.sections.items():
+            with formatter.section(heading):
+                formatter.write_dl([(f"{name:<{width}}", verb.short_help) for name, verb in verbs.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Verbs and options that begin like this."""
+        verbs = sorted(name for name in self._lazy if name.startswith(incomplete))
+        found = [CompletionItem(name, help=self._lazy[name].short_help) for name in verbs]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
+
+
 def _sources(ctx: click.Context) -> Iterator[str]:
     """Options that the environment or the file gave, each with its value."""
     for param in ctx.command.params:
@@ -119,8 +187,11 @@ def _shared(long: bool) -> list[click.Option]:
     return [full, *shared] if long else shared
 
 
-def read_defaults(group: click.Group, path: Path = CONFIG, environment: Mapping[str, str] = os.environ) -> Table:
-    """Click's ``default_map`` of a group: defaults from a file, and over them those of the environment.
+def read_defaults(
+    group: click.Group, path: Path = CONFIG, environment: Mapping[str, str] = os.environ, *, verb: str | None = None
+) -> Table:
+    """Click's ``default_map`` of a group: defaults from a file, and over them those of the environment; of all verbs,
+    or of ``verb`` and those that have a table in the file, which imports no other.
 
     In the file a table named as a verb holds options of that verb, without their dashes; a key above all tables holds
     for every verb that has such an option, and so does a variable like HARNESS_BASE_URL. Raises `UsageError` with the
@@ -129,11 +200,16 @@ def read_defaults(group: click.Group, path: Path = CONFIG, environment: Mapping[
     tables = _read_toml(path)
     shared = {key: value for key, value in tables.items() if not isinstance(value, dict)}
     own = {key: value for key, value in tables.items() if isinstance(value, dict)}
-    known = {name for verb in _leaves(group) for name in _names(verb)}
+    for name in own:
+        _check(path, name, group.commands, "no such verb")
+    verbs = {name: group.commands[name] for name in group.commands if verb is None or name == verb or name in own}
+    known = _options(verbs)
     for key in shared:
+        if _key(key) not in known:
+            known = _options(group.commands)
         _check(path, key, known, "no verb has such an option")
     said = {name: environment[_variable(name)] for name in known if environment.get(_variable(name))}
-    return _map(group, shared, own, said, path)
+    return _map(verbs, shared, own, said, path)
 
 
 def _read_toml(path: Path) -> Table:
@@ -153,17 +229,18 @@ def _read_toml(path: Path) -> Table:
 
 
 def _map(
-    group: click.Group, shared: Mapping[str, object], own: Mapping[str, object], said: Mapping[str, str], path: Path
-) -> Table:
+    verbs: Mapping[str, click.Command], shared: Mapping[str, object], own: Mapping[str, object],
+    said: Mapping[str, str], path: Path,
+) -> Table:  # fmt: skip
     for name in own:
-        _check(path, name, group.commands, "no such verb")
+        _check(path, name, verbs, "no such verb")
     found: Table = {}
-    for name, verb in group.commands.items():
+    for name, verb in verbs.items():
         values = own.get(name, {})
         if not isinstance(values, dict):
             raise UsageError(f"{path}: {name}: is the name of a verb, so it begins a table: [{name}]")
         if isinstance(verb, click.Group):
-            found[name] = _map(verb, shared, values, said, path)
+            found[name] = _map(verb.commands, shared, values, said, path)
             continue
         names = _names(verb)
         for key in values:
@@ -202,12 +279,12 @@ def _names(verb: click.Command) -> dict[str, str]:
     }
 
 
-def _leaves(group: click.Group) -> Iterator[click.Command]:
-    for verb in group.commands.values():
-        if isinstance(verb, click.Group):
-            yield from _leaves(verb)
-        else:
-            yield verb
+def _options(verbs: Mapping[str, click.Command]) -> set[str]:
+    """Names of the options of these verbs and of those below them."""
+    found: set[str] = set()
+    for verb in verbs.values():
+        found |= _options(verb.commands) if isinstance(verb, click.Group) else _names(verb).keys()
+    return found
 
 
 def _check(path: Path, key: str, known: Mapping[str, object] | set[str], problem: str) -> None:
