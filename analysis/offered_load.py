@@ -21,7 +21,7 @@ from analysis.rows.run import LoadKind as LoadKind
 from analysis.rows.run import Run
 from analysis.stats.intervals import Quantity
 from harness.record.manifest import RunDir
-from harness.record.server_metrics import read_server_metrics
+from harness.record.samples import read_server_metrics
 
 SLOTS = "--max-num-seqs"
 GIVEN = "the load is given"

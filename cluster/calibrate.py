@@ -34,7 +34,7 @@ from harness.plan.prompts import Vocabulary
 from harness.record.manifest import RunDir, describe_host, installed_versions, now_utc, python
 from harness.record.results import read_results
 from harness.record.run_spec import BATCH_READS_FROM, RunSpec
-from harness.record.worker_samples import read_observations
+from harness.record.samples import read_observations
 from harness.trace.io import open_trace
 
 Floats = npt.NDArray[np.float64]

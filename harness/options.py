@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from harness.errors import UsageError
 from harness.record.run_spec import DEFAULTS, Balance, Capture, Endpoint, OutputLengths
-from harness.server.headers import check_apart, parse_header_env, parse_headers
+from harness.server.access import check_apart, parse_header_env, parse_headers
 from harness.slo import metrics_of
 
 if TYPE_CHECKING:

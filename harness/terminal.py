@@ -1,7 +1,8 @@
 """What reaches the terminal: the words of servers, files and registries print as plain characters, never as orders.
 
 Two places print. `harness.console` is for what rich lays out; `guard_streams` puts a filter before standard output and
-error for everything else. Both make text `printable`.
+error for everything else. Both make text `printable`. How much is said on stderr beside the result is a setting of the
+process, made at the command line (-q, -v).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from enum import Enum, auto
 from typing import IO, Any
 
 MOST_CHARS = 4000
@@ -86,3 +88,25 @@ def hung_up() -> None:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, fd)
             os.close(nowhere)
+
+
+class Verbosity(Enum):
+    """How much is said."""
+
+    QUIET = auto()
+    NORMAL = auto()
+    VERBOSE = auto()
+
+
+_verbosity = Verbosity.NORMAL
+
+
+def verbosity() -> Verbosity:
+    """Of this process."""
+    return _verbosity
+
+
+def set_verbosity(value: Verbosity) -> None:
+    """For the rest of this process."""
+    global _verbosity
+    _verbosity = value

@@ -1,7 +1,7 @@
 """The worker watches itself: how late its event loop runs, how busy it is, what it reads, once a second.
 
 Nothing of this is on the hot path. A 10 ms tick measures the loop; what was read is asked of the client once a second.
-Rows: `harness.record.worker_samples`. Plain Python: a hundred numbers a second are no work, but code that is used once
+Rows: `harness.record.samples`. Plain Python: a hundred numbers a second are no work, but code that is used once
 a second has left the caches by then, and NumPy is much code.
 """
 
@@ -19,7 +19,7 @@ from time import monotonic_ns
 
 import psutil
 
-from harness.record.worker_samples import Observation
+from harness.record.samples import Observation
 from scenarios.client.client import Client
 from scenarios.client.timers import Ticker
 from scenarios.dispatch import Dispatcher

@@ -50,13 +50,12 @@ import locust.env
 import pyarrow as pa
 from gevent.event import Event
 
-from harness.captured import KEY_BYTES, KEY_VARIABLE, CapturedWriter
 from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, UsageError, WorkerError, sentence
-from harness.record.answers import SAMPLE, write_said
+from harness.record.answers import KEY_BYTES, KEY_VARIABLE, SAMPLE, CapturedWriter, write_said
 from harness.record.results import FLUSH_S, Result, ResultWriter
 from harness.record.run_spec import WorkerSpec
-from harness.record.worker_samples import SCHEMA, Observation, ObservationWriter
-from harness.server.headers import from_environment
+from harness.record.samples import WORKER_SCHEMA, Observation, ObservationWriter
+from harness.server.access import from_environment
 from harness.startup import forgo_pandas
 from scenarios.client.capture import Sampler
 from scenarios.client.client import Client, raise_fd_limit
@@ -351,7 +350,7 @@ def _warm_up() -> None:
     writer.append(Result(0, 0, sent_ns=0, chunk_ns=[0], chunk_tokens=[1]))
     writer.close()
     seen = ObservationWriter(Path(os.devnull))
-    seen.write([Observation(**dict.fromkeys(SCHEMA.names, 0))])
+    seen.write([Observation(**dict.fromkeys(WORKER_SCHEMA.names, 0))])
     seen.close()
 
 

@@ -14,9 +14,8 @@ from harness.errors import ServerError, UsageError
 from harness.plan.file import Request
 from harness.record.run_spec import RunSpec
 from harness.server import probe
-from harness.server.access import Access, Patience
-from harness.server.headers import check_key_header
-from harness.server.retry_after import retry_after_s
+from harness.server.access import Access, Patience, check_key_header
+from harness.server.question import retry_after_s
 from harness.server.warmup import Way
 from scenarios.client.client import Client
 from scenarios.payload import Lengths, prepare

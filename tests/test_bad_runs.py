@@ -27,7 +27,7 @@ from analysis.summary import exit_code, summarise
 from harness.errors import EXIT_NOT_DECIDED, EXIT_SLO_MISSED, EXIT_VALID, HarnessError
 from harness.record.manifest import MANIFEST, Host, Replica, RunDir, Worker
 from harness.record.results import SCHEMA
-from harness.record.server_metrics import SCHEMA as SERVER
+from harness.record.samples import SERVER_SCHEMA
 
 SLO = replace(SPEC, slo={"ttft": 0.2, "tpot": 0.1})
 NOT_A_NUMBER = re.compile(r"(?<![a-z])[-+]?(nan|inf|infinity)(?![a-z])", re.IGNORECASE)
@@ -246,9 +246,12 @@ def test_numbers_that_are_none_in_what_servers_and_workers_say(tmp_path, value):
     seen = [replace(o, cpu_share=value, in_flight=value) for o in watch(rows)]
     path = write_run(tmp_path / "run", rows, seen=seen, spec=SLO)
     columns = {f.name: pa.array([value] * 9 if f.type == pa.float64() else [k * S for k in range(9)], f.type)
-               for f in SERVER}  # fmt: skip
-    with pa.OSFile(str(path / "server-metrics-0.arrows"), "wb") as sink, pa.ipc.new_stream(sink, SERVER) as writer:
-        writer.write_table(pa.table(columns, schema=SERVER))
+               for f in SERVER_SCHEMA}  # fmt: skip
+    with (
+        pa.OSFile(str(path / "server-metrics-0.arrows"), "wb") as sink,
+        pa.ipc.new_stream(sink, SERVER_SCHEMA) as writer,
+    ):
+        writer.write_table(pa.table(columns, schema=SERVER_SCHEMA))
     s, _ = shown(path)
     assert s.metrics.ttft.p50.value == pytest.approx(0.05)
 

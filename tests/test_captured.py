@@ -16,8 +16,8 @@ import pytest
 from conftest import ROOT, StartServer
 from test_worker import write_plan
 
-from harness.captured import KEY_VARIABLE, CapturedWriter, read_captured
 from harness.errors import ResultsError
+from harness.record.answers import KEY_VARIABLE, CapturedWriter, read_captured
 from harness.record.results import read_results
 from harness.record.run_spec import DEFAULTS
 

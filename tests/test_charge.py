@@ -31,7 +31,7 @@ from harness.cli.select_runs import find_runs
 from harness.commands.decide import parse_tier_price
 from harness.errors import HarnessError, ResultsError, UsageError
 from harness.record.manifest import MANIFEST, Replica, RunDir
-from harness.record.server_metrics import SCHEMA as SERVER_SCHEMA
+from harness.record.samples import SERVER_SCHEMA
 
 TERMS = Terms(margin=0.4, utilisation=0.3)
 TODAY = dt.date(2026, 11, 22)

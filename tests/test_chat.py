@@ -19,11 +19,11 @@ from harness.plan.build import build_plan
 from harness.plan.chat import Chat, Made
 from harness.plan.file import PlanInfo, PlanSpec, iter_requests
 from harness.plan.prompts import Vocabulary
+from harness.plan.reuse import UnknownTokensError, plan_prompts, prompt_reuse
 from harness.plan.tokenizers import ChatTemplate
 from harness.trace.io import open_trace
-from harness.trace.reuse import UnknownTokensError, plan_prompts, prompt_reuse
+from harness.trace.prefix import Turns
 from harness.trace.survey import Content
-from harness.trace.turns import Turns
 
 ANSWER = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 TEMPLATES = {

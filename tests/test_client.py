@@ -20,7 +20,7 @@ from harness.plan.file import Request
 from harness.record.results import ERRORS, Result
 from harness.record.run_spec import RunSpec
 from harness.server import probe
-from harness.server.headers import parse_headers
+from harness.server.access import parse_headers
 from scenarios.client.client import Client
 from scenarios.client.connection import Connection
 from scenarios.client.in_flight import InFlight

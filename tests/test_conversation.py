@@ -22,7 +22,7 @@ from test_plan import VOCABULARY, build, trace_of
 from test_worker import classes, starter, write_plan  # noqa: F401 - a fixture
 
 from harness.errors import PlanError, UsageError
-from harness.plan.conversation import Live, Prompt
+from harness.plan.chat import Live, Prompt
 from harness.plan.file import iter_requests, plan_sha256, read_plan_info
 from harness.record.manifest import RunDir, read_manifest
 from harness.record.results import Result, read_results

@@ -24,7 +24,7 @@ from analysis.summary import Summary, summarise
 from analysis.validity.counters import moved_by, shared_addresses
 from harness.errors import ServerError, UsageError
 from harness.record.manifest import Replica, RunDir, read_manifest
-from harness.record.server_metrics import SCHEMA, read_server_metrics
+from harness.record.samples import SERVER_SCHEMA, read_server_metrics
 from harness.server.access import Access
 from harness.server.counters import check_metrics_urls, count_after, count_before, several_processes, summed
 from harness.server.probe import parse_counters
@@ -183,8 +183,8 @@ def write_samples(path: Path, replica: int, sampled: Sequence[dict[str, float]])
         for k, page in enumerate(sampled)
     ]
     file = str(RunDir(path).server_metrics(replica))
-    with pa.OSFile(file, "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as stream:
-        stream.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+    with pa.OSFile(file, "wb") as sink, pa.ipc.new_stream(sink, SERVER_SCHEMA) as stream:
+        stream.write_table(pa.Table.from_pylist(rows, schema=SERVER_SCHEMA))
 
 
 OTHER = {INPUT: 80.0, OUTPUT: 40.0, START: 9.0}

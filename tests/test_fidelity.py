@@ -20,11 +20,11 @@ from analysis.validity.prefix_cache import CacheCounters, block_tokens
 from harness.plan.build import build_plan
 from harness.plan.file import PlanSpec, iter_requests, plan_sha256
 from harness.plan.prompts import Vocabulary
+from harness.plan.reuse import plan_prompts, prompt_reuse
 from harness.record.manifest import Replica, RunDir, read_manifest, write_manifest
 from harness.record.results import Result
-from harness.record.server_metrics import SCHEMA as SERVER_SCHEMA
+from harness.record.samples import SERVER_SCHEMA
 from harness.trace.io import open_trace
-from harness.trace.reuse import plan_prompts, prompt_reuse
 
 SAMPLES = Path(__file__).resolve().parent.parent / "scenarios" / "traces"
 VOCABULARY = Vocabulary.from_ids(range(100, 5000))

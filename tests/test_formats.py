@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 
 from harness.errors import TraceError, UsageError
 from harness.trace.anonymize import anonymize
+from harness.trace.files import write_trace
 from harness.trace.formats.detect import claims
 from harness.trace.formats.jsonl import FIELDS
 from harness.trace.formats.record import Asked
 from harness.trace.formats.values import IsoClock, epoch_ns
 from harness.trace.io import FAILED_CALL, TraceRecord, open_trace
 from harness.trace.source import open_source, records
-from harness.trace.writer import write_trace
 
 SAMPLES = Path(__file__).resolve().parent.parent / "scenarios" / "traces"
 
@@ -638,7 +638,7 @@ def test_access_log_variants(tmp_path):
 
 
 def test_arrivals_alone_are_refused_until_lengths_are_stated():
-    from harness.trace.distributions import draw_lengths, parse_lengths
+    from harness.trace.synth import draw_lengths, parse_lengths
 
     path = SAMPLES / "envoy-constructed.log"
     assert "State the lengths" in problem(path)

@@ -16,7 +16,7 @@ from analysis.show.report import render_json, render_markdown
 from analysis.show.view import view_run
 from analysis.summary import summarise
 from harness.record.manifest import Replica, RunDir, read_manifest, write_manifest
-from harness.record.server_metrics import SCHEMA
+from harness.record.samples import SERVER_SCHEMA
 
 
 def run_of(path, *, mode="open", busy=400, quiet=0, **spec):
@@ -75,12 +75,12 @@ def test_the_cost_at_a_given_load_says_what_it_is(tmp_path):
 def gauges(path, replica, running, kv=0.5):
     """What a server said each second."""
     rows = [
-        dict.fromkeys(SCHEMA.names) | {"t_ns": k * S, "took_ns": 1, "running": r, "kv_cache_usage": kv}
+        dict.fromkeys(SERVER_SCHEMA.names) | {"t_ns": k * S, "took_ns": 1, "running": r, "kv_cache_usage": kv}
         for k, r in enumerate(running)
     ]  # fmt: skip
     file = RunDir(path).server_metrics(replica)
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-        writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, SERVER_SCHEMA) as writer:
+        writer.write_table(pa.Table.from_pylist(rows, schema=SERVER_SCHEMA))
 
 
 def two_servers(path, args):

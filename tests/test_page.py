@@ -36,7 +36,7 @@ from analysis.show.view import RunView, view_run
 from analysis.summary import summarise
 from harness.errors import ResultsError
 from harness.record.manifest import Replica, RunDir, read_manifest, write_manifest
-from harness.record.server_metrics import SCHEMA as SERVER
+from harness.record.samples import SERVER_SCHEMA
 
 EVIL = (
     "<script>window.hacked=1</script></script><img src=x onerror=window.hacked=1>\"' onmouseover='window.hacked=1' "
@@ -178,11 +178,11 @@ def test_promises_count_failures_as_broken_and_need_enough_requests(tmp_path):
     assert kept_limits(short, metrics.count(short), (0.9,))["tpot"][0.9] == 0.0
 
 
-def server_metrics(path, values, names=SERVER.names):
+def server_metrics(path, values, names=SERVER_SCHEMA.names):
     k = len(values)
-    columns = {f.name: pa.nulls(k, f.type) if f.nullable else pa.array([0] * k, f.type) for f in SERVER}
+    columns = {f.name: pa.nulls(k, f.type) if f.nullable else pa.array([0] * k, f.type) for f in SERVER_SCHEMA}
     columns |= {"t_ns": pa.array([i * S for i in range(k)]), "running": pa.array(values, pa.float64())}
-    table = pa.table(columns, schema=SERVER).rename_columns(names)
+    table = pa.table(columns, schema=SERVER_SCHEMA).rename_columns(names)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=5)
 
@@ -205,7 +205,9 @@ def test_server_samples_are_added_up_over_replicas_and_gaps_stay_gaps(tmp_path):
 def test_server_samples_that_cannot_be_read_are_left_out(tmp_path, spoil):
     path = write_run(tmp_path / "run", [good(i) for i in range(100)])
     file = path / "server-metrics-0.arrows"
-    server_metrics(file, [2.0] * 20, names=[f"x{n}" for n in SERVER.names] if spoil == "columns" else SERVER.names)
+    server_metrics(
+        file, [2.0] * 20, names=[f"x{n}" for n in SERVER_SCHEMA.names] if spoil == "columns" else SERVER_SCHEMA.names
+    )
     data = file.read_bytes()
     file.write_bytes({"foreign": b"not arrow" * 100, "cut": data[: len(data) * 2 // 3], "empty": b""}.get(spoil, data))
     found = curves(read_run(path)).server

@@ -17,7 +17,7 @@ from test_worker import Worker, classes, run_patched, write_plan
 
 from harness.errors import PlanError
 from harness.record.run_spec import RunSpec
-from harness.record.worker_samples import SCHEMA, read_observations
+from harness.record.samples import WORKER_SCHEMA, read_observations
 from scenarios import schedule as schedules
 from scenarios.plan_reader import PlanReader
 from scenarios.schedule import Planned, Schedule
@@ -297,11 +297,13 @@ def test_a_request_that_cannot_be_prepared_ends_the_run_and_is_said(
 
 
 def test_observations_of_the_version_before_are_still_read(tmp_path: Path) -> None:
-    old = pa.schema([field for field in SCHEMA if field.name != "prepared"], metadata={"harness.observations": "1"})
+    old = pa.schema(
+        [field for field in WORKER_SCHEMA if field.name != "prepared"], metadata={"harness.observations": "1"}
+    )
     path = tmp_path / "worker-0.arrows"
     with pa.ipc.new_stream(str(path), old) as stream:
         row = [pa.array([1], field.type) for field in old]
         stream.write_batch(pa.record_batch(row, schema=old))
     table = read_observations(path)
-    assert table.schema.equals(SCHEMA)
+    assert table.schema.equals(WORKER_SCHEMA)
     assert table.to_pylist()[0]["prepared"] is None

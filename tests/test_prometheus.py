@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.record.server_metrics import read_gauges
+from harness.record.samples import read_gauges
 from harness.server import probe
-from harness.server.prometheus import mean, read_samples, total
+from harness.server.probe import mean, read_samples, total
 
 SAME = {
     "plain": 'vllm:a_total{engine="0"} 12\n',

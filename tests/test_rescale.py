@@ -16,8 +16,8 @@ from harness.plan.build import build_plan
 from harness.plan.file import PlanInfo, PlanSpec, iter_requests, plan_sha256, read_plan_info
 from harness.plan.prompts import Vocabulary
 from harness.trace import stats as stats_module
+from harness.trace.edit import MOST_SHIFT_NS, parse_growth, spread
 from harness.trace.io import open_trace
-from harness.trace.rescale import MOST_SHIFT_NS, parse_growth, spread
 from harness.trace.stats import arrival_stats, counts_between, length_stats
 
 SAMPLES = Path(__file__).resolve().parent.parent / "scenarios" / "traces"

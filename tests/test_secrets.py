@@ -15,7 +15,7 @@ from conftest import harness
 from harness.errors import UsageError
 from harness.record.manifest import create_run_dir
 from harness.record.results import read_results
-from harness.server.headers import from_environment, parse_header_env, parse_headers
+from harness.server.access import from_environment, parse_header_env, parse_headers
 from scenarios.client.outcome import clean
 
 VALUE = "tenant-7-very-secret"

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 from conftest import StartServer, wait_for
 
-from harness.record.server_metrics import GAUGES, SCHEMA, ServerMetrics, read_gauges, read_server_metrics
+from harness.record.samples import GAUGES, SERVER_SCHEMA, ServerMetrics, read_gauges, read_server_metrics
 
 TEXT = """# TYPE vllm:num_requests_running gauge
 vllm:num_requests_running{engine="0"} 3.0
@@ -49,7 +49,7 @@ def test_a_server_is_sampled_on_the_run_clock(fake_server: StartServer, tmp_path
     lasted_ns = time.time_ns() - began
     assert metrics.trouble is None
     table = pa.ipc.open_stream(path).read_all()
-    assert table.schema.equals(SCHEMA)
+    assert table.schema.equals(SERVER_SCHEMA)
     times = table.column("t_ns").to_pylist()
     assert 3 <= len(times) <= lasted_ns / 1e9 + 1, "one a second"
     assert times == sorted(times)

@@ -14,7 +14,7 @@ from harness.plan.build import build_plan
 from harness.plan.file import PlanInfo, PlanSpec, Request, Windows, iter_requests
 from harness.plan.prompts import Vocabulary
 from harness.trace.io import open_trace
-from harness.trace.session_windows import session_windows
+from harness.trace.windows import session_windows
 
 VOCABULARY = Vocabulary.from_ids(range(100, 5000))
 TURNS, EVERY_S, SESSIONS = 5, 2.0, 400

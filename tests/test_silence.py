@@ -16,8 +16,8 @@ from test_question import OK, server
 from cluster.deploy.load_workers import LoadWorkers, _Progress, _State
 from harness.cli.runner.steps import StopRequest, watch
 from harness.cli.runner.targets import Servers
+from harness.console import LoadProgress
 from harness.errors import ServerError
-from harness.progress import LoadProgress
 from harness.record.manifest import RunDir
 from harness.server import probe
 from harness.server.access import Access, Patience

@@ -23,13 +23,13 @@ from harness.errors import HarnessError
 from harness.plan.build import build_plan
 from harness.plan.file import PlanSpec
 from harness.plan.prompts import Vocabulary
-from harness.trace import rescale, spool
+from harness.trace import edit, spool
 from harness.trace.anonymize import anonymize
+from harness.trace.edit import Sample, sample
 from harness.trace.io import open_trace
-from harness.trace.reshape import Sample, sample
+from harness.trace.prefix import Turns
 from harness.trace.shape import Columns, measure
 from harness.trace.spool import Column, Sessions
-from harness.trace.turns import Turns
 
 
 class Pair(NamedTuple):
@@ -44,7 +44,7 @@ def in_files(monkeypatch):
     def switch() -> None:
         monkeypatch.setattr(spool, "HELD_SESSIONS", 3)
         monkeypatch.setattr(spool, "HELD_NUMBERS", 5)
-        for module in (spool, rescale):
+        for module in (spool, edit):
             monkeypatch.setattr(module, "BLOCK", 7)
 
     return switch
@@ -138,16 +138,16 @@ def test_a_shape_is_the_same_from_files(tmp_path, in_files):
 
 def test_arrivals_are_spread_the_same_by_blocks(in_files):
     arrivals = np.sort(np.random.default_rng(4).integers(0, 30, 400)) * 3_000_000_000
-    held = rescale.spread(arrivals, 3.0, 7).tolist()
+    held = edit.spread(arrivals, 3.0, 7).tolist()
     in_files()
-    assert rescale.spread(arrivals, 3.0, 7).tolist() == held
+    assert edit.spread(arrivals, 3.0, 7).tolist() == held
 
 
 def test_the_merge_of_copies_is_a_stable_sort(in_files):
     in_files()
     draw = np.random.default_rng(3)
     times = [np.sort(draw.integers(0, 40, size)) for size in (100, 1, 37, 250)]
-    scheduled, part = rescale._merged(times)
+    scheduled, part = edit._merged(times)
     every, whose = np.concatenate(times), np.repeat(np.arange(4), [len(each) for each in times])
     order = np.argsort(every, kind="stable")
     assert scheduled.tolist() == every[order].tolist()

@@ -26,13 +26,12 @@ from harness.errors import HarnessError, TraceError, UsageError
 from harness.plan.tokenizers import load_tokenizer
 from harness.trace import prefix as prefix_module
 from harness.trace.anonymize import anonymize, count_tokens
-from harness.trace.distributions import parse_arrivals, parse_lengths
+from harness.trace.edit import Sample, sample
+from harness.trace.files import write_trace
 from harness.trace.io import TraceRecord, open_trace
-from harness.trace.reshape import Sample, sample
 from harness.trace.shape import measure
 from harness.trace.shape_text import described
-from harness.trace.synth import read_servegen, synthesize
-from harness.trace.writer import write_trace
+from harness.trace.synth import parse_arrivals, parse_lengths, read_servegen, synthesize
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "scenarios" / "traces"

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from harness.plan.build import build_plan
 from harness.plan.file import PlanInfo, PlanSpec, Request, iter_requests
 from harness.plan.prompts import Vocabulary
-from harness.trace.ideal import IdealReuse
+from harness.plan.reuse import plan_prompts, prompt_reuse
 from harness.trace.io import open_trace
-from harness.trace.reuse import plan_prompts, prompt_reuse
+from harness.trace.prefix import BLOCK_TOKENS, IdealReuse
 from harness.trace.shape import measure
-from harness.trace.turns import BLOCK_TOKENS
 
 VOCABULARY = Vocabulary.from_ids(range(100, 5000))
 

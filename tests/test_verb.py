@@ -19,9 +19,9 @@ from rich.console import Console
 
 from harness.cli import SECTIONS, cli, main
 from harness.cli.verb import COMMON, Group, read_defaults
+from harness.console import LoadProgress
 from harness.errors import UsageError
-from harness.progress import LoadProgress
-from harness.verbosity import Verbosity, set_verbosity
+from harness.terminal import Verbosity, set_verbosity
 
 TRACE = Path(__file__).resolve().parent.parent / "scenarios" / "traces" / "azure-conv-2023.csv"
 RESERVED = {"api-key", "cache", "tiers", "models", "interpreted", "group", "peers", "complete"}

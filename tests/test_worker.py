@@ -19,7 +19,7 @@ from conftest import ROOT, StartServer, wait_for
 from harness.errors import PlanError, ResultsError
 from harness.plan.file import INFO_KEY, SCHEMA, SCHEMA_VERSION, PlanInfo
 from harness.record.results import read_results
-from harness.record.worker_samples import read_observations
+from harness.record.samples import read_observations
 from scenarios.schedule import Planned, Schedule
 
 

@@ -13,7 +13,7 @@ from analysis.metrics import Window
 from analysis.rows.read import Run
 from analysis.validity.counters import shared_addresses
 from harness.record.manifest import RunDir
-from harness.record.server_metrics import read_server_metrics
+from harness.record.samples import read_server_metrics
 
 SMALLEST_ROWS = 8
 """With fewer intervals that of the division covers too seldom; with so many it does (`tests/test_split.py`)."""

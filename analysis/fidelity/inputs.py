@@ -16,8 +16,8 @@ from analysis.rows.read import Run
 from analysis.validity.counters import moved_by
 from analysis.validity.prefix_cache import HITS, block_tokens
 from harness.errors import PlanError
+from harness.plan.reuse import Ids, Reuse, UnknownTokensError, plan_prompts, prompt_reuse
 from harness.record.manifest import RunDir
-from harness.trace.reuse import Ids, Reuse, UnknownTokensError, plan_prompts, prompt_reuse
 
 EXACT = 0.01
 """What is not drawn may differ by this much: rounding to nanoseconds, arrivals on the edge of a window."""

@@ -23,8 +23,8 @@ from analysis.fidelity.inputs import (
     number,
 )
 from harness.plan.file import PlanInfo
-from harness.trace.rescale import MOST_SHIFT, longest_shift_ns
-from harness.trace.reuse import Reuse
+from harness.plan.reuse import Reuse
+from harness.trace.edit import MOST_SHIFT, longest_shift_ns
 from harness.trace.stats import (
     WINDOWS_S,
     ArrivalStats,

@@ -23,7 +23,7 @@ from analysis.fidelity.inputs import (
 )
 from analysis.rows.read import Rows
 from analysis.validity.prefix_cache import CacheCounters
-from harness.trace.reuse import Reuse
+from harness.plan.reuse import Reuse
 from harness.trace.stats import WINDOWS_S, dispersion
 
 MOVED_BOUNDS = {1: 0.05, 10: 0.02, 60: 0.01}

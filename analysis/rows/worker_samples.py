@@ -11,7 +11,7 @@ from analysis.arrays import Bools, Floats, Ints
 from analysis.rows.columns import floats
 from harness.errors import ResultsError
 from harness.record.manifest import RunDir, Worker
-from harness.record.worker_samples import SCHEMA, read_observations
+from harness.record.samples import WORKER_SCHEMA, read_observations
 
 
 class LoopStalls:
@@ -72,7 +72,7 @@ def read_worker_samples(directory: RunDir, workers: int, problems: list[str]) ->
     """Observations of all workers; a run of before there were any has none, a file that cannot be read is a problem."""
     tables, owners, lengths, unwatched = [], [], [], []
     for k in range(workers):
-        path, table = directory.observations(k), SCHEMA.empty_table()
+        path, table = directory.observations(k), WORKER_SCHEMA.empty_table()
         if path.exists():
             try:
                 table = read_observations(path)
@@ -83,7 +83,7 @@ def read_worker_samples(directory: RunDir, workers: int, problems: list[str]) ->
         tables.append(table)
         owners.append(np.full(table.num_rows, k))
         lengths.append(np.diff(floats(table.column("t_ns")), prepend=0.0) / NS)
-    table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+    table = pa.concat_tables(tables) if tables else WORKER_SCHEMA.empty_table()
     return WorkerSamples(
         worker=np.concatenate([np.zeros(0, dtype=np.int64), *owners]).astype(np.int64),
         t_s=floats(table.column("t_ns")) / NS,

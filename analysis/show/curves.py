@@ -20,7 +20,7 @@ from analysis.rows.read import Rows, Run
 from analysis.stats.intervals import samples_needed
 from analysis.validity.counters import shared_addresses
 from harness.record.manifest import RunDir
-from harness.record.server_metrics import read_server_metrics
+from harness.record.samples import read_server_metrics
 
 PER_GROUP, FEW = 20, 3
 SECOND = 1.0

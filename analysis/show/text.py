@@ -11,7 +11,7 @@ from rich.text import Text
 
 from analysis.labels import clean
 from analysis.show.document import Cell, Section, Table
-from harness.text_table import text_tables
+from harness.console import text_tables
 
 PROVES_NOTHING = "the run is INVALID, so its figures prove nothing"
 _MARKDOWN = re.compile(r"([\\`*\[\]<>|_#])")

@@ -21,7 +21,7 @@ from analysis.check import Check, check, limit
 from analysis.rows.read import Rows, Run
 from harness.errors import listed
 from harness.record.manifest import Replica, RunDir
-from harness.record.server_metrics import read_server_metrics, samples_of_no_number
+from harness.record.samples import read_server_metrics, samples_of_no_number
 from harness.server.counters import several_processes
 from harness.terminal import printable
 

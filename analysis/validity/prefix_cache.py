@@ -21,10 +21,9 @@ from analysis.check import Check, limit
 from analysis.rows.read import Run
 from analysis.validity.counters import moved_by, shared_addresses
 from harness.errors import PlanError
+from harness.plan.reuse import BLOCK_BYTES, UnknownTokensError, plan_prompts, prompt_reuse, text_reuse, text_words
 from harness.record.manifest import RunDir
-from harness.record.server_metrics import read_server_metrics
-from harness.trace.reuse import UnknownTokensError, plan_prompts, prompt_reuse
-from harness.trace.text_reuse import BLOCK_BYTES, text_reuse, text_words
+from harness.record.samples import read_server_metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

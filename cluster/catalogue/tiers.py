@@ -134,7 +134,7 @@ def check_accelerators(tier: Tier) -> None:
     wanted = tier.accelerator_memory_gib
     if not tier.accelerator_count or wanted is None:
         return
-    from harness.record.host_metrics import Gpus  # Arrow: not for tiers without accelerators
+    from harness.record.host import Gpus  # Arrow: not for tiers without accelerators
 
     gpus = Gpus()
     found = gpus.memory_gib()

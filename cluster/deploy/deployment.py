@@ -38,7 +38,7 @@ from cluster.engines.vllm import VllmEngine
 from cluster.process.process import GRACE_S, Process
 from cluster.process.reservations import reservations
 from harness.errors import ServerError, UsageError
-from harness.record.host_metrics import HostMetrics, host_file
+from harness.record.host import HostMetrics, host_file
 from harness.record.manifest import OnReplicaDeath, Replica, Restart, RunDir, Tier
 from harness.server import probe
 

@@ -16,11 +16,11 @@ import msgspec
 
 from cluster.deploy.job import Child, Job, Launch, start_here
 from cluster.process.process import NO_SECRETS, describe_exit
-from harness.captured import KEY_BYTES, KEY_VARIABLE
 from harness.errors import UsageError, WorkerError
+from harness.record.answers import KEY_BYTES, KEY_VARIABLE
 from harness.record.manifest import RunDir, Worker
 from harness.record.run_spec import RunSpec, WorkerSpec
-from harness.server.headers import from_environment
+from harness.server.access import from_environment
 
 READY_S = 300.0
 """Reading a large plan takes a worker this long at most."""

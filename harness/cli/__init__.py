@@ -20,8 +20,7 @@ from harness.cli.options import ENVIRONMENT, EXIT_STATUS
 from harness.cli.verb import Lazy, LazyGroup, command, read_defaults
 from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, sentence, unknown_name
 from harness.startup import forgo_pandas
-from harness.terminal import cut, guard_streams, hung_up
-from harness.verbosity import Verbosity, verbosity
+from harness.terminal import Verbosity, cut, guard_streams, hung_up, verbosity
 
 SECTIONS: dict[str, dict[str, Lazy]] = {
     "Replay": {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from harness.progress import console
+from harness.console import console
 from harness.terminal import cut
 
 if TYPE_CHECKING:
@@ -28,8 +28,7 @@ def print_json(value: object) -> None:
 
 def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """A plain table on stdout."""
-    from harness.console import Console
-    from harness.text_table import text_tables
+    from harness.console import Console, text_tables
 
     # Into a pipe there is no width to fit: one table, a line for each row, as a script or a pager will read it.
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)

@@ -125,7 +125,7 @@ def sample(
 ) -> int:  # fmt: skip
     """Keep a window, N requests, or a thinner trace; sessions stay whole. Prints the shape before and after."""
     from harness.trace import verbs
-    from harness.trace.reshape import Sample
+    from harness.trace.edit import Sample
 
     how = Sample(window_s=window_s, limit=limit, thin=thin, cut_sessions=cut_sessions, seed=seed)
     return verbs.sample(trace, output, taken(ReadOptions, reading), how)

@@ -17,7 +17,7 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from harness.errors import UsageError
-from harness.verbosity import Verbosity, set_verbosity
+from harness.terminal import Verbosity, set_verbosity
 
 Table = dict[str, object]
 """Of a TOML file, before its types are checked."""

@@ -12,7 +12,7 @@ from harness.cli.output import print_json, say
 from harness.errors import EXIT_FAILURE, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.options import ReadOptions
 from harness.record.manifest import now_utc
-from harness.trace.reading import open_asked
+from harness.trace.files import open_asked
 
 if TYPE_CHECKING:
     from analysis.arrays import Ints

@@ -18,7 +18,7 @@ from harness.record.manifest import PLAN, RunDir, create_run_dir
 from harness.store.copies import local_copy, output_file, split_out
 from harness.store.follow import mirrored
 from harness.store.objects import as_url, is_url
-from harness.trace.reading import Files, open_asked
+from harness.trace.files import Files, open_asked
 
 
 def replay(trace: Files, out: Path, options: ReplayOptions) -> int:

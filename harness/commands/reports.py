@@ -10,7 +10,7 @@ from harness.cli.output import print_json, print_sections, print_table, say
 from harness.cli.select_runs import expand, read_summaries, refused_exit
 from harness.errors import EXIT_SLO_MISSED, EXIT_VALID
 from harness.record.manifest import now_utc
-from harness.verbosity import Verbosity, verbosity
+from harness.terminal import Verbosity, verbosity
 
 if TYPE_CHECKING:
     from analysis.capacity.serving_config import ServingConfig

@@ -18,12 +18,12 @@ from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, TraceError, U
 from harness.options import PlanOptions, ReplayOptions
 from harness.record.manifest import Tier, now_utc
 from harness.server.access import normalise_base_url
+from harness.store.copies import come_home
 from harness.store.objects import as_url, is_url
-from harness.store.sweeps import come_home
 from harness.sweep.cost import Survey, expect, start_s, survey, usd_per_hour
 from harness.sweep.spec import SweepSpec, levels, make_points, pairs, read_sweep, seeded
 from harness.sweep.state import SweepState, create_folder, differences, find_folder, lock, read_state, write_state
-from harness.trace.reading import open_asked
+from harness.trace.files import open_asked
 
 if TYPE_CHECKING:
     from cluster.catalogue.models import Model

@@ -18,15 +18,14 @@ import pyarrow as pa
 
 from harness.errors import PlanError
 from harness.plan.arrivals import Times
-from harness.plan.chat import Chat, Made
-from harness.plan.conversation import Live, Prompt
+from harness.plan.chat import Chat, Live, Made, Prompt
 from harness.plan.file import SCHEMA, PlanSpec
 from harness.plan.prompts import Ids, Vocabulary
+from harness.trace.edit import Arrangement
 from harness.trace.formats.record import safe
 from harness.trace.io import Trace, TraceRecord
-from harness.trace.rescale import Arrangement
+from harness.trace.prefix import Turns, accumulates
 from harness.trace.spool import Sessions
-from harness.trace.turns import Turns, accumulates
 
 # Batches are bounded in rows and in tokens or characters, so that memory is, whatever the trace holds.
 _BATCH_ROWS = 1024

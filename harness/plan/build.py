@@ -20,20 +20,18 @@ from harness.errors import PlanError, UsageError
 from harness.options import PlanOptions
 from harness.plan.arrivals import Stage, Times, arrival_times, constant_stage
 from harness.plan.batches import Batches
-from harness.plan.chat import Chat
-from harness.plan.conversation import live_notes, reasons
+from harness.plan.chat import Chat, live_notes, reasons
 from harness.plan.file import SCHEMA_VERSION, PlanInfo, PlanSpec, Windows, write_plan
 from harness.plan.prompts import Vocabulary
 from harness.plan.rules import check_spec, regrown
 from harness.plan.seeds import load_seed
+from harness.trace.edit import arrange, spread
 from harness.trace.io import Trace
 from harness.trace.notes import Timed, notes, prompt_notes
-from harness.trace.rescale import arrange, spread
-from harness.trace.session_windows import session_windows
 from harness.trace.spool import filled
 from harness.trace.stats import arrival_stats, mean_rate
 from harness.trace.survey import Content, Survey, survey
-from harness.trace.windows import windows_in_time, windows_of_rows
+from harness.trace.windows import session_windows, windows_in_time, windows_of_rows
 
 
 def asked_plan(asked: PlanOptions, *, closed: bool) -> PlanSpec:
@@ -65,7 +63,7 @@ def build_plan(
     Prompts: text and messages of the trace are sent as they are, recorded answers of earlier turns included. Of rows
     that say lengths only, prompts of exactly that length are made from ``vocabulary`` and depend on (seed, request_id)
     alone, or on (seed, prefix ids) where the trace has them; requests that share leading ids share those tokens. A turn
-    that continues its session (`harness.trace.turns`) begins with the prompt before it and an answer made up for it.
+    that continues its session (`harness.trace.prefix`) begins with the prompt before it and an answer made up for it.
     ``as_text``: as text; where the tokenizer's chat template is known, as messages (`harness.plan.chat`). ``choose``
     says the vocabulary and ``as_text`` once the trace has been read.
 

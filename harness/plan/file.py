@@ -107,7 +107,7 @@ class PlanSpec:
     trace's own clock."""
     rescale: str = "compress"
     """How ``rate`` is met: "compress" (a faster or slower clock), "thin" (whole sessions are drawn) or "superpose"
-    (copies are laid over it); see `harness.trace.rescale`."""
+    (copies are laid over it); see `harness.trace.edit`."""
     grow: float | None = None
     """Demand times this on the same clock: thinned below 1, superposed above. ``speed`` applies to what comes out."""
     spread: bool = False

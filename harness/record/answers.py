@@ -1,17 +1,33 @@
-"""A sample of answers counted by ourselves, to hold what a server says it counted against what it said.
+"""Answers of a run: a sample counted by ourselves, and, when asked for, what each request was answered.
 
-Load workers keep the texts of some answers, spread evenly over the run (`scenarios.client.capture`), and write them to
-``answers-<worker>.jsonl`` when the load is over. Then they are counted here, off the clock: in bytes, in words, in the
-chunks that carried them, and in tokens where the model's tokenizer is at hand. The counts go into the manifest, the
-texts are deleted. `analysis.validity.usage` compares. Counting afterwards spares the load workers a tokenizer.
+**Counted** is what a server said, to hold against what it says it counted. Load workers keep the texts of some answers,
+spread evenly over the run (`scenarios.client.capture`), and write them to ``answers-<worker>.jsonl`` when the load is
+over. Then they are counted here, off the clock: in bytes, in words, in the chunks that carried them, and in tokens
+where the model's tokenizer is at hand. The counts go into the manifest, the texts are deleted.
+`analysis.validity.usage` compares. Counting afterwards spares the load workers a tokenizer.
 
 Text that a tokenizer encodes again may differ from what the model emitted. Measured with SmolLM2's tokenizer on 200
 pieces each of 5, 24 and 200 tokens: prose, tables, Python and C by -1 to +1 tokens, ids drawn at random (which no model
 emits) by 4.6 % in the mean and 29 % at most. So single answers prove nothing, and a pooled sample does.
+
+**Captured** answers are off by default, and stand by request id beside the result rows. ``answers-<worker>.arrows``
+(Arrow IPC stream, readable by its owner alone, never sent to a store) has these columns:
+
+===========  ===========  =============================================================================================
+column       type         meaning
+===========  ===========  =============================================================================================
+request_id   int64        as in the result rows; answers that failed are left out
+hmac         binary(32)   HMAC-SHA256 of the answer's text (UTF-8, without reasoning). The key is random, made for the
+                          run and never written: equal answers of one run are equal here, and nothing can be looked up
+text         string       the text itself, with ``--keep-text`` alone; otherwise null
+===========  ===========  =============================================================================================
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +35,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+import pyarrow as pa
+
+from harness.errors import ResultsError
+from harness.record.results import whole_batches
+from harness.untrusted import open_arrow
 
 if TYPE_CHECKING:
     from harness.plan.tokenizers import TextTokenizer
+
 
 SAMPLE = 96
 """Answers of a run that are counted, at most."""
@@ -183,3 +205,69 @@ def take_said(files: Iterable[Path]) -> list[Said]:
             except (msgspec.DecodeError, UnicodeDecodeError):
                 continue
     return found
+
+
+CAPTURED_SCHEMA_VERSION = "1"
+KEY_VARIABLE = "HARNESS_CAPTURE_KEY"
+"""Environment variable by which all load workers of a run get the same key, in hexadecimal digits."""
+KEY_BYTES = 32
+CAPTURED_SCHEMA = pa.schema(
+    [
+        pa.field("request_id", pa.int64(), nullable=False),
+        pa.field("hmac", pa.binary(hashlib.sha256().digest_size), nullable=False),
+        pa.field("text", pa.string()),
+    ],
+    metadata={"harness.answers": CAPTURED_SCHEMA_VERSION},
+)
+
+
+class CapturedWriter:
+    """Writes captured answers as one Arrow batch per `flush`. Raises `OSError` when the file cannot be made."""
+
+    def __init__(self, path: Path, key: bytes, *, keep_text: bool) -> None:
+        self._key, self._keep_text = key, keep_text
+        self._rows: list[tuple[int, bytes, str | None]] = []
+        self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb")
+        self._writer = pa.ipc.new_stream(self._file, CAPTURED_SCHEMA)
+
+    def append(self, request_id: int, text: str) -> None:
+        """Keep the answer to a request until the next `flush`."""
+        digest = hmac.digest(self._key, text.encode("utf-8", "replace"), "sha256")
+        self._rows.append((request_id, digest, text if self._keep_text else None))
+
+    def flush(self) -> None:
+        """Write what was appended; from any thread, one at a time."""
+        rows, self._rows = self._rows, []
+        if rows:
+            columns = [
+                pa.array(values, type=f.type)
+                for values, f in zip(zip(*rows, strict=True), CAPTURED_SCHEMA, strict=True)
+            ]
+            self._writer.write_batch(pa.record_batch(columns, schema=CAPTURED_SCHEMA))
+            self._file.flush()
+
+    def close(self) -> None:
+        """Flush, and end the stream. Safe to call twice."""
+        if not self._file.closed:
+            self.flush()
+            self._writer.close()
+            self._file.close()
+
+
+def read_captured(path: Path) -> pa.Table:
+    """The captured answers of one worker; every complete batch of a file that was cut short.
+
+    Raises `ResultsError` when it is missing or not a file of captured answers.
+    """
+    try:
+        with open_arrow(path) as source:
+            reader = pa.ipc.open_stream(source)
+            if not reader.schema.equals(CAPTURED_SCHEMA, check_metadata=True):
+                raise ResultsError(f"{path}: not a file of captured answers of version {CAPTURED_SCHEMA_VERSION}")
+            table = whole_batches(reader)
+        table.validate(full=True)
+        return table
+    except FileNotFoundError as e:
+        raise ResultsError(f"{path}: no such file") from e
+    except (pa.ArrowException, OSError) as e:
+        raise ResultsError(f"{path}: not a file of captured answers ({e})") from e

@@ -3,7 +3,7 @@ are.
 
 ``runs/<UTC time>-<name>/`` holds ``run.json``, ``plan.arrow``, ``results-<worker>.arrows``,
 ``worker-<worker>.arrows``, ``worker-<worker>.log``, ``server-<replica>.log`` and, if answers are captured,
-``answers-<worker>.arrows`` (`harness.captured`). A directory is never overwritten, and its owner's alone.
+``answers-<worker>.arrows`` (`harness.record.answers`). A directory is never overwritten, and its owner's alone.
 """
 
 from __future__ import annotations
@@ -268,7 +268,7 @@ class RunDir:
         return sorted(self.path.glob("results-*.arrows"), key=lambda p: int(p.stem.removeprefix("results-")))
 
     def observations(self, worker: int) -> Path:
-        """What one load worker saw of itself, a row a second (`harness.record.worker_samples`)."""
+        """What one load worker saw of itself, a row a second (`harness.record.samples`)."""
         return self.path / f"worker-{worker}.arrows"
 
     def answers(self, worker: int) -> Path:
@@ -276,7 +276,7 @@ class RunDir:
         return self.path / f"answers-{worker}.jsonl"
 
     def captured(self, worker: int) -> Path:
-        """Captured answers of one worker (`harness.captured`)."""
+        """Captured answers of one worker (`harness.record.answers`)."""
         return self.path / f"answers-{worker}.arrows"
 
     def worker_log(self, worker: int) -> Path:
@@ -284,12 +284,12 @@ class RunDir:
         return self.path / f"worker-{worker}.log"
 
     def server_metrics(self, replica: int) -> Path:
-        """What one model server said of itself each second (`harness.record.server_metrics`)."""
+        """What one model server said of itself each second (`harness.record.samples`)."""
         return self.path / f"server-metrics-{replica}.arrows"
 
     def server_processor(self, replica: int, part: int = 0) -> Path:
         """What a model server's processes (or those of one host's part) ran and waited
-        (`harness.record.server_processor`).
+        (`harness.record.host`).
         """
         return self.path / f"server-processor-{replica}{f'-part-{part}' if part else ''}.arrows"
 

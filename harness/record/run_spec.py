@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from harness.server.headers import AUTHORIZATION
+from harness.server.access import AUTHORIZATION
 
 Loop = Literal["open", "closed"]
 """open: requests go out at their planned times; closed: a fixed number is in flight."""
@@ -16,7 +16,7 @@ Endpoint = Literal["completions", "chat"]
 Balance = Literal["least", "round-robin", "session"]
 """Which server a request goes to: the one with the fewest in flight, in turn, or all of a session to one."""
 Capture = Literal["off", "hmac", "text"]
-"""What is kept of the text of answers (`harness.captured`)."""
+"""What is kept of the text of answers (`harness.record.answers`)."""
 OutputLengths = Literal["forced", "cap", "free"]
 """forced: exactly as many tokens (``ignore_eos``); cap: at most so many; free: nothing is said of them."""
 BATCH_READS_FROM = 80
@@ -57,7 +57,7 @@ class RunSpec:
     extra_body: dict[str, object] = field(default_factory=dict)
     """Fields added to every request body."""
     headers: dict[str, str] = field(default_factory=dict)
-    """Added to every request; never a secret (`harness.server.headers`)."""
+    """Added to every request; never a secret (`harness.server.access`)."""
     header_env: dict[str, str] = field(default_factory=dict)
     """Header -> environment variable that holds its value, which may be secret and is written nowhere."""
     key_header: str = AUTHORIZATION

@@ -4,6 +4,8 @@ Every request to a server except the load itself is made by `ask`, so that these
 takes a bounded time in all (`http.client` alone bounds each read, so a byte a second lasts for ever) and a bounded
 number of bytes, follows no redirect, since the API key would go along, and heeds no proxy of the environment: a load
 test must know where its questions go, as it does for its load. Ctrl-C is heard at any moment.
+
+Source: of ``Retry-After`` RFC 9110 section 10.2.3 (seconds, or a date).
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ import contextlib
 import http.client
 import io
 import queue
+import re
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any, cast
 from urllib.parse import SplitResult, urlsplit
 
@@ -182,3 +186,21 @@ class _Received(io.RawIOBase):
             self._sock.settimeout(min(left, HEARING_S))
             with contextlib.suppress(TimeoutError):
                 return self._sock.recv_into(buffer)
+
+
+_SECONDS = re.compile(r"\d{1,9}(?:\.\d{1,9})?")
+
+
+def retry_after_s(said: str | None, now_unix_s: float | None = None) -> float | None:
+    """Seconds from now, 0 for a date that has passed; null when nothing was said that can be read.
+
+    Fractions are no part of the standard, but some gateways send them.
+    """
+    said = (said or "").strip()
+    if _SECONDS.fullmatch(said):
+        return float(said)
+    try:
+        when = parsedate_to_datetime(said).timestamp()
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return max(0.0, when - (time.time() if now_unix_s is None else now_unix_s))

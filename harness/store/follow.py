@@ -3,8 +3,8 @@
 The folder stays on this machine; a `Follower` follows it. Its files lie below the URL under their own names,
 ``run.json`` sent last; ``.sender`` beside them says who sends, and is gone when every file is up. So a machine that
 dies loses what came since the last round, and any machine can bring back the rest (`harness.store.copies`).
-Captured answers (``answers-<worker>.arrows``, `harness.captured`) are not sent, since they are the text of users: copy
-them yourself if they are to go there.
+Captured answers (``answers-<worker>.arrows``, `harness.record.answers`) are not sent, since they are the text of users:
+copy them yourself if they are to go there.
 
 ``python -m harness.store RUN_DIRECTORY s3://BUCKET/PREFIX`` sends a run, or what is missing of it, later.
 """

@@ -84,7 +84,7 @@ class SweepState:
     writer: str = ""
     """Host, pid and time of the sitting that wrote it: two at work on one sweep never write the same step."""
     store_url: str | None = None
-    """Where on S3 the folder is kept as well (`harness.store.sweeps`)."""
+    """Where on S3 the folder is kept as well (`harness.store.copies`)."""
 
     def spent(self, now_s: float) -> tuple[float, float]:
         """(USD, hours) from the start of servers to their end, this far."""

@@ -14,7 +14,6 @@ from itertools import chain
 from pathlib import Path
 
 from harness.errors import TraceError, UsageError, unknown_name
-from harness.trace.arrival_order import ArrivalOrder
 from harness.trace.formats.detect import FORMATS, detect_all
 from harness.trace.formats.record import (
     FAILED_CALL,
@@ -29,7 +28,7 @@ from harness.trace.formats.record import (
     is_whole_prompt,
     memory_bytes,
 )
-from harness.trace.selection import Where, unmatched
+from harness.trace.selection import ArrivalOrder, Where, unmatched
 from harness.trace.source import Source
 from harness.trace.sources import Sources, open_sources
 from harness.trace.spool import Sorter

@@ -10,9 +10,9 @@ import numpy.typing as npt
 from harness.plan.arrivals import Times
 from harness.plan.chat import Chat
 from harness.plan.file import PlanSpec
+from harness.trace.edit import Arrangement
 from harness.trace.formats.record import safe
 from harness.trace.io import Trace
-from harness.trace.rescale import Arrangement
 from harness.trace.spool import blocks
 from harness.trace.stats import ArrivalStats
 from harness.trace.survey import ADAPTERS_LISTED, Survey

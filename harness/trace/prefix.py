@@ -1,16 +1,35 @@
-"""Ideal prefix reuse: what an unlimited prefix cache would have found in requests that come one after the other.
+"""Ideal prefix reuse of a trace: what an unlimited prefix cache would have found in rows that come one after the other.
 
 A block is its own id and all ids before it in its request, so every block that is not new is a hit. A *different* block
 costs 8 bytes, up to `MAX_BLOCKS`; beyond that blocks are sampled by their hash, and the figures say so.
+
+Rows with prefix ids are counted at the trace's own blocks. Of rows that say lengths only, a turn that continues its
+session finds the whole blocks of the prompt before it. The answers before it are not counted as found: a replay cannot
+know what production answered, so it makes them up, and a server meets them for the first time. Other rows of lengths
+find nothing. Rows of text are not counted: their tokens are the server's.
+
+A turn *continues* its session when its input is at least as long as the prompt of the row before it of that session
+and its answer together: then that conversation was sent again, with more. Its prompt begins with that prompt, so a
+server's prefix cache sees what production's saw. A shorter turn is no continuation (the history was cut, or it is not
+one conversation): its prompt shares nothing, and a conversation begins with it.
+
+All prompts of a conversation are the beginning of one endless stream of tokens, that of its first request, so nothing
+of them has to be kept: a few numbers a session are, in a file where sessions are many (`harness.trace.spool`).
 """
 
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from harness.trace.formats.record import TraceRecord
+from harness.trace.spool import Sessions
 
 Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
@@ -36,7 +55,7 @@ class Prefix:
     sampled: int
     """1: every block was counted; k: one in k, chosen by hash, and counts are multiplied by k."""
     continued_turns: int | None = None
-    """Turns of sessions that continue the one before them (`harness.trace.turns`); null without such sessions."""
+    """Turns of sessions that continue the one before them (`harness.trace.prefix`); null without such sessions."""
     independent_turns: int | None = None
     """Later turns of sessions that do not."""
 
@@ -135,3 +154,121 @@ def _mix(values: Hashes) -> Hashes:
     values *= np.uint64(0x94D049BB133111EB)
     values ^= values >> np.uint64(31)
     return values
+
+
+BLOCK_TOKENS = 16
+"""What a conversation shares is counted in blocks of vLLM's own size: only whole ones are found again."""
+
+
+class Turn(NamedTuple):
+    """A row in its conversation."""
+
+    first: int
+    """Number of the row that its conversation began with: itself, if it continues nothing."""
+    before_tokens: int
+    """Input tokens of the turn it continues, 0 without."""
+    before: tuple[int, ...]
+    """Input and output tokens of each turn before it in its conversation, one after the other, where they are kept."""
+
+
+def accumulates(record: TraceRecord) -> bool:
+    """Whether the row's prompt is made up as a turn of its session: its text and its prefixes are not given."""
+    return (
+        record.session_id is not None
+        and record.prefix_ids is None
+        and record.text is None
+        and record.messages is None
+        and record.input_tokens is not None
+    )
+
+
+class _Last(NamedTuple):
+    """A session's last row."""
+
+    first: int
+    input_tokens: int
+    output_tokens: int
+    lengths: tuple[int, ...]
+    """Those of its conversation so far, where they are kept."""
+
+
+class Turns:
+    """Follows the sessions of a trace, row by row."""
+
+    def __init__(self, *, room: int = 0, lengths: bool = False) -> None:
+        """``room``: tokens that a turn must have beyond the conversation before it (a chat template's own);
+        ``lengths``: keep those of all turns of a conversation.
+        """
+        self.continued = self.independent = 0
+        """Turns, beyond the first of their session, that do and do not continue."""
+        self._room, self._keep = room, lengths
+        self._last = Sessions(_Last)
+
+    def clear(self) -> None:
+        """All sessions are over."""
+        self._last.clear()
+
+    def place(self, session: Hashable, number: int, tokens: int, output_tokens: int | None) -> Turn:
+        """The next row of a session that `accumulates`: its number among all rows, its input and output tokens."""
+        output = output_tokens or 0
+        last, turn = self._last.get(session), Turn(number, 0, ())
+        if last is not None:
+            goes_on = tokens >= last.input_tokens + last.output_tokens + self._room
+            self.continued += goes_on
+            self.independent += not goes_on
+            turn = Turn(last.first, last.input_tokens, last.lengths) if goes_on else turn
+        lengths = (*turn.before, tokens, output) if self._keep else ()
+        self._last.set(session, _Last(turn.first, tokens, output, lengths))
+        return turn
+
+
+class IdealReuse:
+    """What an unlimited prefix cache would have found in rows that come one after the other."""
+
+    def __init__(self) -> None:
+        self._cache: PrefixCache | None = None
+        self._turns = Turns()
+        self._in_sessions = False
+        self._alone: Counter[int] = Counter()
+        """Input tokens of rows that find nothing -> how many."""
+        self._rows = self._blocks = self._hit_blocks = self._tokens = self._hit_tokens = 0
+
+    def add(self, record: TraceRecord) -> None:
+        """The next row."""
+        tokens = record.input_tokens
+        if not tokens:
+            return
+        if record.prefix_ids is not None and record.block_tokens:
+            self._cache = self._cache or PrefixCache()
+            self._cache.add(record.prefix_ids, record.block_tokens, tokens)
+            return
+        if record.text is not None or record.messages is not None:
+            return
+        if not accumulates(record):
+            self._alone[tokens] += 1
+            return
+        self._in_sessions = True
+        turn = self._turns.place(record.session_id, self._rows, tokens, record.output_tokens)
+        hits = turn.before_tokens // BLOCK_TOKENS
+        self._rows += 1
+        self._blocks += -(-tokens // BLOCK_TOKENS)
+        self._tokens += tokens
+        self._hit_blocks += hits
+        self._hit_tokens += hits * BLOCK_TOKENS
+
+    def result(self) -> Prefix | None:
+        """The figures so far; None when the trace states neither prefixes nor sessions."""
+        if self._cache is None and not self._in_sessions:
+            return None
+        found = (self._cache or PrefixCache()).result()
+        sizes = {*found.block_tokens, *([BLOCK_TOKENS] if self._in_sessions else [])}
+        blocks = found.blocks + self._blocks + sum(-(-n // min(sizes)) * rows for n, rows in self._alone.items())
+        tokens = found.tokens + self._tokens + sum(n * rows for n, rows in self._alone.items())
+        hit_blocks, hit_tokens = found.hit_blocks + self._hit_blocks, found.hit_tokens + self._hit_tokens
+        return replace(
+            found, block_tokens=sorted(sizes), rows=found.rows + self._rows + self._alone.total(),
+            blocks=blocks, hit_blocks=hit_blocks, hit_rate_blocks=hit_blocks / max(blocks, 1),
+            tokens=tokens, hit_tokens=hit_tokens, hit_rate_tokens=hit_tokens / max(tokens, 1),
+            continued_turns=self._turns.continued if self._in_sessions else None,
+            independent_turns=self._turns.independent if self._in_sessions else None,
+        )  # fmt: skip

@@ -10,7 +10,7 @@ worst minute                most arrivals in any 60 s (begun by an arrival), and
 mean rate                   (n - 1) / span, requests/s
 ideal prefix-cache hit      share of blocks, and of input tokens, that led some request before, token for token: what an
                             unlimited cache at the trace's own block size would have found. Of sessions that say
-                            lengths only: what their made-up prompts share (`harness.trace.ideal`)
+                            lengths only: what their made-up prompts share (`harness.trace.prefix`)
 ==========================  ==========================================================================================
 """
 
@@ -25,9 +25,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from harness.trace.ideal import IdealReuse
 from harness.trace.io import TraceRecord
-from harness.trace.prefix import Prefix
+from harness.trace.prefix import IdealReuse, Prefix
 from harness.trace.spool import Column, blocks, empty
 from harness.trace.spool import Sessions as Kept
 from harness.trace.stats import (

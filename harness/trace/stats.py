@@ -78,7 +78,7 @@ class PrefixStats:
     sampled: int
     """1: every block was counted; k: one in k."""
     continued_turns: int | None = None
-    """Turns of sessions that continue the one before them (`harness.trace.turns`); null without such sessions."""
+    """Turns of sessions that continue the one before them (`harness.trace.prefix`); null without such sessions."""
     independent_turns: int | None = None
     """Later turns of sessions that do not: their prompts share nothing with those before."""
 

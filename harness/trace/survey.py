@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 from harness.errors import PlanError, UsageError
 from harness.plan.arrivals import Times
-from harness.trace.ideal import IdealReuse
+from harness.trace.edit import Units, place
 from harness.trace.io import Trace, TraceRecord
-from harness.trace.rescale import Units
-from harness.trace.reshape import place
+from harness.trace.prefix import IdealReuse
 from harness.trace.shape import Models, ModelShare
 from harness.trace.spool import Column, Sessions
 from harness.trace.stats import CacheCount, PartMeans, PrefixStats, TraceStats, arrival_stats, length_stats

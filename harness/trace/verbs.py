@@ -11,17 +11,16 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from harness.console import console
 from harness.errors import EXIT_VALID, UsageError
 from harness.options import ReadOptions
-from harness.progress import console
+from harness.trace.files import Files, check_output, open_asked, write_trace
 from harness.trace.io import Trace, TraceRecord
-from harness.trace.reading import Files, open_asked
 from harness.trace.shape import Shape, measure
 from harness.trace.shape_text import compared, described
-from harness.trace.writer import check_output, write_trace
 
 if TYPE_CHECKING:
-    from harness.trace.reshape import Sample
+    from harness.trace.edit import Sample
 
 
 def inspect(trace: Files, reading: ReadOptions, *, tokenizer: Path | None, block_tokens: int, format_: str) -> int:
@@ -78,7 +77,7 @@ def convert(trace: Files, output: Path, reading: ReadOptions, *, tokenizer: Path
 
 def sample(trace: Files, output: Path, reading: ReadOptions, how: Sample) -> int:
     """A smaller trace, and what became of its shape."""
-    from harness.trace.reshape import sample as choose
+    from harness.trace.edit import sample as choose
 
     check_output(output)
     source = open_asked(trace, reading)
@@ -111,8 +110,7 @@ def synth(output: Path, asked: SynthOptions) -> int:
     check_output(output)
     if asked.servegen is not None:
         return _servegen(output, asked, asked.servegen)
-    from harness.trace.distributions import parse_arrivals, parse_lengths
-    from harness.trace.synth import synthesize
+    from harness.trace.synth import parse_arrivals, parse_lengths, synthesize
 
     rate, inputs, outputs = asked.rate, asked.input_tokens, asked.output_tokens
     if rate is None or inputs is None or outputs is None:

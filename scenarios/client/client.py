@@ -20,8 +20,8 @@ import gevent
 from harness.errors import UsageError
 from harness.record.results import Result
 from harness.record.run_spec import RunSpec
-from harness.server.headers import check_headers
-from harness.server.retry_after import retry_after_s
+from harness.server.access import check_headers
+from harness.server.question import retry_after_s
 from scenarios.client.capture import OnAnswer, Sampler, both
 from scenarios.client.connection import Connection
 from scenarios.client.endpoint import ENDPOINTS, Endpoint, tls_context

@@ -10,8 +10,7 @@ import gevent.monkey
 
 from harness import __version__
 from harness.errors import UsageError
-from harness.server.access import Access
-from harness.server.headers import AUTHORIZATION, check_key_header
+from harness.server.access import AUTHORIZATION, Access, check_key_header
 from harness.server.question import PORTS, split_url
 from scenarios.client.fast_path import Shape
 

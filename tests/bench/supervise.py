@@ -79,7 +79,7 @@ def measure_supervision(folder: Path, replicas: int, seconds: float) -> dict[str
     from cluster.catalogue.tiers import get_tier
     from cluster.deploy.deployment import Deployment
     from harness.record.manifest import create_run_dir
-    from harness.record.server_metrics import ServerMetrics, read_server_metrics
+    from harness.record.samples import ServerMetrics, read_server_metrics
     from harness.server.access import page_beside
 
     run = create_run_dir(folder, "supervise")

@@ -26,9 +26,8 @@ from harness.cli.runner.capacity import RUNG, WARMUP
 from harness.cli.runner.windows import WINDOWS, window_count
 from harness.plan.file import Windows
 from harness.slo import Criterion
-from harness.trace.session_windows import session_windows
 from harness.trace.stats import mean_rate
-from harness.trace.windows import Joined, windows_in_time
+from harness.trace.windows import Joined, session_windows, windows_in_time
 from tests.lab.processes import (
     ENGINE,
     WIDE,

@@ -16,13 +16,13 @@ from harness.cli.output import say
 from harness.cli.runner.sent_prompts import note_sent, seen_before
 from harness.cli.runner.targets import LocalTarget, Servers, Target, UrlTarget
 from harness.commands.catalogue import hot_path
+from harness.console import LoadProgress, console
 from harness.errors import HarnessError, PlanError, ResultsError, ServerError, UsageError
 from harness.options import LoadOptions, ReplayOptions
 from harness.plan.build import asked_plan, build_plan
 from harness.plan.file import PlanInfo, plan_sha256, read_plan_columns, read_plan_info
 from harness.plan.prompts import Vocabulary
 from harness.plan.seeds import drawn_seed
-from harness.progress import LoadProgress, console
 from harness.record.answers import PROMPTS, Counted, count_answers, count_prompts, take_said
 from harness.record.manifest import (
     RunDir,
@@ -32,11 +32,10 @@ from harness.record.manifest import (
     write_manifest,
 )
 from harness.record.run_spec import BATCH_READS_FROM, Endpoint, RunSpec
-from harness.record.server_metrics import ServerMetrics
+from harness.record.samples import ServerMetrics
 from harness.server import probe
-from harness.server.access import Access
+from harness.server.access import Access, from_environment, parse_header_env, parse_headers
 from harness.server.counters import count_after, count_before, pages_of
-from harness.server.headers import from_environment, parse_header_env, parse_headers
 from harness.server.silence import ASK_AGAIN_S, SILENT_S, Silence
 from harness.server.warmup import Way, first_request, warm_up
 from harness.terminal import hung_up

@@ -20,7 +20,7 @@ from harness.errors import HarnessError, PlanError
 from harness.options import ReplayOptions
 from harness.plan.file import plan_sha256, read_plan_info
 from harness.record.manifest import PRIVATE, RunDir, Tier
-from harness.store.sweeps import SweepStore
+from harness.store.copies import SweepStore
 from harness.sweep.cost import Survey, expect, start_s, survey, usd_per_hour
 from harness.sweep.spec import Pair, Point, levels, slug
 from harness.sweep.state import Rental, SweepState, close_rentals, set_aside, verify, write_state

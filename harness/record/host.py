@@ -1,6 +1,6 @@
-"""A host's own counters, sampled each second while load runs, on the run's clock: was the machine short of something?
+"""What machines did, each second while load runs, on the run's clock: was one of them short of something?
 
-Columns of `SCHEMA` (file ``host-<node>.arrows``, Arrow IPC *stream*, flushed at every sample; null: not measured):
+Columns of `HOST_SCHEMA` (file ``host-<node>.arrows``, Arrow IPC *stream*, flushed at every sample; null: not measured):
 
 =================  =============  =====================================================================================
 column             type           meaning
@@ -20,6 +20,28 @@ gpu_temperature_c  list<float64>  temperature, degrees Celsius, by accelerator
 
 The accelerators' columns need NVIDIA's driver and the Python package ``pynvml`` (nvidia-ml-py) on the host; without
 them they are null, and a counter that one accelerator does not have is null in its list.
+
+What a server's processes ran, and waited for a processor, are the columns of `PROCESSOR_SCHEMA` (file
+``server-processor-<replica>.arrows``, one for each part of a server that spans hosts; flushed every few seconds):
+
+==============  =====  ================================================================================================
+column          type   meaning
+==============  =====  ================================================================================================
+t_ns            int64  end of the interval, ns after the common start (negative: before it)
+length_ns       int64  its length; where the server was being started again there is none
+threads         int32  threads of the server's processes at its end
+run_ns          int64  processor time of all of them in the interval
+delay_ns        int64  time in which they were ready to run and had no processor, added up over threads (run delay). It
+                       holds the time in which the quota of their group (cgroup) was used up
+work_run_ns     int64  of ``run_ns``, what threads with work ran: those that ran or waited for a tenth of the interval.
+                       The others wake up now and then, and mostly for nothing
+work_delay_ns   int64  of ``delay_ns``, what these waited
+host_busy_ns    int64  processor time of everything on their host
+host_stolen_ns  int64  processor time that was due to their host, a virtual machine, and went to others (steal). A
+                       thread that it is taken from neither runs nor waits by its own kernel's count
+==============  =====  ================================================================================================
+
+That file has no rows where the kernel does not count (no ``/proc/PID/task/TID/schedstat``).
 """
 
 from __future__ import annotations
@@ -29,7 +51,8 @@ import importlib
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,10 +62,10 @@ import pyarrow as pa
 
 from harness.record.results import read_stream
 
-SCHEMA_VERSION = "1"
+HOST_SCHEMA_VERSION = "1"
 EVERY_S = 1.0
 
-SCHEMA = pa.schema(
+HOST_SCHEMA = pa.schema(
     [
         pa.field("t_ns", pa.int64(), nullable=False),
         pa.field("cpu_share", pa.float64()),
@@ -56,7 +79,7 @@ SCHEMA = pa.schema(
         pa.field("gpu_power_w", pa.list_(pa.float64())),
         pa.field("gpu_temperature_c", pa.list_(pa.float64())),
     ],
-    metadata={"harness.host_metrics": SCHEMA_VERSION},
+    metadata={"harness.host_metrics": HOST_SCHEMA_VERSION},
 )
 
 
@@ -143,7 +166,7 @@ class HostMetrics:
     def _run(self) -> None:
         gpus = Gpus()
         try:
-            with pa.OSFile(str(self._path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as stream:
+            with pa.OSFile(str(self._path), "wb") as sink, pa.ipc.new_stream(sink, HOST_SCHEMA) as stream:
                 before, net = psutil.cpu_times(), psutil.net_io_counters()
                 due = time.monotonic() + EVERY_S
                 while not self._stop.wait(max(0.0, due - time.monotonic())):
@@ -158,7 +181,7 @@ class HostMetrics:
                         "net_received_bytes": net_now.bytes_recv - net.bytes_recv if net_now and net else None,
                         **gpus.sample(),
                     }
-                    stream.write_batch(pa.RecordBatch.from_pylist([row], schema=SCHEMA))
+                    stream.write_batch(pa.RecordBatch.from_pylist([row], schema=HOST_SCHEMA))
                     sink.flush()
                     before, net = now, net_now
                     due = max(due + EVERY_S, time.monotonic())
@@ -184,4 +207,85 @@ def read_host_metrics(path: Path) -> pa.Table:
 
     Raises `ResultsError` when it is missing or does not begin as a stream of this schema version.
     """
-    return read_stream(path, SCHEMA, b"harness.host_metrics", SCHEMA_VERSION, "host metrics")
+    return read_stream(path, HOST_SCHEMA, b"harness.host_metrics", HOST_SCHEMA_VERSION, "host metrics")
+
+
+PROCESSOR_SCHEMA_VERSION = "1"
+
+PROCESSOR_SCHEMA = pa.schema(
+    [
+        pa.field("t_ns", pa.int64(), nullable=False),
+        pa.field("length_ns", pa.int64(), nullable=False),
+        pa.field("threads", pa.int32(), nullable=False),
+        pa.field("run_ns", pa.int64(), nullable=False),
+        pa.field("delay_ns", pa.int64(), nullable=False),
+        pa.field("work_run_ns", pa.int64(), nullable=False),
+        pa.field("work_delay_ns", pa.int64(), nullable=False),
+        pa.field("host_busy_ns", pa.int64()),
+        pa.field("host_stolen_ns", pa.int64()),
+    ],
+    metadata={"harness.server_processor": PROCESSOR_SCHEMA_VERSION},
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessorSecond:
+    """One row of `PROCESSOR_SCHEMA`."""
+
+    t_ns: int
+    length_ns: int
+    threads: int
+    run_ns: int
+    delay_ns: int
+    work_run_ns: int
+    work_delay_ns: int
+    host_busy_ns: int | None = None
+    host_stolen_ns: int | None = None
+
+
+assert PROCESSOR_SCHEMA.names == [field.name for field in fields(ProcessorSecond)]
+
+
+class ProcessorSeconds:
+    """Writes such a file. A full disk ends it and is told by ``trouble``: it must not stop a run."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.trouble: str | None = None
+        try:
+            self._sink = pa.OSFile(str(path), "wb")
+            self._writer = pa.ipc.new_stream(self._sink, PROCESSOR_SCHEMA)
+        except OSError as e:
+            self._fail(e)
+
+    def write(self, rows: Sequence[ProcessorSecond]) -> None:
+        """Append ``rows``: whole up to there whatever comes next."""
+        if not rows or self.trouble:
+            return
+        columns = [pa.array([getattr(row, f.name) for row in rows], type=f.type) for f in PROCESSOR_SCHEMA]
+        try:
+            self._writer.write_batch(pa.record_batch(columns, schema=PROCESSOR_SCHEMA))
+            self._sink.flush()
+        except OSError as e:
+            self._fail(e)
+
+    def close(self) -> None:
+        """End the stream."""
+        if self.trouble:
+            return
+        try:
+            self._writer.close()
+            self._sink.close()
+        except OSError as e:
+            self._fail(e)
+
+    def _fail(self, e: OSError) -> None:
+        self.trouble = f"{self._path}: cannot write ({e.strerror or e})"
+
+
+def read_server_processor(path: Path) -> pa.Table:
+    """Rows of one file; every complete batch of one that was cut short, none of an empty one.
+
+    Raises `ResultsError` when it is missing or does not begin as a stream of this schema version.
+    """
+    return read_stream(path, PROCESSOR_SCHEMA, b"harness.server_processor", PROCESSOR_SCHEMA_VERSION, "processor times")

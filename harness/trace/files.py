@@ -1,11 +1,13 @@
-"""Write a trace in our own format: JSON Lines (also ``.gz``) or Parquet, by the name of the file."""
+"""Traces in and out: opened with the reading options of the command line, the same for every verb that reads one, and
+written in our own format, JSON Lines (also ``.gz``) or Parquet, by the name of the file.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gzip
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
@@ -13,8 +15,39 @@ from typing import IO, Any, cast
 import msgspec
 
 from harness.errors import TraceError, UsageError
+from harness.options import ReadOptions
+from harness.plan.seeds import load_seed
 from harness.trace.formats.jsonl import FIELDS
-from harness.trace.io import TraceRecord
+from harness.trace.formats.record import Asked
+from harness.trace.io import Trace, TraceRecord, open_trace
+from harness.trace.selection import parse_where
+
+Files = Path | Sequence[Path]
+"""What the command line calls a trace: a file, or several."""
+
+
+def open_asked(trace: Files, asked: ReadOptions, *, arrivals_only: bool = False, survey: bool = False) -> Trace:
+    """The trace, read as ``asked``.
+
+    The two lengths are distributions (`harness.trace.synth`) for logs that have arrivals only, drawn from the
+    seed. ``arrivals_only``: such logs are read without lengths too; ``survey``: whatever there is is to be described.
+
+    Raises what `open_trace` does, and `UsageError` for one of the two lengths without the other.
+    """
+    lengths = None
+    if asked.input_tokens or asked.output_tokens:
+        from harness.trace.synth import draw_lengths, parse_lengths
+
+        if not (asked.input_tokens and asked.output_tokens):
+            raise UsageError("--input-tokens and --output-tokens go together")
+        seed = load_seed(asked.seed or 0)
+        lengths = draw_lengths(parse_lengths(asked.input_tokens), parse_lengths(asked.output_tokens), seed)
+    return open_trace(
+        trace, format=asked.trace_format, skip_bad=asked.skip_bad, sort=asked.sort, part=asked.part, lengths=lengths,
+        arrivals_only=arrivals_only, survey=survey, table=Asked(asked.columns or {}, asked.time_unit),
+        where=parse_where(asked.where),
+    )  # fmt: skip
+
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _BATCH = 4096
