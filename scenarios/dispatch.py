@@ -25,8 +25,8 @@ from scenarios.client.client import Client
 from scenarios.client.completion import Answer
 from scenarios.client.in_flight import InFlight
 from scenarios.client.timers import WakeTimer
-from scenarios.payload import Draft
-from scenarios.schedule import Planned, Schedule
+from scenarios.plan_reader import Draft, Planned
+from scenarios.schedule import Schedule
 
 NO_HISTORY = "no_history"
 """Error class of a turn that was not sent because an earlier one failed."""

@@ -25,6 +25,7 @@ from scenarios.client.endpoint import ENDPOINTS
 from scenarios.client.timers import WakeTimer
 from scenarios.dispatch import Dispatcher
 from scenarios.plan_reader import PlanReader
+from scenarios.schedule import Schedule
 
 API_KEY = "HARNESS_API_KEY"
 """Environment variable with the API key; there is no other way to give it, so that it is in no file and no argument."""
@@ -109,7 +110,7 @@ class _LocustRun:
         spec = asked(options, environment.host, timed=timed)
         self._client = Client(spec, self._record, api_key=os.environ.get(API_KEY))
         self._plan_reader = PlanReader(Path(options.plan), spec)
-        self._dispatcher = environment.dispatcher = Dispatcher(self._plan_reader.schedule(), self._client)
+        self._dispatcher = environment.dispatcher = Dispatcher(Schedule.of(self._plan_reader), self._client)
         self._writer = ResultWriter(Path(options.results), 0) if options.results else None
         self._connections = 32 if timed else options.num_users or 1
         self._watcher: Any = None

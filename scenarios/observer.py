@@ -1,8 +1,8 @@
-"""The worker watches itself: how late its event loop runs, how busy it is, what it reads, once a second.
+"""The worker's own metrics, once a second: how late its event loop runs, how busy it is, what it reads.
 
-Nothing of this is on the hot path. A 10 ms tick measures the loop; what was read is asked of the client once a second.
-Rows: `harness.record.samples`. Plain Python: a hundred numbers a second are no work, but code that is used once
-a second has left the caches by then, and NumPy is much code.
+Off the hot path: a 10 ms tick measures the loop, and the client's counters are read once a second. Rows:
+`harness.record.samples`. Plain Python on purpose: for a hundred numbers a second NumPy costs more cache misses
+than it saves.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from scenarios.dispatch import Dispatcher
 
 TICK_NS = 10_000_000
 EVERY_NS = 1_000_000_000
-_UNWRITTEN = 3600  # rows kept for a disk that takes none; after that the oldest are gone
+_UNWRITTEN = 3600  # most rows held while the disk takes none; then the oldest are dropped
 
 
 class Observer:
-    """Watches this process from `begin` until `end`; `rows` are what was seen and not yet taken."""
+    """Samples this process from `begin` until `end`; `rows` holds what `take` has not returned yet."""
 
     def __init__(self, client: Client, dispatcher: Dispatcher, done: Callable[[], int]) -> None:
         self.rows: deque[Observation] = deque(maxlen=_UNWRITTEN)
@@ -53,7 +53,7 @@ class Observer:
         """As `Client.unstamped_share`, over the whole run."""
 
     def begin(self) -> None:
-        """The run starts now."""
+        """Start sampling."""
         gc.callbacks.append(self._on_gc)
         self._at_ns = self._began_ns = monotonic_ns()
         self._cpu_ns = self._began_cpu_ns = time.process_time_ns()
@@ -63,7 +63,7 @@ class Observer:
         self._ticker.every(TICK_NS)
 
     def end(self) -> None:
-        """The run is over: the last row and the figures of the whole."""
+        """Stop: the last row, and the figures of the whole run."""
         if self._ticker is None:
             return
         self._ticker.close()
@@ -76,7 +76,7 @@ class Observer:
         self.loop_lag_p99_s = _from_histogram(self._all, 0.99)
 
     def take(self) -> list[Observation]:
-        """The rows since the last call; from any thread."""
+        """Remove and return the rows; from any thread."""
         taken: list[Observation] = []
         while self.rows:
             taken.append(self.rows.popleft())
@@ -85,7 +85,7 @@ class Observer:
     # -- the ticks ----------------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        """How late the loop runs. A tick missed in a stall counts, too: that time was late for everyone."""
+        """Measure how late the loop is. Ticks missed in a stall count, too, or the stall would be one late tick."""
         now = monotonic_ns()
         while self._due_ns <= now:
             self._lags.append(now - self._due_ns)
@@ -129,7 +129,7 @@ class Observer:
             self._gc_began = 0
 
 
-# A histogram of lags in steps of 1 %, so that a run of days needs no more memory than one of a minute.
+# A histogram of lags in steps of 1 %, so that memory does not grow with the length of the run.
 _BUCKETS = 3000
 
 
@@ -138,11 +138,11 @@ def _bucket(lag_ns: int) -> int:
 
 
 def _rank(p: float, n: int) -> int:
-    """Index of percentile ``p`` among ``n`` sorted values: the inverse of their distribution function."""
+    """Index of percentile ``p`` in ``n`` sorted values (inverse of the empirical distribution function)."""
     return max(math.ceil(p * n) - 1, 0)
 
 
 def _from_histogram(counts: Sequence[int], p: float) -> float | None:
-    """Upper edge of the bucket that holds percentile ``p``, seconds; null without any value."""
+    """Upper edge of the bucket with percentile ``p``, seconds; None without values."""
     upto = list(accumulate(counts))
     return math.exp((bisect_right(upto, _rank(p, upto[-1])) + 1) / 100) / 1e9 if upto[-1] else None

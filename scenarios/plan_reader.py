@@ -1,33 +1,231 @@
-"""The window of the plan: a worker's requests, read and prepared a bounded time before they are due.
+"""Reads a worker's requests from the plan, and encodes the body of each a bounded time before it is due.
 
-A plan of any length fits into memory: its prompts are read a batch at a time, the next batch by a thread while this one
-is used, and each request becomes bytes when `Schedule` asks for it. Only whole columns without prompts are looked at
-before the start, to know how many requests there are and that they can be sent in this order.
+A plan of any length fits into memory: its prompts are read a batch at a time, the next batch in a thread, and each
+request is encoded when `scenarios.schedule` asks for it. Before the start only columns without prompts are read, to
+count the requests and to check that they can be sent in this order.
+
+Source: the OpenAI API reference; vLLM's ``ignore_eos`` forces an output length and ``return_token_ids`` gives the ids
+of an answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gevent
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from harness.errors import HarnessError, PlanError
+from harness.errors import HarnessError, PlanError, UsageError
 from harness.plan.file import Request, iter_batches, read_plan_columns, requests_in
-from harness.record.run_spec import RunSpec
-from scenarios.payload import Lengths, draft, most_tokens, prepare
-from scenarios.schedule import Planned, Schedule
+from harness.record.run_spec import DEFAULTS, NO_TEMPERATURE, OutputLengths, RunSpec
+from scenarios.client.completion import Answer
+from scenarios.client.endpoint import ENDPOINTS
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """How planned output lengths are asked for: in which field of the body, and whether forced or at most."""
+
+    field: str = DEFAULTS.length_field
+    kind: OutputLengths = DEFAULTS.output_lengths
+
+
+FORCED = Lengths()
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """The body of a turn of a live conversation: JSON with a gap for the history.
+
+    The prompt is a JSON array or string. ``new`` is the part inside it that this turn adds, a history the part that all
+    earlier turns added.
+    """
+
+    before: bytes
+    new: bytes
+    after: bytes
+    form: str
+    """"messages", "text" or "token_ids"."""
+
+    def payload(self, history: bytes = b"") -> bytes:
+        """The bytes of the request from its Content-Length header on."""
+        return _framed(self.before + self._joined(history, self.new) + self.after)
+
+    def history(self, history: bytes, answer: Answer) -> bytes | None:
+        """The history of the next turn: this turn with its own ``history``, and the answer.
+
+        Null when the server sent no token ids.
+        """
+        asked = self._joined(history, self.new)
+        if self.form == "messages":
+            return self._joined(asked, msgspec.json.encode({"role": "assistant", "content": answer.text}))
+        if self.form == "text":
+            return asked + msgspec.json.encode(answer.text)[1:-1]
+        if not answer.token_ids and answer.parts:
+            return None
+        return self._joined(asked, msgspec.json.encode(answer.token_ids)[1:-1])
+
+    def _joined(self, first: bytes, second: bytes) -> bytes:
+        return first + b"," + second if first and second and self.form != "text" else first + second
+
+
+def prepare(
+    request: Request,
+    *,
+    endpoint: str,
+    model: str,
+    extra_body: Mapping[str, object] | None = None,
+    stream: bool = True,
+    lengths: Lengths = FORCED,
+) -> bytes:
+    """The bytes of one request from its Content-Length header on; `Endpoint.head` comes before them.
+
+    It asks for its own ``model`` if the plan has one. Generation is greedy (`NO_TEMPERATURE` aside), and forced to
+    ``output_tokens``, or as ``lengths`` say, when the plan has them. ``extra_body`` fields win over ours; a null there
+    removes the field (for servers that refuse one they do not know).
+
+    Raises `UsageError` when the endpoint cannot take this kind of prompt.
+    """
+    return _framed(_encoded(request, _body(request, endpoint, model, extra_body or {}, stream, lengths)))
+
+
+def draft(
+    request: Request,
+    *,
+    endpoint: str,
+    model: str,
+    extra_body: Mapping[str, object] | None = None,
+    stream: bool = True,
+    lengths: Lengths = FORCED,
+    kept: bool,
+) -> Draft:
+    """Like `prepare`, for one turn of a live conversation. ``kept``: a later turn needs its answer.
+
+    Raises `UsageError` also for an ``extra_body`` with a prompt of its own or one that asks for several answers.
+    """
+    extra = dict(extra_body or {})
+    if taken := {"messages", "prompt"} & extra.keys():
+        raise UsageError(f"--extra-body must not say {taken.pop()}: a live conversation makes its own")
+    for name in ("n", "best_of"):
+        if extra.get(name) not in (None, 1):
+            raise UsageError(f"--extra-body asks for several answers ({name}): a live conversation goes on from one")
+    if extra.get("echo"):
+        raise UsageError("--extra-body must not say echo: a live conversation carries the answer, not the prompt twice")
+    form = "messages" if endpoint == "chat" else "text" if request.prompt_token_ids is None else "token_ids"
+    if kept and form == "token_ids":
+        extra = {"return_token_ids": True, **extra}
+    body = _body(request, endpoint, model, extra, stream, lengths)
+    name = "messages" if form == "messages" else "prompt"
+    prompt = _encoded(request, body.pop(name))
+    before, after = b'{"%b":%b' % (name.encode(), prompt[:1]), prompt[-1:] + b"," + _encoded(request, body)[1:]
+    return Draft(before, prompt[1:-1], after, form)
+
+
+def most_tokens(
+    request: Request, extra_body: Mapping[str, object] | None = None, lengths: Lengths = FORCED
+) -> int | None:
+    """Most output tokens that this request allows, over all its choices; null when it sets no limit."""
+    extra = extra_body or {}
+    named = {lengths.field: None if lengths.kind == "free" else request.output_tokens, **extra}
+    fields = (lengths.field, "max_tokens", "max_completion_tokens")
+    asked = [n for name in fields if isinstance(n := named.get(name), int)]
+    answers = [n for n in (extra.get("n"), extra.get("best_of"), 1) if isinstance(n, int)]
+    return max(asked) * max(answers) if asked else None
+
+
+def _framed(raw: bytes) -> bytes:
+    return b"Content-Length: %d\r\n\r\n%b" % (len(raw), raw)
+
+
+def _encoded(request: Request, value: object) -> bytes:
+    try:
+        return msgspec.json.encode(value)
+    except (TypeError, ValueError) as e:
+        raise UsageError(f"request {request.request_id} cannot be written as JSON: {e}") from e
+
+
+def _body(
+    request: Request, endpoint: str, model: str, extra_body: Mapping[str, object], stream: bool, lengths: Lengths
+) -> dict[str, object]:
+    body: dict[str, object] = {"model": request.model or model}
+    if endpoint == "completions":
+        if request.messages is not None:
+            raise UsageError(f"request {request.request_id} holds chat messages: use the chat endpoint")
+        body["prompt"] = request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_text
+    elif endpoint == "chat":
+        body["messages"] = _messages(request)
+    else:
+        raise UsageError(f"unknown endpoint {endpoint!r}: valid: {', '.join(ENDPOINTS)}")
+    if request.output_tokens is not None and lengths.kind != "free":
+        body[lengths.field] = request.output_tokens
+        if lengths.kind == "forced":
+            body["ignore_eos"] = True
+    if lengths.field != NO_TEMPERATURE:
+        body["temperature"] = 0
+    body["stream"] = stream
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+    for name, value in extra_body.items():
+        if value is None:
+            body.pop(name, None)
+        else:
+            body[name] = value
+    return body
+
+
+def _messages(request: Request) -> object:
+    if request.messages is not None:
+        try:
+            return msgspec.json.decode(request.messages, type=list[dict[str, Any]])
+        except msgspec.DecodeError as e:
+            raise UsageError(f"request {request.request_id}: its chat messages are not a JSON list ({e})") from e
+    if request.prompt_text is None:
+        raise UsageError(
+            f"request {request.request_id} is a list of token ids, which the chat endpoint cannot take: "
+            "use the completions endpoint, or a plan with text"
+        )
+    return [{"role": "user", "content": request.prompt_text}]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A request ready to be sent; times and links as in `harness.plan.file`."""
+
+    request_id: int
+    scheduled_ns: int | None
+    after: int | None
+    think_ns: int
+    payload: bytes
+    """Empty if there is a draft."""
+    slice: int = 0
+    cancel_after_ns: int | None = None
+    timeout_ns: int | None = None
+    draft: Draft | None = None
+    """For a turn of a live conversation that continues another, or is continued."""
+    continues: bool = False
+    kept: bool = False
+    """A later turn continues from this answer."""
+    most_tokens: int | None = None
+    """As `most_tokens`."""
+
+    @property
+    def size(self) -> int:
+        """Bytes it holds."""
+        return len(self.payload) + (len(self.draft.new) if self.draft else 0)
 
 
 class PlanReader:
-    """An iterator over a worker's requests, each prepared when it is asked for; in the order of the plan.
+    """An iterator over a worker's requests in the order of the plan; each is prepared when it is asked for.
 
-    ``requests`` is how many there are in all. Use it from greenlets: one that asks while a batch is being read waits.
+    ``requests`` is their number, ``awaited`` the ids that others wait for, ascending; ``timed``: in an open loop. Use
+    it from greenlets: one that asks while a batch is being read waits.
 
     Raises `PlanError` for a plan that cannot be read or sent this way, `UsageError` for prompts that do not fit the
     endpoint; from the iterator, too.
@@ -40,7 +238,7 @@ class PlanReader:
         worker: int = 0,
     ) -> None:
         self._plan, self._worker, self._workers = plan, worker, spec.workers
-        self._timed = timed = spec.mode == "open"
+        self.timed = timed = spec.mode == "open"
         self._endpoint, self._model, self._extra_body = spec.endpoint, spec.model, spec.extra_body
         self._stream, self._lengths = spec.stream, Lengths(spec.length_field, spec.output_lengths)
         table = self._columns(["request_id", "scheduled_ns", "after", "continues"])
@@ -51,7 +249,7 @@ class PlanReader:
                 f"request {first} has no time: this plan is for a closed loop; run it as one, or make a plan with "
                 "arrivals"
             )
-        self._awaited = _awaited(table)
+        self.awaited = _awaited(table)
         self._kept = _kept(table)
         self._read = 0
         self._batches = iter_batches(plan, worker, spec.workers)
@@ -77,7 +275,7 @@ class PlanReader:
             if coming is self._coming:
                 self._rows, self._coming = requests_in(batch), self._read_ahead()
         planned = self._prepare(request)
-        self._read += 1  # not before: what cannot be prepared has a row, too
+        self._read += 1  # not before: a request that cannot be prepared has a row, too
         return planned
 
     def _prepare(self, request: Request) -> Planned:
@@ -102,22 +300,15 @@ class PlanReader:
     def _read_ahead(self) -> Any:
         return gevent.get_hub().threadpool.spawn(_next, self._batches)
 
-    def schedule(self) -> Schedule:
-        """The order of these requests, those of the first seconds prepared."""
-        schedule = Schedule(self, timed=self._timed, requests=self.requests, awaited=self._awaited)
-        while schedule.wants_more(0) and schedule.read_more():
-            pass
-        return schedule
-
     def unread(self) -> Iterator[tuple[int, int | None]]:
-        """request_id and planned time of every request that was not asked for yet."""
+        """request_id and planned time of every request that was not read yet."""
         rest = self._columns(["request_id", "scheduled_ns"]).slice(self._read)
         for batch in rest.to_batches(max_chunksize=1024):
             yield from zip(batch["request_id"].to_pylist(), batch["scheduled_ns"].to_pylist(), strict=True)
 
 
 def _next(batches: Iterator[pa.RecordBatch]) -> pa.RecordBatch | HarnessError | None:
-    """The next batch, None after the last, or what went wrong: gevent reports what its threads raise as a bug."""
+    """The next batch, None after the last, or the error: gevent reports whatever its threads raise as a bug."""
     try:
         return next(batches, None)
     except HarnessError as e:
@@ -136,7 +327,7 @@ def _awaited(table: pa.Table) -> npt.NDArray[np.int64]:
 
 
 def _kept(table: pa.Table) -> frozenset[int]:
-    """The ids whose answers a later turn carries. Raises `PlanError` when two turns go on from the same one."""
+    """The ids whose answers a later turn contains. Raises `PlanError` when two turns continue the same one."""
     continued = table.filter(pc.fill_null(table["continues"], False))["after"]
     kept = frozenset(continued.to_pylist())
     if None in kept or len(kept) < len(continued):

@@ -1,6 +1,6 @@
 """The order in which a worker's requests are sent, and when each is due.
 
-The plan fixed every time before the clock started; a late request never moves a later one.
+The plan sets every time before the run starts; a late request never delays a later one.
 """
 
 from __future__ import annotations
@@ -14,64 +14,37 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.errors import HarnessError, PlanError
-from scenarios.payload import Draft
+from scenarios.plan_reader import Planned, PlanReader
 
 
 @dataclass(frozen=True, slots=True)
 class _Ahead:
-    """How far ahead of its time a plan is read: both in time and in number, but no further than in bytes."""
+    """How far ahead a plan is read: until both the time and the number are reached, or the bytes."""
 
     ns: int = 10_000_000_000
     requests: int = 2000
     bytes: int = 64 * 2**20
     least_ns: int = 1_000_000_000
-    """However large requests are: this far,"""
+    """At least so far, however large requests are,"""
     least: int = 64
-    """and so many,"""
+    """and so many requests,"""
     most_bytes: int = 256 * 2**20
-    """but never further than that."""
+    """but never more bytes than this."""
 
 
 AHEAD = _Ahead()
 
 
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """A request ready to be sent; times and links as in `harness.plan.file`."""
-
-    request_id: int
-    scheduled_ns: int | None
-    after: int | None
-    think_ns: int
-    payload: bytes
-    """Empty where there is a draft."""
-    slice: int = 0
-    cancel_after_ns: int | None = None
-    timeout_ns: int | None = None
-    draft: Draft | None = None
-    """Of a turn of a live conversation, which goes on from another or is gone on from."""
-    continues: bool = False
-    kept: bool = False
-    """A later turn goes on from this one's answer."""
-    most_tokens: int | None = None
-    """As `scenarios.payload.most_tokens`."""
-
-    @property
-    def size(self) -> int:
-        """Bytes it holds."""
-        return len(self.payload) + (len(self.draft.new) if self.draft else 0)
-
-
 class Schedule:
     """The order of one worker's requests, each handed out once.
 
-    Timed (open loop): by the plan's times. Otherwise in the order of the plan, whenever one is asked for. A turn that
-    waits for another (``after``) becomes due ``think_ns`` after that one finished, whatever became of it, but not
-    before its own time. So a turn that waits for the server is not late: lag is the generator's alone.
+    Timed (open loop): by the plan's times. Otherwise in the order of the plan, one whenever asked. A turn that waits
+    for another (``after``) is due ``think_ns`` after that one finished, with or without success, but not before its own
+    time. So waiting for the server is not lag: lag is the generator's alone.
 
-    With ``requests`` (how many ``planned`` will yield) it is read as it is needed, `AHEAD` ahead; ``awaited`` holds the
-    ids that others wait for, ascending. A turn that has not been read yet is unknown here: in a closed loop, where all
-    that counts is the order, it goes out when reading gets there; in an open loop it is not due before.
+    With ``requests`` (how many ``planned`` will yield) it is read as needed, `AHEAD` ahead; ``awaited`` holds the ids
+    that others wait for, ascending. In a closed loop, where only the order matters, a turn that was not read yet is
+    sent when reading gets there; in an open loop it is not due before.
     """
 
     def __init__(
@@ -82,18 +55,18 @@ class Schedule:
         self._free: deque[tuple[int, Planned]] = deque()
         self._waiting: dict[int, list[Planned]] = {}
         self._released: list[tuple[int, int, Planned]] = []
-        self._ends: dict[int, int] = {}  # when requests ended that others wait for who were not read yet
+        self._ends: dict[int, int] = {}  # when requests ended whose next turns were not read yet
         self._planned = iter(planned)
         self._awaited = np.empty(0, dtype=np.int64) if awaited is None else awaited
         self._shared = len(np.unique(self._awaited)) < len(self._awaited)  # several wait for the same
-        self._now_ns = self._read_ns = 0  # the run clock, as last told; the planned time that reading has come to
+        self._now_ns = self._read_ns = 0  # the run clock, as last given; the planned time of the last request read
         self._bytes = 0
         self._out = 0  # handed out and not finished
         self.prepared = 0
-        """Requests that were read and not handed out."""
+        """Number of requests read and not handed out."""
         self.all_read = False
         self.trouble: HarnessError | None = None
-        """Why reading ended early, if so."""
+        """Why reading failed, if it did."""
         self.left = 0
         if requests is None:
             while not self.all_read:
@@ -101,6 +74,14 @@ class Schedule:
             self._check_order()
         else:
             self.left = requests
+
+    @classmethod
+    def of(cls, plan: PlanReader) -> Schedule:
+        """The schedule of these requests, those of the first seconds prepared."""
+        schedule = cls(plan, timed=plan.timed, requests=plan.requests, awaited=plan.awaited)
+        while schedule.wants_more(0) and schedule.read_more():
+            pass
+        return schedule
 
     def _check_order(self) -> None:
         if self.trouble is not None:
@@ -120,7 +101,7 @@ class Schedule:
         ahead_ns = self._read_ns - now_ns if self._timed else AHEAD.ns
         count = self.prepared if self._timed else len(self._free) + len(self._released)
         if self._bytes >= AHEAD.bytes:
-            # Turns that wait must not fill the memory while there is anything they can wait for.
+            # Waiting turns must not fill the memory while there is something that can release them.
             moving = self._out or self._free or self._released
             return (count < AHEAD.least or ahead_ns < AHEAD.least_ns) and not (
                 moving and self._bytes >= AHEAD.most_bytes
@@ -129,7 +110,7 @@ class Schedule:
 
     @property
     def well_prepared(self) -> bool:
-        """Whether there is no hurry to prepare more."""
+        """Whether more than half of `AHEAD` is prepared."""
         return self.prepared > AHEAD.requests // 2
 
     def read_more(self) -> bool:
@@ -167,16 +148,16 @@ class Schedule:
     # -- handing out --------------------------------------------------------------------------------------------------
 
     def next_due(self) -> int | None:
-        """When the next request is due, ns of the run clock; null when none is before some answer has ended.
+        """When the next request is due, ns of the run clock; None while all of them wait for an answer.
 
-        When what was prepared has run out, more is prepared here and now: that takes time, which shows as lag.
+        When nothing prepared is left, more is prepared now; the time this takes shows as lag.
         """
         while not self._free and not self.all_read and self.wants_more(self._now_ns):
             self._read_one()
         return self.known_due()
 
     def known_due(self) -> int | None:
-        """The same, of what is prepared."""
+        """Like `next_due`, without preparing more."""
         free, released = self._free, self._released
         if free and released:
             return min(free[0][0], released[0][0])
@@ -200,7 +181,7 @@ class Schedule:
         return planned, due
 
     def finished(self, request_id: int, finished_ns: int) -> bool:
-        """A request ended; True when that set the time of another."""
+        """Note that a request ended; True if that released another."""
         self._out -= 1
         turns = self._waiting.pop(request_id, ())
         for turn in turns:
@@ -219,7 +200,7 @@ class Schedule:
         yield from (one for turns in self._waiting.values() for one in turns)
 
     def rest(self) -> list[Planned]:
-        """Take everything that was read and not handed out, by id; of a timed turn that may go, with the time it was
+        """Remove and return what was read and not handed out, by id; released timed turns have the time when they were
         due. Nothing more is read.
         """
         rest = sorted(self._all(), key=lambda one: one.request_id)

@@ -1,28 +1,8 @@
 """The load worker process: ``python -m scenarios.worker SPEC.json``.
 
 SPEC.json is a `harness.record.run_spec.WorkerSpec`; the API key comes from the environment variable HARNESS_API_KEY
-only. JSON lines on stdout, words on stderr. The worker prepares the first requests of its slice of the plan
-(`scenarios.plan_reader`), opens connections, then says::
-
-    {"event": "ready", "requests": 120, "fd_limit": 65536, "host": "node-7"}
-
-and waits for a line on stdin: ``start <unix_ns>`` (the common start of all workers) or ``stop``. While it runs, about
-twice a second (a line is left out when nobody reads)::
-
-    {"event": "progress", "t_s": 1.5, "sent": 40, "done": 31, "failed": 0, "in_flight": 9, "output_tokens": 512,
-     "ttft_s": [0.05], "e2e_s": [0.31], "tpot_s": [0.01], "quiet_s": {}, "heard": [0]}
-
-``ttft_s``, ``e2e_s`` (from the planned time) and ``tpot_s`` sample requests that ended since the last line; ``quiet_s``
-says how long requests have waited for a byte, by server, where that is long, and ``heard`` names servers that are not
-quiet. ``silent K``: server K is, so what is in flight there has stalled, and nothing more is sent. ``stop``, SIGTERM,
-Ctrl-C or the end of stdin: nothing more is sent, what is in flight has ``drain_s``; a second ``stop`` or SIGTERM ends
-that at once.
-At the end every request of the slice has exactly one row, and the last line is::
-
-    {"event": "end", "rows": 120, "cpu_share": 0.41, "loop_lag_p99_s": 0.0004, "unstamped_share": 0.0, "exit": null,
-     "end_ns": 60123456789}
-
-``exit`` is null when it ended as asked, else why not; exit codes are those of `harness.errors`.
+only. `scenarios.worker_protocol` says what goes over stdin and stdout; messages for people go to stderr. At the end
+every request of the worker's slice has exactly one row. Exit codes are those of `harness.errors`.
 """
 
 from __future__ import annotations
@@ -67,13 +47,14 @@ from scenarios.observer import Observer
 from scenarios.plan_reader import PlanReader
 from scenarios.replay import Replay
 from scenarios.saturate import Saturate
+from scenarios.schedule import Schedule
 from scenarios.worker_protocol import Commands, read_spec, say, start_ns
 
 _OPEN_LOOP_CONNECTIONS = 64  # opened ahead when no cap says how many there can be
 _PROGRESS_S = 0.5
 _SAMPLES = 200
-_UNSENT = 10_000  # rows in memory at the end of a run that was stopped
-_SOCKETS = 65536  # room for them is made before the start
+_UNSENT = 10_000  # rows held in memory when a run is stopped
+_SOCKETS = 65536  # made room for before the start
 
 
 class Worker:
@@ -85,10 +66,10 @@ class Worker:
         self._done = self._failed = self._output_tokens = 0
         self._samples: list[tuple[float, float, float | None]] = []  # ttft, e2e, tpot of what ended since the last line
         self._flushing = self._full = False
-        self._held: list[Result] = []  # rows that came while a flush was writing
+        self._held: list[Result] = []  # rows that arrived during a flush
         self._flushed = Event()
-        self._stops = 0  # how often we were told to
-        self._told_to_stop = False  # also by the end of stdin, which hurries nobody
+        self._stops = 0  # stop commands received
+        self._told_to_stop = False  # also by the end of stdin, which does not shorten the drain
         self._fail_on_bugs()
         fd_limit = raise_fd_limit()
         _grow_fd_table(fd_limit)
@@ -108,7 +89,7 @@ class Worker:
         closed = spec.mode == "closed"
         self._plan_reader = PlanReader(Path(spec.plan), spec, spec.worker)
         self.requests = self._plan_reader.requests
-        schedule = self._plan_reader.schedule()
+        schedule = Schedule.of(self._plan_reader)
         slots = spec.concurrency or 1
         starts = slot_starts(spec.ramp_s, slots, spec.worker, spec.workers) if closed else ()
         self._dispatcher = Dispatcher(schedule, self._client, None if closed else spec.concurrency, slots, starts)
@@ -148,11 +129,10 @@ class Worker:
         spare_s = (start - monotonic_ns()) / 1e9 - 0.05
         if spare_s > 0:
             self._open_connections(spare_s)  # the server may have closed some while we waited
-        # A thread that writes rows gives the interpreter back when asked, but only after this time: the default of 5 ms
-        # is how late reads would be at each flush.
+        # How long a thread that writes rows may hold the interpreter: with the default of 5 ms reads would be that late
+        # at each flush.
         sys.setswitchinterval(0.0005)
-        # What was built before the clock lives until the end, and the hot path makes no cycles: a collection would only
-        # stop the world for as long as it takes to walk the prepared requests.
+        # What exists by now lives until the end, and the hot path makes no cycles: a collection would only pause it.
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -175,14 +155,14 @@ class Worker:
         self._finish(flusher)
 
     def abandon(self) -> None:
-        """Told to stop before the start: nothing is sent, every request has its row."""
+        """Stopped before the start: nothing is sent, and every request gets its row."""
         self._dispatcher.begin(monotonic_ns())
         self._dispatcher.stop()
         self._finish(None)
 
     def _drain(self) -> None:
-        """Let what is in flight end. Once the whole plan was sent: all of it, within each request's own timeouts, since
-        to cut off what is slow would flatter the server. Stopped or cut by ``duration_s``: for ``drain_s``.
+        """Wait for requests in flight: for ``drain_s`` after a stop or ``duration_s``. Once the whole plan was sent,
+        until each ends or times out, since cutting off slow requests would flatter the server.
         """
         deadline: int | None = None
         while self._client.in_flight and self._stops < 2:
@@ -223,7 +203,7 @@ class Worker:
             self._give_up(str(e))
 
     def _fail_on_bugs(self) -> None:
-        """An exception nobody caught, in a callback or a user, must not end as a run that looks sound."""
+        """An uncaught exception in a callback or a user must fail the run."""
         hub = gevent.get_hub()
         report = hub.handle_error
 
@@ -278,7 +258,7 @@ class Worker:
             self._captured.append(result.request_id, answer.text)
 
     def _flush_rows(self) -> None:
-        """Write rows all the time, in a thread: a slow disk must not hold up the stamps."""
+        """Write rows in a thread: a slow disk must not delay reads."""
         pool = gevent.get_hub().threadpool
         while not self._flushed.wait(FLUSH_S) and not self._full:
             self._flushing = True
@@ -290,7 +270,7 @@ class Worker:
 
     def _check(self, failure: Exception | None) -> None:
         if failure is not None:
-            self._full, self._stops = True, 2  # whatever ends from now on might be lost: what is in flight, ends now
+            self._full, self._stops = True, 2  # rows from now on might be lost, so end what is in flight
             self._give_up(f"{self.spec.results}: cannot write results ({failure})")
 
     def _write(self) -> None:
@@ -329,7 +309,7 @@ class Worker:
 
 
 def _latencies(result: Result, chunk_ns: Sequence[int]) -> tuple[float, float, float | None]:
-    """Roughly, for the progress line: ttft and e2e from the planned time and tpot (null below two tokens), s."""
+    """Approximate ttft and e2e (from the planned time) and tpot (null below two tokens) for the progress line, s."""
     first, last = chunk_ns[0], chunk_ns[-1]
     after = (result.output_tokens or 0) - 1
     tpot = (last - first) / after / 1e9 if after > 0 and last > first else None
@@ -345,7 +325,7 @@ def _captured_writer(spec: WorkerSpec) -> CapturedWriter | None:
 
 
 def _warm_up() -> None:
-    """The first batch Arrow ever writes takes far longer than the next ones; not while streams are timed."""
+    """Write one batch: Arrow's first takes far longer than the next ones, and must not delay streams."""
     writer = ResultWriter(Path(os.devnull), 0)
     writer.append(Result(0, 0, sent_ns=0, chunk_ns=[0], chunk_tokens=[1]))
     writer.close()
@@ -355,15 +335,15 @@ def _warm_up() -> None:
 
 
 def _grow_fd_table(limit: int) -> None:
-    """Make room for many sockets now: Linux holds a process with threads up each time the table doubles."""
+    """Grow the descriptor table now: Linux pauses a process with threads each time it doubles."""
     try:
         os.close(fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, min(limit, _SOCKETS) - 1))
     except (OSError, ValueError) as e:
-        print(f"warning: no room for {min(limit, _SOCKETS)} sockets made ahead ({e})", file=sys.stderr)
+        print(f"warning: cannot make room for {min(limit, _SOCKETS)} sockets ahead ({e})", file=sys.stderr)
 
 
 def _attempt(write: Callable[[], None]) -> Exception | None:
-    """Write, and return what went wrong: gevent reports what is raised in its threads as a bug."""
+    """Write, and return the error: gevent reports whatever is raised in its threads as a bug."""
     try:
         write()
     except (OSError, pa.ArrowException) as e:
@@ -396,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HarnessError as e:
         print(f"error: {e}", file=sys.stderr)
         end["exit"], code = str(e), e.exit_code
-    except Exception as e:  # a bug outside of the event loop's callbacks: the harness must hear how this ended, too
+    except Exception as e:  # a bug outside of the event loop: the harness needs the last line, too
         if isinstance(e, OSError | MemoryError | ImportError):  # the machine's limits
             print(f"error: {sentence(e)}", file=sys.stderr)
             end["exit"], code = sentence(e), EXIT_FAILURE
@@ -410,4 +390,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     code = main()
     sys.stderr.flush()
-    os._exit(code)  # users Locust still holds and the thread pool have nothing left to do; do not wait for them
+    os._exit(code)  # do not wait for Locust's users and the thread pool

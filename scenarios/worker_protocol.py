@@ -1,4 +1,26 @@
-"""What a load worker is told and what it says: its spec, commands on stdin, JSON lines on stdout."""
+"""How a load worker is controlled: a spec file, commands on stdin, JSON lines on stdout.
+
+The worker prepares the first requests of its slice of the plan, opens connections, then writes::
+
+    {"event": "ready", "requests": 120, "fd_limit": 65536, "host": "node-7"}
+
+and waits for ``start <unix_ns>`` (the common start of all workers) or ``stop``. While it runs, about twice a second,
+unless nobody reads::
+
+    {"event": "progress", "t_s": 1.5, "sent": 40, "done": 31, "failed": 0, "in_flight": 9, "output_tokens": 512,
+     "ttft_s": [0.05], "e2e_s": [0.31], "tpot_s": [0.01], "quiet_s": {}, "heard": [0]}
+
+``ttft_s``, ``e2e_s`` (from the planned time) and ``tpot_s`` sample requests that ended since the last line; ``quiet_s``
+is how long requests have waited for a byte, by server, where that is long; ``heard`` lists servers that sent one.
+``silent K``: server K is dead, so what is in flight there has stalled, and nothing more is sent. ``stop``, SIGTERM,
+Ctrl-C or the end of stdin: nothing more is sent, and what is in flight has ``drain_s``; a second ``stop`` or SIGTERM
+ends that at once. The last line is::
+
+    {"event": "end", "rows": 120, "cpu_share": 0.41, "loop_lag_p99_s": 0.0004, "unstamped_share": 0.0, "exit": null,
+     "end_ns": 60123456789}
+
+``exit`` is null when it ended as asked, otherwise the reason.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +42,7 @@ from harness.errors import UsageError, WorkerError
 from harness.record.run_spec import WorkerSpec
 
 START_WAIT_S = 600.0
-"""How long a ready worker waits to be told when to start."""
+"""How long a ready worker waits for ``start``."""
 _poll: Any = gevent.monkey.get_original("select", "poll")
 
 
@@ -102,7 +124,7 @@ def say(event: str, *, must: bool = True, **fields: object) -> bool:
 
 
 def start_ns(commands: Commands) -> int | None:
-    """The common start as told, unix ns; None when told to stop instead."""
+    """The common start, unix ns; None after ``stop``."""
     line = commands.next(START_WAIT_S)
     if line is None:
         raise WorkerError(f"nobody said when to start within {START_WAIT_S:g} s")
@@ -110,7 +132,7 @@ def start_ns(commands: Commands) -> int | None:
         return None
     word, _, number = line.partition(" ")
     if word != "start" or not number.isdigit():
-        raise UsageError(f"{line!r} is no command: start <unix_ns> or stop")
+        raise UsageError(f"{line!r} is not a command: start <unix_ns> or stop")
     if abs(int(number) - time.time_ns()) > START_WAIT_S * 1e9:
         raise UsageError(f"the start is more than {START_WAIT_S:g} s away from this host's clock: are the clocks set?")
     return int(number)

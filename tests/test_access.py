@@ -18,7 +18,7 @@ from harness.server.access import Access, Patience, check_key_header
 from harness.server.question import retry_after_s
 from harness.server.warmup import Way
 from scenarios.client.client import Client
-from scenarios.payload import Lengths, prepare
+from scenarios.plan_reader import Lengths, prepare
 
 
 def test_the_key_is_a_bearer_or_alone_in_another_header() -> None:

@@ -24,7 +24,7 @@ from harness.server.access import parse_headers
 from scenarios.client.client import Client
 from scenarios.client.connection import Connection
 from scenarios.client.in_flight import InFlight
-from scenarios.payload import prepare
+from scenarios.plan_reader import prepare
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 

@@ -31,8 +31,8 @@ from harness.trace.io import TraceRecord
 from scenarios.client.capture import CapturingResponse
 from scenarios.client.completion import Answer
 from scenarios.dispatch import Conversations
-from scenarios.payload import draft, prepare
-from scenarios.plan_reader import PlanReader
+from scenarios.plan_reader import PlanReader, draft, prepare
+from scenarios.schedule import Schedule
 
 S = 1_000_000_000
 FORMS = ("messages", "text", "ids")
@@ -437,7 +437,7 @@ def test_answers_are_kept_only_while_a_turn_needs_them(tmp_path, echo):
     run = Run(server.url, endpoint="chat")
     try:
         load = Dispatcher(
-            PlanReader(plan, RunSpec(mode="closed", endpoint="chat", model="m", base_urls=[])).schedule(), run.client
+            Schedule.of(PlanReader(plan, RunSpec(mode="closed", endpoint="chat", model="m", base_urls=[]))), run.client
         )
         most = 0
         while load.schedule.left:

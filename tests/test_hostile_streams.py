@@ -13,7 +13,7 @@ from scenarios.client.fast_path import Template
 from scenarios.client.http1 import Response
 from scenarios.client.in_flight import InFlight
 from scenarios.client.reader import ReceiveBuffer
-from scenarios.payload import Lengths, most_tokens, prepare
+from scenarios.plan_reader import Lengths, most_tokens, prepare
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nTransfer-Encoding: chunked\r\n\r\n"
 END = b'data: {"choices":[{"text":"a","finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'

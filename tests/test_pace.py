@@ -12,9 +12,8 @@ import gevent
 import pytest
 
 from harness.record.run_spec import BATCH_READS_FROM
-from scenarios.client import pacing as pace
-from scenarios.client.pacing import MAX_INTERVAL_NS, ReadPacer
-from scenarios.client.reader import Reader
+from scenarios.client import reader as pace
+from scenarios.client.reader import MAX_INTERVAL_NS, Reader, ReadPacer
 
 MS = 1_000_000
 

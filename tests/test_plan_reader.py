@@ -19,8 +19,8 @@ from harness.errors import PlanError
 from harness.record.run_spec import RunSpec
 from harness.record.samples import WORKER_SCHEMA, read_observations
 from scenarios import schedule as schedules
-from scenarios.plan_reader import PlanReader
-from scenarios.schedule import Planned, Schedule
+from scenarios.plan_reader import Planned, PlanReader
+from scenarios.schedule import Schedule
 
 SMALL = schedules._Ahead(ns=200_000_000, requests=5, bytes=10**6, least_ns=10_000_000, least=2, most_bytes=2 * 10**6)
 
@@ -45,28 +45,28 @@ def drain(schedule: Schedule, now_ns: int = 10**15) -> list[int]:
 
 
 def test_ten_seconds_and_two_thousand_requests_are_prepared_and_no_more(tmp_path: Path) -> None:
-    dense = window(write_plan(tmp_path / "a", n=6000, gap_s=0.0001)).schedule()
+    dense = Schedule.of(window(write_plan(tmp_path / "a", n=6000, gap_s=0.0001)))
     assert (dense.prepared, dense.left) == (6000, 6000), "0.6 s in all"
-    sparse = window(write_plan(tmp_path / "b", n=6000, gap_s=0.1)).schedule()
+    sparse = Schedule.of(window(write_plan(tmp_path / "b", n=6000, gap_s=0.1)))
     assert (sparse.prepared, sparse.left) == (2000, 6000)
-    busy = window(write_plan(tmp_path / "c", n=6000, gap_s=0.0025)).schedule()
+    busy = Schedule.of(window(write_plan(tmp_path / "c", n=6000, gap_s=0.0025)))
     assert busy.prepared == pytest.approx(4000, abs=2)
-    closed = window(write_plan(tmp_path / "d", n=6000, timed=False), timed=False).schedule()
+    closed = Schedule.of(window(write_plan(tmp_path / "d", n=6000, timed=False), timed=False))
     assert (closed.prepared, closed.left) == (2000, 6000)
 
 
 def test_large_prompts_are_prepared_less_far_ahead(tmp_path: Path) -> None:
     prompts = [[7] * 200_000] * 300
-    closed = window(write_plan(tmp_path / "a", n=300, timed=False, prompt_token_ids=prompts), timed=False).schedule()
+    closed = Schedule.of(window(write_plan(tmp_path / "a", n=300, timed=False, prompt_token_ids=prompts), timed=False))
     assert closed.prepared * 400_000 == pytest.approx(64 * 2**20, rel=0.02)
-    timed = window(write_plan(tmp_path / "b", n=300, gap_s=0.004, prompt_token_ids=prompts)).schedule()
+    timed = Schedule.of(window(write_plan(tmp_path / "b", n=300, gap_s=0.004, prompt_token_ids=prompts)))
     assert timed.prepared == pytest.approx(250, abs=2), "a second, whatever they take"
 
 
 def test_the_window_moves_with_what_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schedules, "AHEAD", SMALL)
     source = window(write_plan(tmp_path / "plan", n=3000, gap_s=0.001))
-    schedule = source.schedule()
+    schedule = Schedule.of(source)
     most = 0
     for i in range(3000):
         now = int(i * 0.001 * 1e9)
@@ -85,7 +85,7 @@ def test_slices_are_the_plan(tmp_path: Path, timed: bool, monkeypatch: pytest.Mo
     plan = write_plan(tmp_path / "plan", n=500, timed=timed, slice=[i // 3 for i in range(500)])
     parts = [window(plan, k, 3, timed=timed) for k in range(3)]
     assert sum(part.requests for part in parts) == 500
-    sent = [drain(part.schedule()) for part in parts]
+    sent = [drain(Schedule.of(part)) for part in parts]
     assert sorted(i for part in sent for i in part) == list(range(500))
     assert all(part == sorted(part) for part in sent)
 
@@ -93,7 +93,7 @@ def test_slices_are_the_plan(tmp_path: Path, timed: bool, monkeypatch: pytest.Mo
 def test_what_was_not_read_is_known_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schedules, "AHEAD", SMALL)
     source = window(write_plan(tmp_path / "plan", n=4000, gap_s=0.1, slice=[i // 2 for i in range(4000)]), 1, 2)
-    schedule = source.schedule()
+    schedule = Schedule.of(source)
     sent = [schedule.take(0)[0].request_id for _ in range(3)]
     read = [planned.request_id for planned in schedule.rest()]
     unread = list(source.unread())
@@ -113,7 +113,7 @@ def test_what_was_not_read_is_known_all_the_same(tmp_path: Path, monkeypatch: py
 def test_a_plan_that_could_never_end_is_refused_before_the_start(tmp_path: Path, columns, timed, words) -> None:
     plan = write_plan(tmp_path / "plan", n=3, **columns)
     if words is None:
-        assert drain(window(plan, timed=timed).schedule()) == [0, 1, 2]
+        assert drain(Schedule.of(window(plan, timed=timed))) == [0, 1, 2]
         return
     with pytest.raises(PlanError, match=words):
         window(plan, timed=timed)

@@ -18,7 +18,8 @@ from harness.plan.file import iter_requests
 from harness.record.manifest import RunDir, read_manifest
 from harness.record.results import read_results
 from scenarios.dispatch import slot_starts
-from scenarios.schedule import Planned, Schedule
+from scenarios.plan_reader import Planned
+from scenarios.schedule import Schedule
 
 S = 1_000_000_000
 

@@ -22,7 +22,7 @@ from harness.record.manifest import RunDir
 from harness.server import probe
 from harness.server.access import Access, Patience
 from harness.server.silence import ASK_AFTER_S, ASK_AGAIN_S, SILENT_S, Silence
-from scenarios.payload import prepare
+from scenarios.plan_reader import prepare
 
 
 class Book:

@@ -20,7 +20,8 @@ from harness.errors import PlanError, ResultsError
 from harness.plan.file import INFO_KEY, SCHEMA, SCHEMA_VERSION, PlanInfo
 from harness.record.results import read_results
 from harness.record.samples import read_observations
-from scenarios.schedule import Planned, Schedule
+from scenarios.plan_reader import Planned
+from scenarios.schedule import Schedule
 
 
 def write_plan(path, n=40, gap_s=0.02, tokens=5, timed=True, **columns):
@@ -192,15 +193,15 @@ def test_slices_of_several_workers_are_the_plan(fake_server: StartServer, start,
 
 @pytest.mark.alone
 def test_closed_loop_keeps_its_slots_full(fake_server: StartServer, start, tmp_path):
-    server = fake_server("--ttft", "0.03", "--itl", "0.005")
-    plan = write_plan(tmp_path / "plan.arrow", n=60, timed=False)
+    server = fake_server("--ttft", "0.2", "--itl", "0.005")  # long beside the lag of a busy machine
+    plan = write_plan(tmp_path / "plan.arrow", n=36, timed=False)
     _, end, rows = start(server.url, plan, mode="closed", concurrency=6).start().end()
-    assert classes(rows) == {None: 60}
+    assert classes(rows) == {None: 36}
     assert end["exit"] is None
     assert [row["scheduled_ns"] for row in rows[:6]] == [0] * 6, "all slots start at once"
     finished = sorted(row["finished_ns"] for row in rows)
     freed = sorted(row["scheduled_ns"] for row in rows[6:])
-    assert freed == finished[:54], "a request is due when its slot became free"
+    assert freed == finished[:30], "a request is due when its slot became free"
     sent = [row["sent_ns"] for row in rows]
     assert sent == sorted(sent), "in the order of the plan"
     in_flight = [sum(r["sent_ns"] <= at < r["finished_ns"] for r in rows) for at in sent]
@@ -315,11 +316,12 @@ def test_what_is_no_file_of_observations_is_said(tmp_path, content):
 @pytest.mark.alone
 def test_the_duration_cuts_the_plan(fake_server: StartServer, start, tmp_path):
     server = fake_server("--ttft", "0.02", "--itl", "0.005")
-    plan = write_plan(tmp_path / "plan.arrow", n=200, gap_s=0.02)
+    plan = write_plan(tmp_path / "plan.arrow", n=3000, gap_s=0.02)
     _, end, rows = start(server.url, plan, duration_s=0.6).start().end()
     assert end["exit"] is None
     assert set(classes(rows)) == {None, "unsent"}
-    assert 10 <= classes(rows)[None] <= 31
+    assert 10 <= classes(rows)[None] <= end["end_ns"] / 0.02e9 + 1, "none before its time, however late the cut was"
+    assert end["end_ns"] < 30e9, "of 60 s"
     unsent = [row for row in rows if row["error"] == "unsent"]
     assert all(row["sent_ns"] is None and row["scheduled_ns"] > 0.2e9 for row in unsent)
 

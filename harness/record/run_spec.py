@@ -85,7 +85,7 @@ class RunSpec:
     tls_ca: str | None = None
     """File of certificates to trust instead of the system's."""
     batch_reads_from: int = BATCH_READS_FROM
-    """Load workers read in batches from so many events per interval on (`scenarios.client.pacing`); ``harness
+    """Load workers read in batches from so many events per interval on (`scenarios.client.reader`); ``harness
     calibrate`` measures it."""
     counters: bool = True
     """False: the servers' own counters were not to be read (``--no-counters``)."""

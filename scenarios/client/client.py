@@ -26,10 +26,9 @@ from scenarios.client.capture import OnAnswer, Sampler, both
 from scenarios.client.connection import Connection
 from scenarios.client.endpoint import ENDPOINTS, Endpoint, tls_context
 from scenarios.client.in_flight import InFlight
-from scenarios.client.pacing import ReadPacer
 from scenarios.client.parse_queue import ParseQueue, parse
 from scenarios.client.pool import Pool
-from scenarios.client.reader import Reader, ReceiveBuffer
+from scenarios.client.reader import Reader, ReadPacer, ReceiveBuffer
 
 # How often each request in flight is checked: eight times within the shortest timeout, within these limits.
 _SWEEP_S, _SWEEP_LEAST_S = 0.5, 0.05

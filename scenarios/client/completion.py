@@ -1,105 +1,32 @@
-"""What the events of an OpenAI-compatible server mean: chunks that carry output, usage, errors, the end.
-
-Decoding is typed and partial (msgspec): only fields that become facts are read. Pure, no I/O.
-
-Sources: WHATWG HTML section 9.2 (server-sent events), the OpenAI API reference, vLLM's ``entrypoints/openai`` protocol
-(continuous usage, token_ids, error events).
-"""
+"""What the events of one answer add up to: chunks that carry output, usage, errors, the end. Pure, no I/O."""
 
 from __future__ import annotations
 
 from array import array
 from itertools import compress
-from typing import Annotated, Any, TypeVar, get_args
 
-import msgspec
+from scenarios.client.events import (
+    BOM,
+    UNDECODABLE,
+    Choice,
+    Event,
+    Usage,
+    decode_event,
+    decode_events,
+    fields,
+    largest,
+    message_in,
+    message_of,
+)
 
 _LINES = 50_000
-"""Of one event; each is looked at in Python, while nothing is read."""
-BOM = b"\xef\xbb\xbf"
-
-_Struct = TypeVar("_Struct", bound=msgspec.Struct)
-
-Tokens = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
-
-
-class PromptDetails(msgspec.Struct, gc=False):
-    """How the prompt was served; null where the server does not say."""
-
-    cached_tokens: Tokens | None = None
-
-
-class CompletionDetails(msgspec.Struct, gc=False):
-    """What the output was spent on; null where the server does not say."""
-
-    reasoning_tokens: Tokens | None = None
-
-
-class Usage(msgspec.Struct, gc=False):
-    """Token counts as the server made them; null where it does not say."""
-
-    prompt_tokens: Tokens | None = None
-    completion_tokens: Tokens | None = None
-    prompt_tokens_details: PromptDetails | None = None
-    completion_tokens_details: CompletionDetails | None = None
-
-
-class _Delta(msgspec.Struct, gc=False):
-    """Output fields, of any type: what matters is whether they are empty. And the role, which no token is."""
-
-    role: Any = None
-    content: Any = None
-    reasoning: Any = None
-    reasoning_content: Any = None
-    refusal: Any = None
-    tool_calls: Any = None
-    function_call: Any = None
-
-    def has_output(self) -> bool:
-        return bool(
-            self.content
-            or self.reasoning
-            or self.reasoning_content
-            or self.tool_calls
-            or self.refusal
-            or self.function_call
-        )
-
-    def may_be_token(self) -> bool:
-        """Whether it is like a token without text: empty content, and not the chunk that names the role."""
-        return self.content is not None and self.role is None
-
-
-class _Choice(msgspec.Struct, gc=False):
-    index: Any = None
-    text: Any = None
-    delta: _Delta | None = None
-    message: _Delta | None = None
-    finish_reason: Any = None
-    token_ids: Any = None
-
-
-class _Event(msgspec.Struct, gc=False):
-    choices: list[_Choice] | None = None
-    usage: Usage | None = None
-    error: Any = None
-    object: Any = None
-    message: Any = None
-
-
-class _OddEvent(_Event, gc=False):
-    usage: Any = None
-
-
-_decode_event = msgspec.json.Decoder(_Event).decode
-_decode_events = msgspec.json.Decoder(list[_Event]).decode
-_decode_odd = msgspec.json.Decoder(_OddEvent).decode
+"""Most lines of one event: they are parsed in Python, and nothing is read meanwhile."""
 
 
 class Answer:
-    """What a server said in one answer: its text, event by event, and its token ids where it gives them.
+    """The text of one answer, event by event, and its token ids where the server sends them.
 
-    Reasoning is apart: clients do not send it back.
+    Reasoning is kept apart: clients do not send it back.
     """
 
     __slots__ = ("blanks", "other", "parts", "reasoning", "token_ids")
@@ -111,15 +38,15 @@ class Answer:
         self.blanks = 0
         """Events that may be a token without text."""
         self.other = False
-        """Something was said that is no text."""
+        """Whether there was output that is not text."""
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """The whole text."""
         return "".join(self.parts)
 
-    def take(self, choice: _Choice) -> None:
-        """Take what one choice of an event says."""
+    def take(self, choice: Choice) -> None:
+        """Add what one choice of an event holds."""
         delta = choice.delta or choice.message
         text = choice.text if delta is None else delta.content
         if isinstance(text, str) and text:
@@ -135,52 +62,14 @@ class Answer:
             self.token_ids += [i for i in choice.token_ids if isinstance(i, int)]
 
 
-def readable(kind: type[_Struct], value: object, odd: dict[str, None], name: str) -> _Struct | None:
-    """``value`` as this kind of struct, without the fields of it that cannot be; their names are added to ``odd``."""
-    if value is None:
-        return None
-    if not isinstance(value, dict):
-        odd[name] = None
-        return None
-    made = kind()
-    for field in msgspec.structs.fields(kind):
-        given, path = value.get(field.name), f"{name}.{field.name}"
-        try:
-            setattr(made, field.name, msgspec.convert(given, field.type))
-        except msgspec.ValidationError:
-            arms = (arm for arm in get_args(field.type) if isinstance(arm, type) and issubclass(arm, msgspec.Struct))
-            inner = next(arms, None)
-            if inner is None:
-                odd[path] = None
-            else:
-                setattr(made, field.name, readable(inner, given, odd, path))
-    return made
-
-
-def largest(a: _Struct | None, b: _Struct | None) -> _Struct | None:
-    """The larger of each count of two; not said is less than any. ``a`` may be changed: some say it with each token."""
-    if a is None or b is None:
-        return b if a is None else a
-    for name in a.__struct_fields__:
-        other = getattr(b, name)
-        if other is None:
-            continue
-        one = getattr(a, name)
-        if isinstance(other, msgspec.Struct):
-            setattr(a, name, largest(one, other))
-        elif one is None or other > one:
-            setattr(a, name, other)
-    return a
-
-
 _NONE, _POSSIBLE, _CERTAIN = range(3)
 _UNSAID = -1
 
 
 class Completion:
-    """What the events of one answer said so far.
+    """The state of one answer after the events so far.
 
-    ``error`` is (class, detail) once something failed: nothing is taken after it. ``ended``: [DONE] was seen.
+    ``error`` is (class, detail) once something failed; later events are ignored. ``ended``: [DONE] was seen.
     """
 
     __slots__ = (
@@ -195,49 +84,49 @@ class Completion:
         self.finished = False
         """Whether a finish reason of any type was seen."""
         self.usage: Usage | None = None
-        """The largest of each count that was seen: some servers send zeros before or after the real ones."""
+        """The largest value of each count: some servers send zeros before or after the real ones."""
         self.odd: dict[str, None] = {}
-        """Fields that were left out since they are of no type that the API knows, in the order met."""
+        """Fields that were ignored because their type is not the API's, in the order met."""
         self.several = False
-        """Whether there were choices beside the first. Only the first is timed; usage counts all."""
-        # One entry per event that may carry output: when, whether it surely does, and its tokens when the server said.
-        # Arrays, because ten thousand streams may be open: 13 bytes for each event.
+        """Whether there was more than one choice. Only the first is timed; usage counts all."""
+        # One entry per event that may carry output: its time, whether it certainly does, and its tokens if the server
+        # gave them. Arrays, because ten thousand streams may be open: 13 bytes per event.
         self._stamps = array("q")
         self._certain = bytearray()
         self._tokens = array("i")
         self._counted = 0
         self.answer: Answer | None = None
-        """Where to put what was said, when anyone wants to know."""
+        """Collects the text; null unless it is captured."""
 
     @property
     def outputs(self) -> int:
-        """How many events may carry output."""
+        """Number of events that may carry output."""
         return len(self._stamps)
 
     @property
     def empty(self) -> bool:
-        """True while no event said anything."""
+        """True while there was neither output nor usage."""
         return not self._stamps and self.usage is None
 
     @property
     def said_nothing(self) -> bool:
-        """True when nothing was put out, and no count says that anything was."""
+        """True when there was no output, and no count claims any."""
         usage = None if self.usage is None else self.usage.completion_tokens
         return not (usage or self._counted or self._certain.count(_CERTAIN) or self.several)
 
     @property
     def blank(self) -> bool:
-        """True while nothing was said that any fact is made of."""
+        """True while no event has changed anything."""
         return self.open and self.empty and not self.finished and not self.odd and not self.several
 
     @property
     def open(self) -> bool:
-        """True while events still count: no end and no failure was seen."""
+        """True until the end or a failure."""
         return not self.ended and self.error is None
 
     @property
     def is_plain(self) -> bool:
-        """True when all that was said is one output of unsaid length."""
+        """True when there was exactly one event, with output and nothing else."""
         return (
             self.open
             and not self.finished
@@ -249,7 +138,7 @@ class Completion:
         )
 
     def take_plain(self, stamps: array[int]) -> None:
-        """Take events that are known to be plain (`scenarios.client.fast_path`)."""
+        """Add events that are known to be plain (`scenarios.client.fast_path`)."""
         self._stamps.extend(stamps)
         self._certain += bytes([_CERTAIN]) * len(stamps)
         self._tokens.extend(array("i", [_UNSAID]) * len(stamps))
@@ -260,14 +149,14 @@ class Completion:
             self.error = (error, detail)
 
     def read_plain(self, text: bytes, times: list[int]) -> bool:
-        """Take all events of ``text`` in one decode; False, and nothing taken, unless each is just ``data: {...}``."""
+        """Parse all events of ``text`` in one decode; False, and nothing added, unless each is just ``data: {...}``."""
         done = text.endswith(b"data: [DONE]\n\n")
         end = len(text) - 16 if done else len(text) - 2
         if self.ended or end < 7 or not text.startswith(b"data: {"):
             return False
         try:
-            events = _decode_events(b"[%b]" % text[6:end].replace(b"\n\ndata: ", b","))
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            events = decode_events(b"[%b]" % text[6:end].replace(b"\n\ndata: ", b","))
+        except UNDECODABLE:
             return False
         if len(events) != len(times) - done:
             return False
@@ -279,23 +168,23 @@ class Completion:
         return True
 
     def read_event(self, part: bytes, stamp: int, torn: str | None = None) -> None:
-        """Take one event by the book: comments, several data lines, event names, any line end. Without data it says
-        nothing, and one of another name than ours that is no JSON is for somebody else.
+        """Parse one event in full: comments, several data lines, event names, any line end. One without data is
+        ignored, and so is one that is not JSON under a name that is not ours.
 
-        ``torn`` is the error class when this is what was left at the end of a stream and turns out to be half an event.
+        ``torn``: the stream ended with these bytes; the error class if they turn out to be half an event.
         """
         if len(part) > _LINES and part.count(b"\n") + part.count(b"\r") > _LINES:
             self.fail("protocol", f"an event of more than {_LINES:,} lines")
             return
-        document, name = _fields(part)
+        document, name = fields(part)
         if not document or self.error is not None:
             return
         if document == b"[DONE]":
             self.ended = True
             return
         try:
-            event = self._decode(document)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+            event = decode_event(document, self.odd)
+        except UNDECODABLE as e:
             if self.ended or (torn is None and name not in (b"", b"message", b"error")):
                 return
             if torn is not None:
@@ -305,7 +194,7 @@ class Completion:
             else:
                 self.fail("protocol", f"an event that is not a completion chunk ({e})")
             return
-        if self.ended:  # some servers count after their [DONE]; nothing else can follow it
+        if self.ended:  # some servers send usage after [DONE]; nothing else can follow it
             self.usage = largest(self.usage, event.usage)
             return
         if name == b"error" and not event.error:
@@ -313,28 +202,19 @@ class Completion:
         self._take(event, stamp)
 
     def read_json(self, body: bytes, stamp: int) -> None:
-        """Take a whole completion in one body: all its output arrived with the last byte."""
+        """Parse a whole completion in one body: all its output arrived with the last byte."""
         try:
-            event = self._decode(body.removeprefix(BOM))
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+            event = decode_event(body.removeprefix(BOM), self.odd)
+        except UNDECODABLE as e:
             self.fail("protocol", f"a JSON body that is not a completion ({e})")
             return
         self._take(event, stamp)
         if not event.choices:
             self.fail("protocol", "a JSON body that is not a completion (no choices)")
 
-    def _decode(self, document: bytes) -> _Event:
-        """One event. Counts that cannot be read are left out and noted: no answer is lost for them."""
-        try:
-            return _decode_event(document)
-        except msgspec.ValidationError:
-            event = _decode_odd(document)
-            event.usage = readable(Usage, event.usage, self.odd, "usage")
-            return event
-
-    def _take(self, event: _Event, stamp: int) -> None:
+    def _take(self, event: Event, stamp: int) -> None:
         if event.error or event.object == "error":
-            self.fail("server", _message_of(event))
+            self.fail("server", message_of(event))
             return
         usage = event.usage
         if usage is not None:
@@ -365,11 +245,11 @@ class Completion:
             self._certain.append(output)
             self._tokens.append(_UNSAID if counted is None else counted)
 
-    def _first(self, choices: list[_Choice]) -> _Choice | None:
-        """The choice that is timed, if it is among these."""
-        first: _Choice | None = choices[0]
+    def _first(self, choices: list[Choice]) -> Choice | None:
+        """The choice that is timed, if this event has it."""
+        first: Choice | None = choices[0]
         if len(choices) > 1 or choices[0].index:
-            first = next((one for place, one in enumerate(choices) if _index(one, place) == 0), None)
+            first = next((one for place, one in enumerate(choices) if one.index_at(place) == 0), None)
             self.several |= len(choices) > 1 or first is None
             if self.answer is not None:
                 self.answer.other |= self.several
@@ -383,10 +263,10 @@ class Completion:
             self.odd["finish_reason"] = None
 
     def chunks(self) -> tuple[array[int], array[int] | None]:
-        """Stamps of the chunks that carry output, and the tokens in each when those are known, never guessed.
+        """Stamps of the chunks that carry output, and the tokens in each; null when they are not known.
 
-        An empty text may be a token whose character is not whole yet, a special one, or no token at all: only the
-        server's own count decides.
+        An empty text may be part of a character, a special token, or no token at all: only the server's own count
+        decides.
         """
         if self.several:
             return self._at_least(_CERTAIN), None
@@ -401,59 +281,18 @@ class Completion:
         return certain, _ones(total) if len(certain) == total else None
 
     def _at_least(self, least: int) -> array[int]:
-        """Stamps of the events that carry output for certain, or possibly."""
+        """Stamps of the events that carry output: certainly, or at least possibly."""
         if sum(map(self._certain.count, range(least, _CERTAIN + 1))) == len(self._certain):
             return self._stamps
         return array("q", compress(self._stamps, (certain >= least for certain in self._certain)))
 
     def _counts_agree(self, total: int | None) -> bool:
-        """Whether the server gave a count for every event, and they agree with what was seen."""
+        """Whether the server counted every event, consistently with the output seen."""
         tokens = self._tokens
         if not tokens or _UNSAID in tokens or (total is not None and sum(tokens) != total):
             return False
         return not any(not n and c == _CERTAIN for n, c in zip(tokens, self._certain, strict=True))
 
 
-def _index(choice: _Choice, place: int) -> int:
-    """Which choice this is: as it says, else by its place."""
-    return choice.index if type(choice.index) is int else place
-
-
-def _fields(part: bytes) -> tuple[bytes, bytes]:
-    """The data of an event, and its name."""
-    data, name = [], b""
-    for line in part.removeprefix(BOM).splitlines():
-        field, _, value = line.partition(b":")
-        if field == b"data":
-            data.append(value.removeprefix(b" "))
-        elif field == b"event":
-            name = value.strip()
-    return b"\n".join(data).strip(), name
-
-
 def _ones(n: int) -> array[int]:
     return array("i", [1]) * n
-
-
-def _message_of(event: _Event) -> str:
-    for value in (event.error, event.message):
-        if isinstance(value, dict):
-            value = value.get("message") or value.get("type") or value.get("code")
-        if value:
-            return str(value)
-    return "an error event without a message"
-
-
-def message_in(body: bytes) -> str:
-    """The human part of an error body: OpenAI, FastAPI or plain."""
-    try:
-        document = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return body.decode("utf-8", "replace")
-    if isinstance(document, dict):
-        for value in (document.get("error"), document.get("message"), document.get("detail")):
-            if isinstance(value, dict):
-                value = value.get("message") or value
-            if value:
-                return str(value)
-    return body.decode("utf-8", "replace")

@@ -1,7 +1,7 @@
-"""One keep-alive connection on gevent's event loop: connect, TLS, write, and what follows from the bytes it reads.
+"""One keep-alive connection on gevent's event loop: connect, TLS handshake, write, and what to do with received bytes.
 
-No greenlet belongs to a connection and none is switched to per read. Connections without TLS are read by
-`scenarios.client.reader`, the hot path; those with it read themselves.
+It works by callbacks: a greenlet per connection would cost a switch per read. Connections without TLS are read by
+`scenarios.client.reader`, the hot path; those with TLS read themselves.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PROTO_TCP, _NODELAY, _SOL_SOCKET, _SO_ERROR = 6, 1, 1, 4
 
 
 class Owner(Protocol):
-    """The client that a connection belongs to, and what it is told."""
+    """The client that owns a connection."""
 
     loop: Any
     reader: Reader
@@ -39,26 +39,26 @@ class Owner(Protocol):
     tls_unstamped: int
 
     def idle(self, connection: Connection) -> None:
-        """Take back a connection whose answer has ended."""
+        """Return a connection whose answer has ended to the pool."""
 
     def drop(self, connection: Connection, trouble: str = "") -> None:
         """Forget a connection that carried no request when it ended."""
 
     def end(self, stream: InFlight, stamp: int) -> None:
-        """Take note that a request ended, one way or another."""
+        """Note that a request ended, with or without success."""
 
     def resend(self, stream: InFlight, stamp: int) -> bool:
-        """Whether a request that met a closing connection is sent once more."""
+        """Send a request once more if the connection was being closed when it was sent; whether it was."""
 
 
 class Connection:
-    """A TCP or TLS connection to one target; carries one stream at a time, or none while idle."""
+    """A TCP or TLS connection to one server; carries one request at a time, or none while idle."""
 
     __slots__ = (
         "_address",
         "_bio_in",
         "_bio_out",
-        "_came_ns",
+        "_last_ns",
         "_out",
         "_reader",
         "_tls",
@@ -85,11 +85,11 @@ class Connection:
         self.idle_ns = 0
         self.sock: socket.socket | None = None
         self.fd = -1
-        self._address = 0  # how many of the target's addresses were tried
+        self._address = 0  # number of the server's addresses tried
         self._reader: Any = None
         self._writer: Any = None
         self.recvmsg: Any = None
-        self._came_ns = 0  # of a connection with TLS: when what was last read came
+        self._last_ns = 0  # with TLS: stamp of the last read
         self._out: bytes | memoryview = b""
         self._tls: ssl.SSLObject | None = None
         self._bio_in: ssl.MemoryBIO | None = None
@@ -98,14 +98,14 @@ class Connection:
     # -- opening ------------------------------------------------------------------------------------------------------
 
     def open(self, stream: InFlight | None) -> None:
-        """Start to connect; ``stream`` is sent as soon as that is done, without one the connection joins the pool."""
+        """Start to connect; then ``stream`` is sent or, without one, the connection joins the pool."""
         self.stream = stream
         if stream is not None:
             stream.connection = self
         self._try_next("")
 
     def _try_next(self, trouble: str) -> None:
-        """Try the next of the target's addresses; nothing was sent yet, so this hides no retry of a request."""
+        """Try the server's next address. Nothing was sent yet, so this is not a retry of the request."""
         while self._address < len(self.endpoint.addresses):
             family, address = self.endpoint.addresses[self._address]
             self._address += 1
@@ -118,7 +118,7 @@ class Connection:
             # Acknowledgements are left to the kernel: to delay them (TCP_QUICKACK off) would save us CPU, but hold back
             # the tokens of a server that keeps Nagle's algorithm on, and so change what is measured.
             sock.setsockopt(_PROTO_TCP, _NODELAY, 1)
-            with contextlib.suppress(OSError):  # then reads are stamped when they are made
+            with contextlib.suppress(OSError):  # without it the stamp is the time of the read
                 sock.setsockopt(_SOL_SOCKET, SO_TIMESTAMPNS, 1)
             code = sock.connect_ex(address)
             if code in (0, errno.EINPROGRESS):
@@ -131,7 +131,7 @@ class Connection:
         self._refused(trouble)
 
     def _refused(self, trouble: str) -> None:
-        # Not at once: a closed loop would go on to fail its whole plan before the event loop turns again.
+        # In a callback: a closed loop would otherwise fail its whole plan within one iteration of the event loop.
         self.client.loop.run_callback(self._fail, "connect", f"{self.endpoint.authority}: {trouble}")
 
     def _connected(self) -> None:
@@ -169,7 +169,7 @@ class Connection:
 
     @property
     def shaking_hands(self) -> bool:
-        """True once connected, while TLS is not ready."""
+        """True during the TLS handshake."""
         return self._tls is not None and not self.ready
 
     def _opened(self) -> None:
@@ -215,7 +215,7 @@ class Connection:
                 self._send_now(data)
 
     def _send_now(self, *parts: bytes) -> None:
-        """One try; the rest goes out when the socket takes it. A broken pipe shows when reading, with any answer."""
+        """Send once; the rest follows when the socket is writable. Errors are left to reading: an answer may exist."""
         assert self.sock is not None
         try:
             sent = self.sock.sendmsg(parts)
@@ -243,13 +243,13 @@ class Connection:
     # -- reading: the hot path ----------------------------------------------------------------------------------------
 
     def received(self, data: bytes, stamp: int) -> None:
-        """Take bytes that are not kept by the reader: they are parsed at once, until they can be."""
+        """Parse bytes that the reader does not store, until it can."""
         stream = self.stream
         if stream is None:
-            self.lost(None)  # nobody asked: this connection is out of step
+            self.lost(None)  # bytes without a request: the connection is out of sync
             return
         if stream.shape is None and stream.seen == b"" and self.endpoint.shape is not None and self._tls is None:
-            # When it was sent no answer had shown its shape: of the first wave only the first few are parsed.
+            # The shape was not known when this was sent; now it is, so that of the first wave only a few are parsed.
             stream.shape = self.endpoint.shape
             self.client.reader.store(self.fd, stream.buffer, stream.shape.pattern, True)
             self.client.reader.take(self.fd, data, stamp)
@@ -262,7 +262,7 @@ class Connection:
             self._store(stream)
 
     def unmatched(self, data: bytes, stamp: int) -> None:
-        """Take bytes that are not as expected, after those that were kept."""
+        """Parse what was stored, then bytes that do not match the pattern."""
         assert self.stream is not None
         self.stream.parse()
         if self.stream.buffer.line_end_missing:
@@ -270,8 +270,8 @@ class Connection:
         self.received(data, stamp)
 
     def ended(self, stamp: int) -> None:
-        """What was kept is whole: end the request at once. To parse it may wait until the loop is idle: answers to a
-        batch end together, and others may be due.
+        """The stored answer is complete: end the request now. Parsing waits until the loop is idle, since the answers
+        of a batch end together and other requests may be due.
         """
         stream = self.stream
         assert stream is not None
@@ -286,7 +286,7 @@ class Connection:
             self.lost(os.strerror(code).lower())
 
     def look(self, stream: InFlight) -> None:
-        """Parse what is kept now, and learn from it when it is more than texts."""
+        """Parse what is stored now, and learn the shape from it if it is more than texts."""
         chunks = stream.buffer.chunk_bytes
         stream.parse()
         if stream.response.done:
@@ -309,15 +309,15 @@ class Connection:
         assert self._bio_in is not None
         assert self._tls is not None
         try:
-            data, said, _, _ = self.recvmsg(READ_SIZE, ANCILLARY_SIZE)
+            data, ancillary, _, _ = self.recvmsg(READ_SIZE, ANCILLARY_SIZE)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as e:
             self.lost(os.strerror(e.errno or 0).lower())
             return
-        self._came_ns = stamp = arrived_ns(said, self._came_ns)
+        self._last_ns = stamp = arrived_ns(ancillary, self._last_ns)
         self.client.tls_reads += 1
-        self.client.tls_unstamped += not said
+        self.client.tls_unstamped += not ancillary
         if data:
             self._bio_in.write(data)
         else:
@@ -331,7 +331,7 @@ class Connection:
             self._decrypt(stamp, ended=not data)
 
     def _decrypt(self, stamp: int, *, ended: bool) -> None:
-        """All plain bytes that are there, as one read: what stays in OpenSSL would wait for the next packet."""
+        """Pass on all decrypted bytes as one read: what stays in OpenSSL would wait for the next packet."""
         assert self._tls is not None
         parts, trouble = [], None
         while True:
@@ -357,7 +357,7 @@ class Connection:
     # -- ending -------------------------------------------------------------------------------------------------------
 
     def lost(self, trouble: str | None) -> None:
-        """The connection is over, with or without a request on it."""
+        """The connection ended, with or without a request on it."""
         stamp = monotonic_ns()
         stream, self.stream = self.stream, None
         self.close()
@@ -372,7 +372,7 @@ class Connection:
         self.client.end(stream, stamp)
 
     def _fail(self, error: str, detail: str) -> None:
-        """No connection came about."""
+        """Connecting failed."""
         stream, self.stream = self.stream, None
         self.close()
         if stream is None:
@@ -394,7 +394,7 @@ class Connection:
             self.sock = None
 
     def close(self) -> None:
-        """Close the socket and forget the watchers: they hold us, and no garbage collector runs. Safe twice."""
+        """Close the socket and the watchers: they refer to this object, and no garbage collector runs. Safe twice."""
         self.ready = False
         self._release()
         self._tls = self._bio_in = self._bio_out = None

@@ -1,9 +1,9 @@
-"""From the bytes of one HTTP answer and the time each read arrived, to the facts of a result row.
+"""Parses one HTTP answer from its bytes and the time of each read.
 
-HTTP/1.1 framing (chunked, Content-Length, or until the connection closes), cut into server-sent events; `head` knows
-what the headers say, `completion` what the events mean, `facts` what it all amounts to. No I/O and no clock: the client
-stamps and keeps reads, and calls `Response.feed` when it has time. How reads were cut never changes the facts, only the
-stamps they carry.
+HTTP/1.1 framing (chunked, Content-Length, or until the connection closes) and server-sent events; `head` parses the
+headers, `completion` the events, and `outcome` makes the figures of a result row. No I/O and no clock: the client
+stamps and stores reads, and calls `Response.feed` when it has time. How the bytes were split into reads changes only
+the stamps.
 
 Sources: RFC 9112 (HTTP/1.1), WHATWG HTML section 9.2 (server-sent events).
 """
@@ -15,7 +15,8 @@ from array import array
 from collections.abc import Callable
 from itertools import accumulate
 
-from scenarios.client.completion import BOM, Completion
+from scenarios.client.completion import Completion
+from scenarios.client.events import BOM
 from scenarios.client.fast_path import Template, fit
 from scenarios.client.head import read_head
 from scenarios.client.outcome import Outcome, Secret, outcome_of
@@ -24,11 +25,10 @@ HEADER_LIMIT = 64 * 1024
 EVENT_LIMIT = 16 * 2**20
 _ERROR_BODY_LIMIT = 64 * 1024
 
-_FIELDS = b"deir:"
-_BLANK = 4096  # bytes of white space before a body may begin
-_END = 3  # bytes of the longest end of an event, less the last
-"""How lines of an event stream begin: data, event, id, retry, and comments."""
-# The second of two line ends, each CR, LF or CR LF, by its first byte: an event does not wait for what may follow.
+_FIELDS = b"deir:"  # first bytes of the lines of an event stream: data, event, id, retry, and comments
+_BLANK = 4096  # most white space before the body, bytes
+_END = 3  # bytes of the longest end of an event, without the last
+# Two line ends, each CR, LF or CR LF; of the second the first byte is enough: an event does not wait for an LF.
 _BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r)[\r\n]")
 
 _State = Callable[["Response", bytes, int, list[int], list[int]], int]
@@ -37,9 +37,9 @@ _State = Callable[["Response", bytes, int, list[int], list[int]], int]
 class Response:
     """One HTTP answer, fed in pieces of any size.
 
-    After each `feed`: ``done`` (nothing more belongs to this answer), ``keep_alive`` (the connection may be used
-    again), ``status`` (null before the status line), ``idle_s`` and ``retry_after`` (as `head.Head` has them).
-    ``secret`` is cut out of every detail.
+    After each `feed`: ``done`` (the answer is complete), ``keep_alive`` (the connection may be reused), ``status``
+    (null before the status line), ``idle_s`` and ``retry_after`` (as in `head.Head`). ``secret`` is removed from every
+    detail.
     """
 
     __slots__ = (
@@ -47,7 +47,7 @@ class Response:
         "_secret", "_size", "_state", "_unsure", "done", "idle_s", "keep_alive", "retry_after", "status",
     )  # fmt: skip
     captures = False
-    """Whether the text of events is kept, not only their times."""
+    """Whether the text of events is captured, not only their times."""
 
     def __init__(self, secret: Secret = None) -> None:
         self.done = False
@@ -62,8 +62,8 @@ class Response:
         self._left = 0  # Content-Length still to come
         self._chunk_left = 0  # of the chunk being read
         self._body_kind = ""  # "sse", "json" or "error"
-        self._unsure = True  # whether the body is what its label says
-        # An unfinished event, or the whole body when it is not a stream; in one piece, so each byte is copied once.
+        self._unsure = True  # whether the body matches its Content-Type
+        # An incomplete event, or the whole body if it is not a stream; contiguous, so that each byte is copied once.
         self._carry: bytes | bytearray = b""
         self._last_body_ns = 0
         self._size = 0
@@ -74,15 +74,15 @@ class Response:
     # -- framing ------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """The head is over, and was that of an event stream in chunks, on a connection that is kept."""
+        """Skip the head, known to be that of a chunked event stream on a keep-alive connection."""
         self.status, self.keep_alive, self._body_kind, self._unsure = 200, True, "sse", False
         self._state = Response._read_chunk_size
 
     def feed(self, reads: list[bytes], stamps: list[int]) -> None:
-        """Take reads in order with the time of each (any one clock, ns)."""
+        """Parse reads in order, with the time of each (any one clock, ns)."""
         raw = reads[0] if len(reads) == 1 else b"".join(reads)
         if self._head:
-            # Never part of the body, so the stamp of these bytes no longer matters: count them to the first read.
+            # Never part of the body, so the stamp of these bytes does not matter: add them to the first read.
             offset = len(self._head)
             raw = self._head + raw
             self._head = b""
@@ -100,10 +100,10 @@ class Response:
                 self._head = raw[pos:]
                 break
         if self.done and pos < len(raw):
-            self.keep_alive = False  # bytes nobody asked for: this connection is out of step
+            self.keep_alive = False  # bytes after the answer: the connection is out of sync
 
     def feed_plain(self, template: Template, stamps: array[int], texts: list[bytes] | None) -> bool:
-        """Take whole chunks of this template, each by its text alone; null: simple ones. False: not all were plain."""
+        """Add chunks of this template, given by their texts (None: plain ASCII). False: not all were plain events."""
         if self.at_an_event and (texts is None or fit(texts)):
             self._completion.take_plain(stamps)
             self._last_body_ns = stamps[-1]
@@ -112,7 +112,7 @@ class Response:
         return False
 
     def feed_chunks(self, contents: list[bytes], stamps: list[int]) -> None:
-        """Take the contents of whole chunks of an event stream, each with its time; the last chunk has none."""
+        """Parse the contents of whole chunks of an event stream, each with its time; the last chunk's is empty."""
         if self.done:
             self.keep_alive = False
             return
@@ -124,12 +124,12 @@ class Response:
             self._finish()
 
     def learn(self) -> Template | None:
-        """What plain events look like, if the last chunk that was fed had one."""
+        """The template of plain events, if the last chunk that was fed is one."""
         return Template.learn(self._sample) if self.at_an_event else None
 
     @property
     def taken(self) -> tuple[int, int]:
-        """Events with output, and bytes of the body but for those of plain events."""
+        """Events with output, and bytes of the body without those of plain events."""
         return self._completion.outputs, self._size
 
     @property
@@ -139,15 +139,15 @@ class Response:
 
     @property
     def at_an_event(self) -> bool:
-        """Whether a chunk with an event may come next: nothing is half read, and events still count."""
+        """Whether the next byte begins a chunk with a new event: nothing is half parsed, and the stream goes on."""
         return (
             self._state is Response._read_chunk_size and not self._head and not self._carry
             and self._body_kind == "sse" and self._completion.open
         )  # fmt: skip
 
     def eof(self, trouble: str | None = None) -> None:
-        """The connection ended, with ``trouble`` if not in good order. Without ``done`` this answer is cut, unless its
-        end was to be marked that way.
+        """The connection ended, with ``trouble`` unless it was closed in order. An answer that is not ``done`` is cut,
+        unless it was to end with the connection.
         """
         if self.done:
             return
@@ -160,17 +160,17 @@ class Response:
         self._completion.fail("cut", f"{trouble or 'the server closed the connection'} {where}")
 
     def misframed(self) -> None:
-        """What followed the last chunk was not its line end."""
+        """The last chunk was not followed by its line end."""
         if not self.done:
             self._broken("bad chunked framing: a chunk that is longer than its size")
 
     def _broken(self, detail: str) -> None:
-        """Not HTTP or not an event stream: nothing after this can be trusted."""
+        """Fail: not HTTP, or not an event stream."""
         self._completion.fail("protocol", detail)
         self.done, self.keep_alive = True, False
 
     def _finish(self, torn: str = "incomplete") -> None:
-        """The body is over. An event without its blank line counts if it is whole; else the stream is ``torn``."""
+        """The body is over. A last event without its blank line counts if it is complete; else it is ``torn``."""
         self.done = True
         completion, carry = self._completion, bytes(self._carry)
         if self._body_kind == "json":
@@ -223,7 +223,7 @@ class Response:
         return len(raw)
 
     def _read_chunk_size(self, raw: bytes, pos: int, ends: list[int], stamps: list[int]) -> int:
-        """Every whole chunk of ``raw`` in one go, up to an unfinished one or the last."""
+        """Every complete chunk of ``raw``, up to an incomplete one or the last."""
         spans: list[tuple[int, int]] = []
         find, end = raw.find, len(raw)
         problem = ""
@@ -246,14 +246,14 @@ class Response:
                 break
             start = line_end + 2
             stop = start + size
-            if stop + 2 > end:  # the chunk, or the line end behind it, is still to come
+            if stop + 2 > end:  # the chunk or its line end is incomplete
                 if start < end:
                     spans.append((start, min(stop, end)))
                 self._chunk_left = max(stop - end, 0)
                 self._state = Response._read_chunk
                 pos = min(stop, end)
                 break
-            spans.append((start, stop))  # whatever follows: it may not be there yet, and reads must not matter
+            spans.append((start, stop))  # before its line end is checked: where reads were cut must not matter
             if raw[stop : stop + 2] != b"\r\n":
                 problem = "a chunk that is longer than its size"
                 break
@@ -267,7 +267,7 @@ class Response:
         return pos
 
     def _read_chunk(self, raw: bytes, pos: int, ends: list[int], stamps: list[int]) -> int:
-        """The rest of a chunk that began in an earlier feed, and its line end."""
+        """The rest of a chunk from an earlier feed, and its line end."""
         if self._chunk_left:
             end = min(len(raw), pos + self._chunk_left)
             self._chunk_left -= end - pos
@@ -294,7 +294,7 @@ class Response:
     # -- body to events ----------------------------------------------------------------------------------------------
 
     def _take_body(self, raw: bytes, spans: list[tuple[int, int]], ends: list[int], stamps: list[int]) -> None:
-        """Body bytes: ``spans`` of ``raw``, whose reads end at ``ends`` and arrived at ``stamps``."""
+        """Parse body bytes: ``spans`` of ``raw``, whose reads end at ``ends`` and arrived at ``stamps``."""
         if self._unsure and self._body_kind in ("sse", "json"):
             self._look_at_body(raw, spans)
         if self._body_kind == "sse":
@@ -312,7 +312,7 @@ class Response:
         self._last_body_ns = stamps[read]
 
     def _look_at_body(self, raw: bytes, spans: list[tuple[int, int]]) -> None:
-        """By its first byte, whatever its label says: a JSON object, or lines of a stream."""
+        """Tell a JSON object from an event stream by the first byte, whatever Content-Type says."""
         seen = self._carry[:_BLANK] + b"".join([raw[a:b] for a, b in spans])
         begin = seen.removeprefix(BOM).lstrip()
         if (not begin or BOM.startswith(begin)) and len(seen) < _BLANK:
@@ -326,7 +326,7 @@ class Response:
     def _take_events(self, raw: bytes, spans: list[tuple[int, int]], ends: list[int], stamps: list[int]) -> None:
         carried = len(self._carry)
         body = raw[spans[0][0] : spans[0][1]] if len(spans) == 1 else b"".join([raw[a:b] for a, b in spans])
-        looked = max(carried - _END, 0)  # no event ends before that
+        looked = max(carried - _END, 0)  # no event ends before this
         if carried:
             self._hold(body)
             if not _BLANK_LINE.search(self._carry, looked):
@@ -346,7 +346,7 @@ class Response:
             for part in parts:
                 at += len(part) + 2
                 cuts.append(at)
-        self._carry = rest.lstrip(b"\r\n")  # empty lines between events, and the LF of the line end that ended the last
+        self._carry = rest.lstrip(b"\r\n")  # empty lines, and the LF of a CR LF that ended the last event
         if len(self._carry) > EVENT_LIMIT:
             self._broken(f"an event of more than {EVENT_LIMIT // 2**20} MiB")
             return
@@ -376,9 +376,9 @@ class Response:
 def _arrivals(
     cuts: list[int], carried: int, spans: list[tuple[int, int]], ends: list[int], stamps: list[int]
 ) -> list[int]:
-    """The stamp of the read that held the last byte of each event.
+    """The stamp of the read with the last byte of each event.
 
-    ``cuts`` are event ends in (carried bytes + spans joined), ascending; an event always ends in the new bytes.
+    ``cuts`` are the ends of events in the carried bytes and the spans, joined, ascending; all are in the new bytes.
     """
     times = []
     span = read = 0

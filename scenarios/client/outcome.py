@@ -6,7 +6,8 @@ from array import array
 from dataclasses import dataclass
 from typing import Literal
 
-from scenarios.client.completion import Completion, CompletionDetails, PromptDetails, Usage, message_in
+from scenarios.client.completion import Completion
+from scenarios.client.events import CompletionDetails, PromptDetails, Usage, message_in
 
 DETAIL_LIMIT = 300
 Secret = str | tuple[str, ...] | None

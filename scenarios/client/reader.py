@@ -8,17 +8,30 @@ everything on.
 
 A stamp is the kernel's: when the packet arrived, however late it was read. Only events that arrived between two reads
 of the same descriptor share one, that of the last.
+
+When to read (`ReadPacer`): as soon as bytes arrive or, while very many tokens arrive, in batches at fixed intervals. A
+wake-up costs as much as several reads, and stamps do not depend on when bytes are read. So a busy client reads four
+times between two tokens of a stream, and at least every 2.5 ms. Sends are not held back, but the client learns that
+much later that an answer has ended, which a closed loop reports as lag. When batches pay off depends on the machine:
+`BATCH_READS_FROM` events per interval hold on every machine measured so far, ``harness calibrate`` measures whether
+this one profits earlier (`harness.calibration.Calibration.batch_reads_from`), and nothing is tried out during a
+measured run. When it is no longer rare that two events of a stream arrive between two reads, the interval shrinks;
+without kernel stamps there is none.
 """
 
 from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic_ns, time_ns
 from typing import TYPE_CHECKING, Any, Protocol
 
+import gevent
 import gevent.monkey
+
+from harness.record.run_spec import BATCH_READS_FROM
+from scenarios.client.timers import Ticker
 
 _epoll: Any = gevent.monkey.get_original("select", "epoll")
 
@@ -28,6 +41,11 @@ SO_TIMESTAMPNS = 35
 ANCILLARY_SIZE = 64
 _SOL_SOCKET, _TIMESPEC = 1, struct.Struct("qq")
 _EPOLLIN, _BATCH = 1, 64
+MAX_INTERVAL_NS, _MIN_INTERVAL_NS = 2_500_000, 500_000
+_READS_PER_TOKEN = 4
+_WINDOW_S = 0.1
+_SHARED_LIMIT = 500  # one event in so many may share its stamp: far from what a 99th percentile of ITL would show
+_GROWTH_NS = MAX_INTERVAL_NS // 16  # of the longest interval, per window in which sharing was rare
 
 
 class Source(Protocol):
@@ -216,3 +234,58 @@ if not TYPE_CHECKING and not os.environ.get("HARNESS_INTERPRETED"):
         pass  # there was no C compiler when this was installed
     else:
         COMPILED, Pattern, ReceiveBuffer, Reader = True, _reader.Pattern, _reader.ReceiveBuffer, _reader.Reader
+
+
+class ReadPacer:
+    """Calls ``reader.read`` on gevent's event loop when it is due. ``streams`` returns how many answers are open;
+    ``batch_from`` is the number of events per interval from which reads are batched.
+    """
+
+    def __init__(self, reader: Reader, streams: Callable[[], int], batch_from: int = BATCH_READS_FROM) -> None:
+        self._reader = reader
+        self._streams = streams
+        self._batch_from = batch_from
+        loop: Any = gevent.get_hub().loop
+        self._ready: Any = loop.io(reader.fileno(), 1)
+        self._ready.start(reader.read)  # level-triggered: it is called again while reads are left over
+        self._ticker = Ticker(reader.read)
+        self._interval_ns = 0  # 0: read as bytes arrive
+        self._max_ns = MAX_INTERVAL_NS
+        # At the start of the window: time, events, events that share a stamp, reads without a kernel stamp.
+        self._window = monotonic_ns(), 0, 0, 0
+        self._timer: Any = loop.timer(_WINDOW_S, _WINDOW_S)
+        self._timer.start(self._adapt)
+
+    def _adapt(self) -> None:
+        """Choose the interval for the next window from what arrived in the last one."""
+        reader = self._reader
+        since, seen, shared, unstamped = self._window
+        now, events = monotonic_ns(), reader.events
+        self._window = now, events, reader.shared, reader.unstamped
+        if (reader.shared - shared) * _SHARED_LIMIT > events - seen:
+            self._max_ns = max(self._max_ns // 2, _MIN_INTERVAL_NS // 2)
+        else:
+            self._max_ns = min(self._max_ns + _GROWTH_NS, MAX_INTERVAL_NS)
+        ns_per_event = (now - since) / max(events - seen, 1)
+        interval_ns = min(self._max_ns, int(ns_per_event * self._streams() / _READS_PER_TOKEN))
+        pays_off = interval_ns >= max(_MIN_INTERVAL_NS, self._batch_from * ns_per_event)
+        possible = self._ticker.precise and reader.unstamped == unstamped
+        self._set_interval(interval_ns if pays_off and possible else 0)
+
+    def _set_interval(self, interval_ns: int) -> None:
+        if interval_ns == self._interval_ns:
+            return
+        self._interval_ns = interval_ns
+        if interval_ns:
+            self._ready.stop()
+            self._ticker.every(interval_ns)
+        else:
+            self._ticker.stop()
+            self._ready.start(self._reader.read)
+
+    def close(self) -> None:
+        """Stop reading; the owner closes the reader."""
+        for watcher in (self._ready, self._timer):
+            watcher.stop()
+            watcher.close()
+        self._ticker.close()

@@ -1,4 +1,4 @@
-"""Waiting for a moment of the clock, more exactly than the event loop's own timers do."""
+"""Timers on gevent's event loop that are more precise than its own."""
 
 from __future__ import annotations
 
@@ -25,38 +25,37 @@ class _Itimerspec(ctypes.Structure):
 
 
 class Timer:
-    """A Linux timerfd: its descriptor, -1 elsewhere, is readable from a time on."""
+    """A Linux timerfd: its descriptor (-1 on other systems) becomes readable when it expires."""
 
     def __init__(self) -> None:
         self.fd = -1
-        spec = _Itimerspec()  # made once: it is set for every planned time
+        spec = _Itimerspec()  # made once: the timer is set for every request
         self._value, self._interval, self._reference = spec.value, spec.interval, ctypes.byref(spec)
         if hasattr(_libc, "timerfd_create"):
             self.fd = _libc.timerfd_create(_CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
 
     def set(self, due_ns: int, every_ns: int = 0) -> None:
-        """Be readable from ``due_ns`` on, a `time.monotonic_ns` value; with ``every_ns``, once that was cleared, again
-        from the next of the times that follow at this distance.
-        """
+        """Expire at ``due_ns``, a `time.monotonic_ns` value, and then every ``every_ns`` if that is not 0."""
         self._value.s, self._value.ns = divmod(due_ns, 10**9)
         self._interval.s, self._interval.ns = divmod(every_ns, 10**9)
         _libc.timerfd_settime(self.fd, _ABSOLUTE, self._reference, None)
 
     def clear(self) -> None:
-        """Be readable no more, until the next time."""
+        """Acknowledge: not readable until it expires again."""
         with contextlib.suppress(BlockingIOError):
             os.read(self.fd, 8)
 
     def close(self) -> None:
-        """Give the file descriptor back. Safe twice."""
+        """Close the file descriptor. Safe to call twice."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
 
 class Ticker:
-    """Calls a function on gevent's event loop each time a period is over. Those that end while the loop is held up make
-    one call together. Where it is ``precise``, a call that returns True is repeated at the next turn of the loop.
+    """Calls a function periodically on gevent's event loop; periods missed while the loop was busy are one call.
+
+    Where it is ``precise``, a call that returns True is repeated in the next iteration of the loop.
     """
 
     def __init__(self, call: Callable[[], object]) -> None:
@@ -64,10 +63,10 @@ class Ticker:
         self._timer = Timer()
         self._watcher: Any = None
         self.precise = self._timer.fd >= 0
-        """Whether a period may be shorter than some milliseconds."""
+        """Whether periods of less than a few milliseconds are possible."""
 
     def every(self, period_ns: int) -> None:
-        """Call so often from now on."""
+        """Start, or change the period."""
         self.stop()
         loop: Any = gevent.get_hub().loop
         if self.precise:
@@ -83,23 +82,23 @@ class Ticker:
             self._timer.clear()
 
     def stop(self) -> None:
-        """Call no more."""
+        """Stop calling."""
         if self._watcher is not None:
             self._watcher.stop()
             self._watcher.close()
             self._watcher = None
 
     def close(self) -> None:
-        """The same, and give the file descriptor back. Safe twice."""
+        """Stop, and close the file descriptor. Safe to call twice."""
         self.stop()
         self._timer.close()
 
 
 class WakeTimer:
-    """Lets one greenlet wait until a moment of the monotonic clock, or until someone rings.
+    """Lets one greenlet wait until a time of the monotonic clock, or until it is woken.
 
-    libev's timers are a millisecond coarse. ``precise`` waits on a Linux timerfd instead, which the kernel keeps far
-    more exactly and which takes a file descriptor; elsewhere it is the same timer.
+    libev's timers have a resolution of a millisecond. ``precise`` uses a Linux timerfd instead, which takes a file
+    descriptor; on other systems it makes no difference.
     """
 
     def __init__(self, *, precise: bool = False) -> None:
@@ -110,7 +109,7 @@ class WakeTimer:
         self._watcher: Any = self._loop.io(self._timer.fd, 1) if self._timer and self._timer.fd >= 0 else None
 
     def wait_until(self, due_ns: int | None) -> None:
-        """Return at ``due_ns`` (a `time.monotonic_ns` value; null: never), or at once when it rings or has rung."""
+        """Return at ``due_ns`` (a `time.monotonic_ns` value; None: never), or as soon as `wake` is or was called."""
         if self._woken or (due_ns is not None and due_ns <= monotonic_ns()):
             self._woken = False
             return
@@ -137,7 +136,7 @@ class WakeTimer:
         return self._watcher
 
     def wake(self) -> None:
-        """Wake the waiting greenlet soon: after the reads that are ready now were stamped."""
+        """Wake the waiting greenlet, after pending reads were stamped."""
         if not self._woken:
             self._woken = True
             if self._waiter is not None:
@@ -148,7 +147,7 @@ class WakeTimer:
             self._waiter.switch(None)
 
     def close(self) -> None:
-        """Give the file descriptor back."""
+        """Close the file descriptor."""
         if self._watcher is not None:
             self._watcher.stop()
             self._watcher.close()
