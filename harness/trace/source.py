@@ -159,15 +159,10 @@ def _unpacked(source: Source, place: _Place) -> Iterator[BinaryIO]:
     except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as e:
         raise TraceError(source.name, place.line, f"damaged {kind} data ({e}): copy the file again") from e
     except OSError as e:
-        problem = e.strerror or str(e)
-        if "Truncated" in problem:
-            problem = "the zstd data ends early: the file was cut, copy it again"
-        elif "ZSTD" in problem:
-            problem = f"damaged zstd data ({problem}): copy the file again"
-        elif kind:
-            problem = f"damaged {kind} data ({problem}): copy the file again"
-        else:
-            problem = f"cannot read: {problem}"
+        # Arrow and bz2 raise it without a number for data that they cannot unpack; the system always has one.
+        problem = f"cannot read: {e.strerror}"
+        if e.errno is None:
+            problem = f"the {kind or 'file'} data is damaged or ends early ({e}): copy the file again"
         raise TraceError(source.name, place.line, problem) from e
 
 
