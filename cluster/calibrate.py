@@ -58,7 +58,7 @@ BATCH_READS_EARLY, NEVER = 30, 10**9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class LoadStep:
     """One load on the fake server, as both sides saw it; arrays in s."""
 
     requests: int
@@ -105,7 +105,7 @@ class Bench:
     def step(
         self, arrivals_s: Floats | None, *, requests: int, tokens: int, itl_s: float = ITL_S, ttft_s: float = TTFT_S,
         concurrency: int | None = None, duration_s: float | None = None, batch_reads_from: int = BATCH_READS_FROM,
-    ) -> Step:  # fmt: skip
+    ) -> LoadStep:  # fmt: skip
         """Send ``requests`` of ``tokens`` output tokens, at ``arrivals_s`` or ``concurrency`` at a time.
 
         Raises `ServerError` or `WorkerError` when either side does not do its part.
@@ -178,7 +178,7 @@ def _cpu_s(server: Process) -> float:
     return float(times.user + times.system)
 
 
-def _read(run: RunDir, logs: list[Path], server_cpu_s: float) -> Step:
+def _read(run: RunDir, logs: list[Path], server_cpu_s: float) -> LoadStep:
     rows = read_results(run.results(0))
     sent = rows.column("sent_ns").drop_null().to_numpy()
     finished = rows.column("finished_ns").drop_null().to_numpy()
@@ -196,7 +196,7 @@ def _read(run: RunDir, logs: list[Path], server_cpu_s: float) -> Step:
     took_s = float(finished.max() - sent.min()) / 1e9
     tried = rows.filter(rows.column("sent_ns").is_valid())
     lag = (tried.column("sent_ns").to_numpy() - tried.column("scheduled_ns").to_numpy()) / 1e9
-    return Step(
+    return LoadStep(
         requests=len(gaps),
         failed=len(sent) - len(gaps),
         took_s=took_s,
@@ -226,7 +226,7 @@ def _plateau(sent_ns: list[int], gaps: list[Floats]) -> float:
     return float(np.median(counts[len(counts) // 4 : -(len(counts) // 4)])) / 0.25
 
 
-def kept_up(step: Step) -> bool:
+def kept_up(step: LoadStep) -> bool:
     """The client took every stream at its pace: none drawn out, and stamps no later than a gap is long."""
     if step.failed or not step.requests:
         return False
@@ -234,20 +234,22 @@ def kept_up(step: Step) -> bool:
     return bool(np.quantile(step.duration_s, 0.95) <= KEPT * nominal_s) and step.loop_lag_s <= ITL_S
 
 
-def server_was_the_limit(step: Step) -> bool:
+def server_was_the_limit(step: LoadStep) -> bool:
     """The known-truth server fell behind its own schedule, or had no processor left while the worker had."""
     nominal_s = TTFT_S + (STREAM_TOKENS - 1) * ITL_S
     behind = not len(step.true_duration_s) or bool(np.quantile(step.true_duration_s, 0.95) > KEPT * nominal_s)
     return behind or (step.server_share >= FULL and step.cpu_share < FULL)
 
 
-def find_ceiling(drive: Callable[[int], Step], say: Callable[[str], None], steps: int = STEPS) -> tuple[Step, bool]:
+def find_ceiling(
+    drive: Callable[[int], LoadStep], say: Callable[[str], None], steps: int = STEPS
+) -> tuple[LoadStep, bool]:
     """The most streams that the worker kept up with, in at most ``steps`` tries, and whether it may carry more.
 
     "At least" unless a try failed by the worker's own fault or took all of its core.
     Raises `WorkerError` when it kept up with none.
     """
-    best: Step | None = None
+    best: LoadStep | None = None
     low, high, streams, at_least = 0, 0, FIRST_STREAMS, True
     for _ in range(steps):
         step = drive(streams)
@@ -273,7 +275,7 @@ def find_ceiling(drive: Callable[[int], Step], say: Callable[[str], None], steps
     return best, at_least and best.cpu_share < 0.9
 
 
-def find_batch_threshold(drive: Callable[[int], Step], say: Callable[[str], None]) -> int:
+def find_batch_threshold(drive: Callable[[int], LoadStep], say: Callable[[str], None]) -> int:
     """Events per read interval from which reads are batched here. ``drive`` runs a moderate load with a threshold.
 
     Both ways are measured twice, in turns: other work on the machine only ever adds, so the least of each counts.
@@ -337,12 +339,12 @@ def calibrate(say: Callable[[str], None], *, hot_path: str, seed: int = 0) -> Ca
     )  # fmt: skip
 
 
-def _moderate(bench: Bench, batch_reads_from: int) -> Step:
+def _moderate(bench: Bench, batch_reads_from: int) -> LoadStep:
     arrivals = _spread(MODERATE_STREAMS)
     return bench.step(arrivals, requests=len(arrivals), tokens=MODERATE_TOKENS, batch_reads_from=batch_reads_from)
 
 
-def _cpu_us_per_event(step: Step) -> float:
+def _cpu_us_per_event(step: LoadStep) -> float:
     return step.cpu_s / max(step.events, 1) * 1e6
 
 

@@ -97,7 +97,7 @@ def read_calibration(folder: Path) -> Calibration | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Demand:
+class GeneratorDemand:
     """What a plan asks of the load generator at its busiest."""
 
     tokens_per_s: float
@@ -106,7 +106,7 @@ class Demand:
     """True in a closed loop: the server sets the pace, so a fast one is assumed."""
 
 
-def demand(plan: Path, concurrency: int | None) -> Demand:
+def demand(plan: Path, concurrency: int | None) -> GeneratorDemand:
     """Output tokens and requests per second of a plan: of its busiest 10 s, or with ``concurrency`` in flight.
 
     Closed loop: every slot streams a token each 5 ms, and begins its next request at once.
@@ -115,11 +115,11 @@ def demand(plan: Path, concurrency: int | None) -> Demand:
     tokens = pc.fill_null(columns.column("output_tokens"), SAID_TOKENS).to_numpy().astype(np.float64)
     if concurrency is not None:
         pace = min(concurrency, len(tokens)) / FASTEST_ITL_S
-        return Demand(tokens_per_s=pace, requests_per_s=pace / max(1.0, float(tokens.mean())), assumed=True)
+        return GeneratorDemand(tokens_per_s=pace, requests_per_s=pace / max(1.0, float(tokens.mean())), assumed=True)
     known = columns.column("scheduled_ns").is_valid().to_numpy()
     at_s = pc.fill_null(columns.column("scheduled_ns"), 0).to_numpy()[known] / 1e9
     if not len(at_s):
-        return Demand(tokens_per_s=0.0, requests_per_s=0.0, assumed=False)
+        return GeneratorDemand(tokens_per_s=0.0, requests_per_s=0.0, assumed=False)
     order = np.argsort(at_s, kind="stable")
     at_s, running = at_s[order], np.concatenate(([0.0], np.cumsum(tokens[known][order])))
     first = np.searchsorted(at_s, at_s - BUSY_S, side="right")
@@ -127,7 +127,7 @@ def demand(plan: Path, concurrency: int | None) -> Demand:
     # a plan shorter than the stretch is as busy as its own length says, but no shorter than a second
     stretch_s = min(BUSY_S, max(1.0, float(at_s[-1] - at_s[0])))
     busiest = float((running[last] - running[first]).max()) / stretch_s
-    return Demand(tokens_per_s=busiest, requests_per_s=float((last - first).max()) / stretch_s, assumed=False)
+    return GeneratorDemand(tokens_per_s=busiest, requests_per_s=float((last - first).max()) / stretch_s, assumed=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +141,7 @@ class Sizing:
 
 
 def size_workers(
-    wanted: Demand, calibration: Calibration | None, *, cores: int, asked: int | None, most: int
+    wanted: GeneratorDemand, calibration: Calibration | None, *, cores: int, asked: int | None, most: int
 ) -> Sizing:
     """Workers for ``wanted`` at no more than half of each worker's ceiling; ``most``: more cannot share the work.
 

@@ -9,7 +9,7 @@ import msgspec
 import pyarrow as pa
 
 from harness.plan.file import SCHEMA, SCHEMA_VERSION, PlanInfo, plan_sha256
-from harness.record.answers import Counted, Prompt, Text
+from harness.record.answers import Counted, CountedPrompt, Text
 from harness.record.host import ProcessorSecond, ProcessorSeconds
 from harness.record.manifest import Host, Replica, RunDir, RunManifest, Tier, Worker, write_manifest
 from harness.record.results import Result, ResultWriter
@@ -82,7 +82,7 @@ def said(result):
     n = result.output_tokens or 0
     text = Text(bytes=2 * n, words=n, chunks=n, pieces=n, tokens=n)
     inputs = result.input_tokens or 0
-    prompt = Prompt(bytes=4 * inputs, words=inputs // 2, tokens=inputs)
+    prompt = CountedPrompt(bytes=4 * inputs, words=inputs // 2, tokens=inputs)
     return Counted(request_id=result.request_id, text=text, reasoning=Text(), prompt=prompt)
 
 

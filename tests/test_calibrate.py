@@ -13,12 +13,20 @@ from conftest import in_time
 from test_worker import write_plan
 
 from cluster import calibrate
-from cluster.calibrate import Bench, Step, find_batch_threshold, find_ceiling, kept_up, poisson, server_was_the_limit
+from cluster.calibrate import (
+    Bench,
+    LoadStep,
+    find_batch_threshold,
+    find_ceiling,
+    kept_up,
+    poisson,
+    server_was_the_limit,
+)
 from harness.calibration import (
     DEFAULT_EVENTS_PER_S,
     FILE,
     Calibration,
-    Demand,
+    GeneratorDemand,
     demand,
     read_calibration,
     size_workers,
@@ -40,7 +48,7 @@ CALIBRATION = Calibration(
 
 def step(streams, *, slow=1.0, server_slow=1.0, cpu=0.5, server=0.3, lag_s=0.001, failed=0):
     durations = np.full(streams, NOMINAL_S)
-    return Step(
+    return LoadStep(
         requests=streams, failed=failed, took_s=4.5, lag_s=np.zeros(streams), ttft_s=np.full(streams, 0.02),
         itl_s=np.zeros(0), duration_s=durations * slow, true_ttft_s=np.full(streams, 0.02), true_itl_s=np.zeros(0),
         true_duration_s=durations * server_slow, events_per_s=streams * 100.0, cpu_share=cpu, loop_lag_s=lag_s,
@@ -191,12 +199,12 @@ def test_demand_of_a_short_burst_and_of_a_plan_without_lengths(tmp_path):
 
 def test_demand_of_a_closed_loop_assumes_a_fast_server(tmp_path):
     plan = write_plan(tmp_path / "plan.arrow", n=50, timed=False, tokens=20)
-    assert demand(plan, 8) == Demand(tokens_per_s=1600, requests_per_s=80, assumed=True)
+    assert demand(plan, 8) == GeneratorDemand(tokens_per_s=1600, requests_per_s=80, assumed=True)
     assert demand(plan, 1000).tokens_per_s == 10_000, "no more in flight than there are requests"
 
 
 def size(tokens, requests=1.0, *, calibration=CALIBRATION, cores=4, asked=None, most=10**6, assumed=False):
-    wanted = Demand(tokens_per_s=tokens, requests_per_s=requests, assumed=assumed)
+    wanted = GeneratorDemand(tokens_per_s=tokens, requests_per_s=requests, assumed=assumed)
     return size_workers(wanted, calibration, cores=cores, asked=asked, most=most)
 
 

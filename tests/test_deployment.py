@@ -33,7 +33,7 @@ from cluster.deploy.load_workers import LoadWorkers
 from cluster.deploy.ray_session import connect, disconnect
 from cluster.deploy.remote import RemoteHost
 from cluster.deploy.replica import Failed, Look, ReplicaOwner, Started, hold_port
-from cluster.deploy.supervisor import MOST_RESTARTS, Host, Owner, Supervisor, _Restarting
+from cluster.deploy.supervisor import MOST_RESTARTS, PartOwner, ServerHost, Supervisor, _Restarting
 from cluster.engines.protocol import WHOLE, Command, CommandEngine, Part
 from cluster.process.process import Process
 from harness.cli.runner import targets
@@ -290,8 +290,8 @@ def test_a_late_word_of_the_old_death_does_not_kill_the_restarted_server(
     monkeypatch.setattr("cluster.deploy.supervisor.head_gone", lambda: False)
     monkeypatch.setattr("cluster.deploy.supervisor.ray.wait", lambda refs, **_: (refs, []))
     d = deploy(tmp_path, on_replica_death="restart")
-    watch, host = d._supervisor, Host(None, node="n")
-    host.owners = [Owner(host, 0, 0, 0, tmp_path / "log", ended="killed by SIGKILL", start=2)]
+    watch, host = d._supervisor, ServerHost(None, node="n")
+    host.owners = [PartOwner(host, 0, 0, 0, tmp_path / "log", ended="killed by SIGKILL", start=2)]
     late, new = Look("ready", [], "killed by SIGKILL", b"", 1), Look("ready", [], None, b"", 2)
     host.question = Answers(None, late, new, Look("ready", [], "exit code 1", b"", 2))  # type: ignore[assignment]
     watch.hosts, watch.owners = [host], host.owners
@@ -330,8 +330,8 @@ def test_a_server_that_goes_on_dying_is_not_started_again_for_ever(
     monkeypatch.setattr("cluster.deploy.supervisor.head_gone", lambda: False)
     monkeypatch.setattr("cluster.deploy.supervisor.ray.wait", lambda refs, **_: (refs, []))
     d = deploy(tmp_path, on_replica_death="restart")
-    host = Host(Actor(), node="n")
-    host.owners = [Owner(host, 0, 0, 0, tmp_path / "log")]
+    host = ServerHost(Actor(), node="n")
+    host.owners = [PartOwner(host, 0, 0, 0, tmp_path / "log")]
     host.question = Dying()  # type: ignore[assignment]
     d._supervisor.hosts, d._supervisor.owners = [host], host.owners
     for _ in range(50):
@@ -348,7 +348,7 @@ def test_servers_of_a_cluster_without_a_head_are_lost_and_not_started_again(
     monkeypatch.setattr("cluster.deploy.supervisor.head_gone", lambda: gone.pop(0))
     clock = iter(range(0, 1000, 10))
     d = deploy(tmp_path, on_replica_death="restart")
-    d._supervisor.owners = [Owner(Host(None), 0, 0, 0, tmp_path / "log")]
+    d._supervisor.owners = [PartOwner(ServerHost(None), 0, 0, 0, tmp_path / "log")]
     monkeypatch.setattr("cluster.deploy.supervisor.time.monotonic", lambda: next(clock))
     assert d.check() == {}
     assert d.check() == {}, "it was back before the time was over"
@@ -608,9 +608,13 @@ def test_a_server_elsewhere_is_sampled_on_its_own_clock(tmp_path: Path, monkeypa
     monkeypatch.setattr("cluster.deploy.supervisor.ray.wait", lambda refs, **options: (refs, []))
     said: list[str] = []
     watch = Supervisor([], said.append, restart=False, ready_s=1)
-    hosts = [Host(actor, node="a"), Host(types.SimpleNamespace(clock_ns=Answer(gone)), node="b"), Host(None)]
+    hosts = [
+        ServerHost(actor, node="a"),
+        ServerHost(types.SimpleNamespace(clock_ns=Answer(gone)), node="b"),
+        ServerHost(None),
+    ]
     for index, host in enumerate(hosts):
-        host.owners = [Owner(host, 0, index, 0, tmp_path / "log")]
+        host.owners = [PartOwner(host, 0, index, 0, tmp_path / "log")]
     watch.hosts, watch.owners = hosts[:1], [o for host in hosts for o in host.owners]
     run = create_run_dir(tmp_path, "t")
     watch.hosts = hosts

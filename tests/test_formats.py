@@ -22,7 +22,7 @@ from harness.trace.anonymize import anonymize
 from harness.trace.files import write_trace
 from harness.trace.formats.detect import claims
 from harness.trace.formats.jsonl import FIELDS
-from harness.trace.formats.record import Asked
+from harness.trace.formats.record import TableOptions
 from harness.trace.formats.values import IsoClock, epoch_ns
 from harness.trace.io import FAILED_CALL, TraceRecord, open_trace
 from harness.trace.source import open_source, records
@@ -138,7 +138,7 @@ def test_the_evidence_for_a_block_size_is_counted(tmp_path):
     assert trace.blocks == "512 tokens: one id per block on all 3 rows, 1 of them of several blocks"
     path = write(tmp_path, lines(row(512, [1]), row(5, [2])))
     assert "nothing shows the unit of timestamp" in problem(path)
-    _, trace = read(path, table=Asked(unit="ms"))
+    _, trace = read(path, table=TableOptions(unit="ms"))
     assert "nothing in the file shows it" in trace.blocks
 
 

@@ -25,7 +25,7 @@ from analysis.labels import label_runs
 from analysis.rows import columns
 from analysis.rows.read import read_run
 from analysis.show import curves as reduce
-from analysis.show.compared import Comparison, compare_runs
+from analysis.show.compared import ComparisonView, compare_runs
 from analysis.show.curves import EDGES, cumulative, curves, kept_limits, over_time
 from analysis.show.document import Section, Table
 from analysis.show.page import LONGEST, plain, render_page, write_page, write_sections_page
@@ -64,7 +64,7 @@ def view(path, results=None, *, label="", **options) -> RunView:
     return view_run(run, summarise(run), label)
 
 
-def charts_of(made: RunView | Comparison, *places: str) -> list[Chart]:
+def charts_of(made: RunView | ComparisonView, *places: str) -> list[Chart]:
     return [chart for section in made.sections if section.id in places for chart in section.charts]
 
 

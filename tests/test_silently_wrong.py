@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness.trace.formats.record import TraceRecord, is_whole_prompt
-from harness.trace.formats.values import Usage, usage_of
+from harness.trace.formats.values import TokenCounts, usage_of
 from harness.trace.io import Trace, open_trace
 
 USER = {"role": "user", "content": "Name three rivers of France, please."}
@@ -110,17 +110,18 @@ def test_what_is_not_the_whole_prompt_is_replayed_by_its_length(tmp_path):
     ("usage", "want"),
     [
         ({"input_tokens": 5, "output_tokens": 9, "cache_creation_input_tokens": 100, "cache_read_input_tokens": 3000},
-         Usage(3105, 9, 3000)),
+         TokenCounts(3105, 9, 3000)),
         ({"input_tokens": 5, "output_tokens": 9, "cache_creation_input_tokens": None, "cache_read_input_tokens": 0},
-         Usage(5, 9, 0)),
+         TokenCounts(5, 9, 0)),
         ({"prompt_tokens": 30_005, "completion_tokens": 50, "cache_read_input_tokens": 30_000},
-         Usage(30_005, 50, 30_000)),
+         TokenCounts(30_005, 50, 30_000)),
         ({"prompt_tokens": 90, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 64}},
-         Usage(90, 5, 64)),
-        ({"input_tokens": 90, "output_tokens": 5, "input_tokens_details": {"cached_tokens": 64}}, Usage(90, 5, 64)),
-        ({"input_tokens": "90", "output_tokens": 5.0}, Usage(90, 5, None)),
-        ({}, Usage(None, None, None)),
-        (None, Usage(None, None, None)),
+         TokenCounts(90, 5, 64)),
+        ({"input_tokens": 90, "output_tokens": 5, "input_tokens_details": {"cached_tokens": 64}},
+         TokenCounts(90, 5, 64)),
+        ({"input_tokens": "90", "output_tokens": 5.0}, TokenCounts(90, 5, None)),
+        ({}, TokenCounts(None, None, None)),
+        (None, TokenCounts(None, None, None)),
     ],
 )  # fmt: skip
 def test_cached_tokens_are_counted_once(usage, want):

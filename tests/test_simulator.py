@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.simulator.replica import Outcome, Replica, Workload, _Fleet, simulate
+from cluster.simulator.replica import Outcomes, SimulatedReplica, Workload, _Fleet, simulate
 from cluster.simulator.scheduler import Limits, Scheduler, Sequence
 from cluster.simulator.step_time import Chunk, LinearStep, NoisyStep
 
@@ -99,7 +99,7 @@ def test_a_workload_out_of_order_is_refused(bad: Workload) -> None:
         simulate(bad, EIGHT, [STEP])
 
 
-def by_steps(load: Workload, slots: int) -> Outcome:
+def by_steps(load: Workload, slots: int) -> Outcomes:
     """The same engine again, written as plainly as can be: every sequence is looked at in every step."""
     waiting, running, now, steps = [], {}, 0.0, []
     n, due = len(load), load.arrival_s
@@ -124,7 +124,7 @@ def by_steps(load: Workload, slots: int) -> Outcome:
                 last[k] = now
                 del running[k]
     none = np.full(n, -1)
-    return Outcome(
+    return Outcomes(
         due_s=due, first_token_s=first, finished_s=last, replica=none, first_step=none, step_end_s=[np.array(steps)]
     )  # fmt: skip
 
@@ -179,7 +179,7 @@ def test_replicas_one_after_the_other_are_the_replicas_together(
     def steps() -> list[LinearStep | NoisyStep]:
         return [NoisyStep(linear, 0.2, seed + r) if noisy else linear for r in range(replicas)]
 
-    together = _Fleet(load, [Replica(limits, step) for step in steps()], "round robin", None)
+    together = _Fleet(load, [SimulatedReplica(limits, step) for step in steps()], "round robin", None)
     together.run(until_s)
     plain, found = together.outcome(), simulate(load, limits, steps(), until_s=until_s)
     said = simulate(load, limits, steps(), router=np.arange(80) % replicas, until_s=until_s)

@@ -28,7 +28,7 @@ from harness.trace.anonymize import anonymize
 from harness.trace.edit import Sample, sample
 from harness.trace.io import open_trace
 from harness.trace.prefix import Turns
-from harness.trace.shape import Columns, measure
+from harness.trace.shape import RowColumns, measure
 from harness.trace.spool import Column, Sessions
 
 
@@ -175,7 +175,7 @@ def test_sessions_cost_no_memory(monkeypatch, kind, tmp_path):
             found.place(f"session-{i}", i, 1000 + i % 7, 100)
         return found
 
-    def shape(sessions: int) -> Columns:
+    def shape(sessions: int) -> RowColumns:
         trace = tmp_path / f"{sessions}.jsonl"
         trace.write_text(
             "".join(
@@ -183,7 +183,7 @@ def test_sessions_cost_no_memory(monkeypatch, kind, tmp_path):
                 for i in range(sessions)
             )
         )
-        columns = Columns()
+        columns = RowColumns()
         for record in open_trace(trace):
             columns.add(record)
         return columns

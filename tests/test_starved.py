@@ -19,7 +19,7 @@ from analysis.validity.starved import OWN_WAIT, STARVED_BOUND
 from cluster.deploy.replica import ReplicaOwner, Started
 from cluster.engines.protocol import CommandEngine, Part
 from cluster.process import cpu_times as schedstat
-from cluster.process.cpu_times import HostTimes, Meter, Sampler, Times, read_threads
+from cluster.process.cpu_times import CpuTimesSampler, HostTimes, Meter, Times, read_threads
 from harness.errors import ResultsError
 from harness.record.host import ProcessorSecond, ProcessorSeconds, read_server_processor
 from harness.record.manifest import Replica, RunDir
@@ -256,7 +256,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_seconds_are_on_the_runs_clock_whatever_is_done_to_the_hosts(planted: dict[str, Any]) -> None:
     server = Serving(7)
-    sampler = Sampler([server], start_unix_ns=1_001 * S)
+    sampler = CpuTimesSampler([server], start_unix_ns=1_001 * S)
     planted["threads"] = {7: Times(0, 0)}
     sampler.sample()
     for k in (1, 2, 3):
@@ -273,7 +273,7 @@ def test_seconds_are_on_the_runs_clock_whatever_is_done_to_the_hosts(planted: di
 
 def test_a_server_that_is_started_again_has_no_rows_of_its_start(planted: dict[str, Any]) -> None:
     dies, lives = Serving(7), Serving(9)
-    sampler = Sampler([dies, lives], start_unix_ns=1_000 * S)
+    sampler = CpuTimesSampler([dies, lives], start_unix_ns=1_000 * S)
     run = 0
     for pids in ([7], [7], [], [], [70], [70], [71], [71]):  # the last new start falls between two samples
         dies.pids, run = pids, run + 500 * MS
@@ -287,7 +287,7 @@ def test_a_server_that_is_started_again_has_no_rows_of_its_start(planted: dict[s
 
 def test_a_counter_of_the_host_that_falls_is_no_negative_time(planted: dict[str, Any]) -> None:
     server = Serving(7)
-    sampler = Sampler([server], start_unix_ns=0)
+    sampler = CpuTimesSampler([server], start_unix_ns=0)
     for host in (HostTimes(5 * S, 3 * S), HostTimes(6 * S, 2 * S), HostTimes(7 * S, None)):
         planted["mono"] += S
         planted["threads"], planted["host"] = {7: Times(0, 0)}, host
@@ -297,7 +297,7 @@ def test_a_counter_of_the_host_that_falls_is_no_negative_time(planted: dict[str,
 
 def test_a_kernel_that_does_not_count_gives_no_rows(planted: dict[str, Any]) -> None:
     server = Serving(7)
-    sampler = Sampler([server], start_unix_ns=0)
+    sampler = CpuTimesSampler([server], start_unix_ns=0)
     sampler.sample()
     sampler.sample()
     assert server.rows == []
@@ -318,7 +318,7 @@ def test_two_busy_processes_on_one_processor_wait_half_of_the_time(tmp_path: Pat
     engine = CommandEngine(name="spin", served_model="none", argv=(sys.executable, "-c", SPIN))
     owner = ReplicaOwner(engine, "replica 0", str(tmp_path / "server-0.log"), "secret", "127.0.0.1")
     owner.cpus, owner.nice = [min(os.sched_getaffinity(0))], os.getpriority(os.PRIO_PROCESS, 0) + 3
-    sampler = Sampler([owner], time.time_ns())
+    sampler = CpuTimesSampler([owner], time.time_ns())
     try:
         started = owner.start(30, Part(rank=1, hosts=2, master="127.0.0.1", master_port=1))  # not asked for answers
         assert isinstance(started, Started)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from harness.cli.trace import trace as verbs
 from harness.errors import TraceError, UsageError
 from harness.trace.formats.columns import Clock, parse_map, recognised, role_of, unit_of
-from harness.trace.formats.record import Asked, RowError
+from harness.trace.formats.record import RowError, TableOptions
 from harness.trace.io import Trace, TraceRecord, open_trace
 
 BASE = datetime(2026, 9, 21, 14, 13, 20, tzinfo=UTC)
@@ -189,12 +189,12 @@ def test_columns_by_what_the_user_says(tmp_path, carrier):
         pq.write_table(pa.table({name: [row[at] for row in rows] for at, name in enumerate(columns)}), path)
     dot = "tokens." if carrier == "json" else ""
     asked = parse_map(f"arrival=when,input={dot}p,output={dot}c,session=chat,model=engine")
-    records = list(open_trace(path, table=Asked(asked, "ms")))
+    records = list(open_trace(path, table=TableOptions(asked, "ms")))
     assert [(r.arrival_s, r.input_tokens, r.output_tokens) for r in records] == ROWS
     assert [(r.session_id, r.model) for r in records] == [("s0", "big"), ("s1", "big"), ("s2", "big")]
-    assert "no column nothing" in problem(path, table=Asked(parse_map("arrival=nothing,input=p,output=c"), "ms")) or (
-        carrier == "json"
-    )
+    assert "no column nothing" in problem(
+        path, table=TableOptions(parse_map("arrival=nothing,input=p,output=c"), "ms")
+    ) or (carrier == "json")
 
 
 def test_map_and_unit_on_the_command_line(tmp_path):
@@ -214,7 +214,7 @@ def test_a_map_that_is_none(text):
 def test_formats_with_names_of_their_own_take_no_unit(tmp_path):
     path = write(tmp_path, '{"prompt": "a", "arrival_s": 1}\n')
     with pytest.raises(UsageError, match="unit of their own"):
-        open_trace(path, table=Asked(unit="ms"))
+        open_trace(path, table=TableOptions(unit="ms"))
 
 
 # --- clocks ----------------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def test_small_whole_numbers_ask_for_their_unit_and_are_surveyed_without(tmp_pat
     assert [row[:2] for row in kept] == [(None, 5), (None, 6)]
     assert "in a unit that nothing shows" in (trace.clock or "")
     for unit, last in (("s", 500.0), ("ms", 0.5), ("us", 0.0005)):
-        assert read(path, table=Asked(unit=unit))[0][-1][0] == last  # type: ignore[arg-type]
+        assert read(path, table=TableOptions(unit=unit))[0][-1][0] == last  # type: ignore[arg-type]
 
 
 def test_a_time_of_another_kind_is_refused(tmp_path):

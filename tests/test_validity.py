@@ -14,7 +14,7 @@ from analysis import metrics
 from analysis.rows import read as load
 from analysis.rows.read import read_run
 from analysis.summary import summarise
-from harness.record.answers import Prompt
+from harness.record.answers import CountedPrompt
 from harness.record.manifest import Host, Replica, Restart, RunDir, Worker, read_manifest, write_manifest
 from harness.record.results import ERRORS, Result
 from harness.trace.stats import TraceStats
@@ -98,7 +98,7 @@ GATES = {
     "engine_fits_tier": {"tier": replace(TIER, accelerator="H100", accelerator_count=8)},
     "input_tokens": {"results": changed(1, input_tokens=9), "plan": as_planned()},
     "prompt_text": {
-        "answers": [replace(said(good(i)), prompt=Prompt(bytes=900, words=200)) for i in range(20)],
+        "answers": [replace(said(good(i)), prompt=CountedPrompt(bytes=900, words=200)) for i in range(20)],
     },
     "usage_text": {"answers": [said(good(i, tokens=40)) for i in range(20)]},
     "token_books": {"replicas": counted(160, 85)},

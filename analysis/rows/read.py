@@ -39,7 +39,7 @@ from analysis.rows.itl_histogram import pool_chunks
 from analysis.rows.run import ChunkRows as ChunkRows
 from analysis.rows.run import Rows as Rows
 from analysis.rows.run import Run as Run
-from analysis.rows.run import Turns, columns_of, load_kind, own_times, read_again
+from analysis.rows.run import TurnRows, columns_of, load_kind, own_times, read_again
 from analysis.rows.worker_samples import LoopStalls, read_worker_samples
 from harness.errors import ResultsError, listed
 from harness.plan.file import plan_sha256
@@ -172,15 +172,15 @@ def _join(
     return run, keep
 
 
-def _turns(rows: Rows, plan: _Plan) -> Turns:
+def _turns(rows: Rows, plan: _Plan) -> TurnRows:
     """What sessions that wait make of the rows; where no request waits for another, each begins a session."""
     n = len(rows)
     if plan.after is None or plan.think_ns is None:
-        return Turns(first=np.full(n, True), lag_s=np.full(n, np.nan))
+        return TurnRows(first=np.full(n, True), lag_s=np.full(n, np.nan))
     after, own = plan.after, own_times(plan.scheduled_ns, plan.after, plan.think_ns)
     ids, waits = rows.request_id, np.isfinite(after[rows.request_id])
     lag_s = np.where(waits & np.isfinite(rows.sent_s), np.maximum(0.0, rows.scheduled_s - own[ids] / NS), np.nan)
-    return Turns(first=~waits, lag_s=lag_s)
+    return TurnRows(first=~waits, lag_s=lag_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from harness.record.run_spec import RunSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Turns:
+class TurnRows:
     """One entry per measured row of a run whose sessions wait."""
 
     first: Bools
@@ -176,7 +176,7 @@ class Run:
     """Successes of whose answers something was left out, as of no type that can be read."""
     remark: str | None = None
     """What, in the first of them."""
-    turns: Turns | None = None
+    turns: TurnRows | None = None
     """Of `rows`, where sessions wait (`analysis.offered_load`); None for other kinds of load."""
     chunks: Chunks
     problems: list[str] = field(default_factory=list)

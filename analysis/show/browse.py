@@ -37,7 +37,7 @@ Stamp = tuple[tuple[str, int, int], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
+class RunLine:
     """One run in the list."""
 
     key: str
@@ -114,7 +114,7 @@ class Results:
             known = self._known(key, path)
             waiting += known is None
             href = f"/run/{quote(key, errors='surrogateescape')}"
-            lines.append(Line(key=key, href=href, cells=_cells(path, known)))
+            lines.append(RunLine(key=key, href=href, cells=_cells(path, known)))
         count = f"{len(lines)} {'run' if len(lines) == 1 else 'runs'}"
         return render(
             "index.html", title=count, folder=str(self._folder), rows=lines, heads=HEADS, right=(6, 7, 8), problem=None,

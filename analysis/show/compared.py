@@ -27,7 +27,7 @@ ON_PURPOSE = ("seed", "loop")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class ComparisonView:
     """Several runs side by side."""
 
     capacity: list[str]
@@ -39,7 +39,7 @@ class Comparison:
     sections: list[Section]
 
 
-def compare_runs(views: Sequence[RunView]) -> Comparison:
+def compare_runs(views: Sequence[RunView]) -> ComparisonView:
     """Views of runs as one comparison; an INVALID run stands in the table with its verdict and without a price."""
     groups: dict[str, list[RunView]] = {}
     loops = {v.summary.load.mode for v in views}
@@ -76,7 +76,7 @@ def compare_runs(views: Sequence[RunView]) -> Comparison:
         Section(title="Distributions", charts=_distributions(views)),
         Section(title="What is compared", table=differs, facts=[("The same in all runs", same)] if same else []),
     ]  # fmt: skip
-    return Comparison(
+    return ComparisonView(
         capacity=[sentence(s) for s in found if s.loop != "closed"],
         sentence=_sentence(views, found),
         mind=_mind(differs, but=ON_PURPOSE if found else ()),

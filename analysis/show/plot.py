@@ -27,7 +27,7 @@ HARDLY_ANY = 0.001
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
+class PlotLine:
     """One line. ``color`` is a role (accent, second, muted, bad) or the number of a run."""
 
     name: str
@@ -58,7 +58,7 @@ class Chart:
     x_unit: str
     x_label: str
     y_unit: str
-    lines: list[Line]
+    lines: list[PlotLine]
     says: str
     """The picture in words, for those who do not see it."""
     marks: list[Mark] = field(default_factory=list)
@@ -161,7 +161,7 @@ def share_chart(
         title=f"{title}: share of {noun} within",
         x=_numbers(EDGES[keep]), x_unit="s", x_label=title, y_unit="%", log_x=True, share=True, marks=marks,
         lines=[
-            Line(name=name, y=_points(share[keep]), color=color[name]) for name, share in known.items()
+            PlotLine(name=name, y=_points(share[keep]), color=color[name]) for name, share in known.items()
         ],
         says=f"{title}: share of {noun} at or below each value" + ("" if said is None else f"; {_spoken(said)}"),
     )  # fmt: skip
@@ -177,7 +177,7 @@ def _histogram(title: str, noun: str, counts: Floats, marks: list[Mark], said: D
         title=f"{title}: how the {noun} are spread",
         x=_numbers(upper[first : last + 1] * 10 ** (-COARSE / PER_DECADE / 2)),
         x_unit="s", x_label=title, y_unit="%", log_x=True, marks=marks,
-        lines=[Line(name=f"share of {noun}", y=_points(share), shape="bars")],
+        lines=[PlotLine(name=f"share of {noun}", y=_points(share), shape="bars")],
         says=f"{title}: histogram on a logarithmic axis; {_spoken(said)}",
     )  # fmt: skip
 
@@ -200,7 +200,7 @@ def _timeline(
     """Load, in flight, latency and tokens on one time axis; server queue and KV cache where the server told."""
     said = summary.metrics
 
-    def chart(title: str, unit: str, lines: list[Line], says: str, **more: object) -> Chart:
+    def chart(title: str, unit: str, lines: list[PlotLine], says: str, **more: object) -> Chart:
         return Chart(
             title=title, x=_numbers(found.time_s), x_unit="s", x_label="since the start", y_unit=unit, lines=lines,
             says=f"{title} over the run: {says}", linked=linked, x_time=True, small=True, **more,  # type: ignore[arg-type]
@@ -212,22 +212,22 @@ def _timeline(
         # an SLO's limit holds for a share of requests: that percentile is drawn beside it, and no other
         tail = "largest" if share >= 1 else f"p{share * 100:g} (largest of fewer than {1 / (1 - share):.0f})"
         lines = [
-            Line(name="median", y=_points(middle), shape="step"),
-            Line(name=tail, y=_points(worst), color="second", shape="step"),
+            PlotLine(name="median", y=_points(middle), shape="step"),
+            PlotLine(name=tail, y=_points(worst), color="second", shape="step"),
         ]
         return chart(title, "s", lines, _spoken(distribution), log_y=True, marks=_limit(limits_of.get(name)))
 
     def per_second(values: Floats) -> Points:
         return _points(joined(values, found, summary.requests.sent))
 
-    load = [Line(name="sent", y=per_second(found.sent), shape="step")]
+    load = [PlotLine(name="sent", y=per_second(found.sent), shape="step")]
     if summary.load.mode == "open":
-        load.insert(0, Line(name="planned", y=per_second(found.planned), color="muted", shape="step"))
+        load.insert(0, PlotLine(name="planned", y=per_second(found.planned), color="muted", shape="step"))
     if found.failed.any():
-        load.append(Line(name="failed", y=per_second(found.failed), color="bad", shape="step"))
-    flight = [Line(name="client: in flight", y=_points(found.in_flight))]
+        load.append(PlotLine(name="failed", y=per_second(found.failed), color="bad", shape="step"))
+    flight = [PlotLine(name="client: in flight", y=_points(found.in_flight))]
     flight += [
-        Line(name=f"server: {name}", y=_points(found.server[name]), color=color)
+        PlotLine(name=f"server: {name}", y=_points(found.server[name]), color=color)
         for name, color in (("running", "second"), ("waiting", "bad"))
         if name in found.server
     ]
@@ -238,11 +238,11 @@ def _timeline(
         latency("ITL", "itl", said.itl),
     ]
     for name, values in (("Output", found.output_tokens), ("Input", found.input_tokens)):
-        line = Line(name=f"{name.lower()} tokens", y=per_second(values), shape="step")
+        line = PlotLine(name=f"{name.lower()} tokens", y=per_second(values), shape="step")
         charts.append(chart(f"{name} tokens", "tokens/s", [line], f"mean {values.mean():.4g} a second"))
     if "kv_cache_usage" in found.server:
         usage = found.server["kv_cache_usage"]
-        line = Line(name="in use, fullest replica", y=_points(usage))
+        line = PlotLine(name="in use, fullest replica", y=_points(usage))
         charts.append(chart("KV cache", "%", [line], f"highest {np.nanmax(usage):.0%}", share=True))
     return charts
 
@@ -253,11 +253,13 @@ def _lag(summary: Summary, found: Curves, bound_s: float | None, linked: str) ->
         return []
     middle, worst = over_time(found.grids["lag"], summary.requests.sent)
     lines = [
-        Line(name="median", y=_points(middle), shape="step"),
-        Line(name="p99 (largest of fewer than 100)", y=_points(worst), color="second", shape="step"),
+        PlotLine(name="median", y=_points(middle), shape="step"),
+        PlotLine(name="p99 (largest of fewer than 100)", y=_points(worst), color="second", shape="step"),
     ]
     if found.loop_lag_s is not None:
-        lines.append(Line(name="generator's clock, latest", y=_points(found.loop_lag_s), color="muted", shape="dots"))
+        lines.append(
+            PlotLine(name="generator's clock, latest", y=_points(found.loop_lag_s), color="muted", shape="dots")
+        )
     across = [] if bound_s is None else [Mark(axis="y", at=bound_s, label="bound")]
     down = [] if bound_s is None else [Mark(axis="x", at=bound_s, label="bound")]
     said = summary.metrics.lag
@@ -340,7 +342,7 @@ def against(
         if not by_x:
             continue
         lines.append(
-            Line(
+            PlotLine(
                 name=name, color=number, shape=shape,
                 y=[_point(by_x[x].value) if x in by_x else None for x in columns],
                 low=[_point(by_x[x].low) if x in by_x else None for x in columns],

@@ -21,7 +21,7 @@ import numpy as np
 from analysis.check import Check, check, limit
 from analysis.rows.read import Run
 from analysis.validity.lengths import TEMPLATE_TOKENS
-from harness.record.answers import Counted, Prompt, Text
+from harness.record.answers import Counted, CountedPrompt, Text
 
 TOLERANCE = 0.1
 """Share of a text's tokens by which usage and text may differ,"""
@@ -41,7 +41,7 @@ _WORDS: dict[How, str] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class CountedAnswer:
     """One answer of the sample: what the server counted, and what we did."""
 
     usage: float
@@ -113,7 +113,7 @@ def prompt_text(run: Run) -> Check:
     return check(name, ok, observed, bound + (", the same for all aside" if chat else ""), advice)
 
 
-def _cut(prompts: Sequence[tuple[float, Prompt]]) -> str | None:
+def _cut(prompts: Sequence[tuple[float, CountedPrompt]]) -> str | None:
     """Which prompts were not read to their end; None: none, as far as can be seen.
 
     Those of fewer tokens than words; and where several have the very same count, which no other exceeds, while their
@@ -139,7 +139,7 @@ def _advice(excess: float, how: How) -> str:
     return f"{wrong}, so no cost per token is right: see what counts tokens between you and the engine{other}"
 
 
-def sampled(run: Run) -> list[Answer]:
+def sampled(run: Run) -> list[CountedAnswer]:
     """The answers of the sample that are measured successes with usage."""
     counted = {one.request_id: one for one in run.manifest.answers}
     if not counted:
@@ -149,7 +149,7 @@ def sampled(run: Run) -> list[Answer]:
     known = np.flatnonzero(np.isin(rows.request_id, ids) & rows.success & np.isfinite(rows.output_tokens))
     reasoning = np.nan_to_num(rows.reasoning_tokens)
     return [
-        Answer(
+        CountedAnswer(
             usage=float(rows.output_tokens[i]), reasoning=float(reasoning[i]), input=float(rows.input_tokens[i]),
             counted=counted[int(rows.request_id[i])],
         )
@@ -157,7 +157,7 @@ def sampled(run: Run) -> list[Answer]:
     ]  # fmt: skip
 
 
-def _how(answers: Sequence[Answer]) -> How:
+def _how(answers: Sequence[CountedAnswer]) -> How:
     """By what the whole sample can be counted."""
     counted = [a.counted for a in answers]
     texts = [text for one in counted for text in (one.text, one.reasoning)]
@@ -170,7 +170,7 @@ def _how(answers: Sequence[Answer]) -> How:
     return "chunks" if single else "bytes"
 
 
-def span(answer: Answer, how: How) -> tuple[float, float]:
+def span(answer: CountedAnswer, how: How) -> tuple[float, float]:
     """Fewest and most output tokens that this answer can have, declared reasoning among them, by our own count.
 
     Declared reasoning that was streamed as well is in its text and counts once. A chunk without text may be a token.
@@ -196,7 +196,7 @@ def _tokens(text: Text) -> float:
     return float(text.tokens)
 
 
-def judge(answers: Sequence[Answer], how: How) -> tuple[float, float]:
+def judge(answers: Sequence[CountedAnswer], how: How) -> tuple[float, float]:
     """Usage beyond what the answers can have (below it: negative), summed, and by how much it may be beyond."""
     total = allowed = 0.0
     for answer in answers:

@@ -20,7 +20,7 @@ from cluster.deploy.job import read_piece
 from cluster.deploy.placement import choose_cpus
 from cluster.deploy.replica import Failed, Look, ReplicaOwner, Started
 from cluster.engines.protocol import WHOLE, Engine, Part
-from cluster.process.cpu_times import Sampler
+from cluster.process.cpu_times import CpuTimesSampler
 from cluster.process.process import GRACE_S, NO_SECRETS, Process
 from cluster.process.registry import name_orphans, work_folder
 from cluster.process.reservations import exclusively, holders, release, reservations, reserve, visible_gpus
@@ -60,7 +60,7 @@ class ServersActor:
             owner.nice = nice
         self._run_dir = Path(servers[0][1]).parent
         self._reserved: list[str | None] = []
-        self._sampler: Sampler | None = None
+        self._sampler: CpuTimesSampler | None = None
 
     def node_id(self) -> str:
         """The Ray node it runs on."""
@@ -82,7 +82,7 @@ class ServersActor:
         ``start_unix_ns``: the common start by this host's clock.
         """
         self.end_samples()
-        self._sampler = Sampler(self._owners, start_unix_ns)
+        self._sampler = CpuTimesSampler(self._owners, start_unix_ns)
         self._sampler.start()
 
     def end_samples(self) -> None:

@@ -32,7 +32,7 @@ from cluster.deploy.ray_head import NICENESS
 from cluster.deploy.ray_session import alive_nodes, connect, disconnect, head_gone, last_line
 from cluster.deploy.remote import RemoteHost, RemoteWorker
 from cluster.deploy.replica import TRIES, Failed, Started
-from cluster.deploy.supervisor import CHECK_S, Host, Owner, Supervisor
+from cluster.deploy.supervisor import CHECK_S, PartOwner, ServerHost, Supervisor
 from cluster.engines.protocol import WHOLE, Engine, Part, State
 from cluster.engines.vllm import VllmEngine
 from cluster.process.process import GRACE_S, Process
@@ -199,8 +199,8 @@ class Deployment:
             servers.append((name, str(log)))
         address = "127.0.0.1" if len(self._nodes) == 1 else ""
         actor = ray.remote(**options)(ServersActor)
-        host = Host(actor.remote(self._engine, servers, self.api_key, address, self._nice))
-        host.owners = [Owner(host, i, index, part, Path(servers[i][1])) for i, index in enumerate(members)]
+        host = ServerHost(actor.remote(self._engine, servers, self.api_key, address, self._nice))
+        host.owners = [PartOwner(host, i, index, part, Path(servers[i][1])) for i, index in enumerate(members)]
         self._supervisor.hosts.append(host)
         self._supervisor.owners += host.owners
 
@@ -224,7 +224,7 @@ class Deployment:
                 break
         return [answer for answer in started if isinstance(answer, Started)]
 
-    def _order(self, owners: list[Owner]) -> list[Any]:
+    def _order(self, owners: list[PartOwner]) -> list[Any]:
         """Set these servers off; one reference each."""
         refs = []
         meeting = ("", 0)

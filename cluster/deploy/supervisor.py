@@ -33,11 +33,11 @@ LOG_FILE_NOTE = "(the rest of this log stayed on a host that was lost)\n"
 
 
 @dataclass(slots=True)
-class Host:
+class ServerHost:
     """An actor that owns servers of this deployment on one node, as far as the driver knows."""
 
     actor: Any
-    owners: list[Owner] = field(default_factory=list)
+    owners: list[PartOwner] = field(default_factory=list)
     node: str = ""
     """Empty until the actor is placed; one that is not could leave a question open."""
     question: Question | None = None
@@ -66,10 +66,10 @@ class Host:
 
 
 @dataclass(slots=True)
-class Owner:
+class PartOwner:
     """One part of a replica (as good as always the whole) in its host's actor."""
 
-    host: Host
+    host: ServerHost
     place: int
     """Its number among ``host.owners``."""
     replica: int
@@ -117,8 +117,8 @@ class Supervisor:
     def __init__(
         self, replicas: Sequence[Replica], say: Callable[[str], None], *, restart: bool, ready_s: float
     ) -> None:
-        self.hosts: list[Host] = []
-        self.owners: list[Owner] = []
+        self.hosts: list[ServerHost] = []
+        self.owners: list[PartOwner] = []
         self.restarts: list[Restart] = []
         self._replicas, self._say, self._restart_wanted, self._ready_s = replicas, say, restart, ready_s
         self._restarting: dict[int, _Restarting] = {}
@@ -201,7 +201,7 @@ class Supervisor:
         """A dead server is being started again."""
         return bool(self._restarting)
 
-    def _restart(self, owner: Owner, how: str) -> bool:
+    def _restart(self, owner: PartOwner, how: str) -> bool:
         """Begin to start a dead server again; false when that is not wanted or cannot be."""
         in_parts = any(other.part for other in self.owners)
         before = sum(restart.replica == owner.replica for restart in self.restarts)
@@ -214,7 +214,7 @@ class Supervisor:
         self.restarts.append(Restart(replica=owner.replica, died=now_utc(), how=how))
         return True
 
-    def _finish_restart(self, owner: Owner, replica: Replica) -> None:
+    def _finish_restart(self, owner: PartOwner, replica: Replica) -> None:
         going = self._restarting[replica.index]
         took_s = time.monotonic() - going.since
         done, _ = ray.wait([going.answer], timeout=0)

@@ -197,7 +197,7 @@ def engine_args(model: Model, tier: Tier) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Need:
+class MemoryNeed:
     """Memory one replica needs, GiB; of one accelerator, or of the whole machine on a CPU tier."""
 
     weights_gib: float
@@ -213,7 +213,7 @@ class Need:
         return self.weights_gib + self.kv_cache_gib + self.processes_gib
 
 
-def memory_need(model: Model, tier: Tier) -> Need | None:
+def memory_need(model: Model, tier: Tier) -> MemoryNeed | None:
     """What a replica needs and the tier has; null when the model's or the accelerator's size is not known."""
     model = for_tier(model, tier.accelerator)
     have = tier.accelerator_memory_gib if tier.accelerator_count else tier.memory_gib
@@ -223,14 +223,14 @@ def memory_need(model: Model, tier: Tier) -> Need | None:
         return None
     size = DTYPE_BYTES.get(model.dtype, 2)
     if not tier.accelerator_count:
-        return Need(
+        return MemoryNeed(
             weights_gib=weights / GIB, kv_cache_gib=cpu_kv_cache_gib(model), processes_gib=CPU_PROCESSES_GIB,
             have_gib=have * MEMORY_SHARE,
         )  # fmt: skip
     parts = tensor_parallel_size(model, tier)
     stages = pipeline_parallel_size(model, tier)  # each holds its share of the layers, so of weights and KV cache
     kv = kv_bytes(config, model.max_model_len, size, parts) / stages
-    return Need(
+    return MemoryNeed(
         weights_gib=weights / parts / stages / GIB,
         kv_cache_gib=kv / GIB,
         processes_gib=0.0,

@@ -114,7 +114,7 @@ class Meter:
         self._before = None
 
 
-class Server(Protocol):
+class SampledServer(Protocol):
     """Whose processor time is sampled: `cluster.deploy.replica.ReplicaOwner`."""
 
     def processes(self, tree: Mapping[int, Sequence[int]]) -> list[int]:
@@ -124,10 +124,10 @@ class Server(Protocol):
         """What it ran and waited."""
 
 
-class Sampler:
+class CpuTimesSampler:
     """Samples the servers of one host each second, from a thread of its own, until it is stopped."""
 
-    def __init__(self, servers: Sequence[Server], start_unix_ns: int) -> None:
+    def __init__(self, servers: Sequence[SampledServer], start_unix_ns: int) -> None:
         """``start_unix_ns``: the common start by this host's clock."""
         self._servers = [(server, Meter()) for server in servers]
         # One reading of both clocks, so that a wall clock that is set during the run moves nothing.

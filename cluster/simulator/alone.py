@@ -30,7 +30,7 @@ def serve_alone(
     n, most = len(arrival_s), limits.max_num_seqs
     end_s, first_step = array("d"), [-1] * n
     step = decoding = context = 0
-    prompts = _Prompts(inputs, limits.max_num_batched_tokens)
+    prompts = _Waiting(inputs, limits.max_num_batched_tokens)
     leaving: dict[int, tuple[int, int]] = {}
     """By step: how many sequences end with it, and the sum of their lengths."""
     coming_s = [*arrival_s, math.inf]
@@ -76,7 +76,7 @@ def _plain_s(step_time: StepTime, most: int) -> list[float] | None:
     return None
 
 
-class _Prompts:
+class _Waiting:
     """What waits for its first token: the first ``come`` requests have come, the first ``begun`` were admitted."""
 
     __slots__ = ("begun", "come", "inputs", "read", "reading", "room")

@@ -26,7 +26,7 @@ Router = Literal["round robin", "least in flight"]
 """Who gets the next request of several replicas: each in turn, or the one with the fewest (of equal ones the first)."""
 
 
-class Replica:
+class SimulatedReplica:
     """One engine and its clock: a step begins, and later it ends."""
 
     def __init__(self, limits: Limits, step_time: StepTime) -> None:
@@ -77,7 +77,7 @@ class Workload:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class Outcomes:
     """What became of each request of a workload. NaN: it did not come so far."""
 
     due_s: Floats
@@ -107,7 +107,7 @@ def simulate(
     router: Router | Ints = "round robin",
     concurrency: int | None = None,
     until_s: float = math.inf,
-) -> Outcome:
+) -> Outcomes:
     """Serve ``workload`` on as many replicas as there are step times (one of its own each, for those with state).
 
     ``router``: or the replica of each request, in an open loop where nobody waits. ``concurrency``: a closed loop of so
@@ -119,14 +119,14 @@ def simulate(
         return _each_alone(workload, limits, step_times, owner, until_s)
     if not isinstance(router, str):
         raise ValueError("who serves a request cannot be said beforehand where requests wait for others")
-    fleet = _Fleet(workload, [Replica(limits, step_time) for step_time in step_times], router, concurrency)
+    fleet = _Fleet(workload, [SimulatedReplica(limits, step_time) for step_time in step_times], router, concurrency)
     fleet.run(until_s)
     return fleet.outcome()
 
 
 def _each_alone(
     workload: Workload, limits: Limits, step_times: Items[StepTime], owner: Ints, until_s: float
-) -> Outcome:  # fmt: skip
+) -> Outcomes:  # fmt: skip
     """Replicas whose requests are known beforehand, one after the other: the same as `_Fleet`, faster."""
     _check_open(workload)
     n = len(workload)
@@ -145,7 +145,7 @@ def _each_alone(
         finished_s[mine[done]] = end_s[last[done]]
         first_step[mine] = first
         ends.append(end_s)
-    return Outcome(
+    return Outcomes(
         due_s=np.where(came, workload.arrival_s, np.nan), first_token_s=_first_token_s(owner, first_step, ends),
         finished_s=finished_s, replica=np.where(came, owner, -1), first_step=first_step, step_end_s=ends,
     )  # fmt: skip
@@ -171,7 +171,7 @@ class _Fleet:
     """Replicas, what is still to come to them, and what became of what came."""
 
     def __init__(
-        self, workload: Workload, replicas: list[Replica], router: Router, concurrency: int | None
+        self, workload: Workload, replicas: list[SimulatedReplica], router: Router, concurrency: int | None
     ) -> None:  # fmt: skip
         n = len(workload)
         self.replicas, self.router, self.closed = replicas, router, concurrency is not None
@@ -235,14 +235,14 @@ class _Fleet:
             return (self.turn - 1) % len(self.replicas)
         return min(range(len(self.replicas)), key=lambda r: self.replicas[r].scheduler.in_flight)
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> Outcomes:
         """What became of each request so far."""
         for replica in self.replicas:
             for sequence in replica.scheduler.decoding:
                 self.first_step[sequence.number] = sequence.first_step
         ends = [np.array(replica.step_end_s, dtype=np.float64) for replica in self.replicas]
         first_s = _first_token_s(self.owner, self.first_step, ends)
-        return Outcome(
+        return Outcomes(
             due_s=self.due_s, first_token_s=first_s, finished_s=self.finished_s, replica=self.owner,
             first_step=self.first_step, step_end_s=ends,
         )  # fmt: skip

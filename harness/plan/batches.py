@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from harness.errors import PlanError
 from harness.plan.arrivals import Times
-from harness.plan.chat import Chat, Live, Made, Prompt
+from harness.plan.chat import Chat, Live, Made, TurnPrompt
 from harness.plan.file import SCHEMA, PlanSpec
 from harness.plan.prompts import Ids, Vocabulary
 from harness.trace.edit import Arrangement
@@ -193,7 +193,7 @@ def _new_parts(live: Live, rows: list[Copied], made: list[_Prompt]) -> tuple[lis
     parts, continues = list(made), list[bool | None]([None] * len(made))
     for i, ((copy, record), prompt) in enumerate(zip(rows, made, strict=True)):
         messages = None if prompt.messages is None else msgspec.json.decode(prompt.messages, type=list[dict[str, str]])
-        new = live.new(copy, record, Prompt(messages=messages, text=prompt.text, ids=prompt.ids))
+        new = live.new(copy, record, TurnPrompt(messages=messages, text=prompt.text, ids=prompt.ids))
         if new is not None:
             left = None if new.messages is None else msgspec.json.encode(new.messages).decode()
             parts[i] = _Prompt(tokens=prompt.tokens, ids=new.ids, text=new.text, messages=left)

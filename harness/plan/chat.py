@@ -178,7 +178,7 @@ MADE_UP_TEXT = "a made-up text does not show where an answer ends: give the mode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
+class TurnPrompt:
     """What a row would send; one of the three is set."""
 
     messages: Sequence[dict[str, Any]] | None = None
@@ -201,9 +201,9 @@ class Prompt:
             raw = self.ids[:size].tobytes()
         return hashlib.blake2b(raw, digest_size=16).digest()
 
-    def after(self, at: int) -> Prompt:
+    def after(self, at: int) -> TurnPrompt:
         """What is behind there."""
-        return Prompt(
+        return TurnPrompt(
             messages=None if self.messages is None else self.messages[at:],
             text=None if self.text is None else self.text[at:],
             ids=None if self.ids is None else self.ids[at:],
@@ -236,7 +236,7 @@ class Live:
         self._copy = 0
         self._last = Sessions(_Before)
 
-    def new(self, copy: int, record: TraceRecord, prompt: Prompt) -> Prompt | None:
+    def new(self, copy: int, record: TraceRecord, prompt: TurnPrompt) -> TurnPrompt | None:
         """What is new in the next row of copy ``copy``; None when it goes on from nothing."""
         if copy != self._copy and not self._overlap:
             self._last.clear()
@@ -256,7 +256,7 @@ class Live:
         return prompt.after(at)
 
 
-def _form(record: TraceRecord, prompt: Prompt) -> str:
+def _form(record: TraceRecord, prompt: TurnPrompt) -> str:
     if prompt.messages is not None:
         return "messages"
     if prompt.text is not None:
@@ -264,17 +264,17 @@ def _form(record: TraceRecord, prompt: Prompt) -> str:
     return "token ids"
 
 
-def _remember(record: TraceRecord, prompt: Prompt) -> _Before:
+def _remember(record: TraceRecord, prompt: TurnPrompt) -> _Before:
     size = shared = prompt.size
     if prompt.ids is not None and record.prefix_ids is not None and record.block_tokens:
         shared = size // record.block_tokens * record.block_tokens
     answer = None
     if prompt.text is not None and record.answer:
-        answer = len(record.answer), Prompt(text=record.answer).digest(len(record.answer))
+        answer = len(record.answer), TurnPrompt(text=record.answer).digest(len(record.answer))
     return _Before(_form(record, prompt), size, shared, prompt.digest(shared), answer, record.output_tokens or 0)
 
 
-def _starts(before: _Before, record: TraceRecord, prompt: Prompt) -> int | str:
+def _starts(before: _Before, record: TraceRecord, prompt: TurnPrompt) -> int | str:
     """Where what is new begins in a prompt, or why it does not go on."""
     form = _form(record, prompt)
     if form != before.form:

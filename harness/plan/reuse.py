@@ -49,11 +49,11 @@ Ids = npt.NDArray[np.int32]
 _COLUMNS = ["input_tokens", "prompt_token_ids", "prompt_text", "messages"]
 
 
-class _Message(msgspec.Struct):
+class _PlanMessage(msgspec.Struct):
     content: str
 
 
-_MESSAGES = msgspec.json.Decoder(list[_Message])
+_MESSAGES = msgspec.json.Decoder(list[_PlanMessage])
 
 
 class UnknownTokensError(Exception):

@@ -97,7 +97,7 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
+class CountedPrompt:
     """What was sent with one request, counted."""
 
     bytes: int
@@ -117,7 +117,7 @@ class Counted:
     request_id: int
     text: Text
     reasoning: Text
-    prompt: Prompt | None = None
+    prompt: CountedPrompt | None = None
     """Null where the plan has its length already, and of what is not all text."""
     blanks: int = 0
     ids: int = 0
@@ -125,7 +125,7 @@ class Counted:
 
 
 def count_answers(
-    said: Iterable[Said], tokenizer: TextTokenizer | None = None, prompts: Mapping[int, Prompt] | None = None
+    said: Iterable[Said], tokenizer: TextTokenizer | None = None, prompts: Mapping[int, CountedPrompt] | None = None
 ) -> list[Counted]:
     """The same answers, counted; in tokens where there is a tokenizer."""
     return [
@@ -137,7 +137,7 @@ def count_answers(
     ]  # fmt: skip
 
 
-def count_prompts(plan: Path, ids: Iterable[int], tokenizer: TextTokenizer | None = None) -> dict[int, Prompt]:
+def count_prompts(plan: Path, ids: Iterable[int], tokenizer: TextTokenizer | None = None) -> dict[int, CountedPrompt]:
     """Prompts of these requests whose length the plan does not know, counted. Raises `PlanError`."""
     from harness.plan.file import find_requests
 
@@ -150,19 +150,19 @@ def count_prompts(plan: Path, ids: Iterable[int], tokenizer: TextTokenizer | Non
     return found
 
 
-def _prompt(text: str | None, messages: str | None, tokenizer: TextTokenizer | None) -> Prompt | None:
+def _prompt(text: str | None, messages: str | None, tokenizer: TextTokenizer | None) -> CountedPrompt | None:
     if messages is None:
         if text is None:
             return None
         tokens = None if tokenizer is None else len(tokenizer.encode([text])[0])
-        return Prompt(bytes=_bytes(text), words=len(_WORD.findall(text)), tokens=tokens)
+        return CountedPrompt(bytes=_bytes(text), words=len(_WORD.findall(text)), tokens=tokens)
     try:
         turns = msgspec.json.decode(messages, type=list[_Message])
     except msgspec.DecodeError:
         return None  # parts that are no text, tool calls: bytes say little of them
     said = [{"role": turn.role, "content": turn.content} for turn in turns]
     ids = None if tokenizer is None else tokenizer.chat_ids(said)
-    return Prompt(
+    return CountedPrompt(
         bytes=_bytes(messages), words=sum(len(_WORD.findall(turn.content)) for turn in turns), messages=len(turns),
         tokens=None if ids is None else len(ids),
     )  # fmt: skip

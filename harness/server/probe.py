@@ -27,7 +27,7 @@ import msgspec
 from harness import __version__
 from harness.errors import HarnessError, ServerError, UsageError, listed, unknown_name
 from harness.server.access import Access, AccessLike, access_of, page_beside, page_under
-from harness.server.question import Answer, ask, retry_after_s
+from harness.server.question import HttpAnswer, ask, retry_after_s
 from harness.untrusted import DECODE_ERRORS, check_regular
 
 _STRING = r'"(?:[^"\\]|\\.)*+"'
@@ -39,7 +39,7 @@ _ESCAPED = re.compile(r"\\(.)")
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class MetricSample:
     """One line: a series and its value, which may be infinite or not a number."""
 
     name: str
@@ -47,7 +47,7 @@ class Sample:
     value: float
 
 
-def read_samples(text: str, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[Sample]:
+def read_samples(text: str, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[MetricSample]:
     """The samples of one page, in order, of the series whose name is ``wanted``."""
     for line in text.split("\n"):
         if line.startswith("# EOF"):
@@ -61,7 +61,7 @@ def read_samples(text: str, wanted: Callable[[str], bool] = lambda _: True) -> I
             yield sample
 
 
-def _sample(name: str, line: str, at: int) -> Sample | None:
+def _sample(name: str, line: str, at: int) -> MetricSample | None:
     labels = _LABELS.match(line, at)
     rest = _REST.match(line.rstrip("\r"), at if labels is None else labels.end())
     try:
@@ -71,7 +71,7 @@ def _sample(name: str, line: str, at: int) -> Sample | None:
     if value is None:
         return None
     found = _LABEL.findall(labels[1]) if labels is not None else []
-    return Sample(name, {_unquoted(key): _unquoted(said) for key, said in found}, value)
+    return MetricSample(name, {_unquoted(key): _unquoted(said) for key, said in found}, value)
 
 
 def _unquoted(text: str) -> str:
@@ -150,7 +150,7 @@ def fetch(url: str, access: AccessLike, body: object = None, *, deadline_s: floa
             raise _refusal(url, answer, access, wait_s)
 
 
-def _refusal(url: str, answer: Answer, access: Access, wait_s: float | None) -> ServerError:
+def _refusal(url: str, answer: HttpAnswer, access: Access, wait_s: float | None) -> ServerError:
     """What to say of an answer that is none."""
     if 300 <= answer.status < 400 and answer.location:
         return RedirectError(

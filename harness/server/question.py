@@ -37,7 +37,7 @@ PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class HttpAnswer:
     """What came back, whatever its status."""
 
     status: int
@@ -73,7 +73,7 @@ def ask(
     deadline_s: float,
     most_bytes: int = MOST_BYTES,
     tls: ssl.SSLContext | None = None,
-) -> Answer:
+) -> HttpAnswer:
     """The whole answer to a GET, or to a POST of ``body``, within ``deadline_s`` from now.
 
     Raises `UsageError` for no URL, `ServerError` when there is no whole answer of at most ``most_bytes`` by then.
@@ -93,7 +93,7 @@ def ask(
 
 def _asked(
     parts: SplitResult, sock: socket.socket, end: float, headers: Mapping[str, str], body: bytes | None, most_bytes: int
-) -> Answer:
+) -> HttpAnswer:
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port or PORTS[parts.scheme])
     if parts.scheme == "https":
         connection.default_port = PORTS["https"]  # the Host header leaves it out
@@ -107,7 +107,7 @@ def _asked(
         if response.length:  # `read` with a number does not say so: half a page of counters is no book
             raise http.client.IncompleteRead(found, response.length)
         said = response.getheader
-        return Answer(response.status, response.reason, found, said("Location"), said("Retry-After"))
+        return HttpAnswer(response.status, response.reason, found, said("Location"), said("Retry-After"))
 
 
 def _left(end: float) -> float:

@@ -95,7 +95,7 @@ def rows_needed(levels: Iterable[Level], asked: PlanOptions) -> int | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
+class PointEstimate:
     """Of one point on servers that are up."""
 
     requests: int
@@ -105,7 +105,7 @@ class Estimate:
     """True where the pace of the server decides, so that `ITL_S` stands in for it."""
 
 
-def estimate(level: Level, asked: PlanOptions, found: Survey) -> Estimate:
+def estimate(level: Level, asked: PlanOptions, found: Survey) -> PointEstimate:
     """Requests and seconds of one point: its planned span or duration (warm-up inside it), the drain, the way there."""
     limit, duration_s = asked.limit, asked.duration_s
     rows = limit if limit and asked.repeat else found.rows if not limit else min(limit, found.rows)
@@ -113,18 +113,18 @@ def estimate(level: Level, asked: PlanOptions, found: Survey) -> Estimate:
     if level.request_rate is not None:
         if same_clock(asked) and found.rate and found.span_s:
             due = min(found.rows * level.request_rate / found.rate, limit or math.inf)
-            return Estimate(requests=round(due), seconds=due / level.request_rate + around_s, assumed=False)
+            return PointEstimate(requests=round(due), seconds=due / level.request_rate + around_s, assumed=False)
         due = level.request_rate * duration_s if duration_s else math.inf
         if not asked.repeat or math.isinf(due):
             due = min(due, rows)
         if limit:
             due = min(due, limit)
-        return Estimate(requests=round(due), seconds=due / level.request_rate + around_s, assumed=False)
+        return PointEstimate(requests=round(due), seconds=due / level.request_rate + around_s, assumed=False)
     assert level.concurrency is not None
     if duration_s:
-        return Estimate(requests=rows, seconds=duration_s + around_s, assumed=False)
+        return PointEstimate(requests=rows, seconds=duration_s + around_s, assumed=False)
     work_s = rows * found.output_tokens * ITL_S / min(level.concurrency, rows)
-    return Estimate(requests=rows, seconds=work_s + around_s, assumed=True)
+    return PointEstimate(requests=rows, seconds=work_s + around_s, assumed=True)
 
 
 def start_s(pair: Pair, tier: Tier | None) -> float:
@@ -139,15 +139,17 @@ def usd_per_hour(pair: Pair, tier: Tier | None) -> float:
     return tier.usd_per_hour * (pair.replicas or 1) if tier is not None else 0.0
 
 
-def expect(points: Sequence[Point], asked: PlanOptions, found: Survey) -> dict[str, Estimate]:
+def expect(points: Sequence[Point], asked: PlanOptions, found: Survey) -> dict[str, PointEstimate]:
     """Estimates by the name of the point. What the same pair took at the same level is worth more than a guess."""
     measured: dict[tuple[int, Level], list[float]] = {}
     for point in points:
         if point.state == "done" and point.took_s is not None:
             measured.setdefault((point.pair, point.level), []).append(point.took_s)
     guesses = {level: estimate(level, asked, found) for level in {point.level for point in points}}
-    expected: dict[str, Estimate] = {}
+    expected: dict[str, PointEstimate] = {}
     for point in points:
         guess, seen = guesses[point.level], measured.get((point.pair, point.level))
-        expected[point.name] = Estimate(requests=guess.requests, seconds=max(seen), assumed=False) if seen else guess
+        expected[point.name] = (
+            PointEstimate(requests=guess.requests, seconds=max(seen), assumed=False) if seen else guess
+        )
     return expected

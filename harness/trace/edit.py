@@ -171,7 +171,7 @@ class Units(NamedTuple):
     """A random number, the same for all rows of a unit."""
 
 
-class Part(NamedTuple):
+class TracePass(NamedTuple):
     """One reading of the trace for a plan: which copy its requests belong to, and the rows it takes."""
 
     copy: int
@@ -189,7 +189,7 @@ class Arrangement:
     """On the trace's clock, ascending."""
     part: npt.NDArray[np.unsignedinteger[Any]]
     """Which of ``parts`` the request comes from: its next row."""
-    parts: list[Part]
+    parts: list[TracePass]
     overlap: bool = True
     """Copies lie over each other; else one is over when the next begins, and so are its sessions."""
     rows: Times | None = None
@@ -218,14 +218,14 @@ def arrange(arrivals: Times, units: Units, growth: float, seed: int) -> Arrangem
     period = span + max(span // max(n - 1, 1), 1)  # the wrap leaves one mean gap between the end and the beginning
     copies = math.ceil(round(growth, 9))
     shifts = _shifts(copies, period, seed)
-    parts: list[Part] = []
+    parts: list[TracePass] = []
     times: list[Times] = []
     for copy in range(copies):
         least = None if growth - copy >= 1 - 1e-9 else np.uint64((growth - copy) * 2**64)
         for round_the_end in (True, False):
             taken = filled(n, _taken(units, least, shifts[copy], period, round_the_end), np.bool_)
             if taken.any():
-                parts.append(Part(copy, taken))
+                parts.append(TracePass(copy, taken))
                 times.append(_shifted(arrivals, taken, shifts[copy] - (period if round_the_end else 0)))
     if not times:
         raise UsageError(f"thinning to {growth:g} of the demand left no request: keep more, or another seed")

@@ -18,7 +18,7 @@ from harness.errors import TraceError, UsageError
 from harness.options import ReadOptions
 from harness.plan.seeds import load_seed
 from harness.trace.formats.jsonl import FIELDS
-from harness.trace.formats.record import Asked
+from harness.trace.formats.record import TableOptions
 from harness.trace.io import Trace, TraceRecord, open_trace
 from harness.trace.selection import parse_where
 
@@ -44,7 +44,7 @@ def open_asked(trace: Files, asked: ReadOptions, *, arrivals_only: bool = False,
         lengths = draw_lengths(parse_lengths(asked.input_tokens), parse_lengths(asked.output_tokens), seed)
     return open_trace(
         trace, format=asked.trace_format, skip_bad=asked.skip_bad, sort=asked.sort, part=asked.part, lengths=lengths,
-        arrivals_only=arrivals_only, survey=survey, table=Asked(asked.columns or {}, asked.time_unit),
+        arrivals_only=arrivals_only, survey=survey, table=TableOptions(asked.columns or {}, asked.time_unit),
         where=parse_where(asked.where),
     )  # fmt: skip
 

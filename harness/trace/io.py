@@ -17,19 +17,19 @@ from harness.errors import TraceError, UsageError, unknown_name
 from harness.trace.formats.detect import FORMATS, detect_all
 from harness.trace.formats.record import (
     FAILED_CALL,
-    Asked,
     FailedCallError,
     Item,
     LeftOutError,
     Place,
     Reader,
     RowError,
+    TableOptions,
     TraceRecord,
     is_whole_prompt,
     memory_bytes,
 )
 from harness.trace.selection import ArrivalOrder, Where, unmatched
-from harness.trace.source import Source
+from harness.trace.source import TraceFile
 from harness.trace.sources import Sources, open_sources
 from harness.trace.spool import Sorter
 
@@ -77,7 +77,7 @@ class Trace:
         self._reader()
 
     @property
-    def source(self) -> Source:
+    def source(self) -> TraceFile:
         """The file, or the first of several."""
         return self.sources.files[0]
 
@@ -148,7 +148,7 @@ class Trace:
         draw = self.asked.lengths() if self.asked.lengths else None
         last = Place(0, 1)
 
-        def placed(at: int, source: Source) -> Iterator[tuple[Place, object]]:
+        def placed(at: int, source: TraceFile) -> Iterator[tuple[Place, object]]:
             nonlocal last
             for line, record in reader.records(source):
                 last = Place(at, line)
@@ -258,7 +258,7 @@ class Reading:
     """Such rows are given as they are where there are no lengths to draw."""
     survey: bool = False
     """Only to be described: as ``arrivals_only`` and ``skip_bad``, and times of an unknown unit are left out."""
-    table: Asked = field(default_factory=Asked)
+    table: TableOptions = field(default_factory=TableOptions)
     """Columns and unit, as the user names them."""
     where: tuple[Where, ...] = ()
     """Rows that are wanted; empty: all."""
@@ -274,7 +274,7 @@ def open_trace(
     lengths: Callable[[], Draw] | None = None,
     arrivals_only: bool = False,
     survey: bool = False,
-    table: Asked | None = None,
+    table: TableOptions | None = None,
     where: Sequence[Where] = (),
 ) -> Trace:
     """A `Trace` over ``path``, its format found from its first record unless ``format`` names it.
@@ -296,7 +296,7 @@ def open_trace(
         raise UsageError("--part is of one file: rows of several are merged by arrival")
     asked = Reading(
         skip_bad=skip_bad, sort=sort, part=part, lengths=lengths, arrivals_only=arrivals_only, survey=survey,
-        table=table or Asked(), where=tuple(where),
+        table=table or TableOptions(), where=tuple(where),
     )  # fmt: skip
     if format is None and asked.table.columns:
         format = "table"  # noqa: A001

@@ -47,7 +47,7 @@ _BINS = 60
 
 
 @dataclass(frozen=True, slots=True)
-class Lengths:
+class TokenLengths:
     """Token lengths of one side."""
 
     rows: int
@@ -63,7 +63,7 @@ class Lengths:
 
 
 @dataclass(frozen=True, slots=True)
-class Sessions:
+class ConversationShape:
     """Conversations, by their id."""
 
     sessions: int
@@ -77,7 +77,7 @@ class Sessions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
+class TraceShape:
     """All that is said of a trace; null where it does not say, or is too short to."""
 
     rows: int
@@ -93,13 +93,13 @@ class Shape:
     """requests, start_s and ratio_to_mean."""
     rate_over_time: dict[str, list[float]] | None
     """start_s and rate (requests/s) of equal windows."""
-    input_tokens: Lengths | None
-    output_tokens: Lengths | None
+    input_tokens: TokenLengths | None
+    output_tokens: TokenLengths | None
     rank_correlation: float | None
     """Spearman's, of input and output lengths: 1 when longer prompts get longer answers."""
     joint: dict[str, list[list[int]] | list[int]] | None
     """rows by power of four of the input (down) and output tokens (across)."""
-    sessions: Sessions | None
+    sessions: ConversationShape | None
     prefix: Prefix | None
     recorded_cache: RecordedCache | None
     """What production's prompt cache found; null where no row says it."""
@@ -108,9 +108,9 @@ class Shape:
     """By rows, the most first; empty where no row says its model."""
 
 
-def measure(records: Iterable[TraceRecord]) -> Shape:
+def measure(records: Iterable[TraceRecord]) -> TraceShape:
     """The shape of ``records``, which come in order of arrival."""
-    columns = Columns()
+    columns = RowColumns()
     for record in records:
         columns.add(record)
     return columns.shape()
@@ -154,7 +154,7 @@ class Models:
         return tuple(sorted(self._found.values(), key=lambda share: (-share.rows, share.model or "")))
 
 
-class _LastTurn(NamedTuple):
+class _SessionSoFar(NamedTuple):
     """A session so far."""
 
     rows: int
@@ -162,7 +162,7 @@ class _LastTurn(NamedTuple):
 
 
 @dataclass(slots=True)
-class Columns:
+class RowColumns:
     """What is kept of each record until the shape is asked for."""
 
     arrival_ns: Column = field(default_factory=lambda: Column("q"))
@@ -176,7 +176,7 @@ class Columns:
     reuse: IdealReuse = field(default_factory=IdealReuse)
     cache: CacheCount = field(default_factory=CacheCount)
     models: Models = field(default_factory=Models)
-    _last: Kept[_LastTurn] = field(default_factory=lambda: Kept(_LastTurn))
+    _last: Kept[_SessionSoFar] = field(default_factory=lambda: Kept(_SessionSoFar))
     _turns: Counter[int] = field(default_factory=Counter)
     """Turns so far -> sessions that have so many."""
 
@@ -196,21 +196,21 @@ class Columns:
         self.models.add(record)
 
     def _turn(self, session: str, arrival_ns: int | None) -> None:
-        last = self._last.get(session) or _LastTurn(0, None)
-        self._last.set(session, _LastTurn(last.rows + 1, arrival_ns))
+        last = self._last.get(session) or _SessionSoFar(0, None)
+        self._last.set(session, _SessionSoFar(last.rows + 1, arrival_ns))
         self._turns[last.rows + 1] += 1
         if last.rows:
             self._turns[last.rows] -= 1
         if last.arrival_ns is not None and arrival_ns is not None:
             self.gap_ns.append(arrival_ns - last.arrival_ns)
 
-    def shape(self) -> Shape:
+    def shape(self) -> TraceShape:
         """The shape of all records added."""
         times, into, out = self.arrival_ns.whole(), self.input_tokens.whole(), self.output_tokens.whole()
         pairs = _Pairs(into, out)
         rate = mean_rate(times)
         instants, longest_gap_s = _gaps(times)
-        return Shape(
+        return TraceShape(
             rows=self.rows,
             span_s=int(times[-1] - times[0]) / 1e9 if len(times) else None,
             mean_rate=rate,
@@ -231,14 +231,14 @@ class Columns:
             models=self.models.shares(),
         )
 
-    def _sessions(self) -> Sessions | None:
+    def _sessions(self) -> ConversationShape | None:
         sessions = self._turns.total()
         if not sessions:
             return None
         turns = {rows: count for rows, count in sorted(self._turns.items()) if count}
         rows = sum(each * count for each, count in turns.items())
         gaps = _quantiles(self.gap_ns.whole()) if len(self.gap_ns) else None
-        return Sessions(
+        return ConversationShape(
             sessions=sessions,
             rows=rows,
             turns_mean=rows / sessions,
@@ -296,7 +296,7 @@ def _quantiles(values: npt.NDArray[np.generic]) -> dict[str, float]:
     return {f"p{q * 100:g}": float(v) for q, v in zip(QUANTILES, found, strict=True)}
 
 
-def _lengths(column: Lens) -> Lengths | None:
+def _lengths(column: Lens) -> TokenLengths | None:
     """Of what is given and not 0."""
     tokens, rows, total = empty(len(column), np.int32), 0, 0
     powers = np.zeros(32, dtype=np.int64)
@@ -309,7 +309,7 @@ def _lengths(column: Lens) -> Lengths | None:
         return None
     tokens = tokens[:rows]
     quantiles = _quantiles(tokens)
-    return Lengths(
+    return TokenLengths(
         rows=rows,
         total=total,
         mean=total / rows,

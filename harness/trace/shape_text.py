@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from harness.trace.formats.record import safe
-from harness.trace.shape import Lengths, Shape
+from harness.trace.shape import TokenLengths, TraceShape
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _SHADES = " ░▒▓█"
@@ -17,7 +17,7 @@ _BURST = 5
 """Fewest requests that are called a burst."""
 
 
-def described(facts: dict[str, Any], shape: Shape) -> str:
+def described(facts: dict[str, Any], shape: TraceShape) -> str:
     """The whole of ``harness trace inspect``."""
     dropped = "".join(f"; {count} {reason}" for reason, count in sorted(facts["rows_dropped"].items()))
     failed = ""
@@ -42,7 +42,7 @@ def described(facts: dict[str, Any], shape: Shape) -> str:
     return "\n".join(line.rstrip() for line in lines if line)
 
 
-def compared(before: Shape | None, after: Shape) -> str:
+def compared(before: TraceShape | None, after: TraceShape) -> str:
     """A few figures of a trace, beside those of the one it was made from."""
 
     def row(name: str, pick: Any, form: str) -> str:
@@ -70,7 +70,7 @@ def _bars(values: Sequence[float]) -> str:
     return "".join(_BARS[math.ceil(8 * v / top) if top else 0] for v in values)
 
 
-def _times(shape: Shape, grid_s: float | None) -> list[str]:
+def _times(shape: TraceShape, grid_s: float | None) -> list[str]:
     if shape.span_s is None:
         return ["times     none: send it in a closed loop (--concurrency) or at drawn times (--arrivals poisson)"]
     rate = f", {shape.mean_rate:.4g} requests/s" if shape.mean_rate else ""
@@ -96,7 +96,7 @@ def _times(shape: Shape, grid_s: float | None) -> list[str]:
     return lines
 
 
-def _tokens(side: str, lengths: Lengths | None) -> list[str]:
+def _tokens(side: str, lengths: TokenLengths | None) -> list[str]:
     if lengths is None:
         return [f"{side:9} tokens not given"]
     q = lengths.quantiles
@@ -109,7 +109,7 @@ def _tokens(side: str, lengths: Lengths | None) -> list[str]:
     ]
 
 
-def _joint(shape: Shape) -> list[str]:
+def _joint(shape: TraceShape) -> list[str]:
     if shape.joint is None or shape.rank_correlation is None:
         return []
     table: Any = shape.joint["rows"]
@@ -130,7 +130,7 @@ def _short(tokens: int) -> str:
     return str(tokens) if tokens < 1000 else f"{tokens // 1024}k" if tokens < 2**20 else f"{tokens // 2**20}M"
 
 
-def _sessions(shape: Shape) -> list[str]:
+def _sessions(shape: TraceShape) -> list[str]:
     if shape.sessions is None:
         return ["sessions  none"]
     s = shape.sessions
@@ -139,7 +139,7 @@ def _sessions(shape: Shape) -> list[str]:
     return [f"sessions  {s.sessions}{alone}; {s.turns_mean:.2f} turns on average, up to {s.turns_max}{gap}"]
 
 
-def _prefix(shape: Shape) -> str:
+def _prefix(shape: TraceShape) -> str:
     if shape.prefix is None:
         how = " (--tokenizer FILE finds it in the text)" if shape.rows_with_text else ""
         return f"prefix    reuse not known{how}"
@@ -159,7 +159,7 @@ def _prefix(shape: Shape) -> str:
     )
 
 
-def _recorded(shape: Shape) -> str:
+def _recorded(shape: TraceShape) -> str:
     """What production found in its own cache."""
     found = shape.recorded_cache
     if found is None:
@@ -168,7 +168,7 @@ def _recorded(shape: Shape) -> str:
     return f"cached    {found.share:.1%} of input: {tokens} on the {found.rows:,} of {shape.rows:,} rows that say it"
 
 
-def _models(shape: Shape) -> list[str]:
+def _models(shape: TraceShape) -> list[str]:
     if not shape.models:
         return []
     lines = [f"models    {len(shape.models)} (--where model=NAME chooses):"]

@@ -1,7 +1,7 @@
 """Where the bytes of a trace come from, and how they fall into records.
 
 `open_source` takes a path, ``-`` (standard input) or ``s3://bucket/key``. A trace is read more than once, so what is
-not a file is first copied to a temporary one (in ``$TMPDIR``), which is removed with the `Source`.
+not a file is first copied to a temporary one (in ``$TMPDIR``), which is removed with the `TraceFile`.
 
 `records` cuts the bytes (gzip, zstd, xz, bzip2 and zip are unpacked as they are read) into records: lines, CSV records
 whose quoted fields may hold line ends, or the values of a JSON document. Memory is bounded whatever the file holds: of
@@ -42,7 +42,7 @@ _LONG_BEGINNING = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class TraceFile:
     """A trace file to be read as often as needed."""
 
     name: str
@@ -57,7 +57,7 @@ class Source:
     """The file of a zip archive that is meant."""
 
 
-def open_source(name: str | Path) -> Source:
+def open_source(name: str | Path) -> TraceFile:
     """The file, standard input or S3 object called ``name``.
 
     Raises `TraceError` when it cannot be read.
@@ -78,7 +78,7 @@ def open_source(name: str | Path) -> Source:
                 text, None, "is not a regular file; a trace is read more than once: pipe it in and name it '-'"
             )
         with path.open("rb") as raw:
-            return Source(printable(text), path, hashlib.file_digest(raw, "sha256").hexdigest())
+            return TraceFile(printable(text), path, hashlib.file_digest(raw, "sha256").hexdigest())
     except OSError as e:
         raise TraceError(text, None, f"cannot read: {e.strerror or e}") from e
 
@@ -89,27 +89,27 @@ def _stdin() -> BinaryIO:
     return sys.stdin.buffer
 
 
-def _fetched(url: str) -> Source:
+def _fetched(url: str) -> TraceFile:
     """A verified temporary copy of an object."""
     from harness.store.errors import StoreError
     from harness.store.objects import fetch
 
     spool = tempfile.NamedTemporaryFile(prefix="harness-trace-")  # noqa: SIM115  # lives as long as the Source
     try:
-        return Source(url, Path(spool.name), fetch(url, spool), spool)
+        return TraceFile(url, Path(spool.name), fetch(url, spool), spool)
     except (UsageError, StoreError) as e:
         spool.close()
         problem = f"cannot read from S3: {e.problem}" if isinstance(e, StoreError) else "expected s3://BUCKET/KEY"
         raise TraceError(url, None, problem) from e
 
 
-def _spooled(name: str, stream: BinaryIO) -> Source:
+def _spooled(name: str, stream: BinaryIO) -> TraceFile:
     spool = tempfile.NamedTemporaryFile(prefix="harness-trace-")  # noqa: SIM115  # lives as long as the Source
     try:
         shutil.copyfileobj(stream, spool, 2**20)
         spool.flush()
         spool.seek(0)
-        return Source(name, Path(spool.name), hashlib.file_digest(spool, "sha256").hexdigest(), spool)
+        return TraceFile(name, Path(spool.name), hashlib.file_digest(spool, "sha256").hexdigest(), spool)
     except Exception as e:
         spool.close()
         if isinstance(e, OSError):
@@ -120,7 +120,7 @@ def _spooled(name: str, stream: BinaryIO) -> Source:
 # --- bytes ---------------------------------------------------------------------------------------------------------
 
 
-def magic(source: Source, size: int = 16) -> bytes:
+def magic(source: TraceFile, size: int = 16) -> bytes:
     """The first bytes of the file as it lies there, or in its archive."""
     try:
         with source.path.open("rb") as raw:
@@ -141,7 +141,7 @@ class _Place:
 
 
 @contextmanager
-def _unpacked(source: Source, place: _Place) -> Iterator[BinaryIO]:
+def _unpacked(source: TraceFile, place: _Place) -> Iterator[BinaryIO]:
     """The file's bytes, decompressed; what goes wrong while they are read becomes a `TraceError`."""
     kind = "zip" if source.member is not None else ""
     try:
@@ -185,7 +185,7 @@ def _opened(kind: str, raw: BinaryIO) -> BinaryIO:
     return raw
 
 
-def unpack(source: Source, limit: int) -> bytes:
+def unpack(source: TraceFile, limit: int) -> bytes:
     """All bytes of the file, decompressed. Raises `TraceError` when they are more than ``limit``."""
     with _unpacked(source, _Place()) as stream:
         raw = stream.read(limit + 1)
@@ -201,7 +201,7 @@ class Cut(bytes):
     """The beginning of a record that is too long to be read."""
 
 
-def records(source: Source, *, quoted: bool = False) -> Iterator[tuple[int, bytes]]:
+def records(source: TraceFile, *, quoted: bool = False) -> Iterator[tuple[int, bytes]]:
     """(1-based line it begins on, bytes) of each record that is not blank; a byte-order mark is removed.
 
     A file that begins with ``[`` and a bracket, or with a ``{`` and a line that ends inside it (in a bracket or comma),
@@ -234,7 +234,7 @@ _SEPARATOR = re.compile(rb"sep=.\s*", re.IGNORECASE)
 """Excel's word, before the header of a CSV, for what divides the fields."""
 
 
-def _first_line(source: Source, stream: BinaryIO) -> tuple[int, bytes]:
+def _first_line(source: TraceFile, stream: BinaryIO) -> tuple[int, bytes]:
     """Number and bytes of the first line that is not blank (empty bytes: there is none), its indent taken off."""
     number, blank = 1, 0
     line = stream.readline(MAX_LINE_BYTES + 1).removeprefix(b"\xef\xbb\xbf")
@@ -246,12 +246,12 @@ def _first_line(source: Source, stream: BinaryIO) -> tuple[int, bytes]:
     return number, line.lstrip(b" \t") if line.lstrip().startswith((b"[", b"{")) else line
 
 
-def _check_blank(source: Source, number: int, blank_bytes: int) -> None:
+def _check_blank(source: TraceFile, number: int, blank_bytes: int) -> None:
     if blank_bytes > MAX_LINE_BYTES:
         raise TraceError(source.name, number, f"nothing but blanks for {MAX_LINE_BYTES // 2**20} MiB: not a trace")
 
 
-def _said(source: Source, lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+def _said(source: TraceFile, lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
     """Those that are not blank."""
     blank = 0
     for number, line in lines:
@@ -280,7 +280,7 @@ def _skip_line(stream: BinaryIO) -> None:
         pass
 
 
-def _csv_records(source: Source, place: _Place, lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+def _csv_records(source: TraceFile, place: _Place, lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
     start, size, open_ = 0, 0, False
     parts: list[bytes] = []
     for number, line in lines:
@@ -303,7 +303,7 @@ _INSIDE = re.compile(rb'["\\]')
 
 
 def _json_values(
-    source: Source, place: _Place, stream: BinaryIO, number: int, first: bytes
+    source: TraceFile, place: _Place, stream: BinaryIO, number: int, first: bytes
 ) -> Iterator[tuple[int, bytes]]:
     """Values of a JSON array, or JSON objects one after the other. Only brackets and quotes are looked at."""
     scan = _JsonScan(array=first.startswith(b"["), line=number)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from harness.errors import TraceError, UsageError
 from harness.terminal import printable
-from harness.trace.source import Source, magic, open_source
+from harness.trace.source import TraceFile, magic, open_source
 
 _ZIP = b"PK\x03\x04"
 _PATTERN = re.compile(r"[*?\[]")
@@ -27,7 +27,7 @@ class Sources:
 
     name: str
     """For messages, as the user gave it."""
-    files: tuple[Source, ...]
+    files: tuple[TraceFile, ...]
     found: frozenset[int] = frozenset()
     """Those that nobody named: of a folder, an archive or a prefix."""
     sha256: str = field(init=False)
@@ -58,7 +58,7 @@ def open_sources(names: Sequence[str | Path]) -> Sources:
     """
     if not names:
         raise UsageError("name a trace")
-    files: list[Source] = []
+    files: list[TraceFile] = []
     found: set[int] = set()
     for name in map(str, names):
         for source, named in _expanded(name):
@@ -69,7 +69,7 @@ def open_sources(names: Sequence[str | Path]) -> Sources:
     return Sources(printable(said), tuple(files), frozenset(found))
 
 
-def _expanded(name: str) -> Iterator[tuple[Source, bool]]:
+def _expanded(name: str) -> Iterator[tuple[TraceFile, bool]]:
     """(file, whether it was named itself) of each file that a name stands for."""
     url = re.sub(r"^s3:/+", "s3://", name)
     if url.startswith("s3://"):
@@ -100,7 +100,7 @@ def _below(folder: Path) -> Iterator[Path]:
         yield from (path for name in files if not name.startswith((".", "_")) and (path := Path(root, name)).is_file())
 
 
-def _members(source: Source) -> list[Source]:
+def _members(source: TraceFile) -> list[TraceFile]:
     """The files of a zip archive; any other file is its own."""
     if not magic(source, 4).startswith(_ZIP):
         return [source]
@@ -122,7 +122,7 @@ def _is_shown(name: str) -> bool:
     return not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
 
 
-def _objects(url: str) -> Iterator[tuple[Source, bool]]:
+def _objects(url: str) -> Iterator[tuple[TraceFile, bool]]:
     from harness.store.errors import StoreError
     from harness.store.objects import connect, fetch, list_objects
 
@@ -149,7 +149,7 @@ def _objects(url: str) -> Iterator[tuple[Source, bool]]:
         for at, stored in enumerate(wanted):
             path = Path(spool.name) / str(at)
             with path.open("wb") as file:
-                source = Source(printable(stored.url), path, fetch(stored.url, file, client=client), spool)
+                source = TraceFile(printable(stored.url), path, fetch(stored.url, file, client=client), spool)
             yield from ((member, False) for member in _members(source))
     except StoreError as e:
         raise alone or TraceError(url, None, f"cannot read from S3: {e.problem}") from e

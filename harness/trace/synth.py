@@ -59,7 +59,7 @@ _BATCH = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Distribution:
+class LengthDistribution:
     """A distribution of positive numbers."""
 
     kind: str
@@ -93,7 +93,7 @@ class Distribution:
         return np.clip(np.rint(self.draw(rng, n)), 1, MAX_TOKENS).astype(np.int64)
 
 
-def parse_lengths(text: str) -> Distribution:
+def parse_lengths(text: str) -> LengthDistribution:
     """The distribution of token lengths that ``text`` names. Raises `UsageError`."""
     kind, _, rest = text.strip().partition(":")
     if not rest and _number(kind) is not None:
@@ -104,15 +104,15 @@ def parse_lengths(text: str) -> Distribution:
     return distribution
 
 
-def parse_arrivals(text: str, rate: float) -> Distribution:
+def parse_arrivals(text: str, rate: float) -> LengthDistribution:
     """The distribution of gaps, seconds, with mean 1 / ``rate``, that ``text`` names. Raises `UsageError`."""
     kind, _, rest = text.strip().partition(":")
     wanted = tuple(name for name in _PARAMETERS.get(_ARRIVALS.get(kind, ""), ()) if name not in ("mean", "value"))
     shape = _parse(text, kind, rest, tuple(_ARRIVALS), wanted)
-    return Distribution(_ARRIVALS[kind], (1 / rate, *shape.parameters))
+    return LengthDistribution(_ARRIVALS[kind], (1 / rate, *shape.parameters))
 
 
-def _parse(text: str, kind: str, rest: str, kinds: tuple[str, ...], wanted: tuple[str, ...]) -> Distribution:
+def _parse(text: str, kind: str, rest: str, kinds: tuple[str, ...], wanted: tuple[str, ...]) -> LengthDistribution:
     if kind not in kinds:
         raise unknown_name("distribution", kind, kinds)
     values: dict[str, float] = {}
@@ -131,7 +131,7 @@ def _parse(text: str, kind: str, rest: str, kinds: tuple[str, ...], wanted: tupl
         raise UsageError(f"{text!r}: low is above high")
     if values.get("shape", 1.0) < 0.1 or values.get("cv", 1.0) > 100:
         raise UsageError(f"{text!r}: too extreme to be drawn from (shape at least 0.1, cv at most 100)")
-    return Distribution(kind, tuple(values[name] for name in wanted))
+    return LengthDistribution(kind, tuple(values[name] for name in wanted))
 
 
 def _expected(kind: str, wanted: tuple[str, ...]) -> str:
@@ -147,7 +147,7 @@ def _number(text: str) -> float | None:
 
 
 def draw_lengths(
-    input_tokens: Distribution, output_tokens: Distribution, seed: int
+    input_tokens: LengthDistribution, output_tokens: LengthDistribution, seed: int
 ) -> Callable[[], Callable[[], tuple[int, int]]]:
     """For `harness.trace.io.open_trace`: each call begins the same sequence of (input, output) tokens anew."""
 
@@ -171,9 +171,9 @@ _MAX_MODEL_BYTES = 256 * 2**20
 
 def synthesize(
     *,
-    gaps: Distribution,
-    input_tokens: Distribution,
-    output_tokens: Distribution,
+    gaps: LengthDistribution,
+    input_tokens: LengthDistribution,
+    output_tokens: LengthDistribution,
     requests: int | None,
     duration_s: float | None,
     seed: int,

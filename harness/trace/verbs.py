@@ -16,7 +16,7 @@ from harness.errors import EXIT_VALID, UsageError
 from harness.options import ReadOptions
 from harness.trace.files import Files, check_output, open_asked, write_trace
 from harness.trace.io import Trace, TraceRecord
-from harness.trace.shape import Shape, measure
+from harness.trace.shape import TraceShape, measure
 from harness.trace.shape_text import compared, described
 
 if TYPE_CHECKING:
@@ -186,17 +186,17 @@ class _Tap:
     """Records on their way through, measured as they pass."""
 
     def __init__(self, records: Iterable[TraceRecord]) -> None:
-        from harness.trace.shape import Columns
+        from harness.trace.shape import RowColumns
 
         self._records = records
-        self._columns = Columns()
+        self._columns = RowColumns()
 
     def __iter__(self) -> Iterator[TraceRecord]:
         for record in self._records:
             self._columns.add(record)
             yield record
 
-    def shape(self) -> Shape:
+    def shape(self) -> TraceShape:
         """Of what has passed."""
         return self._columns.shape()
 

@@ -31,7 +31,7 @@ import numpy as np
 from harness.errors import UsageError
 from harness.plan.arrivals import Times
 from harness.plan.file import PlannedWindow, Windows
-from harness.trace.edit import Arrangement, Bools, Part
+from harness.trace.edit import Arrangement, Bools, TracePass
 from harness.trace.spool import blocks, empty, filled
 
 GOLDEN = 0.6180339887498949
@@ -209,7 +209,7 @@ def _joined(
     again: bool,
 ) -> Joined:
     """``again``: each stretch holds the rows of those before it, which need prompts of their own."""
-    parts: list[Part] = []
+    parts: list[TracePass] = []
     sizes: list[int] = []
     taken: dict[tuple[int, int], Bools] = {}
     for which, (first, end) in enumerate(stretches):
@@ -217,7 +217,9 @@ def _joined(
             if (low, high) not in taken:  # ends with the last row taken, and so does the reading
                 taken[low, high] = filled(high, _from(low), np.bool_)
             repeats = pass_ - first // n if end - first > n else 0
-            parts.append(Part(len(parts), taken[low, high], prompts=repeats + (which * (1 + end // n) if again else 0)))
+            parts.append(
+                TracePass(len(parts), taken[low, high], prompts=repeats + (which * (1 + end // n) if again else 0))
+            )
             sizes.append(high - low)
     part = np.repeat(np.arange(len(parts), dtype=np.uint32), sizes)
     return Joined(
@@ -271,7 +273,7 @@ def session_windows(
     stretches, shifts, length = stretches_in_time(
         times, period, asked, lasts_ns=lasts_ns, trace_sha256=trace_sha256, seed=seed, most=most
     )
-    parts: list[Part] = []
+    parts: list[TracePass] = []
     scheduled, part_of, rows = [], [], []
     for which, (stretch, shift) in enumerate(zip(stretches, shifts, strict=True)):
         places = np.arange(stretch.first, stretch.end)
@@ -284,7 +286,7 @@ def session_windows(
         for k, pass_ in enumerate(passes.tolist()):
             repeats = pass_ - int(passes[0]) if stretch.end - stretch.first > n else 0
             again = which * (2 + int(passes[-1] - passes[0])) if asked.busiest else 0
-            parts.append(Part(len(parts), _mask(taken[group == k]), prompts=repeats + again))
+            parts.append(TracePass(len(parts), _mask(taken[group == k]), prompts=repeats + again))
     lasts_s, every = length / speed / 1e9, np.concatenate(rows)
     return Joined(
         Arrangement(

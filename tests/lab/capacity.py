@@ -21,7 +21,7 @@ from analysis.capacity.search import Estimate, Probe, Step, Worked, estimate, ne
 from analysis.capacity.sweep import Point
 from analysis.stats.intervals import Quantity
 from analysis.steady import only_grew
-from cluster.simulator.replica import Outcome, Workload, simulate
+from cluster.simulator.replica import Outcomes, Workload, simulate
 from harness.cli.runner.capacity import RUNG, WARMUP
 from harness.cli.runner.windows import WINDOWS, window_count
 from harness.plan.file import Windows
@@ -221,7 +221,7 @@ def demand_of(load: Workload) -> Demand:
     )  # fmt: skip
 
 
-def worked_of(load: Workload, found: Outcome, first_s: float, last_s: float) -> Worked:
+def worked_of(load: Workload, found: Outcomes, first_s: float, last_s: float) -> Worked:
     return worked_between(
         first_s, last_s, found.first_token_s, found.finished_s, load.input_tokens.astype(float),
         load.output_tokens.astype(float),

@@ -17,7 +17,7 @@ import numpy as np
 from analysis.stats.intervals import Quantity, distribution, rate, share
 from analysis.stats.relaxation import ClosedLoop
 from analysis.steady import steady_window
-from cluster.simulator.replica import Outcome, Workload, simulate
+from cluster.simulator.replica import Outcomes, Workload, simulate
 from tests.lab import truths
 from tests.lab.intervals import PRINTED, coverage, outside, together
 from tests.lab.processes import LIMITS, STEP, Floats
@@ -62,7 +62,7 @@ def first(load: Workload, n: int) -> Workload:
     )
 
 
-def one_run(loop: Loop, seed: int) -> tuple[Workload, Outcome]:
+def one_run(loop: Loop, seed: int) -> tuple[Workload, Outcomes]:
     """What a run of so many seconds sent, and what became of it."""
     load = answers(round(14 * loop.seconds) + 200, seed)
     sent = simulate(load, LIMITS, [STEP], concurrency=loop.concurrency, until_s=loop.seconds).replica >= 0
@@ -71,7 +71,7 @@ def one_run(loop: Loop, seed: int) -> tuple[Workload, Outcome]:
     return load, simulate(load, LIMITS, [STEP], concurrency=loop.concurrency)
 
 
-def latencies(load: Workload, outcome: Outcome) -> dict[str, Floats]:
+def latencies(load: Workload, outcome: Outcomes) -> dict[str, Floats]:
     """s, NaN where it is not defined."""
     later = load.output_tokens - 1
     decode_s = outcome.finished_s - outcome.first_token_s
@@ -101,7 +101,7 @@ def long_run(case: tuple[int, int, int]) -> truths.Figures:
     return found
 
 
-def figures(load: Workload, outcome: Outcome, concurrency: int, truth: truths.Figures) -> dict[str, Quantity]:
+def figures(load: Workload, outcome: Outcomes, concurrency: int, truth: truths.Figures) -> dict[str, Quantity]:
     """What a report says of the run; limits are those of the truth."""
     end_s = float(outcome.finished_s.max())
     edges = np.linspace(0.0, end_s, BINS + 1)

@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from analysis.show.fleet_text import WITHIN
-from cluster.simulator.replica import Outcome, Workload, simulate
+from cluster.simulator.replica import Outcomes, Workload, simulate
 from cluster.simulator.scheduler import Limits
 from cluster.simulator.step_time import NoisyStep
 from harness.record.results import Result
@@ -255,7 +255,7 @@ _INTENSITY: dict[Kind, Callable[[np.random.Generator, float], tuple[Floats, Floa
 }  # fmt: skip
 
 
-def serve(load: Workload, replicas: int, seed: int) -> Outcome:
+def serve(load: Workload, replicas: int, seed: int) -> Outcomes:
     """The true engine: chunked prompts, noise on every step."""
     steps = [NoisyStep(STEP, SPREAD, 1000 * seed + r) for r in range(replicas)]
     return simulate(load, LIMITS, steps)
@@ -293,7 +293,7 @@ class Truth:
         return n
 
 
-def keeps(load: Workload, served: Outcome) -> bool:
+def keeps(load: Workload, served: Outcomes) -> bool:
     """Whether in every minute, those of few requests joined with the next, 95 % had their first token within 1 s."""
     ((_, limit_s),) = SLO.items()
     late = served.first_token_s - load.arrival_s > limit_s
@@ -360,7 +360,7 @@ def measured_runs(folder: Path, trace: Workload, seed: int) -> None:
         write_rows(folder / f"{k}", load, serve(load, 1, 100 + k), rate)
 
 
-def write_rows(path: Path, load: Workload, served: Outcome, rate: float) -> None:
+def write_rows(path: Path, load: Workload, served: Outcomes, rate: float) -> None:
     """A run directory of what an engine made of a load."""
     made = []
     for k in range(len(load)):

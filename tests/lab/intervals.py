@@ -18,7 +18,7 @@ import numpy as np
 
 from analysis.stats.intervals import Quantity, distribution, share
 from analysis.stats.relaxation import Relaxation, relaxation
-from cluster.simulator.replica import Outcome, Workload
+from cluster.simulator.replica import Outcomes, Workload
 from tests.lab import truths
 from tests.lab.processes import LIMITS, STEP, Process, at_rate, serve, workload
 from tests.lab.series import BINS, binned, in_flight, tokens_of_steps
@@ -107,7 +107,7 @@ def known_truths(
     return dict(zip(kinds, map(_truth, truths.long_run_values(cases, _values, mapper)), strict=True))
 
 
-def one_run(cell: Cell, seed: int) -> tuple[Workload, Outcome]:
+def one_run(cell: Cell, seed: int) -> tuple[Workload, Outcomes]:
     """What comes within the time of the cell, and what the engine makes of it."""
     many = round(1.6 * cell.rate * cell.seconds) + 400
     load = at_rate(workload(cell.kind, many, seed), cell.rate)
@@ -119,7 +119,7 @@ def one_run(cell: Cell, seed: int) -> tuple[Workload, Outcome]:
 
 
 def queue_and_figures(
-    load: Workload, outcome: Outcome, limits: list[float]
+    load: Workload, outcome: Outcomes, limits: list[float]
 ) -> tuple[Relaxation | None, dict[str, Quantity]]:
     """What a report says of the run: the memory of its queue, and `FIGURES`."""
     due_s, finished_s = outcome.due_s, outcome.finished_s

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from cluster.simulator.replica import Outcome, Workload, simulate
+from cluster.simulator.replica import Outcomes, Workload, simulate
 from cluster.simulator.scheduler import Limits
 from cluster.simulator.step_time import LinearStep
 
@@ -71,7 +71,7 @@ def at_rate(load: Workload, rate: float, own_rate: float = RATE) -> Workload:
     return replace(load, arrival_s=load.arrival_s * (own_rate / rate))
 
 
-def serve(load: Workload, until_s: float = np.inf, engine: Engine = ENGINE) -> Outcome:
+def serve(load: Workload, until_s: float = np.inf, engine: Engine = ENGINE) -> Outcomes:
     """What an engine of the laboratory makes of it."""
     return simulate(load, engine.limits, [engine.step], until_s=until_s)
 

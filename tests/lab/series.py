@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cluster.simulator.replica import Outcome, Workload
+from cluster.simulator.replica import Outcomes, Workload
 from tests.lab.processes import Floats, Ints
 
 BINS = 200
@@ -27,7 +27,7 @@ def in_flight(due_s: Floats, finished_s: Floats, edges: Floats) -> Floats:
     return np.maximum(0.0, np.diff(passed(due_s) - passed(finished_s)) / (edges[1] - edges[0]))
 
 
-def tokens_of_steps(load: Workload, outcome: Outcome) -> tuple[Floats, Ints]:
+def tokens_of_steps(load: Workload, outcome: Outcomes) -> tuple[Floats, Ints]:
     """(end, s; output tokens) of each step of the first replica."""
     ends_s = np.asarray(outcome.step_end_s[0])
     begun = np.bincount(outcome.first_step, minlength=len(ends_s) + 1)

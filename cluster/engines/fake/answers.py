@@ -35,8 +35,8 @@ class Body(TypedDict, total=False):
     """One of `FAULTS`."""
 
 
-class Connection(Protocol):
-    """Where an answer goes: `cluster.engines.fake.server.Connection`."""
+class AnswerSink(Protocol):
+    """Where an answer goes: `cluster.engines.fake.server.ServerConnection`."""
 
     closed: bool
     loop: asyncio.AbstractEventLoop
@@ -102,7 +102,7 @@ class Truth:
         self.busy_s: float = args.busy
         self.first_s: float | None = None
         self.running = 0
-        self.queue: deque[Answer] = deque()
+        self.queue: deque[AnswerStream] = deque()
         self.prompt_tokens = self.generation_tokens = self.finished = 0
         text = f" t{self.pad}"
         # What most chunks of most answers are, by chat or not.
@@ -156,7 +156,7 @@ class Truth:
             return 400, f"Unsupported parameter: {unknown[0]}", ""
         return None
 
-    def admit(self, answer: Answer) -> None:
+    def admit(self, answer: AnswerStream) -> None:
         """Serve now or queue."""
         if self.engine is not None:
             if answer.fault != "hang":
@@ -167,7 +167,7 @@ class Truth:
             self.running += 1
             answer.begin()
 
-    def release(self, answer: Answer) -> None:
+    def release(self, answer: AnswerStream) -> None:
         """An answer is over, its slot is free: the next in the queue begins."""
         if self.engine is not None:
             self.engine.leave(answer)
@@ -181,10 +181,10 @@ class Truth:
                 return
 
 
-class Answer:
+class AnswerStream:
     """One request being answered: writes its chunks on an absolute schedule."""
 
-    def __init__(self, connection: Connection, body: Body, chat: bool, received_ns: int, *, load: bool) -> None:
+    def __init__(self, connection: AnswerSink, body: Body, chat: bool, received_ns: int, *, load: bool) -> None:
         self.load = load
         """False for what is asked before a load."""
         self.connection, self.body, self.chat, self.received_ns = connection, body, chat, received_ns

@@ -28,7 +28,7 @@ SPIN_S = 0.001
 
 
 class Ticking(Protocol):
-    """What the pacer calls: `cluster.engines.fake.answers.Answer`."""
+    """What the pacer calls: `cluster.engines.fake.answers.AnswerStream`."""
 
     def tick(self) -> None:
         """It is due."""
@@ -76,8 +76,8 @@ class Pacer:
                     self.arm(due[0][0])
 
 
-class Answer(Protocol):
-    """What the engine paces: `cluster.engines.fake.answers.Answer`."""
+class PacedAnswer(Protocol):
+    """What the engine paces: `cluster.engines.fake.answers.AnswerStream`."""
 
     received_ns: int
     """When the kernel had the request."""
@@ -91,15 +91,15 @@ class Answer(Protocol):
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Request(Sequence):
+class PacedRequest(Sequence):
     """An answer as the engine sees it."""
 
-    answer: Answer
+    answer: PacedAnswer
     came_ns: int
     """When the kernel had the request, or when it was read, if a step had begun in between."""
 
 
-class Engine:
+class PacingEngine:
     """Paces answers by steps on the event loop's clock (CLOCK_MONOTONIC)."""
 
     def __init__(self, limits: Limits, step_time: StepTime, loop: asyncio.AbstractEventLoop) -> None:
@@ -107,8 +107,8 @@ class Engine:
         self.step_time, self.loop = step_time, loop
         self.prompt_tokens = self.generation_tokens = 0
         """Of prompts read to their end, and of tokens given, so far."""
-        self._requests: dict[Answer, Request] = {}
-        self._coming: list[Request] = []
+        self._requests: dict[PacedAnswer, PacedRequest] = {}
+        self._coming: list[PacedRequest] = []
         """Not seen yet, since a step is running."""
         self._number = 0
         self._busy = False
@@ -130,12 +130,12 @@ class Engine:
         """Steps that have ended."""
         return self.scheduler.step
 
-    def submit(self, answer: Answer) -> None:
+    def submit(self, answer: PacedAnswer) -> None:
         """A request was read."""
         came_ns = answer.received_ns
         if came_ns / 1e9 <= self._begin_s:
             came_ns = round(self.loop.time() * 1e9)
-        request = Request(
+        request = PacedRequest(
             number=self._number, input_tokens=answer.prompt_tokens, output_tokens=max(1, answer.tokens), answer=answer,
             came_ns=came_ns,
         )  # fmt: skip
@@ -147,7 +147,7 @@ class Engine:
             self._busy = True
             self._after_polls(POLLS, self._begin)
 
-    def leave(self, answer: Answer) -> None:
+    def leave(self, answer: PacedAnswer) -> None:
         """An answer is over: the engine forgets it if it has not had its last token, as after a hang-up."""
         request = self._requests.pop(answer, None)
         if request is None:
@@ -185,10 +185,10 @@ class Engine:
             return
         scheduler, step, due_ns = self.scheduler, self.scheduler.step, round(self._end_s * 1e9)
         done = scheduler.end()
-        given = [one for one in (*done, *scheduler.decoding) if isinstance(one, Request)]
+        given = [one for one in (*done, *scheduler.decoding) if isinstance(one, PacedRequest)]
         self.generation_tokens += len(given)
         for request in done:
-            if isinstance(request, Request):
+            if isinstance(request, PacedRequest):
                 self._requests.pop(request.answer, None)
         for request in sorted(given, key=lambda one: one.number):
             if request.first_step == step:
@@ -199,12 +199,12 @@ class Engine:
 
 def engine_of(
     step_ms: list[float] | None, slots: int, max_num_batched_tokens: int | None, loop: asyncio.AbstractEventLoop
-) -> Engine | None:
+) -> PacingEngine | None:
     """The engine that the command line asks for, if any; ``slots`` 0: no limit."""
     if step_ms is None:
         return None
     limits = Limits(max_num_seqs=slots or sys.maxsize, max_num_batched_tokens=max_num_batched_tokens)
-    return Engine(limits, LinearStep(*(ms / 1000 for ms in step_ms)), loop)
+    return PacingEngine(limits, LinearStep(*(ms / 1000 for ms in step_ms)), loop)
 
 
 def step_ms(text: str) -> list[float]:

@@ -41,7 +41,7 @@ import sys
 import time
 from typing import Any, ClassVar
 
-from cluster.engines.fake.answers import Answer, Truth, head
+from cluster.engines.fake.answers import AnswerStream, Truth, head
 from cluster.engines.fake.pacing import step_ms
 from harness.server.probe import QUESTION
 
@@ -80,14 +80,14 @@ class Socket(socket.socket):
         return data
 
 
-class Connection(asyncio.Protocol):
+class ServerConnection(asyncio.Protocol):
     """One keep-alive connection: parses requests, one at a time."""
 
     def __init__(self, truth: Truth, loop: asyncio.AbstractEventLoop) -> None:
         self.truth, self.loop = truth, loop
         self.buffer = bytearray()
         self.closed = False
-        self.answer: Answer | None = None
+        self.answer: AnswerStream | None = None
         self.transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -179,7 +179,7 @@ class Connection(asyncio.Protocol):
         elif refused := self.truth.refused(body):
             self.error(*refused)
         elif not self.refuse(str(body.get("fault") or "")):
-            self.answer = Answer(self, body, "chat" in path, Socket.came_ns, load=load)
+            self.answer = AnswerStream(self, body, "chat" in path, Socket.came_ns, load=load)
             self.truth.admit(self.answer)
 
     def refuse(self, fault: str) -> bool:
@@ -219,7 +219,7 @@ async def serve(args: argparse.Namespace) -> None:
     if sys.platform == "linux":
         listener.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)  # inherited, and so in time for the first request
     listener.bind((args.host, args.port))
-    server = await loop.create_server(lambda: Connection(truth, loop), sock=listener, backlog=4096)
+    server = await loop.create_server(lambda: ServerConnection(truth, loop), sock=listener, backlog=4096)
     port = listener.getsockname()[1]
     print(f"ready http://{args.host}:{port}/v1", flush=True)
     await server.serve_forever()

@@ -34,7 +34,7 @@ _CODEX = frozenset({b'"session_meta"', b'"event_msg"', b'"response_item"', b'"tu
 _CODEX_INPUT = frozenset({"user_message", "function_call_output", "custom_tool_call_output", "local_shell_call_output"})
 
 
-class _Call(NamedTuple):
+class _AgentCall(NamedTuple):
     place: Place
     row: TraceRecord
 
@@ -50,7 +50,7 @@ class ClaudeCode(Reader):
     def __init__(self) -> None:
         self._clock = IsoClock("timestamp")
         self._copies = Copies("message.id")
-        self._waiting: dict[str, _Call] = {}
+        self._waiting: dict[str, _AgentCall] = {}
         self._before: dict[str, int] = {}
         """Session -> time of its last line that is no answer, ns."""
 
@@ -100,7 +100,7 @@ class ClaudeCode(Reader):
             self._before.pop(session, None) or self._clock.ns(time), usage.input_tokens, usage.output_tokens, session,
             model=model if isinstance(model, str) else None, cached_tokens=usage.cached_tokens,
         )  # fmt: skip
-        self._waiting[name] = _Call(place, row)
+        self._waiting[name] = _AgentCall(place, row)
         if len(self._waiting) > _WAITING:
             call = self._waiting.pop(next(iter(self._waiting)))
             yield call.place, _checked(call.row)

@@ -54,8 +54,8 @@ from harness.trace.formats.record import (
 )
 from harness.trace.formats.values import (
     DECODE_ERRORS,
-    Columns,
     Copies,
+    CsvColumns,
     IsoClock,
     called,
     decode_object,
@@ -141,7 +141,7 @@ class LiteLLM(Reader):
     def __init__(self) -> None:
         self._clock = IsoClock("startTime")
         self._copies = Copies("request_id")
-        self._columns: Columns | None = None
+        self._columns: CsvColumns | None = None
         self._first = True
 
     @staticmethod
@@ -156,7 +156,7 @@ class LiteLLM(Reader):
         """Read one object or CSV record (the first one may be the header)."""
         first, self._first = self._first, False
         if first and not record.lstrip().startswith(b"{"):
-            self._columns = Columns(record, tuple(_TELLING))
+            self._columns = CsvColumns(record, tuple(_TELLING))
             return ()
         row: dict[str, Any] = self._columns.split_quoted(record) if self._columns else decode_object(record)
         return rows_of(row["data"], self._row) if isinstance(row.get("data"), list) else self._row(row)

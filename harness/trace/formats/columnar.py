@@ -16,7 +16,7 @@ from harness.trace.formats.columns import is_table, recognised
 from harness.trace.formats.jsonl import FIELDS
 from harness.trace.formats.record import Role, RowError, safe
 from harness.trace.formats.unpacked import check_arrow, check_pages, group_pages
-from harness.trace.source import MAX_LINE_BYTES, Source, magic
+from harness.trace.source import MAX_LINE_BYTES, TraceFile, magic
 
 MAGICS = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")
 """First bytes of Parquet, an Arrow file and an Arrow stream."""
@@ -26,17 +26,17 @@ _OURS_ALONE = {"prompt", "messages", "prefix_ids", "block_tokens"}
 """Columns by which a file is meant to be in our format, whatever else it has."""
 
 
-def is_columnar(file: Source) -> bool:
+def is_columnar(file: TraceFile) -> bool:
     """Whether the bytes of a file say so."""
     return magic(file).startswith(MAGICS)
 
 
-def is_ours(file: Source, asked: Mapping[Role, str]) -> bool:
+def is_ours(file: TraceFile, asked: Mapping[Role, str]) -> bool:
     """Whether all columns are ours, times in seconds as ours are. Raises `TraceError`."""
     return _is_ours(_schema(file), asked)
 
 
-def rows(file: Source, asked: Mapping[Role, str]) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
+def rows(file: TraceFile, asked: Mapping[Role, str]) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
     """(row from 1, column -> value without nulls) of the columns that are ours, or a table's.
 
     Raises `TraceError` for a damaged file, and for one whose columns are no trace's.
@@ -44,13 +44,13 @@ def rows(file: Source, asked: Mapping[Role, str]) -> Iterator[tuple[int, dict[st
     return chosen_rows(file, _wanted(file, _schema(file), asked))
 
 
-def column_names(file: Source) -> list[str]:
+def column_names(file: TraceFile) -> list[str]:
     """Of a columnar file. Raises `TraceError`."""
     names: list[str] = _schema(file).names
     return names
 
 
-def chosen_rows(file: Source, wanted: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
+def chosen_rows(file: TraceFile, wanted: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
     """The same of these columns. Raises `TraceError` for a damaged file."""
     import pyarrow as pa
 
@@ -67,7 +67,7 @@ def chosen_rows(file: Source, wanted: Sequence[str]) -> Iterator[tuple[int, dict
         raise _damaged(file, number + 1, e) from e
 
 
-def _damaged(file: Source, row: int | None, error: Exception) -> TraceError:
+def _damaged(file: TraceFile, row: int | None, error: Exception) -> TraceError:
     """What to say of a file that Arrow cannot read; its words may hold any byte of it."""
     return TraceError(file.name, row, f"damaged columnar file ({safe(str(error).strip(), 300)}): copy it again")
 
@@ -95,7 +95,7 @@ def _values(column: Any) -> list[Any]:
     return found
 
 
-def _schema(file: Source) -> Any:
+def _schema(file: TraceFile) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -122,7 +122,7 @@ def _is_ours(schema: Any, asked: Mapping[Role, str]) -> bool:
     return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind))
 
 
-def _batches(file: Source, wanted: Sequence[str]) -> Iterator[Any]:
+def _batches(file: TraceFile, wanted: Sequence[str]) -> Iterator[Any]:
     import pyarrow as pa
 
     kind = magic(file)
@@ -140,7 +140,7 @@ def _batches(file: Source, wanted: Sequence[str]) -> Iterator[Any]:
                 yield from (part for batch in reader for part in _cut(batch.select(list(wanted))))
 
 
-def _parquet(file: Source, wanted: Sequence[str]) -> Iterator[Any]:
+def _parquet(file: TraceFile, wanted: Sequence[str]) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     path = str(file.path)
@@ -186,7 +186,7 @@ def _repeats(kind: Any) -> bool:
     return any(of(kind) for of in shares) or any(_repeats(kind.field(i).type) for i in range(kind.num_fields))
 
 
-def _wanted(file: Source, schema: Any, asked: Mapping[Role, str]) -> list[str]:
+def _wanted(file: TraceFile, schema: Any, asked: Mapping[Role, str]) -> list[str]:
     """The columns to read. Raises `TraceError`."""
     if b"harness.plan" in (schema.metadata or {}):
         raise TraceError(file.name, None, "is a plan, already made from a trace: use it with 'harness run'")

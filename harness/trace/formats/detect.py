@@ -18,14 +18,14 @@ from harness.trace.formats.columnar import column_names, is_columnar
 from harness.trace.formats.engine_logs import SGLang, VllmLog
 from harness.trace.formats.jsonl import Jsonl
 from harness.trace.formats.langfuse import Langfuse
-from harness.trace.formats.messages import Chat, OpenAI
+from harness.trace.formats.messages import ChatLog, OpenAI
 from harness.trace.formats.mooncake import Mooncake
 from harness.trace.formats.otel import OTel
 from harness.trace.formats.published import Azure, Bailian, BurstGPT, RagPulse
 from harness.trace.formats.record import Reader, RowError, safe
-from harness.trace.formats.table import Columnar, Table, header_of, split
+from harness.trace.formats.table import Columnar, TableReader, header_of, split
 from harness.trace.formats.values import header_names
-from harness.trace.source import Source, magic, records
+from harness.trace.source import TraceFile, magic, records
 from harness.trace.sources import Sources
 
 FORMATS: dict[str, type[Reader]] = {
@@ -35,7 +35,7 @@ FORMATS: dict[str, type[Reader]] = {
     "bedrock": Bedrock,
     "burstgpt": BurstGPT,
     "caddy": Caddy,
-    "chat": Chat,
+    "chat": ChatLog,
     "claude-code": ClaudeCode,
     "cloudflare": Cloudflare,
     "codex": Codex,
@@ -52,7 +52,7 @@ FORMATS: dict[str, type[Reader]] = {
     "otel": OTel,
     "ragpulse": RagPulse,
     "sglang-log": SGLang,
-    "table": Table,
+    "table": TableReader,
     "traefik": Traefik,
     "vllm-log": VllmLog,
 }
@@ -64,7 +64,7 @@ _HEAD_OBJECTS = 200
 """The same of a file of JSON objects: the session of an agent begins with others than its calls."""
 
 
-def detect(source: Source) -> str:
+def detect(source: TraceFile) -> str:
     """Name of the format that the first record shows.
 
     Raises `TraceError` when none or several do, with what the file looks like.
@@ -119,7 +119,7 @@ def detect_all(sources: Sources) -> tuple[Sources, str, list[str]]:
         raise TraceError(sources.name, None, f"holds files of several formats: {counts}. Name those of one")
     (format_,) = names
     gone = {at for at in problems if at in sources.found or magic(sources.files[at], 1) == b""}
-    if issubclass(FORMATS[format_], Table):  # the second part of a table that was cut has no header
+    if issubclass(FORMATS[format_], TableReader):  # the second part of a table that was cut has no header
         goes_on = {at for at in problems if _goes_on(sources.files[at], sources.files[min(formats)])}
         problems = {at: e for at, e in problems.items() if at not in goes_on}
         gone -= goes_on
@@ -136,7 +136,7 @@ def detect_all(sources: Sources) -> tuple[Sources, str, list[str]]:
     )
 
 
-def _goes_on(file: Source, first: Source) -> bool:
+def _goes_on(file: TraceFile, first: TraceFile) -> bool:
     """Whether a file without a header has as many fields in its first line as another has in its header."""
     (_, header), (_, line) = (next(iter(records(each)), (0, b"")) for each in (first, file))
     mark, names = header_of(header)

@@ -59,7 +59,7 @@ _Tokens = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
 _Text = Annotated[str, msgspec.Meta(min_length=1)]
 
 
-class _Message(msgspec.Struct, forbid_unknown_fields=True):
+class _ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
     role: _Text
     content: str
 
@@ -69,7 +69,7 @@ class Line(msgspec.Struct, forbid_unknown_fields=True):
 
     arrival_s: Annotated[int, msgspec.Meta(ge=0)] | Annotated[float, msgspec.Meta(ge=0)] | None = None
     prompt: _Text | None = None
-    messages: Annotated[list[_Message], msgspec.Meta(min_length=1)] | None = None
+    messages: Annotated[list[_ChatMessage], msgspec.Meta(min_length=1)] | None = None
     input_tokens: _Tokens | None = None
     output_tokens: _Tokens | None = None
     session_id: _Text | None = None

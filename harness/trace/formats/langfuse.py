@@ -42,7 +42,7 @@ from harness.trace.formats.values import (
     show,
     token_count,
 )
-from harness.trace.source import Source
+from harness.trace.source import TraceFile
 
 _INPUT = ("input", "input_tokens", "inputTokens", "prompt_tokens", "promptTokens")
 _OUTPUT = ("output", "output_tokens", "outputTokens", "completion_tokens", "completionTokens")
@@ -97,7 +97,7 @@ class Langfuse(SpanReader):
             {"traceId", "startTime"} <= fields.keys() or {"trace_id", "start_time"} <= fields.keys()
         )
 
-    def records(self, file: Source) -> Iterator[tuple[int, Any]]:
+    def records(self, file: TraceFile) -> Iterator[tuple[int, Any]]:
         """Lines, values, CSV records, or rows of a columnar file."""
         if not is_columnar(file):
             return super().records(file)
@@ -276,7 +276,7 @@ def _reading(into: int, out: int, total: int | None, rest: dict[str, int]) -> tu
     return readings.pop()
 
 
-class _Prompt(NamedTuple):
+class _Input(NamedTuple):
     """What an observation's input is."""
 
     given: bool = False
@@ -284,17 +284,17 @@ class _Prompt(NamedTuple):
     messages: tuple[dict[str, str], ...] | None = None
 
 
-def _prompt(asked: Any) -> _Prompt:
+def _prompt(asked: Any) -> _Input:
     if asked is None or asked in ("", [], {}):
-        return _Prompt()
+        return _Input()
     decoded = _decoded(asked)
     if isinstance(decoded, str):
         # A transcript ("user: ...") is not what was sent: the template's own marks are gone.
-        return _Prompt(given=True) if _is_transcript(decoded) else _Prompt(given=True, text=decoded)
+        return _Input(given=True) if _is_transcript(decoded) else _Input(given=True, text=decoded)
     if isinstance(decoded, dict):  # tools become part of the prompt, so the text would not be all of it
         has_tools = decoded.get("tools") or decoded.get("functions")
         decoded = None if has_tools else decoded.get("messages") or _of_gemini(decoded)
-    return _Prompt(given=True, messages=plain_messages(decoded))
+    return _Input(given=True, messages=plain_messages(decoded))
 
 
 def _of_gemini(asked: dict[str, Any]) -> list[dict[str, Any]] | None:

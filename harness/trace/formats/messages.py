@@ -68,7 +68,7 @@ _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _MARKS = ("<image>", "<video>", "<audio>", "<image_placeholder>")
 
 
-class Chat(Reader):
+class ChatLog(Reader):
     """Reader of chat logs."""
 
     summary = "chat log (JSON or JSON Lines: ShareGPT conversations, LMSYS, WildChat, messages ending with an answer)"

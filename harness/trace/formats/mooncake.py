@@ -30,13 +30,13 @@ import msgspec
 
 from harness.trace.formats.columns import Clock
 from harness.trace.formats.record import (
-    Asked,
     Item,
     LeftOutError,
     Place,
     Reader,
     RowError,
     Rows,
+    TableOptions,
     TraceRecord,
     safe,
     whole,
@@ -67,7 +67,7 @@ class Mooncake(Reader):
     summary = "Mooncake trace (JSON Lines: timestamp in ms, input_length, output_length, hash_ids of 512-token blocks)"
 
     def __init__(self) -> None:
-        self._asked = Asked()
+        self._asked = TableOptions()
         self._clock: Clock | None = None
         self._rows = self._long = self._delayed = 0
         self._last = Sessions(int)
@@ -82,7 +82,7 @@ class Mooncake(Reader):
         others = {"timestamp", "delay", "hash_ids", "text_input"} & fields.keys()
         return bool(lengths and others) and "chat_id" not in fields and not fields.get("hash_ids", b"").startswith(b"{")
 
-    def ask(self, asked: Asked) -> None:
+    def ask(self, asked: TableOptions) -> None:
         """The unit of the times, as the user says."""
         if asked.columns:
             super().ask(asked)

@@ -77,7 +77,7 @@ import msgspec
 from harness.errors import TraceError
 from harness.trace.formats.columns import Clock
 from harness.trace.formats.record import MAX_ARRIVAL_S, MAX_TOKENS, Reader, Role, RowError, TraceRecord
-from harness.trace.formats.table import Table, header_of
+from harness.trace.formats.table import TableReader, header_of
 from harness.trace.formats.values import (
     DECODE_ERRORS,
     Copies,
@@ -94,7 +94,7 @@ from harness.trace.source import open_source, records
 from harness.trace.spool import Sessions
 
 
-class Azure(Table):
+class Azure(TableReader):
     """Reader of Azure LLM inference traces (2023, 2024 and later)."""
 
     summary = "Azure LLM inference trace (CSV: TIMESTAMP, ContextTokens, GeneratedTokens)"
@@ -116,7 +116,7 @@ class Azure(Table):
 _TOTAL = "Total tokens"
 
 
-class BurstGPT(Table):
+class BurstGPT(TableReader):
     """Reader of BurstGPT traces, versions 1 to 3."""
 
     summary = "BurstGPT trace (CSV: Timestamp in s, Request tokens, Response tokens; v3 with Session ID)"

@@ -17,7 +17,7 @@ TimeUnit = Literal["s", "ms", "us", "ns"]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class TableOptions:
     """What the user says of a table."""
 
     columns: Mapping[Role, str] = field(default_factory=dict)
@@ -190,7 +190,7 @@ class Reader:
         """Whether the first record of a file (not blank, no byte-order mark) shows this format."""
         raise NotImplementedError
 
-    def ask(self, asked: Asked) -> None:
+    def ask(self, asked: TableOptions) -> None:
         """What the user says of columns and times. Raises `UsageError` where the format has its own."""
         if asked.columns:
             raise UsageError(
@@ -206,7 +206,7 @@ class Reader:
     def beside(self, path: Path) -> None:
         """Look at the files that belong to the trace at ``path`` and lie beside it. Raises `RowError`."""
 
-    def records(self, file: source.Source) -> Iterator[tuple[int, Any]]:
+    def records(self, file: source.TraceFile) -> Iterator[tuple[int, Any]]:
         """(line, record) of each record of a file; see `harness.trace.source.records`."""
         return source.records(file, quoted=self.quoted)
 

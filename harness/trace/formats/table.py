@@ -26,7 +26,6 @@ from harness.trace.formats import columnar
 from harness.trace.formats.columns import Clock, is_table, recognised
 from harness.trace.formats.jsonl import FIELDS, BlockSizes, Line, OwnClock, row_of
 from harness.trace.formats.record import (
-    Asked,
     Item,
     LeftOutError,
     Place,
@@ -34,12 +33,13 @@ from harness.trace.formats.record import (
     Role,
     RowError,
     Rows,
+    TableOptions,
     TraceRecord,
     safe,
     whole,
 )
 from harness.trace.formats.values import (
-    Usage,
+    TokenCounts,
     called,
     decode_error,
     decode_object,
@@ -49,7 +49,7 @@ from harness.trace.formats.values import (
     token_count,
     usage_of,
 )
-from harness.trace.source import Source
+from harness.trace.source import TraceFile
 
 MARKS = (",", ";", "\t", "|")
 _LOOKED_AT = 1000
@@ -58,7 +58,7 @@ _BESIDE = ("cache_read_input_tokens", "cache_creation_input_tokens")
 _MISSING = frozenset({"", "nan", "null", "none", "na", "n/a", "-", "<na>", "nat"})
 
 
-class Table(Reader):
+class TableReader(Reader):
     """Reader of tables."""
 
     summary = "any table (CSV, JSON Lines, Parquet) with a time and token counts: --map says which columns"
@@ -70,7 +70,7 @@ class Table(Reader):
     """Its columns that are only compared."""
 
     def __init__(self) -> None:
-        self._asked = Asked()
+        self._asked = TableOptions()
         self._header: list[str] | None = None
         self._mark = ","
         self._at: Mapping[Role, str] | None = None
@@ -79,7 +79,7 @@ class Table(Reader):
         """Names of the last row, as those of most rows are."""
         self._clock: Clock | None = None
 
-    def ask(self, asked: Asked) -> None:
+    def ask(self, asked: TableOptions) -> None:
         """Columns and unit as the user names them. Raises `UsageError` for a format that has its own."""
         if self.names:
             super().ask(asked)
@@ -107,7 +107,7 @@ class Table(Reader):
         """Why the times have no unit."""
         return self._clock.unclear if self._clock is not None else None
 
-    def records(self, file: Source) -> Iterator[tuple[int, Any]]:
+    def records(self, file: TraceFile) -> Iterator[tuple[int, Any]]:
         """Lines, objects, or rows of a columnar file."""
         return columnar.rows(file, self._asked.columns) if columnar.is_columnar(file) else super().records(file)
 
@@ -235,12 +235,12 @@ class Table(Reader):
             cached_tokens=cached,
         )
 
-    def _counts(self, row: Mapping[str, Any]) -> Usage:
+    def _counts(self, row: Mapping[str, Any]) -> TokenCounts:
         assert self._at is not None
         name = self._at.get("input", "")
         if name.startswith("usage.") and name not in row and not self._asked.columns:
             return usage_of(row.get("usage"))
-        counts = Usage(*(self._count(row, role) for role in ("input", "output", "cached")))
+        counts = TokenCounts(*(self._count(row, role) for role in ("input", "output", "cached")))
         if name == "input_tokens" and not self._asked.columns and any(each in row for each in _BESIDE):
             # Anthropic's columns stand beside it.
             beside = {each: token_count(each, _given(row.get(each))) for each in _BESIDE}
@@ -268,7 +268,7 @@ class Table(Reader):
         return value
 
 
-class Columnar(Table):
+class Columnar(TableReader):
     """Reader of columnar files; the first bytes tell which kind."""
 
     summary = "Parquet or Arrow file with the columns of our JSON Lines, or of any table"
@@ -295,7 +295,7 @@ class Columnar(Table):
         """Our own rows are written to be sent."""
         return self._ours
 
-    def records(self, file: Source) -> Iterator[tuple[int, Any]]:
+    def records(self, file: TraceFile) -> Iterator[tuple[int, Any]]:
         """(row from 1, column -> value without nulls)."""
         self._ours = columnar.is_ours(file, self._asked.columns)
         return columnar.rows(file, self._asked.columns)

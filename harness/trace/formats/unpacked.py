@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 from harness.errors import TraceError
-from harness.trace.source import Source
+from harness.trace.source import TraceFile
 
 MOST_BYTES = 2**28
 """Of a batch with its dictionaries."""
@@ -34,7 +34,7 @@ class DamagedError(Exception):
     """The headers make no sense."""
 
 
-def check_arrow(file: Source) -> None:
+def check_arrow(file: TraceFile) -> None:
     """Raises `TraceError` when a batch of an IPC file or stream unpacks to more than fits, with its dictionaries."""
     dictionaries: dict[int, int] = {}
     try:
@@ -50,7 +50,7 @@ def check_arrow(file: Source) -> None:
         raise TraceError(file.name, None, f"damaged columnar file ({e}): copy it again") from e
 
 
-def check_fits(file: Source, size: int, part: str, advice: str, most: int | None = None) -> None:
+def check_fits(file: TraceFile, size: int, part: str, advice: str, most: int | None = None) -> None:
     """Raises `TraceError` when a ``part`` has more bytes than ``most``; None: `MOST_BYTES`."""
     most = MOST_BYTES if most is None else most
     if size > most:
@@ -65,7 +65,7 @@ def check_fits(file: Source, size: int, part: str, advice: str, most: int | None
 # --- Arrow -----------------------------------------------------------------------------------------------------------
 
 
-class _Message(NamedTuple):
+class _ArrowMessage(NamedTuple):
     """A record batch, or a dictionary for those after it."""
 
     size: int
@@ -75,7 +75,7 @@ class _Message(NamedTuple):
     """Its values come after those that the dictionary has."""
 
 
-def _of_stream(raw: BinaryIO) -> Iterator[_Message]:
+def _of_stream(raw: BinaryIO) -> Iterator[_ArrowMessage]:
     """One message after the other; a torn end is the end."""
     at: int | None = 0
     while at is not None:
@@ -84,7 +84,7 @@ def _of_stream(raw: BinaryIO) -> Iterator[_Message]:
             yield message
 
 
-def _of_file(raw: BinaryIO) -> Iterator[_Message]:
+def _of_file(raw: BinaryIO) -> Iterator[_ArrowMessage]:
     """The messages that the list at the end names."""
     end = raw.seek(-len(_MAGIC) - 4, os.SEEK_END)
     size = struct.unpack("<i", raw.read(4))[0]
@@ -99,7 +99,7 @@ def _of_file(raw: BinaryIO) -> Iterator[_Message]:
                 yield message
 
 
-def _message(raw: BinaryIO, at: int) -> tuple[_Message | None, int | None]:
+def _message(raw: BinaryIO, at: int) -> tuple[_ArrowMessage | None, int | None]:
     """The message at a byte of the file, if it is one with data, and where the next begins."""
     raw.seek(at)
     head = raw.read(8)
@@ -123,8 +123,8 @@ def _message(raw: BinaryIO, at: int) -> tuple[_Message | None, int | None]:
         return None, body_at + body
     unpacked = sum(_unpacked(raw, batch, body_at))
     if kind == _BATCH:
-        return _Message(unpacked, None, False), body_at + body
-    return _Message(unpacked, header.number(0, "q"), bool(header.number(2, "?"))), body_at + body
+        return _ArrowMessage(unpacked, None, False), body_at + body
+    return _ArrowMessage(unpacked, header.number(0, "q"), bool(header.number(2, "?"))), body_at + body
 
 
 def _unpacked(raw: BinaryIO, batch: _Table, body_at: int) -> Iterator[int]:
@@ -205,7 +205,7 @@ class Pages:
     values: int = 0
 
 
-def group_pages(file: Source, raw: BinaryIO, columns: Mapping[str, Any]) -> dict[str, Pages]:
+def group_pages(file: TraceFile, raw: BinaryIO, columns: Mapping[str, Any]) -> dict[str, Pages]:
     """The pages of a row group's columns, by path; ``columns``: their metadata.
 
     Raises `TraceError` for headers that make no sense.
@@ -216,7 +216,7 @@ def group_pages(file: Source, raw: BinaryIO, columns: Mapping[str, Any]) -> dict
         raise TraceError(file.name, None, f"damaged columnar file ({e}): copy it again") from e
 
 
-def check_pages(file: Source, found: Mapping[str, Pages]) -> None:
+def check_pages(file: TraceFile, found: Mapping[str, Pages]) -> None:
     """Raises `TraceError` when the pages of a row group take more memory than fits."""
     dictionary = max((pages.dictionary for pages in found.values()), default=0)
     check_fits(file, dictionary, "a dictionary of it", "write it without dictionaries", MOST_DICTIONARY)

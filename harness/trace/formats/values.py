@@ -194,7 +194,7 @@ def wall_clock_ns(name: str, value: Any) -> int:
 # --- CSV -----------------------------------------------------------------------------------------------------------
 
 
-class Columns:
+class CsvColumns:
     """The columns of a CSV file, found by name: files insert and reorder them."""
 
     def __init__(self, line: bytes, wanted: Sequence[str]) -> None:
@@ -365,7 +365,7 @@ _READ, _WRITTEN = "cache_read_input_tokens", "cache_creation_input_tokens"
 _DETAILS = ("prompt_tokens_details", "input_tokens_details")
 
 
-class Usage(NamedTuple):
+class TokenCounts(NamedTuple):
     """Tokens of one call; None: not stated."""
 
     input_tokens: int | None
@@ -375,10 +375,10 @@ class Usage(NamedTuple):
     """Of the input, those read from a prompt cache."""
 
 
-def usage_of(usage: Any) -> Usage:
+def usage_of(usage: Any) -> TokenCounts:
     """The counts of a ``usage`` object; all None when it is none. Raises `RowError` for a count that is no count."""
     if not isinstance(usage, dict):
-        return Usage(None, None, None)
+        return TokenCounts(None, None, None)
     inside = _count(usage, "prompt_tokens")
     into = _count(usage, "input_tokens") if inside is None else inside
     out = _count(usage, "completion_tokens")
@@ -386,7 +386,7 @@ def usage_of(usage: Any) -> Usage:
     read, written = _count(usage, _READ), _count(usage, _WRITTEN)
     if inside is None and into is not None and (read or written):
         into += (read or 0) + (written or 0)
-    return Usage(into, out, _cached(usage) if read is None else read)
+    return TokenCounts(into, out, _cached(usage) if read is None else read)
 
 
 def _cached(usage: Mapping[str, Any]) -> int | None:
