@@ -55,24 +55,8 @@ class Connection:
     """A TCP or TLS connection to one server; carries one request at a time, or none while idle."""
 
     __slots__ = (
-        "_address",
-        "_bio_in",
-        "_bio_out",
-        "_last_ns",
-        "_out",
-        "_reader",
-        "_tls",
-        "_writer",
-        "client",
-        "endpoint",
-        "fd",
-        "idle_ns",
-        "ready",
-        "recvmsg",
-        "reused",
-        "sock",
-        "stream",
-        "used",
+        "_address", "_bio_in", "_bio_out", "_last_ns", "_out", "_reader", "_tls", "_writer", "client", "endpoint",
+        "fd", "idle_ns", "ready", "recvmsg", "reused", "sock", "stream", "used",
     )  # fmt: skip
 
     def __init__(self, client: Owner, endpoint: Endpoint) -> None:
