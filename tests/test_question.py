@@ -155,9 +155,11 @@ def test_json_of_any_kind_is_a_sentence(body: bytes) -> None:
         probe.find_model(f"{url}/v1", None, None)
 
 
-def hear_hangups() -> None:
-    """Under nohup a process inherits that SIGHUP is ignored, and so do these tests."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def hear_signals() -> None:
+    """Under nohup a process inherits that SIGHUP is ignored, in the background of a shell SIGINT, and so do these
+    tests."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -173,7 +175,7 @@ def test_a_question_is_broken_off_by_a_signal(number: signal.Signals, tmp_path: 
     with server(talk) as url:
         command = [sys.executable, "-m", "harness.cli", "replay", str(trace), "--base-url", url, "--out", str(tmp_path)]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True,
-                                   preexec_fn=hear_hangups)  # fmt: skip
+                                   preexec_fn=hear_signals)  # fmt: skip
         assert heard.wait(60)
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
