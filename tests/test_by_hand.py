@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from run_files import SPEC, good, write_run
 
-from harness.cli.decide import price
+from harness.cli.price import price
 from harness.record.manifest import MANIFEST
 
 duckdb = pytest.importorskip("duckdb")

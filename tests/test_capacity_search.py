@@ -18,11 +18,10 @@ from analysis.capacity.sweep import Point
 from analysis.stats.intervals import Quantity
 from cluster.deploy import load_workers as load
 from cluster.simulator.replica import Workload
-from harness.cli.capacity import capacity, plan_fleet
-from harness.cli.decide import compare
-from harness.cli.results import report
+from harness.cli.capacity import FILE, capacity, plan_fleet
+from harness.cli.compare import compare
+from harness.cli.report import report
 from harness.cli.runner.capacity import CapacitySession
-from harness.commands.capacity import FILE
 from harness.errors import ServerError, UsageError
 from harness.record.manifest import read_manifest
 from harness.slo import Criterion, criteria

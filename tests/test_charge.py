@@ -26,9 +26,8 @@ from analysis.pricing.terms import Terms, TokenWeights, VolumeTier, declared, fr
 from analysis.rows.read import read_run
 from analysis.stats.intervals import Quantity
 from analysis.summary import summarise
-from harness.cli.decide import price
+from harness.cli.price import parse_tier_price, price
 from harness.cli.select_runs import find_runs
-from harness.commands.decide import parse_tier_price
 from harness.errors import HarnessError, ResultsError, UsageError
 from harness.record.manifest import MANIFEST, Replica, RunDir
 from harness.record.samples import SERVER_SCHEMA

@@ -25,7 +25,7 @@ from analysis.show.text import render_markdown
 from analysis.stats.intervals import Quantity
 from analysis.stats.replicates import over_pairs
 from analysis.summary import summarise
-from harness.cli.decide import compare
+from harness.cli.compare import compare
 from harness.errors import HarnessError, UsageError
 from harness.record.manifest import Host, RunDir, read_manifest, write_manifest
 

@@ -32,7 +32,7 @@ from analysis.pricing.rate_card import HOURS_PER_MONTH
 from analysis.show.fleet_text import fleet_csv, fleet_sections
 from analysis.show.text import render_markdown
 from analysis.stats.intervals import Quantity
-from harness.cli.capacity import plan_fleet as plan_fleet_verb
+from harness.cli.plan_fleet import plan_fleet as plan_fleet_verb
 from harness.errors import UsageError
 
 ENGINE = FittedEngine(
@@ -452,7 +452,7 @@ def test_sums_add_up_and_more_demand_never_needs_less(rates, factor, held, capac
 
 
 def test_a_trace_without_times_or_lengths_is_no_demand_or_half_of_one(tmp_path):
-    from harness.commands.fleet import read_demand
+    from harness.cli.plan_fleet import read_demand
     from harness.options import ReadOptions
 
     path = tmp_path / "t.jsonl"

@@ -36,8 +36,8 @@ from analysis.rows.read import read_run
 from analysis.show.fleet_text import WITHIN
 from cluster.simulator.replica import Workload, simulate
 from cluster.simulator.scheduler import Limits
-from harness.cli.capacity import plan_fleet as plan_fleet_verb
-from harness.commands.fleet import simulated_engine
+from harness.cli.plan_fleet import plan_fleet as plan_fleet_verb
+from harness.cli.plan_fleet import simulated_engine
 from harness.slo import Criterion, criteria
 from tests.lab.fleet import SLO, Case, follow, judge, measured_runs, priced, serve, workload, write_rows
 from tests.lab.processes import STEP

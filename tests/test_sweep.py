@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from run_files import TIER, good, write_run
 
 from harness.cli.select_runs import done_points
-from harness.cli.sweep import DECIDED, OPTIONS, OWN, resolve
-from harness.commands.sweep import sum_up
+from harness.cli.sweep import DECIDED, OPTIONS, OWN, resolve, sum_up
 from harness.errors import ResultsError, UsageError
 from harness.options import PlanOptions
 from harness.plan.build import asked_plan, build_plan

@@ -39,7 +39,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the command line is started: local folders of sweeps on S3 are below it."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr("harness.commands.sweep.LOCAL_SWEEPS", tmp_path / "here" / "sweeps")
+    monkeypatch.setattr("harness.cli.sweep.LOCAL_SWEEPS", tmp_path / "here" / "sweeps")
     return tmp_path / "here"
 
 

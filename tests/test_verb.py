@@ -173,7 +173,7 @@ def test_the_command_line_wins_and_verbose_says_where_values_come_from(
 
 
 def test_verbose_shows_the_traceback_of_a_fault_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.commands.catalogue.doctor", lambda format_: {}["x"])
+    monkeypatch.setattr("harness.doctor.examine", lambda *_: {}["x"])
     monkeypatch.setattr("harness.cli.forgo_pandas", lambda: None)  # our process is not only its
     with pytest.raises(SystemExit):
         main(["doctor"])

@@ -24,29 +24,27 @@ from harness.terminal import Verbosity, cut, guard_streams, hung_up, verbosity
 
 SECTIONS: dict[str, dict[str, Lazy]] = {
     "Replay": {
-        "replay": Lazy("harness.cli.runs:replay", "Plan, serve, run and report in one go."),
+        "replay": Lazy("harness.cli.replay:replay", "Plan, serve, run and report in one go."),
         "plan": Lazy("harness.cli.runs:plan", "Turn a trace into a plan file: requests, prompts, times."),
         "serve": Lazy("harness.cli.runs:serve", "Start servers and keep them until Ctrl-C."),
         "run": Lazy("harness.cli.runs:run", "Send a plan and report."),
         "sweep": Lazy("harness.cli.sweep:sweep", "Models x tiers x load levels x repeats on one trace."),
     },
     "Results": {
-        "report": Lazy("harness.cli.results:report", "Report on a run directory; compare several in a page."),
+        "report": Lazy("harness.cli.report:report", "Report on a run directory; compare several in a page."),
         "open": Lazy("harness.cli.results:open_", "Browse a folder of runs on a local page."),
         "export": Lazy("harness.cli.results:export", "Write result rows as Parquet, CSV or JSON."),
         "compare": Lazy(
-            "harness.cli.decide:compare",
+            "harness.cli.compare:compare",
             "A against B: paired intervals and a plain verdict; fails a CI job on request.",
         ),
     },
     "Decisions": {
         "capacity": Lazy("harness.cli.capacity:capacity", "Find the highest load that keeps a promise, in few runs."),
         "plan-fleet": Lazy(
-            "harness.cli.capacity:plan_fleet", "How many instances, of which tier, carry a demand at a promise."
+            "harness.cli.plan_fleet:plan_fleet", "How many instances, of which tier, carry a demand at a promise."
         ),
-        "price": Lazy(
-            "harness.cli.decide:price", "What to charge: cost, margin, utilisation, against API list prices."
-        ),
+        "price": Lazy("harness.cli.price:price", "What to charge: cost, margin, utilisation, against API list prices."),
     },
     "Traces, tiers, models": {
         "trace": Lazy("harness.cli.trace:trace", "Look at a trace, convert, sample, make up or anonymize one."),
@@ -58,7 +56,9 @@ SECTIONS: dict[str, dict[str, Lazy]] = {
         "ps": Lazy("harness.cli.processes:ps", "List the servers, load workers and Ray that are running."),
         "stop": Lazy("harness.cli.processes:stop", "End what 'harness ps' lists, one by its ID or all."),
         "cluster": Lazy("harness.cli.cloud:cluster", "Rent, watch and end a Ray cluster on AWS."),
-        "calibrate": Lazy("harness.cli.runs:calibrate", "Measure what the load generator can carry on this machine."),
+        "calibrate": Lazy(
+            "harness.cli.calibrate:calibrate", "Measure what the load generator can carry on this machine."
+        ),
     },
 }
 """The verbs in the order a newcomer meets them."""

@@ -1,4 +1,4 @@
-"""The verbs of capacity: capacity (how much can one fleet carry at a promise) and plan-fleet (how large must it be)."""
+"""The highest load that keeps an SLO, found by runs that are chosen one by one: capacity."""
 
 from __future__ import annotations
 
@@ -6,25 +6,40 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
-from harness.cli import runs
 from harness.cli.options import (
     ATTAIN_OPTION,
     ENVIRONMENT,
     ONE_TRACE_ARGUMENT,
-    READ_OPTIONS,
     SWEEPS_OPTION,
     format_option,
     html_option,
     resume_option,
 )
-from harness.cli.types import DURATION, GROWTH, POSITIVE, SHARE, SLO
+from harness.cli.output import print_json, print_sections, say
+from harness.cli.replay import replay
+from harness.cli.report import page_of
+from harness.cli.runner.capacity import CapacityReport, CapacitySession, Search
+from harness.cli.runner.windows import in_loop
+from harness.cli.select_runs import expand, refused_exit
+from harness.cli.sweep import LOCAL_SWEEPS, begun, check
+from harness.cli.types import DURATION, POSITIVE, SHARE, SLO
 from harness.cli.verb import command
-from harness.errors import UsageError
-from harness.options import ReadOptions, ReplayOptions, taken
+from harness.errors import EXIT_FAILURE, EXIT_SLO_MISSED, EXIT_VALID, UsageError
+from harness.options import PlanOptions, ReplayOptions
+from harness.record.manifest import now_utc
+from harness.slo import criteria
+from harness.store.copies import ANSWER as FILE
+from harness.store.objects import as_url, is_url
+from harness.sweep.spec import Loads, SweepSpec, pairs, seeded
+from harness.sweep.state import SweepState, create_folder, differences, lock, read_state
+from harness.trace.files import open_asked
+from harness.trace.io import Trace
 
 NEWEST = ""
 """--resume without a folder."""
+
 DECIDED = frozenset({"rate", "speed", "concurrency", "stages", "duration_s", "limit", "repeat", "rescale", "grow",
                      "slo", "attain", "ratio", "format_", "out"})  # fmt: skip
 """Options of replay that the search decides itself, or has of its own."""
@@ -32,7 +47,7 @@ DECIDED = frozenset({"rate", "speed", "concurrency", "stages", "duration_s", "li
 
 def replay_options() -> list[click.Option]:
     """The options of ``harness replay`` that a search takes as they are."""
-    return [p for p in runs.replay.params if isinstance(p, click.Option) and p.name not in DECIDED]
+    return [p for p in replay.params if isinstance(p, click.Option) and p.name not in DECIDED]
 
 
 @command(
@@ -89,7 +104,7 @@ Exit status:
 @format_option("text", "md", "json")
 def capacity(
     trace: Path, out: Path, max_usd: float | None, max_hours: float | None, probe_s: float, tolerance: float,
-    busiest: bool, resume: str | None, html: Path | None, **options: Any,
+    busiest: bool, resume: str | None, html: Path | None, **asked: Any,
 ) -> int:  # fmt: skip
     """Find the highest request rate at which the promise is kept, and what a million tokens costs there.
 
@@ -98,90 +113,130 @@ def capacity(
     enough. A probe whose backlog only grows keeps no promise. Every probe has prompts of its own, is printed with its
     verdict and cost, and is kept as a run in one sweep folder.
     """
-    from harness.commands.capacity import capacity as find
-
     if str(trace) == "-":
         raise UsageError("a search reads its trace many times: name a file instead of standard input")
-    return find(
-        trace, out, ReplayOptions.of(options), max_usd=max_usd, max_hours=max_hours, probe_s=probe_s,
-        tolerance=tolerance, busiest=busiest, resume=resume, html=html,
-    )  # fmt: skip
+    options = ReplayOptions.of(asked)
+    slo, attain = dict(options.load.slo or {}), options.report.attain
+    ask = Search(criteria=tuple(criteria(slo, attain)), probe_s=probe_s, tolerance=tolerance, busiest=busiest)
+    spec = _spec(trace, ask, max_usd, max_hours, options)
+    tiers = check(spec, in_loop(options, closed=True))
+    source = open_asked(trace, options.plan)
+    _check_times(source, options.plan)
+    root, url = (LOCAL_SWEEPS, as_url(out)) if is_url(out) else (out, None)
+    if resume is not None:
+        folder = begun(Path(resume) if resume else None, root, _name(trace))
+        state = _take_over(folder, spec, source)
+    else:
+        spec = seeded(spec)
+        state = SweepState(
+            name=_name(trace), created=now_utc(), file=str(trace), spec=spec, trace_sha256=source.sha256,
+            pairs=pairs(spec), points=[],
+        )  # fmt: skip
+        folder = create_folder(root, state)
+        state.store_url = f"{url}/{folder.name}" if url else None
+    with lock(folder):
+        say(f"sweep folder: {folder}")
+        session = CapacitySession(folder, state, options, source, tiers, ask)
+        try:
+            session.run()
+        except KeyboardInterrupt:
+            say(f"go on with the same command and --resume {folder}")
+            raise
+        report = session.report()
+        try:
+            (folder / FILE).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+            session.send(folder / FILE)
+        except OSError as e:  # it can be made again from the runs
+            say(f"{folder / FILE}: cannot write ({e.strerror})")
+    _print(report, ask, options.report.format_)
+    if html is not None and report.probes:
+        page_of(expand([folder]), html, slo=slo, attain=attain, min_requests=options.load.min_requests)
+    return _exit(report)
 
 
 capacity.params[1:1] = [p for p in replay_options() if p.name not in {q.name for q in capacity.params}]
 
 
-@command(
-    short_help="How many instances, of which tier, carry a demand at a promise.",
-    epilog="""\b
-Examples:
-  harness plan-fleet trace.jsonl sweeps/20261122T021500Z-capacity-trace
-  harness plan-fleet year.csv.gz sweeps/l4 sweeps/h100 --grow 3x --headroom 1.2 --availability 99.9%
-  harness plan-fleet trace.jsonl sweeps/l4 --slo ttft_p99=2s --slo ttft_p99=1s --format csv
+def _check_times(trace: Trace, asked: PlanOptions) -> None:
+    """Refuse before anything is rented a trace that cannot be replayed in an open loop."""
+    if not asked.drawn and next(iter(trace)).arrival_s is None:
+        raise UsageError(
+            f"{trace.path}: the trace has no arrival times to rescale: say --arrivals poisson (or gamma, --burstiness)"
+        )
 
-\b
-Exit status:
-  0  there is a fleet
-  1  something failed, or nothing can be planned with; the message says what
-  2  the command line is wrong
-  3  no fleet, because runs are INVALID; their reasons are in the output
-  5  no fleet, because runs are TOO SMALL
-  4  no measured tier keeps the promise
-""",
-)
-@ONE_TRACE_ARGUMENT
-@click.argument("measured", nargs=-1, required=True, metavar="FOLDER...")
-@READ_OPTIONS
-@click.option("--grow", type=GROWTH, default="1x", show_default=True, help="The forecast: this many times the trace.")
-@click.option(
-    "--headroom",
-    type=GROWTH,
-    default="1x",
-    show_default=True,
-    help="Room for a forecast that is too low: the demand times this, on top of --grow. Bursts need none, they are "
-    "replayed.",
-)
-@click.option("--availability", type=SHARE, help="Spare instances so that enough are up this share of the time.")
-@click.option(
-    "--node-availability",
-    type=SHARE,
-    default="99.5%",
-    show_default=True,
-    help="Share of the time one instance is up: an assumption, take it from your provider.",
-)
-@click.option("--start", "start_s", type=DURATION, help="Start-up time of a replica instead of the measured one.")
-@click.option(
-    "--replicas-per-instance",
-    type=click.IntRange(min=1),
-    help="Default: as many as the instance's accelerators hold, 1 without any.",
-)
-@click.option(
-    "--slo",
-    type=SLO,
-    multiple=True,
-    metavar="KEY=TIME,...",
-    help="Judge by this promise instead of the runs' own; repeat: the others show what a promise costs.",
-)
-@ATTAIN_OPTION
-@html_option("the plan")
-@format_option("text", "md", "json", "csv")
-def plan_fleet(
-    trace: Path, measured: tuple[str, ...], grow: float, headroom: float, availability: float | None,
-    node_availability: float, start_s: float | None, replicas_per_instance: int | None,
-    slo: tuple[dict[str, float], ...], attain: float, html: Path | None, format_: str, **reading: Any,
-) -> int:  # fmt: skip
-    """How many whole instances of each measured tier carry the demand of TRACE, and what they cost.
 
-    FOLDER is what 'harness capacity' or 'harness sweep' left (rates in an open loop, with an SLO and a tier). TRACE is
-    replayed in virtual time on an engine fitted to those runs: the fleet is the smallest that keeps the promise in
-    every minute, and is marked as simulated. Beside it stands the fluid answer (worst minute over capacity), alone
-    where no engine can be fitted. Spare instances for availability; fixed against autoscaled over the trace's own
-    time; what growth, price and promise change; the cheapest tier and the runner-up.
-    """
-    from harness.commands.fleet import plan_fleet as plan
+def _spec(
+    trace: Path, ask: Search, max_usd: float | None, max_hours: float | None, options: ReplayOptions
+) -> SweepSpec:
+    from cluster.catalogue.models import DEFAULT_MODEL
+    from cluster.catalogue.tiers import DEFAULT_TIER
 
-    return plan(
-        trace, measured, taken(ReadOptions, reading), grow=grow, headroom=headroom, availability=availability,
-        node_availability=node_availability, start_s=start_s, replicas_per_instance=replicas_per_instance, slo=slo,
-        attain=attain, format_=format_, html=html,
+    own = ("base_urls", "model", "tier", "replicas", "seed", "ratio", "format_")
+    asked = options.serve
+    urls = list(asked.base_urls)
+    model = asked.model or (None if urls else DEFAULT_MODEL)
+    tier = asked.tier or (None if urls else DEFAULT_TIER)
+    plain = {name: _plain(value) for name, value in options.by_name().items() if name not in own}
+    return SweepSpec(
+        trace=str(trace), loads=Loads(concurrency=[1]), models=[model] if model else [], tiers=[tier] if tier else [],
+        base_url=urls or None, replicas=asked.replicas or 1, seed=options.plan.seed, order="given",
+        budget_usd=max_usd, budget_hours=max_hours,
+        options={
+            **plain, "probe_s": ask.probe_s, "tolerance": ask.tolerance, "busiest": ask.busiest, "search": "capacity",
+        },
     )  # fmt: skip
+
+
+def _plain(value: object) -> object:
+    """An option as it comes back from a JSON file."""
+    return msgspec.json.decode(msgspec.json.encode(value, enc_hook=str), type=object)
+
+
+def _name(trace: Path) -> str:
+    return f"capacity-{trace.name.split('.')[0]}"
+
+
+def _take_over(folder: Path, spec: SweepSpec, trace: Trace) -> SweepState:
+    """Go on with the search in ``folder``. Raises `UsageError` when it was asked something else."""
+    state = read_state(folder)
+    if not state.spec.is_search:
+        raise UsageError(f"{folder}: is a sweep, not a search for capacity: harness sweep --resume {folder}")
+    spec = seeded(spec, state.spec)
+    if changed := differences(state.spec, spec):
+        raise UsageError(
+            f"{folder}: was asked something else:\n  " + "\n  ".join(changed)
+            + "\nask the same again (--max-usd and --max-hours may change), or begin anew without --resume"
+        )  # fmt: skip
+    if trace.sha256 != state.trace_sha256:
+        raise UsageError(f"{trace.path}: is not the trace this search began with: put that one back, or begin anew")
+    state.spec = spec
+    return state
+
+
+def _print(report: CapacityReport, ask: Search, format_: str) -> None:
+    from analysis.show.capacity_text import capacity_sections, probe_section
+    from analysis.show.document import Section
+
+    if format_ == "json":
+        print_json(report)
+        return
+    cost = f", {report.usd:.4f} USD" if report.usd is not None else ""
+    took = f"The search took {len(report.probes)} probes and {report.hours:.2f} h of servers{cost}."
+    lines = (report.sentence, f"{took} It ended: {report.ended}.")
+    sections = [
+        Section(title="Capacity", lines=lines),
+        probe_section(report.probes, ask.criteria),
+        *capacity_sections(report.systems),
+    ]
+    print_sections(sections, format_)
+    if format_ != "md":
+        print(f"\nsweep folder: {report.folder}")
+
+
+def _exit(report: CapacityReport) -> int:
+    answer = next((one for one in report.systems if one.loop != "closed"), None)
+    if answer is None or answer.capacity is None:
+        return refused_exit(p.verdict for p in report.probes) or EXIT_FAILURE
+    return {"found": EXIT_VALID, "beyond": EXIT_VALID, "not reached": EXIT_SLO_MISSED}.get(
+        answer.capacity.state, EXIT_FAILURE
+    )

@@ -1,49 +1,20 @@
-"""The verbs that read run directories."""
+"""Take the rows of runs elsewhere, look through a folder of runs: export, open."""
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import click
 
-from harness.cli.options import EXIT_STATUS, MIN_REQUESTS_HELP, REPORT_OPTIONS
-from harness.cli.types import SLO
+from harness.cli.output import say
 from harness.cli.verb import command
-
-
-@command(
-    short_help="Report on a run directory; compare several in a page.",
-    epilog=f"""\b
-Examples:
-  harness report runs/20261121T234654Z-trace-smollm2-135m
-  harness report runs/20261121T234654Z-trace-smollm2-135m --html report.html
-  harness report runs/*-sweep-* --slo ttft=2s --html sweep.html
-
-{EXIT_STATUS}
-Of several runs the worst counts: INVALID, then TOO SMALL.""",
-)
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
-@click.option("--slo", type=SLO, metavar="KEY=TIME,...", help="Judge against this SLO instead of the one of the run.")
-@click.option(
-    "--min-requests", type=click.IntRange(min=1), help=f"{MIN_REQUESTS_HELP} Default: as the run was made, which is 30."
-)
-@REPORT_OPTIONS
-@click.option(
-    "--html",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write one self-contained page instead; several runs are compared in it.",
-)
-@click.option(
-    "--variant",
-    metavar="TOOL",
-    help="This run's figures by another tool's definitions: vllm-bench, guidellm, aiperf.",
-)
-def report(**options: Any) -> int:
-    """Report on a run directory: verdict, price, latency under load, throughput, errors."""
-    from harness.commands import reports
-
-    return reports.report(**options)
+from harness.errors import EXIT_VALID, HarnessError, UsageError, sentence
 
 
 @command(
@@ -61,11 +32,15 @@ ttft_s, tpot_s, e2e_s, lag_s. The ending of the file says the format: .parquet, 
     "-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path),
     help="File to write; an earlier one is replaced.",
 )  # fmt: skip
-def export(runs: tuple[Path, ...], output: Path) -> int:
+def export(runs: Sequence[Path], output: Path) -> int:
     """Write the rows of run directories into one file that DuckDB, Polars, pandas and spreadsheets read as it is."""
-    from harness.commands.results import export as export_rows
+    from analysis.export import export_runs
+    from harness.cli.select_runs import expand
 
-    return export_rows(runs, output)
+    rows = export_runs(expand(runs), output, say)
+    say(f"{output}: {rows:,} rows, {output.stat().st_size / 1e6:.1f} MB")
+    print(output)
+    return EXIT_VALID
 
 
 @command(
@@ -83,6 +58,133 @@ Only this machine can reach it (127.0.0.1), nothing is written, and Ctrl-C ends 
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port to listen on (default: one that is free).")
 def open_(folder: Path, port: int) -> int:
     """Serve a folder of runs as pages: a list to sort, a page for each run, several runs side by side."""
-    from harness.commands.results import open_results
+    with serve(folder, port) as server:
+        print(server.url, flush=True)
+        say(f"{folder}: open {server.url} in a browser on this machine; Ctrl-C ends it")
+        try:
+            server.serve_forever(poll_interval=0.2)
+        except KeyboardInterrupt:
+            say("closed")
+    return EXIT_VALID
 
-    return open_results(folder, port)
+
+ADDRESS = "127.0.0.1"
+
+ANSWER_WITHIN_S = 30.0
+"""A browser that says nothing for so long is hung up on."""
+
+FIRST_LOOK_S = 2.0
+"""The list waits so long for figures, so that a small folder is complete at once."""
+
+
+def serve(folder: Path, port: int = 0) -> ResultsServer:
+    """A server of the pages of ``folder`` on the loopback address, listening; port 0: one that is free.
+
+    Raises `ResultsError` when it is no folder, `UsageError` when the port cannot be had.
+    """
+    from analysis.show.browse import Results
+
+    results = Results(folder)
+    try:
+        return ResultsServer(results, port)
+    except OSError as e:
+        raise UsageError(f"port {port}: {e.strerror}; give another --port, or none for one that is free") from e
+
+
+class ResultsServer(ThreadingHTTPServer):
+    """Serves pages and analyses runs in the background, newest first, until it is closed."""
+
+    daemon_threads = True
+
+    def __init__(self, results: Any, port: int) -> None:
+        self.results = results
+        self._closing, self._wanted = threading.Event(), threading.Event()
+        super().__init__((ADDRESS, port), Handler)
+        self.port = int(self.server_address[1])
+        self.url = f"http://{ADDRESS}:{self.port}/"
+        self._analysing = threading.Thread(target=self._analyse, name="analyse", daemon=True)
+        self._analysing.start()
+
+    def list_page(self) -> str:
+        """The list of runs, with the figures that are known within `FIRST_LOOK_S`."""
+        self._wanted.set()
+        end = time.monotonic() + FIRST_LOOK_S
+        while self.results.waiting() and time.monotonic() < end:
+            time.sleep(0.2)
+        return str(self.results.list_page())
+
+    def server_close(self) -> None:
+        """Stop listening, and do not begin another run."""
+        self._closing.set()
+        self._wanted.set()
+        super().server_close()
+
+    def _analyse(self) -> None:
+        while not self._closing.is_set():
+            self._wanted.wait()  # for whoever looks at the list, or for the end: the owner of the process sets it
+            self._wanted.clear()
+            for key in self.results.waiting():
+                if self._closing.is_set():
+                    return
+                try:
+                    self.results.view(key)
+                except HarnessError:
+                    continue  # the list says what is wrong with it
+
+
+class Handler(BaseHTTPRequestHandler):
+    """GET of the list, a run, a comparison. Nothing is written, and no path is built from what was asked for."""
+
+    server: ResultsServer
+    timeout = ANSWER_WITHIN_S
+    server_version = "harness"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        """Answer with a page."""
+        from analysis.show.browse import problem_page
+
+        # A name that an attacker points at this address arrives with that name here: DNS rebinding ends at this line.
+        if self.headers.get("Host") not in (f"{ADDRESS}:{self.server.port}", f"localhost:{self.server.port}"):
+            self._answer(421, problem_page("Wrong address", f"This is {self.server.url} and answers to no other name."))
+            return
+        try:
+            page = self._page()
+        except UsageError as e:
+            self._answer(400, problem_page("Not like this", str(e)))
+        except HarnessError as e:
+            self._answer(404, problem_page("Not readable", str(e)))
+        except Exception as e:  # the others can still be looked at
+            self._answer(500, problem_page("Not readable", sentence(e)))
+        else:
+            if page is None:
+                self._answer(404, problem_page("Not found", "There is no such page."))
+            else:
+                self._answer(200, page)
+
+    def _page(self) -> str | None:
+        asked, results = urlsplit(self.path), self.server.results
+        if asked.path == "/":
+            return self.server.list_page()
+        if asked.path == "/compare":
+            return str(results.compare_page(parse_qs(asked.query).get("run", [])))
+        if asked.path.startswith("/run/"):
+            return str(results.run_page(unquote(asked.path.removeprefix("/run/"), errors="surrogateescape")))
+        return None
+
+    def _answer(self, status: int, page: str) -> None:
+        body = page.encode("utf-8", "replace")
+        self.send_response(status)
+        for name, value in (
+            ("Content-Type", "text/html; charset=utf-8"), ("Content-Length", str(len(body))),
+            # what else a page may do stands in the page itself (analysis/show/page.py); these a page cannot say
+            ("Content-Security-Policy", "frame-ancestors 'none'"), ("X-Content-Type-Options", "nosniff"),
+            ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store"),
+            ("Cross-Origin-Resource-Policy", "same-origin"), ("Cross-Origin-Opener-Policy", "same-origin"),
+        ):  # fmt: skip
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name in the base class
+        """Say nothing: the terminal belongs to whoever typed the command."""

@@ -1,7 +1,9 @@
-"""The verbs that make and send a plan: replay, plan, serve, run, calibrate."""
+"""The same step by step: plan, serve, run."""
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,6 @@ import click
 
 from harness.cli.options import (
     ACCESS_OPTIONS,
-    ENVIRONMENT,
     EXIT_STATUS,
     JSON_OPTION,
     LOAD_OPTIONS,
@@ -20,10 +21,19 @@ from harness.cli.options import (
     TRACE_ARGUMENT,
     attain_needs_slo,
 )
+from harness.cli.output import print_json, say
+from harness.cli.replay import run_and_report
+from harness.cli.runner.steps import StopRequest, copy_plan, make_plan
+from harness.cli.runner.targets import API_KEY, choose_target
 from harness.cli.types import WARMUP
 from harness.cli.verb import command
-from harness.errors import UsageError
+from harness.errors import EXIT_VALID, ServerError, UsageError
 from harness.options import ReplayOptions, ServeOptions, taken
+from harness.plan.file import read_plan_info
+from harness.record.manifest import PLAN, create_run_dir
+from harness.store.copies import local_copy, output_file, split_out
+from harness.store.objects import as_url, is_url
+from harness.trace.files import open_asked
 
 ENDPOINT_OPTION = click.option(
     "--endpoint",
@@ -32,41 +42,6 @@ ENDPOINT_OPTION = click.option(
     show_default=True,
     help="API to use. auto: chat when the plan has messages, else completions.",
 )
-
-
-@command(
-    short_help="Plan, serve, run and report in one go.",
-    epilog=f"""\b
-Examples:
-  harness replay trace.jsonl
-  harness replay AzureLLMInferenceTrace_conv.csv --limit 60 --concurrency 8
-  harness replay trace.jsonl --rate 8 --duration 5m --slo ttft=2s,tpot=100ms
-  harness replay trace.jsonl --stages 2m@4,2m@4..8,5m@8 --repeat --warmup 1m
-  harness replay trace.jsonl --base-url http://10.0.0.5:8000/v1 --model mistral-7b
-
-{EXIT_STATUS}
-{ENVIRONMENT}""",
-)
-@TRACE_ARGUMENT
-@PLAN_OPTIONS
-@SERVER_OPTIONS
-@LOAD_OPTIONS
-@REPORT_OPTIONS
-@OUT_OPTION
-@attain_needs_slo
-def replay(trace: tuple[Path, ...], out: Path, **options: Any) -> int:
-    """Plan, serve, run and report in one go.
-
-    TRACE is a production trace in any format that 'harness trace inspect' names, plain or compressed, also several
-    files, a folder, - (stdin) and s3://bucket/key; scenarios/traces/README.md has the fields. Without --base-url a
-    vLLM server is started on the default tier (this machine's CPU) with a small model, and ended afterwards.
-
-    Requests go out at the trace's own times (open loop) unless --concurrency is given (closed loop). Latency counts
-    from the planned time, so a late client or a full queue shows.
-    """
-    from harness.commands import flow
-
-    return flow.replay(trace, out, ReplayOptions.of(options))
 
 
 @command(
@@ -99,28 +74,55 @@ Examples:
     help="The plan file; never overwritten.",
 )
 @JSON_OPTION
-def plan(trace: tuple[Path, ...], output: Path, **options: Any) -> int:
+def plan(trace: tuple[Path, ...], output: Path, **asked: Any) -> int:
     """Turn a trace into a plan: every request, its prompt and its time, fixed in a file before anything is started."""
-    from harness.commands import flow
-
-    return flow.plan(trace, output, ReplayOptions.of(options))
+    options = ReplayOptions.of(asked)
+    options.check_plan()
+    source = open_asked(trace, options.plan)
+    with output_file(output) as path:
+        info = make_plan(source, path, choose_target(options), options)
+    if options.report.format_ == "json":
+        print_json(info)
+    else:
+        print(as_url(output) if is_url(output) else output)
+    return EXIT_VALID
 
 
 @command(short_help="Start servers and keep them until Ctrl-C.")
 @SERVER_OPTIONS
 @OUT_OPTION
-def serve(out: Path, **options: Any) -> int:
+def serve(out: Path, **asked: Any) -> int:
     """Start servers and keep them until Ctrl-C.
 
     Prints one base URL per replica on stdout. The API key is HARNESS_API_KEY if that is set, else a new one, written to
     a file only you can read.
     """
-    from harness.commands import flow
-
-    asked = taken(ServeOptions, options)
-    if asked.base_urls:
+    given = taken(ServeOptions, asked)
+    if given.base_urls:
         raise UsageError("harness serve starts servers: it takes no --base-url")
-    return flow.serve(out, asked)
+    wanted = ReplayOptions(serve=given)
+    wanted.check()
+    target = choose_target(wanted)
+    run_dir = create_run_dir(out, f"serve-{target.label}")
+    stop = StopRequest()
+    with target.open(run_dir) as servers, stop:
+        if os.environ.get(API_KEY):
+            say(f"API key: as in {API_KEY}")
+        elif servers.api_key:
+            key_file = run_dir.path / "api-key"
+            key_file.touch(mode=0o600)
+            key_file.write_text(servers.api_key)
+            say(f"API key: export {API_KEY}=$(cat {key_file})")
+        say(f"model {servers.model}; logs in {run_dir.path}; Ctrl-C ends the servers")
+        for url in servers.base_urls:
+            print(url, flush=True)
+        while not stop.asked:
+            time.sleep(0.5)
+            for index, how in servers.check().items():
+                log = Path(servers.replicas[index].log or "")
+                raise ServerError(f"replica {index} is gone: {how}; see {log}")
+    say("servers ended")
+    return EXIT_VALID
 
 
 @command(
@@ -150,22 +152,15 @@ Examples:
 @REPORT_OPTIONS
 @OUT_OPTION
 @attain_needs_slo
-def run(plan: Path, out: Path, **options: Any) -> int:
+def run(plan: Path, out: Path, **asked: Any) -> int:
     """Send a plan and report; starts the servers first unless --base-url is given."""
-    from harness.commands import flow
-
-    return flow.run(plan, out, ReplayOptions.of(options))
-
-
-@command(short_help="Measure what the load generator can carry on this machine.")
-@JSON_OPTION
-def calibrate(format_: str) -> int:
-    """Measure what one load worker on this machine can carry, in under a minute.
-
-    Drives a server whose timing is exactly known: requests and streamed events a second, how late requests are sent,
-    and how far TTFT and ITL are from the truth at half of the ceiling. The result is kept in the cache; runs are then
-    given as many load workers as their plan needs, and a plan that this machine cannot carry is said before it starts.
-    """
-    from harness.commands import proof
-
-    return proof.calibrate(format_)
+    options = ReplayOptions.of(asked)
+    plan = local_copy(plan, say)
+    info = read_plan_info(plan)
+    options.check_run(plan, planned_closed=info.arrivals == "closed")
+    target = choose_target(options)
+    root, url = split_out(out)
+    run_dir = create_run_dir(root, f"{plan.stem}-{options.serve.label or target.label}")
+    say(f"run directory: {run_dir.path}")
+    copy_plan(plan, run_dir.path / PLAN)
+    return run_and_report(run_dir, target, options, url)

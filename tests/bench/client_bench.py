@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(ROOT))
-from harness.commands.catalogue import hot_path
+from harness.cli.hot_path import hot_path
 from harness.record.manifest import describe_host, git_commit, installed_versions, now_utc
 
 TTFT_S, ITL_S = 0.02, 0.01  # 100 tokens/s per stream

@@ -312,14 +312,15 @@ def keeps(load: Workload, served: Outcomes) -> bool:
 
 def priced(runs: Path, share: float, slo: dict[str, float] = SLO) -> float:
     """What `harness price` says that tokens cost at a utilisation, USD per 1M."""
-    from harness.commands.decide import price
+    from harness.cli.price import price
 
     said = StringIO()
+    assert price.callback is not None
     with redirect_stdout(said), redirect_stderr(StringIO()):
-        price(
+        price.callback(
             [str(runs)], margin=None, utilisation=share, ratio=(1.0, 4.0, None), split="declared", volume=None,
             batch_discount=None, re_price=None, tier_prices=[], against=[], list_prices=None, slo=slo, attain=0.99,
-            format_="json", out=None,
+            format_="json", out=None, html=None,
         )  # fmt: skip
     (charge,) = json.loads(said.getvalue())["charges"]
     return float(charge["cost"]["total"]["value"])
@@ -327,8 +328,7 @@ def priced(runs: Path, share: float, slo: dict[str, float] = SLO) -> float:
 
 def planned(folder: Path, trace: Workload, seed: int, start_s: float = 60.0) -> dict[str, list[dict[str, Any]]]:
     """What `harness plan-fleet` prints, from a trace file and run directories alone."""
-    from harness.commands.fleet import plan_fleet
-    from harness.options import ReadOptions
+    from harness.cli.plan_fleet import plan_fleet
 
     path = folder / "trace.jsonl"
     with path.open("w") as out:
@@ -336,10 +336,12 @@ def planned(folder: Path, trace: Workload, seed: int, start_s: float = 60.0) -> 
             out.write(f'{{"arrival_s": {at_s:.6f}, "input_tokens": {inputs}, "output_tokens": {outputs}}}\n')
     measured_runs(folder / "runs", trace, seed)
     said = StringIO()
+    assert plan_fleet.callback is not None
     with redirect_stdout(said), redirect_stderr(StringIO()):
-        plan_fleet(
-            path, [str(folder / "runs")], ReadOptions(), grow=1.0, headroom=1.0, availability=None,
+        plan_fleet.callback(
+            path, [str(folder / "runs")], grow=1.0, headroom=1.0, availability=None,
             node_availability=1.0, start_s=start_s, replicas_per_instance=None, slo=[SLO], attain=0.99, format_="json",
+            html=None,
         )  # fmt: skip
     return json.loads(said.getvalue())
 

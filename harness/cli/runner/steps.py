@@ -12,10 +12,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+from harness.cli.hot_path import hot_path
 from harness.cli.output import say
 from harness.cli.runner.sent_prompts import note_sent, seen_before
 from harness.cli.runner.targets import LocalTarget, Servers, Target, UrlTarget
-from harness.commands.catalogue import hot_path
 from harness.console import LoadProgress, console
 from harness.errors import HarnessError, PlanError, ResultsError, ServerError, UsageError
 from harness.options import LoadOptions, ReplayOptions

@@ -1,18 +1,28 @@
-"""What one load worker can carry on this machine."""
+"""What one load worker can carry on this machine: calibrate."""
 
 from __future__ import annotations
 
+from cluster.calibrate import calibrate as measure
+from harness.calibration import write_calibration
+from harness.cli.hot_path import hot_path
+from harness.cli.options import (
+    JSON_OPTION,
+)
 from harness.cli.output import print_json, print_table, say
-from harness.commands.catalogue import hot_path
+from harness.cli.verb import command
 from harness.errors import EXIT_VALID
+from harness.paths import cache_dir
 
 
+@command(short_help="Measure what the load generator can carry on this machine.")
+@JSON_OPTION
 def calibrate(format_: str) -> int:
-    """Measure what one load worker on this machine can carry, and keep it for the planner."""
-    from cluster.calibrate import calibrate as measure
-    from harness.calibration import write_calibration
-    from harness.paths import cache_dir
+    """Measure what one load worker on this machine can carry, in under a minute.
 
+    Drives a server whose timing is exactly known: requests and streamed events a second, how late requests are sent,
+    and how far TTFT and ITL are from the truth at half of the ceiling. The result is kept in the cache; runs are then
+    given as many load workers as their plan needs, and a plan that this machine cannot carry is said before it starts.
+    """
     found = measure(say, hot_path=hot_path())
     path = write_calibration(cache_dir(), found)
     if format_ == "json":

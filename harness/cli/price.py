@@ -1,4 +1,4 @@
-"""Runs -> what to charge; A against B. Both read run directories and measure nothing."""
+"""What to charge for a million tokens, from runs that are there: price."""
 
 from __future__ import annotations
 
@@ -7,21 +7,29 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import click
+
+from analysis.cost.cost import DEFAULT_UTILISATION
+from analysis.pricing.list_prices import PriceMap, family, find_list_prices, read_list_prices
+from analysis.pricing.price_table import SCHEMA, PriceReport, price_csv, price_rows, write_prices
+from analysis.pricing.rate_card import RateCard, charge, compare_with_api
+from analysis.pricing.terms import Terms, declared, parse_volume
+from analysis.show.decision_text import price_sections
+from analysis.summary import Summary
+from cluster.catalogue.tiers import PURCHASES, price_age_days, read_tiers
+from harness.cli.options import JUDGE_OPTIONS, format_option, html_option
 from harness.cli.output import print_json, print_sections, say, write_sections
 from harness.cli.select_runs import (
     Measured,
     find_runs,
-    is_search,
-    observe_run,
     read_summaries,
     refused_exit,
-    sides_of_sweep,
 )
+from harness.cli.types import RATIO, SHARE_OR_NONE
+from harness.cli.verb import command
 from harness.errors import (
     EXIT_FAILURE,
-    EXIT_NOT_DECIDED,
     EXIT_SLO_MISSED,
     EXIT_VALID,
     UsageError,
@@ -29,42 +37,102 @@ from harness.errors import (
 )
 from harness.record.manifest import Tier, now_utc
 
-if TYPE_CHECKING:
-    from analysis.pricing.list_prices import PriceMap
-    from analysis.pricing.price_table import PriceReport
-    from analysis.pricing.rate_card import RateCard
-    from analysis.pricing.terms import Terms
-    from analysis.summary import Summary
-
 DEFAULT_MARGIN = 0.4
 
 
-def price(
-    runs: Sequence[str],
-    *,
-    margin: float | None,
-    utilisation: float | None,
-    ratio: tuple[float, float, float | None],
-    split: str,
-    volume: str | None,
-    batch_discount: float | None,
-    re_price: Path | None,
-    tier_prices: Sequence[str],
-    against: Sequence[str],
-    list_prices: Path | None,
-    slo: dict[str, float] | None,
-    attain: float,
-    format_: str,
-    out: Path | None,
-    html: Path | None = None,
-) -> int:
-    """What to charge, from VALID runs only; the table also as a file."""
-    from analysis.cost.cost import DEFAULT_UTILISATION
-    from analysis.pricing.list_prices import family, find_list_prices, read_list_prices
-    from analysis.pricing.price_table import SCHEMA, PriceReport, price_csv, price_rows, write_prices
-    from analysis.pricing.rate_card import charge, compare_with_api
-    from analysis.pricing.terms import Terms, declared, parse_volume
+@command(
+    short_help="What to charge: cost, margin, utilisation, against API list prices.",
+    epilog="""\b
+Examples:
+  harness price runs/20261121T234654Z-trace-smollm2-135m
+  harness price sweeps/20261122T021500Z-capacity-trace --margin 40% --utilisation 30% --volume 0,1e9:-10%,1e10:-20%
+  harness price runs/sweep --tier-price "aws-g6.xlarge=0.62@our contract@2026-11-20@reserved"
+  harness price runs/* --against gpt-5-mini --format csv -o prices.parquet
 
+\b
+Exit status:
+  0  there is a price
+  1  something failed, or nothing could be priced; the reason is in the output
+  2  the command line is wrong
+  3  an INVALID run was among them: it has no price, its reasons are in the output
+  5  no run was INVALID, and one was TOO SMALL: it has no price either
+  4  no measured load kept the SLO
+""",
+)
+@click.argument("runs", nargs=-1, required=True, metavar="RUN_OR_FOLDER...")
+@click.option("--margin", type=SHARE_OR_NONE, help="Gross margin, of the price (not a markup on cost). Default: 40%.")
+@click.option(
+    "--utilisation",
+    type=SHARE_OR_NONE,
+    help="Share of the paid capacity that is sold, around the clock; harness plan-fleet says it of a fleet. "
+    "Default: 30%.",
+)
+@click.option(
+    "--ratio",
+    type=RATIO,
+    default="4",
+    show_default=True,
+    metavar="[IN:]OUT[:CACHED]",
+    help="What tokens weigh against each other in the bill: 4 or 1:4 is output at four times input, 1:4:0.25 also "
+    "cached input at a quarter.",
+)
+@click.option(
+    "--split",
+    type=click.Choice(["declared", "phase-time", "step-model"]),
+    default="declared",
+    show_default=True,
+    help="How the bill is laid on input, cached input and output: by --ratio, or as the runs' own servers counted it "
+    "(phase-time, step-model). Where that cannot be told: by --ratio, and it is said.",
+)
+@click.option(
+    "--volume",
+    metavar="TOKENS:-PERCENT,...",
+    help="Discounts from so many tokens a month on, on what is beyond: 0,1e9:-10%,1e10:-20%.",
+)
+@click.option("--batch-discount", type=SHARE_OR_NONE, help="Discount for batch work, e.g. 50%.")
+@click.option(
+    "--re-price",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Tiers file whose prices replace those of the runs. Nothing is measured again; both dates are shown.",
+)
+@click.option(
+    "--tier-price",
+    "tier_prices",
+    multiple=True,
+    metavar="NAME=USD@SOURCE@DATE",
+    help="One new price (several: repeat); @spot, @reserved ... at the end when it was bought another way.",
+)
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="NAME",
+    help="Also compare with this API model of the price map. Those of the same model always are.",
+)
+@click.option(
+    "--list-prices",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="LiteLLM's model_prices_and_context_window.json instead of the dated extract that is shipped.",
+)
+@JUDGE_OPTIONS
+@html_option("the decision")
+@format_option("text", "md", "json", "csv")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write the flat table for a spreadsheet or warehouse: .parquet or .csv; .json is the whole document.",
+)
+def price(
+    runs: Sequence[str], margin: float | None, utilisation: float | None, ratio: tuple[float, float, float | None],
+    split: str, volume: str | None, batch_discount: float | None, re_price: Path | None, tier_prices: Sequence[str],
+    against: Sequence[str], list_prices: Path | None, slo: dict[str, float] | None, attain: float, format_: str,
+    out: Path | None, html: Path | None,
+) -> int:  # fmt: skip
+    """What to charge for a million tokens, from VALID runs: cost at 100 % and your utilisation, price at your margin.
+
+    RUN_OR_FOLDER is a run directory, a folder of runs (a sweep, a search for capacity) or a quoted pattern. Of several
+    loads the price is quoted at the highest one that keeps the SLO, between two measured loads; of one, at that one.
+    """
     today = datetime.now(UTC).date()
     terms = Terms(
         margin=DEFAULT_MARGIN if margin is None else margin,
@@ -110,8 +178,6 @@ def price(
         write_prices(out, report)
         say(f"written: {out}")
     if html is not None:
-        from analysis.show.decision_text import price_sections
-
         write_sections(html, "price", price_sections(report))
     _print_price(report, format_, price_csv(price_rows(report)) if format_ == "csv" else "")
     return refused_exit(s.verdict for s in summaries) or _price_exit(report)
@@ -133,7 +199,6 @@ def _open_first(decided: Sequence[RateCard]) -> list[RateCard]:
 
 
 def _print_price(report: PriceReport, format_: str, csv_text: str) -> None:
-    from analysis.show.decision_text import price_sections
 
     if format_ == "json":
         print_json(report)
@@ -170,8 +235,6 @@ def _assumptions(
 
 def _new_prices(file: Path | None, stated: Sequence[str], runs: Sequence[Summary]) -> dict[str, Tier]:
     """New tier prices by name: of a tiers file, and from the command line, which wins."""
-    from cluster.catalogue.tiers import read_tiers
-
     known = {s.tier.name: s.tier for s in runs if s.tier is not None}
     found: dict[str, Tier] = {}
     if file is not None:
@@ -188,8 +251,6 @@ def _new_prices(file: Path | None, stated: Sequence[str], runs: Sequence[Summary
 
 def parse_tier_price(text: str, known: dict[str, Tier]) -> tuple[str, Tier]:
     """A run's tier with the price of ``NAME=USD@SOURCE@DATE[@PURCHASE]``. Raises `UsageError`."""
-    from cluster.catalogue.tiers import PURCHASES, price_age_days
-
     name, equals, rest = text.partition("=")
     parts = rest.split("@")
     purchase = parts.pop() if len(parts) > 3 and parts[-1] in PURCHASES else None
@@ -217,44 +278,3 @@ def parse_tier_price(text: str, known: dict[str, Tier]) -> tuple[str, Tier]:
     if age < 0 or not tier.source:
         raise UsageError(f"--tier-price {text!r}: a price needs its source and the day it was read, like 2026-11-20")
     return name, tier
-
-
-# ---------------------------------------------------------------------------------------------------------- A against B
-
-
-def compare(
-    a: str, b: str | None, *, fail_if: Sequence[str], slo: dict[str, float] | None, attain: float, format_: str,
-    html: Path | None = None,
-) -> int:  # fmt: skip
-    """A against B; refused with reasons when they are not comparable."""
-    from analysis.compare.compare import compare as hold_against
-    from analysis.compare.compare import parse_gate
-    from analysis.show.decision_text import comparison_sections
-
-    gates = [parse_gate(text) for text in fail_if]
-    for text in filter(None, (a, b)):
-        if is_search(Path(text)):
-            raise UsageError(
-                f"{text}: a search for capacity chooses its own loads, so two of them have none in common; put them "
-                "side by side with 'harness price A B', or compare two runs or sweeps of equal loads"
-            )
-    sides = sides_of_sweep(a) if b is None else (find_runs(a), find_runs(b))
-    if {path.resolve() for path in sides[0]} & {path.resolve() for path in sides[1]}:
-        raise UsageError(f"{a} and {b} share a run: a run is not compared with itself")
-    side_a, side_b = ([observe_run(path, slo, attain) for path in side] for side in sides)
-    result = hold_against(side_a, side_b, gates)
-    if html is not None:
-        write_sections(html, "compare", comparison_sections(result))
-    if format_ == "json":
-        print_json(result)
-    else:
-        print_sections(comparison_sections(result), format_)
-    if not result.comparable:
-        both = refused_exit(one.summary.verdict for one in (*side_a, *side_b))
-        return EXIT_NOT_DECIDED if both == EXIT_NOT_DECIDED else EXIT_FAILURE
-    if result.failed:
-        return EXIT_SLO_MISSED
-    if result.unjudged:
-        say(f"not judged: {'; '.join(result.unjudged)}")
-        return EXIT_NOT_DECIDED
-    return EXIT_VALID

@@ -1,4 +1,4 @@
-"""Run directories -> verdict, figures, price; as text, Markdown, JSON or a page."""
+"""Run directories -> verdict, figures, price; as text, Markdown, JSON or a page: report."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
+from harness.cli.options import EXIT_STATUS, MIN_REQUESTS_HELP, REPORT_OPTIONS
 from harness.cli.output import print_json, print_sections, print_table, say
 from harness.cli.select_runs import expand, read_summaries, refused_exit
+from harness.cli.types import SLO
+from harness.cli.verb import command
 from harness.errors import EXIT_SLO_MISSED, EXIT_VALID
 from harness.record.manifest import now_utc
 from harness.terminal import Verbosity, verbosity
@@ -17,7 +22,39 @@ if TYPE_CHECKING:
     from analysis.summary import Summary
 
 
-def report(
+@command(
+    short_help="Report on a run directory; compare several in a page.",
+    epilog=f"""\b
+Examples:
+  harness report runs/20261121T234654Z-trace-smollm2-135m
+  harness report runs/20261121T234654Z-trace-smollm2-135m --html report.html
+  harness report runs/*-sweep-* --slo ttft=2s --html sweep.html
+
+{EXIT_STATUS}
+Of several runs the worst counts: INVALID, then TOO SMALL.""",
+)
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@click.option("--slo", type=SLO, metavar="KEY=TIME,...", help="Judge against this SLO instead of the one of the run.")
+@click.option(
+    "--min-requests", type=click.IntRange(min=1), help=f"{MIN_REQUESTS_HELP} Default: as the run was made, which is 30."
+)
+@REPORT_OPTIONS
+@click.option(
+    "--html",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write one self-contained page instead; several runs are compared in it.",
+)
+@click.option(
+    "--variant",
+    metavar="TOOL",
+    help="This run's figures by another tool's definitions: vllm-bench, guidellm, aiperf.",
+)
+def report(**options: Any) -> int:
+    """Report on a run directory: verdict, price, latency under load, throughput, errors."""
+    return report_runs(**options)
+
+
+def report_runs(
     runs: Sequence[Path],
     format_: str,
     slo: dict[str, float] | None,

@@ -1,4 +1,4 @@
-"""A demand and measured capacities in, fleets out. Nothing is measured here."""
+"""How many instances carry a demand at an SLO, from runs that are there: plan-fleet."""
 
 from __future__ import annotations
 
@@ -6,47 +6,109 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from harness.cli.output import print_json, say
+import click
+import numpy as np
+
+from analysis.arrays import Ints
+from analysis.capacity.fitted_engine import FittedEngine, NotFittedError, Requests, ServedTimes, observe
+from analysis.capacity.fleet import Kept, Schedule, TrafficDemand, demand
+from analysis.capacity.fleet_plan import FleetPlan, Wanted, grown, plan_fleets
+from analysis.capacity.serving_config import ServingConfig, serving_configs
+from analysis.capacity.simulated_fleet import SimulatedFleet, follow, size_fleet
+from analysis.rows.read import read_run
+from analysis.show.fleet_text import fleet_csv, fleet_sections
+from cluster.simulator.replica import Workload, simulate
+from cluster.simulator.scheduler import Limits
+from cluster.simulator.step_time import LinearStep
+from harness.cli.options import (
+    ATTAIN_OPTION,
+    ONE_TRACE_ARGUMENT,
+    READ_OPTIONS,
+    format_option,
+    html_option,
+)
+from harness.cli.output import print_json, print_sections, say, write_sections
+from harness.cli.select_runs import find_runs, read_summaries, refused_exit
+from harness.cli.types import DURATION, GROWTH, SHARE, SLO
+from harness.cli.verb import command
 from harness.errors import EXIT_FAILURE, EXIT_SLO_MISSED, EXIT_VALID, UsageError
-from harness.options import ReadOptions
+from harness.options import ReadOptions, taken
 from harness.record.manifest import now_utc
 from harness.trace.files import open_asked
 
-if TYPE_CHECKING:
-    from analysis.arrays import Ints
-    from analysis.capacity.fitted_engine import FittedEngine, Requests, ServedTimes
-    from analysis.capacity.fleet import Kept, Schedule, TrafficDemand
-    from analysis.capacity.fleet_plan import FleetPlan
-    from analysis.capacity.serving_config import ServingConfig
-    from analysis.capacity.simulated_fleet import SimulatedFleet
 
+@command(
+    short_help="How many instances, of which tier, carry a demand at a promise.",
+    epilog="""\b
+Examples:
+  harness plan-fleet trace.jsonl sweeps/20261122T021500Z-capacity-trace
+  harness plan-fleet year.csv.gz sweeps/l4 sweeps/h100 --grow 3x --headroom 1.2 --availability 99.9%
+  harness plan-fleet trace.jsonl sweeps/l4 --slo ttft_p99=2s --slo ttft_p99=1s --format csv
 
+\b
+Exit status:
+  0  there is a fleet
+  1  something failed, or nothing can be planned with; the message says what
+  2  the command line is wrong
+  3  no fleet, because runs are INVALID; their reasons are in the output
+  5  no fleet, because runs are TOO SMALL
+  4  no measured tier keeps the promise
+""",
+)
+@ONE_TRACE_ARGUMENT
+@click.argument("measured", nargs=-1, required=True, metavar="FOLDER...")
+@READ_OPTIONS
+@click.option("--grow", type=GROWTH, default="1x", show_default=True, help="The forecast: this many times the trace.")
+@click.option(
+    "--headroom",
+    type=GROWTH,
+    default="1x",
+    show_default=True,
+    help="Room for a forecast that is too low: the demand times this, on top of --grow. Bursts need none, they are "
+    "replayed.",
+)
+@click.option("--availability", type=SHARE, help="Spare instances so that enough are up this share of the time.")
+@click.option(
+    "--node-availability",
+    type=SHARE,
+    default="99.5%",
+    show_default=True,
+    help="Share of the time one instance is up: an assumption, take it from your provider.",
+)
+@click.option("--start", "start_s", type=DURATION, help="Start-up time of a replica instead of the measured one.")
+@click.option(
+    "--replicas-per-instance",
+    type=click.IntRange(min=1),
+    help="Default: as many as the instance's accelerators hold, 1 without any.",
+)
+@click.option(
+    "--slo",
+    type=SLO,
+    multiple=True,
+    metavar="KEY=TIME,...",
+    help="Judge by this promise instead of the runs' own; repeat: the others show what a promise costs.",
+)
+@ATTAIN_OPTION
+@html_option("the plan")
+@format_option("text", "md", "json", "csv")
 def plan_fleet(
-    trace: Path,
-    measured: Sequence[str],
-    reading: ReadOptions,
-    *,
-    grow: float,
-    headroom: float,
-    availability: float | None,
-    node_availability: float,
-    start_s: float | None,
-    replicas_per_instance: int | None,
-    slo: Sequence[dict[str, float]],
-    attain: float,
-    format_: str,
-    html: Path | None = None,
-) -> int:
-    """Print the plan; 0: there is a fleet. Without one 4: a tier misses the promise; 3: runs are INVALID; 1: else."""
-    from analysis.capacity.fleet_plan import Wanted, grown, plan_fleets
-    from analysis.capacity.serving_config import serving_configs
-    from harness.cli.select_runs import find_runs, read_summaries, refused_exit
+    trace: Path, measured: Sequence[str], grow: float, headroom: float, availability: float | None,
+    node_availability: float, start_s: float | None, replicas_per_instance: int | None,
+    slo: Sequence[dict[str, float]], attain: float, format_: str, html: Path | None, **options: Any,
+) -> int:  # fmt: skip
+    """How many whole instances of each measured tier carry the demand of TRACE, and what they cost.
 
+    FOLDER is what 'harness capacity' or 'harness sweep' left (rates in an open loop, with an SLO and a tier). TRACE is
+    replayed in virtual time on an engine fitted to those runs: the fleet is the smallest that keeps the promise in
+    every minute, and is marked as simulated. Beside it stands the fluid answer (worst minute over capacity), alone
+    where no engine can be fitted. Spare instances for availability; fixed against autoscaled over the trace's own
+    time; what growth, price and promise change; the cheapest tier and the runner-up.
+    """
     if availability is not None and not availability < 1:
         raise UsageError("--availability 100%: no number of machines that can fail is always enough; ask for less")
-    asked = read_demand(trace, reading)
+    asked = read_demand(trace, taken(ReadOptions, options))
     wanted = Wanted(
         requests=asked.requests, tokens=asked.tokens, headroom=headroom, availability=availability,
         node_availability=node_availability, start_s=start_s, replicas_per_instance=replicas_per_instance,
@@ -81,10 +143,6 @@ class _Replays:
 
     def fleet(self, system: ServingConfig, factor: float, likely: int) -> SimulatedFleet:
         """The smallest that keeps the promise of a system."""
-        from analysis.capacity.fitted_engine import NotFittedError, observe
-        from analysis.capacity.simulated_fleet import size_fleet
-        from analysis.rows.read import read_run
-
         if self.demand is None:
             raise NotFittedError("the trace does not say all token lengths, so it cannot be replayed")
         say(f"{system.name}: replaying {len(self.demand):,} requests in virtual time")
@@ -98,8 +156,6 @@ class _Replays:
         self, system: ServingConfig, fitted: FittedEngine, factor: float, plan: Schedule, spares: int, per_instance: int
     ) -> Kept:
         """How a fleet that follows the demand keeps the promise."""
-        from analysis.capacity.simulated_fleet import follow
-
         assert self.demand is not None, "an engine was fitted to replay it"
         return follow(
             fitted, self.demand, factor, system.criteria, simulated_engine, plan, spares=spares,
@@ -123,11 +179,6 @@ def read_demand(path: Path, reading: ReadOptions) -> Asked:
 
     Raises `UsageError` without times.
     """
-    import numpy as np
-
-    from analysis.capacity.fitted_engine import Requests
-    from analysis.capacity.fleet import demand
-
     trace = open_asked(path, reading, arrivals_only=True)
     arrivals, inputs, outputs, silent = array("d"), array("q"), array("q"), 0
     for record in trace:
@@ -152,11 +203,6 @@ def read_demand(path: Path, reading: ReadOptions) -> Asked:
 
 def simulated_engine(fitted: FittedEngine, requests: Requests, replicas: int, owner: Ints | None = None) -> ServedTimes:
     """The project's own engine with the fitted step (`analysis.capacity.fitted_engine.Engine`)."""
-    from analysis.capacity.fitted_engine import ServedTimes
-    from cluster.simulator.replica import Workload, simulate
-    from cluster.simulator.scheduler import Limits
-    from cluster.simulator.step_time import LinearStep
-
     step = LinearStep(fitted.base_s, fitted.per_sequence_s, fitted.per_prompt_token_s)
     load = Workload(
         arrival_s=requests.arrival_s, input_tokens=requests.input_tokens, output_tokens=requests.output_tokens
@@ -167,8 +213,6 @@ def simulated_engine(fitted: FittedEngine, requests: Requests, replicas: int, ow
 
 
 def _print(plan: FleetPlan, format_: str, html: Path | None) -> None:
-    from analysis.show.fleet_text import fleet_csv, fleet_sections
-    from harness.cli.output import print_sections, write_sections
 
     if html is not None:
         write_sections(html, "plan-fleet", fleet_sections(plan))
