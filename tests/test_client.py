@@ -156,7 +156,7 @@ class Run:
 
     def all_have(self, events):
         """Whether of each request in flight so many events have come."""
-        return all(s.response.taken[0] + len(s.kept) >= events for s in self.client._active)
+        return all(s.response.taken[0] + len(s.buffer) >= events for s in self.client._active)
 
 
 @pytest.fixture
