@@ -18,8 +18,9 @@ from analysis.capacity.sweep import Point
 from analysis.stats.intervals import Quantity
 from cluster.deploy import load_workers as load
 from cluster.simulator.replica import Workload
-from harness.cli.capacity import FILE, capacity, plan_fleet
+from harness.cli.capacity import FILE, capacity
 from harness.cli.compare import compare
+from harness.cli.plan_fleet import plan_fleet
 from harness.cli.report import report
 from harness.cli.runner.capacity import CapacitySession
 from harness.errors import ServerError, UsageError
