@@ -55,7 +55,7 @@ def _charge_sections(charge: RateCard, terms: Terms) -> list[Section]:
     lines = (
         *warned,
         _quoted(charge),
-        f"RateCard {price(asked.value)} USD{within(asked, price)} per 1M tokens of this traffic: cost "
+        f"Charge {price(asked.value)} USD{within(asked, price)} per 1M tokens of this traffic: cost "
         f"{price(charge.cost.total.value)} at {u} utilisation, and {m} of the price is gross margin.",
         f"The price pays for the fleet from {percent(standard.break_even_utilisation)} utilisation on "
         f"({tokens(charge.break_even_tokens_per_month)} tokens a month; the fleet costs "

@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from harness.server.access import AUTHORIZATION
-
 Loop = Literal["open", "closed"]
 """open: requests go out at their planned times; closed: a fixed number is in flight."""
 Endpoint = Literal["completions", "chat"]
@@ -19,6 +17,8 @@ Capture = Literal["off", "hmac", "text"]
 """What is kept of the text of answers (`harness.record.answers`)."""
 OutputLengths = Literal["forced", "cap", "free"]
 """forced: exactly as many tokens (``ignore_eos``); cap: at most so many; free: nothing is said of them."""
+AUTHORIZATION = "Authorization"
+"""Carries the API key, unless another header is named."""
 BATCH_READS_FROM = 80
 """Events per read interval from which reading in batches saves CPU on every machine measured so far."""
 NO_TEMPERATURE = "max_completion_tokens"

@@ -16,10 +16,9 @@ from dataclasses import dataclass, field, replace
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from harness.errors import UsageError
+from harness.record.run_spec import AUTHORIZATION
 from harness.server.question import split_url
 
-AUTHORIZATION = "Authorization"
-"""Carries the API key, unless another header is named."""
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OURS = {

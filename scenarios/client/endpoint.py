@@ -10,7 +10,8 @@ import gevent.monkey
 
 from harness import __version__
 from harness.errors import UsageError
-from harness.server.access import AUTHORIZATION, Access, check_key_header
+from harness.record.run_spec import AUTHORIZATION
+from harness.server.access import Access, check_key_header
 from harness.server.question import PORTS, split_url
 from scenarios.client.fast_path import Shape
 
