@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_files import MS, SPEC, TIER, bad, good, write_run
 
-from analysis.compare.compare import LOADS_OWN, Figure, judge, parse_gate
+from analysis.compare.compare import LOADS_OWN, Figure, _slo_sentence, judge, parse_gate
 from analysis.compare.compare import compare as hold_against
 from analysis.compare.paired import FIGURES, RATE_BLOCKS, _figure, _percentiles, _share, block_counts, observe
 from analysis.rows.read import read_run
@@ -539,3 +539,33 @@ def test_the_document_is_json(tmp_path):
     assert document["schema"] == "harness.compare/1"
     assert document == json.loads(msgspec.json.encode(against(a, b)))
     assert {f["name"] for f in document["loads"][0]["figures"]} == set(FIGURES)
+
+
+@pytest.mark.parametrize(
+    ("met_a", "met_b", "said"),
+    [
+        (True, False, "A kept the SLO and B missed the SLO: the cost of B is none to sell at."),
+        (None, True, "A could not be judged by the SLO and B kept the SLO: the cost of A is none to sell at."),
+        (None, False, "A could not be judged by the SLO and B missed the SLO: the cost of A and B is none to sell at."),
+        (False, False, "Both missed the SLO: neither cost is one to sell at."),
+        (None, None, "Whether A or B kept the SLO could not be judged: neither cost is one to sell at."),
+    ],
+)
+def test_an_slo_that_could_not_be_judged_is_neither_kept_nor_missed(met_a, met_b, said):
+    assert _slo_sentence(met_a, met_b) == said
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_bulk_delivery_of_one_side_makes_nobody_a_winner(tmp_path, kept):
+    """The times of A's tokens came in clumps, so nobody knows whether A kept its SLO; of B it is known."""
+    spec = replace(SPEC, slo={"ttft": 1.0, "tpot": 1.0 if kept else 0.001})
+
+    def runs(name, itl_ms):
+        rows = [good(i, itl_ms=itl_ms, inputs=200, tokens=20) for i in range(400)]
+        return [side(tmp_path / f"{name}{k}", rows, spec=spec, seed=k + 1) for k in range(3)]
+
+    (load,) = against(runs("a", 0), runs("b", 10)).loads
+    said = " ".join(load.verdict)
+    assert (load.a_slo_met, load.b_slo_met) == (None, kept)
+    assert f"A could not be judged by the SLO and B {'kept' if kept else 'missed'} the SLO" in said
+    assert "no SLO was given" not in said

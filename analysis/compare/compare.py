@@ -63,6 +63,8 @@ class Figure:
     verdict: Verdict
     """Of B, by the interval of the difference. not judged: there is a figure and no such interval; not known: none of
     both."""
+    given: bool = False
+    """It is the load's own, so no run can judge it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,7 +247,7 @@ def _at_load(pairs: Sequence[tuple[PairedRun, PairedRun]], gates: Sequence[Gate]
         b_slo_met=met_b,
         figures=tuple(figures.values()),
         gates=judged,
-        verdict=tuple(_sentences(figures, met_a, met_b, len(pairs))),
+        verdict=tuple(_sentences(figures, met_a, met_b, len(pairs), slo=first_a.summary.slo is not None)),
     )
 
 
@@ -280,7 +282,7 @@ def _over(name: str, pairs: Sequence[PairFigure], evidence: str, *, given: bool,
     if len(known) < len(pairs):
         change = replace(blank, unit="share of A")
         return Figure(
-            name=name, unit=unit, a=None, b=None, difference=blank, change=change, verdict="not known"
+            name=name, unit=unit, a=None, b=None, difference=blank, change=change, verdict="not known", given=given
         )  # fmt: skip
     why = f"the load's own; {INSTEAD}" if given else few_words(len(pairs)) if len(pairs) < FEWEST_PAIRS else None
     blank = replace(blank, note=why or blank.note)
@@ -299,7 +301,7 @@ def _over(name: str, pairs: Sequence[PairFigure], evidence: str, *, given: bool,
         less, more = difference.high < 0, difference.low > 0
         verdict = "no difference shown" if not (less or more) else "better" if less == less_is_better else "worse"
     return Figure(
-        name=name, unit=unit, a=mean_a, b=mean_b, difference=difference, change=change, verdict=verdict
+        name=name, unit=unit, a=mean_a, b=mean_b, difference=difference, change=change, verdict=verdict, given=given
     )  # fmt: skip
 
 
@@ -312,15 +314,13 @@ def judge(gate: Gate, figure: Figure) -> Gate:
     return replace(gate, outcome="fails" if beyond[0] else "undecided" if beyond[1] else "holds")
 
 
-def _sentences(figures: Mapping[str, Figure], met_a: bool | None, met_b: bool | None, pairs: int) -> list[str]:
+def _sentences(
+    figures: Mapping[str, Figure], met_a: bool | None, met_b: bool | None, pairs: int, *, slo: bool
+) -> list[str]:
     said = [] if pairs >= FEWEST_PAIRS else [f"{few_words(pairs).capitalize()}; the figures stand below."]
-    cost = _cost_sentence(figures["cost"], met_a, met_b)
+    cost = _cost_sentence(figures["cost"], both_kept=bool(met_a and met_b), slo=slo)
     said += [cost] if cost else []
-    if met_a != met_b:
-        kept, missed = ("A", "B") if met_a else ("B", "A")
-        said.append(f"{kept} kept the SLO, {missed} missed it: the cost of {missed} is none to sell at.")
-    elif met_a is False:
-        said.append("Both missed the SLO: neither cost is one to sell at.")
+    said += [_slo_sentence(met_a, met_b)] if slo and not (met_a and met_b) else []
     for metric in ("ttft", "tpot"):
         known = [f for p in (99, 95, 50) if (f := figures[f"{metric}_p{p}"]).verdict in JUDGED]
         # the furthest percentile that is known, and where it shows nothing the furthest that does
@@ -330,12 +330,23 @@ def _sentences(figures: Mapping[str, Figure], met_a: bool | None, met_b: bool | 
     return said + [_plain_sentence(f) for f in others if f.verdict in ("better", "worse")]
 
 
-def _cost_sentence(f: Figure, met_a: bool | None, met_b: bool | None) -> str | None:
+def _slo_sentence(met_a: bool | None, met_b: bool | None) -> str:
+    """Of an SLO that not both are known to have kept; None: it could not be judged."""
+    if met_a is met_b:
+        both = "Both missed the SLO" if met_a is False else "Whether A or B kept the SLO could not be judged"
+        return f"{both}: neither cost is one to sell at."
+    words = {True: "kept the SLO", False: "missed the SLO", None: "could not be judged by the SLO"}
+    sides = (("A", met_a), ("B", met_b))
+    unfit = " and ".join(name for name, met in sides if not met)
+    return f"{' and '.join(f'{name} {words[met]}' for name, met in sides)}: the cost of {unfit} is none to sell at."
+
+
+def _cost_sentence(f: Figure, *, both_kept: bool, slo: bool) -> str | None:
     q = f.change
     if f.a is None or f.b is None:
         return f"Cost cannot be compared: {f.difference.note or q.note or 'no interval'}."
     if f.verdict == "not judged":
-        if INSTEAD not in (f.difference.note or ""):
+        if not f.given:
             return None  # for want of pairs, as everything here
         return (
             f"At this load A costs {f.a:.3g} and B {f.b:.3g} USD per 1M tokens. That is not judged: in an open loop "
@@ -344,13 +355,7 @@ def _cost_sentence(f: Figure, met_a: bool | None, met_b: bool | None) -> str | N
     assert q.value is not None
     assert q.low is not None
     assert q.high is not None
-    at = (
-        " at the same load and SLO, which both kept"
-        if met_a and met_b
-        else " (no SLO was given)"
-        if met_a is None
-        else ""
-    )
+    at = " at the same load and SLO, which both kept" if both_kept else "" if slo else " (no SLO was given)"
     if f.verdict == "no difference shown":
         return f"No difference in cost is shown{at}: B costs {_range(q)} of A's (95 %)."
     word = "less" if f.verdict == "better" else "more"
