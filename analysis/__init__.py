@@ -2,5 +2,5 @@
 
 A package or module imports only those to its left: ``rows``, ``stats``, ``metrics``, ``offered_load``, ``rates``,
 ``slo``, ``steady``, ``validity``, ``fidelity``, ``cost``, ``summary``, ``capacity``, ``pricing``, ``compare``,
-``export``, ``show``, ``api``. Every definition is in METRICS.md.
+``report``, ``api``. Every definition is in METRICS.md.
 """

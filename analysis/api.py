@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from analysis.compare.variants import Figures, variant_of
 from analysis.cost.cost import DEFAULT_RATIO
-from analysis.export import run_table
+from analysis.report.export import run_table
 from analysis.rows.read import Run, read_run
 from analysis.summary import DEFAULT_ATTAIN, Summary, claims, summarise
 from harness.record.manifest import RunManifest
@@ -31,7 +31,7 @@ class LoadedRun:
         return self.run.manifest
 
     def table(self) -> pa.Table:
-        """Every result row with ttft_s, tpot_s, e2e_s, lag_s ... beside it (columns: `analysis.export`).
+        """Every result row with ttft_s, tpot_s, e2e_s, lag_s ... beside it (columns: `analysis.report.export`).
 
         Rows with ``measured`` false are warm-up or count in no figure. Takes memory for all stamps; a run too big for
         that is read in batches from the file that ``harness export`` writes.

@@ -18,8 +18,8 @@ from conftest import ROOT, wait_for
 from run_files import SPEC, TIER, bad, good, write_run
 from test_page import EVIL, Page, browser, ink  # noqa: F401 - a fixture
 
-from analysis.show import browse
-from analysis.show.browse import Results
+from analysis.report import browse
+from analysis.report.browse import Results
 from harness.cli.results import serve
 from harness.errors import ResultsError, UsageError
 from harness.record.manifest import MANIFEST

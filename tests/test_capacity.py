@@ -20,9 +20,9 @@ from analysis.capacity.sweep import (
     saturation,
 )
 from analysis.capacity.system import offered
+from analysis.report.capacity_text import capacity_sections, sentence
+from analysis.report.text import render_markdown
 from analysis.rows.read import read_run
-from analysis.show.capacity_text import capacity_sections, sentence
-from analysis.show.text import render_markdown
 from analysis.stats.intervals import Quantity, share
 from analysis.summary import summarise
 from harness.slo import Criterion

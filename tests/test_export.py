@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from pyarrow import parquet
 from run_files import MS, SPEC, TIER, bad, good, write_run
 
-from analysis import export
 from analysis.api import load
-from analysis.export import SCHEMA, export_runs
+from analysis.report import export
+from analysis.report.export import SCHEMA, export_runs
 from analysis.rows import columns
 from analysis.rows.read import read_run
 from harness.cli.results import export as export_verb
@@ -188,7 +188,7 @@ def test_load_gives_table_summary_and_manifest(runs):
 
 
 def test_as_dict_is_the_report_as_json(runs):
-    from analysis.show.report import render_json
+    from analysis.report.run import render_json
     from analysis.summary import summarise
 
     run = load(runs[0])

@@ -10,9 +10,9 @@ from test_browse import folder, served  # noqa: F401 - fixtures
 from test_browse import get as fetch
 from test_page import browser, view, visit  # noqa: F401 - fixtures
 
-from analysis.show.document import Section
-from analysis.show.glossary import GLOSSARY, with_terms
-from analysis.show.page import render_page, write_sections_page
+from analysis.report.document import Section
+from analysis.report.glossary import GLOSSARY, with_terms
+from analysis.report.page import render_page, write_sections_page
 
 MARK = re.compile(r'<button type="button" class="term" popovertarget="([^"]+)"[^>]*>')
 

@@ -11,11 +11,11 @@ from run_files import MS, SPEC, S, good, write_run
 from analysis.capacity.probes import evidence_of
 from analysis.capacity.serving_config import serving_configs
 from analysis.capacity.system import load_words, offered
+from analysis.report.capacity_text import capacity_sections, sentence
+from analysis.report.run import render_json, render_markdown
+from analysis.report.view import view_run
 from analysis.rows.read import read_run
 from analysis.rows.run import own_times
-from analysis.show.capacity_text import capacity_sections, sentence
-from analysis.show.report import render_json, render_markdown
-from analysis.show.view import view_run
 from analysis.summary import summarise
 from harness.plan.file import PlannedWindow
 from harness.record.manifest import RunDir, read_manifest, write_manifest

@@ -32,8 +32,8 @@ from analysis.capacity.simulated_fleet import (
 )
 from analysis.capacity.simulated_fleet import MOST_SCALED_STEPS as MOST_FOLLOWED
 from analysis.capacity.simulated_fleet import follow as follow_demand
+from analysis.report.fleet import WITHIN
 from analysis.rows.read import read_run
-from analysis.show.fleet_text import WITHIN
 from cluster.simulator.replica import Workload, simulate
 from cluster.simulator.scheduler import Limits
 from harness.cli.plan_fleet import plan_fleet as plan_fleet_verb

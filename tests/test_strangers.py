@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from run_files import good, write_run
 
+from analysis.report.browse import Results
 from analysis.rows.read import read_run
-from analysis.show.browse import Results
 from cluster.catalogue.tiers import read_tiers
 from harness.errors import HarnessError, ResultsError, TraceError, UsageError
 from harness.record.manifest import read_manifest
@@ -104,7 +104,7 @@ def test_a_folder_of_runs_survives_its_bad_ones(tmp_path: Path, monkeypatch) -> 
             raise KeyError("a fault of ours")
         return real(path)
 
-    monkeypatch.setattr("analysis.show.browse.read_run", reads)
+    monkeypatch.setattr("analysis.report.browse.read_run", reads)
     for key in results.waiting():
         if key == "good":
             results.view(key)

@@ -9,10 +9,10 @@ from run_files import SPEC, TIER, good, write_run
 from analysis.capacity.serving_config import serving_configs
 from analysis.capacity.system import hardware_of, system_of
 from analysis.compare.comparable import differences, refusals
+from analysis.report import run as report
+from analysis.report.compared import compare_runs
+from analysis.report.view import view_run
 from analysis.rows.read import read_run
-from analysis.show import report
-from analysis.show.compared import compare_runs
-from analysis.show.view import view_run
 from analysis.summary import summarise
 
 

@@ -214,8 +214,8 @@ def _take_over(folder: Path, spec: SweepSpec, trace: Trace) -> SweepState:
 
 
 def _print(report: CapacityReport, ask: Search, format_: str) -> None:
-    from analysis.show.capacity_text import capacity_sections, probe_section
-    from analysis.show.document import Section
+    from analysis.report.capacity_text import capacity_sections, probe_section
+    from analysis.report.document import Section
 
     if format_ == "json":
         print_json(report)

@@ -9,7 +9,7 @@ import click
 
 from analysis.compare.compare import compare as hold_against
 from analysis.compare.compare import parse_gate
-from analysis.show.decision_text import comparison_sections
+from analysis.report.decisions import comparison_sections
 from harness.cli.options import JUDGE_OPTIONS, format_option, html_option
 from harness.cli.output import print_json, print_sections, say, write_sections
 from harness.cli.select_runs import (

@@ -13,7 +13,7 @@ from harness.console import console
 from harness.terminal import cut
 
 if TYPE_CHECKING:
-    from analysis.show.document import Section
+    from analysis.report.document import Section
 
 
 def say(words: str) -> None:
@@ -38,7 +38,7 @@ def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 
 def print_sections(sections: Sequence[Section], format_: str) -> None:
     """Blocks on stdout, as Markdown (md) or text; into a pipe there is no width to fit, so nothing is cut."""
-    from analysis.show.text import render_markdown, render_text
+    from analysis.report.text import render_markdown, render_text
     from harness.console import Console
 
     if format_ == "md":
@@ -49,7 +49,7 @@ def print_sections(sections: Sequence[Section], format_: str) -> None:
 
 def write_sections(path: Path, verb: str, sections: Sequence[Section]) -> None:
     """Blocks as a page that stands alone; its path on stderr. An earlier page of that name is replaced."""
-    from analysis.show.page import write_sections_page
+    from analysis.report.page import write_sections_page
     from harness.record.manifest import now_utc
 
     size = write_sections_page(path, verb, sections, now_utc())

@@ -17,8 +17,8 @@ from analysis.capacity.fleet import Kept, Schedule, TrafficDemand, demand
 from analysis.capacity.fleet_plan import FleetPlan, Wanted, grown, plan_fleets
 from analysis.capacity.serving_config import ServingConfig, serving_configs
 from analysis.capacity.simulated_fleet import SimulatedFleet, follow, size_fleet
+from analysis.report.fleet import fleet_csv, fleet_sections
 from analysis.rows.read import read_run
-from analysis.show.fleet_text import fleet_csv, fleet_sections
 from cluster.simulator.replica import Workload, simulate
 from cluster.simulator.scheduler import Limits
 from cluster.simulator.step_time import LinearStep

@@ -15,7 +15,7 @@ from analysis.pricing.list_prices import PriceMap, family, find_list_prices, rea
 from analysis.pricing.price_table import SCHEMA, PriceReport, price_csv, price_rows, write_prices
 from analysis.pricing.rate_card import RateCard, charge, compare_with_api
 from analysis.pricing.terms import Terms, declared, parse_volume
-from analysis.show.decision_text import price_sections
+from analysis.report.decisions import price_sections
 from analysis.summary import Summary
 from cluster.catalogue.tiers import PURCHASES, price_age_days, read_tiers
 from harness.cli.options import JUDGE_OPTIONS, format_option, html_option

@@ -65,8 +65,8 @@ def report_runs(
     min_requests: int | None = None,
 ) -> int:
     """Run directory -> report on stdout; several, or a sweep's -> capacity and cost at the SLO, or a page."""
+    from analysis.report.run import render_json, render_markdown, render_text
     from analysis.rows.read import read_run
-    from analysis.show.report import render_json, render_markdown, render_text
     from analysis.summary import exit_code, summarise
 
     runs = expand(runs)
@@ -92,8 +92,8 @@ def report_runs(
 def report_variant(path: Path, name: str, format_: str) -> int:
     """Run directory -> its figures as another tool defines them. They carry no verdict and no interval of ours."""
     from analysis.compare.variants import variant_of
+    from analysis.report.figures import figure
     from analysis.rows.read import read_run
-    from analysis.show.figures import figure
 
     found = variant_of(name, read_run(path))
     if format_ == "json":
@@ -123,9 +123,9 @@ def report_page(runs: Sequence[Path], html: Path, **options: Any) -> int:
 def page_of(runs: Sequence[Path], html: Path, **options: Any) -> list[Summary]:
     """Write the page of these runs; their summaries. One run is in memory at a time."""
     from analysis.labels import label_runs
+    from analysis.report.page import write_page
+    from analysis.report.view import view_run
     from analysis.rows.read import read_run
-    from analysis.show.page import write_page
-    from analysis.show.view import view_run
     from analysis.summary import summarise
 
     views = []
@@ -145,8 +145,8 @@ def report_sweep(
     SLO not kept.
     """
     from analysis.capacity.serving_config import SCHEMA, serving_configs
-    from analysis.show.capacity_text import capacity_sections, sentence
-    from analysis.show.document import Section
+    from analysis.report.capacity_text import capacity_sections, sentence
+    from analysis.report.document import Section
 
     summaries = read_summaries(paths, slo, attain, min_requests=min_requests)
     found = serving_configs(summaries)

@@ -34,7 +34,7 @@ ttft_s, tpot_s, e2e_s, lag_s. The ending of the file says the format: .parquet, 
 )  # fmt: skip
 def export(runs: Sequence[Path], output: Path) -> int:
     """Write the rows of run directories into one file that DuckDB, Polars, pandas and spreadsheets read as it is."""
-    from analysis.export import export_runs
+    from analysis.report.export import export_runs
     from harness.cli.select_runs import expand
 
     rows = export_runs(expand(runs), output, say)
@@ -82,7 +82,7 @@ def serve(folder: Path, port: int = 0) -> ResultsServer:
 
     Raises `ResultsError` when it is no folder, `UsageError` when the port cannot be had.
     """
-    from analysis.show.browse import Results
+    from analysis.report.browse import Results
 
     results = Results(folder)
     try:
@@ -142,7 +142,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer with a page."""
-        from analysis.show.browse import problem_page
+        from analysis.report.browse import problem_page
 
         # A name that an attacker points at this address arrives with that name here: DNS rebinding ends at this line.
         if self.headers.get("Host") not in (f"{ADDRESS}:{self.server.port}", f"localhost:{self.server.port}"):
@@ -177,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in (
             ("Content-Type", "text/html; charset=utf-8"), ("Content-Length", str(len(body))),
-            # what else a page may do stands in the page itself (analysis/show/page.py); these a page cannot say
+            # what else a page may do stands in the page itself (analysis/report/page.py); these a page cannot say
             ("Content-Security-Policy", "frame-ancestors 'none'"), ("X-Content-Type-Options", "nosniff"),
             ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store"),
             ("Cross-Origin-Resource-Policy", "same-origin"), ("Cross-Origin-Opener-Policy", "same-origin"),

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from analysis.show.fleet_text import WITHIN
+from analysis.report.fleet import WITHIN
 from cluster.simulator.replica import Outcomes, Workload, simulate
 from cluster.simulator.scheduler import Limits
 from cluster.simulator.step_time import NoisyStep

@@ -347,7 +347,7 @@ class CapacitySession(Session):
     def report(self) -> CapacityReport:
         """The answer from all probes so far."""
         from analysis.capacity.serving_config import SCHEMA, serving_configs
-        from analysis.show.capacity_text import sentence
+        from analysis.report.capacity_text import sentence
 
         usd, hours = self.state.spent(time.time())
         answer_of_all = self._answer()

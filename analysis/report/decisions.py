@@ -13,8 +13,8 @@ from analysis.pricing.list_prices import ListPrice
 from analysis.pricing.price_table import PriceReport
 from analysis.pricing.rate_card import ApiComparison, RateCard
 from analysis.pricing.terms import Terms, UnitPrices
-from analysis.show.document import Row, Section, Table
-from analysis.show.figures import figure, hourly, price, usd, within
+from analysis.report.document import Row, Section, Table
+from analysis.report.figures import figure, hourly, price, usd, within
 from analysis.stats.intervals import Quantity
 
 # ------------------------------------------------------------------------------------------------------ what to charge

@@ -1,7 +1,7 @@
 """What every report is made of: sections of sentences, tables, facts, pictures and notes.
 
-A report is built once, as sections, and rendered as text and Markdown (`analysis.show.text`) and as a page
-(`analysis.show.page`). Whatever a trace, a server or a price map wrote stays plain characters in all three.
+A report is built once, as sections, and rendered as text and Markdown (`analysis.report.text`) and as a page
+(`analysis.report.page`). Whatever a trace, a server or a price map wrote stays plain characters in all three.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from analysis.show.plot import Chart
+from analysis.report.charts import Chart
 
 MOST_ITEMS = 200
 """Entries of one list that a server or a trace could make endless (arguments, facts, errors)."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from analysis.capacity.serving_config import ServingConfig
 from analysis.capacity.system import Key, load_of, system_of
-from analysis.show.figures import price, state_of, within
+from analysis.report.figures import price, state_of, within
 from analysis.stats.intervals import Quantity
 from analysis.stats.replicates import FEWEST_PAIRS, over_replicates
 from analysis.summary import Summary

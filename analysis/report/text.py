@@ -10,7 +10,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from analysis.labels import clean
-from analysis.show.document import Cell, Section, Table
+from analysis.report.document import Cell, Section, Table
 from harness.console import text_tables
 
 PROVES_NOTHING = "the run is INVALID, so its figures prove nothing"

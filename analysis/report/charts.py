@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from analysis.arrays import Floats
+from analysis.report.curves import Curves, KeptLimits, cumulative, joined, over_time
 from analysis.rows.itl_histogram import EDGES, PER_DECADE
 from analysis.rows.read import Run
-from analysis.show.curves import Curves, KeptLimits, cumulative, joined, over_time
 from analysis.stats.intervals import Distribution, Quantity
 from analysis.summary import DEFAULT_ATTAIN, Summary
 from analysis.validity.generator import lag_bound_s

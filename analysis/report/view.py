@@ -1,4 +1,4 @@
-"""One run as its page: what `analysis.show.report` says in sections, with pictures, checks and all inputs."""
+"""One run as its page: what `analysis.report.run` says in sections, with pictures, checks and all inputs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, replace
 import msgspec
 
 from analysis.arrays import Floats
+from analysis.report import run as report
+from analysis.report.charts import RunCharts, run_charts
+from analysis.report.curves import SHARES, KeptLimits, curves, kept_limits
+from analysis.report.document import MOST_ITEMS, Cell, Facts, Row, Section, Table
+from analysis.report.figures import figure, in_seconds, percent, price, quantity, state_of, within
 from analysis.rows.read import Run
-from analysis.show import report
-from analysis.show.curves import SHARES, KeptLimits, curves, kept_limits
-from analysis.show.document import MOST_ITEMS, Cell, Facts, Row, Section, Table
-from analysis.show.figures import figure, in_seconds, percent, price, quantity, state_of, within
-from analysis.show.plot import RunCharts, run_charts
 from analysis.stats.intervals import Distribution, samples_needed
 from analysis.summary import DEFAULT_ATTAIN, Summary
 

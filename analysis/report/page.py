@@ -21,13 +21,13 @@ import msgspec
 from markupsafe import Markup
 
 from analysis.labels import clean
-from analysis.show import report
-from analysis.show.compared import compare_runs
-from analysis.show.document import Section
-from analysis.show.glossary import with_terms
-from analysis.show.plot import Chart
-from analysis.show.text import PROVES_NOTHING
-from analysis.show.view import RunView
+from analysis.report import run as report
+from analysis.report.charts import Chart
+from analysis.report.compared import compare_runs
+from analysis.report.document import Section
+from analysis.report.glossary import with_terms
+from analysis.report.text import PROVES_NOTHING
+from analysis.report.view import RunView
 from harness.errors import ResultsError
 
 LONGEST = 1000
@@ -124,7 +124,7 @@ def _style_and_script() -> tuple[str, str]:
 
 @cache
 def _file(name: str) -> str:
-    return resources.files("analysis.show").joinpath("web", name).read_text("utf-8")
+    return resources.files("analysis.report").joinpath("web", name).read_text("utf-8")
 
 
 def policy(form_action: str = "'none'") -> str:

@@ -9,13 +9,13 @@ from analysis.capacity.serving_config import ServingConfig, serving_configs
 from analysis.capacity.system import servers_of, tier_words, where_words
 from analysis.labels import clean
 from analysis.offered_load import KIND_WORDS
-from analysis.show.capacity_text import capacity_table, sentence
-from analysis.show.document import Cell, Facts, Row, Section, Table
-from analysis.show.figures import figure, hourly, in_seconds, load_cell, percent, price_cell, quantity, verdict_note
-from analysis.show.plot import Chart, cost_charts, load_charts, share_chart
-from analysis.show.tradeoff import tradeoff_charts
-from analysis.show.view import RunView
-from analysis.show.winner import cheapest
+from analysis.report.capacity_text import capacity_table, sentence
+from analysis.report.charts import Chart, cost_charts, load_charts, share_chart
+from analysis.report.document import Cell, Facts, Row, Section, Table
+from analysis.report.figures import figure, hourly, in_seconds, load_cell, percent, price_cell, quantity, verdict_note
+from analysis.report.tradeoff import tradeoff_charts
+from analysis.report.view import RunView
+from analysis.report.winner import cheapest
 from analysis.summary import DEFAULT_ATTAIN, Summary
 from harness.plan.seeds import load_seed
 

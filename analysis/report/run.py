@@ -12,8 +12,8 @@ from rich.text import Text
 from analysis.capacity.system import servers_of, tier_words, where_words
 from analysis.labels import clean
 from analysis.offered_load import KIND_WORDS
-from analysis.show.document import MOST_ITEMS, Cell, Row, Section, Table
-from analysis.show.figures import (
+from analysis.report.document import MOST_ITEMS, Cell, Row, Section, Table
+from analysis.report.figures import (
     Style,
     figure,
     hourly,
@@ -26,9 +26,9 @@ from analysis.show.figures import (
     value,
     within,
 )
-from analysis.show.text import escaped
-from analysis.show.text import render_markdown as sections_as_markdown
-from analysis.show.text import render_text as print_sections
+from analysis.report.text import escaped
+from analysis.report.text import render_markdown as sections_as_markdown
+from analysis.report.text import render_text as print_sections
 from analysis.stats.intervals import Quantity
 from analysis.summary import Summary, claims
 

@@ -8,9 +8,9 @@ import re
 
 from analysis.capacity.fleet import Autoscaled
 from analysis.capacity.fleet_plan import FleetPlan, TierFleet
-from analysis.export import FORMULA
-from analysis.show.document import Section, Table
-from analysis.show.figures import figure, price
+from analysis.report.document import Section, Table
+from analysis.report.export import FORMULA
+from analysis.report.figures import figure, price
 
 WITHIN = 0.03
 """How far the replayed share is from the share of a real autoscaled fleet of another engine: tests/lab/fleet.py."""

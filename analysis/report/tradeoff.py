@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from analysis.capacity.serving_config import ServingConfig
-from analysis.show.plot import Chart, Mark, against, load_of, slo_limits
+from analysis.report.charts import Chart, Mark, against, load_of, slo_limits
 from analysis.stats.intervals import Quantity, scaled
 from analysis.summary import Summary
 

@@ -15,11 +15,11 @@ from threading import Lock
 from urllib.parse import quote
 
 from analysis.labels import clean
+from analysis.report.document import Cell
+from analysis.report.figures import in_seconds, load_cell, price_cell, quantity, state_of, verdict_note
+from analysis.report.page import policy, render, render_page
+from analysis.report.view import RunView, view_run
 from analysis.rows.read import read_run
-from analysis.show.document import Cell
-from analysis.show.figures import in_seconds, load_cell, price_cell, quantity, state_of, verdict_note
-from analysis.show.page import policy, render, render_page
-from analysis.show.view import RunView, view_run
 from analysis.summary import Summary, summarise
 from harness.errors import HarnessError, ResultsError, UsageError, sentence
 from harness.record.manifest import MANIFEST, RunManifest, read_manifest

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from analysis.show.document import Cell
-from analysis.show.plot import load_of
+from analysis.report.charts import load_of
+from analysis.report.document import Cell
 from analysis.stats.intervals import Quantity
 from analysis.summary import Summary
 
