@@ -29,8 +29,8 @@ from cluster.process.process import Process, wait_ready
 from harness.calibration import Calibration
 from harness.errors import ServerError, WorkerError
 from harness.plan.build import build_plan
-from harness.plan.file import PlanSpec
 from harness.plan.prompts import Vocabulary
+from harness.plan.spec import PlanSpec
 from harness.record.manifest import RunDir, describe_host, installed_versions, now_utc, python
 from harness.record.results import read_results
 from harness.record.run_spec import BATCH_READS_FROM, RunSpec

@@ -2,7 +2,7 @@
 
 A verb makes its object from Click's parameters (`taken`, `ReplayOptions.of`), and `ReplayOptions.check` refuses what
 excludes each other before anything is read, downloaded, started or rented. A sweep and a search for capacity replace
-what differs from point to point. What a plan itself cannot be is in `harness.plan.rules`.
+what differs from point to point. What a plan itself cannot be is in `harness.plan.spec`.
 """
 
 from __future__ import annotations

@@ -119,7 +119,6 @@ def test_stages_that_are_none(text):
 
 def test_what_cannot_be_drawn():
     for arguments in (
-        {"process": "uniform", "stages": constant_stage(1.0, 1.0)},
         {"process": "gamma", "stages": constant_stage(1.0, 1.0), "burstiness": 0.0},
         {"process": "gamma", "stages": constant_stage(1.0, 1.0), "burstiness": math.nan},
         {"process": "poisson", "stages": constant_stage(1.0, 1.0), "burstiness": 0.5},

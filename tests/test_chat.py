@@ -17,9 +17,10 @@ from tokenizers import AddedToken, Tokenizer
 from harness.errors import PlanError, UsageError
 from harness.plan.build import build_plan
 from harness.plan.chat import Chat, Made
-from harness.plan.file import PlanInfo, PlanSpec, iter_requests
+from harness.plan.file import PlanInfo, iter_requests
 from harness.plan.prompts import Vocabulary
 from harness.plan.reuse import UnknownTokensError, plan_prompts, prompt_reuse
+from harness.plan.spec import PlanSpec
 from harness.plan.tokenizers import ChatTemplate
 from harness.trace.io import open_trace
 from harness.trace.prefix import Turns
@@ -163,7 +164,7 @@ def test_any_session_is_exact_and_alternates(folders, turns, seed, tmp_path_fact
         ids = chat._vocabulary.token_ids(tokens, place.first, seed=seed)
         made.append(Made(ids=ids, tokens=tokens, before=place.before))
         continued.append(place.first != i)
-    chats = [json.loads(text) for text in chat.messages(made)]
+    chats = chat.messages(made)
     for i, messages in enumerate(chats):
         assert counted(folders["byte_level", "trimming"], messages) == made[i].tokens
         assert [m["role"] for m in messages] == (["user", "assistant"] * len(messages))[: len(messages)]
@@ -288,7 +289,7 @@ def test_a_wrong_measure_is_noticed(folders, monkeypatch):
     monkeypatch.setattr(chat, "shortest", chat.shortest - 2)  # as if the template had become longer
     ids = np.concatenate([chat._vocabulary.token_ids(200, 1)])
     (messages,) = chat.messages([Made(ids=ids, tokens=200)])
-    assert counted(folders["byte_level", "chatml"], json.loads(messages)) == 200
+    assert counted(folders["byte_level", "chatml"], messages) == 200
 
 
 # --- templates -------------------------------------------------------------------------------------------------------

@@ -18,9 +18,10 @@ from analysis.fidelity.questions import Fidelity, fidelity, fidelity_text
 from analysis.rows.read import Run, read_run
 from analysis.validity.prefix_cache import CacheCounters, block_tokens
 from harness.plan.build import build_plan
-from harness.plan.file import PlanSpec, iter_requests, plan_sha256
+from harness.plan.file import iter_requests, plan_sha256
 from harness.plan.prompts import Vocabulary
 from harness.plan.reuse import plan_prompts, prompt_reuse
+from harness.plan.spec import PlanSpec
 from harness.record.manifest import Replica, RunDir, read_manifest, write_manifest
 from harness.record.results import Result
 from harness.record.samples import SERVER_SCHEMA

@@ -18,8 +18,9 @@ from analysis.fidelity.inputs import measured_reuse
 from analysis.rows.read import Run
 from harness.cli.runner.windows import window_count
 from harness.plan.build import build_plan
-from harness.plan.file import PlanInfo, PlanSpec, Windows
+from harness.plan.file import PlanInfo, Windows
 from harness.plan.prompts import Vocabulary
+from harness.plan.spec import PlanSpec
 from harness.record.manifest import RunDir
 from harness.trace.io import open_trace
 from harness.trace.stats import LengthStats, PrefixStats, TraceStats
@@ -122,7 +123,7 @@ def reuse_of(folder: Path, trace: Path, sessions: str, warmup_s: float) -> tuple
     folder.mkdir()
     count = window_count(60.0, waits=sessions == "wait")
     spec = PlanSpec(
-        closed=False, rate=2 * RATE, duration_s=60.0 + warmup_s, warmup_s=warmup_s, sessions=sessions,
+        closed=False, rate=2 * RATE, duration_s=60.0 + warmup_s, warmup=warmup_s or None, sessions=sessions,
         windows=Windows(count=count, draw=0),
     )  # fmt: skip
     info = build_plan(open_trace(trace), RunDir(folder).plan, spec, VOCABULARY)

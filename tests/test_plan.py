@@ -24,7 +24,6 @@ from harness.plan.file import (
     INFO_KEY,
     SCHEMA,
     PlanInfo,
-    PlanSpec,
     Request,
     iter_requests,
     plan_sha256,
@@ -32,6 +31,7 @@ from harness.plan.file import (
     read_plan_info,
 )
 from harness.plan.prompts import Vocabulary
+from harness.plan.spec import PlanSpec
 from harness.trace.io import Trace, open_trace
 
 SAMPLES = Path(__file__).resolve().parent.parent / "scenarios" / "traces"
@@ -196,7 +196,6 @@ def test_times_scale_and_slices_are_the_plan(tmp_path_factory, gaps, speed, work
         {"closed": False, "rate": float("inf")},
         {"closed": False, "duration_s": 0.0},
         {"closed": False, "limit": 0},
-        {"closed": False, "max_output_tokens": 0},
         {"closed": False, "speed": 1e-10},  # 10 s become 3,000 years
         {"closed": False, "rate": 1.0, "limit": 1},
         {"closed": False, "rate": 1.0, "limit": 2},  # two rows at one instant
@@ -309,14 +308,14 @@ def phases(path: Path) -> list[str]:
 
 def test_warm_up_is_the_first_requests_or_the_first_time(tmp_path):
     trace = trace_of(tmp_path, *at(0, 1, 2, 3, 4))
-    info = build(trace, tmp_path / "a", closed=True, warmup_requests=2)
+    info = build(trace, tmp_path / "a", closed=True, warmup=2)
     assert (phases(tmp_path / "a"), info.warmup_requests) == (["warmup"] * 2 + ["measured"] * 3, 2)
-    build(trace, tmp_path / "b", closed=False, warmup_s=3.0)
+    build(trace, tmp_path / "b", closed=False, warmup=3.0)
     assert phases(tmp_path / "b") == ["warmup"] * 3 + ["measured"] * 2
-    build(trace, tmp_path / "c", closed=False, warmup_s=1.0, speed=2.0)
+    build(trace, tmp_path / "c", closed=False, warmup=1.0, speed=2.0)
     assert phases(tmp_path / "c") == ["warmup"] * 2 + ["measured"] * 3, "time of the plan, not of the trace"
     with pytest.raises(UsageError, match="all 5 requests would be warm-up"):
-        build(trace, tmp_path / "d", closed=False, warmup_s=5.0)
+        build(trace, tmp_path / "d", closed=False, warmup=5.0)
 
 
 def test_turns_wait_for_the_one_before_them(tmp_path):
@@ -350,14 +349,14 @@ def test_sessions_of_a_steady_pattern_do_not_all_fall_to_one_worker(tmp_path):
 
 def test_hang_ups_are_drawn_per_request_and_the_traces_own_are_kept(tmp_path):
     rows = [{"prompt": "a", "cancel_after_s": 0.25} if i == 5 else {"prompt": "a"} for i in range(2000)]
-    info = build(trace_of(tmp_path, *rows), tmp_path / "p", closed=True, cancel_share=0.1, cancel_after_s=2.0)
+    info = build(trace_of(tmp_path, *rows), tmp_path / "p", closed=True, cancel=(0.1, 2.0))
     after = [r.cancel_after_ns for r in iter_requests(tmp_path / "p")]
     assert after[5] == 250_000_000
     chosen = [a == 2_000_000_000 for a in after]
     assert sum(chosen) == pytest.approx(200, abs=4 * (2000 * 0.1 * 0.9) ** 0.5)
     assert set(after) == {None, 250_000_000, 2_000_000_000}
     assert [note for note in info.notes if "hang" in note or "hung" in note][1].startswith("1 rows of the trace")
-    build(trace_of(tmp_path, *rows[:50]), tmp_path / "q", closed=True, cancel_share=0.1, cancel_after_s=2.0)
+    build(trace_of(tmp_path, *rows[:50]), tmp_path / "q", closed=True, cancel=(0.1, 2.0))
     assert [r.cancel_after_ns for r in iter_requests(tmp_path / "q")] == after[:50], "a longer plan keeps the choice"
 
 
@@ -373,7 +372,7 @@ def test_the_adapter_of_a_row_is_the_model_it_asks_for(tmp_path):
     [
         ({"closed": True, "arrivals": "poisson"}, "closed loop"),
         ({"closed": True, "stages": parse_stages("1s@1")}, "exclude"),
-        ({"closed": True, "warmup_s": 1.0}, "to the run"),
+        ({"closed": True, "warmup": 1.0}, "to the run"),
         ({"closed": True, "repeat": True}, "needs an end"),
         ({"arrivals": "poisson"}, "request rate"),
         ({"arrivals": "poisson", "rate": 1.0, "stages": parse_stages("1s@1")}, "exclude"),
@@ -381,16 +380,12 @@ def test_the_adapter_of_a_row_is_the_model_it_asks_for(tmp_path):
         ({"arrivals": "poisson", "rate": 1.0, "burstiness": 2.0}, "means nothing"),
         ({"arrivals": "gamma", "rate": 1.0}, "burstiness"),
         ({"arrivals": "gamma", "rate": 1.0, "burstiness": 0.0}, "above 0"),
-        ({"arrivals": "uniform", "rate": 1.0}, "valid"),
         ({"stages": parse_stages("1s@1")}, "--arrivals"),
         ({"burstiness": 0.5}, "--arrivals"),
         ({"arrivals": "constant", "stages": parse_stages("1s@1"), "duration_s": 1.0}, "own durations"),
         ({"repeat": True}, "needs an end"),
-        ({"sessions": "maybe"}, "valid"),
-        ({"cancel_share": 0.5}, "time to hang up"),
-        ({"cancel_share": 1.5, "cancel_after_s": 1.0}, "0 to 1"),
-        ({"warmup_s": 1.0, "warmup_requests": 1}, "exclude"),
-        ({"warmup_requests": 3}, "nothing is left"),
+        ({"cancel": (1.5, 1.0)}, "0 to 1"),
+        ({"warmup": 3}, "nothing is left"),
         ({"arrivals": "poisson", "stages": parse_stages("1ms@0.001")}, "not one arrival"),
     ],
 )
@@ -484,10 +479,7 @@ def test_lengths_need_a_vocabulary_and_text_does_not(tmp_path, text_vocabulary):
 def test_output_lengths(tmp_path):
     rows = [{"prompt": "a", "output_tokens": n} for n in (5, 500, None)]
     build(trace_of(tmp_path, *rows), tmp_path / "p", closed=True)
-    info = build(trace_of(tmp_path, *rows), tmp_path / "q", closed=True, max_output_tokens=100)
     assert [r.output_tokens for r in iter_requests(tmp_path / "p")] == [5, 500, None]
-    assert [r.output_tokens for r in iter_requests(tmp_path / "q")] == [5, 100, 100]
-    assert "capped at 100 tokens, the longest is 500" in info.notes[-1]
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.plan.file import plan_sha256, read_plan_columns, read_plan_info
-from harness.plan.seeds import drawn_seed, load_seed, with_load
+from harness.plan.spec import drawn_seed, load_seed, with_load
 from harness.sweep.spec import Loads, SweepSpec, make_points, seeded
 
 LENGTHS = Path(__file__).resolve().parent.parent / "scenarios" / "traces" / "azure-conv-2023.csv"

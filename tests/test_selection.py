@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from harness.cli.trace import trace as verbs
 from harness.errors import TraceError, UsageError
-from harness.plan.file import PlanSpec
+from harness.plan.spec import PlanSpec
 from harness.trace.formats.record import TraceRecord
 from harness.trace.io import open_trace
 from harness.trace.selection import parse_where, unmatched

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from harness.plan.build import build_plan
-from harness.plan.file import PlanInfo, PlanSpec, Request, Windows, iter_requests
+from harness.plan.file import PlanInfo, Request, Windows, iter_requests
 from harness.plan.prompts import Vocabulary
+from harness.plan.spec import PlanSpec
 from harness.trace.io import open_trace
-from harness.trace.windows import session_windows
+from harness.trace.windows import windows_in_time
 
 VOCABULARY = Vocabulary.from_ids(range(100, 5000))
 TURNS, EVERY_S, SESSIONS = 5, 2.0, 400
@@ -77,8 +78,8 @@ def test_the_rate_is_the_one_asked_for_from_the_first_second_on(trace: Path, rat
     starts = np.array([first.setdefault(r.session_id, int(at)) for r, at in zip(records, arrivals, strict=True)])
     speed = rate / ((len(arrivals) - 1) / (arrivals[-1] / 1e9))
     times = np.concatenate([
-        session_windows(
-            arrivals, starts, Windows(count=3, draw=draw), lasts_ns=60e9 * speed, speed=speed, trace_sha256="x",
+        windows_in_time(
+            arrivals, Windows(count=3, draw=draw), starts=starts, lasts_ns=60e9 * speed, speed=speed, trace_sha256="x",
             seed=draw, most=None,
         ).arrangement.scheduled / speed / 1e9
         for draw in range(48)

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from harness.errors import HarnessError
 from harness.plan.build import build_plan
-from harness.plan.file import PlanSpec
 from harness.plan.prompts import Vocabulary
+from harness.plan.spec import PlanSpec
 from harness.trace import edit, spool
 from harness.trace.anonymize import anonymize
 from harness.trace.edit import Sample, sample
@@ -106,7 +106,7 @@ def trace_of(path: Path, rows: int = 300) -> Path:
 
 SPECS = [
     {}, {"speed": 3.7}, {"sessions": "wait"}, {"grow": 2.4}, {"grow": 0.6},
-    {"conversation": "live", "sessions": "wait"}, {"cancel_share": 0.3, "cancel_after_s": 1.0},
+    {"conversation": "live", "sessions": "wait"}, {"cancel": (0.3, 1.0)},
     {"grow": 1.5, "limit": 200}, {"repeat": True, "limit": 800}, {"repeat": True, "duration_s": 500.0},
     {"arrivals": "poisson", "rate": 3.0}, {"arrivals": "gamma", "rate": 3.0, "burstiness": 0.5, "repeat": True,
     "duration_s": 150.0},

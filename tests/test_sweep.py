@@ -22,9 +22,10 @@ from harness.cli.select_runs import done_points
 from harness.cli.sweep import DECIDED, OPTIONS, OWN, resolve, sum_up
 from harness.errors import ResultsError, UsageError
 from harness.options import PlanOptions
-from harness.plan.build import asked_plan, build_plan
+from harness.plan.build import build_plan
 from harness.plan.file import plan_sha256
 from harness.plan.prompts import Vocabulary
+from harness.plan.spec import asked_plan
 from harness.record.manifest import RunDir
 from harness.sweep import state as sweep_state
 from harness.sweep.cost import (

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.plan.build import build_plan
-from harness.plan.file import PlanInfo, PlanSpec, Request, iter_requests
+from harness.plan.file import PlanInfo, Request, iter_requests
 from harness.plan.prompts import Vocabulary
 from harness.plan.reuse import plan_prompts, prompt_reuse
+from harness.plan.spec import PlanSpec
 from harness.trace.io import open_trace
 from harness.trace.prefix import BLOCK_TOKENS, IdealReuse
 from harness.trace.shape import measure

@@ -16,9 +16,10 @@ from analysis.fidelity.planned import planned_against_source
 from analysis.fidelity.windowed import mean_lengths, rate_and_shape
 from harness.errors import UsageError
 from harness.options import PlanOptions
-from harness.plan.build import asked_plan, build_plan
-from harness.plan.file import PlanInfo, PlanSpec, Windows, iter_requests, read_plan_columns, read_plan_info
+from harness.plan.build import build_plan
+from harness.plan.file import PlanInfo, Windows, iter_requests, read_plan_columns, read_plan_info
 from harness.plan.prompts import Vocabulary
+from harness.plan.spec import PlanSpec, asked_plan
 from harness.trace.io import open_trace
 from harness.trace.stats import PartMeans
 
@@ -239,7 +240,7 @@ def test_windows_without_a_request_are_fine_and_a_plan_without_is_not(tmp_path):
 
 
 def test_warm_up_is_the_plans_first_seconds(tmp_path, trace):
-    info = plan(trace, tmp_path / "p", warmup_s=15.0)
+    info = plan(trace, tmp_path / "p", warmup=15.0)
     times = times_of(tmp_path / "p")
     phases = read_plan_columns(tmp_path / "p", ["phase"]).column(0).to_pylist()
     assert info.warmup_requests == int((times < 15.0).sum()) == phases.count("warmup")

@@ -11,7 +11,7 @@ from analysis.capacity.system import load_of, load_words, servers_of, slo_words,
 from analysis.compare.paired import PairedRun
 from analysis.summary import Summary
 from analysis.validity.prefix_cache import NAME as WARM
-from harness.plan.seeds import load_seed
+from harness.plan.spec import load_seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from analysis.report.tradeoff import tradeoff_charts
 from analysis.report.view import RunView
 from analysis.report.winner import cheapest
 from analysis.summary import DEFAULT_ATTAIN, Summary
-from harness.plan.seeds import load_seed
+from harness.plan.spec import load_seed
 
 COLORS = 8
 UNLIKE = ("trace", "SLO", "seed", "evidence", "loop")

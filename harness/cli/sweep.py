@@ -237,8 +237,7 @@ def check(spec: SweepSpec, options: ReplayOptions) -> list[Tier | None]:
     """Refuse before anything is rented what can be known to be wrong; the tier of every pair."""
     from cluster.catalogue.models import get_model
     from cluster.catalogue.tiers import get_tier
-    from harness.plan.build import asked_plan
-    from harness.plan.rules import check_spec
+    from harness.plan.spec import asked_plan, check_spec
 
     for level in levels(spec)[:1]:
         one = options.at(rate=level.request_rate, concurrency=level.concurrency)

@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +25,8 @@ import numpy.typing as npt
 from harness.errors import UsageError
 from harness.trace.spool import Column
 
-PROCESSES = ("constant", "poisson", "gamma")
-"""Processes that are drawn; "trace" is the trace's own times."""
+Process = Literal["trace", "constant", "poisson", "gamma"]
+"""Of these "trace" is not drawn: the trace's own times."""
 MOST_ARRIVALS = 50_000_000
 """A plan of more requests than this is a typing error."""
 
@@ -81,7 +82,7 @@ def parse_stages(text: str) -> tuple[Stage, ...]:
 
 
 def arrival_times(
-    process: str, stages: Sequence[Stage], *, burstiness: float = 1.0, seed: int = 0, most: int | None = None
+    process: Process, stages: Sequence[Stage], *, burstiness: float = 1.0, seed: int = 0, most: int | None = None
 ) -> Times:
     """Arrival times, ns after the start, ascending: all that fall into the stages, at most ``most`` of them.
 
@@ -90,10 +91,10 @@ def arrival_times(
 
     Equal arguments give equal times; ``most`` cuts and changes none. One generator, PCG64 from (``seed``, "arrivals").
 
-    Raises `UsageError` for a process that there is not, a burstiness that is not positive or has no meaning, stages
-    without end and without ``most``, and more arrivals than `MOST_ARRIVALS` or than 64-bit nanoseconds hold.
+    Raises `UsageError` for a burstiness that is not positive or has no meaning, stages without end and without
+    ``most``, and more arrivals than `MOST_ARRIVALS` or than 64-bit nanoseconds hold.
     """
-    check_process(process, burstiness)
+    check_burstiness(process, burstiness)
     expected = min(sum(stage.requests for stage in stages), math.inf if most is None else most)
     if expected > MOST_ARRIVALS:
         raise UsageError(f"about {expected:.3g} requests: more than {MOST_ARRIVALS:,} are no plan; check rate and time")
@@ -113,10 +114,8 @@ def arrival_times(
     return times.whole()
 
 
-def check_process(process: str, burstiness: float | None) -> None:
+def check_burstiness(process: Process, burstiness: float | None) -> None:
     """Raise `UsageError` unless ``process`` can be drawn with this burstiness."""
-    if process not in PROCESSES:
-        raise UsageError(f"arrivals {process!r}: valid: trace, {', '.join(PROCESSES)}")
     if burstiness is None:
         return
     if not (math.isfinite(burstiness) and burstiness > 0):
@@ -125,7 +124,7 @@ def check_process(process: str, burstiness: float | None) -> None:
         raise UsageError(f"burstiness is the shape of gamma gaps and means nothing for {process} arrivals")
 
 
-def _gaps(process: str, shape: float, generator: np.random.Generator, n: int) -> npt.NDArray[np.float64]:
+def _gaps(process: Process, shape: float, generator: np.random.Generator, n: int) -> npt.NDArray[np.float64]:
     """Gaps of mean 1."""
     if process == "constant":
         return np.ones(n)

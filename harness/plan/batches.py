@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import compress, islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -18,9 +18,10 @@ import pyarrow as pa
 
 from harness.errors import PlanError
 from harness.plan.arrivals import Times
-from harness.plan.chat import Chat, Live, Made, TurnPrompt
-from harness.plan.file import SCHEMA, PlanSpec
+from harness.plan.chat import Chat, Live, Made, Prompt
+from harness.plan.file import SCHEMA
 from harness.plan.prompts import Ids, Vocabulary
+from harness.plan.spec import PlanSpec
 from harness.trace.edit import Arrangement
 from harness.trace.formats.record import safe
 from harness.trace.io import Trace, TraceRecord
@@ -55,11 +56,6 @@ class _Reading:
         return None
 
 
-def _listed(order: npt.NDArray[np.unsignedinteger[Any]]) -> Iterator[int]:
-    for start in range(0, len(order), _BATCH_ROWS):
-        yield from order[start : start + _BATCH_ROWS].tolist()
-
-
 @dataclass(slots=True)
 class Batches:
     """Reads the trace a second time and turns it into batches of `SCHEMA`."""
@@ -73,7 +69,6 @@ class Batches:
     warmup: int
     cancelled: npt.NDArray[np.bool_]
     chat: Chat | None = None
-    """Makes messages of made-up prompts, where they go to a chat endpoint whose template is known."""
     arrangement: Arrangement | None = None
     """null: the rows in trace order, from the beginning again where ``rows`` are too few."""
     live: Live | None = None
@@ -114,7 +109,7 @@ class Batches:
         left = np.bincount(order, minlength=len(parts))
         with contextlib.ExitStack() as open_:
             readings: dict[int, _Reading] = {}
-            for at, part in enumerate(_listed(order)):
+            for at, part in enumerate(map(int, order)):
                 if part not in readings:
                     one = open_.enter_context(contextlib.ExitStack())
                     rows = one.enter_context(contextlib.closing(iter(self.trace)))
@@ -129,80 +124,44 @@ class Batches:
                     readings.pop(part).open_.close()
 
     def _batch(self, rows: list[Copied], first: int, prompts: _Prompts, sessions: _Slices) -> pa.RecordBatch:
-        n = len(rows)
+        n, i = len(rows), range(first, first + len(rows))
         chunk = [record for _, record in rows]
-        made = [_own(record, prompt) for record, prompt in zip(chunk, prompts.of(rows, first), strict=True)]
-        continues: list[bool | None] = [None] * n
+        made = prompts.of(rows, first)
+        parts: list[Prompt | None] = [None] * n
         if self.live is not None:
-            made, continues = _new_parts(self.live, rows, made)
+            parts = [self.live.new(copy, record, p) for (copy, record), p in zip(rows, made, strict=True)]
+        sent = [whole if part is None else part for whole, part in zip(made, parts, strict=True)]
         slices, after, think_ns = sessions.place(rows, first)
         columns = {
-            "request_id": pa.array(np.arange(first, first + n, dtype=np.int64)),
-            "phase": pa.array(["warmup" if i < self.warmup else "measured" for i in range(first, first + n)]),
-            "scheduled_ns": None if self.scheduled is None else pa.array(self.scheduled[first : first + n]),
-            "slice": pa.array(slices, pa.int64()),
-            "after": pa.array(after, pa.int64()),
-            "think_ns": pa.array(think_ns, pa.int64()),
-            "cancel_after_ns": pa.array(
-                [self._cancel_after_ns(record, i) for i, record in enumerate(chunk, first)], pa.int64()
-            ),
-            "timeout_ns": pa.array([_timeout_ns(record) for record in chunk], pa.int64()),
-            "continues": pa.array(continues, pa.bool_()),
-            "model": pa.array([record.adapter for record in chunk], pa.string()),
+            "request_id": [*i],
+            "phase": ["warmup" if request_id < self.warmup else "measured" for request_id in i],
+            "scheduled_ns": None if self.scheduled is None else self.scheduled[first : first + n],
+            "slice": slices,
+            "after": after,
+            "think_ns": think_ns,
+            "cancel_after_ns": [self._cancel_after_ns(*each) for each in zip(i, chunk, strict=True)],
+            # At least one: a time too short for a nanosecond is not no time.
+            "timeout_ns": [None if r.timeout_s is None else max(round(r.timeout_s * 1e9), 1) for r in chunk],
+            "continues": [None if part is None else True for part in parts],
+            "model": [record.adapter for record in chunk],
             # Of a text, the trace's count is another tokenizer's: only the server knows.
-            "input_tokens": pa.array([prompt.tokens for prompt in made], pa.int32()),
-            "output_tokens": pa.array([self._output_tokens(r.output_tokens) for r in chunk], pa.int32()),
-            "prompt_token_ids": _id_lists([prompt.ids for prompt in made]),
-            "prompt_text": pa.array([prompt.text for prompt in made], pa.string()),
-            "messages": pa.array([prompt.messages for prompt in made], pa.string()),
+            "input_tokens": [prompt.tokens for prompt in made],
+            "output_tokens": [record.output_tokens for record in chunk],
+            "prompt_text": [prompt.text for prompt in sent],
+            "messages": [None if p.messages is None else msgspec.json.encode(p.messages).decode() for p in sent],
+            "prompt_token_ids": _id_lists([prompt.ids for prompt in sent]),
         }
-        nulls = {field.name: pa.nulls(n, field.type) for field in SCHEMA if columns.get(field.name) is None}
-        return pa.record_batch([(columns | nulls)[name] for name in SCHEMA.names], schema=SCHEMA)
+        arrays = {name: pa.nulls(n) if column is None else column for name, column in columns.items()}
+        return pa.record_batch([pa.array(arrays[f.name], f.type) for f in SCHEMA], schema=SCHEMA)
 
-    def _cancel_after_ns(self, record: TraceRecord, i: int) -> int | None:
+    def _cancel_after_ns(self, i: int, record: TraceRecord) -> int | None:
         if record.cancel_after_s is not None:
             return round(record.cancel_after_s * 1e9)
-        return round((self.spec.cancel_after_s or 0.0) * 1e9) if self.cancelled[i] else None
-
-    def _output_tokens(self, traced: int | None) -> int | None:
-        most = self.spec.max_output_tokens
-        if traced is None or most is None:
-            return traced if most is None else most
-        return min(traced, most)
-
-
-@dataclass(frozen=True, slots=True)
-class _Prompt:
-    """What is sent. None of these: the trace's own text or messages."""
-
-    tokens: int | None = None
-    ids: Ids | None = None
-    text: str | None = None
-    messages: str | None = None
-
-
-def _own(record: TraceRecord, prompt: _Prompt) -> _Prompt:
-    """The trace's own text or messages where it has them, else the prompt made up for it."""
-    if record.messages is not None:
-        return _Prompt(messages=msgspec.json.encode(record.messages).decode())
-    return prompt if record.text is None else _Prompt(text=record.text)
-
-
-def _new_parts(live: Live, rows: list[Copied], made: list[_Prompt]) -> tuple[list[_Prompt], list[bool | None]]:
-    """Of turns of live conversations, what is new in each, and which they are."""
-    parts, continues = list(made), list[bool | None]([None] * len(made))
-    for i, ((copy, record), prompt) in enumerate(zip(rows, made, strict=True)):
-        messages = None if prompt.messages is None else msgspec.json.decode(prompt.messages, type=list[dict[str, str]])
-        new = live.new(copy, record, TurnPrompt(messages=messages, text=prompt.text, ids=prompt.ids))
-        if new is not None:
-            left = None if new.messages is None else msgspec.json.encode(new.messages).decode()
-            parts[i] = _Prompt(tokens=prompt.tokens, ids=new.ids, text=new.text, messages=left)
-            continues[i] = True
-    return parts, continues
+        return round(self.spec.cancel[1] * 1e9) if self.spec.cancel and self.cancelled[i] else None
 
 
 class _Prompts:
-    """Makes up the prompts of rows that say lengths only."""
+    """What each row sends: the trace's own text or messages where it has them, else a prompt made up for it."""
 
     def __init__(
         self, spec: PlanSpec, vocabulary: Vocabulary | None, chat: Chat | None, alike: dict[int, int | None],
@@ -215,21 +174,25 @@ class _Prompts:
         self._turns = Turns(room=room or 0, lengths=room is not None)
         self._copy = 0
 
-    def of(self, rows: list[Copied], first: int) -> list[_Prompt]:
+    def of(self, rows: list[Copied], first: int) -> list[Prompt]:
         """One for each row."""
         made = [self._made(copy, record, i) for i, (copy, record) in enumerate(rows, first)]
         wanted = [each for each in made if each is not None]
         if self._chat is not None:
-            prompts = iter([
-                _Prompt(tokens=m.tokens, messages=messages)
-                for m, messages in zip(wanted, self._chat.messages(wanted), strict=True)
-            ])  # fmt: skip
+            prompts = [
+                Prompt(tokens=m.tokens, messages=chat)
+                for m, chat in zip(wanted, self._chat.messages(wanted), strict=True)
+            ]
         elif self._spec.as_text and self._vocabulary is not None:
             texts = self._vocabulary.texts([m.ids for m in wanted])
-            prompts = iter([_Prompt(tokens=m.tokens, text=text) for m, text in zip(wanted, texts, strict=True)])
+            prompts = [Prompt(tokens=m.tokens, text=text) for m, text in zip(wanted, texts, strict=True)]
         else:
-            prompts = iter([_Prompt(tokens=m.tokens, ids=m.ids) for m in wanted])
-        return [_Prompt() if each is None else next(prompts) for each in made]
+            prompts = [Prompt(tokens=m.tokens, ids=m.ids) for m in wanted]
+        left = iter(prompts)
+        return [
+            Prompt(messages=record.messages, text=record.text) if each is None else next(left)
+            for (_, record), each in zip(rows, made, strict=True)
+        ]
 
     def _made(self, copy: int, record: TraceRecord, request_id: int) -> Made | None:
         """What the prompt is made from; None where the trace has its own."""
@@ -244,12 +207,9 @@ class _Prompts:
         if accumulates(record):
             turn = self._turns.place((copy, record.session_id), request_id, tokens, record.output_tokens)
             key, before = turn.first, turn.before
+        seed = _seed_of(self._spec.seed, self._alike.get(copy, copy))
         ids = self._vocabulary.token_ids(
-            tokens,
-            key,
-            seed=_seed_of(self._spec.seed, self._alike.get(copy, copy)),
-            prefix_ids=record.prefix_ids,
-            block_tokens=record.block_tokens,
+            tokens, key, seed=seed, prefix_ids=record.prefix_ids, block_tokens=record.block_tokens
         )
         return Made(ids=ids, tokens=tokens, before=before)
 
@@ -279,34 +239,25 @@ class _Slices:
             if copy != self._copy and not self._overlap:
                 self._last.clear()  # the copy before is over, and so are its sessions
             self._copy = copy
-            session = None if record.session_id is None else (copy, record.session_id)
-            last = None if session is None else self._last.get(session)
-            if last is None:
-                slices.append(self._slices)
-                self._slices += 1
-            else:
-                slices.append(last.slice)
-            waits = self._wait and last is not None
-            after.append(last.request_id if waits and last is not None else None)
-            think_ns.append(round((record.think_s or 0.0) * 1e9) if waits else None)
-            if session is not None:
-                if (
-                    waits
-                    and last is not None
-                    and (last.turn or 0) > (record.turn if record.turn is not None else 2**31)
-                ):
-                    session_id = safe(session[1], 80)
+            session = (copy, record.session_id)
+            last = None if record.session_id is None else self._last.get(session)
+            slices.append(self._slices if last is None else last.slice)
+            self._slices += last is None
+            if self._wait and last is not None:
+                if (last.turn or 0) > (record.turn if record.turn is not None else 2**31):
                     raise PlanError(
-                        f"{self._trace.path}:{record.line}: turn {record.turn} of session {session_id!r} comes "
-                        f"after its turn {last.turn}: a turn cannot wait for a later one; put the rows in order"
+                        f"{self._trace.path}:{record.line}: turn {record.turn} of session "
+                        f"{safe(record.session_id or '', 80)!r} comes after its turn {last.turn}: a turn cannot wait "
+                        "for a later one; put the rows in order"
                     )
+                after.append(last.request_id)
+                think_ns.append(round((record.think_s or 0.0) * 1e9))
+            else:
+                after.append(None)
+                think_ns.append(None)
+            if record.session_id is not None:
                 self._last.set(session, _LastTurn(slices[-1], request_id, record.turn))
         return slices, after, think_ns
-
-
-def _timeout_ns(record: TraceRecord) -> int | None:
-    """At least one: a time too short for a nanosecond is not no time."""
-    return None if record.timeout_s is None else max(round(record.timeout_s * 1e9), 1)
 
 
 def _seed_of(seed: int, copy: int) -> int:

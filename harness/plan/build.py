@@ -9,45 +9,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from harness.errors import PlanError, UsageError
-from harness.options import PlanOptions
 from harness.plan.arrivals import Stage, Times, arrival_times, constant_stage
 from harness.plan.batches import Batches
 from harness.plan.chat import Chat, live_notes, reasons
-from harness.plan.file import SCHEMA_VERSION, PlanInfo, PlanSpec, Windows, write_plan
+from harness.plan.file import SCHEMA_VERSION, PlanInfo, Windows, write_plan
+from harness.plan.notes import notes
 from harness.plan.prompts import Vocabulary
-from harness.plan.rules import check_spec, regrown
-from harness.plan.seeds import load_seed
-from harness.trace.edit import arrange, spread
+from harness.plan.spec import PlanSpec, check_spec, load_seed
+from harness.trace.edit import Arrangement, arrange, spread
 from harness.trace.io import Trace
-from harness.trace.notes import Timed, notes, prompt_notes
 from harness.trace.spool import filled
 from harness.trace.stats import arrival_stats, mean_rate
 from harness.trace.survey import Content, Survey, survey
-from harness.trace.windows import session_windows, windows_in_time, windows_of_rows
-
-
-def asked_plan(asked: PlanOptions, *, closed: bool) -> PlanSpec:
-    """What the planning options of the command line (those of ``harness plan``) ask for."""
-    share, after_s = asked.cancel or (0.0, None)
-    return PlanSpec(
-        closed=closed, arrivals=asked.arrivals or ("poisson" if asked.stages else "trace"),
-        burstiness=asked.burstiness, stages=tuple(asked.stages or ()), speed=asked.speed, rate=asked.rate,
-        rescale=asked.rescale, grow=asked.grow, spread=asked.spread, limit=asked.limit,
-        duration_s=None if closed else asked.duration_s, repeat=asked.repeat,
-        warmup_requests=asked.warmup if isinstance(asked.warmup, int) else None,
-        warmup_s=None if closed else asked.warmup_s,
-        sessions="wait" if asked.waits else "trace", conversation=asked.conversation,
-        cancel_share=share, cancel_after_s=after_s, seed=asked.seed or 0, windows=asked.windows,
-    )  # fmt: skip
-
+from harness.trace.windows import Joined, windows_in_time, windows_of_rows
 
 Choose = Callable[[Content], tuple[Vocabulary | None, bool]]
 """From what the trace holds: what to make prompts from, if anything, and whether they go to a chat endpoint."""
@@ -77,30 +59,31 @@ def build_plan(
     if out.exists():
         raise PlanError(f"{out}: exists already; plans are never overwritten, choose another name")
     made_up = vocabulary is not None or choose is not None
-    stages = (spec.stages or constant_stage(spec.rate or 0.0, spec.duration_s)) if spec.drawn else ()
+    stages = tuple(spec.stages or constant_stage(spec.rate or 0.0, spec.duration_s)) if spec.drawn else ()
     if spec.windows is not None:
         timed = _windowed(trace, spec, spec.windows, stages, made_up)
     elif spec.drawn:
         timed = _drawn(trace, spec, stages, made_up)
-    elif regrown(spec):
+    elif spec.regrown:
         timed = _grown(trace, spec, made_up)
     else:
         timed = _own(trace, spec, made_up)
-    found, scheduled = timed.survey, timed.scheduled
+    found, scheduled, joined = timed.survey, timed.scheduled, timed.windows
     if choose is not None:
         vocabulary, as_text = choose(found.content)
         spec = replace(spec, as_text=as_text)
     vocabulary = vocabulary if found.content.lengths_only else None
     chat = Chat.of(vocabulary) if vocabulary is not None and spec.as_text else None
-    n = found.requests if scheduled is None else len(scheduled)
-    if spec.closed and spec.repeat and spec.limit is not None:
-        n = spec.limit
-    joined = timed.windows
     if joined is not None:
         n = len(joined.arrangement.part)
+    elif scheduled is not None:
+        n = len(scheduled)
+    else:
+        n = spec.limit if spec.repeat and spec.limit is not None else found.requests
     warmup = _warmup(spec, scheduled, n)
     cancelled = _choose(spec, n)
     planned = None if scheduled is None else arrival_stats(scheduled)
+    own_clock = scheduled is not None and not spec.drawn
     info = PlanInfo(
         schema_version=SCHEMA_VERSION,
         trace=trace.path.name,
@@ -110,14 +93,14 @@ def build_plan(
         rows_kept=found.requests,
         rows_dropped=dict(trace.rows_dropped),
         arrivals="closed" if spec.closed else spec.arrivals,
-        speed=None if spec.closed or spec.drawn else timed.speed,
+        speed=timed.speed if own_clock else None,
         source_rate=mean_rate(found.arrivals),
         planned_rate=planned.rate if planned else None,
         seed=spec.seed,
         tokenizer=None if vocabulary is None else vocabulary.name,
         requests=n,
         span_s=planned.span_s if planned else None,
-        notes=[*notes(trace, spec, timed, planned, cancelled), *prompt_notes(spec, found, chat)],
+        notes=[],
         burstiness=spec.burstiness,
         stages=list(stages),
         cycles=joined.cycles if joined else -(-n // found.requests) if timed.arrangement is None else 1,
@@ -127,9 +110,8 @@ def build_plan(
         rescale=timed.rescale,
         grow=timed.grow,
         spread_s=timed.spread_s,
-        max_output_tokens=spec.max_output_tokens,
-        cut=timed.cut,
         template=None if chat is None else chat.template,
+        cut=timed.cut,
         source=found.stats,
         planned=planned,
         windows=joined.windows if joined else [],
@@ -137,8 +119,9 @@ def build_plan(
         trace_share=joined.trace_share if joined else None,
     )
     batches = Batches(trace, spec, vocabulary, found.requests, scheduled, warmup, cancelled, chat, timed.arrangement)
+    info.notes.extend(notes(trace, spec, info, found, scheduled, int(cancelled.sum()), chat))
     if spec.conversation == "live":
-        info = replace(info, notes=[*info.notes, *_live_notes(trace, batches, n)])
+        info.notes.extend(_live_notes(trace, batches, n))
     write_plan(out, info, batches.of(n))
     return info
 
@@ -157,31 +140,53 @@ def _live_notes(trace: Trace, batches: Batches, n: int) -> list[str]:
 # --- times -----------------------------------------------------------------------------------------------------------
 
 
-def _drawn(trace: Trace, spec: PlanSpec, stages: tuple[Stage, ...], made_up: bool) -> Timed:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Timed:
+    """What was read, and when what of it is to be sent; see `PlanInfo` for what has the same name there."""
+
+    survey: Survey
+    scheduled: Times | None = None
+    """null in a closed loop."""
+    speed: float = 1.0
+    arrangement: Arrangement | None = None
+    grow: float | None = None
+    spread_s: float | None = None
+    cut: bool = False
+    windows: Joined | None = None
+
+    @property
+    def rescale(self) -> Literal["compress", "thin", "superpose"] | None:
+        if self.grow is not None:
+            return "thin" if self.grow < 1 else "superpose"
+        return None if self.speed == 1.0 else "compress"
+
+
+def _draw(spec: PlanSpec, stages: tuple[Stage, ...], most: int | None) -> Times:
+    times = arrival_times(
+        spec.arrivals, stages, burstiness=spec.burstiness or 1.0, seed=load_seed(spec.seed), most=most
+    )
+    if not len(times):
+        raise UsageError("not one arrival falls into the time: a longer one, a higher rate or another seed")
+    return times
+
+
+def _drawn(trace: Trace, spec: PlanSpec, stages: tuple[Stage, ...], made_up: bool) -> _Timed:
     """Times from an arrival process; the trace has to have as many rows, or be repeated."""
-
-    def draw(most: int | None) -> Times:
-        return arrival_times(
-            spec.arrivals, stages, burstiness=spec.burstiness or 1.0, seed=load_seed(spec.seed), most=most
-        )
-
     if stages[-1].duration_s is None:
         found = survey(trace, limit=spec.limit, timed=False, made_up=made_up)
-        return Timed(survey=found, scheduled=draw(spec.limit if spec.repeat else found.requests))
-    scheduled = draw(spec.limit)
+        return _Timed(survey=found, scheduled=_draw(spec, stages, spec.limit if spec.repeat else found.requests))
+    scheduled = _draw(spec, stages, spec.limit)
     needed = len(scheduled)
-    if not needed:
-        raise UsageError("not one arrival falls into the stages: a longer time, a higher rate or another seed")
     found = survey(trace, limit=needed, timed=False, made_up=made_up)
     if found.requests < needed and not spec.repeat:
         raise UsageError(
             f"{trace.path}: {needed} requests arrive in the {sum(s.duration_s or 0 for s in stages):g} s asked for, "
             f"the trace has {found.requests}: ask for less, or begin the trace again when it runs out (--repeat)"
         )
-    return Timed(survey=found, scheduled=scheduled)
+    return _Timed(survey=found, scheduled=scheduled)
 
 
-def _own(trace: Trace, spec: PlanSpec, made_up: bool) -> Timed:
+def _own(trace: Trace, spec: PlanSpec, made_up: bool) -> _Timed:
     """The trace's own times on a faster or slower clock; none in a closed loop."""
     rows, cut_ns = spec.limit, None
     if spec.rate is not None and spec.duration_s is not None:
@@ -192,52 +197,42 @@ def _own(trace: Trace, spec: PlanSpec, made_up: bool) -> Timed:
         cut_ns = spec.duration_s * 1e9 * (spec.speed or 1.0)  # on the trace's clock
     found = survey(trace, limit=rows, cut_ns=cut_ns, timed=not spec.closed, made_up=made_up)
     if spec.closed:
-        return Timed(survey=found)
+        return _Timed(survey=found)
     arrivals, spread_s = _spread(trace, spec, found.arrivals)
     if spec.repeat:
         arrivals = _cycled(trace, arrivals, rows, cut_ns)
     speed = _speed(trace, arrivals, spec)
-    return Timed(
-        survey=found, scheduled=_rescale(arrivals, speed), speed=speed, spread_s=spread_s,
-        rescale=None if speed == 1.0 else "compress",
-    )  # fmt: skip
+    return _Timed(survey=found, scheduled=_rescale(arrivals, speed), speed=speed, spread_s=spread_s)
 
 
-def _windowed(
-    trace: Trace, spec: PlanSpec, windows: Windows, stages: tuple[Stage, ...], made_up: bool
-) -> Timed:  # fmt: skip
+def _windowed(trace: Trace, spec: PlanSpec, windows: Windows, stages: tuple[Stage, ...], made_up: bool) -> _Timed:
     """Stretches from different parts of the trace, which is read as a whole."""
-    own = not spec.closed and not spec.drawn
-    waits = own and spec.sessions == "wait"
-    found = survey(trace, timed=own, made_up=made_up, units_seed=load_seed(spec.seed) if waits else None)
+    own, seed = not spec.closed and not spec.drawn, load_seed(spec.seed)
+    found = survey(trace, timed=own, made_up=made_up, units_seed=seed if own and spec.sessions == "wait" else None)
     if not own:
-        scheduled = None
+        requests, scheduled = spec.limit or found.requests, None
         if spec.drawn:
-            most = spec.limit if stages[-1].duration_s is not None else spec.limit or found.requests
-            scheduled = arrival_times(
-                spec.arrivals, stages, burstiness=spec.burstiness or 1.0, seed=load_seed(spec.seed), most=most
-            )
-            if not len(scheduled):
-                raise UsageError("not one arrival falls into the time: a longer one, a higher rate or another seed")
+            scheduled = _draw(spec, stages, spec.limit if stages[-1].duration_s is not None else requests)
+            requests = len(scheduled)
         joined = windows_of_rows(
-            found.requests, len(scheduled) if scheduled is not None else spec.limit or found.requests, windows,
-            arrivals=found.arrivals, scheduled=scheduled, trace_sha256=trace.sha256, seed=load_seed(spec.seed),
+            found.requests, requests, windows, arrivals=found.arrivals, scheduled=scheduled,
+            trace_sha256=trace.sha256, seed=seed,
         )  # fmt: skip
-        return Timed(survey=found, scheduled=scheduled, arrangement=joined.arrangement, windows=joined)
+        return _Timed(survey=found, scheduled=scheduled, arrangement=joined.arrangement, windows=joined)
     arrivals, spread_s = _spread(trace, spec, found.arrivals)
     speed = _speed(trace, arrivals, spec)
-    cut = windows_in_time if found.units is None else partial(session_windows, starts=found.units.starts)
-    joined = cut(
-        arrivals, asked=windows, lasts_ns=(spec.duration_s or 0.0) * 1e9 * speed, speed=speed,
-        trace_sha256=trace.sha256, seed=load_seed(spec.seed), most=spec.limit,
+    lasts_ns = (spec.duration_s or 0.0) * 1e9 * speed
+    joined = windows_in_time(
+        arrivals, windows, starts=found.units.starts if found.units else None, lasts_ns=lasts_ns, speed=speed,
+        trace_sha256=trace.sha256, seed=seed, most=spec.limit,
     )  # fmt: skip
-    return Timed(
+    return _Timed(
         survey=found, scheduled=_rescale(joined.arrangement.scheduled, speed), speed=speed, spread_s=spread_s,
-        arrangement=joined.arrangement, windows=joined, rescale=None if speed == 1.0 else "compress", own_pace=waits,
+        arrangement=joined.arrangement, windows=joined,
     )  # fmt: skip
 
 
-def _grown(trace: Trace, spec: PlanSpec, made_up: bool) -> Timed:
+def _grown(trace: Trace, spec: PlanSpec, made_up: bool) -> _Timed:
     """Another demand on the trace's own clock, thinned or superposed; that clock may then run faster."""
     speed = spec.speed or 1.0
     cut_ns = None if spec.duration_s is None else spec.duration_s * 1e9 * speed
@@ -251,9 +246,9 @@ def _grown(trace: Trace, spec: PlanSpec, made_up: bool) -> Timed:
     n = due if spec.limit is None else min(due, spec.limit)
     if not n:
         raise UsageError(f"{trace.path}: no request is left within the duration: a longer one, or another seed")
-    return Timed(
+    return _Timed(
         survey=found, scheduled=scheduled[:n], speed=speed, arrangement=arranged, grow=growth, spread_s=spread_s,
-        rescale="thin" if growth < 1 else "superpose", cut=n < due,
+        cut=n < due,
     )  # fmt: skip
 
 
@@ -327,7 +322,7 @@ def _rescale(arrivals: Times, speed: float) -> Times:
 
 def _warmup(spec: PlanSpec, scheduled: Times | None, n: int) -> int:
     """How many of the first requests are warm-up."""
-    warmup = spec.warmup_requests or 0
+    warmup = spec.warmup if isinstance(spec.warmup, int) else 0
     if spec.warmup_s is not None and scheduled is not None:
         warmup = int(np.searchsorted(scheduled, spec.warmup_s * 1e9))
     if warmup >= n:
@@ -338,4 +333,5 @@ def _warmup(spec: PlanSpec, scheduled: Times | None, n: int) -> int:
 def _choose(spec: PlanSpec, n: int) -> npt.NDArray[np.bool_]:
     """Which requests' clients hang up."""
     generator = np.random.Generator(np.random.PCG64([load_seed(spec.seed) & (2**64 - 1), *b"cancel"]))
-    return filled(n, lambda part: generator.random(part.stop - part.start) < spec.cancel_share, np.bool_)
+    share = spec.cancel[0] if spec.cancel else 0.0
+    return filled(n, lambda part: generator.random(part.stop - part.start) < share, np.bool_)

@@ -19,15 +19,15 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import msgspec
+import numpy as np
 
 from harness.errors import PlanError
 from harness.plan.file import TemplateTokens
 from harness.plan.prompts import Ids, Vocabulary
-from harness.plan.tokenizers import TextTokenizer
+from harness.plan.tokenizers import Messages, TextTokenizer
 from harness.trace.io import TraceRecord
 from harness.trace.spool import Sessions
 
@@ -74,8 +74,8 @@ class Chat:
             return None
         return cls(vocabulary, tokenizer)
 
-    def messages(self, prompts: Sequence[Made]) -> list[str]:
-        """Chat messages as JSON, one list for each prompt; no prompt may ask for less than `shortest`.
+    def messages(self, prompts: Sequence[Made]) -> list[Messages]:
+        """Chat messages, one list for each prompt; no prompt may ask for less than `shortest`.
 
         One in 64 is rendered and counted to prove the length (all, where words are not proved to stay apart).
 
@@ -95,9 +95,9 @@ class Chat:
         if every > 1 and lengths != [made.tokens for made in prompts[::every]]:
             every, lengths = 1, self._counted(chats)
         if every > 1:
-            return [_json(chat) for chat in chats]
+            return [_messages(chat) for chat in chats]
         return [
-            _json(chat) if length == made.tokens else self._fitted(chat[:-1], pieces[end - 1], made.tokens)
+            _messages(chat) if length == made.tokens else self._fitted(chat[:-1], pieces[end - 1], made.tokens)
             for chat, made, end, length in zip(chats, prompts, ends, lengths, strict=True)
         ]
 
@@ -146,15 +146,15 @@ class Chat:
         """Tokens of the prompt that a server makes of each chat."""
         return [len(self._rendered(chat)) for chat in chats]
 
-    def _fitted(self, before: tuple[str, ...], ids: Ids, tokens: int) -> str:
-        """Messages as JSON whose last one is fitted, word by word, until the whole has the wanted length."""
+    def _fitted(self, before: tuple[str, ...], ids: Ids, tokens: int) -> Messages:
+        """Messages whose last one is fitted, word by word, until the whole has the wanted length."""
         start = f"{self._start} " if self._vocabulary.words else ""
 
         def count(texts: Sequence[str]) -> list[int]:
             return self._counted([(*before, (start + text.strip()).strip()) for text in texts])
 
         text = self._vocabulary.fitted(ids, tokens, count)
-        return _json((*before, (start + text.strip()).strip()))
+        return _messages((*before, (start + text.strip()).strip()))
 
 
 def _alike(a: Sequence[int], b: Sequence[int]) -> int:
@@ -162,11 +162,7 @@ def _alike(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _json(chat: Sequence[str]) -> str:
-    return msgspec.json.encode(_messages(chat)).decode()
-
-
-def _messages(chat: Sequence[str]) -> list[dict[str, str]]:
+def _messages(chat: Sequence[str]) -> Messages:
     return [{"role": _ROLES[i % 2], "content": text} for i, text in enumerate(chat)]
 
 
@@ -178,36 +174,33 @@ MADE_UP_TEXT = "a made-up text does not show where an answer ends: give the mode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TurnPrompt:
-    """What a row would send; one of the three is set."""
+class Prompt:
+    """What a request sends: one of messages, text and ids."""
 
-    messages: Sequence[dict[str, Any]] | None = None
+    messages: Messages | None = None
     text: str | None = None
     ids: Ids | None = None
+    tokens: int | None = None
+    """How many it has for the server; null where only that knows."""
 
     @property
-    def size(self) -> int:
-        """Messages, characters or tokens."""
-        return len(next(part for part in (self.messages, self.text, self.ids) if part is not None))
+    def said(self) -> Messages | str | Ids:
+        """The one that is set: messages, characters or tokens."""
+        return next(part for part in (self.messages, self.text, self.ids) if part is not None)
 
     def digest(self, size: int) -> bytes:
-        """Of its first ``size`` messages, characters or tokens."""
-        if self.messages is not None:
-            raw = msgspec.json.encode(self.messages[:size], order="sorted")
-        elif self.text is not None:
-            raw = self.text[:size].encode()
-        else:
-            assert self.ids is not None
-            raw = self.ids[:size].tobytes()
-        return hashlib.blake2b(raw, digest_size=16).digest()
+        """Of the first ``size`` messages, characters or tokens."""
+        said = self.said[:size]
+        raw = said.encode() if isinstance(said, str) else said.tobytes() if isinstance(said, np.ndarray) else None
+        return hashlib.blake2b(
+            msgspec.json.encode(said, order="sorted") if raw is None else raw, digest_size=16
+        ).digest()
 
-    def after(self, at: int) -> TurnPrompt:
+    def after(self, at: int) -> Prompt:
         """What is behind there."""
-        return TurnPrompt(
-            messages=None if self.messages is None else self.messages[at:],
-            text=None if self.text is None else self.text[at:],
-            ids=None if self.ids is None else self.ids[at:],
-        )
+        messages = None if self.messages is None else self.messages[at:]
+        text, ids = None if self.text is None else self.text[at:], None if self.ids is None else self.ids[at:]
+        return replace(self, messages=messages, text=text, ids=ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +229,7 @@ class Live:
         self._copy = 0
         self._last = Sessions(_Before)
 
-    def new(self, copy: int, record: TraceRecord, prompt: TurnPrompt) -> TurnPrompt | None:
+    def new(self, copy: int, record: TraceRecord, prompt: Prompt) -> Prompt | None:
         """What is new in the next row of copy ``copy``; None when it goes on from nothing."""
         if copy != self._copy and not self._overlap:
             self._last.clear()
@@ -256,7 +249,7 @@ class Live:
         return prompt.after(at)
 
 
-def _form(record: TraceRecord, prompt: TurnPrompt) -> str:
+def _form(record: TraceRecord, prompt: Prompt) -> str:
     if prompt.messages is not None:
         return "messages"
     if prompt.text is not None:
@@ -264,24 +257,24 @@ def _form(record: TraceRecord, prompt: TurnPrompt) -> str:
     return "token ids"
 
 
-def _remember(record: TraceRecord, prompt: TurnPrompt) -> _Before:
-    size = shared = prompt.size
+def _remember(record: TraceRecord, prompt: Prompt) -> _Before:
+    size = shared = len(prompt.said)
     if prompt.ids is not None and record.prefix_ids is not None and record.block_tokens:
         shared = size // record.block_tokens * record.block_tokens
     answer = None
     if prompt.text is not None and record.answer:
-        answer = len(record.answer), TurnPrompt(text=record.answer).digest(len(record.answer))
+        answer = len(record.answer), Prompt(text=record.answer).digest(len(record.answer))
     return _Before(_form(record, prompt), size, shared, prompt.digest(shared), answer, record.output_tokens or 0)
 
 
-def _starts(before: _Before, record: TraceRecord, prompt: TurnPrompt) -> int | str:
+def _starts(before: _Before, record: TraceRecord, prompt: Prompt) -> int | str:
     """Where what is new begins in a prompt, or why it does not go on."""
     form = _form(record, prompt)
     if form != before.form:
         return OTHER_FORM
     if form == "made-up text":
         return MADE_UP_TEXT
-    if prompt.size < before.size or prompt.digest(before.shared) != before.digest:
+    if len(prompt.said) < before.size or prompt.digest(before.shared) != before.digest:
         return OTHER_START
     if prompt.messages is not None:
         answer, new = prompt.messages[before.size : before.size + 1], prompt.messages[before.size + 1 :]
@@ -289,12 +282,12 @@ def _starts(before: _Before, record: TraceRecord, prompt: TurnPrompt) -> int | s
         return before.size + 1 if goes_on else NO_ANSWER
     if prompt.ids is not None:
         at = before.size + before.output_tokens
-        return at if at <= prompt.size else NO_ANSWER
+        return at if at <= len(prompt.said) else NO_ANSWER
     if before.answer is None:
         return UNKNOWN_END
     length, digest = before.answer
     at = before.size + length
-    return at if prompt.size > at and prompt.after(before.size).digest(length) == digest else NO_ANSWER
+    return at if len(prompt.said) > at and prompt.after(before.size).digest(length) == digest else NO_ANSWER
 
 
 def live_notes(live: Live) -> list[str]:

@@ -39,6 +39,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -85,66 +86,6 @@ class Windows:
     """0, 1, 2 ...: which draw of a search this is. Each takes other parts of the trace, between those before it."""
     busiest: bool = False
     """Each is the stretch with the most requests."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanSpec:
-    """What a plan is to be. The seed and the trace decide everything else: equal specs make equal plans."""
-
-    closed: bool
-    """A free slot decides when to send: no times."""
-    arrivals: str = "trace"
-    """Open loop: "trace" (its own times); "constant", "poisson" or "gamma": drawn, the trace gives the content only."""
-    burstiness: float | None = None
-    """Shape of gamma gaps: 1 is Poisson, below 1 burstier."""
-    stages: tuple[Stage, ...] = ()
-    """Request rate over time for drawn arrivals."""
-    speed: float | None = None
-    """Own times: on a clock this many times as fast (null: 1)."""
-    rate: float | None = None
-    """Own times: the speed at which (n - 1) / span of the n requests is this many requests/s; bursts keep their shape.
-    Drawn arrivals: one stage of this rate. With ``rescale`` "thin" or "superpose": the demand that has this rate on the
-    trace's own clock."""
-    rescale: str = "compress"
-    """How ``rate`` is met: "compress" (a faster or slower clock), "thin" (whole sessions are drawn) or "superpose"
-    (copies are laid over it); see `harness.trace.edit`."""
-    grow: float | None = None
-    """Demand times this on the same clock: thinned below 1, superposed above. ``speed`` applies to what comes out."""
-    spread: bool = False
-    """Arrivals of a coarse clock are spread within its step."""
-    limit: int | None = None
-    """At most this many requests, the first of the trace."""
-    duration_s: float | None = None
-    """Open loop: what is due before that planned time. Own times with ``rate``: the first rate x duration_s rows, so
-    that the rate is met inside the duration whatever the rest of the trace does."""
-    repeat: bool = False
-    """A trace that runs out is begun again (made-up prompts are new each time) until limit, duration or stages end."""
-    warmup_requests: int | None = None
-    """The first so many requests are warm-up."""
-    warmup_s: float | None = None
-    """Open loop: requests planned before this time are warm-up."""
-    sessions: str = "trace"
-    """"trace": each turn at its own time. "wait": not before the turn before it has ended, plus its think time."""
-    conversation: str = "recorded"
-    """"recorded": a turn carries the answers that the trace has. "live": those that the server really gave; turns then
-    wait for each other."""
-    cancel_share: float = 0.0
-    """Share of requests whose client hangs up, drawn per request; what the trace records comes on top."""
-    cancel_after_s: float | None = None
-    """When those hang up, counted from when they were sent."""
-    seed: int = 0
-    as_text: bool = False
-    """Made-up prompts as text instead of token ids."""
-    max_output_tokens: int | None = None
-    """Cap on output lengths, and the length where the trace says none."""
-    windows: Windows | None = None
-    """Own times: the plan lasts ``duration_s``, warm-up among it, and ``rate`` is that of the whole trace on the
-    plan's clock; what falls into the windows may be more or less. Else: only the rows come from windows."""
-
-    @property
-    def drawn(self) -> bool:
-        """Arrivals are drawn."""
-        return not self.closed and self.arrivals != "trace"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,7 +142,9 @@ class PlannedWindow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanInfo:
-    """What a plan was made from and how; stored in the plan file and copied into the manifest."""
+    """What a plan was made from and how; stored in the plan file and copied into the manifest. Fields with a default
+    may be missing in plans of older versions.
+    """
 
     schema_version: str
     trace: str
@@ -211,8 +154,8 @@ class PlanInfo:
     rows_kept: int
     rows_dropped: dict[str, int]
     """Reason -> rows not replayed; rows_read == rows_kept + sum of these."""
-    arrivals: str
-    """"trace" (own times), "constant", "poisson" or "gamma" (drawn), "closed" (a free slot decides)."""
+    arrivals: Literal["trace", "constant", "poisson", "gamma", "closed"]
+    """"trace": its own times; "closed": none, a free slot decides; the others are drawn."""
     speed: float | None
     """Factor on the trace's clock that was applied; null when its times are not used."""
     source_rate: float | None
@@ -234,27 +177,27 @@ class PlanInfo:
     """How often the trace was begun; above 1 its rows are sent more than once."""
     warmup_requests: int = 0
     """Requests of phase "warmup", the first of the plan."""
-    sessions: str = "trace"
-    """"trace" (each turn at its own time), "wait" (a turn waits for the one before it)."""
-    conversation: str = "recorded"
-    """Whose answers later turns of a session carry: "recorded" (the trace's) or "live" (the server's own)."""
-    rescale: str | None = None
-    """"compress" (another clock), "thin" or "superpose" (another demand on the same clock); null: neither."""
+    sessions: Literal["trace", "wait"] = "trace"
+    """"trace": each turn at its own time; "wait": a turn waits for the one before it."""
+    conversation: Literal["recorded", "live"] = "recorded"
+    """Whose answers later turns of a session carry: the trace's or the server's own."""
+    rescale: Literal["compress", "thin", "superpose"] | None = None
+    """"compress": another clock; "thin", "superpose": another demand on the same clock; null: neither."""
     grow: float | None = None
     """Demand as a multiple of the trace's, when it was thinned or superposed."""
     spread_s: float | None = None
     """Step of the trace's clock that arrivals were spread within; null: they were not."""
     max_output_tokens: int | None = None
-    """Cap on output lengths that was asked for."""
+    """Cap on output lengths, of plans of older versions."""
     template: TemplateTokens | None = None
-    """Of the chat template that prompts were made for; null where they were not, and in plans of older versions."""
+    """Of the chat template that prompts were made for; null where they were not."""
     cut: bool = False
     """A limit cut off requests that were thinned or superposed: the plan ends before the trace does."""
     source: TraceStats | None = None
     """The rows that were read, as the trace records them, so that a run can be compared with its trace when the trace
-    file is gone (`analysis.fidelity`); null in plans of older versions."""
+    file is gone (`analysis.fidelity`)."""
     planned: ArrivalStats | None = None
-    """Arrivals of the plan, on its own clock; null in a closed loop and in plans of older versions."""
+    """Arrivals of the plan, on its own clock; null in a closed loop."""
     windows: list[PlannedWindow] = field(default_factory=list)
     """In the order of the plan; empty when it follows the trace from its beginning."""
     busiest: bool = False
@@ -303,13 +246,8 @@ def iter_plan_columns(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch
     for name in columns:
         if name not in SCHEMA.names:
             raise unknown_name("plan column", name, SCHEMA.names)
-    fields = sorted(SCHEMA.get_field_index(name) for name in columns)
-    with _open(path, pa.ipc.IpcReadOptions(included_fields=fields)) as reader:
-        _info(path, reader.schema, pa.schema([SCHEMA.field(i) for i in fields]))
-        for i in range(reader.num_record_batches):
-            batch = reader.get_batch(i)
-            batch.validate(full=True)
-            yield batch.select(columns).replace_schema_metadata(None)
+    for batch in _batches(path, columns):
+        yield batch.select(columns).replace_schema_metadata(None)
 
 
 def iter_requests(path: Path, worker: int = 0, workers: int = 1) -> Iterator[Request]:
@@ -330,30 +268,32 @@ def iter_batches(path: Path, worker: int = 0, workers: int = 1) -> Iterator[pa.R
     """
     if not 0 <= worker < workers:
         raise UsageError(f"worker {worker} of {workers}: must be 0 to {workers - 1}")
-    with _open(path) as reader:
-        _info(path, reader.schema)
-        for i in range(reader.num_record_batches):
-            batch = reader.get_batch(i)
-            batch.validate(full=True)  # Arrow trusts offsets: a damaged file would read outside its memory
-            mine = np.flatnonzero(batch.column("slice").to_numpy() % workers == worker)
-            if len(mine):
-                yield batch if len(mine) == batch.num_rows else batch.take(pa.array(mine))
+    for batch in _batches(path):
+        mine = np.flatnonzero(batch.column("slice").to_numpy() % workers == worker)
+        if len(mine):
+            yield batch if len(mine) == batch.num_rows else batch.take(pa.array(mine))
 
 
 def find_requests(path: Path, ids: Iterable[int]) -> Iterator[Request]:
     """The requests with these ids; batches without any of them are not read. Raises `PlanError`."""
     wanted = np.array([*ids], dtype=np.int64)
-    which = [
-        i
-        for i, batch in enumerate(iter_plan_columns(path, ["request_id"]))
-        if np.isin(batch.column(0).to_numpy(), wanted).any()
-    ]
-    with _open(path) as reader:
-        _info(path, reader.schema)
-        for i in which:
+    found = [np.isin(batch.column(0).to_numpy(), wanted) for batch in iter_plan_columns(path, ["request_id"])]
+    which = [i for i, mine in enumerate(found) if mine.any()]
+    for i, batch in zip(which, _batches(path, which=which), strict=True):
+        yield from requests_in(batch.filter(pa.array(found[i])))
+
+
+def _batches(
+    path: Path, columns: list[str] | None = None, which: Iterable[int] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Checked batches, of these columns in the order of `SCHEMA` and these numbers, or all."""
+    fields = sorted(SCHEMA.get_field_index(name) for name in columns or SCHEMA.names)
+    with _open(path, columns and pa.ipc.IpcReadOptions(included_fields=fields)) as reader:
+        _info(path, reader.schema, pa.schema([SCHEMA.field(i) for i in fields]))
+        for i in range(reader.num_record_batches) if which is None else which:
             batch = reader.get_batch(i)
-            batch.validate(full=True)
-            yield from requests_in(batch.filter(pa.array(np.isin(batch.column("request_id").to_numpy(), wanted))))
+            batch.validate(full=True)  # Arrow trusts offsets: a damaged file would read outside its memory
+            yield batch
 
 
 def plan_sha256(path: Path) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import msgspec
 
 from harness.errors import UsageError, unknown_name
-from harness.plan.seeds import drawn_seed, load_seed, with_load
+from harness.plan.spec import drawn_seed, load_seed, with_load
 from harness.untrusted import read_toml
 
 Table = dict[str, object]

@@ -16,7 +16,7 @@ import msgspec
 
 from harness.errors import TraceError, UsageError
 from harness.options import ReadOptions
-from harness.plan.seeds import load_seed
+from harness.plan.spec import load_seed
 from harness.trace.formats.jsonl import FIELDS
 from harness.trace.formats.record import TableOptions
 from harness.trace.io import Trace, TraceRecord, open_trace

@@ -21,7 +21,7 @@ from harness.trace.shape import Models, ModelShare
 from harness.trace.spool import Column, Sessions
 from harness.trace.stats import CacheCount, PartMeans, PrefixStats, TraceStats, arrival_stats, length_stats
 
-ADAPTERS_LISTED = 8
+_ADAPTERS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +150,7 @@ class _Look:
         self._models.add(record)
         self._hang_ups += record.cancel_after_s is not None
         self._timeouts += record.timeout_s is not None
-        if record.adapter is not None and len(self._adapters) <= ADAPTERS_LISTED:
+        if record.adapter is not None and len(self._adapters) <= _ADAPTERS:
             self._adapters[record.adapter] = None
 
     def _unit(self, record: TraceRecord) -> None:

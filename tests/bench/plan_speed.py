@@ -87,8 +87,8 @@ def main() -> None:
 def one(path: str, spec: dict[str, Any]) -> None:
     sys.path.insert(0, str(ROOT))
     from harness.plan.build import build_plan
-    from harness.plan.file import PlanSpec
     from harness.plan.prompts import Vocabulary
+    from harness.plan.spec import PlanSpec
     from harness.trace.io import open_trace
 
     vocabulary = Vocabulary.from_ids(range(100, 49_000))

@@ -27,7 +27,7 @@ from harness.cli.runner.windows import WINDOWS, window_count
 from harness.plan.file import Windows
 from harness.slo import Criterion
 from harness.trace.stats import mean_rate
-from harness.trace.windows import Joined, session_windows, windows_in_time
+from harness.trace.windows import windows_in_time
 from tests.lab.processes import (
     ENGINE,
     WIDE,
@@ -123,13 +123,10 @@ def windows(load: Workload, rate: float, seconds: float, draw: int, rng: np.rand
     own, n = mean_rate(arrivals), len(arrivals)
     assert own is not None
     speed = rate / own
-    cut: Callable[..., Joined] = windows_in_time
-    if load.after is not None:
-        cut = partial(session_windows, starts=arrivals[first_turns(load)])
-    joined = cut(
-        arrivals, asked=Windows(count=window_count(seconds, waits=load.after is not None), draw=draw),
-        lasts_ns=seconds * 1e9 * speed, speed=speed, trace_sha256=hashlib.sha256(arrivals.tobytes()).hexdigest(),
-        seed=int(rng.integers(2**31)), most=None,
+    joined = windows_in_time(
+        arrivals, Windows(count=window_count(seconds, waits=load.after is not None), draw=draw),
+        starts=None if load.after is None else arrivals[first_turns(load)], lasts_ns=seconds * 1e9 * speed, speed=speed,
+        trace_sha256=hashlib.sha256(arrivals.tobytes()).hexdigest(), seed=int(rng.integers(2**31)), most=None,
     )  # fmt: skip
     rows = joined.arrangement.rows
     if rows is None:

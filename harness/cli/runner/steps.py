@@ -19,10 +19,10 @@ from harness.cli.runner.targets import LocalTarget, Servers, Target, UrlTarget
 from harness.console import LoadProgress, console
 from harness.errors import HarnessError, PlanError, ResultsError, ServerError, UsageError
 from harness.options import LoadOptions, ReplayOptions
-from harness.plan.build import asked_plan, build_plan
+from harness.plan.build import build_plan
 from harness.plan.file import PlanInfo, plan_sha256, read_plan_columns, read_plan_info
 from harness.plan.prompts import Vocabulary
-from harness.plan.seeds import drawn_seed
+from harness.plan.spec import asked_plan, drawn_seed
 from harness.record.answers import PROMPTS, Counted, count_answers, count_prompts, take_said
 from harness.record.manifest import (
     RunDir,
