@@ -15,8 +15,7 @@ from analysis import metrics
 from analysis.arrays import Floats
 from analysis.check import Check, Verdict, verdict
 from analysis.cost.cost import DEFAULT_RATIO, Cost, bill_usd, check_ratio, cost
-from analysis.cost.samples import run_samples
-from analysis.cost.split import Split, split_bill, token_mix
+from analysis.cost.split import Split, run_samples, split_bill, token_mix
 from analysis.fidelity.questions import Fidelity, fidelity
 from analysis.metrics import Counts, Tokens, Window
 from analysis.offered_load import Fullness, OfferedLoad, fullness, given_load_note, offered_load

@@ -15,13 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis.cost.cost import bill_usd
-from analysis.cost.samples import Samples, WorkRows, busy_rows, server_samples
 from analysis.cost.split import (
+    Samples,
+    busy_rows,
     by_fit,
     by_phase_time,
     by_ratio,
     by_step_model,
     divide,
+    server_samples,
     split_bill,
     token_mix,
 )
@@ -206,8 +208,8 @@ def test_one_mix_has_no_two_prices():
 
 
 def regression(spent, into, out):
-    rows = WorkRows(spent=spent, uncached_input=into, cached_input=None, output=out, steps=None)
-    return by_fit("step model", USD, USAGE, rows, evidence="measured", block=1, seed=0)
+    rows = Samples(seconds=spent, uncached_input=into, cached_input=None, output=out, steps=None, running=spent)
+    return by_fit(USD, USAGE, rows, evidence="measured", block=1)
 
 
 def test_a_mix_that_moves_by_a_hundredth_is_one_mix():
@@ -241,8 +243,8 @@ def test_seconds_without_a_request_are_not_engine_time():
         found, running=np.where(idle, 0.0, found.running), uncached_input=np.where(idle, 0.0, found.uncached_input),
         output=np.where(idle, 0.0, found.output), steps=np.where(idle, 0.0, found.steps),
     )  # fmt: skip
-    rows, _ = busy_rows(half)
-    assert rows.spent.sum() == 150 and rows.uncached_input.sum() == pytest.approx(half.uncached_input.sum())
+    rows = busy_rows(half)
+    assert rows.seconds.sum() == 150 and rows.uncached_input.sum() == pytest.approx(half.uncached_input.sum())
 
 
 def test_request_seconds_of_a_batch_are_no_engine_time():

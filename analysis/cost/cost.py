@@ -79,76 +79,58 @@ def check_ratio(ratio: float) -> None:
 
 
 def cost(
-    tier: Tier | None,
-    replicas: int,
-    duration_s: float | None,
-    *,
-    total_rate: Quantity,
-    output_rate: Quantity,
-    weighted_rate: Quantity,
-    ratio: float,
-    reason: str | None,
-    note: str | None,
-    splits: Sequence[Split] = (),
-) -> Cost:
+    tier: Tier | None, replicas: int, duration_s: float | None, *, total_rate: Quantity, output_rate: Quantity,
+    weighted_rate: Quantity, ratio: float, reason: str | None, note: str | None, splits: Sequence[Split] = (),
+) -> Cost:  # fmt: skip
     """Prices from token rates (tokens/s) of one window: USD per second over tokens per second.
 
-    ``weighted_rate`` is input / ratio + output tokens per second, the denominator of the split. The interval comes
-    from the rate's, where it has one: dear when slow. ``reason`` (not None) withholds every price; so do a missing
-    tier, a tier price that is not a positive number, fewer than `MIN_SAMPLES` requests, and a rate that is not known
-    or 0. ``splits``:
-    other divisions of the same bill; withheld with the prices.
+    ``weighted_rate`` is input / ratio + output tokens per second, the denominator of the split. ``reason`` (not None)
+    withholds every price; so do a missing tier, a tier price that is not a positive number, fewer than `MIN_SAMPLES`
+    requests, and a rate that is not known or 0. ``splits``: other divisions of the same bill; withheld with the prices.
     """
-    if reason is None and tier is None:
-        reason = "no tier: say which hardware this ran on (--tier), with its price"
-    elif reason is None and tier is not None and not (math.isfinite(tier.usd_per_hour) and tier.usd_per_hour > 0):
-        reason = f"tier {tier.name} has no positive price"
-    elif reason is None and total_rate.value is not None and total_rate.n < MIN_SAMPLES:
-        reason = f"a price needs {MIN_SAMPLES} requests: has {total_rate.n}"
-    known = tier is not None and duration_s is not None and math.isfinite(tier.usd_per_hour)
-    usd_per_s = tier.usd_per_hour * replicas / 3600 if tier is not None and reason is None else None
-
-    into = at_rate(usd_per_s, weighted_rate, "input", why=reason, share=1 / ratio)
-    out = at_rate(usd_per_s, weighted_rate, "output", why=reason)
-    bill = bill_usd(tier.usd_per_hour, replicas, duration_s) if known and tier and duration_s else None
+    hourly = tier.usd_per_hour if tier is not None and math.isfinite(tier.usd_per_hour) else None
+    if reason is None:
+        if tier is None:
+            reason = "no tier: say which hardware this ran on (--tier), with its price"
+        elif hourly is None or hourly <= 0:
+            reason = f"tier {tier.name} has no positive price"
+        elif total_rate.value is not None and total_rate.n < MIN_SAMPLES:
+            reason = f"a price needs {MIN_SAMPLES} requests: has {total_rate.n}"
+    usd_per_s = hourly * replicas / 3600 if hourly is not None and reason is None else None
+    bill = bill_usd(hourly, replicas, duration_s) if hourly is not None and duration_s else None
+    if usd_per_s is None:
+        splits = [
+            replace(
+                not_identifiable(s.method, reason or "no price", evidence="", n=s.usd_per_1m_output.n), facts=s.facts
+            )
+            for s in splits
+        ]
     return Cost(
         usd_per_1m_total=at_rate(usd_per_s, total_rate, "input + output", why=reason),
         usd_per_1m_output_only=at_rate(usd_per_s, output_rate, OUTPUT_ONLY, why=reason),
-        split=_declared(bill, duration_s, total_rate, output_rate, ratio, into, out),
-        splits=[s if usd_per_s is not None else _withheld(s, reason or "no price") for s in splits],
-        bill_usd=bill,
-        usd_per_hour=tier.usd_per_hour if tier and math.isfinite(tier.usd_per_hour) else None,
-        replicas=replicas,
-        purchase=tier.purchase if tier else None,
-        region=tier.region if tier else None,
-        source=tier.source if tier else None,
-        date=tier.date if tier else None,
-        reason=reason,
-        note=note,
-    )
+        split=_declared(
+            bill, duration_s, total_rate, output_rate, ratio,
+            at_rate(usd_per_s, weighted_rate, "input", why=reason, share=1 / ratio),
+            at_rate(usd_per_s, weighted_rate, "output", why=reason),
+        ),
+        splits=splits, bill_usd=bill, usd_per_hour=hourly, replicas=replicas,
+        purchase=tier.purchase if tier else None, region=tier.region if tier else None,
+        source=tier.source if tier else None, date=tier.date if tier else None, reason=reason, note=note,
+    )  # fmt: skip
 
 
 def _declared(
-    bill: float | None,
-    duration_s: float | None,
-    total_rate: Quantity,
-    output_rate: Quantity,
-    ratio: float,
-    into: Quantity,
-    out: Quantity,
-) -> Split:
+    bill: float | None, duration_s: float | None, total_rate: Quantity, output_rate: Quantity, ratio: float,
+    into: Quantity, out: Quantity,
+) -> Split:  # fmt: skip
     """The declared split: prices with the interval of the weighted rate, parts from the tokens of the window."""
+    evidence = total_rate.evidence
     if out.value is None or bill is None or not duration_s or total_rate.value is None or output_rate.value is None:
-        why = out.note or "tokens were not counted"
-        blank = not_identifiable("declared ratio", why, evidence=total_rate.evidence, n=out.n)
-        return replace(blank, ratio=ratio, usd_per_1m_input=into, usd_per_1m_output=out)
-    tokens = TokenMix(
-        uncached_input=max(0.0, total_rate.value - output_rate.value) * duration_s, cached_input=None,
-        output=output_rate.value * duration_s,
-    )  # fmt: skip
-    parts = by_ratio(bill, tokens, ratio, evidence=total_rate.evidence, n=out.n)
-    return replace(parts, usd_per_1m_input=into, usd_per_1m_output=out)
-
-
-def _withheld(split: Split, reason: str) -> Split:
-    return replace(not_identifiable(split.method, reason, evidence="", n=split.usd_per_1m_output.n), facts=split.facts)
+        split = not_identifiable("declared ratio", out.note or "tokens were not counted", evidence=evidence, n=out.n)
+    else:
+        input_rate = max(0.0, total_rate.value - output_rate.value)
+        tokens = TokenMix(
+            uncached_input=input_rate * duration_s, cached_input=None, output=output_rate.value * duration_s
+        )
+        split = by_ratio(bill, tokens, ratio, evidence=evidence, n=out.n)
+    return replace(split, ratio=split.ratio or ratio, usd_per_1m_input=into, usd_per_1m_output=out)

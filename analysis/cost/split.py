@@ -7,16 +7,22 @@ than the price itself is "not identifiable", with the reason and the numbers beh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from analysis.arrays import Floats
-from analysis.cost.samples import SMALLEST_ROWS, Samples, WorkRows, busy_rows
+from analysis.metrics import Window
+from analysis.rows.read import Run
 from analysis.stats.intervals import Quantity
 from analysis.stats.nonnegative import Fit, fit_non_negative
+from analysis.validity.counters import shared_addresses
+from harness.record.manifest import RunDir
+from harness.record.samples import read_server_metrics
 
 NANO = 10**9
 LARGEST_CONDITION = 30.0
@@ -25,6 +31,15 @@ LARGEST_RESIDUAL = 0.25
 LARGEST_SHARED = 0.5
 LARGEST_OVERLAP = 1.1
 """Request seconds per engine second up to which the one may stand for the other."""
+SMALLEST_ROWS = 8
+"""With fewer intervals that of the division covers too seldom; with so many it does (`tests/test_split.py`)."""
+GROUP_S = 5.0
+"""Servers count a prompt when its last part is read, so single seconds put it into the wrong one."""
+BUSY_SHARE = 0.9
+COUNTERS = (
+    "prompt_tokens_total", "generation_tokens_total", "prompt_tokens_cached_total", "prefix_cache_hits_total",
+    "engine_steps_total", "prefill_request_s_total", "decode_request_s_total",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +62,7 @@ class TokenMix:
 
 
 def token_mix(input_tokens: int, cached_input: int | None, output: int) -> TokenMix:
-    """What was served of ``input_tokens``, of which ``cached_input`` came from a cache, and output tokens."""
+    """What was served; ``cached_input`` of ``input_tokens`` came from a cache."""
     cached = None if cached_input is None else min(input_tokens, cached_input)
     return TokenMix(uncached_input=input_tokens - (cached or 0), cached_input=cached, output=output)
 
@@ -61,7 +76,7 @@ class Split:
     """
 
     method: str
-    ratio: float | None
+    ratio: float | None = None
     """What an output token costs in (uncached) input tokens, declared or found."""
     usd_per_1m_input: Quantity
     usd_per_1m_cached_input: Quantity
@@ -71,11 +86,8 @@ class Split:
     cached_input_nusd: int | None = None
     output_nusd: int | None = None
     reason: str | None = None
-    facts: dict[str, float] = field(default_factory=dict)
+    facts: Mapping[str, float] = field(default_factory=dict)
     """The numbers behind it, also when the answer is "not identifiable"."""
-
-
-# ------------------------------------------------------------------------------------------------- exact division
 
 
 def divide(usd: float, weights: Sequence[float]) -> list[int]:
@@ -93,9 +105,6 @@ def divide(usd: float, weights: Sequence[float]) -> list[int]:
     return parts
 
 
-# ------------------------------------------------------------------------------------------------ the three methods
-
-
 def by_ratio(
     usd: float, usage: TokenMix, ratio: float, *, evidence: str, cached_ratio: float | None = None, n: int = 0
 ) -> Split:
@@ -108,16 +117,9 @@ def by_ratio(
 
 
 def by_phase_time(
-    usd: float,
-    usage: TokenMix,
-    prefill_s: float,
-    decode_s: float,
-    *,
-    evidence: str,
-    busy_s: float | None = None,
-    cached_ratio: float | None = None,
-    n: int = 0,
-) -> Split:
+    usd: float, usage: TokenMix, prefill_s: float, decode_s: float, *, evidence: str, busy_s: float | None = None,
+    cached_ratio: float | None = None, n: int = 0,
+) -> Split:  # fmt: skip
     """By the seconds that engines spent on prompts and on output.
 
     ``busy_s``: engine seconds there were. A server's request counters add up over overlapping requests: when they hold
@@ -129,161 +131,131 @@ def by_phase_time(
         return not_identifiable(method, "no time was counted in one of the phases", evidence=evidence, n=n)
     facts = {"prefill_s": prefill_s, "decode_s": decode_s, "prefill_share": prefill_s / (prefill_s + decode_s)}
     if busy_s is not None:
-        facts["overlap"] = (prefill_s + decode_s) / busy_s if busy_s > 0 else math.inf
-        if facts["overlap"] > LARGEST_OVERLAP:
-            return not_identifiable(
-                method,
-                f"the server adds up the time of requests, and {facts['overlap']:.1f} of them ran at once: "
-                "that is no engine time; --split step-model reads the same servers' token counters instead",
-                evidence=evidence, n=n, facts={k: v for k, v in facts.items() if math.isfinite(v)},
-            )  # fmt: skip
-    charged = usage.uncached_input + (0.0 if cached_ratio is None else cached_ratio) * (usage.cached_input or 0.0)
-    charged = usage.input if cached_ratio is None else charged
-    weights = (prefill_s / charged, None if cached_ratio is None else cached_ratio * prefill_s / charged)
-    return _split(method, usd, usage, (*weights, decode_s / usage.output), evidence=evidence, n=n, facts=facts)
+        overlap = (prefill_s + decode_s) / busy_s if busy_s > 0 else math.inf
+        facts |= {"overlap": overlap} if math.isfinite(overlap) else {}
+        if overlap > LARGEST_OVERLAP:
+            why = (
+                f"the server adds up the time of requests, and {overlap:.1f} of them ran at once: that is no engine "
+                "time; --split step-model reads the same servers' token counters instead"
+            )
+            return not_identifiable(method, why, evidence=evidence, n=n, facts=facts)
+    if cached_ratio is None:
+        charged, cached = usage.input, None
+    else:
+        charged = usage.uncached_input + cached_ratio * (usage.cached_input or 0.0)
+        cached = cached_ratio * prefill_s / charged
+    weights = (prefill_s / charged, cached, decode_s / usage.output)
+    return _split(method, usd, usage, weights, evidence=evidence, n=n, facts=facts)
 
 
-def by_step_model(usd: float, usage: TokenMix, samples: Samples, *, evidence: str, seed: int = 0) -> Split:
+def by_step_model(usd: float, usage: TokenMix, samples: Samples, *, evidence: str) -> Split:
     """By a fitted model of engine time: seconds = a x uncached input + b x output (+ c x steps + d x cached input).
 
     Non-negative least squares over intervals of about 5 s, all busy. With steps counted, c is the time that both share
     (reading the weights); it follows a : b. Without, only intervals near the largest batch are used, where c hides in a
     and b. Intervals: moving-block bootstrap, 95 %, of the division; the bill is taken as it is.
     """
-    method = "step model"
-    rows, trouble = busy_rows(samples)
-    if trouble or rows is None:
-        return not_identifiable(method, trouble or "no samples", evidence=evidence, n=0)
-    return by_fit(method, usd, usage, rows, evidence=evidence, block=max(1, round(len(rows.spent) / 10)), seed=seed)
+    return by_fit(
+        usd, usage, rows := busy_rows(samples), evidence=evidence, block=max(1, round(len(rows.seconds) / 10))
+    )
 
 
 def split_bill(
-    usd: float | None,
-    usage: TokenMix | None,
-    samples: Samples | None,
-    *,
-    evidence: str,
-    cached_ratio: float | None = None,
-    n: int = 0,
-) -> list[Split]:
+    usd: float | None, usage: TokenMix | None, samples: Samples | None, *, evidence: str,
+    cached_ratio: float | None = None, n: int = 0,
+) -> list[Split]:  # fmt: skip
     """The bill of one run by what its servers counted: phase time and step model. The declared split is `cost`'s own.
 
     ``usd`` or ``usage`` None: no price is allowed or known, and every method says so.
     """
-    if usd is None or usage is None or not (usd > 0 and usage.input > 0 and usage.output > 0):
-        why = "there is no bill to divide" if usd is None else "tokens were not counted"
-        return [not_identifiable(m, why, evidence=evidence, n=n) for m in ("phase time", "step model")]
-    if samples is None or samples.trouble:
-        why = samples.trouble if samples and samples.trouble else "the servers were not sampled"
-        return [not_identifiable(m, why, evidence=evidence, n=n) for m in ("phase time", "step model")]
-    if samples.prefill_request_s is None or samples.decode_request_s is None:
+    if usd is None:
+        why: str | None = "there is no bill to divide"
+    elif usage is None or not (usd > 0 and usage.input > 0 and usage.output > 0):
+        why = "tokens were not counted"
+    else:
+        why = "the servers were not sampled" if samples is None else samples.trouble
+    if why or usd is None or usage is None or samples is None:
+        return [not_identifiable(m, why or "", evidence=evidence, n=n) for m in ("phase time", "step model")]
+    if (prefill_s := samples.prefill_request_s) is None or (decode_s := samples.decode_request_s) is None:
         phase = not_identifiable("phase time", "the servers do not count time by phase", evidence=evidence, n=n)
     else:
-        busy = float(samples.seconds[samples.running > 0].sum())
+        busy_s = float(samples.seconds[samples.running > 0].sum())
         phase = by_phase_time(
-            usd, usage, samples.prefill_request_s, samples.decode_request_s,
-            evidence=evidence, busy_s=busy, cached_ratio=cached_ratio, n=n,
-        )  # fmt: skip
+            usd, usage, prefill_s, decode_s, evidence=evidence, busy_s=busy_s, cached_ratio=cached_ratio, n=n
+        )
     return [phase, by_step_model(usd, usage, samples, evidence=evidence)]
 
 
-# ------------------------------------------------------------------------------------------------- behind the methods
-
-
-def by_fit(method: str, usd: float, usage: TokenMix, rows: WorkRows, *, evidence: str, block: int, seed: int) -> Split:
-    """Fit, judge whether the data carry it, and price."""
-    n = len(rows.spent)
-    names, columns = ["input", "output"], [rows.uncached_input, rows.output]
-    with_cached = rows.cached_input is not None and bool(usage.cached_input) and float(rows.cached_input.std()) > 0
-    if with_cached and rows.cached_input is not None:
-        names, columns = [*names, "cached_input"], [*columns, rows.cached_input]
+def by_fit(usd: float, usage: TokenMix, rows: Samples, *, evidence: str, block: int) -> Split:
+    """The step model from rows of a busy engine: fit, judge whether the data carry it, and price."""
+    method, n = "step model", len(rows.seconds)
+    if rows.trouble:
+        return not_identifiable(method, rows.trouble, evidence=evidence, n=0)
+    columns = {"input": rows.uncached_input, "output": rows.output}
+    if rows.cached_input is not None and usage.cached_input and float(rows.cached_input.std()) > 0:
+        columns["cached_input"] = rows.cached_input
     if rows.steps is not None:
-        names, columns = [*names, "steps"], [*columns, rows.steps]
+        columns["steps"] = rows.steps
     # a part only needs its own row to be known, so fewer rows than twice the unknowns say nothing
-    if n < max(SMALLEST_ROWS, 2 * len(names)):
-        return not_identifiable(method, f"{n} rows for {len(names)} unknowns", evidence=evidence, n=n)
-    fit = fit_non_negative(rows.spent, np.column_stack(columns), block=block, seed=seed)
-    facts = _facts(fit, names, columns)
-    trouble = _trouble(fit, names, facts)
-    if trouble:
+    if n < max(SMALLEST_ROWS, 2 * len(columns)):
+        return not_identifiable(method, f"{n} rows for {len(columns)} unknowns", evidence=evidence, n=n)
+    fit = fit_non_negative(rows.seconds, np.column_stack(list(columns.values())), block=block)
+    per_token = dict(zip(columns, fit.coefficients.tolist(), strict=True))
+    facts = {"rows": float(n), "residual": fit.residual}
+    facts |= {"condition": fit.condition} if math.isfinite(fit.condition) else {}
+    spent = {name: per_token[name] * float(column.sum()) for name, column in columns.items()}
+    if "steps" in spent and sum(spent.values()) > 0:
+        facts["shared_share"] = spent["steps"] / sum(spent.values())
+    facts |= {f"per_{name}": seconds for name, seconds in per_token.items()}
+    if trouble := _trouble(fit, facts):
         return not_identifiable(method, trouble, evidence=evidence, n=n, facts=facts)
-    per_token = dict(zip(names, fit.coefficients.tolist(), strict=True))
-    cached = per_token.get("cached_input")
-    weights = (per_token["input"], cached, per_token["output"])
+    weights = (per_token["input"], per_token.get("cached_input"), per_token["output"])
     split = _split(method, usd, usage, weights, evidence=evidence, n=n, facts=facts)
-    if cached == 0.0:
+    if weights[1] == 0.0:
         free = replace(split.usd_per_1m_cached_input, value=None, note="not told from nothing: the others carry it")
         split = replace(split, usd_per_1m_cached_input=free)
-    return _with_intervals(split, usd, usage, fit, names, cached is not None)
+    return _with_intervals(split, usd, usage, fit, dict(zip(columns, fit.draws.T, strict=True)))
 
 
-def _facts(fit: Fit, names: Sequence[str], columns: Sequence[Floats]) -> dict[str, float]:
-    spent = {name: float(c * column.sum()) for name, c, column in zip(names, fit.coefficients, columns, strict=True)}
-    total = sum(spent.values())
-    facts = {"rows": float(len(columns[0])), "residual": fit.residual}
-    if math.isfinite(fit.condition):
-        facts["condition"] = fit.condition
-    if "steps" in spent and total > 0:
-        facts["shared_share"] = spent["steps"] / total
-    return facts | {f"per_{name}": float(c) for name, c in zip(names, fit.coefficients, strict=True)}
-
-
-def _trouble(fit: Fit, names: Sequence[str], facts: dict[str, float]) -> str | None:
+def _trouble(fit: Fit, facts: Mapping[str, float]) -> str | None:
     """Why the fit is no answer, or None."""
     if not fit.condition <= LARGEST_CONDITION:
         return f"the mix hardly varies (condition number {fit.condition:.0f}, at most {LARGEST_CONDITION:.0f})"
     if fit.residual > LARGEST_RESIDUAL:
         return f"the fitted times are {fit.residual:.0%} off the measured ones, and {LARGEST_RESIDUAL:.0%} is the most"
-    for name, value, spread in zip(names, fit.coefficients, fit.spread.T, strict=True):
-        if name not in ("input", "output"):
-            continue
+    for name, value, (low, high) in zip(("input", "output"), fit.coefficients, fit.spread.T, strict=False):
         if value <= 0:
             return f"{name} comes out at its bound, 0: the data do not tell its cost from that of the rest"
-        if float(spread[1] - spread[0]) > value:
+        if float(high - low) > value:
             return f"the interval of {name} is wider than its value"
-    if facts.get("shared_share", 0.0) > LARGEST_SHARED:
+    if (shared := facts.get("shared_share", 0.0)) > LARGEST_SHARED:
         return (
-            f"{facts['shared_share']:.0%} of the time is shared by both (each step reads the weights): "
-            "any division of that is a rule, not a measurement"
+            f"{shared:.0%} of the time is shared by both (each step reads the weights): any division of that is a "
+            "rule, not a measurement"
         )
     return None
 
 
-def _with_intervals(
-    split: Split, usd: float, usage: TokenMix, fit: Fit, names: Sequence[str], with_cached: bool
-) -> Split:
+def _with_intervals(split: Split, usd: float, usage: TokenMix, fit: Fit, draws: Mapping[str, Floats]) -> Split:
     """Price intervals: the same division by each resample's own coefficients."""
-    draws = dict(zip(names, fit.draws.T, strict=True))
-    cached = draws["cached_input"] * (usage.cached_input or 0.0) if with_cached else 0.0
-    base = usage.uncached_input if with_cached else usage.input
-    whole = draws["input"] * base + cached + draws["output"] * usage.output
-    kept = whole > 0
-
-    def quantity(name: str, q: Quantity) -> Quantity:
-        if q.value is None:
-            return q
-        prices = draws[name][kept] / whole[kept] * usd * 1e6
-        low, high = fit.ends(prices, q.value)
-        return replace(q, low=low, high=high, note="interval of the division; the bill is taken as it is")
-
-    return replace(
-        split,
-        usd_per_1m_input=quantity("input", split.usd_per_1m_input),
-        usd_per_1m_output=quantity("output", split.usd_per_1m_output),
-        usd_per_1m_cached_input=quantity("cached_input", split.usd_per_1m_cached_input),
-    )
+    apart = "cached_input" in draws
+    cached = draws["cached_input"] * (usage.cached_input or 0.0) if apart else 0.0
+    whole = draws["input"] * (usage.uncached_input if apart else usage.input) + cached + draws["output"] * usage.output
+    kept, note = whole > 0, "interval of the division; the bill is taken as it is"
+    changed: dict[str, Any] = {}
+    for field_ in ("usd_per_1m_input", "usd_per_1m_cached_input", "usd_per_1m_output"):
+        q: Quantity = getattr(split, field_)
+        if q.value is not None:
+            drawn = draws[field_.removeprefix("usd_per_1m_")]
+            low, high = fit.ends(drawn[kept] / whole[kept] * usd * 1e6, q.value)
+            changed[field_] = replace(q, low=low, high=high, note=note)
+    return replace(split, **changed)
 
 
 def _split(
-    method: str,
-    usd: float,
-    usage: TokenMix,
-    per_token: tuple[float, float | None, float],
-    *,
-    evidence: str,
-    n: int,
-    facts: dict[str, float] | None = None,
-) -> Split:
+    method: str, usd: float, usage: TokenMix, per_token: tuple[float, float | None, float], *, evidence: str, n: int,
+    facts: Mapping[str, float] | None = None,
+) -> Split:  # fmt: skip
     """Parts and prices from what one uncached input, cached input (None: like the rest) and output token weigh."""
     into, cached, out = per_token
     apart = cached is not None and usage.cached_input is not None
@@ -299,34 +271,132 @@ def _split(
         method=method,
         ratio=float(out / into) if into > 0 else None,
         usd_per_1m_input=_price(into * scale, "uncached input" if apart else "input", n, evidence),
-        usd_per_1m_cached_input=_price(cached * scale, "cached input", n, evidence)
-        if apart and cached is not None
+        usd_per_1m_cached_input=_price((cached or 0.0) * scale, "cached input", n, evidence) if apart
         else _price(None, "cached input", n, evidence, why),
         usd_per_1m_output=_price(out * scale, "output", n, evidence),
-        bill_nusd=sum(parts),
-        input_nusd=parts[0],
-        cached_input_nusd=parts[1],
-        output_nusd=parts[2],
-        facts={name: float(number) for name, number in (facts or {}).items()},
-    )
+        bill_nusd=sum(parts), input_nusd=parts[0], cached_input_nusd=parts[1], output_nusd=parts[2],
+        facts=facts or {},
+    )  # fmt: skip
 
 
 def not_identifiable(
-    method: str, reason: str, *, evidence: str, n: int, facts: dict[str, float] | None = None
+    method: str, reason: str, *, evidence: str, n: int, facts: Mapping[str, float] | None = None
 ) -> Split:
-    """The answer "not identifiable from this data", with the reason and the numbers behind it."""
-    none = {kind: _price(None, kind.replace("_", " "), n, evidence, reason) for kind in ("input", "cached_input")}
+    """Not identifiable from this data, with the reason and the numbers behind it."""
+    into, cached, out = (_price(None, kind, n, evidence, reason) for kind in ("input", "cached input", "output"))
     return Split(
-        method=method,
-        ratio=None,
-        usd_per_1m_input=none["input"],
-        usd_per_1m_cached_input=none["cached_input"],
-        usd_per_1m_output=_price(None, "output", n, evidence, reason),
-        reason=reason,
-        facts={name: float(number) for name, number in (facts or {}).items()},
-    )
+        method=method, usd_per_1m_input=into, usd_per_1m_cached_input=cached, usd_per_1m_output=out, reason=reason,
+        facts=facts or {},
+    )  # fmt: skip
 
 
 def _price(value: float | None, kind: str, n: int, evidence: str, note: str | None = None) -> Quantity:
     known = None if value is None else float(value)  # a numpy number has no JSON
     return Quantity(value=known, n=n, unit=f"USD per 1M {kind} tokens", note=note, evidence=f"{evidence} x list price")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """What servers counted, per interval of one server in time order; arrays of one length, ``None``: not counted."""
+
+    seconds: Floats
+    uncached_input: Floats
+    cached_input: Floats | None
+    output: Floats
+    steps: Floats | None
+    """Engine steps."""
+    running: Floats
+    """Smallest number of requests in the batch at either end of the interval."""
+    prefill_request_s: float | None = None
+    """Sum over finished requests of the time from their place in the batch to their first token."""
+    decode_request_s: float | None = None
+    trouble: str | None = None
+    """Why there are none; None: there are."""
+
+
+def _none(trouble: str) -> Samples:
+    no = np.zeros(0)
+    return Samples(seconds=no, uncached_input=no, cached_input=None, output=no, steps=None, running=no, trouble=trouble)
+
+
+def run_samples(run: Run, within: Window) -> Samples:
+    """What the servers of a run counted in its window."""
+    if shared_addresses(run):
+        return _none("several servers answer at one address, so their counters are no book")
+    tables = [read_server_metrics(RunDir(run.path).server_metrics(r.index)) for r in run.manifest.replicas]
+    found = [table for table in tables if table is not None]
+    if len(found) < len(tables):
+        return _none("a server was not sampled")
+    return server_samples(found, within.start_s, within.end_s)
+
+
+def server_samples(tables: Sequence[pa.Table], start_s: float, end_s: float) -> Samples:
+    """Differences of the counters in ``server-metrics-<replica>.arrows`` between ``start_s`` and ``end_s``.
+
+    A column that a file does not have, or that is null, was not counted. A counter that falls, or a server that started
+    again, is ``trouble``: its books are void.
+    """
+    inside = []
+    for table in tables:
+        t_s = table.column("t_ns").to_numpy() / 1e9
+        inside.append(table.filter((t_s >= start_s) & (t_s <= end_s)))
+    if not inside or any(len(table) < 2 for table in inside):
+        return _none("a server was not sampled twice in the window")
+
+    def columns(name: str) -> list[Floats]:
+        return [
+            t.column(name).to_numpy().astype(np.float64) if name in t.column_names else np.full(len(t), np.nan)
+            for t in inside
+        ]
+
+    # a server without a clock of its start tells of no restart; nan differs from nan and would
+    restarted = any(np.diff(np.nan_to_num(start)).any() for start in columns("process_start_s"))
+    if restarted or any((np.diff(column) < 0).any() for name in COUNTERS for column in columns(name)):
+        return _none("a server started again during the run")
+
+    def moved(name: str) -> Floats | None:
+        values = np.concatenate([np.diff(column) for column in columns(name)])
+        return values if np.isfinite(values).all() else None
+
+    prompt, output, prompt_hits, hits, steps, prefill, decode = (moved(name) for name in COUNTERS)
+    if prompt is None or output is None:
+        return _none("the servers do not count tokens")
+    # hits are counted when a request is admitted, the other counter with the prompt itself
+    cached = hits if prompt_hits is None else prompt_hits
+    return Samples(
+        seconds=np.concatenate([np.diff(t_ns / 1e9) for t_ns in columns("t_ns")]),
+        uncached_input=prompt if cached is None else np.maximum(0.0, prompt - cached),
+        cached_input=cached, output=output, steps=steps,
+        running=np.concatenate([np.minimum(held[1:], held[:-1]) for held in columns("running")]),
+        prefill_request_s=None if prefill is None else float(prefill.sum()),
+        decode_request_s=None if decode is None else float(decode.sum()),
+    )  # fmt: skip
+
+
+def busy_rows(samples: Samples) -> Samples:
+    """Samples of a busy engine in groups of `GROUP_S`, or why there are none."""
+    if samples.trouble:
+        return samples
+    running = np.nan_to_num(samples.running)
+    busy = running >= (1.0 if samples.steps is not None else max(1.0, BUSY_SHARE * float(running.max(initial=0.0))))
+    # a group ends with its seconds, or where the engine was not busy
+    group = np.zeros(len(busy), dtype=np.int64)
+    held_s, current = 0.0, 0
+    for k in range(len(busy)):
+        if held_s >= GROUP_S or (k and busy[k] != busy[k - 1]):
+            current, held_s = current + 1, 0.0
+        group[k] = current
+        held_s += float(samples.seconds[k])
+    whole = np.bincount(group[busy], weights=samples.seconds[busy], minlength=current + 1) >= GROUP_S / 2
+    if (n := int(whole.sum())) < SMALLEST_ROWS:
+        wanted = f"{SMALLEST_ROWS} ({SMALLEST_ROWS * GROUP_S:g} s with requests in the batch)"
+        return _none(f"{n} busy intervals of {GROUP_S:g} s, needs {wanted}")
+
+    def total(values: Floats) -> Floats:
+        return np.bincount(group[busy], weights=values[busy], minlength=current + 1)[whole].astype(np.float64)
+
+    return replace(
+        samples, seconds=total(samples.seconds), uncached_input=total(samples.uncached_input),
+        cached_input=None if samples.cached_input is None else total(samples.cached_input),
+        output=total(samples.output), steps=None if samples.steps is None else total(samples.steps),
+    )  # fmt: skip

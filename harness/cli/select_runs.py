@@ -147,8 +147,7 @@ def read_summaries(
 
 def with_splits(run: Run, s: Summary, cached_ratio: float | None) -> Summary:
     """The summary with its bill divided by every method that this run allows."""
-    from analysis.cost.samples import run_samples
-    from analysis.cost.split import split_bill, token_mix
+    from analysis.cost.split import run_samples, split_bill, token_mix
 
     usage = None
     if s.tokens.input is not None and s.tokens.output is not None:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.cost.samples import Samples
-from analysis.cost.split import token_mix
+from analysis.cost.split import Samples, token_mix
 
 HERE = Path(__file__).parent
 USD_PER_HOUR = 16.57216 / 2
