@@ -26,9 +26,8 @@ from harness.errors import UsageError
 from harness.record.results import Result, ResultWriter, read_results
 from harness.store import objects
 from harness.store.copies import NAME, local_copy, output_file, restore, split_out
-from harness.store.errors import StoreError
-from harness.store.follow import MARK, SENDER, Follower, main, mirrored
-from harness.store.objects import download, exists, list_objects, upload
+from harness.store.follow import MARK, SENDER, Follower, finish, main, mirrored
+from harness.store.objects import StoreError, download, exists, list_objects, upload
 from harness.trace.io import open_trace
 
 pytest_plugins = ["s3_server"]
@@ -216,7 +215,7 @@ def test_full_disk_leaves_nothing_behind(s3_env: str, tmp_path: Path) -> None:
     small.mkdir()
     code = (
         "import sys; from pathlib import Path\n"
-        "from harness.store.errors import StoreError; from harness.store.objects import download\n"
+        "from harness.store.objects import StoreError; from harness.store.objects import download\n"
         "try: download(sys.argv[1], Path(sys.argv[2]) / 'out')\n"
         "except StoreError as e: print(e, list(Path(sys.argv[2]).iterdir()))\n"
     )
@@ -278,8 +277,7 @@ def test_a_growing_run_is_followed_and_then_whole(s3_env: str, tmp_path: Path) -
     rows(writer, 30, 5)
     writer.close()
     write(run / "run.json", b'{"status": "complete"}')
-    assert follower.close(0.0) is None
-    follower.done()
+    assert finish(follower, run, said.append)
     assert set(sizes(url)) == {"plan.arrow", "results-0.arrows", "run.json"}
     assert restore(url, tmp_path / "back") == []
     for path in (tmp_path / "back").iterdir():

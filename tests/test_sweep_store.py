@@ -22,8 +22,7 @@ from harness.errors import UsageError
 from harness.record.results import read_results
 from harness.store import objects
 from harness.store.copies import come_home
-from harness.store.errors import StoreError
-from harness.store.objects import list_objects
+from harness.store.objects import StoreError, list_objects
 from harness.sweep.state import read_state
 
 pytest_plugins = ["s3_server"]

@@ -20,7 +20,7 @@ from analysis.stats.intervals import Quantity
 from analysis.summary import Summary
 from harness.record.manifest import MOST_BYTES
 from harness.slo import Criterion
-from harness.store.copies import ANSWER as FILE
+from harness.sweep.state import ANSWER as FILE
 from harness.trace.stats import TraceStats
 from harness.untrusted import DECODE_ERRORS, read_regular
 

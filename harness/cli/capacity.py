@@ -30,9 +30,9 @@ from harness.errors import EXIT_FAILURE, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.options import PlanOptions, ReplayOptions
 from harness.record.manifest import now_utc
 from harness.slo import criteria
-from harness.store.copies import ANSWER as FILE
 from harness.store.objects import as_url, is_url
 from harness.sweep.spec import Loads, SweepSpec, pairs, seeded
+from harness.sweep.state import ANSWER as FILE
 from harness.sweep.state import SweepState, create_folder, differences, lock, read_state
 from harness.trace.files import open_asked
 from harness.trace.io import Trace

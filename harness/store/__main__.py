@@ -1,4 +1,4 @@
-"""``python -m harness.store RUN_DIRECTORY s3://BUCKET/PREFIX``."""
+"""``python -m harness.store RUN_DIRECTORY s3://BUCKET/PREFIX``: sends a run, or what is missing of it, later."""
 
 import sys
 

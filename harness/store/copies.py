@@ -21,11 +21,12 @@ import msgspec
 
 from harness.errors import UsageError
 from harness.paths import cache_dir
-from harness.store.errors import StoreError, disk_error
 from harness.store.follow import CLOSE_S, SENDER, Follower, Say, silent
 from harness.store.objects import (
+    StoreError,
     as_url,
     connect,
+    disk_errors,
     download,
     exists,
     get,
@@ -58,17 +59,16 @@ def restore(url: str, folder: Path, *, client: Any = None) -> list[str]:
         raise StoreError(as_url(url), "there is no run here; 'aws s3 ls' shows what there is")
     if folder.exists():
         raise StoreError(url, f"{folder} exists already; nothing is overwritten")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        for stored in files:
-            download(stored.url, partial / stored.name, client=client)
-            os.utime(partial / stored.name, (stored.changed_s, stored.changed_s))
-        partial.rename(folder)
-    except OSError as e:
-        raise disk_error(url, e) from e
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with disk_errors(url):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            for stored in files:
+                download(stored.url, partial / stored.name, client=client)
+                os.utime(partial / stored.name, (stored.changed_s, stored.changed_s))
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     unfinished = any(stored.name == SENDER for stored in found)
     return ["this run is still being sent, or its machine died before the end"] if unfinished else []
 
@@ -112,10 +112,6 @@ def output_file(output: str | Path) -> Iterator[Path]:
         upload(path, url)
 
 
-ANSWER = "capacity.json"
-"""What a search found, in its folder."""
-
-
 class SweepStore:
     """Keeps the store up with a sweep's folder; without a URL it does nothing.
 
@@ -124,14 +120,11 @@ class SweepStore:
     """
 
     def __init__(self, folder: Path, url: str | None, say: Say) -> None:
-        self.url = url
         self._folder, self._say = folder, say
-        self._client: Any = connect() if url else None
-        self._follower = Follower(folder, url, self._tell, apart={STATE}) if url else None
+        self._follower = Follower(folder, url, say, apart={STATE}) if url else None
         self._etag: str | None = None
         """Of the state that is there; null when there is none, or it is not known."""
         self._unsent = False
-        self._told: str | None = None
 
     def begin(self, state: SweepState) -> None:
         """Own the sweep and begin to follow. Raises `StoreError` when that cannot work or the name is taken."""
@@ -140,80 +133,76 @@ class SweepStore:
         if state.revision:
             self.state(state)
         else:
-            self._etag = put(_encoded(state), f"{self.url}/{STATE}", client=self._client)
-            self._say(f"sending to {self.url}")
+            self._etag = put(_encoded(state), f"{self._follower.url}/{STATE}", client=self._follower.client)
+            self._say(f"sending to {self._follower.url}")
         self._follower.start()
 
     def state(self, state: SweepState) -> None:
         """Replace the state that is there. Raises `UsageError` when it is another harness's."""
         if self._follower is None:
             return
-        try:
-            self._replace(state)
-            self._unsent = False
-        except StoreError as e:
-            self._unsent = True
-            self._tell(e.problem)
+        self._unsent = True
+        with self._told():
+            self._replace(state, self._follower)
         self._follower.flush()
 
-    def _replace(self, state: SweepState) -> None:
+    def _replace(self, state: SweepState, follower: Follower) -> None:
         """Raises `StoreError`, and `UsageError` for a step of another harness."""
-        there = f"{self.url}/{STATE}"
+        there = f"{follower.url}/{STATE}"
         try:
             if self._etag is not None:
-                self._etag = put(_encoded(state), there, client=self._client, replaces=self._etag)
+                self._etag = put(_encoded(state), there, client=follower.client, replaces=self._etag)
+                self._unsent = False
                 return
         except StoreError as e:
             if not e.conflict:
                 raise
         # The first step of this sitting, or one of our own arrived although its answer did not.
-        found = get(there, client=self._client)
+        found = get(there, client=follower.client)
         if found is not None:
             known = msgspec.json.decode(found[0], type=SweepState)
             if known.writer != state.writer and (self._etag is not None or known.revision > state.revision):
-                raise UsageError(f"{self.url}: another harness is at work on this sweep")
-        self._etag = put(_encoded(state), there, client=self._client, replaces=found[1] if found else None)
+                raise UsageError(f"{follower.url}: another harness is at work on this sweep")
+        self._etag = put(_encoded(state), there, client=follower.client, replaces=found[1] if found else None)
+        self._unsent = False
 
     def set_aside(self, point: str) -> None:
         """What is there of a point goes: the folder has it under another name, under which it is sent."""
-        if self._follower is not None:
-            try:
+        with self._told():
+            if self._follower is not None:
                 self._follower.remove(point)
-            except StoreError as e:
-                self._tell(e.problem)
 
     def send(self, path: Path) -> None:
         """Send this file of the folder, which was written after the end."""
-        if self.url:
-            try:
-                upload(path, f"{self.url}/{path.name}", client=self._client, overwrite=True)
-            except StoreError as e:
-                self._tell(e.problem)
+        with self._told():
+            if self._follower is not None:
+                upload(path, f"{self._follower.url}/{path.name}", client=self._follower.client, overwrite=True)
 
     def close(self, state: SweepState) -> bool:
-        """Send what is missing; whether all of it is there. Ctrl-C gives up sending."""
+        """Send what is missing; whether all of it is there."""
         if self._follower is None:
             return True
+        problem = self._follower.close(CLOSE_S)
         try:
-            problem = self._follower.close(CLOSE_S)
             if self._unsent:
-                self._replace(state)
+                self._replace(state, self._follower)
         except (StoreError, UsageError) as e:
-            problem = str(e)
-        except KeyboardInterrupt:
-            problem = "sending was stopped by the user"
+            problem = problem or str(e)
         if problem:
-            self._say(f"store: not all of the sweep is at {self.url}: {problem}. All of it is in {self._folder}; "
-                      "harness sweep --resume sends what is missing")  # fmt: skip
+            self._say(f"store: not all of the sweep is at {self._follower.url}: {problem}. All of it is in "
+                      f"{self._folder}; harness sweep --resume sends what is missing")  # fmt: skip
         else:
-            self._say(f"all of the sweep is at {self.url}")
+            self._say(f"all of the sweep is at {self._follower.url}")
         return problem is None
 
-    def _tell(self, problem: str) -> None:
-        """Say each new trouble once."""
-        if problem != self._told:
-            self._told = problem
-            self._say(f"store: {problem.removeprefix('store: ')}")
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Trouble with the store is said."""
+        try:
+            yield
+        except StoreError as e:
+            assert self._follower is not None
+            self._follower.tell(e)
 
 
 def _encoded(state: SweepState) -> bytes:

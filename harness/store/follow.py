@@ -5,8 +5,6 @@ The folder stays on this machine; a `Follower` follows it. Its files lie below t
 dies loses what came since the last round, and any machine can bring back the rest (`harness.store.copies`).
 Captured answers (``answers-<worker>.arrows``, `harness.record.answers`) are not sent, since they are the text of users:
 copy them yourself if they are to go there.
-
-``python -m harness.store RUN_DIRECTORY s3://BUCKET/PREFIX`` sends a run, or what is missing of it, later.
 """
 
 from __future__ import annotations
@@ -24,19 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from harness.errors import EXIT_FAILURE, EXIT_USAGE, EXIT_VALID, HarnessError
-from harness.store.errors import StoreError
-from harness.store.objects import (
-    Stored,
-    as_url,
-    connect,
-    delete,
-    exists,
-    is_url,
-    list_objects,
-    put,
-    split_url,
-    upload,
-)
+from harness.store.objects import StoreError, as_url, connect, delete, exists, is_url, list_objects, put, upload
 
 EVERY_S = 5.0
 """How often what changed goes up; less often where a round takes longer than a quarter of it."""
@@ -70,10 +56,8 @@ class Follower:
     def __init__(
         self, folder: Path, url: str, say: Say = silent, *, every_s: float = EVERY_S, apart: Collection[str] = ()
     ) -> None:
-        split_url(url)
-        self.url = as_url(url)
+        self.url, self.client = as_url(url), connect()
         self._folder, self._say, self._every_s, self._apart = folder, say, every_s, apart
-        self._client = connect()
         self._sent: dict[Path, tuple[int, int]] = {}
         """Size and time of change of each file, as it is up."""
         self.overwrite = True
@@ -87,15 +71,15 @@ class Follower:
     def claim(self) -> None:
         """Be the only one who sends there. Raises `StoreError`; said only, when it may work later."""
         try:
-            if exists(f"{self.url}/{LAST}", client=self._client):
+            if exists(f"{self.url}/{LAST}", client=self.client):
                 raise StoreError(self.url, "holds a run already; nothing is overwritten")
             sender = {"host": platform.node(), "pid": os.getpid(), "folder": str(self._folder.resolve()),
                       "since": datetime.now(UTC).isoformat(timespec="seconds")}  # fmt: skip
-            put(json.dumps(sender).encode(), f"{self.url}/{SENDER}", client=self._client)
+            put(json.dumps(sender).encode(), f"{self.url}/{SENDER}", client=self.client)
         except StoreError as e:
             if not e.transient:
                 raise
-            self._fail(e)
+            self.tell(e)
         else:
             self._say(f"sending to {self.url}")
 
@@ -109,59 +93,64 @@ class Follower:
         self._wake.set()
 
     def close(self, patience_s: float) -> str | None:
-        """Send what is left; null when every file is up, else what hinders. A store that fails is tried for so long."""
+        """Send what is left; null when every file is up, else what hinders. A store that fails is tried for so long,
+        and Ctrl-C gives up sending.
+        """
         self._ending.set()
         self._wake.set()
-        if self._thread is not None:
-            self._thread.join()
         give_up = time.monotonic() + patience_s
-        while True:
-            try:
-                for path in self.missing():
-                    self._send(path)
-                break
-            except OSError as e:
-                return f"{e.filename or self._folder}: {e.strerror}"
-            except StoreError as e:
-                if not e.transient or time.monotonic() >= give_up:
-                    return str(e)
-                self._fail(e)
-                time.sleep(RETRY_S)
-        return None
+        try:
+            if self._thread is not None:
+                self._thread.join()
+            while True:
+                try:
+                    for path in self.missing():
+                        self._send(path)
+                    return None
+                except StoreError as e:
+                    if not e.transient or time.monotonic() >= give_up:
+                        return str(e)
+                    self.tell(e)
+                    time.sleep(RETRY_S)
+        except OSError as e:
+            return f"{e.filename or self._folder}: {e.strerror}"
+        except KeyboardInterrupt:
+            return "sending was stopped by the user"
 
     def remove(self, name: str) -> None:
         """Take away what is there under this name, which is another one in the folder now. Raises `StoreError`."""
         with self._one:  # a file that is on its way under its old name has arrived
             # A plan that takes its place is a link to the same bytes: its size and time tell nothing.
             self._sent = {p: state for p, state in self._sent.items() if not p.is_relative_to(self._folder / name)}
-            delete(list_objects(f"{self.url}/{name}", client=self._client), client=self._client)
-
-    def done(self) -> None:
-        """Nobody sends any more."""
-        try:
-            delete([Stored(SENDER, f"{self.url}/{SENDER}", 0, "")], client=self._client)
-        except StoreError as e:
-            self._say(f"store: all is there, but {SENDER} stays beside it: {e}")
+            delete(
+                [stored.url for stored in list_objects(f"{self.url}/{name}", client=self.client)], client=self.client
+            )
 
     def missing(self) -> list[Path]:
         """Files that are not up as they are now, in the order to send them."""
         found = []
         for path in self._folder.rglob("*"):
             inside = path.relative_to(self._folder)
-            if path.suffix not in KINDS or path.match(CAPTURED) or any(part.startswith(".") for part in inside.parts):
-                continue
-            if path.name != MARK and str(inside) not in self._apart and path.is_file():
-                found.append(path)
-        found = [path for path in found if self._sent.get(path) != _state(path)]
+            ours = path.suffix in KINDS and not path.match(CAPTURED) and path.name != MARK
+            if ours and not any(part.startswith(".") for part in inside.parts) and str(inside) not in self._apart:
+                state = _state(path)
+                if state is not None and self._sent.get(path) != state:
+                    found.append(path)
         return sorted(found, key=lambda path: (path.name == LAST, KINDS.index(path.suffix), path))
+
+    def tell(self, e: Exception) -> None:
+        """Say each new trouble once."""
+        if str(e) != self._trouble:
+            self._trouble = str(e)
+            goes_on = "Ctrl-C gives up sending" if self._ending.is_set() else "the run goes on"
+            self._say(f"store: {e}; {goes_on}, and this is tried again")
 
     def _send(self, path: Path) -> None:
         with self._one:
-            if (state := _state(path)) is None:
-                return  # it was set aside meanwhile
-            there = f"{self.url}/{path.relative_to(self._folder)}"
-            upload(path, there, client=self._client, overwrite=self.overwrite)
-            self._sent[path] = state
+            if (state := _state(path)) is not None:  # else it was set aside meanwhile
+                there = f"{self.url}/{path.relative_to(self._folder)}"
+                upload(path, there, client=self.client, overwrite=self.overwrite)
+                self._sent[path] = state
 
     def _follow(self) -> None:
         while not self._ending.is_set():
@@ -173,28 +162,21 @@ class Follower:
                         return
                     self._send(path)
             except (StoreError, OSError) as e:
-                self._fail(e)
+                self.tell(e)
             else:
                 if self._trouble is not None:
                     self._trouble = None
                     self._say("store: reached again; nothing is missing")
             self._wake.wait(max(self._every_s, 4 * (time.monotonic() - began)))
 
-    def _fail(self, e: Exception) -> None:
-        """Say each new trouble once."""
-        if str(e) != self._trouble:
-            self._trouble = str(e)
-            goes_on = "Ctrl-C gives up sending" if self._ending.is_set() else "the run goes on"
-            self._say(f"store: {e}; {goes_on}, and this is tried again")
-
 
 def _state(path: Path) -> tuple[int, int] | None:
-    """Size and time of change; null when it is not there."""
+    """Size and time of change of a file; null when there is none."""
     try:
         found = path.stat()
     except FileNotFoundError:
         return None
-    return found.st_size, found.st_mtime_ns
+    return (found.st_size, found.st_mtime_ns) if path.is_file() else None
 
 
 @contextmanager
@@ -216,24 +198,14 @@ def mirrored(url: str | None, run_dir: Path, say: Say = silent) -> Iterator[None
         finish(follower, run_dir, say)
 
 
-def send(run_dir: Path, url: str, say: Say = silent) -> bool:
-    """Send a run directory, or what is missing of it, to ``<url>/<its name>``; whether all is there."""
-    if not (run_dir / LAST).is_file():
-        raise StoreError(as_url(url), f"{run_dir} is not a run directory: it has no {LAST}")
-    follower = Follower(run_dir, f"{as_url(url)}/{run_dir.resolve().name}", say)
-    whole = exists(f"{follower.url}/{LAST}") and not exists(f"{follower.url}/{SENDER}")
-    follower.overwrite = not whole
-    return finish(follower, run_dir, say)
-
-
 def finish(follower: Follower, run_dir: Path, say: Say) -> bool:
     """Send what is left; whether all of it is there. If not, that is said, and marked in the directory."""
-    try:
-        problem = follower.close(CLOSE_S)
-    except KeyboardInterrupt:
-        problem = "sending was stopped by the user"
+    problem = follower.close(CLOSE_S)
     if problem is None:
-        follower.done()
+        try:
+            delete([f"{follower.url}/{SENDER}"], client=follower.client)
+        except StoreError as e:
+            say(f"store: all is there, but {SENDER} stays beside it: {e}")
         (run_dir / MARK).unlink(missing_ok=True)
         say(f"all of the run is at {follower.url}")
         return True
@@ -256,9 +228,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(arguments) != 2 or not is_url(arguments[1]):
         print("usage: python -m harness.store RUN_DIRECTORY s3://BUCKET/PREFIX", file=sys.stderr)
         return EXIT_USAGE
+
+    def say(words: str) -> None:
+        print(words, file=sys.stderr)
+
+    run_dir, url = Path(arguments[0]).resolve(), as_url(arguments[1])
     try:
-        sent = send(Path(arguments[0]), arguments[1], lambda words: print(words, file=sys.stderr))
+        if not (run_dir / LAST).is_file():
+            raise StoreError(url, f"{run_dir} is not a run directory: it has no {LAST}")
+        follower = Follower(run_dir, f"{url}/{run_dir.name}", say)
+        whole = exists(f"{follower.url}/{LAST}") and not exists(f"{follower.url}/{SENDER}")
+        follower.overwrite = not whole
+        return EXIT_VALID if finish(follower, run_dir, say) else EXIT_FAILURE
     except HarnessError as e:
         print(f"harness: {e}", file=sys.stderr)
         return EXIT_FAILURE
-    return EXIT_VALID if sent else EXIT_FAILURE

@@ -33,6 +33,8 @@ from harness.untrusted import DECODE_ERRORS, read_regular
 
 SCHEMA_VERSION = "1"
 STATE = "sweep.json"
+ANSWER = "capacity.json"
+"""What a search found, in its folder."""
 LOCK = ".lock"
 ADJUSTABLE = ("trace", "budget_usd", "budget_hours", "on_failure")
 """What may differ when a sweep is resumed: it changes no point. (Of the trace its content counts, not its path.)"""

@@ -91,8 +91,7 @@ def _stdin() -> BinaryIO:
 
 def _fetched(url: str) -> TraceFile:
     """A verified temporary copy of an object."""
-    from harness.store.errors import StoreError
-    from harness.store.objects import fetch
+    from harness.store.objects import StoreError, fetch
 
     spool = tempfile.NamedTemporaryFile(prefix="harness-trace-")  # noqa: SIM115  # lives as long as the Source
     try:

@@ -123,8 +123,7 @@ def _is_shown(name: str) -> bool:
 
 
 def _objects(url: str) -> Iterator[tuple[TraceFile, bool]]:
-    from harness.store.errors import StoreError
-    from harness.store.objects import connect, fetch, list_objects
+    from harness.store.objects import StoreError, connect, fetch, list_objects
 
     pattern = _PATTERN.search(url)
     alone: TraceError | None = None
