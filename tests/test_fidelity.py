@@ -117,7 +117,7 @@ def turns(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         {}, {"speed": 7.3}, {"rate": 50.0}, {"rate": 0.5}, {"grow": 2.0}, {"grow": 2.5}, {"grow": 0.4},
         {"rescale": "thin", "rate": 2.0}, {"grow": 3.0, "speed": 20.0}, {"limit": 400}, {"duration_s": 60.0},
-        {"max_output_tokens": 20}, {"repeat": True, "limit": 3000},
+        {"repeat": True, "limit": 3000},
         {"arrivals": "poisson", "rate": 9.0}, {"grow": 2.0, "limit": 500}, {"grow": 1.5, "seed": 9},
         {"grow": 2.0, "duration_s": 90.0},
     ],
@@ -141,7 +141,7 @@ def test_a_faithful_run_says_ok(tmp_path, trace, spec):
 @pytest.mark.parametrize("name", ["azure-code-2023.csv", "mooncake-conversation.jsonl", "burstgpt-v3.csv"])
 @pytest.mark.parametrize("spec", [{}, {"speed": 31.7}, {"spread": True}, {"grow": 2.0}], ids=str)
 def test_real_traces(tmp_path, name, spec):
-    spec = {"speed": 1.0, "max_output_tokens": 8, **spec}
+    spec = {"speed": 1.0, **spec}
     if name.startswith("mooncake"):
         spec["limit"] = 120
     answers = ask(made(tmp_path, SAMPLES / name, **spec))

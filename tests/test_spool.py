@@ -28,8 +28,9 @@ from harness.trace.anonymize import anonymize
 from harness.trace.edit import Sample, sample
 from harness.trace.io import open_trace
 from harness.trace.prefix import Turns
-from harness.trace.shape import RowColumns, measure
+from harness.trace.shape import measure
 from harness.trace.spool import Column, Sessions
+from harness.trace.survey import Survey
 
 
 class Pair(NamedTuple):
@@ -175,7 +176,7 @@ def test_sessions_cost_no_memory(monkeypatch, kind, tmp_path):
             found.place(f"session-{i}", i, 1000 + i % 7, 100)
         return found
 
-    def shape(sessions: int) -> RowColumns:
+    def shape(sessions: int) -> Survey:
         trace = tmp_path / f"{sessions}.jsonl"
         trace.write_text(
             "".join(
@@ -183,7 +184,7 @@ def test_sessions_cost_no_memory(monkeypatch, kind, tmp_path):
                 for i in range(sessions)
             )
         )
-        columns = RowColumns()
+        columns = Survey()
         for record in open_trace(trace):
             columns.add(record)
         return columns

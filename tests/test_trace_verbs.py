@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,8 +30,7 @@ from harness.trace.anonymize import anonymize, count_tokens
 from harness.trace.edit import Sample, sample
 from harness.trace.files import write_trace
 from harness.trace.io import TraceRecord, open_trace
-from harness.trace.shape import measure
-from harness.trace.shape_text import described
+from harness.trace.shape import described, measure
 from harness.trace.synth import parse_arrivals, parse_lengths, read_servegen, synthesize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -188,7 +188,7 @@ def test_sessions_quantiles_and_correlation():
     assert shape.input_tokens.quantiles["p90"] == pytest.approx(
         float(np.quantile([r.input_tokens for r in records], 0.9))
     )
-    assert sum(shape.input_tokens.histogram.values()) == sum(map(sum, shape.joint["rows"])) == 500
+    assert sum(shape.input_tokens.histogram.values()) == sum(map(sum, shape.joint.rows)) == 500
     falling = measure([trace_record(i, None, i + 1, 600 - i) for i in range(500)])
     assert falling.rank_correlation == pytest.approx(-1.0)
     assert (falling.span_s, falling.mean_rate, falling.rate_over_time) == (None, None, None)
@@ -207,20 +207,11 @@ def test_rate_over_time_adds_up():
 def test_any_trace_can_be_described(rows, timed):
     rows.sort()
     records = [trace_record(1, t if timed else None, i, o) for t, i, o in rows]
-    facts = {
-        "file": "f",
-        "format": "x",
-        "rows_read": 1,
-        "rows_kept": 1,
-        "rows_dropped": {},
-        "rows_failed": 0,
-        "examples": {},
-        "clock": "x in seconds" if timed else None,
-        "blocks": None,
-        "grid_s": None,
-        "notes": [],
-    }
-    assert described(facts, measure(records))
+    trace = SimpleNamespace(
+        sources=SimpleNamespace(name="f"), format="x", rows_read=1, rows_kept=1, rows_dropped={}, rows_failed=0,
+        examples={}, clock="x in seconds" if timed else None, blocks=None, grid_s=None, notes=[],
+    )  # fmt: skip
+    assert described(trace, measure(records))
 
 
 # --- inspect ---------------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from harness.errors import EXIT_VALID, UsageError
 from harness.options import ReadOptions, taken
 from harness.trace.files import Files, check_output, open_asked, write_trace
 from harness.trace.io import Trace, TraceRecord
-from harness.trace.shape import RowColumns, TraceShape, measure
-from harness.trace.shape_text import compared, described
+from harness.trace.shape import TraceShape, compared, described, measure, shape_of
+from harness.trace.survey import Survey
 
 _READ = stack(TRACE_ARGUMENT, READ_OPTIONS)
 _OUTPUT = click.option(
@@ -95,25 +95,12 @@ def inspect(trace: Files, tokenizer: Path | None, block_tokens: int, format_: st
             block_tokens=block_tokens,
         )
     shape = measure(records)
-    facts = {
-        "file": source.sources.name,
-        "format": source.format,
-        "sha256": source.sha256,
-        "rows_read": source.rows_read,
-        "rows_kept": source.rows_kept,
-        "rows_dropped": source.rows_dropped,
-        "rows_failed": source.rows_failed,
-        "examples": source.examples,
-        "clock": source.clock,
-        "blocks": source.blocks,
-        "span_s": shape.span_s,
-        "grid_s": source.grid_s,
-        "notes": source.notes,
-    }
-    if format_ == "json":
-        print_json({**facts, **{k: v for k, v in dataclasses.asdict(shape).items() if k not in facts}})
-    else:
-        print(described(facts, shape))
+    if format_ == "text":
+        print(described(source, shape))
+        return EXIT_VALID
+    names = ("rows_read", "rows_kept", "rows_dropped", "rows_failed", "examples", "clock", "blocks", "grid_s", "notes")
+    facts = {name: getattr(source, name) for name in ("format", "sha256", *names)}
+    print_json({"file": source.sources.name, **facts, **dataclasses.asdict(shape)})
     return EXIT_VALID
 
 
@@ -317,16 +304,16 @@ class _Tap:
 
     def __init__(self, records: Iterable[TraceRecord]) -> None:
         self._records = records
-        self._columns = RowColumns()
+        self._seen = Survey()
 
     def __iter__(self) -> Iterator[TraceRecord]:
         for record in self._records:
-            self._columns.add(record)
+            self._seen.add(record)
             yield record
 
     def shape(self) -> TraceShape:
         """Of what has passed."""
-        return self._columns.shape()
+        return shape_of(self._seen)
 
 
 def _finish(source: Trace, records: Iterable[TraceRecord], output: Path) -> None:

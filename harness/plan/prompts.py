@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from harness.errors import PlanError
 from harness.plan.tokenizers import TextTokenizer, load_tokenizer
+from harness.trace.prefix import GOLDEN, mix
 
 Ids = npt.NDArray[np.int32]
 
@@ -125,7 +126,7 @@ class Vocabulary:
             width = block_tokens
             starts = _block_starts(seed, prefix_ids[: -(-n // width)])
             assert len(starts) * width >= n, "prefix_ids do not cover the prompt"
-        draws = _draws(starts[:, None] + np.arange(width, dtype=np.uint64)[None, :] * _GOLDEN)
+        draws = mix(starts[:, None] + np.arange(width, dtype=np.uint64)[None, :] * GOLDEN)
         # Multiply and shift: 32 random bits onto [0, size) without the cost or the low-bit weakness of a modulo.
         at = (draws.ravel()[:n] >> np.uint64(32)) * np.uint64(len(self._ids)) >> np.uint64(32)
         drawn: Ids = self._ids[at.astype(np.intp)]
@@ -201,19 +202,6 @@ class Vocabulary:
         raise PlanError(
             f"{self.name}: no text of exactly {target} tokens found (last try: {length}); send token ids instead"
         )
-
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _draws(counter: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """64 random bits for each counter: the output function of SplitMix64 (Steele, Lea, Flood 2014), in place."""
-    counter ^= counter >> np.uint64(30)
-    counter *= np.uint64(0xBF58476D1CE4E5B9)
-    counter ^= counter >> np.uint64(27)
-    counter *= np.uint64(0x94D049BB133111EB)
-    counter ^= counter >> np.uint64(31)
-    return counter
 
 
 def _int_bytes(value: int) -> bytes:

@@ -136,7 +136,7 @@ def prompt_reuse(prompts: Iterable[tuple[Ids, Ints]], block_tokens: int, *, part
         blocks = np.maximum(lengths - 1, 0) // block_tokens
         place = np.arange(len(hashes)) - np.repeat(np.cumsum(started) - started, started)
         cache.add_many(hashes[place < np.repeat(blocks, started)], blocks, block_tokens, blocks * block_tokens)
-    return Reuse(block_tokens=block_tokens, prompts=count, tokens=total, hit_tokens=cache.result().hit_tokens)
+    return Reuse(block_tokens=block_tokens, prompts=count, tokens=total, hit_tokens=cache.hits()[1])
 
 
 def _hashes(ids: npt.NDArray[np.int32], lengths: Ints, blocks: Ints, weights: Hashes) -> Hashes:

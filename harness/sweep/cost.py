@@ -65,7 +65,7 @@ def survey(trace: Trace, levels: Sequence[Level], asked: PlanOptions) -> Survey:
     found = Survey(
         rows=seen.requests,
         output_tokens=tokens / seen.requests,
-        longest_output=max(seen.longest_output, SAID_TOKENS if seen.open_ended else 0),
+        longest_output=max([*seen.outputs, SAID_TOKENS if seen.open_ended else 0]),
         span_s=int(seen.arrivals[-1]) / 1e9 if len(seen.arrivals) else None,
     )
     for level in levels if same_clock(asked) and found.rate else ():

@@ -22,7 +22,6 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +29,7 @@ import numpy.typing as npt
 
 from harness.trace.formats.record import TraceRecord
 from harness.trace.spool import Sessions
+from harness.trace.stats import PrefixStats
 
 Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
@@ -39,73 +39,44 @@ MAX_BLOCKS = 2**24
 _BATCH_BLOCKS = 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class Prefix:
-    """What an unlimited prefix cache would have found."""
-
-    block_tokens: list[int]
-    rows: int
-    """Rows counted."""
-    blocks: int
-    hit_blocks: int
-    hit_rate_blocks: float
-    tokens: int
-    hit_tokens: int
-    hit_rate_tokens: float
-    sampled: int
-    """1: every block was counted; k: one in k, chosen by hash, and counts are multiplied by k."""
-    continued_turns: int | None = None
-    """Turns of sessions that continue the one before them (`harness.trace.prefix`); null without such sessions."""
-    independent_turns: int | None = None
-    """Later turns of sessions that do not."""
-
-
 class PrefixCache:
     """Counts blocks seen before. A block is its own id and all ids before it, so: blocks - different blocks = hits."""
 
     def __init__(self) -> None:
+        self.sizes: set[int] = set()
+        """Tokens of a block."""
+        self.sampled = 1
+        """See `harness.trace.stats.PrefixStats`."""
+        self.rows = self.blocks = self.tokens = 0
+        self._missed_blocks = self._missed_tokens = 0
         self._seen: Hashes = np.empty(0, dtype=np.uint64)
         self._ids = array("q")
         self._requests = array("q")
         """blocks, block_tokens, input_tokens of each request waiting."""
-        self._sampled = 1
-        self._sizes: set[int] = set()
-        self._rows = self._blocks = self._tokens = self._missed_blocks = self._missed_tokens = 0
 
     def add(self, ids: tuple[int, ...], block_tokens: int, input_tokens: int) -> None:
         """One request."""
-        self._rows += 1
+        self.rows += 1
         self._ids.extend(ids)
         self._requests.extend((len(ids), block_tokens, input_tokens))
-        self._sizes.add(block_tokens)
+        self.sizes.add(block_tokens)
         if len(self._ids) >= _BATCH_BLOCKS:
             self._merge()
 
     def add_many(self, ids: Hashes, counts: Ints, block_tokens: int, inputs: Ints) -> None:
         """Requests: their blocks one after the other, how many blocks each has, and how many input tokens."""
-        self._rows += len(counts)
+        self.rows += len(counts)
         self._ids.frombytes(ids.astype(np.uint64).tobytes())
         requests = np.stack([counts, np.full_like(counts, block_tokens), inputs], axis=1)
         self._requests.frombytes(requests.astype(np.int64).tobytes())
-        self._sizes.add(block_tokens)
+        self.sizes.add(block_tokens)
         if len(self._ids) >= _BATCH_BLOCKS:
             self._merge()
 
-    def result(self) -> Prefix:
-        """The figures so far."""
+    def hits(self) -> tuple[int, int]:
+        """Blocks and tokens of those that were found, so far."""
         self._merge()
-        missed_blocks, missed_tokens = min(self._missed_blocks, self._blocks), min(self._missed_tokens, self._tokens)
-        return Prefix(
-            block_tokens=sorted(self._sizes),
-            rows=self._rows,
-            blocks=self._blocks,
-            hit_blocks=self._blocks - missed_blocks,
-            hit_rate_blocks=1 - missed_blocks / max(self._blocks, 1),
-            tokens=self._tokens,
-            hit_tokens=self._tokens - missed_tokens,
-            hit_rate_tokens=1 - missed_tokens / max(self._tokens, 1),
-            sampled=self._sampled,
-        )
+        return max(self.blocks - self._missed_blocks, 0), max(self.tokens - self._missed_tokens, 0)
 
     def _merge(self) -> None:
         if not self._ids:
@@ -118,20 +89,20 @@ class PrefixCache:
         size = np.repeat(sizes, counts)
         hashes = _chained(ids, place, size, starts, counts)
         tokens = np.minimum(size, np.repeat(inputs, counts) - place * size)
-        self._blocks += len(ids)
-        self._tokens += int(tokens.sum())
-        kept = (hashes & np.uint64(self._sampled - 1)) == 0
+        self.blocks += len(ids)
+        self.tokens += int(tokens.sum())
+        kept = (hashes & np.uint64(self.sampled - 1)) == 0
         distinct, first = np.unique(hashes[kept], return_index=True)
         at = np.searchsorted(self._seen, distinct)
         known = at < len(self._seen)
         known[known] = self._seen[at[known]] == distinct[known]
-        self._missed_blocks += self._sampled * int((~known).sum())
-        self._missed_tokens += self._sampled * int(tokens[kept][first[~known]].sum())
+        self._missed_blocks += self.sampled * int((~known).sum())
+        self._missed_tokens += self.sampled * int(tokens[kept][first[~known]].sum())
         self._seen = np.insert(self._seen, at[~known], distinct[~known])
         while len(self._seen) > MAX_BLOCKS:
             # What was counted so far stays exact; from here on one block in so many stands for the others.
-            self._sampled *= 2
-            self._seen = self._seen[(self._seen & np.uint64(self._sampled - 1)) == 0]
+            self.sampled *= 2
+            self._seen = self._seen[(self._seen & np.uint64(self.sampled - 1)) == 0]
 
 
 def _chained(ids: Hashes, place: Ints, size: Ints, starts: Ints, counts: Ints) -> Hashes:
@@ -145,9 +116,15 @@ def _chained(ids: Hashes, place: Ints, size: Ints, starts: Ints, counts: Ints) -
     return _mix(running - np.repeat(before, counts[counts > 0]) + size.astype(np.uint64))
 
 
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
 def _mix(values: Hashes) -> Hashes:
-    """The output function of SplitMix64 (Steele, Lea, Flood 2014)."""
-    values = values * np.uint64(0x9E3779B97F4A7C15)
+    return mix(values * GOLDEN)
+
+
+def mix(values: Hashes) -> Hashes:
+    """64 random bits of each value, in place: the output function of SplitMix64 (Steele, Lea, Flood 2014)."""
     values ^= values >> np.uint64(30)
     values *= np.uint64(0xBF58476D1CE4E5B9)
     values ^= values >> np.uint64(27)
@@ -226,12 +203,12 @@ class IdealReuse:
     """What an unlimited prefix cache would have found in rows that come one after the other."""
 
     def __init__(self) -> None:
-        self._cache: PrefixCache | None = None
+        self._cache = PrefixCache()
         self._turns = Turns()
         self._in_sessions = False
         self._alone: Counter[int] = Counter()
         """Input tokens of rows that find nothing -> how many."""
-        self._rows = self._blocks = self._hit_blocks = self._tokens = self._hit_tokens = 0
+        self._rows = self._blocks = self._hit_blocks = self._tokens = 0
 
     def add(self, record: TraceRecord) -> None:
         """The next row."""
@@ -239,36 +216,33 @@ class IdealReuse:
         if not tokens:
             return
         if record.prefix_ids is not None and record.block_tokens:
-            self._cache = self._cache or PrefixCache()
             self._cache.add(record.prefix_ids, record.block_tokens, tokens)
-            return
-        if record.text is not None or record.messages is not None:
-            return
-        if not accumulates(record):
+        elif accumulates(record):
+            self._in_sessions = True
+            turn = self._turns.place(record.session_id, self._rows, tokens, record.output_tokens)
+            self._rows += 1
+            self._blocks += -(-tokens // BLOCK_TOKENS)
+            self._tokens += tokens
+            self._hit_blocks += turn.before_tokens // BLOCK_TOKENS
+        elif record.text is None and record.messages is None:
             self._alone[tokens] += 1
-            return
-        self._in_sessions = True
-        turn = self._turns.place(record.session_id, self._rows, tokens, record.output_tokens)
-        hits = turn.before_tokens // BLOCK_TOKENS
-        self._rows += 1
-        self._blocks += -(-tokens // BLOCK_TOKENS)
-        self._tokens += tokens
-        self._hit_blocks += hits
-        self._hit_tokens += hits * BLOCK_TOKENS
 
-    def result(self) -> Prefix | None:
+    def result(self) -> PrefixStats | None:
         """The figures so far; None when the trace states neither prefixes nor sessions."""
-        if self._cache is None and not self._in_sessions:
+        if not self._cache.rows and not self._in_sessions:
             return None
-        found = (self._cache or PrefixCache()).result()
-        sizes = {*found.block_tokens, *([BLOCK_TOKENS] if self._in_sessions else [])}
-        blocks = found.blocks + self._blocks + sum(-(-n // min(sizes)) * rows for n, rows in self._alone.items())
-        tokens = found.tokens + self._tokens + sum(n * rows for n, rows in self._alone.items())
-        hit_blocks, hit_tokens = found.hit_blocks + self._hit_blocks, found.hit_tokens + self._hit_tokens
-        return replace(
-            found, block_tokens=sorted(sizes), rows=found.rows + self._rows + self._alone.total(),
+        hit_blocks, hit_tokens = self._cache.hits()
+        hit_blocks += self._hit_blocks
+        hit_tokens += self._hit_blocks * BLOCK_TOKENS
+        sizes = {*self._cache.sizes, *([BLOCK_TOKENS] if self._in_sessions else [])}
+        alone = self._alone.items()
+        blocks = self._cache.blocks + self._blocks + sum(-(-n // min(sizes)) * rows for n, rows in alone)
+        tokens = self._cache.tokens + self._tokens + sum(n * rows for n, rows in alone)
+        return PrefixStats(
+            block_tokens=sorted(sizes), rows=self._cache.rows + self._rows + self._alone.total(),
             blocks=blocks, hit_blocks=hit_blocks, hit_rate_blocks=hit_blocks / max(blocks, 1),
             tokens=tokens, hit_tokens=hit_tokens, hit_rate_tokens=hit_tokens / max(tokens, 1),
+            sampled=self._cache.sampled,
             continued_turns=self._turns.continued if self._in_sessions else None,
             independent_turns=self._turns.independent if self._in_sessions else None,
         )  # fmt: skip

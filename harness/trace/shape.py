@@ -1,7 +1,4 @@
-"""The shape of a trace: what `harness trace inspect` says. Columns of numbers, never the requests.
-
-A record costs a few numbers, and a session a few, in files where they are many (`harness.trace.spool`), and work goes
-by blocks: memory does not grow with the trace. For prefix ids see `harness.trace.prefix`.
+"""The shape of a trace: what `harness trace inspect` says, in figures and in words. Never the requests.
 
 ==========================  ==========================================================================================
 burstiness                  variance / mean of the number of arrivals in windows of 1, 10 and 60 s, laid from the first
@@ -18,30 +15,26 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from harness.trace.io import TraceRecord
-from harness.trace.prefix import IdealReuse, Prefix
-from harness.trace.spool import Column, blocks, empty
-from harness.trace.spool import Sessions as Kept
-from harness.trace.stats import (
-    WINDOWS_S,
-    CacheCount,
-    RecordedCache,
-    counts_between,
-    dispersion,
-    mean_rate,
-    worst,
-)
+from harness.trace.formats.record import safe
+from harness.trace.io import Trace, TraceRecord
+from harness.trace.spool import blocks
+from harness.trace.stats import Ints, PrefixStats, RecordedCache, arrival_stats, counts_between, gaps, worst
+from harness.trace.survey import ModelShare, Survey
 
-Ints = npt.NDArray[np.int64]
 Lens = npt.NDArray[np.int32]
 
+_BARS = " ▁▂▃▄▅▆▇█"
+_SHADES = " ░▒▓█"
+_MODELS = 12
+"""Models that are listed."""
+_BURST = 5
+"""Fewest requests that are called a burst."""
 QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 _BINS = 60
 
@@ -76,6 +69,16 @@ class ConversationShape:
     """Between the arrivals of a session's turns; null without times or second turns."""
 
 
+@dataclass(frozen=True, slots=True)
+class JointLengths:
+    """Rows by both lengths, which fall from one power of four to below the next."""
+
+    input_from: list[int]
+    output_from: list[int]
+    rows: list[list[int]]
+    """By input (down) and output tokens (across)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceShape:
     """All that is said of a trace; null where it does not say, or is too short to."""
@@ -97,10 +100,9 @@ class TraceShape:
     output_tokens: TokenLengths | None
     rank_correlation: float | None
     """Spearman's, of input and output lengths: 1 when longer prompts get longer answers."""
-    joint: dict[str, list[list[int]] | list[int]] | None
-    """rows by power of four of the input (down) and output tokens (across)."""
+    joint: JointLengths | None
     sessions: ConversationShape | None
-    prefix: Prefix | None
+    prefix: PrefixStats | None
     recorded_cache: RecordedCache | None
     """What production's prompt cache found; null where no row says it."""
     rows_with_text: int
@@ -110,156 +112,42 @@ class TraceShape:
 
 def measure(records: Iterable[TraceRecord]) -> TraceShape:
     """The shape of ``records``, which come in order of arrival."""
-    columns = RowColumns()
+    found = Survey()
     for record in records:
-        columns.add(record)
-    return columns.shape()
+        found.add(record)
+    return shape_of(found)
 
 
-@dataclass(slots=True)
-class ModelShare:
-    """The rows of one model, by the source's name for it."""
-
-    model: str | None
-    """null: rows that do not say it; `OTHER_MODELS`: those beyond the first `MODELS_HELD`."""
-    rows: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-
-
-OTHER_MODELS = "(other models)"
-MODELS_HELD = 1000
-
-
-class Models:
-    """Rows and tokens by model."""
-
-    def __init__(self) -> None:
-        self._found: dict[str | None, ModelShare] = {}
-
-    def add(self, record: TraceRecord) -> None:
-        """The next record."""
-        name = record.model
-        if name not in self._found and len(self._found) >= MODELS_HELD:
-            name = OTHER_MODELS
-        share = self._found.setdefault(name, ModelShare(name))
-        share.rows += 1
-        share.input_tokens += record.input_tokens or 0
-        share.output_tokens += record.output_tokens or 0
-
-    def shares(self) -> tuple[ModelShare, ...]:
-        """The most first."""
-        if not self._found.keys() - {None}:
-            return ()
-        return tuple(sorted(self._found.values(), key=lambda share: (-share.rows, share.model or "")))
-
-
-class _SessionSoFar(NamedTuple):
-    """A session so far."""
-
-    rows: int
-    arrival_ns: int | None
-
-
-@dataclass(slots=True)
-class RowColumns:
-    """What is kept of each record until the shape is asked for."""
-
-    arrival_ns: Column = field(default_factory=lambda: Column("q"))
-    input_tokens: Column = field(default_factory=lambda: Column("i"))
-    output_tokens: Column = field(default_factory=lambda: Column("i"))
-    """-1 where not given."""
-    gap_ns: Column = field(default_factory=lambda: Column("q"))
-    """Between the turns of a session."""
-    rows: int = 0
-    with_text: int = 0
-    reuse: IdealReuse = field(default_factory=IdealReuse)
-    cache: CacheCount = field(default_factory=CacheCount)
-    models: Models = field(default_factory=Models)
-    _last: Kept[_SessionSoFar] = field(default_factory=lambda: Kept(_SessionSoFar))
-    _turns: Counter[int] = field(default_factory=Counter)
-    """Turns so far -> sessions that have so many."""
-
-    def add(self, record: TraceRecord) -> None:
-        """The next record."""
-        self.rows += 1
-        arrival_ns = None if record.arrival_s is None else round(record.arrival_s * 1e9)
-        if arrival_ns is not None:
-            self.arrival_ns.append(arrival_ns)
-        self.input_tokens.append(-1 if record.input_tokens is None else record.input_tokens)
-        self.output_tokens.append(-1 if record.output_tokens is None else record.output_tokens)
-        if record.session_id is not None:
-            self._turn(record.session_id, arrival_ns)
-        self.with_text += record.text is not None or record.messages is not None
-        self.reuse.add(record)
-        self.cache.add(record.input_tokens, record.cached_tokens)
-        self.models.add(record)
-
-    def _turn(self, session: str, arrival_ns: int | None) -> None:
-        last = self._last.get(session) or _SessionSoFar(0, None)
-        self._last.set(session, _SessionSoFar(last.rows + 1, arrival_ns))
-        self._turns[last.rows + 1] += 1
-        if last.rows:
-            self._turns[last.rows] -= 1
-        if last.arrival_ns is not None and arrival_ns is not None:
-            self.gap_ns.append(arrival_ns - last.arrival_ns)
-
-    def shape(self) -> TraceShape:
-        """The shape of all records added."""
-        times, into, out = self.arrival_ns.whole(), self.input_tokens.whole(), self.output_tokens.whole()
-        pairs = _Pairs(into, out)
-        rate = mean_rate(times)
-        instants, longest_gap_s = _gaps(times)
-        return TraceShape(
-            rows=self.rows,
-            span_s=int(times[-1] - times[0]) / 1e9 if len(times) else None,
-            mean_rate=rate,
-            instants=instants,
-            longest_gap_s=longest_gap_s,
-            burstiness={f"{w}s": dispersion(times, w) for w in WINDOWS_S},
-            worst_second=_worst(times, 1, rate),
-            worst_minute=_worst(times, 60, rate),
-            rate_over_time=_rate_over_time(times),
-            input_tokens=_lengths(into),
-            output_tokens=_lengths(out),
-            rank_correlation=pairs.rank_correlation(),
-            joint=pairs.joint(),
-            sessions=self._sessions(),
-            prefix=self.reuse.result(),
-            recorded_cache=self.cache.result(),
-            rows_with_text=self.with_text,
-            models=self.models.shares(),
-        )
-
-    def _sessions(self) -> ConversationShape | None:
-        sessions = self._turns.total()
-        if not sessions:
-            return None
-        turns = {rows: count for rows, count in sorted(self._turns.items()) if count}
-        rows = sum(each * count for each, count in turns.items())
-        gaps = _quantiles(self.gap_ns.whole()) if len(self.gap_ns) else None
-        return ConversationShape(
-            sessions=sessions,
-            rows=rows,
-            turns_mean=rows / sessions,
-            turns_max=max(turns),
-            turns_quantiles=_quantiles(np.repeat(list(turns), list(turns.values()))),
-            gap_quantiles_s=None if gaps is None else {name: gap / 1e9 for name, gap in gaps.items()},
-        )
-
-
-# --- arrivals ------------------------------------------------------------------------------------------------------
-
-
-def _gaps(times: Ints) -> tuple[int | None, float | None]:
-    """Different arrivals, and the longest gap between two, s."""
-    if not len(times):
-        return None, None
-    instants, longest = 1, 0
-    for part in blocks(len(times) - 1):
-        gaps = np.diff(times[part.start : part.stop + 1])
-        instants, longest = instants + int(np.count_nonzero(gaps)), max(longest, int(gaps.max()))
-    return instants, longest / 1e9 if len(times) > 1 else None
+def shape_of(found: Survey) -> TraceShape:
+    """The shape of what was seen."""
+    times = found.arrivals
+    arrivals, rate = arrival_stats(times), None
+    instants = longest_gap_s = None
+    if arrivals is not None:
+        rate = arrivals.rate
+        steps = [(int(np.count_nonzero(part)), int(part.max())) for part in gaps(times)]
+        instants = 1 + sum(some for some, _ in steps)
+        longest_gap_s = max(gap for _, gap in steps) / 1e9 if steps else None
+    return TraceShape(
+        rows=found.requests,
+        span_s=arrivals.span_s if arrivals else None,
+        mean_rate=rate,
+        instants=instants,
+        longest_gap_s=longest_gap_s,
+        burstiness=arrivals.dispersion if arrivals else dict.fromkeys(("1s", "10s", "60s")),
+        worst_second=_worst(times, 1, rate),
+        worst_minute=_worst(times, 60, rate),
+        rate_over_time=_rate_over_time(times),
+        input_tokens=_lengths(found.inputs + found.input_lengths),
+        output_tokens=_lengths(found.outputs),
+        rank_correlation=_rank_correlation(found),
+        joint=_joint(found),
+        sessions=_sessions(found),
+        prefix=found.reuse.result(),
+        recorded_cache=found.recorded_cache,
+        rows_with_text=found.texts + found.messages,
+        models=found.models,
+    )
 
 
 def _worst(times: Ints, window_s: int, rate: float | None) -> dict[str, float] | None:
@@ -267,11 +155,8 @@ def _worst(times: Ints, window_s: int, rate: float | None) -> dict[str, float] |
     if found is None or rate is None:
         return None
     requests, at = found
-    return {
-        "requests": requests,
-        "start_s": int(times[at] - times[0]) / 1e9,
-        "ratio_to_mean": requests / (rate * window_s),
-    }
+    start_s = int(times[at] - times[0]) / 1e9
+    return {"requests": requests, "start_s": start_s, "ratio_to_mean": requests / (rate * window_s)}
 
 
 def _rate_over_time(times: Ints) -> dict[str, list[float]] | None:
@@ -283,99 +168,283 @@ def _rate_over_time(times: Ints) -> dict[str, list[float]] | None:
     return {"start_s": [i * width_s for i in range(bins)], "rate": (counts / width_s).tolist()}
 
 
-# --- lengths and sessions ------------------------------------------------------------------------------------------
+def _sessions(found: Survey) -> ConversationShape | None:
+    turns = +found.turns
+    sessions = turns.total()
+    if not sessions:
+        return None
+    rows, gap_ns = sum(each * count for each, count in turns.items()), found.gap_ns.whole()
+    gap_ns.sort()
+    return ConversationShape(
+        sessions=sessions,
+        rows=rows,
+        turns_mean=rows / sessions,
+        turns_max=max(turns),
+        turns_quantiles=_counted_quantiles(turns),
+        gap_quantiles_s=_quantiles(lambda places: gap_ns[places] / 1e9, len(gap_ns)) if len(gap_ns) else None,
+    )
 
 
-def _quantiles(values: npt.NDArray[np.generic]) -> dict[str, float]:
-    """Of ``values``, which are sorted in place."""
-    values.sort()
-    places = np.array(QUANTILES) * (len(values) - 1)
-    below = values[np.floor(places).astype(np.int64)].astype(np.float64)
-    above = values[np.ceil(places).astype(np.int64)].astype(np.float64)
+def _quantiles(at: Callable[[Ints], npt.NDArray[np.generic]], n: int) -> dict[str, float]:
+    """Of ``n`` sorted values, of which ``at`` gives those at some places."""
+    places = np.array(QUANTILES) * (n - 1)
+    below, above = (at(end(places).astype(np.int64)).astype(np.float64) for end in (np.floor, np.ceil))
     found = below + (above - below) * (places % 1)
     return {f"p{q * 100:g}": float(v) for q, v in zip(QUANTILES, found, strict=True)}
 
 
-def _lengths(column: Lens) -> TokenLengths | None:
+def _counted_quantiles(counts: Mapping[int, int]) -> dict[str, float]:
+    values = np.array(sorted(counts))
+    reached = np.cumsum([counts[int(value)] for value in values])
+    return _quantiles(lambda places: values[np.searchsorted(reached, places, side="right")], int(reached[-1]))
+
+
+def _lengths(counts: Mapping[int, int]) -> TokenLengths | None:
     """Of what is given and not 0."""
-    tokens, rows, total = empty(len(column), np.int32), 0, 0
-    powers = np.zeros(32, dtype=np.int64)
-    for part in blocks(len(column)):
-        some = column[part][column[part] > 0]
-        tokens[rows : rows + len(some)] = some
-        rows, total = rows + len(some), total + int(some.sum(dtype=np.int64))
-        powers += np.bincount(_power(some), minlength=32)
-    if not rows:
+    counts = {length: rows for length, rows in counts.items() if length > 0}
+    if not counts:
         return None
-    tokens = tokens[:rows]
-    quantiles = _quantiles(tokens)
+    rows, total = sum(counts.values()), sum(length * rows for length, rows in counts.items())
+    powers: Counter[int] = Counter()
+    for length, some in counts.items():
+        powers[length.bit_length() - 1] += some
     return TokenLengths(
         rows=rows,
         total=total,
         mean=total / rows,
-        minimum=int(tokens[0]),
-        maximum=int(tokens[-1]),
-        quantiles=quantiles,
-        histogram={str(2**power): count for power, count in enumerate(powers.tolist()) if count},
+        minimum=min(counts),
+        maximum=max(counts),
+        quantiles=_counted_quantiles(counts),
+        histogram={str(2**power): powers[power] for power in sorted(powers)},
     )
 
 
-def _power(tokens: Lens) -> Ints:
-    """Of two, at or below each length."""
-    return np.frexp(tokens.astype(np.float64))[1].astype(np.int64) - 1
-
-
-class _Pairs:
+def _pairs(found: Survey) -> Iterator[tuple[Lens, Lens]]:
     """Input and output lengths of the rows that say both."""
-
-    def __init__(self, into: Lens, out: Lens) -> None:
-        self._into, self._out = into, out
-        self.rows = sum(len(a) for a, _ in self)
-
-    def __iter__(self) -> Iterator[tuple[Lens, Lens]]:
-        for part in blocks(len(self._into)):
-            a, b = self._into[part], self._out[part]
-            both = (a > 0) & (b > 0)
-            yield a[both], b[both]
-
-    def rank_correlation(self) -> float | None:
-        """Spearman's; equal lengths share the mean of their ranks. null below three rows or without a spread."""
-        if self.rows < 3:
-            return None
-        ranks = [_Ranks((pair[side] for pair in self), self.rows) for side in (0, 1)]
-        products = sum(float((ranks[0].of(a) * ranks[1].of(b)).sum()) for a, b in self)
-        spread = ranks[0].squares * ranks[1].squares
-        return products / math.sqrt(spread) if spread else None
-
-    def joint(self) -> dict[str, list[list[int]] | list[int]] | None:
-        """Rows by power of four."""
-        if not self.rows:
-            return None
-        table = np.zeros((16, 16), dtype=np.int64)
-        for a, b in self:
-            np.add.at(table, (_power(a) // 2, _power(b) // 2), 1)
-        down, across = (np.flatnonzero(table.any(axis=axis)).tolist() for axis in (1, 0))
-        return {
-            "input_from": [4**i for i in range(down[0], down[-1] + 1)],
-            "output_from": [4**i for i in range(across[0], across[-1] + 1)],
-            "rows": table[down[0] : down[-1] + 1, across[0] : across[-1] + 1].tolist(),
-        }
+    into, out = (column.whole() for column in found.pairs)
+    for part in blocks(len(into)):
+        both = (into[part] > 0) & (out[part] > 0)
+        yield into[part][both], out[part][both]
 
 
-class _Ranks:
-    """Ranks of lengths, less the mean rank."""
+def _rank_correlation(found: Survey) -> float | None:
+    """Spearman's; equal lengths share the mean of their ranks. None below three rows or without a spread."""
+    counts: tuple[Counter[int], Counter[int]] = Counter(), Counter()
+    for pair in _pairs(found):
+        for side in (0, 1):
+            values, rows = np.unique(pair[side], return_counts=True)
+            counts[side].update(dict(zip(values.tolist(), rows.tolist(), strict=True)))
+    n = counts[0].total()
+    if n < 3:
+        return None
+    known, ranks, squares = [], [], 1.0
+    for lengths in counts:  # ranks less the mean rank
+        known.append(np.array(sorted(lengths)))
+        equal = np.array([lengths[int(value)] for value in known[-1]])
+        ranks.append(np.cumsum(equal) - (equal - 1) / 2 - (n + 1) / 2)
+        squares *= float((equal * ranks[-1] ** 2).sum())
+    products = 0.0
+    for pair in _pairs(found):
+        a, b = (ranks[side][np.searchsorted(known[side], pair[side])] for side in (0, 1))
+        products += float((a * b).sum())
+    return products / math.sqrt(squares) if squares else None
 
-    def __init__(self, parts: Iterable[Lens], rows: int) -> None:
-        found: Counter[int] = Counter()
-        for part in parts:
-            values, counts = np.unique(part, return_counts=True)
-            found.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
-        self._values = np.array(sorted(found))
-        equal = np.array([found[int(value)] for value in self._values])
-        self._middles = np.cumsum(equal) - (equal - 1) / 2 - (rows + 1) / 2
-        self.squares = float((equal * self._middles**2).sum())
 
-    def of(self, lengths: Lens) -> npt.NDArray[np.float64]:
-        """The rank of each."""
-        found: npt.NDArray[np.float64] = self._middles[np.searchsorted(self._values, lengths)]
-        return found
+def _joint(found: Survey) -> JointLengths | None:
+    table = np.zeros((16, 16), dtype=np.int64)
+    for pair in _pairs(found):
+        np.add.at(table, tuple((np.frexp(side.astype(np.float64))[1] - 1) // 2 for side in pair), 1)
+    if not table.any():
+        return None
+    down, across = (np.flatnonzero(table.any(axis=axis)).tolist() for axis in (1, 0))
+    into, out = ([4**i for i in range(side[0], side[-1] + 1)] for side in (down, across))
+    return JointLengths(into, out, table[down[0] : down[-1] + 1, across[0] : across[-1] + 1].tolist())
+
+
+# --- in words --------------------------------------------------------------------------------------------------------
+
+
+def described(trace: Trace, shape: TraceShape) -> str:
+    """The whole of ``harness trace inspect``, of a trace that was read."""
+    dropped = "".join(f"; {count} {reason}" for reason, count in sorted(trace.rows_dropped.items()))
+    if trace.rows_failed and trace.rows_failed not in trace.rows_dropped.values():
+        dropped += f"; {trace.rows_failed} failed calls of the source in all"
+    lines = [
+        f"{trace.sources.name}: {trace.format}",
+        f"rows      {trace.rows_read} read, {trace.rows_kept} kept{dropped}",
+        f"clock     {trace.clock}" if trace.clock else "",
+        f"blocks    {trace.blocks}" if trace.blocks else "",
+        *_times(shape, trace.grid_s),
+        *_tokens("input", shape.input_tokens),
+        *_tokens("output", shape.output_tokens),
+        *_table(shape),
+        *_turns(shape),
+        _prefix(shape),
+        _recorded(shape),
+        *_models(shape),
+        *_unread(trace),
+        *(f"note      {note}" for note in trace.notes),
+    ]
+    return "\n".join(line.rstrip() for line in lines if line)
+
+
+def compared(before: TraceShape | None, after: TraceShape) -> str:
+    """A few figures of a trace, beside those of the one it was made from."""
+    shown = [_figures(shape) for shape in (before, after) if shape is not None]
+    rows = []
+    for name, form in _FORMS.items():
+        values = [figures[name] for figures in shown]
+        if values != [None] * len(values):
+            said = " -> ".join("not known" if value is None else format(value, form) for value in values)
+            rows.append(f"{name:28}{said}")
+    return "\n".join(rows)
+
+
+_FORMS = {
+    "requests": "d", "span, s": ".1f", "mean rate, req/s": ".4g", "burstiness at 1s": ".2f",
+    "burstiness at 10s": ".2f", "burstiness at 60s": ".2f", "worst minute / mean": ".2f", "mean input tokens": ".1f",
+    "mean output tokens": ".1f", "sessions": "d", "ideal prefix hit, blocks": ".1%",
+}  # fmt: skip
+
+
+def _figures(shape: TraceShape) -> dict[str, float | None]:
+    return dict(zip(_FORMS, (
+        shape.rows, shape.span_s, shape.mean_rate, *shape.burstiness.values(),
+        shape.worst_minute["ratio_to_mean"] if shape.worst_minute else None,
+        shape.input_tokens.mean if shape.input_tokens else None,
+        shape.output_tokens.mean if shape.output_tokens else None,
+        shape.sessions.sessions if shape.sessions else None,
+        shape.prefix.hit_rate_blocks if shape.prefix else None,
+    ), strict=True))  # fmt: skip
+
+
+def _bars(values: Sequence[float]) -> str:
+    top = max(values, default=0)
+    return "".join(_BARS[math.ceil(8 * v / top) if top else 0] for v in values)
+
+
+def _times(shape: TraceShape, grid_s: float | None) -> list[str]:
+    if shape.span_s is None:
+        return ["times     none: send it in a closed loop (--concurrency) or at drawn times (--arrivals poisson)"]
+    rate = f", {shape.mean_rate:.4g} requests/s" if shape.mean_rate else ""
+    lines = [f"span      {_duration(shape.span_s)}{rate}; {shape.instants} different instants"]
+    if grid_s is not None:
+        lines.append(f"grid      {grid_s:g} s: the source rounded its clock")
+    if shape.rate_over_time:
+        rates = shape.rate_over_time["rate"]
+        window = _duration(shape.span_s / len(rates))
+        lines.append(f"rate      {_bars(rates)}  up to {max(rates):.3g}/s ({window} each)")
+    bursts = [f"{value:.3g} at {name}" for name, value in shape.burstiness.items() if value is not None]
+    if bursts:
+        lines.append(f"bursts    variance/mean of counts {', '.join(bursts)} (Poisson: 1)")
+    for name, most in (("second", shape.worst_second), ("minute", shape.worst_minute)):
+        if most and most["requests"] >= _BURST:  # of two requests in one second nothing follows
+            lines.append(
+                f"          worst {name}: {most['requests']} requests, {most['ratio_to_mean']:.3g} times the mean, "
+                f"at {_duration(most['start_s'])}"
+            )
+    if shape.longest_gap_s and shape.span_s and shape.longest_gap_s > 0.05 * shape.span_s:
+        share = shape.longest_gap_s / shape.span_s
+        lines.append(f"          longest gap: {_duration(shape.longest_gap_s)}, {share:.0%} of the span")
+    return lines
+
+
+def _tokens(side: str, lengths: TokenLengths | None) -> list[str]:
+    if lengths is None:
+        return [f"{side:9} tokens not given"]
+    q = lengths.quantiles
+    starts = range(int(min(lengths.histogram, key=int)).bit_length() - 1, lengths.maximum.bit_length())
+    counts = [lengths.histogram.get(str(2**i), 0) for i in starts]
+    return [
+        f"{side:9} {lengths.mean:.1f} tokens on average; p10 {q['p10']:g}, p50 {q['p50']:g}, p90 {q['p90']:g}, "
+        f"p99 {q['p99']:g}; {lengths.minimum} to {lengths.maximum}",
+        f"          {_bars(counts)}  by powers of two from {2 ** starts[0]}",
+    ]
+
+
+def _table(shape: TraceShape) -> list[str]:
+    if shape.joint is None or shape.rank_correlation is None:
+        return []
+    top = max(max(row) for row in shape.joint.rows)
+    lines = [
+        f"joint     rank correlation of input and output {shape.rank_correlation:+.2f}; requests by input (down) and "
+        "output tokens (across), from:",
+        f"{'':19}{''.join(f'{_short(start):<5}' for start in shape.joint.output_from)}",
+    ]
+    for start, row in zip(shape.joint.input_from, shape.joint.rows, strict=True):
+        lines.append(f"{_short(start):>18} {''.join(_SHADES[-(-4 * count // top)] * 5 for count in row)}")
+    return lines
+
+
+def _short(tokens: int) -> str:
+    return str(tokens) if tokens < 1000 else f"{tokens // 1024}k" if tokens < 2**20 else f"{tokens // 2**20}M"
+
+
+def _turns(shape: TraceShape) -> list[str]:
+    if shape.sessions is None:
+        return ["sessions  none"]
+    s = shape.sessions
+    alone = f", {shape.rows - s.rows} requests without" if s.rows < shape.rows else ""
+    gap = f"; median gap between turns {_duration(s.gap_quantiles_s['p50'])}" if s.gap_quantiles_s else ""
+    return [f"sessions  {s.sessions}{alone}; {s.turns_mean:.2f} turns on average, up to {s.turns_max}{gap}"]
+
+
+def _prefix(shape: TraceShape) -> str:
+    if shape.prefix is None:
+        how = " (--tokenizer FILE finds it in the text)" if shape.rows_with_text else ""
+        return f"prefix    reuse not known{how}"
+    p = shape.prefix
+    sampled = f"; estimated from 1 in {p.sampled} blocks" if p.sampled > 1 else ""
+    sizes = "/".join(map(str, p.block_tokens))
+    text = f"; {shape.rows_with_text} rows of text not counted" if shape.rows_with_text else ""
+    turns = ""
+    if p.continued_turns is not None:
+        turns = (
+            f", if turns go on from the one before them: {p.continued_turns} are long enough to, {p.independent_turns} "
+            "are not"
+        )
+    return (
+        f"prefix    ideal cache hit {p.hit_rate_blocks:.1%} of blocks of {sizes} tokens, {p.hit_rate_tokens:.1%} of "
+        f"tokens{sampled}{turns}{text}"
+    )
+
+
+def _recorded(shape: TraceShape) -> str:
+    """What production found in its own cache."""
+    found = shape.recorded_cache
+    if found is None:
+        return ""
+    tokens = f"{found.cached_tokens:,} of {found.input_tokens:,} tokens"
+    return f"cached    {found.share:.1%} of input: {tokens} on the {found.rows:,} of {shape.rows:,} rows that say it"
+
+
+def _models(shape: TraceShape) -> list[str]:
+    if not shape.models:
+        return []
+    lines = [f"models    {len(shape.models)} (--where model=NAME chooses):"]
+    for share in shape.models[:_MODELS]:
+        name = safe(share.model, 60) if share.model is not None else "(not said)"
+        tokens = f"{share.input_tokens:,} input and {share.output_tokens:,} output tokens"
+        lines.append(f"          {name}: {share.rows:,} rows, {tokens}")
+    if len(shape.models) > _MODELS:
+        lines.append(f"          and {len(shape.models) - _MODELS} more")
+    return lines
+
+
+def _unread(trace: Trace) -> list[str]:
+    """Rows that cannot be read, which a plan refuses."""
+    if not trace.examples:
+        return []
+    count = sum(trace.rows_dropped[reason] for reason in trace.examples)
+    return [
+        f"unread    {count} rows cannot be read, and a plan refuses them (--skip-bad drops them); the first of each:",
+        *(f"          {safe(example, 300)}" for example in trace.examples.values()),
+    ]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.3g} min"
+    return f"{seconds / 3600:.3g} h" if seconds < 172_800 else f"{seconds / 86_400:.3g} days"

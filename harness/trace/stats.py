@@ -46,6 +46,7 @@ class ArrivalStats:
     worst_minute: float | None
     """null when the span is below a minute."""
     gap_cv: float | None
+    """null below two gaps or when all arrive at one instant."""
     gap_quantiles_s: list[float]
     """`POINTS` of them (of at most a million gaps, evenly chosen)."""
     counts: list[int]
@@ -76,11 +77,16 @@ class PrefixStats:
     hit_rate_blocks: float
     hit_rate_tokens: float
     sampled: int
-    """1: every block was counted; k: one in k."""
+    """1: every block was counted; k: one in k, chosen by hash, and counts are multiplied by k."""
     continued_turns: int | None = None
     """Turns of sessions that continue the one before them (`harness.trace.prefix`); null without such sessions."""
     independent_turns: int | None = None
     """Later turns of sessions that do not: their prompts share nothing with those before."""
+    blocks: int | None = None
+    """null, as the three below, in plans of older versions."""
+    hit_blocks: int | None = None
+    tokens: int | None = None
+    hit_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,26 +101,6 @@ class RecordedCache:
     def share(self) -> float:
         """Of input tokens, those that were cached."""
         return self.cached_tokens / max(self.input_tokens, 1)
-
-
-class CacheCount:
-    """Adds up `RecordedCache`."""
-
-    def __init__(self) -> None:
-        self._rows = self._input = self._cached = 0
-
-    def add(self, input_tokens: int | None, cached_tokens: int | None) -> None:
-        """The next row."""
-        if input_tokens is not None and cached_tokens is not None:
-            self._rows += 1
-            self._input += input_tokens
-            self._cached += cached_tokens
-
-    def result(self) -> RecordedCache | None:
-        """So far; None when no row states it."""
-        if not self._rows:
-            return None
-        return RecordedCache(rows=self._rows, input_tokens=self._input, cached_tokens=self._cached)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,8 +172,8 @@ def arrival_stats(times: Ints) -> ArrivalStats | None:
         rate=rate,
         dispersion={f"{w}s": dispersion(times, w) for w in WINDOWS_S},
         worst_minute=None if worst_minute is None or rate is None else worst_minute[0] / (rate * 60),
-        gap_cv=gap_cv(times),
-        gap_quantiles_s=gap_quantiles_s(times),
+        gap_cv=_gap_cv(times, span_ns / (len(times) - 1)) if span_ns and len(times) > 2 else None,
+        gap_quantiles_s=_gap_quantiles_s(times),
         counts=counts_between(times, int(times[0]), span_ns).tolist() if span_ns else [],
     )
 
@@ -202,8 +188,8 @@ def mean_rate(times: Ints) -> float | None:
     return (len(times) - 1) * 1e9 / int(times[-1] - times[0])
 
 
-def window_counts(times: Ints, window_s: int) -> Ints | None:
-    """Arrivals in each whole window; None when there are fewer than `FEWEST_WINDOWS`."""
+def dispersion(times: Ints, window_s: int) -> float | None:
+    """Variance / mean of the arrivals in whole windows; None below `FEWEST_WINDOWS` of them."""
     if not len(times):
         return None
     window_ns = window_s * 1_000_000_000
@@ -216,13 +202,7 @@ def window_counts(times: Ints, window_s: int) -> Ints | None:
         first = int(at[0])
         found = np.bincount(at[at < windows] - first)
         counts[first : first + len(found)] += found
-    return counts
-
-
-def dispersion(times: Ints, window_s: int) -> float | None:
-    """Variance / mean of the counts in windows; None below ten windows."""
-    counts = window_counts(times, window_s)
-    return None if counts is None else float(counts.var() / counts.mean())
+    return float(counts.var() / counts.mean())
 
 
 def worst(times: Ints, window_s: int) -> tuple[int, int] | None:
@@ -240,24 +220,18 @@ def worst(times: Ints, window_s: int) -> tuple[int, int] | None:
     return best
 
 
-def gap_cv(times: Ints) -> float | None:
-    """Standard deviation / mean of the gaps; None below two gaps or when all arrive at one instant."""
-    if len(times) < 3 or times[-1] == times[0]:
-        return None
-    mean_ns = int(times[-1] - times[0]) / (len(times) - 1)
-    squares = sum(float((((gaps - mean_ns) / mean_ns) ** 2).sum()) for gaps in _gaps(times))
+def _gap_cv(times: Ints, mean_ns: float) -> float:
+    squares = sum(float((((part - mean_ns) / mean_ns) ** 2).sum()) for part in gaps(times))
     return float(np.sqrt(squares / (len(times) - 1)))
 
 
-def gap_quantiles_s(times: Ints) -> list[float]:
-    """`POINTS` quantiles of the gaps, s; of every k-th gap where there are more than a million. Empty without gaps."""
+def _gap_quantiles_s(times: Ints) -> list[float]:
     every = -(-len(times) // _MOST_GAPS)
     after = times[1::every]
-    gaps = after - times[:-1:every][: len(after)]
-    if not len(gaps):
+    some = after - times[:-1:every][: len(after)]
+    if not len(some):
         return []
-    found = np.quantile(gaps, np.linspace(0, 1, POINTS), method="inverted_cdf")
-    return [int(gap) / 1e9 for gap in found]
+    return (np.quantile(some, np.linspace(0, 1, POINTS), method="inverted_cdf") / 1e9).tolist()  # type: ignore[no-any-return]
 
 
 def counts_between(times: Ints, start_ns: int, span_ns: int, periods: int = PERIODS) -> Ints:
@@ -287,5 +261,6 @@ def _blocks(times: Ints) -> Iterator[Ints]:
     return (times[at : at + _BLOCK] for at in range(0, len(times), _BLOCK))
 
 
-def _gaps(times: Ints) -> Iterator[Ints]:
+def gaps(times: Ints) -> Iterator[Ints]:
+    """Times between arrivals, ns, a block at a time."""
     return (np.diff(times[at : at + _BLOCK + 1]) for at in range(0, len(times) - 1, _BLOCK))

@@ -1,15 +1,15 @@
-"""The first reading of a trace for a plan: how many rows, when they arrive, and what they look like.
+"""One reading of a trace: how many rows, when they arrive, and what they look like. For plans and for `trace inspect`.
 
-Eight bytes a row are kept (its arrival; three times that where rows are to be drawn or copied) and a few numbers for
-each session, in files where they are many (`harness.trace.spool`), and for prefix ids what `harness.trace.prefix` says.
+A few numbers a row are kept (its arrival and lengths; where rows are to be drawn or copied, when its session began) and
+a few for each session, in files where they are many (`harness.trace.spool`); for prefix ids see `harness.trace.prefix`.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from harness.errors import PlanError, UsageError
@@ -17,11 +17,12 @@ from harness.plan.arrivals import Times
 from harness.trace.edit import Units, place
 from harness.trace.io import Trace, TraceRecord
 from harness.trace.prefix import IdealReuse
-from harness.trace.shape import Models, ModelShare
 from harness.trace.spool import Column, Sessions
-from harness.trace.stats import CacheCount, PartMeans, PrefixStats, TraceStats, arrival_stats, length_stats
+from harness.trace.stats import PartMeans, RecordedCache, TraceStats, arrival_stats, length_stats
 
 _ADAPTERS = 8
+OTHER_MODELS = "(other models)"
+MODELS_HELD = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,30 +34,156 @@ class Content:
     lengths_only: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Survey:
-    """What one reading of the trace found."""
+@dataclass(slots=True)
+class ModelShare:
+    """The rows of one model, by the source's name for it."""
 
-    requests: int
-    arrivals: Times
-    """ns from the first; empty when the trace has no times."""
-    units: Units | None
-    """Only when asked for."""
-    content: Content
-    input_lengths: Mapping[int, int]
-    """Input tokens -> rows that say lengths only."""
-    longest_output: int
-    open_ended: int
-    """Rows that do not say how many tokens to generate."""
-    hang_ups: int
-    timeouts: int
-    """Rows that bring a time limit of their own."""
-    adapters: tuple[str, ...]
-    """Models or adapters that rows ask for, the first few and one more."""
-    models: tuple[ModelShare, ...]
-    """That answered in production, the most rows first."""
-    ended_early: bool
-    stats: TraceStats
+    model: str | None
+    """null: rows that do not say it; `OTHER_MODELS`: those beyond the first `MODELS_HELD`."""
+    rows: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+class _Session(NamedTuple):
+    """A session so far."""
+
+    rows: int
+    start_ns: int
+    last_ns: int | None
+
+
+class Survey:
+    """What the rows seen so far are; `add` each in order of arrival."""
+
+    def __init__(self, units_seed: int | None = None) -> None:
+        """``units_seed``: also say what rows belong together, and a number to draw each unit by."""
+        self.requests = 0
+        self.texts = self.messages = 0
+        self.inputs: Counter[int] = Counter()
+        """Input tokens -> rows of text or messages that say so many."""
+        self.input_lengths: Counter[int] = Counter()
+        """Input tokens -> rows that say lengths only."""
+        self.outputs: Counter[int] = Counter()
+        self.pairs = Column("i"), Column("i")
+        """Input and output tokens of each row; -1 where not given."""
+        self.turns: Counter[int] = Counter()
+        """Turns so far -> sessions that have so many."""
+        self.gap_ns = Column("q")
+        """Between the turns of a session."""
+        self.open_ended = 0
+        """Rows that do not say how many tokens to generate."""
+        self.hang_ups = 0
+        self.timeouts = 0
+        """Rows that bring a time limit of their own."""
+        self.adapters: list[str] = []
+        """Models or adapters that rows ask for, the first few and one more."""
+        self.reuse = IdealReuse()
+        self.ended_early = False
+        self.grid_s: float | None = None
+        """Of the trace."""
+        self._seed = units_seed
+        self._arrival_ns, self._starts, self._places = Column("q"), Column("q"), Column("Q")
+        self._parts = PartMeans(), PartMeans()
+        self._begun = Sessions(_Session)
+        self._models: dict[str | None, ModelShare] = {}
+        self._cached = [0, 0, 0]
+        """Rows that say their input and cached tokens, and the sum of each."""
+
+    def add(self, record: TraceRecord) -> None:
+        """The next row."""
+        into, out, arrival_ns = record.input_tokens, record.output_tokens, record.arrival_ns
+        self.requests += 1
+        if arrival_ns is not None:
+            self._arrival_ns.append(arrival_ns)
+        if record.text is None and record.messages is None:
+            self.input_lengths[into or 0] += 1
+            self._parts[0].add(into or 0)
+        else:
+            self.texts += record.messages is None
+            self.messages += record.messages is not None
+            if into is not None:
+                self.inputs[into] += 1
+        if out is None:
+            self.open_ended += 1
+        else:
+            self.outputs[out] += 1
+            self._parts[1].add(out)
+        self.pairs[0].append(-1 if into is None else into)
+        self.pairs[1].append(-1 if out is None else out)
+        start_ns = arrival_ns or 0
+        if record.session_id is not None:
+            rows, start_ns, last_ns = self._begun.get(record.session_id) or _Session(0, start_ns, None)
+            self._begun.set(record.session_id, _Session(rows + 1, start_ns, arrival_ns))
+            self.turns[rows + 1] += 1
+            if rows:
+                self.turns[rows] -= 1
+            if last_ns is not None and arrival_ns is not None:
+                self.gap_ns.append(arrival_ns - last_ns)
+        if self._seed is not None:
+            self._starts.append(start_ns)
+            self._places.append(place(record, self._seed))
+        self.reuse.add(record)
+        if into is not None and record.cached_tokens is not None:
+            self._cached = [a + b for a, b in zip(self._cached, (1, into, record.cached_tokens), strict=True)]
+        name = record.model if record.model in self._models or len(self._models) < MODELS_HELD else OTHER_MODELS
+        share = self._models.setdefault(name, ModelShare(name))
+        share.rows += 1
+        share.input_tokens += into or 0
+        share.output_tokens += out or 0
+        self.hang_ups += record.cancel_after_s is not None
+        self.timeouts += record.timeout_s is not None
+        if record.adapter is not None and record.adapter not in self.adapters and len(self.adapters) <= _ADAPTERS:
+            self.adapters.append(record.adapter)
+
+    @cached_property
+    def arrivals(self) -> Times:
+        """Ns from the first; empty when the trace has no times."""
+        return self._arrival_ns.whole()
+
+    @cached_property
+    def units(self) -> Units | None:
+        """Only when asked for."""
+        return None if self._seed is None else Units(self._starts.whole(), self._places.whole())
+
+    @property
+    def content(self) -> Content:
+        """Rows by what they say of their prompt."""
+        return Content(messages=self.messages, text=self.texts, lengths_only=self.input_lengths.total())
+
+    @property
+    def models(self) -> tuple[ModelShare, ...]:
+        """That answered in production, the most rows first; empty where no row says its model."""
+        if not self._models.keys() - {None}:
+            return ()
+        return tuple(sorted(self._models.values(), key=lambda share: (-share.rows, share.model or "")))
+
+    @property
+    def recorded_cache(self) -> RecordedCache | None:
+        """What production's prompt cache found; None where no row says it."""
+        rows, into, cached = self._cached
+        return RecordedCache(rows=rows, input_tokens=into, cached_tokens=cached) if rows else None
+
+    @cached_property
+    def stats(self) -> TraceStats:
+        """What a plan keeps of it."""
+        turns = [(each, count) for each, count in self.turns.items() if count]
+        rows, texts = sum(each * count for each, count in turns), self.texts + self.messages
+        tokens = sum(length * count for length, count in self.inputs.items())
+        return TraceStats(
+            requests=self.requests,
+            arrivals=arrival_stats(self.arrivals),
+            input_tokens=length_stats(self.input_lengths, self._parts[0].sd()),
+            output_tokens=length_stats(self.outputs, self._parts[1].sd()),
+            sessions=self.turns.total(),
+            session_rows=rows,
+            most_turns=max((each for each, _ in turns), default=0),
+            unit_rows=(sum(each**2 * count for each, count in turns) + self.requests - rows) / max(self.requests, 1),
+            prefix=self.reuse.result(),
+            grid_s=self.grid_s,
+            recorded_cache=self.recorded_cache,
+            text_tokens=tokens / texts if tokens and self.inputs.total() == texts else None,
+        )
 
 
 def survey(
@@ -71,137 +198,27 @@ def survey(
     """Read the trace up to ``limit`` rows or the first at or after ``cut_ns`` (trace clock).
 
     ``timed``: a row without a time raises `UsageError`. ``made_up``: prompts can be made; else a row with lengths only
-    raises `PlanError`. ``units_seed``: also say what rows belong together, and a number to draw each unit by.
+    raises `PlanError`. ``units_seed``: see `Survey`.
     """
-    look = _Look(trace, made_up, units_seed)
-    ended_early = False
+    found = Survey(units_seed)
     with contextlib.closing(iter(trace)) as records:
         for record in records:
-            if record.arrival_s is not None:
-                arrival_ns = round(record.arrival_s * 1e9)
-                if cut_ns is not None and arrival_ns >= cut_ns:
-                    ended_early = True
-                    break
-                look.arrivals.append(arrival_ns)
-            elif timed:
+            if record.arrival_ns is None and timed:
                 raise UsageError(
                     f"{trace.path}: the trace has no arrival times, so there is nothing to replay in time; "
                     "use --concurrency for a closed loop, or --arrivals poisson --rate R"
                 )
-            look.at(record)
-            if look.requests == limit:
-                ended_early = True
+            if cut_ns is not None and record.arrival_ns is not None and record.arrival_ns >= cut_ns:
+                found.ended_early = True
                 break
-    return look.result(ended_early)
-
-
-class _Begun(NamedTuple):
-    """A session so far."""
-
-    start_ns: int
-    rows: int
-
-
-class _Look:
-    """Counts what passes."""
-
-    def __init__(self, trace: Trace, made_up: bool, units_seed: int | None) -> None:
-        self.requests = 0
-        self.arrivals = Column("q")
-        self._trace, self._made_up, self._seed = trace, made_up, units_seed
-        self._starts, self._places = Column("q"), Column("Q")
-        self._inputs: Counter[int] = Counter()
-        self._outputs: Counter[int] = Counter()
-        self._input_parts, self._output_parts = PartMeans(), PartMeans()
-        self._begun = Sessions(_Begun)
-        self._sessions = self._session_rows = self._squares = self._most_turns = 0
-        """Their number, rows, sum of squared rows, most rows."""
-        self._reuse = IdealReuse()
-        self._cache = CacheCount()
-        self._text_tokens: int | None = 0
-        self._texts = self._open_ended = self._hang_ups = self._timeouts = 0
-        self._adapters: dict[str, None] = {}
-        self._models = Models()
-
-    def at(self, record: TraceRecord) -> None:
-        """The next row, its arrival noted already."""
-        self.requests += 1
-        if record.text is None and record.messages is None:
-            if not self._made_up:
+            found.add(record)
+            if found.input_lengths and not made_up:
                 raise PlanError(
-                    f"{self._trace.path}:{record.line}: the row has lengths but no text, so a prompt must be made; "
+                    f"{trace.path}:{record.line}: the row has lengths but no text, so a prompt must be made; "
                     "give the tokenizer of the model (--tokenizer FILE), or name a server to learn its token ids from"
                 )
-            self._inputs[record.input_tokens or 0] += 1
-            self._input_parts.add(record.input_tokens or 0)
-        else:
-            self._texts += record.messages is None
-            counted = record.input_tokens is not None and self._text_tokens is not None
-            self._text_tokens = (self._text_tokens or 0) + (record.input_tokens or 0) if counted else None
-        if record.output_tokens is None:
-            self._open_ended += 1
-        else:
-            self._outputs[record.output_tokens] += 1
-            self._output_parts.add(record.output_tokens)
-        if record.session_id is not None or self._seed is not None:
-            self._unit(record)
-        self._reuse.add(record)
-        self._cache.add(record.input_tokens, record.cached_tokens)
-        self._models.add(record)
-        self._hang_ups += record.cancel_after_s is not None
-        self._timeouts += record.timeout_s is not None
-        if record.adapter is not None and len(self._adapters) <= _ADAPTERS:
-            self._adapters[record.adapter] = None
-
-    def _unit(self, record: TraceRecord) -> None:
-        start_ns = round((record.arrival_s or 0.0) * 1e9)
-        if record.session_id is not None:
-            start_ns, rows = self._begun.get(record.session_id) or _Begun(start_ns, 0)
-            self._begun.set(record.session_id, _Begun(start_ns, rows + 1))
-            self._sessions += not rows
-            self._session_rows += 1
-            self._squares += 2 * rows + 1
-            self._most_turns = max(self._most_turns, rows + 1)
-        if self._seed is not None:
-            self._starts.append(start_ns)
-            self._places.append(place(record, self._seed))
-
-    def result(self, ended_early: bool) -> Survey:
-        """All that was counted."""
-        arrivals = self.arrivals.whole()
-        prefix = self._reuse.result()
-        return Survey(
-            requests=self.requests,
-            arrivals=arrivals,
-            units=None if self._seed is None else Units(self._starts.whole(), self._places.whole()),
-            content=Content(
-                messages=self.requests - self._texts - self._inputs.total(), text=self._texts,
-                lengths_only=self._inputs.total(),
-            ),
-            input_lengths=self._inputs,
-            longest_output=max(self._outputs, default=0),
-            open_ended=self._open_ended,
-            hang_ups=self._hang_ups,
-            timeouts=self._timeouts,
-            adapters=tuple(self._adapters),
-            models=self._models.shares(),
-            ended_early=ended_early,
-            stats=TraceStats(
-                requests=self.requests,
-                arrivals=arrival_stats(arrivals),
-                input_tokens=length_stats(self._inputs, self._input_parts.sd()),
-                output_tokens=length_stats(self._outputs, self._output_parts.sd()),
-                sessions=self._sessions,
-                session_rows=self._session_rows,
-                most_turns=self._most_turns,
-                unit_rows=(self._squares + self.requests - self._session_rows) / max(self.requests, 1),
-                prefix=None if prefix is None else PrefixStats(
-                    block_tokens=prefix.block_tokens, rows=prefix.rows, hit_rate_blocks=prefix.hit_rate_blocks,
-                    hit_rate_tokens=prefix.hit_rate_tokens, sampled=prefix.sampled,
-                    continued_turns=prefix.continued_turns, independent_turns=prefix.independent_turns,
-                ),
-                grid_s=self._trace.grid_s,
-                recorded_cache=self._cache.result(),
-                text_tokens=self._text_tokens / (self.requests - self._inputs.total()) if self._text_tokens else None,
-            ),
-        )  # fmt: skip
+            if found.requests == limit:
+                found.ended_early = True
+                break
+    found.grid_s = trace.grid_s
+    return found
