@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from analysis.pricing.list_prices import EXTRACT, family, find_list_prices, make_extract, read_list_prices
+from analysis.pricing.list_prices import EXTRACT, family, find_list_prices, read_list_prices
 from harness.errors import UsageError
 
 
@@ -129,13 +129,13 @@ def test_a_map_that_is_not_there(tmp_path):
         read_list_prices(tmp_path / "none.json")
 
 
-def test_an_extract_is_read_back_as_it_was(tmp_path):
-    full = {"b": entry(litellm_extra=1, input_cost_per_token_above_200k_tokens=3e-6), "a": entry(), "c": entry()}
+def test_an_extract_says_its_own_day_and_source(tmp_path):
+    long = entry(litellm_extra=1, input_cost_per_token_above_200k_tokens=3e-6)
+    made = {"schema": "harness.listprices/1", "source": "litellm 1.2.3", "date": "2026-11-22", "licence": "MIT"}
     file = tmp_path / "extract.json"
-    file.write_text(json.dumps(make_extract(full, ["b", "a"], "1.2.3", "2026-11-22", "MIT License ...")))
+    file.write_text(json.dumps(made | {"prices": {"a": entry(), "b": long}}))
     prices = read_list_prices(file)
     assert list(prices.prices) == ["a", "b"]
     assert prices.prices["b"].dearer_when_long and not prices.prices["a"].dearer_when_long
-    assert "1.2.3" in prices.source and prices.date == "2026-11-22"
-    assert "litellm_extra" not in file.read_text()
+    assert (prices.source, prices.date, prices.date_is) == ("litellm 1.2.3", "2026-11-22", "copied from the package")
     assert EXTRACT.stat().st_size < 60_000

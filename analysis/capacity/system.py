@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from analysis.offered_load import KIND_WORDS
 from analysis.summary import Summary
 
 Key = tuple[object, ...]
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+
+
+def grouped(items: Iterable[T], by: Callable[[T], K]) -> dict[K, list[T]]:
+    """Items by their key, keys in the order in which they first come."""
+    found: dict[K, list[T]] = {}
+    for item in items:
+        found.setdefault(by(item), []).append(item)
+    return found
 
 
 def hardware_of(s: Summary) -> Key:
@@ -125,3 +136,9 @@ def arrival_words(s: Summary) -> str:
 def slo_words(s: Summary) -> str | None:
     """The SLO in words, criterion by criterion; None without."""
     return None if s.slo is None else ", ".join(sorted(one.name for one in s.slo.criteria))
+
+
+def all_met(runs: Sequence[Summary]) -> bool | None:
+    """Whether all runs kept the SLO; None without one, and where that is not known of a run."""
+    met = [s.slo.met if s.slo is not None else None for s in runs]
+    return False if False in met else None if None in met else True

@@ -24,14 +24,8 @@ EXTRACT = Path(__file__).with_name("list_prices.json")
 SCHEMA = "harness.listprices/1"
 MAX_BYTES = 100_000_000
 TEXT_MODES = ("chat", "completion", "responses")
-KEYS = (
-    "litellm_provider", "mode", "source",
-    "input_cost_per_token", "cache_read_input_token_cost", "output_cost_per_token",
-)  # fmt: skip
-"""Of a map entry, what the extract keeps (with every ``*_above_*`` price of long prompts)."""
-
 _SKIPPED = frozenset(
-    ("meta", "instruct", "chat", "it", "hf", "turbo", "maas", "fp8", "fp16", "bf16", "int8", "int4", "awq", "gptq")
+    ["meta", "instruct", "chat", "it", "hf", "turbo", "maas", "fp8", "fp16", "bf16", "int8", "int4", "awq", "gptq"]
 )
 _REVISION = re.compile(r"v0\.\d|\d{4}|\d{8}")
 
@@ -78,18 +72,16 @@ def read_list_prices(path: Path | None = None) -> PriceMap:
     """The shipped extract, or the LiteLLM price map (or an extract of it) in ``path``.
 
     Entries that are not text models, or have no input and output price above 0, are left out: in that map 0 stands for
-    "free or not known". Raises `UsageError` for a file that is no price map.
+    "free or not known". Raises `UsageError` for a file that is not a price map.
     """
     file = path or EXTRACT
     try:
         if check_regular(file) > MAX_BYTES:
             raise UsageError(f"{file}: larger than {MAX_BYTES / 1e6:.0f} MB; a price map is a few MB")
-        raw = file.read_bytes()
+        document = msgspec.json.decode(file.read_bytes(), type=dict[str, object])
         modified = dt.datetime.fromtimestamp(file.stat().st_mtime, dt.UTC).date().isoformat()
     except OSError as e:
         raise UsageError(f"{file}: cannot read the price map ({e.strerror})") from e
-    try:
-        document = msgspec.json.decode(raw, type=dict[str, object])
     except DECODE_ERRORS as e:
         raise UsageError(f"{file}: not a JSON price map ({e})") from e
     if document.get("schema") == SCHEMA:
@@ -102,7 +94,8 @@ def read_list_prices(path: Path | None = None) -> PriceMap:
     else:
         # LiteLLM's own file carries no date: the best that can be said is when this copy was written.
         source, day, date_is, licence, entries = str(file), modified, "file last changed", None, document
-    prices = _entries(entries) if isinstance(entries, dict) else {}
+    found = [_read(name, entry) for name, entry in entries.items()] if isinstance(entries, dict) else []
+    prices = {price.name: price for price in found if price is not None}
     if not prices:
         raise UsageError(
             f"{file}: holds no list price; give LiteLLM's model_prices_and_context_window.json (its package litellm "
@@ -111,20 +104,43 @@ def read_list_prices(path: Path | None = None) -> PriceMap:
     return PriceMap(source=source, date=day, date_is=date_is, licence=licence, prices=prices)
 
 
+def _read(name: str, entry: object) -> ListPrice | None:
+    """An entry of the map; None where it is not the price of a text model."""
+    if not isinstance(entry, Mapping) or entry.get("mode") not in TEXT_MODES:
+        return None
+    into, cached, out = (
+        _per_1m(entry.get(key))
+        for key in ("input_cost_per_token", "cache_read_input_token_cost", "output_cost_per_token")
+    )
+    if into is None or out is None:
+        return None
+    page = entry.get("source")
+    return ListPrice(
+        name=name, vendor=str(entry.get("litellm_provider") or "not said"), family=family(name),
+        usd_per_1m_input=into, usd_per_1m_cached_input=cached, usd_per_1m_output=out,
+        dearer_when_long=any(key.startswith(("input", "output")) and "_token_above_" in key for key in entry),
+        page=page if isinstance(page, str) else None,
+    )  # fmt: skip
+
+
+def _per_1m(usd_per_token: object) -> float | None:
+    """USD per 1M tokens; None when it is not a price. Rounded to what the map's seven digits can hold."""
+    if isinstance(usd_per_token, bool) or not isinstance(usd_per_token, int | float):
+        return None
+    usd = usd_per_token * 1e6
+    return round(usd, 9) if math.isfinite(usd) and usd > 0 else None
+
+
 def find_list_prices(prices: PriceMap, model: str, also: Sequence[str] = ()) -> list[ListPrice]:
     """Prices of the same family as ``model``, cheapest output first, then those named in ``also``.
 
-    A vendor that lists the same prices under several names is here once.
-
-    Raises `UsageError` for a name in ``also`` that the map does not have.
+    A vendor that lists the same prices under several names is here once. Raises `UsageError` for a name in ``also``
+    that the map does not have.
     """
-    own = family(model)
-    same: dict[tuple[object, ...], ListPrice] = {}
-    for price in prices.prices.values():
-        if price.family == own:
-            same.setdefault(
-                (price.vendor, price.usd_per_1m_input, price.usd_per_1m_cached_input, price.usd_per_1m_output), price
-            )
+    own, same = family(model), dict[tuple[object, ...], ListPrice]()
+    for p in prices.prices.values():
+        if p.family == own:
+            same.setdefault((p.vendor, p.usd_per_1m_input, p.usd_per_1m_cached_input, p.usd_per_1m_output), p)
     found = sorted(same.values(), key=lambda p: (p.usd_per_1m_output, p.usd_per_1m_input, p.name))
     for name in also:
         if name not in prices.prices:
@@ -147,51 +163,4 @@ def family(name: str) -> str:
     text = re.sub(r"^(?:(?:us|eu|apac|global|us-gov)\.)?(?:meta|mistral|openai|qwen|deepseek|google)\.", "", text)
     text = re.sub(r"(?<=\d)[p_](?=\d)", ".", text)
     text = re.sub(r"llama[-_]?v?(\d)(?:[-.](\d))?-(?=\d)", lambda m: f"llama-{m[1]}{'.' + m[2] if m[2] else ''}-", text)
-    words = [word for word in re.split(r"[-_ ]+", text) if word not in _SKIPPED and not _REVISION.fullmatch(word)]
-    return "-".join(words)
-
-
-def make_extract(
-    full: Mapping[str, Mapping[str, object]], names: Sequence[str], version: str, day: str, licence: str
-) -> dict[str, object]:
-    """A new ``list_prices.json`` document: of the ``full`` LiteLLM map the entries in ``names``, untouched."""
-    return {
-        "schema": SCHEMA,
-        "source": f"LiteLLM price map, PyPI package litellm {version}, model_prices_and_context_window_backup.json",
-        "date": day,
-        "licence": licence,
-        "prices": {
-            name: {key: value for key, value in full[name].items() if key in KEYS or "_token_above_" in key}
-            for name in sorted(names)
-        },
-    }
-
-
-def _entries(document: Mapping[str, object]) -> dict[str, ListPrice]:
-    prices = {}
-    for name, entry in document.items():
-        if not isinstance(entry, dict) or entry.get("mode") not in TEXT_MODES:
-            continue
-        into, out = (_per_1m(entry.get(key)) for key in ("input_cost_per_token", "output_cost_per_token"))
-        if not into or not out:
-            continue
-        page = entry.get("source")
-        prices[name] = ListPrice(
-            name=name,
-            vendor=str(entry.get("litellm_provider") or "not said"),
-            family=family(name),
-            usd_per_1m_input=into,
-            usd_per_1m_cached_input=_per_1m(entry.get("cache_read_input_token_cost")),
-            usd_per_1m_output=out,
-            dearer_when_long=any(key.startswith(("input", "output")) and "_token_above_" in key for key in entry),
-            page=page if isinstance(page, str) else None,
-        )
-    return prices
-
-
-def _per_1m(usd_per_token: object) -> float | None:
-    """USD per 1M tokens; None when it is no price. Rounded to what the map's seven digits can hold."""
-    if isinstance(usd_per_token, bool) or not isinstance(usd_per_token, int | float):
-        return None
-    usd = usd_per_token * 1e6
-    return round(usd, 9) if math.isfinite(usd) and usd > 0 else None
+    return "-".join(w for w in re.split(r"[-_ ]+", text) if w not in _SKIPPED and not _REVISION.fullmatch(w))

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from analysis.capacity.serving_config import ServingConfig, serving_configs
-from analysis.capacity.system import Key, arrival_words, has_load, load_of, load_words, offered, plan_of
+from analysis.capacity.system import all_met, arrival_words, grouped, has_load, load_of, load_words, offered, plan_of
+from analysis.cost.cost import usd_per_1m
 from analysis.cost.split import TokenMix, token_mix
 from analysis.offered_load import GIVEN, KIND_WORDS, LOAD_UNIT, given_load_note
 from analysis.stats.intervals import Quantity
@@ -56,72 +57,58 @@ class OperatingPoint:
 def operating_point(runs: Sequence[Summary]) -> OperatingPoint:
     """The load to quote from the VALID runs of one system (`system_of`)."""
     system = next(iter(serving_configs(runs)), None)
-    found = system.capacity if system is not None else None
-    if system is not None and found is not None and found.state == "found":
-        made = _at_capacity(system, runs)
-        if made is not None:
-            return made
-    return _measured(system, runs)
+    made = None if system is None else _at_capacity(system, runs)
+    return _measured(system, runs) if made is None else made
 
 
 # --------------------------------------------------------------------------------------------------------- at capacity
 
 
 def _at_capacity(system: ServingConfig, runs: Sequence[Summary]) -> OperatingPoint | None:
-    """The quote at capacity; None where tokens or a price are missing."""
-    assert system.capacity is not None and system.capacity.load.value is not None
-    found, load = system.capacity, system.capacity.load.value
+    """The quote at capacity; None where capacity, tokens or a price are missing."""
+    found, cost = system.capacity, system.usd_per_1m_total
+    if found is None or found.load.value is None or cost.value is None:
+        return None
+    load = found.load.value
     below = max(x for x in system.loads if x <= load)
     above = min((x for x in system.loads if x > load), default=below)
     around = [[s for s in runs if offered(s) == x] for x in dict.fromkeys((below, above))]
     into, out = (found.rates.get(f"{kind}_token_throughput") for kind in ("input", "output"))
-    mixes = [mix_of(one) for one in around]
-    cost = system.usd_per_1m_total
-    if cost.value is None or into is None or out is None or into.value is None or out.value is None or None in mixes:
+    mixes = [mix for one in around if (mix := mix_of(one)) is not None]
+    if into is None or out is None or into.value is None or out.value is None or len(mixes) < len(around):
         return None
-    place = 0.0 if above == below else (load - below) / (above - below)
-    mix = _hour(into.value, out.value, [mix for mix in mixes if mix is not None], place)
+    mix = _hour(into.value, out.value, mixes, 0.0 if above == below else (load - below) / (above - below))
     if not mix.total:
         return None
-    usd = (system.usd_per_hour or 0.0) * system.replicas
-    exact = usd / mix.total * 1e6  # whole tokens: prices times tokens are the hour's bill
+    # whole tokens: prices times tokens are the hour's bill
+    exact = usd_per_1m((system.usd_per_hour or 0.0) * system.replicas, mix.total)
     ends = [None if end is None else end * exact / cost.value for end in (cost.low, cost.high)]
-    total = replace(cost, value=exact, low=ends[0], high=ends[1])
+    q = found.load
+    within = " to ".join("not known" if end is None else f"{end:.3g}" for end in (q.low, q.high))
+    within = "" if q.low is None and q.high is None else f" (95 %: {within})"
+    every = tuple(s for one in around for s in one)
     return OperatingPoint(
-        at="capacity", words=_capacity_words(system, runs[0]), load=found.load,
-        runs=tuple(s for one in around for s in one), total=total, mix=mix, denominator=AN_HOUR,
-        floor=system.floor.usd_per_1m_total if system.floor else None,
+        at="capacity", load=q, runs=every, total=replace(cost, value=exact, low=ends[0], high=ends[1]), mix=mix,
+        words=f"{KIND_WORDS[system.loop]}, capacity {load:.3g} {system.unit}{within}{arrival_words(runs[0])}",
+        denominator=AN_HOUR, floor=system.floor.usd_per_1m_total if system.floor else None,
         floor_load=system.floor.load if system.floor else None, kept=True, reason=None,
-        notes=_capacity_notes(system, around, mixes),
+        notes=(
+            *_capacity_notes(system, around),
+            *_common_notes(every, mixes, repeats=min(len(one) for one in around)),
+        ),
     )  # fmt: skip
 
 
 def _hour(into: float, out: float, mixes: Sequence[TokenMix], place: float) -> TokenMix:
     """Whole tokens of one hour; the cached share of input lies between those of the loads around it, too."""
     input_, output = round(into * 3600), round(out * 3600)
-    shares = [
-        None if mix.cached_input is None else mix.cached_input / max(1, mix.uncached_input + mix.cached_input)
-        for mix in mixes
-    ]
-    known = [share for share in shares if share is not None]
-    if len(known) < len(shares):
-        return TokenMix(uncached_input=input_, cached_input=None, output=output)
-    cached = min(input_, round(input_ * (known[0] + place * (known[-1] - known[0]))))
-    return TokenMix(uncached_input=input_ - cached, cached_input=cached, output=output)
+    shares = [mix.cached_input / max(1, mix.input) for mix in mixes if mix.cached_input is not None]
+    if len(shares) < len(mixes):
+        return token_mix(input_, None, output)
+    return token_mix(input_, round(input_ * (shares[0] + place * (shares[-1] - shares[0]))), output)
 
 
-def _capacity_words(system: ServingConfig, first: Summary) -> str:
-    assert system.capacity is not None
-    q = system.capacity.load
-    assert q.value is not None
-    ends = [name if end is None else f"{end:.3g}" for name, end in (("not known", q.low), ("not known", q.high))]
-    within = "" if q.low is None and q.high is None else f" (95 %: {ends[0]} to {ends[1]})"
-    return f"{KIND_WORDS[system.loop]}, capacity {q.value:.3g} {system.unit}{within}{arrival_words(first)}"
-
-
-def _capacity_notes(
-    system: ServingConfig, around: Sequence[Sequence[Summary]], mixes: Sequence[TokenMix | None]
-) -> tuple[str, ...]:
+def _capacity_notes(system: ServingConfig, around: Sequence[Sequence[Summary]]) -> list[str]:
     assert system.capacity is not None
     said = []
     for one, words in zip(around, ("kept", "missed"), strict=False):
@@ -139,7 +126,7 @@ def _capacity_notes(
     if system.usd_per_1m_total.low is None or system.usd_per_1m_total.high is None:
         notes.append("the cost has no whole interval, because capacity or tokens/s have none: more requests, or loads "
                      "further apart, would tell")  # fmt: skip
-    return (*notes, *_common_notes([s for one in around for s in one], mixes, repeats=min(len(one) for one in around)))
+    return notes
 
 
 # ----------------------------------------------------------------------------------------------------- a measured load
@@ -148,27 +135,17 @@ def _capacity_notes(
 def _measured(system: ServingConfig | None, runs: Sequence[Summary]) -> OperatingPoint:
     chosen, reason, notes = _choose(system, runs)
     first, last = chosen[0], chosen[-1]
-    load, words = None, load_words(first)
-    kind = first.offered.kind
-    unit = LOAD_UNIT[kind]
+    unit, load, words = LOAD_UNIT[first.offered.kind], None, load_words(first)
     if load_of(first) != load_of(last):  # none kept the SLO: no one of them is quoted
-        words = f"{KIND_WORDS[kind]}, {_height(chosen[:1]):.3g} to {_height(chosen[-1:]):.3g} {unit}"
+        words = f"{KIND_WORDS[first.offered.kind]}, {_height([first]):.3g} to {_height([last]):.3g} {unit}"
     elif has_load(first):
         load = Quantity(value=offered(first), n=len(chosen), unit=unit, evidence="plan")
     floor = system.floor if system is not None and len(system.loads) > 1 else None
     return OperatingPoint(
         at="a measured load", words=words, load=load, runs=tuple(chosen), total=pooled_cost(chosen),
         mix=mix_of(chosen), denominator=SUCCESSFUL, floor=floor.usd_per_1m_total if floor else None,
-        floor_load=floor.load if floor else None,
-        kept=_kept(chosen),
-        reason=reason, notes=tuple(notes),
+        floor_load=floor.load if floor else None, kept=all_met(chosen), reason=reason, notes=tuple(notes),
     )  # fmt: skip
-
-
-def _kept(runs: Sequence[Summary]) -> bool | None:
-    """Whether all kept the SLO; None without one, and where that is not known of a run."""
-    met = [s.slo.met if s.slo is not None else None for s in runs]
-    return False if False in met else None if None in met else True
 
 
 def _choose(system: ServingConfig | None, runs: Sequence[Summary]) -> tuple[list[Summary], str | None, list[str]]:
@@ -176,10 +153,7 @@ def _choose(system: ServingConfig | None, runs: Sequence[Summary]) -> tuple[list
 
     With an SLO the highest load of which all repeats kept it and below which none missed it; without one the cheapest.
     """
-    loads: dict[Key, list[Summary]] = {}
-    for s in runs:
-        loads.setdefault(load_of(s), []).append(s)
-    points = sorted(loads.values(), key=_height)
+    points = sorted(grouped(runs, load_of).values(), key=_height)
     if all(s.cost.usd_per_1m_total.value is None for s in runs):
         return points[-1], runs[0].cost.usd_per_1m_total.note, []
     kept = [p for p in points if all(s.slo is None or s.slo.met for s in p)]
@@ -198,15 +172,15 @@ def _choose(system: ServingConfig | None, runs: Sequence[Summary]) -> tuple[list
 
 def _choice_notes(best: list[Summary], points: list[list[Summary]], kept: list[list[Summary]]) -> list[str]:
     """What a reader must know of the load that was chosen."""
-    notes = []
+    slo = best[0].slo is not None
     if len(points) == 1:
-        notes.append("a quote of this one load, not of capacity: the highest load that keeps an SLO takes several "
-                     "(harness capacity, harness sweep)")  # fmt: skip
-    elif best[0].slo is None:
-        notes.append(f"the cheapest of {len(points)} measured loads: without an SLO there is no capacity")
+        notes = ["a quote of this one load, not of capacity: the highest load that keeps an SLO takes several "
+                 "(harness capacity, harness sweep)"]  # fmt: skip
+    elif slo:
+        notes = [f"the highest of {len(kept)} measured loads that kept the SLO; {len(points)} were measured"]
     else:
-        notes.append(f"the highest of {len(kept)} measured loads that kept the SLO; {len(points)} were measured")
-    if best[0].slo is None:
+        notes = [f"the cheapest of {len(points)} measured loads: without an SLO there is no capacity"]
+    if not slo:
         notes.append("no SLO was given: nothing says that anyone would accept this latency (--slo)")
     if _height(best) == max(_height(p) for p in points):
         notes.append("no higher load was measured: 100 % means as busy as this, and the hardware may carry more")
@@ -216,11 +190,12 @@ def _choice_notes(best: list[Summary], points: list[list[Summary]], kept: list[l
         notes.append(f"kept, but not beyond doubt: {name}, by {one.attainment.value or 0:.2%} of requests here "
                      f"(95 %: from {one.attainment.low or 0:.2%}); more requests would tell")  # fmt: skip
     given = best[0].offered.kind != "closed"
-    return [*notes, *_common_notes(best, [mix_of(p) for p in kept], repeats=len(best), given=given)]
+    mixes = [mix for p in kept if (mix := mix_of(p)) is not None]
+    return [*notes, *_common_notes(best, mixes, repeats=len(best), given=given)]
 
 
 def _common_notes(
-    runs: Sequence[Summary], mixes: Sequence[TokenMix | None], repeats: int, *, given: bool = False
+    runs: Sequence[Summary], mixes: Sequence[TokenMix], repeats: int, *, given: bool = False
 ) -> list[str]:
     """``given``: the quote is of a load that was given, and no estimate of what the servers can do."""
     notes = []
@@ -235,7 +210,7 @@ def _common_notes(
     if runs[0].load.mode == "closed":
         notes.append("closed loop: a slow server slows its own load, so users who arrive when they like are not priced "
                      "here; replay the trace's own times for that")  # fmt: skip
-    shares = [mix.output / mix.total for mix in mixes if mix is not None and mix.total]
+    shares = [mix.output / mix.total for mix in mixes if mix.total]
     if len(shares) > 1 and max(shares) > min(shares) * (1 + LARGEST_MIX_CHANGE):
         notes.append(f"the loads were measured on other parts of the trace: output is {min(shares):.1%} to "
                      f"{max(shares):.1%} of their tokens, and that alone moves the price")  # fmt: skip

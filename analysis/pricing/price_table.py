@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,6 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from analysis.cost.split import TokenMix
 from analysis.offered_load import KIND_WORDS
 from analysis.pricing.rate_card import RateCard
 from analysis.pricing.terms import Terms, TokenWeights, UnitPrices
@@ -25,15 +24,16 @@ Cell = str | float | bool | None
 Row = dict[str, Cell]
 """A row of the flat table: not known is None."""
 
-_TEXT = (
-    "tier", "model", "engine", "engine_args", "what", "tokens", "note", "evidence", "denominator", "window",
-    "structure", "purchase", "region", "price_source", "price_date", "measured_with_price_date", "load", "trace", "slo",
-    "verdict",
-    "measured", "made", "runs", "quoted_at", "load_unit",
-)  # fmt: skip
-_OTHER = {"replicas": pa.int64(), "n": pa.int64(), "counted_tokens": pa.int64(), "slo_met": pa.bool_()}
+_TYPES = dict.fromkeys(
+    (
+        "usd_per_1m", "low", "high", "window_s", "utilisation", "gross_margin", "discount", "from_tokens_per_month",
+        "break_even_utilisation", "break_even_tokens_per_month", "capacity_tokens_per_month", "fleet_usd_per_month",
+        "usd_per_hour", "measured_with_usd_per_hour", "load_value", "load_low", "load_high",
+    ),
+    pa.float64(),
+) | {"replicas": pa.int64(), "n": pa.int64(), "counted_tokens": pa.int64(), "slo_met": pa.bool_()}  # fmt: skip
 COLUMNS: dict[str, pa.DataType] = {
-    name: pa.string() if name in _TEXT else _OTHER.get(name, pa.float64())
+    name: _TYPES.get(name, pa.string())
     for name in (
         "tier", "model", "replicas", "engine", "engine_args", "what", "tokens", "usd_per_1m", "low", "high", "n",
         "note", "evidence", "denominator", "counted_tokens", "window", "window_s", "utilisation", "gross_margin",
@@ -48,6 +48,8 @@ COLUMNS: dict[str, pa.DataType] = {
 
 ``usd_per_1m`` is per 1M of ``counted_tokens``; of the three kinds their products add up to that of "total".
 """
+_API = ("tier", "model", "evidence", "trace", "measured", "made", "runs")
+"""What of our own fleet stands in the row of an API that its traffic is held against."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,123 +75,92 @@ def price_rows(report: PriceReport) -> list[Row]:
 
 
 def _rows(charge: RateCard, report: PriceReport) -> list[Row]:
-    basis, before = charge.basis, charge.basis.measured_with if charge.basis else None
-    common = dict.fromkeys(COLUMNS) | {
+    basis, q, weights = charge.basis, charge.offered, charge.structure
+    before = basis.measured_with if basis else None
+    cached = "-" if weights.cached_input is None else f"{weights.cached_input:g}"
+    common: Row = dict.fromkeys(COLUMNS) | {
         "tier": charge.tier, "model": charge.model, "replicas": charge.replicas, "engine": charge.engine,
         "engine_args": " ".join(charge.args), "evidence": charge.evidence,
         "window": charge.window, "window_s": charge.window_s,
         "capacity_tokens_per_month": charge.capacity_tokens_per_month,
-        "fleet_usd_per_month": charge.fleet_usd_per_month, "structure": _structure_words(charge.structure),
+        "fleet_usd_per_month": charge.fleet_usd_per_month,
+        "structure": f"{weights.method} input:output:cached {weights.input:g}:{weights.output:g}:{cached}",
         "usd_per_hour": basis.usd_per_hour if basis else None, "purchase": basis.purchase if basis else None,
         "region": basis.region if basis else None, "price_source": basis.source if basis else None,
         "price_date": basis.date if basis else None,
         "measured_with_usd_per_hour": before.usd_per_hour if before else None,
         "measured_with_price_date": before.date if before else None, "quoted_at": charge.quoted_at,
-        "load": charge.load, **_load(charge), "trace": charge.trace,
+        "load": charge.load, "load_value": q.value if q else None, "load_low": q.low if q else None,
+        "load_high": q.high if q else None, "load_unit": q.unit if q else None, "trace": charge.trace,
         "slo": charge.slo, "slo_met": charge.slo_met, "measured": charge.measured, "made": report.made,
         "runs": " ".join(charge.runs),
     }  # fmt: skip
     if charge.cost_full is None or charge.cost is None:
         return [common | {"what": "no price", "note": charge.reason}]
-    counted = _counted(charge)
+    counted, utilisation = _counted(charge), report.terms.utilisation
     rows = _kinds(common | {"what": "cost", "utilisation": 1.0}, charge.cost_full, counted)
-    rows += _kinds(common | {"what": "cost", "utilisation": report.terms.utilisation}, charge.cost, counted)
+    rows += _kinds(common | {"what": "cost", "utilisation": utilisation}, charge.cost, counted)
     if charge.floor is not None:
-        rows += _floor_rows(charge, charge.floor, common, counted)
+        # another load, which meets no SLO; the mix is that of the quoted one
+        floor: Row = {
+            "what": "saturated floor", "utilisation": 1.0, "quoted_at": "a measured load", "slo_met": None,
+            "load": f"{KIND_WORDS[charge.loop]}, {charge.floor_load:g} {q.unit if q else ''}".strip(),
+            "load_value": charge.floor_load, "load_low": None, "load_high": None, "capacity_tokens_per_month": None,
+            "window_s": None, "runs": None,
+        }  # fmt: skip
+        for row in _kinds(common | floor, charge.floor, counted):
+            kind = str(row["denominator"]).partition(" of successful requests")[0]
+            row["denominator"] = f"{kind} of successful requests, in the mix of the quoted load"
+            row["note"] = row["note"] or "highest throughput of any VALID run: it keeps no SLO"
+            rows.append(row)
     for offer in charge.offers:
-        facts = {
-            "what": f"price: {offer.name}", "utilisation": report.terms.utilisation, "gross_margin": offer.margin,
-            "discount": offer.discount, "from_tokens_per_month": offer.from_tokens,
-            "break_even_utilisation": offer.break_even_utilisation,
-            "break_even_tokens_per_month": (charge.capacity_tokens_per_month or 0.0) * offer.break_even_utilisation
-            if offer.break_even_utilisation <= 1 else None,
+        share = offer.break_even_utilisation
+        facts: Row = {
+            "what": f"price: {offer.name}", "utilisation": utilisation, "gross_margin": offer.margin,
+            "discount": offer.discount, "from_tokens_per_month": offer.from_tokens, "break_even_utilisation": share,
+            "break_even_tokens_per_month": (charge.capacity_tokens_per_month or 0.0) * share if share <= 1 else None,
         }  # fmt: skip
         rows += _kinds(common | facts, offer.prices, counted)
     for a in charge.against:
-        facts = {
+        facts = {key: common[key] if key in _API else None for key in COLUMNS} | {
             "what": f"API list price: {a.price.name}", "evidence": "list price",
             "price_source": report.list_prices["source"], "price_date": report.list_prices["date"],
             "break_even_utilisation": a.break_even_utilisation.value,
             "break_even_tokens_per_month": a.break_even_tokens_per_month, "verdict": a.verdict,
             "note": "; ".join(a.notes) or None,
         }  # fmt: skip
-        values = {
+        asked = {
             "input": a.price.usd_per_1m_input, "cached_input": a.price.usd_per_1m_cached_input,
             "output": a.price.usd_per_1m_output, "total": a.usd_per_1m_total,
         }  # fmt: skip
-        rows += [
-            common | _OURS | facts | counted[kind] | {"tokens": kind, "usd_per_1m": value}
-            for kind, value in values.items()
-        ]
+        rows += [facts | counted[kind] | {"tokens": kind, "usd_per_1m": usd} for kind, usd in asked.items()]
     return rows
-
-
-_OURS = dict.fromkeys(
-    (
-        "replicas", "engine", "engine_args", "window", "window_s", "capacity_tokens_per_month", "fleet_usd_per_month",
-        "structure", "usd_per_hour", "purchase", "region", "measured_with_usd_per_hour", "measured_with_price_date",
-        "quoted_at", "load", "load_value", "load_low", "load_high", "load_unit", "slo", "slo_met",
-    )
-)  # fmt: skip
-"""What is true of our own fleet only and says nothing of an API."""
-
-
-def _load(charge: RateCard) -> Row:
-    q = charge.offered
-    ends = {} if q is None else {"load_value": q.value, "load_low": q.low, "load_high": q.high, "load_unit": q.unit}
-    return dict.fromkeys(("load_value", "load_low", "load_high", "load_unit")) | ends
-
-
-def _floor_rows(charge: RateCard, floor: UnitPrices, common: Row, counted: dict[str, Row]) -> list[Row]:
-    """The saturated floor: another load, which meets no SLO; the mix is that of the quoted one."""
-    unit = common["load_unit"] or ""
-    facts: Row = {
-        "what": "saturated floor", "utilisation": 1.0, "quoted_at": "a measured load", "slo_met": None,
-        "load": f"{KIND_WORDS[charge.loop]}, {charge.floor_load:g} {unit}".strip(), "load_value": charge.floor_load,
-        "load_low": None, "load_high": None, "capacity_tokens_per_month": None, "window_s": None, "runs": None,
-        "note": "highest throughput of any VALID run: it keeps no promise",
-    }  # fmt: skip
-    words = {kind: _in_the_mix(str(one["denominator"])) for kind, one in counted.items()}
-    mixed: dict[str, Row] = {kind: one | {"denominator": words[kind]} for kind, one in counted.items()}
-    return [row | {"note": row["note"] or facts["note"]} for row in _kinds(common | facts, floor, mixed)]
-
-
-def _in_the_mix(denominator: str) -> str:
-    return (
-        denominator.partition(" of successful requests")[0] + " of successful requests, in the mix of the quoted load"
-    )
 
 
 def _counted(charge: RateCard) -> dict[str, Row]:
     """Denominator and tokens of each kind of tokens."""
-    mix, of = charge.mix or TokenMix(uncached_input=0, cached_input=None, output=0), charge.denominator
-    apart = charge.cost is not None and charge.cost.cached_input.value is not None
-    into = mix.uncached_input + (0 if apart else mix.cached_input or 0)
+    mix = charge.mix
+    assert mix is not None and charge.cost is not None
+    apart = charge.cost.cached_input.value is not None
     kinds = {
-        "input": ("uncached input" if apart else "input", into),
+        "input": ("uncached input" if apart else "input", mix.uncached_input if apart else mix.input),
         "cached_input": ("cached input", mix.cached_input if apart else None),
         "output": ("output", mix.output),
         "total": ("input + output", mix.total),
     }
     return {
-        kind: {"denominator": of.replace("input + output", words, 1), "counted_tokens": tokens}
+        kind: {"denominator": charge.denominator.replace("input + output", words, 1), "counted_tokens": tokens}
         for kind, (words, tokens) in kinds.items()
     }
 
 
-def _kinds(common: Row, prices: UnitPrices, counted: dict[str, Row]) -> list[Row]:
+def _kinds(common: Row, prices: UnitPrices, counted: Mapping[str, Row]) -> list[Row]:
     named = {"input": prices.input, "cached_input": prices.cached_input, "output": prices.output, "total": prices.total}
     return [
-        common
-        | counted[kind]
-        | {"tokens": kind, "usd_per_1m": q.value, "low": q.low, "high": q.high, "n": q.n, "note": q.note}
+        {**common, **counted[kind], "tokens": kind, "usd_per_1m": q.value, "low": q.low, "high": q.high, "n": q.n,
+         "note": q.note}
         for kind, q in named.items()
-    ]
-
-
-def _structure_words(structure: TokenWeights) -> str:
-    cached = "-" if structure.cached_input is None else f"{structure.cached_input:g}"
-    return f"{structure.method} input:output:cached {structure.input:g}:{structure.output:g}:{cached}"
+    ]  # fmt: skip
 
 
 def price_csv(rows: Sequence[Row]) -> str:
@@ -197,8 +168,7 @@ def price_csv(rows: Sequence[Row]) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, fieldnames=list(COLUMNS), lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        writer.writerow({key: _cell(value) for key, value in row.items()})
+    writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
     return out.getvalue()
 
 

@@ -15,15 +15,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 
-from analysis.capacity.system import Key, servers_of, slo_words, system_of
-from analysis.cost.basis import PriceBasis, basis_of
-from analysis.cost.cost import HOURS_PER_MONTH
-from analysis.cost.split import Split, TokenMix
+from analysis.capacity.system import grouped, servers_of, slo_words, system_of
+from analysis.cost.cost import HOURS_PER_MONTH, usd_per_1m
+from analysis.cost.split import TokenMix
 from analysis.offered_load import LoadKind
 from analysis.price_age import OLD_DAYS
 from analysis.pricing.list_prices import ListPrice
 from analysis.pricing.operating_point import OperatingPoint, operating_point
-from analysis.pricing.terms import Terms, TokenWeights, UnitPrices, bill_parts, from_split, times, unit_prices
+from analysis.pricing.terms import (
+    PriceBasis,
+    Terms,
+    TokenWeights,
+    UnitPrices,
+    basis_of,
+    bill_parts,
+    from_split,
+    unit_prices,
+)
 from analysis.stats.intervals import Quantity, scaled
 from analysis.summary import Summary
 from harness.record.manifest import Tier
@@ -46,54 +54,6 @@ class ApiComparison:
     verdict: str
     """build, buy, too close to call, or not known: the end of the interval that would decide is missing."""
     notes: tuple[str, ...]
-
-
-def compare_with_api(made: RateCard, terms: Terms, prices: Sequence[ListPrice], family: str) -> RateCard:
-    """``made`` with what its traffic would cost at each of ``prices``; ``family``: of the model that was measured."""
-    if made.cost_full is None or made.mix is None or made.fleet_usd_per_month is None:
-        return made
-    found = tuple(_against(made, terms, price, price.family == family) for price in prices)
-    return replace(made, against=tuple(sorted(found, key=lambda a: (not a.same_model, a.usd_per_1m_total))))
-
-
-def api_usd(price: ListPrice, mix: TokenMix) -> float:
-    """Bill for ``mix`` at an API's list prices, USD. No cached price listed: cached input at the full input price."""
-    cached = price.usd_per_1m_input if price.usd_per_1m_cached_input is None else price.usd_per_1m_cached_input
-    return (
-        mix.uncached_input * price.usd_per_1m_input
-        + (mix.cached_input or 0) * cached
-        + mix.output * price.usd_per_1m_output
-    ) / 1e6
-
-
-def _against(made: RateCard, terms: Terms, price: ListPrice, same_model: bool) -> ApiComparison:
-    assert made.cost_full is not None and made.mix is not None and made.fleet_usd_per_month is not None
-    blend = api_usd(price, made.mix) / made.mix.total * 1e6
-    full = made.cost_full.total
-    at_full = replace(scaled(full, 1 / blend), unit="share of the API's price")
-    own = scaled(at_full, 1 / terms.utilisation)
-    assert at_full.value is not None
-    if own.high is not None and own.high < 1:
-        verdict = "build"
-    elif own.low is not None and own.low > 1:
-        verdict = "buy"
-    else:
-        verdict = "not known" if own.low is None or own.high is None else "too close to call"
-    notes = [] if same_model else ["another model: its tokenizer and its answers differ"]
-    if made.mix.cached_input and price.usd_per_1m_cached_input is None:
-        notes.append("no cached price is listed: cached input at full price")
-    if price.dearer_when_long:
-        notes.append("long prompts cost more there; only the base price is used")
-    return ApiComparison(
-        price=price,
-        same_model=same_model,
-        usd_per_1m_total=blend,
-        own_share=own,
-        break_even_utilisation=replace(at_full, unit="share of the paid capacity"),
-        break_even_tokens_per_month=made.fleet_usd_per_month / blend * 1e6 if at_full.value <= 1 else None,
-        verdict=verdict,
-        notes=tuple(notes),
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,56 +107,46 @@ class RateCard:
     structure: TokenWeights
     mix: TokenMix | None
     """Of those runs; at capacity of one hour there."""
-    bill_nanousd: tuple[int, int, int] | None
+    bill_nanousd: tuple[int, int, int] | None = None
     """What uncached input, cached input and output carry of the bill for these tokens; adds up to it."""
-    cost_full: UnitPrices | None
-    cost: UnitPrices | None
-    floor: UnitPrices | None
+    cost_full: UnitPrices | None = None
+    cost: UnitPrices | None = None
+    floor: UnitPrices | None = None
     """Cost at the highest throughput of any VALID run: it meets no SLO. Unless that load saturated the servers, a
     higher one may cost less."""
     floor_load: float | None
-    offers: tuple[Offer, ...]
+    offers: tuple[Offer, ...] = ()
     """Standard first, then volume tiers, then batch."""
-    fleet_usd_per_month: float | None
-    capacity_tokens_per_month: float | None
+    fleet_usd_per_month: float | None = None
+    capacity_tokens_per_month: float | None = None
     """All tokens the fleet serves in 730 h at the measured load."""
-    break_even_tokens_per_month: float | None
+    break_even_tokens_per_month: float | None = None
     """Tokens a month at which the standard price pays for the fleet."""
-    against: tuple[ApiComparison, ...]
+    against: tuple[ApiComparison, ...] = ()
     reason: str | None
     caution: str | None
     """What a reader must know before any figure; None when there is nothing."""
     notes: tuple[str, ...]
 
 
-# ------------------------------------------------------------------------------------------------------------ decision
-
-
 def charge(
-    summaries: Sequence[Summary],
-    terms: Terms,
-    structure: TokenWeights,
-    *,
-    today: date,
-    split_method: str | None = None,
-    new_prices: Mapping[str, Tier] | None = None,
-) -> list[RateCard]:
+    summaries: Sequence[Summary], terms: Terms, structure: TokenWeights, *, today: date,
+    split_method: str | None = None, new_prices: Mapping[str, Tier] | None = None,
+) -> list[RateCard]:  # fmt: skip
     """One decision for each `system_of`, cheapest first; only VALID summaries may come in.
 
-    Quoted at the highest load that keeps the SLO (`quoted.quote`). ``today``: by which prices are old.
+    Quoted at the highest load that keeps the SLO (`operating_point`). ``today``: by which prices are old.
     ``split_method``: weights by that split of the bill where it is identifiable, else ``structure``, with a note.
     ``new_prices``: tiers by name whose price replaces the run's own. Raises `UsageError` when a new price is for other
     hardware.
     """
-    systems: dict[Key, list[Summary]] = {}
     for s in summaries:
         if s.verdict != "VALID":
             raise ValueError(f"{s.run} is {s.verdict}: it has no price")
-        systems.setdefault(system_of(s), []).append(s)
     made = []
-    for runs in systems.values():
+    for runs in grouped(summaries, system_of).values():
         found = operating_point(runs)
-        weights = _weights(found, structure, split_method)
+        weights = structure if split_method is None else _measured_weights(found.runs, structure, split_method)
         made.append(_charge(found, terms, weights, basis_of(runs[0].tier, new_prices or {}, today)))
     return sorted(made, key=lambda c: math.inf if c.cost_full is None else c.cost_full.total.value or math.inf)
 
@@ -206,76 +156,47 @@ def _charge(found: OperatingPoint, terms: Terms, structure: TokenWeights, basis:
     if reason is None and (full.value is None or mix is None or basis is None or not mix.total):
         reason = full.note or first.cost.reason or "no tokens were served"
     made = RateCard(
-        tier=first.tier.name if first.tier else None,
-        model=first.model,
-        label=first.label,
-        servers=servers_of(first),
-        engine=f"{first.engine} {first.server.version or ''}".strip(),
-        args=tuple(first.server.args),
-        replicas=first.cost.replicas,
-        evidence=full.evidence,
-        trace=first.plan.trace,
-        loop=first.offered.kind,
-        quoted_at=found.at,
-        load=found.words,
-        offered=found.load,
-        runs=tuple(s.run for s in found.runs),
-        measured=min(s.created for s in found.runs)[:10],
-        slo=slo_words(first),
-        slo_met=found.kept,
+        tier=first.tier.name if first.tier else None, model=first.model, label=first.label, servers=servers_of(first),
+        engine=f"{first.engine} {first.server.version or ''}".strip(), args=tuple(first.server.args),
+        replicas=first.cost.replicas, evidence=full.evidence, trace=first.plan.trace, loop=first.offered.kind,
+        quoted_at=found.at, load=found.words, offered=found.load, runs=tuple(s.run for s in found.runs),
+        measured=min(s.created for s in found.runs)[:10], slo=slo_words(first), slo_met=found.kept,
         window=first.window.rule if first.window else None,
-        window_s=sum(s.window.duration_s for s in found.runs if s.window) or None,
-        denominator=found.denominator,
-        basis=basis,
-        structure=structure,
-        mix=mix,
-        bill_nanousd=None, cost_full=None, cost=None, floor=None, floor_load=found.floor_load, offers=(),
-        fleet_usd_per_month=None, capacity_tokens_per_month=None, break_even_tokens_per_month=None, against=(),
-        reason=reason,
+        window_s=sum(s.window.duration_s for s in found.runs if s.window) or None, denominator=found.denominator,
+        basis=basis, structure=structure, mix=mix, floor_load=found.floor_load, reason=reason,
         caution=next((s.caution for s in found.runs if s.caution), None),
         notes=(*found.notes, *_notes(found, structure, basis)),
     )  # fmt: skip
     if reason is not None or mix is None or basis is None or full.value is None:
         return made
     again = 1.0 if basis.measured_with is None else basis.usd_per_hour / basis.measured_with.usd_per_hour
-    full = scaled(full, again)
+    full, floor = scaled(full, again), found.floor
     assert full.value is not None
     cost_full = unit_prices(full, mix, structure)
     offers = _offers(cost_full, terms)
     month = basis.usd_per_hour * first.cost.replicas * HOURS_PER_MONTH
     capacity = month / full.value * 1e6
-    known = found.floor is not None and found.floor.value is not None
     return replace(
-        made,
-        bill_nanousd=bill_parts(full.value, mix, structure),
-        cost_full=cost_full,
-        cost=times(cost_full, 1 / terms.utilisation),
-        floor=unit_prices(scaled(found.floor, again), mix, structure) if known and found.floor is not None else None,
-        offers=offers,
-        fleet_usd_per_month=month,
-        capacity_tokens_per_month=capacity,
+        made, bill_nanousd=bill_parts(full.value, mix, structure), cost_full=cost_full,
+        cost=cost_full.times(1 / terms.utilisation),
+        floor=None if floor is None or floor.value is None else unit_prices(scaled(floor, again), mix, structure),
+        offers=offers, fleet_usd_per_month=month, capacity_tokens_per_month=capacity,
         break_even_tokens_per_month=capacity * offers[0].break_even_utilisation,
-    )
+    )  # fmt: skip
 
 
-def _weights(found: OperatingPoint, declared: TokenWeights, method: str | None) -> TokenWeights:
+def _measured_weights(runs: Sequence[Summary], declared: TokenWeights, method: str) -> TokenWeights:
     """Weights by ``method`` of the first run where it is identifiable; else the declared."""
-    if method is None:
-        return declared
-    splits = [split for s in found.runs for split in s.cost.splits if split.method == method]
+    splits = [split for s in runs for split in s.cost.splits if split.method == method]
     split = next((split for split in splits if split.usd_per_1m_output.value is not None), None)
-    if split is not None:
-        return replace(from_split(split), note=_found(split))
-    why = next((split.reason for split in splits if split.reason), "these runs have no such split")
-    return replace(declared, note=f"{method}: not identifiable ({why}); the declared ratio is used instead")
-
-
-def _found(split: Split) -> str:
-    """What a measured division rests on."""
+    if split is None:
+        why = next((split.reason for split in splits if split.reason), "these runs have no such split")
+        return replace(declared, note=f"{method}: not identifiable ({why}); the declared ratio is used instead")
     q = split.usd_per_1m_output
     ends = "" if q.low is None or q.high is None else f"; output 95 %: {q.low:.3g} to {q.high:.3g} for {q.value:.3g}"
     facts = [f"{name} {split.facts[name]:.3g}" for name in ("rows", "condition", "residual") if name in split.facts]
-    return f"divided by {split.method}: {', '.join(facts) or 'no fit'}{ends} USD per 1M; the bill is taken as it is"
+    rests = f"divided by {method}: {', '.join(facts) or 'no fit'}{ends} USD per 1M; the bill is taken as it is"
+    return replace(from_split(split), note=rests)
 
 
 def _notes(found: OperatingPoint, structure: TokenWeights, basis: PriceBasis | None) -> list[str]:
@@ -296,25 +217,58 @@ def _notes(found: OperatingPoint, structure: TokenWeights, basis: PriceBasis | N
 
 
 def _offers(cost_full: UnitPrices, terms: Terms) -> tuple[Offer, ...]:
-    factor = 1 / terms.utilisation / (1 - terms.margin)
-
-    def offer(name: str, from_tokens: float, discount: float) -> Offer:
-        share = 1 - discount
-        return Offer(
-            name=name,
-            from_tokens=from_tokens,
-            discount=discount,
-            prices=times(cost_full, factor * share),
-            margin=1 - (1 - terms.margin) / share,
-            break_even_utilisation=terms.utilisation * (1 - terms.margin) / share,
-        )
-
-    made = [offer("standard", 0.0, 0.0)]
-    made += [
-        offer(f"beyond {v.from_tokens:,.0f} tokens a month", v.from_tokens, v.discount)
-        for v in terms.volume
-        if v.discount
+    listed = [("standard", 0.0, 0.0)]
+    listed += [
+        (f"beyond {v.from_tokens:,.0f} tokens a month", v.from_tokens, v.discount) for v in terms.volume if v.discount
     ]
-    if terms.batch_discount is not None:
-        made.append(offer("batch", 0.0, terms.batch_discount))
-    return tuple(made)
+    listed += [] if terms.batch_discount is None else [("batch", 0.0, terms.batch_discount)]
+    factor = 1 / terms.utilisation / (1 - terms.margin)
+    return tuple(
+        Offer(
+            name=name, from_tokens=from_tokens, discount=discount, prices=cost_full.times(factor * (1 - discount)),
+            margin=1 - (1 - terms.margin) / (1 - discount),
+            break_even_utilisation=terms.utilisation * (1 - terms.margin) / (1 - discount),
+        )
+        for name, from_tokens, discount in listed
+    )  # fmt: skip
+
+
+def api_usd(price: ListPrice, mix: TokenMix) -> float:
+    """Bill for ``mix`` at an API's list prices, USD. No cached price listed: cached input at the full input price."""
+    cached = price.usd_per_1m_input if price.usd_per_1m_cached_input is None else price.usd_per_1m_cached_input
+    return (
+        mix.uncached_input * price.usd_per_1m_input
+        + (mix.cached_input or 0) * cached
+        + mix.output * price.usd_per_1m_output
+    ) / 1e6
+
+
+def compare_with_api(made: RateCard, terms: Terms, prices: Sequence[ListPrice], family: str) -> RateCard:
+    """``made`` with what its traffic would cost at each of ``prices``; ``family``: of the model that was measured."""
+    if made.cost_full is None or made.mix is None or made.fleet_usd_per_month is None:
+        return made
+    mix, full, month, found = made.mix, made.cost_full.total, made.fleet_usd_per_month, []
+    for price in prices:
+        blend = usd_per_1m(api_usd(price, mix), mix.total)
+        at_full = replace(scaled(full, 1 / blend), unit="share of the paid capacity")
+        own = replace(scaled(at_full, 1 / terms.utilisation), unit="share of the API's price")
+        if own.high is not None and own.high < 1:
+            verdict = "build"
+        elif own.low is not None and own.low > 1:
+            verdict = "buy"
+        else:
+            verdict = "not known" if own.low is None or own.high is None else "too close to call"
+        notes = [] if price.family == family else ["another model: its tokenizer and its answers differ"]
+        if mix.cached_input and price.usd_per_1m_cached_input is None:
+            notes.append("no cached price is listed: cached input at full price")
+        if price.dearer_when_long:
+            notes.append("long prompts cost more there; only the base price is used")
+        found.append(
+            ApiComparison(
+                price=price, same_model=price.family == family, usd_per_1m_total=blend, own_share=own,
+                break_even_utilisation=at_full,
+                break_even_tokens_per_month=month / blend * 1e6 if (at_full.value or 0.0) <= 1 else None,
+                verdict=verdict, notes=tuple(notes),
+            )
+        )  # fmt: skip
+    return replace(made, against=tuple(sorted(found, key=lambda a: (not a.same_model, a.usd_per_1m_total))))

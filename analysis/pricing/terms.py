@@ -1,4 +1,4 @@
-"""What is decided and not measured: margin, utilisation, volume tiers, and how one bill is laid on kinds of tokens.
+"""What is decided, not measured: hourly price, margin, utilisation, volume tiers, and how a bill is laid on tokens.
 
 One bill as prices of uncached input, cached input and output by relative weights; it adds up again exactly.
 """
@@ -6,89 +6,61 @@ One bill as prices of uncached input, cached input and output by relative weight
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import date
 from itertools import pairwise
 
 from analysis.cost.split import Split, TokenMix, divide
+from analysis.price_age import is_old
 from analysis.stats.intervals import Quantity, scaled
 from harness.errors import UsageError
+from harness.record.manifest import Tier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnitPrices:
-    """USD per 1M tokens of each kind; ``total`` is the blend of this trace. Their intervals move together."""
+class PriceBasis:
+    """The hourly price of the hardware, where and when it was read; ``measured_with`` was the run's own."""
 
-    input: Quantity
-    """Uncached input; all input when ``cached_input`` has no price of its own."""
-    cached_input: Quantity
-    output: Quantity
-    total: Quantity
+    usd_per_hour: float
+    purchase: str
+    """on-demand, spot, reserved or owned."""
+    region: str
+    source: str
+    date: str
+    old: bool
+    """Read more than `analysis.price_age.OLD_DAYS` ago."""
+    note: str | None = None
+    """What a reader of the price must know besides: term, condition, assumption."""
+    measured_with: PriceBasis | None = None
+    """Set when an old run was priced again: the measurement is the old one, only the price is new."""
 
 
-def unit_prices(total: Quantity, mix: TokenMix, structure: TokenWeights) -> UnitPrices:
-    """Prices of the three kinds that make the same bill as ``total`` per 1M of all tokens does.
+def basis_of(tier: Tier | None, new_prices: Mapping[str, Tier], today: date) -> PriceBasis | None:
+    """The price of a run's tier, or the new one under its name; None without a tier.
 
-    uncached x input + cached x cached_input + output x output = total x all tokens; ends of intervals likewise, as long
-    as the weights are declared. A kind without a weight of its own is None with the reason.
+    Raises `UsageError` when the new price is for other hardware.
     """
-    assert total.value is not None
-    weighed = _weighed(mix, structure)
-    per_weight = total.value * mix.total / sum(weighed)
-
-    def price(kind: str, weight: float, spread: float) -> Quantity:
-        assert total.value is not None
-        down, up = (
-            None if end is None else math.hypot((end - total.value) / total.value, spread)
-            for end in (total.low, total.high)
+    if tier is None:
+        return None
+    new = new_prices.get(tier.name)
+    own, *newer = (
+        PriceBasis(
+            usd_per_hour=t.usd_per_hour, purchase=t.purchase, region=t.region, source=t.source, date=t.date,
+            old=is_old(t.date, today), note=t.note,
         )
-        value = weight * per_weight
-        return replace(
-            total,
-            value=value,
-            low=None if down is None else max(0.0, value * (1 - down)),
-            high=None if up is None else value * (1 + up),
-            unit=f"USD per 1M {kind} tokens",
-        )
-
-    if mix.cached_input is None or structure.cached_input is None:
-        why = (
-            "the server did not say which input came from its cache"
-            if mix.cached_input is None
-            else "no weight was declared: priced like the rest of the input"
-        )
-        cached = replace(total, value=None, low=None, high=None, note=why, unit="USD per 1M cached input tokens")
-    else:
-        cached = price("cached input", structure.cached_input, structure.spread[1])
-    apart = cached.value is not None
-    return UnitPrices(
-        input=price("uncached input" if apart else "input", structure.input, structure.spread[0]),
-        cached_input=cached,
-        output=price("output", structure.output, structure.spread[2]),
-        total=total,
-    )
-
-
-def _weighed(mix: TokenMix, structure: TokenWeights) -> tuple[float, float, float]:
-    """Tokens of each kind times their weight."""
-    cached = structure.input if structure.cached_input is None else structure.cached_input
-    weighed = (mix.uncached_input * structure.input, (mix.cached_input or 0) * cached, mix.output * structure.output)
-    if sum(weighed) <= 0:
-        raise UsageError("the structure gives no weight to any token of this trace: change --ratio")
-    return weighed
-
-
-def bill_parts(usd_per_1m: float, mix: TokenMix, structure: TokenWeights) -> tuple[int, int, int]:
-    """What uncached input, cached input and output carry of the bill, in whole billionths of a USD."""
-    into, cached, out = divide(usd_per_1m * mix.total / 1e6, _weighed(mix, structure))
-    return into, cached, out
-
-
-def times(prices: UnitPrices, factor: float) -> UnitPrices:
-    """All prices and their intervals times a constant."""
-    return UnitPrices(
-        input=scaled(prices.input, factor), cached_input=scaled(prices.cached_input, factor),
-        output=scaled(prices.output, factor), total=scaled(prices.total, factor),
+        for t in (tier, new) if t is not None
     )  # fmt: skip
+    if new is None:
+        return own
+    hardware = ("instance", "provider", "accelerator", "accelerator_count", "vcpu")
+    other = [name for name in hardware if getattr(new, name) != getattr(tier, name)]
+    if other:
+        raise UsageError(
+            f"tier {new.name}: the new price is for other hardware than the run was measured on ({', '.join(other)} "
+            "differ); a price can be replaced, a measurement cannot"
+        )
+    return replace(newer[0], measured_with=own)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +82,95 @@ class TokenWeights:
             raise UsageError(
                 f"structure {weights}: weights cannot be negative, and input or output must weigh something"
             )
+
+    def on(self, mix: TokenMix) -> tuple[float, float, float]:
+        """Tokens of each kind times their weight. Raises `UsageError` where none weighs anything."""
+        cached = self.input if self.cached_input is None else self.cached_input
+        weighed = (mix.uncached_input * self.input, (mix.cached_input or 0) * cached, mix.output * self.output)
+        if sum(weighed) <= 0:
+            raise UsageError("the structure gives no weight to any token of this trace: change --ratio")
+        return weighed
+
+
+def declared(output: float, input: float = 1.0, cached_input: float | None = None) -> TokenWeights:  # noqa: A002
+    """Weights that somebody declared: an opinion. ``cached_input`` None: priced like the rest of the input."""
+    return TokenWeights(method="declared ratio", input=input, cached_input=cached_input, output=output)
+
+
+def from_split(split: Split) -> TokenWeights:
+    """The weights that a split of the bill found, with its own intervals. Raises `UsageError` when it found none."""
+    into, cached, out = split.usd_per_1m_input, split.usd_per_1m_cached_input, split.usd_per_1m_output
+    if into.value is None or out.value is None:
+        raise UsageError(f"{split.method}: not identifiable: {split.reason or into.note or 'no price'}; use --ratio")
+    unit = into.value or 1.0  # in input tokens, as a declared ratio is
+    return TokenWeights(
+        method=split.method, input=into.value / unit,
+        cached_input=None if cached.value is None else cached.value / unit, output=out.value / unit,
+        spread=(_half_width(into), _half_width(cached), _half_width(out)),
+    )  # fmt: skip
+
+
+def _half_width(q: Quantity) -> float:
+    if not q.value or q.low is None or q.high is None:
+        return 0.0
+    return max(q.value - q.low, q.high - q.value) / q.value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitPrices:
+    """USD per 1M tokens of each kind; ``total`` is the blend of this trace. Their intervals move together."""
+
+    input: Quantity
+    """Uncached input; all input when ``cached_input`` has no price of its own."""
+    cached_input: Quantity
+    output: Quantity
+    total: Quantity
+
+    def times(self, factor: float) -> UnitPrices:
+        """All prices and their intervals times a constant."""
+        return UnitPrices(
+            input=scaled(self.input, factor), cached_input=scaled(self.cached_input, factor),
+            output=scaled(self.output, factor), total=scaled(self.total, factor),
+        )  # fmt: skip
+
+
+def unit_prices(total: Quantity, mix: TokenMix, structure: TokenWeights) -> UnitPrices:
+    """Prices of the three kinds that make the same bill as ``total`` per 1M of all tokens does.
+
+    uncached x input + cached x cached_input + output x output = total x all tokens; ends of intervals likewise, as long
+    as the weights are declared. A kind without a weight of its own is None with the reason.
+    """
+    whole = total.value
+    assert whole is not None
+    per_weight = whole * mix.total / sum(structure.on(mix))
+
+    def price(kind: str, weight: float, spread: float) -> Quantity:
+        value = weight * per_weight
+        down, up = (
+            None if end is None else math.hypot((end - whole) / whole, spread) for end in (total.low, total.high)
+        )
+        return replace(
+            total, value=value, low=None if down is None else max(0.0, value * (1 - down)),
+            high=None if up is None else value * (1 + up), unit=f"USD per 1M {kind} tokens",
+        )  # fmt: skip
+
+    if apart := mix.cached_input is not None and structure.cached_input is not None:
+        cached = price("cached input", structure.cached_input or 0.0, structure.spread[1])
+    else:
+        why = "the server did not say which input came from its cache"
+        if mix.cached_input is not None:
+            why = "no weight was declared: priced like the rest of the input"
+        cached = replace(total, value=None, low=None, high=None, note=why, unit="USD per 1M cached input tokens")
+    return UnitPrices(
+        input=price("uncached input" if apart else "input", structure.input, structure.spread[0]), cached_input=cached,
+        output=price("output", structure.output, structure.spread[2]), total=total,
+    )  # fmt: skip
+
+
+def bill_parts(usd_per_1m: float, mix: TokenMix, structure: TokenWeights) -> tuple[int, int, int]:
+    """What uncached input, cached input and output carry of the bill, in whole billionths of a USD."""
+    into, cached, out = divide(usd_per_1m * mix.total / 1e6, structure.on(mix))
+    return into, cached, out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,42 +205,16 @@ class Terms:
             raise UsageError("volume tiers: thresholds from 0 tokens, discounts from 0 % to below 100 %")
 
 
-def declared(output: float, input: float = 1.0, cached_input: float | None = None) -> TokenWeights:  # noqa: A002
-    """Weights that somebody declared: an opinion. ``cached_input`` None: priced like the rest of the input."""
-    return TokenWeights(method="declared ratio", input=input, cached_input=cached_input, output=output)
-
-
-def from_split(split: Split) -> TokenWeights:
-    """The weights that a split of the bill found, with its own intervals. Raises `UsageError` when it found none."""
-    into, cached, out = split.usd_per_1m_input, split.usd_per_1m_cached_input, split.usd_per_1m_output
-    if into.value is None or out.value is None:
-        raise UsageError(f"{split.method}: not identifiable: {split.reason or into.note or 'no price'}; use --ratio")
-    unit = into.value or 1.0  # in input tokens, as a declared ratio is
-    return TokenWeights(
-        method=split.method,
-        input=into.value / unit,
-        cached_input=None if cached.value is None else cached.value / unit,
-        output=out.value / unit,
-        spread=(_half_width(into), _half_width(cached), _half_width(out)),
-    )
-
-
-def _half_width(q: Quantity) -> float:
-    if not q.value or q.low is None or q.high is None:
-        return 0.0
-    return max(q.value - q.low, q.high - q.value) / q.value
-
-
 def parse_volume(text: str) -> tuple[VolumeTier, ...]:
     """Volume tiers from ``0,1e9:-10%,1e10:-20%``. Raises `UsageError`."""
     tiers = []
     for part in text.split(","):
-        threshold, colon, change = part.strip().partition(":")
+        threshold, colon, change = (word.strip() for word in part.partition(":"))
         try:
-            tokens, percent = float(threshold), float(change.strip().removesuffix("%")) if colon else 0.0
+            tokens, percent = float(threshold), float(change.removesuffix("%")) if colon else 0.0
         except ValueError:
             tokens, percent = math.nan, 0.0
-        if not math.isfinite(tokens) or not math.isfinite(percent) or (colon and not change.strip().endswith("%")):
+        if not math.isfinite(tokens) or not math.isfinite(percent) or (colon and not change.endswith("%")):
             raise UsageError(f"volume tier {part.strip()!r}: write tokens a month and a discount, like 1e9:-10%")
         if percent > 0:
             raise UsageError(f"volume tier {part.strip()!r}: a discount is negative, like -{percent:g}%")

@@ -8,11 +8,10 @@ from __future__ import annotations
 from analysis.capacity.system import where_words
 from analysis.compare.compare import Comparison, Figure, LoadComparison
 from analysis.compare.paired import SHARES
-from analysis.cost.basis import PriceBasis
 from analysis.pricing.list_prices import ListPrice
 from analysis.pricing.price_table import PriceReport
 from analysis.pricing.rate_card import ApiComparison, RateCard
-from analysis.pricing.terms import Terms, UnitPrices
+from analysis.pricing.terms import PriceBasis, Terms, UnitPrices
 from analysis.report.document import Row, Section, Table
 from analysis.report.figures import figure, hourly, price, usd, within
 from analysis.stats.intervals import Quantity
