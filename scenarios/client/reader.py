@@ -12,10 +12,10 @@ of the same descriptor share one, that of the last.
 When to read (`ReadPacer`): as soon as bytes arrive or, while very many tokens arrive, in batches at fixed intervals. A
 wake-up costs as much as several reads, and stamps do not depend on when bytes are read. So a busy client reads four
 times between two tokens of a stream, and at least every 2.5 ms. Sends are not held back, but the client learns that
-much later that an answer has ended, which a closed loop reports as lag. When batches pay off depends on the machine:
-`BATCH_READS_FROM` events per interval hold on every machine measured so far, ``harness calibrate`` measures whether
-this one profits earlier (`harness.calibration.Calibration.batch_reads_from`), and nothing is tried out during a
-measured run. When it is no longer rare that two events of a stream arrive between two reads, the interval shrinks;
+much later that an answer has ended, which a closed loop reports as lag. Batches pay off
+from `BATCH_READS_FROM` events per interval; ``harness calibrate`` measures whether this machine is one where they do so
+only later (`harness.calibration.Calibration.batch_reads_from`), and nothing is tried out during a measured run. When it
+is no longer rare that two events of a stream arrive between two reads, the interval shrinks;
 without kernel stamps there is none.
 """
 
