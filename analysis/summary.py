@@ -32,7 +32,8 @@ from analysis.validity.lengths import served_lengths
 from analysis.validity.prefix_cache import REASON, CacheShares, cache_shares, warm_cache
 from harness.errors import EXIT_INVALID, EXIT_NOT_DECIDED, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.plan.file import PlanInfo
-from harness.record.manifest import Host, Replica, Tier
+from harness.record.host import Host
+from harness.record.manifest import Replica, Tier
 from harness.record.results import ERRORS
 from harness.record.run_spec import RunSpec
 from harness.slo import check_slo

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,7 +32,8 @@ from harness.errors import ServerError, WorkerError
 from harness.plan.build import build_plan
 from harness.plan.prompts import Vocabulary
 from harness.plan.spec import PlanSpec
-from harness.record.manifest import RunDir, describe_host, installed_versions, now_utc, python
+from harness.record.host import describe_host, installed_versions
+from harness.record.manifest import RunDir, now_utc
 from harness.record.results import read_results
 from harness.record.run_spec import BATCH_READS_FROM, RunSpec
 from harness.record.samples import read_observations
@@ -153,9 +155,10 @@ def _write_plan(run: RunDir, arrivals_s: Floats | None, requests: int, tokens: i
 
 def _start_server(run: RunDir, log: Path, ttft_s: float, itl_s: float, cpus: list[int] | None) -> Process:
     # 150 bytes more than the shortest event: about as long as what vLLM sends for a token
-    argv = [python(), "-m", "cluster.engines.fake.server", "--ttft", str(ttft_s), "--itl", str(itl_s), "--pad", "150"]
+    argv = [sys.executable, "-m", "cluster.engines.fake.server", "--ttft", str(ttft_s), "--itl", str(itl_s)]
     return Process.start(
-        [*argv, "--log", str(log)], name="known-truth server", log=run.path / f"{log.stem}.log", pipes=True, cpus=cpus,
+        [*argv, "--pad", "150", "--log", str(log)], name="known-truth server",
+        log=run.path / f"{log.stem}.log", pipes=True, cpus=cpus,
     )  # fmt: skip
 
 

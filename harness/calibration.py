@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from harness.errors import ResultsError
 from harness.plan.file import read_plan_columns
-from harness.record.manifest import Host, describe_host
+from harness.record.host import Host, describe_host
 from harness.record.run_spec import BATCH_READS_FROM
 
 SCHEMA_VERSION = "1"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from harness.record.manifest import cpu_flags, describe_host
+from harness.record.host import cpu_flags, describe_host
 
 CPU_REPLICA_GIB = 4.0
 """Memory that one small vLLM CPU replica with its helpers is taken to need (SmolLM2-135M, 1 GiB of KV cache)."""

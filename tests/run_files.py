@@ -10,11 +10,11 @@ import pyarrow as pa
 
 from harness.plan.file import SCHEMA, SCHEMA_VERSION, PlanInfo, plan_sha256
 from harness.record.answers import Counted, CountedPrompt, Text
-from harness.record.host import ProcessorSecond, ProcessorSeconds
-from harness.record.manifest import Host, Replica, RunDir, RunManifest, Tier, Worker, write_manifest
+from harness.record.host import Host
+from harness.record.manifest import Replica, RunDir, RunManifest, Tier, Worker, write_manifest
 from harness.record.results import Result, ResultWriter
 from harness.record.run_spec import RunSpec
-from harness.record.samples import Observation, ObservationWriter
+from harness.record.samples import Observation, ObservationWriter, ProcessorSecond, ProcessorSeconds
 
 S = 1_000_000_000
 MS = 1_000_000

@@ -25,7 +25,8 @@ from analysis.report.view import view_run
 from analysis.rows.read import read_run
 from analysis.summary import exit_code, summarise
 from harness.errors import EXIT_NOT_DECIDED, EXIT_SLO_MISSED, EXIT_VALID, HarnessError
-from harness.record.manifest import MANIFEST, Host, Replica, RunDir, Worker
+from harness.record.host import Host
+from harness.record.manifest import MANIFEST, Replica, RunDir, Worker
 from harness.record.results import SCHEMA
 from harness.record.samples import SERVER_SCHEMA
 

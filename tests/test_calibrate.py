@@ -33,7 +33,7 @@ from harness.calibration import (
     write_calibration,
 )
 from harness.errors import ResultsError, WorkerError
-from harness.record.manifest import describe_host
+from harness.record.host import describe_host
 from harness.record.run_spec import BATCH_READS_FROM
 
 NOMINAL_S = calibrate.TTFT_S + (calibrate.STREAM_TOKENS - 1) * calibrate.ITL_S

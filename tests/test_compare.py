@@ -27,7 +27,8 @@ from analysis.stats.replicates import over_pairs
 from analysis.summary import summarise
 from harness.cli.compare import compare
 from harness.errors import HarnessError, UsageError
-from harness.record.manifest import Host, RunDir, read_manifest, write_manifest
+from harness.record.host import Host
+from harness.record.manifest import RunDir, read_manifest, write_manifest
 
 SLO = {"ttft": 1.0}
 

@@ -38,9 +38,9 @@ from cluster.engines.protocol import WHOLE, Command, CommandEngine, Part
 from cluster.process.process import Process
 from harness.cli.runner import targets
 from harness.errors import ServerError, UsageError
-from harness.record.host import ProcessorSecond, host_file, read_host_metrics, read_server_processor
 from harness.record.manifest import Restart, RunDir, create_run_dir
 from harness.record.run_spec import RunSpec
+from harness.record.samples import ProcessorSecond, host_file, read_host_metrics, read_server_processor
 from harness.server import probe
 
 S = 1_000_000_000

@@ -15,12 +15,13 @@ from conftest import wait_for
 
 from cluster.catalogue.tiers import CATALOGUE, check_accelerators, read_tiers
 from harness.errors import ResultsError, ServerError
-from harness.record import host
-from harness.record.host import HOST_SCHEMA, Gpus, HostMetrics, busy_share, host_file, read_host_metrics
+from harness.record import samples
+from harness.record.host import Gpus, busy_share
+from harness.record.samples import HOST_SCHEMA, HostMetrics, host_file, read_host_metrics
 
 
 def test_samples_on_the_runs_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "EVERY_S", 0.1)
+    monkeypatch.setattr(samples, "EVERY_S", 0.1)
     file = tmp_path / "host-a.arrows"
     start = time.time_ns() + 10_000_000_000
     with HostMetrics(file, start) as metrics:
@@ -123,7 +124,7 @@ def rows_of(file: Path) -> int:
 def test_no_accelerator_is_null(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", module)
     assert set(Gpus().sample().values()) == {None}
-    monkeypatch.setattr(host, "EVERY_S", 0.05)
+    monkeypatch.setattr(samples, "EVERY_S", 0.05)
     file = host_file(tmp_path, "local")
     with HostMetrics(file, time.time_ns()):
         wait_for(lambda: rows_of(file) > 0, 120, "a row")
@@ -131,7 +132,7 @@ def test_no_accelerator_is_null(module: Any, tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_torn_file_keeps_what_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "EVERY_S", 0.05)
+    monkeypatch.setattr(samples, "EVERY_S", 0.05)
     file = host_file(tmp_path, "10.0.0.1/../x")
     assert file.parent == tmp_path, "an address is no path"
     with HostMetrics(file, time.time_ns()):
@@ -152,7 +153,7 @@ def test_a_torn_file_keeps_what_is_whole(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_full_disk_is_told_and_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    monkeypatch.setattr(host, "EVERY_S", 0.05)
+    monkeypatch.setattr(samples, "EVERY_S", 0.05)
     with HostMetrics(Path("/dev/full"), time.time_ns()) as metrics:
         wait_for(lambda: metrics.trouble is not None, 120, "it is told")
     assert metrics.trouble is not None

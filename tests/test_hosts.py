@@ -20,9 +20,9 @@ import pytest
 from conftest import ROOT, wait_for
 from hosts.network import HostOnBridge, hosts, why_not
 
-from harness.record.host import read_server_processor
 from harness.record.manifest import RunDir, read_manifest
 from harness.record.results import read_results
+from harness.record.samples import read_server_processor
 
 if importlib.util.find_spec("ray") is None:
     pytest.skip("needs ray: pip install -e '.[cluster]'", allow_module_level=True)

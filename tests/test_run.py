@@ -6,14 +6,8 @@ import pytest
 from run_files import write_run
 
 from harness.errors import ResultsError
-from harness.record.manifest import (
-    RunDir,
-    create_run_dir,
-    describe_host,
-    installed_versions,
-    read_manifest,
-    write_manifest,
-)
+from harness.record.host import describe_host, installed_versions
+from harness.record.manifest import RunDir, create_run_dir, read_manifest, write_manifest
 
 
 def test_directories_are_never_overwritten(tmp_path: Path) -> None:

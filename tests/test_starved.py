@@ -21,8 +21,8 @@ from cluster.engines.protocol import CommandEngine, Part
 from cluster.process import cpu_times as schedstat
 from cluster.process.cpu_times import CpuTimesSampler, HostTimes, Meter, Times, read_threads
 from harness.errors import ResultsError
-from harness.record.host import ProcessorSecond, ProcessorSeconds, read_server_processor
 from harness.record.manifest import Replica, RunDir
+from harness.record.samples import ProcessorSecond, ProcessorSeconds, read_server_processor
 
 REPLICA = Replica(index=0, base_url="http://127.0.0.1:1/v1", nice=0)
 LENGTH_S = 40

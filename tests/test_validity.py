@@ -15,7 +15,8 @@ from analysis.rows import read as load
 from analysis.rows.read import read_run
 from analysis.summary import summarise
 from harness.record.answers import CountedPrompt
-from harness.record.manifest import Host, Replica, Restart, RunDir, Worker, read_manifest, write_manifest
+from harness.record.host import Host
+from harness.record.manifest import Replica, Restart, RunDir, Worker, read_manifest, write_manifest
 from harness.record.results import ERRORS, Result
 from harness.trace.stats import TraceStats
 

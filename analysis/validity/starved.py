@@ -2,7 +2,7 @@
 
 Waiting for a processor is not the speed of the hardware, so a run whose servers waited too long is INVALID and has no
 price. Measured as the time that server threads waited over the time that they ran, by the kernel's own count
-(`harness.record.host`). Only threads with work count: those that just wake up now and then wait many times
+(`harness.record.samples`). Only threads with work count: those that just wake up now and then wait many times
 what they run, on an idle machine too, and slow nothing. An engine's threads also make each other wait, which is not a
 fault of the measurement: `OWN_WAIT`.
 """
@@ -19,8 +19,8 @@ from analysis.metrics import Window
 from analysis.rows.columns import floats
 from analysis.rows.read import Run
 from harness.errors import ResultsError
-from harness.record.host import read_server_processor
 from harness.record.manifest import Replica, RunDir
+from harness.record.samples import read_server_processor
 
 NS = 1e9
 OWN_WAIT = 0.07

@@ -27,7 +27,7 @@ from cluster.process.reservations import exclusively, holders, release, reservat
 from harness.errors import HarnessError
 
 if TYPE_CHECKING:
-    from harness.record.host import HostMetrics
+    from harness.record.samples import HostMetrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +240,7 @@ class WorkerActor:
 
 
 class HostActor:
-    """Samples the counters of one host (`harness.record.host`) for as long as a run lasts."""
+    """Samples the counters of one host (`harness.record.samples`) for as long as a run lasts."""
 
     def __init__(self) -> None:
         self._folder = work_folder()
@@ -253,7 +253,7 @@ class HostActor:
 
     def begin(self, start_unix_ns: int) -> None:
         """Sample from now on; ``start_unix_ns`` is the common start by this host's clock."""
-        from harness.record.host import HostMetrics  # Arrow: not in every actor
+        from harness.record.samples import HostMetrics  # Arrow: not in every actor
 
         self._metrics = HostMetrics(self._file, start_unix_ns)
         self._metrics.__enter__()

@@ -38,8 +38,8 @@ from cluster.engines.vllm import VllmEngine
 from cluster.process.process import GRACE_S, Process
 from cluster.process.reservations import reservations
 from harness.errors import ServerError, UsageError
-from harness.record.host import HostMetrics, host_file
 from harness.record.manifest import OnReplicaDeath, Replica, Restart, RunDir, Tier
+from harness.record.samples import HostMetrics, host_file
 from harness.server import probe
 
 import ray  # isort: skip  # after cluster.deploy.ray_session, which sets what Ray reads when it is imported

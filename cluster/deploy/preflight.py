@@ -11,7 +11,8 @@ from importlib.util import find_spec
 
 from cluster.process.reservations import visible_gpus
 from harness.errors import ServerError, UsageError
-from harness.record.manifest import Tier, cpu_flags
+from harness.record.host import cpu_flags
+from harness.record.manifest import Tier
 
 CONNECT_S = 10.0
 INSTALL = "pip install 'llm-harness[{extra}]'"

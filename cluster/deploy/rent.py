@@ -26,7 +26,8 @@ from cluster.deploy.ray_head import NICENESS
 from cluster.process.process import Process, describe_exit
 from harness.errors import HarnessError, UsageError
 from harness.paths import state_dir
-from harness.record.manifest import Tier, installed_versions
+from harness.record.host import installed_versions
+from harness.record.manifest import Tier
 
 Say = Callable[[str], None]
 Role = Literal["head", "worker"]

@@ -23,7 +23,7 @@ from cluster.process.guard import descendants
 from cluster.process.process import GRACE_S, NO_SECRETS, PortTakenError, Process, describe_exit, wait_ready
 from cluster.process.registry import work_folder
 from harness.errors import HarnessError, ServerError
-from harness.record.host import ProcessorSecond
+from harness.record.samples import ProcessorSecond
 from harness.server import probe
 from harness.server.access import page_beside
 

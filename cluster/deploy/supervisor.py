@@ -17,8 +17,8 @@ from cluster.deploy.ray_session import LOST_S, Question, ask, end_actor, head_go
 from cluster.deploy.remote import clock_offset_ns
 from cluster.deploy.replica import Failed, Look
 from cluster.engines.protocol import State
-from harness.record.host import ProcessorSeconds
 from harness.record.manifest import Replica, Restart, RunDir, now_utc
+from harness.record.samples import ProcessorSeconds
 
 import ray  # isort: skip  # after cluster.deploy.ray_session, which sets what Ray reads when it is imported
 from ray.exceptions import GetTimeoutError, RayError  # isort: skip

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import psutil
 
 from cluster.process.guard import children
-from harness.record.host import ProcessorSecond
+from harness.record.samples import ProcessorSecond
 
 EVERY_S = 1.0
 WORK_SHARE = 0.1

@@ -37,9 +37,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import pyarrow as pa
 
-from harness.errors import ResultsError
-from harness.record.results import whole_batches
-from harness.untrusted import open_arrow
+from harness.record.results import read_stream
 
 if TYPE_CHECKING:
     from harness.plan.tokenizers import TextTokenizer
@@ -255,19 +253,8 @@ class CapturedWriter:
 
 
 def read_captured(path: Path) -> pa.Table:
-    """The captured answers of one worker; every complete batch of a file that was cut short.
+    """The captured answers of one worker; every complete batch of a file that was cut short, none of an empty one.
 
     Raises `ResultsError` when it is missing or not a file of captured answers.
     """
-    try:
-        with open_arrow(path) as source:
-            reader = pa.ipc.open_stream(source)
-            if not reader.schema.equals(CAPTURED_SCHEMA, check_metadata=True):
-                raise ResultsError(f"{path}: not a file of captured answers of version {CAPTURED_SCHEMA_VERSION}")
-            table = whole_batches(reader)
-        table.validate(full=True)
-        return table
-    except FileNotFoundError as e:
-        raise ResultsError(f"{path}: no such file") from e
-    except (pa.ArrowException, OSError) as e:
-        raise ResultsError(f"{path}: not a file of captured answers ({e})") from e
+    return read_stream(path, CAPTURED_SCHEMA, "captured answers")

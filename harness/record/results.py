@@ -46,11 +46,12 @@ import contextlib
 import io
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -256,21 +257,28 @@ def read_results(path: Path) -> pa.Table:
     return pa.Table.from_batches(iter_results(path), schema=SCHEMA)
 
 
-def read_stream(path: Path, schema: pa.Schema, key: bytes, version: str, what: str) -> pa.Table:
+def read_stream(
+    path: Path, schema: pa.Schema, what: str, before: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> pa.Table:
     """Rows of an Arrow stream of ``what``; every complete batch of one that was cut short, none of an empty file.
 
-    ``key`` is where its metadata says the version. Raises `ResultsError` when the file is missing or does not begin as
-    a stream of this schema and version.
+    The metadata of ``schema`` is its version; ``before``: earlier versions, and the columns they lack, which are null.
+    Raises `ResultsError` when the file is missing or does not begin as such a stream.
     """
+    ((key, now),) = schema.metadata.items()
     try:
         with open_arrow(path) as source:
             if source.size() == 0:
                 return schema.empty_table()
             reader = pa.ipc.open_stream(source)
             said = (reader.schema.metadata or {}).get(key, b"?").decode("utf-8", "replace")
-            if said != version or reader.schema != schema:
-                raise ResultsError(f"{path}: {what} schema {said}, this harness reads {version}")
+            lacking = before.get(said, [] if said == now.decode() else schema.names)
+            if reader.schema != pa.schema([field for field in schema if field.name not in lacking]):
+                raise ResultsError(f"{path}: {what} schema {said}, this harness reads {now.decode()}")
             table = whole_batches(reader)
+        for name in lacking:
+            table = table.append_column(schema.field(name), pa.nulls(len(table), schema.field(name).type))
+        table = table.select(schema.names).replace_schema_metadata(schema.metadata)
         table.validate(full=True)
         return table
     except FileNotFoundError as e:

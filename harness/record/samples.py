@@ -1,191 +1,155 @@
-"""What load workers saw of themselves and servers say of themselves, each second, beside the result rows.
+"""What load workers, servers and machines did, each second while load runs, on the run's clock, beside the result rows.
 
-Columns of `WORKER_SCHEMA` (file ``worker-<worker>.arrows``, Arrow IPC *stream*, flushed every two seconds):
+Every file is an Arrow IPC *stream*, flushed at every sample or every few: whole up to there whatever comes next.
+``t_ns`` is the end of the interval, ns after the common start (negative: before it). Null: not measured.
 
-==================  ============  =====================================================================================
-column              type          meaning
-==================  ============  =====================================================================================
-t_ns                int64         end of this interval, ns of the run clock; the first begins at the common start, each
-                                  other where the one before it ended. About 1 s, shorter at the end, longer in a stall
-loop_lag_max_ns     int64         longest lateness of a 10 ms tick of the event loop that carries the stamps
-loop_lag_p99_ns     int64         its 99th percentile over the interval's ticks; null: no tick
-cpu_share           float64       CPU time of the process, all threads, per wall time; 1.0 is one full core
-gc_pause_ns         int64         time inside the garbage collector (it is off while a run lasts, so this should be 0)
-events              int64         events of answers that were read, with output or without: HTTP chunks, as servers send
-                                  one in each; of answers that are unlike others of their server the reads
-bytes               int64         bytes of those reads
-sent                int64         requests sent
-done                int64         answers that ended and have their row
-in_flight           float64       requests in flight, mean over the ticks; null: no tick
-backlog             int64         answers and parts of answers that wait to be parsed at t_ns
-rss_bytes           int64         resident memory at t_ns
-prepared            int64         requests read from the plan and not sent at t_ns; 0 before the plan's end: lag is that
-                                  of reading it. Null in files of version 1
-==================  ============  =====================================================================================
-
-``events``, ``bytes``, ``sent`` and ``done`` are counts within the interval.
-
-Every server's own gauges and counters, on the run's clock: columns of `SERVER_SCHEMA` (file
-``server-metrics-<replica>.arrows``, Arrow IPC *stream*, flushed at every sample):
-
-==========================  =======  =================================================================================
-column                      type     meaning (vLLM's metric; null: this server does not have it)
-==========================  =======  =================================================================================
-t_ns                        int64    when the answer arrived, ns after the common start (negative: before it)
-took_ns                     int64    how long the server took to answer; a server that is short of CPU answers late
-running                     float64  requests in the running batch (``vllm:num_requests_running``)
-waiting                     float64  requests in the queue (``vllm:num_requests_waiting``)
-kv_cache_usage              float64  share of the KV cache in use, 0 to 1 (``vllm:kv_cache_usage_perc``): of several
-                                     engines the mean
-preemptions_total           float64  requests thrown out of the batch so far (``vllm:num_preemptions_total``)
-prefix_cache_queries_total  float64  input tokens looked up in the prefix cache so far
-prefix_cache_hits_total     float64  of these, found
-prompt_tokens_total         float64  input tokens so far, cached ones included
-generation_tokens_total     float64  output tokens so far
-prompt_tokens_cached_total  float64  of the input tokens so far, those taken from the prefix cache
-engine_steps_total          float64  steps of the engine so far (``vllm:iteration_tokens_total_count``)
-prefill_request_s_total     float64  time of finished requests until their first token, added up over requests, s
-decode_request_s_total      float64  the same from first to last token, s
-process_start_s             float64  Unix time the server process began (``process_start_time_seconds``): a change is a
-                                     restart
-==========================  =======  =================================================================================
-
-A second without a row is one in which the server did not answer in time.
+``worker-<worker>.arrows``
+    A load worker of itself: `Observation`.
+``server-metrics-<replica>.arrows``
+    A server's own gauges and counters, `SERVER_SCHEMA`: ``t_ns`` when the answer arrived, ``took_ns`` how long it took
+    (a server that is short of CPU answers late), and the columns of `GAUGES`, null for what this server does not have.
+    A second without a row is one in which it did not answer in time.
+``host-<node>.arrows``
+    A machine: `HOST_SCHEMA`. The accelerators' columns need NVIDIA's driver and the Python package ``pynvml``
+    (nvidia-ml-py) on the host; without them they are null. A counter that one accelerator lacks is null in its list.
+``server-processor-<replica>.arrows``, one for each part of a server that spans hosts
+    What a server's processes ran, and waited for a processor: `ProcessorSecond`. No rows where the kernel does not
+    count (no ``/proc/PID/task/TID/schedstat``).
 """
 
 from __future__ import annotations
 
+import re
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from typing import Annotated, Any, Self
 
+import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from harness.errors import ResultsError, ServerError
-from harness.record.results import whole_batches
+from harness.errors import ServerError
+from harness.record.host import Gpus, busy_share
+from harness.record.results import read_stream, whole_batches
 from harness.server import probe
 from harness.server.access import AccessLike
 from harness.server.probe import mean, read_samples, total
 from harness.untrusted import open_arrow
 
-WORKER_SCHEMA_VERSION = "2"
-_BEFORE = {"1": ["prepared"]}
-"""Older versions that are read, and the columns they lack."""
-
-WORKER_SCHEMA = pa.schema(
-    [
-        pa.field("t_ns", pa.int64(), nullable=False),
-        pa.field("loop_lag_max_ns", pa.int64()),
-        pa.field("loop_lag_p99_ns", pa.int64()),
-        pa.field("cpu_share", pa.float64(), nullable=False),
-        pa.field("gc_pause_ns", pa.int64(), nullable=False),
-        pa.field("events", pa.int64(), nullable=False),
-        pa.field("bytes", pa.int64(), nullable=False),
-        pa.field("sent", pa.int64(), nullable=False),
-        pa.field("done", pa.int64(), nullable=False),
-        pa.field("in_flight", pa.float64()),
-        pa.field("backlog", pa.int64(), nullable=False),
-        pa.field("rss_bytes", pa.int64(), nullable=False),
-        pa.field("prepared", pa.int64()),
-    ],
-    metadata={"harness.observations": WORKER_SCHEMA_VERSION},
-)
+EVERY_S = 1.0
+ANSWER_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """One row of `WORKER_SCHEMA`."""
+    """A load worker's second: about 1 s, shorter at the end, longer in a stall; the first begins at the common start,
+    each other where the one before it ended. ``events``, ``bytes``, ``sent`` and ``done`` are counts within it.
+    """
 
     t_ns: int
     loop_lag_max_ns: int | None
+    """Longest lateness of a 10 ms tick of the event loop that carries the stamps; null: no tick."""
     loop_lag_p99_ns: int | None
+    """Its 99th percentile over the interval's ticks."""
     cpu_share: float
+    """CPU time of the process, all threads, per wall time; 1.0 is one full core."""
     gc_pause_ns: int
+    """Time inside the garbage collector (it is off while a run lasts, so this should be 0)."""
     events: int
+    """Events of answers that were read, with output or without: HTTP chunks, as servers send one in each; of answers
+    that are unlike others of their server the reads."""
     bytes: int
+    """Of those reads."""
     sent: int
     done: int
+    """Answers that ended and have their row."""
     in_flight: float | None
+    """Requests in flight, mean over the ticks; null: no tick."""
     backlog: int
+    """Answers and parts of answers that wait to be parsed at ``t_ns``."""
     rss_bytes: int
+    """Resident memory at ``t_ns``."""
     prepared: int | None = None
+    """Requests read from the plan and not sent at ``t_ns``; 0 before the plan's end: lag is that of reading it. Null in
+    files of version 1."""
 
 
-_NAMES = [field.name for field in fields(Observation)]
-assert WORKER_SCHEMA.names == _NAMES
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessorSecond:
+    """What all processes of a server ran and waited in an interval."""
+
+    t_ns: int
+    length_ns: int
+    """Of the interval; where the server was being started again there is none."""
+    threads: Annotated[int, pa.int32()]
+    """Of the server's processes, at its end."""
+    run_ns: int
+    """Processor time of all of them."""
+    delay_ns: int
+    """Time in which they were ready to run and had no processor, added up over threads (run delay). It holds the time
+    in which the quota of their group (cgroup) was used up."""
+    work_run_ns: int
+    """Of ``run_ns``, what threads with work ran: those that ran or waited for a tenth of the interval. The others wake
+    up now and then, and mostly for nothing."""
+    work_delay_ns: int
+    """Of ``delay_ns``, what these waited."""
+    host_busy_ns: int | None = None
+    """Processor time of everything on their host."""
+    host_stolen_ns: int | None = None
+    """Processor time that was due to their host, a virtual machine, and went to others (steal). A thread that it is
+    taken from neither runs nor waits by its own kernel's count."""
 
 
-class ObservationWriter:
-    """Writes observations as one Arrow batch per call of `write`; whole up to there even if the process dies next."""
-
-    def __init__(self, path: Path) -> None:
-        self._sink = pa.OSFile(str(path), "wb")
-        self._writer = pa.ipc.new_stream(self._sink, WORKER_SCHEMA)
-
-    def write(self, rows: list[Observation]) -> None:
-        """Append ``rows`` to the file."""
-        if rows:
-            columns = [pa.array([getattr(row, f.name) for row in rows], type=f.type) for f in WORKER_SCHEMA]
-            self._writer.write_batch(pa.record_batch(columns, schema=WORKER_SCHEMA))
-            self._sink.flush()
-
-    def close(self) -> None:
-        """End the stream. Safe to call twice."""
-        if not self._sink.closed:
-            self._writer.close()
-            self._sink.close()
+def _schema(row: type, key: str, version: str) -> pa.Schema:
+    """The columns of a dataclass: ``int`` is int64, ``float`` float64; what may be None may be null."""
+    columns = []
+    for name, hint in typing.get_type_hints(row, include_extras=True).items():
+        kinds = typing.get_args(hint) or (hint,)
+        arrow = next((k for k in kinds if isinstance(k, pa.DataType)), pa.int64() if int in kinds else pa.float64())
+        columns.append(pa.field(name, arrow, nullable=type(None) in kinds))
+    return pa.schema(columns, metadata={key: version})
 
 
-def read_observations(path: Path) -> pa.Table:
-    """Rows of one file; every complete batch of one that was cut short, none of an empty one.
+WORKER_SCHEMA = _schema(Observation, "harness.observations", "2")
+PROCESSOR_SCHEMA = _schema(ProcessorSecond, "harness.server_processor", "1")
 
-    Raises `ResultsError` when it is missing or does not begin as a stream of this schema version.
-    """
-    try:
-        with open_arrow(path) as source:
-            if source.size() == 0:
-                return WORKER_SCHEMA.empty_table()
-            reader = pa.ipc.open_stream(source)
-            version = (reader.schema.metadata or {}).get(b"harness.observations", b"?").decode("utf-8", "replace")
-            lacking = [] if version == WORKER_SCHEMA_VERSION else _BEFORE.get(version, WORKER_SCHEMA.names)
-            if reader.schema.names != [name for name in WORKER_SCHEMA.names if name not in lacking]:
-                raise ResultsError(f"{path}: observation schema {version}, this harness reads {WORKER_SCHEMA_VERSION}")
-            table = whole_batches(reader)
-        for name in lacking:
-            table = table.append_column(
-                WORKER_SCHEMA.field(name), pa.nulls(table.num_rows, WORKER_SCHEMA.field(name).type)
-            )
-        table = table.replace_schema_metadata(WORKER_SCHEMA.metadata)
-        table.validate(full=True)
-        return table
-    except FileNotFoundError as e:
-        raise ResultsError(f"{path}: no such file") from e
-    except (pa.ArrowException, OSError) as e:
-        raise ResultsError(f"{path}: not a file of observations ({e})") from e
-
-
-SERVER_SCHEMA_VERSION = "2"
-EVERY_S = 1.0
-ANSWER_S = 5.0
+HOST_SCHEMA = pa.schema(
+    [
+        pa.field("t_ns", pa.int64(), nullable=False),
+        pa.field("cpu_share", pa.float64()),  # busy processor time of the whole host; 1.0: all of its processors
+        pa.field("cpu_count", pa.int32()),
+        pa.field("memory_used_bytes", pa.int64()),  # not available to new processes
+        pa.field("memory_bytes", pa.int64()),
+        pa.field("net_sent_bytes", pa.int64()),  # in the interval, loopback included
+        pa.field("net_received_bytes", pa.int64()),
+        # By accelerator, as NVML says:
+        pa.field("gpu_util", pa.list_(pa.float64())),  # share of the interval in which a kernel ran, 0 to 1
+        pa.field("gpu_memory_bytes", pa.list_(pa.int64())),  # in use
+        pa.field("gpu_power_w", pa.list_(pa.float64())),
+        pa.field("gpu_temperature_c", pa.list_(pa.float64())),  # degrees Celsius
+    ],
+    metadata={"harness.host_metrics": "1"},
+)
 
 GAUGES = {
-    "running": "vllm:num_requests_running",
-    "waiting": "vllm:num_requests_waiting",
-    "kv_cache_usage": "vllm:kv_cache_usage_perc",
-    "preemptions_total": "vllm:num_preemptions_total",
-    "prefix_cache_queries_total": "vllm:prefix_cache_queries_total",
-    "prefix_cache_hits_total": "vllm:prefix_cache_hits_total",
-    "prompt_tokens_total": "vllm:prompt_tokens_total",
-    "generation_tokens_total": "vllm:generation_tokens_total",
-    "prompt_tokens_cached_total": "vllm:prompt_tokens_cached_total",
-    "engine_steps_total": "vllm:iteration_tokens_total_count",
+    "running": "vllm:num_requests_running",  # requests in the running batch
+    "waiting": "vllm:num_requests_waiting",  # requests in the queue
+    "kv_cache_usage": "vllm:kv_cache_usage_perc",  # share of the KV cache in use, 0 to 1
+    "preemptions_total": "vllm:num_preemptions_total",  # requests thrown out of the batch so far
+    "prefix_cache_queries_total": "vllm:prefix_cache_queries_total",  # input tokens looked up in the prefix cache
+    "prefix_cache_hits_total": "vllm:prefix_cache_hits_total",  # of these, found
+    "prompt_tokens_total": "vllm:prompt_tokens_total",  # input tokens so far, cached ones included
+    "generation_tokens_total": "vllm:generation_tokens_total",  # output tokens so far
+    "prompt_tokens_cached_total": "vllm:prompt_tokens_cached_total",  # of the input tokens, those from the prefix cache
+    "engine_steps_total": "vllm:iteration_tokens_total_count",  # steps of the engine so far
+    # Time of finished requests until their first token, and from first to last, added up over requests:
     "prefill_request_s_total": "vllm:request_prefill_time_seconds_sum",
     "decode_request_s_total": "vllm:request_decode_time_seconds_sum",
-    "process_start_s": "process_start_time_seconds",
+    "process_start_s": "process_start_time_seconds",  # Unix time; a change is a restart
 }
 """Column -> the server's metric, summed over its labels."""
 SHARES = frozenset({"kv_cache_usage"})
@@ -197,48 +161,126 @@ SERVER_SCHEMA = pa.schema(
         pa.field("took_ns", pa.int64(), nullable=False),
         *(pa.field(column, pa.float64()) for column in GAUGES),
     ],
-    metadata={"harness.server_metrics": SERVER_SCHEMA_VERSION},
+    metadata={"harness.server_metrics": "2"},
 )
 
 
-class ServerMetrics:
-    """Samples one server, or all behind one address, into a file from a thread of its own, as long as a ``with`` block.
+def host_file(run_dir: Path, node: str) -> Path:
+    """``host-<node>.arrows`` of a run directory; ``node`` is a name or an address."""
+    return run_dir / f"host-{re.sub(r'[^A-Za-z0-9._-]+', '-', node)}.arrows"
 
-    Sampling never disturbs the run: a server without /metrics gives an empty file, a full disk ends the sampling and
-    is told by ``trouble`` afterwards.
+
+class ObservationWriter:
+    """Writes rows of a dataclass as one Arrow batch per call of `write`; whole up to there even if the process dies
+    next. Raises `OSError`.
     """
 
-    def __init__(self, pages: Sequence[tuple[str, AccessLike]], path: Path, start_unix_ns: int) -> None:
-        """``pages``: where the metrics are and how to ask for them; those of several processes are added up."""
-        self._pages, self._path = pages, path
+    schema = WORKER_SCHEMA
+
+    def __init__(self, path: Path) -> None:
+        self._sink = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_stream(self._sink, self.schema)
+
+    def write(self, rows: Sequence[Any]) -> None:
+        """Append ``rows`` to the file."""
+        if rows:
+            columns = [pa.array([getattr(row, f.name) for row in rows], type=f.type) for f in self.schema]
+            self._writer.write_batch(pa.record_batch(columns, schema=self.schema))
+            self._sink.flush()
+
+    def close(self) -> None:
+        """End the stream. Safe to call twice."""
+        if not self._sink.closed:
+            self._writer.close()
+            self._sink.close()
+
+
+class ProcessorSeconds(ObservationWriter):
+    """The same of `ProcessorSecond`. A full disk ends it and is told by ``trouble``: it must not stop a run."""
+
+    schema = PROCESSOR_SCHEMA
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.trouble: str | None = None
+        self._guarded(lambda: super(ProcessorSeconds, self).__init__(path))
+
+    def write(self, rows: Sequence[ProcessorSecond]) -> None:
+        """Append ``rows`` to the file."""
+        self._guarded(lambda: super(ProcessorSeconds, self).write(rows))
+
+    def close(self) -> None:
+        """End the stream."""
+        self._guarded(super().close)
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        if self.trouble is None:
+            try:
+                work()
+            except OSError as e:
+                self.trouble = f"{self._path}: cannot write ({e.strerror or e})"
+
+
+class Sampler:
+    """Writes what `sample` returns into a file each second, from a thread of its own, as long as a ``with`` block.
+
+    Sampling never disturbs the run: a full disk ends it and is told by ``trouble`` afterwards.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema, start_unix_ns: int, *, first_s: float) -> None:
+        """``start_unix_ns``: the common start by this host's clock. ``first_s``: from now to the first sample."""
+        self._path, self._schema, self._first_s = path, schema, first_s
         # One reading of both clocks, so that a wall clock that is set during the run moves nothing.
         self._start_mono_ns = time.monotonic_ns() + start_unix_ns - time.time_ns()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"metrics {pages[0][0]}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=path.stem, daemon=True)
         self.trouble: str | None = None
 
-    def __enter__(self) -> ServerMetrics:
+    def sample(self) -> dict[str, object] | None:
+        """One row but its ``t_ns``; null: none this time."""
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """Get what `sample` needs, in the thread."""
+
+    def end(self) -> None:
+        """Let go of it."""
+
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._stop.set()
         self._thread.join(timeout=ANSWER_S + 1)
 
     def _run(self) -> None:
+        self.begin()
         try:
-            with pa.OSFile(str(self._path), "wb") as sink, pa.ipc.new_stream(sink, SERVER_SCHEMA) as stream:
-                due = time.monotonic()
+            with pa.OSFile(str(self._path), "wb") as sink, pa.ipc.new_stream(sink, self._schema) as stream:
+                due = time.monotonic() + self._first_s
                 while not self._stop.wait(max(0.0, due - time.monotonic())):
-                    row = self._sample()
-                    if row is not None:
-                        stream.write_batch(pa.RecordBatch.from_pylist([row], schema=SERVER_SCHEMA))
+                    if (row := self.sample()) is not None:
+                        row["t_ns"] = time.monotonic_ns() - self._start_mono_ns
+                        stream.write_batch(pa.RecordBatch.from_pylist([row], schema=self._schema))
                         sink.flush()
                     due = max(due + EVERY_S, time.monotonic())
         except OSError as e:
             self.trouble = f"{self._path}: cannot write ({e.strerror or e})"
+        finally:
+            self.end()
 
-    def _sample(self) -> dict[str, float | None] | None:
+
+class ServerMetrics(Sampler):
+    """Of one server, or all behind one address. A server without /metrics gives an empty file."""
+
+    def __init__(self, pages: Sequence[tuple[str, AccessLike]], path: Path, start_unix_ns: int) -> None:
+        """``pages``: where the metrics are and how to ask for them; those of several processes are added up."""
+        super().__init__(path, SERVER_SCHEMA, start_unix_ns, first_s=0.0)
+        self._pages = pages
+
+    def sample(self) -> dict[str, object] | None:
+        """`GAUGES` now."""
         asked = time.monotonic_ns()
         end = time.monotonic() + ANSWER_S  # for all pages
         try:
@@ -248,8 +290,73 @@ class ServerMetrics:
             ]
         except ServerError:
             return None
-        now = time.monotonic_ns()
-        return {"t_ns": now - self._start_mono_ns, "took_ns": now - asked, **read_gauges(*pages)}
+        return {"took_ns": time.monotonic_ns() - asked, **read_gauges(*pages)}
+
+
+def read_gauges(*pages: str) -> dict[str, float | None]:
+    """The columns of `GAUGES` from pages of Prometheus text; null for what is not there, or in part no number.
+
+    Summed over labels and pages, but of several engines the mean share of the cache in use. Start times are added up
+    too, so that any restart changes the sum.
+    """
+    columns = {name: column for column, name in GAUGES.items()}
+    found: dict[str, list[float]] = {column: [] for column in GAUGES}
+    for page in pages:
+        for sample in read_samples(page, columns.__contains__):
+            found[columns[sample.name]].append(sample.value)
+    return {column: (mean if column in SHARES else total)(values) for column, values in found.items()}
+
+
+class HostMetrics(Sampler):
+    """Of this host."""
+
+    def __init__(self, path: Path, start_unix_ns: int) -> None:
+        super().__init__(path, HOST_SCHEMA, start_unix_ns, first_s=EVERY_S)
+
+    def begin(self) -> None:
+        """The counters from which the first sample counts."""
+        self._gpus = Gpus()
+        self._cpu, self._net = psutil.cpu_times(), psutil.net_io_counters()
+
+    def end(self) -> None:
+        """Let go of the driver."""
+        self._gpus.close()
+
+    def sample(self) -> dict[str, object]:
+        """What it did since the last call."""
+        before, net = self._cpu, self._net
+        now, net_now = self._cpu, self._net = psutil.cpu_times(), psutil.net_io_counters()
+        memory = psutil.virtual_memory()
+        return {
+            "cpu_share": busy_share(before, now),
+            "cpu_count": psutil.cpu_count(),
+            "memory_used_bytes": memory.total - memory.available,
+            "memory_bytes": memory.total,
+            "net_sent_bytes": net_now.bytes_sent - net.bytes_sent if net_now and net else None,
+            "net_received_bytes": net_now.bytes_recv - net.bytes_recv if net_now and net else None,
+            **self._gpus.sample(),
+        }
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_observations(path: Path) -> pa.Table:
+    """Rows of one file; every complete batch of one that was cut short, none of an empty one.
+
+    Raises `ResultsError` when it is missing or does not begin as a stream of this schema version; so do the next two.
+    """
+    return read_stream(path, WORKER_SCHEMA, "observations", {"1": ["prepared"]})
+
+
+def read_host_metrics(path: Path) -> pa.Table:
+    """The same of a machine."""
+    return read_stream(path, HOST_SCHEMA, "host metrics")
+
+
+def read_server_processor(path: Path) -> pa.Table:
+    """The same of a server's processor times."""
+    return read_stream(path, PROCESSOR_SCHEMA, "processor times")
 
 
 def read_server_metrics(path: Path) -> pa.Table | None:
@@ -290,17 +397,3 @@ def _read(path: Path) -> pa.Table | None:
     except (pa.ArrowException, OSError, ValueError):
         return None
     return table if len(table) else None
-
-
-def read_gauges(*pages: str) -> dict[str, float | None]:
-    """The columns of `GAUGES` from pages of Prometheus text; null for what is not there, or in part no number.
-
-    Summed over labels and pages, but of several engines the mean share of the cache in use. Start times are added up
-    too, so that any restart changes the sum.
-    """
-    columns = {name: column for column, name in GAUGES.items()}
-    found: dict[str, list[float]] = {column: [] for column in GAUGES}
-    for page in pages:
-        for sample in read_samples(page, columns.__contains__):
-            found[columns[sample.name]].append(sample.value)
-    return {column: (mean if column in SHARES else total)(values) for column, values in found.items()}

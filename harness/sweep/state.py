@@ -18,7 +18,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,10 +26,9 @@ from pathlib import Path
 import msgspec
 
 from harness.errors import ResultsError, UsageError
-from harness.record.manifest import MOST_BYTES, PRIVATE, Tier
+from harness.record.manifest import PRIVATE, Tier, read_json, write_json
 from harness.store.objects import as_url, is_url
 from harness.sweep.spec import Pair, Point, SweepSpec, slug
-from harness.untrusted import DECODE_ERRORS, read_regular
 
 SCHEMA_VERSION = "1"
 STATE = "sweep.json"
@@ -118,38 +117,13 @@ def create_folder(root: Path, state: SweepState) -> Path:
 
 def write_state(folder: Path, state: SweepState) -> None:
     """Replace ``sweep.json`` in one step that survives a crash at any moment. Raises `ResultsError`."""
-    temporary = folder / f".{STATE}.{os.getpid()}"
-    try:
-        with temporary.open("wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(state), indent=2) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / STATE)
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    except OSError as e:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise ResultsError(f"{folder / STATE}: cannot write ({e.strerror})") from e
+    write_json(folder / STATE, state)
 
 
 def read_state(folder: Path) -> SweepState:
     """The state of a sweep folder. Raises `ResultsError` when there is none, or one of another schema."""
     file = folder / STATE
-    try:
-        raw = read_regular(file, MOST_BYTES)
-        version = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get("schema_version")
-        if version is None or msgspec.json.decode(version) != SCHEMA_VERSION:
-            raise ResultsError(f"{file}: not a sweep of schema {SCHEMA_VERSION}, which this harness reads")
-        state = msgspec.json.decode(raw, type=SweepState)
-    except OSError as e:
-        raise ResultsError(f"{folder}: not a sweep folder: {STATE}: {e.strerror}") from e
-    except DECODE_ERRORS as e:
-        problem = "nested too deeply" if isinstance(e, RecursionError) else e
-        raise ResultsError(f"{file}: {problem}") from e
+    state = read_json(file, SweepState, SCHEMA_VERSION, "sweep folder")
     for point in state.points:
         if Path(point.name).name != point.name or Path(point.plan).name != point.plan:
             raise ResultsError(f"{file}: point {point.name!r}: not a name inside the sweep folder")

@@ -34,7 +34,8 @@ from run_files import SPEC, TIER  # noqa: E402
 
 from harness.plan import file as plans  # noqa: E402
 from harness.record import results as rows  # noqa: E402
-from harness.record.manifest import Host, Replica, RunDir, RunManifest, Worker, write_manifest  # noqa: E402
+from harness.record.host import Host  # noqa: E402
+from harness.record.manifest import Replica, RunDir, RunManifest, Worker, write_manifest  # noqa: E402
 from harness.record.samples import Observation, ObservationWriter  # noqa: E402
 
 BATCH = 2000

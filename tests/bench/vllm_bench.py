@@ -26,7 +26,6 @@ import msgspec
 from cluster.process.process import Process, describe_exit, tail
 from harness.errors import ServerError, UsageError
 from harness.plan.file import Request, iter_requests
-from harness.record.manifest import python
 from harness.server.access import page_under
 
 DEADLINE_S = 3600.0
@@ -53,7 +52,7 @@ def run_vllm_bench(
     """
     url = urlsplit(page_under(base_url, PATHS[endpoint]))
     argv = [
-        python(), __file__, str(plan), "--backend", "openai",
+        sys.executable, __file__, str(plan), "--backend", "openai",
         "--base-url", f"{url.scheme}://{url.netloc}", "--endpoint", urlunsplit(("", "", url.path, url.query, "")),
         *(["--header", *(f"{name}={value}" for name, value in headers.items())] if headers else []),
         "--model", model, "--dataset-name", "timed_trace",

@@ -24,13 +24,8 @@ from harness.plan.file import PlanInfo, plan_sha256, read_plan_columns, read_pla
 from harness.plan.prompts import Vocabulary
 from harness.plan.spec import asked_plan, drawn_seed
 from harness.record.answers import PROMPTS, Counted, count_answers, count_prompts, take_said
-from harness.record.manifest import (
-    RunDir,
-    RunManifest,
-    describe_host,
-    new_manifest,
-    write_manifest,
-)
+from harness.record.host import describe_host
+from harness.record.manifest import RunDir, RunManifest, new_manifest, write_manifest
 from harness.record.run_spec import BATCH_READS_FROM, Endpoint, RunSpec
 from harness.record.samples import ServerMetrics
 from harness.server import probe

@@ -14,7 +14,8 @@ from harness.cli.output import say
 from harness.errors import UsageError
 from harness.options import LoadOptions, ReplayOptions
 from harness.plan.prompts import Vocabulary
-from harness.record.manifest import Evidence, OnReplicaDeath, Replica, Restart, RunDir, System, Tier, cpu_flags
+from harness.record.host import cpu_flags
+from harness.record.manifest import Evidence, OnReplicaDeath, Replica, Restart, RunDir, System, Tier
 from harness.server import probe
 from harness.server.access import (
     Access,
@@ -44,7 +45,7 @@ DUMMY_BODY: dict[str, object] = {"stream_options": {"include_usage": True, "cont
 @contextmanager
 def sample_here(run: RunDir, start_unix_ns: int) -> Iterator[None]:
     """The counters of this machine alone, each second, beside the results."""
-    from harness.record.host import HostMetrics, host_file
+    from harness.record.samples import HostMetrics, host_file
 
     with HostMetrics(host_file(run.path, "local"), start_unix_ns) as metrics:
         yield
@@ -89,7 +90,7 @@ class Servers:
     shared_cores: bool | None = None
     """True when load workers may run on processors that a server runs on; null when not known."""
     sample_hosts: Callable[[RunDir, int], AbstractContextManager[None]] = sample_here
-    """Samples the counters of the hosts of servers and load (`harness.record.host`) while a run lasts."""
+    """Samples the counters of the hosts of servers and load (`harness.record.samples`) while a run lasts."""
 
     @property
     def base_urls(self) -> list[str]:
