@@ -133,7 +133,7 @@ def test_repeats_pool_by_their_requests_and_by_what_they_differ():
 
 
 def test_capacity_refuses_no_promise_and_points_that_are_not_pooled():
-    with pytest.raises(ValueError, match="promise"):
+    with pytest.raises(ValueError, match="SLO"):
         capacity([], ())
     with pytest.raises(ValueError, match="pooled"):
         capacity([point(2, 1.0), point(1, 1.0)], (P99,))

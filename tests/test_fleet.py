@@ -187,10 +187,10 @@ def test_a_grown_day_is_the_same_day_with_more_requests():
 
 
 def test_sensitivities_change_one_thing_at_a_time():
-    found = {s.changed: s for s in sensitivities(L4, 10.0, capacities=[("capacity 1", 1.0)])}
+    found = {s.changed: s for s in sensitivities(L4, 10.0, ends=(1.0, None))}
     assert found["demand x 2"].instances == 10
     assert found["price x 1.2"].instances == 5 and found["price x 1.2"].usd_per_month == pytest.approx(5 * 0.96 * 730)
-    assert found["capacity 1"].instances == 10
+    assert found["capacity at its low end"].instances == 10
 
 
 def test_a_schedule_is_never_short_and_pays_for_the_start():

@@ -8,8 +8,8 @@ N replicas shows.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -104,41 +104,29 @@ class Fleet:
 
 
 def fleet(
-    offer: TierOffer, request_rate: float, *, mean: float | None = None, headroom: float = 1.0,
-    availability: float | None = None,
+    offer: TierOffer, request_rate: float, *, replicas: int | None = None, mean: float | None = None,
+    headroom: float = 1.0, availability: float | None = None,
 ) -> Fleet:  # fmt: skip
-    """The smallest fleet that carries ``request_rate`` x ``headroom``.
+    """The smallest fleet of whole instances that carries ``request_rate`` x ``headroom``; or one of so many
+    ``replicas``.
 
     ``mean``: of the whole demand, for its utilisation; None: ``request_rate`` all the time. ``availability``: with at
     least this probability enough instances are up, when each is up independently for ``offer.node_availability`` of the
     time. Raises ValueError for a capacity, price or share that makes no sense.
     """
-    if not offer.capacity > 0:
+    per_instance = offer.replicas_per_instance
+    if not (offer.capacity > 0 and offer.usd_per_hour >= 0 and per_instance >= 1):
         raise ValueError(f"{offer.name}: capacity, price and replicas per instance must be positive")
-    replicas = max(1, math.ceil(request_rate * headroom / offer.capacity - 1e-9))
-    return fleet_of(offer, replicas, request_rate, mean=mean, availability=availability)
-
-
-def fleet_of(
-    offer: TierOffer,
-    replicas: int,
-    request_rate: float,
-    *,
-    mean: float | None = None,
-    availability: float | None = None,
-) -> Fleet:
-    """So many replicas as whole instances, with what they cost; the rest as for `fleet`."""
-    if not (offer.capacity > 0 and offer.usd_per_hour >= 0 and offer.replicas_per_instance >= 1):
-        raise ValueError(f"{offer.name}: capacity, price and replicas per instance must be positive")
-    needed = math.ceil(replicas / offer.replicas_per_instance)
+    if replicas is None:
+        replicas = max(1, math.ceil(request_rate * headroom / offer.capacity - 1e-9))
+    needed = math.ceil(replicas / per_instance)
     spares = 0 if availability is None else spare_instances(needed, offer.node_availability, availability)
-    instances = needed + spares
-    usd_per_hour = instances * offer.usd_per_hour
-    carried = instances * offer.replicas_per_instance * offer.capacity
+    usd_per_hour = (needed + spares) * offer.usd_per_hour
+    carried = (needed + spares) * per_instance * offer.capacity
     return Fleet(
-        request_rate=request_rate, replicas=replicas, instances=instances, spares=spares,
-        usd_per_hour=usd_per_hour,
-        usd_per_month=usd_per_hour * HOURS_PER_MONTH, usd_per_year=usd_per_hour * HOURS_PER_YEAR,
+        request_rate=request_rate, replicas=replicas, instances=needed + spares, spares=spares,
+        usd_per_hour=usd_per_hour, usd_per_month=usd_per_hour * HOURS_PER_MONTH,
+        usd_per_year=usd_per_hour * HOURS_PER_YEAR,
         utilisation=share_or_none((request_rate if mean is None else mean) / carried),
     )  # fmt: skip
 
@@ -236,11 +224,8 @@ def schedule(offer: TierOffer, wanted: TrafficDemand, *, headroom: float = 1.0, 
     start_s = offer.start_s or 0.0
     per_instance = offer.capacity * offer.replicas_per_instance
     asked = np.maximum(1, np.ceil(wanted.per_minute * headroom / per_instance - 1e-9)).astype(np.int64)
-    lead = math.ceil(start_s / MINUTE_S)
-    if ahead:
-        target = [asked[max(0, t - HOLD_MINUTES) : t + lead + 1].max() for t in range(len(asked))]
-    else:
-        target = [asked[max(0, t - HOLD_MINUTES) : t].max() if t else asked[0] for t in range(len(asked))]
+    known = math.ceil(start_s / MINUTE_S) + 1 if ahead else 0  # minutes from the present one on
+    target = [asked[max(0, t - HOLD_MINUTES) : max(1, t + known)].max() for t in range(len(asked))]
     return Schedule(target=np.array(target, dtype=np.int64), start_s=0.0 if ahead else start_s)
 
 
@@ -287,21 +272,27 @@ class Sensitivity:
     changed: str
     instances: int
     usd_per_month: float
+    end: Literal["low", "high"] | None = None
+    """Which end of the interval of the capacity it is; None: another assumption."""
 
 
 def sensitivities(
     offer: TierOffer, peak: float, *, headroom: float = 1.0, availability: float | None = None,
-    capacities: Sequence[tuple[str, float]] = (),
+    ends: tuple[float | None, float | None] = (None, None),
 ) -> list[Sensitivity]:  # fmt: skip
     """The fleet for ``peak`` requests/s with demand, price and capacity changed one at a time.
 
-    ``capacities``: (name, requests/s per replica), such as the ends of the interval or capacities at another SLO.
+    ``ends``: of the interval of the capacity; None: not known.
     """
-    changes = [(f"demand x {g:g}", offer, peak * g) for g in GROWTH]
-    changes += [(f"price x {p:g}", replace(offer, usd_per_hour=offer.usd_per_hour * p), peak) for p in PRICES]
-    changes += [(name, replace(offer, capacity=capacity), peak) for name, capacity in capacities]
+    changes: list[tuple[str, float, TierOffer, Literal["low", "high"] | None]] = [
+        *((f"demand x {g:g}", peak * g, offer, None) for g in GROWTH),
+        *((f"price x {p:g}", peak, replace(offer, usd_per_hour=offer.usd_per_hour * p), None) for p in PRICES),
+    ]
+    low, high = ends
+    changes += [("capacity at its low end", peak, replace(offer, capacity=low), "low")] if low else []
+    changes += [("capacity at its high end", peak, replace(offer, capacity=high), "high")] if high else []
     found = []
-    for name, changed, rate in changes:
+    for name, rate, changed, end in changes:
         size = fleet(changed, rate, headroom=headroom, availability=availability)
-        found.append(Sensitivity(changed=name, instances=size.instances, usd_per_month=size.usd_per_month))
+        found.append(Sensitivity(changed=name, instances=size.instances, usd_per_month=size.usd_per_month, end=end))
     return found

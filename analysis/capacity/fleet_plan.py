@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
-from typing import Protocol
+from typing import Literal, Protocol
 
 from analysis.capacity.fitted_engine import FittedEngine, NotFittedError
 from analysis.capacity.fleet import (
+    HOLD_MINUTES,
     Autoscaled,
     Fleet,
     Kept,
@@ -18,17 +20,16 @@ from analysis.capacity.fleet import (
     TrafficDemand,
     autoscaled,
     fleet,
-    fleet_of,
     schedule,
     sensitivities,
     share_or_none,
 )
-from analysis.capacity.fleet_words import assumptions, sentence
 from analysis.capacity.serving_config import ServingConfig, drain_words
 from analysis.capacity.simulated_fleet import SimulatedFleet
-from analysis.cost.cost import usd_per_1m
+from analysis.cost.cost import HOURS_PER_MONTH, usd_per_1m
 from analysis.price_age import OLD_DAYS, is_old
 from analysis.stats.intervals import Quantity
+from harness.slo import percent
 
 SCHEMA = "harness.fleet/1"
 LARGEST_LENGTH_CHANGE = 0.1
@@ -52,6 +53,12 @@ class Wanted:
     """Instead of what was measured."""
     replicas_per_instance: int | None = None
     """Instead of what the accelerators hold."""
+
+    def usd_per_1m(self, usd_per_hour: float) -> float | None:
+        """USD per 1M tokens of the demand at its mean rate; None when tokens are not known."""
+        if self.tokens is None or self.tokens.mean <= 0:
+            return None
+        return usd_per_1m(usd_per_hour / 3600, self.tokens.mean)
 
 
 class Replays(Protocol):
@@ -84,8 +91,8 @@ class TierFleet:
     capacity_high: float | None
     at_least: bool
     """The measured loads did not reach capacity: the figure is a lower bound, and the fleet may be smaller."""
-    binding: str
-    """requests or tokens: which of the two needs more replicas."""
+    binding: Literal["requests", "tokens"]
+    """Which of the two needs more replicas."""
     unit: str
     replicas_per_instance: int
     start_s: float | None
@@ -147,237 +154,245 @@ class FleetPlan:
     assumptions: tuple[str, ...]
 
 
-def plan_fleets(
-    systems: Sequence[ServingConfig],
-    wanted: Wanted,
-    *,
-    made: str,
-    trace: str,
-    others: Sequence[ServingConfig] = (),
-    refused: Sequence[tuple[str, str]] = (),
-    replays: Replays | None = None,
-) -> FleetPlan:
-    """Fleets of every system that has a capacity in an open loop and a price, cheapest peak fleet first.
-
-    ``others``: the same systems under other SLOs, for sensitivity alone. ``refused``: runs that are no evidence,
-    each with the reason; they are listed with what was left out. ``replays``: None: fluid alone.
-    """
-    found: list[TierFleet] = []
-    excluded: list[tuple[str, str]] = []
-    opened = {s.name for s in systems if s.loop != "closed"}
-    for system in systems:
-        if system.loop == "closed" and system.name in opened:
-            continue  # the ladder of a search that went on in an open loop
-        why = _unfit(system)
-        if why is not None:
-            excluded.append((system.name, why))
-        else:
-            promises = [o for o in others if o.same_but_promise(system)]
-            found.append(_tier_fleet(system, wanted, promises, date.fromisoformat(made[:10]), replays))
-    found.sort(key=lambda f: (f.peak.usd_per_hour, f.name))
-    return FleetPlan(
-        schema=SCHEMA, made=made, trace=trace, sentence=sentence(found, excluded, refused),
-        requests=_rates(wanted.requests), tokens=_rates(wanted.tokens) if wanted.tokens else None, grow=wanted.grow,
-        headroom=wanted.headroom, availability=wanted.availability, node_availability=wanted.node_availability,
-        tiers=tuple(found), excluded=(*excluded, *refused), assumptions=assumptions(wanted),
-    )  # fmt: skip
-
-
-def _rates(demand: TrafficDemand) -> DemandRates:
-    return DemandRates(
-        mean=demand.mean, worst_minute=demand.worst_minute, total=demand.requests, span_s=demand.span_s
-    )  # fmt: skip
-
-
-def _unfit(system: ServingConfig) -> str | None:
-    found = system.capacity
-    if found is None:
-        return "no SLO: say what is promised (--slo)"
-    if system.loop == "closed":
-        return "measured in a closed loop alone, which has no capacity for arrivals: sweep request rates"
-    if found.state in ("not reached", "unknown"):
-        return found.load.note or found.state
-    if not system.usd_per_hour:
-        return "no price: say its tier when it is measured (--tier)"
-    top = system.top_token_throughput
-    if top is not None and top.value is not None and top.low is None:
-        return "too few requests: its throughput has no interval"
-    return None
-
-
-def _offer(
-    system: ServingConfig, wanted: Wanted
-) -> tuple[TierOffer, TrafficDemand, str, tuple[float | None, float | None]]:
-    """The offer in the unit that binds, the demand in that unit, which it is, and the ends of its capacity."""
-    assert system.capacity is not None
-    found, count = system.capacity, system.replicas
-    rate = system.requests_per_s
-    assert rate is not None
-    at = found.rates.get("sent_rate", found.load) if system.loop == "sessions" else found.load
-    ends = (at.low, at.high if found.state == "found" else None)
-    token_rate = _token_rate(system)
-    demand, binding, capacity = wanted.requests, "requests", rate
-    if wanted.tokens is not None and token_rate is not None and token_rate.value:
-        per_replica = token_rate.value / count
-        if wanted.tokens.worst_minute / per_replica > wanted.requests.worst_minute / rate * (1 + 1e-9):
-            demand, binding, capacity = wanted.tokens, "tokens", per_replica
-            ends = (token_rate.low, token_rate.high if found.state == "found" else None)
-    offer = TierOffer(
-        name=system.name, usd_per_hour=system.usd_per_hour or 0.0, capacity=capacity,
-        replicas_per_instance=wanted.replicas_per_instance or system.replicas_per_instance,
-        start_s=system.start_s if wanted.start_s is None else wanted.start_s,
-        node_availability=wanted.node_availability,
-    )  # fmt: skip
-    low, high = (None if end is None else end / count for end in ends)
-    return offer, demand, binding, (low, high)
-
-
-def _token_rate(system: ServingConfig) -> Quantity | None:
-    """Tokens/s of all measured replicas at capacity, or at the highest load where capacity lies beyond it."""
-    assert system.capacity is not None
-    beyond = system.capacity.state == "beyond"
-    return system.top_token_throughput if beyond else system.capacity.rates.get("total_token_throughput")
-
-
-def _by_replay(
-    system: ServingConfig, wanted: Wanted, likely: int, replays: Replays | None
-) -> tuple[SimulatedFleet | None, str | None]:
-    if replays is None:
-        return None, "no replay was asked for"
-    if system.loop != "open":
-        return None, "measured with sessions that wait: their requests do not come at times of their own"
-    try:
-        return replays.fleet(system, wanted.grow * wanted.headroom, likely), None
-    except NotFittedError as e:
-        return None, str(e)
-
-
-def _tier_fleet(
-    system: ServingConfig, wanted: Wanted, others: Sequence[ServingConfig], today: date, replays: Replays | None
-) -> TierFleet:
-    assert system.capacity is not None
-    offer, demand, binding, (low, high) = _offer(system, wanted)
-    head, up = wanted.headroom, wanted.availability
-    fluid = peak = fleet(offer, demand.worst_minute, mean=demand.mean, headroom=head, availability=up)
-    replayed, why = _by_replay(system, wanted, fluid.replicas, replays)
-    if replayed is not None:
-        peak = fleet_of(offer, replayed.replicas, demand.worst_minute, mean=demand.mean, availability=up)
-    served = _per_1m(peak.usd_per_hour, wanted)
-    fluid, _ = _priced(fluid, offer, system, wanted)
-    peak, why_none = _priced(peak, offer, system, wanted)
-    reactive, scheduled = (
-        _follows(system, wanted, offer, demand, peak.spares, replays, replayed, ahead=ahead) for ahead in (False, True)
-    )
-    ends = [(f"capacity at its {name} end", end) for name, end in (("low", low), ("high", high)) if end]
-    changed = sensitivities(offer, demand.worst_minute, headroom=head, availability=up, capacities=ends)
-    changed += [_other_promise(o, wanted) for o in others if _unfit(o) is None]
-    return TierFleet(
-        name=offer.name, model=system.model, tier=system.tier, slo=system.slo, evidence=system.evidence,
-        replicas_measured=system.replicas, capacity=offer.capacity, capacity_low=low, capacity_high=high,
-        at_least=system.capacity.state == "beyond", binding=binding,
-        unit="req/s" if binding == "requests" else "tokens/s",
-        replicas_per_instance=offer.replicas_per_instance, start_s=offer.start_s, usd_per_hour=offer.usd_per_hour,
-        price_basis=f"{system.purchase}, {system.region}, read {system.price_date}"
-        f"{' (OLD)' if is_old(system.price_date or '', today) else ''}; {system.price_source}",
-        mean=fleet(offer, demand.mean), worst_minute=fleet(offer, demand.worst_minute), peak=peak,
-        fluid=fluid, simulated=replayed, not_simulated=why,
-        reactive=reactive, scheduled=scheduled,
-        no_utilisation=why_none, usd_per_1m_served=served,
-        usd_per_1m_scheduled=_per_1m(scheduled.usd_per_hour, wanted),
-        sensitivities=tuple(changed), notes=(*_notes(system, offer, demand, today), *_other_traffic(system, wanted)),
-    )  # fmt: skip
-
-
-def _follows(
-    system: ServingConfig, wanted: Wanted, offer: TierOffer, demand: TrafficDemand, spares: int,
-    replays: Replays | None, found: SimulatedFleet | None, *, ahead: bool,
-) -> Autoscaled:  # fmt: skip
-    made = autoscaled(offer, demand, headroom=wanted.headroom, spares=spares, ahead=ahead)
-    if replays is None or found is None:
-        return made
-    plan = schedule(offer, demand, headroom=wanted.headroom, ahead=ahead)
-    return replace(
-        made, kept=replays.scaled(system, found.engine, wanted.grow, plan, spares, offer.replicas_per_instance)
-    )
-
-
-def _other_promise(system: ServingConfig, wanted: Wanted) -> Sensitivity:
-    offer, demand, _, _ = _offer(system, wanted)
-    size = fleet(offer, demand.worst_minute, headroom=wanted.headroom, availability=wanted.availability)
-    return Sensitivity(changed=f"SLO {system.slo}", instances=size.instances, usd_per_month=size.usd_per_month)
-
-
-def _per_1m(usd_per_hour: float, wanted: Wanted) -> float | None:
-    """USD per 1M tokens of the demand at its mean rate; None when tokens are not known."""
-    if wanted.tokens is None or wanted.tokens.mean <= 0:
-        return None
-    return usd_per_1m(usd_per_hour / 3600, wanted.tokens.mean)
-
-
-def _priced(size: Fleet, offer: TierOffer, system: ServingConfig, wanted: Wanted) -> tuple[Fleet, str | None]:
-    """The fleet with the utilisation at which `harness price` makes of the same runs what its tokens cost: the cost at
-    100 % (one full replica, one instance) over USD per 1M served. Or without one, and why.
-    """
-    if offer.replicas_per_instance > 1:
-        return replace(size, utilisation=None), (
-            "harness price counts a whole instance for each replica, and here several share one"
-        )
-    served, rate = _per_1m(size.usd_per_hour, wanted), _token_rate(system)
-    if served and rate is not None and rate.value:
-        full = usd_per_1m(offer.usd_per_hour * system.replicas / 3600, rate.value)
-        share = share_or_none(full / served)
-    else:
-        share = size.utilisation
-    if share is None:
-        return replace(size, utilisation=None), (
-            "the fleet serves its tokens at less than the cost at 100 % of one replica, which harness price goes by: "
-            "together replicas carry more than as many times one; runs of several replicas would tell how much"
-        )
-    return replace(size, utilisation=share), None
-
-
-def _notes(system: ServingConfig, offer: TierOffer, demand: TrafficDemand, today: date) -> tuple[str, ...]:
-    assert system.capacity is not None
-    said = []
-    if is_old(system.price_date or "", today):
-        said.append(f"OLD: the price of the hardware was read on {system.price_date}, over {OLD_DAYS} days ago")
-    if system.capacity.state == "beyond":
-        said.append("capacity lies beyond the highest measured load: a lower bound, so the fleet is an upper one")
-    if system.drained:
-        said.append(f"{drain_words(system.drained, system.unit)}: the fleet may be smaller")
-    if offer.replicas_per_instance > 1:
-        shared = offer.replicas_per_instance
-        said.append(f"{shared} replicas share an instance: that they do not slow each other is assumed, not measured")
-    if offer.start_s is None:
-        said.append("start-up was not measured (servers that were there already): autoscaling counts it as 0 (--start)")
-    if demand.span_s < 0.99 * 86_400:
-        hours = demand.span_s / 3600
-        said.append(f"the trace spans {hours:.2g} h, no whole day: what autoscaling saves over a day is not in it")
-    return tuple(said)
-
-
-def _other_traffic(system: ServingConfig, wanted: Wanted) -> tuple[str, ...]:
-    """Whether the demand's requests are longer or shorter than those of the runs that the SLO was judged on."""
-    assert system.capacity is not None
-    found = system.capacity.rates
-    flow, rate = found.get("request_throughput"), found.get("total_token_throughput")
-    if flow is None or rate is None or not flow.value or not rate.value or wanted.tokens is None:
-        return ()
-    measured, asked = (
-        rate.value / flow.value,
-        wanted.tokens.mean / wanted.requests.mean if wanted.requests.mean else 0.0,
-    )
-    if abs(asked / measured - 1) <= LARGEST_LENGTH_CHANGE:
-        return ()
-    return (
-        f"a request of the demand has {asked:,.0f} tokens on average, one of those that were measured {measured:,.0f}: "
-        "whether the promise holds for the others, only a run of them tells",
-    )
-
-
 def grown(wanted: Wanted, factor: float) -> Wanted:
     """The same with ``factor`` times the demand."""
     return replace(
         wanted, requests=wanted.requests.grown(factor), tokens=wanted.tokens.grown(factor) if wanted.tokens else None,
         grow=wanted.grow * factor,
     )  # fmt: skip
+
+
+def plan_fleets(
+    systems: Sequence[ServingConfig], wanted: Wanted, *, made: str, trace: str, others: Sequence[ServingConfig] = (),
+    refused: Sequence[tuple[str, str]] = (), replays: Replays | None = None,
+) -> FleetPlan:  # fmt: skip
+    """Fleets of every system that has a capacity in an open loop and a price, cheapest peak fleet first.
+
+    ``others``: the same systems under other SLOs, for sensitivity alone. ``refused``: runs that are no evidence,
+    each with the reason; they are listed with what was left out. ``replays``: None: fluid alone.
+    """
+    opened = {s.name for s in systems if s.loop != "closed"}
+    # beside an open loop the closed one is the ladder of a search that went on
+    asked = [(s, _unfit(s)) for s in systems if s.loop != "closed" or s.name not in opened]
+    excluded = [(s.name, why) for s, why in asked if why is not None]
+    today = date.fromisoformat(made[:10])
+    found = [_tier_fleet(s, wanted, others, today, replays) for s, why in asked if why is None]
+    found.sort(key=lambda f: (f.peak.usd_per_hour, f.name))
+
+    def rates(of: TrafficDemand) -> DemandRates:
+        return DemandRates(mean=of.mean, worst_minute=of.worst_minute, total=of.requests, span_s=of.span_s)
+
+    return FleetPlan(
+        schema=SCHEMA, made=made, trace=trace, sentence=_sentence(found, excluded, refused),
+        requests=rates(wanted.requests), tokens=rates(wanted.tokens) if wanted.tokens else None, grow=wanted.grow,
+        headroom=wanted.headroom, availability=wanted.availability, node_availability=wanted.node_availability,
+        tiers=tuple(found), excluded=(*excluded, *refused), assumptions=_assumptions(wanted),
+    )  # fmt: skip
+
+
+def _unfit(system: ServingConfig) -> str | None:
+    found, top = system.capacity, system.top_token_throughput
+    if found is None:
+        return "no SLO: say what the servers must keep (--slo)"
+    if system.loop == "closed":
+        return "measured in a closed loop alone, which has no capacity for arrivals: sweep request rates"
+    if found.state in ("not reached", "unknown"):
+        return found.load.note or found.state
+    if not system.usd_per_hour:
+        return "no price: say its tier when it is measured (--tier)"
+    if top is not None and top.value is not None and top.low is None:
+        return "too few requests: its throughput has no interval"
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Binding:
+    """What binds a system, requests or tokens: the demand and what one replica carries of it."""
+
+    offer: TierOffer
+    demand: TrafficDemand
+    name: Literal["requests", "tokens"]
+    ends: tuple[float | None, float | None]
+    """Of the capacity of one replica."""
+    tokens: Quantity | None
+    """Tokens/s of all measured replicas at capacity, or at the highest load where capacity lies beyond it."""
+
+
+def _binding(system: ServingConfig, wanted: Wanted) -> _Binding:
+    found, count, rate = system.capacity, system.replicas, system.requests_per_s
+    assert found is not None and rate is not None
+    beyond = found.state == "beyond"
+    tokens = system.top_token_throughput if beyond else found.rates.get("total_token_throughput")
+    demand, capacity, at = wanted.requests, rate, found.load
+    name: Literal["requests", "tokens"] = "requests"
+    if system.loop == "sessions":
+        at = found.rates.get("sent_rate", at)
+    if wanted.tokens is not None and tokens is not None and tokens.value:
+        per_replica = tokens.value / count
+        if wanted.tokens.worst_minute / per_replica > wanted.requests.worst_minute / rate * (1 + 1e-9):
+            demand, name, capacity, at = wanted.tokens, "tokens", per_replica, tokens
+    offer = TierOffer(
+        name=system.name, usd_per_hour=system.usd_per_hour or 0.0, capacity=capacity,
+        replicas_per_instance=wanted.replicas_per_instance or system.replicas_per_instance,
+        start_s=system.start_s if wanted.start_s is None else wanted.start_s,
+        node_availability=wanted.node_availability,
+    )  # fmt: skip
+    low, high = (None if end is None else end / count for end in (at.low, None if beyond else at.high))
+    return _Binding(offer=offer, demand=demand, name=name, ends=(low, high), tokens=tokens)
+
+
+def _tier_fleet(
+    system: ServingConfig, wanted: Wanted, others: Sequence[ServingConfig], today: date, replays: Replays | None
+) -> TierFleet:
+    assert system.capacity is not None
+    bound, head, up = _binding(system, wanted), wanted.headroom, wanted.availability
+    offer, demand = bound.offer, bound.demand
+    fluid = peak = fleet(offer, demand.worst_minute, mean=demand.mean, headroom=head, availability=up)
+    replayed, why = None, "no replay was asked for"
+    if replays is not None and system.loop != "open":
+        why = "measured with sessions that wait: their requests do not come at times of their own"
+    elif replays is not None:
+        try:
+            replayed = replays.fleet(system, wanted.grow * head, fluid.replicas)
+            peak = fleet(offer, demand.worst_minute, replicas=replayed.replicas, mean=demand.mean, availability=up)
+        except NotFittedError as e:
+            why = str(e)
+
+    def follows(*, ahead: bool) -> Autoscaled:
+        made = autoscaled(offer, demand, headroom=head, spares=peak.spares, ahead=ahead)
+        if replays is None or replayed is None:
+            return made
+        plan = schedule(offer, demand, headroom=head, ahead=ahead)
+        per_instance = offer.replicas_per_instance
+        return replace(made, kept=replays.scaled(system, replayed.engine, wanted.grow, plan, peak.spares, per_instance))
+
+    changed = sensitivities(offer, demand.worst_minute, headroom=head, availability=up, ends=bound.ends)
+    for other in others:
+        if other.same_under_other_slo(system) and _unfit(other) is None:
+            strict = _binding(other, wanted)
+            size = fleet(strict.offer, strict.demand.worst_minute, headroom=head, availability=up)
+            name = f"SLO {other.slo}"
+            changed.append(Sensitivity(changed=name, instances=size.instances, usd_per_month=size.usd_per_month))
+    fluid, _ = _utilised(fluid, bound, system, wanted)
+    peak, no_utilisation = _utilised(peak, bound, system, wanted)
+    reactive, scheduled = follows(ahead=False), follows(ahead=True)
+    return TierFleet(
+        name=offer.name, model=system.model, tier=system.tier, slo=system.slo, evidence=system.evidence,
+        replicas_measured=system.replicas, capacity=offer.capacity, capacity_low=bound.ends[0],
+        capacity_high=bound.ends[1], at_least=system.capacity.state == "beyond", binding=bound.name,
+        unit="req/s" if bound.name == "requests" else "tokens/s",
+        replicas_per_instance=offer.replicas_per_instance, start_s=offer.start_s, usd_per_hour=offer.usd_per_hour,
+        price_basis=f"{system.purchase}, {system.region}, read {system.price_date}"
+        f"{' (OLD)' if is_old(system.price_date or '', today) else ''}; {system.price_source}",
+        mean=fleet(offer, demand.mean), worst_minute=fleet(offer, demand.worst_minute), peak=peak, fluid=fluid,
+        simulated=replayed, not_simulated=why if replayed is None else None, reactive=reactive, scheduled=scheduled,
+        no_utilisation=no_utilisation, usd_per_1m_served=wanted.usd_per_1m(peak.usd_per_hour),
+        usd_per_1m_scheduled=wanted.usd_per_1m(scheduled.usd_per_hour), sensitivities=tuple(changed),
+        notes=tuple(_notes(system, bound, wanted, today)),
+    )  # fmt: skip
+
+
+def _utilised(size: Fleet, bound: _Binding, system: ServingConfig, wanted: Wanted) -> tuple[Fleet, str | None]:
+    """The fleet with the utilisation at which `harness price` makes of the same runs what its tokens cost: the cost at
+    100 % (one full replica, one instance) over USD per 1M served. Or without one, and why.
+    """
+    if bound.offer.replicas_per_instance > 1:
+        return replace(size, utilisation=None), (
+            "harness price counts a whole instance for each replica, and here several share one"
+        )
+    served, share = wanted.usd_per_1m(size.usd_per_hour), size.utilisation
+    if served and bound.tokens is not None and bound.tokens.value:
+        full = usd_per_1m(bound.offer.usd_per_hour * system.replicas / 3600, bound.tokens.value)
+        share = share_or_none(full / served)
+    return replace(size, utilisation=share), None if share is not None else (
+        "the fleet serves its tokens at less than the cost at 100 % of one replica, which harness price goes by: "
+        "together replicas carry more than as many times one; runs of several replicas would tell how much"
+    )
+
+
+def _notes(system: ServingConfig, bound: _Binding, wanted: Wanted, today: date) -> Iterator[str]:
+    assert system.capacity is not None
+    if is_old(system.price_date or "", today):
+        yield f"OLD: the price of the hardware was read on {system.price_date}, over {OLD_DAYS} days ago"
+    if system.capacity.state == "beyond":
+        yield "capacity lies beyond the highest measured load: a lower bound, so the fleet is an upper one"
+    if system.drained:
+        yield f"{drain_words(system.drained, system.unit)}: the fleet may be smaller"
+    if (shared := bound.offer.replicas_per_instance) > 1:
+        yield f"{shared} replicas share an instance: that they do not slow each other is assumed, not measured"
+    if bound.offer.start_s is None:
+        yield "start-up was not measured (servers that were there already): autoscaling counts it as 0 (--start)"
+    if bound.demand.span_s < 0.99 * 86_400:
+        hours = bound.demand.span_s / 3600
+        yield f"the trace spans {hours:.2g} h, no whole day: what autoscaling saves over a day is not in it"
+    flow, rate = (system.capacity.rates.get(f"{name}_throughput") for name in ("request", "total_token"))
+    if flow is None or rate is None or not flow.value or not rate.value or wanted.tokens is None:
+        return
+    measured = rate.value / flow.value
+    asked = wanted.tokens.mean / wanted.requests.mean if wanted.requests.mean else 0.0
+    if abs(asked / measured - 1) > LARGEST_LENGTH_CHANGE:
+        yield (
+            f"a request of the demand has {asked:,.0f} tokens on average, one of those that were measured "
+            f"{measured:,.0f}: whether the SLO is kept for the others, only a run of them tells"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- in words
+
+
+def _sentence(
+    found: Sequence[TierFleet], excluded: Sequence[tuple[str, str]], refused: Sequence[tuple[str, str]]
+) -> str:
+    """The answer in one line: the cheapest tier and the runner-up, or why there is none."""
+    whys = [f"{name}: {why}" for name, why in excluded]
+    if not found:
+        return f"No tier can be planned with: {'; '.join(whys) or f'every run is INVALID ({len(refused)})'}."
+    best = found[0]
+    said = f"Cheapest: {best.name}, {_size(best)} for {best.slo}."
+    if len(found) > 1:
+        second = found[1]
+        more = second.peak.usd_per_hour / best.peak.usd_per_hour - 1 if best.peak.usd_per_hour else math.inf
+        return f"{said} Runner-up: {second.name}, {_size(second)} ({more:+.0%})."
+    return f"{said} No runner-up: {'; '.join(whys)}." if whys else f"{said} Nothing else was measured."
+
+
+def _size(one: TierFleet) -> str:
+    """Instances and USD a month; of the fluid answer those at the ends of its capacity too, where they are known."""
+    peak = one.peak
+    said = f"{peak.instances} instance{'' if peak.instances == 1 else 's'}, {peak.usd_per_month:,.0f} USD a month"
+    if one.simulated is not None:
+        return f"{said} (simulated; fluid: {one.fluid.instances:,}, {one.fluid.usd_per_month:,.0f} USD)"
+    said = f"at most {said}" if one.at_least else said
+    ends = {s.end: s for s in one.sensitivities if s.end is not None}
+    if not ends:
+        return said
+    few, many = ends.get("high"), ends.get("low")
+    if few is not None and many is not None:
+        return (
+            f"{said} (95 %: {few.instances:,} to {many.instances:,}, {few.usd_per_month:,.0f} to "
+            f"{many.usd_per_month:,.0f} USD)"
+        )
+    ((end, known),) = ends.items()
+    return f"{said} (95 %: {'up to' if end == 'low' else 'from'} {known.instances:,}, {known.usd_per_month:,.0f} USD)"
+
+
+def _assumptions(wanted: Wanted) -> tuple[str, ...]:
+    """What a plan takes for granted."""
+    said = [
+        f"demand is the trace's, {wanted.grow:g} times, x {wanted.headroom:g} for what the forecast may miss",
+        "a simulated fleet is the smallest that keeps the SLO in every minute of the demand, replayed on an engine "
+        "that was fitted to the measured runs; replicas take requests in turn. The fluid one is the worst minute over "
+        "measured capacity",
+        "fluid, N replicas carry N times one; what routing costs in prefix-cache hits, only a run of N shows",
+        f"a month has {HOURS_PER_MONTH:g} h, a year 12 of them; staff, network, storage and tax are not in the price",
+        "autoscaling: what it costs is counted by the minute. Reactive: after each minute it asks for what "
+        f"the busiest of the last {HOLD_MINUTES} needed; new instances answer after their start-up time and are paid "
+        "from the request on. Scheduled: it knows the day and asks early enough. New ones take their share of what "
+        "comes from then on, and nothing of what waits elsewhere",
+        "no instance fails: say --availability for spare ones" if wanted.availability is None else
+        f"availability {percent(wanted.availability)}: with that probability enough instances are up, each being "
+        f"up {percent(wanted.node_availability)} of the time by itself (an assumption, --node-availability)",
+    ]  # fmt: skip
+    if wanted.tokens is None:
+        said.append("the trace does not say all token lengths: sized by requests alone, no cost per token")
+    return tuple(said)

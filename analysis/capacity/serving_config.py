@@ -129,7 +129,7 @@ class ServingConfig:
         where = f"{where} x {self.replicas}" if self.replicas > 1 else where
         return where + where_words(self.label, self.servers)
 
-    def same_but_promise(self, other: ServingConfig) -> bool:
+    def same_under_other_slo(self, other: ServingConfig) -> bool:
         """Whether ``other`` is the same hardware, software and traffic, judged by another SLO."""
         same = ("model", "label", "servers", "tier", "engine", "args", "replicas", "evidence", "trace", "loop",
                 "usd_per_hour")  # fmt: skip
@@ -382,6 +382,6 @@ def _notes(
     if found is not None and found.load.note:
         said.append(found.load.note)
     if len(points) == 1:
-        said.append(f"one load was measured ({load_words(runs[0])}): capacity needs one that keeps the promise and one "
+        said.append(f"one load was measured ({load_words(runs[0])}): capacity needs one that keeps the SLO and one "
                     "that misses it")  # fmt: skip
     return tuple(said)

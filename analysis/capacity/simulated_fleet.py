@@ -144,7 +144,7 @@ def _smallest(enough: Callable[[int], bool], likely: int) -> int:
     while not enough(high):
         low, high, step = high, high + max(1, step // 2), 2 * step
         if high > LARGEST * likely + 4:
-            raise NotFittedError(f"not even {low} replicas keep the promise in every minute of the replayed demand")
+            raise NotFittedError(f"not even {low} replicas keep the SLO in every minute of the replayed demand")
     step = 1
     while high - low > 1:
         middle = max(high - step, (low + high) // 2)

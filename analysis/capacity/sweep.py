@@ -97,7 +97,7 @@ def capacity(points: Sequence[Point], criteria: Sequence[Criterion], unit: str =
     regression). Raises ValueError for no criteria or points out of order.
     """
     if not criteria:
-        raise ValueError("capacity needs a promise to keep: at least one criterion")
+        raise ValueError("capacity needs an SLO: at least one criterion")
     loads = np.array([point.load for point in points])
     if np.any(np.diff(loads) <= 0):
         raise ValueError("points must be pooled: one of each load, lowest first")

@@ -51,7 +51,7 @@ def replay_options() -> list[click.Option]:
 
 
 @command(
-    short_help="Find the highest load that keeps a promise, in few runs.",
+    short_help="Find the highest load that keeps an SLO, in few runs.",
     epilog=f"""\b
 Examples:
   harness capacity trace.jsonl --slo ttft_p99=2s,tpot_p95=80ms --max-usd 5
@@ -65,7 +65,7 @@ Exit status:
   2  the command line is wrong
   3  no run was VALID
   5  no run was VALID or INVALID: all were TOO SMALL
-  4  not even the lowest load keeps the promise
+  4  not even the lowest load keeps the SLO
   130  stopped by Ctrl-C; --resume goes on
 {ENVIRONMENT}""",
 )
@@ -75,7 +75,7 @@ Exit status:
     type=SLO,
     required=True,
     metavar="KEY=TIME,...",
-    help="What is promised: ttft_p99=2s,tpot_p95=80ms, or ttft=2s,tpot=100ms with --attain (also e2e, itl_max).",
+    help="The SLO: ttft_p99=2s,tpot_p95=80ms, or ttft=2s,tpot=100ms with --attain (also e2e, itl_max).",
 )
 @ATTAIN_OPTION
 @click.option("--max-usd", type=POSITIVE, help="Stop when this much is spent on servers, their start among it.")
@@ -106,11 +106,11 @@ def capacity(
     trace: Path, out: Path, max_usd: float | None, max_hours: float | None, probe_s: float, tolerance: float,
     busiest: bool, resume: str | None, html: Path | None, **asked: Any,
 ) -> int:  # fmt: skip
-    """Find the highest request rate at which the promise is kept, and what a million tokens costs there.
+    """Find the highest request rate at which the SLO is kept, and what a million tokens costs there.
 
     Servers are started once. A closed-loop ladder (1, 4, 16 ... in flight) finds the ceiling; then windows from all
     parts of TRACE, other ones in each probe, are replayed at one rate after the other, until the interval is narrow
-    enough. A probe whose backlog only grows keeps no promise. Every probe has prompts of its own, is printed with its
+    enough. A probe whose backlog only grows keeps no SLO. Every probe has prompts of its own, is printed with its
     verdict and cost, and is kept as a run in one sweep folder.
     """
     if str(trace) == "-":

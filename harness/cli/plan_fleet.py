@@ -40,7 +40,7 @@ from harness.trace.files import open_asked
 
 
 @command(
-    short_help="How many instances, of which tier, carry a demand at a promise.",
+    short_help="How many instances, of which tier, carry a demand at an SLO.",
     epilog="""\b
 Examples:
   harness plan-fleet trace.jsonl sweeps/20261122T021500Z-capacity-trace
@@ -54,7 +54,7 @@ Exit status:
   2  the command line is wrong
   3  no fleet, because runs are INVALID; their reasons are in the output
   5  no fleet, because runs are TOO SMALL
-  4  no measured tier keeps the promise
+  4  no measured tier keeps the SLO
 """,
 )
 @ONE_TRACE_ARGUMENT
@@ -88,7 +88,7 @@ Exit status:
     type=SLO,
     multiple=True,
     metavar="KEY=TIME,...",
-    help="Judge by this promise instead of the runs' own; repeat: the others show what a promise costs.",
+    help="Judge by this SLO instead of the runs' own; repeat: the others show what another SLO costs.",
 )
 @ATTAIN_OPTION
 @html_option("the plan")
@@ -101,10 +101,10 @@ def plan_fleet(
     """How many whole instances of each measured tier carry the demand of TRACE, and what they cost.
 
     FOLDER is what 'harness capacity' or 'harness sweep' left (rates in an open loop, with an SLO and a tier). TRACE is
-    replayed in virtual time on an engine fitted to those runs: the fleet is the smallest that keeps the promise in
+    replayed in virtual time on an engine fitted to those runs: the fleet is the smallest that keeps the SLO in
     every minute, and is marked as simulated. Beside it stands the fluid answer (worst minute over capacity), alone
     where no engine can be fitted. Spare instances for availability; fixed against autoscaled over the trace's own
-    time; what growth, price and promise change; the cheapest tier and the runner-up.
+    time; what growth, price and SLO change; the cheapest tier and the runner-up.
     """
     if availability is not None and not availability < 1:
         raise UsageError("--availability 100%: no number of machines that can fail is always enough; ask for less")
@@ -114,8 +114,8 @@ def plan_fleet(
         node_availability=node_availability, start_s=start_s, replicas_per_instance=replicas_per_instance,
     )  # fmt: skip
     runs = [path for text in measured for path in find_runs(text)]
-    promises: list[dict[str, float] | None] = [*slo] or [None]
-    summaries = [read_summaries(runs, promise, attain) for promise in promises]
+    slos: list[dict[str, float] | None] = [*slo] or [None]
+    summaries = [read_summaries(runs, one, attain) for one in slos]
     judged = [serving_configs(found) for found in summaries]
     refused = [(s.run, f"{s.verdict}: {'; '.join(s.reasons)}") for s in summaries[0] if s.verdict != "VALID"]
     folders = {s.run: path for s, path in zip(summaries[0], runs, strict=True)}
@@ -142,7 +142,7 @@ class _Replays:
     """Of the runs, by name."""
 
     def fleet(self, system: ServingConfig, factor: float, likely: int) -> SimulatedFleet:
-        """The smallest that keeps the promise of a system."""
+        """The smallest that keeps the SLO of a system."""
         if self.demand is None:
             raise NotFittedError("the trace does not say all token lengths, so it cannot be replayed")
         say(f"{system.name}: replaying {len(self.demand):,} requests in virtual time")
@@ -155,7 +155,7 @@ class _Replays:
     def scaled(
         self, system: ServingConfig, fitted: FittedEngine, factor: float, plan: Schedule, spares: int, per_instance: int
     ) -> Kept:
-        """How a fleet that follows the demand keeps the promise."""
+        """How a fleet that follows the demand keeps the SLO."""
         assert self.demand is not None, "an engine was fitted to replay it"
         return follow(
             fitted, self.demand, factor, system.criteria, simulated_engine, plan, spares=spares,
