@@ -8,9 +8,8 @@ largest number seen between first and last token while others waited.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -84,10 +83,7 @@ class Requests:
 
     def chosen(self, which: Bools | Ints) -> Requests:
         """Some of them."""
-        return Requests(
-            arrival_s=self.arrival_s[which], input_tokens=self.input_tokens[which],
-            output_tokens=self.output_tokens[which],
-        )  # fmt: skip
+        return Requests(**{f.name: getattr(self, f.name)[which] for f in fields(self)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,13 +94,11 @@ class ServedTimes:
     finished_s: Floats
 
 
-class Engine(Protocol):
-    """Serves requests in virtual time. `analysis` does not import the simulator: the command line hands it in."""
+Engine = Callable[[FittedEngine, Requests, int, Ints | None], ServedTimes]
+"""What so many replicas make of requests, in virtual time; the last: who serves each, None: the next in turn.
 
-    def __call__(
-        self, fitted: FittedEngine, requests: Requests, replicas: int, owner: Ints | None = None
-    ) -> ServedTimes:
-        """What ``replicas`` engines make of them. ``owner``: who serves each; None: the next in turn."""
+`analysis` does not import the simulator: the command line hands it in.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,14 +133,10 @@ class ObservedRun:
         """What was measured."""
         return ServedTimes(first_token_s=self.first_s, finished_s=self.finished_s)
 
-    def beginning(self) -> ObservedRun:
-        """Its first `MOST_REPLAYED` requests."""
-        part = slice(MOST_REPLAYED)
-        return replace(
-            self, replica=self.replica[part], sent_s=self.sent_s[part], first_s=self.first_s[part],
-            last_s=self.last_s[part], finished_s=self.finished_s[part], input_tokens=self.input_tokens[part],
-            output_tokens=self.output_tokens[part],
-        )  # fmt: skip
+    def part(self, which: Bools | slice) -> ObservedRun:
+        """Some of its requests."""
+        arrays = [f.name for f in fields(self) if isinstance(getattr(self, f.name), np.ndarray)]
+        return replace(self, **{name: getattr(self, name)[which] for name in arrays})
 
 
 class NotFittedError(Exception):
@@ -183,7 +173,7 @@ def fit_engine(runs: Sequence[ObservedRun]) -> FittedEngine:
     for run in runs:
         if len(np.unique(run.replica)) != run.replicas:
             raise NotFittedError(f"{run.run}: its rows do not say which of {run.replicas} replicas served a request")
-    parts = [part for run in runs for part in _by_replica(run)]
+    parts = [run.part(run.replica == r) for run in runs for r in np.unique(run.replica)]
     columns, decode_s = (np.concatenate(both) for both in zip(*(_equations(part) for part in parts), strict=True))
     if len(decode_s) < FEWEST_REQUESTS:
         raise NotFittedError(f"{len(decode_s)} answers of several tokens, at least {FEWEST_REQUESTS} are needed")
@@ -219,11 +209,11 @@ def confirmed(
 
     Raises `NotFittedError` when other shares of their requests keep the limits then.
     """
-    runs = [run.beginning() for run in runs]
+    runs = [run.part(slice(MOST_REPLAYED)) for run in runs]
     best, least = fitted, np.inf
     for chunk in PROMPT_CHUNKS:
         one = replace(fitted, max_num_batched_tokens=chunk, overhead_s=0.0)
-        replayed = [engine(one, run.requests, run.replicas) for run in runs]
+        replayed = [engine(one, run.requests, run.replicas, None) for run in runs]
         # of the lightest load, where hardly anyone waits for others
         beyond = [run.first_s - served.first_token_s for run, served in zip(runs, replayed, strict=True)]
         light = int(np.argmin([(run.first_s - run.sent_s).mean() for run in runs]))
@@ -233,7 +223,7 @@ def confirmed(
             best, least = replace(one, overhead_s=overhead_s), off
     ends = [best.slower(1 + LARGEST_SPEED_ERROR), best.slower(1 - LARGEST_SPEED_ERROR)]
     for run in runs:
-        replayed = [delayed(engine(one, run.requests, run.replicas), best.overhead_s) for one in ends]
+        replayed = [delayed(engine(one, run.requests, run.replicas, None), best.overhead_s) for one in ends]
         for criterion in criteria:
             share = float(within(run.requests, run.served, criterion).mean())
             low, high = (float(within(run.requests, served, criterion).mean()) for served in replayed)
@@ -273,34 +263,16 @@ def within(requests: Requests, served: ServedTimes, criterion: Criterion) -> Boo
     return kept
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """The requests of one replica in one run."""
-
-    sent_s: Floats
-    first_s: Floats
-    last_s: Floats
-    inputs: Ints
-    outputs: Ints
-
-
-def _by_replica(run: ObservedRun) -> list[_Part]:
-    return [
-        _Part(run.sent_s[mine], run.first_s[mine], run.last_s[mine], run.input_tokens[mine], run.output_tokens[mine])
-        for mine in (run.replica == r for r in np.unique(run.replica))
-    ]
-
-
-def _equations(part: _Part) -> tuple[Floats, Floats]:
+def _equations(part: ObservedRun) -> tuple[Floats, Floats]:
     """Of each answer of several tokens: steps, tokens of all, prompt tokens of all between its first and last token;
     and that time, s.
     """
-    several = (part.outputs > 1) & (part.last_s > part.first_s)
+    several = (part.output_tokens > 1) & (part.last_s > part.first_s)
     first_s, last_s = part.first_s[several], part.last_s[several]
-    steps = (part.outputs[several] - 1).astype(np.float64)
+    steps = (part.output_tokens[several] - 1).astype(np.float64)
     by_first = np.argsort(part.first_s, kind="stable")
     starts_s = part.first_s[by_first]
-    prompts = np.concatenate(([0], np.cumsum(part.inputs[by_first])))
+    prompts = np.concatenate(([0], np.cumsum(part.input_tokens[by_first])))
     # later tokens come evenly between first and last: cumulated, they bend where an answer begins or ends
     bends_s = np.concatenate((first_s, last_s))
     order = np.argsort(bends_s, kind="stable")
@@ -317,11 +289,11 @@ def _equations(part: _Part) -> tuple[Floats, Floats]:
     return np.column_stack((steps, tokens, between(prompts))), last_s - first_s
 
 
-def _most_held(part: _Part) -> tuple[int, bool]:
+def _most_held(part: ObservedRun) -> tuple[int, bool]:
     """The most sequences between first and last token, and whether others waited for as long as counts."""
     n = len(part.sent_s)
-    several = part.outputs > 1
-    step_s = float(np.median((part.last_s - part.first_s)[several] / (part.outputs[several] - 1)))
+    several = part.output_tokens > 1
+    step_s = float(np.median((part.last_s - part.first_s)[several] / (part.output_tokens[several] - 1)))
     due_s = np.minimum(part.sent_s + LONG_WAIT_STEPS * step_s, part.first_s)
     times = np.concatenate((due_s, part.first_s, part.last_s))
     running = np.concatenate((np.zeros(n), np.ones(n), -np.ones(n)))

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
@@ -26,49 +27,18 @@ from analysis.capacity.fitted_engine import (
     NotFittedError,
     ObservedRun,
     Requests,
+    ServedTimes,
     confirmed,
     delayed,
     fit_engine,
     within,
 )
-from analysis.capacity.fleet import Kept, Schedule
+from analysis.capacity.fleet import MINUTE_S, Kept, Schedule
 from analysis.stats.intervals import samples_needed
 from harness.slo import Criterion
 
 MOST_SCALED_STEPS = 20_000_000
-"""Of one replay."""
-
-
-def follow(
-    fitted: FittedEngine, demand: Requests, factor: float, criteria: Sequence[Criterion], engine: Engine,
-    plan: Schedule, *, spares: int = 0, per_instance: int = 1, seed: int = 0,
-) -> Kept:  # fmt: skip
-    """``factor`` times the demand on the instances that ``plan`` has up, and ``spares`` beside them.
-
-    Of a demand that would take more than `MOST_SCALED_STEPS`, half hours evenly spread over it are replayed.
-    """
-    began_s = demand.arrival_s[0]
-    requests = demand.chosen(_affordable(demand, fitted, factor, per_instance * int(plan.target.max() + spares)))
-    if factor != 1:
-        requests = resampled(requests, factor, even_s(requests.arrival_s), np.random.default_rng([seed, 0]))
-    replicas = (plan.up(requests.arrival_s - began_s) + spares) * per_instance
-    owner = np.arange(len(requests)) % replicas
-    served = delayed(engine(fitted, requests, int(replicas.max(initial=1)), owner), fitted.overhead_s)
-    found = [(within(requests, served, one), one.wanted) for one in criteria]
-    kept, wanted = min(found, key=lambda pair: float(pair[0].mean()) - pair[1])
-    return Kept(
-        share=float(kept.mean()), worst_minute=float(share_by_minute(requests.arrival_s, kept, wanted).min()),
-        promised=all(bool(one.mean() >= least) for one, least in found), replayed=len(requests),
-    )  # fmt: skip
-
-
-def _affordable(demand: Requests, fitted: FittedEngine, factor: float, replicas: int) -> Bools:
-    stretch = ((demand.arrival_s - demand.arrival_s[0]) // STRETCH_S).astype(np.int64)
-    every = math.ceil(steps_of(demand, fitted, factor, replicas) / MOST_SCALED_STEPS)
-    return np.asarray(stretch % every == 0)
-
-
-MINUTE_S = 60.0
+"""Of one replay of a fleet that follows the demand."""
 RESAMPLES = 20
 MISSES = 0.05
 """Of the resamples, so many may miss the SLO in some minute."""
@@ -110,13 +80,9 @@ class SimulatedFleet:
     replica is the least there is."""
 
 
-def _silent(_: str) -> None:
-    pass
-
-
 def size_fleet(
     runs: Sequence[ObservedRun], demand: Requests, factor: float, criteria: Sequence[Criterion], engine: Engine,
-    likely: int, seed: int = 0, progress: Callable[[str], None] = _silent,
+    likely: int, seed: int = 0, progress: Callable[[str], object] = str,
 ) -> SimulatedFleet:  # fmt: skip
     """The smallest fleet for ``factor`` times the demand.
 
@@ -125,17 +91,65 @@ def size_fleet(
     """
     fitted = confirmed(fit_engine(runs), engine, runs, criteria)
     busy = demand.chosen(_busy(demand, fitted, factor, likely))
-    times = _resamples(busy, fitted, factor, likely)
+    times = int(np.clip(MOST_STEPS / steps_of(busy, fitted, factor, likely), FEWEST, RESAMPLES))
     progress(f"{len(busy):,} requests are replayed, and {times} resamples of them, on fleets of about {likely}")
-    replays = _Replays(fitted, engine, criteria, busy, factor, times, seed, progress)
+    reach_s, most = even_s(busy.arrival_s) if len(busy) else 0.0, math.floor(MISSES * times)
+
+    def demands() -> Iterator[Requests]:
+        if factor == 1:
+            yield busy
+        for k in range(times):
+            yield resampled(busy, factor, reach_s, np.random.default_rng([seed, k]))
+
+    def worst_of(requests: Requests, replicas: int) -> tuple[float, bool]:
+        served = delayed(engine(fitted, requests, replicas, None), fitted.overhead_s)
+        return _worst_minute(requests, served, criteria)
+
+    def tell(replicas: int, *, enough: bool) -> bool:
+        progress(f"{replicas} replica{'' if replicas == 1 else 's'}: {'enough' if enough else 'not enough'}")
+        return enough
+
+    @cache
+    def first(replicas: int) -> tuple[float, bool]:
+        return worst_of(next(demands()), replicas)
+
+    @cache
+    def maybe(replicas: int) -> bool:
+        """Whether the first replay meets the SLO."""
+        return first(replicas)[1] or tell(replicas, enough=False)
+
+    @cache
+    def missed(replicas: int) -> int:
+        """Resamples that miss the SLO, counted up to one too many."""
+        count = 0
+        for number, requests in enumerate(demands()):
+            _, kept = worst_of(requests, replicas) if number else first(replicas)
+            count += not kept
+            if number == 0 and not kept and factor == 1:  # the demand itself
+                count = most + 1
+            if count > most:
+                break
+        tell(replicas, enough=count <= most)
+        return count
+
     # one replay tells most sizes that are not enough; only near the answer all are worth their time
-    found = _smallest(replays.enough, _smallest(replays.maybe, max(1, likely)))
-    fewer = replays.missed(found - 1)[0] if found > 1 else None
-    missed, worst = replays.missed(found)
+    found = _smallest(lambda replicas: missed(replicas) <= most, _smallest(maybe, max(1, likely)))
     return SimulatedFleet(
         replicas=found, evidence="simulated", engine=fitted, replayed=len(busy), left_out=len(demand) - len(busy),
-        resamples=times, missed=missed, worst_share=worst, one_fewer_missed=fewer,
+        resamples=times, missed=missed(found), worst_share=first(found)[0],
+        one_fewer_missed=missed(found - 1) if found > 1 else None,
     )  # fmt: skip
+
+
+def _worst_minute(requests: Requests, served: ServedTimes, criteria: Sequence[Criterion]) -> tuple[float, bool]:
+    """The lowest share of any judged minute, and whether every minute keeps every criterion."""
+    if not len(requests):
+        return 1.0, True
+    shares = [
+        (float(share_by_minute(requests.arrival_s, within(requests, served, one), one.wanted).min()), one.wanted)
+        for one in criteria
+    ]
+    return min(1.0, *(share for share, _ in shares)), all(share >= wanted for share, wanted in shares)
 
 
 def _smallest(enough: Callable[[int], bool], likely: int) -> int:
@@ -155,66 +169,33 @@ def _smallest(enough: Callable[[int], bool], likely: int) -> int:
     return high
 
 
-class _Replays:
-    """Replays of one demand by fleets of any size, each size asked once."""
+def follow(
+    fitted: FittedEngine, demand: Requests, factor: float, criteria: Sequence[Criterion], engine: Engine,
+    plan: Schedule, *, spares: int = 0, per_instance: int = 1, seed: int = 0,
+) -> Kept:  # fmt: skip
+    """``factor`` times the demand on the instances that ``plan`` has up, and ``spares`` beside them.
 
-    def __init__(
-        self, fitted: FittedEngine, engine: Engine, criteria: Sequence[Criterion], demand: Requests, factor: float,
-        resamples: int, seed: int, progress: Callable[[str], None],
-    ) -> None:  # fmt: skip
-        self.progress = progress
-        self.fitted, self.engine, self.criteria = fitted, engine, criteria
-        self.demand, self.factor, self.resamples, self.seed = demand, factor, resamples, seed
-        self.most = math.floor(MISSES * resamples)
-        self.reach_s = even_s(demand.arrival_s) if len(demand) else 0.0
-        self._seen: dict[int, tuple[int, float]] = {}
-        self._first: dict[int, tuple[float, bool]] = {}
+    Of a demand that would take more than `MOST_SCALED_STEPS`, half hours evenly spread over it are replayed.
+    """
+    began_s = demand.arrival_s[0]
+    requests = demand.chosen(_affordable(demand, fitted, factor, per_instance * int(plan.target.max() + spares)))
+    if factor != 1:
+        requests = resampled(requests, factor, even_s(requests.arrival_s), np.random.default_rng([seed, 0]))
+    replicas = (plan.up(requests.arrival_s - began_s) + spares) * per_instance
+    owner = np.arange(len(requests)) % replicas
+    served = delayed(engine(fitted, requests, int(replicas.max(initial=1)), owner), fitted.overhead_s)
+    found = [(within(requests, served, one), one.wanted) for one in criteria]
+    kept, wanted = min(found, key=lambda pair: float(pair[0].mean()) - pair[1])
+    return Kept(
+        share=float(kept.mean()), worst_minute=float(share_by_minute(requests.arrival_s, kept, wanted).min()),
+        promised=all(bool(one.mean() >= least) for one, least in found), replayed=len(requests),
+    )  # fmt: skip
 
-    def maybe(self, replicas: int) -> bool:
-        """Whether the first replay meets the SLO."""
-        if replicas not in self._first:
-            self._first[replicas] = self._worst(next(self._demands()), replicas)
-            if not self._first[replicas][1]:
-                self.progress(f"{replicas} replica{'' if replicas == 1 else 's'}: not enough")
-        return self._first[replicas][1]
 
-    def enough(self, replicas: int) -> bool:
-        return self.missed(replicas)[0] <= self.most
-
-    def missed(self, replicas: int) -> tuple[int, float]:
-        """Resamples that miss the SLO, counted up to one too many, and the worst share of the demand itself."""
-        if replicas not in self._seen:
-            missed, worst = 0, math.nan
-            for number, requests in enumerate(self._demands()):
-                known = self._first.get(replicas) if number == 0 else None
-                share, kept = known or self._worst(requests, replicas)
-                if number == 0:
-                    worst = share
-                missed += not kept
-                if missed > self.most or (number == 0 and not kept and self.factor == 1):
-                    missed = max(missed, self.most + 1)
-                    break
-            self._seen[replicas] = missed, worst
-            enough = "enough" if missed <= self.most else "not enough"
-            self.progress(f"{replicas} replica{'' if replicas == 1 else 's'}: {enough}")
-        return self._seen[replicas]
-
-    def _demands(self) -> Iterator[Requests]:
-        if self.factor == 1:
-            yield self.demand
-        for k in range(self.resamples):
-            yield resampled(self.demand, self.factor, self.reach_s, np.random.default_rng([self.seed, k]))
-
-    def _worst(self, requests: Requests, replicas: int) -> tuple[float, bool]:
-        if not len(requests):
-            return 1.0, True
-        served = delayed(self.engine(self.fitted, requests, replicas), self.fitted.overhead_s)
-        worst, kept = 1.0, True
-        for one in self.criteria:
-            shares = share_by_minute(requests.arrival_s, within(requests, served, one), one.wanted)
-            worst = min(worst, float(shares.min()))
-            kept &= bool(shares.min() >= one.wanted)
-        return worst, kept
+def _affordable(demand: Requests, fitted: FittedEngine, factor: float, replicas: int) -> Bools:
+    stretch = ((demand.arrival_s - demand.arrival_s[0]) // STRETCH_S).astype(np.int64)
+    every = math.ceil(steps_of(demand, fitted, factor, replicas) / MOST_SCALED_STEPS)
+    return np.asarray(stretch % every == 0)
 
 
 def share_by_minute(arrival_s: Floats, kept: Bools, wanted: float) -> Floats:
@@ -227,17 +208,17 @@ def share_by_minute(arrival_s: Floats, kept: Bools, wanted: float) -> Floats:
     minute = ((arrival_s - arrival_s[0]) // MINUTE_S).astype(np.int64)
     minute = np.unique(minute, return_inverse=True)[1]
     counts, good = np.bincount(minute), np.bincount(minute, weights=kept)
-    n = m = 0.0
-    all_n, all_m = [0.0], [0.0]
+    sums = [[0.0, 0.0]]
     for count, ok in zip(counts, good, strict=True):
-        n, m = n + count, m + ok
-        if n >= least:
-            all_n.append(n)
-            all_m.append(m)
-            n = m = 0.0
-    all_n[-1] += n
-    all_m[-1] += m
-    return np.array([m / n for n, m in zip(all_n, all_m, strict=True) if n])
+        if sums[-1][0] >= least:
+            sums.append([0.0, 0.0])
+        sums[-1][0] += count
+        sums[-1][1] += ok
+    if len(sums) > 1 and sums[-1][0] < least:
+        n, m = sums.pop()
+        sums[-1][0] += n
+        sums[-1][1] += m
+    return np.array([m / n for n, m in sums])
 
 
 def resampled(demand: Requests, factor: float, reach_s: float, rng: np.random.Generator) -> Requests:
@@ -253,10 +234,7 @@ def resampled(demand: Requests, factor: float, reach_s: float, rng: np.random.Ge
     arrival_s = first_s + np.abs(arrival_s - first_s)  # what falls off an end is laid back from it
     arrival_s = np.maximum(first_s, last_s - np.abs(last_s - arrival_s))
     order = np.argsort(arrival_s, kind="stable")
-    again = demand.chosen(source[order])
-    return Requests(
-        arrival_s=arrival_s[order], input_tokens=again.input_tokens, output_tokens=again.output_tokens
-    )  # fmt: skip
+    return replace(demand.chosen(source[order]), arrival_s=arrival_s[order])
 
 
 def even_s(arrival_s: Floats) -> float:
@@ -294,23 +272,17 @@ def steps_of(requests: Requests, fitted: FittedEngine, factor: float, replicas: 
     return max(1.0, min(tokens, longest))
 
 
-def _work_s(requests: Requests, fitted: FittedEngine) -> Floats:
-    """What each request takes of one full replica."""
-    token_s = fitted.per_sequence_s + fitted.base_s / fitted.max_num_seqs
-    return token_s * requests.output_tokens + fitted.per_prompt_token_s * requests.input_tokens
-
-
 def _busy(demand: Requests, fitted: FittedEngine, factor: float, replicas: int) -> Bools:
     """Which requests come in a half hour that can decide: its worst minute asks for enough of the worst of all. Of many
     the busiest, as far as `MOST_STEPS` go.
     """
     since_s = demand.arrival_s - demand.arrival_s[0]
-    by_minute = np.bincount((since_s // MINUTE_S).astype(np.int64), weights=_work_s(demand, fitted))
-    whole = math.ceil(len(by_minute) * MINUTE_S / STRETCH_S)
-    padded = np.zeros(whole * round(STRETCH_S / MINUTE_S))
-    padded[: len(by_minute)] = by_minute
-    worst = padded.reshape(whole, -1).max(axis=1)
-    stretch = (since_s // STRETCH_S).astype(np.int64)
+    token_s = fitted.per_sequence_s + fitted.base_s / fitted.max_num_seqs
+    work_s = token_s * demand.output_tokens + fitted.per_prompt_token_s * demand.input_tokens
+    minute, stretch = ((since_s // unit_s).astype(np.int64) for unit_s in (MINUTE_S, STRETCH_S))
+    minutes = round(STRETCH_S / MINUTE_S)
+    whole = int(minute[-1]) // minutes + 1
+    worst = np.bincount(minute, weights=work_s, minlength=whole * minutes).reshape(whole, minutes).max(axis=1)
     chosen, steps = np.zeros(whole, dtype=np.bool_), 0.0
     for k in np.argsort(-worst, kind="stable"):
         steps += (FEWEST + 1) * steps_of(demand.chosen(stretch == k), fitted, factor, replicas)
@@ -318,7 +290,3 @@ def _busy(demand: Requests, fitted: FittedEngine, factor: float, replicas: int) 
             break
         chosen[k] = True
     return np.asarray(chosen[stretch])
-
-
-def _resamples(demand: Requests, fitted: FittedEngine, factor: float, replicas: int) -> int:
-    return int(np.clip(MOST_STEPS / steps_of(demand, fitted, factor, replicas), FEWEST, RESAMPLES))
