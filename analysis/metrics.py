@@ -17,13 +17,13 @@ from analysis.rows.itl_histogram import chunk_output_tokens as chunk_output_toke
 from analysis.rows.itl_histogram import clumped as clumped
 from analysis.rows.itl_histogram import itl as itl
 from analysis.rows.itl_histogram import unstreamed_output_events as unstreamed_output_events
+from analysis.rows.run import BINS as BINS
 from analysis.rows.run import Rows, Run
-from analysis.rows.window import BINS as BINS
-from analysis.rows.window import Window as Window
-from analysis.rows.window import bin_of as bin_of
-from analysis.rows.window import binned as binned
-from analysis.rows.window import was_sent as was_sent
-from analysis.rows.window import window as window
+from analysis.rows.run import Window as Window
+from analysis.rows.run import bin_of as bin_of
+from analysis.rows.run import binned as binned
+from analysis.rows.run import was_sent as was_sent
+from analysis.rows.run import window as window
 from harness.slo import split_key
 
 BETWEEN_BOUND = 0.1

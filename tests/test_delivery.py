@@ -14,7 +14,7 @@ from run_files import MS, SPEC, S, good, watch, write_run
 from analysis import metrics
 from analysis.capacity.fitted_engine import observe
 from analysis.rows.read import read_run
-from analysis.rows.worker_samples import LoopStalls, WorkerSamples
+from analysis.rows.run import LoopStalls, WorkerSamples
 from analysis.summary import summarise
 from harness.record.manifest import Worker
 

@@ -20,8 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from analysis.arrays import Bools, Floats, Ints
-from analysis.rows.run import ChunkRows, Chunks, Rows
-from analysis.rows.window import BINS, bin_of, binned, window
+from analysis.rows.run import BINS, ChunkRows, Chunks, Rows, bin_of, binned, window
 
 STEPS = 10
 """Cells per octave, as a power of two."""
@@ -36,11 +35,9 @@ EDGES: Floats = np.logspace(-5, 4, 9 * PER_DECADE + 1)
 """Upper edges of the latency bins, s. The first bin holds all that is shorter, the last all that is longer."""
 _REACHED = EDGES * (1 + 2e-11)
 """A value on an edge belongs below it, also when it was rounded."""
-_JOIN = 4
-"""Cells are looked up 16 at a time, so that the tables stay in the processor's nearest cache."""
-_FLOORS: Floats = ((np.arange(0, CELLS, 1 << _JOIN) + FIRST) << SHIFT).view(np.float64)
+_FLOORS: Floats = ((np.arange(CELLS) + FIRST) << SHIFT).view(np.float64)
 _BIN = np.minimum(np.searchsorted(_REACHED, _FLOORS), len(EDGES) - 1)
-"""Bin of the lower end of 16 cells; they are 1.6 % wide at most, so that no more than one edge lies in them."""
+"""Bin of the lower end of each cell; a cell is so narrow that no more than one edge lies in it."""
 _EDGE = np.where(len(EDGES) - 1 > _BIN, _REACHED[_BIN], np.inf)
 
 
@@ -64,9 +61,8 @@ def count_in(
             time, values_s = time[known], values_s[known]
             weights = None if weights is None else weights[known]
         cells = cell_of(values_s)
-    joined = cells >> _JOIN
-    place = _BIN[joined]
-    place += values_s > _EDGE[joined]
+    place = _BIN[cells]
+    place += values_s > _EDGE[cells]
     place += time * len(EDGES)
     grid += np.bincount(place, weights=weights, minlength=grid.size).reshape(grid.shape)
 
@@ -150,13 +146,9 @@ def pool_chunks(rows: Rows, parts: Iterable[ChunkRows]) -> Chunks:
     within = window(rows)
     pool = ItlHistogram(len(rows))
     output, grid = np.zeros(BINS), np.zeros((BINS, len(EDGES)))
-    timed = shared = 0
     for part in parts:
         gaps = itl(part)
         cells = cell_of(gaps.seconds)
-        counted = gaps.tokens > 0
-        timed += int(counted.sum())
-        shared += int((counted & (gaps.seconds == 0)).sum())
         pool.add(gaps.seconds, gaps.tokens, part.rank, part.chunks, cells)
         if within is not None:
             time = bin_of(part.chunk_s, within)
@@ -164,10 +156,12 @@ def pool_chunks(rows: Rows, parts: Iterable[ChunkRows]) -> Chunks:
             count_in(grid, time, gaps.seconds, gaps.tokens, cells)
     if within is not None:
         output += binned(*unstreamed_output_events(rows), within)
+    timed = rows.success & ~clumped(rows) & (rows.chunks > 1)
+    later = int((rows.chunks[timed] - 1).sum())
     seconds, tokens, owners, median_s = pool.take()
     return Chunks(
-        gap_s=seconds, gap_tokens=tokens, gap_owner=owners, median_itl_s=median_s,
-        shared_stamps=shared / timed if timed else None, output_tokens=output, itl_grid=grid,
+        gap_s=seconds, gap_tokens=tokens, gap_owner=owners, median_itl_s=median_s, output_tokens=output, itl_grid=grid,
+        shared_stamps=int(rows.shared[timed].sum()) / later if later else None,
     )  # fmt: skip
 
 
@@ -177,40 +171,37 @@ class ItlHistogram:
     def __init__(self, requests: int) -> None:
         self._requests, self._units = requests, max(1, min(UNITS, requests))
         self._kept: list[tuple[Floats, Floats, Ints]] = []
-        self._size = 0
-        self._cells: Ints | None = None
+        self._cells: npt.NDArray[np.uint32] | None = None
+        self._sums = np.zeros(CELLS)
 
     def add(
         self, seconds: Floats, tokens: Floats, owner: Ints, each: npt.NDArray[np.int32], cells: Ints | None = None
     ) -> None:
         """Add some gaps: whole numbers of tokens, of which 0 adds nothing; each ``owner`` has ``each`` gaps in turn.
 
-        ``cells``: the gaps' `grid.cell_of`, where they are known already.
+        ``cells``: the gaps' `cell_of`, where they are known already.
         """
-        if self._cells is None:
-            some = tokens > 0
-            self._kept.append((seconds[some], tokens[some], np.repeat(owner, each)[some]))
-            self._size += len(self._kept[-1][0])
-            if self._size <= EXACT:
-                return
-            kept, self._kept = self._kept, []
-            self._cells = np.zeros(self._units * CELLS, np.int64)
-            self._sums = np.zeros(CELLS)
-            self._used = CELLS, 0
-            for gaps, counts, owners in kept:
-                self._count(self._cells, gaps, counts, self._row(owners), cell_of(gaps))
+        if self._cells is not None:
+            self._count(
+                seconds, tokens, np.repeat(self._row(owner), each), cell_of(seconds) if cells is None else cells
+            )
             return
-        cells = cell_of(seconds) if cells is None else cells
-        self._count(self._cells, seconds, tokens, np.repeat(self._row(owner), each), cells)
+        some = tokens > 0
+        self._kept.append((seconds[some], tokens[some], np.repeat(owner, each)[some]))
+        if sum(len(gaps) for gaps, _, _ in self._kept) > EXACT:
+            self._cells = np.zeros(self._units * CELLS, np.uint32)
+            while self._kept:
+                gaps, counts, owners = self._kept.pop(0)
+                self._count(gaps, counts, self._row(owners), cell_of(gaps))
 
     def _row(self, owner: Ints) -> Ints:
         return owner * self._units // self._requests * CELLS
 
-    def _count(self, counts: Ints, seconds: Floats, tokens: Floats, row: Ints, place: Ints) -> None:
-        lowest, highest = self._used
-        self._used = min(lowest, int(place.min(initial=lowest))), max(highest, int(place.max(initial=highest)))
-        np.add.at(self._sums, place, seconds * tokens)
-        np.add.at(counts, place + row, tokens.astype(np.int64))
+    def _count(self, seconds: Floats, tokens: Floats, row: Ints, place: Ints) -> None:
+        assert self._cells is not None
+        self._sums += np.bincount(place, weights=seconds * tokens, minlength=CELLS)
+        row += place
+        np.add.at(self._cells, row, tokens.astype(np.uint32))
 
     def take(self) -> tuple[Floats, Floats, Ints, float | None]:
         """(seconds, tokens, owner) of the samples, or of the bins that hold any, and their median."""
@@ -219,14 +210,15 @@ class ItlHistogram:
                 return np.zeros(0), np.zeros(0), np.zeros(0, dtype=np.int64), None
             seconds, tokens, owner = (np.concatenate(column) for column in zip(*self._kept, strict=True))
             return seconds, tokens, owner, _median(seconds, tokens)
-        lowest, highest = self._used  # gaps fill a few octaves of all: the others are not even looked at
-        grid = self._cells.reshape(-1, CELLS)[:, lowest : highest + 1]
-        owner, place = np.nonzero(grid)
-        counts = grid[owner, place].astype(np.float64)
-        place += lowest
-        total: Floats = np.bincount(place, weights=counts, minlength=CELLS).astype(np.float64)
-        mean = np.divide(self._sums, total, out=np.zeros(CELLS), where=total > 0)
-        return mean[place], counts, owner, _median(mean[total > 0], total[total > 0])
+        grid = self._cells.reshape(-1, CELLS)
+        total = grid.sum(axis=0, dtype=np.float64)
+        used = np.flatnonzero(total)  # gaps fill a few octaves of all: the others are not looked at again
+        mean = self._sums[used] / total[used]
+        owner, place = np.nonzero(part := grid[:, used[0] : used[-1] + 1])
+        counts = part[owner, place].astype(np.float64)
+        where = np.zeros(CELLS, np.int64)
+        where[used] = np.arange(len(used))
+        return mean[where[place + used[0]]], counts, owner, _median(mean, total[used])
 
 
 def _median(seconds: Floats, tokens: Floats) -> float | None:

@@ -37,10 +37,9 @@ from analysis.rows.columns import (
 )
 from analysis.rows.itl_histogram import pool_chunks
 from analysis.rows.run import ChunkRows as ChunkRows
+from analysis.rows.run import LoopStalls, TurnRows, columns_of, load_kind, own_times, read_again, read_worker_samples
 from analysis.rows.run import Rows as Rows
 from analysis.rows.run import Run as Run
-from analysis.rows.run import TurnRows, columns_of, load_kind, own_times, read_again
-from analysis.rows.worker_samples import LoopStalls, read_worker_samples
 from harness.errors import ResultsError, listed
 from harness.plan.file import plan_sha256
 from harness.record.manifest import RunDir, RunManifest, read_manifest

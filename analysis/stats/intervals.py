@@ -138,7 +138,7 @@ def distribution(
     if not n:
         return Distribution(unit=unit, mean=blank, p50=blank, p90=blank, p95=blank, p99=blank)
     units, total = _units(owners)
-    quantile, beyond = _ordered(values, units, total) if weights is None else _weighted(values, units, total, weights)
+    quantile, beyond = _sample(values, units, total, weights)
     count = np.bincount(units, weights=weights, minlength=total).astype(np.float64)
 
     short = None if queue is None else queue.note
@@ -208,29 +208,23 @@ Sample = tuple[Callable[[float], float], Callable[[float], Floats]]
 """The value at a share of a sample, and how many of each unit's samples lie beyond a value."""
 
 
-def _ordered(values: Floats, units: Ints, total: int) -> Sample:
-    ranked, n = np.sort(values), len(values)
+def _sample(values: Floats, units: Ints, total: int, weights: Floats | None) -> Sample:
+    order = np.argsort(values)
+    ranked, ranked_units, ranked_weights = values[order], units[order], None if weights is None else weights[order]
+    # 1, 2, 3 ... without weights
+    cumulative = np.arange(1, len(values) + 1) if ranked_weights is None else np.cumsum(ranked_weights)
 
     def quantile(p: float) -> float:
-        return float(ranked[min(n, max(1, math.ceil(n * p * (1 - 1e-12)))) - 1])
-
-    def beyond(value: float) -> Floats:
-        return np.bincount(units[values > value], minlength=total).astype(np.float64)
-
-    return quantile, beyond
-
-
-def _weighted(values: Floats, units: Ints, total: int, weights: Floats) -> Sample:
-    order = np.argsort(values, kind="stable")
-    ranked, ranked_weights, ranked_units = values[order], weights[order], units[order]
-    cumulative = np.cumsum(ranked_weights)
+        """Smallest value with at least the share ``p`` of all weight at or below it."""
+        target = float(cumulative[-1]) * p * (1 - 1e-12)
+        return float(ranked[min(len(ranked) - 1, int(np.searchsorted(cumulative, target)))])
 
     def beyond(value: float) -> Floats:
         first = int(np.searchsorted(ranked, value, side="right"))
-        found = np.bincount(ranked_units[first:], weights=ranked_weights[first:], minlength=total)
-        return found.astype(np.float64)
+        more = None if ranked_weights is None else ranked_weights[first:]
+        return np.bincount(ranked_units[first:], weights=more, minlength=total).astype(np.float64)
 
-    return lambda p: _quantile(ranked, cumulative, p), beyond
+    return quantile, beyond
 
 
 def _units(owners: Ints) -> tuple[Ints, int]:
@@ -353,9 +347,3 @@ def ends_of_resamples(draws: Floats, value: float, blocks: int) -> tuple[float, 
     low, high = (float(q) for q in np.quantile(draws, (ALPHA / 2, 1 - ALPHA / 2)))
     widen = math.sqrt(blocks / (blocks - 1)) * student_t(blocks - 1) / Z if blocks > 1 else math.inf
     return min(value, value - (value - low) * widen), max(value, value + (high - value) * widen)
-
-
-def _quantile(ranked: Floats, cumulative: Floats, p: float) -> float:
-    """Smallest value with at least the share ``p`` of all weight at or below it."""
-    target = float(cumulative[-1]) * p
-    return float(ranked[min(len(ranked) - 1, int(np.searchsorted(cumulative, target * (1 - 1e-12))))])
