@@ -16,7 +16,8 @@ from analysis.arrays import Floats
 from analysis.check import Check, Verdict, verdict
 from analysis.cost.cost import DEFAULT_RATIO, Cost, bill_usd, check_ratio, cost
 from analysis.cost.split import Split, run_samples, split_bill, token_mix
-from analysis.fidelity.questions import Fidelity, fidelity
+from analysis.fidelity.inputs import Fidelity
+from analysis.fidelity.questions import fidelity
 from analysis.metrics import Counts, Tokens, Window
 from analysis.offered_load import Fullness, OfferedLoad, fullness, given_load_note, offered_load
 from analysis.rates import Rates as Rates

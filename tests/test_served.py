@@ -42,8 +42,6 @@ def test_answers_that_end_by_themselves_are_priced_as_they_were_served(tmp_path,
     bill = price.usd_per_hour * s.window.duration_s / 3600
     assert price.usd_per_1m_output_only.value == pytest.approx(bill / (39 * 6) * 1e6, rel=1e-6)
     assert "6 output tokens a request for 24 planned" in price.note
-    lengths = next(f for f in s.fidelity if f.name == "sent: output lengths")
-    assert lengths.ok is False and "mean 24.0 -> 6.0" in lengths.observed
 
 
 def test_answers_beyond_max_tokens_are_said_too(tmp_path):

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from analysis.fidelity.inputs import Fidelity, Plan
-from analysis.fidelity.planned import planned_against_source
-from analysis.fidelity.windowed import mean_lengths, rate_and_shape
+from analysis.fidelity.planned import mean_lengths, planned_against_source, rate_and_shape
 from harness.errors import UsageError
 from harness.options import PlanOptions
 from harness.plan.build import build_plan

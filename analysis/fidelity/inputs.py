@@ -37,10 +37,6 @@ class Fidelity:
     bound: str
     said: str
 
-    def __post_init__(self) -> None:
-        if self.ok is not None:
-            object.__setattr__(self, "ok", bool(self.ok))  # numpy's own kind of truth is no JSON
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -58,6 +54,12 @@ class Plan:
 def not_comparable(name: str, why: str, observed: str = "not comparable") -> Fidelity:
     """An answer that is none, and why."""
     return Fidelity(name=name, ok=None, observed=observed, bound="", said=why)
+
+
+def judged(name: str, ok: bool, observed: str, bound: str, wrong: str) -> Fidelity:
+    """An answer; ``wrong`` is what is said where it is not ok."""
+    ok = bool(ok)  # NumPy's own kind of truth is not JSON
+    return Fidelity(name=name, ok=ok, observed=observed, bound=bound, said="" if ok else wrong)
 
 
 def number(value: float | None) -> str:

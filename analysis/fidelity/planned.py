@@ -8,7 +8,6 @@ from collections import Counter
 import numpy as np
 
 from analysis.arrays import Floats, Ints
-from analysis.fidelity import windowed
 from analysis.fidelity.inputs import (
     EXACT,
     LENGTH_BOUND,
@@ -18,6 +17,7 @@ from analysis.fidelity.inputs import (
     Plan,
     backwards,
     groups,
+    judged,
     ks_distance,
     not_comparable,
     number,
@@ -26,6 +26,7 @@ from harness.plan.file import PlanInfo
 from harness.plan.reuse import Reuse
 from harness.trace.edit import MOST_SHIFT, longest_shift_ns
 from harness.trace.stats import (
+    FEWEST_WINDOWS,
     WINDOWS_S,
     ArrivalStats,
     LengthStats,
@@ -39,6 +40,12 @@ CHANCE = 3.0
 """Standard deviations that a draw may be off."""
 KS_CHANCE = 1.95
 """Times sqrt(1/n + 1/m): Kolmogorov-Smirnov distance that two samples of one distribution pass once in a thousand."""
+MEAN_BOUND = 0.05
+ERRORS = 2.0
+"""Standard errors that a mean of one plan may be off."""
+ON_PURPOSE = "the windows are the trace's busiest stretch, as asked"
+OWN_PACE = "sessions that wait begin on another clock and keep their own pace, so gaps are no scaled ones"
+CHANCE_OR_DRIFT = "this plan's windows are not like the whole trace: more or longer windows, or several draws together"
 
 
 def planned_against_source(info: PlanInfo, plan: Plan, reuse: Reuse | None = None) -> list[Fidelity]:
@@ -62,7 +69,7 @@ def _planned_times(info: PlanInfo, source: TraceStats, plan: Plan) -> list[Fidel
         return [not_comparable(name, why or "") for name in names]
     times = on_trace_clock(plan.scheduled_ns, info.speed or 1.0)
     if info.windows:
-        return windowed.rate_and_shape(info, source.arrivals, times)
+        return rate_and_shape(info, source.arrivals, times)
     planned = arrival_stats(times)
     assert planned is not None
     growth = info.grow or 1.0
@@ -99,24 +106,20 @@ def on_trace_clock(scheduled_ns: Ints, speed: float) -> Ints:
 
 
 def _rate(name: str, growth: float, source: TraceStats, planned: ArrivalStats) -> Fidelity:
-    asked = growth * source.requests
-    off = abs(planned.requests / asked - 1)
-    bound = EXACT + CHANCE * math.sqrt(_drawn_rows(growth, source)) / asked
+    # the variance of the number of requests when each unit of a copy is drawn with the fraction of the growth
+    drawn = growth % 1 * (1 - growth % 1) * source.requests * source.unit_rows
+    bound = EXACT + CHANCE * math.sqrt(drawn) / (growth * source.requests)
     if growth > 1 and source.sessions:  # a duration cuts off the turns that hang over the end
         bound += (1 - 1 / growth) / MOST_SHIFT
-    return Fidelity(
-        name=name,
-        ok=off <= bound,
-        observed=f"{planned.requests} requests for {asked:.0f} on the trace's clock ({off:.1%} off)",
-        bound=f"{bound:.1%}",
-        said="" if off <= bound else "the draw of whole sessions was unlucky: another --seed",
+    words, unlucky = f"{bound:.1%}", "the draw of whole sessions was unlucky: another --seed"
+    return _off_by(
+        name, planned.requests, growth * source.requests, bound, f"{bound:.1%}", unlucky, " on the trace's clock"
     )
 
 
-def _drawn_rows(growth: float, source: TraceStats) -> float:
-    """Variance of the number of requests when each unit of a copy is drawn with the fraction of ``growth``."""
-    share = growth % 1
-    return share * (1 - share) * source.requests * source.unit_rows
+def _off_by(name: str, got: int, asked: float, bound: float, words: str, wrong: str, where: str = "") -> Fidelity:
+    off = abs(got / asked - 1)
+    return judged(name, off <= bound, f"{got} requests for {asked:.0f}{where} ({off:.1%} off)", words, wrong)
 
 
 def _over_time(
@@ -133,14 +136,8 @@ def _over_time(
         share = growth % 1
         drawn = np.sqrt(share * (1 - share) * unit_rows * counts).sum() / float(asked.sum())
         bound += 0.75 * float(drawn) + _shifted_share(source, growth)
-    ok = off <= bound
-    return Fidelity(
-        name=name,
-        ok=ok,
-        observed=f"{off:.1%} of requests in another of {len(asked)} parts of the time",
-        bound=f"{bound:.1%}",
-        said="" if ok else "the shape over time is not the trace's",
-    )
+    observed = f"{off:.1%} of requests in another of {len(asked)} parts of the time"
+    return judged(name, off <= bound, observed, f"{bound:.1%}", "the shape over time is not the trace's")
 
 
 def _moved_share(a: Floats, b: Floats | Ints) -> float:
@@ -194,10 +191,8 @@ def _bursts(name: str, info: PlanInfo, growth: float, source: ArrivalStats, plan
     if not compared:
         return not_comparable(name, "the trace is shorter than ten windows", observed)
     bound = f"{EXACT:.0%}" if info.grow is None else "between the trace's and that of bursts which grow along"
-    return Fidelity(
-        name=name, ok=ok, observed=observed, bound=bound,
-        said="" if ok else "bursts are not those of the trace: look at both before a capacity is read from this",
-    )  # fmt: skip
+    wrong = "bursts are not those of the trace: look at both before a capacity is read from this"
+    return judged(name, ok, observed, bound, wrong)
 
 
 def _planned_gaps(name: str, info: PlanInfo, source: ArrivalStats, planned: ArrivalStats) -> Fidelity:
@@ -206,23 +201,22 @@ def _planned_gaps(name: str, info: PlanInfo, source: ArrivalStats, planned: Arri
         return not_comparable(name, f"{how}, as asked; for their spread see the gap cv")
     mean_s = source.span_s / (source.requests - 1)
     off_s = float(np.abs(np.array(source.gap_quantiles_s) - np.array(planned.gap_quantiles_s)).mean())
-    ok = off_s <= EXACT * mean_s + 1e-5
-    return Fidelity(
-        name=name, ok=ok, observed=f"sorted gaps {off_s:.3g} s apart (mean gap {mean_s:.3g} s)",
-        bound=f"{EXACT:.0%} of the mean gap", said="" if ok else "gaps between arrivals are not the trace's",
-    )  # fmt: skip
+    ok, bound = off_s <= EXACT * mean_s + 1e-5, f"{EXACT:.0%} of the mean gap"
+    return judged(name, ok, _gap_words(off_s, mean_s), bound, "gaps between arrivals are not the trace's")
+
+
+def _gap_words(off_s: float, mean_s: float) -> str:
+    return f"sorted gaps {off_s:.3g} s apart (mean gap {mean_s:.3g} s)"
 
 
 def _planned_lengths(side: str, source: LengthStats | None, planned: Floats, info: PlanInfo) -> Fidelity:
     if info.windows:
-        return windowed.mean_lengths(side, source, planned, info)
+        return mean_lengths(side, source, planned, info)
     name = f"planned: {side} lengths"
     values, counts = np.unique(planned[np.isfinite(planned)], return_counts=True)
     after = length_stats(Counter(dict(zip(map(int, values), counts.tolist(), strict=True))))
-    if source is None or after is None:
-        return not_comparable(
-            name, "the trace says no lengths on this side" if source is None else "they are the server's"
-        )
+    if (why := _no_lengths(source, after)) or source is None or after is None:
+        return not_comparable(name, why)
     if info.cut:
         return not_comparable(name, "the plan ends before the trace (limit)")
     cap = info.max_output_tokens if side == "output" else None
@@ -238,12 +232,14 @@ def _planned_lengths(side: str, source: LengthStats | None, planned: Floats, inf
     least, said = after.quantiles[0], "the plan's token lengths are not the trace's"
     if side == "input" and ks_distance(np.maximum(before, least), np.array(after.quantiles)) <= bound:
         said = f"rows of fewer than {least} tokens are sent that long: the chat template has nearly as many of its own"
-    return Fidelity(
-        name=name, ok=ok,
-        observed=f"{distance:.3f} apart; mean {source.mean:.1f} -> {after.mean:.1f} tokens"
-        + (f" (cap {cap})" if cap is not None else ""),
-        bound=f"{bound:.3f}", said="" if ok else said,
-    )  # fmt: skip
+    return judged(name, ok, f"{distance:.3f} apart; mean {source.mean:.1f} -> {after.mean:.1f} tokens"
+        + (f" (cap {cap})" if cap is not None else ""), f"{bound:.3f}", said)  # fmt: skip
+
+
+def _no_lengths(source: object | None, planned: object | None) -> str:
+    if source is None:
+        return "the trace says no lengths on this side"
+    return "" if planned else "they are the server's"
 
 
 def _planned_sessions(info: PlanInfo, source: TraceStats, plan: Plan) -> Fidelity:
@@ -268,10 +264,8 @@ def _planned_sessions(info: PlanInfo, source: TraceStats, plan: Plan) -> Fidelit
     if info.grow is not None:  # a duration cuts off the turns that hang over the end
         bound += max(0.0, 1 - len(plan.slice) / (info.grow * source.requests))
     ok = torn == 0 and abs(got / turns - 1) <= bound + 1e-9 and most <= source.most_turns
-    return Fidelity(
-        name=name, ok=ok, observed=observed, bound="whole and in order" + (f", within {bound:.1%}" if drawn else ""),
-        said="" if ok else "sessions were torn or turned round",
-    )  # fmt: skip
+    words = "whole and in order" + (f", within {bound:.1%}" if drawn else "")
+    return judged(name, ok, observed, words, "sessions were torn or turned round")
 
 
 def _planned_prefix(info: PlanInfo, source: TraceStats, plan: Plan, reuse: Reuse | None) -> Fidelity:
@@ -287,12 +281,133 @@ def _planned_prefix(info: PlanInfo, source: TraceStats, plan: Plan, reuse: Reuse
     if (info.grow or 1.0) % 1 or info.cut:
         return not_comparable(name, "drawn requests lose partners they shared a prefix with", observed)
     if info.busiest:
-        return not_comparable(name, windowed.ON_PURPOSE, observed)
+        return not_comparable(name, ON_PURPOSE, observed)
     sizes = "/".join(map(str, source.prefix.block_tokens))
-    bound = windowed.prefix_bound(ideal, plan.input_tokens) if info.windows else POINTS_BOUND
+    bound = prefix_bound(ideal, plan.input_tokens) if info.windows else POINTS_BOUND
     bound_said = f"{bound * 100:.3g} points (in blocks of {sizes} tokens)"
     ok = abs(ideal - reuse.hit_rate) <= bound
     said = "prompts do not share what the trace shares"
     if info.windows:
         said += ": what a window cuts off is not there to be found; longer windows lose less"
-    return Fidelity(name=name, ok=ok, observed=observed, bound=bound_said, said="" if ok else said)  # fmt: skip
+    return judged(name, ok, observed, bound_said, said)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- windows of the trace
+# Is a plan of several windows like the whole, up to chance? A window's rows and gaps are the trace's by construction
+# (`harness.trace.windows`), so what can differ is the mix. Means may be off by `MEAN_BOUND`, or by two standard errors
+# where that is more, of single requests or of the windows' means, whichever says more: neighbours are alike. Shares and
+# rates likewise, with the trace's own index of dispersion as what a burst does to chance.
+
+
+def rate_and_shape(info: PlanInfo, source: ArrivalStats, times: Ints) -> list[Fidelity]:
+    """Request rate, arrivals over time, bursts and gaps. ``times``: of the plan, on the trace's clock, ns."""
+    names = [f"planned: {what}" for what in ("request rate", "arrivals over time", "bursts", "gaps")]
+    over_time = not_comparable(
+        names[1], f"the plan is {len(info.windows)} windows of the trace, each with the trace's own times"
+    )
+    if info.busiest:
+        return [over_time if name == names[1] else not_comparable(name, ON_PURPOSE) for name in names]
+    planned = arrival_stats(times)
+    assert planned is not None
+    if info.sessions == "wait" and info.speed != 1.0:
+        paced = (not_comparable(name, OWN_PACE) for name in names[2:])
+        return [_window_rate(names[0], info, source, planned), over_time, *paced]
+    return [
+        _window_rate(names[0], info, source, planned),
+        over_time,
+        _window_bursts(names[2], source, planned),
+        _window_gaps(names[3], source, planned),
+    ]
+
+
+def burstiness(source: ArrivalStats) -> float:
+    """The largest index of dispersion of the trace over any windows that it was counted in; at least 1."""
+    counts = np.array(source.counts, dtype=np.float64)
+    known = [d for d in source.dispersion.values() if d is not None]
+    return max(1.0, *known, float(counts.var() / counts.mean()) if len(counts) else 1.0)
+
+
+def _window_rate(name: str, info: PlanInfo, source: ArrivalStats, planned: ArrivalStats) -> Fidelity:
+    lasts_s = sum(window.lasts_s or 0.0 for window in info.windows) * (info.speed or 1.0)
+    asked = (source.rate or 0.0) * lasts_s
+    bound = max(MEAN_BOUND, ERRORS * math.sqrt(burstiness(source) / asked))
+    return _off_by(name, planned.requests, asked, bound, _window_bound(bound), CHANCE_OR_DRIFT)
+
+
+def _window_bursts(name: str, source: ArrivalStats, planned: ArrivalStats) -> Fidelity:
+    """Index of dispersion D in windows of the plan; chance is that of a variance of so many counts, and of bursts."""
+    ok, compared, said = True, False, []
+    for w in WINDOWS_S:
+        before, after = source.dispersion[f"{w}s"], planned.dispersion[f"{w}s"]
+        if before is None or after is None:
+            continue
+        compared = True
+        said.append(f"{w}s {number(before)} -> {number(after)}")
+        # Counts come in runs of high and low ones where they are bursty, so there are fewer of them than windows.
+        counts = max(planned.span_s / w / max(1.0, burstiness(source) / max(before, 1.0)), FEWEST_WINDOWS / 2)
+        ok &= abs(after - before) <= EXACT * before + 2 * ERRORS * max(before, 1.0) * math.sqrt(2 / counts)
+    if not compared:
+        return not_comparable(name, "the plan is shorter than ten windows")
+    return judged(name, ok, "variance/mean " + ", ".join(said), "the chance of so few windows", CHANCE_OR_DRIFT)
+
+
+def _window_gaps(name: str, source: ArrivalStats, planned: ArrivalStats) -> Fidelity:
+    mean_s = source.span_s / (source.requests - 1)
+    off_s = float(np.abs(np.array(source.gap_quantiles_s) - np.array(planned.gap_quantiles_s))[1:-1].mean())
+    bound = LENGTH_BOUND + KS_CHANCE * max(1.0, source.gap_cv or 1.0) * math.sqrt(burstiness(source) / planned.requests)
+    words = f"{bound:.1%} of the mean gap, by chance"
+    return judged(name, off_s <= bound * mean_s, _gap_words(off_s, mean_s), words, CHANCE_OR_DRIFT)
+
+
+def mean_lengths(side: str, source: LengthStats | None, lengths: Floats, info: PlanInfo) -> Fidelity:
+    """Mean tokens of the plan against those of the trace."""
+    name = f"planned: {side} lengths"
+    known = np.isfinite(lengths)
+    n = int(known.sum())
+    if (why := _no_lengths(source, n)) or source is None:
+        return not_comparable(name, why)
+    if info.busiest:
+        return not_comparable(name, ON_PURPOSE)
+    cap = info.max_output_tokens if side == "output" else None
+    if cap is not None and (cap < source.quantiles[-1] or (info.source and source.rows < info.source.requests)):
+        return not_comparable(name, f"output lengths were capped at {cap} tokens, as asked")
+    mean = float(lengths.sum(where=known)) / n
+    bound = max(MEAN_BOUND, ERRORS * standard_error(lengths, info, source.part_sd) / source.mean)
+    off = abs(mean / source.mean - 1)
+    observed = f"mean {source.mean:.1f} -> {mean:.1f} tokens ({off:.1%} off)"
+    return judged(name, off <= bound, observed, _window_bound(bound), CHANCE_OR_DRIFT)
+
+
+def standard_error(values: Floats, info: PlanInfo, part_sd: float | None = None) -> float:
+    """Of the mean of a plan's ``values`` (NaN: not given): that of single requests or of its windows, the larger.
+
+    ``part_sd``: by how much stretches of the trace differ, which a few windows do not tell.
+    """
+    known = values[np.isfinite(values)]
+    errors = [float(known.std(ddof=1)) / math.sqrt(len(known)) if len(known) > 1 else math.inf]
+    means, at = [], 0
+    for window in info.windows:
+        part = values[at : at + window.requests]
+        at += window.requests
+        if np.isfinite(part).any():
+            means.append(float(np.nanmean(part)))
+    if len(means) > 1:
+        errors.append(float(np.std(means, ddof=1)) / math.sqrt(len(means)))
+    if part_sd is not None and means:
+        errors.append(part_sd / math.sqrt(len(means)))
+    return max(errors)
+
+
+def prefix_bound(hit_rate: float, inputs: Floats) -> float:
+    """How far the share of cached input tokens of one plan may be from the trace's."""
+    known = inputs[np.isfinite(inputs)]
+    if not len(known):
+        return POINTS_BOUND
+    # A ratio of sums: long prompts weigh more, so there are fewer of them.
+    effective = float(known.sum()) ** 2 / float((known**2).sum())
+    chance = ERRORS * math.sqrt(hit_rate * (1 - hit_rate) / max(effective, 1.0))
+    return max(POINTS_BOUND, MEAN_BOUND * hit_rate, chance)
+
+
+def _window_bound(bound: float) -> str:
+    return f"{bound:.1%}" + (" (two standard errors)" if bound > MEAN_BOUND else "")
