@@ -111,10 +111,8 @@ def _rate(name: str, growth: float, source: TraceStats, planned: ArrivalStats) -
     bound = EXACT + CHANCE * math.sqrt(drawn) / (growth * source.requests)
     if growth > 1 and source.sessions:  # a duration cuts off the turns that hang over the end
         bound += (1 - 1 / growth) / MOST_SHIFT
-    words, unlucky = f"{bound:.1%}", "the draw of whole sessions was unlucky: another --seed"
-    return _off_by(
-        name, planned.requests, growth * source.requests, bound, f"{bound:.1%}", unlucky, " on the trace's clock"
-    )
+    asked, unlucky = growth * source.requests, "the draw of whole sessions was unlucky: another --seed"
+    return _off_by(name, planned.requests, asked, bound, f"{bound:.1%}", unlucky, " on the trace's clock")
 
 
 def _off_by(name: str, got: int, asked: float, bound: float, words: str, wrong: str, where: str = "") -> Fidelity:
