@@ -11,10 +11,8 @@ from analysis.capacity.serving_config import ServingConfig, cost_at, serving_con
 from analysis.capacity.sweep import (
     Capacity,
     Point,
-    bracket,
     capacity,
     falling,
-    knee,
     little,
     pool,
     saturation,
@@ -56,7 +54,6 @@ def test_capacity_lies_between_the_load_that_kept_and_the_one_that_missed():
     assert found.load.value == pytest.approx(3.0)  # halfway from 1.0 to 0.98
     # shares without doubt: nothing but the place between the two loads is open, and each is equally likely
     assert found.load.low == pytest.approx(2.05, abs=0.05) and found.load.high == pytest.approx(3.95, abs=0.05)
-    assert bracket(pool([point(1, 1.0), point(2, 1.0), point(4, 0.98)]), (P99,)) == (2, 4)
 
 
 def test_the_promise_that_breaks_first_decides():
@@ -199,15 +196,6 @@ def test_the_interval_covers_no_less_when_the_promise_fades():
     held, found = coverage(fading, lambda rng: rng.uniform(4, 8, 300), np.arange(1.0, 13.0), 0.95, 800)
     assert found > 290
     assert held >= 0.95
-
-
-def test_the_knee_is_where_the_curve_turns_up():
-    assert knee([1, 2, 3, 4, 5, 6], [1, 1, 1, 1, 4, 9]) == 4
-    assert knee([1, 2, 3, 4], [1, 2, 3, 4]) is None
-    assert knee([1, 2], [1, 9]) is None
-    assert knee([1, 2, 3], [1, 1, 1]) is None
-    assert knee([1, 2, 3], [1, 1, 1.05]) is None  # it turns up, but hardly rises
-    assert knee([1, 2, 3], [1, math.nan, 9]) is None
 
 
 def test_an_open_loop_is_saturated_where_the_server_no_longer_follows():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -14,7 +14,7 @@ from analysis.arrays import Floats
 from analysis.capacity.backlog import Demand
 from analysis.capacity.crossing import NEAR, Evidence
 from analysis.capacity.search import SUSTAINED, Estimate
-from analysis.capacity.sweep import Capacity
+from analysis.capacity.sweep import Capacity, State
 from analysis.fidelity.inputs import POINTS_BOUND
 from analysis.stats.intervals import Quantity
 from analysis.summary import Summary
@@ -58,11 +58,6 @@ class Mix:
     """Tokens that it may be off, at least."""
 
     @property
-    def off(self) -> float:
-        """How far from the trace's, as a share of it."""
-        return abs(self.probes / self.trace - 1) if self.trace else 0.0
-
-    @property
     def fits(self) -> bool:
         """Within `MIX_BOUND` or two standard errors, whichever is wider."""
         return abs(self.probes - self.trace) <= max(self.bound, 2 * self.error) if self.trace else True
@@ -86,32 +81,36 @@ def mixes(probes: Sequence[Evidence], near: float, demand: Demand, source: Trace
     ``source`` states what an unlimited prefix cache finds in it.
     """
     deciding = [p for p in probes if p.measured.any() and abs(math.log(p.rate / near)) <= NEAR]
+    if not deciding:
+        return []
     found = []
     for kind in ("input", "output"):
-        parts, sizes = [], []
-        for p in deciding:
-            tokens: Floats = getattr(p.sent, f"{kind}_tokens")[p.measured]
-            place = p.window - p.window.min()
-            parts.append(np.bincount(place, weights=tokens))
-            sizes.append(np.bincount(place))
-        whole = float(getattr(demand, f"{kind}_tokens").mean())
-        if not parts:
-            continue
-        total, size = np.concatenate(parts), np.concatenate(sizes)
-        total, size = total[size > 0], size[size > 0]
+        total, size = np.concatenate([_by_window(p, getattr(p.sent, f"{kind}_tokens")) for p in deciding], axis=1)
         mean, n = float(total.sum() / size.sum()), len(size)
         beyond = total - mean * size
         error = math.sqrt(float(beyond @ beyond) * n / (n - 1)) / float(size.sum()) if n > 1 else math.inf
-        found.append(Mix(kind=kind, probes=mean, trace=whole, error=error))
-    known = [p.cached_tokens for p in deciding if p.cached_tokens is not None]
-    if source is not None and source.prefix is not None and source.input_tokens is not None and known:
-        each, inputs = np.array(known), source.input_tokens.mean
-        error = float(each.std(ddof=1)) / math.sqrt(len(each)) if len(each) > 1 else math.inf
+        found.append(Mix(kind=kind, probes=mean, trace=_mean(demand, kind), error=error))
+    known = np.array([p.cached_tokens for p in deciding if p.cached_tokens is not None])
+    if source is not None and source.prefix is not None and source.input_tokens is not None and len(known):
+        inputs = source.input_tokens.mean
+        error = float(known.std(ddof=1)) / math.sqrt(len(known)) if len(known) > 1 else math.inf
         trace = source.prefix.hit_rate_tokens * inputs
         found.append(
-            Mix(kind="cached", probes=float(each.mean()), trace=trace, error=error, least=CACHED_BOUND * inputs)
+            Mix(kind="cached", probes=float(known.mean()), trace=trace, error=error, least=CACHED_BOUND * inputs)
         )
     return found
+
+
+def _by_window(probe: Evidence, tokens: Floats) -> Floats:
+    """Tokens of the measured requests of each window, and how many requests it has; shape (2, windows)."""
+    place = probe.window - probe.window.min()
+    sums = np.array([np.bincount(place, weights=tokens[probe.measured]), np.bincount(place)], dtype=np.float64)
+    return sums[:, sums[1] > 0]
+
+
+def _mean(demand: Demand, kind: str) -> float:
+    tokens: Floats = getattr(demand, f"{kind}_tokens")
+    return float(tokens.mean())
 
 
 def capacity_from(
@@ -123,36 +122,37 @@ def capacity_from(
     ``reached``: some probe met the SLO.
     """
     per = 1.0 if sessions_per_request is None else sessions_per_request
-    n = sum(int(p.measured.sum()) for p in shown)
-    evidence = summaries[0].evidence if summaries else "measured"
+    blank = Quantity(
+        value=None, n=sum(int(p.measured.sum()) for p in shown), unit=unit,
+        evidence=summaries[0].evidence if summaries else "measured",
+    )  # fmt: skip
 
-    def load(value: float | None, low: float | None = None, high: float | None = None, note: str = "") -> Quantity:
-        ends = [None if x is None else x * per for x in (value, low, high)]
-        return Quantity(
-            value=ends[0], low=ends[1], high=ends[2], n=n, unit=unit, evidence=evidence, note=note or None
-        )  # fmt: skip
+    def none(
+        state: State, note: str, low: float | None = None, high: float | None = None, limit: Criterion | None = None
+    ) -> Capacity:
+        ends = [None if end is None else end * per for end in (low, high)]
+        load = replace(blank, low=ends[0], high=ends[1], note=note)
+        return Capacity(state=state, load=load, limit=limit, rates={})
 
     if now is None:
-        return Capacity(state="unknown", load=load(None, note="no VALID run in an open loop"), limit=None, rates={})
+        return none("unknown", "no VALID run in an open loop")
+    top, lowest = max(p.rate for p in shown), min(p.rate for p in shown)
     if not now.missed:
-        top = max(p.rate for p in shown)
-        note = f"beyond the highest load: at {top * per:.4g} {unit} it is kept"
-        return Capacity(state="beyond", load=load(None, low=top, note=note), limit=None, rates={})
-    if not reached and now.rate < 0.9 * min(p.rate for p in shown):
-        lowest = min(p.rate for p in shown)
+        return none("beyond", f"beyond the highest load: at {top * per:.4g} {unit} it is kept", low=top)
+    if not reached and now.rate < 0.9 * lowest:
         note = f"not reached: at {lowest * per:.4g} {unit}, the lowest load that was measured, it is missed"
-        return Capacity(state="not reached", load=load(None, high=lowest, note=note), limit=now.limit, rates={})
+        return none("not reached", note, high=lowest, limit=now.limit)
     for mix in mixes(shown, now.rate, demand, summaries[0].plan.source if summaries else None):
         if not mix.fits:
             whose = " that a prefix cache would find" if mix.kind == "cached" else ""
-            why = (
+            return none(
+                "unknown",
                 f"the probes' requests had {mix.probes:,.0f} {mix.kind} tokens{whose} in the mean, the trace's have "
-                f"{mix.trace:,.0f}: {mix.advice(now.seconds / 60)}"
+                f"{mix.trace:,.0f}: {mix.advice(now.seconds / 60)}",
             )
-            return Capacity(state="unknown", load=load(None, note=why), limit=None, rates={})
-    value = load(now.rate, now.low, now.high, note=_width_words(now))
-    rates = _rates(now, shown, summaries, demand, value)
-    return Capacity(state="found", load=value, limit=now.limit, rates=rates)
+    value, low, high = (None if x is None else x * per for x in (now.rate, now.low, now.high))
+    load = replace(blank, value=value, low=low, high=high, note=_width_words(now))
+    return Capacity(state="found", load=load, limit=now.limit, rates=_rates(now, shown, summaries, demand, blank))
 
 
 CORRECTED = (
@@ -177,63 +177,58 @@ def _width_words(now: Estimate) -> str:
 
 
 def _rates(
-    now: Estimate, shown: Sequence[Evidence], summaries: Sequence[Summary], demand: Demand, at: Quantity
+    now: Estimate, shown: Sequence[Evidence], summaries: Sequence[Summary], demand: Demand, blank: Quantity
 ) -> Mapping[str, Quantity]:
     """Requests and tokens per second at that load: tokens as served per request, in the mix of the whole trace."""
     valid = [s for s in summaries if s.requests.succeeded]
-    really = _sent_of_planned(valid)
-    succeeded = sum(s.requests.succeeded for s in valid)
+    really, succeeded = _sent_of_planned(valid), sum(s.requests.succeeded for s in valid)
 
-    def rate(name: str, per_request: float | None, unit: str) -> Quantity:
+    def rate(per_request: float | None, unit: str = "tokens/s") -> Quantity:
         ends = (now.rate, now.low, now.high)
         value, low, high = (None if x is None or per_request is None else x * per_request * really for x in ends)
         note = None if per_request is not None else "tokens were not counted at every load"
-        return Quantity(
-            value=value, low=low, high=high, n=succeeded, unit=unit, evidence=at.evidence, note=note
-        )  # fmt: skip
+        return replace(blank, value=value, low=low, high=high, n=succeeded, unit=unit, note=note)
 
-    found = {name: rate(name, 1.0, "req/s") for name in ("request_rate", "request_throughput", "sent_rate")}
-    each: dict[str, float | None] = {}
-    for kind in ("input", "output"):
+    def each(kind: str) -> float | None:
         counts = [getattr(s.tokens, kind) for s in valid]
         if not succeeded or any(count is None for count in counts) or any(s.tokens.missing for s in valid):
-            each[kind] = None
-            continue
+            return None
         planned = [getattr(p.sent, f"{kind}_tokens")[p.measured] for p in shown if p.measured.any()]
-        served = sum(counts) / succeeded
         mean = float(np.concatenate(planned).mean()) if planned else 0.0
-        whole = float(getattr(demand, f"{kind}_tokens").mean())
-        each[kind] = served * (whole / mean if mean > 0 else 1.0)
-        found[f"{kind}_token_throughput"] = rate(kind, each[kind], "tokens/s")
-    into, out = each.get("input"), each.get("output")
+        return float(sum(counts) / succeeded * (_mean(demand, kind) / mean if mean > 0 else 1.0))
+
+    into, out = each("input"), each("output")
     total = None if into is None or out is None else into + out
-    found["total_token_throughput"] = rate("total", total, "tokens/s")
-    return found
+    tokens = {"input": into, "output": out, "total": total}
+    found = {name: rate(1.0, "req/s") for name in ("request_rate", "request_throughput", "sent_rate")}
+    return found | {
+        f"{kind}_token_throughput": rate(each_)
+        for kind, each_ in tokens.items()
+        if kind == "total" or each_ is not None
+    }
 
 
 def _sent_of_planned(summaries: Sequence[Summary]) -> float:
     """Share of the planned requests/s that sessions which wait really sent; 1 for loads that send what is due."""
     known = [
-        (s.offered.sent_rate.value, s.plan.planned_rate)
+        (sent, s.plan.planned_rate)
         for s in summaries
-        if s.offered.kind == "sessions" and s.offered.sent_rate.value is not None and s.plan.planned_rate
+        if s.offered.kind == "sessions" and (sent := s.offered.sent_rate.value) is not None and s.plan.planned_rate
     ]
-    planned = sum(rate for _, rate in known if rate is not None)
-    return min(1.0, sum(sent for sent, _ in known if sent is not None) / planned) if planned else 1.0
-
-
-def kept_answer(runs: Sequence[Summary], criteria: Sequence[Criterion]) -> Answer | None:
-    """What the search in whose folder these runs lie found for this SLO; None where there was none, or another."""
-    folders = {Path(s.run).parent for s in runs}
-    if len(folders) != 1:
-        return None
-    try:
-        found = msgspec.json.decode(read_regular(next(iter(folders)) / FILE, MOST_BYTES), type=_File).answer
-    except (OSError, *DECODE_ERRORS):
-        return None
-    same = found is not None and set(found.criteria) == {c.name for c in criteria}
-    return found if found is not None and same and set(found.runs) == {Path(s.run).name for s in runs} else None
+    return min(1.0, sum(sent for sent, _ in known) / sum(rate for _, rate in known)) if known else 1.0
 
 
 class _File(msgspec.Struct):
     answer: Answer | None = None
+
+
+def kept_answer(runs: Sequence[Summary], criteria: Sequence[Criterion]) -> Answer | None:
+    """What the search in whose folder these runs lie found for this SLO; None where there was none, or another."""
+    folder, *more = {Path(s.run).parent for s in runs}
+    try:
+        found = msgspec.json.decode(read_regular(folder / FILE, MOST_BYTES), type=_File).answer
+    except (OSError, *DECODE_ERRORS):
+        return None
+    if more or found is None or set(found.criteria) != {c.name for c in criteria}:
+        return None
+    return found if set(found.runs) == {Path(s.run).name for s in runs} else None

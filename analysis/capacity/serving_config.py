@@ -6,13 +6,14 @@ From VALID runs only. Throughput is interpolated, cost is derived from it, nothi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from analysis.capacity.search_answer import Answer, kept_answer
-from analysis.capacity.sweep import Capacity, Point, capacity, knee, little, pool, saturation
+from analysis.capacity.sweep import Capacity, Point, capacity, little, merged, pool, saturation
 from analysis.capacity.system import (
-    Key,
+    grouped,
     has_load,
     load_words,
     offered,
@@ -24,7 +25,6 @@ from analysis.capacity.system import (
 from analysis.cost.cost import DEFAULT_UTILISATION, OUTPUT_ONLY, at_rate, bill_usd
 from analysis.offered_load import LOAD_UNIT, LoadKind
 from analysis.stats.intervals import Distribution, Quantity, scaled
-from analysis.stats.replicates import over_replicates
 from analysis.summary import Summary
 from analysis.validity.prefix_cache import NAME as WARM
 from harness.slo import Criterion
@@ -45,15 +45,6 @@ class Floor:
     load: float
     total_token_throughput: Quantity
     usd_per_1m_total: Quantity
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Knee:
-    """Where one latency turns up."""
-
-    metric: str
-    load: float | None
-    reason: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +100,6 @@ class ServingConfig:
     region: str | None
     price_source: str | None
     price_date: str | None
-    knees: tuple[Knee, ...]
     saturated_from: float | None
     """The lowest measured load that the server did not follow; None: it followed all."""
     drained: tuple[float, ...]
@@ -158,21 +148,21 @@ def serving_configs(
 
     ``answer``: of the search that these runs are of; None: as it lies beside them, where it does.
     """
-    groups: dict[Key, list[Summary]] = {}
-    left_out: dict[Key, list[str]] = {}
-    for s in summaries:
-        key = system_of(s)
-        groups.setdefault(key, [])
-        if s.verdict != "VALID":
-            left_out.setdefault(key, []).append("not VALID")
-        elif any(c.name == WARM and c.ok is False for c in s.checks):
-            left_out.setdefault(key, []).append("answered from a warm prefix cache")
-        elif not has_load(s):
-            left_out.setdefault(key, []).append("without a rate of their load")
-        else:
-            groups[key].append(s)
-    found = [_system(runs, utilisation, left_out.get(key, []), answer) for key, runs in groups.items() if runs]
+    found = []
+    for group in grouped(summaries, system_of).values():
+        left_out = [why for s in group if (why := _left_out(s)) is not None]
+        if runs := [s for s in group if _left_out(s) is None]:
+            found.append(_system(runs, utilisation, left_out, answer))
     return sorted(found, key=lambda one: (one.usd_per_1m_total.value is None, one.usd_per_1m_total.value or 0.0))
+
+
+def _left_out(s: Summary) -> str | None:
+    """Why a run says nothing of capacity; None: it does."""
+    if s.verdict != "VALID":
+        return "not VALID"
+    if any(c.name == WARM and c.ok is False for c in s.checks):
+        return "answered from a warm prefix cache"
+    return None if has_load(s) else "without a rate of their load"
 
 
 def point_of(s: Summary) -> Point:
@@ -188,87 +178,57 @@ def point_of(s: Summary) -> Point:
 
 
 def _points(runs: Sequence[Summary]) -> list[Point]:
-    """A point for each load and plan. Repeats of one plan are one point: what they share is as uncertain as in one run,
-    so to `pool`, which takes points for independent, they must not look like several.
+    """A point for each load. Repeats of one plan are one point first: what they share is as uncertain as in one run, so
+    to `pool`, which takes points for independent, they must not look like several.
     """
-    same: dict[Key, list[Point]] = {}
-    for s in runs:
-        point = point_of(s)
-        same.setdefault((point.load, plan_of(s)), []).append(point)
-
-    def together(quantities: Sequence[Quantity]) -> Quantity:
-        return over_replicates(quantities, [max(1, q.n) for q in quantities], ["one plan"] * len(quantities))
-
-    return [
-        Point(
-            load=points[0].load,
-            kept=tuple(_share_at_most(together(shares)) for shares in zip(*(p.kept for p in points), strict=True)),
-            rates={name: together([p.rates[name] for p in points]) for name in points[0].rates},
-            runs=tuple(run for p in points for run in p.runs),
-            unstable=any(p.unstable for p in points),
-        )
-        for points in same.values()
-    ]
-
-
-def _share_at_most(q: Quantity) -> Quantity:
-    return q if q.high is None else replace(q, high=min(1.0, q.high))
-
-
-def criteria_of(s: Summary) -> tuple[Criterion, ...]:
-    """The criteria that a run was judged by."""
-    judged = s.slo.criteria if s.slo is not None else []
-    return tuple(Criterion(name=one.name, wanted=one.wanted, limits=one.limits) for one in judged)
+    return pool(
+        merged([point_of(s) for s in same], ["one plan"] * len(same))
+        for same in grouped(runs, lambda s: (offered(s), plan_of(s))).values()
+    )
 
 
 def _system(
     runs: Sequence[Summary], utilisation: float, left_out: Sequence[str], answer: Answer | None
 ) -> ServingConfig:  # fmt: skip
     first = runs[0]
-    kind = first.offered.kind
-    unit = LOAD_UNIT[kind]
-    points = pool(_points(runs))
-    criteria = criteria_of(first)
+    kind, tier = first.offered.kind, first.tier
+    points = _points(runs)
+    judged = first.slo.criteria if first.slo is not None else []
+    criteria = tuple(Criterion(name=one.name, wanted=one.wanted, limits=one.limits) for one in judged)
     found = None
     if criteria:
-        answer = answer or (kept_answer(runs, criteria) if kind != "closed" else None)
-        found = capacity(points, criteria, unit) if answer is None or kind == "closed" else answer.capacity
+        answer = None if kind == "closed" else answer or kept_answer(runs, criteria)
+        found = capacity(points, criteria, LOAD_UNIT[kind]) if answer is None else answer.capacity
     total, output = (_cost(first, found, name) for name in ("total_token_throughput", "output_token_throughput"))
     ratios = {f"{p.load:g}": r for p in points if (r := little(p, p.rates["e2e_mean_s"].value)) is not None}
+    drained = tuple(sorted({offered(s) for s in runs for c in s.checks if c.name == "drain" and c.ok is False}))
     return ServingConfig(
-        model=first.model, label=first.label, servers=servers_of(first), tier=first.tier.name if first.tier else None,
+        model=first.model, label=first.label, servers=servers_of(first), tier=tier.name if tier else None,
         engine=f"{first.engine} {first.server.version or ''}".strip(), args=tuple(first.server.args),
         replicas=max(1, first.cost.replicas), evidence=first.evidence, trace=first.plan.trace,
-        slo=" and ".join(c.name for c in criteria) or None,
-        criteria=criteria, loop=kind, unit=unit, loads=tuple(p.load for p in points),
-        runs=tuple(run for p in points for run in p.runs), capacity=found,
-        top_sent_rate=_top_sent_rate(kind, points),
+        slo=" and ".join(c.name for c in criteria) or None, criteria=criteria, loop=kind, unit=LOAD_UNIT[kind],
+        loads=tuple(p.load for p in points), runs=tuple(run for p in points for run in p.runs), capacity=found,
+        top_sent_rate=points[-1].rates["sent_rate"].value if kind == "sessions" else None,
         top_token_throughput=points[-1].rates["total_token_throughput"], usd_per_1m_total=total,
         usd_per_1m_output_only=replace(output, unit=f"USD per 1M {OUTPUT_ONLY} tokens"),
         utilisation=utilisation, usd_per_1m_total_utilised=scaled(total, 1 / utilisation), floor=_floor(first, points),
-        usd_per_hour=first.tier.usd_per_hour if first.tier else None, replicas_per_instance=_fitting(first),
+        usd_per_hour=tier.usd_per_hour if tier else None, replicas_per_instance=_fitting(first),
         purchase=first.cost.purchase, region=first.cost.region, price_source=first.cost.source,
-        price_date=first.cost.date, knees=_knees(points), saturated_from=_saturated_from(kind, points),
-        drained=_drained(runs), little=ratios, interactivity=_interactivity(first, points),
+        price_date=first.cost.date, saturated_from=_saturated_from(kind, points), drained=drained, little=ratios,
+        interactivity=_interactivity(first, points),
         start_s=max((r.ready_s for s in runs for r in s.server.replicas if r.ready_s is not None), default=None),
-        notes=_notes(runs, points, found, ratios, left_out, kind),
+        notes=tuple(_notes(runs, points, found, ratios, drained, left_out)),
     )  # fmt: skip
-
-
-def _top_sent_rate(kind: LoadKind, points: Sequence[Point]) -> float | None:
-    return points[-1].rates["sent_rate"].value if kind == "sessions" else None
 
 
 def _saturated_from(kind: LoadKind, points: Sequence[Point]) -> float | None:
     """The lowest load that the servers did not follow. Sessions that wait ask for their planned requests/s: what they
     really send follows the server, and would always look followed.
     """
-    if kind != "sessions":
-        return saturation(points, closed=kind == "closed")
-    asked = [(p.load, p.rates["request_rate"].value, p) for p in points]
-    known = [(load, replace(p, load=rate)) for load, rate, p in asked if rate is not None]
-    at = saturation([p for _, p in known], closed=False)
-    return next((load for load, p in known if p.load == at), None)
+    asked = [(p.rates["request_rate"].value if kind == "sessions" else p.load, p) for p in points]
+    known = [(replace(p, load=load), p.load) for load, p in asked if load is not None]
+    at = saturation([p for p, _ in known], closed=kind == "closed")
+    return next((load for p, load in known if p.load == at), None)
 
 
 def _fitting(s: Summary) -> int:
@@ -285,50 +245,30 @@ def _fitting(s: Summary) -> int:
 
 def cost_at(s: Summary, rate: Quantity, per: str = "input + output") -> Quantity:
     """USD per 1M tokens at a token throughput, from the price of the run's own tier: dear when slow."""
-    priced = s.tier is not None and s.cost.usd_per_hour is not None and s.cost.usd_per_hour > 0
-    usd_per_s = bill_usd(s.cost.usd_per_hour or 0.0, max(1, s.cost.replicas), 1.0) if priced else None
-    why = rate.note or "no tokens were counted" if priced else "no tier, so no price (--tier)"
-    return at_rate(usd_per_s, rate, per, why=why)
+    if s.tier is None or not (usd_per_hour := s.cost.usd_per_hour or 0.0) > 0:
+        return at_rate(None, rate, per, why="no tier, so no price (--tier)")
+    usd_per_s = bill_usd(usd_per_hour, max(1, s.cost.replicas), 1.0)
+    return at_rate(usd_per_s, rate, per, why=rate.note or "no tokens were counted")
 
 
 def _cost(s: Summary, found: Capacity | None, name: str) -> Quantity:
-    rate = found.rates.get(name) if found is not None else None
-    if rate is None:
-        if found is None:
-            why = "no SLO was given (--slo)"
-        elif found.state == "found":
-            why = "tokens were not counted at every load"
-        else:
-            why = found.load.note or found.state
-        rate = Quantity(value=None, n=0, unit="tokens/s", evidence=s.evidence, note=why)
-    return cost_at(s, rate)
+    why = "no SLO was given (--slo)"
+    if found is not None:
+        if name in found.rates:
+            return cost_at(s, found.rates[name])
+        why = found.load.note or found.state
+        why = "tokens were not counted at every load" if found.state == "found" else why
+    return cost_at(s, Quantity(value=None, n=0, unit="tokens/s", evidence=s.evidence, note=why))
 
 
 def _floor(s: Summary, points: Sequence[Point]) -> Floor | None:
-    known = [(p.rates["total_token_throughput"].value or 0.0, p) for p in points]
-    best, point = max(known, key=lambda pair: pair[0])
-    if not best:
-        return None
+    point = max(points, key=lambda p: p.rates["total_token_throughput"].value or 0.0)
     rate = point.rates["total_token_throughput"]
+    if not rate.value:
+        return None
     if s.offered.kind != "closed":  # the load was given, and no estimate of the most that the servers can do
         rate = replace(rate, low=None, high=None)
     return Floor(load=point.load, total_token_throughput=rate, usd_per_1m_total=cost_at(s, rate))
-
-
-def _knees(points: Sequence[Point]) -> tuple[Knee, ...]:
-    found = []
-    for metric in LATENCIES:
-        for name in ("p50", "p99"):
-            known = [(p.load, q.value) for p in points if (q := p.rates[f"{metric}_{name}_s"]).value is not None]
-            loads, values = [load for load, _ in known], [value for _, value in known if value is not None]
-            at = knee(loads, values)
-            reason = None
-            if at is None:
-                reason = (
-                    f"{len(known)} loads, at least 3 are needed" if len(known) < 3 else "the curve is straight or flat"
-                )
-            found.append(Knee(metric=f"{metric} {name}", load=at, reason=reason))
-    return tuple(found)
 
 
 def _interactivity(s: Summary, points: Sequence[Point]) -> tuple[Interactive, ...]:
@@ -346,10 +286,6 @@ def _interactivity(s: Summary, points: Sequence[Point]) -> tuple[Interactive, ..
     return tuple(found)
 
 
-def _drained(runs: Sequence[Summary]) -> tuple[float, ...]:
-    return tuple(sorted({offered(s) for s in runs for c in s.checks if c.name == "drain" and c.ok is False}))
-
-
 def drain_words(loads: Sequence[float], unit: str) -> str:
     """What drain does to the figures of these loads."""
     where = ", ".join(f"{load:g}" for load in loads)
@@ -361,27 +297,26 @@ def drain_words(loads: Sequence[float], unit: str) -> str:
 
 def _notes(
     runs: Sequence[Summary], points: Sequence[Point], found: Capacity | None, ratios: Mapping[str, float],
-    left_out: Sequence[str], kind: LoadKind,
-) -> tuple[str, ...]:  # fmt: skip
-    said = []
-    for why, n in sorted((why, left_out.count(why)) for why in set(left_out)):
-        said.append(f"{n} runs are {why} and left out" if n > 1 else f"1 run is {why} and left out")
-    old = {c.observed for s in runs for c in s.checks if c.name == "price_date" and c.ok is False}
-    said += [f"OLD: age of the hardware's price when it was measured: {age}" for age in sorted(old)]
+    drained: Sequence[float], left_out: Sequence[str],
+) -> Iterator[str]:  # fmt: skip
+    kind = runs[0].offered.kind
+    for why, n in sorted(Counter(left_out).items()):
+        yield f"{n} runs are {why} and left out" if n > 1 else f"1 run is {why} and left out"
+    for age in sorted({c.observed for s in runs for c in s.checks if c.name == "price_date" and c.ok is False}):
+        yield f"OLD: age of the hardware's price when it was measured: {age}"
     if kind == "closed":
-        said.append("closed loop: a slow server slows its own load here, so this is no capacity for arrivals; replay "
-                    "the trace's own times for that")  # fmt: skip
+        yield ("closed loop: a slow server slows its own load here, so this is no capacity for arrivals; replay the "
+               "trace's own times for that")  # fmt: skip
     if kind == "sessions":
-        said.append("sessions that wait: the load is sessions started per second; a turn waits for the answer before "
-                    "it, so fewer requests than planned are sent where answers are slow (session lag)")  # fmt: skip
+        yield ("sessions that wait: the load is sessions started per second; a turn waits for the answer before it, so "
+               "fewer requests than planned are sent where answers are slow (session lag)")  # fmt: skip
     off = [f"{load} ({ratio:.2f})" for load, ratio in ratios.items() if abs(ratio - 1) > LITTLE_BOUND]
     if off:
-        said.append(f"Little's law does not balance at load {', '.join(off)}: failures, or mostly ramp and drain")
-    if drained := _drained(runs):
-        said.append(drain_words(drained, LOAD_UNIT[kind]))
+        yield f"Little's law does not balance at load {', '.join(off)}: failures, or mostly ramp and drain"
+    if drained:
+        yield drain_words(drained, LOAD_UNIT[kind])
     if found is not None and found.load.note:
-        said.append(found.load.note)
+        yield found.load.note
     if len(points) == 1:
-        said.append(f"one load was measured ({load_words(runs[0])}): capacity needs one that keeps the SLO and one "
-                    "that misses it")  # fmt: skip
-    return tuple(said)
+        yield (f"one load was measured ({load_words(runs[0])}): capacity needs one that keeps the SLO and one that "
+               "misses it")  # fmt: skip

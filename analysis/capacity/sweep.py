@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from analysis.arrays import Floats
+from analysis.capacity.system import grouped
 from analysis.stats.autocorrelation import ALPHA, Z
 from analysis.stats.intervals import Quantity
 from analysis.stats.replicates import over_replicates
@@ -27,10 +29,6 @@ DRAWS = 1000
 """Resamples behind an interval; always the same, so that one sweep gives one answer."""
 NO_INTERVAL = 10
 """A share without an interval is worth at most so many independent requests: its run was too short for more."""
-RISE = 0.10
-"""A latency that grows by less than this from the lowest to the highest load has no knee to speak of."""
-BEND = 0.10
-"""A curve bends when it runs this far below its chord, as a share of its height; a straight one has no knee."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +46,14 @@ class Point:
     """Its backlog only grew (`analysis.steady`): it meets no SLO, however many of its requests did."""
 
 
+State = Literal["found", "not reached", "beyond", "unknown"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
     """The highest load at which every criterion is kept."""
 
-    state: str
+    state: State
     """"found"; "not reached": the lowest load misses already; "beyond": the highest load keeps it; "unknown"."""
     load: Quantity
     """Interpolated between the two measured loads around it. Interval, 95 %: each share is drawn anew within its own
@@ -71,23 +72,25 @@ def pool(points: Iterable[Point]) -> list[Point]:
     The interval of a pooled figure is the wider of what the repeats' own intervals say together and what the repeats
     differ by (Student's t needs two; with one it is that one's own).
     """
-    by_load: dict[float, list[Point]] = {}
-    for point in points:
-        by_load.setdefault(point.load, []).append(point)
-    pooled = []
-    for load in sorted(by_load):
-        same = by_load[load]
-        names = [name for name in same[0].rates if all(name in point.rates for point in same)]
-        pooled.append(
-            Point(
-                load=load,
-                kept=tuple(_mean(shares, ceiling=1.0) for shares in zip(*(p.kept for p in same), strict=True)),
-                rates={name: _mean([p.rates[name] for p in same]) for name in names},
-                runs=tuple(run for point in same for run in point.runs),
-                unstable=any(point.unstable for point in same),
-            )
-        )
-    return pooled
+    by_load = grouped(points, lambda point: point.load)
+    return [merged(by_load[load]) for load in sorted(by_load)]
+
+
+def merged(same: Sequence[Point], plans: Sequence[Hashable] | None = None) -> Point:
+    """Points of one load as one; ``plans``: what each was asked (`over_replicates`)."""
+
+    def mean(quantities: Sequence[Quantity], most: float = math.inf) -> Quantity:
+        found = over_replicates(quantities, [max(1, q.n) for q in quantities], plans)
+        return found if found.high is None else replace(found, high=min(most, found.high))
+
+    names = [name for name in same[0].rates if all(name in point.rates for point in same)]
+    return Point(
+        load=same[0].load,
+        kept=tuple(mean(shares, 1.0) for shares in zip(*(p.kept for p in same), strict=True)),
+        rates={name: mean([p.rates[name] for p in same]) for name in names},
+        runs=tuple(run for point in same for run in point.runs),
+        unstable=any(point.unstable for point in same),
+    )
 
 
 def capacity(points: Sequence[Point], criteria: Sequence[Criterion], unit: str = "req/s") -> Capacity:
@@ -121,27 +124,12 @@ def capacity(points: Sequence[Point], criteria: Sequence[Criterion], unit: str =
         note = f"beyond the highest load: at {loads[-1]:g} {unit} it is kept"
         return Capacity(state="beyond", load=replace(blank, low=low, note=note), limit=None, rates={})
     value = float(crossings[first])
-    done = max((point.rates["request_throughput"].value or 0.0 for point in points if _counted(point)), default=0.0)
+    done = max(p.rates["request_throughput"].value or 0.0 if "request_throughput" in p.rates else 0.0 for p in points)
     if unit == "req/s" and 0 < done < value:  # a finite run cannot see a queue that only grows
         value = done
     low, high = None if low is None else min(low, value), None if high is None else max(high, value)
     load = replace(blank, value=value, low=low, high=high, note=_unproven(low, high))
     return Capacity(state="found", load=load, limit=criteria[first], rates=_rates_at(points, loads, load, draws))
-
-
-def bracket(points: Sequence[Point], criteria: Sequence[Criterion]) -> tuple[float | None, float | None]:
-    """The neighbouring measured loads of which the lower keeps every criterion and the higher does not.
-
-    Judged like `capacity`. None: no measured load is on that side.
-    """
-    points = [point for point in points if all(q.value is not None for q in point.kept)]
-    if not points:
-        return None, None
-    keeps = np.ones(len(points), dtype=np.bool_)
-    for k, criterion in enumerate(criteria):
-        keeps &= falling(_kept(points, k), _weights(points, k)) >= criterion.wanted
-    kept = int(keeps.sum())
-    return points[kept - 1].load if kept else None, points[kept].load if kept < len(points) else None
 
 
 def saturation(points: Sequence[Point], *, closed: bool) -> float | None:
@@ -174,20 +162,6 @@ def little(point: Point, e2e_s: float | None) -> float | None:
     return None if not flow or not e2e_s or inside is None else inside / (flow * e2e_s)
 
 
-def knee(loads: Sequence[float], values: Sequence[float]) -> float | None:
-    """The load where a curve that grows with load turns up: the point farthest below its chord.
-
-    None below three points, for a curve that bends by less than `BEND` of its height, and for one that hardly rises
-    (by less than `RISE` of its lowest value).
-    Source: Kneedle, Satopaa et al., ICDCS Workshops 2011.
-    """
-    x, y = np.asarray(loads, dtype=np.float64), np.asarray(values, dtype=np.float64)
-    if len(x) < 3 or not np.all(np.isfinite(y)) or y.max() <= y.min() * (1 + RISE):
-        return None
-    below = (x - x[0]) / (x[-1] - x[0]) - (y - y.min()) / (y.max() - y.min())
-    return float(x[np.argmax(below)]) if below.max() >= BEND else None
-
-
 def falling(values: Floats, weights: Floats) -> Floats:
     """The non-increasing series nearest to ``values`` by weighted squares: pool adjacent violators.
 
@@ -202,10 +176,6 @@ def falling(values: Floats, weights: Floats) -> Floats:
             total, length = heavy + total, length + count
         blocks.append((mean, total, length))
     return np.concatenate([np.full(length, mean) for mean, _, length in blocks])
-
-
-def _counted(point: Point) -> bool:
-    return "request_throughput" in point.rates
 
 
 def _kept(points: Sequence[Point], k: int) -> Floats:
@@ -299,9 +269,3 @@ def _rates_at(points: Sequence[Point], loads: Floats, at: Quantity, draws: Float
             high = None if at.high is None else max(value, float(ends[1]))
         found[name] = replace(first, value=value, low=low, high=high, n=sum(q.n for q in series), note=None)
     return found
-
-
-def _mean(quantities: Sequence[Quantity], ceiling: float = math.inf) -> Quantity:
-    """Quantities of one kind as one, weighted by samples; None when one of them is not known."""
-    mean = over_replicates(quantities, [max(1, q.n) for q in quantities])
-    return mean if mean.high is None else replace(mean, high=min(ceiling, mean.high))

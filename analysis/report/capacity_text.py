@@ -130,8 +130,6 @@ def _limits(system: ServingConfig) -> tuple[str, ...]:
         said.append(f"saturated from {figure(system.saturated_from)} {system.unit} on: more load gives no more answers")
     else:
         said.append("not saturated at any measured load")
-    bends = [f"{k.metric} at {figure(k.load)} {system.unit}" for k in system.knees if k.load is not None]
-    said.append("latency turns up: " + ", ".join(bends) if bends else f"no knee: {system.knees[0].reason}")
     users = [i for i in system.interactivity if i.tokens_per_s_per_user.value is not None]
     if users:
         speeds = [i.tokens_per_s_per_user.value or 0.0 for i in users]
