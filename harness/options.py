@@ -1,8 +1,9 @@
 """What a command line asks for: typed, frozen, made once, with every rule about what may be asked for together.
 
-A verb makes its object from Click's parameters (`taken`, `ReplayOptions.of`), and `ReplayOptions.check` refuses what
-excludes each other before anything is read, downloaded, started or rented. A sweep and a search for capacity replace
-what differs from point to point. What a plan itself cannot be is in `harness.plan.spec`.
+A field made by `opt` is an option of the command line too; its help says what it means. A verb makes its object from
+Click's parameters (`harness.option_types.made`), and `ReplayOptions.check` refuses what excludes each other before
+anything is read, downloaded, started or rented. A sweep and a search for capacity replace what differs from point to
+point. What a plan itself cannot be is in `harness.plan.spec`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,26 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+import click
 
 from harness.errors import UsageError
-from harness.record.run_spec import DEFAULTS, Balance, Capture, Endpoint, OutputLengths
+from harness.option_types import (
+    CANCEL,
+    COLUMNS,
+    COUNT,
+    EXISTING,
+    FILE,
+    GROWTH,
+    JSON_OBJECT,
+    POSITIVE,
+    SHARE,
+    STAGES,
+    WARMUP,
+    opt,
+)
+from harness.record.run_spec import DEFAULTS, Balance, Capture, OutputLengths
 from harness.server.access import check_apart, parse_header_env, parse_headers
 from harness.slo import metrics_of
 
@@ -25,19 +42,33 @@ if TYPE_CHECKING:
     from harness.trace.formats.record import Role, TimeUnit
 
 OutputFormat = Literal["text", "md", "json", "csv"]
+Rescale = Literal["compress", "thin", "superpose"]
+Arrivals = Literal["trace", "constant", "poisson", "gamma"]
+Sessions = Literal["trace", "wait"]
+Conversation = Literal["recorded", "live"]
+AnyEndpoint = Literal["auto", "completions", "chat"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadOptions:
     """How a trace is read."""
 
-    trace_format: str | None = None
-    skip_bad: bool = False
-    sort: bool = False
-    part: int | None = None
-    columns: Mapping[Role, str] | None = None
-    time_unit: TimeUnit | None = None
-    where: Sequence[str] = ()
+    heading: ClassVar = "Trace"
+    trace_format: str | None = opt("Force the trace format instead of detecting it by content.", metavar="NAME")
+    skip_bad: bool = opt("Leave out lines that cannot be read; they are counted and reported.", False)
+    sort: bool = opt("Put rows in order of arrival.", False)
+    part: int | None = opt(
+        "Of a file with several recordings (time goes back between them), only the Nth.", kind=COUNT, metavar="N"
+    )
+    columns: Mapping[Role, str] | None = opt(
+        "Columns of a table (CSV, JSON Lines, Parquet) by what they are: arrival=ts,input=p,output=c,session=s,"
+        "model=m. Those not named are found by common names.",
+        kind=COLUMNS, flag="--map", metavar="ROLE=COLUMN,...",
+    )  # fmt: skip
+    time_unit: TimeUnit | None = opt("Unit of its times, where nothing shows it.", kind=Literal["s", "ms", "us", "ns"])
+    where: Sequence[str] = opt(
+        "Only rows that match: model=llama-3*, session=a|b, adapter=...; repeat: all must.", (), metavar="FIELD=PATTERN"
+    )
     input_tokens: str | None = None
     """A distribution, for logs that have arrivals only; with ``output_tokens``."""
     output_tokens: str | None = None
@@ -49,29 +80,64 @@ class ReadOptions:
 class PlanOptions(ReadOptions):
     """What is sent, and when."""
 
-    speed: float | None = None
-    rate: float | None = None
-    """Mean requests/s."""
-    rescale: Literal["compress", "thin", "superpose"] = "compress"
-    grow: float | None = None
-    spread: bool = False
-    arrivals: Literal["trace", "constant", "poisson", "gamma"] | None = None
-    """Null: the trace's own times, or poisson with ``stages``."""
-    burstiness: float | None = None
-    stages: Sequence[Stage] | None = None
-    repeat: bool = False
-    warmup: int | float | None = None
+    heading: ClassVar = "Plan"
+    input_tokens: str | None = opt(
+        "Of a log that has arrivals only: lengths, like lognormal:mean=800,cv=1.", metavar="DIST"
+    )
+    output_tokens: str | None = opt("Output lengths, the same way.", metavar="DIST")
+    speed: float | None = opt("Play the trace's clock this many times faster.", kind=POSITIVE)
+    rate: float | None = opt("Mean requests/s, reached as --rescale says; or the rate of --arrivals.", kind=POSITIVE)
+    rescale: Rescale = opt(
+        "How --rate is reached: play the clock faster or slower (the same users, sooner), or keep the clock and have "
+        "fewer users (thin) or more (superpose). Sessions stay whole.", "compress", kind=Rescale,
+    )  # fmt: skip
+    grow: float | None = opt(
+        "A forecast: this many times the users on the same clock; sessions stay whole.",
+        kind=GROWTH, metavar="3x|+200%|-20%",
+    )  # fmt: skip
+    spread: bool = opt("Lay arrivals of a coarse clock (3 s steps) evenly within its steps.", False)
+    arrivals: Arrivals | None = opt(
+        "When requests are sent: at the trace's own times, or drawn (the trace gives the content). Default: trace; "
+        "poisson with --stages.", kind=Arrivals,
+    )  # fmt: skip
+    burstiness: float | None = opt(
+        "Shape of gamma arrivals, as vLLM has it: 1 is Poisson, below 1 burstier.", kind=POSITIVE
+    )
+    stages: Sequence[Stage] | None = opt(
+        "Rate over time: 2m@4,5m@8. 2m@4..8 climbs evenly.", kind=STAGES, metavar="TIME@RATE,..."
+    )
+    repeat: bool = opt("Begin the trace again when it runs out (made-up prompts are new each time).", False)
+    warmup: int | float | None = opt(
+        "Keep the first N requests, or those of the first TIME, out of every figure.", kind=WARMUP, metavar="N|TIME"
+    )
     """An int is a number of requests, a float is seconds."""
-    sessions: Literal["trace", "wait"] = "trace"
-    conversation: Literal["recorded", "live"] = "recorded"
-    cancel: tuple[float, float] | None = None
+    sessions: Sessions = opt(
+        "Turns of a session: each at its own time, or not before the turn before it has ended (and think_s).",
+        "trace", kind=Sessions,
+    )  # fmt: skip
+    conversation: Conversation = opt(
+        "Whose answers later turns of a session carry: the trace's own, or what the server really answers (live; turns "
+        "then wait for each other, and input lengths follow from the answers).", "recorded", kind=Conversation,
+    )  # fmt: skip
+    cancel: tuple[float, float] | None = opt(
+        "Clients that hang up: 0.05@2s is 5 % after 2 s.", kind=CANCEL, metavar="SHARE@TIME"
+    )
     """(share of requests, seconds after which these clients hang up)."""
-    limit: int | None = None
-    duration_s: float | None = None
-    tokenizer: Path | None = None
-    endpoint: Literal["auto"] | Endpoint = "auto"
+    limit: int | None = opt("Only the first N requests of the trace.", kind=COUNT)
+    duration_s: float | None = opt("Only this much of the planned time, e.g. 5m.")
+    seed: int | None = opt(
+        "Seed of all that is drawn. Default: the same load each time (0), with made-up prompts that no server has "
+        "seen; the number that gives them again is printed.", kind=int,
+    )  # fmt: skip
+    tokenizer: Path | None = opt(
+        "Model folder (with its chat template), or its tokenizer.json, to make prompts of an exact length with. "
+        "Default: the model's own.", kind=EXISTING,
+    )  # fmt: skip
+    endpoint: AnyEndpoint = opt(
+        "API to use. auto: chat when the trace has messages, else completions.", "auto", kind=AnyEndpoint
+    )
     windows: Windows | None = None
-    """Of a search for capacity; no option of the command line."""
+    """Of a search for capacity; not an option of the command line."""
 
     @property
     def waits(self) -> bool:
@@ -93,45 +159,96 @@ class PlanOptions(ReadOptions):
 class ServeOptions:
     """Where it is sent: servers that are there already (``base_urls``), or servers to start."""
 
-    base_urls: Sequence[str] = ()
-    metrics_urls: Sequence[str] = ()
-    model: str | None = None
-    tier: str | None = None
-    label: str | None = None
-    replicas: int | None = None
-    """Null: none is started; only the model's tokenizer is wanted."""
-    on_replica_death: OnReplicaDeath = "fail"
+    heading: ClassVar = "Servers"
+    base_urls: Sequence[str] = opt(
+        "Use the server that is already there (several: repeat). Then neither Ray nor vLLM is needed.",
+        (),
+        metavar="URL",
+    )
+    metrics_urls: Sequence[str] = opt(
+        "Page of a server's own counters (repeat: one for each --base-url, or those of all servers behind one, added "
+        "up). Default: /metrics of --base-url.", (), metavar="URL",
+    )  # fmt: skip
+    model: str | None = opt("Model to serve ('harness models'), or the name at --base-url.", metavar="NAME")
+    tier: str | None = opt(
+        "Hardware tier and its price ('harness tiers'). With --base-url: what it runs on.", metavar="NAME"
+    )
+    label: str | None = opt(
+        "What this system is called in reports. Systems of two labels, or at two --base-url, never count as one.",
+        metavar="NAME",
+    )
+    replicas: int = opt("Servers to start.", 1)
+    on_replica_death: OnReplicaDeath = opt(
+        "When a server dies during a run: stop the run now, or start it again and mark the run.",
+        "fail", kind=Literal["fail", "restart"],
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadOptions:
-    """How it is sent, and what is promised; fields that `harness.record.run_spec.RunSpec` has mean the same."""
+class AccessOptions:
+    """What every request to the servers carries."""
 
-    headers: Sequence[str] = ()
-    """"NAME: VALUE"."""
-    header_env: Sequence[str] = ()
-    """"NAME=VARIABLE"."""
-    key_header: str = DEFAULTS.key_header
-    tls_ca: Path | None = None
-    output_lengths: OutputLengths | None = None
-    length_field: str = DEFAULTS.length_field
-    min_requests: int = DEFAULTS.min_requests
-    concurrency: int | None = None
-    """Closed loop: requests in flight; null: an open loop."""
-    max_concurrency: int | None = None
-    """Open loop: the most requests in flight."""
-    workers: int | None = None
-    timeout_s: float = DEFAULTS.timeout_s
-    stall_s: float = DEFAULTS.stall_s
-    extra_body: Mapping[str, object] = field(default_factory=dict)
-    ramp_s: float | None = None
-    no_stream: bool = False
-    balance: Balance = DEFAULTS.balance
-    retries: int = DEFAULTS.retries
-    no_counters: bool = False
-    capture_answers: bool = False
-    keep_text: bool = False
-    slo: Mapping[str, float] | None = None
+    heading: ClassVar = "Servers"
+    headers: Sequence[str] = opt(
+        "Extra HTTP header of every request, also those for models and metrics; never a secret; repeat.",
+        (), metavar="'NAME: VALUE'",
+    )  # fmt: skip
+    header_env: Sequence[str] = opt(
+        "Extra HTTP header whose value, which may be secret, is in this environment variable; repeat.",
+        (), metavar="NAME=VARIABLE",
+    )  # fmt: skip
+    key_header: str = opt(
+        "Header with the API key. Authorization carries 'Bearer' and the key, any other (api-key) the key alone.",
+        DEFAULTS.key_header, metavar="NAME",
+    )  # fmt: skip
+    tls_ca: Path | None = opt(
+        "Certificates to trust instead of the system's. Certificates and host names are always verified.", kind=FILE
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions(AccessOptions):
+    """How it is sent, and its SLO; fields that `harness.record.run_spec.RunSpec` has mean the same."""
+
+    heading: ClassVar = "Load"
+    output_lengths: OutputLengths | None = opt(
+        "Planned lengths of answers: forced (ignore_eos, which vLLM and SGLang know), at most so many tokens, or not "
+        "sent. Default: forced; cap with --length-field max_completion_tokens.", kind=OutputLengths,
+    )  # fmt: skip
+    length_field: str = opt(
+        "Field of the body that carries them. With max_completion_tokens no temperature is sent either: models that "
+        "want the one refuse the other.", DEFAULTS.length_field, metavar="NAME",
+    )  # fmt: skip
+    min_requests: int = opt(
+        "Below so many measured requests a run has no verdict but TOO SMALL, and no price.", DEFAULTS.min_requests
+    )
+    concurrency: int | None = opt("Closed loop: this many in flight, in trace order.", kind=COUNT)
+    max_concurrency: int | None = opt(
+        "Open loop: never more than this many in flight. Waiting for a free place shows up as lag.", kind=COUNT
+    )
+    workers: int | None = opt("Load worker processes. Default: one per core, as far as useful.", kind=COUNT)
+    timeout_s: float = opt("Limit for one request.", DEFAULTS.timeout_s)
+    stall_s: float = opt("Limit for a server that sends nothing.", DEFAULTS.stall_s)
+    extra_body: Mapping[str, object] = opt("JSON object whose fields are added to every request.", {}, kind=JSON_OBJECT)
+    ramp_s: float | None = opt("Closed loop: fill up evenly over this time.")
+    no_stream: bool = opt("Disable streaming. Then there is no ttft, tpot or itl.", False)
+    capture_answers: bool = opt("Store an HMAC of each answer, by request id.", False)
+    keep_text: bool = opt("Store the text of each answer, too (0600).", False)
+    balance: Balance = opt(
+        "With several servers: least in flight, in turn, or all turns of a session to one.",
+        DEFAULTS.balance, kind=Balance,
+    )  # fmt: skip
+    retries: int = opt(
+        "Send again after no connection, 429 or 503. Counted, and latency still counts from the planned time.",
+        DEFAULTS.retries, kind=click.IntRange(0, 100),
+    )  # fmt: skip
+    no_counters: bool = opt(
+        "Do not read the servers' own counters: token counts and restarts are then not checked.", False
+    )
+    slo: Mapping[str, float] | None = opt(
+        "The SLO: ttft=2s,tpot=100ms of each request, or ttft_p99=2s,tpot_p95=80ms (also e2e, itl_max).",
+        metavar="KEY=TIME,...",
+    )
 
     @property
     def closed(self) -> bool:
@@ -150,24 +267,30 @@ class LoadOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReportOptions:
-    """How the result is judged and printed."""
+class AttainOption:
+    """The share of an SLO."""
 
-    attain: float = 0.99
-    ratio: float = 4.0
-    format_: OutputFormat = "text"
-
-
-Group = TypeVar("Group", ReadOptions, PlanOptions, ServeOptions, LoadOptions, ReportOptions)
+    heading: ClassVar = "Report"
+    attain: float = opt(
+        "Share of requests that must keep the limits of --slo that name no percentile.", 0.99, kind=SHARE
+    )
 
 
-def taken(group: type[Group], params: Mapping[str, object]) -> Group:
-    """The options of one group out of the parameters of a verb; those that the verb does not have keep their defaults.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeOptions(AttainOption):
+    """How results are judged."""
 
-    Click has checked every value by the option's own type.
-    """
-    found = {f.name: params[f.name] for f in fields(group) if f.name in params}
-    return group(**found)  # type: ignore[arg-type]
+    slo: Mapping[str, float] | None = opt("Judge against this SLO instead of that of the runs.", metavar="KEY=TIME,...")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportOptions(AttainOption):
+    """How the result of a run is judged and printed."""
+
+    ratio: float = opt(
+        "What one output token is taken to cost against one input token when the bill is split.", 4.0, kind=POSITIVE
+    )
+    format_: OutputFormat = opt("How to print it.", "text", kind=Literal["text", "md", "json"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,17 +301,6 @@ class ReplayOptions:
     serve: ServeOptions = field(default_factory=ServeOptions)
     load: LoadOptions = field(default_factory=LoadOptions)
     report: ReportOptions = field(default_factory=ReportOptions)
-
-    @classmethod
-    def of(cls, params: Mapping[str, object]) -> Self:
-        """From the parameters of a verb, every one of which is one of these."""
-        groups = (PlanOptions, ServeOptions, LoadOptions, ReportOptions)
-        known = {f.name for group in groups for f in fields(group)}
-        assert params.keys() <= known, f"no group has {', '.join(params.keys() - known)}"
-        return cls(
-            plan=taken(PlanOptions, params), serve=taken(ServeOptions, params), load=taken(LoadOptions, params),
-            report=taken(ReportOptions, params),
-        )  # fmt: skip
 
     def by_name(self) -> dict[str, object]:
         """Every option of the command line with its value."""
@@ -219,8 +331,10 @@ class ReplayOptions:
             )
         if "stream" in load.extra_body:
             raise UsageError("--extra-body must not say stream: use --no-stream, which knows what it cannot time then")
+        if self.report.attain != ReportOptions().attain and not load.slo:
+            raise UsageError("--attain is the share of requests that must keep --slo: add --slo, like ttft=2s")
         if load.no_stream and {"ttft", "tpot", "itl_max"} & metrics_of(dict(load.slo or {})):
-            raise UsageError("--no-stream answers have no ttft, tpot or itl_max to promise: an SLO on e2e, or stream")
+            raise UsageError("--no-stream answers have no ttft, tpot or itl_max: give an SLO on e2e, or stream")
         check_apart(parse_headers(load.headers), parse_header_env(load.header_env))
         if not re.fullmatch(r"[A-Za-z_]\w*", load.length_field):
             raise UsageError(f"--length-field {load.length_field!r}: not the name of a field, like max_tokens")

@@ -30,13 +30,13 @@ import locust.env
 import pyarrow as pa
 from gevent.event import Event
 
+from harness import forgo_pandas
 from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, UsageError, WorkerError, sentence
 from harness.record.answers import KEY_BYTES, KEY_VARIABLE, SAMPLE, CapturedWriter, write_said
 from harness.record.results import FLUSH_S, Result, ResultWriter
 from harness.record.run_spec import WorkerSpec
 from harness.record.samples import WORKER_SCHEMA, Observation, ObservationWriter
 from harness.server.access import from_environment
-from harness.startup import forgo_pandas
 from scenarios.client.capture import Sampler
 from scenarios.client.client import Client, raise_fd_limit
 from scenarios.client.completion import Answer

@@ -161,15 +161,15 @@ def test_locust_and_ray_never_share_a_process() -> None:
     assert "locust" in worker
     assert not {"ray", "flask", "jinja2"} & worker, "Locust brings a web page that a worker never shows"
     assert not {"ray", "vllm", "torch", "locust", "gevent"} & loaded_by(
-        "import harness.cli, harness.cli.runs, harness.server.probe, cluster.deploy.load_workers, "
-        "cluster.process.process, analysis"
+        "import harness.cli, harness.cli.replay, harness.cli.runner.steps, harness.server.probe, "
+        "cluster.deploy.load_workers, cluster.process.process, analysis"
     )
 
 
 def test_a_process_of_ours_does_without_pandas() -> None:
     first_array = "import pyarrow, numpy; pyarrow.array(numpy.zeros(1))"
     assert "pandas" in loaded_by(first_array), "else there is nothing to forgo"
-    assert "pandas" not in loaded_by(f"from harness.startup import forgo_pandas; forgo_pandas(); {first_array}")
+    assert "pandas" not in loaded_by(f"from harness import forgo_pandas; forgo_pandas(); {first_array}")
 
 
 def test_the_simulator_is_numpy_and_the_standard_library_alone() -> None:

@@ -18,7 +18,7 @@ from analysis.capacity.sweep import Point
 from analysis.stats.intervals import Quantity
 from cluster.deploy import load_workers as load
 from cluster.simulator.replica import Workload
-from harness.cli.capacity import FILE, capacity
+from harness.cli.capacity import capacity
 from harness.cli.compare import compare
 from harness.cli.plan_fleet import plan_fleet
 from harness.cli.report import report
@@ -26,7 +26,7 @@ from harness.cli.runner.capacity import CapacitySession
 from harness.errors import ServerError, UsageError
 from harness.record.manifest import read_manifest
 from harness.slo import Criterion, criteria
-from harness.sweep.state import read_state
+from harness.sweep.state import ANSWER, read_state
 from tests.lab import capacity as capacity_lab
 from tests.lab.processes import workload
 
@@ -199,7 +199,7 @@ def test_a_known_capacity_is_found_and_a_fleet_planned_by_it(fake_server: StartS
     assert system["usd_per_1m_total"]["value"] == pytest.approx(0.11592 / 3600 / tokens * 1e6)
 
     folder = folder_of(out)
-    assert json.loads((folder / FILE).read_text())["sentence"] == found["sentence"]
+    assert json.loads((folder / ANSWER).read_text())["sentence"] == found["sentence"]
     state = read_state(folder)
     assert len(state.points) == len(found["probes"]) and all(p.state == "done" for p in state.points)
     assert len({p.seed for p in state.points}) == len(state.points), "a warm prefix cache would answer"
@@ -260,7 +260,7 @@ def test_the_budget_ends_the_search_and_more_money_goes_on(fake_server: StartSer
     assert "budget" in result.stdout
     (point,) = read_state(folder_of(out)).points
     assert point.state == "skipped"
-    (row,) = json.loads((folder_of(out) / FILE).read_text())["probes"]
+    (row,) = json.loads((folder_of(out) / ANSWER).read_text())["probes"]
     assert row["verdict"] == "skipped", "no probe is chosen that the budget cannot pay"
     more = run(capacity, *asked, "--resume")
     assert more.return_value == 0, more.output

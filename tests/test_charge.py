@@ -632,13 +632,13 @@ def test_an_invalid_run_does_not_hide_the_others(tmp_path):
 def test_runs_are_found(tmp_path):
     for name in ("one", "two"):
         write_run(tmp_path / "sweep" / name, rows(5))
-    assert [p.name for p in find_runs(str(tmp_path / "sweep"))] == ["one", "two"]
-    assert [p.name for p in find_runs(str(tmp_path / "sweep" / "t*"))] == ["two"]
-    assert [p.name for p in find_runs(str(tmp_path / "sw*"))] == ["one", "two"]
-    assert [p.name for p in find_runs(str(tmp_path / "sweep" / "one"))] == ["one"]
+    assert [p.name for p in find_runs(tmp_path / "sweep")] == ["one", "two"]
+    assert [p.name for p in find_runs(tmp_path / "sweep" / "t*")] == ["two"]
+    assert [p.name for p in find_runs(tmp_path / "sw*")] == ["one", "two"]
+    assert [p.name for p in find_runs(tmp_path / "sweep" / "one")] == ["one"]
     for nothing in (tmp_path / "none", tmp_path / "none*", tmp_path / "sweep" / "one" / "run.json"):
         with pytest.raises(ResultsError):
-            find_runs(str(nothing))
+            find_runs(nothing)
     twice = run_price(tmp_path / "sweep", tmp_path / "sweep" / "one")
     assert isinstance(twice.exception, UsageError)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import StartServer, harness
 
-from harness.cli.types import parse_duration
+from harness.option_types import parse_duration
 
 TRACE = Path(__file__).resolve().parent.parent / "scenarios" / "traces" / "azure-conv-2023.csv"
 

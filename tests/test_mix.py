@@ -16,7 +16,7 @@ from analysis.capacity.crossing import Evidence
 from analysis.capacity.search_answer import mixes
 from analysis.fidelity.inputs import measured_reuse
 from analysis.rows.read import Run
-from harness.cli.runner.windows import window_count
+from harness.cli.runner.capacity import window_count
 from harness.plan.build import build_plan
 from harness.plan.file import PlanInfo, Windows
 from harness.plan.prompts import Vocabulary

@@ -20,7 +20,7 @@ from conftest import ROOT, gone, wait_for
 
 from cluster.process.process import Process, registry
 from cluster.process.registry import Entry, Identity, end, identify, name_orphans, running, work_folder
-from harness.cli import processes as verbs
+from harness.cli import machines as verbs
 
 
 @pytest.fixture(autouse=True)

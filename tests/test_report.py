@@ -22,7 +22,8 @@ from analysis.slo import Slo
 from analysis.stats.intervals import Quantity
 from analysis.summary import ErrorCount, Metrics, Rates, Server, Summary, summarise
 from analysis.validity.checks import Check
-from harness.cli.select_runs import expand
+from harness.cli.select_runs import find_runs
+from harness.errors import ResultsError
 
 METRICS_MD = "".join(path.read_text() for path in Path(metrics.__file__).parent.glob("*.md"))
 EVIL = "[bold red]x[/] | \x1b[31mred\x07 `code` <b>\u202egnp.exe\n# head\ud800"
@@ -213,5 +214,6 @@ def test_a_folder_of_runs_stands_for_all_of_them(tmp_path) -> None:
     for name in ("b", "a"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").touch()
-    assert expand([tmp_path, tmp_path / "a"]) == [tmp_path / "a", tmp_path / "b", tmp_path / "a"]
-    assert expand([tmp_path / "none"]) == [tmp_path / "none"], "whoever reads it says what it lacks"
+    assert find_runs(tmp_path, tmp_path / "a") == [tmp_path / "a", tmp_path / "b", tmp_path / "a"]
+    with pytest.raises(ResultsError, match="not a run directory"):
+        find_runs(tmp_path / "none")

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from cluster.deploy.load_workers import worker_spec
-from harness.cli import replay, runs
+from harness.cli import replay
 from harness.cli.verb import Verb
 from harness.record.manifest import RunDir
 from harness.record.run_spec import DEFAULTS, RunSpec, WorkerSpec
@@ -33,7 +33,7 @@ sys.stdout.write("\\n" + msgspec.json.encode(spec).decode())
 """
 
 
-@pytest.mark.parametrize("verb", [replay.replay, runs.run], ids=lambda verb: str(verb.name))
+@pytest.mark.parametrize("verb", [replay.replay, replay.run], ids=lambda verb: str(verb.name))
 def test_the_command_line_asks_for_the_defaults(verb: Verb) -> None:
     found = verb.make_context(verb.name, ["/dev/null"]).params
     same = {f.name for f in fields(RunSpec)} & found.keys() - {"endpoint", "model", "base_urls"}

@@ -12,8 +12,8 @@ from run_files import MS, bad, good, write_run
 
 from analysis.rows.read import read_run
 from analysis.summary import Summary, summarise
-from harness.cli.types import SHARE, SLO
 from harness.errors import UsageError
+from harness.option_types import SHARE, SLO
 from harness.slo import check_slo, criteria, metrics_of, split_key, strictest
 
 

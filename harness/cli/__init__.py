@@ -15,34 +15,32 @@ from types import FrameType
 
 import click
 
-from harness import __version__
-from harness.cli.options import ENVIRONMENT, EXIT_STATUS
-from harness.cli.verb import Lazy, LazyGroup, command, read_defaults
-from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, sentence, unknown_name
-from harness.startup import forgo_pandas
+from harness import __version__, forgo_pandas
+from harness.cli.verb import ENVIRONMENT, EXIT_STATUS, Lazy, LazyGroup, Verb, command, read_defaults
+from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, sentence
 from harness.terminal import Verbosity, cut, guard_streams, hung_up, verbosity
 
 SECTIONS: dict[str, dict[str, Lazy]] = {
     "Replay": {
         "replay": Lazy("harness.cli.replay:replay", "Plan, serve, run and report in one go."),
-        "plan": Lazy("harness.cli.runs:plan", "Turn a trace into a plan file: requests, prompts, times."),
-        "serve": Lazy("harness.cli.runs:serve", "Start servers and keep them until Ctrl-C."),
-        "run": Lazy("harness.cli.runs:run", "Send a plan and report."),
+        "plan": Lazy("harness.cli.replay:plan", "Turn a trace into a plan file: requests, prompts, times."),
+        "serve": Lazy("harness.cli.replay:serve", "Start servers and keep them until Ctrl-C."),
+        "run": Lazy("harness.cli.replay:run", "Send a plan and report."),
         "sweep": Lazy("harness.cli.sweep:sweep", "Models x tiers x load levels x repeats on one trace."),
     },
     "Results": {
         "report": Lazy("harness.cli.report:report", "Report on a run directory; compare several in a page."),
-        "open": Lazy("harness.cli.results:open_", "Browse a folder of runs on a local page."),
-        "export": Lazy("harness.cli.results:export", "Write result rows as Parquet, CSV or JSON."),
+        "open": Lazy("harness.cli.open:open_", "Browse a folder of runs on a local page."),
+        "export": Lazy("harness.cli.report:export", "Write result rows as Parquet, CSV or JSON."),
         "compare": Lazy(
             "harness.cli.compare:compare",
             "A against B: paired intervals and a plain verdict; fails a CI job on request.",
         ),
     },
     "Decisions": {
-        "capacity": Lazy("harness.cli.capacity:capacity", "Find the highest load that keeps a promise, in few runs."),
+        "capacity": Lazy("harness.cli.capacity:capacity", "Find the highest load that keeps an SLO, in few runs."),
         "plan-fleet": Lazy(
-            "harness.cli.plan_fleet:plan_fleet", "How many instances, of which tier, carry a demand at a promise."
+            "harness.cli.plan_fleet:plan_fleet", "How many instances, of which tier, carry a demand at an SLO."
         ),
         "price": Lazy("harness.cli.price:price", "What to charge: cost, margin, utilisation, against API list prices."),
     },
@@ -52,12 +50,12 @@ SECTIONS: dict[str, dict[str, Lazy]] = {
         "models": Lazy("harness.cli.catalogue:models", "List models, or fetch the weights of one."),
     },
     "Machines": {
-        "doctor": Lazy("harness.cli.catalogue:doctor", "Say what this machine can and cannot run, and why."),
-        "ps": Lazy("harness.cli.processes:ps", "List the servers, load workers and Ray that are running."),
-        "stop": Lazy("harness.cli.processes:stop", "End what 'harness ps' lists, one by its ID or all."),
+        "doctor": Lazy("harness.cli.machines:doctor", "Say what this machine can and cannot run, and why."),
+        "ps": Lazy("harness.cli.machines:ps", "List the servers, load workers and Ray that are running."),
+        "stop": Lazy("harness.cli.machines:stop", "End what 'harness ps' lists, one by its ID or all."),
         "cluster": Lazy("harness.cli.cloud:cluster", "Rent, watch and end a Ray cluster on AWS."),
         "calibrate": Lazy(
-            "harness.cli.calibrate:calibrate", "Measure what the load generator can carry on this machine."
+            "harness.cli.machines:calibrate", "Measure what the load generator can carry on this machine."
         ),
     },
 }
@@ -92,18 +90,8 @@ def cli(ctx: click.Context) -> None:
 @click.pass_context
 def help_(ctx: click.Context, verb: Sequence[str]) -> int:
     """Show the help of VERB, all of its options, or of the harness."""
-    found: click.Command = cli
-    parent = ctx.find_root()
-    if verb:
-        parent.default_map = read_defaults(cli, verb=verb[0])
-    for name in verb:
-        below = found.commands if isinstance(found, click.Group) else {}
-        if name not in below:
-            raise unknown_name("verb", " ".join(verb), below or cli.commands)
-        found = below[name]
-        parent = click.Context(found, info_name=name, parent=parent)
-    parent.meta["harness.help_all"] = True
-    click.echo(found.get_help(parent))
+    whole = bool(verb) and isinstance(cli.get_command(ctx, verb[0]), Verb)
+    cli.main([*verb, "--help-all" if whole else "--help"], ctx.find_root().info_name, standalone_mode=False)
     return EXIT_VALID
 
 

@@ -2,56 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import click
-import msgspec
-
-from harness.cli.options import (
-    ATTAIN_OPTION,
+from harness.cli.verb import (
     ENVIRONMENT,
     ONE_TRACE_ARGUMENT,
-    SWEEPS_OPTION,
-    format_option,
+    command,
     html_option,
+    out_option,
     resume_option,
+    takes,
 )
-from harness.cli.output import print_json, print_sections, say
-from harness.cli.replay import replay
-from harness.cli.report import page_of
-from harness.cli.runner.capacity import CapacityReport, CapacitySession, Search
-from harness.cli.runner.windows import in_loop
-from harness.cli.select_runs import expand, refused_exit
-from harness.cli.sweep import LOCAL_SWEEPS, begun, check
-from harness.cli.types import DURATION, POSITIVE, SHARE, SLO
-from harness.cli.verb import command
 from harness.errors import EXIT_FAILURE, EXIT_SLO_MISSED, EXIT_VALID, UsageError
-from harness.options import PlanOptions, ReplayOptions
-from harness.record.manifest import now_utc
+from harness.option_types import POSITIVE, SHARE, opt, options_of
+from harness.options import AttainOption, LoadOptions, ReplayOptions, ReportOptions
 from harness.slo import criteria
-from harness.store.objects import as_url, is_url
-from harness.sweep.spec import Loads, SweepSpec, pairs, seeded
-from harness.sweep.state import ANSWER as FILE
-from harness.sweep.state import SweepState, create_folder, differences, lock, read_state
-from harness.trace.files import open_asked
-from harness.trace.io import Trace
 
-NEWEST = ""
-"""--resume without a folder."""
+if TYPE_CHECKING:
+    from harness.cli.runner.capacity import CapacityReport, Search
+    from harness.sweep.spec import SweepSpec
 
 DECIDED = frozenset({"rate", "speed", "concurrency", "stages", "duration_s", "limit", "repeat", "rescale", "grow",
-                     "slo", "attain", "ratio", "format_", "out"})  # fmt: skip
+                     "slo", "attain", "ratio", "format_"})  # fmt: skip
 """Options of replay that the search decides itself, or has of its own."""
 
 
-def replay_options() -> list[click.Option]:
-    """The options of ``harness replay`` that a search takes as they are."""
-    return [p for p in replay.params if isinstance(p, click.Option) and p.name not in DECIDED]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchOptions:
+    """What a search is asked for, beyond the options of a replay."""
+
+    max_usd: float | None = opt("Stop when this much is spent on servers, their start among it.", kind=POSITIVE)
+    max_hours: float | None = opt("Stop when servers were up for this long.", kind=POSITIVE)
+    probe_s: float = opt("Length of a probe; longer by itself where it would send too few requests.", 60.0)
+    tolerance: float = opt("Stop when the 95 % interval reaches this far to either side of capacity.", 0.1, kind=SHARE)
+    busiest: bool = opt("Probe the busiest stretch of TRACE instead of all its parts.", False)
 
 
 @command(
-    short_help="Find the highest load that keeps an SLO, in few runs.",
     epilog=f"""\b
 Examples:
   harness capacity trace.jsonl --slo ttft_p99=2s,tpot_p95=80ms --max-usd 5
@@ -70,42 +59,26 @@ Exit status:
 {ENVIRONMENT}""",
 )
 @ONE_TRACE_ARGUMENT
-@click.option(
-    "--slo",
-    type=SLO,
-    required=True,
-    metavar="KEY=TIME,...",
-    help="The SLO: ttft_p99=2s,tpot_p95=80ms, or ttft=2s,tpot=100ms with --attain (also e2e, itl_max).",
+@takes(
+    ReplayOptions,
+    options_of(
+        LoadOptions,
+        slo={
+            "help": "The SLO: ttft_p99=2s,tpot_p95=80ms, or ttft=2s,tpot=100ms with --attain (also e2e, itl_max).",
+            "required": True,
+        },
+    ),
+    options_of(AttainOption),
+    [option for option in options_of(ReplayOptions) if option.name not in DECIDED],
+    options_of(ReportOptions, "format_"),
 )
-@ATTAIN_OPTION
-@click.option("--max-usd", type=POSITIVE, help="Stop when this much is spent on servers, their start among it.")
-@click.option("--max-hours", type=POSITIVE, help="Stop when servers were up for this long.")
-@click.option(
-    "--probe",
-    "probe_s",
-    type=DURATION,
-    default=60.0,
-    show_default="60s",
-    help="Length of a probe; longer by itself where it would send too few requests.",
-)
-@click.option(
-    "--tolerance",
-    type=SHARE,
-    default="10%",
-    show_default=True,
-    help="Stop when the 95 % interval reaches this far to either side of capacity.",
-)
-@click.option("--busiest", is_flag=True, help="Probe the busiest stretch of TRACE instead of all its parts.")
-@resume_option(
-    "Go on with the search in FOLDER (default: the newest of TRACE): say the rest of the command again.", NEWEST
-)
-@SWEEPS_OPTION
+@takes(SearchOptions, to="search")
+@resume_option("Go on with the search in FOLDER (default: the newest of TRACE): say the rest of the command again.")
+@out_option("sweeps", "sweep folders")
 @html_option("the probes, compared,")
-@format_option("text", "md", "json")
 def capacity(
-    trace: Path, out: Path, max_usd: float | None, max_hours: float | None, probe_s: float, tolerance: float,
-    busiest: bool, resume: str | None, html: Path | None, **asked: Any,
-) -> int:  # fmt: skip
+    trace: Path, out: Path, resume: str | None, html: Path | None, asked: ReplayOptions, search: SearchOptions
+) -> int:
     """Find the highest request rate at which the SLO is kept, and what a million tokens costs there.
 
     Servers are started once. A closed-loop ladder (1, 4, 16 ... in flight) finds the ceiling; then windows from all
@@ -113,30 +86,45 @@ def capacity(
     enough. A probe whose backlog only grows keeps no SLO. Every probe has prompts of its own, is printed with its
     verdict and cost, and is kept as a run in one sweep folder.
     """
+    from harness.cli import sweep
+    from harness.cli.output import as_json, say
+    from harness.cli.report import write_page_of
+    from harness.cli.runner.capacity import CapacitySession, Search, in_loop
+    from harness.cli.select_runs import find_runs
+    from harness.sweep.spec import seeded
+    from harness.sweep.state import ANSWER, lock, read_state
+    from harness.trace.files import open_asked
+
     if str(trace) == "-":
         raise UsageError("a search reads its trace many times: name a file instead of standard input")
-    options = ReplayOptions.of(asked)
-    slo, attain = dict(options.load.slo or {}), options.report.attain
-    ask = Search(criteria=tuple(criteria(slo, attain)), probe_s=probe_s, tolerance=tolerance, busiest=busiest)
-    spec = _spec(trace, ask, max_usd, max_hours, options)
-    tiers = check(spec, in_loop(options, closed=True))
-    source = open_asked(trace, options.plan)
-    _check_times(source, options.plan)
-    root, url = (LOCAL_SWEEPS, as_url(out)) if is_url(out) else (out, None)
+    slo, attain = asked.load.slo or {}, asked.report.attain
+    spec = _spec(trace, search, asked)
+    tiers = sweep.check(spec, in_loop(asked, closed=True))
+    source = open_asked(trace, asked.plan)
+    if not asked.plan.drawn and next(iter(source)).arrival_s is None:
+        raise UsageError(
+            f"{source.path}: the trace has no arrival times to rescale: say --arrivals poisson (or gamma, --burstiness)"
+        )
+    root, url = sweep.sweeps_root(out)
+    name = f"capacity-{trace.name.split('.')[0]}"
     if resume is not None:
-        folder = begun(Path(resume) if resume else None, root, _name(trace))
-        state = _take_over(folder, spec, source)
+        folder = sweep.begun(resume, root, name)
+        state = read_state(folder)
+        if not state.spec.is_search:
+            raise UsageError(f"{folder}: is a sweep, not a search for capacity: harness sweep --resume {folder}")
+        sweep.take_over(state, seeded(spec, state.spec), folder)
+        sweep.same_trace(state, source.sha256, source.path)
     else:
-        spec = seeded(spec)
-        state = SweepState(
-            name=_name(trace), created=now_utc(), file=str(trace), spec=spec, trace_sha256=source.sha256,
-            pairs=pairs(spec), points=[],
-        )  # fmt: skip
-        folder = create_folder(root, state)
-        state.store_url = f"{url}/{folder.name}" if url else None
+        state = sweep.new_state(name, trace, seeded(spec), search=True)
+        sweep.same_trace(state, source.sha256, source.path)
+        folder = sweep.new_folder(root, url, state)
+    ask = Search(
+        criteria=tuple(criteria(slo, attain)), probe_s=search.probe_s, tolerance=search.tolerance,
+        busiest=search.busiest,
+    )  # fmt: skip
     with lock(folder):
         say(f"sweep folder: {folder}")
-        session = CapacitySession(folder, state, options, source, tiers, ask)
+        session = CapacitySession(folder, state, asked, source, tiers, ask)
         try:
             session.run()
         except KeyboardInterrupt:
@@ -144,82 +132,43 @@ def capacity(
             raise
         report = session.report()
         try:
-            (folder / FILE).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
-            session.send(folder / FILE)
+            (folder / ANSWER).write_bytes(as_json(report))
+            session.send(folder / ANSWER)
         except OSError as e:  # it can be made again from the runs
-            say(f"{folder / FILE}: cannot write ({e.strerror})")
-    _print(report, ask, options.report.format_)
+            say(f"{folder / ANSWER}: cannot write ({e.strerror})")
+    _print(report, ask, asked.report.format_)
     if html is not None and report.probes:
-        page_of(expand([folder]), html, slo=slo, attain=attain, min_requests=options.load.min_requests)
+        write_page_of(find_runs(folder), html, slo=slo, attain=attain, min_requests=asked.load.min_requests)
     return _exit(report)
 
 
-capacity.params[1:1] = [p for p in replay_options() if p.name not in {q.name for q in capacity.params}]
+def _spec(trace: Path, search: SearchOptions, options: ReplayOptions) -> SweepSpec:
+    import msgspec
 
-
-def _check_times(trace: Trace, asked: PlanOptions) -> None:
-    """Refuse before anything is rented a trace that cannot be replayed in an open loop."""
-    if not asked.drawn and next(iter(trace)).arrival_s is None:
-        raise UsageError(
-            f"{trace.path}: the trace has no arrival times to rescale: say --arrivals poisson (or gamma, --burstiness)"
-        )
-
-
-def _spec(
-    trace: Path, ask: Search, max_usd: float | None, max_hours: float | None, options: ReplayOptions
-) -> SweepSpec:
     from cluster.catalogue.models import DEFAULT_MODEL
     from cluster.catalogue.tiers import DEFAULT_TIER
+    from harness.sweep.spec import Loads, SweepSpec
 
     own = ("base_urls", "model", "tier", "replicas", "seed", "ratio", "format_")
     asked = options.serve
     urls = list(asked.base_urls)
     model = asked.model or (None if urls else DEFAULT_MODEL)
     tier = asked.tier or (None if urls else DEFAULT_TIER)
-    plain = {name: _plain(value) for name, value in options.by_name().items() if name not in own}
+    said = {name: value for name, value in options.by_name().items() if name not in own}
+    said |= {"probe_s": search.probe_s, "tolerance": search.tolerance, "busiest": search.busiest, "search": "capacity"}
     return SweepSpec(
         trace=str(trace), loads=Loads(concurrency=[1]), models=[model] if model else [], tiers=[tier] if tier else [],
-        base_url=urls or None, replicas=asked.replicas or 1, seed=options.plan.seed, order="given",
-        budget_usd=max_usd, budget_hours=max_hours,
-        options={
-            **plain, "probe_s": ask.probe_s, "tolerance": ask.tolerance, "busiest": ask.busiest, "search": "capacity",
-        },
+        base_url=urls or None, replicas=asked.replicas, seed=options.plan.seed, order="given",
+        budget_usd=search.max_usd, budget_hours=search.max_hours,
+        options=msgspec.json.decode(msgspec.json.encode(said, enc_hook=str)),  # as they come back from a file
     )  # fmt: skip
-
-
-def _plain(value: object) -> object:
-    """An option as it comes back from a JSON file."""
-    return msgspec.json.decode(msgspec.json.encode(value, enc_hook=str), type=object)
-
-
-def _name(trace: Path) -> str:
-    return f"capacity-{trace.name.split('.')[0]}"
-
-
-def _take_over(folder: Path, spec: SweepSpec, trace: Trace) -> SweepState:
-    """Go on with the search in ``folder``. Raises `UsageError` when it was asked something else."""
-    state = read_state(folder)
-    if not state.spec.is_search:
-        raise UsageError(f"{folder}: is a sweep, not a search for capacity: harness sweep --resume {folder}")
-    spec = seeded(spec, state.spec)
-    if changed := differences(state.spec, spec):
-        raise UsageError(
-            f"{folder}: was asked something else:\n  " + "\n  ".join(changed)
-            + "\nask the same again (--max-usd and --max-hours may change), or begin anew without --resume"
-        )  # fmt: skip
-    if trace.sha256 != state.trace_sha256:
-        raise UsageError(f"{trace.path}: is not the trace this search began with: put that one back, or begin anew")
-    state.spec = spec
-    return state
 
 
 def _print(report: CapacityReport, ask: Search, format_: str) -> None:
     from analysis.report.capacity_text import capacity_sections, probe_section
     from analysis.report.document import Section
+    from harness.cli.output import present
 
-    if format_ == "json":
-        print_json(report)
-        return
     cost = f", {report.usd:.4f} USD" if report.usd is not None else ""
     took = f"The search took {len(report.probes)} probes and {report.hours:.2f} h of servers{cost}."
     lines = (report.sentence, f"{took} It ended: {report.ended}.")
@@ -228,15 +177,16 @@ def _print(report: CapacityReport, ask: Search, format_: str) -> None:
         probe_section(report.probes, ask.criteria),
         *capacity_sections(report.systems),
     ]
-    print_sections(sections, format_)
-    if format_ != "md":
+    present(report, sections, format_)
+    if format_ == "text":
         print(f"\nsweep folder: {report.folder}")
 
 
 def _exit(report: CapacityReport) -> int:
+    from harness.cli.select_runs import refused_exit
+
     answer = next((one for one in report.systems if one.loop != "closed"), None)
     if answer is None or answer.capacity is None:
         return refused_exit(p.verdict for p in report.probes) or EXIT_FAILURE
-    return {"found": EXIT_VALID, "beyond": EXIT_VALID, "not reached": EXIT_SLO_MISSED}.get(
-        answer.capacity.state, EXIT_FAILURE
-    )
+    exits = {"found": EXIT_VALID, "beyond": EXIT_VALID, "not reached": EXIT_SLO_MISSED}
+    return exits.get(answer.capacity.state, EXIT_FAILURE)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import getpass
 import ipaddress
 import sys
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import click
 
-from harness.cli.options import JSON_OPTION
-from harness.cli.types import Parsed
-from harness.cli.verb import Group
+from harness.cli.verb import JSON_OPTION, Group, takes
 from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, UsageError
+from harness.option_types import Parsed, opt
 
 if TYPE_CHECKING:
     from cluster.deploy.rent import Provider
@@ -40,7 +40,32 @@ def _provider(name: str) -> Provider:
     return Aws()
 
 
-@click.group(cls=Group, short_help="Rent, watch and end a Ray cluster on AWS.")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RentOptions:
+    """What ``harness cluster up`` takes."""
+
+    tier: str = opt("Hardware of the workers, its region and purchase option.", metavar="NAME", required=True)
+    nodes: int = opt("Workers.", 1, kind=click.IntRange(1, 1000))
+    name: str | None = opt("Name of the cluster. Default: the tier's.", metavar="NAME")
+    head: str | None = opt("A CPU tier for the head node. Default: aws-m7a.xlarge.", metavar="TIER")
+    max_hours: float = opt(
+        "Every node ends itself after this long, whatever happens to this machine.",
+        8.0, kind=click.FloatRange(0.25, 24 * 14),
+    )  # fmt: skip
+    idle_minutes: int = opt(
+        "The cluster ends itself when no harness ran on its head, and nobody was logged in, for so long.",
+        60, kind=click.IntRange(min=30),
+    )  # fmt: skip
+    disk_gib: int | None = opt("Disk of a worker. Default: fits the tier's weights.", kind=click.IntRange(75, 16_000))
+    ssh_from: str | None = opt(
+        "Who may connect by SSH. Default: this machine's address.", kind=Parsed("cidr", _cidr), metavar="CIDR"
+    )
+    owner: str | None = opt("Whom to ask about it; becomes a tag. Default: your user name.", metavar="NAME")
+    yes: bool = opt("Rent without asking.", False)
+    dry_run: bool = opt("Print the dollars and the configuration for ray up; rent nothing.", False)
+
+
+@click.group(cls=Group)
 def cluster() -> None:
     """Rent a Ray cluster on AWS for one hardware tier, watch what it costs, end it and prove that nothing is left.
 
@@ -56,64 +81,47 @@ Examples:
   harness cluster up --tier aws-p5.48xlarge --nodes 4 --max-hours 3
 """,
 )
-@click.option("--tier", metavar="NAME", required=True, help="Hardware of the workers, its region and purchase option.")
-@click.option("--nodes", type=click.IntRange(1, 1000), default=1, show_default=True, help="Workers.")
-@click.option("--name", metavar="NAME", help="Name of the cluster. Default: the tier's.")
-@click.option("--head", metavar="TIER", help="A CPU tier for the head node. Default: aws-m7a.xlarge.")
-@click.option("--max-hours", type=click.FloatRange(0.25, 24 * 14), default=8.0, show_default=True,
-              help="Every node ends itself after this long, whatever happens to this machine.")  # fmt: skip
-@click.option("--idle-minutes", type=click.IntRange(min=30), default=60, show_default=True,
-              help="The cluster ends itself when no harness ran on its head, and nobody was logged in, for so "
-              "long.")  # fmt: skip
-@click.option("--disk-gib", type=click.IntRange(75, 16_000), help="Disk of a worker. Default: fits the tier's weights.")
-@click.option("--ssh-from", type=Parsed("cidr", _cidr), metavar="CIDR",
-              help="Who may connect by SSH. Default: this machine's address.")  # fmt: skip
-@click.option("--owner", metavar="NAME", help="Whom to ask about it; becomes a tag. Default: your user name.")
-@click.option("--yes", is_flag=True, help="Rent without asking.")
-@click.option("--dry-run", is_flag=True, help="Print the dollars and the configuration for ray up; rent nothing.")
-def up(
-    tier: str, nodes: int, name: str | None, head: str | None, max_hours: float, idle_minutes: int,
-    disk_gib: int | None, ssh_from: str | None, owner: str | None, yes: bool, dry_run: bool,
-) -> int:  # fmt: skip
+@takes(RentOptions)
+def up(asked: RentOptions) -> int:
     """Rent machines of one tier and start Ray on them.
 
     Says first what an hour costs, and asks. Then 'ray up' starts a small head and the workers, with the same versions
     of harness, engine and Ray as here. Needs AWS credentials that may use EC2, IAM (Ray makes a role for the head), SSM
     and STS.
     """
-    from dataclasses import replace
-
     from cluster.catalogue.tiers import get_tier
     from cluster.deploy import rent
     from cluster.deploy.aws import HEAD_TIER
     from harness.cli.output import say
 
-    workers = get_tier(tier)
+    workers = get_tier(asked.tier)
     provider = _provider(workers.provider)
-    asked = rent.new_cluster(
-        workers, get_tier(head or HEAD_TIER), name=name, nodes=nodes, max_hours=max_hours, idle_minutes=idle_minutes,
-        disk_gib=disk_gib, ssh_from=ssh_from or "", owner=owner or getpass.getuser(),
-        now=datetime.now(UTC).replace(microsecond=0),
+    wanted = rent.new_cluster(
+        workers, get_tier(asked.head or HEAD_TIER), name=asked.name, nodes=asked.nodes, max_hours=asked.max_hours,
+        idle_minutes=asked.idle_minutes, disk_gib=asked.disk_gib, ssh_from=asked.ssh_from or "",
+        owner=asked.owner or getpass.getuser(), now=datetime.now(UTC).replace(microsecond=0),
     )  # fmt: skip
-    if not dry_run:
-        if any(known.name == asked.name for known in rent.known_clusters()):
-            raise UsageError(f"there is a cluster {asked.name} already: 'harness cluster status', or choose a --name")
-        asked = replace(asked, account=provider.account(asked), ssh_from=ssh_from or _my_address())
-        if left := provider.left(asked):
-            raise HarnessError(f"something with the tag harness-cluster={asked.name} is there already: {left}")
-    for line in rent.price(asked):
+    if not asked.dry_run:
+        if any(known.name == wanted.name for known in rent.known_clusters()):
+            raise UsageError(f"there is a cluster {wanted.name} already: 'harness cluster status', or choose a --name")
+        wanted = replace(wanted, account=provider.account(wanted), ssh_from=asked.ssh_from or _my_address())
+        if left := provider.left(wanted):
+            raise HarnessError(f"something with the tag harness-cluster={wanted.name} is there already: {left}")
+    for line in rent.price(wanted):
         say(line)
-    if dry_run:
-        sys.stdout.write(rent.as_text(rent.ray_config(asked, provider.configuration(asked, rent=False))))
+    if asked.dry_run:
+        sys.stdout.write(rent.as_text(rent.ray_config(wanted, provider.configuration(wanted, rent=False))))
         say("nothing was rented (--dry-run)")
         return EXIT_VALID
-    if not yes and not sys.stdin.isatty():
+    if not asked.yes and not sys.stdin.isatty():
         raise UsageError("renting costs money: answer on a terminal, or say --yes")
-    if not yes and not click.confirm(f"Rent this in account {asked.account}, region {workers.region}?", err=True):
+    if not asked.yes and not click.confirm(
+        f"Rent this in account {wanted.account}, region {workers.region}?", err=True
+    ):
         say("nothing was rented")
         return EXIT_FAILURE
-    rent.up(asked, provider, say)
-    print(asked.name)
+    rent.up(wanted, provider, say)
+    print(wanted.name)
     return EXIT_VALID
 
 

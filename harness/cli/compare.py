@@ -7,30 +7,12 @@ from pathlib import Path
 
 import click
 
-from analysis.compare.compare import compare as hold_against
-from analysis.compare.compare import parse_gate
-from analysis.report.decisions import comparison_sections
-from harness.cli.options import JUDGE_OPTIONS, format_option, html_option
-from harness.cli.output import print_json, print_sections, say, write_sections
-from harness.cli.select_runs import (
-    find_runs,
-    is_search,
-    observe_run,
-    refused_exit,
-    sides_of_sweep,
-)
-from harness.cli.verb import command
-from harness.errors import (
-    EXIT_FAILURE,
-    EXIT_NOT_DECIDED,
-    EXIT_SLO_MISSED,
-    EXIT_VALID,
-    UsageError,
-)
+from harness.cli.verb import command, format_option, html_option, takes
+from harness.errors import EXIT_FAILURE, EXIT_NOT_DECIDED, EXIT_SLO_MISSED, EXIT_VALID, UsageError
+from harness.options import JudgeOptions
 
 
 @command(
-    short_help="A against B: paired intervals and a plain verdict; fails a CI job on request.",
     epilog="""\b
 Examples:
   harness compare runs/20261121T234654Z-h100 runs/20261121T235904Z-l40s
@@ -59,19 +41,22 @@ Exit status:
 @click.option(
     "--fail-if", multiple=True, metavar="'FIGURE > +5%'", help="End with status 4 when B is that much worse; repeat."
 )
-@JUDGE_OPTIONS
+@takes(JudgeOptions)
 @html_option("the comparison")
 @format_option("text", "md", "json")
-def compare(
-    a: str, b: str | None, fail_if: Sequence[str], slo: dict[str, float] | None, attain: float, format_: str,
-    html: Path | None,
-) -> int:  # fmt: skip
+def compare(a: str, b: str | None, fail_if: Sequence[str], format_: str, html: Path | None, asked: JudgeOptions) -> int:
     """A against B, each a run directory, a folder of repeats or a quoted pattern; or A alone, a sweep of two systems.
 
     Same trace, load, seed, SLO and evidence, or there is no comparison. Tier, price, model, engine and its arguments
     may differ and are named. Requests are paired by id, repeats by seed.
     """
-    gates = [parse_gate(text) for text in fail_if]
+    from analysis.compare import compare as paired
+    from analysis.compare.paired import observe
+    from analysis.report.decisions import comparison_sections
+    from harness.cli.output import present, say
+    from harness.cli.select_runs import find_runs, is_search, judged, refused_exit, sides_of_sweep
+
+    gates = [paired.parse_gate(text) for text in fail_if]
     for text in filter(None, (a, b)):
         if is_search(Path(text)):
             raise UsageError(
@@ -81,14 +66,9 @@ def compare(
     sides = sides_of_sweep(a) if b is None else (find_runs(a), find_runs(b))
     if {path.resolve() for path in sides[0]} & {path.resolve() for path in sides[1]}:
         raise UsageError(f"{a} and {b} share a run: a run is not compared with itself")
-    side_a, side_b = ([observe_run(path, slo, attain) for path in side] for side in sides)
-    result = hold_against(side_a, side_b, gates)
-    if html is not None:
-        write_sections(html, "compare", comparison_sections(result))
-    if format_ == "json":
-        print_json(result)
-    else:
-        print_sections(comparison_sections(result), format_)
+    side_a, side_b = (judged(side, observe, slo=asked.slo, attain=asked.attain) for side in sides)
+    result = paired.compare(side_a, side_b, gates)
+    present(result, comparison_sections(result), format_, html=html, verb="compare")
     if not result.comparable:
         both = refused_exit(one.summary.verdict for one in (*side_a, *side_b))
         return EXIT_NOT_DECIDED if both == EXIT_NOT_DECIDED else EXIT_FAILURE

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from harness.console import console
+from harness.console import Console, console, text_tables
 from harness.terminal import cut
 
 if TYPE_CHECKING:
@@ -23,34 +23,50 @@ def say(words: str) -> None:
 
 def print_json(value: object) -> None:
     """One JSON document on stdout."""
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
+    sys.stdout.write(as_json(value).decode())
+
+
+def as_json(value: object) -> bytes:
+    """An indented document with a line end."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
 
 
 def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """A plain table on stdout."""
-    from harness.console import Console, text_tables
-
-    # Into a pipe there is no width to fit: one table, a line for each row, as a script or a pager will read it.
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
-    for table in text_tables(columns, rows, console.width, right=()):
-        console.print(table)
+    out = _stdout(200)
+    for table in text_tables(columns, rows, out.width, right=()):
+        out.print(table)
 
 
-def print_sections(sections: Sequence[Section], format_: str) -> None:
-    """Blocks on stdout, as Markdown (md) or text; into a pipe there is no width to fit, so nothing is cut."""
+def _stdout(pipe_width: int) -> Console:
+    """Into a pipe there is no width to fit: a table is a line for each row, as a script or a pager will read it."""
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else pipe_width)
+
+
+def present(
+    document: object, sections: Sequence[Section], format_: str, *, csv: Callable[[], str] | None = None,
+    html: Path | None = None, verb: str = "",
+) -> None:  # fmt: skip
+    """A result on stdout: the document as JSON, its table as CSV, or its sections as Markdown or text; and in ``html``
+    as a page of a verb that stands alone, which replaces an earlier one.
+    """
     from analysis.report.text import render_markdown, render_text
-    from harness.console import Console
 
-    if format_ == "md":
+    if html is not None:
+        from analysis.report.page import write_sections_page
+        from harness.record.manifest import now_utc
+
+        say_page(html, write_sections_page(html, verb, sections, now_utc()))
+    if format_ == "json":
+        print_json(document)
+    elif format_ == "csv" and csv is not None:
+        print(csv(), end="")
+    elif format_ == "md":
         print(render_markdown(sections))
     else:
-        render_text(sections, Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 240))
+        render_text(sections, _stdout(240))
 
 
-def write_sections(path: Path, verb: str, sections: Sequence[Section]) -> None:
-    """Blocks as a page that stands alone; its path on stderr. An earlier page of that name is replaced."""
-    from analysis.report.page import write_sections_page
-    from harness.record.manifest import now_utc
-
-    size = write_sections_page(path, verb, sections, now_utc())
-    say(f"{path}: {size / 1e6:.2f} MB, stands alone; open it in a browser")
+def say_page(html: Path, size: int) -> None:
+    """That a page of ``size`` bytes was written."""
+    say(f"{html}: {size / 1e6:.2f} MB, stands alone; open it in a browser")

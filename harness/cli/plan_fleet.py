@@ -6,41 +6,47 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
-import numpy as np
 
-from analysis.arrays import Ints
-from analysis.capacity.fitted_engine import FittedEngine, NotFittedError, Requests, ServedTimes, observe
-from analysis.capacity.fleet import Kept, Schedule, TrafficDemand, demand
-from analysis.capacity.fleet_plan import FleetPlan, Wanted, grown, plan_fleets
-from analysis.capacity.serving_config import ServingConfig, serving_configs
-from analysis.capacity.simulated_fleet import SimulatedFleet, follow, size_fleet
-from analysis.report.fleet import fleet_csv, fleet_sections
-from analysis.rows.read import read_run
-from cluster.simulator.replica import Workload, simulate
-from cluster.simulator.scheduler import Limits
-from cluster.simulator.step_time import LinearStep
-from harness.cli.options import (
-    ATTAIN_OPTION,
-    ONE_TRACE_ARGUMENT,
-    READ_OPTIONS,
-    format_option,
-    html_option,
-)
-from harness.cli.output import print_json, print_sections, say, write_sections
-from harness.cli.select_runs import find_runs, read_summaries, refused_exit
-from harness.cli.types import DURATION, GROWTH, SHARE, SLO
-from harness.cli.verb import command
+from harness.cli.verb import ONE_TRACE_ARGUMENT, command, format_option, html_option, takes
 from harness.errors import EXIT_FAILURE, EXIT_SLO_MISSED, EXIT_VALID, UsageError
-from harness.options import ReadOptions, taken
-from harness.record.manifest import now_utc
-from harness.trace.files import open_asked
+from harness.option_types import COUNT, GROWTH, SHARE, opt
+from harness.options import AttainOption, ReadOptions
+
+if TYPE_CHECKING:
+    from analysis.arrays import Ints
+    from analysis.capacity.fitted_engine import FittedEngine, Requests, ServedTimes
+    from analysis.capacity.fleet import Kept, Schedule, TrafficDemand
+    from analysis.capacity.serving_config import ServingConfig
+    from analysis.capacity.simulated_fleet import SimulatedFleet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetOptions(AttainOption):
+    """What ``harness plan-fleet`` takes."""
+
+    grow: float = opt("The forecast: this many times the trace.", 1.0, kind=GROWTH)
+    headroom: float = opt(
+        "Room for a forecast that is too low: the demand times this, on top of --grow. Bursts need none, they are "
+        "replayed.", 1.0, kind=GROWTH,
+    )  # fmt: skip
+    availability: float | None = opt("Spare instances so that enough are up this share of the time.", kind=SHARE)
+    node_availability: float = opt(
+        "Share of the time one instance is up: an assumption, take it from your provider.", 0.995, kind=SHARE
+    )
+    start_s: float | None = opt("Start-up time of a replica instead of the measured one.")
+    replicas_per_instance: int | None = opt(
+        "Default: as many as the instance's accelerators hold, 1 without any.", kind=COUNT
+    )
+    slo: Sequence[dict[str, float]] = opt(
+        "Judge by this SLO instead of the runs' own; repeat: the others show what another SLO costs.",
+        (), flag="--slo", metavar="KEY=TIME,...",
+    )  # fmt: skip
 
 
 @command(
-    short_help="How many instances, of which tier, carry a demand at an SLO.",
     epilog="""\b
 Examples:
   harness plan-fleet trace.jsonl sweeps/20261122T021500Z-capacity-trace
@@ -59,45 +65,13 @@ Exit status:
 )
 @ONE_TRACE_ARGUMENT
 @click.argument("measured", nargs=-1, required=True, metavar="FOLDER...")
-@READ_OPTIONS
-@click.option("--grow", type=GROWTH, default="1x", show_default=True, help="The forecast: this many times the trace.")
-@click.option(
-    "--headroom",
-    type=GROWTH,
-    default="1x",
-    show_default=True,
-    help="Room for a forecast that is too low: the demand times this, on top of --grow. Bursts need none, they are "
-    "replayed.",
-)
-@click.option("--availability", type=SHARE, help="Spare instances so that enough are up this share of the time.")
-@click.option(
-    "--node-availability",
-    type=SHARE,
-    default="99.5%",
-    show_default=True,
-    help="Share of the time one instance is up: an assumption, take it from your provider.",
-)
-@click.option("--start", "start_s", type=DURATION, help="Start-up time of a replica instead of the measured one.")
-@click.option(
-    "--replicas-per-instance",
-    type=click.IntRange(min=1),
-    help="Default: as many as the instance's accelerators hold, 1 without any.",
-)
-@click.option(
-    "--slo",
-    type=SLO,
-    multiple=True,
-    metavar="KEY=TIME,...",
-    help="Judge by this SLO instead of the runs' own; repeat: the others show what another SLO costs.",
-)
-@ATTAIN_OPTION
+@takes(ReadOptions, to="reading")
+@takes(FleetOptions)
 @html_option("the plan")
 @format_option("text", "md", "json", "csv")
 def plan_fleet(
-    trace: Path, measured: Sequence[str], grow: float, headroom: float, availability: float | None,
-    node_availability: float, start_s: float | None, replicas_per_instance: int | None,
-    slo: Sequence[dict[str, float]], attain: float, format_: str, html: Path | None, **options: Any,
-) -> int:  # fmt: skip
+    trace: Path, measured: Sequence[str], format_: str, html: Path | None, reading: ReadOptions, asked: FleetOptions
+) -> int:
     """How many whole instances of each measured tier carry the demand of TRACE, and what they cost.
 
     FOLDER is what 'harness capacity' or 'harness sweep' left (rates in an open loop, with an SLO and a tier). TRACE is
@@ -106,29 +80,35 @@ def plan_fleet(
     where no engine can be fitted. Spare instances for availability; fixed against autoscaled over the trace's own
     time; what growth, price and SLO change; the cheapest tier and the runner-up.
     """
-    if availability is not None and not availability < 1:
-        raise UsageError("--availability 100%: no number of machines that can fail is always enough; ask for less")
-    asked = read_demand(trace, taken(ReadOptions, options))
-    wanted = Wanted(
-        requests=asked.requests, tokens=asked.tokens, headroom=headroom, availability=availability,
-        node_availability=node_availability, start_s=start_s, replicas_per_instance=replicas_per_instance,
-    )  # fmt: skip
-    runs = [path for text in measured for path in find_runs(text)]
-    slos: list[dict[str, float] | None] = [*slo] or [None]
-    summaries = [read_summaries(runs, one, attain) for one in slos]
-    judged = [serving_configs(found) for found in summaries]
-    refused = [(s.run, f"{s.verdict}: {'; '.join(s.reasons)}") for s in summaries[0] if s.verdict != "VALID"]
-    folders = {s.run: path for s, path in zip(summaries[0], runs, strict=True)}
+    from analysis.capacity.fleet_plan import Wanted, grown, plan_fleets
+    from analysis.capacity.serving_config import serving_configs
+    from analysis.report.fleet import fleet_csv, fleet_sections
+    from harness.cli.output import present
+    from harness.cli.select_runs import find_runs, judged, refused_exit
+    from harness.record.manifest import now_utc
 
-    plan = plan_fleets(
-        judged[0], grown(wanted, grow), made=now_utc(), trace=str(trace),
-        others=[one for found in judged[1:] for one in found], refused=refused,
-        replays=_Replays(asked.replayable, folders),
+    if asked.availability is not None and not asked.availability < 1:
+        raise UsageError("--availability 100%: no number of machines that can fail is always enough; ask for less")
+    demand = read_demand(trace, reading)
+    wanted = Wanted(
+        requests=demand.requests, tokens=demand.tokens, headroom=asked.headroom, availability=asked.availability,
+        node_availability=asked.node_availability, start_s=asked.start_s,
+        replicas_per_instance=asked.replicas_per_instance,
     )  # fmt: skip
-    _print(plan, format_, html)
+    runs = find_runs(*measured)
+    slos: list[dict[str, float] | None] = [*asked.slo] or [None]
+    summaries = [judged(runs, lambda _, found: found, slo=slo, attain=asked.attain) for slo in slos]
+    systems, *others = [serving_configs(found) for found in summaries]
+    plan = plan_fleets(
+        systems, grown(wanted, asked.grow), made=now_utc(), trace=str(trace),
+        others=[one for found in others for one in found],
+        refused=[(s.run, f"{s.verdict}: {'; '.join(s.reasons)}") for s in summaries[0] if s.verdict != "VALID"],
+        replays=_Replays(demand.replayable, {s.run: path for s, path in zip(summaries[0], runs, strict=True)}),
+    )  # fmt: skip
+    present(plan, fleet_sections(plan), format_, csv=lambda: fleet_csv(plan), html=html, verb="plan-fleet")
     if plan.tiers:
         return EXIT_VALID
-    if any(one.capacity is not None and one.capacity.state == "not reached" for one in judged[0]):
+    if any(one.capacity is not None and one.capacity.state == "not reached" for one in systems):
         return EXIT_SLO_MISSED
     return refused_exit(s.verdict for s in summaries[0]) or EXIT_FAILURE
 
@@ -143,6 +123,11 @@ class _Replays:
 
     def fleet(self, system: ServingConfig, factor: float, likely: int) -> SimulatedFleet:
         """The smallest that keeps the SLO of a system."""
+        from analysis.capacity.fitted_engine import NotFittedError, observe
+        from analysis.capacity.simulated_fleet import size_fleet
+        from analysis.rows.read import read_run
+        from harness.cli.output import say
+
         if self.demand is None:
             raise NotFittedError("the trace does not say all token lengths, so it cannot be replayed")
         say(f"{system.name}: replaying {len(self.demand):,} requests in virtual time")
@@ -156,6 +141,8 @@ class _Replays:
         self, system: ServingConfig, fitted: FittedEngine, factor: float, plan: Schedule, spares: int, per_instance: int
     ) -> Kept:
         """How a fleet that follows the demand keeps the SLO."""
+        from analysis.capacity.simulated_fleet import follow
+
         assert self.demand is not None, "an engine was fitted to replay it"
         return follow(
             fitted, self.demand, factor, system.criteria, simulated_engine, plan, spares=spares,
@@ -164,7 +151,7 @@ class _Replays:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class Demand:
     """A trace as a demand."""
 
     requests: TrafficDemand
@@ -174,11 +161,18 @@ class Asked:
     """The requests themselves; None for the same reason."""
 
 
-def read_demand(path: Path, reading: ReadOptions) -> Asked:
+def read_demand(path: Path, reading: ReadOptions) -> Demand:
     """Requests/s of a trace, and what else its rows say.
 
     Raises `UsageError` without times.
     """
+    import numpy as np
+
+    from analysis.capacity.fitted_engine import Requests
+    from analysis.capacity.fleet import demand
+    from harness.cli.output import say
+    from harness.trace.files import open_asked
+
     trace = open_asked(path, reading, arrivals_only=True)
     arrivals, inputs, outputs, silent = array("d"), array("q"), array("q"), 0
     for record in trace:
@@ -191,18 +185,23 @@ def read_demand(path: Path, reading: ReadOptions) -> Asked:
     times = np.frombuffer(arrivals)
     if silent:
         say(f"{trace.path}: {silent} of {len(times)} rows do not say their token lengths: planned by requests alone")
-        return Asked(requests=demand(times), tokens=None, replayable=None)
+        return Demand(requests=demand(times), tokens=None, replayable=None)
     lengths = np.frombuffer(inputs, dtype=np.int64), np.frombuffer(outputs, dtype=np.int64)
     tokens = demand(times, (lengths[0] + lengths[1]).astype(np.float64))
     order = np.argsort(times, kind="stable")
     replayable = Requests(
         arrival_s=times[order], input_tokens=lengths[0][order], output_tokens=np.maximum(1, lengths[1][order])
     )  # fmt: skip
-    return Asked(requests=demand(times), tokens=tokens, replayable=replayable)
+    return Demand(requests=demand(times), tokens=tokens, replayable=replayable)
 
 
 def simulated_engine(fitted: FittedEngine, requests: Requests, replicas: int, owner: Ints | None = None) -> ServedTimes:
     """The project's own engine with the fitted step (`analysis.capacity.fitted_engine.Engine`)."""
+    from analysis.capacity.fitted_engine import ServedTimes
+    from cluster.simulator.replica import Workload, simulate
+    from cluster.simulator.scheduler import Limits
+    from cluster.simulator.step_time import LinearStep
+
     step = LinearStep(fitted.base_s, fitted.per_sequence_s, fitted.per_prompt_token_s)
     load = Workload(
         arrival_s=requests.arrival_s, input_tokens=requests.input_tokens, output_tokens=requests.output_tokens
@@ -210,15 +209,3 @@ def simulated_engine(fitted: FittedEngine, requests: Requests, replicas: int, ow
     limits = Limits(max_num_seqs=fitted.max_num_seqs, max_num_batched_tokens=fitted.max_num_batched_tokens)
     done = simulate(load, limits, [step] * replicas, router="round robin" if owner is None else owner)
     return ServedTimes(first_token_s=done.first_token_s, finished_s=done.finished_s)
-
-
-def _print(plan: FleetPlan, format_: str, html: Path | None) -> None:
-
-    if html is not None:
-        write_sections(html, "plan-fleet", fleet_sections(plan))
-    if format_ == "json":
-        print_json(plan)
-    elif format_ == "csv":
-        print(fleet_csv(plan), end="")
-    else:
-        print_sections(fleet_sections(plan), format_)

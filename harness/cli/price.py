@@ -3,45 +3,74 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from analysis.cost.cost import DEFAULT_UTILISATION
-from analysis.pricing.list_prices import PriceMap, family, find_list_prices, read_list_prices
-from analysis.pricing.price_table import SCHEMA, PriceReport, price_csv, price_rows, write_prices
-from analysis.pricing.rate_card import RateCard, charge, compare_with_api
-from analysis.pricing.terms import Terms, declared, parse_volume
-from analysis.report.decisions import price_sections
-from analysis.summary import Summary
-from cluster.catalogue.tiers import PURCHASES, price_age_days, read_tiers
-from harness.cli.options import JUDGE_OPTIONS, format_option, html_option
-from harness.cli.output import print_json, print_sections, say, write_sections
-from harness.cli.select_runs import (
-    Measured,
-    find_runs,
-    read_summaries,
-    refused_exit,
-)
-from harness.cli.types import RATIO, SHARE_OR_NONE
-from harness.cli.verb import command
-from harness.errors import (
-    EXIT_FAILURE,
-    EXIT_SLO_MISSED,
-    EXIT_VALID,
-    UsageError,
-    unknown_name,
-)
-from harness.record.manifest import Tier, now_utc
+from harness.cli.verb import command, format_option, html_option, takes
+from harness.errors import EXIT_FAILURE, EXIT_SLO_MISSED, EXIT_VALID, UsageError, unknown_name
+from harness.option_types import FILE, NEW_FILE, RATIO, SHARE_OR_NONE, opt
+from harness.options import JudgeOptions
+
+if TYPE_CHECKING:
+    from analysis.pricing.list_prices import PriceMap
+    from analysis.pricing.price_table import PriceReport
+    from analysis.pricing.rate_card import RateCard
+    from analysis.pricing.terms import Terms
+    from analysis.rows.read import Run
+    from analysis.summary import Summary
+    from harness.record.manifest import Tier
 
 DEFAULT_MARGIN = 0.4
+Method = Literal["declared", "phase-time", "step-model"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PriceOptions(JudgeOptions):
+    """What ``harness price`` takes."""
+
+    margin: float | None = opt("Gross margin, of the price (not a markup on cost). Default: 40%.", kind=SHARE_OR_NONE)
+    utilisation: float | None = opt(
+        "Share of the paid capacity that is sold, around the clock; harness plan-fleet says it of a fleet. "
+        "Default: 30%.", kind=SHARE_OR_NONE,
+    )  # fmt: skip
+    ratio: tuple[float, float, float | None] = opt(
+        "What tokens weigh against each other in the bill: 4 or 1:4 is output at four times input, 1:4:0.25 also "
+        "cached input at a quarter.", (1.0, 4.0, None), kind=RATIO, metavar="[IN:]OUT[:CACHED]",
+    )  # fmt: skip
+    split: Method = opt(
+        "How the bill is laid on input, cached input and output: by --ratio, or as the runs' own servers counted it "
+        "(phase-time, step-model). Where that cannot be told: by --ratio, and it is said.", "declared", kind=Method,
+    )  # fmt: skip
+    volume: str | None = opt(
+        "Discounts from so many tokens a month on, on what is beyond: 0,1e9:-10%,1e10:-20%.",
+        metavar="TOKENS:-PERCENT,...",
+    )
+    batch_discount: float | None = opt("Discount for batch work, e.g. 50%.", kind=SHARE_OR_NONE)
+    re_price: Path | None = opt(
+        "Tiers file whose prices replace those of the runs. Nothing is measured again; both dates are shown.", kind=FILE
+    )
+    tier_prices: Sequence[str] = opt(
+        "One new price (several: repeat); @spot, @reserved ... at the end when it was bought another way.",
+        (), metavar="NAME=USD@SOURCE@DATE",
+    )  # fmt: skip
+    against: Sequence[str] = opt(
+        "Also compare with this API model of the price map. Those of the same model always are.", (), metavar="NAME"
+    )
+    list_prices: Path | None = opt(
+        "LiteLLM's model_prices_and_context_window.json instead of the dated extract that is shipped.", kind=FILE
+    )
+    out: Path | None = opt(
+        "Also write the flat table for a spreadsheet or warehouse: .parquet or .csv; .json is the whole document.",
+        kind=NEW_FILE, flag="-o --out",
+    )  # fmt: skip
 
 
 @command(
-    short_help="What to charge: cost, margin, utilisation, against API list prices.",
     epilog="""\b
 Examples:
   harness price runs/20261121T234654Z-trace-smollm2-135m
@@ -60,127 +89,85 @@ Exit status:
 """,
 )
 @click.argument("runs", nargs=-1, required=True, metavar="RUN_OR_FOLDER...")
-@click.option("--margin", type=SHARE_OR_NONE, help="Gross margin, of the price (not a markup on cost). Default: 40%.")
-@click.option(
-    "--utilisation",
-    type=SHARE_OR_NONE,
-    help="Share of the paid capacity that is sold, around the clock; harness plan-fleet says it of a fleet. "
-    "Default: 30%.",
-)
-@click.option(
-    "--ratio",
-    type=RATIO,
-    default="4",
-    show_default=True,
-    metavar="[IN:]OUT[:CACHED]",
-    help="What tokens weigh against each other in the bill: 4 or 1:4 is output at four times input, 1:4:0.25 also "
-    "cached input at a quarter.",
-)
-@click.option(
-    "--split",
-    type=click.Choice(["declared", "phase-time", "step-model"]),
-    default="declared",
-    show_default=True,
-    help="How the bill is laid on input, cached input and output: by --ratio, or as the runs' own servers counted it "
-    "(phase-time, step-model). Where that cannot be told: by --ratio, and it is said.",
-)
-@click.option(
-    "--volume",
-    metavar="TOKENS:-PERCENT,...",
-    help="Discounts from so many tokens a month on, on what is beyond: 0,1e9:-10%,1e10:-20%.",
-)
-@click.option("--batch-discount", type=SHARE_OR_NONE, help="Discount for batch work, e.g. 50%.")
-@click.option(
-    "--re-price",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Tiers file whose prices replace those of the runs. Nothing is measured again; both dates are shown.",
-)
-@click.option(
-    "--tier-price",
-    "tier_prices",
-    multiple=True,
-    metavar="NAME=USD@SOURCE@DATE",
-    help="One new price (several: repeat); @spot, @reserved ... at the end when it was bought another way.",
-)
-@click.option(
-    "--against",
-    multiple=True,
-    metavar="NAME",
-    help="Also compare with this API model of the price map. Those of the same model always are.",
-)
-@click.option(
-    "--list-prices",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="LiteLLM's model_prices_and_context_window.json instead of the dated extract that is shipped.",
-)
-@JUDGE_OPTIONS
+@takes(PriceOptions)
 @html_option("the decision")
 @format_option("text", "md", "json", "csv")
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Also write the flat table for a spreadsheet or warehouse: .parquet or .csv; .json is the whole document.",
-)
-def price(
-    runs: Sequence[str], margin: float | None, utilisation: float | None, ratio: tuple[float, float, float | None],
-    split: str, volume: str | None, batch_discount: float | None, re_price: Path | None, tier_prices: Sequence[str],
-    against: Sequence[str], list_prices: Path | None, slo: dict[str, float] | None, attain: float, format_: str,
-    out: Path | None, html: Path | None,
-) -> int:  # fmt: skip
+def price(runs: Sequence[str], format_: str, html: Path | None, asked: PriceOptions) -> int:
     """What to charge for a million tokens, from VALID runs: cost at 100 % and your utilisation, price at your margin.
 
     RUN_OR_FOLDER is a run directory, a folder of runs (a sweep, a search for capacity) or a quoted pattern. Of several
     loads the price is quoted at the highest one that keeps the SLO, between two measured loads; of one, at that one.
     """
+    from analysis.cost.cost import DEFAULT_UTILISATION
+    from analysis.pricing.list_prices import family, find_list_prices, read_list_prices
+    from analysis.pricing.price_table import SCHEMA, PriceReport, price_csv, price_rows, write_prices
+    from analysis.pricing.rate_card import charge, compare_with_api
+    from analysis.pricing.terms import Terms, declared, parse_volume
+    from analysis.report.decisions import price_sections
+    from harness.cli.output import present, say
+    from harness.cli.select_runs import find_runs, judged, refused_exit
+    from harness.record.manifest import now_utc
+
     today = datetime.now(UTC).date()
     terms = Terms(
-        margin=DEFAULT_MARGIN if margin is None else margin,
-        utilisation=DEFAULT_UTILISATION if utilisation is None else utilisation,
-        volume=parse_volume(volume) if volume else (),
-        batch_discount=batch_discount,
+        margin=DEFAULT_MARGIN if asked.margin is None else asked.margin,
+        utilisation=DEFAULT_UTILISATION if asked.utilisation is None else asked.utilisation,
+        volume=parse_volume(asked.volume) if asked.volume else (),
+        batch_discount=asked.batch_discount,
     )
-    structure = declared(ratio[1], ratio[0], ratio[2])
-    prices = read_list_prices(list_prices)
-    for name in against:
+    per_input, per_output, per_cached = asked.ratio
+    structure = declared(per_output, per_input, per_cached)
+    prices = read_list_prices(asked.list_prices)
+    for name in asked.against:
         if name not in prices.prices:
             raise unknown_name("list price", name, prices.prices)
-    method = None if split == "declared" else split.replace("-", " ")
-    cached_ratio = None if ratio[2] is None or not ratio[0] else ratio[2] / ratio[0]
-    paths = [path for text in runs for path in find_runs(text)]
-    summaries = read_summaries(paths, slo, attain, None if method is None else Measured(cached_ratio=cached_ratio))
+    cached_ratio = None if per_cached is None or not per_input else per_cached / per_input
+
+    def priced(run: Run, found: Summary) -> Summary:
+        return found if asked.split == "declared" else _with_splits(run, found, cached_ratio)
+
+    summaries = judged(find_runs(*runs), priced, slo=asked.slo, attain=asked.attain)
     valid = [s for s in summaries if s.verdict == "VALID"]
     decided = charge(
-        valid,
-        terms,
-        structure,
-        today=today,
-        split_method=method,
-        new_prices=_new_prices(re_price, tier_prices, valid),
-    )
+        valid, terms, structure, today=today, new_prices=_new_prices(asked.re_price, asked.tier_prices, valid),
+        split_method=None if asked.split == "declared" else asked.split.replace("-", " "),
+    )  # fmt: skip
     decided = [
-        compare_with_api(made, terms, find_list_prices(prices, made.model, against), family(made.model))
-        for made in decided
+        compare_with_api(card, terms, find_list_prices(prices, card.model, asked.against), family(card.model))
+        for card in decided
     ]
-    decided = _open_first(decided)
     report = PriceReport(
         schema=SCHEMA,
         made=now_utc(),
         terms=terms,
         structure=structure,
-        charges=decided,
+        charges=_open_first(decided),
         refused=[(s.run, tuple(s.reasons)) for s in summaries if s.verdict != "VALID"],
         list_prices={"source": prices.source, "date": prices.date, "date_is": prices.date_is,
                      "licence": prices.licence or "not said"},
-        assumptions=tuple(_assumptions(terms, prices, today, margin is None, utilisation is None)),
+        assumptions=tuple(_assumptions(terms, prices, today, asked)),
     )  # fmt: skip
-    if out is not None:
-        write_prices(out, report)
-        say(f"written: {out}")
-    if html is not None:
-        write_sections(html, "price", price_sections(report))
-    _print_price(report, format_, price_csv(price_rows(report)) if format_ == "csv" else "")
+    if asked.out is not None:
+        write_prices(asked.out, report)
+        say(f"written: {asked.out}")
+    csv = lambda: price_csv(price_rows(report))  # noqa: E731
+    present(report, price_sections(report), format_, csv=csv, html=html, verb="price")
     return refused_exit(s.verdict for s in summaries) or _price_exit(report)
+
+
+def _with_splits(run: Run, s: Summary, cached_ratio: float | None) -> Summary:
+    """The summary with its bill divided by every method that this run allows."""
+    from analysis.cost.split import run_samples, split_bill, token_mix
+
+    usage = None
+    if s.tokens.input is not None and s.tokens.output is not None:
+        usage = token_mix(s.tokens.input, s.tokens.cached_input, s.tokens.output)
+    bill = s.cost.bill_usd if s.cost.usd_per_1m_total.value is not None else None
+    splits = split_bill(
+        bill, usage, run_samples(run, s.window) if s.window else None, evidence=s.evidence,
+        cached_ratio=cached_ratio, n=s.requests.succeeded,
+    )  # fmt: skip
+    return replace(s, cost=replace(s.cost, splits=splits))
 
 
 def _open_first(decided: Sequence[RateCard]) -> list[RateCard]:
@@ -198,16 +185,6 @@ def _open_first(decided: Sequence[RateCard]) -> list[RateCard]:
     return [replace(c, notes=(*c.notes, said)) if what(c) in asked else c for c in kept]
 
 
-def _print_price(report: PriceReport, format_: str, csv_text: str) -> None:
-
-    if format_ == "json":
-        print_json(report)
-    elif format_ == "csv":
-        print(csv_text, end="")
-    else:
-        print_sections(price_sections(report), format_)
-
-
 def _price_exit(report: PriceReport) -> int:
     """4: no load kept the SLO; 1: no price for another reason."""
     if any(made.reason is None for made in report.charges):
@@ -215,15 +192,14 @@ def _price_exit(report: PriceReport) -> int:
     return EXIT_SLO_MISSED if any(made.slo_met is False for made in report.charges) else EXIT_FAILURE
 
 
-def _assumptions(
-    terms: Terms, prices: PriceMap, today: date, default_margin: bool, default_utilisation: bool
-) -> list[str]:
+def _assumptions(terms: Terms, prices: PriceMap, today: date, asked: PriceOptions) -> list[str]:
     default = " (not given: the default, an opinion)"
+    sold, margin = ("" if given is not None else default for given in (asked.utilisation, asked.margin))
     old = f", {prices.age_days(today)} days ago: OLD, give today's (--list-prices)" if prices.is_old(today) else ""
     return [
-        f"utilisation {terms.utilisation * 100:g} %{default if default_utilisation else ''}: of the capacity that is "
+        f"utilisation {terms.utilisation * 100:g} %{sold}: of the capacity that is "
         "paid for, around the clock, so much is sold; what stands idle is paid all the same",
-        f"gross margin {terms.margin * 100:g} %{default if default_margin else ''}: (price - cost) / price. It is no "
+        f"gross margin {terms.margin * 100:g} %{margin}: (price - cost) / price. It is no "
         f"markup: as a markup on cost it would be {terms.margin / (1 - terms.margin) * 100:.3g} %",
         "one replica is one whole instance; a month has 730 h. Start-up, standby, staff, network, storage and tax are "
         "in the cost only as far as they are in the hourly price",
@@ -235,6 +211,9 @@ def _assumptions(
 
 def _new_prices(file: Path | None, stated: Sequence[str], runs: Sequence[Summary]) -> dict[str, Tier]:
     """New tier prices by name: of a tiers file, and from the command line, which wins."""
+    from cluster.catalogue.tiers import read_tiers
+    from harness.cli.output import say
+
     known = {s.tier.name: s.tier for s in runs if s.tier is not None}
     found: dict[str, Tier] = {}
     if file is not None:
@@ -249,8 +228,10 @@ def _new_prices(file: Path | None, stated: Sequence[str], runs: Sequence[Summary
     return found
 
 
-def parse_tier_price(text: str, known: dict[str, Tier]) -> tuple[str, Tier]:
+def parse_tier_price(text: str, known: Mapping[str, Tier]) -> tuple[str, Tier]:
     """A run's tier with the price of ``NAME=USD@SOURCE@DATE[@PURCHASE]``. Raises `UsageError`."""
+    from cluster.catalogue.tiers import PURCHASES, price_age_days
+
     name, equals, rest = text.partition("=")
     parts = rest.split("@")
     purchase = parts.pop() if len(parts) > 3 and parts[-1] in PURCHASES else None

@@ -1,20 +1,18 @@
-"""Run directories -> verdict, figures, price; as text, Markdown, JSON or a page: report."""
+"""Run directories -> verdict, figures, price; as text, Markdown, JSON or a page: report. Their rows: export."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.cli.options import EXIT_STATUS, MIN_REQUESTS_HELP, REPORT_OPTIONS
-from harness.cli.output import print_json, print_sections, print_table, say
-from harness.cli.select_runs import expand, read_summaries, refused_exit
-from harness.cli.types import SLO
-from harness.cli.verb import command
+from harness.cli.verb import EXIT_STATUS, command, takes
 from harness.errors import EXIT_SLO_MISSED, EXIT_VALID
-from harness.record.manifest import now_utc
+from harness.option_types import COUNT, NEW_FILE, PATH, opt
+from harness.options import ReportOptions
 from harness.terminal import Verbosity, verbosity
 
 if TYPE_CHECKING:
@@ -22,8 +20,22 @@ if TYPE_CHECKING:
     from analysis.summary import Summary
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunsReport(ReportOptions):
+    """What ``harness report`` takes."""
+
+    slo: dict[str, float] | None = opt("Judge against this SLO instead of that of the run.", metavar="KEY=TIME,...")
+    min_requests: int | None = opt(
+        "Below so many measured requests a run has no verdict but TOO SMALL, and no price. Default: as the run was "
+        "made, which is 30.", kind=COUNT,
+    )  # fmt: skip
+    html: Path | None = opt("Write one self-contained page instead; several runs are compared in it.", kind=NEW_FILE)
+    variant: str | None = opt(
+        "This run's figures by another tool's definitions: vllm-bench, guidellm, aiperf.", metavar="TOOL"
+    )
+
+
 @command(
-    short_help="Report on a run directory; compare several in a page.",
     epilog=f"""\b
 Examples:
   harness report runs/20261121T234654Z-trace-smollm2-135m
@@ -33,67 +45,53 @@ Examples:
 {EXIT_STATUS}
 Of several runs the worst counts: INVALID, then TOO SMALL.""",
 )
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
-@click.option("--slo", type=SLO, metavar="KEY=TIME,...", help="Judge against this SLO instead of the one of the run.")
-@click.option(
-    "--min-requests", type=click.IntRange(min=1), help=f"{MIN_REQUESTS_HELP} Default: as the run was made, which is 30."
-)
-@REPORT_OPTIONS
-@click.option(
-    "--html",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write one self-contained page instead; several runs are compared in it.",
-)
-@click.option(
-    "--variant",
-    metavar="TOOL",
-    help="This run's figures by another tool's definitions: vllm-bench, guidellm, aiperf.",
-)
-def report(**options: Any) -> int:
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=PATH)
+@takes(RunsReport)
+def report(runs: Sequence[Path], asked: RunsReport) -> int:
     """Report on a run directory: verdict, price, latency under load, throughput, errors."""
-    return report_runs(**options)
+    from harness.cli.select_runs import find_runs
+
+    paths = find_runs(*runs)
+    if asked.html is not None:
+        from analysis.capacity.serving_config import serving_configs
+        from analysis.summary import exit_code
+
+        summaries = write_page_of(
+            paths, asked.html, ratio=asked.ratio, slo=asked.slo, attain=asked.attain, min_requests=asked.min_requests
+        )
+        print(asked.html)
+        return exit_code(summaries[0]) if len(summaries) == 1 else exit_of(serving_configs(summaries), summaries)
+    if len(paths) > 1:
+        return _report_several(paths, asked)
+    if asked.variant is not None:
+        return _report_variant(paths[0], asked.variant, asked.format_)
+    return report_run(paths[0], asked, asked.slo, asked.min_requests)
 
 
-def report_runs(
-    runs: Sequence[Path],
-    format_: str,
-    slo: dict[str, float] | None,
-    attain: float,
-    ratio: float,
-    html: Path | None = None,
-    variant: str | None = None,
-    min_requests: int | None = None,
+def report_run(
+    path: Path, shown: ReportOptions, slo: Mapping[str, float] | None, min_requests: int | None = None
 ) -> int:
-    """Run directory -> report on stdout; several, or a sweep's -> capacity and cost at the SLO, or a page."""
+    """Run directory -> report on stdout."""
     from analysis.report.run import render_json, render_markdown, render_text
     from analysis.rows.read import read_run
     from analysis.summary import exit_code, summarise
+    from harness.console import Console
 
-    runs = expand(runs)
-    if html is not None:
-        return report_page(runs, html, slo=slo, attain=attain, ratio=ratio, min_requests=min_requests)
-    if len(runs) > 1:
-        return report_sweep(runs, format_, slo, attain, min_requests)
-    if variant is not None:
-        return report_variant(runs[0], variant, format_)
-    summary = summarise(read_run(runs[0]), slo=slo, ratio=ratio, attain=attain, min_requests=min_requests)
+    summary = summarise(read_run(path), slo=slo, ratio=shown.ratio, attain=shown.attain, min_requests=min_requests)
     whole = verbosity() is Verbosity.VERBOSE
-    if format_ == "json":
-        print(render_json(summary))
-    elif format_ == "md":
-        print(render_markdown(summary, whole))
-    else:
-        from harness.console import Console
-
+    if shown.format_ == "text":
         render_text(summary, Console(highlight=False), whole)
+    else:
+        print(render_json(summary) if shown.format_ == "json" else render_markdown(summary, whole))
     return exit_code(summary)
 
 
-def report_variant(path: Path, name: str, format_: str) -> int:
+def _report_variant(path: Path, name: str, format_: str) -> int:
     """Run directory -> its figures as another tool defines them. They carry no verdict and no interval of ours."""
     from analysis.compare.variants import variant_of
     from analysis.report.figures import figure
     from analysis.rows.read import read_run
+    from harness.cli.output import print_json, print_table
 
     found = variant_of(name, read_run(path))
     if format_ == "json":
@@ -110,66 +108,73 @@ def report_variant(path: Path, name: str, format_: str) -> int:
     return EXIT_VALID
 
 
-def report_page(runs: Sequence[Path], html: Path, **options: Any) -> int:
-    """Run directories -> one page; its path on stdout."""
-    from analysis.capacity.serving_config import serving_configs
-    from analysis.summary import exit_code
-
-    summaries = page_of(runs, html, **options)
-    print(html)
-    return exit_code(summaries[0]) if len(summaries) == 1 else exit_of(serving_configs(summaries), summaries)
-
-
-def page_of(runs: Sequence[Path], html: Path, **options: Any) -> list[Summary]:
-    """Write the page of these runs; their summaries. One run is in memory at a time."""
+def write_page_of(runs: Sequence[Path], html: Path, **judge: Any) -> list[Summary]:
+    """Write the page of these runs; their summaries."""
     from analysis.labels import label_runs
     from analysis.report.page import write_page
     from analysis.report.view import view_run
-    from analysis.rows.read import read_run
-    from analysis.summary import summarise
+    from harness.cli.output import say_page
+    from harness.cli.select_runs import judged
 
-    views = []
-    for path, label in zip(runs, label_runs(runs), strict=True):
-        run = read_run(path)
-        views.append(view_run(run, summarise(run, **options), label))
-        del run
-    size = write_page(html, views)
-    say(f"{html}: {size / 1e6:.2f} MB, stands alone; open it in a browser")
+    labels = iter(label_runs(runs))
+    views = judged(runs, lambda run, found: view_run(run, found, next(labels)), **judge)
+    say_page(html, write_page(html, views))
     return [view.summary for view in views]
 
 
-def report_sweep(
-    paths: Sequence[Path], format_: str, slo: dict[str, float] | None, attain: float, min_requests: int | None = None
-) -> int:
-    """Several runs as capacity and cost at the SLO, a line per tier and model; 3: a run is INVALID, 5: TOO SMALL, 4:
-    SLO not kept.
-    """
+def _report_several(paths: Sequence[Path], asked: RunsReport) -> int:
+    """Several runs as capacity and cost at the SLO, a line per tier and model."""
     from analysis.capacity.serving_config import SCHEMA, serving_configs
     from analysis.report.capacity_text import capacity_sections, sentence
     from analysis.report.document import Section
+    from harness.cli.output import present
+    from harness.cli.select_runs import judged
+    from harness.record.manifest import now_utc
 
-    summaries = read_summaries(paths, slo, attain, min_requests=min_requests)
+    judge = {"slo": asked.slo, "attain": asked.attain, "min_requests": asked.min_requests}
+    summaries = judged(paths, lambda _, found: found, **judge)
     found = serving_configs(summaries)
-    invalid = [s.run for s in summaries if s.verdict == "INVALID"]
-    small = [s.run for s in summaries if s.verdict == "TOO SMALL"]
+    left_out = {verdict: [s.run for s in summaries if s.verdict == verdict] for verdict in ("INVALID", "TOO SMALL")}
     sentences = [sentence(one) for one in found if one.loop != "closed"] or [sentence(one) for one in found]
-    if format_ == "json":
-        print_json({"schema": SCHEMA, "made": now_utc(), "sentences": sentences, "systems": found, "invalid": invalid,
-                    "too_small": small})  # fmt: skip
-    else:
-        lines = sentences or ["No run is VALID, so there is no capacity and no cost."]
-        sections = [Section(title="Capacity", lines=tuple(lines)), *capacity_sections(found)]
-        if invalid:
-            sections.append(Section(title="INVALID and left out", notes=tuple(invalid)))
-        if small:
-            sections.append(Section(title="TOO SMALL and left out", notes=tuple(small)))
-        print_sections(sections, format_)
+    lines = sentences or ["No run is VALID, so there is no capacity and no cost."]
+    sections = [Section(title="Capacity", lines=tuple(lines)), *capacity_sections(found)]
+    sections += [
+        Section(title=f"{verdict} and left out", notes=tuple(runs)) for verdict, runs in left_out.items() if runs
+    ]
+    document = {"schema": SCHEMA, "made": now_utc(), "sentences": sentences, "systems": found,
+                "invalid": left_out["INVALID"], "too_small": left_out["TOO SMALL"]}  # fmt: skip
+    present(document, sections, asked.format_)
     return exit_of(found, summaries)
 
 
 def exit_of(found: Sequence[ServingConfig], summaries: Sequence[Summary]) -> int:
-    """Status of several runs together. A load beyond capacity misses the SLO: that alone is a result, no failure."""
+    """Status of several runs together. A load beyond capacity misses the SLO: that alone is a result, not a failure."""
+    from harness.cli.select_runs import refused_exit
+
     if refused := refused_exit(s.verdict for s in summaries):
         return refused
     kept = [one.capacity is None or one.capacity.state in ("found", "beyond") for one in found]
     return EXIT_VALID if any(kept) else EXIT_SLO_MISSED
+
+
+@command(
+    epilog="""\b
+Examples:
+  harness export runs/20261121T234654Z-trace-smollm2-135m -o results.parquet
+  harness export runs/*-sweep-* -o rows.csv
+
+One line a request, of all runs: run, model, tier, the row as it was written (times in ns, lists of gaps), and
+ttft_s, tpot_s, e2e_s, lag_s. The ending of the file says the format: .parquet, .csv, .json, .jsonl.""",
+)
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=PATH)
+@click.option("-o", "--output", required=True, type=NEW_FILE, help="File to write; an earlier one is replaced.")
+def export(runs: Sequence[Path], output: Path) -> int:
+    """Write the rows of run directories into one file that DuckDB, Polars, pandas and spreadsheets read as it is."""
+    from analysis.report.export import export_runs
+    from harness.cli.output import say
+    from harness.cli.select_runs import find_runs
+
+    rows = export_runs(find_runs(*runs), output, say)
+    say(f"{output}: {rows:,} rows, {output.stat().st_size / 1e6:.1f} MB")
+    print(output)
+    return EXIT_VALID

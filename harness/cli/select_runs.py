@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness.cli.output import say
 from harness.errors import EXIT_INVALID, EXIT_NOT_DECIDED, EXIT_VALID, ResultsError, UsageError
 from harness.record.manifest import MANIFEST
+from harness.store.copies import local_copy
+from harness.sweep.state import STATE, read_state
 
 if TYPE_CHECKING:
-    from analysis.compare.paired import PairedRun
     from analysis.rows.read import Run
     from analysis.summary import Summary
 
+Made = TypeVar("Made")
 
-def expand(paths: Sequence[Path]) -> list[Path]:
-    """Run directories: a sweep folder stands for those of its points that are done, a folder of runs for all of them.
 
-    Raises `ResultsError` for a sweep of which no point is done.
+def find_runs(*names: str | Path) -> list[Path]:
+    """Run directories that these name: one itself, those in a folder, the done points of a sweep or a search, those of
+    a pattern like 'runs/*-a', each also on S3. Raises `ResultsError` for a name without any.
     """
-    from harness.store.copies import local_copy
-    from harness.sweep.state import STATE
+    return [run for name in names for run in _runs_of(local_copy(name, say))]
 
-    found: list[Path] = []
-    for path in [local_copy(path, say) for path in paths]:
-        if (path / STATE).exists():
-            found += done_points(path)
-        elif (path / MANIFEST).exists():
-            found.append(path)
-        else:
-            found += sorted(file.parent for file in path.glob(f"*/{MANIFEST}")) or [path]
+
+def _runs_of(path: Path) -> list[Path]:
+    if (path / MANIFEST).is_file():
+        return [path]
+    if (path / STATE).is_file():
+        return done_points(path)
+    if path.exists() and not path.is_dir():
+        raise ResultsError(f"{path}: not a run directory, nor a folder of runs")
+    inside = [file.parent for file in path.glob(f"*/{MANIFEST}")]
+    matching = [] if path.exists() else [Path(name) for name in glob.glob(str(path))]  # noqa: PTH207 - absolute ones too
+    folders = [one for one in matching if (one / MANIFEST).is_file() or any(one.glob(f"*/{MANIFEST}"))]
+    if not (found := sorted(inside) or [run for one in sorted(folders) for run in _runs_of(one)]):
+        raise ResultsError(f"{path}: not a run directory, and no folder or pattern of any (a run holds {MANIFEST})")
     return found
 
 
@@ -42,8 +47,6 @@ def done_points(folder: Path) -> list[Path]:
 
     A search probes a load again whose run was not VALID: once that is VALID, the first says nothing more.
     """
-    from harness.sweep.state import read_state
-
     state = read_state(folder)
     points = state.points
     done = [point for point in points if point.state == "done"]
@@ -61,35 +64,8 @@ def done_points(folder: Path) -> list[Path]:
     return [folder / point.name for point in done]
 
 
-def find_runs(text: str) -> list[Path]:
-    """Run directories that ``text`` names: one itself, those in a folder, or those of a pattern like 'runs/*-a'.
-
-    Of a sweep or a search those of its points that are done. Raises `ResultsError` when there is none.
-    """
-    from harness.sweep.state import STATE
-
-    path = Path(text)
-    if (path / MANIFEST).is_file():
-        return [path]
-    if (path / STATE).is_file():
-        found = done_points(path)
-    elif path.is_dir():
-        found = sorted(file.parent for file in path.glob(f"*/{MANIFEST}"))
-    elif path.exists():
-        raise ResultsError(f"{text}: not a run directory, nor a folder of runs")
-    else:
-        named = sorted(Path(name) for name in glob.glob(text))  # noqa: PTH207  # absolute patterns too
-        folders = [name for name in named if (name / MANIFEST).is_file() or any(name.glob(f"*/{MANIFEST}"))]
-        found = [run for name in folders for run in find_runs(str(name))]
-    if not found:
-        raise ResultsError(f"{text}: not a run directory, and no folder or pattern of any (a run holds {MANIFEST})")
-    return found
-
-
 def sides_of_sweep(text: str) -> tuple[list[Path], list[Path]]:
     """The runs of the first system of a sweep of two, and those of the second. Raises `UsageError` for another one."""
-    from harness.sweep.state import STATE, read_state
-
     folder = Path(text)
     if not (folder / STATE).is_file():
         raise UsageError(f"{text}: compare needs two sides, A and B; alone stands only the folder of a sweep of two")
@@ -104,6 +80,11 @@ def sides_of_sweep(text: str) -> tuple[list[Path], list[Path]]:
     return first, second
 
 
+def is_search(path: Path) -> bool:
+    """Whether this is the folder of a search for capacity."""
+    return (path / STATE).is_file() and read_state(path).spec.is_search
+
+
 def refused_exit(verdicts: Iterable[str | None]) -> int:
     """What the runs that are not VALID make of the exit status: 3 when one is INVALID, else 5 when one is TOO SMALL."""
     found = set(verdicts)
@@ -112,59 +93,16 @@ def refused_exit(verdicts: Iterable[str | None]) -> int:
     return EXIT_NOT_DECIDED if "TOO SMALL" in found else EXIT_VALID
 
 
-def is_search(path: Path) -> bool:
-    """Whether this is the folder of a search for capacity."""
-    from harness.sweep.state import STATE, read_state
-
-    return (path / STATE).is_file() and read_state(path).spec.is_search
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """That the bill of each run is to be divided by what its servers counted, too."""
-
-    cached_ratio: float | None
-    """What a cached input token weighs in uncached ones, where it must be declared."""
-
-
-def read_summaries(
-    paths: Sequence[Path], slo: dict[str, float] | None, attain: float, divided: Measured | None = None,
-    min_requests: int | None = None,
-) -> list[Summary]:  # fmt: skip
-    """Summaries of runs, one run in memory at a time. Raises `UsageError` when one is named twice."""
+def judged(paths: Sequence[Path], use: Callable[[Run, Summary], Made], **judge: Any) -> list[Made]:
+    """What is made of each run and its summary (``judge``: as `analysis.summary.summarise` takes it), one run in memory
+    at a time. Raises `UsageError` when one is named twice.
+    """
     from analysis.rows.read import read_run
     from analysis.summary import summarise
+
+    def one(run: Run) -> Made:
+        return use(run, summarise(run, **judge))
 
     if len({path.resolve() for path in paths}) < len(paths):
         raise UsageError("a run is named twice: it would count twice")
-    found = []
-    for path in paths:
-        run = read_run(path)
-        s = summarise(run, slo=slo, attain=attain, min_requests=min_requests)
-        found.append(s if divided is None else with_splits(run, s, divided.cached_ratio))
-    return found
-
-
-def with_splits(run: Run, s: Summary, cached_ratio: float | None) -> Summary:
-    """The summary with its bill divided by every method that this run allows."""
-    from analysis.cost.split import run_samples, split_bill, token_mix
-
-    usage = None
-    if s.tokens.input is not None and s.tokens.output is not None:
-        usage = token_mix(s.tokens.input, s.tokens.cached_input, s.tokens.output)
-    bill = s.cost.bill_usd if s.cost.usd_per_1m_total.value is not None else None
-    splits = split_bill(
-        bill, usage, run_samples(run, s.window) if s.window else None, evidence=s.evidence,
-        cached_ratio=cached_ratio, n=s.requests.succeeded,
-    )  # fmt: skip
-    return replace(s, cost=replace(s.cost, splits=splits))
-
-
-def observe_run(path: Path, slo: dict[str, float] | None, attain: float) -> PairedRun:
-    """What a comparison needs of one run directory."""
-    from analysis.compare.paired import observe
-    from analysis.rows.read import read_run
-    from analysis.summary import summarise
-
-    run = read_run(path)
-    return observe(run, summarise(run, slo=slo, attain=attain))
+    return [one(read_run(path)) for path in paths]

@@ -1,32 +1,30 @@
-"""Models x tiers x load levels x repeats on one trace: read what is asked, run it, sum it up: sweep."""
+"""Models x tiers x load levels x repeats on one trace: what is asked, what it costs, running it, its sum: sweep."""
 
 from __future__ import annotations
 
-import json
+import copy
+import itertools
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from harness.cli.options import ENVIRONMENT, JSON_OPTION, SWEEPS_OPTION, resume_option
 from harness.cli.output import print_json, print_table, say
 from harness.cli.replay import replay
-from harness.cli.runner.sweep import Session
-from harness.cli.runner.targets import rented
 from harness.cli.select_runs import refused_exit
-from harness.cli.sweep_plan import show_plan, usd_words
-from harness.cli.verb import command
-from harness.errors import EXIT_FAILURE, HarnessError, TraceError, UsageError
-from harness.options import ReplayOptions
+from harness.cli.verb import ENVIRONMENT, JSON_OPTION, NEWEST, as_default, command, out_option, resume_option
+from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, TraceError, UsageError
+from harness.option_types import PATH, made
+from harness.options import PlanOptions, ReplayOptions
 from harness.record.manifest import Tier, now_utc
 from harness.server.access import normalise_base_url
 from harness.store.copies import come_home
 from harness.store.objects import as_url, is_url
-from harness.sweep.cost import survey
+from harness.sweep.cost import Survey, expect, start_s, survey, usd_per_hour
 from harness.sweep.spec import SweepSpec, levels, make_points, pairs, read_sweep, seeded
 from harness.sweep.state import SweepState, create_folder, differences, find_folder, lock, read_state, write_state
 from harness.trace.files import open_asked
@@ -34,13 +32,8 @@ from harness.trace.files import open_asked
 if TYPE_CHECKING:
     from cluster.catalogue.models import Model
 
-
 LOCAL_SWEEPS = Path("sweeps")
 """Where the folders of sweeps are that go to S3 as well."""
-
-NEWEST = "newest"
-"""--resume without a folder."""
-
 DECIDED = {
     "rate": "loads = { request_rate = [...] }",
     "concurrency": "loads = { concurrency = [...] }",
@@ -48,12 +41,19 @@ DECIDED = {
     "speed": "loads = { request_rate = [...] }",
 }
 """Options of replay that a sweep decides itself, and what to write instead."""
-
 OWN = frozenset({*DECIDED, "model", "tier", "base_url", "metrics_url", "replicas", "seed", "out", "format", "ratio"})
-"""Options of replay that are no options of a sweep file."""
+"""Options of replay that are not options of a sweep file."""
+
+
+def _unset(option: click.Option) -> click.Option:
+    """The option of a sweep file: no variable counts, so that a sweep goes on as it began."""
+    twin = copy.copy(option)
+    twin.envvar = None
+    return twin
+
 
 OPTIONS: dict[str, click.Option] = {
-    max(option.opts, key=len).removeprefix("--").replace("-", "_"): option
+    max(option.opts, key=len).removeprefix("--").replace("-", "_"): _unset(option)
     for option in replay.params
     if isinstance(option, click.Option)
 }
@@ -65,44 +65,24 @@ def resolve(values: Mapping[str, object], file: str, folder: Path) -> ReplayOpti
 
     Paths count from ``folder``. Raises `UsageError` with file and key.
     """
-    argv = ["trace"]
+    given: dict[str, object] = {}
     for key, value in values.items():
         try:
-            argv += _arguments(OPTIONS[key], value, folder)
+            given[OPTIONS[key].name or ""] = as_default(OPTIONS[key], value, folder)
         except (TypeError, ValueError) as e:  # a date or an infinity in a table, which JSON does not have
             raise UsageError(f"{file}: {key}: {e}") from None
     try:
-        context = replay.make_context("sweep", argv)
+        context = click.Command("sweep", params=[*OPTIONS.values()]).make_context("sweep", [], default_map=given)
     except click.UsageError as e:
         option = getattr(e, "param", None)
         where = next((f"{name}: " for name, known in OPTIONS.items() if known is option), "")
         raise UsageError(f"{file}: {where}{e.message}") from e
     except ValueError as e:  # a path with a NUL in it
         raise UsageError(f"{file}: {e}") from e
-    return ReplayOptions.of({name: value for name, value in context.params.items() if name not in ("trace", "out")})
-
-
-def _arguments(option: click.Option, value: object, folder: Path) -> list[str]:
-    """One key as the words of a command line. Raises ValueError."""
-    flag = max(option.opts, key=len)
-    if option.is_flag:
-        if not isinstance(value, bool):
-            raise ValueError("is true or false")
-        return [flag] if value else []
-    if isinstance(value, bool) or (isinstance(value, list) and not option.multiple):
-        raise ValueError(f"{json.dumps(value)} is not what {flag} takes")
-    if isinstance(value, list):
-        return [word for item in value for word in _arguments(option, item, folder)]
-    if isinstance(value, dict):
-        slo = ",".join(f"{k}={v}" for k, v in value.items())
-        return [f"{flag}={slo if option.name == 'slo' else json.dumps(value, allow_nan=False)}"]
-    if isinstance(option.type, click.Path):
-        value = folder / Path(str(value)).expanduser()
-    return [f"{flag}={value}"]
+    return made(ReplayOptions, context.params)
 
 
 @command(
-    short_help="Models x tiers x load levels x repeats on one trace.",
     epilog=f"""\b
 Examples:
   harness sweep sweep.toml --dry-run
@@ -123,12 +103,10 @@ Exit status:
   130  stopped by Ctrl-C; --resume goes on
 {ENVIRONMENT}""",
 )
-@click.argument("spec", required=False, metavar="[SWEEP.TOML]", type=click.Path(path_type=Path))
+@click.argument("spec", required=False, metavar="[SWEEP.TOML]", type=PATH)
 @click.option("--dry-run", is_flag=True, help="Print every run, its hours and dollars; start and write nothing.")
-@resume_option(
-    "Go on with the sweep in FOLDER (default: the newest of SWEEP.TOML): keep what is whole, do the rest.", NEWEST
-)
-@SWEEPS_OPTION
+@resume_option("Go on with the sweep in FOLDER (default: the newest of SWEEP.TOML): keep what is whole, do the rest.")
+@out_option("sweeps", "sweep folders")
 @JSON_OPTION
 def sweep(spec: Path | None, resume: str | None, dry_run: bool, out: Path, format_: str) -> int:
     """Run models x tiers x load levels x repeats on one trace, and keep all of it in one folder.
@@ -142,62 +120,44 @@ def sweep(spec: Path | None, resume: str | None, dry_run: bool, out: Path, forma
 
     Ctrl-C ends the point at hand in order, a second one at once. After that, or after any crash, --resume goes on.
     """
-    if resume is not None and spec is None and Path(resume).is_file():
-        spec, resume = Path(resume), NEWEST
-    if spec is None and resume in (None, NEWEST):
+    file = spec
+    if resume is not None and file is None and Path(resume).is_file():
+        file, resume = Path(resume), NEWEST
+    if file is None and resume in (None, NEWEST):
         raise UsageError("say which sweep: harness sweep SWEEP.TOML, or harness sweep --resume FOLDER")
-    folder = None if resume in (None, NEWEST) else Path(resume or "")
-    return run_sweep(spec, resume=resume is not None, folder=folder, dry_run=dry_run, out=out, format_=format_)
-
-
-def run_sweep(file: Path | None, *, resume: bool, folder: Path | None, dry_run: bool, out: Path, format_: str) -> int:
-    """Run a sweep, or go on with one; 0: all points are VALID, 3: some INVALID, 5: some TOO SMALL, 1: not all done."""
-    spec = read_sweep(file, OPTIONS.keys() - OWN, DECIDED) if file is not None else None
-    root, url = (LOCAL_SWEEPS, as_url(out)) if is_url(out) else (out, None)
-    if resume:
-        folder = begun(folder, root, file.stem if file else "")
-        state = read_state(folder)
-        if spec is not None and file is not None:
-            _take_over(state, spec, file, folder)
-    else:
-        assert spec is not None
-        assert file is not None
-        spec = seeded(spec)
-        state = SweepState(
-            name=file.stem, created=now_utc(), file=str(file.resolve()), spec=spec, trace_sha256="",
-            pairs=pairs(spec), points=make_points(spec),
-        )  # fmt: skip
-    asked = Path(state.file)
-    options = resolve(state.spec.options, str(file or asked), asked.parent)
+    asked = read_sweep(file, OPTIONS.keys() - OWN, DECIDED) if file is not None else None
+    root, url = sweeps_root(out)
+    folder = None if resume is None else begun(resume, root, file.stem if file else "")
+    state = read_state(folder) if folder else new_state(file.stem, file.resolve(), seeded(asked))  # type: ignore[union-attr, arg-type]
+    if folder and asked is not None and file is not None:
+        take_over(state, seeded(asked, state.spec), folder)
+        state.file = str(file.resolve())
+    named = str(file or state.file)
+    options = resolve(state.spec.options, named, Path(state.file).parent)
     try:
         tiers = check(state.spec, options)
         trace = open_asked(Path(state.spec.trace), options.plan)
         found = survey(trace, levels(state.spec), options.plan)
     except UsageError as e:
-        raise UsageError(f"{file or asked}: {e}") from e
+        raise UsageError(f"{named}: {e}") from e
     except TraceError as e:
-        if not resume:
+        if folder is None:
             raise
-        again = shlex.join(["harness", "sweep", str(file or asked), "--resume", str(folder)])
+        again = shlex.join(["harness", "sweep", named, "--resume", str(folder)])
         raise UsageError(f"{e}. When it only moved, say where to in the sweep file, and: {again}") from e
-    if not state.trace_sha256:
-        state.trace_sha256 = trace.sha256
-    elif trace.sha256 != state.trace_sha256:
-        raise UsageError(
-            f"{trace.path}: is not the trace this sweep began with (its SHA-256 differs): put that one back, or "
-            "begin a new sweep"
-        )
+    same_trace(state, trace.sha256, trace.path)
     if dry_run:
         return show_plan(state, options.plan, found, tiers, format_)
-    if not resume:
-        folder = create_folder(root, state)
-        state.store_url = f"{url}/{folder.name}" if url else None
-        write_state(folder, state)
-    assert folder is not None
+    resumed = folder is not None
+    folder = folder or new_folder(root, url, state)
     with lock(folder):
-        if resume:
-            state = _newest(folder, state)
+        if resumed:  # as it is now that nobody else can write it, with what the sweep file changed about it
+            fresh = read_state(folder)
+            fresh.spec, fresh.file = state.spec, state.file
+            state = fresh
         say(f"sweep folder: {folder}")
+        from harness.cli.runner.sweep import Session
+
         session = Session(folder, state, options, trace, tiers, found)
         try:
             session.run()
@@ -208,29 +168,52 @@ def run_sweep(file: Path | None, *, resume: bool, folder: Path | None, dry_run: 
     return sum_up(folder, state, format_)
 
 
-def begun(folder: Path | None, root: Path, name: str) -> Path:
-    """The folder of the sweep to go on with, which may be on S3; without one the newest of this name."""
-    if folder is None:
+def sweeps_root(out: Path) -> tuple[Path, str | None]:
+    """(local folder of sweeps, URL they go to or null) of what ``--out`` says."""
+    return (LOCAL_SWEEPS, as_url(out)) if is_url(out) else (out, None)
+
+
+def begun(resume: str, root: Path, name: str) -> Path:
+    """The folder to go on with, which may be on S3; the newest of this name where none is named."""
+    if resume == NEWEST:
         return find_folder(root, name)
-    return come_home(folder, root, say) if is_url(folder) else folder
+    return come_home(resume, root, say) if is_url(resume) else Path(resume)
 
 
-def _newest(folder: Path, state: SweepState) -> SweepState:
-    """The state as it is now that nobody else can write it, with what the sweep file changed about it."""
-    fresh = read_state(folder)
-    fresh.spec, fresh.file = state.spec, state.file
-    return fresh
+def new_state(name: str, file: Path, spec: SweepSpec, *, search: bool = False) -> SweepState:
+    """Nothing of it is done yet; a search chooses its points as it goes."""
+    return SweepState(
+        name=name, created=now_utc(), file=str(file), spec=spec, trace_sha256="", pairs=pairs(spec),
+        points=[] if search else make_points(spec),
+    )  # fmt: skip
 
 
-def _take_over(state: SweepState, spec: SweepSpec, file: Path, folder: Path) -> None:
-    """Resume with the file said again. Raises `UsageError` when it asks for other points."""
-    spec = seeded(spec, state.spec)
+def new_folder(root: Path, url: str | None, state: SweepState) -> Path:
+    """The folder of a state that begins, written with where it is kept as well."""
+    folder = create_folder(root, state)
+    if url:
+        state.store_url = f"{url}/{folder.name}"
+        write_state(folder, state)
+    return folder
+
+
+def take_over(state: SweepState, spec: SweepSpec, folder: Path) -> None:
+    """Go on with ``spec``, said again. Raises `UsageError` when it asks for something else."""
     if changed := differences(state.spec, spec):
         raise UsageError(
-            f"{file}: is not the sweep that was begun in {folder}:\n  " + "\n  ".join(changed)
-            + "\nput that back, or begin a new sweep without --resume (budgets and on_failure may change)"
+            f"{folder}: was asked something else:\n  " + "\n  ".join(changed)
+            + "\nask the same again (budgets and on_failure may change), or begin anew without --resume"
         )  # fmt: skip
-    state.spec, state.file = spec, str(file.resolve())
+    state.spec = spec
+
+
+def same_trace(state: SweepState, sha256: str, path: Path) -> None:
+    """Raises `UsageError` for another trace than it began with."""
+    if state.trace_sha256 not in ("", sha256):
+        raise UsageError(
+            f"{path}: is not the trace that this began with (its SHA-256 differs): put that one back, or begin anew"
+        )
+    state.trace_sha256 = sha256
 
 
 def check(spec: SweepSpec, options: ReplayOptions) -> list[Tier | None]:
@@ -269,28 +252,30 @@ def _fit(model: Model, tier: Tier) -> Tier:
     """What one replica of this model rents of the tier. Raises `UsageError` for a model that does not fit."""
     from cluster.catalogue.models import for_tier
     from cluster.engines.vllm import check_fit, hosts_per_replica
+    from harness.cli.runner.targets import rented
 
     check_fit(model, tier)
     return rented(tier, hosts_per_replica(for_tier(model, tier.accelerator), tier))
 
 
 def sum_up(folder: Path, state: SweepState, format_: str) -> int:
-    """What became of every point, on stdout, and the exit code."""
+    """What became of every point, on stdout, and the exit code: 0 VALID, 3 some INVALID, 5 TOO SMALL, 1 not done."""
     if format_ == "json":
         print_json(state)
     else:
+        scales = {"request_throughput": 1.0, "ttft_p50_s": 1e3, "tpot_p50_s": 1e3, "usd_per_1m_total": 1.0}
         print_table(
             ("run", "", "req/s", "ttft p50 ms", "tpot p50 ms", "USD per 1M", "reason"),
             [
                 (point.name, " ".join(filter(None, (point.verdict or point.state, slo_words(point.slo_met)))),
-                 _figure(point.figures, "request_throughput", 1.0), _figure(point.figures, "ttft_p50_s", 1e3),
-                 _figure(point.figures, "tpot_p50_s", 1e3), _figure(point.figures, "usd_per_1m_total", 1.0),
+                 *("-" if (value := point.figures.get(name)) is None else f"{value * scale:,.4g}"
+                   for name, scale in scales.items()),
                  (point.reason or "")[:90])
                 for point in state.points
             ],
         )  # fmt: skip
         usd, hours = state.spent(time.time())
-        cost = usd_words(usd if any(rental.tier for rental in state.rentals) else None)
+        cost = _usd(usd if any(rental.tier for rental in state.rentals) else None)
         print(f"{_count(state, 'done')} of {len(state.points)} points done; {hours:.3g} h of servers, {cost} USD")
         print(f"sweep folder: {folder}")
         if state.spec.order == "abba" and state.spec.repeats > 1:
@@ -301,14 +286,80 @@ def sum_up(folder: Path, state: SweepState, format_: str) -> int:
 
 
 def slo_words(met: bool | None) -> str:
-    """A few letters on a promise kept or not; empty when none was made."""
+    """A few letters on an SLO that was kept or not; empty where there is none."""
     return "" if met is None else "SLO met" if met else "SLO missed"
-
-
-def _figure(figures: Mapping[str, float | None], name: str, scale: float) -> str:
-    value = figures.get(name)
-    return "-" if value is None else f"{value * scale:,.4g}"
 
 
 def _count(state: SweepState, which: str) -> int:
     return sum(point.state == which for point in state.points)
+
+
+def show_plan(state: SweepState, asked: PlanOptions, found: Survey, tiers: Sequence[Tier | None], format_: str) -> int:
+    """Every run still to be done with its hours and dollars, per pair and in all, against the budget; the document is
+    ``harness.sweep-plan/1``.
+    """
+    expected = expect(state.points, asked, found)
+    todo = [point for point in state.points if point.state != "done"]
+    runs: list[dict[str, object]] = []
+    groups: list[dict[str, object]] = []
+    run_rows: list[tuple[str, ...]] = []
+    group_rows: list[tuple[str, ...]] = []
+    hours = usd = 0.0
+    for k, (pair, tier) in enumerate(zip(state.pairs, tiers, strict=True)):
+        rate = usd_per_hour(pair, tier) if tier else None
+        system = {"model": pair.model, "tier": pair.tier, "replicas": pair.replicas}
+        starts = sum(turn == k for turn, _ in itertools.groupby(point.pair for point in todo))  # in turns: each time
+        start_h = group_h = starts * start_s(pair, tier) / 3600
+        mine = [point for point in todo if point.pair == k]
+        for point in mine:
+            guess, level = expected[point.name], point.level
+            run_h = guess.seconds / 3600
+            group_h += run_h
+            run_usd = run_h * rate if rate is not None else None
+            runs.append({
+                "name": point.name, **system, "request_rate": level.request_rate, "concurrency": level.concurrency,
+                "repeat": point.repeat, "seed": point.seed, "requests": guess.requests, "hours": run_h, "usd": run_usd,
+                "assumed": guess.assumed,
+            })  # fmt: skip
+            run_rows.append((point.name, level.words, str(point.repeat), f"{guess.requests:,}",
+                             f"{run_h * 60:.1f}{' ?' if guess.assumed else ''}", _usd(run_usd)))  # fmt: skip
+        group_usd = group_h * rate if rate is not None else None
+        groups.append({
+            **system, "runs": len(mine), "start_up_hours": start_h, "hours": group_h, "usd_per_hour": rate,
+            "usd": group_usd, "price_date": tier.date if tier else None, "price_source": tier.source if tier else None,
+        })  # fmt: skip
+        group_rows.append((pair.model or "-", pair.tier or "-", str(pair.replicas), str(len(mine)),
+                           f"{start_h * 60:.1f}", f"{group_h:.2f}", "-" if rate is None else f"{rate:.4g}",
+                           tier.date if tier else "-", _usd(group_usd)))  # fmt: skip
+        hours, usd = hours + group_h, usd + (group_usd or 0.0)
+    spent_usd, spent_hours = state.spent(time.time())
+    priced, spec = any(tiers), state.spec
+    budgets = (("h", spec.budget_hours, hours + spent_hours),
+               ("USD", spec.budget_usd, usd + spent_usd if priced else 0.0))  # fmt: skip
+    if format_ == "json":
+        print_json({
+            "schema": "harness.sweep-plan/1", "name": state.name, "runs": runs, "pairs": groups, "hours": hours,
+            "usd": usd if priced else None, "spent_hours": spent_hours, "spent_usd": spent_usd if priced else None,
+            "budget_hours": spec.budget_hours, "budget_usd": spec.budget_usd,
+            "fits": all(budget is None or needed <= budget for _, budget, needed in budgets),
+        })  # fmt: skip
+        return EXIT_VALID
+    print_table(("run", "load", "repeat", "requests", "minutes", "USD"), run_rows)
+    print_table(
+        ("model", "tier", "replicas", "runs", "start-up min", "hours", "USD/h", "price read", "USD"), group_rows
+    )
+    if any(run["assumed"] for run in runs):
+        print("?: a closed loop without a duration is as fast as its server; 20 output tokens/s a request are assumed")
+    print(f"{len(runs)} runs, {hours:.3g} h of servers, {_usd(usd if priced else None)} USD")
+    if spent_hours:
+        print(f"spent so far: {spent_hours:.3g} h, {_usd(spent_usd if priced else None)} USD")
+    for unit, budget, needed in budgets:
+        if budget is not None:
+            short = "enough" if needed <= budget else f"{needed - budget:.4g} short: what does not fit will be skipped"
+            print(f"budget {budget:g} {unit}: {short}")
+    return EXIT_VALID
+
+
+def _usd(value: float | None) -> str:
+    """Dollars to the cent, below ten of them finer; - where there is no price."""
+    return "-" if value is None else f"{value:,.4f}" if value < 10 else f"{value:,.2f}"

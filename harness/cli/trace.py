@@ -4,56 +4,81 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, ClassVar
 
 import click
 
-from harness.cli.options import JSON_OPTION, READ_OPTIONS, TRACE_ARGUMENT, stack
-from harness.cli.output import print_json, say
-from harness.cli.types import DURATION, WINDOW
-from harness.cli.verb import Group
+from harness.cli.verb import JSON_OPTION, TRACE_ARGUMENT, Group, takes
 from harness.errors import EXIT_VALID, UsageError
-from harness.options import ReadOptions, taken
-from harness.trace.files import Files, check_output, open_asked, write_trace
-from harness.trace.io import Trace, TraceRecord
-from harness.trace.shape import TraceShape, compared, described, measure, shape_of
-from harness.trace.survey import Survey
+from harness.option_types import COUNT, EXISTING, NEW_FILE, WINDOW, opt
+from harness.options import ReadOptions
 
-_READ = stack(TRACE_ARGUMENT, READ_OPTIONS)
+if TYPE_CHECKING:
+    from harness.trace.files import Files
+    from harness.trace.io import Trace, TraceRecord
+
+Window = tuple[float, float]
+SEED = "Seed of what is random."
+INPUTS = "Input lengths: 512, lognormal:mean=800,cv=1, uniform:low=1,high=9 ..."
+OUTPUTS = "Output lengths, the same way."
 _OUTPUT = click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
+    "-o", "--output", required=True, type=NEW_FILE,
     help="File to write: .jsonl, .jsonl.gz or .parquet; never overwritten.",
-)
-_SEED = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of what is random.")
-_LENGTHS = stack(
-    click.option(
-        "--input-tokens", metavar="DIST", help="Input lengths: 512, lognormal:mean=800,cv=1, uniform:low=1,high=9 ..."
-    ),
-    click.option("--output-tokens", metavar="DIST", help="Output lengths, the same way."),
-)
+)  # fmt: skip
 _TOKENIZER = click.option(
-    "--tokenizer",
-    type=click.Path(exists=True, path_type=Path),
-    help="Model folder, or its tokenizer.json, to count the tokens of text with.",
+    "--tokenizer", type=EXISTING, help="Model folder, or its tokenizer.json, to count the tokens of text with."
 )
 _BLOCK = click.option(
-    "--block-tokens",
-    type=click.IntRange(1, 65_536),
-    default=16,
-    show_default=True,
+    "--block-tokens", type=click.IntRange(1, 65_536), default=16, show_default=True,
     help="Tokens per prefix block of text.",
-)
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertOptions(ReadOptions):
+    """How a trace is read that may lack its lengths."""
+
+    heading: ClassVar = "Options"
+    input_tokens: str | None = opt(INPUTS, metavar="DIST")
+    output_tokens: str | None = opt(OUTPUTS, metavar="DIST")
+    seed: int = opt(SEED, 0, kind=click.IntRange(min=0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleOptions:
+    """What of a trace is kept."""
+
+    window_s: Window | None = opt("From and to this time of the trace, like 10m:20m.", kind=WINDOW)
+    limit: int | None = opt("At most N requests, whole sessions from the beginning.", kind=COUNT)
+    thin: float | None = opt("Keep this share of sessions, at random.", kind=click.FloatRange(0, 1, min_open=True))
+    cut_sessions: bool = opt("Let --window and --limit cut through sessions.", False)
+    seed: int = opt(SEED, 0, kind=click.IntRange(min=0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SynthOptions:
+    """What ``harness trace synth`` is asked for."""
+
+    rate: float | None = opt("Mean requests/s.", kind=click.FloatRange(min=0, min_open=True, max=1e6))
+    arrivals: str = opt(
+        "poisson, constant, gamma:cv=2 (above 1: burstier than Poisson) or weibull:shape=0.5.",
+        "poisson",
+        metavar="NAME",
+    )
+    input_tokens: str | None = opt(INPUTS, metavar="DIST")
+    output_tokens: str | None = opt(OUTPUTS, metavar="DIST")
+    requests: int | None = opt("How many.", kind=COUNT)
+    duration_s: float | None = opt("For how long, e.g. 10m.")
+    servegen: Path | None = opt("ServeGen client models, a folder.", kind=EXISTING)
+    window_s: Window | None = opt("With --servegen: this part of the model's time, 10h:11h.", kind=WINDOW)
+    seed: int = opt(SEED, 0, kind=click.IntRange(min=0))
 
 
 @click.group(
     cls=Group,
-    short_help="Look at a trace, convert, sample, make up or anonymize one.",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 def trace() -> None:
@@ -73,28 +98,22 @@ Examples:
   zcat trace.jsonl.gz | harness trace inspect - --format json
 """,
 )
-@_READ
+@TRACE_ARGUMENT
+@takes(ReadOptions)
 @_TOKENIZER
 @_BLOCK
 @JSON_OPTION
-def inspect(trace: Files, tokenizer: Path | None, block_tokens: int, format_: str, **reading: Any) -> int:
+def inspect(trace: Files, tokenizer: Path | None, block_tokens: int, format_: str, asked: ReadOptions) -> int:
     """Say what a trace is: format, rows, its clock and prefix blocks and what shows them, rate over time, bursts, token
     lengths, sessions, prefix reuse.
     """
-    source = open_asked(trace, taken(ReadOptions, reading), survey=True)
-    records: Iterable[TraceRecord] = source
-    if tokenizer is not None:
-        from harness.plan.tokenizers import load_tokenizer
-        from harness.trace.anonymize import anonymize
+    from harness.cli.output import print_json
+    from harness.trace.files import open_asked
+    from harness.trace.shape import described, measure
 
-        # Hashes of the text's blocks are all that is needed; the text is never kept.
-        records = anonymize(
-            source,
-            salt=bytes(16),
-            tokenizer=load_tokenizer(tokenizer),
-            block_tokens=block_tokens,
-        )
-    shape = measure(records)
+    source = open_asked(trace, asked, survey=True)
+    # Hashes of the text's blocks are all that is needed; the text is never kept.
+    shape = measure(source if tokenizer is None else _without_text(source, bytes(16), tokenizer, block_tokens))
     if format_ == "text":
         print(described(source, shape))
         return EXIT_VALID
@@ -113,27 +132,27 @@ Examples:
   harness trace convert access.log --input-tokens lognormal:mean=900,cv=1.2 --output-tokens 200 -o trace.jsonl
 """,
 )
-@_READ
+@TRACE_ARGUMENT
 @_OUTPUT
-@_LENGTHS
-@_SEED
+@takes(ConvertOptions)
 @_TOKENIZER
-def convert(trace: Files, output: Path, tokenizer: Path | None, **reading: Any) -> int:
+def convert(trace: Files, output: Path, tokenizer: Path | None, asked: ConvertOptions) -> int:
     """Write a trace in the harness's own format.
 
     --input-tokens and --output-tokens are for logs that have arrivals only; with --tokenizer the lengths of text are
     counted and written beside it.
     """
+    from harness.trace.files import check_output, open_asked
+
     check_output(output)
-    source = open_asked(trace, taken(ReadOptions, reading))
+    source = open_asked(trace, asked)
     records: Iterable[TraceRecord] = source
     if tokenizer is not None:
         from harness.plan.tokenizers import load_tokenizer
         from harness.trace.anonymize import count_tokens
 
         records = count_tokens(source, load_tokenizer(tokenizer))
-    _finish(source, records, output)
-    return EXIT_VALID
+    return _finish(source, records, output)
 
 
 @trace.command(
@@ -144,46 +163,22 @@ Examples:
   harness trace sample trace.jsonl --thin 0.1 -o tenth.jsonl
 """,
 )
-@_READ
+@TRACE_ARGUMENT
+@takes(ReadOptions, to="reading")
 @_OUTPUT
-@click.option("--window", "window_s", type=WINDOW, help="From and to this time of the trace, like 10m:20m.")
-@click.option("--limit", type=click.IntRange(min=1), help="At most N requests, whole sessions from the beginning.")
-@click.option("--thin", type=click.FloatRange(0, 1, min_open=True), help="Keep this share of sessions, at random.")
-@click.option("--cut-sessions", is_flag=True, help="Let --window and --limit cut through sessions.")
-@_SEED
-def sample(
-    trace: Files, output: Path, window_s: tuple[float, float] | None, limit: int | None, thin: float | None,
-    cut_sessions: bool, seed: int, **reading: Any,
-) -> int:  # fmt: skip
+@takes(SampleOptions)
+def sample(trace: Files, output: Path, reading: ReadOptions, asked: SampleOptions) -> int:
     """Keep a window, N requests, or a thinner trace; sessions stay whole. Prints the shape before and after."""
     from harness.trace.edit import Sample
     from harness.trace.edit import sample as choose
+    from harness.trace.files import check_output, open_asked
 
-    how = Sample(window_s=window_s, limit=limit, thin=thin, cut_sessions=cut_sessions, seed=seed)
+    how = Sample(
+        window_s=asked.window_s, limit=asked.limit, thin=asked.thin, cut_sessions=asked.cut_sessions, seed=asked.seed
+    )
     check_output(output)
-    source = open_asked(trace, taken(ReadOptions, reading))
-    tap = _Tap(choose(source, how))
-    write_trace(tap, output)
-    before = measure(source)
-    _notes(source)
-    say(compared(before, tap.shape()))
-    print(output)
-    return EXIT_VALID
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SynthOptions:
-    """What ``harness trace synth`` is asked for."""
-
-    rate: float | None
-    arrivals: str
-    input_tokens: str | None
-    output_tokens: str | None
-    requests: int | None
-    duration_s: float | None
-    servegen: Path | None
-    window_s: tuple[float, float] | None
-    seed: int
+    source = open_asked(trace, reading)
+    return _write_measured(choose(source, how), output, source)
 
 
 @trace.command(
@@ -195,48 +190,29 @@ Examples:
 """,
 )
 @_OUTPUT
-@click.option("--rate", type=click.FloatRange(min=0, min_open=True, max=1e6), help="Mean requests/s.")
-@click.option(
-    "--arrivals",
-    default="poisson",
-    show_default=True,
-    metavar="NAME",
-    help="poisson, constant, gamma:cv=2 (above 1: burstier than Poisson) or weibull:shape=0.5.",
-)
-@_LENGTHS
-@click.option("--requests", type=click.IntRange(min=1), help="How many.")
-@click.option("--duration", "duration_s", type=DURATION, help="For how long, e.g. 10m.")
-@click.option("--servegen", type=click.Path(exists=True, path_type=Path), help="ServeGen client models, a folder.")
-@click.option("--window", "window_s", type=WINDOW, help="With --servegen: this part of the model's time, 10h:11h.")
-@_SEED
-def synth(output: Path, **options: Any) -> int:
+@takes(SynthOptions)
+def synth(output: Path, asked: SynthOptions) -> int:
     """Make up a trace from distributions of gaps and lengths, or from ServeGen's client models."""
-    asked = SynthOptions(**options)
-    check_output(output)
-    if asked.servegen is not None:
-        return _servegen(output, asked, asked.servegen)
+    from harness.trace.files import check_output
     from harness.trace.synth import parse_arrivals, parse_lengths, synthesize
 
+    check_output(output)
     rate, inputs, outputs = asked.rate, asked.input_tokens, asked.output_tokens
+    given = {"--rate": rate, "--input-tokens": inputs, "--output-tokens": outputs}
+    if asked.servegen is not None:
+        if said := [flag for flag, value in given.items() if value is not None]:
+            raise UsageError(f"{said[0]} comes from the model with --servegen")
+        return _servegen(output, asked, asked.servegen)
     if rate is None or inputs is None or outputs is None:
-        given = {"--rate": rate, "--input-tokens": inputs, "--output-tokens": outputs}
         missing = ", ".join(flag for flag, value in given.items() if value is None)
         raise UsageError(f"say {missing} (or --servegen FOLDER)")
     if asked.window_s is not None:
         raise UsageError("--window goes with --servegen; say --duration or --requests")
     records = synthesize(
-        gaps=parse_arrivals(asked.arrivals, rate),
-        input_tokens=parse_lengths(inputs),
-        output_tokens=parse_lengths(outputs),
-        requests=asked.requests,
-        duration_s=asked.duration_s,
-        seed=asked.seed,
-    )
-    tap = _Tap(records)
-    write_trace(tap, output)
-    say(compared(None, tap.shape()))
-    print(output)
-    return EXIT_VALID
+        gaps=parse_arrivals(asked.arrivals, rate), input_tokens=parse_lengths(inputs),
+        output_tokens=parse_lengths(outputs), requests=asked.requests, duration_s=asked.duration_s, seed=asked.seed,
+    )  # fmt: skip
+    return _write_measured(records, output)
 
 
 @trace.command(
@@ -246,25 +222,30 @@ Example:
   harness trace anonymize chats.jsonl --tokenizer tokenizer.json -o shared.jsonl
 """,
 )
-@_READ
+@TRACE_ARGUMENT
+@takes(ReadOptions)
 @_OUTPUT
 @_TOKENIZER
 @_BLOCK
-def anonymize(trace: Files, output: Path, tokenizer: Path | None, block_tokens: int, **reading: Any) -> int:
+def anonymize(trace: Files, output: Path, tokenizer: Path | None, block_tokens: int, asked: ReadOptions) -> int:
     """Take out every word; keep lengths, times and shared prefixes.
 
     Text is counted with --tokenizer; of its blocks only hashes stay, keyed with a random salt that is thrown away.
     Sessions are numbered.
     """
-    from harness.plan.tokenizers import load_tokenizer
-    from harness.trace.anonymize import anonymize as without_text
+    from harness.trace.files import check_output, open_asked
 
     check_output(output)
+    source = open_asked(trace, asked)
+    return _finish(source, _without_text(source, secrets.token_bytes(32), tokenizer, block_tokens), output)
+
+
+def _without_text(source: Trace, salt: bytes, tokenizer: Path | None, block_tokens: int) -> Iterator[TraceRecord]:
+    from harness.plan.tokenizers import load_tokenizer
+    from harness.trace.anonymize import anonymize
+
     counter = None if tokenizer is None else load_tokenizer(tokenizer)
-    source = open_asked(trace, taken(ReadOptions, reading))
-    records = without_text(source, salt=secrets.token_bytes(32), tokenizer=counter, block_tokens=block_tokens)
-    _finish(source, records, output)
-    return EXIT_VALID
+    return anonymize(source, salt=salt, tokenizer=counter, block_tokens=block_tokens)
 
 
 def _servegen(output: Path, asked: SynthOptions, folder: Path) -> int:
@@ -272,10 +253,6 @@ def _servegen(output: Path, asked: SynthOptions, folder: Path) -> int:
 
     from harness.trace.synth import read_servegen
 
-    given = {"--rate": asked.rate, "--input-tokens": asked.input_tokens, "--output-tokens": asked.output_tokens}
-    for flag, value in given.items():
-        if value is not None:
-            raise UsageError(f"{flag} comes from the model with --servegen")
     model = read_servegen(folder)
     first_s, last_s = model.span_s
     start_s, end_s = asked.window_s or (first_s, last_s)
@@ -287,42 +264,50 @@ def _servegen(output: Path, asked: SynthOptions, folder: Path) -> int:
         )
     if not first_s <= start_s < last_s:
         raise UsageError(f"the model covers {first_s:g} s to {last_s:g} s, the window begins at {start_s:g} s")
-    tap = _Tap(islice(model.draw(start_s, end_s, asked.seed), asked.requests))
-    write_trace(tap, output)
-    words = [f"clients: {', '.join(model.clients)}; model time {start_s:g} s to {min(end_s, last_s):g} s"]
-    if model.without_lengths:
-        words.append(f"{model.without_lengths} requests left out: the model has no lengths for their time")
-    if model.without_family:
-        words.append(f"{model.without_family} windows without a fitted family of gaps: drawn as Poisson")
-    say("\n".join([*words, compared(None, tap.shape())]))
+
+    def words() -> Iterator[str]:
+        yield f"clients: {', '.join(model.clients)}; model time {start_s:g} s to {min(end_s, last_s):g} s"
+        if model.without_lengths:
+            yield f"{model.without_lengths} requests left out: the model has no lengths for their time"
+        if model.without_family:
+            yield f"{model.without_family} windows without a fitted family of gaps: drawn as Poisson"
+
+    return _write_measured(islice(model.draw(start_s, end_s, asked.seed), asked.requests), output, None, words)
+
+
+def _write_measured(
+    records: Iterable[TraceRecord], output: Path, source: Trace | None = None,
+    words: Callable[[], Iterable[str]] = tuple,
+) -> int:  # fmt: skip
+    """Write records, measured as they pass, and say their shape beside that of their ``source``."""
+    from harness.cli.output import say
+    from harness.trace.files import write_trace
+    from harness.trace.shape import compared, measure, shape_of
+    from harness.trace.survey import Survey
+
+    seen = Survey()
+
+    def tapped() -> Iterator[TraceRecord]:
+        for record in records:
+            seen.add(record)
+            yield record
+
+    write_trace(tapped(), output)
+    before = None if source is None else measure(source)
+    for note in source.notes if source else ():
+        say(f"note: {note}")
+    say("\n".join([*words(), compared(before, shape_of(seen))]))
     print(output)
     return EXIT_VALID
 
 
-class _Tap:
-    """Records on their way through, measured as they pass."""
+def _finish(source: Trace, records: Iterable[TraceRecord], output: Path) -> int:
+    from harness.cli.output import say
+    from harness.trace.files import write_trace
 
-    def __init__(self, records: Iterable[TraceRecord]) -> None:
-        self._records = records
-        self._seen = Survey()
-
-    def __iter__(self) -> Iterator[TraceRecord]:
-        for record in self._records:
-            self._seen.add(record)
-            yield record
-
-    def shape(self) -> TraceShape:
-        """Of what has passed."""
-        return shape_of(self._seen)
-
-
-def _finish(source: Trace, records: Iterable[TraceRecord], output: Path) -> None:
     count = write_trace(records, output)
-    _notes(source)
-    say(f"{count} requests written, {source.rows_read} rows read ({source.format})")
-    print(output)
-
-
-def _notes(source: Trace) -> None:
     for note in source.notes:
         say(f"note: {note}")
+    say(f"{count} requests written, {source.rows_read} rows read ({source.format})")
+    print(output)
+    return EXIT_VALID

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import os
-import tomllib
-from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
-from functools import partial
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,12 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from harness.errors import UsageError
+from harness.option_types import FOLDER, NEW_FILE, PATH, made, options_of
 from harness.terminal import Verbosity, set_verbosity
 
 Table = dict[str, object]
 """Of a TOML file, before its types are checked."""
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 SHORT = 14
 """A verb with more options than this shows only those that most people need, until asked for --help-all."""
 COMMON = frozenset(
@@ -30,7 +30,77 @@ COMMON = frozenset(
 """Options, by the names of their parameters, that the short help of such a verb shows."""
 CONFIG = Path("harness.toml")
 """Defaults of options, in the folder where the harness is started."""
-CONFIG_BYTES = 1 << 20
+
+EXIT_STATUS = """\b
+Exit status:
+  0  the run is VALID (and met its SLO, when one was given)
+  1  something failed; the message says what, where and what to do
+  2  the command line is wrong
+  3  the run is INVALID: its figures prove nothing and have no price
+  4  the run is VALID and missed its SLO
+  5  the run is TOO SMALL: below --min-requests there is no verdict and no price
+"""
+
+ENVIRONMENT = """\b
+Environment (HARNESS_BASE_URL and the like: any option's default, as in a file harness.toml here):
+  HARNESS_API_KEY  the servers' API key; never given on a command line, never written down (at --base-url
+                   OPENAI_API_KEY where this is unset)
+  HARNESS_CACHE    where model weights are kept (default: ~/.cache/harness)
+  HARNESS_TIERS    your own tiers file, added to the shipped one; HARNESS_MODELS: of models
+  HARNESS_TRACEBACK 1: show the whole of an error that nobody foresaw
+  RAY_ADDRESS      use this Ray cluster instead of starting Ray on this machine
+"""
+
+
+def takes(kind: type[Any], *chosen: list[click.Option], to: str = "asked") -> Decorator:
+    """The options of ``kind`` (or those ``chosen``), given to a verb's function as one object named ``to``."""
+    options = [o for group in chosen or [options_of(kind)] for o in group]
+
+    def apply(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **params: Any) -> Any:
+            return function(
+                *args, **{to: made(kind, {str(o.name): params.pop(str(o.name)) for o in options})}, **params
+            )
+
+        for option in reversed(options):
+            call.__dict__.setdefault("__click_params__", []).append(option)
+        return call
+
+    return apply
+
+
+def format_option(*kinds: str) -> Decorator:
+    """``--format`` with these kinds, the first of them by default."""
+    return click.option(
+        "--format", "format_", type=click.Choice(kinds), default=kinds[0], show_default=True, help="How to print it."
+    )
+
+
+def html_option(what: str) -> Decorator:
+    """``--html FILE``: ``what`` as one page that stands alone."""
+    what = f"Write {what} as one page that stands alone, too; an earlier one is replaced."
+    return click.option("--html", type=NEW_FILE, help=what)
+
+
+def out_option(default: str, what: str) -> Decorator:
+    """``-o FOLDER``."""
+    return click.option(
+        "-o", "--output", "--out", "out", type=FOLDER, default=Path(default), show_default=True,
+        help=f"Folder for {what}; never overwritten.",
+    )  # fmt: skip
+
+
+def resume_option(help: str) -> Decorator:  # noqa: A002 - Click's own name for it
+    """``--resume`` with a folder, or without: then it is `NEWEST`."""
+    return click.option("--resume", is_flag=False, flag_value=NEWEST, metavar="[FOLDER]", help=help)
+
+
+NEWEST = "newest"
+JSON_OPTION = format_option("text", "json")
+ONE_TRACE_ARGUMENT = click.argument("trace", type=PATH)
+TRACE_ARGUMENT = click.argument("trace", type=PATH, nargs=-1, required=True)
+"""Files of one trace: also folders, patterns, archives, - and s3://."""
 
 
 class Verb(click.Command):
@@ -40,6 +110,8 @@ class Verb(click.Command):
         super().__init__(*args, **settings)
         # Its own, not its group's: Click makes the option once, and a sweep file's options are parsed without a group.
         self.context_settings.setdefault("help_option_names", ["-h", "--help"])
+        for option in _own(self):
+            option.envvar = option.envvar or "HARNESS_" + _long(option).strip("-").replace("-", "_").upper()
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """The verb's own options, then those that every verb has."""
@@ -48,7 +120,7 @@ class Verb(click.Command):
     @property
     def is_long(self) -> bool:
         """Whether the short help leaves options out."""
-        return sum(isinstance(p, click.Option) and not p.hidden for p in self.params) > SHORT
+        return sum(not option.hidden for option in _own(self)) > SHORT
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The options by group; of a long verb only the common ones, unless --help-all was given."""
@@ -74,12 +146,15 @@ class Verb(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb; with -v after saying which options do not have their shipped defaults, and why."""
         if ctx.meta.get("harness.verbosity") == Verbosity.VERBOSE:
-            for words in _sources(ctx):
-                click.echo(words, err=True)
+            for option in _own(self):
+                source = ctx.get_parameter_source(option.name or "")
+                where = {ParameterSource.ENVIRONMENT: option.envvar, ParameterSource.DEFAULT_MAP: CONFIG}.get(source)  # type: ignore[arg-type]
+                if where:
+                    click.echo(f"{_long(option)} = {ctx.params.get(option.name or '')} (from {where})", err=True)
         return super().invoke(ctx)
 
 
-command = partial(click.command, cls=Verb)
+command = functools.partial(click.command, cls=Verb)
 """Decorator of a verb."""
 
 
@@ -89,82 +164,61 @@ class Group(click.Group):
     command_class = Verb
 
 
-@dataclass(frozen=True, slots=True)
-class Lazy:
-    """A verb that is not imported yet."""
+class Lazy(click.Command):
+    """A verb that is not imported yet: ``where`` is ``module:attribute``, the short help the verb's own."""
 
-    where: str
-    """``module:attribute``."""
-    short_help: str
-    """The command's own, so that a list of verbs imports none of them."""
+    def __init__(self, where: str, short_help: str) -> None:
+        super().__init__(where.partition(":")[2], short_help=short_help)
+        self.where = where
 
-
-class LazyVerbs(MutableMapping[str, click.Command]):
-    """Verbs by name, each imported when it is looked up: when it is run, or its own help or completion is asked for."""
-
-    def __init__(self, verbs: Mapping[str, Lazy]) -> None:
-        self._verbs: dict[str, Lazy | click.Command] = dict(verbs)
-
-    def __getitem__(self, name: str) -> click.Command:
-        verb = self._verbs[name]
-        if isinstance(verb, Lazy):
-            module, _, attribute = verb.where.partition(":")
-            verb = self._verbs[name] = getattr(import_module(module), attribute)
+    def load(self) -> click.Command:
+        """The verb."""
+        module, _, attribute = self.where.partition(":")
+        verb: click.Command = getattr(import_module(module), attribute)
         return verb
-
-    def __setitem__(self, name: str, verb: click.Command) -> None:
-        self._verbs[name] = verb
-
-    def __delitem__(self, name: str) -> None:
-        del self._verbs[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._verbs
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._verbs)
-
-    def __len__(self) -> int:
-        return len(self._verbs)
 
 
 class LazyGroup(Group):
-    """A group whose verbs are imported one by one, and whose help lists them by section without any of them.
-
-    Like "Lazily Loading Subcommands" in Click's documentation, but in `commands` itself: Click finds near names there.
-    """
+    """A group whose verbs are imported one by one (as in Click's documentation); its help imports none of them."""
 
     def __init__(self, name: str | None = None, *, sections: Mapping[str, Mapping[str, Lazy]], **settings: Any) -> None:
         self.sections = sections
         """Heading -> name -> verb, in the order of the help."""
-        self._lazy = {name: verb for verbs in sections.values() for name, verb in verbs.items()}
-        super().__init__(name, commands=LazyVerbs(self._lazy), **settings)
+        lazy: dict[str, click.Command] = {name: verb for verbs in sections.values() for name, verb in verbs.items()}
+        super().__init__(name, commands=lazy, **settings)
+
+    def get_command(self, ctx: click.Context | None, cmd_name: str) -> click.Command | None:
+        """The verb, imported now."""
+        found = self.commands.get(cmd_name)
+        if isinstance(found, Lazy):
+            found = self.commands[cmd_name] = found.load()
+        return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """One heading with its verbs per section, their columns aligned."""
         width = max(map(len, self.commands))
         for heading, verbs in self.sections.items():
             with formatter.section(heading):
-                formatter.write_dl([(f"{name:<{width}}", verb.short_help) for name, verb in verbs.items()])
+                formatter.write_dl([(f"{name:<{width}}", verb.short_help or "") for name, verb in verbs.items()])
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Verbs and options that begin like this."""
-        verbs = sorted(name for name in self._lazy if name.startswith(incomplete))
-        found = [CompletionItem(name, help=self._lazy[name].short_help) for name in verbs]
+        verbs = sorted((name, v) for name, v in self.commands.items() if name.startswith(incomplete) and not v.hidden)
+        found = [CompletionItem(name, help=verb.short_help) for name, verb in verbs]
         return found + click.Command.shell_complete(self, ctx, incomplete)
 
 
-def _sources(ctx: click.Context) -> Iterator[str]:
-    """Options that the environment or the file gave, each with its value."""
-    for param in ctx.command.params:
-        if param.name and ctx.get_parameter_source(param.name) == ParameterSource.DEFAULT_MAP:
-            variable = _variable(max(param.opts, key=len))
-            where = variable if variable in os.environ else CONFIG
-            yield f"{max(param.opts, key=len)} = {ctx.params.get(param.name)} (from {where})"
+def _own(verb: click.Command) -> list[click.Option]:
+    return [param for param in verb.params if isinstance(param, click.Option)]
 
 
-def _shared(long: bool) -> list[click.Option]:
-    """--help-all (of a long verb), -q and -v."""
+def _long(option: click.Option) -> str:
+    """``--output`` of -o and --output."""
+    return max(option.opts, key=len)
+
+
+def _shared(long: bool) -> Iterator[click.Option]:
+    """--help-all (shown of a long verb), -q and -v."""
 
     def help_all(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
         if asked:
@@ -177,117 +231,86 @@ def _shared(long: bool) -> list[click.Option]:
             ctx.meta["harness.verbosity"] = Verbosity.QUIET if param.name == "quiet" else Verbosity.VERBOSE
             set_verbosity(ctx.meta["harness.verbosity"])
 
-    flag = partial(click.Option, is_flag=True, expose_value=False)
-    shared = [
-        flag(["-q", "--quiet"], is_eager=True, callback=loudness, help="Say nothing but the result and errors."),
-        flag(["-v", "--verbose"], is_eager=True, callback=loudness, help="Say also where options come from, and show "
-             "the figures of an INVALID run and the traceback of a failure that is not explained."),
-    ]  # fmt: skip
-    full = flag(["--help-all"], is_eager=True, callback=help_all, help="Show all options.")
-    return [full, *shared] if long else shared
+    flag = functools.partial(click.Option, is_flag=True, expose_value=False, is_eager=True)
+    yield flag(["--help-all"], callback=help_all, hidden=not long, help="Show all options.")
+    yield flag(["-q", "--quiet"], callback=loudness, help="Say nothing but the result and errors.")
+    yield flag(["-v", "--verbose"], callback=loudness, help="Say also where options come from, and show the figures of "
+               "an INVALID run and the traceback of a failure that is not explained.")  # fmt: skip
 
 
-def read_defaults(
-    group: click.Group, path: Path = CONFIG, environment: Mapping[str, str] = os.environ, *, verb: str | None = None
-) -> Table:
-    """Click's ``default_map`` of a group: defaults from a file, and over them those of the environment; of all verbs,
-    or of ``verb`` and those that have a table in the file, which imports no other.
+def read_defaults(group: click.Group, path: Path = CONFIG, *, verb: str | None = None) -> Table:
+    """Click's ``default_map`` of a group from a file: of all verbs, or of ``verb`` and those that have a table in it.
 
-    In the file a table named as a verb holds options of that verb, without their dashes; a key above all tables holds
-    for every verb that has such an option, and so does a variable like HARNESS_BASE_URL. Raises `UsageError` with the
-    file and the key that no option has.
+    A table named as a verb holds options of that verb, without their dashes; a key above all tables holds for every
+    verb that has such an option. Raises `UsageError` with the file and the key that no option has.
     """
-    tables = _read_toml(path)
+    if not path.exists():
+        return {}
+    from harness.untrusted import read_toml
+
+    tables = read_toml(path)
     shared = {key: value for key, value in tables.items() if not isinstance(value, dict)}
     own = {key: value for key, value in tables.items() if isinstance(value, dict)}
-    for name in own:
-        _check(path, name, group.commands, "no such verb")
-    verbs = {name: group.commands[name] for name in group.commands if verb is None or name == verb or name in own}
-    known = _options(verbs)
-    for key in shared:
-        if _key(key) not in known:
-            known = _options(group.commands)
-        _check(path, key, known, "no verb has such an option")
-    said = {name: environment[_variable(name)] for name in known if environment.get(_variable(name))}
-    return _map(verbs, shared, own, said, path)
-
-
-def _read_toml(path: Path) -> Table:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(CONFIG_BYTES + 1)
-    except FileNotFoundError:
-        return {}
-    except OSError as e:
-        raise UsageError(f"{path}: cannot be read ({e.strerror})") from e
-    if len(raw) > CONFIG_BYTES:
-        raise UsageError(f"{path}: larger than {CONFIG_BYTES >> 20} MiB, which is not a file of options")
-    try:
-        return tomllib.loads(raw.decode())
-    except (ValueError, RecursionError) as e:
-        raise UsageError(f"{path}: not TOML: {str(e) or 'nested too deeply'}") from e
-
-
-def _map(
-    verbs: Mapping[str, click.Command], shared: Mapping[str, object], own: Mapping[str, object],
-    said: Mapping[str, str], path: Path,
-) -> Table:  # fmt: skip
-    for name in own:
-        _check(path, name, verbs, "no such verb")
-    found: Table = {}
-    for name, verb in verbs.items():
-        values = own.get(name, {})
-        if not isinstance(values, dict):
-            raise UsageError(f"{path}: {name}: is the name of a verb, so it begins a table: [{name}]")
-        if isinstance(verb, click.Group):
-            found[name] = _map(verb.commands, shared, values, said, path)
-            continue
-        names = _names(verb)
-        for key in values:
-            _check(path, key, names, f"harness {name} has no such option")
-        chosen = {_key(key): value for key, value in [*shared.items(), *values.items(), *said.items()]}
-        found[name] = {names[key]: _value(verb, names[key], value) for key, value in chosen.items() if key in names}
+    _check(path, own, group.commands, "no such verb")
+    wanted = [name for name in group.commands if verb is None or name == verb or name in own]
+    found: Table = {name: _map(group, name, shared, own.get(name, {}), path) for name in wanted}
+    known = {word for name in wanted for word in _words(group.get_command(None, name))}  # type: ignore[arg-type]
+    if any(_key(key) not in known for key in shared):
+        known |= {word for name in group.commands for word in _words(group.get_command(None, name))}  # type: ignore[arg-type]
+    _check(path, shared, known, "no verb has such an option")
     return found
 
 
-def _variable(option: str) -> str:
-    return "HARNESS_" + option.strip("-").replace("-", "_").upper()
+def _map(group: click.Group, name: str, shared: Table, own: object, path: Path) -> Table:
+    verb = group.get_command(None, name)  # type: ignore[arg-type]
+    if not isinstance(own, dict):
+        raise UsageError(f"{path}: {name}: is the name of a verb, so it begins a table: [{name}]")
+    if isinstance(verb, click.Group):
+        _check(path, own, verb.commands, "no such verb")
+        return {inner: _map(verb, inner, shared, own.get(inner, {}), path) for inner in verb.commands}
+    options = _words(verb)
+    _check(path, own, options, f"harness {name} has no such option")
+    chosen = {_key(key): value for key, value in [*shared.items(), *own.items()]}
+    try:
+        return {
+            options[key].name or "": as_default(options[key], value) for key, value in chosen.items() if key in options
+        }
+    except ValueError as e:
+        raise UsageError(f"{path}: {e}") from None
 
 
-def _value(verb: click.Command, name: str, value: object) -> object:
-    """A TOML value as Click takes a default: words are parsed by the option's own type."""
-    option = next(p for p in verb.params if p.name == name)
-    if isinstance(value, dict) and name == "slo":
-        return ",".join(f"{key}={limit}" for key, limit in value.items())
-    if isinstance(option, click.Option) and option.multiple and not isinstance(value, list):
-        return str(value).split()
-    return value if isinstance(value, bool | list) else str(value)
+def as_default(option: click.Option, value: object, folder: Path = Path()) -> object:
+    """A value of a TOML file as Click takes a default: words are parsed by the option's own type, paths count from
+    ``folder``. Raises ValueError, and TypeError for what JSON does not have.
+    """
+    if option.is_flag:
+        if not isinstance(value, bool):
+            raise ValueError("is true or false")
+        return value
+    if isinstance(value, list) and option.multiple:
+        return [str(one) for one in value]
+    if isinstance(value, bool | list):
+        raise ValueError(f"{json.dumps(value)} is not what {_long(option)} takes")
+    if isinstance(value, dict):
+        limits = ",".join(f"{key}={limit}" for key, limit in value.items())
+        value = limits if option.name == "slo" else json.dumps(value, allow_nan=False)
+    text = str(folder / Path(str(value)).expanduser()) if isinstance(option.type, click.Path) else str(value)
+    return [text] if option.multiple else text
 
 
 def _key(word: str) -> str:
     return word.replace("_", "-")
 
 
-def _names(verb: click.Command) -> dict[str, str]:
-    """Names of a verb's options as they are written, without dashes in front, and their parameters' names."""
-    return {
-        word.lstrip("-"): p.name or ""
-        for p in verb.params
-        if isinstance(p, click.Option)
-        for word in p.opts
-        if word.startswith("--")
-    }
+def _words(verb: click.Command | None) -> dict[str, click.Option]:
+    """The options of a verb, or of those below it, as they are written, without dashes in front."""
+    if isinstance(verb, click.Group):
+        return {word: option for inner in verb.commands.values() for word, option in _words(inner).items()}
+    return {word[2:]: o for o in (_own(verb) if verb else []) for word in o.opts if word.startswith("--")}
 
 
-def _options(verbs: Mapping[str, click.Command]) -> set[str]:
-    """Names of the options of these verbs and of those below them."""
-    found: set[str] = set()
-    for verb in verbs.values():
-        found |= _options(verb.commands) if isinstance(verb, click.Group) else _names(verb).keys()
-    return found
-
-
-def _check(path: Path, key: str, known: Mapping[str, object] | set[str], problem: str) -> None:
-    if _key(key) not in known:
-        near = difflib.get_close_matches(_key(key), known, n=1, cutoff=0.5)
-        raise UsageError(f"{path}: {key}: {problem}{f'; did you mean {near[0]}?' if near else ''}")
+def _check(path: Path, keys: Iterable[str], known: Iterable[str], problem: str) -> None:
+    for key in keys:
+        if _key(key) not in known:
+            near = difflib.get_close_matches(_key(key), known, n=1, cutoff=0.5)
+            raise UsageError(f"{path}: {key}: {problem}{f'; did you mean {near[0]}?' if near else ''}")

@@ -25,9 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(ROOT))
-from harness.cli.hot_path import hot_path
-from harness.record.host import describe_host, git_commit, installed_versions
-from harness.record.manifest import now_utc
+from harness.cli.machines import hot_path
+from harness.record.manifest import describe_host, git_commit, installed_versions, now_utc
 
 TTFT_S, ITL_S = 0.02, 0.01  # 100 tokens/s per stream
 FIRST_STREAMS = {"harness": 500, "vllm-rs bench serve": 500, "vllm bench serve": 150, "inference-perf": 100}

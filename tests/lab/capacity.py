@@ -22,8 +22,7 @@ from analysis.capacity.sweep import Point
 from analysis.stats.intervals import Quantity
 from analysis.steady import only_grew
 from cluster.simulator.replica import Outcomes, Workload, simulate
-from harness.cli.runner.capacity import RUNG, WARMUP
-from harness.cli.runner.windows import WINDOWS, window_count
+from harness.cli.runner.capacity import RUNG, WARMUP, WINDOWS, window_count
 from harness.plan.file import Windows
 from harness.slo import Criterion
 from harness.trace.stats import mean_rate

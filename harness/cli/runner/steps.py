@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from harness.cli.hot_path import hot_path
+from harness.cli.machines import hot_path
 from harness.cli.output import say
 from harness.cli.runner.sent_prompts import note_sent, seen_before
 from harness.cli.runner.targets import LocalTarget, Servers, Target, UrlTarget
@@ -149,12 +149,6 @@ class Deadline:
     at_s: float
     """On the monotonic clock of this process."""
     why: str
-
-
-def execute(run: RunDir, target: Target, options: ReplayOptions) -> None:
-    """Open ``target``, send the plan of ``run`` to it, close it."""
-    with target.open(run) as servers:
-        execute_point(run, servers, options)
 
 
 def execute_point(

@@ -228,8 +228,7 @@ class Session:
 
         try:
             run = read_run(self.folder / point.name)
-            slo = None if self.options.load.slo is None else dict(self.options.load.slo)
-            found = summarise(run, slo=slo, attain=self.options.report.attain)
+            found = summarise(run, slo=self.options.load.slo, attain=self.options.report.attain)
         except HarnessError as e:
             return str(e).splitlines()[0]
         if point.took_s is None and run.manifest.end_ns is not None:
@@ -328,7 +327,7 @@ class Session:
     def serving_options(self, pair: Pair) -> ReplayOptions:
         """The options of ``harness replay`` on the servers of this pair."""
         serve = replace(
-            self.options.serve, base_urls=pair.base_urls, model=pair.model, tier=pair.tier, replicas=pair.replicas,
+            self.options.serve, base_urls=pair.base_urls, model=pair.model, tier=pair.tier, replicas=pair.replicas or 1,
             label=pair.label or self.options.serve.label,
         )  # fmt: skip
         return replace(self.options, serve=serve)

@@ -265,8 +265,10 @@ def rented(tier: Tier, hosts: int) -> Tier:
     )  # fmt: skip
 
 
-def choose_target(options: ReplayOptions) -> Target:
-    """Existing servers when --base-url is given, else servers to start. Raises `UsageError` on unknown names."""
+def choose_target(options: ReplayOptions, *, start: bool = True) -> Target:
+    """Existing servers when --base-url is given, else servers to ``start`` (or whose model alone is wanted). Raises
+    `UsageError` on unknown names.
+    """
     from cluster.catalogue.tiers import DEFAULT_TIER, get_tier
 
     asked = options.serve
@@ -281,7 +283,7 @@ def choose_target(options: ReplayOptions) -> Target:
 
     model, tier = get_model(asked.model or DEFAULT_MODEL), get_tier(asked.tier or DEFAULT_TIER)
     facts: dict[str, str] = {}
-    if asked.replicas:  # `harness plan` starts nothing
+    if start:
         check_fit(model, tier)
         check_can_serve(tier)
         own = model.on.get("cpu")
@@ -292,4 +294,4 @@ def choose_target(options: ReplayOptions) -> Target:
             if why:
                 facts["dtype_reason"] = why
                 say(f"note: {model.name} is served in {why}")
-    return LocalTarget(model, tier, asked.replicas or 1, asked.on_replica_death, facts)
+    return LocalTarget(model, tier, asked.replicas, asked.on_replica_death, facts)

@@ -1,11 +1,17 @@
-"""What words on the command line mean: durations, shares, promises, stages. Each refuses what it does not know."""
+"""Options of the command line: what their words mean, and how a field of a class of options becomes one (`opt`).
+
+Each type refuses what it does not know, and says what it accepts.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import Field, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
 
 import click
 
@@ -13,13 +19,16 @@ from harness.errors import UsageError
 from harness.slo import nearest_key, split_key
 
 _SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+Options = TypeVar("Options")
 
 
 class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
-    """What ``parse`` makes of a word; its `UsageError` says what is accepted. What is no text stays as it is."""
+    """What ``parse`` makes of a word; its `UsageError` says what is accepted. What is not text stays as it is."""
 
-    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+    def __init__(self, name: str, parse: Callable[[str], Any], show: Callable[[Any], str] = str) -> None:
         self.name, self._parse = name, parse
+        self.show = show
+        """A default in the words of the command line."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The value; fails with what is accepted."""
@@ -32,7 +41,7 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic only in newe
 
 
 def parse_duration(text: str) -> float | None:
-    """Seconds; null when ``text`` is no duration."""
+    """Seconds; null when ``text`` is not a duration."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?", text.strip())
     return float(match[1]) * _SECONDS[match[2] or "s"] if match else None
 
@@ -40,7 +49,7 @@ def parse_duration(text: str) -> float | None:
 def _duration(text: str) -> float:
     seconds = parse_duration(text)
     if seconds is None or not 0 < seconds < 1e8:
-        raise UsageError(f"{text!r} is no duration: write 90, 90s, 1.5m, 2h, 3d or 150ms")
+        raise UsageError(f"{text!r} is not a duration: write 90, 90s, 1.5m, 2h, 3d or 150ms")
     return seconds
 
 
@@ -48,7 +57,7 @@ def _window(text: str) -> tuple[float, float]:
     begin, _, end = text.partition(":")
     begin_s, end_s = parse_duration(begin or "0"), parse_duration(end)
     if begin_s is None or end_s is None or not begin_s < end_s < 1e10:
-        raise UsageError(f"{text!r} is no window: write its begin and end, like 10m:20m or 0:90s")
+        raise UsageError(f"{text!r} is not a window: write its begin and end, like 10m:20m or 0:90s")
     return begin_s, end_s
 
 
@@ -60,7 +69,7 @@ def _slo(text: str) -> dict[str, float]:
             raise UsageError(f"{part!r}: {key} has a limit already")
         limits[key] = limit
     if not limits:
-        raise UsageError("no limit: write what is promised, like ttft=2s,tpot=100ms")
+        raise UsageError("no limit: write the SLO like ttft=2s,tpot=100ms")
     return limits
 
 
@@ -160,14 +169,20 @@ def _ratio(text: str) -> tuple[float, float, float | None]:
     return parts[0], parts[1], parts[2] if len(parts) == 3 else None
 
 
+COUNT = click.IntRange(min=1)
 POSITIVE = click.FloatRange(min=0, min_open=True)
-DURATION = Parsed("duration", _duration)
+PATH = click.Path(path_type=Path)
+EXISTING = click.Path(exists=True, path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+NEW_FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+DURATION = Parsed("duration", _duration, lambda s: f"{s / 60:g}m" if s > 60 else f"{s:g}s")
 """Seconds from ``90``, ``90s``, ``1.5m``, ``2h``, ``3d`` or ``150ms``."""
 WINDOW = Parsed("window", _window)
 """(begin, end) in seconds of trace time from ``10m:20m``."""
 SLO = Parsed("slo", _slo)
 """Limits in seconds by key from ``ttft=2s,tpot=100ms`` or ``ttft_p99=2s,tpot_p95=80ms`` (`harness.slo`)."""
-SHARE = Parsed("share", _share)
+SHARE = Parsed("share", _share, lambda share: f"{share * 100:g}%")
 """A share above 0 from ``99%`` or ``0.99``."""
 SHARE_OR_NONE = Parsed("share", _share_or_none)
 """A share, 0 too, from ``40%`` or ``0.4``."""
@@ -175,7 +190,7 @@ STAGES = Parsed("stages", _stages)
 """A tuple of `harness.plan.arrivals.Stage` from ``2m@4,5m@8``."""
 COLUMNS = Parsed("columns", _columns)
 """Role of a table's column -> its name, from ``arrival=ts,input=p,output=c``."""
-GROWTH = Parsed("growth", _growth)
+GROWTH = Parsed("growth", _growth, lambda factor: f"{factor:g}x")
 """A factor from ``3x``, ``1.2``, ``+200%`` or ``-20%``."""
 WARMUP = Parsed("warmup", _warmup)
 """An integer of requests from ``20``, or a float of seconds from ``30s``."""
@@ -183,5 +198,84 @@ CANCEL = Parsed("cancel", _cancel)
 """(share of requests, seconds after they were sent) from ``5%@2s``."""
 JSON_OBJECT = Parsed("json", _json_object)
 """A dict from a JSON object."""
-RATIO = Parsed("ratio", _ratio)
+RATIO = Parsed("ratio", _ratio, lambda ratio: ":".join(f"{part:g}" for part in ratio if part is not None))
 """(input, output, cached input or None) from ``4``, ``1:4`` or ``1:4:0.25``."""
+
+
+def opt(
+    help: str, default: Any = None, *, kind: Any = None, flag: str | None = None, metavar: str | None = None,  # noqa: A002
+    required: bool = False,
+) -> Any:  # fmt: skip
+    """A field of a class of options that is an option of the command line, too: ``help`` describes both.
+
+    ``kind``: a click type or a `Literal`; where it is not given: `SLO` for ``slo``, `DURATION` for a name in ``_s``, a
+    flag for a bool, `COUNT` for an int, several words for a tuple, else a word. ``flag``: the ways to write it; else
+    from the name of the field.
+    """
+    metadata = {"help": help, "kind": kind, "flag": flag, "metavar": metavar, "required": required}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def click_option(f: Field[Any], heading: str, instead: Mapping[str, Any]) -> click.Option:
+    """The option of a field made by `opt`; ``instead``: of its facts those that are others here."""
+    said = {**f.metadata, **instead}
+    default = {} if f.default_factory is dict else f.default
+    several, flag, seconds = isinstance(default, tuple) and not said["kind"], default is False, f.name.endswith("_s")
+    kind = said["kind"] or (SLO if f.name == "slo" else DURATION if seconds else COUNT if type(default) is int else str)
+    if get_origin(kind) is not None:
+        kind = click.Choice(get_args(kind))
+    word = f.name.rstrip("_").removesuffix("_s" if seconds else "s" if several else "").replace("_", "-")
+    flags = (said["flag"] or f"--{word}").split()
+    quiet = default in (None, {}) or several or flag
+    shown = None if quiet else kind.show(default) if isinstance(kind, Parsed) else True
+    option = click.Option(
+        [*flags, f.name], help=said["help"], metavar=said["metavar"], multiple=several, is_flag=flag,
+        type=None if flag else kind, default=None if several else default, required=said["required"],
+        show_default=shown,
+    )  # fmt: skip
+    option.group = heading  # type: ignore[attr-defined]
+    return option
+
+
+def options_of(kind: type[Any], *names: str, **instead: str | dict[str, Any]) -> list[click.Option]:
+    """The options of a class, groups inside it included: of all its fields, or of ``names`` and those in ``instead``.
+
+    ``instead``: another help of a field, or several other facts of it. A class says in ``heading`` under which its
+    options stand in the full help.
+    """
+    wanted = {*names, *instead}
+    found: list[click.Option] = []
+    for f in fields(kind):
+        if inner := _inner(f):
+            found += options_of(inner)
+        elif "help" in f.metadata and (not wanted or f.name in wanted):
+            owner = next(base for base in kind.__mro__ if f.name in inspect.get_annotations(base))
+            other = instead.get(f.name, {})
+            found.append(
+                click_option(
+                    f, getattr(owner, "heading", "Options"), {"help": other} if isinstance(other, str) else other
+                )
+            )
+    return found
+
+
+def made(kind: type[Options], params: Mapping[str, object]) -> Options:
+    """The options of a class out of the parameters of a verb; those that the verb does not have keep their defaults.
+
+    Click has checked every value by the option's own type.
+    """
+    found: dict[str, object] = {}
+    for f in fields(kind):  # type: ignore[arg-type]
+        if inner := _inner(f):
+            found[f.name] = made(inner, params)
+        elif params.get(f.name) is not None:
+            found[f.name] = params[f.name]
+    return kind(**found)
+
+
+def _inner(f: Field[Any]) -> type[Any] | None:
+    """The class of a group of options inside another."""
+    kind: object = f.default_factory
+    return kind if isinstance(kind, type) and is_dataclass(kind) else None

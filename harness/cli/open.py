@@ -1,10 +1,9 @@
-"""Take the rows of runs elsewhere, look through a folder of runs: export, open."""
+"""Look through a folder of runs in a browser: open."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,34 +17,7 @@ from harness.errors import EXIT_VALID, HarnessError, UsageError, sentence
 
 
 @command(
-    short_help="Write result rows as Parquet, CSV or JSON.",
-    epilog="""\b
-Examples:
-  harness export runs/20261121T234654Z-trace-smollm2-135m -o results.parquet
-  harness export runs/*-sweep-* -o rows.csv
-
-One line a request, of all runs: run, model, tier, the row as it was written (times in ns, lists of gaps), and
-ttft_s, tpot_s, e2e_s, lag_s. The ending of the file says the format: .parquet, .csv, .json, .jsonl.""",
-)
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path),
-    help="File to write; an earlier one is replaced.",
-)  # fmt: skip
-def export(runs: Sequence[Path], output: Path) -> int:
-    """Write the rows of run directories into one file that DuckDB, Polars, pandas and spreadsheets read as it is."""
-    from analysis.report.export import export_runs
-    from harness.cli.select_runs import expand
-
-    rows = export_runs(expand(runs), output, say)
-    say(f"{output}: {rows:,} rows, {output.stat().st_size / 1e6:.1f} MB")
-    print(output)
-    return EXIT_VALID
-
-
-@command(
     name="open",
-    short_help="Browse a folder of runs on a local page.",
     epilog="""\b
 Examples:
   harness open runs
