@@ -24,8 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from cluster.deploy.job import Launch, start_here
-from cluster.deploy.load_workers import LoadWorkers
+from cluster.deploy.load_workers import Launch, LoadWorkers, start_here
 from cluster.process.process import Process, wait_ready
 from harness.calibration import Calibration
 from harness.errors import ServerError, WorkerError

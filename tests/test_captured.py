@@ -100,16 +100,15 @@ def test_nothing_is_captured_unless_it_is_asked_for() -> None:
 
 
 def test_a_copy_from_another_host_is_private_too(tmp_path: Path) -> None:
-    from cluster.deploy.actors import Report
     from cluster.deploy.remote import RemoteWorker
 
     file = tmp_path / "answers-0.arrows"
     worker = object.__new__(RemoteWorker)  # without an actor: only what came is of interest
-    worker._files, worker._offsets, worker._lines = {file.name: file}, {file.name: 0}, []
+    worker._files, worker._offsets = {file.name: file}, {file.name: 0}
     umask = os.umask(0o022)
     try:
         for piece in (b"one", b"two"):
-            worker._take(Report(None, [], {file.name: piece}))
+            worker.keep({file.name: piece})
     finally:
         os.umask(umask)
     assert file.read_bytes() == b"onetwo"

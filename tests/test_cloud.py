@@ -28,7 +28,7 @@ from cluster.catalogue.tiers import get_tier, list_tiers
 from cluster.deploy import aws as aws_machines
 from cluster.deploy import rent
 from cluster.deploy.aws import Aws
-from cluster.deploy.ray_head import NICENESS
+from cluster.deploy.placement import NICENESS
 from cluster.deploy.rent import Cluster
 from harness.cli.cloud import cluster as verbs
 from harness.errors import HarnessError, UsageError

@@ -27,13 +27,13 @@ if importlib.util.find_spec("ray") is None:
 
 from cluster.catalogue.models import get_model
 from cluster.catalogue.tiers import get_tier
-from cluster.deploy import replica
+from cluster.deploy import servers
 from cluster.deploy.deployment import Deployment
 from cluster.deploy.load_workers import LoadWorkers
 from cluster.deploy.ray_session import connect, disconnect
-from cluster.deploy.remote import RemoteHost
-from cluster.deploy.replica import Failed, Look, ReplicaOwner, Started, hold_port
-from cluster.deploy.supervisor import MOST_RESTARTS, PartOwner, ServerHost, Supervisor, _Restarting
+from cluster.deploy.remote import HOST_FILE, RemoteHost, Report
+from cluster.deploy.servers import Failed, Look, ReplicaOwner, Started, hold_port
+from cluster.deploy.supervisor import MOST_RESTARTS, PartOwner, ServerHost, Supervisor
 from cluster.engines.protocol import WHOLE, Command, CommandEngine, Part
 from cluster.process.process import Process
 from harness.cli.runner import targets
@@ -206,7 +206,7 @@ def test_the_states_of_a_start_are_read_from_the_log(tmp_path: Path) -> None:
 
 def test_a_server_that_runs_and_does_not_answer_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"HEALTH_EVERY_S": 0.1, "HEALTH_ANSWER_S": 0.2, "UNHEALTHY_S": 0.5}.items():
-        monkeypatch.setattr(f"cluster.deploy.replica.{name}", value)
+        monkeypatch.setattr(f"cluster.deploy.servers.{name}", value)
     owner = make_owner(tmp_path, FAKE)
     started = owner.start(30)
     assert isinstance(started, Started)
@@ -238,12 +238,12 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Late).serve_for
 
 def test_a_busy_server_that_answers_health_late_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HEALTH_EVERY_S", "HEALTH_ANSWER_S", "UNHEALTHY_S"):
-        monkeypatch.setattr(replica, name, getattr(replica, name) / 20)  # 0.4 s stands for 8 s
+        monkeypatch.setattr(servers, name, getattr(servers, name) / 20)  # 0.4 s stands for 8 s
     argv = (sys.executable, "-c", LATE, str(tmp_path / "busy"), "{port}")
     owner = make_owner(tmp_path, CommandEngine(name="late", served_model="late", argv=argv))
     assert isinstance(owner.start(30), Started)
     (tmp_path / "busy").touch()
-    until = time.monotonic() + 2 * replica.UNHEALTHY_S
+    until = time.monotonic() + 2 * servers.UNHEALTHY_S
     while time.monotonic() < until:
         assert owner.ended() is None
         time.sleep(0.1)
@@ -296,7 +296,7 @@ def test_a_late_word_of_the_old_death_does_not_kill_the_restarted_server(
     host.question = Answers(None, late, new, Look("ready", [], "exit code 1", b"", 2))  # type: ignore[assignment]
     watch.hosts, watch.owners = [host], host.owners
     watch.restarts.append(Restart(replica=0, died="then", how="killed by SIGKILL"))
-    watch._restarting[0] = _Restarting(None, 0, time.monotonic())
+    watch._restarting[0] = None, 0, time.monotonic()
     assert d.check() == {}
     assert d.restarts[0].ready is not None
     assert d.check() == {}, "a word of the death that is known"
@@ -374,16 +374,16 @@ def test_counters_of_a_host_that_do_not_fit_on_the_disk_end_there(
         def send(self) -> None:
             return None
 
-        def answer(self) -> bytes:
-            return b"x" * 100
+        def answer(self) -> Report:
+            return Report(None, [], {HOST_FILE: b"x" * 100})
 
-    host = RemoteHost.__new__(RemoteHost)
-    host._offset, host._started, host._full, host._question = 0, True, False, Pieces()  # type: ignore[assignment]
-    host._file = Path("/dev/full")
+    host, file = RemoteHost.__new__(RemoteHost), tmp_path / "host.arrows"
+    host.trouble, host._offsets, host._question = None, {HOST_FILE: 0}, Pieces()  # type: ignore[assignment]
+    host._files = {HOST_FILE: Path("/dev/full")}
     assert host.fetch()
-    host._file = tmp_path / "host.arrows"  # there is room again
+    host._files = {HOST_FILE: file}  # there is room again
     assert not host.fetch()
-    assert not host._file.exists()
+    assert not file.exists()
 
 
 @pytest.mark.parametrize("address", ["ray://10.0.0.1:10001", "local"])
@@ -455,7 +455,8 @@ def test_replicas_live_and_die_in_the_open(tmp_path: Path, local_ray: None) -> N
             "--host",
             "--port",
         ]
-        assert [c and c["vllm:generation_tokens_total"] for c in d.counters()] == [1.0, 1.0], "the readiness request"
+        found = [probe.counters(r.base_url, d.api_key) for r in d.replicas]
+        assert [c and c["vllm:generation_tokens_total"] for c in found] == [1.0, 1.0], "the readiness request"
         assert d.check() == {}
         assert "replica 1 ready" in " ".join(said)
 
@@ -465,7 +466,7 @@ def test_replicas_live_and_die_in_the_open(tmp_path: Path, local_ray: None) -> N
         assert "killed by SIGKILL" in d.check()[0]
         assert d.replicas[0].exit is not None
         assert d.replicas[1].exit is None
-        assert d.counters()[0] is None
+        assert probe.counters(d.replicas[0].base_url, d.api_key) is None
     assert not listeners(urls[1])
     assert "ready" in (tmp_path / "server-1.log").read_text()
     d.stop()
@@ -487,7 +488,7 @@ def test_a_dead_replica_is_started_again_at_its_address_and_the_run_is_marked(tm
     said: list[str] = []
     with deploy(tmp_path, replicas=2, say=said.append, on_replica_death="restart") as d:
         url = d.replicas[0].base_url
-        before = d.counters()[0]
+        before = probe.counters(d.replicas[0].base_url, d.api_key)
         (server,) = listeners(url)
         server.kill()
         wait_for(lambda: d.check() == {} and bool(d.restarts), 120, "the death")
@@ -498,7 +499,7 @@ def test_a_dead_replica_is_started_again_at_its_address_and_the_run_is_marked(tm
         assert restart.died <= (restart.ready or "")
         assert d.replicas[0].exit is None
         assert d.replicas[0].base_url == url
-        after = d.counters()[0]
+        after = probe.counters(d.replicas[0].base_url, d.api_key)
         assert before is not None
         assert after is not None
         assert after["process_start_time_seconds"] > before["process_start_time_seconds"], "which the verdict sees"

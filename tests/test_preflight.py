@@ -9,7 +9,7 @@ import pytest
 from conftest import harness
 
 from cluster.catalogue.tiers import get_tier
-from cluster.deploy import preflight
+from cluster.deploy import placement
 from harness.errors import HarnessError, UsageError
 
 TRACE = Path(__file__).resolve().parent.parent / "scenarios" / "traces" / "azure-conv-2023.csv"
@@ -22,31 +22,31 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_client_only_install_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    monkeypatch.setattr(placement, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'llm-harness\[cluster\]'.*--base-url"):
-        preflight.check_can_serve(CPU)
+        placement.check_can_serve(CPU)
 
 
 def test_vllm_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "_installed", lambda *names: False)
+    monkeypatch.setattr(placement, "_installed", lambda *names: False)
     with pytest.raises(HarnessError, match=r"llm-harness\[cpu\]"):
-        preflight.check_can_serve(CPU)
-    monkeypatch.setattr(preflight, "visible_gpus", lambda: [str(i) for i in range(8)])
+        placement.check_can_serve(CPU)
+    monkeypatch.setattr(placement, "visible_gpus", lambda: [str(i) for i in range(8)])
     with pytest.raises(HarnessError, match=r"llm-harness\[gpu\]"):
-        preflight.check_can_serve(GPU)
+        placement.check_can_serve(GPU)
 
 
 def test_a_gpu_tier_without_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "visible_gpus", lambda: ["0"])
+    monkeypatch.setattr(placement, "visible_gpus", lambda: ["0"])
     with pytest.raises(HarnessError, match=r"8 x H100.*offers 1 NVIDIA GPU:.*RAY_ADDRESS"):
-        preflight.check_can_serve(GPU)
+        placement.check_can_serve(GPU)
 
 
 def test_an_old_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "cpu_flags", lambda: {"sse4_2"})
-    monkeypatch.setattr(preflight.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(placement, "cpu_flags", lambda: {"sse4_2"})
+    monkeypatch.setattr(placement.platform, "machine", lambda: "x86_64")
     with pytest.raises(HarnessError, match="AVX2"):
-        preflight.check_can_serve(CPU)
+        placement.check_can_serve(CPU)
 
 
 def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,15 +54,15 @@ def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None
         s.bind(("127.0.0.1", 0))
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{s.getsockname()[1]}")
         with pytest.raises(HarnessError, match="nothing answers there"):
-            preflight.check_can_serve(GPU)
+            placement.check_can_serve(GPU)
         s.listen()
-        preflight.check_can_serve(GPU)
+        placement.check_can_serve(GPU)
 
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "local", "http://head:8265"])
 def test_an_address_of_another_kind(address: str) -> None:
     with pytest.raises(UsageError, match="HOST:6379"):
-        preflight.check_ray_address(address)
+        placement.check_ray_address(address)
 
 
 def test_nothing_is_fetched_or_made_before(tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, harness
 
-from cluster.deploy.actors import Reserved, ServersActor
-from cluster.deploy.replica import Failed
+from cluster.deploy.servers import Failed, Reserved, ServersActor
 from cluster.engines.protocol import CommandEngine
 from cluster.process import reservations
 from harness.errors import ServerError

@@ -6,6 +6,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import gevent
 import pytest
@@ -153,8 +155,12 @@ def test_a_worker_that_dies_with_a_traceback_is_told_in_a_line(tmp_path) -> None
 def test_what_several_workers_heard_is_put_together() -> None:
     def states(*said: _Progress) -> dict[int, float]:
         load = LoadWorkers.__new__(LoadWorkers)
-        load._states = [_State(None, 0.0, progress=one) for one in said]  # type: ignore[arg-type]
-        return load._quiet_s()
+        child: Any = SimpleNamespace(poll=lambda: None, lines=list, trouble=None)
+        load._states = [_State(child, time.monotonic(), progress=one) for one in said]
+        load._deadline, load._silence_s = None, 600.0
+        quiet_s = load.poll(0.0)["quiet_s"]
+        assert isinstance(quiet_s, dict)
+        return quiet_s
 
     assert states(_Progress(quiet_s={0: 40.0, 1: 9.0}), _Progress(quiet_s={1: 12.0}, heard=[0])) == {1: 12.0}
     assert states(_Progress(quiet_s={0: 40.0}), _Progress()) == {0: 40.0}

@@ -16,7 +16,7 @@ from analysis.check import Check
 from analysis.rows.read import read_run
 from analysis.summary import Summary, summarise
 from analysis.validity.starved import OWN_WAIT, STARVED_BOUND
-from cluster.deploy.replica import ReplicaOwner, Started
+from cluster.deploy.servers import ReplicaOwner, Started
 from cluster.engines.protocol import CommandEngine, Part
 from cluster.process import cpu_times as schedstat
 from cluster.process.cpu_times import CpuTimesSampler, HostTimes, Meter, Times, read_threads

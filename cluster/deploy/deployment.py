@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.catalogue.models import Model
-from cluster.deploy.actors import Reserved, ServersActor
-from cluster.deploy.job import Child, Job, Launch, start_here
+from cluster.deploy.load_workers import Child, Job, Launch, start_here
 from cluster.deploy.placement import (
     ACTOR_CPUS,
+    NICENESS,
     Node,
     bundles,
     choose_load_nodes,
@@ -28,10 +28,9 @@ from cluster.deploy.placement import (
     replica_need,
     shortage,
 )
-from cluster.deploy.ray_head import NICENESS
 from cluster.deploy.ray_session import alive_nodes, connect, disconnect, head_gone, last_line
 from cluster.deploy.remote import RemoteHost, RemoteWorker
-from cluster.deploy.replica import TRIES, Failed, Started
+from cluster.deploy.servers import TRIES, Failed, Reserved, ServersActor, Started
 from cluster.deploy.supervisor import CHECK_S, PartOwner, ServerHost, Supervisor
 from cluster.engines.protocol import WHOLE, Engine, Part, State
 from cluster.engines.vllm import VllmEngine
@@ -185,20 +184,14 @@ class Deployment:
 
     def _own(self, members: list[int], group: Any, part: int) -> None:
         """An actor on one bundle of a placement group, for these replicas (of them: for this part)."""
-        options: dict[str, object] = {
-            "num_cpus": ACTOR_CPUS,
-            "max_concurrency": len(members) + 8,  # every start waits in a thread of its own
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=part),
-        }
-        if self._tier.accelerator_count:
-            options["num_gpus"] = self._tier.accelerator_count
-        servers = []
-        for index in members:
-            name = f"replica {index}" + (f" part {part}" if part else "")
-            log = self._run_dir / (f"server-{index}-part-{part}.log" if part else f"server-{index}.log")
-            servers.append((name, str(log)))
+        actor = ray.remote(
+            num_cpus=ACTOR_CPUS, num_gpus=self._tier.accelerator_count or None,
+            max_concurrency=len(members) + 8,  # every start waits in a thread of its own
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=part),
+        )(ServersActor)  # fmt: skip
+        name, file = (f" part {part}", f"-part-{part}") if part else ("", "")
+        servers = [(f"replica {k}{name}", str(self._run_dir / f"server-{k}{file}.log")) for k in members]
         address = "127.0.0.1" if len(self._nodes) == 1 else ""
-        actor = ray.remote(**options)(ServersActor)
         host = ServerHost(actor.remote(self._engine, servers, self.api_key, address, self._nice))
         host.owners = [PartOwner(host, i, index, part, Path(servers[i][1])) for i, index in enumerate(members)]
         self._supervisor.hosts.append(host)
@@ -216,7 +209,14 @@ class Deployment:
                     self._say(f"replica {index}: a port its parts meet at was taken meanwhile; trying another one")
                 ends = [owners[i].host.actor.end.remote(owners[i].place) for i in where]
                 self._gather(ends, ACTOR_S, "did not end", of=where)
-            refs = self._order([owners[i] for i in where])
+            refs, meeting = [], ("", 0)
+            for owner in (owners[i] for i in where):
+                part = WHOLE
+                if self._engine.hosts > 1:
+                    if owner.part == 0:
+                        (meeting,) = self._gather([owner.host.actor.meeting_point.remote()], ACTOR_S, "no answer")
+                    part = Part(rank=owner.part, hosts=self._engine.hosts, master=meeting[0], master_port=meeting[1])
+                refs.append(owner.host.actor.start.remote(owner.place, self._ready_s, part))
             found = self._gather(refs, self._ready_s + 60, "no answer", of=where, clash_ok=attempt < TRIES)
             for i, answer in zip(where, found, strict=True):
                 started[i] = answer
@@ -224,50 +224,32 @@ class Deployment:
                 break
         return [answer for answer in started if isinstance(answer, Started)]
 
-    def _order(self, owners: list[PartOwner]) -> list[Any]:
-        """Set these servers off; one reference each."""
-        refs = []
-        meeting = ("", 0)
-        for owner in owners:
-            part = WHOLE
-            if self._engine.hosts > 1:
-                if owner.part == 0:
-                    (meeting,) = self._gather([owner.host.actor.meeting_point.remote()], ACTOR_S, "no answer")
-                part = Part(rank=owner.part, hosts=self._engine.hosts, master=meeting[0], master_port=meeting[1])
-            refs.append(owner.host.actor.start.remote(owner.place, self._ready_s, part))
-        return refs
-
     def _gather(
         self, refs: list[Any], timeout_s: float, late: str, *, of: list[int] | None = None, clash_ok: bool = False
     ) -> list[Any]:
         """Results of one call to every host, or to owners, in order; raises `ServerError` at the first failure."""
-        asked = (
-            [self._supervisor.owners[i] for i in of]
-            if of is not None
-            else [h.owners[0] for h in self._supervisor.hosts]
-        )
+        watch = self._supervisor
+        asked = [host.owners[0] for host in watch.hosts] if of is None else [watch.owners[i] for i in of]
+        replica = dict(zip(refs, (owner.replica for owner in asked), strict=False))
         deadline = time.monotonic() + timeout_s
-        results: dict[int, Any] = {}
-        while len(results) < len(refs):
-            waiting = [ref for i, ref in enumerate(refs) if i not in results]
+        results: dict[Any, Any] = {}
+        while waiting := [ref for ref in refs if ref not in results]:
             done, _ = ray.wait(waiting, num_returns=1, timeout=0.5)
-            self._supervisor.listen()
+            watch.listen()
             for ref in done:
-                index = refs.index(ref)
                 try:
-                    answer = results[index] = ray.get(ref)
+                    answer = results[ref] = ray.get(ref)
                 except RayError as e:
-                    raise ServerError(f"replica {asked[index].replica}: its Ray actor failed: {last_line(e)}") from e
+                    raise ServerError(f"replica {replica[ref]}: its Ray actor failed: {last_line(e)}") from e
                 if isinstance(answer, Failed) and not (clash_ok and answer.clash):
                     raise ServerError(answer.message)
             if not done:
-                missing = next(asked[i].replica for i in range(len(refs)) if i not in results)
                 if time.monotonic() > deadline:
-                    raise ServerError(f"replica {missing}: {late} (waited {timeout_s:.0f} s)")
-                for host in self._supervisor.hosts:
+                    raise ServerError(f"replica {replica[waiting[0]]}: {late} (waited {timeout_s:.0f} s)")
+                for host in watch.hosts:
                     if host.lost:
                         raise ServerError(f"replica {host.owners[0].replica}: {host.lost}")
-        return [results[i] for i in range(len(refs))]
+        return [results[ref] for ref in refs]
 
     def _note_cpus(self, reserved: list[Reserved]) -> None:
         """Write down how many processors a replica has, and who else is on them."""
@@ -314,30 +296,22 @@ class Deployment:
             host.fetch()
         return self._supervisor.check()
 
-    def counters(self) -> list[probe.Counters | None]:
-        """Each server's own counters now; null from one that does not answer."""
-        return [probe.counters(replica.base_url, self.api_key) for replica in self.replicas]
-
     @property
     def launch(self) -> Launch | None:
         """How to start load workers; null when they are best ordinary children of this process."""
         if self._spare_cpus is not None:
             return partial(start_here, cpus=self._spare_cpus)
-        if all(node.here for node in self._load_nodes):
-            return None
-        return self._launch
+        return None if all(node.here for node in self._load_nodes) else self._launch
 
     def _launch(self, job: Job) -> Child:
         """Start a load worker on the next load node."""
         node = self._load_nodes[len(self._workers) % len(self._load_nodes)]
         if node.here:
-            child: Child = start_here(job)
-            self._workers.append(child)
-            return child
-        worker = RemoteWorker(node, job)
-        self._workers.append(worker)
-        worker.begin()
-        return worker
+            self._workers.append(start_here(job))
+        else:
+            self._workers.append(worker := RemoteWorker(node, job))
+            worker.begin()
+        return self._workers[-1]
 
     @contextmanager
     def sample_hosts(self, run: RunDir, start_unix_ns: int) -> Iterator[None]:
@@ -345,12 +319,8 @@ class Deployment:
         server, each second, beside the results.
         """
         used = {host.node for host in self._supervisor.hosts} | {node.node_id for node in self._load_nodes}
-        remote = [
-            RemoteHost(node, host_file(run.path, node.address))
-            for node in self._nodes
-            if node.node_id in used and not node.here
-        ]
-        self._hosts = remote
+        others = [node for node in self._nodes if node.node_id in used and not node.here]
+        self._hosts = remote = [RemoteHost(node, host_file(run.path, node.address)) for node in others]
         here = self._nodes[0].address if len(self._nodes) > 1 else "local"
         with (
             HostMetrics(host_file(run.path, here), start_unix_ns) as metrics,
@@ -375,14 +345,12 @@ class Deployment:
         groups, self._groups = self._groups, []
         head, self._ray = self._ray, None
         try:
-            if head is not None and head.poll() is not None:
-                # Our own Ray is gone, and what it ran with it. Asking it would block until Ray ends this very process.
-                for worker in workers:
-                    if isinstance(worker, Process):
-                        worker.stop(grace_s)
-            elif ray.is_initialized():
-                for worker in workers:
+            # When our own Ray is gone, what it ran is, too: asking it would block until Ray ends this very process.
+            gone = head is not None and head.poll() is not None
+            for worker in workers:
+                if isinstance(worker, Process) or (ray.is_initialized() and not gone):
                     worker.stop(grace_s)
+            if ray.is_initialized() and not gone:
                 self._supervisor.stop(grace_s)  # hosts answer without their cluster's head, too
                 for group in groups if not head_gone() else ():
                     with contextlib.suppress(RayError):

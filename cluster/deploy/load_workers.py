@@ -9,13 +9,14 @@ from __future__ import annotations
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
-from cluster.deploy.job import Child, Job, Launch, start_here
-from cluster.process.process import NO_SECRETS, describe_exit
+from cluster.process.process import GRACE_S, NO_SECRETS, Process, describe_exit
 from harness.errors import UsageError, WorkerError
 from harness.record.answers import KEY_BYTES, KEY_VARIABLE
 from harness.record.manifest import RunDir, Worker
@@ -40,6 +41,60 @@ POLL_S = 0.1
 GARBAGE_LINES = 10
 
 WORKER = (sys.executable, "-m", "scenarios.worker")
+
+
+READS, WRITES = ("plan", "tls_ca"), ("results", "observations", "answers", "captured")
+"""Fields of a worker's spec that name files it reads, and files it writes."""
+
+
+class Child(Protocol):
+    """A running process with pipes: `cluster.process.process.Process`, or one on another host."""
+
+    @property
+    def host(self) -> str: ...  # noqa: D102
+    @property
+    def trouble(self) -> str | None: ...  # noqa: D102
+    def poll(self) -> int | None: ...  # noqa: D102
+    def stop(self, grace_s: float = GRACE_S) -> int | None: ...  # noqa: D102
+    def lines(self) -> list[str]: ...  # noqa: D102
+    def write_line(self, line: str) -> bool: ...  # noqa: D102
+    def tail(self, n: int = 20) -> list[str]: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A load worker to start: ``argv`` and the path of its spec file are its command line."""
+
+    name: str
+    argv: Sequence[str]
+    env: Mapping[str, str | None]
+    spec: WorkerSpec
+    """With absolute paths of this host."""
+    spec_file: Path
+    log: Path
+
+    def files(self, fields: Sequence[str]) -> dict[str, Path]:
+        """Files of the spec, by field."""
+        return {field: Path(name) for field in fields if (name := getattr(self.spec, field))}
+
+    def spec_in(self, folder: str) -> bytes:
+        """The spec with its files in a folder of another host."""
+        moved = {field: f"{folder}/{file.name}" for field, file in self.files(READS + WRITES).items()}
+        return msgspec.json.encode({**msgspec.to_builtins(self.spec), **moved})
+
+
+Launch = Callable[[Job], Child]
+"""Starts a job; `start_here` and `Deployment.launch` are two."""
+
+
+def start_here(job: Job, cpus: Sequence[int] | None = None) -> Process:
+    """Start it as a child of this process, on these processors only if any are named. Raises `WorkerError`."""
+    try:
+        job.spec_file.write_bytes(msgspec.json.encode(job.spec))
+    except OSError as e:
+        raise WorkerError(f"{job.spec_file}: cannot write ({e.strerror})") from e
+    command = [*job.argv, str(job.spec_file)]
+    return Process.start(command, name=job.name, env=job.env, log=job.log, pipes=True, cpus=cpus)
 
 
 class _Ready(msgspec.Struct, tag="ready", tag_field="event"):
@@ -141,7 +196,17 @@ class LoadWorkers:
         try:
             for index in range(self._spec.workers):
                 self._states.append(self._spawn(index))
-            self._wait_ready()
+            deadline = time.monotonic() + self._ready_s
+            while not all(state.ready for state in self._states):
+                for index, state in enumerate(self._states):
+                    code = state.child.poll()  # before the lines: all of them are there once it has ended
+                    state.read()
+                    if state.ready is None and code is not None:
+                        how = state.child.trouble or describe_exit(code)
+                        raise self._failure(index, f"ended before it was ready ({how})")
+                    if state.ready is None and time.monotonic() > deadline:
+                        raise self._failure(index, f"was not ready after {self._ready_s:.0f} s")
+                time.sleep(POLL_S / 2)
         except BaseException:  # Ctrl-C as well: leave nothing running
             self._kill("not started")
             raise
@@ -151,37 +216,18 @@ class LoadWorkers:
         self._kill("ended with the harness")
 
     def _spawn(self, index: int) -> _State:
-        job = Job(
-            name=f"load worker {index}",
-            argv=self._worker,
-            env={**NO_SECRETS, **self._secrets(), "HARNESS_API_KEY": self._api_key},
-            spec=worker_spec(self._spec, self._run, index),
-            spec_file=self._run.path.resolve() / f"worker-{index}.json",
-            log=self._run.worker_log(index),
-        )
-        child = self._launch(job)
-        return _State(child, time.monotonic())
-
-    def _secrets(self) -> dict[str, str]:
-        """Variables with the values of headers: a worker on another host has none of this environment."""
+        # A worker on another host has none of this environment.
         values = from_environment(self._spec.header_env)
-        of_headers = {variable: values[name] for name, variable in self._spec.header_env.items()}
-        return of_headers | ({} if self._spec.capture == "off" else {KEY_VARIABLE: self._capture_key})
-
-    def _wait_ready(self) -> None:
-        deadline = time.monotonic() + self._ready_s
-        while True:
-            for index, state in enumerate(self._states):
-                code = state.child.poll()  # before the lines: all of them are there once it has ended
-                state.read()
-                if state.ready is None and code is not None:
-                    how = state.child.trouble or describe_exit(code)
-                    raise self._failure(index, f"ended before it was ready ({how})")
-                if state.ready is None and time.monotonic() > deadline:
-                    raise self._failure(index, f"was not ready after {self._ready_s:.0f} s")
-            if all(state.ready for state in self._states):
-                return
-            time.sleep(POLL_S / 2)
+        secret = {variable: values[name] for name, variable in self._spec.header_env.items()}
+        if self._spec.capture != "off":
+            secret[KEY_VARIABLE] = self._capture_key
+        job = Job(
+            name=f"load worker {index}", argv=self._worker,
+            env={**NO_SECRETS, **secret, "HARNESS_API_KEY": self._api_key},
+            spec=worker_spec(self._spec, self._run, index),
+            spec_file=self._run.path.resolve() / f"worker-{index}.json", log=self._run.worker_log(index),
+        )  # fmt: skip
+        return _State(self._launch(job), time.monotonic())
 
     def _failure(self, index: int, problem: str) -> WorkerError:
         state = self._states[index]
@@ -212,8 +258,7 @@ class LoadWorkers:
                 state.child.write_line(f"silent {silent}")
             for _ in range(2 if at_once else 1):  # a second "stop" cuts short what is in flight
                 state.child.write_line("stop")
-        seconds = AT_ONCE_S if at_once else self._spec.drain_s + SLACK_S
-        self._limit(seconds, "did not stop when asked to")
+        self._limit(AT_ONCE_S if at_once else self._spec.drain_s + SLACK_S, "did not stop when asked to")
 
     def _limit(self, seconds: float, why: str) -> None:
         """From then on workers that still run are ended, for this reason."""
@@ -225,7 +270,8 @@ class LoadWorkers:
         """Merged counts of all workers after ``timeout_s`` (sooner when all have ended).
 
         Keys: sent, done, failed, in_flight, output_tokens: totals since the start. ttft_s, tpot_s, e2e_s: samples since
-        the last call. quiet_s: by server, how long requests have waited for a byte, where that is long.
+        the last call. quiet_s: how long requests have waited for a byte, by server, of those from which no worker has
+        heard of late.
         """
         until = time.monotonic() + timeout_s
         new: list[_Progress] = []
@@ -238,22 +284,14 @@ class LoadWorkers:
                 break
             time.sleep(min(POLL_S, left))
         names = ("sent", "done", "failed", "in_flight", "output_tokens")
-        counts: dict[str, object] = {
-            name: sum(getattr(state.progress, name) for state in self._states) for name in names
-        }
+        counts = {name: sum(getattr(state.progress, name) for state in self._states) for name in names}
         samples = {name: [s for line in new for s in getattr(line, name)] for name in ("ttft_s", "tpot_s", "e2e_s")}
-        return {**counts, **samples, "quiet_s": self._quiet_s()}
-
-    def _quiet_s(self) -> dict[int, float]:
-        """How long requests have waited for a byte, by server: those from which no worker has heard of late."""
         running = [state.progress for state in self._states if state.over is None]
         heard = {k for progress in running for k in progress.heard}
         quiet: dict[int, float] = {}
-        for progress in running:
-            for k, waited_s in progress.quiet_s.items():
-                if k not in heard:
-                    quiet[k] = max(waited_s, quiet.get(k, 0.0))
-        return quiet
+        for k, waited_s in (item for progress in running for item in progress.quiet_s.items() if item[0] not in heard):
+            quiet[k] = max(waited_s, quiet.get(k, 0.0))
+        return {**counts, **samples, "quiet_s": quiet}
 
     def _follow(self, state: _State) -> list[_Progress]:
         """Read one worker's lines and settle whether and how it ended."""
@@ -294,18 +332,14 @@ class LoadWorkers:
     @property
     def workers(self) -> list[Worker]:
         """What is known of each worker, for the manifest."""
+        ends = [(state, state.end or _End()) for state in self._states]
         return [
             Worker(
-                index=index,
-                host=state.child.host or None,
-                exit=state.over or None,
-                rows=state.end.rows if state.end else None,
-                cpu_share=state.end.cpu_share if state.end else None,
-                loop_lag_p99_s=state.end.loop_lag_p99_s if state.end else None,
-                unstamped_share=state.end.unstamped_share if state.end else None,
+                index=index, host=state.child.host or None, exit=state.over or None, rows=end.rows,
+                cpu_share=end.cpu_share, loop_lag_p99_s=end.loop_lag_p99_s, unstamped_share=end.unstamped_share,
             )
-            for index, state in enumerate(self._states)
-        ]
+            for index, (state, end) in enumerate(ends)
+        ]  # fmt: skip
 
     @property
     def end_ns(self) -> int | None:

@@ -16,8 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cluster.deploy.placement import Node
-from cluster.deploy.preflight import check_ray_address
+from cluster.deploy.placement import NICENESS, Node, check_ray_address
 from cluster.process.process import Process, wait_ready
 from cluster.process.reservations import holders, reservations, visible_gpus
 from harness.errors import ServerError, UsageError
@@ -41,6 +40,18 @@ except ImportError as e:
     raise UsageError("package ray is missing; install the harness with its [cpu] or [gpu] extra") from e
 
 NAMESPACE = "harness"
+OBJECT_STORE_BYTES = 100 << 20
+"""Ray's own smallest is 75 MB; nothing large goes through it here."""
+HEAD = f"""
+import json, ray, signal
+ray.init(address="local", include_dashboard=False, object_store_memory={OBJECT_STORE_BYTES}, log_to_driver=False,
+         logging_level="ERROR")
+print(json.dumps({{"address": ray.get_runtime_context().gcs_address}}), flush=True)
+signal.pause()
+"""
+"""A Ray of this machine in a process of its own. Ray starts half a dozen processes, and some outlive a killed driver by
+a minute; here all are below one command, so that its guard ends them like anything else. It says where it is, and
+waits."""
 RAY_ENV: dict[str, str | None] = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a notice; our CPU actors have no GPU to hide
@@ -71,7 +82,7 @@ def connect(say: Callable[[str], None]) -> Process | None:
         return None
     with tempfile.TemporaryDirectory(prefix="harness-ray-") as folder:
         head = Process.start(
-            [sys.executable, "-m", "cluster.deploy.ray_head"], name="Ray", env={**RAY_ENV, **free_gpus(say)},
+            [sys.executable, "-c", HEAD], name="Ray", env={**RAY_ENV, NICENESS: "0", **free_gpus(say)},
             log=Path(folder) / "log", pipes=True,
         )  # fmt: skip
         found: list[str] = []

@@ -1,83 +1,201 @@
-"""The driver's side of what runs on other hosts: a load worker, and the counters of a host.
+"""What runs on hosts without this process: a load worker, and the counters of a host.
 
-Nothing here waits for a host that may be gone: a question is left open, and a host that leaves one open for `LOST_S`
-is lost. What it had written and flushed until then is in the run directory: files come home in pieces all the time.
+An actor there owns a folder. What a load worker reads is sent into it before; what is written there (rows,
+observations, logs) comes back in pieces while it runs, as it is flushed, so that what a host had written before it died
+is in the run directory. Nothing here waits for a host that may be gone: a question is left open, and a host that leaves
+one open for `LOST_S` is lost.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ray
-from ray.exceptions import GetTimeoutError, RayError
-
-from cluster.deploy.actors import HostActor, Report, WorkerActor
-from cluster.deploy.job import PIECE_BYTES, Job, append_piece
+from cluster.deploy.load_workers import READS, WRITES, Job
 from cluster.deploy.placement import ACTOR_CPUS, Node
 from cluster.deploy.ray_session import LOST_S, Question, end_actor, last_line, on
-from cluster.process.process import GRACE_S, tail
+from cluster.deploy.servers import PIECE_BYTES, read_piece
+from cluster.process.process import GRACE_S, NO_SECRETS, Process, tail
+from cluster.process.registry import work_folder
 from harness.errors import HarnessError, WorkerError
+
+import ray  # isort: skip  # after cluster.deploy.ray_session, which sets what Ray reads when it is imported
+from ray.exceptions import GetTimeoutError, RayError  # isort: skip
+
+if TYPE_CHECKING:
+    from harness.record.samples import HostMetrics
 
 BEGIN_S = 120.0
 """Placing an actor and sending it one piece of a file."""
 CLOCK_READINGS = 5
 LOST_CODE = -9
+HOST_FILE = "host.arrows"
 
 
-class RemoteWorker:
-    """A load worker on another host, as a `cluster.deploy.job.Child`."""
+# --- there -----------------------------------------------------------------------------------------------------------
 
-    def __init__(self, node: Node, job: Job, cpus: list[int] | None = None) -> None:
-        self.name, self.log = job.name, job.log
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What an actor has seen since the last look."""
+
+    code: int | None
+    """Exit code of the load worker; null while it runs."""
+    lines: list[str]
+    pieces: dict[str, bytes]
+    """The next piece of each file of the folder that was asked for."""
+
+
+class FolderActor:
+    """Owns a folder of its host, and one load worker or the sampling of the host's counters."""
+
+    def __init__(self) -> None:
+        self._process: Process | None = None
+        self._metrics: HostMetrics | None = None
+        self._folder = work_folder()
+
+    def folder(self) -> str:
+        """Where its files are."""
+        return str(self._folder)
+
+    def clock_ns(self) -> int:
+        """Wall clock of this host, ns since 1970."""
+        return time.time_ns()
+
+    def put(self, name: str, data: bytes) -> str | None:
+        """Append to a file of the folder; what went wrong, or null."""
+        try:
+            with (self._folder / name).open("ab") as file:
+                file.write(data)
+        except OSError as e:
+            return f"{self._folder / name}: cannot write ({e.strerror})"
+        return None
+
+    def begin(
+        self, argv: Sequence[str], env: Mapping[str, str | None], name: str, spec: str, log: str, nice: int
+    ) -> str | None:
+        """Start a load worker on a spec file of the folder; what went wrong, or null."""
+        try:
+            self._process = Process.start(
+                [*argv, str(self._folder / spec)], name=name, env={**NO_SECRETS, **env}, log=self._folder / log,
+                pipes=True, nice=nice,
+            )  # fmt: skip
+        except HarnessError as e:
+            return str(e)
+        return None
+
+    def sample(self, start_unix_ns: int) -> None:
+        """Sample the host from now on; ``start_unix_ns`` is the common start by this host's clock."""
+        from harness.record.samples import HostMetrics  # Arrow: not in every actor
+
+        self._metrics = HostMetrics(self._folder / HOST_FILE, start_unix_ns)
+        self._metrics.__enter__()
+
+    def look(self, offsets: Mapping[str, int]) -> Report:
+        """Exit code and lines since the last look (all once it has ended), and its files from these offsets."""
+        code, lines = None, []
+        if self._process is not None:
+            code = self._process.poll()  # before the lines and the files: all is there once it has ended
+            lines = self._process.lines()
+        return Report(code, lines, {name: read_piece(self._folder / name, at) for name, at in offsets.items()})
+
+    def write_line(self, line: str) -> bool:
+        """A line to its stdin."""
+        return self._process is not None and self._process.write_line(line)
+
+    def stop(self, grace_s: float) -> None:
+        """End what runs; its files are whole."""
+        if self._process is not None:
+            self._process.stop(grace_s)
+        if self._metrics is not None:
+            self._metrics.__exit__(None, None, None)
+
+    def clean(self) -> None:
+        """Take its folder away."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+# --- here ------------------------------------------------------------------------------------------------------------
+
+
+class RemoteFolder:
+    """The driver's side of a `FolderActor`: its files come home."""
+
+    def __init__(self, node: Node, files: Mapping[str, Path], *, cpus: float) -> None:
+        """``files``: where each file of its folder goes."""
         self.host = node.address
         self.trouble: str | None = None
-        self._job, self._cpus = job, cpus
-        self._actor = ray.remote(num_cpus=ACTOR_CPUS, max_concurrency=8, scheduling_strategy=on(node.node_id))(
-            WorkerActor
-        ).remote()  # fmt: skip
-        self._files = {file.name: file for file in job.writes().values()}
-        self._offsets = dict.fromkeys(self._files, 0)
+        """Why nothing more comes; null while something may."""
+        self._files, self._offsets = files, dict.fromkeys(files, 0)
+        options = {"num_cpus": cpus, "max_concurrency": 8, "scheduling_strategy": on(node.node_id)}
+        self._actor: Any = ray.remote(**options)(FolderActor).remote()
         self._question = Question(lambda: self._actor.look.remote(dict(self._offsets)))
+
+    def fetch(self) -> Report | None:
+        """What has come, its pieces appended to their files; null when nothing has. Never waits."""
+        if self.trouble is not None:
+            return None
+        self._question.send()
+        report: Report | None = self._question.answer()
+        if report is not None:
+            self.keep(report.pieces)
+        elif self._question.lost:
+            self.trouble = f"host {self.host}: {self._question.lost}"
+        return report
+
+    def keep(self, pieces: Mapping[str, bytes]) -> None:
+        """Append what came. A file that this makes is its owner's alone, as captured answers have to be."""
+        for name, piece in pieces.items():
+            if piece:
+                file = self._files[name]
+                try:
+                    with open(file, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as target:
+                        target.write(piece)
+                except OSError as e:  # half of a piece must not be followed by the same one
+                    self.trouble = f"{file}: cannot write ({e.strerror})"
+                    return
+                self._offsets[name] += len(piece)
+
+    def release(self) -> None:
+        """Nothing more is to be had of its actor, which takes folder and process with it."""
+        if self.trouble is None:
+            with contextlib.suppress(RayError):
+                ray.get(self._actor.clean.remote(), timeout=LOST_S)
+        end_actor(self._actor)
+
+
+class RemoteWorker(RemoteFolder):
+    """A load worker on another host, as a `cluster.deploy.load_workers.Child`."""
+
+    def __init__(self, node: Node, job: Job) -> None:
+        super().__init__(node, {file.name: file for file in [*job.files(WRITES).values(), job.log]}, cpus=ACTOR_CPUS)
+        self.name, self._job = job.name, job
         self._clock_offset_ns = 0
         self._code: int | None = None
         self._lines: list[str] = []
 
     def begin(self) -> None:
         """Send what it reads and start it. Raises `WorkerError`."""
-        self.log.touch()  # a log that stays empty is there, too
+        job = self._job
+        job.log.touch()  # a log that stays empty is there, too
         folder = self._get(self._actor.folder.remote())
-        for file in self._job.reads().values():
-            self._send(file)
-        spec = self._job.spec_file.name
-        problem = self._get(self._actor.put.remote(spec, self._job.spec_in(folder)))
-        problem = problem or self._get(
-            self._actor.begin.remote(
-                list(self._job.argv),
-                dict(self._job.env),
-                self.name,
-                spec,
-                self.log.name,
-                self._cpus,
-                os.getpriority(os.PRIO_PROCESS, 0),
-            )
-        )
-        if problem:
-            raise WorkerError(f"{self.name} on {self.host}: {problem}")
-        self._clock_offset_ns = clock_offset_ns(lambda: self._get(self._actor.clock_ns.remote()))
-
-    def _send(self, file: Path) -> None:
         try:
-            with file.open("rb") as source:
-                while piece := source.read(PIECE_BYTES):
-                    if problem := self._get(self._actor.put.remote(file.name, piece)):
-                        raise WorkerError(f"{self.name} on {self.host}: {problem}")
+            for file in job.files(READS).values():
+                with file.open("rb") as source:
+                    while piece := source.read(PIECE_BYTES):
+                        self._done(self._actor.put.remote(file.name, piece))
         except OSError as e:
-            raise WorkerError(f"{file}: cannot read ({e.strerror})") from e
+            raise WorkerError(f"{e.filename}: cannot read ({e.strerror})") from e
+        spec, nice = job.spec_file.name, os.getpriority(os.PRIO_PROCESS, 0)
+        self._done(self._actor.put.remote(spec, job.spec_in(folder)))
+        self._done(self._actor.begin.remote(list(job.argv), dict(job.env), self.name, spec, job.log.name, nice))
+        self._clock_offset_ns = clock_offset_ns(lambda: self._get(self._actor.clock_ns.remote()))
 
     def _get(self, ref: Any) -> Any:
         try:
@@ -85,41 +203,25 @@ class RemoteWorker:
         except (RayError, GetTimeoutError) as e:
             raise WorkerError(f"{self.name}: its host {self.host} does not take it: {last_line(e)}") from e
 
+    def _done(self, ref: Any) -> None:
+        if problem := self._get(ref):
+            raise WorkerError(f"{self.name} on {self.host}: {problem}")
+
     def poll(self) -> int | None:
         """Exit code once it has ended and all it wrote is here; null while it runs. Never waits."""
         if self._code is None:
-            self._question.send()
-            report = self._question.answer()
+            report = self.fetch()
             if report is not None:
-                self._take(report)
-            elif self._question.lost:
-                self._lose(self._question.lost)
+                self._lines += report.lines
+            if self.trouble is not None:
+                self._end(LOST_CODE)
+            elif report is not None and report.code is not None and not any(report.pieces.values()):
+                self._end(report.code)
         return self._code
 
-    def _take(self, report: Report) -> None:
-        self._lines += report.lines
-        for name, piece in report.pieces.items():
-            if piece:
-                try:
-                    append_piece(self._files[name], piece)
-                except OSError as e:
-                    self._lose(f"{self._files[name]}: cannot write ({e.strerror})")
-                    return
-                self._offsets[name] += len(piece)
-        if report.code is not None and not any(report.pieces.values()):
-            self._code = report.code
-            self._release()
-
-    def _lose(self, trouble: str) -> None:
-        self.trouble, self._code = f"host {self.host}: {trouble}", LOST_CODE
-        self._release()
-
-    def _release(self) -> None:
-        """Nothing more is to be had of its actor, which takes folder and process with it."""
-        if self.trouble is None:
-            with contextlib.suppress(RayError):
-                ray.get(self._actor.clean.remote(), timeout=LOST_S)
-        end_actor(self._actor)
+    def _end(self, code: int) -> None:
+        self._code = code
+        self.release()
 
     def wait(self, timeout_s: float) -> int | None:
         """`poll` after the end or ``timeout_s``."""
@@ -148,67 +250,49 @@ class RemoteWorker:
         if self._code is None:
             self._actor.stop.remote(grace_s)
             if self.wait(grace_s + LOST_S) is None:
-                self._lose("did not end")
+                self.trouble = f"host {self.host}: did not end"
+                self._end(LOST_CODE)
         return self._code
 
     def tail(self, n: int = 20) -> list[str]:
         """The end of its log."""
-        return tail(self.log, n)
+        return tail(self._job.log, n)
 
 
-class RemoteHost:
-    """The counters of another host, coming home while a run lasts."""
+class RemoteHost(RemoteFolder):
+    """The counters of another host, coming home while a run lasts. One that does not answer has none."""
 
     def __init__(self, node: Node, file: Path) -> None:
-        self._file, self._offset, self._started, self._full = file, 0, False, False
-        self._actor = ray.remote(num_cpus=0, max_concurrency=4, scheduling_strategy=on(node.node_id))(
-            HostActor
-        ).remote()  # fmt: skip
-        self._question = Question(lambda: self._actor.look.remote(self._offset))
+        super().__init__(node, {HOST_FILE: file}, cpus=0)
 
     def begin(self, start_unix_ns: int) -> None:
-        """Sample from now on. A host that does not answer has no counters, which stops no run."""
-        with contextlib.suppress(RayError, GetTimeoutError):
+        """Sample from now on."""
+        try:
             offset_ns = clock_offset_ns(lambda: ray.get(self._actor.clock_ns.remote(), timeout=LOST_S))
-            self._actor.begin.remote(start_unix_ns + offset_ns)
-            self._started = True
-
-    def fetch(self) -> bool:
-        """Take what has come; true while there may be more at once."""
-        if not self._started or self._full or self._question.lost:
-            return False
-        self._question.send()
-        piece = self._question.answer()
-        if piece:
-            try:
-                with self._file.open("ab") as file:
-                    file.write(piece)
-            except OSError:  # half of a piece must not be followed by the same one
-                self._full = True
-            self._offset += len(piece)
-        return piece is None or bool(piece)
+            self._actor.sample.remote(start_unix_ns + offset_ns)
+        except (RayError, GetTimeoutError) as e:
+            self.trouble = last_line(e)
 
     def end(self) -> None:
         """No more samples; the rest comes home."""
         with contextlib.suppress(RayError, GetTimeoutError):
-            if self._started and not self._question.lost:
-                ray.get(self._actor.stop.remote(), timeout=LOST_S)
-                deadline = time.monotonic() + LOST_S
-                while self.fetch() and time.monotonic() < deadline:
+            if self.trouble is None:
+                ray.get(self._actor.stop.remote(0.0), timeout=LOST_S)
+                deadline, asked = time.monotonic() + LOST_S, 0
+                # An answer without a piece may be of a question that was asked before the end.
+                while self.trouble is None and asked < 2 and time.monotonic() < deadline:
+                    report = self.fetch()
+                    asked = 0 if report and report.pieces[HOST_FILE] else asked + (report is not None)
                     time.sleep(0.02)
-                ray.get(self._actor.clean.remote(), timeout=LOST_S)
-        end_actor(self._actor)
+        self.release()
 
 
 def clock_offset_ns(read: Callable[[], int]) -> int:
     """How far another host's wall clock is ahead of ours, ns: the reading with the shortest way there and back."""
-    best: tuple[int, int] | None = None
+    readings = []
     for _ in range(CLOCK_READINGS):
         before = time.time_ns()
         there = read()
         after = time.time_ns()
-        if best is None or after - before < best[0]:
-            best = after - before, there - (before + after) // 2
-    if best is None:
-        raise HarnessError("no reading of the other clock")
-    return best[1]
+        readings.append((after - before, there - (before + after) // 2))
+    return min(readings)[1]

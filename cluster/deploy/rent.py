@@ -22,7 +22,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from cluster.catalogue.tiers import full_note
-from cluster.deploy.ray_head import NICENESS
+from cluster.deploy.placement import NICENESS
 from cluster.process.process import Process, describe_exit
 from harness.errors import HarnessError, UsageError
 from harness.paths import state_dir

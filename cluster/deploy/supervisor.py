@@ -15,7 +15,7 @@ from typing import Any
 
 from cluster.deploy.ray_session import LOST_S, Question, ask, end_actor, head_gone
 from cluster.deploy.remote import clock_offset_ns
-from cluster.deploy.replica import Failed, Look
+from cluster.deploy.servers import Failed, Look
 from cluster.engines.protocol import State
 from harness.record.manifest import Replica, Restart, RunDir, now_utc
 from harness.record.samples import ProcessorSeconds
@@ -49,20 +49,21 @@ class ServerHost:
 
     def ask(self) -> Any:
         """Ask for news of its servers, unless a question is open."""
-        if self.question is None:
-            self.question = Question(lambda: self.actor.look.remote([owner.offset for owner in self.owners]))
+        self.question = self.question or Question(self.look)
         return self.question.send()
+
+    def look(self) -> Any:
+        """News of its servers, to be waited for."""
+        return self.actor.look.remote([owner.offset for owner in self.owners])
 
     def sample(self, start_unix_ns: int) -> bool:
         """Have it sample what its servers run and wait; false when it does not answer."""
-        if not self.node or self.lost:
-            return False
-        try:
-            ahead_ns = clock_offset_ns(lambda: ray.get(self.actor.clock_ns.remote(), timeout=LOST_S))
-        except (RayError, GetTimeoutError):
-            return False
-        self.actor.sample.remote(start_unix_ns + ahead_ns)
-        return True
+        with contextlib.suppress(RayError, GetTimeoutError):
+            if self.node and not self.lost:
+                ahead_ns = clock_offset_ns(lambda: ray.get(self.actor.clock_ns.remote(), timeout=LOST_S))
+                self.actor.sample.remote(start_unix_ns + ahead_ns)
+                return True
+        return False
 
 
 @dataclass(slots=True)
@@ -101,16 +102,6 @@ class PartOwner:
             self.offset += len(look.log)
 
 
-@dataclass(slots=True)
-class _Restarting:
-    """A restart that was ordered."""
-
-    answer: Any
-    place: int
-    """In ``Supervisor.restarts``."""
-    since: float
-
-
 class Supervisor:
     """Follows the servers of one deployment. With ``restart`` a dead one is started again, at its address."""
 
@@ -121,8 +112,8 @@ class Supervisor:
         self.owners: list[PartOwner] = []
         self.restarts: list[Restart] = []
         self._replicas, self._say, self._restart_wanted, self._ready_s = replicas, say, restart, ready_s
-        self._restarting: dict[int, _Restarting] = {}
-        """By replica."""
+        self._restarting: dict[int, tuple[Any, int, float]] = {}
+        """By replica: the answer to come, the place in `restarts`, when it was ordered."""
         self._headless_since: float | None = None
 
     def listen(self, wait_s: float = 0.0) -> None:
@@ -210,24 +201,24 @@ class Supervisor:
         self._say(f"replica {owner.replica} is gone ({how}); starting it again")
         owner.start += 1
         answer = owner.host.actor.restart.remote(owner.place, self._ready_s)
-        self._restarting[owner.replica] = _Restarting(answer, len(self.restarts), time.monotonic())
+        self._restarting[owner.replica] = answer, len(self.restarts), time.monotonic()
         self.restarts.append(Restart(replica=owner.replica, died=now_utc(), how=how))
         return True
 
     def _finish_restart(self, owner: PartOwner, replica: Replica) -> None:
-        going = self._restarting[replica.index]
-        took_s = time.monotonic() - going.since
-        done, _ = ray.wait([going.answer], timeout=0)
+        coming, place, since = self._restarting[replica.index]
+        took_s = time.monotonic() - since
+        done, _ = ray.wait([coming], timeout=0)
         if not done and took_s <= self._ready_s + RESTART_SLACK_S and not owner.host.lost:
             return
         del self._restarting[replica.index]
-        (answer,) = ask([going.answer], 0)
+        (answer,) = ask([coming], 0)
         if answer is None or isinstance(answer, Failed):
             why = answer.message.splitlines()[0] if answer else "no answer from its host"
-            replica.exit = f"{self.restarts[going.place].how}; not started again: {why}"
+            replica.exit = f"{self.restarts[place].how}; not started again: {why}"
             return
         owner.ended = None
-        self.restarts[going.place] = replace(self.restarts[going.place], ready=now_utc(), took_s=round(took_s, 1))
+        self.restarts[place] = replace(self.restarts[place], ready=now_utc(), took_s=round(took_s, 1))
         self._say(f"replica {replica.index} answers again after {took_s:.0f} s; the run is marked")
 
     def stop(self, grace_s: float) -> None:
@@ -238,7 +229,7 @@ class Supervisor:
             ray.wait(refs, num_returns=len(refs), timeout=grace_s + LOST_S)
         for host in there:
             while host.node:  # it comes in pieces
-                (looks,) = ask([host.actor.look.remote([owner.offset for owner in host.owners])])
+                (looks,) = ask([host.look()])
                 for owner, look in zip(host.owners, looks or (), strict=False):
                     owner.take(look, lambda words: None)
                 if not any(look.log for look in looks or ()):

@@ -115,7 +115,7 @@ class Meter:
 
 
 class SampledServer(Protocol):
-    """Whose processor time is sampled: `cluster.deploy.replica.ReplicaOwner`."""
+    """Whose processor time is sampled: `cluster.deploy.servers.ReplicaOwner`."""
 
     def processes(self, tree: Mapping[int, Sequence[int]]) -> list[int]:
         """Its processes, the one it was started as first, from the children of every process; none: not serving."""

@@ -2,7 +2,7 @@
 
 ``$XDG_STATE_HOME/harness/claims`` holds ``<id>.json`` for every server of this user's harness: the processors it is
 pinned to and its accelerators. A reservation counts as long as the process that made it lives (`registry.Identity`),
-however that ends. Ports need none: the owner of a server keeps its port bound (`cluster.deploy.replica.hold_port`).
+however that ends. Ports need none: the owner of a server keeps its port bound (`cluster.deploy.servers.hold_port`).
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from harness.server.counters import check_metrics_urls
 
 if TYPE_CHECKING:
     from cluster.catalogue.models import Model
-    from cluster.deploy.job import Launch
+    from cluster.deploy.load_workers import Launch
 
 
 API_KEY = "HARNESS_API_KEY"
@@ -278,7 +278,7 @@ def choose_target(options: ReplayOptions, *, start: bool = True) -> Target:
         tier = get_tier(asked.tier) if asked.tier else None
         return UrlTarget(list(asked.base_urls), asked.model, tier, asked.metrics_urls, access_to(options.load))
     from cluster.catalogue.models import DEFAULT_MODEL, for_tier, get_model
-    from cluster.deploy.preflight import check_can_serve
+    from cluster.deploy.placement import check_can_serve
     from cluster.engines.vllm import check_fit, for_processor
 
     model, tier = get_model(asked.model or DEFAULT_MODEL), get_tier(asked.tier or DEFAULT_TIER)

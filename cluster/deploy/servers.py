@@ -1,33 +1,36 @@
-"""The owner of one model server: its port, its start, its health, its end; on the server's host.
+"""Model servers on their own host: their ports, start, health and end, and the Ray actor that owns them.
 
-Methods are called from several threads, so that `ReplicaOwner.stop` overtakes a `ReplicaOwner.start` that still waits.
+Plain classes without Ray in them until they are made remote, so their behaviour can be tested in-process. Methods are
+called from several threads, so that a ``stop`` overtakes a ``start`` that still waits.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import queue
 import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import TypeVar
 
-from cluster.deploy.job import read_piece
+from cluster.deploy.placement import choose_cpus
 from cluster.engines.protocol import WHOLE, Engine, Part, State
+from cluster.process.cpu_times import CpuTimesSampler
 from cluster.process.guard import descendants
 from cluster.process.process import GRACE_S, NO_SECRETS, PortTakenError, Process, describe_exit, wait_ready
-from cluster.process.registry import work_folder
+from cluster.process.registry import name_orphans, work_folder
+from cluster.process.reservations import exclusively, holders, release, reservations, reserve, visible_gpus
 from harness.errors import HarnessError, ServerError
 from harness.record.samples import ProcessorSecond
 from harness.server import probe
 from harness.server.access import page_beside
-
-T = TypeVar("T")
 
 TRIES = 3
 """Starts with a new port when another process was faster to take it."""
@@ -36,6 +39,8 @@ HEALTH_ANSWER_S = 30.0
 """Long, because a server that is short of processors under load answers late, and lives."""
 UNHEALTHY_S = 60.0
 """A server whose /health has failed for this long is dead, though its process runs."""
+PIECE_BYTES = 4 << 20
+"""Of a file that travels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,23 +98,29 @@ class ReplicaOwner:
         self._part = WHOLE
         self._stopped = False
         self._start = 1
-        self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._seconds: queue.SimpleQueue[ProcessorSecond] = queue.SimpleQueue()
+        self._messages: deque[str] = deque()
+        self._seconds: deque[ProcessorSecond] = deque()
         self._state: State = "queued"
         self._read = 0  # of the log, for states
         self._unhealthy: str | None = None
 
     def look(self, log_offset: int = 0) -> Look:
         """State, words for the person since the last call, how the server ended, and its log from ``log_offset``."""
-        messages, seconds = drained(self._messages), drained(self._seconds)
-        self._follow_log()
+        messages = [self._messages.popleft() for _ in range(len(self._messages))]
+        seconds = [self._seconds.popleft() for _ in range(len(self._seconds))]
+        if self._process is not None and self._state != "ready":
+            piece = read_piece(self._log, self._read)
+            whole = piece[: piece.rfind(b"\n") + 1]
+            self._read += len(whole)
+            for line in whole.decode(errors="replace").splitlines():
+                self._state = self._engine.state(line) or self._state
         log = read_piece(self._log, log_offset) if self._remote_log else b""
         start = self._start  # before the question how it ended: an end must not be taken for that of a later start
         return Look(self._state, messages, self.ended(), log, start, seconds)
 
     def say(self, words: str) -> None:
         """For the person; heard with the next `look`."""
-        self._messages.put(words)
+        self._messages.append(words)
 
     def processes(self, tree: Mapping[int, Sequence[int]]) -> list[int]:
         """The server's processes, the one that was started first; none while it is not ready."""
@@ -121,16 +132,7 @@ class ReplicaOwner:
 
     def note_second(self, second: ProcessorSecond) -> None:
         """What they ran and waited; told with the next `look`."""
-        self._seconds.put(second)
-
-    def _follow_log(self) -> None:
-        if self._process is None or self._state == "ready":
-            return
-        piece = read_piece(self._log, self._read)
-        whole = piece[: piece.rfind(b"\n") + 1]
-        self._read += len(whole)
-        for line in whole.decode(errors="replace").splitlines():
-            self._state = self._engine.state(line) or self._state
+        self._seconds.append(second)
 
     def prepare(self) -> None:
         """Whatever takes long before a server can start: its weights on this host. Raises `HarnessError`."""
@@ -185,13 +187,16 @@ class ReplicaOwner:
         self._unhealthy, self._start = None, number  # last: `look` asks for them in the other order
         if self._stopped:  # looked at after the start: a `stop` before it found nothing to end
             raise ServerError(f"{self.name}: stopped before it was ready")
-        base_url = f"http://{bracketed(self._host)}:{self._port}/v1"
+        base_url = f"http://{f'[{self._host}]' if ':' in self._host else self._host}:{self._port}/v1"
         if self._part.rank == 0:
-            answers = ready_check(base_url, self._engine.served_model, self._api_key)
+            answers = partial(_answers, base_url, self._engine.served_model, self._api_key)
             wait_ready(answers, process, ready_s, explain=self._engine.explain)
             threading.Thread(target=self._watch_health, args=(base_url, process), daemon=True).start()
         self._state = "ready"
-        return Started(base_url, time.monotonic() - before, nice_of(process.pid))
+        nice = None
+        with contextlib.suppress(OSError):  # it is gone
+            nice = None if process.pid is None else os.getpriority(os.PRIO_PROCESS, process.pid)
+        return Started(base_url, time.monotonic() - before, nice)
 
     def _watch_health(self, base_url: str, process: Process) -> None:
         """Thread: notice a server that runs and does not answer."""
@@ -235,45 +240,24 @@ class ReplicaOwner:
             shutil.rmtree(self._log.parent, ignore_errors=True)
 
 
-def drained(waiting: queue.SimpleQueue[T]) -> list[T]:
-    """All that waits."""
-    found = []
-    while not waiting.empty():
-        found.append(waiting.get_nowait())
-    return found
+def _answers(base_url: str, model: str, api_key: str) -> bool:
+    """Whether /health answers and one real one-token completion came back.
 
-
-def nice_of(pid: int | None) -> int | None:
-    """Nice value of a process; null when it is gone."""
-    try:
-        return None if pid is None else os.getpriority(os.PRIO_PROCESS, pid)
-    except OSError:
-        return None
-
-
-def ready_check(base_url: str, model: str, api_key: str) -> Callable[[], bool]:
-    """True once /health answers and one real one-token completion came back.
-
-    The check raises `ServerError` when the server is up but refuses that completion: waiting would not help.
+    Raises `ServerError` when the server is up but refuses that completion: waiting would not help.
     """
     body = {"model": model, "prompt": [1], "max_tokens": 1, "temperature": 0}
-
-    def check() -> bool:
-        try:
-            probe.fetch(page_beside(base_url, "/health"), api_key, deadline_s=5.0)
-        except ServerError:
-            return False
-        try:
-            probe.fetch(f"{base_url}/completions", api_key, body, deadline_s=120.0)
-        except probe.RefusalError as e:
-            if HTTPStatus.BAD_REQUEST <= e.status < HTTPStatus.INTERNAL_SERVER_ERROR:
-                raise ServerError(f"the server is up but refuses a completion: {e}") from e
-            return False
-        except ServerError:
-            return False
-        return True
-
-    return check
+    well = False
+    try:
+        probe.fetch(page_beside(base_url, "/health"), api_key, deadline_s=5.0)
+        well = True
+        probe.fetch(f"{base_url}/completions", api_key, body, deadline_s=120.0)
+    except probe.RefusalError as e:
+        if well and HTTPStatus.BAD_REQUEST <= e.status < HTTPStatus.INTERNAL_SERVER_ERROR:
+            raise ServerError(f"the server is up but refuses a completion: {e}") from e
+        return False
+    except ServerError:
+        return False
+    return True
 
 
 def hold_port(host: str) -> socket.socket:
@@ -292,6 +276,143 @@ def hold_port(host: str) -> socket.socket:
     return held
 
 
-def bracketed(host: str) -> str:
-    """An address as a URL has it."""
-    return f"[{host}]" if ":" in host else host
+def read_piece(file: Path, offset: int) -> bytes:
+    """What the file holds from ``offset``, at most `PIECE_BYTES`; nothing when it is not there (yet)."""
+    try:
+        with file.open("rb") as source:
+            source.seek(offset)
+            return source.read(PIECE_BYTES)
+    except OSError:
+        return b""
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """What the servers of one host may use of it."""
+
+    cpus: list[list[int] | None]
+    """Processors of each; null: all."""
+    shared_with: str | None
+    """Who else runs on these processors; null: nobody of this user's harness."""
+
+
+class ServersActor:
+    """Owns the servers of one deployment on one host (with accelerators: one server, or one host's part of it).
+
+    One actor, not one each: a Ray worker process wakes a hundred times a second also when it does nothing, so that
+    dozens of them take a fair share of a core (`tests/bench/supervise.py`).
+    """
+
+    def __init__(
+        self, engine: Engine, servers: Sequence[tuple[str, str]], api_key: str, host: str, nice: int | None = None
+    ) -> None:
+        """``servers``: name and log of each. ``host``: the address to listen on; empty: this node's in the cluster.
+
+        ``nice``: what the load workers run at: servers that run at more look slower beside them than they are.
+        """
+        if not host:
+            import ray
+
+            host = str(ray.util.get_node_ip_address())
+        self._owners = [ReplicaOwner(engine, name, log, api_key, host) for name, log in servers]
+        for owner in self._owners:
+            owner.nice = nice
+        self._run_dir = Path(servers[0][1]).parent
+        self._reserved: list[str | None] = []
+        self._sampler: CpuTimesSampler | None = None
+
+    def node_id(self) -> str:
+        """The Ray node it runs on."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
+    def look(self, log_offsets: Sequence[int]) -> list[Look]:
+        """News of every server."""
+        return [owner.look(at) for owner, at in zip(self._owners, log_offsets, strict=True)]
+
+    def clock_ns(self) -> int:
+        """Wall clock of this host, ns since 1970."""
+        return time.time_ns()
+
+    def sample(self, start_unix_ns: int) -> None:
+        """Sample what the servers run and wait from now on; `look` tells.
+
+        ``start_unix_ns``: the common start by this host's clock.
+        """
+        self.end_samples()
+        self._sampler = CpuTimesSampler(self._owners, start_unix_ns)
+        self._sampler.start()
+
+    def end_samples(self) -> None:
+        """No more."""
+        sampler, self._sampler = self._sampler, None
+        if sampler is not None:
+            sampler.stop()
+
+    def prepare(self) -> Failed | None:
+        """Whatever takes long before servers can start: orphans' memory, weights on this host."""
+        try:
+            name_orphans(self._owners[0].say)
+            for owner in self._owners:
+                owner.prepare()
+        except HarnessError as e:
+            return Failed(f"{owner.name}: {e}")
+        return None
+
+    def reserve(self, vcpu: int | None, gpus: bool) -> Reserved | Failed:
+        """Reserve what the servers will run on; call it once. Processors that another run holds are left to it.
+
+        ``vcpu``: of the tier, when it has no accelerators. ``gpus``: this actor's accelerators were given by a Ray of
+        our own, which knows of no other run (a cluster's Ray gives each to one job).
+        """
+        first = self._owners[0]
+        try:
+            with exclusively():
+                others = [one for one in reservations() if one.owner.pid != os.getpid()]
+                if gpus:
+                    mine = visible_gpus()
+                    if taken := [one for one in others if set(one.gpus) & set(mine)]:
+                        return Failed(f"{first.name}: its GPUs are held: {holders(taken)}; harness stop ends them")
+                    self._reserved.append(reserve(first.name, self._run_dir, gpus=mine))
+                if vcpu is None:
+                    return Reserved([None] * len(self._owners), None)
+                every = sorted(os.sched_getaffinity(0))
+                in_the_way = [one for one in others if set(one.cpus) & set(every)]
+                free = [cpu for cpu in every if not any(cpu in one.cpus for one in in_the_way)]
+                for rank, owner in enumerate(self._owners):
+                    owner.cpus = choose_cpus(free or every, vcpu, rank, len(self._owners))
+                    self._reserved.append(reserve(owner.name, self._run_dir, cpus=owner.cpus))
+        except HarnessError as e:
+            return Failed(f"{first.name}: {e}")
+        if in_the_way and 0 < len(free) < vcpu * len(self._owners):
+            first.say(f"has {len(free)} processors to itself of this host's {len(every)}: {holders(in_the_way)}")
+        shared = holders(in_the_way) if in_the_way and not free else None
+        return Reserved([list(owner.cpus or ()) for owner in self._owners], shared)
+
+    def meeting_point(self) -> tuple[str, int]:
+        """Address and port where the parts of one server can meet."""
+        return self._owners[0].meeting_point()
+
+    def start(self, place: int, ready_s: float, part: Part = WHOLE) -> Started | Failed:
+        """Start server number ``place`` of this actor and wait until it answers."""
+        return self._owners[place].start(ready_s, part)
+
+    def restart(self, place: int, ready_s: float) -> Started | Failed:
+        """Start it again, at the same address, after it died."""
+        return self._owners[place].restart(ready_s)
+
+    def end(self, place: int) -> None:
+        """End what runs of it; it may be started again."""
+        self._owners[place].end(0)
+
+    def stop(self, grace_s: float = GRACE_S) -> None:
+        """End all servers and everything they started."""
+        with ThreadPoolExecutor(max_workers=len(self._owners)) as pool:
+            list(pool.map(lambda owner: owner.stop(grace_s), self._owners))
+        release(self._reserved)
+
+    def clean(self) -> None:
+        """Take the folders of logs that came home away."""
+        for owner in self._owners:
+            owner.clean()
