@@ -37,9 +37,9 @@ from harness.record.results import FLUSH_S, Result, ResultWriter
 from harness.record.run_spec import WorkerSpec
 from harness.record.samples import WORKER_SCHEMA, Observation, ObservationWriter
 from harness.server.access import from_environment
-from scenarios.client.capture import Sampler
 from scenarios.client.client import Client, raise_fd_limit
 from scenarios.client.completion import Answer
+from scenarios.client.in_flight import Sampler
 from scenarios.client.timers import WakeTimer
 from scenarios.dispatch import Dispatcher, slot_starts
 from scenarios.locust_user import API_KEY

@@ -9,8 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scenarios.client.completion import Answer, Completion
-from scenarios.client.outcome import outcome_of
+from harness.record.results import Result
+from scenarios.client.completion import Answer, Completion, fill
+
+
+def filled(said):
+    return fill(Result(0, 0), said, status=200, done=True, body=b"", location="", secret=None)
 
 
 def completion(*events: dict[str, Any], told: bool = False) -> Completion:
@@ -75,7 +79,7 @@ NOTHING = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
 def test_an_answer_without_output_and_without_a_count_of_any_is_no_success(events, error):
     said = completion(*events)
     said.read_event(b"data: [DONE]\n\n", 9)
-    facts = outcome_of(said, status=200, done=True, body=b"", location="", secret=None)
+    facts = filled(said)
     assert facts.error == error
     assert (facts.detail is not None) is (error is not None)
 
@@ -85,7 +89,7 @@ def test_a_whole_answer_without_output_is_none_either():
         said = Completion()
         body = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}], "usage": usage_}
         said.read_json(msgspec.json.encode(body), 1)
-        assert outcome_of(said, status=200, done=True, body=b"", location="", secret=None).error == error
+        assert filled(said).error == error
 
 
 def test_the_chunk_that_names_the_role_is_not_the_beginning_of_output():
@@ -138,7 +142,7 @@ def test_of_several_choices_the_first_is_timed_and_no_count_of_all_is_taken_for_
     """Stamps 2 and 4 are those of choice 0; the server's count is of all choices, so nobody knows that of one."""
     made = completion(*events, told=True)
     made.read_event(b"data: [DONE]\n\n", 9)
-    facts = outcome_of(made, status=200, done=True, body=b"", location="", secret=None)
+    facts = filled(made)
     assert (facts.error, list(facts.chunk_ns)) == (None, [2, 4])
     assert (facts.output_tokens, facts.chunk_tokens, facts.reasoning_tokens) == (None, None, None)
     assert facts.input_tokens == 1, "a prompt is counted once"
@@ -148,16 +152,14 @@ def test_of_several_choices_the_first_is_timed_and_no_count_of_all_is_taken_for_
 
 def test_one_choice_of_any_index_or_none_is_as_ever():
     for index in (0, None):
-        facts = outcome_of(
-            completion(of(index, content="a"), of(index, content="b", finish_reason="stop"), usage(2)),
-            status=200, done=True, body=b"", location="", secret=None,
-        )  # fmt: skip
+        events = of(index, content="a"), of(index, content="b", finish_reason="stop"), usage(2)
+        facts = filled(completion(*events))
         assert (list(facts.chunk_ns), facts.output_tokens) == ([1, 2], 2)
 
 
 def test_the_end_of_another_choice_is_not_the_end_of_the_first():
     ended = {"choices": [{"index": 1, "delta": {}, "finish_reason": "length"}]}
-    facts = outcome_of(completion(of(0, content="a"), ended), status=200, done=True, body=b"", location="", secret=None)
+    facts = filled(completion(of(0, content="a"), ended))
     assert (facts.error, facts.finish_reason) == ("incomplete", None)
 
 
@@ -166,5 +168,5 @@ def test_a_whole_answer_of_several_choices_has_no_count_of_its_first():
     made.answer = Answer()
     choices = [{"index": k, "message": {"content": text}, "finish_reason": "stop"} for k, text in ((1, "x"), (0, "a"))]
     made.read_json(msgspec.json.encode({"choices": choices, "usage": {"completion_tokens": 2}}), 5)
-    facts = outcome_of(made, status=200, done=True, body=b"", location="", secret=None)
+    facts = filled(made)
     assert (facts.error, list(facts.chunk_ns), facts.output_tokens, made.answer.text) == (None, [5], None, "a")

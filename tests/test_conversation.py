@@ -28,8 +28,8 @@ from harness.record.manifest import RunDir, read_manifest
 from harness.record.results import Result, read_results
 from harness.record.run_spec import RunSpec
 from harness.trace.io import TraceRecord
-from scenarios.client.capture import CapturingResponse
 from scenarios.client.completion import Answer
+from scenarios.client.http1 import Response
 from scenarios.dispatch import Conversations
 from scenarios.plan_reader import PlanReader, draft, prepare
 from scenarios.schedule import Schedule
@@ -255,10 +255,11 @@ def test_what_was_said_is_the_same_however_it_arrives(texts, cuts, spoken):
     raw = HEAD + b"".join(map(chunk, events(*choices))) + chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
     at = sorted({cut % len(raw) for cut in cuts} - {0})
     reads = [raw[a:b] for a, b in pairwise([0, *at, len(raw)])]
-    told: list[tuple[Result, Answer]] = []
-    response = CapturingResponse(None, lambda result, answer: told.append((result, answer)))
-    response.feed(reads, list(range(len(reads))))
+    response = Response(None, Answer())
+    for stamp, read in enumerate(reads):
+        response.feed(read, stamp)
     assert response.done
+    assert response.answer is not None
     assert response.answer.text == ("".join(texts) if spoken else "")
 
 

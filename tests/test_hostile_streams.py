@@ -22,13 +22,13 @@ END = b'data: {"choices":[{"text":"a","finish_reason":"stop"}]}\n\ndata: [DONE]\
 def cpu_s(media: bytes, body: bytes, step: int) -> float:
     """To take ``body`` in reads of ``step`` bytes, in one chunk."""
     response = Response()
-    response.feed([HEAD % media], [0])
+    response.feed(HEAD % media, 0)
     data = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
     begun = time.process_time()
     for at in range(0, len(data), step):
-        response.feed([data[at : at + step]], [at])
+        response.feed(data[at : at + step], at)
     spent = time.process_time() - begun
-    assert response.done and response.outcome().error is None
+    assert response.done and response.fill(Result(0, 0)).error is None
     return spent
 
 
@@ -58,11 +58,11 @@ def test_reads_of_any_size_mean_the_same_however_an_event_ends() -> None:
     seen = set()
     for step in (1, 2, 3, 7, 50, 10_000):
         response = Response()
-        response.feed([HEAD % b"text/event-stream"], [0])
+        response.feed(HEAD % b"text/event-stream", 0)
         data = b"%x\r\n%b\r\n0\r\n\r\n" % (len(events + END), events + END)
         for at in range(0, len(data), step):
-            response.feed([data[at : at + step]], [0])
-        facts = response.outcome()
+            response.feed(data[at : at + step], 0)
+        facts = response.fill(Result(0, 0))
         assert facts.error is None
         seen.add(len(facts.chunk_ns))
     assert seen == {19}
@@ -70,22 +70,22 @@ def test_reads_of_any_size_mean_the_same_however_an_event_ends() -> None:
 
 def test_an_event_of_countless_lines_or_texts_costs_no_time() -> None:
     response = Response()
-    response.feed([HEAD % b"text/event-stream" + b"f0000\r\n" + b"data:\n" * (0xF0000 // 6) + b"\n\n"], [0])
+    response.feed(HEAD % b"text/event-stream" + b"f0000\r\n" + b"data:\n" * (0xF0000 // 6) + b"\n\n", 0)
     begun = time.process_time()
     many = b'data: {"choices":[{"text":"a","finish_reason":"x"}],"y":[%b]}\n\n'
     assert Template.learn(many % b",".join([b'{"text":""}'] * 20_000)) is None
     assert Template.learn(many % b",".join([b'{"text":""}'] * 1_000)) is None
-    response.feed([b"\r\n"], [0])
+    response.feed(b"\r\n", 0)
     assert time.process_time() - begun < 1.0
-    assert response.outcome().error == "protocol"
+    assert response.fill(Result(0, 0)).error == "protocol"
 
 
 def test_blanks_before_a_body_are_looked_at_once() -> None:
     response = Response()
-    response.feed([b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"], [0])
+    response.feed(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n", 0)
     begun = time.process_time()
     for _ in range(2000):
-        response.feed([b" " * 2000], [0])
+        response.feed(b" " * 2000, 0)
     assert time.process_time() - begun < 1.0
 
 

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scenarios.client import reader as reading
-from scenarios.client.fast_path import fit
+from scenarios.client.events import is_text
 
 PYTHON: Any = SimpleNamespace(
     Reader=reading.PythonReader,
@@ -100,7 +100,7 @@ class Source:
         assert self.buffer.size >= sum(len(part) for _, _, parts in runs for part in parts)
         texts = [text for kind, _, parts in runs for text in parts if kind]
         simple = all(32 <= byte < 127 and byte not in b'"\\' for text in texts for byte in text)
-        assert fit(texts) or not simple
+        assert is_text(texts) or not simple
         since = stamps[0] if stamps else 1
         for (kind, all_stamps, parts), (kind_too, some, few) in zip(runs, self.buffer.runs(since, False), strict=True):
             assert kind == kind_too

@@ -20,10 +20,10 @@ from harness.record.results import Result
 from scenarios.client import reader as reading
 from scenarios.client.completion import Answer
 from scenarios.client.connection import Connection
-from scenarios.client.fast_path import Shape, Template, fit
+from scenarios.client.events import is_text
+from scenarios.client.fast_path import Shape, Template
 from scenarios.client.http1 import Response
 from scenarios.client.in_flight import InFlight
-from scenarios.client.outcome import Outcome
 
 PYTHON: Any = SimpleNamespace(
     Reader=reading.PythonReader,
@@ -99,13 +99,13 @@ IDS = st.one_of(
 )
 
 
-def by_the_book(reads: list[bytes], told: Answer | None = None) -> Outcome:
+def by_the_book(reads: list[bytes], told: Answer | None = None) -> Result:
     """The facts of an answer that the server then closes; a stamp is the number of the read, from 0 on."""
     response = Response()
     response._completion.answer = told
     for i, read in enumerate(reads):
         if not response.done:
-            response.feed([read], [i])
+            response.feed(read, i)
     response.eof()
     return listed(response)
 
@@ -126,7 +126,7 @@ def takes(template: Template | None, content: bytes) -> bool:
     reader.close()
     here.close()
     there.close()
-    return all(kind and parts is not None and fit(parts) for kind, _, parts in buffer.runs(0, True))
+    return all(kind and parts is not None and is_text(parts) for kind, _, parts in buffer.runs(0, True))
 
 
 def is_output(content: bytes) -> bool:
@@ -321,7 +321,7 @@ class Wire:
         return stream, sent
 
 
-def agrees(stream: InFlight, sent: list[int], expected: Outcome) -> None:
+def agrees(stream: InFlight, sent: list[int], expected: Result) -> None:
     """All facts and stamps are those by the book."""
     found = listed(stream.response)
     assert replace(found, chunk_ns=[]) == replace(expected, chunk_ns=[])
@@ -433,7 +433,7 @@ def test_events_of_another_choice_are_not_taken_for_those_of_the_first(path: Any
         reads = [head_of(nth), *map(chunk, body), chunk(usage(20 * (1 + several))), chunk(DONE) + END]
         stream, sent = wire.answer(reads)
         agrees(stream, sent, by_the_book(reads))
-        facts = stream.response.outcome()
+        facts = stream.response.fill(Result(0, 0))
         assert (len(facts.chunk_ns), facts.output_tokens) == (20, None if several else 20)
 
 
@@ -515,10 +515,10 @@ def test_an_answer_that_changes_is_recognised_again(shapes: list[str | None], le
     stored = 0
     feed_plain = Response.feed_plain
 
-    def count(response: Response, template: Template, stamps: Any, texts: Any) -> bool:
+    def count(response: Response, whole: Any, in_answer: bool, stamps: Any, texts: Any) -> bool:
         nonlocal stored
         stored += len(stamps)
-        return feed_plain(response, template, stamps, texts)
+        return feed_plain(response, whole, in_answer, stamps, texts)
 
     wire = Wire(reading)
     with pytest.MonkeyPatch.context() as patch:

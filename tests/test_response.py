@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.record.results import ERRORS
+from harness.record.results import ERRORS, Result
+from scenarios.client.completion import clean
+from scenarios.client.fast_path import Template
 from scenarios.client.http1 import EVENT_LIMIT, Response
-from scenarios.client.outcome import Outcome, clean
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -244,18 +245,18 @@ def contents(data) -> tuple[bytes, bool] | None:
     return (body, False) if body and not rest else None
 
 
-def run(reads, closed, stamps=None) -> tuple[Response, Outcome]:
+def run(reads, closed, stamps=None) -> tuple[Response, Result]:
     response = Response()
     for i, read in enumerate(reads):
-        response.feed([read], [stamps[i] if stamps else i])
+        response.feed(read, stamps[i] if stamps else i)
     if closed:
         response.eof()
     return response, listed(response)
 
 
-def listed(response) -> Outcome:
+def listed(response) -> Result:
     """The facts, comparable."""
-    facts = response.outcome()
+    facts = response.fill(Result(0, 0))
     tokens = None if facts.chunk_tokens is None else list(facts.chunk_tokens)
     return replace(facts, chunk_ns=list(facts.chunk_ns), chunk_tokens=tokens)
 
@@ -285,25 +286,6 @@ def test_cutting_the_bytes_anywhere_changes_nothing_but_the_stamps(name):
         assert two.keep_alive == response.keep_alive
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.sampled_from(sorted(CASES)), st.data())
-def test_reads_fed_in_any_batches_are_the_same(name, data):
-    raw, closed, *_ = CASES[name]
-    cuts = sorted(data.draw(st.sets(st.integers(1, max(len(raw) - 1, 1)), max_size=12)))
-    reads = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True) if raw[a:b]]
-    one_by_one, expected = run(reads, closed)
-    response = Response()
-    at = 0
-    while at < len(reads):
-        n = data.draw(st.integers(1, len(reads) - at))
-        response.feed(reads[at : at + n], list(range(at, at + n)))
-        at += n
-    if closed:
-        response.eof()
-    assert listed(response) == expected
-    assert response.keep_alive == one_by_one.keep_alive
-
-
 STREAMS = sorted(name for name, (data, *_) in CASES.items() if data.startswith(CHUNKED) and contents(data))
 
 
@@ -320,7 +302,7 @@ def test_contents_of_chunks_mean_what_the_chunks_do(name, data):
     first = data.draw(st.integers(1, len(parts)))
     response = Response()
     for i, read in enumerate(by_the_book[:first]):
-        response.feed([read], [i])
+        response.feed(read, i)
     while first <= len(parts):
         n = data.draw(st.integers(1, len(parts) + 1 - first))
         response.feed_chunks(parts[first - 1 : first - 1 + n], list(range(first, first + n)))
@@ -328,7 +310,7 @@ def test_contents_of_chunks_mean_what_the_chunks_do(name, data):
     response.eof()
     assert listed(response) == facts
     assert (response.done, response.keep_alive) == (expected.done, expected.keep_alive)
-    assert response.learn() == expected.learn()
+    assert Template.learn(response.sample) == Template.learn(expected.sample)
 
 
 @settings(max_examples=300, deadline=None)
@@ -345,9 +327,9 @@ def test_keep_alive_follows_the_headers():
 
     def alive(head, tail=b""):
         response = Response()
-        response.feed([head + b"Transfer-Encoding: chunked\r\n\r\n" + body + tail], [0])
+        response.feed(head + b"Transfer-Encoding: chunked\r\n\r\n" + body + tail, 0)
         assert response.done
-        assert response.outcome().error is None
+        assert response.fill(Result(0, 0)).error is None
         return response.keep_alive
 
     assert alive(OK)
@@ -360,8 +342,8 @@ def test_keep_alive_follows_the_headers():
 def test_details_are_short_clean_and_without_the_key():
     body = json.dumps({"error": {"message": "bad key sk-1234\x1b[31m\n" + "x" * 5000}}).encode()
     response = Response(secret="sk-1234")
-    response.feed([answer(401, body)], [0])
-    detail = response.outcome().detail
+    response.feed(answer(401, body), 0)
+    detail = response.fill(Result(0, 0)).detail
     assert detail is not None
     assert len(detail) <= 300
     assert detail.isprintable()
@@ -372,25 +354,25 @@ def test_details_are_short_clean_and_without_the_key():
 
 def test_memory_is_bounded_against_endless_events_and_headers():
     response = Response()
-    response.feed([CHUNKED + b"fffffff0\r\ndata: "], [0])
+    response.feed(CHUNKED + b"fffffff0\r\ndata: ", 0)
     block = b"x" * 2**20
     for _ in range(EVENT_LIMIT // len(block) + 1):
-        response.feed([block], [0])
+        response.feed(block, 0)
     assert response.done
-    assert response.outcome().error == "protocol"
+    assert response.fill(Result(0, 0)).error == "protocol"
 
     response = Response()
-    response.feed([b"HTTP/1.1 200 OK\r\n"], [0])
+    response.feed(b"HTTP/1.1 200 OK\r\n", 0)
     for _ in range(70):
-        response.feed([b"X: y\r\n" * 200], [0])
+        response.feed(b"X: y\r\n" * 200, 0)
     assert response.done
-    assert response.outcome().error == "protocol"
+    assert response.fill(Result(0, 0)).error == "protocol"
 
 
 def test_counts_of_the_prompt_are_taken_from_usage():
     response, facts = run([stream(text("a", "stop"), usage(1, prompt=9, cached=4), DONE)], False)
     assert (facts.input_tokens, facts.cached_tokens, facts.output_tokens, facts.finish_reason) == (9, 4, 1, "stop")
-    assert facts.http_status == response.status == 200
+    assert facts.http_status == response.head.status == 200
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from analysis.summary import summarise
 from harness.plan.tokenizers import FastTokenizer
 from harness.record.answers import Said, count_answers, count_prompts, take_said, write_said
 from harness.record.manifest import RunDir, read_manifest, write_manifest
-from scenarios.client.capture import Sampler
 from scenarios.client.completion import Answer
+from scenarios.client.in_flight import Sampler
 
 WORDS = ["load", " of", " the", " server", ",", " answers", ".", "\n", " 7", " un", "known", " It", "'s"]
 ANSWERS = 40

@@ -526,7 +526,7 @@ def run_patched(tmp_path, url, plan, code, **spec):
     results = tmp_path / "rows.arrows"
     file.write_text(json.dumps({"worker": 0, "workers": 1, "plan": str(plan), "results": str(results), "mode": "closed",
                                 "base_urls": [url], "model": "fake", "concurrency": 8, **spec}))  # fmt: skip
-    modules = "scenarios.worker as w, scenarios.client.parse_queue as l"
+    modules = "scenarios.worker as w, scenarios.client.in_flight as l"
     program = f"import sys, gc, {modules}\n{code[0]}\nw.main(sys.argv[1:])\n{code[1]}"
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(file)], cwd=ROOT, text=True,

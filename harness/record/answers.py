@@ -1,7 +1,7 @@
 """Answers of a run: a sample counted by ourselves, and, when asked for, what each request was answered.
 
 **Counted** is what a server said, to hold against what it says it counted. Load workers keep the texts of some answers,
-spread evenly over the run (`scenarios.client.capture`), and write them to ``answers-<worker>.jsonl`` when the load is
+spread evenly over the run (`scenarios.client.in_flight`), and write them to ``answers-<worker>.jsonl`` when the load is
 over. Then they are counted here, off the clock: in bytes, in words, in the chunks that carried them, and in tokens
 where the model's tokenizer is at hand. The counts go into the manifest, the texts are deleted.
 `analysis.validity.usage` compares. Counting afterwards spares the load workers a tokenizer.

@@ -22,11 +22,10 @@ from harness.record.results import Result
 from harness.record.run_spec import RunSpec
 from harness.server.access import check_headers
 from harness.server.question import retry_after_s
-from scenarios.client.capture import OnAnswer, Sampler, both
+from scenarios.client.completion import Answer
 from scenarios.client.connection import Connection
 from scenarios.client.endpoint import ENDPOINTS, Endpoint, tls_context
-from scenarios.client.in_flight import InFlight
-from scenarios.client.parse_queue import ParseQueue, parse
+from scenarios.client.in_flight import InFlight, OnAnswer, ParseQueue, Sampler, parse
 from scenarios.client.pool import Pool
 from scenarios.client.reader import Reader, ReadPacer, ReceiveBuffer
 
@@ -157,7 +156,7 @@ class Client:
         if on_answer is None and self._sampler is not None:
             on_answer = self._sampler.next()
         if self._capture is not None:
-            on_answer = both(self._capture, on_answer)
+            on_answer = _both(self._capture, on_answer)
         request = InFlight(
             result, payload, self.pool.choose(session), self._secrets, ended, session, on_answer,
             self.start_mono_ns, most_tokens,
@@ -196,10 +195,10 @@ class Client:
         """Whether this attempt, which has ended, is followed by another, now scheduled."""
         result, tries = request.result, request.result.retries - request.resent
         # The status is known by now: only what follows the first bytes is parsed later.
-        refused = request.error[0] == "connect" if request.error else request.response.status in (429, 503)
+        refused = request.error[0] == "connect" if request.error else request.response.head.status in (429, 503)
         if not refused or tries >= self.retries:
             return False
-        asked_s = retry_after_s(request.response.retry_after) or 0.0
+        asked_s = retry_after_s(request.response.head.retry_after) or 0.0
         if monotonic_ns() + asked_s * 1e9 > request.sent_ns + self._timeout_ns:
             return False  # it would time out: the answer stays what it is
         pause_s = max(min(RETRY_S * 2.0**tries, RETRY_MOST_S), asked_s)
@@ -351,6 +350,15 @@ class Client:
         self._sweeper.close()
         self._pacer.close()
         self.reader.close()
+
+
+def _both(first: OnAnswer, second: OnAnswer | None) -> OnAnswer:
+    def call(result: Result, answer: Answer) -> None:
+        first(result, answer)
+        if second is not None:
+            second(result, answer)
+
+    return call
 
 
 def _is_much(request: InFlight, now: int) -> bool:

@@ -1,15 +1,21 @@
-"""What the events of one answer add up to: chunks that carry output, usage, errors, the end. Pure, no I/O."""
+"""What the events of one answer add up to: chunks that carry output, usage, errors, the end; and its row. Pure.
+
+No I/O and no clock.
+"""
 
 from __future__ import annotations
 
 from array import array
 from itertools import compress
 
+from harness.record.results import Result
 from scenarios.client.events import (
     BOM,
     UNDECODABLE,
     Choice,
+    CompletionDetails,
     Event,
+    PromptDetails,
     Usage,
     decode_event,
     decode_events,
@@ -19,8 +25,14 @@ from scenarios.client.events import (
     message_of,
 )
 
+DETAIL_LIMIT = 300
+Secret = str | tuple[str, ...] | None
+"""The API key, and the values of other secret headers."""
 _LINES = 50_000
 """Most lines of one event: they are parsed in Python, and nothing is read meanwhile."""
+_NONE, _POSSIBLE, _CERTAIN = range(3)  # whether an event carries output
+_UNSAID = -1
+_STATUS_ERRORS = {401: "auth", 403: "auth", 404: "not_found", 429: "overloaded", 503: "overloaded"}
 
 
 class Answer:
@@ -62,12 +74,8 @@ class Answer:
             self.token_ids += [i for i in choice.token_ids if isinstance(i, int)]
 
 
-_NONE, _POSSIBLE, _CERTAIN = range(3)
-_UNSAID = -1
-
-
 class Completion:
-    """The state of one answer after the events so far.
+    """The state of one answer after the events so far; ``answer`` collects its text, unless it is null.
 
     ``error`` is (class, detail) once something failed; later events are ignored. ``ended``: [DONE] was seen.
     """
@@ -77,7 +85,8 @@ class Completion:
         "odd", "several", "usage",
     )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, answer: Answer | None = None) -> None:
+        self.answer = answer
         self.error: tuple[str, str] | None = None
         self.ended = False
         self.finish_reason: str | None = None
@@ -95,8 +104,6 @@ class Completion:
         self._certain = bytearray()
         self._tokens = array("i")
         self._counted = 0
-        self.answer: Answer | None = None
-        """Collects the text; null unless it is captured."""
 
     @property
     def outputs(self) -> int:
@@ -115,27 +122,20 @@ class Completion:
         return not (usage or self._counted or self._certain.count(_CERTAIN) or self.several)
 
     @property
-    def blank(self) -> bool:
-        """True while no event has changed anything."""
-        return self.open and self.empty and not self.finished and not self.odd and not self.several
-
-    @property
     def open(self) -> bool:
         """True until the end or a failure."""
         return not self.ended and self.error is None
 
     @property
+    def ordinary(self) -> bool:
+        """True while there was nothing but output and usage."""
+        return self.open and not (self.finished or self.odd or self.several)
+
+    @property
     def is_plain(self) -> bool:
         """True when there was exactly one event, with output and nothing else."""
-        return (
-            self.open
-            and not self.finished
-            and not self.odd
-            and not self.several
-            and self.usage is None
-            and self._certain == bytes([_CERTAIN])
-            and self._tokens[0] == _UNSAID
-        )
+        one = self._certain == bytes([_CERTAIN]) and self._tokens[0] == _UNSAID
+        return one and self.ordinary and self.usage is None
 
     def take_plain(self, stamps: array[int]) -> None:
         """Add events that are known to be plain (`scenarios.client.fast_path`)."""
@@ -219,17 +219,18 @@ class Completion:
         usage = event.usage
         if usage is not None:
             self.usage = largest(self.usage, usage)
-        choices = event.choices
-        if not choices:
-            return
-        choice = self._first(choices)
+        choice = self._first(event.choices) if event.choices else None
         if choice is None:
             return
         if self.answer is not None:
             self.answer.take(choice)
-        output, counted = _NONE, None
         if choice.finish_reason:
-            self._finish(choice.finish_reason)
+            self.finished = True
+            if isinstance(choice.finish_reason, str):
+                self.finish_reason = choice.finish_reason[:64]
+            else:
+                self.odd["finish_reason"] = None
+        output, counted = _NONE, None
         delta = choice.delta or choice.message
         if choice.text or (delta is not None and delta.has_output()):
             output = _CERTAIN
@@ -237,7 +238,7 @@ class Completion:
             output = _POSSIBLE
         if isinstance(choice.token_ids, list):
             counted = len(choice.token_ids)
-        if counted is None and usage is not None and usage.completion_tokens is not None:
+        elif usage is not None and usage.completion_tokens is not None:
             counted = max(usage.completion_tokens - self._counted, 0)
         self._counted += counted or 0
         if output != _NONE or counted:
@@ -255,30 +256,22 @@ class Completion:
                 self.answer.other |= self.several
         return first
 
-    def _finish(self, reason: object) -> None:
-        self.finished = True
-        if isinstance(reason, str):
-            self.finish_reason = reason[:64]
-        else:
-            self.odd["finish_reason"] = None
-
     def chunks(self) -> tuple[array[int], array[int] | None]:
         """Stamps of the chunks that carry output, and the tokens in each; null when they are not known.
 
         An empty text may be part of a character, a special token, or no token at all: only the server's own count
         decides.
         """
+        certain = self._at_least(_CERTAIN)
         if self.several:
-            return self._at_least(_CERTAIN), None
+            return certain, None
         total = self.usage.completion_tokens if self.usage is not None else None
         if self._counts_agree(total):
             return array("q", compress(self._stamps, self._tokens)), array("i", filter(None, self._tokens))
-        certain = self._at_least(_CERTAIN)
-        if total is not None and len(certain) != total:
-            possible = self._at_least(_POSSIBLE)
-            if len(possible) == total:
-                return possible, _ones(total)
-        return certain, _ones(total) if len(certain) == total else None
+        for stamps in (certain, self._at_least(_POSSIBLE)):
+            if len(stamps) == total:
+                return stamps, array("i", [1]) * total
+        return certain, None
 
     def _at_least(self, least: int) -> array[int]:
         """Stamps of the events that carry output: certainly, or at least possibly."""
@@ -294,5 +287,63 @@ class Completion:
         return not any(not n and c == _CERTAIN for n, c in zip(tokens, self._certain, strict=True))
 
 
-def _ones(n: int) -> array[int]:
-    return array("i", [1]) * n
+def fill(
+    result: Result, completion: Completion, *, status: int | None, done: bool, body: bytes, location: str,
+    secret: Secret,
+) -> Result:  # fmt: skip
+    """Put what an answer with these events and this ``status`` amounts to into a row, which is returned.
+
+    ``chunk_ns`` are stamps as they were fed; ``chunk_tokens`` is null unless the tokens of every chunk are known.
+    ``body`` and ``location`` tell why, where the status is not 200; ``secret`` is cut out of every detail.
+    """
+    usage = completion.usage or Usage()
+    result.chunk_ns, result.chunk_tokens = completion.chunks()
+    result.input_tokens = usage.prompt_tokens
+    result.cached_tokens = (usage.prompt_tokens_details or PromptDetails()).cached_tokens
+    if not completion.several:
+        result.output_tokens = usage.completion_tokens
+        result.reasoning_tokens = (usage.completion_tokens_details or CompletionDetails()).reasoning_tokens
+    result.finish_reason, result.http_status = completion.finish_reason, status
+    result.error, detail = _judge(completion, status, done, body, location)
+    result.detail = clean(detail, secret) or None
+    return result
+
+
+def _judge(
+    completion: Completion, status: int | None, done: bool, body: bytes, location: str
+) -> tuple[str | None, str]:
+    """The error class (null: a success, only if it was one) and the detail: of a success, what became no figure."""
+    if status is not None and status != 200:
+        said = f"HTTP {status}"
+        if 300 <= status < 400 and location:
+            return "redirect", f"{said} to {location}"
+        by_hundreds = {3: "redirect", 4: "rejected", 5: "server"}.get(status // 100, "protocol")
+        message = message_in(body)
+        return _STATUS_ERRORS.get(status, by_hundreds), f"{said}: {message}" if message else said
+    if completion.error is not None:
+        return completion.error
+    if completion.finish_reason in ("abort", "error"):
+        return "server", f"the server ended the answer with finish_reason {completion.finish_reason}"
+    if not done:
+        return "cut", "the answer did not end"
+    if not completion.ended and not completion.finished:
+        if completion.empty:
+            return "protocol", "status 200 without a single completion event"
+        return "incomplete", "the stream ended without [DONE] and without a finish reason"
+    if completion.said_nothing:  # as from a gateway that lost its engine: fast, and no answer
+        how = completion.finish_reason or "none"
+        return "empty", f"no output and no usage, though tokens were asked for (finish reason: {how})"
+    left_out = []
+    if completion.several:
+        left_out.append("several choices: choices[0] alone is timed; usage counts all, so output_tokens is null")
+    if completion.odd:
+        left_out.append(f"left out, as of no type that can be read: {', '.join(completion.odd)}")
+    return None, "; ".join(left_out)
+
+
+def clean(text: str, secret: Secret = None) -> str:
+    """One printable line of at most 300 characters, without ``secret``."""
+    for one in (secret,) if isinstance(secret, str) else secret or ():
+        text = text.replace(one, "[api key]") if one else text
+    text = " ".join("".join(c if c.isprintable() else " " for c in text[: 20 * DETAIL_LIMIT]).split())
+    return text if len(text) <= DETAIL_LIMIT else text[: DETAIL_LIMIT - 3] + "..."

@@ -280,8 +280,8 @@ class Connection:
 
     def _end(self, stream: InFlight, stamp: int, *, keep: bool) -> None:
         self.stream = stream.connection = None
-        if stream.response.idle_s is not None:
-            self.endpoint.idle_s = stream.response.idle_s
+        if (idle_s := stream.response.head.idle_s) is not None:
+            self.endpoint.idle_s = idle_s
         if keep and not self._out:
             self.client.reader.stop_storing(self.fd)
             self.client.idle(self)

@@ -55,14 +55,8 @@ class Delta(msgspec.Struct, gc=False):
 
     def has_output(self) -> bool:
         """Whether any output field is set."""
-        return bool(
-            self.content
-            or self.reasoning
-            or self.reasoning_content
-            or self.tool_calls
-            or self.refusal
-            or self.function_call
-        )
+        text = self.content or self.reasoning or self.reasoning_content
+        return bool(text or self.tool_calls or self.refusal or self.function_call)
 
     def may_be_token(self) -> bool:
         """Whether it could be a token without text: empty content, and not the chunk that names the role."""
@@ -98,9 +92,25 @@ class _OddEvent(Event, gc=False):
     usage: Any = None
 
 
+_decode_text = msgspec.json.Decoder(str).decode
+_decode_texts = msgspec.json.Decoder(list[str]).decode
 _decode_event = msgspec.json.Decoder(Event).decode
 decode_events = msgspec.json.Decoder(list[Event]).decode
 _decode_odd = msgspec.json.Decoder(_OddEvent).decode
+
+
+def is_text(texts: list[bytes]) -> bool:
+    """Whether each is the inside of a JSON string."""
+    try:  # joined by spaces, so that half a character or escape is not completed by the next text
+        _decode_text(b'"%b"' % b" ".join(texts))
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
+    return True
+
+
+def decode_texts(texts: list[bytes]) -> list[str]:
+    """The insides of JSON strings, decoded."""
+    return _decode_texts(b'["%b"]' % b'","'.join(texts))
 
 
 def decode_event(document: bytes, odd: dict[str, None]) -> Event:

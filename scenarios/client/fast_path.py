@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
-import msgspec
-
 from scenarios.client.completion import Answer, Completion
-from scenarios.client.head import MEANS, is_usual
+from scenarios.client.http1 import MEANS, USUAL, read_head
 from scenarios.client.reader import Pattern
 
 _TEXT = re.compile(rb'"(?:content|text|reasoning|reasoning_content)" ?: ?"')
@@ -31,7 +29,6 @@ _PROBES, _NOTHING = [b"?", b"!"], [b"", b""]
 _TEMPLATES = 4  # most of a shape: the oldest is dropped
 _LONG, _TRIES = 16384, 8  # most bytes of a plain event, and most strings in it to try: each costs two decodes
 _SAME = ord("=")
-_decode_text = msgspec.json.Decoder(str).decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +65,9 @@ class Template:
 
 def _plain_text(event: bytes) -> bytes | None:
     """The text of an event that is output and nothing else; None for any other."""
-    probe = Completion()
-    probe.answer = Answer()
+    probe = Completion(answer := Answer())
     probe.read_event(event, 0)
-    return probe.answer.text.encode() if probe.is_plain else None
-
-
-def fit(texts: list[bytes]) -> bool:
-    """Whether each is the inside of a JSON string."""
-    try:  # joined by spaces, so that half a character or escape is not completed by the next text
-        _decode_text(b'"%b"' % b" ".join(texts))
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return False
-    return True
+    return answer.text.encode() if probe.is_plain else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +108,19 @@ class Shape:
 def _opening_of(seen: bytes) -> tuple[bytes, Template | None]:
     """The beginning of an answer up to its first output (empty: not usable), and the template of its events."""
     head, blank, body = seen.partition(b"\r\n\r\n")
-    known = bool(blank) and is_usual(head)
+    found = read_head(head) if blank else None
+    known = found is not None and replace(found, location="", idle_s=None, retry_after="") == USUAL
     said, at = Completion(), 0
     while line := _SIZE.match(body, at):
         end = line.end() + int(line[1], 16) + 2
         content = body[line.end() : end - 2]
         for event in _BLANK_LINE.split(content):
             said.read_event(event, 0)
-        if not said.blank or not content.endswith((b"\n\n", b"\n\r\n")) or body[end - 2 : end] != b"\r\n":
+        if (
+            not (said.ordinary and said.empty)
+            or not content.endswith((b"\n\n", b"\n\r\n"))
+            or body[end - 2 : end] != b"\r\n"
+        ):
             return (head + blank + body[:at] if known else b""), Template.learn(content)
         at = end
     return b"", None

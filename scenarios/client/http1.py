@@ -1,9 +1,7 @@
-"""Parses one HTTP answer from its bytes and the time of each read.
+"""Parses one HTTP answer from its bytes and the time of each read: the head, the framing, the events of the body.
 
-HTTP/1.1 framing (chunked, Content-Length, or until the connection closes) and server-sent events; `head` parses the
-headers, `completion` the events, and `outcome` makes the figures of a result row. No I/O and no clock: the client
-stamps and stores reads, and calls `Response.feed` when it has time. How the bytes were split into reads changes only
-the stamps.
+No I/O and no clock: the client stamps and stores reads, and calls `Response.feed` when it has time. How the bytes were
+split into reads changes only the stamps.
 
 Sources: RFC 9112 (HTTP/1.1), WHATWG HTML section 9.2 (server-sent events).
 """
@@ -12,120 +10,135 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
-from scenarios.client.completion import Completion
-from scenarios.client.events import BOM
-from scenarios.client.fast_path import Template, fit
-from scenarios.client.head import read_head
-from scenarios.client.outcome import Outcome, Secret, outcome_of
+from harness.record.results import Result
+from scenarios.client.completion import Answer, Completion, Secret, fill
+from scenarios.client.events import BOM, decode_texts, is_text
+
+MEANS = frozenset(["connection", "content-encoding", "content-length", "content-type", "location", "transfer-encoding"])
+"""Headers that are read; whatever others say changes nothing."""
+_TIMEOUT = re.compile(r"(?:^|,)\s*timeout\s*=\s*\"?(\d{1,6})\b", re.IGNORECASE)
+_STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9]\d\d)(?: |$)")
 
 HEADER_LIMIT = 64 * 1024
 EVENT_LIMIT = 16 * 2**20
 _ERROR_BODY_LIMIT = 64 * 1024
-
 _FIELDS = b"deir:"  # first bytes of the lines of an event stream: data, event, id, retry, and comments
 _BLANK = 4096  # most white space before the body, bytes
-_END = 3  # bytes of the longest end of an event, without the last
 # Two line ends, each CR, LF or CR LF; of the second the first byte is enough: an event does not wait for an LF.
 _BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r)[\r\n]")
+_END = 3  # bytes of the longest end of an event, without the last
 
-_State = Callable[["Response", bytes, int, list[int], list[int]], int]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """What a status line and headers say. ``problem``: why nothing after them can be trusted, if so."""
+
+    status: int | None = None
+    keep_alive: bool = False
+    body: str = ""
+    """"sse", "json" or "error"."""
+    framing: str = ""
+    """"none" (there is no body), "chunked", "length" or "close" (until the connection ends)."""
+    length: int = 0
+    location: str = ""
+    idle_s: float | None = None
+    """How long the server keeps an idle connection (``Keep-Alive: timeout``); null: it does not say."""
+    retry_after: str = ""
+    problem: str | None = None
+
+
+USUAL = Head(status=200, keep_alive=True, body="sse", framing="chunked")
+"""Of an event stream in chunks, on a connection that is kept."""
+
+
+def read_head(head: bytes) -> Head | None:
+    """What a head says, given without its blank line; null for an interim one, which the real one follows."""
+    lines = head.decode("latin-1").split("\r\n")
+    match = _STATUS_LINE.match(lines[0])
+    if match is None:
+        return Head(problem="the status line is not HTTP")
+    status = int(match[2])
+    if 100 <= status < 200 and status != 101:
+        return None
+    headers: dict[str, str] = {}
+    for line in lines[1:]:
+        name, _, value = line.partition(":")
+        name, value = name.strip().lower(), value.strip()
+        if name == "content-length" and headers.get(name, value) != value:
+            return Head(status=status, problem="two different Content-Length headers")
+        headers[name] = f"{headers[name]}, {value}" if name in headers and name != "content-length" else value
+    connection, media = headers.get("connection", "").lower(), headers.get("content-type", "").lower()
+    keep_alive = "close" not in connection and (match[1] == "1" or "keep-alive" in connection)
+    framing, length, problem = _framing(status, headers)
+    if framing == "close" or (framing == "chunked" and "content-length" in headers):
+        keep_alive = False
+    body = "error" if status != 200 else "json" if "json" in media else "sse"
+    if status == 200 and headers.get("content-encoding", "identity").lower() != "identity":
+        problem = f"a compressed answer ({headers['content-encoding']}) to a request that forbade it"
+    elif status == 200 and "html" in media:
+        problem = "an HTML page with status 200: this is not the model server's API"
+    idle = _TIMEOUT.search(headers.get("keep-alive", ""))
+    return Head(
+        status=status, keep_alive=keep_alive, body=body, framing=framing, length=length,
+        location=headers.get("location", ""), idle_s=float(idle[1]) if idle else None,
+        retry_after=headers.get("retry-after", ""), problem=problem,
+    )  # fmt: skip
+
+
+def _framing(status: int, headers: dict[str, str]) -> tuple[str, int, str | None]:
+    """Where the body ends, and its length if that was said; what is wrong with it, if anything."""
+    coding, length = headers.get("transfer-encoding", "").lower(), headers.get("content-length")
+    if status in (101, 204, 304):
+        return "none", 0, None
+    if coding:
+        return ("chunked", 0, None) if coding == "chunked" else ("", 0, f"unknown Transfer-Encoding {coding!r}")
+    if length is None:
+        return "close", 0, None
+    if not (length.isascii() and length.isdigit() and len(length) < 16):
+        return "", 0, "Content-Length is not a number"
+    return "length", int(length), None
+
+
+_State = Callable[["Response", bytes, int, int], int]  # parses bytes from a place on, with their time; how far it got
 
 
 class Response:
-    """One HTTP answer, fed in pieces of any size.
+    """One HTTP answer, fed in pieces of any size; ``secret`` is removed from every detail.
 
-    After each `feed`: ``done`` (the answer is complete), ``keep_alive`` (the connection may be reused), ``status``
-    (null before the status line), ``idle_s`` and ``retry_after`` (as in `head.Head`). ``secret`` is removed from every
-    detail.
+    After each `feed`: ``done`` (the answer is complete), ``keep_alive`` (the connection may be reused) and ``head``.
+    ``answer`` collects the text; null: only times are kept.
     """
 
     __slots__ = (
-        "_body_kind", "_carry", "_chunk_left", "_completion", "_head", "_last_body_ns", "_left", "_location", "_sample",
-        "_secret", "_size", "_state", "_unsure", "done", "idle_s", "keep_alive", "retry_after", "status",
+        "_body_kind", "_carry", "_completion", "_held", "_last_body_ns", "_left", "_sample", "_secret", "_size",
+        "_state", "_unsure", "done", "head", "keep_alive",
     )  # fmt: skip
-    captures = False
-    """Whether the text of events is captured, not only their times."""
 
-    def __init__(self, secret: Secret = None) -> None:
-        self.done = False
-        self.keep_alive = False
-        self.status: int | None = None
-        self.idle_s: float | None = None
-        self.retry_after = ""
+    def __init__(self, secret: Secret = None, answer: Answer | None = None) -> None:
+        self.done = self.keep_alive = False
+        self.head = Head()
         self._secret = secret
         # A plain function, not a bound method: no reference cycle, and the client runs with the garbage collector off.
         self._state: _State = Response._read_head
-        self._head = b""  # bytes of an unfinished header block, chunk-size line or trailer
-        self._left = 0  # Content-Length still to come
-        self._chunk_left = 0  # of the chunk being read
-        self._body_kind = ""  # "sse", "json" or "error"
+        self._held = b""  # bytes of an unfinished header block, chunk-size line or trailer
+        self._left = 0  # bytes of the body, or of the chunk being read, that are still to come
+        self._body_kind = ""  # as in `Head.body`
         self._unsure = True  # whether the body matches its Content-Type
         # An incomplete event, or the whole body if it is not a stream; contiguous, so that each byte is copied once.
         self._carry: bytes | bytearray = b""
-        self._last_body_ns = 0
-        self._size = 0
-        self._location = ""
-        self._completion = Completion()
+        self._last_body_ns = self._size = 0
+        self._completion = Completion(answer)
         self._sample = b""  # content of the last whole chunk
 
-    # -- framing ------------------------------------------------------------------------------------------------------
-
-    def begin(self) -> None:
-        """Skip the head, known to be that of a chunked event stream on a keep-alive connection."""
-        self.status, self.keep_alive, self._body_kind, self._unsure = 200, True, "sse", False
-        self._state = Response._read_chunk_size
-
-    def feed(self, reads: list[bytes], stamps: list[int]) -> None:
-        """Parse reads in order, with the time of each (any one clock, ns)."""
-        raw = reads[0] if len(reads) == 1 else b"".join(reads)
-        if self._head:
-            # Never part of the body, so the stamp of these bytes does not matter: add them to the first read.
-            offset = len(self._head)
-            raw = self._head + raw
-            self._head = b""
-        else:
-            offset = 0
-        ends = []
-        for read in reads:
-            offset += len(read)
-            ends.append(offset)
-        pos = 0
-        while pos < len(raw) and not self.done:
-            before = (pos, self._state)
-            pos = self._state(self, raw, pos, ends, stamps)
-            if (pos, self._state) == before:
-                self._head = raw[pos:]
-                break
-        if self.done and pos < len(raw):
-            self.keep_alive = False  # bytes after the answer: the connection is out of sync
-
-    def feed_plain(self, template: Template, stamps: array[int], texts: list[bytes] | None) -> bool:
-        """Add chunks of this template, given by their texts (None: plain ASCII). False: not all were plain events."""
-        if self.at_an_event and (texts is None or fit(texts)):
-            self._completion.take_plain(stamps)
-            self._last_body_ns = stamps[-1]
-            return True
-        self.feed_chunks([template.whole(text) for text in texts or [b"?"] * len(stamps)], stamps.tolist())
-        return False
-
-    def feed_chunks(self, contents: list[bytes], stamps: list[int]) -> None:
-        """Parse the contents of whole chunks of an event stream, each with its time; the last chunk's is empty."""
-        if self.done:
-            self.keep_alive = False
-            return
-        body = b"".join(contents)
-        if body:
-            self._take_body(body, [(0, len(body))], list(accumulate(map(len, contents))), stamps)
-        self._sample = contents[-1]
-        if not contents[-1] and not self.done:
-            self._finish()
-
-    def learn(self) -> Template | None:
-        """The template of plain events, if the last chunk that was fed is one."""
-        return Template.learn(self._sample) if self.at_an_event else None
+    @property
+    def answer(self) -> Answer | None:
+        """The text so far; null unless it is collected."""
+        return self._completion.answer
 
     @property
     def taken(self) -> tuple[int, int]:
@@ -139,16 +152,71 @@ class Response:
 
     @property
     def at_an_event(self) -> bool:
-        """Whether the next byte begins a chunk with a new event: nothing is half parsed, and the stream goes on."""
-        return (
-            self._state is Response._read_chunk_size and not self._head and not self._carry
-            and self._body_kind == "sse" and self._completion.open
+        """Whether the next byte begins a chunk with a new event, and the stream goes on."""
+        between = self._state is Response._read_chunk_size and not self._held and not self._carry
+        return between and self._body_kind == "sse" and self._completion.open
+
+    @property
+    def sample(self) -> bytes:
+        """The content of the last chunk that was fed, if the next byte begins another event."""
+        return self._sample if self.at_an_event else b""
+
+    def fill(self, result: Result) -> Result:
+        """Put what the answer amounts to into a row, which is returned; final once ``done``."""
+        return fill(
+            result, self._completion, status=self.head.status, done=self.done, body=bytes(self._carry),
+            location=self.head.location, secret=self._secret,
         )  # fmt: skip
 
-    def eof(self, trouble: str | None = None) -> None:
-        """The connection ended, with ``trouble`` unless it was closed in order. An answer that is not ``done`` is cut,
-        unless it was to end with the connection.
+    # -- framing ------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Skip the head, known to be that of a chunked event stream on a keep-alive connection."""
+        self._unsure = False
+        self._take_head(USUAL)
+
+    def feed(self, read: bytes, stamp: int) -> None:
+        """Parse one read, with its time (any one clock, ns)."""
+        raw, self._held = self._held + read, b""
+        pos = 0
+        while pos < len(raw) and not self.done:
+            before = (pos, self._state)
+            pos = self._state(self, raw, pos, stamp)
+            if (pos, self._state) == before:
+                self._held = raw[pos:]
+                break
+        if self.done and pos < len(raw):
+            self.keep_alive = False  # bytes after the answer: the connection is out of sync
+
+    def feed_plain(
+        self, whole: Callable[[bytes], bytes], said: bool, stamps: array[int], texts: list[bytes] | None
+    ) -> bool:
+        """Add plain events by their texts (null: ASCII), of which ``whole`` makes the chunks again; ``said``: these are
+        part of the answer. False: not all were plain events.
         """
+        if not (self.at_an_event and (texts is None or is_text(texts))):
+            self.feed_chunks([whole(text) for text in texts or [b"?"] * len(stamps)], stamps)
+            return False
+        self._completion.take_plain(stamps)
+        self._last_body_ns = stamps[-1]
+        if self.answer is not None and texts:
+            parts = self.answer.parts if said else self.answer.reasoning
+            parts += decode_texts(texts)
+        return True
+
+    def feed_chunks(self, contents: list[bytes], stamps: Sequence[int]) -> None:
+        """Parse the contents of whole chunks of an event stream, each with its time; the last chunk's is empty."""
+        if self.done:
+            self.keep_alive = False
+            return
+        if body := b"".join(contents):
+            self._take_body(body, list(accumulate(map(len, contents))), stamps)
+        self._sample = contents[-1]
+        if not contents[-1] and not self.done:
+            self._finish()
+
+    def eof(self, trouble: str | None = None) -> None:
+        """The connection ended, with ``trouble`` unless in order. What is neither ``done`` nor to end so is cut."""
         if self.done:
             return
         self.keep_alive = False
@@ -156,21 +224,20 @@ class Response:
             self._finish("cut")
             return
         self.done = True
-        where = "before the answer began" if self.status is None else "before the answer ended"
+        where = "before the answer began" if self.head.status is None else "before the answer ended"
         self._completion.fail("cut", f"{trouble or 'the server closed the connection'} {where}")
 
-    def misframed(self) -> None:
-        """The last chunk was not followed by its line end."""
+    def misframed(self, problem: str = "a chunk that is longer than its size") -> None:
+        """The framing is broken: the last chunk was not followed by its line end."""
         if not self.done:
-            self._broken("bad chunked framing: a chunk that is longer than its size")
+            self._broken(f"bad chunked framing: {problem}")
 
     def _broken(self, detail: str) -> None:
-        """Fail: not HTTP, or not an event stream."""
         self._completion.fail("protocol", detail)
         self.done, self.keep_alive = True, False
 
     def _finish(self, torn: str = "incomplete") -> None:
-        """The body is over. A last event without its blank line counts if it is complete; else it is ``torn``."""
+        """A last event without its blank line counts if it is complete; else it is ``torn``."""
         self.done = True
         completion, carry = self._completion, bytes(self._carry)
         if self._body_kind == "json":
@@ -179,26 +246,21 @@ class Response:
         elif self._body_kind == "sse":
             completion.read_event(carry, self._last_body_ns, torn)
 
-    def _read_head(self, raw: bytes, pos: int, ends: list[int], stamps: list[int]) -> int:
+    def _read_head(self, raw: bytes, pos: int, stamp: int) -> int:
         end = raw.find(b"\r\n\r\n", pos)
         if not raw.startswith(b"HTTP/1."[: len(raw) - pos], pos):
             self._broken("the answer is not HTTP/1.1 (is this the right port, and http or https as it should be?)")
-            return len(raw)
-        if (end if end >= 0 else len(raw)) - pos > HEADER_LIMIT:
+        elif (end if end >= 0 else len(raw)) - pos > HEADER_LIMIT:
             self._broken(f"more than {HEADER_LIMIT // 1024} KiB of headers")
-            return len(raw)
-        if end < 0:
+        elif end < 0:
             return pos
-        self._take_head(raw[pos:end])
-        return end + 4
+        elif head := read_head(raw[pos:end]):
+            self._take_head(head)
+        return len(raw) if self.done and end < 0 else end + 4
 
-    def _take_head(self, raw: bytes) -> None:
-        head = read_head(raw)
-        if head is None:
-            return
-        self.status, self.keep_alive = head.status, head.keep_alive
-        self._body_kind, self._left, self._location = head.body, head.length, head.location
-        self.idle_s, self.retry_after = head.idle_s, head.retry_after
+    def _take_head(self, head: Head) -> None:
+        self.head = head
+        self.keep_alive, self._body_kind, self._left = head.keep_alive, head.body, head.length
         if head.problem:
             self._broken(head.problem)
         elif head.framing == "chunked":
@@ -210,28 +272,30 @@ class Response:
         else:
             self._finish()
 
-    def _read_length(self, raw: bytes, pos: int, ends: list[int], stamps: list[int]) -> int:
-        end = min(len(raw), pos + self._left)
-        self._left -= end - pos
-        self._take_body(raw, [(pos, end)], ends, stamps)
+    def _read_length(self, raw: bytes, pos: int, stamp: int) -> int:
+        """A body, or the rest of a chunk, of known length."""
+        part = raw[pos : pos + self._left]
+        self._left -= len(part)
+        self._take_body(part, [len(part)], [stamp])
         if not self._left and not self.done:
-            self._finish()
-        return end
+            if self.head.framing == "chunked":
+                self._state = Response._read_chunk_end
+            else:
+                self._finish()
+        return pos + len(part)
 
-    def _read_until_close(self, raw: bytes, pos: int, ends: list[int], stamps: list[int]) -> int:
-        self._take_body(raw, [(pos, len(raw))], ends, stamps)
+    def _read_until_close(self, raw: bytes, pos: int, stamp: int) -> int:
+        self._take_body(raw[pos:], [len(raw) - pos], [stamp])
         return len(raw)
 
-    def _read_chunk_size(self, raw: bytes, pos: int, ends: list[int], stamps: list[int]) -> int:
+    def _read_chunk_size(self, raw: bytes, pos: int, stamp: int) -> int:
         """Every complete chunk of ``raw``, up to an incomplete one or the last."""
-        spans: list[tuple[int, int]] = []
-        find, end = raw.find, len(raw)
+        parts: list[bytes] = []
         problem = ""
-        while True:
-            line_end = find(b"\r\n", pos)
+        while self._state is Response._read_chunk_size and not problem:
+            line_end = raw.find(b"\r\n", pos)
             if line_end < 0:
-                if end - pos > 1024:
-                    problem = "a chunk-size line without end"
+                problem = "a chunk-size line without end" if len(raw) - pos > 1024 else ""
                 break
             try:
                 size = int(raw[pos:line_end].partition(b";")[0], 16)
@@ -240,48 +304,35 @@ class Response:
             if size < 0:
                 problem = "a chunk size that is not a number"
                 break
+            pos = line_end + 2
             if size == 0:
                 self._state = Response._read_trailer
-                pos = line_end + 2
                 break
-            start = line_end + 2
-            stop = start + size
-            if stop + 2 > end:  # the chunk or its line end is incomplete
-                if start < end:
-                    spans.append((start, min(stop, end)))
-                self._chunk_left = max(stop - end, 0)
-                self._state = Response._read_chunk
-                pos = min(stop, end)
-                break
-            spans.append((start, stop))  # before its line end is checked: where reads were cut must not matter
-            if raw[stop : stop + 2] != b"\r\n":
+            parts.append(raw[pos : pos + size])  # before its line end is checked: where reads were cut must not matter
+            pos += len(parts[-1])
+            self._left = size - len(parts[-1])
+            if self._left or len(raw) - pos < 2:
+                self._state = Response._read_length if self._left else Response._read_chunk_end
+            elif raw[pos : pos + 2] == b"\r\n":
+                pos += 2
+            else:
                 problem = "a chunk that is longer than its size"
-                break
-            pos = stop + 2
-        if spans:
-            self._take_body(raw, spans, ends, stamps)
-            start, stop = spans[-1]
-            self._sample = raw[start:stop] if self._state is Response._read_chunk_size else b""
-        if problem and not self.done:
-            self._broken(f"bad chunked framing: {problem}")
+        if body := b"".join(parts):
+            self._take_body(body, [len(body)], [stamp])
+            self._sample = parts[-1] if self._state is Response._read_chunk_size else b""
+        if problem:
+            self.misframed(problem)
         return pos
 
-    def _read_chunk(self, raw: bytes, pos: int, ends: list[int], stamps: list[int]) -> int:
-        """The rest of a chunk from an earlier feed, and its line end."""
-        if self._chunk_left:
-            end = min(len(raw), pos + self._chunk_left)
-            self._chunk_left -= end - pos
-            self._take_body(raw, [(pos, end)], ends, stamps)
-            return end
+    def _read_chunk_end(self, raw: bytes, pos: int, stamp: int) -> int:
         if len(raw) - pos < 2:
             return pos
+        self._state = Response._read_chunk_size
         if raw[pos : pos + 2] != b"\r\n":
             self.misframed()
-            return pos
-        self._state = Response._read_chunk_size
         return pos + 2
 
-    def _read_trailer(self, raw: bytes, pos: int, ends: list[int], stamps: list[int]) -> int:
+    def _read_trailer(self, raw: bytes, pos: int, stamp: int) -> int:
         line_end = raw.find(b"\r\n", pos)
         if line_end < 0:
             if len(raw) - pos > HEADER_LIMIT:
@@ -291,29 +342,25 @@ class Response:
             self._finish()
         return line_end + 2
 
-    # -- body to events ----------------------------------------------------------------------------------------------
+    # -- body to events -----------------------------------------------------------------------------------------------
 
-    def _take_body(self, raw: bytes, spans: list[tuple[int, int]], ends: list[int], stamps: list[int]) -> None:
-        """Parse body bytes: ``spans`` of ``raw``, whose reads end at ``ends`` and arrived at ``stamps``."""
+    def _take_body(self, body: bytes, ends: list[int], stamps: Sequence[int]) -> None:
+        """Parse bytes of the body, whose parts end at ``ends`` and arrived at ``stamps``."""
         if self._unsure and self._body_kind in ("sse", "json"):
-            self._look_at_body(raw, spans)
+            self._look_at_body(body)
         if self._body_kind == "sse":
             if self._completion.error is None:
-                self._take_events(raw, spans, ends, stamps)
+                self._take_events(body, ends, stamps)
         elif self._body_kind == "json" or len(self._carry) < _ERROR_BODY_LIMIT:
-            self._hold(b"".join([raw[a:b] for a, b in spans]))
+            self._hold(body)
             if len(self._carry) > EVENT_LIMIT:
                 self._broken(f"more than {EVENT_LIMIT // 2**20} MiB in one answer")
-        self._size += sum(b - a for a, b in spans)
-        last = spans[-1][1]
-        read = len(ends) - 1
-        while read and ends[read - 1] >= last:
-            read -= 1
-        self._last_body_ns = stamps[read]
+        self._size += len(body)
+        self._last_body_ns = stamps[bisect_left(ends, len(body))]
 
-    def _look_at_body(self, raw: bytes, spans: list[tuple[int, int]]) -> None:
+    def _look_at_body(self, body: bytes) -> None:
         """Tell a JSON object from an event stream by the first byte, whatever Content-Type says."""
-        seen = self._carry[:_BLANK] + b"".join([raw[a:b] for a, b in spans])
+        seen = self._carry[:_BLANK] + body
         begin = seen.removeprefix(BOM).lstrip()
         if (not begin or BOM.startswith(begin)) and len(seen) < _BLANK:
             return  # still to come
@@ -323,40 +370,26 @@ class Response:
         elif begin and begin[0] in _FIELDS:
             self._body_kind = "sse"
 
-    def _take_events(self, raw: bytes, spans: list[tuple[int, int]], ends: list[int], stamps: list[int]) -> None:
+    def _take_events(self, body: bytes, ends: list[int], stamps: Sequence[int]) -> None:
         carried = len(self._carry)
-        body = raw[spans[0][0] : spans[0][1]] if len(spans) == 1 else b"".join([raw[a:b] for a, b in spans])
         looked = max(carried - _END, 0)  # no event ends before this
         if carried:
             self._hold(body)
-            if not _BLANK_LINE.search(self._carry, looked):
-                if len(self._carry) > EVENT_LIMIT:
-                    self._broken(f"an event of more than {EVENT_LIMIT // 2**20} MiB")
-                return
-        text = bytes(self._carry) if carried else body
-        if b"\r" in text:
-            cuts = [match.end() for match in _BLANK_LINE.finditer(text, looked)]
-            parts = [text[a:b] for a, b in zip([0, *cuts], cuts, strict=False)]
-            rest = text[cuts[-1] :] if cuts else text
-        else:
-            first, *parts = text[looked:].split(b"\n\n")
-            parts.insert(0, text[:looked] + first)
-            rest = parts.pop()
-            cuts, at = [], 0
-            for part in parts:
-                at += len(part) + 2
-                cuts.append(at)
-        self._carry = rest.lstrip(b"\r\n")  # empty lines, and the LF of a CR LF that ended the last event
+        cuts = [match.end() for match in _BLANK_LINE.finditer(self._carry if carried else body, looked)]
+        if cuts or not carried:
+            text = bytes(self._carry) if carried else body
+            # Without empty lines, and the LF of a CR LF that ended the last event.
+            self._carry = text[cuts[-1] :].lstrip(b"\r\n") if cuts else text.lstrip(b"\r\n")
         if len(self._carry) > EVENT_LIMIT:
             self._broken(f"an event of more than {EVENT_LIMIT // 2**20} MiB")
             return
-        if not parts:
+        if not cuts:
             return
-        times = _arrivals(cuts, carried, spans, ends, stamps)
+        times = [stamps[bisect_left(ends, cut - carried)] for cut in cuts]
         completion = self._completion
         if not completion.read_plain(text[: cuts[-1]], times):
-            for part, stamp in zip(parts, times, strict=True):
-                completion.read_event(part, stamp)
+            for start, end, stamp in zip([0, *cuts], cuts, times, strict=False):
+                completion.read_event(text[start:end], stamp)
         if completion.error is not None and completion.error[0] == "protocol":
             self.done, self.keep_alive = True, False
 
@@ -364,36 +397,3 @@ class Response:
         if not isinstance(self._carry, bytearray):
             self._carry = bytearray(self._carry)
         self._carry += body
-
-    def outcome(self) -> Outcome:
-        """The outcome so far; final once ``done``."""
-        return outcome_of(
-            self._completion, status=self.status, done=self.done, body=bytes(self._carry), location=self._location,
-            secret=self._secret,
-        )  # fmt: skip
-
-
-def _arrivals(
-    cuts: list[int], carried: int, spans: list[tuple[int, int]], ends: list[int], stamps: list[int]
-) -> list[int]:
-    """The stamp of the read with the last byte of each event.
-
-    ``cuts`` are the ends of events in the carried bytes and the spans, joined, ascending; all are in the new bytes.
-    """
-    times = []
-    span = read = 0
-    first, last = spans[0]
-    shift = carried - first  # joined offset = offset in raw + shift, within the current span
-    end = ends[0]
-    for cut in cuts:
-        while cut - shift > last:
-            shift += last
-            span += 1
-            first, last = spans[span]
-            shift -= first
-        at = cut - shift
-        while at > end:
-            read += 1
-            end = ends[read]
-        times.append(stamps[read])
-    return times

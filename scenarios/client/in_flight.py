@@ -1,24 +1,32 @@
-"""One request in flight: what has been received for it and when, until that is parsed into its row."""
+"""Requests in flight: what has been received for each and when, and the queue of those that wait to be parsed."""
 
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from time import monotonic_ns
 from typing import Any, Protocol
 
+from harness.record.answers import SAMPLE, Said
 from harness.record.results import Result
-from scenarios.client.capture import CapturingResponse, OnAnswer
+from scenarios.client.completion import Answer, Secret, clean
 from scenarios.client.endpoint import Endpoint
-from scenarios.client.fast_path import Shape
+from scenarios.client.fast_path import Shape, Template
 from scenarios.client.http1 import Response
-from scenarios.client.outcome import Secret, clean
 from scenarios.client.reader import ReceiveBuffer
 
+OnAnswer = Callable[[Result, Answer], None]
+"""Called with the row of a request that ended, and the text received until then."""
 _SEEN_LIMIT = 65536
 # An answer is too long beyond this. Gateways stream single characters, and with log-probabilities a token is kilobytes.
 _EVENTS_EACH, _EVENTS_MORE = 8, 256
 _BYTES_EACH, _BYTES_MORE = 65536, 16 * 2**20
+# Answers wait to be parsed until there are so many, or until the next sweep: each by itself would find cold caches.
+# Beyond the backlog, one is parsed on the spot for each that ends.
+_TOGETHER, _BACKLOG = 32, 4096
+_IDLE_NS = 200_000  # parsed at a time, before the loop turns again
 
 
 class Carrier(Protocol):
@@ -48,17 +56,10 @@ class InFlight:
     )  # fmt: skip
 
     def __init__(
-        self,
-        result: Result,
-        payload: bytes,
-        endpoint: Endpoint,
-        secret: Secret,
-        ended: Callable[[Result], None] | None,
-        session: int = 0,
-        on_answer: OnAnswer | None = None,
-        start_ns: int = 0,
-        most_tokens: int | None = None,
-    ) -> None:
+        self, result: Result, payload: bytes, endpoint: Endpoint, secret: Secret,
+        ended: Callable[[Result], None] | None, session: int = 0, on_answer: OnAnswer | None = None,
+        start_ns: int = 0, most_tokens: int | None = None,
+    ) -> None:  # fmt: skip
         self.result = result
         self.on_answer = on_answer
         self.payload = payload
@@ -77,8 +78,7 @@ class InFlight:
 
     def begin(self, now_ns: int) -> None:
         """Forget what was received: the request is sent, perhaps again, at ``now_ns``."""
-        on_answer = self.on_answer
-        self.response = Response(self.secret) if on_answer is None else CapturingResponse(self.secret, on_answer)
+        self.response = Response(self.secret, None if self.on_answer is None else Answer())
         self.buffer = ReceiveBuffer()
         self.shape: Shape | None = self.endpoint.shape  # by which the reader stores the answer
         self.seen: bytes | None = b""  # the answer as passed on, up to its first output: to learn the shape from
@@ -120,7 +120,7 @@ class InFlight:
         self.last_ns = max(stamp, self.tried_ns)  # what came before the request was sent is read after it
         if self.seen is not None:
             self.seen = self.seen + data if len(self.seen) < _SEEN_LIMIT else None
-        self.response.feed([data], [self.last_ns - self.start_ns])
+        self.response.feed(data, self.last_ns - self.start_ns)
 
     def parse(self, *, over: bool = False) -> None:
         """Parse what is stored; ``over``: nothing more will arrive, so an incomplete chunk, too."""
@@ -129,13 +129,14 @@ class InFlight:
             self.seen = None
             response.begin()
         if buffer:
-            for kind, stamps, parts in buffer.runs(self.start_ns, response.captures):
+            for kind, stamps, parts in buffer.runs(self.start_ns, self.on_answer is not None):
                 times = array("q", stamps)
                 if kind:
                     assert self.shape is not None
-                    response.feed_plain(self.shape.templates[kind - 1], times, parts)
+                    template = self.shape.templates[kind - 1]
+                    response.feed_plain(template.whole, template.said, times, parts)
                 elif parts:
-                    response.feed_chunks(parts, times.tolist())
+                    response.feed_chunks(parts, times)
             buffer.clear()
         if over and (rest := buffer.take_partial()):
             self.feed(rest, buffer.last_ns)
@@ -147,7 +148,7 @@ class InFlight:
             self.shape = Shape.learn(self.seen, endpoint.shape)
             self.seen = None
         else:
-            self.shape = (endpoint.shape or Shape.of(b"", ())).with_one(self.response.learn())
+            self.shape = (endpoint.shape or Shape.of(b"", ())).with_one(Template.learn(self.response.sample))
         endpoint.shape = self.shape
         return self.shape
 
@@ -155,19 +156,126 @@ class InFlight:
         """Fill in the row, with chunk times if ``timed``. What the client itself noticed (a timeout, a stop) takes
         precedence over what the bytes say.
         """
-        result = self.result
         self.parse(over=True)
         if not self.response.done and self.error is None:
             self.response.eof("the answer went on after its end")
-        outcome = self.response.outcome()
-        if timed:
-            result.chunk_ns, result.chunk_tokens = outcome.chunk_ns, outcome.chunk_tokens
-        result.input_tokens = outcome.input_tokens
-        result.cached_tokens = outcome.cached_tokens
-        result.output_tokens = outcome.output_tokens
-        result.reasoning_tokens = outcome.reasoning_tokens
-        result.finish_reason = outcome.finish_reason
-        result.http_status = outcome.http_status
-        result.error, result.detail = outcome.error, outcome.detail
+        result = self.response.fill(self.result)
+        if not timed:
+            result.chunk_ns = result.chunk_tokens = None
         if self.error is not None:
             result.error, result.detail = self.error[0], clean(self.error[1], self.secret)
+
+
+def parse(request: InFlight) -> None:
+    """Parse what a request has stored; one that turns out to be over (junk behind its end, not HTTP) ends."""
+    if request.connection is None:
+        request.parse()
+    else:
+        request.connection.look(request)
+
+
+class ParseQueue:
+    """Answers that wait to be parsed until the loop (libev's) is idle, in order: the next requests go out first.
+
+    ``record`` gets the row of each that has ended, once. ``timed``: rows have chunk times.
+    """
+
+    def __init__(self, loop: Any, record: Callable[[Result], None], *, timed: bool) -> None:
+        self._record = record
+        self._timed = timed
+        self._waiting: deque[InFlight] = deque()
+        self._idle: Any = loop.idle()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, request: InFlight) -> None:
+        """Parse what this request has stored soon, and hand over its row if it has ended."""
+        if request.queued:
+            return
+        request.queued = True
+        self._waiting.append(request)
+        if len(self._waiting) >= _TOGETHER:
+            self.begin()
+            while len(self._waiting) > _BACKLOG:
+                self._next()
+
+    def begin(self) -> None:
+        """Parse as soon as the loop is idle, however few wait."""
+        if self._waiting and not self._idle.active:
+            self._idle.start(self._some)
+
+    def _some(self) -> None:
+        """Parse some, then let the loop turn: a request may be due."""
+        end_ns = monotonic_ns() + _IDLE_NS
+        while self._waiting:
+            self._next()
+            if monotonic_ns() > end_ns:
+                break
+        if not self._waiting:
+            self._idle.stop()
+
+    def _next(self) -> None:
+        request = self._waiting.popleft()
+        if not request.queued:
+            return  # it was handed over before its turn
+        if request.result.finished_ns is None:
+            parse(request)  # this may end it
+        request.queued = False
+        if request.result.finished_ns is not None:
+            self._finish(request)
+
+    def _finish(self, request: InFlight) -> None:
+        request.fill(timed=self._timed)
+        self._record(request.result)
+        if request.on_answer is not None and request.response.answer is not None:
+            request.on_answer(request.result, request.response.answer)
+
+    def hand_over(self, request: InFlight) -> None:
+        """Parse an answer that has ended now, before its turn, and hand over its row, unless that was done."""
+        if request.queued and request.result.finished_ns is not None:
+            request.queued = False
+            self._finish(request)
+
+    def settle(self) -> None:
+        """Parse everything that waits, and hand over the rows."""
+        while self._waiting:
+            self._next()
+        self._idle.stop()
+
+    def close(self) -> None:
+        """Settle, and stop."""
+        self.settle()
+        self._idle.close()
+
+
+class Sampler:
+    """Keeps the text of at most ``most`` answers, evenly spread however many there are, for `harness.record.answers`.
+
+    Every answer at first, then every second one, every fourth, and so on.
+    """
+
+    def __init__(self, most: int = SAMPLE) -> None:
+        self._most, self._seen, self._stride = max(1, most), 0, 1
+        self._kept: dict[int, Said] = {}
+
+    def next(self) -> OnAnswer | None:
+        """What to call with the answer of the next request; None when it is not in the sample."""
+        n = self._seen
+        self._seen += 1
+        return None if n % self._stride else partial(self._take, n)
+
+    def _take(self, n: int, result: Result, answer: Answer) -> None:
+        if result.error is not None or n % self._stride:
+            return
+        self._kept[n] = Said(
+            request_id=result.request_id, text=answer.parts, reasoning=answer.reasoning, blanks=answer.blanks,
+            ids=len(answer.token_ids), other=answer.other,
+        )  # fmt: skip
+        if len(self._kept) > self._most:
+            self._stride *= 2
+            self._kept = {k: said for k, said in self._kept.items() if not k % self._stride}
+
+    def said(self) -> list[Said]:
+        """The sample, in the order of the requests."""
+        return [self._kept[n] for n in sorted(self._kept)]

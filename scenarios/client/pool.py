@@ -10,10 +10,10 @@ import gevent
 
 from harness.errors import UsageError
 from harness.record.run_spec import Balance
+from scenarios.client.completion import clean
 from scenarios.client.connection import Connection, Owner
 from scenarios.client.endpoint import Endpoint
 from scenarios.client.in_flight import InFlight
-from scenarios.client.outcome import clean
 
 BALANCES: tuple[Balance, ...] = get_args(Balance)
 """How a request finds its server: "least", the one with the least of this client's requests in flight; "round-robin",

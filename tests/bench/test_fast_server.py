@@ -10,6 +10,7 @@ import psutil
 import pytest
 from measure import Cores, FastServer, fast_server
 
+from harness.record.results import Result
 from scenarios.client.http1 import Response
 
 ANYWHERE = Cores(frozenset(os.sched_getaffinity(0)), frozenset(os.sched_getaffinity(0)))
@@ -36,7 +37,7 @@ def answer(sock: socket.socket) -> tuple[Response, float]:
     while not response.done:
         data = sock.recv(65536)
         assert data, "the server closed the connection"
-        response.feed([data], [time.monotonic_ns()])
+        response.feed(data, time.monotonic_ns())
     return response, time.monotonic() - began
 
 
@@ -47,7 +48,7 @@ def test_an_answer_is_one_event_per_token_on_time(server, path, tokens):
     for _ in range(2):  # keep-alive
         ask(sock, tokens, path=path)
         response, seconds = answer(sock)
-        facts = response.outcome()
+        facts = response.fill(Result(0, 0))
         assert (facts.error, facts.output_tokens, facts.finish_reason) == (None, tokens, "length")
         assert list(facts.chunk_tokens or ()) == [1] * tokens
         assert seconds >= 0.03 + 0.01 * (tokens - 1) - 0.001
@@ -105,8 +106,8 @@ def test_a_reader_that_stops_loses_no_byte(server):
     time.sleep(0.5)
     assert server.tell("count")[0]["blocked"] > 0
     response, _ = answer(sock)
-    assert response.outcome().output_tokens == 40_000
-    assert response.outcome().error is None
+    assert response.fill(Result(0, 0)).output_tokens == 40_000
+    assert response.fill(Result(0, 0)).error is None
 
 
 def test_a_client_that_hangs_up_is_dropped_from_the_books(server):
@@ -135,7 +136,7 @@ def test_without_a_stream_the_answer_comes_whole_and_as_late(server):
     sock = connect(server)
     ask(sock, 5, stream=False)
     response, seconds = answer(sock)
-    assert response.outcome().output_tokens == 5
+    assert response.fill(Result(0, 0)).output_tokens == 5
     assert seconds >= 0.03 + 4 * 0.01 - 0.001
 
 
