@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.capacity.system import load_of, load_words, servers_of, slo_words, tier_words
+from analysis.capacity.system import Key, grouped, load_of, load_words, servers_of, slo_words, tier_words
 from analysis.compare.paired import PairedRun
 from analysis.summary import Summary
 from analysis.validity.prefix_cache import NAME as WARM
@@ -56,6 +56,8 @@ _SUBJECT: dict[str, Callable[[Summary], object]] = {
     "load generator's machine": lambda s: f"{s.host.cores} x {s.host.cpu}, {s.host.memory_gib:g} GiB",
 }
 """What may differ, and is named."""
+_ANY = ("harness", "load generator's machine")
+"""What may differ within a side, too."""
 
 
 def differences(a: Summary, b: Summary) -> list[Difference]:
@@ -77,17 +79,11 @@ def refusals(a: Sequence[Summary], b: Sequence[Summary]) -> list[str]:
             for s in runs
             if s.verdict != "VALID"
         ]
-        reasons += [
-            f"{side}: {s.run}: {c.observed}: {c.advice}"
-            for s in runs
-            for c in s.checks
-            if c.name == WARM and c.ok is False
-        ]
-        for s in runs[1:]:
-            other = [d.name for d in differences(runs[0], s) if d.name not in ("harness", "load generator's machine")]
-            if other:
-                reasons.append(f"{side} holds runs of different systems ({', '.join(other)} differ): name one system")
-                break
+        warm = [(s, c) for s in runs for c in s.checks if c.name == WARM and c.ok is False]
+        reasons += [f"{side}: {s.run}: {c.observed}: {c.advice}" for s, c in warm]
+        others = ([d.name for d in differences(runs[0], s) if d.name not in _ANY] for s in runs[1:])
+        if other := next(filter(None, others), None):
+            reasons.append(f"{side} holds runs of different systems ({', '.join(other)} differ): name one system")
     for name, (ask, advice) in _SAME.items():
         answers = {side: list(dict.fromkeys(_words(ask(s)) for s in runs)) for side, runs in (("A", a), ("B", b))}
         if answers["A"] != answers["B"] or len(answers["A"]) > 1:
@@ -101,7 +97,7 @@ def _words(answer: object) -> str:
     return "not set" if answer is None else str(answer)
 
 
-Pairs = Mapping[tuple[object, ...], list[tuple[PairedRun, PairedRun]]]
+Pairs = Mapping[Key, list[tuple[PairedRun, PairedRun]]]
 
 
 def pair_runs(a: Sequence[PairedRun], b: Sequence[PairedRun]) -> tuple[Pairs, list[str], list[str]]:
@@ -115,33 +111,29 @@ def pair_runs(a: Sequence[PairedRun], b: Sequence[PairedRun]) -> tuple[Pairs, li
         if load not in shared
     ]
     if not shared:
-        loads = (" / ".join(load_words(group[0].summary) for group in side.values()) for side in sides)
-        said = [f"{name} {words}, {_sizes(side)}" for name, words, side in zip("AB", loads, sides, strict=True)]
+        said = [
+            f"{name} {' / '.join(load_words(group[0].summary) for group in side.values())}, "
+            + " / ".join(f"{group[0].summary.plan.requests} requests" for group in side.values())
+            for name, side in zip("AB", sides, strict=True)
+        ]
         return {}, left, [f"load: {', '.join(said)}; replay both with the same rate, arrivals and length"]
     pairs, reasons = {}, []
     for load in shared:
-        runs_a, runs_b = sides[0][load], sides[1][load]
-        seeds_a, seeds_b = ([load_seed(o.summary.plan.seed) for o in runs] for runs in (runs_a, runs_b))
-        if seeds_a != seeds_b:
-            reasons.append(f"seed: A {_list(seeds_a)}, B {_list(seeds_b)}; each repeat needs one of the same seed")
+        runs = [side[load] for side in sides]
+        seeds = [[load_seed(o.summary.plan.seed) for o in side] for side in runs]
+        if seeds[0] == seeds[1]:
+            pairs[load] = list(zip(*runs, strict=True))
         else:
-            pairs[load] = list(zip(runs_a, runs_b, strict=True))
+            in_a, in_b = (", ".join(map(str, side)) for side in seeds)
+            reasons.append(f"seed: A {in_a}, B {in_b}; each repeat needs one of the same seed")
     return pairs, left, reasons
 
 
-def _sizes(side: Mapping[tuple[object, ...], list[PairedRun]]) -> str:
-    return " / ".join(f"{group[0].summary.plan.requests} requests" for group in side.values())
+def _by_load(side: Sequence[PairedRun]) -> dict[Key, list[PairedRun]]:
+    def place(o: PairedRun) -> tuple[int, str, str]:
+        return load_seed(o.summary.plan.seed), o.summary.created, o.summary.run
 
-
-def _list(seeds: Sequence[int]) -> str:
-    return ", ".join(map(str, seeds))
-
-
-def _by_load(side: Sequence[PairedRun]) -> dict[tuple[object, ...], list[PairedRun]]:
-    loads: dict[tuple[object, ...], list[PairedRun]] = {}
-    for o in sorted(side, key=lambda o: (load_seed(o.summary.plan.seed), o.summary.created, o.summary.run)):
-        loads.setdefault(load_of(o.summary), []).append(o)
-    return loads
+    return grouped(sorted(side, key=place), lambda o: load_of(o.summary))
 
 
 def plans_differ(a: PairedRun, b: PairedRun) -> list[str]:

@@ -15,12 +15,11 @@ from typing import Literal
 
 import numpy as np
 
-from analysis.capacity.system import load_words, slo_words
+from analysis.capacity.system import all_met, load_words, slo_words
 from analysis.compare.comparable import Difference, Pairs, differences, pair_runs, plans_differ, refusals
 from analysis.compare.paired import FIGURES, SHARES, Ends, PairedRun, PairFigure, pair_figures
 from analysis.stats.intervals import Quantity
 from analysis.stats.replicates import FEWEST_PAIRS, over_pairs
-from analysis.summary import Summary
 from harness.errors import UsageError, unknown_name
 
 SCHEMA = "harness.compare/1"
@@ -234,7 +233,7 @@ def _at_load(pairs: Sequence[tuple[PairedRun, PairedRun]], gates: Sequence[Gate]
         name: _over(name, by_name[name], evidence, given=name in given, spread=0.0 if name in SHARES else spread)
         for name in FIGURES
     }
-    met_a, met_b = (_all_met([pair[k].summary for pair in pairs]) for k in (0, 1))
+    met_a, met_b = (all_met([pair[k].summary for pair in pairs]) for k in (0, 1))
     judged = tuple(judge(gate, figures[gate.metric]) for gate in gates)
     return LoadComparison(
         load=load_words(first_a.summary),
@@ -249,11 +248,6 @@ def _at_load(pairs: Sequence[tuple[PairedRun, PairedRun]], gates: Sequence[Gate]
         gates=judged,
         verdict=tuple(_sentences(figures, met_a, met_b, len(pairs), slo=first_a.summary.slo is not None)),
     )
-
-
-def _all_met(runs: Sequence[Summary]) -> bool | None:
-    met = [s.slo.met if s.slo is not None else None for s in runs]
-    return False if False in met else None if None in met else True
 
 
 def _run_to_run(figures: Mapping[str, Sequence[PairFigure]]) -> float:
@@ -342,9 +336,8 @@ def _slo_sentence(met_a: bool | None, met_b: bool | None) -> str:
 
 
 def _cost_sentence(f: Figure, *, both_kept: bool, slo: bool) -> str | None:
-    q = f.change
     if f.a is None or f.b is None:
-        return f"Cost cannot be compared: {f.difference.note or q.note or 'no interval'}."
+        return f"Cost cannot be compared: {f.difference.note or f.change.note or 'no interval'}."
     if f.verdict == "not judged":
         if not f.given:
             return None  # for want of pairs, as everything here
@@ -352,20 +345,39 @@ def _cost_sentence(f: Figure, *, both_kept: bool, slo: bool) -> str | None:
             f"At this load A costs {f.a:.3g} and B {f.b:.3g} USD per 1M tokens. That is not judged: in an open loop "
             f"the load is given, and below capacity both could carry more for the same money. Instead, {INSTEAD}."
         )
-    assert q.value is not None
-    assert q.low is not None
-    assert q.high is not None
+    value, low, high = _ends(f.change)
     at = " at the same load and SLO, which both kept" if both_kept else "" if slo else " (no SLO was given)"
     if f.verdict == "no difference shown":
-        return f"No difference in cost is shown{at}: B costs {_range(q)} of A's (95 %)."
+        within = f"{_percent(1 + low)} % to {_percent(1 + high)} %"
+        return f"No difference in cost is shown{at}: B costs {within} of A's (95 %)."
     word = "less" if f.verdict == "better" else "more"
-    half = max(q.high - q.value, q.value - q.low)
-    return f"B costs {_percent(abs(q.value))} % +- {_percent(half)} % {word}{at}."
+    return f"B costs {_percent(abs(value))} % +- {_percent(max(high - value, value - low))} % {word}{at}."
 
 
-def _range(q: Quantity) -> str:
-    assert q.low is not None and q.high is not None
-    return f"{_percent(1 + q.low)} % to {_percent(1 + q.high)} %"
+def _latency_sentence(f: Figure) -> str:
+    name, (value, low, high) = f.name.upper().replace("_P", " p"), _ends(f.difference)
+    ends = f"95 %: {_ms(low, '+')} to {_ms(high, '+')} ms"
+    if f.verdict == "no difference shown":
+        return f"{name}: no difference shown ({ends})."
+    return f"{name} of B is {_ms(abs(value))} ms {f.verdict} ({ends})."
+
+
+def _plain_sentence(f: Figure) -> str:
+    name = f.name.replace("_", " ").capitalize()
+    if f.name in SHARES or f.change.value is None or f.change.low is None or f.change.high is None:
+        value, low, high = _ends(f.difference)
+        much, unit = f"{abs(value) * 100:.3g}", "points"
+    else:
+        value, low, high = _ends(f.change)
+        much, unit = _percent(abs(value)), "%"
+    ends = f"95 %: {low * 100:+.3g} {'' if unit == 'points' else '% '}to {high * 100:+.3g} {unit}"
+    return f"{name} of B is {much} {unit} {f.verdict} ({ends})."
+
+
+def _ends(q: Quantity) -> tuple[float, float, float]:
+    """Value and interval of a figure that was judged."""
+    assert q.value is not None and q.low is not None and q.high is not None
+    return q.value, q.low, q.high
 
 
 def _percent(share: float) -> str:
@@ -375,23 +387,3 @@ def _percent(share: float) -> str:
 def _ms(seconds: float, sign: str = "") -> str:
     value = seconds * 1000
     return f"{value:{sign},.0f}" if abs(value) >= 100 else f"{value:{sign}.3g}"
-
-
-def _latency_sentence(f: Figure) -> str:
-    name, q = f.name.upper().replace("_P", " p"), f.difference
-    assert q.value is not None and q.low is not None and q.high is not None
-    ends = f"95 %: {_ms(q.low, '+')} to {_ms(q.high, '+')} ms"
-    if f.verdict == "no difference shown":
-        return f"{name}: no difference shown ({ends})."
-    return f"{name} of B is {_ms(abs(q.value))} ms {f.verdict} ({ends})."
-
-
-def _plain_sentence(f: Figure) -> str:
-    name, q = f.name.replace("_", " ").capitalize(), f.change
-    if q.value is None or q.low is None or q.high is None or f.name in SHARES:
-        q = f.difference
-        assert q.value is not None and q.low is not None and q.high is not None
-        ends = f"95 %: {q.low * 100:+.3g} to {q.high * 100:+.3g} points"
-        return f"{name} of B is {abs(q.value) * 100:.3g} points {f.verdict} ({ends})."
-    ends = f"95 %: {q.low * 100:+.3g} % to {q.high * 100:+.3g} %"
-    return f"{name} of B is {_percent(abs(q.value))} % {f.verdict} ({ends})."

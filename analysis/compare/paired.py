@@ -8,15 +8,17 @@ Source: moving-block bootstrap, Kuensch, Annals of Statistics 17(3), 1989.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from analysis import metrics
 from analysis.arrays import Bools, Floats, Ints
+from analysis.cost.cost import bill_usd, usd_per_1m
 from analysis.rows.read import Run
-from analysis.stats.intervals import RESAMPLES, ends_of_resamples, samples_needed
+from analysis.stats.intervals import RESAMPLES, Quantity, ends_of_resamples, samples_needed
 from analysis.summary import Summary
 
 BLOCKS = 10
@@ -67,8 +69,8 @@ class PairedRun:
 class PairFigure:
     """One figure of one pair of runs. Ends are of ``b - a`` and of ``b / a - 1``; None: not known."""
 
-    a: float | None
-    b: float | None
+    a: float | None = None
+    b: float | None = None
     n: int
     difference: Ends = (None, None)
     change: Ends = (None, None)
@@ -105,18 +107,12 @@ def pair_figures(a: PairedRun, b: PairedRun) -> tuple[dict[str, PairFigure], int
     both = a.offered[in_a] & b.offered[in_b]
     in_a, in_b = in_a[both], in_b[both]
     n = len(in_a)
-    left_out = int(a.offered.sum()) + int(b.offered.sum()) - 2 * n
-    figures: dict[str, PairFigure] = _rates(a, b)
-    shares: dict[str, Callable[[PairedRun], Bools]] = {"error_rate": lambda o: ~o.success}
-    if unjudged := _not_judged(a, b):
-        figures["attainment"] = PairFigure(a=None, b=None, n=n, note=unjudged)
-    else:
-        shares["attainment"] = lambda o: o.met
-    for name, flags in shares.items():
-        figures[name] = _share(flags(a)[in_a], flags(b)[in_b])
+    figures = _rates(a, b) | {"error_rate": _share(~a.success[in_a], ~b.success[in_b])}
+    unjudged = _not_judged(a, b)
+    figures["attainment"] = PairFigure(n=n, note=unjudged) if unjudged else _share(a.met[in_a], b.met[in_b])
     for name in _LATENCIES:
         figures |= _percentiles(name, a.latency[name][in_a], b.latency[name][in_b])
-    return {name: figures[name] for name in FIGURES}, n, left_out
+    return {name: figures[name] for name in FIGURES}, n, int(a.offered.sum()) + int(b.offered.sum()) - 2 * n
 
 
 # -------------------------------------------------------------------------------------------------------------- blocks
@@ -167,7 +163,7 @@ def _percentiles(metric: str, a: Floats, b: Floats) -> dict[str, PairFigure]:
     supported = {p: max(FEWEST_PAIRS, samples_needed(p / 100)) for p in (50, 95, 99)}
     for p, needed in supported.items():
         if n < needed:
-            made[f"{metric}_p{p}"] = PairFigure(a=None, b=None, n=n, note=f"needs {needed} paired requests, has {n}")
+            made[f"{metric}_p{p}"] = PairFigure(n=n, note=f"needs {needed} paired requests, has {n}")
     wanted = [p for p, needed in supported.items() if n >= needed]
     if not wanted:
         return made
@@ -203,7 +199,7 @@ def _share(a: Bools, b: Bools) -> PairFigure:
     """Share of True in both. Where no resample differs the ends are those of n draws without an event (exact, 95 %)."""
     n = len(a)
     if n < FEWEST_PAIRS:
-        return PairFigure(a=None, b=None, n=n, note=f"needs {FEWEST_PAIRS} paired requests, has {n}")
+        return PairFigure(n=n, note=f"needs {FEWEST_PAIRS} paired requests, has {n}")
     unit = _unit_of(n)
     counts = block_counts(int(unit[-1]) + 1)
     sizes = counts @ np.bincount(unit)
@@ -220,59 +216,45 @@ def _share(a: Bools, b: Bools) -> PairFigure:
 def _rates(a: PairedRun, b: PairedRun) -> dict[str, PairFigure]:
     """cost, throughput and goodput from what ended in each of the window's equal bins."""
     sides = [_binned(side) for side in (a, b)]
-    if any(window_s is None for _, _, window_s in sides):
-        none = PairFigure(a=None, b=None, n=0, note="nothing was sent and ended")
-        return {"cost": none, "throughput": none, "goodput": none}
+    windows_s = [window_s for _, _, window_s in sides if window_s is not None]
+    if len(windows_s) < 2:
+        return dict.fromkeys(("cost", "throughput", "goodput"), PairFigure(n=0, note="nothing was sent and ended"))
     counts = block_counts(metrics.BINS, RATE_BLOCKS)
     n = min(int(side.success.sum()) for side in (a, b))
 
-    def rate(index: int) -> list[tuple[float, Floats]]:
+    def rate(index: Literal[0, 1]) -> list[tuple[float, Floats]]:
         return [
-            (float(bins[index].sum()) / s, counts @ bins[index] / counts.sum(axis=1) / (s / metrics.BINS))
-            for *bins, s in sides
-            if s is not None
+            (float(side[index].sum()) / s, counts @ side[index] / counts.sum(axis=1) / (s / metrics.BINS))
+            for side, s in zip(sides, windows_s, strict=True)
         ]
 
-    (tokens_a, drawn_a), (tokens_b, drawn_b) = rate(0)
-    made: dict[str, PairFigure] = {}
-    enough = n >= FEWEST_PAIRS
-    why = _no_tokens(a) or _no_tokens(b) or (None if enough else f"needs {FEWEST_PAIRS} successes, has {n}")
-    made["throughput"] = (
-        PairFigure(a=None, b=None, n=n, note=why)
-        if why
-        else _figure(tokens_a, tokens_b, drawn_a, drawn_b, n, RATE_BLOCKS)
-    )
-    made["cost"] = _cost(a, b, (tokens_a, drawn_a), (tokens_b, drawn_b), n, why)
-    if unjudged := _not_judged(a, b):
-        made["goodput"] = PairFigure(a=None, b=None, n=n, note=unjudged)
-    elif not enough:
-        made["goodput"] = PairFigure(a=None, b=None, n=n, note=f"needs {FEWEST_PAIRS} successes, has {n}")
-    else:
-        (good_a, drawn_a), (good_b, drawn_b) = rate(1)
-        made["goodput"] = _figure(good_a, good_b, drawn_a, drawn_b, n, RATE_BLOCKS)
+    def cost(side: PairedRun, value: float, drawn: Floats) -> tuple[float, Floats]:
+        paid = side.summary.cost
+        usd_per_s = bill_usd(paid.usd_per_hour or 0.0, paid.replicas, 1.0)
+        nan = np.full(len(drawn), np.nan)
+        return usd_per_1m(usd_per_s, value), np.divide(usd_per_s * 1e6, drawn, out=nan, where=drawn > 0)
+
+    few = None if n >= FEWEST_PAIRS else f"needs {FEWEST_PAIRS} successes, has {n}"
+    silent = next((q.note or "no tokens were served" for o in (a, b) if not (q := _tokens(o)).value), few)
+    prices = [o.summary.cost.usd_per_1m_total for o in (a, b)]
+    priceless = next((q.note or "no price" for q in prices if q.value is None), silent)
+    tokens = rate(0)
+    made = {}
+    for name, why, values in (
+        ("throughput", silent, tokens),
+        ("cost", priceless, [cost(o, *one) for o, one in zip((a, b), tokens, strict=True)] if not priceless else []),
+        ("goodput", _not_judged(a, b) or few, rate(1)),
+    ):
+        if why:
+            made[name] = PairFigure(n=n, note=why)
+        else:
+            (value_a, drawn_a), (value_b, drawn_b) = values
+            made[name] = _figure(value_a, value_b, drawn_a, drawn_b, n, RATE_BLOCKS)
     return made
 
 
-def _cost(
-    a: PairedRun, b: PairedRun, rate_a: tuple[float, Floats], rate_b: tuple[float, Floats], n: int, why: str | None
-) -> PairFigure:
-    why = next((q.note or "no price" for o in (a, b) if (q := o.summary.cost.usd_per_1m_total).value is None), why)
-    if why:
-        return PairFigure(a=None, b=None, n=n, note=why)
-    (cost_a, drawn_a), (cost_b, drawn_b) = (
-        (usd / value * 1e6, np.divide(usd * 1e6, drawn, out=np.full(len(drawn), np.nan), where=drawn > 0))
-        for usd, (value, drawn) in ((_usd_per_s(a), rate_a), (_usd_per_s(b), rate_b))
-    )
-    return _figure(cost_a, cost_b, drawn_a, drawn_b, n, RATE_BLOCKS)
-
-
-def _usd_per_s(o: PairedRun) -> float:
-    return (o.summary.cost.usd_per_hour or 0.0) * o.summary.cost.replicas / 3600
-
-
-def _no_tokens(o: PairedRun) -> str | None:
-    q = o.summary.rates.total_token_throughput
-    return None if q.value else q.note or "no tokens were served"
+def _tokens(o: PairedRun) -> Quantity:
+    return o.summary.rates.total_token_throughput
 
 
 def _not_judged(*both: PairedRun) -> str | None:
