@@ -119,7 +119,7 @@ def _stages(text: str) -> Any:
 
 
 def _columns(text: str) -> Any:
-    from harness.trace.formats.columns import parse_map
+    from harness.trace.formats.table import parse_map
 
     return parse_map(text)
 

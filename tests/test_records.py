@@ -232,7 +232,7 @@ BAD_LINES = {
     "mooncake-negative": ("mooncake", json.dumps(mooncake(-1)).encode(), "timestamp"),
     "mooncake-huge": ("mooncake", json.dumps(mooncake(1, 10**30)).encode(), "input_length"),
     "mooncake-extra": ("mooncake", json.dumps(mooncake() | {"chat_id": 1}).encode(), "unknown field 'chat_id'"),
-    "mooncake-missing": ("mooncake", b'{"timestamp": 1}', "missing required field"),
+    "mooncake-missing": ("mooncake", b'{"timestamp": 1}', "input_length is empty"),
     "jsonl-typo": ("jsonl", b'{"input_tokns": 5}', "did you mean input_tokens"),
     "jsonl-nothing": ("jsonl", b'{"output_tokens": 5}', "nothing to send"),
     "jsonl-both": ("jsonl", b'{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}', "exclude each other"),

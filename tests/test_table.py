@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from harness.cli.trace import trace as verbs
 from harness.errors import TraceError, UsageError
-from harness.trace.formats.columns import Clock, parse_map, recognised, role_of, unit_of
 from harness.trace.formats.record import RowError, TableOptions
+from harness.trace.formats.table import parse_map, recognised, role_of
+from harness.trace.formats.values import Clock, unit_of
 from harness.trace.io import Trace, TraceRecord, open_trace
 
 BASE = datetime(2026, 9, 21, 14, 13, 20, tzinfo=UTC)
@@ -259,11 +260,13 @@ def test_small_whole_numbers_ask_for_their_unit_and_are_surveyed_without(tmp_pat
         assert read(path, table=TableOptions(unit=unit))[0][-1][0] == last  # type: ignore[arg-type]
 
 
-def test_a_time_of_another_kind_is_refused(tmp_path):
+def test_a_time_of_another_kind_is_refused_but_dates_and_epochs_mix(tmp_path):
     rows = [(1_790_000_000, 5, 7), (1_790_000_001_000, 5, 7), ("2026-09-21 14:13:20", 5, 7), (3, 5, 7)]
     path = write(tmp_path, csv_of(NAMES, rows))
     kept, trace = read(path, skip_bad=True)
-    assert (len(kept), sum(trace.rows_dropped.values())) == (1, 3)
+    assert (kept, sum(trace.rows_dropped.values())) == ([(0.0, 5, 7)] * 2, 2)
+    dates = [*ISO, (int(BASE.timestamp()) + 7, 5, 7), (f"{int(BASE.timestamp()) + 8}000", 5, 7)]
+    assert read(write(tmp_path, csv_of(NAMES, dates)))[0] == [*ROWS, (7.0, 5, 7), (8.0, 5, 7)]
 
 
 @settings(deadline=None)
@@ -309,6 +312,25 @@ def test_times_since_1970_are_read_whatever_their_column_is_called(tmp_path, nam
     assert trace.clock is not None and column in trace.clock
     if name == "arrival_s" and unit != "s":
         assert f"in {unit} since 1970, by its size" in trace.clock
+
+
+@pytest.mark.parametrize("carrier", ["csv", "json"])
+def test_prompts_without_counts_are_sent_as_their_text(tmp_path, carrier):
+    """Beside a time by another name than ours; where tokens are counted, these are replayed."""
+    rows = [{"arrival_ms": t, "prompt": f"row {at}"} for at, t in enumerate((0, 4250, 5500))]
+    path = tmp_path / "t"
+    if carrier == "csv":
+        path.write_text(csv_of(list(rows[0]), [list(row.values()) for row in rows]))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = list(open_trace(path))
+    assert [(r.arrival_s, r.text, r.input_tokens) for r in records] == [
+        (t, f"row {at}", None) for at, (t, _, _) in enumerate(ROWS)
+    ]
+    chats = [{"time": 1_790_000_000 + at, "messages": [{"role": "user", "content": "hi"}]} for at in range(2)]
+    (_, chat) = open_trace(write(tmp_path, "".join(json.dumps(row) + "\n" for row in chats)))
+    assert (chat.arrival_s, chat.messages) == (1.0, ({"role": "user", "content": "hi"},))
+    assert "prompt" not in recognised(["prompt", "prompt_tokens"])
 
 
 def test_our_own_rows_keep_their_other_fields_beside_a_time_since_1970(tmp_path):

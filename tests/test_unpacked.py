@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from harness.errors import TraceError
-from harness.trace.formats import columnar, unpacked
-from harness.trace.formats.unpacked import group_pages
+from harness.trace.formats import columnar
+from harness.trace.formats.columnar import pages_of
 from harness.trace.io import open_trace
 from harness.trace.source import open_source
 
@@ -75,11 +75,11 @@ def test_a_batch_that_unpacks_to_more_than_fits_is_refused_before_it_is_unpacked
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_dictionary_counts_too(tmp_path: Path, kind: Kind, monkeypatch) -> None:
-    monkeypatch.setattr(unpacked, "MOST_BYTES", 2 * MIB)
+    monkeypatch.setattr(columnar, "MOST_BYTES", 2 * MIB)
     words = pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int32()), pa.array(["a" * MIB, "b" * MIB]))
     with pytest.raises(TraceError, match="a batch of it takes 2 MiB of memory once unpacked"):
         list(open_trace(arrow(tmp_path / "t", {**zeros(2), "prompt": words}, kind)))
-    monkeypatch.setattr(unpacked, "MOST_BYTES", 2 * MIB + 1000)
+    monkeypatch.setattr(columnar, "MOST_BYTES", 2 * MIB + 1000)
     assert [len(r.text or "") for r in open_trace(tmp_path / "t")] == [MIB, MIB]
 
 
@@ -102,7 +102,7 @@ def test_what_fits_is_read_in_parts(tmp_path: Path, kind: Kind, compression: str
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("compression", ["zstd", None])
 def test_many_batches_are_no_large_one(tmp_path: Path, kind: Kind, compression: str | None, monkeypatch) -> None:
-    monkeypatch.setattr(unpacked, "MOST_BYTES", 20_000)
+    monkeypatch.setattr(columnar, "MOST_BYTES", 20_000)
     table = pa.table(zeros(10_000) | {"model": pa.array(["a", "b"] * 5000).dictionary_encode()})
     path = written(tmp_path / "t", table, kind, compression, rows=500)
     assert [r.model for r in open_trace(path)] == ["a", "b"] * 5000
@@ -140,7 +140,7 @@ def test_a_large_dictionary_is_refused_before_it_is_unpacked(tmp_path: Path) -> 
 
 
 def test_a_large_page_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(unpacked, "MOST_BYTES", 3 * MIB)
+    monkeypatch.setattr(columnar, "MOST_BYTES", 3 * MIB)
     table = pa.table(zeros(100) | {"prompt": pa.array(["x" * 2**16] * 100)})
     pq.write_table(table, tmp_path / "t", compression="zstd", use_dictionary=False, data_page_size=2**30)
     with pytest.raises(TraceError, match="a page of each of its columns takes 6 MiB"):
@@ -174,7 +174,7 @@ def test_sizes_in_the_footer_are_not_believed(tmp_path: Path) -> None:
         for at in range(parquet.metadata.num_row_groups):
             group = parquet.metadata.row_group(at)
             columns = {(c := group.column(k)).path_in_schema: c for k in range(4)}
-            found = group_pages(open_source(path), raw, columns)
+            found = {name: pages_of(raw, column) for name, column in columns.items()}
             for name, column in columns.items():
                 assert found[name].values == column.num_values
                 headers = column.total_uncompressed_size - found[name].total

@@ -15,8 +15,9 @@ The order of the spans in the file plays no part: they are sorted by trace, in t
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import chain, groupby, islice
 from typing import Any, NamedTuple
 
 from harness.trace.formats.record import Item, LeftOutError, Place, Reader, RowError, TraceRecord, memory_bytes, whole
@@ -60,7 +61,7 @@ class SpanReader(Reader):
     in_order = False
 
     def __init__(self) -> None:
-        self._spans: Sorter[tuple[Place, Span]] = Sorter(_by_trace, _weight)
+        self._spans: Sorter[tuple[Place, Span]] = Sorter(_by_trace, lambda placed: _weigh(placed[1].item))
 
     def spans(self, record: Any) -> Iterator[Span | RowError | LeftOutError]:
         """The spans of one record; what cannot be read as a value. Raises `RowError`."""
@@ -86,10 +87,10 @@ class SpanReader(Reader):
 class _Call(NamedTuple):
     """A call, and what is needed to choose between two views of it."""
 
-    response_id: str
-    key: tuple[Any, ...]
     place: Place
     item: Item
+    response_id: str = ""
+    key: tuple[Any, ...] = ()
 
 
 def calls(spans: Iterator[tuple[Place, Span]]) -> Iterator[tuple[Place, Item]]:
@@ -97,7 +98,7 @@ def calls(spans: Iterator[tuple[Place, Span]]) -> Iterator[tuple[Place, Item]]:
     named: Sorter[_Call] = Sorter(lambda call: (call.response_id, call.key), lambda call: _weigh(call.item))
     for trace_id, group in groupby(spans, lambda placed: placed[1].trace_id):
         session: str | None = None
-        for some in _portions(group):
+        while some := list(islice(group, _HELD)):
             session = session or some[0][1].session_id
             run = session or (trace_id if any(span.agent for _, span in some) else None)
             for call in _Tree(some).calls():
@@ -113,15 +114,8 @@ def calls(spans: Iterator[tuple[Place, Span]]) -> Iterator[tuple[Place, Item]]:
         yield from ((other.place, LeftOutError(SAME)) for other in others)
 
 
-def _portions(group: Iterator[tuple[Place, Span]]) -> Iterator[list[tuple[Place, Span]]]:
-    some: list[tuple[Place, Span]] = []
-    for placed in group:
-        some.append(placed)
-        if len(some) == _HELD:
-            yield some
-            some = []
-    if some:
-        yield some
+_Views = list[list[int]]
+"""Calls, each as the spans that show it, innermost first."""
 
 
 class _Tree:
@@ -142,40 +136,30 @@ class _Tree:
 
     def calls(self) -> Iterator[_Call]:
         """Each call, and each span that is none of its own, with the reason."""
-        yield from (_Call("", (), place, LeftOutError(COPY)) for place in self._copies)
+        yield from (_Call(place, LeftOutError(COPY)) for place in self._copies)
         around = {at: self._around(at) for at, (_, span) in enumerate(self._spans) if span.item is not None}
         depth = _depths(around)
-        below: dict[int, _Below] = {}
+        below: defaultdict[int | None, tuple[_Views, _Views]] = defaultdict(lambda: ([], []))
+        """Span -> the calls within it that were answered, and those that failed."""
         for at in sorted(around, key=lambda at: depth[at], reverse=True):
-            under = below.pop(at, None) or _Below()
-            call = self._one(at, under)
-            if call is None and under.calls and not self._is_own(at, under):
-                yield _Call("", (), self._spans[at][0], LeftOutError(SUM))
-            elif call is None:
-                under.add([at], isinstance(self._spans[at][1].item, TraceRecord))
+            answered, failed = below.pop(at, ([], []))
+            some = answered or failed
+            names = {self._spans[each][1].response_id for each in (at, *(some[0] if some else ()))} - {None}
+            if len(some) == 1 and len(names) < 2:
+                some[0].append(at)  # another view of the one call under it
+            elif some and not self._is_own(at, answered):
+                yield _Call(self._spans[at][0], LeftOutError(SUM))
             else:
-                call.append(at)
-            outer = around[at]
-            if outer is None:
-                for call in under.calls:
-                    yield from self._said(call, depth)
-            elif outer in below:
-                below[outer] = below[outer].joined(under)
-            else:
-                below[outer] = under
+                (answered if isinstance(self._spans[at][1].item, TraceRecord) else failed).append([at])
+            beside = below[around[at]]
+            below[around[at]] = _joined(beside[0], answered), _joined(beside[1], failed)
+            for call in chain(*below.pop(None, ())):
+                yield from self._said(call, depth)
 
-    def _one(self, at: int, under: _Below) -> list[int] | None:
-        """The call under a span that the span itself is a view of."""
-        some = under.answered or under.calls
-        if len(some) != 1:
-            return None
-        names = {self._spans[each][1].response_id for each in (at, *some[0])} - {None}
-        return some[0] if len(names) < 2 else None
-
-    def _is_own(self, at: int, under: _Below) -> bool:
+    def _is_own(self, at: int, answered: _Views) -> bool:
         """Whether a span around several calls is one of its own: it names a response, or none of them has one."""
         span = self._spans[at][1]
-        return span.response_id is not None or (isinstance(span.item, TraceRecord) and not under.answered)
+        return span.response_id is not None or (isinstance(span.item, TraceRecord) and not answered)
 
     def _around(self, at: int) -> int | None:
         """The nearest model span up the tree whose interval holds this one; none on a ring of parents."""
@@ -207,31 +191,15 @@ class _Tree:
             not isinstance(item, TraceRecord), isinstance(item, TraceRecord) and item.output_tokens is None,
             -depth[best], -span.start_ns, span.end_ns or 0, span.trace_id, span.id,
         )  # fmt: skip
-        yield _Call(name, key, place, item)
-        yield from (_Call("", (), self._spans[at][0], LeftOutError(SAME)) for at in call if at != best)
+        yield _Call(place, item, name, key)
+        yield from (_Call(self._spans[at][0], LeftOutError(SAME)) for at in call if at != best)
 
 
-class _Below:
-    """The calls within a span."""
-
-    __slots__ = ("answered", "calls")
-
-    def __init__(self) -> None:
-        self.calls: list[list[int]] = []
-        self.answered: list[list[int]] = []
-        """Those that did not fail."""
-
-    def add(self, call: list[int], answered: bool) -> None:
-        """One more."""
-        self.calls.append(call)
-        self.answered += [call] if answered else []
-
-    def joined(self, other: _Below) -> _Below:
-        """Both, in the larger one."""
-        small, large = (self, other) if len(self.calls) < len(other.calls) else (other, self)
-        large.calls += small.calls
-        large.answered += small.answered
-        return large
+def _joined(some: _Views, others: _Views) -> _Views:
+    """Both, in the larger one."""
+    small, large = sorted((others, some), key=len)
+    large += small
+    return large
 
 
 def _depths(around: dict[int, int | None]) -> dict[int, int]:
@@ -250,20 +218,14 @@ def _depths(around: dict[int, int | None]) -> dict[int, int]:
 
 def _holds(outer: Span, inner: Span) -> bool:
     end_ns = inner.start_ns if inner.end_ns is None else inner.end_ns
-    return inner.start_ns >= outer.start_ns - _ROUNDED_NS and (
-        outer.end_ns is None or end_ns <= outer.end_ns + _ROUNDED_NS
-    )
+    ends = outer.end_ns is None or end_ns <= outer.end_ns + _ROUNDED_NS
+    return ends and inner.start_ns >= outer.start_ns - _ROUNDED_NS
 
 
 def _filled(row: TraceRecord, outer: TraceRecord) -> TraceRecord:
     """``row`` with what only a span around it states."""
-    return row._replace(
-        input_tokens=outer.input_tokens if row.input_tokens is None else row.input_tokens,
-        output_tokens=outer.output_tokens if row.output_tokens is None else row.output_tokens,
-        session_id=row.session_id or outer.session_id,
-        model=row.model or outer.model,
-        cached_tokens=outer.cached_tokens if row.cached_tokens is None else row.cached_tokens,
-    )
+    names = ("input_tokens", "output_tokens", "session_id", "model", "cached_tokens")
+    return row._replace(**{name: getattr(outer, name) for name in names if getattr(row, name) is None})
 
 
 def _checked(row: TraceRecord) -> Item:
@@ -287,10 +249,6 @@ def _by_trace(placed: tuple[Place, Span]) -> tuple[str, bool, Place]:
     """What names the session of a trace comes first."""
     place, span = placed
     return span.trace_id, span.session_id is None, place
-
-
-def _weight(placed: tuple[Place, Span]) -> int:
-    return _weigh(placed[1].item)
 
 
 def _weigh(item: Item | None) -> int:

@@ -1,29 +1,39 @@
-"""Parquet and Arrow files (IPC file or stream): with our own columns (`harness.trace.formats.jsonl`), or as any table.
+"""Rows of Parquet and Arrow files (IPC file or stream), in bounded memory; nulls mean not given.
 
-Read a batch at a time, as small as long values make it. Missing columns and nulls mean not given; any integer or float
-width will do; ``prefix_ids`` is a list of integers, ``messages`` a list of structs with ``role`` and ``content``. Of a
-file with other columns those are read that make a table (`harness.trace.formats.table`), and no others.
+A few kilobytes may unpack to gigabytes. Arrow allocates what the headers of a part state and fails when that is not
+what came out, so the headers are looked at first:
+
+- of an Arrow record batch or dictionary each compressed buffer begins with its unpacked size;
+- of a Parquet column the header before each page says it (the sizes in the file's footer are only what its writer
+  says): a chunk is walked from page to page, and no page is unpacked.
+
+Then a batch is read at a time, as small as long values make it. An Arrow file is read as the stream that it holds.
+
+Source: Arrow "Columnar format", IPC messages and compression (``Message.fbs``); Parquet format, ``parquet.thrift``
+(``PageHeader``); Thrift compact protocol.
 """
 
 from __future__ import annotations
 
-import difflib
+import os
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO
 
 from harness.errors import TraceError
-from harness.trace.formats.columns import is_table, recognised
-from harness.trace.formats.jsonl import FIELDS
-from harness.trace.formats.record import Role, RowError, safe
-from harness.trace.formats.unpacked import check_arrow, check_pages, group_pages
+from harness.trace.formats.record import Object, RowError, safe
 from harness.trace.source import MAX_LINE_BYTES, TraceFile, magic
 
 MAGICS = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")
 """First bytes of Parquet, an Arrow file and an Arrow stream."""
 _ROWS = 4096
 _BATCH_BYTES = 2**26
-_OURS_ALONE = {"prompt", "messages", "prefix_ids", "block_tokens"}
-"""Columns by which a file is meant to be in our format, whatever else it has."""
+MOST_BYTES = 2**28
+"""Unpacked, of an Arrow batch with its dictionaries, or of a page of each column of Parquet."""
+MOST_DICTIONARY = 2**25
+"""Of a dictionary of Parquet: writers end one at one MiB, or a few; it is held twice."""
 
 
 def is_columnar(file: TraceFile) -> bool:
@@ -31,53 +41,51 @@ def is_columnar(file: TraceFile) -> bool:
     return magic(file).startswith(MAGICS)
 
 
-def is_ours(file: TraceFile, asked: Mapping[Role, str]) -> bool:
-    """Whether all columns are ours, times in seconds as ours are. Raises `TraceError`."""
-    return _is_ours(_schema(file), asked)
-
-
-def rows(file: TraceFile, asked: Mapping[Role, str]) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
-    """(row from 1, column -> value without nulls) of the columns that are ours, or a table's.
-
-    Raises `TraceError` for a damaged file, and for one whose columns are no trace's.
-    """
-    return chosen_rows(file, _wanted(file, _schema(file), asked))
-
-
-def column_names(file: TraceFile) -> list[str]:
-    """Of a columnar file. Raises `TraceError`."""
-    names: list[str] = _schema(file).names
-    return names
-
-
-def chosen_rows(file: TraceFile, wanted: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
-    """The same of these columns. Raises `TraceError` for a damaged file."""
+@contextmanager
+def _reading(file: TraceFile, row: int | None = None) -> Iterator[None]:
+    """Says in one line of a file that it is damaged; the words of Arrow may hold any byte of it."""
     import pyarrow as pa
 
-    number = 0
     try:
-        for batch in _batches(file, wanted):
+        yield
+    except (pa.ArrowException, OSError, ValueError, struct.error) as e:
+        problem = f"damaged columnar file ({safe(str(e).strip(), 300)}): copy it again"
+        raise TraceError(file.name, row, problem) from e
+
+
+def schema_of(file: TraceFile) -> Any:
+    """Of a columnar file (as Arrow has it). Raises `TraceError` for a damaged one, and for a plan."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with _reading(file):
+        if magic(file).startswith(b"PAR1"):
+            schema = pq.read_schema(str(file.path))
+        else:
+            with _stream(file) as raw, pa.ipc.open_stream(raw) as reader:
+                schema = reader.schema
+        schema.names  # noqa: B018  # decoded only here
+    if b"harness.plan" in (schema.metadata or {}):
+        raise TraceError(file.name, None, "is a plan, already made from a trace: use it with 'harness run'")
+    return schema
+
+
+def chosen_rows(file: TraceFile, wanted: Sequence[str]) -> Iterator[tuple[int, Object | RowError]]:
+    """(row from 1, column -> value without nulls) of these columns. Raises `TraceError` for a damaged file."""
+    batches, number = _batches(file, wanted), 0
+    while True:
+        with _reading(file, number + 1):
+            batch = next(batches, None)
+            if batch is None:
+                return
             batch.validate(full=True)  # Arrow trusts offsets: a damaged file would read outside its memory
-            names = batch.schema.names
-            for values in zip(*(_values(column) for column in batch.columns), strict=True):
-                number += 1
-                row = {name: value for name, value in zip(names, values, strict=True) if value is not None}
-                yield number, row if all(_is_short(value) for value in values) else _too_long()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-        raise _damaged(file, number + 1, e) from e
-
-
-def _damaged(file: TraceFile, row: int | None, error: Exception) -> TraceError:
-    """What to say of a file that Arrow cannot read; its words may hold any byte of it."""
-    return TraceError(file.name, row, f"damaged columnar file ({safe(str(error).strip(), 300)}): copy it again")
-
-
-def _is_short(value: Any) -> bool:
-    return not isinstance(value, str | bytes) or len(value) <= MAX_LINE_BYTES
-
-
-def _too_long() -> RowError:
-    return RowError("line too long", f"longer than {MAX_LINE_BYTES // 2**20} MiB: not a trace line")
+            names, columns = batch.schema.names, [_values(column) for column in batch.columns]
+        for values in zip(*columns, strict=True):
+            number += 1
+            if any(isinstance(value, str | bytes) and len(value) > MAX_LINE_BYTES for value in values):
+                yield number, RowError("line too long", f"longer than {MAX_LINE_BYTES // 2**20} MiB: not a trace line")
+                continue
+            yield number, {name: value for name, value in zip(names, values, strict=True) if value is not None}
 
 
 def _values(column: Any) -> list[Any]:
@@ -95,77 +103,73 @@ def _values(column: Any) -> list[Any]:
     return found
 
 
-def _schema(file: TraceFile) -> Any:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    kind = magic(file)
-    try:
-        if kind.startswith(b"PAR1"):
-            schema = pq.read_schema(str(file.path))
-        else:
-            with pa.OSFile(str(file.path), "rb") as raw:
-                schema = (pa.ipc.open_file if kind.startswith(b"ARROW1") else pa.ipc.open_stream)(raw).schema
-        schema.names  # noqa: B018  # decoded only here
-        return schema
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-        raise _damaged(file, None, e) from e
-
-
-def _is_ours(schema: Any, asked: Mapping[Role, str]) -> bool:
-    import pyarrow as pa
-
-    names = schema.names
-    if asked or not names or not set(names) <= set(FIELDS):
-        return False
-    kind = schema.field("arrival_s").type if "arrival_s" in names else pa.float64()
-    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind))
+def _check_fits(file: TraceFile, size: int, most: int, part: str, advice: str) -> None:
+    """Raises `TraceError` when a ``part`` has more bytes than ``most``."""
+    if size > most:
+        problem = f"{part} takes {size // 2**20:,} MiB of memory once unpacked"
+        raise TraceError(file.name, None, f"{problem}, more than the {most // 2**20} that one may: {advice}")
 
 
 def _batches(file: TraceFile, wanted: Sequence[str]) -> Iterator[Any]:
     import pyarrow as pa
-
-    kind = magic(file)
-    if kind.startswith(b"PAR1"):
-        yield from _parquet(file, wanted)
-        return
-    check_arrow(file)
-    with pa.OSFile(str(file.path), "rb") as raw:
-        if kind.startswith(b"ARROW1"):
-            with pa.ipc.open_file(raw) as reader:
-                parts = (reader.get_batch(i) for i in range(reader.num_record_batches))
-                yield from (part for batch in parts for part in _cut(batch.select(list(wanted))))
-        else:
-            with pa.ipc.open_stream(raw) as reader:
-                yield from (part for batch in reader for part in _cut(batch.select(list(wanted))))
-
-
-def _parquet(file: TraceFile, wanted: Sequence[str]) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
+    if not magic(file).startswith(b"PAR1"):
+        _check_arrow(file)
+        with _stream(file) as raw, pa.ipc.open_stream(raw) as reader:
+            yield from (part for batch in reader for part in _cut(batch.select(list(wanted))))
+        return
     path = str(file.path)
     with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as parquet, file.path.open("rb") as raw:
-        written = parquet.metadata
-        for at in range(written.num_row_groups):
-            group = written.row_group(at)
-            columns = {(c := group.column(k)).path_in_schema: c for k in range(written.num_columns)}
-            columns = {name: column for name, column in columns.items() if name.split(".")[0] in wanted}
-            pages = group_pages(file, raw, columns)
-            # Equal numbers are written as one: unpacked each has its own place.
-            rows, size = group.num_rows, sum(max(each.total, 8 * each.values) for each in pages.values())
-            if size > MAX_LINE_BYTES * max(rows, 1):
-                raise TraceError(
-                    file.name, None, f"its rows have {size // max(rows, 1) // 2**20} MiB each on average: not a trace"
-                )
-            check_pages(file, pages)
-            # A value that is repeated is written once: a row may be as large as all that is written, but for numbers.
-            texts = sum(
-                pages[name].total if name in wanted else pages[name].dictionary
-                for name, column in columns.items()
-                if column.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
-            )
-            fit = min(_ROWS, _BATCH_BYTES * rows // max(size, 1), _BATCH_BYTES // max(texts, 1))
-            yield from parquet.iter_batches(max(1, fit), row_groups=[at], columns=list(wanted), use_threads=False)
+        for at in range(parquet.metadata.num_row_groups):
+            rows = _fitting_rows(file, raw, parquet.metadata.row_group(at), wanted)
+            yield from parquet.iter_batches(rows, row_groups=[at], columns=list(wanted), use_threads=False)
+
+
+# --- Arrow -----------------------------------------------------------------------------------------------------------
+
+
+def _stream(file: TraceFile) -> Any:
+    """The stream of messages in a file. Raises `OSError` for a file that was cut."""
+    import pyarrow as pa
+
+    raw = pa.memory_map(str(file.path))
+    if magic(file).startswith(b"ARROW1"):
+        if raw.size() < 20 or (raw.seek(raw.size() - 6), raw.read(6))[1] != b"ARROW1":
+            raise OSError("an Arrow file without its end")
+        raw.seek(8)
+    return raw
+
+
+def _check_arrow(file: TraceFile) -> None:
+    """Raises `TraceError` when a batch unpacks to more than fits, with its dictionaries."""
+    import pyarrow as pa
+
+    dictionaries: dict[int, int] = {}
+    with _reading(file), _stream(file) as raw:
+        for message in pa.MessageReader.open_stream(raw):
+            header = _Table.root(message.metadata.to_pybytes()).inner(2)
+            size = 0
+            if header is not None and message.type == "dictionary":
+                name, batch = header.number(0, "q"), header.inner(1)
+                before = dictionaries.get(name, 0) if header.number(2, "?") else 0  # a delta adds to it
+                dictionaries[name] = before + _unpacked(message.body, batch)
+            elif header is not None and message.type == "record batch":
+                size = _unpacked(message.body, header)
+            size += sum(dictionaries.values())
+            _check_fits(file, size, MOST_BYTES, "a batch of it", "write it in smaller batches")
+
+
+def _unpacked(body: Any, batch: _Table | None) -> int:
+    """Bytes of all buffers of a batch; packed ones begin with theirs."""
+    if batch is None:
+        return 0
+    packed = batch.inner(3) is not None
+    size = 0
+    for offset, length in batch.structs(2, "<qq"):
+        stated = struct.unpack("<q", body[max(offset, 0) :][:8])[0] if packed and length >= 8 else -1
+        size += max(stated, length, 0)
+    return size
 
 
 def _cut(batch: Any) -> Iterator[Any]:
@@ -186,29 +190,157 @@ def _repeats(kind: Any) -> bool:
     return any(of(kind) for of in shares) or any(_repeats(kind.field(i).type) for i in range(kind.num_fields))
 
 
-def _wanted(file: TraceFile, schema: Any, asked: Mapping[Role, str]) -> list[str]:
-    """The columns to read. Raises `TraceError`."""
-    if b"harness.plan" in (schema.metadata or {}):
-        raise TraceError(file.name, None, "is a plan, already made from a trace: use it with 'harness run'")
-    names: list[str] = schema.names
-    unknown = [name for name in names if name not in FIELDS]
-    if _is_ours(schema, asked):
-        return names
-    found = {**recognised(names), **asked}
-    top = {column.partition(".")[0] if column not in names else column for column in found.values()}
-    if is_table(found) and top <= set(names) and not (_OURS_ALONE & set(names) and not asked):
-        return [name for name in names if name in top]
-    if missing := sorted(top - set(names)):
-        raise TraceError(file.name, None, f"no column {safe(', '.join(missing), 200)}; there are {_listed(names)}")
-    near = {name: difflib.get_close_matches(name, FIELDS, 1, 0.8) for name in unknown}
-    hints = ", ".join(f"{name!r}" + (f" (did you mean {best[0]}?)" if best else "") for name, best in near.items())
-    raise TraceError(
-        file.name,
-        None,
-        f"columns that a trace does not have: {safe(hints, 500)}; valid: {', '.join(FIELDS)}. Of any other table say "
-        "which columns are what: --map arrival=COLUMN,input=COLUMN,output=COLUMN",
+class _Table:
+    """A table of FlatBuffers."""
+
+    def __init__(self, data: bytes, at: int) -> None:
+        self._data, self._at = data, at
+        self._fields = at - struct.unpack_from("<i", data, at)[0]
+        if not 0 <= self._fields <= len(data) - 4:
+            raise ValueError("no table")
+        (self._size,) = struct.unpack_from("<H", data, self._fields)
+
+    @classmethod
+    def root(cls, data: bytes) -> _Table:
+        return cls(data, struct.unpack_from("<I", data)[0])
+
+    def number(self, field: int, kind: str) -> int:
+        """A number; 0 where there is none."""
+        place = self._place(field)
+        return 0 if place is None else int(struct.unpack_from(f"<{kind}", self._data, place)[0])
+
+    def inner(self, field: int) -> _Table | None:
+        """A table in it."""
+        place = self._place(field, pointed=True)
+        return None if place is None else _Table(self._data, place)
+
+    def structs(self, field: int, kind: str) -> Iterable[tuple[int, ...]]:
+        """A list of some numbers each."""
+        place = self._place(field, pointed=True)
+        if place is None:
+            return ()
+        size = struct.calcsize(kind) * struct.unpack_from("<I", self._data, place)[0]
+        return struct.iter_unpack(kind, self._data[place + 4 : place + 4 + size])
+
+    def _place(self, field: int, *, pointed: bool = False) -> int | None:
+        at = 4 + 2 * field
+        offset: int = struct.unpack_from("<H", self._data, self._fields + at)[0] if at + 2 <= self._size else 0
+        place = self._at + offset
+        if not offset:
+            return None
+        return place + int(struct.unpack_from("<I", self._data, place)[0]) if pointed else place
+
+
+# --- Parquet ---------------------------------------------------------------------------------------------------------
+
+_UNPACKED, _PACKED, _DATA, _DICTIONARY_PAGE, _DATA_2 = 2, 3, 5, 7, 8
+"""Fields of a ``PageHeader``; the first field of a header of data is how many values there are."""
+
+_Fields = Mapping[int, "int | _Fields"]
+
+
+@dataclass(slots=True)
+class Pages:
+    """Bytes of one chunk's pages once unpacked."""
+
+    dictionary: int = 0
+    largest: int = 0
+    """Of its other pages."""
+    total: int = 0
+    values: int = 0
+
+
+def _fitting_rows(file: TraceFile, raw: BinaryIO, group: Any, wanted: Sequence[str]) -> int:
+    """Rows of a row group that may be read at a time. Raises `TraceError` when not one fits."""
+    columns = {(c := group.column(k)).path_in_schema: c for k in range(group.num_columns)}
+    columns = {name: column for name, column in columns.items() if name.split(".")[0] in wanted}
+    with _reading(file):
+        pages = {path: pages_of(raw, column) for path, column in columns.items()}
+    # Equal numbers are written as one: unpacked each has its own place.
+    rows, size = max(group.num_rows, 1), sum(max(each.total, 8 * each.values) for each in pages.values())
+    if size > MAX_LINE_BYTES * rows:
+        problem = f"its rows have {size // rows // 2**20} MiB each on average: not a trace"
+        raise TraceError(file.name, None, problem)
+    dictionary = max((each.dictionary for each in pages.values()), default=0)
+    _check_fits(file, dictionary, MOST_DICTIONARY, "a dictionary of it", "write it without dictionaries")
+    held = sum(each.dictionary + each.largest for each in pages.values())
+    _check_fits(file, held, MOST_BYTES, "a page of each of its columns", "write it with smaller pages")
+    # A value that is repeated is written once: a row may be as large as all that is written, but for numbers.
+    texts = sum(
+        pages[name].total if name in wanted else pages[name].dictionary
+        for name, column in columns.items()
+        if column.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
     )
+    fit: int = min(_ROWS, _BATCH_BYTES * rows // max(size, 1), _BATCH_BYTES // max(texts, 1))
+    return max(1, fit)
 
 
-def _listed(names: Iterable[str]) -> str:
-    return safe(", ".join(names), 500)
+def pages_of(raw: BinaryIO, column: Any) -> Pages:
+    """The pages of a column by the metadata of its chunk. Raises `ValueError` for headers that make no sense."""
+    found = Pages()
+    at = column.data_page_offset
+    if column.has_dictionary_page and column.dictionary_page_offset:
+        at = min(at, column.dictionary_page_offset)
+    end = at + column.total_compressed_size
+    while at < end and found.values < column.num_values:
+        raw.seek(at)
+        header = _struct(raw)
+        unpacked, packed = _number(header, _UNPACKED), _number(header, _PACKED)
+        if packed < 0 or unpacked < 0:
+            raise ValueError(f"a page of {packed} bytes")
+        if _DICTIONARY_PAGE in header:
+            found.dictionary += unpacked
+        else:
+            found.largest = max(found.largest, unpacked)
+        data = header.get(_DATA, header.get(_DATA_2, {}))
+        found.values += _number(data, 1) if isinstance(data, Mapping) else 0
+        found.total += unpacked
+        at = raw.tell() + packed
+    return found
+
+
+def _number(fields: _Fields, name: int) -> int:
+    value = fields.get(name, 0)
+    return value if isinstance(value, int) else 0
+
+
+def _byte(raw: BinaryIO) -> int:
+    found = raw.read(1)
+    if not found:
+        raise ValueError("a page header is cut")
+    return found[0]
+
+
+def _varint(raw: BinaryIO) -> int:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = _byte(raw)
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value
+    raise ValueError("a number without an end")
+
+
+def _struct(raw: BinaryIO, deep: int = 0) -> _Fields:
+    """The numbers in a struct of Thrift, and in those in it."""
+    if deep > 8:
+        raise ValueError("a page header is nested too deeply")
+    fields: dict[int, int | _Fields] = {}
+    name = 0
+    while head := _byte(raw):
+        kind = head & 0x0F
+        name = name + (head >> 4) if head >> 4 else _signed(raw)
+        if kind in (4, 5, 6):
+            fields[name] = _signed(raw)
+        elif kind == 12:
+            fields[name] = _struct(raw, deep + 1)
+        elif kind in (3, 7, 8):  # a byte, a float, bytes
+            raw.seek(1 if kind == 3 else 8 if kind == 7 else _varint(raw), os.SEEK_CUR)
+        elif kind > 2:  # 1 and 2 are true and false
+            raise ValueError(f"a page header has a field of kind {kind}")
+    return fields
+
+
+def _signed(raw: BinaryIO) -> int:
+    value = _varint(raw)
+    return value >> 1 ^ -(value & 1)

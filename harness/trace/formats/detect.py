@@ -11,20 +11,16 @@ from collections import Counter
 import msgspec
 
 from harness.errors import TraceError
-from harness.trace.formats.access_log import AzureGateway, Caddy, Cloudflare, Envoy, Kong, Nginx, Traefik
-from harness.trace.formats.agent_sessions import ClaudeCode, Codex
-from harness.trace.formats.api_logs import Bedrock, Dynamo, LiteLLM
-from harness.trace.formats.columnar import column_names, is_columnar
-from harness.trace.formats.engine_logs import SGLang, VllmLog
-from harness.trace.formats.jsonl import Jsonl
-from harness.trace.formats.langfuse import Langfuse
-from harness.trace.formats.messages import ChatLog, OpenAI
-from harness.trace.formats.mooncake import Mooncake
-from harness.trace.formats.otel import OTel
-from harness.trace.formats.published import Azure, Bailian, BurstGPT, RagPulse
+from harness.trace.formats.columnar import is_columnar, schema_of
+from harness.trace.formats.gateways import AzureGateway, Caddy, Cloudflare, Envoy, Kong, Nginx, Traefik
+from harness.trace.formats.jsonl import Columnar, Jsonl
+from harness.trace.formats.logs import Bedrock, Dynamo, LiteLLM, SGLang, VllmLog
+from harness.trace.formats.messages import ChatLog, ClaudeCode, Codex, OpenAI
+from harness.trace.formats.published import Azure, Bailian, BurstGPT, Mooncake, RagPulse
 from harness.trace.formats.record import Reader, RowError, safe
-from harness.trace.formats.table import Columnar, TableReader, header_of, split
-from harness.trace.formats.values import header_names
+from harness.trace.formats.table import TableReader
+from harness.trace.formats.tracing import Langfuse, OTel
+from harness.trace.formats.values import header_of, split
 from harness.trace.source import TraceFile, magic, records
 from harness.trace.sources import Sources
 
@@ -70,7 +66,7 @@ def detect(source: TraceFile) -> str:
     Raises `TraceError` when none or several do, with what the file looks like.
     """
     if is_columnar(source):
-        header = ",".join(column_names(source)).encode()
+        header = ",".join(schema_of(source).names).encode()
         return next((name for name, reader in FORMATS.items() if reader.columnar and reader.sniff(header)), "columnar")
     first, line, found = b"", None, list[str]()
     for at, (number, record) in enumerate(records(source)):
@@ -164,7 +160,7 @@ _TOTALS = frozenset({"usage_input_tokens_no_cache", "n_context_tokens_total", "n
 
 
 def _looks_like(first: bytes) -> str:
-    if _TOTALS & set(header_names(first[:10_000])):
+    if _TOTALS & set(header_of(first[:10_000])[1]):
         return (
             "; it looks like a provider's usage export: totals of days, in which there is no request. Use a log of "
             "calls, or draw a trace with these totals: 'harness trace synth'"

@@ -39,21 +39,41 @@ A row needs one of ``prompt``, ``messages`` and ``input_tokens``; ``prompt`` and
 ``null`` means not given. Unknown fields are refused: a misspelt field must not be silently ignored. A row with zero
 input or output tokens records a failed call: it is counted, not replayed. Lines are UTF-8, at most 16 MiB; blank lines
 are skipped. The same rows are read from a JSON array, and from Parquet and Arrow files with these columns
-(`harness.trace.formats.columnar`).
+(any integer or float width will do; ``prefix_ids`` is a list of integers, ``messages`` one of structs). Of such a file
+with other columns those are read that make a table (`harness.trace.formats.table`), and no others.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections import Counter
-from collections.abc import Set
-from typing import Annotated
+from collections.abc import Iterable, Iterator, Set
+from itertools import chain, islice
+from typing import Annotated, Any
 
 import msgspec
 
-from harness.trace.formats.columns import Clock, role_of
-from harness.trace.formats.record import MAX_ARRIVAL_S, MAX_TOKENS, FailedCallError, Reader, RowError, TraceRecord
-from harness.trace.formats.values import DECODE_ERRORS, decode_error, fields_of, seconds_ns
+from harness.errors import TraceError
+from harness.trace.formats.columnar import MAGICS, chosen_rows, is_columnar, schema_of
+from harness.trace.formats.record import (
+    MAX_ARRIVAL_S,
+    MAX_TOKENS,
+    FailedCallError,
+    Item,
+    LeftOutError,
+    Place,
+    Reader,
+    RowError,
+    TraceRecord,
+    decode_error,
+    fields_of,
+    safe,
+)
+from harness.trace.formats.table import TableReader, is_table, recognised, role_of
+from harness.trace.formats.values import Clock, seconds_ns
+from harness.trace.source import TraceFile
+from harness.untrusted import DECODE_ERRORS
 
 _Tokens = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
 _Text = Annotated[str, msgspec.Meta(min_length=1)]
@@ -93,6 +113,8 @@ class Line(msgspec.Struct, forbid_unknown_fields=True):
 
 FIELDS = Line.__struct_fields__
 _TELLING = {"prompt", "input_tokens", "output_tokens", "arrival_s", "prefix_ids", "block_tokens"}
+_OURS_ALONE = {"prompt", "messages", "prefix_ids", "block_tokens"}
+"""Columns by which a columnar file is meant to be in our format, whatever else it has."""
 _EXACT_S = 2**53 / 1e9
 _decode = msgspec.json.Decoder(Line).decode
 
@@ -112,8 +134,8 @@ class Jsonl(Reader):
         """As its name says, or as found."""
         return self._clock.said
 
-    @staticmethod
-    def sniff(record: bytes) -> bool:
+    @classmethod
+    def sniff(cls, record: bytes) -> bool:
         """An object with a field that is only ours (a misspelt one beside it is then reported by name)."""
         fields = fields_of(record)
         if fields.get("arrival_s", b"").startswith(b'"') or any(role_of(name) for name in fields.keys() - set(FIELDS)):
@@ -145,6 +167,82 @@ class Jsonl(Reader):
 
 def _is_row(names: Set[str]) -> bool:
     return names <= set(FIELDS) and bool(names & (_TELLING - {"prompt"}))
+
+
+class Columnar(TableReader):
+    """Reader of columnar files; the first bytes tell which kind."""
+
+    summary = "Parquet or Arrow file with the columns of our JSON Lines, or of any table"
+    others_first = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes = BlockSizes()
+        self._own = OwnClock()
+        self._ours = False
+
+    @classmethod
+    def sniff(cls, record: bytes) -> bool:
+        """The magic bytes of Parquet, an Arrow file or an Arrow stream."""
+        return record.startswith(MAGICS)
+
+    @property
+    def clock(self) -> str:  # type: ignore[override]
+        """As its name says, or as found."""
+        return self._own.said if self._ours else super().clock
+
+    @property
+    def sends_text(self) -> bool:  # type: ignore[override]
+        """Our own rows are written to be sent."""
+        return self._ours
+
+    def records(self, file: TraceFile) -> Iterator[tuple[int, Any]]:
+        """(row from 1, column -> value without nulls) of the columns that are ours, or a table's."""
+        if not is_columnar(file):
+            return super().records(file)
+        schema, asked = schema_of(file), self._asked.columns
+        names: list[str] = schema.names
+        unknown = [name for name in names if name not in FIELDS]
+        self._ours = not asked and bool(names) and not unknown and _in_seconds(schema)
+        if self._ours:
+            return chosen_rows(file, names)
+        if asked or (is_table(recognised(names)) and not _OURS_ALONE & set(names)):
+            return super().records(file)
+        near = {name: difflib.get_close_matches(name, FIELDS, 1, 0.8) for name in unknown}
+        hints = ", ".join(f"{name!r}" + (f" (did you mean {best[0]}?)" if best else "") for name, best in near.items())
+        problem = f"columns that a trace does not have: {safe(hints, 500)}; valid: {', '.join(FIELDS)}. Of any other"
+        advice = "table say which columns are what: --map arrival=COLUMN,input=COLUMN,output=COLUMN"
+        raise TraceError(file.name, None, f"{problem} {advice}")
+
+    def rows(self, records: Iterable[tuple[Place, Any]]) -> Iterator[tuple[Place, Item]]:
+        """Rows of our own as lines of JSON would be read; those of a table as a table's."""
+        records = iter(records)
+        again = chain(list(islice(records, 1)), records)  # opens the file: only now is known whose columns it has
+        if not self._ours:
+            yield from super().rows(again)
+            return
+        for place, record in again:
+            try:
+                if isinstance(record, RowError):
+                    raise record
+                row = row_of(msgspec.convert(record, Line), self._own)
+                self._sizes.see(row)
+                yield place, row
+            except msgspec.ValidationError as e:
+                yield place, decode_error(e, b"", FIELDS)
+            except (RowError, LeftOutError) as e:
+                yield place, e
+
+    def blocks(self) -> str | None:
+        """As ``block_tokens`` says."""
+        return self._sizes.said()
+
+
+def _in_seconds(schema: Any) -> bool:
+    import pyarrow as pa
+
+    kind = schema.field("arrival_s").type if "arrival_s" in schema.names else pa.float64()
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind))
 
 
 class BlockSizes:

@@ -1,20 +1,15 @@
-"""Conversations and API calls as messages: chat logs, and logs of OpenAI's and Anthropic's APIs.
+"""Conversations: chat logs, calls of OpenAI's and Anthropic's APIs, and the session logs of coding agents.
 
-Chat logs: whole conversations, one JSON object each (ShareGPT, LMSYS, WildChat, fine-tuning files).
-
+**Chat logs** are whole conversations, one JSON object each (ShareGPT, LMSYS, WildChat, fine-tuning files):
 ``{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]}``, ``{"conversation": [{"role",
 "content"}]}`` or ``{"messages": [{"role", "content"}]}`` that ends with an answer. Each answer was a request of its
 own: its messages are all that went before it, its session the conversation, its turn the count of answers before. A
 question at the end that nobody answered is a request too. A function call is an answer (``from: function_call``,
 ``tool_calls``), what the function gave back (``observation``, ``tool``) a message: both are sent as their text.
-Definitions of tools, images, sound and video are not sent, and a note says of how many requests that is true.
+Definitions of tools, images, sound and video are not sent, and a note says of how many requests that is true. There are
+no times per request and no token counts: ``--tokenizer`` on the trace verbs counts prompts and answers.
 
-There are no times per request (where the log has one for the conversation, it says nothing about the turns) and no
-token counts: ``--tokenizer`` on the trace verbs counts prompts and answers.
-
-Source: the ShareGPT, LMSYS-Chat-1M and WildChat data cards; OpenAI's fine-tuning format.
-
-Logs of OpenAI's and Anthropic's APIs: batch files, request bodies, and responses, one JSON object each.
+**Calls of an API**, one JSON object each:
 
 ==========================================  ==========================================================================
 ``{"custom_id", "url", "body": {...}}``     batch input: what was asked; no times, no output length
@@ -25,33 +20,58 @@ Logs of OpenAI's and Anthropic's APIs: batch files, request bodies, and response
 ``{"model", "messages"}`` or ``"prompt"``   a request body
 ==========================================  ==========================================================================
 
-What ``usage`` counts: `harness.trace.formats.values`. The arrival is the log's own time (``timestamp``, ``time``,
-``start_time`` ...), or else ``created`` of the answer, in whole seconds since 1970. ``max_tokens`` is a limit, not a
-length, and is not taken for one. Prompts that are more than text (images, tool calls, definitions of tools) are not
-sent; a call that has ``usage`` is then replayed by its lengths. Without it, the text beside definitions of tools is
-sent alone, and a note says so; others are refused.
+What ``usage`` counts: `harness.trace.formats.values`. The arrival is the log's own time, or else ``created`` of the
+answer. ``max_tokens`` is a limit, not a length. A system prompt beside the messages goes before them. Prompts that are
+more than text (images, tool calls, definitions of tools) are not sent; a call that has ``usage`` is then replayed by
+its lengths. Without it, the text beside definitions of tools is sent alone, and a note says so; others are refused.
 
-A system prompt beside the messages (Anthropic's ``system``, ``instructions`` of Responses) goes before them.
+**Claude Code** (``~/.claude/projects/*/*.jsonl``) writes the parts of one answer on lines of their own, with the same
+``message.id`` and growing ``usage``: the last counts. A line's time is its end, so a call's arrival is the time of the
+line before it in the session (what the user or a tool said), where there is one. ``isSidechain`` marks a sub-agent, a
+session of its own. A resumed session copies old lines into a new file: each message is read once.
 
-Source: OpenAI API reference (Batch, Chat, Completions, Responses); Anthropic API reference (Messages).
+**Codex** (``~/.codex/sessions``) states the tokens of a call in an event ``token_count``, ``last_token_usage`` (cached
+and reasoning tokens inside); equal running totals mean the same event again. Its arrival is the time of the last input
+before it.
+
+Source: the ShareGPT, LMSYS-Chat-1M and WildChat data cards; OpenAI's fine-tuning format and API reference (Batch, Chat,
+Completions, Responses); Anthropic API reference (Messages); ryoppippi/ccusage; openai/codex, ``protocol.rs``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import msgspec
 
 from harness.trace.formats.jsonl import Jsonl, answered
-from harness.trace.formats.record import FailedCallError, LeftOutError, Reader, RowError, Rows, TraceRecord, safe
+from harness.trace.formats.record import (
+    FailedCallError,
+    Item,
+    LeftOutError,
+    Object,
+    Place,
+    Reader,
+    RowError,
+    Rows,
+    TraceRecord,
+    decode_object,
+    fields_of,
+    find,
+    object_of,
+    safe,
+    show,
+    text_of,
+    whole,
+)
 from harness.trace.formats.values import (
     Copies,
     called,
-    decode_object,
-    fields_of,
+    count_of,
+    iso_ns,
     plain_messages,
     plain_text,
-    show,
     usage_of,
     wall_clock_ns,
 )
@@ -65,6 +85,12 @@ _ROLES = {
     "function_response": "tool", "tool_response": "tool", "tool_call": "assistant",
 }  # fmt: skip
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_MEDIA_NOTE = (
+    "requests had images, sound or video, which are not sent: their prompts are shorter than they were in production"
+)
+_TOOLS_NOTE = "requests had tools: calls and results are sent as their text, definitions are not sent"
+_NOT_TEXT = "prompts are more than text (images, tools): replayed by their lengths"
+_WITHOUT_TOOLS = "requests define tools, which are not sent: their prompts are shorter than they were in production"
 _MARKS = ("<image>", "<video>", "<audio>", "<image_placeholder>")
 
 
@@ -76,10 +102,10 @@ class ChatLog(Reader):
     sends_text = True
 
     def __init__(self) -> None:
-        self._conversations = self._media = self._tools = 0
+        self._conversations = 0
 
-    @staticmethod
-    def sniff(record: bytes) -> bool:
+    @classmethod
+    def sniff(cls, record: bytes) -> bool:
         """A list of turns, and nothing that another format has."""
         fields = fields_of(record)
         if any(fields.get(name, b"").startswith(b"[") for name in _TURNS[:2]):
@@ -90,7 +116,7 @@ class ChatLog(Reader):
     def parse(self, record: bytes) -> Rows:
         """Read one conversation."""
         value = decode_object(record)
-        turns = next((value[name] for name in _TURNS if isinstance(value.get(name), list)), None)
+        turns = next((found for name in _TURNS if isinstance(found := value.get(name), list)), None)
         if turns is None:
             raise RowError("no conversation", f"no list {' or '.join(_TURNS)} in {show(record)}")
         self._conversations += 1
@@ -99,37 +125,20 @@ class ChatLog(Reader):
         said = [_message(turn) for turn in turns]
         files = any(value.get(name) for name in _MEDIA)
         defined = any(value.get(name) not in (None, "", "[]", []) for name in ("tools", "functions"))
-        rows: list[TraceRecord | LeftOutError] = []
-        for at, turn in enumerate([*said, None]):
-            if at and (turn is None or turn.message["role"] == "assistant"):
-                before = said[:at]
-                if turn is None and before[-1].message["role"] == "assistant":
-                    break
-                row = TraceRecord(
-                    None, None, None, session, len(rows), messages=tuple(each.message for each in before),
-                    answer=None if turn is None else turn.message["content"],
-                )  # fmt: skip
-                if turn is not None and not turn.message["content"]:
-                    rows.append(FailedCallError("empty answer (failed call)"))
-                    continue
-                rows.append(row)
-                self._media += any(each.media for each in before) or files
-                self._tools += defined or any(each.calls for each in before)
+        rows: list[Item] = []
+        ends = [at for at, turn in enumerate(said) if at and turn.message["role"] == "assistant"]
+        if said and said[-1].message["role"] != "assistant":
+            ends.append(len(said))  # a question that nobody answered
+        for at in ends:
+            answer = said[at].message["content"] if at < len(said) else None
+            if answer == "":
+                rows.append(FailedCallError("empty answer (failed call)"))
+                continue
+            messages = tuple(turn.message for turn in said[:at])
+            rows.append(TraceRecord(None, None, None, session, len(rows), messages=messages, answer=answer))
+            self.noted[_MEDIA_NOTE] += any(turn.media for turn in said[:at]) or files
+            self.noted[_TOOLS_NOTE] += defined or any(turn.calls for turn in said[:at])
         return rows
-
-    def notes(self) -> list[str]:
-        """What of the prompts is not sent, or not as it was."""
-        said = []
-        if self._media:
-            said.append(
-                f"{self._media} requests had images, sound or video, which are not sent: their prompts are shorter "
-                "than they were in production"
-            )
-        if self._tools:
-            said.append(
-                f"{self._tools} requests had tools: calls and results are sent as their text, definitions are not sent"
-            )
-        return said
 
 
 class _Said(NamedTuple):
@@ -188,10 +197,9 @@ class OpenAI(Reader):
 
     def __init__(self) -> None:
         self._copies = Copies("custom_id")
-        self._not_text = self._without_tools = 0
 
-    @staticmethod
-    def sniff(record: bytes) -> bool:
+    @classmethod
+    def sniff(cls, record: bytes) -> bool:
         """One of the shapes."""
         fields = fields_of(record)
         names = fields.keys()
@@ -212,8 +220,7 @@ class OpenAI(Reader):
     def parse(self, record: bytes) -> TraceRecord:
         """Read one object."""
         value = decode_object(record)
-        if "custom_id" in value:
-            self._copies.check(str(value["custom_id"]))
+        self._copies.check(value.get("custom_id"))
         url = value.get("url")
         if isinstance(url, str) and not url.endswith(_TEXT_URLS):
             raise LeftOutError(f"not a text completion ({url[:40]})")
@@ -223,91 +230,67 @@ class OpenAI(Reader):
         input_tokens = prompt_ids if usage.input_tokens is None else usage.input_tokens
         if request.get("tools") or request.get("functions"):
             if input_tokens is None:
-                self._without_tools += 1
+                self.noted[_WITHOUT_TOOLS] += 1
             else:
                 text = messages = None
         if text is None and messages is None:
             if input_tokens is None:
                 raise RowError("no text", "neither a prompt of text only nor usage: nothing to send")
-            self._not_text += bool(request) and prompt_ids is None
+            self.noted[_NOT_TEXT] += bool(request) and prompt_ids is None
         called(input_tokens, usage.output_tokens)
-        model = response.get("model") or request.get("model")
         return TraceRecord(
-            None if "custom_id" in value else _arrival_ns(value, response),
-            input_tokens,
-            usage.output_tokens,
-            text=text,
-            messages=messages,
-            answer=_answer(response),
-            model=model if isinstance(model, str) else None,
-            cached_tokens=usage.cached_tokens,
-        )
-
-    def notes(self) -> list[str]:
-        """Prompts that cannot be sent as they are."""
-        said = []
-        if self._not_text:
-            said.append(f"{self._not_text} prompts are more than text (images, tools): replayed by their lengths")
-        if self._without_tools:
-            said.append(
-                f"{self._without_tools} requests define tools, which are not sent: their prompts are shorter than they "
-                "were in production"
-            )
-        return said
+            None if "custom_id" in value else _arrival_ns(value, response), input_tokens, usage.output_tokens,
+            text=text, messages=messages, answer=_answer(response),
+            model=text_of(response, "model") or text_of(request, "model"), cached_tokens=usage.cached_tokens,
+        )  # fmt: skip
 
 
-def _shape(value: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _shape(value: Object) -> tuple[Object, Object]:
     """(request body, response body) of any of the shapes; empty where there is none. Raises `FailedCallError`."""
-    if value.get("error"):
+    response = object_of(value, "response")
+    if value.get("error") or response.get("error") or find(response, "body.error"):
         raise FailedCallError("failed call (error)")
+    status = response.get("status_code")
+    if isinstance(status, int) and status >= 400:
+        raise FailedCallError(f"failed call (HTTP {status})")
     if isinstance(value.get("params"), dict):
-        return value["params"], {}
-    if isinstance(result := value.get("result"), dict):
-        if not isinstance(result.get("message"), dict):
-            raise FailedCallError(f"failed call (batch: {safe(str(result.get('type')), 20)})")
-        return {}, result["message"]
-    response = value.get("response")
-    if isinstance(response, dict):
-        if isinstance(response.get("status_code"), int) and response["status_code"] >= 400:
-            raise FailedCallError(f"failed call (HTTP {response['status_code']})")
-        response = response["body"] if isinstance(response.get("body"), dict) else response
-        if response.get("error"):
-            raise FailedCallError("failed call (error)")
-    if isinstance(value.get("body"), dict):
-        return value["body"], response if isinstance(response, dict) else {}
-    if isinstance(response, dict):
-        return value["request"] if isinstance(value.get("request"), dict) else {}, response
+        return object_of(value, "params"), {}
+    if isinstance(value.get("result"), dict):
+        if not isinstance(find(value, "result.message"), dict):
+            raise FailedCallError(f"failed call (batch: {safe(str(find(value, 'result.type')), 20)})")
+        return {}, object_of(value, "result.message")
+    if isinstance(value.get("response"), dict) or isinstance(value.get("body"), dict):
+        return object_of(value, "body", "request"), object_of(response, "body") or response
     return ({}, value) if value.get("object") in _OBJECTS or value.get("type") == "message" else (value, {})
 
 
-def _arrival_ns(value: dict[str, Any], response: dict[str, Any]) -> int | None:
+def _arrival_ns(value: Object, response: Object) -> int | None:
     """Of a log's entry: its own time, which is finer than the answer's."""
     for name in _TIMES if response is not value else ():
-        if isinstance(value.get(name), str | int | float) and value[name] != "":
-            return wall_clock_ns(name, value[name])
-    created = response.get("created") or response.get("created_at")
+        if isinstance(time := find(value, name), str | int | float):
+            return wall_clock_ns(name, time)
+    created = find(response, "created", "created_at")
     return None if created is None else wall_clock_ns("created", created)
 
 
-def _prompt(request: dict[str, Any]) -> tuple[str | None, tuple[dict[str, str], ...] | None, int | None]:
+def _prompt(request: Object) -> tuple[str | None, tuple[dict[str, str], ...] | None, int | None]:
     """(text, messages, number of token ids): at most one is set."""
     asked = next((request[name] for name in ("messages", "prompt", "input") if request.get(name) is not None), None)
-    if isinstance(asked, str) and asked:
-        instructions = request.get("instructions")
-        if isinstance(instructions, str) and instructions:
-            return None, ({"role": "system", "content": instructions}, {"role": "user", "content": asked}), None
-        return asked, None, None
     if isinstance(asked, list) and asked and all(type(i) is int for i in asked):
         return None, None, len(asked)
+    before = find(request, "system", "instructions") or None
+    if isinstance(asked, str) and asked:
+        if not isinstance(before, str):
+            return asked, None, None
+        asked = [{"role": "user", "content": asked}]
     messages = plain_messages(asked)
-    before = next((request[name] for name in ("system", "instructions") if request.get(name)), None)
     if messages is None or before is None:
         return None, messages, None
     system = plain_text(before)
     return None, None if system is None else ({"role": "system", "content": system}, *messages), None
 
 
-def _answer(response: dict[str, Any]) -> str | None:
+def _answer(response: Object) -> str | None:
     if response.get("type") == "message":
         return plain_text(response.get("content"))
     choices = response.get("choices")
@@ -316,3 +299,133 @@ def _answer(response: dict[str, Any]) -> str | None:
     message = choices[0].get("message")
     answer = message.get("content") if isinstance(message, dict) else choices[0].get("text")
     return answer if isinstance(answer, str) else None
+
+
+# --- coding agents ---------------------------------------------------------------------------------------------------
+
+_WAITING = 1000
+"""Calls of which further lines may come; of older ones the last line is taken to have been read."""
+_CODEX = frozenset({b'"session_meta"', b'"event_msg"', b'"response_item"', b'"turn_context"', b'"compacted"'})
+_CODEX_INPUT = frozenset({"user_message", "function_call_output", "custom_tool_call_output", "local_shell_call_output"})
+
+
+class ClaudeCode(Reader):
+    """Reader of Claude Code session logs."""
+
+    summary = "Claude Code session log (JSON Lines: sessionId, message with usage)"
+    clock = "timestamp of the line before an answer: what was said to the model"
+    in_order = False
+    log = True
+
+    def __init__(self) -> None:
+        self._copies = Copies("message.id")
+        self._waiting: dict[str, tuple[Place, TraceRecord]] = {}
+        self._before: dict[str, int] = {}
+        """Session -> time of its last line that is no answer, ns."""
+
+    @classmethod
+    def sniff(cls, record: bytes) -> bool:
+        """A line with ``sessionId`` and a message, or one of the kinds around them."""
+        fields = fields_of(record)
+        return "sessionId" in fields and ("message" in fields or {"type", "uuid"} <= fields.keys())
+
+    def rows(self, records: Iterable[tuple[Place, Any]]) -> Iterator[tuple[Place, Item]]:
+        """Each call when no further line of it is to be expected."""
+        for place, record in records:
+            try:
+                yield from self._line(place, decode_object(whole(record)))
+            except (RowError, LeftOutError) as e:
+                yield place, e
+
+    def end(self) -> Iterator[tuple[Place, Item]]:
+        """The calls that were still waiting."""
+        yield from (_checked(*call) for call in self._waiting.values())
+
+    def _line(self, place: Place, line: Object) -> Iterator[tuple[Place, Item]]:
+        message, time = object_of(line, "message"), line.get("timestamp")
+        if not isinstance(time, str):
+            return
+        session = text_of(line, "sessionId") or ""
+        if line.get("isSidechain") is True:
+            session += f"/{text_of(line, 'agentId') or 'sub-agent'}"
+        if not message or line.get("type", message.get("role")) != "assistant":
+            if line.get("type") == "user":
+                self._before[session] = iso_ns("timestamp", time)
+            return
+        if line.get("isApiErrorMessage"):
+            raise FailedCallError("failed call (API error)")
+        if message.get("model") == "<synthetic>" or not isinstance(message.get("usage"), dict):
+            return
+        name = f"{message.get('id')} {line.get('requestId')}"
+        usage = usage_of(message["usage"])
+        if usage.input_tokens is None:
+            raise RowError("no token counts", "the message has usage without input_tokens")
+        if name in self._waiting:
+            first, row = self._waiting[name]
+            output = max(row.output_tokens or 0, usage.output_tokens or 0)
+            self._waiting[name] = first, row._replace(output_tokens=output)
+            return
+        self._copies.check(name)
+        self._waiting[name] = place, TraceRecord(
+            self._before.pop(session, None) or iso_ns("timestamp", time), usage.input_tokens, usage.output_tokens,
+            session, model=text_of(message, "model"), cached_tokens=usage.cached_tokens,
+        )  # fmt: skip
+        if len(self._waiting) > _WAITING:
+            yield _checked(*self._waiting.pop(next(iter(self._waiting))))
+
+
+def _checked(place: Place, row: TraceRecord) -> tuple[Place, Item]:
+    try:
+        called(row.input_tokens, row.output_tokens)
+    except LeftOutError as e:
+        return place, e
+    return place, row
+
+
+class Codex(Reader):
+    """Reader of Codex session logs."""
+
+    summary = "Codex session log (JSON Lines: event_msg with token_count)"
+    clock = "timestamp of the last input before an answer"
+    in_order = False
+
+    def __init__(self) -> None:
+        self._session: str | None = None
+        self._model: str | None = None
+        self._before: int | None = None
+        self._total: object = None
+
+    @classmethod
+    def sniff(cls, record: bytes) -> bool:
+        """A line of one of its kinds."""
+        fields = fields_of(record)
+        return {"timestamp", "type", "payload"} <= fields.keys() and fields["type"] in _CODEX
+
+    def parse(self, record: bytes) -> TraceRecord | Rows:
+        """Read one line."""
+        line = decode_object(record)
+        payload, time = object_of(line, "payload"), line.get("timestamp")
+        if not isinstance(time, str):
+            return ()
+        kind = payload.get("type")
+        if line.get("type") == "session_meta":
+            self._session, self._total = text_of(payload, "id"), None
+        elif line.get("type") == "turn_context":
+            self._model = text_of(payload, "model") or self._model
+        elif kind in _CODEX_INPUT or payload.get("role") == "user":
+            self._before = iso_ns("timestamp", time)
+        elif kind == "token_count" and isinstance(info := payload.get("info"), dict):
+            total, self._total = self._total, info.get("total_token_usage")
+            if total is not None and total == self._total:
+                raise LeftOutError("same running total as the event before (a copy)")
+            usage = usage_of(info.get("last_token_usage"))
+            called(usage.input_tokens, usage.output_tokens)
+            if usage.input_tokens is None:
+                raise RowError("no token counts", "token_count without last_token_usage.input_tokens")
+            arrival_ns = iso_ns("timestamp", time) if self._before is None else self._before
+            self._before = None
+            return TraceRecord(
+                arrival_ns, usage.input_tokens, usage.output_tokens, self._session, model=self._model,
+                cached_tokens=count_of(info, "last_token_usage.cached_input_tokens"),
+            )  # fmt: skip
+        return ()

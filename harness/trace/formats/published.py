@@ -1,143 +1,139 @@
-"""Traces that were published for research: Azure, BurstGPT, Bailian and RAGPulse (Mooncake: a module of its own).
+"""Traces that were published for research: Azure, BurstGPT, Mooncake, Bailian and RAGPulse. Columns go by their names.
 
-Azure LLM inference traces: CSV with wall-clock arrivals and token counts, nothing else.
+**Azure LLM inference traces** (CSV): ``TIMESTAMP`` (``2023-11-16 18:17:03.9799600``, UTC when no zone is given),
+``ContextTokens`` (input), ``GeneratedTokens`` (output), and nothing else. What spreadsheets and pandas make of these
+files is read too: see `harness.trace.formats.table`. Source: Azure/AzurePublicDataset,
+``AzureLLMInferenceDataset2023.md`` and ``...2024.md``.
 
-Columns are found by name: ``TIMESTAMP`` (``2023-11-16 18:17:03.9799600``, UTC when no zone is given; the 2024 files
-have six digits and ``+00:00``), ``ContextTokens`` (input tokens), ``GeneratedTokens`` (output tokens). Lines end in
-CRLF or LF, the last one perhaps in neither. There is no session, no prefix identity, no model and no latency. What
-spreadsheets and pandas make of these files is read too: see `harness.trace.formats.table`.
-
-Source: Azure/AzurePublicDataset, ``AzureLLMInferenceDataset2023.md`` and ``...2024.md``.
-
-BurstGPT traces: CSV of ChatGPT and GPT-4 calls at a university, on a clock of whole seconds.
-
-====================  ================================================================================================
-``Timestamp``         **seconds** from midnight of the first day; integers in versions 1 and 2, floats that do not begin
-                      at zero in version 3
-``Session ID``        version 3 only, inserted as second column; empty on rows of the API log
-``Request tokens``    input tokens
-``Response tokens``   output tokens; zero is a call that failed
-``Total tokens``      their sum, checked
-====================  ================================================================================================
-
-``Model`` is kept; ``Log Type`` and version 3's ``Elapsed time`` (whole seconds to the last token) are not replayed.
-Columns are found by name.
-
+**BurstGPT** (CSV of ChatGPT and GPT-4 calls at a university): ``Timestamp`` in **seconds** from midnight of the first
+day, whole in versions 1 and 2; ``Session ID`` (version 3 only, empty on rows of the API log); ``Request tokens``,
+``Response tokens`` (zero is a call that failed), and their sum ``Total tokens``, which is checked. ``Model`` is kept.
 Source: HPMLL/BurstGPT, README; Wang et al., *BurstGPT*, KDD 2025.
 
-Qwen-Bailian traces (Alibaba): JSON Lines with conversations and prefix identity in blocks of 16 tokens.
+**Mooncake** (FAST'25), and what others write in its fields (AIPerf, NVIDIA Dynamo, GuideLLM): JSON Lines.
 
-===================  =================================================================================================
-``chat_id``          integer, the request; ``parent_chat_id`` the one it continues, -1 for a conversation's first
-``timestamp``        **seconds** from the start of the trace, a float
-``input_length``     input tokens
-``output_length``    output tokens
-``type``             text, search, image, file, ...: not replayed
-``turn``             from 1, place in the conversation
-``hash_ids``         one integer per 16-token block; an id stands for its block and everything before it
-===================  =================================================================================================
+========================  ============================================================================================
+``timestamp``             milliseconds from the start of the trace. Others write seconds, or times since 1970
+``input_length``          input tokens; or ``text_input``, the prompt itself
+``output_length``         output tokens; left out: not stated
+``hash_ids``              one integer per 512-token block of the input, the last block usually partial. An id stands for
+                          its block *and everything before it*: only equal leading ids mean a shared prefix. May be left
+                          out
+``session_id``            the conversation
+``delay``                 milliseconds from the end of the answer before, of a turn that has no ``timestamp``
+========================  ============================================================================================
 
-The session is the conversation's first ``chat_id``. A parent that lies before the file's beginning begins a session of
-its own. The block size is checked on every row: the number of ids must be that of 16-token blocks, the last partial one
-counted or not.
+``len(hash_ids) == ceil(input_length / 512)`` on every row of the published traces; it is checked, because files of the
+same fields with other block sizes exist and would be replayed with other prefixes and on another clock. Prompts of
+several blocks show Mooncake, and so milliseconds; where there are none, small whole numbers could be seconds as well,
+and the unit is asked for. Source: kvcache-ai/Mooncake, ``FAST25-release/traces``; ai-dynamo/aiperf,
+``docs/tutorials/fixed-schedule.md``, ``docs/benchmark-datasets.md``; vllm-project/guidellm, trace replay.
 
+**Qwen-Bailian** (Alibaba, JSON Lines): ``chat_id``, ``parent_chat_id`` (the request it continues, -1 for a
+conversation's first), ``timestamp`` in **seconds**, ``input_length``, ``output_length``, ``turn`` from 1, ``hash_ids``
+with one integer per 16-token block (checked; the last partial one counted or not). The session is the conversation's
+first ``chat_id``; a parent that lies before the file's beginning begins a session of its own.
 Source: alibaba-edu/qwen-bailian-usagetraces-anon, README.
 
-RAGPulse traces: JSON Lines of a retrieval-augmented service; prompts are lists of reused components.
-
-===================  =================================================================================================
-``timestamp``        a **string** of whole seconds. The published file holds two recordings one after the other: time
-                     goes back to 0 in the middle, which is refused until ``--part 1`` or ``--part 2`` picks one
-``input_length``     input tokens
-``output_length``    output tokens
-``hash_ids``         an object of lists of component ids (system prompt, passages, history, web search, user input), in
-                     the order of the prompt
-``session_id``       string
-===================  =================================================================================================
-
-A component may stand at any place of a prompt, but a server's prefix cache reuses a prompt only from its beginning:
-two requests share the tokens of the components that lead both. How long a component is stands in five files beside the
-trace (``1_sys_prompt.jsonl`` ... ``5_web_search.jsonl``, plain or compressed). With them the leading run is given as
-blocks of 16 tokens; the few template tokens by which ``input_length`` exceeds the sum are taken to stand at the end
-and to be shared with nobody. Without the files no prefix is known, and a note says so.
-
-Source: flashserve/RAGPulse, README.
+**RAGPulse** (JSON Lines of a retrieval-augmented service): ``timestamp``, a **string** of whole seconds (the published
+file holds two recordings one after the other: ``--part`` picks one), ``input_length``, ``output_length``,
+``session_id``, and ``hash_ids``, an object of lists of component ids (system prompt, passages, history, web search,
+user input) in the order of the prompt. A server's prefix cache reuses a prompt only from its beginning: two requests
+share the tokens of the components that lead both. How long a component is stands in five files beside the trace
+(``1_sys_prompt.jsonl`` ... ``5_web_search.jsonl``, plain or compressed). With them the leading run is given as blocks
+of 16 tokens; the few template tokens by which ``input_length`` exceeds the sum are taken to stand at the end and to be
+shared with nobody. Without the files no prefix is known, and a note says so. Source: flashserve/RAGPulse, README.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated
 
 import msgspec
 
 from harness.errors import TraceError
-from harness.trace.formats.columns import Clock
-from harness.trace.formats.record import MAX_ARRIVAL_S, MAX_TOKENS, Reader, Role, RowError, TraceRecord
-from harness.trace.formats.table import TableReader, header_of
-from harness.trace.formats.values import (
-    DECODE_ERRORS,
-    Copies,
-    called,
+from harness.trace.formats.record import (
+    MAX_ARRIVAL_S,
+    MAX_TOKENS,
+    Object,
+    Reader,
+    RowError,
+    TableOptions,
+    TraceRecord,
     decode_error,
     decode_object,
     fields_of,
-    seconds_ns,
     show,
-    shown_blocks,
+)
+from harness.trace.formats.table import TableReader
+from harness.trace.formats.values import (
+    Blocks,
+    Clock,
+    Copies,
+    called,
+    header_of,
+    ns_of,
+    seconds_ns,
     token_count,
 )
 from harness.trace.source import open_source, records
 from harness.trace.spool import Sessions
+from harness.untrusted import DECODE_ERRORS
+
+BLOCK_TOKENS = 16
+"""Of Bailian, and of the blocks made here for RAGPulse."""
+_MOONCAKE_TOKENS = 512
+_OTHER_BLOCKS = (8, 16, 32, 64, 128, 256, 1024)
+_TOTAL = "Total tokens"
+_DELAYED = (
+    "turns have a delay after the answer before them and no time: planned so long after the turn before them "
+    "(--sessions wait holds them until it has ended)"
+)
+_ORPHANS = "requests continue one that is not in the file: their conversations begin before it"
+_UNKNOWN = "rows have a component of unknown length: nothing is shared from there on"
+
+_Tokens = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
+_Id = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+_ids = tuple[_Id, ...]
 
 
 class Azure(TableReader):
     """Reader of Azure LLM inference traces (2023, 2024 and later)."""
 
     summary = "Azure LLM inference trace (CSV: TIMESTAMP, ContextTokens, GeneratedTokens)"
-    others_first: ClassVar[bool] = False
-    names: ClassVar[Mapping[Role, str]] = {
-        "arrival": "TIMESTAMP", "input": "ContextTokens", "output": "GeneratedTokens",
-    }  # fmt: skip
-
-    @classmethod
-    def sniff(cls, record: bytes) -> bool:
-        """The header names all three columns."""
-        return set(cls.names.values()) <= set(header_of(record)[1])
+    others_first = False
+    names = {"arrival": "TIMESTAMP", "input": "ContextTokens", "output": "GeneratedTokens"}  # noqa: RUF012
 
     def clock_of(self, name: str) -> Clock:
         """Dates and times."""
-        return Clock(name).iso()
-
-
-_TOTAL = "Total tokens"
+        said = "a date and time: up to 9 decimals of a second, UTC where no zone is given"
+        return Clock(name, said=f"{name}, {said}")
 
 
 class BurstGPT(TableReader):
     """Reader of BurstGPT traces, versions 1 to 3."""
 
     summary = "BurstGPT trace (CSV: Timestamp in s, Request tokens, Response tokens; v3 with Session ID)"
-    others_first: ClassVar[bool] = False
-    names: ClassVar[Mapping[Role, str]] = {
-        "arrival": "Timestamp", "input": "Request tokens", "output": "Response tokens",
-    }  # fmt: skip
-    checked: ClassVar[frozenset[str]] = frozenset({_TOTAL})
+    others_first = False
+    names = {"arrival": "Timestamp", "input": "Request tokens", "output": "Response tokens"}  # noqa: RUF012
+    known = frozenset({_TOTAL})
 
     @classmethod
     def sniff(cls, record: bytes) -> bool:
         """The header names the columns that all versions have."""
-        return {*cls.names.values(), _TOTAL} <= set(header_of(record)[1])
+        return super().sniff(record) and _TOTAL in header_of(record)[1]
 
     def clock_of(self, name: str) -> Clock:
         """Seconds."""
-        clock = Clock(name)
-        clock.know("s", "Timestamp in seconds: the header is that of BurstGPT, whose totals were checked on every row")
-        return clock
+        said = "Timestamp in seconds: the header is that of BurstGPT, whose totals were checked on every row"
+        return Clock(name, "s", said)
 
-    def row(self, row: Mapping[str, Any]) -> TraceRecord:
+    def row(self, row: Object) -> TraceRecord:
         """The row, its total checked."""
         counts = [token_count(name, row.get(name)) for name in ("Request tokens", "Response tokens", _TOTAL)]
         if None not in counts and sum(counts[:2]) != counts[2]:  # type: ignore[arg-type]
@@ -148,11 +144,95 @@ class BurstGPT(TableReader):
         return super().row(row)
 
 
-BLOCK_TOKENS = 16
+class Mooncake(TableReader):
+    """Reader of Mooncake traces."""
 
-_Tokens = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
-_Id = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-_REQUIRED = ("chat_id", "parent_chat_id", "timestamp", "input_length", "output_length", "hash_ids")
+    summary = "Mooncake trace (JSON Lines: timestamp in ms, input_length, output_length, hash_ids of 512-token blocks)"
+    others_first = False
+    names = {  # noqa: RUF012
+        "arrival": "timestamp", "input": "input_length", "output": "output_length", "session": "session_id",
+        "prompt": "text_input",
+    }  # fmt: skip
+    known = frozenset({"hash_ids", "delay"})
+    looked_at = 10_000
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._blocks = Blocks(_MOONCAKE_TOKENS)
+        self._last = Sessions(int)
+        """Session -> its last arrival."""
+
+    @classmethod
+    def sniff(cls, record: bytes) -> bool:
+        """Its names for lengths, no object as ``hash_ids`` (RAGPulse) and no ``chat_id`` (Bailian)."""
+        fields = fields_of(record)
+        lengths = {"input_length", "text_input"} & fields.keys()
+        others = {"timestamp", "delay", "hash_ids", "text_input"} & fields.keys()
+        return bool(lengths and others) and "chat_id" not in fields and not fields.get("hash_ids", b"").startswith(b"{")
+
+    def ask(self, asked: TableOptions) -> None:
+        """The unit of the times, as the user says."""
+        super().ask(replace(asked, unit=None))
+        self._asked = asked
+
+    def look(self, rows: Sequence[Object]) -> None:
+        """Several blocks of 512 tokens, as many as the length says, are Mooncake's own, and so is its clock then."""
+        super().look(rows)
+        clock = self._clock
+        if clock and not clock.absolute and self._asked.unit is None and any(_is_long(row) for row in rows):
+            clock.know("ms", "timestamp in milliseconds: beside the 512-token blocks of Mooncake")
+
+    def row(self, row: Object) -> TraceRecord:
+        """The row, its number of blocks checked."""
+        if "chat_id" in row:
+            raise RowError("unknown field", "unknown field 'chat_id': a row of Bailian (--trace-format bailian)")
+        found = super().row(row)
+        think_s = None
+        if row.get("delay") is not None and found.session_id is not None:
+            think_s = ns_of("delay", row["delay"], "ms") / 1e9
+        if row.get("hash_ids") is None or found.text is not None:
+            return found._replace(think_s=think_s)
+        try:
+            ids = msgspec.convert(row["hash_ids"], _ids)
+        except msgspec.ValidationError as e:
+            raise RowError("bad fields", f"hash_ids: {e}") from None
+        tokens = found.input_tokens or 0
+        self._blocks.check("hash_ids", len(ids), tokens, _fitting(len(ids), tokens))
+        return found._replace(prefix_ids=ids, block_tokens=_MOONCAKE_TOKENS, think_s=think_s)
+
+    def arrival_ns(self, row: Object, session: str | None) -> int | None:
+        """Of a turn with a delay and no time: so long after the turn before it."""
+        if row.get("timestamp") is not None:
+            arrival_ns = super().arrival_ns(row, session)
+        elif session is None or row.get("delay") is None or (last := self._last.get(session)) is None:
+            return None
+        else:
+            self.noted[_DELAYED] += 1
+            arrival_ns = last + ns_of("delay", row["delay"], "ms")
+        if session is not None and arrival_ns is not None:
+            self._last.set(session, arrival_ns)
+        return arrival_ns
+
+    def blocks(self) -> str | None:
+        """512 tokens, and how many rows show it."""
+        return self._blocks.said()
+
+
+def _is_long(row: Object) -> bool:
+    ids, tokens = row.get("hash_ids"), row.get("input_length")
+    blocks = -(-tokens // _MOONCAKE_TOKENS) if isinstance(tokens, int) else 0
+    return row.get("timestamp") is not None and isinstance(ids, list) and len(ids) == blocks > 1
+
+
+def _fitting(ids: int, tokens: int) -> str:
+    """What to say of so many ids that are not those of Mooncake."""
+    sizes = [str(size) for size in _OTHER_BLOCKS if -(-tokens // size) == ids]
+    if not sizes:
+        return ""
+    return (
+        f". They fit blocks of {' or '.join(sizes)} tokens: this is not a Mooncake trace. Qwen-Bailian (--trace-format "
+        "bailian) has 16-token blocks and seconds; else write our JSON Lines with block_tokens"
+    )
 
 
 class _BailianLine(msgspec.Struct, forbid_unknown_fields=True):
@@ -166,69 +246,44 @@ class _BailianLine(msgspec.Struct, forbid_unknown_fields=True):
     type: str | None = None
 
 
-_decode_bailian = msgspec.json.Decoder(_BailianLine).decode
-
-
 class Bailian(Reader):
     """Reader of Qwen-Bailian traces."""
 
     summary = "Qwen-Bailian trace (JSON Lines: chat_id, parent_chat_id, timestamp in s, hash_ids of 16-token blocks)"
     clock = "timestamp in seconds: the rows have the fields and 16-token blocks of Bailian, not Mooncake"
+    telling = (frozenset(_BailianLine.__struct_fields__[:6]),)
 
     def __init__(self) -> None:
+        self._decode = msgspec.json.Decoder(_BailianLine).decode
         self._root = Sessions(int)
-        self._orphans = self._rows = self._long = 0
+        self._blocks = Blocks(BLOCK_TOKENS)
         self._copies = Copies("chat_id")
-
-    @staticmethod
-    def sniff(record: bytes) -> bool:
-        """The object has the fields that set this format apart from Mooncake's."""
-        return set(_REQUIRED) <= fields_of(record).keys()
 
     def parse(self, record: bytes) -> TraceRecord:
         """Read one line."""
         try:
-            row = _decode_bailian(record)
+            row = self._decode(record)
         except DECODE_ERRORS as e:
             raise decode_error(e, record, _BailianLine.__struct_fields__) from None
-        self._copies.check(str(row.chat_id))
-        whole, rest = divmod(row.input_length, BLOCK_TOKENS)
+        self._copies.check(row.chat_id)
         ids = row.hash_ids
-        if len(ids) == whole and rest:
+        if row.input_length % BLOCK_TOKENS and len(ids) == row.input_length // BLOCK_TOKENS:
             ids = (*ids, -1 - row.chat_id)  # the last, partial block has no id of its own: nobody shares it
-        elif len(ids) != whole + bool(rest):
-            raise RowError(
-                "block mismatch",
-                f"{len(ids)} hash_ids for input_length {row.input_length}, expected {whole + bool(rest)} (one per "
-                f"{BLOCK_TOKENS} tokens): this is not a Bailian trace; Mooncake has 512-token blocks and milliseconds",
-            )
-        self._rows += 1
-        self._long += len(ids) > 1
+        more = ": this is not a Bailian trace; Mooncake has 512-token blocks and milliseconds"
+        self._blocks.check("hash_ids", len(ids), row.input_length, more)
         parent = row.parent_chat_id
         before = self._root.get(parent) if parent >= 0 else None
-        self._orphans += parent >= 0 and before is None
+        self.noted[_ORPHANS] += parent >= 0 and before is None
         root = before if before is not None else parent if parent >= 0 else row.chat_id
         self._root.set(row.chat_id, root)
         called(row.input_length, row.output_length)
-        return TraceRecord(
-            seconds_ns("timestamp", row.timestamp),
-            row.input_length,
-            row.output_length,
-            str(root),
-            None if row.turn is None else row.turn - 1,
-            ids,
-            BLOCK_TOKENS,
-        )
+        turn = None if row.turn is None else row.turn - 1
+        arrival_ns = seconds_ns("timestamp", row.timestamp)
+        return TraceRecord(arrival_ns, row.input_length, row.output_length, str(root), turn, ids, BLOCK_TOKENS)
 
     def blocks(self) -> str | None:
         """16 tokens, and how many rows show it."""
-        return shown_blocks(BLOCK_TOKENS, self._rows, self._long)
-
-    def notes(self) -> list[str]:
-        """Conversations whose beginning is not in the file."""
-        if not self._orphans:
-            return []
-        return [f"{self._orphans} requests continue one that is not in the file: their conversations begin before it"]
+        return self._blocks.said()
 
 
 _TABLES = {
@@ -250,27 +305,22 @@ class _RagPulseLine(msgspec.Struct, forbid_unknown_fields=True):
     session_id: str | None = None
 
 
-_decode_ragpulse = msgspec.json.Decoder(_RagPulseLine).decode
-
-
 class RagPulse(Reader):
     """Reader of RAGPulse traces."""
 
     summary = "RAGPulse trace (JSON Lines: timestamp as a string of s, hash_ids an object of component ids)"
     clock = "timestamp in seconds: strings of whole numbers, beside components as RAGPulse has them"
+    telling = (frozenset({"timestamp", "input_length", "output_length", "hash_ids"}),)
 
     def __init__(self) -> None:
+        self._decode = msgspec.json.Decoder(_RagPulseLine).decode
         self._lengths: dict[str, dict[int, int]] = {}
         self._rows = 0
-        self._unknown = 0
 
-    @staticmethod
-    def sniff(record: bytes) -> bool:
+    @classmethod
+    def sniff(cls, record: bytes) -> bool:
         """``hash_ids`` is an object."""
-        fields = fields_of(record)
-        return {"timestamp", "input_length", "output_length"} <= fields.keys() and fields.get(
-            "hash_ids", b""
-        ).startswith(b"{")
+        return super().sniff(record) and fields_of(record)["hash_ids"].startswith(b"{")
 
     def beside(self, path: Path) -> None:
         """Read the length tables that lie beside the trace."""
@@ -282,7 +332,7 @@ class RagPulse(Reader):
     def parse(self, record: bytes) -> TraceRecord:
         """Read one line."""
         try:
-            row = _decode_ragpulse(record)
+            row = self._decode(record)
         except DECODE_ERRORS as e:
             raise decode_error(e, record, _RagPulseLine.__struct_fields__) from None
         if not re.fullmatch(r"\d{1,10}", row.timestamp, re.ASCII):
@@ -299,20 +349,16 @@ class RagPulse(Reader):
 
     def blocks(self) -> str | None:
         """16 tokens, made from the components' lengths."""
-        known = len(self._lengths) == len(_TABLES)
-        return (
-            f"{BLOCK_TOKENS} tokens, made here from the components' lengths in the files beside it" if known else None
-        )
+        said = f"{BLOCK_TOKENS} tokens, made here from the components' lengths in the files beside it"
+        return said if len(self._lengths) == len(_TABLES) else None
 
     def notes(self) -> list[str]:
         """What is known of shared prefixes."""
         if len(self._lengths) < len(_TABLES):
             missing = ", ".join(f"{stem}.jsonl" for name, (stem, _) in _TABLES.items() if name not in self._lengths)
             return [f"prefix reuse not known: put the component lengths ({missing}) beside the trace"]
-        notes = [f"prefixes: the components that lead a prompt, in blocks of {BLOCK_TOKENS} tokens"]
-        if self._unknown:
-            notes.append(f"{self._unknown} rows have a component of unknown length: nothing is shared from there on")
-        return notes
+        said = f"prefixes: the components that lead a prompt, in blocks of {BLOCK_TOKENS} tokens"
+        return [said, *super().notes()]
 
     def _blocks(self, row: _RagPulseLine) -> tuple[int, ...]:
         """One id per block: of the chain of components that reach into it, and its place."""
@@ -323,7 +369,7 @@ class RagPulse(Reader):
             for component in components:
                 length = self._lengths[name].get(component)
                 if length is None:
-                    self._unknown += 1
+                    self.noted[_UNKNOWN] += 1
                     return self._tail(row, ids)
                 chain.update(f"{name} {component};".encode())
                 end += length

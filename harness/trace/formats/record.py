@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
+
+import msgspec
 
 from harness.errors import UsageError
 from harness.trace import source
+from harness.untrusted import DECODE_ERRORS
 
-Role = Literal["arrival", "input", "output", "session", "model", "cached"]
+_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+Role = Literal["arrival", "input", "output", "session", "model", "cached", "prompt"]
 """What a column of a table can be."""
 ROLES: tuple[Role, ...] = get_args(Role)
 TimeUnit = Literal["s", "ms", "us", "ns"]
@@ -23,6 +32,9 @@ class TableOptions:
     columns: Mapping[Role, str] = field(default_factory=dict)
     unit: TimeUnit | None = None
 
+
+Object: TypeAlias = Mapping[str, object]
+"""A JSON object, or a row of a table by the names of its columns."""
 
 MAX_TOKENS = 2**24
 """Most tokens one request may have in or out. Far above any context window: more is a damaged or misread field."""
@@ -184,11 +196,14 @@ class Reader:
     """Also read from Parquet and Arrow, whose columns show it as the header of a CSV would."""
     log: ClassVar[bool] = False
     """Other lines may stand before the first that shows the format."""
+    telling: ClassVar[tuple[frozenset[str], ...]] = ()
+    """Fields of a JSON object: any of these sets shows the format."""
 
-    @staticmethod
-    def sniff(record: bytes) -> bool:
+    @classmethod
+    def sniff(cls, record: bytes) -> bool:
         """Whether the first record of a file (not blank, no byte-order mark) shows this format."""
-        raise NotImplementedError
+        names = fields_of(record).keys()
+        return any(telling <= names for telling in cls.telling)
 
     def ask(self, asked: TableOptions) -> None:
         """What the user says of columns and times. Raises `UsageError` where the format has its own."""
@@ -236,9 +251,14 @@ class Reader:
         """After the last record: size of the prefix blocks and what in the file shows it; None: none were read."""
         return None
 
+    @cached_property
+    def noted(self) -> Counter[str]:
+        """What must be said of some rows -> how many these are."""
+        return Counter()
+
     def notes(self) -> list[str]:
         """What a reader of the results must know about this trace, after its last record."""
-        return []
+        return [f"{count} {what}" for what, count in self.noted.items() if count]
 
 
 def whole(record: Any) -> Any:
@@ -246,3 +266,108 @@ def whole(record: Any) -> Any:
     if isinstance(record, source.Cut):
         raise RowError("line too long", f"longer than {(len(record) - 1) // 2**20} MiB: not a trace line")
     return record
+
+
+# --- fields of an object -------------------------------------------------------------------------------------------
+
+
+def show(raw: bytes | str) -> str:
+    """A short, safe quotation of a damaged field."""
+    text = raw[:60].decode("utf-8", "replace") if isinstance(raw, bytes) else raw[:60]
+    return repr(text.rstrip("\r\n"))
+
+
+def fields_of(record: bytes) -> dict[str, bytes]:
+    """Field name -> its JSON of a record that is a JSON object; empty when it is not one."""
+    if record.lstrip()[:1] != b"{":
+        return {}
+    try:
+        return {name: bytes(raw) for name, raw in _decode_fields(record).items()}
+    except DECODE_ERRORS:
+        return {}
+
+
+def find(value: object, *paths: str) -> object:
+    """What the first of ``paths`` that is given says; None where none is (also as an empty text or ``-``).
+
+    Dots lead into objects, ``*`` into whichever of an object's values has the rest.
+    """
+    for path in paths:
+        found = at_path(value, path)
+        if found is not None and found != "" and found != "-":
+            return found
+    return None
+
+
+def at_path(value: object, path: str) -> object:
+    """What one of them says, as it stands there."""
+    if not isinstance(value, dict):
+        return None
+    if path in value:
+        return value[path]
+    head, dot, rest = path.partition(".")
+    if not dot:
+        return None
+    if head == "*":
+        return next((found for inner in value.values() if (found := at_path(inner, rest)) is not None), None)
+    return at_path(value.get(head), rest)
+
+
+def text_of(value: object, *paths: str) -> str | None:
+    """The first of ``paths`` that is a text."""
+    return next((found for path in paths if isinstance(found := find(value, path), str)), None)
+
+
+def object_of(value: object, *paths: str) -> Object:
+    """The object there, or in the JSON of a text, or in pairs as Arrow gives a map; empty for anything else."""
+    found = find(value, *paths) if paths else value
+    if isinstance(found, str) and found.lstrip()[:1] == "{":
+        found = decoded(found)
+    if isinstance(found, list) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in found):
+        return {str(name): inner for name, inner in found}
+    return found if isinstance(found, dict) else {}
+
+
+def decoded(value: object) -> object:
+    """The value in a text of JSON; other values as they are; nothing for JSON that was cut."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("{", "[", '"'):
+        return value
+    try:
+        return msgspec.json.decode(value)
+    except DECODE_ERRORS:
+        return {} if value.lstrip()[:2] in ('{"', "[{") else value  # a text may begin with a bracket
+
+
+def decode_object(record: bytes) -> Object:
+    """A record that must be a JSON object. Raises `RowError`."""
+    try:
+        value = msgspec.json.decode(record)
+    except DECODE_ERRORS as e:
+        raise decode_error(e, record, ()) from None
+    if not isinstance(value, dict):
+        raise RowError("not an object", f"expected a JSON object, found {show(record)}")
+    return value
+
+
+def decode_error(error: Exception, record: bytes, fields: Iterable[str]) -> RowError:
+    """Why a record could not be decoded, with the nearest valid field name."""
+    if b"\0" in record:
+        return RowError("NUL bytes", "holds NUL bytes: the file is damaged or not text")
+    try:
+        record.decode()  # asked here: what msgspec raises for it differs between its versions
+    except UnicodeDecodeError as e:
+        return not_utf8(e)
+    if not isinstance(error, msgspec.ValidationError):
+        return RowError("not JSON", f"not a JSON object on one line ({error}): {show(record)}")
+    problem = str(error)
+    unknown = re.search(r"unknown field `(.*?)`", problem)
+    if unknown and " - at " not in problem:
+        near = difflib.get_close_matches(unknown[1], fields, n=2, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"valid: {', '.join(sorted(fields))}"
+        return RowError("unknown field", f"unknown field {unknown[1]!r}: {hint}")
+    return RowError("bad fields", problem.replace("`", "").replace("$.", "").replace(" - at ", " at "))
+
+
+def not_utf8(error: UnicodeDecodeError) -> RowError:
+    """What to say of bytes that are no UTF-8."""
+    return RowError("not UTF-8", f"not UTF-8 ({error.reason}): convert the file, for example with iconv")

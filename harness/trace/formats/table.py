@@ -1,9 +1,20 @@
 """Any table of requests: CSV, JSON (Lines), Parquet or Arrow with a time and token counts, by whatever names.
 
-Columns are found by their names (`harness.trace.formats.columns`), or named by the user (``--map
-arrival=ts,input=p,output=c``, in JSON with dots into objects). Needed are the input tokens and one of the time and the
-output tokens; session, model and cached tokens are read where there are any; all else is not replayed, and a note says
-so. What the times are is found from the first rows (`harness.trace.formats.columns`), or said by ``--time-unit``.
+Columns are found by common names, or named by the user (``--map arrival=ts,input=p,output=c``, in JSON with dots into
+objects). Needed are the input tokens (or, where nothing counts them, the prompt) and one of the time and the output
+tokens; session, model and cached tokens are read where there are any; all else is not replayed, and a note says so.
+
+What the times are is found from the first rows, or said by ``--time-unit``:
+
+==========================================  ==========================================================================
+dates and times (``2026-09-21T14:13:20Z``)  UTC where no zone is given
+a unit in the name (``arrival_time_ns``)    that unit, unless the times were 285 years and more in it
+numbers of 2001 to 2100 since 1970          s, ms, us or ns: the four ranges do not meet
+smaller numbers, some with a fraction       seconds
+smaller whole numbers                       not known: s and ms are both common. ``--time-unit`` says it
+==========================================  ==========================================================================
+
+The kind found holds for the whole trace: a row of another kind is refused, but dates and numbers since 1970 may mix.
 
 CSV may be divided by commas, semicolons, tabs or bars, its fields quoted, counts written as ``374.0``; the header may
 come again, as it does where files were put together. Empty fields, ``null`` and ``NaN`` are not given. With
@@ -15,69 +26,162 @@ A table is what is in no other format: every other reader is asked first.
 
 from __future__ import annotations
 
-import csv
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import chain, islice
 from typing import Any, ClassVar
 
-import msgspec
-
+from harness.errors import TraceError, UsageError, unknown_name
 from harness.trace.formats import columnar
-from harness.trace.formats.columns import Clock, is_table, recognised
-from harness.trace.formats.jsonl import FIELDS, BlockSizes, Line, OwnClock, row_of
 from harness.trace.formats.record import (
+    ROLES,
     Item,
     LeftOutError,
+    Object,
     Place,
     Reader,
     Role,
     RowError,
-    Rows,
     TableOptions,
     TraceRecord,
+    decode_object,
+    decoded,
+    fields_of,
+    find,
     safe,
+    show,
     whole,
 )
 from harness.trace.formats.values import (
+    Clock,
+    Columns,
     TokenCounts,
     called,
-    decode_error,
-    decode_object,
-    fields_of,
-    not_utf8,
-    show,
+    header_of,
+    plain_messages,
     token_count,
+    unit_of,
     usage_of,
 )
 from harness.trace.source import TraceFile
 
-MARKS = (",", ";", "\t", "|")
 _LOOKED_AT = 1000
 """Rows that show what the times are."""
 _BESIDE = ("cache_read_input_tokens", "cache_creation_input_tokens")
 _MISSING = frozenset({"", "nan", "null", "none", "na", "n/a", "-", "<na>", "nat"})
 
+# --- columns ---------------------------------------------------------------------------------------------------------
+
+_COMMON: dict[Role, str] = {
+    "arrival": "arrival arrival_time arrivals arrived_at arrival_timestamp arrived timestamp time_stamp ts "
+    "request_time request_timestamp requested_at request_start request_received received_at received "
+    "request_start_time start_time start_timestamp started_at start created_at created submitted_at "
+    "sent_at event_time event_timestamp date_time datetime time epoch epoch_time epoch_timestamp timestamp_epoch "
+    "time_epoch arrival_epoch unix_time unix_timestamp unix_epoch unix timestamp_unix time_unix arrival_unix "
+    "start_time_unix event_time_unix request_time_unix t",
+    "input": "input_tokens prompt_tokens input_length prompt_length input_len prompt_len num_prompt_tokens "
+    "num_input_tokens num_prefill_tokens prefill_tokens n_prompt_tokens n_input_tokens nb_input_tokens context_tokens "
+    "request_tokens query_tokens prompt_token_count input_token_count prompt_tokens_count input_tokens_count "
+    "tokens_prompt tokens_input tokens_in input_toks prompt_toks prompt_num_tokens input_num_tokens isl "
+    "input_sequence_length total_prompt_tokens total_input_tokens llm_token_count_prompt gen_ai_usage_input_tokens "
+    "gen_ai_usage_prompt_tokens tokens_per_prompt promptlen",
+    "output": "output_tokens completion_tokens generated_tokens generation_tokens response_tokens output_length "
+    "completion_length response_length generation_length output_len completion_len response_len num_output_tokens "
+    "num_completion_tokens num_generated_tokens num_generation_tokens num_decode_tokens decode_tokens n_output_tokens "
+    "n_completion_tokens n_generated_tokens nb_output_tokens answer_tokens completion_token_count output_token_count "
+    "completion_tokens_count output_tokens_count generated_token_count tokens_completion tokens_output tokens_out "
+    "tokens_generated output_toks completion_toks output_num_tokens completion_num_tokens osl output_sequence_length "
+    "total_completion_tokens total_output_tokens llm_token_count_completion gen_ai_usage_output_tokens "
+    "gen_ai_usage_completion_tokens",
+    "session": "session_id session conversation_id conversation thread_id chat_session_id chat_session dialog_id",
+    "model": "model model_name response_model request_model served_model llm_model_name deployment_name model_id",
+    "cached": "cached_tokens cached_input_tokens cached_prompt_tokens prompt_cached_tokens input_cached_tokens "
+    "cache_hit_tokens num_cached_tokens cache_read_tokens",
+    "prompt": "prompt messages prompt_text text_input input_text",
+}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+_RANKS: dict[str, tuple[int, Role]] = {
+    _plain(name): (rank, role) for role, names in _COMMON.items() for rank, name in enumerate(names.split())
+}
+"""Name without case and marks -> (how early it is taken of several, what it is)."""
+
+
+def _ranked(name: str) -> tuple[int, Role] | None:
+    name = name.removeprefix("usage.")
+    found = _RANKS.get(_plain(name))
+    if found is None:
+        bare, unit = unit_of(name)
+        timed = _RANKS.get(_plain(bare)) if unit else None
+        found = timed if timed is not None and timed[1] == "arrival" else None
+    return found
+
+
+def role_of(name: str) -> Role | None:
+    """What a column of this name is; None: nothing known."""
+    found = _ranked(name)
+    return None if found is None else found[1]
+
+
+def recognised(names: Iterable[str]) -> dict[Role, str]:
+    """Role -> the column for it; of several the one whose name says it best. A prompt only where nothing counts it."""
+    best: dict[Role, tuple[int, int, str]] = {}
+    for at, name in enumerate(names):
+        if found := _ranked(name):
+            rank, role = found
+            best[role] = min(best.get(role, (rank, at, name)), (rank, at, name))
+    return {role: best[role][2] for role in ROLES if role in best and (role != "prompt" or "input" not in best)}
+
+
+def is_table(found: Mapping[Role, str]) -> bool:
+    """Whether these columns are enough to replay: a prompt or its length, and a time or a length of the answer."""
+    return ("input" in found or "prompt" in found) and ("output" in found or "arrival" in found)
+
+
+def parse_map(text: str) -> dict[Role, str]:
+    """``arrival=ts,input=p,output=c`` as roles and columns. Raises `UsageError`."""
+    found: dict[Role, str] = {}
+    for part in text.split(","):
+        role, equals, column = (piece.strip() for piece in part.partition("="))
+        if not equals or not column:
+            raise UsageError(f"--map {text!r}: expected ROLE=COLUMN,..., with roles {', '.join(ROLES)}")
+        if role not in ROLES:
+            raise unknown_name("role", role, ROLES)
+        if role in found:
+            raise UsageError(f"--map {text!r}: {role} is named twice")
+        found[role] = column
+    return found
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
 
 class TableReader(Reader):
-    """Reader of tables."""
+    """Reader of tables; of formats that are tables with names of their own, too."""
 
     summary = "any table (CSV, JSON Lines, Parquet) with a time and token counts: --map says which columns"
     quoted = True
     others_first: ClassVar[bool] = True
     names: ClassVar[Mapping[Role, str]] = {}
     """Columns of a format that has names of its own."""
-    checked: ClassVar[frozenset[str]] = frozenset()
-    """Its columns that are only compared."""
+    known: ClassVar[frozenset[str]] = frozenset()
+    """Its columns that have no role, but are read."""
+    looked_at: ClassVar[int] = _LOOKED_AT
+    """Rows that show what the times are."""
 
     def __init__(self) -> None:
         self._asked = TableOptions()
-        self._header: list[str] | None = None
-        self._mark = ","
-        self._at: Mapping[Role, str] | None = None
+        self._columns = Columns()
+        self._at: Mapping[Role, str] = {}
         self._others: dict[str, None] = {}
-        self._known: Set[str] = frozenset()
+        self._last_names: Set[str] = frozenset()
         """Names of the last row, as those of most rows are."""
         self._clock: Clock | None = None
+        self._looked = False
 
     def ask(self, asked: TableOptions) -> None:
         """Columns and unit as the user names them. Raises `UsageError` for a format that has its own."""
@@ -88,6 +192,8 @@ class TableReader(Reader):
     @classmethod
     def sniff(cls, record: bytes) -> bool:
         """A header or an object with names of a table."""
+        if cls.names:
+            return set(cls.names.values()) <= set(header_of(record)[1])
         if record.lstrip()[:1] == b"{":
             fields = fields_of(record)
             return is_table(recognised([*fields, *(f"usage.{name}" for name in fields_of(fields.get("usage", b"")))]))
@@ -108,17 +214,24 @@ class TableReader(Reader):
         return self._clock.unclear if self._clock is not None else None
 
     def records(self, file: TraceFile) -> Iterator[tuple[int, Any]]:
-        """Lines, objects, or rows of a columnar file."""
-        return columnar.rows(file, self._asked.columns) if columnar.is_columnar(file) else super().records(file)
+        """Lines, objects, or rows of a columnar file: of the columns that are read. Raises `TraceError`."""
+        if not columnar.is_columnar(file):
+            return super().records(file)
+        names: list[str] = columnar.schema_of(file).names
+        wanted = self._wanted(names).values()
+        top = {column.partition(".")[0] if column not in names else column for column in wanted}
+        if missing := sorted(top - set(names)):
+            there = safe(", ".join(names), 500)
+            raise TraceError(file.name, None, f"no column {safe(', '.join(missing), 200)}; there are {there}")
+        return columnar.chosen_rows(file, [name for name in names if name in top])
 
     def rows(self, records: Iterable[tuple[Place, Any]]) -> Iterator[tuple[Place, Item]]:
         """What each record of one file holds, after a look at the first ones."""
         made = self._made(records)
-        if self._clock is not None:
-            first: list[tuple[Place, Mapping[str, Any] | RowError]] = []
-        else:
-            first = list(islice(made, _LOOKED_AT))
-            self._look([row for _, row in first if not isinstance(row, RowError)])
+        first = [] if self._looked else list(islice(made, self.looked_at))
+        if not self._looked:
+            self._looked = bool(first)
+            self.look([row for _, row in first if not isinstance(row, RowError)])
         for place, row in chain(first, made):
             try:
                 if isinstance(row, RowError):
@@ -127,25 +240,20 @@ class TableReader(Reader):
             except (RowError, LeftOutError) as e:
                 yield place, e
 
-    def parse(self, record: Any) -> TraceRecord | Rows:
-        """Not used: rows need the header before them."""
-        raise NotImplementedError
-
     def notes(self) -> list[str]:
         """What was taken for what, and what is not replayed."""
-        said = []
+        said = super().notes()
         if self._at and not self._asked.columns and not self.names:
             found = ", ".join(f"{role}={safe(name, 60)}" for role, name in self._at.items())
             said.append(f"columns recognised by their names: {found} (--map says others)")
         if self._others:
             said.append(f"columns not replayed: {safe(', '.join(self._others), 500)}")
-        if self._clock is not None and self._clock.unclear:
-            said.append(self._clock.unclear)
+        if problem := self.unclear():
+            said.append(problem)
         return said
 
-    # --- records to named values ----------------------------------------------------------------------------------
-
-    def _made(self, records: Iterable[tuple[Place, Any]]) -> Iterator[tuple[Place, Mapping[str, Any] | RowError]]:
+    def _made(self, records: Iterable[tuple[Place, Any]]) -> Iterator[tuple[Place, Object | RowError]]:
+        """Each record but headers by its names."""
         for place, record in records:
             try:
                 row = self._named(record)
@@ -155,32 +263,16 @@ class TableReader(Reader):
             if row is not None:
                 yield place, row
 
-    def _named(self, record: Any) -> Mapping[str, Any] | None:
-        """Name -> value of one record; None for a header."""
+    def _named(self, record: Any) -> Object | None:
         if isinstance(record, RowError):
             raise record
         if isinstance(record, dict):
             return record
         if whole(record).lstrip()[:1] == b"{":
             return decode_object(record)
-        if self._header is None or self._is_header(record):
-            mark, names = header_of(record)
-            if self._header is None and (problem := self._missing(names)):
-                raise RowError("bad header", f"{problem} in {show(record)}")
-            self._mark, self._header = mark, names
-            return None
-        fields = split(record, self._mark)
-        if len(fields) != len(self._header):
-            raise RowError(
-                "bad row", f"{len(fields)} fields, expected {len(self._header)} as in the header: {show(record)}"
-            )
-        return dict(zip(self._header, fields, strict=True))
-
-    def _is_header(self, record: bytes) -> bool:
-        """A header that comes again, or that of a file with its columns in another order."""
-        assert self._header is not None
-        first = self._header[0].encode()
-        return first in record[:1000] and set(header_of(record)[1]) >= set(self._wanted(self._header).values())
+        if not self._columns.names and (problem := self._missing(header_of(record)[1])):
+            raise RowError("bad header", f"{problem} in {show(record)}")
+        return self._columns.read(record, self._wanted(self._columns.names).values())
 
     def _missing(self, names: Sequence[str]) -> str | None:
         wanted = {**self.names, **self._asked.columns}
@@ -196,51 +288,53 @@ class TableReader(Reader):
             found = {role: name for role, name in found.items() if role in ("session", "model", "cached")}
         return {**found, **self.names, **self._asked.columns}
 
-    # --- named values to rows -------------------------------------------------------------------------------------
-
-    def _look(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        names = list(dict.fromkeys(name for row in rows for name in _names(row)))
-        at = self._wanted(names)
-        self._at = at
-        if "arrival" in at:
-            self._clock = self.clock_of(at["arrival"])
-            self._clock.look([value for row in rows if (value := self._value(row, "arrival")) is not None])
+    def look(self, rows: Sequence[Object]) -> None:
+        """Find out from the first rows what their columns and times are."""
+        self._at = self._wanted(dict.fromkeys(name for row in rows for name in _names(row)))
+        if "arrival" in self._at:
+            self._clock = self.clock_of(self._at["arrival"])
+            self._clock.look([value for row in rows if (value := self.value(row, "arrival")) is not None])
 
     def clock_of(self, name: str) -> Clock:
         """Of the column of times."""
         return Clock(name, self._asked.unit)
 
-    def row(self, row: Mapping[str, Any]) -> TraceRecord:
+    def row(self, row: Object) -> TraceRecord:
         """The row of named values. Raises `RowError` and `LeftOutError`."""
-        assert self._at is not None
-        if row.keys() != self._known and len(self._others) < 50:
-            self._known = row.keys()
-            used = {name.partition(".")[0] for name in self._at.values()}
-            used |= {*_BESIDE, "usage", *self.checked}
+        if row.keys() != self._last_names and len(self._others) < 50:
+            self._last_names = row.keys()
+            used = {name.partition(".")[0] for name in self._at.values()} | {*_BESIDE, "usage", *self.known}
             self._others |= {name: None for name in row if name not in used}
-        arrival = self._value(row, "arrival")
-        if arrival is None and self._clock is not None:
-            raise RowError("no time", f"{self._clock.name} is empty")
-        input_tokens, output_tokens, cached = self._counts(row)
-        if input_tokens is None:
+        session, model = self.value(row, "session"), self.value(row, "model")
+        session = None if session is None else str(session)
+        arrival_ns = self.arrival_ns(row, session)
+        counts = self._counts(row)
+        prompt = decoded(self.value(row, "prompt"))
+        messages = plain_messages(prompt)
+        text = prompt if isinstance(prompt, str) else None
+        if counts.input_tokens is None and text is None and messages is None:
             raise RowError("no input tokens", f"{self._at.get('input', 'the input length')} is empty")
-        called(input_tokens, output_tokens)
-        session, model = self._value(row, "session"), self._value(row, "model")
+        called(counts.input_tokens, counts.output_tokens)
         return TraceRecord(
-            None if self._clock is None else self._clock.ns(arrival),
-            input_tokens,
-            output_tokens,
-            None if session is None else str(session),
-            model=None if model is None else str(model),
-            cached_tokens=cached,
-        )
+            arrival_ns, counts.input_tokens, counts.output_tokens, session, text=text, messages=messages,
+            model=None if model is None else str(model), cached_tokens=counts.cached_tokens,
+        )  # fmt: skip
 
-    def _counts(self, row: Mapping[str, Any]) -> TokenCounts:
-        assert self._at is not None
+    def arrival_ns(self, row: Object, session: str | None) -> int | None:
+        """When the row's request arrived. Raises `RowError`."""
+        if self._clock is None:
+            return None
+        arrival = self.value(row, "arrival")
+        if arrival is None:
+            raise RowError("no time", f"{self._clock.name} is empty")
+        return self._clock.ns(arrival)
+
+    def _counts(self, row: Object) -> TokenCounts:
         name = self._at.get("input", "")
         if name.startswith("usage.") and name not in row and not self._asked.columns:
             return usage_of(row.get("usage"))
-        counts = TokenCounts(*(self._count(row, role) for role in ("input", "output", "cached")))
+        roles: tuple[Role, ...] = ("input", "output", "cached")
+        counts = TokenCounts(*(token_count(self._at.get(role, role), self.value(row, role)) for role in roles))
         if name == "input_tokens" and not self._asked.columns and any(each in row for each in _BESIDE):
             # Anthropic's columns stand beside it.
             beside = {each: token_count(each, _given(row.get(each))) for each in _BESIDE}
@@ -249,85 +343,19 @@ class TableReader(Reader):
                 counts = counts._replace(input_tokens=whole_input[0], cached_tokens=whole_input[2])
         return counts
 
-    def _count(self, row: Mapping[str, Any], role: Role) -> int | None:
-        assert self._at is not None
-        return token_count(self._at.get(role, role), self._value(row, role))
-
-    def _value(self, row: Mapping[str, Any], role: Role) -> Any:
+    def value(self, row: Object, role: Role) -> object:
         """What the row says; None where it does not."""
-        assert self._at is not None
         name = self._at.get(role)
         if name is None:
             return None
         value = row.get(name)
-        if value is None and "." in name:
-            value = _inside(row, name)
-        value = _given(value)
-        if role == "arrival" and isinstance(value, str) and self._mark == ";" and ":" not in value:
+        value = _given(find(row, name) if value is None and "." in name else value)
+        if role == "arrival" and isinstance(value, str) and self._columns.mark == ";" and ":" not in value:
             return value.replace(",", ".")  # a decimal comma
         return value
 
 
-class Columnar(TableReader):
-    """Reader of columnar files; the first bytes tell which kind."""
-
-    summary = "Parquet or Arrow file with the columns of our JSON Lines, or of any table"
-    others_first: ClassVar[bool] = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._sizes = BlockSizes()
-        self._own = OwnClock()
-        self._ours = False
-
-    @classmethod
-    def sniff(cls, record: bytes) -> bool:
-        """The magic bytes of Parquet, an Arrow file or an Arrow stream."""
-        return record.startswith(columnar.MAGICS)
-
-    @property
-    def clock(self) -> str:  # type: ignore[override]
-        """As its name says, or as found."""
-        return self._own.said if self._ours else super().clock
-
-    @property
-    def sends_text(self) -> bool:  # type: ignore[override]
-        """Our own rows are written to be sent."""
-        return self._ours
-
-    def records(self, file: TraceFile) -> Iterator[tuple[int, Any]]:
-        """(row from 1, column -> value without nulls)."""
-        self._ours = columnar.is_ours(file, self._asked.columns)
-        return columnar.rows(file, self._asked.columns)
-
-    def rows(self, records: Iterable[tuple[Place, Any]]) -> Iterator[tuple[Place, Item]]:
-        """Rows of our own as lines of JSON would be read; those of a table as a table's."""
-        records = iter(records)
-        first = list(islice(records, 1))  # opens the file: only now is known whose columns it has
-        if not first:
-            return
-        again = chain(first, records)
-        if not self._ours:
-            yield from super().rows(again)
-            return
-        for place, record in again:
-            try:
-                if isinstance(record, RowError):
-                    raise record
-                row = row_of(msgspec.convert(record, Line), self._own)
-                self._sizes.see(row)
-                yield place, row
-            except msgspec.ValidationError as e:
-                yield place, decode_error(e, b"", FIELDS)
-            except (RowError, LeftOutError) as e:
-                yield place, e
-
-    def blocks(self) -> str | None:
-        """As ``block_tokens`` says."""
-        return self._sizes.said()
-
-
-def _given(value: Any) -> Any:
+def _given(value: object) -> object:
     if isinstance(value, str):
         if value.isdigit():
             return value
@@ -335,46 +363,7 @@ def _given(value: Any) -> Any:
     return None if isinstance(value, float) and value != value else value
 
 
-def _inside(row: Mapping[str, Any], path: str) -> Any:
-    value: Any = row
-    for name in path.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
-
-
-def _names(row: Mapping[str, Any]) -> list[str]:
+def _names(row: Object) -> list[str]:
     """Of a row's values, those of a usage object with its name before them."""
     usage = row.get("usage")
     return [*row, *(f"usage.{name}" for name in usage)] if isinstance(usage, dict) else list(row)
-
-
-# --- CSV -------------------------------------------------------------------------------------------------------------
-
-
-def header_of(line: bytes) -> tuple[str, list[str]]:
-    """(what divides the fields, their names) of a header: the mark that most of them are found with."""
-    text = line[:100_000].decode("utf-8", "replace").strip("\r\n\ufeff")
-    best: tuple[str, list[str]] = (",", [text])
-    for mark in MARKS:
-        try:
-            (names,) = csv.reader([text], delimiter=mark, strict=True)
-        except (csv.Error, ValueError):
-            continue
-        names = [name.strip().strip('"') for name in names]
-        if len(names) > len(best[1]):
-            best = mark, names
-    return best
-
-
-def split(record: bytes, mark: str) -> list[str]:
-    """The fields of a record. Raises `RowError`."""
-    try:
-        text = record.decode().rstrip("\r\n")
-        if '"' not in text:
-            return text.split(mark)
-        (fields,) = csv.reader([text], delimiter=mark, strict=True)
-        return fields
-    except UnicodeDecodeError as e:
-        raise not_utf8(e) from None
-    except (csv.Error, ValueError) as e:
-        raise RowError("bad row", f"not a CSV record ({e}): {show(record)}") from None

@@ -1,4 +1,4 @@
-"""Fields that several formats share: token counts, times, CSV columns, chat messages, copies of a row.
+"""What formats share: fields of JSON objects, token counts, times, CSV, chat messages, copies of a row.
 
 Token counts as APIs state them: what was read, whole, and what was written.
 
@@ -18,351 +18,57 @@ Source: OpenAI API reference, ``usage`` of Chat Completions and Responses; Anthr
 from __future__ import annotations
 
 import csv
-import hashlib
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
-
-import msgspec
+from decimal import Decimal
+from typing import NamedTuple
 
 from harness.trace.formats.record import (
     MAX_ARRIVAL_S,
     MAX_TOKENS,
     FailedCallError,
     LeftOutError,
+    Object,
     RowError,
-    Rows,
-    TraceRecord,
+    TimeUnit,
+    at_path,
+    find,
+    not_utf8,
+    show,
 )
-from harness.untrusted import DECODE_ERRORS as DECODE_ERRORS
 
-_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_SECOND = 1_000_000_000
-
-
-def show(raw: bytes | str) -> str:
-    """A short, safe quotation of a damaged field."""
-    text = raw[:60].decode("utf-8", "replace") if isinstance(raw, bytes) else raw[:60]
-    return repr(text.rstrip("\r\n"))
-
-
-def fields_of(record: bytes) -> dict[str, bytes]:
-    """Field name -> its JSON of a record that is a JSON object; empty when it is not one."""
-    if record.lstrip()[:1] != b"{":
-        return {}
-    try:
-        return {name: bytes(raw) for name, raw in _decode_fields(record).items()}
-    except DECODE_ERRORS:
-        return {}
-
-
-def rows_of(items: Sequence[Any], row: Callable[[dict[str, Any]], TraceRecord | None]) -> Rows:
-    """What ``row`` makes of each object of a page, errors as values."""
-    found: list[TraceRecord | RowError | LeftOutError] = []
-    for item in items:
-        try:
-            if not isinstance(item, dict):
-                raise RowError("not an object", "an entry of the page is not a JSON object")
-            made = row(item)
-        except (RowError, LeftOutError) as e:
-            found.append(e)
-        else:
-            found += [made] if made else []
-    return found
+csv.field_size_limit(2**24)
 
 
 # --- token counts --------------------------------------------------------------------------------------------------
 
-
-def tokens(name: str, field: bytes) -> int:
-    """A token count from text: digits only, at most `MAX_TOKENS`."""
-    # isdigit on bytes is ASCII only; a bare int() would take "+1", "1_0" and " 1". Ten digits are far above the limit.
-    whole = field.strip() if field.isdigit() else _WHOLE.sub(rb"\1", field.strip())  # 374.0: pandas writes it so
-    if whole.isdigit() and len(whole) <= 10 and (count := int(whole)) <= MAX_TOKENS:
-        return count
-    raise RowError(f"bad {name}", f"{name} is {show(field)}, expected a whole number from 0 to {MAX_TOKENS}")
+_WHOLE = re.compile(r"(\d{1,10})(\.0*)?", re.ASCII)
 
 
-_WHOLE = re.compile(rb"^(\d+)\.0*$")
-
-
-def token_count(name: str, value: Any) -> int | None:
-    """A token count from JSON: a whole number, as a number or as digits; None stays None."""
+def token_count(name: str, value: object) -> int | None:
+    """A token count: a whole number, as a number or as digits (pandas writes ``374.0``); None stays None."""
     if value is None or value == "":
         return None
-    if isinstance(value, str):
-        return tokens(name, value.encode())
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, str) and (match := _WHOLE.fullmatch(value.strip())):
+        value = int(match[1])
+    elif isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_TOKENS:
         return value
     raise RowError(f"bad {name}", f"{name} is {show(str(value))}, expected a whole number from 0 to {MAX_TOKENS}")
 
 
+def count_of(value: object, *paths: str) -> int | None:
+    """The token count that the first of ``paths`` states. Raises `RowError`."""
+    return next((token_count(path, found) for path in paths if (found := find(value, path)) is not None), None)
+
+
 def called(input_tokens: int | None, output_tokens: int | None) -> None:
     """Raises `FailedCallError` when either count is zero."""
     if input_tokens == 0 or output_tokens == 0:
         raise FailedCallError
-
-
-# --- times ---------------------------------------------------------------------------------------------------------
-
-_NUMBER = re.compile(r"\d{1,24}(\.\d{0,12})?", re.ASCII)
-_TIME = re.compile(r":(\d\d)(?:[.,](\d{1,9}))?\s*(Z|UTC|[+-]\d\d:?(?:\d\d)?)?", re.ASCII)
-
-
-class IsoClock:
-    """Reads ``2023-11-16 18:17:03.9799600`` exactly: with ``T`` or a space, up to nine decimals, UTC without a zone."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._minute = ""
-        self._minute_ns = 0
-
-    def ns(self, text: str) -> int:
-        """Nanoseconds since 1970; the fraction is read as an integer, never as a float. Raises `RowError`."""
-        minute = text[:16]
-        # Rows come in time order, so this row's minute is nearly always the last row's: the calendar is asked once a
-        # minute.
-        if minute != self._minute:
-            self._minute_ns = self._calendar(minute, text)
-            self._minute = minute
-        match = _TIME.fullmatch(text, 16)
-        if match is None or match[1] >= "60":
-            raise self._error(text)
-        ns = self._minute_ns + int(match[1]) * _SECOND + int((match[2] or "0").ljust(9, "0"))
-        zone = match[3]
-        if zone and zone[0] in "+-":
-            digits = zone[1:].replace(":", "").ljust(4, "0")
-            away: int = (int(digits[:2]) * 60 + int(digits[2:])) * 60 * _SECOND
-            ns += -away if zone[0] == "+" else away
-        return ns
-
-    def _calendar(self, minute: str, whole: str) -> int:
-        try:
-            if not minute.isascii():
-                raise self._error(whole)
-            start = datetime.strptime(minute.replace("T", " ", 1), "%Y-%m-%d %H:%M").replace(tzinfo=UTC)
-        except ValueError:
-            raise self._error(whole) from None
-        return int((start - _EPOCH).total_seconds()) * _SECOND
-
-    def _error(self, text: str) -> RowError:
-        expected = "expected YYYY-MM-DD HH:MM:SS with up to 9 decimals, UTC or with its offset"
-        return RowError(f"bad {self.name}", f"{self.name} is {show(text)}, {expected}")
-
-
-def seconds_ns(name: str, value: float) -> int:
-    """Nanoseconds of a time in seconds. Raises `RowError` when it is negative, not finite or too large for seconds."""
-    if not 0 <= value <= MAX_ARRIVAL_S:  # also what NaN is
-        raise RowError(
-            f"bad {name}",
-            f"{name} is {value:g}, expected seconds from 0 to {MAX_ARRIVAL_S} (more would be milliseconds or less)",
-        )
-    whole = int(value)
-    return whole * _SECOND + round((value - whole) * _SECOND)
-
-
-def epoch_ns(name: str, value: Any) -> int:
-    """Nanoseconds since 1970 of a number that is seconds, milliseconds, microseconds or nanoseconds since 1970.
-
-    The years 2001 to 2100 are four ranges of numbers that do not meet, so the unit is certain; other numbers raise
-    `RowError`.
-    """
-    if isinstance(value, str) and _NUMBER.fullmatch(value):
-        value = int(value) if value.isdigit() else float(value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        for unit_ns in (1, 1000, 1_000_000, _SECOND):
-            if 978_307_200 * _SECOND <= value * unit_ns < 4_102_444_800 * _SECOND:
-                # A float's whole part times 10**9 has no place in a float.
-                whole = int(value)
-                return whole * unit_ns + round((value - whole) * unit_ns)
-    raise RowError(
-        f"bad {name}", f"{name} is {show(str(value))}: not a time since 1970 between the years 2001 and 2100"
-    )
-
-
-def wall_clock_ns(name: str, value: Any) -> int:
-    """Nanoseconds since 1970 of a date and time, or of a number since 1970 (`epoch_ns`). Raises `RowError`."""
-    if isinstance(value, str) and not _NUMBER.fullmatch(value.strip()):
-        return IsoClock(name).ns(value.strip())
-    return epoch_ns(name, value)
-
-
-# --- CSV -----------------------------------------------------------------------------------------------------------
-
-
-class CsvColumns:
-    """The columns of a CSV file, found by name: files insert and reorder them."""
-
-    def __init__(self, line: bytes, wanted: Sequence[str]) -> None:
-        """Read the header. Raises `RowError` when one of ``wanted`` is missing or named twice."""
-        self.names = header_names(line)
-        missing = [name for name in wanted if name not in self.names]
-        if missing:
-            hint = "; it is divided by semicolons" if line.count(b";") > line.count(b",") else ""
-            hint = hint or ("; it is divided by tabs" if line.count(b"\t") > line.count(b",") else "")
-            raise RowError("bad header", f"no column {', '.join(missing)} in {show(line)}{hint}")
-        if twice := [name for name in wanted if self.names.count(name) > 1]:
-            raise RowError("bad header", f"column {', '.join(twice)} stands there twice: {show(line)}")
-        self.at = tuple(self.names.index(name) for name in wanted)
-
-    def split(self, line: bytes) -> list[bytes]:
-        """Fields of a line without quotes."""
-        fields = line.rstrip(b"\r\n").split(b",")
-        if len(fields) != len(self.names):
-            raise self._count(fields, line)
-        return fields
-
-    def _count(self, fields: Sequence[object], line: bytes) -> RowError:
-        return RowError("bad row", f"{len(fields)} fields, expected {len(self.names)} as in the header: {show(line)}")
-
-    def split_quoted(self, record: bytes) -> dict[str, str]:
-        """Column -> field of a record with quotes."""
-        try:
-            (fields,) = csv.reader([record.decode().rstrip("\r\n")], strict=True)
-        except UnicodeDecodeError as e:
-            raise not_utf8(e) from None
-        except (csv.Error, ValueError) as e:
-            raise RowError("bad row", f"not a CSV record ({e}): {show(record)}") from None
-        if len(fields) != len(self.names):
-            raise self._count(fields, record)
-        return dict(zip(self.names, fields, strict=True))
-
-
-def not_utf8(error: UnicodeDecodeError) -> RowError:
-    """What to say of bytes that are no UTF-8."""
-    return RowError("not UTF-8", f"not UTF-8 ({error.reason}): convert the file, for example with iconv")
-
-
-def header_names(line: bytes) -> list[str]:
-    """Column names of a CSV header, quotes and spaces around them taken off."""
-    return [name.strip().strip('"') for name in line.decode("utf-8", "replace").rstrip("\r\n").split(",")]
-
-
-csv.field_size_limit(2**24)
-
-
-# --- text ----------------------------------------------------------------------------------------------------------
-
-
-def plain_text(value: Any) -> str | None:
-    """A text, or content parts that are nothing but text; None for anything more."""
-    if isinstance(value, list):
-        texts = [
-            part.get("text") if part.get("type") in _TEXT_PARTS else None for part in value if isinstance(part, dict)
-        ]
-        if len(texts) != len(value) or not all(isinstance(text, str) for text in texts):
-            return None
-        value = "".join(map(str, texts))
-    return value if isinstance(value, str) and value else None
-
-
-_TEXT_PARTS = ("text", "input_text", "output_text")
-
-
-def plain_messages(value: Any) -> tuple[dict[str, str], ...] | None:
-    """Chat messages with a role and a text each; None when there are none or one of them is more than text."""
-    if not isinstance(value, list) or not value:
-        return None
-    messages = []
-    for message in value:
-        if not isinstance(message, dict):
-            return None
-        if message.get("tool_calls") or message.get("function_call"):
-            return None  # beside a text too: without it the prompt is another one
-        role, content = message.get("role"), message.get("content")
-        if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
-            # One text part is the same as the text.
-            part = content[0]
-            content = part.get("text") if part.get("type") in _TEXT_PARTS else None
-        if not isinstance(role, str) or not role or not isinstance(content, str):
-            return None
-        messages.append({"role": role, "content": content})
-    return tuple(messages)
-
-
-def shown_blocks(size: int, rows: int, long: int) -> str | None:
-    """What is known of a block size that the number of ids was checked against on ``rows`` rows, ``long`` of several
-    blocks; None without rows.
-    """
-    if not rows:
-        return None
-    if not long:
-        return f"{size} tokens by its format alone: no prompt is longer than a block, so nothing in the file shows it"
-    return f"{size} tokens: one id per block on all {rows} rows, {long} of them of several blocks"
-
-
-def prefix_hashes(ids: Sequence[int], block_tokens: int) -> tuple[int, ...]:
-    """One chained 63-bit hash per block of token ids: equal leading hashes are equal leading tokens."""
-    chain = hashlib.blake2b(digest_size=8)
-    hashes = []
-    for at in range(0, len(ids), block_tokens):
-        chain.update(b"".join(i.to_bytes(8, "little", signed=True) for i in ids[at : at + block_tokens]))
-        hashes.append(int.from_bytes(chain.digest(), "little") >> 1)
-    return tuple(hashes)
-
-
-# --- copies --------------------------------------------------------------------------------------------------------
-
-
-class Copies:
-    """Ids seen before: overlapping pages of an export hold the same row twice. Looks back half a million rows."""
-
-    _ROWS = 500_000
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self._new: set[str] = set()
-        self._old: set[str] = set()
-
-    def check(self, id_: str | None) -> None:
-        """Raises `LeftOutError` for an id that came before."""
-        if not id_:
-            return
-        if id_ in self._new or id_ in self._old:
-            raise LeftOutError(f"same {self.what} as an earlier row (a copy)")
-        self._new.add(id_)
-        if len(self._new) >= self._ROWS:
-            self._old, self._new = self._new, set()
-
-
-def decode_error(error: Exception, record: bytes, fields: Iterable[str]) -> RowError:
-    """A `RowError` that says in plain words why a record could not be decoded, with the nearest valid field name."""
-    import difflib
-
-    if b"\0" in record:
-        return RowError("NUL bytes", "holds NUL bytes: the file is damaged or not text")
-    try:
-        record.decode()  # asked here: what msgspec raises for it differs between its versions
-    except UnicodeDecodeError as e:
-        return not_utf8(e)
-    if not isinstance(error, msgspec.ValidationError):
-        return RowError("not JSON", f"not a JSON object on one line ({error}): {show(record)}")
-    problem = str(error)
-    unknown = re.search(r"unknown field `(.*?)`", problem)
-    if unknown and " - at " not in problem:
-        near = difflib.get_close_matches(unknown[1], fields, n=2, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"valid: {', '.join(sorted(fields))}"
-        return RowError("unknown field", f"unknown field {unknown[1]!r}: {hint}")
-    return RowError("bad fields", problem.replace("`", "").replace("$.", "").replace(" - at ", " at "))
-
-
-def decode_object(record: bytes) -> dict[str, Any]:
-    """A record that must be a JSON object, as a dict. Raises `RowError`."""
-    try:
-        value = msgspec.json.decode(record)
-    except DECODE_ERRORS as e:
-        raise decode_error(e, record, ()) from None
-    if not isinstance(value, dict):
-        raise RowError("not an object", f"expected a JSON object, found {show(record)}")
-    return value
-
-
-_READ, _WRITTEN = "cache_read_input_tokens", "cache_creation_input_tokens"
-_DETAILS = ("prompt_tokens_details", "input_tokens_details")
 
 
 class TokenCounts(NamedTuple):
@@ -375,24 +81,323 @@ class TokenCounts(NamedTuple):
     """Of the input, those read from a prompt cache."""
 
 
-def usage_of(usage: Any) -> TokenCounts:
+def usage_of(usage: object) -> TokenCounts:
     """The counts of a ``usage`` object; all None when it is none. Raises `RowError` for a count that is no count."""
-    if not isinstance(usage, dict):
-        return TokenCounts(None, None, None)
-    inside = _count(usage, "prompt_tokens")
-    into = _count(usage, "input_tokens") if inside is None else inside
-    out = _count(usage, "completion_tokens")
-    out = _count(usage, "output_tokens") if out is None else out
-    read, written = _count(usage, _READ), _count(usage, _WRITTEN)
-    if inside is None and into is not None and (read or written):
+    inside = count_of(usage, "prompt_tokens")
+    into = count_of(usage, "input_tokens") if inside is None else inside
+    read, written = count_of(usage, "cache_read_input_tokens"), count_of(usage, "cache_creation_input_tokens")
+    if inside is None and into is not None:
         into += (read or 0) + (written or 0)
-    return TokenCounts(into, out, _cached(usage) if read is None else read)
+    if read is None:
+        read = count_of(usage, "prompt_tokens_details.cached_tokens", "input_tokens_details.cached_tokens")
+    return TokenCounts(into, count_of(usage, "completion_tokens", "output_tokens"), read)
 
 
-def _cached(usage: Mapping[str, Any]) -> int | None:
-    details: Mapping[str, Any] = next((usage[name] for name in _DETAILS if isinstance(usage.get(name), dict)), {})
-    return _count(details, "cached_tokens")
+# --- times ---------------------------------------------------------------------------------------------------------
+
+UNIT_NS: dict[TimeUnit, int] = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1000, "ns": 1}
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_EPOCH_S = (978_307_200, 4_102_444_800)
+_NUMBER = re.compile(r"[+-]?\d{1,24}(\.\d*)?", re.ASCII)
+_DATE = re.compile(r"(\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d)(?:[.,](\d{1,9}))?\s*(Z|UTC|[+-]\d\d:?(?:\d\d)?)?", re.ASCII)
+_LOG_DATE = re.compile(r"(\d\d)/(\w{3})/(\d{4}):(\d\d:\d\d:\d\d) ([+-]\d{4})", re.ASCII)
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
-def _count(usage: Mapping[str, Any], name: str) -> int | None:
-    return token_count(name, usage.get(name))
+def iso_ns(name: str, text: str) -> int:
+    """Nanoseconds since 1970 of ``2023-11-16 18:17:03.9799600``, exactly: up to nine decimals, UTC without a zone.
+
+    Also of ``10/Oct/2000:13:55:36 -0700``, as web servers write it. Raises `RowError`.
+    """
+    if (log := _LOG_DATE.fullmatch(text)) and log[2] in _MONTHS:
+        text = f"{log[3]}-{_MONTHS.index(log[2]) + 1:02}-{log[1]} {log[4]} {log[5]}"
+    match = _DATE.fullmatch(text)
+    try:
+        if match is None:
+            raise ValueError
+        whole = datetime.fromisoformat(match[1] + "+00:00") - _EPOCH
+    except ValueError:
+        expected = "expected YYYY-MM-DD HH:MM:SS with up to 9 decimals, UTC or with its offset"
+        raise RowError(f"bad {name}", f"{name} is {show(text)}, {expected}") from None
+    seconds, zone = whole.days * 86_400 + whole.seconds, match[3]
+    if zone and zone[0] in "+-":
+        digits = zone[1:].replace(":", "").ljust(4, "0")
+        away = (int(digits[:2]) * 60 + int(digits[2:])) * 60
+        seconds += -away if zone[0] == "+" else away
+    return seconds * 1_000_000_000 + int((match[2] or "0").ljust(9, "0"))
+
+
+def number_of(value: object) -> Decimal | None:
+    """A number exactly as it is written; None for anything else."""
+    if isinstance(value, str):
+        return Decimal(text) if _NUMBER.fullmatch(text := value.strip()) else None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        return None
+    return Decimal(value) if isinstance(value, int) else Decimal(repr(value))
+
+
+def is_epoch(number: Decimal, unit: TimeUnit) -> bool:
+    """Whether it is a time of the years 2001 to 2100 since 1970: four ranges that do not meet."""
+    return _EPOCH_S[0] <= number * UNIT_NS[unit] / 10**9 < _EPOCH_S[1]
+
+
+def epoch_unit(number: Decimal) -> TimeUnit | None:
+    """The unit in which it is such a time."""
+    return next((unit for unit in UNIT_NS if is_epoch(number, unit)), None)
+
+
+def epoch_ns(name: str, value: object) -> int:
+    """Nanoseconds since 1970 of a number since then, whose size shows the unit. Raises `RowError` for others."""
+    number = number_of(value)
+    unit = None if number is None else epoch_unit(number)
+    if number is None or unit is None:
+        raise RowError(
+            f"bad {name}", f"{name} is {show(str(value))}: not a time since 1970 between the years 2001 and 2100"
+        )
+    return int((number * UNIT_NS[unit]).to_integral_value())
+
+
+def wall_clock_ns(name: str, value: object) -> int:
+    """Nanoseconds since 1970 of a date and time, or of a number since 1970. Raises `RowError`."""
+    if isinstance(value, str) and not _NUMBER.fullmatch(value.strip()):
+        return iso_ns(name, value.strip())
+    return epoch_ns(name, value)
+
+
+def fits(number: Decimal, unit: TimeUnit) -> bool:
+    """Whether it is an arrival or duration in this unit."""
+    return 0 <= number * UNIT_NS[unit] <= MAX_ARRIVAL_S * 10**9
+
+
+def ns_of(name: str, value: object, unit: TimeUnit) -> int:
+    """Nanoseconds of a number in this unit. Raises `RowError`."""
+    number = number_of(value)
+    if number is None or not fits(number, unit):
+        expected = "a number" if number is None else f"a time in {unit} from 0 to {MAX_ARRIVAL_S} s"
+        raise RowError(f"bad {name}", f"{name} is {show(str(value))}, expected {expected}")
+    return int((number * UNIT_NS[unit]).to_integral_value())
+
+
+def seconds_ns(name: str, value: float) -> int:
+    """The same of seconds as a float, faster. Raises `RowError`."""
+    if not 0 <= value <= MAX_ARRIVAL_S:  # also what NaN is
+        raise RowError(
+            f"bad {name}",
+            f"{name} is {value:g}, expected seconds from 0 to {MAX_ARRIVAL_S} (more would be milliseconds or less)",
+        )
+    whole = int(value)
+    return whole * 1_000_000_000 + round((value - whole) * 1_000_000_000)
+
+
+_SUFFIX = re.compile(
+    r"(?<=[a-z])[\s_.]*[(\[]?(?:(?<=[\s_.(\[])(?P<short>s|ms|us|ns)|"
+    r"(?P<long>sec(?:ond)?s?|milli(?:second)?s?|msecs?|micro(?:second)?s?|usecs?|nano(?:second)?s?|nsecs?))[)\]]?$"
+)
+_LONG: dict[str, TimeUnit] = {"se": "s", "mi": "ms", "ms": "ms", "us": "us", "na": "ns", "ns": "ns"}
+
+
+def unit_of(name: str) -> tuple[str, TimeUnit | None]:
+    """A column's name in snake case without the unit at its end, and the unit: ``arrivalTimeNs`` -> (``arrival_time``,
+    ns).
+    """
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    match = _SUFFIX.search(name)
+    if match is None:
+        return name, None
+    if match["short"]:
+        return name[: match.start()], match["short"]  # type: ignore[return-value]
+    long = match["long"]
+    return name[: match.start()], "us" if long.startswith("micro") else _LONG[long[:2]]
+
+
+class Clock:
+    """Reads the times of one column, once it has looked at the first."""
+
+    def __init__(self, name: str, unit: TimeUnit | None = None, said: str = "") -> None:
+        """``unit``: as the user says, or the format (which then says so); None: as the name and the times show."""
+        self.name, self.said = name, said
+        """What the times are, and what shows it."""
+        self._unit = unit
+        self._mixed = False
+        self._told = bool(said)
+        self.absolute = self._told and unit is None
+        """The times are of a calendar: those that go back are of rows in another order, not of another recording."""
+        self.unclear: str | None = None
+        """Why nothing shows the unit; None: it is known."""
+
+    def look(self, values: Sequence[object]) -> None:
+        """Find out from the first times what they are; those that are none are looked at when they are read."""
+        if self._told:
+            return
+        numbers = [number for value in values if (number := number_of(value)) is not None]
+        named = unit_of(self.name)[1]
+        typical = sorted(numbers)[len(numbers) // 2] if numbers else Decimal(0)
+        if self._unit is not None:
+            self.said = f"{self.name} in {self._unit}, as asked"
+            self.absolute = bool(numbers) and is_epoch(typical, self._unit)
+        elif len(numbers) < len([value for value in values if value not in (None, "")]) / 2 or not numbers:
+            self.absolute = self._mixed = True
+            self.said = f"{self.name}, a date and time, UTC where no zone is given"
+        elif named is not None and fits(typical, named):
+            self._unit, self.absolute = named, is_epoch(typical, named)
+            self.said = f"{self.name} in {named}, by its name"
+        elif epoch := epoch_unit(typical):
+            self._unit, self.absolute, self._mixed = epoch, True, True
+            but = f" (not {named}, as its name says)" if named else ""
+            self.said = f"{self.name} in {epoch} since 1970, by its size{but}"
+        elif named is not None:
+            self._unit, self.said = named, f"{self.name} in {named}, by its name"
+        elif any(number % 1 for number in numbers):
+            self._unit = "s"
+            self.said = f"{self.name} in seconds, as it has fractions (--time-unit ms, us or ns, if not)"
+        else:
+            span = float(max(numbers) - min(numbers))
+            self.unclear = (
+                f"nothing shows the unit of {self.name}: its first {len(numbers)} rows span {span:g} s in seconds, "
+                f"{span / 1000:g} s in milliseconds. Say --time-unit s, ms, us or ns"
+            )
+            self.said = f"{self.name} in a unit that nothing shows"
+
+    def know(self, unit: TimeUnit, said: str) -> None:
+        """The rows show the unit where the times do not."""
+        self._unit, self.unclear, self.said = unit, None, said
+
+    def ns(self, value: object) -> int | None:
+        """Nanoseconds; None while the unit is not known. Raises `RowError`."""
+        number = number_of(value)
+        if self.absolute and (self._unit is None or (self._mixed and number is None)):
+            return (iso_ns if number is None or not self._mixed else epoch_ns)(self.name, str(value).strip())
+        ns = ns_of(self.name, value, self._unit or "ns")
+        if self.absolute and self._unit and not is_epoch(Decimal(ns), "ns"):
+            raise RowError(f"bad {self.name}", f"{self.name} is {show(str(value))}: not in {self._unit} since 1970")
+        return ns if self._unit else None
+
+
+# --- CSV -----------------------------------------------------------------------------------------------------------
+
+
+def header_of(line: bytes) -> tuple[str, list[str]]:
+    """(what divides the fields, their names) of a header: the mark that most of them are found with."""
+    text = line[:100_000].decode("utf-8", "replace").strip("\r\n\ufeff")
+    best: tuple[str, list[str]] = (",", [text])
+    for mark in (",", ";", "\t", "|"):
+        try:
+            (names,) = csv.reader([text], delimiter=mark, strict=True)
+        except (csv.Error, ValueError):
+            continue
+        names = [name.strip().strip('"') for name in names]
+        if len(names) > len(best[1]):
+            best = mark, names
+    return best
+
+
+def split(record: bytes, mark: str) -> list[str]:
+    """The fields of a record. Raises `RowError`."""
+    try:
+        text = record.decode().rstrip("\r\n")
+        if '"' not in text:
+            return text.split(mark)
+        (fields,) = csv.reader([text], delimiter=mark, strict=True)
+        return fields
+    except UnicodeDecodeError as e:
+        raise not_utf8(e) from None
+    except (csv.Error, ValueError) as e:
+        raise RowError("bad row", f"not a CSV record ({e}): {show(record)}") from None
+
+
+class Columns:
+    """Records of one CSV file after the other as objects; the header may come again, its columns in another order."""
+
+    def __init__(self) -> None:
+        self.mark = ","
+        self.names: list[str] = []
+
+    def read(self, record: bytes, needed: Iterable[str] = ()) -> Object | None:
+        """Column -> field; None for a header, which is what names all that is ``needed``. Raises `RowError`."""
+        if not self.names or (
+            self.names[0].encode() in record[:1000] and set(header_of(record)[1]) >= set(needed or self.names)
+        ):
+            self.mark, self.names = header_of(record)
+            return None
+        fields = split(record, self.mark)
+        if len(fields) != len(self.names):
+            raise RowError(
+                "bad row", f"{len(fields)} fields, expected {len(self.names)} as in the header: {show(record)}"
+            )
+        return dict(zip(self.names, fields, strict=True))
+
+
+# --- text ----------------------------------------------------------------------------------------------------------
+
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+def plain_text(value: object) -> str | None:
+    """A text, or content parts that are nothing but text; None for anything more."""
+    if isinstance(value, list):
+        texts = [at_path(part, "text") if find(part, "type") in _TEXT_PARTS else None for part in value]
+        value = "".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else None
+    return value if isinstance(value, str) and value else None
+
+
+def plain_messages(value: object) -> tuple[dict[str, str], ...] | None:
+    """Chat messages with a role and a text each; None when there are none or one of them is more than text."""
+    messages = []
+    for message in value if isinstance(value, list) else ():
+        if find(message, "tool_calls") or find(message, "function_call"):
+            return None  # beside a text too: without it the prompt is another one
+        role, content = find(message, "role"), at_path(message, "content")
+        if isinstance(content, list) and len(content) == 1:  # one text part is the same as the text
+            content = at_path(content[0], "text") if find(content[0], "type") in _TEXT_PARTS else None
+        if not isinstance(role, str) or not isinstance(content, str):
+            return None
+        messages.append({"role": role, "content": content})
+    return tuple(messages) or None
+
+
+class Blocks:
+    """Prefix blocks of a trace whose rows have one id for each, and how many rows show their size."""
+
+    def __init__(self, size: int = 0) -> None:
+        self.size = size
+        self._rows = self._long = 0
+
+    def check(self, name: str, ids: int, tokens: int, more: str = "") -> None:
+        """One row's number of ids. Raises `RowError`, with ``more`` to say, where it is not that of its blocks."""
+        blocks = -(-tokens // self.size)
+        if ids != blocks:
+            problem = f"{ids} {name} for input_length {tokens}, expected {blocks} (one per {self.size} tokens)"
+            raise RowError("block mismatch", problem + more)
+        self._rows += 1
+        self._long += blocks > 1
+
+    def said(self) -> str | None:
+        """What is known of the size; None without rows."""
+        if not self._rows:
+            return None
+        if not self._long:
+            alone = "no prompt is longer than a block, so nothing in the file shows it"
+            return f"{self.size} tokens by its format alone: {alone}"
+        return f"{self.size} tokens: one id per block on all {self._rows} rows, {self._long} of them of several blocks"
+
+
+class Copies:
+    """Ids seen before: overlapping pages of an export hold the same row twice. Looks back half a million rows."""
+
+    _ROWS = 500_000
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._new: set[str] = set()
+        self._old: set[str] = set()
+
+    def check(self, id_: object) -> None:
+        """Raises `LeftOutError` for an id that came before."""
+        if id_ is None or id_ == "":
+            return
+        id_ = str(id_)
+        if id_ in self._new or id_ in self._old:
+            raise LeftOutError(f"same {self.what} as an earlier row (a copy)")
+        self._new.add(id_)
+        if len(self._new) >= self._ROWS:
+            self._old, self._new = self._new, set()

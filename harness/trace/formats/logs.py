@@ -1,0 +1,460 @@
+"""Logs with token counts: of engines (vLLM, SGLang), of routers and gateways (LiteLLM, NVIDIA Dynamo), of AWS Bedrock.
+
+**vLLM**'s server log (``--enable-log-requests``) is free text, read as far as it goes.
+
+=========================================  ===========================================================================
+``INFO  Received request ID: ...``         the arrival (``MM-DD hh:mm:ss``: whole seconds, no year)
+``DEBUG Request ID details: ...``          ``prompt_token_ids``: input tokens, and their blocks of 16 as vLLM caches
+                                           them (up to 0.10 in the INFO line, of chats the rendered ``prompt`` alone)
+``DEBUG Generated response ID details``    ``output_token_ids``: output tokens (with ``--enable-log-outputs``; streaming
+                                           answers: with their deltas)
+``INFO  Generated response ID: ...``       the end; ``finish_reason: abort`` or ``error`` is a failed call
+=========================================  ===========================================================================
+
+Without ``VLLM_LOGGING_LEVEL=DEBUG`` the log has no lengths at all: then it is read like an access log, and refused
+until lengths are stated. ``--max-log-len`` cuts the lists; ids that end at one same length on many rows are reported.
+Source: vLLM 0.32, ``vllm/entrypoints/serve/utils/request_logger.py`` and ``vllm/logger.py``; logs of 0.3 to 0.11.
+
+**SGLang**'s server log (``--enable-request-time-stats-logging``, or ``--log-requests``): ``ReqTimeStats(...)`` states
+each request when it has ended; its arrival is ``entry_time`` in seconds since 1970, or where that is of another clock
+(older versions) the time of the line less its durations. With disaggregation ``type=prefill`` has the input and
+``type=decode`` the output of one request, joined by ``bootstrap_room``. Every tensor-parallel rank may print the line,
+and health checks are none. ``Finish: obj=GenerateReqInput(rid=...) ... 'meta_info': {...}`` arrived at the time of the
+line less ``e2e_latency``. Times of lines are whole seconds, taken as UTC.
+Source: sgl-project/sglang, ``req_time_stats.py`` and ``tokenizer_manager.py``.
+
+**Bedrock** (files on S3, or an export of CloudWatch): tokens read from a prompt cache and written to it stand
+**beside** the input and are added. Calls without an output count (embeddings, images) are counted and left out. Prompts
+are not sent: bodies are of each model's own form and often lie elsewhere.
+
+**LiteLLM**'s spend logs (``LiteLLM_SpendLogs``: JSON, JSON Lines, pages of the API, CSV as a database writes it; also
+what its callbacks are given, ``StandardLoggingPayload``): ``prompt_tokens`` contain what was read from a prompt cache.
+Not replayed, but counted: failed calls; calls that are no text completions; calls answered from LiteLLM's own response
+cache, which no model server ever saw; copies of a request_id. Retries and fallbacks are rows of their own, as they were
+load of their own.
+
+**NVIDIA Dynamo**'s request traces (``DYN_REQUEST_TRACE=1``): of each ``request_end``, perhaps within an ``event``, also
+``replay.input_sequence_hashes``, one for each ``trace_block_size`` tokens. A hash stands for its block and everything
+before it; it has 64 bits without a sign, of which 63 are kept. Other events are no requests.
+
+Source: AWS, "Monitor model invocation using CloudWatch Logs and Amazon S3"; BerriAI/litellm 1.109, ``schema.prisma``;
+ai-dynamo/dynamo, ``dynamo.request.trace.v1``.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from harness.trace.formats.gateways import ObjectReader
+from harness.trace.formats.record import (
+    FailedCallError,
+    Item,
+    LeftOutError,
+    Object,
+    Reader,
+    RowError,
+    Rows,
+    TraceRecord,
+    decoded,
+    fields_of,
+    find,
+    object_of,
+    show,
+    text_of,
+)
+from harness.trace.formats.values import (
+    Blocks,
+    Columns,
+    called,
+    count_of,
+    header_of,
+    is_epoch,
+    iso_ns,
+    ns_of,
+    number_of,
+    plain_messages,
+    usage_of,
+)
+
+BLOCK_TOKENS = 16
+_NO_OUTPUT = "rows have no output length: log with --enable-log-outputs at DEBUG level"
+_WAITING = 10_000
+"""Requests that may be open at one time; older ones are given without their end."""
+
+_LINE = re.compile(
+    rb"(?:\x1b\[[\d;]*m|[^\[\]\n]){0,120}?\b(?:INFO|DEBUG|WARNING|ERROR)(?:\x1b\[[\d;]*m)? "
+    rb"(\d\d)-(\d\d) (\d\d):(\d\d):(\d\d) (?:\x1b\[[\d;]*m)?\[?[^\[\]\s]+\](?:\x1b\[[\d;]*m)? (.*)",
+    re.DOTALL,
+)
+_RECEIVED = re.compile(rb"Received request (\S+): (.*)", re.DOTALL)
+_DETAILS = re.compile(rb"Request (\S+) details: (.*)", re.DOTALL)
+_GENERATED = re.compile(rb"Generated response (\S+?)( \(streaming (?:delta|complete)\))?( details)?: (.*)", re.DOTALL)
+_PROMPT_TEXT = re.compile(rb"prompt: ('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"), ", re.DOTALL)
+_PROMPT_IDS = re.compile(rb"prompt_token_ids: (None|\[[\d, ]*\])")
+_OUTPUT_IDS = re.compile(rb"output_token_ids: (None|[\[(][\d, ]*[\])])")
+
+
+@dataclass(slots=True)
+class _Open:
+    """A request whose end has not been seen."""
+
+    arrival_ns: int | None = None
+    prompt_ids: list[int] | None = None
+    text: str | None = None
+    deltas: int = 0
+    output_tokens: int | None = None
+    failed: str | None = None
+
+
+class VllmLog(Reader):
+    """Reader of vLLM server logs."""
+
+    summary = "vLLM server log with --enable-log-requests (lengths: VLLM_LOGGING_LEVEL=DEBUG, --enable-log-outputs)"
+    clock = "MM-DD hh:mm:ss before each line: whole seconds without a year"
+    in_order = False
+    log = True
+
+    def __init__(self) -> None:
+        self._open: dict[bytes, _Open] = {}
+        self._year = 2000  # a leap year: the log has none
+        self._month = 0
+        self._lengths: Counter[int] = Counter()
+
+    @classmethod
+    def sniff(cls, record: bytes) -> bool:
+        """A request line."""
+        line = _LINE.match(record[:100_000])
+        return line is not None and (_RECEIVED.match(line[6]) or _DETAILS.match(line[6])) is not None
+
+    def parse(self, record: bytes) -> Rows:
+        """Read one line; the request comes out when its answer has ended."""
+        line = _LINE.match(record)
+        if line is None:
+            return ()
+        if match := _RECEIVED.match(line[6]):
+            request = self._open.setdefault(match[1], _Open())
+            request.arrival_ns = self._arrival_ns(line)
+            self._prompt(request, match[2])
+        elif match := _DETAILS.match(line[6]):
+            self._prompt(self._open.setdefault(match[1], _Open()), match[2])
+        elif match := _GENERATED.match(line[6]):
+            return self._generated(match)
+        return [self._row(next(iter(self._open)))] if len(self._open) > _WAITING else ()
+
+    def end(self) -> Iterator[tuple[None, Item]]:
+        """Requests without an end in the log."""
+        return ((None, self._row(id_)) for id_ in list(self._open))
+
+    def blocks(self) -> str | None:
+        """16 tokens, made from the token ids."""
+        return f"{BLOCK_TOKENS} tokens, made here from the logged token ids" if self._lengths else None
+
+    def notes(self) -> list[str]:
+        """What the log does not say."""
+        notes = [
+            "the log's clock has whole seconds and no year; time differences are exact unless 29 February is crossed",
+            *super().notes(),
+        ]
+        length, count = max(self._lengths.items(), default=(0, 0))
+        if count > 2 and count > 0.02 * self._lengths.total():
+            notes.append(f"{count} prompts have {length} tokens, the most of all: is the log cut by --max-log-len?")
+        return notes
+
+    def _prompt(self, request: _Open, text: bytes) -> None:
+        ids = _listed(_PROMPT_IDS, text)
+        if ids is not None:
+            if any(not i.isdigit() or len(i) > 10 for i in ids):
+                raise RowError("bad prompt_token_ids", f"prompt_token_ids are no token ids: {show(b','.join(ids))}")
+            request.prompt_ids = [int(i) for i in ids]
+        elif literal := _PROMPT_TEXT.match(text):
+            try:
+                request.text = ast.literal_eval(literal[1].decode())
+            except (ValueError, SyntaxError, UnicodeDecodeError):
+                raise RowError("bad prompt", f"the prompt is no Python text: {show(literal[1])}") from None
+
+    def _generated(self, match: re.Match[bytes]) -> Rows:
+        request = self._open.get(match[1])
+        if request is None:
+            return ()  # asked before the log begins
+        ids = _listed(_OUTPUT_IDS, match[4])
+        if match[2] == b" (streaming delta)":
+            request.deltas += len(ids or ())
+            return ()
+        if ids is not None:
+            request.output_tokens = len(ids)
+        if match[3]:
+            return ()  # the INFO line follows
+        if reason := re.search(rb"finish_reason: (abort|error)\s*$", match[4]):
+            request.failed = reason[1].decode()
+        return [self._row(match[1])]
+
+    def _row(self, id_: bytes) -> TraceRecord | RowError | FailedCallError:
+        request = self._open.pop(id_)
+        if request.arrival_ns is None:
+            return RowError("no arrival", f"request {show(id_)} has details, but no 'Received'")
+        if request.failed:
+            return FailedCallError(f"failed call (finish_reason {request.failed})")
+        ids = request.prompt_ids
+        output_tokens = request.output_tokens if request.output_tokens is not None else request.deltas or None
+        if ids is None:
+            self.noted[_NO_OUTPUT] += request.text is not None and output_tokens is None
+            return TraceRecord(request.arrival_ns, None, output_tokens, text=request.text or None)
+        try:
+            called(len(ids), output_tokens)
+        except FailedCallError as e:
+            return e
+        self._lengths[len(ids)] += 1
+        self.noted[_NO_OUTPUT] += output_tokens is None
+        hashes = _hashes(ids)
+        return TraceRecord(request.arrival_ns, len(ids), output_tokens, prefix_ids=hashes, block_tokens=BLOCK_TOKENS)
+
+    def _arrival_ns(self, line: re.Match[bytes]) -> int:
+        month, day, hour, minute, second = (int(line[i]) for i in range(1, 6))
+        if month < self._month - 6:
+            self._year += 1  # December to January
+        self._month = month
+        try:
+            moment = datetime(self._year, month, day, hour, minute, second, tzinfo=UTC)
+        except ValueError:
+            raise RowError("bad time", f"not a time: {line[0][:60].decode('utf-8', 'replace')!r}") from None
+        return int(moment.timestamp()) * 1_000_000_000
+
+
+def _listed(pattern: re.Pattern[bytes], text: bytes) -> list[bytes] | None:
+    """The last list of ids: a prompt may itself say ``prompt_token_ids: [...]``."""
+    found = pattern.findall(text)
+    return [i.strip() for i in found[-1][1:-1].split(b",") if i.strip()] if found and found[-1] != b"None" else None
+
+
+def _hashes(ids: Sequence[int]) -> tuple[int, ...]:
+    """One chained 63-bit hash per block of token ids: equal leading hashes are equal leading tokens."""
+    chain = hashlib.blake2b(digest_size=8)
+    hashes = []
+    for at in range(0, len(ids), BLOCK_TOKENS):
+        chain.update(b"".join(i.to_bytes(8, "little", signed=True) for i in ids[at : at + BLOCK_TOKENS]))
+        hashes.append(int.from_bytes(chain.digest(), "little") >> 1)
+    return tuple(hashes)
+
+
+_SGLANG_LINE = re.compile(rb"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[^\]]{0,40}\] (.*)", re.DOTALL)
+_STATS = re.compile(rb"Req ?Time ?Stats\(([^)]*)\):?(.*)", re.DOTALL)
+_FINISH = re.compile(rb"Finish: obj=\w+\(.*?(rid)='?([\w-]+)'?.*'meta_info': \{(.*)", re.DOTALL)
+_PAIR = re.compile(rb"(\w+)=([\w.+-]+)")
+_META = re.compile(rb"'(prompt_tokens|completion_tokens|cached_tokens|e2e_latency)': ([\d.]+)")
+_SPENT = re.compile(r"(\d+(?:\.\d+)?)(ms|s)")
+
+
+class SGLang(ObjectReader):
+    """Reader of SGLang server logs."""
+
+    summary = "SGLang server log (ReqTimeStats of --enable-request-time-stats-logging, or Finish of --log-requests)"
+    clock = "entry_time in seconds since 1970, else the time of the line less the request's duration"
+    log = True
+    counted = True
+    id = ("rid",)
+    input, output = ("input_len", "prompt_tokens"), ("output_len", "completion_tokens")
+    cached = ("cached_input_len", "cached_tokens")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._prefills: dict[object, TraceRecord] = {}
+
+    @classmethod
+    def sniff(cls, record: bytes) -> bool:
+        """A line that states a request."""
+        line = _SGLANG_LINE.match(record[:100_000])
+        return line is not None and (_STATS.search(line[2]) or _FINISH.match(line[2])) is not None
+
+    def parse(self, record: bytes) -> TraceRecord | Rows:
+        """Read one line; most are about something else."""
+        line = _SGLANG_LINE.match(record)
+        if line is None:
+            return ()
+        if stats := _STATS.search(line[2]):
+            pairs = [*_PAIR.findall(stats[2]), *_PAIR.findall(stats[1])]
+        elif finish := _FINISH.match(line[2]):
+            pairs = [finish.groups()[:2], *_META.findall(finish[3])]
+        else:
+            return ()
+        fields = {name.decode(): text.decode() for name, text in pairs}
+        if fields.get("rid", "").startswith("HEALTH_CHECK"):
+            return ()
+        return self.row({**fields, "written": line[1].decode()}) or ()
+
+    def row(self, value: Object) -> TraceRecord | None:
+        """A request; of a prefill when its decoding has come."""
+        kind, room = value.get("type"), value.get("bootstrap_room") or value.get("rid")
+        row = super().row({**value, "rid": f"{value.get('rid')} {kind}"})
+        if row is not None and kind == "prefill":
+            self._prefills[room] = row
+            if len(self._prefills) > _WAITING:
+                del self._prefills[next(iter(self._prefills))]
+            return None
+        if row is not None and kind == "decode" and (first := self._prefills.pop(room, None)) is not None:
+            row = first._replace(output_tokens=row.output_tokens)
+        return row
+
+    def arrival_ns(self, value: Object) -> int:
+        """The entry, or where that is of another clock the time of the line less what was spent since."""
+        entry = number_of(value.get("entry_time"))
+        if entry is not None and is_epoch(entry, "s"):
+            return ns_of("entry_time", value["entry_time"], "s")
+        spent = [_SPENT.fullmatch(str(text)) for name, text in value.items() if name.endswith("_duration")]
+        spent_ns = sum(ns_of("duration", each[1], "ms" if each[2] == "ms" else "s") for each in spent if each)
+        return iso_ns("time", str(value["written"])) - spent_ns - ns_of("e2e_latency", value.get("e2e_latency", 0), "s")
+
+    def end(self) -> list[tuple[None, LeftOutError]]:
+        """Prefills without their decoding."""
+        return [(None, LeftOutError("a prefill without its decode line"))] * len(self._prefills)
+
+
+class Bedrock(ObjectReader):
+    """Reader of Bedrock invocation logs."""
+
+    summary = "AWS Bedrock model invocation log (JSON of S3 or CloudWatch: ModelInvocationLog)"
+    clock = "timestamp, a date and time in whole seconds, UTC"
+    page, id, arrival, model = ("events", "logEvents"), ("requestId",), ("timestamp",), ("modelId",)
+    input, output = ("input.inputTokenCount",), ("output.outputTokenCount",)
+    cached = ("input.cacheReadInputTokenCount",)
+    added = ("input.cacheReadInputTokenCount", "input.cacheWriteInputTokenCount")
+    counted = True
+
+    @classmethod
+    def sniff(cls, record: bytes) -> bool:
+        """The log's type, also within a CloudWatch event or a page of them."""
+        fields = fields_of(record)
+        inner = fields.get("message", fields.get("events", b"") or fields.get("logEvents", b""))
+        return fields.get("schemaType") == b'"ModelInvocationLog"' or b"ModelInvocationLog" in inner
+
+    def row(self, value: Object) -> TraceRecord | None:
+        """One call, perhaps as the text of an event."""
+        return super().row(object_of(value, "message") or value)
+
+    def leave_out(self, value: Object) -> None:
+        """Calls that failed, or have no output."""
+        if value.get("errorCode"):
+            raise FailedCallError("failed call (errorCode)")
+        if find(value, *self.output) is None:
+            raise LeftOutError("no text completion (no outputTokenCount)")
+
+
+_TEXT_CALLS = ("completion", "text_completion", "responses", "anthropic_messages", "generate_content")
+
+
+class LiteLLM(ObjectReader):
+    """Reader of LiteLLM spend logs."""
+
+    summary = "LiteLLM spend logs (JSON, JSON Lines or CSV: startTime, prompt_tokens, completion_tokens, call_type)"
+    clock = "startTime, a date and time, UTC where no zone is given"
+    telling = (frozenset({"startTime", "prompt_tokens", "completion_tokens"}),)
+    quoted = True
+    counted = True
+    page, id, arrival = ("data",), ("request_id", "id"), ("startTime",)
+    input, output, session, model = ("prompt_tokens",), ("completion_tokens",), ("session_id",), ("model",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._columns = Columns()
+
+    @classmethod
+    def sniff(cls, record: bytes) -> bool:
+        """The three telling fields or columns."""
+        return super().sniff(record) or cls.telling[0] <= set(header_of(record)[1])
+
+    def parse(self, record: bytes) -> TraceRecord | Rows:
+        """Read one object or CSV record (the first one is the header)."""
+        if record.lstrip().startswith(b"{"):
+            return super().parse(record)
+        row = self._columns.read(record)
+        if row is None and (missing := self.telling[0] - set(self._columns.names)):
+            raise RowError("bad header", f"no column {', '.join(sorted(missing))} in {show(record)}")
+        return () if row is None else self.row(row) or ()
+
+    def row(self, value: Object) -> TraceRecord | None:
+        """One call, its total checked."""
+        if missing := self.telling[0] - value.keys():
+            raise RowError("missing fields", f"no {', '.join(sorted(missing))} in {show(str(value))}")
+        found, total = super().row(value), count_of(value, "total_tokens")
+        if found is None:
+            return None
+        counts = (found.input_tokens or 0, found.output_tokens or 0)
+        if total not in (None, sum(counts)):
+            problem = f"total_tokens is {total}, but prompt and completion have {counts[0]} + {counts[1]}"
+            raise RowError("bad total_tokens", f"{problem}: what was counted is not clear")
+        asked = object_of(value, "proxy_server_request")
+        has_tools = asked.get("tools") or asked.get("functions")
+        messages = None if has_tools else plain_messages(decoded(value.get("messages")))
+        usage = usage_of(find(object_of(value, "metadata"), "usage_object"))
+        return found._replace(messages=messages, cached_tokens=usage.cached_tokens)
+
+    def leave_out(self, value: Object) -> None:
+        """Calls that no model server has to answer."""
+        kind = text_of(value, "call_type")
+        if kind and not kind.removeprefix("a").startswith(_TEXT_CALLS) and not kind.startswith(_TEXT_CALLS):
+            raise LeftOutError(f"not a text completion ({kind[:30]})")
+        if str(value.get("status") or "").lower() in ("failure", "failed", "error"):
+            raise FailedCallError("failed call (status failure)")
+        if str(value.get("cache_hit") or "").lower() == "true":
+            raise LeftOutError("answered from LiteLLM's response cache")
+
+
+class Dynamo(ObjectReader):
+    """Reader of Dynamo request traces."""
+
+    summary = "NVIDIA Dynamo request trace (JSON Lines: dynamo.request.trace.v1, request_end)"
+    clock = "request.request_received_ms, milliseconds"
+    id = ("request_id",)
+    input, output, cached = ("input_tokens", "replay.input_length"), ("output_tokens",), ("cached_tokens",)
+    counted = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._blocks = Blocks()
+
+    @classmethod
+    def sniff(cls, record: bytes) -> bool:
+        """The schema's name."""
+        fields = fields_of(record)
+        fields = fields_of(fields["event"]) if "event" in fields else fields
+        return fields.get("schema", b"").startswith(b'"dynamo.request.trace.')
+
+    def arrival_ns(self, value: Object) -> int:
+        """On a clock of its own."""
+        return ns_of("request_received_ms", value.get("request_received_ms"), "ms")
+
+    def leave_out(self, value: Object) -> None:
+        """Requests without an answer."""
+        if find(value, "output_tokens") is None:
+            raise FailedCallError("failed call (no output tokens)")
+
+    def row(self, value: Object) -> TraceRecord | None:
+        """One request; None for another event."""
+        event = object_of(value, "event") or value
+        request = event.get("request")
+        if event.get("event_type") != "request_end" or not isinstance(request, dict):
+            return None
+        found = super().row(request)
+        if found is None:
+            return None
+        found = found._replace(session_id=text_of(event, "agent_context.session_id"))
+        hashes, size = find(request, "replay.input_sequence_hashes"), count_of(request, "replay.trace_block_size")
+        length = count_of(request, "replay.input_length")
+        if not hashes or not size or not length:
+            return found
+        if not isinstance(hashes, list) or not all(type(h) is int and 0 <= h < 2**64 for h in hashes):
+            raise RowError("bad input_sequence_hashes", "input_sequence_hashes: expected unsigned 64-bit numbers")
+        if self._blocks.size not in (0, size):
+            raise RowError("block sizes differ", f"trace_block_size is {size}, {self._blocks.size} in an earlier row")
+        self._blocks.size = size
+        self._blocks.check("input_sequence_hashes", len(hashes), length)
+        return found._replace(prefix_ids=tuple(h & (2**63 - 1) for h in hashes), block_tokens=size)
+
+    def blocks(self) -> str | None:
+        """The size that the trace states, and how many rows show it."""
+        return self._blocks.said()
