@@ -19,7 +19,7 @@ from analysis.capacity.sweep import (
 )
 from analysis.capacity.system import offered
 from analysis.report.capacity_text import capacity_sections, sentence
-from analysis.report.text import render_markdown
+from analysis.report.document import render_markdown
 from analysis.rows.read import read_run
 from analysis.stats.intervals import Quantity, share
 from analysis.summary import summarise

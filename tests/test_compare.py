@@ -20,7 +20,7 @@ from analysis.compare.compare import LOADS_OWN, Figure, _slo_sentence, judge, pa
 from analysis.compare.compare import compare as hold_against
 from analysis.compare.paired import FIGURES, RATE_BLOCKS, _figure, _percentiles, _share, block_counts, observe
 from analysis.report.decisions import comparison_sections
-from analysis.report.text import render_markdown
+from analysis.report.document import render_markdown
 from analysis.rows.read import read_run
 from analysis.stats.intervals import Quantity
 from analysis.stats.replicates import over_pairs

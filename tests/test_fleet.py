@@ -29,8 +29,8 @@ from analysis.capacity.serving_config import serving_configs
 from analysis.capacity.simulated_fleet import SimulatedFleet
 from analysis.capacity.sweep import Capacity
 from analysis.pricing.rate_card import HOURS_PER_MONTH
+from analysis.report.document import render_markdown
 from analysis.report.fleet import fleet_csv, fleet_sections
-from analysis.report.text import render_markdown
 from analysis.stats.intervals import Quantity
 from harness.cli.plan_fleet import plan_fleet as plan_fleet_verb
 from harness.errors import UsageError

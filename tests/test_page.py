@@ -23,13 +23,12 @@ from run_files import MS, SPEC, TIER, S, bad, good, write_run
 from analysis import metrics
 from analysis.labels import label_runs
 from analysis.report import curves as reduce
-from analysis.report.charts import Chart
+from analysis.report.charts import interactivity, per_accelerator, tradeoff_charts
 from analysis.report.compared import ComparisonView, compare_runs
 from analysis.report.curves import EDGES, cumulative, curves, kept_limits, over_time
-from analysis.report.document import Section, Table
+from analysis.report.document import Chart, Section, Table
 from analysis.report.page import LONGEST, plain, render_page, write_page, write_sections_page
 from analysis.report.run import render_json
-from analysis.report.tradeoff import interactivity, per_accelerator, tradeoff_charts
 from analysis.report.view import RunView, view_run
 from analysis.rows import columns
 from analysis.rows.read import read_run

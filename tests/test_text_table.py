@@ -12,7 +12,7 @@ from test_capacity import sweep_run
 
 from analysis.capacity.serving_config import serving_configs
 from analysis.report.capacity_text import capacity_sections
-from analysis.report.text import render_text
+from analysis.report.document import render_text
 from harness.console import LONGEST_WORD, text_tables
 
 WORDS = st.lists(st.text("abcxyz0123456789.,%", min_size=1, max_size=LONGEST_WORD), min_size=1, max_size=6)

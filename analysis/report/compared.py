@@ -6,16 +6,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from analysis.capacity.serving_config import ServingConfig, serving_configs
-from analysis.capacity.system import servers_of, tier_words, where_words
+from analysis.capacity.system import Key, load_of, servers_of, system_of, tier_words, where_words
 from analysis.labels import clean
 from analysis.offered_load import KIND_WORDS
 from analysis.report.capacity_text import capacity_table, sentence
-from analysis.report.charts import Chart, cost_charts, load_charts, share_chart
-from analysis.report.document import Cell, Facts, Row, Section, Table
-from analysis.report.figures import figure, hourly, in_seconds, load_cell, percent, price_cell, quantity, verdict_note
-from analysis.report.tradeoff import tradeoff_charts
+from analysis.report.charts import cost_charts, load_charts, share_chart, tradeoff_charts
+from analysis.report.document import Cell, Chart, Facts, Row, Section, Table
+from analysis.report.figures import (
+    figure,
+    hourly,
+    in_seconds,
+    load_cell,
+    percent,
+    price,
+    price_cell,
+    quantity,
+    state_of,
+    verdict_note,
+    within,
+)
 from analysis.report.view import RunView
-from analysis.report.winner import cheapest
+from analysis.stats.intervals import Quantity
+from analysis.stats.replicates import FEWEST_PAIRS, over_replicates
 from analysis.summary import DEFAULT_ATTAIN, Summary
 from harness.plan.spec import load_seed
 
@@ -99,14 +111,12 @@ def _mind(differs: Table | None, but: Sequence[str]) -> str | None:
 
 def _distributions(views: Sequence[RunView]) -> list[Chart]:
     """TTFT and ITL of all runs over each other, but of those that prove nothing."""
-    known = [(k, v) for k, v in enumerate(views) if v.state != "invalid"]
-    numbered = [(k, v.label, v.below) for k, v in known if v.below]
-    colors = [k for k, _, _ in numbered]
-    charts = [
-        share_chart(metric.upper(), noun, {label: below[metric] for _, label, below in numbered}, [], colors=colors)
-        for metric, noun in (("ttft", "successful requests"), ("itl", "gaps between tokens"))
-    ]
-    return [chart for chart in charts if chart is not None]
+    known = {k: v for k, v in enumerate(views) if v.state != "invalid" and v.below}
+    charts: list[Chart] = []
+    for metric, noun in (("ttft", "successful requests"), ("itl", "gaps between tokens")):
+        shares = {v.label: v.below[metric] for v in known.values()}
+        charts += share_chart(metric.upper(), noun, shares, colors=list(known))
+    return charts
 
 
 def _sentence(views: Sequence[RunView], found: Sequence[ServingConfig]) -> str:
@@ -184,3 +194,81 @@ def _differences(views: Sequence[RunView]) -> tuple[Facts, Table | None]:
 
 def _slo(s: Summary) -> str:
     return "none" if s.slo is None else ", ".join(part.name for part in s.slo.criteria)
+
+
+# ------------------------------------------------------------------------------------------------------ the cheapest
+# Run against run only repeats know how much two runs of one system differ (`analysis.stats.replicates`), as in
+# `harness compare`; at capacity the interval over many probes does.
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Something with a price, and whether its interval knows what differs from run to run."""
+
+    name: str
+    cost: Quantity
+    judged: bool
+
+    def __str__(self) -> str:
+        words = within(self.cost, price) if self.judged else ""
+        return f"{self.name}: {price(self.cost.value)} USD per 1M tokens{words}"
+
+
+def cheapest(runs: Sequence[tuple[str, Summary]], found: Sequence[ServingConfig]) -> str:
+    """One sentence or two on cost: at capacity where two systems or more have one, else of the runs by their labels."""
+    priced = [s for s in found if s.loop == "open" and s.usd_per_1m_total.value is not None]
+    if len(priced) > 1:
+        at_capacity = [Candidate(s.name, s.usd_per_1m_total, True) for s in priced]
+        return _words(at_capacity, "Cheapest at the load that just keeps the SLO")
+    kept = [(label, s) for label, s in runs if state_of(s) == "valid" and s.cost.usd_per_1m_total.value is not None]
+    # a closed loop hides the queue that users would see; figures of two kinds of evidence are not held together
+    kept = [run for run in kept if run[1].evidence == "measured"] or kept
+    kept = [run for run in kept if run[1].load.mode == "open"] or kept
+    if not kept:
+        return "No run has a price and kept its SLO."
+    which = "that kept its SLO" if kept[0][1].slo is not None else "(no SLO was given)"
+    groups: dict[tuple[Key, Key], list[tuple[str, Summary]]] = {}
+    for label, s in kept:
+        # repeats of a trace's own arrivals have one rate exactly; drawn ones have that of their stages in the load
+        rate = None if s.plan.stages else s.rates.request_rate.value
+        groups.setdefault((system_of(s), (*load_of(s), rate)), []).append((label, s))
+    return _words(
+        [_of_repeats(members) for members in groups.values()],
+        f"The cheapest VALID run {which}",
+        kept[0][1].load.mode,
+    )
+
+
+def _of_repeats(members: Sequence[tuple[str, Summary]]) -> Candidate:
+    name = members[0][0] + (f" and {len(members) - 1} more of it" if len(members) > 1 else "")
+    cost = over_replicates([s.cost.usd_per_1m_total for _, s in members])
+    # in an open loop the load is given, and what it costs below capacity is not the cost of the system
+    judged = len(members) >= FEWEST_PAIRS and members[0][1].load.mode == "closed"
+    return Candidate(name, cost, judged)
+
+
+def _words(candidates: Sequence[Candidate], what: str, loop: str = "closed") -> str:
+    ranked = sorted(candidates, key=lambda c: c.cost.value or 0.0)
+    best, rest = ranked[0], ranked[1:]
+    if not rest:
+        return f"{what} is {best}."
+    if all(_below(best, other) for other in rest):
+        return f"{what} is {best}; next is {rest[0]}."
+    near = next(other for other in rest if not _below(best, other))
+    if loop == "open":
+        return (
+            f"{what}: not judged. {best}, {near}: in an open loop the load is given, and below "
+            "capacity any of them could carry more for the same money; measure capacity of each (harness capacity)."
+        )
+    if best.judged and near.judged:
+        return f"{what}: no difference shown between {best} and {near}; their intervals overlap."
+    return (
+        f"{what}: not judged. {best}, {near}: of one or two runs each it is not known how much two "
+        f"runs of one system differ; {FEWEST_PAIRS} repeats of each would tell (harness compare)."
+    )
+
+
+def _below(best: Candidate, other: Candidate) -> bool:
+    if not (best.judged and other.judged) or best.cost.high is None or other.cost.low is None:
+        return False
+    return best.cost.high < other.cost.low

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from analysis.report.charts import load_of
 from analysis.report.document import Cell
 from analysis.stats.intervals import Quantity
 from analysis.summary import Summary
@@ -103,6 +102,15 @@ def price_cell(s: Summary, q: Quantity) -> Cell:
 def usd(q: Quantity | None) -> Cell:
     """USD with its interval under it; a dash when not known."""
     return Cell(price(q.value if q else None), note=interval(q, price) or None, sort=q.value if q else None)
+
+
+def load_of(summary: Summary, by_rate: bool) -> float | None:
+    """Where a run stands on the axis of load: requests/s asked for, or requests in flight. Sessions that wait do not
+    send what they were asked for when the server is slow: they stand at what was really sent.
+    """
+    if by_rate and summary.offered.kind == "sessions":
+        return summary.offered.sent_rate.value
+    return (summary.rates.request_rate if by_rate else summary.rates.concurrency).value
 
 
 def load_cell(s: Summary) -> Cell:

@@ -22,11 +22,9 @@ from markupsafe import Markup
 
 from analysis.labels import clean
 from analysis.report import run as report
-from analysis.report.charts import Chart
 from analysis.report.compared import compare_runs
-from analysis.report.document import Section
+from analysis.report.document import PROVES_NOTHING, Chart, Section
 from analysis.report.glossary import with_terms
-from analysis.report.text import PROVES_NOTHING
 from analysis.report.view import RunView
 from harness.errors import ResultsError
 

@@ -12,7 +12,9 @@ from rich.text import Text
 from analysis.capacity.system import servers_of, tier_words, where_words
 from analysis.labels import clean
 from analysis.offered_load import KIND_WORDS
-from analysis.report.document import MOST_ITEMS, Cell, Row, Section, Table
+from analysis.report.document import MOST_ITEMS, Cell, Row, Section, Table, escaped
+from analysis.report.document import render_markdown as sections_as_markdown
+from analysis.report.document import render_text as print_sections
 from analysis.report.figures import (
     Style,
     figure,
@@ -26,9 +28,6 @@ from analysis.report.figures import (
     value,
     within,
 )
-from analysis.report.text import escaped
-from analysis.report.text import render_markdown as sections_as_markdown
-from analysis.report.text import render_text as print_sections
 from analysis.stats.intervals import Quantity
 from analysis.summary import Summary, claims
 

@@ -9,9 +9,9 @@ import msgspec
 
 from analysis.arrays import Floats
 from analysis.report import run as report
-from analysis.report.charts import RunCharts, run_charts
-from analysis.report.curves import SHARES, KeptLimits, curves, kept_limits
-from analysis.report.document import MOST_ITEMS, Cell, Facts, Row, Section, Table
+from analysis.report.charts import run_charts
+from analysis.report.curves import SHARES, KeptLimits, cumulative, curves, kept_limits
+from analysis.report.document import MOST_ITEMS, Cell, Chart, Facts, Row, Section, Table
 from analysis.report.figures import figure, in_seconds, percent, price, quantity, state_of, within
 from analysis.rows.read import Run
 from analysis.stats.intervals import Distribution, samples_needed
@@ -28,7 +28,6 @@ _FEW_SAMPLES = (
 _ONE_AXIS = (
     "One time axis: point at any picture to read all of them at that moment, drag to zoom, double-click to zoom out."
 )
-_NO_CHARTS = RunCharts(distributions=[], timeline=[], lag=[], below={})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +54,7 @@ def view_run(run: Run, summary: Summary, label: str = "") -> RunView:
     """Reduce one run to what its page shows; the run itself can be forgotten afterwards."""
     found = curves(run)
     shares = sorted({*SHARES, summary.slo.attain if summary.slo is not None else DEFAULT_ATTAIN})
-    charts = run_charts(run, summary, found, linked=f"time {label}") if found is not None else _NO_CHARTS
+    charts = {} if found is None else run_charts(run, summary, found, linked=f"time {label}")
     kept = kept_limits(run, summary.requests, shares)
     state = state_of(summary)
     return RunView(
@@ -68,19 +67,20 @@ def view_run(run: Run, summary: Summary, label: str = "") -> RunView:
         limits=[c.name for c in summary.checks if not c.gate and c.ok is False],
         keys=[] if state == "invalid" else _keys(summary),
         kept=kept,
-        below=charts.below,
+        below={name: cumulative(found.grids[name]) for name in ("ttft", "itl", "tpot", "e2e")} if found else {},
         sections=_sections(summary, charts, _kept_limits(summary, kept, shares)),
     )
 
 
-def _sections(s: Summary, charts: RunCharts, limits: Table | None) -> list[Section]:
+def _sections(s: Summary, charts: Mapping[str, Sequence[Chart]], limits: Table | None) -> list[Section]:
     """Price, latency, load, then the proof; of an INVALID run the proof first, and its figures folded."""
     invalid = s.verdict == "INVALID"
     said = {section.id: section for section in report.run_sections(s)}
-    said["latency"] = replace(said["latency"], charts=charts.distributions, remark=_FEW_SAMPLES)
-    said["time"] = replace(said["time"], title="Over time", charts=charts.timeline, remark=_ONE_AXIS)
+    said["latency"] = replace(said["latency"], charts=charts.get("latency", ()), remark=_FEW_SAMPLES)
+    said["time"] = replace(said["time"], title="Over time", charts=charts.get("time", ()), remark=_ONE_AXIS)
+    lag = charts.get("lag", ())
     said["lag"] = Section(
-        id="lag", title="Was the load sent as planned?", lines=[_lag_says(s)], charts=charts.lag, proves_nothing=invalid
+        id="lag", title="Was the load sent as planned?", lines=[_lag_says(s)], charts=lag, proves_nothing=invalid
     )
     if limits is not None and s.verdict == "VALID":
         said["slo"] = Section(

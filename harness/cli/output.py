@@ -50,7 +50,7 @@ def present(
     """A result on stdout: the document as JSON, its table as CSV, or its sections as Markdown or text; and in ``html``
     as a page of a verb that stands alone, which replaces an earlier one.
     """
-    from analysis.report.text import render_markdown, render_text
+    from analysis.report.document import render_markdown, render_text
 
     if html is not None:
         from analysis.report.page import write_sections_page
