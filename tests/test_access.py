@@ -16,7 +16,7 @@ from harness.record.run_spec import RunSpec
 from harness.server import probe
 from harness.server.access import Access, Patience, check_key_header
 from harness.server.question import retry_after_s
-from harness.server.warmup import Way
+from harness.server.warmup import ask
 from scenarios.client.client import Client
 from scenarios.plan_reader import Lengths, prepare
 
@@ -101,13 +101,16 @@ def test_the_first_request_asks_as_the_others_will(
     fake_server: StartServer, field: str, lengths: Any, extra: dict[str, object], refused: str | None
 ) -> None:
     url = fake_server("--hosted").url.replace("/v1", "/openai/deployments/fake?api-version=1")
-    way = Way([url], "chat", "fake", field, lengths, extra)
+    spec = RunSpec(
+        mode="open", base_urls=[url], endpoint="chat", model="fake", length_field=field, output_lengths=lengths,
+        extra_body=extra,
+    )  # fmt: skip
     access, hello = Access(headers={"X-Tenant": "t1"}), {"messages": [{"role": "user", "content": "Hello"}]}
     if refused is None:
-        way.ask(url, access, hello, 1, 10.0)
+        ask(spec, url, access, hello, 1, 10.0)
     else:
         with pytest.raises(probe.RefusalError, match=f"HTTP 400.*{refused}"):
-            way.ask(url, access, hello, 1, 10.0)
+            ask(spec, url, access, hello, 1, 10.0)
 
 
 def write_trace(path: Path, n: int) -> Path:

@@ -26,8 +26,14 @@ from harness.errors import ServerError, UsageError
 from harness.record.manifest import Replica, RunDir, read_manifest
 from harness.record.samples import SERVER_SCHEMA, read_server_metrics
 from harness.server.access import Access
-from harness.server.counters import check_metrics_urls, count_after, count_before, several_processes, summed
-from harness.server.probe import parse_counters
+from harness.server.counters import (
+    check_metrics_urls,
+    count_after,
+    count_before,
+    parse_counters,
+    several_processes,
+    summed,
+)
 
 START = "process_start_time_seconds"
 INPUT, OUTPUT = "vllm:prompt_tokens_total", "vllm:generation_tokens_total"

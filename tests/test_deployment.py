@@ -41,7 +41,7 @@ from harness.errors import ServerError, UsageError
 from harness.record.manifest import Restart, RunDir, create_run_dir
 from harness.record.run_spec import RunSpec
 from harness.record.samples import ProcessorSecond, host_file, read_host_metrics, read_server_processor
-from harness.server import probe
+from harness.server import counters, probe
 
 S = 1_000_000_000
 TIER = get_tier("aws-m7a.large")
@@ -455,7 +455,7 @@ def test_replicas_live_and_die_in_the_open(tmp_path: Path, local_ray: None) -> N
             "--host",
             "--port",
         ]
-        found = [probe.counters(r.base_url, d.api_key) for r in d.replicas]
+        found = [counters.counters(r.base_url, d.api_key) for r in d.replicas]
         assert [c and c["vllm:generation_tokens_total"] for c in found] == [1.0, 1.0], "the readiness request"
         assert d.check() == {}
         assert "replica 1 ready" in " ".join(said)
@@ -466,7 +466,7 @@ def test_replicas_live_and_die_in_the_open(tmp_path: Path, local_ray: None) -> N
         assert "killed by SIGKILL" in d.check()[0]
         assert d.replicas[0].exit is not None
         assert d.replicas[1].exit is None
-        assert probe.counters(d.replicas[0].base_url, d.api_key) is None
+        assert counters.counters(d.replicas[0].base_url, d.api_key) is None
     assert not listeners(urls[1])
     assert "ready" in (tmp_path / "server-1.log").read_text()
     d.stop()
@@ -488,7 +488,7 @@ def test_a_dead_replica_is_started_again_at_its_address_and_the_run_is_marked(tm
     said: list[str] = []
     with deploy(tmp_path, replicas=2, say=said.append, on_replica_death="restart") as d:
         url = d.replicas[0].base_url
-        before = probe.counters(d.replicas[0].base_url, d.api_key)
+        before = counters.counters(d.replicas[0].base_url, d.api_key)
         (server,) = listeners(url)
         server.kill()
         wait_for(lambda: d.check() == {} and bool(d.restarts), 120, "the death")
@@ -499,7 +499,7 @@ def test_a_dead_replica_is_started_again_at_its_address_and_the_run_is_marked(tm
         assert restart.died <= (restart.ready or "")
         assert d.replicas[0].exit is None
         assert d.replicas[0].base_url == url
-        after = probe.counters(d.replicas[0].base_url, d.api_key)
+        after = counters.counters(d.replicas[0].base_url, d.api_key)
         assert before is not None
         assert after is not None
         assert after["process_start_time_seconds"] > before["process_start_time_seconds"], "which the verdict sees"

@@ -9,7 +9,7 @@ import pytest
 from conftest import StartServer
 
 from harness.errors import ServerError, UsageError
-from harness.server import probe
+from harness.server import counters, probe
 from harness.server.access import normalise_base_url
 
 TEXT = """# HELP vllm:prompt_tokens_total Number of prefill tokens processed.
@@ -27,12 +27,12 @@ python_gc_objects_collected_total{generation="0"} 1.0
 
 
 def test_counters_are_summed_over_their_labels() -> None:
-    assert probe.parse_counters(TEXT) == {
+    assert counters.parse_counters(TEXT) == {
         "vllm:prompt_tokens_total": 12300.0,
         "vllm:request_success_total": 48.0,
         "vllm:request_prefill_time_seconds_sum": 0.15,
     }
-    assert probe.parse_counters("") == {}
+    assert counters.parse_counters("") == {}
 
 
 @pytest.mark.parametrize(
@@ -76,9 +76,9 @@ def test_what_a_server_tells(fake_server: StartServer) -> None:
     assert (found.id, found.max_model_len) == ("m", 32768)
     assert len(probe.ordinary_token_ids(server.url, None, "m")) >= 50
     assert probe.engine_version(server.url, None) == "fake-1"
-    counters = probe.counters(server.url, None)
-    assert counters is not None
-    assert counters["vllm:prompt_tokens_total"] == 0.0
+    found = counters.counters(server.url, None)
+    assert found is not None
+    assert found["vllm:prompt_tokens_total"] == 0.0
     told: list[str] = []
     assert probe.find_model(server.url, None, "mm", told.append).id == "mm"
     assert "did you mean m" in told[0]
@@ -123,7 +123,7 @@ def test_a_server_of_another_kind(other_server: http.server.HTTPServer) -> None:
     with pytest.raises(UsageError, match="choose one with --model"):
         probe.find_model(f"{root}/two", None, None)
     assert probe.engine_version(f"{root}/v1", None) is None
-    assert probe.counters(f"{root}/v1", None) is None, "no vLLM counters is null, not an empty book"
+    assert counters.counters(f"{root}/v1", None) is None, "no vLLM counters is null, not an empty book"
 
 
 def test_a_server_that_dies_in_the_middle_of_its_answer_is_not_there() -> None:
@@ -137,10 +137,10 @@ def test_a_server_that_dies_in_the_middle_of_its_answer_is_not_there() -> None:
                     connection.sendall(said)
 
             threading.Thread(target=answer, daemon=True).start()
-            assert probe.counters(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", None) is None
+            assert counters.counters(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", None) is None
 
 
 def test_nobody_there() -> None:
     with pytest.raises(ServerError, match="cannot be reached"):
         probe.find_model("http://127.0.0.1:9/v1", None, None)
-    assert probe.counters("http://127.0.0.1:9/v1", None) is None
+    assert counters.counters("http://127.0.0.1:9/v1", None) is None

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.record.samples import read_gauges
-from harness.server import probe
-from harness.server.probe import mean, read_samples, total
+from harness.server import counters
+from harness.server.counters import mean, read_samples, total
 
 SAME = {
     "plain": 'vllm:a_total{engine="0"} 12\n',
@@ -35,7 +35,7 @@ def test_one_value_in_every_lawful_writing(text: str) -> None:
     assert [(s.name, s.labels, s.value) for s in read_samples(text, lambda name: name == "vllm:a_total")] == [
         ("vllm:a_total", {"engine": "0"}, 12.0)
     ]
-    assert probe.parse_counters(text) == {"vllm:a_total": 12.0}
+    assert counters.parse_counters(text) == {"vllm:a_total": 12.0}
 
 
 @pytest.mark.parametrize(
@@ -63,15 +63,15 @@ def test_counts_are_summed_shares_averaged_and_what_is_no_number_is_null() -> No
     found = read_gauges(text, text + "# EOF\n")
     assert (found["running"], found["kv_cache_usage"], found["engine_steps_total"]) == (10.0, 0.5, 16.0)
     assert [found[k] for k in ("prompt_tokens_total", "generation_tokens_total", "process_start_s")] == [None] * 3
-    nulls = dict.fromkeys((probe.START_TIME, "vllm:prompt_tokens_total", "vllm:generation_tokens_total"))
-    assert probe.parse_counters(text) == {"vllm:iteration_tokens_total_count": 8.0, **nulls}
+    nulls = dict.fromkeys((counters.START_TIME, "vllm:prompt_tokens_total", "vllm:generation_tokens_total"))
+    assert counters.parse_counters(text) == {"vllm:iteration_tokens_total_count": 8.0, **nulls}
     assert (total([]), mean([]), mean([1.0, math.nan])) == (None, None, None)
 
 
 def test_the_cache_settings_are_read_in_any_order_of_labels() -> None:
     text = 'vllm:a_total 1\nvllm:cache_config_info{x="a,block_size=",num_gpu_blocks="9000" , block_size="16"} 1.0 99\n'
-    assert probe.parse_counters(text) == {
-        "vllm:a_total": 1.0, f"{probe.CACHE_INFO} block_size": 16.0, f"{probe.CACHE_INFO} num_gpu_blocks": 9000.0,
+    assert counters.parse_counters(text) == {
+        "vllm:a_total": 1.0, f"{counters.CACHE_INFO} block_size": 16.0, f"{counters.CACHE_INFO} num_gpu_blocks": 9000.0,
     }  # fmt: skip
 
 

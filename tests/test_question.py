@@ -17,6 +17,7 @@ from test_worker import write_plan
 
 from harness.errors import ServerError, UsageError
 from harness.record.manifest import Replica
+from harness.record.run_spec import RunSpec
 from harness.server import probe, question, warmup
 from harness.server.access import Access, normalise_base_url
 from harness.server.counters import check_metrics_urls, count_before
@@ -211,9 +212,9 @@ def test_a_warm_up_hears_a_signal_that_interrupts_no_system_call(
     try:
         with server(talk) as url:
             threading.Thread(target=send, daemon=True).start()
-            way = warmup.Way([f"{url}/v1"], "completions", "m", "max_tokens", "forced", {})
+            spec = RunSpec(mode="open", base_urls=[f"{url}/v1"], model="m")
             with pytest.raises(HeardError):
-                warmup.warm_up(way, Access(), plan, lambda words: None)
+                warmup.warm_up(spec, Access(), plan, lambda words: None)
             over.set()
             assert not gave_up.is_set(), "it was heard while they waited"
     finally:

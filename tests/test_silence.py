@@ -23,7 +23,7 @@ from harness.errors import ServerError
 from harness.record.manifest import RunDir
 from harness.server import probe
 from harness.server.access import Access, Patience
-from harness.server.silence import ASK_AFTER_S, ASK_AGAIN_S, SILENT_S, Silence
+from harness.server.probe import ASK_AFTER_S, ASK_AGAIN_S, SILENT_S, Silence
 from scenarios.plan_reader import prepare
 
 

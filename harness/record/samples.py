@@ -37,7 +37,7 @@ from harness.record.host import Gpus, busy_share
 from harness.record.results import read_stream, whole_batches
 from harness.server import probe
 from harness.server.access import AccessLike
-from harness.server.probe import mean, read_samples, total
+from harness.server.counters import mean, read_samples, total
 from harness.untrusted import open_arrow
 
 EVERY_S = 1.0

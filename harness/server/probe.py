@@ -1,22 +1,15 @@
-"""Questions to an OpenAI-compatible server before and after the load: what does it serve, how does it count?
+"""Questions to an OpenAI-compatible server before, beside and after the load: what does it serve, does it answer?
 
-Plain, blocking, with deadlines; nothing here runs while requests are being timed.
-
-Of Prometheus text, which servers show at ``/metrics``, both forms are read: the text format 0.0.4 and OpenMetrics 1.0,
-which ends in ``# EOF`` and may add an exemplar to a sample. A line that is neither is left out, and costs no other
-line. Timestamps and exemplars are read over.
-
-Source: Prometheus "Exposition formats"; OpenMetrics 1.0; quoted names as of Prometheus 3.
+Plain, blocking, with deadlines; nothing here times a request.
 """
 
 from __future__ import annotations
 
-import math
 import queue
-import re
 import ssl
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -30,82 +23,9 @@ from harness.server.access import Access, AccessLike, access_of, page_beside, pa
 from harness.server.question import HttpAnswer, ask, retry_after_s
 from harness.untrusted import DECODE_ERRORS, check_regular
 
-_STRING = r'"(?:[^"\\]|\\.)*+"'
-_NAME = re.compile(rf"[ \t]*(?:([a-zA-Z_:][\w:]*)|\{{[ \t]*({_STRING})[ \t]*[,}}])")
-_LABELS = re.compile(rf"[ \t]*\{{((?:[^\"}}]|{_STRING})*+)\}}")
-_LABEL = re.compile(rf"([a-zA-Z_][\w]*|{_STRING})[ \t]*=[ \t]*({_STRING})")
-_REST = re.compile(r"[ \t]*(\S+)(?:[ \t]+[-+.\deE]+)?[ \t]*(?:#[ \t].*)?$")
-_ESCAPED = re.compile(r"\\(.)")
-
-
-@dataclass(frozen=True, slots=True)
-class MetricSample:
-    """One line: a series and its value, which may be infinite or not a number."""
-
-    name: str
-    labels: dict[str, str]
-    value: float
-
-
-def read_samples(text: str, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[MetricSample]:
-    """The samples of one page, in order, of the series whose name is ``wanted``."""
-    for line in text.split("\n"):
-        if line.startswith("# EOF"):
-            return
-        name = _NAME.match(line)
-        if name is None:
-            continue
-        bare, quoted = name.groups()
-        called = bare or _unquoted(quoted)
-        if wanted(called) and (sample := _sample(called, line, name.end() if bare else 0)) is not None:
-            yield sample
-
-
-def _sample(name: str, line: str, at: int) -> MetricSample | None:
-    labels = _LABELS.match(line, at)
-    rest = _REST.match(line.rstrip("\r"), at if labels is None else labels.end())
-    try:
-        value = float(rest[1]) if rest is not None else None
-    except ValueError:
-        value = None
-    if value is None:
-        return None
-    found = _LABEL.findall(labels[1]) if labels is not None else []
-    return MetricSample(name, {_unquoted(key): _unquoted(said) for key, said in found}, value)
-
-
-def _unquoted(text: str) -> str:
-    if not text.startswith('"'):
-        return text
-    return _ESCAPED.sub(lambda found: "\n" if found[1] == "n" else found[1], text[1:-1])
-
-
-def total(values: Iterable[float]) -> float | None:
-    """Their sum; null when any of them is no number, or there is none."""
-    found = list(values)
-    return sum(found) if found and all(map(math.isfinite, found)) else None
-
-
-def mean(values: Iterable[float]) -> float | None:
-    """The same of their mean."""
-    found = list(values)
-    summed = total(found)
-    return None if summed is None else summed / len(found)
-
-
 DEADLINE_S = 15.0
 QUESTION = "harness-question"
 """How a server's log tells questions from load, which is of "harness"."""
-START_TIME = "process_start_time_seconds"
-"""Prometheus clients' own gauge: when the server process began."""
-CACHE_INFO = "vllm:cache_config_info"
-"""Its labels are the cache's settings. Kept: "vllm:cache_config_info block_size" (tokens in a block of the KV cache)
-and "vllm:cache_config_info num_gpu_blocks" (blocks it holds, on whatever device)."""
-CACHE_SETTINGS = ("block_size", "num_gpu_blocks")
-_WHOLE = re.compile(r"[0-9]{1,15}")
-Counters = dict[str, float | None]
-"""Name -> value; null: what the server said was no number."""
-
 _TLS: ssl.SSLContext | None = None
 """Whose certificates are trusted; None: the system's."""
 _SAID = 300  # characters of a refusal that are shown
@@ -294,42 +214,59 @@ def engine_version(base_url: str, access: AccessLike) -> str | None:
     return version if isinstance(version, str) else None
 
 
-def counters(base_url: str, access: AccessLike) -> Counters | None:
-    """The server's own counters (``vllm:*_total``, summed over labels) and its start time; null when it has none."""
-    return page_counters(page_beside(base_url, "/metrics"), access)
+SILENT_S = 30.0
+"""Without a byte on any request; then a server that has not answered a question either is silent."""
+ASK_AFTER_S = 15.0
+"""Of that time have passed when it is asked: a server that is short of processors answers late, and lives."""
+ASK_AGAIN_S = 15.0
+"""From an answer to the next question, while no request has a byte."""
 
 
-def page_counters(url: str, access: AccessLike) -> Counters | None:
-    """The same of one page of Prometheus text, wherever it is. Raises `RedirectError` when it is elsewhere."""
-    try:
-        text = fetch(url, access).decode("utf-8", "replace")
-    except RedirectError:
-        raise
-    except ServerError:
-        return None
-    return parse_counters(text) or None
+class Silence:
+    """Looks, from how long each server's requests have waited for a byte, for one that is silent.
 
-
-def parse_counters(text: str) -> Counters:
-    """Prometheus text -> {name: value} for ``vllm:`` counters and sums, each summed over its labels.
-
-    Also, when there are counters beside it, ``process_start_time_seconds``, which tells a restart, and of several
-    engines the last one's settings of its cache (`CACHE_INFO`). A counter of which any part is no number is null:
-    nothing is known of its sum.
+    ``answers``: whether server k answers a question; it may take its time, and is asked in a thread.
     """
-    parts: dict[str, list[float]] = {}
-    beside: Counters = {}
-    for sample in read_samples(text, _is_counted):
-        if sample.name == CACHE_INFO:
-            settings = {key: sample.labels.get(key, "") for key in CACHE_SETTINGS}
-            beside |= {f"{CACHE_INFO} {key}": float(n) for key, n in settings.items() if _WHOLE.fullmatch(n)}
-        else:
-            parts.setdefault(sample.name, []).append(sample.value)
-    totals = {name: total(values) for name, values in parts.items()}
-    return totals | beside if totals.keys() - {START_TIME} else {}
 
+    def __init__(
+        self,
+        answers: Callable[[int], bool],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        start: Callable[[Callable[[], None]], None] = lambda work: Thread(target=work, daemon=True).start(),
+    ) -> None:
+        self._answers, self._clock, self._start = answers, clock, start
+        self._asked: dict[int, tuple[float, Future[bool]]] = {}
 
-def _is_counted(name: str) -> bool:
-    return name in (START_TIME, CACHE_INFO) or (
-        name.startswith("vllm:") and name.endswith(("_total", "_sum", "_count"))
-    )
+    def look(self, quiet_s: Mapping[int, float]) -> int | None:
+        """The server that is silent, if one is. ``quiet_s``: how long requests have waited for a byte, by server."""
+        for k in self._asked.keys() - quiet_s.keys():
+            del self._asked[k]
+        now = self._clock()
+        for k, waited_s in quiet_s.items():
+            asked = self._asked.get(k)
+            if asked is None:
+                if waited_s >= ASK_AFTER_S:
+                    self._ask(k, now)
+                continue
+            then, answer = asked
+            if not answer.done():
+                continue
+            if answer.result():
+                if now - then >= ASK_AGAIN_S:
+                    self._ask(k, now)
+            elif waited_s >= SILENT_S:
+                return k
+        return None
+
+    def _ask(self, k: int, now: float) -> None:
+        answer: Future[bool] = Future()
+
+        def work() -> None:
+            try:
+                answer.set_result(self._answers(k))
+            except Exception:  # what cannot be asked has not answered
+                answer.set_result(False)
+
+        self._asked[k] = now, answer
+        self._start(work)

@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from threading import Thread
@@ -19,7 +18,7 @@ import msgspec
 
 from harness.errors import ServerError
 from harness.plan.file import Request, iter_requests
-from harness.record.run_spec import NO_TEMPERATURE, OutputLengths, RunSpec
+from harness.record.run_spec import NO_TEMPERATURE, RunSpec
 from harness.server import probe
 from harness.server.access import Access, page_under
 from harness.server.question import HEARING_S
@@ -34,47 +33,32 @@ _HOW = "\n  --length-field, --output-lengths and --extra-body change what is sen
 _PATHS = {"completions": "/completions", "chat": "/chat/completions"}
 
 
-@dataclass(frozen=True, slots=True)
-class Way:
-    """How a run asks: what its `RunSpec` says of it."""
-
-    base_urls: list[str]
-    endpoint: str
-    model: str
-    length_field: str
-    output_lengths: OutputLengths
-    extra_body: Mapping[str, object]
-
-    @classmethod
-    def of(cls, spec: RunSpec) -> Way:
-        """That of a run."""
-        return cls(
-            spec.base_urls, spec.endpoint, spec.model, spec.length_field, spec.output_lengths, spec.extra_body
-        )  # fmt: skip
-
-    def ask(self, base_url: str, access: Access, prompt: Mapping[str, object], tokens: int, deadline_s: float) -> None:
-        """Send one request and read its whole answer, whatever it says. Raises `ServerError`."""
-        body: dict[str, object] = {"model": self.model, **prompt, self.length_field: tokens}
-        if self.output_lengths == "forced":
-            body["ignore_eos"] = True
-        if self.length_field != NO_TEMPERATURE:
-            body["temperature"] = 0
-        body |= {**self.extra_body, "stream": False}
-        kept = {name: value for name, value in body.items() if value is not None and name != "stream_options"}
-        probe.fetch(page_under(base_url, _PATHS[self.endpoint]), access, kept, deadline_s=deadline_s)
+def ask(
+    spec: RunSpec, base_url: str, access: Access, prompt: Mapping[str, object], tokens: int, deadline_s: float
+) -> None:
+    """Send one request as the run will, and read its whole answer, whatever it says. Raises `ServerError`."""
+    body: dict[str, object] = {"model": spec.model, **prompt, spec.length_field: tokens}
+    if spec.output_lengths == "forced":
+        body["ignore_eos"] = True
+    if spec.length_field != NO_TEMPERATURE:
+        body["temperature"] = 0
+    body |= {**spec.extra_body, "stream": False}
+    kept = {name: value for name, value in body.items() if value is not None and name != "stream_options"}
+    probe.fetch(page_under(base_url, _PATHS[spec.endpoint]), access, kept, deadline_s=deadline_s)
 
 
-def first_request(way: Way, access: Access, plan: Path, tell: Callable[[str], None]) -> None:
+def first_request(spec: RunSpec, access: Access, plan: Path, tell: Callable[[str], None]) -> None:
     """Ask each server for one token, and wait where it says when to come back.
 
     Raises `ServerError` when it takes no such key, knows no such path or model, or asks to come back later than a start
     may take: every request would end like that. Of any other refusal ``tell`` hears.
     """
-    named: dict[str, object] = {"model": first.model} if (first := _first(plan)) is not None and first.model else {}
-    hello = {"messages": [{"role": "user", "content": "Hello"}]} if way.endpoint == "chat" else {"prompt": "Hello"}
-    for url in way.base_urls:
+    first = next(iter(iter_requests(plan)), None)
+    named: dict[str, object] = {"model": first.model} if first is not None and first.model else {}
+    hello = {"messages": [{"role": "user", "content": "Hello"}]} if spec.endpoint == "chat" else {"prompt": "Hello"}
+    for url in spec.base_urls:
         try:
-            way.ask(url, access, {**hello, **named}, 1, FIRST_ANSWER_S)
+            ask(spec, url, access, {**hello, **named}, 1, FIRST_ANSWER_S)
         except probe.RefusalError as e:
             if e.status in _HOPELESS or e.wait_s is not None:
                 raise ServerError(f"{e}\n  no load was begun: every request would end like this first one") from e
@@ -85,19 +69,15 @@ def first_request(way: Way, access: Access, plan: Path, tell: Callable[[str], No
             tell(f"note: of a first request: {e}")
 
 
-def _first(plan: Path) -> Request | None:
-    return next(iter(iter_requests(plan)), None)
-
-
-def warm_up(way: Way, access: Access, plan: Path, tell: Callable[[str], None]) -> None:
+def warm_up(spec: RunSpec, access: Access, plan: Path, tell: Callable[[str], None]) -> None:
     """Send some requests like those of ``plan`` to each server, a few at a time, for `WARM_S` at most.
 
     How they end does not matter here: the load will show it.
     """
     left: deque[tuple[str, dict[str, object], int]] = deque(
         (url, prompt, tokens)
-        for prompt, tokens in islice(_turned_round(iter_requests(plan), way), WARM_REQUESTS)
-        for url in way.base_urls
+        for prompt, tokens in islice(_turned_round(iter_requests(plan), spec), WARM_REQUESTS)
+        for url in spec.base_urls
     )
     end = time.monotonic() + WARM_S
 
@@ -105,11 +85,11 @@ def warm_up(way: Way, access: Access, plan: Path, tell: Callable[[str], None]) -
         while left and time.monotonic() < end:
             with suppress(ServerError, IndexError):  # another thread took the last
                 url, prompt, tokens = left.popleft()
-                way.ask(url, access, prompt, tokens, max(0.1, end - time.monotonic()))
+                ask(spec, url, access, prompt, tokens, max(0.1, end - time.monotonic()))
 
     tell(f"warming up: {len(left)} requests")
     # As daemons: Ctrl-C need not wait for their answers.
-    threads = [Thread(target=send, daemon=True) for _ in range(WARM_IN_FLIGHT * len(way.base_urls))]
+    threads = [Thread(target=send, daemon=True) for _ in range(WARM_IN_FLIGHT * len(spec.base_urls))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -117,7 +97,7 @@ def warm_up(way: Way, access: Access, plan: Path, tell: Callable[[str], None]) -
             thread.join(HEARING_S)
 
 
-def _turned_round(requests: Iterable[Request], way: Way) -> Iterable[tuple[dict[str, object], int]]:
+def _turned_round(requests: Iterable[Request], spec: RunSpec) -> Iterable[tuple[dict[str, object], int]]:
     """Prompts of the same length that begin otherwise: the measured ones must not find theirs in a cache."""
     for request in requests:
         prompt: dict[str, object] = {"model": request.model} if request.model else {}
@@ -132,7 +112,7 @@ def _turned_round(requests: Iterable[Request], way: Way) -> Iterable[tuple[dict[
             ]
         elif request.prompt_token_ids is not None:
             prompt["prompt"] = request.prompt_token_ids[::-1]
-        elif way.endpoint == "chat":
+        elif spec.endpoint == "chat":
             prompt["messages"] = [{"role": "user", "content": _backwards(request.prompt_text or "")}]
         else:
             prompt["prompt"] = _backwards(request.prompt_text or "")

@@ -31,8 +31,8 @@ from harness.record.samples import ServerMetrics
 from harness.server import probe
 from harness.server.access import Access, from_environment, parse_header_env, parse_headers
 from harness.server.counters import count_after, count_before, pages_of
-from harness.server.silence import ASK_AGAIN_S, SILENT_S, Silence
-from harness.server.warmup import Way, first_request, warm_up
+from harness.server.probe import ASK_AGAIN_S, SILENT_S, Silence
+from harness.server.warmup import first_request, warm_up
 from harness.terminal import hung_up
 from harness.trace.io import Trace
 from harness.trace.survey import Content
@@ -274,10 +274,10 @@ def _make_ready(
 ) -> None:
     """Before the clock starts: see whether servers that are not ours answer, and warm up those that shall be warm."""
     if servers.patience is not None and not servers.asked:
-        first_request(Way.of(spec), access, plan, tell)
+        first_request(spec, access, plan, tell)
         servers.asked = True
     if warm and not servers.warm:
-        warm_up(Way.of(spec), access, plan, tell)
+        warm_up(spec, access, plan, tell)
         servers.warm = True
 
 
