@@ -37,6 +37,8 @@ AT_ONCE_S = 5.0
 """To write the last rows when nothing in flight is waited for."""
 SLACK_S = 30.0
 """Above what a worker was told to need."""
+PIECE_BYTES = 4 << 20
+"""Of a file that travels."""
 POLL_S = 0.1
 GARBAGE_LINES = 10
 
@@ -370,3 +372,13 @@ def worker_spec(spec: RunSpec, run: RunDir, index: int) -> WorkerSpec:
         observations=str(run.observations(index).resolve()), answers=str(run.answers(index).resolve()),
         captured=None if spec.capture == "off" else str(run.captured(index).resolve()),
     )  # fmt: skip
+
+
+def read_piece(file: Path, offset: int) -> bytes:
+    """What the file holds from ``offset``, at most `PIECE_BYTES`; nothing when it is not there (yet)."""
+    try:
+        with file.open("rb") as source:
+            source.seek(offset)
+            return source.read(PIECE_BYTES)
+    except OSError:
+        return b""

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.deploy.load_workers import READS, WRITES, Job
+from cluster.deploy.load_workers import PIECE_BYTES, READS, WRITES, Job, read_piece
 from cluster.deploy.placement import ACTOR_CPUS, Node
 from cluster.deploy.ray_session import LOST_S, Question, end_actor, last_line, on
-from cluster.deploy.servers import PIECE_BYTES, read_piece
 from cluster.process.process import GRACE_S, NO_SECRETS, Process, tail
 from cluster.process.registry import work_folder
 from harness.errors import HarnessError, WorkerError

@@ -20,6 +20,7 @@ from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 
+from cluster.deploy.load_workers import read_piece
 from cluster.deploy.placement import choose_cpus
 from cluster.engines.protocol import WHOLE, Engine, Part, State
 from cluster.process.cpu_times import CpuTimesSampler
@@ -39,8 +40,6 @@ HEALTH_ANSWER_S = 30.0
 """Long, because a server that is short of processors under load answers late, and lives."""
 UNHEALTHY_S = 60.0
 """A server whose /health has failed for this long is dead, though its process runs."""
-PIECE_BYTES = 4 << 20
-"""Of a file that travels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +92,10 @@ class ReplicaOwner:
         if self._remote_log:
             self._log = work_folder() / self._log.name
         self._process: Process | None = None
-        self._port: int | None = None
+        self._port = 0
         self._held: dict[str, socket.socket] = {}
         self._part = WHOLE
-        self._stopped = False
-        self._start = 1
+        self._stopped, self._start = False, 1
         self._messages: deque[str] = deque()
         self._seconds: deque[ProcessorSecond] = deque()
         self._state: State = "queued"
@@ -149,14 +147,11 @@ class ReplicaOwner:
         deadline = time.monotonic() + ready_s
         for attempt in range(1, TRIES + 1):
             self._port = self._hold("server")  # kept, also while the server is dead and started again
-            try:
-                return self._start_once(deadline - time.monotonic())
-            except HarnessError as e:
-                self.end(0)
-                clash = isinstance(e, PortTakenError) and not self._stopped
-                if not clash or attempt == TRIES or part != WHOLE:  # parts agree on a port: they start again together
-                    return Failed(str(e), clash)
-                self.say("its port was taken meanwhile; trying another one")
+            found = self._start_once(deadline - time.monotonic())
+            clash = isinstance(found, Failed) and found.clash
+            if not clash or attempt == TRIES or part != WHOLE:  # parts agree on a port: they start again together
+                return found
+            self.say("its port was taken meanwhile; trying another one")
         raise AssertionError("unreachable")
 
     def _hold(self, what: str) -> int:
@@ -169,14 +164,16 @@ class ReplicaOwner:
     def restart(self, ready_s: float) -> Started | Failed:
         """Start the server again, at the same address, after it died."""
         self.end(0)
+        return self._start_once(ready_s, self._start + 1)
+
+    def _start_once(self, ready_s: float, number: int = 1) -> Started | Failed:
         try:
-            return self._start_once(ready_s, self._start + 1)
+            return self._started(ready_s, number)
         except HarnessError as e:
             self.end(0)
-            return Failed(str(e))
+            return Failed(str(e), clash=isinstance(e, PortTakenError) and not self._stopped)
 
-    def _start_once(self, ready_s: float, number: int = 1) -> Started:
-        assert self._port is not None
+    def _started(self, ready_s: float, number: int) -> Started:
         command = self._engine.command(self._host, self._port, self._api_key, self._part)
         before = time.monotonic()
         self._state = "starting"
@@ -195,7 +192,7 @@ class ReplicaOwner:
         self._state = "ready"
         nice = None
         with contextlib.suppress(OSError):  # it is gone
-            nice = None if process.pid is None else os.getpriority(os.PRIO_PROCESS, process.pid)
+            nice = os.getpriority(os.PRIO_PROCESS, process.pid or -1)
         return Started(base_url, time.monotonic() - before, nice)
 
     def _watch_health(self, base_url: str, process: Process) -> None:
@@ -215,10 +212,8 @@ class ReplicaOwner:
     def ended(self) -> str | None:
         """How the server ended, with its last words; null while it runs and answers."""
         process = self._process
-        if process is None:
-            return None
-        if (code := process.poll()) is None:
-            return self._unhealthy
+        if process is None or (code := process.poll()) is None:
+            return None if process is None else self._unhealthy
         cause = self._engine.explain(process.tail(400))
         return describe_exit(code) + (f": {cause.words}" if cause else "")
 
@@ -274,16 +269,6 @@ def hold_port(host: str) -> socket.socket:
         held.close()
         raise
     return held
-
-
-def read_piece(file: Path, offset: int) -> bytes:
-    """What the file holds from ``offset``, at most `PIECE_BYTES`; nothing when it is not there (yet)."""
-    try:
-        with file.open("rb") as source:
-            source.seek(offset)
-            return source.read(PIECE_BYTES)
-    except OSError:
-        return b""
 
 
 @dataclass(frozen=True, slots=True)
