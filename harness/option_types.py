@@ -125,7 +125,7 @@ def _columns(text: str) -> Any:
 
 
 def _growth(text: str) -> float:
-    from harness.trace.edit import parse_growth
+    from harness.plan.arrivals import parse_growth
 
     return parse_growth(text)
 

@@ -18,8 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.errors import TraceError, UsageError
-from harness.trace.anonymize import anonymize
-from harness.trace.files import write_trace
+from harness.trace.edit import anonymize, write_trace
 from harness.trace.formats.detect import claims
 from harness.trace.formats.jsonl import FIELDS
 from harness.trace.formats.record import TableOptions

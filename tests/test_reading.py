@@ -9,7 +9,7 @@ import pytest
 
 from harness.errors import TraceError, UsageError
 from harness.options import ReadOptions
-from harness.trace.files import open_asked
+from harness.trace.io import open_asked
 
 SAMPLES = Path(__file__).resolve().parent.parent / "scenarios" / "traces"
 

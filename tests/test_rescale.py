@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from harness.errors import PlanError, UsageError
+from harness.plan.arrivals import MOST_SHIFT_NS, parse_growth, spread
 from harness.plan.build import build_plan
 from harness.plan.file import PlanInfo, iter_requests, plan_sha256, read_plan_info
 from harness.plan.prompts import Vocabulary
 from harness.plan.spec import PlanSpec
 from harness.trace import stats as stats_module
-from harness.trace.edit import MOST_SHIFT_NS, parse_growth, spread
 from harness.trace.io import open_trace
 from harness.trace.stats import arrival_stats, counts_between, length_stats
 

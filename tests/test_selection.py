@@ -12,8 +12,7 @@ from harness.cli.trace import trace as verbs
 from harness.errors import TraceError, UsageError
 from harness.plan.spec import PlanSpec
 from harness.trace.formats.record import TraceRecord
-from harness.trace.io import open_trace
-from harness.trace.selection import parse_where, unmatched
+from harness.trace.io import open_trace, parse_where
 from harness.trace.survey import survey
 
 ROWS = [("llama-3-8b", 10, 1), ("llama-3-70b", 20, 2), ("gpt-4o", 300, 30), ("llama-3-8b", 40, 4), (None, 5, 5)]
@@ -67,9 +66,9 @@ def test_a_choice_that_is_none(text):
 
 def test_case_counts_and_what_is_not_said_does_not_match():
     (wanted,) = parse_where(["model=Llama*"])
-    assert unmatched(TraceRecord(0, 1, 1, model="Llama-3"), [wanted]) is None
-    assert unmatched(TraceRecord(0, 1, 1, model="llama-3"), [wanted]) is not None
-    assert unmatched(TraceRecord(0, 1, 1), [wanted]) is not None
+    assert wanted.unmatched(TraceRecord(0, 1, 1, model="Llama-3")) is None
+    assert wanted.unmatched(TraceRecord(0, 1, 1, model="llama-3")) is not None
+    assert wanted.unmatched(TraceRecord(0, 1, 1)) is not None
 
 
 def test_inspect_lists_models_with_rows_and_tokens(mixed):

@@ -14,8 +14,8 @@ from harness.plan.build import build_plan
 from harness.plan.file import PlanInfo, Request, Windows, iter_requests
 from harness.plan.prompts import Vocabulary
 from harness.plan.spec import PlanSpec
+from harness.plan.windows import windows_in_time
 from harness.trace.io import open_trace
-from harness.trace.windows import windows_in_time
 
 VOCABULARY = Vocabulary.from_ids(range(100, 5000))
 TURNS, EVERY_S, SESSIONS = 5, 2.0, 400

@@ -20,12 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.errors import HarnessError
+from harness.plan import arrivals as arrivals_module
 from harness.plan.build import build_plan
 from harness.plan.prompts import Vocabulary
 from harness.plan.spec import PlanSpec
-from harness.trace import edit, spool
-from harness.trace.anonymize import anonymize
-from harness.trace.edit import Sample, sample
+from harness.trace import spool
+from harness.trace.edit import Sample, anonymize, sample
 from harness.trace.io import open_trace
 from harness.trace.prefix import Turns
 from harness.trace.shape import measure
@@ -45,7 +45,7 @@ def in_files(monkeypatch):
     def switch() -> None:
         monkeypatch.setattr(spool, "HELD_SESSIONS", 3)
         monkeypatch.setattr(spool, "HELD_NUMBERS", 5)
-        for module in (spool, edit):
+        for module in (spool, arrivals_module):
             monkeypatch.setattr(module, "BLOCK", 7)
 
     return switch
@@ -139,16 +139,16 @@ def test_a_shape_is_the_same_from_files(tmp_path, in_files):
 
 def test_arrivals_are_spread_the_same_by_blocks(in_files):
     arrivals = np.sort(np.random.default_rng(4).integers(0, 30, 400)) * 3_000_000_000
-    held = edit.spread(arrivals, 3.0, 7).tolist()
+    held = arrivals_module.spread(arrivals, 3.0, 7).tolist()
     in_files()
-    assert edit.spread(arrivals, 3.0, 7).tolist() == held
+    assert arrivals_module.spread(arrivals, 3.0, 7).tolist() == held
 
 
 def test_the_merge_of_copies_is_a_stable_sort(in_files):
     in_files()
     draw = np.random.default_rng(3)
     times = [np.sort(draw.integers(0, 40, size)) for size in (100, 1, 37, 250)]
-    scheduled, part = edit._merged(times)
+    scheduled, part = arrivals_module._merged(times)
     every, whose = np.concatenate(times), np.repeat(np.arange(4), [len(each) for each in times])
     order = np.argsort(every, kind="stable")
     assert scheduled.tolist() == every[order].tolist()

@@ -26,9 +26,7 @@ from harness.cli.trace import trace as verbs
 from harness.errors import HarnessError, TraceError, UsageError
 from harness.plan.tokenizers import load_tokenizer
 from harness.trace import prefix as prefix_module
-from harness.trace.anonymize import anonymize, count_tokens
-from harness.trace.edit import Sample, sample
-from harness.trace.files import write_trace
+from harness.trace.edit import Sample, anonymize, count_tokens, sample, write_trace
 from harness.trace.io import TraceRecord, open_trace
 from harness.trace.shape import described, measure
 from harness.trace.synth import parse_arrivals, parse_lengths, read_servegen, synthesize

@@ -22,9 +22,9 @@ from analysis.fidelity.inputs import (
     not_comparable,
     number,
 )
+from harness.plan.arrivals import MOST_SHIFT, longest_shift_ns
 from harness.plan.file import PlanInfo
 from harness.plan.reuse import Reuse
-from harness.trace.edit import MOST_SHIFT, longest_shift_ns
 from harness.trace.stats import (
     FEWEST_WINDOWS,
     WINDOWS_S,
@@ -292,7 +292,7 @@ def _planned_prefix(info: PlanInfo, source: TraceStats, plan: Plan, reuse: Reuse
 
 # ---------------------------------------------------------------------------------------------- windows of the trace
 # Is a plan of several windows like the whole, up to chance? A window's rows and gaps are the trace's by construction
-# (`harness.trace.windows`), so what can differ is the mix. Means may be off by `MEAN_BOUND`, or by two standard errors
+# (`harness.plan.windows`), so what can differ is the mix. Means may be off by `MEAN_BOUND`, or by two standard errors
 # where that is more, of single requests or of the windows' means, whichever says more: neighbours are alike. Shares and
 # rates likewise, with the trace's own index of dispersion as what a burst does to chance.
 

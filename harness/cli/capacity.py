@@ -93,7 +93,7 @@ def capacity(
     from harness.cli.select_runs import find_runs
     from harness.sweep.spec import seeded
     from harness.sweep.state import ANSWER, lock, read_state
-    from harness.trace.files import open_asked
+    from harness.trace.io import open_asked
 
     if str(trace) == "-":
         raise UsageError("a search reads its trace many times: name a file instead of standard input")

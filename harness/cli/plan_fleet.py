@@ -171,7 +171,7 @@ def read_demand(path: Path, reading: ReadOptions) -> Demand:
     from analysis.capacity.fitted_engine import Requests
     from analysis.capacity.fleet import demand
     from harness.cli.output import say
-    from harness.trace.files import open_asked
+    from harness.trace.io import open_asked
 
     trace = open_asked(path, reading, arrivals_only=True)
     arrivals, inputs, outputs, silent = array("d"), array("q"), array("q"), 0

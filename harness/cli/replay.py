@@ -57,7 +57,7 @@ def replay(trace: tuple[Path, ...], out: Path, asked: ReplayOptions) -> int:
     """
     from harness.cli.runner.steps import make_plan
     from harness.cli.runner.targets import choose_target
-    from harness.trace.files import open_asked
+    from harness.trace.io import open_asked
 
     asked.check()
     source = open_asked(trace, asked.plan)
@@ -103,7 +103,7 @@ def plan(trace: tuple[Path, ...], output: Path, format_: str, asked: ReplayOptio
     from harness.cli.runner.targets import choose_target
     from harness.store.copies import output_file
     from harness.store.objects import as_url, is_url
-    from harness.trace.files import open_asked
+    from harness.trace.io import open_asked
 
     asked.check_plan()
     source = open_asked(trace, asked.plan)

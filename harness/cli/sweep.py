@@ -27,7 +27,7 @@ from harness.store.objects import as_url, is_url
 from harness.sweep.cost import Survey, expect, start_s, survey, usd_per_hour
 from harness.sweep.spec import SweepSpec, levels, make_points, pairs, read_sweep, seeded
 from harness.sweep.state import SweepState, create_folder, differences, find_folder, lock, read_state, write_state
-from harness.trace.files import open_asked
+from harness.trace.io import open_asked
 
 if TYPE_CHECKING:
     from cluster.catalogue.models import Model

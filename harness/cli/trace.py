@@ -17,8 +17,7 @@ from harness.option_types import COUNT, EXISTING, NEW_FILE, WINDOW, opt
 from harness.options import ReadOptions
 
 if TYPE_CHECKING:
-    from harness.trace.files import Files
-    from harness.trace.io import Trace, TraceRecord
+    from harness.trace.io import Files, Trace, TraceRecord
 
 Window = tuple[float, float]
 SEED = "Seed of what is random."
@@ -108,7 +107,7 @@ def inspect(trace: Files, tokenizer: Path | None, block_tokens: int, format_: st
     lengths, sessions, prefix reuse.
     """
     from harness.cli.output import print_json
-    from harness.trace.files import open_asked
+    from harness.trace.io import open_asked
     from harness.trace.shape import described, measure
 
     source = open_asked(trace, asked, survey=True)
@@ -142,14 +141,15 @@ def convert(trace: Files, output: Path, tokenizer: Path | None, asked: ConvertOp
     --input-tokens and --output-tokens are for logs that have arrivals only; with --tokenizer the lengths of text are
     counted and written beside it.
     """
-    from harness.trace.files import check_output, open_asked
+    from harness.trace.edit import check_output
+    from harness.trace.io import open_asked
 
     check_output(output)
     source = open_asked(trace, asked)
     records: Iterable[TraceRecord] = source
     if tokenizer is not None:
         from harness.plan.tokenizers import load_tokenizer
-        from harness.trace.anonymize import count_tokens
+        from harness.trace.edit import count_tokens
 
         records = count_tokens(source, load_tokenizer(tokenizer))
     return _finish(source, records, output)
@@ -169,9 +169,9 @@ Examples:
 @takes(SampleOptions)
 def sample(trace: Files, output: Path, reading: ReadOptions, asked: SampleOptions) -> int:
     """Keep a window, N requests, or a thinner trace; sessions stay whole. Prints the shape before and after."""
-    from harness.trace.edit import Sample
+    from harness.trace.edit import Sample, check_output
     from harness.trace.edit import sample as choose
-    from harness.trace.files import check_output, open_asked
+    from harness.trace.io import open_asked
 
     how = Sample(
         window_s=asked.window_s, limit=asked.limit, thin=asked.thin, cut_sessions=asked.cut_sessions, seed=asked.seed
@@ -193,7 +193,7 @@ Examples:
 @takes(SynthOptions)
 def synth(output: Path, asked: SynthOptions) -> int:
     """Make up a trace from distributions of gaps and lengths, or from ServeGen's client models."""
-    from harness.trace.files import check_output
+    from harness.trace.edit import check_output
     from harness.trace.synth import parse_arrivals, parse_lengths, synthesize
 
     check_output(output)
@@ -233,7 +233,8 @@ def anonymize(trace: Files, output: Path, tokenizer: Path | None, block_tokens: 
     Text is counted with --tokenizer; of its blocks only hashes stay, keyed with a random salt that is thrown away.
     Sessions are numbered.
     """
-    from harness.trace.files import check_output, open_asked
+    from harness.trace.edit import check_output
+    from harness.trace.io import open_asked
 
     check_output(output)
     source = open_asked(trace, asked)
@@ -242,7 +243,7 @@ def anonymize(trace: Files, output: Path, tokenizer: Path | None, block_tokens: 
 
 def _without_text(source: Trace, salt: bytes, tokenizer: Path | None, block_tokens: int) -> Iterator[TraceRecord]:
     from harness.plan.tokenizers import load_tokenizer
-    from harness.trace.anonymize import anonymize
+    from harness.trace.edit import anonymize
 
     counter = None if tokenizer is None else load_tokenizer(tokenizer)
     return anonymize(source, salt=salt, tokenizer=counter, block_tokens=block_tokens)
@@ -281,7 +282,7 @@ def _write_measured(
 ) -> int:  # fmt: skip
     """Write records, measured as they pass, and say their shape beside that of their ``source``."""
     from harness.cli.output import say
-    from harness.trace.files import write_trace
+    from harness.trace.edit import write_trace
     from harness.trace.shape import compared, measure, shape_of
     from harness.trace.survey import Survey
 
@@ -303,7 +304,7 @@ def _write_measured(
 
 def _finish(source: Trace, records: Iterable[TraceRecord], output: Path) -> int:
     from harness.cli.output import say
-    from harness.trace.files import write_trace
+    from harness.trace.edit import write_trace
 
     count = write_trace(records, output)
     for note in source.notes:

@@ -17,12 +17,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from harness.errors import PlanError
-from harness.plan.arrivals import Times
+from harness.plan.arrivals import Arrangement, Times
 from harness.plan.chat import Chat, Live, Made, Prompt
 from harness.plan.file import SCHEMA
 from harness.plan.prompts import Ids, Vocabulary
 from harness.plan.spec import PlanSpec
-from harness.trace.edit import Arrangement
 from harness.trace.formats.record import safe
 from harness.trace.io import Trace, TraceRecord
 from harness.trace.prefix import Turns, accumulates

@@ -17,19 +17,18 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.errors import PlanError, UsageError
-from harness.plan.arrivals import Stage, Times, arrival_times, constant_stage
+from harness.plan.arrivals import Arrangement, Stage, Times, arrange, arrival_times, constant_stage, spread
 from harness.plan.batches import Batches
 from harness.plan.chat import Chat, live_notes, reasons
 from harness.plan.file import SCHEMA_VERSION, PlanInfo, Windows, write_plan
 from harness.plan.notes import notes
 from harness.plan.prompts import Vocabulary
 from harness.plan.spec import PlanSpec, check_spec, load_seed
-from harness.trace.edit import Arrangement, arrange, spread
+from harness.plan.windows import Joined, windows_in_time, windows_of_rows
 from harness.trace.io import Trace
 from harness.trace.spool import filled
 from harness.trace.stats import arrival_stats, mean_rate
 from harness.trace.survey import Content, Survey, survey
-from harness.trace.windows import Joined, windows_in_time, windows_of_rows
 
 Choose = Callable[[Content], tuple[Vocabulary | None, bool]]
 """From what the trace holds: what to make prompts from, if anything, and whether they go to a chat endpoint."""

@@ -78,7 +78,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Windows:
-    """A plan joins stretches from different parts of its trace (`harness.trace.windows`), not its first rows."""
+    """A plan joins stretches from different parts of its trace (`harness.plan.windows`), not its first rows."""
 
     count: int
     """So many, of equal length; one where they would overlap because the trace is short."""

@@ -1,52 +1,51 @@
-"""Traces made smaller or larger than they are, with their sessions whole.
+"""Traces written anew: converted, sampled, and stripped of the words of their users.
 
-**A sample** is a window of time, a number of requests, or thinner. What the choice does to the shape differs: a window
-or the first N requests keep rate and burstiness, but prefixes that were warm before are cold; thinning keeps the shape
-over time at a lower rate (burstiness D of counts becomes 1 + p (D - 1)), but requests that shared a prefix lose
-partners. So `harness trace sample` prints the shape before and after.
+**A sample** is a window of time, a number of requests, or thinner; sessions stay whole. What the choice does to the
+shape differs: a window or the first N requests keep rate and burstiness, but prefixes that were warm before are cold;
+thinning keeps the shape over time at a lower rate (burstiness D of counts becomes 1 + p (D - 1)), but requests that
+shared a prefix lose partners. So `harness trace sample` prints the shape before and after.
 
-**Another rate** is reached by more, fewer or finer arrivals from the trace's own, on the trace's own clock:
+**Without words**: lengths, arrivals and shared prefixes stay, text goes. It is counted with a tokenizer. Of its token
+ids, and of the prefix ids a trace may have already, only hashes of blocks stay: keyed with a random salt that is thrown
+away, so that nobody can test a guess of what a block said; they still tell which requests share their beginning.
+Sessions, adapters and models are numbered in order of appearance.
 
-**Thinning** (below the source's rate) draws whole sessions, and requests without one, each with the same probability p.
-The shape over time stays; bursts thin out with the rest (variance / mean of counts D becomes 1 + p (D - 1), or stays
-nearer to D where sessions make the bursts); requests that shared a prefix lose partners.
-
-**Superposition** (above it) adds copies of all sessions and requests, each copy as a whole a little later, wrapped
-over the trace's end to its beginning. The fraction of a copy is a thinned copy. A copy keeps its own bursts, and as
-copies are shifted by different times, bursts do not fall onto bursts: demand grows by more users, not by bigger
-bursts. The shift is at most half an hour and a twentieth of the trace, so that the time of day stays where it was; in
-windows longer than the shift copies do rise and fall together. A session begins at its shifted time and all its turns
-follow as they did, over the end if need be. Made-up prompts of a copy come from a seed of its own: copies share no
-prefix with one another, so the ideal hit rate is that of the trace (real growth shares its system prompts: this is
-the careful side). Texts are sent word for word, so a prefix cache knows those of the copy before.
-
-**Spreading** moves each arrival of a coarse clock to a uniform place within its step; order stays.
-
-**Compression** is none of these: it plays the same requests on a faster clock (`harness.plan.build`), and sessions,
-bursts and thinking times shrink with it.
+Files are written in our own format, JSON Lines (also ``.gz``) or Parquet, by their name.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import hashlib
-import math
-import re
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import islice
+from pathlib import Path
+from typing import IO, cast
 
-import numpy as np
-import numpy.typing as npt
+import msgspec
 
 from harness.errors import TraceError, UsageError
-from harness.plan.arrivals import Times
-from harness.trace.formats.record import TraceRecord
-from harness.trace.spool import BLOCK, Sessions, blocks, empty, filled
-
-if TYPE_CHECKING:
-    from harness.trace.io import Trace
+from harness.plan.tokenizers import TextTokenizer
+from harness.trace.formats.jsonl import FIELDS
+from harness.trace.io import Trace, TraceRecord
+from harness.trace.prefix import BLOCK_TOKENS
+from harness.trace.spool import Sessions
+from harness.trace.survey import place
 
 Records = Callable[[], Iterable[TraceRecord]]
+
+
+_TEXTS = 256
+"""Rows whose texts are counted at a time."""
+_BATCH = 4096
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+_ATTRIBUTES = {name: "text" if name == "prompt" else name for name in FIELDS}
+"""Field in the file -> attribute of `TraceRecord`."""
+Row = dict[str, object]
+"""Fields as in the file, those not given left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +70,10 @@ def sample(trace: Trace, how: Sample) -> Iterator[TraceRecord]:
     Raises `UsageError` for choices that make no sense, `TraceError` when a window is asked of a trace without times, or
     a limit is smaller than its first session.
     """
-    _check(how)
+    if how.window_s is None and how.thin is None and how.limit is None:
+        raise UsageError("say what to keep: --window, --thin or --limit")
+    if how.window_s is not None and not 0 <= how.window_s[0] < how.window_s[1]:
+        raise UsageError(f"window {how.window_s[0]:g} s to {how.window_s[1]:g} s: must begin before it ends")
 
     def chosen() -> Iterator[TraceRecord]:
         records: Iterable[TraceRecord] = trace
@@ -83,24 +85,6 @@ def sample(trace: Trace, how: Sample) -> Iterator[TraceRecord]:
                 yield record
 
     return chosen() if how.limit is None else _limited(trace, chosen, how.limit, how.cut_sessions)
-
-
-def _check(how: Sample) -> None:
-    if how.window_s is None and how.thin is None and how.limit is None:
-        raise UsageError("say what to keep: --window, --thin or --limit")
-    if how.window_s is not None and not 0 <= how.window_s[0] < how.window_s[1]:
-        raise UsageError(f"window {how.window_s[0]:g} s to {how.window_s[1]:g} s: must begin before it ends")
-    if how.thin is not None and not 0 < how.thin <= 1:
-        raise UsageError(f"thin is {how.thin:g}, must be above 0 and at most 1")
-    if how.limit is not None and how.limit < 1:
-        raise UsageError(f"limit is {how.limit}, must be at least 1")
-
-
-def place(record: TraceRecord, seed: int) -> int:
-    """64 random bits that depend on the seed and the session (or the line) alone."""
-    unit = f"line {record.line}" if record.session_id is None else f"session {record.session_id}"
-    digest = hashlib.blake2b(f"{seed} {unit}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
 
 
 def _window(trace: Trace, window_s: tuple[float, float], cut_sessions: bool) -> Iterator[TraceRecord]:
@@ -153,154 +137,214 @@ def _limited(trace: Trace, chosen: Records, limit: int, cut_sessions: bool) -> I
         yield record
 
 
-MOST_SHIFT_NS = 1800 * 1_000_000_000
-MOST_SHIFT = 20
-"""A shift is at most the span over this: what a session hangs over the end is missing at the beginning."""
-MOST_GROWTH = 100
-"""A plan of more copies than this says nothing about any demand."""
-
-Bools = npt.NDArray[np.bool_]
+def _text(record: TraceRecord) -> str:
+    """The prompt as one text: equal beginnings of conversations are equal beginnings of it."""
+    if record.messages is None:
+        return record.text or ""
+    return "".join(f"{message['role']}\n{message['content']}\n" for message in record.messages)
 
 
-class Units(NamedTuple):
-    """What stays together, for each row: its session, or the row alone."""
-
-    starts: Times
-    """First arrival of its unit, ns."""
-    places: npt.NDArray[np.uint64]
-    """A random number, the same for all rows of a unit."""
-
-
-class TracePass(NamedTuple):
-    """One reading of the trace for a plan: which copy its requests belong to, and the rows it takes."""
-
-    copy: int
-    rows: Bools
-    """Whether each row is taken, in trace order; none after its end."""
-    prompts: int | None = None
-    """Copies with the same number here share made-up prefixes; null: the number is that of the copy."""
+def _encoded(
+    records: Iterable[TraceRecord], tokenizer: TextTokenizer
+) -> Iterator[tuple[TraceRecord, list[int] | None, int | None]]:
+    """(record, token ids of its text if it has one, tokens of its answer if it has one)."""
+    iterator = iter(records)
+    while batch := list(islice(iterator, _TEXTS)):
+        prompts = tokenizer.encode([_text(r) for r in batch])
+        answers = tokenizer.encode([r.answer or "" for r in batch])
+        for record, prompt, answer in zip(batch, prompts, answers, strict=True):
+            has_text = record.text is not None or record.messages is not None
+            yield record, prompt if has_text else None, None if record.answer is None else len(answer)
 
 
-@dataclass(frozen=True, slots=True)
-class Arrangement:
-    """Requests of a plan that is not the trace in its order."""
-
-    scheduled: Times
-    """On the trace's clock, ascending."""
-    part: npt.NDArray[np.unsignedinteger[Any]]
-    """Which of ``parts`` the request comes from: its next row."""
-    parts: list[TracePass]
-    overlap: bool = True
-    """Copies lie over each other; else one is over when the next begins, and so are its sessions."""
-    rows: Times | None = None
-    """Row of the trace of each request, where a part's are not sent in the order of the trace."""
+def count_tokens(records: Iterable[TraceRecord], tokenizer: TextTokenizer) -> Iterator[TraceRecord]:
+    """Records with the token counts of prompt and answer filled in where the trace has only the text."""
+    for record, ids, answer_tokens in _encoded(records, tokenizer):
+        yield record._replace(
+            input_tokens=len(ids) if record.input_tokens is None and ids is not None else record.input_tokens,
+            output_tokens=answer_tokens or None if record.output_tokens is None else record.output_tokens,
+        )
 
 
-def parse_growth(text: str) -> float:
-    """Demand as a multiple of the trace's from ``3x``, ``0.5``, ``+200%`` or ``-20%``. Raises `UsageError`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)x?|([+-]\d+(?:\.\d+)?)%", text.strip(), re.ASCII)
-    growth = 0.0 if match is None else float(match[1]) if match[1] else round(1 + float(match[2]) / 100, 9)
-    if not 0 < growth <= MOST_GROWTH:
-        raise UsageError(f"growth {text!r}: write 3x, 0.5x, +200% or -20% (above 0, at most {MOST_GROWTH}x)")
-    return growth
+def anonymize(
+    records: Iterable[TraceRecord], *, salt: bytes, tokenizer: TextTokenizer | None, block_tokens: int = BLOCK_TOKENS
+) -> Iterator[TraceRecord]:
+    """Records without text, ids, names, tags, and what answers are checked by.
 
+    Counts that the source gave are kept; where the text has fewer tokens (a chat template adds some), the blocks that
+    are left over are shared with nobody, and where it has more, the ids end with the count. Messages are counted
+    without a template. ``salt`` must be random and forgotten.
 
-def arrange(arrivals: Times, units: Units, growth: float, seed: int) -> Arrangement:
-    """The requests of a demand ``growth`` times the trace's: thinned below 1, superposed above.
-
-    Raises `UsageError` for a growth of no meaning, when nothing is left, and when all arrive at one instant.
+    Raises `UsageError` at the first record that has text when there is no tokenizer, `TraceError` for an empty prompt.
     """
-    if not 0 < growth <= MOST_GROWTH:
-        raise UsageError(f"demand times {growth:g}: must be above 0 and at most {MOST_GROWTH}")
-    n, span = len(arrivals), int(arrivals[-1])
-    if growth > 1 and not span:
-        raise UsageError("all rows arrive at one instant: there is no time to lay copies over")
-    period = span + max(span // max(n - 1, 1), 1)  # the wrap leaves one mean gap between the end and the beginning
-    copies = math.ceil(round(growth, 9))
-    shifts = _shifts(copies, period, seed)
-    parts: list[TracePass] = []
-    times: list[Times] = []
-    for copy in range(copies):
-        least = None if growth - copy >= 1 - 1e-9 else np.uint64((growth - copy) * 2**64)
-        for round_the_end in (True, False):
-            taken = filled(n, _taken(units, least, shifts[copy], period, round_the_end), np.bool_)
-            if taken.any():
-                parts.append(TracePass(copy, taken))
-                times.append(_shifted(arrivals, taken, shifts[copy] - (period if round_the_end else 0)))
-    if not times:
-        raise UsageError(f"thinning to {growth:g} of the demand left no request: keep more, or another seed")
-    return Arrangement(*_merged(times), parts)
+    if not 16 <= len(salt) <= 64:
+        raise UsageError("the salt must be 16 to 64 random bytes")
+    sessions, adapters, models = _numbered("session"), _numbered("adapter"), _numbered("model")
+    for number, (record, ids, answer_tokens) in enumerate(_with_ids(records, tokenizer)):
+        prefix_ids, size = record.prefix_ids, record.block_tokens
+        input_tokens = record.input_tokens
+        if ids is not None:
+            if not ids:
+                raise TraceError("trace", record.line, "a prompt without a token; leave it out first")
+            input_tokens, size = input_tokens or len(ids), block_tokens
+            prefix_ids = _text_blocks(ids, input_tokens, size, salt, number)
+        elif prefix_ids is not None:
+            prefix_ids = _keyed([i.to_bytes(8, "little", signed=True) for i in prefix_ids], salt)
+        yield record._replace(
+            input_tokens=input_tokens,
+            output_tokens=answer_tokens or None if record.output_tokens is None else record.output_tokens,
+            session_id=sessions(record.session_id),
+            prefix_ids=prefix_ids,
+            block_tokens=size if prefix_ids is not None else None,
+            text=None,
+            messages=None,
+            answer=None,
+            adapter=adapters(record.adapter),
+            model=models(record.model),
+            expected=None,
+            check=None,
+            gate=None,
+            tags=None,
+        )
 
 
-def _taken(
-    units: Units, least: np.uint64 | None, shift: int, period: int, round_the_end: bool
-) -> Callable[[slice], Bools]:
-    """Which rows of a copy are drawn (``least``: whose place is below) and go round the trace's end, or do not."""
-
-    def rows(part: slice) -> Bools:
-        taken: Bools = (units.starts[part] + shift >= period) == round_the_end
-        return taken if least is None else taken & (units.places[part] < least)
-
-    return rows
-
-
-def _shifted(arrivals: Times, taken: Bools, shift: int) -> Times:
-    made, at = empty(int(np.count_nonzero(taken)), np.int64), 0
-    for part in blocks(len(arrivals)):
-        some = arrivals[part][taken[part]] + shift
-        made[at : at + len(some)] = some
-        at += len(some)
-    return made
+def _with_ids(
+    records: Iterable[TraceRecord], tokenizer: TextTokenizer | None
+) -> Iterator[tuple[TraceRecord, list[int] | None, int | None]]:
+    if tokenizer is not None:
+        yield from _encoded(records, tokenizer)
+        return
+    for record in records:
+        if record.text is not None or record.messages is not None:
+            raise UsageError(
+                f"line {record.line} has text: its length and prefix blocks can be kept only with --tokenizer FILE"
+            )
+        yield record, None, None
 
 
-def _merged(times: list[Times]) -> tuple[Times, npt.NDArray[np.uint16]]:
-    """All ``times`` (each ascending) in order, and which list each is from; equal ones in the order of the lists.
+def _numbered(what: str) -> Callable[[str | None], str | None]:
+    """Numbers instead of names, in the order they come."""
+    known, count = Sessions(int), 0
 
-    A stretch at a time: between two bounds no list has more than its share of a block.
+    def number(name: str | None) -> str | None:
+        nonlocal count
+        if name is None:
+            return None
+        found = known.get(name)
+        if found is None:
+            count = found = count + 1
+        known.set(name, found)
+        return f"{what}-{found}"
+
+    return number
+
+
+def _text_blocks(ids: Sequence[int], tokens: int, size: int, salt: bytes, number: int) -> tuple[int, ...]:
+    """One keyed hash per block of ``tokens``: whole blocks by what they say, the rest by the record's number."""
+    blocks = [
+        b"".join(i.to_bytes(4, "little") for i in ids[at : at + size]) for at in range(0, min(len(ids), tokens), size)
+    ]
+    # A partial block can be shared only by a prompt that ends there too, so its content may stand for it; what the
+    # count has beyond the text is nobody else's.
+    missing = -(-tokens // size) - len(blocks)
+    if missing or len(ids) != tokens:
+        whole = min(len(ids), tokens) // size
+        rest = -(-tokens // size) - whole
+        blocks = blocks[:whole] + [b"own" + number.to_bytes(8, "little")] * rest
+    return _keyed(blocks, salt)
+
+
+def _keyed(blocks: Sequence[bytes], salt: bytes) -> tuple[int, ...]:
+    """Chained, keyed 63-bit hashes."""
+    chain = hashlib.blake2b(key=salt, digest_size=8)
+    found = []
+    for block in blocks:
+        chain.update(block)
+        found.append(int.from_bytes(chain.digest(), "little") >> 1)
+    return tuple(found)
+
+
+def check_output(out: Path) -> None:
+    """Raises `UsageError` for a name that says no format, `TraceError` for a file that exists: none is overwritten."""
+    if not out.name.endswith(_SUFFIXES):
+        raise UsageError(f"{out}: the name must end in {', '.join(_SUFFIXES)}")
+    if out.exists():
+        raise TraceError(str(out), None, "exists already and is not overwritten; choose another name")
+
+
+def write_trace(records: Iterable[TraceRecord], out: Path) -> int:
+    """Write ``records`` to ``out``, the first arrival at zero, and say how many there were.
+
+    The file appears whole or not at all. Raises `UsageError` and `TraceError` as `check_output` does, and when it
+    cannot be written or there is no record.
     """
-    every = max(1, BLOCK // len(times))
-    bounds = np.unique(np.concatenate([each[::every] for each in times]))
-    n = sum(len(each) for each in times)
-    scheduled, part, at = empty(n, np.int64), empty(n, np.uint16), 0
-    begins = [0] * len(times)
-    for bound in [*bounds[1:].tolist(), None]:
-        ends = [len(each) if bound is None else int(np.searchsorted(each, bound)) for each in times]
-        some = np.concatenate([each[a:b] for each, a, b in zip(times, begins, ends, strict=True)])
-        order = np.argsort(some, kind="stable")
-        scheduled[at : at + len(some)] = some[order]
-        sizes = np.subtract(ends, begins)
-        part[at : at + len(some)] = np.repeat(np.arange(len(times), dtype=np.uint16), sizes)[order]
-        at, begins = at + len(some), ends
-    return scheduled, part
+    check_output(out)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        with temporary.open("xb") as raw:
+            write = _write_parquet if out.name.endswith(".parquet") else _write_lines
+            count = write(_shifted(records), raw, out)
+        if not count:
+            raise TraceError(str(out), None, "not written: no request is left")
+        # A link, unlike a rename, does not replace a file that appeared meanwhile.
+        os.link(temporary, out)
+    except FileExistsError:
+        raise TraceError(str(out), None, "exists already and is not overwritten; choose another name") from None
+    except OSError as e:
+        raise TraceError(str(out), None, f"cannot write: {e.strerror or e}") from e
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    return count
 
 
-def _shifts(copies: int, period: int, seed: int) -> list[int]:
-    """How much later each copy is, ns: one in each of as many equal ranges, so that no two are close; the first not."""
-    generator = np.random.Generator(np.random.PCG64([seed & (2**64 - 1), *b"copies"]))
-    width = longest_shift_ns(period) / copies
-    return [0] + [round((copy + float(generator.random())) * width) for copy in range(1, copies)]
+def _shifted(records: Iterable[TraceRecord]) -> Iterator[Row]:
+    first_ns: int | None = None
+    for record in records:
+        row: Row = {name: value for name, a in _ATTRIBUTES.items() if (value := getattr(record, a)) is not None}
+        if record.arrival_ns is not None:
+            first_ns = record.arrival_ns if first_ns is None else first_ns
+            row["arrival_s"] = (record.arrival_ns - first_ns) / 1e9
+        if record.tags is not None:
+            row["tags"] = dict(record.tags)
+        yield row
 
 
-def longest_shift_ns(span_ns: int) -> int:
-    """The most that a copy of a trace of this span is shifted by, ns."""
-    return min(span_ns // MOST_SHIFT, MOST_SHIFT_NS)
+def _write_lines(rows: Iterator[Row], raw: IO[bytes], out: Path) -> int:
+    encode = msgspec.json.Encoder().encode
+    count = 0
+    with contextlib.ExitStack() as stack:
+        file: IO[bytes] = raw
+        if out.name.endswith(".gz"):
+            # Without name and time, so that equal traces are equal files.
+            file = cast(IO[bytes], stack.enter_context(gzip.GzipFile("", "wb", 6, raw, mtime=0)))
+        for row in rows:
+            # JSON in a record and in Parquet, objects in JSON Lines.
+            row |= {name: msgspec.Raw(str(row[name]).encode()) for name in ("check", "gate") if name in row}
+            file.write(encode(row) + b"\n")
+            count += 1
+    return count
 
 
-def spread(arrivals: Times, grid_s: float, seed: int) -> Times:
-    """Arrivals moved from each instant to uniform places before the next step of the clock; ascending, order kept."""
-    generator = np.random.Generator(np.random.PCG64([seed & (2**64 - 1), *b"spread"]))
-    grid_ns = round(grid_s * 1e9)
-    n, start = len(arrivals), 0
-    moved = empty(n, np.int64)
-    while start < n:  # a block at a time, up to the end of an instant
-        end = int(np.searchsorted(arrivals, arrivals[min(start + BLOCK, n) - 1], side="right"))
-        block = arrivals[start:end]
-        after = int(arrivals[end] if end < n else block[-1] + grid_ns)
-        instants, group = np.unique(block, return_inverse=True)
-        # A clock's jitter makes a step now and then a little short: nothing may move past the next instant.
-        room = np.minimum(np.diff(instants, append=after), grid_ns)
-        places = generator.random(end - start)
-        places = places[np.lexsort((places, group))]
-        moved[start:end] = block + (places * room[group]).astype(np.int64)
-        start = end
-    return moved
+def _write_parquet(rows: Iterator[Row], raw: IO[bytes], out: Path) -> int:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    types = {
+        "messages": pa.list_(message), "prefix_ids": pa.list_(pa.int64()), "input_tokens": pa.int32(),
+        "output_tokens": pa.int32(), "turn": pa.int32(), "block_tokens": pa.int32(), "cached_tokens": pa.int32(),
+        "max_tokens": pa.int32(), "expected": pa.list_(pa.string()), "weight": pa.float64(),
+    }  # fmt: skip
+    schema = pa.schema([
+        (name, types.get(name) or (pa.float64() if name.endswith("_s") else pa.string())) for name in FIELDS
+    ])  # fmt: skip
+    count = 0
+    with pq.ParquetWriter(raw, schema, compression="zstd") as writer:
+        while batch := list(islice(rows, _BATCH)):
+            for row in batch:
+                if "tags" in row:
+                    row["tags"] = msgspec.json.encode(row["tags"]).decode()
+            count += len(batch)
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+    return count

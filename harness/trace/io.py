@@ -8,15 +8,20 @@ reason. Rows are sorted only when the format is written out of order (or when as
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
+from typing import Literal, cast, get_args
 
 from harness.errors import TraceError, UsageError, unknown_name
+from harness.options import ReadOptions
+from harness.plan.spec import load_seed
 from harness.trace.formats.detect import FORMATS, detect_all
 from harness.trace.formats.record import (
     FAILED_CALL,
+    MAX_ARRIVAL_S,
     FailedCallError,
     Item,
     LeftOutError,
@@ -28,19 +33,119 @@ from harness.trace.formats.record import (
     is_whole_prompt,
     memory_bytes,
 )
-from harness.trace.selection import ArrivalOrder, Where, unmatched
 from harness.trace.source import TraceFile
 from harness.trace.sources import Sources, open_sources
 from harness.trace.spool import Sorter
 
-__all__ = ["FAILED_CALL", "Draw", "Reading", "Trace", "TraceRecord", "open_trace"]
+__all__ = ["FAILED_CALL", "Draw", "Files", "Reading", "Trace", "TraceRecord", "open_asked", "open_trace"]
 
+Files = Path | Sequence[Path]
+"""What the command line calls a trace: a file, or several."""
 Draw = Callable[[], tuple[int, int]]
 """Gives the next (input, output) tokens for rows of a log that has arrivals only."""
 
 _MAX_REASONS = 30
 _FAST, _FAST_ROWS = 1000, 100
 """Requests/s that no single trace is likely to hold over so many rows: the clock may be in another unit."""
+
+Field = Literal["model", "session", "adapter"]
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Rows whose field matches one of the patterns (``*``, ``?`` and ``[...]`` as in names of files; case counts)."""
+
+    field: Field
+    patterns: tuple[str, ...]
+
+    def unmatched(self, row: TraceRecord) -> str | None:
+        """Why a row is left out (one that does not say the field is); None: it is wanted."""
+        value = {"model": row.model, "session": row.session_id, "adapter": row.adapter}[self.field]
+        wanted = value is not None and any(fnmatchcase(value, pattern) for pattern in self.patterns)
+        return None if wanted else f"not {self.field}={'|'.join(self.patterns)} (--where)"
+
+
+def parse_where(texts: Iterable[str]) -> tuple[Where, ...]:
+    """``FIELD=PATTERN`` or ``FIELD=PATTERN|PATTERN``; a row must match each. Raises `UsageError`."""
+    found = []
+    for text in texts:
+        name, equals, patterns = text.partition("=")
+        some = tuple(pattern.strip() for pattern in patterns.split("|"))
+        if not equals or not all(some):
+            raise UsageError(f"--where {text!r}: expected FIELD=PATTERN, like model=llama-3*")
+        if name.strip() not in get_args(Field):
+            raise unknown_name("field", name.strip(), get_args(Field))
+        found.append(Where(cast(Field, name.strip()), some))
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """How a trace is to be read."""
+
+    format: str | None = None
+    """null: found from the first record."""
+    skip_bad: bool = False
+    """Bad rows are dropped and counted by reason instead of ending the iteration."""
+    sort: bool = False
+    """Rows are put in order of arrival."""
+    part: int | None = None
+    """Of a file that holds several recordings one after the other, each beginning where time goes back, this one (from
+    1)."""
+    lengths: Callable[[], Draw] | None = None
+    """Draws the lengths of rows that say neither length nor text (access logs), a fresh drawer for each iteration."""
+    arrivals_only: bool = False
+    """Such rows are given as they are where there are no lengths to draw."""
+    survey: bool = False
+    """Only to be described: as ``arrivals_only`` and ``skip_bad``, and times of an unknown unit are left out."""
+    table: TableOptions = field(default_factory=TableOptions)
+    """Columns and unit, as the user names them."""
+    where: Sequence[Where] = ()
+    """Rows that are wanted; empty: all."""
+
+
+def open_asked(trace: Files, asked: ReadOptions, *, arrivals_only: bool = False, survey: bool = False) -> Trace:
+    """The trace, read as the command line says; for the two flags see `Reading`.
+
+    Raises what `open_trace` does, and `UsageError` for one of the two distributions of lengths without the other.
+    """
+    lengths = None
+    if asked.input_tokens or asked.output_tokens:
+        from harness.trace.synth import draw_lengths, parse_lengths
+
+        if not (asked.input_tokens and asked.output_tokens):
+            raise UsageError("--input-tokens and --output-tokens go together")
+        seed = load_seed(asked.seed or 0)
+        lengths = draw_lengths(parse_lengths(asked.input_tokens), parse_lengths(asked.output_tokens), seed)
+    how = Reading(
+        format=asked.trace_format, skip_bad=asked.skip_bad, sort=asked.sort, part=asked.part, lengths=lengths,
+        arrivals_only=arrivals_only, survey=survey, table=TableOptions(asked.columns or {}, asked.time_unit),
+        where=parse_where(asked.where),
+    )  # fmt: skip
+    return open_trace(trace, how)
+
+
+def open_trace(path: str | Path | Sequence[str | Path], asked: Reading | None = None, /, **more: object) -> Trace:
+    """A `Trace` over ``path``: one file or several (`harness.trace.sources.open_sources`), ``-`` for standard input.
+
+    ``more``: fields of `Reading`. Raises `TraceError` when a file cannot be opened or its format is not recognised,
+    `UsageError` for an unknown format and for options that exclude each other.
+    """
+    asked = replace(asked or Reading(), **more)  # type: ignore[arg-type]
+    if asked.format is not None and asked.format not in FORMATS:
+        raise unknown_name("trace format", asked.format, FORMATS)
+    if asked.part is not None and asked.sort:
+        raise UsageError("--sort and --part exclude each other: parts begin where time goes back")
+    if asked.part is not None and asked.part < 1:
+        raise UsageError(f"part is {asked.part}, must be at least 1")
+    sources = open_sources([path] if isinstance(path, str | Path) else path)
+    if asked.part is not None and len(sources.files) > 1:
+        raise UsageError("--part is of one file: rows of several are merged by arrival")
+    name = asked.format or ("table" if asked.table.columns else None)
+    if name is not None:
+        return Trace(sources, name, asked)
+    sources, name, left_out = detect_all(sources)
+    return Trace(sources, name, asked, left_out)
 
 
 class Trace:
@@ -59,8 +164,7 @@ class Trace:
         self.sha256 = sources.sha256
         """Of the file as it lies on disk (compressed, if it is); see `harness.trace.sources.Sources`."""
         self.asked = asked
-        self.rows_read = 0
-        self.rows_kept = 0
+        self.rows_read = self.rows_kept = 0
         self.rows_dropped: dict[str, int] = {}
         self.rows_failed = 0
         """Of the rows dropped: failed calls of the source system."""
@@ -74,7 +178,7 @@ class Trace:
         self.grid_s: float | None = None
         """Step of the coarse clock the source rounded to, seconds; None when there is none to be seen."""
         self._left_out = left_out
-        self._reader()
+        _Pass(self)  # refuses what the format cannot be asked
 
     @property
     def source(self) -> TraceFile:
@@ -88,235 +192,50 @@ class Trace:
         without lengths when none are given, at times whose unit nothing shows, and at the end of a trace that had no
         usable row.
         """
-        reader = self._reader()
-        books = _Books()
-        order = ArrivalOrder(self.asked.part)
-        done = False
+        one, done = _Pass(self), False
         try:
-            rows = self._rows(reader, books)
-            for place, row in self._in_order(rows, reader, books):
+            for place, row in one.in_order():
                 try:
-                    arrival_ns = order.arrival_ns(row)
+                    arrival_ns = one.order.arrival_ns(row)
                 except RowError as e:
-                    self._refuse(books, place, e)
+                    one.refuse(place, e)
                     continue
                 except LeftOutError as e:
-                    books.drop(e.reason)
+                    one.drop(e.reason)
                     continue
-                books.kept += 1
+                one.kept += 1
                 yield row._replace(arrival_ns=arrival_ns, line=place.line)
             done = True
         finally:
-            if not done and books.sorted:
-                books.read = books.kept + books.dropped.total()  # rows that were sorted, but not looked at
-            self.rows_read, self.rows_kept, self.rows_dropped = books.read, books.kept, dict(books.dropped)
-            self.rows_failed, self.examples = books.failed, books.examples
-            self.grid_s = order.grid_s(books.kept)
-            timed = order.instants or reader.unclear()
-            self.clock, self.blocks = reader.clock if timed else None, reader.blocks()
-            self.notes = self._notes(reader, order, books)
-        if not books.kept:
-            first = f"; the first: {next(iter(books.examples.values()))}" if books.examples else ""
-            raise TraceError(self.sources.name, None, f"no usable row: {books}{first}")
-
-    def _reader(self) -> Reader:
-        reader = FORMATS[self.format]()
-        reader.ask(self.asked.table)
-        return reader
-
-    def _in_order(
-        self, rows: Iterator[tuple[Place, TraceRecord]], reader: Reader, books: _Books
-    ) -> Iterator[tuple[Place, TraceRecord]]:
-        """Rows by arrival, equal ones in file order, where that has to be made."""
-        first = next(rows, None)  # what the times are shows when the first row is there
-        if first is None:
-            return
-        if not self.asked.sort and reader.in_order and len(self.sources.files) == 1:
-            yield first
-            yield from rows
-            return
-        books.sorted = True
-        by_arrival: Sorter[tuple[Place, TraceRecord]] = Sorter(_when, lambda placed: memory_bytes(placed[1]))
-        for placed in chain((first,), rows):
-            books.moved = books.moved or _when(placed) < books.latest
-            books.latest = max(books.latest, _when(placed))
-            by_arrival.add(placed)
-        yield from by_arrival
-
-    def _rows(self, reader: Reader, books: _Books) -> Iterator[tuple[Place, TraceRecord]]:
-        """Good rows in file order; the others are counted or raised."""
-        draw = self.asked.lengths() if self.asked.lengths else None
-        last = Place(0, 1)
-
-        def placed(at: int, source: TraceFile) -> Iterator[tuple[Place, object]]:
-            nonlocal last
-            for line, record in reader.records(source):
-                last = Place(at, line)
-                yield last, record
-
-        for at, source in enumerate(self.sources.files):
-            try:
-                reader.beside(source.path)
-            except RowError as e:
-                raise TraceError(source.name, None, str(e)) from None
-            for place, item in reader.rows(placed(at, source)):
-                yield from self._judge(reader, books, place, item, draw)
-        for end, item in reader.end():
-            yield from self._judge(reader, books, end or last, item, draw)
-
-    def _judge(
-        self, reader: Reader, books: _Books, place: Place, item: Item, draw: Draw | None
-    ) -> Iterator[tuple[Place, TraceRecord]]:
-        books.read += 1
-        if isinstance(item, LeftOutError):
-            books.drop(item.reason)
-            books.failed += isinstance(item, FailedCallError)
-            return
-        if isinstance(item, RowError):
-            self._refuse(books, place, item)
-            return
-        if not self.asked.survey and (problem := reader.unclear()):
-            raise TraceError(self._name(place), None, problem)
-        if self.asked.where and (why := unmatched(item, self.asked.where)):
-            books.drop(why)
-            return
-        if item.input_tokens is not None or item.text is not None or item.messages is not None:
-            if not reader.sends_text and not is_whole_prompt(item):
-                books.partial += 1
-                item = item._replace(text=None, messages=None)
-            yield place, item
-        elif draw is not None:
-            input_tokens, output_tokens = draw()
-            books.drawn += 1
-            yield place, item._replace(input_tokens=input_tokens, output_tokens=item.output_tokens or output_tokens)
-        elif self.asked.arrivals_only or self.asked.survey:
-            yield place, item
-        else:
-            raise TraceError(
-                self._name(place),
-                place.line,
-                f"this {self.format} file says when requests arrived, not how long they were. State the lengths: "
-                "--input-tokens lognormal:mean=800,cv=1 --output-tokens ... (or write them into a trace of their own: "
-                "'harness trace convert FILE --input-tokens ... --output-tokens ... -o OUT')",
-            )
-
-    def _refuse(self, books: _Books, place: Place, error: RowError) -> None:
-        if not (self.asked.skip_bad or self.asked.survey):
-            raise TraceError(
-                self._name(place), place.line, f"{error} (--skip-bad drops and counts such rows)"
-            ) from None
-        books.drop(error.reason, f"{self._name(place)}:{place.line}: {error}")
-
-    def _name(self, place: Place) -> str:
-        return self.sources.files[place.file].name
-
-    def _notes(self, reader: Reader, order: ArrivalOrder, books: _Books) -> list[str]:
-        notes = [f"{count} of {books.read} rows not replayed: {why}" for why, count in sorted(books.dropped.items())]
-        files = len(self.sources.files)
-        if files > 1:
-            notes.append(f"{files} files, their rows merged by arrival")
-            if order.instants and reader.in_order:
-                notes.append("their clocks begin at no date: they are laid over each other as if all began together")
-        if books.moved:
-            why = "the source writes them later, or files were put together in another order"
-            notes.append("rows sorted by arrival: " + ("as asked" if self.asked.sort else why))
-        if books.drawn:
-            notes.append(f"token lengths of {books.drawn} rows are drawn from the stated distributions, not measured")
-        if books.partial:
-            notes.append(
-                f"{books.partial} rows have a text that cannot be the whole prompt, by the input tokens counted beside "
-                "it: replayed by their lengths"
-            )
-        if self.grid_s is not None:
-            notes.append(
-                f"arrivals lie on a grid of {self.grid_s:g} s: {books.kept} rows on {order.instants} instants. The "
-                "source rounded its clock; replayed as recorded they come in bursts that production may not have seen"
-            )
-        span_s = order.span_s
-        if span_s and books.kept > _FAST_ROWS and books.kept > _FAST * span_s:
-            notes.append(
-                f"{books.kept} rows arrive within {span_s:.3g} s, {books.kept / span_s:.4g} requests/s: is the clock "
-                f"what it was read as ({reader.clock})? --speed plays it slower"
-            )
-        return [*self._left_out, *notes, *reader.notes()]
+            if not done and one.sorted:
+                one.read = one.kept + one.dropped.total()  # rows that were sorted, but not looked at
+            self.rows_read, self.rows_kept, self.rows_dropped = one.read, one.kept, dict(one.dropped)
+            self.rows_failed, self.examples = one.failed, one.examples
+            self.grid_s = one.order.grid_s(one.kept)
+            timed = one.order.instants or one.reader.unclear()
+            self.clock, self.blocks = one.reader.clock if timed else None, one.reader.blocks()
+            self.notes = [*self._left_out, *one.notes(), *one.reader.notes()]
+        if not one.kept:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(one.dropped.items()))
+            dropped = f", dropped: {reasons}" if reasons else ""
+            first = f"; the first: {next(iter(one.examples.values()))}" if one.examples else ""
+            raise TraceError(self.sources.name, None, f"no usable row: {one.read} rows read{dropped}{first}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
-    """How a trace is to be read."""
+class _Pass:
+    """One reading of a trace. Every row is read, and then kept or dropped for a reason."""
 
-    skip_bad: bool = False
-    """Bad rows are dropped and counted by reason instead of ending the iteration."""
-    sort: bool = False
-    """Rows are put in order of arrival."""
-    part: int | None = None
-    """Of a file that holds several recordings one after the other, each beginning where time goes back, this one (from
-    1)."""
-    lengths: Callable[[], Draw] | None = None
-    """Draws the lengths of rows that say neither length nor text (access logs), a fresh drawer for each iteration."""
-    arrivals_only: bool = False
-    """Such rows are given as they are where there are no lengths to draw."""
-    survey: bool = False
-    """Only to be described: as ``arrivals_only`` and ``skip_bad``, and times of an unknown unit are left out."""
-    table: TableOptions = field(default_factory=TableOptions)
-    """Columns and unit, as the user names them."""
-    where: tuple[Where, ...] = ()
-    """Rows that are wanted; empty: all."""
-
-
-def open_trace(
-    path: str | Path | Sequence[str | Path],
-    *,
-    format: str | None = None,  # noqa: A002
-    skip_bad: bool = False,
-    sort: bool = False,
-    part: int | None = None,
-    lengths: Callable[[], Draw] | None = None,
-    arrivals_only: bool = False,
-    survey: bool = False,
-    table: TableOptions | None = None,
-    where: Sequence[Where] = (),
-) -> Trace:
-    """A `Trace` over ``path``, its format found from its first record unless ``format`` names it.
-
-    ``path`` stands for one file or several (`harness.trace.sources.open_sources`), ``-`` for standard input. The
-    others are the fields of `Reading`.
-
-    Raises `TraceError` when a file cannot be opened or its format is not recognised, `UsageError` for an unknown format
-    and for options that exclude each other.
-    """
-    if format is not None and format not in FORMATS:
-        raise unknown_name("trace format", format, FORMATS)
-    if sort and part is not None:
-        raise UsageError("--sort and --part exclude each other: parts begin where time goes back")
-    if part is not None and part < 1:
-        raise UsageError(f"part is {part}, must be at least 1")
-    sources = open_sources([path] if isinstance(path, str | Path) else path)
-    if part is not None and len(sources.files) > 1:
-        raise UsageError("--part is of one file: rows of several are merged by arrival")
-    asked = Reading(
-        skip_bad=skip_bad, sort=sort, part=part, lengths=lengths, arrivals_only=arrivals_only, survey=survey,
-        table=table or TableOptions(), where=tuple(where),
-    )  # fmt: skip
-    if format is None and asked.table.columns:
-        format = "table"  # noqa: A001
-    if format is not None:
-        return Trace(sources, format, asked)
-    sources, name, left_out = detect_all(sources)
-    return Trace(sources, name, asked, left_out)
-
-
-class _Books:
-    """Every row is read, and then kept or dropped for a reason."""
-
-    def __init__(self) -> None:
-        self.read = self.kept = self.drawn = self.failed = self.partial = 0
+    def __init__(self, trace: Trace) -> None:
+        self._trace, self._asked = trace, trace.asked
+        self.reader: Reader = FORMATS[trace.format]()
+        self.reader.ask(self._asked.table)
+        self.order = _ArrivalOrder(self._asked.part)
+        self._draw = self._asked.lengths() if self._asked.lengths else None
+        self.read = self.kept = self.failed = self._drawn = self._partial = 0
         self.dropped: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
-        self.sorted = self.moved = False
+        self.sorted = self._moved = False
         """Whether rows are put in order, and whether one was not."""
-        self.latest = -1
-        """Arrival of the rows so far, ns."""
 
     def drop(self, reason: str, example: str | None = None) -> None:
         """Count a row under ``reason``; a file can name reasons (an API, a status), so their number is bounded."""
@@ -325,11 +244,189 @@ class _Books:
         if example is not None:
             self.examples.setdefault(known, example)
 
-    def __str__(self) -> str:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
-        return f"{self.read} rows read" + (f", dropped: {reasons}" if reasons else "")
+    def refuse(self, place: Place, error: RowError) -> None:
+        """A row that cannot be read."""
+        name = self._name(place)
+        if not (self._asked.skip_bad or self._asked.survey):
+            raise TraceError(name, place.line, f"{error} (--skip-bad drops and counts such rows)") from None
+        self.drop(error.reason, f"{name}:{place.line}: {error}")
+
+    def in_order(self) -> Iterator[tuple[Place, TraceRecord]]:
+        """Rows by arrival, equal ones in file order, where that has to be made."""
+        rows = self._rows()
+        first = next(rows, None)  # what the times are shows when the first row is there
+        if first is None:
+            return
+        if not self._asked.sort and self.reader.in_order and len(self._trace.sources.files) == 1:
+            yield first
+            yield from rows
+            return
+        self.sorted, latest = True, -1
+        by_arrival: Sorter[tuple[Place, TraceRecord]] = Sorter(_when, lambda placed: memory_bytes(placed[1]))
+        for placed in chain((first,), rows):
+            self._moved |= _when(placed) < latest
+            latest = max(latest, _when(placed))
+            by_arrival.add(placed)
+        yield from by_arrival
+
+    def _rows(self) -> Iterator[tuple[Place, TraceRecord]]:
+        """Good rows in file order; the others are counted or raised."""
+        last = Place(0, 1)
+
+        def placed(at: int, source: TraceFile) -> Iterator[tuple[Place, object]]:
+            nonlocal last
+            for line, record in self.reader.records(source):
+                last = Place(at, line)
+                yield last, record
+
+        for at, source in enumerate(self._trace.sources.files):
+            try:
+                self.reader.beside(source.path)
+            except RowError as e:
+                raise TraceError(source.name, None, str(e)) from None
+            for place, item in self.reader.rows(placed(at, source)):
+                yield from self._judge(place, item)
+        for end, item in self.reader.end():
+            yield from self._judge(end or last, item)
+
+    def _judge(self, place: Place, item: Item) -> Iterator[tuple[Place, TraceRecord]]:
+        self.read += 1
+        if isinstance(item, LeftOutError):
+            self.drop(item.reason)
+            self.failed += isinstance(item, FailedCallError)
+            return
+        if isinstance(item, RowError):
+            self.refuse(place, item)
+            return
+        if not self._asked.survey and (problem := self.reader.unclear()):
+            raise TraceError(self._name(place), None, problem)
+        if why := next((why for where in self._asked.where if (why := where.unmatched(item))), None):
+            self.drop(why)
+            return
+        if item.input_tokens is not None or item.text is not None or item.messages is not None:
+            if not self.reader.sends_text and not is_whole_prompt(item):
+                self._partial += 1
+                item = item._replace(text=None, messages=None)
+        elif self._draw is not None:
+            input_tokens, output_tokens = self._draw()
+            self._drawn += 1
+            item = item._replace(input_tokens=input_tokens, output_tokens=item.output_tokens or output_tokens)
+        elif not (self._asked.arrivals_only or self._asked.survey):
+            what = f"this {self._trace.format} file says when requests arrived, not how long they were"
+            raise TraceError(
+                self._name(place),
+                place.line,
+                f"{what}. State the lengths: --input-tokens lognormal:mean=800,cv=1 --output-tokens ... (harness trace "
+                "convert writes them into a trace of their own)",
+            )
+        yield place, item
+
+    def _name(self, place: Place) -> str:
+        return self._trace.sources.files[place.file].name
+
+    def notes(self) -> list[str]:
+        """What a reader of the results must know."""
+        notes = [f"{count} of {self.read} rows not replayed: {why}" for why, count in sorted(self.dropped.items())]
+        files = len(self._trace.sources.files)
+        if files > 1:
+            notes.append(f"{files} files, their rows merged by arrival")
+            if self.order.instants and self.reader.in_order:
+                notes.append("their clocks begin at no date: they are laid over each other as if all began together")
+        if self._moved:
+            why = "the source writes them later, or files were put together in another order"
+            notes.append("rows sorted by arrival: " + ("as asked" if self._asked.sort else why))
+        if self._drawn:
+            notes.append(f"token lengths of {self._drawn} rows are drawn from the stated distributions, not measured")
+        if self._partial:
+            notes.append(
+                f"{self._partial} rows have a text that cannot be the whole prompt, by the input tokens counted beside "
+                "it: replayed by their lengths"
+            )
+        if (grid_s := self.order.grid_s(self.kept)) is not None:
+            notes.append(
+                f"arrivals lie on a grid of {grid_s:g} s: {self.kept} rows on {self.order.instants} instants. The "
+                "source rounded its clock; replayed as recorded they come in bursts that production may not have seen"
+            )
+        span_s = self.order.span_s
+        if span_s and self.kept > _FAST_ROWS and self.kept > _FAST * span_s:
+            notes.append(
+                f"{self.kept} rows arrive within {span_s:.3g} s, {self.kept / span_s:.4g} requests/s: is the clock "
+                f"what it was read as ({self.reader.clock})? --speed plays it slower"
+            )
+        return notes
 
 
 def _when(placed: tuple[Place, TraceRecord]) -> int:
     arrival_ns = placed[1].arrival_ns
     return -1 if arrival_ns is None else arrival_ns
+
+
+class _ArrivalOrder:
+    """Shifts arrivals to zero, refuses those that go back, and watches for a coarse clock."""
+
+    def __init__(self, part: int | None) -> None:
+        self._part, self._current = part, 1
+        self._first_ns = self._last_ns = self._before_ns = 0
+        """Of the rows that are kept; of all before."""
+        self._timed: bool | None = None
+        self._steps: Counter[int] = Counter()
+        self.instants = 0
+
+    @property
+    def span_s(self) -> float:
+        """From the first row to the last; 0 without times."""
+        return (self._last_ns - self._first_ns) / 1e9
+
+    def arrival_ns(self, row: TraceRecord) -> int | None:
+        """Nanoseconds after the first row; None when the trace has no times. Raises `RowError` and `LeftOutError`."""
+        now_ns = row.arrival_ns
+        if self._timed is None:
+            self._timed = now_ns is not None
+            self._before_ns = now_ns or 0
+        if self._timed != (now_ns is not None):
+            has = "no arrival_s, but rows before have" if self._timed else "arrival_s, but rows before have none"
+            raise RowError("arrival_s on some rows only", f"{has}: all rows or none")
+        if now_ns is None:
+            return None
+        self._current += now_ns < self._before_ns  # each part begins where time goes back
+        self._before_ns = now_ns
+        if self._part is not None and self._current != self._part:
+            raise LeftOutError("in another part of the file")
+        if not self.instants:
+            self._first_ns = self._last_ns = now_ns
+            self.instants = 1
+        if now_ns - self._first_ns > MAX_ARRIVAL_S * 1_000_000_000:
+            years = (now_ns - self._first_ns) / 3.156e16
+            raise RowError(
+                "arrival centuries late", f"arrives {years:.0f} years after the first row: no time of one trace"
+            )
+        step_ns = now_ns - self._last_ns
+        if step_ns < 0:
+            raise RowError(
+                "arrival before the row above",
+                f"arrives {-step_ns / 1e9:.9g} s before the row above: a trace goes forward in time. Does the file "
+                "hold several recordings? 'harness trace convert --part N' cuts out one; --sort puts rows in order",
+            )
+        if step_ns:
+            # Whole milliseconds, as coarse clocks have a jitter of one; bounded, as fine clocks need no counting.
+            if len(self._steps) < 10_000:
+                self._steps[(step_ns + 500_000) // 1_000_000] += 1
+            self._last_ns = now_ns
+            self.instants += 1
+        return now_ns - self._first_ns
+
+    def grid_s(self, rows: int) -> float | None:
+        """Step of the clock the source rounded to, seconds; None when the arrivals show no coarse one.
+
+        A grid is said to be there when 95 % of at least 10 steps between different arrivals are whole multiples (to
+        2 ms) of the most frequent one, that one is at least 0.1 s, and ``rows`` clearly outnumber the instants:
+        otherwise rounding shapes no burst worth telling.
+        """
+        total = self._steps.total()
+        if total < 10 or rows < 1.05 * self.instants:
+            return None
+        grid_ms = self._steps.most_common(1)[0][0]
+        if grid_ms < 100:
+            return None
+        on_grid = sum(n for ms, n in self._steps.items() if min(ms % grid_ms, -ms % grid_ms) <= 2 and ms > 2)
+        return grid_ms / 1000 if on_grid >= 0.95 * total else None

@@ -1,7 +1,7 @@
 """Where the bytes of a trace come from, and how they fall into records.
 
-`open_source` takes a path, ``-`` (standard input) or ``s3://bucket/key``. A trace is read more than once, so what is
-not a file is first copied to a temporary one (in ``$TMPDIR``), which is removed with the `TraceFile`.
+A trace is read more than once, so what is not a file (``-``, ``s3://bucket/key``) is first copied to a temporary one
+(in ``$TMPDIR``), which is removed with the `TraceFile`.
 
 `records` cuts the bytes (gzip, zstd, xz, bzip2 and zip are unpacked as they are read) into records: lines, CSV records
 whose quoted fields may hold line ends, or the values of a JSON document. Memory is bounded whatever the file holds: of
@@ -22,11 +22,11 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 from harness.errors import TraceError, UsageError
 from harness.terminal import printable
@@ -55,17 +55,15 @@ class TraceFile:
     """Holds a temporary copy alive."""
     member: str | None = None
     """The file of a zip archive that is meant."""
+    named: bool = True
+    """By the user; else it was found in a folder, an archive or below a prefix."""
 
 
 def open_source(name: str | Path) -> TraceFile:
-    """The file, standard input or S3 object called ``name``.
-
-    Raises `TraceError` when it cannot be read.
-    """
-    # A Path folds the two slashes of a URL into one.
-    text = re.sub(r"^s3:/+", "s3://", str(name))
+    """The file, standard input or S3 object called ``name``. Raises `TraceError` when it cannot be read."""
+    text = full_name(name)
     if text == "-":
-        return _spooled("<stdin>", _stdin())
+        return _copied("<stdin>", _copy_stdin)
     if text.startswith("s3://"):
         return _fetched(text)
     path = Path(text)
@@ -83,37 +81,41 @@ def open_source(name: str | Path) -> TraceFile:
         raise TraceError(text, None, f"cannot read: {e.strerror or e}") from e
 
 
-def _stdin() -> BinaryIO:
+def full_name(name: str | Path) -> str:
+    """A path, or a URL whose two slashes a Path folded into one."""
+    return re.sub(r"^s3:/+", "s3://", str(name))
+
+
+def _copied(name: str, copy: Callable[[IO[bytes]], str]) -> TraceFile:
+    """A temporary file that ``copy`` fills, giving back the SHA-256."""
+    spool = tempfile.NamedTemporaryFile(prefix="harness-trace-")  # noqa: SIM115  # lives as long as the TraceFile
+    try:
+        return TraceFile(name, Path(spool.name), copy(spool), spool)
+    except BaseException:
+        spool.close()
+        raise
+
+
+def _copy_stdin(file: IO[bytes]) -> str:
     if sys.stdin is None or sys.stdin.isatty():
         raise TraceError("<stdin>", None, "standard input is a terminal: pipe a trace into it (... | harness ... -)")
-    return sys.stdin.buffer
+    try:
+        shutil.copyfileobj(sys.stdin.buffer, file, 2**20)
+        file.flush()
+        file.seek(0)
+        return hashlib.file_digest(cast(io.BufferedRandom, file), "sha256").hexdigest()
+    except OSError as e:
+        raise TraceError("<stdin>", None, f"the stream broke off: {e}") from e
 
 
 def _fetched(url: str) -> TraceFile:
-    """A verified temporary copy of an object."""
     from harness.store.objects import StoreError, fetch
 
-    spool = tempfile.NamedTemporaryFile(prefix="harness-trace-")  # noqa: SIM115  # lives as long as the Source
     try:
-        return TraceFile(url, Path(spool.name), fetch(url, spool), spool)
+        return _copied(url, lambda file: fetch(url, file))
     except (UsageError, StoreError) as e:
-        spool.close()
         problem = f"cannot read from S3: {e.problem}" if isinstance(e, StoreError) else "expected s3://BUCKET/KEY"
         raise TraceError(url, None, problem) from e
-
-
-def _spooled(name: str, stream: BinaryIO) -> TraceFile:
-    spool = tempfile.NamedTemporaryFile(prefix="harness-trace-")  # noqa: SIM115  # lives as long as the Source
-    try:
-        shutil.copyfileobj(stream, spool, 2**20)
-        spool.flush()
-        spool.seek(0)
-        return TraceFile(name, Path(spool.name), hashlib.file_digest(spool, "sha256").hexdigest(), spool)
-    except Exception as e:
-        spool.close()
-        if isinstance(e, OSError):
-            raise TraceError(name, None, f"the stream broke off: {e}") from e
-        raise
 
 
 # --- bytes ---------------------------------------------------------------------------------------------------------
@@ -305,107 +307,80 @@ def _json_values(
     source: TraceFile, place: _Place, stream: BinaryIO, number: int, first: bytes
 ) -> Iterator[tuple[int, bytes]]:
     """Values of a JSON array, or JSON objects one after the other. Only brackets and quotes are looked at."""
-    scan = _JsonScan(array=first.startswith(b"["), line=number)
-    chunk = first[1:] if scan.array else first
-    blank = 0
+    scan = _JsonScan(source, place, array=first.startswith(b"["), line=number)
+    chunk, blank = first[scan.array :], 0
     while chunk:
-        count = scan.count
-        yield from scan.feed(chunk)
-        place.line = scan.line
-        blank = blank + len(chunk) if scan.empty and scan.count == count else 0
-        _check_blank(source, scan.line, blank)
-        if scan.problem:
-            raise TraceError(source.name, scan.line, scan.problem)
+        empty = not scan.value
+        found = scan.feed(chunk)
+        yield from found
+        blank = blank + len(chunk) if empty and not found and not scan.value else 0
+        _check_blank(source, place.line, blank)
         chunk = stream.read(_CHUNK)
-    if scan.rest().strip() and not scan.depth and not scan.in_string and scan.closed == scan.array:
-        raise TraceError(source.name, scan.line, "text after the end of the JSON: not a JSON document")
-    if scan.depth or scan.in_string or (scan.array and not scan.closed):
-        raise TraceError(source.name, scan.line, "the JSON document ends early: the file was cut, copy it again")
+    if scan.depth or scan.in_string or scan.array is not scan.closed:
+        raise TraceError(source.name, place.line, "the JSON document ends early: the file was cut, copy it again")
+    if scan.value.strip():
+        raise scan.problem("text after the end of the JSON")
 
 
 class _JsonScan:
     """Cuts chunks of a JSON document into its values."""
 
-    def __init__(self, *, array: bool, line: int) -> None:
+    def __init__(self, source: TraceFile, place: _Place, *, array: bool, line: int) -> None:
         self.array = array
         self.closed = False
-        self.line = line
-        self.count = 0
-        """Values so far."""
         self.depth = 0
-        self.in_string = False
-        self.problem: str | None = None
-        self._escaped = False
-        self._value = bytearray()
-        self._value_line = line
+        self.in_string = self._escaped = False
+        self.value = bytearray()
+        """What stands after the last value that ended."""
+        self._source, self._place, self._begun = source, place, line
+        place.line = line
 
-    def feed(self, chunk: bytes) -> Iterator[tuple[int, bytes]]:
+    def problem(self, what: str) -> TraceError:
+        return TraceError(self._source.name, self._place.line, f"{what}: not a JSON document")
+
+    def feed(self, chunk: bytes) -> list[tuple[int, bytes]]:
         """Values that end in this chunk."""
-        start = at = 0
-        if self._escaped:
-            self._escaped, at = False, 1
-        while self.problem is None and (found := (_INSIDE if self.in_string else _OUTSIDE).search(chunk, at)):
-            at = found.end()
-            mark = found[0]
-            if self.in_string:
-                at = self._in_string(mark, at, len(chunk))
+        ended: list[tuple[int, bytes]] = []
+        start, at = 0, int(self._escaped)
+        self._escaped = False
+        while found := (_INSIDE if self.in_string else _OUTSIDE).search(chunk, at):
+            at, mark = found.end(), found[0]
+            if mark == b"\\":
+                self._escaped = at == len(chunk)
+                at += 1
             elif mark == b'"':
-                self.in_string = True
+                self.in_string = not self.in_string
             elif mark in b"{[":
                 self.depth += 1
             elif self.depth:
                 self.depth -= mark != b","
                 if not self.depth and not self.array:
-                    yield from self._end(chunk[start:at])
+                    ended += self._end(chunk[start:at])
                     start = at
             else:
-                yield from self._end(chunk[start : at - 1])
+                ended += self._end(chunk[start : at - 1])
                 start = at
-                self._between(mark)
+                if not self.array or self.closed:
+                    raise self.problem(f"a {mark.decode()} where no value is open")
+                self.closed = mark == b"]"
         self._keep(chunk[start:])
-
-    def _in_string(self, mark: bytes, at: int, size: int) -> int:
-        """Where to look on after a quote or backslash inside a string."""
-        if mark == b'"':
-            self.in_string = False
-        elif at == size:
-            self._escaped = True
-        else:
-            return at + 1
-        return at
-
-    def _between(self, mark: bytes) -> None:
-        """A comma or closing bracket outside of any value."""
-        if mark == b"]" and self.array and not self.closed:
-            self.closed = True
-        elif mark != b"," or not self.array or self.closed:
-            self.problem = f"a {mark.decode()} where no value is open: not a JSON document"
-
-    @property
-    def empty(self) -> bool:
-        """Nothing but blanks has come since the last value."""
-        return not self._value
-
-    def rest(self) -> bytes:
-        """What stands after the last value that ended."""
-        return bytes(self._value)
+        return ended
 
     def _keep(self, text: bytes) -> None:
-        if not self._value:
+        if not self.value:
             lead = len(text) - len(text.lstrip())
-            self.line += text.count(b"\n", 0, lead)
+            self._place.line += text.count(b"\n", 0, lead)
             text = text[lead:]
-            self._value_line = self.line
-        self.line += text.count(b"\n")
-        room = MAX_VALUE_BYTES + 1 - len(self._value)
-        self._value += text[:room] if room > 0 else b""
+            self._begun = self._place.line
+        self._place.line += text.count(b"\n")
+        self.value += text[: max(MAX_VALUE_BYTES + 1 - len(self.value), 0)]
 
-    def _end(self, text: bytes) -> Iterator[tuple[int, bytes]]:
+    def _end(self, text: bytes) -> list[tuple[int, bytes]]:
         self._keep(text)
-        if self._value:
-            if self.closed:
-                self.problem = "text after the end of the JSON array: not a JSON document"
-                return
-            self.count += 1
-            yield self._value_line, (Cut if len(self._value) > MAX_VALUE_BYTES else bytes)(self._value)
-            self._value.clear()
+        if not self.value:
+            return []
+        if self.closed:
+            raise self.problem("text after the end of the JSON array")
+        ended = (Cut if len(self.value) > MAX_VALUE_BYTES else bytes)(self.value)
+        self.value.clear()
+        return [(self._begun, ended)]

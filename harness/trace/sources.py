@@ -8,14 +8,14 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from harness.errors import TraceError, UsageError
 from harness.terminal import printable
-from harness.trace.source import TraceFile, magic, open_source
+from harness.trace.source import TraceFile, full_name, magic, open_source
 
 _ZIP = b"PK\x03\x04"
 _PATTERN = re.compile(r"[*?\[]")
@@ -28,26 +28,14 @@ class Sources:
     name: str
     """For messages, as the user gave it."""
     files: tuple[TraceFile, ...]
-    found: frozenset[int] = frozenset()
-    """Those that nobody named: of a folder, an archive or a prefix."""
-    sha256: str = field(init=False)
-    """Of the file as it lies there; of several, of their digests."""
 
-    def __post_init__(self) -> None:
+    @property
+    def sha256(self) -> str:
+        """Of the file as it lies there; of several, of their digests."""
         digests = list(dict.fromkeys((str(file.path), file.sha256) for file in self.files))
-        whole = (
-            digests[0][1] if len(digests) == 1 else hashlib.sha256("".join(d for _, d in digests).encode()).hexdigest()
-        )
-        object.__setattr__(self, "sha256", whole)
-
-    def without(self, gone: set[int]) -> Sources:
-        """All but these."""
-        kept = [at for at in range(len(self.files)) if at not in gone]
-        return Sources(
-            self.name,
-            tuple(self.files[at] for at in kept),
-            frozenset(i for i, at in enumerate(kept) if at in self.found),
-        )
+        if len(digests) == 1:
+            return digests[0][1]
+        return hashlib.sha256("".join(digest for _, digest in digests).encode()).hexdigest()
 
 
 def open_sources(names: Sequence[str | Path]) -> Sources:
@@ -58,46 +46,36 @@ def open_sources(names: Sequence[str | Path]) -> Sources:
     """
     if not names:
         raise UsageError("name a trace")
-    files: list[TraceFile] = []
-    found: set[int] = set()
-    for name in map(str, names):
-        for source, named in _expanded(name):
-            found |= set() if named else {len(files)}
-            files.append(source)
+    files = [file for name in map(str, names) for file in _expanded(name)]
     first = str(names[0])
     said = files[0].name if len(files) == 1 else first if len(names) == 1 else f"{first} and {len(names) - 1} more"
-    return Sources(printable(said), tuple(files), frozenset(found))
+    return Sources(printable(said), tuple(files))
 
 
-def _expanded(name: str) -> Iterator[tuple[TraceFile, bool]]:
-    """(file, whether it was named itself) of each file that a name stands for."""
-    url = re.sub(r"^s3:/+", "s3://", name)
+def _expanded(name: str) -> list[TraceFile]:
+    """The files that a name stands for."""
+    url = full_name(name)
     if url.startswith("s3://"):
-        yield from _objects(url)
-        return
+        return _objects(url)
     path = Path(name)
     if name != "-" and not os.path.lexists(path) and _PATTERN.search(name):
         matches = sorted(match for match in glob.glob(name, recursive=True) if Path(match).is_file())  # noqa: PTH207
         if not matches:
             raise TraceError(name, None, "no file matches this pattern")
-        for match in matches:
-            yield from ((source, True) for source in _members(open_source(match)))
-    elif name != "-" and path.is_dir():
-        files = sorted(_below(path))
-        if not files:
-            raise TraceError(name, None, "is a directory without a file")
-        for file in files:
-            yield from ((source, False) for source in _members(open_source(file)))
-    else:
-        members = _members(open_source(name))
-        yield from ((source, len(members) == 1) for source in members)
-
-
-def _below(folder: Path) -> Iterator[Path]:
-    """Files of a folder and of those in it, without hidden ones and those that only mark that a job has ended."""
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
-        yield from (path for name in files if not name.startswith((".", "_")) and (path := Path(root, name)).is_file())
+        return [replace(member, named=True) for match in matches for member in _members(open_source(match))]
+    if name == "-" or not path.is_dir():
+        return _members(open_source(name))
+    files = sorted(
+        Path(root, file)
+        for root, folders, found in os.walk(path)
+        for file in found
+        # Without hidden ones and those that only mark that a job has ended.
+        if not any(part.startswith((".", "_")) for part in (*Path(root).relative_to(path).parts, file))
+        and Path(root, file).is_file()
+    )
+    if not files:
+        raise TraceError(name, None, "is a directory without a file")
+    return [replace(member, named=False) for file in files for member in _members(open_source(file))]
 
 
 def _members(source: TraceFile) -> list[TraceFile]:
@@ -115,28 +93,27 @@ def _members(source: TraceFile) -> list[TraceFile]:
         raise TraceError(source.name, None, "a zip archive without a file")
     if len(names) == 1:
         return [replace(source, member=names[0])]
-    return [replace(source, name=printable(f"{source.name}/{name}"), member=name) for name in names]
+    return [replace(source, name=printable(f"{source.name}/{name}"), member=name, named=False) for name in names]
 
 
 def _is_shown(name: str) -> bool:
     return not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
 
 
-def _objects(url: str) -> Iterator[tuple[TraceFile, bool]]:
+def _objects(url: str) -> list[TraceFile]:
     from harness.store.objects import StoreError, connect, fetch, list_objects
 
     pattern = _PATTERN.search(url)
     alone: TraceError | None = None
     if pattern is None and not url.endswith("/"):
         try:
-            members = _members(open_source(url))
-            yield from ((source, len(members) == 1) for source in members)
-            return
+            return _members(open_source(url))
         except TraceError as e:
             if not isinstance(e.__cause__, StoreError):
                 raise
             alone = e
     folder = url if pattern is None else url[: pattern.start()].rpartition("/")[0]
+    files: list[TraceFile] = []
     try:
         client = connect()
         objects = list_objects(folder.rstrip("/"), client=client)
@@ -148,7 +125,8 @@ def _objects(url: str) -> Iterator[tuple[TraceFile, bool]]:
         for at, stored in enumerate(wanted):
             path = Path(spool.name) / str(at)
             with path.open("wb") as file:
-                source = TraceFile(printable(stored.url), path, fetch(stored.url, file, client=client), spool)
-            yield from ((member, False) for member in _members(source))
+                sha256 = fetch(stored.url, file, client=client)
+            files += _members(TraceFile(printable(stored.url), path, sha256, spool, named=False))
     except StoreError as e:
         raise alone or TraceError(url, None, f"cannot read from S3: {e.problem}") from e
+    return files

@@ -7,14 +7,14 @@ a few for each session, in files where they are many (`harness.trace.spool`); fo
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from harness.errors import PlanError, UsageError
-from harness.plan.arrivals import Times
-from harness.trace.edit import Units, place
+from harness.plan.arrivals import Times, Units
 from harness.trace.io import Trace, TraceRecord
 from harness.trace.prefix import IdealReuse
 from harness.trace.spool import Column, Sessions
@@ -43,6 +43,13 @@ class ModelShare:
     rows: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
+
+
+def place(record: TraceRecord, seed: int) -> int:
+    """64 random bits that depend on the seed and the session (or the line) alone."""
+    unit = f"line {record.line}" if record.session_id is None else f"session {record.session_id}"
+    digest = hashlib.blake2b(f"{seed} {unit}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 class _Session(NamedTuple):

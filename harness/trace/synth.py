@@ -40,8 +40,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.errors import TraceError, UsageError, unknown_name
-from harness.trace.formats.record import MAX_TOKENS
-from harness.trace.io import TraceRecord
+from harness.trace.formats.record import MAX_TOKENS, TraceRecord
 from harness.trace.source import open_source, unpack
 
 Floats = npt.NDArray[np.float64]

@@ -24,9 +24,9 @@ from analysis.steady import only_grew
 from cluster.simulator.replica import Outcomes, Workload, simulate
 from harness.cli.runner.capacity import RUNG, WARMUP, WINDOWS, window_count
 from harness.plan.file import Windows
+from harness.plan.windows import windows_in_time
 from harness.slo import Criterion
 from harness.trace.stats import mean_rate
-from harness.trace.windows import windows_in_time
 from tests.lab.processes import (
     ENGINE,
     WIDE,

@@ -114,7 +114,7 @@ def detect_all(sources: Sources) -> tuple[Sources, str, list[str]]:
         counts = ", ".join(f"{name} ({count} files)" for name, count in names.most_common())
         raise TraceError(sources.name, None, f"holds files of several formats: {counts}. Name those of one")
     (format_,) = names
-    gone = {at for at in problems if at in sources.found or magic(sources.files[at], 1) == b""}
+    gone = {at for at in problems if not sources.files[at].named or magic(sources.files[at], 1) == b""}
     if issubclass(FORMATS[format_], TableReader):  # the second part of a table that was cut has no header
         goes_on = {at for at in problems if _goes_on(sources.files[at], sources.files[min(formats)])}
         problems = {at: e for at, e in problems.items() if at not in goes_on}
@@ -126,7 +126,7 @@ def detect_all(sources: Sources) -> tuple[Sources, str, list[str]]:
     listed = ", ".join(safe(sources.files[at].name, 100) for at in sorted(gone)[:5])
     more = f" and {len(gone) - 5} more" if len(gone) > 5 else ""
     return (
-        sources.without(gone),
+        Sources(sources.name, tuple(file for at, file in enumerate(sources.files) if at not in gone)),
         format_,
         [f"{len(gone)} files are empty or in no known format, and not read: {listed}{more}"],
     )

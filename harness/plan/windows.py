@@ -29,9 +29,8 @@ from typing import NamedTuple
 import numpy as np
 
 from harness.errors import UsageError
-from harness.plan.arrivals import Times
+from harness.plan.arrivals import Arrangement, Times, TracePass
 from harness.plan.file import PlannedWindow, Windows
-from harness.trace.edit import Arrangement, TracePass
 from harness.trace.spool import blocks, filled
 
 GOLDEN = 0.6180339887498949
