@@ -8,20 +8,11 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from analysis.capacity.search_answer import Answer, kept_answer
 from analysis.capacity.sweep import Capacity, Point, capacity, little, merged, pool, saturation
-from analysis.capacity.system import (
-    grouped,
-    has_load,
-    load_words,
-    offered,
-    plan_of,
-    servers_of,
-    system_of,
-    where_words,
-)
+from analysis.capacity.system import System, describe, grouped, has_load, load_words, offered, plan_of, system_of
 from analysis.cost.cost import DEFAULT_UTILISATION, OUTPUT_ONLY, at_rate, bill_usd
 from analysis.offered_load import LOAD_UNIT, LoadKind
 from analysis.stats.intervals import Distribution, Quantity, scaled
@@ -58,22 +49,11 @@ class Interactive:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServingConfig:
+class ServingConfig(System):
     """One tier, model and engine under one kind of load: what it carries and what that costs."""
 
-    model: str
-    label: str | None
-    servers: tuple[str, ...]
-    """Addresses of servers that were there already."""
-    tier: str | None
-    engine: str
-    args: tuple[str, ...]
-    replicas: int
-    evidence: str
-    trace: str
     slo: str | None
     criteria: tuple[Criterion, ...]
-    loop: LoadKind
     unit: str
     """Of loads: req/s, in flight, or sessions/s started."""
     loads: tuple[float, ...]
@@ -111,18 +91,9 @@ class ServingConfig:
     """From starting a replica until it answered: the slowest seen; None when the servers were there already."""
     notes: tuple[str, ...]
 
-    @property
-    def name(self) -> str:
-        """``model on tier``, with the number of replicas when there are several, address and label if there are any."""
-        stated = " (as stated by you)" if self.tier and self.servers else ""
-        where = f"{self.model} on {self.tier or 'no tier'}{stated}"
-        where = f"{where} x {self.replicas}" if self.replicas > 1 else where
-        return where + where_words(self.label, self.servers)
-
     def same_under_other_slo(self, other: ServingConfig) -> bool:
         """Whether ``other`` is the same hardware, software and traffic, judged by another SLO."""
-        same = ("model", "label", "servers", "tier", "engine", "args", "replicas", "evidence", "trace", "loop",
-                "usd_per_hour")  # fmt: skip
+        same = (*(f.name for f in fields(System)), "usd_per_hour")
         return self.slo != other.slo and all(getattr(self, name) == getattr(other, name) for name in same)
 
     @property
@@ -191,7 +162,7 @@ def _system(
     runs: Sequence[Summary], utilisation: float, left_out: Sequence[str], answer: Answer | None
 ) -> ServingConfig:  # fmt: skip
     first = runs[0]
-    kind, tier = first.offered.kind, first.tier
+    system, kind, tier = describe(first), first.offered.kind, first.tier
     points = _points(runs)
     judged = first.slo.criteria if first.slo is not None else []
     criteria = tuple(Criterion(name=one.name, wanted=one.wanted, limits=one.limits) for one in judged)
@@ -203,10 +174,8 @@ def _system(
     ratios = {f"{p.load:g}": r for p in points if (r := little(p, p.rates["e2e_mean_s"].value)) is not None}
     drained = tuple(sorted({offered(s) for s in runs for c in s.checks if c.name == "drain" and c.ok is False}))
     return ServingConfig(
-        model=first.model, label=first.label, servers=servers_of(first), tier=tier.name if tier else None,
-        engine=f"{first.engine} {first.server.version or ''}".strip(), args=tuple(first.server.args),
-        replicas=max(1, first.cost.replicas), evidence=first.evidence, trace=first.plan.trace,
-        slo=" and ".join(c.name for c in criteria) or None, criteria=criteria, loop=kind, unit=LOAD_UNIT[kind],
+        **{f.name: getattr(system, f.name) for f in fields(system)},
+        slo=" and ".join(c.name for c in criteria) or None, criteria=criteria, unit=LOAD_UNIT[kind],
         loads=tuple(p.load for p in points), runs=tuple(run for p in points for run in p.runs), capacity=found,
         top_sent_rate=points[-1].rates["sent_rate"].value if kind == "sessions" else None,
         top_token_throughput=points[-1].rates["total_token_throughput"], usd_per_1m_total=total,

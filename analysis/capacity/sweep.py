@@ -112,7 +112,11 @@ def capacity(points: Sequence[Point], criteria: Sequence[Criterion], unit: str =
         why = next((q.note for point in points for q in point.kept if q.note), "no VALID run")
         return Capacity(state="unknown", load=replace(blank, note=why), limit=None, rates={})
     points, loads = [points[k] for k in known], loads[known]
-    crossings = [_crossing(loads, _kept(points, k), _weights(points, k), c.wanted) for k, c in enumerate(criteria)]
+    kept = [np.array([[0.0 if p.unstable else p.kept[k].value] for p in points]) for k in range(len(criteria))]
+    crossings = [
+        float(_crossing(loads, one.astype(np.float64), _weights(points, k), c.wanted)[0])
+        for k, (one, c) in enumerate(zip(kept, criteria, strict=True))
+    ]
     first = int(np.argmin(crossings))
     draws = _draws(loads, points, criteria)
     low, high = _ends(draws, loads)
@@ -123,7 +127,7 @@ def capacity(points: Sequence[Point], criteria: Sequence[Criterion], unit: str =
     if crossings[first] == math.inf:
         note = f"beyond the highest load: at {loads[-1]:g} {unit} it is kept"
         return Capacity(state="beyond", load=replace(blank, low=low, note=note), limit=None, rates={})
-    value = float(crossings[first])
+    value = crossings[first]
     done = max(p.rates["request_throughput"].value or 0.0 if "request_throughput" in p.rates else 0.0 for p in points)
     if unit == "req/s" and 0 < done < value:  # a finite run cannot see a queue that only grows
         value = done
@@ -163,43 +167,36 @@ def little(point: Point, e2e_s: float | None) -> float | None:
 
 
 def falling(values: Floats, weights: Floats) -> Floats:
-    """The non-increasing series nearest to ``values`` by weighted squares: pool adjacent violators.
+    """The non-increasing series nearest to ``values`` by weighted squares, along the first axis.
 
-    Source: Barlow et al., Statistical Inference under Order Restrictions, 1972.
+    At each place the least, over all that begin before it, of the largest mean of what ends after it.
+    Source: Barlow et al., Statistical Inference under Order Restrictions, 1972 (the min-max formula).
     """
-    blocks: list[tuple[float, float, int]] = []  # mean, weight, length
-    for value, weight in zip(values, weights, strict=True):
-        mean, total, length = float(value), float(weight), 1
-        while blocks and blocks[-1][0] < mean:
-            before, heavy, count = blocks.pop()
-            mean = (before * heavy + mean * total) / (heavy + total)
-            total, length = heavy + total, length + count
-        blocks.append((mean, total, length))
-    return np.concatenate([np.full(length, mean) for mean, _, length in blocks])
-
-
-def _kept(points: Sequence[Point], k: int) -> Floats:
-    return np.array([0.0 if point.unstable else point.kept[k].value for point in points], dtype=np.float64)
+    fitted = np.full(values.shape, np.inf)
+    work, size = (values.T * weights).T, weights.reshape(-1, *[1] * (values.ndim - 1))
+    for first in range(len(values)):
+        means = np.cumsum(work[first:], axis=0) / np.cumsum(size[first:], axis=0)
+        fitted[first:] = np.minimum(fitted[first:], np.maximum.accumulate(means[::-1])[::-1])
+    return fitted
 
 
 def _weights(points: Sequence[Point], k: int) -> Floats:
     return np.array([max(1, point.kept[k].n) for point in points], dtype=np.float64)
 
 
-def _crossing(loads: Floats, shares: Floats, weights: Floats, wanted: float, place: float | None = None) -> float:
-    """Load at which shares made to fall come down to ``wanted``; -inf: below all loads, inf: above.
+def _crossing(loads: Floats, shares: Floats, weights: Floats, wanted: float, place: Floats | None = None) -> Floats:
+    """Loads at which columns of shares, made to fall, come down to ``wanted``; -inf: below all loads, inf: above.
 
     ``place``: how far between the two loads around it; None: where a straight line crosses.
     """
     shares = falling(shares, weights)
-    keeps = shares >= wanted
-    if not keeps[0]:
-        return -math.inf
-    if keeps[-1]:
-        return math.inf
-    i = int(np.flatnonzero(keeps)[-1])
-    step = (shares[i] - wanted) / (shares[i] - shares[i + 1]) if place is None else place
-    return float(loads[i] + step * (loads[i + 1] - loads[i]))
+    kept = (shares >= wanted).sum(axis=0)
+    below, above = np.maximum(kept - 1, 0), np.minimum(kept, len(loads) - 1)
+    if place is None:
+        low, high = (np.take_along_axis(shares, at[None], axis=0)[0] for at in (below, above))
+        place = (low - wanted) / np.where(low > high, low - high, 1.0)
+    found = loads[below] + place * (loads[above] - loads[below])
+    return np.where(kept == 0, -np.inf, np.where(kept == len(loads), np.inf, found))
 
 
 def _draws(loads: Floats, points: Sequence[Point], criteria: Sequence[Criterion]) -> Floats:
@@ -213,8 +210,7 @@ def _draws(loads: Floats, points: Sequence[Point], criteria: Sequence[Criterion]
         weights = _weights(points, k)
         shares = np.stack([_shares(point.kept[k], rng) * (not point.unstable) for point in points])
         places = rng.random(DRAWS)
-        found = [_crossing(loads, shares[:, d], weights, criterion.wanted, places[d]) for d in range(DRAWS)]
-        lowest = np.minimum(lowest, found)
+        lowest = np.minimum(lowest, _crossing(loads, shares, weights, criterion.wanted, places))
     return lowest
 
 
@@ -248,22 +244,25 @@ def _unproven(low: float | None, high: float | None) -> str | None:
 
 
 def _rates_at(points: Sequence[Point], loads: Floats, at: Quantity, draws: Floats) -> dict[str, Quantity]:
-    rng = np.random.default_rng(1)
-    found = {}
+    """Each rate at a load between the measured ones."""
+    rng, inside, found = np.random.default_rng(1), np.clip(draws, loads[0], loads[-1]), {}
+    below = np.clip(np.searchsorted(loads, inside, side="right") - 1, 0, max(0, len(loads) - 2))
+    above = np.minimum(below + 1, len(loads) - 1)
+    place = (inside - loads[below]) / np.where(above > below, loads[above] - loads[below], 1.0)
     for name, first in points[0].rates.items():
         series = [q for point in points if (q := point.rates.get(name)) is not None and q.value is not None]
         if len(series) < len(points) or at.value is None:
             continue
         values = np.array([q.value for q in series], dtype=np.float64)
-        value = float(np.interp(at.value, loads, values))
-        low = high = None
+        value, low, high = float(np.interp(at.value, loads, values)), None, None
         open_ended = at.low is None and at.high is None
         if not open_ended and all(q.low is not None and q.high is not None for q in series):
             spread = np.array([((q.high or 0.0) - (q.low or 0.0)) / (2 * Z) for q in series])
-            noise = rng.standard_normal((DRAWS, len(series))) * spread
-            inside = np.clip(draws, loads[0], loads[-1])
-            drawn = [float(np.interp(x, loads, values + n)) for x, n in zip(inside, noise, strict=True)]
-            ends = np.quantile(drawn, (ALPHA / 2, 1 - ALPHA / 2))
+            drawn = values + rng.standard_normal((DRAWS, len(series))) * spread
+            each = np.arange(DRAWS)
+            ends = np.quantile(
+                drawn[each, below] + place * (drawn[each, above] - drawn[each, below]), (ALPHA / 2, 1 - ALPHA / 2)
+            )
             # where capacity has no end within the measured loads, nor has what was interpolated between them
             low = None if at.low is None else max(0.0, min(value, float(ends[0])))
             high = None if at.high is None else max(value, float(ends[1]))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from analysis.offered_load import KIND_WORDS
+from analysis.offered_load import KIND_WORDS, LoadKind
 from analysis.summary import Summary
 
 Key = tuple[object, ...]
@@ -20,6 +21,41 @@ def grouped(items: Iterable[T], by: Callable[[T], K]) -> dict[K, list[T]]:
     for item in items:
         found.setdefault(by(item), []).append(item)
     return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class System:
+    """Hardware, software and traffic that are measured as one, as capacities and prices name them."""
+
+    model: str
+    label: str | None
+    """What the user calls this system."""
+    servers: tuple[str, ...]
+    """Addresses of servers that were there already."""
+    tier: str | None
+    engine: str
+    args: tuple[str, ...]
+    replicas: int
+    evidence: str
+    trace: str
+    loop: LoadKind
+
+    @property
+    def name(self) -> str:
+        """``model on tier``, with the number of replicas when there are several, address and label if there are any."""
+        stated = " (as stated by you)" if self.tier and self.servers else ""
+        several = f" x {self.replicas}" if self.replicas > 1 else ""
+        where = f"{self.model} on {self.tier or 'no tier'}{stated}{several}"
+        return where + where_words(self.label, self.servers)
+
+
+def describe(s: Summary) -> System:
+    """The system that a run was measured on."""
+    return System(
+        model=s.model, label=s.label, servers=servers_of(s), tier=s.tier.name if s.tier else None,
+        engine=f"{s.engine} {s.server.version or ''}".strip(), args=tuple(s.server.args),
+        replicas=max(1, s.cost.replicas), evidence=s.evidence, trace=s.plan.trace, loop=s.offered.kind,
+    )  # fmt: skip
 
 
 def hardware_of(s: Summary) -> Key:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -118,6 +119,7 @@ def pair_figures(a: PairedRun, b: PairedRun) -> tuple[dict[str, PairFigure], int
 # -------------------------------------------------------------------------------------------------------------- blocks
 
 
+@lru_cache(maxsize=8)
 def block_counts(units: int, share: int = BLOCKS, seed: int = 0) -> Floats:
     """How often each of ``units`` units is in each resample, shape (RESAMPLES, units): circular blocks, ``share`` to a
     run.
@@ -128,7 +130,9 @@ def block_counts(units: int, share: int = BLOCKS, seed: int = 0) -> Floats:
     drawn = (starts[:, :, None] + np.arange(length)) % units
     row = np.repeat(np.arange(RESAMPLES), blocks * length)
     flat = np.bincount(row * units + drawn.ravel(), minlength=RESAMPLES * units)
-    return flat.reshape(RESAMPLES, units).astype(np.float64)
+    counts = flat.reshape(RESAMPLES, units).astype(np.float64)
+    counts.flags.writeable = False  # every pair of runs is drawn alike
+    return counts
 
 
 def _unit_of(n: int) -> Ints:

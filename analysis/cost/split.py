@@ -155,9 +155,8 @@ def by_step_model(usd: float, usage: TokenMix, samples: Samples, *, evidence: st
     (reading the weights); it follows a : b. Without, only intervals near the largest batch are used, where c hides in a
     and b. Intervals: moving-block bootstrap, 95 %, of the division; the bill is taken as it is.
     """
-    return by_fit(
-        usd, usage, rows := busy_rows(samples), evidence=evidence, block=max(1, round(len(rows.seconds) / 10))
-    )
+    rows = busy_rows(samples)
+    return by_fit(usd, usage, rows, evidence=evidence, block=max(1, round(len(rows.seconds) / 10)))
 
 
 def split_bill(

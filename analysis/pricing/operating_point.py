@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from analysis.capacity.serving_config import ServingConfig, serving_configs
+from analysis.capacity.serving_config import Floor, ServingConfig, serving_configs
 from analysis.capacity.system import all_met, arrival_words, grouped, has_load, load_of, load_words, offered, plan_of
 from analysis.cost.cost import usd_per_1m
 from analysis.cost.split import TokenMix, token_mix
@@ -45,9 +45,7 @@ class OperatingPoint:
     mix: TokenMix | None
     """The tokens of those runs; at capacity of one hour."""
     denominator: str
-    floor: Quantity | None
-    """USD per 1M tokens at the highest throughput of any VALID run: it meets no SLO."""
-    floor_load: float | None
+    floor: Floor | None
     kept: bool | None
     """Whether the SLO is kept; None without one."""
     reason: str | None
@@ -90,8 +88,7 @@ def _at_capacity(system: ServingConfig, runs: Sequence[Summary]) -> OperatingPoi
     return OperatingPoint(
         at="capacity", load=q, runs=every, total=replace(cost, value=exact, low=ends[0], high=ends[1]), mix=mix,
         words=f"{KIND_WORDS[system.loop]}, capacity {load:.3g} {system.unit}{within}{arrival_words(runs[0])}",
-        denominator=AN_HOUR, floor=system.floor.usd_per_1m_total if system.floor else None,
-        floor_load=system.floor.load if system.floor else None, kept=True, reason=None,
+        denominator=AN_HOUR, floor=system.floor, kept=True, reason=None,
         notes=(
             *_capacity_notes(system, around),
             *_common_notes(every, mixes, repeats=min(len(one) for one in around)),
@@ -140,11 +137,10 @@ def _measured(system: ServingConfig | None, runs: Sequence[Summary]) -> Operatin
         words = f"{KIND_WORDS[first.offered.kind]}, {_height([first]):.3g} to {_height([last]):.3g} {unit}"
     elif has_load(first):
         load = Quantity(value=offered(first), n=len(chosen), unit=unit, evidence="plan")
-    floor = system.floor if system is not None and len(system.loads) > 1 else None
     return OperatingPoint(
         at="a measured load", words=words, load=load, runs=tuple(chosen), total=pooled_cost(chosen),
-        mix=mix_of(chosen), denominator=SUCCESSFUL, floor=floor.usd_per_1m_total if floor else None,
-        floor_load=floor.load if floor else None, kept=all_met(chosen), reason=reason, notes=tuple(notes),
+        mix=mix_of(chosen), denominator=SUCCESSFUL, kept=all_met(chosen), reason=reason, notes=tuple(notes),
+        floor=system.floor if system is not None and len(system.loads) > 1 else None,
     )  # fmt: skip
 
 

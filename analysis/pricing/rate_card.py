@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import date
 
-from analysis.capacity.system import grouped, servers_of, slo_words, system_of
+from analysis.capacity.system import System, describe, grouped, slo_words, system_of
 from analysis.cost.cost import HOURS_PER_MONTH, usd_per_1m
 from analysis.cost.split import TokenMix
-from analysis.offered_load import LoadKind
 from analysis.price_age import OLD_DAYS
 from analysis.pricing.list_prices import ListPrice
 from analysis.pricing.operating_point import OperatingPoint, operating_point
@@ -72,21 +71,9 @@ class Offer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RateCard:
+class RateCard(System):
     """The decision for one tier and model. Without a price everything that rests on it is None or empty: ``reason``."""
 
-    tier: str | None
-    model: str
-    label: str | None
-    """What the user calls this system."""
-    servers: tuple[str, ...]
-    """Addresses of servers that were there already."""
-    engine: str
-    args: tuple[str, ...]
-    replicas: int
-    evidence: str
-    trace: str
-    loop: LoadKind
     quoted_at: str
     """"capacity": the highest load that keeps the SLO, between two measured ones; or "a measured load"."""
     load: str
@@ -155,22 +142,22 @@ def _charge(found: OperatingPoint, terms: Terms, structure: TokenWeights, basis:
     first, full, mix, reason = found.runs[0], found.total, found.mix, found.reason
     if reason is None and (full.value is None or mix is None or basis is None or not mix.total):
         reason = full.note or first.cost.reason or "no tokens were served"
+    system = replace(describe(first), evidence=full.evidence)
     made = RateCard(
-        tier=first.tier.name if first.tier else None, model=first.model, label=first.label, servers=servers_of(first),
-        engine=f"{first.engine} {first.server.version or ''}".strip(), args=tuple(first.server.args),
-        replicas=first.cost.replicas, evidence=full.evidence, trace=first.plan.trace, loop=first.offered.kind,
+        **{f.name: getattr(system, f.name) for f in fields(system)},
         quoted_at=found.at, load=found.words, offered=found.load, runs=tuple(s.run for s in found.runs),
         measured=min(s.created for s in found.runs)[:10], slo=slo_words(first), slo_met=found.kept,
         window=first.window.rule if first.window else None,
         window_s=sum(s.window.duration_s for s in found.runs if s.window) or None, denominator=found.denominator,
-        basis=basis, structure=structure, mix=mix, floor_load=found.floor_load, reason=reason,
+        basis=basis, structure=structure, mix=mix, floor_load=found.floor.load if found.floor else None,
+        reason=reason,
         caution=next((s.caution for s in found.runs if s.caution), None),
         notes=(*found.notes, *_notes(found, structure, basis)),
     )  # fmt: skip
     if reason is not None or mix is None or basis is None or full.value is None:
         return made
     again = 1.0 if basis.measured_with is None else basis.usd_per_hour / basis.measured_with.usd_per_hour
-    full, floor = scaled(full, again), found.floor
+    full, floor = scaled(full, again), found.floor.usd_per_1m_total if found.floor else None
     assert full.value is not None
     cost_full = unit_prices(full, mix, structure)
     offers = _offers(cost_full, terms)
