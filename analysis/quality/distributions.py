@@ -31,13 +31,15 @@ def t_quantile(p: float, degrees: float) -> float:
         return math.inf
     if p < 0.5:
         return -t_quantile(1 - p, degrees)
-    low, high = 0.0, 1.0
-    while t_tail(high, degrees) > 1 - p:
-        low, high = high, 2 * high
-    while high - low > 1e-9 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_tail(middle, degrees) > 1 - p else (low, middle)
-    return (low + high) / 2
+    t = NORMAL.inv_cdf(p)
+    log_front = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - math.log(degrees * math.pi) / 2
+    for _ in range(100):  # Newton's, from below: the tail is convex, so it never passes the root
+        density = math.exp(log_front - (degrees + 1) / 2 * math.log1p(t * t / degrees))
+        step = (t_tail(t, degrees) - (1 - p)) / density
+        t += step
+        if abs(step) <= 1e-10 * (1 + t):
+            break
+    return t
 
 
 def _incomplete_beta(x: float, a: float, b: float) -> float:

@@ -1,0 +1,61 @@
+"""What is usually claimed of smaller models, as ratios with intervals: each holds, fails, or is not decided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from analysis.quality.estimate import Estimate
+
+Outcome = Literal["holds", "fails", "not decided", "not measured"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A claim, what became of it, and the figures that decided."""
+
+    text: str
+    outcome: Outcome
+    results: Estimate | None
+    """Accepted answers of the candidate over those of the current model."""
+    cost: Estimate | None
+    """Bill of the candidate over that of the current model."""
+
+
+def results_for_cost(results: Estimate | None, cost: Estimate | None, at_least: float, at_most: float) -> Claim:
+    """Whether "90 % of the results for 10 % of the cost" holds: by the worse end of both; one better end fails it."""
+    text = f"{100 * at_least:g} % of the results for {100 * at_most:g} % of the cost"
+    outcome: Outcome = "not decided"
+    if (results is not None and results.high < at_least) or (cost is not None and cost.low > at_most):
+        outcome = "fails"
+    elif results is None or cost is None:
+        outcome = "not measured"
+    elif results.low >= at_least and cost.high <= at_most:
+        outcome = "holds"
+    return Claim(text=text, outcome=outcome, results=results, cost=cost)
+
+
+def times_cheaper(
+    results: Estimate | None, cost: Estimate | None, not_worse: bool | None, at_least: float = 3.0
+) -> Claim:  # fmt: skip
+    """Whether "3x to 10x cheaper without regression" holds: by the worse end, and where the test at the margin passed.
+
+    ``not_worse``: True passed, False proven worse, None not decided. Cheaper still than 10x holds as well.
+    """
+    outcome: Outcome = "not decided"
+    if not_worse is False or (cost is not None and cost.low > 1 / at_least):
+        outcome = "fails"
+    elif cost is None:
+        outcome = "not measured"
+    elif not_worse and cost.high <= 1 / at_least:
+        outcome = "holds"
+    return Claim(text=f"{at_least:g} to 10 times cheaper", outcome=outcome, results=results, cost=cost)
+
+
+def usual_claims(results: Estimate | None, cost: Estimate | None, not_worse: bool | None) -> tuple[Claim, ...]:
+    """The three that users ask about."""
+    return (
+        results_for_cost(results, cost, 0.9, 0.1),
+        results_for_cost(results, cost, 0.8, 0.2),
+        times_cheaper(results, cost, not_worse),
+    )
