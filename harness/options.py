@@ -294,6 +294,17 @@ class ReportOptions(AttainOption):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SearchOptions:
+    """What a search is asked for, beyond the options of a replay."""
+
+    max_usd: float | None = opt("Stop when this much is spent on servers, their start among it.", kind=POSITIVE)
+    max_hours: float | None = opt("Stop when servers were up for this long.", kind=POSITIVE)
+    probe_s: float = opt("Length of a probe; longer by itself where it would send too few requests.", 60.0)
+    tolerance: float = opt("Stop when the 95 % interval reaches this far to either side of capacity.", 0.1, kind=SHARE)
+    busiest: bool = opt("Probe the busiest stretch of TRACE instead of all its parts.", False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplayOptions:
     """All that ``harness replay`` takes, in its groups; plan, run, serve, sweep and capacity take parts of it."""
 

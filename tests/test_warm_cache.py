@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
+import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from analysis.capacity.serving_config import serving_configs
 from analysis.compare.comparable import refusals
 from analysis.rows.read import read_run
 from analysis.summary import Summary, summarise
-from harness.cli.runner.sent_prompts import note_sent, seen_before
+from harness.cli.runner.targets import note_sent, seen_before
 from harness.paths import state_dir
 from harness.record.manifest import RunDir, read_manifest, write_manifest
 
@@ -137,70 +138,76 @@ def asked(path, *, seed=0, tokenizer="t", urls=("http://127.0.0.1:1/v1",), **fac
 
 
 def test_a_server_that_had_these_prompts_is_named_before_the_start(tmp_path):
-    first, _ = asked(tmp_path / "20260101T000000Z-a", start_unix_ns=1)
-    second, manifest = asked(tmp_path / "20260101T000500Z-b")
-    said = seen_before(second, manifest)
-    assert said is not None and "20260101T000000Z-a" in said and "--seed 1" in said
-    assert seen_before(second, replace(manifest, plan=replace(manifest.plan, seed=7))) is None
+    _, first = asked(tmp_path / "a")
+    _, manifest = asked(tmp_path / "b")
+    assert seen_before(manifest) is None
+    note_sent(first)
+    said = seen_before(manifest)
+    assert said is not None and "--seed 1" in said
+    assert seen_before(replace(manifest, plan=replace(manifest.plan, seed=7))) is None
     elsewhere = replace(manifest, spec=replace(manifest.spec, base_urls=["http://127.0.0.1:9/v1"]))
-    assert seen_before(second, elsewhere) is None
+    assert seen_before(elsewhere) is None
     started = replace(manifest, engine="vllm")
-    assert seen_before(second, started) is None, "a server that was started for the run has an empty cache"
-    (first.path / "run.json").write_text("{")
-    assert seen_before(second, manifest) is None
+    assert seen_before(started) is None, "a server that was started for the run has an empty cache"
 
 
 def test_it_is_named_wherever_the_earlier_run_was_put(tmp_path):
     _, first = asked(tmp_path / "here" / "a", urls=[URL, "http://gpu-2/v1"])
     note_sent(first, now_s=1_767_225_600)
-    where, second = asked(tmp_path / "there" / "b", urls=["https://GPU-1:8000/v1"])
-    said = seen_before(where, second)
+    _, second = asked(tmp_path / "there" / "b", urls=["https://GPU-1:8000/v1"])
+    said = seen_before(second)
     assert said is not None and "(2026-01-01 00:00 UTC)" in said and "--seed 1" in said
     for other in (
         replace(second, plan=replace(second.plan, seed=1)), replace(second, engine="vllm"),
         replace(second, spec=replace(second.spec, base_urls=["https://gpu-1:8001/v1"])),
     ):  # fmt: skip
-        assert seen_before(where, other) is None
+        assert seen_before(other) is None
 
 
 def test_no_seed_makes_texts_of_the_trace_new(tmp_path):
     _, first = asked(tmp_path / "here" / "a", tokenizer=None)
     note_sent(first)
-    where, second = asked(tmp_path / "there" / "b", tokenizer=None, seed=5)
-    said = seen_before(where, second)
+    _, second = asked(tmp_path / "there" / "b", tokenizer=None, seed=5)
+    said = seen_before(second)
     assert said is not None and "texts of the same trace" in said and "no --seed changes them" in said
 
 
 def test_what_was_sent_is_kept_privately_without_secrets_and_within_bounds(tmp_path, monkeypatch):
-    monkeypatch.setattr("harness.cli.runner.sent_prompts.KEPT", 3)
-    file = state_dir() / "seen.json"
+    file = state_dir() / "seen.jsonl"
     for seed in range(6):
-        where, manifest = asked(tmp_path / "a", seed=seed, urls=[URL])
+        _, manifest = asked(tmp_path / "a", seed=seed, urls=[URL])
         note_sent(manifest, now_s=seed)
-        note_sent(manifest, now_s=seed)
-    kept = json.loads(file.read_text())
-    assert [one["at"] for one in kept] == [3, 4, 5]
+    assert [json.loads(line)["at"] for line in file.read_text().splitlines()] == [*range(6)]
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert "secret" not in file.read_text() and "gpu-1" not in file.read_text()
-    file.write_text('[{"address": 3}')
-    assert seen_before(where, manifest) is None
+    file.write_bytes(b'{"address": 3}\n[[[\n\xff\n')
+    assert seen_before(manifest) is None
     note_sent(manifest, now_s=9)
-    assert [one["at"] for one in json.loads(file.read_text())] == [9]
-    note_sent(replace(manifest, engine="vllm"))
-    assert len(json.loads(file.read_text())) == 1
-
-
-def test_a_state_folder_that_cannot_be_written_or_is_held_stops_no_run(tmp_path, monkeypatch):
-    where, manifest = asked(tmp_path / "a")
-    monkeypatch.setattr("harness.cli.runner.sent_prompts.LOCK_S", 0.0)
-    note_sent(manifest)
-    file = state_dir() / "seen.json"
+    assert "1970-01-01" in str(seen_before(manifest)), "what cannot be read hides nothing else"
     before = file.read_bytes()
-    with (state_dir() / "seen.lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        note_sent(replace(manifest, plan=replace(manifest.plan, seed=1)))
+    note_sent(replace(manifest, engine="vllm"))
     assert file.read_bytes() == before
+    monkeypatch.setattr("harness.cli.runner.targets.MOST_BYTES", len(before) - 1)
+    note_sent(manifest, now_s=10)
+    assert [json.loads(line)["at"] for line in file.read_text().splitlines()] == [10]
+
+
+def test_runs_that_begin_together_lose_nothing(tmp_path):
+    _, manifest = asked(tmp_path / "a")
+    every = [replace(manifest, plan=replace(manifest.plan, seed=seed)) for seed in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(note_sent, every))
+    assert all(seen_before(one) for one in every)
+
+
+def test_a_state_folder_that_cannot_be_written_stops_no_run(tmp_path, monkeypatch):
+    _, manifest = asked(tmp_path / "a")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     note_sent(manifest)
-    assert seen_before(where, manifest) is None
+    assert seen_before(manifest) is None
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    state_dir().mkdir(parents=True)
+    os.mkfifo(state_dir() / "seen.jsonl")
+    note_sent(manifest)
+    assert seen_before(manifest) is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,28 +16,17 @@ from harness.cli.verb import (
     takes,
 )
 from harness.errors import EXIT_FAILURE, EXIT_SLO_MISSED, EXIT_VALID, UsageError
-from harness.option_types import POSITIVE, SHARE, opt, options_of
-from harness.options import AttainOption, LoadOptions, ReplayOptions, ReportOptions
-from harness.slo import criteria
+from harness.option_types import options_of
+from harness.options import AttainOption, LoadOptions, ReplayOptions, ReportOptions, SearchOptions
 
 if TYPE_CHECKING:
-    from harness.cli.runner.capacity import CapacityReport, Search
+    from harness.cli.runner.capacity import CapacityReport
+    from harness.slo import Criterion
     from harness.sweep.spec import SweepSpec
 
 DECIDED = frozenset({"rate", "speed", "concurrency", "stages", "duration_s", "limit", "repeat", "rescale", "grow",
                      "slo", "attain", "ratio", "format_"})  # fmt: skip
 """Options of replay that the search decides itself, or has of its own."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SearchOptions:
-    """What a search is asked for, beyond the options of a replay."""
-
-    max_usd: float | None = opt("Stop when this much is spent on servers, their start among it.", kind=POSITIVE)
-    max_hours: float | None = opt("Stop when servers were up for this long.", kind=POSITIVE)
-    probe_s: float = opt("Length of a probe; longer by itself where it would send too few requests.", 60.0)
-    tolerance: float = opt("Stop when the 95 % interval reaches this far to either side of capacity.", 0.1, kind=SHARE)
-    busiest: bool = opt("Probe the busiest stretch of TRACE instead of all its parts.", False)
 
 
 @command(
@@ -89,7 +78,7 @@ def capacity(
     from harness.cli import sweep
     from harness.cli.output import as_json, say
     from harness.cli.report import write_page_of
-    from harness.cli.runner.capacity import CapacitySession, Search, in_loop
+    from harness.cli.runner.capacity import CapacitySession, in_loop
     from harness.cli.select_runs import find_runs
     from harness.sweep.spec import seeded
     from harness.sweep.state import ANSWER, lock, read_state
@@ -118,13 +107,9 @@ def capacity(
         state = sweep.new_state(name, trace, seeded(spec), search=True)
         sweep.same_trace(state, source.sha256, source.path)
         folder = sweep.new_folder(root, url, state)
-    ask = Search(
-        criteria=tuple(criteria(slo, attain)), probe_s=search.probe_s, tolerance=search.tolerance,
-        busiest=search.busiest,
-    )  # fmt: skip
     with lock(folder):
         say(f"sweep folder: {folder}")
-        session = CapacitySession(folder, state, asked, source, tiers, ask)
+        session = CapacitySession(folder, state, asked, source, tiers, search)
         try:
             session.run()
         except KeyboardInterrupt:
@@ -133,10 +118,10 @@ def capacity(
         report = session.report()
         try:
             (folder / ANSWER).write_bytes(as_json(report))
-            session.send(folder / ANSWER)
+            session.store.send(folder / ANSWER)
         except OSError as e:  # it can be made again from the runs
             say(f"{folder / ANSWER}: cannot write ({e.strerror})")
-    _print(report, ask, asked.report.format_)
+    _print(report, session.criteria, asked.report.format_)
     if html is not None and report.probes:
         write_page_of(find_runs(folder), html, slo=slo, attain=attain, min_requests=asked.load.min_requests)
     return _exit(report)
@@ -164,7 +149,7 @@ def _spec(trace: Path, search: SearchOptions, options: ReplayOptions) -> SweepSp
     )  # fmt: skip
 
 
-def _print(report: CapacityReport, ask: Search, format_: str) -> None:
+def _print(report: CapacityReport, criteria: Sequence[Criterion], format_: str) -> None:
     from analysis.report.capacity_text import capacity_sections, probe_section
     from analysis.report.document import Section
     from harness.cli.output import present
@@ -174,7 +159,7 @@ def _print(report: CapacityReport, ask: Search, format_: str) -> None:
     lines = (report.sentence, f"{took} It ended: {report.ended}.")
     sections = [
         Section(title="Capacity", lines=lines),
-        probe_section(report.probes, ask.criteria),
+        probe_section(report.probes, criteria),
         *capacity_sections(report.systems),
     ]
     present(report, sections, format_)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,18 +15,17 @@ from harness.cli.runner.steps import settle
 from harness.cli.runner.sweep import Session
 from harness.cli.runner.targets import Target, choose_target
 from harness.errors import HarnessError
-from harness.options import PlanOptions, ReplayOptions
+from harness.options import PlanOptions, ReplayOptions, SearchOptions
 from harness.plan.file import Windows
 from harness.record.manifest import Tier, now_utc
-from harness.slo import Criterion
+from harness.slo import criteria
 from harness.sweep.cost import start_s, usd_per_hour
 from harness.sweep.spec import Level, Point, point_seed, slug
 from harness.sweep.state import SweepState
 from harness.trace.io import Trace
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from analysis.arrays import Floats
     from analysis.capacity.backlog import Demand
     from analysis.capacity.search import Probe, ProbeRow, Step
     from analysis.capacity.search_answer import Answer
@@ -58,18 +58,6 @@ STARTS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Search:
-    """What a search is asked for, beyond the options of a replay."""
-
-    criteria: tuple[Criterion, ...]
-    probe_s: float
-    tolerance: float
-    """Half of the interval as a share of capacity, when to end."""
-    busiest: bool = False
-    """Probe the busiest stretch of the trace instead of all of it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class CapacityReport:
     """``harness.capacity/1``: the answer, how it was found and what that cost."""
 
@@ -95,10 +83,11 @@ class CapacitySession(Session):
 
     def __init__(
         self, folder: Path, state: SweepState, options: ReplayOptions, trace: Trace, tiers: Sequence[Tier | None],
-        ask: Search,
+        search: SearchOptions,
     ) -> None:  # fmt: skip
         super().__init__(folder, state, options, trace, tiers)
-        self.ask, self.asked = ask, options
+        self.search, self.asked = search, options
+        self.criteria = criteria(options.load.slo or {}, options.report.attain)
         self.demand = demand_of(trace, options.plan)
         self._waits = options.plan.waits
         self.probes: dict[str, Probe] = {}
@@ -150,7 +139,7 @@ class CapacitySession(Session):
         left = next((point for point in self.state.points if point.state == "pending"), None)
         if left is None:
             probes = [self._probe(point) for point in self.state.points]
-            step = next_load(probes, self.ask.criteria, self.ask.tolerance, self.demand)
+            step = next_load(probes, self.criteria, self.search.tolerance, self.demand)
             if step.rate is None and step.concurrency is None:
                 self.ended = step
                 return None
@@ -172,36 +161,38 @@ class CapacitySession(Session):
 
     def _of(self, point: Point) -> ReplayOptions:
         """The options of this probe: how long, how many requests, and from which parts of the trace."""
-        level, closed = point.level, point.level.concurrency is not None
-        options = in_loop(self.asked, closed=closed)
+        options = in_loop(self.asked, closed=point.level.concurrency is not None)
+        if point.level.request_rate is None:
+            return replace(options, plan=self._rung(options.plan, point.level.concurrency or 1))
         opened = [p.name for p in self.state.points if p.level.concurrency is None]
-        draw = opened.index(point.name) if point.name in opened else 0
-        if level.concurrency is not None:
-            windows = Windows(count=WINDOWS, draw=len(self.probes), busiest=self.ask.busiest)
-            pace = level.concurrency / PACE_S
-            below = [p for p in self.probes.values() if p.concurrency and p.point and p.concurrency < level.concurrency]
-            if below:
-                last = max(below, key=lambda p: p.concurrency or 0)
-                assert last.point is not None and last.concurrency is not None
-                done = last.point.rates["request_throughput"].value or pace
-                pace = min(pace, done * level.concurrency / last.concurrency)
-            seconds = RUNG * self.ask.probe_s
-            limit = math.ceil(SPARE * pace * seconds) + level.concurrency
-            rung = replace(
-                options.plan, windows=windows, warmup=None, duration_s=seconds, limit=limit, repeat=True
-            )  # fmt: skip
-            return replace(options, plan=rung)
-        rate = level.request_rate
-        assert rate is not None
+        draw = opened.index(point.name)
+        return replace(options, plan=self._open(options, point.level.request_rate, draw))
+
+    def _rung(self, plan: PlanOptions, concurrency: int) -> PlanOptions:
+        """A closed loop's share of a probe, with requests enough for a server as fast as the rung below lets expect."""
+        pace = concurrency / PACE_S
+        below = [p for p in self.probes.values() if p.concurrency and p.point and p.concurrency < concurrency]
+        if below:
+            last = max(below, key=lambda p: p.concurrency or 0)
+            assert last.point is not None and last.concurrency is not None
+            done = last.point.rates["request_throughput"].value or pace
+            pace = min(pace, done * concurrency / last.concurrency)
+        seconds = RUNG * self.search.probe_s
+        windows = Windows(count=WINDOWS, draw=len(self.probes), busiest=self.search.busiest)
+        limit = math.ceil(SPARE * pace * seconds) + concurrency
+        return replace(plan, windows=windows, warmup=None, duration_s=seconds, limit=limit, repeat=True)
+
+    def _open(self, options: ReplayOptions, rate: float, draw: int) -> PlanOptions:
+        """A probe at a rate: longer than asked for where that has too few requests or ends with the first answers."""
         from analysis.capacity.search import requests_needed
 
         least = options.load.min_requests
         judged = math.ceil(least + 3 * math.sqrt(least))  # the count of arrivals in a window varies
-        needed = max(judged, requests_needed(self.ask.criteria) / DECIDE)
-        seconds = max(self.ask.probe_s, (needed + 1) / rate, ANSWERS * self._answer_s())
+        needed = max(judged, requests_needed(self.criteria) / DECIDE)
+        seconds = max(self.search.probe_s, (needed + 1) / rate, ANSWERS * self._answer_s())
         asked_s = options.plan.warmup_s
         warmup = asked_s if asked_s is not None else max(WARMUP * seconds, self._settles_s())
-        if seconds > self.ask.probe_s:
+        if seconds > self.search.probe_s:
             self.tell_once(
                 f"  {seconds:.0f} s at {rate:g} req/s: less has too few requests, or ends with the first answers"
             )
@@ -210,14 +201,11 @@ class CapacitySession(Session):
                 f"  the trace has {self.survey.rows} requests: it is repeated, with new prompts where they are made"
             )
         count = window_count(seconds, waits=self._waits)
-        windows = Windows(count=count, draw=draw, busiest=self.ask.busiest)
-        probe = replace(options.plan, windows=windows, warmup=warmup, duration_s=seconds + warmup, repeat=True)
-        return replace(options, plan=probe)
+        windows = Windows(count=count, draw=draw, busiest=self.search.busiest)
+        return replace(options.plan, windows=windows, warmup=warmup, duration_s=seconds + warmup, repeat=True)
 
     def _settles_s(self) -> float:
-        """How long sessions that wait take to come at their rate, s: where answers take longer than in the trace, the
-        last turns of a session come that much later, and until then there are fewer.
-        """
+        """How long sessions that wait take to come at their rate, s: each turn comes later by what answers take."""
         return self.demand.requests_per_session * self._answer_s() if self._waits else 0.0
 
     def _answer_s(self) -> float:
@@ -227,7 +215,7 @@ class CapacitySession(Session):
 
     def lost_when(self, point: Point) -> Callable[[Mapping[str, object]], str | None] | None:
         """A probe is lost when what waits would take the server several times the longest limit to work off."""
-        limits = [limit for criterion in self.ask.criteria for limit in criterion.limits.values()]
+        limits = [limit for criterion in self.criteria for limit in criterion.limits.values()]
         rungs = [p for p in self.probes.values() if p.concurrency is not None and p.point is not None]
         if point.level.concurrency is not None or not rungs or not limits:
             return None
@@ -236,7 +224,7 @@ class CapacitySession(Session):
             return None
         pace = best.worked.requests / best.worked.seconds
         most = 2 * best.concurrency + LOST * max(*limits, 1.0) * pace
-        from_s = time.monotonic() + LEAD_S + (WARMUP + 0.25) * self.ask.probe_s
+        from_s = time.monotonic() + LEAD_S + (WARMUP + 0.25) * self.search.probe_s
 
         def lost(counts: Mapping[str, object]) -> str | None:
             waiting = counts.get("in_flight")
@@ -260,10 +248,10 @@ class CapacitySession(Session):
         steers = not failed or (failed == {MIN_REQUESTS} and rate is None)
         evidence = None
         if rate is not None and (steers or lost):
-            evidence = evidence_of(run, self.ask.criteria, rate, lost=lost)
+            evidence = evidence_of(run, self.criteria, rate, lost=lost)
         self.probes[point.name] = Probe(
             rate=rate, concurrency=point.level.concurrency, point=point_of(found) if steers else None,
-            used=limit_used(run, self.ask.criteria), evidence=evidence,
+            used=limit_used(run, self.criteria), evidence=evidence,
             worked=worked_of(run) if steers or lost else None,
         )  # fmt: skip
 
@@ -278,19 +266,16 @@ class CapacitySession(Session):
         point.state, point.reason = state, reason
         self.write()
         row = self._record(point)
+        kept = zip(row.attainment, self.criteria, strict=False)
         words = [
             row.verdict,
-            *(f"{x:.2%} {c.name}" for x, c in zip(row.attainment, self.ask.criteria, strict=False) if x is not None),
+            *(f"{share:.2%} {criterion.name}" for share, criterion in kept if share is not None),
+            "" if row.request_throughput is None else f"{row.request_throughput:.3g} req/s done",
+            "" if row.seconds is None else f"{row.seconds:.0f} s",
+            "" if row.usd is None else f"{row.usd:.4f} USD",
+            (reason or "")[:200],
         ]
-        if row.request_throughput is not None:
-            words.append(f"{row.request_throughput:.3g} req/s done")
-        if row.seconds is not None:
-            words.append(f"{row.seconds:.0f} s")
-        if row.usd is not None:
-            words.append(f"{row.usd:.4f} USD")
-        if reason:
-            words.append(reason[:200])
-        say(f"probe {self.state.points.index(point) + 1}: {row.load}: {' · '.join(words)}")
+        say(f"probe {self.state.points.index(point) + 1}: {row.load}: {' · '.join(filter(None, words))}")
 
     def _record(self, point: Point) -> ProbeRow:
         from analysis.capacity.search import ProbeRow
@@ -322,14 +307,14 @@ class CapacitySession(Session):
         summaries = [self.summaries[name] for name in names]
         if not shown:
             return None
-        now = estimate(probes, self.ask.criteria, self.demand)
+        now = estimate(probes, self.criteria, self.demand)
         found = capacity_from(
             now, shown, summaries, self.demand, unit="sessions/s" if self._waits else "req/s",
             sessions_per_request=1 / self.demand.requests_per_session if self._waits else None,
-            reached=any(keeps(p.point, self.ask.criteria) for p in probes if p.rate is not None and p.point),
+            reached=any(keeps(p.point, self.criteria) for p in probes if p.rate is not None and p.point),
         )  # fmt: skip
         return Answer(
-            criteria=tuple(c.name for c in self.ask.criteria), runs=tuple(names), capacity=found,
+            criteria=tuple(c.name for c in self.criteria), runs=tuple(names), capacity=found,
             trace_share=self._trace_share(), seconds=now.seconds if now else 0.0,
         )  # fmt: skip
 
@@ -345,10 +330,6 @@ class CapacitySession(Session):
                     return 1.0
                 seen.update((window.first_row + k) % rows for k in range(window.requests))  # it may run over the end
         return len(seen) / max(1, rows)
-
-    def send(self, answer: Path) -> None:
-        """Keep what was found in the store too, where there is one."""
-        self._store.send(answer)
 
     def report(self) -> CapacityReport:
         """The answer from all probes so far."""
@@ -394,34 +375,27 @@ def demand_of(trace: Trace, asked: PlanOptions) -> Demand:
     from analysis.capacity.backlog import Demand
     from harness.plan.arrivals import arrival_times, constant_stage
 
-    times, inputs, outputs, starts, after = [], [], [], [], []
-    begun: dict[str, float] = {}
-    last: dict[str, int] = {}
-    waits = asked.waits
-    for record in trace:
-        times.append(np.nan if record.arrival_s is None else record.arrival_s)
-        if waits:
-            session = record.session_id
-            starts.append(times[-1] if session is None else begun.setdefault(session, times[-1]))
-            after.append(-1 if session is None else last.get(session, -1))
-            if session is not None:
-                last[session] = len(times) - 1
-        inputs.append(np.nan if record.input_tokens is None else record.input_tokens)
-        outputs.append(np.nan if record.output_tokens is None else record.output_tokens)
-    arrival_s = np.array(times, dtype=np.float64)
-    into_session_s = arrival_s - np.array(starts) if waits else None
-    waits_for = np.array(after, dtype=np.int64) if waits else None
-    if asked.arrivals is not None and asked.arrivals != "trace":
+    flat = array("d")
+    sessions: dict[str | None, tuple[float, int]] = {}  # its start, and its last row so far
+    for k, record in enumerate(trace):
+        said = (record.arrival_s, record.input_tokens, record.output_tokens)
+        at, into, out = (math.nan if value is None else value for value in said)
+        start_s, last = sessions.get(record.session_id, (at, -1))
+        if record.session_id is not None and asked.waits:
+            sessions[record.session_id] = start_s, k
+        flat.extend((at, into, out, at - start_s, last))
+    arrival_s, inputs, outputs, into_session_s, after = np.frombuffer(flat).reshape(-1, 5).T.copy()
+    if asked.drawn and asked.arrivals is not None:
         stages = constant_stage(1.0, None)
-        drawn = arrival_times(asked.arrivals, stages, burstiness=asked.burstiness or 1.0, seed=0, most=len(times))
-        arrival_s, into_session_s = np.asarray(drawn, dtype=np.float64) / 1e9, None
+        drawn = arrival_times(asked.arrivals, stages, burstiness=asked.burstiness or 1.0, seed=0, most=len(after))
+        arrival_s = np.asarray(drawn, dtype=np.float64) / 1e9
 
-    def known(values: list[float], absent: float) -> np.ndarray[Any, np.dtype[np.float64]]:
-        found = np.array(values, dtype=np.float64)
-        said = np.isfinite(found)
-        return np.where(said, found, float(found[said].mean()) if said.any() else absent)
+    def known(values: Floats, absent: float) -> Floats:
+        said = np.isfinite(values)
+        return np.where(said, values, float(values[said].mean()) if said.any() else absent)
 
     return Demand(
         arrival_s=arrival_s, input_tokens=known(inputs, 0.0), output_tokens=known(outputs, 1.0),
-        into_session_s=into_session_s, after=waits_for,
+        into_session_s=into_session_s if asked.waits and not asked.drawn else None,
+        after=after.astype(np.int64) if asked.waits else None,
     )  # fmt: skip

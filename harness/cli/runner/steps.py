@@ -14,8 +14,7 @@ from typing import Any, Literal
 
 from harness.cli.machines import hot_path
 from harness.cli.output import say
-from harness.cli.runner.sent_prompts import note_sent, seen_before
-from harness.cli.runner.targets import LocalTarget, Servers, Target, UrlTarget
+from harness.cli.runner.targets import LocalTarget, Servers, Target, UrlTarget, note_sent, seen_before
 from harness.console import LoadProgress, console
 from harness.errors import HarnessError, PlanError, ResultsError, ServerError, UsageError
 from harness.options import LoadOptions, ReplayOptions
@@ -210,7 +209,7 @@ def execute_point(
     manifest.load_shares_server_host, manifest.load_shares_server_cores = servers.shares_host, servers.shared_cores
     manifest.versions["hot path"] = hot_path()
     write_manifest(run, manifest)
-    if said := seen_before(run, manifest):
+    if said := seen_before(manifest):
         tell(said)
     try:
         _make_ready(servers, spec, access, run.plan, tell, warm=warm)

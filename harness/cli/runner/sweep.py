@@ -33,10 +33,6 @@ if TYPE_CHECKING:
 STOPPED = "stopped by the user"
 
 
-def _unsaid(_: str) -> None:
-    """What would be said of every plan of a sweep."""
-
-
 class Session:
     """One sitting of a sweep: from its start or its resumption to its end. ``state`` is on disk before every step."""
 
@@ -47,19 +43,19 @@ class Session:
         self.folder, self.state, self.options, self.trace, self.tiers = folder, state, options, trace, tiers
         self.survey = found or survey(trace, levels(state.spec), options.plan)
         self._began_ns = time.time_ns()
-        self._store = SweepStore(folder, state.store_url, say)
+        self.store = SweepStore(folder, state.store_url, say)
         self.over: str | None = None
         """Why no further point is begun."""
         self._told: set[str] = set()
 
     def run(self) -> None:
         """Do every point that is not done. Raises KeyboardInterrupt after Ctrl-C, with everything written down."""
-        self._store.begin(self.state)
+        self.store.begin(self.state)
         try:
             self._look_back()
             self.work()
         finally:
-            self._store.close(self.state)
+            self.store.close(self.state)
 
     def work(self) -> None:
         """The points that are to be done, once what an earlier sitting left was looked at."""
@@ -69,8 +65,6 @@ class Session:
             if not self.over:
                 say(f"{pair.name} x {pair.replicas}: {len(points)} point{'s' if len(points) > 1 else ''}")
                 self._pair(k, points)
-
-    # --- what an earlier sitting left --------------------------------------------------------------------------------
 
     def _look_back(self) -> None:
         """Keep what is whole, whatever its state says; everything else is to be done (again)."""
@@ -91,8 +85,6 @@ class Session:
             point.state, point.reason = "pending", problem
             point.verdict, point.slo_met, point.took_s, point.figures = None, None, None, {}
         self.write()
-
-    # --- one model on one tier ---------------------------------------------------------------------------------------
 
     def _pair(self, k: int, points: list[Point]) -> None:
         left = deque(points)
@@ -125,16 +117,20 @@ class Session:
 
     @contextmanager
     def serving(self, k: int, target: Target) -> Iterator[Servers]:
-        """Servers of the ``k``-th pair, rented from the order to start them until they have ended."""
-        folder = self._server_dir(k)
-        with self._rented(k) as rental, target.open(folder) as servers:
-            rental.tier = servers.tier
-            yield servers
-
-    def _server_dir(self, k: int) -> RunDir:
-        path = self.folder / "servers" / f"{k:02d}-{slug(self.state.pairs[k].name)}"
+        """Servers of the ``k``-th pair, rented (and paid) from the order to start them until they have ended."""
+        pair = self.state.pairs[k]
+        path = self.folder / "servers" / f"{k:02d}-{slug(pair.name)}"
         path.mkdir(parents=True, exist_ok=True, mode=PRIVATE)
-        return RunDir(path)
+        rental = Rental(pair=k, replicas=pair.replicas or 1, tier=self.tiers[k], started_s=time.time())
+        self.state.rentals.append(rental)
+        self.write()
+        try:
+            with target.open(RunDir(path)) as servers:
+                rental.tier = servers.tier
+                yield servers
+        finally:
+            rental.ended_s = time.time()
+            self.write()
 
     def make_plans(self, target: Target, points: list[Point]) -> None:
         """Every plan of these points, before anything is rented."""
@@ -146,7 +142,7 @@ class Session:
                 set_aside(path)
                 say(f"{path}: is damaged; it is made again")
             if not path.exists():
-                make_plan(self.trace, path, target, self._options(point), tell=_unsaid, note=notes.append)
+                make_plan(self.trace, path, target, self._options(point), tell=lambda _: None, note=notes.append)
             found, info = plan_sha256(path), read_plan_info(path)
             if point.plan_sha256 not in (None, found):
                 raise PlanError(f"{path}: comes out otherwise than before (another harness?); begin a new sweep")
@@ -158,20 +154,6 @@ class Session:
                 self.tell_once(note)
         self.write()
 
-    @contextmanager
-    def _rented(self, k: int) -> Iterator[Rental]:
-        """Servers cost from the order to start them until they have ended."""
-        rental = Rental(pair=k, replicas=self.state.pairs[k].replicas or 1, tier=self.tiers[k], started_s=time.time())
-        self.state.rentals.append(rental)
-        self.write()
-        try:
-            yield rental
-        finally:
-            rental.ended_s = time.time()
-            self.write()
-
-    # --- one point ---------------------------------------------------------------------------------------------------
-
     def do(self, point: Point, servers: Servers) -> None:
         """Run one point on servers that are up, and judge it."""
         run = RunDir(self.folder / point.name)
@@ -179,7 +161,7 @@ class Session:
         try:
             if aside := set_aside(run.path):
                 say(f"{point.name}: what an earlier try left is in {aside.name}")
-                self._store.set_aside(point.name)
+                self.store.set_aside(point.name)
             run.path.mkdir(mode=PRIVATE)
             copy_plan(self.folder / "plans" / point.plan, run.plan)
             point.state, point.reason = "running", None
@@ -257,43 +239,39 @@ class Session:
         """Write down how a point ended, and say it with what is left."""
         point.state, point.reason = state, reason
         self.write()
-        place = self.state.points.index(point) + 1
-        words = [point.verdict or state.upper()]
-        if point.slo_met is not None:
-            words.append("SLO met" if point.slo_met else "SLO missed")
-        if point.took_s is not None:
-            words.append(f"{point.took_s:.0f} s")
-        if reason:
-            words.append(reason[:160])
         usd, hours = self.state.spent(time.time())
-        spec = self.state.spec
-        if any(self.tiers):
-            words.append(f"spent {usd:.4g}{f' of {spec.budget_usd:g}' if spec.budget_usd else ''} USD")
-        if spec.budget_hours:
-            words.append(f"{hours:.3g} of {spec.budget_hours:g} h")
-        left = [p for p in self.state.points if p.state == "pending"]
-        if left:
-            expected = expect(self.state.points, self.options.plan, self.survey)
-            minutes = sum(expected[p.name].seconds for p in left) / 60
-            minutes += (
-                sum(start_s(self.state.pairs[k], self.tiers[k]) for k in {p.pair for p in left} - {point.pair}) / 60
-            )
-            words.append(f"{len(left)} left, about {minutes:.1f} min")
-        say(f"[{place}/{len(self.state.points)}] {point.name}: {' · '.join(words)}")
+        spec, points = self.state.spec, self.state.points
+        words = [
+            point.verdict or state.upper(),
+            "" if point.slo_met is None else "SLO met" if point.slo_met else "SLO missed",
+            "" if point.took_s is None else f"{point.took_s:.0f} s",
+            (reason or "")[:160],
+            f"spent {usd:.4g}{f' of {spec.budget_usd:g}' if spec.budget_usd else ''} USD" if any(self.tiers) else "",
+            f"{hours:.3g} of {spec.budget_hours:g} h" if spec.budget_hours else "",
+        ]
+        if left := [p for p in points if p.state == "pending"]:
+            expected = expect(points, self.options.plan, self.survey)
+            starts = (start_s(self.state.pairs[k], self.tiers[k]) for k in {p.pair for p in left} - {point.pair})
+            seconds = sum(expected[p.name].seconds for p in left) + sum(starts)
+            words.append(f"{len(left)} left, about {seconds / 60:.1f} min")
+        say(f"[{points.index(point) + 1}/{len(points)}] {point.name}: {' · '.join(filter(None, words))}")
 
-    # --- the budget --------------------------------------------------------------------------------------------------
+    def _budgets(self, point: Point) -> list[tuple[str, float, float, float]]:
+        """(unit, budget, spent so far, spent in an hour on the servers of this point) of each budget."""
+        spec = self.state.spec
+        usd, hours = self.state.spent(time.time())
+        rate = usd_per_hour(self.state.pairs[point.pair], self.tiers[point.pair])
+        every = (("USD", spec.budget_usd, usd, rate), ("h", spec.budget_hours, hours, 1.0))
+        return [(unit, budget, spent, per_hour) for unit, budget, spent, per_hour in every if budget is not None]
 
     def affordable(self, point: Point, start: float) -> bool:
         """Whether the estimate of this point fits into what is left; if not, it is skipped."""
-        spec = self.state.spec
-        usd, hours = self.state.spent(time.time())
         more_h = (expect(self.state.points, self.options.plan, self.survey)[point.name].seconds + start) / 3600
-        more_usd = more_h * usd_per_hour(self.state.pairs[point.pair], self.tiers[point.pair])
-        problems = []
-        if spec.budget_usd is not None and usd + more_usd > spec.budget_usd:
-            problems.append(f"{usd:.4g} of {spec.budget_usd:g} USD are spent and it needs {more_usd:.4g}")
-        if spec.budget_hours is not None and hours + more_h > spec.budget_hours:
-            problems.append(f"{hours:.3g} of {spec.budget_hours:g} h are spent and it needs {more_h:.3g}")
+        problems = [
+            f"{spent:.4g} of {budget:g} {unit} are spent and it needs {more_h * per_hour:.4g}"
+            for unit, budget, spent, per_hour in self._budgets(point)
+            if spent + more_h * per_hour > budget
+        ]
         if problems:
             self.end(point, "skipped", f"budget: {'; '.join(problems)}")
             if not any(point.state == "pending" for point in self.state.points):
@@ -302,14 +280,11 @@ class Session:
 
     def _deadline(self, point: Point) -> Deadline | None:
         """When this point has spent what is left, at the prices of its servers; null without a budget."""
-        spec = self.state.spec
-        usd, hours = self.state.spent(time.time())
-        rate = usd_per_hour(self.state.pairs[point.pair], self.tiers[point.pair])
-        ends: list[tuple[float, str]] = []
-        if spec.budget_hours is not None:
-            ends.append((spec.budget_hours - hours, f"the budget of {spec.budget_hours:g} h is spent"))
-        if spec.budget_usd is not None and rate > 0:
-            ends.append(((spec.budget_usd - usd) / rate, f"the budget of {spec.budget_usd:g} USD is spent"))
+        ends = [
+            ((budget - spent) / per_hour, f"the budget of {budget:g} {unit} is spent")
+            for unit, budget, spent, per_hour in self._budgets(point)
+            if per_hour > 0
+        ]
         if not ends:
             return None
         left_h, why = min(ends)
@@ -321,8 +296,6 @@ class Session:
             if point.state == "pending":
                 point.state, point.reason = "skipped", "budget: it is spent"
         self.write()
-
-    # --- small things ------------------------------------------------------------------------------------------------
 
     def serving_options(self, pair: Pair) -> ReplayOptions:
         """The options of ``harness replay`` on the servers of this pair."""
@@ -349,4 +322,4 @@ class Session:
         self.state.revision += 1
         self.state.writer = f"{platform.node()} {os.getpid()} {self._began_ns}"
         write_state(self.folder, self.state)
-        self._store.state(self.state)
+        self.store.state(self.state)

@@ -4,18 +4,36 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import msgspec
 
 from harness.cli.output import say
 from harness.errors import UsageError
 from harness.options import LoadOptions, ReplayOptions
+from harness.paths import state_dir
 from harness.plan.prompts import Vocabulary
 from harness.record.host import cpu_flags
-from harness.record.manifest import Evidence, OnReplicaDeath, Replica, Restart, RunDir, System, Tier
+from harness.record.manifest import (
+    PRIVATE,
+    Evidence,
+    OnReplicaDeath,
+    Replica,
+    Restart,
+    RunDir,
+    RunManifest,
+    System,
+    Tier,
+)
 from harness.server import probe
 from harness.server.access import (
     Access,
@@ -29,6 +47,7 @@ from harness.server.access import (
     parse_headers,
 )
 from harness.server.counters import check_metrics_urls
+from harness.untrusted import DECODE_ERRORS, read_regular
 
 if TYPE_CHECKING:
     from cluster.catalogue.models import Model
@@ -36,6 +55,7 @@ if TYPE_CHECKING:
 
 
 API_KEY = "HARNESS_API_KEY"
+SEEN = "seen.jsonl"
 OTHER_KEY = "OPENAI_API_KEY"
 """Read where ours is unset, for servers that are there already."""
 DUMMY_BODY: dict[str, object] = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
@@ -110,43 +130,25 @@ class UrlTarget:
     """Servers that are there already. Nothing is started but load workers."""
 
     def __init__(
-        self, base_urls: list[str], model: str | None, tier: Tier | None, metrics_urls: Sequence[str] = (),
+        self, base_urls: Sequence[str], model: str | None, tier: Tier | None, metrics_urls: Sequence[str] = (),
         access: AccessLike = None,
     ) -> None:  # fmt: skip
-        self._urls = [normalise_base_url(url) for url in base_urls]
-        self._access = access_of(access)
-        found = probe.find_model(self._urls[0], self._access, model, say)
-        self._model, self._longest = found.id, found.max_model_len
-        for url in self._urls[1:]:
-            probe.find_model(url, self._access, self._model, say)
-        self._pages = check_metrics_urls(metrics_urls, self._urls, self._access)
-        self._tier = tier
-        self.label = self._model.rsplit("/", 1)[-1]
-
-    @property
-    def base_urls(self) -> list[str]:
-        """Where it is."""
-        return self._urls
-
-    @property
-    def model(self) -> str:
+        self.base_urls = [normalise_base_url(url) for url in base_urls]
+        self._access, self._tier = access_of(access), tier
+        found = probe.find_model(self.base_urls[0], self._access, model, say)
+        self.model = found.id
         """The name to send."""
-        return self._model
-
-    @property
-    def api_key(self) -> str | None:
-        """The key of the environment; null when there is none."""
-        return self._access.api_key
-
-    @property
-    def max_model_len(self) -> int | None:
+        self.max_model_len = found.max_model_len
         """Longest input plus output, tokens; null when the server does not say."""
-        return self._longest
+        self.label = self.model.rsplit("/", 1)[-1]
+        for url in self.base_urls[1:]:
+            probe.find_model(url, self._access, self.model, say)
+        self._pages = check_metrics_urls(metrics_urls, self.base_urls, self._access)
 
     def vocabulary(self) -> Vocabulary:
         """Ordinary token ids, as this server counts them."""
-        ids = probe.ordinary_token_ids(self._urls[0], self._access, self._model)
-        return Vocabulary.from_ids(ids, name=f"{self._model} at the server")
+        ids = probe.ordinary_token_ids(self.base_urls[0], self._access, self.model)
+        return Vocabulary.from_ids(ids, name=f"{self.model} at the server")
 
     @contextmanager
     def open(self, run: RunDir) -> Iterator[Servers]:
@@ -154,20 +156,14 @@ class UrlTarget:
         from cluster.process.registry import name_orphans
 
         name_orphans(say)
-        replicas = [
-            Replica(index=i, base_url=url, metrics_urls=pages)
-            for i, (url, pages) in enumerate(zip(self._urls, self._pages, strict=True))
-        ]
-        version = probe.engine_version(self._urls[0], self._access)
         yield Servers(
-            engine="url",
-            model=self._model,
-            replicas=replicas,
-            tier=self._tier,
-            api_key=self.api_key,
-            patience=self._access.patience,
-            engine_version=version,
-        )
+            engine="url", model=self.model, tier=self._tier, api_key=self._access.api_key,
+            replicas=[
+                Replica(index=i, base_url=url, metrics_urls=pages)
+                for i, (url, pages) in enumerate(zip(self.base_urls, self._pages, strict=True))
+            ],
+            patience=self._access.patience, engine_version=probe.engine_version(self.base_urls[0], self._access),
+        )  # fmt: skip
 
 
 class LocalTarget:
@@ -178,21 +174,16 @@ class LocalTarget:
     ) -> None:
         self._model, self._tier, self._replicas, self._facts = model, tier, replicas, facts
         self._on_replica_death = on_replica_death
-        self._weights: Path | None = None
+        self.max_model_len: int | None = model.max_model_len
+        """Longest input plus output it is served with, tokens."""
         self.label = model.name.rsplit("/", 1)[-1]
 
+    @cache  # noqa: B019 - a target lives as long as its command
     def weights(self) -> Path:
         """The weights' folder, fetched on first use."""
         from cluster.catalogue.weights import ensure_weights
 
-        if self._weights is None:
-            self._weights = ensure_weights(self._model, say=say)
-        return self._weights
-
-    @property
-    def max_model_len(self) -> int | None:
-        """Longest input plus output it is served with, tokens."""
-        return self._model.max_model_len
+        return ensure_weights(self._model, say=say)
 
     def vocabulary(self) -> Vocabulary:
         """The model's own tokenizer; dummy weights have none, so any ids but the special ones."""
@@ -241,16 +232,12 @@ def access_to(asked: LoadOptions) -> Access:
     """What every request to servers that are there already carries. Raises `UsageError`."""
     headers, secret = parse_headers(asked.headers), from_environment(parse_header_env(asked.header_env))
     check_key_header(asked.key_header, {**headers, **secret})
-    return Access(
-        api_key=_key_of_environment(), key_header=asked.key_header, headers=headers, secret_headers=secret,
-        patience=Patience(say),
-    )  # fmt: skip
-
-
-def _key_of_environment() -> str | None:
     if not (key := os.environ.get(API_KEY)) and (key := os.environ.get(OTHER_KEY)):
         say(f"API key: {OTHER_KEY}, since {API_KEY} is not set")
-    return key or None
+    return Access(
+        api_key=key or None, key_header=asked.key_header, headers=headers, secret_headers=secret,
+        patience=Patience(say),
+    )  # fmt: skip
 
 
 def rented(tier: Tier, hosts: int) -> Tier:
@@ -276,7 +263,7 @@ def choose_target(options: ReplayOptions, *, start: bool = True) -> Target:
         if options.load.tls_ca:
             probe.trust(options.load.tls_ca)
         tier = get_tier(asked.tier) if asked.tier else None
-        return UrlTarget(list(asked.base_urls), asked.model, tier, asked.metrics_urls, access_to(options.load))
+        return UrlTarget(asked.base_urls, asked.model, tier, asked.metrics_urls, access_to(options.load))
     from cluster.catalogue.models import DEFAULT_MODEL, for_tier, get_model
     from cluster.deploy.placement import check_can_serve
     from cluster.engines.vllm import check_fit, for_processor
@@ -295,3 +282,70 @@ def choose_target(options: ReplayOptions, *, start: bool = True) -> Target:
                 facts["dtype_reason"] = why
                 say(f"note: {model.name} is served in {why}")
     return LocalTarget(model, tier, asked.replicas, asked.on_replica_death, facts)
+
+
+class SentPrompts(msgspec.Struct, frozen=True):
+    """Prompts of one source that one server was sent: a line of ``$XDG_STATE_HOME/harness/seen.jsonl`` (0600)."""
+
+    address: str
+    """Hash of scheme, host and port: no path, query or user, which may be secret."""
+    prompts: str
+    """Hash of what they are made from: the trace, and where prompts are made up the seed."""
+    at: int
+    """Unix time, s."""
+
+
+MOST_BYTES = 2**20
+"""Of that file; then it begins anew: thousands of runs later a cache knows nothing of a prompt."""
+
+
+def seen_before(manifest: RunManifest) -> str | None:
+    """What to say of an earlier run that sent prompts of the same source to one of this run's servers: a prefix cache
+    may know them, and then answers come too soon.
+
+    Only of servers that were there already: those started for a run begin with an empty cache.
+    """
+    ours = {(one.address, one.prompts) for one in _sent(manifest, 0)}
+    at = max((one.at for one in _read_seen() if (one.address, one.prompts) in ours), default=None)
+    if at is None:
+        return None
+    if manifest.plan.tokenizer is None:
+        what, other = "texts of the same trace", "restart it, or reset its cache: no --seed changes them"
+    else:
+        what = "prompts of the same trace and seed"
+        other = f"--seed {manifest.plan.seed + 1} makes up others (texts of the trace itself stay the same)"
+    earlier = f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M} UTC"
+    return f"this server has had {what} before ({earlier}): a prefix cache may know them; {other}"
+
+
+def note_sent(manifest: RunManifest, now_s: float | None = None) -> None:
+    """Keep that this run's prompts are being sent to its servers. Where that cannot be written, nobody is told."""
+    lines = b"".join(
+        msgspec.json.encode(one) + b"\n" for one in _sent(manifest, time.time() if now_s is None else now_s)
+    )
+    file = state_dir() / SEEN
+    with suppress(OSError):
+        file.parent.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
+        if file.is_file() and file.stat().st_size > MOST_BYTES:
+            file.unlink()
+        handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o600)
+        try:
+            os.write(handle, lines)  # one write: runs that begin together do not mix their lines
+        finally:
+            os.close(handle)
+
+
+def _sent(manifest: RunManifest, now_s: float) -> list[SentPrompts]:
+    plan, urls = manifest.plan, manifest.spec.base_urls if manifest.engine == "url" else []
+    seed = "" if plan.tokenizer is None else f" {plan.seed}"
+    prompts = sha256(f"{plan.trace_sha256}{seed}".encode()).hexdigest()
+    servers = {f"{part.scheme}://{part.netloc.rpartition('@')[2]}".lower() for part in map(urlsplit, urls)}
+    return [SentPrompts(sha256(server.encode()).hexdigest(), prompts, int(now_s)) for server in sorted(servers)]
+
+
+def _read_seen() -> Iterator[SentPrompts]:
+    """What was kept; what cannot be read is forgotten."""
+    with suppress(OSError):
+        for line in read_regular(state_dir() / SEEN, 2 * MOST_BYTES).splitlines():
+            with suppress(*DECODE_ERRORS):
+                yield msgspec.json.decode(line, type=SentPrompts)
