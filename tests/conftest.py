@@ -96,7 +96,7 @@ def _command(args: tuple[str | Path, ...]) -> list[str]:
     words = [*map(str, args)]
     if words and words[0] in SENDS and not any(w.startswith("--min-requests") for w in words) and "--help" not in words:
         words.insert(1, "--min-requests=1")
-    return [sys.executable, "-m", "harness.cli", *words]
+    return [sys.executable, "-m", "harness", *words]
 
 
 def harness(*args: str | Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,7 @@ from test_page import EVIL, Page, browser, ink  # noqa: F401 - a fixture
 
 from analysis.report import browse
 from analysis.report.browse import Results
-from harness.cli.open import serve
+from harness.cli.results import serve
 from harness.errors import ResultsError, UsageError
 from harness.record.manifest import MANIFEST
 
@@ -199,7 +199,7 @@ def test_an_empty_folder_is_a_page_too(tmp_path):
 def test_ctrl_c_ends_it(folder):
     # A process that a shell put in the background would ignore SIGINT, and so would its children.
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    code += "from harness.cli.open import open_; from pathlib import Path; "
+    code += "from harness.cli.results import open_; from pathlib import Path; "
     process = subprocess.Popen(
         [sys.executable, "-c", code + "sys.exit(open_.callback(Path(sys.argv[1]), 0))", str(folder)],
         cwd=ROOT, env=dict(os.environ), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

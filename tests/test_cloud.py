@@ -30,7 +30,7 @@ from cluster.deploy import rent
 from cluster.deploy.aws import Aws
 from cluster.deploy.placement import NICENESS
 from cluster.deploy.rent import Cluster
-from harness.cli.cloud import cluster as verbs
+from harness.cli.catalogue import cluster as verbs
 from harness.errors import HarnessError, UsageError
 
 NOW = datetime(2026, 11, 22, 3, 0, tzinfo=UTC)

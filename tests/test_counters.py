@@ -347,7 +347,7 @@ def test_a_balancer_before_two_servers_is_measured_and_its_counters_where_they_a
         named = [word for root in roots for word in ("--metrics-url", f"{root}/metrics")]
         for k, more in enumerate(([], named, ["--no-counters"])):
             done = subprocess.run(
-                [sys.executable, "-m", "harness.cli", *base, *more, "--out", str(tmp_path / str(k))],
+                [sys.executable, "-m", "harness", *base, *more, "--out", str(tmp_path / str(k))],
                 capture_output=True, text=True, timeout=120, check=False,
             )  # fmt: skip
             assert done.returncode in (0, 3), done.stderr

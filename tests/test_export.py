@@ -18,7 +18,7 @@ from analysis.report import export
 from analysis.report.export import SCHEMA, export_runs
 from analysis.rows import columns
 from analysis.rows.read import read_run
-from harness.cli.report import export as export_verb
+from harness.cli.results import export as export_verb
 from harness.errors import ResultsError, UsageError
 
 

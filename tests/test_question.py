@@ -174,7 +174,7 @@ def test_a_question_is_broken_off_by_a_signal(number: signal.Signals, tmp_path: 
     trace = tmp_path / "t.jsonl"
     trace.write_text('{"arrival_s": 0, "input_tokens": 1, "output_tokens": 1}\n')
     with server(talk) as url:
-        command = [sys.executable, "-m", "harness.cli", "replay", str(trace), "--base-url", url, "--out", str(tmp_path)]
+        command = [sys.executable, "-m", "harness", "replay", str(trace), "--base-url", url, "--out", str(tmp_path)]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True,
                                    preexec_fn=hear_signals)  # fmt: skip
         assert heard.wait(60)

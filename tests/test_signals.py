@@ -38,7 +38,7 @@ class Terminal:
         folder.mkdir()
         self.said: IO[str] = (folder / "stderr").open("w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "harness.cli", *map(str, words), "--out", str(folder / "runs")], cwd=ROOT,
+            [sys.executable, "-m", "harness", *map(str, words), "--out", str(folder / "runs")], cwd=ROOT,
             stdout=(folder / "stdout").open("w") if read else subprocess.PIPE, stderr=self.said,
             start_new_session=True, preexec_fn=hear_all,
         )  # fmt: skip

@@ -90,7 +90,7 @@ def test_file_names_that_are_not_utf_8(tmp_path: Path) -> None:
                  ["plan", trace, "-o", tmp_path / "p.arrow"], ["replay", trace, "--base-url", "http://127.0.0.1:1"],
                  ["report", tmp_path / name]):  # fmt: skip
         done = subprocess.run(
-            [sys.executable, "-m", "harness.cli", *args], cwd=ROOT, capture_output=True, timeout=60, check=False
+            [sys.executable, "-m", "harness", *args], cwd=ROOT, capture_output=True, timeout=60, check=False
         )
         said = (done.stdout + done.stderr).decode()
         assert not ORDER.search(said) and "Traceback" not in said and "HARNESS_TRACEBACK" not in said, said
@@ -135,7 +135,7 @@ def test_words_of_others_are_looked_for_where_there_is_no_number_alone() -> None
 def test_limits_of_the_machine_are_a_sentence(tmp_path: Path, limit: int, value: int) -> None:
     path = write_run(tmp_path / "run", [good(i) for i in range(40)])
     done = subprocess.run(
-        [sys.executable, "-m", "harness.cli", "report", path], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        [sys.executable, "-m", "harness", "report", path], cwd=ROOT, capture_output=True, text=True, timeout=120,
         preexec_fn=lambda: resource.setrlimit(limit, (value, value)), check=False,
     )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr
@@ -149,7 +149,7 @@ def test_a_terminal_that_hangs_up_ends_the_verb_in_order(tmp_path: Path) -> None
         trace.write_text('{"arrival_s": 0, "input_tokens": 1, "output_tokens": 1}\n')
         main_end, terminal = pty.openpty()
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        command = [sys.executable, "-m", "harness.cli", "replay", str(trace), "--base-url", url, "--out", str(tmp_path)]
+        command = [sys.executable, "-m", "harness", "replay", str(trace), "--base-url", url, "--out", str(tmp_path)]
         process = subprocess.Popen(
             command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup it is ignored

@@ -99,7 +99,7 @@ def test_no_verb_is_imported_before_it_is_asked_for(words: list[str], environmen
 def test_a_verb_is_imported_alone() -> None:
     code = f"import atexit, sys; from harness.cli import main; atexit.register(lambda: {MODULES}); main(['stop', '-h'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    own = {"harness.cli.verb", "harness.cli.machines"}
+    own = {"harness.cli.verb", "harness.cli.output", "harness.cli.machines"}
     assert {m for m in done.stdout.splitlines()[-1].split() if m.startswith("harness.cli.")} == own
 
 

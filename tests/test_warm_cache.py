@@ -15,8 +15,8 @@ from analysis.capacity.serving_config import serving_configs
 from analysis.compare.comparable import refusals
 from analysis.rows.read import read_run
 from analysis.summary import Summary, summarise
+from harness import state_dir
 from harness.cli.runner.targets import note_sent, seen_before
-from harness.paths import state_dir
 from harness.record.manifest import RunDir, read_manifest, write_manifest
 
 N, TOKENS = 40, 64

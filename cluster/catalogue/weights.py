@@ -26,8 +26,8 @@ import msgspec
 from cluster.catalogue.architecture import QUANTIZATIONS
 from cluster.catalogue.models import Model, model_config
 from cluster.process.process import Process, describe_exit
+from harness import cache_dir
 from harness.errors import ServerError
-from harness.paths import cache_dir
 from harness.record.manifest import now_utc
 
 MANIFEST = "harness-weights.json"

@@ -24,8 +24,8 @@ import msgspec
 from cluster.catalogue.tiers import full_note
 from cluster.deploy.placement import NICENESS
 from cluster.process.process import Process, describe_exit
+from harness import state_dir
 from harness.errors import HarnessError, UsageError
-from harness.paths import state_dir
 from harness.record.host import installed_versions
 from harness.record.manifest import Tier
 

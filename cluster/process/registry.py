@@ -27,7 +27,7 @@ from typing import IO
 import msgspec
 import psutil
 
-from harness.paths import state_dir
+from harness import state_dir
 
 MARK = "HARNESS_GROUP"
 """Environment variable by which members of a group are found should its guard be killed."""

@@ -21,8 +21,8 @@ from typing import IO
 import msgspec
 
 from cluster.process.registry import Identity, identify, place
+from harness import state_dir
 from harness.errors import ServerError
-from harness.paths import state_dir
 
 LOCK_S = 30.0
 NVIDIA = Path("/proc/driver/nvidia/gpus")

@@ -29,9 +29,9 @@ SECTIONS: dict[str, dict[str, Lazy]] = {
         "sweep": Lazy("harness.cli.sweep:sweep", "Models x tiers x load levels x repeats on one trace."),
     },
     "Results": {
-        "report": Lazy("harness.cli.report:report", "Report on a run directory; compare several in a page."),
-        "open": Lazy("harness.cli.open:open_", "Browse a folder of runs on a local page."),
-        "export": Lazy("harness.cli.report:export", "Write result rows as Parquet, CSV or JSON."),
+        "report": Lazy("harness.cli.results:report", "Report on a run directory; compare several in a page."),
+        "open": Lazy("harness.cli.results:open_", "Browse a folder of runs on a local page."),
+        "export": Lazy("harness.cli.results:export", "Write result rows as Parquet, CSV or JSON."),
         "compare": Lazy(
             "harness.cli.compare:compare",
             "A against B: paired intervals and a plain verdict; fails a CI job on request.",
@@ -53,7 +53,7 @@ SECTIONS: dict[str, dict[str, Lazy]] = {
         "doctor": Lazy("harness.cli.machines:doctor", "Say what this machine can and cannot run, and why."),
         "ps": Lazy("harness.cli.machines:ps", "List the servers, load workers and Ray that are running."),
         "stop": Lazy("harness.cli.machines:stop", "End what 'harness ps' lists, one by its ID or all."),
-        "cluster": Lazy("harness.cli.cloud:cluster", "Rent, watch and end a Ray cluster on AWS."),
+        "cluster": Lazy("harness.cli.catalogue:cluster", "Rent, watch and end a Ray cluster on AWS."),
         "calibrate": Lazy(
             "harness.cli.machines:calibrate", "Measure what the load generator can carry on this machine."
         ),

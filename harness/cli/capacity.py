@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.cli.output import as_json, present, say
+from harness.cli.select_runs import find_runs, refused_exit
 from harness.cli.verb import (
     ENVIRONMENT,
     ONE_TRACE_ARGUMENT,
@@ -76,10 +78,8 @@ def capacity(
     verdict and cost, and is kept as a run in one sweep folder.
     """
     from harness.cli import sweep
-    from harness.cli.output import as_json, say
-    from harness.cli.report import write_page_of
+    from harness.cli.results import write_page_of
     from harness.cli.runner.capacity import CapacitySession, in_loop
-    from harness.cli.select_runs import find_runs
     from harness.sweep.spec import seeded
     from harness.sweep.state import ANSWER, lock, read_state
     from harness.trace.io import open_asked
@@ -152,7 +152,6 @@ def _spec(trace: Path, search: SearchOptions, options: ReplayOptions) -> SweepSp
 def _print(report: CapacityReport, criteria: Sequence[Criterion], format_: str) -> None:
     from analysis.report.capacity_text import capacity_sections, probe_section
     from analysis.report.document import Section
-    from harness.cli.output import present
 
     cost = f", {report.usd:.4f} USD" if report.usd is not None else ""
     took = f"The search took {len(report.probes)} probes and {report.hours:.2f} h of servers{cost}."
@@ -168,7 +167,6 @@ def _print(report: CapacityReport, criteria: Sequence[Criterion], format_: str) 
 
 
 def _exit(report: CapacityReport) -> int:
-    from harness.cli.select_runs import refused_exit
 
     answer = next((one for one in report.systems if one.loop != "closed"), None)
     if answer is None or answer.capacity is None:

@@ -1,16 +1,24 @@
-"""What there is to run on and to run: hardware tiers and their prices, models: tiers, models."""
+"""Hardware tiers and their prices, models, and machines rented of a tier: tiers, models, cluster."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import getpass
+import ipaddress
+import sys
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
+from harness.cli.output import print_json, print_table, say
 from harness.cli.verb import JSON_OPTION, Group, command, takes
-from harness.errors import EXIT_FAILURE, EXIT_VALID, unknown_name
-from harness.option_types import NEW_FILE, opt
+from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, UsageError, unknown_name
+from harness.option_types import NEW_FILE, Parsed, opt
+
+if TYPE_CHECKING:
+    from cluster.deploy.rent import Provider
 
 Purchase = Literal["on-demand", "spot", "reserved", "owned"]
 
@@ -53,7 +61,6 @@ def tiers(ctx: click.Context, /, format_: str, asked: TierFilter) -> int:
     import msgspec
 
     from cluster.catalogue.tiers import full_note, list_tiers, price_age_days, price_note, usd_per_accelerator_hour
-    from harness.cli.output import print_json, print_table
 
     known = list_tiers()
     for what, wanted in (
@@ -114,7 +121,6 @@ def refresh(format_: str, asked: RefreshOptions) -> int:
 
     from cluster.catalogue.prices import refresh
     from cluster.catalogue.tiers import own_file, write_tiers
-    from harness.cli.output import print_json, print_table, say
 
     file = asked.out or own_file()
     changes = refresh(
@@ -156,7 +162,6 @@ def models(fetch: str | None, format_: str) -> int:
 
     from cluster.catalogue import models as catalogue
     from cluster.catalogue.weights import ensure_weights
-    from harness.cli.output import print_json, print_table, say
 
     if fetch:
         print(ensure_weights(catalogue.get_model(fetch), say=say))
@@ -189,3 +194,161 @@ def models(fetch: str | None, format_: str) -> int:
         print(f"  {m.name}: {m.note}")
     print("Any of them as NAME:dummy: the same architecture with random weights, nothing to download, speed only.")
     return EXIT_VALID
+
+
+MY_ADDRESS = "https://checkip.amazonaws.com"
+
+
+def _cidr(text: str) -> str:
+    try:
+        return str(ipaddress.IPv4Network(text, strict=False))
+    except ValueError as e:
+        raise UsageError(f"{text!r} is not an IPv4 network ({e}): write 203.0.113.7/32") from e
+
+
+def _provider(name: str) -> Provider:
+    """Raises `UsageError` for one from which nothing is rented here."""
+    from cluster.deploy.aws import Aws
+
+    if name != "aws":
+        raise UsageError(
+            f"{name}: only AWS machines are rented from here; start the machines yourself and join them with "
+            f"'ray start' (cluster/README.md), then set RAY_ADDRESS"
+        )
+    return Aws()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RentOptions:
+    """What ``harness cluster up`` takes."""
+
+    tier: str = opt("Hardware of the workers, its region and purchase option.", metavar="NAME", required=True)
+    nodes: int = opt("Workers.", 1, kind=click.IntRange(1, 1000))
+    name: str | None = opt("Name of the cluster. Default: the tier's.", metavar="NAME")
+    head: str | None = opt("A CPU tier for the head node. Default: aws-m7a.xlarge.", metavar="TIER")
+    max_hours: float = opt(
+        "Every node ends itself after this long, whatever happens to this machine.",
+        8.0, kind=click.FloatRange(0.25, 24 * 14),
+    )  # fmt: skip
+    idle_minutes: int = opt(
+        "The cluster ends itself when no harness ran on its head, and nobody was logged in, for so long.",
+        60, kind=click.IntRange(min=30),
+    )  # fmt: skip
+    disk_gib: int | None = opt("Disk of a worker. Default: fits the tier's weights.", kind=click.IntRange(75, 16_000))
+    ssh_from: str | None = opt(
+        "Who may connect by SSH. Default: this machine's address.", kind=Parsed("cidr", _cidr), metavar="CIDR"
+    )
+    owner: str | None = opt("Whom to ask about it; becomes a tag. Default: your user name.", metavar="NAME")
+    yes: bool = opt("Rent without asking.", False)
+    dry_run: bool = opt("Print the dollars and the configuration for ray up; rent nothing.", False)
+
+
+@click.group(cls=Group)
+def cluster() -> None:
+    """Rent a Ray cluster on AWS for one hardware tier, watch what it costs, end it and prove that nothing is left.
+
+    For machines you already have, of any provider, see cluster/README.md.
+    """
+
+
+@cluster.command(
+    short_help="Rent machines of one tier and start Ray on them.",
+    epilog="""\b
+Examples:
+  harness cluster up --tier aws-g6.xlarge --nodes 2 --dry-run
+  harness cluster up --tier aws-p5.48xlarge --nodes 4 --max-hours 3
+""",
+)
+@takes(RentOptions)
+def up(asked: RentOptions) -> int:
+    """Rent machines of one tier and start Ray on them.
+
+    Says first what an hour costs, and asks. Then 'ray up' starts a small head and the workers, with the same versions
+    of harness, engine and Ray as here. Needs AWS credentials that may use EC2, IAM (Ray makes a role for the head), SSM
+    and STS.
+    """
+    from cluster.catalogue.tiers import get_tier
+    from cluster.deploy import rent
+    from cluster.deploy.aws import HEAD_TIER
+
+    workers = get_tier(asked.tier)
+    provider = _provider(workers.provider)
+    wanted = rent.new_cluster(
+        workers, get_tier(asked.head or HEAD_TIER), name=asked.name, nodes=asked.nodes, max_hours=asked.max_hours,
+        idle_minutes=asked.idle_minutes, disk_gib=asked.disk_gib, ssh_from=asked.ssh_from or "",
+        owner=asked.owner or getpass.getuser(), now=datetime.now(UTC).replace(microsecond=0),
+    )  # fmt: skip
+    if not asked.dry_run:
+        if any(known.name == wanted.name for known in rent.known_clusters()):
+            raise UsageError(f"there is a cluster {wanted.name} already: 'harness cluster status', or choose a --name")
+        wanted = replace(wanted, account=provider.account(wanted), ssh_from=asked.ssh_from or _my_address())
+        if left := provider.left(wanted):
+            raise HarnessError(f"something with the tag harness-cluster={wanted.name} is there already: {left}")
+    for line in rent.price(wanted):
+        say(line)
+    if asked.dry_run:
+        sys.stdout.write(rent.as_text(rent.ray_config(wanted, provider.configuration(wanted, rent=False))))
+        say("nothing was rented (--dry-run)")
+        return EXIT_VALID
+    if not asked.yes and not sys.stdin.isatty():
+        raise UsageError("renting costs money: answer on a terminal, or say --yes")
+    if not asked.yes and not click.confirm(
+        f"Rent this in account {wanted.account}, region {workers.region}?", err=True
+    ):
+        say("nothing was rented")
+        return EXIT_FAILURE
+    rent.up(wanted, provider, say)
+    print(wanted.name)
+    return EXIT_VALID
+
+
+@cluster.command(short_help="Workers, hours and dollars so far.")
+@click.argument("name", required=False)
+@click.option("--tier", metavar="NAME", help="The cluster of this tier.")
+@JSON_OPTION
+def status(name: str | None, tier: str | None, format_: str) -> int:
+    """Show the clusters that were rented from this machine: workers that run, dollars so far at most."""
+    from cluster.deploy import rent
+
+    now, rows = datetime.now(UTC), []
+    for one in [rent.choose(name, tier)] if name or tier else rent.known_clusters():
+        provider = _provider(one.tier.provider)
+        rent.check_account(one, provider)
+        rows.append({
+            "name": one.name, "region": one.tier.region, "tier": one.tier.name, "nodes": one.nodes,
+            "running": provider.workers(one), "usd_so_far": round(one.usd(now), 2),
+            "usd_per_hour": round(one.usd_per_hour, 4), "ends": one.deadline.isoformat(), "price_date": one.tier.date,
+        })  # fmt: skip
+    if format_ == "json":
+        print_json(rows)
+    elif rows:
+        print_table(tuple(rows[0]), [tuple(map(str, row.values())) for row in rows])
+        say("dollars: as if all machines had run since they were asked for; disks, addresses and traffic come on top")
+    else:
+        say(f"no cluster was rented from this machine ({rent.folder()})")
+    return EXIT_VALID
+
+
+@cluster.command(short_help="End a cluster, prove that nothing is left, say what it cost.")
+@click.argument("name", required=False)
+@click.option("--tier", metavar="NAME", help="The cluster of this tier.")
+def down(name: str | None, tier: str | None) -> int:
+    """End a cluster and prove that nothing of it is left: machines, disks, spot requests, security groups.
+
+    Exit status 0 only when AWS shows nothing of it any more; else what is left is listed, and the status is 1.
+    """
+    from cluster.deploy import rent
+
+    chosen = rent.choose(name, tier)
+    return EXIT_VALID if rent.down(chosen, _provider(chosen.tier.provider), say) else EXIT_FAILURE
+
+
+def _my_address() -> str:
+    """The address of this machine as AWS sees it, as a CIDR of one. Raises `UsageError` when that cannot be learned."""
+    from harness.server.question import ask
+
+    try:
+        answer = ask(MY_ADDRESS, headers={}, deadline_s=5.0, most_bytes=100)
+        return f"{ipaddress.IPv4Address(answer.body.decode().strip())}/32"
+    except (HarnessError, ValueError) as e:
+        raise UsageError(f"who may use SSH? This machine's address is not known ({e}): give --ssh-from CIDR") from e

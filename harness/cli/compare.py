@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from harness.cli.output import present, say
+from harness.cli.select_runs import find_runs, judged, refused_exit, sides_of_sweep, sweep_at
 from harness.cli.verb import command, format_option, html_option, takes
 from harness.errors import EXIT_FAILURE, EXIT_NOT_DECIDED, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.options import JudgeOptions
@@ -53,12 +55,10 @@ def compare(a: str, b: str | None, fail_if: Sequence[str], format_: str, html: P
     from analysis.compare import compare as paired
     from analysis.compare.paired import observe
     from analysis.report.decisions import comparison_sections
-    from harness.cli.output import present, say
-    from harness.cli.select_runs import find_runs, is_search, judged, refused_exit, sides_of_sweep
 
     gates = [paired.parse_gate(text) for text in fail_if]
     for text in filter(None, (a, b)):
-        if is_search(Path(text)):
+        if (state := sweep_at(Path(text))) and state.spec.is_search:
             raise UsageError(
                 f"{text}: a search for capacity chooses its own loads, so two of them have none in common; put them "
                 "side by side with 'harness price A B', or compare two runs or sweeps of equal loads"

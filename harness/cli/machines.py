@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import click
 
+from harness.cli.output import print_json, print_table, say
 from harness.cli.verb import JSON_OPTION, command
 from harness.errors import EXIT_FAILURE, EXIT_VALID, UsageError, unknown_name
 from harness.option_types import DURATION
@@ -48,8 +49,6 @@ def hot_path() -> str:
 @JSON_OPTION
 def doctor(format_: str) -> int:
     """Say what this machine can and cannot run, and why."""
-    from harness.cli.output import print_json
-
     findings = examine()
     level = {f.name: f.level for f in findings}
     client = all(level[name] != "missing" for name in ("python", "operating system", "client packages"))
@@ -146,7 +145,7 @@ def _engines(look: Callable[..., Finding]) -> Iterator[Finding]:
 
 
 def _disk(look: Callable[..., Finding]) -> Iterator[Finding]:
-    from harness.paths import cache_dir
+    from harness import cache_dir
 
     cache = cache_dir()
     place = next(p for p in (cache, *cache.parents) if p.exists())
@@ -189,9 +188,8 @@ def calibrate(format_: str) -> int:
     given as many load workers as their plan needs, and a plan that this machine cannot carry is said before it starts.
     """
     from cluster.calibrate import calibrate as measure
+    from harness import cache_dir
     from harness.calibration import write_calibration
-    from harness.cli.output import print_json, print_table, say
-    from harness.paths import cache_dir
 
     found = measure(say, hot_path=hot_path())
     path = write_calibration(cache_dir(), found)
@@ -239,8 +237,6 @@ def ps(format_: str) -> int:
     Of this machine, and of every node of the Ray cluster when RAY_ADDRESS names one. "orphan" is what nobody waits for
     any more: the next run says so, 'harness stop' ends it.
     """
-    from harness.cli.output import print_json, print_table, say
-
     with _cluster():
         found = _found()
     if format_ == "json":
@@ -282,8 +278,6 @@ def stop(ids: Sequence[str], everything: bool, grace_s: float) -> int:
     A process is ended only when its pid and its start time are those that were written down. A run whose server or
     load worker is ended this way is INVALID.
     """
-    from harness.cli.output import say
-
     if everything == bool(ids):
         raise UsageError("say which: harness stop ID (harness ps lists them), or harness stop --all")
     with _cluster():
@@ -322,7 +316,6 @@ def _cluster() -> AbstractContextManager[None]:
     if not os.environ.get("RAY_ADDRESS"):
         return nullcontext()
     from cluster.deploy.ray_session import joined
-    from harness.cli.output import say
 
     return joined(say)
 
@@ -332,7 +325,6 @@ def _each_host(function: Callable[..., list[Any]], *args: Any, timeout_s: float 
     if not os.environ.get("RAY_ADDRESS"):
         return [function(*args)]
     from cluster.deploy.ray_session import alive_nodes, on_each
-    from harness.cli.output import say
 
     nodes = alive_nodes()
     answers = on_each(nodes, function, *args, timeout_s=timeout_s)

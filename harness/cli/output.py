@@ -1,4 +1,4 @@
-"""What verbs say: words on stderr, data on stdout."""
+"""What verbs say: words on stderr, data on stdout. Light to import: rich comes with the first word."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from harness.console import Console, console, text_tables
 from harness.terminal import cut
 
 if TYPE_CHECKING:
     from analysis.report.document import Section
+    from harness.console import Console
 
 
 def say(words: str) -> None:
     """One line for the person, on stderr."""
+    from harness.console import console
+
     console().print(cut(words), markup=False)
 
 
@@ -28,11 +28,15 @@ def print_json(value: object) -> None:
 
 def as_json(value: object) -> bytes:
     """An indented document with a line end."""
+    import msgspec
+
     return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
 
 
 def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """A plain table on stdout."""
+    from harness.console import text_tables
+
     out = _stdout(200)
     for table in text_tables(columns, rows, out.width, right=()):
         out.print(table)
@@ -40,6 +44,8 @@ def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 
 def _stdout(pipe_width: int) -> Console:
     """Into a pipe there is no width to fit: a table is a line for each row, as a script or a pager will read it."""
+    from harness.console import Console
+
     return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else pipe_width)
 
 

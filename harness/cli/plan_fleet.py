@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from harness.cli.output import present, say
+from harness.cli.select_runs import find_runs, judged, refused_exit
 from harness.cli.verb import ONE_TRACE_ARGUMENT, command, format_option, html_option, takes
 from harness.errors import EXIT_FAILURE, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.option_types import COUNT, GROWTH, SHARE, opt
@@ -83,8 +85,6 @@ def plan_fleet(
     from analysis.capacity.fleet_plan import Wanted, grown, plan_fleets
     from analysis.capacity.serving_config import serving_configs
     from analysis.report.fleet import fleet_csv, fleet_sections
-    from harness.cli.output import present
-    from harness.cli.select_runs import find_runs, judged, refused_exit
     from harness.record.manifest import now_utc
 
     if asked.availability is not None and not asked.availability < 1:
@@ -170,7 +170,6 @@ def read_demand(path: Path, reading: ReadOptions) -> Demand:
 
     from analysis.capacity.fitted_engine import Requests
     from analysis.capacity.fleet import demand
-    from harness.cli.output import say
     from harness.trace.io import open_asked
 
     trace = open_asked(path, reading, arrivals_only=True)

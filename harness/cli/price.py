@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from harness.cli.output import present, say
+from harness.cli.select_runs import find_runs, judged, refused_exit
 from harness.cli.verb import command, format_option, html_option, takes
 from harness.errors import EXIT_FAILURE, EXIT_SLO_MISSED, EXIT_VALID, UsageError, unknown_name
 from harness.option_types import FILE, NEW_FILE, RATIO, SHARE_OR_NONE, opt
@@ -104,8 +106,6 @@ def price(runs: Sequence[str], format_: str, html: Path | None, asked: PriceOpti
     from analysis.pricing.rate_card import charge, compare_with_api
     from analysis.pricing.terms import Terms, declared, parse_volume
     from analysis.report.decisions import price_sections
-    from harness.cli.output import present, say
-    from harness.cli.select_runs import find_runs, judged, refused_exit
     from harness.record.manifest import now_utc
 
     today = datetime.now(UTC).date()
@@ -212,7 +212,6 @@ def _assumptions(terms: Terms, prices: PriceMap, today: date, asked: PriceOption
 def _new_prices(file: Path | None, stated: Sequence[str], runs: Sequence[Summary]) -> dict[str, Tier]:
     """New tier prices by name: of a tiers file, and from the command line, which wins."""
     from cluster.catalogue.tiers import read_tiers
-    from harness.cli.output import say
 
     known = {s.tier.name: s.tier for s in runs if s.tier is not None}
     found: dict[str, Tier] = {}

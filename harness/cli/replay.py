@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from harness.cli.output import print_json, say
 from harness.cli.verb import (
     ENVIRONMENT,
     EXIT_STATUS,
@@ -98,7 +99,6 @@ Examples:
 @JSON_OPTION
 def plan(trace: tuple[Path, ...], output: Path, format_: str, asked: ReplayOptions) -> int:
     """Turn a trace into a plan: every request, its prompt and its time, fixed in a file before anything is started."""
-    from harness.cli.output import print_json
     from harness.cli.runner.steps import make_plan
     from harness.cli.runner.targets import choose_target
     from harness.store.copies import output_file
@@ -125,7 +125,6 @@ def serve(out: Path, asked: ReplayOptions) -> int:
     Prints one base URL per replica on stdout. The API key is HARNESS_API_KEY if that is set, else a new one, written to
     a file only you can read.
     """
-    from harness.cli.output import say
     from harness.cli.runner.steps import StopRequest
     from harness.cli.runner.targets import API_KEY, choose_target
     from harness.record.manifest import create_run_dir
@@ -184,7 +183,6 @@ Examples:
 @OUT_OPTION
 def run(plan: Path, out: Path, asked: ReplayOptions) -> int:
     """Send a plan and report; starts the servers first unless --base-url is given."""
-    from harness.cli.output import say
     from harness.cli.runner.steps import copy_plan
     from harness.cli.runner.targets import choose_target
     from harness.plan.file import read_plan_info
@@ -201,7 +199,6 @@ def run(plan: Path, out: Path, asked: ReplayOptions) -> int:
 
 def _new_run(out: Path, name: str, target: Target, asked: ReplayOptions) -> tuple[RunDir, str | None]:
     """A new run directory, and where on S3 it is to be followed."""
-    from harness.cli.output import say
     from harness.record.manifest import create_run_dir
     from harness.store.copies import split_out
 
@@ -213,8 +210,7 @@ def _new_run(out: Path, name: str, target: Target, asked: ReplayOptions) -> tupl
 
 def _run_and_report(run: RunDir, target: Target, asked: ReplayOptions, url: str | None) -> int:
     """Send the plan of ``run`` to ``target``, write the record (also to ``url``), print the report."""
-    from harness.cli.output import say
-    from harness.cli.report import report_run
+    from harness.cli.results import report_run
     from harness.cli.runner.steps import execute_point
     from harness.store.follow import mirrored
 

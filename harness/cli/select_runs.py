@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness.cli.output import say
 from harness.errors import EXIT_INVALID, EXIT_NOT_DECIDED, EXIT_VALID, ResultsError, UsageError
-from harness.record.manifest import MANIFEST
-from harness.store.copies import local_copy
-from harness.sweep.state import STATE, read_state
 
 if TYPE_CHECKING:
     from analysis.rows.read import Run
     from analysis.summary import Summary
+    from harness.sweep.state import SweepState
 
 Made = TypeVar("Made")
 
@@ -24,13 +22,17 @@ def find_runs(*names: str | Path) -> list[Path]:
     """Run directories that these name: one itself, those in a folder, the done points of a sweep or a search, those of
     a pattern like 'runs/*-a', each also on S3. Raises `ResultsError` for a name without any.
     """
+    from harness.store.copies import local_copy
+
     return [run for name in names for run in _runs_of(local_copy(name, say))]
 
 
 def _runs_of(path: Path) -> list[Path]:
+    from harness.record.manifest import MANIFEST
+
     if (path / MANIFEST).is_file():
         return [path]
-    if (path / STATE).is_file():
+    if sweep_at(path):
         return done_points(path)
     if path.exists() and not path.is_dir():
         raise ResultsError(f"{path}: not a run directory, nor a folder of runs")
@@ -47,7 +49,8 @@ def done_points(folder: Path) -> list[Path]:
 
     A search probes a load again whose run was not VALID: once that is VALID, the first says nothing more.
     """
-    state = read_state(folder)
+    if (state := sweep_at(folder)) is None:
+        raise ResultsError(f"{folder}: not a sweep folder")
     points = state.points
     done = [point for point in points if point.state == "done"]
     if not done:
@@ -67,9 +70,8 @@ def done_points(folder: Path) -> list[Path]:
 def sides_of_sweep(text: str) -> tuple[list[Path], list[Path]]:
     """The runs of the first system of a sweep of two, and those of the second. Raises `UsageError` for another one."""
     folder = Path(text)
-    if not (folder / STATE).is_file():
+    if (state := sweep_at(folder)) is None:
         raise UsageError(f"{text}: compare needs two sides, A and B; alone stands only the folder of a sweep of two")
-    state = read_state(folder)
     if len(state.pairs) != 2:
         raise UsageError(f"{text}: is a sweep of {len(state.pairs)} systems; name the runs of two of them as A and B")
     which = {point.name: point.pair for point in state.points}
@@ -80,9 +82,11 @@ def sides_of_sweep(text: str) -> tuple[list[Path], list[Path]]:
     return first, second
 
 
-def is_search(path: Path) -> bool:
-    """Whether this is the folder of a search for capacity."""
-    return (path / STATE).is_file() and read_state(path).spec.is_search
+def sweep_at(path: Path) -> SweepState | None:
+    """How far the sweep or the search in this folder is; null when it is not one. Raises `ResultsError`."""
+    from harness.sweep.state import STATE, read_state
+
+    return read_state(path) if (path / STATE).is_file() else None
 
 
 def refused_exit(verdicts: Iterable[str | None]) -> int:

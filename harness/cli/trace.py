@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import click
 
+from harness.cli.output import print_json, say
 from harness.cli.verb import JSON_OPTION, TRACE_ARGUMENT, Group, takes
 from harness.errors import EXIT_VALID, UsageError
 from harness.option_types import COUNT, EXISTING, NEW_FILE, WINDOW, opt
@@ -106,7 +107,6 @@ def inspect(trace: Files, tokenizer: Path | None, block_tokens: int, format_: st
     """Say what a trace is: format, rows, its clock and prefix blocks and what shows them, rate over time, bursts, token
     lengths, sessions, prefix reuse.
     """
-    from harness.cli.output import print_json
     from harness.trace.io import open_asked
     from harness.trace.shape import described, measure
 
@@ -281,7 +281,6 @@ def _write_measured(
     words: Callable[[], Iterable[str]] = tuple,
 ) -> int:  # fmt: skip
     """Write records, measured as they pass, and say their shape beside that of their ``source``."""
-    from harness.cli.output import say
     from harness.trace.edit import write_trace
     from harness.trace.shape import compared, measure, shape_of
     from harness.trace.survey import Survey
@@ -303,7 +302,6 @@ def _write_measured(
 
 
 def _finish(source: Trace, records: Iterable[TraceRecord], output: Path) -> int:
-    from harness.cli.output import say
     from harness.trace.edit import write_trace
 
     count = write_trace(records, output)

@@ -19,8 +19,8 @@ from typing import Any
 
 import msgspec
 
+from harness import cache_dir
 from harness.errors import UsageError
-from harness.paths import cache_dir
 from harness.store.follow import CLOSE_S, SENDER, Follower, Say, silent
 from harness.store.objects import (
     StoreError,

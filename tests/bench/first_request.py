@@ -62,7 +62,7 @@ def main() -> None:
     )  # fmt: skip
     assert server.stdout is not None
     relay = Relay(int(server.stdout.readline().rsplit(":", 1)[1].split("/")[0]))
-    command = [sys.executable, "-m", "harness.cli", "replay", str(TRACE), "--limit", "8", "--concurrency", "4",
+    command = [sys.executable, "-m", "harness", "replay", str(TRACE), "--limit", "8", "--concurrency", "4",
                "--base-url", f"http://127.0.0.1:{relay.port}/v1"]  # fmt: skip
     seconds: list[float] = []
     try:

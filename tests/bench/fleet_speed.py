@@ -40,7 +40,7 @@ def main() -> None:
                 out.write(json.dumps({"arrival_s": round(at_s, 6), "input_tokens": i, "output_tokens": o}) + "\n")
         measured_runs(runs, Workload(arrival_s=arrival_s, input_tokens=inputs, output_tokens=outputs), 1)
         began = time.monotonic()
-        asked = [sys.executable, "-m", "harness.cli", "plan-fleet", str(trace), str(runs), "--start", "120s"]
+        asked = [sys.executable, "-m", "harness", "plan-fleet", str(trace), str(runs), "--start", "120s"]
         with subprocess.Popen(
             asked, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as plan:  # fmt: skip

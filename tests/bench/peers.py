@@ -102,7 +102,7 @@ class Harness:
         load = ["--concurrency", str(work.streams)] if work.streams is not None else []
         subprocess.run(
             [
-                sys.executable, "-m", "harness.cli", "plan", trace, "-o", folder / "plan.arrow", "--endpoint", "chat",
+                sys.executable, "-m", "harness", "plan", trace, "-o", folder / "plan.arrow", "--endpoint", "chat",
                 *load,
             ],
             cwd=self.tree, check=True, capture_output=True, timeout=300,

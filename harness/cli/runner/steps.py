@@ -117,8 +117,8 @@ def choose_endpoint(wanted: Literal["auto"] | Endpoint, plan: Path) -> Endpoint:
 
 def choose_workers(plan: Path, asked: LoadOptions, tell: Callable[[str], None] = say) -> int:
     """Load workers: as asked, else as many as the plan's busiest time needs at half of each one's ceiling; says why."""
+    from harness import cache_dir
     from harness.calibration import demand, read_calibration, size_workers
-    from harness.paths import cache_dir
 
     in_flight = asked.concurrency or asked.max_concurrency
     requests = read_plan_info(plan).requests
@@ -134,8 +134,8 @@ def choose_workers(plan: Path, asked: LoadOptions, tell: Callable[[str], None] =
 
 def batch_reads_from() -> int:
     """Events per read interval from which load workers read in batches: as calibrated here, else the default."""
+    from harness import cache_dir
     from harness.calibration import read_calibration
-    from harness.paths import cache_dir
 
     calibration = read_calibration(cache_dir())
     return calibration.batch_reads_from if calibration else BATCH_READS_FROM

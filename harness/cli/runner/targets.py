@@ -17,10 +17,10 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from harness import state_dir
 from harness.cli.output import say
 from harness.errors import UsageError
 from harness.options import LoadOptions, ReplayOptions
-from harness.paths import state_dir
 from harness.plan.prompts import Vocabulary
 from harness.record.host import cpu_flags
 from harness.record.manifest import (
