@@ -28,7 +28,7 @@ def test_a_client_only_install_says_what_to_install(monkeypatch: pytest.MonkeyPa
 
 
 def test_vllm_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "_installed", lambda *names: False)
+    monkeypatch.setattr(placement, "distributions", lambda name: [])
     with pytest.raises(HarnessError, match=r"llm-harness\[cpu\]"):
         placement.check_can_serve(CPU)
     monkeypatch.setattr(placement, "visible_gpus", lambda: [str(i) for i in range(8)])

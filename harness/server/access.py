@@ -41,45 +41,41 @@ _SECRET_VALUE = re.compile(
 
 def parse_headers(lines: Iterable[str]) -> dict[str, str]:
     """Headers from lines like ``Name: value``. Raises `UsageError`; see `check_headers`."""
-    headers: dict[str, str] = {}
-    for line in lines:
-        name, colon, value = line.partition(":")
-        name = name.strip()
-        if not colon:
-            raise UsageError("a header is written 'Name: value'")
-        if name.lower() in (known.lower() for known in headers):
-            raise UsageError(f"header {name!r} is given twice")
-        headers[name] = value.strip()
+    headers = _pairs(lines, ":", "a header is written 'Name: value'")
     check_headers(headers)
     return headers
 
 
 def parse_header_env(lines: Iterable[str]) -> dict[str, str]:
     """Header -> environment variable from words like ``Name=VARIABLE``. Raises `UsageError`; see `from_environment`."""
-    wanted: dict[str, str] = {}
-    for line in lines:
-        name, _, variable = line.partition("=")
-        name = name.strip()
-        if not _NAME.fullmatch(name) or not _VARIABLE.fullmatch(variable.strip()):
-            raise UsageError(
-                "--header-env is written NAME=VARIABLE: a header and an environment variable with its value"
-            )
-        if name.lower() in (known.lower() for known in wanted):
-            raise UsageError(f"header {name!r} is given twice")
-        wanted[name] = variable.strip()
+    how = "--header-env is written NAME=VARIABLE: a header and an environment variable with its value"
+    wanted = _pairs(lines, "=", how)
+    if not all(_NAME.fullmatch(name) and _VARIABLE.fullmatch(variable) for name, variable in wanted.items()):
+        raise UsageError(how)
     from_environment(wanted)
     return wanted
+
+
+def _pairs(lines: Iterable[str], sign: str, how: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for line in lines:
+        name, there, value = line.partition(sign)
+        if not there:
+            raise UsageError(how)
+        if name.strip().lower() in (known.lower() for known in found):
+            raise UsageError(f"header {name.strip()!r} is given twice")
+        found[name.strip()] = value.strip()
+    return found
 
 
 def from_environment(wanted: Mapping[str, str]) -> dict[str, str]:
     """These headers with their values, which may be secret. Raises `UsageError` for one that cannot be sent."""
     found = {}
     for name, variable in wanted.items():
-        value = os.environ.get(variable)
-        if not value:
+        found[name] = os.environ.get(variable, "").strip()
+        if not found[name]:
             raise UsageError(f"--header-env {name}={variable}: the environment has no {variable}")
-        _check(name, value.strip())
-        found[name] = value.strip()
+        _check(name, found[name])
     return found
 
 

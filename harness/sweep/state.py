@@ -14,20 +14,16 @@ points are kept when it goes on is not decided by it but by their rows (`verify`
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
 
 from harness.errors import ResultsError, UsageError
-from harness.record.manifest import PRIVATE, Tier, read_json, write_json
-from harness.store.objects import as_url, is_url
+from harness.record.manifest import Tier, create_run_dir, read_json, write_json
 from harness.sweep.spec import Pair, Point, SweepSpec, slug
 
 SCHEMA_VERSION = "1"
@@ -94,25 +90,14 @@ class SweepState:
 
 
 def create_folder(root: Path, state: SweepState) -> Path:
-    """A new folder ``<root>/<UTC time>-<name>``; it appears with its ``sweep.json`` inside, or not at all."""
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    if is_url(root):
-        raise UsageError(f"{as_url(root)}: a sweep writes to a local folder")
-    hidden = root / f".{stamp}-{os.getpid()}"
+    """A new folder ``<root>/<UTC time>-<name>`` with its ``sweep.json`` inside. Raises `ResultsError`."""
+    folder = create_run_dir(root, slug(state.name) or "sweep").path
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        hidden.mkdir(mode=PRIVATE)
-        write_state(hidden, state)
-        for suffix in ("", *(f"-{i}" for i in range(2, 100))):
-            folder = root / f"{stamp}-{slug(state.name) or 'sweep'}{suffix}"
-            try:
-                return hidden.rename(folder)  # (asking first whether it is there, two could get one answer)
-            except OSError as e:
-                if e.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                    raise
-    except OSError as e:
-        raise ResultsError(f"{e.filename or root}: cannot make the sweep folder ({e.strerror}); choose --out") from e
-    raise ResultsError(f"{root}: a hundred sweeps named {stamp}-{slug(state.name)} already")
+        write_state(folder, state)
+    except BaseException:
+        folder.rmdir()
+        raise
+    return folder
 
 
 def write_state(folder: Path, state: SweepState) -> None:
