@@ -15,7 +15,7 @@ from conftest import ROOT, harness
 
 from cluster.deploy.servers import Failed, Reserved, ServersActor
 from cluster.engines.protocol import CommandEngine
-from cluster.process import reservations
+from cluster.process import registry
 from harness.errors import ServerError
 
 ENGINE = CommandEngine(name="fake", served_model="fake", argv=("sleep", "600"))
@@ -28,10 +28,10 @@ def other_run(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     code = """
 import json, sys
 from pathlib import Path
-from cluster.process import reservations
+from cluster.process import registry
 for line in sys.stdin:
-    with reservations.exclusively():
-        print(reservations.reserve("replica 0", Path("/runs/first"), **json.loads(line)), flush=True)
+    with registry.exclusively():
+        print(registry.reserve("replica 0", Path("/runs/first"), **json.loads(line)), flush=True)
 """
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -63,11 +63,11 @@ def test_a_second_run_takes_the_processors_that_are_left(tmp_path: Path, other_r
     actor = servers(tmp_path)
     assert actor.reserve(2, gpus=False) == Reserved([[4, 5]], None)
     assert actor.look([0])[0].messages == [], "it has all it wants"
-    mine = [one for one in reservations.reservations() if one.owner.pid == os.getpid()]
+    mine = [one for one in registry.reservations() if one.owner.pid == os.getpid()]
     assert [(one.name, one.cpus, one.words) for one in mine] == [("replica 0", [4, 5], "cpus 4-5")]
     actor.stop()
-    assert [one.name for one in reservations.reservations()] == ["replica 0"]
-    assert reservations.reservations()[0].owner.pid == other_run.pid
+    assert [one.name for one in registry.reservations()] == ["replica 0"]
+    assert registry.reservations()[0].owner.pid == other_run.pid
 
 
 def test_a_run_that_finds_too_little_says_who_has_the_rest(tmp_path: Path, other_run: subprocess.Popen[str]) -> None:
@@ -111,7 +111,7 @@ def test_a_ray_of_our_own_does_not_see_accelerators_that_are_held(
     (tmp_path / "gpus").mkdir()
     for name in "abc":
         (tmp_path / "gpus" / name).mkdir()
-    monkeypatch.setattr(reservations, "NVIDIA", tmp_path / "gpus")
+    monkeypatch.setattr(registry, "NVIDIA", tmp_path / "gpus")
     said: list[str] = []
     assert free_gpus(said.append) == {}
     hold(other_run, gpus=["1"])
@@ -121,11 +121,11 @@ def test_a_ray_of_our_own_does_not_see_accelerators_that_are_held(
 
 def test_a_dead_run_holds_nothing(tmp_path: Path, other_run: subprocess.Popen[str]) -> None:
     hold(other_run, cpus=[2, 3, 4, 5])
-    assert len(reservations.reservations()) == 1
+    assert len(registry.reservations()) == 1
     other_run.kill()
     other_run.wait(120)
-    assert reservations.reservations() == []
-    assert not list(reservations.folder().glob("*.json")), "it is taken away"
+    assert registry.reservations() == []
+    assert not list(registry.folder("claims").glob("*.json")), "it is taken away"
     assert servers(tmp_path).reserve(2, gpus=False) == Reserved([[2, 3]], None)
 
 
@@ -133,10 +133,10 @@ def test_two_runs_that_begin_together_do_not_take_the_same(tmp_path: Path, monke
     taken: list[list[int]] = []
 
     def run(name: str) -> None:
-        with reservations.exclusively():
-            free = CPUS - {cpu for one in reservations.reservations() for cpu in one.cpus}
+        with registry.exclusively():
+            free = CPUS - {cpu for one in registry.reservations() for cpu in one.cpus}
             mine = sorted(free)[:1]
-            reservations.reserve(name, tmp_path, cpus=mine)
+            registry.reserve(name, tmp_path, cpus=mine)
             taken.append(mine)
 
     threads = [threading.Thread(target=run, args=(f"replica {i}",)) for i in range(4)]
@@ -149,9 +149,9 @@ def test_two_runs_that_begin_together_do_not_take_the_same(tmp_path: Path, monke
 
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"id": 1}', b"\xff\xfe"])
 def test_a_damaged_claim_is_none(damage: bytes) -> None:
-    reservations.folder().mkdir(parents=True)
-    (reservations.folder() / "deadbeef.json").write_bytes(damage)
-    assert reservations.reservations() == []
+    registry.folder("claims").mkdir(parents=True)
+    (registry.folder("claims") / "deadbeef.json").write_bytes(damage)
+    assert registry.reservations() == []
 
 
 def test_a_state_folder_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,8 +166,8 @@ def test_ps_shows_what_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     from cluster.process.process import Process
 
     with Process.start(["sleep", "60"], name="replica 0", log=tmp_path / "server-0.log") as process:
-        with reservations.exclusively():
-            reservations.reserve("replica 0", tmp_path, cpus=[0, 1])
+        with registry.exclusively():
+            registry.reserve("replica 0", tmp_path, cpus=[0, 1])
         while process.pid is None:
             process.wait(0.05)
         process.wait(0.3)
@@ -177,13 +177,13 @@ def test_ps_shows_what_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_ranges() -> None:
-    assert reservations.ranges([7, 0, 1, 2, 5]) == "0-2,5,7"
+    assert registry.ranges([7, 0, 1, 2, 5]) == "0-2,5,7"
 
 
 def test_a_lock_that_is_kept_is_waited_for_only_so_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    monkeypatch.setattr(reservations, "LOCK_S", 0.1)
-    with reservations.exclusively(), pytest.raises(ServerError, match="keeps this lock"), reservations.exclusively():
+    monkeypatch.setattr(registry, "LOCK_S", 0.1)
+    with registry.exclusively(), pytest.raises(ServerError, match="keeps this lock"), registry.exclusively():
         pass
-    with reservations.exclusively():
+    with registry.exclusively():
         pass

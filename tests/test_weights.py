@@ -214,7 +214,7 @@ def test_a_lock_held_for_ever_has_a_deadline(tmp_path: Path, model: Model, monke
     (tmp_path / "models").mkdir()
     with (tmp_path / "models" / ".tiny.lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(ServerError, match="locked by another process"):
+        with pytest.raises(ServerError, match="another process keeps this lock"):
             ensure_weights(model, cache=tmp_path)
 
 

@@ -9,23 +9,22 @@ and a gigabyte to convert, and neither belongs in the process that starts a load
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
 import sys
-import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import msgspec
 
 from cluster.catalogue.architecture import QUANTIZATIONS
 from cluster.catalogue.models import Model, model_config
 from cluster.process.process import Process, describe_exit
+from cluster.process.registry import lock
 from harness import cache_dir
 from harness.errors import ServerError
 from harness.record.manifest import now_utc
@@ -87,7 +86,8 @@ def ensure_weights(model: Model, *, cache: Path | None = None, say: Callable[[st
     root = (cache or cache_dir()) / "models"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f".{_label(model)}.lock", say):
+        with (root / f".{_label(model)}.lock").open("w") as file:
+            _hold(file, say)
             if model.dummy:
                 return _describe(model, root)
             if model.source == "huggingface":
@@ -280,25 +280,16 @@ def _run(argv: Sequence[str], folder: Path, what: str, timeout_s: float) -> None
         log.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold an exclusive file lock; the kernel frees it when its holder dies."""
-    with path.open("w") as file:
-        start = time.monotonic()
-        told = False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                waited = time.monotonic() - start
-                if waited > LOCK_S:
-                    raise ServerError(f"{path}: locked by another process for {waited:.0f} s; end that one") from None
-                if waited > PATIENCE_S and not told:
-                    told = True
-                    say(f"another process is preparing {path.name.strip('.').removesuffix('.lock')}; waiting for it")
-                time.sleep(0.1)
-        yield
+def _hold(file: IO[str], say: Callable[[str], None]) -> None:
+    """One process at a time makes a model's weights."""
+    told: list[str] = []
+
+    def waiting(waited_s: float) -> None:
+        if waited_s > PATIENCE_S and not told:
+            told.append(f"another process is preparing {Path(file.name).name[1:-5]}; waiting for it")
+            say(told[0])
+
+    lock(file, LOCK_S, waiting)
 
 
 def convert(gguf: Path, out: Path, *, add_bos: bool = False, int8: bool = False) -> None:

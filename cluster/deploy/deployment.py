@@ -35,7 +35,7 @@ from cluster.deploy.supervisor import CHECK_S, PartOwner, ServerHost, Supervisor
 from cluster.engines.protocol import WHOLE, Engine, Part, State
 from cluster.engines.vllm import VllmEngine
 from cluster.process.process import GRACE_S, Process
-from cluster.process.reservations import reservations
+from cluster.process.registry import reservations
 from harness.errors import ServerError, UsageError
 from harness.record.manifest import OnReplicaDeath, Replica, Restart, RunDir, Tier
 from harness.record.samples import HostMetrics, host_file

@@ -18,7 +18,7 @@ from typing import Any
 
 from cluster.deploy.placement import NICENESS, Node, check_ray_address
 from cluster.process.process import Process, wait_ready
-from cluster.process.reservations import holders, reservations, visible_gpus
+from cluster.process.registry import holders, reservations, visible_gpus
 from harness.errors import ServerError, UsageError
 
 if not os.environ.get("RAY_ADDRESS"):

@@ -26,8 +26,16 @@ from cluster.engines.protocol import WHOLE, Engine, Part, State
 from cluster.process.cpu_times import CpuTimesSampler
 from cluster.process.guard import descendants
 from cluster.process.process import GRACE_S, NO_SECRETS, PortTakenError, Process, describe_exit, wait_ready
-from cluster.process.registry import name_orphans, work_folder
-from cluster.process.reservations import exclusively, holders, release, reservations, reserve, visible_gpus
+from cluster.process.registry import (
+    exclusively,
+    holders,
+    name_orphans,
+    release,
+    reservations,
+    reserve,
+    visible_gpus,
+    work_folder,
+)
 from harness.errors import HarnessError, ServerError
 from harness.record.samples import ProcessorSecond
 from harness.server import probe

@@ -342,8 +342,7 @@ def _found() -> list[_Running]:
 
 def _running() -> list[_Running]:
     """What runs on this host; orphans and reservations are told here, where the pids mean something."""
-    from cluster.process.registry import running
-    from cluster.process.reservations import reservations
+    from cluster.process.registry import reservations, running
 
     holds = {(one.owner, one.name): one.words for one in reservations()}
     return [_Running(entry, entry.orphan, holds.get((entry.owner, entry.name))) for entry in running()]
