@@ -104,40 +104,30 @@ class Truth:
         self.running = 0
         self.queue: deque[AnswerStream] = deque()
         self.prompt_tokens = self.generation_tokens = self.finished = 0
-        text = f" t{self.pad}"
         # What most chunks of most answers are, by chat or not.
+        event = {"id": "fake", "model": self.model}
         self.ordinary = {
-            chat: http_chunk(b"data: %b\n\n" % json.dumps(
-                {"id": "fake", "model": self.model, "choices": [{"index": 0, **choice, "finish_reason": None}]}
-            ).encode())
-            for chat, choice in ((True, {"delta": {"content": text}}), (False, {"text": text}))
-        }  # fmt: skip
+            chat: sse({**event, "choices": [{"index": 0, **said(f" t{self.pad}", chat), "finish_reason": None}]})
+            for chat in (True, False)
+        }
 
     def metrics(self) -> str:
         """The counters in Prometheus text form, by vLLM's names."""
-        label = f'{{engine="0",model_name="{self.model}"}}'
+        label, finished = f'{{engine="0",model_name="{self.model}"}}', "vllm:request_success_total"
         engine = self.engine
-        if engine is None:
-            running, waiting, steps = self.running, len(self.queue), []
-            prompt_tokens, generation_tokens = self.prompt_tokens, self.generation_tokens
-        else:
-            running, waiting = engine.running, engine.waiting
-            prompt_tokens, generation_tokens = engine.prompt_tokens, engine.generation_tokens
-            steps = [f"vllm:iteration_tokens_total_count{label} {float(engine.steps)}"]
-        reason = f'{{engine="0",finished_reason="length",model_name="{self.model}"}}'
-        return "".join(
-            f"{line}\n"
-            for line in (
-                "# TYPE vllm:prompt_tokens_total counter",
-                f"vllm:prompt_tokens_total{label} {float(prompt_tokens)}",
-                f"vllm:generation_tokens_total{label} {float(generation_tokens)}",
-                f"vllm:request_success_total{reason} {float(self.finished)}",
-                f"vllm:num_requests_running{label} {float(running)}",
-                f"vllm:num_requests_waiting{label} {float(waiting)}",
-                *steps,
-                f"process_start_time_seconds {self.started_s}",
-            )
-        )
+        tokens = self if engine is None else engine
+        values = {
+            f"vllm:prompt_tokens_total{label}": tokens.prompt_tokens,
+            f"vllm:generation_tokens_total{label}": tokens.generation_tokens,
+            f'{finished}{{engine="0",finished_reason="length",model_name="{self.model}"}}': self.finished,
+            f"vllm:num_requests_running{label}": tokens.running,
+            f"vllm:num_requests_waiting{label}": len(self.queue) if engine is None else engine.waiting,
+            "process_start_time_seconds": self.started_s,
+        }
+        if engine is not None:
+            values[f"vllm:iteration_tokens_total_count{label}"] = engine.steps
+        lines = (f"{name} {float(value)}\n" for name, value in values.items())
+        return "# TYPE vllm:prompt_tokens_total counter\n" + "".join(lines)
 
     def keys(self, headers: dict[str, str]) -> tuple[str, str]:
         """The key that was given, as it was, and the one that is right."""
@@ -152,9 +142,7 @@ class Truth:
         if (left := self.first_s + self.busy_s - now) > 0:
             return 429, "too many requests", f"Retry-After: {math.ceil(left)}\r\n"
         unknown = [name for name in ("max_tokens", "ignore_eos", "temperature") if name in body]
-        if self.hosted and unknown:
-            return 400, f"Unsupported parameter: {unknown[0]}", ""
-        return None
+        return (400, f"Unsupported parameter: {unknown[0]}", "") if self.hosted and unknown else None
 
     def admit(self, answer: AnswerStream) -> None:
         """Serve now or queue."""
@@ -182,12 +170,10 @@ class Truth:
 
 
 class AnswerStream:
-    """One request being answered: writes its chunks on an absolute schedule."""
+    """One request being answered: writes its chunks on an absolute schedule. ``load``: not asked before a load."""
 
     def __init__(self, connection: AnswerSink, body: Body, chat: bool, received_ns: int, *, load: bool) -> None:
-        self.load = load
-        """False for what is asked before a load."""
-        self.connection, self.body, self.chat, self.received_ns = connection, body, chat, received_ns
+        self.connection, self.body, self.chat, self.received_ns, self.load = connection, body, chat, received_ns, load
         self.truth = connection.truth
         self.fault = str(body.get("fault") or "")
         self.stream = bool(body.get("stream"))
@@ -195,6 +181,7 @@ class AnswerStream:
         self.tokens = max(1, tokens // 2) if self.fault == "short" or self.truth.hosted else tokens
         self.prompt_tokens = count_prompt(body)
         self.ordinary = None if self.fault else self.truth.ordinary[chat]
+        self.newline = {"crlf": b"\r\n", "cr": b"\r"}.get(self.fault, b"\n")
         self.sent = 0
         self.chunk_ns: list[int] = []
         self.came_ns, self.due_ns = received_ns, list[int]()
@@ -205,56 +192,8 @@ class AnswerStream:
     def begin(self) -> None:
         """Start the clock of this answer."""
         self.t0 = self.connection.loop.time()
-        if self.fault == "hang":
-            return
-        self.truth.pacer.call_at(self.t0 + self.truth.ttft_s, self)
-
-    def tick(self) -> None:
-        """Write the next chunk, or the end."""
-        if self.connection.closed:
-            self.end()
-            return
-        if self.ordinary is not None and self.stream and 0 < self.sent < self.tokens - 1:
-            self.connection.transport.write(self.ordinary)
-            self.chunk_ns.append(time.monotonic_ns())
-            self.sent += 1
-            self.wait()
-            return
-        if not self.stream:
-            self.whole()
-            return
-        first = self.sent == 0
-        if self.fault in ("empty", "only_done"):
-            self.say_nothing()
-            return
-        step = min(2 if self.fault == "bundle" else 1, self.tokens - self.sent)
-        self.sent += step
-        last = self.sent >= self.tokens
-        label = "application/json" if self.fault == "json_label" else "text/event-stream; charset=utf-8"
-        out = head(200, label, chunked=True) if first else b""
-        if first and self.fault == "no_data":
-            out += http_chunk(b"data:\n\n")
-        if first and self.chat:
-            out += self.event({"delta": {"role": "assistant", "content": ""}, "finish_reason": None})
-        text = f" t{self.truth.pad}" * step
-        reason = 1 if self.fault == "odd_fields" else "length"
-        finish = reason if last and self.fault != "no_finish" else None
-        choice = {"delta": {"content": text}} if self.chat else {"text": text}
-        out += self.event({**choice, "finish_reason": finish})
-        if self.sent >= 2 and self.fault in ("stall", "cut", "error_event", "no_finish"):
-            self.break_off(out)
-            return
-        if last:
-            out += self.closing()
-        if self.fault == "bulk":
-            self.held += out
-            out = self.held if last else b""
-        self.connection.write(out)
-        self.chunk_ns.append(time.monotonic_ns())
-        if last:
-            self.end()
-        else:
-            self.wait()
+        if self.fault != "hang":
+            self.truth.pacer.call_at(self.t0 + self.truth.ttft_s, self)
 
     def wait(self) -> None:
         """For the next token: on the fixed schedule, or until the engine gives it."""
@@ -270,25 +209,52 @@ class AnswerStream:
         self.due_ns.append(due_ns)
         self.tick()
 
-    def say_nothing(self) -> None:
-        """End without a token, as a gateway does that lost its engine."""
-        choice = {"delta": {"content": ""}} if self.chat else {"text": ""}
-        out = head(200, "text/event-stream; charset=utf-8", chunked=True)
-        out += self.event({**choice, "finish_reason": "stop"}) if self.fault == "empty" else b""
-        self.connection.write(out + http_chunk(b"data: [DONE]" + self.newline * 2) + b"0\r\n\r\n")
-        self.end()
-
-    def break_off(self, out: bytes) -> None:
-        """End in the way the fault asks for."""
-        if self.fault == "error_event":
-            out += self.data({"error": {"message": "engine died", "type": "InternalServerError", "code": 500}})
-        if self.fault in ("error_event", "no_finish"):
-            out += b"0\r\n\r\n"
-        self.connection.write(out)
-        if self.fault == "cut":
-            self.connection.transport.close()
-        if self.fault != "stall":
+    def tick(self) -> None:
+        """Write the next chunk, or the end."""
+        if self.connection.closed:
             self.end()
+        elif not self.stream:
+            self.whole()
+        elif self.ordinary is not None and 0 < self.sent < self.tokens - 1:
+            self.connection.transport.write(self.ordinary)
+            self.chunk_ns.append(time.monotonic_ns())
+            self.sent += 1
+            self.wait()
+        elif self.fault in ("empty", "only_done"):  # as a gateway does that lost its engine
+            nothing = self.event(said("", self.chat), "stop") if self.fault == "empty" else b""
+            self.connection.write(self.opening() + nothing + self.done() + b"0\r\n\r\n")
+            self.end()
+        else:
+            self.next_chunk()
+
+    def next_chunk(self) -> None:
+        """One token, or what the fault makes of it, with what comes before the first and after the last."""
+        fault, out = self.fault, b"" if self.sent else self.opening()
+        step = min(2 if fault == "bundle" else 1, self.tokens - self.sent)
+        self.sent += step
+        last = self.sent >= self.tokens
+        finish = None if not last or fault == "no_finish" else 1 if fault == "odd_fields" else "length"
+        out += self.event(said(f" t{self.truth.pad}" * step, self.chat), finish)
+        if self.sent >= 2 and fault in ("stall", "cut", "error_event", "no_finish"):
+            if fault == "error_event":
+                out += self.data({"error": {"message": "engine died", "type": "InternalServerError", "code": 500}})
+            self.connection.write(out + (b"0\r\n\r\n" if fault in ("error_event", "no_finish") else b""))
+            if fault == "cut":
+                self.connection.transport.close()
+            if fault != "stall":
+                self.end()
+            return
+        if last:
+            out += self.closing()
+        if fault == "bulk":
+            self.held += out
+            out = self.held if last else b""
+        self.connection.write(out)
+        self.chunk_ns.append(time.monotonic_ns())
+        if last:
+            self.end()
+        else:
+            self.wait()
 
     def whole(self) -> None:
         """The answer to a request that did not ask for a stream: everything after the last token's time."""
@@ -301,26 +267,37 @@ class AnswerStream:
         text = " t" * self.tokens
         choice = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
         answer = {"index": 0, **choice, "finish_reason": "length"}
-        self.connection.reply(200, {"model": self.truth.model, "choices": [answer], "usage": self.usage()})
+        self.connection.reply(200, {"model": truth.model, "choices": [answer], "usage": self.usage()})
         self.sent = self.tokens
         self.end()
+
+    def opening(self) -> bytes:
+        """What comes before the first token."""
+        label = "application/json" if self.fault == "json_label" else "text/event-stream; charset=utf-8"
+        out = head(200, label, chunked=True)
+        if self.fault == "no_data":
+            out += http_chunk(b"data:\n\n")
+        if self.chat and self.fault not in ("empty", "only_done"):
+            out += self.event({"delta": {"role": "assistant", "content": ""}}, None)
+        return out
 
     def closing(self) -> bytes:
         """What follows the last token."""
         out = b""
-        asked = (self.body.get("stream_options") or {}).get("include_usage")
-        if asked and self.fault != "no_usage":
+        if (self.body.get("stream_options") or {}).get("include_usage") and self.fault != "no_usage":
             out += self.data({"id": "fake", "model": self.truth.model, "choices": [], "usage": self.usage()})
             if self.fault == "late_zeros":
                 out += self.data({"id": "fake", "choices": [], "usage": dict.fromkeys(self.usage(), 0)})
-        if self.fault != "no_done":
-            out += http_chunk(b"data: [DONE]" + self.newline * 2)
-        return out + b"0\r\n\r\n"
+        return out + (b"" if self.fault == "no_done" else self.done()) + b"0\r\n\r\n"
+
+    def done(self) -> bytes:
+        """The last event."""
+        return http_chunk(b"data: [DONE]" + self.newline * 2)
 
     def usage(self) -> dict[str, object]:
         """The server's own token books for this answer."""
-        said = {"double_usage": 2 * self.tokens, "half_usage": self.tokens // 2, "hidden_reasoning": 2 * self.tokens}
-        tokens = said.get(self.fault, self.tokens)
+        wrong = {"double_usage": 2 * self.tokens, "half_usage": self.tokens // 2, "hidden_reasoning": 2 * self.tokens}
+        tokens = wrong.get(self.fault, self.tokens)
         total = self.prompt_tokens + tokens
         counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": tokens, "total_tokens": total}
         details = {
@@ -329,19 +306,14 @@ class AnswerStream:
         }
         return {**counts, **details.get(self.fault, {})}
 
-    @property
-    def newline(self) -> bytes:
-        """The line end of this answer's events."""
-        return {"crlf": b"\r\n", "cr": b"\r"}.get(self.fault, b"\n")
-
-    def event(self, choice: Mapping[str, object]) -> bytes:
+    def event(self, choice: Mapping[str, object], finish: object) -> bytes:
         """One SSE event with one choice."""
-        return self.data({"id": "fake", "model": self.truth.model, "choices": [{"index": 0, **choice}]})
+        choices = [{"index": 0, **choice, "finish_reason": finish}]
+        return self.data({"id": "fake", "model": self.truth.model, "choices": choices})
 
     def data(self, value: Mapping[str, object]) -> bytes:
         """One SSE event as an HTTP chunk."""
-        comment = b": ping" + self.newline * 2 if self.fault in ("crlf", "cr") else b""
-        return http_chunk(comment + b"data: " + json.dumps(value).encode() + self.newline * 2)
+        return sse(value, self.newline, b": ping" + self.newline * 2 if self.fault in ("crlf", "cr") else b"")
 
     def end(self) -> None:
         """Books, log and the next in the queue."""
@@ -359,6 +331,11 @@ class AnswerStream:
         truth.release(self)
 
 
+def said(text: str, chat: bool) -> dict[str, object]:
+    """The part of a choice that holds some text."""
+    return {"delta": {"content": text}} if chat else {"text": text}
+
+
 def count_prompt(body: Body) -> int:
     """Prompt tokens by this server's own simple rule: ids one each, text by words."""
     prompt = body.get("prompt")
@@ -373,6 +350,11 @@ def head(status: int, content_type: str, *, length: int | None = None, chunked: 
     """A response head."""
     size = "Transfer-Encoding: chunked\r\n" if chunked else f"Content-Length: {length}\r\n"
     return f"HTTP/1.1 {status} X\r\nContent-Type: {content_type}\r\n{size}{extra}\r\n".encode()
+
+
+def sse(value: Mapping[str, object], newline: bytes = b"\n", comment: bytes = b"") -> bytes:
+    """One SSE event as an HTTP chunk."""
+    return http_chunk(comment + b"data: " + json.dumps(value).encode() + newline * 2)
 
 
 def http_chunk(payload: bytes) -> bytes:
