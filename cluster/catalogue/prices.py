@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 import msgspec
 
@@ -68,11 +69,10 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ZonePrice:
-    """Spot price of one availability zone over a window, USD for one instance-hour."""
+    """Spot price of one availability zone over a window, USD for one instance-hour; ``mean`` by how long each held."""
 
     zone: str
     mean: float
-    """Weighted by how long each price held, within the window and since the zone's first price."""
     low: float
     high: float
     current: float
@@ -110,20 +110,16 @@ def refresh(
 
 
 def _choose(names: Sequence[str], known: dict[str, Tier]) -> list[Tier]:
+    readable = [t for t in known.values() if t.provider == "aws" and t.purchase in ("on-demand", "spot")]
     for name in names:
         if name not in known:
             raise unknown_name("tier", name, known)
-        tier = known[name]
-        if not _readable(tier):
+        if (tier := known[name]) not in readable:
             raise UsageError(
                 f"tier {name} ({tier.provider}, {tier.purchase}): only AWS on-demand and spot prices can be read; "
                 f"put today's into your own tiers file"
             )
-    return [known[name] for name in names] if names else [tier for tier in known.values() if _readable(tier)]
-
-
-def _readable(tier: Tier) -> bool:
-    return tier.provider == "aws" and tier.purchase in ("on-demand", "spot")
+    return [known[name] for name in names] if names else readable
 
 
 def _targets(tier: Tier, region: str | None, known: dict[str, Tier], *, spot: bool) -> Iterator[Tier]:
@@ -138,7 +134,26 @@ def _targets(tier: Tier, region: str | None, known: dict[str, Tier], *, spot: bo
         yield known.get(name) or replace(tier, name=name, purchase="spot", note=None)
 
 
-# --- on-demand -----------------------------------------------------------------------------------------------------
+class _Item(msgspec.Struct):
+    attributes: dict[str, str]
+    sku: str = "unknown"
+
+
+class _Dimension(msgspec.Struct, rename="camel"):
+    unit: str = ""
+    price_per_unit: dict[str, str] = {}
+
+
+class _Term(msgspec.Struct, rename="camel"):
+    price_dimensions: dict[str, _Dimension] = {}
+
+
+class Product(msgspec.Struct, rename="camel"):
+    """What is read of one product of the price list, as it is there."""
+
+    product: _Item
+    terms: dict[str, dict[str, _Term]] = {}
+    publication_date: str = ""
 
 
 def on_demand_tier(tier: Tier, now: datetime) -> Tier:
@@ -149,41 +164,70 @@ def on_demand_tier(tier: Tier, now: datetime) -> Tier:
         "Filters": [{"Type": "TERM_MATCH", "Field": k, "Value": v} for k, v in filters.items()],
         "MaxResults": 100,
     }
-    where = f"{tier.instance} in {tier.region}"
+    where = f"AWS Price List API: {tier.instance} in {tier.region}"
     pages = _pages("pricing", PRICE_LIST_REGION, "get_products", request, "AWS Price List API")
-    products = [_product(text, where) for page in pages for text in page["PriceList"]]
+    try:  # the API hands out every product as a string of JSON
+        products = [msgspec.json.decode(text, type=Product) for page in pages for text in page["PriceList"]]
+    except msgspec.DecodeError as e:
+        raise HarnessError(f"{where}: a product that cannot be read ({e})") from e
     offers = [offer for product in products for offer in _offers(product, filters)]
     if len(offers) != 1:
-        raise HarnessError(f"AWS Price List API: {where}: {_what_came_back(products, offers)}")
-    price, sku, product = offers[0]
-    _check_shape(tier, product["product"]["attributes"])
-    published = str(product.get("publicationDate", ""))[:10] or "at a date it does not say"
+        raise HarnessError(f"{where}: {_what_came_back(products, offers)}")
+    price, product = offers[0]
+    _check_shape(tier, product.product.attributes)
+    published = product.publication_date[:10] or "at a date it does not say"
     return replace(
         tier, usd_per_hour=price, date=now.date().isoformat(),
-        source=f"AWS Price List API, published {published}, SKU {sku}",
+        source=f"AWS Price List API, published {published}, SKU {product.product.sku}",
     )  # fmt: skip
 
 
-class _Item(TypedDict):
-    attributes: dict[str, str]
-    sku: NotRequired[str]
+def _offers(product: Product, wanted: Mapping[str, str]) -> Iterator[tuple[float, Product]]:
+    """(USD per hour, product) of every on-demand price that is one: hourly, in USD, above 0."""
+    # Older rows have no market option; of the others only ordinary capacity is meant.
+    attributes = {"marketoption": "OnDemand", **product.product.attributes}
+    if any(attributes.get(key) != value for key, value in {"marketoption": "OnDemand", **wanted}.items()):
+        return
+    for term in product.terms.get("OnDemand", {}).values():
+        for dimension in term.price_dimensions.values():
+            price = _number(dimension.price_per_unit.get("USD"))  # a string, like "55.0400000000"
+            if dimension.unit == "Hrs" and price > 0:
+                yield price, product
 
 
-class _Dimension(TypedDict, total=False):
-    unit: str
-    pricePerUnit: dict[str, str]
+def _number(text: object) -> float:
+    """A finite price; 0 for what is none."""
+    try:
+        price = float(str(text))
+    except ValueError:
+        return 0.0
+    return price if math.isfinite(price) else 0.0
 
 
-class _Term(TypedDict, total=False):
-    priceDimensions: dict[str, _Dimension]
+def _what_came_back(products: Sequence[Product], offers: Sequence[tuple[float, Product]]) -> str:
+    if not products:
+        return "no product; is the instance type offered in this region, and spelt as AWS spells it?"
+    if offers:
+        found = ", ".join(f"{price:g} USD (SKU {product.product.sku})" for price, product in offers[:5])
+        return f"{len(offers)} prices where one was expected: {found}"
+    names = ("marketoption", "capacitystatus", "tenancy")
+    kinds = {"/".join(p.product.attributes.get(name, "-") for name in names) for p in products}
+    return (
+        f"{len(products)} products, none with an hourly on-demand price in USD above 0 "
+        f"(market option/capacity/tenancy: {', '.join(sorted(kinds)[:5])})"
+    )
 
 
-class Product(TypedDict):
-    """What is read of one product of the price list, as it is there."""
-
-    product: _Item
-    terms: NotRequired[dict[str, dict[str, _Term]]]
-    publicationDate: NotRequired[str]
+def _check_shape(tier: Tier, attributes: Mapping[str, str]) -> None:
+    """A price for other hardware than the tier says would be a wrong price for every run on it."""
+    told = {"vcpu": tier.vcpu, "memory": tier.memory_gib, "gpu": tier.accelerator_count}
+    for key, ours in told.items():
+        number = re.match(r"[\d.]+", attributes.get(key, "").replace(",", ""))
+        if number and not math.isclose(float(number[0]), ours, rel_tol=0.01):
+            raise HarnessError(
+                f"AWS Price List API: {tier.instance} has {key} {attributes[key]}, tier {tier.name} says {ours:g}: "
+                f"correct the tier first"
+            )
 
 
 class SpotPrice(TypedDict, total=False):
@@ -194,68 +238,6 @@ class SpotPrice(TypedDict, total=False):
     AvailabilityZone: str
     SpotPrice: str
     Timestamp: datetime
-
-
-def _product(text: object, where: str) -> Product:
-    """The API hands out every product as a string of JSON."""
-    try:
-        product: Product = msgspec.json.decode(text if isinstance(text, str) else msgspec.json.encode(text))
-        attributes = product["product"]["attributes"]
-    except (msgspec.DecodeError, KeyError, TypeError) as e:
-        raise HarnessError(f"AWS Price List API: {where}: a product that cannot be read ({e!r})") from e
-    if not isinstance(attributes, dict):
-        raise HarnessError(f"AWS Price List API: {where}: a product without attributes")
-    return product
-
-
-def _offers(product: Product, wanted: Mapping[str, str]) -> Iterator[tuple[float, str, Product]]:
-    """(USD per hour, SKU, product) of every on-demand price that is one: hourly, in USD, above 0."""
-    attributes = product["product"]["attributes"]
-    if any(attributes.get(key) != value for key, value in wanted.items()):
-        return
-    # Older rows do not have it; of the others only ordinary capacity is meant.
-    if attributes.get("marketoption", "OnDemand") != "OnDemand":
-        return
-    terms = product.get("terms", {})
-    for term in (terms.get("OnDemand") or {}).values() if isinstance(terms, dict) else ():
-        for dimension in (term.get("priceDimensions") or {}).values():
-            try:
-                price = float(dimension["pricePerUnit"]["USD"])  # a string, like "55.0400000000"
-            except (KeyError, TypeError, ValueError):
-                continue
-            if dimension.get("unit") == "Hrs" and math.isfinite(price) and price > 0:
-                yield price, str(product["product"].get("sku", "unknown")), product
-
-
-def _what_came_back(products: Sequence[Product], offers: Sequence[tuple[float, str, Product]]) -> str:
-    if not products:
-        return "no product; is the instance type offered in this region, and spelt as AWS spells it?"
-    if offers:
-        found = ", ".join(f"{price:g} USD (SKU {sku})" for price, sku, _ in offers[:5])
-        return f"{len(offers)} prices where one was expected: {found}"
-    kinds = [
-        "/".join(str(p["product"]["attributes"].get(key, "-")) for key in ("marketoption", "capacitystatus", "tenancy"))
-        for p in products
-    ]
-    return (
-        f"{len(products)} products, none with an hourly on-demand price in USD above 0 "
-        f"(market option/capacity/tenancy: {', '.join(sorted(set(kinds))[:5])})"
-    )
-
-
-def _check_shape(tier: Tier, attributes: Mapping[str, str]) -> None:
-    """A price for other hardware than the tier says would be a wrong price for every run on it."""
-    told = {"vcpu": tier.vcpu, "memory": tier.memory_gib, "gpu": tier.accelerator_count}
-    for key, ours in told.items():
-        number = re.match(r"[\d.]+", str(attributes.get(key, "")).replace(",", ""))
-        if number and not math.isclose(float(number[0]), ours, rel_tol=0.01):
-            raise HarnessError(
-                f"AWS Price List API: {tier.instance} has {key} {attributes[key]}, tier {tier.name} says {ours:g}: "
-                f"correct the tier first"
-            )
-
-
-# --- spot ----------------------------------------------------------------------------------------------------------
 
 
 def spot_tier(tier: Tier, days: float, now: datetime) -> Tier:
@@ -293,12 +275,9 @@ def zone_prices(rows: Sequence[SpotPrice], start: datetime, end: datetime) -> li
     """
     by_zone: dict[str, dict[datetime, float]] = {}
     for row in rows:
-        try:
-            price, at = float(row["SpotPrice"]), row["Timestamp"].astimezone(UTC)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            continue
-        if math.isfinite(price) and price > 0 and at < end:
-            by_zone.setdefault(str(row.get("AvailabilityZone", "unknown zone")), {})[at] = price
+        price, at = _number(row.get("SpotPrice")), row.get("Timestamp")
+        if price > 0 and isinstance(at, datetime) and at < end:
+            by_zone.setdefault(row.get("AvailabilityZone", "unknown zone"), {})[at.astimezone(UTC)] = price
     found = []
     for zone, changes in by_zone.items():
         times = sorted(changes)
@@ -314,37 +293,16 @@ def zone_prices(rows: Sequence[SpotPrice], start: datetime, end: datetime) -> li
     return sorted(found, key=lambda z: (z.mean, z.zone))
 
 
-# --- asking AWS ----------------------------------------------------------------------------------------------------
-
-
-def _pages(service: str, region: str, call: str, request: Mapping[str, object], what: str) -> list[Any]:
-    """Every page of an answer. A page token that went stale on the way starts over, once."""
+def _pages(service: str, region: str, call: str, request: Mapping[str, object], what: str) -> list[dict[str, Any]]:
+    """Every page of an answer."""
     try:
         client = aws.client(service, region)
-        try:
-            return _read_pages(getattr(client, call), request, what)
-        except AwsError as e:
-            if e.code not in _STALE:
-                raise
-            return _read_pages(getattr(client, call), request, what)
+        with aws.explained(what, "pricing:GetProducts and, for spot prices, ec2:DescribeSpotPriceHistory"):
+            pages = list(islice(client.get_paginator(call).paginate(**request), PAGES + 1))
     except AwsError as e:
         if e.refusal != "other":
             raise RefusedError(f"{e}. Nothing was changed") from e
         raise
-
-
-def _read_pages(call: Callable[..., Any], request: Mapping[str, object], what: str) -> list[Any]:
-    pages: list[Any] = []
-    token: str | None = None
-    while True:
-        with aws.explained(what, "pricing:GetProducts and, for spot prices, ec2:DescribeSpotPriceHistory"):
-            page = call(**request, **({"NextToken": token} if token else {}))
-        pages.append(page)
-        last, token = token, page.get("NextToken") or None
-        if token is None:
-            return pages
-        if token == last or len(pages) >= PAGES:
-            raise HarnessError(f"{what}: the answer does not end ({len(pages)} pages); try again later")
-
-
-_STALE = ("InvalidNextTokenException", "ExpiredNextTokenException", "InvalidNextToken")
+    if len(pages) > PAGES:
+        raise HarnessError(f"{what}: the answer does not end ({PAGES} pages); try again later")
+    return pages
