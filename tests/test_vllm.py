@@ -14,24 +14,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.catalogue.architecture import (
+from cluster.catalogue.models import (
     QUANTIZATIONS,
+    Model,
+    OnTier,
     architecture,
     architectures,
+    for_tier,
+    get_model,
     is_transformer,
     kv_bytes,
     kv_bytes_per_token,
-    tensor_parallel_sizes,
-    weight_bytes,
-)
-from cluster.catalogue.models import (
-    Model,
-    OnTier,
-    for_tier,
-    get_model,
     list_models,
     model_kv_bytes_per_token,
     model_weight_bytes,
+    tensor_parallel_sizes,
+    weight_bytes,
 )
 from cluster.catalogue.tiers import CATALOGUE, read_tiers
 from cluster.catalogue.weights import ensure_weights, weights_facts

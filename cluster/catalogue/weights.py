@@ -21,8 +21,7 @@ from typing import IO
 
 import msgspec
 
-from cluster.catalogue.architecture import QUANTIZATIONS
-from cluster.catalogue.models import Model, model_config
+from cluster.catalogue.models import QUANTIZATIONS, Model, model_config
 from cluster.process.process import Process, describe_exit
 from cluster.process.registry import lock
 from harness import cache_dir

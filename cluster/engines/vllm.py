@@ -9,8 +9,17 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.catalogue.architecture import DTYPE_BYTES, QUANTIZATIONS, kv_bytes, tensor_parallel_sizes
-from cluster.catalogue.models import Model, for_tier, model_config, model_kv_bytes_per_token, model_weight_bytes
+from cluster.catalogue.models import (
+    DTYPE_BYTES,
+    QUANTIZATIONS,
+    Model,
+    for_tier,
+    kv_bytes,
+    model_config,
+    model_kv_bytes_per_token,
+    model_weight_bytes,
+    tensor_parallel_sizes,
+)
 from cluster.catalogue.tiers import check_accelerators
 from cluster.catalogue.weights import ensure_weights, weights_facts
 from cluster.engines import vllm_log
