@@ -21,7 +21,6 @@ from analysis.capacity.fleet import (
     autoscaled,
     demand,
     fleet,
-    sensitivities,
     spare_instances,
 )
 from analysis.capacity.fleet_plan import Wanted, grown, plan_fleets
@@ -186,13 +185,6 @@ def test_a_grown_day_is_the_same_day_with_more_requests():
     assert grown.per_minute.tolist() == [3, 6, 9] and grown.worst_minute == 9 and grown.requests == 1080
 
 
-def test_sensitivities_change_one_thing_at_a_time():
-    found = {s.changed: s for s in sensitivities(L4, 10.0, ends=(1.0, None))}
-    assert found["demand x 2"].instances == 10
-    assert found["price x 1.2"].instances == 5 and found["price x 1.2"].usd_per_month == pytest.approx(5 * 0.96 * 730)
-    assert found["capacity at its low end"].instances == 10
-
-
 def test_a_schedule_is_never_short_and_pays_for_the_start():
     day = by_minute(2, 2, 2, 8, 8, 8, 8, 8)
     found = autoscaled(replace(L4, start_s=120), day, ahead=True)
@@ -281,8 +273,7 @@ def test_a_fleet_by_hand(measured):
     assert tier.reactive.short_share == pytest.approx((36 + 12) / (6 + 36 + 12))
     assert "5 instances, 36,500 USD a month" in made.sentence and "Nothing else was measured" in made.sentence
     by_name = {s.changed: s.instances for s in tier.sensitivities}
-    assert by_name["demand x 2"] == 9 and by_name["demand x 0.5"] == 3
-    assert by_name["capacity at its low end"] == 5 and by_name["capacity at its high end"] == 4
+    assert by_name == {"capacity at its low end": 5, "capacity at its high end": 4}
 
 
 @pytest.mark.parametrize(("rates", "tokens_each", "state", "share"), [

@@ -20,8 +20,6 @@ MINUTE_S = 60.0
 MOST_SPARES = 1_000_000
 HOLD_MINUTES = 10
 """An autoscaler keeps what the busiest of the last so many minutes needed."""
-GROWTH, PRICES = (0.5, 1.5, 2.0, 4.0), (0.8, 1.2)
-"""What demand and price are multiplied by to see how much the fleet hangs on them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,9 +38,9 @@ class TrafficDemand:
 
     def grown(self, factor: float) -> TrafficDemand:
         """The same day with ``factor`` times the requests at every moment."""
-        return TrafficDemand(
-            per_minute=self.per_minute * factor, mean=self.mean * factor, worst_minute=self.worst_minute * factor,
-            requests=round(self.requests * factor), span_s=self.span_s,
+        return replace(
+            self, per_minute=self.per_minute * factor, mean=self.mean * factor, worst_minute=self.worst_minute * factor,
+            requests=round(self.requests * factor),
         )  # fmt: skip
 
 
@@ -273,26 +271,4 @@ class Sensitivity:
     instances: int
     usd_per_month: float
     end: Literal["low", "high"] | None = None
-    """Which end of the interval of the capacity it is; None: another assumption."""
-
-
-def sensitivities(
-    offer: TierOffer, peak: float, *, headroom: float = 1.0, availability: float | None = None,
-    ends: tuple[float | None, float | None] = (None, None),
-) -> list[Sensitivity]:  # fmt: skip
-    """The fleet for ``peak`` requests/s with demand, price and capacity changed one at a time.
-
-    ``ends``: of the interval of the capacity; None: not known.
-    """
-    changes: list[tuple[str, float, TierOffer, Literal["low", "high"] | None]] = [
-        *((f"demand x {g:g}", peak * g, offer, None) for g in GROWTH),
-        *((f"price x {p:g}", peak, replace(offer, usd_per_hour=offer.usd_per_hour * p), None) for p in PRICES),
-    ]
-    low, high = ends
-    changes += [("capacity at its low end", peak, replace(offer, capacity=low), "low")] if low else []
-    changes += [("capacity at its high end", peak, replace(offer, capacity=high), "high")] if high else []
-    found = []
-    for name, rate, changed, end in changes:
-        size = fleet(changed, rate, headroom=headroom, availability=availability)
-        found.append(Sensitivity(changed=name, instances=size.instances, usd_per_month=size.usd_per_month, end=end))
-    return found
+    """Which end of the interval of the capacity it is; None: another SLO."""

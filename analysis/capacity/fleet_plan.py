@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from typing import Literal, Protocol
@@ -21,7 +21,6 @@ from analysis.capacity.fleet import (
     autoscaled,
     fleet,
     schedule,
-    sensitivities,
     share_or_none,
 )
 from analysis.capacity.serving_config import ServingConfig, drain_words
@@ -212,8 +211,8 @@ class _Binding:
     offer: TierOffer
     demand: TrafficDemand
     name: Literal["requests", "tokens"]
-    ends: tuple[float | None, float | None]
-    """Of the capacity of one replica."""
+    ends: Mapping[Literal["low", "high"], float]
+    """Of the interval of the capacity of one replica, where they are known."""
     tokens: Quantity | None
     """Tokens/s of all measured replicas at capacity, or at the highest load where capacity lies beyond it."""
 
@@ -237,8 +236,9 @@ def _binding(system: ServingConfig, wanted: Wanted) -> _Binding:
         start_s=system.start_s if wanted.start_s is None else wanted.start_s,
         node_availability=wanted.node_availability,
     )  # fmt: skip
-    low, high = (None if end is None else end / count for end in (at.low, None if beyond else at.high))
-    return _Binding(offer=offer, demand=demand, name=name, ends=(low, high), tokens=tokens)
+    ends: dict[Literal["low", "high"], float] = {} if at.low is None else {"low": at.low / count}
+    ends |= {} if at.high is None or beyond else {"high": at.high / count}
+    return _Binding(offer=offer, demand=demand, name=name, ends=ends, tokens=tokens)
 
 
 def _tier_fleet(
@@ -266,20 +266,24 @@ def _tier_fleet(
         per_instance = offer.replicas_per_instance
         return replace(made, kept=replays.scaled(system, replayed.engine, wanted.grow, plan, peak.spares, per_instance))
 
-    changed = sensitivities(offer, demand.worst_minute, headroom=head, availability=up, ends=bound.ends)
-    for other in others:
-        if other.same_under_other_slo(system) and _unfit(other) is None:
-            strict = _binding(other, wanted)
-            size = fleet(strict.offer, strict.demand.worst_minute, headroom=head, availability=up)
-            name = f"SLO {other.slo}"
-            changed.append(Sensitivity(changed=name, instances=size.instances, usd_per_month=size.usd_per_month))
+    cases: list[tuple[str, TierOffer, TrafficDemand, Literal["low", "high"] | None]] = [
+        (f"capacity at its {end} end", replace(offer, capacity=capacity), demand, end)
+        for end, capacity in bound.ends.items()
+        if capacity
+    ]
+    strict = [(o.slo, _binding(o, wanted)) for o in others if o.same_under_other_slo(system) and _unfit(o) is None]
+    cases += [(f"SLO {slo}", other.offer, other.demand, None) for slo, other in strict]
+    changed = []
+    for name, other_offer, asked, end in cases:
+        size = fleet(other_offer, asked.worst_minute, headroom=head, availability=up)
+        changed.append(Sensitivity(changed=name, instances=size.instances, usd_per_month=size.usd_per_month, end=end))
     fluid, _ = _utilised(fluid, bound, system, wanted)
     peak, no_utilisation = _utilised(peak, bound, system, wanted)
     reactive, scheduled = follows(ahead=False), follows(ahead=True)
     return TierFleet(
         name=offer.name, model=system.model, tier=system.tier, slo=system.slo, evidence=system.evidence,
-        replicas_measured=system.replicas, capacity=offer.capacity, capacity_low=bound.ends[0],
-        capacity_high=bound.ends[1], at_least=system.capacity.state == "beyond", binding=bound.name,
+        replicas_measured=system.replicas, capacity=offer.capacity, capacity_low=bound.ends.get("low"),
+        capacity_high=bound.ends.get("high"), at_least=system.capacity.state == "beyond", binding=bound.name,
         unit="req/s" if bound.name == "requests" else "tokens/s",
         replicas_per_instance=offer.replicas_per_instance, start_s=offer.start_s, usd_per_hour=offer.usd_per_hour,
         price_basis=f"{system.purchase}, {system.region}, read {system.price_date}"
@@ -335,9 +339,6 @@ def _notes(system: ServingConfig, bound: _Binding, wanted: Wanted, today: date) 
             f"a request of the demand has {asked:,.0f} tokens on average, one of those that were measured "
             f"{measured:,.0f}: whether the SLO is kept for the others, only a run of them tells"
         )
-
-
-# ------------------------------------------------------------------------------------------------------------- in words
 
 
 def _sentence(

@@ -91,23 +91,23 @@ class LoadComparison:
 class Comparison:
     """All of it. Not comparable: ``reasons``, and nothing else."""
 
-    schema: str
+    schema: str = SCHEMA
     comparable: bool
-    reasons: tuple[str, ...]
-    differs: tuple[Difference, ...]
-    evidence: str | None
-    trace: str | None
-    slo: str | None
-    loads: tuple[LoadComparison, ...]
-    compared: int
+    reasons: tuple[str, ...] = ()
+    differs: tuple[Difference, ...] = ()
+    evidence: str | None = None
+    trace: str | None = None
+    slo: str | None = None
+    loads: tuple[LoadComparison, ...] = ()
+    compared: int = 0
     """Figures with an interval, over all loads."""
-    expected_by_chance: float
+    expected_by_chance: float = 0.0
     """Of these, how many would show a difference where there is none."""
-    shown: int
+    shown: int = 0
     """How many show one."""
-    caution: str | None
+    caution: str | None = None
     """What must be read before any verdict; None when there is nothing."""
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def failed(self) -> bool:
@@ -153,28 +153,17 @@ def compare(a: Sequence[PairedRun], b: Sequence[PairedRun], gates: Sequence[Gate
     reasons += unpaired
     if not reasons:
         reasons = [reason for group in pairs.values() for pair in group for reason in plans_differ(*pair)]
-    first_a, first_b = a[0].summary, b[0].summary
-    blank = Comparison(
-        schema=SCHEMA, comparable=not reasons, reasons=tuple(dict.fromkeys(reasons)), differs=(), evidence=None,
-        trace=None, slo=None, loads=(), compared=0, expected_by_chance=0.0, shown=0, caution=None, notes=(),
-    )  # fmt: skip
     if reasons:
-        return blank
+        return Comparison(comparable=False, reasons=tuple(dict.fromkeys(reasons)))
+    first = a[0].summary
     loads = tuple(_at_load(group, gates) for group in pairs.values())
     judged = [f for load in loads for f in load.figures if f.verdict in JUDGED]
-    return replace(
-        blank,
-        differs=tuple(differences(first_a, first_b)),
-        evidence=first_a.evidence,
-        trace=first_a.plan.trace,
-        slo=slo_words(first_a),
-        loads=loads,
-        compared=len(judged),
-        expected_by_chance=len(judged) * BY_CHANCE,
-        shown=sum(f.verdict in ("better", "worse") for f in judged),
-        caution=_caution(pairs),
-        notes=tuple(_notes(pairs, left)),
-    )
+    return Comparison(
+        comparable=True, differs=tuple(differences(first, b[0].summary)), evidence=first.evidence,
+        trace=first.plan.trace, slo=slo_words(first), loads=loads, compared=len(judged),
+        expected_by_chance=len(judged) * BY_CHANCE, shown=sum(f.verdict in ("better", "worse") for f in judged),
+        caution=_caution(pairs), notes=tuple(_notes(pairs, left)),
+    )  # fmt: skip
 
 
 def _caution(pairs: Pairs) -> str | None:
@@ -236,18 +225,12 @@ def _at_load(pairs: Sequence[tuple[PairedRun, PairedRun]], gates: Sequence[Gate]
     met_a, met_b = (all_met([pair[k].summary for pair in pairs]) for k in (0, 1))
     judged = tuple(judge(gate, figures[gate.metric]) for gate in gates)
     return LoadComparison(
-        load=load_words(first_a.summary),
-        pairs=len(pairs),
-        a_runs=tuple(a.summary.run for a, _ in pairs),
-        b_runs=tuple(b.summary.run for _, b in pairs),
-        requests=sum(n for _, n, _ in found),
-        left_out=sum(left for _, _, left in found),
-        a_slo_met=met_a,
-        b_slo_met=met_b,
-        figures=tuple(figures.values()),
+        load=load_words(first_a.summary), pairs=len(pairs), a_runs=tuple(a.summary.run for a, _ in pairs),
+        b_runs=tuple(b.summary.run for _, b in pairs), requests=sum(n for _, n, _ in found),
+        left_out=sum(left for _, _, left in found), a_slo_met=met_a, b_slo_met=met_b, figures=tuple(figures.values()),
         gates=judged,
         verdict=tuple(_sentences(figures, met_a, met_b, len(pairs), slo=first_a.summary.slo is not None)),
-    )
+    )  # fmt: skip
 
 
 def _run_to_run(figures: Mapping[str, Sequence[PairFigure]]) -> float:

@@ -21,7 +21,7 @@ def fleet_sections(plan: FleetPlan) -> list[Section]:
     sections = [Section(title="Fleet", lines=(plan.sentence, _demand(plan)))]
     if plan.tiers:
         sections += [_sizes(plan), _scaling(plan)]
-        sections += [_changes(one) for one in plan.tiers]
+        sections += [_changes(one) for one in plan.tiers if one.sensitivities]
     if plan.excluded:
         notes = tuple(f"{name}: {why}" for name, why in plan.excluded)
         sections.append(Section(title="Left out", notes=notes))

@@ -80,7 +80,7 @@ def plan_fleet(
     replayed in virtual time on an engine fitted to those runs: the fleet is the smallest that keeps the SLO in
     every minute, and is marked as simulated. Beside it stands the fluid answer (worst minute over capacity), alone
     where no engine can be fitted. Spare instances for availability; fixed against autoscaled over the trace's own
-    time; what growth, price and SLO change; the cheapest tier and the runner-up.
+    time; what another SLO changes; the cheapest tier and the runner-up.
     """
     from analysis.capacity.fleet_plan import Wanted, grown, plan_fleets
     from analysis.capacity.serving_config import serving_configs
