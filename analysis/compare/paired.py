@@ -187,11 +187,12 @@ def _drawn_percentiles(values: Floats, unit: Ints, counts: Floats, ps: Sequence[
     ranks = min(n, MAX_RANKS)
     bin_of = np.arange(n) * ranks // n
     largest = values[order][np.flatnonzero(np.append(np.diff(bin_of), 1))]
-    per_bin = np.bincount(unit[order] * ranks + bin_of, minlength=units * ranks).reshape(units, ranks)
+    per_bin = np.bincount(unit[order] * ranks + bin_of, minlength=units * ranks).reshape(units, ranks) * 1.0
     drawn = [np.empty(len(counts)) for _ in ps]
     step = 100  # resamples at once: bounds the memory
     for start in range(0, len(counts), step):
-        below = np.cumsum(counts[start : start + step] @ per_bin, axis=1)
+        part = counts[start : start + step]
+        below = np.cumsum(part[:, unit[order]] if ranks == n else part @ per_bin, axis=1)  # of one a rank: no product
         for k, p in enumerate(ps):
             target = below[:, -1:] * p * (1 - 1e-12)
             drawn[k][start : start + step] = largest[np.argmax(below >= target, axis=1)]
