@@ -186,14 +186,12 @@ def on_each(nodes: Sequence[Node], function: Callable[..., Any], *args: object, 
 
 def ask(refs: list[Any], timeout_s: float = LOST_S) -> list[Any]:
     """Answers to one small question each; null from an actor that is gone or does not answer in time."""
+    done = ray.wait(refs, num_returns=len(refs), timeout=timeout_s)[0] if refs else []
     answers: list[Any] = []
-    if refs:
-        ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
     for ref in refs:
-        try:
-            answers.append(ray.get(ref, timeout=0.1))
-        except RayError:
-            answers.append(None)
+        answers.append(None)
+        with suppress(RayError):
+            answers[-1] = ray.get(ref, timeout=0.1) if ref in done else None
     return answers
 
 

@@ -14,7 +14,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -150,7 +150,7 @@ class Worker:
     """Of its reads, those with the time of the read, because the kernel did not say when their bytes came."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class System:
     """What answered the requests, as its engine says; servers need not exist to say it."""
 
@@ -163,10 +163,11 @@ class System:
     engine_version: str | None = None
     engine_args: list[str] = field(default_factory=list)
     model_facts: dict[str, str] = field(default_factory=dict)
+    """Where the weights came from, their checksum, the number format."""
 
 
 @dataclass(slots=True, kw_only=True)
-class RunManifest:
+class RunManifest(System):
     """What happened: enough to report again without asking anyone."""
 
     schema_version: str = SCHEMA_VERSION
@@ -180,17 +181,8 @@ class RunManifest:
     spec: RunSpec
     plan: PlanInfo
     plan_sha256: str
-    tier: Tier | None
-    """null: an existing server without a stated tier, so no price."""
-    engine: str
-    """"vllm-cpu", "vllm" or "url" (a server that was already there)."""
-    engine_version: str | None = None
-    engine_args: list[str] = field(default_factory=list)
-    model: str
     label: str | None = None
     """What the user calls this system (``--label``); null: nothing."""
-    model_facts: dict[str, str] = field(default_factory=dict)
-    """Where the weights came from, their checksum, the number format."""
     replicas: list[Replica] = field(default_factory=list)
     answers: list[Counted] = field(default_factory=list)
     """A sample of the answers, counted by ourselves; empty in runs of older versions."""
@@ -213,7 +205,6 @@ class RunManifest:
     """Wall clock at the common start; every `_ns` column counts from it."""
     end_ns: int | None = None
     """When the last worker was done, ns after the common start."""
-    evidence: Evidence = "measured"
 
 
 def new_manifest(
@@ -222,11 +213,9 @@ def new_manifest(
 ) -> RunManifest:  # fmt: skip
     """The manifest of a run before its first request, made on this machine now."""
     return RunManifest(
-        run_id=run_id, created=now_utc(), spec=spec, plan=plan, plan_sha256=plan_sha256, tier=system.tier,
-        engine=system.engine, engine_version=system.engine_version, engine_args=system.engine_args, model=system.model,
-        label=label, model_facts=system.model_facts, replicas=list(replicas), host=describe_host(),
+        **{f.name: getattr(system, f.name) for f in fields(System)}, run_id=run_id, created=now_utc(), spec=spec,
+        plan=plan, plan_sha256=plan_sha256, label=label, replicas=list(replicas), host=describe_host(),
         restarts_before=list(restarts_before), versions=installed_versions(), git=git_commit(),
-        evidence=system.evidence,
     )  # fmt: skip
 
 

@@ -12,9 +12,9 @@ Loop = Literal["open", "closed"]
 """open: requests go out at their planned times; closed: a fixed number is in flight."""
 Endpoint = Literal["completions", "chat"]
 Balance = Literal["least", "round-robin", "session"]
-"""Which server a request goes to: the one with the fewest in flight, in turn, or all of a session to one."""
+"""Which base URL a request goes to: least in flight (as its worker sees it), in turn, or all of a slice to one."""
 Capture = Literal["off", "hmac", "text"]
-"""What is kept of the text of answers (`harness.record.answers`)."""
+"""What is kept of each answer (`harness.record.answers`): nothing, an HMAC of its text, or also the text."""
 OutputLengths = Literal["forced", "cap", "free"]
 """forced: exactly as many tokens (``ignore_eos``); cap: at most so many; free: nothing is said of them."""
 AUTHORIZATION = "Authorization"
@@ -30,7 +30,6 @@ class RunSpec:
     """What was asked. All that changes the load or the verdict is here, and no default of it is anywhere else."""
 
     mode: Loop
-    """"open": requests go out at their planned times. "closed": a fixed number in flight."""
     concurrency: int | None = None
     """Closed loop: requests in flight over all workers. Open loop: cap on requests in flight, null = no cap."""
     duration_s: float | None = None
@@ -61,23 +60,18 @@ class RunSpec:
     header_env: dict[str, str] = field(default_factory=dict)
     """Header -> environment variable that holds its value, which may be secret and is written nowhere."""
     key_header: str = AUTHORIZATION
-    """Which header carries the API key."""
     length_field: str = "max_tokens"
     """Field of the body that says how many tokens to generate."""
     output_lengths: OutputLengths = "forced"
-    """What the planned lengths of answers are to the server."""
     stream: bool = True
     """False: one JSON answer, of which only the end is timed."""
     balance: Balance = "least"
-    """Which base URL a request goes to: "least" in flight (as its worker sees it), "round-robin", or "session": all
-    requests of a slice to one."""
     retries: int = 0
     """How often a request is sent again when there was no connection or the server said 429 or 503. No other
     failure is retried, because the server may already have worked on the request. Off by default: latency counts from
     the first try, so it includes the pauses. (Not counted here: a request that met a kept connection just as the server
     closed it is always sent once more.)"""
     capture: Capture = "off"
-    """What is kept of each answer in ``answers-<worker>.arrows``: nothing, an HMAC of its text, or also the text."""
     ramp_s: float | None = None
     """Closed loop: slots join evenly over this time; null: all at once."""
     warmup_s: float | None = None

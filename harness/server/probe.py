@@ -144,19 +144,13 @@ def find_model(
     url = page_under(base_url, "/models")
     try:
         served = {model.id: model for model in _models_in(fetch(url, access))}
-    except RefusalError as e:
-        if e.status == 401:
+    except (RefusalError, *DECODE_ERRORS) as e:
+        if isinstance(e, RefusalError) and e.status == 401:
             raise
+        said = e if isinstance(e, RefusalError) else f"{url}: not an OpenAI-compatible answer ({e})"
         if wanted is None:
-            raise ServerError(f"{e}\n  it does not say which models it serves: choose one with --model") from e
-        tell(f"note: {e}: going on with model {wanted}, as --model says")
-        return ServedModel(wanted)
-    except DECODE_ERRORS as e:
-        said = f"{url}: not an OpenAI-compatible answer ({e})"
-        if wanted is None:
-            raise ServerError(
-                f"{said}; is the base URL right (it ends in /v1)? Else choose a model with --model"
-            ) from e
+            advice = "is the base URL right (it mostly ends in /v1)? Else choose one of its models with --model"
+            raise ServerError(f"{said}\n  it does not say which models it serves: {advice}") from e
         tell(f"note: {said}: going on with model {wanted}, as --model says")
         return ServedModel(wanted)
     if wanted is None:

@@ -12,7 +12,6 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
 import msgspec
 
@@ -103,7 +102,7 @@ def _turned_round(requests: Iterable[Request], spec: RunSpec) -> Iterable[tuple[
         prompt: dict[str, object] = {"model": request.model} if request.model else {}
         if request.messages is not None:
             try:
-                messages: list[dict[str, Any]] = msgspec.json.decode(request.messages, type=list[dict[str, Any]])
+                messages = msgspec.json.decode(request.messages, type=list[dict[str, object]])
             except msgspec.DecodeError:
                 continue
             prompt["messages"] = [
