@@ -93,7 +93,7 @@ words = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
 @given(form=st.sampled_from(FORMS), turns=st.lists(st.tuples(words, words), min_size=1, max_size=6))
 def test_with_the_recorded_answers_a_live_conversation_is_the_recorded_one(form, turns):
     """The plan cuts each prompt into what is new, the client puts it together: the same bytes as ever, JSON-wise."""
-    live, history, prompt, before = Live(overlap=False), b"", asked_by(form, ""), None
+    live, history, prompt, before = Live(), b"", asked_by(form, ""), None
     endpoint = "chat" if form == "messages" else "completions"
     for i, (question, answer) in enumerate(turns):
         more = asked_by(form, question)
@@ -135,7 +135,7 @@ def chat(*contents: str, first: str = "user") -> list[dict[str, str]]:
     ],
 )  # fmt: skip
 def test_a_turn_that_does_not_go_on_is_sent_whole_and_counted(first, second, why):
-    live = Live(overlap=False)
+    live = Live()
     for form, prompt, *fields in (first, second):
         assert live.new(0, record(form, prompt, **(fields[0] if fields else {})), prompt_of(form, prompt)) is None
     assert live.continued == 0

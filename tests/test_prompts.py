@@ -251,7 +251,7 @@ def test_merging_across_words_was_really_repaired_and_keeps_the_shared_text(voca
 
 
 def test_words_are_proved_apart_only_where_the_tokenizer_cuts_them_apart(vocabularies, files):
-    assert {kind: v._apart for kind, v in vocabularies.items()} == {
+    assert {kind: v.apart for kind, v in vocabularies.items()} == {
         "byte_level": True, "metaspace": True, "wordpiece": True, "merging": False, "characters": False,
     }  # fmt: skip
     # Then one text in 64 is encoded; all must be as long as asked all the same.
@@ -263,7 +263,7 @@ def test_words_are_proved_apart_only_where_the_tokenizer_cuts_them_apart(vocabul
 
 def test_a_wrong_proof_is_noticed(vocabularies, monkeypatch):
     vocabulary = vocabularies["merging"]
-    monkeypatch.setattr(vocabulary, "_apart", True)
+    monkeypatch.setattr(vocabulary, "apart", True)
     prompts = [vocabulary.token_ids(600, key, seed=2) for key in range(128)]
     assert {len(ids) for ids in vocabulary.tokenizer.encode(vocabulary.texts(prompts))} == {600}
 

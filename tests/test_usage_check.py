@@ -17,7 +17,7 @@ from test_prompts import byte_level
 
 from analysis.rows.read import read_run
 from analysis.summary import summarise
-from harness.plan.tokenizers import FastTokenizer
+from harness.plan.tokenizers import _FastTokenizer as FastTokenizer
 from harness.record.answers import Said, count_answers, count_prompts, take_said, write_said
 from harness.record.manifest import RunDir, read_manifest, write_manifest
 from scenarios.client.completion import Answer

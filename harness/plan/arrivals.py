@@ -203,8 +203,6 @@ class Arrangement:
     part: npt.NDArray[np.unsignedinteger[Any]]
     """Which of ``parts`` the request comes from: its next row."""
     parts: list[TracePass]
-    overlap: bool = True
-    """Copies lie over each other; else one is over when the next begins, and so are its sessions."""
     rows: Times | None = None
     """Row of the trace of each request, where a part's are not sent in the order of the trace."""
 
@@ -218,6 +216,17 @@ def parse_growth(text: str) -> float:
     return growth
 
 
+def period_of(arrivals: Times) -> int:
+    """Time from one beginning of the trace to the next, ns: its span and one mean gap.
+
+    Raises `UsageError` when all rows arrive at one instant.
+    """
+    n, span = len(arrivals), int(arrivals[-1])
+    if not span:
+        raise UsageError("all rows arrive at one instant: there is no time to repeat, superpose or cut")
+    return span + max(span // (n - 1), 1)
+
+
 def arrange(arrivals: Times, units: Units, growth: float, seed: int) -> Arrangement:
     """The requests of a demand ``growth`` times the trace's: thinned below 1, superposed above.
 
@@ -225,10 +234,8 @@ def arrange(arrivals: Times, units: Units, growth: float, seed: int) -> Arrangem
     """
     if not 0 < growth <= MOST_GROWTH:
         raise UsageError(f"demand times {growth:g}: must be above 0 and at most {MOST_GROWTH}")
-    n, span = len(arrivals), int(arrivals[-1])
-    if growth > 1 and not span:
-        raise UsageError("all rows arrive at one instant: there is no time to lay copies over")
-    period = span + max(span // max(n - 1, 1), 1)  # the wrap leaves one mean gap between the end and the beginning
+    n = len(arrivals)
+    period = period_of(arrivals) if growth > 1 else int(arrivals[-1]) + 1
     copies = math.ceil(round(growth, 9))
     shifts = _shifts(copies, period, seed)
     parts: list[TracePass] = []

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import compress, islice
 from typing import NamedTuple
 
@@ -55,6 +55,14 @@ class _Reading:
         return None
 
 
+class _LastTurn(NamedTuple):
+    """A session's last row."""
+
+    slice: int
+    request_id: int
+    turn: int | None
+
+
 @dataclass(slots=True)
 class Batches:
     """Reads the trace a second time and turns it into batches of `SCHEMA`."""
@@ -72,17 +80,23 @@ class Batches:
     """null: the rows in trace order, from the beginning again where ``rows`` are too few."""
     live: Live | None = None
     """What became of the live conversations of the last `of`; null without."""
+    _alike: dict[int, int] = field(default_factory=dict)
+    """Copy -> the copy that it shares made-up prefixes with, where it is another."""
+    _turns: Turns = field(default_factory=Turns)
+    _last: Sessions[_LastTurn] = field(default_factory=lambda: Sessions(_LastTurn))
+    _slices: int = 0
 
     def of(self, n: int) -> Iterator[pa.RecordBatch]:
         """The first ``n`` requests. Raises `PlanError` when the trace is no longer what it was."""
-        done, overlap = 0, self.arrangement is not None and self.arrangement.overlap
-        sessions = _Slices(self.trace, wait=self.spec.sessions == "wait", overlap=overlap)
-        alike = {part.copy: part.prompts for part in self.arrangement.parts} if self.arrangement else {}
-        prompts = _Prompts(self.spec, self.vocabulary, self.chat, alike, overlap=overlap)
-        self.live = Live(overlap=overlap) if self.spec.conversation == "live" else None
+        done, self._slices, self._last = 0, 0, Sessions(_LastTurn)
+        parts = self.arrangement.parts if self.arrangement else []
+        self._alike = {part.copy: part.prompts for part in parts if part.prompts is not None}
+        room = self.chat.room if self.chat is not None else None
+        self._turns = Turns(room=room or 0, lengths=room is not None)
+        self.live = Live() if self.spec.conversation == "live" else None
         with contextlib.closing(self._copied(n) if self.arrangement is None else self._arranged(n)) as rows:
             for chunk in _chunks(rows):
-                yield self._batch(chunk, done, prompts, sessions)
+                yield self._batch(chunk, done)
                 done += len(chunk)
         if done != n:
             raise PlanError(f"{self.trace.path}: {n} requests before, now {done}: it changed while it was read")
@@ -122,22 +136,25 @@ class Batches:
                 if not left[part]:
                     readings.pop(part).open_.close()
 
-    def _batch(self, rows: list[Copied], first: int, prompts: _Prompts, sessions: _Slices) -> pa.RecordBatch:
+    def _batch(self, rows: list[Copied], first: int) -> pa.RecordBatch:
         n, i = len(rows), range(first, first + len(rows))
         chunk = [record for _, record in rows]
-        made = prompts.of(rows, first)
+        made = self._prompts(rows, first)
         parts: list[Prompt | None] = [None] * n
         if self.live is not None:
             parts = [self.live.new(copy, record, p) for (copy, record), p in zip(rows, made, strict=True)]
         sent = [whole if part is None else part for whole, part in zip(made, parts, strict=True)]
-        slices, after, think_ns = sessions.place(rows, first)
+        slices, waits = zip(*(self._slice(*row, at) for row, at in zip(rows, i, strict=True)), strict=True)
         columns = {
             "request_id": [*i],
             "phase": ["warmup" if request_id < self.warmup else "measured" for request_id in i],
             "scheduled_ns": None if self.scheduled is None else self.scheduled[first : first + n],
             "slice": slices,
-            "after": after,
-            "think_ns": think_ns,
+            "after": waits,
+            "think_ns": [
+                None if after is None else round((r.think_s or 0.0) * 1e9)
+                for after, r in zip(waits, chunk, strict=True)
+            ],
             "cancel_after_ns": [self._cancel_after_ns(*each) for each in zip(i, chunk, strict=True)],
             # At least one: a time too short for a nanosecond is not no time.
             "timeout_ns": [None if r.timeout_s is None else max(round(r.timeout_s * 1e9), 1) for r in chunk],
@@ -158,32 +175,15 @@ class Batches:
             return round(record.cancel_after_s * 1e9)
         return round(self.spec.cancel[1] * 1e9) if self.spec.cancel and self.cancelled[i] else None
 
-
-class _Prompts:
-    """What each row sends: the trace's own text or messages where it has them, else a prompt made up for it."""
-
-    def __init__(
-        self, spec: PlanSpec, vocabulary: Vocabulary | None, chat: Chat | None, alike: dict[int, int | None],
-        *, overlap: bool,
-    ) -> None:  # fmt: skip
-        """``alike``: copy -> the copy that it shares made-up prefixes with, where it is another."""
-        self._spec, self._vocabulary, self._chat, self._overlap = spec, vocabulary, chat, overlap
-        self._alike = {copy: other for copy, other in alike.items() if other is not None}
-        room = chat.room if chat is not None else None
-        self._turns = Turns(room=room or 0, lengths=room is not None)
-        self._copy = 0
-
-    def of(self, rows: list[Copied], first: int) -> list[Prompt]:
-        """One for each row."""
+    def _prompts(self, rows: list[Copied], first: int) -> list[Prompt]:
+        """What each row sends: the trace's own text or messages where it has them, else a prompt made up for it."""
         made = [self._made(copy, record, i) for i, (copy, record) in enumerate(rows, first)]
         wanted = [each for each in made if each is not None]
-        if self._chat is not None:
-            prompts = [
-                Prompt(tokens=m.tokens, messages=chat)
-                for m, chat in zip(wanted, self._chat.messages(wanted), strict=True)
-            ]
-        elif self._spec.as_text and self._vocabulary is not None:
-            texts = self._vocabulary.texts([m.ids for m in wanted])
+        if self.chat is not None:
+            chats = zip(wanted, self.chat.messages(wanted), strict=True)
+            prompts = [Prompt(tokens=m.tokens, messages=chat) for m, chat in chats]
+        elif self.spec.as_text and self.vocabulary is not None:
+            texts = self.vocabulary.texts([m.ids for m in wanted])
             prompts = [Prompt(tokens=m.tokens, text=text) for m, text in zip(wanted, texts, strict=True)]
         else:
             prompts = [Prompt(tokens=m.tokens, ids=m.ids) for m in wanted]
@@ -197,66 +197,34 @@ class _Prompts:
         """What the prompt is made from; None where the trace has its own."""
         if record.text is not None or record.messages is not None:
             return None
-        assert self._vocabulary is not None and record.input_tokens is not None
-        if copy != self._copy and not self._overlap:
-            self._turns.clear()  # the copy before is over, and so are its sessions
-        self._copy = copy
-        tokens = record.input_tokens if self._chat is None else max(record.input_tokens, self._chat.shortest)
+        assert self.vocabulary is not None and record.input_tokens is not None
+        tokens = record.input_tokens if self.chat is None else max(record.input_tokens, self.chat.shortest)
         key, before = request_id, tuple[int, ...]()
         if accumulates(record):
             turn = self._turns.place((copy, record.session_id), request_id, tokens, record.output_tokens)
             key, before = turn.first, turn.before
-        seed = _seed_of(self._spec.seed, self._alike.get(copy, copy))
-        ids = self._vocabulary.token_ids(
+        seed = _seed_of(self.spec.seed, self._alike.get(copy, copy))
+        ids = self.vocabulary.token_ids(
             tokens, key, seed=seed, prefix_ids=record.prefix_ids, block_tokens=record.block_tokens
         )
         return Made(ids=ids, tokens=tokens, before=before)
 
-
-class _LastTurn(NamedTuple):
-    """A session's last row."""
-
-    slice: int
-    request_id: int
-    turn: int | None
-
-
-class _Slices:
-    """Which slice each request belongs to, and which turn it waits for."""
-
-    def __init__(self, trace: Trace, *, wait: bool, overlap: bool) -> None:
-        self._trace, self._wait, self._overlap = trace, wait, overlap
-        self._slices = self._copy = 0
-        self._last = Sessions(_LastTurn)
-
-    def place(self, rows: list[Copied], first: int) -> tuple[list[int], list[int | None], list[int | None]]:
-        """slice, after and think_ns of each row."""
-        slices: list[int] = []
-        after: list[int | None] = []
-        think_ns: list[int | None] = []
-        for request_id, (copy, record) in enumerate(rows, first):
-            if copy != self._copy and not self._overlap:
-                self._last.clear()  # the copy before is over, and so are its sessions
-            self._copy = copy
-            session = (copy, record.session_id)
-            last = None if record.session_id is None else self._last.get(session)
-            slices.append(self._slices if last is None else last.slice)
-            self._slices += last is None
-            if self._wait and last is not None:
-                if (last.turn or 0) > (record.turn if record.turn is not None else 2**31):
-                    raise PlanError(
-                        f"{self._trace.path}:{record.line}: turn {record.turn} of session "
-                        f"{safe(record.session_id or '', 80)!r} comes after its turn {last.turn}: a turn cannot wait "
-                        "for a later one; put the rows in order"
-                    )
-                after.append(last.request_id)
-                think_ns.append(round((record.think_s or 0.0) * 1e9))
-            else:
-                after.append(None)
-                think_ns.append(None)
-            if record.session_id is not None:
-                self._last.set(session, _LastTurn(slices[-1], request_id, record.turn))
-        return slices, after, think_ns
+    def _slice(self, copy: int, record: TraceRecord, request_id: int) -> tuple[int, int | None]:
+        """Slice of a row, and the request of its session that it waits for."""
+        session = (copy, record.session_id)
+        last = None if record.session_id is None else self._last.get(session)
+        slice_ = self._slices if last is None else last.slice
+        self._slices += last is None
+        if record.session_id is not None:
+            self._last.set(session, _LastTurn(slice_, request_id, record.turn))
+        if last is None or self.spec.sessions != "wait":
+            return slice_, None
+        if (last.turn or 0) > (record.turn if record.turn is not None else 2**31):
+            raise PlanError(
+                f"{self.trace.path}:{record.line}: turn {record.turn} of session {safe(str(record.session_id), 80)!r} "
+                f"comes after its turn {last.turn}: a turn cannot wait for a later one; put the rows in order"
+            )
+        return slice_, last.request_id
 
 
 def _seed_of(seed: int, copy: int) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.errors import PlanError, UsageError
-from harness.plan.arrivals import Arrangement, Stage, Times, arrange, arrival_times, constant_stage, spread
+from harness.plan.arrivals import Arrangement, Stage, Times, arrange, arrival_times, constant_stage, period_of, spread
 from harness.plan.batches import Batches
 from harness.plan.chat import Chat, live_notes, reasons
 from harness.plan.file import SCHEMA_VERSION, PlanInfo, Windows, write_plan
@@ -199,7 +199,7 @@ def _own(trace: Trace, spec: PlanSpec, made_up: bool) -> _Timed:
         return _Timed(survey=found)
     arrivals, spread_s = _spread(trace, spec, found.arrivals)
     if spec.repeat:
-        arrivals = _cycled(trace, arrivals, rows, cut_ns)
+        arrivals = _cycled(arrivals, rows, cut_ns)
     speed = _speed(trace, arrivals, spec)
     return _Timed(survey=found, scheduled=_rescale(arrivals, speed), speed=speed, spread_s=spread_s)
 
@@ -256,9 +256,7 @@ def _growth(trace: Trace, spec: PlanSpec, found: Survey) -> float:
     if spec.rate is None:
         assert spec.grow is not None
         return spec.grow
-    own = mean_rate(found.arrivals)
-    if own is None:
-        raise _one_instant(trace, len(found.arrivals), spec.rate)
+    own = _own_rate(trace, found.arrivals, spec.rate)
     growth = spec.rate / own
     if (growth > 1) is (spec.rescale == "thin") and not math.isclose(growth, 1.0):
         other = "superpose" if growth > 1 else "thin"
@@ -275,12 +273,9 @@ def _spread(trace: Trace, spec: PlanSpec, arrivals: Times) -> tuple[Times, float
     return (arrivals, None) if grid_s is None else (spread(arrivals, grid_s, load_seed(spec.seed)), grid_s)
 
 
-def _cycled(trace: Trace, arrivals: Times, rows: int | None, cut_ns: float | None) -> Times:
+def _cycled(arrivals: Times, rows: int | None, cut_ns: float | None) -> Times:
     """Arrivals of a trace that begins again, one mean gap after its last row, up to ``rows`` or ``cut_ns``."""
-    n, span = len(arrivals), int(arrivals[-1])
-    if not span:
-        raise UsageError(f"{trace.path}: all rows arrive at one instant: there is no time to begin it again")
-    period = span + max(span // (n - 1), 1)
+    n, period = len(arrivals), period_of(arrivals)
     cycles = min(
         math.inf if rows is None else -(-rows // n), math.inf if cut_ns is None else math.ceil(cut_ns / period)
     )
@@ -295,20 +290,19 @@ def _cycled(trace: Trace, arrivals: Times, rows: int | None, cut_ns: float | Non
 
 
 def _speed(trace: Trace, arrivals: Times, spec: PlanSpec) -> float:
-    if spec.rate is None:
-        return 1.0 if spec.speed is None else spec.speed
+    return spec.speed or 1.0 if spec.rate is None else spec.rate / _own_rate(trace, arrivals, spec.rate)
+
+
+def _own_rate(trace: Trace, arrivals: Times, wanted: float) -> float:
+    """Mean rate of the trace, req/s."""
     own = mean_rate(arrivals)
     if own is None:
-        raise _one_instant(trace, len(arrivals), spec.rate)
-    return spec.rate / own
-
-
-def _one_instant(trace: Trace, rows: int, rate: float) -> UsageError:
-    what = "only one row is" if rows == 1 else f"all {rows} rows are"
-    return UsageError(
-        f"{trace.path}: {what} kept at one instant, which no change of clock turns into {rate:g} requests/s; "
-        "keep more rows (--limit, --duration), or use --concurrency or --arrivals poisson"
-    )
+        what = "only one row is" if len(arrivals) == 1 else f"all {len(arrivals)} rows are"
+        raise UsageError(
+            f"{trace.path}: {what} kept at one instant, which no change of clock turns into {wanted:g} requests/s; "
+            "keep more rows (--limit, --duration), or use --concurrency or --arrivals poisson"
+        )
+    return own
 
 
 def _rescale(arrivals: Times, speed: float) -> Times:

@@ -31,7 +31,6 @@ from harness.plan.tokenizers import Messages, TextTokenizer
 from harness.trace.io import TraceRecord
 from harness.trace.spool import Sessions
 
-_PROVED_EVERY = 64  # one prompt in so many is rendered and counted again, whatever was measured before
 _PROBE_KEY = 2**64 - 1
 _ROLES = ("user", "assistant")
 
@@ -60,10 +59,8 @@ class Chat:
         """Tokens that the template adds to each further turn; null: not a constant, so turns do not become messages."""
         if vocabulary.words:
             first, second, third = (self._overhead(messages) for messages in (1, 3, 5))
-            if None not in (first, second, third) and first == self.shortest:
-                assert first is not None and second is not None and third is not None
-                if second - first == third - second:
-                    self.room = second - first
+            if first == self.shortest and second is not None and third == 2 * second - first:
+                self.room = second - first
         self.template = self._template()
 
     @classmethod
@@ -90,12 +87,7 @@ class Chat:
             ends.append(len(pieces))
         texts = [f"{self._start} {text}" if text else self._start for text in self._joined(pieces)]
         chats = [tuple(texts[begin:end]) for begin, end in zip([0, *ends], ends, strict=False)]
-        every = _PROVED_EVERY if self._vocabulary.apart else 1
-        lengths = self._counted(chats[::every])
-        if every > 1 and lengths != [made.tokens for made in prompts[::every]]:
-            every, lengths = 1, self._counted(chats)
-        if every > 1:
-            return [_messages(chat) for chat in chats]
+        lengths = self._vocabulary.lengths(chats, [made.tokens for made in prompts], self._counted)
         return [
             _messages(chat) if length == made.tokens else self._fitted(chat[:-1], pieces[end - 1], made.tokens)
             for chat, made, end, length in zip(chats, prompts, ends, lengths, strict=True)
@@ -220,28 +212,32 @@ class _Before:
 class Live:
     """Follows the sessions of a plan, row by row."""
 
-    def __init__(self, *, overlap: bool) -> None:
-        """``overlap``: copies of the trace lie over each other; else one is over when the next begins."""
+    def __init__(self) -> None:
         self.continued = 0
         self.whole: Counter[str] = Counter()
         """Why turns, beyond the first of their session, do not go on from the one before them -> how many."""
-        self._overlap = overlap
-        self._copy = 0
         self._last = Sessions(_Before)
 
     def new(self, copy: int, record: TraceRecord, prompt: Prompt) -> Prompt | None:
         """What is new in the next row of copy ``copy``; None when it goes on from nothing."""
-        if copy != self._copy and not self._overlap:
-            self._last.clear()
-        self._copy = copy
         if record.session_id is None:
             return None
         session = (copy, record.session_id)
         before = self._last.get(session)
-        self._last.set(session, _remember(record, prompt))
+        form = "messages" if prompt.messages is not None else "token ids" if prompt.text is None else "text"
+        if form == "text" and record.text is None:
+            form = "made-up text"
+        size = shared = len(prompt.said)
+        if prompt.ids is not None and record.prefix_ids is not None and record.block_tokens:
+            shared -= size % record.block_tokens
+        answer = None
+        if prompt.text is not None and record.answer:
+            answer = len(record.answer), Prompt(text=record.answer).digest(len(record.answer))
+        now = _Before(form, size, shared, prompt.digest(shared), answer, record.output_tokens or 0)
+        self._last.set(session, now)
         if before is None:
             return None
-        at = _starts(before, record, prompt)
+        at = _starts(before, form, prompt)
         if isinstance(at, str):
             self.whole[at] += 1
             return None
@@ -249,32 +245,14 @@ class Live:
         return prompt.after(at)
 
 
-def _form(record: TraceRecord, prompt: Prompt) -> str:
-    if prompt.messages is not None:
-        return "messages"
-    if prompt.text is not None:
-        return "text" if record.text is not None else "made-up text"
-    return "token ids"
-
-
-def _remember(record: TraceRecord, prompt: Prompt) -> _Before:
-    size = shared = len(prompt.said)
-    if prompt.ids is not None and record.prefix_ids is not None and record.block_tokens:
-        shared = size // record.block_tokens * record.block_tokens
-    answer = None
-    if prompt.text is not None and record.answer:
-        answer = len(record.answer), Prompt(text=record.answer).digest(len(record.answer))
-    return _Before(_form(record, prompt), size, shared, prompt.digest(shared), answer, record.output_tokens or 0)
-
-
-def _starts(before: _Before, record: TraceRecord, prompt: Prompt) -> int | str:
+def _starts(before: _Before, form: str, prompt: Prompt) -> int | str:
     """Where what is new begins in a prompt, or why it does not go on."""
-    form = _form(record, prompt)
+    size = len(prompt.said)
     if form != before.form:
         return OTHER_FORM
     if form == "made-up text":
         return MADE_UP_TEXT
-    if len(prompt.said) < before.size or prompt.digest(before.shared) != before.digest:
+    if size < before.size or prompt.digest(before.shared) != before.digest:
         return OTHER_START
     if prompt.messages is not None:
         answer, new = prompt.messages[before.size : before.size + 1], prompt.messages[before.size + 1 :]
@@ -282,12 +260,12 @@ def _starts(before: _Before, record: TraceRecord, prompt: Prompt) -> int | str:
         return before.size + 1 if goes_on else NO_ANSWER
     if prompt.ids is not None:
         at = before.size + before.output_tokens
-        return at if at <= len(prompt.said) else NO_ANSWER
+        return at if at <= size else NO_ANSWER
     if before.answer is None:
         return UNKNOWN_END
     length, digest = before.answer
     at = before.size + length
-    return at if len(prompt.said) > at and prompt.after(before.size).digest(length) == digest else NO_ANSWER
+    return at if size > at and prompt.after(before.size).digest(length) == digest else NO_ANSWER
 
 
 def live_notes(live: Live) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from harness.plan.tokenizers import TextTokenizer, load_tokenizer
 from harness.trace.prefix import GOLDEN, mix
 
 Ids = npt.NDArray[np.int32]
+T = TypeVar("T")
 
 MIN_IDS = 16
 """Fewest usable ids: with 16, two random blocks of 16 tokens are equal once in 2**64."""
@@ -41,19 +43,25 @@ class Vocabulary:
     def __init__(
         self, ids: Ids, name: str, tokenizer: TextTokenizer | None = None, glue: tuple[str, str] | None = None
     ) -> None:
-        self._ids = ids
-        self._tokenizer = tokenizer
-        self._glue = glue
-        self._words: pa.Array | None = None
+        if len(ids) < MIN_IDS:
+            raise PlanError(f"{name}: only {len(ids)} usable token ids, prompts that differ need at least {MIN_IDS}")
+        self._ids, self._glue = ids, glue
+        self.name = name
+        self.tokenizer = tokenizer
+        """What text is counted with; None where only ids are known."""
+        self.words = glue is not None
+        """Every id is a word that stays one token between spaces."""
+        self.apart = False
+        """Proved of each: the tokenizer cuts text into these words before it looks at any, so that none depends on its
+        neighbours, and what holds for each word holds for every text of them."""
         self._place = np.zeros(int(ids.max()) + 1 if glue is not None else 0, dtype=np.int32)
-        """Id -> its place in the words."""
-        self._apart = False
+        """Id -> its place in the texts."""
         if glue is not None and tokenizer is not None:
             texts = tokenizer.decode([[int(i)] for i in ids])
-            self._words = pa.array([text.strip() for text in texts], pa.large_string())
+            self._texts = pa.array([text.strip() for text in texts], pa.large_string())
             self._place[ids] = np.arange(len(ids))
-            self._apart = _splits_words(tokenizer, self.render([ids])[0], ids)
-        self.name = name
+            text = self.render([ids])[0]
+            self.apart = tokenizer.parts(text) == len(ids) and tokenizer.encode([text])[0] == ids.tolist()
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -68,8 +76,8 @@ class Vocabulary:
         if distinct and not 0 <= distinct[0] <= distinct[-1] < 2**31:
             raise PlanError(f"token ids from {distinct[0]} to {distinct[-1]}: expected 0 to {2**31 - 1}")
         usable = np.array(distinct, dtype=np.int32)
-        _check_size(usable, "the list of ids")
-        return cls(usable, f"{name} sha256:{_digest(usable.tobytes())} ({len(usable)} ids)")
+        digest = hashlib.sha256(usable.tobytes()).hexdigest()[:16]
+        return cls(usable, f"{name} sha256:{digest} ({len(usable)} ids)")
 
     @classmethod
     def from_tokenizer(cls, path: Path) -> Vocabulary:
@@ -85,24 +93,8 @@ class Vocabulary:
         clean = _clean_ids(tokenizer)
         words, glue = _word_ids(tokenizer, clean)
         usable = words if glue is not None else np.array(sorted(clean), dtype=np.int32)
-        _check_size(usable, str(path))
         name = f"{tokenizer.label} ({len(usable)} of {tokenizer.size} tokens used)"
         return cls(usable, name, tokenizer, glue)
-
-    @property
-    def tokenizer(self) -> TextTokenizer | None:
-        """What text is counted with; None where only ids are known."""
-        return self._tokenizer
-
-    @property
-    def words(self) -> bool:
-        """Every id is a word that stays one token between spaces."""
-        return self._glue is not None
-
-    @property
-    def apart(self) -> bool:
-        """Proved of each: the tokenizer cuts text into these words before it looks at any."""
-        return self._apart
 
     def token_ids(
         self,
@@ -145,60 +137,55 @@ class Vocabulary:
 
         Raises `PlanError` without a tokenizer, or when no text of that length is found.
         """
-        texts = self.render(prompts)
-        every = _PROVED_EVERY if self._apart else 1
-        lengths = self._count(texts[::every])
-        if every > 1 and lengths != [len(ids) for ids in prompts[::every]]:
-            every, lengths = 1, self._count(texts)
-        if every > 1:
-            return texts
+        texts, wanted = self.render(prompts), [len(ids) for ids in prompts]
         return [
             text if length == len(ids) else self.fitted(ids, len(ids), self._count)
-            for text, length, ids in zip(texts, lengths, prompts, strict=True)
+            for text, length, ids in zip(texts, self.lengths(texts, wanted, self._count), prompts, strict=True)
         ]
+
+    def lengths(self, made: Sequence[T], wanted: Sequence[int], count: Callable[[Sequence[T]], list[int]]) -> list[int]:
+        """Tokens of each, as ``count`` finds them; of one in 64 where words are `apart` and those are as ``wanted``."""
+        if self.apart and count(made[::_PROVED_EVERY]) == wanted[::_PROVED_EVERY]:
+            return list(wanted)
+        return count(made)
 
     def render(self, prompts: Sequence[Ids]) -> list[str]:
         """Each list of ids as text, as it falls: of whole words of a `words` vocabulary, that text is those ids.
 
         Raises `PlanError` without a tokenizer.
         """
-        if self._tokenizer is None:
+        if self.tokenizer is None:
             raise PlanError(f"{self.name}: text prompts need a tokenizer; give a tokenizer.json or send token ids")
-        if self._glue is None or self._words is None:
-            return self._tokenizer.decode([ids.tolist() for ids in prompts])
+        if self._glue is None:
+            return self.tokenizer.decode([ids.tolist() for ids in prompts])
         lead, space = self._glue
         # In Arrow: a Python object per token would be most of the time it takes to make a plan.
         at = self._place[np.concatenate([np.empty(0, dtype=np.int32), *prompts])]
         offsets = np.cumsum([0, *(len(ids) for ids in prompts)], dtype=np.int64)
-        lists = pa.LargeListArray.from_arrays(pa.array(offsets), self._words.take(pa.array(at)))
+        lists = pa.LargeListArray.from_arrays(pa.array(offsets), self._texts.take(pa.array(at)))
         texts: list[str] = pc.binary_join(lists, pa.scalar(space, pa.large_string())).to_pylist()
         return [lead + text for text in texts] if lead else texts
 
     def _count(self, texts: Sequence[str]) -> list[int]:
-        assert self._tokenizer is not None
-        return [len(ids) for ids in self._tokenizer.encode(texts)]
+        assert self.tokenizer is not None
+        return [len(ids) for ids in self.tokenizer.encode(texts)]
 
     def fitted(self, wanted: Ids, target: int, count: Callable[[Sequence[str]], list[int]]) -> str:
         """Text that begins as ``wanted`` does and that ``count`` finds to be ``target`` long.
 
         Tokens are added or taken at the end until it is. Raises `PlanError` when no such text is found.
         """
-        ids = wanted
-        text = self.render([ids])[0]
-        length = count([text])[0]
-        for attempt in range(_REPAIRS):
+        ids, length = wanted, -1
+        for attempt in range(_REPAIRS + 1):
+            text = self.render([ids])[0]
+            length = count([text])[0]
             if length == target:
                 return text
             # Take one more than is over: what is added next time is a new draw, so the search does not go in circles.
             keep = len(ids) - (length - target) - 1 if length > target else len(ids)
-            ids = ids[: max(keep, 0)]
             missing = target - length if length < target else 1
             tail = self.token_ids(missing, _hash64(wanted.tobytes(), attempt, 0), seed=attempt)
-            ids = np.concatenate([ids, tail])
-            text = self.render([ids])[0]
-            length = count([text])[0]
-        if length == target:
-            return text
+            ids = np.concatenate([ids[: max(keep, 0)], tail])
         raise PlanError(
             f"{self.name}: no text of exactly {target} tokens found (last try: {length}); send token ids instead"
         )
@@ -246,22 +233,3 @@ def _word_ids(tokenizer: TextTokenizer, clean: dict[int, str]) -> tuple[Ids, tup
         if len(fit) > len(best):
             best, best_lead = fit, lead
     return np.array(best, dtype=np.int32), (best_lead, " ") if len(best) >= _MIN_WORDS else None
-
-
-def _splits_words(tokenizer: TextTokenizer, text: str, ids: Ids) -> bool:
-    """Whether ``text`` (each word of the vocabulary once) is cut into its words before any of them is looked at.
-
-    Then a word's token cannot depend on its neighbours, and what holds for each word here holds for every text of them.
-    """
-    return tokenizer.parts(text) == len(ids) and tokenizer.encode([text])[0] == ids.tolist()
-
-
-def _check_size(ids: Ids, source: str) -> None:
-    if len(ids) < MIN_IDS:
-        raise PlanError(
-            f"{source}: only {len(ids)} usable token ids, at least {MIN_IDS} are needed for prompts that differ"
-        )
-
-
-def _digest(raw: bytes) -> str:
-    return hashlib.sha256(raw).hexdigest()[:16]

@@ -49,11 +49,11 @@ Ids = npt.NDArray[np.int32]
 _COLUMNS = ["input_tokens", "prompt_token_ids", "prompt_text", "messages"]
 
 
-class _PlanMessage(msgspec.Struct):
-    content: str
+class _Message(msgspec.Struct):
+    content: Any = None
 
 
-_MESSAGES = msgspec.json.Decoder(list[_PlanMessage])
+_MESSAGES = msgspec.json.Decoder(list[_Message])
 
 
 class UnknownTokensError(Exception):
@@ -153,38 +153,18 @@ def _hashes(ids: npt.NDArray[np.int32], lengths: Ints, blocks: Ints, weights: Ha
 
 BLOCK_BYTES = 16
 """Finer than any server's block of tokens, so that nothing it may find is missed but less than this of each prompt."""
-_PIECE = 2**22  # bytes that are worked on at a time, or one prompt
-
-
-class _AnyMessage(msgspec.Struct):
-    content: Any = None
-
-
-_ANY_MESSAGES = msgspec.json.Decoder(list[_AnyMessage])
 
 
 def text_reuse(path: Path) -> Reuse:
     """What an unlimited cache finds in the texts of plan ``path``; "tokens" of it are bytes. Raises `PlanError`."""
-    return prompt_reuse(_pieces(path), BLOCK_BYTES)
 
+    def pieces() -> Iterator[tuple[Ids, Ints]]:
+        for _, texts, messages in _texts(path):
+            held = [(m or text or "").encode(errors="replace") for text, m in zip(texts, messages, strict=True)]
+            lengths = np.array([len(each) for each in held], dtype=np.int64)
+            yield np.frombuffer(b"".join(held), dtype=np.uint8).astype(np.int32), lengths
 
-def _pieces(path: Path) -> Iterator[tuple[Ids, Ints]]:
-    """All texts, some together: their bytes one after the other, and how many each has."""
-    held: list[bytes] = []
-    size = 0
-    for _, text, messages in _texts(path):
-        held.append((text if messages is None else messages).encode(errors="replace"))
-        size += len(held[-1])
-        if size >= _PIECE:
-            yield _joined(held)
-            held, size = [], 0
-    if held:
-        yield _joined(held)
-
-
-def _joined(texts: list[bytes]) -> tuple[Ids, Ints]:
-    lengths = np.array([len(text) for text in texts], dtype=np.int64)
-    return np.frombuffer(b"".join(texts), dtype=np.uint8).astype(np.int32), lengths
+    return prompt_reuse(pieces(), BLOCK_BYTES)
 
 
 def text_words(path: Path, requests: int) -> npt.NDArray[np.float64]:
@@ -193,25 +173,25 @@ def text_words(path: Path, requests: int) -> npt.NDArray[np.float64]:
     Raises `PlanError`.
     """
     found = np.full(requests, np.nan)
-    for request_id, text, messages in _texts(path):
-        if 0 <= request_id < requests:
-            found[request_id] = len(text.split()) if messages is None else _word_count(messages)
+    for columns in _texts(path):
+        for request_id, text, messages in zip(*columns, strict=True):
+            if 0 <= request_id < requests:
+                found[request_id] = len((text or "").split()) if messages is None else _word_count(messages)
     return found
 
 
 def _word_count(messages: str) -> int:
     try:
-        contents = [message.content for message in _ANY_MESSAGES.decode(messages)]
+        contents = [message.content for message in _MESSAGES.decode(messages)]
     except msgspec.DecodeError:
         return 0
     return sum(len(content.split()) for content in contents if isinstance(content, str))
 
 
-def _texts(path: Path) -> Iterator[tuple[int, str, str | None]]:
-    """Requests whose length the plan does not know: id, text, and messages as JSON."""
+def _texts(path: Path) -> Iterator[tuple[list[int], list[str | None], list[str | None]]]:
+    """Requests whose length the plan does not know, a batch at a time: ids, texts, and messages as JSON."""
     for batch in iter_plan_columns(path, ["request_id", "input_tokens", "prompt_text", "messages"]):
-        batch = batch.filter(pc.is_null(batch.column("input_tokens")))
-        columns = (batch.column(name).to_pylist() for name in ("request_id", "prompt_text", "messages"))
-        for request_id, text, messages in zip(*columns, strict=True):
-            if text is not None or messages is not None:
-                yield request_id, text or "", messages
+        either = pc.or_(pc.is_valid(batch.column("prompt_text")), pc.is_valid(batch.column("messages")))
+        batch = batch.filter(pc.and_(pc.is_null(batch.column("input_tokens")), either))
+        ids, texts, messages = (batch.column(name).to_pylist() for name in ("request_id", "prompt_text", "messages"))
+        yield ids, texts, messages

@@ -17,10 +17,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -33,33 +34,35 @@ _OTHERS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "senten
 _FILES = ("tokenizer.json", "tekken.json", *_OTHERS)
 
 
-class TextTokenizer(Protocol):
+class TextTokenizer(ABC):
     """What the harness needs of a tokenizer."""
 
-    label: str
-    """Folder, file and the SHA-256 of the file: equal labels tokenize equally."""
-    size: int
-    """Tokens in its vocabulary."""
+    def __init__(self, label: str, size: int, template: ChatTemplate | None = None) -> None:
+        self.label = label
+        """Folder, file and the SHA-256 of the file: equal labels tokenize equally."""
+        self.size = size
+        """Tokens in its vocabulary."""
+        self._template = template
 
+    @abstractmethod
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens around it."""
-        ...
 
+    @abstractmethod
     def decode(self, prompts: Sequence[Sequence[int]]) -> list[str]:
         """Text of each list of ids."""
-        ...
 
+    @abstractmethod
     def plain_ids(self) -> list[int]:
         """Ids that are neither special nor added, ascending."""
-        ...
 
     def parts(self, text: str) -> int | None:
         """Pieces the text is cut into before any of them is looked at; None where that is not known."""
-        ...
+        return None
 
     def chat_ids(self, messages: Messages) -> list[int] | None:
         """The prompt that a server makes of chat messages; None when the folder has no chat template."""
-        ...
+        return None if self._template is None else self.encode([self._template.render(messages)])[0]
 
 
 def load_tokenizer(path: Path) -> TextTokenizer:
@@ -82,10 +85,9 @@ def load_tokenizer(path: Path) -> TextTokenizer:
         return _tekken(file, label)
     if file.name in _OTHERS:
         return _with_transformers(file.parent, label)
+    template = ChatTemplate.of(file.parent)
     try:
-        return FastTokenizer(Tokenizer.from_buffer(raw), label, ChatTemplate.of(file.parent))
-    except PlanError:
-        raise
+        return _FastTokenizer(Tokenizer.from_buffer(raw), label, template)
     except Exception as e:  # the library raises nothing narrower
         raise PlanError(f"{file}: not a tokenizer.json of the tokenizers library ({e})") from e
 
@@ -108,7 +110,7 @@ def _with_transformers(folder: Path, label: str) -> TextTokenizer:
         ) from e
     template = ChatTemplate.of(folder)
     backend = getattr(loaded, "backend_tokenizer", None)
-    return FastTokenizer(backend, label, template) if backend is not None else SlowTokenizer(loaded, label, template)
+    return _FastTokenizer(backend, label, template) if backend is not None else _SlowTokenizer(loaded, label, template)
 
 
 def _missing(folder: Path, package: str, error: ImportError) -> PlanError:
@@ -118,71 +120,52 @@ def _missing(folder: Path, package: str, error: ImportError) -> PlanError:
     )
 
 
-class FastTokenizer:
+class _FastTokenizer(TextTokenizer):
     """Of the tokenizers library."""
 
     def __init__(self, tokenizer: Tokenizer, label: str, template: ChatTemplate | None = None) -> None:
         # Settings saved with the file would cut or pad every prompt behind our back.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self._tokenizer, self.label, self._template = tokenizer, label, template
-        self.size: int = tokenizer.get_vocab_size()
+        super().__init__(label, tokenizer.get_vocab_size(), template)
+        self._tokenizer = tokenizer
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """See `TextTokenizer`."""
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """See `TextTokenizer`."""
         texts: list[str] = self._tokenizer.decode_batch([list(ids) for ids in prompts], skip_special_tokens=False)
         return texts
 
     def plain_ids(self) -> list[int]:
-        """See `TextTokenizer`."""
         added = self._tokenizer.get_added_tokens_decoder()
         return sorted(set(self._tokenizer.get_vocab(with_added_tokens=False).values()) - set(added))
 
     def parts(self, text: str) -> int | None:
-        """See `TextTokenizer`."""
         if self._tokenizer.pre_tokenizer is None:
             return None
         normalizer = self._tokenizer.normalizer
         seen = text if normalizer is None else normalizer.normalize_str(text)
         return len(self._tokenizer.pre_tokenizer.pre_tokenize_str(seen))
 
-    def chat_ids(self, messages: Messages) -> list[int] | None:
-        """See `TextTokenizer`."""
-        return None if self._template is None else self.encode([self._template.render(messages)])[0]
 
-
-class SlowTokenizer:
+class _SlowTokenizer(TextTokenizer):
     """Of transformers, written in Python."""
 
     def __init__(self, tokenizer: Any, label: str, template: ChatTemplate | None = None) -> None:
-        self._tokenizer, self.label, self._template = tokenizer, label, template
-        self.size: int = tokenizer.vocab_size
+        super().__init__(label, tokenizer.vocab_size, template)
+        self._tokenizer = tokenizer
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """See `TextTokenizer`."""
         return [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
     def decode(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """See `TextTokenizer`."""
         keep = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         return [self._tokenizer.decode(list(ids), **keep) for ids in prompts]
 
     def plain_ids(self) -> list[int]:
-        """See `TextTokenizer`."""
         special = set(self._tokenizer.all_special_ids) | set(self._tokenizer.added_tokens_decoder)
         return sorted(set(self._tokenizer.get_vocab().values()) - special)
-
-    def parts(self, text: str) -> int | None:
-        """Not known."""
-        return None
-
-    def chat_ids(self, messages: Messages) -> list[int] | None:
-        """See `TextTokenizer`."""
-        return None if self._template is None else self.encode([self._template.render(messages)])[0]
 
 
 def _tekken(file: Path, label: str) -> TextTokenizer:
@@ -191,37 +174,28 @@ def _tekken(file: Path, label: str) -> TextTokenizer:
     except ImportError as e:
         raise _missing(file.parent, "mistral_common", e) from e
     try:
-        return TekkenTokenizer(MistralTokenizer.from_file(str(file)), label)
+        return _TekkenTokenizer(MistralTokenizer.from_file(str(file)), label)
     except Exception as e:  # whatever a damaged file makes the library raise
         raise PlanError(f"{file}: mistral_common cannot load this tokenizer ({type(e).__name__}: {e})") from e
 
 
-class TekkenTokenizer:
-    """Mistral's, of mistral_common."""
+class _TekkenTokenizer(TextTokenizer):
+    """Mistral's, of mistral_common; the chat format is part of the tokenizer."""
 
     def __init__(self, tokenizer: Any, label: str) -> None:
         self._whole, self._tokenizer = tokenizer, tokenizer.instruct_tokenizer.tokenizer
-        self.label = label
-        self.size: int = self._tokenizer.n_words
+        super().__init__(label, self._tokenizer.n_words)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """See `TextTokenizer`."""
         return [self._tokenizer.encode(text, bos=False, eos=False) for text in texts]
 
     def decode(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """See `TextTokenizer`."""
         return [self._tokenizer.decode(list(ids)) for ids in prompts]
 
     def plain_ids(self) -> list[int]:
-        """See `TextTokenizer`."""
         return sorted(set(range(self.size)) - set(self._tokenizer.special_ids))
 
-    def parts(self, text: str) -> int | None:
-        """Not known."""
-        return None
-
     def chat_ids(self, messages: Messages) -> list[int] | None:
-        """See `TextTokenizer`; the chat format is part of the tokenizer."""
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
         request: Any = ChatCompletionRequest.model_validate({"messages": list(messages)})
@@ -287,18 +261,17 @@ class ChatTemplate:
         """The text a server makes of ``messages``, ready for an answer. Raises `PlanError` when it refuses them."""
         import jinja2
 
-        given: list[dict[str, Any]] = list(messages)
+        given: Sequence[object] = messages
         if self._parts:
             given = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
         try:
-            return self._template.render(messages=given, add_generation_prompt=True, **self._special)
+            return self._template.render(messages=list(given), add_generation_prompt=True, **self._special)
         except (jinja2.TemplateError, TypeError, ValueError) as e:
             raise PlanError(f"{self._where}: the chat template refuses a conversation ({e})") from e
 
     def _reads_parts(self) -> bool:
-        """Whether the template finds a text only as a part in a list, as those of many vision models do.
-
-        vLLM sees that in a template, and gives it the text of a message in that form.
+        """Whether the template finds a text only as a part in a list, as those of many vision models do: then vLLM
+        gives it the text of a message in that form.
         """
         said: Messages = [{"role": "user", "content": "harness"}]
         try:
@@ -309,7 +282,7 @@ class ChatTemplate:
             return False
 
 
-def _json_of(file: Path) -> dict[str, Any]:
+def _json_of(file: Path) -> dict[str, object]:
     """A JSON object, empty when there is no such file."""
     try:
         value = json.loads(file.read_bytes()) if file.exists() else {}

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 
 from harness.errors import UsageError
-from harness.plan.arrivals import Arrangement, Times, TracePass
+from harness.plan.arrivals import Arrangement, Times, TracePass, period_of
 from harness.plan.file import PlannedWindow, Windows
 from harness.trace.spool import blocks, filled
 
@@ -69,12 +69,9 @@ def windows_in_time(
     Raises `UsageError` when all rows arrive at one instant, when nothing falls into the windows, and for a time that
     64-bit nanoseconds do not hold.
     """
-    n, span = len(arrivals), int(arrivals[-1])
-    if n < 2 or not span:
-        raise UsageError("all rows arrive at one instant: there is no time to cut windows from")
+    n, period = len(arrivals), period_of(arrivals)
     if lasts_ns >= 2**62:
         raise UsageError("windows would last more than 146 years on the trace's clock: a shorter time, or a lower rate")
-    period = span + max(span // (n - 1), 1)
     times, order, late = arrivals, None, None
     if starts is not None:
         due = starts + np.rint((arrivals - starts) * speed).astype(np.int64)
@@ -205,8 +202,7 @@ def _joined(
             prompts += 1 + int(passes[-1] - passes[0])
     every, most = np.concatenate(rows), max(-(-(s.end - s.first) // n) for s in stretches)
     arranged = Arrangement(
-        scheduled, np.concatenate(part_of).astype(np.uint32), parts, overlap=order is not None,
-        rows=None if order is None else every,
+        scheduled, np.concatenate(part_of).astype(np.uint32), parts, rows=None if order is None else every,
     )  # fmt: skip
     windows = [
         PlannedWindow(

@@ -145,15 +145,23 @@ def _text(record: TraceRecord) -> str:
 
 
 def _encoded(
-    records: Iterable[TraceRecord], tokenizer: TextTokenizer
+    records: Iterable[TraceRecord], tokenizer: TextTokenizer | None
 ) -> Iterator[tuple[TraceRecord, list[int] | None, int | None]]:
     """(record, token ids of its text if it has one, tokens of its answer if it has one)."""
     iterator = iter(records)
     while batch := list(islice(iterator, _TEXTS)):
+        texts = [r.text is not None or r.messages is not None for r in batch]
+        if tokenizer is None:
+            if any(texts):
+                line = batch[texts.index(True)].line
+                raise UsageError(
+                    f"line {line} has text: its length and prefix blocks can be kept only with --tokenizer FILE"
+                )
+            yield from ((record, None, None) for record in batch)
+            continue
         prompts = tokenizer.encode([_text(r) for r in batch])
         answers = tokenizer.encode([r.answer or "" for r in batch])
-        for record, prompt, answer in zip(batch, prompts, answers, strict=True):
-            has_text = record.text is not None or record.messages is not None
+        for record, has_text, prompt, answer in zip(batch, texts, prompts, answers, strict=True):
             yield record, prompt if has_text else None, None if record.answer is None else len(answer)
 
 
@@ -180,7 +188,7 @@ def anonymize(
     if not 16 <= len(salt) <= 64:
         raise UsageError("the salt must be 16 to 64 random bytes")
     sessions, adapters, models = _numbered("session"), _numbered("adapter"), _numbered("model")
-    for number, (record, ids, answer_tokens) in enumerate(_with_ids(records, tokenizer)):
+    for number, (record, ids, answer_tokens) in enumerate(_encoded(records, tokenizer)):
         prefix_ids, size = record.prefix_ids, record.block_tokens
         input_tokens = record.input_tokens
         if ids is not None:
@@ -206,20 +214,6 @@ def anonymize(
             gate=None,
             tags=None,
         )
-
-
-def _with_ids(
-    records: Iterable[TraceRecord], tokenizer: TextTokenizer | None
-) -> Iterator[tuple[TraceRecord, list[int] | None, int | None]]:
-    if tokenizer is not None:
-        yield from _encoded(records, tokenizer)
-        return
-    for record in records:
-        if record.text is not None or record.messages is not None:
-            raise UsageError(
-                f"line {record.line} has text: its length and prefix blocks can be kept only with --tokenizer FILE"
-            )
-        yield record, None, None
 
 
 def _numbered(what: str) -> Callable[[str | None], str | None]:

@@ -181,10 +181,6 @@ class Turns:
         self._room, self._keep = room, lengths
         self._last = Sessions(_Last)
 
-    def clear(self) -> None:
-        """All sessions are over."""
-        self._last.clear()
-
     def place(self, session: Hashable, number: int, tokens: int, output_tokens: int | None) -> Turn:
         """The next row of a session that `accumulates`: its number among all rows, its input and output tokens."""
         output = output_tokens or 0

@@ -1,14 +1,7 @@
 """The shape of a trace: what `harness trace inspect` says, in figures and in words. Never the requests.
 
-==========================  ==========================================================================================
-burstiness                  variance / mean of the number of arrivals in windows of 1, 10 and 60 s, laid from the first
-                            arrival to the last, the rest of a window at the end left out. Poisson arrivals have 1
-worst minute                most arrivals in any 60 s (begun by an arrival), and that over the mean of the whole trace
-mean rate                   (n - 1) / span, requests/s
-ideal prefix-cache hit      share of blocks, and of input tokens, that led some request before, token for token: what an
-                            unlimited cache at the trace's own block size would have found. Of sessions that say
-                            lengths only: what their made-up prompts share (`harness.trace.prefix`)
-==========================  ==========================================================================================
+For what the figures of arrivals are see `harness.trace.stats` (burstiness is their dispersion), for those of prefixes
+`harness.trace.prefix`.
 """
 
 from __future__ import annotations
@@ -30,7 +23,6 @@ from harness.trace.survey import ModelShare, Survey
 Lens = npt.NDArray[np.int32]
 
 _BARS = " ▁▂▃▄▅▆▇█"
-_SHADES = " ░▒▓█"
 _MODELS = 12
 """Models that are listed."""
 _BURST = 5
@@ -69,16 +61,6 @@ class ConversationShape:
     """Between the arrivals of a session's turns; null without times or second turns."""
 
 
-@dataclass(frozen=True, slots=True)
-class JointLengths:
-    """Rows by both lengths, which fall from one power of four to below the next."""
-
-    input_from: list[int]
-    output_from: list[int]
-    rows: list[list[int]]
-    """By input (down) and output tokens (across)."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceShape:
     """All that is said of a trace; null where it does not say, or is too short to."""
@@ -100,7 +82,6 @@ class TraceShape:
     output_tokens: TokenLengths | None
     rank_correlation: float | None
     """Spearman's, of input and output lengths: 1 when longer prompts get longer answers."""
-    joint: JointLengths | None
     sessions: ConversationShape | None
     prefix: PrefixStats | None
     recorded_cache: RecordedCache | None
@@ -141,7 +122,6 @@ def shape_of(found: Survey) -> TraceShape:
         input_tokens=_lengths(found.inputs + found.input_lengths),
         output_tokens=_lengths(found.outputs),
         rank_correlation=_rank_correlation(found),
-        joint=_joint(found),
         sessions=_sessions(found),
         prefix=found.reuse.result(),
         recorded_cache=found.recorded_cache,
@@ -250,17 +230,6 @@ def _rank_correlation(found: Survey) -> float | None:
     return products / math.sqrt(squares) if squares else None
 
 
-def _joint(found: Survey) -> JointLengths | None:
-    table = np.zeros((16, 16), dtype=np.int64)
-    for pair in _pairs(found):
-        np.add.at(table, tuple((np.frexp(side.astype(np.float64))[1] - 1) // 2 for side in pair), 1)
-    if not table.any():
-        return None
-    down, across = (np.flatnonzero(table.any(axis=axis)).tolist() for axis in (1, 0))
-    into, out = ([4**i for i in range(side[0], side[-1] + 1)] for side in (down, across))
-    return JointLengths(into, out, table[down[0] : down[-1] + 1, across[0] : across[-1] + 1].tolist())
-
-
 # --- in words --------------------------------------------------------------------------------------------------------
 
 
@@ -269,6 +238,7 @@ def described(trace: Trace, shape: TraceShape) -> str:
     dropped = "".join(f"; {count} {reason}" for reason, count in sorted(trace.rows_dropped.items()))
     if trace.rows_failed and trace.rows_failed not in trace.rows_dropped.values():
         dropped += f"; {trace.rows_failed} failed calls of the source in all"
+    correlation = shape.rank_correlation
     lines = [
         f"{trace.sources.name}: {trace.format}",
         f"rows      {trace.rows_read} read, {trace.rows_kept} kept{dropped}",
@@ -277,7 +247,7 @@ def described(trace: Trace, shape: TraceShape) -> str:
         *_times(shape, trace.grid_s),
         *_tokens("input", shape.input_tokens),
         *_tokens("output", shape.output_tokens),
-        *_table(shape),
+        "" if correlation is None else f"joint     rank correlation of input and output {correlation:+.2f}",
         *_turns(shape),
         _prefix(shape),
         _recorded(shape),
@@ -360,24 +330,6 @@ def _tokens(side: str, lengths: TokenLengths | None) -> list[str]:
         f"p99 {q['p99']:g}; {lengths.minimum} to {lengths.maximum}",
         f"          {_bars(counts)}  by powers of two from {2 ** starts[0]}",
     ]
-
-
-def _table(shape: TraceShape) -> list[str]:
-    if shape.joint is None or shape.rank_correlation is None:
-        return []
-    top = max(max(row) for row in shape.joint.rows)
-    lines = [
-        f"joint     rank correlation of input and output {shape.rank_correlation:+.2f}; requests by input (down) and "
-        "output tokens (across), from:",
-        f"{'':19}{''.join(f'{_short(start):<5}' for start in shape.joint.output_from)}",
-    ]
-    for start, row in zip(shape.joint.input_from, shape.joint.rows, strict=True):
-        lines.append(f"{_short(start):>18} {''.join(_SHADES[-(-4 * count // top)] * 5 for count in row)}")
-    return lines
-
-
-def _short(tokens: int) -> str:
-    return str(tokens) if tokens < 1000 else f"{tokens // 1024}k" if tokens < 2**20 else f"{tokens // 2**20}M"
 
 
 def _turns(shape: TraceShape) -> list[str]:

@@ -141,6 +141,12 @@ class _Place:
     line = 1
 
 
+def _zstd(raw: BinaryIO) -> Any:
+    import pyarrow as pa
+
+    return pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
+
+
 @contextmanager
 def _unpacked(source: TraceFile, place: _Place) -> Iterator[BinaryIO]:
     """The file's bytes, decompressed; what goes wrong while they are read becomes a `TraceError`."""
@@ -168,22 +174,14 @@ def _unpacked(source: TraceFile, place: _Place) -> Iterator[BinaryIO]:
 
 
 _PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2"}
+_OPENERS: dict[str, Callable[[Any], Any]] = {
+    "gzip": lambda raw: gzip.GzipFile(fileobj=raw), "xz": lzma.LZMAFile, "bzip2": bz2.BZ2File, "zstd": _zstd,
+}  # fmt: skip
 
 
 def _opened(kind: str, raw: BinaryIO) -> BinaryIO:
     """The stream, decompressed."""
-    if kind == "gzip":
-        return cast(BinaryIO, io.BufferedReader(gzip.GzipFile(fileobj=raw), 2**20))
-    if kind == "xz":
-        return cast(BinaryIO, io.BufferedReader(lzma.LZMAFile(raw), 2**20))
-    if kind == "bzip2":
-        return cast(BinaryIO, io.BufferedReader(bz2.BZ2File(raw), 2**20))
-    if kind == "zstd":
-        import pyarrow as pa
-
-        zipped: Any = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
-        return cast(BinaryIO, io.BufferedReader(zipped, 2**20))
-    return raw
+    return cast(BinaryIO, io.BufferedReader(_OPENERS[kind](raw), 2**20)) if kind in _OPENERS else raw
 
 
 def unpack(source: TraceFile, limit: int) -> bytes:

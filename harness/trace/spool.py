@@ -69,13 +69,6 @@ class Sessions(Generic[V]):
             self._store({at: kept for at, kept in self._old.items() if at not in self._young})
             self._old, self._young = self._young, {}
 
-    def clear(self) -> None:
-        """Forget all."""
-        self._young, self._old = {}, {}
-        if self._file is not None:
-            self._file.close()
-        self._file = None
-
     def _store(self, kept: dict[int, V]) -> None:
         if not kept:
             return

@@ -71,18 +71,16 @@ class LengthDistribution:
 
     def draw(self, rng: np.random.Generator, n: int) -> Floats:
         """``n`` independent values."""
-        a, b = (*self.parameters, 0.0)[:2]
-        if self.kind == "constant":
+        kind, (a, b) = self.kind, (*self.parameters, 0.0)[:2]
+        if kind == "constant" or (kind in ("lognormal", "gamma") and not b):
             return np.full(n, a)
-        if self.kind == "uniform":
+        if kind == "uniform":
             return rng.uniform(a, b, n)
-        if self.kind == "exponential":
+        if kind == "exponential":
             return rng.exponential(a, n)
-        if self.kind == "weibull":
+        if kind == "weibull":
             return a / math.gamma(1 + 1 / b) * rng.weibull(b, n)
-        if not b:
-            return np.full(n, a)
-        if self.kind == "gamma":
+        if kind == "gamma":
             return rng.gamma(1 / b**2, a * b**2, n)
         sigma2 = math.log1p(b**2)
         return rng.lognormal(math.log(a) - sigma2 / 2, math.sqrt(sigma2), n)
@@ -216,11 +214,15 @@ class _Lengths:
     output: tuple[Floats, Floats]
 
 
+_Steps = list[tuple[float, _Lengths | None]]
+"""From when, and the distributions; None: an idle time."""
+
+
 @dataclass(slots=True)
 class ServeGen:
     """A pool of ServeGen clients; iterate `draw`."""
 
-    clients: dict[str, tuple[list[_Window], list[tuple[float, _Lengths | None]]]]
+    clients: dict[str, tuple[list[_Window], _Steps]]
     without_lengths: int = 0
     """Requests left out so far because the model has no lengths for their time."""
     without_family: int = field(default=0)
@@ -238,8 +240,8 @@ class ServeGen:
         Each request's ``session_id`` is None: the model has no conversations.
         """
         streams = [
-            self._client(windows, lengths, start_s, end_s, np.random.default_rng([seed, i]))
-            for i, (windows, lengths) in enumerate(self.clients.values())
+            self._client(client, start_s, end_s, np.random.default_rng([seed, i]))
+            for i, client in enumerate(self.clients.values())
         ]
         first_s: float | None = None
         for made, (arrival_s, into, out) in enumerate(heapq.merge(*streams), start=1):
@@ -247,20 +249,16 @@ class ServeGen:
             yield TraceRecord(round((arrival_s - first_s) * 1e9), into, out, line=made)
 
     def _client(
-        self,
-        windows: list[_Window],
-        lengths: list[tuple[float, _Lengths | None]],
-        start_s: float,
-        end_s: float,
-        rng: np.random.Generator,
+        self, client: tuple[list[_Window], _Steps], start_s: float, end_s: float, rng: np.random.Generator
     ) -> Iterator[tuple[float, int, int]]:
+        windows, steps = client
         for window in windows:
             if window.end_s <= start_s or window.start_s >= end_s or window.rate <= 0:
                 continue
             self.without_family += not window.family
             times = _arrivals(window, rng)
             times = times[(times >= start_s) & (times < end_s)]
-            now = next((step for at, step in reversed(lengths) if at <= window.start_s), None)
+            now = next((step for at, step in reversed(steps) if at <= window.start_s), None)
             if now is None:
                 self.without_lengths += len(times)
                 continue
@@ -272,26 +270,18 @@ class ServeGen:
 
 def _arrivals(window: _Window, rng: np.random.Generator) -> Floats:
     """Arrival times of a stationary renewal process: its first gap is a length-biased one, cut at a random place."""
-    k, length = window.shape, window.end_s - window.start_s
-    mean = 1 / window.rate
+    k, length, mean = window.shape, window.end_s - window.start_s, 1 / window.rate
+    gaps: Callable[[int], Floats]
     if window.family == "Weibull":
         scale = mean / math.gamma(1 + 1 / k)
-        first = scale * rng.gamma(1 + 1 / k) ** (1 / k)
+        first, gaps = scale * rng.gamma(1 + 1 / k) ** (1 / k), lambda n: scale * rng.weibull(k, n)
     elif window.family == "Gamma":
-        scale = mean / k
-        first = rng.gamma(k + 1, scale)
+        first, gaps = rng.gamma(k + 1, mean / k), lambda n: rng.gamma(k, mean / k, n)
     else:
-        first = rng.gamma(2, mean)
+        first, gaps = rng.gamma(2, mean), lambda n: rng.exponential(mean, n)
     times = [np.array([first * rng.random()])]
     while times[-1][-1] < length:
-        n = int(window.rate * length) + 16
-        if window.family == "Weibull":
-            gaps = scale * rng.weibull(k, n)
-        elif window.family == "Gamma":
-            gaps = rng.gamma(k, scale, n)
-        else:
-            gaps = rng.exponential(mean, n)
-        times.append(times[-1][-1] + np.cumsum(gaps))
+        times.append(times[-1][-1] + np.cumsum(gaps(int(window.rate * length) + 16)))
     found: Floats = np.concatenate(times)
     return window.start_s + found[found < length]
 
@@ -323,8 +313,7 @@ def read_servegen(path: Path) -> ServeGen:
 
 
 def _windows(file: Path) -> list[_Window]:
-    windows: list[_Window] = []
-    starts: list[float] = []
+    found: list[tuple[float, float, str, float]] = []
     for line, row in enumerate(csv.reader(io.StringIO(_text(file))), start=1):
         try:
             start_s, rate, family, shape = float(row[0]), float(row[1]), row[3], float(row[4])
@@ -333,18 +322,18 @@ def _windows(file: Path) -> list[_Window]:
         good = all(math.isfinite(x) for x in (start_s, rate, shape)) and start_s >= 0 and 0 <= rate < 1e6
         if not good or family not in ("", "Gamma", "Weibull") or (family and shape < 0.01):
             raise TraceError(str(file), line, f"not a window of a ServeGen client: {row}")
-        if starts and start_s <= starts[-1]:
+        if found and start_s <= found[-1][0]:
             raise TraceError(str(file), line, "this window does not begin after the one above")
-        starts.append(start_s)
-        windows.append(_Window(start_s, 0.0, rate, family, shape))
-    if len(starts) < 2:
+        found.append((start_s, rate, family, shape))
+    if len(found) < 2:
         raise TraceError(str(file), None, "fewer than two windows: their length is not known")
+    starts = [window[0] for window in found]
     ends = [*starts[1:], 2 * starts[-1] - starts[-2]]
-    return [_Window(w.start_s, end_s, w.rate, w.family, w.shape) for w, end_s in zip(windows, ends, strict=True)]
+    return [_Window(window[0], end_s, *window[1:]) for window, end_s in zip(found, ends, strict=True)]
 
 
-def _steps(file: Path) -> list[tuple[float, _Lengths | None]]:
-    steps: list[tuple[float, _Lengths | None]] = []
+def _steps(file: Path) -> _Steps:
+    steps: _Steps = []
     try:
         for start, fields in sorted(json.loads(_text(file)).items(), key=lambda item: float(item[0])):
             names = ("input_tokens",) if "input_tokens" in fields else tuple(
