@@ -232,8 +232,8 @@ def click_option(f: Field[Any], heading: str, instead: Mapping[str, Any]) -> cli
     shown = None if quiet else kind.show(default) if isinstance(kind, Parsed) else True
     option = click.Option(
         [*flags, f.name], help=said["help"], metavar=said["metavar"], multiple=several, is_flag=flag,
-        type=None if flag else kind, default=None if several else default, required=said["required"],
-        show_default=shown,
+        type=None if flag else kind, required=said["required"], show_default=shown,
+        **({} if several or default is None else {"default": default}),  # None would satisfy ``required``
     )  # fmt: skip
     option.group = heading  # type: ignore[attr-defined]
     return option

@@ -56,11 +56,13 @@ def takes(kind: type[Any], *chosen: list[click.Option], to: str = "asked") -> De
     """The options of ``kind`` (or those ``chosen``), given to a verb's function as one object named ``to``."""
     options = [o for group in chosen or [options_of(kind)] for o in group]
 
+    names = {str(o.name) for o in options}
+
     def apply(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def call(*args: Any, **params: Any) -> Any:
             return function(
-                *args, **{to: made(kind, {str(o.name): params.pop(str(o.name)) for o in options})}, **params
+                *args, **{to: made(kind, {name: params.pop(name) for name in names & params.keys()})}, **params
             )
 
         for option in reversed(options):
