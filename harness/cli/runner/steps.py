@@ -12,6 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+from harness import cache_dir
+from harness.calibration import Calibration, demand, read_calibration, size_workers
 from harness.cli.machines import hot_path
 from harness.cli.output import say
 from harness.cli.runner.targets import LocalTarget, Servers, Target, UrlTarget, note_sent, seen_before
@@ -87,11 +89,8 @@ def too_long(plan: Path, max_model_len: int | None) -> list[str]:
     lengths = read_plan_columns(plan, ["input_tokens", "output_tokens"])
     total = pc.add(lengths.column("input_tokens"), pc.fill_null(lengths.column("output_tokens"), 1))
     over = pc.sum(pc.greater(total, max_model_len)).as_py()
-    return (
-        [f"{over} requests are longer than the {max_model_len} tokens of this server: they will be rejected"]
-        if over
-        else []
-    )
+    words = f"{over} requests are longer than the {max_model_len} tokens of this server: they will be rejected"
+    return [words] if over else []
 
 
 def copy_plan(source: Path, target: Path) -> None:
@@ -115,30 +114,18 @@ def choose_endpoint(wanted: Literal["auto"] | Endpoint, plan: Path) -> Endpoint:
     return "chat" if messages.null_count < len(messages) else "completions"
 
 
-def choose_workers(plan: Path, asked: LoadOptions, tell: Callable[[str], None] = say) -> int:
+def choose_workers(plan: Path, asked: LoadOptions, calibration: Calibration | None, tell: Callable[[str], None]) -> int:
     """Load workers: as asked, else as many as the plan's busiest time needs at half of each one's ceiling; says why."""
-    from harness import cache_dir
-    from harness.calibration import demand, read_calibration, size_workers
-
     in_flight = asked.concurrency or asked.max_concurrency
     requests = read_plan_info(plan).requests
     sizing = size_workers(
-        demand(plan, asked.concurrency), read_calibration(cache_dir()), cores=describe_host().cores,
-        asked=asked.workers, most=min(requests, in_flight or requests),
+        demand(plan, asked.concurrency), calibration, cores=describe_host().cores, asked=asked.workers,
+        most=min(requests, in_flight or requests),
     )  # fmt: skip
     tell(sizing.words)
     if sizing.warning:
         tell(f"warning: {sizing.warning}")
     return sizing.workers
-
-
-def batch_reads_from() -> int:
-    """Events per read interval from which load workers read in batches: as calibrated here, else the default."""
-    from harness import cache_dir
-    from harness.calibration import read_calibration
-
-    calibration = read_calibration(cache_dir())
-    return calibration.batch_reads_from if calibration else BATCH_READS_FROM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +166,7 @@ def execute_point(
         replace(r, exit=None, counters_before=None, counters_after=None, several_servers=False)
         for r in servers.replicas
     ]
-    asked = options.load
+    asked, calibration = options.load, read_calibration(cache_dir())
     spec = RunSpec(
         mode="closed" if asked.closed else "open",
         concurrency=asked.concurrency or asked.max_concurrency,
@@ -187,7 +174,7 @@ def execute_point(
         timeout_s=asked.timeout_s, stall_s=asked.stall_s,
         endpoint=choose_endpoint(options.plan.endpoint, run.plan),
         model=servers.model, base_urls=servers.base_urls,
-        workers=choose_workers(run.plan, asked, tell),
+        workers=choose_workers(run.plan, asked, calibration, tell),
         slo=dict(asked.slo or {}), min_requests=asked.min_requests,
         extra_body={**({} if asked.no_stream else servers.extra_body), **asked.extra_body},
         headers=parse_headers(asked.headers), header_env=parse_header_env(asked.header_env),
@@ -196,7 +183,8 @@ def execute_point(
         ramp_s=asked.ramp_s,
         warmup_s=options.plan.warmup_s if asked.closed else None,
         tls_ca=str(asked.tls_ca.resolve()) if asked.tls_ca else None,
-        batch_reads_from=batch_reads_from(), counters=not asked.no_counters,
+        batch_reads_from=calibration.batch_reads_from if calibration else BATCH_READS_FROM,
+        counters=not asked.no_counters,
     )  # fmt: skip
     access = Access(
         api_key=servers.api_key, key_header=spec.key_header, headers=spec.headers,
@@ -212,7 +200,12 @@ def execute_point(
     if said := seen_before(manifest):
         tell(said)
     try:
-        _make_ready(servers, spec, access, run.plan, tell, warm=warm)
+        if servers.patience is not None and not servers.asked:  # do servers that are not ours answer?
+            first_request(spec, access, run.plan, tell)
+            servers.asked = True
+        if warm and not servers.warm:
+            warm_up(spec, access, run.plan, tell)
+            servers.warm = True
         with ExitStack() as stack:
             load = stack.enter_context(LoadWorkers(spec, run, api_key=servers.api_key, launch=servers.launch))
             if spec.counters:
@@ -268,18 +261,6 @@ def counted_sample(run: RunDir, spec: RunSpec, tokenizer: Path | None) -> list[C
         return count_answers(said)
 
 
-def _make_ready(
-    servers: Servers, spec: RunSpec, access: Access, plan: Path, tell: Callable[[str], None], *, warm: bool
-) -> None:
-    """Before the clock starts: see whether servers that are not ours answer, and warm up those that shall be warm."""
-    if servers.patience is not None and not servers.asked:
-        first_request(spec, access, plan, tell)
-        servers.asked = True
-    if warm and not servers.warm:
-        warm_up(spec, access, plan, tell)
-        servers.warm = True
-
-
 def settle(servers: Servers) -> dict[int, str]:
     """Wait until no dead server is being started again; those that are gone for good, index -> how."""
     while True:  # a restart has a deadline of its own: then it is among the dead
@@ -316,23 +297,29 @@ def watch(
     (null, or why it was cut; whether that was because it is ``lost``)
     """
     looked, told, dead = time.monotonic(), 0, set[int]()
-    cut: str | None = None
+    cut: list[str] = []
+
+    def end(why: str, words: str | None = None, silent: int | None = None) -> None:
+        """At once; the first reason is the run's."""
+        if not cut:
+            cut.append(why)
+            say(words or f"{why}: stopping at once")
+            load.stop(at_once=True, silent=silent)
+
     given_up = False
     with progress:
         while not load.done:
             counts = load.poll(0.5)
             progress.update(counts)
             if lost and not cut and (why := lost(counts)):
-                cut, given_up = why, True
+                given_up = True
+                cut.append(why)
                 load.stop(at_once=True)
             if silence and not cut and not servers.restarting() and (k := silent(silence, counts)) is not None:
-                cut = f"replica {k} is silent: no byte on any request for {SILENT_S:g} s, and no answer to a question"
-                say(f"{cut}: stopping at once")
-                load.stop(at_once=True, silent=k)
-            if deadline and not cut and time.monotonic() >= deadline.at_s:
-                cut = deadline.why
-                say(f"{cut}: stopping at once")
-                load.stop(at_once=True)
+                words = f"no byte on any request for {SILENT_S:g} s, and no answer to a question"
+                end(f"replica {k} is silent: {words}", silent=k)
+            if deadline and time.monotonic() >= deadline.at_s:
+                end(deadline.why)
             if stop.asked > told:
                 told = stop.asked
                 say("stopping: no new requests; waiting for those in flight (Ctrl-C again: at once)" if told == 1
@@ -340,19 +327,14 @@ def watch(
                 load.stop(at_once=told > 1)
             if time.monotonic() - looked > HEALTH_EVERY_S:
                 looked = time.monotonic()
-                if not cut and not there():
-                    cut = "the run directory is gone"
-                    say(f"{cut}: stopping at once")
-                    load.stop(at_once=True)
+                if not there():
+                    end("the run directory is gone")
                 for index, how in servers.check().items():
                     if index not in dead:
                         dead.add(index)
                         say(f"replica {index} is gone: {how}")
-                        if not cut:
-                            cut = f"replica {index} is gone: {how}"
-                            say("stopping at once: half a deployment has no price")
-                            load.stop(at_once=True)
-    return cut, given_up
+                        end(f"replica {index} is gone: {how}", "stopping at once: half a deployment has no price")
+    return (cut[0] if cut else None), given_up
 
 
 def silent(silence: Silence, counts: Mapping[str, object]) -> int | None:
