@@ -29,8 +29,8 @@ from analysis.stats.relaxation import Memory
 from analysis.steady import Steady, backlog_check, drain_check, steady_check, steady_part, steady_rates
 from analysis.validity.checks import check_run
 from analysis.validity.counters import shared_addresses
-from analysis.validity.lengths import served_lengths
 from analysis.validity.prefix_cache import REASON, CacheShares, cache_shares, warm_cache
+from analysis.validity.tokens import served_lengths
 from harness.errors import EXIT_INVALID, EXIT_NOT_DECIDED, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.plan.file import PlanInfo
 from harness.record.host import Host

@@ -13,8 +13,8 @@ from run_files import SPEC, bad, good, write_run
 from analysis.check import Check
 from analysis.rows.read import read_run
 from analysis.summary import Summary, summarise
-from analysis.validity.cold_start import first_wave
 from analysis.validity.counters import outages
+from analysis.validity.servers import first_wave
 from harness.record.manifest import Replica
 
 

@@ -15,7 +15,7 @@ from run_files import MS, S, good, write_processor, write_run
 from analysis.check import Check
 from analysis.rows.read import read_run
 from analysis.summary import Summary, summarise
-from analysis.validity.starved import OWN_WAIT, STARVED_BOUND
+from analysis.validity.servers import OWN_WAIT, STARVED_BOUND
 from cluster.deploy.servers import ReplicaOwner, Started
 from cluster.engines.protocol import CommandEngine, Part
 from cluster.process import cpu_times as schedstat

@@ -53,6 +53,14 @@ def lag_bound_s(run: Run, slo: Mapping[str, float]) -> float:
     return bound if limit is None else min(bound, max(LAG_FLOOR_S, LAG_OF_TTFT * limit))
 
 
+def checks(run: Run, bound_s: float) -> list[Check]:
+    """All of these; ``bound_s``: how late a request may be sent."""
+    return [
+        lag(run, bound_s), arrival_process(run), generator_cpu(run), generator_lag(run, bound_s), littles_law(run),
+        stamps(run), generator_stall(run, bound_s),
+    ]  # fmt: skip
+
+
 def lag(run: Run, bound_s: float) -> Check:
     """Requests went out when planned, in an open loop: at most 1 % of them later than the bound.
 

@@ -4,7 +4,7 @@
 spread evenly over the run (`scenarios.client.in_flight`), and write them to ``answers-<worker>.jsonl`` when the load is
 over. Then they are counted here, off the clock: in bytes, in words, in the chunks that carried them, and in tokens
 where the model's tokenizer is at hand. The counts go into the manifest, the texts are deleted.
-`analysis.validity.usage` compares. Counting afterwards spares the load workers a tokenizer.
+`analysis.validity.tokens` compares. Counting afterwards spares the load workers a tokenizer.
 
 Text that a tokenizer encodes again may differ from what the model emitted. Measured with SmolLM2's tokenizer on 200
 pieces each of 5, 24 and 200 tokens: prose, tables, Python and C by -1 to +1 tokens, ids drawn at random (which no model

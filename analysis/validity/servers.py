@@ -1,10 +1,13 @@
-"""Did the servers have a processor whenever they wanted one?
+"""Did the servers have a processor whenever they wanted one, and were the first answers those of a cold server?
 
 Waiting for a processor is not the speed of the hardware, so a run whose servers waited too long is INVALID and has no
 price. Measured as the time that server threads waited over the time that they ran, by the kernel's own count
-(`harness.record.samples`). Only threads with work count: those that just wake up now and then wait many times
+(`harness.record.host`). Only threads with work count: those that just wake up now and then wait many times
 what they run, on an idle machine too, and slow nothing. An engine's threads also make each other wait, which is not a
 fault of the measurement: `OWN_WAIT`.
+
+Engines compile, capture graphs and fill caches at first: the time to the first token (without streaming: to the end)
+of answers in the order of sending shows it.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.check import Check, check, limit
+from analysis import metrics
+from analysis.arrays import Bools, Floats
+from analysis.check import Check, check, limit, ms
 from analysis.metrics import Window
 from analysis.rows.columns import floats
 from analysis.rows.read import Run
@@ -69,7 +74,12 @@ def starved(run: Run, window: Window | None) -> Check:
     if run.manifest.engine == "url" or window is None or not run.manifest.replicas:
         why = "not checked: " + ("no window" if window is None else "the server was not started by us")
         return limit("starved", False, why, bound, "see that no other work runs on the server's processors")
-    found = [(r, waits_of(file, window)) for r in run.manifest.replicas for file in _files(run, r)]
+    directory = RunDir(run.path)
+    found = [
+        (r, waits_of(file, window))
+        for r in run.manifest.replicas
+        for file in directory.server_processors(r.index) or [directory.server_processor(r.index)]
+    ]
     known = [(r, waits) for r, waits in found if waits is not None]
     replica, worst = max(known, key=lambda one: one[1].share, default=(None, None))
     if replica is not None and worst is not None:
@@ -97,11 +107,6 @@ def _advice(replica: Replica, waits: Waits) -> str:
     return advice
 
 
-def _files(run: Run, replica: Replica) -> list[Path]:
-    directory = RunDir(run.path)
-    return directory.server_processors(replica.index) or [directory.server_processor(replica.index)]
-
-
 def waits_of(file: Path, window: Window) -> Waits | None:
     """What one file says of a window; None when less than `COVERED` of it is known, or nothing was counted."""
     try:
@@ -123,3 +128,68 @@ def waits_of(file: Path, window: Window) -> Waits | None:
     stolen = np.maximum(np.nan_to_num(stolen_s * np.minimum(its, 1.0)), 0.0)
     run, delay, taken = (float((weight * times).sum()) for times in (run_s, delay_s, stolen))
     return Waits(run_s=run, delay_s=delay, stolen_s=taken, watched_s=watched_s)
+
+
+# --------------------------------------------------------------------------------------------------------- cold start
+
+LEAST = 20
+SLOW = 2.0
+"""An answer is slow when it takes so many times the median of those after the first wave."""
+LARGEST = 0.25
+"""A first wave is no larger a share of a run: what is larger is drift."""
+CHANCE = 1e-3
+"""By which so many slow answers in a row may be the first ones."""
+FAR_LONGER = 2
+"""And the run of slow ones must be so many times the longest later one: a queue makes runs, too."""
+FEW, FAR = 3, 5.0
+"""Fewer slow answers prove nothing by their number. Or each takes so many times the slowest of the others."""
+ADVISED = 8
+"""So many requests of warm-up are advised at least, and a power of two: a few more than were slow."""
+
+
+def cold_start(run: Run) -> Check:
+    """The first answers took no longer than those after them: a p95 that they decide is not the service's."""
+    bound = "the first answers like the others"
+    streamed = run.manifest.spec.stream
+    took_s = (metrics.service_ttft if streamed else metrics.service_e2e)(run.rows)
+    known = np.flatnonzero(np.isfinite(took_s))
+    known = known[np.argsort(run.rows.sent_s[known], kind="stable")]
+    took_s, tokens = took_s[known], run.rows.input_tokens[known]
+    if len(took_s) < LEAST:
+        return limit("cold_start", None, f"{len(took_s)} answers, too few to compare", bound, "nothing to do")
+    first = first_wave(took_s, tokens)
+    if not first:
+        return limit("cold_start", True, "no slow first wave", bound, "")
+    what = "to the first token" if streamed else "to the end"
+    wave, rest = float(np.median(took_s[:first])), float(np.median(took_s[first:]))
+    observed = f"the first {first} of {len(took_s)} answers took {ms(wave)} {what}, the others {ms(rest)} (medians)"
+    advised = max(ADVISED, 1 << (first - 1).bit_length())
+    advice = f"a server compiles and fills its caches at first: keep that out of every figure with --warmup {advised}"
+    return limit("cold_start", False, observed, bound, advice)
+
+
+def first_wave(took_s: Floats, tokens: Floats) -> int:
+    """How many answers at the beginning are those of a cold server; 0 where they are like the others.
+
+    ``tokens``: of their prompts, NaN where not known; a longer prompt takes longer and is no cold start.
+    """
+    n = len(took_s)
+    slow = took_s > SLOW * np.median(took_s)
+    first = n if slow.all() else int(np.argmin(slow))
+    if not 0 < first <= LARGEST * n:
+        return 0
+    wave, rest = took_s[:first], took_s[first:]
+    usual = float(np.median(rest))
+    later = rest > SLOW * usual
+    chance = ((later.sum() + 1) / (len(rest) + 1)) ** first
+    by_number = first >= FEW and chance <= CHANCE and first > FAR_LONGER * _longest_run(later)
+    if not by_number and wave.min() <= FAR * rest.max():
+        return 0
+    longer = float(tokens[:first].mean() / tokens[first:].mean())
+    return first if np.median(wave) > SLOW * usual * (longer if longer > 1 else 1.0) else 0
+
+
+def _longest_run(flags: Bools) -> int:
+    """The most that are true in a row."""
+    ends = np.flatnonzero(np.diff(np.concatenate(([False], flags, [False])).astype(np.int8)))
+    return int((ends[1::2] - ends[::2]).max()) if len(ends) else 0
