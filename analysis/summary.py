@@ -34,7 +34,7 @@ from analysis.validity.tokens import served_lengths
 from harness.errors import EXIT_INVALID, EXIT_NOT_DECIDED, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.plan.file import PlanInfo
 from harness.record.host import Host
-from harness.record.manifest import Replica, Tier
+from harness.record.manifest import Evidence, Replica, Tier
 from harness.record.results import ERRORS
 from harness.record.run_spec import RunSpec
 from harness.slo import check_slo
@@ -102,7 +102,7 @@ class Summary:
     run: str
     run_id: str
     created: str
-    evidence: str
+    evidence: Evidence
     verdict: Verdict
     reasons: list[str]
     checks: list[Check]

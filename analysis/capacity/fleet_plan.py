@@ -27,7 +27,7 @@ from analysis.capacity.serving_config import ServingConfig, drain_words
 from analysis.capacity.simulated_fleet import SimulatedFleet
 from analysis.cost.cost import HOURS_PER_MONTH, usd_per_1m
 from analysis.price_age import OLD_DAYS, is_old
-from analysis.stats.intervals import Quantity
+from analysis.stats.intervals import Evidence, Quantity
 from harness.slo import percent
 
 SCHEMA = "harness.fleet/1"
@@ -82,7 +82,7 @@ class TierFleet:
     model: str
     tier: str | None
     slo: str | None
-    evidence: str
+    evidence: Evidence
     replicas_measured: int
     capacity: float
     """Of one replica, in ``unit``."""

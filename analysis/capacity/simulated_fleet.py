@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Literal
 
 import numpy as np
 
@@ -63,8 +64,7 @@ class SimulatedFleet:
     """The smallest fleet by replay. Simulated, never measured."""
 
     replicas: int
-    evidence: str
-    """Always "simulated"."""
+    evidence: Literal["simulated"] = "simulated"
     engine: FittedEngine
     replayed: int
     """Requests of one replay."""
@@ -135,7 +135,7 @@ def size_fleet(
     # one replay tells most sizes that are not enough; only near the answer all are worth their time
     found = _smallest(lambda replicas: missed(replicas) <= most, _smallest(maybe, max(1, likely)))
     return SimulatedFleet(
-        replicas=found, evidence="simulated", engine=fitted, replayed=len(busy), left_out=len(demand) - len(busy),
+        replicas=found, engine=fitted, replayed=len(busy), left_out=len(demand) - len(busy),
         resamples=times, missed=missed(found), worst_share=first(found)[0],
         one_fewer_missed=missed(found - 1) if found > 1 else None,
     )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from analysis.offered_load import KIND_WORDS, LoadKind
+from analysis.stats.intervals import Evidence
 from analysis.summary import Summary
 
 Key = tuple[object, ...]
@@ -36,7 +37,7 @@ class System:
     engine: str
     args: tuple[str, ...]
     replicas: int
-    evidence: str
+    evidence: Evidence
     trace: str
     loop: LoadKind
 

@@ -18,7 +18,7 @@ import numpy as np
 from analysis.capacity.system import all_met, load_words, slo_words
 from analysis.compare.comparable import Difference, Pairs, differences, pair_runs, plans_differ, refusals
 from analysis.compare.paired import FIGURES, SHARES, Ends, PairedRun, PairFigure, pair_figures
-from analysis.stats.intervals import Quantity
+from analysis.stats.intervals import Evidence, Quantity
 from analysis.stats.replicates import FEWEST_PAIRS, over_pairs
 from harness.errors import UsageError, unknown_name
 
@@ -95,7 +95,7 @@ class Comparison:
     comparable: bool
     reasons: tuple[str, ...] = ()
     differs: tuple[Difference, ...] = ()
-    evidence: str | None = None
+    evidence: Evidence | None = None
     trace: str | None = None
     slo: str | None = None
     loads: tuple[LoadComparison, ...] = ()
@@ -247,7 +247,7 @@ def _run_to_run(figures: Mapping[str, Sequence[PairFigure]]) -> float:
     return float(np.median(spreads)) if spreads else 0.0
 
 
-def _over(name: str, pairs: Sequence[PairFigure], evidence: str, *, given: bool, spread: float) -> Figure:
+def _over(name: str, pairs: Sequence[PairFigure], evidence: Evidence, *, given: bool, spread: float) -> Figure:
     """One figure over the pairs of runs.
 
     ``given``: the load's own, which no run can judge; ``spread``: of its change from pair to pair, at least.

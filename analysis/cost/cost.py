@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from analysis.cost.split import Split, TokenMix, by_ratio, not_identifiable
-from analysis.stats.intervals import MIN_SAMPLES, Quantity
+from analysis.stats.intervals import MIN_SAMPLES, Quantity, at_list_price
 from harness.errors import UsageError
 from harness.record.manifest import Tier
 
@@ -40,7 +40,7 @@ def at_rate(
     The interval is the rate's, where it has one. ``share``: of the bill that these tokens carry. Null with the reason
     ``why`` without a price, and without a rate.
     """
-    unit, evidence = f"USD per 1M {per} tokens", f"{rate.evidence} x list price"
+    unit, evidence = f"USD per 1M {per} tokens", at_list_price(rate.evidence)
     if usd_per_s is None or not rate.value:
         why = why or rate.note or "no tokens were served"
         return Quantity(value=None, n=rate.n, unit=unit, note=why, evidence=evidence)
@@ -99,11 +99,9 @@ def cost(
     usd_per_s = hourly * replicas / 3600 if hourly is not None and reason is None else None
     bill = bill_usd(hourly, replicas, duration_s) if hourly is not None and duration_s else None
     if usd_per_s is None:
+        why, evidence = reason or "no price", total_rate.evidence
         splits = [
-            replace(
-                not_identifiable(s.method, reason or "no price", evidence="", n=s.usd_per_1m_output.n), facts=s.facts
-            )
-            for s in splits
+            not_identifiable(s.method, why, evidence=evidence, n=s.usd_per_1m_output.n, facts=s.facts) for s in splits
         ]
     return Cost(
         usd_per_1m_total=at_rate(usd_per_s, total_rate, "input + output", why=reason),

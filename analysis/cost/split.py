@@ -1,7 +1,6 @@
 """The bill divided into input, cached input and output, by three methods. Every division adds back to the bill exactly.
 
-A division is an answer only when the data can carry it: a mix that hardly varies, a part at zero or an interval wider
-than the price itself is "not identifiable", with the reason and the numbers behind it. Methods and rules: PRICES.md.
+It is an answer only when the data can carry it; else "not identifiable", with the reason. Methods and rules: PRICES.md.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import pyarrow as pa
 from analysis.arrays import Floats
 from analysis.metrics import Window
 from analysis.rows.read import Run
-from analysis.stats.intervals import Quantity
+from analysis.stats.intervals import Evidence, Quantity, at_list_price
 from analysis.stats.nonnegative import Fit, fit_non_negative
 from analysis.validity.counters import shared_addresses
 from harness.record.manifest import RunDir
@@ -106,7 +105,7 @@ def divide(usd: float, weights: Sequence[float]) -> list[int]:
 
 
 def by_ratio(
-    usd: float, usage: TokenMix, ratio: float, *, evidence: str, cached_ratio: float | None = None, n: int = 0
+    usd: float, usage: TokenMix, ratio: float, *, evidence: Evidence, cached_ratio: float | None = None, n: int = 0
 ) -> Split:
     """Declared: an output token costs ``ratio`` input tokens, a cached one ``cached_ratio`` of an uncached one.
 
@@ -117,7 +116,7 @@ def by_ratio(
 
 
 def by_phase_time(
-    usd: float, usage: TokenMix, prefill_s: float, decode_s: float, *, evidence: str, busy_s: float | None = None,
+    usd: float, usage: TokenMix, prefill_s: float, decode_s: float, *, evidence: Evidence, busy_s: float | None = None,
     cached_ratio: float | None = None, n: int = 0,
 ) -> Split:  # fmt: skip
     """By the seconds that engines spent on prompts and on output.
@@ -148,7 +147,7 @@ def by_phase_time(
     return _split(method, usd, usage, weights, evidence=evidence, n=n, facts=facts)
 
 
-def by_step_model(usd: float, usage: TokenMix, samples: Samples, *, evidence: str) -> Split:
+def by_step_model(usd: float, usage: TokenMix, samples: Samples, *, evidence: Evidence) -> Split:
     """By a fitted model of engine time: seconds = a x uncached input + b x output (+ c x steps + d x cached input).
 
     Non-negative least squares over intervals of about 5 s, all busy. With steps counted, c is the time that both share
@@ -160,7 +159,7 @@ def by_step_model(usd: float, usage: TokenMix, samples: Samples, *, evidence: st
 
 
 def split_bill(
-    usd: float | None, usage: TokenMix | None, samples: Samples | None, *, evidence: str,
+    usd: float | None, usage: TokenMix | None, samples: Samples | None, *, evidence: Evidence,
     cached_ratio: float | None = None, n: int = 0,
 ) -> list[Split]:  # fmt: skip
     """The bill of one run by what its servers counted: phase time and step model. The declared split is `cost`'s own.
@@ -185,7 +184,7 @@ def split_bill(
     return [phase, by_step_model(usd, usage, samples, evidence=evidence)]
 
 
-def by_fit(usd: float, usage: TokenMix, rows: Samples, *, evidence: str, block: int) -> Split:
+def by_fit(usd: float, usage: TokenMix, rows: Samples, *, evidence: Evidence, block: int) -> Split:
     """The step model from rows of a busy engine: fit, judge whether the data carry it, and price."""
     method, n = "step model", len(rows.seconds)
     if rows.trouble:
@@ -252,8 +251,8 @@ def _with_intervals(split: Split, usd: float, usage: TokenMix, fit: Fit, draws: 
 
 
 def _split(
-    method: str, usd: float, usage: TokenMix, per_token: tuple[float, float | None, float], *, evidence: str, n: int,
-    facts: Mapping[str, float] | None = None,
+    method: str, usd: float, usage: TokenMix, per_token: tuple[float, float | None, float], *, evidence: Evidence,
+    n: int, facts: Mapping[str, float] | None = None,
 ) -> Split:  # fmt: skip
     """Parts and prices from what one uncached input, cached input (None: like the rest) and output token weigh."""
     into, cached, out = per_token
@@ -279,7 +278,7 @@ def _split(
 
 
 def not_identifiable(
-    method: str, reason: str, *, evidence: str, n: int, facts: Mapping[str, float] | None = None
+    method: str, reason: str, *, evidence: Evidence, n: int, facts: Mapping[str, float] | None = None
 ) -> Split:
     """Not identifiable from this data, with the reason and the numbers behind it."""
     into, cached, out = (_price(None, kind, n, evidence, reason) for kind in ("input", "cached input", "output"))
@@ -289,9 +288,9 @@ def not_identifiable(
     )  # fmt: skip
 
 
-def _price(value: float | None, kind: str, n: int, evidence: str, note: str | None = None) -> Quantity:
+def _price(value: float | None, kind: str, n: int, evidence: Evidence, note: str | None = None) -> Quantity:
     known = None if value is None else float(value)  # a numpy number has no JSON
-    return Quantity(value=known, n=n, unit=f"USD per 1M {kind} tokens", note=note, evidence=f"{evidence} x list price")
+    return Quantity(value=known, n=n, unit=f"USD per 1M {kind} tokens", note=note, evidence=at_list_price(evidence))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

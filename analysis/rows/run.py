@@ -15,7 +15,7 @@ from analysis.arrays import Bools, Floats, Ints
 from analysis.rows.columns import Table, chunk_arrays, floats, read_parts
 from harness.errors import ResultsError
 from harness.plan.file import PlanInfo
-from harness.record.manifest import RunDir, RunManifest, Worker
+from harness.record.manifest import Evidence, RunDir, RunManifest, Worker
 from harness.record.results import SCHEMA
 from harness.record.run_spec import RunSpec
 from harness.record.samples import WORKER_SCHEMA, read_observations
@@ -273,7 +273,7 @@ class Run:
         return load_kind(self.manifest.spec, self.manifest.plan)
 
     @property
-    def evidence(self) -> str:
+    def evidence(self) -> Evidence:
         """Where the figures come from, as the manifest says: measured or simulated."""
         return self.manifest.evidence
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Literal
 
 import numpy as np
 
@@ -43,14 +44,16 @@ FEW = 20
 """Fewer flags of one kind say little of how alike they are: in an open loop the queue then counts in full."""
 MIN_SAMPLES = 5
 """Below this many samples a mean or rate has no interval."""
+Evidence = Literal["measured", "simulated", "plan", "measured x list price", "simulated x list price"]
+"""Where a figure comes from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantity:
     """A figure: value in ``unit`` with its 95 % interval [low, high] from ``n`` samples.
 
-    None is "not known", never 0; ``note`` then says why. ``evidence`` says where it comes from: measured, simulated,
-    list price. A value outside its own interval raises ValueError, so that no report can show one.
+    None is "not known", never 0; ``note`` then says why. A value outside its own interval raises ValueError, so that no
+    report can show one.
     """
 
     value: float | None
@@ -59,7 +62,7 @@ class Quantity:
     n: int
     unit: str
     note: str | None = None
-    evidence: str
+    evidence: Evidence
     needed: int | None = None
     """Samples that the figure needs, where there are too few for it; else None."""
     worth: int | None = None
@@ -80,6 +83,11 @@ def without_interval(q: Quantity, why: str | None) -> Quantity:
     if why is None or q.value is None:
         return q
     return replace(q, low=None, high=None, note="; ".join(filter(None, (q.note, why))))
+
+
+def at_list_price(evidence: Evidence) -> Evidence:
+    """Where a price comes from that was made of a figure and a list price."""
+    return "simulated x list price" if evidence.startswith("simulated") else "measured x list price"
 
 
 def scaled(q: Quantity, factor: float) -> Quantity:
@@ -114,7 +122,7 @@ def distribution(
     values: Floats,
     *,
     unit: str,
-    evidence: str,
+    evidence: Evidence,
     owners: Ints,
     weights: Floats | None = None,
     noun: str = "requests",
@@ -237,7 +245,7 @@ def _units(owners: Ints) -> tuple[Ints, int]:
     return ((place[owners] - 1) * parts // total), parts
 
 
-def rate(per_bin: Floats, bin_s: float, *, n: int, unit: str, evidence: str, note: str | None = None) -> Quantity:
+def rate(per_bin: Floats, bin_s: float, *, n: int, unit: str, evidence: Evidence, note: str | None = None) -> Quantity:
     """Events or tokens per second over equal time bins of ``bin_s``, with interval; ``n`` events were counted.
 
     The interval says what another run of the same length and shape could have shown, ramp and drain as in this one.
@@ -249,7 +257,7 @@ def rate(per_bin: Floats, bin_s: float, *, n: int, unit: str, evidence: str, not
     return Quantity(value=value, low=low, high=high, n=n, unit=unit, note=note, evidence=evidence)
 
 
-def share(flags: Bools, *, unit: str, evidence: str, queue: Memory | None = None) -> Quantity:
+def share(flags: Bools, *, unit: str, evidence: Evidence, queue: Memory | None = None) -> Quantity:
     """Share of True among ``flags`` (in time order), Wilson interval at the effective sample size.
 
     ``queue``: the memory of the run. With it flags that hardly differ count as alike as the queue makes them, and a run

@@ -314,14 +314,11 @@ def priced(runs: Path, share: float, slo: dict[str, float] = SLO) -> float:
     """What `harness price` says that tokens cost at a utilisation, USD per 1M."""
     from harness.cli.price import price
 
+    limits = ",".join(f"{name}={limit:g}s" for name, limit in slo.items())
+    asked = [str(runs), "--utilisation", f"{share * 100!r}%", "--slo", limits, "--attain", "99%", "--format", "json"]
     said = StringIO()
-    assert price.callback is not None
     with redirect_stdout(said), redirect_stderr(StringIO()):
-        price.callback(
-            [str(runs)], margin=None, utilisation=share, ratio=(1.0, 4.0, None), split="declared", volume=None,
-            batch_discount=None, re_price=None, tier_prices=[], against=[], list_prices=None, slo=slo, attain=0.99,
-            format_="json", out=None, html=None,
-        )  # fmt: skip
+        price.main(asked, standalone_mode=False)
     (charge,) = json.loads(said.getvalue())["charges"]
     return float(charge["cost"]["total"]["value"])
 
@@ -335,14 +332,14 @@ def planned(folder: Path, trace: Workload, seed: int, start_s: float = 60.0) -> 
         for at_s, inputs, outputs in zip(trace.arrival_s, trace.input_tokens, trace.output_tokens, strict=True):
             out.write(f'{{"arrival_s": {at_s:.6f}, "input_tokens": {inputs}, "output_tokens": {outputs}}}\n')
     measured_runs(folder / "runs", trace, seed)
+    limits = ",".join(f"{name}={limit:g}s" for name, limit in SLO.items())
+    asked = [
+        str(path), str(folder / "runs"), "--node-availability", "100%", "--start", f"{start_s:g}s", "--slo", limits,
+        "--attain", "99%", "--format", "json",
+    ]  # fmt: skip
     said = StringIO()
-    assert plan_fleet.callback is not None
     with redirect_stdout(said), redirect_stderr(StringIO()):
-        plan_fleet.callback(
-            path, [str(folder / "runs")], grow=1.0, headroom=1.0, availability=None,
-            node_availability=1.0, start_s=start_s, replicas_per_instance=None, slo=[SLO], attain=0.99, format_="json",
-            html=None,
-        )  # fmt: skip
+        plan_fleet.main(asked, standalone_mode=False)
     return json.loads(said.getvalue())
 
 
