@@ -1,16 +1,13 @@
 """Which spans are one model call: one rule for OpenTelemetry, Langfuse and whatever else sees a call more than once.
 
 A call is often seen by a framework, by the SDK under it and by a gateway behind that. Two spans are the same call when
-
-- they name the same response, whatever trace they are in; or
-- one is an ancestor of the other, its interval holds the other's, no second call lies under it, and they do not name
-  different responses.
+they name the same response, whatever trace they are in; or when one is an ancestor of the other, its interval holds the
+other's, no second call lies under it, and they do not name different responses.
 
 Of the spans of a call the innermost counts; counts, session and model that it does not state are taken from those
 around it. A span that holds several calls and names no response of its own adds them up: it is not a call. A later turn
-of a conversation may well be a child of the turn before it, but not within its time.
-
-The order of the spans in the file plays no part: they are sorted by trace, in temporary files where they are many.
+of a conversation may well be a child of the turn before it, but not within its time. The order of the spans in the file
+plays no part: they are sorted by trace, in temporary files where they are many.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ from itertools import chain, groupby, islice
 from typing import Any, NamedTuple
 
 from harness.trace.formats.record import Item, LeftOutError, Place, Reader, RowError, TraceRecord, memory_bytes, whole
-from harness.trace.formats.values import called
+from harness.trace.formats.values import unless_failed
 from harness.trace.spool import Sorter
 
 SAME = "another span of the same call"
@@ -231,11 +228,7 @@ def _filled(row: TraceRecord, outer: TraceRecord) -> TraceRecord:
 def _checked(row: TraceRecord) -> Item:
     if row.input_tokens is None and row.text is None and row.messages is None:
         return RowError("no token counts", "the call has no input tokens and no text: nothing to send")
-    try:
-        called(row.input_tokens, row.output_tokens)
-    except LeftOutError as e:
-        return e
-    return row
+    return unless_failed(row)
 
 
 def _fullest_first(span: Span) -> tuple[Any, ...]:

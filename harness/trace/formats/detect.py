@@ -12,12 +12,12 @@ import msgspec
 
 from harness.errors import TraceError
 from harness.trace.formats.columnar import is_columnar, schema_of
-from harness.trace.formats.gateways import AzureGateway, Caddy, Cloudflare, Envoy, Kong, Nginx, Traefik
+from harness.trace.formats.gateways import AzureGateway, Caddy, Cloudflare, Envoy, Kong, LiteLLM, Nginx, Traefik
 from harness.trace.formats.jsonl import Columnar, Jsonl
-from harness.trace.formats.logs import Bedrock, Dynamo, LiteLLM, SGLang, VllmLog
+from harness.trace.formats.logs import Bedrock, Dynamo, SGLang, VllmLog
 from harness.trace.formats.messages import ChatLog, ClaudeCode, Codex, OpenAI
 from harness.trace.formats.published import Azure, Bailian, BurstGPT, Mooncake, RagPulse
-from harness.trace.formats.record import Reader, RowError, safe
+from harness.trace.formats.record import Reader, attempt, safe
 from harness.trace.formats.table import TableReader
 from harness.trace.formats.tracing import Langfuse, OTel
 from harness.trace.formats.values import header_of, split
@@ -136,10 +136,8 @@ def _goes_on(file: TraceFile, first: TraceFile) -> bool:
     """Whether a file without a header has as many fields in its first line as another has in its header."""
     (_, header), (_, line) = (next(iter(records(each)), (0, b"")) for each in (first, file))
     mark, names = header_of(header)
-    try:
-        return bool(line) and not line.lstrip().startswith(b"{") and len(split(line, mark)) == len(names)
-    except RowError:
-        return False
+    fields = attempt(lambda record: split(record, mark), line)
+    return not line.lstrip().startswith(b"{") and isinstance(fields, list) and len(fields) == len(names)
 
 
 _MAGIC = {

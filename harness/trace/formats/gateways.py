@@ -12,9 +12,14 @@ duration: then the ends stand for the arrivals, on a clock of whole seconds, and
 **Azure API Management** (``ApiManagementGatewayLlmLog``) has the counts on the row of a call whose ``SequenceNumber``
 is 0; its other rows are the prompt and the answer. Of Azure OpenAI's diagnostics ``RequestResponse`` has no counts.
 
+**LiteLLM**'s spend logs (JSON, pages of the API, CSV as a database writes it; also what its callbacks are given,
+``StandardLoggingPayload``): ``prompt_tokens`` contain what was read from a prompt cache. Not replayed, but counted:
+what is no text completion, what its own response cache answered, failures, copies. Retries are rows of their own.
+
 Source: documentation of nginx (ngx_http_log_module), ingress-nginx (log format), Envoy (access logging), Envoy AI
 Gateway (access logs), Kong (AI Proxy, log serializer), Cloudflare (AI Gateway logs), Azure Monitor (tables
-ApiManagementGatewayLlmLog, AzureDiagnostics), Caddy (log), Traefik (access logs).
+ApiManagementGatewayLlmLog, AzureDiagnostics), Caddy (log), Traefik (access logs),
+BerriAI/litellm 1.109 (``schema.prisma``).
 """
 
 from __future__ import annotations
@@ -24,7 +29,6 @@ from typing import ClassVar
 
 from harness.trace.formats.record import (
     FailedCallError,
-    Item,
     LeftOutError,
     Object,
     Reader,
@@ -32,7 +36,10 @@ from harness.trace.formats.record import (
     Rows,
     TimeUnit,
     TraceRecord,
+    as_object,
+    attempt,
     decode_object,
+    decoded,
     fields_of,
     find,
     object_of,
@@ -40,10 +47,14 @@ from harness.trace.formats.record import (
     text_of,
 )
 from harness.trace.formats.values import (
+    Columns,
     Copies,
     called,
     count_of,
+    header_of,
     ns_of,
+    plain_messages,
+    usage_of,
     wall_clock_ns,
 )
 
@@ -95,16 +106,11 @@ class ObjectReader(Reader):
         """Read an object, or a page of them."""
         value = decode_object(record)
         page = find(value, *self.page)
-        found = [self._item(each) for each in (page if isinstance(page, list) else [value])]
+        found = [
+            attempt(lambda each: self.row(as_object(each)), each)
+            for each in (page if isinstance(page, list) else [value])
+        ]
         return [item for item in found if item is not None]
-
-    def _item(self, value: object) -> Item | None:
-        try:
-            if not isinstance(value, dict):
-                raise RowError("not an object", "an entry of the page is not a JSON object")
-            return self.row(value)
-        except (RowError, LeftOutError) as e:
-            return e
 
     def row(self, value: Object) -> TraceRecord | None:
         """What an object says; None when it is about something else. Raises `RowError` and `LeftOutError`."""
@@ -189,8 +195,7 @@ class _LineReader(ObjectReader):
 
 
 _ENDS = (
-    "rows are placed at the END of their request: the log has no $request_time. Log it (log_format ... "
-    "rt=$request_time) to get arrivals; long answers blur these"
+    "rows are placed at the END of their request: to get arrivals log $request_time (log_format ... rt=$request_time)"
 )
 
 
@@ -308,3 +313,61 @@ class AzureGateway(ObjectReader):
             took_ns = ns_of("durationMs", value.get("durationMs"), "ms")
             return TraceRecord(self.arrival_ns(value) - took_ns, None, None)
         return None if count_of(value, "SequenceNumber") else super().row(value)
+
+
+_TEXT_CALLS = ("completion", "text_completion", "responses", "anthropic_messages", "generate_content")
+
+
+class LiteLLM(ObjectReader):
+    """Reader of LiteLLM spend logs."""
+
+    summary = "LiteLLM spend logs (JSON, JSON Lines or CSV: startTime, prompt_tokens, completion_tokens, call_type)"
+    clock = "startTime, a date and time, UTC where no zone is given"
+    telling = (frozenset({"startTime", "prompt_tokens", "completion_tokens"}),)
+    quoted = True
+    counted = True
+    page, id, arrival = ("data",), ("request_id", "id"), ("startTime",)
+    input, output, session, model = ("prompt_tokens",), ("completion_tokens",), ("session_id",), ("model",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._columns = Columns()
+
+    @classmethod
+    def sniff(cls, record: bytes) -> bool:
+        """The three telling fields or columns."""
+        return super().sniff(record) or cls.telling[0] <= set(header_of(record)[1])
+
+    def parse(self, record: bytes) -> TraceRecord | Rows:
+        """Read one object or CSV record (the first one is the header)."""
+        if record.lstrip().startswith(b"{"):
+            return super().parse(record)
+        row = self._columns.read(record)
+        if row is None and not self.telling[0] <= set(self._columns.names):
+            raise RowError("bad header", f"no columns {', '.join(sorted(self.telling[0]))} in {show(record)}")
+        return () if row is None else self.row(row) or ()
+
+    def row(self, value: Object) -> TraceRecord | None:
+        """One call, its total checked."""
+        found, total = super().row(value), count_of(value, "total_tokens")
+        if found is None:
+            return None
+        counts = (found.input_tokens or 0, found.output_tokens or 0)
+        if total not in (None, sum(counts)):
+            problem = f"total_tokens is {total}, but prompt and completion have {counts[0]} + {counts[1]}"
+            raise RowError("bad total_tokens", f"{problem}: what was counted is not clear")
+        asked = object_of(value, "proxy_server_request")
+        has_tools = asked.get("tools") or asked.get("functions")
+        messages = None if has_tools else plain_messages(decoded(value.get("messages")))
+        usage = usage_of(find(object_of(value, "metadata"), "usage_object"))
+        return found._replace(messages=messages, cached_tokens=usage.cached_tokens)
+
+    def leave_out(self, value: Object) -> None:
+        """Calls that no model server has to answer."""
+        kind = text_of(value, "call_type")
+        if kind and not kind.removeprefix("a").startswith(_TEXT_CALLS) and not kind.startswith(_TEXT_CALLS):
+            raise LeftOutError(f"not a text completion ({kind[:30]})")
+        if str(value.get("status") or "").lower() in ("failure", "failed", "error"):
+            raise FailedCallError("failed call (status failure)")
+        if str(value.get("cache_hit") or "").lower() == "true":
+            raise LeftOutError("answered from LiteLLM's response cache")

@@ -1,56 +1,25 @@
-"""Our own trace format: JSON Lines, one request per line.
+"""Our own trace format: JSON Lines, one request per line; also a JSON array, Parquet or Arrow.
 
-=================  ===================================================================================================
-``arrival_s``      number, seconds on any clock (the first row becomes zero). Never decreasing. On all rows or on none.
-                   Numbers are 64-bit floats: seconds since 1970 keep a quarter of a microsecond. Those that can only be
-                   milli-, micro- or nanoseconds since 1970 are read as these, and that is said
-``prompt``         string, the prompt as text, sent as it is
-``messages``       chat messages ``[{"role": ..., "content": ...}, ...]``, contents are strings
-``input_tokens``   integer, prompt length. A prompt of exactly this length is made when there is no text
-``output_tokens``  integer, length of the answer, forced on the server. Left out: the server decides, unless a maximum
-                   is set when the plan is made
-``session_id``     string; requests of one conversation share it and stay on one load worker
-``turn``           integer from 0, place in the session; needs ``session_id``
-``prefix_ids``     integers, one per block of ``block_tokens`` input tokens, the last block may be partial; requests
-                   whose leading ids are equal share those tokens. Needs ``input_tokens`` and ``block_tokens``
-``block_tokens``   integer, tokens per id in ``prefix_ids``
-``answer``         string, what the model said in production; never sent, but its tokens can be counted
-``adapter``        string, model or LoRA adapter to ask for by the name the server under test has for it; left out: the
-                   model of the run
-``cancel_after_s`` number above 0, the client hung up this long after it had sent the request, and does so again
-``think_s``        number, from the end of the session's previous answer to this turn; needs ``session_id``
-``timeout_s``      number above 0, the client's own time limit for this request, counted from when it is sent; left
-                   out: the limit of the run
-``model``          string, model that answered in production; never asked for (that is ``adapter``), but rows can be
-                   chosen by it
-``cached_tokens``  integer, of ``input_tokens`` those that production found in a prompt cache
-``max_tokens``     integer from 1, the cap that production set on the answer
-``expected``       string or list of strings: right answers, any of which will do
-``check``          object, how an answer is held against the truth
-``gate``           object, what production itself can test of an answer at run time
-``tags``           object of strings, what the request belongs to: ``{"task": "extract", "team": "billing"}``
-``weight``         number above 0, how many requests of production this one stands for
-=================  ===================================================================================================
+Fields are those of a `TraceRecord` (what each means stands there, for users in ``scenarios/traces/README.md``), but for
+``arrival_s`` (seconds on any clock, never decreasing, on all rows or on none; numbers that can only be milli-, micro-
+or nanoseconds since 1970 are read as these, and that is said) and ``prompt`` (the text, sent as it is). A row needs one
+of ``prompt``, ``messages`` and ``input_tokens``; ``prompt`` and ``messages`` exclude each other.
 
-The last six are carried for the judgement of answers; a replay sends none of them. Where a file cannot hold objects
-(Parquet), ``check``, ``gate`` and ``tags`` are their JSON as a string.
-
-A row needs one of ``prompt``, ``messages`` and ``input_tokens``; ``prompt`` and ``messages`` exclude each other.
 ``null`` means not given. Unknown fields are refused: a misspelt field must not be silently ignored. A row with zero
-input or output tokens records a failed call: it is counted, not replayed. Lines are UTF-8, at most 16 MiB; blank lines
-are skipped. The same rows are read from a JSON array, and from Parquet and Arrow files with these columns
-(any integer or float width will do; ``prefix_ids`` is a list of integers, ``messages`` one of structs). Of such a file
-with other columns those are read that make a table (`harness.trace.formats.table`), and no others.
+input or output tokens records a failed call: it is counted, not replayed. Where a file cannot hold objects (Parquet),
+``check``, ``gate`` and ``tags`` are their JSON as a string; any integer or float width will do, ``prefix_ids`` is a
+list of integers, ``messages`` one of structs. Of a columnar file with other columns those are read that make a table
+(`harness.trace.formats.table`), and no others.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
-from typing import Annotated, Any
+from operator import attrgetter
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -59,22 +28,22 @@ from harness.trace.formats.columnar import MAGICS, chosen_rows, is_columnar, sch
 from harness.trace.formats.record import (
     MAX_ARRIVAL_S,
     MAX_TOKENS,
-    FailedCallError,
     Item,
-    LeftOutError,
     Place,
     Reader,
     RowError,
     TraceRecord,
+    attempt,
     decode_error,
     fields_of,
     safe,
 )
 from harness.trace.formats.table import TableReader, is_table, recognised, role_of
-from harness.trace.formats.values import Clock, seconds_ns
+from harness.trace.formats.values import Clock, called, ns_of
 from harness.trace.source import TraceFile
 from harness.untrusted import DECODE_ERRORS
 
+T = TypeVar("T")
 _Tokens = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
 _Text = Annotated[str, msgspec.Meta(min_length=1)]
 
@@ -85,7 +54,7 @@ class _ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Line(msgspec.Struct, forbid_unknown_fields=True):
-    """One row; see the module docstring for each field."""
+    """One row."""
 
     arrival_s: Annotated[int, msgspec.Meta(ge=0)] | Annotated[float, msgspec.Meta(ge=0)] | None = None
     prompt: _Text | None = None
@@ -116,6 +85,10 @@ _TELLING = {"prompt", "input_tokens", "output_tokens", "arrival_s", "prefix_ids"
 _OURS_ALONE = {"prompt", "messages", "prefix_ids", "block_tokens"}
 """Columns by which a columnar file is meant to be in our format, whatever else it has."""
 _EXACT_S = 2**53 / 1e9
+_LENGTHS = attrgetter("input_tokens", "output_tokens", "session_id", "turn", "prefix_ids", "block_tokens", "prompt")
+_CALL = attrgetter(
+    "answer", "adapter", "cancel_after_s", "think_s", "timeout_s", "model", "cached_tokens", "max_tokens"
+)  # fmt: skip
 _decode = msgspec.json.Decoder(Line).decode
 
 
@@ -126,13 +99,12 @@ class Jsonl(Reader):
     sends_text = True
 
     def __init__(self) -> None:
-        self._sizes = BlockSizes()
-        self._clock = OwnClock()
+        self._own = OwnRows()
 
     @property
     def clock(self) -> str:  # type: ignore[override]
         """As its name says, or as found."""
-        return self._clock.said
+        return self._own.clock
 
     @classmethod
     def sniff(cls, record: bytes) -> bool:
@@ -142,10 +114,9 @@ class Jsonl(Reader):
             return False  # a table with some of our names
         if fields.keys() & _TELLING:
             # A request to a model has a model and a prompt, and nothing that only a trace has.
-            return "body" not in fields and ("model" not in fields or _is_row(fields.keys()))
-        # Messages alone are ours, unless the last is an answer: then it is a chat log, see
-        # `harness.trace.formats.messages`. With nothing but a model beside them they are a request, see
-        # `harness.trace.formats.messages`.
+            is_row = fields.keys() <= set(FIELDS) and fields.keys() & (_TELLING - {"prompt"})
+            return "body" not in fields and bool("model" not in fields or is_row)
+        # Messages alone are ours, but not with an answer at the end (a chat log), or a model beside (a request).
         request = fields.keys() == {"messages", "model"}
         return (
             "messages" in fields and fields.keys() <= set(FIELDS) and not answered(fields["messages"]) and not request
@@ -154,19 +125,13 @@ class Jsonl(Reader):
     def parse(self, record: bytes) -> TraceRecord:
         """Read one line."""
         try:
-            row = row_of(_decode(record), self._clock)
-            self._sizes.see(row)
-            return row
+            return self._own.row(_decode(record))
         except DECODE_ERRORS as e:
             raise decode_error(e, record, FIELDS) from None
 
     def blocks(self) -> str | None:
         """As ``block_tokens`` says."""
-        return self._sizes.said()
-
-
-def _is_row(names: Set[str]) -> bool:
-    return names <= set(FIELDS) and bool(names & (_TELLING - {"prompt"}))
+        return self._own.blocks()
 
 
 class Columnar(TableReader):
@@ -177,8 +142,7 @@ class Columnar(TableReader):
 
     def __init__(self) -> None:
         super().__init__()
-        self._sizes = BlockSizes()
-        self._own = OwnClock()
+        self._own = OwnRows()
         self._ours = False
 
     @classmethod
@@ -189,7 +153,7 @@ class Columnar(TableReader):
     @property
     def clock(self) -> str:  # type: ignore[override]
         """As its name says, or as found."""
-        return self._own.said if self._ours else super().clock
+        return self._own.clock if self._ours else super().clock
 
     @property
     def sends_text(self) -> bool:  # type: ignore[override]
@@ -221,21 +185,19 @@ class Columnar(TableReader):
         if not self._ours:
             yield from super().rows(again)
             return
-        for place, record in again:
-            try:
-                if isinstance(record, RowError):
-                    raise record
-                row = row_of(msgspec.convert(record, Line), self._own)
-                self._sizes.see(row)
-                yield place, row
-            except msgspec.ValidationError as e:
-                yield place, decode_error(e, b"", FIELDS)
-            except (RowError, LeftOutError) as e:
-                yield place, e
+        yield from ((place, attempt(self._own_row, record)) for place, record in again)
+
+    def _own_row(self, record: Any) -> TraceRecord:
+        if isinstance(record, RowError):
+            raise record
+        try:
+            return self._own.row(msgspec.convert(record, Line))
+        except msgspec.ValidationError as e:
+            raise decode_error(e, b"", FIELDS) from None
 
     def blocks(self) -> str | None:
         """As ``block_tokens`` says."""
-        return self._sizes.said()
+        return self._own.blocks()
 
 
 def _in_seconds(schema: Any) -> bool:
@@ -245,43 +207,47 @@ def _in_seconds(schema: Any) -> bool:
     return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind))
 
 
-class BlockSizes:
-    """Sizes of prefix blocks that rows state."""
+class OwnRows:
+    """Reads rows, whose times are in seconds, unless the first can only be another unit since 1970."""
 
     def __init__(self) -> None:
-        self._rows: Counter[int] = Counter()
+        self.clock = "arrival_s in seconds, by its name"
+        self._epoch: Clock | None = None
+        self._timed = False
+        self._sizes: set[int] = set()
 
-    def see(self, row: TraceRecord) -> None:
-        """The next row."""
-        if row.block_tokens is not None and (row.block_tokens in self._rows or len(self._rows) < 8):
-            self._rows[row.block_tokens] += 1
+    def row(self, line: Line) -> TraceRecord:
+        """The row of a decoded line. Raises `RowError` and `FailedCallError`."""
+        if problem := _contradiction(line):
+            raise RowError("bad fields", problem)
+        called(line.input_tokens, line.output_tokens)
+        if line.block_tokens is not None and len(self._sizes) < 8:
+            self._sizes.add(line.block_tokens)
+        messages, expected, tags = line.messages, line.expected, _decoded("tags", line.tags, dict[str, str])
+        return TraceRecord._make((
+            None if line.arrival_s is None else self._ns(line.arrival_s), *_LENGTHS(line),
+            None if messages is None else tuple({"role": m.role, "content": m.content} for m in messages), *_CALL(line),
+            (expected,) if isinstance(expected, str) else None if expected is None else tuple(expected),
+            _object("check", line.check), _object("gate", line.gate),
+            None if tags is None else tuple(sorted(tags.items())), line.weight, 0,
+        ))  # fmt: skip
 
-    def said(self) -> str | None:
-        """The sizes; None without any."""
-        sizes = " and ".join(map(str, sorted(self._rows)))
-        return f"{sizes} tokens, as block_tokens says; the ids were counted on every row" if sizes else None
-
-
-class OwnClock:
-    """Times of ``arrival_s``: seconds, unless the first can only be another unit since 1970."""
-
-    def __init__(self) -> None:
-        self.said = "arrival_s in seconds, by its name"
-        self._clock: Clock | None = None
-        self._known = False
-
-    def ns(self, arrival: float) -> int:
-        """Nanoseconds. Raises `RowError`."""
-        if not self._known:
-            self._known = True
+    def _ns(self, arrival: float) -> int:
+        if not self._timed:
+            self._timed = True
             if arrival > MAX_ARRIVAL_S:
-                self._clock = Clock("arrival_s")
-                self._clock.look([arrival])
-                self.said = self._clock.said
-        if self._clock is not None:
-            return self._clock.ns(arrival) or 0
+                self._epoch = Clock("arrival_s")
+                self._epoch.look([arrival])
+                self.clock = self._epoch.said
+        if self._epoch is not None:
+            return self._epoch.ns(arrival) or 0
         # Beyond, whole nanoseconds have no place in a float.
-        return round(arrival * 1e9) if arrival < _EXACT_S else seconds_ns("arrival_s", arrival)
+        return round(arrival * 1e9) if arrival < _EXACT_S else ns_of("arrival_s", arrival, "s")
+
+    def blocks(self) -> str | None:
+        """Sizes of prefix blocks; None without any."""
+        sizes = " and ".join(map(str, sorted(self._sizes)))
+        return f"{sizes} tokens, as block_tokens says; the ids were counted on every row" if sizes else None
 
 
 def answered(messages: bytes) -> bool:
@@ -293,74 +259,32 @@ def answered(messages: bytes) -> bool:
     return isinstance(last, dict) and last.get("role") == "assistant"
 
 
-def row_of(line: Line, clock: OwnClock) -> TraceRecord:
-    """The row of a decoded line, its time on ``clock``. Raises `RowError` and `FailedCallError`."""
-    if problem := _contradiction(line):
-        raise RowError("bad fields", problem)
-    if line.input_tokens == 0 or line.output_tokens == 0:
-        raise FailedCallError
-    return TraceRecord(
-        None if line.arrival_s is None else clock.ns(line.arrival_s),
-        line.input_tokens,
-        line.output_tokens,
-        line.session_id,
-        line.turn,
-        line.prefix_ids,
-        line.block_tokens,
-        line.prompt,
-        None if line.messages is None else tuple({"role": m.role, "content": m.content} for m in line.messages),
-        line.answer,
-        line.adapter,
-        line.cancel_after_s,
-        line.think_s,
-        line.timeout_s,
-        line.model,
-        line.cached_tokens,
-        line.max_tokens,
-        None if line.expected is None else (line.expected,) if isinstance(line.expected, str) else tuple(line.expected),
-        _object("check", line.check),
-        _object("gate", line.gate),
-        _tags(line.tags),
-        line.weight,
-    )
+def _decoded(name: str, value: T | str | None, kind: type[T]) -> T | None:
+    """An object, which may be JSON of it. Raises `RowError`."""
+    try:
+        return msgspec.json.decode(value, type=kind) if isinstance(value, str) else value
+    except DECODE_ERRORS as e:
+        raise RowError("bad fields", f"{name} must be a JSON object: {e}") from None
 
 
 def _object(name: str, value: dict[str, object] | str | None) -> str | None:
-    """JSON of an object, which may be that already, its keys in order. Raises `RowError`."""
-    if value is None:
-        return None
-    try:
-        found = msgspec.json.decode(value, type=dict[str, object]) if isinstance(value, str) else value
-    except DECODE_ERRORS as e:
-        raise RowError("bad fields", f"{name} must be a JSON object: {e}") from None
-    return msgspec.json.encode(found, order="sorted").decode()
-
-
-def _tags(value: dict[str, str] | str | None) -> tuple[tuple[str, str], ...] | None:
-    if value is None:
-        return None
-    try:
-        found = msgspec.json.decode(value, type=dict[str, str]) if isinstance(value, str) else value
-    except DECODE_ERRORS as e:
-        raise RowError("bad fields", f"tags must be a JSON object of strings: {e}") from None
-    return tuple(sorted(found.items()))
+    found = _decoded(name, value, dict[str, object])
+    return None if found is None else msgspec.json.encode(found, order="sorted").decode()
 
 
 def _contradiction(row: Line) -> str | None:
     """What is wrong with fields that are each right alone."""
-    if row.arrival_s is not None and not math.isfinite(row.arrival_s):
-        return f"arrival_s is {row.arrival_s}"
-    if not all(math.isfinite(s or 0.0) for s in (row.cancel_after_s, row.think_s, row.timeout_s)):
-        return "cancel_after_s, think_s or timeout_s is no number"
-    if row.think_s is not None and row.session_id is None:
+    if not math.isfinite((row.arrival_s or 0) + (row.cancel_after_s or 0) + (row.think_s or 0) + (row.timeout_s or 0)):
+        return "arrival_s, cancel_after_s, think_s or timeout_s is not a finite number"
+    if row.session_id is None and row.think_s is not None:
         return "think_s without session_id: it is the time between two turns of a session"
+    if row.session_id is None and row.turn is not None:
+        return "turn without session_id: a turn is a place in a session"
     has_text = row.prompt is not None or row.messages is not None
     if row.prompt is not None and row.messages is not None:
         return "prompt and messages exclude each other: give one"
     if not has_text and row.input_tokens is None:
         return "no prompt, messages or input_tokens: nothing to send"
-    if row.turn is not None and row.session_id is None:
-        return "turn without session_id: a turn is a place in a session"
     if row.prefix_ids is None:
         return None if row.block_tokens is None else "block_tokens without prefix_ids"
     if has_text:

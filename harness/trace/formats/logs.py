@@ -1,44 +1,34 @@
-"""Logs with token counts: of engines (vLLM, SGLang), of routers and gateways (LiteLLM, NVIDIA Dynamo), of AWS Bedrock.
+"""Logs of engines (vLLM, SGLang), a router before them (NVIDIA Dynamo) and a cloud (AWS Bedrock), with token counts.
 
 **vLLM**'s server log (``--enable-log-requests``) is free text, read as far as it goes.
 
-=========================================  ===========================================================================
-``INFO  Received request ID: ...``         the arrival (``MM-DD hh:mm:ss``: whole seconds, no year)
-``DEBUG Request ID details: ...``          ``prompt_token_ids``: input tokens, and their blocks of 16 as vLLM caches
-                                           them (up to 0.10 in the INFO line, of chats the rendered ``prompt`` alone)
-``DEBUG Generated response ID details``    ``output_token_ids``: output tokens (with ``--enable-log-outputs``; streaming
-                                           answers: with their deltas)
-``INFO  Generated response ID: ...``       the end; ``finish_reason: abort`` or ``error`` is a failed call
-=========================================  ===========================================================================
+``INFO  Received request`` is the arrival (``MM-DD hh:mm:ss``: whole seconds, no year); ``DEBUG Request ID details`` has
+``prompt_token_ids``, the input and its blocks of 16 as vLLM caches them (up to 0.10 in the INFO line, of chats the
+rendered ``prompt`` alone); ``DEBUG Generated response ID details`` has ``output_token_ids`` (with
+``--enable-log-outputs``; streaming answers: with their deltas); ``INFO  Generated response`` is the end, and with
+``finish_reason: abort`` or ``error`` a failed call.
 
-Without ``VLLM_LOGGING_LEVEL=DEBUG`` the log has no lengths at all: then it is read like an access log, and refused
-until lengths are stated. ``--max-log-len`` cuts the lists; ids that end at one same length on many rows are reported.
+Without ``VLLM_LOGGING_LEVEL=DEBUG`` the log has no lengths: then it is read like an access log. ``--max-log-len`` cuts
+the lists; ids that end at one same length on many rows are reported.
 Source: vLLM 0.32, ``vllm/entrypoints/serve/utils/request_logger.py`` and ``vllm/logger.py``; logs of 0.3 to 0.11.
 
-**SGLang**'s server log (``--enable-request-time-stats-logging``, or ``--log-requests``): ``ReqTimeStats(...)`` states
-each request when it has ended; its arrival is ``entry_time`` in seconds since 1970, or where that is of another clock
-(older versions) the time of the line less its durations. With disaggregation ``type=prefill`` has the input and
-``type=decode`` the output of one request, joined by ``bootstrap_room``. Every tensor-parallel rank may print the line,
-and health checks are none. ``Finish: obj=GenerateReqInput(rid=...) ... 'meta_info': {...}`` arrived at the time of the
-line less ``e2e_latency``. Times of lines are whole seconds, taken as UTC.
+**SGLang**'s server log: ``ReqTimeStats(...)`` (``--enable-request-time-stats-logging``) states each request when it has
+ended; its arrival is ``entry_time`` in seconds since 1970, or where that is of another clock (older versions) the time
+of the line less its durations. With disaggregation ``type=prefill`` has the input and ``type=decode`` the output of one
+request, joined by ``bootstrap_room``. Every tensor-parallel rank may print the line, and health checks are none.
+``Finish: obj=GenerateReqInput(...)`` (``--log-requests``) is at the time of the line less ``e2e_latency``.
 Source: sgl-project/sglang, ``req_time_stats.py`` and ``tokenizer_manager.py``.
+
+**NVIDIA Dynamo**'s request traces (``DYN_REQUEST_TRACE=1``): of each ``request_end``, also
+``replay.input_sequence_hashes``, one for each ``trace_block_size`` tokens. A hash stands for its block and everything
+before it; it has 64 bits without a sign, of which 63 are kept.
 
 **Bedrock** (files on S3, or an export of CloudWatch): tokens read from a prompt cache and written to it stand
 **beside** the input and are added. Calls without an output count (embeddings, images) are counted and left out. Prompts
 are not sent: bodies are of each model's own form and often lie elsewhere.
 
-**LiteLLM**'s spend logs (``LiteLLM_SpendLogs``: JSON, JSON Lines, pages of the API, CSV as a database writes it; also
-what its callbacks are given, ``StandardLoggingPayload``): ``prompt_tokens`` contain what was read from a prompt cache.
-Not replayed, but counted: failed calls; calls that are no text completions; calls answered from LiteLLM's own response
-cache, which no model server ever saw; copies of a request_id. Retries and fallbacks are rows of their own, as they were
-load of their own.
-
-**NVIDIA Dynamo**'s request traces (``DYN_REQUEST_TRACE=1``): of each ``request_end``, perhaps within an ``event``, also
-``replay.input_sequence_hashes``, one for each ``trace_block_size`` tokens. A hash stands for its block and everything
-before it; it has 64 bits without a sign, of which 63 are kept. Other events are no requests.
-
-Source: AWS, "Monitor model invocation using CloudWatch Logs and Amazon S3"; BerriAI/litellm 1.109, ``schema.prisma``;
-ai-dynamo/dynamo, ``dynamo.request.trace.v1``.
+Source: ai-dynamo/dynamo, ``dynamo.request.trace.v1``; AWS, "Monitor model invocation using CloudWatch Logs and Amazon
+S3".
 """
 
 from __future__ import annotations
@@ -49,7 +39,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 from harness.trace.formats.gateways import ObjectReader
 from harness.trace.formats.record import (
@@ -61,7 +50,6 @@ from harness.trace.formats.record import (
     RowError,
     Rows,
     TraceRecord,
-    decoded,
     fields_of,
     find,
     object_of,
@@ -70,16 +58,12 @@ from harness.trace.formats.record import (
 )
 from harness.trace.formats.values import (
     Blocks,
-    Columns,
-    called,
     count_of,
-    header_of,
     is_epoch,
     iso_ns,
     ns_of,
     number_of,
-    plain_messages,
-    usage_of,
+    unless_failed,
 )
 
 BLOCK_TOKENS = 16
@@ -205,25 +189,18 @@ class VllmLog(Reader):
         if ids is None:
             self.noted[_NO_OUTPUT] += request.text is not None and output_tokens is None
             return TraceRecord(request.arrival_ns, None, output_tokens, text=request.text or None)
-        try:
-            called(len(ids), output_tokens)
-        except FailedCallError as e:
-            return e
         self._lengths[len(ids)] += 1
         self.noted[_NO_OUTPUT] += output_tokens is None
-        hashes = _hashes(ids)
-        return TraceRecord(request.arrival_ns, len(ids), output_tokens, prefix_ids=hashes, block_tokens=BLOCK_TOKENS)
+        return unless_failed(
+            TraceRecord(request.arrival_ns, len(ids), output_tokens, prefix_ids=_hashes(ids), block_tokens=BLOCK_TOKENS)
+        )
 
     def _arrival_ns(self, line: re.Match[bytes]) -> int:
-        month, day, hour, minute, second = (int(line[i]) for i in range(1, 6))
+        month = int(line[1])
         if month < self._month - 6:
             self._year += 1  # December to January
         self._month = month
-        try:
-            moment = datetime(self._year, month, day, hour, minute, second, tzinfo=UTC)
-        except ValueError:
-            raise RowError("bad time", f"not a time: {line[0][:60].decode('utf-8', 'replace')!r}") from None
-        return int(moment.timestamp()) * 1_000_000_000
+        return iso_ns("time", f"{self._year}-%s-%s %s:%s:%s" % tuple(text.decode() for text in line.groups()[:5]))
 
 
 def _listed(pattern: re.Pattern[bytes], text: bytes) -> list[bytes] | None:
@@ -314,96 +291,6 @@ class SGLang(ObjectReader):
         return [(None, LeftOutError("a prefill without its decode line"))] * len(self._prefills)
 
 
-class Bedrock(ObjectReader):
-    """Reader of Bedrock invocation logs."""
-
-    summary = "AWS Bedrock model invocation log (JSON of S3 or CloudWatch: ModelInvocationLog)"
-    clock = "timestamp, a date and time in whole seconds, UTC"
-    page, id, arrival, model = ("events", "logEvents"), ("requestId",), ("timestamp",), ("modelId",)
-    input, output = ("input.inputTokenCount",), ("output.outputTokenCount",)
-    cached = ("input.cacheReadInputTokenCount",)
-    added = ("input.cacheReadInputTokenCount", "input.cacheWriteInputTokenCount")
-    counted = True
-
-    @classmethod
-    def sniff(cls, record: bytes) -> bool:
-        """The log's type, also within a CloudWatch event or a page of them."""
-        fields = fields_of(record)
-        inner = fields.get("message", fields.get("events", b"") or fields.get("logEvents", b""))
-        return fields.get("schemaType") == b'"ModelInvocationLog"' or b"ModelInvocationLog" in inner
-
-    def row(self, value: Object) -> TraceRecord | None:
-        """One call, perhaps as the text of an event."""
-        return super().row(object_of(value, "message") or value)
-
-    def leave_out(self, value: Object) -> None:
-        """Calls that failed, or have no output."""
-        if value.get("errorCode"):
-            raise FailedCallError("failed call (errorCode)")
-        if find(value, *self.output) is None:
-            raise LeftOutError("no text completion (no outputTokenCount)")
-
-
-_TEXT_CALLS = ("completion", "text_completion", "responses", "anthropic_messages", "generate_content")
-
-
-class LiteLLM(ObjectReader):
-    """Reader of LiteLLM spend logs."""
-
-    summary = "LiteLLM spend logs (JSON, JSON Lines or CSV: startTime, prompt_tokens, completion_tokens, call_type)"
-    clock = "startTime, a date and time, UTC where no zone is given"
-    telling = (frozenset({"startTime", "prompt_tokens", "completion_tokens"}),)
-    quoted = True
-    counted = True
-    page, id, arrival = ("data",), ("request_id", "id"), ("startTime",)
-    input, output, session, model = ("prompt_tokens",), ("completion_tokens",), ("session_id",), ("model",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._columns = Columns()
-
-    @classmethod
-    def sniff(cls, record: bytes) -> bool:
-        """The three telling fields or columns."""
-        return super().sniff(record) or cls.telling[0] <= set(header_of(record)[1])
-
-    def parse(self, record: bytes) -> TraceRecord | Rows:
-        """Read one object or CSV record (the first one is the header)."""
-        if record.lstrip().startswith(b"{"):
-            return super().parse(record)
-        row = self._columns.read(record)
-        if row is None and (missing := self.telling[0] - set(self._columns.names)):
-            raise RowError("bad header", f"no column {', '.join(sorted(missing))} in {show(record)}")
-        return () if row is None else self.row(row) or ()
-
-    def row(self, value: Object) -> TraceRecord | None:
-        """One call, its total checked."""
-        if missing := self.telling[0] - value.keys():
-            raise RowError("missing fields", f"no {', '.join(sorted(missing))} in {show(str(value))}")
-        found, total = super().row(value), count_of(value, "total_tokens")
-        if found is None:
-            return None
-        counts = (found.input_tokens or 0, found.output_tokens or 0)
-        if total not in (None, sum(counts)):
-            problem = f"total_tokens is {total}, but prompt and completion have {counts[0]} + {counts[1]}"
-            raise RowError("bad total_tokens", f"{problem}: what was counted is not clear")
-        asked = object_of(value, "proxy_server_request")
-        has_tools = asked.get("tools") or asked.get("functions")
-        messages = None if has_tools else plain_messages(decoded(value.get("messages")))
-        usage = usage_of(find(object_of(value, "metadata"), "usage_object"))
-        return found._replace(messages=messages, cached_tokens=usage.cached_tokens)
-
-    def leave_out(self, value: Object) -> None:
-        """Calls that no model server has to answer."""
-        kind = text_of(value, "call_type")
-        if kind and not kind.removeprefix("a").startswith(_TEXT_CALLS) and not kind.startswith(_TEXT_CALLS):
-            raise LeftOutError(f"not a text completion ({kind[:30]})")
-        if str(value.get("status") or "").lower() in ("failure", "failed", "error"):
-            raise FailedCallError("failed call (status failure)")
-        if str(value.get("cache_hit") or "").lower() == "true":
-            raise LeftOutError("answered from LiteLLM's response cache")
-
-
 class Dynamo(ObjectReader):
     """Reader of Dynamo request traces."""
 
@@ -458,3 +345,33 @@ class Dynamo(ObjectReader):
     def blocks(self) -> str | None:
         """The size that the trace states, and how many rows show it."""
         return self._blocks.said()
+
+
+class Bedrock(ObjectReader):
+    """Reader of Bedrock invocation logs."""
+
+    summary = "AWS Bedrock model invocation log (JSON of S3 or CloudWatch: ModelInvocationLog)"
+    clock = "timestamp, a date and time in whole seconds, UTC"
+    page, id, arrival, model = ("events", "logEvents"), ("requestId",), ("timestamp",), ("modelId",)
+    input, output = ("input.inputTokenCount",), ("output.outputTokenCount",)
+    cached = ("input.cacheReadInputTokenCount",)
+    added = ("input.cacheReadInputTokenCount", "input.cacheWriteInputTokenCount")
+    counted = True
+
+    @classmethod
+    def sniff(cls, record: bytes) -> bool:
+        """The log's type, also within a CloudWatch event or a page of them."""
+        fields = fields_of(record)
+        inner = fields.get("message", fields.get("events", b"") or fields.get("logEvents", b""))
+        return fields.get("schemaType") == b'"ModelInvocationLog"' or b"ModelInvocationLog" in inner
+
+    def row(self, value: Object) -> TraceRecord | None:
+        """One call, perhaps as the text of an event."""
+        return super().row(object_of(value, "message") or value)
+
+    def leave_out(self, value: Object) -> None:
+        """Calls that failed, or have no output."""
+        if value.get("errorCode"):
+            raise FailedCallError("failed call (errorCode)")
+        if find(value, *self.output) is None:
+            raise LeftOutError("no text completion (no outputTokenCount)")

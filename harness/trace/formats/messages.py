@@ -1,38 +1,27 @@
 """Conversations: chat logs, calls of OpenAI's and Anthropic's APIs, and the session logs of coding agents.
 
-**Chat logs** are whole conversations, one JSON object each (ShareGPT, LMSYS, WildChat, fine-tuning files):
-``{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]}``, ``{"conversation": [{"role",
-"content"}]}`` or ``{"messages": [{"role", "content"}]}`` that ends with an answer. Each answer was a request of its
-own: its messages are all that went before it, its session the conversation, its turn the count of answers before. A
-question at the end that nobody answered is a request too. A function call is an answer (``from: function_call``,
-``tool_calls``), what the function gave back (``observation``, ``tool``) a message: both are sent as their text.
-Definitions of tools, images, sound and video are not sent, and a note says of how many requests that is true. There are
-no times per request and no token counts: ``--tokenizer`` on the trace verbs counts prompts and answers.
+**Chat logs** are whole conversations, one JSON object each (ShareGPT, LMSYS, WildChat, fine-tuning files). Each answer
+was a request of its own: its messages are all that went before it, its session the conversation, its turn the count of
+answers before. A question at the end that nobody answered is a request too. A function call is an answer, what the
+function gave back a message: both are sent as their text. Definitions of tools, images, sound and video are not sent,
+and a note says of how many requests that is true. There are no times per request and no token counts.
 
-**Calls of an API**, one JSON object each:
+**Calls of an API**, one JSON object each: OpenAI's batch input (``custom_id``, ``url``, ``body``: no times, no output
+length) and output (``custom_id``, ``response``: no prompt, no times), Anthropic's (``params``; ``result``), a logged
+call (``request``, ``response``, a time), a response alone, or a request body alone.
 
-==========================================  ==========================================================================
-``{"custom_id", "url", "body": {...}}``     batch input: what was asked; no times, no output length
-``{"custom_id", "response": {...}}``        batch output: ``usage``; no prompt, no times (an offline workload has none)
-``{"custom_id", "params": {...}}``          Anthropic batch input, and output: ``{"custom_id", "result": {...}}``
-``{"request": {...}, "response": {...}}``   a logged call: the prompt, ``usage``, and a time
-``{"object": "chat.completion", ...}``      a response: ``usage`` and ``created``; also ``{"type": "message", ...}``
-``{"model", "messages"}`` or ``"prompt"``   a request body
-==========================================  ==========================================================================
-
-What ``usage`` counts: `harness.trace.formats.values`. The arrival is the log's own time, or else ``created`` of the
-answer. ``max_tokens`` is a limit, not a length. A system prompt beside the messages goes before them. Prompts that are
-more than text (images, tool calls, definitions of tools) are not sent; a call that has ``usage`` is then replayed by
-its lengths. Without it, the text beside definitions of tools is sent alone, and a note says so; others are refused.
+The arrival is the log's own time, or else ``created`` of the answer. ``max_tokens`` is a limit, not a length. A system
+prompt beside the messages goes before them. Prompts that are more than text (images, tool calls) are not sent; a call
+that has ``usage`` is then replayed by its lengths. Without it, the text beside definitions of tools is sent alone, and
+a note says so; others are refused.
 
 **Claude Code** (``~/.claude/projects/*/*.jsonl``) writes the parts of one answer on lines of their own, with the same
-``message.id`` and growing ``usage``: the last counts. A line's time is its end, so a call's arrival is the time of the
-line before it in the session (what the user or a tool said), where there is one. ``isSidechain`` marks a sub-agent, a
-session of its own. A resumed session copies old lines into a new file: each message is read once.
+``message.id`` and growing ``usage``: the last counts. A call's arrival is the time of the line before it in the session
+(what the user or a tool said), where there is one. ``isSidechain`` marks a sub-agent, a session of its own. A resumed
+session copies old lines into a new file: each message is read once.
 
-**Codex** (``~/.codex/sessions``) states the tokens of a call in an event ``token_count``, ``last_token_usage`` (cached
-and reasoning tokens inside); equal running totals mean the same event again. Its arrival is the time of the last input
-before it.
+**Codex** (``~/.codex/sessions``) states the tokens of a call in ``last_token_usage`` (cached and reasoning tokens
+inside); equal running totals mean the same event again. It arrived at the time of the last input before it.
 
 Source: the ShareGPT, LMSYS-Chat-1M and WildChat data cards; OpenAI's fine-tuning format and API reference (Batch, Chat,
 Completions, Responses); Anthropic API reference (Messages); ryoppippi/ccusage; openai/codex, ``protocol.rs``.
@@ -41,7 +30,7 @@ Completions, Responses); Anthropic API reference (Messages); ryoppippi/ccusage; 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -72,19 +61,18 @@ from harness.trace.formats.values import (
     iso_ns,
     plain_messages,
     plain_text,
+    unless_failed,
     usage_of,
     wall_clock_ns,
 )
 
 _TURNS = ("conversations", "conversation", "messages")
-_IDS = ("id", "conversation_id", "conversation_hash", "session_id")
 _ROLES = {
     "human": "user", "user": "user", "system": "system", "developer": "system", "tool": "tool",
     "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "model": "assistant", "bing": "assistant",
     "bard": "assistant", "function_call": "assistant", "observation": "tool", "function": "tool", "ipython": "tool",
     "function_response": "tool", "tool_response": "tool", "tool_call": "assistant",
 }  # fmt: skip
-_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _MEDIA_NOTE = (
     "requests had images, sound or video, which are not sent: their prompts are shorter than they were in production"
 )
@@ -120,38 +108,29 @@ class ChatLog(Reader):
         if turns is None:
             raise RowError("no conversation", f"no list {' or '.join(_TURNS)} in {show(record)}")
         self._conversations += 1
-        named = next((str(value[name]) for name in _IDS if isinstance(value.get(name), str | int)), "")
-        session = named or f"conversation-{self._conversations}"
+        named = find(value, "id", "conversation_id", "conversation_hash", "session_id")
+        session = str(named) if isinstance(named, str | int) else f"conversation-{self._conversations}"
         said = [_message(turn) for turn in turns]
-        files = any(value.get(name) for name in _MEDIA)
+        files = any(value.get(name) for name in ("images", "image", "videos", "video", "audios", "audio"))
         defined = any(value.get(name) not in (None, "", "[]", []) for name in ("tools", "functions"))
         rows: list[Item] = []
-        ends = [at for at, turn in enumerate(said) if at and turn.message["role"] == "assistant"]
-        if said and said[-1].message["role"] != "assistant":
+        ends = [at for at, turn in enumerate(said) if at and turn[0]["role"] == "assistant"]
+        if said and said[-1][0]["role"] != "assistant":
             ends.append(len(said))  # a question that nobody answered
         for at in ends:
-            answer = said[at].message["content"] if at < len(said) else None
+            answer = said[at][0]["content"] if at < len(said) else None
             if answer == "":
                 rows.append(FailedCallError("empty answer (failed call)"))
                 continue
-            messages = tuple(turn.message for turn in said[:at])
+            messages = tuple(message for message, _, _ in said[:at])
             rows.append(TraceRecord(None, None, None, session, len(rows), messages=messages, answer=answer))
-            self.noted[_MEDIA_NOTE] += any(turn.media for turn in said[:at]) or files
-            self.noted[_TOOLS_NOTE] += defined or any(turn.calls for turn in said[:at])
+            self.noted[_MEDIA_NOTE] += any(media for _, media, _ in said[:at]) or files
+            self.noted[_TOOLS_NOTE] += defined or any(calls for _, _, calls in said[:at])
         return rows
 
 
-class _Said(NamedTuple):
-    """One turn."""
-
-    message: dict[str, str]
-    media: bool
-    """It had an image, sound or video."""
-    calls: bool
-    """It is a function call, or what came of one."""
-
-
-def _message(turn: Any) -> _Said:
+def _message(turn: Any) -> tuple[dict[str, str], bool, bool]:
+    """(one turn as a message, whether it had media, whether it is a function call or what came of one)."""
     if not isinstance(turn, dict):
         raise RowError("bad turn", "a turn of the conversation is not an object")
     speaker = turn.get("from", turn.get("role"))
@@ -166,7 +145,7 @@ def _message(turn: Any) -> _Said:
     if made:
         text = (text or "") + msgspec.json.encode(made).decode()
     calls = bool(made) or role == "tool" or speaker in ("function_call", "tool_call")
-    return _Said({"role": role, "content": text or ""}, media, calls)
+    return {"role": role, "content": text or ""}, media, calls
 
 
 def _text(content: Any) -> tuple[str | None, bool]:
@@ -180,7 +159,6 @@ def _text(content: Any) -> tuple[str | None, bool]:
     return "".join(known), len(known) < len(texts)
 
 
-_TEXT_URLS = ("/completions", "/responses")
 _OTHERS = {"usage", "startTime", "traceId", "trace_id", "prompt_tokens", "conversation"}
 _OBJECTS = ("chat.completion", "text_completion", "response")
 _TIMES = (
@@ -192,6 +170,10 @@ class OpenAI(Reader):
     """Reader of OpenAI batch files and API logs."""
 
     summary = "OpenAI batch input or output, or logged requests and responses of OpenAI or Anthropic (JSON Lines)"
+    telling = (
+        frozenset({"custom_id", "body"}), frozenset({"custom_id", "response"}),
+        frozenset({"type", "role", "content", "usage"}),
+    )  # fmt: skip
     clock = "the log's own time, a date or a time since 1970 whose size shows the unit; else created of the answer"
     in_order = False
 
@@ -204,12 +186,10 @@ class OpenAI(Reader):
         fields = fields_of(record)
         names = fields.keys()
         return (
-            {"custom_id", "body"} <= names
-            or {"custom_id", "response"} <= names
+            super().sniff(record)
             or ("custom_id" in names and any(fields.get(name, b"").startswith(b"{") for name in ("params", "result")))
             or ({"request", "response"} <= names and "latencies" not in names and fields["request"].startswith(b"{"))
             or fields.get("object", b"").strip(b'"').decode("utf-8", "replace") in _OBJECTS
-            or (fields.get("type") == b'"message"' and {"role", "content", "usage"} <= names)
             or (
                 "model" in names
                 and bool(names & {"messages", "prompt"})
@@ -222,7 +202,7 @@ class OpenAI(Reader):
         value = decode_object(record)
         self._copies.check(value.get("custom_id"))
         url = value.get("url")
-        if isinstance(url, str) and not url.endswith(_TEXT_URLS):
+        if isinstance(url, str) and not url.endswith(("/completions", "/responses")):
             raise LeftOutError(f"not a text completion ({url[:40]})")
         request, response = _shape(value)
         usage = usage_of(response.get("usage"))
@@ -294,11 +274,7 @@ def _answer(response: Object) -> str | None:
     if response.get("type") == "message":
         return plain_text(response.get("content"))
     choices = response.get("choices")
-    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        return None
-    message = choices[0].get("message")
-    answer = message.get("content") if isinstance(message, dict) else choices[0].get("text")
-    return answer if isinstance(answer, str) else None
+    return text_of(choices[0], "message.content", "text") if isinstance(choices, list) and len(choices) == 1 else None
 
 
 # --- coding agents ---------------------------------------------------------------------------------------------------
@@ -339,7 +315,7 @@ class ClaudeCode(Reader):
 
     def end(self) -> Iterator[tuple[Place, Item]]:
         """The calls that were still waiting."""
-        yield from (_checked(*call) for call in self._waiting.values())
+        yield from ((place, unless_failed(row)) for place, row in self._waiting.values())
 
     def _line(self, place: Place, line: Object) -> Iterator[tuple[Place, Item]]:
         message, time = object_of(line, "message"), line.get("timestamp")
@@ -371,15 +347,8 @@ class ClaudeCode(Reader):
             session, model=text_of(message, "model"), cached_tokens=usage.cached_tokens,
         )  # fmt: skip
         if len(self._waiting) > _WAITING:
-            yield _checked(*self._waiting.pop(next(iter(self._waiting))))
-
-
-def _checked(place: Place, row: TraceRecord) -> tuple[Place, Item]:
-    try:
-        called(row.input_tokens, row.output_tokens)
-    except LeftOutError as e:
-        return place, e
-    return place, row
+            first, row = self._waiting.pop(next(iter(self._waiting)))
+            yield first, unless_failed(row)
 
 
 class Codex(Reader):

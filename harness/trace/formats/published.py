@@ -12,16 +12,11 @@ Source: HPMLL/BurstGPT, README; Wang et al., *BurstGPT*, KDD 2025.
 
 **Mooncake** (FAST'25), and what others write in its fields (AIPerf, NVIDIA Dynamo, GuideLLM): JSON Lines.
 
-========================  ============================================================================================
-``timestamp``             milliseconds from the start of the trace. Others write seconds, or times since 1970
-``input_length``          input tokens; or ``text_input``, the prompt itself
-``output_length``         output tokens; left out: not stated
-``hash_ids``              one integer per 512-token block of the input, the last block usually partial. An id stands for
-                          its block *and everything before it*: only equal leading ids mean a shared prefix. May be left
-                          out
-``session_id``            the conversation
-``delay``                 milliseconds from the end of the answer before, of a turn that has no ``timestamp``
-========================  ============================================================================================
+``timestamp`` (milliseconds from the start; others write seconds, or times since 1970), ``input_length`` or
+``text_input``, the prompt itself, ``output_length`` (may be left out), ``session_id``, ``delay`` (milliseconds from the
+end of the answer before, of a turn that has no ``timestamp``) and ``hash_ids``, which may be left out: one integer per
+512-token block of the input, the last block usually partial. An id stands for its block *and everything before it*:
+only equal leading ids mean a shared prefix.
 
 ``len(hash_ids) == ceil(input_length / 512)`` on every row of the published traces; it is checked, because files of the
 same fields with other block sizes exist and would be replayed with other prefixes and on another clock. Prompts of
@@ -36,13 +31,12 @@ first ``chat_id``; a parent that lies before the file's beginning begins a sessi
 Source: alibaba-edu/qwen-bailian-usagetraces-anon, README.
 
 **RAGPulse** (JSON Lines of a retrieval-augmented service): ``timestamp``, a **string** of whole seconds (the published
-file holds two recordings one after the other: ``--part`` picks one), ``input_length``, ``output_length``,
-``session_id``, and ``hash_ids``, an object of lists of component ids (system prompt, passages, history, web search,
-user input) in the order of the prompt. A server's prefix cache reuses a prompt only from its beginning: two requests
-share the tokens of the components that lead both. How long a component is stands in five files beside the trace
-(``1_sys_prompt.jsonl`` ... ``5_web_search.jsonl``, plain or compressed). With them the leading run is given as blocks
-of 16 tokens; the few template tokens by which ``input_length`` exceeds the sum are taken to stand at the end and to be
-shared with nobody. Without the files no prefix is known, and a note says so. Source: flashserve/RAGPulse, README.
+file holds two recordings one after the other: ``--part`` picks one), and ``hash_ids``, an object of lists of component
+ids in the order of the prompt. A server's prefix cache reuses a prompt only from its beginning: two requests share the
+tokens of the components that lead both. How long a component is stands in five files beside the trace
+(``1_sys_prompt.jsonl`` ...). With them the leading run is given as blocks of 16 tokens; the few template tokens by
+which ``input_length`` exceeds the sum are taken to stand at the end and to be shared with nobody. Without the files no
+prefix is known, and a note says so. Source: flashserve/RAGPulse, README.
 """
 
 from __future__ import annotations
@@ -78,7 +72,6 @@ from harness.trace.formats.values import (
     called,
     header_of,
     ns_of,
-    seconds_ns,
     token_count,
 )
 from harness.trace.source import open_source, records
@@ -278,7 +271,7 @@ class Bailian(Reader):
         self._root.set(row.chat_id, root)
         called(row.input_length, row.output_length)
         turn = None if row.turn is None else row.turn - 1
-        arrival_ns = seconds_ns("timestamp", row.timestamp)
+        arrival_ns = ns_of("timestamp", row.timestamp, "s")
         return TraceRecord(arrival_ns, row.input_length, row.output_length, str(root), turn, ids, BLOCK_TOKENS)
 
     def blocks(self) -> str | None:
@@ -343,7 +336,7 @@ class RagPulse(Reader):
         called(row.input_length, row.output_length)
         ids = self._blocks(row) if len(self._lengths) == len(_TABLES) else None
         return TraceRecord(
-            seconds_ns("timestamp", int(row.timestamp)), row.input_length, row.output_length, row.session_id, None, ids,
+            ns_of("timestamp", row.timestamp, "s"), row.input_length, row.output_length, row.session_id, None, ids,
             None if ids is None else BLOCK_TOKENS,
         )  # fmt: skip
 

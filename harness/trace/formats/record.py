@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 import msgspec
 
@@ -19,6 +19,8 @@ from harness.untrusted import DECODE_ERRORS
 
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
+V = TypeVar("V")
+R = TypeVar("R")
 Role = Literal["arrival", "input", "output", "session", "model", "cached", "prompt"]
 """What a column of a table can be."""
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -150,6 +152,14 @@ Rows = Sequence[Item]
 """What a record of several calls (a conversation, a batch of spans) holds; empty when it is no call at all."""
 
 
+def attempt(read: Callable[[V], R], value: V) -> R | RowError | LeftOutError:
+    """What ``read`` makes of a value, or why it is none."""
+    try:
+        return read(value)
+    except (RowError, LeftOutError) as e:
+        return e
+
+
 class Place(NamedTuple):
     """Where a record begins."""
 
@@ -228,16 +238,11 @@ class Reader:
     def rows(self, records: Iterable[tuple[Place, Any]]) -> Iterator[tuple[Place, Item]]:
         """What each record of one file holds, errors as values."""
         for place, record in records:
-            try:
-                found = self.parse(whole(record))
-            except (RowError, LeftOutError) as e:
-                yield place, e
-                continue
-            if isinstance(found, TraceRecord):
-                yield place, found
-            else:
-                for item in found:
-                    yield place, item
+            found = attempt(self._parsed, record)
+            yield from ((place, item) for item in ([found] if isinstance(found, Item) else found))
+
+    def _parsed(self, record: Any) -> TraceRecord | Rows:
+        return self.parse(whole(record))
 
     def parse(self, record: Any) -> TraceRecord | Rows:
         """Read one record. Raises `RowError` or `LeftOutError`."""
@@ -344,8 +349,13 @@ def decode_object(record: bytes) -> Object:
         value = msgspec.json.decode(record)
     except DECODE_ERRORS as e:
         raise decode_error(e, record, ()) from None
+    return as_object(value)
+
+
+def as_object(value: object) -> Object:
+    """What must be a JSON object. Raises `RowError`."""
     if not isinstance(value, dict):
-        raise RowError("not an object", f"expected a JSON object, found {show(record)}")
+        raise RowError("not an object", f"expected a JSON object, found {show(str(value))}")
     return value
 
 

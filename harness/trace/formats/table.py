@@ -4,17 +4,11 @@ Columns are found by common names, or named by the user (``--map arrival=ts,inpu
 objects). Needed are the input tokens (or, where nothing counts them, the prompt) and one of the time and the output
 tokens; session, model and cached tokens are read where there are any; all else is not replayed, and a note says so.
 
-What the times are is found from the first rows, or said by ``--time-unit``:
-
-==========================================  ==========================================================================
-dates and times (``2026-09-21T14:13:20Z``)  UTC where no zone is given
-a unit in the name (``arrival_time_ns``)    that unit, unless the times were 285 years and more in it
-numbers of 2001 to 2100 since 1970          s, ms, us or ns: the four ranges do not meet
-smaller numbers, some with a fraction       seconds
-smaller whole numbers                       not known: s and ms are both common. ``--time-unit`` says it
-==========================================  ==========================================================================
-
-The kind found holds for the whole trace: a row of another kind is refused, but dates and numbers since 1970 may mix.
+What the times are is found from the first rows, or said by ``--time-unit``: dates and times (UTC where no zone is
+given); a unit in the name (``arrival_time_ns``), unless the times were 285 years and more in it; numbers of 2001 to
+2100 since 1970 in s, ms, us or ns, whose ranges do not meet; smaller numbers, some with a fraction, are seconds.
+Smaller whole numbers are not known: s and ms are both common. The kind found holds for the whole trace: a row of
+another kind is refused, but dates and numbers since 1970 may mix.
 
 CSV may be divided by commas, semicolons, tabs or bars, its fields quoted, counts written as ``374.0``; the header may
 come again, as it does where files were put together. Empty fields, ``null`` and ``NaN`` are not given. With
@@ -44,6 +38,7 @@ from harness.trace.formats.record import (
     RowError,
     TableOptions,
     TraceRecord,
+    attempt,
     decode_object,
     decoded,
     fields_of,
@@ -231,14 +226,9 @@ class TableReader(Reader):
         first = [] if self._looked else list(islice(made, self.looked_at))
         if not self._looked:
             self._looked = bool(first)
-            self.look([row for _, row in first if not isinstance(row, RowError)])
+            self.look([row for _, row in first if not isinstance(row, RowError | LeftOutError)])
         for place, row in chain(first, made):
-            try:
-                if isinstance(row, RowError):
-                    raise row
-                yield place, self.row(row)
-            except (RowError, LeftOutError) as e:
-                yield place, e
+            yield place, row if isinstance(row, RowError | LeftOutError) else attempt(self.row, row)
 
     def notes(self) -> list[str]:
         """What was taken for what, and what is not replayed."""
@@ -252,14 +242,10 @@ class TableReader(Reader):
             said.append(problem)
         return said
 
-    def _made(self, records: Iterable[tuple[Place, Any]]) -> Iterator[tuple[Place, Object | RowError]]:
+    def _made(self, records: Iterable[tuple[Place, Any]]) -> Iterator[tuple[Place, Object | RowError | LeftOutError]]:
         """Each record but headers by its names."""
         for place, record in records:
-            try:
-                row = self._named(record)
-            except RowError as e:
-                yield place, e
-                continue
+            row = attempt(self._named, record)
             if row is not None:
                 yield place, row
 
@@ -272,7 +258,10 @@ class TableReader(Reader):
             return decode_object(record)
         if not self._columns.names and (problem := self._missing(header_of(record)[1])):
             raise RowError("bad header", f"{problem} in {show(record)}")
-        return self._columns.read(record, self._wanted(self._columns.names).values())
+        row = self._columns.read(record)
+        if row is None:
+            self._columns.needed = set(self._wanted(self._columns.names).values())
+        return row
 
     def _missing(self, names: Sequence[str]) -> str | None:
         wanted = {**self.names, **self._asked.columns}
@@ -309,9 +298,9 @@ class TableReader(Reader):
         session = None if session is None else str(session)
         arrival_ns = self.arrival_ns(row, session)
         counts = self._counts(row)
-        prompt = decoded(self.value(row, "prompt"))
-        messages = plain_messages(prompt)
-        text = prompt if isinstance(prompt, str) else None
+        prompt = self.value(row, "prompt")
+        messages = None if prompt is None else plain_messages(decoded(prompt))
+        text = prompt if isinstance(prompt, str) and messages is None else None
         if counts.input_tokens is None and text is None and messages is None:
             raise RowError("no input tokens", f"{self._at.get('input', 'the input length')} is empty")
         called(counts.input_tokens, counts.output_tokens)
@@ -349,6 +338,8 @@ class TableReader(Reader):
         if name is None:
             return None
         value = row.get(name)
+        if type(value) is int:
+            return value
         value = _given(find(row, name) if value is None and "." in name else value)
         if role == "arrival" and isinstance(value, str) and self._columns.mark == ";" and ":" not in value:
             return value.replace(",", ".")  # a decimal comma

@@ -1,31 +1,22 @@
 """Spans of tracing: Langfuse observations, OpenTelemetry and OpenInference. One call may be several of them:
 `harness.trace.formats.calls` says which are one. They come in any order, so rows are sorted by arrival.
 
-**Langfuse**: a JSON array, JSON Lines, pages of the API (``{"data": [...]}``), traces that hold theirs (``{"sessionId":
-..., "observations": [...]}``, or ``{"trace": ..., "observations": [...]}`` as the web page saves it), and exports of
-the table of observations as CSV or Parquet, where objects are strings of JSON, in camel or snake case. Rows are the
-observations of type ``GENERATION`` that state tokens or have an input; ``startTime`` is the arrival.
+**Langfuse** (JSON, pages of the API, traces that hold theirs, exports of the table of observations as CSV or Parquet
+with strings of JSON, in camel or snake case): rows are the observations of type ``GENERATION`` that state tokens or
+have an input. ``usageDetails`` (``usage``, or columns of older exports) may hold more than ``input`` and ``output``.
+Some sources count these inside, others beside; the ``total`` decides, and a row whose total fits neither reading, or
+both, is refused. Gemini's total has thoughts that nothing else names: they are output. Messages, alone or as
+``{"messages": ...}``, are sent; an input that is neither messages nor a plain text, or has tools, is replayed by its
+lengths. The session is that of the observation or its trace, which for exported observations an export of traces beside
+theirs names. By itself that has no calls.
 
-``usageDetails`` (``usage``, or columns of older exports) may hold more than ``input`` and ``output``, such as
-``input_cached_tokens`` or ``output_reasoning_tokens``. Some sources count these inside ``input``, others beside it. The
-``total`` decides: tokens are added only when the total says that they were counted beside, and a row whose total fits
-neither reading, or both, is refused. Gemini's total has thoughts that nothing else names: they are output.
+**OpenTelemetry** (OTLP/JSON, Tempo's export, the SDK's console exporter, Phoenix, Jaeger's page): input tokens include
+cached ones, output tokens reasoning; where more tokens are cached than were input, the source counts them (and
+``cache_creation``) beside the input, and they are added. Without a session of their own, the calls of an agent's run
+are one. Spans without usage are no rows (HTTP, tools), nor are spans of an agent, which sum up their calls.
 
-Its input may be a string of JSON. Messages, alone or as ``{"messages": ...}``, are sent. What is neither messages nor a
-plain text, or has tools, is not the prompt: the row is replayed by its lengths. The session is ``sessionId`` of the
-observation or its trace. Exported observations do not have it: an export of traces beside theirs names it. By itself
-that has no calls.
-
-**OpenTelemetry**: OTLP/JSON (``resourceSpans``), Tempo's export (``batches``), the SDK's console exporter (one object a
-span; Phoenix's is the same), ``{"trace_id": ..., "spans": [...]}``, and what Jaeger's page downloads. Input tokens
-include cached ones, output tokens reasoning; where more tokens are cached than were input, the source counts them
-(and ``cache_creation``) beside the input, and they are added. Without a session of their own, the calls of an agent's
-run are one. Spans without usage are no rows (HTTP, tools), nor are spans of an agent, which sum up their calls.
-**OpenInference** (Phoenix, Arize) has its counts in ``llm.token_count`` on spans of kind ``LLM``.
-
-Source: Langfuse API reference (observations), documentation pages "Model usage and cost", "Export to blob storage" and
-its source (columns of the exports); Gemini API reference, ``UsageMetadata``; OpenTelemetry semantic conventions for
-generative AI (status Development), OTLP specification.
+Source: Langfuse API reference, documentation ("Model usage and cost", "Export to blob storage") and source; Gemini API
+reference, ``UsageMetadata``; OpenTelemetry semantic conventions for generative AI (Development), OTLP specification.
 """
 
 from __future__ import annotations
@@ -43,6 +34,8 @@ from harness.trace.formats.record import (
     Place,
     RowError,
     TraceRecord,
+    as_object,
+    attempt,
     decode_object,
     decoded,
     fields_of,
@@ -67,19 +60,13 @@ _COUNTS = frozenset({*_INPUT, *_OUTPUT, *_TOTAL})
 _FLAT = _COUNTS - {"input", "output", "total"}
 """Columns of exports that count tokens beside an observation, or instead of its details."""
 _OF_TRACES = frozenset({"id", "timestamp", "bookmarked"})
-"""Columns of an export of traces."""
 _READ = _OF_TRACES | _FLAT | {
     "traceid", "type", "parentobservationid", "starttime", "endtime", "level", "input", "output", "metadata", "model",
     "providedmodelname", "usage", "usagedetails", "sessionid",
 }  # fmt: skip
 _EMPTY = ("", "null", "NULL", "\\N")
-_BY_LENGTH = (
-    "observations have an input that is not the prompt as text or messages (an object, tools, a transcript): replayed "
-    "by their lengths"
-)
-_THOUGHTS = (
-    "observations of Gemini have a total above input and output: the rest is taken for its thoughts, which are output"
-)
+_BY_LENGTH = "observations have an input that is not the prompt as text or messages: replayed by their lengths"
+_THOUGHTS = "observations of Gemini have a total above input and output: the rest is its thoughts, which are output"
 _ADDED = "spans count cached tokens beside the input tokens: they were added"
 _SPEAKERS = ("user:", "system:", "developer:", "assistant:", "human:", "ai:", "tool:")
 
@@ -114,8 +101,8 @@ class Langfuse(SpanReader):
             fields = dict.fromkeys(header_of(record)[1], b"")
         if _is_trace(fields):
             return True
-        for name, few in (("observations", 10**9), ("data", 3)):
-            if len(fields) <= few and (page := fields.get(name, b"")).startswith(b"["):
+        for name in ("observations", "data") if len(fields) <= 3 else ("observations",):
+            if (page := fields.get(name, b"")).startswith(b"["):
                 return b'"traceId"' in page or b'"trace_id"' in page
         return {"type", "traceid", "starttime"} <= set(map(_same, fields))
 
@@ -133,8 +120,8 @@ class Langfuse(SpanReader):
     def end(self) -> Iterator[tuple[Place | None, Item]]:
         """The calls."""
         if self._traces and not self._observations:
-            problem = "this is an export of traces: each row adds up calls. Also export the observations"
-            yield None, RowError("an export of traces", problem)
+            why = "this is an export of traces: each row adds up calls. Also export the observations"
+            yield None, RowError("an export of traces", why)
         yield from super().end()
 
     def spans(self, record: Any) -> Iterator[Span | RowError | LeftOutError]:
@@ -153,14 +140,9 @@ class Langfuse(SpanReader):
             if (session := text_of(value, "sessionid")) is not None:
                 yield Span(text_of(value, "id") or "", "", "", session_id=session)
             return
-        trace = _named(object_of(value, "trace")) or value if isinstance(page, list) else {}
-        for observation in page if isinstance(page, list) else [value]:
-            try:
-                if not isinstance(observation, dict):
-                    raise RowError("not an object", "an entry of the page is not a JSON object")
-                yield self._span(_named(observation), trace)
-            except (RowError, LeftOutError) as e:
-                yield e
+        page, trace = (page, _named(object_of(value, "trace")) or value) if isinstance(page, list) else ([value], {})
+        for observation in page:
+            yield attempt(lambda each: self._span(_named(as_object(each)), trace), observation)
 
     def _span(self, observation: Object, trace: Object) -> Span:
         self._observations += 1
@@ -191,7 +173,7 @@ class Langfuse(SpanReader):
         asked = decoded(observation.get("input"))
         given = observation.get("input") not in (None, "", [], {})
         # A transcript ("user: ...") is not what was sent: the template's own marks are gone.
-        text = asked if given and isinstance(asked, str) and not _is_transcript(asked) else None
+        text = asked if given and isinstance(asked, str) and not asked.lower().lstrip().startswith(_SPEAKERS) else None
         messages = plain_messages(_messages(asked))
         if into is None and out is None and not given:
             if observation.get("output") is None:
@@ -218,7 +200,9 @@ class Langfuse(SpanReader):
         if not counts:
             return None, None
         same = _named(counts)
-        into, out, total = (next((same[name] for name in names if name in same), None) for names in _KINDS)
+        into, out, total = (
+            next((same[name] for name in names if name in same), None) for names in (_INPUT, _OUTPUT, _TOTAL)
+        )
         if into is None or (out is None and total not in (None, into)):
             named = ", ".join(sorted(details))
             raise RowError("no token counts", f"no input and output among the usage details {named}")
@@ -229,9 +213,6 @@ class Langfuse(SpanReader):
             self.noted[_THOUGHTS] += 1
             return into, total - into
         return _reading(into, out, total, rest)
-
-
-_KINDS = (_INPUT, _OUTPUT, _TOTAL)
 
 
 def _cached(details: Object, input_tokens: int | None) -> int | None:
@@ -283,14 +264,8 @@ def _messages(asked: object) -> object:
 
 def _parts(parts: object) -> str | None:
     """The text of parts that are nothing but text."""
-    if not isinstance(parts, list) or not all(isinstance(part, dict) and set(part) == {"text"} for part in parts):
-        return None
-    return "".join(str(part["text"]) for part in parts)
-
-
-def _is_transcript(text: str) -> bool:
-    lines = text.lower().splitlines()
-    return bool(lines) and lines[0].lstrip().startswith(_SPEAKERS)
+    is_text = isinstance(parts, list) and all(isinstance(part, dict) and set(part) == {"text"} for part in parts)
+    return "".join(str(find(part, "text")) for part in parts) if is_text and isinstance(parts, list) else None
 
 
 def _is_trace(fields: Object) -> bool:
@@ -299,7 +274,6 @@ def _is_trace(fields: Object) -> bool:
 
 # --- OpenTelemetry ---------------------------------------------------------------------------------------------------
 
-_GROUPS = ("resourceSpans", "batches")
 _STARTS = ("startTimeUnixNano", "start_time_unix_nano", "start_time", "startTime")
 _ENDS = ("endTimeUnixNano", "end_time_unix_nano", "end_time", "endTime")
 _INPUTS = ("gen_ai.usage.input_tokens", "gen_ai.usage.prompt_tokens", "llm.token_count.prompt")
@@ -308,22 +282,11 @@ _CACHED = (
     "gen_ai.usage.cache_read.input_tokens", "gen_ai.usage.cache_read_input_tokens",
     "llm.token_count.prompt_details.cache_read",
 )  # fmt: skip
-_WRITTEN = ("gen_ai.usage.cache_creation.input_tokens", "gen_ai.usage.cache_creation_input_tokens")
 _SESSION = ("gen_ai.conversation.id", "session.id", "langfuse.session.id")
 _MODEL = ("gen_ai.response.model", "gen_ai.request.model", "llm.model_name")
-_MARKS = {"gen_ai", "llm", "openinference"}
 _OPENINFERENCE = (
-    "LLM",
-    "AGENT",
-    "CHAIN",
-    "TOOL",
-    "RETRIEVER",
-    "EMBEDDING",
-    "RERANKER",
-    "GUARDRAIL",
-    "EVALUATOR",
-    "PROMPT",
-)
+    "LLM", "AGENT", "CHAIN", "TOOL", "RETRIEVER", "EMBEDDING", "RERANKER", "GUARDRAIL", "EVALUATOR", "PROMPT",
+)  # fmt: skip
 _CALLS = ("chat", "text_completion", "generate_content", "completion")
 _NO_CALLS = ("embeddings", "invoke_agent", "create_agent", "execute_tool", "invoke_workflow")
 
@@ -346,15 +309,10 @@ class OTel(SpanReader):
 
     def spans(self, record: bytes) -> Iterator[Span | RowError | LeftOutError]:
         """Read one object."""
-        for span in _spans(decode_object(record)):
-            try:
-                yield self._span(span)
-            except RowError as e:
-                yield e
+        yield from (attempt(self._span, span) for span in _spans(decode_object(record)))
 
-    def _span(self, span: object) -> Span:
-        if not isinstance(span, dict):
-            raise RowError("bad span", "a span is not a JSON object")
+    def _span(self, found: object) -> Span:
+        span = as_object(found)
         span = _from_jaeger(span) if "traceID" in span else span
         attributes = _attributes(span.get("attributes"))
         kind = find(attributes, "openinference.span.kind") or span.get("span_kind")
@@ -373,7 +331,7 @@ class OTel(SpanReader):
     def _item(self, span: Object, attributes: Object, kind: object) -> Item | None:
         """What the span says of a model call; None when it is about something else."""
         operation = find(attributes, "gen_ai.operation.name")
-        about = any(name.partition(".")[0] in _MARKS for name in attributes)
+        about = any(name.partition(".")[0] in ("gen_ai", "llm", "openinference") for name in attributes)
         if not about or operation in _NO_CALLS or (kind in _OPENINFERENCE and kind != "LLM"):
             return None
         input_tokens, output_tokens = count_of(attributes, *_INPUTS), count_of(attributes, *_OUTPUTS)
@@ -390,7 +348,8 @@ class OTel(SpanReader):
         cached = count_of(attributes, *_CACHED)
         if input_tokens is not None and (cached or 0) > input_tokens:
             self.noted[_ADDED] += 1
-            input_tokens += (cached or 0) + (count_of(attributes, *_WRITTEN) or 0)
+            written = ("gen_ai.usage.cache_creation.input_tokens", "gen_ai.usage.cache_creation_input_tokens")
+            input_tokens += (cached or 0) + (count_of(attributes, *written) or 0)
         session, model = text_of(attributes, *_SESSION), text_of(attributes, *_MODEL)
         return TraceRecord(arrival_ns, input_tokens, output_tokens, session, model=model, cached_tokens=cached)
 
@@ -405,7 +364,7 @@ def _spans(value: Object) -> Iterator[object]:
         for trace in traces:
             yield from _list(find(trace, "spans"))
         return
-    groups = next((value[name] for name in _GROUPS if name in value), None)
+    groups = find(value, "resourceSpans", "batches")
     if groups is None:
         yield from value["spans"] if isinstance(value.get("spans"), list) else [value]  # type: ignore[misc]
         return

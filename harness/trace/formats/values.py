@@ -1,16 +1,9 @@
 """What formats share: fields of JSON objects, token counts, times, CSV, chat messages, copies of a row.
 
-Token counts as APIs state them: what was read, whole, and what was written.
-
-==============================================  ======================================================================
-OpenAI: ``prompt_tokens``, ``completion_tokens``  cached and reasoning tokens are **inside** (Chat, Completions; LiteLLM
-                                                too, whatever the model)
-OpenAI Responses: ``input_tokens`` with          the same; ``input_tokens_details.cached_tokens`` is inside
-``input_tokens_details``
-Anthropic: ``input_tokens`` with                 what was written to the cache and read from it stands **beside**
-``cache_creation_input_tokens``,                 ``input_tokens``: the prompt is the sum of the three
-``cache_read_input_tokens``
-==============================================  ======================================================================
+Token counts as APIs state them: of OpenAI cached and reasoning tokens are **inside** ``prompt_tokens`` and
+``completion_tokens`` (LiteLLM too, whatever the model), or ``input_tokens`` and ``output_tokens`` of Responses. Of
+Anthropic what was written to the cache and read from it (``cache_creation_input_tokens``, ``cache_read_input_tokens``)
+stands **beside** ``input_tokens``: the prompt is the sum of the three.
 
 Source: OpenAI API reference, ``usage`` of Chat Completions and Responses; Anthropic API reference, Messages, ``usage``.
 """
@@ -20,7 +13,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import NamedTuple
@@ -33,6 +26,7 @@ from harness.trace.formats.record import (
     Object,
     RowError,
     TimeUnit,
+    TraceRecord,
     at_path,
     find,
     not_utf8,
@@ -55,7 +49,7 @@ def token_count(name: str, value: object) -> int | None:
         value = int(match[1])
     elif isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_TOKENS:
+    if type(value) is int and 0 <= value <= MAX_TOKENS:  # not a bool
         return value
     raise RowError(f"bad {name}", f"{name} is {show(str(value))}, expected a whole number from 0 to {MAX_TOKENS}")
 
@@ -69,6 +63,11 @@ def called(input_tokens: int | None, output_tokens: int | None) -> None:
     """Raises `FailedCallError` when either count is zero."""
     if input_tokens == 0 or output_tokens == 0:
         raise FailedCallError
+
+
+def unless_failed(row: TraceRecord) -> TraceRecord | FailedCallError:
+    """The row, or that it records a failed call."""
+    return FailedCallError() if row.input_tokens == 0 or row.output_tokens == 0 else row
 
 
 class TokenCounts(NamedTuple):
@@ -109,9 +108,9 @@ def iso_ns(name: str, text: str) -> int:
 
     Also of ``10/Oct/2000:13:55:36 -0700``, as web servers write it. Raises `RowError`.
     """
-    if (log := _LOG_DATE.fullmatch(text)) and log[2] in _MONTHS:
-        text = f"{log[3]}-{_MONTHS.index(log[2]) + 1:02}-{log[1]} {log[4]} {log[5]}"
     match = _DATE.fullmatch(text)
+    if match is None and (log := _LOG_DATE.fullmatch(text)) and log[2] in _MONTHS:
+        match = _DATE.fullmatch(f"{log[3]}-{_MONTHS.index(log[2]) + 1:02}-{log[1]} {log[4]} {log[5]}")
     try:
         if match is None:
             raise ValueError
@@ -171,22 +170,12 @@ def fits(number: Decimal, unit: TimeUnit) -> bool:
 
 def ns_of(name: str, value: object, unit: TimeUnit) -> int:
     """Nanoseconds of a number in this unit. Raises `RowError`."""
-    number = number_of(value)
-    if number is None or not fits(number, unit):
-        expected = "a number" if number is None else f"a time in {unit} from 0 to {MAX_ARRIVAL_S} s"
+    number = value if type(value) is int else number_of(value)
+    ns = None if number is None else number * UNIT_NS[unit]
+    if ns is None or not 0 <= ns <= MAX_ARRIVAL_S * 10**9:
+        expected = "a number" if ns is None else f"a time in {unit} from 0 to {MAX_ARRIVAL_S} s"
         raise RowError(f"bad {name}", f"{name} is {show(str(value))}, expected {expected}")
-    return int((number * UNIT_NS[unit]).to_integral_value())
-
-
-def seconds_ns(name: str, value: float) -> int:
-    """The same of seconds as a float, faster. Raises `RowError`."""
-    if not 0 <= value <= MAX_ARRIVAL_S:  # also what NaN is
-        raise RowError(
-            f"bad {name}",
-            f"{name} is {value:g}, expected seconds from 0 to {MAX_ARRIVAL_S} (more would be milliseconds or less)",
-        )
-    whole = int(value)
-    return whole * 1_000_000_000 + round((value - whole) * 1_000_000_000)
+    return round(ns)
 
 
 _SUFFIX = re.compile(
@@ -264,9 +253,10 @@ class Clock:
 
     def ns(self, value: object) -> int | None:
         """Nanoseconds; None while the unit is not known. Raises `RowError`."""
-        number = number_of(value)
-        if self.absolute and (self._unit is None or (self._mixed and number is None)):
-            return (iso_ns if number is None or not self._mixed else epoch_ns)(self.name, str(value).strip())
+        if self.absolute and self._unit is None:
+            return (wall_clock_ns if self._mixed else iso_ns)(self.name, str(value).strip())
+        if self._mixed and isinstance(value, str) and ":" in value:
+            return iso_ns(self.name, value.strip())
         ns = ns_of(self.name, value, self._unit or "ns")
         if self.absolute and self._unit and not is_epoch(Decimal(ns), "ns"):
             raise RowError(f"bad {self.name}", f"{self.name} is {show(str(value))}: not in {self._unit} since 1970")
@@ -311,13 +301,15 @@ class Columns:
     def __init__(self) -> None:
         self.mark = ","
         self.names: list[str] = []
+        self.needed: set[str] = set()
+        """Columns that a header names; until the user of the rows says, all of the header before."""
+        self._first = b""
 
-    def read(self, record: bytes, needed: Iterable[str] = ()) -> Object | None:
-        """Column -> field; None for a header, which is what names all that is ``needed``. Raises `RowError`."""
-        if not self.names or (
-            self.names[0].encode() in record[:1000] and set(header_of(record)[1]) >= set(needed or self.names)
-        ):
+    def read(self, record: bytes) -> Object | None:
+        """Column -> field; None for a header, which is what names all that is needed. Raises `RowError`."""
+        if not self.names or (self._first in record and set(header_of(record)[1]) >= self.needed):
             self.mark, self.names = header_of(record)
+            self._first, self.needed = self.names[0].encode(), set(self.names)
             return None
         fields = split(record, self.mark)
         if len(fields) != len(self.names):
