@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from http import HTTPStatus
 from pathlib import Path
 
 from cluster.deploy.load_workers import read_piece
@@ -44,8 +43,7 @@ from harness.server.access import page_beside
 TRIES = 3
 """Starts with a new port when another process was faster to take it."""
 HEALTH_EVERY_S = 10.0
-HEALTH_ANSWER_S = 30.0
-"""Long, because a server that is short of processors under load answers late, and lives."""
+HEALTH_ANSWER_S = 30.0  # long, because a server that is short of processors under load answers late, and lives
 UNHEALTHY_S = 60.0
 """A server whose /health has failed for this long is dead, though its process runs."""
 
@@ -56,8 +54,7 @@ class Started:
 
     base_url: str
     ready_s: float
-    nice: int | None = None
-    """Its nice value; null when not known."""
+    nice: int | None = None  # its nice value; null when not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +62,7 @@ class Failed:
     """Why there is none; a value, because exceptions lose their type between Ray processes."""
 
     message: str
-    clash: bool = False
-    """Another process was faster to take its port."""
+    clash: bool = False  # another process was faster to take its port
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +96,13 @@ class ReplicaOwner:
         if self._remote_log:
             self._log = work_folder() / self._log.name
         self._process: Process | None = None
-        self._port = 0
         self._held: dict[str, socket.socket] = {}
         self._part = WHOLE
         self._stopped, self._start = False, 1
         self._messages: deque[str] = deque()
         self._seconds: deque[ProcessorSecond] = deque()
         self._state: State = "queued"
-        self._read = 0  # of the log, for states
+        self._read, self._port = 0, 0  # of the log, for states; of the server
         self._unhealthy: str | None = None
 
     def look(self, log_offset: int = 0) -> Look:
@@ -158,9 +153,9 @@ class ReplicaOwner:
             found = self._start_once(deadline - time.monotonic())
             clash = isinstance(found, Failed) and found.clash
             if not clash or attempt == TRIES or part != WHOLE:  # parts agree on a port: they start again together
-                return found
+                break
             self.say("its port was taken meanwhile; trying another one")
-        raise AssertionError("unreachable")
+        return found
 
     def _hold(self, what: str) -> int:
         """Choose a port for this and keep it."""
@@ -182,8 +177,8 @@ class ReplicaOwner:
             return Failed(str(e), clash=isinstance(e, PortTakenError) and not self._stopped)
 
     def _started(self, ready_s: float, number: int) -> Started:
-        command = self._engine.command(self._host, self._port, self._api_key, self._part)
         before = time.monotonic()
+        command = self._engine.command(self._host, self._port, self._api_key, self._part)
         self._state = "starting"
         process = self._process = Process.start(
             command.argv, name=self.name, env={**NO_SECRETS, **command.env}, log=self._log, cpus=self.cpus,
@@ -254,11 +249,9 @@ def _answers(base_url: str, model: str, api_key: str) -> bool:
         probe.fetch(page_beside(base_url, "/health"), api_key, deadline_s=5.0)
         well = True
         probe.fetch(f"{base_url}/completions", api_key, body, deadline_s=120.0)
-    except probe.RefusalError as e:
-        if well and HTTPStatus.BAD_REQUEST <= e.status < HTTPStatus.INTERNAL_SERVER_ERROR:
+    except ServerError as e:
+        if well and isinstance(e, probe.RefusalError) and 400 <= e.status < 500:
             raise ServerError(f"the server is up but refuses a completion: {e}") from e
-        return False
-    except ServerError:
         return False
     return True
 
@@ -300,7 +293,6 @@ class ServersActor:
         self, engine: Engine, servers: Sequence[tuple[str, str]], api_key: str, host: str, nice: int | None = None
     ) -> None:
         """``servers``: name and log of each. ``host``: the address to listen on; empty: this node's in the cluster.
-
         ``nice``: what the load workers run at: servers that run at more look slower beside them than they are.
         """
         if not host:
@@ -329,19 +321,16 @@ class ServersActor:
         return time.time_ns()
 
     def sample(self, start_unix_ns: int) -> None:
-        """Sample what the servers run and wait from now on; `look` tells.
-
-        ``start_unix_ns``: the common start by this host's clock.
-        """
+        """Sample what servers run and wait from now on. ``start_unix_ns``: the common start by this host's clock."""
         self.end_samples()
         self._sampler = CpuTimesSampler(self._owners, start_unix_ns)
         self._sampler.start()
 
     def end_samples(self) -> None:
         """No more."""
-        sampler, self._sampler = self._sampler, None
-        if sampler is not None:
-            sampler.stop()
+        if self._sampler is not None:
+            self._sampler.stop()
+        self._sampler = None
 
     def prepare(self) -> Failed | None:
         """Whatever takes long before servers can start: orphans' memory, weights on this host."""
