@@ -42,6 +42,10 @@ SECTIONS: dict[str, dict[str, Lazy]] = {
         "plan-fleet": Lazy(
             "harness.cli.plan_fleet:plan_fleet", "How many instances, of which tier, carry a demand at an SLO."
         ),
+        "audit": Lazy(
+            "harness.cli.audit:audit",
+            "Can a smaller, quantised or distilled model do the same work, and what does an accepted answer cost then?",
+        ),
         "price": Lazy("harness.cli.price:price", "What to charge: cost, margin, utilisation, against API list prices."),
     },
     "Traces, tiers, models": {
