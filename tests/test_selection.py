@@ -12,7 +12,8 @@ from harness.cli.trace import trace as verbs
 from harness.errors import TraceError, UsageError
 from harness.plan.spec import PlanSpec
 from harness.trace.formats.record import TraceRecord
-from harness.trace.io import open_trace, parse_where
+from harness.trace.io import open_trace
+from harness.trace.sources import parse_where
 from harness.trace.survey import survey
 
 ROWS = [("llama-3-8b", 10, 1), ("llama-3-70b", 20, 2), ("gpt-4o", 300, 30), ("llama-3-8b", 40, 4), (None, 5, 5)]

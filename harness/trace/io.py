@@ -8,12 +8,10 @@ reason. Rows are sorted only when the format is written out of order (or when as
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
-from typing import Literal, cast, get_args
 
 from harness.errors import TraceError, UsageError, unknown_name
 from harness.options import ReadOptions
@@ -34,7 +32,7 @@ from harness.trace.formats.record import (
     memory_bytes,
 )
 from harness.trace.source import TraceFile
-from harness.trace.sources import Sources, open_sources
+from harness.trace.sources import Sources, Where, open_sources, parse_where
 from harness.trace.spool import Sorter
 
 __all__ = ["FAILED_CALL", "Draw", "Files", "Reading", "Trace", "TraceRecord", "open_asked", "open_trace"]
@@ -47,36 +45,6 @@ Draw = Callable[[], tuple[int, int]]
 _MAX_REASONS = 30
 _FAST, _FAST_ROWS = 1000, 100
 """Requests/s that no single trace is likely to hold over so many rows: the clock may be in another unit."""
-
-Field = Literal["model", "session", "adapter"]
-
-
-@dataclass(frozen=True, slots=True)
-class Where:
-    """Rows whose field matches one of the patterns (``*``, ``?`` and ``[...]`` as in names of files; case counts)."""
-
-    field: Field
-    patterns: tuple[str, ...]
-
-    def unmatched(self, row: TraceRecord) -> str | None:
-        """Why a row is left out (one that does not say the field is); None: it is wanted."""
-        value = {"model": row.model, "session": row.session_id, "adapter": row.adapter}[self.field]
-        wanted = value is not None and any(fnmatchcase(value, pattern) for pattern in self.patterns)
-        return None if wanted else f"not {self.field}={'|'.join(self.patterns)} (--where)"
-
-
-def parse_where(texts: Iterable[str]) -> tuple[Where, ...]:
-    """``FIELD=PATTERN`` or ``FIELD=PATTERN|PATTERN``; a row must match each. Raises `UsageError`."""
-    found = []
-    for text in texts:
-        name, equals, patterns = text.partition("=")
-        some = tuple(pattern.strip() for pattern in patterns.split("|"))
-        if not equals or not all(some):
-            raise UsageError(f"--where {text!r}: expected FIELD=PATTERN, like model=llama-3*")
-        if name.strip() not in get_args(Field):
-            raise unknown_name("field", name.strip(), get_args(Field))
-        found.append(Where(cast(Field, name.strip()), some))
-    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

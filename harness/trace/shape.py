@@ -180,7 +180,6 @@ def _counted_quantiles(counts: Mapping[int, int]) -> dict[str, float]:
 
 
 def _lengths(counts: Mapping[int, int]) -> TokenLengths | None:
-    """Of what is given and not 0."""
     counts = {length: rows for length, rows in counts.items() if length > 0}
     if not counts:
         return None
@@ -362,7 +361,6 @@ def _prefix(shape: TraceShape) -> str:
 
 
 def _recorded(shape: TraceShape) -> str:
-    """What production found in its own cache."""
     found = shape.recorded_cache
     if found is None:
         return ""
@@ -384,7 +382,6 @@ def _models(shape: TraceShape) -> list[str]:
 
 
 def _unread(trace: Trace) -> list[str]:
-    """Rows that cannot be read, which a plan refuses."""
     if not trace.examples:
         return []
     count = sum(trace.rows_dropped[reason] for reason in trace.examples)

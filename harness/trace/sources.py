@@ -1,4 +1,6 @@
-"""The files of one trace: one, several, a folder, a pattern, a zip archive, or all objects below a prefix on S3."""
+"""The files of one trace: one, several, a folder, a pattern, a zip archive, or all objects below a prefix on S3; and
+which of their rows are wanted.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,15 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Literal, cast, get_args
 
-from harness.errors import TraceError, UsageError
+from harness.errors import TraceError, UsageError, unknown_name
 from harness.terminal import printable
+from harness.trace.formats.record import TraceRecord
 from harness.trace.source import TraceFile, full_name, magic, open_source
 
 _ZIP = b"PK\x03\x04"
@@ -130,3 +134,34 @@ def _objects(url: str) -> list[TraceFile]:
     except StoreError as e:
         raise alone or TraceError(url, None, f"cannot read from S3: {e.problem}") from e
     return files
+
+
+Field = Literal["model", "session", "adapter"]
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Rows whose field matches one of the patterns (``*``, ``?`` and ``[...]`` as in names of files; case counts)."""
+
+    field: Field
+    patterns: tuple[str, ...]
+
+    def unmatched(self, row: TraceRecord) -> str | None:
+        """Why a row is left out (one that does not say the field is); None: it is wanted."""
+        value = {"model": row.model, "session": row.session_id, "adapter": row.adapter}[self.field]
+        wanted = value is not None and any(fnmatchcase(value, pattern) for pattern in self.patterns)
+        return None if wanted else f"not {self.field}={'|'.join(self.patterns)} (--where)"
+
+
+def parse_where(texts: Iterable[str]) -> tuple[Where, ...]:
+    """``FIELD=PATTERN`` or ``FIELD=PATTERN|PATTERN``; a row must match each. Raises `UsageError`."""
+    found = []
+    for text in texts:
+        name, equals, patterns = text.partition("=")
+        some = tuple(pattern.strip() for pattern in patterns.split("|"))
+        if not equals or not all(some):
+            raise UsageError(f"--where {text!r}: expected FIELD=PATTERN, like model=llama-3*")
+        if name.strip() not in get_args(Field):
+            raise unknown_name("field", name.strip(), get_args(Field))
+        found.append(Where(cast(Field, name.strip()), some))
+    return tuple(found)
