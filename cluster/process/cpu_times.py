@@ -51,15 +51,6 @@ def read_threads(pids: Sequence[int]) -> dict[int, Times]:
     return found
 
 
-class Used(NamedTuple):
-    """What the threads of a server ran and waited, ns; of these, those with work (`WORK_SHARE`)."""
-
-    run_ns: int
-    delay_ns: int
-    work_run_ns: int
-    work_delay_ns: int
-
-
 class HostTimes(NamedTuple):
     """Of all processors of this host since it started, ns; null: its system does not say."""
 
@@ -87,9 +78,9 @@ class Meter:
         self._before: Mapping[int, Times] | None = None
         self._root: int | None = None
 
-    def take(self, root: int, threads: Mapping[int, Times], length_ns: int) -> Used | None:
-        """Since the last reading, ``length_ns`` ago; null when there was none, or it was of another ``root`` (process),
-        before a new start.
+    def take(self, root: int, threads: Mapping[int, Times], length_ns: int) -> tuple[int, int, int, int] | None:
+        """Run and delay since the last reading, ``length_ns`` ago, of all threads and of those with work
+        (`WORK_SHARE`), ns; null when there was none, or it was of another ``root`` process, before a new start.
 
         A thread that is new, or has the number of one that ended, counts from its own beginning; the last moments of
         one that ended are not known.
@@ -101,13 +92,13 @@ class Meter:
         run = delay = work_run = work_delay = 0
         for thread, now in threads.items():
             then = before.get(thread, Times(0, 0))
-            again = now.run_ns < then.run_ns or now.delay_ns < then.delay_ns
-            ran = now.run_ns - (0 if again else then.run_ns)
-            waited = now.delay_ns - (0 if again else then.delay_ns)
+            if now.run_ns < then.run_ns or now.delay_ns < then.delay_ns:
+                then = Times(0, 0)
+            ran, waited = now.run_ns - then.run_ns, now.delay_ns - then.delay_ns
             works = ran + waited >= WORK_SHARE * length_ns
             run, delay = run + ran, delay + waited
             work_run, work_delay = work_run + works * ran, work_delay + works * waited
-        return Used(run, delay, work_run, work_delay)
+        return run, delay, work_run, work_delay
 
     def forget(self) -> None:
         """The next reading is the first again."""
@@ -115,7 +106,7 @@ class Meter:
 
 
 class SampledServer(Protocol):
-    """Whose processor time is sampled: `cluster.deploy.servers.ReplicaOwner`."""
+    """Whose processor time is sampled: a replica's owner."""
 
     def processes(self, tree: Mapping[int, Sequence[int]]) -> list[int]:
         """Its processes, the one it was started as first, from the children of every process; none: not serving."""
@@ -136,10 +127,7 @@ class CpuTimesSampler:
         self._host = HostTimes(None, None)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="processor times", daemon=True)
-
-    def start(self) -> None:
-        """From now on."""
-        self._thread.start()
+        self.start = self._thread.start
 
     def stop(self) -> None:
         """After one more sample."""
@@ -165,14 +153,11 @@ class CpuTimesSampler:
             threads = read_threads(pids)
             if not threads:
                 meter.forget()
-                continue
-            used = meter.take(pids[0], threads, length_ns)
-            if used is not None and length_ns:
+            elif (used := meter.take(pids[0], threads, length_ns)) and length_ns:
+                counted = dict(zip(("run_ns", "delay_ns", "work_run_ns", "work_delay_ns"), used, strict=True))
                 server.note_second(
                     ProcessorSecond(
-                        t_ns=now_ns - self._start_mono_ns, length_ns=length_ns, threads=len(threads),
-                        run_ns=used.run_ns, delay_ns=used.delay_ns,
-                        work_run_ns=used.work_run_ns, work_delay_ns=used.work_delay_ns,
+                        t_ns=now_ns - self._start_mono_ns, length_ns=length_ns, threads=len(threads), **counted,
                         host_busy_ns=grown(host.busy_ns, self._host.busy_ns),
                         host_stolen_ns=grown(host.stolen_ns, self._host.stolen_ns),
                     )
