@@ -125,9 +125,9 @@ class Dispatcher:
         """The run clock."""
         return monotonic_ns() - self.client.start_mono_ns
 
-    def join(self, *, precise: bool = False) -> WakeTimer:
+    def join(self) -> WakeTimer:
         """A user comes to wait; returns what to wait on."""
-        timer = WakeTimer(precise=precise)
+        timer = WakeTimer()
         self._timers.append(timer)
         return timer
 

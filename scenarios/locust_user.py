@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from time import monotonic_ns
 from typing import Any
@@ -23,7 +24,7 @@ from harness.record.run_spec import DEFAULTS, RunSpec
 from scenarios.client.client import Client, raise_fd_limit
 from scenarios.client.endpoint import ENDPOINTS
 from scenarios.client.timers import WakeTimer
-from scenarios.dispatch import Dispatcher
+from scenarios.dispatch import BURST, Dispatcher
 from scenarios.plan_reader import PlanReader
 from scenarios.schedule import Schedule
 
@@ -35,15 +36,13 @@ class PlanUser(User):  # type: ignore[misc]  # Locust ships no types
     """Sends what `Dispatcher` of its environment holds, in a way its subclass says."""
 
     abstract = True
-    precise = False
-    """Wait for a time of the plan, to a fraction of a millisecond."""
 
     @task  # type: ignore[untyped-decorator]
     def play(self) -> None:
         """Send until the plan is done or the run stops; then this user is gone."""
         dispatcher: Dispatcher | None = getattr(self.environment, "dispatcher", None)
         if dispatcher is not None and not dispatcher.over:
-            timer = dispatcher.join(precise=self.precise)
+            timer = dispatcher.join()
             try:
                 joined_ns = dispatcher.now_ns() if dispatcher.started.is_set() else 0
                 dispatcher.started.wait()
@@ -53,8 +52,29 @@ class PlanUser(User):  # type: ignore[misc]  # Locust ships no types
         raise StopUser
 
     def send_all(self, dispatcher: Dispatcher, timer: WakeTimer, joined_ns: int) -> None:
-        """Send requests of ``load`` until it is over; this user was there from ``joined_ns`` of the run clock on."""
+        """Send requests until it is over; this user was there from ``joined_ns`` of the run clock on."""
         raise NotImplementedError
+
+    @staticmethod
+    def send_when_due(
+        dispatcher: Dispatcher, timer: WakeTimer, free_ns: Callable[[], int | None], send: Callable[[], object]
+    ) -> None:
+        """Call ``send`` for each request when it is due, and not before ``free_ns``: when there is or was room for
+        another, on the run clock; null: not before something ends.
+        """
+        sent = 0
+        while not dispatcher.over:
+            due, free = dispatcher.schedule.next_due(), free_ns()
+            if due is None or free is None:
+                timer.wait_until(None)
+            elif max(due, free) > dispatcher.now_ns():
+                timer.wait_until(dispatcher.client.start_mono_ns + max(due, free))
+                sent = 0
+            else:
+                send()
+                sent += 1
+                if sent % BURST == 0:
+                    gevent.sleep(0)
 
 
 def run_as_locustfile(*, timed: bool) -> None:

@@ -6,10 +6,8 @@ Also a plain locustfile:
 
 from __future__ import annotations
 
-import gevent
-
 from scenarios.client.timers import WakeTimer
-from scenarios.dispatch import BURST, Dispatcher
+from scenarios.dispatch import Dispatcher
 from scenarios.locust_user import PlanUser, run_as_locustfile
 
 
@@ -19,24 +17,14 @@ class Replay(PlanUser):
     With a cap on requests in flight a request waits for room; that wait is lag, too.
     """
 
-    precise = True
-
     def send_all(self, dispatcher: Dispatcher, timer: WakeTimer, joined_ns: int) -> None:
         """Send each request when it is due."""
-        sent = 0
-        while not dispatcher.over:
-            due = dispatcher.schedule.next_due()
+
+        def free_ns() -> int | None:
             full = dispatcher.cap is not None and dispatcher.client.in_flight >= dispatcher.cap
-            if due is None or full:
-                timer.wait_until(None)
-            elif due > dispatcher.now_ns():
-                timer.wait_until(dispatcher.client.start_mono_ns + due)
-                sent = 0
-            else:
-                dispatcher.send_next(dispatcher.ended)
-                sent += 1
-                if sent % BURST == 0:
-                    gevent.sleep(0)
+            return None if full else 0
+
+        self.send_when_due(dispatcher, timer, free_ns, lambda: dispatcher.send_next(dispatcher.ended))
 
 
 run_as_locustfile(timed=True)

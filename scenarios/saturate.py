@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import heapq
 
-import gevent
-
 from harness.record.results import Result
 from scenarios.client.timers import WakeTimer
-from scenarios.dispatch import BURST, Dispatcher
+from scenarios.dispatch import Dispatcher
 from scenarios.locust_user import PlanUser, run_as_locustfile
 
 
@@ -22,8 +20,6 @@ class Saturate(PlanUser):
     A request is due the moment its slot became free, so the client's own slowness shows as lag. All slots of a load
     worker share one user: ten thousand greenlets would take 16 KiB of stack each, and a switch per request.
     """
-
-    precise = True
 
     def send_all(self, dispatcher: Dispatcher, timer: WakeTimer, joined_ns: int) -> None:
         """Keep a request in flight on each slot."""
@@ -36,21 +32,12 @@ class Saturate(PlanUser):
             dispatcher.ended(result)
             timer.wake()
 
-        sent = 0
-        while not dispatcher.over:
-            due = dispatcher.schedule.next_due()
-            if due is None or not free:
-                timer.wait_until(None)
-            elif max(due, free[0]) > dispatcher.now_ns():
-                timer.wait_until(dispatcher.client.start_mono_ns + max(due, free[0]))
-                sent = 0
-            else:
-                slot = heapq.heappop(free)
-                if not dispatcher.send_next(ended, slot):
-                    heapq.heappush(free, slot)
-                sent += 1
-                if sent % BURST == 0:
-                    gevent.sleep(0)
+        def send() -> None:
+            slot = heapq.heappop(free)
+            if not dispatcher.send_next(ended, slot):
+                heapq.heappush(free, slot)
+
+        self.send_when_due(dispatcher, timer, lambda: free[0] if free else None, send)
 
 
 run_as_locustfile(timed=False)

@@ -137,7 +137,7 @@ class Worker:
         gc.freeze()
         gc.disable()
         commander = gevent.spawn(self._obey)
-        timer = WakeTimer(precise=True)
+        timer = WakeTimer()
         while (now := monotonic_ns()) < start and not self._dispatcher.stopping:
             timer.wait_until(min(start, now + 100_000_000))
         timer.close()

@@ -12,11 +12,10 @@ of the same descriptor share one, that of the last.
 When to read (`ReadPacer`): as soon as bytes arrive or, while very many tokens arrive, in batches at fixed intervals. A
 wake-up costs as much as several reads, and stamps do not depend on when bytes are read. So a busy client reads four
 times between two tokens of a stream, and at least every 2.5 ms. Sends are not held back, but the client learns that
-much later that an answer has ended, which a closed loop reports as lag. Batches pay off
-from `BATCH_READS_FROM` events per interval; ``harness calibrate`` measures whether this machine is one where they do so
-only later (`harness.calibration.Calibration.batch_reads_from`), and nothing is tried out during a measured run. When it
-is no longer rare that two events of a stream arrive between two reads, the interval shrinks;
-without kernel stamps there is none.
+much later that an answer has ended, which a closed loop reports as lag. Batches pay off from `BATCH_READS_FROM` events
+per interval; ``harness calibrate`` measures whether on this machine they do so only later, and nothing is tried out
+during a measured run. When it is no longer rare that two events of a stream arrive between two reads, the interval
+shrinks; without kernel stamps there is none.
 """
 
 from __future__ import annotations
@@ -87,16 +86,11 @@ class PythonReceiveBuffer:
     """What has arrived of an answer, in order, each chunk with its stamp (monotonic ns), until it is parsed."""
 
     __slots__ = ()
-    opening_matched = False
-    """Whether the answer began with the opening of its pattern."""
-    line_end_missing = 0
-    """Bytes still missing of the last chunk's line end."""
-    last_ns = 0
-    """When something was last stored; 0 for never."""
-    chunk_bytes = 0
-    """Bytes of whole chunks."""
-    size = 0
-    """Bytes of everything."""
+    opening_matched = False  # whether the answer began with the opening of its pattern
+    line_end_missing = 0  # bytes still missing of the last chunk's line end
+    last_ns = 0  # when something was last stored; 0 for never
+    chunk_bytes = 0  # of whole chunks
+    size = 0  # bytes of everything
 
     def __len__(self) -> int:
         return 0

@@ -97,16 +97,15 @@ class Ticker:
 class WakeTimer:
     """Lets one greenlet wait until a time of the monotonic clock, or until it is woken.
 
-    libev's timers have a resolution of a millisecond. ``precise`` uses a Linux timerfd instead, which takes a file
-    descriptor; on other systems it makes no difference.
+    libev's timers have a resolution of a millisecond; they are used where there is no timerfd.
     """
 
-    def __init__(self, *, precise: bool = False) -> None:
+    def __init__(self) -> None:
         self._loop: Any = gevent.get_hub().loop
         self._woken = False
         self._waiter: Any = None
-        self._timer = Timer() if precise else None
-        self._watcher: Any = self._loop.io(self._timer.fd, 1) if self._timer and self._timer.fd >= 0 else None
+        self._timer = Timer()
+        self._watcher: Any = self._loop.io(self._timer.fd, 1) if self._timer.fd >= 0 else None
 
     def wait_until(self, due_ns: int | None) -> None:
         """Return at ``due_ns`` (a `time.monotonic_ns` value; None: never), or as soon as `wake` is or was called."""
@@ -129,7 +128,7 @@ class WakeTimer:
                     watcher.close()
 
     def _arm(self, due_ns: int) -> Any:
-        if self._watcher is None or self._timer is None:
+        if self._watcher is None:
             self._loop.update_now()
             return self._loop.timer(max((due_ns - monotonic_ns()) / 1e9, 0.0))
         self._timer.set(due_ns)
@@ -152,5 +151,4 @@ class WakeTimer:
             self._watcher.stop()
             self._watcher.close()
             self._watcher = None
-        if self._timer is not None:
-            self._timer.close()
+        self._timer.close()
