@@ -240,7 +240,7 @@ def click_option(f: Field[Any], heading: str, instead: Mapping[str, Any]) -> cli
     return option
 
 
-def options_of(kind: type[Any], *names: str, **instead: str | dict[str, Any]) -> list[click.Option]:
+def options_of(kind: type[Any], *names: str, **instead: str | Mapping[str, object]) -> list[click.Option]:
     """The options of a class, groups inside it included: of all its fields, or of ``names`` and those in ``instead``.
 
     ``instead``: another help of a field, or several other facts of it. A class says in ``heading`` under which its

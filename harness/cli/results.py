@@ -211,7 +211,7 @@ FIRST_LOOK_S = 2.0
 def serve(folder: Path, port: int = 0) -> ResultsServer:
     """A server of the pages of ``folder`` on the loopback address, listening; port 0: one that is free.
 
-    Raises `ResultsError` when it is no folder, `UsageError` when the port cannot be had.
+    Raises `ResultsError` when it is not a folder, `UsageError` when the port cannot be had.
     """
     from analysis.report.browse import Results
 

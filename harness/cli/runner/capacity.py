@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 WINDOWS = 3
 """A probe joins so many windows from different parts of the trace."""
 SHORTEST_WINDOW_S = 15.0
-"""A burst that is cut by the end of a window is no burst: probes that are short have fewer windows."""
+"""A burst that the end of a window cuts is not a burst: probes that are short have fewer windows."""
 ANSWERS = 10.0
 """A probe is at least so many times as long as an answer takes alone: a server begins empty and settles in answers."""
 WARMUP = 0.15
@@ -89,7 +89,6 @@ class CapacitySession(Session):
         self.search, self.asked = search, options
         self.criteria = criteria(options.load.slo or {}, options.report.attain)
         self.demand = demand_of(trace, options.plan)
-        self._waits = options.plan.waits
         self.probes: dict[str, Probe] = {}
         """By the name of the point."""
         self.summaries: dict[str, Summary] = {}
@@ -200,13 +199,13 @@ class CapacitySession(Session):
             self.tell_once(
                 f"  the trace has {self.survey.rows} requests: it is repeated, with new prompts where they are made"
             )
-        count = window_count(seconds, waits=self._waits)
+        count = window_count(seconds, waits=self.asked.plan.waits)
         windows = Windows(count=count, draw=draw, busiest=self.search.busiest)
         return replace(options.plan, windows=windows, warmup=warmup, duration_s=seconds + warmup, repeat=True)
 
     def _settles_s(self) -> float:
         """How long sessions that wait take to come at their rate, s: each turn comes later by what answers take."""
-        return self.demand.requests_per_session * self._answer_s() if self._waits else 0.0
+        return self.demand.requests_per_session * self._answer_s() if self.asked.plan.waits else 0.0
 
     def _answer_s(self) -> float:
         """How long an answer takes one request at a time, s; 0 before that is known."""
@@ -309,8 +308,8 @@ class CapacitySession(Session):
             return None
         now = estimate(probes, self.criteria, self.demand)
         found = capacity_from(
-            now, shown, summaries, self.demand, unit="sessions/s" if self._waits else "req/s",
-            sessions_per_request=1 / self.demand.requests_per_session if self._waits else None,
+            now, shown, summaries, self.demand, unit="sessions/s" if self.asked.plan.waits else "req/s",
+            sessions_per_request=1 / self.demand.requests_per_session if self.asked.plan.waits else None,
             reached=any(keeps(p.point, self.criteria) for p in probes if p.rate is not None and p.point),
         )  # fmt: skip
         return Answer(
