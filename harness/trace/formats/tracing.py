@@ -34,6 +34,7 @@ from harness.trace.formats.record import (
     Place,
     RowError,
     TraceRecord,
+    V,
     as_object,
     attempt,
     decode_object,
@@ -76,7 +77,7 @@ def _same(name: str) -> str:
     return name.replace("_", "").lower()
 
 
-def _named(value: Mapping[str, Any]) -> dict[str, Any]:
+def _named(value: Mapping[str, V]) -> dict[str, V]:
     return {_same(name): inner for name, inner in value.items()}
 
 
@@ -263,7 +264,6 @@ def _messages(asked: object) -> object:
 
 
 def _parts(parts: object) -> str | None:
-    """The text of parts that are nothing but text."""
     is_text = isinstance(parts, list) and all(isinstance(part, dict) and set(part) == {"text"} for part in parts)
     return "".join(str(find(part, "text")) for part in parts) if is_text and isinstance(parts, list) else None
 
