@@ -16,6 +16,7 @@ from analysis.quality.paired import (
     FEWEST_SESSIONS,
     Paired,
     holm,
+    like_another_run,
     newcombe_interval,
     paired,
     tango_interval,
@@ -250,6 +251,11 @@ def test_discordance_has_an_upper_limit() -> None:
     found = single(14, 31, 312, 151)
     assert found.discordance == pytest.approx(45 / 312)
     assert found.discordance < found.discordance_limit() < 0.18
+
+
+def test_a_candidate_within_the_noise_of_two_runs_is_like_another_run() -> None:
+    again = single(4, 4, 300, 150)
+    assert like_another_run(single(5, 6, 300, 150), again) and not like_another_run(single(14, 31, 300, 150), again)
 
 
 def test_holm() -> None:

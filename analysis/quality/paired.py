@@ -174,6 +174,14 @@ def paired(current: Floats, candidate: Floats, session: Ints, weight: Floats | N
     )  # fmt: skip
 
 
+def like_another_run(candidate: Paired, again: Paired) -> bool:
+    """Whether the candidate differs no more from the current model than that model from itself (``again``: A/A).
+
+    By the upper 97.5 % limit of the latter: batches and order alone change grades, at temperature 0, too.
+    """
+    return candidate.discordance <= again.discordance_limit(1 - ALPHA)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values adjusted for being one of a family, in the order given: reject where it is at most the level.
 
