@@ -1,6 +1,6 @@
 """From result rows to figures with intervals, a verdict and a price. Reads files; never sends, never starts anything.
 
-A package or module imports only those to its left: ``rows``, ``stats``, ``metrics``, ``offered_load``, ``rates``,
-``slo``, ``steady``, ``validity``, ``fidelity``, ``cost``, ``summary``, ``capacity``, ``pricing``, ``compare``,
+A package or module imports only those to its left: ``rows``, ``stats``, ``metrics``, ``rates``,
+``steady``, ``validity``, ``fidelity``, ``cost``, ``summary``, ``capacity``, ``pricing``, ``compare``,
 ``report``, ``api``. Every definition is in METRICS.md.
 """

@@ -19,11 +19,22 @@ from analysis.cost.split import Split, run_samples, split_bill, token_mix
 from analysis.fidelity.inputs import Fidelity
 from analysis.fidelity.questions import fidelity
 from analysis.metrics import Counts, Tokens, Window
-from analysis.offered_load import Fullness, OfferedLoad, fullness, given_load_note, offered_load
+from analysis.rates import (
+    Fullness,
+    OfferedLoad,
+    Slo,
+    fullness,
+    given,
+    given_load_note,
+    given_rate,
+    judge,
+    offered_load,
+    price_note,
+    queue_of,
+    served_rates,
+)
 from analysis.rates import Rates as Rates
-from analysis.rates import given, given_rate, queue_of, served_rates
 from analysis.rows.read import Rows, Run
-from analysis.slo import Slo, judge, price_note
 from analysis.stats.intervals import Distribution, Quantity, distribution
 from analysis.stats.relaxation import Memory
 from analysis.steady import Steady, backlog_check, drain_check, steady_check, steady_part, steady_rates

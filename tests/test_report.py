@@ -15,10 +15,10 @@ from run_files import SPEC, TIER, bad, good, write_run
 from analysis import metrics
 from analysis.cost.cost import Cost, Split
 from analysis.metrics import Counts, Tokens, Window
+from analysis.rates import Slo
 from analysis.report.figures import hourly, value
 from analysis.report.run import render_json, render_markdown, render_text
 from analysis.rows.read import read_run
-from analysis.slo import Slo
 from analysis.stats.intervals import Quantity
 from analysis.summary import ErrorCount, Metrics, Rates, Server, Summary, summarise
 from analysis.validity.checks import Check

@@ -14,7 +14,7 @@ from analysis.capacity.search_answer import Answer, kept_answer
 from analysis.capacity.sweep import Capacity, Point, capacity, little, merged, pool, saturation
 from analysis.capacity.system import System, describe, grouped, has_load, load_words, offered, plan_of, system_of
 from analysis.cost.cost import DEFAULT_UTILISATION, OUTPUT_ONLY, at_rate, bill_usd
-from analysis.offered_load import LOAD_UNIT, LoadKind
+from analysis.rates import LOAD_UNIT, LoadKind
 from analysis.stats.intervals import Distribution, Quantity, scaled
 from analysis.summary import Summary
 from analysis.validity.prefix_cache import NAME as WARM

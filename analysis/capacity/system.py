@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from analysis.offered_load import KIND_WORDS, LoadKind
+from analysis.rates import KIND_WORDS, LoadKind
 from analysis.stats.intervals import Evidence
 from analysis.summary import Summary
 

@@ -14,7 +14,7 @@ from analysis.capacity.serving_config import Floor, ServingConfig, serving_confi
 from analysis.capacity.system import all_met, arrival_words, grouped, has_load, load_of, load_words, offered, plan_of
 from analysis.cost.cost import usd_per_1m
 from analysis.cost.split import TokenMix, token_mix
-from analysis.offered_load import GIVEN, KIND_WORDS, LOAD_UNIT, given_load_note
+from analysis.rates import GIVEN, KIND_WORDS, LOAD_UNIT, given_load_note
 from analysis.stats.intervals import Quantity
 from analysis.stats.replicates import over_replicates
 from analysis.summary import Summary

@@ -13,9 +13,9 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from analysis.offered_load import KIND_WORDS
 from analysis.pricing.rate_card import RateCard
 from analysis.pricing.terms import Terms, TokenWeights, UnitPrices
+from analysis.rates import KIND_WORDS
 from harness.errors import HarnessError, UsageError
 
 SCHEMA = "harness.price/1"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from analysis.capacity.search import ProbeRow
 from analysis.capacity.serving_config import ServingConfig
-from analysis.offered_load import KIND_WORDS
+from analysis.rates import KIND_WORDS
 from analysis.report.document import Cell, Row, Section, Table
 from analysis.report.figures import figure, hourly, interval, price, usd, within
 from analysis.stats.intervals import Quantity

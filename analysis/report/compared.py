@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from analysis.capacity.serving_config import ServingConfig, serving_configs
 from analysis.capacity.system import Key, load_of, servers_of, system_of, tier_words, where_words
 from analysis.labels import clean
-from analysis.offered_load import KIND_WORDS
+from analysis.rates import KIND_WORDS
 from analysis.report.capacity_text import capacity_table, sentence
 from analysis.report.charts import cost_charts, load_charts, share_chart, tradeoff_charts
 from analysis.report.document import Cell, Chart, Facts, Row, Section, Table

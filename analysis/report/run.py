@@ -11,7 +11,7 @@ from rich.text import Text
 
 from analysis.capacity.system import servers_of, tier_words, where_words
 from analysis.labels import clean
-from analysis.offered_load import KIND_WORDS
+from analysis.rates import KIND_WORDS
 from analysis.report.document import MOST_ITEMS, Cell, Row, Section, Table, escaped
 from analysis.report.document import render_markdown as sections_as_markdown
 from analysis.report.document import render_text as print_sections

@@ -47,7 +47,7 @@ def own_times(scheduled: Floats, after: Floats, think: Floats) -> Floats:
 
 
 LoadKind = Literal["open", "closed", "sessions"]
-"""`analysis.offered_load` says what each is."""
+"""`analysis.rates` says what each is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,7 +262,7 @@ class Run:
     remark: str | None = None
     """What, in the first of them."""
     turns: TurnRows | None = None
-    """Of `rows`, where sessions wait (`analysis.offered_load`); None for other kinds of load."""
+    """Of `rows`, where sessions wait (`analysis.rates`); None for other kinds of load."""
     chunks: Chunks
     problems: list[str] = field(default_factory=list)
     """What could not be read, in words."""

@@ -16,8 +16,8 @@ import numpy as np
 from analysis import metrics
 from analysis.check import MIN_REQUESTS, Check, check, limit
 from analysis.metrics import MISMATCH_BOUND, Counts, Window
-from analysis.offered_load import KIND_WORDS
 from analysis.price_age import OLD_DAYS, age_days
+from analysis.rates import KIND_WORDS
 from analysis.rows.read import Run
 from analysis.stats.intervals import samples_needed
 from analysis.validity import generator, tokens
