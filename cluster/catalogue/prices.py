@@ -293,7 +293,7 @@ def zone_prices(rows: Sequence[SpotPrice], start: datetime, end: datetime) -> li
     return sorted(found, key=lambda z: (z.mean, z.zone))
 
 
-def _pages(service: str, region: str, call: str, request: Mapping[str, object], what: str) -> list[dict[str, Any]]:
+def _pages(service: str, region: str, call: str, request: Mapping[str, object], what: str) -> list[Any]:
     """Every page of an answer."""
     try:
         client = aws.client(service, region)
