@@ -13,7 +13,19 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import StartServer
 
-from analysis.capacity.search import MOST_PROBES, SUSTAINED, Probe, Step, estimate, keeps, next_load, requests_needed
+from analysis.capacity.backlog import curve_of
+from analysis.capacity.crossing import crossing
+from analysis.capacity.search import (
+    MOST_PROBES,
+    SUSTAINED,
+    Probe,
+    Step,
+    estimate,
+    keeps,
+    next_load,
+    requests_needed,
+    settling_s,
+)
 from analysis.capacity.sweep import Point
 from analysis.stats.intervals import Quantity
 from cluster.deploy import load_workers as load
@@ -103,6 +115,48 @@ def test_what_the_server_gets_done_is_no_capacity_before_a_probe_was_as_good_as_
     assert found.rate < 9.7 < found.ceiling
     step = next_load(probes, P95, 0.1, DEMAND)
     assert step.rate == pytest.approx(0.96 * found.ceiling, rel=1e-3) and "just below" in step.why
+
+
+def test_a_server_is_no_limit_before_several_probes_next_to_its_ceiling_kept_the_slo() -> None:
+    """Three minutes there met no miss: they may have met no burst."""
+    rng = np.random.default_rng(3)
+    steps = [Step(concurrency=c, why="") for c in (1, 4, 16, 64)] + [Step(rate=14.0, why="")]
+    probes = [capacity_lab.probe(POISSON, step, k, rng)[0] for k, step in enumerate(steps)]
+    near = capacity_lab.probe(POISSON, Step(rate=11.0, why=""), 9, rng)[0]
+    assert near.evidence is not None
+    calm = replace(near, evidence=replace(near.evidence, kept=(np.ones_like(near.evidence.kept[0]),), unstable=False))
+    for seen in range(4):
+        found = estimate([*probes, *[calm] * seen], P95, DEMAND)
+        step = next_load([*probes, *[calm] * seen], P95, 0.1, DEMAND)
+        assert found is not None and step.rate is not None
+        if seen:
+            assert (found.low, found.high) == (None, None) and step.rate < found.ceiling
+    found = estimate([*probes, *[calm] * 4], P95, DEMAND)
+    assert found is not None and found.limit is SUSTAINED and found.low is not None
+
+
+def test_a_server_settles_in_answers_as_long_as_they_are_when_it_is_full() -> None:
+    rng = np.random.default_rng(3)
+    probes = [capacity_lab.probe(POISSON, Step(concurrency=c, why=""), 0, rng)[0] for c in (1, 4, 16, 64)]
+    assert settling_s(probes[:0]) == 0.0
+    assert settling_s(probes) == pytest.approx(4 * 16 / 11.4, rel=0.1)  # 16 in flight get 11.4 req/s done, as 64 do
+
+
+def test_one_burst_says_less_of_the_crossing_than_six() -> None:
+    """A tenth of a probe misses, where its backlog is longest: of one probe in eight, or of six."""
+    curve, rng = curve_of(DEMAND, 0.0, 11.4), np.random.default_rng(5)
+    probes = [capacity_lab.probe(POISSON, Step(rate=9.6, why=""), k, rng)[0].evidence for k in range(8)]
+    widths = []
+    for bursts in (1, 6):
+        met = []
+        for k, e in enumerate(probes):
+            assert e is not None
+            behind = curve.of_part(e.sent.arrival_s, e.sent)[e.measured]
+            met.append(replace(e, kept=((behind <= np.quantile(behind, 0.9)) | (k >= bursts),)))
+        found = crossing([curve], met, 0, 0.95)
+        assert found is not None and found.low is not None and found.high is not None
+        widths.append((found.high - found.low) / 2 / found.rate)
+    assert widths[0] > 1.25 * widths[1] > 0.1
 
 
 def test_a_queue_that_only_grew_keeps_no_promise() -> None:

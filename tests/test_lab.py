@@ -14,9 +14,9 @@ from tests.lab.processes import RATE, Process, recorded, sessions, workload
 from tests.lab.table import Coverage
 
 
-@pytest.mark.parametrize("process", ["poisson", "bursty", "diurnal"])
-def test_a_search_finds_the_capacity_that_is_true(process: Process) -> None:
-    case = capacity.CASES[process]
+@pytest.mark.parametrize("name", ["poisson", "bursty", "diurnal", "wide"])
+def test_a_search_finds_the_capacity_that_is_true(name: str) -> None:
+    case = capacity.CASES[name]
     told = capacity.judge(capacity.searches(case, 8, 41, math.inf, 0.1, jobs=1), case.true)
     covered = told["coverage"]
     assert isinstance(covered, Coverage) and covered.draws == 8

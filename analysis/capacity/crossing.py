@@ -38,7 +38,7 @@ TRACE_PARTS = 40
 STEP_DOWN = 0.5
 """Where requests miss without a backlog before them, the crossing is below all probes: this share of the lowest."""
 SETTLED = 0.5
-WIDER = 2.0
+WIDER = 1.25
 """The interval over Student's t of the windows: they share a server, a pace and a curve that are themselves estimates.
 Set so that intervals cover in the laboratory (tests/lab/capacity.py)."""
 
@@ -110,7 +110,7 @@ class _Fit:
     rate: float
     level_s: float
     error: float
-    """95 % reach of the share that is kept."""
+    """95 % reach of the log odds of the share that is kept."""
     missed: bool
 
 
@@ -147,32 +147,43 @@ def _span_s(probe: Evidence) -> float:
 
 
 def _error(probes: Sequence[Evidence], behind: dict[int, Floats], k: int, level_s: float) -> float:
-    """95 % reach of the pooled share, from what the backlog does not explain between probes and between windows."""
-    left = [p.kept[k].astype(np.float64) - (behind[id(p)] <= level_s) for p in probes]
-    whole = np.concatenate(left)
+    """95 % reach of the log odds of the share that is kept, from the misses that the backlog does not explain.
+
+    By probes and by windows, whichever varies more. The level is fitted to the misses, so it explains a single burst by
+    its own making: beside the clusters that hold a miss, or should, one more counts as if nothing explained its misses.
+    """
+    missed = [~p.kept[k] for p in probes]
+    over = [behind[id(p)] > level_s for p in probes]
+    share = float(np.concatenate(missed).mean())
+    if not 0 < share < 1:
+        return math.inf
     reach = 0.0
     for by_window in (False, True):
-        sums, sizes = [], []
-        for p, rest in zip(probes, left, strict=True):
-            place = p.window - p.window.min() if by_window else np.zeros(len(rest), dtype=np.int64)
-            sums.append(np.bincount(place, weights=rest))
-            sizes.append(np.bincount(place))
-        total, size = np.concatenate(sums), np.concatenate(sizes)
-        total, size = total[size > 0], size[size > 0]
-        clusters = len(total)
+        place, count = [], 0
+        for p in probes:
+            at = p.window - p.window.min() if by_window else np.zeros(len(p.window), dtype=np.int64)
+            place.append(at + count)
+            count += int(at.max()) + 1
+        where = np.concatenate(place)
+        sizes = np.bincount(where)
+        did, would = (np.bincount(where, weights=np.concatenate(x)) for x in (missed, over))
+        did, would, sizes = did[sizes > 0], would[sizes > 0], sizes[sizes > 0]
+        clusters, telling = len(sizes), int(np.count_nonzero(did + would))
         if clusters < 2:
             return math.inf
-        beyond = total - whole.mean() * size
-        spread = math.sqrt(float(beyond @ beyond) * clusters / (clusters - 1)) / len(whole)
-        reach = max(reach, student_t(clusters - 1) * spread)
-    return reach
+        plain = did - share * sizes
+        left = did - would - (did - would).sum() / sizes.sum() * sizes
+        square = (telling * float(left @ left) + float(plain @ plain)) / (telling + 1) * clusters / (clusters - 1)
+        reach = max(reach, student_t(clusters - 1) * math.sqrt(square) / sizes.sum())
+    return reach / (share * (1 - share))
 
 
 def _own(fit: _Fit) -> float:
-    """95 % reach of the share that the whole trace keeps, which is itself one realisation."""
+    """95 % reach of the log odds of the share that the whole trace keeps, which is itself one realisation."""
     within = (fit.curve.of_trace(fit.rate) <= fit.level_s).astype(np.float64)
     parts = np.array([part.sum() for part in np.array_split(within - within.mean(), TRACE_PARTS)])
-    return 2 * math.sqrt(float(parts @ parts)) / len(within)
+    share = min(max(float(within.mean()), 0.5 / len(within)), 1 - 0.5 / len(within))
+    return 2 * math.sqrt(float(parts @ parts)) / len(within) / (share * (1 - share))
 
 
 def _ends(fit: _Fit, wanted: float, own: float) -> tuple[float, float]:
@@ -180,7 +191,7 @@ def _ends(fit: _Fit, wanted: float, own: float) -> tuple[float, float]:
     curve, rate, level_s, error = fit.curve, fit.rate, fit.level_s, fit.error
     reach = WIDER * math.hypot(error, own)
     # as log odds, which do not end at 1
-    odds, steps = math.log(wanted / (1 - wanted)) if wanted < 1 else 12.0, reach / max(wanted * (1 - wanted), 1e-4)
-    upper, lower = (1 / (1 + math.exp(-(odds + side * min(steps, 20.0)))) for side in (1, -1))
+    odds = math.log(wanted / (1 - wanted)) if wanted < 1 else 12.0
+    upper, lower = (1 / (1 + math.exp(-(odds + side * min(reach, 20.0)))) for side in (1, -1))
     low, high = (curve.rate_within(level_s, share) for share in (upper, lower))
     return min(low, rate), max(high, rate)

@@ -54,6 +54,11 @@ SATURATED = 0.9
 FEWEST_STRETCHES = 3
 PACE_STEP = 0.01
 """Paces are told apart this finely, as a share: a curve is then worked out once for many steps."""
+SETTLES = 4.0
+"""A server that begins empty has filled after this many times as long as an answer takes when it is full."""
+PROOFS = 4
+"""Probes next to the ceiling that met no miss, before the server itself is named as the limit: one minute there may
+meet no burst."""
 SUSTAINED = Criterion(name="the server keeps up", wanted=1.0)
 """What limits a load when the SLO itself would allow more than the server gets done."""
 
@@ -156,6 +161,18 @@ def requests_needed(criteria: Sequence[Criterion]) -> int:
     return max(samples_needed(min(criterion.wanted, 0.999)) for criterion in criteria)
 
 
+def settling_s(probes: Sequence[Probe]) -> float:
+    """How long a probe in an open loop must run until an empty server has settled at a load near its ceiling, s.
+
+    By Little's law on the lowest rung of the ladder that saturates the server; 0 before there is a ladder.
+    """
+    rungs = [p for p in probes if p.concurrency is not None and p.point is not None and _throughput(p) > 0]
+    if not rungs:
+        return 0.0
+    full = SATURATED * max(_throughput(p) for p in rungs)
+    return SETTLES * min((p.concurrency or 0) / _throughput(p) for p in rungs if _throughput(p) >= full)
+
+
 def next_load(
     probes: Sequence[Probe], criteria: Sequence[Criterion], tolerance: float, demand: Demand
 ) -> Step:  # fmt: skip
@@ -197,7 +214,7 @@ def estimate(probes: Sequence[Probe], criteria: Sequence[Criterion], demand: Dem
         kept = min(first.rate, ceiling)
         if not _seen_full(shown, ceiling):  # what lies between is not known: claim what was seen to be kept
             return replace(sustained, rate=kept, low=None, high=None)
-        return replace(sustained, low=None if low is None else min(low, kept))
+        return replace(sustained, low=None if low is None else min([low, kept, *_lows(known)]))
     return _capped(first, limit, known, sustained)
 
 
@@ -205,15 +222,18 @@ def _capped(
     first: Crossing, limit: Criterion, known: Sequence[tuple[Crossing, Criterion]], sustained: Estimate
 ) -> Estimate:
     """The crossing that comes first, its interval no higher than what the server can get done."""
-    lows = [one.low for one, _ in known if one.low is not None]
     highs = [one.high for one, _ in known if one.high is not None]
     top = sustained.high if sustained.high is not None else math.inf
-    low = None if first.low is None else min([first.rate, *lows])
+    low = None if first.low is None else min([first.rate, *_lows(known)])
     high = None if first.high is None else max(first.rate, min([first.high, *highs, top]))
     return Estimate(
         rate=first.rate, low=low, high=high, limit=limit, ceiling=sustained.ceiling, seconds=first.seconds,
         probes=first.probes, missed=first.missed, short=first.short, settled=first.settled,
     )  # fmt: skip
+
+
+def _lows(known: Sequence[tuple[Crossing, Criterion]]) -> list[float]:
+    return [one.low for one, _ in known if one.low is not None]
 
 
 def _curves(probes: Sequence[Probe], demand: Demand) -> list[Curve]:
@@ -345,9 +365,9 @@ def _next_rate(
 
 
 def _seen_full(shown: Sequence[Evidence], ceiling: float) -> bool:
-    """A probe near the ceiling kept up, so that its requests say what the SLO allows there; or two did not."""
+    """Probes near the ceiling kept up, so that their requests say what the SLO allows there; or two did not."""
     near = [e for e in shown if abs(e.rate / ceiling / FULL - 1) <= 1 - FULL]
-    return any(not e.unstable for e in near) or len(near) >= TRIES
+    return sum(not e.unstable for e in near) >= PROOFS or sum(e.unstable for e in near) >= TRIES
 
 
 def _ended(now: Estimate, tolerance: float) -> Step | None:

@@ -204,8 +204,11 @@ class CapacitySession(Session):
         return replace(options.plan, windows=windows, warmup=warmup, duration_s=seconds + warmup, repeat=True)
 
     def _settles_s(self) -> float:
-        """How long sessions that wait take to come at their rate, s: each turn comes later by what answers take."""
-        return self.demand.requests_per_session * self._answer_s() if self.asked.plan.waits else 0.0
+        """How long the server takes to fill; where sessions wait, also until turns come as late as they will."""
+        from analysis.capacity.search import settling_s
+
+        sessions_s = self.demand.requests_per_session * self._answer_s() if self.asked.plan.waits else 0.0
+        return max(settling_s(list(self.probes.values())), sessions_s)
 
     def _answer_s(self) -> float:
         """How long an answer takes one request at a time, s; 0 before that is known."""
