@@ -78,9 +78,9 @@ class RunSpec:
     """Closed loop: requests scheduled before this time are warm-up. (In an open loop the plan's phase says it.)"""
     tls_ca: str | None = None
     """File of certificates to trust instead of the system's."""
-    batch_reads_from: int = BATCH_READS_FROM
+    batch_reads_from: int | None = None
     """Load workers read in batches from so many events per interval on (`scenarios.client.reader`); ``harness
-    calibrate`` measures it."""
+    calibrate`` measures it. None, as in runs that do not say: the client's own rule, now `BATCH_READS_FROM`."""
     counters: bool = True
     """False: the servers' own counters were not to be read (``--no-counters``)."""
 

@@ -19,7 +19,7 @@ import gevent
 
 from harness.errors import UsageError
 from harness.record.results import Result
-from harness.record.run_spec import RunSpec
+from harness.record.run_spec import BATCH_READS_FROM, RunSpec
 from harness.server.access import check_headers
 from harness.server.question import retry_after_s
 from scenarios.client.completion import Answer
@@ -111,7 +111,7 @@ class Client:
         self.loop: Any = gevent.get_hub().loop
         self.reader = Reader()
         self.pool = Pool(self, self._endpoints, spec.balance, self._connect_timeout_ns)
-        self._pacer = ReadPacer(self.reader, self._active.__len__, spec.batch_reads_from)
+        self._pacer = ReadPacer(self.reader, self._active.__len__, spec.batch_reads_from or BATCH_READS_FROM)
         self.parse_queue = ParseQueue(self.loop, record, timed=spec.stream)
         sweep_s = max(_SWEEP_LEAST_S, min(_SWEEP_S, min(spec.timeout_s, spec.stall_s, connect_timeout_s) / 8))
         self._sweeper: Any = self.loop.timer(sweep_s / _SLICES, sweep_s / _SLICES)
