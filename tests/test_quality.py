@@ -243,6 +243,10 @@ def test_no_flip_is_worth_its_sessions_and_not_its_records() -> None:
     one = paired(same, same, np.repeat(np.arange(40), 25))
     assert one is not None and one.design_effect == pytest.approx(25)
     assert one.p_worse_by(0.02) > ALPHA
+    other = same.copy()
+    other[0] = 0  # one flip still says little of how they come together
+    one = paired(same, other, np.repeat(np.arange(40), 25))
+    assert one is not None and one.design_effect == pytest.approx((1 + 2 * 25) / 3, rel=0.03)
     many = paired(same, same, np.arange(1000))
     assert many is not None and many.p_worse_by(0.02) < ALPHA
 

@@ -70,6 +70,15 @@ def test_a_judge_that_accepts_all_is_never_used() -> None:
     assert "agreement not shown" in told(always).faults
 
 
+def test_a_bias_that_few_labels_cannot_exclude_is_a_fault() -> None:
+    label, candidate = np.tile([1.0, 1.0, 0.0, 0.0], 15), np.tile([0.0, 1.0], 30)
+    judged = label.copy()
+    judged[[3, 23, 43]] = 1  # 3 of the candidate's 15 wrong answers let through: 10 points, from 0 to 21
+    found = told(Labelled(judged=judged, label=label, candidate=candidate, session=np.arange(60)))
+    assert found.kinder is not None and found.kinder.low <= 0 < MARGIN < found.kinder.value
+    assert found.faults == ("kinder to one model",)
+
+
 def test_kappa_as_published() -> None:
     """Two readers of 50 proposals, 20 and 15 agreed, 5 and 10 not: kappa 0.4 (the textbook example)."""
     one = np.repeat([1.0, 1.0, 0.0, 0.0], [20, 5, 10, 15])

@@ -14,6 +14,7 @@ from analysis.quality.cascade import cascade, halves
 from analysis.quality.claims import results_for_cost, times_cheaper, usual_claims
 from analysis.quality.estimate import Estimate, mean, quotient, ratio
 from analysis.quality.estimate import given as stated
+from analysis.quality.paired import Paired, paired
 from analysis.quality.verdict import SWITCHES, Candidate, Records, Slice, Verdict, decide
 
 MARGIN = 0.05
@@ -117,6 +118,9 @@ def test_fewer_sessions_than_thirty_are_no_switch() -> None:
     of = records(1200, per_session=60)
     found = verdict(of, candidate(of.current.copy()))
     assert found.word == "not decided" and "sessions" in found.open
+    proven = verdict(replace(of, slices={}), candidate(flipped(of, 0.02, 0.01)))
+    assert proven.not_worse is not None and proven.not_worse < 0.025
+    assert proven.word == "not decided" and proven.open == ("sessions",) and proven.needed == 30 * 60
 
 
 def test_no_number_of_records_mends_what_is_as_bad_as_the_margin() -> None:
@@ -147,9 +151,21 @@ def test_a_slice_that_got_worse_forbids_a_switch_and_the_others_may_go() -> None
 def test_a_slice_of_the_future_is_never_routed() -> None:
     of = records(4000)
     grades = np.where(of.slices["last fifth"].mask, of.current, flipped(of, 0.0, 0.2))
-    found = verdict(of, candidate(grades))
-    assert {part.name: part.state for part in found.slices}["last fifth"] == "not worse"
-    assert found.word == "do not switch: worse"
+    for slices in (of.slices, {"last fifth": of.slices["last fifth"]}):
+        found = verdict(replace(of, slices=slices), candidate(grades))
+        assert {part.name: part.state for part in found.slices}["last fifth"] == "not worse"
+        assert found.word == "do not switch: worse"
+
+
+def test_what_is_left_of_a_named_slice_is_tested_as_a_whole() -> None:
+    """A slice that passes at a wide margin, two thirds of it in one that got worse: the rest is 20 sessions."""
+    of = records(240)
+    bad = of.session < 40
+    slices = {"all of it": Slice(mask=np.ones(240, np.bool_), routable=True), "bad": Slice(mask=bad, routable=True)}
+    grades = np.where(bad, flipped(of, 0.0, 0.25), 1.0)
+    found = decide(replace(of, slices=slices), [candidate(grades)], 0.5)[0]
+    assert [part.state for part in found.slices] == ["not worse", "worse"]
+    assert found.word == "do not switch: worse" and found.named == ("bad",)
 
 
 def test_a_slice_that_checks_nothing_is_never_named() -> None:
@@ -222,6 +238,12 @@ def asked(of: Records, grades: np.ndarray, score: np.ndarray, **more: object):  
     )  # fmt: skip
 
 
+def worse_pair(of: Records) -> Paired:
+    found = paired(of.current, np.zeros(len(of.current)), of.session)
+    assert found is not None
+    return found
+
+
 def test_halves_hold_whole_sessions() -> None:
     session = np.repeat(np.arange(300), 5)
     first = halves(session)
@@ -239,6 +261,12 @@ def test_a_score_that_knows_saves_money() -> None:
     assert abs(found.held_out.difference) < MARGIN
     assert found.random < found.oracle and 0 < found.both_wrong < 0.5
     assert verdict(of, candidate(grades, cascade=found)).word == "switch as a cascade"
+    for failing in (replace(found, bill=DEAR), replace(found, slo_met=False), replace(found, held_out=worse_pair(of))):
+        assert verdict(of, candidate(grades, cascade=failing)).word == "do not switch: worse"
+    halved = [half.held_out for half in found.halves]
+    assert found.threshold == max(half.threshold for half in found.halves)
+    assert found.held_out.n == 4000 == sum(half.n for half in halved)
+    assert found.held_out.difference == pytest.approx(sum(half.n * half.difference for half in halved) / 4000)
     assert not replace(found, bill=DEAR).passes(MARGIN) and not replace(found, slo_met=None).passes(MARGIN)
 
 

@@ -124,6 +124,8 @@ def test_it_ends_with_us(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     (child,) = children.read_text().split()
+    for kind in ("net", "pid", "ipc", "user", "mnt"):
+        assert os.readlink(f"/proc/{child}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}")  # noqa: PTH115
     guard.stdin.close()
     assert guard.wait(60) == 137
     assert not Path(f"/proc/{child}").exists()
