@@ -308,10 +308,11 @@ def _json_values(
     scan = _JsonScan(source, place, array=first.startswith(b"["), line=number)
     chunk, blank = first[scan.array :], 0
     while chunk:
-        empty = not scan.value
-        found = scan.feed(chunk)
-        yield from found
-        blank = blank + len(chunk) if empty and not found and not scan.value else 0
+        empty, ended = not scan.value, False
+        for found in scan.feed(chunk):  # one by one: what is before the damage shows the format
+            ended = True
+            yield found
+        blank = blank + len(chunk) if empty and not ended and not scan.value else 0
         _check_blank(source, place.line, blank)
         chunk = stream.read(_CHUNK)
     if scan.depth or scan.in_string or scan.array is not scan.closed:
@@ -336,9 +337,8 @@ class _JsonScan:
     def problem(self, what: str) -> TraceError:
         return TraceError(self._source.name, self._place.line, f"{what}: not a JSON document")
 
-    def feed(self, chunk: bytes) -> list[tuple[int, bytes]]:
-        """Values that end in this chunk."""
-        ended: list[tuple[int, bytes]] = []
+    def feed(self, chunk: bytes) -> Iterator[tuple[int, bytes]]:
+        """Values that end in this chunk. Raises `TraceError` for what cannot stand between two of them."""
         start, at = 0, int(self._escaped)
         self._escaped = False
         while found := (_INSIDE if self.in_string else _OUTSIDE).search(chunk, at):
@@ -353,16 +353,15 @@ class _JsonScan:
             elif self.depth:
                 self.depth -= mark != b","
                 if not self.depth and not self.array:
-                    ended += self._end(chunk[start:at])
+                    yield from self._end(chunk[start:at])
                     start = at
             else:
-                ended += self._end(chunk[start : at - 1])
+                yield from self._end(chunk[start : at - 1])
                 start = at
-                if not self.array or self.closed:
+                if not self.array or self.closed or mark == b"}":
                     raise self.problem(f"a {mark.decode()} where no value is open")
                 self.closed = mark == b"]"
         self._keep(chunk[start:])
-        return ended
 
     def _keep(self, text: bytes) -> None:
         if not self.value:
