@@ -12,7 +12,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from harness.checks.grade import MOST_CHARS, Grade, Grader, Reason, likeness, normal, numbers
-from harness.checks.judge import ATTEMPTS, INJECTIONS, SCHEMA, AskedJudge, Question, canaries, messages, read_verdict
+from harness.checks.judge import (
+    ATTEMPTS,
+    INJECTIONS,
+    PAIR_SCHEMA,
+    SCHEMA,
+    AskedJudge,
+    Preference,
+    Question,
+    canaries,
+    messages,
+    prefer,
+    read_verdict,
+)  # fmt: skip
 from harness.checks.sandbox import Ended
 from harness.checks.spec import MOST_REPEATS, Check, check_sha256, decides, parse_check
 from harness.errors import UsageError
@@ -326,3 +338,26 @@ def test_a_judged_answer_is_data() -> None:
     assert len(hostile) == 1 + len(INJECTIONS) and all(one.answer.startswith("Paris") for one in hostile)
     assert AskedJudge(lambda chat, schema: '{"verdict": "accept"}').accepts(Question(
         rubric="r", prompt="p", references=(), answer="\ud800")) is None  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("replies", "preference"),
+    [
+        (["first", "second"], Preference("current", False)), (["second", "first"], Preference("candidate", False)),
+        (["tie", "tie"], Preference("tie", False)), (["first", "first"], Preference("tie", True)),
+        (["first", "tie"], Preference("tie", True)), (["first", "accept"], None), ([], None),
+    ],
+)  # fmt: skip
+def test_a_preference_counts_in_both_orders_alone(replies: list[str], preference: Preference | None) -> None:
+    left = list(replies)
+
+    def ask(chat: list[dict[str, str]], schema: bytes) -> str | None:
+        assert schema == PAIR_SCHEMA and b"tie" in schema
+        shown = json.loads(chat[1]["content"])
+        assert {shown["first"], shown["second"]} == {"old", "new"} and (shown["first"] == "old") == (len(left) == 2)
+        verdict = left.pop(0) if len(left) > 1 or left[:1] != ["accept"] else left[0]
+        return json.dumps({"verdict": verdict})
+
+    asked = Question(rubric="r", prompt="p", references=(), answer="old")
+    assert prefer(ask if replies else lambda chat, schema: None, asked, "new") == preference
+    assert prefer(ask, asked, "\ud800") is None

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from analysis.quality.bill import Attempts, Costs, Fleet, Model, Served, Stated, bill, break_even, by_record, serve
-from analysis.quality.estimate import Estimate
+from analysis.quality.estimate import Estimate, ratio
 from analysis.quality.estimate import given as stated
 from analysis.quality.retries import all_fail, likeness, tries
 
@@ -220,3 +220,20 @@ def test_all_fail_is_unbiased_and_refuses_what_was_not_observed() -> None:
     assert likeness(np.array([1, 0]), 1, np.ones(2)) is None and likeness(np.array([2, 2]), 2, np.ones(2)) is None
     never = tries(np.zeros(5, np.int64), 2, 4)
     assert never[3].calls_per_accepted is None and never[3].calls == 4
+
+
+def test_cheaper_per_token_and_dearer_per_accepted_answer() -> None:
+    """int8 of SmolLM2-135M: 113 against 93 tokens/s, 5,992 against 5,481 tokens, 134 against 151 of 312 accepted."""
+    rng, n = np.random.default_rng(0), 312
+
+    def of(tokens: int, right: int, per_s: float) -> Served:
+        spread = rng.dirichlet(np.full(n, 2.0)) * tokens
+        good = rng.permutation(np.arange(n) < right).astype(float)
+        return replace(served(n, 1.0, 0.0), usd=spread / per_s, accepted=good, undetected=1 - good)
+
+    bf16, int8 = of(5481, 151, 93), of(5992, 134, 113)
+    each, ones = np.arange(n), np.ones(n)
+    request = ratio([int8.usd], [bf16.usd], each, ones)
+    answer = ratio([int8.usd, bf16.accepted], [bf16.usd, int8.accepted], each, ones)
+    assert request is not None and request.value == pytest.approx(0.90, abs=0.005)
+    assert answer is not None and answer.value == pytest.approx(1.014, abs=0.001) and answer.low < 1 < answer.high
