@@ -20,17 +20,14 @@ from harness.cli.verb import ENVIRONMENT, JSON_OPTION, NEWEST, as_default, comma
 from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, TraceError, UsageError
 from harness.option_types import PATH, made
 from harness.options import PlanOptions, ReplayOptions
-from harness.record.manifest import Tier, now_utc
-from harness.server.access import normalise_base_url
-from harness.store.copies import come_home
 from harness.store.objects import as_url, is_url
-from harness.sweep.cost import Survey, expect, start_s, survey, usd_per_hour
-from harness.sweep.spec import SweepSpec, levels, make_points, pairs, read_sweep, seeded
-from harness.sweep.state import SweepState, create_folder, differences, find_folder, lock, read_state, write_state
-from harness.trace.io import open_asked
 
 if TYPE_CHECKING:
     from cluster.catalogue.models import Model
+    from harness.record.manifest import Tier
+    from harness.sweep.cost import Survey
+    from harness.sweep.spec import SweepSpec
+    from harness.sweep.state import SweepState
 
 LOCAL_SWEEPS = Path("sweeps")
 """Where the folders of sweeps are that go to S3 as well."""
@@ -120,6 +117,11 @@ def sweep(spec: Path | None, resume: str | None, dry_run: bool, out: Path, forma
 
     Ctrl-C ends the point at hand in order, a second one at once. After that, or after any crash, --resume goes on.
     """
+    from harness.sweep.cost import survey
+    from harness.sweep.spec import levels, read_sweep, seeded
+    from harness.sweep.state import lock, read_state
+    from harness.trace.io import open_asked
+
     file = spec
     if resume is not None and file is None and Path(resume).is_file():
         file, resume = Path(resume), NEWEST
@@ -175,6 +177,9 @@ def sweeps_root(out: Path) -> tuple[Path, str | None]:
 
 def begun(resume: str, root: Path, name: str) -> Path:
     """The folder to go on with, which may be on S3; the newest of this name where none is named."""
+    from harness.store.copies import come_home
+    from harness.sweep.state import find_folder
+
     if resume == NEWEST:
         return find_folder(root, name)
     return come_home(resume, root, say) if is_url(resume) else Path(resume)
@@ -182,6 +187,10 @@ def begun(resume: str, root: Path, name: str) -> Path:
 
 def new_state(name: str, file: Path, spec: SweepSpec, *, search: bool = False) -> SweepState:
     """Nothing of it is done yet; a search chooses its points as it goes."""
+    from harness.record.manifest import now_utc
+    from harness.sweep.spec import make_points, pairs
+    from harness.sweep.state import SweepState
+
     return SweepState(
         name=name, created=now_utc(), file=str(file), spec=spec, trace_sha256="", pairs=pairs(spec),
         points=[] if search else make_points(spec),
@@ -190,6 +199,8 @@ def new_state(name: str, file: Path, spec: SweepSpec, *, search: bool = False) -
 
 def new_folder(root: Path, url: str | None, state: SweepState) -> Path:
     """The folder of a state that begins, written with where it is kept as well."""
+    from harness.sweep.state import create_folder, write_state
+
     folder = create_folder(root, state)
     if url:
         state.store_url = f"{url}/{folder.name}"
@@ -199,6 +210,8 @@ def new_folder(root: Path, url: str | None, state: SweepState) -> Path:
 
 def take_over(state: SweepState, spec: SweepSpec, folder: Path) -> None:
     """Go on with ``spec``, said again. Raises `UsageError` when it asks for something else."""
+    from harness.sweep.state import differences
+
     if changed := differences(state.spec, spec):
         raise UsageError(
             f"{folder}: was asked something else:\n  " + "\n  ".join(changed)
@@ -221,6 +234,8 @@ def check(spec: SweepSpec, options: ReplayOptions) -> list[Tier | None]:
     from cluster.catalogue.models import get_model
     from cluster.catalogue.tiers import get_tier
     from harness.plan.spec import asked_plan, check_spec
+    from harness.server.access import normalise_base_url
+    from harness.sweep.spec import levels, pairs
 
     for level in levels(spec)[:1]:
         one = options.at(rate=level.request_rate, concurrency=level.concurrency)
@@ -298,6 +313,8 @@ def show_plan(state: SweepState, asked: PlanOptions, found: Survey, tiers: Seque
     """Every run still to be done with its hours and dollars, per pair and in all, against the budget; the document is
     ``harness.sweep-plan/1``.
     """
+    from harness.sweep.cost import expect, start_s, usd_per_hour
+
     expected = expect(state.points, asked, found)
     todo = [point for point in state.points if point.state != "done"]
     runs: list[dict[str, object]] = []
