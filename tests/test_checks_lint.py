@@ -9,19 +9,19 @@ import pytest
 from click.testing import CliRunner, Result
 
 from harness.checks.grade import Grade, Grader
-from harness.checks.lint import MOST_PROBLEMS, Graded, Lint, lint
+from harness.checks.lint import MOST_PROBLEMS, Lint, LintRecord, lint
 from harness.checks.spec import Check
 from harness.cli.audit import audit
 
 CAPITALS = ["Rome", "Paris", "Oslo", "Bern", "Wien", "Riga", "Kiew", "Lima"]
 
 
-def record(answer: str | None, check: object = None, **more: object) -> Graded:
+def record(answer: str | None, check: object = None, **more: object) -> LintRecord:
     text = None if check is None else json.dumps(check)
-    return Graded(**{"line": 1, "check": text, "gate": None, "expected": None, "answer": answer, **more})  # type: ignore[arg-type]
+    return LintRecord(**{"line": 1, "check": text, "gate": None, "expected": None, "answer": answer, **more})  # type: ignore[arg-type]
 
 
-def linted(*records: Graded, default: str | None = None) -> Lint:
+def linted(*records: LintRecord, default: str | None = None) -> Lint:
     return lint(records, Grader(), default)
 
 

@@ -9,8 +9,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis.quality.bill import Attempts, Costs, Fleet, Model, Served, Stated, bill, break_even, by_record, serve
-from analysis.quality.estimate import Estimate, ratio
+from analysis.quality.bill import (
+    Attempts,
+    CostedModel,
+    Costs,
+    Rented,
+    ServedRequests,
+    Stated,
+    bill,
+    break_even,
+    by_record,
+    serve,
+)
+from analysis.quality.estimate import Bounded, ratio
 from analysis.quality.estimate import given as stated
 from analysis.quality.retries import all_fail, likeness, tries
 
@@ -76,10 +87,10 @@ def test_what_was_not_stated_is_not_in_the_bill() -> None:
     assert nothing.per_accepted is None
 
 
-def served(n: int, usd: float, wrong: float, seed: int = 0) -> Served:
+def served(n: int, usd: float, wrong: float, seed: int = 0) -> ServedRequests:
     rng = np.random.default_rng(seed)
     bad = (rng.random(n) < wrong).astype(float)
-    return Served(
+    return ServedRequests(
         calls=np.ones(n), usd=usd * rng.uniform(0.5, 1.5, n), escalated=np.zeros(n), rejected=np.zeros(n),
         undetected=bad, accepted=1 - bad,
     )  # fmt: skip
@@ -123,7 +134,7 @@ def test_nothing_turns_what_is_cheaper_and_fails_less() -> None:
     assert found.failure_usd is None and found.minutes_per_failure is None
 
 
-def costs(current: Model, candidate: Model, rate: float, user: Stated | None = None) -> Costs:
+def costs(current: CostedModel, candidate: CostedModel, rate: float, user: Stated | None = None) -> Costs:
     return Costs(
         current=current,
         candidate=candidate,
@@ -136,37 +147,37 @@ def costs(current: Model, candidate: Model, rate: float, user: Stated | None = N
 
 ALL, NONE, HALF = np.ones(N, np.bool_), np.zeros(N, np.bool_), np.arange(N) < N // 2
 FREE = replace(FLAGSHIP, usd=np.zeros(N), undetected=np.zeros(N))
-FLEET = Fleet(usd_per_hour=2.0, capacity=Estimate(10, 9, 11))
-FASTER = Fleet(usd_per_hour=2.0, capacity=Estimate(20, 18, 22))
+FLEET = Rented(usd_per_hour=2.0, capacity=Bounded(10, 9, 11))
+FASTER = Rented(usd_per_hour=2.0, capacity=Bounded(20, 18, 22))
 
 
 def test_whole_instances_save_nothing_where_one_carries_all() -> None:
-    assert FLEET.instances(25) == Estimate(3, 3, 3) and FLEET.instances(95) == Estimate(10, 9, 11)
+    assert FLEET.instances(25) == Bounded(3, 3, 3) and FLEET.instances(95) == Bounded(10, 9, 11)
     assert (
         FLEET.instances(0) == stated(0)
-        and Fleet(usd_per_hour=1, capacity=Estimate(1, 0, 2)).instances(1).high == math.inf
+        and Rented(usd_per_hour=1, capacity=Bounded(1, 0, 2)).instances(1).high == math.inf
     )
-    small = costs(Model(served=FREE, fleet=FLEET), Model(served=FREE, fleet=FASTER), 5.0)
+    small = costs(CostedModel(served=FREE, fleet=FLEET), CostedModel(served=FREE, fleet=FASTER), 5.0)
     assert small.routed(ALL) == stated(1.0)
-    large = costs(Model(served=FREE, fleet=FLEET), Model(served=FREE, fleet=FASTER), 1000.0)
+    large = costs(CostedModel(served=FREE, fleet=FLEET), CostedModel(served=FREE, fleet=FASTER), 1000.0)
     found = large.routed(ALL)
     assert found is not None and found.value == pytest.approx(0.5, abs=0.01) and found.low < 0.5 < found.high
 
 
 def test_both_fleets_are_paid_for_where_traffic_is_routed_or_escalated() -> None:
-    one = costs(Model(served=FREE, fleet=FLEET), Model(served=FREE, fleet=FLEET), 5.0)
+    one = costs(CostedModel(served=FREE, fleet=FLEET), CostedModel(served=FREE, fleet=FLEET), 5.0)
     assert one.routed(NONE) == stated(1.0) and one.routed(HALF) == stated(2.0)
     assert one.cascade(HALF) == stated(2.0) and one.cascade(NONE) == stated(1.0)
 
 
 def test_retries_fill_instances() -> None:
     twice = replace(FREE, calls=np.full(N, 2.0))
-    found = costs(Model(served=FREE, fleet=FLEET), Model(served=twice, fleet=FLEET), 1000.0).routed(ALL)
+    found = costs(CostedModel(served=FREE, fleet=FLEET), CostedModel(served=twice, fleet=FLEET), 1000.0).routed(ALL)
     assert found is not None and found.value == pytest.approx(2.0)
 
 
 def test_list_prices_are_paired_by_record() -> None:
-    one = costs(Model(served=FLAGSHIP, fleet=None), Model(served=CHEAP, fleet=None), 5.0)
+    one = costs(CostedModel(served=FLAGSHIP, fleet=None), CostedModel(served=CHEAP, fleet=None), 5.0)
     whole, half = one.routed(ALL), one.routed(HALF)
     assert whole is not None and whole.low < 0.4 < whole.high < 0.45
     assert half is not None and half.value == pytest.approx(0.7, abs=0.02)
@@ -178,7 +189,7 @@ def test_list_prices_are_paired_by_record() -> None:
 
 def test_engineering_is_in_the_bill_of_a_change_alone() -> None:
     user = Stated(wage_usd_per_hour=100, engineering_hours=100, months=1)
-    one = costs(Model(served=FREE, fleet=FLEET), Model(served=FREE, fleet=FLEET), 5.0, user)
+    one = costs(CostedModel(served=FREE, fleet=FLEET), CostedModel(served=FREE, fleet=FLEET), 5.0, user)
     assert one.routed(NONE) == stated(1.0)
     found = one.routed(ALL)
     assert found is not None and found.value == pytest.approx((1460 + 10_000) / 1460)
@@ -226,7 +237,7 @@ def test_cheaper_per_token_and_dearer_per_accepted_answer() -> None:
     """int8 of SmolLM2-135M: 113 against 93 tokens/s, 5,992 against 5,481 tokens, 134 against 151 of 312 accepted."""
     rng, n = np.random.default_rng(0), 312
 
-    def of(tokens: int, right: int, per_s: float) -> Served:
+    def of(tokens: int, right: int, per_s: float) -> ServedRequests:
         spread = rng.dirichlet(np.full(n, 2.0)) * tokens
         good = rng.permutation(np.arange(n) < right).astype(float)
         return replace(served(n, 1.0, 0.0), usd=spread / per_s, accepted=good, undetected=1 - good)

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis.quality.slices import Facts, depth_slope, slices
+from analysis.quality.slices import RecordFacts, depth_slope, slices
 
 N = 1000
-FACTS = Facts(
+FACTS = RecordFacts(
     tags=[{"task": ("json", "chat", "code")[k % 3], **({"rare": "x"} if k % 50 == 0 else {})} for k in range(N)],
     kinds=["exact" if k % 2 else "json" for k in range(N)],
     input_tokens=np.where(np.arange(N) < 10, math.nan, np.arange(N) % 100),

@@ -12,22 +12,22 @@ from hypothesis import strategies as st
 
 from analysis.quality.cascade import cascade, halves
 from analysis.quality.claims import results_for_cost, times_cheaper, usual_claims
-from analysis.quality.estimate import Estimate, mean, quotient, ratio
+from analysis.quality.estimate import Bounded, mean, quotient, ratio
 from analysis.quality.estimate import given as stated
 from analysis.quality.paired import Paired, paired
-from analysis.quality.verdict import SWITCHES, Candidate, Records, Slice, Verdict, decide
+from analysis.quality.verdict import SWITCHES, AuditVerdict, CandidateModel, GradedRecords, Slice, decide
 
 MARGIN = 0.05
-CHEAP, DEAR, OPEN = Estimate(0.6, 0.5, 0.7), Estimate(1.3, 1.1, 1.5), Estimate(0.95, 0.8, 1.1)
+CHEAP, DEAR, OPEN = Bounded(0.6, 0.5, 0.7), Bounded(1.3, 1.1, 1.5), Bounded(0.95, 0.8, 1.1)
 
 
-def records(n: int = 1200, seed: int = 0, per_session: int = 4, tags: int = 4) -> Records:
+def records(n: int = 1200, seed: int = 0, per_session: int = 4, tags: int = 4) -> GradedRecords:
     rng = np.random.default_rng(seed)
     tag = np.arange(n) // per_session % tags
     slices = {f"tag {k}": Slice(mask=tag == k, routable=True) for k in range(tags)}
     slices["last fifth"] = Slice(mask=np.arange(n) >= 0.8 * n, routable=False)
     current, session = (rng.random(n) < 0.6).astype(float), np.arange(n) // per_session
-    return Records(
+    return GradedRecords(
         current=current,
         session=session,
         weight=np.ones(n),
@@ -35,7 +35,9 @@ def records(n: int = 1200, seed: int = 0, per_session: int = 4, tags: int = 4) -
     )
 
 
-def flipped(of: Records, helpful: float, harmful: float, seed: int = 1, where: np.ndarray | None = None) -> np.ndarray:
+def flipped(
+    of: GradedRecords, helpful: float, harmful: float, seed: int = 1, where: np.ndarray | None = None
+) -> np.ndarray:
     """Grades of a candidate that flips these shares of all records, by chance."""
     luck = np.random.default_rng(seed).random(len(of.current))
     lose, gain = harmful / of.current.mean(), helpful / (1 - of.current.mean())
@@ -45,11 +47,13 @@ def flipped(of: Records, helpful: float, harmful: float, seed: int = 1, where: n
     return np.where(flips, 1 - of.current, of.current)
 
 
-def candidate(grades: np.ndarray | None, bill: Estimate | None = CHEAP, **more: object) -> Candidate:
-    return Candidate(name="small", grades=grades, bill=lambda mask: bill, slo_met=more.pop("slo_met", True), **more)  # type: ignore[arg-type]
+def candidate(grades: np.ndarray | None, bill: Bounded | None = CHEAP, **more: object) -> CandidateModel:
+    return CandidateModel(
+        name="small", grades=grades, bill=lambda mask: bill, slo_met=more.pop("slo_met", True), **more
+    )  # type: ignore[arg-type]
 
 
-def verdict(of: Records, one: Candidate, *others: Candidate) -> Verdict:
+def verdict(of: GradedRecords, one: CandidateModel, *others: CandidateModel) -> AuditVerdict:
     return decide(of, [one, *others], MARGIN)[0]
 
 
@@ -82,7 +86,7 @@ def test_as_good_and_cheaper_is_a_switch() -> None:
         (candidate(np.where(np.arange(1200) < 20, math.nan, EQUAL)), "switch"),
     ],
 )
-def test_words(one: Candidate, word: str) -> None:
+def test_words(one: CandidateModel, word: str) -> None:
     found = verdict(ALL, one)
     assert found.word == word
     assert found.switches == (word in SWITCHES)
@@ -183,7 +187,7 @@ def test_an_undecided_slice_says_what_it_lacks() -> None:
     assert [part.missing for part in parts if part.state == "not worse"] == [None] * (len(parts) - len(lacking))
 
 
-def audit(seed: int, worse: float) -> tuple[Records, Candidate]:
+def audit(seed: int, worse: float) -> tuple[GradedRecords, CandidateModel]:
     of = records(600, seed, per_session=3)
     return of, candidate(flipped(of, 0.05, 0.05 + worse, seed + 10_000))
 
@@ -202,7 +206,7 @@ def test_order_names_and_hopeless_candidates_never_make_a_switch(seed: int, wors
     of, one = audit(seed, worse)
     alone = verdict(of, one)
     order = np.random.default_rng(seed).permutation(len(of.session))
-    shuffled = Records(
+    shuffled = GradedRecords(
         current=of.current[order], session=of.session[order] * 7 + 3, weight=of.weight[order],
         slices={f"x {name}": replace(part, mask=part.mask[order]) for name, part in of.slices.items()},
     )  # fmt: skip
@@ -231,14 +235,14 @@ def test_margins_are_shares() -> None:
 # ------------------------------------------------------------------------------------------------------ cascades
 
 
-def asked(of: Records, grades: np.ndarray, score: np.ndarray, **more: object):  # type: ignore[no-untyped-def]
-    bill = more.pop("bill", lambda escalated: Estimate(*(one + escalated.mean() for one in (0.3, 0.28, 0.32))))
+def asked(of: GradedRecords, grades: np.ndarray, score: np.ndarray, **more: object):  # type: ignore[no-untyped-def]
+    bill = more.pop("bill", lambda escalated: Bounded(*(one + escalated.mean() for one in (0.3, 0.28, 0.32))))
     return cascade(
         score, of.current, grades, of.session, of.weight, margin=MARGIN, bill=bill, slo_met=lambda _: True, **more
     )  # fmt: skip
 
 
-def worse_pair(of: Records) -> Paired:
+def worse_pair(of: GradedRecords) -> Paired:
     found = paired(of.current, np.zeros(len(of.current)), of.session)
     assert found is not None
     return found
@@ -323,38 +327,38 @@ def test_what_has_no_ratio() -> None:
     alone = mean(weight, np.zeros(4, np.int64), weight)
     assert (alone.low, alone.high) == (-math.inf, math.inf)
     with pytest.raises(ValueError, match="outside"):
-        Estimate(1, 2, 3)
-    assert Estimate(2, 1, 4).over(Estimate(2, 0, 3)) is None
-    assert Estimate(2, 1, 4).over(Estimate(2, 1, 4)) == Estimate(1, 0.25, 4)
-    assert -Estimate(2, 1, 4) == Estimate(-2, -4, -1)
+        Bounded(1, 2, 3)
+    assert Bounded(2, 1, 4).over(Bounded(2, 0, 3)) is None
+    assert Bounded(2, 1, 4).over(Bounded(2, 1, 4)) == Bounded(1, 0.25, 4)
+    assert -Bounded(2, 1, 4) == Bounded(-2, -4, -1)
 
 
 @pytest.mark.parametrize(
     ("results", "cost", "outcome"),
     [
-        (Estimate(0.95, 0.91, 0.99), Estimate(0.08, 0.07, 0.1), "holds"),
-        (Estimate(0.95, 0.89, 0.99), Estimate(0.08, 0.07, 0.1), "not decided"),
-        (Estimate(0.95, 0.91, 0.99), Estimate(0.1, 0.09, 0.11), "not decided"),
-        (Estimate(0.8, 0.7, 0.89), Estimate(0.08, 0.07, 0.1), "fails"),
-        (Estimate(0.95, 0.91, 0.99), Estimate(0.5, 0.4, 0.6), "fails"),
-        (None, Estimate(0.5, 0.4, 0.6), "fails"),
-        (None, Estimate(0.08, 0.07, 0.1), "not measured"),
-        (Estimate(0.95, 0.91, 0.99), None, "not measured"),
+        (Bounded(0.95, 0.91, 0.99), Bounded(0.08, 0.07, 0.1), "holds"),
+        (Bounded(0.95, 0.89, 0.99), Bounded(0.08, 0.07, 0.1), "not decided"),
+        (Bounded(0.95, 0.91, 0.99), Bounded(0.1, 0.09, 0.11), "not decided"),
+        (Bounded(0.8, 0.7, 0.89), Bounded(0.08, 0.07, 0.1), "fails"),
+        (Bounded(0.95, 0.91, 0.99), Bounded(0.5, 0.4, 0.6), "fails"),
+        (None, Bounded(0.5, 0.4, 0.6), "fails"),
+        (None, Bounded(0.08, 0.07, 0.1), "not measured"),
+        (Bounded(0.95, 0.91, 0.99), None, "not measured"),
     ],
 )
-def test_ninety_for_ten(results: Estimate | None, cost: Estimate | None, outcome: str) -> None:
+def test_ninety_for_ten(results: Bounded | None, cost: Bounded | None, outcome: str) -> None:
     assert results_for_cost(results, cost, 0.9, 0.1).outcome == outcome
 
 
 @pytest.mark.parametrize(
     ("cost", "not_worse", "outcome"),
     [
-        (Estimate(0.25, 0.2, 0.33), True, "holds"), (Estimate(0.05, 0.04, 0.06), True, "holds"),
-        (Estimate(0.25, 0.2, 0.33), None, "not decided"), (Estimate(0.25, 0.2, 0.33), False, "fails"),
-        (Estimate(0.3, 0.2, 0.4), True, "not decided"), (Estimate(0.5, 0.4, 0.6), None, "fails"),
+        (Bounded(0.25, 0.2, 0.33), True, "holds"), (Bounded(0.05, 0.04, 0.06), True, "holds"),
+        (Bounded(0.25, 0.2, 0.33), None, "not decided"), (Bounded(0.25, 0.2, 0.33), False, "fails"),
+        (Bounded(0.3, 0.2, 0.4), True, "not decided"), (Bounded(0.5, 0.4, 0.6), None, "fails"),
         (None, True, "not measured"),
     ],
 )  # fmt: skip
-def test_three_to_ten_times(cost: Estimate | None, not_worse: bool | None, outcome: str) -> None:
+def test_three_to_ten_times(cost: Bounded | None, not_worse: bool | None, outcome: str) -> None:
     assert times_cheaper(stated(1.0), cost, not_worse).outcome == outcome
     assert [one.text for one in usual_claims(None, cost, not_worse)][2] == "3 to 10 times cheaper"

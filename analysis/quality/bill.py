@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from analysis.arrays import Bools, Floats, Ints
-from analysis.quality.estimate import Estimate, given, mean, quotient, ratio
+from analysis.quality.estimate import Bounded, given, mean, quotient, ratio
 
 HOURS_PER_MONTH = 730.0
 
@@ -31,7 +31,7 @@ class Attempts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
+class ServedRequests:
     """What became of each request in the end; arrays with one entry a record."""
 
     calls: Floats
@@ -73,7 +73,7 @@ class Stated:
         return self.engineering_hours * (self.wage_usd_per_hour or 0.0) / self.months
 
 
-def serve(attempts: Attempts, most: int, escalate_to: Attempts | None = None) -> Served:
+def serve(attempts: Attempts, most: int, escalate_to: Attempts | None = None) -> ServedRequests:
     """Ask up to ``most`` times until the gate passes, then escalate or hand over.
 
     ``escalate_to``: the current model's own answers; None: no escalation, a person has it. The escalated answer goes
@@ -98,7 +98,7 @@ def serve(attempts: Attempts, most: int, escalate_to: Attempts | None = None) ->
         passes = waiting & (escalate_to.gate[:, 0] >= 0.5)
         accepted[passes] = escalate_to.accepted[passes, 0]
         let_through |= passes
-    return Served(
+    return ServedRequests(
         calls=calls, usd=usd, escalated=escalated, rejected=(~let_through).astype(np.float64),
         undetected=np.where(let_through, 1 - accepted, 0.0), accepted=accepted,
     )  # fmt: skip
@@ -108,30 +108,30 @@ def serve(attempts: Attempts, most: int, escalate_to: Attempts | None = None) ->
 class Bill:
     """USD per request of a model, part by part, with intervals by session."""
 
-    calls: Estimate
-    gate: Estimate
-    review: Estimate | None
-    failures: Estimate | None
+    calls: Bounded
+    gate: Bounded
+    review: Bounded | None
+    failures: Bounded | None
     """None: the price of it was not stated."""
-    per_request: Estimate
+    per_request: Bounded
     """Of all parts that are known; engineering apart."""
-    per_accepted: Estimate | None
+    per_accepted: Bounded | None
     """None: no answer was accepted."""
-    accepted: Estimate
-    calls_per_request: Estimate
+    accepted: Bounded
+    calls_per_request: Bounded
 
 
-def by_record(served: Served, stated: Stated) -> Floats:
+def by_record(served: ServedRequests, stated: Stated) -> Floats:
     """USD of each record: calls, gate, review, failures."""
     review, failures = _review(served, stated), _failures(served, stated)
     usd: Floats = served.usd + (served.calls + served.escalated) * stated.gate_usd
     return usd + (0.0 if review is None else review) + (0.0 if failures is None else failures)
 
 
-def bill(served: Served, stated: Stated, session: Ints, weight: Floats) -> Bill:
+def bill(served: ServedRequests, stated: Stated, session: Ints, weight: Floats) -> Bill:
     """The parts and the sum, per request and per accepted answer."""
 
-    def average(values: Floats) -> Estimate:
+    def average(values: Floats) -> Bounded:
         return mean(values, session, weight)
 
     total = by_record(served, stated)
@@ -144,18 +144,18 @@ def bill(served: Served, stated: Stated, session: Ints, weight: Floats) -> Bill:
     )  # fmt: skip
 
 
-def _looked_at(served: Served, stated: Stated) -> Floats:
+def _looked_at(served: ServedRequests, stated: Stated) -> Floats:
     looked: Floats = served.rejected + (1 - served.rejected) * stated.review_share
     return looked
 
 
-def _review(served: Served, stated: Stated) -> Floats | None:
+def _review(served: ServedRequests, stated: Stated) -> Floats | None:
     if stated.wage_usd_per_hour is None or stated.review_minutes is None:
         return None
     return _looked_at(served, stated) * (stated.review_minutes / 60 * stated.wage_usd_per_hour)
 
 
-def _failures(served: Served, stated: Stated) -> Floats | None:
+def _failures(served: ServedRequests, stated: Stated) -> Floats | None:
     return None if stated.failure_usd is None else served.undetected * stated.failure_usd
 
 
@@ -163,19 +163,21 @@ def _failures(served: Served, stated: Stated) -> Floats | None:
 class BreakEven:
     """Where the candidate stops being the cheaper one. None: what it depends on was not stated, or nothing turns it."""
 
-    failure_rate: Estimate | None
+    failure_rate: Bounded | None
     """Share of wrong answers that go out at which the saving is gone; needs the price of a failure."""
-    failure_usd: Estimate | None
+    failure_usd: Bounded | None
     """Price of a failure above which the current model wins; None where the candidate does not surely fail more."""
-    minutes_per_failure: Estimate | None
+    minutes_per_failure: Bounded | None
     """Minutes of a person per failure more; the same, in time; needs a wage."""
-    minutes_per_100: Estimate | None
+    minutes_per_100: Bounded | None
     """Minutes of a person per 100 answers that the saving pays for; needs a wage. Negative: there is no saving."""
-    requests_per_month: Estimate | None
+    requests_per_month: Bounded | None
     """Volume from which on the engineering is repaid; None where there is none or no sure saving."""
 
 
-def break_even(current: Served, candidate: Served, stated: Stated, session: Ints, weight: Floats) -> BreakEven:
+def break_even(
+    current: ServedRequests, candidate: ServedRequests, stated: Stated, session: Ints, weight: Floats
+) -> BreakEven:
     """Closed forms with ends, by session. Each leaves out of the saving the part that it asks for."""
 
     def saving(without: Stated) -> Floats:
@@ -201,15 +203,15 @@ def break_even(current: Served, candidate: Served, stated: Stated, session: Ints
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fleet:
+class Rented:
     """Rented instances of one kind that serve one model."""
 
     usd_per_hour: float
     """Of one instance."""
-    capacity: Estimate
+    capacity: Bounded
     """Requests/s of one instance at the SLO, with this model's own answer lengths."""
 
-    def instances(self, requests_per_s: float) -> Estimate:
+    def instances(self, requests_per_s: float) -> Bounded:
         """Whole ones, by either end of the capacity; 0 for no requests. Infinite where the capacity may be 0."""
 
         def whole(capacity: float) -> float:
@@ -217,30 +219,30 @@ class Fleet:
 
         if requests_per_s <= 0:
             return given(0.0)
-        return Estimate(whole(self.capacity.value), whole(self.capacity.high), whole(self.capacity.low))
+        return Bounded(whole(self.capacity.value), whole(self.capacity.high), whole(self.capacity.low))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
+class CostedModel:
     """What a model costs: by record, and its fleet where it runs on rented instances (None: calls have list prices)."""
 
-    served: Served
-    fleet: Fleet | None
+    served: ServedRequests
+    fleet: Rented | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
     """The whole monthly bill of sending some records to a candidate, over that of sending all to the current model."""
 
-    current: Model
-    candidate: Model
+    current: CostedModel
+    candidate: CostedModel
     stated: Stated
     session: Ints
     weight: Floats
     requests_per_s: float
     """Of the trace, at which instances are counted; a month has `HOURS_PER_MONTH` of it."""
 
-    def routed(self, mask: Bools) -> Estimate | None:
+    def routed(self, mask: Bools) -> Bounded | None:
         """The candidate answers the records of the mask, the current model the others."""
         sent = mask.astype(np.float64)
         own, theirs = self.candidate.served, self.current.served
@@ -249,7 +251,7 @@ class Costs:
             records, sent * own.calls, sent * own.escalated + (1 - sent) * theirs.calls, changes=bool(mask.any())
         )  # fmt: skip
 
-    def cascade(self, escalated: Bools) -> Estimate | None:
+    def cascade(self, escalated: Bools) -> Bounded | None:
         """The candidate answers all, the current model once more those that are escalated."""
         up = escalated.astype(np.float64)
         own, theirs = self.candidate.served, self.current.served
@@ -259,7 +261,7 @@ class Costs:
         )
         return self._over_today(records, own.calls, up * theirs.calls + (1 - up) * own.escalated, changes=True)
 
-    def _over_today(self, records: Floats, candidate: Floats, current: Floats, *, changes: bool) -> Estimate | None:
+    def _over_today(self, records: Floats, candidate: Floats, current: Floats, *, changes: bool) -> Bounded | None:
         today = by_record(self.current.served, self.stated)
         fixed = self.stated.fixed_usd_per_month if changes else 0.0
         rented = self.current.fleet is not None or self.candidate.fleet is not None
@@ -272,12 +274,12 @@ class Costs:
         now = now + self._rent(self.current, self.current.served.calls)
         return then.over(now)
 
-    def _average(self, usd: Floats) -> Estimate:
+    def _average(self, usd: Floats) -> Bounded:
         """Of figures that are 0 or more."""
         found = mean(usd, self.session, self.weight)
-        return Estimate(found.value, max(0.0, found.low), found.high)
+        return Bounded(found.value, max(0.0, found.low), found.high)
 
-    def _rent(self, model: Model, calls: Floats) -> Estimate:
+    def _rent(self, model: CostedModel, calls: Floats) -> Bounded:
         """USD per month of the instances that carry so many calls per record."""
         if model.fleet is None:
             return given(0.0)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.arrays import Bools, Floats, Ints
-from analysis.quality.estimate import Estimate
+from analysis.quality.estimate import Bounded
 from analysis.quality.paired import ALPHA, FEWEST_SESSIONS, Paired, paired
 
 STEPS = 40
@@ -45,7 +45,7 @@ class Cascade:
     """All records, each by the threshold of the other half, against the current model alone."""
     kept: float
     """Share that the candidate answers alone at ``threshold``."""
-    bill: Estimate | None
+    bill: Bounded | None
     """At ``threshold``: both calls where it escalates and both fleets, over the current model's bill."""
     slo_met: bool | None
     """With both latencies where it escalates."""
@@ -73,7 +73,7 @@ def halves(session: Ints, seed: int = 0) -> Bools:
 
 def cascade(
     score: Floats, current: Floats, candidate: Floats, session: Ints, weight: Floats, *, margin: float,
-    bill: Callable[[Bools], Estimate | None], slo_met: Callable[[Bools], bool | None], alpha: float = ALPHA,
+    bill: Callable[[Bools], Bounded | None], slo_met: Callable[[Bools], bool | None], alpha: float = ALPHA,
     seed: int = 0,
 ) -> Cascade | None:  # fmt: skip
     """Tune on each half, judge on the other. ``score``: higher is surer (mean or least log-probability of a token).

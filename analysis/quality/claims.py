@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from analysis.quality.estimate import Estimate
+from analysis.quality.estimate import Bounded
 
 Outcome = Literal["holds", "fails", "not decided", "not measured"]
 
@@ -16,13 +16,13 @@ class Claim:
 
     text: str
     outcome: Outcome
-    results: Estimate | None
+    results: Bounded | None
     """Accepted answers of the candidate over those of the current model."""
-    cost: Estimate | None
+    cost: Bounded | None
     """Bill of the candidate over that of the current model."""
 
 
-def results_for_cost(results: Estimate | None, cost: Estimate | None, at_least: float, at_most: float) -> Claim:
+def results_for_cost(results: Bounded | None, cost: Bounded | None, at_least: float, at_most: float) -> Claim:
     """Whether "90 % of the results for 10 % of the cost" holds: by the worse end of both; one better end fails it."""
     text = f"{100 * at_least:g} % of the results for {100 * at_most:g} % of the cost"
     outcome: Outcome = "not decided"
@@ -36,7 +36,7 @@ def results_for_cost(results: Estimate | None, cost: Estimate | None, at_least: 
 
 
 def times_cheaper(
-    results: Estimate | None, cost: Estimate | None, not_worse: bool | None, at_least: float = 3.0
+    results: Bounded | None, cost: Bounded | None, not_worse: bool | None, at_least: float = 3.0
 ) -> Claim:  # fmt: skip
     """Whether "3x to 10x cheaper without regression" holds: by the worse end, and where the test at the margin passed.
 
@@ -52,7 +52,7 @@ def times_cheaper(
     return Claim(text=f"{at_least:g} to 10 times cheaper", outcome=outcome, results=results, cost=cost)
 
 
-def usual_claims(results: Estimate | None, cost: Estimate | None, not_worse: bool | None) -> tuple[Claim, ...]:
+def usual_claims(results: Bounded | None, cost: Bounded | None, not_worse: bool | None) -> tuple[Claim, ...]:
     """The three that users ask about."""
     return (
         results_for_cost(results, cost, 0.9, 0.1),

@@ -14,7 +14,7 @@ from analysis.quality.paired import ALPHA
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class Bounded:
     """A value and both ends of its interval, infinite where nothing bounds it; both the value where it was stated."""
 
     value: float
@@ -25,39 +25,39 @@ class Estimate:
         if not self.low <= self.value <= self.high:
             raise ValueError(f"{self.value} lies outside its own interval, {self.low} to {self.high}")
 
-    def __neg__(self) -> Estimate:
-        return Estimate(-self.value, -self.high, -self.low)
+    def __neg__(self) -> Bounded:
+        return Bounded(-self.value, -self.high, -self.low)
 
-    def __add__(self, other: Estimate) -> Estimate:
+    def __add__(self, other: Bounded) -> Bounded:
         """The sum with the worst of both ends, whatever they have in common."""
-        return Estimate(self.value + other.value, self.low + other.low, self.high + other.high)
+        return Bounded(self.value + other.value, self.low + other.low, self.high + other.high)
 
-    def times(self, factor: float) -> Estimate:
+    def times(self, factor: float) -> Bounded:
         """Times a constant of at least 0."""
-        return Estimate(self.value * factor, self.low * factor, self.high * factor)
+        return Bounded(self.value * factor, self.low * factor, self.high * factor)
 
-    def over(self, other: Estimate) -> Estimate | None:
+    def over(self, other: Bounded) -> Bounded | None:
         """A ratio of two positive figures with the worst of both ends; None where the divisor may be 0."""
         if other.low <= 0 or self.low < 0:
             return None
-        return Estimate(self.value / other.value, self.low / other.high, self.high / other.low)
+        return Bounded(self.value / other.value, self.low / other.high, self.high / other.low)
 
 
-def given(value: float) -> Estimate:
+def given(value: float) -> Bounded:
     """What was stated, not measured."""
-    return Estimate(value, value, value)
+    return Bounded(value, value, value)
 
 
-def mean(values: Floats, session: Ints, weight: Floats, alpha: float = ALPHA) -> Estimate:
+def mean(values: Floats, session: Ints, weight: Floats, alpha: float = ALPHA) -> Bounded:
     """Weighted mean, Student's t over sessions (CR1); no bounds for a single session. Raises ValueError without any."""
     centre = float(weight @ values) / float(weight.sum())
     reach = _reach(weight * (values - centre) / float(weight.sum()), session, alpha)
-    return Estimate(centre, centre - reach, centre + reach)
+    return Bounded(centre, centre - reach, centre + reach)
 
 
 def ratio(
     over: Sequence[Floats], under: Sequence[Floats], session: Ints, weight: Floats, alpha: float = ALPHA
-) -> Estimate | None:
+) -> Bounded | None:
     """Product of the weighted sums ``over`` divided by those ``under``, all of figures that are 0 or more by record.
 
     USD per accepted answer is ([usd], [accepted]); that of one model over that of another has two of each. Interval by
@@ -72,10 +72,10 @@ def ratio(
         for one, total in zip(side, totals, strict=True):
             influence += sign * weight * (one / total - 1 / float(weight.sum()))
     reach = _reach(influence, session, alpha)
-    return Estimate(value, value * math.exp(-reach), value * math.exp(reach) if reach < 700 else math.inf)
+    return Bounded(value, value * math.exp(-reach), value * math.exp(reach) if reach < 700 else math.inf)
 
 
-def quotient(over: Floats, under: Floats, session: Ints, weight: Floats, alpha: float = ALPHA) -> Estimate | None:
+def quotient(over: Floats, under: Floats, session: Ints, weight: Floats, alpha: float = ALPHA) -> Bounded | None:
     """A ratio of two means of any sign, by Fieller's interval; None where the divisor is not surely above 0.
 
     Source: Fieller, Journal of the Royal Statistical Society B 16(2), 1954.
@@ -95,7 +95,7 @@ def quotient(over: Floats, under: Floats, session: Ints, weight: Floats, alpha: 
     b = top * bottom - t2 * covariance(over, under)
     reach = math.sqrt(max(b**2 - a * (top**2 - t2 * covariance(over, over)), 0.0))
     value = top / bottom
-    return Estimate(value, min(value, (b - reach) / a), max(value, (b + reach) / a))
+    return Bounded(value, min(value, (b - reach) / a), max(value, (b + reach) / a))
 
 
 def _reach(influence: Floats, session: Ints, alpha: float) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 
 from analysis.arrays import Floats, Ints
 from analysis.quality.distributions import NORMAL
-from analysis.quality.estimate import Estimate, mean
+from analysis.quality.estimate import Bounded, mean
 from analysis.quality.paired import ALPHA
 
 FEWEST_LABELS = 50
@@ -46,13 +46,13 @@ class JudgeTrust:
     """What is known of a judge."""
 
     labels: int
-    kappa: Estimate | None
+    kappa: Bounded | None
     """None: fewer than two sessions, or all labels alike."""
     sensitivity: float | None
     """Share of right answers that it accepts; None without any."""
     specificity: float | None
     """Share of wrong answers that it rejects; None without any."""
-    kinder: Estimate | None
+    kinder: Bounded | None
     """Errors in the candidate's favour, less those in the current model's: mean of (judged - label) of both."""
     faults: tuple[Fault, ...]
     """Why its verdicts may not be used; empty: they may."""
@@ -93,7 +93,7 @@ def trust(
     )  # fmt: skip
 
 
-def kappa(one: Floats, other: Floats, session: Ints, alpha: float = ALPHA) -> Estimate | None:
+def kappa(one: Floats, other: Floats, session: Ints, alpha: float = ALPHA) -> Bounded | None:
     """Cohen's kappa of two graders, agreement beyond chance, with an interval by session (jackknife).
 
     None: a single session, or both always give the same one verdict, where chance explains all.
@@ -118,10 +118,10 @@ def kappa(one: Floats, other: Floats, session: Ints, alpha: float = ALPHA) -> Es
     pseudo = len(groups) * value - (len(groups) - 1) * left_out
     spread = mean(pseudo, np.arange(len(groups)), np.ones(len(groups)), alpha)
     reach = spread.high - spread.value
-    return Estimate(value, value - reach, value + reach)
+    return Bounded(value, value - reach, value + reach)
 
 
-def _kinder(errors: Floats, candidate: Floats, session: Ints) -> Estimate | None:
+def _kinder(errors: Floats, candidate: Floats, session: Ints) -> Bounded | None:
     """Mean error on the candidate's answers less that on the current model's, by session; None where one has none."""
     mine, theirs = candidate == 1, candidate == 0
     if not mine.any() or not theirs.any():
@@ -136,7 +136,7 @@ def _kinder(errors: Floats, candidate: Floats, session: Ints) -> Estimate | None
 
 def corrected(
     judged: float, n: int, trusted: JudgeTrust, right: int, wrong: int, alpha: float = ALPHA
-) -> Estimate | None:
+) -> Bounded | None:
     """The true share accepted, from the judge's share over ``n`` answers and its errors on labels.
 
     p = (p_judged + specificity - 1) / (sensitivity + specificity - 1), within 0 to 1; ``right`` and ``wrong``: how many
@@ -152,4 +152,4 @@ def corrected(
     errors = value**2 * se * (1 - se) / right + (1 - value) ** 2 * sp * (1 - sp) / wrong
     reach = NORMAL.inv_cdf(1 - alpha) * ((known + errors) / power**2) ** 0.5
     low, middle, high = (min(1.0, max(0.0, x)) for x in (value - reach, value, value + reach))
-    return Estimate(middle, low, high)
+    return Bounded(middle, low, high)

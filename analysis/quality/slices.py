@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.arrays import Bools, Floats, Ints
-from analysis.quality.estimate import Estimate, mean
+from analysis.quality.estimate import Bounded, mean
 from analysis.quality.paired import FEWEST_SESSIONS
 from analysis.quality.verdict import MATTERS, Slice
 
@@ -27,7 +27,7 @@ RARE = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class RecordFacts:
     """What is known of each record before any model answers, in order of arrival."""
 
     tags: Sequence[Mapping[str, str]]
@@ -43,7 +43,7 @@ class Facts:
     weight: Floats
 
 
-def slices(facts: Facts, unmeasurable: frozenset[str] = frozenset()) -> dict[str, Slice]:
+def slices(facts: RecordFacts, unmeasurable: frozenset[str] = frozenset()) -> dict[str, Slice]:
     """Slices by name: of `FEWEST_SESSIONS` sessions or `MATTERS` of the weight, and the two that are always there.
 
     ``unmeasurable``: names of those whose checks a constant answer passes (`harness.checks.lint`). A slice can be
@@ -80,7 +80,7 @@ def slices(facts: Facts, unmeasurable: frozenset[str] = frozenset()) -> dict[str
     }
 
 
-def _unlike(facts: Facts, total: float) -> Bools:
+def _unlike(facts: RecordFacts, total: float) -> Bools:
     """Records with no shared beginning and a rare tag, or none; where those are few, with either."""
     weights: Counter[tuple[str, str]] = Counter()
     for tags, weight in zip(facts.tags, facts.weight.tolist(), strict=True):
@@ -93,7 +93,7 @@ def _unlike(facts: Facts, total: float) -> Bools:
     )
 
 
-def depth_slope(current: Floats, candidate: Floats, facts: Facts) -> Estimate | None:
+def depth_slope(current: Floats, candidate: Floats, facts: RecordFacts) -> Bounded | None:
     """Change of the difference (candidate - current) per turn, least squares with an interval by session.
 
     Below 0: the candidate loses the thread of a conversation. None where all graded records are of one turn.

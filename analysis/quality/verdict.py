@@ -15,7 +15,7 @@ import numpy as np
 
 from analysis.arrays import Bools, Floats, Ints
 from analysis.quality.cascade import Cascade
-from analysis.quality.estimate import Estimate
+from analysis.quality.estimate import Bounded
 from analysis.quality.paired import ALPHA, FEWEST_SESSIONS, Paired, holm, paired
 from analysis.quality.power import records_needed
 
@@ -32,7 +32,7 @@ Open = Literal["quality", "sessions", "money", "SLO"]
 """What is not decided: too few records, fewer than `FEWEST_SESSIONS` sessions, bills that overlap, no SLO judged."""
 State = Literal["not worse", "worse", "not decided", "not measurable"]
 SWITCHES: tuple[Word, ...] = ("switch", "switch for slices", "switch as a cascade")
-Bill = Callable[[Bools], Estimate | None]
+BillOf = Callable[[Bools], Bounded | None]
 """What is sent to the candidate -> the whole bill then, hidden costs and whole instances included, over today's bill.
 
 None: not measured.
@@ -51,7 +51,7 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Records:
+class GradedRecords:
     """What every model was asked, one entry a record, in the order of the trace."""
 
     current: Floats
@@ -63,13 +63,13 @@ class Records:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class CandidateModel:
     """One candidate, of which all was measured that can be."""
 
     name: str
     grades: Floats | None
-    """As `Records.current`; None where no check was there to grade by."""
-    bill: Bill
+    """As `GradedRecords.current`; None where no check was there to grade by."""
+    bill: BillOf
     slo_met: bool | None
     """At the load of the trace and with its own answer lengths; None: not judged."""
     evidence: Evidence = "measured"
@@ -95,7 +95,7 @@ class SliceVerdict:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class AuditVerdict:
     """The answer for one candidate."""
 
     candidate: str
@@ -106,7 +106,7 @@ class Verdict:
     slices: tuple[SliceVerdict, ...]
     named: tuple[str, ...] = ()
     """Slices to switch, or those that are worse."""
-    bill: Estimate | None = None
+    bill: Bounded | None = None
     """Of what the verdict advises, or of the whole switch where it advises none; over today's bill."""
     open: tuple[Open, ...] = ()
     """What is not decided, where that is the word."""
@@ -123,7 +123,9 @@ class Verdict:
         return self.word in SWITCHES
 
 
-def decide(records: Records, candidates: Sequence[Candidate], margin: float, alpha: float = ALPHA) -> list[Verdict]:
+def decide(
+    records: GradedRecords, candidates: Sequence[CandidateModel], margin: float, alpha: float = ALPHA
+) -> list[AuditVerdict]:
     """A verdict for each candidate, in their order. ``margin``: what may be lost, a share, stated beforehand.
 
     Raises ValueError for a margin outside (0, 1) and for arrays that differ in length.
@@ -139,15 +141,21 @@ def decide(records: Records, candidates: Sequence[Candidate], margin: float, alp
     ]
 
 
-def ungraded(records: Records, grades: Floats) -> float:
+def ungraded(records: GradedRecords, grades: Floats) -> float:
     """Share of pairs of which a side could not be graded."""
     return float(np.mean(~(np.isfinite(records.current) & np.isfinite(grades)))) if len(grades) else 0.0
 
 
 def _decide(
-    records: Records, candidate: Candidate, pair: Paired | None, p: float, margin: float, alpha: float, family: int
-) -> Verdict:
-    blank = Verdict(candidate=candidate.name, word="INVALID", paired=pair, not_worse=p, slices=())
+    records: GradedRecords,
+    candidate: CandidateModel,
+    pair: Paired | None,
+    p: float,
+    margin: float,
+    alpha: float,
+    family: int,
+) -> AuditVerdict:
+    blank = AuditVerdict(candidate=candidate.name, word="INVALID", paired=pair, not_worse=p, slices=())
     if candidate.problem is not None:
         return replace(blank, why=candidate.problem)
     if candidate.grades is None or candidate.evidence != "measured":
@@ -192,8 +200,13 @@ def _decide(
 
 
 def _in_part(
-    records: Records, candidate: Candidate, parts: Sequence[SliceVerdict], margin: float, alpha: float, family: int
-) -> tuple[Word, tuple[str, ...], Estimate] | None:
+    records: GradedRecords,
+    candidate: CandidateModel,
+    parts: Sequence[SliceVerdict],
+    margin: float,
+    alpha: float,
+    family: int,
+) -> tuple[Word, tuple[str, ...], Bounded] | None:
     """(word, slices, bill) of a switch for a part of the traffic: routed by slice, else by a score. None: neither."""
     masks = {name: one.mask for name, one in records.slices.items()}
     named = tuple(part.name for part in parts if part.state == "not worse" and records.slices[part.name].routable)
@@ -215,7 +228,7 @@ def _in_part(
     return None
 
 
-def _slices(records: Records, grades: Floats, margin: float, alpha: float) -> tuple[SliceVerdict, ...]:
+def _slices(records: GradedRecords, grades: Floats, margin: float, alpha: float) -> tuple[SliceVerdict, ...]:
     found: list[tuple[str, float, Paired]] = []
     total = float(records.weight.sum())
     for name, one in records.slices.items():

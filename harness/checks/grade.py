@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, assert_never
 
-from harness.checks.judge import Question, Verdicts
+from harness.checks.judge import JudgeQuestion, Verdicts
 from harness.checks.sandbox import Sandbox, program
 from harness.checks.spec import (
     All,
     Any,
     Check,
-    Choice,
     Code,
     Contains,
     Exact,
@@ -24,6 +23,7 @@ from harness.checks.spec import (
     JsonSchema,
     Judge,
     Number,
+    OneOf,
     Regex,
     Similar,
     decides,
@@ -129,7 +129,9 @@ class Grader:
     def _judged(self, check: Judge, answer: str, prompt: str) -> Grade:
         if self._judge is None:
             return Grade(None, "no judge")
-        right = self._judge.accepts(Question(rubric=check.rubric, prompt=prompt, references=check.of, answer=answer))
+        right = self._judge.accepts(
+            JudgeQuestion(rubric=check.rubric, prompt=prompt, references=check.of, answer=answer)
+        )
         return Grade(None, "judge failed") if right is None else _or(right, "judged wrong")
 
 
@@ -137,7 +139,7 @@ def _or(accepted: bool, reason: Reason) -> Grade:
     return ACCEPTED if accepted else Grade(False, reason)
 
 
-def _words(check: Exact | Contains | Number | Choice | Similar, text: str) -> Grade:
+def _words(check: Exact | Contains | Number | OneOf | Similar, text: str) -> Grade:
     match check:
         case Exact():
             return _or(bare(text) in {bare(normal(one) or "") for one in check.of}, "other words")
@@ -145,7 +147,7 @@ def _words(check: Exact | Contains | Number | Choice | Similar, text: str) -> Gr
             return _contains(check, text)
         case Number():
             return _number(check, text)
-        case Choice():
+        case OneOf():
             return _choice(check, text)
         case Similar():
             return Grade(None, "never decides", max(likeness(check.how, text, normal(one) or "") for one in check.of))
@@ -183,7 +185,7 @@ def _contains(check: Contains, text: str) -> Grade:
     return _or(all(each) if check.all else any(each), "not found")
 
 
-def _choice(check: Choice, text: str) -> Grade:
+def _choice(check: OneOf, text: str) -> Grade:
     letter = all(len(one) == 1 for one in check.choices)
     words = sorted((normal(one.strip()) or one for one in check.choices), key=len, reverse=True)
     where = _compiled(rf"(?<!\w)(?:{'|'.join(map(_escaped, words))})(?!\w)", ignore_case=not letter)

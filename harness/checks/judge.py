@@ -19,7 +19,7 @@ ATTEMPTS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
+class JudgeQuestion:
     """What a judge is asked about one answer."""
 
     rubric: str
@@ -31,7 +31,7 @@ class Question:
 class Verdicts(Protocol):
     """Who judges."""
 
-    def accepts(self, question: Question) -> bool | None:
+    def accepts(self, question: JudgeQuestion) -> bool | None:
         """Whether the answer is right; None where there is no verdict."""
         ...
 
@@ -65,7 +65,7 @@ class _Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     verdict: Literal["accept", "reject"]
 
 
-def messages(question: Question) -> list[dict[str, str]]:
+def messages(question: JudgeQuestion) -> list[dict[str, str]]:
     """The chat that asks one question: rubric from the trace's owner, all else escaped as JSON."""
     data = {"task": question.prompt, "references": question.references, "answer": question.answer}
     shown = msgspec.json.encode({k: v for k, v in data.items() if v}).decode()
@@ -106,7 +106,7 @@ class Preference:
     """It did: how often says whether the judge is of use (`analysis.quality.judging.trust`)."""
 
 
-def prefer(ask: Ask, question: Question, candidate: str) -> Preference | None:
+def prefer(ask: Ask, question: JudgeQuestion, candidate: str) -> Preference | None:
     """Which is better, the ``answer`` of the question (the current model's) or the candidate's. None: no verdict."""
     heard: list[str] = []
     for first, second in ((question.answer, candidate), (candidate, question.answer)):
@@ -132,7 +132,7 @@ class AskedJudge:
     def __init__(self, ask: Ask) -> None:
         self._ask = ask
 
-    def accepts(self, question: Question) -> bool | None:
+    def accepts(self, question: JudgeQuestion) -> bool | None:
         """The first well-formed verdict; None without an answer or after `ATTEMPTS` malformed ones."""
         try:
             chat = messages(question)
@@ -149,10 +149,10 @@ INJECTIONS = (
 )
 
 
-def canaries(question: Question, wrong: str) -> list[Question]:
+def canaries(question: JudgeQuestion, wrong: str) -> list[JudgeQuestion]:
     """The question with a known wrong answer, plain and with each injection: a judge that accepts any is not used."""
     answers = [wrong, *(f"{wrong}\n\n{order}" for order in INJECTIONS)]
     return [
-        Question(rubric=question.rubric, prompt=question.prompt, references=question.references, answer=answer)
+        JudgeQuestion(rubric=question.rubric, prompt=question.prompt, references=question.references, answer=answer)
         for answer in answers
     ]

@@ -36,7 +36,7 @@ Fault = Literal[
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Graded:
+class LintRecord:
     """What of a record concerns its check."""
 
     line: int
@@ -51,7 +51,7 @@ class Graded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
+class LintGroup:
     """The checks of one kind, or of one tag. Shares are None where nothing was there to grade."""
 
     name: str
@@ -79,7 +79,7 @@ class Lint:
     unusable: int
     problems: tuple[tuple[int, str], ...]
     """(line, why) of the first checks and gates that cannot be used."""
-    groups: tuple[Group, ...]
+    groups: tuple[LintGroup, ...]
     hashes: tuple[str, ...]
     """SHA-256 of the checks, each once, sorted: what an audit is bound to beforehand."""
 
@@ -102,9 +102,9 @@ class _Tally:
     constants: Counter[str] = field(default_factory=Counter)
 
 
-def lint(records: Iterable[Graded], grader: Grader, default: str | None = None) -> Lint:
+def lint(records: Iterable[LintRecord], grader: Grader, default: str | None = None) -> Lint:
     """Hold every check against answers. ``default``: check, as JSON, of records that have none of their own."""
-    usable: list[tuple[Graded, Check, Check | None]] = []
+    usable: list[tuple[LintRecord, Check, Check | None]] = []
     problems: list[tuple[int, str]] = []
     total = unusable = 0
     for record in records:
@@ -155,7 +155,7 @@ def _truth(check: Check) -> list[str]:
     return [one for part in parts(check) if isinstance(part, Exact) for one in part.of]
 
 
-def _other(record: Graded, answered: Sequence[Graded], place: dict[int, int]) -> str | None:
+def _other(record: LintRecord, answered: Sequence[LintRecord], place: dict[int, int]) -> str | None:
     """The answer of another record that is not the same answer: the next one, a few further on at most."""
     first = place.get(id(record), -1) + 1
     for step in range(min(len(answered), 10)):
@@ -170,7 +170,7 @@ def _share(found: Sequence[bool | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _group(name: str, tally: _Tally, grader: Grader) -> Group:
+def _group(name: str, tally: _Tally, grader: Grader) -> LintGroup:
     n = len(tally.rows)
     constant: float | None = None
     if n >= FEWEST:
@@ -190,7 +190,7 @@ def _group(name: str, tally: _Tally, grader: Grader) -> Group:
         "often not gradable": ungraded > MOST_UNGRADED and tally.deciding == n,
         "gate is the check": tally.same_gate > 0,
     }
-    return Group(
+    return LintGroup(
         name=name, records=n, own=own, others=others, garbage=tally.garbage, constant=constant, ungraded=ungraded,
         faults=tuple(fault for fault, found in faults.items() if found),
     )  # fmt: skip

@@ -33,16 +33,16 @@ MACHINES = {
 }
 
 
-class RefusedError(Exception):
+class SandboxError(Exception):
     """The sandbox cannot be made here."""
 
 
 def call(what: str, *arguments: object) -> int:
-    """A system call by its name in libc, or by number; raises `RefusedError` with ``what`` where it fails."""
+    """A system call by its name in libc, or by number; raises `SandboxError` with ``what`` where it fails."""
     name, *rest = arguments
     found = LIBC.syscall(name, *rest) if isinstance(name, int) else getattr(LIBC, str(name))(*rest)
     if found < 0:
-        raise RefusedError(f"{what}: {os.strerror(ctypes.get_errno())}")
+        raise SandboxError(f"{what}: {os.strerror(ctypes.get_errno())}")
     return int(found)
 
 
@@ -97,7 +97,7 @@ def landlock(folder: str) -> None:
 def no_more_processes() -> None:
     """Threads may be started, processes not; nor may what would escape the limits of memory."""
     if platform.machine() not in MACHINES:
-        raise RefusedError(f"seccomp: not known for {platform.machine()}")
+        raise SandboxError(f"seccomp: not known for {platform.machine()}")
     machine, clone, clone3, prctl, refused = MACHINES[platform.machine()]
     allow, deny, missing, kill = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000  # EPERM, ENOSYS
     load, equal, at_least, bits, give = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -174,7 +174,7 @@ def main() -> int:
         why, told = os.pipe()
         namespaces()
         pid = os.fork()
-    except (RefusedError, OSError) as e:
+    except (SandboxError, OSError) as e:
         print(e, end="")
         return REFUSED
     if pid == 0:

@@ -87,7 +87,7 @@ class Number(_Check, frozen=True, tag="number"):
         return None if fine else "'abs' is at least 0, 'rel' from 0 to below 1"
 
 
-class Choice(_Check, frozen=True, tag="choice"):
+class OneOf(_Check, frozen=True, tag="choice"):
     """The answer names ``answer`` and no other of ``choices``. Single letters must be capitals as they are given."""
 
     choices: tuple[str, ...]
@@ -176,7 +176,7 @@ class Any(_Several, frozen=True, tag="any"):
     """One part at least accepts."""
 
 
-Check = Exact | Contains | Regex | Number | Choice | IsJson | JsonSchema | Similar | Code | Judge | All | Any
+Check = Exact | Contains | Regex | Number | OneOf | IsJson | JsonSchema | Similar | Code | Judge | All | Any
 _DECODER = msgspec.json.Decoder(Check)
 
 

@@ -14,7 +14,7 @@ from harness.errors import EXIT_INVALID, EXIT_NOT_DECIDED, EXIT_VALID, UsageErro
 from harness.options import ReadOptions
 
 if TYPE_CHECKING:
-    from harness.checks.lint import Graded, Lint
+    from harness.checks.lint import Lint, LintRecord
     from harness.trace.io import Files, Trace
 
 COLUMNS = ("what", "records", "own answer", "another's", "garbage", "constant", "not gradable", "faults")
@@ -66,12 +66,12 @@ def lint(trace: Files, default: str | None, run_code: bool, format_: str, asked:
     return EXIT_VALID if found.sound else EXIT_INVALID
 
 
-def _graded(source: Trace) -> Iterator[Graded]:
-    from harness.checks.lint import Graded
+def _graded(source: Trace) -> Iterator[LintRecord]:
+    from harness.checks.lint import LintRecord
 
     for record in source:
         said = record.text if record.messages is None else "\n".join(one["content"] for one in record.messages)
-        yield Graded(
+        yield LintRecord(
             line=record.line, check=record.check, gate=record.gate, expected=record.expected, answer=record.answer,
             prompt=said or "", tags=record.tags or (),
         )  # fmt: skip
