@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from harness.errors import HarnessError
 from harness.plan import arrivals as arrivals_module
 from harness.plan.build import build_plan
+from harness.plan.file import Windows
 from harness.plan.prompts import Vocabulary
 from harness.plan.spec import PlanSpec
 from harness.trace import spool
@@ -161,6 +162,34 @@ def grown_by(of, sessions: int) -> int:
         return tracemalloc.get_traced_memory()[0] if kept is not None else 0
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"repeat": True}, {"repeat": True, "sessions": "wait"},
+        {"repeat": True, "conversation": "live", "sessions": "wait"},
+        {"windows": Windows(count=1, draw=0), "duration_s": 500.0, "limit": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_sessions_of_a_pass_are_forgotten_when_the_next_begins(tmp_path, monkeypatch, spec):
+    """Else a trace that is repeated for days fills the disk with sessions that no row asks for again."""
+    monkeypatch.setattr(spool, "HELD_SESSIONS", 3)
+    kept: list[int] = []
+    real = Sessions._store
+
+    def store(self, some):
+        real(self, some)
+        if self._file is not None:
+            kept.append(self._file.execute("SELECT count(*) FROM kept").fetchone()[0])
+
+    monkeypatch.setattr(Sessions, "_store", store)
+    trace = trace_of(tmp_path / "t.jsonl", rows=120)
+    sessions = len({row.session_id for row in open_trace(trace)})
+    asked = PlanSpec(**({"closed": False, "limit": 1200} | spec))
+    build_plan(open_trace(trace), tmp_path / "plan", asked, Vocabulary.from_ids(range(100, 900)))
+    assert 10 < max(kept) <= sessions, "of one pass"
 
 
 @pytest.mark.parametrize("kind", ["turns", "shape"])

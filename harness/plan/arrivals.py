@@ -206,6 +206,12 @@ class Arrangement:
     rows: Times | None = None
     """Row of the trace of each request, where a part's are not sent in the order of the trace."""
 
+    @property
+    def overlap(self) -> bool:
+        """Whether copies lie over each other; else one is over when the next begins, and so are its sessions."""
+        copies = np.array([part.copy for part in self.parts])
+        return any((np.diff(copies[self.part[b.start : b.stop + 1]]) < 0).any() for b in blocks(len(self.part)))
+
 
 def parse_growth(text: str) -> float:
     """Demand as a multiple of the trace's from ``3x``, ``0.5``, ``+200%`` or ``-20%``. Raises `UsageError`."""

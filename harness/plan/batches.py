@@ -88,12 +88,13 @@ class Batches:
 
     def of(self, n: int) -> Iterator[pa.RecordBatch]:
         """The first ``n`` requests. Raises `PlanError` when the trace is no longer what it was."""
-        done, self._slices, self._last = 0, 0, Sessions(_LastTurn)
+        in_turn = self.arrangement is None or not self.arrangement.overlap
+        done, self._slices, self._last = 0, 0, Sessions(_LastTurn, in_turn=in_turn)
         parts = self.arrangement.parts if self.arrangement else []
         self._alike = {part.copy: part.prompts for part in parts if part.prompts is not None}
         room = self.chat.room if self.chat is not None else None
-        self._turns = Turns(room=room or 0, lengths=room is not None)
-        self.live = Live() if self.spec.conversation == "live" else None
+        self._turns = Turns(room=room or 0, lengths=room is not None, in_turn=in_turn)
+        self.live = Live(in_turn=in_turn) if self.spec.conversation == "live" else None
         with contextlib.closing(self._copied(n) if self.arrangement is None else self._arranged(n)) as rows:
             for chunk in _chunks(rows):
                 yield self._batch(chunk, done)

@@ -212,11 +212,12 @@ class _Before:
 class Live:
     """Follows the sessions of a plan, row by row."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_turn: bool = False) -> None:
+        """``in_turn``: a copy of the trace is over when the next begins."""
         self.continued = 0
         self.whole: Counter[str] = Counter()
         """Why turns, beyond the first of their session, do not go on from the one before them -> how many."""
-        self._last = Sessions(_Before)
+        self._last = Sessions(_Before, in_turn=in_turn)
 
     def new(self, copy: int, record: TraceRecord, prompt: Prompt) -> Prompt | None:
         """What is new in the next row of copy ``copy``; None when it goes on from nothing."""

@@ -172,14 +172,14 @@ class _Last(NamedTuple):
 class Turns:
     """Follows the sessions of a trace, row by row."""
 
-    def __init__(self, *, room: int = 0, lengths: bool = False) -> None:
+    def __init__(self, *, room: int = 0, lengths: bool = False, in_turn: bool = False) -> None:
         """``room``: tokens that a turn must have beyond the conversation before it (a chat template's own);
-        ``lengths``: keep those of all turns of a conversation.
+        ``lengths``: keep those of all turns of a conversation; ``in_turn``: as `Sessions` has it.
         """
         self.continued = self.independent = 0
         """Turns, beyond the first of their session, that do and do not continue."""
         self._room, self._keep = room, lengths
-        self._last = Sessions(_Last)
+        self._last = Sessions(_Last, in_turn=in_turn)
 
     def place(self, session: Hashable, number: int, tokens: int, output_tokens: int | None) -> Turn:
         """The next row of a session that `accumulates`: its number among all rows, its input and output tokens."""

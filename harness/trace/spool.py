@@ -44,7 +44,9 @@ class Sessions(Generic[V]):
     not change after they were set.
     """
 
-    def __init__(self, kind: type[V]) -> None:
+    def __init__(self, kind: type[V], *, in_turn: bool = False) -> None:
+        """``in_turn``: keys begin with the pass over the trace; one is over when the next begins, and is forgotten."""
+        self._in_turn, self._pass = in_turn, None
         self._young: dict[int, V] = {}
         self._old: dict[int, V] = {}
         self._file: sqlite3.Connection | None = None
@@ -64,10 +66,19 @@ class Sessions(Generic[V]):
 
     def set(self, key: Hashable, value: V) -> None:
         """Keep ``value``. Raises `HarnessError` on a full disk."""
+        if self._in_turn and isinstance(key, tuple) and key[0] != self._pass:
+            self._forget()
+            self._pass = key[0]
         self._young[_place(key)] = value
         if len(self._young) >= HELD_SESSIONS:
             self._store({at: kept for at, kept in self._old.items() if at not in self._young})
             self._old, self._young = self._young, {}
+
+    def _forget(self) -> None:
+        self._young, self._old = {}, {}
+        if self._file is not None:
+            self._file.close()
+        self._file = None
 
     def _store(self, kept: dict[int, V]) -> None:
         if not kept:
