@@ -2,5 +2,5 @@
 
 A package or module imports only those to its left: ``rows``, ``stats``, ``metrics``, ``rates``,
 ``steady``, ``validity``, ``fidelity``, ``cost``, ``summary``, ``capacity``, ``pricing``, ``compare``,
-``report``, ``api``. Every definition is in METRICS.md.
+``quality``, ``audit``, ``report``, ``api``. Every definition is in METRICS.md.
 """

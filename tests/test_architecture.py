@@ -132,7 +132,7 @@ def test_no_circle_for_type_checking_either(package: str) -> None:
 
 ANALYSIS = (
     "arrays", "check", "labels", "price_age", "rows", "stats", "metrics", "rates", "steady",
-    "validity", "fidelity", "cost", "summary", "capacity", "pricing", "compare", "quality", "report", "api",
+    "validity", "fidelity", "cost", "summary", "capacity", "pricing", "compare", "quality", "audit", "report", "api",
 )  # fmt: skip
 """The packages and modules of the analysis from left to right: each imports only those to its left."""
 

@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from harness.audit.asked import AuditOptions
 from harness.cli.output import print_json, print_table, say
-from harness.cli.verb import JSON_OPTION, TRACE_ARGUMENT, Group, takes
+from harness.cli.verb import (
+    ENVIRONMENT,
+    JSON_OPTION,
+    ONE_TRACE_ARGUMENT,
+    TRACE_ARGUMENT,
+    Group,
+    html_option,
+    out_option,
+    resume_option,
+    takes,
+)
 from harness.errors import EXIT_INVALID, EXIT_NOT_DECIDED, EXIT_VALID, UsageError
-from harness.options import ReadOptions
+from harness.option_types import options_of
+from harness.options import (
+    AttainOption,
+    LoadOptions,
+    PlanOptions,
+    ReadOptions,
+    ReplayOptions,
+    ReportOptions,
+    SearchOptions,
+)
 
 if TYPE_CHECKING:
     from harness.checks.lint import Lint, LintRecord
@@ -20,9 +41,76 @@ if TYPE_CHECKING:
 COLUMNS = ("what", "records", "own answer", "another's", "garbage", "constant", "not gradable", "faults")
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _TraceOrVerb(Group):
+    """``harness audit TRACE ...`` is ``harness audit run TRACE ...``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put ``run`` before what is not a verb."""
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help", "--help-all"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_TraceOrVerb, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def audit() -> None:
-    """Can a smaller, quantised or distilled model do the same work, and what does an accepted answer cost then?"""
+    """Can a smaller, quantised or distilled model do the same work, and what does an accepted answer cost then?
+
+    harness audit TRACE --current MODEL@WHERE --candidate MODEL@WHERE --slo ... is short for harness audit run.
+    """
+
+
+ASKED = ("limit", "rate", "seed", "tokenizer", "endpoint")
+SENT = ("output_lengths", "length_field", "min_requests", "workers", "timeout_s", "stall_s", "extra_body", "keep_text",
+        "no_counters", "headers", "header_env", "key_header", "tls_ca")  # fmt: skip
+
+
+@audit.command(
+    short_help="Compare candidates with the current model: quality, load, money, verdict.",
+    epilog=f"""\b
+Examples:
+  harness audit trace.jsonl --current big@https://api.example.com/v1 --list-price big=2.5:10 \\
+    --candidate small@aws-m7a.large --slo ttft_p95=2s,tpot_p95=200ms --margin 2pt
+  harness audit trace.jsonl ... --dry-run
+  harness audit trace.jsonl ... --resume
+
+\b
+Exit status:
+  0  decided, for one candidate at least
+  1  something failed; the message says what
+  2  the command line is wrong
+  3  INVALID: what was measured proves nothing
+  4  the current model misses the SLO, or --fail-if fired
+  5  nothing is decided: the page says how many records are missing
+  130  stopped by Ctrl-C; --resume goes on
+{ENVIRONMENT}""",
+)
+@ONE_TRACE_ARGUMENT
+@takes(AuditOptions, to="want")
+@takes(
+    ReplayOptions,
+    options_of(ReadOptions, "trace_format", "skip_bad", "sort", "where"),
+    options_of(PlanOptions, *ASKED),
+    options_of(LoadOptions, *SENT, slo={"help": "The SLO: ttft_p95=2s,tpot_p95=200ms.", "required": True}),
+    options_of(AttainOption),
+    options_of(ReportOptions, "format_"),
+)
+@takes(SearchOptions, to="search")
+@resume_option("Go on with the audit in FOLDER (default: the newest of TRACE): say the rest of the command again.")
+@out_option("audits", "folders of audits")
+@html_option("the audit")
+def run(
+    trace: Path, out: Path, resume: str | None, html: Path | None, asked: ReplayOptions, want: AuditOptions,
+    search: SearchOptions,
+) -> int:  # fmt: skip
+    """Send the records of TRACE that have a check to every model, grade the answers, load each model with its own
+    answer lengths, and say for each candidate whether it may replace the current model.
+
+    A candidate is switched to when it is not worse by --margin or more, in all and in every slice that matters, when
+    the whole bill is smaller, and when it keeps the SLO. The current model is asked twice: the noise floor.
+    """
+    from harness.cli.runner.audit_run import audited
+
+    return audited(trace, out, resume, html, asked, want, search)
 
 
 @audit.command(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Protocol, TypedDict
 
 from cluster.engines.fake.pacing import Pacer, engine_of
+from cluster.engines.fake.planted import Planted
 
 
 class Body(TypedDict, total=False):
@@ -99,6 +100,7 @@ class Truth:
         self.api_key = os.environ.get("FAKE_SERVER_API_KEY", "")
         self.log = Path(args.log).open("a", buffering=1) if args.log else None  # noqa: SIM115 - lives as long as we do
         self.hosted: bool = args.hosted
+        self.planted = Planted(args.answers, args.die_after)
         self.busy_s: float = args.busy
         self.first_s: float | None = None
         self.running = 0
@@ -179,8 +181,12 @@ class AnswerStream:
         self.stream = bool(body.get("stream"))
         tokens = int(body.get("max_tokens") or body.get("max_completion_tokens") or 16)
         self.tokens = max(1, tokens // 2) if self.fault == "short" or self.truth.hosted else tokens
+        planted = self.truth.planted.answer(body, self.tokens, load=load)
+        self.pieces, ended = planted or ([], False)
+        self.tokens = len(self.pieces) or self.tokens
+        self.finish = "stop" if ended else "length"
         self.prompt_tokens = count_prompt(body)
-        self.ordinary = None if self.fault else self.truth.ordinary[chat]
+        self.ordinary = None if self.fault or self.pieces else self.truth.ordinary[chat]
         self.newline = {"crlf": b"\r\n", "cr": b"\r"}.get(self.fault, b"\n")
         self.sent = 0
         self.chunk_ns: list[int] = []
@@ -231,10 +237,11 @@ class AnswerStream:
         """One token, or what the fault makes of it, with what comes before the first and after the last."""
         fault, out = self.fault, b"" if self.sent else self.opening()
         step = min(2 if fault == "bundle" else 1, self.tokens - self.sent)
+        text = "".join(self.pieces[self.sent : self.sent + step]) or f" t{self.truth.pad}" * step
         self.sent += step
         last = self.sent >= self.tokens
-        finish = None if not last or fault == "no_finish" else 1 if fault == "odd_fields" else "length"
-        out += self.event(said(f" t{self.truth.pad}" * step, self.chat), finish)
+        finish = None if not last or fault == "no_finish" else 1 if fault == "odd_fields" else self.finish
+        out += self.event(said(text, self.chat), finish)
         if self.sent >= 2 and fault in ("stall", "cut", "error_event", "no_finish"):
             if fault == "error_event":
                 out += self.data({"error": {"message": "engine died", "type": "InternalServerError", "code": 500}})
@@ -264,9 +271,9 @@ class AnswerStream:
             if due > self.connection.loop.time():
                 truth.pacer.call_at(due, self)
                 return
-        text = " t" * self.tokens
+        text = "".join(self.pieces) or " t" * self.tokens
         choice = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        answer = {"index": 0, **choice, "finish_reason": "length"}
+        answer = {"index": 0, **choice, "finish_reason": self.finish}
         self.connection.reply(200, {"model": truth.model, "choices": [answer], "usage": self.usage()})
         self.sent = self.tokens
         self.end()

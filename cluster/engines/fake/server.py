@@ -21,6 +21,10 @@ It prints ``ready http://127.0.0.1:PORT/v1`` and serves ``/v1/completions``, ``/
   with a header ``X-Tenant: t1`` and the key in ``api-key``; no list of models, no counters; lengths in
   ``max_completion_tokens``, of which half as many tokens come, and neither ``ignore_eos`` nor a temperature.
 - ``--busy S`` answers 429 with ``Retry-After`` until S seconds after the first request for tokens.
+- ``--answers FILE`` of JSON lines ``{"prompt": TEXT, "answers": [TEXT, ...]}`` plants answers, a word a token: the k-th
+  time that a load sends a prompt it gets the k-th answer, then always the last. ``max_tokens`` caps an answer,
+  ``ignore_eos`` fills it up.
+- ``--die-after N`` ends the process, without a word, when request N + 1 of a load comes.
 - A request body may carry ``"fault"``: one of `cluster.engines.fake.answers.FAULTS`.
 
 Prompt tokens: the number of token ids, or of words in a text. Output tokens: ``max_tokens``, one per chunk.
@@ -164,6 +168,7 @@ class ServerConnection(asyncio.Protocol):
 
     def post(self, path: str, raw: bytes, *, load: bool) -> None:
         """Answer one POST."""
+        truth = self.truth
         try:
             body = json.loads(raw)
         except ValueError:
@@ -174,13 +179,15 @@ class ServerConnection(asyncio.Protocol):
             self.reply(200, {"tokens": [100 + sum(map(ord, w)) % 5000 for w in words], "count": len(words)})
         elif path not in ("/v1/completions", "/v1/chat/completions"):
             self.error(404, "Not Found")
-        elif body.get("model") != self.truth.model:
+        elif body.get("model") != truth.model:
             self.error(404, f"The model `{body.get('model')}` does not exist.")
-        elif refused := self.truth.refused(body):
+        elif refused := truth.refused(body):
             self.error(*refused)
         elif not self.refuse(str(body.get("fault") or "")):
+            if load:
+                truth.planted.count_request()
             self.answer = AnswerStream(self, body, "chat" in path, Socket.came_ns, load=load)
-            self.truth.admit(self.answer)
+            truth.admit(self.answer)
 
     def refuse(self, fault: str) -> bool:
         """Act out a fault that needs no token; false when there is none."""
@@ -242,6 +249,8 @@ def main() -> None:
     parser.add_argument("--pad", type=int, default=0, help="extra bytes per token")
     parser.add_argument("--hosted", action="store_true", help="be as a hosted API is")
     parser.add_argument("--busy", type=float, default=0.0, help="seconds for which it asks to come back later")
+    parser.add_argument("--answers", help="file of planted answers")
+    parser.add_argument("--die-after", type=int, help="requests of a load that it lives for")
     parser.add_argument("--log", help="file for the exact truth, one JSON line per answer")
     args = parser.parse_args()
     if args.max_num_batched_tokens is not None and (args.step is None or args.max_num_batched_tokens < 1):

@@ -1,0 +1,172 @@
+"""Words and tables of an audit: the answer first, then quality, money, slices and claims. No arithmetic."""
+
+from __future__ import annotations
+
+from analysis.audit import AuditReport, CandidateAnswer, ModelRow
+from analysis.quality.claims import Claim
+from analysis.quality.estimate import Bounded
+from analysis.quality.paired import FEWEST_SESSIONS
+from analysis.report.document import Cell, Section, Table
+from analysis.report.figures import figure
+from harness.slo import seconds
+
+
+def audit_sections(report: AuditReport) -> list[Section]:
+    """The whole page."""
+    slo = ", ".join(f"{key} {seconds(limit)}" for key, limit in report.slo.items())
+    asked = (
+        f"{report.graded:,} graded records of {report.trace} in {report.sessions:,} sessions; a candidate may lose "
+        f"{100 * report.margin:g} points; SLO {slo}; {figure(report.requests_per_s)} requests/s."
+    )
+    sections = [Section(title="Audit", lines=(*(answer.sentence for answer in report.answers), asked))]
+    sections += [_quality(report), _money(report)]
+    for answer in report.answers:
+        sections += [_slices(answer), _ratios(answer)]
+    return [*sections, _trust(report)]
+
+
+def _quality(report: AuditReport) -> Section:
+    heads = (
+        "Model", "Accepted", "Difference", "Harmful / helpful", "Tokens per answer", "Cut", "Failed", "Ungraded",
+        "Verdict",
+    )  # fmt: skip
+    rows = []
+    for row, answer in zip(report.models, [None, *report.answers], strict=True):
+        pair = None if answer is None else answer.verdict.paired
+        rows.append((
+            row.name, _points(row.accepted), "-" if answer is None else _points(answer.difference, sign=True),
+            "-" if pair is None else f"{100 * pair.harmful:.1f} / {100 * pair.helpful:.1f} %",
+            _figure(row.output_tokens), _percent(row.cut), _percent(row.failed), _percent(row.ungraded),
+            Cell("today" if answer is None else answer.verdict.word, mark=_mark(answer)),
+        ))  # fmt: skip
+    return Section(
+        title="Quality", table=Table(heads, rows, right=range(1, len(heads) - 1)),
+        notes=("Accepted and difference in points of 100, with 95 % intervals by session; harmful: right before, "
+               "wrong now. A request that the server failed is a rejected answer.",),
+    )  # fmt: skip
+
+
+def _mark(answer: CandidateAnswer | None) -> str | None:
+    if answer is None:
+        return None
+    if answer.verdict.switches:
+        return "good"
+    return "bad" if answer.verdict.word.startswith(("do not", "INVALID")) else "warn"
+
+
+def _money(report: AuditReport) -> Section:
+    heads = (
+        "Model", "USD per 1,000 requests", "USD per 1,000 accepted", "USD per 1M tokens of today's model", "Instances",
+        "Requests/s of one", "SLO",
+    )  # fmt: skip
+    rows = [
+        (
+            row.name, _figure(_thousand(row.usd_per_request)), _figure(_thousand(row.usd_per_accepted)),
+            _figure(row.usd_per_1m), _figure(row.instances), _figure(row.capacity), _met(row),
+        )
+        for row in report.models
+    ]  # fmt: skip
+    notes = [
+        f"Whole instances at {figure(report.requests_per_s)} requests/s, with each model's own answer lengths; "
+        "review and failures as far as they were stated.",
+        *(f"{row.name}: {row.load}" for row in report.models if row.load),
+    ]
+    return Section(title="Money", table=Table(heads, rows), notes=notes)
+
+
+def _met(row: ModelRow) -> str:
+    return "not judged" if row.slo_met is None else "met" if row.slo_met else "missed"
+
+
+def _slices(answer: CandidateAnswer) -> Section:
+    heads = ("Slice", "Share", "Records", "Difference", "State", "Records missing")
+    rows = []
+    for part in answer.verdict.slices:
+        low, high = part.paired.interval()
+        found = Bounded(part.paired.difference, min(low, part.paired.difference), max(high, part.paired.difference))
+        rows.append((
+            part.name, f"{part.share:.0%}", f"{part.paired.n:,}", _points(found, sign=True),
+            Cell(part.state, mark={"worse": "bad", "not worse": "good"}.get(part.state, "quiet")),
+            "-" if part.missing is None else f"{part.missing:,}",
+        ))  # fmt: skip
+    note = "Intervals are not adjusted, states are (Holm over the slices of a candidate)."
+    return Section(
+        title=f"Slices of {answer.verdict.candidate}", table=Table(heads, rows, right=(1, 2, 3, 5)) if rows else None,
+        notes=(note,) if rows else ("None is large enough.",),
+    )  # fmt: skip
+
+
+def _ratios(answer: CandidateAnswer) -> Section:
+    facts: list[tuple[str, object]] = [
+        ("USD per request", _times(answer.usd_per_request)),
+        ("USD per accepted answer", _times(answer.usd_per_accepted)),
+        ("tokens per answer", _times(answer.output_tokens)),
+    ]
+    if answer.depth_slope is not None:
+        facts.append(("points per turn of a conversation", _points(answer.depth_slope, sign=True)))
+    even = answer.break_even
+    if even is not None and even.failure_usd is not None:
+        facts.append(("false above USD per wrong answer", _figure(even.failure_usd)))
+    if even is not None and even.minutes_per_100 is not None:
+        facts.append(("false above review minutes per 100 answers", _figure(even.minutes_per_100)))
+    return Section(
+        title=f"{answer.verdict.candidate} over today's model", facts=(("Ratios", facts),),
+        notes=[_claim(claim) for claim in answer.claims],
+    )  # fmt: skip
+
+
+def _claim(claim: Claim) -> str:
+    return f"{claim.text}: {claim.outcome}"
+
+
+def _trust(report: AuditReport) -> Section:
+    lines = []
+    if report.noise is None:
+        lines.append("Noise floor: not measured.")
+    else:
+        lines.append(
+            f"Noise floor: today's model against itself in another order differs in {report.noise.discordance:.1%} of "
+            f"grades, {_points(report.noise_difference, sign=True)} points."
+        )
+    lines += [
+        f"{answer.verdict.candidate}: differs no more than another run of today's model."
+        for answer in report.answers
+        if answer.like_another_run
+    ]
+    notes = [
+        f"Checks, fixed before anybody was asked: SHA-256 {report.checks_sha256}.",
+        f"Not worse: Tango's score test by session at 2.5 %, Holm over candidates, from {FEWEST_SESSIONS} sessions on.",
+        *report.notes,
+        f"Folder: {report.folder}",
+    ]
+    return Section(title="Trust", lines=lines, notes=notes)
+
+
+def _ends(low: str, high: str) -> str:
+    return f" [{low}, {high}]"
+
+
+def _figure(found: Bounded | None) -> str:
+    if found is None:
+        return "-"
+    given = found.low == found.value == found.high
+    return figure(found.value) + ("" if given else _ends(figure(found.low), figure(found.high)))
+
+
+def _points(found: Bounded | None, *, sign: bool = False) -> str:
+    if found is None:
+        return "-"
+    low, value, high = (f"{100 * x:+.1f}" if sign else f"{100 * x:.1f}" for x in (found.low, found.value, found.high))
+    return value + _ends(low, high)
+
+
+def _times(found: Bounded | None) -> str:
+    return "not measured" if found is None else f"x{found.value:.3g}{_ends(f'{found.low:.3g}', f'{found.high:.3g}')}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def _thousand(found: Bounded | None) -> Bounded | None:
+    return None if found is None else found.times(1000)

@@ -1,0 +1,160 @@
+"""Grades of one pass, a row a record: ``grades.arrow`` in the folder of its run. No text of an answer is in it.
+
+=============  =======  ===============================================================================================
+column         type     meaning
+=============  =======  ===============================================================================================
+record         int64    row of the audit's records
+line           int64    of the trace file
+check_sha256   string   of the check
+accepted       bool     by the check; null: could not be graded. A failure of the server is false: the user saw it
+reason         string   from a closed set (`harness.checks.grade.Reason`), or the error of the request
+gate           bool     what production's own test said; null: the record has none, or it could not be graded
+input_tokens   int32    as the server counted, as all tokens; null when it did not say
+cached_tokens  int32
+output_tokens  int32
+finish_reason  string   as the server said
+ttft_s         double   from when the request was sent; null without a stream
+e2e_s          double   null for a request that failed
+=============  =======  ===============================================================================================
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from harness.audit.records import AuditedRecord
+from harness.checks.grade import Grader
+from harness.errors import ResultsError
+from harness.record.answers import CAPTURED_SCHEMA, read_captured
+from harness.record.manifest import RunDir
+from harness.record.results import iter_results
+from harness.untrusted import open_arrow
+
+FILE = "grades.arrow"
+SCHEMA = pa.schema(
+    [
+        pa.field("record", pa.int64(), nullable=False),
+        pa.field("line", pa.int64(), nullable=False),
+        pa.field("check_sha256", pa.string(), nullable=False),
+        pa.field("accepted", pa.bool_()),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("gate", pa.bool_()),
+        pa.field("input_tokens", pa.int32()),
+        pa.field("cached_tokens", pa.int32()),
+        pa.field("output_tokens", pa.int32()),
+        pa.field("finish_reason", pa.string()),
+        pa.field("ttft_s", pa.float64()),
+        pa.field("e2e_s", pa.float64()),
+    ],
+    metadata={"harness.grades": "1"},
+)
+GONE = ("connect", "cut", "server", "stall", "timeout", "stopped", "unsent")
+"""Errors of a request whose server may be no more."""
+NO_LONGER = 5
+"""So many of them after the last answer, to the end of the pass, and the server was no more."""
+NOT_ASKED = ("unsent", "stopped", "cancelled", "no_history")
+"""Errors of requests that no server answered for: they could not be graded."""
+
+
+def grade_run(run: RunDir, asked: Sequence[AuditedRecord], grader: Grader, *, keep_text: bool) -> None:
+    """Grade the captured answers of a run and delete their text, unless it is to be kept.
+
+    Request k of the run asked ``asked[k]``. Grades that are there already stay. Raises `ResultsError`.
+    """
+    captured = sorted(run.path.glob("answers-*.arrows"))
+    if not (run.path / FILE).exists():
+        texts: dict[int, str | None] = {}
+        for file in captured:
+            table = read_captured(file)
+            texts.update(zip(table.column("request_id").to_pylist(), table.column("text").to_pylist(), strict=True))
+        rows = [_graded(row, asked, texts, grader) for file in run.all_results() for row in _rows(file)]
+        _write(run.path / FILE, pa.Table.from_pylist(rows, SCHEMA).sort_by("record"))
+    if not keep_text:
+        for file in captured:
+            _forget(file)
+
+
+def read_grades(folder: Path) -> pa.Table:
+    """The grades of a run, in order of records. Raises `ResultsError`."""
+    try:
+        with open_arrow(folder / FILE) as source, pa.ipc.open_file(source) as reader:
+            table = reader.read_all()
+    except (OSError, pa.ArrowException) as e:
+        raise ResultsError(f"{folder / FILE}: not a whole file of grades ({e})") from e
+    if not table.schema.equals(SCHEMA):
+        raise ResultsError(f"{folder / FILE}: the columns are not those of grades of this harness")
+    return table
+
+
+def death(run: RunDir) -> str | None:
+    """Why the answers of this run say that its server died, after how many requests; None: they do not."""
+    rows = [row for file in run.all_results() for row in _rows(file)]
+    rows.sort(key=lambda row: int(str(row["finished_ns"] or 0)))
+    good = [k for k, row in enumerate(rows) if row["error"] is None]
+    after = rows[good[-1] + 1 :] if good else rows
+    if not after or any(row["error"] not in GONE for row in after):
+        return None
+    refused = any(row["error"] == "connect" for row in after)
+    if len(after) < NO_LONGER and not refused:
+        return None
+    return f"its server was no more after {len(good):,} of {len(rows):,} answers"
+
+
+def _rows(file: Path) -> list[dict[str, object]]:
+    names = ["request_id", "sent_ns", "chunk_gap_ns", "finished_ns", "input_tokens", "cached_tokens", "output_tokens",
+             "finish_reason", "error"]  # fmt: skip
+    return [row for batch in iter_results(file) for row in batch.select(names).to_pylist()]
+
+
+def _graded(
+    row: Mapping[str, object], asked: Sequence[AuditedRecord], texts: Mapping[int, str | None], grader: Grader
+) -> dict[str, object]:
+    request = int(str(row["request_id"]))
+    record = asked[request]
+    error, sent, finished = row["error"], row["sent_ns"], row["finished_ns"]
+    gaps = row["chunk_gap_ns"]
+    accepted: bool | None
+    gate: bool | None = None
+    if error is not None:
+        accepted, reason = (None if error in NOT_ASKED else False), str(error)
+        gate = False if record.gate is not None and accepted is False else None
+    elif (text := texts.get(request)) is None or record.check is None:
+        accepted, reason = None, "no text"
+    else:
+        found = grader.grade(record.check, text, record.prompt)
+        accepted, reason = found.accepted, found.reason
+        gate = None if record.gate is None else grader.grade(record.gate, text, record.prompt).accepted
+    return {
+        "record": record.row, "line": record.source.line, "check_sha256": record.sha256, "accepted": accepted,
+        "reason": reason, "gate": gate,
+        **{name: row[name] for name in ("input_tokens", "cached_tokens", "output_tokens", "finish_reason")},
+        "ttft_s": gaps[0] / 1e9 if isinstance(gaps, list) and gaps else None,
+        "e2e_s": (finished - sent) / 1e9
+        if error is None and isinstance(finished, int) and isinstance(sent, int) else None,
+    }  # fmt: skip
+
+
+def _forget(file: Path) -> None:
+    """Replace a file of captured answers by one without their text."""
+    table = read_captured(file)
+    if table.column("text").null_count == len(table):
+        return
+    place = table.schema.get_field_index("text")
+    _write(file, table.set_column(place, CAPTURED_SCHEMA.field("text"), pa.nulls(len(table), pa.string())), stream=True)
+
+
+def _write(file: Path, table: pa.Table, *, stream: bool = False) -> None:
+    """In one step, for its owner alone."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
+            schema = CAPTURED_SCHEMA if stream else SCHEMA
+            with (pa.ipc.new_stream if stream else pa.ipc.new_file)(out, schema) as writer:
+                writer.write_table(table.replace_schema_metadata(schema.metadata))
+        temporary.replace(file)
+    except OSError as e:
+        raise ResultsError(f"{file}: cannot write ({e.strerror})") from e

@@ -1,0 +1,156 @@
+"""The records of an audit, and the traces made of them: each pass replays a trace of its own.
+
+The quality pass sends every record once, in an order of its own, with its cap as length: no clock, no session (turns
+carry the recorded history), nothing forced. The load pass sends the trace as it was recorded, with the lengths that the
+model under load gave by itself. Both are private files (0600), as plans are: they hold the prompts of users.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from harness.checks.lint import kind
+from harness.checks.spec import Check, check_sha256, parse_check
+from harness.errors import UsageError
+from harness.trace.formats.jsonl import Line
+from harness.trace.formats.record import TraceRecord
+from harness.trace.io import Trace
+
+_PREFIX = 64
+"""Characters of a beginning that two prompts share."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditedRecord:
+    """One request of the trace, as an audit sees it."""
+
+    row: int
+    """Of the records that are kept, from 0."""
+    source: TraceRecord
+    check: Check | None
+    """None: it has none, and is sent under load alone."""
+    gate: Check | None
+    session: int
+    """The same for records of a session; of its own where the trace names none."""
+
+    @property
+    def prompt(self) -> str:
+        """All that is sent, as text."""
+        if self.source.messages is None:
+            return self.source.text or ""
+        return "\n".join(one["content"] for one in self.source.messages)
+
+    @property
+    def sha256(self) -> str:
+        """Of the check; empty without one."""
+        return "" if self.check is None else check_sha256(self.check)
+
+    @property
+    def kind(self) -> str:
+        """Of the check; empty without one."""
+        return "" if self.check is None else kind(self.check)
+
+
+def read_records(trace: Trace, default: str | None, limit: int | None) -> list[AuditedRecord]:
+    """The first ``limit`` records with their checks. ``default``: check, as JSON, of those that have none.
+
+    Raises `UsageError` with the line of a check that cannot be used, and for records without a prompt.
+    """
+    found: list[AuditedRecord] = []
+    sessions: dict[str, int] = {}
+    for row, source in enumerate(trace):
+        if row == limit:
+            break
+        if source.text is None and source.messages is None:
+            raise UsageError(f"{trace.path}:{source.line}: has no prompt or messages: made-up prompts cannot be graded")
+        try:
+            text = source.check or (default if source.expected else None)
+            check = None if text is None else parse_check(text, source.expected)
+            gate = None if source.gate is None else parse_check(source.gate, source.expected)
+        except UsageError as e:
+            raise UsageError(f"{trace.path}:{source.line}: {e}") from e
+        key = source.session_id if source.session_id is not None else f"\0{row}"
+        session = sessions.setdefault(key, len(sessions))
+        found.append(AuditedRecord(row=row, source=source, check=check, gate=gate, session=session))
+    return found
+
+
+def checks_sha256(records: Iterable[AuditedRecord]) -> str:
+    """Over the check and the gate of every record: what is right is fixed before anybody is asked."""
+    whole = hashlib.sha256()
+    for record in records:
+        gate = "" if record.gate is None else check_sha256(record.gate)
+        whole.update(f"{record.sha256} {gate}\n".encode())
+    return whole.hexdigest()
+
+
+def sampled(records: Sequence[AuditedRecord], most: int, seed: int) -> list[AuditedRecord]:
+    """Whole sessions, drawn by ``seed``, until ``most`` graded records would be passed; in the order of the trace."""
+    sizes: dict[int, int] = {}
+    for record in records:
+        sizes[record.session] = sizes.get(record.session, 0) + (record.check is not None)
+    taken, left = set[int](), most
+    for session in np.random.default_rng(seed).permutation(list(sizes)).tolist():
+        if sizes[session] <= left:
+            taken.add(session)
+            left -= sizes[session]
+    return [record for record in records if record.session in taken]
+
+
+def order(graded: Sequence[AuditedRecord], seed: int, again: int) -> list[AuditedRecord]:
+    """The records in the order in which pass ``again`` (from 1) asks them."""
+    return [graded[k] for k in np.random.default_rng([seed, again]).permutation(len(graded))]
+
+
+def shares_prefix(records: Sequence[AuditedRecord]) -> list[bool]:
+    """Whether the beginning of each prompt is that of another record, too."""
+    heads = [record.prompt[:_PREFIX] for record in records]
+    counts: dict[str, int] = {}
+    for head in heads:
+        counts[head] = counts.get(head, 0) + 1
+    return [counts[head] > 1 for head in heads]
+
+
+def cap(record: AuditedRecord, most: int) -> int:
+    """Tokens that an answer may have: production's own cap, else ``most``."""
+    return record.source.max_tokens or most
+
+
+def write_quality_trace(path: Path, asked: Sequence[AuditedRecord], most: int) -> None:
+    """What the quality pass sends, in the order asked; the planned length is the cap."""
+    _write(path, (_line(record, output_tokens=cap(record, most)) for record in asked))
+
+
+def write_load_trace(path: Path, records: Sequence[AuditedRecord], lengths: Sequence[int]) -> None:
+    """The trace as recorded, with ``lengths``: the output tokens of each record."""
+    _write(
+        path,
+        (
+            _line(
+                record, output_tokens=length, arrival_s=record.source.arrival_s, session_id=record.source.session_id,
+                turn=record.source.turn,
+            )
+            for record, length in zip(records, lengths, strict=True)
+        ),
+    )  # fmt: skip
+
+
+def _line(record: AuditedRecord, **fields: float | str | None) -> Line:
+    said = {"messages": record.source.messages} if record.source.messages else {"prompt": record.source.text}
+    return msgspec.convert({**said, **fields}, Line)
+
+
+def _write(path: Path, lines: Iterable[Line]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
+        for line in lines:
+            given = {name: value for name, value in msgspec.structs.asdict(line).items() if value is not None}
+            out.write(msgspec.json.encode(given) + b"\n")
+    temporary.replace(path)

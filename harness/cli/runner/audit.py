@@ -1,0 +1,234 @@
+"""The passes of an audit, each a sweep in a folder of its own: who is asked, with what, and what is kept of it.
+
+Quality and load are apart (grading under overload grades timeouts); load is sent with the lengths that quality found.
+Every pass salts the prefix cache anew, since all send the same prompts. A pass that is whole is not done again.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from harness.audit.asked import AuditOptions
+from harness.audit.grades import FILE, death, grade_run, read_grades
+from harness.audit.records import AuditedRecord, order, write_load_trace, write_quality_trace
+from harness.checks.grade import Grader
+from harness.cli import sweep
+from harness.cli.output import as_json, say
+from harness.cli.runner.capacity import CapacityReport, CapacitySession
+from harness.cli.runner.sweep import Session
+from harness.cli.runner.targets import Target
+from harness.errors import HarnessError
+from harness.options import PlanOptions, ReplayOptions, ReportOptions, SearchOptions
+from harness.record.manifest import PRIVATE, RunDir, Tier
+from harness.record.run_spec import DEFAULTS
+from harness.sweep.spec import Loads, Pair, Point, SweepSpec, slug
+from harness.sweep.state import ANSWER, STATE, SweepState, read_state, write_state
+from harness.trace.io import Trace, open_asked
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from analysis.rows.read import Run
+    from analysis.summary import Summary
+
+BROKEN = frozenset({"status", "files", "rows", "success", "workers", "replicas", "server_restarts"})
+"""Gates of a run without which its answers are not those of the model; the others are about times."""
+UNKNOWN_TOKENS = 16
+"""Length of an answer where no model said one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityPass:
+    """One model asked every graded record once."""
+
+    problem: str | None
+    """Why it proves nothing; None: it is whole."""
+    grades: pa.Table | None
+    """None: there are none."""
+    evidence: str | None = None
+    """As the manifest has it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadPass:
+    """One model under load."""
+
+    slo_met: bool | None
+    """None: not judged."""
+    rate: float | None = None
+    """Requests/s that one server carries at the SLO: measured, or with one load level the one that it kept."""
+    low: float | None = None
+    high: float | None = None
+    """Ends of its interval; None: nothing bounds it there."""
+    searched: bool = False
+    """It is a capacity; else only what was sent."""
+    tier: Tier | None = None
+    words: str = ""
+    figures: Mapping[str, float | None] | None = None
+    """Of the one load level, as `Point.figures`."""
+
+
+class Salted(Session):
+    """A session whose points all send the same prompts, to a prefix cache that must know none of them."""
+
+    def _options(self, point: Point) -> ReplayOptions:
+        options = super()._options(point)
+        if options.load.length_field != DEFAULTS.length_field:
+            return options  # a hosted API, which refuses what it does not know
+        salt = {"cache_salt": secrets.token_hex(16)}
+        return replace(options, load=replace(options.load, extra_body={**salt, **options.load.extra_body}))
+
+
+class QualitySession(Salted):
+    """Every model asks the graded records once, the current one twice; each pass in another order."""
+
+    def __init__(
+        self, folder: Path, state: SweepState, options: ReplayOptions, orders: Sequence[Sequence[AuditedRecord]],
+        traces: Sequence[Trace], grader: Grader, *, keep_text: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(folder, state, options, traces[0], sweep.check(state.spec, options))
+        self._orders, self._traces, self._grader, self._keep_text = orders, traces, grader, keep_text
+
+    def make_plans(self, target: Target, points: list[Point]) -> None:
+        """Each point's plan from the trace in its own order."""
+        for point in points:
+            self.trace = self._traces[point.repeat - 1]
+            super().make_plans(target, [point])
+
+    def learn(self, point: Point, run: Run, found: Summary) -> None:
+        """Grade the answers and forget their text."""
+        grade_run(RunDir(run.path), self._orders[point.repeat - 1], self._grader, keep_text=self._keep_text)
+
+
+class LoadSession(Salted):
+    """One model at one load level."""
+
+
+class CapacityOf(Salted, CapacitySession):
+    """The search for one model's capacity."""
+
+
+def quality(
+    folder: Path, want: AuditOptions, asked: ReplayOptions, graded: Sequence[AuditedRecord], seed: int, grader: Grader
+) -> list[list[QualityPass]]:
+    """The quality pass of each model, the current one first with two of them. Raises what a sweep does."""
+    passes = 2
+    orders = [order(graded, seed, again) for again in range(1, passes + 1)]
+    traces = []
+    for again, one in enumerate(orders, 1):
+        path = folder / "traces" / f"order-{again}.jsonl"
+        write_quality_trace(path, one, want.max_answer)
+        traces.append(open_asked(path, PlanOptions(trace_format="jsonl")))
+    spec = SweepSpec(
+        trace=str(traces[0].path), loads=Loads(concurrency=[want.in_flight]), pair=want.models, repeats=passes,
+        order="given", seed=seed, options={"lengths": "cap"},
+    )  # fmt: skip
+    state = sweep.new_state("quality", folder, spec)
+    state.points = [point for point in state.points if point.pair == 0 or point.repeat == 1]
+    state = _begun(folder / "quality", state, traces[0])
+    load = replace(
+        asked.load, output_lengths="cap", keep_text=True, slo=None, min_requests=1, concurrency=None,
+    )  # fmt: skip
+    plan = PlanOptions(endpoint=asked.plan.endpoint, tokenizer=asked.plan.tokenizer)
+    options = ReplayOptions(plan=plan, load=load, report=ReportOptions())
+    session = QualitySession(
+        folder / "quality", state, options, orders, traces, grader, keep_text=asked.load.keep_text
+    )  # fmt: skip
+    session.run()
+    return [[_passed(session.folder, p) for p in state.points if p.pair == k] for k in range(len(state.pairs))]
+
+
+def _passed(folder: Path, point: Point) -> QualityPass:
+    from analysis.rows.read import read_run
+    from analysis.summary import summarise
+
+    path = folder / point.name
+    if point.state != "done" or not (path / FILE).exists():
+        return QualityPass(problem=point.reason or "its quality pass has no answers", grades=None)
+    run = read_run(path)
+    failed = [c for c in summarise(run).checks if c.gate and c.ok is False and c.name in BROKEN]
+    problem = death(RunDir(path)) or ("; ".join(f"{c.name}: {c.observed}" for c in failed) or None)
+    return QualityPass(problem=problem, grades=read_grades(path), evidence=run.manifest.evidence)
+
+
+def load(
+    folder: Path, number: int, pair: Pair, asked: ReplayOptions, records: Sequence[AuditedRecord],
+    lengths: Mapping[int, int],
+    *, rate: float, search: SearchOptions | None, seed: int,
+) -> LoadPass:  # fmt: skip
+    """The load pass of one model with its own answer lengths, by row of the record.
+
+    ``search``: for capacity; None: one level at ``rate``. Records that were not graded take the lengths of others.
+    """
+    path = folder / "traces" / f"load-{number}.jsonl"
+    known = [max(1, one) for one in lengths.values()] or [UNKNOWN_TOKENS]
+    drawn = np.random.default_rng(seed).choice(known, len(records)).tolist()
+    write_load_trace(path, records, [max(1, lengths.get(r.row, d)) for r, d in zip(records, drawn, strict=True)])
+    trace = open_asked(path, PlanOptions(trace_format="jsonl"))
+    timed = records[0].source.arrival_s is not None
+    plan = PlanOptions(
+        endpoint=asked.plan.endpoint, tokenizer=asked.plan.tokenizer, arrivals=None if timed else "poisson", seed=seed
+    )
+    options = replace(asked, plan=plan, load=replace(asked.load, keep_text=False, capture_answers=False))
+    where = folder / f"load-{number}-{slug(pair.name)}"
+    spec = SweepSpec(
+        trace=str(path), loads=Loads(request_rate=[rate]) if search is None else Loads(concurrency=[1]), pair=[pair],
+        order="given", seed=seed, options={} if search is None else {"search": "capacity", "probe_s": search.probe_s},
+        budget_usd=search.max_usd if search else None, budget_hours=search.max_hours if search else None,
+    )  # fmt: skip
+    state = _begun(where, sweep.new_state(where.name, folder, spec, search=search is not None), trace)
+    tiers = sweep.check(spec, options)
+    if search is not None:
+        session = CapacityOf(where, state, options, trace, tiers, search)
+        session.run()
+        report = session.report()
+        (where / ANSWER).write_bytes(as_json(report))
+        return _searched(report, tiers[0])
+    LoadSession(where, state, options, trace, tiers).run()
+    return _level(state.points[0], tiers[0], rate)
+
+
+def _level(point: Point, tier: Tier | None, rate: float) -> LoadPass:
+    judged = point.slo_met if point.state == "done" and point.verdict == "VALID" else None
+    words = f"{rate:.4g} req/s: {point.verdict or point.state}"
+    if point.reason:
+        words += f" ({point.reason[:200]})"
+    kept = rate if judged else None
+    return LoadPass(slo_met=judged, rate=kept, low=kept, high=kept, tier=tier, words=words, figures=point.figures)
+
+
+def _searched(report: CapacityReport, tier: Tier | None) -> LoadPass:
+    found = report.answer.capacity if report.answer is not None else None
+    if found is None or found.state == "unknown":
+        return LoadPass(slo_met=None, tier=tier, words=report.sentence, searched=True)
+    met = found.state != "not reached"
+    rate = (found.load.low if found.load.value is None else found.load.value) if met else None
+    return LoadPass(
+        slo_met=met, rate=rate, low=found.load.low, high=found.load.high, searched=True, tier=tier,
+        words=report.sentence,
+    )  # fmt: skip
+
+
+def _begun(folder: Path, fresh: SweepState, trace: Trace) -> SweepState:
+    """The state in the folder, if it was begun with the same words, else the fresh one, written there."""
+    if (folder / STATE).is_file():
+        state = read_state(folder)
+        sweep.take_over(state, fresh.spec, folder)
+    else:
+        folder.mkdir(mode=PRIVATE, exist_ok=True)
+        state = fresh
+    sweep.same_trace(state, trace.sha256, trace.path)
+    write_state(folder, state)
+    return state
+
+
+def tried(words: str, problem: HarnessError) -> LoadPass:
+    """A load pass that could not be done."""
+    say(f"{words}: {problem}")
+    return LoadPass(slo_met=None, words=str(problem).splitlines()[0])

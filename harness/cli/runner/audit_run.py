@@ -1,0 +1,326 @@
+"""An audit from its command line to its page: what is asked is written down, then every pass, then the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.audit.asked import (
+    QUICK_RECORDS,
+    SCHEMA_VERSION,
+    STATE,
+    AuditOptions,
+    AuditState,
+    parse_price,
+)
+from harness.audit.records import AuditedRecord, cap, checks_sha256, read_records, sampled, shares_prefix
+from harness.checks.grade import Grader
+from harness.checks.lint import LintRecord, lint
+from harness.checks.sandbox import LinuxSandbox, refusal
+from harness.cli.output import as_json, present, print_json, print_table, say
+from harness.cli.runner.audit import LoadPass, QualityPass, load, quality, tried
+from harness.cli.verb import NEWEST
+from harness.errors import (
+    EXIT_INVALID,
+    EXIT_NOT_DECIDED,
+    EXIT_SLO_MISSED,
+    EXIT_VALID,
+    HarnessError,
+    UsageError,
+)
+from harness.options import ReplayOptions, SearchOptions
+from harness.record.manifest import PRIVATE, create_run_dir, now_utc, read_json, write_json
+from harness.sweep.cost import BETWEEN_S, ITL_S, start_s, usd_per_hour
+from harness.sweep.spec import Pair
+from harness.sweep.state import lock
+from harness.trace.io import Trace, open_asked
+
+if TYPE_CHECKING:
+    from analysis.audit import AuditReport, MeasuredModel, TokenPrice
+    from analysis.quality.bill import Stated
+    from analysis.quality.slices import RecordFacts
+
+REPORT = "report.json"
+PROBES = 8
+"""Probes that a search for capacity is assumed to take."""
+CANDIDATE_PSI = (0.05, 0.1, 0.2)
+"""Shares of grades that may differ between two models, for which the power is told."""
+
+
+def audited(
+    trace: Path, out: Path, resume: str | None, html: Path | None, asked: ReplayOptions, want: AuditOptions,
+    search: SearchOptions,
+) -> int:  # fmt: skip
+    """All of ``harness audit``; the exit status."""
+    models, seed = want.models, asked.plan.seed or 0
+    prices = _prices(want, models)
+    if want.run_code and (why := refusal()) is not None:
+        raise UsageError(f"--run-code: this machine cannot make the sandbox ({why})")
+    source = open_asked(trace, asked.plan)
+    records = read_records(source, want.check, asked.plan.limit)
+    rate = asked.plan.rate or _rate(source, records)
+    if want.quick:
+        records = sampled(records, QUICK_RECORDS, seed)
+    graded = [record for record in records if record.check is not None]
+    if not graded:
+        say(f"{source.path}: quality not measured: no record has a check (or 'expected', with --check)")
+        return EXIT_NOT_DECIDED
+    if want.dry_run:
+        return _dry_run(graded, want, models, asked, search, rate)
+    state = AuditState(
+        created=now_utc(), trace=str(source.path), trace_sha256=source.sha256, checks_sha256=checks_sha256(records),
+        models=[want.current, *want.candidates], margin=want.margin, slo=dict(asked.load.slo or {}),
+        records=len(records), seed=seed, asked=_asked(asked, want, search, rate),
+    )  # fmt: skip
+    folder = _folder(out, trace, resume, state)
+    grader = Grader(sandbox=LinuxSandbox() if want.run_code else None)
+    with lock(folder):
+        say(f"audit folder: {folder}")
+        (folder / "traces").mkdir(mode=PRIVATE, exist_ok=True)
+        try:
+            passes = quality(folder, want, asked, graded, seed, grader)
+            loads = [
+                _load(folder, k, models, passes, asked, records, None if want.quick else search, rate, seed)
+                for k in range(len(models))
+            ]
+        except (HarnessError, KeyboardInterrupt):
+            say(f"go on with the same command and --resume {folder}")
+            raise
+        report = _report(folder, state, want, graded, passes, loads, prices, rate)
+        (folder / REPORT).write_bytes(as_json(report))
+    from analysis.report.audit import audit_sections
+
+    present(report, audit_sections(report), asked.report.format_, html=html, verb="audit")
+    return _exit(report, want)
+
+
+def _prices(want: AuditOptions, models: Sequence[Pair]) -> dict[str, TokenPrice]:
+    """List prices by model: stated, else of the shipped map where it has the very name."""
+    from analysis.audit import TokenPrice
+    from analysis.pricing.list_prices import read_list_prices
+
+    known = read_list_prices().prices
+    found = {
+        one.model: TokenPrice(input=p.usd_per_1m_input, output=p.usd_per_1m_output, cached=p.usd_per_1m_cached_input)
+        for one in models
+        if one.model is not None and (p := known.get(one.model)) is not None
+    }
+    for text in want.list_prices:
+        name, into, output, cached = parse_price(text)
+        if name not in [one.model for one in models]:
+            raise UsageError(f"--list-price {text}: {name} is neither --current nor a --candidate")
+        found[name] = TokenPrice(input=into, output=output, cached=cached)
+    return found
+
+
+def _rate(source: Trace, records: Sequence[AuditedRecord]) -> float:
+    times = [record.source.arrival_s for record in records]
+    if not times or times[0] is None or times[-1] is None or times[-1] <= times[0]:
+        raise UsageError(f"{source.path}: has no arrival times, so its volume is not known: say --rate, in requests/s")
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
+def _asked(asked: ReplayOptions, want: AuditOptions, search: SearchOptions, rate: float) -> dict[str, object]:
+    """What changes a figure, as it comes back from a file."""
+    import msgspec
+
+    money = ("wage", "review_minutes", "review_share", "failure_usd", "engineering_hours", "months", "list_prices")
+    own = {name: value for name, value in asdict(want).items() if name not in (*money, "fail_if", "dry_run")}
+    sent = {name: getattr(asked.load, name) for name in ("output_lengths", "length_field", "extra_body", "keep_text")}
+    said = {**own, **sent, "rate": rate, "attain": asked.report.attain, "probe_s": search.probe_s}
+    found: dict[str, object] = msgspec.json.decode(msgspec.json.encode(said, enc_hook=str))
+    return found
+
+
+def _folder(out: Path, trace: Path, resume: str | None, state: AuditState) -> Path:
+    """A new folder with its ``audit.json``, or the one to go on with. Raises `UsageError` for another question."""
+    name = f"audit-{trace.name.split('.')[0]}"
+    if resume is None:
+        folder = create_run_dir(out, name).path
+        write_json(folder / STATE, state)
+        return folder
+    found = sorted(path.parent for path in out.glob(f"*-{name}*/{STATE}")) if resume == NEWEST else [Path(resume)]
+    if not found:
+        raise UsageError(f"{out}: no audit of {trace} to resume: leave --resume out, or say --resume FOLDER")
+    before = read_json(found[-1] / STATE, AuditState, SCHEMA_VERSION, "folder of an audit")
+    fresh = replace(state, created=before.created, trace=before.trace)
+    if fresh != before:
+        changed = [name for name, value in asdict(fresh).items() if value != asdict(before)[name]]
+        raise UsageError(f"{found[-1]}: was asked something else: {', '.join(changed)} differ; begin anew")
+    return found[-1]
+
+
+def _load(
+    folder: Path, k: int, models: Sequence[Pair], passes: Sequence[Sequence[QualityPass]], asked: ReplayOptions,
+    records: Sequence[AuditedRecord], search: SearchOptions | None, rate: float, seed: int,
+) -> LoadPass:  # fmt: skip
+    """The load pass of model ``k``; a search where it has a tier and one is asked for."""
+    found = passes[k][0]
+    if passes[0][0].problem or found.problem or found.grades is None:
+        return LoadPass(slo_met=None, words="not loaded")
+    rows, tokens = (found.grades.column(name).to_pylist() for name in ("record", "output_tokens"))
+    lengths = {row: length for row, length in zip(rows, tokens, strict=True) if length is not None}
+    say(f"load: {models[k].name}")
+    try:
+        return load(
+            folder, k, models[k], asked, records, lengths, rate=rate, search=search if models[k].tier else None,
+            seed=seed,
+        )  # fmt: skip
+    except UsageError:
+        raise
+    except HarnessError as e:
+        return tried(models[k].name, e)
+
+
+def _report(
+    folder: Path, state: AuditState, want: AuditOptions, graded: Sequence[AuditedRecord],
+    passes: Sequence[Sequence[QualityPass]],
+    loads: Sequence[LoadPass], prices: Mapping[str, TokenPrice], rate: float,
+) -> AuditReport:  # fmt: skip
+    from analysis.audit import audit_report
+
+    found = lint((_for_lint(record) for record in graded), Grader(), want.check)
+    blind = frozenset(group.name for group in found.groups if "a constant answer passes" in group.faults)
+    notes = [f"The checks are not sound: {g.name}: {', '.join(g.faults)}." for g in found.groups if g.faults]
+    uncapped = sum(record.source.max_tokens is None for record in graded)
+    if uncapped:
+        notes.append(f"{uncapped:,} records have no max_tokens: their answers were cut at {want.max_answer}.")
+    if want.quick:
+        notes.append("--quick: one load level for each model, so no capacity is claimed.")
+    if len({record.session for record in graded}) == len(graded):
+        notes.append("No session has two records: each counts as a session of its own.")
+    measured = [
+        _measured(pair, several, loaded, prices)
+        for pair, several, loaded in zip(want.models, passes, loads, strict=True)
+    ]
+    return audit_report(
+        _facts(graded, passes[0][0]), measured, margin=state.margin, slo=state.slo, requests_per_s=rate,
+        stated=_stated(want), unmeasurable=blind, made=now_utc(), folder=str(folder), trace=Path(state.trace).name,
+        records=state.records, checks_sha256=state.checks_sha256, notes=notes,
+    )  # fmt: skip
+
+
+def _for_lint(record: AuditedRecord) -> LintRecord:
+    source = record.source
+    return LintRecord(
+        line=source.line, check=source.check, gate=source.gate, expected=source.expected, answer=source.answer,
+        prompt=record.prompt, tags=source.tags or (),
+    )  # fmt: skip
+
+
+def _measured(
+    pair: Pair, passes: Sequence[QualityPass], loaded: LoadPass, prices: Mapping[str, TokenPrice]
+) -> MeasuredModel:
+    from analysis.audit import MeasuredModel
+    from analysis.quality.bill import Rented
+    from analysis.quality.estimate import Bounded
+
+    first, again = passes[0], passes[1] if len(passes) > 1 else None
+    fleet = None
+    if loaded.tier is not None and loaded.rate is not None:
+        ends = (min(loaded.low or 0.0, loaded.rate), max(loaded.high or float("inf"), loaded.rate))
+        fleet = Rented(usd_per_hour=loaded.tier.usd_per_hour, capacity=Bounded(loaded.rate, *ends))
+    return MeasuredModel(
+        name=pair.name, grades=first.grades, again=None if again is None or again.problem else again.grades,
+        problem=first.problem, evidence="simulated" if first.evidence == "simulated" else "measured",
+        slo_met=loaded.slo_met, price=None if pair.tier else prices.get(pair.model or ""), fleet=fleet,
+        capacity_searched=loaded.searched, load=loaded.words,
+    )  # fmt: skip
+
+
+def _facts(graded: Sequence[AuditedRecord], first: QualityPass) -> RecordFacts:
+    import numpy as np
+
+    from analysis.quality.slices import RecordFacts
+
+    turns: dict[int, int] = {}
+    turn = []
+    for record in graded:
+        turns[record.session] = turns.get(record.session, 0) + 1
+        turn.append(turns[record.session])
+    tokens = [None] * len(graded) if first.grades is None else first.grades.column("input_tokens").to_pylist()
+    return RecordFacts(
+        tags=[dict(record.source.tags or ()) for record in graded], kinds=[record.kind for record in graded],
+        input_tokens=np.array([np.nan if n is None else n for n in tokens], np.float64),
+        turn=np.array(turn, np.int64), shares_prefix=np.array(shares_prefix(graded), np.bool_),
+        session=np.array([record.session for record in graded], np.int64),
+        weight=np.array([record.source.weight or 1.0 for record in graded], np.float64),
+    )  # fmt: skip
+
+
+def _stated(want: AuditOptions) -> Stated:
+    from analysis.quality.bill import Stated
+
+    return Stated(
+        wage_usd_per_hour=want.wage, review_minutes=want.review_minutes, review_share=want.review_share,
+        failure_usd=want.failure_usd, engineering_hours=want.engineering_hours or 0.0, months=want.months,
+    )  # fmt: skip
+
+
+def _exit(report: AuditReport, want: AuditOptions) -> int:
+    words = [answer.verdict.word for answer in report.answers]
+    if report.models[0].slo_met is False:
+        return EXIT_SLO_MISSED
+    if report.models[0].problem is not None or all(word == "INVALID" for word in words):
+        return EXIT_INVALID
+    if want.fail_if == "not-switch" and not any(answer.verdict.switches for answer in report.answers):
+        return EXIT_SLO_MISSED
+    open_ = ("not decided", "quality not measured")
+    if any(word not in (*open_, "INVALID") for word in words):
+        return EXIT_VALID
+    return EXIT_INVALID if "INVALID" in words else EXIT_NOT_DECIDED
+
+
+def _dry_run(
+    graded: Sequence[AuditedRecord], want: AuditOptions, models: Sequence[Pair], asked: ReplayOptions,
+    search: SearchOptions,
+    rate: float,
+) -> int:  # fmt: skip
+    """What would be asked, how long that takes and what it costs, and what so many records can prove."""
+    from analysis.quality.paired import ALPHA
+    from analysis.quality.power import provable_margin, records_needed
+    from cluster.catalogue.tiers import get_tier
+
+    n, sessions = len(graded), len({record.session for record in graded})
+    tokens = sum(cap(record, want.max_answer) for record in graded)
+    rows: list[dict[str, object]] = []
+    for k, pair in enumerate(models):
+        tier = get_tier(pair.tier) if pair.tier else None
+        searched = tier is not None and not want.quick
+        load_s = PROBES * (search.probe_s + BETWEEN_S) if searched else n / rate + BETWEEN_S
+        passes = 2 if k == 0 else 1
+        hours = (2 * start_s(pair, tier) + passes * (tokens * ITL_S / want.in_flight + BETWEEN_S) + load_s) / 3600
+        usd = hours * usd_per_hour(pair, tier) if tier else None
+        rows.append({"model": pair.name, "requests": passes * n, "hours": hours, "usd": usd})
+    alpha = ALPHA / max(1, len(models) - 1)
+    power = [
+        {
+            "discordance": psi, "provable_margin": provable_margin(n, psi, alpha=alpha, sessions=sessions),
+            "records_needed": records_needed(psi, want.margin, alpha=alpha, per_session=n / sessions),
+        }
+        for psi in CANDIDATE_PSI
+    ]  # fmt: skip
+    if asked.report.format_ == "json":
+        print_json({
+            "schema": "harness.audit-plan/1", "records": n, "sessions": sessions, "margin": want.margin,
+            "models": rows, "power": power,
+        })  # fmt: skip
+        return EXIT_VALID
+    print_table(
+        ("model", "graded requests", "about hours", "USD"),
+        [(str(row["model"]), f"{row['requests']:,}", f"{row['hours']:.2f}",
+          "-" if row["usd"] is None else f"{row['usd']:.4f}") for row in rows],
+    )  # fmt: skip
+    print(f"{n:,} graded records in {sessions:,} sessions. Where both models are equally good, with 80 % power:")
+    for one in power:
+        margin = one["provable_margin"]
+        proves = "prove no margin" if margin is None else f"prove a margin of {100 * margin:.1f} points"
+        print(
+            f"  {100 * (one['discordance'] or 0):g} % of grades differ: {n:,} records {proves}; "
+            f"{100 * want.margin:g} points need about {one['records_needed']:,}"
+        )
+    print("Records of a session that are alike are worth less: the audit measures by how much. Hours assume "
+          f"{1 / ITL_S:.0f} tokens/s per request and answers as long as their caps.")  # fmt: skip
+    return EXIT_VALID
