@@ -29,7 +29,7 @@ from harness.cli.select_runs import sides_of_sweep
 from harness.cli.sweep import sweep
 from harness.errors import HarnessError, ResultsError, ServerError, UsageError
 from harness.plan.file import plan_sha256, read_plan_columns
-from harness.record.manifest import Restart, RunDir, read_manifest
+from harness.record.manifest import Restart, RunDir, RunManifest, read_manifest
 from harness.server import warmup
 from harness.sweep import cost as sweep_cost
 from harness.sweep.state import SweepState, read_state, verify
@@ -424,6 +424,26 @@ def test_points_share_servers_and_a_dead_server_is_replaced(
     assert "exit code 9" in (state.points[0].reason or "")
     assert len(state.rentals) == 2
     assert all(r.ended_s for r in state.rentals)
+
+
+def test_a_server_that_dies_in_a_run_ends_that_point_alone(
+    fake_server: StartServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = fake_server("--ttft", "0.002", "--itl", "0.001")
+    execute, ended = sweep_run.execute_point, list[RunManifest]()
+
+    def dying(*args: Any, **more: Any) -> RunManifest:
+        manifest = execute(*args, **more)
+        if not ended:
+            manifest.status, manifest.reason = "stopped", "replica 0 is gone: exit code 9"
+        ended.append(manifest)
+        return manifest
+
+    monkeypatch.setattr(sweep_run, "execute_point", dying)
+    assert run(write_sweep(tmp_path, server.url), "--out", tmp_path / "sweeps").return_value == 1
+    first, second = read_state(folder_of(tmp_path / "sweeps")).points
+    assert (first.state, second.state) == ("failed", "done"), "a budget that nobody set is not spent"
+    assert first.reason == "replica 0 is gone: exit code 9"
 
 
 def test_points_after_a_restart_wait_for_it_and_are_marked(

@@ -166,18 +166,19 @@ class Session:
             copy_plan(self.folder / "plans" / point.plan, run.plan)
             point.state, point.reason = "running", None
             self.write()
-            began = time.monotonic()
+            began, deadline = time.monotonic(), self._deadline(point)
             manifest = execute_point(
-                run, servers, self._options(point), stop=stop, deadline=self._deadline(point),
-                lost=self.lost_when(point), tell=self.tell_once, warm=True,
+                run, servers, self._options(point), stop=stop, deadline=deadline, lost=self.lost_when(point),
+                tell=self.tell_once, warm=True,
             )  # fmt: skip
             point.took_s = time.monotonic() - began
             if stop.asked:
                 raise KeyboardInterrupt
-            if manifest.status == "stopped" and not manifest.lost:
+            broken_off = manifest.status == "stopped" and not manifest.lost
+            if broken_off and deadline is not None and time.monotonic() >= deadline.at_s:
                 self.end(point, "failed", f"budget: {manifest.reason}; the rows this far are kept")
                 self._skip_rest()
-            elif manifest.status == "lost":
+            elif broken_off or manifest.status == "lost":
                 self.end(point, "failed", manifest.reason)
             else:
                 problem = self.judge(point)
