@@ -5,6 +5,7 @@ All that decides is in `analysis.quality`; here its inputs are put together from
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +28,7 @@ from analysis.quality.bill import (
     serve,
 )
 from analysis.quality.claims import Claim, usual_claims
-from analysis.quality.estimate import Bounded, mean, ratio
+from analysis.quality.estimate import Bounded, given, mean, ratio
 from analysis.quality.paired import ALPHA, Paired, like_another_run, paired
 from analysis.quality.slices import RecordFacts, depth_slope, slices
 from analysis.quality.verdict import AuditVerdict, CandidateModel, Evidence, GradedRecords, decide
@@ -82,11 +83,14 @@ class ModelRow:
     usd_per_request: Bounded | None
     """Of calls, or of whole instances at the trace's volume; with what the user stated of review and failures."""
     usd_per_accepted: Bounded | None
+    usd_per_request_full: Bounded | None
+    """Of an instance that is as full as the SLO allows: what the next request costs. None: no capacity was searched."""
+    usd_per_accepted_full: Bounded | None
     usd_per_1m: Bounded | None
     """Per 1M tokens of the *current* model for the same requests: tokenizers differ."""
     instances: Bounded | None
     capacity: Bounded | None
-    """Requests/s of one instance; with one load level what it was sent and kept, which is not its capacity."""
+    """Requests/s of one instance at the SLO; None: not searched."""
     slo_met: bool | None
     load: str
     problem: str | None
@@ -261,7 +265,8 @@ def _row(one: MeasuredModel, side: _Side, stated: Stated, facts: RecordFacts, ra
     session, weight, table = facts.session, facts.weight, one.grades
     row = ModelRow(
         name=one.name, accepted=None, ungraded=None, failed=None, cut=None, output_tokens=None, usd_per_request=None,
-        usd_per_accepted=None, usd_per_1m=None, instances=None, capacity=one.fleet.capacity if one.fleet else None,
+        usd_per_accepted=None, usd_per_request_full=None, usd_per_accepted_full=None, usd_per_1m=None, instances=None,
+        capacity=one.fleet.capacity if one.fleet and one.capacity_searched else None,
         slo_met=one.slo_met, load=one.load, problem=one.problem,
     )  # fmt: skip
     if table is None or side.grades is None:
@@ -280,11 +285,18 @@ def _row(one: MeasuredModel, side: _Side, stated: Stated, facts: RecordFacts, ra
         return replace(row, usd_per_request=found.per_request, usd_per_accepted=found.per_accepted)
     instances = one.fleet.instances(rate)
     rent = instances.times(one.fleet.usd_per_hour / (rate * 3600))
-    whole = rent + _not_below_0(found.per_request)
+    extra = _not_below_0(found.per_request)
+    whole, full = rent + extra, None
+    if one.capacity_searched and (hour := given(one.fleet.usd_per_hour / 3600).over(one.fleet.capacity)) is not None:
+        full = hour + extra
     return replace(
-        row, instances=instances, usd_per_request=whole,
-        usd_per_accepted=None if row.accepted is None else whole.over(row.accepted),
+        row, instances=instances, usd_per_request=whole, usd_per_accepted=_over(whole, row.accepted),
+        usd_per_request_full=full, usd_per_accepted_full=_over(full, row.accepted),
     )  # fmt: skip
+
+
+def _over(usd: Bounded | None, accepted: Bounded | None) -> Bounded | None:
+    return None if usd is None or accepted is None else usd.over(accepted)
 
 
 def _not_below_0(found: Bounded) -> Bounded:
@@ -340,9 +352,23 @@ def _answer(
         usd_per_accepted=per_accepted, output_tokens=tokens,
         like_another_run=None if pair is None or again is None else like_another_run(pair, again), depth_slope=slope,
         claims=usual_claims(results, whole, False if worse else proven or None),
-        break_even=None if costs is None or costs.current.fleet or costs.candidate.fleet
-        else break_even(costs.current.served, costs.candidate.served, costs.stated, session, weight),
+        break_even=None if costs is None else _break_even(costs),
     )  # fmt: skip
+
+
+def _break_even(costs: Costs) -> BreakEven | None:
+    """With the rent of whole instances by request, of both at the end that saves less; None where that has none."""
+    sides = []
+    for model, dearer in ((costs.current, False), (costs.candidate, True)):
+        usd = 0.0
+        if model.fleet is not None:
+            instances = model.fleet.instances(costs.requests_per_s)
+            usd = (instances.high if dearer else instances.low) * model.fleet.usd_per_hour / 3600
+            usd /= costs.requests_per_s
+        if not math.isfinite(usd):
+            return None
+        sides.append(replace(model.served, usd=model.served.usd + usd))
+    return break_even(sides[0], sides[1], costs.stated, costs.session, costs.weight)
 
 
 def _per_accepted(costs: Costs, session: Ints, weight: Floats) -> Bounded | None:

@@ -57,18 +57,19 @@ def _mark(answer: CandidateAnswer | None) -> str | None:
 def _money(report: AuditReport) -> Section:
     heads = (
         "Model", "USD per 1,000 requests", "USD per 1,000 accepted", "USD per 1M tokens of today's model", "Instances",
-        "Requests/s of one", "SLO",
+        "Requests/s of one", "USD per 1,000 requests when full", "USD per 1,000 accepted when full", "SLO",
     )  # fmt: skip
     rows = [
         (
             row.name, _figure(_thousand(row.usd_per_request)), _figure(_thousand(row.usd_per_accepted)),
-            _figure(row.usd_per_1m), _figure(row.instances), _figure(row.capacity), _met(row),
+            _figure(row.usd_per_1m), _figure(row.instances), _figure(row.capacity),
+            _figure(_thousand(row.usd_per_request_full)), _figure(_thousand(row.usd_per_accepted_full)), _met(row),
         )
         for row in report.models
     ]  # fmt: skip
     notes = [
         f"Whole instances at {figure(report.requests_per_s)} requests/s, with each model's own answer lengths; "
-        "review and failures as far as they were stated.",
+        "review and failures as far as they were stated. When full: of an instance at its capacity, at any volume.",
         *(f"{row.name}: {row.load}" for row in report.models if row.load),
     ]
     return Section(title="Money", table=Table(heads, rows), notes=notes)
