@@ -44,7 +44,7 @@ def test_manifest_round_trip(tmp_path: Path) -> None:
         ("[]", "run.json"),
         ('{"schema_version": "99"}', "this harness reads 1"),
         ("{}", "this harness reads 1"),
-        ('{"schema_version": "1"}', "run_id"),
+        ('{"schema_version": "1"}', "missing required field"),
     ],
 )
 def test_what_is_no_manifest(tmp_path: Path, content: str | None, words: str) -> None:
