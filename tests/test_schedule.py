@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import StartServer, harness
+from conftest import StartServer, harness, in_time
 from hypothesis import given
 from hypothesis import strategies as st
 from test_worker import classes, starter, write_plan  # noqa: F401 - a fixture
@@ -145,11 +145,15 @@ def test_a_turn_that_waits_for_a_slow_server_is_not_late(fake_server: StartServe
     server = fake_server("--ttft", "0.1", "--itl", "0.001")
     chain = {"slice": [0, 0, 0, 1], "after": [None, 0, 1, None], "think_ns": [None, 0, 30_000_000, None]}
     plan = write_plan(tmp_path / "plan.arrow", n=4, gap_s=0.01, tokens=1, **chain)
-    _, _, rows = start(server.url, plan).start().end()
-    assert rows[1]["scheduled_ns"] == rows[0]["finished_ns"]
-    assert rows[2]["scheduled_ns"] == rows[1]["finished_ns"] + 30_000_000
-    assert rows[3]["scheduled_ns"] == 30_000_000, "nobody else waits"
-    assert np.median([row["sent_ns"] - row["scheduled_ns"] for row in rows]) < 0.05 * S
+
+    def play() -> dict[str, bool]:
+        _, _, rows = start(server.url, plan).start().end()
+        assert rows[1]["scheduled_ns"] == rows[0]["finished_ns"]
+        assert rows[2]["scheduled_ns"] == rows[1]["finished_ns"] + 30_000_000
+        assert rows[3]["scheduled_ns"] == 30_000_000, "nobody else waits"
+        return {"sent when due": bool(np.median([row["sent_ns"] - row["scheduled_ns"] for row in rows]) < 0.05 * S)}
+
+    in_time(play)
 
 
 def test_hang_ups_of_the_plan_are_rows(fake_server: StartServer, start, tmp_path):
