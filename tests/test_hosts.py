@@ -10,6 +10,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,13 +65,21 @@ class Cluster:
         size = ["--num-cpus=2", f"--object-store-memory={80 << 20}", f"--node-ip-address={host.address}"]
         host.start([*ray, *role, *size], env=self.env, log=self.folder / f"ray-{index}.log")
 
-    def alive(self) -> int:
-        """Nodes that Ray has."""
-        code = "import ray; ray.init('auto', log_to_driver=False); print(sum(n['Alive'] for n in ray.nodes()))"
+    def has_nodes(self, count: int, deadline_s: float) -> None:
+        """Wait until Ray has that many nodes; one process asks until then, since to start it costs more than to ask."""
+        code = (
+            "import ray, time; ray.init('auto', log_to_driver=False)\n"
+            f"while sum(n['Alive'] for n in ray.nodes()) != {count}: time.sleep(0.1)"
+        )
         argv = ["ip", "netns", "exec", self.hosts[0].name, sys.executable, "-c", code]
-        done = subprocess.run(argv, env=self.driver_env(), capture_output=True, text=True, timeout=60, check=False)
-        words = done.stdout.split()
-        return int(words[0]) if words and words[0].isdigit() else 0
+        end = time.monotonic() + deadline_s
+
+        def asked() -> bool:
+            left = max(1.0, end - time.monotonic())
+            done = subprocess.run(argv, env=self.driver_env(), capture_output=True, timeout=left, check=False)
+            return done.returncode == 0
+
+        wait_for(asked, deadline_s, f"Ray has {count} nodes")
 
     def driver_env(self, **more: str) -> dict[str, str]:
         address = f"{self.hosts[0].address}:{PORT}"
@@ -157,8 +166,8 @@ def cluster_in(folder: Path) -> Iterator[Cluster]:
         for index in range(3):
             cluster.start_ray(index)
             if not index:
-                wait_for(lambda: cluster.alive() == 1, 60, "the head")
-        wait_for(lambda: cluster.alive() == 3, 60, "the nodes")
+                cluster.has_nodes(1, 60)
+        cluster.has_nodes(3, 60)
         yield cluster
 
 
@@ -294,7 +303,7 @@ def test_a_host_with_a_load_worker_is_cut_off(cluster: Cluster) -> None:
         victim.kill()
         victim.join()
         cluster.start_ray(cluster.hosts.index(victim))
-        wait_for(lambda: cluster.alive() == 3, 90, "the node is back")
+        cluster.has_nodes(3, 90)
 
 
 def test_the_host_of_a_server_dies(cluster: Cluster) -> None:
@@ -318,9 +327,7 @@ def test_the_host_of_a_server_dies(cluster: Cluster) -> None:
 
 def test_the_head_of_the_cluster_dies(cluster: Cluster) -> None:
     """The last test here: the cluster does not come back from it."""
-    wait_for(
-        lambda: cluster.alive() == sum(bool(host.processes()) for host in cluster.hosts), 90, "Ray knows who lives"
-    )
+    cluster.has_nodes(sum(bool(host.processes()) for host in cluster.hosts), 90)
     drive = cluster.replay(900, 20.0)  # until long after the driver notices
     wait_for(lambda: drive.rows(1) > 20 or drive.process.poll() is not None, 90, "rows")
     assert drive.process.poll() is None, drive.said()
