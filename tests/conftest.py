@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -99,12 +102,59 @@ def _command(args: tuple[str | Path, ...]) -> list[str]:
     return [sys.executable, "-m", "harness", *words]
 
 
+class Forked:
+    """Commands one after the other, each a process of its own (`tests.forked`)."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        self._channel, self._lines = ours, ours.makefile("r")
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.forked", str(theirs.fileno())],
+                cwd=ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+
+    def run(self, words: list[str], env: Mapping[str, str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+        """As `subprocess.run`, which also waits for the end of both streams."""
+        message = json.dumps({"arguments": words, "env": dict(env)}).encode()
+        pipes = [os.pipe() for _ in range(2)]
+        socket.send_fds(self._channel, [message], [there for _, there in pipes])
+        for _, there in pipes:
+            os.close(there)
+        started = self._lines.readline()
+        assert started, self._process.communicate()
+        pid = int(started)
+        said: dict[int, str] = {}
+
+        def read(at: int, file: int) -> None:
+            with open(file, encoding="utf-8") as stream:
+                said[at] = stream.read()
+
+        readers = [threading.Thread(target=read, args=(at, here), daemon=True) for at, (here, _) in enumerate(pipes)]
+        for reader in readers:
+            reader.start()
+        end = time.monotonic() + timeout_s
+        for reader in readers:
+            reader.join(max(0.0, end - time.monotonic()))
+        if any(reader.is_alive() for reader in readers):
+            os.kill(pid, signal.SIGKILL)
+            self._lines.readline()
+            raise subprocess.TimeoutExpired(words, timeout_s)
+        return subprocess.CompletedProcess(words, int(self._lines.readline()), said[0], said[1])
+
+
+@functools.cache
+def _forked(worker: int) -> Forked:
+    return Forked()
+
+
 def harness(*args: str | Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end."""
-    return subprocess.run(
-        _command(args),
-        cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=timeout, check=False,
-    )  # fmt: skip
+    words, whole = _command(args), {**os.environ, **env}
+    if not any(name.startswith("PYTHON") for name in env):
+        return _forked(os.getpid()).run(words[3:], whole, timeout)
+    return subprocess.run(words, cwd=ROOT, env=whole, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def start_harness(*args: str | Path, **env: str) -> subprocess.Popen[str]:
