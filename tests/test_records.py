@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import sys
 from decimal import Decimal
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from harness.errors import TraceError, UsageError
 from harness.trace import source as source_module
 from harness.trace.formats.detect import FORMATS
-from harness.trace.formats.published import Azure
+from harness.trace.formats.published import Azure, Mooncake
 from harness.trace.formats.record import Place
 from harness.trace.io import FAILED_CALL, TraceRecord, open_trace
 
@@ -341,6 +342,37 @@ def test_a_json_document_with_a_bracket_too_many_or_too_few_is_refused_with_its_
         assert (caught.value.file, caught.value.line) == (str(path), line)
     with pytest.raises(TraceError, match=r"damaged\.json:"):
         list(open_trace(path))
+
+
+def calls_per_row(path: Path, rows: int) -> float:
+    """Calls of functions, ours and the interpreter's, for each of so many rows beyond the first few."""
+    read, count = iter(open_trace(path)), 0
+
+    def seen(frame: object, event: str, arg: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    next(read)
+    sys.setprofile(seen)
+    try:
+        assert sum(1 for _ in zip(range(rows), read, strict=False)) == rows
+    finally:
+        sys.setprofile(None)
+    return count / rows
+
+
+@pytest.mark.parametrize(
+    ("row", "most"),
+    [
+        (lambda at: mooncake(10 * at, 1200, 20, (1, 2, at)), 90),
+        (lambda at: {"arrival_s": at / 8, "input_tokens": 9, "output_tokens": 5, "session_id": "a", "turn": at}, 42),
+    ],
+    ids=["mooncake", "ours"],
+)
+def test_a_row_costs_few_calls(tmp_path, monkeypatch, row, most):
+    """Traces have tens of millions of rows, and a call is a tenth of a microsecond: what a row takes is counted."""
+    monkeypatch.setattr(Mooncake, "looked_at", 10)
+    assert calls_per_row(write(tmp_path, jsonl(*map(row, range(2000)))), 1500) < most
 
 
 def test_damaged_gzip(tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -47,28 +47,26 @@ _FAST, _FAST_ROWS = 1000, 100
 """Requests/s that no single trace is likely to hold over so many rows: the clock may be in another unit."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Reading:
     """How a trace is to be read."""
 
-    format: str | None = None
-    """null: found from the first record."""
-    skip_bad: bool = False
+    skip_bad: bool
     """Bad rows are dropped and counted by reason instead of ending the iteration."""
-    sort: bool = False
+    sort: bool
     """Rows are put in order of arrival."""
-    part: int | None = None
+    part: int | None
     """Of a file that holds several recordings one after the other, each beginning where time goes back, this one (from
     1)."""
-    lengths: Callable[[], Draw] | None = None
+    lengths: Callable[[], Draw] | None
     """Draws the lengths of rows that say neither length nor text (access logs), a fresh drawer for each iteration."""
-    arrivals_only: bool = False
+    arrivals_only: bool
     """Such rows are given as they are where there are no lengths to draw."""
-    survey: bool = False
+    survey: bool
     """Only to be described: as ``arrivals_only`` and ``skip_bad``, and times of an unknown unit are left out."""
-    table: TableOptions = field(default_factory=TableOptions)
+    table: TableOptions
     """Columns and unit, as the user names them."""
-    where: Sequence[Where] = ()
+    where: Sequence[Where]
     """Rows that are wanted; empty: all."""
 
 
@@ -85,32 +83,33 @@ def open_asked(trace: Files, asked: ReadOptions, *, arrivals_only: bool = False,
             raise UsageError("--input-tokens and --output-tokens go together")
         seed = load_seed(asked.seed or 0)
         lengths = draw_lengths(parse_lengths(asked.input_tokens), parse_lengths(asked.output_tokens), seed)
-    how = Reading(
-        format=asked.trace_format, skip_bad=asked.skip_bad, sort=asked.sort, part=asked.part, lengths=lengths,
+    return open_trace(
+        trace, format=asked.trace_format, skip_bad=asked.skip_bad, sort=asked.sort, part=asked.part, lengths=lengths,
         arrivals_only=arrivals_only, survey=survey, table=TableOptions(asked.columns or {}, asked.time_unit),
         where=parse_where(asked.where),
     )  # fmt: skip
-    return open_trace(trace, how)
 
 
-def open_trace(path: str | Path | Sequence[str | Path], asked: Reading | None = None, /, **more: object) -> Trace:
+def open_trace(
+    path: str | Path | Sequence[str | Path], *, format: str | None = None, skip_bad: bool = False,  # noqa: A002
+    sort: bool = False, part: int | None = None, lengths: Callable[[], Draw] | None = None, arrivals_only: bool = False,
+    survey: bool = False, table: TableOptions | None = None, where: Sequence[Where] = (),
+) -> Trace:  # fmt: skip
     """A `Trace` over ``path``: one file or several (`harness.trace.sources.open_sources`), ``-`` for standard input.
 
-    ``more``: fields of `Reading`. Raises `TraceError` when a file cannot be opened or its format is not recognised,
-    `UsageError` for an unknown format and for options that exclude each other.
+    Without ``format`` the first record shows it; for the others see `Reading`. Raises `TraceError` when a file cannot
+    be opened or its format is not recognised, `UsageError` for an unknown one and options that exclude each other.
     """
-    asked = replace(asked or Reading(), **more)  # type: ignore[arg-type]
-    if asked.format is not None and asked.format not in FORMATS:
-        raise unknown_name("trace format", asked.format, FORMATS)
-    if asked.part is not None and asked.sort:
-        raise UsageError("--sort and --part exclude each other: parts begin where time goes back")
-    if asked.part is not None and asked.part < 1:
-        raise UsageError(f"part is {asked.part}, must be at least 1")
+    if format is not None and format not in FORMATS:
+        raise unknown_name("trace format", format, FORMATS)
+    if part is not None and (sort or part < 1):
+        why = "--sort and --part exclude each other: parts begin where time goes back"
+        raise UsageError(why if sort else f"part is {part}, must be at least 1")
     sources = open_sources([path] if isinstance(path, str | Path) else path)
-    if asked.part is not None and len(sources.files) > 1:
+    if part is not None and len(sources.files) > 1:
         raise UsageError("--part is of one file: rows of several are merged by arrival")
-    name = asked.format or ("table" if asked.table.columns else None)
-    if name is not None:
+    asked = Reading(skip_bad, sort, part, lengths, arrivals_only, survey, table or TableOptions(), where)
+    if (name := format or ("table" if asked.table.columns else None)) is not None:
         return Trace(sources, name, asked)
     sources, name, left_out = detect_all(sources)
     return Trace(sources, name, asked, left_out)
@@ -172,7 +171,7 @@ class Trace:
                     one.drop(e.reason)
                     continue
                 one.kept += 1
-                yield row._replace(arrival_ns=arrival_ns, line=place.line)
+                yield TraceRecord._make((arrival_ns, *row[1:-1], place.line))  # its first field and its last
             done = True
         finally:
             if not done and one.sorted:
@@ -253,24 +252,28 @@ class _Pass:
             except RowError as e:
                 raise TraceError(source.name, None, str(e)) from None
             for place, item in self.reader.rows(placed(at, source)):
-                yield from self._judge(place, item)
+                if row := self._judged(place, item):
+                    yield place, row
         for end, item in self.reader.end():
-            yield from self._judge(end or last, item)
+            if row := self._judged(end or last, item):
+                yield end or last, row
 
-    def _judge(self, place: Place, item: Item) -> Iterator[tuple[Place, TraceRecord]]:
+    def _judged(self, place: Place, item: Item) -> TraceRecord | None:
+        """The row, as it is to be replayed; None for one that is not."""
         self.read += 1
-        if isinstance(item, LeftOutError):
-            self.drop(item.reason)
-            self.failed += isinstance(item, FailedCallError)
-            return
-        if isinstance(item, RowError):
-            self.refuse(place, item)
-            return
+        if not isinstance(item, TraceRecord):
+            if isinstance(item, RowError):
+                self.refuse(place, item)
+            else:
+                self.drop(item.reason)
+                self.failed += isinstance(item, FailedCallError)
+            return None
         if not self._asked.survey and (problem := self.reader.unclear()):
             raise TraceError(self._name(place), None, problem)
-        if why := next((why for where in self._asked.where if (why := where.unmatched(item))), None):
-            self.drop(why)
-            return
+        for where in self._asked.where:
+            if why := where.unmatched(item):
+                self.drop(why)
+                return None
         if item.input_tokens is not None or item.text is not None or item.messages is not None:
             if not self.reader.sends_text and not is_whole_prompt(item):
                 self._partial += 1
@@ -281,13 +284,10 @@ class _Pass:
             item = item._replace(input_tokens=input_tokens, output_tokens=item.output_tokens or output_tokens)
         elif not (self._asked.arrivals_only or self._asked.survey):
             what = f"this {self._trace.format} file says when requests arrived, not how long they were"
-            raise TraceError(
-                self._name(place),
-                place.line,
-                f"{what}. State the lengths: --input-tokens lognormal:mean=800,cv=1 --output-tokens ... (harness trace "
-                "convert writes them into a trace of their own)",
-            )
-        yield place, item
+            how = "--input-tokens lognormal:mean=800,cv=1 --output-tokens ..."
+            into = "(harness trace convert writes them into a trace of their own)"
+            raise TraceError(self._name(place), place.line, f"{what}. State the lengths: {how} {into}")
+        return item
 
     def _name(self, place: Place) -> str:
         return self._trace.sources.files[place.file].name

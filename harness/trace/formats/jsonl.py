@@ -223,12 +223,14 @@ class OwnRows:
         called(line.input_tokens, line.output_tokens)
         if line.block_tokens is not None and len(self._sizes) < 8:
             self._sizes.add(line.block_tokens)
-        messages, expected, tags = line.messages, line.expected, _decoded("tags", line.tags, dict[str, str])
+        messages, expected = line.messages, line.expected
+        tags = None if line.tags is None else _decoded("tags", line.tags, dict[str, str])
         return TraceRecord._make((
             None if line.arrival_s is None else self._ns(line.arrival_s), *_LENGTHS(line),
             None if messages is None else tuple({"role": m.role, "content": m.content} for m in messages), *_CALL(line),
             (expected,) if isinstance(expected, str) else None if expected is None else tuple(expected),
-            _object("check", line.check), _object("gate", line.gate),
+            None if line.check is None else _object("check", line.check),
+            None if line.gate is None else _object("gate", line.gate),
             None if tags is None else tuple(sorted(tags.items())), line.weight, 0,
         ))  # fmt: skip
 

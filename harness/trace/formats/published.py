@@ -147,6 +147,7 @@ class Mooncake(TableReader):
         "prompt": "text_input",
     }  # fmt: skip
     known = frozenset({"hash_ids", "delay"})
+    block_tokens = _MOONCAKE_TOKENS
     looked_at = 10_000
 
     def __init__(self) -> None:
@@ -179,19 +180,23 @@ class Mooncake(TableReader):
         """The row, its number of blocks checked."""
         if "chat_id" in row:
             raise RowError("unknown field", "unknown field 'chat_id': a row of Bailian (--trace-format bailian)")
-        found = super().row(row)
-        think_s = None
-        if row.get("delay") is not None and found.session_id is not None:
-            think_s = ns_of("delay", row["delay"], "ms") / 1e9
-        if row.get("hash_ids") is None or found.text is not None:
-            return found._replace(think_s=think_s)
+        return super().row(row)
+
+    def prefix_ids(self, row: Object, input_tokens: int | None, text: str | None) -> tuple[int, ...] | None:
+        """Those of a prompt that is not a text."""
+        if row.get("hash_ids") is None or text is not None:
+            return None
         try:
             ids = msgspec.convert(row["hash_ids"], _ids)
         except msgspec.ValidationError as e:
             raise RowError("bad fields", f"hash_ids: {e}") from None
-        tokens = found.input_tokens or 0
-        self._blocks.check("hash_ids", len(ids), tokens, _fitting(len(ids), tokens))
-        return found._replace(prefix_ids=ids, block_tokens=_MOONCAKE_TOKENS, think_s=think_s)
+        self._blocks.check("hash_ids", len(ids), input_tokens or 0, _fitting)
+        return ids
+
+    def think_s(self, row: Object, session: str | None) -> float | None:
+        """The delay of a turn."""
+        delay = row.get("delay")
+        return None if delay is None or session is None else ns_of("delay", delay, "ms") / 1e9
 
     def arrival_ns(self, row: Object, session: str | None) -> int | None:
         """Of a turn with a delay and no time: so long after the turn before it."""
@@ -263,7 +268,7 @@ class Bailian(Reader):
         if row.input_length % BLOCK_TOKENS and len(ids) == row.input_length // BLOCK_TOKENS:
             ids = (*ids, -1 - row.chat_id)  # the last, partial block has no id of its own: nobody shares it
         more = ": this is not a Bailian trace; Mooncake has 512-token blocks and milliseconds"
-        self._blocks.check("hash_ids", len(ids), row.input_length, more)
+        self._blocks.check("hash_ids", len(ids), row.input_length, lambda *_: more)
         parent = row.parent_chat_id
         before = self._root.get(parent) if parent >= 0 else None
         self.noted[_ORPHANS] += parent >= 0 and before is None

@@ -238,11 +238,15 @@ class Reader:
     def rows(self, records: Iterable[tuple[Place, Any]]) -> Iterator[tuple[Place, Item]]:
         """What each record of one file holds, errors as values."""
         for place, record in records:
-            found = attempt(self._parsed, record)
-            yield from ((place, item) for item in ([found] if isinstance(found, Item) else found))
-
-    def _parsed(self, record: Any) -> TraceRecord | Rows:
-        return self.parse(whole(record))
+            try:
+                found: Item | Rows = self.parse(whole(record))
+            except (RowError, LeftOutError) as e:
+                found = e
+            if isinstance(found, Item):
+                yield place, found
+            else:
+                for item in found:
+                    yield place, item
 
     def parse(self, record: Any) -> TraceRecord | Rows:
         """Read one record. Raises `RowError` or `LeftOutError`."""
@@ -308,11 +312,10 @@ def at_path(value: object, path: str) -> object:
     """What one of them says, as it stands there."""
     if not isinstance(value, dict):
         return None
-    if path in value:
-        return value[path]
-    head, dot, rest = path.partition(".")
-    if not dot:
-        return None
+    found = value.get(path)
+    if found is not None or "." not in path or path in value:
+        return found
+    head, _, rest = path.partition(".")
     if head == "*":
         return next((found for inner in value.values() if (found := at_path(inner, rest)) is not None), None)
     return at_path(value.get(head), rest)

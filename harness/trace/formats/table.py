@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 from harness.errors import TraceError, UsageError, unknown_name
 from harness.trace.formats import columnar
 from harness.trace.formats.record import (
+    MAX_TOKENS,
     ROLES,
     Item,
     LeftOutError,
@@ -63,6 +64,7 @@ from harness.trace.source import TraceFile
 _LOOKED_AT = 1000
 """Rows that show what the times are."""
 _BESIDE = ("cache_read_input_tokens", "cache_creation_input_tokens")
+_UNREAD = (RowError, LeftOutError)
 _MISSING = frozenset({"", "nan", "null", "none", "na", "n/a", "-", "<na>", "nat"})
 
 # --- columns ---------------------------------------------------------------------------------------------------------
@@ -165,6 +167,8 @@ class TableReader(Reader):
     """Columns of a format that has names of its own."""
     known: ClassVar[frozenset[str]] = frozenset()
     """Its columns that have no role, but are read."""
+    block_tokens: ClassVar[int] = 0
+    """Of its prefix blocks, if it has any."""
     looked_at: ClassVar[int] = _LOOKED_AT
     """Rows that show what the times are."""
 
@@ -226,9 +230,9 @@ class TableReader(Reader):
         first = [] if self._looked else list(islice(made, self.looked_at))
         if not self._looked:
             self._looked = bool(first)
-            self.look([row for _, row in first if not isinstance(row, RowError | LeftOutError)])
+            self.look([row for _, row in first if not isinstance(row, _UNREAD)])
         for place, row in chain(first, made):
-            yield place, row if isinstance(row, RowError | LeftOutError) else attempt(self.row, row)
+            yield place, row if isinstance(row, _UNREAD) else attempt(self.row, row)
 
     def notes(self) -> list[str]:
         """What was taken for what, and what is not replayed."""
@@ -294,20 +298,33 @@ class TableReader(Reader):
             self._last_names = row.keys()
             used = {name.partition(".")[0] for name in self._at.values()} | {*_BESIDE, "usage", *self.known}
             self._others |= {name: None for name in row if name not in used}
-        session, model = self.value(row, "session"), self.value(row, "model")
-        session = None if session is None else str(session)
+        session = model = text = messages = None
+        if "session" in self._at and (said := self.value(row, "session")) is not None:
+            session = str(said)
+        if "model" in self._at and (said := self.value(row, "model")) is not None:
+            model = str(said)
         arrival_ns = self.arrival_ns(row, session)
-        counts = self._counts(row)
-        prompt = self.value(row, "prompt")
-        messages = None if prompt is None else plain_messages(decoded(prompt))
-        text = prompt if isinstance(prompt, str) and messages is None else None
-        if counts.input_tokens is None and text is None and messages is None:
+        input_tokens, output_tokens, cached_tokens = self._counts(row)
+        if "prompt" in self._at and (prompt := self.value(row, "prompt")) is not None:
+            messages = plain_messages(decoded(prompt))
+            text = prompt if isinstance(prompt, str) and messages is None else None
+        if input_tokens is None and text is None and messages is None:
             raise RowError("no input tokens", f"{self._at.get('input', 'the input length')} is empty")
-        called(counts.input_tokens, counts.output_tokens)
+        called(input_tokens, output_tokens)
+        ids = self.prefix_ids(row, input_tokens, text)
         return TraceRecord(
-            arrival_ns, counts.input_tokens, counts.output_tokens, session, text=text, messages=messages,
-            model=None if model is None else str(model), cached_tokens=counts.cached_tokens,
+            arrival_ns, input_tokens, output_tokens, session, prefix_ids=ids,
+            block_tokens=None if ids is None else self.block_tokens, text=text, messages=messages, model=model,
+            cached_tokens=cached_tokens, think_s=self.think_s(row, session),
         )  # fmt: skip
+
+    def prefix_ids(self, row: Object, input_tokens: int | None, text: str | None) -> tuple[int, ...] | None:
+        """One for each block of `block_tokens`, where the format has them. Raises `RowError`."""
+        return None
+
+    def think_s(self, row: Object, session: str | None) -> float | None:
+        """Time between the turn before and this one, where the format says it. Raises `RowError`."""
+        return None
 
     def arrival_ns(self, row: Object, session: str | None) -> int | None:
         """When the row's request arrived. Raises `RowError`."""
@@ -322,8 +339,7 @@ class TableReader(Reader):
         name = self._at.get("input", "")
         if name.startswith("usage.") and name not in row and not self._asked.columns:
             return usage_of(row.get("usage"))
-        roles: tuple[Role, ...] = ("input", "output", "cached")
-        counts = TokenCounts(*(token_count(self._at.get(role, role), self.value(row, role)) for role in roles))
+        counts = TokenCounts(self._count(row, "input"), self._count(row, "output"), self._count(row, "cached"))
         if name == "input_tokens" and not self._asked.columns and any(each in row for each in _BESIDE):
             # Anthropic's columns stand beside it.
             beside = {each: token_count(each, _given(row.get(each))) for each in _BESIDE}
@@ -332,15 +348,25 @@ class TableReader(Reader):
                 counts = counts._replace(input_tokens=whole_input[0], cached_tokens=whole_input[2])
         return counts
 
+    def _count(self, row: Object, role: Role) -> int | None:
+        name = self._at.get(role)
+        if name is None:
+            return None
+        count = row.get(name)
+        # As most rows have it: there are many.
+        return count if type(count) is int and 0 <= count <= MAX_TOKENS else token_count(name, self.value(row, role))
+
     def value(self, row: Object, role: Role) -> object:
         """What the row says; None where it does not."""
         name = self._at.get(role)
         if name is None:
             return None
         value = row.get(name)
-        if type(value) is int:
+        if value is None and "." in name:
+            value = find(row, name)
+        if value is None or type(value) is int:
             return value
-        value = _given(find(row, name) if value is None and "." in name else value)
+        value = _given(value)
         if role == "arrival" and isinstance(value, str) and self._columns.mark == ";" and ":" not in value:
             return value.replace(",", ".")  # a decimal comma
         return value

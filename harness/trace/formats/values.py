@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import NamedTuple
@@ -56,7 +56,10 @@ def token_count(name: str, value: object) -> int | None:
 
 def count_of(value: object, *paths: str) -> int | None:
     """The token count that the first of ``paths`` states. Raises `RowError`."""
-    return next((token_count(path, found) for path in paths if (found := find(value, path)) is not None), None)
+    for path in paths:
+        if (found := find(value, path)) is not None:
+            return token_count(path, found)
+    return None
 
 
 def called(input_tokens: int | None, output_tokens: int | None) -> None:
@@ -130,9 +133,9 @@ def number_of(value: object) -> Decimal | None:
     """A number exactly as it is written; None for anything else."""
     if isinstance(value, str):
         return Decimal(text) if _NUMBER.fullmatch(text := value.strip()) else None
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        return None
-    return Decimal(value) if isinstance(value, int) else Decimal(repr(value))
+    if isinstance(value, float):
+        return Decimal(repr(value)) if math.isfinite(value) else None
+    return Decimal(value) if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def is_epoch(number: Decimal, unit: TimeUnit) -> bool:
@@ -354,12 +357,14 @@ class Blocks:
         self.size = size
         self._rows = self._long = 0
 
-    def check(self, name: str, ids: int, tokens: int, more: str = "") -> None:
-        """One row's number of ids. Raises `RowError`, with ``more`` to say, where it is not that of its blocks."""
+    def check(self, name: str, ids: int, tokens: int, more: Callable[[int, int], str] | None = None) -> None:
+        """One row's number of ids. Raises `RowError` where it is not that of its blocks, with what ``more`` says of so
+        many ids for so many tokens.
+        """
         blocks = -(-tokens // self.size)
         if ids != blocks:
             problem = f"{ids} {name} for input_length {tokens}, expected {blocks} (one per {self.size} tokens)"
-            raise RowError("block mismatch", problem + more)
+            raise RowError("block mismatch", problem + (more(ids, tokens) if more else ""))
         self._rows += 1
         self._long += blocks > 1
 
