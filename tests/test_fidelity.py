@@ -12,8 +12,7 @@ import pyarrow as pa
 import pytest
 from run_files import SPEC, good, write_run
 
-from analysis.fidelity.inputs import Fidelity, ks_distance, read_plan
-from analysis.fidelity.planned import on_trace_clock
+from analysis.fidelity.inputs import Fidelity, ks_distance, on_trace_clock, read_plan
 from analysis.fidelity.questions import fidelity
 from analysis.rows.read import Run, read_run
 from analysis.summary import summarise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -106,6 +107,15 @@ def read_plan(run: Run) -> Plan:
         input_tokens=read("input_tokens", values=floats),
         output_tokens=read("output_tokens", values=floats),
     )
+
+
+def on_trace_clock(scheduled_ns: Ints, speed: float) -> Ints:
+    """Planned times laid back onto the trace's clock, ns; the rounding of the faster clock is taken out again."""
+    if speed == 1.0:
+        return scheduled_ns
+    step = 10 ** max(3, math.ceil(math.log10(speed)) + 1)
+    found: Ints = (np.rint(scheduled_ns * (speed / step)) * step).astype(np.int64)
+    return found
 
 
 def read_reuse(run: Run) -> tuple[Reuse | None, Reuse | str]:

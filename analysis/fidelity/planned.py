@@ -21,6 +21,7 @@ from analysis.fidelity.inputs import (
     ks_distance,
     not_comparable,
     number,
+    on_trace_clock,
 )
 from harness.plan.arrivals import MOST_SHIFT, longest_shift_ns
 from harness.plan.file import PlanInfo
@@ -94,15 +95,6 @@ def _no_times(info: PlanInfo, source: TraceStats, plan: Plan) -> str | None:
     if info.cut:
         return "the plan ends before the trace (limit)"
     return None if len(plan.scheduled_ns) >= MIN_REQUESTS else f"fewer than {MIN_REQUESTS} requests"
-
-
-def on_trace_clock(scheduled_ns: Ints, speed: float) -> Ints:
-    """Planned times laid back onto the trace's clock, ns; the rounding of the faster clock is taken out again."""
-    if speed == 1.0:
-        return scheduled_ns
-    step = 10 ** max(3, math.ceil(math.log10(speed)) + 1)
-    found: Ints = (np.rint(scheduled_ns * (speed / step)) * step).astype(np.int64)
-    return found
 
 
 def _rate(name: str, growth: float, source: TraceStats, planned: ArrivalStats) -> Fidelity:
@@ -383,12 +375,8 @@ def standard_error(values: Floats, info: PlanInfo, part_sd: float | None = None)
     """
     known = values[np.isfinite(values)]
     errors = [float(known.std(ddof=1)) / math.sqrt(len(known)) if len(known) > 1 else math.inf]
-    means, at = [], 0
-    for window in info.windows:
-        part = values[at : at + window.requests]
-        at += window.requests
-        if np.isfinite(part).any():
-            means.append(float(np.nanmean(part)))
+    *parts, _ = np.split(values, np.cumsum([window.requests for window in info.windows], dtype=np.int64))
+    means = [float(np.nanmean(part)) for part in parts if np.isfinite(part).any()]
     if len(means) > 1:
         errors.append(float(np.std(means, ddof=1)) / math.sqrt(len(means)))
     if part_sd is not None and means:
