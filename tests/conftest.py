@@ -41,7 +41,7 @@ class FakeServer:
 
 LONGEST = (
     "test_hosts", "test_deployment", "test_sweep_store", "test_capacity_search", "test_sweep_run", "test_worker",
-    "test_replica_death", "test_known_truth", "test_store",
+    "test_page", "test_formats_fuzz", "test_coverage", "test_replica_death", "test_known_truth", "test_store",
 )  # fmt: skip
 
 
@@ -115,9 +115,11 @@ class Forked:
                 stderr=subprocess.PIPE, text=True,
             )  # fmt: skip
 
-    def run(self, words: list[str], env: Mapping[str, str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, words: list[str], env: Mapping[str, str], cwd: Path, timeout_s: float
+    ) -> subprocess.CompletedProcess[str]:
         """As `subprocess.run`, which also waits for the end of both streams."""
-        message = json.dumps({"arguments": words, "env": dict(env)}).encode()
+        message = json.dumps({"arguments": words, "env": dict(env), "cwd": str(cwd)}).encode()
         pipes = [os.pipe() for _ in range(2)]
         socket.send_fds(self._channel, [message], [there for _, there in pipes])
         for _, there in pipes:
@@ -149,12 +151,12 @@ def _forked(worker: int) -> Forked:
     return Forked()
 
 
-def harness(*args: str | Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
+def harness(*args: str | Path, timeout: float = 120, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end."""
     words, whole = _command(args), {**os.environ, **env}
     if not any(name.startswith("PYTHON") for name in env):
-        return _forked(os.getpid()).run(words[3:], whole, timeout)
-    return subprocess.run(words, cwd=ROOT, env=whole, capture_output=True, text=True, timeout=timeout, check=False)
+        return _forked(os.getpid()).run(words[3:], whole, cwd, timeout)
+    return subprocess.run(words, cwd=cwd, env=whole, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def start_harness(*args: str | Path, **env: str) -> subprocess.Popen[str]:

@@ -33,6 +33,7 @@ def serve(channel: socket.socket) -> list[str] | None:
             asked = json.loads(message)
             os.environ.clear()
             os.environ.update(asked["env"])
+            os.chdir(asked["cwd"])
             for file, stream in zip(files, (1, 2), strict=True):
                 os.dup2(file, stream)
                 os.close(file)

@@ -56,7 +56,7 @@ def test_ten_seconds_and_two_thousand_requests_are_prepared_and_no_more(tmp_path
 
 
 def test_large_prompts_are_prepared_less_far_ahead(tmp_path: Path) -> None:
-    prompts = [[7] * 200_000] * 300
+    prompts = [np.full(200_000, 7, np.int32)] * 300
     closed = Schedule.of(window(write_plan(tmp_path / "a", n=300, timed=False, prompt_token_ids=prompts), timed=False))
     assert closed.prepared * 400_000 == pytest.approx(64 * 2**20, rel=0.02)
     timed = Schedule.of(window(write_plan(tmp_path / "b", n=300, gap_s=0.004, prompt_token_ids=prompts)))

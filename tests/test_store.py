@@ -498,10 +498,7 @@ def test_the_whole_flow_on_s3(s3_env: str, fake_server: StartServer, tmp_path: P
     )
 
     def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "harness", *map(str, args)], cwd=tmp_path, capture_output=True, text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120, check=False,
-        )  # fmt: skip
+        return harness(*args, cwd=tmp_path)
 
     trace = ROOT / "scenarios" / "traces" / "azure-conv-2023.csv"
     planned = run("plan", trace, "--limit", "30", *target, "-o", f"{s3_env}/plan.arrow")
