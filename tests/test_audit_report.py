@@ -16,7 +16,10 @@ from analysis.quality.estimate import Bounded
 from analysis.quality.slices import RecordFacts
 from analysis.report.audit import audit_sections
 from analysis.report.document import render_markdown, render_text
+from harness.audit.asked import AuditOptions
 from harness.audit.grades import SCHEMA
+from harness.cli.runner.audit_run import exit_status
+from harness.errors import EXIT_INVALID, EXIT_NOT_DECIDED, EXIT_SLO_MISSED, EXIT_VALID
 
 N = 400
 GOOD = np.arange(N) % 10 < 7
@@ -112,6 +115,27 @@ def test_what_keeps_a_good_candidate_from_a_switch(candidate: MeasuredModel, wor
 def test_a_current_model_that_proves_nothing_makes_all_invalid() -> None:
     assert words(replace(CURRENT, problem="its server was no more"), EQUAL) == ["INVALID"]
     assert words(replace(CURRENT, evidence="simulated"), EQUAL) == ["quality not measured"]
+
+
+WANT = AuditOptions(current="now@http://h/v1")
+
+
+@pytest.mark.parametrize(
+    ("models", "want", "code"),
+    [
+        ((CURRENT, EQUAL), WANT, EXIT_VALID),
+        ((CURRENT, replace(EQUAL, slo_met=False)), WANT, EXIT_VALID),
+        ((CURRENT, replace(EQUAL, slo_met=False)), replace(WANT, fail_if="not-switch"), EXIT_SLO_MISSED),
+        ((CURRENT, EQUAL), replace(WANT, fail_if="not-switch"), EXIT_VALID),
+        ((replace(CURRENT, slo_met=False), EQUAL), WANT, EXIT_SLO_MISSED),
+        ((CURRENT, replace(EQUAL, problem="gone")), WANT, EXIT_INVALID),
+        ((CURRENT, replace(EQUAL, problem="gone"), EQUAL), WANT, EXIT_VALID),
+        ((CURRENT, replace(EQUAL, slo_met=None)), WANT, EXIT_NOT_DECIDED),
+        ((CURRENT, replace(EQUAL, evidence="simulated")), WANT, EXIT_NOT_DECIDED),
+    ],
+)
+def test_what_the_exit_status_says(models: tuple[MeasuredModel, ...], want: AuditOptions, code: int) -> None:
+    assert exit_status(report(*models), want) == code
 
 
 def test_wages_and_failures_are_in_the_bill_only_where_they_are_stated() -> None:

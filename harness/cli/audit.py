@@ -61,7 +61,7 @@ def audit() -> None:
 
 ASKED = ("limit", "rate", "seed", "tokenizer", "endpoint")
 SENT = ("output_lengths", "length_field", "min_requests", "workers", "timeout_s", "stall_s", "extra_body", "keep_text",
-        "no_counters", "headers", "header_env", "key_header", "tls_ca")  # fmt: skip
+        "no_counters", "retries", "headers", "header_env", "key_header", "tls_ca")  # fmt: skip
 
 
 @audit.command(

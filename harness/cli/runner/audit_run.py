@@ -93,7 +93,7 @@ def audited(
     from analysis.report.audit import audit_sections
 
     present(report, audit_sections(report), asked.report.format_, html=html, verb="audit")
-    return _exit(report, want)
+    return exit_status(report, want)
 
 
 def _prices(want: AuditOptions, models: Sequence[Pair]) -> dict[str, TokenPrice]:
@@ -187,6 +187,8 @@ def _report(
     uncapped = sum(record.source.max_tokens is None for record in graded)
     if uncapped:
         notes.append(f"{uncapped:,} records have no max_tokens: their answers were cut at {want.max_answer}.")
+    if state.asked["keep_text"]:
+        notes.append("The text of every answer is in the folders of the quality passes (--keep-text), for their owner.")
     if want.quick:
         notes.append("--quick: one load level for each model, so no capacity is claimed.")
     if len({record.session for record in graded}) == len(graded):
@@ -259,7 +261,8 @@ def _stated(want: AuditOptions) -> Stated:
     )  # fmt: skip
 
 
-def _exit(report: AuditReport, want: AuditOptions) -> int:
+def exit_status(report: AuditReport, want: AuditOptions) -> int:
+    """What the verdicts make of it; one candidate that is decided is enough for 0."""
     words = [answer.verdict.word for answer in report.answers]
     if report.models[0].slo_met is False:
         return EXIT_SLO_MISSED
