@@ -161,7 +161,7 @@ def test_what_is_said_before_anybody_is_asked(tmp_path: Path) -> None:
         "--current",
         "a@http://127.0.0.1:1/v1",
         "--candidate",
-        "b@aws-m7a.large",
+        "smollm2-135m@aws-m7a.large",
         "--slo",
         "e2e=1s",
     )
@@ -173,6 +173,10 @@ def test_what_is_said_before_anybody_is_asked(tmp_path: Path) -> None:
     needed = {one["discordance"]: one["records_needed"] for one in plan["power"]}
     assert needed[0.1] == pytest.approx(1963, rel=0.05)
     assert not (tmp_path / "audits").exists()
+
+    unknown = harness(*(str(word).replace("m7a", "m0x") for word in asked), "-o", tmp_path / "audits")
+    assert unknown.returncode == EXIT_USAGE and "aws-m0x" in unknown.stderr, unknown.stderr
+    assert not (tmp_path / "audits").exists(), "nothing is written before all models are known"
 
     bare = tmp_path / "bare.jsonl"
     bare.write_text('{"arrival_s": 0, "prompt": "a"}\n{"arrival_s": 1, "prompt": "b"}\n')

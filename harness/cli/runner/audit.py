@@ -114,6 +114,12 @@ class CapacityOf(Salted, CapacitySession):
     """The search for one model's capacity."""
 
 
+def check_models(want: AuditOptions, asked: ReplayOptions) -> None:
+    """Refuse, before anything is written or rented, models and tiers that are unknown or do not fit."""
+    spec = SweepSpec(trace="", loads=Loads(concurrency=[want.in_flight]), pair=want.models)
+    sweep.check(spec, asked)
+
+
 def quality(
     folder: Path, want: AuditOptions, asked: ReplayOptions, graded: Sequence[AuditedRecord], seed: int, grader: Grader
 ) -> list[list[QualityPass]]:

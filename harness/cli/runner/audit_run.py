@@ -17,10 +17,10 @@ from harness.audit.asked import (
 )
 from harness.audit.records import AuditedRecord, cap, checks_sha256, read_records, sampled, shares_prefix
 from harness.checks.grade import Grader
-from harness.checks.lint import LintRecord, lint
+from harness.checks.lint import LintGroup, LintRecord, lint
 from harness.checks.sandbox import LinuxSandbox, refusal
 from harness.cli.output import as_json, present, print_json, print_table, say
-from harness.cli.runner.audit import LoadPass, QualityPass, load, quality, tried
+from harness.cli.runner.audit import LoadPass, QualityPass, check_models, load, quality, tried
 from harness.cli.verb import NEWEST
 from harness.errors import (
     EXIT_INVALID,
@@ -67,6 +67,10 @@ def audited(
     if not graded:
         say(f"{source.path}: quality not measured: no record has a check (or 'expected', with --check)")
         return EXIT_NOT_DECIDED
+    check_models(want, asked)
+    faults = _lint(graded, want)
+    for group in faults:
+        say(f"note: the checks are not sound: {group.name}: {', '.join(group.faults)} (harness audit lint says more)")
     if want.dry_run:
         return _dry_run(graded, want, models, asked, search, rate)
     state = AuditState(
@@ -88,7 +92,7 @@ def audited(
         except (HarnessError, KeyboardInterrupt):
             say(f"go on with the same command and --resume {folder}")
             raise
-        report = _report(folder, state, want, graded, passes, loads, prices, rate)
+        report = _report(folder, state, want, graded, faults, passes, loads, prices, rate)
         (folder / REPORT).write_bytes(as_json(report))
     from analysis.report.audit import audit_sections
 
@@ -176,14 +180,13 @@ def _load(
 
 def _report(
     folder: Path, state: AuditState, want: AuditOptions, graded: Sequence[AuditedRecord],
-    passes: Sequence[Sequence[QualityPass]],
+    faults: Sequence[LintGroup], passes: Sequence[Sequence[QualityPass]],
     loads: Sequence[LoadPass], prices: Mapping[str, TokenPrice], rate: float,
 ) -> AuditReport:  # fmt: skip
     from analysis.audit import audit_report
 
-    found = lint((_for_lint(record) for record in graded), Grader(), want.check)
-    blind = frozenset(group.name for group in found.groups if "a constant answer passes" in group.faults)
-    notes = [f"The checks are not sound: {g.name}: {', '.join(g.faults)}." for g in found.groups if g.faults]
+    blind = frozenset(group.name for group in faults if "a constant answer passes" in group.faults)
+    notes = [f"The checks are not sound: {group.name}: {', '.join(group.faults)}." for group in faults]
     uncapped = sum(record.source.max_tokens is None for record in graded)
     if uncapped:
         notes.append(f"{uncapped:,} records have no max_tokens: their answers were cut at {want.max_answer}.")
@@ -204,12 +207,17 @@ def _report(
     )  # fmt: skip
 
 
-def _for_lint(record: AuditedRecord) -> LintRecord:
-    source = record.source
-    return LintRecord(
-        line=source.line, check=source.check, gate=source.gate, expected=source.expected, answer=source.answer,
-        prompt=record.prompt, tags=source.tags or (),
+def _lint(graded: Sequence[AuditedRecord], want: AuditOptions) -> list[LintGroup]:
+    """Kinds of check and tags whose checks do not tell right from wrong."""
+    records = (
+        LintRecord(
+            line=record.source.line, check=record.source.check, gate=record.source.gate,
+            expected=record.source.expected, answer=record.source.answer, prompt=record.prompt,
+            tags=record.source.tags or (),
+        )
+        for record in graded
     )  # fmt: skip
+    return [group for group in lint(records, Grader(), want.check).groups if group.faults]
 
 
 def _measured(
