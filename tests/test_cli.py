@@ -90,8 +90,9 @@ def test_api_key(fake_server: StartServer, tmp_path: Path) -> None:
     wrong = harness(*args, HARNESS_API_KEY="wrong-key-456")
     assert wrong.returncode == 1
     assert "401" in wrong.stderr
-    right = harness(*args, HARNESS_API_KEY="right-key-123")
-    assert right.returncode == 0, right.stderr
+    right = harness(*args, "--format", "json", HARNESS_API_KEY="right-key-123")
+    assert right.returncode in (0, 3), right.stderr  # on a busy machine it is INVALID
+    assert json.loads(right.stdout)["requests"]["succeeded"] == 5, right.stdout
     assert "-key-" not in none.stderr + wrong.stderr + right.stderr + right.stdout
     for file in tmp_path.rglob("*"):
         assert not file.is_file() or b"right-key-123" not in file.read_bytes(), file
