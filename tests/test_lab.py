@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 from cluster.simulator.replica import Workload
-from tests.lab import capacity
+from tests.lab import capacity, measured
+from tests.lab.__main__ import RESULTS
+from tests.lab.measured import fingerprint
 from tests.lab.processes import RATE, Process, recorded, sessions, workload
 from tests.lab.table import Coverage
 
@@ -59,6 +63,30 @@ def test_a_drifting_trace_is_not_its_beginning() -> None:
     """The first 15 % are easy: on them alone capacity would be four times as high."""
     (answer,) = capacity.searches(capacity.CASES["drifting"], 1, 41, math.inf, 0.1, jobs=1)
     assert answer.found is not None and answer.found.rate < 4.5  # a server that never idles gets 3.4 req/s done
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_a_table_speaks_of_the_code_as_it_is(path: Path) -> None:
+    study = path.stem.removesuffix("_fresh")
+    again = f"python -m tests.lab --only {study} --draws ... --seed ..., and commit what it writes"
+    assert json.loads(path.read_text())["code"] == fingerprint(study), f"draw it again: {again}"
+
+
+def test_a_fingerprint_is_of_code_and_not_of_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "ROOT", tmp_path)
+    for folder in ("tests/lab", "analysis/stats", "analysis/report"):
+        (tmp_path / folder).mkdir(parents=True)
+    study, used, words = (tmp_path / f"{p}.py" for p in ("tests/lab/one", "analysis/stats/two", "analysis/report/text"))
+    study.write_text("from analysis.stats.two import x\nfrom analysis.report import text\n")
+    used.write_text('"""Two."""\nx = 1  # one\ny = "# kept"\n')
+    words.write_text("z = 1\n")
+    before = fingerprint("one")
+    used.write_text('"""Number two."""\n\nx = 1\n# nothing\ny = "# kept"\n')
+    words.write_text("z = 2\n")
+    assert fingerprint("one") == before
+    used.write_text('"""Two."""\nx = 1  # one\ny = "# changed"\n')
+    assert fingerprint("one") != before
+    assert measured.modules("one") == ["analysis.stats.two", "tests.lab.one"]
 
 
 def test_coverage_has_a_band() -> None:

@@ -1,7 +1,8 @@
 """Run the studies and write the table: ``python -m tests.lab [--draws N] [--seed S] [--jobs J] [--only NAME ...]``.
 
-The lines of each study are kept in ``tests/lab/results/`` with the command, seed and commit that made them; the table
-in analysis/INTERVALS.md is made of all of them and of `CITED`, so that one study can be run again alone.
+The lines of each study are kept in ``tests/lab/results/`` with the command, seed and commit that made them, and a hash
+of the code that they are about; the table in analysis/INTERVALS.md is made of all of them and of `CITED`, so that one
+study can be run again alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import tomllib
 from dataclasses import asdict
 from pathlib import Path
 
+from tests.lab.measured import fingerprint
 from tests.lab.table import Row
 
 DRAWS = {
@@ -58,7 +60,7 @@ def run(name: str, draws: int, seed: int, jobs: int) -> None:
         print(f"{row.item:4} {row.claim}: {row.claimed} [{WORDS[row.holds]}]", flush=True)
     study = {
         "command": f"python -m tests.lab --only {name} --draws {draws} --seed {seed}", "commit": commit.stdout.strip(),
-        "rows": [asdict(row) for row in rows],
+        "code": fingerprint(name), "rows": [asdict(row) for row in rows],
     }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(study, indent=1) + "\n")
