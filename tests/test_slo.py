@@ -104,7 +104,7 @@ def test_the_longest_pause_can_be_promised(tmp_path: Path) -> None:
 def test_a_percentile_is_met_exactly_when_enough_of_the_sorted_sample_lies_within(times, limit, percent) -> None:
     import numpy as np
 
-    from analysis.capacity.search import limit_used
+    from analysis.capacity.probes import limit_used
 
     class Rows:
         success = np.ones(len(times), dtype=bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -135,3 +136,19 @@ def window_of(due_s: Floats, starts_s: Sequence[float]) -> Ints:
         starts_s = np.linspace(0.0, float(due_s.max(initial=0.0)) + 1e-9, 4, endpoint=False).tolist()
     found: Ints = np.searchsorted(np.sort(starts_s), due_s, side="right") - 1
     return np.maximum(found, 0)
+
+
+def limit_used(run: Run, criteria: Sequence[Criterion]) -> float:
+    """Largest share of a limit that the wanted share of offered requests used, over the criteria; inf: not answered.
+
+    Steers the search only: no figure of a report, so no sample is too small for it.
+    """
+    worst = 0.0
+    offered = ~metrics.not_offered(run)
+    for criterion in criteria:
+        used = np.sort(
+            np.concatenate((metrics.slo_ratio(run.rows, criterion.limits)[offered], np.full(run.lost, np.inf)))
+        )
+        if len(used):
+            worst = max(worst, float(used[max(0, math.ceil(criterion.wanted * len(used) - 1e-9) - 1)]))
+    return worst

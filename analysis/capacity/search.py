@@ -13,10 +13,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis import metrics
 from analysis.arrays import Floats
-from analysis.capacity.backlog import Curve, Demand, curve_of
-from analysis.capacity.backlog import Worked as Worked
+from analysis.capacity.backlog import Curve, Demand, Worked, curve_of
 from analysis.capacity.crossing import (
     FEWEST_PROBES,
     PROMPT_WEIGHTS,
@@ -26,7 +24,6 @@ from analysis.capacity.crossing import (
     crossing,
 )
 from analysis.capacity.sweep import GAIN, Point
-from analysis.rows.read import Run
 from analysis.stats.autocorrelation import student_t
 from analysis.stats.intervals import samples_needed
 from harness.slo import Criterion
@@ -138,22 +135,6 @@ class Estimate:
     def half_width(self) -> float | None:
         """Half of the interval as a share of the rate; None without one."""
         return None if self.low is None or self.high is None else (self.high - self.low) / 2 / self.rate
-
-
-def limit_used(run: Run, criteria: Sequence[Criterion]) -> float:
-    """Largest share of a limit that the wanted share of offered requests used, over the criteria; inf: not answered.
-
-    Steers the search only: no figure of a report, so no sample is too small for it.
-    """
-    worst = 0.0
-    offered = ~metrics.not_offered(run)
-    for criterion in criteria:
-        used = np.sort(
-            np.concatenate((metrics.slo_ratio(run.rows, criterion.limits)[offered], np.full(run.lost, np.inf)))
-        )
-        if len(used):
-            worst = max(worst, float(used[max(0, math.ceil(criterion.wanted * len(used) - 1e-9) - 1)]))
-    return worst
 
 
 def requests_needed(criteria: Sequence[Criterion]) -> int:

@@ -207,8 +207,8 @@ class CapacitySession(Session):
         """How long the server takes to fill; where sessions wait, also until turns come as late as they will."""
         from analysis.capacity.search import settling_s
 
-        sessions_s = self.demand.requests_per_session * self._answer_s() if self.asked.plan.waits else 0.0
-        return max(settling_s(list(self.probes.values())), sessions_s)
+        turns = self.demand.requests_per_session if self.asked.plan.waits else 0.0
+        return max(settling_s(list(self.probes.values())), turns * self._answer_s())
 
     def _answer_s(self) -> float:
         """How long an answer takes one request at a time, s; 0 before that is known."""
@@ -238,8 +238,8 @@ class CapacitySession(Session):
 
     def learn(self, point: Point, run: Run, found: Summary) -> None:
         """What the search goes on from. A rung that is TOO SMALL steers too: it guides, and no figure comes from it."""
-        from analysis.capacity.probes import evidence_of, worked_of
-        from analysis.capacity.search import Probe, limit_used
+        from analysis.capacity.probes import evidence_of, limit_used, worked_of
+        from analysis.capacity.search import Probe
         from analysis.capacity.serving_config import point_of
         from analysis.check import MIN_REQUESTS
         from analysis.validity.prefix_cache import NAME as WARM
@@ -248,13 +248,10 @@ class CapacitySession(Session):
         failed = {c.name for c in found.checks if (c.gate or c.name == WARM) and c.ok is False}
         rate, lost = point.level.request_rate, run.manifest.lost
         steers = not failed or (failed == {MIN_REQUESTS} and rate is None)
-        evidence = None
-        if rate is not None and (steers or lost):
-            evidence = evidence_of(run, self.criteria, rate, lost=lost)
         self.probes[point.name] = Probe(
             rate=rate, concurrency=point.level.concurrency, point=point_of(found) if steers else None,
-            used=limit_used(run, self.criteria), evidence=evidence,
-            worked=worked_of(run) if steers or lost else None,
+            used=limit_used(run, self.criteria), worked=worked_of(run) if steers or lost else None,
+            evidence=evidence_of(run, self.criteria, rate, lost=lost) if rate and (steers or lost) else None,
         )  # fmt: skip
 
     def _probe(self, point: Point) -> Probe:
