@@ -182,7 +182,9 @@ def audit_report(
     verdicts = decide(asked, candidates, margin)
     rows = [_row(one, side, stated, facts, requests_per_s) for one, side in zip(measured, sides, strict=True)]
     rows = [_per_1m(row, rows[0], current, base) for row in rows]
-    again = None if current.again is None or broken else paired(own, _accepted(current.again), session, weight)
+    again = (
+        None if current.again is None or broken else paired(own, _column(current.again, "accepted"), session, weight)
+    )
     answers = tuple(
         _answer(verdict, row, rows[0], (base, side), costs, facts, again)
         for verdict, row, side, costs in zip(verdicts, rows[1:], sides[1:], bills, strict=True)
@@ -195,10 +197,6 @@ def audit_report(
     )  # fmt: skip
 
 
-def _accepted(table: pa.Table) -> Floats:
-    return _column(table, "accepted")
-
-
 def _column(table: pa.Table, name: str) -> Floats:
     found: Floats = np.array([np.nan if x is None else float(x) for x in table.column(name).to_pylist()], np.float64)
     return found
@@ -209,7 +207,7 @@ def _side(one: MeasuredModel, n: int) -> _Side:
     nothing = np.full(n, np.nan)
     if one.grades is None:
         return _Side(None, None, nothing)
-    table, grades = one.grades, _accepted(one.grades)
+    table, grades = one.grades, _column(one.grades, "accepted")
     tokens = _column(table, "output_tokens")
     gate = _column(table, "gate")
     failed = _failed(table)
