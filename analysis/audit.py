@@ -255,10 +255,6 @@ def _costs(
     )  # fmt: skip
 
 
-def _share(where: Bools, weight: Floats) -> float:
-    return float(weight @ where) / float(weight.sum())
-
-
 def _row(one: MeasuredModel, side: _Side, stated: Stated, facts: RecordFacts, rate: float) -> ModelRow:
     session, weight, table = facts.session, facts.weight, one.grades
     row = ModelRow(
@@ -272,7 +268,8 @@ def _row(one: MeasuredModel, side: _Side, stated: Stated, facts: RecordFacts, ra
     known, said = np.isfinite(side.grades), np.isfinite(side.tokens)
     ends = np.array([x == "length" for x in table.column("finish_reason").to_pylist()], np.bool_)
     row = replace(
-        row, ungraded=_share(~known, weight), failed=_share(_failed(table), weight), cut=_share(ends, weight),
+        row, ungraded=float(np.average(~known, weights=weight)),
+        failed=float(np.average(_failed(table), weights=weight)), cut=float(np.average(ends, weights=weight)),
         accepted=_bounded(mean(side.grades[known], session[known], weight[known])) if known.any() else None,
         output_tokens=mean(side.tokens[said], session[said], weight[said]) if said.any() else None,
     )  # fmt: skip
@@ -330,8 +327,8 @@ def _answer(
 ) -> CandidateAnswer:  # fmt: skip
     base, side = sides
     session, weight, pair = facts.session, facts.weight, verdict.paired
-    whole = None if costs is None else costs.routed(np.ones(len(session), np.bool_))
     results = tokens = per_accepted = slope = None
+    whole = None if costs is None else costs.routed(np.ones(len(session), np.bool_))
     if pair is not None and base.grades is not None and side.grades is not None:
         known = np.isfinite(base.grades) & np.isfinite(side.grades)
         results = ratio([side.grades[known]], [base.grades[known]], session[known], weight[known])
