@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import click
 
 from harness.errors import UsageError
 from harness.option_types import COUNT, POSITIVE, SHARE_OR_NONE, Parsed, opt
-from harness.sweep.spec import Pair
+
+if TYPE_CHECKING:
+    from harness.sweep.spec import Pair
 
 SCHEMA_VERSION = "1"
 STATE = "audit.json"
@@ -40,6 +42,8 @@ def parse_price(text: str) -> tuple[str, float, float, float | None]:
 
 def parse_model(text: str) -> Pair:
     """A `Pair` from ``MODEL@TIER``, ``MODEL@URL`` or ``MODEL@TIER@URL``."""
+    from harness.sweep.spec import Pair
+
     named, at, url = re.fullmatch(r"(.*?)(?:(@)(https?://.*))?", text, re.DOTALL).groups()  # type: ignore[union-attr]
     name, tier = named, None
     if not at or "@" in named:
