@@ -47,7 +47,8 @@ def serve(start: StartServer, folder: Path, model: str, right: Sequence[Sequence
         for i, (prompt, tries) in enumerate(zip(prompts(), right, strict=True))
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return start("--model", model, "--answers", str(file), "--ttft", "0.002", "--itl", "0.0005", *args)
+    # slow beside the 2.5 ms in which a worker may notice an end late, or Little's law would not hold within 5 %
+    return start("--model", model, "--answers", str(file), "--ttft", "0.08", "--itl", "0.002", *args)
 
 
 @dataclass(frozen=True)
