@@ -181,7 +181,7 @@ def audit_report(
     asked = GradedRecords(current=own, session=session, weight=weight, slices=slices(facts, unmeasurable))
     verdicts = decide(asked, candidates, margin)
     rows = [_row(one, side, stated, facts, requests_per_s) for one, side in zip(measured, sides, strict=True)]
-    rows = [_per_1m(row, rows[0], current, base) for row in rows]
+    rows = [_per_1m(row, rows[0], current, weight) for row in rows]
     again = (
         None if current.again is None or broken else paired(own, _column(current.again, "accepted"), session, weight)
     )
@@ -303,12 +303,13 @@ def _bounded(share: Bounded) -> Bounded:
     return Bounded(share.value, max(0.0, share.low), min(1.0, share.high))
 
 
-def _per_1m(row: ModelRow, first: ModelRow, current: MeasuredModel, base: _Side) -> ModelRow:
-    if row.usd_per_request is None or current.grades is None or first.output_tokens is None:
+def _per_1m(row: ModelRow, first: ModelRow, current: MeasuredModel, weight: Floats) -> ModelRow:
+    into = np.zeros(0) if current.grades is None else _column(current.grades, "input_tokens")
+    said = np.isfinite(into)
+    if row.usd_per_request is None or first.output_tokens is None or not said.any():
         return row
-    into = _column(current.grades, "input_tokens")
-    tokens = float(np.nanmean(into)) + first.output_tokens.value if np.isfinite(into).any() else None
-    return row if not tokens else replace(row, usd_per_1m=row.usd_per_request.times(1e6 / tokens))
+    tokens = float(np.average(into[said], weights=weight[said])) + first.output_tokens.value
+    return replace(row, usd_per_1m=row.usd_per_request.times(1e6 / tokens))
 
 
 def _difference(pair: Paired | None) -> Bounded | None:

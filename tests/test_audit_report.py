@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +19,11 @@ from analysis.report.audit import audit_sections
 from analysis.report.document import render_markdown, render_text
 from harness.audit.asked import AuditOptions
 from harness.audit.grades import SCHEMA
+from harness.cli.runner.audit import evidence_of
 from harness.cli.runner.audit_run import exit_status
 from harness.errors import EXIT_INVALID, EXIT_NOT_DECIDED, EXIT_SLO_MISSED, EXIT_VALID
+from harness.record.manifest import read_manifest
+from tests.run_files import good, write_run
 
 N = 400
 GOOD = np.arange(N) % 10 < 7
@@ -71,6 +75,29 @@ def test_list_prices_by_hand() -> None:
     assert then.usd_per_1m and then.usd_per_1m.value == pytest.approx(per_request / 10 / 110 * 1e6)
     assert found.answers[0].verdict.word == "switch"
     assert found.noise is not None and found.noise.discordance == 0 and found.answers[0].like_another_run
+
+
+def test_tokens_of_a_million_are_weighted_as_the_bill_is() -> None:
+    """Half of the records stand for nine requests each, and have ten times the input."""
+    heavy = np.arange(N) % 2 == 0
+    into = np.where(heavy, 1000, 100)
+    place, kind = SCHEMA.get_field_index("input_tokens"), SCHEMA.field("input_tokens")
+    sent = table(GOOD).set_column(place, kind, pa.array(into, kind.type))
+    facts = replace(FACTS, weight=np.where(heavy, 9.0, 1.0))
+    found = audit_report(
+        facts, [replace(CURRENT, grades=sent, price=TokenPrice(input=2, output=2)), EQUAL], margin=0.02,
+        slo={"ttft_p95": 2.0}, requests_per_s=1.0, stated=Stated(), unmeasurable=frozenset(), made="now", folder="f",
+        trace="t", records=N, checks_sha256="0",
+    )  # fmt: skip
+    assert found.models[0].usd_per_1m and found.models[0].usd_per_1m.value == pytest.approx(2)
+
+
+@pytest.mark.parametrize("facts, evidence", [({"source": "dummy"}, "dummy"), ({}, "simulated")])
+def test_made_up_weights_have_no_quality(facts: dict[str, str], evidence: str, tmp_path: Path) -> None:
+    manifest = read_manifest(write_run(tmp_path / "run", [good(0)]))
+    found = evidence_of(replace(manifest, model_facts=facts, evidence="simulated"))
+    assert found == evidence
+    assert words(CURRENT, replace(EQUAL, evidence=found)) == ["quality not measured"]
 
 
 def test_whole_instances_decide_at_low_volume_and_capacity_at_a_high_one() -> None:

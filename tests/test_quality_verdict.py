@@ -341,6 +341,7 @@ def test_what_has_no_ratio() -> None:
         (Bounded(0.95, 0.91, 0.99), Bounded(0.1, 0.09, 0.11), "not decided"),
         (Bounded(0.8, 0.7, 0.89), Bounded(0.08, 0.07, 0.1), "fails"),
         (Bounded(0.95, 0.91, 0.99), Bounded(0.5, 0.4, 0.6), "fails"),
+        (Bounded(0.95, 0.91, 0.99), Bounded(*[0.1 + 1e-16] * 3), "holds"),  # 0.3 / 3 USD, in binary
         (None, Bounded(0.5, 0.4, 0.6), "fails"),
         (None, Bounded(0.08, 0.07, 0.1), "not measured"),
         (Bounded(0.95, 0.91, 0.99), None, "not measured"),

@@ -8,6 +8,8 @@ from typing import Literal
 from analysis.quality.estimate import Bounded
 
 Outcome = Literal["holds", "fails", "not decided", "not measured"]
+ROUNDING = 1e-9
+"""Of a ratio: list prices of 10 and 1 USD are one tenth, whatever their sums are in binary."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +27,7 @@ class Claim:
 def results_for_cost(results: Bounded | None, cost: Bounded | None, at_least: float, at_most: float) -> Claim:
     """Whether "90 % of the results for 10 % of the cost" holds: by the worse end of both; one better end fails it."""
     text = f"{100 * at_least:g} % of the results for {100 * at_most:g} % of the cost"
+    at_least, at_most = at_least * (1 - ROUNDING), at_most * (1 + ROUNDING)
     outcome: Outcome = "not decided"
     if (results is not None and results.high < at_least) or (cost is not None and cost.low > at_most):
         outcome = "fails"

@@ -25,7 +25,7 @@ from harness.cli.runner.sweep import Session
 from harness.cli.runner.targets import Target
 from harness.errors import HarnessError
 from harness.options import PlanOptions, ReplayOptions, ReportOptions, SearchOptions
-from harness.record.manifest import PRIVATE, RunDir, Tier
+from harness.record.manifest import PRIVATE, RunDir, RunManifest, Tier
 from harness.record.run_spec import DEFAULTS
 from harness.sweep.spec import Loads, Pair, Point, SweepSpec, slug
 from harness.sweep.state import ANSWER, STATE, SweepState, read_state, write_state
@@ -34,6 +34,7 @@ from harness.trace.io import Trace, open_asked
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from analysis.quality.verdict import Evidence
     from analysis.rows.read import Run
     from analysis.summary import Summary
 
@@ -51,8 +52,7 @@ class QualityPass:
     """Why it proves nothing; None: it is whole."""
     grades: pa.Table | None
     """None: there are none."""
-    evidence: str | None = None
-    """As the manifest has it."""
+    evidence: Evidence = "measured"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +70,6 @@ class LoadPass:
     """It is a capacity; else only what was sent."""
     tier: Tier | None = None
     words: str = ""
-    figures: Mapping[str, float | None] | None = None
-    """Of the one load level, as `Point.figures`."""
 
 
 class Salted(Session):
@@ -160,7 +158,12 @@ def _passed(folder: Path, point: Point) -> QualityPass:
     run = read_run(path)
     failed = [c for c in summarise(run).checks if c.gate and c.ok is False and c.name in BROKEN]
     problem = death(RunDir(path)) or ("; ".join(f"{c.name}: {c.observed}" for c in failed) or None)
-    return QualityPass(problem=problem, grades=read_grades(path), evidence=run.manifest.evidence)
+    return QualityPass(problem=problem, grades=read_grades(path), evidence=evidence_of(run.manifest))
+
+
+def evidence_of(manifest: RunManifest) -> Evidence:
+    """Whose answers they are: of made-up weights nobody's, whatever engine served them."""
+    return "dummy" if manifest.model_facts.get("source") == "dummy" else manifest.evidence
 
 
 def load(
@@ -206,7 +209,7 @@ def _level(point: Point, tier: Tier | None, rate: float) -> LoadPass:
     if point.reason:
         words += f" ({point.reason[:200]})"
     kept = rate if judged else None
-    return LoadPass(slo_met=judged, rate=kept, low=kept, high=kept, tier=tier, words=words, figures=point.figures)
+    return LoadPass(slo_met=judged, rate=kept, low=kept, high=kept, tier=tier, words=words)
 
 
 def _searched(report: CapacityReport, tier: Tier | None) -> LoadPass:

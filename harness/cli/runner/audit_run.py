@@ -234,7 +234,7 @@ def _measured(
         fleet = Rented(usd_per_hour=loaded.tier.usd_per_hour, capacity=Bounded(loaded.rate, *ends))
     return MeasuredModel(
         name=pair.name, grades=first.grades, again=None if again is None or again.problem else again.grades,
-        problem=first.problem, evidence="simulated" if first.evidence == "simulated" else "measured",
+        problem=first.problem, evidence=first.evidence,
         slo_met=loaded.slo_met, price=None if pair.tier else prices.get(pair.model or ""), fleet=fleet,
         capacity_searched=loaded.searched, load=loaded.words,
     )  # fmt: skip
