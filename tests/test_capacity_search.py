@@ -15,6 +15,7 @@ from conftest import StartServer
 
 from analysis.capacity.backlog import curve_of
 from analysis.capacity.crossing import crossing
+from analysis.capacity.probes import requests_needed
 from analysis.capacity.search import (
     MOST_PROBES,
     SUSTAINED,
@@ -23,7 +24,6 @@ from analysis.capacity.search import (
     estimate,
     keeps,
     next_load,
-    requests_needed,
     settling_s,
 )
 from analysis.capacity.sweep import Point
@@ -133,6 +133,14 @@ def test_a_server_is_no_limit_before_several_probes_next_to_its_ceiling_kept_the
             assert (found.low, found.high) == (None, None) and step.rate < found.ceiling
     found = estimate([*probes, *[calm] * 4], P95, DEMAND)
     assert found is not None and found.limit is SUSTAINED and found.low is not None
+
+
+def test_a_burst_far_below_the_ceiling_is_no_queue_that_only_grows() -> None:
+    """Of this trace most probes near the true 2.4 req/s meet no burst, and the server gets 7 req/s done."""
+    case = capacity_lab.CASES["slow"]
+    found = capacity_lab.search(case, 880001).found
+    assert found is not None and found.limit is not SUSTAINED
+    assert found.rate == pytest.approx(case.true, rel=0.25)
 
 
 def test_a_server_settles_in_answers_as_long_as_they_are_when_it_is_full() -> None:

@@ -130,15 +130,18 @@ def _fit(curve: Curve, probes: Sequence[Evidence], k: int, wanted: float) -> _Fi
         if abs(new - rate) <= 1e-3 * new:
             break
         rate = new
-        near = _near(probes, rate)
+        near = _near(probes, rate, k)
     error = _error(near, behind, k, level_s)
     return _Fit(curve=curve, near=near, rate=rate, level_s=level_s, error=error, missed=share < 1)
 
 
-def _near(probes: Sequence[Evidence], rate: float) -> list[Evidence]:
-    """Those within `NEAR` of a rate, the nearest two at least."""
+def _near(probes: Sequence[Evidence], rate: float, k: int) -> list[Evidence]:
+    """Those within `NEAR` of a rate, the nearest two at least; where they missed nothing, the nearest that did, too."""
     order = sorted(probes, key=lambda p: abs(math.log(p.rate / rate)))
-    return [p for i, p in enumerate(order) if i < 2 or abs(math.log(p.rate / rate)) <= NEAR]
+    near = [p for i, p in enumerate(order) if i < 2 or abs(math.log(p.rate / rate)) <= NEAR]
+    if all(p.kept[k].all() for p in near):
+        near += [p for p in order[len(near) :] if not p.kept[k].all()][:1]
+    return near
 
 
 def _span_s(probe: Evidence) -> float:

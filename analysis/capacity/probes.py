@@ -15,6 +15,7 @@ from analysis.capacity.backlog import Demand, Worked
 from analysis.capacity.crossing import Evidence
 from analysis.fidelity.inputs import measured_reuse
 from analysis.rows.read import Rows, Run
+from analysis.stats.intervals import samples_needed
 from analysis.steady import only_grew
 from harness.plan.file import read_plan_columns
 from harness.record.manifest import RunDir
@@ -152,3 +153,8 @@ def limit_used(run: Run, criteria: Sequence[Criterion]) -> float:
         if len(used):
             worst = max(worst, float(used[max(0, math.ceil(criterion.wanted * len(used) - 1e-9) - 1)]))
     return worst
+
+
+def requests_needed(criteria: Sequence[Criterion]) -> int:
+    """Requests that a probe must offer to judge every criterion (`intervals.samples_needed`)."""
+    return max(samples_needed(min(criterion.wanted, 0.999)) for criterion in criteria)

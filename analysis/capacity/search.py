@@ -15,17 +15,9 @@ import numpy as np
 
 from analysis.arrays import Floats
 from analysis.capacity.backlog import Curve, Demand, Worked, curve_of
-from analysis.capacity.crossing import (
-    FEWEST_PROBES,
-    PROMPT_WEIGHTS,
-    SHORTEST_S,
-    Crossing,
-    Evidence,
-    crossing,
-)
+from analysis.capacity.crossing import FEWEST_PROBES, PROMPT_WEIGHTS, SHORTEST_S, Crossing, Evidence, crossing
 from analysis.capacity.sweep import GAIN, Point
 from analysis.stats.autocorrelation import student_t
-from analysis.stats.intervals import samples_needed
 from harness.slo import Criterion
 
 RUNG = 4
@@ -137,11 +129,6 @@ class Estimate:
         return None if self.low is None or self.high is None else (self.high - self.low) / 2 / self.rate
 
 
-def requests_needed(criteria: Sequence[Criterion]) -> int:
-    """Requests that a probe must offer to judge every criterion (`intervals.samples_needed`)."""
-    return max(samples_needed(min(criterion.wanted, 0.999)) for criterion in criteria)
-
-
 def settling_s(probes: Sequence[Probe]) -> float:
     """How long a probe in an open loop must run until an empty server has settled at a load near its ceiling, s.
 
@@ -162,7 +149,7 @@ def next_load(
         return Step(why=f"{MOST_PROBES} probes were made")
     unknown = [q.note for p in probes if p.point is not None for q in p.point.kept if q.value is None]
     if unknown:
-        return Step(why=f"nobody can say whether the promise is kept: {unknown[0]}")
+        return Step(why=f"the SLO cannot be judged: {unknown[0]}")
     ladder = _by_load([p for p in probes if p.concurrency is not None])
     step = _next_rung(ladder, criteria)
     if step is not None:
@@ -181,9 +168,10 @@ def estimate(probes: Sequence[Probe], criteria: Sequence[Criterion], demand: Dem
     curves = _curves(probes, demand)
     if not shown or not curves:
         return None
+    ceiling, low, high, seconds = _ceiling(probes, curves[0])
+    shown = [_beside(e, ceiling) for e in shown]
     found = [crossing(curves, shown, k, c.wanted) for k, c in enumerate(criteria)]
     known = [(one, c) for one, c in zip(found, criteria, strict=True) if one is not None]
-    ceiling, low, high, seconds = _ceiling(probes, curves[0])
     sustained = Estimate(
         rate=ceiling, low=low, high=high, limit=SUSTAINED, ceiling=ceiling, seconds=seconds,
         probes=sum(e.unstable for e in shown), missed=any(e.unstable for e in shown),
@@ -195,8 +183,16 @@ def estimate(probes: Sequence[Probe], criteria: Sequence[Criterion], demand: Dem
         kept = min(first.rate, ceiling)
         if not _seen_full(shown, ceiling):  # what lies between is not known: claim what was seen to be kept
             return replace(sustained, rate=kept, low=None, high=None)
-        return replace(sustained, low=None if low is None else min([low, kept, *_lows(known)]))
+        full = max([e.rate for e in shown if not e.unstable], default=ceiling)  # beyond that nothing was kept up with
+        low = None if low is None else min([low, kept, full, *_lows(known)])
+        return replace(sustained, rate=min(ceiling, full), low=low)
     return _capped(first, limit, known, sustained)
+
+
+def _beside(evidence: Evidence, ceiling: float) -> Evidence:
+    """A backlog that grew far below what the server gets done is a burst, which the trace's own bursts put right."""
+    burst = evidence.unstable and evidence.rate < SATURATED * ceiling and bool(evidence.measured.any())
+    return replace(evidence, unstable=False) if burst else evidence
 
 
 def _capped(
@@ -322,7 +318,7 @@ def _next_rate(
         return Step(rate=_round(rate), why="where the ladder and the trace's own bursts put it")
     shown = [p.evidence for p in opened if p.evidence is not None]
     if now.limit is SUSTAINED and now.missed and not _seen_full(shown, now.ceiling):
-        why = f"the server gets {now.ceiling:.3g} req/s done: just below that, to see whether the promise breaks first"
+        why = f"the server gets {now.ceiling:.3g} req/s done: just below that, to see whether the SLO breaks first"
         return Step(rate=_round(FULL * now.ceiling), why=why)
     if (ended := _ended(now, tolerance)) is not None:
         return ended
@@ -336,11 +332,11 @@ def _next_rate(
         why = f"{now.limit.name} should break near {now.rate:.3g} req/s"
     if rate <= alone * IDLE * 0.99 and not any(keeps(p.point, criteria) for p in opened if p.point is not None):
         if last <= alone * IDLE:
-            return Step(why=f"at {last:g} req/s requests hardly meet, and the promise is missed")
+            return Step(why=f"at {last:g} req/s requests hardly meet, and the SLO is missed")
         rate = alone * IDLE * 0.99
     if rate >= spoilt:
         if last >= 0.95 * spoilt:
-            return Step(why=f"runs at {spoilt:g} req/s are INVALID, and at {last:g} the promise is kept")
+            return Step(why=f"runs at {spoilt:g} req/s are INVALID, and at {last:g} the SLO is kept")
         rate = (last + spoilt) / 2
     return Step(rate=_round(rate), why=why)
 

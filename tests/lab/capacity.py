@@ -22,6 +22,8 @@ from analysis.capacity.sweep import Point
 from analysis.stats.intervals import Quantity
 from analysis.steady import only_grew
 from cluster.simulator.replica import Outcomes, Workload, simulate
+from cluster.simulator.scheduler import Limits
+from cluster.simulator.step_time import LinearStep
 from harness.cli.runner.capacity import RUNG, WARMUP, WINDOWS, window_count
 from harness.plan.file import Windows
 from harness.plan.windows import windows_in_time
@@ -46,6 +48,13 @@ LIMIT_S = 1.0
 P95 = Criterion(name="ttft_p95 <= 1 s", wanted=0.95, limits={"ttft": LIMIT_S})
 PROBE_S = 60.0
 REQUESTS = 20_000
+
+
+SLOW = Engine(
+    limits=Limits(max_num_seqs=32, max_num_batched_tokens=2048),
+    step=LinearStep(base_s=0.030, per_sequence_s=0.0008, per_prompt_token_s=0.0001),
+)  # fmt: skip
+"""Prompts are dear: 32 slots, 2,048 tokens in a step of 30 ms + 0.8 ms for each sequence + 0.1 ms for each prompt token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +85,7 @@ CASES = {
     "diurnal": _process("diurnal", 7.414),
     "drifting": _process("drifting", math.nan),
     "sessions": Case(trace=sessions_trace, whole=partial(sessions, REQUESTS), true=9.548),
+    "slow": Case(trace=partial(workload, "bursty", REQUESTS, median_output=50.0), true=2.386, engine=SLOW),
     "wide": Case(trace=partial(workload, "poisson", REQUESTS, median_output=100.0), true=11.005, engine=WIDE),
 }
 
@@ -314,4 +324,5 @@ def rows(draws: int, seed: int, jobs: int) -> list[Row]:
     return [
         *made,
         row("3", "capacity of a search, another engine (64 slots)", CASES["wide"], draws, seed, jobs),
+        row("3", "capacity of a search, bursty, dear prompts (32 slots)", CASES["slow"], draws, seed, jobs),
     ]

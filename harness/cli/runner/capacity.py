@@ -183,7 +183,7 @@ class CapacitySession(Session):
 
     def _open(self, options: ReplayOptions, rate: float, draw: int) -> PlanOptions:
         """A probe at a rate: longer than asked for where that has too few requests or ends with the first answers."""
-        from analysis.capacity.search import requests_needed
+        from analysis.capacity.probes import requests_needed
 
         least = options.load.min_requests
         judged = math.ceil(least + 3 * math.sqrt(least))  # the count of arrivals in a window varies
