@@ -91,7 +91,7 @@ def test_api_key(fake_server: StartServer, tmp_path: Path) -> None:
     assert wrong.returncode == 1
     assert "401" in wrong.stderr
     right = harness(*args, "--format", "json", HARNESS_API_KEY="right-key-123")
-    assert right.returncode in (0, 3), right.stderr  # on a busy machine it is INVALID
+    assert right.returncode == 0, right.stderr
     assert json.loads(right.stdout)["requests"]["succeeded"] == 5, right.stdout
     assert "-key-" not in none.stderr + wrong.stderr + right.stderr + right.stdout
     for file in tmp_path.rglob("*"):

@@ -54,7 +54,7 @@ SLOW = Engine(
     limits=Limits(max_num_seqs=32, max_num_batched_tokens=2048),
     step=LinearStep(base_s=0.030, per_sequence_s=0.0008, per_prompt_token_s=0.0001),
 )  # fmt: skip
-"""Prompts are dear: 32 slots, 2,048 tokens in a step of 30 ms + 0.8 ms for each sequence + 0.1 ms for each prompt token."""
+"""Prompts are dear: 32 slots, 2,048 tokens in a step of 30 ms + 0.8 ms a sequence + 0.1 ms a prompt token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
