@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from analysis.arrays import Bools, Floats, Ints
+from analysis.cost.cost import HOURS_PER_MONTH
 from analysis.quality.estimate import Bounded, given, mean, quotient, ratio
-
-HOURS_PER_MONTH = 730.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
