@@ -278,14 +278,12 @@ def _row(one: MeasuredModel, side: _Side, stated: Stated, facts: RecordFacts, ra
     found = bill(side.served, stated, session, weight)
     if one.fleet is None:
         return replace(row, usd_per_request=found.per_request, usd_per_accepted=found.per_accepted)
-    instances = one.fleet.instances(rate)
-    rent = instances.times(one.fleet.usd_per_hour / (rate * 3600))
     extra = _not_below_0(found.per_request)
-    whole, full = rent + extra, None
+    whole, full = one.fleet.usd_per_request(rate) + extra, None
     if one.capacity_searched and (hour := given(one.fleet.usd_per_hour / 3600).over(one.fleet.capacity)) is not None:
         full = hour + extra
     return replace(
-        row, instances=instances, usd_per_request=whole, usd_per_accepted=_over(whole, row.accepted),
+        row, instances=one.fleet.instances(rate), usd_per_request=whole, usd_per_accepted=_over(whole, row.accepted),
         usd_per_request_full=full, usd_per_accepted_full=_over(full, row.accepted),
     )  # fmt: skip
 
@@ -358,9 +356,8 @@ def _break_even(costs: Costs) -> BreakEven | None:
     for model, dearer in ((costs.current, False), (costs.candidate, True)):
         usd = 0.0
         if model.fleet is not None:
-            instances = model.fleet.instances(costs.requests_per_s)
-            usd = (instances.high if dearer else instances.low) * model.fleet.usd_per_hour / 3600
-            usd /= costs.requests_per_s
+            rent = model.fleet.usd_per_request(costs.requests_per_s)
+            usd = rent.high if dearer else rent.low
         if not math.isfinite(usd):
             return None
         sides.append(replace(model.served, usd=model.served.usd + usd))

@@ -220,6 +220,10 @@ class Rented:
             return given(0.0)
         return Bounded(whole(self.capacity.value), whole(self.capacity.high), whole(self.capacity.low))
 
+    def usd_per_request(self, requests_per_s: float) -> Bounded:
+        """Rent of the whole instances, over the requests; ``requests_per_s`` above 0."""
+        return self.instances(requests_per_s).times(self.usd_per_hour / 3600 / requests_per_s)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostedModel:
