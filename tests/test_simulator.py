@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.simulator.blocks import block_keys
 from cluster.simulator.replica import Outcomes, SimulatedReplica, Workload, _Fleet, simulate
 from cluster.simulator.scheduler import Limits, Scheduler, Sequence
-from cluster.simulator.step_time import Chunk, LinearStep, NoisyStep
+from cluster.simulator.step_time import Chunk, LinearStep, NoisyStep, PaddedStep
+from cluster.simulator.vllm_limits import graph_sizes
 
 STEP = LinearStep(base_s=0.020, per_sequence_s=0.0015, per_prompt_token_s=0.00002)
 EIGHT = Limits(max_num_seqs=8)
@@ -197,3 +199,75 @@ def test_who_serves_is_not_said_beforehand_where_requests_wait() -> None:
     load = workload([0.0, 0.0], [0, 0], [1, 1], after=np.array([-1, 0]))
     with pytest.raises(ValueError, match="beforehand"):
         simulate(load, EIGHT, [STEP], router=np.zeros(2, dtype=np.int64))
+
+
+def test_work_is_that_of_vllm_by_hand() -> None:
+    """Worked out by hand and said by vLLM itself: 10 ms + 0.1 ms a prompt token + 1 ms a decode + 0.1 us a token."""
+    load = workload([0.0, 0.001, 0.020], [100, 30, 50], [5, 8, 3])
+    limits = Limits(max_num_seqs=4, max_num_batched_tokens=64, kv_blocks=40)
+    work: list[tuple[list[Chunk], int, int]] = []
+
+    def step(chunks: list[Chunk], decoding: int, context: int) -> float:
+        work.append((list(chunks), decoding, context))
+        return 0.010 + 0.0001 * sum(chunk.new for chunk in chunks) + 0.001 * decoding + 1e-7 * context
+
+    found = simulate(load, limits, [step])  # type: ignore[list-item]
+    assert [chunks for chunks, _, _ in work[:3]] == [
+        [Chunk(64, 0)],
+        [Chunk(36, 64), Chunk(28, 0)],
+        [Chunk(2, 28), Chunk(50, 0)],
+    ]
+    assert found.step_end_s[0][:4] == pytest.approx([0.0164, 0.0328, 0.0490101, 0.0620285])
+
+
+def test_a_sequence_that_was_thrown_out_has_all_its_tokens() -> None:
+    # 4 blocks of 4: two prompts of 7 fit, and the second needs a block when the first has taken the last
+    limits = Limits(max_num_seqs=4, kv_blocks=5, block_size=4)
+    found = simulate(workload([0.0, 0.0], [7, 7], [8, 8]), limits, [STEP])
+    assert found.resumed.keys() == {1}
+    times = [found.token_s(k, 8) for k in (0, 1)]
+    assert [len(one) for one in times] == [8, 8] and all(np.all(np.diff(one) > 0) for one in times)
+    assert [one[-1] for one in times] == found.finished_s.tolist()
+    had, step = found.resumed[1][0]
+    assert times[1][had] == found.step_end_s[0][step] and np.diff(times[1]).max() > 3 * STEP.base_s
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("blocks", [None, 300])
+def test_an_equal_prefix_is_read_once(ahead: bool, blocks: int | None) -> None:
+    keys = block_keys(list(range(64)), 16)
+    load = workload([0.0, 1.0, 2.0], [70, 64, 80], [3, 3, 3], keys=[keys, keys, keys[:2]])
+    read: list[int] = []
+
+    def step(chunks: list[Chunk], decoding: int, context: int) -> float:
+        read.extend(chunk.new for chunk in chunks)
+        return 0.01
+
+    limits = Limits(max_num_seqs=4, kv_blocks=blocks, prefix_cache=True, async_scheduling=ahead)
+    simulate(load, limits, [step])  # type: ignore[list-item]
+    assert read == [70, 16, 48]  # the last block of a prompt that is all there is read again
+
+
+def test_a_step_is_planned_while_the_one_before_it_runs() -> None:
+    load = workload([0.0, 0.001, 0.030], [10, 10, 10], [4, 2, 1])
+    plain, ahead = (
+        simulate(load, Limits(max_num_seqs=2, async_scheduling=ahead), [LinearStep(0.010, 0.0, 0.0)])
+        for ahead in (False, True)
+    )
+    assert plain.first_token_s == pytest.approx([0.010, 0.020, 0.040])
+    # the second comes when the second step is planned already; the third, too, when the fourth is
+    assert ahead.first_token_s == pytest.approx([0.010, 0.030, 0.050])
+
+
+def test_what_never_fits_is_refused() -> None:
+    with pytest.raises(ValueError, match="KV cache holds 64 tokens"):
+        simulate(workload([0.0], [60], [6]), Limits(max_num_seqs=1, kv_blocks=4), [STEP])
+    with pytest.raises(ValueError, match="at least max_num_seqs"):
+        Limits(max_num_seqs=64, max_num_batched_tokens=32, kv_blocks=4)
+
+
+def test_nine_sequences_cost_a_graph_of_sixteen() -> None:
+    sizes = graph_sizes(Limits(max_num_seqs=256, max_num_batched_tokens=2048), compute_capability=9)
+    step = PaddedStep(STEP, sizes)
+    assert step([], 9, 900) == STEP([], 16, 900) and step([], 513, 9) == STEP([], 513, 9)
+    assert step([Chunk(9, 0)], 9, 900) == STEP([Chunk(9, 0)], 9, 900)

@@ -1,8 +1,9 @@
 """One replica to which requests come at times of their own, in one loop: the steps of `replica.Replica`, several times
 as fast.
 
-Nothing that happens on other replicas can change what comes to it, so its whole life is run through at once. The same
-result to the last bit (tests/test_simulator.py): whoever changes `scheduler.Scheduler` changes this, too.
+Only for an engine that seats and tokens alone bound (`Limits.is_plain`). Nothing that happens on other replicas can
+change what comes to it, so its whole life is run through at once. The same result to the last bit
+(tests/test_simulator.py): whoever changes that part of `scheduler.Scheduler` changes this, too.
 """
 
 from __future__ import annotations

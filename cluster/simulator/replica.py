@@ -1,6 +1,7 @@
 """Engines in virtual time: a workload in, the time of every token out.
 
-A request that comes while a step runs is seen when that step ends; one that comes to an idle engine begins a step.
+A request that comes while a step runs is seen when that step ends (with asynchronous scheduling, when the step after it
+ends); one that comes to an idle engine begins a step.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import heapq
 import math
 from array import array
+from collections.abc import Hashable, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -17,7 +20,7 @@ import numpy.typing as npt
 
 from cluster.simulator.alone import serve_alone
 from cluster.simulator.scheduler import Limits, Scheduler, Sequence
-from cluster.simulator.step_time import StepTime
+from cluster.simulator.step_time import Chunk, StepTime
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -37,6 +40,9 @@ class SimulatedReplica:
         self.step_end_s = array("d")
         """When each step ended."""
         self._in_step = False
+        self._plans_ahead = limits.async_scheduling
+        self._ahead: tuple[list[Chunk], int, int] | None = None
+        """What the step after the one in progress works on, where it is planned while that runs."""
 
     def submit(self, sequence: Sequence, at_s: float) -> None:
         """A request comes. What is to happen before ``at_s`` must have happened; the step that begins then sees it."""
@@ -48,8 +54,13 @@ class SimulatedReplica:
         """What happens at ``next_s``: a step begins, or it ends; the sequences that ended with it."""
         scheduler = self.scheduler
         if not self._in_step:
-            self.next_s += self.step_time(*scheduler.begin())
             self._in_step = True
+            if not self._plans_ahead:
+                self.next_s += self.step_time(*scheduler.begin())
+                return []
+            self.next_s += self.step_time(*(self._ahead or scheduler.begin()))
+            chunks, decoding, context = scheduler.begin()
+            self._ahead = (chunks, decoding, context) if chunks or decoding else None
             return []
         self._in_step = False
         self.step_end_s.append(self.next_s)
@@ -71,6 +82,8 @@ class Workload:
     """Index of the request whose end each waits for, below its own; -1: none. None: nobody waits."""
     think_s: Floats | None = None
     """Between that end and this request; None: 0."""
+    keys: Items[Items[Hashable]] | None = None
+    """Of each request, for its full blocks of prompt and answer that others may share (`blocks.block_keys`)."""
 
     def __len__(self) -> int:
         return len(self.input_tokens)
@@ -90,13 +103,17 @@ class Outcomes:
     """Of its replica; -1: it had no token."""
     step_end_s: Items[Floats]
     """When each step of each replica ended."""
+    resumed: Mapping[int, Items[tuple[int, int]]] = field(default_factory=dict)
+    """Of each request that was thrown out and went on, each time: tokens it had, and the step that gave the next."""
 
     def token_s(self, request: int, output_tokens: int) -> Floats:
         """When each token of a request came; those up to the end of the simulation."""
         first = int(self.first_step[request])
         if first < 0:
             return np.zeros(0)
-        return self.step_end_s[int(self.replica[request])][first : first + output_tokens]
+        ends = self.step_end_s[int(self.replica[request])]
+        parts = [(0, first), *self.resumed.get(request, ()), (output_tokens, 0)]
+        return np.concatenate([ends[step : step + until - had] for (had, step), (until, _) in pairwise(parts)])
 
 
 def simulate(
@@ -114,11 +131,12 @@ def simulate(
     many slots, which take the requests in order. ``until_s``: what ends or comes later does not. Raises ValueError for
     a workload that is out of order.
     """
-    if concurrency is None and workload.after is None and not (isinstance(router, str) and router != "round robin"):
+    beforehand = concurrency is None and workload.after is None
+    if not isinstance(router, str) and not beforehand:
+        raise ValueError("who serves a request cannot be said beforehand where requests wait for others")
+    if beforehand and limits.is_plain and not (isinstance(router, str) and router != "round robin"):
         owner = np.arange(len(workload)) % len(step_times) if isinstance(router, str) else router
         return _each_alone(workload, limits, step_times, owner, until_s)
-    if not isinstance(router, str):
-        raise ValueError("who serves a request cannot be said beforehand where requests wait for others")
     fleet = _Fleet(workload, [SimulatedReplica(limits, step_time) for step_time in step_times], router, concurrency)
     fleet.run(until_s)
     return fleet.outcome()
@@ -171,7 +189,7 @@ class _Fleet:
     """Replicas, what is still to come to them, and what became of what came."""
 
     def __init__(
-        self, workload: Workload, replicas: list[SimulatedReplica], router: Router, concurrency: int | None
+        self, workload: Workload, replicas: list[SimulatedReplica], router: Router | Ints, concurrency: int | None
     ) -> None:  # fmt: skip
         n = len(workload)
         self.replicas, self.router, self.closed = replicas, router, concurrency is not None
@@ -181,6 +199,8 @@ class _Fleet:
         self.dynamic = waits or self.closed
         self.due_s, self.finished_s = np.full(n, np.nan), np.full(n, np.nan)
         self.owner, self.first_step = np.full(n, -1, dtype=np.int64), np.full(n, -1, dtype=np.int64)
+        self.keys = workload.keys
+        self.resumed: dict[int, Items[tuple[int, int]]] = {}
         self.inputs, self.outputs = workload.input_tokens.tolist(), workload.output_tokens.tolist()
         self.earliest_s = [0.0] * n if self.closed else workload.arrival_s.tolist()
         self.think_s = [0.0] * n if workload.think_s is None else workload.think_s.tolist()
@@ -206,9 +226,10 @@ class _Fleet:
             if not self.coming or self.coming[0][0] >= until_s:
                 return
             at_s, k = heapq.heappop(self.coming)
-            chosen = self._route()
+            chosen = self._route(k)
             self.due_s[k], self.owner[k] = at_s, chosen
-            self.replicas[chosen].submit(Sequence(k, self.inputs[k], self.outputs[k]), at_s)
+            keys = () if self.keys is None else self.keys[k]
+            self.replicas[chosen].submit(Sequence(k, self.inputs[k], self.outputs[k], keys=keys), at_s)
 
     def _advance_together(self, until_s: float) -> None:
         """Up to the next request; whoever is earliest goes first, since an end there may send a request anywhere."""
@@ -223,13 +244,17 @@ class _Fleet:
         for sequence in done:
             k = sequence.number
             self.finished_s[k], self.first_step[k] = now_s, sequence.first_step
+            if sequence.resumed:
+                self.resumed[k] = sequence.resumed
             if (following := next(self.queued, None)) is not None:
                 heapq.heappush(self.coming, (now_s, following))
             for follower in self.followers.get(k, ()):
                 due_s = max(now_s + self.think_s[follower], self.earliest_s[follower])
                 heapq.heappush(self.coming, (due_s, follower))
 
-    def _route(self) -> int:
+    def _route(self, k: int) -> int:
+        if not isinstance(self.router, str):
+            return int(self.router[k])
         if self.router == "round robin":
             self.turn += 1
             return (self.turn - 1) % len(self.replicas)
@@ -238,13 +263,15 @@ class _Fleet:
     def outcome(self) -> Outcomes:
         """What became of each request so far."""
         for replica in self.replicas:
-            for sequence in replica.scheduler.decoding:
-                self.first_step[sequence.number] = sequence.first_step
+            for sequence in replica.scheduler.sequences():
+                if sequence.first_step < len(replica.step_end_s):
+                    self.first_step[sequence.number] = sequence.first_step
+                self.resumed |= {sequence.number: sequence.resumed} if sequence.resumed else {}
         ends = [np.array(replica.step_end_s, dtype=np.float64) for replica in self.replicas]
         first_s = _first_token_s(self.owner, self.first_step, ends)
         return Outcomes(
             due_s=self.due_s, first_token_s=first_s, finished_s=self.finished_s, replica=self.owner,
-            first_step=self.first_step, step_end_s=ends,
+            first_step=self.first_step, step_end_s=ends, resumed=self.resumed,
         )  # fmt: skip
 
 

@@ -1,138 +1,372 @@
-"""Which sequences an engine works on in each step: continuous batching, first come first served, no clock of its own.
+"""Which sequences an engine works on in each step: the scheduler of vLLM v1, without a clock of its own.
 
-A driver asks for the next step (`Scheduler.begin`), lets its time pass on whatever clock it has, and ends it
+A driver asks for a step (`Scheduler.begin`), lets its time pass on whatever clock it has, and ends it
 (`Scheduler.end`). A prompt that is read to its end in a step has its first token at the end of that step; each later
-step gives one more.
+step gives one more. With ``async_scheduling`` a step is begun, that is planned, when the one before it starts to run,
+and at most two are begun at once.
+
+- Running sequences first, in the order of their admission, then waiting ones, first come first served, while seats and
+  tokens of the step last. Several prompts may be read in a step, of which the last is cut to fit.
+- A prompt is admitted only if all of it fits into the KV cache. A sequence that needs a block when none is free throws
+  out the last admitted, maybe itself; that one waits in front of all others and reads its prompt and its answer so far
+  again. Nobody is admitted in such a step.
+- Blocks count as filled when they are planned, so that a prompt hits what another in the same step begins to read. The
+  last token of a prompt is always read.
+
+Proved step by step against vLLM's own `Scheduler` and `AsyncScheduler` (tests/vllm_oracle.py); `VLLM` is the version.
+The work of a step depends on what changes, not on how many decode. Speculative decoding, LoRA, sliding windows,
+priorities and disaggregated prefill are not here.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
+from collections.abc import Hashable, Iterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
+from cluster.simulator.blocks import ENDLESS, Block, KVCache
 from cluster.simulator.step_time import Chunk
+
+VLLM = "0.32.0"
+"""Whose scheduling this is."""
+NOBODY: list[Sequence] = []
+"""Never changed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a step may hold; vLLM's names."""
+    """What an engine may hold; vLLM's names. Raises ValueError for an engine that could never end."""
 
     max_num_seqs: int
     max_num_batched_tokens: int | None = None
     """Tokens of a step: one for each decoding sequence, the rest for prompts, of which the last is cut to fit. None: no
     bound, every prompt is read in one step."""
+    kv_blocks: int | None = None
+    """Blocks that sequences can have: vLLM's ``num_gpu_blocks`` less one. None: no bound."""
+    block_size: int = 16
+    """Tokens of a block."""
+    prefix_cache: bool = False
+    """Whether equal prefixes are read once (vLLM: ``enable_prefix_caching``)."""
+    async_scheduling: bool = False
+    """Whether a step is planned while the one before it runs."""
+
+    def __post_init__(self) -> None:
+        budget = self.max_num_batched_tokens
+        blocks = 1 if self.kv_blocks is None else self.kv_blocks
+        if min(self.max_num_seqs, 1 if budget is None else budget, blocks, self.block_size) < 1:
+            raise ValueError(f"an engine that may hold nothing never ends: {self}")
+        if self.kv_blocks is not None and budget is not None and budget < self.max_num_seqs:
+            raise ValueError(f"max_num_batched_tokens must be at least max_num_seqs, as for vLLM: {self}")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether only seats and tokens bound it, and a step is planned when it starts."""
+        return self.kv_blocks is None and not self.prefix_cache and not self.async_scheduling
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One request in the engine."""
+    """One request in the engine. What it asks for comes first; the rest is the scheduler's."""
 
     number: int
     input_tokens: int
     output_tokens: int
     """At least 1."""
     read: int = 0
-    """Prompt tokens read so far."""
+    """Tokens of its prompt (after it was thrown out: and of its answer) in the KV cache, before it decodes."""
     first_step: int = -1
-    """Number of the step that gave the first token; -1 before."""
+    """Number of the step that gives the first token; -1: not planned yet."""
+    keys: Items[Hashable] = ()
+    """Of the full blocks of prompt and answer (`blocks.block_keys`), as many as are shared with others."""
+    to_read: int = 0
+    """Tokens to read before it decodes: the prompt and what was ``given``."""
+    given: int = 0
+    """Tokens that it had when it was last thrown out."""
+    since: int = -1
+    """Number of the step that gave, or gives, the first token after that."""
+    resumed: tuple[tuple[int, int], ...] = ()
+    """For each time that it went on after it was thrown out: tokens it had, and the step that gave the next."""
+    known: list[Block] | None = None
+    """Its blocks that have a key; the first ones."""
 
     @property
     def last_step(self) -> int:
-        """Number of the step that gives the last token."""
-        return self.first_step + self.output_tokens - 1
+        """Number of the step that gives the last token, if it is not thrown out."""
+        return self.since + self.output_tokens - self.given - 1
+
+    def keys_to(self, blocks: int, start: int = 0) -> Iterator[Hashable]:
+        """Keys of its blocks from ``start`` on; those beyond ``keys`` are its own."""
+        shared = len(self.keys)
+        return (self.keys[k] if k < shared else (self.number, k) for k in range(start, blocks))
 
 
 class Scheduler:
     """The state of one engine between steps."""
 
     def __init__(self, limits: Limits) -> None:
-        if limits.max_num_seqs < 1 or (limits.max_num_batched_tokens or 1) < 1:
-            raise ValueError(f"an engine that may hold nothing never ends: {limits}")
         self.limits = limits
+        self._most = limits.max_num_seqs
+        self._room = ENDLESS if limits.max_num_batched_tokens is None else limits.max_num_batched_tokens
         self.waiting: deque[Sequence] = deque()
+        self.running: dict[Sequence, None] = {}
+        """Those with a seat, in the order of their admission."""
         self.reading: list[Sequence] = []
-        """Admitted, prompt not read to its end."""
-        self.decoding: set[Sequence] = set()
+        """Of these, whose prompt is cut: one at most."""
+        self.decoding: dict[Sequence, None] = {}
+        """Of these, who get a token in the next step. The rest has its last token in a step that has not ended."""
         self.context = 0
         """Sum of the lengths of the decoding sequences, tokens."""
+        self.in_flight = 0
+        """Sequences that wait or run."""
         self.step = 0
-        """Number of the step that comes next."""
-        self._ends: list[tuple[int, int, Sequence]] = []
-        self._chunks: list[tuple[Sequence, int]] = []
+        """Number of steps that have ended."""
+        self.begun = 0
+        """Number of steps that have begun."""
+        self.preemptions = 0
+        """How often a sequence was thrown out."""
+        self._leaving: dict[int, list[Sequence]] = {}
+        """Who has the last token in a step that has not ended, by its number; in the order of admission."""
+        caches = limits.kv_blocks is not None or limits.prefix_cache
+        self._kv = KVCache(limits.kv_blocks) if caches else None
+        self._growing: list[dict[Sequence, None]] = [{} for _ in range(limits.block_size if caches else 0)]
+        """Decoding sequences by when they need a block: when a step's number, modulo the block size, is the index."""
+
+    def sequences(self) -> Iterator[Sequence]:
+        """All in flight, each once."""
+        yield from self.waiting
+        yield from self.running
+        for step in range(self.step, self.begun):
+            yield from (one for one in self._leaving.get(step, NOBODY) if one not in self.running)
 
     @property
-    def in_flight(self) -> int:
-        """Sequences that wait or run."""
-        return len(self.waiting) + len(self.reading) + len(self.decoding)
+    def kv_free(self) -> int | None:
+        """Blocks that can be taken; None: nobody counts them."""
+        return None if self._kv is None else self._kv.free
 
     def add(self, sequence: Sequence) -> None:
-        """A request has come. Raises ValueError for one that asks for no output."""
+        """A request has come. Raises ValueError for one that asks for no output, or that the KV cache cannot hold."""
         if sequence.output_tokens < 1 or sequence.input_tokens < 0:
             raise ValueError(f"request {sequence.number}: {sequence.input_tokens} in, {sequence.output_tokens} out")
+        most, size = self.limits.kv_blocks, self.limits.block_size
+        if most is not None and sequence.input_tokens + sequence.output_tokens - 1 > most * size:
+            raise ValueError(
+                f"request {sequence.number}: {sequence.input_tokens} in, {sequence.output_tokens} out, and the KV "
+                f"cache holds {most * size} tokens"
+            )
+        sequence.to_read = sequence.input_tokens + sequence.given
         self.waiting.append(sequence)
+        self.in_flight += 1
 
     def begin(self) -> tuple[list[Chunk], int, int]:
-        """Admit what fits and say what the next step works on: prompt chunks, decoding sequences, their context."""
-        if not self.waiting and not self.reading:
-            return [], len(self.decoding), self.context
-        room = self.limits.max_num_batched_tokens
-        left = None if room is None else max(0, room - len(self.decoding))
-        seats = self.limits.max_num_seqs - len(self.decoding) - len(self.reading)
-        chunks: list[Chunk] = []
-        for sequence in self.reading:
-            if left == 0:
-                break
-            left = self._read(sequence, left, chunks)
-        while seats > 0 and self.waiting and left != 0:
-            sequence = self.waiting.popleft()
-            seats -= 1
-            self.reading.append(sequence)
-            left = self._read(sequence, left, chunks)
-        return chunks, len(self.decoding), self.context
+        """Plan the next step and say what it works on: prompt chunks, decoding sequences, their context.
 
-    def _read(self, sequence: Sequence, left: int | None, chunks: list[Chunk]) -> int | None:
-        """Take a chunk of a prompt into the step; tokens left of its bound."""
-        new = sequence.input_tokens - sequence.read
-        if left is not None:
-            new = min(new, left)
-            left -= new
-        chunks.append(Chunk(new, sequence.read))
-        self._chunks.append((sequence, new))
-        return left
+        Neither chunks nor sequences: there is nothing to do before a step ends or a request comes, and no step began.
+        """
+        chunks: list[Chunk] = []
+        ready = NOBODY
+        may_admit = self._kv is None or not self._grow(self._kv)
+        if self.reading or (may_admit and self.waiting and len(self.running) < self._most):
+            ready = self._read(chunks, may_admit=may_admit)
+        step, decoding, context = self.begun, len(self.decoding), self.context
+        if not decoding and not chunks:
+            # where all were thrown out, vLLM plans again at once, or after the step that is in progress
+            return self.begin() if self.waiting and self.step == step else ([], 0, 0)
+        self.begun = step + 1
+        self.context = context + decoding
+        if ready:
+            self._decode(ready, step)
+        if step in self._leaving:
+            for sequence in self._leaving[step]:
+                self._stop(sequence)
+        return chunks, decoding, context
+
+    def _grow(self, kv: KVCache) -> bool:
+        """Blocks for the next token of those that decode; whether anybody was thrown out for them."""
+        size, step = self.limits.block_size, self.begun
+        growing = self._growing[step % size]
+        thrown_out = False
+        if len(growing) <= kv.free:
+            kv.take(len(growing))
+        else:
+            for sequence in list(growing):
+                if sequence not in growing:
+                    continue
+                while not kv.free:
+                    victim = next(reversed(self.running))
+                    self._throw_out(victim)
+                    thrown_out = True
+                    if victim is sequence:
+                        break
+                else:
+                    kv.take(1)
+        if self.limits.prefix_cache:
+            # the block that this step fills; planned ahead, the last token of it is not known before the next
+            filled = growing if self.limits.async_scheduling else self._growing[(step + 1) % size]
+            tokens = 0 if self.limits.async_scheduling else 1
+            for sequence in filled:
+                self._fill(sequence, self._cached(sequence) + tokens)
+        return thrown_out
+
+    def _read(self, chunks: list[Chunk], *, may_admit: bool) -> list[Sequence]:
+        """Take prompts into the step; those that it reads to their end."""
+        kv, running = self._kv, self.running
+        left = self._room - len(self.decoding)
+        ready: list[Sequence] = []
+        if self.reading and left > 0:
+            (sequence,) = self.reading
+            done = sequence.read
+            new = min(sequence.to_read - done, left)
+            if kv is not None:
+                size = self.limits.block_size
+                blocks = -(-(done + new) // size) - -(-done // size)
+                if blocks > kv.free:  # it is the last admitted itself
+                    self._throw_out(sequence)
+                    return ready
+                kv.take(blocks)
+            self.reading.clear()
+            left -= self._chunk(sequence, new, chunks, ready)
+        waiting = self.waiting
+        while waiting and may_admit and left > 0 and len(running) < self._most:
+            sequence = waiting[0]
+            if kv is not None and not self._reserve(kv, sequence, left):
+                break
+            running[waiting.popleft()] = None
+            new = sequence.to_read - sequence.read
+            left -= self._chunk(sequence, min(left, new), chunks, ready)
+        return ready
+
+    def _chunk(self, sequence: Sequence, new: int, chunks: list[Chunk], ready: list[Sequence]) -> int:
+        """Take so many tokens of a prompt into the step."""
+        read = sequence.read
+        chunks.append(Chunk(new, read))
+        sequence.read = read = read + new
+        (ready if read == sequence.to_read else self.reading).append(sequence)
+        if sequence.known is not None:
+            self._fill(sequence, read)
+        return new
+
+    def _reserve(self, kv: KVCache, sequence: Sequence, left: int) -> bool:
+        """Find what is there of a prompt and take blocks for its first chunk, if there are enough for all of it."""
+        size, to_read = self.limits.block_size, sequence.to_read
+        found: list[Block] = []
+        if self.limits.prefix_cache:
+            found = sequence.known = kv.find(sequence.keys_to(max(0, to_read - 1) // size))
+        idle = sum(not block.users for block in found)
+        if -(-to_read // size) - len(found) + idle > kv.free:
+            sequence.known = None
+            return False
+        kv.hold(found)
+        sequence.read = len(found) * size
+        kv.take(-(-min(to_read, sequence.read + left) // size) - len(found))
+        return True
+
+    def _fill(self, sequence: Sequence, tokens: int) -> None:
+        """Its blocks up to so many tokens are full: others may use them."""
+        if sequence.known is None or self._kv is None:
+            return
+        for key in sequence.keys_to(tokens // self.limits.block_size, len(sequence.known)):
+            sequence.known.append(self._kv.remember(key))
+
+    def _decode(self, ready: list[Sequence], step: int) -> None:
+        """Prompts are read to their end: a token each in this step, and one in each that follows."""
+        leaving = self._leaving
+        for sequence in ready:
+            sequence.since = step
+            if sequence.first_step < 0:
+                sequence.first_step = step
+            else:
+                sequence.resumed += ((sequence.given, step),)
+            self.decoding[sequence] = None
+            self.context += sequence.to_read + 1
+            last = step + sequence.output_tokens - sequence.given - 1
+            if last in leaving:
+                leaving[last].append(sequence)
+            else:
+                leaving[last] = [sequence]
+            if self._growing:
+                self._growing[(step + 1 - sequence.to_read) % self.limits.block_size][sequence] = None
+
+    def _stop(self, sequence: Sequence) -> None:
+        """It gets no further token."""
+        del self.decoding[sequence]
+        self.context -= sequence.to_read + self.begun - sequence.since
+        if self._growing:
+            place = (sequence.since + 1 - sequence.to_read) % self.limits.block_size
+            del self._growing[place][sequence]
+
+    def _cached(self, sequence: Sequence) -> int:
+        """Tokens in the KV cache of one that decodes, or that has its last token: all but the last that was planned."""
+        return sequence.to_read + min(self.begun - 1, sequence.last_step) - sequence.since
+
+    def _throw_out(self, sequence: Sequence) -> None:
+        """Free its blocks and its seat; it waits in front, unless it has its last token in a step in progress."""
+        self.preemptions += 1
+        if sequence in self.decoding:
+            self._release(sequence, self._cached(sequence))
+            self._leave_decoding(sequence)
+            sequence.given += self.begun - sequence.since
+            sequence.to_read = sequence.input_tokens + sequence.given
+        elif sequence in self.reading:
+            self._release(sequence, sequence.read)
+            self.reading.remove(sequence)
+        else:
+            self._release(sequence, self._cached(sequence))
+            return
+        sequence.read = 0
+        self.waiting.appendleft(sequence)
+
+    def _leave_decoding(self, sequence: Sequence) -> None:
+        self._leaving[sequence.last_step].remove(sequence)
+        self._stop(sequence)
+
+    def _release(self, sequence: Sequence, tokens: int) -> None:
+        """Give its seat back, and its blocks, which hold so many tokens."""
+        del self.running[sequence]
+        if self._kv is not None:
+            known = sequence.known or []
+            self._kv.give_back(-(-tokens // self.limits.block_size) - len(known), known)
+            sequence.known = None
 
     def end(self) -> list[Sequence]:
-        """The step that was begun has passed; the sequences that had their last token in it."""
+        """The first of the steps in progress, if any, has passed; who had the last token in it, by number."""
         step = self.step
+        if step == self.begun:
+            return []
         self.step = step + 1
-        self.context += len(self.decoding)
-        for sequence, new in self._chunks:
-            sequence.read += new
-            if sequence.read >= sequence.input_tokens:
-                sequence.first_step = step
-                self.reading.remove(sequence)
-                self.decoding.add(sequence)
-                self.context += sequence.input_tokens + 1
-                heapq.heappush(self._ends, (sequence.last_step, sequence.number, sequence))
-        self._chunks.clear()
-        done: list[Sequence] = []
-        while self._ends and self._ends[0][0] <= step:
-            sequence = heapq.heappop(self._ends)[2]
-            if sequence in self.decoding:  # not dropped meanwhile
-                self._leave(sequence)
-                done.append(sequence)
-        return done
+        if step not in self._leaving:
+            return []
+        done = self._leaving.pop(step)
+        self.in_flight -= len(done)
+        if self._kv is None:
+            for sequence in done:
+                del self.running[sequence]
+        else:
+            for sequence in done:
+                if sequence in self.running:  # not thrown out since
+                    tokens = self._cached(sequence)
+                    self._fill(sequence, tokens)
+                    self._release(sequence, tokens)
+        return done if len(done) == 1 else sorted(done, key=_number)
 
     def drop(self, sequence: Sequence) -> None:
-        """The client has hung up: forget the sequence, between steps."""
+        """The client has hung up: forget the sequence; what it has in steps in progress comes to nothing."""
         if sequence in self.decoding:
-            self._leave(sequence)
+            self._release(sequence, self._cached(sequence))
+            self._leave_decoding(sequence)
         elif sequence in self.reading:
+            self._release(sequence, sequence.read)
             self.reading.remove(sequence)
-            self._chunks = [pair for pair in self._chunks if pair[0] is not sequence]
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+        elif sequence in self._leaving.get(sequence.last_step, NOBODY):
+            self._leaving[sequence.last_step].remove(sequence)
+            if sequence in self.running:
+                self._release(sequence, self._cached(sequence))
+        else:
+            return  # it has had its last token
+        self.in_flight -= 1
 
-    def _leave(self, sequence: Sequence) -> None:
-        self.decoding.discard(sequence)
-        self.context -= sequence.input_tokens + self.step - sequence.first_step
+
+def _number(sequence: Sequence) -> int:
+    return sequence.number

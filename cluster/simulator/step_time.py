@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -42,6 +43,24 @@ class LinearStep:
         for chunk in chunks:
             step_s += self.per_prompt_token_s * chunk.new
         return step_s
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedStep:
+    """Another step time, where a step that only decodes takes what one of the next graph's size takes.
+
+    The padding has no context. A step that reads prompts is left as it is.
+    """
+
+    step_time: StepTime
+    sizes: Sequence[int]
+    """Sequences of the graphs, ascending (`vllm_limits.graph_sizes`)."""
+
+    def __call__(self, chunks: Sequence[Chunk], decoding: int, context: int) -> float:
+        """Seconds of this step."""
+        if not chunks and decoding <= self.sizes[-1]:
+            decoding = self.sizes[bisect_left(self.sizes, decoding)]
+        return self.step_time(chunks, decoding, context)
 
 
 class NoisyStep:

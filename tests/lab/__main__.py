@@ -21,7 +21,7 @@ from tests.lab.table import Row
 
 DRAWS = {
     "capacity": 200, "sessions": 200, "intervals": 300, "longer": 60, "closed": 300, "repeats": 300, "fleet": 20,
-    "compare": 100, "audit": 2000,
+    "compare": 100, "audit": 2000, "scheduler": 1000,
 }  # fmt: skip
 """Studies, modules with ``rows(draws, seed, jobs)``, and how many draws each takes when nothing else is said."""
 HERE = Path(__file__).parent

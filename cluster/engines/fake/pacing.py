@@ -123,7 +123,7 @@ class PacingEngine:
     @property
     def running(self) -> int:
         """Requests in the batch."""
-        return len(self.scheduler.reading) + len(self.scheduler.decoding)
+        return len(self.scheduler.running)
 
     @property
     def steps(self) -> int:
@@ -193,7 +193,7 @@ class PacingEngine:
         for request in sorted(given, key=lambda one: one.number):
             if request.first_step == step:
                 self.prompt_tokens += request.input_tokens
-            request.answer.token(step - request.first_step + 1, due_ns)
+            request.answer.token(request.given + step - request.since + 1, due_ns)
         self._after_polls(POLLS, self._begin)
 
 
