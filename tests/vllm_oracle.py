@@ -34,6 +34,7 @@ from vllm.v1.core.sched.scheduler import Scheduler as VllmScheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request as VllmRequest
+from vllm.v1.request import RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from cluster.simulator import scheduler as ours
@@ -66,6 +67,8 @@ class Case:
 
     limits: ours.Limits
     requests: list[Request]
+    aborts: dict[int, int]
+    """Requests whose clients hang up, by the step after whose end they do. `simulate` is not asked of such a case."""
 
 
 There = dict[int, tuple[int, int]]
@@ -94,6 +97,9 @@ class Side(Protocol):
 
     def end(self, now_s: float) -> None:
         """The first of the steps in progress ends."""
+
+    def abort(self, number: int) -> None:
+        """A client hangs up, if its request has come and is not over."""
 
 
 def draw(seed: int) -> Case:
@@ -129,7 +135,8 @@ def draw(seed: int) -> Case:
         kv_blocks=need + int(rng.choice([0, 2, 6, 20, 60, 2000])), block_size=size, prefix_cache=cached,
         async_scheduling=bool(rng.integers(0, 2)),
     )  # fmt: skip
-    return Case(limits=limits, requests=requests)
+    steps = rng.integers(0, 40, n) if rng.integers(0, 4) == 0 else []
+    return Case(limits=limits, requests=requests, aborts={int(step): k for k, step in enumerate(steps)})
 
 
 class Ours:
@@ -138,11 +145,13 @@ class Ours:
     def __init__(self, case: Case) -> None:
         self.limits = case.limits
         self.engine = ours.Scheduler(case.limits)
+        self.sequences: dict[int, ours.Sequence] = {}
 
     def add(self, number: int, request: Request) -> None:
-        self.engine.add(
-            ours.Sequence(number, len(request.prompt), len(request.answer), keys=keys(self.limits, request))
+        self.sequences[number] = ours.Sequence(
+            number, len(request.prompt), len(request.answer), keys=keys(self.limits, request)
         )
+        self.engine.add(self.sequences[number])
 
     def plan(self) -> Step | None:
         engine = self.engine
@@ -161,6 +170,10 @@ class Ours:
 
     def end(self, now_s: float) -> None:
         self.engine.end()
+
+    def abort(self, number: int) -> None:
+        if number in self.sequences:
+            self.engine.drop(self.sequences[number])
 
 
 class Vllm:
@@ -245,6 +258,10 @@ class Vllm:
         )  # fmt: skip
         self.engine.update_from_output(said, answer)
 
+    def abort(self, number: int) -> None:
+        if str(number) in self.engine.requests:
+            self.engine.finish_requests(str(number), RequestStatus.FINISHED_ABORTED)
+
 
 def keys(limits: ours.Limits, request: Request) -> list[int]:
     return block_keys(request.prompt + request.answer, limits.block_size) if limits.prefix_cache else []
@@ -269,6 +286,8 @@ def drive(side: Side, case: Case) -> list[tuple[float, Step]]:
         now_s += step.step_s
         steps.append((now_s, step))
         side.end(now_s)
+        if (gone := case.aborts.get(len(steps))) is not None:
+            side.abort(gone)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,6 +297,7 @@ class Compared:
     seed: int
     limits: ours.Limits
     steps: int
+    aborts: int
     preemptions: int
     hit_tokens: int
     """That a prompt found in the prefix cache."""
@@ -305,6 +325,8 @@ def compare(seed: int, model: str) -> Compared:
     )  # fmt: skip
     served = simulate(load, case.limits, [STEP])
     for k, token_s in theirs.token_s.items():
+        if case.aborts:
+            break
         if not differs and served.token_s(k, len(case.requests[k].answer)).tolist() != token_s:
             differs = f"request {k} of `simulate` has its tokens at other times"
         if not differs and (served.first_token_s[k], served.finished_s[k]) != (token_s[0], token_s[-1]):
@@ -315,8 +337,8 @@ def compare(seed: int, model: str) -> Compared:
         hits += sum(done for k, (_, done) in step.there.items() if k not in seen)
         seen |= step.there.keys()
     return Compared(
-        seed=seed, limits=case.limits, steps=len(expected), preemptions=theirs.preemptions, hit_tokens=hits,
-        differs=differs,
+        seed=seed, limits=case.limits, steps=len(expected), aborts=len(case.aborts),
+        preemptions=theirs.preemptions, hit_tokens=hits, differs=differs,
     )  # fmt: skip
 
 
@@ -349,6 +371,7 @@ def summary(found: list[Compared]) -> dict[str, int]:
         "workloads": len(found), "identical": sum(not one.differs for one in found),
         "asynchronous": sum(one.limits.async_scheduling for one in found),
         "with preemptions": sum(one.preemptions > 0 for one in found),
+        "with hang-ups": sum(one.aborts > 0 for one in found),
         "with prefix hits": sum(one.hit_tokens > 0 for one in found),
         "with both": sum(one.preemptions > 0 and one.hit_tokens > 0 for one in found),
         "steps": sum(one.steps for one in found), "preemptions": sum(one.preemptions for one in found),
