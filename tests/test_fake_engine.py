@@ -64,14 +64,19 @@ def truth_of(server: FakeServer, n: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("slots", "batched_tokens"), [(4, None), (4, 64)], ids=["whole prompts", "chunked prompts"]
+    ("slots", "batched_tokens", "ahead"), [(4, None, False), (4, 64, False), (4, 64, True)],
+    ids=["whole prompts", "chunked prompts", "planned ahead"],
 )  # fmt: skip
-def test_real_and_virtual_time_agree(fake_server: StartServer, slots: int, batched_tokens: int | None) -> None:
-    more = () if batched_tokens is None else ("--max-num-batched-tokens", str(batched_tokens))
+def test_real_and_virtual_time_agree(
+    fake_server: StartServer, slots: int, batched_tokens: int | None, ahead: bool
+) -> None:
+    limits = Limits(max_num_seqs=slots, max_num_batched_tokens=batched_tokens, async_scheduling=ahead)
+    more = [] if batched_tokens is None else ["--max-num-batched-tokens", str(batched_tokens)]
+    more += ["--async-scheduling"] * ahead
 
     def play() -> dict[str, bool]:
         server = fake_server(*STEP, "--slots", str(slots), *more)
-        counted, written, first = played_late_s(server, slots, batched_tokens)
+        counted, written, first = played_late_s(server, limits)
         return {
             f"a request was counted {counted} s late": counted == 0,
             f"a token was written {written} s late": written < 0.002,
@@ -81,7 +86,7 @@ def test_real_and_virtual_time_agree(fake_server: StartServer, slots: int, batch
     in_time(play, attempts=4)
 
 
-def played_late_s(server: FakeServer, slots: int, batched_tokens: int | None) -> tuple[float, ...]:
+def played_late_s(server: FakeServer, limits: Limits) -> tuple[float, ...]:
     """Play a workload and hold it, exactly, against virtual time; then, by how much things were late at the median.
 
     In order: that a request was counted after the kernel had it; that a token was written after it was due (TTFT is
@@ -102,7 +107,7 @@ def played_late_s(server: FakeServer, slots: int, batched_tokens: int | None) ->
         arrival_s=np.array([row["came_ns"] for row in rows]) / 1e9,
         input_tokens=np.array([row["prompt_tokens"] for row in rows]), output_tokens=tokens,
     )  # fmt: skip
-    virtual = simulate(load, Limits(max_num_seqs=slots, max_num_batched_tokens=batched_tokens), [LINEAR])
+    virtual = simulate(load, limits, [LINEAR])
     assert metrics(server.url)["vllm:iteration_tokens_total_count"] == len(virtual.step_end_s[0])
     assert np.ptp(virtual.step_end_s[0][virtual.first_step] - load.arrival_s) > 0.02, "nobody waited: it proves little"
     for k, row in enumerate(rows):
@@ -215,7 +220,14 @@ def test_an_answer_in_one_piece_comes_with_its_last_token(fake_server: StartServ
 
 
 @pytest.mark.parametrize(
-    "args", [["--step", "20"], ["--step", "0,0,1"], ["--step", "1,1,nan"], ["--max-num-batched-tokens", "8"]]
+    "args",
+    [
+        ["--step", "20"],
+        ["--step", "0,0,1"],
+        ["--step", "1,1,nan"],
+        ["--max-num-batched-tokens", "8"],
+        ["--async-scheduling"],
+    ],
 )
 def test_what_cannot_be_is_refused(args: list[str]) -> None:
     done = subprocess.run(

@@ -146,11 +146,13 @@ class Ours:
         self.limits = case.limits
         self.engine = ours.Scheduler(case.limits)
         self.sequences: dict[int, ours.Sequence] = {}
+        self.token_s: dict[int, list[float]] = {}
 
     def add(self, number: int, request: Request) -> None:
         self.sequences[number] = ours.Sequence(
             number, len(request.prompt), len(request.answer), keys=keys(self.limits, request)
         )
+        self.token_s[number] = []
         self.engine.add(self.sequences[number])
 
     def plan(self) -> Step | None:
@@ -169,6 +171,9 @@ class Ours:
         return Step(there=there, decoding=decoding, free=engine.kv_free, step_s=STEP(chunks, decoding, context))
 
     def end(self, now_s: float) -> None:
+        for sequence, tokens in self.engine.tokens_given():
+            self.token_s[sequence.number].append(now_s)
+            assert tokens == len(self.token_s[sequence.number])
         self.engine.end()
 
     def abort(self, number: int) -> None:
@@ -327,6 +332,8 @@ def compare(seed: int, model: str) -> Compared:
     for k, token_s in theirs.token_s.items():
         if case.aborts:
             break
+        if not differs and mine.token_s[k] != token_s:
+            differs = f"request {k} has its tokens at other times"
         if not differs and served.token_s(k, len(case.requests[k].answer)).tolist() != token_s:
             differs = f"request {k} of `simulate` has its tokens at other times"
         if not differs and (served.first_token_s[k], served.finished_s[k]) != (token_s[0], token_s[-1]):

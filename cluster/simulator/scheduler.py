@@ -139,6 +139,19 @@ class Scheduler:
         for step in range(self.step, self.begun):
             yield from (one for one in self._leaving.get(step, NOBODY) if one not in self.running)
 
+    def tokens_given(self) -> Iterator[tuple[Sequence, int]]:
+        """Who has a token at the end of the first step in progress, and how many it has then. Asked before `end`."""
+        step = self.step
+        for sequence in self.sequences() if self.preemptions else self.running:
+            if sequence.since < 0 or sequence.since > step:
+                continue
+            if sequence.read == sequence.to_read:
+                yield sequence, sequence.given + step - sequence.since + 1
+            else:  # thrown out, maybe when the step after this was planned
+                before = sequence.resumed[-1][0] if sequence.resumed else 0
+                if sequence.since + sequence.given - before == step + 1:
+                    yield sequence, sequence.given
+
     @property
     def kv_free(self) -> int | None:
         """Blocks that can be taken; None: nobody counts them."""

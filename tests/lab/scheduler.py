@@ -18,7 +18,7 @@ def rows(draws: int, seed: int, jobs: int) -> list[Row]:
     found = json.loads(done.stdout.splitlines()[-1])
     return [
         Row(
-            item="12", claim="the simulator schedules as vLLM does, with and without asynchronous scheduling",
+            item="13", claim="the simulator schedules as vLLM does, with and without asynchronous scheduling",
             truth=f"vLLM {found['vllm']}'s own Scheduler and AsyncScheduler on the same requests, every step of them",
             claimed=f"{found['identical']} of {found['workloads']} workloads identical in every step and token time "
             f"({found['asynchronous']} asynchronous; {found['with preemptions']} with preemptions, "

@@ -90,7 +90,9 @@ class Truth:
 
     def __init__(self, args: argparse.Namespace, loop: asyncio.AbstractEventLoop) -> None:
         self.pacer = Pacer(loop)
-        self.engine = engine_of(args.step, args.slots, args.max_num_batched_tokens, loop)
+        self.engine = engine_of(
+            args.step, args.slots, args.max_num_batched_tokens, loop, async_scheduling=args.async_scheduling
+        )
         self.started_s = time.time()
         self.ttft_s: float = args.ttft
         self.itl_s: float = args.itl

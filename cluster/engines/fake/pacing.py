@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.simulator.scheduler import Limits, Scheduler, Sequence
-from cluster.simulator.step_time import LinearStep, StepTime
+from cluster.simulator.step_time import Chunk, LinearStep, StepTime
 
 BURST = 64
 """Chunks written in a row before requests that came meanwhile are read."""
@@ -112,6 +112,8 @@ class PacingEngine:
         """Not seen yet, since a step is running."""
         self._number = 0
         self._busy = False
+        self._ahead: tuple[list[Chunk], int, int] | None = None
+        """What the step after the one in progress works on, where it is planned while that runs."""
         self._begin_s, self._end_s = -math.inf, -math.inf
         """Of the last step that was begun."""
 
@@ -175,7 +177,11 @@ class PacingEngine:
         self._coming.sort(key=lambda one: one.came_ns)
         while self._coming and self._coming[0].came_ns / 1e9 <= begin_s:
             self.scheduler.add(self._coming.pop(0))
-        self._begin_s, self._end_s = begin_s, begin_s + self.step_time(*self.scheduler.begin())
+        self._begin_s, self._end_s = begin_s, begin_s + self.step_time(*(self._ahead or self.scheduler.begin()))
+        self._ahead = None
+        if self.scheduler.limits.async_scheduling:
+            chunks, decoding, context = self.scheduler.begin()
+            self._ahead = (chunks, decoding, context) if chunks or decoding else None
         self.loop.call_at(self._end_s - SPIN_S, self._end)
 
     def _end(self) -> None:
@@ -184,26 +190,33 @@ class PacingEngine:
             self.loop.call_soon(self._end)
             return
         scheduler, step, due_ns = self.scheduler, self.scheduler.step, round(self._end_s * 1e9)
-        done = scheduler.end()
-        given = [one for one in (*done, *scheduler.decoding) if isinstance(one, PacedRequest)]
+        given = [(one, tokens) for one, tokens in scheduler.tokens_given() if isinstance(one, PacedRequest)]
         self.generation_tokens += len(given)
-        for request in done:
+        for request in scheduler.end():
             if isinstance(request, PacedRequest):
                 self._requests.pop(request.answer, None)
-        for request in sorted(given, key=lambda one: one.number):
+        for request, tokens in sorted(given, key=lambda one: one[0].number):
             if request.first_step == step:
                 self.prompt_tokens += request.input_tokens
-            request.answer.token(request.given + step - request.since + 1, due_ns)
+            request.answer.token(tokens, due_ns)
         self._after_polls(POLLS, self._begin)
 
 
 def engine_of(
-    step_ms: list[float] | None, slots: int, max_num_batched_tokens: int | None, loop: asyncio.AbstractEventLoop
+    step_ms: list[float] | None,
+    slots: int,
+    max_num_batched_tokens: int | None,
+    loop: asyncio.AbstractEventLoop,
+    *,
+    async_scheduling: bool,
 ) -> PacingEngine | None:
     """The engine that the command line asks for, if any; ``slots`` 0: no limit."""
     if step_ms is None:
         return None
-    limits = Limits(max_num_seqs=slots or sys.maxsize, max_num_batched_tokens=max_num_batched_tokens)
+    limits = Limits(
+        max_num_seqs=slots or sys.maxsize, max_num_batched_tokens=max_num_batched_tokens,
+        async_scheduling=async_scheduling,
+    )  # fmt: skip
     return PacingEngine(limits, LinearStep(*(ms / 1000 for ms in step_ms)), loop)
 
 

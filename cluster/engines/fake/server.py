@@ -11,8 +11,9 @@ It prints ``ready http://127.0.0.1:PORT/v1`` and serves ``/v1/completions``, ``/
 - ``--slots N`` serves N requests at once; others queue (a server that is too slow).
 - ``--step 20,1.5,0.02`` in place of ``--ttft`` and ``--itl``: tokens come at the end of the steps of the laboratory's
   engine (`cluster.simulator`), each of 20 ms, 1.5 ms for each sequence and 0.02 ms for each prompt token that it reads,
-  with ``--slots`` sequences and ``--max-num-batched-tokens`` tokens at most. ``--log`` also says from when the engine
-  counted a request (``came_ns``) and when the step ended that gave each chunk (``due_ns``).
+  with ``--slots`` sequences and ``--max-num-batched-tokens`` tokens at most; ``--async-scheduling`` plans each while
+  the one before it runs, as vLLM does. ``--log`` also says from when the engine counted a request (``came_ns``) and
+  when the step ended that gave each chunk (``due_ns``).
 - ``--log FILE`` writes one JSON line per finished answer with the monotonic times (ns, CLOCK_MONOTONIC, shared by all
   processes of this host) at which the kernel had the whole request and at which it was handed each chunk: the exact
   truth, also while this process is busy.
@@ -246,6 +247,9 @@ def main() -> None:
         help="pace tokens by the steps of a continuous-batching engine, in place of --ttft and --itl",
     )  # fmt: skip
     parser.add_argument("--max-num-batched-tokens", type=int, help="tokens of a step at most; with --step")
+    parser.add_argument(
+        "--async-scheduling", action="store_true", help="plan a step while the one before it runs; with --step"
+    )
     parser.add_argument("--pad", type=int, default=0, help="extra bytes per token")
     parser.add_argument("--hosted", action="store_true", help="be as a hosted API is")
     parser.add_argument("--busy", type=float, default=0.0, help="seconds for which it asks to come back later")
@@ -255,6 +259,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.max_num_batched_tokens is not None and (args.step is None or args.max_num_batched_tokens < 1):
         parser.error("--max-num-batched-tokens is at least 1 and needs --step")
+    if args.async_scheduling and args.step is None:
+        parser.error("--async-scheduling needs --step")
     try:
         asyncio.run(serve(args))
     except KeyboardInterrupt:
