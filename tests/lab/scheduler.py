@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+from cluster.simulator.scheduler import VLLM
 from tests.lab.table import Row
 
 
@@ -23,6 +24,6 @@ def rows(draws: int, seed: int, jobs: int) -> list[Row]:
             claimed=f"{found['identical']} of {found['workloads']} workloads identical in every step and token time "
             f"({found['asynchronous']} asynchronous; {found['with preemptions']} with preemptions, "
             f"{found['with prefix hits']} with prefix hits, {found['with both']} with both; {found['steps']:,} steps)",
-            draws=draws, holds=found["identical"] == found["workloads"] and not found["limits that differ"],
+            draws=draws, holds=found["identical"] == found["workloads"] and not found["limits that differ"] and found["vllm"] == VLLM,
         )
     ]  # fmt: skip
