@@ -24,6 +24,9 @@ def rows(draws: int, seed: int, jobs: int) -> list[Row]:
             claimed=f"{found['identical']} of {found['workloads']} workloads identical in every step and token time "
             f"({found['asynchronous']} asynchronous; {found['with preemptions']} with preemptions, "
             f"{found['with prefix hits']} with prefix hits, {found['with both']} with both; {found['steps']:,} steps)",
-            draws=draws, holds=found["identical"] == found["workloads"] and not found["limits that differ"] and found["vllm"] == VLLM,
+            draws=draws,
+            holds=found["identical"] == found["workloads"]
+            and not found["limits that differ"]
+            and found["vllm"] == VLLM,
         )
     ]  # fmt: skip
