@@ -1,0 +1,90 @@
+"""The engine that would serve a model on a tier: what its steps take, what it may hold, and how far that is known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from cluster.catalogue.models import DTYPE_BYTES, Model, for_tier, kv_bytes_per_token, model_config, model_weight_bytes
+from cluster.engines.vllm import tensor_parallel_size
+from cluster.hardware.bound import bound_step
+from cluster.hardware.chips import Chip, chip_of
+from cluster.simulator.scheduler import Limits
+from cluster.simulator.step_time import StepTime
+from cluster.simulator.vllm_limits import GIB, gpu_limits
+from harness.errors import UsageError
+from harness.record.manifest import Tier
+
+Source = Literal["kernels", "fitted", "bound"]
+"""Measured kernels of the chip, own runs, or the roofline of its data sheet, which no engine is faster than."""
+
+MEMORY_SHARE = 0.92
+"""Of a device's memory that vLLM takes (its default since 0.22)."""
+RUNTIME_GIB = 1.5
+"""Of CUDA, its graphs and communication on each device."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HardwareEngine:
+    """One replica, for `cluster.simulator.replica.simulate`."""
+
+    step_time: StepTime
+    limits: Limits
+    source: Source
+    chip: str
+    tensor_parallel: int
+    arrival_s: float = 0.0
+    """From the client's call until the scheduler sees the request."""
+    arrival_per_token_s: float = 0.0
+    """On top of that for each token of the prompt."""
+    facts: dict[str, str] = field(default_factory=dict)
+    """Where the step time is from, for the manifest and for every page that shows a figure of it."""
+
+
+def engine_for(
+    model: Model, tier: Tier, *, tensor_parallel: int | None = None, source: Source | None = None
+) -> HardwareEngine:  # fmt: skip
+    """The engine for ``model`` (its ``quantization`` says the number format) on ``tier``.
+
+    ``tensor_parallel``: accelerators of one replica; None: as `tensor_parallel_size` has it. ``source``: None is the
+    best there is. Raises `UsageError` when the model does not fit, cannot be split so, or there is no such source.
+    """
+    model, chip = for_tier(model, tier.accelerator), chip_of(tier)
+    parts = tensor_parallel or tensor_parallel_size(model, tier)
+    if parts > tier.accelerator_count:
+        raise UsageError(f"tier {tier.name} has {tier.accelerator_count} accelerators, not {parts}")
+    limits = limits_for(model, tier, chip, parts)
+    config = model_config(model)
+    assert config is not None
+    if source not in (None, "bound"):
+        raise UsageError(f"model {model.name} on tier {tier.name}: no step times from {source}")
+    return HardwareEngine(
+        step_time=bound_step(config, chip, quantization=model.quantization, tensor_parallel=parts),
+        limits=limits, source="bound", chip=chip.name, tensor_parallel=parts,
+        facts={"step_source": "bound", "chip": chip.name, "chip_source": chip.source},
+    )  # fmt: skip
+
+
+def limits_for(model: Model, tier: Tier, chip: Chip, parts: int) -> Limits:
+    """What vLLM lets an engine hold there: its defaults for the device, and the memory left beside the weights.
+
+    The peak of a profiling step is taken as its widest activations and the logits of all seats. Raises `UsageError`
+    when not even one request of ``max_model_len`` fits.
+    """
+    config, weights, memory = model_config(model), model_weight_bytes(model), tier.accelerator_memory_gib
+    if config is None or weights is None or memory is None:
+        raise UsageError(f"model {model.name} on tier {tier.name}: sizes are not known, so it cannot be simulated")
+    limits = gpu_limits(round(memory * GIB), chip.name)
+    tokens = limits.max_num_batched_tokens or 0
+    wide = max(2 * config["intermediate_size"] // parts, 2 * config["hidden_size"]) + 2 * config["hidden_size"]
+    peak = 2 * tokens * wide + 4 * limits.max_num_seqs * config["vocab_size"]
+    free = memory * GIB * MEMORY_SHARE - weights / parts - peak - RUNTIME_GIB * GIB
+    per_token = kv_bytes_per_token(config, DTYPE_BYTES.get(model.dtype, 2), parts)
+    blocks = int(free / per_token / limits.block_size)
+    if blocks * limits.block_size < model.max_model_len:
+        raise UsageError(
+            f"model {model.name} does not fit tier {tier.name} on {parts} of its accelerators: weights take "
+            f"{weights / parts / GIB:.1f} GiB of {memory:g} on each, and a request of {model.max_model_len} tokens "
+            f"{per_token * model.max_model_len / GIB:.1f}"
+        )
+    return replace(limits, kv_blocks=blocks)
