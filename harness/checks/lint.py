@@ -160,7 +160,7 @@ def _other(record: LintRecord, answered: Sequence[LintRecord], place: dict[int, 
     first = place.get(id(record), -1) + 1
     for step in range(min(len(answered), 10)):
         other = answered[(first + step) % len(answered)]
-        if other.answer != record.answer and other.expected != record.expected:
+        if other.answer != record.answer and (record.expected is None or other.expected != record.expected):
             return other.answer
     return None
 
