@@ -40,7 +40,7 @@ _SAME: dict[str, tuple[Callable[[Summary], object], str]] = {
 }
 """What must be the same in all runs, and what to do when it is not."""
 
-_SUBJECT: dict[str, Callable[[Summary], object]] = {
+SUBJECT: dict[str, Callable[[Summary], object]] = {
     "label": lambda s: s.label or "none",
     "servers": lambda s: " ".join(servers_of(s)) or "started for the run",
     "model": lambda s: s.model,
@@ -62,7 +62,7 @@ _ANY = ("harness", "load generator's machine")
 
 def differences(a: Summary, b: Summary) -> list[Difference]:
     """The subjects in which two runs differ, the facts of their models (weights, number format) one by one."""
-    asked = [(name, str(ask(a)), str(ask(b))) for name, ask in _SUBJECT.items()]
+    asked = [(name, str(ask(a)), str(ask(b))) for name, ask in SUBJECT.items()]
     facts_a, facts_b = a.server.model_facts, b.server.model_facts
     asked += [
         (fact, facts_a.get(fact, "not said"), facts_b.get(fact, "not said")) for fact in sorted({*facts_a, *facts_b})

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from analysis.labels import clean
 from analysis.report.document import Cell
-from analysis.report.figures import in_seconds, load_cell, price_cell, quantity, state_of, verdict_note
+from analysis.report.figures import VERDICTS, in_seconds, load_cell, price_cell, quantity, state_of, verdict_note
 from analysis.report.page import policy, render, render_page
 from analysis.report.view import RunView, view_run
 from analysis.rows.read import read_run
@@ -174,11 +174,7 @@ def _status(manifest: RunManifest) -> Cell:
 
 
 def _figures(s: Summary) -> list[Cell]:
-    words = {
-        "valid": ("VALID", "good"), "missed": ("SLO missed", "warn"), "unknown": ("SLO not judged", "warn"),
-        "invalid": ("INVALID", "bad"), "small": ("TOO SMALL", "warn"),
-    }  # fmt: skip
-    word, mark = words[state_of(s)]
+    word, mark = VERDICTS[state_of(s)]
     return [
         Cell(word, note=verdict_note(s), mark=mark),
         load_cell(s),

@@ -1,12 +1,10 @@
-"""One run as arrays of a fixed size, whatever its length: what pictures and the table of kept limits are made from.
+"""One run as arrays of a fixed size, whatever its length: what pictures are made from.
 
 Latencies are counted into a grid of time bins x latency bins (`analysis.rows.itl_histogram`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +12,9 @@ import pyarrow as pa
 
 from analysis import metrics
 from analysis.arrays import Floats
-from analysis.metrics import BINS, Counts, Window
+from analysis.metrics import BINS, Window
 from analysis.rows.itl_histogram import EDGES, count_in
-from analysis.rows.read import Rows, Run
-from analysis.stats.intervals import samples_needed
+from analysis.rows.read import Run
 from analysis.validity.counters import shared_addresses
 from harness.record.manifest import RunDir
 from harness.record.samples import read_server_metrics
@@ -28,7 +25,6 @@ GROUPS = (1, 2, 4, 5, 8, 10, 20)
 NEAR_S = 5.0
 """A server that was not heard of for longer than this has no value there."""
 SERVER_COLUMNS = ("running", "waiting", "kv_cache_usage")
-SHARES = (0.90, 0.95, 0.99, 0.999)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,30 +165,3 @@ def joined(rates: Floats, found: Curves, requests: int) -> Floats:
 def _group(requests: int, wanted: int) -> int:
     """How many time bins to join so that one holds about ``wanted`` of ``requests``."""
     return next((k for k in GROUPS if requests * k >= wanted * BINS), GROUPS[-1])
-
-
-KeptLimits = dict[str, dict[float, float | None]]
-"""Metric -> share -> limit, s."""
-
-
-def kept_limits(run: Run, counts: Counts, shares: Sequence[float]) -> KeptLimits:
-    """The limit (s) on ttft, tpot and e2e that each share of all offered requests kept, each metric by itself.
-
-    Failed and lost requests kept no limit; a success of fewer than two output tokens kept every tpot. None when too
-    many failed for that share, or when there are too few requests for it (`samples_needed`).
-    """
-    rows = run.rows
-    found: KeptLimits = {}
-    for name, metric in (("ttft", metrics.ttft), ("tpot", _tpot_kept), ("e2e", metrics.e2e)):
-        values = metric(rows)
-        ranked = np.sort(values[np.isfinite(values)])
-        found[name] = {}
-        for share in shares:
-            place = math.ceil(share * counts.offered * (1 - 1e-12)) - 1
-            enough = counts.offered >= samples_needed(share) if share < 1 else True
-            found[name][share] = float(ranked[place]) if enough and 0 <= place < len(ranked) else None
-    return found
-
-
-def _tpot_kept(rows: Rows) -> Floats:
-    return np.where(rows.success & (rows.output_tokens < 2), 0.0, metrics.tpot(rows))

@@ -95,8 +95,8 @@ def price_cell(s: Summary, q: Quantity) -> Cell:
     """A price with its interval; quiet where the SLO was missed: not a price to sell at. Why there is none stands
     beside the verdict (`verdict_note`): a column of prices is too narrow for words.
     """
-    cell = replace(quantity(q, price), note=interval(q, price) or None if q.value is not None else None)
-    return replace(cell, mark="quiet") if state_of(s) in ("missed", "unknown") else cell
+    cell = usd(q)
+    return replace(cell, mark="quiet") if q.value is None or state_of(s) in ("missed", "unknown") else cell
 
 
 def usd(q: Quantity | None) -> Cell:
@@ -130,6 +130,16 @@ def state_of(s: Summary) -> str:
     if s.slo is None or s.slo.met:
         return "valid"
     return "unknown" if s.slo.met is None else "missed"
+
+
+VERDICTS = {
+    "valid": ("VALID", "good"),
+    "missed": ("VALID, SLO missed", "warn"),
+    "unknown": ("VALID, SLO not judged", "warn"),
+    "invalid": ("INVALID", "bad"),
+    "small": ("TOO SMALL", "warn"),
+}
+"""Word and colour of each `state_of`."""
 
 
 def verdict_note(s: Summary, verdict: str = "") -> str | None:

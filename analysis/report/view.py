@@ -10,17 +10,13 @@ import msgspec
 from analysis.arrays import Floats
 from analysis.report import run as report
 from analysis.report.charts import run_charts
-from analysis.report.curves import SHARES, KeptLimits, cumulative, curves, kept_limits
+from analysis.report.curves import cumulative, curves
 from analysis.report.document import MOST_ITEMS, Cell, Chart, Facts, Row, Section, Table
-from analysis.report.figures import figure, in_seconds, percent, price, quantity, state_of, within
+from analysis.report.figures import VERDICTS, figure, in_seconds, percent, price, quantity, state_of, within
 from analysis.rows.read import Run
-from analysis.stats.intervals import Distribution, samples_needed
-from analysis.summary import DEFAULT_ATTAIN, Summary
+from analysis.stats.intervals import Distribution
+from analysis.summary import Summary
 
-_VERDICTS = {
-    "valid": "VALID", "missed": "VALID, SLO missed", "unknown": "VALID, SLO not judged", "invalid": "INVALID",
-    "small": "TOO SMALL",
-}  # fmt: skip
 _FEW_SAMPLES = (
     "Of successful requests. “n<299” means that so many samples are needed before this percentile is more than the "
     "luck of one request; “n≈60<299”: neighbours are so alike that they are worth about 60."
@@ -44,7 +40,6 @@ class RunView:
     limits: list[str]
     """Names of the limits that narrow the figures; what each says stands under Limits."""
     keys: list[tuple[str, Cell]]
-    kept: KeptLimits
     below: Mapping[str, Floats]
     """Metric -> share at or below each of `EDGES`, for pictures of several runs."""
     sections: list[Section]
@@ -53,40 +48,26 @@ class RunView:
 def view_run(run: Run, summary: Summary, label: str = "") -> RunView:
     """Reduce one run to what its page shows; the run itself can be forgotten afterwards."""
     found = curves(run)
-    shares = sorted({*SHARES, summary.slo.attain if summary.slo is not None else DEFAULT_ATTAIN})
-    charts = {} if found is None else run_charts(run, summary, found, linked=f"time {label}")
-    kept = kept_limits(run, summary.requests, shares)
     state = state_of(summary)
     return RunView(
-        label=label,
-        summary=summary,
-        state=state,
-        verdict=_VERDICTS[state],
-        sentence=_sentence(summary),
-        opening=report.done(summary),
-        limits=[c.name for c in summary.checks if not c.gate and c.ok is False],
+        label=label, summary=summary, state=state, verdict=VERDICTS[state][0], sentence=_sentence(summary),
+        opening=report.done(summary), limits=[c.name for c in summary.checks if not c.gate and c.ok is False],
         keys=[] if state == "invalid" else _keys(summary),
-        kept=kept,
-        below={name: cumulative(found.grids[name]) for name in ("ttft", "itl", "tpot", "e2e")} if found else {},
-        sections=_sections(summary, charts, _kept_limits(summary, kept, shares)),
-    )
+        below={name: cumulative(found.grids[name]) for name in ("ttft", "itl")} if found else {},
+        sections=_sections(summary, run_charts(run, summary, found, linked=f"time {label}") if found else {}),
+    )  # fmt: skip
 
 
-def _sections(s: Summary, charts: Mapping[str, Sequence[Chart]], limits: Table | None) -> list[Section]:
+def _sections(s: Summary, charts: Mapping[str, Sequence[Chart]]) -> list[Section]:
     """Price, latency, load, then the proof; of an INVALID run the proof first, and its figures folded."""
     invalid = s.verdict == "INVALID"
     said = {section.id: section for section in report.run_sections(s)}
     said["latency"] = replace(said["latency"], charts=charts.get("latency", ()), remark=_FEW_SAMPLES)
     said["time"] = replace(said["time"], title="Over time", charts=charts.get("time", ()), remark=_ONE_AXIS)
-    lag = charts.get("lag", ())
     said["lag"] = Section(
-        id="lag", title="Was the load sent as planned?", lines=[_lag_says(s)], charts=lag, proves_nothing=invalid
-    )
-    if limits is not None and s.verdict == "VALID":
-        said["slo"] = Section(
-            id="slo", title="Cost against SLO", table=limits,
-            lines=["At this load, these limits could have been the SLO. Failed and lost requests kept no limit."],
-        )  # fmt: skip
+        id="lag", title="Was the load sent as planned?", lines=[_lag_says(s)], charts=charts.get("lag", ()),
+        proves_nothing=invalid,
+    )  # fmt: skip
     said["checks"] = Section(
         id="checks", title="Checks", table=_checks(s),
         lines=["A failed gate makes the run INVALID. A failed limit narrows what may be concluded from it."],
@@ -94,7 +75,7 @@ def _sections(s: Summary, charts: Mapping[str, Sequence[Chart]], limits: Table |
     if s.fidelity:
         said["fidelity"] = Section(id="fidelity", title="Fidelity", table=_fidelity(s))
     said["inputs"] = Section(id="inputs", title="Inputs", facts=_inputs(s))
-    figures, proof = ("cost", "slo", "latency", "time", "lag"), ("errors", "checks", "fidelity")
+    figures, proof = ("cost", "latency", "time", "lag"), ("errors", "checks", "fidelity")
     ordered = (*proof, *figures) if invalid else (*figures, *proof)
     return [said[place] for place in (*ordered, "limits", "assumptions", "inputs") if place in said]
 
@@ -113,62 +94,53 @@ def _sentence(s: Summary) -> str:
             f"This run proves nothing: {n} {'check' if n == 1 else 'checks'} failed. "
             "Its figures help to find out why; they carry no price."
         )
-    cost = s.cost.usd_per_1m_total
-    parts = []
-    if cost.value is None:
-        parts.append(f"No price: {s.cost.reason or cost.note or 'not known'}.")
-    else:
-        load = f"{s.load.concurrency} requests in flight"
-        if s.load.mode == "open":
-            sessions = s.offered.kind == "sessions"
-            at = (s.offered.session_rate if sessions else s.rates.request_rate).value
-            what = "sessions started a second" if sessions else "requests a second"
-            load = "this load" if at is None else f"{at:.4g} {what}"
-        parts.append(
-            f"At {load}, a million tokens cost {price(cost.value)} USD{within(cost, price)}, input and output together."
-        )
-        if s.offered.kind != "closed":
-            parts.append(f"That is the cost at this load ({s.fullness.words}), not the cost when full.")
-    if s.slo is not None:
-        for part in s.slo.criteria:
-            share = part.attainment.value
-            kept = "not known" if share is None else percent(share)
-            limits = " and ".join(f"{name.upper()} {in_seconds(limit)}" for name, limit in part.limits.items())
-            parts.append(f"{kept} of requests kept {limits}; {percent(part.wanted)} was wanted.")
-        if s.slo.met is False:
-            parts.append("The SLO was missed at this load: not a price to sell at.")
-        if s.slo.attainment.note:
-            parts.append(f"{s.slo.attainment.note}.")
-    else:
-        parts.append("No SLO was given.")
+    parts = _priced(s)
+    if s.slo is None:
+        return " ".join([*parts, "No SLO was given."])
+    for part in s.slo.criteria:
+        share = part.attainment.value
+        kept = "not known" if share is None else percent(share)
+        limits = " and ".join(f"{name.upper()} {in_seconds(limit)}" for name, limit in part.limits.items())
+        parts.append(f"{kept} of requests kept {limits}; {percent(part.wanted)} was wanted.")
+    if s.slo.met is False:
+        parts.append("The SLO was missed at this load: not a price to sell at.")
+    if s.slo.attainment.note:
+        parts.append(f"{s.slo.attainment.note}.")
     return " ".join(parts)
 
 
+def _priced(s: Summary) -> list[str]:
+    cost = s.cost.usd_per_1m_total
+    if cost.value is None:
+        return [f"No price: {s.cost.reason or s.cost.note or 'not known'}."]
+    load = f"{s.load.concurrency} requests in flight"
+    if s.load.mode == "open":
+        sessions = s.offered.kind == "sessions"
+        at = (s.offered.session_rate if sessions else s.rates.request_rate).value
+        load = "this load" if at is None else f"{at:.4g} {'sessions started' if sessions else 'requests'} a second"
+    said = [
+        f"At {load}, a million tokens cost {price(cost.value)} USD{within(cost, price)}, input and output together."
+    ]
+    if s.offered.kind != "closed":
+        said.append(f"That is the cost at this load ({s.fullness.words}), not the cost when full.")
+    return said
+
+
 def _keys(s: Summary) -> list[tuple[str, Cell]]:
-    """The few figures above everything else."""
+    """The few figures above everything else; of the SLO the limit that is nearest to breaking."""
     cost = s.cost.usd_per_1m_total
     keys = [("USD per 1M tokens", quantity(cost, price))] if cost.value is not None else []
     if s.slo is not None:
-        part = max(s.slo.criteria, key=lambda part: _missed(part.attainment.value) / max(1e-9, 1 - part.wanted))
+        part = max(s.slo.criteria, key=lambda one: (1 - (one.attainment.value or 0.0)) / max(1e-9, 1 - one.wanted))
         keys.append((f"kept {part.name}", quantity(part.attainment, percent)))
-    return [
-        *keys,
-        _tail("TTFT", s.metrics.ttft),
-        _tail("ITL", s.metrics.itl),
-        ("output tokens/s", quantity(s.rates.output_token_throughput, figure)),
-    ]
-
-
-def _missed(attainment: float | None) -> float:
-    return 1.0 if attainment is None else 1 - attainment
+    tails = [_tail("TTFT", s.metrics.ttft), _tail("ITL", s.metrics.itl)]
+    return [*keys, *tails, ("output tokens/s", quantity(s.rates.output_token_throughput, figure))]
 
 
 def _tail(name: str, d: Distribution) -> tuple[str, Cell]:
     """The highest percentile that the sample supports."""
-    for which, q in (("p99", d.p99), ("p95", d.p95), ("p90", d.p90)):
-        if q.value is not None:
-            return f"{name} {which}", quantity(q, in_seconds)
-    return f"{name} p50", quantity(d.p50, in_seconds)
+    which = next((p for p in ("p99", "p95", "p90") if getattr(d, p).value is not None), "p50")
+    return f"{name} {which}", quantity(getattr(d, which), in_seconds)
 
 
 def _lag_says(s: Summary) -> str:
@@ -184,39 +156,13 @@ def _lag_says(s: Summary) -> str:
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def _kept_limits(s: Summary, kept: KeptLimits, shares: Sequence[float]) -> Table | None:
-    """The limit that each share of all offered requests kept: what the SLO could be at this load."""
-    names = (("ttft", "TTFT"), ("tpot", "TPOT"), ("e2e", "E2E"))
-    if all(limit is None for by_share in kept.values() for limit in by_share.values()):
-        return None
-
-    def cell(metric: str, share: float) -> Cell:
-        limit = kept[metric][share]
-        if limit is not None:
-            return Cell(in_seconds(limit), sort=limit)
-        few = s.requests.offered < samples_needed(share)
-        return Cell(f"needs {samples_needed(share):,} requests" if few else "not kept: failures", mark="quiet")
-
-    rows = [
-        [Cell(f"{share * 100:.4g}%", sort=share), *(cell(metric, share) for metric, _ in names)] for share in shares
-    ]
-    caption = "Limit that a share of all offered requests kept, each by itself"
-    return Table(("Share of requests", *(head for _, head in names)), rows, caption=caption)
-
-
 def _checks(s: Summary) -> Table:
     words = {True: ("passed", "good"), False: ("failed", "bad"), None: ("not checked", "quiet")}
     rows: list[Row] = []
     for c in sorted(s.checks, key=lambda c: (c.ok is not False, not c.gate)):
-        word, mark = words[c.ok]
-        if c.ok is False and not c.gate:
-            word, mark = "limit", "warn"
-        rows.append(
-            [
-                Cell(c.name, note=c.advice if c.ok is False else None), Cell(word, mark=mark),
-                c.observed, c.bound, "gate" if c.gate else "limit",
-            ]
-        )  # fmt: skip
+        word, mark = ("limit", "warn") if c.ok is False and not c.gate else words[c.ok]
+        named = Cell(c.name, note=c.advice if c.ok is False else None)
+        rows.append([named, Cell(word, mark=mark), c.observed, c.bound, "gate" if c.gate else "limit"])
     heads = ("Check", "Result", "Observed", "Wanted", "Kind")
     return Table(heads, rows, (), "Failures first, then gates, then limits")
 
@@ -228,42 +174,43 @@ def _fidelity(s: Summary) -> Table:
         [Cell(f.name, note=f.said or None), Cell(words[f.ok][0], mark=words[f.ok][1]), f.observed, f.bound]
         for f in sorted(s.fidelity, key=lambda f: (f.ok is not False, f.ok is None))
     ]
-    heads = ("Comparison", "Result", "Observed", "Bound")
-    return Table(heads, rows, (), "Plan against trace, run against plan")
+    return Table(("Comparison", "Result", "Observed", "Bound"), rows, (), "Plan against trace, run against plan")
 
 
 def _inputs(s: Summary) -> list[tuple[str, Facts]]:
     """Everything that went in, so that the run can be repeated and doubted."""
     server = s.server
-    replicas = [
-        (
-            f"replica {r.index}",
-            f"{r.base_url}, " + (f"ready after {r.ready_s:.1f} s" if r.ready_s is not None else "was there already")
-            + (f"; ended: {r.exit}" if r.exit else ""),
-        )
+    replicas = {
+        f"replica {r.index}": f"{r.base_url}, "
+        + (f"ready after {r.ready_s:.1f} s" if r.ready_s is not None else "was there already")
+        + (f"; ended: {r.exit}" if r.exit else "")
         for r in server.replicas[:MOST_ITEMS]
-    ]  # fmt: skip
+    }
     engine = {"model": s.model, "engine": s.engine, "version": server.version, "arguments": " ".join(server.args)}
     identity = {"run": s.run_id, "label": s.label, "created": s.created, "harness commit": s.git,
                 "plan SHA-256": s.plan_sha256, "run directory": s.run, "evidence": s.evidence}  # fmt: skip
-    hardware: list[tuple[str, object]] = [("tier", "none stated, so no price")]
-    if s.tier is not None:
-        hardware = _facts(asdict(s.tier))
     load = asdict(s.load)
     if isinstance(load.get("headers"), dict):
         load["headers"] = list(load["headers"])  # names only: a value may be a secret
     return [
         ("Load", _facts(load, without=("base_urls", "model"))),
         ("Plan", _facts(asdict(s.plan), without=("notes", "schema_version", "source", "planned"))),
-        ("Server", [*_facts(engine), *_facts(server.model_facts), *replicas]),
-        ("Hardware tier" + (", as stated by you" if s.tier and s.engine == "url" else ""), hardware),
+        ("Server", [*_facts(engine), *_facts(server.model_facts), *_facts(replicas)]),
+        (
+            "Hardware tier" + (", as stated by you" if s.tier and s.engine == "url" else ""),
+            _facts(asdict(s.tier) if s.tier is not None else {"tier": "none stated, so no price"}),
+        ),
         ("Load generator's host", _facts(asdict(s.host))),
         ("Versions", _facts(s.versions)),
         ("This run", _facts(identity)),
     ]
 
 
+_UNITS = {"s": "s", "ns": "ns", "gib": "GiB", "rate": "rate, req/s"}
+
+
 def _facts(facts: Mapping[str, object], without: Sequence[str] = ()) -> list[tuple[str, object]]:
+    """Names with the unit that they end in, and values in words."""
     said: list[tuple[str, object]] = []
     for name, value in list(facts.items())[:MOST_ITEMS]:
         if name in without:
@@ -272,13 +219,8 @@ def _facts(facts: Mapping[str, object], without: Sequence[str] = ()) -> list[tup
             value = msgspec.json.encode(value).decode() if value else "none"
         elif isinstance(value, float):
             value = f"{value:.6g}"
-        said.append((_with_unit(name), "not set" if value is None or value == "" else value))
+        stem, _, unit = name.rpartition("_")
+        if stem and unit in _UNITS:
+            name = f"{stem}{' ' if unit == 'rate' else ', '}{_UNITS[unit]}"
+        said.append((name.replace("_", " "), "not set" if value is None or value == "" else value))
     return said
-
-
-def _with_unit(name: str) -> str:
-    stem, _, unit = name.rpartition("_")
-    units = {"s": "s", "ns": "ns", "gib": "GiB", "rate": "rate, req/s"}
-    if not stem or unit not in units:
-        return name.replace("_", " ")
-    return f"{stem} {units[unit]}" if unit == "rate" else f"{stem.replace('_', ' ')}, {units[unit]}"
