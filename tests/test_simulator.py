@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import astuple
 
 import numpy as np
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from cluster.simulator.blocks import block_keys
 from cluster.simulator.replica import Outcomes, SimulatedReplica, Workload, _Fleet, simulate
 from cluster.simulator.scheduler import Limits, Scheduler, Sequence
-from cluster.simulator.step_time import Chunk, LinearStep, NoisyStep, PaddedStep
+from cluster.simulator.step_time import Chunk, LinearStep, NoisyStep, PaddedStep, StepTime
 from cluster.simulator.vllm_limits import graph_sizes
+from tests.simulator_cases import digest
 
 STEP = LinearStep(base_s=0.020, per_sequence_s=0.0015, per_prompt_token_s=0.00002)
 EIGHT = Limits(max_num_seqs=8)
@@ -185,7 +187,8 @@ def test_replicas_one_after_the_other_are_the_replicas_together(
     together.run(until_s)
     plain, found = together.outcome(), simulate(load, limits, steps(), until_s=until_s)
     said = simulate(load, limits, steps(), router=np.arange(80) % replicas, until_s=until_s)
-    for one, other, third in zip(astuple(plain), astuple(found), astuple(said), strict=True):
+    assert plain.cached_tokens is found.cached_tokens is said.cached_tokens is None
+    for one, other, third in zip(*(astuple(whole)[:6] for whole in (plain, found, said)), strict=True):
         for a, b, c in zip(one, other, third, strict=True):
             assert np.array_equal(a, b, equal_nan=True) and np.array_equal(a, c, equal_nan=True)
 
@@ -271,3 +274,71 @@ def test_nine_sequences_cost_a_graph_of_sixteen() -> None:
     step = PaddedStep(STEP, sizes)
     assert step([], 9, 900) == STEP([], 16, 900) and step([], 513, 9) == STEP([], 513, 9)
     assert step([Chunk(9, 0)], 9, 900) == STEP([Chunk(9, 0)], 9, 900)
+
+
+def random_engine(seed: int) -> Callable[[], Outcomes]:
+    """A workload on an engine with its limits, a step time and a router of their own; served anew by every call."""
+    rng = np.random.default_rng([seed, 19])
+    n, kind = int(rng.integers(20, 120)), seed % 3
+    inputs = np.full(n, 100) if rng.integers(0, 2) else rng.integers(0, 400, n)
+    outputs = rng.integers(1, int(rng.choice([5, 60, 400])), n)
+    keys = None
+    if rng.integers(0, 2):
+        texts = zip(rng.integers(0, 5, n).tolist(), (inputs + outputs).tolist(), rng.integers(0, 30, n), strict=True)
+        keys = [[(text, j) for j in range(min(length // 16, shared))] for text, length, shared in texts]
+    waits = kind == 1
+    load = Workload(
+        arrival_s=np.cumsum(rng.exponential(float(rng.choice([0.01, 0.3, 3.0])), n)), input_tokens=inputs,
+        output_tokens=outputs, after=np.where(rng.integers(0, 2, n) == 1, np.arange(n) - 1, -1) if waits else None,
+        think_s=rng.integers(0, 300, n) / 1000 if waits else None, keys=keys,
+    )  # fmt: skip
+    seats = int(rng.integers(1, 20))
+    blocks = int((inputs + outputs).max()) // 16 + 1 + int(rng.integers(0, 60)) if rng.integers(0, 2) else None
+    limits = Limits(
+        max_num_seqs=seats, max_num_batched_tokens=int(rng.integers(seats, 512)), kv_blocks=blocks,
+        prefix_cache=bool(rng.integers(0, 2)), async_scheduling=bool(rng.integers(0, 2)),
+    )  # fmt: skip
+    step = LinearStep(base_s=0.02, per_sequence_s=0.0015, per_prompt_token_s=0.00002, per_context_token_s=1e-7)
+    kind_of_step, replicas = int(rng.integers(0, 4)), int(rng.integers(1, 4))
+    steps: list[Callable[[], StepTime]] = [
+        lambda: step, lambda: PaddedStep(step, [1, 2, 4, 8, 16]), lambda: NoisyStep(step, 0.1, seed),
+        lambda: PaddedStep(NoisyStep(step, 0.1, seed), [1, 2, 4, 8, 16]),
+    ]  # fmt: skip
+    asked = {
+        "router": "least in flight" if rng.integers(0, 2) else "round robin",
+        "concurrency": int(rng.integers(1, 20)) if kind == 2 else None,
+        "until_s": 20.0 if rng.integers(0, 5) == 0 else math.inf,
+        "sample_s": 1.0 if rng.integers(0, 2) else None,
+    }
+    return lambda: simulate(load, limits, [steps[kind_of_step]() for _ in range(replicas)], **asked)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seeds", [range(k, k + 20) for k in range(0, 120, 20)], ids=str)
+def test_steps_that_are_skipped_are_those_gone_through_one_by_one(
+    seeds: range, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = [random_engine(seed) for seed in seeds]
+    skipped = [one() for one in served]
+    monkeypatch.setattr(SimulatedReplica, "skip", lambda self, before_s: None)
+    for seed, one, found in zip(seeds, served, skipped, strict=True):
+        plain = one()
+        assert digest(found) == digest(plain), seed
+        assert (found.resumed, found.samples) == (plain.resumed, plain.samples), seed
+
+
+def test_steps_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, engine = [], SimulatedReplica.advance
+    monkeypatch.setattr(SimulatedReplica, "advance", lambda self: (asked.append(1), engine(self))[1])
+    limits = Limits(max_num_seqs=8, max_num_batched_tokens=512, kv_blocks=2000, async_scheduling=True)
+    found = simulate(workload([0.0, 100.0], [300, 300], [3000, 3000]), limits, [STEP])
+    assert len(found.step_end_s[0]) == 6000 and len(asked) < 40
+
+
+def test_samples_say_who_runs_and_what_is_free() -> None:
+    limits = Limits(max_num_seqs=1, max_num_batched_tokens=512, kv_blocks=100)
+    found = simulate(workload([0.0, 0.5], [160, 16], [100, 1]), limits, [STEP], sample_s=1.0)
+    first = found.samples[0][0]
+    assert (first.at_s, first.running, first.waiting) == (1.0, 1, 1)
+    # 10 blocks of the prompt, and those of the answers of the steps so far and of the one in progress
+    assert first.kv_free == 100 - math.ceil((160 + first.steps) / 16)
+    assert found.samples[0][-1].running == found.samples[0][-1].waiting == 0

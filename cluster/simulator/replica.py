@@ -13,17 +13,22 @@ from collections.abc import Hashable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from cluster.simulator.alone import serve_alone
 from cluster.simulator.scheduler import Limits, Scheduler, Sequence
-from cluster.simulator.step_time import Chunk, StepTime
+from cluster.simulator.step_time import Chunk, StepTime, many_steps
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+
+COUNTED: Ints = np.arange(4096)
+"""Steps that are skipped at once, at most."""
+FEW = 4
+"""So many steps are sooner gone through one by one."""
 
 Router = Literal["round robin", "least in flight"]
 """Who gets the next request of several replicas: each in turn, or the one with the fewest (of equal ones the first)."""
@@ -43,6 +48,9 @@ class SimulatedReplica:
         self._plans_ahead = limits.async_scheduling
         self._ahead: tuple[list[Chunk], int, int] | None = None
         """What the step after the one in progress works on, where it is planned while that runs."""
+        self._many = many_steps(step_time)
+        self._took_s = 0.0
+        """By the step in progress."""
 
     def submit(self, sequence: Sequence, at_s: float) -> None:
         """A request comes. What is to happen before ``at_s`` must have happened; the step that begins then sees it."""
@@ -55,12 +63,11 @@ class SimulatedReplica:
         scheduler = self.scheduler
         if not self._in_step:
             self._in_step = True
-            if not self._plans_ahead:
-                self.next_s += self.step_time(*scheduler.begin())
-                return []
-            self.next_s += self.step_time(*(self._ahead or scheduler.begin()))
-            chunks, decoding, context = scheduler.begin()
-            self._ahead = (chunks, decoding, context) if chunks or decoding else None
+            self._took_s = self.step_time(*(self._ahead or scheduler.begin()))
+            self.next_s += self._took_s
+            if self._plans_ahead:
+                chunks, decoding, context = scheduler.begin()
+                self._ahead = (chunks, decoding, context) if chunks or decoding else None
             return []
         self._in_step = False
         self.step_end_s.append(self.next_s)
@@ -68,6 +75,40 @@ class SimulatedReplica:
         if done and not scheduler.in_flight:
             self.next_s = math.inf
         return done
+
+    def skip(self, before_s: float) -> None:
+        """What `advance` does in steps in which nothing changes but lengths, as far as they end before ``before_s``.
+
+        The same to the last bit, and much faster: steps are laid end to end by NumPy.
+        """
+        scheduler, ahead = self.scheduler, self._ahead
+        if not self._in_step or self.next_s >= before_s or (ahead is not None and ahead[0]):
+            return
+        steps = scheduler.steady()
+        if steps < FEW:
+            return
+        steps = int(min(steps, len(COUNTED), (before_s - self.next_s) / max(self._took_s, 1e-9) + 2))
+        decoding = len(scheduler.decoding)
+        context = scheduler.context if ahead is None else ahead[2]
+        if self._many is None:
+            done = 0
+            while done < steps and self.next_s < before_s:
+                self.step_end_s.append(self.next_s)
+                self._took_s = self.step_time((), decoding, context + decoding * done)
+                self.next_s += self._took_s
+                done += 1
+        else:
+            ends = np.empty(steps + 1)
+            ends[0] = self.next_s
+            ends[1:] = self._many(decoding, context + decoding * COUNTED[:steps])
+            self._took_s = float(ends[-1])
+            np.add.accumulate(ends, out=ends)
+            done = int(np.searchsorted(ends[:-1], before_s))
+            self.step_end_s.frombytes(ends[:done].tobytes())
+            self.next_s = float(ends[done])
+        scheduler.skip(done)
+        if ahead is not None:
+            self._ahead = ahead[0], decoding, context + decoding * done
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +130,20 @@ class Workload:
         return len(self.input_tokens)
 
 
+class Sample(NamedTuple):
+    """The state of a replica at one moment."""
+
+    at_s: float
+    running: int
+    waiting: int
+    kv_free: int | None
+    """Blocks; None: nobody counts them."""
+    preemptions: int
+    """So far."""
+    steps: int
+    """That have ended so far."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcomes:
     """What became of each request of a workload. NaN: it did not come so far."""
@@ -105,6 +160,11 @@ class Outcomes:
     """When each step of each replica ended."""
     resumed: Mapping[int, Items[tuple[int, int]]] = field(default_factory=dict)
     """Of each request that was thrown out and went on, each time: tokens it had, and the step that gave the next."""
+
+    cached_tokens: Ints | None = None
+    """Of each prompt, in the KV cache when it was first admitted; -1: it never was. None: nothing is shared."""
+    samples: Items[Items[Sample]] = ()
+    """Of each replica, where they were asked for."""
 
     def token_s(self, request: int, output_tokens: int) -> Floats:
         """When each token of a request came; those up to the end of the simulation."""
@@ -124,20 +184,29 @@ def simulate(
     router: Router | Ints = "round robin",
     concurrency: int | None = None,
     until_s: float = math.inf,
+    sample_s: float | None = None,
 ) -> Outcomes:
     """Serve ``workload`` on as many replicas as there are step times (one of its own each, for those with state).
 
     ``router``: or the replica of each request, in an open loop where nobody waits. ``concurrency``: a closed loop of so
-    many slots, which take the requests in order. ``until_s``: what ends or comes later does not. Raises ValueError for
-    a workload that is out of order.
+    many slots, which take the requests in order. ``until_s``: what ends or comes later does not. ``sample_s``: how far
+    apart replicas are sampled, from that time on until they are idle for good; None: they are not.
+
+    Raises ValueError for a workload that is out of order.
     """
     beforehand = concurrency is None and workload.after is None
     if not isinstance(router, str) and not beforehand:
         raise ValueError("who serves a request cannot be said beforehand where requests wait for others")
-    if beforehand and limits.is_plain and not (isinstance(router, str) and router != "round robin"):
+    if (
+        beforehand
+        and limits.is_plain
+        and sample_s is None
+        and not (isinstance(router, str) and router != "round robin")
+    ):
         owner = np.arange(len(workload)) % len(step_times) if isinstance(router, str) else router
         return _each_alone(workload, limits, step_times, owner, until_s)
-    fleet = _Fleet(workload, [SimulatedReplica(limits, step_time) for step_time in step_times], router, concurrency)
+    replicas = [SimulatedReplica(limits, step_time) for step_time in step_times]
+    fleet = _Fleet(workload, replicas, router, concurrency, sample_s)
     fleet.run(until_s)
     return fleet.outcome()
 
@@ -189,9 +258,12 @@ class _Fleet:
     """Replicas, what is still to come to them, and what became of what came."""
 
     def __init__(
-        self, workload: Workload, replicas: list[SimulatedReplica], router: Router | Ints, concurrency: int | None
+        self, workload: Workload, replicas: list[SimulatedReplica], router: Router | Ints, concurrency: int | None,
+        sample_s: float | None = None,
     ) -> None:  # fmt: skip
         n = len(workload)
+        self.sample_s = sample_s
+        self.samples: list[list[Sample]] = [[] for _ in replicas]
         self.replicas, self.router, self.closed = replicas, router, concurrency is not None
         waits = workload.after is not None and not self.closed
         if not self.closed and not waits:
@@ -200,6 +272,8 @@ class _Fleet:
         self.due_s, self.finished_s = np.full(n, np.nan), np.full(n, np.nan)
         self.owner, self.first_step = np.full(n, -1, dtype=np.int64), np.full(n, -1, dtype=np.int64)
         self.keys = workload.keys
+        shares = any(replica.scheduler.limits.prefix_cache for replica in replicas)
+        self.cached = np.full(n, -1, dtype=np.int64) if shares else None
         self.resumed: dict[int, Items[tuple[int, int]]] = {}
         self.inputs, self.outputs = workload.input_tokens.tolist(), workload.output_tokens.tolist()
         self.earliest_s = [0.0] * n if self.closed else workload.arrival_s.tolist()
@@ -214,36 +288,60 @@ class _Fleet:
 
     def run(self, until_s: float) -> None:
         """Everything that happens before ``until_s``."""
+        sampled = 1
         while True:
+            over = not self.coming and all(replica.next_s == math.inf for replica in self.replicas)
+            limit_s = until_s
+            if self.sample_s is not None and not (over and sampled > 1):
+                limit_s = min(until_s, sampled * self.sample_s)
             if self.dynamic:
-                self._advance_together(until_s)
+                self._advance_together(limit_s)
             else:
-                end = min(self.coming[0][0], until_s) if self.coming else until_s
-                for replica in self.replicas:
-                    while (now_s := replica.next_s) < end:
-                        if done := replica.advance():
-                            self._ended(done, now_s)
-            if not self.coming or self.coming[0][0] >= until_s:
+                self._advance_apart(min(self.coming[0][0], limit_s) if self.coming else limit_s)
+            if self.coming and self.coming[0][0] < limit_s:
+                self._send()
+            elif limit_s < until_s:
+                self._sample(limit_s)
+                sampled += 1
+            else:
                 return
-            at_s, k = heapq.heappop(self.coming)
-            chosen = self._route(k)
-            self.due_s[k], self.owner[k] = at_s, chosen
-            keys = () if self.keys is None else self.keys[k]
-            self.replicas[chosen].submit(Sequence(k, self.inputs[k], self.outputs[k], keys=keys), at_s)
+
+    def _send(self) -> None:
+        at_s, k = heapq.heappop(self.coming)
+        chosen = self._route(k)
+        self.due_s[k], self.owner[k] = at_s, chosen
+        keys = () if self.keys is None else self.keys[k]
+        self.replicas[chosen].submit(Sequence(k, self.inputs[k], self.outputs[k], keys=keys), at_s)
+
+    def _sample(self, at_s: float) -> None:
+        for replica, samples in zip(self.replicas, self.samples, strict=True):
+            one = replica.scheduler
+            samples.append(Sample(at_s, len(one.running), len(one.waiting), one.kv_free, one.preemptions, one.step))
+
+    def _advance_apart(self, end_s: float) -> None:
+        for replica in self.replicas:
+            while replica.next_s < end_s:
+                replica.skip(end_s)
+                if (now_s := replica.next_s) < end_s and (done := replica.advance()):
+                    self._ended(done, now_s)
 
     def _advance_together(self, until_s: float) -> None:
         """Up to the next request; whoever is earliest goes first, since an end there may send a request anywhere."""
         while True:
             replica = min(self.replicas, key=lambda one: one.next_s)
-            now_s = replica.next_s
-            if now_s >= (min(self.coming[0][0], until_s) if self.coming else until_s):
+            end = min(self.coming[0][0], until_s) if self.coming else until_s
+            if replica.next_s >= end:
                 return
-            self._ended(replica.advance(), now_s)
+            replica.skip(min([end, *(one.next_s for one in self.replicas if one is not replica)]))
+            if (now_s := replica.next_s) < end:
+                self._ended(replica.advance(), now_s)
 
     def _ended(self, done: Items[Sequence], now_s: float) -> None:
         for sequence in done:
             k = sequence.number
             self.finished_s[k], self.first_step[k] = now_s, sequence.first_step
+            if self.cached is not None:
+                self.cached[k] = sequence.cached
             if sequence.resumed:
                 self.resumed[k] = sequence.resumed
             if (following := next(self.queued, None)) is not None:
@@ -271,7 +369,8 @@ class _Fleet:
         first_s = _first_token_s(self.owner, self.first_step, ends)
         return Outcomes(
             due_s=self.due_s, first_token_s=first_s, finished_s=self.finished_s, replica=self.owner,
-            first_step=self.first_step, step_end_s=ends, resumed=self.resumed,
+            first_step=self.first_step, step_end_s=ends, resumed=self.resumed, cached_tokens=self.cached,
+            samples=self.samples if self.sample_s is not None else (),
         )  # fmt: skip
 
 

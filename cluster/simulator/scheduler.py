@@ -20,12 +20,13 @@ priorities and disaggregated prefill are not here.
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
-from collections.abc import Hashable, Iterator
-from collections.abc import Sequence as Items
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cluster.simulator.blocks import ENDLESS, Block, KVCache
+from cluster.simulator.sequence import Sequence as Sequence
 from cluster.simulator.step_time import Chunk
 
 VLLM = "0.32.0"
@@ -65,42 +66,6 @@ class Limits:
         return self.kv_blocks is None and not self.prefix_cache and not self.async_scheduling
 
 
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """One request in the engine. What it asks for comes first; the rest is the scheduler's."""
-
-    number: int
-    input_tokens: int
-    output_tokens: int
-    """At least 1."""
-    read: int = 0
-    """Tokens of its prompt (after it was thrown out: and of its answer) in the KV cache, before it decodes."""
-    first_step: int = -1
-    """Number of the step that gives the first token; -1: not planned yet."""
-    keys: Items[Hashable] = ()
-    """Of the full blocks of prompt and answer (`blocks.block_keys`), as many as are shared with others."""
-    to_read: int = 0
-    """Tokens to read before it decodes: the prompt and what was ``given``."""
-    given: int = 0
-    """Tokens that it had when it was last thrown out."""
-    since: int = -1
-    """Number of the step that gave, or gives, the first token after that."""
-    resumed: tuple[tuple[int, int], ...] = ()
-    """For each time that it went on after it was thrown out: tokens it had, and the step that gave the next."""
-    known: list[Block] | None = None
-    """Its blocks that have a key; the first ones."""
-
-    @property
-    def last_step(self) -> int:
-        """Number of the step that gives the last token, if it is not thrown out."""
-        return self.since + self.output_tokens - self.given - 1
-
-    def keys_to(self, blocks: int, start: int = 0) -> Iterator[Hashable]:
-        """Keys of its blocks from ``start`` on; those beyond ``keys`` are its own."""
-        shared = len(self.keys)
-        return (self.keys[k] if k < shared else (self.number, k) for k in range(start, blocks))
-
-
 class Scheduler:
     """The state of one engine between steps."""
 
@@ -127,6 +92,10 @@ class Scheduler:
         """How often a sequence was thrown out."""
         self._leaving: dict[int, list[Sequence]] = {}
         """Who has the last token in a step that has not ended, by its number; in the order of admission."""
+        self._ends: list[int] = []
+        """A heap of those numbers."""
+        self._stuck = False
+        """Whether the step that was planned last found no room in the KV cache for the first that waits."""
         caches = limits.kv_blocks is not None or limits.prefix_cache
         self._kv = KVCache(limits.kv_blocks) if caches else None
         self._growing: list[dict[Sequence, None]] = [{} for _ in range(limits.block_size if caches else 0)]
@@ -178,6 +147,7 @@ class Scheduler:
         """
         chunks: list[Chunk] = []
         ready = NOBODY
+        self._stuck = False
         may_admit = self._kv is None or not self._grow(self._kv)
         if self.reading or (may_admit and self.waiting and len(self.running) < self._most):
             ready = self._read(chunks, may_admit=may_admit)
@@ -243,6 +213,7 @@ class Scheduler:
         while waiting and may_admit and left > 0 and len(running) < self._most:
             sequence = waiting[0]
             if kv is not None and not self._reserve(kv, sequence, left):
+                self._stuck = True
                 break
             running[waiting.popleft()] = None
             new = sequence.to_read - sequence.read
@@ -271,6 +242,8 @@ class Scheduler:
             return False
         kv.hold(found)
         sequence.read = len(found) * size
+        if sequence.cached < 0:
+            sequence.cached = sequence.read
         kv.take(-(-min(to_read, sequence.read + left) // size) - len(found))
         return True
 
@@ -297,6 +270,7 @@ class Scheduler:
                 leaving[last].append(sequence)
             else:
                 leaving[last] = [sequence]
+                heapq.heappush(self._ends, last)
             if self._growing:
                 self._growing[(step + 1 - sequence.to_read) % self.limits.block_size][sequence] = None
 
@@ -361,6 +335,37 @@ class Scheduler:
                     self._fill(sequence, tokens)
                     self._release(sequence, tokens)
         return done if len(done) == 1 else sorted(done, key=_number)
+
+    def steady(self) -> int:
+        """How many steps can begin and end in which nothing changes but lengths, if nobody comes.
+
+        Asked while a step is in progress. Never too many; where it is hard to say, none.
+        """
+        ends, decoding, kv = self._ends, len(self.decoding), self._kv
+        while ends and ends[0] < self.step:
+            heapq.heappop(ends)
+        if not decoding or self.reading:
+            return 0
+        if self.waiting and len(self.running) < self._most and (self.limits.prefix_cache or not self._stuck):
+            return 0
+        steps = ends[0] - self.begun
+        return steps if kv is None else min(steps, kv.free // decoding * self.limits.block_size)
+
+    def skip(self, steps: int) -> None:
+        """Begin and end so many of the `steady` steps at once."""
+        decoding, kv = len(self.decoding), self._kv
+        self.step += steps
+        self.context += steps * decoding
+        if kv is not None and self.limits.prefix_cache:
+            for _ in range(steps):
+                self._grow(kv)
+                self.begun += 1
+            return
+        if kv is not None:
+            size = self.limits.block_size
+            whole, rest = divmod(steps, size)
+            kv.take(whole * decoding + sum(len(self._growing[(self.begun + k) % size]) for k in range(rest)))
+        self.begun += steps
 
     def drop(self, sequence: Sequence) -> None:
         """The client has hung up: forget the sequence; what it has in steps in progress comes to nothing."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import random
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 
 class Chunk(NamedTuple):
@@ -28,6 +31,18 @@ class StepTime(Protocol):
         """
 
 
+ManySteps = Callable[[int, npt.NDArray[np.int64]], npt.NDArray[np.float64]]
+"""Seconds of steps that only decode, from the sequences of each and the context of every one. To the last bit what a
+step time says of each alone."""
+
+
+def many_steps(step_time: StepTime) -> ManySteps | None:
+    """The method ``decode_s`` of a step time that has it; None: its steps are asked for one by one."""
+    if isinstance(step_time, PaddedStep) and many_steps(step_time.step_time) is None:
+        return None
+    return getattr(step_time, "decode_s", None)
+
+
 @dataclass(frozen=True, slots=True)
 class LinearStep:
     """base + per_sequence x sequences + per_prompt_token x prompt tokens + per_context_token x context, s."""
@@ -44,6 +59,10 @@ class LinearStep:
             step_s += self.per_prompt_token_s * chunk.new
         return step_s
 
+    def decode_s(self, decoding: int, contexts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Seconds of steps that only decode (`ManySteps`)."""
+        return np.asarray(self.base_s + self.per_sequence_s * decoding + self.per_context_token_s * contexts)
+
 
 @dataclass(frozen=True, slots=True)
 class PaddedStep:
@@ -58,9 +77,16 @@ class PaddedStep:
 
     def __call__(self, chunks: Sequence[Chunk], decoding: int, context: int) -> float:
         """Seconds of this step."""
-        if not chunks and decoding <= self.sizes[-1]:
-            decoding = self.sizes[bisect_left(self.sizes, decoding)]
-        return self.step_time(chunks, decoding, context)
+        return self.step_time(chunks, decoding if chunks else self._padded(decoding), context)
+
+    def decode_s(self, decoding: int, contexts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Seconds of steps that only decode (`ManySteps`); for `many_steps` to call."""
+        many = many_steps(self.step_time)
+        assert many is not None
+        return many(self._padded(decoding), contexts)
+
+    def _padded(self, decoding: int) -> int:
+        return decoding if decoding > self.sizes[-1] else self.sizes[bisect_left(self.sizes, decoding)]
 
 
 class NoisyStep:
