@@ -20,7 +20,6 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from harness.errors import HarnessError, PlanError, UsageError
 from harness.plan.file import Request, iter_batches, read_plan_columns, requests_in
@@ -328,7 +327,7 @@ def _awaited(table: pa.Table) -> npt.NDArray[np.int64]:
 
 def _kept(table: pa.Table) -> frozenset[int]:
     """The ids whose answers a later turn contains. Raises `PlanError` when two turns continue the same one."""
-    continued = table.filter(pc.fill_null(table["continues"], False))["after"]
+    continued = table.filter(pa.array(table["continues"].fill_null(False).to_numpy().astype(bool)))["after"]
     kept = frozenset(continued.to_pylist())
     if None in kept or len(kept) < len(continued):
         raise PlanError("this plan's live conversations are damaged: each turn goes on from one of its own before it")

@@ -572,6 +572,19 @@ def test_a_run_makes_no_garbage_that_only_the_collector_could_free(fake_server: 
     assert int(lines[-1].split()[1]) < 600, "less than one object per request"
 
 
+def test_a_worker_imports_nothing_it_has_no_use_for() -> None:
+    """They were a third of its start; what Locust was given in their place is gone when somebody wants the real one."""
+    code = """import sys
+    import scenarios.worker
+    print(*sorted({'requests', 'urllib3', 'flask', 'zmq', 'pyarrow.compute', 'ssl', 'boto3', 'ray'} & {*sys.modules}))
+    import requests
+    print(requests.get)""".replace("\n    ", "\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    found, real = done.stdout.splitlines()
+    assert found == "ssl", "gevent patches it"
+    assert real.startswith("<function get"), real
+
+
 # -- as plain locustfiles ---------------------------------------------------------------------------------------------
 
 

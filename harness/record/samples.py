@@ -28,9 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
+import numpy as np
 import psutil
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from harness.errors import ServerError
 from harness.record.host import Gpus, busy_share
@@ -370,7 +370,8 @@ def read_server_metrics(path: Path) -> pa.Table | None:
         return None
     for column in GAUGES:
         at, values = table.schema.get_field_index(column), table.column(column)
-        table = table.set_column(at, SERVER_SCHEMA.field(column), pc.if_else(pc.is_finite(values), values, None))
+        found = values.to_numpy()  # null: NaN
+        table = table.set_column(at, SERVER_SCHEMA.field(column), pa.array(found, mask=~np.isfinite(found)))
     return table
 
 
@@ -379,7 +380,7 @@ def samples_of_no_number(path: Path) -> list[str]:
     table = _read(path)
     if table is None:
         return []
-    return [column for column in GAUGES if pc.any(pc.invert(pc.is_finite(table.column(column)))).as_py()]
+    return [name for name in GAUGES if not np.isfinite(table.column(name).drop_null().to_numpy()).all()]
 
 
 def _read(path: Path) -> pa.Table | None:
