@@ -9,6 +9,8 @@ from pathlib import Path
 from harness.errors import UsageError
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]+")
+FORMULA = r"^([=+\-@\t\r])"
+"""What a spreadsheet would run as a formula when a cell of text begins with it."""
 
 
 def clean(text: str, most: int | None = None) -> str:

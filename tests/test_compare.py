@@ -548,8 +548,13 @@ def test_the_document_is_json(tmp_path):
         (True, False, "A kept the SLO and B missed the SLO: the cost of B is none to sell at."),
         (None, True, "A could not be judged by the SLO and B kept the SLO: the cost of A is none to sell at."),
         (None, False, "A could not be judged by the SLO and B missed the SLO: the cost of A and B is none to sell at."),
-        (False, False, "Both missed the SLO: neither cost is one to sell at."),
-        (None, None, "Whether A or B kept the SLO could not be judged: neither cost is one to sell at."),
+        (False, False, "A missed the SLO and B missed the SLO: the cost of A and B is none to sell at."),
+        (
+            None,
+            None,
+            "A could not be judged by the SLO and B could not be judged by the SLO: "
+            "the cost of A and B is none to sell at.",
+        ),
     ],
 )
 def test_an_slo_that_could_not_be_judged_is_neither_kept_nor_missed(met_a, met_b, said):

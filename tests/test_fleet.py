@@ -1,3 +1,4 @@
+import csv
 import json
 import math
 from dataclasses import replace
@@ -28,8 +29,8 @@ from analysis.capacity.serving_config import serving_configs
 from analysis.capacity.simulated_fleet import SimulatedFleet
 from analysis.capacity.sweep import Capacity
 from analysis.pricing.rate_card import HOURS_PER_MONTH
-from analysis.report.document import render_markdown
-from analysis.report.fleet import fleet_csv, fleet_sections
+from analysis.report.document import Cell, Section, Table, render_csv, render_markdown
+from analysis.report.fleet import fleet_sections
 from analysis.stats.intervals import Quantity
 from harness.cli.plan_fleet import plan_fleet as plan_fleet_verb
 from harness.errors import UsageError
@@ -358,7 +359,7 @@ def test_what_does_not_reach_the_promise_is_left_out_with_its_reason(measured):
     assert "closed loop" in why["m on shut"] and "--slo" in why["m on none"]
     assert "no interval" in why["m on few"], "no money is spent on a figure that nobody can defend"
     assert made.sentence.startswith("No tier")
-    assert render_markdown(fleet_sections(made)) and "slow" in fleet_csv(made)
+    assert render_markdown(fleet_sections(made))
 
 
 def test_beyond_the_highest_load_is_a_lower_bound_and_said(measured):
@@ -424,8 +425,10 @@ def test_a_plan_prints_in_every_form(measured):
     assert (
         json.loads(msgspec.json.encode(made))["tiers"][0]["peak"]["usd_per_month"] == made.tiers[0].peak.usd_per_month
     )
-    head, line = fleet_csv(made).splitlines()
-    assert len(head.split(",")) >= 25 and line.startswith("m on =cmd()") and ",'=cmd()," in line
+    head, line, *_ = csv.reader(render_csv(fleet_sections(made)).splitlines())
+    assert len(head) == len(line) == 14 and line[1] == "m on =cmd()"
+    evil = Section(title="t", table=Table(("a", "b"), [("=cmd()", Cell("5 ms", note="-1 to 2", sort=0.005))]))
+    assert render_csv([evil]).splitlines() == [",a,b,b: note", "t,'=cmd(),0.005,'-1 to 2"]
 
 
 @given(st.lists(st.floats(0, 500), min_size=1, max_size=60), st.floats(1, 4), st.integers(1, 8), st.floats(0.1, 50))

@@ -116,18 +116,6 @@ print(*sorted(name for name in sys.modules if name in slow or name.startswith(tu
     assert done.stdout.split() == []
 
 
-def test_defaults_of_one_verb_need_no_other(tmp_path: Path) -> None:
-    path = tmp_path / "harness.toml"
-    path.write_text('format = "json"\n[replay]\nlimit = 5\n')
-    found = read_defaults(cli, path, verb="ps")
-    assert found == {"ps": {"format_": "json"}, "replay": {"format_": "json", "limit": "5"}}
-    path.write_text('model = "m"\n')
-    assert read_defaults(cli, path, verb="ps") == {"ps": {}}, "another verb has it"
-    path.write_text("modle = 1")
-    with pytest.raises(UsageError, match="modle: no verb has such an option; did you mean model"):
-        read_defaults(cli, path, verb="ps")
-
-
 def defaults(tmp_path: Path, text: str) -> dict[str, Any]:
     path = tmp_path / "harness.toml"
     path.write_text(text)
@@ -144,6 +132,8 @@ def test_defaults_from_a_file(tmp_path: Path) -> None:
     assert found["serve"]["model"] == "a"
     assert "slo" not in found["run"]
     assert read_defaults(cli, tmp_path / "none.toml") == {}
+    with pytest.raises(UsageError, match="modle: no verb has such an option; did you mean model"):
+        defaults(tmp_path, "modle = 1")
 
 
 def test_the_environment_is_heard_over_the_file_and_not_over_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:

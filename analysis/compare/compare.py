@@ -302,20 +302,16 @@ def _sentences(
         known = [f for p in (99, 95, 50) if (f := figures[f"{metric}_p{p}"]).verdict in JUDGED]
         # the furthest percentile that is known, and where it shows nothing the furthest that does
         shown = next((f for f in known if f.verdict != "no difference shown"), None)
-        said += [_latency_sentence(f) for f in dict.fromkeys((known[0], shown or known[0]))] if known else []
+        said += [_figure_sentence(f) for f in dict.fromkeys((known[0], shown or known[0]))] if known else []
     others = (figures[name] for name in ("throughput", "goodput", "error_rate"))
-    return said + [_plain_sentence(f) for f in others if f.verdict in ("better", "worse")]
+    return said + [_figure_sentence(f) for f in others if f.verdict in ("better", "worse")]
 
 
 def _slo_sentence(met_a: bool | None, met_b: bool | None) -> str:
     """Of an SLO that not both are known to have kept; None: it could not be judged."""
-    if met_a is met_b:
-        both = "Both missed the SLO" if met_a is False else "Whether A or B kept the SLO could not be judged"
-        return f"{both}: neither cost is one to sell at."
     words = {True: "kept the SLO", False: "missed the SLO", None: "could not be judged by the SLO"}
-    sides = (("A", met_a), ("B", met_b))
-    unfit = " and ".join(name for name, met in sides if not met)
-    return f"{' and '.join(f'{name} {words[met]}' for name, met in sides)}: the cost of {unfit} is none to sell at."
+    unfit = " and ".join(name for name, met in (("A", met_a), ("B", met_b)) if not met)
+    return f"A {words[met_a]} and B {words[met_b]}: the cost of {unfit} is none to sell at."
 
 
 def _cost_sentence(f: Figure, *, both_kept: bool, slo: bool) -> str | None:
@@ -337,24 +333,18 @@ def _cost_sentence(f: Figure, *, both_kept: bool, slo: bool) -> str | None:
     return f"B costs {_percent(abs(value))} % +- {_percent(max(high - value, value - low))} % {word}{at}."
 
 
-def _latency_sentence(f: Figure) -> str:
-    name, (value, low, high) = f.name.upper().replace("_P", " p"), _ends(f.difference)
-    ends = f"95 %: {_ms(low, '+')} to {_ms(high, '+')} ms"
+def _figure_sentence(f: Figure) -> str:
+    """How much better or worse B is: in ms, in percentage points, or in percent of A."""
+    metric, _, percentile = f.name.partition("_p")
+    name = f"{metric.upper()} p{percentile}" if percentile else f.name.replace("_", " ").capitalize()
+    relative = (100, "%") if f.change.low is not None else (1, f.unit)
+    factor, unit = {"s": (1000, "ms"), "share of requests": (100, "points")}.get(f.unit, relative)
+    q = f.change if unit == "%" else f.difference
+    value, low, high = (end * factor for end in _ends(q))
+    ends = f"95 %: {low:+.3g} to {high:+.3g} {unit}"
     if f.verdict == "no difference shown":
         return f"{name}: no difference shown ({ends})."
-    return f"{name} of B is {_ms(abs(value))} ms {f.verdict} ({ends})."
-
-
-def _plain_sentence(f: Figure) -> str:
-    name = f.name.replace("_", " ").capitalize()
-    if f.name in SHARES or f.change.value is None or f.change.low is None or f.change.high is None:
-        value, low, high = _ends(f.difference)
-        much, unit = f"{abs(value) * 100:.3g}", "points"
-    else:
-        value, low, high = _ends(f.change)
-        much, unit = _percent(abs(value)), "%"
-    ends = f"95 %: {low * 100:+.3g} {'' if unit == 'points' else '% '}to {high * 100:+.3g} {unit}"
-    return f"{name} of B is {much} {unit} {f.verdict} ({ends})."
+    return f"{name} of B is {abs(value):.3g} {unit} {f.verdict} ({ends})."
 
 
 def _ends(q: Quantity) -> tuple[float, float, float]:
@@ -365,8 +355,3 @@ def _ends(q: Quantity) -> tuple[float, float, float]:
 
 def _percent(share: float) -> str:
     return f"{share * 100:.0f}" if abs(share) >= 0.1 else f"{share * 100:.2g}"
-
-
-def _ms(seconds: float, sign: str = "") -> str:
-    value = seconds * 1000
-    return f"{value:{sign},.0f}" if abs(value) >= 100 else f"{value:{sign}.3g}"

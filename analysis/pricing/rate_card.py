@@ -35,6 +35,8 @@ from analysis.stats.intervals import Quantity, scaled
 from analysis.summary import Summary
 from harness.record.manifest import Tier
 
+SCHEMA = "harness.price/1"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiComparison:
@@ -114,6 +116,23 @@ class RateCard(System):
     caution: str | None
     """What a reader must know before any figure; None when there is nothing."""
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PriceReport:
+    """``harness.price/1``: what to charge, for every tier and model that was asked about."""
+
+    schema: str
+    made: str
+    """UTC, ISO 8601: when these prices were worked out. The measurements have their own days."""
+    terms: Terms
+    structure: TokenWeights
+    charges: list[RateCard]
+    refused: list[tuple[str, tuple[str, ...]]]
+    """INVALID runs with their reasons."""
+    list_prices: dict[str, str]
+    """Source, date and licence of the API list prices."""
+    assumptions: tuple[str, ...]
 
 
 def charge(

@@ -130,13 +130,4 @@ def _limits(system: ServingConfig) -> tuple[str, ...]:
         said.append(f"saturated from {figure(system.saturated_from)} {system.unit} on: more load gives no more answers")
     else:
         said.append("not saturated at any measured load")
-    users = [i for i in system.interactivity if i.tokens_per_s_per_user.value is not None]
-    if users:
-        speeds = [i.tokens_per_s_per_user.value or 0.0 for i in users]
-        ends = [
-            f"{figure(i.tokens_per_s_per_user.value)} tokens/s a user: "
-            + (f"{price(i.usd_per_1m_total.value)} USD per 1M" if i.usd_per_1m_total.value is not None else "no price")
-            for i in sorted(users, key=lambda i: i.tokens_per_s_per_user.value or 0.0)
-        ]
-        said.append(f"interactivity from {figure(min(speeds))} to {figure(max(speeds))}: {'; '.join(ends)}")
     return (*said, *system.notes)

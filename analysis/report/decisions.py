@@ -8,13 +8,10 @@ from __future__ import annotations
 from analysis.capacity.system import where_words
 from analysis.compare.compare import Comparison, Figure, LoadComparison
 from analysis.compare.paired import SHARES
-from analysis.pricing.list_prices import ListPrice
-from analysis.pricing.price_table import PriceReport
-from analysis.pricing.rate_card import ApiComparison, RateCard
-from analysis.pricing.terms import PriceBasis, Terms, UnitPrices
+from analysis.pricing.rate_card import PriceReport, RateCard
+from analysis.pricing.terms import PriceBasis, Terms
 from analysis.report.document import Row, Section, Table
 from analysis.report.figures import figure, hourly, price, usd, within
-from analysis.stats.intervals import Quantity
 
 # ------------------------------------------------------------------------------------------------------ what to charge
 
@@ -36,24 +33,25 @@ def _charge_sections(charge: RateCard, terms: Terms) -> list[Section]:
     title = f"What to charge: {charge.model} on {where}"
     warned = () if charge.caution is None else (f"CAUTION. {charge.caution}",)
     if charge.reason is not None or charge.cost_full is None or charge.cost is None:
-        return [
-            Section(title=title, lines=(*warned, f"No price: {charge.reason}.", _load_line(charge)), notes=charge.notes)
-        ]
+        lines = (*warned, f"No price: {charge.reason}.", _load_line(charge))
+        return [Section(title=title, lines=lines, notes=charge.notes)]
     standard = charge.offers[0]
-    u, m = percent(terms.utilisation), percent(terms.margin)
-    rows = [
-        _price_row(kind, name, charge, standard.prices)
-        for kind, name in (
-            ("input", "uncached input" if charge.cost.cached_input.value is not None else "input"),
-            ("cached_input", "cached input"),
-            ("output", "output"),
-            ("total", "all tokens (this trace's mix)"),
-        )
+    u, m, asked = percent(terms.utilisation), percent(terms.margin), standard.prices.total
+    apart = charge.cost.cached_input.value is not None
+    kinds = {"input": "uncached input" if apart else "input", "cached_input": "cached input", "output": "output",
+             "total": "all tokens (this trace's mix)"}  # fmt: skip
+    columns = ((charge.cost_full, False), (charge.cost, True), (standard.prices, False), (charge.floor, True))
+    rows: list[Row] = [
+        [name, *(usd(getattr(prices, kind, None), bare=bare) for prices, bare in columns)]
+        for kind, name in kinds.items()
     ]
-    asked = standard.prices.total
+    quoted = f"Quoted at the highest load that keeps the SLO ({charge.slo}): {charge.load}."
+    if charge.quoted_at != "capacity":
+        slo = "without an SLO" if charge.slo is None else f"which kept the SLO ({charge.slo})"
+        quoted = f"Quoted at one measured load, {slo}: {charge.load}."
     lines = (
         *warned,
-        _quoted(charge),
+        quoted,
         f"Charge {price(asked.value)} USD{within(asked, price)} per 1M tokens of this traffic: cost "
         f"{price(charge.cost.total.value)} at {u} utilisation, and {m} of the price is gross margin.",
         f"The price pays for the fleet from {percent(standard.break_even_utilisation)} utilisation on "
@@ -63,35 +61,12 @@ def _charge_sections(charge: RateCard, terms: Terms) -> list[Section]:
     )
     heads = ("USD per 1M tokens", "cost at 100 % (95 %)", f"cost at {u}", "PRICE (95 %)", "floor")
     sections = [Section(title=title, lines=lines, table=Table(heads, rows))]
-    if len(charge.offers) > 1:
-        sections.append(_offers(charge, terms))
+    sections += [_offers(charge, terms)] if len(charge.offers) > 1 else []
     return [*sections, _against(charge, terms), Section(notes=(*_basis_lines(charge), *charge.notes))]
 
 
-def _quoted(charge: RateCard) -> str:
-    """At which load, in one sentence."""
-    if charge.quoted_at == "capacity":
-        return f"Quoted at the highest load that keeps the SLO ({charge.slo}): {charge.load}."
-    slo = "without an SLO" if charge.slo is None else f"which kept the SLO ({charge.slo})"
-    return f"Quoted at one measured load, {slo}: {charge.load}."
-
-
-def _price_row(kind: str, name: str, charge: RateCard, asked: UnitPrices) -> Row:
-    q: Quantity = getattr(asked, kind)
-    if q.value is None or charge.cost_full is None or charge.cost is None:
-        return [name, "-", "-", "-", "-"]
-    floor: Quantity | None = getattr(charge.floor, kind) if charge.floor is not None else None
-    cost: Quantity = getattr(charge.cost, kind)
-    return [
-        name,
-        usd(getattr(charge.cost_full, kind)),
-        price(cost.value),
-        usd(q),
-        price(floor.value if floor else None),
-    ]
-
-
 def _offers(charge: RateCard, terms: Terms) -> Section:
+    u = percent(terms.utilisation)
     rows = [
         (
             offer.name + (f" (-{percent(offer.discount)})" if offer.discount else ""),
@@ -104,21 +79,15 @@ def _offers(charge: RateCard, terms: Terms) -> Section:
     ]
     notes = []
     if any(offer.margin < 0 for offer in charge.offers):
-        notes.append(f"a margin below 0 is a price BELOW COST at {percent(terms.utilisation)} utilisation")
+        notes.append(f"a margin below 0 is a price BELOW COST at {u} utilisation")
     if terms.volume:
         notes.append("a volume discount is on the tokens beyond its threshold, not on those before it")
     sold = (charge.capacity_tokens_per_month or 0.0) * terms.utilisation
     if any(offer.from_tokens > sold for offer in charge.offers):
         notes.append(
-            f"this fleet sells {tokens(sold)} tokens a month at {percent(terms.utilisation)} utilisation: a volume "
-            "tier beyond that needs a larger one"
+            f"this fleet sells {tokens(sold)} tokens a month at {u} utilisation: a tier beyond that needs more"
         )
-    if terms.batch_discount is not None:
-        notes.append(
-            "batch work can pay below that in hours that would stand idle, if it delays nobody: not shown here"
-        )
-    heads = ("Price list, USD per 1M", "input", "cached", "output", "all", f"margin at {percent(terms.utilisation)}",
-             "break-even utilisation")  # fmt: skip
+    heads = ("Price list, USD per 1M", "input", "cached", "output", "all", f"margin at {u}", "break-even utilisation")
     return Section(table=Table(heads, rows), notes=tuple(notes))
 
 
@@ -126,26 +95,24 @@ def _against(charge: RateCard, terms: Terms) -> Section:
     assert charge.cost is not None
     rows = [
         (
-            _api_name(a),
-            "/".join("-" if p is None else f"{p:g}" for p in _asked(a.price)),
+            f"{a.price.vendor} {a.price.name.rsplit('/', 1)[-1]}" + ("" if a.same_model else " (another model)"),
+            "/".join("-" if usd is None else f"{usd:g}" for usd in
+                     (a.price.usd_per_1m_input, a.price.usd_per_1m_cached_input, a.price.usd_per_1m_output)),
             price(a.usd_per_1m_total),
             "-" if a.own_share.value is None else f"x {a.own_share.value:.3g}",
-            "never"
-            if a.break_even_tokens_per_month is None
+            "never" if a.break_even_tokens_per_month is None
             else f"{percent(a.break_even_utilisation.value)}, {tokens(a.break_even_tokens_per_month)}",
             a.verdict,
         )
         for a in charge.against
-    ]
+    ]  # fmt: skip
     same = [a for a in charge.against if a.same_model]
     found = [(sum(a.verdict == verdict for a in same), words) for verdict, words in _VERDICTS.items()]
     summed = ", ".join(f"{n} {words}" for n, words in found if n)
-    if not same:
-        summed = "none is in the price map (--against NAME, --list-prices)"
     lines = (
         f"Build or buy, for this trace: own cost (without margin) at {percent(terms.utilisation)} utilisation is "
         f"{price(charge.cost.total.value)} USD{within(charge.cost.total, price)} per 1M tokens.",
-        f"Of {len(same)} API offers of this model: {summed}." if same else f"API offers of this model: {summed}.",
+        f"Of {len(same)} API offers of this model: {summed or 'none is in the price map (--against, --list-prices)'}.",
     )
     notes = sorted({note for a in charge.against for note in a.notes})
     if charge.against:
@@ -160,16 +127,6 @@ _VERDICTS = {
     "build": "cost more than own hardware", "buy": "cost less than own hardware",
     "too close to call": "are too close to call", "not known": "cannot be judged (no interval)",
 }  # fmt: skip
-
-
-def _asked(p: ListPrice) -> tuple[float | None, ...]:
-    return p.usd_per_1m_input, p.usd_per_1m_cached_input, p.usd_per_1m_output
-
-
-def _api_name(a: ApiComparison) -> str:
-    """Vendor and the last part of the map's name; the whole name is in the exports."""
-    short = a.price.name.rsplit("/", 1)[-1]
-    return f"{a.price.vendor} {short}" + ("" if a.same_model else " (another model)")
 
 
 def _basis_lines(charge: RateCard) -> list[str]:

@@ -6,6 +6,8 @@ Whatever a trace, a server or a price map wrote stays plain characters in all th
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from analysis.labels import clean
+from analysis.labels import FORMULA, clean
 from harness.console import text_tables
 
 MOST_ITEMS = 200
@@ -129,7 +131,6 @@ class Section:
     """Of the page: how to read it."""
     id: str = ""
     """Where links of the page lead. The table of such a section is named by its first head where there are no links."""
-    page_only: bool = False
     proves_nothing: bool = False
     """Figures of an INVALID run: folded on the page, left out elsewhere unless they are asked for."""
 
@@ -172,6 +173,37 @@ def render_markdown(sections: Iterable[Section], whole: bool = True) -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
+def render_csv(sections: Iterable[Section]) -> str:
+    """All tables one below the other, each under its own heads, numbers in full and small print in columns of its own.
+
+    The first column is the title that a table stands under. A text that a spreadsheet would run as a formula gets a '
+    before it.
+    """
+    out = io.StringIO()
+    writer, title = csv.writer(out, lineterminator="\n"), ""
+    for section in sections:
+        title = section.title or title
+        if (table := section.table) is None:
+            continue
+        rows = table.cells()
+        noted = [any(row[k].note for row in rows) for k in range(len(table.heads))]
+        heads = [[head, f"{head}: note"] if note else [head] for head, note in zip(table.heads, noted, strict=True)]
+        writer.writerow(["", *(word for words in heads for word in words)])
+        for row in rows:
+            pairs = zip(row, noted, strict=True)
+            words = [w for cell, note in pairs for w in (_value(cell), _harmless(cell.note or ""))[: 1 + note]]
+            writer.writerow([_harmless(title), *words])
+    return out.getvalue()
+
+
+def _value(cell: Cell) -> object:
+    return _harmless(str(cell.text)) if cell.sort is None else cell.sort
+
+
+def _harmless(text: str) -> str:
+    return text if text == "-" else re.sub(FORMULA, r"'\1", clean(text))
+
+
 def escaped(text: str) -> str:
     """Text that Markdown shows as it is."""
     return _MARKDOWN.sub(r"\\\1", clean(text))
@@ -182,7 +214,7 @@ def _shown(sections: Iterable[Section], whole: bool) -> Iterator[Section]:
     for section in sections:
         if section.proves_nothing and not whole:
             left_out = True
-        elif not section.page_only:
+        else:
             yield section
     if left_out:
         yield Section(notes=[f"{PROVES_NOTHING}: they are left out. -v shows them, --format json has them all"])

@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 
 from analysis import metrics
 from analysis.arrays import Floats
-from analysis.labels import label_runs
+from analysis.labels import FORMULA, label_runs
 from analysis.rows.read import Rows, Run, read_run
 from harness.errors import ResultsError, UsageError
 from harness.record.results import SCHEMA as ROW
@@ -58,8 +58,6 @@ SCHEMA = pa.schema(
 )
 GROUP_ROWS, GROUP_CHUNKS = 100_000, 4_000_000
 """Rows or chunks, whichever comes first, of one row group of Parquet."""
-FORMULA = r"^([=+\-@\t\r])"
-"""What a spreadsheet would run as a formula when a cell of text begins with it."""
 
 
 def export_runs(paths: Sequence[Path], out: Path, tell: Callable[[str], None] | None = None) -> int:

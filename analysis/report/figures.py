@@ -99,9 +99,11 @@ def price_cell(s: Summary, q: Quantity) -> Cell:
     return replace(cell, mark="quiet") if q.value is None or state_of(s) in ("missed", "unknown") else cell
 
 
-def usd(q: Quantity | None) -> Cell:
-    """USD with its interval under it; a dash when not known."""
-    return Cell(price(q.value if q else None), note=interval(q, price) or None, sort=q.value if q else None)
+def usd(q: Quantity | None, *, bare: bool = False) -> Cell:
+    """USD with its interval under it, or ``bare``; a dash when not known."""
+    if q is None or q.value is None:
+        return Cell("-")
+    return Cell(price(q.value), note=None if bare else interval(q, price) or None, sort=q.value)
 
 
 def load_of(summary: Summary, by_rate: bool) -> float | None:

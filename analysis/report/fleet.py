@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import re
-
 from analysis.capacity.fleet import Autoscaled
 from analysis.capacity.fleet_plan import FleetPlan, TierFleet
 from analysis.report.document import Section, Table
-from analysis.report.export import FORMULA
 from analysis.report.figures import figure, price
 
 WITHIN = 0.03
@@ -53,7 +48,7 @@ def _sizes(plan: FleetPlan) -> Section:
             f"{one.peak.replicas}" + (f" + {one.peak.spares} inst." if one.peak.spares else ""),
             "fluid" if one.simulated is None else one.simulated.evidence,
             f"{one.peak.instances}",
-            _share(one.peak.utilisation),
+            "-" if one.peak.utilisation is None else f"{one.peak.utilisation:.1%}",
             f"{one.peak.usd_per_hour:,.4g}",
             f"{one.peak.usd_per_month:,.0f}",
             f"{one.peak.usd_per_year:,.0f}",
@@ -69,11 +64,6 @@ def _sizes(plan: FleetPlan) -> Section:
         for one in plan.tiers if one.no_utilisation is not None
     ]  # fmt: skip
     return Section(title="Replicas and instances", table=Table(heads, rows), notes=tuple(notes))
-
-
-def _share(share: float | None) -> str:
-    """A share with as many digits as make a price exact to 1 %."""
-    return "-" if share is None else f"{share:.1%}"
 
 
 def _found_by(one: TierFleet) -> str:
@@ -150,40 +140,3 @@ def _changes(one: TierFleet) -> Section:
     return Section(
         title=f"What changes the fluid fleet: {one.name}", table=Table(("If", "Instances", "USD/month"), rows)
     )
-
-
-def fleet_csv(plan: FleetPlan) -> str:
-    """One line per tier and model, for a spreadsheet; left-out ones with their reason."""
-    out = io.StringIO()
-    rows = [_csv_row(one) for one in plan.tiers]
-    blank = dict.fromkeys(rows[0] if rows else ("name", "reason"))
-    rows += [{**blank, "name": name, "reason": why} for name, why in plan.excluded]
-    writer = csv.DictWriter(out, fieldnames=list(rows[0] if rows else blank), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: _cell(v) for k, v in row.items()} for row in rows)
-    return out.getvalue()
-
-
-def _cell(value: object) -> object:
-    """A text that a spreadsheet would run as a formula gets a quote in front."""
-    return re.sub(FORMULA, r"'\1", value) if isinstance(value, str) else value
-
-
-def _csv_row(one: TierFleet) -> dict[str, object]:
-    return {
-        "name": one.name, "model": one.model, "tier": one.tier, "slo": one.slo, "evidence": one.evidence,
-        "capacity": one.capacity, "capacity_low": one.capacity_low, "capacity_high": one.capacity_high,
-        "capacity_is_lower_bound": one.at_least, "unit": one.unit, "binding": one.binding,
-        "replicas_mean": one.mean.replicas, "replicas_worst_minute": one.worst_minute.replicas,
-        "replicas_peak": one.peak.replicas, "replicas_fluid": one.fluid.replicas,
-        "found_by": "fluid" if one.simulated is None else one.simulated.evidence,
-        "spare_instances": one.peak.spares, "instances": one.peak.instances,
-        "utilisation": one.peak.utilisation, "usd_per_hour": one.peak.usd_per_hour,
-        "usd_per_month": one.peak.usd_per_month, "usd_per_year": one.peak.usd_per_year,
-        "usd_per_hour_scheduled": one.scheduled.usd_per_hour, "usd_per_hour_reactive": one.reactive.usd_per_hour,
-        "scheduled_kept_share": None if one.scheduled.kept is None else one.scheduled.kept.share,
-        "reactive_kept_share": None if one.reactive.kept is None else one.reactive.kept.share,
-        "reactive_short_share": one.reactive.short_share, "start_s": one.start_s,
-        "usd_per_1m_served": one.usd_per_1m_served, "usd_per_1m_scheduled": one.usd_per_1m_scheduled,
-        "price_basis": one.price_basis, "reason": None,
-    }  # fmt: skip

@@ -207,21 +207,16 @@ class LoopStalls:
         worst = np.zeros(int(ends.max(initial=0.0)) + 1) if len(ends) else np.full(1, max(said, default=0.0))
         for at in (begins, (begins + ends) / 2, ends):  # a row covers a second: at most two of ours
             np.maximum.at(worst, at.astype(np.int64), lags)
-        # Longest of 1, 2, 4 ... seconds from each on: two of these cover any stretch.
-        longest = [worst]
-        while (step := 1 << (len(longest) - 1)) < len(worst):
-            last = longest[-1]
-            longest.append(np.maximum(last, np.append(last[step:], np.zeros(step))))
-        self._longest: Floats = np.stack(longest)
+        self._worst: Floats = np.append(worst, 0.0)
 
     def between(self, start_s: Floats, end_s: Floats) -> Floats:
         """Longest stall that ended in each stretch of time; 0 where there is no time."""
         there = np.isfinite(start_s) & np.isfinite(end_s)
-        last = self._longest.shape[1] - 1
-        first = np.clip(np.where(there, start_s, 0.0), 0, last).astype(np.int64)
-        final = np.maximum(first, np.clip(np.where(there, end_s, 0.0), 0, last).astype(np.int64))
-        level = np.log2(final - first + 1).astype(np.int64)
-        found = np.maximum(self._longest[level, first], self._longest[level, final - (1 << level) + 1])
+        first, final = (
+            np.clip(np.where(there, at, 0.0), 0, len(self._worst) - 2).astype(np.int64) for at in (start_s, end_s)
+        )
+        ends = np.stack((first, np.maximum(first, final) + 1), axis=1)
+        found = np.maximum.reduceat(self._worst, ends.ravel())[::2] if len(ends) else np.zeros(0)
         return np.where(there, found, 0.0)
 
 

@@ -86,7 +86,7 @@ SECTIONS: dict[str, dict[str, Lazy]] = {
 @click.pass_context
 def cli(ctx: click.Context) -> None:
     """The group of all verbs."""
-    ctx.default_map = read_defaults(cli, verb=ctx.invoked_subcommand)
+    ctx.default_map = read_defaults(cli)
 
 
 @command(name="help", short_help="Show the help of a verb.", hidden=True)

@@ -10,6 +10,7 @@ from harness.cli.output import as_json, present, say
 from harness.cli.select_runs import find_runs, refused_exit
 from harness.cli.verb import (
     ENVIRONMENT,
+    EXIT_STATUS,
     ONE_TRACE_ARGUMENT,
     command,
     html_option,
@@ -38,15 +39,7 @@ Examples:
   harness capacity trace.jsonl --slo ttft=2s,tpot=100ms --base-url http://10.0.0.5:8000/v1 --tier aws-g6.xlarge
   harness report sweeps/20261122T021500Z-capacity-trace --html report.html
 
-\b
-Exit status:
-  0  capacity was found, or lies beyond what could be sent
-  1  something failed; the message says what
-  2  the command line is wrong
-  3  no run was VALID
-  5  no run was VALID or INVALID: all were TOO SMALL
-  4  not even the lowest load keeps the SLO
-  130  stopped by Ctrl-C; --resume goes on
+{EXIT_STATUS}
 {ENVIRONMENT}""",
 )
 @ONE_TRACE_ARGUMENT

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from harness.cli.output import print_json, print_table, say
+from harness.cli.output import print_json, print_rows, say
 from harness.cli.verb import JSON_OPTION, Group, command, takes
 from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, UsageError, unknown_name
 from harness.option_types import NEW_FILE, Parsed, opt
@@ -73,26 +73,17 @@ def tiers(ctx: click.Context, /, format_: str, asked: TierFilter) -> int:
             known = [tier for tier, one in zip(known, there, strict=True) if one.lower() == wanted.lower()]
             if not known:
                 raise unknown_name(f"{what} of these tiers", wanted, set(there))
+    rows = [
+        {**msgspec.to_builtins(t), "note": full_note(t), "price_age_days": price_age_days(t),
+         "usd_per_accelerator_hour": usd_per_accelerator_hour(t), "old": price_note(t) is not None}
+        for t in known
+    ]  # fmt: skip
     if format_ == "json":
-        print_json(
-            [
-                {**msgspec.to_builtins(t), "note": full_note(t), "price_age_days": price_age_days(t),
-                 "usd_per_accelerator_hour": usd_per_accelerator_hour(t), "old": price_note(t) is not None}
-                for t in known
-            ]
-        )  # fmt: skip
+        print_json(rows)
         return EXIT_VALID
-    print_table(
-        ("tier", "accelerators", "vCPU", "GiB", "USD/h", "each", "bought", "region", "date"),
-        [
-            (t.name, f"{t.accelerator_count} x {t.accelerator}" if t.accelerator else "-", str(t.vcpu),
-             f"{t.memory_gib:g}", f"{t.usd_per_hour:g}",
-             "-" if (each := usd_per_accelerator_hour(t)) is None else f"{each:.4g}",
-             t.purchase, t.region, t.date + (" old" if price_note(t) else ""))
-            for t in known
-        ],
-    )  # fmt: skip
-    print("each: USD per accelerator hour. Price sources:")
+    hardware = "name accelerator accelerator_count vcpu memory_gib"
+    print_rows(rows, f"{hardware} usd_per_hour usd_per_accelerator_hour purchase region date old")
+    print("Price sources:")
     for t in known:
         note = full_note(t)
         print(f"  {t.name}: {t.source}" + (f"\n      {note}" if note else ""))
@@ -132,14 +123,14 @@ def refresh(format_: str, asked: RefreshOptions) -> int:
     if format_ == "json":
         print_json([msgspec.to_builtins(c) | {"change": c.ratio} for c in changes])
     else:
-        print_table(
-            ("tier", "USD/h was", "now", "change", "source"),
+        print_rows(
             [
-                (c.name, f"{c.before.usd_per_hour:g}" if c.before else "-",
-                 f"{c.after.usd_per_hour:g}" if c.after else "-", f"{c.ratio:+.1%}" if c.ratio is not None else "-",
-                 c.problem or (c.after.source if c.after else ""))
+                {"tier": c.name, "was": c.before and c.before.usd_per_hour, "now": c.after and c.after.usd_per_hour,
+                 "change": None if c.ratio is None else f"{c.ratio:+.1%}",
+                 "source": c.problem or (c.after and c.after.source)}
                 for c in changes
             ],
+            "tier was now change source",
         )  # fmt: skip
     where = "; nothing written (--dry-run)" if asked.dry_run else f", in {file}" if new else ""
     say(f"{len(new)} of {len(changes)} prices read{where}")
@@ -166,31 +157,23 @@ def models(fetch: str | None, format_: str) -> int:
     if fetch:
         print(ensure_weights(catalogue.get_model(fetch), say=say))
         return EXIT_VALID
-    known = [
-        (m, catalogue.model_weight_bytes(m), catalogue.model_kv_bytes_per_token(m)) for m in catalogue.list_models()
-    ]
+    known = catalogue.list_models()
+    rows = [
+        {**msgspec.to_builtins(m), "weight_bytes": catalogue.model_weight_bytes(m),
+         "kv_bytes_per_token": catalogue.model_kv_bytes_per_token(m), "config": catalogue.model_config(m)}
+        for m in known
+    ]  # fmt: skip
     if format_ == "json":
-        print_json(
-            [
-                {**msgspec.to_builtins(m), "weight_bytes": weights, "kv_bytes_per_token": kv,
-                 "config": catalogue.model_config(m)}
-                for m, weights, kv in known
-            ]
-        )  # fmt: skip
+        print_json(rows)
         return EXIT_VALID
-
-    def scaled(value: int | None, unit: float, digits: int) -> str:
-        return "-" if value is None else f"{value / unit:,.{digits}f}"
-
-    print_table(
-        ("model", "parameters (1e9)", "format", "GiB", "KV KiB/token", "longest", "weights", "licence"),
-        [
-            (m.name, scaled(m.parameters, 1e9, 2), m.quantization or m.dtype, scaled(weights, 2**30, 1),
-             scaled(kv, 1024, 1), str(m.max_model_len), m.source + (" (gated)" if m.gated else ""), m.licence)
-            for m, weights, kv in known
-        ],
-    )  # fmt: skip
-    for m, _, _ in known:
+    for row in rows:
+        for name, unit, key in (("GiB", 2**30, "weight_bytes"), ("KV_KiB/token", 1024, "kv_bytes_per_token"),
+                                ("parameters_(1e9)", 1e9, "parameters")):  # fmt: skip
+            row[name] = None if row[key] is None else row[key] / unit
+        row |= {"model": row["name"], "format": row["quantization"] or row["dtype"], "longest": row["max_model_len"],
+                "weights": row["source"] + (" (gated)" if row["gated"] else "")}  # fmt: skip
+    print_rows(rows, "model parameters_(1e9) format GiB KV_KiB/token longest weights licence")
+    for m in known:
         print(f"  {m.name}: {m.note}")
     print("Any of them as NAME:dummy: the same architecture with random weights, nothing to download, speed only.")
     return EXIT_VALID
@@ -322,7 +305,7 @@ def status(name: str | None, tier: str | None, format_: str) -> int:
     if format_ == "json":
         print_json(rows)
     elif rows:
-        print_table(tuple(rows[0]), [tuple(map(str, row.values())) for row in rows])
+        print_rows(rows, " ".join(rows[0]))
         say("dollars: as if all machines had run since they were asked for; disks, addresses and traffic come on top")
     else:
         say(f"no cluster was rented from this machine ({rent.folder()})")

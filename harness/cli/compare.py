@@ -9,13 +9,13 @@ import click
 
 from harness.cli.output import present, say
 from harness.cli.select_runs import find_runs, judged, refused_exit, sides_of_sweep, sweep_at
-from harness.cli.verb import command, format_option, html_option, takes
+from harness.cli.verb import EXIT_STATUS, command, format_option, html_option, takes
 from harness.errors import EXIT_FAILURE, EXIT_NOT_DECIDED, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.options import JudgeOptions
 
 
 @command(
-    epilog="""\b
+    epilog=f"""\b
 Examples:
   harness compare runs/20261121T234654Z-h100 runs/20261121T235904Z-l40s
   harness compare 'runs/*-before' 'runs/*-after' --fail-if 'cost > +5%' --fail-if 'ttft_p99 > +20ms'
@@ -29,14 +29,7 @@ open loop are the load's own and not judged: compare capacity (harness capacity,
 A condition fails only when the whole 95 % interval of the change lies beyond the bound. An interval on
 both sides of it is undecided and does not fail: more repeats would decide.
 
-\b
-Exit status:
-  0  compared; no condition fails
-  1  not comparable (the reasons are in the output)
-  2  the command line is wrong
-  4  a condition of --fail-if fails
-  5  a condition is not judged: fewer than three pairs, cost in an open loop, or a figure that is not known
-""",
+{EXIT_STATUS}""",
 )
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="[B]", required=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,21 @@ def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
         out.print(table)
 
 
+def print_rows(rows: Sequence[Mapping[str, object]], names: str) -> None:
+    """A plain table on stdout: of rows as JSON has them the fields in ``names``, which are its heads."""
+    wanted = names.split()
+    table = [tuple(_words(row[name]) for name in wanted) for row in rows]
+    print_table(tuple(name.replace("_", " ") for name in wanted), table)
+
+
+def _words(value: object) -> str:
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
 def _stdout(pipe_width: int) -> Console:
     """Into a pipe there is no width to fit: a table is a line for each row, as a script or a pager will read it."""
     from harness.console import Console
@@ -50,13 +65,12 @@ def _stdout(pipe_width: int) -> Console:
 
 
 def present(
-    document: object, sections: Sequence[Section], format_: str, *, csv: Callable[[], str] | None = None,
-    html: Path | None = None, verb: str = "",
-) -> None:  # fmt: skip
-    """A result on stdout: the document as JSON, its table as CSV, or its sections as Markdown or text; and in ``html``
+    document: object, sections: Sequence[Section], format_: str, *, html: Path | None = None, verb: str = ""
+) -> None:
+    """A result on stdout: the document as JSON, its tables as CSV, or its sections as Markdown or text; and in ``html``
     as a page of a verb that stands alone, which replaces an earlier one.
     """
-    from analysis.report.document import render_markdown, render_text
+    from analysis.report.document import render_csv, render_markdown, render_text
 
     if html is not None:
         from analysis.report.page import write_sections_page
@@ -65,8 +79,8 @@ def present(
         say_page(html, write_sections_page(html, verb, sections, now_utc()))
     if format_ == "json":
         print_json(document)
-    elif format_ == "csv" and csv is not None:
-        print(csv(), end="")
+    elif format_ == "csv":
+        print(render_csv(sections), end="")
     elif format_ == "md":
         print(render_markdown(sections))
     else:

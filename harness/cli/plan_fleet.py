@@ -12,7 +12,7 @@ import click
 
 from harness.cli.output import present, say
 from harness.cli.select_runs import find_runs, judged, refused_exit
-from harness.cli.verb import ONE_TRACE_ARGUMENT, command, format_option, html_option, takes
+from harness.cli.verb import EXIT_STATUS, ONE_TRACE_ARGUMENT, command, format_option, html_option, takes
 from harness.errors import EXIT_FAILURE, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.option_types import COUNT, GROWTH, SHARE, opt
 from harness.options import AttainOption, ReadOptions
@@ -49,21 +49,13 @@ class FleetOptions(AttainOption):
 
 
 @command(
-    epilog="""\b
+    epilog=f"""\b
 Examples:
   harness plan-fleet trace.jsonl sweeps/20261122T021500Z-capacity-trace
   harness plan-fleet year.csv.gz sweeps/l4 sweeps/h100 --grow 3x --headroom 1.2 --availability 99.9%
   harness plan-fleet trace.jsonl sweeps/l4 --slo ttft_p99=2s --slo ttft_p99=1s --format csv
 
-\b
-Exit status:
-  0  there is a fleet
-  1  something failed, or nothing can be planned with; the message says what
-  2  the command line is wrong
-  3  no fleet, because runs are INVALID; their reasons are in the output
-  5  no fleet, because runs are TOO SMALL
-  4  no measured tier keeps the SLO
-""",
+{EXIT_STATUS}""",
 )
 @ONE_TRACE_ARGUMENT
 @click.argument("measured", nargs=-1, required=True, metavar="FOLDER...")
@@ -84,7 +76,7 @@ def plan_fleet(
     """
     from analysis.capacity.fleet_plan import Wanted, grown, plan_fleets
     from analysis.capacity.serving_config import serving_configs
-    from analysis.report.fleet import fleet_csv, fleet_sections
+    from analysis.report.fleet import fleet_sections
     from harness.record.manifest import now_utc
 
     if asked.availability is not None and not asked.availability < 1:
@@ -105,7 +97,7 @@ def plan_fleet(
         refused=[(s.run, f"{s.verdict}: {'; '.join(s.reasons)}") for s in summaries[0] if s.verdict != "VALID"],
         replays=_Replays(demand.replayable, {s.run: path for s, path in zip(summaries[0], runs, strict=True)}),
     )  # fmt: skip
-    present(plan, fleet_sections(plan), format_, csv=lambda: fleet_csv(plan), html=html, verb="plan-fleet")
+    present(plan, fleet_sections(plan), format_, html=html, verb="plan-fleet")
     if plan.tiers:
         return EXIT_VALID
     if any(one.capacity is not None and one.capacity.state == "not reached" for one in systems):

@@ -13,15 +13,14 @@ import click
 
 from harness.cli.output import present, say
 from harness.cli.select_runs import find_runs, judged, refused_exit
-from harness.cli.verb import command, format_option, html_option, takes
+from harness.cli.verb import EXIT_STATUS, command, format_option, html_option, takes
 from harness.errors import EXIT_FAILURE, EXIT_SLO_MISSED, EXIT_VALID, UsageError, unknown_name
-from harness.option_types import FILE, NEW_FILE, RATIO, SHARE_OR_NONE, opt
+from harness.option_types import FILE, RATIO, SHARE_OR_NONE, opt
 from harness.options import JudgeOptions
 
 if TYPE_CHECKING:
     from analysis.pricing.list_prices import PriceMap
-    from analysis.pricing.price_table import PriceReport
-    from analysis.pricing.rate_card import RateCard
+    from analysis.pricing.rate_card import PriceReport, RateCard
     from analysis.pricing.terms import Terms
     from analysis.rows.read import Run
     from analysis.summary import Summary
@@ -66,29 +65,17 @@ class PriceOptions(JudgeOptions):
     list_prices: Path | None = opt(
         "LiteLLM's model_prices_and_context_window.json instead of the dated extract that is shipped.", kind=FILE
     )
-    out: Path | None = opt(
-        "Also write the flat table for a spreadsheet or warehouse: .parquet or .csv; .json is the whole document.",
-        kind=NEW_FILE, flag="-o --out",
-    )  # fmt: skip
 
 
 @command(
-    epilog="""\b
+    epilog=f"""\b
 Examples:
   harness price runs/20261121T234654Z-trace-smollm2-135m
   harness price sweeps/20261122T021500Z-capacity-trace --margin 40% --utilisation 30% --volume 0,1e9:-10%,1e10:-20%
   harness price runs/sweep --tier-price "aws-g6.xlarge=0.62@our contract@2026-11-20@reserved"
-  harness price runs/* --against gpt-5-mini --format csv -o prices.parquet
+  harness price runs/* --against gpt-5-mini --format csv > prices.csv
 
-\b
-Exit status:
-  0  there is a price
-  1  something failed, or nothing could be priced; the reason is in the output
-  2  the command line is wrong
-  3  an INVALID run was among them: it has no price, its reasons are in the output
-  5  no run was INVALID, and one was TOO SMALL: it has no price either
-  4  no measured load kept the SLO
-""",
+{EXIT_STATUS}""",
 )
 @click.argument("runs", nargs=-1, required=True, metavar="RUN_OR_FOLDER...")
 @takes(PriceOptions)
@@ -102,8 +89,7 @@ def price(runs: Sequence[str], format_: str, html: Path | None, asked: PriceOpti
     """
     from analysis.cost.cost import DEFAULT_UTILISATION
     from analysis.pricing.list_prices import family, find_list_prices, read_list_prices
-    from analysis.pricing.price_table import SCHEMA, PriceReport, price_csv, price_rows, write_prices
-    from analysis.pricing.rate_card import charge, compare_with_api
+    from analysis.pricing.rate_card import SCHEMA, PriceReport, charge, compare_with_api
     from analysis.pricing.terms import Terms, declared, parse_volume
     from analysis.report.decisions import price_sections
     from harness.record.manifest import now_utc
@@ -147,11 +133,7 @@ def price(runs: Sequence[str], format_: str, html: Path | None, asked: PriceOpti
                      "licence": prices.licence or "not said"},
         assumptions=tuple(_assumptions(terms, prices, today, asked)),
     )  # fmt: skip
-    if asked.out is not None:
-        write_prices(asked.out, report)
-        say(f"written: {asked.out}")
-    csv = lambda: price_csv(price_rows(report))  # noqa: E731
-    present(report, price_sections(report), format_, csv=csv, html=html, verb="price")
+    present(report, price_sections(report), format_, html=html, verb="price")
     return refused_exit(s.verdict for s in summaries) or _price_exit(report)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,6 +23,7 @@ from harness.terminal import Verbosity, verbosity
 
 if TYPE_CHECKING:
     from analysis.capacity.serving_config import ServingConfig
+    from analysis.report.browse import Results
     from analysis.summary import Summary
 
 
@@ -200,10 +201,8 @@ def open_(folder: Path, port: int) -> int:
 
 
 ADDRESS = "127.0.0.1"
-
 ANSWER_WITHIN_S = 30.0
 """A browser that says nothing for so long is hung up on."""
-
 FIRST_LOOK_S = 2.0
 """The list waits so long for figures, so that a small folder is complete at once."""
 
@@ -223,44 +222,35 @@ def serve(folder: Path, port: int = 0) -> ResultsServer:
 
 
 class ResultsServer(ThreadingHTTPServer):
-    """Serves pages and analyses runs in the background, newest first, until it is closed."""
+    """Serves pages; whoever looks at the list has the runs analysed in the background, newest first."""
 
     daemon_threads = True
 
-    def __init__(self, results: Any, port: int) -> None:
-        self.results = results
-        self._closing, self._wanted = threading.Event(), threading.Event()
+    def __init__(self, results: Results, port: int) -> None:
+        self.results, self._closing = results, False
+        self._analysing = threading.Thread()
         super().__init__((ADDRESS, port), Handler)
         self.port = int(self.server_address[1])
         self.url = f"http://{ADDRESS}:{self.port}/"
-        self._analysing = threading.Thread(target=self._analyse, name="analyse", daemon=True)
-        self._analysing.start()
 
     def list_page(self) -> str:
         """The list of runs, with the figures that are known within `FIRST_LOOK_S`."""
-        self._wanted.set()
-        end = time.monotonic() + FIRST_LOOK_S
-        while self.results.waiting() and time.monotonic() < end:
-            time.sleep(0.2)
-        return str(self.results.list_page())
+        if not self._analysing.is_alive():
+            self._analysing = threading.Thread(target=self._analyse, daemon=True)
+            self._analysing.start()
+        self._analysing.join(FIRST_LOOK_S)
+        return self.results.list_page()
 
     def server_close(self) -> None:
         """Stop listening, and do not begin another run."""
-        self._closing.set()
-        self._wanted.set()
+        self._closing = True
         super().server_close()
 
     def _analyse(self) -> None:
-        while not self._closing.is_set():
-            self._wanted.wait()  # for whoever looks at the list, or for the end: the owner of the process sets it
-            self._wanted.clear()
-            for key in self.results.waiting():
-                if self._closing.is_set():
-                    return
-                try:
+        for key in self.results.waiting():
+            with suppress(HarnessError):  # the list says what is wrong with it
+                if not self._closing:
                     self.results.view(key)
-                except HarnessError:
-                    continue  # the list says what is wrong with it
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -281,26 +271,22 @@ class Handler(BaseHTTPRequestHandler):
             return
         try:
             page = self._page()
+            self._answer(200 if page else 404, page or problem_page("Not found", "There is no such page."))
         except UsageError as e:
             self._answer(400, problem_page("Not like this", str(e)))
         except HarnessError as e:
             self._answer(404, problem_page("Not readable", str(e)))
         except Exception as e:  # the others can still be looked at
             self._answer(500, problem_page("Not readable", sentence(e)))
-        else:
-            if page is None:
-                self._answer(404, problem_page("Not found", "There is no such page."))
-            else:
-                self._answer(200, page)
 
     def _page(self) -> str | None:
         asked, results = urlsplit(self.path), self.server.results
         if asked.path == "/":
             return self.server.list_page()
         if asked.path == "/compare":
-            return str(results.compare_page(parse_qs(asked.query).get("run", [])))
+            return results.compare_page(parse_qs(asked.query).get("run", []))
         if asked.path.startswith("/run/"):
-            return str(results.run_page(unquote(asked.path.removeprefix("/run/"), errors="surrogateescape")))
+            return results.run_page(unquote(asked.path.removeprefix("/run/"), errors="surrogateescape"))
         return None
 
     def _answer(self, status: int, page: str) -> None:

@@ -9,14 +9,23 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.cli.output import print_json, print_table, say
+from harness.cli.output import print_json, print_rows, say
 from harness.cli.replay import replay
 from harness.cli.select_runs import refused_exit
-from harness.cli.verb import ENVIRONMENT, JSON_OPTION, NEWEST, as_default, command, out_option, resume_option
+from harness.cli.verb import (
+    ENVIRONMENT,
+    EXIT_STATUS,
+    JSON_OPTION,
+    NEWEST,
+    as_default,
+    command,
+    out_option,
+    resume_option,
+)
 from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, TraceError, UsageError
 from harness.option_types import PATH, made
 from harness.options import PlanOptions, ReplayOptions
@@ -90,14 +99,7 @@ Examples:
   harness sweep --resume s3://bucket/sweeps/20261122T021500Z-sweep
   harness report sweeps/20261122T021500Z-sweep --html report.html
 
-\b
-Exit status:
-  0    every point is done and VALID (a missed SLO is a result)
-  1    some point failed or was skipped; the table says why
-  2    the command line or the sweep file is wrong, or the file is not the one that was begun
-  3    every point is done, some are INVALID
-  5    every point is done, none is INVALID, some are TOO SMALL (min_requests)
-  130  stopped by Ctrl-C; --resume goes on
+{EXIT_STATUS}
 {ENVIRONMENT}""",
 )
 @click.argument("spec", required=False, metavar="[SWEEP.TOML]", type=PATH)
@@ -278,17 +280,12 @@ def sum_up(folder: Path, state: SweepState, format_: str) -> int:
     if format_ == "json":
         print_json(state)
     else:
-        scales = {"request_throughput": 1.0, "ttft_p50_s": 1e3, "tpot_p50_s": 1e3, "usd_per_1m_total": 1.0}
-        print_table(
-            ("run", "", "req/s", "ttft p50 ms", "tpot p50 ms", "USD per 1M", "reason"),
-            [
-                (point.name, " ".join(filter(None, (point.verdict or point.state, slo_words(point.slo_met)))),
-                 *("-" if (value := point.figures.get(name)) is None else f"{value * scale:,.4g}"
-                   for name, scale in scales.items()),
-                 (point.reason or "")[:90])
-                for point in state.points
-            ],
-        )  # fmt: skip
+        rows = [
+            {"run": point.name, "verdict": f"{point.verdict or point.state} {slo_words(point.slo_met)}".strip(),
+             **{name: point.figures.get(name) for name in FIGURES}, "reason": (point.reason or "")[:90]}
+            for point in state.points
+        ]  # fmt: skip
+        print_rows(rows, f"run verdict {' '.join(FIGURES)} reason")
         usd, hours = state.spent(time.time())
         cost = _usd(usd if any(rental.tier for rental in state.rentals) else None)
         print(f"{_count(state, 'done')} of {len(state.points)} points done; {hours:.3g} h of servers, {cost} USD")
@@ -298,6 +295,9 @@ def sum_up(folder: Path, state: SweepState, format_: str) -> int:
     if _count(state, "done") < len(state.points):
         return EXIT_FAILURE
     return refused_exit(point.verdict for point in state.points)
+
+
+FIGURES = ("request_throughput", "ttft_p50_s", "tpot_p50_s", "usd_per_1m_total")
 
 
 def slo_words(met: bool | None) -> str:
@@ -317,57 +317,49 @@ def show_plan(state: SweepState, asked: PlanOptions, found: Survey, tiers: Seque
 
     expected = expect(state.points, asked, found)
     todo = [point for point in state.points if point.state != "done"]
-    runs: list[dict[str, object]] = []
-    groups: list[dict[str, object]] = []
-    run_rows: list[tuple[str, ...]] = []
-    group_rows: list[tuple[str, ...]] = []
-    hours = usd = 0.0
+    rates = [usd_per_hour(pair, tier) if tier else None for pair, tier in zip(state.pairs, tiers, strict=True)]
+    systems = [{"model": pair.model, "tier": pair.tier, "replicas": pair.replicas} for pair in state.pairs]
+
+    def usd(hours: float, k: int) -> float | None:
+        rate = rates[k]
+        return None if rate is None else hours * rate
+
+    runs = [
+        {"name": point.name, **systems[point.pair], "request_rate": point.level.request_rate,
+         "concurrency": point.level.concurrency, "repeat": point.repeat, "seed": point.seed, "requests": guess.requests,
+         "hours": guess.seconds / 3600, "usd": usd(guess.seconds / 3600, point.pair), "assumed": guess.assumed}
+        for point in todo
+        if (guess := expected[point.name])
+    ]  # fmt: skip
+    groups: list[dict[str, Any]] = []
     for k, (pair, tier) in enumerate(zip(state.pairs, tiers, strict=True)):
-        rate = usd_per_hour(pair, tier) if tier else None
-        system = {"model": pair.model, "tier": pair.tier, "replicas": pair.replicas}
+        mine = [expected[point.name].seconds for point in todo if point.pair == k]
         starts = sum(turn == k for turn, _ in itertools.groupby(point.pair for point in todo))  # in turns: each time
-        start_h = group_h = starts * start_s(pair, tier) / 3600
-        mine = [point for point in todo if point.pair == k]
-        for point in mine:
-            guess, level = expected[point.name], point.level
-            run_h = guess.seconds / 3600
-            group_h += run_h
-            run_usd = run_h * rate if rate is not None else None
-            runs.append({
-                "name": point.name, **system, "request_rate": level.request_rate, "concurrency": level.concurrency,
-                "repeat": point.repeat, "seed": point.seed, "requests": guess.requests, "hours": run_h, "usd": run_usd,
-                "assumed": guess.assumed,
-            })  # fmt: skip
-            run_rows.append((point.name, level.words, str(point.repeat), f"{guess.requests:,}",
-                             f"{run_h * 60:.1f}{' ?' if guess.assumed else ''}", _usd(run_usd)))  # fmt: skip
-        group_usd = group_h * rate if rate is not None else None
+        start_h = starts * start_s(pair, tier) / 3600
+        hours = start_h + sum(mine) / 3600
         groups.append({
-            **system, "runs": len(mine), "start_up_hours": start_h, "hours": group_h, "usd_per_hour": rate,
-            "usd": group_usd, "price_date": tier.date if tier else None, "price_source": tier.source if tier else None,
+            **systems[k], "runs": len(mine), "start_up_hours": start_h, "hours": hours, "usd_per_hour": rates[k],
+            "usd": usd(hours, k), "price_date": tier.date if tier else None,
+            "price_source": tier.source if tier else None,
         })  # fmt: skip
-        group_rows.append((pair.model or "-", pair.tier or "-", str(pair.replicas), str(len(mine)),
-                           f"{start_h * 60:.1f}", f"{group_h:.2f}", "-" if rate is None else f"{rate:.4g}",
-                           tier.date if tier else "-", _usd(group_usd)))  # fmt: skip
-        hours, usd = hours + group_h, usd + (group_usd or 0.0)
+    all_hours, all_usd = (sum(group[name] or 0.0 for group in groups) for name in ("hours", "usd"))
     spent_usd, spent_hours = state.spent(time.time())
     priced, spec = any(tiers), state.spec
-    budgets = (("h", spec.budget_hours, hours + spent_hours),
-               ("USD", spec.budget_usd, usd + spent_usd if priced else 0.0))  # fmt: skip
+    budgets = (("h", spec.budget_hours, all_hours + spent_hours),
+               ("USD", spec.budget_usd, all_usd + spent_usd if priced else 0.0))  # fmt: skip
     if format_ == "json":
         print_json({
-            "schema": "harness.sweep-plan/1", "name": state.name, "runs": runs, "pairs": groups, "hours": hours,
-            "usd": usd if priced else None, "spent_hours": spent_hours, "spent_usd": spent_usd if priced else None,
+            "schema": "harness.sweep-plan/1", "name": state.name, "runs": runs, "pairs": groups, "hours": all_hours,
+            "usd": all_usd if priced else None, "spent_hours": spent_hours, "spent_usd": spent_usd if priced else None,
             "budget_hours": spec.budget_hours, "budget_usd": spec.budget_usd,
             "fits": all(budget is None or needed <= budget for _, budget, needed in budgets),
         })  # fmt: skip
         return EXIT_VALID
-    print_table(("run", "load", "repeat", "requests", "minutes", "USD"), run_rows)
-    print_table(
-        ("model", "tier", "replicas", "runs", "start-up min", "hours", "USD/h", "price read", "USD"), group_rows
-    )
+    print_rows(runs, "name request_rate concurrency repeat requests hours usd assumed")
+    print_rows(groups, "model tier replicas runs start_up_hours hours usd_per_hour price_date usd")
     if any(run["assumed"] for run in runs):
-        print("?: a closed loop without a duration is as fast as its server; 20 output tokens/s a request are assumed")
-    print(f"{len(runs)} runs, {hours:.3g} h of servers, {_usd(usd if priced else None)} USD")
+        print("assumed: a closed loop without a duration is as fast as its server; 20 output tokens/s a request")
+    print(f"{len(runs)} runs, {all_hours:.3g} h of servers, {_usd(all_usd if priced else None)} USD")
     if spent_hours:
         print(f"spent so far: {spent_hours:.3g} h, {_usd(spent_usd if priced else None)} USD")
     for unit, budget, needed in budgets:

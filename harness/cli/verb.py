@@ -33,12 +33,13 @@ CONFIG = Path("harness.toml")
 
 EXIT_STATUS = """\b
 Exit status:
-  0  the run is VALID (and met its SLO, when one was given)
-  1  something failed; the message says what, where and what to do
-  2  the command line is wrong
-  3  the run is INVALID: its figures prove nothing and have no price
-  4  the run is VALID and missed its SLO
-  5  the run is TOO SMALL: below --min-requests there is no verdict and no price
+  0    decided: VALID, the SLO was kept and no condition fails, where there are any
+  1    something failed or was skipped; the message says what, where and what to do
+  2    the command line is wrong, or a file that it names
+  3    INVALID: what was measured proves nothing and has no price
+  4    an SLO was missed (by every load, of several), or a condition of --fail-if fails
+  5    not decided: TOO SMALL (below --min-requests), or too few runs to judge
+  130  stopped by Ctrl-C; a sweep and a search go on with --resume
 """
 
 ENVIRONMENT = """\b
@@ -240,8 +241,8 @@ def _shared(long: bool) -> Iterator[click.Option]:
                "an INVALID run and the traceback of a failure that is not explained.")  # fmt: skip
 
 
-def read_defaults(group: click.Group, path: Path = CONFIG, *, verb: str | None = None) -> Table:
-    """Click's ``default_map`` of a group from a file: of all verbs, or of ``verb`` and those that have a table in it.
+def read_defaults(group: click.Group, path: Path = CONFIG) -> Table:
+    """Click's ``default_map`` of a group from a file.
 
     A table named as a verb holds options of that verb, without their dashes; a key above all tables holds for every
     verb that has such an option. Raises `UsageError` with the file and the key that no option has.
@@ -252,31 +253,26 @@ def read_defaults(group: click.Group, path: Path = CONFIG, *, verb: str | None =
 
     tables = read_toml(path)
     shared = {key: value for key, value in tables.items() if not isinstance(value, dict)}
-    own = {key: value for key, value in tables.items() if isinstance(value, dict)}
-    _check(path, own, group.commands, "no such verb")
-    wanted = [name for name in group.commands if verb is None or name == verb or name in own]
-    found: Table = {name: _map(group, name, shared, own.get(name, {}), path) for name in wanted}
-    known = {word for name in wanted for word in _words(group.get_command(None, name))}  # type: ignore[arg-type]
-    if any(_key(key) not in known for key in shared):
-        known |= {word for name in group.commands for word in _words(group.get_command(None, name))}  # type: ignore[arg-type]
+    known: set[str] = set()
+    found = _map(group, "", shared, {key: value for key, value in tables.items() if key not in shared}, path, known)
     _check(path, shared, known, "no verb has such an option")
     return found
 
 
-def _map(group: click.Group, name: str, shared: Table, own: object, path: Path) -> Table:
-    verb = group.get_command(None, name)  # type: ignore[arg-type]
+def _map(verb: click.Command, name: str, shared: Table, own: object, path: Path, known: set[str]) -> Table:
+    """Of a verb, or of a group of them; ``known`` takes in what its options are called."""
     if not isinstance(own, dict):
         raise UsageError(f"{path}: {name}: is the name of a verb, so it begins a table: [{name}]")
     if isinstance(verb, click.Group):
         _check(path, own, verb.commands, "no such verb")
-        return {inner: _map(verb, inner, shared, own.get(inner, {}), path) for inner in verb.commands}
-    options = _words(verb)
+        inner = {key: verb.get_command(None, key) for key in verb.commands}  # type: ignore[arg-type]
+        return {key: _map(one, key, shared, own.get(key, {}), path, known) for key, one in inner.items() if one}
+    options = {word[2:]: o for o in _own(verb) for word in o.opts if word.startswith("--")}
+    known.update(options)
     _check(path, own, options, f"harness {name} has no such option")
-    chosen = {_key(key): value for key, value in [*shared.items(), *own.items()]}
+    chosen = {_key(key): value for key, value in [*shared.items(), *own.items()] if _key(key) in options}
     try:
-        return {
-            options[key].name or "": as_default(options[key], value) for key, value in chosen.items() if key in options
-        }
+        return {options[key].name or "": as_default(options[key], value) for key, value in chosen.items()}
     except ValueError as e:
         raise UsageError(f"{path}: {e}") from None
 
@@ -302,13 +298,6 @@ def as_default(option: click.Option, value: object, folder: Path = Path()) -> ob
 
 def _key(word: str) -> str:
     return word.replace("_", "-")
-
-
-def _words(verb: click.Command | None) -> dict[str, click.Option]:
-    """The options of a verb, or of those below it, as they are written, without dashes in front."""
-    if isinstance(verb, click.Group):
-        return {word: option for inner in verb.commands.values() for word, option in _words(inner).items()}
-    return {word[2:]: o for o in (_own(verb) if verb else []) for word in o.opts if word.startswith("--")}
 
 
 def _check(path: Path, keys: Iterable[str], known: Iterable[str], problem: str) -> None:

@@ -16,7 +16,7 @@ from harness import cache_dir
 from harness.calibration import Calibration, demand, read_calibration, size_workers
 from harness.cli.machines import hot_path
 from harness.cli.output import say
-from harness.cli.runner.targets import LocalTarget, Servers, Target, UrlTarget, note_sent, seen_before
+from harness.cli.runner.targets import LocalTarget, Servers, Target, UrlTarget
 from harness.console import LoadProgress, console
 from harness.errors import HarnessError, PlanError, ResultsError, ServerError, UsageError
 from harness.options import LoadOptions, ReplayOptions
@@ -191,14 +191,12 @@ def execute_point(
         secret_headers=from_environment(spec.header_env), patience=servers.patience,
     )  # fmt: skip
     manifest = new_manifest(
-        run.path.name, spec, info, plan_sha256(run.plan), servers.system, replicas=replicas, label=options.serve.label,
+        run.path.name, spec, info, plan_sha256(run.plan), servers, replicas=replicas, label=options.serve.label,
         restarts_before=servers.restarts,
     )  # fmt: skip
     manifest.load_shares_server_host, manifest.load_shares_server_cores = servers.shares_host, servers.shared_cores
     manifest.versions["hot path"] = hot_path()
     write_manifest(run, manifest)
-    if said := seen_before(manifest):
-        tell(said)
     try:
         if servers.patience is not None and not servers.asked:  # do servers that are not ours answer?
             first_request(spec, access, run.plan, tell)
@@ -213,7 +211,6 @@ def execute_point(
             stack.enter_context(stop)  # only now: what comes before is simply broken off
             manifest.status, manifest.start_unix_ns = "running", load.start()
             write_manifest(run, manifest)
-            note_sent(manifest)
             with sample_servers(servers, run, manifest.start_unix_ns, access, counters=spec.counters):
                 progress = LoadProgress(
                     console(), total=info.requests, span_s=info.span_s, slo=spec.slo, attain=options.report.attain

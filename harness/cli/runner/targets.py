@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import os
 import secrets
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
-import msgspec
-
-from harness import state_dir
 from harness.cli.output import say
 from harness.errors import UsageError
 from harness.options import LoadOptions, ReplayOptions
 from harness.plan.prompts import Vocabulary
 from harness.record.host import cpu_flags
 from harness.record.manifest import (
-    PRIVATE,
-    Evidence,
     OnReplicaDeath,
     Replica,
     Restart,
     RunDir,
-    RunManifest,
     System,
     Tier,
 )
@@ -47,7 +37,6 @@ from harness.server.access import (
     parse_headers,
 )
 from harness.server.counters import check_metrics_urls
-from harness.untrusted import DECODE_ERRORS, read_regular
 
 if TYPE_CHECKING:
     from cluster.catalogue.models import Model
@@ -55,7 +44,6 @@ if TYPE_CHECKING:
 
 
 API_KEY = "HARNESS_API_KEY"
-SEEN = "seen.jsonl"
 OTHER_KEY = "OPENAI_API_KEY"
 """Read where ours is unset, for servers that are there already."""
 DUMMY_BODY: dict[str, object] = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
@@ -74,14 +62,10 @@ def sample_here(run: RunDir, start_unix_ns: int) -> Iterator[None]:
 
 
 @dataclass(slots=True, kw_only=True)
-class Servers:
-    """Where the load goes, whoever started it."""
+class Servers(System):
+    """Where the load goes, whoever started it; ``model`` is the name to send."""
 
-    engine: str
-    model: str
-    """The name to send."""
     replicas: list[Replica]
-    tier: Tier | None
     api_key: str | None
     patience: Patience | None = None
     """For what is asked before a load begins; null: they are ours, and ready."""
@@ -89,11 +73,6 @@ class Servers:
     """Whether a first request showed that they answer."""
     warm: bool = False
     """Whether they were warmed up."""
-    evidence: Evidence = "measured"
-    """What kind of figures come from them, as their engine says."""
-    engine_version: str | None = None
-    engine_args: list[str] = field(default_factory=list)
-    model_facts: dict[str, str] = field(default_factory=dict)
     extra_body: dict[str, object] = field(default_factory=dict)
     """Fields of every streamed request that this server needs."""
     tokenizer: Path | None = None
@@ -116,14 +95,6 @@ class Servers:
     def base_urls(self) -> list[str]:
         """One per replica."""
         return [r.base_url for r in self.replicas]
-
-    @property
-    def system(self) -> System:
-        """What they are, for the manifest."""
-        return System(
-            engine=self.engine, evidence=self.evidence, model=self.model, tier=self.tier,
-            engine_version=self.engine_version, engine_args=self.engine_args, model_facts=self.model_facts,
-        )  # fmt: skip
 
 
 class UrlTarget:
@@ -282,70 +253,3 @@ def choose_target(options: ReplayOptions, *, start: bool = True) -> Target:
                 facts["dtype_reason"] = why
                 say(f"note: {model.name} is served in {why}")
     return LocalTarget(model, tier, asked.replicas, asked.on_replica_death, facts)
-
-
-class SentPrompts(msgspec.Struct, frozen=True):
-    """Prompts of one source that one server was sent: a line of ``$XDG_STATE_HOME/harness/seen.jsonl`` (0600)."""
-
-    address: str
-    """Hash of scheme, host and port: no path, query or user, which may be secret."""
-    prompts: str
-    """Hash of what they are made from: the trace, and where prompts are made up the seed."""
-    at: int
-    """Unix time, s."""
-
-
-MOST_BYTES = 2**20
-"""Of that file; then it begins anew: thousands of runs later a cache knows nothing of a prompt."""
-
-
-def seen_before(manifest: RunManifest) -> str | None:
-    """What to say of an earlier run that sent prompts of the same source to one of this run's servers: a prefix cache
-    may know them, and then answers come too soon.
-
-    Only of servers that were there already: those started for a run begin with an empty cache.
-    """
-    ours = {(one.address, one.prompts) for one in _sent(manifest, 0)}
-    at = max((one.at for one in _read_seen() if (one.address, one.prompts) in ours), default=None)
-    if at is None:
-        return None
-    if manifest.plan.tokenizer is None:
-        what, other = "texts of the same trace", "restart it, or reset its cache: no --seed changes them"
-    else:
-        what = "prompts of the same trace and seed"
-        other = f"--seed {manifest.plan.seed + 1} makes up others (texts of the trace itself stay the same)"
-    earlier = f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M} UTC"
-    return f"this server has had {what} before ({earlier}): a prefix cache may know them; {other}"
-
-
-def note_sent(manifest: RunManifest, now_s: float | None = None) -> None:
-    """Keep that this run's prompts are being sent to its servers. Where that cannot be written, nobody is told."""
-    lines = b"".join(
-        msgspec.json.encode(one) + b"\n" for one in _sent(manifest, time.time() if now_s is None else now_s)
-    )
-    file = state_dir() / SEEN
-    with suppress(OSError):
-        file.parent.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
-        if file.is_file() and file.stat().st_size > MOST_BYTES:
-            file.unlink()
-        handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o600)
-        try:
-            os.write(handle, lines)  # one write: runs that begin together do not mix their lines
-        finally:
-            os.close(handle)
-
-
-def _sent(manifest: RunManifest, now_s: float) -> list[SentPrompts]:
-    plan, urls = manifest.plan, manifest.spec.base_urls if manifest.engine == "url" else []
-    seed = "" if plan.tokenizer is None else f" {plan.seed}"
-    prompts = sha256(f"{plan.trace_sha256}{seed}".encode()).hexdigest()
-    servers = {f"{part.scheme}://{part.netloc.rpartition('@')[2]}".lower() for part in map(urlsplit, urls)}
-    return [SentPrompts(sha256(server.encode()).hexdigest(), prompts, int(now_s)) for server in sorted(servers)]
-
-
-def _read_seen() -> Iterator[SentPrompts]:
-    """What was kept; what cannot be read is forgotten."""
-    with suppress(OSError):
-        for line in read_regular(state_dir() / SEEN, 2 * MOST_BYTES).splitlines():
-            with suppress(*DECODE_ERRORS):
-                yield msgspec.json.decode(line, type=SentPrompts)
