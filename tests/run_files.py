@@ -56,8 +56,9 @@ def bad(request_id, error="server", *, scheduled_ns=None, sent=True, chunks_ms=(
     )  # fmt: skip
 
 
-def watch(results, *, lag_ms=1, cpu_share=0.2, in_flight=1.0, every_s=1.0):
-    """What a worker that sent ``results`` sees of itself; ``in_flight`` scales the truth, cpu_share may be a list."""
+def watch(results, *, lag_ms=1, cpu_share=0.2, in_flight=1.0, every_s=1.0, events=0):
+    """What a worker that sent ``results`` sees of itself; ``in_flight`` scales the truth, cpu_share may be a list;
+    ``events``: of answers, in each second."""
     spans = [(r.sent_ns, r.finished_ns) for r in results if r.sent_ns is not None]
     seen, begin = [], 0
     last = max((end for _, end in spans), default=0)
@@ -69,7 +70,7 @@ def watch(results, *, lag_ms=1, cpu_share=0.2, in_flight=1.0, every_s=1.0):
             Observation(
                 t_ns=end, loop_lag_max_ns=int(lag_ms * MS), loop_lag_p99_ns=int(lag_ms * MS),
                 cpu_share=cpu_share[min(k, len(cpu_share) - 1)] if isinstance(cpu_share, list) else cpu_share,
-                gc_pause_ns=0, events=0, bytes=0, sent=0, done=0, in_flight=in_flight * busy / (end - begin),
+                gc_pause_ns=0, events=events, bytes=0, sent=0, done=0, in_flight=in_flight * busy / (end - begin),
                 backlog=0, rss_bytes=10**8,
             )
         )  # fmt: skip

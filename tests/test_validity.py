@@ -482,6 +482,23 @@ def test_littles_law_holds_for_any_shape_and_breaks_with_a_lost_tenth(tmp_path):
     assert check(summary(tmp_path / "unwatched", results), "littles_law").ok is None
 
 
+def test_littles_law_knows_that_ends_are_read_in_batches(tmp_path):
+    """A worker that reads in batches learns of an end up to 2.5 ms late: much of an answer of 6 ms, and no fault."""
+    results = [good(i, i * MS // 2, ttft_ms=4, itl_ms=0.5, tokens=5) for i in range(3000)]
+    room = 1 + 2.5 / 6
+
+    def judged(name, in_flight, events):
+        seen = watch(results, in_flight=in_flight, events=events, lag_ms=0)
+        return check(summary(tmp_path / name, results, seen=seen), "littles_law")
+
+    batched = judged("batched", room, 20_000)
+    assert batched.ok, batched.observed
+    assert "read up to 2.5 ms late" in batched.observed
+    assert judged("more", room + 0.5, 20_000).ok is False
+    assert judged("fewer", 2 - room, 20_000).ok is False, "no end is noticed before it comes"
+    assert judged("one by one", room, 1_000).ok is False, "so few events are read as they come"
+
+
 def test_a_run_of_a_few_samples_is_not_judged_by_littles_law(tmp_path):
     results = [good(i, 10 * MS * i) for i in range(4)]
     found = check(summary(tmp_path, results, seen=watch(results, in_flight=1.4)), "littles_law")

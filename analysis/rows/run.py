@@ -156,6 +156,8 @@ class WorkerSamples:
     loop_lag_max_s: Floats
     cpu_share: Floats
     in_flight: Floats
+    events: Floats
+    """Of answers that were read in the interval."""
     unwatched: list[int]
     """Workers without a single row."""
 
@@ -188,6 +190,7 @@ def read_worker_samples(directory: RunDir, workers: int, problems: list[str]) ->
         loop_lag_max_s=floats(table.column("loop_lag_max_ns")) / NS,
         cpu_share=_finite(floats(table.column("cpu_share"))),
         in_flight=_finite(floats(table.column("in_flight"))),
+        events=_finite(floats(table.column("events"))),
         unwatched=unwatched,
     )
 

@@ -21,6 +21,8 @@ AUTHORIZATION = "Authorization"
 """Carries the API key, unless another header is named."""
 BATCH_READS_FROM = 30
 """Events per read interval from which reading in batches saves CPU, or costs nothing, on most machines."""
+BATCH_READS_EVERY_NS = 2_500_000
+"""Longest such interval: a worker learns of the end of an answer up to so much later than its stamp says."""
 NO_TEMPERATURE = "max_completion_tokens"
 """Models that want their lengths in this field refuse a temperature."""
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import gevent
 import gevent.monkey
 
-from harness.record.run_spec import BATCH_READS_FROM
+from harness.record.run_spec import BATCH_READS_EVERY_NS, BATCH_READS_FROM
 from scenarios.client.timers import Ticker
 
 _epoll: Any = gevent.monkey.get_original("select", "epoll")
@@ -40,7 +40,7 @@ SO_TIMESTAMPNS = 35
 ANCILLARY_SIZE = 64
 _SOL_SOCKET, _TIMESPEC = 1, struct.Struct("qq")
 _EPOLLIN, _BATCH = 1, 64
-MAX_INTERVAL_NS, _MIN_INTERVAL_NS = 2_500_000, 500_000
+MAX_INTERVAL_NS, _MIN_INTERVAL_NS = BATCH_READS_EVERY_NS, 500_000
 _READS_PER_TOKEN = 4
 _WINDOW_S = 0.1
 _SHARED_LIMIT = 500  # one event in so many may share its stamp: far from what a 99th percentile of ITL would show
