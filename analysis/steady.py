@@ -182,7 +182,7 @@ def backlog_check(run: Run) -> Check:
     """Open loop: the server kept up. Where its backlog only grew, latencies say how long the run was, no more."""
     grew = backlog_grew(run)
     observed = {None: "closed loop or nothing due", True: "it only grew", False: "it did not only grow"}[grew]
-    advice = "more came than was done, so any latency is reached in time: no promise is kept at this load; send less"
+    advice = "more came than was done, so any latency is reached in time: no SLO is kept at this load; send less"
     return limit("backlog", None if grew is None else not grew, observed, "no backlog that only grows", advice)
 
 

@@ -56,7 +56,7 @@ def test_capacity_lies_between_the_load_that_kept_and_the_one_that_missed():
     assert found.load.low == pytest.approx(2.05, abs=0.05) and found.load.high == pytest.approx(3.95, abs=0.05)
 
 
-def test_the_promise_that_breaks_first_decides():
+def test_the_slo_that_breaks_first_decides():
     found = at([point(1, 1.0, 1.0), point(2, 1.0, 0.9), point(4, 0.9, 0.5)], P99, P95)
     assert found.limit is P95 and 1 < found.load.value < 2
 
@@ -76,7 +76,7 @@ def test_without_a_valid_run_nothing_is_known():
     assert found.state == "unknown" and "no VALID run" in found.load.note
 
 
-def test_a_promise_that_cannot_be_judged_says_why():
+def test_an_slo_that_cannot_be_judged_says_why():
     unknown = replace(kept(None), note="tpot is not known: usage missing on 5 of 5 requests")
     found = at([Point(load=2.0, kept=(unknown,), rates={})])
     assert (found.state, found.load.value, found.load.note) == ("unknown", None, unknown.note)
@@ -129,7 +129,7 @@ def test_repeats_pool_by_their_requests_and_by_what_they_differ():
     assert same[1].kept[0].low < 0.9 and same[1].kept[0].high == 1.0
 
 
-def test_capacity_refuses_no_promise_and_points_that_are_not_pooled():
+def test_capacity_refuses_no_slo_and_points_that_are_not_pooled():
     with pytest.raises(ValueError, match="SLO"):
         capacity([], ())
     with pytest.raises(ValueError, match="pooled"):
@@ -145,7 +145,7 @@ def test_the_falling_series_falls_and_keeps_the_weighted_mean(pairs):
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.01, 1))
-def test_a_stricter_promise_never_has_more_capacity(shares, wanted):
+def test_a_stricter_slo_never_has_more_capacity(shares, wanted):
     points = pool([point(k + 1, s) for k, s in enumerate(shares)])
     order = {"not reached": -1.0, "beyond": math.inf}
 
@@ -175,7 +175,7 @@ def coverage(attainment, truths, loads, wanted, requests, seed=3):
     return held / found, found
 
 
-def test_the_interval_covers_95_of_100_sweeps_when_the_promise_breaks_at_once():
+def test_the_interval_covers_95_of_100_sweeps_when_the_slo_breaks_at_once():
     # a queue: all is well below capacity, and little above. Nothing says where between two loads that lies
     held, found = coverage(
         lambda rng, truth: lambda load: 0.999 if load < truth else 0.6,
@@ -186,7 +186,7 @@ def test_the_interval_covers_95_of_100_sweeps_when_the_promise_breaks_at_once():
     assert 0.93 <= held <= 0.98
 
 
-def test_the_interval_covers_no_less_when_the_promise_fades():
+def test_the_interval_covers_no_less_when_the_slo_fades():
     # logistic: the straight line between two loads is not the truth, so an interval that believed it would miss
     def fading(rng, truth):
         steep = rng.uniform(0.8, 3)
@@ -283,7 +283,7 @@ def test_answers_without_a_figure_have_no_cost(tmp_path):
     assert render_markdown(capacity_sections([low, high]))
 
 
-def test_without_a_promise_there_is_a_floor_but_no_capacity(tmp_path):
+def test_without_an_slo_there_is_a_floor_but_no_capacity(tmp_path):
     run = sweep_run(tmp_path / "a", 2, 0)
     system = only(serving_configs([replace(run, slo=None)]))
     assert system.capacity is None and system.requests_per_s is None and system.floor is not None

@@ -93,8 +93,8 @@ def test_a_short_trace_leaves_a_wide_interval_and_ends_the_search() -> None:
     assert len(probes) < MOST_PROBES
 
 
-def test_a_promise_that_any_queue_keeps_is_no_capacity_beyond_what_gets_done() -> None:
-    """With 1,000 s to answer, a probe of a minute keeps the promise at any rate: its queue only grows."""
+def test_an_slo_that_any_queue_keeps_is_no_capacity_beyond_what_gets_done() -> None:
+    """With 1,000 s to answer, a probe of a minute keeps the SLO at any rate: its queue only grows."""
     lax = (Criterion(name="ttft_p95 <= 1000 s", wanted=0.95, limits={"ttft": 1000.0}),)
     probes, end = search(lax)
     found = estimate(probes, lax, DEMAND)
@@ -106,7 +106,7 @@ def test_a_promise_that_any_queue_keeps_is_no_capacity_beyond_what_gets_done() -
 
 
 def test_what_the_server_gets_done_is_no_capacity_before_a_probe_was_as_good_as_full() -> None:
-    """One probe at half the ceiling kept all, one beyond it only grew: the promise breaks somewhere between."""
+    """One probe at half the ceiling kept all, one beyond it only grew: the SLO breaks somewhere between."""
     rng = np.random.default_rng(3)
     steps = [Step(concurrency=c, why="") for c in (1, 4, 16, 64)] + [Step(rate=r, why="") for r in (5.0, 14.0)]
     probes = [capacity_lab.probe(POISSON, step, k, rng)[0] for k, step in enumerate(steps)]
@@ -167,14 +167,14 @@ def test_one_burst_says_less_of_the_crossing_than_six() -> None:
     assert widths[0] > 1.25 * widths[1] > 0.1
 
 
-def test_a_queue_that_only_grew_keeps_no_promise() -> None:
+def test_a_queue_that_only_grew_keeps_no_slo() -> None:
     probes, _ = search((Criterion(name="ttft_p95 <= 1000 s", wanted=0.95, limits={"ttft": 1000.0}),))
     grown = next(p for p in probes if p.evidence is not None and p.evidence.unstable)
     assert grown.point is not None and grown.point.kept[0].value == 1.0
     assert not keeps(grown.point, P95)
 
 
-def test_a_promise_that_one_request_alone_breaks_is_given_up_soon() -> None:
+def test_an_slo_that_one_request_alone_breaks_is_given_up_soon() -> None:
     probes, end = search(pause=1.5)
     assert not end.narrow and "hardly meet" in end.why
     assert 1 <= len([p for p in probes if p.rate]) <= 6
@@ -193,7 +193,7 @@ def test_a_server_that_answers_nothing_valid_ends_the_search() -> None:
     assert next_load([dead, dead], P95, 0.05, DEMAND).why.startswith("no run")
 
 
-def test_a_promise_that_cannot_be_judged_ends_the_search_at_once() -> None:
+def test_an_slo_that_cannot_be_judged_ends_the_search_at_once() -> None:
     unknown = Quantity(value=None, n=60, unit="", evidence="measured", note="tpot is not known: no usage")
     point = Point(load=1.0, kept=(unknown,), rates={"request_throughput": quantity(2.0)})
     step = next_load([Probe(rate=None, concurrency=1, point=point, used=math.inf)], P95, 0.05, DEMAND)
@@ -222,7 +222,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # A busy machine wakes a process tens of ms late. Such a run proves nothing of a limit or a gap that is as short, and is
-# INVALID for it; so where answers are judged here, gaps are 80 ms and the promise is of e2e, which allows 80 ms of lag.
+# INVALID for it; so where answers are judged here, gaps are 80 ms and the SLO is of e2e, which allows 80 ms of lag.
 SLOW = ("--ttft", "0.02", "--itl", "0.08")
 
 
@@ -254,7 +254,7 @@ def test_a_known_capacity_is_found_and_a_fleet_planned_by_it(fake_server: StartS
     assert result.exception is None, result.output
     found = json.loads(result.stdout)
     (system,) = [s for s in found["systems"] if s["loop"] == "open"]
-    # in 2 s a queue that grows by 10 % waits 200 ms at the end: the promise breaks a little above 20 req/s
+    # in 2 s a queue that grows by 10 % waits 200 ms at the end: the SLO breaks a little above 20 req/s
     assert system["capacity"]["state"] == "found"
     assert 15 < system["capacity"]["load"]["value"] < 26
     tokens = system["capacity"]["rates"]["total_token_throughput"]["value"]
@@ -298,7 +298,7 @@ def test_a_known_capacity_is_found_and_a_fleet_planned_by_it(fake_server: StartS
         assert printed.exception is None and "aws-m7a.large" in printed.stdout
 
 
-def test_a_promise_out_of_reach_is_said_and_costs_little(fake_server: StartServer, tmp_path: Path) -> None:
+def test_an_slo_out_of_reach_is_said_and_costs_little(fake_server: StartServer, tmp_path: Path) -> None:
     server = fake_server(*SLOW)
     trace, out = write_trace(tmp_path / "trace.jsonl"), tmp_path / "sweeps"
     result = run(capacity, trace, "--base-url", server.url, "--slo", "e2e_p50=50ms", "--probe", "1s", "--out", out,

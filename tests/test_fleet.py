@@ -344,7 +344,7 @@ def test_the_cheapest_fleet_wins_and_the_runner_up_is_named(measured):
     assert "Runner-up" in made.sentence and "+33%" in made.sentence
 
 
-def test_what_does_not_reach_the_promise_is_left_out_with_its_reason(measured):
+def test_what_does_not_reach_the_slo_is_left_out_with_its_reason(measured):
     bad = system_of(measured, name="slow", state="not reached")
     free = replace(system_of(measured, name="free"), usd_per_hour=None)
     shut = replace(system_of(measured, name="shut"), loop="closed")
@@ -383,7 +383,7 @@ def test_the_answer_carries_the_interval_of_what_it_rests_on(measured):
     ([good(i, ttft_ms=900) for i in range(20)], TIER, 4, "not reached"),
 ])  # fmt: skip
 def test_no_fleet_says_why_by_word_and_by_status(tmp_path, rows, tier, code, words):
-    """A run that proves nothing is no tier that misses its promise."""
+    """A run that proves nothing is no tier that misses its SLO."""
     run = write_run(tmp_path / "run", rows, tier=tier, spec=replace(SPEC, slo={"ttft": 0.2}))
     trace = tmp_path / "t.jsonl"
     trace.write_text('{"arrival_s": 0, "input_tokens": 8, "output_tokens": 4}\n' * 2)
@@ -409,7 +409,7 @@ def test_what_was_measured_on_other_requests_or_mostly_on_drain_is_said(measured
     assert "drain: at 2.5, 5 req/s more than a tenth of the window" in notes(100.0, (2.5, 5.0))
 
 
-def test_another_promise_is_a_line_of_its_own(measured):
+def test_another_slo_is_a_line_of_its_own(measured):
     system = system_of(measured)
     strict = replace(system_of(measured, rate=2.5), slo="ttft_p95 <= 500 ms")
     (tier,) = plan([system], asked(10), others=[strict, replace(strict, tier="elsewhere")]).tiers

@@ -117,7 +117,7 @@ def test_what_is_not_known_of_fullness_is_null(tmp_path):
 
 
 def test_capacity_keeps_the_interval_of_its_cost(tmp_path):
-    """Between a load that keeps the promise and one that misses it the cost is that at capacity: an estimate."""
+    """Between a load that keeps the SLO and one that misses it the cost is that at capacity: an estimate."""
     runs = []
     for k, (every_s, slow) in enumerate(((0.1, 4), (0.05, 200))):
         at = [j * every_s for j in range(400)]

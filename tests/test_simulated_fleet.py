@@ -145,7 +145,7 @@ def test_minutes_of_few_requests_are_joined_until_a_share_can_be_told():
     assert share_by_minute(at_s[:10], kept[:10], 0.95).tolist() == [1.0]
 
 
-def test_every_limit_of_a_promise_is_judged():
+def test_every_limit_of_an_slo_is_judged():
     load = demand(2.0, 200)
     served = simulated_engine(KNOWN, load, 1)
     ttft_s, e2e_s = served.first_token_s - load.arrival_s, served.finished_s - load.arrival_s

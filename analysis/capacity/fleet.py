@@ -165,7 +165,7 @@ class Kept:
     worst_minute: float
     """The lowest such share of any judged minute."""
     promised: bool
-    """Every criterion was kept by as many as promised, over all requests."""
+    """Every criterion of the SLO was kept by as many as it wants, over all requests; a key of the plan's JSON."""
     replayed: int
     """Requests."""
 

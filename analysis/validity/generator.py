@@ -33,7 +33,7 @@ LITTLE_BOUND = 0.05
 LAG_OF_TTFT = 0.05
 """Lag is counted into TTFT, so it may use up at most this share of the TTFT limit."""
 LAG_FLOOR_S = 0.002
-"""What this generator promises at half of its ceiling; a TTFT limit below 40 ms cannot be judged more finely."""
+"""What this generator keeps at half of its ceiling; a TTFT limit below 40 ms cannot be judged more finely."""
 STAMPS_FLOOR_S, STAMPS_OF_ITL = 0.001, 0.1
 """A loop as late as this changes no figure that is printed: a tenth of a gap, or below what a network does anyway."""
 LOOP_FLOOR_S = 0.02

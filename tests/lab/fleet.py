@@ -2,7 +2,7 @@
 
 The truth is another engine than the one that is fitted: prompts are read in chunks, every step has noise. Ten traces
 of 20 minutes; for each, a fleet is enough when at most 5 % of 20 fresh draws (arrivals, lengths, noise) miss the
-promise in some minute. The runs that are read were made by that engine too, one replica at four rates, into real run
+SLO in some minute. The runs that are read were made by that engine too, one replica at four rates, into real run
 directories.
 """
 
@@ -40,7 +40,7 @@ FEWEST = 59
 """Requests of a judged minute: ceil(ln 0.05 / ln 0.95)."""
 SEEDS = 20
 ALLOWED = math.floor(0.05 * SEEDS)
-"""Draws that may miss the promise."""
+"""Draws that may miss the SLO."""
 RUN_RATES, RUN_S = (3.0, 6.0, 8.0, 10.0), 150.0
 
 
@@ -75,7 +75,7 @@ CHANGING = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shares:
-    """Shares of requests that keep the promise."""
+    """Shares of requests that keep the SLO."""
 
     said: float
     true: float
@@ -106,7 +106,7 @@ class Found:
     fluid: int
     simulated: bool
     missed: int
-    """Of `SEEDS` draws, those that miss the promise with the fleet that was said; counted up to one more than may."""
+    """Of `SEEDS` draws, those that miss the SLO with the fleet that was said; counted up to one more than may."""
     followed: Followed
 
 
@@ -146,7 +146,7 @@ def _scaling_row(found: list[Followed]) -> Row:
     worst = max((s for both in shares.values() for s in both), key=lambda s: abs(s.said - s.true))
     poorest = min(shares["reactive"], key=lambda s: s.true)
     return Row(
-        item="9", claim="share that keeps the promise while instances come and go (reactive, scheduled)",
+        item="9", claim="share that keeps the SLO while instances come and go (reactive, scheduled)",
         truth="an autoscaler event by event on another engine, 5 draws of its noise",
         claimed=f"within {WITHIN * 100:.0f} points for {within['reactive']} and {within['scheduled']} of {len(found)}; "
         f"worst: {worst.said:.1%} said for {worst.true:.1%}; poorest: {poorest.said:.1%} for {poorest.true:.1%}",
@@ -270,7 +270,7 @@ class Truth:
         self._missed: dict[int, int] = {0: SEEDS}
 
     def missed(self, replicas: int) -> int:
-        """Of the draws, those that miss the promise in some minute; counted up to one more than may."""
+        """Of the draws, those that miss the SLO in some minute; counted up to one more than may."""
         if replicas not in self._missed:
             n = 0
             for k in tuple(self._order):
@@ -284,7 +284,7 @@ class Truth:
         return self._missed[replicas]
 
     def smallest(self, near: int) -> int:
-        """The fewest replicas with which at most 5 % of the draws miss the promise."""
+        """The fewest replicas with which at most 5 % of the draws miss the SLO."""
         n = near
         while self.missed(n) > ALLOWED:
             n += 1

@@ -25,7 +25,7 @@ REQUESTS_PER_S = 7.0
 """About 60 % of what the engine can do."""
 SECONDS = 300.0
 E2E_S = 1.0
-"""A promise that most requests keep."""
+"""A limit that most requests keep."""
 RUNS = 3
 BINS = 200
 SPEED_SPREAD, STEP_SPREAD = 0.01, 0.05
