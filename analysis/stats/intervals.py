@@ -136,11 +136,41 @@ def distribution(
     the smallest with at least the share p of all samples at or below it. ``queue``: the memory of the run that the
     values come from; where the run is too short for that no figure has an interval. ``waits``: what is slow waited for
     others, as a late first token did.
+
+    The first requests of a closed loop come all at once, as none does later: intervals of values by request, one each,
+    hold with and without them.
     """
     known = np.isfinite(values)
     if not known.all():
         values, owners = values[known], owners[known]
         weights = None if weights is None else weights[known]
+
+    def of(values: Floats, owners: Ints) -> Distribution:
+        return _distribution(values, unit, evidence, owners, weights, noun, queue, waits)
+
+    whole = of(values, owners)
+    if isinstance(queue, ClosedLoop) and weights is None and len(values) > 2 * queue.concurrency:
+        later = owners >= queue.concurrency
+        whole = _holding_both(whole, of(values[later], owners[later]))
+    return whole
+
+
+def _holding_both(whole: Distribution, part: Distribution) -> Distribution:
+    """The whole run's figures, with intervals that hold those of a part of it, too, where it has any."""
+
+    def ends(name: str) -> Quantity:
+        q, other = getattr(whole, name), getattr(part, name)
+        low = q.low if q.low is None or other.low is None else min(q.low, other.low)
+        high = q.high if q.high is None or other.high is None else max(q.high, other.high)
+        return replace(q, low=low, high=high)
+
+    return replace(whole, **{name: ends(name) for name in ("mean", "p50", "p90", "p95", "p99")})
+
+
+def _distribution(
+    values: Floats, unit: str, evidence: Evidence, owners: Ints, weights: Floats | None, noun: str,
+    queue: Memory | None, waits: bool,
+) -> Distribution:  # fmt: skip
     n = len(values) if weights is None else round(float(weights.sum()))
     blank = Quantity(value=None, n=n, unit=unit, evidence=evidence, note=f"no {noun} to measure")
     if not n:
