@@ -22,7 +22,7 @@ from analysis.check import Check, limit
 from analysis.metrics import Window
 from analysis.rows.read import Run
 from analysis.stats.autocorrelation import long_run_variance
-from analysis.stats.intervals import Quantity, rate
+from analysis.stats.intervals import Evidence, Quantity, holding_both, rate
 
 CHANGES = 2
 SHORTEST = 0.1
@@ -143,10 +143,32 @@ def steady_rates(
     def within(whole: Quantity, per_bin: Floats) -> Quantity:
         if whole.value is None:
             return whole
-        return rate(per_bin[part], bin_s, n=whole.n, unit=whole.unit, evidence=whole.evidence, note=whole.note)
+        return steady_rate(
+            per_bin[part], bin_s, n=whole.n, unit=whole.unit, evidence=whole.evidence, note=whole.note
+        )
 
     into = metrics.binned(*metrics.input_token_events(run.rows), window)
     return within(total, run.chunks.output_tokens + into), within(output, run.chunks.output_tokens)
+
+
+BEGINNING = 0.1
+"""Of the steady part of a closed loop."""
+
+
+def steady_rate(
+    per_bin: Floats, bin_s: float, *, n: int, unit: str, evidence: Evidence, note: str | None = None
+) -> Quantity:
+    """Events or tokens per second over the steady part of a closed loop, as `analysis.stats.intervals.rate`.
+
+    Its slots begin all at once, none in the middle of a long answer, so at first more requests come and fewer tokens
+    are written than later (3 % and 0.2 % of a run of 60 s whose answers have a heavy tail). The interval holds with and
+    without the beginning.
+    """
+    whole, later = (
+        rate(part, bin_s, n=n, unit=unit, evidence=evidence, note=note)
+        for part in (per_bin, per_bin[round(BEGINNING * len(per_bin)) :])
+    )
+    return holding_both(whole, later)
 
 
 GROWN = 0.05

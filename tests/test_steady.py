@@ -7,7 +7,8 @@ import pytest
 from golden import qwen
 
 from analysis.cost.cost import bill_usd, usd_per_1m
-from analysis.steady import LARGEST_DRIFT, Steady, _drift, steady_window
+from analysis.stats.intervals import rate
+from analysis.steady import steady_rate, LARGEST_DRIFT, Steady, _drift, steady_window
 
 BINS = 200
 
@@ -203,3 +204,14 @@ def test_nothing_in_flight(in_flight):
 def test_series_of_two_lengths():
     with pytest.raises(ValueError, match="bins"):
         steady_window(np.ones(3), np.ones(4), start_s=0.0, bin_s=1.0)
+
+
+def test_the_rate_of_a_steady_part_holds_with_and_without_its_beginning():
+    """All slots begin at once, with no long answer half done: for a while more requests come than later, 3 % of 60 s."""
+    per_bin = np.random.default_rng(4).gamma(4, 25, 180)
+    per_bin[:18] *= 2.5
+    found = steady_rate(per_bin, 0.3, n=400, unit="tokens/s", evidence="simulated")
+    every, later = (rate(part, 0.3, n=400, unit="tokens/s", evidence="simulated") for part in (per_bin, per_bin[18:]))
+    assert found.value == every.value
+    assert (found.low, found.high) == (min(every.low, later.low), max(every.high, later.high))
+    assert found.low <= per_bin[18:].mean() / 0.3 < 0.93 * found.value

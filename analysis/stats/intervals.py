@@ -151,20 +151,19 @@ def distribution(
     whole = of(values, owners)
     if isinstance(queue, ClosedLoop) and weights is None and len(values) > 2 * queue.concurrency:
         later = owners >= queue.concurrency
-        whole = _holding_both(whole, of(values[later], owners[later]))
+        part = of(values[later], owners[later])
+        names = ("mean", "p50", "p90", "p95", "p99")
+        return replace(whole, **{name: holding_both(getattr(whole, name), getattr(part, name)) for name in names})
     return whole
 
 
-def _holding_both(whole: Distribution, part: Distribution) -> Distribution:
-    """The whole run's figures, with intervals that hold those of a part of it, too, where it has any."""
-
-    def ends(name: str) -> Quantity:
-        q, other = getattr(whole, name), getattr(part, name)
-        low = q.low if q.low is None or other.low is None else min(q.low, other.low)
-        high = q.high if q.high is None or other.high is None else max(q.high, other.high)
-        return replace(q, low=low, high=high)
-
-    return replace(whole, **{name: ends(name) for name in ("mean", "p50", "p90", "p95", "p99")})
+def holding_both(whole: Quantity, part: Quantity) -> Quantity:
+    """The whole run's figure with an interval that holds that of a part of it, too; ends as they are where a part has
+    none.
+    """
+    low = whole.low if whole.low is None or part.low is None else min(whole.low, part.low)
+    high = whole.high if whole.high is None or part.high is None else max(whole.high, part.high)
+    return replace(whole, low=low, high=high)
 
 
 def _distribution(

@@ -16,7 +16,7 @@ import numpy as np
 
 from analysis.stats.intervals import Quantity, distribution, rate, share
 from analysis.stats.relaxation import ClosedLoop
-from analysis.steady import steady_window
+from analysis.steady import steady_rate, steady_window
 from cluster.simulator.replica import Outcomes, Workload, simulate
 from tests.lab import truths
 from tests.lab.intervals import PRINTED, coverage, outside, together
@@ -114,7 +114,7 @@ def figures(load: Workload, outcome: Outcomes, concurrency: int, truth: truths.F
         found[name] = rate(per_bin, bin_s, n=n, unit="tokens/s", evidence=EVIDENCE)
         if steady.found:
             part = per_bin[steady.first : steady.last]
-            found[f"{name}, steady"] = rate(part, bin_s, n=n, unit="tokens/s", evidence=EVIDENCE)
+            found[f"{name}, steady"] = steady_rate(part, bin_s, n=n, unit="tokens/s", evidence=EVIDENCE)
     queue = ClosedLoop(concurrency=concurrency)
     for name, values in latencies(load, outcome).items():
         of = distribution(values, unit="s", evidence=EVIDENCE, owners=np.arange(n), queue=queue, waits=name == "ttft")
