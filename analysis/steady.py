@@ -143,9 +143,7 @@ def steady_rates(
     def within(whole: Quantity, per_bin: Floats) -> Quantity:
         if whole.value is None:
             return whole
-        return steady_rate(
-            per_bin[part], bin_s, n=whole.n, unit=whole.unit, evidence=whole.evidence, note=whole.note
-        )
+        return steady_rate(per_bin[part], bin_s, n=whole.n, unit=whole.unit, evidence=whole.evidence, note=whole.note)
 
     into = metrics.binned(*metrics.input_token_events(run.rows), window)
     return within(total, run.chunks.output_tokens + into), within(output, run.chunks.output_tokens)

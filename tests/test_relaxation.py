@@ -217,7 +217,7 @@ def test_the_start_of_a_closed_loop_is_not_its_share():
 
 
 def test_percentiles_of_a_closed_loop_hold_with_and_without_its_start():
-    """Eight prompts in one step are all late, 2 % of a run of 60 s: ttft p95 held in 88 %, all misses above the truth."""
+    """Eight prompts in one step are all late, 2 % of a run of 60 s: ttft p95 held in 88 %, misses all above it."""
     values = np.random.default_rng(5).exponential(0.02, 450) + 0.03
     values[:8] = 0.25
 

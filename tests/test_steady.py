@@ -207,7 +207,7 @@ def test_series_of_two_lengths():
 
 
 def test_the_rate_of_a_steady_part_holds_with_and_without_its_beginning():
-    """All slots begin at once, no long answer half done: for a while more requests come than later, 3 % of 60 s."""
+    """All slots begin at once, no long answer half done: for a while more come than later, 3 % of 60 s."""
     per_bin = np.random.default_rng(4).gamma(4, 25, 180)
     per_bin[:18] *= 2.5
     found = steady_rate(per_bin, 0.3, n=400, unit="tokens/s", evidence="simulated")
