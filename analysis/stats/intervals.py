@@ -152,8 +152,11 @@ def distribution(
     if isinstance(queue, ClosedLoop) and weights is None and len(values) > 2 * queue.concurrency:
         later = owners >= queue.concurrency
         part = of(values[later], owners[later])
-        names = ("mean", "p50", "p90", "p95", "p99")
-        return replace(whole, **{name: holding_both(getattr(whole, name), getattr(part, name)) for name in names})
+        return Distribution(
+            unit=unit, mean=holding_both(whole.mean, part.mean), p50=holding_both(whole.p50, part.p50),
+            p90=holding_both(whole.p90, part.p90), p95=holding_both(whole.p95, part.p95),
+            p99=holding_both(whole.p99, part.p99),
+        )  # fmt: skip
     return whole
 
 
