@@ -149,8 +149,7 @@ def _extract(draw: Random, family: int, place: int) -> Item:
 
 def _arithmetic(draw: Random, sign: str, most: int) -> Item:
     a, b = draw.randint(2, most), draw.randint(2, most)
-    a, b = (max(a, b) + 1, min(a, b)) if sign == "minus" else (a, b)
-    value = {"plus": a + b, "minus": a - b, "times": a * b}[sign]
+    value = a + b if sign == "+" else a * b
     return Item({"a": str(a), "b": str(b)}, str(value), {"type": "number", "value": value})
 
 
@@ -167,6 +166,7 @@ def _json(draw: Random, family: int, place: int) -> Item:
     name, age, city = draw.choice(NAMES), draw.randint(18, 79), draw.choice(CITIES)
     text = draw.choice([f"{name} is {age} years old and lives in {city}.", f"{name}, {age}, comes from {city}.",
                         f"My neighbour {name} from {city} turned {age} in May."])  # fmt: skip
+    text += f" {draw.choice(NAMES)}, {draw.randint(18, 79)}, lives next door."
     told = {"name": name, "age": age, "city": city}
     exactly = {key: {"const": value} for key, value in told.items()}
     schema = {"type": "object", "required": [*told], "properties": exactly}
@@ -215,11 +215,13 @@ def _summary(draw: Random, family: int, place: int) -> Item:
         ("zoo", "take in three young lions", "They lost their mother."),
         ("market", "move to the old square", "The new place was too small."),
     ])  # fmt: skip
-    text = (f"The {who} of {city} will {what}. {why} The decision was taken on {draw.choice(MONTHS)} "
-            f"{draw.randint(1, 28)} after a long debate, and {draw.choice(NAMES)} will lead the work.")  # fmt: skip
+    month = draw.choice(MONTHS)
+    text = (f"After a long debate {city} has decided: the {who} will {what}. {why} {draw.choice(NAMES)} will lead the "
+            f"work, which begins in {month} and costs {draw.randint(2, 90)} thousand euros.")  # fmt: skip
     short: Check = {"type": "regex", "pattern": r"\s*(\S+\s+){3,21}\S+\s*", "full": True}
-    named: Check = {"type": "contains", "of": [who, city], "all": True}
-    return Item({"text": text}, f"The {who} of {city} will {what}.", {"type": "all", "checks": [short, named]})
+    named: Check = {"type": "contains", "of": [who, city, month], "all": True}
+    right = f"From {month} on the {who} of {city} will {what}."
+    return Item({"text": text}, right, {"type": "all", "checks": [short, named]})
 
 
 def _code(draw: Random, family: int, place: int) -> Item:
@@ -250,7 +252,7 @@ def _code(draw: Random, family: int, place: int) -> Item:
 
 def _unit(draw: Random, family: int, place: int) -> Item:
     part, whole, size = UNITS[family]
-    n = draw.randint(2, 15)
+    n = draw.randint(1, 12)
     return Item({"n": str(n), "part": part, "whole": whole}, str(n * size), {"type": "number", "value": n * size})
 
 
@@ -271,8 +273,7 @@ _SUMS = ("What is {a} SIGN {b}? Answer with the number only.", "Calculate {a} SI
 
 
 def _sums(sign: str, level: Literal["easy", "medium", "hard"], most: int) -> Kind:
-    written = {"plus": "+", "minus": "-", "times": "times"}[sign]
-    templates = [one.replace("SIGN", written) for one in _SUMS]
+    templates = [one.replace("SIGN", sign) for one in _SUMS]
     return Kind(level, 24, lambda draw, family, place: _arithmetic(draw, sign, most), templates)
 
 
@@ -296,8 +297,7 @@ KINDS = {
         "Read this: {text}\nWhich person has a {thing}?", "{text}\nI want to borrow the {thing}. Whom do I ask?",
         "{text}\nName the owner of the {thing}.", "Question: who owns the {thing}?\nText: {text}")),
     "extract": Kind("easy", 24, _extract, ("Find the {what} in this text and write only that.\nText: {text}",)),
-    "add": _sums("plus", "easy", 30),
-    "subtract": _sums("minus", "medium", 40),
+    "add": _sums("+", "easy", 20),
     "times": _sums("times", "hard", 10),
     "odd": Kind("medium", 16, _odd, (
         "Which of these words is a {group}: {words}? Answer with one word.", "Words: {words}\nWhich one is a {group}?",
@@ -317,11 +317,12 @@ KINDS = {
         "Write the following line once more: {words}", "Say exactly this: {words}", "Echo: {words}",
         "Type these words in the same order: {words}")),
     "summary": Kind("medium", 60, _summary, (
-        "Summarise this text in one sentence of at most 20 words.\n{text}",
-        "{text}\nWrite a headline of at most 20 words for this, with the place.",
-        "What is this text about? Answer in one short sentence.\nText: {text}",
-        "Text: {text}\nSummary in one short sentence:", "Shorten this to one sentence: {text}",
-        "Tell a friend in one short sentence what happens: {text}")),
+        "Summarise this text in one sentence of at most 20 words: what, where and from when?\n{text}",
+        "{text}\nWrite a headline of at most 20 words for this, with place and month.",
+        "What will happen where, and from when? Answer in one short sentence.\nText: {text}",
+        "Text: {text}\nSummary in one short sentence, with place and month:",
+        "Shorten this to one sentence with place and month: {text}",
+        "Tell a friend in one short sentence what happens where, and from when: {text}")),
     "code": Kind("hard", 80, _code, (
         "Write a Python function {name}({args}) that {does}. Write only the code.",
         "Python: define {name}({args}), which {does}.", "Complete in Python. The function {name}({args}) {does}.",
@@ -366,13 +367,14 @@ def _family(draw: Random, name: str, kind: Kind, family: int, each: int, form: F
                 return question, item
         raise ValueError(f"{name} has fewer than {each} different questions in family {family}")
 
-    shots = "".join(f"Task: {question}\nAnswer: {item.answer}\n\n" for question, item in map(fresh, range(SHOTS)))
+    cue = "Answer:\n" if name == "code" else "Answer: "  # a space before it would be an indent
+    shots = "".join(f"Task: {question}\n{cue}{item.answer}\n\n" for question, item in map(fresh, range(SHOTS)))
     for place in range(each):
         question, item = fresh(place + family)
         said: dict[str, object] = (
             {"messages": [{"role": "user", "content": question}]}
             if form == "chat"
-            else {"prompt": f"{shots}Task: {question}\nAnswer:"}
+            else {"prompt": f"{shots}Task: {question}\n{cue}".rstrip(" ")}
         )
         yield {
             **said, "session_id": f"{name}-{family}", "max_tokens": kind.max_tokens, "answer": item.answer,

@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.catalogue.models import (
-    QUANTIZATIONS,
     Model,
     OnTier,
     architecture,
@@ -31,6 +30,7 @@ from cluster.catalogue.models import (
     tensor_parallel_sizes,
     weight_bytes,
 )
+from cluster.catalogue.number_formats import QUANTIZATIONS
 from cluster.catalogue.tiers import CATALOGUE, read_tiers
 from cluster.catalogue.weights import ensure_weights, weights_facts
 from cluster.engines.protocol import Part

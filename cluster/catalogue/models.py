@@ -14,66 +14,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from cluster.catalogue import own_catalogue, read_catalogue
+from cluster.catalogue.number_formats import FORMATS, QUANTIZATIONS, Config
 from harness.errors import UsageError, unknown_name
 
 ARCHITECTURES = Path(__file__).with_name("architectures.toml")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of one number; "auto" and anything unknown count as 2, what nearly every checkpoint holds."""
 
-BLACKWELL = frozenset({"B200", "B300", "GB200", "GB300", "RTX-PRO-6000"})
-"""Compute capability 10 and above (source: vLLM's page on INT8 W8A8, which it has not there)."""
-
-Config = Mapping[str, Any]
-"""A model's config.json: whatever its authors wrote."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quantization:
-    """A number format of weights that is smaller than the model's arithmetic."""
-
-    bits: float
-    """Of one quantised weight with its share of scales and zero points."""
-    block: int = 1
-    """Weights share a scale in blocks of this many: a part of a split matrix has to hold whole blocks."""
-    experts_only: bool = False
-    """Attention stays in 16 bits too; else only embeddings and output head do."""
-    not_on: frozenset[str] = frozenset()
-    """Accelerators for which vLLM has no kernel of it."""
-    config: Config
-    """``quantization_config`` as the checkpoints of this kind have it."""
-
-
-def _compressed(kind: str, strategy: str, inputs: str) -> Config:
-    """A ``compressed-tensors`` configuration of all linear layers but the output head, 8 bits."""
-    number: dict[str, object] = {"num_bits": 8, "type": kind, "symmetric": True}
-    group = {
-        "targets": ["Linear"],
-        "weights": {**number, "strategy": strategy, "dynamic": False},
-        "input_activations": {**number, "strategy": inputs, "dynamic": inputs == "token"},
-    }
-    return {
-        "quant_method": "compressed-tensors", "format": f"{kind}-quantized", "quantization_status": "compressed",
-        "ignore": ["lm_head"], "config_groups": {"group_0": group},
-    }  # fmt: skip
-
-
-_AWQ: Config = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}
-_BLOCK = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-_PLAIN = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-QUANTIZATIONS: dict[str, Quantization] = {
-    "fp8": Quantization(bits=8, config=_compressed("float", "tensor", "tensor")),
-    "fp8-block": Quantization(bits=8, block=128, config=_BLOCK),
-    "int8": Quantization(bits=8, not_on=BLACKWELL, config=_compressed("int", "channel", "token")),
-    # 4 bits, and for each 128 weights a 16-bit scale and a 4-bit zero point.
-    "awq": Quantization(bits=4 + 20 / 128, block=128, config=_AWQ),
-    # 4 bits, and an 8-bit scale for each 32 weights.
-    "mxfp4": Quantization(
-        bits=4 + 8 / 32, experts_only=True, config={"quant_method": "mxfp4", "modules_to_not_convert": _PLAIN}
-    ),
-}
 CATALOGUE = Path(__file__).with_name("models.toml")
 DEFAULT_MODEL = "smollm2-135m"
 DUMMY = ":dummy"
@@ -270,8 +220,13 @@ def _model_at(folder: Path, *, weights: bool) -> Model:
         bos_token_id=_int(text.get("bos_token_id")),
         eos_token_id=_int(text.get("eos_token_id")),
         add_bos=tokenizer.get("add_bos_token") is True,
+        quantization=FORMATS.get(str(_table(config.get("quantization_config")).get("format"))),
         path=str(resolved),
     )
+
+
+def _table(value: object) -> Config:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _int(value: object) -> int | None:

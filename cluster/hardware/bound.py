@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.catalogue.models import QUANTIZATIONS, Config, kv_bytes_per_token
+from cluster.catalogue.models import kv_bytes_per_token
+from cluster.catalogue.number_formats import QUANTIZATIONS, Config
 from cluster.hardware.chips import Chip
 from cluster.simulator.step_time import Chunk
 from harness.errors import UsageError

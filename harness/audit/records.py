@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -80,6 +80,17 @@ def read_records(trace: Trace, default: str | None, limit: int | None) -> list[A
         session = sessions.setdefault(key, len(sessions))
         found.append(AuditedRecord(row=row, source=source, check=check, gate=gate, session=session))
     return found
+
+
+def prompt_sha256(source: TraceRecord) -> str:
+    """Of what is sent: the same for the same prompt in another trace, whatever its check."""
+    return hashlib.sha256(msgspec.json.encode(source.messages or source.text)).hexdigest()
+
+
+def without_seen(records: Sequence[AuditedRecord], seen: Collection[str]) -> list[AuditedRecord]:
+    """The records, those of a session without their check of which a model has ``seen`` one: it is sent, not graded."""
+    taken = {record.session for record in records if seen and prompt_sha256(record.source) in seen}
+    return [replace(one, check=None, gate=None) if one.session in taken else one for one in records]
 
 
 def checks_sha256(records: Iterable[AuditedRecord]) -> str:

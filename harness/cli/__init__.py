@@ -52,6 +52,7 @@ SECTIONS: dict[str, dict[str, Lazy]] = {
         "trace": Lazy("harness.cli.trace:trace", "Look at a trace, convert, sample, make up or anonymize one."),
         "tiers": Lazy("harness.cli.catalogue:tiers", "List hardware tiers and their prices, or read today's."),
         "models": Lazy("harness.cli.catalogue:models", "List models, or fetch the weights of one."),
+        "quantise": Lazy("harness.cli.quantise:quantise", "Write a model with weights of 8 or 4 bits, for an audit."),
     },
     "Machines": {
         "doctor": Lazy("harness.cli.machines:doctor", "Say what this machine can and cannot run, and why."),

@@ -7,10 +7,11 @@ Every pass salts the prefix cache anew, since all send the same prompts. A pass 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -21,9 +22,10 @@ from harness.checks.grade import Grader
 from harness.cli import sweep
 from harness.cli.output import as_json, say
 from harness.cli.runner.capacity import CapacityReport, CapacitySession
+from harness.cli.runner.steps import settle
 from harness.cli.runner.sweep import Session
-from harness.cli.runner.targets import Target
-from harness.errors import HarnessError
+from harness.cli.runner.targets import Servers, Target
+from harness.errors import HarnessError, ServerError
 from harness.options import PlanOptions, ReplayOptions, ReportOptions, SearchOptions
 from harness.record.manifest import PRIVATE, RunDir, RunManifest, Tier
 from harness.record.run_spec import DEFAULTS
@@ -72,8 +74,29 @@ class LoadPass:
     words: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class _Up:
+    """A target whose servers are up already, and stay up."""
+
+    servers: Servers
+
+    def open(self, run: RunDir) -> AbstractContextManager[Servers]:
+        return nullcontext(self.servers)
+
+
 class Salted(Session):
     """A session whose points all send the same prompts, to a prefix cache that must know none of them."""
+
+    shared: Servers | None = None
+    """Servers of another pass; None: it has its own."""
+
+    @contextmanager
+    def serving(self, k: int, target: Target) -> Iterator[Servers]:
+        """Its own servers, or those that another pass has up, until they die."""
+        if self.shared is not None and (died := settle(self.shared)):
+            raise ServerError("; ".join(f"replica {index} is gone: {how}" for index, how in died.items()))
+        with super().serving(k, target if self.shared is None else cast(Target, _Up(self.shared))) as servers:
+            yield servers
 
     def _options(self, point: Point) -> ReplayOptions:
         options = super()._options(point)
@@ -92,6 +115,17 @@ class QualitySession(Salted):
     ) -> None:  # fmt: skip
         super().__init__(folder, state, options, traces[0], sweep.check(state.spec, options))
         self._orders, self._traces, self._grader, self._keep_text = orders, traces, grader, keep_text
+        self.then: Callable[[int, Servers], None] | None = None
+        """What else is asked of the servers that were started for a model, by its number, before they are ended."""
+
+    @contextmanager
+    def serving(self, k: int, target: Target) -> Iterator[Servers]:
+        """The servers of a model; those started for it also for what comes after its points."""
+        with super().serving(k, target) as servers:
+            yield servers
+            whole = all(point.state == "done" for point in self.state.points if point.pair == k)
+            if self.then and whole and not self.state.pairs[k].base_urls and not settle(servers):
+                self.then(k, servers)
 
     def make_plans(self, target: Target, points: list[Point]) -> None:
         """Each point's plan from the trace in its own order."""
@@ -119,9 +153,13 @@ def check_models(want: AuditOptions, asked: ReplayOptions) -> None:
 
 
 def quality(
-    folder: Path, want: AuditOptions, asked: ReplayOptions, graded: Sequence[AuditedRecord], seed: int, grader: Grader
-) -> list[list[QualityPass]]:
-    """The quality pass of each model, the current one first with two of them. Raises what a sweep does."""
+    folder: Path, want: AuditOptions, asked: ReplayOptions, graded: Sequence[AuditedRecord], seed: int, grader: Grader,
+    then: Callable[[int, Sequence[Sequence[QualityPass]], Servers], None],
+) -> list[list[QualityPass]]:  # fmt: skip
+    """The quality pass of each model, the current one first with two of them. Raises what a sweep does.
+
+    ``then`` is called with a model's number, the passes so far and its servers, where these were started for it.
+    """
     passes = 2
     orders = [order(graded, seed, again) for again in range(1, passes + 1)]
     traces = []
@@ -144,8 +182,13 @@ def quality(
     session = QualitySession(
         folder / "quality", state, options, orders, traces, grader, keep_text=asked.load.keep_text
     )  # fmt: skip
+
+    def found() -> list[list[QualityPass]]:
+        return [[_passed(session.folder, p) for p in state.points if p.pair == k] for k in range(len(state.pairs))]
+
+    session.then = lambda k, servers: then(k, found(), servers)
     session.run()
-    return [[_passed(session.folder, p) for p in state.points if p.pair == k] for k in range(len(state.pairs))]
+    return found()
 
 
 def _passed(folder: Path, point: Point) -> QualityPass:
@@ -169,9 +212,10 @@ def evidence_of(manifest: RunManifest) -> Evidence:
 def load(
     folder: Path, number: int, pair: Pair, asked: ReplayOptions, records: Sequence[AuditedRecord],
     lengths: Mapping[int, int],
-    *, rate: float, search: SearchOptions | None, seed: int,
+    *, rate: float, search: SearchOptions | None, seed: int, servers: Servers | None,
 ) -> LoadPass:  # fmt: skip
-    """The load pass of one model with its own answer lengths, by row of the record.
+    """The load pass of one model with its own answer lengths, by row of the record, on ``servers`` that are up or on
+    its own.
 
     ``search``: for capacity; None: one level at ``rate``. Records that were not graded take the lengths of others.
     """
@@ -195,11 +239,14 @@ def load(
     tiers = sweep.check(spec, options)
     if search is not None:
         session = CapacityOf(where, state, options, trace, tiers, search)
+        session.shared = servers
         session.run()
         report = session.report()
         (where / ANSWER).write_bytes(as_json(report))
         return _searched(report, tiers[0])
-    LoadSession(where, state, options, trace, tiers).run()
+    level = LoadSession(where, state, options, trace, tiers)
+    level.shared = servers
+    level.run()
     return _level(state.points[0], tiers[0], rate)
 
 

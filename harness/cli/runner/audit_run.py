@@ -15,12 +15,13 @@ from harness.audit.asked import (
     AuditState,
     parse_price,
 )
-from harness.audit.records import AuditedRecord, cap, checks_sha256, read_records, sampled, shares_prefix
+from harness.audit.records import AuditedRecord, cap, checks_sha256, read_records, sampled, shares_prefix, without_seen
 from harness.checks.grade import Grader
 from harness.checks.lint import LintGroup, LintRecord, lint
 from harness.checks.sandbox import LinuxSandbox, refusal
 from harness.cli.output import as_json, present, print_json, print_table, say
 from harness.cli.runner.audit import LoadPass, QualityPass, check_models, load, quality, tried
+from harness.cli.runner.targets import Servers
 from harness.cli.verb import NEWEST
 from harness.errors import (
     EXIT_INVALID,
@@ -61,6 +62,11 @@ def audited(
     source = open_asked(trace, asked.plan)
     records = read_records(source, want.check, asked.plan.limit)
     rate = asked.plan.rate or _rate(source, records)
+    origins, seen = _origins(models)
+    checked = sum(record.check is not None for record in records)
+    records = without_seen(records, seen)
+    if dropped := checked - sum(record.check is not None for record in records):
+        origins.append(f"{dropped:,} records are not graded: a model has seen them, or others of their sessions.")
     if want.quick:
         records = sampled(records, QUICK_RECORDS, seed)
     graded = [record for record in records if record.check is not None]
@@ -84,20 +90,45 @@ def audited(
         say(f"audit folder: {folder}")
         (folder / "traces").mkdir(mode=PRIVATE, exist_ok=True)
         try:
-            passes = quality(folder, want, asked, graded, seed, grader)
-            loads = [
-                _load(folder, k, models, passes, asked, records, None if want.quick else search, rate, seed)
-                for k in range(len(models))
-            ]
+            loaded: dict[int, LoadPass] = {}
+
+            def load_now(k: int, passes: Sequence[Sequence[QualityPass]], servers: Servers | None) -> None:
+                loaded[k] = _load(
+                    folder, k, models, passes, asked, records, None if want.quick else search, rate, seed, servers
+                )
+
+            passes = quality(folder, want, asked, graded, seed, grader, load_now)
+            for k in range(len(models)):
+                if k not in loaded:
+                    load_now(k, passes, None)
+            loads = [loaded[k] for k in range(len(models))]
         except (HarnessError, KeyboardInterrupt):
             say(f"go on with the same command and --resume {folder}")
             raise
-        report = _report(folder, state, want, graded, faults, passes, loads, prices, rate)
+        report = _report(folder, state, want, graded, faults, passes, loads, prices, rate, origins)
         (folder / REPORT).write_bytes(as_json(report))
     from analysis.report.audit import audit_sections
 
     present(report, audit_sections(report), asked.report.format_, html=html, verb="audit")
     return exit_status(report, want)
+
+
+def _origins(models: Sequence[Pair]) -> tuple[list[str], set[str]]:
+    """What is known of weights that the harness serves itself, for the page, and the records that they have seen."""
+    from cluster.catalogue.models import get_model
+    from cluster.catalogue.quantise import read_quantised
+
+    words: list[str] = []
+    seen: set[str] = set()
+    for pair in models:
+        if pair.base_urls or pair.model is None:
+            continue
+        model = get_model(pair.model)
+        if (made := read_quantised(Path(model.path)) if model.path else None) is not None:
+            seen.update(made.seen)
+        if note := made.words if made else model.note:
+            words.append(f"{pair.name}: {note}.")
+    return words, seen
 
 
 def _prices(want: AuditOptions, models: Sequence[Pair]) -> dict[str, TokenPrice]:
@@ -158,9 +189,9 @@ def _folder(out: Path, trace: Path, resume: str | None, state: AuditState) -> Pa
 
 def _load(
     folder: Path, k: int, models: Sequence[Pair], passes: Sequence[Sequence[QualityPass]], asked: ReplayOptions,
-    records: Sequence[AuditedRecord], search: SearchOptions | None, rate: float, seed: int,
+    records: Sequence[AuditedRecord], search: SearchOptions | None, rate: float, seed: int, servers: Servers | None,
 ) -> LoadPass:  # fmt: skip
-    """The load pass of model ``k``; a search where it has a tier and one is asked for."""
+    """The load pass of model ``k``, on ``servers`` that are up; a search where it has a tier and one is asked for."""
     found = passes[k][0]
     if passes[0][0].problem or found.problem or found.grades is None:
         return LoadPass(slo_met=None, words="not loaded")
@@ -170,7 +201,7 @@ def _load(
     try:
         return load(
             folder, k, models[k], asked, records, lengths, rate=rate, search=search if models[k].tier else None,
-            seed=seed,
+            seed=seed, servers=servers,
         )  # fmt: skip
     except UsageError:
         raise
@@ -181,12 +212,13 @@ def _load(
 def _report(
     folder: Path, state: AuditState, want: AuditOptions, graded: Sequence[AuditedRecord],
     faults: Sequence[LintGroup], passes: Sequence[Sequence[QualityPass]],
-    loads: Sequence[LoadPass], prices: Mapping[str, TokenPrice], rate: float,
+    loads: Sequence[LoadPass], prices: Mapping[str, TokenPrice], rate: float, origins: Sequence[str],
 ) -> AuditReport:  # fmt: skip
     from analysis.audit import audit_report
 
     blind = frozenset(group.name for group in faults if "a constant answer passes" in group.faults)
     notes = [f"The checks are not sound: {group.name}: {', '.join(group.faults)}." for group in faults]
+    notes += origins
     uncapped = sum(record.source.max_tokens is None for record in graded)
     if uncapped:
         notes.append(f"{uncapped:,} records have no max_tokens: their answers were cut at {want.max_answer}.")
