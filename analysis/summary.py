@@ -149,9 +149,14 @@ class Summary:
     assumptions: list[str]
 
     @property
+    def dummy(self) -> bool:
+        """Whether the weights were random."""
+        return _dummy(self.server.model_facts)
+
+    @property
     def caution(self) -> str | None:
         """What a reader must know before any figure; None when there is nothing."""
-        return CAUTION_DUMMY if _dummy(self.server.model_facts) else None
+        return CAUTION_DUMMY if _dummy(self.server.model_facts) else _simulated(self.server.model_facts)
 
 
 def summarise(
@@ -267,6 +272,22 @@ def claims(summary: Summary) -> dict[str, object]:
     return {f.name: getattr(summary, f.name) for f in fields(summary) if f.name != "sampled"}
 
 
+STEP_SOURCES = {
+    "kernels": "steps take what NVIDIA's measured kernels take",
+    "fitted": "steps take what was fitted to own runs",
+    "given": "steps take what the user said",
+    "bound": "steps take what the chip's data sheet allows at best, so every latency and cost is at least as high",
+}
+
+
+def _simulated(model_facts: Mapping[str, str]) -> str | None:
+    """How a run was simulated; None: it was not, or by an engine that does not say."""
+    source = model_facts.get("step_source")
+    if source is None:
+        return None
+    return f"Simulated, not measured: {model_facts.get('simulated', '')}; {STEP_SOURCES.get(source, source)}."
+
+
 def _dummy(model_facts: Mapping[str, str]) -> bool:
     return model_facts.get("source") == "dummy"
 
@@ -353,7 +374,9 @@ def _errors(run: Run) -> list[ErrorCount]:
 
 
 def _assumptions(run: Run, tokens: Tokens, ratio: float) -> list[str]:
-    said = [CAUTION_DUMMY] if _dummy(run.manifest.model_facts) else []
+    facts = run.manifest.model_facts
+    said = [CAUTION_DUMMY] if _dummy(facts) else []
+    said += [words] if (words := _simulated(facts)) else []
     said += [
         "one replica is one whole instance, paid from the first scheduled request to the last finish; idle hours, "
         "standby and start-up are not in the price",

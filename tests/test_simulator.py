@@ -334,6 +334,13 @@ def test_steps_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(found.step_end_s[0]) == 6000 and len(asked) < 40
 
 
+def test_the_engine_gets_a_request_after_its_delay() -> None:
+    load = workload([0.0, 0.01], [0, 0], [1, 1], delay_s=np.array([0.5, 0.1]))
+    found = simulate(load, EIGHT, [STEP])
+    assert found.due_s.tolist() == [0.0, 0.01]
+    assert found.first_token_s.tolist() == pytest.approx([0.5 + 0.0215, 0.11 + 0.0215])
+
+
 def test_samples_say_who_runs_and_what_is_free() -> None:
     limits = Limits(max_num_seqs=1, max_num_batched_tokens=512, kv_blocks=100)
     found = simulate(workload([0.0, 0.5], [160, 16], [100, 1]), limits, [STEP], sample_s=1.0)

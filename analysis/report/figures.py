@@ -147,5 +147,5 @@ VERDICTS = {
 def verdict_note(s: Summary, verdict: str = "") -> str | None:
     """``verdict`` and what else is to be known about the run before its figures are read."""
     reason = s.cost.reason if s.verdict == "VALID" else None
-    said = [verdict, "dummy weights" if s.caution else "", f"no price: {reason}" if reason else ""]
+    said = [verdict, "dummy weights" if s.dummy else "", f"no price: {reason}" if reason else ""]
     return "; ".join(filter(None, said)) or None

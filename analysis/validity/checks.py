@@ -74,7 +74,9 @@ def _whole(run: Run, counts: Counts, least: int) -> list[Check]:
     replicas = [f"replica {r.index}: {r.exit}" for r in manifest.replicas if r.exit is not None]
     # no accelerator's price on a CPU engine's speed
     fits, kind = None, "no tier" if tier is None else "server not started by us"
-    if tier is not None and manifest.engine != "url":
+    if manifest.evidence == "simulated":
+        kind = "simulated"
+    elif tier is not None and manifest.engine != "url":
         fits = (manifest.engine == "vllm-cpu") == (tier.accelerator is None)
         kind = f"{manifest.engine} on {tier.accelerator or 'CPU'}"
     files = "; ".join(run.problems) or f"{len(run.sources)} result files"

@@ -123,6 +123,8 @@ class Workload:
     """Index of the request whose end each waits for, below its own; -1: none. None: nobody waits."""
     think_s: Floats | None = None
     """Between that end and this request; None: 0."""
+    delay_s: Floats | None = None
+    """From when a request comes until the engine has it: HTTP, tokenizer, processes. None: 0."""
     keys: Items[Items[Hashable]] | None = None
     """Of each request, for its full blocks of prompt and answer that others may share (`blocks.block_keys`)."""
 
@@ -282,9 +284,16 @@ class _Fleet:
         self.queued = iter(range(min(concurrency or 0, n), n)) if self.closed else iter(())
         first = range(min(concurrency, n)) if concurrency is not None else range(n)
         free = [k for k in first if not waits or workload.after is None or workload.after[k] < 0]
-        self.coming = [(self.earliest_s[k], k) for k in free]
-        heapq.heapify(self.coming)
+        self.delay_s = None if workload.delay_s is None else workload.delay_s.tolist()
+        self.coming: list[tuple[float, int]] = []
+        """When the engine gets each that is due."""
+        for k in free:
+            self._due(k, self.earliest_s[k])
         self.turn = 0
+
+    def _due(self, k: int, due_s: float) -> None:
+        self.due_s[k] = due_s
+        heapq.heappush(self.coming, (due_s if self.delay_s is None else due_s + self.delay_s[k], k))
 
     def run(self, until_s: float) -> None:
         """Everything that happens before ``until_s``."""
@@ -309,7 +318,7 @@ class _Fleet:
     def _send(self) -> None:
         at_s, k = heapq.heappop(self.coming)
         chosen = self._route(k)
-        self.due_s[k], self.owner[k] = at_s, chosen
+        self.owner[k] = chosen
         keys = () if self.keys is None else self.keys[k]
         self.replicas[chosen].submit(Sequence(k, self.inputs[k], self.outputs[k], keys=keys), at_s)
 
@@ -345,10 +354,9 @@ class _Fleet:
             if sequence.resumed:
                 self.resumed[k] = sequence.resumed
             if (following := next(self.queued, None)) is not None:
-                heapq.heappush(self.coming, (now_s, following))
+                self._due(following, now_s)
             for follower in self.followers.get(k, ()):
-                due_s = max(now_s + self.think_s[follower], self.earliest_s[follower])
-                heapq.heappush(self.coming, (due_s, follower))
+                self._due(follower, max(now_s + self.think_s[follower], self.earliest_s[follower]))
 
     def _route(self, k: int) -> int:
         if not isinstance(self.router, str):
@@ -360,6 +368,8 @@ class _Fleet:
 
     def outcome(self) -> Outcomes:
         """What became of each request so far."""
+        for _, k in self.coming:
+            self.due_s[k] = np.nan
         for replica in self.replicas:
             for sequence in replica.scheduler.sequences():
                 if sequence.first_step < len(replica.step_end_s):

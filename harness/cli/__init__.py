@@ -23,6 +23,10 @@ from harness.terminal import Verbosity, cut, guard_streams, hung_up, verbosity
 SECTIONS: dict[str, dict[str, Lazy]] = {
     "Replay": {
         "replay": Lazy("harness.cli.replay:replay", "Plan, serve, run and report in one go."),
+        "simulate": Lazy(
+            "harness.cli.simulate:simulate",
+            "Replay in virtual time on hardware that is not there: figures are simulated.",
+        ),
         "plan": Lazy("harness.cli.replay:plan", "Turn a trace into a plan file: requests, prompts, times."),
         "serve": Lazy("harness.cli.replay:serve", "Start servers and keep them until Ctrl-C."),
         "run": Lazy("harness.cli.replay:run", "Send a plan and report."),

@@ -185,12 +185,15 @@ def run(plan: Path, out: Path, asked: ReplayOptions) -> int:
     """Send a plan and report; starts the servers first unless --base-url is given."""
     from harness.cli.runner.steps import copy_plan
     from harness.cli.runner.targets import choose_target
-    from harness.plan.file import read_plan_info
+    from harness.plan.file import NO_PROMPTS, read_plan_info
     from harness.record.manifest import PLAN
     from harness.store.copies import local_copy
 
     plan = local_copy(plan, say)
-    asked.check_run(plan, planned_closed=read_plan_info(plan).arrivals == "closed")
+    info = read_plan_info(plan)
+    if info.tokenizer == NO_PROMPTS:
+        raise UsageError(f"{plan}: made to be simulated, without prompts: plan the trace anew with harness plan")
+    asked.check_run(plan, planned_closed=info.arrivals == "closed")
     target = choose_target(asked)
     run_dir, url = _new_run(out, plan.stem, target, asked)
     copy_plan(plan, run_dir.path / PLAN)

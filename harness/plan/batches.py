@@ -178,6 +178,8 @@ class Batches:
 
     def _prompts(self, rows: list[Copied], first: int) -> list[Prompt]:
         """What each row sends: the trace's own text or messages where it has them, else a prompt made up for it."""
+        if self.spec.bare:
+            return [self._length(copy, record, i) for i, (copy, record) in enumerate(rows, first)]
         made = [self._made(copy, record, i) for i, (copy, record) in enumerate(rows, first)]
         wanted = [each for each in made if each is not None]
         if self.chat is not None:
@@ -193,6 +195,18 @@ class Batches:
             Prompt(messages=record.messages, text=record.text) if each is None else next(left)
             for (_, record), each in zip(rows, made, strict=True)
         ]
+
+    def _length(self, copy: int, record: TraceRecord, request_id: int) -> Prompt:
+        """How long a prompt is, and its tokens only where others share some."""
+        if record.input_tokens is None:
+            raise PlanError(
+                f"{self.trace.path}:{record.line}: a text without a number of tokens, which only a tokenizer could "
+                f"count: simulate a trace of lengths ('harness trace anonymize' writes one)"
+            )
+        if record.prefix_ids is None and not accumulates(record):
+            return Prompt(tokens=record.input_tokens)
+        made = self._made(copy, record, request_id)
+        return Prompt(tokens=record.input_tokens, ids=None if made is None else made.ids)
 
     def _made(self, copy: int, record: TraceRecord, request_id: int) -> Made | None:
         """What the prompt is made from; None where the trace has its own."""

@@ -71,7 +71,7 @@ def build_plan(
     if choose is not None:
         vocabulary, as_text = choose(found.content)
         spec = replace(spec, as_text=as_text)
-    vocabulary = vocabulary if found.content.lengths_only else None
+    vocabulary = vocabulary if found.content.lengths_only or spec.bare else None
     chat = Chat.of(vocabulary) if vocabulary is not None and spec.as_text else None
     if joined is not None:
         n = len(joined.arrangement.part)

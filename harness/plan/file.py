@@ -52,6 +52,8 @@ from harness.untrusted import check_regular, open_arrow
 
 SCHEMA_VERSION = "2"
 _STEP_ROWS = 32
+NO_PROMPTS = "lengths alone, to be simulated"
+"""`PlanInfo.tokenizer` of a plan that cannot be sent."""
 INFO_KEY = b"harness.plan"
 """Key of the `PlanInfo` JSON in the file's schema metadata."""
 

@@ -31,6 +31,9 @@ class PlanSpec(PlanOptions):
     seed: int = 0
     as_text: bool = False
     """Made-up prompts as text instead of token ids."""
+    bare: bool = False
+    """For a simulator: without prompts, but those made up where requests share a part of theirs; with the trace's own
+    lengths, also of texts."""
 
     @property
     def drawn(self) -> bool:

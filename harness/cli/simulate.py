@@ -1,0 +1,93 @@
+"""Serve a trace on hardware that is not there: the run directory of a replay, made in virtual time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from harness.cli.output import say
+from harness.cli.replay import OUT_OPTION
+from harness.cli.verb import EXIT_STATUS, TRACE_ARGUMENT, command, takes
+from harness.errors import UsageError
+from harness.option_types import Parsed, opt, options_of
+from harness.options import LoadOptions, PlanOptions, ReplayOptions, ReportOptions, ServeOptions
+
+
+def _step_ms(text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) / 1000 for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not 3 <= len(values) <= 4 or not all(0 <= one < 1e3 for one in values) or values[0] + values[1] <= 0:
+        raise UsageError(f"{text!r}: write milliseconds BASE,PER_SEQUENCE,PER_PROMPT_TOKEN, like 8,0.05,0.02")
+    return values
+
+
+STEP = Parsed("step", _step_ms)
+"""Seconds of a step, of each sequence, prompt token and context token in it, from milliseconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOptions:
+    """What a step of the engine takes."""
+
+    heading: ClassVar = "Servers"
+    step: tuple[float, ...] | None = opt(
+        "What a step of the engine takes, ms: base, for each sequence, each prompt token and (if given) each context "
+        "token. Default: what is known of the model on the tier.",
+        kind=STEP, metavar="BASE,SEQ,TOKEN[,CONTEXT]",
+    )  # fmt: skip
+
+
+@command(
+    epilog=f"""\b
+Examples:
+  harness simulate trace.jsonl --model llama-3.1-8b-instruct --tier aws-p5.4xlarge --slo ttft=2s,tpot=50ms
+  harness simulate trace.jsonl --model mistral-7b-instruct-v0.3 --tier aws-g6e.xlarge --rate 4 --replicas 2
+
+{EXIT_STATUS}""",
+)
+@TRACE_ARGUMENT
+@takes(
+    ReplayOptions,
+    options_of(PlanOptions),
+    options_of(ServeOptions, "model", "tier", "label", replicas="Servers to simulate; one rents one TIER."),
+    options_of(LoadOptions, "concurrency", "slo", "min_requests", "balance"),
+    options_of(ReportOptions),
+)
+@takes(StepOptions, to="steps")
+@OUT_OPTION
+def simulate(trace: tuple[Path, ...], out: Path, asked: ReplayOptions, steps: StepOptions) -> int:
+    """Serve TRACE by a model on a tier without either: no server, no GPU, no waiting.
+
+    vLLM's scheduler is run in virtual time, with the limits that it chooses for the device, its KV cache and prefix
+    cache; a step takes what is known of the model's kernels on it. The run directory is that of a replay, and report,
+    price and compare read it: every figure says that it is simulated. Not simulated: disaggregated prefill,
+    speculative decoding, LoRA, sliding windows, pipeline and expert parallelism.
+    """
+    from cluster.catalogue.models import DEFAULT_MODEL, get_model
+    from cluster.catalogue.tiers import get_tier
+    from cluster.engines.simulated import simulated_engine
+    from cluster.simulator.step_time import LinearStep
+    from harness.cli.results import report_run
+    from harness.cli.runner.simulate import Subject, make_bare_plan, simulate_plan
+    from harness.record.manifest import create_run_dir
+    from harness.store.copies import split_out
+    from harness.store.follow import mirrored
+    from harness.trace.io import open_asked
+
+    asked.check()
+    if asked.serve.tier is None:
+        raise UsageError("which hardware? --tier NAME ('harness tiers' lists them)")
+    model, tier = get_model(asked.serve.model or DEFAULT_MODEL), get_tier(asked.serve.tier)
+    engine = simulated_engine(model, tier, None if steps.step is None else LinearStep(*steps.step))
+    source = open_asked(trace, asked.plan)
+    root, url = split_out(out)
+    name = f"{source.path.name.split('.')[0]}-{asked.serve.label or f'{model.name}-on-{tier.name}'}-simulated"
+    run = create_run_dir(root, name)
+    say(f"run directory: {run.path}")
+    with mirrored(url, run.path, say):
+        make_bare_plan(source, run, asked)
+        simulate_plan(run, Subject(model=model, tier=tier, replicas=asked.serve.replicas, engine=engine), asked)
+    return report_run(run.path, asked.report, asked.load.slo)
