@@ -74,7 +74,7 @@ def _whole(run: Run, counts: Counts, least: int) -> list[Check]:
     replicas = [f"replica {r.index}: {r.exit}" for r in manifest.replicas if r.exit is not None]
     # no accelerator's price on a CPU engine's speed
     fits, kind = None, "no tier" if tier is None else "server not started by us"
-    if manifest.evidence == "simulated":
+    if manifest.engine == "simulated":
         kind = "simulated"
     elif tier is not None and manifest.engine != "url":
         fits = (manifest.engine == "vllm-cpu") == (tier.accelerator is None)
