@@ -71,7 +71,7 @@ def simulate(trace: tuple[Path, ...], out: Path, asked: ReplayOptions, steps: St
     from cluster.engines.simulated import simulated_engine
     from cluster.simulator.step_time import LinearStep
     from harness.cli.results import report_run
-    from harness.cli.runner.simulate import Subject, make_bare_plan, simulate_plan
+    from harness.cli.simulation import Subject, make_bare_plan, simulate_plan
     from harness.record.manifest import create_run_dir
     from harness.store.copies import split_out
     from harness.store.follow import mirrored

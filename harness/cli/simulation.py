@@ -1,4 +1,4 @@
-"""A plan served in virtual time, and the run directory of it: `harness simulate`."""
+"""A plan served in virtual time, and the run directory of it; imported when something is simulated."""
 
 from __future__ import annotations
 
