@@ -41,8 +41,9 @@ NOTICE = (
     "RAY_gcs_rpc_server_reconnect_timeout_s=30"
 )
 """With these a node that is cut off from its head ends what it runs within two minutes (cluster/README.md)."""
-_HOME = "/home/ubuntu"
-_ENV, _SOURCE, _TOKEN = f"{_HOME}/harness-env", f"{_HOME}/harness", f"{_HOME}/.ray/auth_token"
+IDLE_MINUTES = 60
+"""Without a harness, or anybody logged in, on its head a cluster ends itself."""
+_ENV, _SOURCE, _TOKEN = "/home/ubuntu/harness-env", "/home/ubuntu/harness", "/home/ubuntu/.ray/auth_token"
 _ROOT = Path(__file__).resolve().parents[2]
 _SHIPPED = (
     "harness", "scenarios", "cluster", "analysis", "tests/bench/bench.mk", "pyproject.toml", "README.md", "Makefile",
@@ -62,8 +63,6 @@ class Cluster:
     owner: str
     created: datetime
     max_hours: float
-    idle_minutes: int
-    disk_gib: int
     ssh_from: str
     """CIDR from which SSH is let in."""
     account: str = ""
@@ -72,6 +71,13 @@ class Cluster:
     def usd_per_hour(self) -> float:
         """USD while all machines run; disks, addresses and traffic come on top."""
         return self.nodes * self.tier.usd_per_hour + self.head.usd_per_hour
+
+    @property
+    def disk_gib(self) -> int:
+        """Of a worker: system and engine, and weights that fill the tier's memory, as downloaded and as unpacked."""
+        tier = self.tier
+        each_gib = tier.accelerator_memory_gib or 80.0
+        return 100 + math.ceil((tier.accelerator_count * each_gib if tier.accelerator else tier.memory_gib) / 25) * 50
 
     @property
     def deadline(self) -> datetime:
@@ -105,25 +111,17 @@ class Provider(Protocol):
         """What is still there of the cluster, each with kind and id."""
 
 
-def new_cluster(
-    tier: Tier, head: Tier, *, name: str | None, nodes: int, max_hours: float, idle_minutes: int, disk_gib: int | None,
-    ssh_from: str, owner: str, now: datetime,
-) -> Cluster:  # fmt: skip
-    """A cluster before anything is rented. Raises `UsageError` for what cannot be rented this way."""
-    name = name if name is not None else re.sub(r"[^a-z0-9]+", "-", tier.name.lower()).strip("-")[:40].rstrip("-")
-    if head.accelerator is not None or head.purchase == "spot" or head.provider != tier.provider:
-        raise UsageError(f"--head {head.name}: the head serves nothing and may not vanish: an on-demand CPU tier")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,39}", name) or not re.fullmatch(r"[\w.@+-]{1,100}", owner, re.ASCII):
-        raise UsageError(
-            f"cluster name {name!r}: lower-case letters, digits and hyphens, at most 40; owner {owner!r}: letters, "
-            f"digits and . @ + - _"
-        )
-    memory_gib = tier.accelerator_count * (tier.accelerator_memory_gib or 80.0) if tier.accelerator else tier.memory_gib
-    return Cluster(
-        name=name, tier=tier, head=head, nodes=nodes, owner=owner, created=now, max_hours=max_hours, ssh_from=ssh_from,
-        # System and engine, and weights that fill the tier's memory, once as downloaded and once unpacked.
-        idle_minutes=idle_minutes, disk_gib=disk_gib or 100 + math.ceil(2 * memory_gib / 50) * 50,
-    )  # fmt: skip
+def check(cluster: Cluster) -> None:
+    """Raise `UsageError` for names that cannot stand in a tag and a configuration."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,39}", cluster.name):
+        raise UsageError(f"cluster name {cluster.name!r}: lower-case letters, digits and hyphens, at most 40")
+    if not re.fullmatch(r"[\w.@+-]{1,100}", cluster.owner, re.ASCII):
+        raise UsageError(f"owner {cluster.owner!r}: letters, digits and . @ + - _")
+
+
+def default_name(tier: Tier) -> str:
+    """The tier's, as tags and configurations take it."""
+    return re.sub(r"[^a-z0-9]+", "-", tier.name.lower()).strip("-")[:40].rstrip("-")
 
 
 def price(cluster: Cluster) -> list[str]:
@@ -142,9 +140,6 @@ def price(cluster: Cluster) -> list[str]:
         note = f" ({note})" if (note := full_note(one)) else ""
         lines.append(f"  {one.instance}: {one.usd_per_hour:g} USD/h read {one.date}{elsewhere}; {one.source}{note}")
     return lines
-
-
-# --- what ray up gets ----------------------------------------------------------------------------------------------
 
 
 def ray_config(cluster: Cluster, provided: Mapping[str, object]) -> dict[str, object]:
@@ -212,7 +207,7 @@ cat > /usr/local/sbin/cluster-guard <<'GUARD'
 {GUARD}GUARD
 chmod 755 /usr/local/sbin/cluster-guard
 cd /etc/systemd/system
-printf '[Service]\\nType=oneshot\\nExecStart=/usr/local/sbin/cluster-guard {role} {cluster.idle_minutes}\\n' \
+printf '[Service]\\nType=oneshot\\nExecStart=/usr/local/sbin/cluster-guard {role} {IDLE_MINUTES}\\n' \
 > cluster-guard.service
 printf '[Timer]\\nOnBootSec=1min\\nOnUnitActiveSec=1min\\n[Install]\\nWantedBy=timers.target\\n' > cluster-guard.timer
 printf '[Service]\\nType=oneshot\\nExecStart=/sbin/shutdown -P now\\n' > cluster-deadline.service
@@ -226,9 +221,6 @@ systemctl enable --now cluster-deadline.timer cluster-guard.timer
 def as_text(config: Mapping[str, object]) -> str:
     """The configuration as ``ray up`` reads it: JSON, which is YAML."""
     return msgspec.json.format(msgspec.json.encode(config), indent=2).decode() + "\n"
-
-
-# --- its life ------------------------------------------------------------------------------------------------------
 
 
 def folder(name: str = "") -> Path:
@@ -248,10 +240,10 @@ def known_clusters() -> list[Cluster]:
     return found
 
 
-def choose(name: str | None, tier: str | None) -> Cluster:
-    """The cluster of this name, or of this tier, or the only one there is. Raises `UsageError`."""
+def choose(name: str | None) -> Cluster:
+    """The cluster of this name, or the only one there is. Raises `UsageError`."""
     known = known_clusters()
-    found = [c for c in known if name in (None, c.name) and tier in (None, c.tier.name)]
+    found = [c for c in known if name in (None, c.name)]
     if len(found) != 1:
         names = ", ".join(c.name for c in known) or "none"
         raise UsageError(f"which cluster? Rented from this machine: {names} ({folder()}); name it")

@@ -208,20 +208,13 @@ class RentOptions:
     tier: str = opt("Hardware of the workers, its region and purchase option.", metavar="NAME", required=True)
     nodes: int = opt("Workers.", 1, kind=click.IntRange(1, 1000))
     name: str | None = opt("Name of the cluster. Default: the tier's.", metavar="NAME")
-    head: str | None = opt("A CPU tier for the head node. Default: aws-m7a.xlarge.", metavar="TIER")
     max_hours: float = opt(
         "Every node ends itself after this long, whatever happens to this machine.",
         8.0, kind=click.FloatRange(0.25, 24 * 14),
     )  # fmt: skip
-    idle_minutes: int = opt(
-        "The cluster ends itself when no harness ran on its head, and nobody was logged in, for so long.",
-        60, kind=click.IntRange(min=30),
-    )  # fmt: skip
-    disk_gib: int | None = opt("Disk of a worker. Default: fits the tier's weights.", kind=click.IntRange(75, 16_000))
     ssh_from: str | None = opt(
         "Who may connect by SSH. Default: this machine's address.", kind=Parsed("cidr", _cidr), metavar="CIDR"
     )
-    owner: str | None = opt("Whom to ask about it; becomes a tag. Default: your user name.", metavar="NAME")
     yes: bool = opt("Rent without asking.", False)
     dry_run: bool = opt("Print the dollars and the configuration for ray up; rent nothing.", False)
 
@@ -256,11 +249,12 @@ def up(asked: RentOptions) -> int:
 
     workers = get_tier(asked.tier)
     provider = _provider(workers.provider)
-    wanted = rent.new_cluster(
-        workers, get_tier(asked.head or HEAD_TIER), name=asked.name, nodes=asked.nodes, max_hours=asked.max_hours,
-        idle_minutes=asked.idle_minutes, disk_gib=asked.disk_gib, ssh_from=asked.ssh_from or "",
-        owner=asked.owner or getpass.getuser(), now=datetime.now(UTC).replace(microsecond=0),
+    wanted = rent.Cluster(
+        name=rent.default_name(workers) if asked.name is None else asked.name, tier=workers, head=get_tier(HEAD_TIER),
+        nodes=asked.nodes, max_hours=asked.max_hours, ssh_from=asked.ssh_from or "", owner=getpass.getuser(),
+        created=datetime.now(UTC).replace(microsecond=0),
     )  # fmt: skip
+    rent.check(wanted)
     if not asked.dry_run:
         if any(known.name == wanted.name for known in rent.known_clusters()):
             raise UsageError(f"there is a cluster {wanted.name} already: 'harness cluster status', or choose a --name")
@@ -287,14 +281,13 @@ def up(asked: RentOptions) -> int:
 
 @cluster.command(short_help="Workers, hours and dollars so far.")
 @click.argument("name", required=False)
-@click.option("--tier", metavar="NAME", help="The cluster of this tier.")
 @JSON_OPTION
-def status(name: str | None, tier: str | None, format_: str) -> int:
+def status(name: str | None, format_: str) -> int:
     """Show the clusters that were rented from this machine: workers that run, dollars so far at most."""
     from cluster.deploy import rent
 
     now, rows = datetime.now(UTC), []
-    for one in [rent.choose(name, tier)] if name or tier else rent.known_clusters():
+    for one in [rent.choose(name)] if name else rent.known_clusters():
         provider = _provider(one.tier.provider)
         rent.check_account(one, provider)
         rows.append({
@@ -314,15 +307,14 @@ def status(name: str | None, tier: str | None, format_: str) -> int:
 
 @cluster.command(short_help="End a cluster, prove that nothing is left, say what it cost.")
 @click.argument("name", required=False)
-@click.option("--tier", metavar="NAME", help="The cluster of this tier.")
-def down(name: str | None, tier: str | None) -> int:
+def down(name: str | None) -> int:
     """End a cluster and prove that nothing of it is left: machines, disks, spot requests, security groups.
 
     Exit status 0 only when AWS shows nothing of it any more; else what is left is listed, and the status is 1.
     """
     from cluster.deploy import rent
 
-    chosen = rent.choose(name, tier)
+    chosen = rent.choose(name)
     return EXIT_VALID if rent.down(chosen, _provider(chosen.tier.provider), say) else EXIT_FAILURE
 
 
