@@ -23,20 +23,8 @@ import pyarrow as pa
 
 from harness.errors import HarnessError, PlanError, UsageError
 from harness.plan.file import Request, iter_batches, read_plan_columns, requests_in
-from harness.record.run_spec import DEFAULTS, NO_TEMPERATURE, OutputLengths, RunSpec
+from harness.record.run_spec import NO_TEMPERATURE, RunSpec
 from scenarios.client.completion import Answer
-from scenarios.client.endpoint import ENDPOINTS
-
-
-@dataclass(frozen=True, slots=True)
-class Lengths:
-    """How planned output lengths are asked for: in which field of the body, and whether forced or at most."""
-
-    field: str = DEFAULTS.length_field
-    kind: OutputLengths = DEFAULTS.output_lengths
-
-
-FORCED = Lengths()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,41 +63,24 @@ class Draft:
         return first + b"," + second if first and second and self.form != "text" else first + second
 
 
-def prepare(
-    request: Request,
-    *,
-    endpoint: str,
-    model: str,
-    extra_body: Mapping[str, object] | None = None,
-    stream: bool = True,
-    lengths: Lengths = FORCED,
-) -> bytes:
+def prepare(request: Request, spec: RunSpec) -> bytes:
     """The bytes of one request from its Content-Length header on; `Endpoint.head` comes before them.
 
-    It asks for its own ``model`` if the plan has one. Generation is greedy (`NO_TEMPERATURE` aside), and forced to
-    ``output_tokens``, or as ``lengths`` say, when the plan has them. ``extra_body`` fields win over ours; a null there
+    It asks for its own ``model`` if the plan has one. Generation is greedy (`NO_TEMPERATURE` aside), and of
+    ``output_tokens`` as the spec says, when the plan has them. ``extra_body`` fields win over ours; a null there
     removes the field (for servers that refuse one they do not know).
 
     Raises `UsageError` when the endpoint cannot take this kind of prompt.
     """
-    return _framed(_encoded(request, _body(request, endpoint, model, extra_body or {}, stream, lengths)))
+    return _framed(_encoded(request, _body(request, spec, spec.extra_body)))
 
 
-def draft(
-    request: Request,
-    *,
-    endpoint: str,
-    model: str,
-    extra_body: Mapping[str, object] | None = None,
-    stream: bool = True,
-    lengths: Lengths = FORCED,
-    kept: bool,
-) -> Draft:
+def draft(request: Request, spec: RunSpec, *, kept: bool) -> Draft:
     """Like `prepare`, for one turn of a live conversation. ``kept``: a later turn needs its answer.
 
     Raises `UsageError` also for an ``extra_body`` with a prompt of its own or one that asks for several answers.
     """
-    extra = dict(extra_body or {})
+    extra = spec.extra_body
     if taken := {"messages", "prompt"} & extra.keys():
         raise UsageError(f"--extra-body must not say {taken.pop()}: a live conversation makes its own")
     for name in ("n", "best_of"):
@@ -117,23 +88,21 @@ def draft(
             raise UsageError(f"--extra-body asks for several answers ({name}): a live conversation goes on from one")
     if extra.get("echo"):
         raise UsageError("--extra-body must not say echo: a live conversation carries the answer, not the prompt twice")
-    form = "messages" if endpoint == "chat" else "text" if request.prompt_token_ids is None else "token_ids"
+    form = "messages" if spec.endpoint == "chat" else "text" if request.prompt_token_ids is None else "token_ids"
     if kept and form == "token_ids":
         extra = {"return_token_ids": True, **extra}
-    body = _body(request, endpoint, model, extra, stream, lengths)
+    body = _body(request, spec, extra)
     name = "messages" if form == "messages" else "prompt"
     prompt = _encoded(request, body.pop(name))
     before, after = b'{"%b":%b' % (name.encode(), prompt[:1]), prompt[-1:] + b"," + _encoded(request, body)[1:]
     return Draft(before, prompt[1:-1], after, form)
 
 
-def most_tokens(
-    request: Request, extra_body: Mapping[str, object] | None = None, lengths: Lengths = FORCED
-) -> int | None:
+def most_tokens(request: Request, spec: RunSpec) -> int | None:
     """Most output tokens that this request allows, over all its choices; null when it sets no limit."""
-    extra = extra_body or {}
-    named = {lengths.field: None if lengths.kind == "free" else request.output_tokens, **extra}
-    fields = (lengths.field, "max_tokens", "max_completion_tokens")
+    extra = spec.extra_body
+    named = {spec.length_field: None if spec.output_lengths == "free" else request.output_tokens, **extra}
+    fields = (spec.length_field, "max_tokens", "max_completion_tokens")
     asked = [n for name in fields if isinstance(n := named.get(name), int)]
     answers = [n for n in (extra.get("n"), extra.get("best_of"), 1) if isinstance(n, int)]
     return max(asked) * max(answers) if asked else None
@@ -150,26 +119,22 @@ def _encoded(request: Request, value: object) -> bytes:
         raise UsageError(f"request {request.request_id} cannot be written as JSON: {e}") from e
 
 
-def _body(
-    request: Request, endpoint: str, model: str, extra_body: Mapping[str, object], stream: bool, lengths: Lengths
-) -> dict[str, object]:
-    body: dict[str, object] = {"model": request.model or model}
-    if endpoint == "completions":
+def _body(request: Request, spec: RunSpec, extra_body: Mapping[str, object]) -> dict[str, object]:
+    body: dict[str, object] = {"model": request.model or spec.model}
+    if spec.endpoint == "completions":
         if request.messages is not None:
             raise UsageError(f"request {request.request_id} holds chat messages: use the chat endpoint")
         body["prompt"] = request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_text
-    elif endpoint == "chat":
-        body["messages"] = _messages(request)
     else:
-        raise UsageError(f"unknown endpoint {endpoint!r}: valid: {', '.join(ENDPOINTS)}")
-    if request.output_tokens is not None and lengths.kind != "free":
-        body[lengths.field] = request.output_tokens
-        if lengths.kind == "forced":
+        body["messages"] = _messages(request)
+    if request.output_tokens is not None and spec.output_lengths != "free":
+        body[spec.length_field] = request.output_tokens
+        if spec.output_lengths == "forced":
             body["ignore_eos"] = True
-    if lengths.field != NO_TEMPERATURE:
+    if spec.length_field != NO_TEMPERATURE:
         body["temperature"] = 0
-    body["stream"] = stream
-    if stream:
+    body["stream"] = spec.stream
+    if spec.stream:
         body["stream_options"] = {"include_usage": True}
     for name, value in extra_body.items():
         if value is None:
@@ -230,16 +195,9 @@ class PlanReader:
     endpoint; from the iterator, too.
     """
 
-    def __init__(
-        self,
-        plan: Path,
-        spec: RunSpec,
-        worker: int = 0,
-    ) -> None:
-        self._plan, self._worker, self._workers = plan, worker, spec.workers
+    def __init__(self, plan: Path, spec: RunSpec, worker: int = 0) -> None:
+        self._plan, self._spec, self._worker = plan, spec, worker
         self.timed = timed = spec.mode == "open"
-        self._endpoint, self._model, self._extra_body = spec.endpoint, spec.model, spec.extra_body
-        self._stream, self._lengths = spec.stream, Lengths(spec.length_field, spec.output_lengths)
         table = self._columns(["request_id", "scheduled_ns", "after", "continues"])
         self.requests: int = table.num_rows
         if timed and table["scheduled_ns"].null_count:
@@ -257,7 +215,7 @@ class PlanReader:
 
     def _columns(self, names: list[str]) -> pa.Table:
         table = read_plan_columns(self._plan, [*names, "slice"])
-        mine = table["slice"].to_numpy() % self._workers == self._worker
+        mine = table["slice"].to_numpy() % self._spec.workers == self._worker
         return table.filter(pa.array(mine)).select(names)
 
     def __iter__(self) -> PlanReader:
@@ -279,21 +237,12 @@ class PlanReader:
 
     def _prepare(self, request: Request) -> Planned:
         continues, kept = bool(request.continues), request.request_id in self._kept
-        payload, turn = b"", None
-        if continues or kept:
-            turn = draft(
-                request, endpoint=self._endpoint, model=self._model, extra_body=self._extra_body, stream=self._stream,
-                lengths=self._lengths, kept=kept,
-            )  # fmt: skip
-        else:
-            payload = prepare(
-                request, endpoint=self._endpoint, model=self._model, extra_body=self._extra_body, stream=self._stream,
-                lengths=self._lengths,
-            )  # fmt: skip
+        turn = draft(request, self._spec, kept=kept) if continues or kept else None
+        payload = prepare(request, self._spec) if turn is None else b""
         return Planned(
             request.request_id, request.scheduled_ns, request.after, request.think_ns or 0, payload, request.slice,
             request.cancel_after_ns, request.timeout_ns, turn, continues, kept,
-            most_tokens(request, self._extra_body, self._lengths),
+            most_tokens(request, self._spec),
         )  # fmt: skip
 
     def _read_ahead(self) -> Any:

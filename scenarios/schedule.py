@@ -42,23 +42,22 @@ class Schedule:
     for another (``after``) is due ``think_ns`` after that one finished, with or without success, but not before its own
     time. So waiting for the server is not lag: lag is the generator's alone.
 
-    With ``requests`` (how many ``planned`` will yield) it is read as needed, `AHEAD` ahead; ``awaited`` holds the ids
-    that others wait for, ascending. In a closed loop, where only the order matters, a turn that was not read yet is
-    sent when reading gets there; in an open loop it is not due before.
+    ``planned`` yields ``requests`` of them and is read as needed, `AHEAD` ahead; ``awaited`` holds the ids that others
+    wait for, ascending. In a closed loop, where only the order matters, a turn that was not read yet is sent when
+    reading gets there; in an open loop it is not due before.
     """
 
     def __init__(
-        self, planned: Iterable[Planned], *, timed: bool, requests: int | None = None,
-        awaited: npt.NDArray[np.int64] | None = None,
-    ) -> None:  # fmt: skip
+        self, planned: Iterable[Planned], *, timed: bool, requests: int, awaited: npt.NDArray[np.int64]
+    ) -> None:
         self._timed = timed
         self._free: deque[tuple[int, Planned]] = deque()
         self._waiting: dict[int, list[Planned]] = {}
         self._released: list[tuple[int, int, Planned]] = []
         self._ends: dict[int, int] = {}  # when requests ended whose next turns were not read yet
         self._planned = iter(planned)
-        self._awaited = np.empty(0, dtype=np.int64) if awaited is None else awaited
-        self._shared = len(np.unique(self._awaited)) < len(self._awaited)  # several wait for the same
+        self._awaited = awaited
+        self._shared = len(np.unique(awaited)) < len(awaited)  # several wait for the same
         self._now_ns = self._read_ns = 0  # the run clock, as last given; the planned time of the last request read
         self._bytes = 0
         self._out = 0  # handed out and not finished
@@ -67,13 +66,7 @@ class Schedule:
         self.all_read = False
         self.trouble: HarnessError | None = None
         """Why reading failed, if it did."""
-        self.left = 0
-        if requests is None:
-            while not self.all_read:
-                self.left += self._read_one()
-            self._check_order()
-        else:
-            self.left = requests
+        self.left = requests
 
     @classmethod
     def of(cls, plan: PlanReader) -> Schedule:
@@ -82,14 +75,6 @@ class Schedule:
         while schedule.wants_more(0) and schedule.read_more():
             pass
         return schedule
-
-    def _check_order(self) -> None:
-        if self.trouble is not None:
-            raise self.trouble
-        ids = {one.request_id for one in self._all()}
-        for after, turns in self._waiting.items():
-            if after not in ids or any(turn.request_id <= after for turn in turns):
-                raise PlanError(f"request {turns[0].request_id} waits for {after}, which does not come before it here")
 
     # -- reading the plan ---------------------------------------------------------------------------------------------
 

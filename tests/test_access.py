@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import StartServer, harness
+from test_client import spec_of
 
 from harness.errors import ServerError, UsageError
 from harness.plan.file import Request
@@ -18,7 +19,7 @@ from harness.server.access import Access, Patience, check_key_header
 from harness.server.question import retry_after_s
 from harness.server.warmup import ask
 from scenarios.client.client import Client
-from scenarios.plan_reader import Lengths, prepare
+from scenarios.plan_reader import prepare
 
 
 def test_the_key_is_a_bearer_or_alone_in_another_header() -> None:
@@ -35,25 +36,25 @@ def test_the_key_is_a_bearer_or_alone_in_another_header() -> None:
             check_key_header(bad, headers)
 
 
-def body(lengths: Lengths, **extra: object) -> dict[str, object]:
+def body(lengths: dict[str, Any], **extra: object) -> dict[str, object]:
     request = Request(
         request_id=0, phase="measured", scheduled_ns=0, slice=0, after=None, think_ns=None, input_tokens=None,
         output_tokens=7, prompt_token_ids=None, prompt_text="a", messages=None,
     )  # fmt: skip
-    raw = prepare(request, endpoint="completions", model="m", stream=False, lengths=lengths, extra_body=extra)
+    raw = prepare(request, spec_of(model="m", stream=False, extra_body=extra, **lengths))
     sent: dict[str, object] = json.loads(raw.partition(b"\r\n\r\n")[2])
     assert (sent.pop("model"), sent.pop("prompt"), sent.pop("stream")) == ("m", "a", False)
     return sent
 
 
 def test_how_lengths_are_asked_for() -> None:
-    assert body(Lengths()) == {"max_tokens": 7, "ignore_eos": True, "temperature": 0}
-    assert body(Lengths(kind="cap")) == {"max_tokens": 7, "temperature": 0}
-    assert body(Lengths(kind="free")) == {"temperature": 0}
-    hosted = Lengths("max_completion_tokens", "cap")
+    assert body({}) == {"max_tokens": 7, "ignore_eos": True, "temperature": 0}
+    assert body({"output_lengths": "cap"}) == {"max_tokens": 7, "temperature": 0}
+    assert body({"output_lengths": "free"}) == {"temperature": 0}
+    hosted = {"length_field": "max_completion_tokens", "output_lengths": "cap"}
     assert body(hosted) == {"max_completion_tokens": 7}
     assert body(hosted, temperature=1) == {"max_completion_tokens": 7, "temperature": 1}
-    assert body(Lengths("max_new_tokens")) == {"max_new_tokens": 7, "ignore_eos": True, "temperature": 0}
+    assert body({"length_field": "max_new_tokens"}) == {"max_new_tokens": 7, "ignore_eos": True, "temperature": 0}
 
 
 def test_the_query_of_a_base_url_goes_with_every_request() -> None:

@@ -112,7 +112,7 @@ OWN = ("connect_timeout_s", "api_key", "secret_headers", "sampler")
 
 
 def spec_of(*urls, **asked):
-    return RunSpec(mode="open", model="fake", base_urls=[*urls], **asked)
+    return RunSpec(**{"mode": "open", "model": "fake", "base_urls": [*urls], **asked})
 
 
 class Run:
@@ -125,7 +125,7 @@ class Run:
         self.sent = 0
 
     def send(self, payload=None, ended=None, session=0, cancel_after_ns=None, timeout_ns=None, **fields):
-        payload = payload or prepare(request(**fields), endpoint="completions", model="fake")
+        payload = payload or prepare(request(**fields), spec_of())
         self.client.send(
             Result(self.sent, 0),
             payload,
@@ -220,19 +220,19 @@ def body_of(payload):
 def test_prepare_fits_the_prompt_to_the_endpoint():
     text = request(ids=None, text="hi")
     chat = request(ids=None, messages='[{"role": "user", "content": "hi"}]')
-    assert body_of(prepare(text, endpoint="completions", model="m"))["prompt"] == "hi"
-    assert body_of(prepare(text, endpoint="chat", model="m"))["messages"] == [{"role": "user", "content": "hi"}]
-    assert body_of(prepare(chat, endpoint="chat", model="m"))["messages"] == [{"role": "user", "content": "hi"}]
-    free = body_of(prepare(request(output_tokens=None), endpoint="completions", model="m"))
+    assert body_of(prepare(text, spec_of(model="m")))["prompt"] == "hi"
+    assert body_of(prepare(text, spec_of(endpoint="chat")))["messages"] == [{"role": "user", "content": "hi"}]
+    assert body_of(prepare(chat, spec_of(endpoint="chat")))["messages"] == [{"role": "user", "content": "hi"}]
+    free = body_of(prepare(request(output_tokens=None), spec_of(model="m")))
     assert "max_tokens" not in free
     assert "ignore_eos" not in free
     extra = {"temperature": 0.7, "stream_options": None, "top_p": 0.9}
-    changed = body_of(prepare(text, endpoint="chat", model="m", extra_body=extra))
+    changed = body_of(prepare(text, spec_of(endpoint="chat", extra_body=extra)))
     assert (changed["temperature"], changed["top_p"], "stream_options" in changed) == (0.7, 0.9, False)
     broken = request(ids=None, messages="{")
-    for bad, endpoint in ((request(), "chat"), (chat, "completions"), (broken, "chat"), (text, "x")):
+    for bad, endpoint in ((request(), "chat"), (chat, "completions"), (broken, "chat")):
         with pytest.raises(UsageError):
-            prepare(bad, endpoint=endpoint, model="m")
+            prepare(bad, spec_of(endpoint=endpoint, model="m"))
 
 
 @pytest.mark.parametrize(
@@ -433,7 +433,7 @@ def test_ipv6(serve, run):
 )  # fmt: skip
 def test_each_fault_is_a_row_of_its_class(faulty, run, fault, error):
     sender = run(faulty.url)
-    payload = prepare(request(output_tokens=6), endpoint="completions", model="fake", extra_body={"fault": fault})
+    payload = prepare(request(output_tokens=6), spec_of(extra_body={"fault": fault}))
     row = sender.one(payload=payload)
     assert row.error == error, row.detail
     assert row.error is None or (row.error in ERRORS and row.detail)
@@ -489,7 +489,7 @@ def test_no_descriptors_left(serve, run, monkeypatch):
 def test_a_stall_and_a_timeout_keep_what_was_there(faulty, run):
     for limits, error in (({"stall_s": 0.4}, "stall"), ({"timeout_s": 0.4}, "timeout")):
         sender = run(faulty.url, **limits)
-        payload = prepare(request(), endpoint="completions", model="fake", extra_body={"fault": "stall"})
+        payload = prepare(request(), spec_of(extra_body={"fault": "stall"}))
         row = sender.one(payload=payload)
         assert row.error == error
         assert len(row.chunk_ns) == 2
@@ -692,7 +692,7 @@ def test_ten_thousand_idle_connections_cost_no_comparison_each(run):
 def test_aborted_requests_are_rows(faulty, run):
     sender = run(faulty.url)
     for _ in range(3):
-        sender.send(payload=prepare(request(), endpoint="completions", model="fake", extra_body={"fault": "stall"}))
+        sender.send(payload=prepare(request(), spec_of(extra_body={"fault": "stall"})))
     sender.until(lambda: sender.all_have(2), "all stream")
     sender.client.abort("stopped", "enough")
     rows = sender.wait()
@@ -711,8 +711,8 @@ def test_the_key_is_in_no_row(serve, run):
 
 
 def test_a_request_may_ask_for_its_own_model():
-    assert body_of(prepare(request(model="lora-1"), endpoint="completions", model="m"))["model"] == "lora-1"
-    assert body_of(prepare(request(), endpoint="completions", model="m"))["model"] == "m"
+    assert body_of(prepare(request(model="lora-1"), spec_of(model="m")))["model"] == "lora-1"
+    assert body_of(prepare(request(), spec_of(model="m")))["model"] == "m"
 
 
 WHOLE = {
@@ -735,7 +735,7 @@ def test_without_a_stream_only_the_end_is_timed(serve, run):
         connection.sendall(whole(WHOLE))
 
     sender = run(serve(talk).url, stream=False, stall_s=0.1)
-    row = sender.one(payload=prepare(request(), endpoint="completions", model="m", stream=False))
+    row = sender.one(payload=prepare(request(), spec_of(stream=False)))
     head, _, body = got[0].partition(b"\r\n\r\n")
     assert b"Accept: application/json" in head
     assert json.loads(body)["stream"] is False

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, StartServer, harness, trace_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_client import HEAD, Run, Server, chunk, read_request, request
+from test_client import HEAD, Run, Server, chunk, read_request, request, spec_of
 from test_plan import VOCABULARY, build, trace_of
 from test_worker import classes, starter, write_plan  # noqa: F401 - a fixture
 
@@ -103,8 +103,8 @@ def test_with_the_recorded_answers_a_live_conversation_is_the_recorded_one(form,
         assert (new is None) == (i == 0)
         part = prompt if new is None else whole(form, new)
         assert part == more
-        turn = draft(planned(form, i, part), endpoint=endpoint, model="m", kept=True)
-        expected = body_of(prepare(planned(form, i, prompt), endpoint=endpoint, model="m"))
+        turn = draft(planned(form, i, part), spec_of(endpoint=endpoint, model="m"), kept=True)
+        expected = body_of(prepare(planned(form, i, prompt), spec_of(endpoint=endpoint, model="m")))
         got = body_of(turn.payload(history))
         assert got.pop("return_token_ids", None) == (True if form == "ids" else None)
         assert got == expected
@@ -218,12 +218,12 @@ def test_what_cannot_be_live_is_refused_when_planned(tmp_path, rows, spec, words
 @pytest.mark.parametrize("extra", [{"messages": []}, {"prompt": "x"}, {"n": 2}, {"best_of": 3}, {"echo": True}])
 def test_a_body_of_ones_own_that_a_conversation_cannot_have(extra):
     with pytest.raises(UsageError, match="live conversation"):
-        draft(request(text="a", ids=None), endpoint="chat", model="m", extra_body=extra, kept=True)
+        draft(request(text="a", ids=None), spec_of(endpoint="chat", extra_body=extra), kept=True)
 
 
 def test_only_turns_whose_ids_are_needed_ask_for_them():
-    assert body_of(draft(request(), endpoint="completions", model="m", kept=True).payload())["return_token_ids"] is True
-    last = body_of(draft(request(), endpoint="completions", model="m", kept=False).payload(b"5,6"))
+    assert body_of(draft(request(), spec_of(), kept=True).payload())["return_token_ids"] is True
+    last = body_of(draft(request(), spec_of(), kept=False).payload(b"5,6"))
     assert "return_token_ids" not in last
     assert last["prompt"] == [5, 6, 1, 2, 3]
 
@@ -321,7 +321,7 @@ def test_a_client_tells_the_answer_and_goes_on_recognising_plain_events(echo, to
     server, told = echo(tokens=tokens, slow_s=0.0005), []
     run = Run(server.url, endpoint="chat")
     try:
-        payload = draft(request(text="hi", ids=None), endpoint="chat", model="m", kept=True).payload()
+        payload = draft(request(text="hi", ids=None), spec_of(endpoint="chat"), kept=True).payload()
         stream = run.client.send(Result(0, 0), payload, on_answer=lambda result, answer: told.append(answer.text))
         run.sent = 1
         texts = 0

@@ -6,14 +6,14 @@ import contextlib
 import time
 
 import pytest
-from test_client import Run, Server, request
+from test_client import Run, Server, request, spec_of
 
 from harness.record.results import ERRORS, Result
 from scenarios.client.fast_path import Template
 from scenarios.client.http1 import Response
 from scenarios.client.in_flight import InFlight
 from scenarios.client.reader import ReceiveBuffer
-from scenarios.plan_reader import Lengths, most_tokens, prepare
+from scenarios.plan_reader import most_tokens, prepare
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nTransfer-Encoding: chunked\r\n\r\n"
 END = b'data: {"choices":[{"text":"a","finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
@@ -107,7 +107,7 @@ def test_a_stream_without_end_is_hung_up_on(event, monkeypatch) -> None:
     server = Server(talk)
     sender = Run(server.url, timeout_s=20.0)
     try:
-        payload = prepare(request(), endpoint="completions", model="fake")
+        payload = prepare(request(), spec_of())
         sender.client.send(Result(0, 0), payload, most_tokens=2)
         sender.sent = 1
         (row,) = sender.wait()
@@ -140,9 +140,9 @@ def test_how_long_is_too_long(most, events, size, too_long) -> None:
      (20, {"n": 3}, 60), (20, {"max_tokens": None}, None), (20, {"n": "x"}, 20)],
 )  # fmt: skip
 def test_how_much_a_request_asks_for(planned, extra, most) -> None:
-    assert most_tokens(request(output_tokens=planned), extra) == most
+    assert most_tokens(request(output_tokens=planned), spec_of(extra_body=extra)) == most
 
 
 def test_lengths_that_are_not_sent_bound_nothing() -> None:
-    assert most_tokens(request(output_tokens=20), {}, Lengths("max_tokens", "free")) is None
-    assert most_tokens(request(output_tokens=20), {}, Lengths("length", "cap")) == 20
+    assert most_tokens(request(output_tokens=20), spec_of(output_lengths="free")) is None
+    assert most_tokens(request(output_tokens=20), spec_of(length_field="length", output_lengths="cap")) == 20

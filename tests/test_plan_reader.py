@@ -130,11 +130,10 @@ def test_another_workers_predecessor_is_refused(tmp_path: Path) -> None:
 
 def play(rows: list[Planned], took: list[int], *, timed: bool, lazily: bool, slots: int) -> list[tuple[int, int, int]]:
     """(id, due, sent) of a run with answers of known length; ``slots`` in flight at most."""
-    options = {}
-    if lazily:
-        awaited = np.sort(np.array([one.after for one in rows if one.after is not None], dtype=np.int64))
-        options = {"requests": len(rows), "awaited": awaited}
-    schedule = Schedule(iter(rows) if lazily else rows, timed=timed, **options)
+    awaited = np.sort(np.array([one.after for one in rows if one.after is not None], dtype=np.int64))
+    schedule = Schedule(rows, timed=timed, requests=len(rows), awaited=awaited)
+    while not lazily and schedule.read_more():
+        pass
     now, ends, log = 0, [], []
     while schedule.left:
         while lazily and schedule.wants_more(now) and schedule.read_more():

@@ -11,7 +11,7 @@ import pytest
 from conftest import StartServer, harness, in_time
 from hypothesis import given
 from hypothesis import strategies as st
-from test_worker import classes, starter, write_plan  # noqa: F401 - a fixture
+from test_worker import classes, starter, whole_schedule, write_plan  # noqa: F401 - a fixture
 
 from harness.cli import main
 from harness.plan.file import iter_requests
@@ -19,7 +19,6 @@ from harness.record.manifest import RunDir, read_manifest
 from harness.record.results import read_results
 from scenarios.dispatch import slot_starts
 from scenarios.plan_reader import Planned
-from scenarios.schedule import Schedule
 
 S = 1_000_000_000
 
@@ -32,7 +31,7 @@ def planned(i, at=None, after=None, think=0):
 
 
 def test_a_waiting_turn_is_due_at_the_later_of_its_own_time_and_the_answer_before_it():
-    schedule = Schedule([planned(0, 0), planned(1, 100, after=0, think=10), planned(2, 30, after=1)], timed=True)
+    schedule = whole_schedule([planned(0, 0), planned(1, 100, after=0, think=10), planned(2, 30, after=1)], timed=True)
     schedule.take(0)
     assert schedule.next_due() is None, "nobody knows yet when"
     assert schedule.finished(0, 20)
@@ -50,7 +49,7 @@ def test_who_is_late_goes_in_the_order_it_was_due(timed, order):
     """
     at = {0: 0, 2: 30, 3: 40} if timed else {}
     rows = [planned(i, at.get(i, 1 if timed else None), 0 if i == 1 else None) for i in range(4)]
-    schedule = Schedule(rows, timed=timed)
+    schedule = whole_schedule(rows, timed=timed)
     schedule.take(0)
     schedule.finished(0, 35)
     assert [schedule.take(100)[0].request_id for _ in range(3)] == order
@@ -58,11 +57,11 @@ def test_who_is_late_goes_in_the_order_it_was_due(timed, order):
 
 def test_what_was_never_sent_says_when_it_was_due():
     rows = [planned(0, 0), planned(1, 1, after=0, think=5), planned(2, 2, after=1), planned(3, 7)]
-    schedule = Schedule(rows, timed=True)
+    schedule = whole_schedule(rows, timed=True)
     schedule.take(0)
     schedule.finished(0, 20)
     assert [(p.request_id, p.scheduled_ns) for p in schedule.rest()] == [(1, 25), (2, 2), (3, 7)]
-    schedule = Schedule([planned(0), planned(1, after=0)], timed=False)
+    schedule = whole_schedule([planned(0), planned(1, after=0)], timed=False)
     schedule.take(0)
     schedule.finished(0, 20)
     assert [p.scheduled_ns for p in schedule.rest()] == [None]
@@ -81,7 +80,7 @@ def test_every_request_goes_out_once_and_never_before_it_may(sessions, took, thi
         after = last.get(session) if session else None
         rows.append(planned(i, 10 * i if timed else None, after, think))
         last[session] = i
-    schedule = Schedule(rows, timed=timed)
+    schedule = whole_schedule(rows, timed=timed)
     now, ends, sent = 0, {}, {}
     while schedule.left:
         due = schedule.next_due()

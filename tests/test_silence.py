@@ -12,7 +12,7 @@ from typing import Any
 import gevent
 import pytest
 from rich.console import Console
-from test_client import Run, Server, request
+from test_client import Run, Server, request, spec_of
 from test_question import OK, server
 
 from cluster.deploy.load_workers import LoadWorkers, _Progress, _State
@@ -183,14 +183,14 @@ def test_the_client_knows_how_long_a_server_has_sent_nothing(monkeypatch) -> Non
     sender = Run(listener.url, timeout_s=20.0)
     try:
         assert sender.client.quiet_s() == ({}, [])
-        sender.send(prepare(request(), endpoint="completions", model="fake"))
+        sender.send(prepare(request(), spec_of()))
         gevent.sleep(0.1)
         quiet, heard = sender.client.quiet_s()
         assert 0.05 < quiet[0] < 5 and heard == []
         go_on.set()
         sender.wait()
         assert sender.client.quiet_s() == ({}, [])
-        sender.send(prepare(request(), endpoint="completions", model="fake"))
+        sender.send(prepare(request(), spec_of()))
         gevent.sleep(0.1)
         sender.client.abort("stall", "the server was silent", replica=1)
         assert sender.client.in_flight == 1
