@@ -97,9 +97,6 @@ def untold(rows: Rows) -> int:
     return int((rows.success & (rows.chunks >= 2) & np.isnan(rows.stated_tokens)).sum())
 
 
-# ---------------------------------------------------------------------------------------------- which requests count
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
     """Measured requests by what became of them; planned is the sum of all but ``sent``."""
@@ -195,9 +192,6 @@ def slo_ratio(rows: Rows, slo: Mapping[str, float]) -> Floats:
     return worst
 
 
-# ------------------------------------------------------------------------------------------------ the window and rates
-
-
 def input_token_events(rows: Rows) -> tuple[Floats, Floats]:
     """(time s, input tokens) of successful requests, at the first chunk (the prompt has been read by then)."""
     sold = rows.success & np.isfinite(rows.input_tokens)
@@ -251,7 +245,6 @@ def tokens(rows: Rows) -> Tokens:
 
 
 def _total(values: Floats) -> int | None:
-    """Sum of those that are known; None where none is."""
     known = np.isfinite(values)
     return int(values.sum(where=known)) if known.any() else None
 

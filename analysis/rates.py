@@ -23,8 +23,6 @@ from analysis.rows.run import LoadKind as LoadKind
 from analysis.rows.run import Rows, Run
 from analysis.stats.intervals import Quantity, rate, share, without_interval
 from analysis.stats.relaxation import ClosedLoop, Memory, relaxation
-from harness.record.manifest import RunDir
-from harness.record.samples import read_server_metrics
 from harness.slo import criteria
 
 SLOTS = "--max-num-seqs"
@@ -38,7 +36,6 @@ class Fullness:
     """How full all servers together were over the window; None is not known."""
 
     in_flight: float | None
-    """Requests in flight at the client, time average."""
     running: float | None
     """Requests in the running batches, time average of what the servers said each second."""
     slots: int | None
@@ -80,13 +77,12 @@ def fullness(run: Run, window: Window | None, in_flight: float | None) -> Fullne
 def _gauge(run: Run, window: Window | None, name: str) -> list[Floats] | None:
     """A gauge of each server in the window; None where a server was not sampled there, or said no number."""
     made: list[Floats] = []
-    for replica in run.manifest.replicas if window is not None else ():
-        table = read_server_metrics(RunDir(run.path).server_metrics(replica.index))
-        if table is None or window is None:
-            return None
+    if window is None:
+        return None
+    for table in run.server_tables() or ():
         time_s = table.column("t_ns").to_numpy() / 1e9
-        values = table.column(name).to_numpy().astype(np.float64)
-        values = values[(time_s >= window.start_s) & (time_s <= window.end_s)]
+        inside = (time_s >= window.start_s) & (time_s <= window.end_s)
+        values = table.column(name).to_numpy().astype(np.float64)[inside]
         if not len(values) or not np.isfinite(values).all():
             return None
         made.append(values)
@@ -160,9 +156,6 @@ def offered_load(run: Run) -> OfferedLoad:
         session_rate=session_rate,
         requests_per_session=per_session,
     )
-
-
-# --------------------------------------------------------------------------------------------------- what was served
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,16 +272,12 @@ def given_rate(q: Quantity) -> Quantity:
     return q if q.value is None else replace(q, low=None, high=None, note=q.note or GIVEN)
 
 
-# -------------------------------------------------------------------------------------------------------------- SLO
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
     """One criterion of the SLO and what became of it."""
 
     name: str
     limits: dict[str, float]
-    """Seconds by metric."""
     wanted: float
     """Share of offered requests that are to keep all its limits."""
     attainment: Quantity
@@ -301,7 +290,6 @@ class Slo:
     """An SLO and how far it was met (`harness.slo` has the rules)."""
 
     limits: dict[str, float]
-    """As it was asked for: seconds by key, ``ttft`` or ``ttft_p99``."""
     attainment: Quantity
     """Share of offered requests that were within every limit, each percentile's own among them: what goodput counts."""
     attain: float
@@ -348,7 +336,6 @@ def judge(run: Run, limits: dict[str, float], counts: Counts, attain: float, que
 
 
 def _in_time(rows: Rows, flags: Bools) -> Bools:
-    """Flags of the rows in the order they were due."""
     found = np.zeros(len(rows), np.bool_)
     found[rows.rank] = flags
     return found

@@ -137,7 +137,6 @@ class Summary:
     tier: Tier | None
     model: str
     label: str | None
-    """What the user calls this system; None: nothing."""
     engine: str
     server: Server
     host: Host
@@ -355,7 +354,6 @@ def _replicas(run: Run) -> int:
 
 
 def _errors(run: Run) -> list[ErrorCount]:
-    """Error classes of the measured rows, most frequent first; lost requests last."""
     found = []
     skipped = int(metrics.not_due(run).sum())
     for name, count in metrics.by_error(run)[1].items():

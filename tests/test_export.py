@@ -64,7 +64,7 @@ def test_arrow_agrees_with_the_report(runs, tmp_path):
 
 def test_duckdb_reads_it(runs, tmp_path):
     duckdb = pytest.importorskip("duckdb")
-    for name in ("rows.parquet", "rows.json", "rows.jsonl"):
+    for name in ("rows.parquet", "rows.jsonl"):
         export_runs(runs, out := tmp_path / name)
         asked = f"SELECT avg(ttft_s), count(*), sum(len(chunk_gap_ns)) FROM '{out}' WHERE run = 'one' AND measured"
         mean, rows, chunks = duckdb.sql(asked).fetchall()[0]
@@ -75,19 +75,19 @@ def test_duckdb_reads_it(runs, tmp_path):
 def polars_reads(polars, file):
     if file.suffix == ".csv":
         return polars.read_csv(file, infer_schema_length=None)
-    return {".parquet": polars.read_parquet, ".json": polars.read_json, ".jsonl": polars.read_ndjson}[file.suffix](file)
+    return {".parquet": polars.read_parquet, ".jsonl": polars.read_ndjson}[file.suffix](file)
 
 
 def pandas_reads(pandas, file):
     if "json" in file.suffix:
-        return pandas.read_json(file, lines=file.suffix == ".jsonl")
+        return pandas.read_json(file, lines=True)
     return pandas.read_csv(file) if file.suffix == ".csv" else pandas.read_parquet(file)
 
 
 def test_polars_and_pandas_read_it(runs, tmp_path):
     polars, pandas = pytest.importorskip("polars"), pytest.importorskip("pandas")
     true = load(runs[0]).summary().metrics.e2e.mean.value
-    for name in ("rows.parquet", "rows.csv", "rows.json", "rows.jsonl"):
+    for name in ("rows.parquet", "rows.csv", "rows.jsonl"):
         export_runs(runs, out := tmp_path / name)
         frames = [polars_reads(polars, out).to_pandas(), pandas_reads(pandas, out)]
         for frame in frames:
@@ -108,15 +108,6 @@ def test_csv_is_flat_and_runs_no_formula(runs, tmp_path):
     assert by_id["two", "0"]["model"] == "'=m"
     assert by_id["one", "21"]["sent_ns"] == ""
     assert not any(cell.startswith(("=", "+", "@")) for r in rows for cell in r.values())
-
-
-def test_json_is_one_array_and_of_no_rows_an_empty_one(runs, tmp_path):
-    export_runs(runs, out := tmp_path / "rows.json")
-    assert len(json.loads(out.read_text())) == 27
-    export_runs([write_run(tmp_path / "none", [], requests=2)], out)
-    assert json.loads(out.read_text()) == []
-    export_runs([tmp_path / "none"], out := tmp_path / "none.parquet")
-    assert parquet.read_table(out).schema.equals(SCHEMA)
 
 
 def test_it_is_written_in_batches(runs, tmp_path, monkeypatch):
@@ -209,3 +200,9 @@ def test_rows_that_came_later_are_not_mixed_in(tmp_path):
     short = read_run(write_run(tmp_path / "run", [good(i) for i in range(5)], requests=9))
     write_run(tmp_path / "run", [good(i) for i in range(9)], spec=SPEC)
     assert sum(len(part) for part in short.parts()) == 5
+
+
+def test_no_rows_are_a_table_of_none(tmp_path):
+    path = write_run(tmp_path / "none", [], requests=2)
+    export_runs([path], out := tmp_path / "none.parquet")
+    assert parquet.read_table(out).schema.equals(SCHEMA)

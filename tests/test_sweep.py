@@ -32,7 +32,7 @@ from harness.sweep.cost import (
     BETWEEN_S,
     DRAIN_S,
     ITL_S,
-    Survey,
+    TraceLoad,
     estimate,
     expect,
     rows_needed,
@@ -273,7 +273,7 @@ def test_plans_are_shared_by_the_tiers_of_a_model_and_by_nobody_else() -> None:
 
 # --- what it will cost -----------------------------------------------------------------------------------------------
 
-TRACE = Survey(rows=1000, output_tokens=100.0, longest_output=400)
+TRACE = TraceLoad(rows=1000, output_tokens=100.0, longest_output=400)
 AROUND = BETWEEN_S + 400 * ITL_S
 
 
@@ -380,7 +380,7 @@ def test_a_trace_is_read_no_further_than_the_heaviest_level_needs(tmp_path: Path
     file.write_text("".join(json.dumps(row | {"arrival_s": i, "output_tokens": i + 1}) + "\n" for i in range(50)))
     assert rows_needed([Level(request_rate=2.0), Level(request_rate=0.1)], PlanOptions(duration_s=10.0)) == 20
     found = survey(open_trace(file), [Level(request_rate=2.0)], PlanOptions(duration_s=10.0))
-    assert found == Survey(rows=20, output_tokens=10.5, longest_output=20, span_s=19.0)
+    assert found == TraceLoad(rows=20, output_tokens=10.5, longest_output=20, span_s=19.0)
     assert survey(open_trace(file), [Level(concurrency=2)], PlanOptions(limit=4)).rows == 4
     assert survey(open_trace(file), [Level(concurrency=2)], PlanOptions(duration_s=4.0)).rows == 50
 

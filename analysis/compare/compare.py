@@ -208,9 +208,6 @@ def _notes(pairs: Pairs, left: Sequence[str]) -> list[str]:
     return notes
 
 
-# ------------------------------------------------------------------------------------------------------- one load
-
-
 def _at_load(pairs: Sequence[tuple[PairedRun, PairedRun]], gates: Sequence[Gate]) -> LoadComparison:
     found = [pair_figures(a, b) for a, b in pairs]
     evidence = pairs[0][0].summary.evidence

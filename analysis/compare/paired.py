@@ -116,9 +116,6 @@ def pair_figures(a: PairedRun, b: PairedRun) -> tuple[dict[str, PairFigure], int
     return {name: figures[name] for name in FIGURES}, n, int(a.offered.sum()) + int(b.offered.sum()) - 2 * n
 
 
-# -------------------------------------------------------------------------------------------------------------- blocks
-
-
 @lru_cache(maxsize=8)
 def block_counts(units: int, share: int = BLOCKS, seed: int = 0) -> Floats:
     """How often each of ``units`` units is in each resample, shape (RESAMPLES, units): circular blocks, ``share`` to a
@@ -154,9 +151,6 @@ def _figure(a: float, b: float, drawn_a: Floats, drawn_b: Floats, n: int, blocks
         difference=ends_of_resamples(b_s - a_s, b - a, blocks),
         change=ends_of_resamples(b_s / a_s - 1, b / a - 1, blocks) if ratio else (None, None),
     )
-
-
-# ------------------------------------------------------------------------------------------------------------- figures
 
 
 def _percentiles(metric: str, a: Floats, b: Floats) -> dict[str, PairFigure]:

@@ -43,11 +43,9 @@ class Served:
         return np.asarray((self.last - self.ttft) / np.where(self.n_out > 1, self.n_out - 1, np.nan))
 
 
-Values = tuple[Floats, Floats | None]
-"""Values, and their weights where a tool weighs them."""
-Metric = Callable[[Served], Values | None]
-"""None: it needs chunk gaps, and there are none here."""
 Percentile = Callable[[Floats, Floats | None, float], float]
+Values = dict[str, Floats | tuple[Floats, Floats]]
+"""Of each metric the values, or values and weights where a tool weighs them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +74,7 @@ def variant(name: str, rows: Rows, gaps_s: Floats | None = None) -> dict[str, Fi
         ttft=ttft, last=last, ended=ended - sent, n_in=rows.input_tokens[ok], n_out=rows.output_tokens[ok], gaps=gaps_s,
         until_all_ended=_span(rows.sent_s[went], rows.finished_s[went]), until_last_chunk=_span(sent, sent + last),
     )  # fmt: skip
-    found = {metric: values(served) for metric, values in metrics.items()}
-    return {metric: _figures(*taken, percentile) for metric, taken in found.items() if taken is not None}
+    return {metric: _figures(found, percentile) for metric, found in metrics(served).items()}
 
 
 def variant_of(name: str, run: Run) -> dict[str, Figures]:
@@ -92,7 +89,8 @@ def _span(begin: Floats, end: Floats) -> float:
     return float(np.nanmax(end) - begin.min()) if np.isfinite(end).any() else 0.0
 
 
-def _figures(values: Floats, weights: Floats | None, percentile: Percentile) -> Figures:
+def _figures(found: Floats | tuple[Floats, Floats], percentile: Percentile) -> Figures:
+    values, weights = found if isinstance(found, tuple) else (found, None)
     known = np.isfinite(values)
     values = values[known]
     weights = None if weights is None else np.nan_to_num(weights[known])
@@ -117,65 +115,43 @@ def by_weight(values: Floats, weights: Floats | None, p: float) -> float:
     return float(values[order][min(len(values) - 1, int(np.searchsorted(running / running[-1], p)))])
 
 
-def _plain(metric: Callable[[Served], Floats]) -> Metric:
-    return lambda s: (metric(s), None)
+def _rates(s: Served, window_s: float, *names: str) -> Values:
+    """Successes, output tokens, input + output tokens per second of a window, ramp and drain included."""
+    out = float(np.nansum(s.n_out))
+    amounts = (len(s.ttft), out, out + float(np.nansum(s.n_in))) if len(s.ttft) and window_s > 0 else ()
+    return {name: np.array([amount / window_s for amount in amounts[k : k + 1]]) for k, name in enumerate(names)}
 
 
-def _rate(amount: Callable[[Served], float], window: Callable[[Served], float]) -> Metric:
-    """An amount per second of a window, ramp and drain included."""
-    return lambda s: (np.array([amount(s) / window(s)] if len(s.ttft) and window(s) > 0 else []), None)
+def _gaps(s: Served, name: str) -> Values:
+    return {} if s.gaps is None else {name: s.gaps}
 
 
-def _gaps(s: Served) -> Values | None:
-    return None if s.gaps is None else (s.gaps, None)
+def _vllm_bench(s: Served) -> Values:
+    rates = ("request_throughput", "output_throughput", "total_token_throughput")
+    return {"ttft": s.ttft, "tpot": s.itl, **_gaps(s, "itl"), "e2el": s.last, **_rates(s, s.until_all_ended, *rates)}
 
 
-def _guidellm_tpot(s: Served) -> Values:
+def _guidellm(s: Served) -> Values:
     n = np.nan_to_num(s.n_out)
-    return np.nan_to_num(np.where(n > 0, s.last / np.where(n > 0, n, 1.0), 0.0)), n
+    return {
+        "time_to_first_token": np.nan_to_num(s.ttft),
+        "time_per_output_token": (np.nan_to_num(np.where(n > 0, s.last / np.where(n > 0, n, 1.0), 0.0)), n),
+        "inter_token_latency": (np.nan_to_num(s.itl), np.where(s.n_out > 0, s.n_out, 1.0) - 1.0),
+        "request_latency": s.ended,
+    }
 
 
-_AMOUNTS: tuple[Callable[[Served], float], ...] = (
-    lambda s: float(len(s.ttft)),
-    lambda s: float(np.nansum(s.n_out)),
-    lambda s: float(np.nansum(s.n_out) + np.nansum(s.n_in)),
-)
-"""Successes, output tokens, and input + output tokens."""
+def _aiperf(s: Served) -> Values:
+    return {
+        "time_to_first_token": s.ttft,
+        "inter_token_latency": s.itl,
+        **_gaps(s, "inter_chunk_latency"),
+        "request_latency": s.last,
+        **_rates(s, s.until_last_chunk, "request_throughput", "output_token_throughput"),
+    }
 
 
-def _rates(window: Callable[[Served], float], *names: str) -> dict[str, Metric]:
-    return {name: _rate(amount, window) for name, amount in zip(names, _AMOUNTS, strict=False)}
-
-
-VARIANTS: Mapping[str, tuple[Percentile, Mapping[str, Metric]]] = {
-    "vllm-bench": (
-        linear,
-        {
-            "ttft": _plain(lambda s: s.ttft),
-            "tpot": _plain(lambda s: s.itl),
-            "itl": _gaps,
-            "e2el": _plain(lambda s: s.last),
-            **_rates(lambda s: s.until_all_ended, "request_throughput", "output_throughput", "total_token_throughput"),
-        },
-    ),
-    "guidellm": (
-        by_weight,
-        {
-            "time_to_first_token": _plain(lambda s: np.nan_to_num(s.ttft)),
-            "time_per_output_token": _guidellm_tpot,
-            "inter_token_latency": lambda s: (np.nan_to_num(s.itl), np.where(s.n_out > 0, s.n_out, 1.0) - 1.0),
-            "request_latency": _plain(lambda s: s.ended),
-        },
-    ),
-    "aiperf": (
-        linear,
-        {
-            "time_to_first_token": _plain(lambda s: s.ttft),
-            "inter_token_latency": _plain(lambda s: s.itl),
-            "inter_chunk_latency": _gaps,
-            "request_latency": _plain(lambda s: s.last),
-            **_rates(lambda s: s.until_last_chunk, "request_throughput", "output_token_throughput"),
-        },
-    ),
-}
+VARIANTS: Mapping[str, tuple[Percentile, Callable[[Served], Values]]] = {
+    "vllm-bench": (linear, _vllm_bench), "guidellm": (by_weight, _guidellm), "aiperf": (linear, _aiperf),
+}  # fmt: skip
 """Tool -> how it takes a percentile, and its metrics."""

@@ -60,7 +60,6 @@ class Cost:
     split: Split
     """By the declared ratio."""
     splits: Sequence[Split]
-    """By what was measured: see `analysis.cost.split.split_bill`."""
     bill_usd: float | None
     usd_per_hour: float | None
     replicas: int

@@ -20,8 +20,6 @@ from analysis.rows.read import Run
 from analysis.stats.intervals import Evidence, Quantity, at_list_price
 from analysis.stats.nonnegative import Fit, fit_non_negative
 from analysis.validity.counters import shared_addresses
-from harness.record.manifest import RunDir
-from harness.record.samples import read_server_metrics
 
 NANO = 10**9
 LARGEST_CONDITION = 30.0
@@ -216,7 +214,6 @@ def by_fit(usd: float, usage: TokenMix, rows: Samples, *, evidence: Evidence, bl
 
 
 def _trouble(fit: Fit, facts: Mapping[str, float]) -> str | None:
-    """Why the fit is no answer, or None."""
     if not fit.condition <= LARGEST_CONDITION:
         return f"the mix hardly varies (condition number {fit.condition:.0f}, at most {LARGEST_CONDITION:.0f})"
     if fit.residual > LARGEST_RESIDUAL:
@@ -302,7 +299,6 @@ class Samples:
     cached_input: Floats | None
     output: Floats
     steps: Floats | None
-    """Engine steps."""
     running: Floats
     """Smallest number of requests in the batch at either end of the interval."""
     prefill_request_s: float | None = None
@@ -321,11 +317,8 @@ def run_samples(run: Run, within: Window) -> Samples:
     """What the servers of a run counted in its window."""
     if shared_addresses(run):
         return _none("several servers answer at one address, so their counters are no book")
-    tables = [read_server_metrics(RunDir(run.path).server_metrics(r.index)) for r in run.manifest.replicas]
-    found = [table for table in tables if table is not None]
-    if len(found) < len(tables):
-        return _none("a server was not sampled")
-    return server_samples(found, within.start_s, within.end_s)
+    tables = run.server_tables()
+    return _none("a server was not sampled") if tables is None else server_samples(tables, within.start_s, within.end_s)
 
 
 def server_samples(tables: Sequence[pa.Table], start_s: float, end_s: float) -> Samples:

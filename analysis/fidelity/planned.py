@@ -63,11 +63,13 @@ def planned_against_source(info: PlanInfo, plan: Plan, reuse: Reuse | None = Non
     ]
 
 
+TIMES = tuple(f"planned: {what}" for what in ("request rate", "arrivals over time", "bursts", "gaps"))
+
+
 def _planned_times(info: PlanInfo, source: TraceStats, plan: Plan) -> list[Fidelity]:
-    names = [f"planned: {what}" for what in ("request rate", "arrivals over time", "bursts", "gaps")]
     why = _no_times(info, source, plan)
     if why is not None or source.arrivals is None or plan.scheduled_ns is None:
-        return [not_comparable(name, why or "") for name in names]
+        return [not_comparable(name, why or "") for name in TIMES]
     times = on_trace_clock(plan.scheduled_ns, info.speed or 1.0)
     if info.windows:
         return rate_and_shape(info, source.arrivals, times)
@@ -75,10 +77,10 @@ def _planned_times(info: PlanInfo, source: TraceStats, plan: Plan) -> list[Fidel
     assert planned is not None
     growth = info.grow or 1.0
     return [
-        _rate(names[0], growth, source, planned),
-        _over_time(names[1], info, growth, source.arrivals, source.unit_rows, times),
-        _bursts(names[2], info, growth, source.arrivals, _where_all_run(times, source.arrivals, growth) or planned),
-        _planned_gaps(names[3], info, source.arrivals, planned),
+        _rate(growth, source, planned),
+        _over_time(info, growth, source.arrivals, source.unit_rows, times),
+        _bursts(info, growth, source.arrivals, _where_all_run(times, source.arrivals, growth) or planned),
+        _planned_gaps(info, source.arrivals, planned),
     ]
 
 
@@ -97,24 +99,22 @@ def _no_times(info: PlanInfo, source: TraceStats, plan: Plan) -> str | None:
     return None if len(plan.scheduled_ns) >= MIN_REQUESTS else f"fewer than {MIN_REQUESTS} requests"
 
 
-def _rate(name: str, growth: float, source: TraceStats, planned: ArrivalStats) -> Fidelity:
+def _rate(growth: float, source: TraceStats, planned: ArrivalStats) -> Fidelity:
     # the variance of the number of requests when each unit of a copy is drawn with the fraction of the growth
     drawn = growth % 1 * (1 - growth % 1) * source.requests * source.unit_rows
     bound = EXACT + CHANCE * math.sqrt(drawn) / (growth * source.requests)
     if growth > 1 and source.sessions:  # a duration cuts off the turns that hang over the end
         bound += (1 - 1 / growth) / MOST_SHIFT
     asked, unlucky = growth * source.requests, "the draw of whole sessions was unlucky: another --seed"
-    return _off_by(name, planned.requests, asked, bound, f"{bound:.1%}", unlucky, " on the trace's clock")
+    return _off_by(planned.requests, asked, bound, f"{bound:.1%}", unlucky, " on the trace's clock")
 
 
-def _off_by(name: str, got: int, asked: float, bound: float, words: str, wrong: str, where: str = "") -> Fidelity:
+def _off_by(got: int, asked: float, bound: float, words: str, wrong: str, where: str = "") -> Fidelity:
     off = abs(got / asked - 1)
-    return judged(name, off <= bound, f"{got} requests for {asked:.0f}{where} ({off:.1%} off)", words, wrong)
+    return judged(TIMES[0], off <= bound, f"{got} requests for {asked:.0f}{where} ({off:.1%} off)", words, wrong)
 
 
-def _over_time(
-    name: str, info: PlanInfo, growth: float, source: ArrivalStats, unit_rows: float, times: Ints
-) -> Fidelity:
+def _over_time(info: PlanInfo, growth: float, source: ArrivalStats, unit_rows: float, times: Ints) -> Fidelity:
     counts = np.array(source.counts, dtype=np.float64)
     asked = growth * counts
     got = counts_between(times, 0, round(source.span_s * 1e9), len(counts))
@@ -127,7 +127,7 @@ def _over_time(
         drawn = np.sqrt(share * (1 - share) * unit_rows * counts).sum() / float(asked.sum())
         bound += 0.75 * float(drawn) + _shifted_share(source, growth)
     observed = f"{off:.1%} of requests in another of {len(asked)} parts of the time"
-    return judged(name, off <= bound, observed, f"{bound:.1%}", "the shape over time is not the trace's")
+    return judged(TIMES[1], off <= bound, observed, f"{bound:.1%}", "the shape over time is not the trace's")
 
 
 def _moved_share(a: Floats, b: Floats | Ints) -> float:
@@ -154,49 +154,52 @@ def _where_all_run(times: Ints, source: ArrivalStats, growth: float) -> ArrivalS
     return arrival_stats(times[low:high])
 
 
-def _bursts(name: str, info: PlanInfo, growth: float, source: ArrivalStats, planned: ArrivalStats) -> Fidelity:
+def _bursts(info: PlanInfo, growth: float, source: ArrivalStats, planned: ArrivalStats) -> Fidelity:
     """Index of dispersion D. Thinned, it lies between the trace's and 1 + growth (D - 1), that of single draws.
     Superposed, between the trace's (copies are independent) and growth D (copies rise and fall together).
     """
-    said = [
-        f"{w} {number(source.dispersion[w])} -> {number(planned.dispersion[w])}" for w in source.dispersion
-    ] + [
+    observed = "variance/mean " + ", ".join([
+        *(f"{w} {number(source.dispersion[w])} -> {number(planned.dispersion[w])}" for w in source.dispersion),
         f"worst minute/mean {number(source.worst_minute)} -> {number(planned.worst_minute)}",
         f"gap cv {number(source.gap_cv)} -> {number(planned.gap_cv)}",
-    ]  # fmt: skip
-    observed = "variance/mean " + ", ".join(said)
+    ])  # fmt: skip
     if info.spread_s is not None:
-        return not_comparable(name, f"arrivals were spread within steps of {info.spread_s:g} s, as asked", observed)
-    ok, compared = True, False
-    for w in WINDOWS_S:
-        before, after = source.dispersion[f"{w}s"], planned.dispersion[f"{w}s"]
-        if before is None or after is None:
-            continue
-        compared = True
+        return not_comparable(TIMES[2], f"arrivals were spread within steps of {info.spread_s:g} s, as asked", observed)
+    ok, known = True, _dispersions(source, planned)
+    for w, before, after in known:
         sides = sorted((before, growth * before if growth > 1 else 1 + growth * (before - 1)))
         slack = EXACT * before
         if info.grow is not None:
             slack = 0.1 * sides[1] + CHANCE * sides[1] * math.sqrt(2 * w / source.span_s)
         ok &= sides[0] - slack <= after <= sides[1] + slack
-    if not compared:
-        return not_comparable(name, "the trace is shorter than ten windows", observed)
+    if not known:
+        return not_comparable(TIMES[2], "the trace is shorter than ten windows", observed)
     bound = f"{EXACT:.0%}" if info.grow is None else "between the trace's and that of bursts which grow along"
     wrong = "bursts are not those of the trace: look at both before a capacity is read from this"
-    return judged(name, ok, observed, bound, wrong)
+    return judged(TIMES[2], ok, observed, bound, wrong)
 
 
-def _planned_gaps(name: str, info: PlanInfo, source: ArrivalStats, planned: ArrivalStats) -> Fidelity:
+def _dispersions(source: ArrivalStats, planned: ArrivalStats) -> list[tuple[int, float, float]]:
+    """(window in s, index of dispersion of the trace, that of the plan) where both are known."""
+    pairs = [(w, source.dispersion[f"{w}s"], planned.dispersion[f"{w}s"]) for w in WINDOWS_S]
+    return [(w, a, b) for w, a, b in pairs if a is not None and b is not None]
+
+
+def _planned_gaps(info: PlanInfo, source: ArrivalStats, planned: ArrivalStats) -> Fidelity:
     if info.grow is not None or info.spread_s is not None:
         how = "another demand has other gaps" if info.grow is not None else "gaps were spread"
-        return not_comparable(name, f"{how}, as asked; for their spread see the gap cv")
-    mean_s = source.span_s / (source.requests - 1)
-    off_s = float(np.abs(np.array(source.gap_quantiles_s) - np.array(planned.gap_quantiles_s)).mean())
+        return not_comparable(TIMES[3], f"{how}, as asked; for their spread see the gap cv")
+    off_s, mean_s, words = _gaps_apart(source, planned, slice(None))
     ok, bound = off_s <= EXACT * mean_s + 1e-5, f"{EXACT:.0%} of the mean gap"
-    return judged(name, ok, _gap_words(off_s, mean_s), bound, "gaps between arrivals are not the trace's")
+    return judged(TIMES[3], ok, words, bound, "gaps between arrivals are not the trace's")
 
 
-def _gap_words(off_s: float, mean_s: float) -> str:
-    return f"sorted gaps {off_s:.3g} s apart (mean gap {mean_s:.3g} s)"
+def _gaps_apart(source: ArrivalStats, planned: ArrivalStats, which: slice) -> tuple[float, float, str]:
+    """(mean distance of the sorted gaps, mean gap, both in words), s."""
+    mean_s = source.span_s / (source.requests - 1)
+    apart = np.abs(np.array(source.gap_quantiles_s) - np.array(planned.gap_quantiles_s))
+    off_s = float(apart[which].mean())
+    return off_s, mean_s, f"sorted gaps {off_s:.3g} s apart (mean gap {mean_s:.3g} s)"
 
 
 def _planned_lengths(side: str, source: LengthStats | None, planned: Floats, info: PlanInfo) -> Fidelity:
@@ -282,7 +285,6 @@ def _planned_prefix(info: PlanInfo, source: TraceStats, plan: Plan, reuse: Reuse
     return judged(name, ok, observed, bound_said, said)  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------- windows of the trace
 # Is a plan of several windows like the whole, up to chance? A window's rows and gaps are the trace's by construction
 # (`harness.plan.windows`), so what can differ is the mix. Means may be off by `MEAN_BOUND`, or by two standard errors
 # where that is more, of single requests or of the windows' means, whichever says more: neighbours are alike. Shares and
@@ -291,22 +293,17 @@ def _planned_prefix(info: PlanInfo, source: TraceStats, plan: Plan, reuse: Reuse
 
 def rate_and_shape(info: PlanInfo, source: ArrivalStats, times: Ints) -> list[Fidelity]:
     """Request rate, arrivals over time, bursts and gaps. ``times``: of the plan, on the trace's clock, ns."""
-    names = [f"planned: {what}" for what in ("request rate", "arrivals over time", "bursts", "gaps")]
-    over_time = not_comparable(
-        names[1], f"the plan is {len(info.windows)} windows of the trace, each with the trace's own times"
-    )
-    if info.busiest:
-        return [over_time if name == names[1] else not_comparable(name, ON_PURPOSE) for name in names]
+    on_purpose = ON_PURPOSE if info.busiest else None
+    paced = on_purpose or (OWN_PACE if info.sessions == "wait" and info.speed != 1.0 else None)
     planned = arrival_stats(times)
     assert planned is not None
-    if info.sessions == "wait" and info.speed != 1.0:
-        paced = (not_comparable(name, OWN_PACE) for name in names[2:])
-        return [_window_rate(names[0], info, source, planned), over_time, *paced]
     return [
-        _window_rate(names[0], info, source, planned),
-        over_time,
-        _window_bursts(names[2], source, planned),
-        _window_gaps(names[3], source, planned),
+        not_comparable(TIMES[0], on_purpose) if on_purpose else _window_rate(info, source, planned),
+        not_comparable(
+            TIMES[1], f"the plan is {len(info.windows)} windows of the trace, each with the trace's own times"
+        ),
+        not_comparable(TIMES[2], paced) if paced else _window_bursts(source, planned),
+        not_comparable(TIMES[3], paced) if paced else _window_gaps(source, planned),
     ]
 
 
@@ -317,36 +314,30 @@ def burstiness(source: ArrivalStats) -> float:
     return max(1.0, *known, float(counts.var() / counts.mean()) if len(counts) else 1.0)
 
 
-def _window_rate(name: str, info: PlanInfo, source: ArrivalStats, planned: ArrivalStats) -> Fidelity:
+def _window_rate(info: PlanInfo, source: ArrivalStats, planned: ArrivalStats) -> Fidelity:
     lasts_s = sum(window.lasts_s or 0.0 for window in info.windows) * (info.speed or 1.0)
     asked = (source.rate or 0.0) * lasts_s
     bound = max(MEAN_BOUND, ERRORS * math.sqrt(burstiness(source) / asked))
-    return _off_by(name, planned.requests, asked, bound, _window_bound(bound), CHANCE_OR_DRIFT)
+    return _off_by(planned.requests, asked, bound, _window_bound(bound), CHANCE_OR_DRIFT)
 
 
-def _window_bursts(name: str, source: ArrivalStats, planned: ArrivalStats) -> Fidelity:
+def _window_bursts(source: ArrivalStats, planned: ArrivalStats) -> Fidelity:
     """Index of dispersion D in windows of the plan; chance is that of a variance of so many counts, and of bursts."""
-    ok, compared, said = True, False, []
-    for w in WINDOWS_S:
-        before, after = source.dispersion[f"{w}s"], planned.dispersion[f"{w}s"]
-        if before is None or after is None:
-            continue
-        compared = True
-        said.append(f"{w}s {number(before)} -> {number(after)}")
+    ok, known = True, _dispersions(source, planned)
+    for w, before, after in known:
         # Counts come in runs of high and low ones where they are bursty, so there are fewer of them than windows.
         counts = max(planned.span_s / w / max(1.0, burstiness(source) / max(before, 1.0)), FEWEST_WINDOWS / 2)
         ok &= abs(after - before) <= EXACT * before + 2 * ERRORS * max(before, 1.0) * math.sqrt(2 / counts)
-    if not compared:
-        return not_comparable(name, "the plan is shorter than ten windows")
-    return judged(name, ok, "variance/mean " + ", ".join(said), "the chance of so few windows", CHANCE_OR_DRIFT)
+    if not known:
+        return not_comparable(TIMES[2], "the plan is shorter than ten windows")
+    observed = "variance/mean " + ", ".join(f"{w}s {number(a)} -> {number(b)}" for w, a, b in known)
+    return judged(TIMES[2], ok, observed, "the chance of so few windows", CHANCE_OR_DRIFT)
 
 
-def _window_gaps(name: str, source: ArrivalStats, planned: ArrivalStats) -> Fidelity:
-    mean_s = source.span_s / (source.requests - 1)
-    off_s = float(np.abs(np.array(source.gap_quantiles_s) - np.array(planned.gap_quantiles_s))[1:-1].mean())
+def _window_gaps(source: ArrivalStats, planned: ArrivalStats) -> Fidelity:
+    off_s, mean_s, words = _gaps_apart(source, planned, slice(1, -1))
     bound = LENGTH_BOUND + KS_CHANCE * max(1.0, source.gap_cv or 1.0) * math.sqrt(burstiness(source) / planned.requests)
-    words = f"{bound:.1%} of the mean gap, by chance"
-    return judged(name, off_s <= bound * mean_s, _gap_words(off_s, mean_s), words, CHANCE_OR_DRIFT)
+    return judged(TIMES[3], off_s <= bound * mean_s, words, f"{bound:.1%} of the mean gap, by chance", CHANCE_OR_DRIFT)
 
 
 def mean_lengths(side: str, source: LengthStats | None, lengths: Floats, info: PlanInfo) -> Fidelity:

@@ -35,7 +35,6 @@ class ListPrice:
     """What one vendor asks for one model, USD per 1M tokens; None: not listed."""
 
     name: str
-    """Key of the map."""
     vendor: str
     family: str
     usd_per_1m_input: float
@@ -53,9 +52,7 @@ class PriceMap:
 
     source: str
     date: str
-    """ISO 8601 day."""
     date_is: str
-    """What was done on that day."""
     licence: str | None
     prices: dict[str, ListPrice]
 
@@ -105,7 +102,6 @@ def read_list_prices(path: Path | None = None) -> PriceMap:
 
 
 def _read(name: str, entry: object) -> ListPrice | None:
-    """An entry of the map; None where it is not the price of a text model."""
     if not isinstance(entry, Mapping) or entry.get("mode") not in TEXT_MODES:
         return None
     into, cached, out = (

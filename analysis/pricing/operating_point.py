@@ -33,15 +33,12 @@ class OperatingPoint:
     """One load of one system and its cost, at the price that its runs were measured with."""
 
     at: str
-    """"capacity", or "a measured load"."""
     words: str
-    """The load in words."""
     load: Quantity | None
     """Requests/s or requests in flight; None when the plan has no rate."""
     runs: tuple[Summary, ...]
     """Those of that load; at capacity those of the two loads around it, the lower first."""
     total: Quantity
-    """USD per 1M input + output tokens."""
     mix: TokenMix | None
     """The tokens of those runs; at capacity of one hour."""
     denominator: str
@@ -59,11 +56,7 @@ def operating_point(runs: Sequence[Summary]) -> OperatingPoint:
     return _measured(system, runs) if made is None else made
 
 
-# --------------------------------------------------------------------------------------------------------- at capacity
-
-
 def _at_capacity(system: ServingConfig, runs: Sequence[Summary]) -> OperatingPoint | None:
-    """The quote at capacity; None where capacity, tokens or a price are missing."""
     found, cost = system.capacity, system.usd_per_1m_total
     if found is None or found.load.value is None or cost.value is None:
         return None
@@ -126,9 +119,6 @@ def _capacity_notes(system: ServingConfig, around: Sequence[Sequence[Summary]]) 
     return notes
 
 
-# ----------------------------------------------------------------------------------------------------- a measured load
-
-
 def _measured(system: ServingConfig | None, runs: Sequence[Summary]) -> OperatingPoint:
     chosen, reason, notes = _choose(system, runs)
     first, last = chosen[0], chosen[-1]
@@ -167,7 +157,6 @@ def _choose(system: ServingConfig | None, runs: Sequence[Summary]) -> tuple[list
 
 
 def _choice_notes(best: list[Summary], points: list[list[Summary]], kept: list[list[Summary]]) -> list[str]:
-    """What a reader must know of the load that was chosen."""
     slo = best[0].slo is not None
     if len(points) == 1:
         notes = ["a quote of this one load, not of capacity: the highest load that keeps an SLO takes several "

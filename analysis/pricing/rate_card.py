@@ -79,7 +79,6 @@ class RateCard(System):
     quoted_at: str
     """"capacity": the highest load that keeps the SLO, between two measured ones; or "a measured load"."""
     load: str
-    """The load in words."""
     offered: Quantity | None
     """The load as a number, requests/s or requests in flight, with its interval where it is capacity."""
     runs: tuple[str, ...]
@@ -90,7 +89,6 @@ class RateCard(System):
     slo_met: bool | None
     window: str | None
     window_s: float | None
-    """Sum over the runs."""
     denominator: str
     basis: PriceBasis | None
     structure: TokenWeights
@@ -129,7 +127,6 @@ class PriceReport:
     structure: TokenWeights
     charges: list[RateCard]
     refused: list[tuple[str, tuple[str, ...]]]
-    """INVALID runs with their reasons."""
     list_prices: dict[str, str]
     """Source, date and licence of the API list prices."""
     assumptions: tuple[str, ...]

@@ -24,7 +24,6 @@ class PriceBasis:
 
     usd_per_hour: float
     purchase: str
-    """on-demand, spot, reserved or owned."""
     region: str
     source: str
     date: str
@@ -186,7 +185,6 @@ class Terms:
     """What is decided, not measured. Shares, not percent."""
 
     margin: float
-    """Gross margin, of the price."""
     utilisation: float
     """Of the capacity that is paid for."""
     volume: tuple[VolumeTier, ...] = ()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from urllib.parse import quote
@@ -22,7 +21,7 @@ from analysis.report.view import RunView, view_run
 from analysis.rows.read import read_run
 from analysis.summary import Summary, summarise
 from harness.errors import HarnessError, ResultsError, UsageError, sentence
-from harness.record.manifest import MANIFEST, RunManifest, read_manifest
+from harness.record.manifest import MANIFEST, read_manifest
 
 DEPTH = 4
 """Levels of folders that are looked through; a sweep's runs lie one below it."""
@@ -34,16 +33,6 @@ HEADS = ("Compare", "Run", "Time, UTC", "Tier", "Model", "Verdict", "Load", "TTF
 
 Stamp = tuple[tuple[str, int, int], ...]
 """Name, time of change and size of the files of a run that figures come from."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunLine:
-    """One run in the list."""
-
-    key: str
-    """Its place in the folder, which is also its name."""
-    href: str
-    cells: list[Cell]
 
 
 class Results:
@@ -105,16 +94,14 @@ class Results:
         kept = self._figures.get(key)
         return kept[1] if kept is not None and kept[0] == _stamp(path) else None
 
-    # ------------------------------------------------------------------------------------------------------- pages
-
     def list_page(self) -> str:
         """All runs, each with what is known of it."""
-        lines, waiting = [], 0
+        lines, waiting = list[dict[str, object]](), 0
         for key, path in self.runs().items():
             known = self._known(key, path)
             waiting += known is None
             href = f"/run/{quote(key, errors='surrogateescape')}"
-            lines.append(RunLine(key=key, href=href, cells=_cells(path, known)))
+            lines.append({"key": key, "href": href, "cells": _cells(path, known)})
         count = f"{len(lines)} {'run' if len(lines) == 1 else 'runs'}"
         return render(
             "index.html", title=count, folder=str(self._folder), rows=lines, heads=HEADS, right=(6, 7, 8), problem=None,
@@ -159,25 +146,19 @@ def _cells(path: Path, known: Summary | str | None) -> list[Cell]:
         Cell(manifest.tier.name if manifest.tier else "no tier"),
         Cell(manifest.model),
     ]
-    if isinstance(known, Summary):
-        return cells + _figures(known)
-    word = _unreadable(path, known) if known is not None else _status(manifest)
-    return [*cells, word, *[Cell("-")] * 3]
+    if not isinstance(known, Summary):
+        status = "not analysed yet" if manifest.status == "complete" else manifest.status
+        word = Cell(status, mark="quiet") if known is None else _unreadable(path, known)
+        return [*cells, word, *[Cell("-")] * 3]
+    verdict, mark = VERDICTS[state_of(known)]
+    return [
+        *cells,
+        Cell(verdict, note=verdict_note(known), mark=mark),
+        load_cell(known),
+        quantity(known.metrics.ttft.p99, in_seconds),
+        price_cell(known, known.cost.usd_per_1m_total),
+    ]
 
 
 def _unreadable(path: Path, why: str) -> Cell:
     return Cell("unreadable", note=why.removeprefix(f"{path}{os.sep}").removeprefix(f"{path}: "), mark="bad")
-
-
-def _status(manifest: RunManifest) -> Cell:
-    return Cell("not analysed yet" if manifest.status == "complete" else manifest.status, mark="quiet")
-
-
-def _figures(s: Summary) -> list[Cell]:
-    word, mark = VERDICTS[state_of(s)]
-    return [
-        Cell(word, note=verdict_note(s), mark=mark),
-        load_cell(s),
-        quantity(s.metrics.ttft.p99, in_seconds),
-        price_cell(s, s.cost.usd_per_1m_total),
-    ]

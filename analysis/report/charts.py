@@ -31,9 +31,6 @@ Limits = Mapping[str, tuple[float, float]]
 """Metric -> the share of requests and the limit, s, that an SLO sets on it."""
 
 
-# ------------------------------------------------------------------------------------------------------------- one run
-
-
 def run_charts(run: Run, summary: Summary, found: Curves, linked: str) -> dict[str, list[Chart]]:
     """The pictures of one run by the section that they stand in; ``linked`` names its timeline."""
     m, limits = summary.metrics, _limits_of(summary)
@@ -46,7 +43,6 @@ def run_charts(run: Run, summary: Summary, found: Curves, linked: str) -> dict[s
 
 
 def _limits_of(summary: Summary) -> Limits:
-    """Of several limits on one metric the first."""
     found: dict[str, tuple[float, float]] = {}
     if (slo := summary.slo) is not None:
         for key, limit in slo.limits.items():
@@ -148,7 +144,6 @@ def _timeline(summary: Summary, found: Curves, limits: Limits, linked: str) -> l
 
 
 def _lag(run: Run, summary: Summary, found: Curves, asked: dict[str, float], linked: str) -> list[Chart]:
-    """The proof that the load went out as planned: lag over time, with its bound."""
     lines = _two_lines(found.grids["lag"], summary.requests.sent)
     if found.loop_lag_s is not None:
         late = _points(found.loop_lag_s)
@@ -159,11 +154,8 @@ def _lag(run: Run, summary: Summary, found: Curves, asked: dict[str, float], lin
 
 
 def _across(limit: tuple[float, float] | None) -> list[Mark]:
-    """The line of a limit beside the percentile that it is set on."""
     return [] if limit is None else [Mark("y", limit[1], f"SLO {_named(limit[0])}")]
 
-
-# -------------------------------------------------------------------------------------------------------- several runs
 
 Groups = Mapping[str, Sequence[Summary]]
 """VALID runs by what they measured: one line each."""
@@ -281,15 +273,11 @@ def _against(
     )]  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------------------------- numbers
-
-
 def _point(value: float | None) -> float | None:
     return None if value is None or not np.isfinite(value) else float(f"{value:.4g}")
 
 
 def _points(values: Floats) -> Points:
-    """Four digits are more than a picture shows."""
     return [_point(float(value)) for value in values]
 
 

@@ -94,7 +94,6 @@ def compare_runs(views: Sequence[RunView]) -> ComparisonView:
 
 
 def _distributions(views: Sequence[RunView]) -> list[Chart]:
-    """TTFT and ITL of all runs over each other, but of those that prove nothing."""
     known = {k: v for k, v in enumerate(views) if v.state != "invalid" and v.below}
     charts: list[Chart] = []
     for metric, noun in (("ttft", "successful requests"), ("itl", "gaps between tokens")):

@@ -16,8 +16,6 @@ from analysis.metrics import BINS, Window
 from analysis.rows.itl_histogram import EDGES, count_in
 from analysis.rows.read import Run
 from analysis.validity.counters import shared_addresses
-from harness.record.manifest import RunDir
-from harness.record.samples import read_server_metrics
 
 PER_GROUP, FEW = 20, 3
 SECOND = 1.0
@@ -40,7 +38,6 @@ class Curves:
     failed: Floats
     in_flight: Floats
     input_tokens: Floats
-    """Tokens per second, as in the rates."""
     output_tokens: Floats
     grids: dict[str, Floats]
     """Metric -> counts. Latencies by planned time, itl by the time of the chunk and weighted by its tokens."""
@@ -99,21 +96,14 @@ def _loop_lag(run: Run, window: Window) -> Floats | None:
 
 def _server(run: Run, at_s: Floats) -> dict[str, Floats]:
     """Requests in all servers' batches and queues, and the KV cache use of the fullest, where every server is known."""
-    if shared_addresses(run):
-        return {}
-    found: dict[str, list[Floats]] = {name: [] for name in SERVER_COLUMNS}
-    for replica in run.manifest.replicas:
-        table = read_server_metrics(RunDir(run.path).server_metrics(replica.index))
-        if table is None:
-            return {}
-        for name, values in found.items():
-            values.append(_at(table, name, at_s))
-    combined = {
-        name: (np.max if name == "kv_cache_usage" else np.sum)(np.array(values), axis=0)
-        for name, values in found.items()
-        if values
-    }
-    return {name: values for name, values in combined.items() if np.isfinite(values).any()}
+    tables = None if shared_addresses(run) else run.server_tables()
+    found = {}
+    for name in SERVER_COLUMNS if tables else ():
+        combine = np.max if name == "kv_cache_usage" else np.sum
+        values = combine(np.array([_at(table, name, at_s) for table in tables or ()]), axis=0)
+        if np.isfinite(values).any():
+            found[name] = values
+    return found
 
 
 def _at(table: pa.Table, name: str, at_s: Floats) -> Floats:
@@ -129,9 +119,6 @@ def _at(table: pa.Table, name: str, at_s: Floats) -> Floats:
     after = np.clip(np.searchsorted(time, at_s), 0, len(time) - 1)
     near = np.minimum(np.abs(time[after] - at_s), np.abs(at_s - time[np.maximum(after - 1, 0)]))
     return np.where(near <= NEAR_S, np.interp(at_s, time, value), np.nan)
-
-
-# ------------------------------------------------------------------------------------------------- read from the grids
 
 
 def cumulative(grid: Floats) -> Floats:

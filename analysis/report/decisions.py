@@ -13,8 +13,6 @@ from analysis.pricing.terms import PriceBasis, Terms
 from analysis.report.document import Row, Section, Table
 from analysis.report.figures import figure, hourly, price, usd, within
 
-# ------------------------------------------------------------------------------------------------------ what to charge
-
 
 def price_sections(report: PriceReport) -> list[Section]:
     """The whole price decision."""
@@ -175,9 +173,6 @@ def _load_line(charge: RateCard) -> str:
     return f"{charge.load}, trace {charge.trace}, {slo}; {runs} of {charge.measured}"
 
 
-# ---------------------------------------------------------------------------------------------------------- A against B
-
-
 def comparison_sections(comparison: Comparison) -> list[Section]:
     """The whole comparison, or why there is none."""
     if not comparison.comparable:
@@ -236,16 +231,12 @@ def _figure_row(f: Figure) -> tuple[str, ...]:
 
 
 _SHOWN = {"s": (1000.0, "ms"), "share of requests": (100.0, "%")}
-"""Unit -> factor and unit in print."""
 
 
 def _show(value: float | None, factor: float, sign: str = "") -> str:
     if value is None:
         return "-"
     return f"{value * factor:{sign},.0f}" if abs(value * factor) >= 1000 else f"{value * factor:{sign}.4g}"
-
-
-# ----------------------------------------------------------------------------------------------------------- formatting
 
 
 def percent(share: float | None) -> str:

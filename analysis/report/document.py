@@ -23,7 +23,6 @@ from harness.console import text_tables
 MOST_ITEMS = 200
 """Entries of one list that a server or a trace could make endless (arguments, facts, errors)."""
 Facts = Sequence[tuple[str, object]]
-"""Names and values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +102,10 @@ class Chart:
     y_unit: str
     lines: list[PlotLine]
     says: str
-    """The picture in words, for those who do not see it."""
     marks: Sequence[Mark] = ()
     log_x: bool = False
     log_y: bool = False
     x_time: bool = False
-    """x is time since the start of the run."""
     share: bool = False
     """y is a share: the axis goes from 0 to 1."""
     linked: str | None = None
@@ -125,7 +122,6 @@ class Section:
     table: Table | None = None
     notes: Sequence[str] = ()
     facts: Sequence[tuple[str, Facts]] = ()
-    """Lists of names and values, each under its heading."""
     charts: Sequence[Chart] = ()
     remark: str = ""
     """Of the page: how to read it."""

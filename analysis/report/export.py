@@ -64,7 +64,7 @@ def export_runs(paths: Sequence[Path], out: Path, tell: Callable[[str], None] | 
     """Write the rows of run directories into one file and return their number; an earlier file is replaced in one step.
 
     The ending decides: ``.parquet``; ``.csv`` (lists as numbers with spaces between; text that a spreadsheet would take
-    for a formula gets a ' before it); ``.json`` (one array), ``.jsonl`` (one object a line). ``tell`` gets a line for
+    for a formula gets a ' before it); ``.jsonl`` (one object a line). ``tell`` gets a line for
     all that makes the rows of a run less than the whole of it: stopped early, rows lost, files that cannot be read.
 
     Raises `UsageError` for another ending or a run named twice, `ResultsError` when a file cannot be read or written.
@@ -137,9 +137,6 @@ class _Counted:
             yield batch
 
 
-# --------------------------------------------------------------------------------------------------------- the formats
-
-
 def _write_parquet(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
     from pyarrow import parquet
 
@@ -178,25 +175,10 @@ def _cell(column: pa.Array) -> pa.Array:
     return column
 
 
-def _write_json(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
-    with path.open("wb") as file:
-        before = b"[\n"
-        for line in _lines(batches):
-            file.write(before + line)
-            before = b",\n"
-        file.write(b"[]\n" if before == b"[\n" else b"\n]\n")
-
-
 def _write_lines(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
     with path.open("wb") as file:
-        for line in _lines(batches):
-            file.write(line + b"\n")
+        for batch in batches:
+            file.writelines(msgspec.json.encode(row) + b"\n" for row in batch.to_pylist())
 
 
-def _lines(batches: Iterable[pa.RecordBatch]) -> Iterator[bytes]:
-    for batch in batches:
-        yield from map(msgspec.json.encode, batch.to_pylist())
-
-
-WRITERS = {".parquet": _write_parquet, ".csv": _write_csv, ".json": _write_json, ".jsonl": _write_lines}
-"""Ending -> how it is written."""
+WRITERS = {".parquet": _write_parquet, ".csv": _write_csv, ".jsonl": _write_lines}

@@ -75,9 +75,6 @@ def in_seconds(value: float) -> str:
     return f"{value:.3g} s" if value < 999.5 else f"{value:,.0f} s"
 
 
-# --------------------------------------------------------------------------------------------------------------- cells
-
-
 def quantity(q: Quantity, style: Style) -> Cell:
     """A figure with its interval under it, or why there is none."""
     said = value(q, style)

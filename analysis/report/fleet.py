@@ -67,7 +67,6 @@ def _sizes(plan: FleetPlan) -> Section:
 
 
 def _found_by(one: TierFleet) -> str:
-    """Where the number of replicas is from."""
     found = one.simulated
     if found is None:
         return f"not simulated, the fluid answer stands alone: {one.not_simulated}"

@@ -92,9 +92,6 @@ def _write(path: Path, text: str) -> int:
     return len(data)
 
 
-# ------------------------------------------------------------------------------------------------- the gate to the page
-
-
 def plain(value: object) -> object:
     """What the template prints for any value: no control or direction characters, at most `LONGEST` characters."""
     if isinstance(value, Markup | jinja2.Undefined | int | float):

@@ -32,7 +32,6 @@ from analysis.stats.intervals import Quantity
 from analysis.summary import Summary, claims
 
 DETAIL_CHARS = 160
-"""Of the first error's own words."""
 
 
 def render_text(summary: Summary, console: Console, whole: bool = False) -> None:
@@ -145,9 +144,6 @@ def bottom_lines(summary: Summary) -> tuple[str, str, str]:
             for part in summary.slo.criteria
         )
     return clean(f"{summary.verdict}{reason}{more}"), clean(paid), clean(kept)
-
-
-# ------------------------------------------------------------------------------------------------------------- sections
 
 
 def run_sections(summary: Summary) -> list[Section]:
@@ -279,7 +275,6 @@ def _errors(summary: Summary) -> Table:
 
 
 def _limits(summary: Summary) -> list[str]:
-    """What narrows the figures, and what could not be checked."""
     missed = [f"{c.name}: {c.observed}; {c.advice}" for c in summary.checks if not c.gate and c.ok is False]
     differ = [
         f"fidelity: {f.name}: {f.observed} (bound: {f.bound}); {f.said}" for f in summary.fidelity if f.ok is False

@@ -33,7 +33,6 @@ class RunView:
     label: str
     summary: Summary
     state: str
-    """As `state_of` names it."""
     verdict: str
     sentence: str
     opening: list[str]
@@ -78,9 +77,6 @@ def _sections(s: Summary, charts: Mapping[str, Sequence[Chart]]) -> list[Section
     figures, proof = ("cost", "latency", "time", "lag"), ("errors", "checks", "fidelity")
     ordered = (*proof, *figures) if invalid else (*figures, *proof)
     return [said[place] for place in (*ordered, "limits", "assumptions", "inputs") if place in said]
-
-
-# ---------------------------------------------------------------------------------------------------------- plain words
 
 
 def _sentence(s: Summary) -> str:
@@ -151,9 +147,6 @@ def _lag_says(s: Summary) -> str:
         f"Every request has a planned time; lag is how much later it was sent. Observed: {check.observed}; wanted: "
         f"{check.bound}. Latency counts from the planned time, so lag is inside it and hides nothing."
     )
-
-
-# --------------------------------------------------------------------------------------------------------------- tables
 
 
 def _checks(s: Summary) -> Table:

@@ -120,7 +120,7 @@ def plan_column(
 
 
 @dataclass(slots=True)
-class Columns:
+class RowColumns:
     """Per-request columns of all batches so far; not measured is NaN. Batches without lists have none of `CHUNKS`."""
 
     names: list[str] = field(default_factory=list)

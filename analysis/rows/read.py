@@ -24,7 +24,7 @@ from analysis.arrays import Bools, Floats, Ints
 from analysis.rows.columns import (
     CHUNKS,
     COUNTS,
-    Columns,
+    RowColumns,
     Table,
     bools,
     chunk_arrays,
@@ -69,7 +69,7 @@ def read_run(path: Path) -> Run:
     files = _result_files(directory, manifest.spec.workers, problems)
     run = _read_through(directory, manifest, plan, files, problems)
     if run is None:
-        columns = Columns()
+        columns = RowColumns()
         sources = _read_rows(files, columns, problems)
         run, _ = _join(directory, manifest, plan, columns, sources, problems)
         run = replace(run, chunks=pool_chunks(run.rows, run.parts()))
@@ -80,7 +80,7 @@ def _read_through(
     directory: RunDir, manifest: RunManifest, plan: _Plan, files: list[Path], problems: list[str]
 ) -> Run | None:
     """The run with its chunks pooled already; None when anything is odd."""
-    columns, sources = Columns(), []
+    columns, sources = RowColumns(), []
     try:
         for path in files:
             before = columns.rows
@@ -123,7 +123,7 @@ def _reduce(run: Run, keep: Bools) -> Iterator[ChunkRows]:
 
 
 def _join(
-    directory: RunDir, manifest: RunManifest, plan: _Plan, columns: Columns, sources: list[tuple[Path, int]],
+    directory: RunDir, manifest: RunManifest, plan: _Plan, columns: RowColumns, sources: list[tuple[Path, int]],
     problems: list[str],
 ) -> tuple[Run, Bools]:  # fmt: skip
     """The rows joined to the plan, and which of all rows count, warm-up among them."""
@@ -191,9 +191,7 @@ class _Plan:
     input_tokens: Floats
     output_tokens: Floats
     after: Floats | None
-    """None when no request waits for another."""
     think_ns: Floats | None
-    """Wait after that one ended; None as ``after``."""
 
     @property
     def requests(self) -> int:
@@ -254,7 +252,7 @@ def _result_files(directory: RunDir, workers: int, problems: list[str]) -> list[
     return paths
 
 
-def _read_rows(paths: list[Path], columns: Columns, problems: list[str]) -> list[tuple[Path, int]]:
+def _read_rows(paths: list[Path], columns: RowColumns, problems: list[str]) -> list[tuple[Path, int]]:
     """Reduce all readable rows into ``columns``; the files, and how many rows were read of each."""
     sources = []
     for path in paths:

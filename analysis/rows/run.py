@@ -18,7 +18,7 @@ from harness.plan.file import PlanInfo
 from harness.record.manifest import Evidence, RunDir, RunManifest, Worker
 from harness.record.results import SCHEMA
 from harness.record.run_spec import RunSpec
-from harness.record.samples import WORKER_SCHEMA, read_observations
+from harness.record.samples import WORKER_SCHEMA, read_observations, read_server_metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,9 +75,7 @@ class Rows:
     replica: npt.NDArray[np.int16]
     """The server it was last sent to, -1 when it was never sent."""
     retries: npt.NDArray[np.int16]
-    """How often it was sent again."""
     chunks: npt.NDArray[np.int32]
-    """How many chunks carried output."""
     first_gap_s: Floats
     """First chunk - sent_s."""
     decode_s: Floats
@@ -112,7 +110,6 @@ class ChunkRows(Rows):
     gap_s: Floats
     """WorkerSamples since the chunk before; for a row's first chunk, since sent_s."""
     chunk_s: Floats
-    """Time of each chunk."""
     chunk_tokens: Floats
     """Output tokens in each chunk; NaN for every chunk of a row when the server did not say."""
 
@@ -151,7 +148,6 @@ class WorkerSamples:
 
     worker: Ints
     t_s: Floats
-    """End of the interval."""
     length_s: Floats
     loop_lag_max_s: Floats
     cpu_share: Floats
@@ -263,7 +259,6 @@ class Run:
     """Of `rows`, where sessions wait (`analysis.rates`); None for other kinds of load."""
     chunks: Chunks
     problems: list[str] = field(default_factory=list)
-    """What could not be read, in words."""
 
     @property
     def load_kind(self) -> LoadKind:
@@ -274,6 +269,12 @@ class Run:
     def evidence(self) -> Evidence:
         """Where the figures come from, as the manifest says: measured or simulated."""
         return self.manifest.evidence
+
+    def server_tables(self) -> list[pa.Table] | None:
+        """What each server said of itself each second; None where one was not sampled, or there is none."""
+        found = [read_server_metrics(RunDir(self.path).server_metrics(r.index)) for r in self.manifest.replicas]
+        known = [table for table in found if table is not None]
+        return known if known and len(known) == len(found) else None
 
     def batches(self) -> Iterator[tuple[pa.RecordBatch, Bools, Rows]]:
         """All rows read again from the files, about `columns.PART_CHUNKS` chunks at a time: a batch as it was written,

@@ -68,7 +68,6 @@ SECTIONS: dict[str, dict[str, Lazy]] = {
         ),
     },
 }
-"""The verbs in the order a newcomer meets them."""
 
 
 @click.group(

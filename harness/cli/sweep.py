@@ -34,7 +34,7 @@ from harness.store.objects import as_url, is_url
 if TYPE_CHECKING:
     from cluster.catalogue.models import Model
     from harness.record.manifest import Tier
-    from harness.sweep.cost import Survey
+    from harness.sweep.cost import TraceLoad
     from harness.sweep.spec import SweepSpec
     from harness.sweep.state import SweepState
 
@@ -48,7 +48,6 @@ DECIDED = {
 }
 """Options of replay that a sweep decides itself, and what to write instead."""
 OWN = frozenset({*DECIDED, "model", "tier", "base_url", "metrics_url", "replicas", "seed", "out", "format", "ratio"})
-"""Options of replay that are not options of a sweep file."""
 
 
 def _unset(option: click.Option) -> click.Option:
@@ -63,7 +62,6 @@ OPTIONS: dict[str, click.Option] = {
     for option in replay.params
     if isinstance(option, click.Option)
 }
-"""Every option of ``harness replay`` by the key it has in a sweep file."""
 
 
 def resolve(values: Mapping[str, object], file: str, folder: Path) -> ReplayOptions:
@@ -266,7 +264,6 @@ def check(spec: SweepSpec, options: ReplayOptions) -> list[Tier | None]:
 
 
 def _fit(model: Model, tier: Tier) -> Tier:
-    """What one replica of this model rents of the tier. Raises `UsageError` for a model that does not fit."""
     from cluster.catalogue.models import for_tier
     from cluster.engines.vllm import check_fit, hosts_per_replica
     from harness.cli.runner.targets import rented
@@ -309,7 +306,9 @@ def _count(state: SweepState, which: str) -> int:
     return sum(point.state == which for point in state.points)
 
 
-def show_plan(state: SweepState, asked: PlanOptions, found: Survey, tiers: Sequence[Tier | None], format_: str) -> int:
+def show_plan(
+    state: SweepState, asked: PlanOptions, found: TraceLoad, tiers: Sequence[Tier | None], format_: str
+) -> int:
     """Every run still to be done with its hours and dollars, per pair and in all, against the budget; the document is
     ``harness.sweep-plan/1``.
     """

@@ -19,7 +19,6 @@ from harness.option_types import FOLDER, NEW_FILE, PATH, made, options_of
 from harness.terminal import Verbosity, set_verbosity
 
 Table = dict[str, object]
-"""Of a TOML file, before its types are checked."""
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 SHORT = 14
 """A verb with more options than this shows only those that most people need, until asked for --help-all."""
@@ -29,7 +28,6 @@ COMMON = frozenset(
 )  # fmt: skip
 """Options, by the names of their parameters, that the short help of such a verb shows."""
 CONFIG = Path("harness.toml")
-"""Defaults of options, in the folder where the harness is started."""
 
 EXIT_STATUS = """\b
 Exit status:
@@ -158,7 +156,6 @@ class Verb(click.Command):
 
 
 command = functools.partial(click.command, cls=Verb)
-"""Decorator of a verb."""
 
 
 class Group(click.Group):
@@ -171,14 +168,7 @@ class Lazy(click.Command):
     """A verb that is not imported yet: ``where`` is ``module:attribute``, the short help the verb's own."""
 
     def __init__(self, where: str, short_help: str) -> None:
-        super().__init__(where.partition(":")[2], short_help=short_help)
-        self.where = where
-
-    def load(self) -> click.Command:
-        """The verb."""
-        module, _, attribute = self.where.partition(":")
-        verb: click.Command = getattr(import_module(module), attribute)
-        return verb
+        super().__init__(where, short_help=short_help)
 
 
 class LazyGroup(Group):
@@ -186,7 +176,6 @@ class LazyGroup(Group):
 
     def __init__(self, name: str | None = None, *, sections: Mapping[str, Mapping[str, Lazy]], **settings: Any) -> None:
         self.sections = sections
-        """Heading -> name -> verb, in the order of the help."""
         lazy: dict[str, click.Command] = {name: verb for verbs in sections.values() for name, verb in verbs.items()}
         super().__init__(name, commands=lazy, **settings)
 
@@ -194,7 +183,8 @@ class LazyGroup(Group):
         """The verb, imported now."""
         found = self.commands.get(cmd_name)
         if isinstance(found, Lazy):
-            found = self.commands[cmd_name] = found.load()
+            module, _, attribute = str(found.name).partition(":")
+            found = self.commands[cmd_name] = getattr(import_module(module), attribute)
         return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -205,7 +195,7 @@ class LazyGroup(Group):
                 formatter.write_dl([(f"{name:<{width}}", verb.short_help or "") for name, verb in verbs.items()])
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Verbs and options that begin like this."""
+        """Verbs and options that begin like this, without an import."""
         verbs = sorted((name, v) for name, v in self.commands.items() if name.startswith(incomplete) and not v.hidden)
         found = [CompletionItem(name, help=verb.short_help) for name, verb in verbs]
         return found + click.Command.shell_complete(self, ctx, incomplete)

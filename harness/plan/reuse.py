@@ -49,11 +49,11 @@ Ids = npt.NDArray[np.int32]
 _COLUMNS = ["input_tokens", "prompt_token_ids", "prompt_text", "messages"]
 
 
-class _Message(msgspec.Struct):
+class _PlannedMessage(msgspec.Struct):
     content: Any = None
 
 
-_MESSAGES = msgspec.json.Decoder(list[_Message])
+_MESSAGES = msgspec.json.Decoder(list[_PlannedMessage])
 
 
 class UnknownTokensError(Exception):

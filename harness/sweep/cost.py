@@ -30,7 +30,7 @@ BETWEEN_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Survey:
+class TraceLoad:
     """What the estimate needs to know of the trace: the rows that will be sent, never more than were asked for."""
 
     rows: int
@@ -46,7 +46,7 @@ class Survey:
         return (self.rows - 1) / self.span_s if self.span_s else None
 
 
-def survey(trace: Trace, levels: Sequence[Level], asked: PlanOptions) -> Survey:
+def survey(trace: Trace, levels: Sequence[Level], asked: PlanOptions) -> TraceLoad:
     """Read the trace as far as the sweep will.
 
     Raises `TraceError`, and `UsageError` for a trace without the times that are needed, or that no draw of its users
@@ -62,7 +62,7 @@ def survey(trace: Trace, levels: Sequence[Level], asked: PlanOptions) -> Survey:
     )
     said = seen.stats.output_tokens
     tokens = (said.mean * said.rows if said else 0.0) + SAID_TOKENS * seen.open_ended
-    found = Survey(
+    found = TraceLoad(
         rows=seen.requests,
         output_tokens=tokens / seen.requests,
         longest_output=max([*seen.outputs, SAID_TOKENS if seen.open_ended else 0]),
@@ -105,7 +105,7 @@ class PointEstimate:
     """True where the pace of the server decides, so that `ITL_S` stands in for it."""
 
 
-def estimate(level: Level, asked: PlanOptions, found: Survey) -> PointEstimate:
+def estimate(level: Level, asked: PlanOptions, found: TraceLoad) -> PointEstimate:
     """Requests and seconds of one point: its planned span or duration (warm-up inside it), the drain, the way there."""
     limit, duration_s = asked.limit, asked.duration_s
     rows = limit if limit and asked.repeat else found.rows if not limit else min(limit, found.rows)
@@ -139,7 +139,7 @@ def usd_per_hour(pair: Pair, tier: Tier | None) -> float:
     return tier.usd_per_hour * (pair.replicas or 1) if tier is not None else 0.0
 
 
-def expect(points: Sequence[Point], asked: PlanOptions, found: Survey) -> dict[str, PointEstimate]:
+def expect(points: Sequence[Point], asked: PlanOptions, found: TraceLoad) -> dict[str, PointEstimate]:
     """Estimates by the name of the point. What the same pair took at the same level is worth more than a guess."""
     measured: dict[tuple[int, Level], list[float]] = {}
     for point in points:

@@ -66,7 +66,6 @@ class CapacityReport:
     folder: str
     sentence: str
     ended: str
-    """Why the search ended."""
     narrow: bool
     """The interval is as narrow as was asked for."""
     answer: Answer | None
@@ -74,7 +73,6 @@ class CapacityReport:
     probes: Sequence[ProbeRow]
     systems: Sequence[ServingConfig]
     hours: float
-    """Of servers, their start among them."""
     usd: float | None
 
 
@@ -90,7 +88,6 @@ class CapacitySession(Session):
         self.criteria = criteria(options.load.slo or {}, options.report.attain)
         self.demand = demand_of(trace, options.plan)
         self.probes: dict[str, Probe] = {}
-        """By the name of the point."""
         self.summaries: dict[str, Summary] = {}
         self.ended: Step | None = None
 
@@ -127,7 +124,6 @@ class CapacitySession(Session):
                 point = None if self.over else self._next()
 
     def _can_pay(self, target: Target, point: Point, start: float) -> bool:
-        """Make the plan of the point and hold its estimate against what is left."""
         self.make_plans(target, [point])
         return self.affordable(point, start)
 
@@ -159,7 +155,6 @@ class CapacitySession(Session):
         return point
 
     def _of(self, point: Point) -> ReplayOptions:
-        """The options of this probe: how long, how many requests, and from which parts of the trace."""
         options = in_loop(self.asked, closed=point.level.concurrency is not None)
         if point.level.request_rate is None:
             return replace(options, plan=self._rung(options.plan, point.level.concurrency or 1))
@@ -296,7 +291,6 @@ class CapacitySession(Session):
         )  # fmt: skip
 
     def _answer(self) -> Answer | None:
-        """What all probes say together."""
         from analysis.capacity.search import estimate, keeps
         from analysis.capacity.search_answer import Answer, capacity_from
 

@@ -21,7 +21,7 @@ from harness.options import ReplayOptions
 from harness.plan.file import plan_sha256, read_plan_info
 from harness.record.manifest import PRIVATE, RunDir, Tier
 from harness.store.copies import SweepStore
-from harness.sweep.cost import Survey, expect, start_s, survey, usd_per_hour
+from harness.sweep.cost import TraceLoad, expect, start_s, survey, usd_per_hour
 from harness.sweep.spec import Pair, Point, levels, slug
 from harness.sweep.state import Rental, SweepState, close_rentals, set_aside, verify, write_state
 from harness.trace.io import Trace
@@ -38,14 +38,13 @@ class Session:
 
     def __init__(
         self, folder: Path, state: SweepState, options: ReplayOptions, trace: Trace, tiers: Sequence[Tier | None],
-        found: Survey | None = None,
+        found: TraceLoad | None = None,
     ) -> None:  # fmt: skip
         self.folder, self.state, self.options, self.trace, self.tiers = folder, state, options, trace, tiers
         self.survey = found or survey(trace, levels(state.spec), options.plan)
         self._began_ns = time.time_ns()
         self.store = SweepStore(folder, state.store_url, say)
         self.over: str | None = None
-        """Why no further point is begun."""
         self._told: set[str] = set()
 
     def run(self) -> None:
@@ -105,7 +104,6 @@ class Session:
             self._stop_if_asked()
 
     def _points(self, left: deque[Point], servers: Servers) -> None:
-        """Points on servers that are up, until none is left, the sweep is over or a server died."""
         while left and not self.over:
             if not self.affordable(left[0], 0.0):
                 left.popleft()
@@ -199,7 +197,6 @@ class Session:
         return None
 
     def _stop_if_asked(self) -> None:
-        """After a point that failed or is INVALID."""
         if self.state.spec.on_failure == "stop":
             self.over = self.over or "on_failure"
             say("on_failure = stop: no further point is begun")
@@ -307,7 +304,6 @@ class Session:
         return replace(self.options, serve=serve)
 
     def _options(self, point: Point) -> ReplayOptions:
-        """The options of ``harness replay`` that this point stands for."""
         here = self.serving_options(self.state.pairs[point.pair])
         at = here.at(rate=point.level.request_rate, concurrency=point.level.concurrency)
         return replace(at, plan=replace(at.plan, seed=point.seed))

@@ -70,9 +70,7 @@ class Servers(System):
     patience: Patience | None = None
     """For what is asked before a load begins; null: they are ours, and ready."""
     asked: bool = False
-    """Whether a first request showed that they answer."""
     warm: bool = False
-    """Whether they were warmed up."""
     extra_body: dict[str, object] = field(default_factory=dict)
     """Fields of every streamed request that this server needs."""
     tokenizer: Path | None = None
@@ -83,9 +81,7 @@ class Servers(System):
     check: Callable[[], dict[int, str]] = dict
     """Replicas that died, index -> how: the run is to be stopped. One that is being started again is not among them."""
     restarts: list[Restart] = field(default_factory=list)
-    """Replicas that died and were started again, so far."""
     restarting: Callable[[], bool] = bool
-    """Whether a dead replica is being started again right now."""
     shared_cores: bool | None = None
     """True when load workers may run on processors that a server runs on; null when not known."""
     sample_hosts: Callable[[RunDir, int], AbstractContextManager[None]] = sample_here
@@ -108,7 +104,6 @@ class UrlTarget:
         self._access, self._tier = access_of(access), tier
         found = probe.find_model(self.base_urls[0], self._access, model, say)
         self.model = found.id
-        """The name to send."""
         self.max_model_len = found.max_model_len
         """Longest input plus output, tokens; null when the server does not say."""
         self.label = self.model.rsplit("/", 1)[-1]
