@@ -3,7 +3,7 @@ r"""Graded prompts of our own for small models, to try ``harness audit`` on: ``p
 Each of `KINDS` has six ways to ask (a template family, which is a session of the trace: its records are alike), and
 each family so many records, all different. Truths are balanced, so that no constant answer passes. ``--form few-shot``
 is for base models: three answered examples before each question, drawn apart from all that are asked; send it with
-``--body '{"stop": ["\n\n"]}'``. The same seed gives the same file, byte for byte.
+``--extra-body '{"stop": ["\n\n"]}'``. The same seed gives the same file, byte for byte.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from cluster.catalogue.models import Model
-from cluster.catalogue.rounding import GROUP, Format
+from cluster.catalogue.rounding import Format
 from cluster.catalogue.weights import CONVERT_S, run_step, sha256
 from harness.errors import UsageError
 from harness.record.manifest import now_utc, read_json, write_json
@@ -98,7 +98,7 @@ def quantise(
             argv = [sys.executable, "-m", "cluster.catalogue.rounding", str(partial), to, str(group or 0)]
             run_step(argv, partial, f"rounding of {model.name}", CONVERT_S)
         else:
-            _write_recipe(partial, weights.resolve(), out.resolve(), to, group or GROUP, texts)
+            _write_recipe(partial, weights.resolve(), out.resolve(), to, group, texts)
         write_json(partial / FILE, made)
         partial.rename(out)
     finally:
@@ -116,7 +116,7 @@ def steps(out: Path) -> list[str]:
     ]
 
 
-def _write_recipe(folder: Path, weights: Path, out: Path, to: Format, group: int, texts: Sequence[str]) -> None:
+def _write_recipe(folder: Path, weights: Path, out: Path, to: Format, group: int | None, texts: Sequence[str]) -> None:
     with os.fdopen(os.open(folder / CALIBRATION_TEXTS, os.O_WRONLY | os.O_CREAT, 0o600), "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     scheme = "W8A8" if to == "int8" else "W4A16"
@@ -134,7 +134,7 @@ from llmcompressor.modifiers.quantization import GPTQModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PARENT, OUT = {weights!r}, {out!r}
-GROUP = {group}  # of int4; llm-compressor's own presets have 128
+GROUP = {group}
 texts = [json.loads(line)["text"] for line in open(OUT + "/{texts}", encoding="utf-8")]
 model = AutoModelForCausalLM.from_pretrained(PARENT, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(PARENT)

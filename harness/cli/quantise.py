@@ -54,6 +54,7 @@ def quantise(
     from cluster.catalogue.models import get_model
     from cluster.catalogue.quantise import quantise as made_of
     from cluster.catalogue.quantise import steps
+    from cluster.catalogue.rounding import GROUP
     from cluster.catalogue.weights import ensure_weights
     from harness.audit.records import prompt_sha256
 
@@ -65,6 +66,7 @@ def quantise(
         texts = [record.prompt for record in _drawn(_records(calibrate), share)]
         used += [prompt_sha256(record.source) for record in _drawn(_records(calibrate), share)]
     parent = get_model(model)
+    group = group or (GROUP if to == "int4" else None)
     made = made_of(
         parent, ensure_weights(parent, say=say), out, "int8" if to == "int8" else "int4", group, used, texts=texts,
         say=say,

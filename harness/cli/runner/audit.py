@@ -228,7 +228,10 @@ def load(
     plan = PlanOptions(
         endpoint=asked.plan.endpoint, tokenizer=asked.plan.tokenizer, arrivals=None if timed else "poisson", seed=seed
     )
-    options = replace(asked, plan=plan, load=replace(asked.load, keep_text=False, capture_answers=False))
+    body = {name: value for name, value in asked.load.extra_body.items() if name != "stop"}  # lengths are forced here
+    options = replace(
+        asked, plan=plan, load=replace(asked.load, keep_text=False, capture_answers=False, extra_body=body)
+    )
     where = folder / f"load-{number}-{slug(pair.name)}"
     spec = SweepSpec(
         trace=str(path), loads=Loads(request_rate=[rate]) if search is None else Loads(concurrency=[1]), pair=[pair],
