@@ -12,6 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from cluster.catalogue.models import kv_bytes_per_token
 from cluster.catalogue.number_formats import QUANTIZATIONS, Config
 from cluster.hardware.chips import Chip
@@ -101,9 +104,10 @@ class BoundStep:
             + max(read * self.context_s, pairs * self.pair_s)
         )
 
-    def decode_run(self, decoding: int, context: int) -> tuple[float, float, int]:
-        """The first of steps that only decode, how much longer each later one is, s, and how many this is true of."""
-        return self((), decoding, context), decoding * max(self.context_s, self.pair_s), 1 << 62
+    def decode_s(self, decoding: int, contexts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Seconds of steps that only decode, the context of each given (`ManySteps`): as one by one."""
+        fixed_s = max(self.weights_s, decoding * self.token_s) + max(self.head_s, decoding * self.logits_s)
+        return np.asarray(fixed_s + np.maximum(contexts * self.context_s, contexts * self.pair_s))
 
 
 def bound_step(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from cluster.catalogue.models import DTYPE_BYTES, Model, for_tier, kv_bytes_per_token, model_config, model_weight_bytes
 from cluster.engines.vllm import tensor_parallel_size
 from cluster.hardware.bound import bound_step
 from cluster.hardware.chips import Chip, chip_of
-from cluster.simulator.scheduler import Limits
+from cluster.hardware.kernels import Constants, Entry, KernelStep, entries, key_of
+from cluster.simulator.scheduler import VLLM, Limits
 from cluster.simulator.step_time import StepTime
-from cluster.simulator.vllm_limits import GIB, gpu_limits
+from cluster.simulator.vllm_limits import GIB, gpu_limits, graph_sizes
 from harness.errors import UsageError
 from harness.record.manifest import Tier
 
@@ -22,6 +23,9 @@ MEMORY_SHARE = 0.92
 """Of a device's memory that vLLM takes (its default since 0.22)."""
 RUNTIME_GIB = 1.5
 """Of CUDA, its graphs and communication on each device."""
+
+PCIE_GB_PER_S = 64
+"""Of links that are none but PCIe."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,16 +57,45 @@ def engine_for(
     parts = tensor_parallel or tensor_parallel_size(model, tier)
     if parts > tier.accelerator_count:
         raise UsageError(f"tier {tier.name} has {tier.accelerator_count} accelerators, not {parts}")
-    limits = limits_for(model, tier, chip, parts)
     config = model_config(model)
+    if config is not None and config.get("sliding_window") and config.get("use_sliding_window") is not False:
+        raise UsageError(f"model {model.name}: layers with a sliding window are not simulated")
+    limits = limits_for(model, tier, chip, parts)
     assert config is not None
-    if source not in (None, "bound"):
-        raise UsageError(f"model {model.name} on tier {tier.name}: no step times from {source}")
+    facts = {"step_source": "bound", "chip": chip.name, "chip_source": chip.source, "scheduler": f"vLLM {VLLM}"}
+    entry, why = _tables(model, chip, parts)
+    if source == "fitted" or (source == "kernels" and why is not None):
+        raise UsageError(f"model {model.name} on tier {tier.name}: {why or 'nothing was fitted'}")
+    if entry is None or entry.tables is None or source == "bound":
+        step = bound_step(config, chip, quantization=model.quantization, tensor_parallel=parts)
+        facts |= {"not_kernels": why} if why else {}
+        return HardwareEngine(
+            step_time=step, limits=limits, source="bound", chip=chip.name, tensor_parallel=parts, facts=facts
+        )  # fmt: skip
+    constants = Constants()
+    facts |= {
+        "step_source": "kernels", "tables": entry.source, "silicon_share": f"{entry.silicon_share:.0%}",
+        "constants": " ".join(f"{name}={value:g}" for name, value in asdict(constants).items()),
+    }  # fmt: skip
+    if parts > 1 and chip.link_gb_per_s <= PCIE_GB_PER_S:
+        facts["uncalibrated"] = "several accelerators over PCIe: 25 to 35 % off in the one run that was compared"
+    graphs = graph_sizes(limits, compute_capability=int(chip.compute_capability))
     return HardwareEngine(
-        step_time=bound_step(config, chip, quantization=model.quantization, tensor_parallel=parts),
-        limits=limits, source="bound", chip=chip.name, tensor_parallel=parts,
-        facts={"step_source": "bound", "chip": chip.name, "chip_source": chip.source},
+        step_time=KernelStep(entry.tables, graphs, constants), limits=limits, source="kernels", chip=chip.name,
+        tensor_parallel=parts, arrival_s=constants.arrival_s, arrival_per_token_s=constants.arrival_per_token_s,
+        facts=facts,
     )  # fmt: skip
+
+
+def _tables(model: Model, chip: Chip, parts: int) -> tuple[Entry | None, str | None]:
+    """Measured kernels, or why there are none."""
+    if chip.kernels is None:
+        return None, f"NVIDIA publishes no kernels of {chip.name}"
+    entry = entries(chip.kernels).get(key_of(str(model.architecture), model.quantization, parts))
+    if entry is None:
+        form = model.quantization or model.dtype
+        return None, f"no kernels of {model.architecture or 'this model'} in {form} on {parts} x {chip.name}"
+    return entry, entry.refused
 
 
 def limits_for(model: Model, tier: Tier, chip: Chip, parts: int) -> Limits:

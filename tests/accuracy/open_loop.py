@@ -1,0 +1,100 @@
+"""Runs of strangers under Poisson load, which nothing was fitted to.
+
+vllm-0.19-h100-a100.csv: pChitral/vllm-cost-meter, data/master_results.csv, commit 3f308c0, MIT; arXiv:2606.11690; six
+of its configurations. Random prompts of 512 tokens, answers of 256, no prefix cache. 500 requests: what the runs at 1
+request/s took says so. vllm-0.8.5-h100pcie-rtx4090.csv: IOG-Foundation/llm-inference-benchmarks, results/, commit
+4990a80, Apache-2.0; 200 ShareGPT prompts of which only the sums of tokens are known; chips without kernels, so
+they hold the bound.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from cluster.catalogue.models import get_model
+from cluster.catalogue.tiers import get_tier
+from cluster.hardware.engine import HardwareEngine, engine_for
+from harness.errors import UsageError
+from tests.accuracy.replay import serve
+
+HERE = Path(__file__).parent
+REQUESTS, INPUTS, OUTPUTS, DRAWS = 500, 512, 256, 3
+MODELS = {
+    ("meta-llama/Meta-Llama-3.1-8B-Instruct", "float16"): "llama-3.1-8b-instruct",
+    ("Qwen/Qwen3-30B-A3B-Instruct-2507", "float16"): "qwen3-30b-a3b",
+    ("Qwen/Qwen3-30B-A3B-Instruct-2507", "fp8"): "qwen3-30b-a3b-fp8",
+    ("mistralai/Mixtral-8x7B-Instruct-v0.1", "float16"): "mixtral-8x7b-instruct-v0.1",
+    ("mistralai/Mixtral-8x7B-Instruct-v0.1", "fp8"): "mixtral-8x7b-instruct-v0.1-fp8",
+}
+TIERS = {"A100_80GB_PCIe": "azure-nc24ads-a100-v4", "H100": "lambda-h100x8"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """One rate of one configuration; simulated figures are None where the product refuses."""
+
+    config: str
+    hardware: str
+    model: str
+    precision: str
+    rate: float
+    saturated: bool
+    """Beyond 0.8 of the most that this configuration served."""
+    measured: tuple[float, float, float]
+    """USD per 1M output tokens, median TPOT and TTFT in ms."""
+    simulated: tuple[float, float, float] | None
+    why: str | None
+
+
+def engine_of(row: dict[str, str]) -> HardwareEngine:
+    """What the row was measured on. Raises `UsageError` where there are no kernels."""
+    tier = get_tier(TIERS[row["hardware"]])
+    parts = int(row["gpus"])
+    model = replace(get_model(MODELS[row["model"], row["precision"]]), max_model_len=4096)
+    tier = replace(tier, accelerator_count=max(tier.accelerator_count, parts))
+    engine = engine_for(model, tier, tensor_parallel=parts, source="kernels")
+    return replace(engine, limits=replace(engine.limits, prefix_cache=False))
+
+
+def compare() -> list[Compared]:
+    """Every row of vllm-0.19-h100-a100.csv."""
+    with (HERE / "vllm-0.19-h100-a100.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    most = {
+        config: max(float(r["request_throughput"]) for r in found if r["config"] == config)
+        for config in {r["config"] for r in found}
+    }
+    return [_compare(row, most[row["config"]]) for row in found]
+
+
+def _compare(row: dict[str, str], most: float) -> Compared:
+    simulated, why = None, None
+    try:
+        engine = engine_of(row)
+    except UsageError as e:
+        why = str(e)
+    else:
+        draws = [_draw(engine, row, seed) for seed in range(DRAWS)]
+        cost, tpot, ttft = np.mean(draws, axis=0).tolist()
+        simulated = (cost, tpot, ttft)
+    measured = float(row["c_eff_per_mtok"]), float(row["tpot_p50_ms"]), float(row["ttft_p50_ms"])
+    return Compared(
+        config=row["config"], hardware=row["hardware"], model=row["model"], precision=row["precision"],
+        rate=float(row["rps"]), saturated=float(row["rps"]) > 0.8 * most, measured=measured, simulated=simulated,
+        why=why,
+    )  # fmt: skip
+
+
+def _draw(engine: HardwareEngine, row: dict[str, str], seed: int) -> tuple[float, float, float]:
+    rate = float(row["rps"])
+    sent_s = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, REQUESTS))
+    sent_s *= REQUESTS / rate / sent_s[-1]
+    ttft_s, tpot_s, ended_s = serve(
+        engine, [INPUTS] * REQUESTS, [OUTPUTS] * REQUESTS, sent_s=(sent_s - sent_s[0]).tolist()
+    )
+    usd = float(row["gpu_cost_hr"]) / 3600 * ended_s.max()
+    return usd / (REQUESTS * OUTPUTS / 1e6), float(np.median(tpot_s) * 1e3), float(np.median(ttft_s) * 1e3)
