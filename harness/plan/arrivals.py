@@ -30,14 +30,12 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from harness.errors import UsageError
-from harness.trace.spool import BLOCK, Column, blocks, empty, filled
 
 Process = Literal["trace", "constant", "poisson", "gamma"]
 """Of these "trace" is not drawn: the trace's own times."""
@@ -114,18 +112,18 @@ def arrival_times(
         raise UsageError(f"about {expected:.3g} requests: more than {MOST_ARRIVALS:,} are no plan; check rate and time")
     ends = np.cumsum([stage.requests for stage in stages])  # of each stage, in requests since the start
     generator = np.random.Generator(np.random.PCG64([seed & (2**64 - 1), *b"arrivals"]))
-    times = Column("q")
-    reached = 0.0
-    while reached < ends[-1] and (most is None or len(times) < most):
+    found, made, reached = [np.empty(0, dtype=np.int64)], 0, 0.0
+    while reached < ends[-1] and (most is None or made < most):
         gaps = _gaps(process, burstiness, generator, _BLOCK)
-        if process == "constant" and not len(times):
+        if process == "constant" and not made:
             gaps[0] = 0.0
         gaps[0] += reached
         position = np.cumsum(gaps)
         reached = float(position[-1])
-        left = None if most is None else most - len(times)
-        times.extend(_times(position[position < ends[-1]][:left], stages, ends))
-    return times.whole()
+        left = None if most is None else most - made
+        found.append(_times(position[position < ends[-1]][:left], stages, ends))
+        made += len(found[-1])
+    return np.concatenate(found)
 
 
 def check_burstiness(process: Process, burstiness: float | None) -> None:
@@ -210,7 +208,7 @@ class Arrangement:
     def overlap(self) -> bool:
         """Whether copies lie over each other; else one is over when the next begins, and so are its sessions."""
         copies = np.array([part.copy for part in self.parts])
-        return any((np.diff(copies[self.part[b.start : b.stop + 1]]) < 0).any() for b in blocks(len(self.part)))
+        return bool((np.diff(copies[self.part]) < 0).any())
 
 
 def parse_growth(text: str) -> float:
@@ -248,50 +246,17 @@ def arrange(arrivals: Times, units: Units, growth: float, seed: int) -> Arrangem
     times: list[Times] = []
     for copy in range(copies):
         least = None if growth - copy >= 1 - 1e-9 else np.uint64((growth - copy) * 2**64)
-        for round_the_end in (True, False):
-            taken = filled(n, partial(_taken, units, least, period - shifts[copy], round_the_end), np.bool_)
+        drawn = np.ones(n, np.bool_) if least is None else units.places < least
+        wraps = units.starts >= period - shifts[copy]
+        for taken, shift in ((drawn & wraps, shifts[copy] - period), (drawn & ~wraps, shifts[copy])):
             if taken.any():
                 parts.append(TracePass(copy, taken))
-                times.append(_shifted(arrivals, taken, shifts[copy] - (period if round_the_end else 0)))
+                times.append(arrivals[taken] + shift)
     if not times:
         raise UsageError(f"thinning to {growth:g} of the demand left no request: keep more, or another seed")
-    return Arrangement(*_merged(times), parts)
-
-
-def _taken(units: Units, least: np.uint64 | None, wraps_at: int, round_the_end: bool, part: slice) -> Bools:
-    """Which rows of a copy are drawn (``least``: whose place is below) and go round the trace's end, or do not."""
-    taken: Bools = (units.starts[part] >= wraps_at) == round_the_end
-    return taken if least is None else taken & (units.places[part] < least)
-
-
-def _shifted(arrivals: Times, taken: Bools, shift: int) -> Times:
-    made, at = empty(int(np.count_nonzero(taken)), np.int64), 0
-    for part in blocks(len(arrivals)):
-        some = arrivals[part][taken[part]] + shift
-        made[at : at + len(some)] = some
-        at += len(some)
-    return made
-
-
-def _merged(times: list[Times]) -> tuple[Times, npt.NDArray[np.uint16]]:
-    """All ``times`` (each ascending) in order, and which list each is from; equal ones in the order of the lists.
-
-    A stretch at a time: between two bounds no list has more than its share of a block.
-    """
-    every = max(1, BLOCK // len(times))
-    bounds = np.unique(np.concatenate([each[::every] for each in times]))
-    n = sum(len(each) for each in times)
-    scheduled, part, at = empty(n, np.int64), empty(n, np.uint16), 0
-    begins = [0] * len(times)
-    for bound in [*bounds[1:].tolist(), None]:
-        ends = [len(each) if bound is None else int(np.searchsorted(each, bound)) for each in times]
-        some = np.concatenate([each[a:b] for each, a, b in zip(times, begins, ends, strict=True)])
-        order = np.argsort(some, kind="stable")
-        scheduled[at : at + len(some)] = some[order]
-        sizes = np.subtract(ends, begins)
-        part[at : at + len(some)] = np.repeat(np.arange(len(times), dtype=np.uint16), sizes)[order]
-        at, begins = at + len(some), ends
-    return scheduled, part
+    every, whose = np.concatenate(times), np.repeat(np.arange(len(times), dtype=np.uint16), [len(t) for t in times])
+    order = np.argsort(every, kind="stable")
+    return Arrangement(every[order], whose[order], parts)
 
 
 def _shifts(copies: int, period: int, seed: int) -> list[int]:
@@ -310,17 +275,10 @@ def spread(arrivals: Times, grid_s: float, seed: int) -> Times:
     """Arrivals moved from each instant to uniform places before the next step of the clock; ascending, order kept."""
     generator = np.random.Generator(np.random.PCG64([seed & (2**64 - 1), *b"spread"]))
     grid_ns = round(grid_s * 1e9)
-    n, start = len(arrivals), 0
-    moved = empty(n, np.int64)
-    while start < n:  # a block at a time, up to the end of an instant
-        end = int(np.searchsorted(arrivals, arrivals[min(start + BLOCK, n) - 1], side="right"))
-        block = arrivals[start:end]
-        after = int(arrivals[end] if end < n else block[-1] + grid_ns)
-        instants, group = np.unique(block, return_inverse=True)
-        # A clock's jitter makes a step now and then a little short: nothing may move past the next instant.
-        room = np.minimum(np.diff(instants, append=after), grid_ns)
-        places = generator.random(end - start)
-        places = places[np.lexsort((places, group))]
-        moved[start:end] = block + (places * room[group]).astype(np.int64)
-        start = end
+    instants, group = np.unique(arrivals, return_inverse=True)
+    # A clock's jitter makes a step now and then a little short: nothing may move past the next instant.
+    room = np.minimum(np.diff(instants, append=instants[-1] + grid_ns), grid_ns)
+    places = generator.random(len(arrivals))
+    places = places[np.lexsort((places, group))]
+    moved: Times = arrivals + (places * room[group]).astype(np.int64)
     return moved

@@ -1,8 +1,8 @@
 """Trace -> plan: how many requests, and when. Everything random is drawn before the clock starts, from one seed.
 
 The trace is read twice: once to count it and learn its times (`harness.trace.survey`), once to write its requests
-(`harness.plan.batches`). In memory is one batch of prompts; what is kept of every request (eight bytes for its time,
-some more where another demand is made) and of every session lies in files where it is much (`harness.trace.spool`).
+(`harness.plan.batches`). In memory are one batch of prompts and a few numbers of every request (eight bytes for its
+time, some more where another demand is made); sessions lie in a file where they are many (`harness.trace.spool`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from harness.plan.prompts import Vocabulary
 from harness.plan.spec import PlanSpec, check_spec, load_seed
 from harness.plan.windows import Joined, windows_in_time, windows_of_rows
 from harness.trace.io import Trace
-from harness.trace.spool import filled
 from harness.trace.stats import arrival_stats, mean_rate
 from harness.trace.survey import Content, Survey, survey
 
@@ -282,10 +281,8 @@ def _cycled(arrivals: Times, rows: int | None, cut_ns: float | None) -> Times:
     if cycles * period >= 2**63:
         raise UsageError("the trace would be repeated for more than 292 years: a lower limit or duration")
     total = max(int(cycles), 1) * n
-    times: Times = filled(
-        total if rows is None else min(total, rows),
-        lambda part: (at := np.arange(part.start, part.stop)) // n * period + arrivals[at % n], np.int64,
-    )  # fmt: skip
+    at = np.arange(total if rows is None else min(total, rows))
+    times: Times = at // n * period + arrivals[at % n]
     return times if cut_ns is None else times[: np.searchsorted(times, cut_ns)]
 
 
@@ -310,7 +307,7 @@ def _rescale(arrivals: Times, speed: float) -> Times:
         return arrivals  # exact: no float in between
     if int(arrivals[-1]) / speed >= 2**63:
         raise UsageError(f"speed {speed:g} stretches the trace beyond 292 years; speed above 1 is faster")
-    return filled(len(arrivals), lambda part: np.rint(arrivals[part] / speed), np.int64)
+    return np.rint(arrivals / speed).astype(np.int64)
 
 
 def _warmup(spec: PlanSpec, scheduled: Times | None, n: int) -> int:
@@ -327,4 +324,4 @@ def _choose(spec: PlanSpec, n: int) -> npt.NDArray[np.bool_]:
     """Which requests' clients hang up."""
     generator = np.random.Generator(np.random.PCG64([load_seed(spec.seed) & (2**64 - 1), *b"cancel"]))
     share = spec.cancel[0] if spec.cancel else 0.0
-    return filled(n, lambda part: generator.random(part.stop - part.start) < share, np.bool_)
+    return generator.random(n) < share

@@ -10,7 +10,6 @@ from harness.plan.file import PlanInfo
 from harness.plan.spec import PlanSpec
 from harness.trace.formats.record import safe
 from harness.trace.io import Trace
-from harness.trace.spool import blocks
 from harness.trace.survey import Survey
 
 _LISTED = 8
@@ -116,7 +115,7 @@ def _growth(info: PlanInfo, found: Survey, scheduled: Times) -> list[str]:
     last = int(found.arrivals[-1])  # the trace has ended when its last gap has
     end_ns = last + last // max(rows - 1, 1) + round((info.spread_s or 0.0) * 1e9) + 1
     speed = info.speed or 1.0
-    after = sum(int(np.count_nonzero(scheduled[part] * speed >= end_ns)) for part in blocks(len(scheduled)))
+    after = np.count_nonzero(scheduled * speed >= end_ns)
     if after:
         said.append(f"{after} turns of shifted sessions come after the trace's end")
     if info.grow > 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,11 +16,8 @@ import numpy.typing as npt
 
 from harness.trace.formats.record import safe
 from harness.trace.io import Trace, TraceRecord
-from harness.trace.spool import blocks
-from harness.trace.stats import Ints, PrefixStats, RecordedCache, arrival_stats, counts_between, gaps, worst
+from harness.trace.stats import Ints, PrefixStats, RecordedCache, arrival_stats, counts_between, worst
 from harness.trace.survey import ModelShare, Survey
-
-Lens = npt.NDArray[np.int32]
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _MODELS = 12
@@ -106,9 +103,8 @@ def shape_of(found: Survey) -> TraceShape:
     instants = longest_gap_s = None
     if arrivals is not None:
         rate = arrivals.rate
-        steps = [(int(np.count_nonzero(part)), int(part.max())) for part in gaps(times)]
-        instants = 1 + sum(some for some, _ in steps)
-        longest_gap_s = max(gap for _, gap in steps) / 1e9 if steps else None
+        gaps = np.diff(times)
+        instants, longest_gap_s = 1 + int(np.count_nonzero(gaps)), int(gaps.max()) / 1e9 if len(gaps) else None
     return TraceShape(
         rows=found.requests,
         span_s=arrivals.span_s if arrivals else None,
@@ -153,8 +149,7 @@ def _sessions(found: Survey) -> ConversationShape | None:
     sessions = turns.total()
     if not sessions:
         return None
-    rows, gap_ns = sum(each * count for each, count in turns.items()), found.gap_ns.whole()
-    gap_ns.sort()
+    rows, gap_ns = sum(each * count for each, count in turns.items()), np.sort(np.array(found.gap_ns))
     return ConversationShape(
         sessions=sessions,
         rows=rows,
@@ -198,35 +193,20 @@ def _lengths(counts: Mapping[int, int]) -> TokenLengths | None:
     )
 
 
-def _pairs(found: Survey) -> Iterator[tuple[Lens, Lens]]:
-    """Input and output lengths of the rows that say both."""
-    into, out = (column.whole() for column in found.pairs)
-    for part in blocks(len(into)):
-        both = (into[part] > 0) & (out[part] > 0)
-        yield into[part][both], out[part][both]
-
-
 def _rank_correlation(found: Survey) -> float | None:
     """Spearman's; equal lengths share the mean of their ranks. None below three rows or without a spread."""
-    counts: tuple[Counter[int], Counter[int]] = Counter(), Counter()
-    for pair in _pairs(found):
-        for side in (0, 1):
-            values, rows = np.unique(pair[side], return_counts=True)
-            counts[side].update(dict(zip(values.tolist(), rows.tolist(), strict=True)))
-    n = counts[0].total()
+    into, out = (np.array(side) for side in found.pairs)
+    both = (into > 0) & (out > 0)
+    n = int(both.sum())
     if n < 3:
         return None
-    known, ranks, squares = [], [], 1.0
-    for lengths in counts:  # ranks less the mean rank
-        known.append(np.array(sorted(lengths)))
-        equal = np.array([lengths[int(value)] for value in known[-1]])
-        ranks.append(np.cumsum(equal) - (equal - 1) / 2 - (n + 1) / 2)
-        squares *= float((equal * ranks[-1] ** 2).sum())
-    products = 0.0
-    for pair in _pairs(found):
-        a, b = (ranks[side][np.searchsorted(known[side], pair[side])] for side in (0, 1))
-        products += float((a * b).sum())
-    return products / math.sqrt(squares) if squares else None
+    ranks, squares = [], 1.0
+    for lengths in (into[both], out[both]):  # ranks less the mean rank
+        _, places, equal = np.unique(lengths, return_inverse=True, return_counts=True)
+        rank = np.cumsum(equal) - (equal - 1) / 2 - (n + 1) / 2
+        squares *= float((equal * rank**2).sum())
+        ranks.append(rank[places])
+    return float((ranks[0] * ranks[1]).sum()) / math.sqrt(squares) if squares else None
 
 
 # --- in words --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""What is kept of a trace of any length while memory stays bounded: numbers one a row, a little for each session, and
-rows that are to be put in order.
+"""What is kept of a trace of any length while memory stays bounded: a little for each session, and rows that are to be
+put in order. (Numbers, a few a row, are held.)
 
 All begin in memory, and what is too much goes to temporary files without a name, where Python's `tempfile` and SQLite
 put things. Where that is memory itself (a tmpfs), set TMPDIR to a disk.
@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import mmap
 import os
 import pickle
 import sqlite3
 import tempfile
-from array import array
 from collections.abc import Callable, Hashable, Iterator
 from typing import IO, Any, Generic, TypeVar
 
@@ -28,8 +26,6 @@ V = TypeVar("V")
 
 HELD_SESSIONS = 2**18
 """Sessions that are held in memory, and as many of those that were last used before them."""
-HELD_NUMBERS = 2**16
-"""Entries of a column that are held in memory."""
 HELD_BYTES = 2**26
 """Of what is sorted, about so much is held in memory."""
 BLOCK = 2**18
@@ -105,51 +101,6 @@ def _place(key: Hashable) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-class Column:
-    """Numbers that are appended and then read as one array."""
-
-    def __init__(self, code: str) -> None:
-        """``code``: of Python's `array`."""
-        self._code = code
-        self._held: array[int] = array(code)
-        self._file: IO[bytes] | None = None
-        self._stored = 0
-
-    def __len__(self) -> int:
-        return self._stored + len(self._held)
-
-    def append(self, value: int) -> None:
-        """The next one. Raises `HarnessError` on a full disk."""
-        self._held.append(value)
-        if len(self._held) >= HELD_NUMBERS:
-            self._store()
-
-    def extend(self, values: npt.NDArray[Any]) -> None:
-        """The next ones, of the column's own type. Raises as `append` does."""
-        self._held.frombytes(values.tobytes())
-        if len(self._held) >= HELD_NUMBERS:
-            self._store()
-
-    def whole(self) -> npt.NDArray[Any]:
-        """All so far; the file's own pages where they lie in one, so writing to it changes them."""
-        if self._file is None:
-            return np.array(self._held)
-        if self._held:
-            self._store()
-        return np.frombuffer(mmap.mmap(self._file.fileno(), self._stored * self._held.itemsize), self._code)
-
-    def _store(self) -> None:
-        try:
-            if self._file is None:
-                self._file = tempfile.TemporaryFile(prefix="harness-")  # noqa: SIM115  # lives as long as the column
-            self._held.tofile(self._file)
-            self._file.flush()
-        except OSError as e:
-            raise _no_room("a number for each row", e.strerror or str(e)) from e
-        self._stored += len(self._held)
-        self._held = array(self._code)
-
-
 T = TypeVar("T")
 
 
@@ -217,25 +168,9 @@ class Sorter(Generic[T]):
             yield from pickle.loads(os.pread(self._file.fileno(), size, at))  # noqa: S301  # our own file, without a name
 
 
-def empty(n: int, kind: npt.DTypeLike) -> npt.NDArray[Any]:
-    """An array of ``n`` entries, not yet written, in memory or in a file. Raises `HarnessError` on a full disk."""
-    dtype = np.dtype(kind)
-    if n <= HELD_NUMBERS:
-        return np.empty(n, dtype)
-    try:
-        with tempfile.TemporaryFile(prefix="harness-") as file:
-            os.posix_fallocate(file.fileno(), 0, n * dtype.itemsize)
-            return np.frombuffer(mmap.mmap(file.fileno(), n * dtype.itemsize), dtype)
-    except OSError as e:
-        raise _no_room("a number for each row", e.strerror or str(e)) from e
-
-
 def filled(n: int, of: Callable[[slice], Any], kind: npt.DTypeLike) -> npt.NDArray[Any]:
-    """An array of ``n`` entries, worked out a block at a time."""
-    made = empty(n, kind)
-    for part in blocks(n):
-        made[part] = of(part)
-    return made
+    """An array of ``n`` entries, of which ``of`` says those of a slice."""
+    return np.asarray(of(slice(0, n)), dtype=kind)
 
 
 def blocks(n: int) -> Iterator[slice]:

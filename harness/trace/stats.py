@@ -8,12 +8,12 @@ gap cv                      standard deviation / mean of the gaps between arriva
 mean rate                   (n - 1) / span, requests/s
 ==========================  ==========================================================================================
 
-Functions here take sorted times as integer ns and work a block at a time: their memory does not grow with the trace.
+Functions here take sorted times as integer ns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +28,6 @@ POINTS = 51
 PERIODS = 60
 """Equal parts of the span in which arrivals are counted: the shape over time."""
 
-_BLOCK = 2**20
 _MOST_WINDOWS = 20_000_000
 _MOST_GAPS = 2**20
 
@@ -196,12 +195,8 @@ def dispersion(times: Ints, window_s: int) -> float | None:
     windows = int(times[-1] - times[0]) // window_ns
     if not FEWEST_WINDOWS <= windows <= _MOST_WINDOWS:
         return None
-    counts = np.zeros(windows, dtype=np.int64)
-    for block in _blocks(times):
-        at = (block - times[0]) // window_ns
-        first = int(at[0])
-        found = np.bincount(at[at < windows] - first)
-        counts[first : first + len(found)] += found
+    at = (times - times[0]) // window_ns
+    counts = np.bincount(at[at < windows], minlength=windows)
     return float(counts.var() / counts.mean())
 
 
@@ -210,18 +205,13 @@ def worst(times: Ints, window_s: int) -> tuple[int, int] | None:
     window_ns = window_s * 1_000_000_000
     if len(times) < 2 or times[-1] - times[0] < window_ns:
         return None
-    best = (0, 0)
-    for start in range(0, len(times), _BLOCK):
-        block = times[start : start + _BLOCK]
-        counts = np.searchsorted(times, block + window_ns, side="left") - np.arange(start, start + len(block))
-        at = int(counts.argmax())
-        if counts[at] > best[0]:
-            best = (int(counts[at]), start + at)
-    return best
+    counts = np.searchsorted(times, times + window_ns, side="left") - np.arange(len(times))
+    at = int(counts.argmax())
+    return int(counts[at]), at
 
 
 def _gap_cv(times: Ints, mean_ns: float) -> float:
-    squares = sum(float((((part - mean_ns) / mean_ns) ** 2).sum()) for part in gaps(times))
+    squares = (((np.diff(times) - mean_ns) / mean_ns) ** 2).sum()
     return float(np.sqrt(squares / (len(times) - 1)))
 
 
@@ -236,12 +226,9 @@ def _gap_quantiles_s(times: Ints) -> list[float]:
 
 def counts_between(times: Ints, start_ns: int, span_ns: int, periods: int = PERIODS) -> Ints:
     """Arrivals in ``periods`` equal parts of the time from ``start_ns`` on; the end itself is in the last part."""
-    counts = np.zeros(periods, dtype=np.int64)
-    for block in _blocks(times):
-        inside = block[(block >= start_ns) & (block <= start_ns + span_ns)] - start_ns
-        at = np.minimum(inside * (periods / span_ns), periods - 1).astype(np.int64)
-        counts += np.bincount(at, minlength=periods)
-    return counts
+    inside = times[(times >= start_ns) & (times <= start_ns + span_ns)] - start_ns
+    at = np.minimum(inside * (periods / span_ns), periods - 1).astype(np.int64)
+    return np.bincount(at, minlength=periods)
 
 
 def length_stats(counts: Mapping[int, int], part_sd: float | None = None) -> LengthStats | None:
@@ -255,12 +242,3 @@ def length_stats(counts: Mapping[int, int], part_sd: float | None = None) -> Len
     total = sum(length * count for length, count in counts.items())
     quantiles = values[np.searchsorted(reached, wanted)].tolist()
     return LengthStats(rows=rows, mean=total / rows, quantiles=quantiles, part_sd=part_sd)
-
-
-def _blocks(times: Ints) -> Iterator[Ints]:
-    return (times[at : at + _BLOCK] for at in range(0, len(times), _BLOCK))
-
-
-def gaps(times: Ints) -> Iterator[Ints]:
-    """Times between arrivals, ns, a block at a time."""
-    return (np.diff(times[at : at + _BLOCK + 1]) for at in range(0, len(times) - 1, _BLOCK))

@@ -1,23 +1,26 @@
 """One reading of a trace: how many rows, when they arrive, and what they look like. For plans and for `trace inspect`.
 
-A few numbers a row are kept (its arrival and lengths; where rows are to be drawn or copied, when its session began) and
-a few for each session, in files where they are many (`harness.trace.spool`); for prefix ids see `harness.trace.prefix`.
+A few numbers a row are held (its arrival and lengths; where rows are to be drawn or copied, when its session began);
+a few for each session lie in a file where they are many (`harness.trace.spool`). Prefix ids: `harness.trace.prefix`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+from array import array
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+
 from harness.errors import PlanError, UsageError
 from harness.plan.arrivals import Times, Units
 from harness.trace.io import Trace, TraceRecord
 from harness.trace.prefix import IdealReuse
-from harness.trace.spool import Column, Sessions
+from harness.trace.spool import Sessions
 from harness.trace.stats import PartMeans, RecordedCache, TraceStats, arrival_stats, length_stats
 
 _ADAPTERS = 8
@@ -72,11 +75,11 @@ class Survey:
         self.input_lengths: Counter[int] = Counter()
         """Input tokens -> rows that say lengths only."""
         self.outputs: Counter[int] = Counter()
-        self.pairs = Column("i"), Column("i")
+        self.pairs = array("i"), array("i")
         """Input and output tokens of each row; -1 where not given."""
         self.turns: Counter[int] = Counter()
         """Turns so far -> sessions that have so many."""
-        self.gap_ns = Column("q")
+        self.gap_ns = array("q")
         """Between the turns of a session."""
         self.open_ended = 0
         """Rows that do not say how many tokens to generate."""
@@ -90,7 +93,7 @@ class Survey:
         self.grid_s: float | None = None
         """Of the trace."""
         self._seed = units_seed
-        self._arrival_ns, self._starts, self._places = Column("q"), Column("q"), Column("Q")
+        self._arrival_ns, self._starts, self._places = array("q"), array("q"), array("Q")
         self._parts = PartMeans(), PartMeans()
         self._begun = Sessions(_Session)
         self._models: dict[str | None, ModelShare] = {}
@@ -146,12 +149,12 @@ class Survey:
     @cached_property
     def arrivals(self) -> Times:
         """Ns from the first; empty when the trace has no times."""
-        return self._arrival_ns.whole()
+        return np.array(self._arrival_ns, dtype=np.int64)
 
     @cached_property
     def units(self) -> Units | None:
         """Only when asked for."""
-        return None if self._seed is None else Units(self._starts.whole(), self._places.whole())
+        return None if self._seed is None else Units(np.array(self._starts), np.array(self._places))
 
     @property
     def content(self) -> Content:
