@@ -178,11 +178,9 @@ class _LineReader(ObjectReader):
 
     @classmethod
     def sniff(cls, record: bytes) -> bool:
-        """A line of the format, or an object with its names."""
         return super().sniff(record) if record.startswith(b"{") else cls.line.match(record[:20_000]) is not None
 
     def parse(self, record: bytes) -> TraceRecord | Rows:
-        """Read one line."""
         if record.startswith(b"{"):
             return super().parse(record)
         match = self.line.match(record)
@@ -200,8 +198,6 @@ _ENDS = (
 
 
 class Nginx(_LineReader):
-    """Reader of nginx access logs."""
-
     summary = "nginx access log (combined, ingress-nginx or JSON): arrivals only"
     clock = "end of the request (msec, time_iso8601 or time_local) less $request_time in seconds"
     telling = tuple(frozenset({"request_time", name}) for name in ("status", "request", "request_uri", "uri"))
@@ -211,15 +207,12 @@ class Nginx(_LineReader):
     method, path, status = ("request_method", "method"), ("request_uri", "uri", "path"), ("status",)
 
     def row(self, value: Object) -> TraceRecord | None:
-        """One request, and whether its end stands for its arrival."""
         found = super().row(value)
         self.noted[_ENDS] += find(value, "request_time") is None
         return found
 
 
 class Envoy(_LineReader):
-    """Reader of Envoy access logs; the AI Gateway's have token counts, cached tokens inside."""
-
     summary = "Envoy access log (default format or JSON): arrivals; of the AI Gateway also token counts"
     clock = "START_TIME, the start of the request: a date and time with its zone"
     telling = (frozenset({"start_time", "response_code"}),)
@@ -234,8 +227,6 @@ class Envoy(_LineReader):
 
 
 class Kong(ObjectReader):
-    """Reader of Kong's logs."""
-
     summary = "Kong log (JSON Lines: started_at, latencies; ai usage where its AI proxy counts)"
     clock = "started_at, milliseconds since 1970"
     telling = (frozenset({"started_at", "latencies", "request", "response"}),)
@@ -246,8 +237,6 @@ class Kong(ObjectReader):
 
 
 class Caddy(ObjectReader):
-    """Reader of Caddy's access log."""
-
     summary = "Caddy access log (JSON Lines: ts, duration, request): arrivals only"
     clock = "ts, the end of the request in seconds since 1970, less duration in seconds"
     telling = (frozenset({"ts", "duration", "request", "status"}),)
@@ -256,8 +245,6 @@ class Caddy(ObjectReader):
 
 
 class Traefik(ObjectReader):
-    """Reader of Traefik's access log."""
-
     summary = "Traefik access log (JSON Lines: StartUTC, RequestPath, DownstreamStatus): arrivals only"
     clock = "StartUTC, the start of the request"
     telling = (frozenset({"StartUTC", "RequestPath", "DownstreamStatus"}),)
@@ -266,8 +253,6 @@ class Traefik(ObjectReader):
 
 
 class Cloudflare(ObjectReader):
-    """Reader of Cloudflare AI Gateway logs."""
-
     summary = "Cloudflare AI Gateway log (JSON page or lines: created_at, tokens_in, tokens_out)"
     clock = "created_at, a date and time"
     telling = (frozenset({"created_at", "tokens_in", "tokens_out"}),)
@@ -275,7 +260,6 @@ class Cloudflare(ObjectReader):
     input, output, model = ("tokens_in",), ("tokens_out",), ("model",)
 
     def leave_out(self, value: Object) -> None:
-        """What reached no model."""
         if value.get("cached") in (True, 1):
             raise LeftOutError("answered from the gateway's cache")
         if value.get("success") in (False, 0):
@@ -283,8 +267,6 @@ class Cloudflare(ObjectReader):
 
 
 class AzureGateway(ObjectReader):
-    """Reader of Azure's gateway and diagnostic logs."""
-
     summary = "Azure API Management or Azure OpenAI diagnostic log (JSON: GatewayLlmLog, RequestResponse)"
     clock = "time or TimeGenerated; of RequestResponse less durationMs"
     page, arrival = ("records",), ("TimeGenerated", "time")
@@ -292,7 +274,6 @@ class AzureGateway(ObjectReader):
 
     @classmethod
     def sniff(cls, record: bytes) -> bool:
-        """Names of one of the tables, in a line or a page."""
         fields = fields_of(record)
         page = fields.get("records", b"")
         if page.startswith(b"["):
@@ -304,7 +285,6 @@ class AzureGateway(ObjectReader):
         )
 
     def row(self, value: Object) -> TraceRecord | None:
-        """One call; None for the rows of its prompt and answer."""
         value = {**value, **object_of(value, "properties")}
         if value.get("category") == "RequestResponse":
             if "Completions" not in str(value.get("operationName")):
@@ -319,8 +299,6 @@ _TEXT_CALLS = ("completion", "text_completion", "responses", "anthropic_messages
 
 
 class LiteLLM(ObjectReader):
-    """Reader of LiteLLM spend logs."""
-
     summary = "LiteLLM spend logs (JSON, JSON Lines or CSV: startTime, prompt_tokens, completion_tokens, call_type)"
     clock = "startTime, a date and time, UTC where no zone is given"
     telling = (frozenset({"startTime", "prompt_tokens", "completion_tokens"}),)
@@ -335,11 +313,9 @@ class LiteLLM(ObjectReader):
 
     @classmethod
     def sniff(cls, record: bytes) -> bool:
-        """The three telling fields or columns."""
         return super().sniff(record) or cls.telling[0] <= set(header_of(record)[1])
 
     def parse(self, record: bytes) -> TraceRecord | Rows:
-        """Read one object or CSV record (the first one is the header)."""
         if record.lstrip().startswith(b"{"):
             return super().parse(record)
         row = self._columns.read(record)
@@ -348,7 +324,6 @@ class LiteLLM(ObjectReader):
         return () if row is None else self.row(row) or ()
 
     def row(self, value: Object) -> TraceRecord | None:
-        """One call, its total checked."""
         found, total = super().row(value), count_of(value, "total_tokens")
         if found is None:
             return None
@@ -363,7 +338,6 @@ class LiteLLM(ObjectReader):
         return found._replace(messages=messages, cached_tokens=usage.cached_tokens)
 
     def leave_out(self, value: Object) -> None:
-        """Calls that no model server has to answer."""
         kind = text_of(value, "call_type")
         if kind and not kind.removeprefix("a").startswith(_TEXT_CALLS) and not kind.startswith(_TEXT_CALLS):
             raise LeftOutError(f"not a text completion ({kind[:30]})")

@@ -93,8 +93,6 @@ _decode = msgspec.json.Decoder(Line).decode
 
 
 class Jsonl(Reader):
-    """Reader of our own JSON Lines."""
-
     summary = "our JSON Lines: arrival_s, prompt or messages or input_tokens, output_tokens, session_id, prefix_ids ..."
     sends_text = True
 
@@ -103,12 +101,10 @@ class Jsonl(Reader):
 
     @property
     def clock(self) -> str:  # type: ignore[override]
-        """As its name says, or as found."""
         return self._own.clock
 
     @classmethod
     def sniff(cls, record: bytes) -> bool:
-        """An object with a field that is only ours (a misspelt one beside it is then reported by name)."""
         fields = fields_of(record)
         if fields.get("arrival_s", b"").startswith(b'"') or any(role_of(name) for name in fields.keys() - set(FIELDS)):
             return False  # a table with some of our names
@@ -123,20 +119,16 @@ class Jsonl(Reader):
         )
 
     def parse(self, record: bytes) -> TraceRecord:
-        """Read one line."""
         try:
             return self._own.row(_decode(record))
         except DECODE_ERRORS as e:
             raise decode_error(e, record, FIELDS) from None
 
     def blocks(self) -> str | None:
-        """As ``block_tokens`` says."""
         return self._own.blocks()
 
 
 class Columnar(TableReader):
-    """Reader of columnar files; the first bytes tell which kind."""
-
     summary = "Parquet or Arrow file with the columns of our JSON Lines, or of any table"
     others_first = False
 
@@ -147,21 +139,17 @@ class Columnar(TableReader):
 
     @classmethod
     def sniff(cls, record: bytes) -> bool:
-        """The magic bytes of Parquet, an Arrow file or an Arrow stream."""
         return record.startswith(MAGICS)
 
     @property
     def clock(self) -> str:  # type: ignore[override]
-        """As its name says, or as found."""
         return self._own.clock if self._ours else super().clock
 
     @property
     def sends_text(self) -> bool:  # type: ignore[override]
-        """Our own rows are written to be sent."""
         return self._ours
 
     def records(self, file: TraceFile) -> Iterator[tuple[int, Any]]:
-        """(row from 1, column -> value without nulls) of the columns that are ours, or a table's."""
         if not is_columnar(file):
             return super().records(file)
         schema, asked = schema_of(file), self._asked.columns
@@ -179,7 +167,6 @@ class Columnar(TableReader):
         raise TraceError(file.name, None, f"{problem} {advice}")
 
     def rows(self, records: Iterable[tuple[Place, Any]]) -> Iterator[tuple[Place, Item]]:
-        """Rows of our own as lines of JSON would be read; those of a table as a table's."""
         records = iter(records)
         again = chain(list(islice(records, 1)), records)  # opens the file: only now is known whose columns it has
         if not self._ours:
@@ -196,7 +183,6 @@ class Columnar(TableReader):
             raise decode_error(e, b"", FIELDS) from None
 
     def blocks(self) -> str | None:
-        """As ``block_tokens`` says."""
         return self._own.blocks()
 
 

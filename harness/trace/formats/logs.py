@@ -97,8 +97,6 @@ class _Open:
 
 
 class VllmLog(Reader):
-    """Reader of vLLM server logs."""
-
     summary = "vLLM server log with --enable-log-requests (lengths: VLLM_LOGGING_LEVEL=DEBUG, --enable-log-outputs)"
     clock = "MM-DD hh:mm:ss before each line: whole seconds without a year"
     in_order = False
@@ -112,12 +110,10 @@ class VllmLog(Reader):
 
     @classmethod
     def sniff(cls, record: bytes) -> bool:
-        """A request line."""
         line = _LINE.match(record[:100_000])
         return line is not None and (_RECEIVED.match(line[6]) or _DETAILS.match(line[6])) is not None
 
     def parse(self, record: bytes) -> Rows:
-        """Read one line; the request comes out when its answer has ended."""
         line = _LINE.match(record)
         if line is None:
             return ()
@@ -132,15 +128,12 @@ class VllmLog(Reader):
         return [self._row(next(iter(self._open)))] if len(self._open) > _WAITING else ()
 
     def end(self) -> Iterator[tuple[None, Item]]:
-        """Requests without an end in the log."""
         return ((None, self._row(id_)) for id_ in list(self._open))
 
     def blocks(self) -> str | None:
-        """16 tokens, made from the token ids."""
         return f"{BLOCK_TOKENS} tokens, made here from the logged token ids" if self._lengths else None
 
     def notes(self) -> list[str]:
-        """What the log does not say."""
         notes = [
             "the log's clock has whole seconds and no year; time differences are exact unless 29 February is crossed",
             *super().notes(),
@@ -228,8 +221,6 @@ _SPENT = re.compile(r"(\d+(?:\.\d+)?)(ms|s)")
 
 
 class SGLang(ObjectReader):
-    """Reader of SGLang server logs."""
-
     summary = "SGLang server log (ReqTimeStats of --enable-request-time-stats-logging, or Finish of --log-requests)"
     clock = "entry_time in seconds since 1970, else the time of the line less the request's duration"
     log = True
@@ -244,12 +235,10 @@ class SGLang(ObjectReader):
 
     @classmethod
     def sniff(cls, record: bytes) -> bool:
-        """A line that states a request."""
         line = _SGLANG_LINE.match(record[:100_000])
         return line is not None and (_STATS.search(line[2]) or _FINISH.match(line[2])) is not None
 
     def parse(self, record: bytes) -> TraceRecord | Rows:
-        """Read one line; most are about something else."""
         line = _SGLANG_LINE.match(record)
         if line is None:
             return ()
@@ -265,7 +254,6 @@ class SGLang(ObjectReader):
         return self.row({**fields, "written": line[1].decode()}) or ()
 
     def row(self, value: Object) -> TraceRecord | None:
-        """A request; of a prefill when its decoding has come."""
         kind, room = value.get("type"), value.get("bootstrap_room") or value.get("rid")
         row = super().row({**value, "rid": f"{value.get('rid')} {kind}"})
         if row is not None and kind == "prefill":
@@ -278,7 +266,6 @@ class SGLang(ObjectReader):
         return row
 
     def arrival_ns(self, value: Object) -> int:
-        """The entry, or where that is of another clock the time of the line less what was spent since."""
         entry = number_of(value.get("entry_time"))
         if entry is not None and is_epoch(entry, "s"):
             return ns_of("entry_time", value["entry_time"], "s")
@@ -287,13 +274,10 @@ class SGLang(ObjectReader):
         return iso_ns("time", str(value["written"])) - spent_ns - ns_of("e2e_latency", value.get("e2e_latency", 0), "s")
 
     def end(self) -> list[tuple[None, LeftOutError]]:
-        """Prefills without their decoding."""
         return [(None, LeftOutError("a prefill without its decode line"))] * len(self._prefills)
 
 
 class Dynamo(ObjectReader):
-    """Reader of Dynamo request traces."""
-
     summary = "NVIDIA Dynamo request trace (JSON Lines: dynamo.request.trace.v1, request_end)"
     clock = "request.request_received_ms, milliseconds"
     id = ("request_id",)
@@ -306,22 +290,18 @@ class Dynamo(ObjectReader):
 
     @classmethod
     def sniff(cls, record: bytes) -> bool:
-        """The schema's name."""
         fields = fields_of(record)
         fields = fields_of(fields["event"]) if "event" in fields else fields
         return fields.get("schema", b"").startswith(b'"dynamo.request.trace.')
 
     def arrival_ns(self, value: Object) -> int:
-        """On a clock of its own."""
         return ns_of("request_received_ms", value.get("request_received_ms"), "ms")
 
     def leave_out(self, value: Object) -> None:
-        """Requests without an answer."""
         if find(value, "output_tokens") is None:
             raise FailedCallError("failed call (no output tokens)")
 
     def row(self, value: Object) -> TraceRecord | None:
-        """One request; None for another event."""
         event = object_of(value, "event") or value
         request = event.get("request")
         if event.get("event_type") != "request_end" or not isinstance(request, dict):
@@ -343,13 +323,10 @@ class Dynamo(ObjectReader):
         return found._replace(prefix_ids=tuple(h & (2**63 - 1) for h in hashes), block_tokens=size)
 
     def blocks(self) -> str | None:
-        """The size that the trace states, and how many rows show it."""
         return self._blocks.said()
 
 
 class Bedrock(ObjectReader):
-    """Reader of Bedrock invocation logs."""
-
     summary = "AWS Bedrock model invocation log (JSON of S3 or CloudWatch: ModelInvocationLog)"
     clock = "timestamp, a date and time in whole seconds, UTC"
     page, id, arrival, model = ("events", "logEvents"), ("requestId",), ("timestamp",), ("modelId",)
@@ -360,17 +337,14 @@ class Bedrock(ObjectReader):
 
     @classmethod
     def sniff(cls, record: bytes) -> bool:
-        """The log's type, also within a CloudWatch event or a page of them."""
         fields = fields_of(record)
         inner = fields.get("message", fields.get("events", b"") or fields.get("logEvents", b""))
         return fields.get("schemaType") == b'"ModelInvocationLog"' or b"ModelInvocationLog" in inner
 
     def row(self, value: Object) -> TraceRecord | None:
-        """One call, perhaps as the text of an event."""
         return super().row(object_of(value, "message") or value)
 
     def leave_out(self, value: Object) -> None:
-        """Calls that failed, or have no output."""
         if value.get("errorCode"):
             raise FailedCallError("failed call (errorCode)")
         if find(value, *self.output) is None:

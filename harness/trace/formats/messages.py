@@ -83,8 +83,6 @@ _MARKS = ("<image>", "<video>", "<audio>", "<image_placeholder>")
 
 
 class ChatLog(Reader):
-    """Reader of chat logs."""
-
     summary = "chat log (JSON or JSON Lines: ShareGPT conversations, LMSYS, WildChat, messages ending with an answer)"
     clock = "none: a conversation has no time for each request"
     sends_text = True
@@ -94,7 +92,6 @@ class ChatLog(Reader):
 
     @classmethod
     def sniff(cls, record: bytes) -> bool:
-        """A list of turns, and nothing that another format has."""
         fields = fields_of(record)
         if any(fields.get(name, b"").startswith(b"[") for name in _TURNS[:2]):
             return True
@@ -102,7 +99,6 @@ class ChatLog(Reader):
         return "messages" in fields and not fields.keys() & others and answered(fields["messages"])
 
     def parse(self, record: bytes) -> Rows:
-        """Read one conversation."""
         value = decode_object(record)
         turns = next((found for name in _TURNS if isinstance(found := value.get(name), list)), None)
         if turns is None:
@@ -167,8 +163,6 @@ _TIMES = (
 
 
 class OpenAI(Reader):
-    """Reader of OpenAI batch files and API logs."""
-
     summary = "OpenAI batch input or output, or logged requests and responses of OpenAI or Anthropic (JSON Lines)"
     telling = (
         frozenset({"custom_id", "body"}), frozenset({"custom_id", "response"}),
@@ -182,7 +176,6 @@ class OpenAI(Reader):
 
     @classmethod
     def sniff(cls, record: bytes) -> bool:
-        """One of the shapes."""
         fields = fields_of(record)
         names = fields.keys()
         return (
@@ -198,7 +191,6 @@ class OpenAI(Reader):
         )
 
     def parse(self, record: bytes) -> TraceRecord:
-        """Read one object."""
         value = decode_object(record)
         self._copies.check(value.get("custom_id"))
         url = value.get("url")
@@ -286,8 +278,6 @@ _CODEX_INPUT = frozenset({"user_message", "function_call_output", "custom_tool_c
 
 
 class ClaudeCode(Reader):
-    """Reader of Claude Code session logs."""
-
     summary = "Claude Code session log (JSON Lines: sessionId, message with usage)"
     clock = "timestamp of the line before an answer: what was said to the model"
     in_order = False
@@ -301,12 +291,10 @@ class ClaudeCode(Reader):
 
     @classmethod
     def sniff(cls, record: bytes) -> bool:
-        """A line with ``sessionId`` and a message, or one of the kinds around them."""
         fields = fields_of(record)
         return "sessionId" in fields and ("message" in fields or {"type", "uuid"} <= fields.keys())
 
     def rows(self, records: Iterable[tuple[Place, Any]]) -> Iterator[tuple[Place, Item]]:
-        """Each call when no further line of it is to be expected."""
         for place, record in records:
             try:
                 yield from self._line(place, decode_object(whole(record)))
@@ -314,7 +302,6 @@ class ClaudeCode(Reader):
                 yield place, e
 
     def end(self) -> Iterator[tuple[Place, Item]]:
-        """The calls that were still waiting."""
         yield from ((place, unless_failed(row)) for place, row in self._waiting.values())
 
     def _line(self, place: Place, line: Object) -> Iterator[tuple[Place, Item]]:
@@ -352,8 +339,6 @@ class ClaudeCode(Reader):
 
 
 class Codex(Reader):
-    """Reader of Codex session logs."""
-
     summary = "Codex session log (JSON Lines: event_msg with token_count)"
     clock = "timestamp of the last input before an answer"
     in_order = False
@@ -366,12 +351,10 @@ class Codex(Reader):
 
     @classmethod
     def sniff(cls, record: bytes) -> bool:
-        """A line of one of its kinds."""
         fields = fields_of(record)
         return {"timestamp", "type", "payload"} <= fields.keys() and fields["type"] in _CODEX
 
     def parse(self, record: bytes) -> TraceRecord | Rows:
-        """Read one line."""
         line = decode_object(record)
         payload, time = object_of(line, "payload"), line.get("timestamp")
         if not isinstance(time, str):

@@ -96,21 +96,16 @@ _ids = tuple[_Id, ...]
 
 
 class Azure(TableReader):
-    """Reader of Azure LLM inference traces (2023, 2024 and later)."""
-
     summary = "Azure LLM inference trace (CSV: TIMESTAMP, ContextTokens, GeneratedTokens)"
     others_first = False
     names = {"arrival": "TIMESTAMP", "input": "ContextTokens", "output": "GeneratedTokens"}  # noqa: RUF012
 
     def clock_of(self, name: str) -> Clock:
-        """Dates and times."""
         said = "a date and time: up to 9 decimals of a second, UTC where no zone is given"
         return Clock(name, said=f"{name}, {said}")
 
 
 class BurstGPT(TableReader):
-    """Reader of BurstGPT traces, versions 1 to 3."""
-
     summary = "BurstGPT trace (CSV: Timestamp in s, Request tokens, Response tokens; v3 with Session ID)"
     others_first = False
     names = {"arrival": "Timestamp", "input": "Request tokens", "output": "Response tokens"}  # noqa: RUF012
@@ -118,16 +113,13 @@ class BurstGPT(TableReader):
 
     @classmethod
     def sniff(cls, record: bytes) -> bool:
-        """The header names the columns that all versions have."""
         return super().sniff(record) and _TOTAL in header_of(record)[1]
 
     def clock_of(self, name: str) -> Clock:
-        """Seconds."""
         said = "Timestamp in seconds: the header is that of BurstGPT, whose totals were checked on every row"
         return Clock(name, "s", said)
 
     def row(self, row: Object) -> TraceRecord:
-        """The row, its total checked."""
         counts = [token_count(name, row.get(name)) for name in ("Request tokens", "Response tokens", _TOTAL)]
         if None not in counts and sum(counts[:2]) != counts[2]:  # type: ignore[arg-type]
             raise RowError(
@@ -138,8 +130,6 @@ class BurstGPT(TableReader):
 
 
 class Mooncake(TableReader):
-    """Reader of Mooncake traces."""
-
     summary = "Mooncake trace (JSON Lines: timestamp in ms, input_length, output_length, hash_ids of 512-token blocks)"
     others_first = False
     names = {  # noqa: RUF012
@@ -158,32 +148,27 @@ class Mooncake(TableReader):
 
     @classmethod
     def sniff(cls, record: bytes) -> bool:
-        """Its names for lengths, no object as ``hash_ids`` (RAGPulse) and no ``chat_id`` (Bailian)."""
         fields = fields_of(record)
         lengths = {"input_length", "text_input"} & fields.keys()
         others = {"timestamp", "delay", "hash_ids", "text_input"} & fields.keys()
         return bool(lengths and others) and "chat_id" not in fields and not fields.get("hash_ids", b"").startswith(b"{")
 
     def ask(self, asked: TableOptions) -> None:
-        """The unit of the times, as the user says."""
         super().ask(replace(asked, unit=None))
         self._asked = asked
 
     def look(self, rows: Sequence[Object]) -> None:
-        """Several blocks of 512 tokens, as many as the length says, are Mooncake's own, and so is its clock then."""
         super().look(rows)
         clock = self._clock
         if clock and not clock.absolute and self._asked.unit is None and any(_is_long(row) for row in rows):
             clock.know("ms", "timestamp in milliseconds: beside the 512-token blocks of Mooncake")
 
     def row(self, row: Object) -> TraceRecord:
-        """The row, its number of blocks checked."""
         if "chat_id" in row:
             raise RowError("unknown field", "unknown field 'chat_id': a row of Bailian (--trace-format bailian)")
         return super().row(row)
 
     def prefix_ids(self, row: Object, input_tokens: int | None, text: str | None) -> tuple[int, ...] | None:
-        """Those of a prompt that is not a text."""
         if row.get("hash_ids") is None or text is not None:
             return None
         try:
@@ -194,12 +179,10 @@ class Mooncake(TableReader):
         return ids
 
     def think_s(self, row: Object, session: str | None) -> float | None:
-        """The delay of a turn."""
         delay = row.get("delay")
         return None if delay is None or session is None else ns_of("delay", delay, "ms") / 1e9
 
     def arrival_ns(self, row: Object, session: str | None) -> int | None:
-        """Of a turn with a delay and no time: so long after the turn before it."""
         if row.get("timestamp") is not None:
             arrival_ns = super().arrival_ns(row, session)
         elif session is None or row.get("delay") is None or (last := self._last.get(session)) is None:
@@ -212,7 +195,6 @@ class Mooncake(TableReader):
         return arrival_ns
 
     def blocks(self) -> str | None:
-        """512 tokens, and how many rows show it."""
         return self._blocks.said()
 
 
@@ -245,8 +227,6 @@ class _BailianLine(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Bailian(Reader):
-    """Reader of Qwen-Bailian traces."""
-
     summary = "Qwen-Bailian trace (JSON Lines: chat_id, parent_chat_id, timestamp in s, hash_ids of 16-token blocks)"
     clock = "timestamp in seconds: the rows have the fields and 16-token blocks of Bailian, not Mooncake"
     telling = (frozenset(_BailianLine.__struct_fields__[:6]),)
@@ -258,7 +238,6 @@ class Bailian(Reader):
         self._copies = Copies("chat_id")
 
     def parse(self, record: bytes) -> TraceRecord:
-        """Read one line."""
         try:
             row = self._decode(record)
         except DECODE_ERRORS as e:
@@ -280,7 +259,6 @@ class Bailian(Reader):
         return TraceRecord(arrival_ns, row.input_length, row.output_length, str(root), turn, ids, BLOCK_TOKENS)
 
     def blocks(self) -> str | None:
-        """16 tokens, and how many rows show it."""
         return self._blocks.said()
 
 
@@ -304,8 +282,6 @@ class _RagPulseLine(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class RagPulse(Reader):
-    """Reader of RAGPulse traces."""
-
     summary = "RAGPulse trace (JSON Lines: timestamp as a string of s, hash_ids an object of component ids)"
     clock = "timestamp in seconds: strings of whole numbers, beside components as RAGPulse has them"
     telling = (frozenset({"timestamp", "input_length", "output_length", "hash_ids"}),)
@@ -317,18 +293,15 @@ class RagPulse(Reader):
 
     @classmethod
     def sniff(cls, record: bytes) -> bool:
-        """``hash_ids`` is an object."""
         return super().sniff(record) and fields_of(record)["hash_ids"].startswith(b"{")
 
     def beside(self, path: Path) -> None:
-        """Read the length tables that lie beside the trace."""
         for name, (stem, key) in _TABLES.items():
             file = next((f for suffix in _SUFFIXES if (f := path.parent / f"{stem}{suffix}").is_file()), None)
             if file is not None:
                 self._lengths[name] = _table(file, key)
 
     def parse(self, record: bytes) -> TraceRecord:
-        """Read one line."""
         try:
             row = self._decode(record)
         except DECODE_ERRORS as e:
@@ -346,12 +319,10 @@ class RagPulse(Reader):
         )  # fmt: skip
 
     def blocks(self) -> str | None:
-        """16 tokens, made from the components' lengths."""
         said = f"{BLOCK_TOKENS} tokens, made here from the components' lengths in the files beside it"
         return said if len(self._lengths) == len(_TABLES) else None
 
     def notes(self) -> list[str]:
-        """What is known of shared prefixes."""
         if len(self._lengths) < len(_TABLES):
             missing = ", ".join(f"{stem}.jsonl" for name, (stem, _) in _TABLES.items() if name not in self._lengths)
             return [f"prefix reuse not known: put the component lengths ({missing}) beside the trace"]

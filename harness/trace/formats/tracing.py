@@ -82,8 +82,6 @@ def _named(value: Mapping[str, V]) -> dict[str, V]:
 
 
 class Langfuse(SpanReader):
-    """Reader of Langfuse observations."""
-
     summary = "Langfuse observations (JSON, JSON Lines, CSV or Parquet: type GENERATION, startTime, usageDetails)"
     clock = "startTime, a date and time, UTC where no zone is given"
     quoted = True
@@ -96,7 +94,6 @@ class Langfuse(SpanReader):
 
     @classmethod
     def sniff(cls, record: bytes) -> bool:
-        """An observation, a page of them, or the header of an export."""
         fields: Mapping[str, bytes] = fields_of(record)
         if record[:1].isalnum() or record[:1] == b'"':
             fields = dict.fromkeys(header_of(record)[1], b"")
@@ -108,25 +105,21 @@ class Langfuse(SpanReader):
         return {"type", "traceid", "starttime"} <= set(map(_same, fields))
 
     def records(self, file: TraceFile) -> Iterator[tuple[int, Any]]:
-        """Lines, values, CSV records, or rows of a columnar file."""
         if not is_columnar(file):
             return super().records(file)
         return chosen_rows(file, [name for name in schema_of(file).names if _same(name) in _READ])
 
     def rows(self, records: Iterable[tuple[Place, Any]]) -> Iterator[tuple[Place, Item]]:
-        """Each file has a header of its own."""
         self._columns = Columns()
         return super().rows(records)
 
     def end(self) -> Iterator[tuple[Place | None, Item]]:
-        """The calls."""
         if self._traces and not self._observations:
             why = "this is an export of traces: each row adds up calls. Also export the observations"
             yield None, RowError("an export of traces", why)
         yield from super().end()
 
     def spans(self, record: Any) -> Iterator[Span | RowError | LeftOutError]:
-        """Read one observation, page or trace."""
         if isinstance(record, RowError):
             raise record
         row: Object | None = record if isinstance(record, dict) else None
@@ -292,8 +285,6 @@ _NO_CALLS = ("embeddings", "invoke_agent", "create_agent", "execute_tool", "invo
 
 
 class OTel(SpanReader):
-    """Reader of OpenTelemetry spans."""
-
     summary = "OpenTelemetry gen_ai or OpenInference spans (JSON: OTLP, Tempo, Jaeger, Phoenix, console exporter)"
     clock = "start of the span: a date, or a time since 1970 whose size shows the unit"
     telling = (
@@ -303,12 +294,10 @@ class OTel(SpanReader):
 
     @classmethod
     def sniff(cls, record: bytes) -> bool:
-        """The outer fields of one of the shapes."""
         pages = fields_of(record).get("data", b"")
         return super().sniff(record) or (b'"traceID"' in pages and b'"spans"' in pages)
 
     def spans(self, record: bytes) -> Iterator[Span | RowError | LeftOutError]:
-        """Read one object."""
         yield from (attempt(self._span, span) for span in _spans(decode_object(record)))
 
     def _span(self, found: object) -> Span:
