@@ -261,6 +261,8 @@ class _Pass:
     def _judged(self, place: Place, item: Item) -> TraceRecord | None:
         """The row, as it is to be replayed; None for one that is not."""
         self.read += 1
+        if isinstance(item, TraceRecord) and (item.input_tokens == 0 or item.output_tokens == 0):
+            item = FailedCallError()
         if not isinstance(item, TraceRecord):
             if isinstance(item, RowError):
                 self.refuse(place, item)

@@ -17,8 +17,17 @@ from collections.abc import Iterator
 from itertools import chain, groupby, islice
 from typing import Any, NamedTuple
 
-from harness.trace.formats.record import Item, LeftOutError, Place, Reader, RowError, TraceRecord, memory_bytes, whole
-from harness.trace.formats.values import unless_failed
+from harness.trace.formats.record import (
+    FailedCallError,
+    Item,
+    LeftOutError,
+    Place,
+    Reader,
+    RowError,
+    TraceRecord,
+    memory_bytes,
+    whole,
+)
 from harness.trace.spool import Sorter
 
 SAME = "another span of the same call"
@@ -228,7 +237,7 @@ def _filled(row: TraceRecord, outer: TraceRecord) -> TraceRecord:
 def _checked(row: TraceRecord) -> Item:
     if row.input_tokens is None and row.text is None and row.messages is None:
         return RowError("no token counts", "the call has no input tokens and no text: nothing to send")
-    return unless_failed(row)
+    return FailedCallError() if row.input_tokens == 0 or row.output_tokens == 0 else row
 
 
 def _fullest_first(span: Span) -> tuple[Any, ...]:

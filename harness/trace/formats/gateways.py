@@ -1,30 +1,28 @@
-r"""Access logs of what stands before models: when requests arrived, and where they say so how long they were.
+r"""Logs of what stands before models: when requests arrived, and where they say so how long they were.
 
 Most are JSON objects, described by the fields in which each role is found (`ObjectReader`). Successful POSTs to a text
 completion API (``/v1/chat/completions``, ``/v1/messages``, ...) are kept; other requests and failures are counted.
 Where the log has no lengths, they must be stated (``harness trace convert --input-tokens ... --output-tokens ...``).
-Logs come in any order, so rows are sorted by arrival.
 
 **nginx** writes a line when a request *ends*, so the arrival is the end less ``$request_time``. Read are JSON logs,
 ingress-nginx's own format, and the combined format, with ``rt=`` or ``request_time=`` after it. Plain combined has no
 duration: then the ends stand for the arrivals, on a clock of whole seconds, and a note says so.
 
-**Azure API Management** (``ApiManagementGatewayLlmLog``) has the counts on the row of a call whose ``SequenceNumber``
-is 0; its other rows are the prompt and the answer. Of Azure OpenAI's diagnostics ``RequestResponse`` has no counts.
+**Azure API Management** has the counts on the row of a call whose ``SequenceNumber`` is 0; its other rows are the
+prompt and the answer. Of Azure OpenAI's diagnostics ``RequestResponse`` has no counts.
 
-**LiteLLM**'s spend logs (JSON, pages of the API, CSV as a database writes it; also what its callbacks are given,
-``StandardLoggingPayload``): ``prompt_tokens`` contain what was read from a prompt cache. Not replayed, but counted:
-what is no text completion, what its own response cache answered, failures, copies. Retries are rows of their own.
+**LiteLLM** (spend logs as JSON, pages of the API, CSV of a database; ``StandardLoggingPayload`` of callbacks):
+``prompt_tokens`` contain what was read from a prompt cache. What its own response cache answered is left out.
 
 Source: documentation of nginx (ngx_http_log_module), ingress-nginx (log format), Envoy (access logging), Envoy AI
-Gateway (access logs), Kong (AI Proxy, log serializer), Cloudflare (AI Gateway logs), Azure Monitor (tables
-ApiManagementGatewayLlmLog, AzureDiagnostics), Caddy (log), Traefik (access logs),
-BerriAI/litellm 1.109 (``schema.prisma``).
+Gateway, Kong (AI Proxy, log serializer), Cloudflare (AI Gateway logs), Azure Monitor (ApiManagementGatewayLlmLog,
+AzureDiagnostics), Caddy (log), Traefik (access logs); BerriAI/litellm 1.109 (``schema.prisma``).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import ClassVar
 
 from harness.trace.formats.record import (
@@ -45,18 +43,18 @@ from harness.trace.formats.record import (
     object_of,
     show,
     text_of,
-)
+)  # fmt: skip
 from harness.trace.formats.values import (
+    Blocks,
     Columns,
     Copies,
-    called,
     count_of,
     header_of,
     ns_of,
     plain_messages,
     usage_of,
     wall_clock_ns,
-)
+)  # fmt: skip
 
 Names = tuple[str, ...]
 """Fields of which the first that is given counts; see `harness.trace.formats.record.find`."""
@@ -65,7 +63,7 @@ _MODEL_PATH = re.compile(r"/(completions|messages|responses|generate|generate_st
 
 
 class ObjectReader(Reader):
-    """A format of JSON objects, one a call, described by the fields in which each role is found."""
+    """A format of objects, one a call, described by the fields in which each role is found."""
 
     in_order = False
     page: ClassVar[Names] = ()
@@ -92,6 +90,7 @@ class ObjectReader(Reader):
 
     def __init__(self) -> None:
         self._copies = Copies(self.id[0] if self.id else "")
+        self._blocks = Blocks()
 
     @classmethod
     def sniff(cls, record: bytes) -> bool:
@@ -102,29 +101,29 @@ class ObjectReader(Reader):
             all(f'"{name}"'.encode() in page for name in names) for page in pages for names in cls.telling
         )
 
-    def parse(self, record: bytes) -> TraceRecord | Rows:
-        """Read an object, or a page of them."""
+    def parse(self, record: bytes) -> Rows:
+        """Read what the record holds."""
+        found = (attempt(lambda each: self.row(as_object(each)), each) for each in self.objects(record))
+        return [item for item in found if item is not None]
+
+    def objects(self, record: bytes) -> Iterable[object]:
+        """The calls in a record. Raises `RowError`."""
         value = decode_object(record)
         page = find(value, *self.page)
-        found = [
-            attempt(lambda each: self.row(as_object(each)), each)
-            for each in (page if isinstance(page, list) else [value])
-        ]
-        return [item for item in found if item is not None]
+        return page if isinstance(page, list) else [value]
 
     def row(self, value: Object) -> TraceRecord | None:
         """What an object says; None when it is about something else. Raises `RowError` and `LeftOutError`."""
         self._copies.check(find(value, *self.id))
         arrival_ns = self.arrival_ns(value)
         self.leave_out(value)
-        counts = [count_of(value, *names) for names in (self.input, self.output, self.cached)]
-        if counts[0] is not None:
-            counts[0] += sum(count_of(value, name) or 0 for name in self.added)
-        if self.counted and None in counts[:2]:
+        into, out, cached = (count_of(value, *names) for names in (self.input, self.output, self.cached))
+        if into is not None:
+            into += sum(count_of(value, name) or 0 for name in self.added)
+        if self.counted and (into is None or out is None):
             raise RowError("no token counts", f"{' or '.join((*self.input, *self.output))} is empty")
-        called(counts[0], counts[1])
         session, model = text_of(value, *self.session), text_of(value, *self.model)
-        return TraceRecord(arrival_ns, counts[0], counts[1], session, model=model, cached_tokens=counts[2])
+        return TraceRecord(arrival_ns, into, out, session, model=model, cached_tokens=cached)
 
     def leave_out(self, value: Object) -> None:
         """Raises `LeftOutError` for what is not to be replayed."""
@@ -142,6 +141,10 @@ class ObjectReader(Reader):
         took = None if self.took is None else find(value, self.took[0])
         took_ns = 0 if self.took is None or took is None else ns_of(self.took[0], took, self.took[1])
         return wall_clock_ns(name, find(value, name)) - took_ns
+
+    def blocks(self) -> str | None:
+        """What rows showed of them."""
+        return self._blocks.said()
 
 
 def check_call(request: str, status: str) -> None:
@@ -180,16 +183,16 @@ class _LineReader(ObjectReader):
     def sniff(cls, record: bytes) -> bool:
         return super().sniff(record) if record.startswith(b"{") else cls.line.match(record[:20_000]) is not None
 
-    def parse(self, record: bytes) -> TraceRecord | Rows:
+    def objects(self, record: bytes) -> Iterable[object]:
         if record.startswith(b"{"):
-            return super().parse(record)
+            return super().objects(record)
         match = self.line.match(record)
         if match is None:
             raise RowError("bad line", f"not a line of this access log: {show(record)}")
         fields = {name: text.decode("utf-8", "replace") for name, text in match.groupdict().items()}
         if "rest" in fields and (found := _DURATION.search(match["rest"])):
             fields["request_time"] = (found[1] or found[2]).decode()
-        return self.row(fields) or ()
+        return [fields]
 
 
 _ENDS = (
@@ -222,7 +225,7 @@ class Envoy(_LineReader):
     # Envoy Gateway's default calls it x-envoy-origin-path.
     path = ("path", "x-envoy-original-path", "x_envoy_original_path", "x-envoy-origin-path", ":path")
     input, output = ("gen_ai.usage.input_tokens",), ("gen_ai.usage.output_tokens",)
-    cached = ("gen_ai.usage.cached_input_tokens",)
+    cached = ("gen_ai.usage.cached_input_tokens",)  # inside the input
     session, model = ("session.id",), ("gen_ai.response.model", "gen_ai.request.model")
 
 
@@ -315,20 +318,20 @@ class LiteLLM(ObjectReader):
     def sniff(cls, record: bytes) -> bool:
         return super().sniff(record) or cls.telling[0] <= set(header_of(record)[1])
 
-    def parse(self, record: bytes) -> TraceRecord | Rows:
+    def objects(self, record: bytes) -> Iterable[object]:
         if record.lstrip().startswith(b"{"):
-            return super().parse(record)
+            return super().objects(record)
         row = self._columns.read(record)
         if row is None and not self.telling[0] <= set(self._columns.names):
             raise RowError("bad header", f"no columns {', '.join(sorted(self.telling[0]))} in {show(record)}")
-        return () if row is None else self.row(row) or ()
+        return () if row is None else [row]
 
     def row(self, value: Object) -> TraceRecord | None:
         found, total = super().row(value), count_of(value, "total_tokens")
         if found is None:
             return None
         counts = (found.input_tokens or 0, found.output_tokens or 0)
-        if total not in (None, sum(counts)):
+        if total not in (None, sum(counts)) and all(counts):
             problem = f"total_tokens is {total}, but prompt and completion have {counts[0]} + {counts[1]}"
             raise RowError("bad total_tokens", f"{problem}: what was counted is not clear")
         asked = object_of(value, "proxy_server_request")

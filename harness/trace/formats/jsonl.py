@@ -39,7 +39,7 @@ from harness.trace.formats.record import (
     safe,
 )
 from harness.trace.formats.table import TableReader, is_table, recognised, role_of
-from harness.trace.formats.values import Clock, called, ns_of
+from harness.trace.formats.values import Clock, ns_of
 from harness.trace.source import TraceFile
 from harness.untrusted import DECODE_ERRORS
 
@@ -206,7 +206,6 @@ class OwnRows:
         """The row of a decoded line. Raises `RowError` and `FailedCallError`."""
         if problem := _contradiction(line):
             raise RowError("bad fields", problem)
-        called(line.input_tokens, line.output_tokens)
         if line.block_tokens is not None and len(self._sizes) < 8:
             self._sizes.add(line.block_tokens)
         messages, expected = line.messages, line.expected

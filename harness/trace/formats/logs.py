@@ -19,16 +19,13 @@ request, joined by ``bootstrap_room``. Every tensor-parallel rank may print the 
 ``Finish: obj=GenerateReqInput(...)`` (``--log-requests``) is at the time of the line less ``e2e_latency``.
 Source: sgl-project/sglang, ``req_time_stats.py`` and ``tokenizer_manager.py``.
 
-**NVIDIA Dynamo**'s request traces (``DYN_REQUEST_TRACE=1``): of each ``request_end``, also
-``replay.input_sequence_hashes``, one for each ``trace_block_size`` tokens. A hash stands for its block and everything
-before it; it has 64 bits without a sign, of which 63 are kept.
-
 **Bedrock** (files on S3, or an export of CloudWatch): tokens read from a prompt cache and written to it stand
-**beside** the input and are added. Calls without an output count (embeddings, images) are counted and left out. Prompts
-are not sent: bodies are of each model's own form and often lie elsewhere.
+**beside** the input and are added. Prompts are not sent: bodies are of each model's own form and often lie elsewhere.
 
-Source: ai-dynamo/dynamo, ``dynamo.request.trace.v1``; AWS, "Monitor model invocation using CloudWatch Logs and Amazon
-S3".
+**NVIDIA Dynamo** (``DYN_REQUEST_TRACE=1``): ``replay.input_sequence_hashes`` has one hash for each
+``trace_block_size`` tokens, of its block and everything before it, 64 bits without a sign, of which 63 are kept.
+
+Source: ai-dynamo/dynamo, ``dynamo.request.trace.v1``; AWS, "Monitor model invocation using CloudWatch Logs".
 """
 
 from __future__ import annotations
@@ -37,8 +34,9 @@ import ast
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from harness.trace.formats.gateways import ObjectReader
 from harness.trace.formats.record import (
@@ -57,13 +55,11 @@ from harness.trace.formats.record import (
     text_of,
 )
 from harness.trace.formats.values import (
-    Blocks,
     count_of,
     is_epoch,
     iso_ns,
     ns_of,
     number_of,
-    unless_failed,
 )
 
 BLOCK_TOKENS = 16
@@ -184,8 +180,8 @@ class VllmLog(Reader):
             return TraceRecord(request.arrival_ns, None, output_tokens, text=request.text or None)
         self._lengths[len(ids)] += 1
         self.noted[_NO_OUTPUT] += output_tokens is None
-        return unless_failed(
-            TraceRecord(request.arrival_ns, len(ids), output_tokens, prefix_ids=_hashes(ids), block_tokens=BLOCK_TOKENS)
+        return TraceRecord(
+            request.arrival_ns, len(ids), output_tokens, prefix_ids=_hashes(ids), block_tokens=BLOCK_TOKENS
         )
 
     def _arrival_ns(self, line: re.Match[bytes]) -> int:
@@ -238,7 +234,7 @@ class SGLang(ObjectReader):
         line = _SGLANG_LINE.match(record[:100_000])
         return line is not None and (_STATS.search(line[2]) or _FINISH.match(line[2])) is not None
 
-    def parse(self, record: bytes) -> TraceRecord | Rows:
+    def objects(self, record: bytes) -> Iterable[object]:
         line = _SGLANG_LINE.match(record)
         if line is None:
             return ()
@@ -248,10 +244,8 @@ class SGLang(ObjectReader):
             pairs = [finish.groups()[:2], *_META.findall(finish[3])]
         else:
             return ()
-        fields = {name.decode(): text.decode() for name, text in pairs}
-        if fields.get("rid", "").startswith("HEALTH_CHECK"):
-            return ()
-        return self.row({**fields, "written": line[1].decode()}) or ()
+        fields = {name.decode(): text.decode() for name, text in pairs} | {"written": line[1].decode()}
+        return () if fields.get("rid", "").startswith("HEALTH_CHECK") else [fields]
 
     def row(self, value: Object) -> TraceRecord | None:
         kind, room = value.get("type"), value.get("bootstrap_room") or value.get("rid")
@@ -277,55 +271,6 @@ class SGLang(ObjectReader):
         return [(None, LeftOutError("a prefill without its decode line"))] * len(self._prefills)
 
 
-class Dynamo(ObjectReader):
-    summary = "NVIDIA Dynamo request trace (JSON Lines: dynamo.request.trace.v1, request_end)"
-    clock = "request.request_received_ms, milliseconds"
-    id = ("request_id",)
-    input, output, cached = ("input_tokens", "replay.input_length"), ("output_tokens",), ("cached_tokens",)
-    counted = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._blocks = Blocks()
-
-    @classmethod
-    def sniff(cls, record: bytes) -> bool:
-        fields = fields_of(record)
-        fields = fields_of(fields["event"]) if "event" in fields else fields
-        return fields.get("schema", b"").startswith(b'"dynamo.request.trace.')
-
-    def arrival_ns(self, value: Object) -> int:
-        return ns_of("request_received_ms", value.get("request_received_ms"), "ms")
-
-    def leave_out(self, value: Object) -> None:
-        if find(value, "output_tokens") is None:
-            raise FailedCallError("failed call (no output tokens)")
-
-    def row(self, value: Object) -> TraceRecord | None:
-        event = object_of(value, "event") or value
-        request = event.get("request")
-        if event.get("event_type") != "request_end" or not isinstance(request, dict):
-            return None
-        found = super().row(request)
-        if found is None:
-            return None
-        found = found._replace(session_id=text_of(event, "agent_context.session_id"))
-        hashes, size = find(request, "replay.input_sequence_hashes"), count_of(request, "replay.trace_block_size")
-        length = count_of(request, "replay.input_length")
-        if not hashes or not size or not length:
-            return found
-        if not isinstance(hashes, list) or not all(type(h) is int and 0 <= h < 2**64 for h in hashes):
-            raise RowError("bad input_sequence_hashes", "input_sequence_hashes: expected unsigned 64-bit numbers")
-        if self._blocks.size not in (0, size):
-            raise RowError("block sizes differ", f"trace_block_size is {size}, {self._blocks.size} in an earlier row")
-        self._blocks.size = size
-        self._blocks.check("input_sequence_hashes", len(hashes), length)
-        return found._replace(prefix_ids=tuple(h & (2**63 - 1) for h in hashes), block_tokens=size)
-
-    def blocks(self) -> str | None:
-        return self._blocks.said()
-
-
 class Bedrock(ObjectReader):
     summary = "AWS Bedrock model invocation log (JSON of S3 or CloudWatch: ModelInvocationLog)"
     clock = "timestamp, a date and time in whole seconds, UTC"
@@ -347,5 +292,47 @@ class Bedrock(ObjectReader):
     def leave_out(self, value: Object) -> None:
         if value.get("errorCode"):
             raise FailedCallError("failed call (errorCode)")
-        if find(value, *self.output) is None:
+        if find(value, *self.output) is None:  # of embeddings and images, too
             raise LeftOutError("no text completion (no outputTokenCount)")
+
+
+class Dynamo(ObjectReader):
+    summary = "NVIDIA Dynamo request trace (JSON Lines: dynamo.request.trace.v1, request_end)"
+    clock = "request.request_received_ms, milliseconds"
+    id = ("request_id",)
+    input, output, cached = ("input_tokens", "replay.input_length"), ("output_tokens",), ("cached_tokens",)
+    counted = True
+
+    @classmethod
+    def sniff(cls, record: bytes) -> bool:
+        fields = fields_of(record)
+        fields = fields_of(fields["event"]) if "event" in fields else fields
+        return fields.get("schema", b"").startswith(b'"dynamo.request.trace.')
+
+    def arrival_ns(self, value: Object) -> int:
+        return ns_of("request_received_ms", value.get("request_received_ms"), "ms")
+
+    def leave_out(self, value: Object) -> None:
+        if find(value, "output_tokens") is None:
+            raise FailedCallError("failed call (no output tokens)")
+
+    def row(self, value: Object) -> TraceRecord | None:
+        event = object_of(value, "event") or value
+        request: Any = event.get("request")
+        if event.get("event_type") != "request_end" or not isinstance(request, dict):
+            return None
+        found = super().row(request)
+        if found is None:
+            return None
+        found = found._replace(session_id=text_of(event, "agent_context.session_id"))
+        hashes, size = find(request, "replay.input_sequence_hashes"), count_of(request, "replay.trace_block_size")
+        length = count_of(request, "replay.input_length")
+        if not hashes or not size or not length:
+            return found
+        if not isinstance(hashes, list) or not all(type(h) is int and 0 <= h < 2**64 for h in hashes):
+            raise RowError("bad input_sequence_hashes", "input_sequence_hashes: expected unsigned 64-bit numbers")
+        if self._blocks.size not in (0, size):
+            raise RowError("block sizes differ", f"trace_block_size is {size}, {self._blocks.size} in an earlier row")
+        self._blocks.size = size
+        self._blocks.check("input_sequence_hashes", len(hashes), length)
+        return found._replace(prefix_ids=tuple(h & (2**63 - 1) for h in hashes), block_tokens=size)

@@ -56,12 +56,10 @@ from harness.trace.formats.record import (
 )
 from harness.trace.formats.values import (
     Copies,
-    called,
     count_of,
     iso_ns,
     plain_messages,
     plain_text,
-    unless_failed,
     usage_of,
     wall_clock_ns,
 )
@@ -209,7 +207,6 @@ class OpenAI(Reader):
             if input_tokens is None:
                 raise RowError("no text", "neither a prompt of text only nor usage: nothing to send")
             self.noted[_NOT_TEXT] += bool(request) and prompt_ids is None
-        called(input_tokens, usage.output_tokens)
         return TraceRecord(
             None if "custom_id" in value else _arrival_ns(value, response), input_tokens, usage.output_tokens,
             text=text, messages=messages, answer=_answer(response),
@@ -302,7 +299,7 @@ class ClaudeCode(Reader):
                 yield place, e
 
     def end(self) -> Iterator[tuple[Place, Item]]:
-        yield from ((place, unless_failed(row)) for place, row in self._waiting.values())
+        yield from self._waiting.values()
 
     def _line(self, place: Place, line: Object) -> Iterator[tuple[Place, Item]]:
         message, time = object_of(line, "message"), line.get("timestamp")
@@ -334,8 +331,7 @@ class ClaudeCode(Reader):
             session, model=text_of(message, "model"), cached_tokens=usage.cached_tokens,
         )  # fmt: skip
         if len(self._waiting) > _WAITING:
-            first, row = self._waiting.pop(next(iter(self._waiting)))
-            yield first, unless_failed(row)
+            yield self._waiting.pop(next(iter(self._waiting)))
 
 
 class Codex(Reader):
@@ -371,7 +367,6 @@ class Codex(Reader):
             if total is not None and total == self._total:
                 raise LeftOutError("same running total as the event before (a copy)")
             usage = usage_of(info.get("last_token_usage"))
-            called(usage.input_tokens, usage.output_tokens)
             if usage.input_tokens is None:
                 raise RowError("no token counts", "token_count without last_token_usage.input_tokens")
             arrival_ns = iso_ns("timestamp", time) if self._before is None else self._before

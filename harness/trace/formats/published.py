@@ -69,7 +69,6 @@ from harness.trace.formats.values import (
     Blocks,
     Clock,
     Copies,
-    called,
     header_of,
     ns_of,
     token_count,
@@ -253,7 +252,6 @@ class Bailian(Reader):
         self.noted[_ORPHANS] += parent >= 0 and before is None
         root = before if before is not None else parent if parent >= 0 else row.chat_id
         self._root.set(row.chat_id, root)
-        called(row.input_length, row.output_length)
         turn = None if row.turn is None else row.turn - 1
         arrival_ns = ns_of("timestamp", row.timestamp, "s")
         return TraceRecord(arrival_ns, row.input_length, row.output_length, str(root), turn, ids, BLOCK_TOKENS)
@@ -311,7 +309,6 @@ class RagPulse(Reader):
         if other := row.hash_ids.keys() - _TABLES.keys():
             raise RowError("bad hash_ids", f"hash_ids has {', '.join(sorted(other))}, expected {', '.join(_TABLES)}")
         self._rows += 1
-        called(row.input_length, row.output_length)
         ids = self._blocks(row) if len(self._lengths) == len(_TABLES) else None
         return TraceRecord(
             ns_of("timestamp", row.timestamp, "s"), row.input_length, row.output_length, row.session_id, None, ids,

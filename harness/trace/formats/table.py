@@ -52,7 +52,6 @@ from harness.trace.formats.values import (
     Clock,
     Columns,
     TokenCounts,
-    called,
     header_of,
     plain_messages,
     token_count,
@@ -310,7 +309,6 @@ class TableReader(Reader):
             text = prompt if isinstance(prompt, str) and messages is None else None
         if input_tokens is None and text is None and messages is None:
             raise RowError("no input tokens", f"{self._at.get('input', 'the input length')} is empty")
-        called(input_tokens, output_tokens)
         ids = self.prefix_ids(row, input_tokens, text)
         return TraceRecord(
             arrival_ns, input_tokens, output_tokens, session, prefix_ids=ids,

@@ -21,12 +21,10 @@ from typing import NamedTuple
 from harness.trace.formats.record import (
     MAX_ARRIVAL_S,
     MAX_TOKENS,
-    FailedCallError,
     LeftOutError,
     Object,
     RowError,
     TimeUnit,
-    TraceRecord,
     at_path,
     find,
     not_utf8,
@@ -60,17 +58,6 @@ def count_of(value: object, *paths: str) -> int | None:
         if (found := find(value, path)) is not None:
             return token_count(path, found)
     return None
-
-
-def called(input_tokens: int | None, output_tokens: int | None) -> None:
-    """Raises `FailedCallError` when either count is zero."""
-    if input_tokens == 0 or output_tokens == 0:
-        raise FailedCallError
-
-
-def unless_failed(row: TraceRecord) -> TraceRecord | FailedCallError:
-    """The row, or that it records a failed call."""
-    return FailedCallError() if row.input_tokens == 0 or row.output_tokens == 0 else row
 
 
 class TokenCounts(NamedTuple):
