@@ -30,7 +30,6 @@ CODES: dict[str, Refusal] = {
     ),
     **dict.fromkeys(("Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequestsException"), "busy"),
 }  # fmt: skip
-"""AWS's own error codes; every other is "other"."""
 
 
 class AwsError(HarnessError):

@@ -23,7 +23,6 @@ from harness.record.run_spec import BATCH_READS_FROM
 SCHEMA_VERSION = "1"
 FILE = "calibration.json"
 SHARE = 0.5
-"""Of a worker's ceiling, how much a plan may use."""
 DEFAULT_EVENTS_PER_S, DEFAULT_REQUESTS_PER_S = 40_000.0, 2_000.0
 """Ceilings of one worker where nothing was measured: cautious ones, which `harness calibrate` replaces."""
 FASTEST_ITL_S = 0.005
@@ -31,7 +30,6 @@ FASTEST_ITL_S = 0.005
 BUSY_S = 10.0
 """An open loop is sized for its busiest stretch of this length."""
 SAID_TOKENS = 128
-"""Output tokens where the plan does not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +48,6 @@ class Calibration:
     events_cpu_share: float
     """The worker's processor at that rate, of one core."""
     requests_per_s: float
-    """Closed loop, 4-token answers."""
     requests_at_least: bool
     lag_p50_s: float
     """Sent less scheduled: Poisson arrivals at 500 requests/s."""
@@ -137,7 +134,6 @@ class Sizing:
     workers: int
     words: str
     warning: str | None
-    """Set when this machine cannot carry the plan."""
 
 
 def size_workers(

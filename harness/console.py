@@ -30,7 +30,6 @@ class Console(rich.console.Console):
     """A console whose texts are `printable`; colours and layout are its own."""
 
     def render(self, renderable: Any, options: rich.console.ConsoleOptions | None = None) -> Iterator[Segment]:
-        """The segments of ``renderable``."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
@@ -77,7 +76,6 @@ def _least(column: Sequence[str], natural: int) -> int:
 
 
 def _groups(least: Sequence[int], width: int) -> list[list[int]]:
-    """Columns that fit beside each other, each group with the first of all."""
     groups = [[0]]
     for k in range(1, len(least)):
         if len(groups[-1]) > 1 and sum(least[j] + GAP for j in (*groups[-1], k)) - GAP > width:
@@ -87,7 +85,6 @@ def _groups(least: Sequence[int], width: int) -> list[list[int]]:
 
 
 def _widths(group: Sequence[int], natural: Sequence[int], least: Sequence[int], width: int) -> list[int]:
-    """What each column gets: the widest give way first."""
     widths = [natural[k] for k in group]
     while sum(widths) + GAP * (len(group) - 1) > width:
         spare = [j for j, k in enumerate(group) if widths[j] > least[k]]
@@ -98,7 +95,6 @@ def _widths(group: Sequence[int], natural: Sequence[int], least: Sequence[int], 
 
 
 PLAIN_EVERY_S = 5.0
-"""Without a terminal a line is printed this often."""
 
 
 def console() -> Console:
@@ -111,7 +107,6 @@ QUIET_S = 5.0
 LINE = 80
 """Columns that the line of a run fits, wherever it goes."""
 LIVE = ("ttft", "tpot", "e2e")
-"""Metrics that load workers sample while they run."""
 
 
 class LoadProgress:
@@ -201,7 +196,6 @@ class LoadProgress:
         return ""
 
     def _left_s(self, now: float, done: int, rate: float) -> float | None:
-        """Open loop: what the plan still holds. Closed loop: at the present rate."""
         if done >= self._total:
             return None
         if self._span_s is not None and now - self._started < self._span_s:
@@ -210,7 +204,6 @@ class LoadProgress:
 
 
 def _duration(seconds: float) -> str:
-    """Three digits: ``87.5 ms``, ``1.2 s``."""
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
 
 

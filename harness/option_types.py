@@ -28,10 +28,8 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic only in newe
     def __init__(self, name: str, parse: Callable[[str], Any], show: Callable[[Any], str] = str) -> None:
         self.name, self._parse = name, parse
         self.show = show
-        """A default in the words of the command line."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The value; fails with what is accepted."""
         if not isinstance(value, str):
             return value
         try:
@@ -197,7 +195,6 @@ WARMUP = Parsed("warmup", _warmup)
 CANCEL = Parsed("cancel", _cancel)
 """(share of requests, seconds after they were sent) from ``5%@2s``."""
 JSON_OBJECT = Parsed("json", _json_object)
-"""A dict from a JSON object."""
 RATIO = Parsed("ratio", _ratio, lambda ratio: ":".join(f"{part:g}" for part in ratio if part is not None))
 """(input, output, cached input or None) from ``4``, ``1:4`` or ``1:4:0.25``."""
 
@@ -277,6 +274,5 @@ def made(kind: type[Options], params: Mapping[str, object]) -> Options:
 
 
 def _inner(f: Field[Any]) -> type[Any] | None:
-    """The class of a group of options inside another."""
     kind: object = f.default_factory
     return kind if isinstance(kind, type) and is_dataclass(kind) else None

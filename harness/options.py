@@ -141,12 +141,10 @@ class PlanOptions(ReadOptions):
 
     @property
     def waits(self) -> bool:
-        """Whether turns of a session wait for each other."""
         return self.sessions == "wait" or self.conversation == "live"
 
     @property
     def drawn(self) -> bool:
-        """Whether arrivals are drawn, and not the trace's own."""
         return self.arrivals not in (None, "trace")
 
     @property
@@ -252,12 +250,10 @@ class LoadOptions(AccessOptions):
 
     @property
     def closed(self) -> bool:
-        """Whether the loop is closed."""
         return self.concurrency is not None
 
     @property
     def capture(self) -> Capture:
-        """What is kept of the answers."""
         return "text" if self.keep_text else "hmac" if self.capture_answers else "off"
 
     @property
@@ -314,12 +310,10 @@ class ReplayOptions:
     report: ReportOptions = field(default_factory=ReportOptions)
 
     def by_name(self) -> dict[str, object]:
-        """Every option of the command line with its value."""
         groups = (self.plan, self.serve, self.load, self.report)
         return {f.name: getattr(group, f.name) for group in groups for f in fields(group) if f.name != "windows"}
 
     def at(self, *, rate: float | None, concurrency: int | None) -> Self:
-        """The same at another load."""
         return replace(self, plan=replace(self.plan, rate=rate), load=replace(self.load, concurrency=concurrency))
 
     def check(self) -> None:
@@ -357,7 +351,6 @@ class ReplayOptions:
             raise UsageError("--key-header is for a server that is there already (--base-url): ours take a bearer")
 
     def check_plan(self) -> None:
-        """The rules of ``harness plan``, which sends nothing."""
         self.check()
         if self.load.closed and self.plan.warmup_s is not None:
             raise UsageError("a closed loop has no planned times: say --warmup N requests, or the time to harness run")

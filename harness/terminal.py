@@ -46,8 +46,6 @@ def cut(text: str) -> str:
 
 
 class _Filtered:
-    """A text stream that prints what is printable."""
-
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
         self.rich_proxied_file = stream
@@ -78,7 +76,6 @@ def guard_streams() -> None:
 
 
 _terminals: list[int] = []
-"""Of standard output and error, what was a terminal."""
 
 
 def hung_up() -> None:

@@ -102,7 +102,7 @@ def test_not_a_result_file(tmp_path: Path) -> None:
         read_results(tmp_path / "none.arrows")
     html = tmp_path / "results-0.arrows"
     html.write_text("<html>")
-    with pytest.raises(ResultsError, match="not a result file"):
+    with pytest.raises(ResultsError, match="not a file of results"):
         read_results(html)
     other = pa.schema([("a", pa.int64())], metadata={"harness.results": "99"})
     with pa.ipc.new_stream(str(html), other) as stream:

@@ -518,7 +518,7 @@ def test_only_a_whole_run_is_kept(tmp_path: Path) -> None:
 
     assert found() is None
     run.results(0).write_bytes(b"not arrow at all")
-    assert "not a result file" in (verify(tmp_path, point) or "")
+    assert "not a file of results" in (verify(tmp_path, point) or "")
 
     assert found() is None
     run.plan.write_bytes(run.plan.read_bytes() + b"x")

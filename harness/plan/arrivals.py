@@ -137,7 +137,6 @@ def check_burstiness(process: Process, burstiness: float | None) -> None:
 
 
 def _gaps(process: Process, shape: float, generator: np.random.Generator, n: int) -> npt.NDArray[np.float64]:
-    """Gaps of mean 1."""
     if process == "constant":
         return np.ones(n)
     if process == "poisson":
@@ -197,7 +196,6 @@ class Arrangement:
     """Requests of a plan that is not the trace in its order."""
 
     scheduled: Times
-    """On the trace's clock, ascending."""
     part: npt.NDArray[np.unsignedinteger[Any]]
     """Which of ``parts`` the request comes from: its next row."""
     parts: list[TracePass]

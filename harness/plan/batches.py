@@ -56,8 +56,6 @@ class _Reading:
 
 
 class _LastTurn(NamedTuple):
-    """A session's last row."""
-
     slice: int
     request_id: int
     turn: int | None
@@ -71,7 +69,6 @@ class Batches:
     spec: PlanSpec
     vocabulary: Vocabulary | None
     rows: int
-    """Of the trace, before it begins again."""
     scheduled: Times | None
     warmup: int
     cancelled: npt.NDArray[np.bool_]
@@ -103,7 +100,6 @@ class Batches:
             raise PlanError(f"{self.trace.path}: {n} requests before, now {done}: it changed while it was read")
 
     def _copied(self, n: int) -> Generator[Copied, None, None]:
-        """Rows in trace order."""
         for copy in range(-(-n // self.rows)):
             with contextlib.closing(iter(self.trace)) as records:
                 read = 0
@@ -225,7 +221,6 @@ class Batches:
         return Made(ids=ids, tokens=tokens, before=before)
 
     def _slice(self, copy: int, record: TraceRecord, request_id: int) -> tuple[int, int | None]:
-        """Slice of a row, and the request of its session that it waits for."""
         session = (copy, record.session_id)
         last = None if record.session_id is None else self._last.get(session)
         slice_ = self._slices if last is None else last.slice

@@ -185,7 +185,6 @@ def _drawn(trace: Trace, spec: PlanSpec, stages: tuple[Stage, ...], made_up: boo
 
 
 def _own(trace: Trace, spec: PlanSpec, made_up: bool) -> _Timed:
-    """The trace's own times on a faster or slower clock; none in a closed loop."""
     rows, cut_ns = spec.limit, None
     if spec.rate is not None and spec.duration_s is not None:
         # Rounded first: 1.1 x 10 must be 11 rows, not 12.
@@ -204,7 +203,6 @@ def _own(trace: Trace, spec: PlanSpec, made_up: bool) -> _Timed:
 
 
 def _windowed(trace: Trace, spec: PlanSpec, windows: Windows, stages: tuple[Stage, ...], made_up: bool) -> _Timed:
-    """Stretches from different parts of the trace, which is read as a whole."""
     own, seed = not spec.closed and not spec.drawn, load_seed(spec.seed)
     found = survey(trace, timed=own, made_up=made_up, units_seed=seed if own and spec.sessions == "wait" else None)
     if not own:
@@ -251,7 +249,6 @@ def _grown(trace: Trace, spec: PlanSpec, made_up: bool) -> _Timed:
 
 
 def _growth(trace: Trace, spec: PlanSpec, found: Survey) -> float:
-    """Demand asked for, as a multiple of the trace's."""
     if spec.rate is None:
         assert spec.grow is not None
         return spec.grow
@@ -311,7 +308,6 @@ def _rescale(arrivals: Times, speed: float) -> Times:
 
 
 def _warmup(spec: PlanSpec, scheduled: Times | None, n: int) -> int:
-    """How many of the first requests are warm-up."""
     warmup = spec.warmup if isinstance(spec.warmup, int) else 0
     if spec.warmup_s is not None and scheduled is not None:
         warmup = int(np.searchsorted(scheduled, spec.warmup_s * 1e9))
@@ -321,7 +317,6 @@ def _warmup(spec: PlanSpec, scheduled: Times | None, n: int) -> int:
 
 
 def _choose(spec: PlanSpec, n: int) -> npt.NDArray[np.bool_]:
-    """Which requests' clients hang up."""
     generator = np.random.Generator(np.random.PCG64([load_seed(spec.seed) & (2**64 - 1), *b"cancel"]))
     share = spec.cancel[0] if spec.cancel else 0.0
     return generator.random(n) < share

@@ -43,7 +43,6 @@ class Made:
     """The stream of the conversation: at least as many ids as the prompt has tokens."""
     tokens: int
     before: tuple[int, ...] = ()
-    """Input and output tokens of the turns before it."""
 
 
 class Chat:
@@ -135,7 +134,6 @@ class Chat:
         return self._tokenizer.chat_ids(_messages(chat)) or ()
 
     def _counted(self, chats: Sequence[tuple[str, ...]]) -> list[int]:
-        """Tokens of the prompt that a server makes of each chat."""
         return [len(self._rendered(chat)) for chat in chats]
 
     def _fitted(self, before: tuple[str, ...], ids: Ids, tokens: int) -> Messages:
@@ -150,7 +148,6 @@ class Chat:
 
 
 def _alike(a: Sequence[int], b: Sequence[int]) -> int:
-    """Leading tokens that are equal."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -177,11 +174,9 @@ class Prompt:
 
     @property
     def said(self) -> Messages | str | Ids:
-        """The one that is set: messages, characters or tokens."""
         return next(part for part in (self.messages, self.text, self.ids) if part is not None)
 
     def digest(self, size: int) -> bytes:
-        """Of the first ``size`` messages, characters or tokens."""
         said = self.said[:size]
         raw = said.encode() if isinstance(said, str) else said.tobytes() if isinstance(said, np.ndarray) else None
         return hashlib.blake2b(
@@ -189,7 +184,6 @@ class Prompt:
         ).digest()
 
     def after(self, at: int) -> Prompt:
-        """What is behind there."""
         messages = None if self.messages is None else self.messages[at:]
         text, ids = None if self.text is None else self.text[at:], None if self.ids is None else self.ids[at:]
         return replace(self, messages=messages, text=text, ids=ids)
@@ -213,7 +207,6 @@ class Live:
     """Follows the sessions of a plan, row by row."""
 
     def __init__(self, *, in_turn: bool = False) -> None:
-        """``in_turn``: a copy of the trace is over when the next begins."""
         self.continued = 0
         self.whole: Counter[str] = Counter()
         """Why turns, beyond the first of their session, do not go on from the one before them -> how many."""
@@ -247,7 +240,6 @@ class Live:
 
 
 def _starts(before: _Before, form: str, prompt: Prompt) -> int | str:
-    """Where what is new begins in a prompt, or why it does not go on."""
     size = len(prompt.said)
     if form != before.form:
         return OTHER_FORM

@@ -87,7 +87,6 @@ class Windows:
     draw: int
     """0, 1, 2 ...: which draw of a search this is. Each takes other parts of the trace, between those before it."""
     busiest: bool = False
-    """Each is the stretch with the most requests."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +202,6 @@ class PlanInfo:
     windows: list[PlannedWindow] = field(default_factory=list)
     """In the order of the plan; empty when it follows the trace from its beginning."""
     busiest: bool = False
-    """The windows are the trace's busiest stretch."""
     trace_share: float | None = None
     """Share of the trace's rows that the plan sends at least once; null without windows."""
 

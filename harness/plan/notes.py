@@ -13,7 +13,6 @@ from harness.trace.io import Trace
 from harness.trace.survey import Survey
 
 _LISTED = 8
-"""Models that are listed."""
 
 
 def notes(
@@ -62,7 +61,6 @@ def _times(spec: PlanSpec, found: Survey, scheduled: Times) -> list[str]:
 
 
 def _windows(spec: PlanSpec, info: PlanInfo) -> list[str]:
-    """Which part of the trace is sent."""
     if spec.windows is None:
         return []
     count = len(info.windows)
@@ -78,7 +76,6 @@ def _windows(spec: PlanSpec, info: PlanInfo) -> list[str]:
 
 
 def _rescaling(spec: PlanSpec, info: PlanInfo, found: Survey, scheduled: Times | None) -> list[str]:
-    """What another clock or demand did to the shape."""
     before, planned = found.stats.arrivals, info.planned
     if info.rescale is None or planned is None or before is None or scheduled is None:
         return []
@@ -105,7 +102,6 @@ def _rescaling(spec: PlanSpec, info: PlanInfo, found: Survey, scheduled: Times |
 
 
 def _growth(info: PlanInfo, found: Survey, scheduled: Times) -> list[str]:
-    """How demand was changed, and what became of the number of requests."""
     assert info.grow is not None
     n, rows = info.requests, found.requests
     how = "thinned: whole sessions are drawn" if info.grow < 1 else "superposed: copies, each a little later"

@@ -55,7 +55,6 @@ class Vocabulary:
         """Proved of each: the tokenizer cuts text into these words before it looks at any, so that none depends on its
         neighbours, and what holds for each word holds for every text of them."""
         self._place = np.zeros(int(ids.max()) + 1 if glue is not None else 0, dtype=np.int32)
-        """Id -> its place in the texts."""
         if glue is not None and tokenizer is not None:
             texts = tokenizer.decode([[int(i)] for i in ids])
             self._texts = pa.array([text.strip() for text in texts], pa.large_string())
@@ -212,7 +211,6 @@ def _block_starts(seed: int, prefix_ids: Sequence[int]) -> npt.NDArray[np.uint64
 
 
 def _clean_ids(tokenizer: TextTokenizer) -> dict[int, str]:
-    """Id -> text of the plain tokens that are clean text by themselves."""
     ids = tokenizer.plain_ids()
     texts = tokenizer.decode([[i] for i in ids])
     return {i: t for i, t in zip(ids, texts, strict=True) if t.strip() and t.isprintable() and "\ufffd" not in t}

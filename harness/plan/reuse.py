@@ -41,7 +41,6 @@ class Reuse:
 
     @property
     def hit_rate(self) -> float:
-        """Share of all input tokens."""
         return self.hit_tokens / self.tokens if self.tokens else 0.0
 
 
@@ -140,7 +139,6 @@ def prompt_reuse(prompts: Iterable[tuple[Ids, Ints]], block_tokens: int, *, part
 
 
 def _hashes(ids: npt.NDArray[np.int32], lengths: Ints, blocks: Ints, weights: Hashes) -> Hashes:
-    """64 bits for each block: its tokens, each times its place's own odd number."""
     width = len(weights)
     padded = np.zeros(int(blocks.sum()) * width, dtype=np.uint64)
     gaps = np.cumsum(blocks * width) - blocks * width - (np.cumsum(lengths) - lengths)  # padding before each prompt

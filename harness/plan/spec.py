@@ -26,23 +26,19 @@ class PlanSpec(PlanOptions):
     """The options of a plan with nothing left open. The trace decides everything else: equal specs make equal plans."""
 
     closed: bool
-    """A free slot decides when to send: no times."""
     arrivals: Literal["trace", "constant", "poisson", "gamma"] = "trace"
     seed: int = 0
     as_text: bool = False
-    """Made-up prompts as text instead of token ids."""
     bare: bool = False
     """For a simulator: without prompts, but those made up where requests share a part of theirs; with the trace's own
     lengths, also of texts."""
 
     @property
     def drawn(self) -> bool:
-        """Arrivals are drawn."""
         return not self.closed and self.arrivals != "trace"
 
     @property
     def regrown(self) -> bool:
-        """Another demand is asked for, not another clock."""
         return self.grow is not None or self.rescale != "compress"
 
 

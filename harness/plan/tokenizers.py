@@ -41,7 +41,6 @@ class TextTokenizer(ABC):
         self.label = label
         """Folder, file and the SHA-256 of the file: equal labels tokenize equally."""
         self.size = size
-        """Tokens in its vocabulary."""
         self._template = template
 
     @abstractmethod
@@ -121,8 +120,6 @@ def _missing(folder: Path, package: str, error: ImportError) -> PlanError:
 
 
 class _FastTokenizer(TextTokenizer):
-    """Of the tokenizers library."""
-
     def __init__(self, tokenizer: Tokenizer, label: str, template: ChatTemplate | None = None) -> None:
         # Settings saved with the file would cut or pad every prompt behind our back.
         tokenizer.no_truncation()
@@ -150,8 +147,6 @@ class _FastTokenizer(TextTokenizer):
 
 
 class _SlowTokenizer(TextTokenizer):
-    """Of transformers, written in Python."""
-
     def __init__(self, tokenizer: Any, label: str, template: ChatTemplate | None = None) -> None:
         super().__init__(label, tokenizer.vocab_size, template)
         self._tokenizer = tokenizer

@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 
 SAMPLE = 96
-"""Answers of a run that are counted, at most."""
 PROMPTS = 32
 """Of these, at most so many with their prompts: a plan is read a batch at a time."""
 
@@ -85,11 +84,9 @@ class Text:
     words: int = 0
     """Stretches with a letter between spaces. Hardly a tokenizer has tokens of more than one."""
     chunks: int = 0
-    """That carried it."""
     crowded: int = 0
     """Of these, chunks that need not be a single token: of more than one piece."""
     pieces: int = 0
-    """Pieces of all chunks, each of one token or more."""
     tokens: int | None = 0
     """By the model's tokenizer; null without one, or where the text has broken characters."""
 
@@ -101,7 +98,6 @@ class CountedPrompt:
     bytes: int
     """Of its text; of messages, of the JSON that holds them."""
     words: int
-    """As of a `Text`."""
     messages: int = 0
     """0: text alone."""
     tokens: int | None = None
@@ -229,7 +225,6 @@ class CapturedWriter:
         self._writer = pa.ipc.new_stream(self._file, CAPTURED_SCHEMA)
 
     def append(self, request_id: int, text: str) -> None:
-        """Keep the answer to a request until the next `flush`."""
         digest = hmac.digest(self._key, text.encode("utf-8", "replace"), "sha256")
         self._rows.append((request_id, digest, text if self._keep_text else None))
 

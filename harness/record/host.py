@@ -88,7 +88,6 @@ _COLUMNS: dict[str, Callable[[Any, Any], float]] = {
     "gpu_power_w": lambda nvml, card: nvml.nvmlDeviceGetPowerUsage(card) / 1000,
     "gpu_temperature_c": lambda nvml, card: float(nvml.nvmlDeviceGetTemperature(card, nvml.NVML_TEMPERATURE_GPU)),
 }
-"""Of `harness.record.samples.HOST_SCHEMA`."""
 
 
 class Gpus:
@@ -105,7 +104,6 @@ class Gpus:
                 self._nvml = nvml
 
     def sample(self) -> dict[str, list[float | None] | None]:
-        """The columns of the accelerators."""
         return {name: self._each(read) if self._nvml else None for name, read in _COLUMNS.items()}
 
     def memory_gib(self) -> list[float]:
@@ -123,7 +121,6 @@ class Gpus:
         return values
 
     def close(self) -> None:
-        """Let go of the driver."""
         if self._nvml is not None:
             with contextlib.suppress(self._nvml.NVMLError):
                 self._nvml.nvmlShutdown()

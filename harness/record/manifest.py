@@ -34,7 +34,6 @@ SCHEMA_VERSION = "1"
 MANIFEST = "run.json"
 PLAN = "plan.arrow"
 MOST_BYTES = 64 * 2**20
-"""Of a manifest that is read."""
 MOST_WORKERS = 100_000
 PRIVATE = 0o700
 """Mode of a folder with a plan in it: plans hold the prompts of users."""
@@ -77,7 +76,6 @@ class Tier:
     vcpu: int
     memory_gib: float
     usd_per_hour: float
-    """Price of one instance."""
     purchase: str
     """on-demand, spot, reserved or owned."""
     region: str
@@ -89,7 +87,6 @@ class Tier:
     note: str | None = None
     """What a reader of the price must know besides: term, condition, assumption."""
     ownership: Ownership | None = None
-    """What the price of an owned machine is made of."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -129,7 +126,6 @@ class Restart:
 
     @property
     def words(self) -> str:
-        """What it means for a later run on the same server."""
         return f"replica {self.replica} started again at {self.ready or self.died}, its cache empty"
 
 
@@ -227,20 +223,16 @@ class RunDir:
 
     @property
     def manifest(self) -> Path:
-        """``run.json``."""
         return self.path / MANIFEST
 
     @property
     def plan(self) -> Path:
-        """``plan.arrow``."""
         return self.path / PLAN
 
     def results(self, worker: int) -> Path:
-        """Result rows of one worker."""
         return self.path / f"results-{worker}.arrows"
 
     def all_results(self) -> list[Path]:
-        """Result files that exist, by worker."""
         return sorted(self.path.glob("results-*.arrows"), key=lambda p: int(p.stem.removeprefix("results-")))
 
     def observations(self, worker: int) -> Path:
@@ -252,11 +244,9 @@ class RunDir:
         return self.path / f"answers-{worker}.jsonl"
 
     def captured(self, worker: int) -> Path:
-        """Captured answers of one worker (`harness.record.answers`)."""
         return self.path / f"answers-{worker}.arrows"
 
     def worker_log(self, worker: int) -> Path:
-        """What one load worker printed."""
         return self.path / f"worker-{worker}.log"
 
     def server_metrics(self, replica: int) -> Path:
@@ -270,12 +260,10 @@ class RunDir:
         return self.path / f"server-processor-{replica}{f'-part-{part}' if part else ''}.arrows"
 
     def server_processors(self, replica: int) -> list[Path]:
-        """Those of all its parts that are there."""
         others = self.path.glob(f"server-processor-{replica}-part-*.arrows")
         return [file for file in [self.server_processor(replica), *sorted(others)] if file.exists()]
 
     def server_log(self, replica: int) -> Path:
-        """What one model server printed."""
         return self.path / f"server-{replica}.log"
 
 

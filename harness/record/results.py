@@ -46,7 +46,7 @@ import contextlib
 import io
 import os
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
@@ -156,7 +156,6 @@ class ResultWriter:
         options = pa.ipc.IpcWriteOptions(compression="zstd")
         self._writer = pa.ipc.new_stream(self._bytes, SCHEMA, options=options)
         self.rows = 0
-        """In the file."""
         self._encoded = 0
         self._clear()
         self._put()
@@ -170,7 +169,6 @@ class ResultWriter:
         self._token_nulls: list[bool] = []
 
     def append(self, result: Result) -> None:
-        """Add one row; nothing touches the disk."""
         self._rows.append(_scalars(result))
         if result.chunk_ns:
             assert result.sent_ns is not None
@@ -254,13 +252,30 @@ def read_results(path: Path) -> pa.Table:
 
     Raises `ResultsError` when the file does not begin as a result stream of this schema version.
     """
-    return pa.Table.from_batches(iter_results(path), schema=SCHEMA)
+    return read_stream(path, SCHEMA, "results", _BEFORE)
+
+
+def iter_results(path: Path) -> Iterator[pa.RecordBatch]:
+    """The same rows, batch by batch as they were written."""
+    return iter_stream(path, SCHEMA, "results", _BEFORE)
 
 
 def read_stream(
     path: Path, schema: pa.Schema, what: str, before: Mapping[str, Sequence[str]] = MappingProxyType({})
 ) -> pa.Table:
-    """Rows of an Arrow stream of ``what``; every complete batch of one that was cut short, none of an empty file.
+    """Rows of an Arrow stream of ``what``, as `iter_stream` gives them; raises as that does."""
+    table = whole_batches(iter_stream(path, schema, what, before), schema)
+    try:
+        table.validate(full=True)
+    except pa.ArrowException as e:
+        raise ResultsError(f"{path}: not a file of {what} ({e})") from e
+    return table
+
+
+def iter_stream(
+    path: Path, schema: pa.Schema, what: str, before: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> Iterator[pa.RecordBatch]:
+    """Batches of an Arrow stream of ``what``: every complete one of a stream that was cut short, none of an empty file.
 
     The metadata of ``schema`` is its version; ``before``: earlier versions, and the columns they lack, which are null.
     Raises `ResultsError` when the file is missing or does not begin as such a stream.
@@ -268,66 +283,37 @@ def read_stream(
     ((key, now),) = schema.metadata.items()
     try:
         with open_arrow(path) as source:
-            if source.size() == 0:
-                return schema.empty_table()
+            if source.size() == 0:  # a worker that died before its first byte wrote nothing
+                return
             reader = pa.ipc.open_stream(source)
             said = (reader.schema.metadata or {}).get(key, b"?").decode("utf-8", "replace")
             lacking = before.get(said, [] if said == now.decode() else schema.names)
             if reader.schema != pa.schema([field for field in schema if field.name not in lacking]):
                 raise ResultsError(f"{path}: {what} schema {said}, this harness reads {now.decode()}")
-            table = whole_batches(reader)
-        for name in lacking:
-            table = table.append_column(schema.field(name), pa.nulls(len(table), schema.field(name).type))
-        table = table.select(schema.names).replace_schema_metadata(schema.metadata)
-        table.validate(full=True)
-        return table
+            for batch in _whole(reader):
+                columns = [
+                    pa.nulls(len(batch), field.type) if field.name in lacking else batch.column(field.name)
+                    for field in schema
+                ]
+                yield pa.RecordBatch.from_arrays(columns, schema=schema)
     except FileNotFoundError as e:
         raise ResultsError(f"{path}: no such file") from e
     except (pa.ArrowException, OSError) as e:
         raise ResultsError(f"{path}: not a file of {what} ({e})") from e
 
 
-def whole_batches(reader: pa.RecordBatchStreamReader) -> pa.Table:
-    """Every complete batch of a stream, up to a torn one, in few pieces: a batch of one row takes kilobytes."""
+def _whole(reader: pa.RecordBatchStreamReader) -> Iterator[pa.RecordBatch]:
+    with contextlib.suppress(StopIteration, pa.ArrowException, OSError):  # a torn tail: what came before it is whole
+        while True:
+            yield reader.read_next_batch()
+
+
+def whole_batches(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
+    """Every complete batch of a stream in few pieces: a batch of one row takes kilobytes."""
     held: list[pa.RecordBatch] = []
-    with contextlib.suppress(pa.ArrowException, OSError):  # a torn tail: what came before it is whole
-        for batch in reader:
+    with contextlib.suppress(pa.ArrowException, OSError):
+        for batch in batches:
             held.append(batch)
             if len(held) == _PIECES:
                 held = pa.Table.from_batches(held).combine_chunks().to_batches()
-    return pa.Table.from_batches(held, schema=reader.schema)
-
-
-def iter_results(path: Path) -> Iterator[pa.RecordBatch]:
-    """Batches of one result file, in the order written, up to the first torn one."""
-    try:
-        with open_arrow(path) as source:
-            reader = pa.ipc.open_stream(source)
-            version = (reader.schema.metadata or {}).get(b"harness.results", b"?").decode()
-            lacking = [] if version == SCHEMA_VERSION else _BEFORE.get(version)
-            if lacking is None:
-                raise ResultsError(f"{path}: result schema {version}, this harness reads {SCHEMA_VERSION}")
-            while True:
-                try:
-                    yield _with_nulls(reader.read_next_batch(), lacking)
-                except StopIteration:
-                    return
-                except (pa.ArrowInvalid, OSError):
-                    return  # torn tail: what came before it is whole
-    except FileNotFoundError as e:
-        raise ResultsError(f"{path}: no such result file") from e
-    except pa.ArrowInvalid as e:
-        if path.stat().st_size == 0:
-            return  # a worker that died before its first byte wrote nothing, which is not an error of the file
-        raise ResultsError(f"{path}: not a result file ({e})") from e
-    except OSError as e:
-        raise ResultsError(f"{path}: not a result file ({e.strerror or e})") from e
-
-
-def _with_nulls(batch: pa.RecordBatch, lacking: Sequence[str]) -> pa.RecordBatch:
-    """A batch of an earlier schema version as one of this; one with other columns is left alone."""
-    if not lacking or batch.schema.names != [name for name in SCHEMA.names if name not in lacking]:
-        return batch
-    nulls = {name: pa.nulls(len(batch), SCHEMA.field(name).type) for name in lacking}
-    columns = [nulls[name] if name in nulls else batch.column(name) for name in SCHEMA.names]
-    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+    return pa.Table.from_batches(held, schema=schema)

@@ -45,7 +45,6 @@ class RunSpec:
     """A request whose server sends nothing for this long fails with ``stall``."""
     endpoint: Endpoint = "completions"
     model: str
-    """Model name as the server knows it."""
     base_urls: list[str]
     """One per replica, of the API (it mostly ends in /v1); a query goes with every request."""
     workers: int = 1
@@ -56,7 +55,6 @@ class RunSpec:
     min_requests: int = 30
     """Below so many measured requests the run has no verdict but "TOO SMALL"."""
     extra_body: dict[str, object] = field(default_factory=dict)
-    """Fields added to every request body."""
     headers: dict[str, str] = field(default_factory=dict)
     """Added to every request; never a secret (`harness.server.access`)."""
     header_env: dict[str, str] = field(default_factory=dict)
@@ -88,7 +86,6 @@ class RunSpec:
 
 
 DEFAULTS = RunSpec(mode="open", model="", base_urls=[])
-"""What holds where nothing is asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +96,6 @@ class WorkerSpec(RunSpec):
     """From 0; ``workers`` says of how many."""
     plan: str
     results: str
-    """File to write rows to."""
     observations: str | None = None
     """File to write what the worker sees of itself to, a row a second; null: none."""
     captured: str | None = None

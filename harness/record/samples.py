@@ -54,7 +54,6 @@ class Observation:
     loop_lag_max_ns: int | None
     """Longest lateness of a 10 ms tick of the event loop that carries the stamps; null: no tick."""
     loop_lag_p99_ns: int | None
-    """Its 99th percentile over the interval's ticks."""
     cpu_share: float
     """CPU time of the process, all threads, per wall time; 1.0 is one full core."""
     gc_pause_ns: int
@@ -63,16 +62,13 @@ class Observation:
     """Events of answers that were read, with output or without: HTTP chunks, as servers send one in each; of answers
     that are unlike others of their server the reads."""
     bytes: int
-    """Of those reads."""
     sent: int
     done: int
-    """Answers that ended and have their row."""
     in_flight: float | None
     """Requests in flight, mean over the ticks; null: no tick."""
     backlog: int
     """Answers and parts of answers that wait to be parsed at ``t_ns``."""
     rss_bytes: int
-    """Resident memory at ``t_ns``."""
     prepared: int | None = None
     """Requests read from the plan and not sent at ``t_ns``; 0 before the plan's end: lag is that of reading it. Null in
     files of version 1."""
@@ -86,9 +82,7 @@ class ProcessorSecond:
     length_ns: int
     """Of the interval; where the server was being started again there is none."""
     threads: Annotated[int, pa.int32()]
-    """Of the server's processes, at its end."""
     run_ns: int
-    """Processor time of all of them."""
     delay_ns: int
     """Time in which they were ready to run and had no processor, added up over threads (run delay). It holds the time
     in which the quota of their group (cgroup) was used up."""
@@ -96,9 +90,7 @@ class ProcessorSecond:
     """Of ``run_ns``, what threads with work ran: those that ran or waited for a tenth of the interval. The others wake
     up now and then, and mostly for nothing."""
     work_delay_ns: int
-    """Of ``delay_ns``, what these waited."""
     host_busy_ns: int | None = None
-    """Processor time of everything on their host."""
     host_stolen_ns: int | None = None
     """Processor time that was due to their host, a virtual machine, and went to others (steal). A thread that it is
     taken from neither runs nor waits by its own kernel's count."""
@@ -182,7 +174,6 @@ class ObservationWriter:
         self._writer = pa.ipc.new_stream(self._sink, self.schema)
 
     def write(self, rows: Sequence[Any]) -> None:
-        """Append ``rows`` to the file."""
         if rows:
             columns = [pa.array([getattr(row, f.name) for row in rows], type=f.type) for f in self.schema]
             self._writer.write_batch(pa.record_batch(columns, schema=self.schema))
@@ -206,11 +197,9 @@ class ProcessorSeconds(ObservationWriter):
         self._guarded(lambda: super(ProcessorSeconds, self).__init__(path))
 
     def write(self, rows: Sequence[ProcessorSecond]) -> None:
-        """Append ``rows`` to the file."""
         self._guarded(lambda: super(ProcessorSeconds, self).write(rows))
 
     def close(self) -> None:
-        """End the stream."""
         self._guarded(super().close)
 
     def _guarded(self, work: Callable[[], None]) -> None:
@@ -314,12 +303,10 @@ class HostMetrics(Sampler):
         super().__init__(path, HOST_SCHEMA, start_unix_ns, first_s=EVERY_S)
 
     def begin(self) -> None:
-        """The counters from which the first sample counts."""
         self._gpus = Gpus()
         self._cpu, self._net = psutil.cpu_times(), psutil.net_io_counters()
 
     def end(self) -> None:
-        """Let go of the driver."""
         self._gpus.close()
 
     def sample(self) -> dict[str, object]:
@@ -389,7 +376,7 @@ def _read(path: Path) -> pa.Table | None:
             schema = reader.schema
             if not {"t_ns", "took_ns"} <= set(schema.names) <= set(SERVER_SCHEMA.names):
                 return None
-            table = whole_batches(reader)
+            table = whole_batches(reader, schema)
         table.validate(full=True)
         for field in SERVER_SCHEMA:
             if field.name not in schema.names:

@@ -162,7 +162,6 @@ class Access:
     """null: a server that asks to come back later is not waited for."""
 
     def lines(self) -> dict[str, str]:
-        """All headers of a request, the key among them."""
         headers = {**self.headers, **self.secret_headers}
         if self.api_key is None:
             return headers
@@ -170,7 +169,6 @@ class Access:
         return {**headers, self.key_header: f"Bearer {self.api_key}" if bearer else self.api_key}
 
     def hurried(self) -> Access:
-        """The same, waiting for nobody: while a load runs."""
         return replace(self, patience=None)
 
     def at(self, page: str, base_url: str) -> Access:

@@ -71,7 +71,6 @@ def fetch(url: str, access: AccessLike, body: object = None, *, deadline_s: floa
 
 
 def _refusal(url: str, answer: HttpAnswer, access: Access, wait_s: float | None) -> ServerError:
-    """What to say of an answer that is none."""
     if 300 <= answer.status < 400 and answer.location:
         return RedirectError(
             f"{url}: HTTP {answer.status}: it points to {answer.location[:_SAID]}. Redirects are not followed, since "

@@ -3,7 +3,8 @@
 Every request to a server except the load itself is made by `ask`, so that these rules are kept everywhere. A question
 takes a bounded time in all (`http.client` alone bounds each read, so a byte a second lasts for ever) and a bounded
 number of bytes, follows no redirect, since the API key would go along, and heeds no proxy of the environment: a load
-test must know where its questions go, as it does for its load. Ctrl-C is heard at any moment.
+test must know where its questions go, as it does for its load. A thread asks, since neither the system's resolver nor a
+read heeds our deadline or Ctrl-C, which is heard at any moment.
 
 Source: of ``Retry-After`` RFC 9110 section 10.2.3 (seconds, or a date).
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import io
 import queue
 import re
 import socket
@@ -22,7 +22,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any, cast
 from urllib.parse import SplitResult, urlsplit
 
 from harness.errors import ServerError, UsageError
@@ -44,9 +43,7 @@ class HttpAnswer:
     reason: str
     body: bytes
     location: str | None
-    """Where a redirect points, as it was said."""
     retry_after: str | None = None
-    """When to come back, as it was said."""
 
 
 def split_url(text: str, what: str) -> SplitResult:
@@ -79,25 +76,52 @@ def ask(
     Raises `UsageError` for no URL, `ServerError` when there is no whole answer of at most ``most_bytes`` by then.
     """
     parts = split_url(url, "URL")
-    end = time.monotonic() + deadline_s
+    host = parts.hostname or ""
+    if parts.scheme == "https":
+        context = tls or ssl.create_default_context()
+        connection: http.client.HTTPConnection = http.client.HTTPSConnection(host, parts.port, context=context)
+    else:
+        connection = http.client.HTTPConnection(host, parts.port)
+    heard: queue.SimpleQueue[HttpAnswer | Exception] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            heard.put(_asked(parts, connection, deadline_s, headers, body, most_bytes))
+        except Exception as e:  # whatever it is, it is raised where it was asked for
+            heard.put(e)
+        finally:
+            connection.close()
+
+    threading.Thread(target=work, name=f"ask {host}", daemon=True).start()
     try:
-        with contextlib.closing(_connected(parts, end, tls)) as sock:
-            return _asked(parts, sock, end, headers, body, most_bytes)
-    except TimeoutError as e:
-        raise ServerError(
-            f"{url}: no answer within {deadline_s:g} s; is the server up, and is the address right?"
-        ) from e
-    except (OSError, ValueError, http.client.HTTPException) as e:  # the last: it died in the middle of its answer
-        raise ServerError(f"{url}: cannot be reached: {e}; is the server up, and is the address right?") from e
+        answer = _waited(heard, time.monotonic() + deadline_s)
+    except BaseException:  # nobody waits for the answer any more: its thread has nothing left to read
+        with contextlib.suppress(OSError, AttributeError):
+            connection.sock.shutdown(socket.SHUT_RDWR)
+        raise
+    if isinstance(answer, HttpAnswer):
+        return answer
+    if isinstance(answer, TimeoutError):
+        raise ServerError(f"{url}: no answer within {deadline_s:g} s; is the server up, and is the address right?")
+    if isinstance(answer, OSError | ValueError | http.client.HTTPException):  # the last: it died in its answer
+        raise ServerError(f"{url}: cannot be reached: {answer}; is the server up, and is the address right?")
+    raise answer
+
+
+def _waited(heard: queue.SimpleQueue[HttpAnswer | Exception], end: float) -> HttpAnswer | Exception:
+    while (left := end - time.monotonic()) > 0:
+        with contextlib.suppress(queue.Empty):
+            return heard.get(timeout=min(left, HEARING_S))
+    return TimeoutError()
 
 
 def _asked(
-    parts: SplitResult, sock: socket.socket, end: float, headers: Mapping[str, str], body: bytes | None, most_bytes: int
-) -> HttpAnswer:
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port or PORTS[parts.scheme])
-    if parts.scheme == "https":
-        connection.default_port = PORTS["https"]  # the Host header leaves it out
-    connection.sock = cast(Any, _Bounded(sock, end))
+    parts: SplitResult, connection: http.client.HTTPConnection, deadline_s: float, headers: Mapping[str, str],
+    body: bytes | None, most_bytes: int,
+) -> HttpAnswer:  # fmt: skip
+    connection.timeout = deadline_s / 2  # of each of its addresses: one that says nothing leaves time for the next
+    connection.connect()
+    connection.sock.settimeout(deadline_s)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     connection.request("GET" if body is None else "POST", target, body, {"Connection": "close", **headers})
     with connection.getresponse() as response:
@@ -108,84 +132,6 @@ def _asked(
             raise http.client.IncompleteRead(found, response.length)
         said = response.getheader
         return HttpAnswer(response.status, response.reason, found, said("Location"), said("Retry-After"))
-
-
-def _left(end: float) -> float:
-    left = end - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
-
-
-def _connected(parts: SplitResult, end: float, tls: ssl.SSLContext | None) -> socket.socket:
-    host = parts.hostname or ""
-    addresses = _addresses(host, parts.port or PORTS[parts.scheme], end)
-    for k, (family, address) in enumerate(addresses):
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            sock.settimeout(_left(end) / (len(addresses) - k))
-            sock.connect(address)
-            sock.settimeout(_left(end))
-            if parts.scheme == "https":
-                return (tls or ssl.create_default_context()).wrap_socket(sock, server_hostname=host)
-            return sock
-        except BaseException as e:
-            sock.close()
-            if not isinstance(e, OSError) or isinstance(e, ssl.SSLError) or k == len(addresses) - 1:
-                raise
-    raise OSError("its name has no address")
-
-
-def _addresses(host: str, port: int, end: float) -> list[tuple[int, Any]]:
-    """Resolved in a thread: the system's resolver heeds neither our deadline nor Ctrl-C."""
-    found: queue.SimpleQueue[list[Any] | Exception] = queue.SimpleQueue()
-
-    def resolve() -> None:
-        try:
-            found.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except Exception as e:  # whatever it is, it is raised where it was asked for
-            found.put(e)
-
-    threading.Thread(target=resolve, name=f"resolve {host}", daemon=True).start()
-    while True:
-        with contextlib.suppress(queue.Empty):
-            answer = found.get(timeout=min(_left(end), HEARING_S))
-            break
-    if isinstance(answer, Exception):
-        raise answer
-    return [(family, address) for family, _, _, _, address in answer]
-
-
-class _Bounded:
-    """What `http.client` uses of a socket, every wait of it within what is left until ``end``."""
-
-    def __init__(self, sock: socket.socket, end: float) -> None:
-        self._sock, self._end = sock, end
-
-    def sendall(self, data: bytes) -> None:
-        self._sock.settimeout(_left(self._end))
-        self._sock.sendall(data)  # its timeout is one for the whole
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(_Received(self._sock, self._end))
-
-    def close(self) -> None:
-        """Left to the owner of the socket: an answer may still be read."""
-
-
-class _Received(io.RawIOBase):
-    def __init__(self, sock: socket.socket, end: float) -> None:
-        self._sock, self._end = sock, end
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while True:
-            left = _left(self._end)
-            self._sock.settimeout(min(left, HEARING_S))
-            with contextlib.suppress(TimeoutError):
-                return self._sock.recv_into(buffer)
 
 
 _SECONDS = re.compile(r"\d{1,9}(?:\.\d{1,9})?")

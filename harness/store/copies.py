@@ -39,7 +39,6 @@ from harness.sweep.state import STATE, SweepState, read_state
 
 LOCAL_RUNS = Path("runs")
 NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*){0,3}", re.ASCII)
-"""A file below a folder that is ours to write."""
 
 
 def split_out(out: str | Path) -> tuple[Path, str | None]:
@@ -173,13 +172,11 @@ class SweepStore:
                 self._follower.remove(point)
 
     def send(self, path: Path) -> None:
-        """Send this file of the folder, which was written after the end."""
         with self._told():
             if self._follower is not None:
                 upload(path, f"{self._follower.url}/{path.name}", client=self._follower.client, overwrite=True)
 
     def close(self, state: SweepState) -> bool:
-        """Send what is missing; whether all of it is there."""
         if self._follower is None:
             return True
         problem = self._follower.close(CLOSE_S)
@@ -197,7 +194,6 @@ class SweepStore:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Trouble with the store is said."""
         try:
             yield
         except StoreError as e:

@@ -37,7 +37,6 @@ LAST = "run.json"
 KINDS = (".json", ".toml", ".md", ".html", ".arrows", ".log", ".arrow")
 """Endings of the files a run is made of, small ones first: a large plan must not hold back the rows."""
 CAPTURED = "answers-*.arrows"
-"""Captured answers, which stay on this machine."""
 
 Say = Callable[[str], None]
 
@@ -59,12 +58,10 @@ class Follower:
         self.url, self.client = as_url(url), connect()
         self._folder, self._say, self._every_s, self._apart = folder, say, every_s, apart
         self._sent: dict[Path, tuple[int, int]] = {}
-        """Size and time of change of each file, as it is up."""
         self.overwrite = True
         """False: the files up there are of a whole run, and only the same ones are as good."""
         self._trouble: str | None = None
         self._one = threading.Lock()
-        """Held while one file is sent."""
         self._wake, self._ending = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -84,7 +81,6 @@ class Follower:
             self._say(f"sending to {self.url}")
 
     def start(self) -> None:
-        """Begin to follow."""
         self._thread = threading.Thread(target=self._follow, name="harness-store", daemon=True)
         self._thread.start()
 
@@ -139,7 +135,6 @@ class Follower:
         return sorted(found, key=lambda path: (path.name == LAST, KINDS.index(path.suffix), path))
 
     def tell(self, e: Exception) -> None:
-        """Say each new trouble once."""
         if str(e) != self._trouble:
             self._trouble = str(e)
             goes_on = "Ctrl-C gives up sending" if self._ending.is_set() else "the run goes on"

@@ -31,12 +31,10 @@ PART_BYTES = 8 << 20
 CONNECT_S = 10
 READ_S = 60
 BREAKS = 4
-"""How often one download may break off."""
 SLOWEST_BYTES_PER_S = 128 << 10
 SLACK_S = 300.0
 """A transfer may take this long and its size at the slowest rate; then it fails."""
 NEW = {"IfNoneMatch": "*"}
-"""Refused where an object of this name is."""
 
 _CONNECTIONS = 10
 _EXISTS = ("PreconditionFailed", "412", "ConditionalRequestConflict")
@@ -62,7 +60,6 @@ class Stored:
     """One object of a listing."""
 
     name: str
-    """Its key below the URL that was listed."""
     url: str
     size: int
     etag: str

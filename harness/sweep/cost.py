@@ -21,7 +21,6 @@ ITL_S = 0.05
 DRAIN_S = 60.0
 """The longest drain of a run that is cut by its duration."""
 SAID_TOKENS = 128
-"""Assumed output length of rows that do not say."""
 START_CPU_S = 60.0
 START_GPU_S = 300.0
 """Assumed start of servers: load the weights, compile, be ready. The start of servers that are there takes no time."""
@@ -35,7 +34,6 @@ class TraceLoad:
 
     rows: int
     output_tokens: float
-    """Mean of them."""
     longest_output: int
     span_s: float | None = None
     """From the first to the last arrival; null when the trace has no times."""

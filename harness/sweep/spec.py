@@ -47,12 +47,10 @@ class Pair:
 
     @property
     def base_urls(self) -> tuple[str, ...]:
-        """One per server that is there already."""
         return (self.base_url,) if isinstance(self.base_url, str) else tuple(self.base_url or ())
 
     @property
     def name(self) -> str:
-        """For people."""
         if self.label:
             return self.label
         model = (self.model or "served model").rstrip("/").rsplit("/", 1)[-1]
@@ -66,7 +64,6 @@ class Loads:
     request_rate: list[float | str] | str | None = None
     """Open loop: requests/s on average."""
     concurrency: list[int | str] | str | None = None
-    """Closed loop: requests in flight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +95,6 @@ class SweepSpec:
 
     @property
     def is_search(self) -> bool:
-        """A search for capacity, which chooses its points one by one."""
         return self.options.get("search") == "capacity"
 
 
@@ -131,7 +127,6 @@ def read_sweep(path: Path, option_names: Collection[str], instead: Mapping[str, 
 
 
 def _normalise(raw: Table, option_names: Collection[str], instead: Mapping[str, str]) -> Table:
-    """Keys with _ for -, every one of them known, inner tables included."""
     table: Table = {}
     for written, value in raw.items():
         key = written.replace("-", "_")
@@ -214,7 +209,6 @@ class Level:
 
     @property
     def words(self) -> str:
-        """For people."""
         return f"{self.request_rate:g} req/s" if self.concurrency is None else f"{self.concurrency} in flight"
 
 
@@ -261,9 +255,7 @@ class Point:
     """One run of a sweep: what it is, and what became of it."""
 
     name: str
-    """Also its run directory."""
     pair: int
-    """Index into ``SweepState.pairs``."""
     level: Level
     repeat: int
     """From 1."""
@@ -318,7 +310,6 @@ def make_points(spec: SweepSpec) -> list[Point]:
 
 
 def _in_order(spec: SweepSpec, found: Sequence[Pair]) -> Iterator[tuple[int, Level, int]]:
-    """(pair, level, repeat) of every point as they are run."""
     repeats = range(1, spec.repeats + 1)
     if spec.order == "abba":
         for repeat in repeats:

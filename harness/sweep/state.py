@@ -29,7 +29,6 @@ from harness.sweep.spec import Pair, Point, SweepSpec, slug
 SCHEMA_VERSION = "1"
 STATE = "sweep.json"
 ANSWER = "capacity.json"
-"""What a search found, in its folder."""
 LOCK = ".lock"
 ADJUSTABLE = ("trace", "budget_usd", "budget_hours", "on_failure")
 """What may differ when a sweep is resumed: it changes no point. (Of the trace its content counts, not its path.)"""
@@ -40,7 +39,6 @@ class Rental:
     """Servers of one pair from their start to their end, and what an hour of them costs."""
 
     pair: int
-    """Index into ``SweepState.pairs``."""
     replicas: int
     tier: Tier | None
     """With its dated price; null: no price."""
@@ -57,7 +55,6 @@ class Rental:
         return self.tier.usd_per_hour * self.replicas if self.tier else 0.0
 
     def hours(self, now_s: float) -> float:
-        """Up to its end, or up to now."""
         return max(0.0, (self.ended_s if self.ended_s is not None else now_s) - self.started_s) / 3600
 
 
@@ -77,14 +74,12 @@ class SweepState:
     points: list[Point]
     rentals: list[Rental] = field(default_factory=list)
     revision: int = 0
-    """Counts the steps that were written down."""
     writer: str = ""
     """Host, pid and time of the sitting that wrote it: two at work on one sweep never write the same step."""
     store_url: str | None = None
     """Where on S3 the folder is kept as well (`harness.store.copies`)."""
 
     def spent(self, now_s: float) -> tuple[float, float]:
-        """(USD, hours) from the start of servers to their end, this far."""
         hours = [(rental.hours(now_s), rental.usd_per_hour) for rental in self.rentals]
         return sum(h * usd for h, usd in hours), sum(h for h, _ in hours)
 

@@ -39,13 +39,10 @@ Records = Callable[[], Iterable[TraceRecord]]
 
 
 _TEXTS = 256
-"""Rows whose texts are counted at a time."""
 _BATCH = 4096
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _ATTRIBUTES = {name: "text" if name == "prompt" else name for name in FIELDS}
-"""Field in the file -> attribute of `TraceRecord`."""
 Row = dict[str, object]
-"""Fields as in the file, those not given left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,7 +214,6 @@ def anonymize(
 
 
 def _numbered(what: str) -> Callable[[str | None], str | None]:
-    """Numbers instead of names, in the order they come."""
     known, count = Sessions(int), 0
 
     def number(name: str | None) -> str | None:
@@ -249,7 +245,6 @@ def _text_blocks(ids: Sequence[int], tokens: int, size: int, salt: bytes, number
 
 
 def _keyed(blocks: Sequence[bytes], salt: bytes) -> tuple[int, ...]:
-    """Chained, keyed 63-bit hashes."""
     chain = hashlib.blake2b(key=salt, digest_size=8)
     found = []
     for block in blocks:

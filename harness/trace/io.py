@@ -54,7 +54,6 @@ class Reading:
     skip_bad: bool
     """Bad rows are dropped and counted by reason instead of ending the iteration."""
     sort: bool
-    """Rows are put in order of arrival."""
     part: int | None
     """Of a file that holds several recordings one after the other, each beginning where time goes back, this one (from
     1)."""
@@ -65,7 +64,6 @@ class Reading:
     survey: bool
     """Only to be described: as ``arrivals_only`` and ``skip_bad``, and times of an unknown unit are left out."""
     table: TableOptions
-    """Columns and unit, as the user names them."""
     where: Sequence[Where]
     """Rows that are wanted; empty: all."""
 
@@ -124,7 +122,6 @@ class Trace:
     """
 
     def __init__(self, sources: Sources, format_: str, asked: Reading, left_out: Sequence[str] = ()) -> None:
-        """``left_out``: what is to be said of files that are not read."""
         self.sources = sources
         self.path = Path(sources.name)
         self.format = format_
@@ -149,7 +146,6 @@ class Trace:
 
     @property
     def source(self) -> TraceFile:
-        """The file, or the first of several."""
         return self.sources.files[0]
 
     def __iter__(self) -> Generator[TraceRecord, None, None]:
@@ -212,7 +208,6 @@ class _Pass:
             self.examples.setdefault(known, example)
 
     def refuse(self, place: Place, error: RowError) -> None:
-        """A row that cannot be read."""
         name = self._name(place)
         if not (self._asked.skip_bad or self._asked.survey):
             raise TraceError(name, place.line, f"{error} (--skip-bad drops and counts such rows)") from None
@@ -237,7 +232,6 @@ class _Pass:
         yield from by_arrival
 
     def _rows(self) -> Iterator[tuple[Place, TraceRecord]]:
-        """Good rows in file order; the others are counted or raised."""
         last = Place(0, 1)
 
         def placed(at: int, source: TraceFile) -> Iterator[tuple[Place, object]]:
@@ -295,7 +289,6 @@ class _Pass:
         return self._trace.sources.files[place.file].name
 
     def notes(self) -> list[str]:
-        """What a reader of the results must know."""
         notes = [f"{count} of {self.read} rows not replayed: {why}" for why, count in sorted(self.dropped.items())]
         files = len(self._trace.sources.files)
         if files > 1:
@@ -337,7 +330,6 @@ class _ArrivalOrder:
     def __init__(self, part: int | None) -> None:
         self._part, self._current = part, 1
         self._first_ns = self._last_ns = self._before_ns = 0
-        """Of the rows that are kept; of all before."""
         self._timed: bool | None = None
         self._steps: Counter[int] = Counter()
         self.instants = 0

@@ -44,9 +44,7 @@ class PrefixCache:
 
     def __init__(self) -> None:
         self.sizes: set[int] = set()
-        """Tokens of a block."""
         self.sampled = 1
-        """See `harness.trace.stats.PrefixStats`."""
         self.rows = self.blocks = self.tokens = 0
         self._missed_blocks = self._missed_tokens = 0
         self._seen: Hashes = np.empty(0, dtype=np.uint64)
@@ -55,7 +53,6 @@ class PrefixCache:
         """blocks, block_tokens, input_tokens of each request waiting."""
 
     def add(self, ids: tuple[int, ...], block_tokens: int, input_tokens: int) -> None:
-        """One request."""
         self.rows += 1
         self._ids.extend(ids)
         self._requests.extend((len(ids), block_tokens, input_tokens))
@@ -74,7 +71,6 @@ class PrefixCache:
             self._merge()
 
     def hits(self) -> tuple[int, int]:
-        """Blocks and tokens of those that were found, so far."""
         self._merge()
         return max(self.blocks - self._missed_blocks, 0), max(self.tokens - self._missed_tokens, 0)
 
@@ -160,8 +156,6 @@ def accumulates(record: TraceRecord) -> bool:
 
 
 class _Last(NamedTuple):
-    """A session's last row."""
-
     first: int
     input_tokens: int
     output_tokens: int
@@ -203,11 +197,9 @@ class IdealReuse:
         self._turns = Turns()
         self._in_sessions = False
         self._alone: Counter[int] = Counter()
-        """Input tokens of rows that find nothing -> how many."""
         self._rows = self._blocks = self._hit_blocks = self._tokens = 0
 
     def add(self, record: TraceRecord) -> None:
-        """The next row."""
         tokens = record.input_tokens
         if not tokens:
             return

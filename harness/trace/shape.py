@@ -21,9 +21,7 @@ from harness.trace.survey import ModelShare, Survey
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _MODELS = 12
-"""Models that are listed."""
 _BURST = 5
-"""Fewest requests that are called a burst."""
 QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 _BINS = 60
 
@@ -33,7 +31,6 @@ class TokenLengths:
     """Token lengths of one side."""
 
     rows: int
-    """Rows that say it."""
     total: int
     mean: float
     minimum: int
@@ -50,7 +47,6 @@ class ConversationShape:
 
     sessions: int
     rows: int
-    """Rows that belong to one."""
     turns_mean: float
     turns_max: int
     turns_quantiles: dict[str, float]
@@ -72,7 +68,6 @@ class TraceShape:
     """"1s", "10s", "60s" -> variance / mean of counts; null below ten windows."""
     worst_second: dict[str, float] | None
     worst_minute: dict[str, float] | None
-    """requests, start_s and ratio_to_mean."""
     rate_over_time: dict[str, list[float]] | None
     """start_s and rate (requests/s) of equal windows."""
     input_tokens: TokenLengths | None
@@ -161,7 +156,6 @@ def _sessions(found: Survey) -> ConversationShape | None:
 
 
 def _quantiles(at: Callable[[Ints], npt.NDArray[np.generic]], n: int) -> dict[str, float]:
-    """Of ``n`` sorted values, of which ``at`` gives those at some places."""
     places = np.array(QUANTILES) * (n - 1)
     below, above = (at(end(places).astype(np.int64)).astype(np.float64) for end in (np.floor, np.ceil))
     found = below + (above - below) * (places % 1)

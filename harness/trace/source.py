@@ -46,15 +46,12 @@ class TraceFile:
     """A trace file to be read as often as needed."""
 
     name: str
-    """As the user gave it, made printable."""
     path: Path
     """Where the bytes lie."""
     sha256: str
     """Of the bytes as they lie there (compressed, if they are)."""
     held: object = field(default=None, repr=False)
-    """Holds a temporary copy alive."""
     member: str | None = None
-    """The file of a zip archive that is meant."""
     named: bool = True
     """By the user; else it was found in a folder, an archive or below a prefix."""
 
@@ -87,7 +84,6 @@ def full_name(name: str | Path) -> str:
 
 
 def _copied(name: str, copy: Callable[[IO[bytes]], str]) -> TraceFile:
-    """A temporary file that ``copy`` fills, giving back the SHA-256."""
     spool = tempfile.NamedTemporaryFile(prefix="harness-trace-")  # noqa: SIM115  # lives as long as the TraceFile
     try:
         return TraceFile(name, Path(spool.name), copy(spool), spool)
@@ -136,8 +132,6 @@ def magic(source: TraceFile, size: int = 16) -> bytes:
 
 
 class _Place:
-    """The line being read, for messages."""
-
     line = 1
 
 
@@ -180,7 +174,6 @@ _OPENERS: dict[str, Callable[[Any], Any]] = {
 
 
 def _opened(kind: str, raw: BinaryIO) -> BinaryIO:
-    """The stream, decompressed."""
     return cast(BinaryIO, io.BufferedReader(_OPENERS[kind](raw), 2**20)) if kind in _OPENERS else raw
 
 
@@ -251,7 +244,6 @@ def _check_blank(source: TraceFile, number: int, blank_bytes: int) -> None:
 
 
 def _said(source: TraceFile, lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
-    """Those that are not blank."""
     blank = 0
     for number, line in lines:
         if line.isspace():
@@ -322,15 +314,12 @@ def _json_values(
 
 
 class _JsonScan:
-    """Cuts chunks of a JSON document into its values."""
-
     def __init__(self, source: TraceFile, place: _Place, *, array: bool, line: int) -> None:
         self.array = array
         self.closed = False
         self.depth = 0
         self.in_string = self._escaped = False
         self.value = bytearray()
-        """What stands after the last value that ended."""
         self._source, self._place, self._begun = source, place, line
         place.line = line
 

@@ -30,12 +30,10 @@ class Sources:
     """The files of a trace, in the order of their names."""
 
     name: str
-    """For messages, as the user gave it."""
     files: tuple[TraceFile, ...]
 
     @property
     def sha256(self) -> str:
-        """Of the file as it lies there; of several, of their digests."""
         digests = list(dict.fromkeys((str(file.path), file.sha256) for file in self.files))
         if len(digests) == 1:
             return digests[0][1]
@@ -57,7 +55,6 @@ def open_sources(names: Sequence[str | Path]) -> Sources:
 
 
 def _expanded(name: str) -> list[TraceFile]:
-    """The files that a name stands for."""
     url = full_name(name)
     if url.startswith("s3://"):
         return _objects(url)
@@ -83,7 +80,6 @@ def _expanded(name: str) -> list[TraceFile]:
 
 
 def _members(source: TraceFile) -> list[TraceFile]:
-    """The files of a zip archive; any other file is its own."""
     if not magic(source, 4).startswith(_ZIP):
         return [source]
     try:

@@ -29,7 +29,6 @@ HELD_SESSIONS = 2**18
 HELD_BYTES = 2**26
 """Of what is sorted, about so much is held in memory."""
 BLOCK = 2**18
-"""Entries that are worked on at a time."""
 
 
 class Sessions(Generic[V]):
@@ -117,7 +116,6 @@ class Sorter(Generic[T]):
         self._size = 0
         self._file: IO[bytes] | None = None
         self._parts: list[list[tuple[int, int]]] = []
-        """Of each part: where its blocks begin, and their sizes."""
 
     def add(self, thing: T) -> None:
         """The next one. Raises `HarnessError` on a full disk."""
@@ -127,7 +125,6 @@ class Sorter(Generic[T]):
             self._store()
 
     def __iter__(self) -> Iterator[T]:
-        """All of them, sorted."""
         self._held.sort(key=self._key)
         if not self._parts:
             return iter(self._held)
@@ -150,7 +147,6 @@ class Sorter(Generic[T]):
         self._held, self._size = [], 0
 
     def _blocks(self) -> Iterator[list[T]]:
-        """What is held, in pieces of about a megabyte or less."""
         block: list[T] = []
         size = 0
         for thing in self._held:

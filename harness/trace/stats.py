@@ -57,10 +57,8 @@ class LengthStats:
     """Token lengths of one side."""
 
     rows: int
-    """Rows that say it."""
     mean: float
     quantiles: list[int]
-    """`POINTS` of them; each is a length that occurs."""
     part_sd: float | None = None
     """Standard deviation of the means of 60 to 120 equal parts of the rows, in their order (`PartMeans`): how far the
     mean of one stretch is from that of the whole. null below 60 rows, where not asked, in plans of older versions."""
@@ -72,7 +70,6 @@ class PrefixStats:
 
     block_tokens: list[int]
     rows: int
-    """Rows counted."""
     hit_rate_blocks: float
     hit_rate_tokens: float
     sampled: int
@@ -98,7 +95,6 @@ class RecordedCache:
 
     @property
     def share(self) -> float:
-        """Of input tokens, those that were cached."""
         return self.cached_tokens / max(self.input_tokens, 1)
 
 
@@ -114,7 +110,6 @@ class TraceStats:
     output_tokens: LengthStats | None
     sessions: int
     session_rows: int
-    """Rows that belong to one."""
     most_turns: int
     unit_rows: float
     """Rows of the session (1 without one) of a row, on average over rows: how unequal a draw of whole sessions is."""
@@ -137,11 +132,9 @@ class PartMeans:
 
     def __init__(self) -> None:
         self._parts: list[float] = []
-        """Sums of ``_size`` values each."""
         self._size, self._sum, self._in = 1, 0.0, 0
 
     def add(self, value: float) -> None:
-        """The next value."""
         self._sum += value
         self._in += 1
         if self._in == self._size:

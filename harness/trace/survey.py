@@ -56,8 +56,6 @@ def place(record: TraceRecord, seed: int) -> int:
 
 
 class _Session(NamedTuple):
-    """A session so far."""
-
     rows: int
     start_ns: int
     last_ns: int | None
@@ -78,30 +76,24 @@ class Survey:
         self.pairs = array("i"), array("i")
         """Input and output tokens of each row; -1 where not given."""
         self.turns: Counter[int] = Counter()
-        """Turns so far -> sessions that have so many."""
         self.gap_ns = array("q")
-        """Between the turns of a session."""
         self.open_ended = 0
         """Rows that do not say how many tokens to generate."""
         self.hang_ups = 0
         self.timeouts = 0
-        """Rows that bring a time limit of their own."""
         self.adapters: list[str] = []
         """Models or adapters that rows ask for, the first few and one more."""
         self.reuse = IdealReuse()
         self.ended_early = False
         self.grid_s: float | None = None
-        """Of the trace."""
         self._seed = units_seed
         self._arrival_ns, self._starts, self._places = array("q"), array("q"), array("Q")
         self._parts = PartMeans(), PartMeans()
         self._begun = Sessions(_Session)
         self._models: dict[str | None, ModelShare] = {}
         self._cached = [0, 0, 0]
-        """Rows that say their input and cached tokens, and the sum of each."""
 
     def add(self, record: TraceRecord) -> None:
-        """The next row."""
         into, out, arrival_ns = record.input_tokens, record.output_tokens, record.arrival_ns
         self.requests += 1
         if arrival_ns is not None:
@@ -153,12 +145,10 @@ class Survey:
 
     @cached_property
     def units(self) -> Units | None:
-        """Only when asked for."""
         return None if self._seed is None else Units(np.array(self._starts), np.array(self._places))
 
     @property
     def content(self) -> Content:
-        """Rows by what they say of their prompt."""
         return Content(messages=self.messages, text=self.texts, lengths_only=self.input_lengths.total())
 
     @property
@@ -176,7 +166,6 @@ class Survey:
 
     @cached_property
     def stats(self) -> TraceStats:
-        """What a plan keeps of it."""
         turns = [(each, count) for each, count in self.turns.items() if count]
         rows, texts = sum(each * count for each, count in turns), self.texts + self.messages
         tokens = sum(length * count for length, count in self.inputs.items())

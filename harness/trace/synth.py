@@ -63,14 +63,12 @@ class LengthDistribution:
 
     kind: str
     parameters: tuple[float, ...]
-    """In the order of the module docstring."""
 
     def __str__(self) -> str:
         named = zip(_PARAMETERS[self.kind], self.parameters, strict=True)
         return f"{self.kind}:" + ",".join(f"{name}={value:g}" for name, value in named)
 
     def draw(self, rng: np.random.Generator, n: int) -> Floats:
-        """``n`` independent values."""
         kind, (a, b) = self.kind, (*self.parameters, 0.0)[:2]
         if kind == "constant" or (kind in ("lognormal", "gamma") and not b):
             return np.full(n, a)
@@ -86,7 +84,6 @@ class LengthDistribution:
         return rng.lognormal(math.log(a) - sigma2 / 2, math.sqrt(sigma2), n)
 
     def draw_tokens(self, rng: np.random.Generator, n: int) -> npt.NDArray[np.int64]:
-        """``n`` token counts: rounded, at least 1."""
         return np.clip(np.rint(self.draw(rng, n)), 1, MAX_TOKENS).astype(np.int64)
 
 
@@ -230,7 +227,6 @@ class ServeGen:
 
     @property
     def span_s(self) -> tuple[float, float]:
-        """First and last second that any client has a window for."""
         windows = [window for windows, _ in self.clients.values() for window in windows]
         return min(w.start_s for w in windows), max(w.end_s for w in windows)
 

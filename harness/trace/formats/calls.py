@@ -39,7 +39,6 @@ _ROUNDED_NS = 1_000_000
 _HELD = 500_000
 """Spans of one trace that are looked at together; more are not the trace of one request."""
 _DEEPEST = 1000
-"""Spans above one that are looked at."""
 
 
 class Span(NamedTuple):
@@ -52,7 +51,6 @@ class Span(NamedTuple):
     start_ns: int = 0
     end_ns: int | None = None
     response_id: str | None = None
-    """The API's name for the answer."""
     item: Item | None = None
     """What the span says of a call; counts may be missing. None: it is about something else."""
     agent: bool = False
@@ -74,7 +72,6 @@ class SpanReader(Reader):
         raise NotImplementedError
 
     def rows(self, records: Any) -> Iterator[tuple[Place, Item]]:
-        """Only what is not a span: calls are known when all spans are."""
         for place, record in records:
             try:
                 for span in self.spans(whole(record)):
@@ -86,7 +83,6 @@ class SpanReader(Reader):
                 yield place, e
 
     def end(self) -> Iterator[tuple[Place | None, Item]]:
-        """The calls."""
         return calls(iter(self._spans))
 
 
@@ -121,17 +117,13 @@ def calls(spans: Iterator[tuple[Place, Span]]) -> Iterator[tuple[Place, Item]]:
 
 
 _Views = list[list[int]]
-"""Calls, each as the spans that show it, innermost first."""
 
 
 class _Tree:
-    """The spans of one trace."""
-
     def __init__(self, placed: list[tuple[Place, Span]]) -> None:
         self._spans: list[tuple[Place, Span]] = []
         self._copies: list[Place] = []
         self._at: dict[str, int] = {}
-        """Span id -> where it is in the list."""
         for place, span in sorted(placed, key=lambda each: _fullest_first(each[1])):
             if span.id and span.id in self._at:
                 self._copies += [place] if span.item is not None else []
@@ -202,14 +194,12 @@ class _Tree:
 
 
 def _joined(some: _Views, others: _Views) -> _Views:
-    """Both, in the larger one."""
     small, large = sorted((others, some), key=len)
     large += small
     return large
 
 
 def _depths(around: dict[int, int | None]) -> dict[int, int]:
-    """Model spans around each model span."""
     depth: dict[int, int] = {}
     for at in around:
         path = []

@@ -161,7 +161,6 @@ def _check_arrow(file: TraceFile) -> None:
 
 
 def _unpacked(body: Any, batch: _Table | None) -> int:
-    """Bytes of all buffers of a batch; packed ones begin with theirs."""
     if batch is None:
         return 0
     packed = batch.inner(3) is not None
@@ -173,7 +172,6 @@ def _unpacked(body: Any, batch: _Table | None) -> int:
 
 
 def _cut(batch: Any) -> Iterator[Any]:
-    """Parts of a batch that are as large in Python as one may be."""
     rows, size = max(batch.num_rows, 1), max(batch.get_total_buffer_size(), 1)
     # Rows of some kinds may all be the same bytes: each is as large as all that is there.
     repeated = sum(column.get_total_buffer_size() for column in batch.columns if _repeats(column.type))
@@ -191,8 +189,6 @@ def _repeats(kind: Any) -> bool:
 
 
 class _Table:
-    """A table of FlatBuffers."""
-
     def __init__(self, data: bytes, at: int) -> None:
         self._data, self._at = data, at
         self._fields = at - struct.unpack_from("<i", data, at)[0]
@@ -210,12 +206,10 @@ class _Table:
         return 0 if place is None else int(struct.unpack_from(f"<{kind}", self._data, place)[0])
 
     def inner(self, field: int) -> _Table | None:
-        """A table in it."""
         place = self._place(field, pointed=True)
         return None if place is None else _Table(self._data, place)
 
     def structs(self, field: int, kind: str) -> Iterable[tuple[int, ...]]:
-        """A list of some numbers each."""
         place = self._place(field, pointed=True)
         if place is None:
             return ()
@@ -245,7 +239,6 @@ class Pages:
 
     dictionary: int = 0
     largest: int = 0
-    """Of its other pages."""
     total: int = 0
     values: int = 0
 
@@ -322,7 +315,6 @@ def _varint(raw: BinaryIO) -> int:
 
 
 def _struct(raw: BinaryIO, deep: int = 0) -> _Fields:
-    """The numbers in a struct of Thrift, and in those in it."""
     if deep > 8:
         raise ValueError("a page header is nested too deeply")
     fields: dict[int, int | _Fields] = {}

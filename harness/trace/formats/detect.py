@@ -52,7 +52,6 @@ FORMATS: dict[str, type[Reader]] = {
     "traefik": Traefik,
     "vllm-log": VllmLog,
 }
-"""Name (as given to ``--trace-format``) -> reader."""
 
 _HEAD_RECORDS = 20_000
 """A log is recognised by one of this many first lines: servers print a banner before the first request."""

@@ -67,9 +67,7 @@ class ObjectReader(Reader):
 
     in_order = False
     page: ClassVar[Names] = ()
-    """Fields that may hold a list of such objects."""
     id: ClassVar[Names] = ()
-    """What tells a call from its copies."""
     arrival: ClassVar[Names]
     """A date and time, or a number since 1970."""
     took: ClassVar[tuple[str, TimeUnit] | None] = None
@@ -84,7 +82,6 @@ class ObjectReader(Reader):
     added: ClassVar[Names] = ()
     """Tokens that the input does not hold, but the prompt did."""
     counted: ClassVar[bool] = False
-    """Every call states its tokens."""
     session: ClassVar[Names] = ()
     model: ClassVar[Names] = ()
 
@@ -94,7 +91,6 @@ class ObjectReader(Reader):
 
     @classmethod
     def sniff(cls, record: bytes) -> bool:
-        """Its fields, in an object or a page of them."""
         fields = fields_of(record)
         pages = [page for name in cls.page if (page := fields.get(name, b"")).startswith(b"[")]
         return super().sniff(record) or any(
@@ -102,7 +98,6 @@ class ObjectReader(Reader):
         )
 
     def parse(self, record: bytes) -> Rows:
-        """Read what the record holds."""
         found = (attempt(lambda each: self.row(as_object(each)), each) for each in self.objects(record))
         return [item for item in found if item is not None]
 
@@ -143,7 +138,6 @@ class ObjectReader(Reader):
         return wall_clock_ns(name, find(value, name)) - took_ns
 
     def blocks(self) -> str | None:
-        """What rows showed of them."""
         return self._blocks.said()
 
 

@@ -260,7 +260,6 @@ def _object(name: str, value: dict[str, object] | str | None) -> str | None:
 
 
 def _contradiction(row: Line) -> str | None:
-    """What is wrong with fields that are each right alone."""
     if not math.isfinite((row.arrival_s or 0) + (row.cancel_after_s or 0) + (row.think_s or 0) + (row.timeout_s or 0)):
         return "arrival_s, cancel_after_s, think_s or timeout_s is not a finite number"
     if row.session_id is None and row.think_s is not None:

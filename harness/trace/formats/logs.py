@@ -82,8 +82,6 @@ _OUTPUT_IDS = re.compile(rb"output_token_ids: (None|[\[(][\d, ]*[\])])")
 
 @dataclass(slots=True)
 class _Open:
-    """A request whose end has not been seen."""
-
     arrival_ns: int | None = None
     prompt_ids: list[int] | None = None
     text: str | None = None

@@ -143,7 +143,6 @@ def _message(turn: Any) -> tuple[dict[str, str], bool, bool]:
 
 
 def _text(content: Any) -> tuple[str | None, bool]:
-    """The text of a turn, and whether it had something that is none."""
     if isinstance(content, str):
         return content, any(mark in content for mark in _MARKS)
     if not isinstance(content, list) or not all(isinstance(part, dict | str) for part in content):
@@ -234,7 +233,6 @@ def _shape(value: Object) -> tuple[Object, Object]:
 
 
 def _arrival_ns(value: Object, response: Object) -> int | None:
-    """Of a log's entry: its own time, which is finer than the answer's."""
     for name in _TIMES if response is not value else ():
         if isinstance(time := find(value, name), str | int | float):
             return wall_clock_ns(name, time)
@@ -243,7 +241,6 @@ def _arrival_ns(value: Object, response: Object) -> int | None:
 
 
 def _prompt(request: Object) -> tuple[str | None, tuple[dict[str, str], ...] | None, int | None]:
-    """(text, messages, number of token ids): at most one is set."""
     asked = next((request[name] for name in ("messages", "prompt", "input") if request.get(name) is not None), None)
     if isinstance(asked, list) and asked and all(type(i) is int for i in asked):
         return None, None, len(asked)

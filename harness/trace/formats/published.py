@@ -143,7 +143,6 @@ class Mooncake(TableReader):
         super().__init__()
         self._blocks = Blocks(_MOONCAKE_TOKENS)
         self._last = Sessions(int)
-        """Session -> its last arrival."""
 
     @classmethod
     def sniff(cls, record: bytes) -> bool:
@@ -204,7 +203,6 @@ def _is_long(row: Object) -> bool:
 
 
 def _fitting(ids: int, tokens: int) -> str:
-    """What to say of so many ids that are not those of Mooncake."""
     sizes = [str(size) for size in _OTHER_BLOCKS if -(-tokens // size) == ids]
     if not sizes:
         return ""
@@ -349,7 +347,6 @@ class RagPulse(Reader):
         return self._tail(row, ids)
 
     def _tail(self, row: _RagPulseLine, ids: list[int]) -> tuple[int, ...]:
-        """The ids, filled up with some that nobody shares."""
         blocks = -(-row.input_length // BLOCK_TOKENS)
         return tuple(ids[:blocks] + [-(self._rows << 24 | at) - 1 for at in range(len(ids), blocks)])
 

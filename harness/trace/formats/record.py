@@ -22,7 +22,6 @@ _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 V = TypeVar("V")
 R = TypeVar("R")
 Role = Literal["arrival", "input", "output", "session", "model", "cached", "prompt"]
-"""What a column of a table can be."""
 ROLES: tuple[Role, ...] = get_args(Role)
 TimeUnit = Literal["s", "ms", "us", "ns"]
 
@@ -81,9 +80,7 @@ class TraceRecord(NamedTuple):
     cached_tokens: int | None = None
     """Of ``input_tokens``, those that production found in a prompt cache."""
     max_tokens: int | None = None
-    """The cap that production set on the answer."""
     expected: tuple[str, ...] | None = None
-    """Right answers, any of which will do."""
     check: str | None = None
     """How an answer is held against the truth; JSON of an object."""
     gate: str | None = None
@@ -147,7 +144,6 @@ class FailedCallError(LeftOutError):
 
 
 Item = TraceRecord | RowError | LeftOutError
-"""A row, or why it is none."""
 Rows = Sequence[Item]
 """What a record of several calls (a conversation, a batch of spans) holds; empty when it is no call at all."""
 
@@ -191,7 +187,6 @@ class Reader:
     """
 
     summary: ClassVar[str]
-    """One line for people choosing a format."""
     clock: str
     """What its times are, and what in the file shows it."""
     quoted: ClassVar[bool] = False
@@ -236,7 +231,6 @@ class Reader:
         return source.records(file, quoted=self.quoted)
 
     def rows(self, records: Iterable[tuple[Place, Any]]) -> Iterator[tuple[Place, Item]]:
-        """What each record of one file holds, errors as values."""
         for place, record in records:
             try:
                 found: Item | Rows = self.parse(whole(record))
@@ -262,7 +256,6 @@ class Reader:
 
     @cached_property
     def noted(self) -> Counter[str]:
-        """What must be said of some rows -> how many these are."""
         return Counter()
 
     def notes(self) -> list[str]:

@@ -61,7 +61,6 @@ from harness.trace.formats.values import (
 from harness.trace.source import TraceFile
 
 _LOOKED_AT = 1000
-"""Rows that show what the times are."""
 _BESIDE = ("cache_read_input_tokens", "cache_creation_input_tokens")
 _UNREAD = (RowError, LeftOutError)
 _MISSING = frozenset({"", "nan", "null", "none", "na", "n/a", "-", "<na>", "nat"})
@@ -163,13 +162,10 @@ class TableReader(Reader):
     quoted = True
     others_first: ClassVar[bool] = True
     names: ClassVar[Mapping[Role, str]] = {}
-    """Columns of a format that has names of its own."""
     known: ClassVar[frozenset[str]] = frozenset()
     """Its columns that have no role, but are read."""
     block_tokens: ClassVar[int] = 0
-    """Of its prefix blocks, if it has any."""
     looked_at: ClassVar[int] = _LOOKED_AT
-    """Rows that show what the times are."""
 
     def __init__(self) -> None:
         self._asked = TableOptions()
@@ -177,7 +173,6 @@ class TableReader(Reader):
         self._at: Mapping[Role, str] = {}
         self._others: dict[str, None] = {}
         self._last_names: Set[str] = frozenset()
-        """Names of the last row, as those of most rows are."""
         self._clock: Clock | None = None
         self._looked = False
 
@@ -189,7 +184,6 @@ class TableReader(Reader):
 
     @classmethod
     def sniff(cls, record: bytes) -> bool:
-        """A header or an object with names of a table."""
         if cls.names:
             return set(cls.names.values()) <= set(header_of(record)[1])
         if record.lstrip()[:1] == b"{":
@@ -199,16 +193,13 @@ class TableReader(Reader):
 
     @property
     def clock(self) -> str:  # type: ignore[override]
-        """As found."""
         return self._clock.said if self._clock is not None else "none"
 
     @property
     def in_order(self) -> bool:  # type: ignore[override]
-        """Times of a calendar that go back are of rows in another order."""
         return self._clock is None or not self._clock.absolute
 
     def unclear(self) -> str | None:
-        """Why the times have no unit."""
         return self._clock.unclear if self._clock is not None else None
 
     def records(self, file: TraceFile) -> Iterator[tuple[int, Any]]:
@@ -234,7 +225,6 @@ class TableReader(Reader):
             yield place, row if isinstance(row, _UNREAD) else attempt(self.row, row)
 
     def notes(self) -> list[str]:
-        """What was taken for what, and what is not replayed."""
         said = super().notes()
         if self._at and not self._asked.columns and not self.names:
             found = ", ".join(f"{role}={safe(name, 60)}" for role, name in self._at.items())
@@ -281,14 +271,12 @@ class TableReader(Reader):
         return {**found, **self.names, **self._asked.columns}
 
     def look(self, rows: Sequence[Object]) -> None:
-        """Find out from the first rows what their columns and times are."""
         self._at = self._wanted(dict.fromkeys(name for row in rows for name in _names(row)))
         if "arrival" in self._at:
             self._clock = self.clock_of(self._at["arrival"])
             self._clock.look([value for row in rows if (value := self.value(row, "arrival")) is not None])
 
     def clock_of(self, name: str) -> Clock:
-        """Of the column of times."""
         return Clock(name, self._asked.unit)
 
     def row(self, row: Object) -> TraceRecord:
@@ -379,6 +367,5 @@ def _given(value: object) -> object:
 
 
 def _names(row: Object) -> list[str]:
-    """Of a row's values, those of a usage object with its name before them."""
     usage = row.get("usage")
     return [*row, *(f"usage.{name}" for name in usage)] if isinstance(usage, dict) else list(row)

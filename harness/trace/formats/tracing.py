@@ -73,7 +73,6 @@ _SPEAKERS = ("user:", "system:", "developer:", "assistant:", "human:", "ai:", "t
 
 
 def _same(name: str) -> str:
-    """A name in camel or snake case, one for both."""
     return name.replace("_", "").lower()
 
 

@@ -195,7 +195,6 @@ class Clock:
     def __init__(self, name: str, unit: TimeUnit | None = None, said: str = "") -> None:
         """``unit``: as the user says, or the format (which then says so); None: as the name and the times show."""
         self.name, self.said = name, said
-        """What the times are, and what shows it."""
         self._unit = unit
         self._mixed = False
         self._told = bool(said)
@@ -238,7 +237,6 @@ class Clock:
             self.said = f"{self.name} in a unit that nothing shows"
 
     def know(self, unit: TimeUnit, said: str) -> None:
-        """The rows show the unit where the times do not."""
         self._unit, self.unclear, self.said = unit, None, said
 
     def ns(self, value: object) -> int | None:
