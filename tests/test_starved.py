@@ -185,7 +185,7 @@ def test_what_was_written_is_read_up_to_a_tear(tmp_path: Path) -> None:
     with pytest.raises(ResultsError, match="no such file"):
         read_server_processor(tmp_path / "none")
     write_run(tmp_path / "run", [good(0)])
-    with pytest.raises(ResultsError, match="processor times schema"):
+    with pytest.raises(ResultsError, match="processor time schema"):
         read_server_processor(RunDir(tmp_path / "run").results(0))
 
 

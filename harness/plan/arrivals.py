@@ -1,23 +1,18 @@
 """When requests are due: drawn from an arrival process, or at the trace's own times, with more, fewer or finer ones.
 
-**A process** here is a renewal process of mean gap 1 (constant, exponential or gamma gaps) laid over the cumulative
-request rate of the stages: arrival i is due where that rate has added up to the sum of the first i gaps. At a constant
-rate these are the plain constant, Poisson and gamma processes; with exponential gaps and any stages it is the exact
-non-homogeneous Poisson process. Draws are used as they fall. Stretching them until the last lands on n / rate, as other
-tools do, takes away the variance of the number of arrivals, which is what makes Poisson load hard.
+**A process** is a renewal process of mean gap 1 (constant, exponential or gamma gaps) laid over the cumulative request
+rate of the stages: arrival i is due where that rate has added up to the sum of the first i gaps. With exponential gaps
+it is the exact non-homogeneous Poisson process. Draws are used as they fall: stretching them until the last lands on
+n / rate, as other tools do, takes away the variance of the number of arrivals, which is what makes Poisson load hard.
 
-**Thinning** (below the trace's rate) draws whole sessions, and requests without one, each with the same probability p.
-The shape over time stays; bursts thin out with the rest (variance / mean of counts D becomes 1 + p (D - 1), or stays
-nearer to D where sessions make the bursts); requests that shared a prefix lose partners.
+**Thinning** (below the trace's rate) draws whole sessions, and requests without one, with the same probability p.
+Bursts thin out with the rest (variance / mean of counts D becomes 1 + p (D - 1)); shared prefixes lose partners.
 
-**Superposition** (above it) adds copies of all sessions and requests, each copy as a whole a little later, wrapped over
-the trace's end to its beginning. The fraction of a copy is a thinned copy. A copy keeps its own bursts, and as copies
-are shifted by different times, bursts do not fall onto bursts: demand grows by more users, not by bigger bursts. The
-shift is at most half an hour and a twentieth of the trace, so that the time of day stays where it was; in windows
-longer than the shift copies do rise and fall together. A session begins at its shifted time and all its turns follow as
-they did, over the end if need be. Made-up prompts of a copy come from a seed of its own: copies share no prefix with
-one another, so the ideal hit rate is that of the trace (real growth shares its system prompts: this is the careful
-side). Texts are sent word for word, so a prefix cache knows those of the copy before.
+**Superposition** (above it) adds copies of all sessions and requests, each copy as a whole a little later (at most half
+an hour and a twentieth of the trace, so that the time of day stays), wrapped over the trace's end. The fraction of a
+copy is a thinned copy. Bursts do not fall onto bursts: demand grows by more users, not by bigger bursts. Made-up
+prompts of a copy have a seed of their own: copies share no prefix, so the ideal hit rate is that of the trace (real
+growth shares its system prompts: this is the careful side). Texts are sent word for word.
 
 **Spreading** moves each arrival of a coarse clock to a uniform place within its step; order stays.
 

@@ -1,17 +1,14 @@
 """Made-up chats whose prompt has exactly the planned number of tokens, as the server counts it behind its template.
 
-A template puts tokens of its own around messages. How many is measured, not assumed: chats of one, three and five
-messages, each with two contents of different lengths. Where the template adds a constant to each message (and words
-stay single tokens, see `Vocabulary.words`), a turn of a session is the real conversation before it, user and assistant
-by turns, and its own message. Else each prompt is one user message, fitted until the count is right; a session's grows.
+How many tokens a template puts around messages is measured: chats of one, three and five messages, each with two
+contents of different lengths. Where it adds a constant to each message (and words stay single tokens), a turn of a
+session is the real conversation before it, user and assistant by turns, and its own message. Else each prompt is one
+user message, fitted until the count is right. Every message begins with the same word, so that a template that strips
+spaces changes no count.
 
-Every message begins with the same word, so that a template that strips spaces changes no count.
-
-Of **live conversations** is found which part of a turn's prompt is new, and which the server's own answers will
-replace. A turn *goes on* from the row before it of its session when its prompt is that row's prompt, then an answer,
-then something new. Only what is new is planned; what goes before it is known when the turn is sent
-(`scenarios.dispatch`). A turn that does not go on (its history was cut or rewritten, or nobody can tell where the
-answer ends) is sent whole, as it was recorded, and counted by reason.
+A turn of a **live conversation** *goes on* from the row before it of its session when its prompt is that row's prompt,
+then an answer, then something new. Only what is new is planned; what goes before it is known when the turn is sent
+(`scenarios.dispatch`). A turn that does not go on is sent whole, as it was recorded, and counted by reason.
 """
 
 from __future__ import annotations

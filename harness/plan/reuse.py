@@ -1,13 +1,9 @@
-"""Prefix reuse of a plan's own prompts, token for token: what the requests are, not what the trace said of them.
+"""Prefix reuse of a plan's own prompts: token for token, and of the trace's own texts in bytes.
 
 Token ids are taken as they are. Of made-up texts and messages each word is one token (`harness.plan.prompts`), so it
 stands for one, and the template's own tokens are put where the plan says it puts them; where that does not add up to
-each row's ``input_tokens``, only the server knows the tokens.
-
-Prefix reuse among prompts of the trace's own text, in bytes: their tokens are the server's to count.
-
-What two prompts share in tokens they share in bytes, so bytes bound what a prefix cache can find. A chat counts as the
-JSON of its messages, whose turns begin as the turn before them did.
+each row's ``input_tokens``, only the server knows the tokens. What two texts share in tokens they share in bytes, so
+bytes bound what a prefix cache can find.
 """
 
 from __future__ import annotations

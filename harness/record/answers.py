@@ -1,14 +1,13 @@
 """Answers of a run: a sample counted by ourselves, and, when asked for, what each request was answered.
 
 **Counted** is what a server said, to hold against what it says it counted. Load workers keep the texts of some answers,
-spread evenly over the run (`scenarios.client.in_flight`), and write them to ``answers-<worker>.jsonl`` when the load is
-over. Then they are counted here, off the clock: in bytes, in words, in the chunks that carried them, and in tokens
-where the model's tokenizer is at hand. The counts go into the manifest, the texts are deleted.
-`analysis.validity.tokens` compares. Counting afterwards spares the load workers a tokenizer.
+spread evenly over the run (`scenarios.client.in_flight`), in ``answers-<worker>.jsonl``; after the load they are
+counted here, in bytes, words, chunks, and tokens where the model's tokenizer is at hand. The counts go into the
+manifest, the texts are deleted. `analysis.validity.tokens` compares.
 
-Text that a tokenizer encodes again may differ from what the model emitted. Measured with SmolLM2's tokenizer on 200
-pieces each of 5, 24 and 200 tokens: prose, tables, Python and C by -1 to +1 tokens, ids drawn at random (which no model
-emits) by 4.6 % in the mean and 29 % at most. So single answers prove nothing, and a pooled sample does.
+Text that a tokenizer encodes again may differ from what the model emitted: by -1 to +1 tokens in prose, tables and code
+of up to 200 tokens (SmolLM2's tokenizer), by 4.6 % in the mean and 29 % at most of random ids, which no model emits. So
+single answers prove nothing, and a pooled sample does.
 
 **Captured** answers are off by default, and stand by request id beside the result rows. ``answers-<worker>.arrows``
 (Arrow IPC stream, readable by its owner alone, never sent to a store) has these columns:
@@ -252,4 +251,4 @@ def read_captured(path: Path) -> pa.Table:
 
     Raises `ResultsError` when it is missing or not a file of captured answers.
     """
-    return read_stream(path, CAPTURED_SCHEMA, "captured answers")
+    return read_stream(path, CAPTURED_SCHEMA, "captured answer")

@@ -252,12 +252,12 @@ def read_results(path: Path) -> pa.Table:
 
     Raises `ResultsError` when the file does not begin as a result stream of this schema version.
     """
-    return read_stream(path, SCHEMA, "results", _BEFORE)
+    return read_stream(path, SCHEMA, "result", _BEFORE)
 
 
 def iter_results(path: Path) -> Iterator[pa.RecordBatch]:
     """The same rows, batch by batch as they were written."""
-    return iter_stream(path, SCHEMA, "results", _BEFORE)
+    return iter_stream(path, SCHEMA, "result", _BEFORE)
 
 
 def read_stream(
@@ -268,7 +268,7 @@ def read_stream(
     try:
         table.validate(full=True)
     except pa.ArrowException as e:
-        raise ResultsError(f"{path}: not a file of {what} ({e})") from e
+        raise ResultsError(f"{path}: not a file of {what}s ({e})") from e
     return table
 
 
@@ -287,9 +287,11 @@ def iter_stream(
                 return
             reader = pa.ipc.open_stream(source)
             said = (reader.schema.metadata or {}).get(key, b"?").decode("utf-8", "replace")
-            lacking = before.get(said, [] if said == now.decode() else schema.names)
-            if reader.schema != pa.schema([field for field in schema if field.name not in lacking]):
+            lacking = before.get(said, () if said == now.decode() else None)
+            if lacking is None:
                 raise ResultsError(f"{path}: {what} schema {said}, this harness reads {now.decode()}")
+            if reader.schema != pa.schema([field for field in schema if field.name not in lacking]):
+                raise ResultsError(f"{path}: the columns are not those of this {what} schema")
             for batch in _whole(reader):
                 columns = [
                     pa.nulls(len(batch), field.type) if field.name in lacking else batch.column(field.name)
@@ -299,7 +301,7 @@ def iter_stream(
     except FileNotFoundError as e:
         raise ResultsError(f"{path}: no such file") from e
     except (pa.ArrowException, OSError) as e:
-        raise ResultsError(f"{path}: not a file of {what} ({e})") from e
+        raise ResultsError(f"{path}: not a file of {what}s ({e})") from e
 
 
 def _whole(reader: pa.RecordBatchStreamReader) -> Iterator[pa.RecordBatch]:

@@ -1,17 +1,16 @@
 """What load workers, servers and machines did, each second while load runs, on the run's clock, beside the result rows.
 
-Every file is an Arrow IPC *stream*, flushed at every sample or every few: whole up to there whatever comes next.
-``t_ns`` is the end of the interval, ns after the common start (negative: before it). Null: not measured.
+Every file is an Arrow IPC *stream*, whole up to its last flush whatever comes next. ``t_ns`` is the end of the
+interval, ns after the common start (negative: before it). Null: not measured.
 
 ``worker-<worker>.arrows``
     A load worker of itself: `Observation`.
 ``server-metrics-<replica>.arrows``
-    A server's own gauges and counters, `SERVER_SCHEMA`: ``t_ns`` when the answer arrived, ``took_ns`` how long it took
-    (a server that is short of CPU answers late), and the columns of `GAUGES`, null for what this server does not have.
-    A second without a row is one in which it did not answer in time.
+    A server's own gauges and counters, `SERVER_SCHEMA`: ``t_ns`` when the answer arrived, ``took_ns`` how long it took,
+    and the columns of `GAUGES`, null for what this server does not have. A second without a row is one in which it did
+    not answer in time.
 ``host-<node>.arrows``
-    A machine: `HOST_SCHEMA`. The accelerators' columns need NVIDIA's driver and the Python package ``pynvml``
-    (nvidia-ml-py) on the host; without them they are null. A counter that one accelerator lacks is null in its list.
+    A machine: `HOST_SCHEMA`. The accelerators' columns are null without NVIDIA's driver and ``pynvml``.
 ``server-processor-<replica>.arrows``, one for each part of a server that spans hosts
     What a server's processes ran, and waited for a processor: `ProcessorSecond`. No rows where the kernel does not
     count (no ``/proc/PID/task/TID/schedstat``).
@@ -333,17 +332,17 @@ def read_observations(path: Path) -> pa.Table:
 
     Raises `ResultsError` when it is missing or does not begin as a stream of this schema version; so do the next two.
     """
-    return read_stream(path, WORKER_SCHEMA, "observations", {"1": ["prepared"]})
+    return read_stream(path, WORKER_SCHEMA, "observation", {"1": ["prepared"]})
 
 
 def read_host_metrics(path: Path) -> pa.Table:
     """The same of a machine."""
-    return read_stream(path, HOST_SCHEMA, "host metrics")
+    return read_stream(path, HOST_SCHEMA, "host metric")
 
 
 def read_server_processor(path: Path) -> pa.Table:
     """The same of a server's processor times."""
-    return read_stream(path, PROCESSOR_SCHEMA, "processor times")
+    return read_stream(path, PROCESSOR_SCHEMA, "processor time")
 
 
 def read_server_metrics(path: Path) -> pa.Table | None:

@@ -1,16 +1,12 @@
 """Traces written anew: converted, sampled, and stripped of the words of their users.
 
-**A sample** is a window of time, a number of requests, or thinner; sessions stay whole. What the choice does to the
-shape differs: a window or the first N requests keep rate and burstiness, but prefixes that were warm before are cold;
-thinning keeps the shape over time at a lower rate (burstiness D of counts becomes 1 + p (D - 1)), but requests that
-shared a prefix lose partners. So `harness trace sample` prints the shape before and after.
+**A sample** is a window of time, a number of requests, or thinner; sessions stay whole. A window or the first N
+requests keep rate and burstiness, but prefixes that were warm before are cold; thinning keeps the shape over time at a
+lower rate (burstiness D of counts becomes 1 + p (D - 1)), but requests that shared a prefix lose partners.
 
-**Without words**: lengths, arrivals and shared prefixes stay, text goes. It is counted with a tokenizer. Of its token
-ids, and of the prefix ids a trace may have already, only hashes of blocks stay: keyed with a random salt that is thrown
-away, so that nobody can test a guess of what a block said; they still tell which requests share their beginning.
-Sessions, adapters and models are numbered in order of appearance.
-
-Files are written in our own format, JSON Lines (also ``.gz``) or Parquet, by their name.
+**Without words**: lengths, arrivals and shared prefixes stay, text goes. Of its token ids, and of prefix ids, only
+hashes of blocks stay, keyed with a random salt that is thrown away, so that nobody can test a guess of what a block
+said; they still tell which requests share their beginning. Sessions, adapters and models are numbered.
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from harness.errors import TraceError, UsageError, unknown_name
 from harness.options import ReadOptions
@@ -47,24 +48,24 @@ _FAST, _FAST_ROWS = 1000, 100
 """Requests/s that no single trace is likely to hold over so many rows: the clock may be in another unit."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
     """How a trace is to be read."""
 
-    skip_bad: bool
+    skip_bad: bool = False
     """Bad rows are dropped and counted by reason instead of ending the iteration."""
-    sort: bool
-    part: int | None
+    sort: bool = False
+    part: int | None = None
     """Of a file that holds several recordings one after the other, each beginning where time goes back, this one (from
     1)."""
-    lengths: Callable[[], Draw] | None
+    lengths: Callable[[], Draw] | None = None
     """Draws the lengths of rows that say neither length nor text (access logs), a fresh drawer for each iteration."""
-    arrivals_only: bool
+    arrivals_only: bool = False
     """Such rows are given as they are where there are no lengths to draw."""
-    survey: bool
+    survey: bool = False
     """Only to be described: as ``arrivals_only`` and ``skip_bad``, and times of an unknown unit are left out."""
-    table: TableOptions
-    where: Sequence[Where]
+    table: TableOptions = field(default_factory=TableOptions)
+    where: Sequence[Where] = ()
     """Rows that are wanted; empty: all."""
 
 
@@ -88,25 +89,21 @@ def open_asked(trace: Files, asked: ReadOptions, *, arrivals_only: bool = False,
     )  # fmt: skip
 
 
-def open_trace(
-    path: str | Path | Sequence[str | Path], *, format: str | None = None, skip_bad: bool = False,  # noqa: A002
-    sort: bool = False, part: int | None = None, lengths: Callable[[], Draw] | None = None, arrivals_only: bool = False,
-    survey: bool = False, table: TableOptions | None = None, where: Sequence[Where] = (),
-) -> Trace:  # fmt: skip
+def open_trace(path: str | Path | Sequence[str | Path], *, format: str | None = None, **how: Any) -> Trace:  # noqa: A002
     """A `Trace` over ``path``: one file or several (`harness.trace.sources.open_sources`), ``-`` for standard input.
 
-    Without ``format`` the first record shows it; for the others see `Reading`. Raises `TraceError` when a file cannot
+    Without ``format`` the first record shows it; ``how``: fields of `Reading`. Raises `TraceError` when a file cannot
     be opened or its format is not recognised, `UsageError` for an unknown one and options that exclude each other.
     """
+    asked = Reading(**how)
     if format is not None and format not in FORMATS:
         raise unknown_name("trace format", format, FORMATS)
-    if part is not None and (sort or part < 1):
+    if asked.part is not None and (asked.sort or asked.part < 1):
         why = "--sort and --part exclude each other: parts begin where time goes back"
-        raise UsageError(why if sort else f"part is {part}, must be at least 1")
+        raise UsageError(why if asked.sort else f"part is {asked.part}, must be at least 1")
     sources = open_sources([path] if isinstance(path, str | Path) else path)
-    if part is not None and len(sources.files) > 1:
+    if asked.part is not None and len(sources.files) > 1:
         raise UsageError("--part is of one file: rows of several are merged by arrival")
-    asked = Reading(skip_bad, sort, part, lengths, arrivals_only, survey, table or TableOptions(), where)
     if (name := format or ("table" if asked.table.columns else None)) is not None:
         return Trace(sources, name, asked)
     sources, name, left_out = detect_all(sources)
@@ -121,32 +118,25 @@ class Trace:
     a log that are about something else.
     """
 
+    rows_read = rows_kept = rows_failed = 0
+    """``rows_failed``: of the rows dropped, failed calls of the source system."""
+    clock: str | None = None
+    """What its times are and what shows it; None when it has none."""
+    blocks: str | None = None
+    """Size of its prefix blocks and what shows it; None when it has none."""
+    grid_s: float | None = None
+    """Step of the coarse clock the source rounded to, seconds; None when there is none to be seen."""
+
     def __init__(self, sources: Sources, format_: str, asked: Reading, left_out: Sequence[str] = ()) -> None:
-        self.sources = sources
-        self.path = Path(sources.name)
-        self.format = format_
+        self.sources, self.path, self.source = sources, Path(sources.name), sources.files[0]
+        self.format, self.asked = format_, asked
         self.sha256 = sources.sha256
-        """Of the file as it lies on disk (compressed, if it is); see `harness.trace.sources.Sources`."""
-        self.asked = asked
-        self.rows_read = self.rows_kept = 0
         self.rows_dropped: dict[str, int] = {}
-        self.rows_failed = 0
-        """Of the rows dropped: failed calls of the source system."""
         self.examples: dict[str, str] = {}
         """Why rows could not be read -> the first of them, and where it is."""
         self.notes: list[str] = []
-        self.clock: str | None = None
-        """What its times are and what shows it; None when it has none."""
-        self.blocks: str | None = None
-        """Size of its prefix blocks and what shows it; None when it has none."""
-        self.grid_s: float | None = None
-        """Step of the coarse clock the source rounded to, seconds; None when there is none to be seen."""
         self._left_out = left_out
         _Pass(self)  # refuses what the format cannot be asked
-
-    @property
-    def source(self) -> TraceFile:
-        return self.sources.files[0]
 
     def __iter__(self) -> Generator[TraceRecord, None, None]:
         """Records in order of arrival.
@@ -160,11 +150,8 @@ class Trace:
             for place, row in one.in_order():
                 try:
                     arrival_ns = one.order.arrival_ns(row)
-                except RowError as e:
-                    one.refuse(place, e)
-                    continue
-                except LeftOutError as e:
-                    one.drop(e.reason)
+                except (RowError, LeftOutError) as e:
+                    one.drop(place, e)
                     continue
                 one.kept += 1
                 yield TraceRecord._make((arrival_ns, *row[1:-1], place.line))  # its first field and its last
@@ -189,7 +176,7 @@ class _Pass:
     """One reading of a trace. Every row is read, and then kept or dropped for a reason."""
 
     def __init__(self, trace: Trace) -> None:
-        self._trace, self._asked = trace, trace.asked
+        self._trace, self._asked, self._files = trace, trace.asked, trace.sources.files
         self.reader: Reader = FORMATS[trace.format]()
         self.reader.ask(self._asked.table)
         self.order = _ArrivalOrder(self._asked.part)
@@ -198,20 +185,20 @@ class _Pass:
         self.dropped: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
         self.sorted = self._moved = False
-        """Whether rows are put in order, and whether one was not."""
 
-    def drop(self, reason: str, example: str | None = None) -> None:
-        """Count a row under ``reason``; a file can name reasons (an API, a status), so their number is bounded."""
-        known = reason if reason in self.dropped or len(self.dropped) < _MAX_REASONS else "other reasons"
+    def drop(self, place: Place, why: RowError | LeftOutError) -> None:
+        """Count a row by its reason; a file can name reasons (an API, a status), so their number is bounded.
+
+        Raises `TraceError` for one that cannot be read, unless those are to be skipped.
+        """
+        known = why.reason if why.reason in self.dropped or len(self.dropped) < _MAX_REASONS else "other reasons"
+        if isinstance(why, RowError):
+            name = self._files[place.file].name
+            if not (self._asked.skip_bad or self._asked.survey):
+                raise TraceError(name, place.line, f"{why} (--skip-bad drops and counts such rows)") from None
+            self.examples.setdefault(known, f"{name}:{place.line}: {why}")
         self.dropped[known] += 1
-        if example is not None:
-            self.examples.setdefault(known, example)
-
-    def refuse(self, place: Place, error: RowError) -> None:
-        name = self._name(place)
-        if not (self._asked.skip_bad or self._asked.survey):
-            raise TraceError(name, place.line, f"{error} (--skip-bad drops and counts such rows)") from None
-        self.drop(error.reason, f"{name}:{place.line}: {error}")
+        self.failed += isinstance(why, FailedCallError)
 
     def in_order(self) -> Iterator[tuple[Place, TraceRecord]]:
         """Rows by arrival, equal ones in file order, where that has to be made."""
@@ -219,7 +206,7 @@ class _Pass:
         first = next(rows, None)  # what the times are shows when the first row is there
         if first is None:
             return
-        if not self._asked.sort and self.reader.in_order and len(self._trace.sources.files) == 1:
+        if not self._asked.sort and self.reader.in_order and len(self._files) == 1:
             yield first
             yield from rows
             return
@@ -240,17 +227,18 @@ class _Pass:
                 last = Place(at, line)
                 yield last, record
 
-        for at, source in enumerate(self._trace.sources.files):
-            try:
-                self.reader.beside(source.path)
-            except RowError as e:
-                raise TraceError(source.name, None, str(e)) from None
-            for place, item in self.reader.rows(placed(at, source)):
-                if row := self._judged(place, item):
-                    yield place, row
-        for end, item in self.reader.end():
-            if row := self._judged(end or last, item):
-                yield end or last, row
+        def items() -> Iterator[tuple[Place | None, Item]]:
+            for at, source in enumerate(self._files):
+                try:
+                    self.reader.beside(source.path)
+                except RowError as e:
+                    raise TraceError(source.name, None, str(e)) from None
+                yield from self.reader.rows(placed(at, source))
+            yield from self.reader.end()
+
+        for place, item in items():
+            if row := self._judged(place or last, item):
+                yield place or last, row
 
     def _judged(self, place: Place, item: Item) -> TraceRecord | None:
         """The row, as it is to be replayed; None for one that is not."""
@@ -258,39 +246,34 @@ class _Pass:
         if isinstance(item, TraceRecord) and (item.input_tokens == 0 or item.output_tokens == 0):
             item = FailedCallError()
         if not isinstance(item, TraceRecord):
-            if isinstance(item, RowError):
-                self.refuse(place, item)
-            else:
-                self.drop(item.reason)
-                self.failed += isinstance(item, FailedCallError)
+            self.drop(place, item)
             return None
         if not self._asked.survey and (problem := self.reader.unclear()):
-            raise TraceError(self._name(place), None, problem)
+            raise TraceError(self._files[place.file].name, None, problem)
         for where in self._asked.where:
             if why := where.unmatched(item):
-                self.drop(why)
+                self.drop(place, LeftOutError(why))
                 return None
         if item.input_tokens is not None or item.text is not None or item.messages is not None:
             if not self.reader.sends_text and not is_whole_prompt(item):
                 self._partial += 1
-                item = item._replace(text=None, messages=None)
+                return item._replace(text=None, messages=None)
         elif self._draw is not None:
             input_tokens, output_tokens = self._draw()
             self._drawn += 1
-            item = item._replace(input_tokens=input_tokens, output_tokens=item.output_tokens or output_tokens)
+            return item._replace(input_tokens=input_tokens, output_tokens=item.output_tokens or output_tokens)
         elif not (self._asked.arrivals_only or self._asked.survey):
             what = f"this {self._trace.format} file says when requests arrived, not how long they were"
             how = "--input-tokens lognormal:mean=800,cv=1 --output-tokens ..."
             into = "(harness trace convert writes them into a trace of their own)"
-            raise TraceError(self._name(place), place.line, f"{what}. State the lengths: {how} {into}")
+            problem = f"{what}. State the lengths: {how} {into}"
+            raise TraceError(self._files[place.file].name, place.line, problem)
         return item
 
-    def _name(self, place: Place) -> str:
-        return self._trace.sources.files[place.file].name
-
     def notes(self) -> list[str]:
+        """What a reader of the results must know."""
         notes = [f"{count} of {self.read} rows not replayed: {why}" for why, count in sorted(self.dropped.items())]
-        files = len(self._trace.sources.files)
+        files = len(self._files)
         if files > 1:
             notes.append(f"{files} files, their rows merged by arrival")
             if self.order.instants and self.reader.in_order:

@@ -3,18 +3,14 @@
 A block is its own id and all ids before it in its request, so every block that is not new is a hit. A *different* block
 costs 8 bytes, up to `MAX_BLOCKS`; beyond that blocks are sampled by their hash, and the figures say so.
 
-Rows with prefix ids are counted at the trace's own blocks. Of rows that say lengths only, a turn that continues its
-session finds the whole blocks of the prompt before it. The answers before it are not counted as found: a replay cannot
-know what production answered, so it makes them up, and a server meets them for the first time. Other rows of lengths
-find nothing. Rows of text are not counted: their tokens are the server's.
-
-A turn *continues* its session when its input is at least as long as the prompt of the row before it of that session
-and its answer together: then that conversation was sent again, with more. Its prompt begins with that prompt, so a
-server's prefix cache sees what production's saw. A shorter turn is no continuation (the history was cut, or it is not
-one conversation): its prompt shares nothing, and a conversation begins with it.
+Of rows that say lengths only, a turn *continues* its session when its input is at least as long as the prompt of the
+row before it of that session and its answer together: it finds the whole blocks of that prompt. The answers before it
+are not found, as a replay makes them up and a server meets them for the first time. A shorter turn shares nothing, and
+a conversation begins with it. Other rows of lengths find nothing. Rows of text are not counted: their tokens are the
+server's.
 
 All prompts of a conversation are the beginning of one endless stream of tokens, that of its first request, so nothing
-of them has to be kept: a few numbers a session are, in a file where sessions are many (`harness.trace.spool`).
+of them has to be kept.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -135,12 +136,6 @@ class _Place:
     line = 1
 
 
-def _zstd(raw: BinaryIO) -> Any:
-    import pyarrow as pa
-
-    return pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
-
-
 @contextmanager
 def _unpacked(source: TraceFile, place: _Place) -> Iterator[BinaryIO]:
     """The file's bytes, decompressed; what goes wrong while they are read becomes a `TraceError`."""
@@ -153,8 +148,8 @@ def _unpacked(source: TraceFile, place: _Place) -> Iterator[BinaryIO]:
             # An archive may hold a compressed file, and that is all.
             stream = cast(BinaryIO, io.BufferedReader(raw, 2**20) if source.member is not None else raw)
             start = stream.peek(6)[:6] if isinstance(stream, io.BufferedReader) else b""
-            kind = next((name for magic, name in _PACKED.items() if start.startswith(magic)), kind)
-            yield _opened(kind, stream)
+            kind, opener = next((p for magic, p in _PACKED.items() if start.startswith(magic)), (kind, None))
+            yield stream if opener is None else cast(BinaryIO, io.BufferedReader(opener(stream), 2**20))
     except EOFError as e:
         raise TraceError(source.name, place.line, f"the {kind} data ends early: the file was cut, copy it again") from e
     except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as e:
@@ -167,14 +162,16 @@ def _unpacked(source: TraceFile, place: _Place) -> Iterator[BinaryIO]:
         raise TraceError(source.name, place.line, problem) from e
 
 
-_PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2"}
-_OPENERS: dict[str, Callable[[Any], Any]] = {
-    "gzip": lambda raw: gzip.GzipFile(fileobj=raw), "xz": lzma.LZMAFile, "bzip2": bz2.BZ2File, "zstd": _zstd,
+def _zstd(raw: Any) -> Any:
+    import pyarrow as pa
+
+    return pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
+
+
+_PACKED: dict[bytes, tuple[str, Callable[[Any], Any]]] = {
+    b"\x1f\x8b": ("gzip", lambda raw: gzip.GzipFile(fileobj=raw)), b"\x28\xb5\x2f\xfd": ("zstd", _zstd),
+    b"\xfd7zXZ\0": ("xz", lzma.LZMAFile), b"BZh": ("bzip2", bz2.BZ2File),
 }  # fmt: skip
-
-
-def _opened(kind: str, raw: BinaryIO) -> BinaryIO:
-    return cast(BinaryIO, io.BufferedReader(_OPENERS[kind](raw), 2**20)) if kind in _OPENERS else raw
 
 
 def unpack(source: TraceFile, limit: int) -> bytes:
@@ -206,14 +203,23 @@ def records(source: TraceFile, *, quoted: bool = False) -> Iterator[tuple[int, b
     """
     place = _Place()
     with _unpacked(source, place) as stream:
-        number, line = _first_line(source, stream)
+        lines = _lines(stream, place)
+        said = _said(source, lines)
+        number, line = next(said, (1, b""))
+        if _SEPARATOR.fullmatch(line):
+            number, line = next(said, (1, b""))
+        if line.lstrip().startswith((b"[", b"{")):
+            line = type(line)(line.lstrip(b" \t"))
+        if not line:
+            return
         # An export may be one object on one line, too long for a line.
-        if _is_document(line) or (len(line) > MAX_LINE_BYTES and line.startswith(b"{")):
+        if _is_document(line) or (isinstance(line, Cut) and line.startswith(b"{")):
             yield from _json_values(source, place, stream, number, line)
         elif quoted and not line.startswith(b"{"):
-            yield from _csv_records(source, place, _lines(stream, place, number, line))
+            yield from _csv_records(source, chain(((number, line),), lines))
         else:
-            yield from _said(source, _lines(stream, place, number, line))
+            yield number, line
+            yield from said
 
 
 def _is_document(line: bytes) -> bool:
@@ -224,18 +230,6 @@ def _is_document(line: bytes) -> bool:
 
 _SEPARATOR = re.compile(rb"sep=.\s*", re.IGNORECASE)
 """Excel's word, before the header of a CSV, for what divides the fields."""
-
-
-def _first_line(source: TraceFile, stream: BinaryIO) -> tuple[int, bytes]:
-    """Number and bytes of the first line that is not blank (empty bytes: there is none), its indent taken off."""
-    number, blank = 1, 0
-    line = stream.readline(MAX_LINE_BYTES + 1).removeprefix(b"\xef\xbb\xbf")
-    while line and (line.isspace() or _SEPARATOR.fullmatch(line)):
-        number += line.endswith(b"\n")
-        blank += len(line)
-        _check_blank(source, number, blank)
-        line = stream.readline(MAX_LINE_BYTES + 1)
-    return number, line.lstrip(b" \t") if line.lstrip().startswith((b"[", b"{")) else line
 
 
 def _check_blank(source: TraceFile, number: int, blank_bytes: int) -> None:
@@ -254,24 +248,18 @@ def _said(source: TraceFile, lines: Iterator[tuple[int, bytes]]) -> Iterator[tup
             yield number, line
 
 
-def _lines(stream: BinaryIO, place: _Place, number: int, line: bytes) -> Iterator[tuple[int, bytes]]:
-    while line:
+def _lines(stream: BinaryIO, place: _Place) -> Iterator[tuple[int, bytes]]:
+    number, mark = 1, b"\xef\xbb\xbf"
+    while line := stream.readline(MAX_LINE_BYTES + 1).removeprefix(mark if number == 1 else b""):
         place.line = number
-        whole = len(line) <= MAX_LINE_BYTES
-        yield number, line if whole else Cut(line)
-        if not whole and not line.endswith(b"\n"):
-            _skip_line(stream)
+        yield number, line if len(line) <= MAX_LINE_BYTES else Cut(line)
+        while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+            line = stream.readline(MAX_LINE_BYTES + 1) or b"\n"
         number += 1
         place.line = number
-        line = stream.readline(MAX_LINE_BYTES + 1)
 
 
-def _skip_line(stream: BinaryIO) -> None:
-    while (rest := stream.readline(2**20)) and not rest.endswith(b"\n"):
-        pass
-
-
-def _csv_records(source: TraceFile, place: _Place, lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+def _csv_records(source: TraceFile, lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
     start, size, open_ = 0, 0, False
     parts: list[bytes] = []
     for number, line in lines:

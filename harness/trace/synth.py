@@ -1,26 +1,15 @@
 """Made-up traces: arrivals and lengths drawn from distributions, or from a ServeGen client model. All from a seed.
 
-Distributions are given by name: ``lognormal:mean=800,cv=1.2``, ``constant:128``, ``poisson``, ``gamma:cv=2`` ...
-
-==============================  ======================================================================================
-``constant:N`` (or ``N``)       always N
-``uniform:low=A,high=B``        evenly between A and B
-``exponential:mean=M``          memoryless
-``lognormal:mean=M,cv=C``       mean M, coefficient of variation (standard deviation / mean) C: most token lengths
-``gamma:mean=M,cv=C``           the same two, with a lighter tail
-``weibull:mean=M,shape=K``      shape below 1 is burstier than exponential
-==============================  ======================================================================================
-
-For the gaps between arrivals the mean comes from the rate: ``poisson`` (exponential gaps), ``constant``,
-``gamma:cv=C``, ``weibull:shape=K``.
+Distributions are given by name, like ``lognormal:mean=800,cv=1.2`` (cv: coefficient of variation) or ``constant:128``
+(or ``128``); `_KINDS` has all with their parameters. Of the gaps between arrivals the mean comes from the rate:
+``poisson`` (exponential gaps), ``constant``, ``gamma:cv=C``, ``weibull:shape=K`` (below 1 burstier than exponential).
 
 **ServeGen** (alibaba/ServeGen) publishes no requests but a model per client: ``NAME-trace.csv`` has a line for each
 window of 600 s (start, rate, coefficient of variation, ``Gamma`` or ``Weibull`` or nothing, shape, scale) and
 ``NAME-dataset.json`` the distributions of token lengths for each 6 h (as text that holds a Python dict; multimodal
 models split the input into text, image, audio and video tokens, which are added). In each window a stationary renewal
-process with the given family and shape is drawn, its scale set so that the mean rate is the window's; where no family
-was fitted, a Poisson process. Input and output lengths are drawn independently, as the model has no joint
-distribution.
+process of the given family and shape is drawn at the window's mean rate; where no family was fitted, a Poisson process.
+Input and output lengths are drawn independently, as the model has no joint distribution.
 """
 
 from __future__ import annotations
@@ -45,14 +34,21 @@ from harness.trace.source import open_source, unpack
 
 Floats = npt.NDArray[np.float64]
 
-_PARAMETERS = {
-    "constant": ("value",),
-    "uniform": ("low", "high"),
-    "exponential": ("mean",),
-    "lognormal": ("mean", "cv"),
-    "gamma": ("mean", "cv"),
-    "weibull": ("mean", "shape"),
+
+def _lognormal(rng: np.random.Generator, n: int, mean: float, sigma2: float) -> Floats:
+    return rng.lognormal(math.log(mean) - sigma2 / 2, math.sqrt(sigma2), n)
+
+
+_Draw = Callable[[np.random.Generator, int, float, float], Floats]
+_KINDS: dict[str, tuple[tuple[str, ...], _Draw]] = {
+    "constant": (("value",), lambda rng, n, a, _: np.full(n, a)),
+    "uniform": (("low", "high"), lambda rng, n, a, b: rng.uniform(a, b, n)),
+    "exponential": (("mean",), lambda rng, n, a, _: rng.exponential(a, n)),
+    "lognormal": (("mean", "cv"), lambda rng, n, a, b: _lognormal(rng, n, a, math.log1p(b**2))),
+    "gamma": (("mean", "cv"), lambda rng, n, a, b: rng.gamma(1 / b**2, a * b**2, n)),
+    "weibull": (("mean", "shape"), lambda rng, n, a, b: a / math.gamma(1 + 1 / b) * rng.weibull(b, n)),
 }
+"""Kind -> its parameters, and how ``n`` values are drawn with them."""
 _ARRIVALS = {"poisson": "exponential", "constant": "constant", "gamma": "gamma", "weibull": "weibull"}
 _BATCH = 4096
 
@@ -65,23 +61,13 @@ class LengthDistribution:
     parameters: tuple[float, ...]
 
     def __str__(self) -> str:
-        named = zip(_PARAMETERS[self.kind], self.parameters, strict=True)
+        named = zip(_KINDS[self.kind][0], self.parameters, strict=True)
         return f"{self.kind}:" + ",".join(f"{name}={value:g}" for name, value in named)
 
     def draw(self, rng: np.random.Generator, n: int) -> Floats:
-        kind, (a, b) = self.kind, (*self.parameters, 0.0)[:2]
-        if kind == "constant" or (kind in ("lognormal", "gamma") and not b):
-            return np.full(n, a)
-        if kind == "uniform":
-            return rng.uniform(a, b, n)
-        if kind == "exponential":
-            return rng.exponential(a, n)
-        if kind == "weibull":
-            return a / math.gamma(1 + 1 / b) * rng.weibull(b, n)
-        if kind == "gamma":
-            return rng.gamma(1 / b**2, a * b**2, n)
-        sigma2 = math.log1p(b**2)
-        return rng.lognormal(math.log(a) - sigma2 / 2, math.sqrt(sigma2), n)
+        a, b = (*self.parameters, 0.0)[:2]
+        constant = self.kind in ("lognormal", "gamma") and not b  # no spread
+        return _KINDS["constant" if constant else self.kind][1](rng, n, a, b)
 
     def draw_tokens(self, rng: np.random.Generator, n: int) -> npt.NDArray[np.int64]:
         return np.clip(np.rint(self.draw(rng, n)), 1, MAX_TOKENS).astype(np.int64)
@@ -92,7 +78,7 @@ def parse_lengths(text: str) -> LengthDistribution:
     kind, _, rest = text.strip().partition(":")
     if not rest and _number(kind) is not None:
         kind, rest = "constant", kind
-    distribution = _parse(text, kind, rest, tuple(_PARAMETERS), _PARAMETERS.get(kind, ()))
+    distribution = _parse(text, kind, rest, tuple(_KINDS), _KINDS[kind][0] if kind in _KINDS else ())
     if distribution.draw(np.random.default_rng(0), 1)[0] > MAX_TOKENS:
         raise UsageError(f"{text!r}: lengths above {MAX_TOKENS} tokens")
     return distribution
@@ -101,7 +87,8 @@ def parse_lengths(text: str) -> LengthDistribution:
 def parse_arrivals(text: str, rate: float) -> LengthDistribution:
     """The distribution of gaps, seconds, with mean 1 / ``rate``, that ``text`` names. Raises `UsageError`."""
     kind, _, rest = text.strip().partition(":")
-    wanted = tuple(name for name in _PARAMETERS.get(_ARRIVALS.get(kind, ""), ()) if name not in ("mean", "value"))
+    names = _KINDS[_ARRIVALS[kind]][0] if kind in _ARRIVALS else ()
+    wanted = tuple(name for name in names if name not in ("mean", "value"))
     shape = _parse(text, kind, rest, tuple(_ARRIVALS), wanted)
     return LengthDistribution(_ARRIVALS[kind], (1 / rate, *shape.parameters))
 

@@ -1,16 +1,11 @@
 """Rows of Parquet and Arrow files (IPC file or stream), in bounded memory; nulls mean not given.
 
-A few kilobytes may unpack to gigabytes. Arrow allocates what the headers of a part state and fails when that is not
-what came out, so the headers are looked at first:
+A few kilobytes may unpack to gigabytes, and Arrow allocates what the headers of a part state. So these are looked at
+first: each compressed buffer of an Arrow batch or dictionary begins with its unpacked size; of a Parquet column the
+header before each page says it, and a chunk is walked from page to page without unpacking any (the sizes in the file's
+footer are only what its writer says). Then a batch is read at a time, as small as long values make it.
 
-- of an Arrow record batch or dictionary each compressed buffer begins with its unpacked size;
-- of a Parquet column the header before each page says it (the sizes in the file's footer are only what its writer
-  says): a chunk is walked from page to page, and no page is unpacked.
-
-Then a batch is read at a time, as small as long values make it. An Arrow file is read as the stream that it holds.
-
-Source: Arrow "Columnar format", IPC messages and compression (``Message.fbs``); Parquet format, ``parquet.thrift``
-(``PageHeader``); Thrift compact protocol.
+Source: Arrow "Columnar format", ``Message.fbs``; Parquet, ``parquet.thrift`` (``PageHeader``); Thrift compact protocol.
 """
 
 from __future__ import annotations

@@ -1,31 +1,21 @@
 """Logs of engines (vLLM, SGLang), a router before them (NVIDIA Dynamo) and a cloud (AWS Bedrock), with token counts.
 
-**vLLM**'s server log (``--enable-log-requests``) is free text, read as far as it goes.
+**vLLM**'s server log (``--enable-log-requests``): ``Received request`` is the arrival (``MM-DD hh:mm:ss``);
+``details`` at DEBUG level have ``prompt_token_ids``, the input and its blocks of 16 as vLLM caches them (up to 0.10 in
+the INFO line, of chats the rendered ``prompt`` alone), and ``output_token_ids`` (``--enable-log-outputs``; of streams
+with their deltas); ``Generated response`` is the end, and with ``finish_reason: abort`` or ``error`` a failed call.
+Without lengths it is read like an access log. Source: vLLM 0.32, ``request_logger.py``; logs of 0.3 to 0.11.
 
-``INFO  Received request`` is the arrival (``MM-DD hh:mm:ss``: whole seconds, no year); ``DEBUG Request ID details`` has
-``prompt_token_ids``, the input and its blocks of 16 as vLLM caches them (up to 0.10 in the INFO line, of chats the
-rendered ``prompt`` alone); ``DEBUG Generated response ID details`` has ``output_token_ids`` (with
-``--enable-log-outputs``; streaming answers: with their deltas); ``INFO  Generated response`` is the end, and with
-``finish_reason: abort`` or ``error`` a failed call.
+**SGLang**'s: ``ReqTimeStats(...)`` states each request when it has ended; its arrival is ``entry_time`` since 1970, or
+where that is of another clock the time of the line less its durations. With disaggregation ``type=prefill`` has the
+input and ``type=decode`` the output of one request, joined by ``bootstrap_room``. Every tensor-parallel rank may print
+the line, and health checks are none. Source: sgl-project/sglang, ``req_time_stats.py``, ``tokenizer_manager.py``.
 
-Without ``VLLM_LOGGING_LEVEL=DEBUG`` the log has no lengths: then it is read like an access log. ``--max-log-len`` cuts
-the lists; ids that end at one same length on many rows are reported.
-Source: vLLM 0.32, ``vllm/entrypoints/serve/utils/request_logger.py`` and ``vllm/logger.py``; logs of 0.3 to 0.11.
+**Bedrock**: tokens read from a prompt cache and written to it stand **beside** the input and are added. Prompts are not
+sent: bodies are of each model's own form and often lie elsewhere. Source: AWS, "Monitor model invocation".
 
-**SGLang**'s server log: ``ReqTimeStats(...)`` (``--enable-request-time-stats-logging``) states each request when it has
-ended; its arrival is ``entry_time`` in seconds since 1970, or where that is of another clock (older versions) the time
-of the line less its durations. With disaggregation ``type=prefill`` has the input and ``type=decode`` the output of one
-request, joined by ``bootstrap_room``. Every tensor-parallel rank may print the line, and health checks are none.
-``Finish: obj=GenerateReqInput(...)`` (``--log-requests``) is at the time of the line less ``e2e_latency``.
-Source: sgl-project/sglang, ``req_time_stats.py`` and ``tokenizer_manager.py``.
-
-**Bedrock** (files on S3, or an export of CloudWatch): tokens read from a prompt cache and written to it stand
-**beside** the input and are added. Prompts are not sent: bodies are of each model's own form and often lie elsewhere.
-
-**NVIDIA Dynamo** (``DYN_REQUEST_TRACE=1``): ``replay.input_sequence_hashes`` has one hash for each
-``trace_block_size`` tokens, of its block and everything before it, 64 bits without a sign, of which 63 are kept.
-
-Source: ai-dynamo/dynamo, ``dynamo.request.trace.v1``; AWS, "Monitor model invocation using CloudWatch Logs".
+**Dynamo** (``DYN_REQUEST_TRACE=1``): one hash for each ``trace_block_size`` tokens, of its block and everything before
+it, 64 bits without a sign, of which 63 are kept. Source: ai-dynamo/dynamo, ``dynamo.request.trace.v1``.
 """
 
 from __future__ import annotations

@@ -1,30 +1,22 @@
 """Conversations: chat logs, calls of OpenAI's and Anthropic's APIs, and the session logs of coding agents.
 
-**Chat logs** are whole conversations, one JSON object each (ShareGPT, LMSYS, WildChat, fine-tuning files). Each answer
-was a request of its own: its messages are all that went before it, its session the conversation, its turn the count of
-answers before. A question at the end that nobody answered is a request too. A function call is an answer, what the
-function gave back a message: both are sent as their text. Definitions of tools, images, sound and video are not sent,
-and a note says of how many requests that is true. There are no times per request and no token counts.
+**Chat logs** are whole conversations. Each answer was a request of its own: its messages are all that went before it,
+its turn the count of answers before. A question at the end that nobody answered is a request too. Function calls and
+what they gave back are sent as their text; definitions of tools and media are not, and a note says so. There are no
+times per request and no token counts.
 
-**Calls of an API**, one JSON object each: OpenAI's batch input (``custom_id``, ``url``, ``body``: no times, no output
-length) and output (``custom_id``, ``response``: no prompt, no times), Anthropic's (``params``; ``result``), a logged
-call (``request``, ``response``, a time), a response alone, or a request body alone.
+**Calls of an API**: batch input (OpenAI's ``body``, Anthropic's ``params``) and output, logged pairs of ``request`` and
+``response``, responses or request bodies alone. The arrival is the log's own time, or else ``created`` of the answer.
+``max_tokens`` is a limit, not a length. Prompts that are more than text are replayed by the lengths that ``usage``
+states; without it the text beside definitions of tools is sent alone, and others are refused.
 
-The arrival is the log's own time, or else ``created`` of the answer. ``max_tokens`` is a limit, not a length. A system
-prompt beside the messages goes before them. Prompts that are more than text (images, tool calls) are not sent; a call
-that has ``usage`` is then replayed by its lengths. Without it, the text beside definitions of tools is sent alone, and
-a note says so; others are refused.
+**Claude Code** writes the parts of one answer on lines of their own, with the same ``message.id`` and growing
+``usage``: the last counts. A call arrives when the line before it in the session was written. ``isSidechain`` marks a
+sub-agent, a session of its own. A resumed session copies old lines: each message is read once. **Codex** states the
+tokens of a call in ``last_token_usage``; equal running totals mean the same event again.
 
-**Claude Code** (``~/.claude/projects/*/*.jsonl``) writes the parts of one answer on lines of their own, with the same
-``message.id`` and growing ``usage``: the last counts. A call's arrival is the time of the line before it in the session
-(what the user or a tool said), where there is one. ``isSidechain`` marks a sub-agent, a session of its own. A resumed
-session copies old lines into a new file: each message is read once.
-
-**Codex** (``~/.codex/sessions``) states the tokens of a call in ``last_token_usage`` (cached and reasoning tokens
-inside); equal running totals mean the same event again. It arrived at the time of the last input before it.
-
-Source: the ShareGPT, LMSYS-Chat-1M and WildChat data cards; OpenAI's fine-tuning format and API reference (Batch, Chat,
-Completions, Responses); Anthropic API reference (Messages); ryoppippi/ccusage; openai/codex, ``protocol.rs``.
+Source: the ShareGPT, LMSYS-Chat-1M and WildChat data cards; OpenAI and Anthropic API references; ryoppippi/ccusage;
+openai/codex, ``protocol.rs``.
 """
 
 from __future__ import annotations

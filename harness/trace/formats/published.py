@@ -1,42 +1,25 @@
-"""Traces that were published for research: Azure, BurstGPT, Mooncake, Bailian and RAGPulse. Columns go by their names.
+"""Traces that were published for research, by the names of their columns; scenarios/traces/README.md has their traps.
 
-**Azure LLM inference traces** (CSV): ``TIMESTAMP`` (``2023-11-16 18:17:03.9799600``, UTC when no zone is given),
-``ContextTokens`` (input), ``GeneratedTokens`` (output), and nothing else. What spreadsheets and pandas make of these
-files is read too: see `harness.trace.formats.table`. Source: Azure/AzurePublicDataset,
-``AzureLLMInferenceDataset2023.md`` and ``...2024.md``.
+**Azure LLM inference traces** (CSV, 2023 and later). Source: Azure/AzurePublicDataset.
 
-**BurstGPT** (CSV of ChatGPT and GPT-4 calls at a university): ``Timestamp`` in **seconds** from midnight of the first
-day, whole in versions 1 and 2; ``Session ID`` (version 3 only, empty on rows of the API log); ``Request tokens``,
-``Response tokens`` (zero is a call that failed), and their sum ``Total tokens``, which is checked. ``Model`` is kept.
-Source: HPMLL/BurstGPT, README; Wang et al., *BurstGPT*, KDD 2025.
+**BurstGPT** (CSV, versions 1 to 3): seconds from midnight of the first day; zero tokens are a call that failed; the
+total of request and response tokens is checked. Source: HPMLL/BurstGPT, README; Wang et al., KDD 2025.
 
-**Mooncake** (FAST'25), and what others write in its fields (AIPerf, NVIDIA Dynamo, GuideLLM): JSON Lines.
+**Mooncake** (FAST'25), and what others write in its fields (AIPerf, NVIDIA Dynamo, GuideLLM): times are milliseconds,
+seconds with them, or since 1970; ``text_input`` is a prompt; ``delay`` is milliseconds from the end of the answer
+before, of a turn without ``timestamp``. ``hash_ids``, one integer per 512-token block, each of its block *and
+everything before it*, are checked on every row, because files of the same fields with other block sizes exist and would
+be replayed with other prefixes and on another clock. Prompts of several blocks show Mooncake, and so milliseconds;
+where there are none the unit is asked for. Source: kvcache-ai/Mooncake; ai-dynamo/aiperf; vllm-project/guidellm.
 
-``timestamp`` (milliseconds from the start; others write seconds, or times since 1970), ``input_length`` or
-``text_input``, the prompt itself, ``output_length`` (may be left out), ``session_id``, ``delay`` (milliseconds from the
-end of the answer before, of a turn that has no ``timestamp``) and ``hash_ids``, which may be left out: one integer per
-512-token block of the input, the last block usually partial. An id stands for its block *and everything before it*:
-only equal leading ids mean a shared prefix.
-
-``len(hash_ids) == ceil(input_length / 512)`` on every row of the published traces; it is checked, because files of the
-same fields with other block sizes exist and would be replayed with other prefixes and on another clock. Prompts of
-several blocks show Mooncake, and so milliseconds; where there are none, small whole numbers could be seconds as well,
-and the unit is asked for. Source: kvcache-ai/Mooncake, ``FAST25-release/traces``; ai-dynamo/aiperf,
-``docs/tutorials/fixed-schedule.md``, ``docs/benchmark-datasets.md``; vllm-project/guidellm, trace replay.
-
-**Qwen-Bailian** (Alibaba, JSON Lines): ``chat_id``, ``parent_chat_id`` (the request it continues, -1 for a
-conversation's first), ``timestamp`` in **seconds**, ``input_length``, ``output_length``, ``turn`` from 1, ``hash_ids``
-with one integer per 16-token block (checked; the last partial one counted or not). The session is the conversation's
-first ``chat_id``; a parent that lies before the file's beginning begins a session of its own.
+**Qwen-Bailian**: seconds; 16-token blocks, the last partial one counted or not. The session is the conversation's first
+``chat_id``; a parent that lies before the file's beginning begins a session of its own.
 Source: alibaba-edu/qwen-bailian-usagetraces-anon, README.
 
-**RAGPulse** (JSON Lines of a retrieval-augmented service): ``timestamp``, a **string** of whole seconds (the published
-file holds two recordings one after the other: ``--part`` picks one), and ``hash_ids``, an object of lists of component
-ids in the order of the prompt. A server's prefix cache reuses a prompt only from its beginning: two requests share the
-tokens of the components that lead both. How long a component is stands in five files beside the trace
-(``1_sys_prompt.jsonl`` ...). With them the leading run is given as blocks of 16 tokens; the few template tokens by
-which ``input_length`` exceeds the sum are taken to stand at the end and to be shared with nobody. Without the files no
-prefix is known, and a note says so. Source: flashserve/RAGPulse, README.
+**RAGPulse**: a prefix cache reuses a prompt only from its beginning, so two requests share the tokens of the components
+that lead both. How long these are stands in five files beside the trace. With them the leading run is given as blocks
+of 16 tokens; the few template tokens by which ``input_length`` exceeds the sum are taken to stand at the end and to be
+shared with nobody. Source: flashserve/RAGPulse, README.
 """
 
 from __future__ import annotations

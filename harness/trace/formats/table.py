@@ -1,21 +1,13 @@
 """Any table of requests: CSV, JSON (Lines), Parquet or Arrow with a time and token counts, by whatever names.
 
-Columns are found by common names, or named by the user (``--map arrival=ts,input=p,output=c``, in JSON with dots into
-objects). Needed are the input tokens (or, where nothing counts them, the prompt) and one of the time and the output
-tokens; session, model and cached tokens are read where there are any; all else is not replayed, and a note says so.
+Columns are found by common names, or named by the user (``--map``, in JSON with dots into objects). Needed are the
+input tokens (or, where nothing counts them, the prompt) and one of the time and the output tokens. What is not replayed
+is said in a note.
 
-What the times are is found from the first rows, or said by ``--time-unit``: dates and times (UTC where no zone is
-given); a unit in the name (``arrival_time_ns``), unless the times were 285 years and more in it; numbers of 2001 to
-2100 since 1970 in s, ms, us or ns, whose ranges do not meet; smaller numbers, some with a fraction, are seconds.
-Smaller whole numbers are not known: s and ms are both common. The kind found holds for the whole trace: a row of
-another kind is refused, but dates and numbers since 1970 may mix.
-
-CSV may be divided by commas, semicolons, tabs or bars, its fields quoted, counts written as ``374.0``; the header may
-come again, as it does where files were put together. Empty fields, ``null`` and ``NaN`` are not given. With
+What the times are is found from the first rows (`harness.trace.formats.values.Clock`) or said by ``--time-unit``. The
+kind found holds for the whole trace: a row of another kind is refused, but dates and numbers since 1970 may mix. With
 Anthropic's columns beside ``input_tokens`` (``cache_read_input_tokens``, ``cache_creation_input_tokens``) these are
-added, and a ``usage`` object is read as `harness.trace.formats.values` says.
-
-A table is what is in no other format: every other reader is asked first.
+added. A table is what is in no other format: every other reader is asked first.
 """
 
 from __future__ import annotations

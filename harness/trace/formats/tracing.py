@@ -1,22 +1,19 @@
 """Spans of tracing: Langfuse observations, OpenTelemetry and OpenInference. One call may be several of them:
-`harness.trace.formats.calls` says which are one. They come in any order, so rows are sorted by arrival.
+`harness.trace.formats.calls` says which are one.
 
-**Langfuse** (JSON, pages of the API, traces that hold theirs, exports of the table of observations as CSV or Parquet
-with strings of JSON, in camel or snake case): rows are the observations of type ``GENERATION`` that state tokens or
-have an input. ``usageDetails`` (``usage``, or columns of older exports) may hold more than ``input`` and ``output``.
-Some sources count these inside, others beside; the ``total`` decides, and a row whose total fits neither reading, or
-both, is refused. Gemini's total has thoughts that nothing else names: they are output. Messages, alone or as
-``{"messages": ...}``, are sent; an input that is neither messages nor a plain text, or has tools, is replayed by its
-lengths. The session is that of the observation or its trace, which for exported observations an export of traces beside
-theirs names. By itself that has no calls.
+**Langfuse** (JSON, pages of the API, traces that hold theirs, exports of observations as CSV or Parquet with strings of
+JSON): rows are the observations of type ``GENERATION``. ``usageDetails`` may hold more than input and output, counted
+inside by some sources and beside by others; the ``total`` decides, and a row whose total fits neither reading, or both,
+is refused. Gemini's total has thoughts that nothing else names: they are output. An input that is neither messages nor
+a plain text, or has tools, is replayed by its lengths. The session is that of the observation or its trace, which an
+export of traces beside the observations names.
 
-**OpenTelemetry** (OTLP/JSON, Tempo's export, the SDK's console exporter, Phoenix, Jaeger's page): input tokens include
-cached ones, output tokens reasoning; where more tokens are cached than were input, the source counts them (and
-``cache_creation``) beside the input, and they are added. Without a session of their own, the calls of an agent's run
-are one. Spans without usage are no rows (HTTP, tools), nor are spans of an agent, which sum up their calls.
+**OpenTelemetry** (OTLP/JSON, Tempo, the SDK's console exporter, Phoenix, Jaeger): input tokens include cached ones;
+where more tokens are cached than were input, the source counts them (and ``cache_creation``) beside the input, and they
+are added. Without a session of their own, the calls of an agent's run are one.
 
-Source: Langfuse API reference, documentation ("Model usage and cost", "Export to blob storage") and source; Gemini API
-reference, ``UsageMetadata``; OpenTelemetry semantic conventions for generative AI (Development), OTLP specification.
+Source: Langfuse API reference and documentation; Gemini API reference, ``UsageMetadata``; OpenTelemetry semantic
+conventions for generative AI (Development), OTLP specification.
 """
 
 from __future__ import annotations
