@@ -324,31 +324,29 @@ class ReplayOptions:
             "--stages": plan.stages, "--max-concurrency": load.max_concurrency,
         }  # fmt: skip
         given = [flag for flag, value in deciding.items() if value]
-        if load.closed and given:
-            raise UsageError(
-                f"--concurrency is a closed loop, where a free slot decides when to send: drop it or {given[0]}"
-            )
-        if plan.speed and plan.rate:
-            raise UsageError("--speed and --rate both rescale the trace's clock: give one")
-        if load.ramp_s and not load.closed:
-            raise UsageError(
-                "--ramp is how a closed loop fills up: add --concurrency; in an open loop --stages can climb"
-            )
-        if "stream" in load.extra_body:
-            raise UsageError("--extra-body must not say stream: use --no-stream, which knows what it cannot time then")
-        if self.report.attain != ReportOptions().attain and not load.slo:
-            raise UsageError("--attain is the share of requests that must keep --slo: add --slo, like ttft=2s")
-        if load.no_stream and {"ttft", "tpot", "itl_max"} & metrics_of(dict(load.slo or {})):
-            raise UsageError("--no-stream answers have no ttft, tpot or itl_max: give an SLO on e2e, or stream")
+        untimed = load.no_stream and {"ttft", "tpot", "itl_max"} & metrics_of(dict(load.slo or {}))
+        theirs = "is for a server that is there already (--base-url): ours"
+        for found, problem in (
+            (load.closed and given,
+             f"--concurrency is a closed loop, where a free slot decides when to send: drop it or {(*given, '')[0]}"),
+            (plan.speed and plan.rate, "--speed and --rate both rescale the trace's clock: give one"),
+            (load.ramp_s and not load.closed,
+             "--ramp is how a closed loop fills up: add --concurrency; in an open loop --stages can climb"),
+            ("stream" in load.extra_body,
+             "--extra-body must not say stream: use --no-stream, which knows what it cannot time then"),
+            (self.report.attain != ReportOptions().attain and not load.slo,
+             "--attain is the share of requests that must keep --slo: add --slo, like ttft=2s"),
+            (untimed, "--no-stream answers have no ttft, tpot or itl_max: give an SLO on e2e, or stream"),
+            (not re.fullmatch(r"[A-Za-z_]\w*", load.length_field),
+             f"--length-field {load.length_field!r}: not the name of a field, like max_tokens"),
+            (serve.metrics_urls and not serve.base_urls, f"--metrics-url {theirs} are known"),
+            (serve.metrics_urls and load.no_counters,
+             "--metrics-url says where the counters are, --no-counters not to read them: give one"),
+            (load.key_header != DEFAULTS.key_header and not serve.base_urls, f"--key-header {theirs} take a bearer"),
+        ):  # fmt: skip
+            if found:
+                raise UsageError(problem)
         check_apart(parse_headers(load.headers), parse_header_env(load.header_env))
-        if not re.fullmatch(r"[A-Za-z_]\w*", load.length_field):
-            raise UsageError(f"--length-field {load.length_field!r}: not the name of a field, like max_tokens")
-        if serve.metrics_urls and not serve.base_urls:
-            raise UsageError("--metrics-url is for a server that is there already (--base-url): ours are known")
-        if serve.metrics_urls and load.no_counters:
-            raise UsageError("--metrics-url says where the counters are, --no-counters not to read them: give one")
-        if load.key_header != DEFAULTS.key_header and not serve.base_urls:
-            raise UsageError("--key-header is for a server that is there already (--base-url): ours take a bearer")
 
     def check_plan(self) -> None:
         self.check()

@@ -32,7 +32,7 @@ from harness.trace.formats.record import (
     is_whole_prompt,
     memory_bytes,
 )
-from harness.trace.source import TraceFile
+from harness.trace.source import Cut, TraceFile
 from harness.trace.sources import Sources, Where, open_sources, parse_where
 from harness.trace.spool import Sorter
 
@@ -225,14 +225,15 @@ class _Pass:
             nonlocal last
             for line, record in self.reader.records(source):
                 last = Place(at, line)
-                yield last, record
+                if isinstance(record, Cut):
+                    record = RowError("line too long", f"longer than {len(record) // 2**20} MiB: not a trace line")
+                if isinstance(record, RowError):
+                    self._judged(last, record)
+                else:
+                    yield last, record
 
         def items() -> Iterator[tuple[Place | None, Item]]:
             for at, source in enumerate(self._files):
-                try:
-                    self.reader.beside(source.path)
-                except RowError as e:
-                    raise TraceError(source.name, None, str(e)) from None
                 yield from self.reader.rows(placed(at, source))
             yield from self.reader.end()
 

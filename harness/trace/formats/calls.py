@@ -26,7 +26,6 @@ from harness.trace.formats.record import (
     RowError,
     TraceRecord,
     memory_bytes,
-    whole,
 )
 from harness.trace.spool import Sorter
 
@@ -74,7 +73,7 @@ class SpanReader(Reader):
     def rows(self, records: Any) -> Iterator[tuple[Place, Item]]:
         for place, record in records:
             try:
-                for span in self.spans(whole(record)):
+                for span in self.spans(record):
                     if isinstance(span, Span):
                         self._spans.add((place, span))
                     else:

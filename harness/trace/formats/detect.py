@@ -85,9 +85,9 @@ def detect(source: TraceFile) -> str:
 
 
 def claims(record: bytes, *, logs_only: bool = False) -> list[str]:
-    """The formats that a record shows; those that leave it to others only when no other does."""
+    """The formats that a record shows; any table only when it is in no other."""
     found = [name for name, reader in FORMATS.items() if (reader.log or not logs_only) and reader.sniff(record)]
-    return [name for name in found if not FORMATS[name].others_first] or found
+    return [name for name in found if FORMATS[name] is not TableReader] or found
 
 
 def detect_all(sources: Sources) -> tuple[Sources, str, list[str]]:

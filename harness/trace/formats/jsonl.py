@@ -130,7 +130,6 @@ class Jsonl(Reader):
 
 class Columnar(TableReader):
     summary = "Parquet or Arrow file with the columns of our JSON Lines, or of any table"
-    others_first = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,8 +174,6 @@ class Columnar(TableReader):
         yield from ((place, attempt(self._own_row, record)) for place, record in again)
 
     def _own_row(self, record: Any) -> TraceRecord:
-        if isinstance(record, RowError):
-            raise record
         try:
             return self._own.row(msgspec.convert(record, Line))
         except msgspec.ValidationError as e:

@@ -44,7 +44,6 @@ from harness.trace.formats.record import (
     safe,
     show,
     text_of,
-    whole,
 )
 from harness.trace.formats.values import (
     Copies,
@@ -283,7 +282,7 @@ class ClaudeCode(Reader):
     def rows(self, records: Iterable[tuple[Place, Any]]) -> Iterator[tuple[Place, Item]]:
         for place, record in records:
             try:
-                yield from self._line(place, decode_object(whole(record)))
+                yield from self._line(place, decode_object(record))
             except (RowError, LeftOutError) as e:
                 yield place, e
 

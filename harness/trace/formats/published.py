@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -42,6 +42,7 @@ from harness.trace.formats.record import (
     RowError,
     TableOptions,
     TraceRecord,
+    attempt,
     decode_error,
     decode_object,
     fields_of,
@@ -56,7 +57,7 @@ from harness.trace.formats.values import (
     ns_of,
     token_count,
 )
-from harness.trace.source import open_source, records
+from harness.trace.source import TraceFile, open_source, records
 from harness.trace.spool import Sessions
 from harness.untrusted import DECODE_ERRORS
 
@@ -79,7 +80,6 @@ _ids = tuple[_Id, ...]
 
 class Azure(TableReader):
     summary = "Azure LLM inference trace (CSV: TIMESTAMP, ContextTokens, GeneratedTokens)"
-    others_first = False
     names = {"arrival": "TIMESTAMP", "input": "ContextTokens", "output": "GeneratedTokens"}  # noqa: RUF012
 
     def clock_of(self, name: str) -> Clock:
@@ -89,7 +89,6 @@ class Azure(TableReader):
 
 class BurstGPT(TableReader):
     summary = "BurstGPT trace (CSV: Timestamp in s, Request tokens, Response tokens; v3 with Session ID)"
-    others_first = False
     names = {"arrival": "Timestamp", "input": "Request tokens", "output": "Response tokens"}  # noqa: RUF012
     known = frozenset({_TOTAL})
 
@@ -113,7 +112,6 @@ class BurstGPT(TableReader):
 
 class Mooncake(TableReader):
     summary = "Mooncake trace (JSON Lines: timestamp in ms, input_length, output_length, hash_ids of 512-token blocks)"
-    others_first = False
     names = {  # noqa: RUF012
         "arrival": "timestamp", "input": "input_length", "output": "output_length", "session": "session_id",
         "prompt": "text_input",
@@ -274,11 +272,12 @@ class RagPulse(Reader):
     def sniff(cls, record: bytes) -> bool:
         return super().sniff(record) and fields_of(record)["hash_ids"].startswith(b"{")
 
-    def beside(self, path: Path) -> None:
+    def records(self, file: TraceFile) -> Iterator[tuple[int, bytes]]:
         for name, (stem, key) in _TABLES.items():
-            file = next((f for suffix in _SUFFIXES if (f := path.parent / f"{stem}{suffix}").is_file()), None)
-            if file is not None:
-                self._lengths[name] = _table(file, key)
+            found = (f for suffix in _SUFFIXES if (f := file.path.parent / f"{stem}{suffix}").is_file())
+            if (beside := next(found, None)) is not None:
+                self._lengths[name] = _table(beside, key)
+        return records(file)
 
     def parse(self, record: bytes) -> TraceRecord:
         try:
@@ -335,14 +334,12 @@ class RagPulse(Reader):
 
 
 def _table(file: Path, key: str) -> dict[int, int]:
+    """Raises `TraceError`."""
     lengths: dict[int, int] = {}
-    try:
-        for number, record in records(open_source(file)):
-            row = decode_object(record)
-            id_, length = row.get(key), row.get("token_length")
-            if type(id_) is not int or type(length) is not int or not 0 <= length <= MAX_TOKENS:
-                raise RowError("bad table", f"{file}:{number}: expected {key} and token_length, found {show(record)}")
-            lengths[id_] = length
-    except TraceError as e:
-        raise RowError("bad table", str(e)) from None
+    for number, record in records(open_source(file)):
+        row = attempt(decode_object, record)
+        id_, length = (row.get(key), row.get("token_length")) if isinstance(row, Mapping) else (None, None)
+        if type(id_) is not int or type(length) is not int or not 0 <= length <= MAX_TOKENS:
+            raise TraceError(str(file), number, f"expected {key} and token_length, found {show(record)}")
+        lengths[id_] = length
     return lengths

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 import msgspec
@@ -193,8 +192,6 @@ class Reader:
     """CSV whose quoted fields may hold commas and line ends."""
     in_order: bool = True
     """False: the source writes a row when its call has ended, or in no order at all; rows are sorted by arrival."""
-    others_first: ClassVar[bool] = False
-    """Claims only what no other format claims."""
     sends_text: bool = False
     """Texts are meant to be sent as they are, whatever the token counts beside them."""
     columnar: ClassVar[bool] = False
@@ -223,9 +220,6 @@ class Reader:
         """After the first rows: why their times cannot be read; None: they can."""
         return None
 
-    def beside(self, path: Path) -> None:
-        """Look at the files that belong to the trace at ``path`` and lie beside it. Raises `RowError`."""
-
     def records(self, file: source.TraceFile) -> Iterator[tuple[int, Any]]:
         """(line, record) of each record of a file; see `harness.trace.source.records`."""
         return source.records(file, quoted=self.quoted)
@@ -233,7 +227,7 @@ class Reader:
     def rows(self, records: Iterable[tuple[Place, Any]]) -> Iterator[tuple[Place, Item]]:
         for place, record in records:
             try:
-                found: Item | Rows = self.parse(whole(record))
+                found: Item | Rows = self.parse(record)
             except (RowError, LeftOutError) as e:
                 found = e
             if isinstance(found, Item):
@@ -261,13 +255,6 @@ class Reader:
     def notes(self) -> list[str]:
         """What a reader of the results must know about this trace, after its last record."""
         return [f"{count} {what}" for what, count in self.noted.items() if count]
-
-
-def whole(record: Any) -> Any:
-    """The record. Raises `RowError` for the beginning of one that was too long to be read."""
-    if isinstance(record, source.Cut):
-        raise RowError("line too long", f"longer than {(len(record) - 1) // 2**20} MiB: not a trace line")
-    return record
 
 
 # --- fields of an object -------------------------------------------------------------------------------------------

@@ -38,7 +38,6 @@ from harness.trace.formats.record import (
     find,
     safe,
     show,
-    whole,
 )
 from harness.trace.formats.values import (
     Clock,
@@ -152,7 +151,6 @@ class TableReader(Reader):
 
     summary = "any table (CSV, JSON Lines, Parquet) with a time and token counts: --map says which columns"
     quoted = True
-    others_first: ClassVar[bool] = True
     names: ClassVar[Mapping[Role, str]] = {}
     known: ClassVar[frozenset[str]] = frozenset()
     """Its columns that have no role, but are read."""
@@ -235,11 +233,9 @@ class TableReader(Reader):
                 yield place, row
 
     def _named(self, record: Any) -> Object | None:
-        if isinstance(record, RowError):
-            raise record
         if isinstance(record, dict):
             return record
-        if whole(record).lstrip()[:1] == b"{":
+        if record.lstrip()[:1] == b"{":
             return decode_object(record)
         if not self._columns.names and (problem := self._missing(header_of(record)[1])):
             raise RowError("bad header", f"{problem} in {show(record)}")

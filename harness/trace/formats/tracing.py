@@ -116,8 +116,6 @@ class Langfuse(SpanReader):
         yield from super().end()
 
     def spans(self, record: Any) -> Iterator[Span | RowError | LeftOutError]:
-        if isinstance(record, RowError):
-            raise record
         row: Object | None = record if isinstance(record, dict) else None
         if isinstance(record, bytes):
             row = decode_object(record) if record.lstrip()[:1] == b"{" else self._columns.read(record)
