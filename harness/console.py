@@ -44,8 +44,7 @@ def text_tables(
 ) -> Iterable[Table]:
     """A table for ``width`` columns, or several below each other that repeat the first column (as pandas does).
 
-    ``right``: columns set right, all but the first unless stated. A line break in a cell stays only where lines are too
-    short for the whole table.
+    ``right``: columns set right, all but the first unless stated. Line breaks stay only where the table is too wide.
     """
     right = range(1, len(heads)) if right is None else right
     joined = [[text.replace("\n", " ") for text in row] for row in rows]

@@ -205,9 +205,8 @@ def opt(
 ) -> Any:  # fmt: skip
     """A field of a class of options that is an option of the command line, too: ``help`` describes both.
 
-    ``kind``: a click type or a `Literal`; where it is not given: `SLO` for ``slo``, `DURATION` for a name in ``_s``, a
-    flag for a bool, `COUNT` for an int, several words for a tuple, else a word. ``flag``: the ways to write it; else
-    from the name of the field.
+    ``kind``: a click type or a `Literal`; else found from the name and the default (`click_option`). ``flag``: the ways
+    to write it.
     """
     metadata = {"help": help, "kind": kind, "flag": flag, "metavar": metavar, "required": required}
     if isinstance(default, dict):

@@ -93,13 +93,11 @@ def arrival_times(
 ) -> Times:
     """Arrival times, ns after the start, ascending: all that fall into the stages, at most ``most`` of them.
 
-    ``constant``: the first at 0, then evenly. ``poisson``, ``gamma``: the first after a first gap. ``burstiness`` is
-    the shape of the gamma gaps: 1 is Poisson, below 1 burstier (the gaps' coefficient of variation is 1 / sqrt of it).
+    ``burstiness`` is the shape of the gamma gaps: 1 is Poisson, below 1 burstier (the gaps' coefficient of variation is
+    1 / sqrt of it). Constant arrivals begin at 0, others after a first gap. Equal arguments give equal times, from one
+    generator, PCG64 of (``seed``, "arrivals"); ``most`` cuts and changes none.
 
-    Equal arguments give equal times; ``most`` cuts and changes none. One generator, PCG64 from (``seed``, "arrivals").
-
-    Raises `UsageError` for a burstiness that is not positive or has no meaning, stages without end and without
-    ``most``, and more arrivals than `MOST_ARRIVALS` or than 64-bit nanoseconds hold.
+    Raises `UsageError` for a burstiness without meaning and more arrivals than `MOST_ARRIVALS` or 64-bit ns hold.
     """
     check_burstiness(process, burstiness)
     expected = min(sum(stage.requests for stage in stages), math.inf if most is None else most)

@@ -38,17 +38,11 @@ def build_plan(
 ) -> PlanInfo:
     """Write the plan of ``trace`` to ``out`` and say what is in it. Equal arguments write equal bytes.
 
-    Request i is row i of the trace, whatever decides its time.
-
-    Prompts: text and messages of the trace are sent as they are, recorded answers of earlier turns included. Of rows
-    that say lengths only, prompts of exactly that length are made from ``vocabulary`` and depend on (seed, request_id)
-    alone, or on (seed, prefix ids) where the trace has them; requests that share leading ids share those tokens. A turn
-    that continues its session (`harness.trace.prefix`) begins with the prompt before it and an answer made up for it.
-    ``as_text``: as text; where the tokenizer's chat template is known, as messages (`harness.plan.chat`). ``choose``
-    says the vocabulary and ``as_text`` once the trace has been read.
-
-    Sessions stay whole (one ``slice``). With ``sessions="wait"`` a turn waits for the row before it of its session, and
-    for ``think_s`` where the trace has it; a turn number that goes back is refused.
+    Text and messages of the trace are sent as they are, recorded answers of earlier turns included. Of rows that say
+    lengths only, prompts of exactly that length are made from ``vocabulary``: each from (seed, request_id), or (seed,
+    prefix ids) where the trace has them. A turn that continues its session (`harness.trace.prefix`) begins with the
+    prompt before it and an answer made up for it. ``choose`` says the vocabulary and ``as_text`` once the trace was
+    read. Sessions stay whole; with ``sessions="wait"`` a turn waits for the row before it of its session.
 
     Raises `UsageError` for options that exclude each other, need times the trace lacks, or more requests than it has;
     `PlanError` when the file exists or cannot be written or prompts cannot be made; `TraceError` from reading.

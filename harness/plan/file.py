@@ -251,11 +251,8 @@ def iter_plan_columns(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch
 
 
 def iter_requests(path: Path, worker: int = 0, workers: int = 1) -> Iterator[Request]:
-    """Requests of worker ``worker`` (0 to ``workers`` - 1) in the order of the file, a batch in memory at a time.
-
-    The slices of all workers are the plan, each request exactly once.
-
-    Raises `PlanError` for a file that is no plan or damaged, `UsageError` for a worker that does not exist.
+    """Requests of worker ``worker`` (0 to ``workers`` - 1) in the order of the file, a batch at a time. Raises
+    `PlanError` for a file that is no plan or damaged, `UsageError` for a worker that does not exist.
     """
     for batch in iter_batches(path, worker, workers):
         yield from requests_in(batch)

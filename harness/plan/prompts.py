@@ -82,11 +82,8 @@ class Vocabulary:
     def from_tokenizer(cls, path: Path) -> Vocabulary:
         """Vocabulary of a tokenizer: a model directory, or its ``tokenizer.json`` (see `harness.plan.tokenizers`).
 
-        Left out: special and added tokens, and tokens that do not decode to clean text (fragments of characters,
-        control characters). Where the tokenizer has them, only whole words are used, each one token wherever it stands
-        between spaces: then ids and text are the same prompt, token for token.
-
-        Raises `PlanError` when there is no such file or it is not a tokenizer.
+        Only whole words are used where it has them, each one token wherever it stands between spaces: then ids and text
+        are the same prompt, token for token. Else all plain tokens that decode to clean text. Raises `PlanError`.
         """
         tokenizer = load_tokenizer(path)
         clean = _clean_ids(tokenizer)
@@ -106,9 +103,8 @@ class Vocabulary:
     ) -> Ids:
         """Exactly ``n`` token ids of the request ``key``.
 
-        With ``prefix_ids``, block i (``block_tokens`` long) depends on ``seed`` and ``prefix_ids[:i + 1]`` alone: equal
-        leading ids are equal leading tokens, in any request; after the first id that differs, tokens differ. Ids must
-        cover ``n``. Without, prompts of different keys share nothing (beyond the chance of a few equal random tokens).
+        With ``prefix_ids`` (which must cover ``n``), block i depends on ``seed`` and ``prefix_ids[:i + 1]`` alone:
+        equal leading ids are equal leading tokens, in any request. Without, prompts of different keys share nothing.
         """
         if prefix_ids is None:
             starts, width = np.array([_hash64(b"request", seed, key)], dtype=np.uint64), n
@@ -126,15 +122,9 @@ class Vocabulary:
     def texts(self, prompts: Sequence[Ids]) -> list[str]:
         """Texts that this tokenizer encodes (without special tokens) to exactly as many tokens as the ids given.
 
-        Every text is encoded again to prove it, or one in 64 where the tokenizer cuts text into words before it looks
-        at any: then it was proved of each word. Where words are single tokens (see `from_tokenizer`) a text encodes to
-        the very ids given, so shared leading blocks are shared to the token. Where a tokenizer merges across words the
-        count is made exact by adding or taking words at the end: shared leading *text* stays shared, and tokens but for
-        those at the first difference.
-
-        A server may put special tokens (BOS) before a text: that is its doing, not counted here.
-
-        Raises `PlanError` without a tokenizer, or when no text of that length is found.
+        Every text is encoded again to prove it, or one in 64 where words are `apart`. Where a tokenizer merges across
+        words, some are added or taken at the end: shared leading *text* stays shared, and tokens but for those at the
+        first difference. Raises `PlanError` without a tokenizer, or when no text of that length is found.
         """
         texts, wanted = self.render(prompts), [len(ids) for ids in prompts]
         return [

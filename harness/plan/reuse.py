@@ -60,9 +60,8 @@ def plan_prompts(
 ) -> Iterator[tuple[Ids, Ints]]:
     """Prompts of the plan ``path`` a batch at a time: all ids one after the other, and how many each prompt has.
 
-    Ids of words stand for them, and are not the tokenizer's. Texts of the trace itself (``input_tokens`` null) are left
-    out. ``shared_head``: what the template puts before each chat is the same to all, as it is to a server; else to a
-    conversation alone, because no trace says it.
+    Ids of words stand for them. Texts of the trace itself are left out. ``shared_head``: what the template puts before
+    each chat is the same to all, as it is to a server; else to a conversation alone, because no trace says it.
 
     Raises `PlanError`, and `UnknownTokensError` when a prompt's words are not its tokens.
     """

@@ -248,10 +248,7 @@ def _gaps(stamps: array[int], offsets: array[int], sent_ns: Sequence[Any]) -> np
 
 
 def read_results(path: Path) -> pa.Table:
-    """Rows of one result file; every complete batch of a file that was cut short.
-
-    Raises `ResultsError` when the file does not begin as a result stream of this schema version.
-    """
+    """Rows of one result file; every complete batch of a file that was cut short. Raises `ResultsError`."""
     return read_stream(path, SCHEMA, "result", _BEFORE)
 
 

@@ -328,10 +328,7 @@ class HostMetrics(Sampler):
 
 
 def read_observations(path: Path) -> pa.Table:
-    """Rows of one file; every complete batch of one that was cut short, none of an empty one.
-
-    Raises `ResultsError` when it is missing or does not begin as a stream of this schema version; so do the next two.
-    """
+    """Rows of one file; every complete batch of one that was cut short. Raises `ResultsError`, as the next two do."""
     return read_stream(path, WORKER_SCHEMA, "observation", {"1": ["prepared"]})
 
 

@@ -249,11 +249,8 @@ def page_counters(url: str, access: AccessLike) -> Counters | None:
 
 
 def parse_counters(text: str) -> Counters:
-    """Prometheus text -> {name: value} for ``vllm:`` counters and sums, each summed over its labels.
-
-    Also, when there are counters beside it, ``process_start_time_seconds``, which tells a restart, and of several
-    engines the last one's settings of its cache (`CACHE_INFO`). A counter of which any part is no number is null:
-    nothing is known of its sum.
+    """Prometheus text -> {name: value} for ``vllm:`` counters and sums, summed over labels; null where a part is no number.
+    Beside counters also ``process_start_time_seconds`` and the last engine's settings of its cache.
     """
     parts: dict[str, list[float]] = {}
     beside: Counters = {}

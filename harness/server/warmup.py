@@ -49,8 +49,7 @@ def ask(
 def first_request(spec: RunSpec, access: Access, plan: Path, tell: Callable[[str], None]) -> None:
     """Ask each server for one token, and wait where it says when to come back.
 
-    Raises `ServerError` when it takes no such key, knows no such path or model, or asks to come back later than a start
-    may take: every request would end like that. Of any other refusal ``tell`` hears.
+    Raises `ServerError` when every request would end like that: a wrong key, path or model. Else ``tell`` hears of it.
     """
     first = next(iter(iter_requests(plan)), None)
     named: dict[str, object] = {"model": first.model} if first is not None and first.model else {}

@@ -178,8 +178,7 @@ def _state(path: Path) -> tuple[int, int] | None:
 def mirrored(url: str | None, run_dir: Path, say: Say = silent) -> Iterator[None]:
     """Send the run directory to ``<url>/<its name>`` while the block runs, and whole at its end; null: do nothing.
 
-    Enter when the plan is in the directory and before anything is started: credentials, bucket or name that cannot work
-    raise `StoreError` here. From then on trouble with the store is said, and raises nothing.
+    Enter when the plan is in the directory: what cannot work raises `StoreError` here, and nothing does from then on.
     """
     if url is None:
         yield

@@ -288,9 +288,8 @@ def seeded(spec: SweepSpec, begun: SweepSpec | None = None) -> SweepSpec:
 def make_points(spec: SweepSpec) -> list[Point]:
     """Every point in the order of execution: pair after pair, inside a pair shuffled by the seed (or as given).
 
-    Two load levels or repeats never share a seed (a warm prefix cache would answer the second one), while equal levels
-    and repeats of all pairs do, so that they can be compared request by request. A level added to the file leaves the
-    seeds of the others as they are.
+    Two load levels or repeats never share a seed (a warm prefix cache would answer the second one), while equal ones of
+    all pairs do, so that they can be compared request by request.
     """
     points: list[Point] = []
     found = pairs(spec)

@@ -174,10 +174,8 @@ def close_rentals(folder: Path, state: SweepState) -> bool:
 
 
 def verify(folder: Path, point: Point) -> str | None:
-    """Null when the run of a point is whole; else what is wrong with it.
-
-    Whole: the manifest says complete and names the point's own plan, the plan file is that plan, and every request of
-    it has exactly one readable row.
+    """Null when the run of a point is whole, else what is wrong with it: it says complete, its plan is the point's own,
+    and every request has exactly one readable row.
     """
     import numpy as np
 

@@ -172,11 +172,9 @@ def anonymize(
 ) -> Iterator[TraceRecord]:
     """Records without text, ids, names, tags, and what answers are checked by.
 
-    Counts that the source gave are kept; where the text has fewer tokens (a chat template adds some), the blocks that
-    are left over are shared with nobody, and where it has more, the ids end with the count. Messages are counted
-    without a template. ``salt`` must be random and forgotten.
-
-    Raises `UsageError` at the first record that has text when there is no tokenizer, `TraceError` for an empty prompt.
+    Counts that the source gave are kept; blocks that the text has not are shared with nobody. Messages are counted
+    without a template. ``salt`` must be random and forgotten. Raises `UsageError` at the first text without a
+    tokenizer, `TraceError` for an empty prompt.
     """
     if not 16 <= len(salt) <= 64:
         raise UsageError("the salt must be 16 to 64 random bytes")

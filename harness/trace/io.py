@@ -139,11 +139,8 @@ class Trace:
         _Pass(self)  # refuses what the format cannot be asked
 
     def __iter__(self) -> Generator[TraceRecord, None, None]:
-        """Records in order of arrival.
-
-        Raises `TraceError` at the first bad row (with ``skip_bad``: counts it and goes on), at a damaged file, at a row
-        without lengths when none are given, at times whose unit nothing shows, and at the end of a trace that had no
-        usable row.
+        """Records in order of arrival. Raises `TraceError` at a damaged file, the first bad row (unless bad ones are
+        skipped), and at the end of a trace that had no usable row.
         """
         one, done = _Pass(self), False
         try:
@@ -364,9 +361,8 @@ class _ArrivalOrder:
     def grid_s(self, rows: int) -> float | None:
         """Step of the clock the source rounded to, seconds; None when the arrivals show no coarse one.
 
-        A grid is said to be there when 95 % of at least 10 steps between different arrivals are whole multiples (to
-        2 ms) of the most frequent one, that one is at least 0.1 s, and ``rows`` clearly outnumber the instants:
-        otherwise rounding shapes no burst worth telling.
+        There is one when 95 % of at least 10 steps between different arrivals are whole multiples (to 2 ms) of the most
+        frequent one, that is at least 0.1 s, and ``rows`` clearly outnumber the instants.
         """
         total = self._steps.total()
         if total < 10 or rows < 1.05 * self.instants:

@@ -193,11 +193,8 @@ class Cut(bytes):
 def records(source: TraceFile, *, quoted: bool = False) -> Iterator[tuple[int, bytes]]:
     """(1-based line it begins on, bytes) of each record that is not blank; a byte-order mark is removed.
 
-    A file that begins with ``[`` and a bracket, or with a ``{`` and a line that ends inside it (in a bracket or comma),
-    is a JSON document (an array of values, or values written over several lines), one record a value. Otherwise one
-    record a line; with ``quoted`` a CSV record, which goes on while a quote is open.
-
-    A record longer than `MAX_LINE_BYTES` (JSON value: `MAX_VALUE_BYTES`) comes out as a `Cut`, its beginning.
+    A record is a line, with ``quoted`` a CSV record, or a value of a JSON document: of an array, or of values that are
+    written over several lines. Beyond `MAX_LINE_BYTES` (JSON: `MAX_VALUE_BYTES`) it comes out as a `Cut`.
 
     Raises `TraceError` for damaged compression, a JSON document that does not end, or a quote that is never closed.
     """

@@ -34,9 +34,8 @@ BLOCK = 2**18
 class Sessions(Generic[V]):
     """A dict from sessions to small values that stays small itself: what was not set for long lies in a file.
 
-    Keys (texts, numbers or tuples of them) are told apart by 64 bits of a hash, the same in every process, so that two
-    plans agree to the bit: of ten million, two are mistaken for one with a chance of three in a million. Values must
-    not change after they were set.
+    Keys are told apart by 64 bits of a hash, the same in every process: of ten million, two are mistaken for one with a
+    chance of three in a million. Values must not change after they were set.
     """
 
     def __init__(self, kind: type[V], *, in_turn: bool = False) -> None:

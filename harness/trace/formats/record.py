@@ -165,11 +165,10 @@ class Place(NamedTuple):
 
 
 def is_whole_prompt(row: TraceRecord) -> bool:
-    """Whether the text of a row can be all that its input tokens were counted of.
+    """Whether the text of a row can be all that its input tokens were counted of; True where nothing can be compared.
 
-    A token has a byte at least, and seldom many: beyond what a chat template adds, more tokens than bytes show that
-    parts of the prompt (a system prompt, tools, images) were not written down, and far more bytes that the text is
-    something else. True where there is nothing to compare.
+    A token has a byte at least, and seldom many: more tokens than bytes, beyond a chat template's, show that parts of
+    the prompt were not written down, and far more bytes that the text is something else.
     """
     if row.input_tokens is None or (row.text is None and row.messages is None):
         return True
