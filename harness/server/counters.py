@@ -249,7 +249,7 @@ def page_counters(url: str, access: AccessLike) -> Counters | None:
 
 
 def parse_counters(text: str) -> Counters:
-    """Prometheus text -> {name: value} for ``vllm:`` counters and sums, summed over labels; null where a part is no number.
+    """Prometheus text -> {name: value} for ``vllm:`` counters and sums, summed over labels; null where a part is none.
     Beside counters also ``process_start_time_seconds`` and the last engine's settings of its cache.
     """
     parts: dict[str, list[float]] = {}
