@@ -19,13 +19,12 @@ import msgspec
 
 from harness import __version__
 from harness.errors import HarnessError, ServerError, UsageError, listed, unknown_name
+from harness.server import QUESTION
 from harness.server.access import Access, AccessLike, access_of, page_beside, page_under
 from harness.server.question import HttpAnswer, ask, retry_after_s
 from harness.untrusted import DECODE_ERRORS, check_regular
 
 DEADLINE_S = 15.0
-QUESTION = "harness-question"
-"""How a server's log tells questions from load, which is of "harness"."""
 _TLS: ssl.SSLContext | None = None
 """Whose certificates are trusted; None: the system's."""
 _SAID = 300  # characters of a refusal that are shown

@@ -14,10 +14,13 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, TypedDict
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
-from cluster.engines.fake.pacing import Pacer, engine_of
+from cluster.engines.fake.pacing import Pacer
 from cluster.engines.fake.planted import Planted
+
+if TYPE_CHECKING:
+    from cluster.engines.fake.engine import PacingEngine
 
 
 class Body(TypedDict, total=False):
@@ -90,9 +93,11 @@ class Truth:
 
     def __init__(self, args: argparse.Namespace, loop: asyncio.AbstractEventLoop) -> None:
         self.pacer = Pacer(loop)
-        self.engine = engine_of(
-            args.step, args.slots, args.max_num_batched_tokens, loop, async_scheduling=args.async_scheduling
-        )
+        self.engine: PacingEngine | None = None
+        if args.step is not None:
+            from cluster.engines.fake.engine import engine_of  # NumPy is half of a start without it
+
+            self.engine = engine_of(args, loop)
         self.started_s = time.time()
         self.ttft_s: float = args.ttft
         self.itl_s: float = args.itl

@@ -48,7 +48,7 @@ from typing import Any, ClassVar
 
 from cluster.engines.fake.answers import AnswerStream, Truth, head
 from cluster.engines.fake.pacing import step_ms
-from harness.server.probe import QUESTION
+from harness.server import QUESTION
 
 MAX_REQUEST = 64 << 20
 SO_TIMESTAMPNS, TIMESPEC = 35, struct.Struct("qq")  # Linux, 64 bits; the socket module has no name for it
