@@ -8,7 +8,8 @@ READY  := $(VENV)/.ready
 # Many tests wait for servers more than they compute. Bytecode is kept whatever the environment says: hundreds of tests
 # start processes, and to compile this project anew in each costs more than most of them do. OpenBLAS gets one thread where
 # processors are full: its threads wait for each other busily, which cost ten times their work. Beside others a run may be
-# INVALID for its own lag, which is that verdict at work: what failed there is judged by itself.
+# INVALID for its own lag, which is that verdict at work: what failed there is judged by itself. Those that hold a clock
+# (alone) mostly wait, so two go at a time; a real vLLM (e2e) needs every processor.
 WORKERS ?= $(shell expr $$(nproc) + 1)
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 TRACE  ?= scenarios/traces/azure-conv-2023.csv
@@ -39,7 +40,9 @@ replay: setup ## replay 60 real requests on a real vLLM server and print the pri
 test: setup lint browser ## the whole test suite, with one end-to-end run on real vLLM
 	OPENBLAS_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not (alone or e2e)' \
 	  || $(PYTEST) --last-failed --last-failed-no-failures none -m 'not (alone or e2e)'
-	$(PYTEST) -m 'alone or e2e'
+	$(PYTEST) -n 2 --dist loadfile -m 'alone and not e2e' \
+	  || $(PYTEST) --last-failed --last-failed-no-failures none -m 'alone and not e2e'
+	$(PYTEST) -m e2e
 
 browser: # the report page is tested in a real browser where one can be had; elsewhere those tests are skipped, and say so
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null \

@@ -28,6 +28,13 @@ def test_constant_arrivals_are_even_and_start_at_once():
     assert arrival_times("constant", constant_stage(3.0), most=4).tolist() == [0, 333_333_333, 666_666_667, S]
 
 
+def test_stages_go_on_after_a_long_one():
+    """Times are drawn in blocks, and the first stage alone fills more than one."""
+    stages = (*constant_stage(100_000.0, 1.0), *constant_stage(10.0, 1.0))
+    times = arrival_times("constant", stages)
+    assert (len(times), times[-1]) == (100_010, 2 * S - S // 10)
+
+
 def test_golden_draws():
     """Bit for bit: a plan that was rebuilt is the plan. A NumPy whose generators changed must be noticed here."""
     poisson = arrival_times("poisson", constant_stage(2.0), seed=7, most=4)

@@ -313,10 +313,10 @@ def test_an_slo_out_of_reach_is_said_and_costs_little(fake_server: StartServer, 
 
 
 def test_the_budget_ends_the_search_and_more_money_goes_on(fake_server: StartServer, tmp_path: Path) -> None:
-    server = fake_server(*SLOW, "--slots", "1")
+    server = fake_server(*SLOW)
     trace, out = write_trace(tmp_path / "trace.jsonl"), tmp_path / "sweeps"
-    asked = (trace, "--base-url", server.url, "--slo", "e2e_p50=210ms", "--probe", "1s", "--tolerance", "90%",
-             "--out", out, "--min-requests", "2")  # fmt: skip
+    asked = (trace, "--base-url", server.url, "--slo", "e2e_p50=50ms", "--probe", "1s", "--out", out,
+             "--min-requests", "2")  # fmt: skip
     result = run(capacity, *asked, "--max-hours", "0.0001")
     assert result.return_value == 1, result.output
     assert "budget" in result.stdout
@@ -325,7 +325,7 @@ def test_the_budget_ends_the_search_and_more_money_goes_on(fake_server: StartSer
     (row,) = json.loads((folder_of(out) / ANSWER).read_text())["probes"]
     assert row["verdict"] == "skipped", "no probe is chosen that the budget cannot pay"
     more = run(capacity, *asked, "--resume")
-    assert more.return_value == 0, more.output
+    assert more.return_value == 4, more.output  # out of reach, which takes the fewest probes to find
     assert any(p.state == "done" for p in read_state(folder_of(out)).points)
 
 

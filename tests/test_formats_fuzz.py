@@ -176,11 +176,13 @@ def test_a_row_of_another_century_is_refused_and_the_others_stay(tmp_path):
 @pytest.mark.parametrize("name", WHOLE)
 def test_damage_is_reported_or_survived(tmp_path, name):
     path = tmp_path / "t"
-    for what, damage in DAMAGES.items():
-        for seed in range(6):
-            path.write_bytes(damage(WHOLE[name], random.Random(f"{what} {seed}")))
-            for skip_bad in (False, True):
-                survives(path, skip_bad=skip_bad)
+    # Damage that leaves nothing to chance is read once.
+    for raw in {
+        damage(WHOLE[name], random.Random(f"{what} {k}")) for what, damage in DAMAGES.items() for k in range(4)
+    }:
+        path.write_bytes(raw)
+        for skip_bad in (False, True):
+            survives(path, skip_bad=skip_bad)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
