@@ -11,7 +11,7 @@ import math
 from array import array
 from collections.abc import Hashable, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -207,8 +207,13 @@ def simulate(
     ):
         owner = np.arange(len(workload)) % len(step_times) if isinstance(router, str) else router
         return _each_alone(workload, limits, step_times, owner, until_s)
-    replicas = [SimulatedReplica(limits, step_time) for step_time in step_times]
-    fleet = _Fleet(workload, replicas, router, concurrency, sample_s)
+    if limits.prefix_cache and workload.keys is None and all(map(many_steps, step_times)):
+        # where no prompt shares anything, a prefix cache is of use to those alone that were thrown out
+        fleet = _Fleet(workload, replace(limits, prefix_cache=False), step_times, router, concurrency, sample_s)
+        fleet.cached = np.zeros(len(workload), dtype=np.int64)
+        if fleet.run(until_s, give_up=True):
+            return fleet.outcome()
+    fleet = _Fleet(workload, limits, step_times, router, concurrency, sample_s)
     fleet.run(until_s)
     return fleet.outcome()
 
@@ -260,13 +265,14 @@ class _Fleet:
     """Replicas, what is still to come to them, and what became of what came."""
 
     def __init__(
-        self, workload: Workload, replicas: list[SimulatedReplica], router: Router | Ints, concurrency: int | None,
-        sample_s: float | None = None,
+        self, workload: Workload, limits: Limits, step_times: Items[StepTime], router: Router | Ints,
+        concurrency: int | None, sample_s: float | None = None,
     ) -> None:  # fmt: skip
         n = len(workload)
         self.sample_s = sample_s
-        self.samples: list[list[Sample]] = [[] for _ in replicas]
-        self.replicas, self.router, self.closed = replicas, router, concurrency is not None
+        self.samples: list[list[Sample]] = [[] for _ in step_times]
+        self.replicas = [SimulatedReplica(limits, step_time) for step_time in step_times]
+        self.router, self.closed = router, concurrency is not None
         waits = workload.after is not None and not self.closed
         if not self.closed and not waits:
             _check_open(workload)
@@ -274,8 +280,7 @@ class _Fleet:
         self.due_s, self.finished_s = np.full(n, np.nan), np.full(n, np.nan)
         self.owner, self.first_step = np.full(n, -1, dtype=np.int64), np.full(n, -1, dtype=np.int64)
         self.keys = workload.keys
-        shares = any(replica.scheduler.limits.prefix_cache for replica in replicas)
-        self.cached = np.full(n, -1, dtype=np.int64) if shares else None
+        self.cached = np.full(n, -1, dtype=np.int64) if limits.prefix_cache else None
         self.resumed: dict[int, Items[tuple[int, int]]] = {}
         self.inputs, self.outputs = workload.input_tokens.tolist(), workload.output_tokens.tolist()
         self.earliest_s = [0.0] * n if self.closed else workload.arrival_s.tolist()
@@ -295,8 +300,10 @@ class _Fleet:
         self.due_s[k] = due_s
         heapq.heappush(self.coming, (due_s if self.delay_s is None else due_s + self.delay_s[k], k))
 
-    def run(self, until_s: float) -> None:
-        """Everything that happens before ``until_s``."""
+    def run(self, until_s: float, *, give_up: bool = False) -> bool:
+        """Everything that happens before ``until_s``; ``give_up``: until some sequence is thrown out. Whether it was
+        not given up.
+        """
         sampled = 1
         while True:
             over = not self.coming and all(replica.next_s == math.inf for replica in self.replicas)
@@ -307,13 +314,15 @@ class _Fleet:
                 self._advance_together(limit_s)
             else:
                 self._advance_apart(min(self.coming[0][0], limit_s) if self.coming else limit_s)
+            if give_up and any(replica.scheduler.preemptions for replica in self.replicas):
+                return False
             if self.coming and self.coming[0][0] < limit_s:
                 self._send()
             elif limit_s < until_s:
                 self._sample(limit_s)
                 sampled += 1
             else:
-                return
+                return True
 
     def _send(self) -> None:
         at_s, k = heapq.heappop(self.coming)
@@ -350,7 +359,7 @@ class _Fleet:
             k = sequence.number
             self.finished_s[k], self.first_step[k] = now_s, sequence.first_step
             if self.cached is not None:
-                self.cached[k] = sequence.cached
+                self.cached[k] = max(0, sequence.cached)
             if sequence.resumed:
                 self.resumed[k] = sequence.resumed
             if (following := next(self.queued, None)) is not None:

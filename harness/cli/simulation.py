@@ -84,18 +84,16 @@ def simulate_plan(
     started = time.monotonic()
     requests = _requests(table, subject)
     keys = _shared_keys(run, info, engine.limits)
-    limits = engine.limits if keys is not None else replace(engine.limits, prefix_cache=False)
-    workload = requests.workload(engine, keys)
     found = simulate(
-        workload, limits, [engine.step_time] * subject.replicas, router=ROUTERS[load.balance],
-        concurrency=load.concurrency, sample_s=SAMPLE_S,
+        requests.workload(engine, keys), engine.limits, [engine.step_time] * subject.replicas,
+        router=ROUTERS[load.balance], concurrency=load.concurrency, sample_s=SAMPLE_S,
     )  # fmt: skip
-    rows = requests.rows(found, shares=engine.limits.prefix_cache)
+    rows = requests.rows(found)
     took_s = time.monotonic() - started
     write_rows(run.results(0), rows)
     counters = []
     for k, samples in enumerate(found.samples):
-        server, last = _server(rows, k, samples, limits)
+        server, last = _server(rows, k, samples, engine.limits)
         write_server_metrics(run.server_metrics(k), server)
         counters.append(last)
     steps = sum(map(len, found.step_end_s))
@@ -184,7 +182,7 @@ class _Requests:
         found: Ints = place[after[self.served]]
         return found
 
-    def rows(self, found: Outcomes, *, shares: bool) -> SimulatedRows:
+    def rows(self, found: Outcomes) -> SimulatedRows:
         """What became of all."""
         n, mine = len(self.request_id), self.served
 
@@ -196,9 +194,7 @@ class _Requests:
         due = spread(np.rint(found.due_s * 1e9).astype(np.int64), 0)
         for k in self.refused:
             due[k] = self.scheduled_ns[k] if self.scheduled_ns is not None else due[k - 1] if k else 0
-        cached = None
-        if shares:
-            cached = spread(np.zeros(len(mine)) if found.cached_tokens is None else found.cached_tokens, -1)
+        cached = None if found.cached_tokens is None else spread(found.cached_tokens, -1)
         return SimulatedRows(
             request_id=self.request_id, due_ns=due, replica=spread(found.replica, NOT_SERVED),
             first_step=spread(found.first_step, -1), input_tokens=self.input_tokens, output_tokens=self.output_tokens,
