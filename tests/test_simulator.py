@@ -276,14 +276,14 @@ def test_nine_sequences_cost_a_graph_of_sixteen() -> None:
     assert step([Chunk(9, 0)], 9, 900) == STEP([Chunk(9, 0)], 9, 900)
 
 
-def random_engine(seed: int, *, shared: bool = True) -> Callable[[], Outcomes]:
+def random_engine(seed: int) -> Callable[[], Outcomes]:
     """A workload on an engine with its limits, a step time and a router of their own; served anew by every call."""
     rng = np.random.default_rng([seed, 19])
     n, kind = int(rng.integers(20, 120)), seed % 3
     inputs = np.full(n, 100) if rng.integers(0, 2) else rng.integers(0, 400, n)
     outputs = rng.integers(1, int(rng.choice([5, 60, 400])), n)
     keys = None
-    if rng.integers(0, 2) and shared:
+    if rng.integers(0, 2):
         texts = zip(rng.integers(0, 5, n).tolist(), (inputs + outputs).tolist(), rng.integers(0, 30, n), strict=True)
         keys = [[(text, j) for j in range(min(length // 16, shared))] for text, length, shared in texts]
     waits = kind == 1
@@ -324,19 +324,6 @@ def test_steps_that_are_skipped_are_those_gone_through_one_by_one(
         plain = one()
         assert digest(found) == digest(plain), seed
         assert (found.resumed, found.samples) == (plain.resumed, plain.samples), seed
-
-
-def test_a_prefix_cache_without_shared_prompts_is_not_asked_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
-    engines = [random_engine(seed, shared=False) for seed in range(40)]
-    found = [one() for one in engines]
-    monkeypatch.setattr("cluster.simulator.replica.many_steps", lambda step_time: None)
-    for one, quick in zip(engines, found, strict=True):
-        plain = one()
-        assert digest(quick) == digest(plain) and quick.samples == plain.samples and quick.resumed == plain.resumed
-        assert (quick.cached_tokens is None) == (plain.cached_tokens is None)
-        done = np.isfinite(plain.finished_s)
-        if plain.cached_tokens is not None and quick.cached_tokens is not None:
-            assert np.array_equal(quick.cached_tokens[done], plain.cached_tokens[done])
 
 
 def test_steps_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:

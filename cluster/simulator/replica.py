@@ -11,7 +11,7 @@ import math
 from array import array
 from collections.abc import Hashable, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -199,20 +199,10 @@ def simulate(
     beforehand = concurrency is None and workload.after is None
     if not isinstance(router, str) and not beforehand:
         raise ValueError("who serves a request cannot be said beforehand where requests wait for others")
-    if (
-        beforehand
-        and limits.is_plain
-        and sample_s is None
-        and not (isinstance(router, str) and router != "round robin")
-    ):
+    plain = limits.is_plain and sample_s is None and workload.delay_s is None
+    if beforehand and plain and (not isinstance(router, str) or router == "round robin"):
         owner = np.arange(len(workload)) % len(step_times) if isinstance(router, str) else router
         return _each_alone(workload, limits, step_times, owner, until_s)
-    if limits.prefix_cache and workload.keys is None and all(map(many_steps, step_times)):
-        # where no prompt shares anything, a prefix cache is of use to those alone that were thrown out
-        fleet = _Fleet(workload, replace(limits, prefix_cache=False), step_times, router, concurrency, sample_s)
-        fleet.cached = np.zeros(len(workload), dtype=np.int64)
-        if fleet.run(until_s, give_up=True):
-            return fleet.outcome()
     fleet = _Fleet(workload, limits, step_times, router, concurrency, sample_s)
     fleet.run(until_s)
     return fleet.outcome()
@@ -300,10 +290,8 @@ class _Fleet:
         self.due_s[k] = due_s
         heapq.heappush(self.coming, (due_s if self.delay_s is None else due_s + self.delay_s[k], k))
 
-    def run(self, until_s: float, *, give_up: bool = False) -> bool:
-        """Everything that happens before ``until_s``; ``give_up``: until some sequence is thrown out. Whether it was
-        not given up.
-        """
+    def run(self, until_s: float) -> None:
+        """Everything that happens before ``until_s``."""
         sampled = 1
         while True:
             over = not self.coming and all(replica.next_s == math.inf for replica in self.replicas)
@@ -314,15 +302,13 @@ class _Fleet:
                 self._advance_together(limit_s)
             else:
                 self._advance_apart(min(self.coming[0][0], limit_s) if self.coming else limit_s)
-            if give_up and any(replica.scheduler.preemptions for replica in self.replicas):
-                return False
             if self.coming and self.coming[0][0] < limit_s:
                 self._send()
             elif limit_s < until_s:
                 self._sample(limit_s)
                 sampled += 1
             else:
-                return True
+                return
 
     def _send(self) -> None:
         at_s, k = heapq.heappop(self.coming)
@@ -359,7 +345,7 @@ class _Fleet:
             k = sequence.number
             self.finished_s[k], self.first_step[k] = now_s, sequence.first_step
             if self.cached is not None:
-                self.cached[k] = max(0, sequence.cached)
+                self.cached[k] = sequence.cached
             if sequence.resumed:
                 self.resumed[k] = sequence.resumed
             if (following := next(self.queued, None)) is not None:

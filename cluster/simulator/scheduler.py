@@ -23,47 +23,17 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from cluster.simulator.blocks import ENDLESS, Block, KVCache
+from cluster.simulator.limits import Limits as Limits
 from cluster.simulator.sequence import Sequence as Sequence
 from cluster.simulator.step_time import Chunk
 
 VLLM = "0.32.0"
 """Whose scheduling this is."""
 NOBODY: list[Sequence] = []
+NONE: list[Block] = []
 """Never changed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What an engine may hold; vLLM's names. Raises ValueError for an engine that could never end."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int | None = None
-    """Tokens of a step: one for each decoding sequence, the rest for prompts, of which the last is cut to fit. None: no
-    bound, every prompt is read in one step."""
-    kv_blocks: int | None = None
-    """Blocks that sequences can have: vLLM's ``num_gpu_blocks`` less one. None: no bound."""
-    block_size: int = 16
-    """Tokens of a block."""
-    prefix_cache: bool = False
-    """Whether equal prefixes are read once (vLLM: ``enable_prefix_caching``)."""
-    async_scheduling: bool = False
-    """Whether a step is planned while the one before it runs."""
-
-    def __post_init__(self) -> None:
-        budget = self.max_num_batched_tokens
-        blocks = 1 if self.kv_blocks is None else self.kv_blocks
-        if min(self.max_num_seqs, 1 if budget is None else budget, blocks, self.block_size) < 1:
-            raise ValueError(f"an engine that may hold nothing never ends: {self}")
-        if self.kv_blocks is not None and budget is not None and budget < self.max_num_seqs:
-            raise ValueError(f"max_num_batched_tokens must be at least max_num_seqs, as for vLLM: {self}")
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether only seats and tokens bound it, and a step is planned when it starts."""
-        return self.kv_blocks is None and not self.prefix_cache and not self.async_scheduling
 
 
 class Scheduler:
@@ -92,6 +62,10 @@ class Scheduler:
         """How often a sequence was thrown out."""
         self._leaving: dict[int, list[Sequence]] = {}
         """Who has the last token in a step that has not ended, by its number; in the order of admission."""
+        self._lag = int(limits.async_scheduling)
+        """Steps until others may use a block that one filled."""
+        self._sharing = 0
+        """Decoding sequences of whose answers others may use blocks, too."""
         self._ends: list[int] = []
         """A heap of those numbers."""
         self._stuck = False
@@ -183,12 +157,11 @@ class Scheduler:
                         break
                 else:
                     kv.take(1)
-        if self.limits.prefix_cache:
+        if self._sharing:
             # the block that this step fills; planned ahead, the last token of it is not known before the next
-            filled = growing if self.limits.async_scheduling else self._growing[(step + 1) % size]
-            tokens = 0 if self.limits.async_scheduling else 1
+            filled = growing if self._lag else self._growing[(step + 1) % size]
             for sequence in filled:
-                self._fill(sequence, self._cached(sequence) + tokens)
+                self._fill(sequence, self._cached(sequence) + 1 - self._lag)
         return thrown_out
 
     def _read(self, chunks: list[Chunk], *, may_admit: bool) -> list[Sequence]:
@@ -226,7 +199,7 @@ class Scheduler:
         chunks.append(Chunk(new, read))
         sequence.read = read = read + new
         (ready if read == sequence.to_read else self.reading).append(sequence)
-        if sequence.known is not None:
+        if sequence.known is not None and sequence.keys:
             self._fill(sequence, read)
         return new
 
@@ -234,25 +207,39 @@ class Scheduler:
         """Find what is there of a prompt and take blocks for its first chunk, if there are enough for all of it."""
         size, to_read = self.limits.block_size, sequence.to_read
         found: list[Block] = []
+        idle = own = 0
         if self.limits.prefix_cache:
-            found = sequence.known = kv.find(sequence.keys_to(max(0, to_read - 1) // size))
-        idle = sum(not block.users for block in found)
-        if -(-to_read // size) - len(found) + idle > kv.free:
-            sequence.known = None
+            most, shared = max(0, to_read - 1) // size, len(sequence.keys)
+            if shared:
+                found = kv.find(sequence.keys[:most])
+                idle = sum(not block.users for block in found)
+            if sequence.given and len(found) == shared:
+                own = min(kv.find_own(sequence.number), most - shared)
+        hit = len(found) + own
+        if -(-to_read // size) - hit + idle + own > kv.free:
             return False
-        kv.hold(found)
-        sequence.read = len(found) * size
+        if self.limits.prefix_cache:
+            sequence.known = found
+            kv.hold(found)
+            if own:
+                kv.hold_own(sequence.number, own)
+        sequence.read = hit * size
         if sequence.cached < 0:
             sequence.cached = sequence.read
-        kv.take(-(-min(to_read, sequence.read + left) // size) - len(found))
+        kv.take(-(-min(to_read, sequence.read + left) // size) - hit)
         return True
 
     def _fill(self, sequence: Sequence, tokens: int) -> None:
-        """Its blocks up to so many tokens are full: others may use them."""
-        if sequence.known is None or self._kv is None:
-            return
-        for key in sequence.keys_to(tokens // self.limits.block_size, len(sequence.known)):
-            sequence.known.append(self._kv.remember(key))
+        """Its blocks up to so many tokens are full: others may use those that have a key."""
+        known, keys = sequence.known, sequence.keys
+        if known is not None and self._kv is not None and len(known) < len(keys):
+            for key in keys[len(known) : tokens // self.limits.block_size]:
+                known.append(self._kv.remember(key))
+
+    def _filled(self, sequence: Sequence) -> int:
+        """Full blocks of one that decodes, or has its last token, so far as they are known to be full."""
+        last = min(self.begun - 1, sequence.last_step)
+        return (sequence.to_read + max(0, last - sequence.since - self._lag)) // self.limits.block_size
 
     def _decode(self, ready: list[Sequence], step: int) -> None:
         """Prompts are read to their end: a token each in this step, and one in each that follows."""
@@ -273,6 +260,7 @@ class Scheduler:
                 heapq.heappush(self._ends, last)
             if self._growing:
                 self._growing[(step + 1 - sequence.to_read) % self.limits.block_size][sequence] = None
+                self._sharing += self._shares(sequence)
 
     def _stop(self, sequence: Sequence) -> None:
         """It gets no further token."""
@@ -281,6 +269,10 @@ class Scheduler:
         if self._growing:
             place = (sequence.since + 1 - sequence.to_read) % self.limits.block_size
             del self._growing[place][sequence]
+            self._sharing -= self._shares(sequence)
+
+    def _shares(self, sequence: Sequence) -> bool:
+        return sequence.known is not None and len(sequence.keys) * self.limits.block_size > sequence.to_read
 
     def _cached(self, sequence: Sequence) -> int:
         """Tokens in the KV cache of one that decodes, or that has its last token: all but the last that was planned."""
@@ -290,15 +282,16 @@ class Scheduler:
         """Free its blocks and its seat; it waits in front, unless it has its last token in a step in progress."""
         self.preemptions += 1
         if sequence in self.decoding:
-            self._release(sequence, self._cached(sequence))
+            tokens, full = self._cached(sequence), self._filled(sequence)
             self._leave_decoding(sequence)
+            self._release(sequence, tokens, full)
             sequence.given += self.begun - sequence.since
             sequence.to_read = sequence.input_tokens + sequence.given
         elif sequence in self.reading:
-            self._release(sequence, sequence.read)
+            self._release(sequence, sequence.read, sequence.read // self.limits.block_size)
             self.reading.remove(sequence)
         else:
-            self._release(sequence, self._cached(sequence))
+            self._release(sequence, self._cached(sequence), self._filled(sequence))
             return
         sequence.read = 0
         self.waiting.appendleft(sequence)
@@ -307,12 +300,15 @@ class Scheduler:
         self._leaving[sequence.last_step].remove(sequence)
         self._stop(sequence)
 
-    def _release(self, sequence: Sequence, tokens: int) -> None:
-        """Give its seat back, and its blocks, which hold so many tokens."""
+    def _release(self, sequence: Sequence, tokens: int, full: int) -> None:
+        """Give its seat back, and its blocks, which hold so many tokens and are known to be full."""
         del self.running[sequence]
         if self._kv is not None:
-            known = sequence.known or []
-            self._kv.give_back(-(-tokens // self.limits.block_size) - len(known), known)
+            blocks, known = -(-tokens // self.limits.block_size), sequence.known
+            if known is None:
+                self._kv.give_back(blocks, NONE)
+            else:
+                self._kv.give_back(blocks - full, known, full - len(known), sequence.number)
             sequence.known = None
 
     def end(self) -> list[Sequence]:
@@ -333,7 +329,7 @@ class Scheduler:
                 if sequence in self.running:  # not thrown out since
                     tokens = self._cached(sequence)
                     self._fill(sequence, tokens)
-                    self._release(sequence, tokens)
+                    self._release(sequence, tokens, tokens // self.limits.block_size)
         return done if len(done) == 1 else sorted(done, key=_number)
 
     def steady(self) -> int:
@@ -346,7 +342,7 @@ class Scheduler:
             heapq.heappop(ends)
         if not decoding or self.reading:
             return 0
-        if self.waiting and len(self.running) < self._most and (self.limits.prefix_cache or not self._stuck):
+        if self.waiting and len(self.running) < self._most and (self._sharing or not self._stuck):
             return 0
         steps = ends[0] - self.begun
         return steps if kv is None else min(steps, kv.free // decoding * self.limits.block_size)
@@ -356,7 +352,7 @@ class Scheduler:
         decoding, kv = len(self.decoding), self._kv
         self.step += steps
         self.context += steps * decoding
-        if kv is not None and self.limits.prefix_cache:
+        if kv is not None and self._sharing:
             for _ in range(steps):
                 self._grow(kv)
                 self.begun += 1
@@ -370,17 +366,18 @@ class Scheduler:
     def drop(self, sequence: Sequence) -> None:
         """The client has hung up: forget the sequence; what it has in steps in progress comes to nothing."""
         if sequence in self.decoding:
-            self._release(sequence, self._cached(sequence))
+            tokens, full = self._cached(sequence), self._filled(sequence)
             self._leave_decoding(sequence)
+            self._release(sequence, tokens, full)
         elif sequence in self.reading:
-            self._release(sequence, sequence.read)
+            self._release(sequence, sequence.read, sequence.read // self.limits.block_size)
             self.reading.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
         elif sequence in self._leaving.get(sequence.last_step, NOBODY):
             self._leaving[sequence.last_step].remove(sequence)
             if sequence in self.running:
-                self._release(sequence, self._cached(sequence))
+                self._release(sequence, self._cached(sequence), self._filled(sequence))
         else:
             return  # it has had its last token
         self.in_flight -= 1

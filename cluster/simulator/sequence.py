@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -32,7 +32,7 @@ class Sequence:
     resumed: tuple[tuple[int, int], ...] = ()
     """For each time that it went on after it was thrown out: tokens it had, and the step that gave the next."""
     known: list[Block] | None = None
-    """Its blocks that have a key; the first ones."""
+    """Its blocks that have one of ``keys``; the first ones. None: nobody remembers blocks."""
     cached: int = -1
     """Tokens of its prompt that were in the KV cache when it was first admitted; -1: it was not, or nobody looked."""
 
@@ -40,8 +40,3 @@ class Sequence:
     def last_step(self) -> int:
         """Number of the step that gives the last token, if it is not thrown out."""
         return self.since + self.output_tokens - self.given - 1
-
-    def keys_to(self, blocks: int, start: int = 0) -> Iterator[Hashable]:
-        """Keys of its blocks from ``start`` on; those beyond ``keys`` are its own."""
-        shared = len(self.keys)
-        return (self.keys[k] if k < shared else (self.number, k) for k in range(start, blocks))
