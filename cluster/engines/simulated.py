@@ -55,11 +55,12 @@ def simulated_engine(model: Model, tier: Tier, step: LinearStep | None = None) -
         engine = HardwareEngine(
             step_time=step, limits=_cpu_limits(model, tier), source="fitted", chip="CPU", tensor_parallel=0
         )
-    facts = {"simulated": f"vLLM {VLLM}'s scheduler, proved against its own", **engine.facts}
-    if step is not None:
-        facts = {"simulated": facts["simulated"], "step_source": "given", "step": repr(step)}
     limits = changed(engine.limits, args)
-    return replace(engine, limits=limits, facts=facts, step_time=engine.step_time if step is None else step)
+    said = {"simulated": f"vLLM {VLLM}'s scheduler, proved against its own"}
+    if step is None:
+        return replace(engine, limits=limits, facts={**said, **engine.facts})
+    given = {**said, "step_source": "given", "step": repr(step)}
+    return replace(engine, limits=limits, facts=given, step_time=step, arrival_s=0.0, arrival_per_token_s=0.0)
 
 
 def limit_args(limits: Limits) -> list[str]:
