@@ -1,9 +1,9 @@
 r"""Graded prompts of our own for small models, to try ``harness audit`` on: ``python -m scenarios.graded -o FILE``.
 
 Each of `KINDS` has six ways to ask (a template family, which is a session of the trace: its records are alike), and
-each family so many records, all different. Truths are balanced, so that no constant answer passes. ``--form few-shot``
-is for base models: three answered examples before each question, drawn apart from all that are asked; send it with
-``--extra-body '{"stop": ["\n\n"]}'``. The same seed gives the same file, byte for byte.
+each family so many records, all different and all a first turn. Truths are balanced, so that no constant answer passes.
+``--form few-shot`` is for base models: three answered examples before each question, drawn apart from all that are
+asked; send it with ``--extra-body '{"stop": ["\n\n"]}'``. The same seed gives the same file, byte for byte.
 """
 
 from __future__ import annotations
@@ -377,7 +377,7 @@ def _family(draw: Random, name: str, kind: Kind, family: int, each: int, form: F
             else {"prompt": f"{shots}Task: {question}\n{cue}".rstrip(" ")}
         )
         yield {
-            **said, "session_id": f"{name}-{family}", "max_tokens": kind.max_tokens, "answer": item.answer,
+            **said, "session_id": f"{name}-{family}", "turn": 0, "max_tokens": kind.max_tokens, "answer": item.answer,
             "check": item.check, "tags": {"kind": name, "level": kind.level},
         }  # fmt: skip
 

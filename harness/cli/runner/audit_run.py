@@ -278,9 +278,12 @@ def _facts(graded: Sequence[AuditedRecord], first: QualityPass) -> RecordFacts:
     from analysis.quality.slices import RecordFacts
 
     turns: dict[int, int] = {}
+    last: dict[int, int | None] = {}
     turn = []
     for record in graded:
-        turns[record.session] = turns.get(record.session, 0) + 1
+        said = record.source.turn
+        later = said is None or said != last.get(record.session)  # records of one turn are equally deep
+        turns[record.session], last[record.session] = turns.get(record.session, 0) + later, said
         turn.append(turns[record.session])
     tokens = [None] * len(graded) if first.grades is None else first.grades.column("input_tokens").to_pylist()
     return RecordFacts(
