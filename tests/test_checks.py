@@ -361,3 +361,16 @@ def test_a_preference_counts_in_both_orders_alone(replies: list[str], preference
     asked = JudgeQuestion(rubric="r", prompt="p", references=(), answer="old")
     assert prefer(ask if replies else lambda chat, schema: None, asked, "new") == preference
     assert prefer(ask, asked, "\ud800") is None
+
+
+def test_a_truth_that_the_record_has_need_not_be_in_the_check() -> None:
+    one, two = (parse_check('{"type": "number", "abs": 0.1}', expected) for expected in (["4.5"], ["4.5", "9"]))
+    assert graded(one, "about 4.55").accepted and not graded(one, "9").accepted
+    assert graded(two, "9").accepted and graded(two, "4.5").accepted and not graded(two, "5").accepted
+    assert one == parse_check('{"type": "number", "abs": 0.1, "value": 4.5}')
+    choice = parse_check('{"type": "choice", "choices": ["yes", "no"]}', ["no"])
+    assert graded(choice, "No.").accepted and not graded(choice, "yes").accepted
+    for text, expected in (('{"type": "number"}', ["four"]), ('{"type": "number"}', None),
+                           ('{"type": "choice", "choices": ["yes", "no"]}', ["maybe"])):  # fmt: skip
+        with pytest.raises(UsageError):
+            parse_check(text, expected)

@@ -127,6 +127,17 @@ def test_counters_are_true_after_stopping_early():
     assert (trace.rows_read, trace.rows_kept) == (7, 7)
 
 
+def test_tags_are_names_with_values_or_names_alone(tmp_path):
+    said = [{"b": "2", "a": "1"}, ["urgent", "billing"], '{"a": "1"}', '["urgent"]', []]
+    lines = (json.dumps({"prompt": "x", "tags": one}) for one in said)
+    found = [record.tags for record in open_trace(write(tmp_path, "\n".join(lines).encode()))]
+    assert found == [
+        (("a", "1"), ("b", "2")), (("billing", ""), ("urgent", "")), (("a", "1"),), (("urgent", ""),), (),
+    ]  # fmt: skip
+    with pytest.raises(TraceError):
+        list(open_trace(write(tmp_path, b'{"prompt": "x", "tags": [1]}')))
+
+
 def test_jsonl_keeps_what_the_file_says(tmp_path):
     messages = [{"role": "user", "content": "hi\u0000\u2028"}]
     path = write(

@@ -53,7 +53,7 @@ def slices(facts: RecordFacts, unmeasurable: frozenset[str] = frozenset()) -> di
     total = float(facts.weight.sum())
     found: dict[str, tuple[Bools, bool]] = {}
     for name, value in sorted({item for tags in facts.tags for item in tags.items()}):
-        found[f"{name} {value}"] = np.array([tags.get(name) == value for tags in facts.tags], np.bool_), True
+        found[f"{name} {value}".strip()] = np.array([tags.get(name) == value for tags in facts.tags], np.bool_), True
     for kind in sorted(set(facts.kinds)):
         found[f"check {kind}"] = np.array([one == kind for one in facts.kinds], np.bool_), True
     known = np.isfinite(facts.input_tokens)

@@ -220,6 +220,7 @@ def _number(check: Number, text: str) -> Grade:
     if check.which == "only" and len(set(found)) > 1:
         return Grade(False, "several numbers")
     value = found[0] if check.which == "first" else found[-1]
+    assert check.value is not None  # `parse_check` refuses one without
     return _or(math.isclose(value, check.value, rel_tol=check.rel, abs_tol=check.abs), "other number")
 
 

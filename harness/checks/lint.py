@@ -122,7 +122,7 @@ def lint(records: Iterable[LintRecord], grader: Grader, default: str | None = No
     place = {id(record): k for k, record in enumerate(answered)}
     for record, check, gate in usable:
         other = _other(record, answered, place)
-        names = (f"check {kind(check)}", *(f"{name} {value}" for name, value in record.tags))
+        names = (f"check {kind(check)}", *(f"{name} {value}".strip() for name, value in record.tags))
         own = grader.grade(check, record.answer, record.prompt) if record.answer else None
         wrong = grader.grade(check, other, record.prompt).accepted if other is not None else None
         junk = any(grader.grade(check, one, record.prompt).accepted for one in GARBAGE)

@@ -72,26 +72,31 @@ class Regex(_Check, frozen=True, tag="regex"):
 class Number(_Check, frozen=True, tag="number"):
     """The last, first or only number of the answer is ``value``, within the larger of both tolerances.
 
-    ``decimal`` is the sign before decimals; the other of ``.`` and ``,`` may group thousands.
+    Without ``value`` it is the record's ``expected``, or any one of several, written with a decimal point. ``decimal``
+    is the sign before decimals in the answer; the other of ``.`` and ``,`` may group thousands.
     """
 
-    value: float
+    value: float | None = None
     abs: float = 0.0
     rel: float = 1e-9
     which: Literal["last", "first", "only"] = "last"
     decimal: Literal[".", ","] = "."
 
     def problem(self) -> str | None:
-        """A tolerance that is none."""
+        """No truth to hold it against, or a tolerance out of bounds."""
+        if self.value is None or not math.isfinite(self.value):
+            return "'value' (or the record's 'expected') is not a number"
         fine = 0 <= self.abs < math.inf and 0 <= self.rel < 1
         return None if fine else "'abs' is at least 0, 'rel' from 0 to below 1"
 
 
 class OneOf(_Check, frozen=True, tag="choice"):
-    """The answer names ``answer`` and no other of ``choices``. Single letters must be capitals as they are given."""
+    """The answer names ``answer`` (left out: the record's one ``expected``) and no other of ``choices``. Single letters
+    must be capitals as they are given.
+    """
 
     choices: tuple[str, ...]
-    answer: str
+    answer: str = ""
 
     def problem(self) -> str | None:
         """Choices that cannot be told apart, or a truth that is none of them."""
@@ -186,19 +191,23 @@ def parse_check(text: str, expected: Sequence[str] | None = None) -> Check:
     Raises `UsageError` for what is not a check, cannot be judged by (an empty truth, a pattern or schema that is
     invalid) or needs a library that is not installed.
     """
-    if len(text) > MOST_CHARS:
-        raise UsageError(f"check: longer than {MOST_CHARS:,} characters")
-    try:
-        check = _DECODER.decode(text)
-    except (*DECODE_ERRORS, UnicodeEncodeError) as e:
-        raise UsageError(f"check: {'nested too deeply' if isinstance(e, RecursionError) else e}") from e
-    check = _with_expected(check, tuple(expected or ()))
+    check = _with_expected(decode_check(text), tuple(expected or ()))
     if len(tuple(parts(check))) > MOST_PARTS or _depth(check) > MOST_DEPTH:
         raise UsageError(f"check: more than {MOST_PARTS} parts, or all and any more than {MOST_DEPTH} deep")
     for part in parts(check):
         if (problem := part.problem()) is not None:
             raise UsageError(f"check {part.__struct_config__.tag}: {problem}")
     return check
+
+
+def decode_check(text: str) -> Check:
+    """A check from its JSON, which may lack the truth that a record has. Raises `UsageError` for what is not one."""
+    if len(text) > MOST_CHARS:
+        raise UsageError(f"check: longer than {MOST_CHARS:,} characters")
+    try:
+        return _DECODER.decode(text)
+    except (*DECODE_ERRORS, UnicodeEncodeError) as e:
+        raise UsageError(f"check: {'nested too deeply' if isinstance(e, RecursionError) else e}") from e
 
 
 def parts(check: Check) -> Iterator[Check]:
@@ -223,9 +232,21 @@ def check_sha256(check: Check) -> str:
 def _with_expected(check: Check, expected: tuple[str, ...]) -> Check:
     if isinstance(check, All | Any):
         return type(check)(checks=tuple(_with_expected(part, expected) for part in check.checks))
+    if isinstance(check, Number) and check.value is None and expected:
+        each = tuple(msgspec.structs.replace(check, value=_number(one)) for one in expected)
+        return each[0] if len(each) == 1 else Any(checks=each)
+    if isinstance(check, OneOf) and not check.answer and len(expected) == 1:
+        return msgspec.structs.replace(check, answer=expected[0])
     if isinstance(check, Exact | Contains | Similar | Judge) and not check.of and expected:
         return msgspec.structs.replace(check, of=expected)
     return check
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _depth(check: Check) -> int:

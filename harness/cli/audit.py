@@ -135,11 +135,11 @@ def lint(trace: Files, default: str | None, run_code: bool, format_: str, asked:
     from harness.checks.grade import Grader
     from harness.checks.lint import lint as held
     from harness.checks.sandbox import LinuxSandbox, refusal
-    from harness.checks.spec import parse_check
+    from harness.checks.spec import decode_check
     from harness.trace.io import open_asked
 
     if default is not None:
-        parse_check(default, ["a"])
+        decode_check(default)
     if run_code and (why := refusal()) is not None:
         raise UsageError(f"--run-code: this machine cannot make the sandbox ({why})")
     source = open_asked(trace, asked)

@@ -76,7 +76,7 @@ class Line(msgspec.Struct, forbid_unknown_fields=True):
     expected: _Text | Annotated[list[_Text], msgspec.Meta(min_length=1)] | None = None
     check: dict[str, object] | str | None = None
     gate: dict[str, object] | str | None = None
-    tags: dict[str, str] | str | None = None
+    tags: dict[str, str] | list[_Text] | str | None = None
     weight: Annotated[float, msgspec.Meta(gt=0, le=1e9)] | None = None
 
 
@@ -206,14 +206,14 @@ class OwnRows:
         if line.block_tokens is not None and len(self._sizes) < 8:
             self._sizes.add(line.block_tokens)
         messages, expected = line.messages, line.expected
-        tags = None if line.tags is None else _decoded("tags", line.tags, dict[str, str])
+        tags = None if line.tags is None else _tags(line.tags)
         return TraceRecord._make((
             None if line.arrival_s is None else self._ns(line.arrival_s), *_LENGTHS(line),
             None if messages is None else tuple({"role": m.role, "content": m.content} for m in messages), *_CALL(line),
             (expected,) if isinstance(expected, str) else None if expected is None else tuple(expected),
             None if line.check is None else _object("check", line.check),
             None if line.gate is None else _object("gate", line.gate),
-            None if tags is None else tuple(sorted(tags.items())), line.weight, 0,
+            tags, line.weight, 0,
         ))  # fmt: skip
 
     def _ns(self, arrival: float) -> int:
@@ -243,7 +243,7 @@ def answered(messages: bytes) -> bool:
     return isinstance(last, dict) and last.get("role") == "assistant"
 
 
-def _decoded(name: str, value: T | str | None, kind: type[T]) -> T | None:
+def _decoded(name: str, value: T | str, kind: type[T]) -> T:
     """An object, which may be JSON of it. Raises `RowError`."""
     try:
         return msgspec.json.decode(value, type=kind) if isinstance(value, str) else value
@@ -251,9 +251,15 @@ def _decoded(name: str, value: T | str | None, kind: type[T]) -> T | None:
         raise RowError("bad fields", f"{name} must be a JSON object: {e}") from None
 
 
-def _object(name: str, value: dict[str, object] | str | None) -> str | None:
-    found = _decoded(name, value, dict[str, object])
-    return None if found is None else msgspec.json.encode(found, order="sorted").decode()
+def _tags(said: dict[str, str] | list[str] | str) -> tuple[tuple[str, str], ...]:
+    if isinstance(said, str) and said.lstrip()[:1] == "[":
+        said = _decoded("tags", said, list[str])
+    named = dict.fromkeys(said, "") if isinstance(said, list) else _decoded("tags", said, dict[str, str])
+    return tuple(sorted(named.items()))
+
+
+def _object(name: str, value: dict[str, object] | str) -> str:
+    return msgspec.json.encode(_decoded(name, value, dict[str, object]), order="sorted").decode()
 
 
 def _contradiction(row: Line) -> str | None:

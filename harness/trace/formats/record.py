@@ -85,7 +85,7 @@ class TraceRecord(NamedTuple):
     gate: str | None = None
     """What production itself can test of an answer at run time; JSON of an object."""
     tags: tuple[tuple[str, str], ...] | None = None
-    """(name, value), in order of name."""
+    """(name, value), in order of name; an empty value for one of an array of names."""
     weight: float | None = None
     """How many requests of production this one stands for."""
     line: int = 0
