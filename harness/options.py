@@ -240,6 +240,10 @@ class LoadOptions(AccessOptions):
         "Send again after no connection, 429 or 503. Counted, and latency still counts from the planned time.",
         DEFAULTS.retries, kind=click.IntRange(0, 100),
     )  # fmt: skip
+    busy_retries: int = 0
+    """After 429 and 503 alone; not an option of the command line."""
+    sealed: bool = False
+    """Store texts encrypted, for this process alone; not an option of the command line."""
     no_counters: bool = opt(
         "Do not read the servers' own counters: token counts and restarts are then not checked.", False
     )
@@ -254,7 +258,7 @@ class LoadOptions(AccessOptions):
 
     @property
     def capture(self) -> Capture:
-        return "text" if self.keep_text else "hmac" if self.capture_answers else "off"
+        return "text" if self.keep_text else "sealed" if self.sealed else "hmac" if self.capture_answers else "off"
 
     @property
     def lengths(self) -> OutputLengths:
@@ -311,7 +315,7 @@ class ReplayOptions:
 
     def by_name(self) -> dict[str, object]:
         groups = (self.plan, self.serve, self.load, self.report)
-        return {f.name: getattr(group, f.name) for group in groups for f in fields(group) if f.name != "windows"}
+        return {f.name: getattr(group, f.name) for group in groups for f in fields(group) if f.metadata}
 
     def at(self, *, rate: float | None, concurrency: int | None) -> Self:
         return replace(self, plan=replace(self.plan, rate=rate), load=replace(self.load, concurrency=concurrency))

@@ -255,7 +255,7 @@ class Worker:
     def _capture(self, result: Result, answer: Answer) -> None:
         assert self._captured is not None
         if result.error is None:
-            self._captured.append(result.request_id, answer.text)
+            self._captured.append(result.request_id, answer.text, answer.logprobs)
 
     def _flush_rows(self) -> None:
         """Write rows in a thread: a slow disk must not delay reads."""
@@ -321,7 +321,7 @@ def _captured_writer(spec: WorkerSpec) -> CapturedWriter | None:
         return None
     given = os.environ.pop(KEY_VARIABLE, "")
     key = bytes.fromhex(given) if given else secrets.token_bytes(KEY_BYTES)
-    return CapturedWriter(Path(spec.captured), key, keep_text=spec.capture == "text")
+    return CapturedWriter(Path(spec.captured), key, keep_text=spec.capture == "text", sealed=spec.capture == "sealed")
 
 
 def _warm_up() -> None:

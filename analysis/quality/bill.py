@@ -27,6 +27,26 @@ class Attempts:
     """1 where production's own test passes, or where there is none; 0 where it fails or the server did."""
     accepted: Floats
     """By the check: 0 to 1. A failure of the server is 0."""
+    gated: Bools | None = None
+    """By record, whether it has a gate to test; None: all have."""
+    ttft_s: Floats | None = None
+    e2e_s: Floats | None = None
+    """From sending to the first token, and to the end. NaN or None: not known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What production does when its gate rejects an answer."""
+
+    tries: int = 1
+    """Calls of a model at most."""
+    escalate: bool = False
+    """Then the current model is asked, in place of a person."""
+
+    @property
+    def asks_again(self) -> bool:
+        """It may cost more than one call."""
+        return self.tries > 1 or self.escalate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +65,11 @@ class ServedRequests:
     """Let through, and wrong: 0 to 1."""
     accepted: Floats
     """Let through, and right: 0 to 1."""
+    gate_calls: Floats | None = None
+    """None: one for each call."""
+    ttft_s: Floats | None = None
+    e2e_s: Floats | None = None
+    """Of all calls together, shape (records, any); None: not known. A gated answer is shown once it is whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +107,22 @@ def serve(attempts: Attempts, most: int, escalate_to: Attempts | None = None) ->
     calls, usd, accepted = np.zeros(n), np.zeros(n), np.zeros(n)
     waiting = np.ones(n, np.bool_)
     let_through = np.zeros(n, np.bool_)
+    spent = np.zeros(n)
+    shown = np.full(n, np.nan)
+    gated = np.ones(n, np.bool_) if attempts.gated is None else attempts.gated
+
+    def wait(one: Attempts, asked: Bools, k: int) -> None:
+        if one.e2e_s is None or one.ttft_s is None:
+            spent[asked] = np.nan
+            return
+        shown[asked] = spent[asked] + np.where(gated, one.e2e_s[:, k], one.ttft_s[:, k])[asked]
+        spent[asked] += one.e2e_s[asked, k]
+
     for k in range(min(most, columns)):
         asked = waiting & np.isfinite(attempts.gate[:, k])
         calls[asked] += 1
         usd[asked] += attempts.usd[asked, k]
+        wait(attempts, asked, k)
         passes = asked & (attempts.gate[:, k] >= 0.5)
         accepted[passes] = attempts.accepted[passes, k]
         let_through |= passes
@@ -94,12 +131,37 @@ def serve(attempts: Attempts, most: int, escalate_to: Attempts | None = None) ->
     if escalate_to is not None:
         escalated[waiting] = 1
         usd[waiting] += escalate_to.usd[waiting, 0]
+        wait(escalate_to, waiting, 0)
         passes = waiting & (escalate_to.gate[:, 0] >= 0.5)
         accepted[passes] = escalate_to.accepted[passes, 0]
         let_through |= passes
     return ServedRequests(
         calls=calls, usd=usd, escalated=escalated, rejected=(~let_through).astype(np.float64),
-        undetected=np.where(let_through, 1 - accepted, 0.0), accepted=accepted,
+        undetected=np.where(let_through, 1 - accepted, 0.0), accepted=accepted, gate_calls=(calls + escalated) * gated,
+        ttft_s=shown[:, None], e2e_s=spent[:, None],
+    )  # fmt: skip
+
+
+def serve_each(attempts: Attempts, policy: Policy, escalate_to: Attempts | None = None) -> ServedRequests:
+    """`serve` from each attempt on in turn, and the mean of that: none of the answers is the first by nature."""
+
+    def turned(one: Attempts, by: int) -> Attempts:
+        usd, gate, accepted = (np.roll(x, -by, axis=1) for x in (one.usd, one.gate, one.accepted))
+        ttft_s, e2e_s = (None if x is None else np.roll(x, -by, axis=1) for x in (one.ttft_s, one.e2e_s))
+        return replace(one, usd=usd, gate=gate, accepted=accepted, ttft_s=ttft_s, e2e_s=e2e_s)
+
+    each = [
+        serve(
+            turned(attempts, k), policy.tries,
+            turned(escalate_to, k) if policy.escalate and escalate_to is not None else None,
+        )
+        for k in range(attempts.usd.shape[1])
+    ]  # fmt: skip
+    means = ("calls", "usd", "escalated", "rejected", "undetected", "accepted", "gate_calls")
+    return ServedRequests(
+        **{name: np.mean([getattr(one, name) for one in each], axis=0) for name in means},
+        ttft_s=np.hstack([one.ttft_s for one in each if one.ttft_s is not None]),
+        e2e_s=np.hstack([one.e2e_s for one in each if one.e2e_s is not None]),
     )  # fmt: skip
 
 
@@ -123,7 +185,7 @@ class Bill:
 def by_record(served: ServedRequests, stated: Stated) -> Floats:
     """USD of each record: calls, gate, review, failures."""
     review, failures = _review(served, stated), _failures(served, stated)
-    usd: Floats = served.usd + (served.calls + served.escalated) * stated.gate_usd
+    usd: Floats = served.usd + _gate_calls(served) * stated.gate_usd
     return usd + (0.0 if review is None else review) + (0.0 if failures is None else failures)
 
 
@@ -136,11 +198,15 @@ def bill(served: ServedRequests, stated: Stated, session: Ints, weight: Floats) 
     total = by_record(served, stated)
     review, failures = _review(served, stated), _failures(served, stated)
     return Bill(
-        calls=average(served.usd), gate=average((served.calls + served.escalated) * stated.gate_usd),
+        calls=average(served.usd), gate=average(_gate_calls(served) * stated.gate_usd),
         review=None if review is None else average(review), failures=None if failures is None else average(failures),
         per_request=average(total), per_accepted=ratio([total], [served.accepted], session, weight),
         accepted=average(served.accepted), calls_per_request=average(served.calls),
     )  # fmt: skip
+
+
+def _gate_calls(served: ServedRequests) -> Floats:
+    return served.calls + served.escalated if served.gate_calls is None else served.gate_calls
 
 
 def _looked_at(served: ServedRequests, stated: Stated) -> Floats:
@@ -168,8 +234,10 @@ class BreakEven:
     """Price of a failure above which the current model wins; None where the candidate does not surely fail more."""
     minutes_per_failure: Bounded | None
     """Minutes of a person per failure more; the same, in time; needs a wage."""
+    review_usd_per_100: Bounded
+    """Of a person's time, per 100 answers, that the saving pays for. Negative: there is no saving."""
     minutes_per_100: Bounded | None
-    """Minutes of a person per 100 answers that the saving pays for; needs a wage. Negative: there is no saving."""
+    """The same in minutes; needs a wage."""
     requests_per_month: Bounded | None
     """Volume from which on the engineering is repaid; None where there is none or no sure saving."""
 
@@ -185,19 +253,19 @@ def break_even(
     more_failures: Floats = candidate.undetected - current.undetected
     wage = stated.wage_usd_per_hour
     no_failures, no_review = replace(stated, failure_usd=None), replace(stated, review_minutes=None)
-    rate = usd_at = minutes = per_100 = volume = None
+    rate = usd_at = minutes = volume = None
     if stated.failure_usd:
         rate = mean(current.undetected + saving(no_failures) / stated.failure_usd, session, weight)
     usd_at = quotient(saving(no_failures), more_failures, session, weight)
     if wage:
         minutes = None if usd_at is None else usd_at.times(60 / wage)
-        per_100 = mean(saving(no_review) * (100 * 60 / wage), session, weight)
+    per_100 = mean(saving(no_review) * 100, session, weight)
     kept = mean(saving(stated), session, weight)
     if stated.fixed_usd_per_month > 0 and kept.low > 0:
         volume = given(stated.fixed_usd_per_month).over(kept)
     return BreakEven(
-        failure_rate=rate, failure_usd=usd_at, minutes_per_failure=minutes, minutes_per_100=per_100,
-        requests_per_month=volume,
+        failure_rate=rate, failure_usd=usd_at, minutes_per_failure=minutes, review_usd_per_100=per_100,
+        minutes_per_100=per_100.times(60 / wage) if wage else None, requests_per_month=volume,
     )  # fmt: skip
 
 
@@ -220,9 +288,9 @@ class Rented:
             return given(0.0)
         return Bounded(whole(self.capacity.value), whole(self.capacity.high), whole(self.capacity.low))
 
-    def usd_per_request(self, requests_per_s: float) -> Bounded:
-        """Rent of the whole instances, over the requests; ``requests_per_s`` above 0."""
-        return self.instances(requests_per_s).times(self.usd_per_hour / 3600 / requests_per_s)
+    def usd_per_request(self, requests_per_s: float, calls: float = 1.0) -> Bounded:
+        """Rent of the whole instances for so many ``calls`` a request; ``requests_per_s`` above 0."""
+        return self.instances(requests_per_s * calls).times(self.usd_per_hour / 3600 / requests_per_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

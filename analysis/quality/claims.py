@@ -7,7 +7,7 @@ from typing import Literal
 
 from analysis.quality.estimate import Bounded
 
-Outcome = Literal["holds", "fails", "not decided", "not measured"]
+Outcome = Literal["holds", "fails", "not decided", "not measured", "not stated"]
 ROUNDING = 1e-9
 """Of a ratio: list prices of 10 and 1 USD are one tenth, whatever their sums are in binary."""
 
@@ -53,6 +53,20 @@ def times_cheaper(
     elif not_worse and cost.high <= 1 / at_least:
         outcome = "holds"
     return Claim(text=f"{at_least:g} to 10 times cheaper", outcome=outcome, results=results, cost=cost)
+
+
+def stays_cheaper(what: str, cost: Bounded | None, stated: bool) -> Claim:
+    """Whether it is cheaper with ``what`` the user stated in the bill, which ``cost`` then holds."""
+    outcome: Outcome = "not decided"
+    if not stated:
+        outcome = "not stated"
+    elif cost is None:
+        outcome = "not measured"
+    elif cost.high < 1:
+        outcome = "holds"
+    elif cost.low >= 1:
+        outcome = "fails"
+    return Claim(text=f"cheaper, {what} counted", outcome=outcome, results=None, cost=cost)
 
 
 def usual_claims(results: Bounded | None, cost: Bounded | None, not_worse: bool | None) -> tuple[Claim, ...]:

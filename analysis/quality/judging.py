@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from analysis.arrays import Floats, Ints
-from analysis.quality.distributions import NORMAL
+from analysis.quality.distributions import NORMAL, wilson
 from analysis.quality.estimate import Bounded, mean
 from analysis.quality.paired import ALPHA
 
@@ -46,6 +46,9 @@ class JudgeTrust:
     """What is known of a judge."""
 
     labels: int
+    right: int
+    wrong: int
+    """Labels of either kind."""
     kappa: Bounded | None
     """None: fewer than two sessions, or all labels alike."""
     sensitivity: float | None
@@ -88,9 +91,24 @@ def trust(
         faults.append("too often no verdict")
     right, wrong = judged[label == 1], judged[label == 0]
     return JudgeTrust(
-        labels=n, kappa=agreement, sensitivity=float(right.mean()) if len(right) else None,
+        labels=n, right=len(right), wrong=len(wrong), kappa=agreement,
+        sensitivity=float(right.mean()) if len(right) else None,
         specificity=1 - float(wrong.mean()) if len(wrong) else None, kinder=kinder, faults=tuple(faults),
     )  # fmt: skip
+
+
+def sharpness(trusted: JudgeTrust, alpha: float = ALPHA) -> float:
+    """How much of a difference between two models the judge sees at least: sensitivity + specificity - 1, 0 to 1.
+
+    By the lower ends (Wilson) of both. Errors that are alike for both models shrink their difference by it, so a margin
+    is to be taken times it; 0: the judge was not shown to tell right from wrong.
+    """
+    if trusted.sensitivity is None or trusted.specificity is None:
+        return 0.0
+    z = NORMAL.inv_cdf(1 - alpha)
+    right = wilson(trusted.sensitivity * trusted.right, trusted.right, z)[0]
+    wrong = wilson(trusted.specificity * trusted.wrong, trusted.wrong, z)[0]
+    return max(0.0, right + wrong - 1)
 
 
 def kappa(one: Floats, other: Floats, session: Ints, alpha: float = ALPHA) -> Bounded | None:

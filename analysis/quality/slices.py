@@ -22,6 +22,8 @@ DEPTHS = ((1, 1), (2, 3), (4, 7), (8, None))
 QUARTERS = ("shortest quarter", "second quarter", "third quarter", "longest quarter")
 LAST = 0.8
 """From this share of the records on, in order of time, is the last fifth."""
+UNSEEN = ("last fifth", "least like the rest")
+"""Slices of what a model may not have seen; always there."""
 RARE = 0.05
 """A tag's value with less of the weight than this is rare."""
 
@@ -41,6 +43,8 @@ class RecordFacts:
     """Its beginning occurs in another record."""
     session: Ints
     weight: Floats
+    gated: Bools | None = None
+    """It has a gate; None: not known."""
 
 
 def slices(facts: RecordFacts, unmeasurable: frozenset[str] = frozenset()) -> dict[str, Slice]:
@@ -65,8 +69,8 @@ def slices(facts: RecordFacts, unmeasurable: frozenset[str] = frozenset()) -> di
     for first, last in DEPTHS:
         name = f"turn {first}" if last == first else f"turns {first} to {last}" if last else f"turns from {first}"
         found[name] = (facts.turn >= first) & (facts.turn <= (last or np.inf)), True
-    found["last fifth"] = np.arange(n) >= LAST * n, False
-    found["least like the rest"] = _unlike(facts, total), False
+    found[UNSEEN[0]] = np.arange(n) >= LAST * n, False
+    found[UNSEEN[1]] = _unlike(facts, total), False
 
     def enough(mask: Bools, always: bool) -> bool:
         many = len(np.unique(facts.session[mask])) >= FEWEST_SESSIONS

@@ -76,6 +76,8 @@ class CandidateModel:
     problem: str | None = None
     """Why its figures prove nothing: its server died, a judge that fell for an injection. INVALID then."""
     cascade: Cascade | None = None
+    sharpness: float = 1.0
+    """Of its grades, above 0: a judge that errs sees only so much of a difference, so the margin is taken times it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,9 +136,10 @@ def decide(
         raise ValueError(f"margin {margin}: a share between 0 and 1, such as 0.02 for 2 points")
     pairs = [None if c.grades is None else paired(records.current, c.grades, records.session, records.weight)
              for c in candidates]  # fmt: skip
-    adjusted = holm([1.0 if pair is None else pair.p_worse_by(margin) for pair in pairs])
+    adjusted = holm([1.0 if pair is None else pair.p_worse_by(margin * c.sharpness)
+                     for c, pair in zip(candidates, pairs, strict=True)])  # fmt: skip
     return [
-        _decide(records, c, pair, p, margin, alpha, len(candidates))
+        _decide(records, c, pair, p, margin * c.sharpness, alpha, len(candidates))
         for c, pair, p in zip(candidates, pairs, adjusted, strict=True)
     ]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from analysis.audit import AuditReport, CandidateAnswer, ModelRow
+from analysis.audit.report import AuditReport, CandidateAnswer, ModelRow
 from analysis.quality.claims import Claim
 from analysis.quality.estimate import Bounded
 from analysis.quality.paired import FEWEST_SESSIONS
+from analysis.quality.slices import UNSEEN
+from analysis.quality.verdict import SliceVerdict
 from analysis.report.document import Cell, Section, Table
 from analysis.report.figures import figure
 from harness.slo import seconds
@@ -21,7 +23,7 @@ def audit_sections(report: AuditReport) -> list[Section]:
     sections = [Section(title="Audit", lines=(*(answer.sentence for answer in report.answers), asked))]
     sections += [_quality(report), _money(report)]
     for answer in report.answers:
-        sections += [_slices(answer), _ratios(answer)]
+        sections += [_slices(answer), _ratios(answer), *_cascade(answer)]
     return [*sections, _trust(report)]
 
 
@@ -68,6 +70,11 @@ def _money(report: AuditReport) -> Section:
         for row in report.models
     ]  # fmt: skip
     notes = [
+        *(
+            f"{row.name}: {row.calls:.3g} calls per request, {row.escalated:.1%} end with today's model."
+            for row in report.models
+            if row.calls is not None and row.escalated is not None and (row.calls != 1 or row.escalated)
+        ),
         f"Whole instances at {figure(report.requests_per_s)} requests/s, with each model's own answer lengths; "
         "review and failures as far as they were stated. When full: of an instance at its capacity, at any volume.",
         *(f"{row.name}: {row.load}" for row in report.models if row.load),
@@ -81,20 +88,45 @@ def _met(row: ModelRow) -> str:
 
 def _slices(answer: CandidateAnswer) -> Section:
     heads = ("Slice", "Share", "Records", "Difference", "State", "Records missing")
-    rows = []
-    for part in answer.verdict.slices:
-        low, high = part.paired.interval()
-        found = Bounded(part.paired.difference, min(low, part.paired.difference), max(high, part.paired.difference))
-        rows.append((
-            part.name, f"{part.share:.0%}", f"{part.paired.n:,}", _points(found, sign=True),
+    rows = [
+        (
+            part.name, f"{part.share:.0%}", f"{part.paired.n:,}", _points(_around(part), sign=True),
             Cell(part.state, mark={"worse": "bad", "not worse": "good"}.get(part.state, "quiet")),
             "-" if part.missing is None else f"{part.missing:,}",
-        ))  # fmt: skip
+        )
+        for part in answer.verdict.slices
+    ]  # fmt: skip
     note = "Intervals are not adjusted, states are (Holm over the slices of a candidate)."
     return Section(
         title=f"Slices of {answer.verdict.candidate}", table=Table(heads, rows, right=(1, 2, 3, 5)) if rows else None,
         notes=(note,) if rows else ("None is large enough.",),
     )  # fmt: skip
+
+
+def _cascade(answer: CandidateAnswer) -> list[Section]:
+    """The candidate first, today's model where the candidate seems unsure."""
+    found = answer.cascade
+    if found is None:
+        return []
+    heads = ("Half", "Threshold", "Kept", "Difference where tuned", "Difference on the other half")
+    rows = [
+        (name, figure(half.threshold), f"{half.kept:.0%}", f"{100 * half.tuned.difference:+.1f}",
+         f"{100 * half.held_out.difference:+.1f}")
+        for name, half in zip(("first", "second"), found.halves, strict=True)
+    ]  # fmt: skip
+    low, high = found.held_out.interval()
+    slo = {None: "not judged", True: "met", False: "missed"}[found.slo_met]
+    return [Section(
+        title=f"Cascade: {answer.verdict.candidate} first, today's model where it is unsure",
+        table=Table(heads, rows, right=range(1, len(heads))),
+        notes=(
+            f"Each half is judged by the threshold of the other: {100 * found.held_out.difference:+.1f} points "
+            f"[{100 * low:+.1f}, {100 * high:+.1f}] in all. At {figure(found.threshold)} it keeps {found.kept:.0%} and "
+            f"costs {_times(found.bill)}; SLO {slo} (an answer is shown once it is whole).",
+            f"Accepted at random as often {found.random:.1%}, by an oracle {found.oracle:.1%}; both models are wrong "
+            f"on {found.both_wrong:.1%}.",
+        ),
+    )]  # fmt: skip
 
 
 def _ratios(answer: CandidateAnswer) -> Section:
@@ -105,15 +137,33 @@ def _ratios(answer: CandidateAnswer) -> Section:
     ]
     if answer.depth_slope is not None:
         facts.append(("points per turn of a conversation", _points(answer.depth_slope, sign=True)))
+    if answer.judged is not None:
+        facts.append(("accepted, corrected by the judge's errors", _points(answer.judged)))
+    facts += [
+        (f"points, {part.name} (not seen before)", _points(_around(part), sign=True))
+        for part in answer.verdict.slices
+        if part.name in UNSEEN
+    ]
     even = answer.break_even
-    if even is not None and even.failure_usd is not None:
-        facts.append(("false above USD per wrong answer", _figure(even.failure_usd)))
-    if even is not None and even.minutes_per_100 is not None:
-        facts.append(("false above review minutes per 100 answers", _figure(even.minutes_per_100)))
+    if even is not None:
+        given: list[tuple[str, Bounded | None]] = [
+            ("false above USD per wrong answer that goes out", even.failure_usd),
+            ("false above wrong answers that go out, share", even.failure_rate),
+            ("false above USD of review per 100 answers", even.review_usd_per_100),
+            ("false above review minutes per 100 answers", even.minutes_per_100),
+            ("false above review minutes per wrong answer more", even.minutes_per_failure),
+            ("false below requests per month", even.requests_per_month),
+        ]
+        facts += [(name, _figure(value)) for name, value in given if value is not None]
     return Section(
         title=f"{answer.verdict.candidate} over today's model", facts=(("Ratios", facts),),
         notes=[_claim(claim) for claim in answer.claims],
     )  # fmt: skip
+
+
+def _around(part: SliceVerdict) -> Bounded:
+    low, high = part.paired.interval()
+    return Bounded(part.paired.difference, min(low, part.paired.difference), max(high, part.paired.difference))
 
 
 def _claim(claim: Claim) -> str:
@@ -133,6 +183,13 @@ def _trust(report: AuditReport) -> Section:
         f"{answer.verdict.candidate}: differs no more than another run of today's model."
         for answer in report.answers
         if answer.like_another_run
+    ]
+    lines += [
+        f"{answer.verdict.candidate}: judge on {answer.judge.labels} labels: kappa {_figure(answer.judge.kappa)}, "
+        f"kinder to it by {_points(answer.judge.kinder, sign=True)} points"
+        + (f"; not believed: {', '.join(answer.judge.faults)}." if answer.judge.faults else ".")
+        for answer in report.answers
+        if answer.judge is not None
     ]
     notes = [
         f"Checks, fixed before anybody was asked: SHA-256 {report.checks_sha256}.",

@@ -18,7 +18,7 @@ import msgspec
 
 from cluster.process.process import GRACE_S, NO_SECRETS, Process, describe_exit
 from harness.errors import UsageError, WorkerError
-from harness.record.answers import KEY_BYTES, KEY_VARIABLE
+from harness.record.answers import KEY_BYTES, KEY_VARIABLE, PROCESS_KEY
 from harness.record.manifest import RunDir, Worker
 from harness.record.run_spec import RunSpec, WorkerSpec
 from harness.server.access import from_environment
@@ -189,7 +189,7 @@ class LoadWorkers:
         self._spec, self._run, self._api_key = spec, run, api_key
         self._launch: Launch = launch or start_here
         self._worker, self._ready_s, self._silence_s = worker, ready_s, silence_s
-        self._capture_key = secrets.token_hex(KEY_BYTES)
+        self._capture_key = PROCESS_KEY.hex() if spec.capture == "sealed" else secrets.token_hex(KEY_BYTES)
         self._states: list[_State] = []
         self._deadline: float | None = None
         self._why_late = ""
@@ -369,7 +369,8 @@ def worker_spec(spec: RunSpec, run: RunDir, index: int) -> WorkerSpec:
     asked["concurrency"] = share(spec.concurrency, spec.workers, index)
     return WorkerSpec(
         **asked, worker=index, plan=str(run.plan.resolve()), results=str(run.results(index).resolve()),
-        observations=str(run.observations(index).resolve()), answers=str(run.answers(index).resolve()),
+        observations=str(run.observations(index).resolve()),
+        answers=None if spec.capture == "sealed" else str(run.answers(index).resolve()),  # they lie open for a moment
         captured=None if spec.capture == "off" else str(run.captured(index).resolve()),
     )  # fmt: skip
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import click
 
 from harness.errors import UsageError
-from harness.option_types import COUNT, POSITIVE, SHARE_OR_NONE, Parsed, opt
+from harness.option_types import COUNT, FILE, POSITIVE, SHARE_OR_NONE, Parsed, opt
 
 if TYPE_CHECKING:
     from harness.sweep.spec import Pair
@@ -78,6 +79,29 @@ class AuditOptions:
     list_prices: Sequence[str] = opt(
         "List price of a MODEL@URL, USD per 1M tokens, as of today; repeat.", (), metavar="MODEL=IN:OUT[:CACHED]",
     )  # fmt: skip
+    repeats: int = opt("Times that each model answers every graded record; its grade is the mean.", 1, kind=COUNT)
+    tries: int = opt(
+        "Calls until the record's 'gate' passes, at most: as observed over --repeats of as many.", 1, kind=COUNT
+    )
+    escalate: bool = opt(
+        "Where a candidate's answers never pass the gate, ask the current model: both calls and both fleets are paid.",
+        False,
+    )  # fmt: skip
+    cascade: bool = opt(
+        "Ask candidates for log-probabilities: is the candidate first, and the current model where it seems unsure, "
+        "good and cheaper?", False,
+    )  # fmt: skip
+    judge: str | None = opt(
+        "OpenAI-compatible endpoint of the judge of checks that ask one; its key is in HARNESS_JUDGE_API_KEY.",
+        metavar="URL",
+    )  # fmt: skip
+    judge_model: str | None = opt("The judge's name there.", metavar="NAME")
+    judge_time_s: float = opt("The judge's time in all, for one sitting; then it counts as silent.", 3600.0)
+    labelled: Path | None = opt(
+        "What a person says of answers of the current model and each candidate, 50 of them at least: JSON Lines with "
+        "line (of TRACE), answer, accepted and model. Without them no judge is believed.", kind=FILE,
+    )  # fmt: skip
+    gate_usd: float | None = opt("What one call of your gate costs you, USD.", kind=POSITIVE)
     wage: float | None = opt("Of a person who reviews answers, USD per hour.", kind=POSITIVE)
     review_minutes: float | None = opt("Of a person, per answer that the gate rejects.", kind=POSITIVE)
     review_share: float = opt("Of the answers that the gate lets through, those reviewed too.", 0.0, kind=SHARE_OR_NONE)
@@ -85,6 +109,17 @@ class AuditOptions:
     engineering_hours: float | None = opt("Of the change, once; with --wage.", kind=POSITIVE)
     months: float = opt("Over which they are written off.", 12.0, kind=POSITIVE)
     fail_if: str | None = opt("Exit 4 unless a candidate may be switched to.", kind=click.Choice(["not-switch"]))
+
+    def refuse(self) -> None:
+        """Raise `UsageError` for options that exclude each other."""
+        if self.tries > self.repeats:
+            raise UsageError(f"--tries {self.tries}: needs --repeats {self.tries}: what was not observed is not billed")
+        if self.cascade and (self.tries > 1 or self.escalate):
+            raise UsageError("--cascade: excludes --tries and --escalate: either the score or the gate decides")
+        if (self.judge is None) != (self.judge_model is None):
+            raise UsageError("--judge and --judge-model: say both")
+        if self.labelled is not None and self.judge is None:
+            raise UsageError("--labelled: is for a judge: say --judge and --judge-model")
 
     @property
     def models(self) -> list[Pair]:

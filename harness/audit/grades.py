@@ -13,6 +13,7 @@ input_tokens   int32    as the server counted, as all tokens; null when it did n
 cached_tokens  int32
 output_tokens  int32
 finish_reason  string   as the server said
+mean_logprob   double   of the answer's tokens; null where the server gave none
 ttft_s         double   from when the request was sent; null without a stream
 e2e_s          double   null for a request that failed
 =============  =======  ===============================================================================================
@@ -20,8 +21,10 @@ e2e_s          double   null for a request that failed
 
 from __future__ import annotations
 
+import hmac
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -29,7 +32,7 @@ import pyarrow as pa
 from harness.audit.records import AuditedRecord
 from harness.checks.grade import Grader
 from harness.errors import ResultsError
-from harness.record.answers import CAPTURED_SCHEMA, read_captured
+from harness.record.answers import CAPTURED_SCHEMA, PROCESS_KEY, read_captured, unseal
 from harness.record.manifest import RunDir
 from harness.record.results import iter_results
 from harness.untrusted import open_arrow
@@ -47,10 +50,11 @@ SCHEMA = pa.schema(
         pa.field("cached_tokens", pa.int32()),
         pa.field("output_tokens", pa.int32()),
         pa.field("finish_reason", pa.string()),
+        pa.field("mean_logprob", pa.float64()),
         pa.field("ttft_s", pa.float64()),
         pa.field("e2e_s", pa.float64()),
     ],
-    metadata={"harness.grades": "1"},
+    metadata={"harness.grades": "2"},
 )
 GONE = ("connect", "cut", "server", "stall", "timeout", "stopped", "unsent")
 """Errors of a request whose server may be no more."""
@@ -61,22 +65,40 @@ NOT_ASKED = ("unsent", "stopped", "cancelled", "no_history", "overloaded", "auth
 (429, 503) or with our key. They could not be graded."""
 
 
-def grade_run(run: RunDir, asked: Sequence[AuditedRecord], grader: Grader, *, keep_text: bool) -> None:
+def grade_run(
+    run: RunDir, asked: Sequence[AuditedRecord], grader: Grader, *, keep_text: bool, at_once: int = 1
+) -> None:
     """Grade the captured answers of a run and delete their text, unless it is to be kept.
 
-    Request k of the run asked ``asked[k]``. Grades that are there already stay. Raises `ResultsError`.
+    Request k of the run asked ``asked[k]``. Grades that are there already stay. Text that is not to be kept is sealed:
+    raises `ResultsError` for that of another process. ``at_once``: answers that are graded beside each other.
     """
-    captured = sorted(run.path.glob("answers-*.arrows"))
     if not (run.path / FILE).exists():
-        texts: dict[int, str | None] = {}
-        for file in captured:
-            table = read_captured(file)
-            texts.update(zip(table.column("request_id").to_pylist(), table.column("text").to_pylist(), strict=True))
-        rows = [_graded(row, asked, texts, grader) for file in run.all_results() for row in _rows(file)]
-        _write(run.path / FILE, pa.Table.from_pylist(rows, SCHEMA).sort_by("record"))
+        _write(run.path / FILE, grades_of(run, asked, grader, sealed=not keep_text, at_once=at_once))
     if not keep_text:
-        for file in captured:
+        for file in _captured(run):
             _forget(file)
+
+
+def grades_of(
+    run: RunDir, asked: Sequence[AuditedRecord], grader: Grader, *, sealed: bool, at_once: int = 1
+) -> pa.Table:
+    """The grades of a run's captured answers, in order of records. Raises `ResultsError`."""
+    texts: dict[int, str | None] = {}
+    scores: dict[int, float | None] = {}
+    for file in _captured(run):
+        table = read_captured(file)
+        ids = table.column("request_id").to_pylist()
+        texts.update(zip(ids, _opened(table, sealed=sealed), strict=True))
+        scores.update(zip(ids, table.column("mean_logprob").to_pylist(), strict=True))
+    results = [row for file in run.all_results() for row in _rows(file)]
+    with ThreadPoolExecutor(at_once) as pool:
+        rows = list(pool.map(lambda row: _graded(row, asked, texts, scores, grader), results))
+    return pa.Table.from_pylist(rows, SCHEMA).sort_by("record")
+
+
+def _captured(run: RunDir) -> list[Path]:
+    return sorted(run.path.glob("answers-*.arrows"))
 
 
 def read_grades(folder: Path) -> pa.Table:
@@ -112,7 +134,11 @@ def _rows(file: Path) -> list[dict[str, object]]:
 
 
 def _graded(
-    row: Mapping[str, object], asked: Sequence[AuditedRecord], texts: Mapping[int, str | None], grader: Grader
+    row: Mapping[str, object],
+    asked: Sequence[AuditedRecord],
+    texts: Mapping[int, str | None],
+    scores: Mapping[int, float | None],
+    grader: Grader,
 ) -> dict[str, object]:
     request = int(str(row["request_id"]))
     record = asked[request]
@@ -133,10 +159,27 @@ def _graded(
         "record": record.row, "line": record.source.line, "check_sha256": record.sha256, "accepted": accepted,
         "reason": reason, "gate": gate,
         **{name: row[name] for name in ("input_tokens", "cached_tokens", "output_tokens", "finish_reason")},
+        "mean_logprob": scores.get(request),
         "ttft_s": gaps[0] / 1e9 if isinstance(gaps, list) and gaps else None,
         "e2e_s": (finished - sent) / 1e9
         if error is None and isinstance(finished, int) and isinstance(sent, int) else None,
     }  # fmt: skip
+
+
+def _opened(table: pa.Table, *, sealed: bool) -> list[str | None]:
+    texts: list[str | None] = table.column("text").to_pylist()
+    if not sealed:
+        return texts
+    found: list[str | None] = []
+    for text, said in zip(texts, table.column("hmac").to_pylist(), strict=True):
+        try:
+            one = None if text is None else unseal(text, PROCESS_KEY)
+        except ValueError:
+            one = ""
+        if one is not None and hmac.digest(PROCESS_KEY, one.encode("utf-8", "replace"), "sha256") != said:
+            raise ResultsError("its answers are sealed with the key of a process that is gone, so must be asked again")
+        found.append(one)
+    return found
 
 
 def _forget(file: Path) -> None:

@@ -23,7 +23,7 @@ from harness.cli.verb import (
     takes,
 )
 from harness.errors import EXIT_INVALID, EXIT_NOT_DECIDED, EXIT_VALID, UsageError
-from harness.option_types import options_of
+from harness.option_types import EXISTING, FILE, options_of
 from harness.options import (
     AttainOption,
     LoadOptions,
@@ -152,6 +152,32 @@ def lint(trace: Files, default: str | None, run_code: bool, format_: str, asked:
         say("no record has a check: give the records 'check' or 'expected' with --check")
         return EXIT_NOT_DECIDED
     return EXIT_VALID if found.sound else EXIT_INVALID
+
+
+@audit.command(
+    short_help="Hold the kept answers of an audit against other checks.",
+    epilog="""\b
+Examples:
+  harness audit grade audits/20261201-090000-audit-trace --check new.toml
+\b
+A new.toml, where the first check whose tags a record has is that record's; others keep their own:
+  [[check]]
+  when = { task = "sums" }
+  type = "number"
+  abs = 0.5
+Exit status: 0 graded, 2 the audit kept no text.
+""",
+)
+@click.argument("folder", metavar="RUN", type=EXISTING)
+@click.option("--check", "checks", metavar="FILE", type=FILE, required=True, help="TOML with [[check]] tables.")
+@JSON_OPTION
+def grade(folder: Path, checks: Path, format_: str) -> int:
+    """Hold the answers that the audit in RUN kept (--keep-text) against other checks. What is chosen after the results
+    decides nothing: it says what the checks change, beside what was found before. Judges and code are not gradable.
+    """
+    from harness.cli.runner.audit_grade import regraded
+
+    return regraded(folder, checks, format_)
 
 
 def _graded(source: Trace) -> Iterator[LintRecord]:

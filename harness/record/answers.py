@@ -12,22 +12,29 @@ single answers prove nothing, and a pooled sample does.
 **Captured** answers are off by default, and stand by request id beside the result rows. ``answers-<worker>.arrows``
 (Arrow IPC stream, readable by its owner alone, never sent to a store) has these columns:
 
-===========  ===========  =============================================================================================
-column       type         meaning
-===========  ===========  =============================================================================================
-request_id   int64        as in the result rows; answers that failed are left out
-hmac         binary(32)   HMAC-SHA256 of the answer's text (UTF-8, without reasoning). The key is random, made for the
-                          run and never written: equal answers of one run are equal here, and nothing can be looked up
-text         string       the text itself, with ``--keep-text`` alone; otherwise null
-===========  ===========  =============================================================================================
+============  ===========  ============================================================================================
+column        type         meaning
+============  ===========  ============================================================================================
+request_id    int64        as in the result rows; answers that failed are left out
+hmac          binary(32)   HMAC-SHA256 of the answer's text (UTF-8, without reasoning). The key is random and never
+                           written: equal answers of one run are equal here, and nothing can be looked up
+text          string       the text itself, with ``--keep-text`` alone; encrypted where it is sealed; otherwise null
+mean_logprob  double       of the answer's tokens, where the server gave their log-probabilities; otherwise null
+min_logprob   double       the least of them
+============  ===========  ============================================================================================
+
+**Sealed** text can be read by the process that asked, until it ends: the key is that process's own (`PROCESS_KEY`), so
+what a crash leaves on disk says nothing.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import os
 import re
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,7 +207,7 @@ def take_said(files: Iterable[Path]) -> list[Said]:
     return found
 
 
-CAPTURED_SCHEMA_VERSION = "1"
+CAPTURED_SCHEMA_VERSION = "2"
 KEY_VARIABLE = "HARNESS_CAPTURE_KEY"
 """Environment variable by which all load workers of a run get the same key, in hexadecimal digits."""
 KEY_BYTES = 32
@@ -209,23 +216,47 @@ CAPTURED_SCHEMA = pa.schema(
         pa.field("request_id", pa.int64(), nullable=False),
         pa.field("hmac", pa.binary(hashlib.sha256().digest_size), nullable=False),
         pa.field("text", pa.string()),
+        pa.field("mean_logprob", pa.float64()),
+        pa.field("min_logprob", pa.float64()),
     ],
     metadata={"harness.answers": CAPTURED_SCHEMA_VERSION},
 )
+PROCESS_KEY = secrets.token_bytes(KEY_BYTES)
+"""Of this process, never written: of its sealed texts, and of their HMACs."""
+_NONCE_BYTES = 16
+
+
+def seal(text: str, key: bytes) -> str:
+    """Encrypted by a key stream of SHAKE-256 over the key and a nonce, in Base64."""
+    nonce = secrets.token_bytes(_NONCE_BYTES)
+    return base64.b64encode(nonce + _xor(text.encode("utf-8", "replace"), key + nonce)).decode()
+
+
+def unseal(sealed: str, key: bytes) -> str:
+    """What was sealed with this key; with another, garbage. Raises `ValueError` for what was not sealed."""
+    data = base64.b64decode(sealed, validate=True)
+    return _xor(data[_NONCE_BYTES:], key + data[:_NONCE_BYTES]).decode("utf-8", "replace")
+
+
+def _xor(data: bytes, key: bytes) -> bytes:
+    stream = hashlib.shake_256(b"harness.answers" + key).digest(len(data))
+    return (int.from_bytes(data) ^ int.from_bytes(stream)).to_bytes(len(data))
 
 
 class CapturedWriter:
     """Writes captured answers as one Arrow batch per `flush`. Raises `OSError` when the file cannot be made."""
 
-    def __init__(self, path: Path, key: bytes, *, keep_text: bool) -> None:
-        self._key, self._keep_text = key, keep_text
-        self._rows: list[tuple[int, bytes, str | None]] = []
+    def __init__(self, path: Path, key: bytes, *, keep_text: bool, sealed: bool = False) -> None:
+        self._key, self._keep_text, self._sealed = key, keep_text, sealed
+        self._rows: list[tuple[int, bytes, str | None, float | None, float | None]] = []
         self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb")
         self._writer = pa.ipc.new_stream(self._file, CAPTURED_SCHEMA)
 
-    def append(self, request_id: int, text: str) -> None:
+    def append(self, request_id: int, text: str, logprobs: Sequence[float] = ()) -> None:
         digest = hmac.digest(self._key, text.encode("utf-8", "replace"), "sha256")
-        self._rows.append((request_id, digest, text if self._keep_text else None))
+        kept = text if self._keep_text else seal(text, self._key) if self._sealed else None
+        mean, least = (sum(logprobs) / len(logprobs), min(logprobs)) if logprobs else (None, None)
+        self._rows.append((request_id, digest, kept, mean, least))
 
     def flush(self) -> None:
         """Write what was appended; from any thread, one at a time."""
@@ -251,4 +282,4 @@ def read_captured(path: Path) -> pa.Table:
 
     Raises `ResultsError` when it is missing or not a file of captured answers.
     """
-    return read_stream(path, CAPTURED_SCHEMA, "captured answer")
+    return read_stream(path, CAPTURED_SCHEMA, "captured answer", {"1": ["mean_logprob", "min_logprob"]})

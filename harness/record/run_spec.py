@@ -13,7 +13,7 @@ Loop = Literal["open", "closed"]
 Endpoint = Literal["completions", "chat"]
 Balance = Literal["least", "round-robin", "session"]
 """Which base URL a request goes to: least in flight (as its worker sees it), in turn, or all of a slice to one."""
-Capture = Literal["off", "hmac", "text"]
+Capture = Literal["off", "hmac", "text", "sealed"]
 """What is kept of each answer (`harness.record.answers`): nothing, an HMAC of its text, or also the text."""
 OutputLengths = Literal["forced", "cap", "free"]
 """forced: exactly as many tokens (``ignore_eos``); cap: at most so many; free: nothing is said of them."""
@@ -71,6 +71,8 @@ class RunSpec:
     failure is retried, because the server may already have worked on the request. Off by default: latency counts from
     the first try, so it includes the pauses. (Not counted here: a request that met a kept connection just as the server
     closed it is always sent once more.)"""
+    busy_retries: int = 0
+    """The same for 429 and 503 alone, where these may be tried more often: a rate limit is obeyed, not measured."""
     capture: Capture = "off"
     ramp_s: float | None = None
     """Closed loop: slots join evenly over this time; null: all at once."""

@@ -58,8 +58,9 @@ def raise_fd_limit() -> int:
 class Client:
     """Sends requests to its servers and hands a row for each to ``record``; what it is asked is in ``spec``.
 
-    ``retries`` are made when there was no connection or the answer was 429 or 503, after a growing pause and not before
-    the server's Retry-After. In addition, a request that met a kept connection as it was closed is sent once more.
+    ``retries`` are made when there was no connection or the answer was 429 or 503 (then ``busy_retries``), after a
+    growing pause and not before the server's Retry-After.
+    In addition, a request that met a kept connection as it was closed is sent once more.
     Without ``stream`` an answer is silent until it is complete, so ``stall_s`` does not apply and chunks have no times.
     ``sampler`` keeps the text of some answers; ``capture`` gets that of every one.
 
@@ -90,7 +91,7 @@ class Client:
                      stream=spec.stream)
             for i, url in enumerate(spec.base_urls)
         ]  # fmt: skip
-        self.retries = spec.retries
+        self.retries, self._unheard_retries = max(spec.retries, spec.busy_retries), spec.retries
         self._stream = spec.stream
         self._secrets = tuple(filter(None, (api_key, *(secret_headers or {}).values())))
         self._sampler = sampler
@@ -195,8 +196,11 @@ class Client:
         """Whether this attempt, which has ended, is followed by another, now scheduled."""
         result, tries = request.result, request.result.retries - request.resent
         # The status is known by now: only what follows the first bytes is parsed later.
-        refused = request.error[0] == "connect" if request.error else request.response.head.status in (429, 503)
-        if not refused or tries >= self.retries:
+        if request.error is None:
+            most = self.retries if request.response.head.status in (429, 503) else 0
+        else:
+            most = self._unheard_retries if request.error[0] == "connect" else 0
+        if tries >= most:
             return False
         asked_s = retry_after_s(request.response.head.retry_after) or 0.0
         if monotonic_ns() + asked_s * 1e9 > request.sent_ns + self._timeout_ns:

@@ -21,6 +21,7 @@ from scenarios.client.events import (
     decode_events,
     fields,
     largest,
+    logprobs_of,
     message_in,
     message_of,
 )
@@ -41,12 +42,13 @@ class Answer:
     Reasoning is kept apart: clients do not send it back.
     """
 
-    __slots__ = ("blanks", "other", "parts", "reasoning", "token_ids")
+    __slots__ = ("blanks", "logprobs", "other", "parts", "reasoning", "token_ids")
 
     def __init__(self) -> None:
         self.parts: list[str] = []
         self.reasoning: list[str] = []
         self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
         self.blanks = 0
         """Events that may be a token without text."""
         self.other = False
@@ -72,6 +74,8 @@ class Answer:
             self.other |= bool(delta.tool_calls or delta.function_call or delta.refusal)
         if isinstance(choice.token_ids, list):
             self.token_ids += [i for i in choice.token_ids if isinstance(i, int)]
+        if choice.logprobs:
+            self.logprobs += logprobs_of(choice.logprobs)
 
 
 class Completion:

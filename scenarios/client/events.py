@@ -8,6 +8,7 @@ Sources: WHATWG HTML section 9.2 (server-sent events), the OpenAI API reference,
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, TypeVar, get_args
 
 import msgspec
@@ -72,10 +73,22 @@ class Choice(msgspec.Struct, gc=False):
     message: Delta | None = None
     finish_reason: Any = None
     token_ids: Any = None
+    logprobs: Any = None
 
     def index_at(self, place: int) -> int:
         """Which choice this is: its own index, or else its place among the choices of the event."""
         return self.index if type(self.index) is int else place
+
+
+def logprobs_of(said: Any) -> list[float]:
+    """Log-probabilities of the tokens of a choice, as chat (``content``) or completions (``token_logprobs``) say."""
+    if not isinstance(said, dict):
+        return []
+    tokens = said.get("content") or said.get("token_logprobs")
+    if not isinstance(tokens, list):
+        return []
+    found = (one.get("logprob") if isinstance(one, dict) else one for one in tokens)
+    return [float(one) for one in found if isinstance(one, int | float) and math.isfinite(one)]
 
 
 class Event(msgspec.Struct, gc=False):

@@ -67,7 +67,7 @@ def _plain_text(event: bytes) -> bytes | None:
     """The text of an event that is output and nothing else; None for any other."""
     probe = Completion(answer := Answer())
     probe.read_event(event, 0)
-    return answer.text.encode() if probe.is_plain else None
+    return answer.text.encode() if probe.is_plain and not answer.logprobs else None
 
 
 @dataclass(frozen=True, slots=True)

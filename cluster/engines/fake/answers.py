@@ -190,6 +190,7 @@ class AnswerStream:
         self.tokens = max(1, tokens // 2) if self.fault == "short" or self.truth.hosted else tokens
         planted = self.truth.planted.answer(body, self.tokens, load=load)
         self.pieces, ended = planted or ([], False)
+        self.logprob = self.truth.planted.logprob(body)
         self.tokens = len(self.pieces) or self.tokens
         self.finish = "stop" if ended else "length"
         self.prompt_tokens = count_prompt(body)
@@ -322,8 +323,14 @@ class AnswerStream:
 
     def event(self, choice: Mapping[str, object], finish: object) -> bytes:
         """One SSE event with one choice."""
-        choices = [{"index": 0, **choice, "finish_reason": finish}]
+        text = "text" in choice
+        scored = {} if self.logprob is None or not self.sent else {"logprobs": self.scores(text)}
+        choices = [{"index": 0, **choice, **scored, "finish_reason": finish}]
         return self.data({"id": "fake", "model": self.truth.model, "choices": choices})
+
+    def scores(self, text: bool) -> dict[str, object]:
+        """Log-probability of one token, as completions (``text``) or chat have it."""
+        return {"token_logprobs": [self.logprob]} if text else {"content": [{"token": "t", "logprob": self.logprob}]}
 
     def data(self, value: Mapping[str, object]) -> bytes:
         """One SSE event as an HTTP chunk."""

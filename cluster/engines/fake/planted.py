@@ -17,8 +17,9 @@ class Planted:
 
     def __init__(self, file: str | None, die_after: int | None) -> None:
         lines = Path(file).read_text().splitlines() if file else []
-        rows = (json.loads(line) for line in lines if line.strip())
+        rows = [json.loads(line) for line in lines if line.strip()]
         self._answers: dict[str, list[str]] = {row["prompt"]: row["answers"] for row in rows}
+        self._logprobs: dict[str, float] = {row["prompt"]: row["logprob"] for row in rows if "logprob" in row}
         self._asked: dict[str, int] = {}
         self._left = die_after
 
@@ -36,8 +37,7 @@ class Planted:
         The k-th time that a ``load`` sends a prompt it gets the k-th answer, then always the last. At most ``most``
         pieces; with ``ignore_eos`` exactly so many. ``messages`` are known by the content of the last.
         """
-        messages = body.get("messages")
-        prompt = messages[-1]["content"] if isinstance(messages, Sequence) and messages else body.get("prompt")
+        prompt = _prompt(body)
         if not isinstance(prompt, str) or (answers := self._answers.get(prompt)) is None:
             return None
         k = self._asked.get(prompt, 0)
@@ -47,3 +47,14 @@ class Planted:
         if body.get("ignore_eos"):
             return [*pieces, *[" t"] * most][:most], False
         return pieces[:most], len(pieces) <= most
+
+    def logprob(self, body: Mapping[str, object]) -> float | None:
+        """Of each token of the answer to a prompt, where that is planted and asked for (``logprobs``)."""
+        prompt = _prompt(body)
+        asked = body.get("logprobs") not in (None, False)
+        return self._logprobs.get(prompt) if asked and isinstance(prompt, str) else None
+
+
+def _prompt(body: Mapping[str, object]) -> object:
+    messages = body.get("messages")
+    return messages[-1]["content"] if isinstance(messages, Sequence) and messages else body.get("prompt")

@@ -24,7 +24,8 @@ It prints ``ready http://127.0.0.1:PORT/v1`` and serves ``/v1/completions``, ``/
 - ``--busy S`` answers 429 with ``Retry-After`` until S seconds after the first request for tokens.
 - ``--answers FILE`` of JSON lines ``{"prompt": TEXT, "answers": [TEXT, ...]}`` plants answers, a word a token: the k-th
   time that a load sends a prompt it gets the k-th answer, then always the last. ``max_tokens`` caps an answer,
-  ``ignore_eos`` fills it up.
+  ``ignore_eos`` fills it up. ``"logprob": -0.5`` beside them is that of each token, where a request asks for
+  ``logprobs``.
 - ``--die-after N`` ends the process, without a word, when request N + 1 of a load comes.
 - A request body may carry ``"fault"``: one of `cluster.engines.fake.answers.FAULTS`.
 

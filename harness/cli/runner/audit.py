@@ -17,7 +17,8 @@ import numpy as np
 
 from harness.audit.asked import AuditOptions
 from harness.audit.grades import FILE, death, grade_run, read_grades
-from harness.audit.records import AuditedRecord, order, write_load_trace, write_quality_trace
+from harness.audit.judge import AT_ONCE
+from harness.audit.records import AuditedRecord, cap, order, write_load_trace, write_quality_trace
 from harness.checks.grade import Grader
 from harness.cli import sweep
 from harness.cli.output import as_json, say
@@ -25,7 +26,7 @@ from harness.cli.runner.capacity import CapacityReport, CapacitySession
 from harness.cli.runner.steps import settle
 from harness.cli.runner.sweep import Session
 from harness.cli.runner.targets import Servers, Target
-from harness.errors import HarnessError, ServerError
+from harness.errors import HarnessError, ResultsError, ServerError
 from harness.options import PlanOptions, ReplayOptions, ReportOptions, SearchOptions
 from harness.record.manifest import PRIVATE, RunDir, RunManifest, Tier
 from harness.record.run_spec import DEFAULTS
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 BROKEN = frozenset({"status", "files", "rows", "success", "workers", "replicas", "server_restarts"})
 """Gates of a run without which its answers are not those of the model; the others are about times."""
+MOST_BUSY = 100
+"""Times that a question is asked again of a server that says 429 or 503: a rate limit is obeyed, within --timeout."""
 UNKNOWN_TOKENS = 16
 """Length of an answer where no model said one."""
 
@@ -100,7 +103,9 @@ class Salted(Session):
 
     def _options(self, point: Point) -> ReplayOptions:
         options = super()._options(point)
-        if options.load.length_field != DEFAULTS.length_field:
+        if self.state.pairs[point.pair].tier is not None:  # ours, whatever the field of an API beside it
+            options = replace(options, load=replace(options.load, length_field=DEFAULTS.length_field))
+        elif options.load.length_field != DEFAULTS.length_field:
             return options  # a hosted API, which refuses what it does not know
         salt = {"cache_salt": secrets.token_hex(16)}
         return replace(options, load=replace(options.load, extra_body={**salt, **options.load.extra_body}))
@@ -111,10 +116,11 @@ class QualitySession(Salted):
 
     def __init__(
         self, folder: Path, state: SweepState, options: ReplayOptions, orders: Sequence[Sequence[AuditedRecord]],
-        traces: Sequence[Trace], grader: Grader, *, keep_text: bool,
+        traces: Sequence[Trace], grader: Grader, want: AuditOptions,
     ) -> None:  # fmt: skip
         super().__init__(folder, state, options, traces[0], sweep.check(state.spec, options))
-        self._orders, self._traces, self._grader, self._keep_text = orders, traces, grader, keep_text
+        self._orders, self._traces, self._grader, self._want = orders, traces, grader, want
+        self._chat = any(record.source.messages is not None for record in orders[0])
         self.then: Callable[[int, Servers], None] | None = None
         """What else is asked of the servers that were started for a model, by its number, before they are ended."""
 
@@ -127,19 +133,41 @@ class QualitySession(Salted):
             if self.then and whole and not self.state.pairs[k].base_urls and not settle(servers):
                 self.then(k, servers)
 
+    def _options(self, point: Point) -> ReplayOptions:
+        options = super()._options(point)
+        if not (self._want.cascade and point.pair):
+            return options
+        chat = self._chat if options.plan.endpoint == "auto" else options.plan.endpoint == "chat"
+        more = {"logprobs": True if chat else 1}
+        return replace(options, load=replace(options.load, extra_body={**more, **options.load.extra_body}))
+
     def make_plans(self, target: Target, points: list[Point]) -> None:
         """Each point's plan from the trace in its own order."""
         for point in points:
             self.trace = self._traces[point.repeat - 1]
             super().make_plans(target, [point])
 
+    def judge(self, point: Point) -> str | None:
+        """As of a sweep; answers that only a process that is gone could read are asked again."""
+        try:
+            return super().judge(point)
+        except ResultsError as e:
+            return str(e)
+
     def learn(self, point: Point, run: Run, found: Summary) -> None:
         """Grade the answers and forget their text."""
-        grade_run(RunDir(run.path), self._orders[point.repeat - 1], self._grader, keep_text=self._keep_text)
+        grade_run(
+            RunDir(run.path), self._orders[point.repeat - 1], self._grader, keep_text=self.options.load.keep_text,
+            at_once=AT_ONCE if self._want.judge else 1,
+        )  # fmt: skip
 
 
 class LoadSession(Salted):
     """One model at one load level."""
+
+    def again(self, point: Point) -> str | None:
+        """A level that proved nothing is measured again."""
+        return f"it was INVALID ({point.reason})" if point.verdict == "INVALID" else None
 
 
 class CapacityOf(Salted, CapacitySession):
@@ -156,11 +184,12 @@ def quality(
     folder: Path, want: AuditOptions, asked: ReplayOptions, graded: Sequence[AuditedRecord], seed: int, grader: Grader,
     then: Callable[[int, Sequence[Sequence[QualityPass]], Servers], None],
 ) -> list[list[QualityPass]]:  # fmt: skip
-    """The quality pass of each model, the current one first with two of them. Raises what a sweep does.
+    """The quality passes of each model, ``repeats`` of them, and as many again of the current one, which is first.
 
-    ``then`` is called with a model's number, the passes so far and its servers, where these were started for it.
+    ``then`` is called with a model's number, the passes so far and its servers, where these were started for it. Raises
+    what a sweep does.
     """
-    passes = 2
+    passes = 2 * want.repeats
     orders = [order(graded, seed, again) for again in range(1, passes + 1)]
     traces = []
     for again, one in enumerate(orders, 1):
@@ -172,16 +201,15 @@ def quality(
         order="given", seed=seed, options={"lengths": "cap"},
     )  # fmt: skip
     state = sweep.new_state("quality", folder, spec)
-    state.points = [point for point in state.points if point.pair == 0 or point.repeat == 1]
+    state.points = [point for point in state.points if point.pair == 0 or point.repeat <= want.repeats]
     state = _begun(folder / "quality", state, traces[0])
     load = replace(
-        asked.load, output_lengths="cap", keep_text=True, slo=None, min_requests=1, concurrency=None,
+        asked.load, output_lengths="cap", sealed=True, slo=None, min_requests=1, concurrency=None,
+        busy_retries=MOST_BUSY,
     )  # fmt: skip
     plan = PlanOptions(endpoint=asked.plan.endpoint, tokenizer=asked.plan.tokenizer)
     options = ReplayOptions(plan=plan, load=load, report=ReportOptions())
-    session = QualitySession(
-        folder / "quality", state, options, orders, traces, grader, keep_text=asked.load.keep_text
-    )  # fmt: skip
+    session = QualitySession(folder / "quality", state, options, orders, traces, grader, want)
 
     def found() -> list[list[QualityPass]]:
         return [[_passed(session.folder, p) for p in state.points if p.pair == k] for k in range(len(state.pairs))]
@@ -211,27 +239,32 @@ def evidence_of(manifest: RunManifest) -> Evidence:
 
 def load(
     folder: Path, number: int, pair: Pair, asked: ReplayOptions, records: Sequence[AuditedRecord],
-    lengths: Mapping[int, int],
+    lengths: Mapping[int, int], want: AuditOptions,
     *, rate: float, search: SearchOptions | None, seed: int, servers: Servers | None,
 ) -> LoadPass:  # fmt: skip
-    """The load pass of one model with its own answer lengths, by row of the record, on ``servers`` that are up or on
-    its own.
+    """The load pass of one model with its own answer lengths, by row of the record (of a ``MODEL@URL`` as they come),
+    on ``servers`` that are up or on its own.
 
     ``search``: for capacity; None: one level at ``rate``. Records that were not graded take the lengths of others.
     """
     path = folder / "traces" / f"load-{number}.jsonl"
     known = [max(1, one) for one in lengths.values()] or [UNKNOWN_TOKENS]
     drawn = np.random.default_rng(seed).choice(known, len(records)).tolist()
-    write_load_trace(path, records, [max(1, lengths.get(r.row, d)) for r, d in zip(records, drawn, strict=True)])
+    forced = [max(1, lengths.get(r.row, d)) for r, d in zip(records, drawn, strict=True)]
+    caps = [cap(record, want.max_answer) for record in records]
+    write_load_trace(path, records, forced if pair.tier else caps)
     trace = open_asked(path, PlanOptions(trace_format="jsonl"))
     timed = records[0].source.arrival_s is not None
     plan = PlanOptions(
         endpoint=asked.plan.endpoint, tokenizer=asked.plan.tokenizer, arrivals=None if timed else "poisson", seed=seed
     )
-    body = {name: value for name, value in asked.load.extra_body.items() if name != "stop"}  # lengths are forced here
-    options = replace(
-        asked, plan=plan, load=replace(asked.load, keep_text=False, capture_answers=False, extra_body=body)
-    )
+    sent = replace(asked.load, keep_text=False, capture_answers=False)
+    if pair.tier:  # lengths are forced there
+        body = {name: value for name, value in asked.load.extra_body.items() if name != "stop"}
+        sent = replace(sent, extra_body=body)
+    else:
+        sent = replace(sent, output_lengths="cap")
+    options = replace(asked, plan=plan, load=sent)
     where = folder / f"load-{number}-{slug(pair.name)}"
     spec = SweepSpec(
         trace=str(path), loads=Loads(request_rate=[rate]) if search is None else Loads(concurrency=[1]), pair=[pair],

@@ -15,12 +15,15 @@ from harness.audit.asked import (
     AuditState,
     parse_price,
 )
-from harness.audit.records import AuditedRecord, cap, checks_sha256, read_records, sampled, shares_prefix, without_seen
+from harness.audit.judge import CURRENT, HttpJudge, JudgeTrial, Label, asks_judge, read_labels, try_judge
+from harness.audit.records import AuditedRecord, checks_sha256, read_records, sampled, shares_prefix, without_seen
 from harness.checks.grade import Grader
+from harness.checks.judge import AskedJudge
 from harness.checks.lint import LintGroup, LintRecord, lint
 from harness.checks.sandbox import LinuxSandbox, refusal
-from harness.cli.output import as_json, present, print_json, print_table, say
+from harness.cli.output import as_json, present, say
 from harness.cli.runner.audit import LoadPass, QualityPass, check_models, load, quality, tried
+from harness.cli.runner.audit_plan import dry_run
 from harness.cli.runner.targets import Servers
 from harness.cli.verb import NEWEST
 from harness.errors import (
@@ -33,21 +36,20 @@ from harness.errors import (
 )
 from harness.options import ReplayOptions, SearchOptions
 from harness.record.manifest import PRIVATE, create_run_dir, now_utc, read_json, write_json
-from harness.sweep.cost import BETWEEN_S, ITL_S, start_s, usd_per_hour
 from harness.sweep.spec import Pair
 from harness.sweep.state import lock
 from harness.trace.io import Trace, open_asked
 
 if TYPE_CHECKING:
-    from analysis.audit import AuditReport, MeasuredModel, TokenPrice
+    import pyarrow as pa
+
+    from analysis.audit.model import MeasuredModel, TokenPrice
+    from analysis.audit.report import AuditReport
     from analysis.quality.bill import Stated
+    from analysis.quality.judging import JudgeTrust
     from analysis.quality.slices import RecordFacts
 
 REPORT = "report.json"
-PROBES = 8
-"""Probes that a search for capacity is assumed to take."""
-CANDIDATE_PSI = (0.05, 0.1, 0.2)
-"""Shares of grades that may differ between two models, for which the power is told."""
 
 
 def audited(
@@ -55,6 +57,7 @@ def audited(
     search: SearchOptions,
 ) -> int:  # fmt: skip
     """All of ``harness audit``; the exit status."""
+    want.refuse()
     models, seed = want.models, asked.plan.seed or 0
     prices = _prices(want, models)
     if want.run_code and (why := refusal()) is not None:
@@ -74,18 +77,22 @@ def audited(
         say(f"{source.path}: quality not measured: no record has a check (or 'expected', with --check)")
         return EXIT_NOT_DECIDED
     check_models(want, asked)
+    if (want.tries > 1 or want.escalate) and not any(record.gate is not None for record in graded):
+        raise UsageError(f"{source.path}: no record has a 'gate', which decides --tries and --escalate")
+    labels = _labels(want)
     faults = _lint(graded, want)
     for group in faults:
         say(f"note: the checks are not sound: {group.name}: {', '.join(group.faults)} (harness audit lint says more)")
     if want.dry_run:
-        return _dry_run(graded, want, models, asked, search, rate)
+        return dry_run(graded, want, models, asked, search, rate)
     state = AuditState(
         created=now_utc(), trace=str(source.path), trace_sha256=source.sha256, checks_sha256=checks_sha256(records),
         models=[want.current, *want.candidates], margin=want.margin, slo=dict(asked.load.slo or {}),
         records=len(records), seed=seed, asked=_asked(asked, want, search, rate),
     )  # fmt: skip
     folder = _folder(out, trace, resume, state)
-    grader = Grader(sandbox=LinuxSandbox() if want.run_code else None)
+    judge = _judge(want)
+    grader = Grader(sandbox=LinuxSandbox() if want.run_code else None, judge=judge)
     with lock(folder):
         say(f"audit folder: {folder}")
         (folder / "traces").mkdir(mode=PRIVATE, exist_ok=True)
@@ -94,9 +101,10 @@ def audited(
 
             def load_now(k: int, passes: Sequence[Sequence[QualityPass]], servers: Servers | None) -> None:
                 loaded[k] = _load(
-                    folder, k, models, passes, asked, records, None if want.quick else search, rate, seed, servers
+                    folder, k, models, passes, asked, records, None if want.quick else search, rate, seed, servers, want
                 )
 
+            trial = None if judge is None else _trial(judge, graded, labels)
             passes = quality(folder, want, asked, graded, seed, grader, load_now)
             for k in range(len(models)):
                 if k not in loaded:
@@ -105,7 +113,7 @@ def audited(
         except (HarnessError, KeyboardInterrupt):
             say(f"go on with the same command and --resume {folder}")
             raise
-        report = _report(folder, state, want, graded, faults, passes, loads, prices, rate, origins)
+        report = _report(folder, state, want, graded, faults, passes, loads, prices, rate, origins, asked, trial)
         (folder / REPORT).write_bytes(as_json(report))
     from analysis.report.audit import audit_sections
 
@@ -133,7 +141,7 @@ def _origins(models: Sequence[Pair]) -> tuple[list[str], set[str]]:
 
 def _prices(want: AuditOptions, models: Sequence[Pair]) -> dict[str, TokenPrice]:
     """List prices by model: stated, else of the shipped map where it has the very name."""
-    from analysis.audit import TokenPrice
+    from analysis.audit.model import TokenPrice
     from analysis.pricing.list_prices import read_list_prices
 
     known = read_list_prices().prices
@@ -162,7 +170,8 @@ def _asked(asked: ReplayOptions, want: AuditOptions, search: SearchOptions, rate
     import msgspec
 
     money = ("wage", "review_minutes", "review_share", "failure_usd", "engineering_hours", "months", "list_prices")
-    own = {name: value for name, value in asdict(want).items() if name not in (*money, "fail_if", "dry_run")}
+    later = (*money, "gate_usd", "fail_if", "dry_run", "tries", "escalate", "judge_time_s")
+    own = {name: value for name, value in asdict(want).items() if name not in later}
     sent = {name: getattr(asked.load, name) for name in ("output_lengths", "length_field", "extra_body", "keep_text")}
     said = {**own, **sent, "rate": rate, "attain": asked.report.attain, "probe_s": search.probe_s}
     found: dict[str, object] = msgspec.json.decode(msgspec.json.encode(said, enc_hook=str))
@@ -190,6 +199,7 @@ def _folder(out: Path, trace: Path, resume: str | None, state: AuditState) -> Pa
 def _load(
     folder: Path, k: int, models: Sequence[Pair], passes: Sequence[Sequence[QualityPass]], asked: ReplayOptions,
     records: Sequence[AuditedRecord], search: SearchOptions | None, rate: float, seed: int, servers: Servers | None,
+    want: AuditOptions,
 ) -> LoadPass:  # fmt: skip
     """The load pass of model ``k``, on ``servers`` that are up; a search where it has a tier and one is asked for."""
     found = passes[k][0]
@@ -200,8 +210,8 @@ def _load(
     say(f"load: {models[k].name}")
     try:
         return load(
-            folder, k, models[k], asked, records, lengths, rate=rate, search=search if models[k].tier else None,
-            seed=seed, servers=servers,
+            folder, k, models[k], asked, records, lengths, want, rate=rate,
+            search=search if models[k].tier else None, seed=seed, servers=servers,
         )  # fmt: skip
     except UsageError:
         raise
@@ -213,8 +223,10 @@ def _report(
     folder: Path, state: AuditState, want: AuditOptions, graded: Sequence[AuditedRecord],
     faults: Sequence[LintGroup], passes: Sequence[Sequence[QualityPass]],
     loads: Sequence[LoadPass], prices: Mapping[str, TokenPrice], rate: float, origins: Sequence[str],
+    asked: ReplayOptions, trial: JudgeTrial | None,
 ) -> AuditReport:  # fmt: skip
-    from analysis.audit import audit_report
+    from analysis.audit.report import audit_report
+    from analysis.quality.bill import Policy
 
     blind = frozenset(group.name for group in faults if "a constant answer passes" in group.faults)
     notes = [f"The checks are not sound: {group.name}: {', '.join(group.faults)}." for group in faults]
@@ -228,14 +240,21 @@ def _report(
         notes.append("--quick: one load level for each model, so no capacity is claimed.")
     if len({record.session for record in graded}) == len(graded):
         notes.append("No session has two records: each counts as a session of its own.")
+    if want.repeats > 1 and "temperature" not in asked.load.extra_body:
+        notes.append("--repeats at temperature 0: they differ by the noise of the server alone.")
+    if trial is not None and want.judge_model:
+        notes.append(f"Judge: {want.judge_model}. Canaries: {trial.canaries}, {trial.accepted} accepted.")
+        notes += [f"The judge {want.judge_model} has a name like {pair.model}: a judge may favour its own family."
+                  for pair in want.models if _family(pair.model or "") == _family(want.judge_model)]  # fmt: skip
     measured = [
-        _measured(pair, several, loaded, prices)
-        for pair, several, loaded in zip(want.models, passes, loads, strict=True)
+        _measured(k, want, several, loaded, prices, trial)
+        for k, (several, loaded) in enumerate(zip(passes, loads, strict=True))
     ]
     return audit_report(
         _facts(graded, passes[0][0]), measured, margin=state.margin, slo=state.slo, requests_per_s=rate,
         stated=_stated(want), unmeasurable=blind, made=now_utc(), folder=str(folder), trace=Path(state.trace).name,
         records=state.records, checks_sha256=state.checks_sha256, notes=notes,
+        policy=Policy(tries=want.tries, escalate=want.escalate), attain=asked.report.attain,
     )  # fmt: skip
 
 
@@ -252,24 +271,85 @@ def _lint(graded: Sequence[AuditedRecord], want: AuditOptions) -> list[LintGroup
     return [group for group in lint(records, Grader(), want.check).groups if group.faults]
 
 
+def _family(name: str) -> str:
+    return name.rpartition("/")[2].partition("-")[0].casefold()
+
+
+def _judge(want: AuditOptions) -> AskedJudge | None:
+    if want.judge is None:
+        return None
+    return AskedJudge(HttpJudge(want.judge, want.judge_model or "", want.judge_time_s))
+
+
+def _trial(judge: AskedJudge, graded: Sequence[AuditedRecord], labels: Sequence[Label]) -> JudgeTrial | None:
+    if not any(asks_judge(record.check) for record in graded):
+        return None
+    say(f"trying the judge: canaries and {len(labels)} labelled answers")
+    return try_judge(judge, graded, labels)
+
+
+def _labels(want: AuditOptions) -> list[Label]:
+    labels = read_labels(want.labelled) if want.labelled else []
+    check_labels(labels, want)
+    return labels
+
+
+def check_labels(labels: Sequence[Label], want: AuditOptions) -> None:
+    """Raise `UsageError` for a label of a model that is not audited."""
+    for label in labels:
+        if label.model not in (CURRENT, *want.candidates):
+            raise UsageError(f"label of line {label.line}: {label.model!r} is neither {CURRENT!r} nor a --candidate")
+
+
+def _trust(trial: JudgeTrial, candidate: str, margin: float) -> JudgeTrust:
+    """The judge on answers of the current model and of one candidate."""
+    import numpy as np
+
+    from analysis.quality.judging import Labelled, trust
+
+    mine = [one for one in trial.labelled if one.model in (CURRENT, candidate)]
+    return trust(
+        Labelled(
+            judged=np.array([np.nan if one.judged is None else one.judged for one in mine], np.float64),
+            label=np.array([one.label for one in mine], np.float64),
+            candidate=np.array([one.model != CURRENT for one in mine], np.float64),
+            session=np.array([one.session for one in mine], np.int64),
+        ),
+        margin, canaries=trial.canaries, canaries_accepted=trial.accepted,
+    )  # fmt: skip
+
+
 def _measured(
-    pair: Pair, passes: Sequence[QualityPass], loaded: LoadPass, prices: Mapping[str, TokenPrice]
-) -> MeasuredModel:
-    from analysis.audit import MeasuredModel
+    k: int, want: AuditOptions, passes: Sequence[QualityPass], loaded: LoadPass, prices: Mapping[str, TokenPrice],
+    trial: JudgeTrial | None,
+) -> MeasuredModel:  # fmt: skip
+    from analysis.audit.model import MeasuredModel
     from analysis.quality.bill import Rented
     from analysis.quality.estimate import Bounded
+    from analysis.quality.judging import sharpness
 
-    first, again = passes[0], passes[1] if len(passes) > 1 else None
+    pair, own, again = want.models[k], passes[: want.repeats], passes[want.repeats :]
+    problem = next((one.problem for one in own if one.problem), None)
+    trusted = None if trial is None or k == 0 else _trust(trial, want.candidates[k - 1], want.margin)
+    if problem is None and trusted is not None and trusted.faults:
+        problem = f"the judge is not to be believed: {', '.join(trusted.faults)}"
     fleet = None
     if loaded.tier is not None and loaded.rate is not None:
         ends = (min(loaded.low or 0.0, loaded.rate), max(loaded.high or float("inf"), loaded.rate))
         fleet = Rented(usd_per_hour=loaded.tier.usd_per_hour, capacity=Bounded(loaded.rate, *ends))
     return MeasuredModel(
-        name=pair.name, grades=first.grades, again=None if again is None or again.problem else again.grades,
-        problem=first.problem, evidence=first.evidence,
+        name=pair.name, grades=_tables(own), again=() if any(one.problem for one in again) else _tables(again),
+        problem=problem, evidence=next((one.evidence for one in own if one.evidence != "measured"), "measured"),
+        judge=trusted, sharpness=1.0 if trusted is None else sharpness(trusted),
         slo_met=loaded.slo_met, price=None if pair.tier else prices.get(pair.model or ""), fleet=fleet,
         capacity_searched=loaded.searched, load=loaded.words,
     )  # fmt: skip
+
+
+def _tables(passes: Sequence[QualityPass]) -> tuple[pa.Table, ...]:
+    """All of them or none."""
+    found = tuple(one.grades for one in passes if one.grades is not None)
+    return found if len(found) == len(passes) else ()
 
 
 def _facts(graded: Sequence[AuditedRecord], first: QualityPass) -> RecordFacts:
@@ -292,6 +372,7 @@ def _facts(graded: Sequence[AuditedRecord], first: QualityPass) -> RecordFacts:
         turn=np.array(turn, np.int64), shares_prefix=np.array(shares_prefix(graded), np.bool_),
         session=np.array([record.session for record in graded], np.int64),
         weight=np.array([record.source.weight or 1.0 for record in graded], np.float64),
+        gated=np.array([record.gate is not None for record in graded], np.bool_),
     )  # fmt: skip
 
 
@@ -300,7 +381,8 @@ def _stated(want: AuditOptions) -> Stated:
 
     return Stated(
         wage_usd_per_hour=want.wage, review_minutes=want.review_minutes, review_share=want.review_share,
-        failure_usd=want.failure_usd, engineering_hours=want.engineering_hours or 0.0, months=want.months,
+        failure_usd=want.failure_usd, gate_usd=want.gate_usd or 0.0,
+        engineering_hours=want.engineering_hours or 0.0, months=want.months,
     )  # fmt: skip
 
 
@@ -317,56 +399,3 @@ def exit_status(report: AuditReport, want: AuditOptions) -> int:
     if any(word not in (*open_, "INVALID") for word in words):
         return EXIT_VALID
     return EXIT_INVALID if "INVALID" in words else EXIT_NOT_DECIDED
-
-
-def _dry_run(
-    graded: Sequence[AuditedRecord], want: AuditOptions, models: Sequence[Pair], asked: ReplayOptions,
-    search: SearchOptions,
-    rate: float,
-) -> int:  # fmt: skip
-    """What would be asked, how long that takes and what it costs, and what so many records can prove."""
-    from analysis.quality.paired import ALPHA
-    from analysis.quality.power import provable_margin, records_needed
-    from cluster.catalogue.tiers import get_tier
-
-    n, sessions = len(graded), len({record.session for record in graded})
-    tokens = sum(cap(record, want.max_answer) for record in graded)
-    rows: list[dict[str, object]] = []
-    for k, pair in enumerate(models):
-        tier = get_tier(pair.tier) if pair.tier else None
-        searched = tier is not None and not want.quick
-        load_s = PROBES * (search.probe_s + BETWEEN_S) if searched else n / rate + BETWEEN_S
-        passes = 2 if k == 0 else 1
-        hours = (2 * start_s(pair, tier) + passes * (tokens * ITL_S / want.in_flight + BETWEEN_S) + load_s) / 3600
-        usd = hours * usd_per_hour(pair, tier) if tier else None
-        rows.append({"model": pair.name, "requests": passes * n, "hours": hours, "usd": usd})
-    alpha = ALPHA / max(1, len(models) - 1)
-    power = [
-        {
-            "discordance": psi, "provable_margin": provable_margin(n, psi, alpha=alpha, sessions=sessions),
-            "records_needed": records_needed(psi, want.margin, alpha=alpha, per_session=n / sessions),
-        }
-        for psi in CANDIDATE_PSI
-    ]  # fmt: skip
-    if asked.report.format_ == "json":
-        print_json({
-            "schema": "harness.audit-plan/1", "records": n, "sessions": sessions, "margin": want.margin,
-            "models": rows, "power": power,
-        })  # fmt: skip
-        return EXIT_VALID
-    print_table(
-        ("model", "graded requests", "about hours", "USD"),
-        [(str(row["model"]), f"{row['requests']:,}", f"{row['hours']:.2f}",
-          "-" if row["usd"] is None else f"{row['usd']:.4f}") for row in rows],
-    )  # fmt: skip
-    print(f"{n:,} graded records in {sessions:,} sessions. Where both models are equally good, with 80 % power:")
-    for one in power:
-        margin = one["provable_margin"]
-        proves = "prove no margin" if margin is None else f"prove a margin of {100 * margin:.1f} points"
-        print(
-            f"  {100 * (one['discordance'] or 0):g} % of grades differ: {n:,} records {proves}; "
-            f"{100 * want.margin:g} points need about {one['records_needed']:,}"
-        )
-    print("Records of a session that are alike are worth less: the audit measures by how much. Hours assume "
-          f"{1 / ITL_S:.0f} tokens/s per request and answers as long as their caps.")  # fmt: skip
-    return EXIT_VALID

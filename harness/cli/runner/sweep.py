@@ -75,6 +75,7 @@ class Session:
                 point.state, point.reason = "pending", None
                 continue
             problem = verify(self.folder, point) if there else "its run directory is gone"
+            problem = problem or self.again(point)
             if problem is None and point.state != "done":
                 problem = self.judge(point)
             if problem is None:
@@ -228,6 +229,10 @@ class Session:
             "usd_per_1m_total": found.cost.usd_per_1m_total.value,
         }
         self.learn(point, run, found)
+        return None
+
+    def again(self, point: Point) -> str | None:
+        """Why a point that is whole is done again all the same; a sweep keeps it, also when it is INVALID."""
         return None
 
     def learn(self, point: Point, run: Run, found: Summary) -> None:

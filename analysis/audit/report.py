@@ -1,7 +1,4 @@
-"""From the grades, tokens and loads of several models to the document of an audit: ``harness.audit/1``.
-
-All that decides is in `analysis.quality`; here its inputs are put together from what was measured, record by record.
-"""
+"""The document of an audit, ``harness.audit/1``: what decides, put together record by record."""
 
 from __future__ import annotations
 
@@ -11,59 +8,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-import pyarrow as pa
 
 from analysis.arrays import Bools, Floats, Ints
-from analysis.quality.bill import (
-    Attempts,
-    BreakEven,
-    CostedModel,
-    Costs,
-    Rented,
-    ServedRequests,
-    Stated,
-    bill,
-    break_even,
-    by_record,
-    serve,
-)
-from analysis.quality.claims import Claim, usual_claims
+from analysis.audit.model import MeasuredModel, Side, cascade_of, column, costs_of, failed, side_of, slo_of
+from analysis.quality.bill import BreakEven, Costs, Policy, Rented, Stated, bill, break_even, by_record
+from analysis.quality.cascade import Cascade
+from analysis.quality.claims import Claim, stays_cheaper, usual_claims
 from analysis.quality.estimate import Bounded, given, mean, ratio
+from analysis.quality.judging import JudgeTrust, corrected
 from analysis.quality.paired import ALPHA, Paired, like_another_run, paired
 from analysis.quality.slices import RecordFacts, depth_slope, slices
-from analysis.quality.verdict import AuditVerdict, CandidateModel, Evidence, GradedRecords, decide
+from analysis.quality.verdict import AuditVerdict, CandidateModel, GradedRecords, decide
 
 SCHEMA = "harness.audit/1"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenPrice:
-    """List prices, USD per 1M tokens."""
-
-    input: float
-    output: float
-    cached: float | None = None
-    """None: cached input costs what input costs."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredModel:
-    """What is known of one model on the records of the audit."""
-
-    name: str
-    grades: pa.Table | None
-    """Of `harness.audit.grades`, a row a record in their order; None: it has none."""
-    again: pa.Table | None = None
-    """The same model asked once more in another order."""
-    problem: str | None = None
-    evidence: Evidence = "measured"
-    slo_met: bool | None = None
-    price: TokenPrice | None = None
-    fleet: Rented | None = None
-    """Rented instances; None: calls have a price, or nothing is known of its cost."""
-    capacity_searched: bool = False
-    load: str = ""
-    """How the load pass went."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +48,10 @@ class ModelRow:
     instances: Bounded | None
     capacity: Bounded | None
     """Requests/s of one instance at the SLO; None: not searched."""
+    calls: float | None
+    """Of this model, per request."""
+    escalated: float | None
+    """Share of requests that the current model answers in the end."""
     slo_met: bool | None
     load: str
     problem: str | None
@@ -113,6 +74,10 @@ class CandidateAnswer:
     like_another_run: bool | None
     """It differs no more from the current model than that from itself."""
     depth_slope: Bounded | None
+    judge: JudgeTrust | None
+    judged: Bounded | None
+    """Share accepted, corrected by the judge's errors on labels; None: no judge, or one that tells nothing."""
+    cascade: Cascade | None
     claims: tuple[Claim, ...]
     break_even: BreakEven | None
 
@@ -141,149 +106,100 @@ class AuditReport:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Side:
-    """A model as arrays, one entry a record."""
-
-    grades: Floats | None
-    served: ServedRequests | None
-    """None: its calls have no price, or a token count is missing."""
-    tokens: Floats
-
-
 def audit_report(
     facts: RecordFacts, measured: Sequence[MeasuredModel], *, margin: float, slo: Mapping[str, float],
     requests_per_s: float,
     stated: Stated, unmeasurable: frozenset[str], made: str, folder: str, trace: str, records: int, checks_sha256: str,
-    notes: Sequence[str] = (),
+    notes: Sequence[str] = (), policy: Policy | None = None, attain: float = 0.99,
 ) -> AuditReport:  # fmt: skip
-    """The whole of it; ``measured``: the current model first."""
+    """The whole of it; ``measured``: the current model first. ``policy``: what production does with its gate."""
+    policy = policy or Policy()
     current, *others = measured
     session, weight = facts.session, facts.weight
-    sides = [_side(one, len(session)) for one in measured]
-    base = sides[0]
-    own = base.grades if base.grades is not None else np.full(len(session), np.nan)
+    base = side_of(current.grades, current, facts, replace(policy, escalate=False))
+    again = side_of(current.again, current, facts, replace(policy, escalate=False))
+    sides = [side_of(one.grades, one, facts, policy, base) for one in others]
     broken = None if current.problem is None else f"the current model: {current.problem}"
-    bills = [_costs(current, base, one, side, stated, facts, requests_per_s)
-             for one, side in zip(others, sides[1:], strict=True)]  # fmt: skip
+    bills = [costs_of(current, base, one, side, stated, facts, requests_per_s)
+             for one, side in zip(others, sides, strict=True)]  # fmt: skip
 
     def bill_of(costs: Costs | None, mask: Bools) -> Bounded | None:
         return None if costs is None else costs.routed(mask)
 
     candidates = [
         CandidateModel(
-            name=one.name, grades=side.grades, bill=partial(bill_of, costs),
-            slo_met=one.slo_met, evidence=one.evidence if current.evidence == "measured" else current.evidence,
-            problem=broken or one.problem,
+            name=one.name, grades=None if side is None else side.grades, bill=partial(bill_of, costs),
+            slo_met=slo_of(one, side, current, policy, slo, attain, weight),
+            evidence=one.evidence if current.evidence == "measured" else current.evidence,
+            problem=broken or one.problem, sharpness=one.sharpness,
+            cascade=None if side is None or base is None or costs is None or policy.asks_again else cascade_of(
+                one, side, current, base, costs, facts, margin=margin, slo=slo, attain=attain
+            ),
         )
-        for one, side, costs in zip(others, sides[1:], bills, strict=True)
+        for one, side, costs in zip(others, sides, bills, strict=True)
     ]  # fmt: skip
+    own = np.full(len(session), np.nan) if base is None else base.grades
     asked = GradedRecords(current=own, session=session, weight=weight, slices=slices(facts, unmeasurable))
     verdicts = decide(asked, candidates, margin)
-    rows = [_row(one, side, stated, facts, requests_per_s) for one, side in zip(measured, sides, strict=True)]
+    rows = [
+        _row(one, side, current.fleet, stated, facts, requests_per_s)
+        for one, side in zip(measured, [base, *sides], strict=True)
+    ]
+    rows = [replace(row, slo_met=met) for row, met in
+            zip(rows, [current.slo_met, *(one.slo_met for one in candidates)], strict=True)]  # fmt: skip
     rows = [_per_1m(row, rows[0], current, weight) for row in rows]
-    again = (
-        None if current.again is None or broken else paired(own, _column(current.again, "accepted"), session, weight)
-    )
+    noise = None if again is None or base is None or broken else paired(own, again.grades, session, weight)
     answers = tuple(
-        _answer(verdict, row, rows[0], (base, side), costs, facts, again)
-        for verdict, row, side, costs in zip(verdicts, rows[1:], sides[1:], bills, strict=True)
-    )
+        _answer(verdict, row, rows[0], (base, side), costs, facts, noise, candidate, one.judge)
+        for verdict, row, side, costs, candidate, one
+        in zip(verdicts, rows[1:], sides, bills, candidates, others, strict=True)
+    )  # fmt: skip
     return AuditReport(
         schema=SCHEMA, made=made, folder=folder, trace=trace, records=records, graded=len(session),
         sessions=len(np.unique(session)), margin=margin, slo=dict(slo), requests_per_s=requests_per_s,
-        checks_sha256=checks_sha256, noise=again, noise_difference=_difference(again), models=tuple(rows),
+        checks_sha256=checks_sha256, noise=noise, noise_difference=_difference(noise), models=tuple(rows),
         answers=answers, notes=tuple(notes),
     )  # fmt: skip
 
 
-def _column(table: pa.Table, name: str) -> Floats:
-    found: Floats = np.array([np.nan if x is None else float(x) for x in table.column(name).to_pylist()], np.float64)
-    return found
-
-
-def _side(one: MeasuredModel, n: int) -> _Side:
-    """``usd`` is 0 where the server is rented by the hour."""
-    nothing = np.full(n, np.nan)
-    if one.grades is None:
-        return _Side(None, None, nothing)
-    table, grades = one.grades, _column(one.grades, "accepted")
-    tokens = _column(table, "output_tokens")
-    gate = _column(table, "gate")
-    failed = _failed(table)
-    passes = np.where(failed, 0.0, np.where(np.isnan(gate), 1.0, gate))
-    usd: Floats = np.zeros(n)
-    if one.fleet is None:
-        usd = _usd(table, tokens, failed, one.price)
-    if not np.isfinite(usd).all():
-        return _Side(grades, None, tokens)
-    known = grades[np.isfinite(grades)]
-    filled = np.where(np.isfinite(grades), grades, known.mean() if len(known) else 0.0)
-    attempts = Attempts(usd=usd[:, None], gate=passes[:, None], accepted=filled[:, None])
-    return _Side(grades, serve(attempts, 1), tokens)
-
-
-def _failed(table: pa.Table) -> Bools:
-    return np.array([e2e is None for e2e in table.column("e2e_s").to_pylist()], np.bool_)
-
-
-def _usd(table: pa.Table, output: Floats, failed: Bools, price: TokenPrice | None) -> Floats:
-    """Of each call at list prices; a request that failed has no bill. NaN: no price, or no count."""
-    if price is None:
-        return np.full(len(output), np.nan)
-    into, cached = _column(table, "input_tokens"), np.nan_to_num(_column(table, "cached_tokens"))
-    dear = price.input if price.cached is None else price.cached
-    usd: Floats = ((into - cached) * price.input + cached * dear + output * price.output) / 1e6
-    return np.where(failed, 0.0, usd)
-
-
-def _costs(
-    current: MeasuredModel,
-    base: _Side,
-    one: MeasuredModel,
-    side: _Side,
-    stated: Stated,
-    facts: RecordFacts,
-    rate: float,
-) -> Costs | None:
-    if base.served is None or side.served is None:
-        return None
-    return Costs(
-        current=CostedModel(served=base.served, fleet=current.fleet),
-        candidate=CostedModel(served=side.served, fleet=one.fleet),
-        stated=stated, session=facts.session, weight=facts.weight, requests_per_s=rate,
-    )  # fmt: skip
-
-
-def _row(one: MeasuredModel, side: _Side, stated: Stated, facts: RecordFacts, rate: float) -> ModelRow:
-    session, weight, table = facts.session, facts.weight, one.grades
+def _row(
+    one: MeasuredModel, side: Side | None, current: Rented | None, stated: Stated, facts: RecordFacts, rate: float
+) -> ModelRow:
+    session, weight, tables = facts.session, facts.weight, one.grades
     row = ModelRow(
         name=one.name, accepted=None, ungraded=None, failed=None, cut=None, output_tokens=None, usd_per_request=None,
         usd_per_accepted=None, usd_per_request_full=None, usd_per_accepted_full=None, usd_per_1m=None, instances=None,
-        capacity=one.fleet.capacity if one.fleet and one.capacity_searched else None,
+        capacity=one.fleet.capacity if one.fleet and one.capacity_searched else None, calls=None, escalated=None,
         slo_met=one.slo_met, load=one.load, problem=one.problem,
     )  # fmt: skip
-    if table is None or side.grades is None:
+    if side is None:
         return row
     known, said = np.isfinite(side.grades), np.isfinite(side.tokens)
-    ends = np.array([x == "length" for x in table.column("finish_reason").to_pylist()], np.bool_)
+    ends = np.mean([[x == "length" for x in table.column("finish_reason").to_pylist()] for table in tables], axis=0)
     row = replace(
         row, ungraded=float(np.average(~known, weights=weight)),
-        failed=float(np.average(_failed(table), weights=weight)), cut=float(np.average(ends, weights=weight)),
+        failed=float(np.average(np.mean([failed(table) for table in tables], axis=0), weights=weight)),
+        cut=float(np.average(ends, weights=weight)),
         accepted=_bounded(mean(side.grades[known], session[known], weight[known])) if known.any() else None,
         output_tokens=mean(side.tokens[said], session[said], weight[said]) if said.any() else None,
     )  # fmt: skip
     if side.served is None:
         return row
     found = bill(side.served, stated, session, weight)
-    if one.fleet is None:
+    calls, up = (float(np.average(x, weights=weight)) for x in (side.served.calls, side.served.escalated))
+    row = replace(row, calls=calls, escalated=up)
+    fleets = [(fleet, share) for fleet, share in ((one.fleet, calls), (current, up)) if fleet is not None and share > 0]
+    if not fleets:
         return replace(row, usd_per_request=found.per_request, usd_per_accepted=found.per_accepted)
-    extra = _not_below_0(found.per_request)
-    whole, full = one.fleet.usd_per_request(rate) + extra, None
-    if one.capacity_searched and (hour := given(one.fleet.usd_per_hour / 3600).over(one.fleet.capacity)) is not None:
-        full = hour + extra
+    whole = _not_below_0(found.per_request)
+    full = whole if one.capacity_searched else None
+    for fleet, share in fleets:
+        whole = whole + fleet.usd_per_request(rate, share)
+        hour = given(share * fleet.usd_per_hour / 3600).over(fleet.capacity)
+        full = None if full is None or hour is None else full + hour
     return replace(
-        row, instances=one.fleet.instances(rate), usd_per_request=whole, usd_per_accepted=_over(whole, row.accepted),
+        row, instances=None if one.fleet is None else one.fleet.instances(rate * calls),
+        usd_per_request=whole, usd_per_accepted=_over(whole, row.accepted),
         usd_per_request_full=full, usd_per_accepted_full=_over(full, row.accepted),
     )  # fmt: skip
 
@@ -302,7 +218,7 @@ def _bounded(share: Bounded) -> Bounded:
 
 
 def _per_1m(row: ModelRow, first: ModelRow, current: MeasuredModel, weight: Floats) -> ModelRow:
-    into = np.zeros(0) if current.grades is None else _column(current.grades, "input_tokens")
+    into = column(current.grades[0], "input_tokens") if current.grades else np.zeros(0)
     said = np.isfinite(into)
     if row.usd_per_request is None or first.output_tokens is None or not said.any():
         return row
@@ -320,15 +236,14 @@ def _around(value: float, low: float, high: float) -> Bounded:
 
 
 def _answer(
-    verdict: AuditVerdict, row: ModelRow, first: ModelRow, sides: tuple[_Side, _Side], costs: Costs | None,
-    facts: RecordFacts,
-    again: Paired | None,
+    verdict: AuditVerdict, row: ModelRow, first: ModelRow, sides: tuple[Side | None, Side | None], costs: Costs | None,
+    facts: RecordFacts, again: Paired | None, candidate: CandidateModel, judge: JudgeTrust | None,
 ) -> CandidateAnswer:  # fmt: skip
     base, side = sides
     session, weight, pair = facts.session, facts.weight, verdict.paired
     results = tokens = per_accepted = slope = None
     whole = None if costs is None else costs.routed(np.ones(len(session), np.bool_))
-    if pair is not None and base.grades is not None and side.grades is not None:
+    if pair is not None and base is not None and side is not None:
         known = np.isfinite(base.grades) & np.isfinite(side.grades)
         results = ratio([side.grades[known]], [base.grades[known]], session[known], weight[known])
         said = np.isfinite(base.tokens) & np.isfinite(side.tokens)
@@ -341,12 +256,20 @@ def _answer(
             per_accepted = whole.over(results)
     worse = verdict.word == "do not switch: worse"
     proven = verdict.not_worse is not None and verdict.not_worse <= ALPHA
+    user = None if costs is None else costs.stated
+    claims = (
+        *usual_claims(results, whole, False if worse else proven or None),
+        stays_cheaper("review", whole, bool(user and user.wage_usd_per_hour and user.review_minutes)),
+        stays_cheaper("wrong answers", whole, bool(user and user.failure_usd)),
+    )
     return CandidateAnswer(
         verdict=verdict, sentence=sentence(verdict, row, first), difference=_difference(pair), usd_per_request=whole,
         usd_per_accepted=per_accepted, output_tokens=tokens,
         like_another_run=None if pair is None or again is None else like_another_run(pair, again), depth_slope=slope,
-        claims=usual_claims(results, whole, False if worse else proven or None),
-        break_even=None if costs is None else _break_even(costs),
+        judge=judge, judged=None if judge is None or pair is None else corrected(
+            pair.candidate, pair.n, judge, judge.right, judge.wrong
+        ),
+        cascade=candidate.cascade, claims=claims, break_even=None if costs is None else _break_even(costs),
     )  # fmt: skip
 
 
@@ -354,10 +277,12 @@ def _break_even(costs: Costs) -> BreakEven | None:
     """With the rent of whole instances by request, of both at the end that saves less; None where that has none."""
     sides = []
     for model, dearer in ((costs.current, False), (costs.candidate, True)):
-        usd = 0.0
-        if model.fleet is not None:
-            rent = model.fleet.usd_per_request(costs.requests_per_s)
-            usd = rent.high if dearer else rent.low
+        usd, served = 0.0, model.served
+        for fleet, calls in ((model.fleet, served.calls), (costs.current.fleet if dearer else None, served.escalated)):
+            share = float(np.average(calls, weights=costs.weight))
+            if fleet is not None and share > 0:
+                rent = fleet.usd_per_request(costs.requests_per_s, share)
+                usd += rent.high if dearer else rent.low
         if not math.isfinite(usd):
             return None
         sides.append(replace(model.served, usd=model.served.usd + usd))
