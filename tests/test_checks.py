@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from hypothesis import example, given, settings
@@ -374,3 +376,21 @@ def test_a_truth_that_the_record_has_need_not_be_in_the_check() -> None:
                            ('{"type": "choice", "choices": ["yes", "no"]}', ["maybe"])):  # fmt: skip
         with pytest.raises(UsageError):
             parse_check(text, expected)
+
+
+PAGE = (Path(__file__).parents[1] / "harness/checks/CHECKS.md").read_text()
+BLOCKS = re.findall(r"^```json\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+EXAMPLES = [json.loads(line) for block in BLOCKS for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: str(example["check"]["type"]))
+def test_every_example_of_the_page_is_true(example: dict[str, Any]) -> None:
+    one = parse_check(json.dumps(example["check"]), example.get("expected") and list(example["expected"]))
+    assert [graded(one, answer).accepted for answer in example["right"]] == [True] * len(example["right"])
+    assert [graded(one, answer).accepted for answer in example["wrong"]] == [False] * len(example["wrong"])
+
+
+def test_the_page_names_every_kind_of_check() -> None:
+    kinds = {str(kind.__struct_config__.tag) for kind in get_args(Check)}
+    assert not [kind for kind in kinds if f"`{kind}`" not in PAGE and f'"{kind}"' not in PAGE]
+    assert {example["check"]["type"] for example in EXAMPLES} == kinds - {"code", "judge"}

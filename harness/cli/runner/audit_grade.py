@@ -6,13 +6,11 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
 import pyarrow as pa
 
-from analysis.arrays import Floats
-from analysis.quality.paired import Paired, paired
 from harness.audit.asked import SCHEMA_VERSION, STATE, AuditState
 from harness.audit.grades import FILE, grades_of, read_grades
 from harness.audit.records import AuditedRecord, order, read_records
@@ -24,6 +22,10 @@ from harness.options import PlanOptions
 from harness.record.manifest import RunDir, read_json
 from harness.sweep.state import read_state
 from harness.trace.io import open_asked
+
+if TYPE_CHECKING:
+    from analysis.arrays import Floats
+    from analysis.quality.paired import Paired
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,12 +133,18 @@ def _other(record: AuditedRecord, others: Sequence[OtherCheck]) -> Check | None:
 
 
 def _grades(tables: Sequence[pa.Table]) -> Floats:
+    import numpy as np
+
     each = [[np.nan if x is None else float(x) for x in table.column("accepted").to_pylist()] for table in tables]
     found: Floats = np.mean(np.array(each), axis=0)
     return found
 
 
 def _paired(one: Sequence[pa.Table], other: Sequence[pa.Table], graded: Sequence[AuditedRecord]) -> Paired | None:
+    import numpy as np
+
+    from analysis.quality.paired import paired
+
     return paired(
         _grades(one), _grades(other), np.array([record.session for record in graded], np.int64),
         np.array([record.source.weight or 1.0 for record in graded], np.float64),

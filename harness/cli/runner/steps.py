@@ -180,7 +180,7 @@ def execute_point(
         headers=parse_headers(asked.headers), header_env=parse_header_env(asked.header_env),
         key_header=asked.key_header, length_field=asked.length_field, output_lengths=asked.lengths,
         stream=not asked.no_stream, capture=asked.capture, balance=asked.balance, retries=asked.retries,
-        busy_retries=asked.busy_retries,        ramp_s=asked.ramp_s,
+        busy_retries=asked.busy_retries, ramp_s=asked.ramp_s,
         warmup_s=options.plan.warmup_s if asked.closed else None,
         tls_ca=str(asked.tls_ca.resolve()) if asked.tls_ca else None,
         batch_reads_from=calibration.batch_reads_from if calibration else BATCH_READS_FROM,
