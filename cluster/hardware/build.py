@@ -21,7 +21,7 @@ from cluster.catalogue.models import architecture, architectures, list_models, t
 from cluster.catalogue.tiers import list_tiers
 from cluster.hardware.bound import BoundStep, bound_step
 from cluster.hardware.chips import chip_of, chips
-from cluster.hardware.kernels import FOLDER, GRID, NEW, Floats, KernelStep, Tables, key_of
+from cluster.hardware.kernels import FOLDER, GRID, NEW, Floats, KernelStep, Tables, floor, key_of
 from cluster.simulator.step_time import Chunk
 
 PACKAGE, VERSION = "aiconfigurator-core", "0.12.0"
@@ -129,19 +129,8 @@ def floored(tables: Tables, least: BoundStep) -> tuple[Tables, float]:
     The package scales measurements of short prompts down for a few new tokens after a long prefix, whose keys and
     values have to be read all the same.
     """
-    tokens = np.array(GRID["tokens"], dtype=np.float64)
-    layers = np.maximum(least.weights_s, tokens * least.token_s)
-    head = np.maximum(least.head_s, tokens * least.logits_s)
-    new, done = np.array(GRID["new"], dtype=np.float64)[:, None], np.array(GRID["done"], dtype=np.float64)
-    pairs = new * done + new * (new + 1) / 2
-    context = np.outer(GRID["sequences"], GRID["length"]).astype(np.float64)
-    none = np.zeros(2 * len(tokens))
-    floor = np.concatenate([
-        layers, layers + head, head, none, np.maximum(done * least.context_s, pairs * least.pair_s).ravel(),
-        (context * max(least.context_s, least.pair_s)).ravel(),
-    ])  # fmt: skip
     kept = tables.to_array()
-    fixed = np.maximum(kept, floor * (1 + 1e-6))  # stored in 32 bits
+    fixed = np.maximum(kept, floor(least) * (1 + 1e-6))  # stored in 32 bits
     return Tables.of_array(fixed, tables.layers), float(np.max(fixed[kept > 0] / kept[kept > 0])) - 1
 
 

@@ -37,6 +37,8 @@ class Chip:
     source: str
     kernels: str | None = None
     """The system's name in NVIDIA's tables; None: it is not in them."""
+    sister: str | None = None
+    """A chip of the same die that is in the tables, whose figures are scaled by both data sheets."""
 
     def tflops(self, bits: float) -> float:
         """Most operations with weights of so many bits, 10^12/s."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 from cluster.catalogue.models import DTYPE_BYTES, Model, for_tier, kv_bytes_per_token, model_config, model_weight_bytes
 from cluster.engines.vllm import tensor_parallel_size
 from cluster.hardware.bound import bound_step
-from cluster.hardware.chips import Chip, chip_of
-from cluster.hardware.kernels import Constants, Entry, KernelStep, entries, key_of
+from cluster.hardware.chips import Chip, chip_of, chips
+from cluster.hardware.kernels import Constants, Entry, KernelStep, entries, key_of, scaled
 from cluster.simulator.scheduler import VLLM, Limits
 from cluster.simulator.step_time import StepTime
 from cluster.simulator.vllm_limits import GIB, gpu_limits, graph_sizes
@@ -66,11 +67,11 @@ def engine_for(
     entry, why = _tables(model, chip, parts)
     if source == "fitted" or (source == "kernels" and why is not None):
         raise UsageError(f"model {model.name} on tier {tier.name}: {why or 'nothing was fitted'}")
+    least = partial(bound_step, config, quantization=model.quantization, tensor_parallel=parts)
     if entry is None or entry.tables is None or source == "bound":
-        step = bound_step(config, chip, quantization=model.quantization, tensor_parallel=parts)
         facts |= {"not_kernels": why} if why else {}
         return HardwareEngine(
-            step_time=step, limits=limits, source="bound", chip=chip.name, tensor_parallel=parts, facts=facts
+            step_time=least(chip), limits=limits, source="bound", chip=chip.name, tensor_parallel=parts, facts=facts
         )  # fmt: skip
     constants = Constants()
     facts |= {
@@ -79,9 +80,13 @@ def engine_for(
     }  # fmt: skip
     if parts > 1 and chip.link_gb_per_s <= PCIE_GB_PER_S:
         facts["uncalibrated"] = "several accelerators over PCIe: 25 to 35 % off in the one run that was compared"
+    tables = entry.tables
+    if chip.sister is not None:
+        tables = scaled(tables, least(chips()[chip.sister]), least(chip))
+        facts["scaled"] = f"kernels of {chip.sister}, scaled to {chip.name} by the two data sheets"
     graphs = graph_sizes(limits, compute_capability=int(chip.compute_capability))
     return HardwareEngine(
-        step_time=KernelStep(entry.tables, graphs, constants), limits=limits, source="kernels", chip=chip.name,
+        step_time=KernelStep(tables, graphs, constants), limits=limits, source="kernels", chip=chip.name,
         tensor_parallel=parts, arrival_s=constants.arrival_s, arrival_per_token_s=constants.arrival_per_token_s,
         facts=facts,
     )  # fmt: skip
@@ -89,9 +94,10 @@ def engine_for(
 
 def _tables(model: Model, chip: Chip, parts: int) -> tuple[Entry | None, str | None]:
     """Measured kernels, or why there are none."""
-    if chip.kernels is None:
+    system = chip.kernels if chip.sister is None else chips()[chip.sister].kernels
+    if system is None:
         return None, f"NVIDIA publishes no kernels of {chip.name}"
-    entry = entries(chip.kernels).get(key_of(str(model.architecture), model.quantization, parts))
+    entry = entries(system).get(key_of(str(model.architecture), model.quantization, parts))
     if entry is None:
         form = model.quantization or model.dtype
         return None, f"no kernels of {model.architecture or 'this model'} in {form} on {parts} x {chip.name}"

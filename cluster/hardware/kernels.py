@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from cluster.hardware.bound import BoundStep
 from cluster.simulator.step_time import Chunk
 
 FOLDER = Path(__file__).with_name("tables")
@@ -76,6 +77,28 @@ class Tables:
             read_attention_s=tuple(map(tuple, read.tolist())), decode_attention_s=tuple(map(tuple, decode.tolist())),
             layers=layers,
         )  # fmt: skip
+
+
+def floor(least: BoundStep) -> Floats:
+    """The roofline of every point of `Tables.to_array`; 0 for communication."""
+    tokens = np.array(TOKENS, dtype=np.float64)
+    layers = np.maximum(least.weights_s, tokens * least.token_s)
+    head = np.maximum(least.head_s, tokens * least.logits_s)
+    new, done = np.array(NEW, dtype=np.float64)[:, None], np.array(DONE, dtype=np.float64)
+    pairs = new * done + new * (new + 1) / 2
+    context = np.outer(SEQUENCES, LENGTH).astype(np.float64)
+    return np.concatenate([
+        layers, layers + head, head, np.zeros(2 * len(tokens)),
+        np.maximum(done * least.context_s, pairs * least.pair_s).ravel(),
+        (context * max(least.context_s, least.pair_s)).ravel(),
+    ])  # fmt: skip
+
+
+def scaled(tables: Tables, measured: BoundStep, wanted: BoundStep) -> Tables:
+    """Tables of a sister chip, which is so much faster or slower at each point as its roofline is."""
+    here, there = floor(measured), floor(wanted)
+    ratio = np.divide(there, here, out=np.ones_like(here), where=here > 0)
+    return Tables.of_array(tables.to_array() * ratio, tables.layers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
