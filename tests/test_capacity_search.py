@@ -31,9 +31,8 @@ from analysis.stats.intervals import Quantity
 from cluster.deploy import load_workers as load
 from cluster.simulator.replica import Workload
 from harness.cli.capacity import capacity
-from harness.cli.compare import compare
 from harness.cli.plan_fleet import plan_fleet
-from harness.cli.results import report
+from harness.cli.results import compare, report
 from harness.cli.runner.capacity import CapacitySession
 from harness.errors import ServerError, UsageError
 from harness.record.manifest import read_manifest

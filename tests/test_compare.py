@@ -25,7 +25,7 @@ from analysis.rows.read import read_run
 from analysis.stats.intervals import Quantity
 from analysis.stats.replicates import over_pairs
 from analysis.summary import summarise
-from harness.cli.compare import compare
+from harness.cli.results import compare
 from harness.errors import HarnessError, UsageError
 from harness.record.host import Host
 from harness.record.manifest import RunDir, read_manifest, write_manifest

@@ -11,8 +11,7 @@ from test_browse import get as fetch
 from test_page import browser, view, visit  # noqa: F401 - fixtures
 
 from analysis.report.document import Section
-from analysis.report.glossary import GLOSSARY, with_terms
-from analysis.report.page import render_page, write_sections_page
+from analysis.report.page import GLOSSARY, render_page, with_terms, write_sections_page
 
 MARK = re.compile(r'<button type="button" class="term" popovertarget="([^"]+)"[^>]*>')
 

@@ -22,7 +22,7 @@ from click.testing import CliRunner, Result
 from conftest import ROOT, StartServer, descendants, gone, harness, wait_for
 
 from cluster.deploy import load_workers as load
-from harness.cli.compare import compare
+from harness.cli.results import compare
 from harness.cli.runner import sweep as sweep_run
 from harness.cli.runner.targets import Servers, UrlTarget
 from harness.cli.select_runs import sides_of_sweep
@@ -41,7 +41,7 @@ COMMAND = f"""
 import cluster.deploy.load_workers
 cluster.deploy.load_workers.LEAD_S = {LEAD_S}
 from harness.cli import cli, main
-from harness.cli.compare import compare
+from harness.cli.results import compare
 from harness.cli.sweep import sweep
 cli.add_command(sweep)
 main()

@@ -37,7 +37,7 @@ SECTIONS: dict[str, dict[str, Lazy]] = {
         "open": Lazy("harness.cli.results:open_", "Browse a folder of runs on a local page."),
         "export": Lazy("harness.cli.results:export", "Write result rows as Parquet, CSV or JSON."),
         "compare": Lazy(
-            "harness.cli.compare:compare",
+            "harness.cli.results:compare",
             "A against B: paired intervals and a plain verdict; fails a CI job on request.",
         ),
     },
