@@ -8,11 +8,12 @@ import os
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from run_files import good, write_run
 
-from analysis.report.browse import Results
 from analysis.rows.read import read_run
 from cluster.catalogue.tiers import read_tiers
+from harness.cli import cli
 from harness.errors import HarnessError, ResultsError, TraceError, UsageError
 from harness.record.manifest import read_manifest
 from harness.server import probe
@@ -96,7 +97,6 @@ def test_a_folder_of_runs_survives_its_bad_ones(tmp_path: Path, monkeypatch) -> 
         damage(a_run(tmp_path / kind.replace(" ", "-")))
     a_run(tmp_path / "good")
     a_run(tmp_path / "buggy")
-    results = Results(tmp_path)
     real = read_run
 
     def reads(path: Path):
@@ -104,15 +104,13 @@ def test_a_folder_of_runs_survives_its_bad_ones(tmp_path: Path, monkeypatch) -> 
             raise KeyError("a fault of ours")
         return real(path)
 
-    monkeypatch.setattr("analysis.report.browse.read_run", reads)
-    for key in results.waiting():
-        if key == "good":
-            results.view(key)
-        else:
-            with pytest.raises(ResultsError):
-                results.view(key)
-    assert results.waiting() == []
-    assert results.list_page().count("unreadable") == len(BAD) + 1
+    monkeypatch.setattr("analysis.rows.read.read_run", reads)
+    monkeypatch.setattr("webbrowser.open", lambda url: None)
+    done = CliRunner().invoke(cli, ["open", str(tmp_path)], standalone_mode=False)
+    assert done.exception is None and "m on test.large" in Path(done.stdout.strip()).read_text()
+    for kind in (*BAD, "buggy"):
+        assert kind.replace(" ", "-") in done.stderr
+    assert "good" not in done.stderr
 
 
 @pytest.mark.parametrize("text", ["a=" + deep(), "a=" + "9" * 10_000, "a=\n", "a" * (TOML_BYTES + 1)])

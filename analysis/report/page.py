@@ -32,13 +32,13 @@ LONGEST = 1000
 """Characters of one text; a report is read by people."""
 
 
-def render_page(views: Sequence[RunView], home: str | None = None) -> str:
-    """The whole page of one run, or of several compared, as HTML; ``home`` is where it links back to, if anywhere."""
+def render_page(views: Sequence[RunView]) -> str:
+    """The whole page of one run, or of several compared, as HTML."""
     if len(views) == 1:
-        return _page(title=report.headline(views[0].summary), one=views[0], sections=views[0].sections, home=home)
+        return _page(title=report.headline(views[0].summary), one=views[0], sections=views[0].sections)
     comparison = compare_runs(views)
     title = f"{len(views)} runs compared"
-    return _page(title=title, comparison=comparison, sections=comparison.sections, views=views, home=home)
+    return _page(title=title, comparison=comparison, sections=comparison.sections, views=views)
 
 
 def _page(**values: Any) -> str:
@@ -48,21 +48,12 @@ def _page(**values: Any) -> str:
         charts.append(chart)
         return len(charts) - 1
 
-    absent = dict.fromkeys(("home", "one", "comparison", "verb", "first", "made"))
-    return render(
-        "page.html",
-        **{**absent, **values},
-        policy=policy(),
-        proves_nothing=PROVES_NOTHING,
-        chart_number=number,
-        data=lambda: _json_for_script(charts),
-    )
-
-
-def render(template: str, **values: Any) -> str:
-    """One of our templates with the page's own style and script."""
+    absent = dict.fromkeys(("one", "comparison", "verb", "first", "made"))
     css, js = _style_and_script()
-    page = _templates().get_template(template).render(css=Markup(css), js=Markup(js), **values)  # noqa: S704 - ours
+    page = _templates().get_template("page.html").render(
+        **{**absent, **values}, css=css, js=js, policy=_policy(), proves_nothing=PROVES_NOTHING,
+        chart_number=number, data=lambda: _json_for_script(charts),
+    )  # fmt: skip
     return with_terms(page) + "\n"
 
 
@@ -111,10 +102,11 @@ def _templates() -> jinja2.Environment:
 
 
 @cache
-def _style_and_script() -> tuple[str, str]:
+def _style_and_script() -> tuple[Markup, Markup]:
     """Both as the page holds them. uPlot is inlined: other plotting libraries are many times its size."""
     css = _file("uplot.css") + "\n" + _file("page.css")
-    return css, f"/*\n{_file('uplot-LICENSE.txt')}*/\n{_file('uplot.js')}\n{_file('page.js')}"
+    js = f"/*\n{_file('uplot-LICENSE.txt')}*/\n{_file('uplot.js')}\n{_file('page.js')}"
+    return Markup(css), Markup(js)  # noqa: S704 - ours
 
 
 @cache
@@ -122,16 +114,14 @@ def _file(name: str) -> str:
     return resources.files("analysis.report").joinpath("web", name).read_text("utf-8")
 
 
-def policy(form_action: str = "'none'") -> str:
+def _policy() -> str:
     """The Content-Security-Policy of a page: nothing but the page's own style and script, by hash."""
-
-    def digest(text: str) -> str:
-        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-    css, js = _style_and_script()
+    js, css = (
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in reversed(_style_and_script())
+    )
     return (
-        f"default-src 'none'; script-src {digest(js)}; style-src {digest(css)}; img-src data:; "
-        f"base-uri 'none'; form-action {form_action}"
+        f"default-src 'none'; script-src 'sha256-{js}'; style-src 'sha256-{css}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
     )
 
 

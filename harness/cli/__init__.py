@@ -34,7 +34,7 @@ SECTIONS: dict[str, dict[str, Lazy]] = {
     },
     "Results": {
         "report": Lazy("harness.cli.results:report", "Report on a run directory; compare several in a page."),
-        "open": Lazy("harness.cli.results:open_", "Browse a folder of runs on a local page."),
+        "open": Lazy("harness.cli.results:open_", "Show a folder of runs in the browser."),
         "export": Lazy("harness.cli.results:export", "Write result rows as Parquet, CSV or JSON."),
         "compare": Lazy(
             "harness.cli.results:compare",

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import click
 
@@ -22,6 +18,7 @@ from harness.errors import (
     EXIT_SLO_MISSED,
     EXIT_VALID,
     HarnessError,
+    ResultsError,
     UsageError,
     sentence,
 )
@@ -31,7 +28,6 @@ from harness.terminal import Verbosity, verbosity
 
 if TYPE_CHECKING:
     from analysis.capacity.serving_config import ServingConfig
-    from analysis.report.browse import Results
     from analysis.summary import Summary
 
 
@@ -247,127 +243,38 @@ def compare(a: str, b: str | None, fail_if: Sequence[str], format_: str, html: P
     epilog="""\b
 Examples:
   harness open runs
-  harness open sweeps/azure --port 8200
-
-Only this machine can reach it (127.0.0.1), nothing is written, and Ctrl-C ends it. From another machine:
-  ssh -L 8200:127.0.0.1:8200 HOST harness open runs --port 8200""",
+  harness open sweeps/azure --most 10""",
 )
 @click.argument("folder", metavar="RESULTS", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port to listen on (default: one that is free).")
-def open_(folder: Path, port: int) -> int:
-    """Serve a folder of runs as pages: a list to sort, a page for each run, several runs side by side."""
-    with serve(folder, port) as server:
-        print(server.url, flush=True)
-        say(f"{folder}: open {server.url} in a browser on this machine; Ctrl-C ends it")
-        try:
-            server.serve_forever(poll_interval=0.2)
-        except KeyboardInterrupt:
-            say("closed")
-    return EXIT_VALID
+@click.option("--most", type=COUNT, default=24, show_default=True, help="No more than so many runs, the newest.")
+def open_(folder: Path, most: int) -> int:
+    """Show a folder of runs in the browser: side by side in a table to sort and in pictures, and each by itself.
 
-
-ADDRESS = "127.0.0.1"
-ANSWER_WITHIN_S = 30.0
-"""A browser that says nothing for so long is hung up on."""
-FIRST_LOOK_S = 2.0
-"""The list waits so long for figures, so that a small folder is complete at once."""
-
-
-def serve(folder: Path, port: int = 0) -> ResultsServer:
-    """A server of the pages of ``folder`` on the loopback address, listening; port 0: one that is free.
-
-    Raises `ResultsError` when it is not a folder, `UsageError` when the port cannot be had.
+    They are one page that stands alone, in a file whose name is printed; 'harness report RUN... --html FILE' chooses
+    the runs and the file. A run that cannot be read is named and left out.
     """
-    from analysis.report.browse import Results
+    import tempfile
+    import webbrowser
 
-    results = Results(folder)
-    try:
-        return ResultsServer(results, port)
-    except OSError as e:
-        raise UsageError(f"port {port}: {e.strerror}; give another --port, or none for one that is free") from e
+    from analysis.labels import label_runs
+    from analysis.report.page import write_page
+    from analysis.report.view import view_run
+    from analysis.rows.read import read_run
+    from analysis.summary import summarise
+    from harness.record.manifest import MANIFEST
 
-
-class ResultsServer(ThreadingHTTPServer):
-    """Serves pages; whoever looks at the list has the runs analysed in the background, newest first."""
-
-    daemon_threads = True
-
-    def __init__(self, results: Results, port: int) -> None:
-        self.results, self._closing = results, False
-        self._analysing = threading.Thread()
-        super().__init__((ADDRESS, port), Handler)
-        self.port = int(self.server_address[1])
-        self.url = f"http://{ADDRESS}:{self.port}/"
-
-    def list_page(self) -> str:
-        """The list of runs, with the figures that are known within `FIRST_LOOK_S`."""
-        if not self._analysing.is_alive():
-            self._analysing = threading.Thread(target=self._analyse, daemon=True)
-            self._analysing.start()
-        self._analysing.join(FIRST_LOOK_S)
-        return self.results.list_page()
-
-    def server_close(self) -> None:
-        """Stop listening, and do not begin another run."""
-        self._closing = True
-        super().server_close()
-
-    def _analyse(self) -> None:
-        for key in self.results.waiting():
-            with suppress(HarnessError):  # the list says what is wrong with it
-                if not self._closing:
-                    self.results.view(key)
-
-
-class Handler(BaseHTTPRequestHandler):
-    """GET of the list, a run, a comparison. Nothing is written, and no path is built from what was asked for."""
-
-    server: ResultsServer
-    timeout = ANSWER_WITHIN_S
-    server_version = "harness"
-    sys_version = ""
-
-    def do_GET(self) -> None:
-        """Answer with a page."""
-        from analysis.report.browse import problem_page
-
-        # A name that an attacker points at this address arrives with that name here: DNS rebinding ends at this line.
-        if self.headers.get("Host") not in (f"{ADDRESS}:{self.server.port}", f"localhost:{self.server.port}"):
-            self._answer(421, problem_page("Wrong address", f"This is {self.server.url} and answers to no other name."))
-            return
+    found = sorted((file.parent for file in folder.rglob(MANIFEST)), key=lambda run: run.name, reverse=True)
+    views = []
+    for path, label in zip(found[:most], label_runs(found[:most]), strict=True):
         try:
-            page = self._page()
-            self._answer(200 if page else 404, page or problem_page("Not found", "There is no such page."))
-        except UsageError as e:
-            self._answer(400, problem_page("Not like this", str(e)))
-        except HarnessError as e:
-            self._answer(404, problem_page("Not readable", str(e)))
+            run = read_run(path)
+            views.append(view_run(run, summarise(run), label))
         except Exception as e:  # the others can still be looked at
-            self._answer(500, problem_page("Not readable", sentence(e)))
-
-    def _page(self) -> str | None:
-        asked, results = urlsplit(self.path), self.server.results
-        if asked.path == "/":
-            return self.server.list_page()
-        if asked.path == "/compare":
-            return results.compare_page(parse_qs(asked.query).get("run", []))
-        if asked.path.startswith("/run/"):
-            return results.run_page(unquote(asked.path.removeprefix("/run/"), errors="surrogateescape"))
-        return None
-
-    def _answer(self, status: int, page: str) -> None:
-        body = page.encode("utf-8", "replace")
-        self.send_response(status)
-        for name, value in (
-            ("Content-Type", "text/html; charset=utf-8"), ("Content-Length", str(len(body))),
-            # what else a page may do stands in the page itself (analysis/report/page.py); these a page cannot say
-            ("Content-Security-Policy", "frame-ancestors 'none'"), ("X-Content-Type-Options", "nosniff"),
-            ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store"),
-            ("Cross-Origin-Resource-Policy", "same-origin"), ("Cross-Origin-Opener-Policy", "same-origin"),
-        ):  # fmt: skip
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name in the base class
-        """Say nothing: the terminal belongs to whoever typed the command."""
+            say(str(e) if isinstance(e, HarnessError) else f"{path}: {sentence(e)}")
+    if not views:
+        raise ResultsError(f"{folder}: no run in it that can be read (a run holds {MANIFEST})")
+    html = Path(tempfile.mkdtemp(prefix="harness-")) / "runs.html"
+    say_page(html, write_page(html, views))
+    webbrowser.open(html.as_uri())
+    print(html)
+    return EXIT_VALID
