@@ -227,7 +227,7 @@ def summarise(
             total_rate=rates.total_token_throughput,
             output_rate=rates.output_token_throughput,
             weighted_rate=weighted,
-            splits=_splits(run, window, tokens, counts.succeeded),
+            splits=measured_splits(run, window, tokens, counts.succeeded),
             note=note,
         ),
         steady=_steady_state(run, window, steady, rates, price),
@@ -303,7 +303,9 @@ def exit_code(summary: Summary) -> int:
 
 
 def _metrics(run: Run, queue: Memory | None) -> Metrics:
-    rows, chunks = run.rows, run.chunks
+    rows, chunks, none = run.rows, run.chunks, np.zeros(0)
+    lag_s, turns = (none, none.astype(np.int64)) if run.turns is None else (run.turns.lag_s, rows.rank)
+    waiting = "turns that wait for an answer"
 
     def per_request(
         metric: Callable[[Rows], Floats], queue: Memory | None = queue, waits: bool = False
@@ -326,17 +328,13 @@ def _metrics(run: Run, queue: Memory | None) -> Metrics:
         ),
         e2e=per_request(metrics.e2e),
         lag=per_request(metrics.lag, None),  # of the client: it waits in no queue of the server
-        session_lag=_session_lag(run),
+        session_lag=distribution(lag_s, owners=turns, unit="s", evidence=run.evidence, noun=waiting),
     )
 
 
-def _session_lag(run: Run) -> Distribution:
-    none = np.zeros(0)
-    lag_s, owners = (none, none.astype(np.int64)) if run.turns is None else (run.turns.lag_s, run.rows.rank)
-    return distribution(lag_s, owners=owners, unit="s", evidence=run.evidence, noun="turns that wait for an answer")
-
-
-def _splits(run: Run, window: Window | None, tokens: Tokens, n: int) -> list[Split]:
+def measured_splits(
+    run: Run, window: Window | None, tokens: Tokens, n: int, cached_ratio: float | None = None
+) -> list[Split]:
     """The bill divided by what the servers counted; each says so when it cannot be."""
     tier = run.manifest.tier
     usd = usage = samples = None
@@ -345,7 +343,7 @@ def _splits(run: Run, window: Window | None, tokens: Tokens, n: int) -> list[Spl
         samples = run_samples(run, window)
     if tokens.input is not None and tokens.output is not None and not tokens.missing:
         usage = token_mix(tokens.input, tokens.cached_input, tokens.output)
-    return split_bill(usd, usage, samples, evidence=run.evidence, n=n)
+    return split_bill(usd, usage, samples, evidence=run.evidence, cached_ratio=cached_ratio, n=n)
 
 
 def _replicas(run: Run) -> int:

@@ -141,11 +141,6 @@ def test_lists_are_for_scripts_too() -> None:
     assert all(t["source"] and t["date"] and t["usd_per_hour"] > 0 for t in tiers)
     eight = next(t for t in tiers if t["accelerator_count"] == 8)
     assert eight["usd_per_accelerator_hour"] == eight["usd_per_hour"] / 8
-    some = json.loads(harness("tiers", "--accelerator", "h100", "--provider", "aws", "--format", "json").stdout)
-    assert {(t["accelerator"], t["provider"]) for t in some} == {("H100", "aws")}
-    none = harness("tiers", "--accelerator", "H10")
-    assert none.returncode == 2
-    assert "did you mean" in none.stderr
     models = json.loads(harness("models", "--format", "json").stdout)
     assert "smollm2-135m" in {m["name"] for m in models}
     doctor = json.loads(harness("doctor", "--format", "json").stdout)

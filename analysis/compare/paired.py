@@ -19,7 +19,7 @@ from analysis import metrics
 from analysis.arrays import Bools, Floats, Ints
 from analysis.cost.cost import bill_usd, usd_per_1m
 from analysis.rows.read import Run
-from analysis.stats.intervals import RESAMPLES, Quantity, ends_of_resamples, samples_needed
+from analysis.stats.intervals import RESAMPLES, ends_of_resamples, samples_needed
 from analysis.summary import Summary
 
 BLOCKS = 10
@@ -234,7 +234,8 @@ def _rates(a: PairedRun, b: PairedRun) -> dict[str, PairFigure]:
         return usd_per_1m(usd_per_s, value), np.divide(usd_per_s * 1e6, drawn, out=nan, where=drawn > 0)
 
     few = None if n >= FEWEST_PAIRS else f"needs {FEWEST_PAIRS} successes, has {n}"
-    silent = next((q.note or "no tokens were served" for o in (a, b) if not (q := _tokens(o)).value), few)
+    rates = [o.summary.rates.total_token_throughput for o in (a, b)]
+    silent = next((q.note or "no tokens were served" for q in rates if not q.value), few)
     prices = [o.summary.cost.usd_per_1m_total for o in (a, b)]
     priceless = next((q.note or "no price" for q in prices if q.value is None), silent)
     tokens = rate(0)
@@ -250,10 +251,6 @@ def _rates(a: PairedRun, b: PairedRun) -> dict[str, PairFigure]:
             (value_a, drawn_a), (value_b, drawn_b) = values
             made[name] = _figure(value_a, value_b, drawn_a, drawn_b, n, RATE_BLOCKS)
     return made
-
-
-def _tokens(o: PairedRun) -> Quantity:
-    return o.summary.rates.total_token_throughput
 
 
 def _not_judged(*both: PairedRun) -> str | None:

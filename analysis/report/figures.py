@@ -132,13 +132,10 @@ def state_of(s: Summary) -> str:
 
 
 VERDICTS = {
-    "valid": ("VALID", "good"),
-    "missed": ("VALID, SLO missed", "warn"),
-    "unknown": ("VALID, SLO not judged", "warn"),
-    "invalid": ("INVALID", "bad"),
-    "small": ("TOO SMALL", "warn"),
-}
-"""Word and colour of each `state_of`."""
+    "valid": "VALID", "missed": "VALID, SLO missed", "unknown": "VALID, SLO not judged", "invalid": "INVALID",
+    "small": "TOO SMALL",
+}  # fmt: skip
+"""Words of each `state_of`."""
 
 
 def verdict_note(s: Summary, verdict: str = "") -> str | None:

@@ -49,7 +49,7 @@ def view_run(run: Run, summary: Summary, label: str = "") -> RunView:
     found = curves(run)
     state = state_of(summary)
     return RunView(
-        label=label, summary=summary, state=state, verdict=VERDICTS[state][0], sentence=_sentence(summary),
+        label=label, summary=summary, state=state, verdict=VERDICTS[state], sentence=_sentence(summary),
         opening=report.done(summary), limits=[c.name for c in summary.checks if not c.gate and c.ok is False],
         keys=[] if state == "invalid" else _keys(summary),
         below={name: cumulative(found.grids[name]) for name in ("ttft", "itl")} if found else {},

@@ -66,7 +66,7 @@ def read_parts(path: Path) -> Iterator[pa.RecordBatch]:
                 raise ResultsError("the columns are not those of this result schema")
             batch.validate(full=True)  # Arrow trusts offsets: a damaged file would be read outside its memory
             held.append(batch)
-            rows, chunks = rows + len(batch), chunks + _chunks(batch)
+            rows, chunks = rows + len(batch), chunks + len(pc.list_flatten(batch.column("chunk_gap_ns")))
             if chunks >= PART_CHUNKS or rows >= PART_ROWS:
                 yield from _cut(held)
                 held, chunks, rows = [], 0, 0
@@ -75,10 +75,6 @@ def read_parts(path: Path) -> Iterator[pa.RecordBatch]:
     yield from _cut(held)
     if trouble is not None:
         raise trouble
-
-
-def _chunks(batch: pa.RecordBatch) -> int:
-    return len(pc.list_flatten(batch.column("chunk_gap_ns")))
 
 
 def _cut(held: list[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

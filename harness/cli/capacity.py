@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.cli.output import as_json, present, say
-from harness.cli.select_runs import find_runs, refused_exit
+from harness.cli.select_runs import refused_exit
 from harness.cli.verb import (
     ENVIRONMENT,
     EXIT_STATUS,
     ONE_TRACE_ARGUMENT,
     command,
-    html_option,
     out_option,
     resume_option,
     takes,
@@ -59,10 +58,7 @@ Examples:
 @takes(SearchOptions, to="search")
 @resume_option("Go on with the search in FOLDER (default: the newest of TRACE): say the rest of the command again.")
 @out_option("sweeps", "sweep folders")
-@html_option("the probes, compared,")
-def capacity(
-    trace: Path, out: Path, resume: str | None, html: Path | None, asked: ReplayOptions, search: SearchOptions
-) -> int:
+def capacity(trace: Path, out: Path, resume: str | None, asked: ReplayOptions, search: SearchOptions) -> int:
     """Find the highest request rate at which the SLO is kept, and what a million tokens costs there.
 
     Servers are started once. A closed-loop ladder (1, 4, 16 ... in flight) finds the ceiling; then windows from all
@@ -71,7 +67,6 @@ def capacity(
     verdict and cost, and is kept as a run in one sweep folder.
     """
     from harness.cli import sweep
-    from harness.cli.results import write_page_of
     from harness.cli.runner.capacity import CapacitySession, in_loop
     from harness.sweep.spec import seeded
     from harness.sweep.state import ANSWER, lock, read_state
@@ -79,7 +74,6 @@ def capacity(
 
     if str(trace) == "-":
         raise UsageError("a search reads its trace many times: name a file instead of standard input")
-    slo, attain = asked.load.slo or {}, asked.report.attain
     spec = _spec(trace, search, asked)
     tiers = sweep.check(spec, in_loop(asked, closed=True))
     source = open_asked(trace, asked.plan)
@@ -115,8 +109,6 @@ def capacity(
         except OSError as e:  # it can be made again from the runs
             say(f"{folder / ANSWER}: cannot write ({e.strerror})")
     _print(report, session.criteria, asked.report.format_)
-    if html is not None and report.probes:
-        write_page_of(find_runs(folder), html, slo=slo, attain=attain, min_requests=asked.load.min_requests)
     return _exit(report)
 
 

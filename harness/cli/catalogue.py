@@ -8,28 +8,17 @@ import sys
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
 from harness.cli.output import print_json, print_rows, say
 from harness.cli.verb import JSON_OPTION, Group, command, takes
-from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, UsageError, unknown_name
+from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, UsageError
 from harness.option_types import NEW_FILE, Parsed, opt
 
 if TYPE_CHECKING:
     from cluster.deploy.rent import Provider
-
-Purchase = Literal["on-demand", "spot", "reserved", "owned"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TierFilter:
-    """Which tiers are listed."""
-
-    accelerator: str | None = opt("Only these, like H100; cpu: those without one.", metavar="NAME")
-    provider: str | None = opt("Only those of one provider, like aws.", metavar="NAME")
-    purchase: Purchase | None = opt("Only those bought in this way.", kind=Purchase)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +40,9 @@ class RefreshOptions:
 
 
 @click.group(cls=Group, invoke_without_command=True)
-@takes(TierFilter)
 @JSON_OPTION
 @click.pass_context
-def tiers(ctx: click.Context, /, format_: str, asked: TierFilter) -> int:
+def tiers(ctx: click.Context, format_: str) -> int:
     """List the hardware tiers with their prices, each with source and date."""
     if ctx.invoked_subcommand:
         return EXIT_VALID
@@ -63,16 +51,6 @@ def tiers(ctx: click.Context, /, format_: str, asked: TierFilter) -> int:
     from cluster.catalogue.tiers import full_note, list_tiers, price_age_days, price_note, usd_per_accelerator_hour
 
     known = list_tiers()
-    for what, wanted in (
-        ("accelerator", asked.accelerator),
-        ("provider", asked.provider),
-        ("purchase", asked.purchase),
-    ):
-        there = [str(getattr(tier, what) or "cpu") for tier in known]
-        if wanted is not None:
-            known = [tier for tier, one in zip(known, there, strict=True) if one.lower() == wanted.lower()]
-            if not known:
-                raise unknown_name(f"{what} of these tiers", wanted, set(there))
     rows = [
         {**msgspec.to_builtins(t), "note": full_note(t), "price_age_days": price_age_days(t),
          "usd_per_accelerator_hour": usd_per_accelerator_hour(t), "old": price_note(t) is not None}

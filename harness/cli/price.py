@@ -14,13 +14,13 @@ import click
 from harness.cli.output import present, say
 from harness.cli.select_runs import find_runs, judged, refused_exit
 from harness.cli.verb import EXIT_STATUS, command, format_option, html_option, takes
-from harness.errors import EXIT_FAILURE, EXIT_SLO_MISSED, EXIT_VALID, UsageError, unknown_name
+from harness.errors import EXIT_FAILURE, EXIT_SLO_MISSED, UsageError, unknown_name
 from harness.option_types import FILE, RATIO, SHARE_OR_NONE, opt
 from harness.options import JudgeOptions
 
 if TYPE_CHECKING:
     from analysis.pricing.list_prices import PriceMap
-    from analysis.pricing.rate_card import PriceReport, RateCard
+    from analysis.pricing.rate_card import RateCard
     from analysis.pricing.terms import Terms
     from analysis.rows.read import Run
     from analysis.summary import Summary
@@ -92,6 +92,7 @@ def price(runs: Sequence[str], format_: str, html: Path | None, asked: PriceOpti
     from analysis.pricing.rate_card import SCHEMA, PriceReport, charge, compare_with_api
     from analysis.pricing.terms import Terms, declared, parse_volume
     from analysis.report.decisions import price_sections
+    from analysis.summary import measured_splits
     from harness.record.manifest import now_utc
 
     today = datetime.now(UTC).date()
@@ -109,8 +110,11 @@ def price(runs: Sequence[str], format_: str, html: Path | None, asked: PriceOpti
             raise unknown_name("list price", name, prices.prices)
     cached_ratio = None if per_cached is None or not per_input else per_cached / per_input
 
-    def priced(run: Run, found: Summary) -> Summary:
-        return found if asked.split == "declared" else _with_splits(run, found, cached_ratio)
+    def priced(run: Run, s: Summary) -> Summary:
+        if asked.split == "declared" or s.cost.usd_per_1m_total.value is None:
+            return s
+        splits = measured_splits(run, s.window, s.tokens, s.requests.succeeded, cached_ratio)
+        return replace(s, cost=replace(s.cost, splits=splits))
 
     summaries = judged(find_runs(*runs), priced, slo=asked.slo, attain=asked.attain)
     valid = [s for s in summaries if s.verdict == "VALID"]
@@ -134,21 +138,9 @@ def price(runs: Sequence[str], format_: str, html: Path | None, asked: PriceOpti
         assumptions=tuple(_assumptions(terms, prices, today, asked)),
     )  # fmt: skip
     present(report, price_sections(report), format_, html=html, verb="price")
-    return refused_exit(s.verdict for s in summaries) or _price_exit(report)
-
-
-def _with_splits(run: Run, s: Summary, cached_ratio: float | None) -> Summary:
-    from analysis.cost.split import run_samples, split_bill, token_mix
-
-    usage = None
-    if s.tokens.input is not None and s.tokens.output is not None:
-        usage = token_mix(s.tokens.input, s.tokens.cached_input, s.tokens.output)
-    bill = s.cost.bill_usd if s.cost.usd_per_1m_total.value is not None else None
-    splits = split_bill(
-        bill, usage, run_samples(run, s.window) if s.window else None, evidence=s.evidence,
-        cached_ratio=cached_ratio, n=s.requests.succeeded,
-    )  # fmt: skip
-    return replace(s, cost=replace(s.cost, splits=splits))
+    if (refused := refused_exit(s.verdict for s in summaries)) or any(made.reason is None for made in report.charges):
+        return refused
+    return EXIT_SLO_MISSED if any(made.slo_met is False for made in report.charges) else EXIT_FAILURE
 
 
 def _open_first(decided: Sequence[RateCard]) -> list[RateCard]:
@@ -164,13 +156,6 @@ def _open_first(decided: Sequence[RateCard]) -> list[RateCard]:
         return kept
     said = "closed-loop runs of this system were left out: a closed loop hides the queue that users would see"
     return [replace(c, notes=(*c.notes, said)) if what(c) in asked else c for c in kept]
-
-
-def _price_exit(report: PriceReport) -> int:
-    """4: no load kept the SLO; 1: no price for another reason."""
-    if any(made.reason is None for made in report.charges):
-        return EXIT_VALID
-    return EXIT_SLO_MISSED if any(made.slo_met is False for made in report.charges) else EXIT_FAILURE
 
 
 def _assumptions(terms: Terms, prices: PriceMap, today: date, asked: PriceOptions) -> list[str]:

@@ -152,7 +152,7 @@ def convert(trace: Files, output: Path, tokenizer: Path | None, asked: ConvertOp
         from harness.trace.edit import count_tokens
 
         records = count_tokens(source, load_tokenizer(tokenizer))
-    return _finish(source, records, output)
+    return _finish(records, output, source)
 
 
 @trace.command(
@@ -168,7 +168,7 @@ Examples:
 @_OUTPUT
 @takes(SampleOptions)
 def sample(trace: Files, output: Path, reading: ReadOptions, asked: SampleOptions) -> int:
-    """Keep a window, N requests, or a thinner trace; sessions stay whole. Prints the shape before and after."""
+    """Keep a window, N requests, or a thinner trace; sessions stay whole."""
     from harness.trace.edit import Sample, check_output
     from harness.trace.edit import sample as choose
     from harness.trace.io import open_asked
@@ -178,7 +178,7 @@ def sample(trace: Files, output: Path, reading: ReadOptions, asked: SampleOption
     )
     check_output(output)
     source = open_asked(trace, reading)
-    return _write_measured(choose(source, how), output, source)
+    return _finish(choose(source, how), output, source)
 
 
 @trace.command(
@@ -212,7 +212,7 @@ def synth(output: Path, asked: SynthOptions) -> int:
         gaps=parse_arrivals(asked.arrivals, rate), input_tokens=parse_lengths(inputs),
         output_tokens=parse_lengths(outputs), requests=asked.requests, duration_s=asked.duration_s, seed=asked.seed,
     )  # fmt: skip
-    return _write_measured(records, output)
+    return _finish(records, output)
 
 
 @trace.command(
@@ -238,7 +238,7 @@ def anonymize(trace: Files, output: Path, tokenizer: Path | None, block_tokens: 
 
     check_output(output)
     source = open_asked(trace, asked)
-    return _finish(source, _without_text(source, secrets.token_bytes(32), tokenizer, block_tokens), output)
+    return _finish(_without_text(source, secrets.token_bytes(32), tokenizer, block_tokens), output, source)
 
 
 def _without_text(source: Trace, salt: bytes, tokenizer: Path | None, block_tokens: int) -> Iterator[TraceRecord]:
@@ -273,40 +273,20 @@ def _servegen(output: Path, asked: SynthOptions, folder: Path) -> int:
         if model.without_family:
             yield f"{model.without_family} windows without a fitted family of gaps: drawn as Poisson"
 
-    return _write_measured(islice(model.draw(start_s, end_s, asked.seed), asked.requests), output, None, words)
+    return _finish(islice(model.draw(start_s, end_s, asked.seed), asked.requests), output, None, words)
 
 
-def _write_measured(
+def _finish(
     records: Iterable[TraceRecord], output: Path, source: Trace | None = None,
     words: Callable[[], Iterable[str]] = tuple,
 ) -> int:  # fmt: skip
-    """Write records, measured as they pass, and say their shape beside that of their ``source``."""
-    from harness.trace.edit import write_trace
-    from harness.trace.shape import compared, measure, shape_of
-    from harness.trace.survey import Survey
-
-    seen = Survey()
-
-    def tapped() -> Iterator[TraceRecord]:
-        for record in records:
-            seen.add(record)
-            yield record
-
-    write_trace(tapped(), output)
-    before = None if source is None else measure(source)
-    for note in source.notes if source else ():
-        say(f"note: {note}")
-    say("\n".join([*words(), compared(before, shape_of(seen))]))
-    print(output)
-    return EXIT_VALID
-
-
-def _finish(source: Trace, records: Iterable[TraceRecord], output: Path) -> int:
+    """Write records, and say how many, with what there is to say of them afterwards."""
     from harness.trace.edit import write_trace
 
     count = write_trace(records, output)
-    for note in source.notes:
+    for note in (*words(), *(source.notes if source else ())):
         say(f"note: {note}")
-    say(f"{count} requests written, {source.rows_read} rows read ({source.format})")
+    read = f", {source.rows_read} rows read ({source.format})" if source else ""
+    say(f"{count} requests written{read}; what they are: harness trace inspect {output}")
     print(output)
     return EXIT_VALID
