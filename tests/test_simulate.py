@@ -129,6 +129,22 @@ def test_turns_wait_for_each_other(tmp_path: Path) -> None:
     assert [row["cached_tokens"] for row in rows[:3]] == [0, 0, 0]
 
 
+def test_a_session_stays_with_its_server(tmp_path: Path) -> None:
+    turns = [
+        {"arrival_s": 0.1 * k, "session_id": f"s{k % 3}", "input_tokens": 64 + 32 * k, "output_tokens": 40}
+        for k in range(12)
+    ]
+    more = ["--sessions", "wait", "--replicas", "3", "--min-requests", "1", "--router"]
+    for router in ("session", "prefix"):
+        folder = tmp_path / router
+        folder.mkdir()
+        run = simulated(folder, turns, *more, router)
+        rows = read_results(run / "results-0.arrows").to_pylist()
+        assert [row["replica"] for row in rows[3:]] == [row["replica"] for row in rows[:9]]
+        assert len({row["replica"] for row in rows}) == 3
+        assert read_manifest(run).model_facts["router"] == router
+
+
 def test_what_is_too_long_is_refused_as_a_server_does(tmp_path: Path) -> None:
     rows = [*ROWS[:5], {"arrival_s": 0.2, "input_tokens": 100_000, "output_tokens": 50}]
     run = simulated(tmp_path, rows, "--min-requests", "1")
@@ -166,7 +182,6 @@ def test_what_was_thrown_out_has_its_rows_and_counters(tmp_path: Path) -> None:
         (["--cancel", "5%@1s"], "clients that hang up are not simulated"),
         (["--tier", "aws-m7a.large", "--model", "smollm2-135m"], "no step times are known of a CPU"),
         (["--model", "gemma3-1b-it"], "window"),
-        (["--balance", "session"], "session"),
         (["--model", "llama-3.1-70b-instruct"], "does not fit"),
     ],
 )

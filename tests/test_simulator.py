@@ -334,6 +334,30 @@ def test_steps_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(found.step_end_s[0]) == 6000 and len(asked) < 40
 
 
+def test_turns_of_a_session_go_to_one_replica() -> None:
+    load = workload([0.0, 0.1, 0.2, 0.3], [0] * 4, [1] * 4, session=np.array([5, 4, 5, 4]))
+    assert simulate(load, EIGHT, [STEP, STEP], router="session").replica.tolist() == [1, 0, 1, 0]
+    with pytest.raises(ValueError, match="session"):
+        simulate(workload([0.0], [0], [1]), EIGHT, [STEP, STEP], router="session")
+
+
+def test_a_prompt_goes_where_most_of_it_was_sent() -> None:
+    keys = [["a", "b"], ["c"], ["a", "d"], ["a", "d"], ["e"], ["c", "f"]]
+    load = workload([0.1 * k for k in range(6)], [40] * 6, [100] * 6, keys=keys)
+    limits = Limits(max_num_seqs=8, prefix_cache=True)
+    found = simulate(load, limits, [STEP, STEP], router="prefix")
+    # the fifth, unknown, joins the shorter queue
+    assert found.replica.tolist() == [0, 1, 0, 0, 1, 1]
+    assert found.cached_tokens is not None and found.cached_tokens.tolist() == [0, 0, 16, 32, 0, 16]
+
+
+def test_a_router_that_asks_seldom_sends_all_to_one() -> None:
+    load = workload([0.0, 0.2, 0.4, 1.1, 1.2], [0] * 5, [400] * 5)
+    found = simulate(load, EIGHT, [STEP, STEP], router="least in flight", stale_s=1.0)
+    assert found.replica.tolist() == [0, 0, 0, 1, 1]
+    assert simulate(load, EIGHT, [STEP, STEP], router="least in flight").replica.tolist() == [0, 1, 0, 1, 0]
+
+
 def test_the_engine_gets_a_request_after_its_delay() -> None:
     load = workload([0.0, 0.01], [0, 0], [1, 1], delay_s=np.array([0.5, 0.1]))
     found = simulate(load, EIGHT, [STEP])

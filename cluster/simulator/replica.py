@@ -13,12 +13,14 @@ from collections.abc import Hashable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from cluster.simulator.alone import serve_alone
+from cluster.simulator.routing import Router as Router
+from cluster.simulator.routing import Routing
 from cluster.simulator.scheduler import Limits, Scheduler, Sequence
 from cluster.simulator.step_time import Chunk, StepTime, many_steps
 
@@ -29,9 +31,6 @@ COUNTED: Ints = np.arange(4096)
 """Steps that are skipped at once, at most."""
 FEW = 4
 """So many steps are sooner gone through one by one."""
-
-Router = Literal["round robin", "least in flight"]
-"""Who gets the next request of several replicas: each in turn, or the one with the fewest (of equal ones the first)."""
 
 
 class SimulatedReplica:
@@ -127,6 +126,8 @@ class Workload:
     """From when a request comes until the engine has it: HTTP, tokenizer, processes. None: 0."""
     keys: Items[Items[Hashable]] | None = None
     """Of each request, for its full blocks of prompt and answer that others may share (`blocks.block_keys`)."""
+    session: Ints | None = None
+    """Number of the session of each request; for a router that keeps them together."""
 
     def __len__(self) -> int:
         return len(self.input_tokens)
@@ -187,12 +188,14 @@ def simulate(
     concurrency: int | None = None,
     until_s: float = math.inf,
     sample_s: float | None = None,
+    stale_s: float = 0.0,
 ) -> Outcomes:
     """Serve ``workload`` on as many replicas as there are step times (one of its own each, for those with state).
 
     ``router``: or the replica of each request, in an open loop where nobody waits. ``concurrency``: a closed loop of so
     many slots, which take the requests in order. ``until_s``: what ends or comes later does not. ``sample_s``: how far
-    apart replicas are sampled, from that time on until they are idle for good; None: they are not.
+    apart replicas are sampled, from that time on until they are idle for good; None: they are not. ``stale_s``: how far
+    apart the router asks replicas how many they have; 0: it always knows.
 
     Raises ValueError for a workload that is out of order.
     """
@@ -203,7 +206,7 @@ def simulate(
     if beforehand and plain and (not isinstance(router, str) or router == "round robin"):
         owner = np.arange(len(workload)) % len(step_times) if isinstance(router, str) else router
         return _each_alone(workload, limits, step_times, owner, until_s)
-    fleet = _Fleet(workload, limits, step_times, router, concurrency, sample_s)
+    fleet = _Fleet(workload, limits, step_times, router, concurrency, sample_s, stale_s)
     fleet.run(until_s)
     return fleet.outcome()
 
@@ -256,13 +259,19 @@ class _Fleet:
 
     def __init__(
         self, workload: Workload, limits: Limits, step_times: Items[StepTime], router: Router | Ints,
-        concurrency: int | None, sample_s: float | None = None,
+        concurrency: int | None, sample_s: float | None = None, stale_s: float = 0.0,
     ) -> None:  # fmt: skip
         n = len(workload)
         self.sample_s = sample_s
         self.samples: list[list[Sample]] = [[] for _ in step_times]
         self.replicas = [SimulatedReplica(limits, step_time) for step_time in step_times]
-        self.router, self.closed = router, concurrency is not None
+        self.said = None if isinstance(router, str) else router
+        self.routing = Routing(
+            router if isinstance(router, str) else "round robin", [one.scheduler for one in self.replicas],
+            sessions=None if workload.session is None else workload.session.tolist(), keys=workload.keys,
+            stale_s=stale_s,
+        )  # fmt: skip
+        self.closed = concurrency is not None
         waits = workload.after is not None and not self.closed
         if not self.closed and not waits:
             _check_open(workload)
@@ -284,7 +293,6 @@ class _Fleet:
         """When the engine gets each that is due."""
         for k in free:
             self._due(k, self.earliest_s[k])
-        self.turn = 0
 
     def _due(self, k: int, due_s: float) -> None:
         self.due_s[k] = due_s
@@ -312,7 +320,7 @@ class _Fleet:
 
     def _send(self) -> None:
         at_s, k = heapq.heappop(self.coming)
-        chosen = self._route(k)
+        chosen = self.routing.choose(k, at_s) if self.said is None else int(self.said[k])
         self.owner[k] = chosen
         keys = () if self.keys is None else self.keys[k]
         self.replicas[chosen].submit(Sequence(k, self.inputs[k], self.outputs[k], keys=keys), at_s)
@@ -352,14 +360,6 @@ class _Fleet:
                 self._due(following, now_s)
             for follower in self.followers.get(k, ()):
                 self._due(follower, max(now_s + self.think_s[follower], self.earliest_s[follower]))
-
-    def _route(self, k: int) -> int:
-        if not isinstance(self.router, str):
-            return int(self.router[k])
-        if self.router == "round robin":
-            self.turn += 1
-            return (self.turn - 1) % len(self.replicas)
-        return min(range(len(self.replicas)), key=lambda r: self.replicas[r].scheduler.in_flight)
 
     def outcome(self) -> Outcomes:
         """What became of each request so far."""

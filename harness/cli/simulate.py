@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from harness.cli.output import say
 from harness.cli.replay import OUT_OPTION
@@ -24,19 +24,27 @@ def _step_ms(text: str) -> tuple[float, ...]:
     return values
 
 
+RouterName = Literal["least", "round-robin", "session", "prefix"]
 STEP = Parsed("step", _step_ms)
 """Seconds of a step, of each sequence, prompt token and context token in it, from milliseconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepOptions:
-    """What a step of the engine takes."""
+class SimulationOptions:
+    """What of an engine and of a router is not known otherwise."""
 
     heading: ClassVar = "Servers"
     step: tuple[float, ...] | None = opt(
         "What a step of the engine takes, ms: base, for each sequence, each prompt token and (if given) each context "
         "token. Default: what is known of the model on the tier.",
         kind=STEP, metavar="BASE,SEQ,TOKEN[,CONTEXT]",
+    )  # fmt: skip
+    router: RouterName = opt(
+        "Which of several servers gets a request: the one with the fewest, each in turn, one for all of a session, or "
+        "the one that was sent the longest part of the prompt before.", "least", kind=RouterName,
+    )  # fmt: skip
+    stale_s: float = opt(
+        "How far apart the router asks servers how many requests they have, as one that scrapes metrics does.", 0.0,
     )  # fmt: skip
 
 
@@ -53,12 +61,12 @@ Examples:
     ReplayOptions,
     options_of(PlanOptions),
     options_of(ServeOptions, "model", "tier", "label", replicas="Servers to simulate; one rents one TIER."),
-    options_of(LoadOptions, "concurrency", "slo", "min_requests", "balance"),
+    options_of(LoadOptions, "concurrency", "slo", "min_requests"),
     options_of(ReportOptions),
 )
-@takes(StepOptions, to="steps")
+@takes(SimulationOptions, to="how")
 @OUT_OPTION
-def simulate(trace: tuple[Path, ...], out: Path, asked: ReplayOptions, steps: StepOptions) -> int:
+def simulate(trace: tuple[Path, ...], out: Path, asked: ReplayOptions, how: SimulationOptions) -> int:
     """Serve TRACE by a model on a tier without either: no server, no GPU, no waiting.
 
     vLLM's scheduler is run in virtual time, with the limits that it chooses for the device, its KV cache and prefix
@@ -81,7 +89,7 @@ def simulate(trace: tuple[Path, ...], out: Path, asked: ReplayOptions, steps: St
     if asked.serve.tier is None:
         raise UsageError("which hardware? --tier NAME ('harness tiers' lists them)")
     model, tier = get_model(asked.serve.model or DEFAULT_MODEL), get_tier(asked.serve.tier)
-    engine = simulated_engine(model, tier, None if steps.step is None else LinearStep(*steps.step))
+    engine = simulated_engine(model, tier, None if how.step is None else LinearStep(*how.step))
     source = open_asked(trace, asked.plan)
     root, url = split_out(out)
     name = f"{source.path.name.split('.')[0]}-{asked.serve.label or f'{model.name}-on-{tier.name}'}-simulated"
@@ -89,5 +97,8 @@ def simulate(trace: tuple[Path, ...], out: Path, asked: ReplayOptions, steps: St
     say(f"run directory: {run.path}")
     with mirrored(url, run.path, say):
         make_bare_plan(source, run, asked)
-        simulate_plan(run, Subject(model=model, tier=tier, replicas=asked.serve.replicas, engine=engine), asked)
+        subject = Subject(
+            model=model, tier=tier, replicas=asked.serve.replicas, engine=engine, router=how.router, stale_s=how.stale_s
+        )  # fmt: skip
+        simulate_plan(run, subject, asked)
     return report_run(run.path, asked.report, asked.load.slo)

@@ -20,6 +20,7 @@ from cluster.simulator.blocks import block_keys
 from cluster.simulator.replica import Outcomes, Router, Sample, Workload, simulate
 from cluster.simulator.scheduler import VLLM, Limits
 from harness.cli.output import say
+from harness.cli.simulate import RouterName
 from harness.errors import UsageError
 from harness.options import ReplayOptions
 from harness.plan.build import build_plan
@@ -46,7 +47,9 @@ COLUMNS = [
 SAMPLE_S = 1.0
 IDS = 65_536
 """Made-up tokens; which they are matters to nobody, but who shares them with whom."""
-ROUTERS: dict[str, Router] = {"least": "least in flight", "round-robin": "round robin"}
+ROUTERS: dict[str, Router] = {
+    "least": "least in flight", "round-robin": "round robin", "session": "session", "prefix": "prefix"
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +61,10 @@ class Subject:
     replicas: int
     engine: HardwareEngine
     """Of each replica."""
+    router: RouterName = "least"
+    """One of `ROUTERS`."""
+    stale_s: float = 0.0
+    """How far apart the router asks replicas how many requests they have."""
 
 
 def make_bare_plan(trace: Trace, run: RunDir, asked: ReplayOptions, tell: Callable[[str], None] = say) -> PlanInfo:
@@ -86,7 +93,7 @@ def simulate_plan(
     keys = _shared_keys(run, info, engine.limits)
     found = simulate(
         requests.workload(engine, keys), engine.limits, [engine.step_time] * subject.replicas,
-        router=ROUTERS[load.balance], concurrency=load.concurrency, sample_s=SAMPLE_S,
+        router=ROUTERS[subject.router], stale_s=subject.stale_s, concurrency=load.concurrency, sample_s=SAMPLE_S,
     )  # fmt: skip
     rows = requests.rows(found)
     took_s = time.monotonic() - started
@@ -101,7 +108,7 @@ def simulate_plan(
     tell(f"simulated {end_s:,.0f} s of {subject.replicas} x {subject.tier.name}: {steps:,} steps in {took_s:.1f} s")
     system = System(
         engine=NAME, evidence="simulated", model=subject.model.name, tier=subject.tier, engine_version=VLLM,
-        engine_args=limit_args(engine.limits), model_facts=engine.facts,
+        engine_args=limit_args(engine.limits), model_facts=_facts(subject),
     )  # fmt: skip
     replicas = [
         Replica(index=k, base_url=url, counters_before=dict.fromkeys(last, 0.0), counters_after=last)
@@ -116,20 +123,27 @@ def simulate_plan(
     return manifest
 
 
+def _facts(subject: Subject) -> dict[str, str]:
+    """Where the figures come from."""
+    facts = dict(subject.engine.facts)
+    if subject.replicas > 1:
+        knows = f", as of up to {subject.stale_s:g} s before" if subject.stale_s else ""
+        facts["router"] = ROUTERS[subject.router] + knows
+    return facts
+
+
 def _spec(subject: Subject, asked: ReplayOptions) -> RunSpec:
     load = asked.load
     return RunSpec(
         mode="closed" if load.closed else "open", concurrency=load.concurrency, model=subject.model.name,
         base_urls=[f"simulated://{k}" for k in range(subject.replicas)], slo=dict(load.slo or {}),
-        min_requests=load.min_requests, balance=load.balance,
+        min_requests=load.min_requests, balance="least" if subject.router == "prefix" else subject.router,
         warmup_s=asked.plan.warmup_s if load.closed else None,
     )  # fmt: skip
 
 
 def _check(table: pa.Table, asked: ReplayOptions) -> None:
     """Refuse, in words, what is not simulated. Raises `UsageError`."""
-    if asked.load.balance not in ROUTERS:
-        raise UsageError("--balance session is not simulated yet: choose least or round-robin")
     if asked.load.closed and asked.plan.duration_s:
         raise UsageError("a simulated closed loop ends with its requests: say how many with --limit, not a --duration")
     for column, what in (
@@ -153,6 +167,7 @@ class _Requests:
     think_ns: Ints
     input_tokens: Ints
     output_tokens: Ints
+    session: Ints
     refused: dict[int, str]
     """By index."""
     served: Ints
@@ -167,7 +182,7 @@ class _Requests:
             arrival_s=due_s, input_tokens=inputs, output_tokens=self.output_tokens[mine], after=self._after(),
             think_s=None if self.after is None else self.think_ns[mine] / 1e9,
             delay_s=np.asarray(engine.arrival_s + engine.arrival_per_token_s * inputs) if delays else None,
-            keys=None if keys is None else [keys[k] for k in mine],
+            keys=None if keys is None else [keys[k] for k in mine], session=self.session[mine],
         )  # fmt: skip
 
     def _after(self) -> Ints | None:
@@ -225,8 +240,8 @@ def _requests(table: pa.Table, subject: Subject) -> _Requests:
     closed = table.column("scheduled_ns").null_count == len(table)
     return _Requests(
         request_id=ids, scheduled_ns=None if closed else ints("scheduled_ns"), after=after,
-        think_ns=ints("think_ns", 0), input_tokens=inputs, output_tokens=outputs, refused=refused,
-        served=np.flatnonzero(~bad),
+        think_ns=ints("think_ns", 0), session=ints("slice"), input_tokens=inputs, output_tokens=outputs,
+        refused=refused, served=np.flatnonzero(~bad),
     )  # fmt: skip
 
 
