@@ -47,6 +47,8 @@ Arrivals = Literal["trace", "constant", "poisson", "gamma"]
 Sessions = Literal["trace", "wait"]
 Conversation = Literal["recorded", "live"]
 AnyEndpoint = Literal["auto", "completions", "chat"]
+RouterName = Literal["least", "round-robin", "session", "prefix"]
+"""Of servers that are simulated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from harness.cli.output import say
 from harness.cli.replay import OUT_OPTION
 from harness.cli.verb import EXIT_STATUS, TRACE_ARGUMENT, command, takes
 from harness.errors import UsageError
 from harness.option_types import Parsed, opt, options_of
-from harness.options import LoadOptions, PlanOptions, ReplayOptions, ReportOptions, ServeOptions
+from harness.options import LoadOptions, PlanOptions, ReplayOptions, ReportOptions, RouterName, ServeOptions
 
 
 def _step_ms(text: str) -> tuple[float, ...]:
@@ -24,7 +24,6 @@ def _step_ms(text: str) -> tuple[float, ...]:
     return values
 
 
-RouterName = Literal["least", "round-robin", "session", "prefix"]
 STEP = Parsed("step", _step_ms)
 """Seconds of a step, of each sequence, prompt token and context token in it, from milliseconds."""
 

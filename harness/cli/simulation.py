@@ -20,9 +20,8 @@ from cluster.simulator.blocks import block_keys
 from cluster.simulator.replica import Outcomes, Router, Sample, Workload, simulate
 from cluster.simulator.scheduler import VLLM, Limits
 from harness.cli.output import say
-from harness.cli.simulate import RouterName
 from harness.errors import UsageError
-from harness.options import ReplayOptions
+from harness.options import ReplayOptions, RouterName
 from harness.plan.build import build_plan
 from harness.plan.file import NO_PROMPTS, PlanInfo, plan_sha256, read_plan_columns, read_plan_info
 from harness.plan.prompts import Vocabulary
