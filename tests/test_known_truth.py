@@ -194,15 +194,9 @@ def test_a_slow_server_is_the_servers_fault(fake_server: StartServer, tmp_path: 
     assert goodput < 0.7 * throughput
 
 
-@pytest.mark.parametrize(
-    ("fault", "error"),
-    [
-        ("http500", "server"), ("http429", "overloaded"), ("http400", "rejected"),
-        ("html", "protocol"), ("hang", "stall"), ("stall", "stall"), ("cut", "cut"), ("reset", "cut"),
-        ("error_event", "server"), ("no_finish", "incomplete"),
-    ],
-)  # fmt: skip
-def test_each_fault_is_a_row_with_its_class(fake_server: StartServer, tmp_path: Path, fault: str, error: str) -> None:
+@pytest.mark.parametrize(("fault", "error"), [("http500", "server"), ("hang", "stall"), ("cut", "cut")])
+def test_a_fault_is_a_row_with_its_class(fake_server: StartServer, tmp_path: Path, fault: str, error: str) -> None:
+    """The class of each: `tests/test_client.py`."""
     server = fake_server("--ttft", "0.01", "--itl", "0.002")
     trace = write_trace(tmp_path / "trace.jsonl", 4, 0.01)
     done = harness(
@@ -232,7 +226,7 @@ def test_a_redirect_is_named_before_the_load_and_not_followed(fake_server: Start
     assert "it points to http://127.0.0.1:9/" in done.stderr
 
 
-@pytest.mark.parametrize("fault", ["no_done", "bundle", "crlf", ""])
+@pytest.mark.parametrize("fault", ["bundle", ""])
 def test_good_streams_of_other_shapes_are_successes(fake_server: StartServer, tmp_path: Path, fault: str) -> None:
     server = fake_server("--ttft", "0.01", "--itl", "0.002")
     trace = write_trace(tmp_path / "trace.jsonl", 4, 0.01)
@@ -279,7 +273,6 @@ def test_server_killed_in_mid_run_loses_nothing_measured(fake_server: StartServe
     assert {e["error"] for e in report["errors"]} >= {"connect"}
 
 
-@pytest.mark.alone
 def test_ctrl_c_reports_what_there_is_and_leaves_nothing(fake_server: StartServer, tmp_path: Path) -> None:
     server = fake_server("--ttft", "0.02", "--itl", "0.005")
     trace = write_trace(tmp_path / "trace.jsonl", 3000, 0.02)

@@ -631,7 +631,7 @@ def locust_for(run_time_s: int, url: str, tmp_path: Path) -> dict[str | None, in
 
 
 def test_a_plain_locustfile_stopped_by_locust_has_all_rows(fake_server: StartServer, tmp_path):
-    found = locust_for(6, fake_server("--ttft", "0.03", "--itl", "0.005").url, tmp_path)
+    found = locust_for(3, fake_server("--ttft", "0.03", "--itl", "0.005").url, tmp_path)
     assert sum(found.values()) == 500
     assert found[None] > 0
     assert set(found) <= {None, "stopped", "unsent"}
