@@ -65,8 +65,10 @@ ONE_SIDED = 1.645
 """Standard errors by which the load may have been higher than this run saw: 95 %."""
 ONE_SIDED_BURSTY = 0.5
 """The same of arrivals in bursts, of which a few would allow any load: 69 %."""
-UNLUCKY = 0.84
-"""Standard errors by which this run may have been luckier than the next: it must be long enough in four of five."""
+UNLUCKY = (1.28, 0.84, 0.42, 0.0, -0.84, -ONE_SIDED)
+"""Standard errors by which this run may have been luckier than the next: the first that any length is enough for. 1.28
+(90 %), so that with what else this run does not know the next is long enough in four of five. That no length is enough
+is said only when the load is too high even if this run saw more of it than 95 % of runs do."""
 FEWEST_TIMES = 8.0
 """Integrated times (each two relaxation times of an exponential memory) that a run must outlast, at the longest that
 its own data allow."""
@@ -208,7 +210,7 @@ def relaxation(
         shortest_s = observed_s if bursts >= FEWEST_BURSTS else observed_s * BURSTS_AHEAD / max(1, bursts)
     needed_s: float | None = observed_s
     if observed_s < max(shortest_s, times * longest_s):
-        ahead = (_ahead_s(queue_s, observed_s, shortest_s, times, unlucky) for unlucky in (UNLUCKY, 0.0))
+        ahead = (_ahead_s(queue_s, observed_s, shortest_s, times, unlucky) for unlucky in UNLUCKY)
         needed_s = next((found for found in ahead if found is not None), None)
     return Relaxation(
         observed_s=observed_s,
