@@ -89,8 +89,8 @@ def _row(cell: Cell, told: list[Told], draws: int) -> Row:
         truth="long-run value",
         claimed=f"{len(told)} of {draws} had none and ask for {_minutes(middle)} (median; {_minutes(low)} to "
         f"{_minutes(high)} in 80 %); of all {len(told)}, run as long as they ask (the {cut} that ask for more than "
-        f"{_minutes(LONGEST_S)} so long, and the {len(told) - len(made)} that no length is enough for not at all, which "
-        f"counts as not printed), {printed.share:.0%} print, at least {AS_ADVISED:.0%} wanted; "
+        f"{_minutes(LONGEST_S)} so long, and the {len(told) - len(made)} that take no length for enough not at all: "
+        f"not printed), {printed.share:.0%} print, at least {AS_ADVISED:.0%} wanted; "
         f"{together(found.values()).share:.1%} hold" + ("; outside: " + ", ".join(missed) if missed else ""),
         draws=len(told),
         holds=printed.band[1] >= AS_ADVISED and not missed,
