@@ -18,7 +18,7 @@ from harness.audit.judge import KEY, HttpJudge, JudgeTrial, Label, read_labels, 
 from harness.audit.records import AuditedRecord
 from harness.checks.judge import SCHEMA, AskedJudge
 from harness.checks.spec import parse_check
-from harness.cli.runner.audit_run import _trust, check_labels
+from harness.cli.runner.audit_judge import check_labels, trust_of
 from harness.errors import UsageError
 from harness.trace.formats.record import TraceRecord
 
@@ -123,7 +123,7 @@ def test_a_fair_judge_is_believed_and_asked_as_it_must_be(monkeypatch: pytest.Mo
     with server(fair, seen) as url:
         found = trial(url)
     assert found.canaries >= 20 and found.accepted == 0 and len(found.labelled) == 2 * N
-    trusted = _trust(found, "small@http://h/v1", 0.05)
+    trusted = trust_of(found, "small@http://h/v1", 0.05)
     assert trusted.faults == () and trusted.labels == 2 * N and 0.8 < sharpness(trusted) < 1
     assert {one["key"] for one in seen} == {f"Bearer {SECRET}"}
     assert all(one["temperature"] == 0 and "json_schema" in str(one["response_format"]) for one in seen)
@@ -158,12 +158,12 @@ def test_a_judge_that_says_to_come_back_is_asked_again() -> None:
 def test_another_is_not_believed(reply: Reply, fault: str) -> None:
     with server(reply) as url:
         found = trial(url)
-    assert fault in _trust(found, "small@http://h/v1", 0.05).faults
+    assert fault in trust_of(found, "small@http://h/v1", 0.05).faults
 
 
 def test_one_that_is_down_or_slow_ends_in_time() -> None:
     found = trial("http://127.0.0.1:1/v1")
-    assert "too few canaries" in _trust(found, "small@http://h/v1", 0.05).faults
+    assert "too few canaries" in trust_of(found, "small@http://h/v1", 0.05).faults
     ended = threading.Event()
 
     def slow(body: dict[str, object]) -> tuple[int, object]:

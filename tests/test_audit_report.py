@@ -319,3 +319,28 @@ def test_payroll_and_churn_are_thresholds_until_they_are_stated() -> None:
     even = report(CURRENT, EQUAL).answers[0].break_even
     assert even is not None and even.minutes_per_100 is None
     assert even.review_usd_per_100.value == pytest.approx(0.9 * 280 / 1e6 * 100)
+
+
+def test_checks_that_tell_nothing_are_no_evidence() -> None:
+    """Garbage passes on half of the records, or the margin gives away all that the current model can."""
+    lost = GOOD & (np.arange(N) % 20 != 0)
+    alike = np.where(np.arange(N) % 20 == 0, lost, GOOD)
+
+    def word(candidate: np.ndarray, blind: np.ndarray, current: np.ndarray = GOOD) -> str:
+        models = [replace(CURRENT, grades=(table(current),)), replace(EQUAL, grades=(table(candidate),))]
+        found = audit_report(FACTS, models, slo={"e2e_p95": 2.0}, blind=blind, **{**WHOLE, "margin": 0.05})  # type: ignore[arg-type]
+        return str(found.answers[0].verdict.word)
+
+    none, half = np.zeros(N, np.bool_), np.arange(N) % 2 == 1
+    assert word(GOOD, none) == "switch" and word(GOOD, half) == "switch"
+    assert word(GOOD, np.arange(N) % 3 > 0) == "quality not measured"
+    assert word(alike, half) != "switch", "records that cannot tell do not dilute those that can"
+    assert word(GOOD & False, none, current=np.arange(N) % 40 == 0) == "quality not measured"
+
+
+def test_what_todays_server_failed_does_not_speak_for_a_candidate() -> None:
+    lost = GOOD & (np.arange(N) >= 6)
+    flaky = replace(CURRENT, grades=(table(GOOD, failed=6),))
+    found = report(flaky, replace(EQUAL, grades=(table(lost),))).answers[0]
+    assert found.difference is not None and found.difference.value == 0, "neither side of these pairs is graded"
+    assert words(replace(CURRENT, grades=(table(GOOD, failed=9),)), EQUAL) == ["INVALID"]

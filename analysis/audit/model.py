@@ -88,9 +88,13 @@ def failed(table: pa.Table) -> Bools:
 
 
 def side_of(
-    tables: Sequence[pa.Table], one: MeasuredModel, facts: RecordFacts, policy: Policy, current: Side | None = None
-) -> Side | None:
-    """The model on its answers in ``tables``; ``current``: whom its gate escalates to. None without answers."""
+    tables: Sequence[pa.Table], one: MeasuredModel, facts: RecordFacts, policy: Policy, current: Side | None = None,
+    *, blameless: bool = False,
+) -> Side | None:  # fmt: skip
+    """The model on its answers in ``tables``; ``current``: whom its gate escalates to. ``blameless``:
+    what its server failed is not graded (of the current model, whose failures must not speak for a candidate). None
+    without answers.
+    """
     if not tables:
         return None
 
@@ -100,6 +104,8 @@ def side_of(
     lost = np.stack([failed(table) for table in tables], axis=1)
     accepted, gate, output = stacked("accepted"), stacked("gate"), stacked("output_tokens")
     gated = np.ones(len(gate), np.bool_) if facts.gated is None else facts.gated
+    if blameless:
+        accepted = np.where(lost, np.nan, accepted)
     if facts.gated is not None:
         accepted = np.where(gated[:, None] & np.isnan(gate) & ~lost, np.nan, accepted)  # who knows what is served then
     usd = np.zeros(gate.shape)

@@ -111,13 +111,17 @@ def audit_report(
     requests_per_s: float,
     stated: Stated, unmeasurable: frozenset[str], made: str, folder: str, trace: str, records: int, checks_sha256: str,
     notes: Sequence[str] = (), policy: Policy | None = None, attain: float = 0.99,
+    blind: Bools | None = None,
 ) -> AuditReport:  # fmt: skip
-    """The whole of it; ``measured``: the current model first. ``policy``: what production does with its gate."""
+    """The whole of it; ``measured``: the current model first. ``policy``: what production does with its gate.
+
+    ``blind``: records whose check tells nothing.
+    """
     policy = policy or Policy()
     current, *others = measured
     session, weight = facts.session, facts.weight
-    base = side_of(current.grades, current, facts, replace(policy, escalate=False))
-    again = side_of(current.again, current, facts, replace(policy, escalate=False))
+    base = side_of(current.grades, current, facts, replace(policy, escalate=False), blameless=True)
+    again = side_of(current.again, current, facts, replace(policy, escalate=False), blameless=True)
     sides = [side_of(one.grades, one, facts, policy, base) for one in others]
     broken = None if current.problem is None else f"the current model: {current.problem}"
     bills = [costs_of(current, base, one, side, stated, facts, requests_per_s)
@@ -139,7 +143,8 @@ def audit_report(
         for one, side, costs in zip(others, sides, bills, strict=True)
     ]  # fmt: skip
     own = np.full(len(session), np.nan) if base is None else base.grades
-    asked = GradedRecords(current=own, session=session, weight=weight, slices=slices(facts, unmeasurable))
+    asked = GradedRecords(current=own, session=session, weight=weight, slices=slices(facts, unmeasurable),
+                          blind=blind)  # fmt: skip
     verdicts = decide(asked, candidates, margin)
     rows = [
         _row(one, side, current.fleet, stated, facts, requests_per_s)

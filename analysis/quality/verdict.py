@@ -21,6 +21,8 @@ from analysis.quality.power import records_needed
 
 MOST_UNGRADED = 0.02
 """Share of pairs without a grade above which the audit is INVALID: what cannot be graded is not so at random."""
+MOST_BLIND = 0.5
+"""Share of the traffic whose checks tell nothing above which quality was not measured."""
 MATTERS = 0.05
 """Share of the traffic from which on a slice that got worse forbids a switch."""
 Word = Literal[
@@ -60,6 +62,8 @@ class GradedRecords:
     weight: Floats
     slices: Mapping[str, Slice]
     """Parts of the trace that are judged by themselves; they may overlap."""
+    blind: Bools | None = None
+    """Records whose check tells nothing: not in the test, which they would only dilute. None: there are none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +121,7 @@ class AuditVerdict:
     needed_as_seen: int | None = None
     """The same were the difference the one that was seen; None beside ``needed``: no number would."""
     why: str | None = None
-    """Of an INVALID."""
+    """Of an INVALID, or where quality was not measured in spite of checks."""
 
     @property
     def switches(self) -> bool:
@@ -134,8 +138,8 @@ def decide(
     """
     if not 0 < margin < 1:
         raise ValueError(f"margin {margin}: a share between 0 and 1, such as 0.02 for 2 points")
-    pairs = [None if c.grades is None else paired(records.current, c.grades, records.session, records.weight)
-             for c in candidates]  # fmt: skip
+    seen = np.ones(len(records.session), np.bool_) if records.blind is None else ~records.blind
+    pairs = [None if c.grades is None else _paired(records, c.grades, seen) for c in candidates]
     adjusted = holm([1.0 if pair is None else pair.p_worse_by(margin * c.sharpness)
                      for c, pair in zip(candidates, pairs, strict=True)])  # fmt: skip
     return [
@@ -147,6 +151,23 @@ def decide(
 def ungraded(records: GradedRecords, grades: Floats) -> float:
     """Share of pairs of which a side could not be graded."""
     return float(np.mean(~(np.isfinite(records.current) & np.isfinite(grades)))) if len(grades) else 0.0
+
+
+def _paired(records: GradedRecords, grades: Floats, mask: Bools) -> Paired | None:
+    """Over the records of the mask whose check tells something."""
+    mask = mask if records.blind is None else mask & ~records.blind
+    return paired(records.current[mask], grades[mask], records.session[mask], records.weight[mask])
+
+
+def _unseen(records: GradedRecords, pair: Paired | None, margin: float) -> str | None:
+    """Why the grades say nothing of quality; None: they do."""
+    if records.blind is not None:
+        share = float(records.weight @ records.blind) / float(records.weight.sum())
+        if share > MOST_BLIND:
+            return f"the checks of {share:.0%} of the records tell nothing"
+    if pair is not None and pair.current <= margin:
+        return f"the current model is right on {pair.current:.1%}, all of which the margin would give away"
+    return None
 
 
 def _decide(
@@ -165,8 +186,8 @@ def _decide(
         return replace(blank, word="quality not measured")
     if (lost := ungraded(records, candidate.grades)) > MOST_UNGRADED:
         return replace(blank, why=f"{lost:.1%} of pairs could not be graded, more than {MOST_UNGRADED:.0%}")
-    if pair is None:
-        return replace(blank, word="quality not measured")
+    if pair is None or (unseen := _unseen(records, pair, margin)):
+        return replace(blank, word="quality not measured", why=None if pair is None else unseen)
     parts = _slices(records, candidate.grades, margin, alpha)
     bill = candidate.bill(np.ones(len(records.session), np.bool_))
     whole = replace(blank, slices=parts, bill=bill)
@@ -218,9 +239,7 @@ def _in_part(
         for part in parts:
             if part.state == "worse" and records.slices[part.name].routable:
                 routed = routed & ~masks[part.name]
-        pair = paired(
-            records.current[routed], candidate.grades[routed], records.session[routed], records.weight[routed]
-        )
+        pair = _paired(records, candidate.grades, routed)
         good = pair is not None and pair.sessions >= FEWEST_SESSIONS and pair.p_worse_by(margin) <= alpha / family
         bill = candidate.bill(routed) if good else None
         if bill is not None and bill.high < 1:

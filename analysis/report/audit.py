@@ -44,7 +44,8 @@ def _quality(report: AuditReport) -> Section:
     return Section(
         title="Quality", table=Table(heads, rows, right=range(1, len(heads) - 1)),
         notes=("Accepted and difference in points of 100, with 95 % intervals by session; harmful: right before, "
-               "wrong now. A request that the server failed is a rejected answer.",),
+               "wrong now. A request that a candidate's "
+               "server failed is a rejected answer; one that today's failed is not graded.",),
     )  # fmt: skip
 
 

@@ -60,9 +60,9 @@ GONE = ("connect", "cut", "server", "stall", "timeout", "stopped", "unsent")
 """Errors of a request whose server may be no more."""
 NO_LONGER = 5
 """So many of them after the last answer, to the end of the pass, and the server was no more."""
-NOT_ASKED = ("unsent", "stopped", "cancelled", "no_history", "overloaded", "auth", "tls", "redirect")
-"""Errors that say nothing of the model: the request was not sent, or the server would not have it from us at our pace
-(429, 503) or with our key. They could not be graded."""
+NOT_ASKED = ("unsent", "stopped", "cancelled", "no_history", "auth", "tls", "redirect")
+"""Errors that say nothing of the model: the request was not sent, or not with a key that the server takes. They could
+not be graded. (429 and 503 are asked again for as long as a request may take: what is left of them failed.)"""
 
 
 def grade_run(

@@ -38,7 +38,7 @@ class AuditedRecord:
     """None: it has none, and is sent under load alone."""
     gate: Check | None
     session: int
-    """The same for records of a session; of its own where the trace names none."""
+    """The same for records of a session, and for sessions that share a prompt."""
 
     @property
     def prompt(self) -> str:
@@ -79,7 +79,23 @@ def read_records(trace: Trace, default: str | None, limit: int | None) -> list[A
         key = source.session_id if source.session_id is not None else f"\0{row}"
         session = sessions.setdefault(key, len(sessions))
         found.append(AuditedRecord(row=row, source=source, check=check, gate=gate, session=session))
-    return found
+    return _clustered(found)
+
+
+def _clustered(records: list[AuditedRecord]) -> list[AuditedRecord]:
+    """Sessions with a prompt in common are one: asked twice, the same prompt tells nothing twice."""
+    root = list(range(len(records)))
+
+    def find(one: int) -> int:
+        while root[one] != one:
+            root[one] = one = root[root[one]]
+        return one
+
+    first: dict[str, int] = {}
+    for record in records:
+        one, other = find(record.session), find(first.setdefault(record.prompt, record.session))
+        root[max(one, other)] = min(one, other)
+    return [replace(record, session=find(record.session)) for record in records]
 
 
 def prompt_sha256(source: TraceRecord) -> str:

@@ -1,21 +1,63 @@
-"""``harness audit --dry-run``: what would be asked, how long that takes, and what so many records can prove."""
+"""What an audit can prove: hours and power before it is begun, and the records whose checks tell nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from harness.audit.asked import AuditOptions
 from harness.audit.records import AuditedRecord, cap
+from harness.checks.grade import Grader
+from harness.checks.lint import GARBAGE, LintGroup
 from harness.cli.output import print_json, print_table
 from harness.errors import EXIT_VALID
 from harness.options import ReplayOptions, SearchOptions
 from harness.sweep.cost import BETWEEN_S, ITL_S, start_s, usd_per_hour
 from harness.sweep.spec import Pair
 
+if TYPE_CHECKING:
+    from analysis.arrays import Bools
+    from harness.cli.runner.audit import QualityPass
+
 PROBES = 8
 """Probes that a search for capacity is assumed to take."""
 CANDIDATE_PSI = (0.05, 0.1, 0.2)
 """Shares of grades that may differ between two models, for which the power is told."""
+
+
+def blind_records(
+    graded: Sequence[AuditedRecord], faults: Sequence[LintGroup], first: QualityPass
+) -> tuple[frozenset[str], Bools]:
+    """(slices, records) whose checks tell nothing: garbage passes, or the current model is not surely better there than
+    one constant answer; ``first``: its answers.
+    """
+    import numpy as np
+
+    from analysis.quality.estimate import mean
+
+    grader = Grader()
+    blind = np.array([
+        record.check is not None and any(grader.grade(record.check, one).accepted for one in GARBAGE)
+        for record in graded
+    ], np.bool_)  # fmt: skip
+    said = [None] * len(graded) if first.grades is None else first.grades.column("accepted").to_pylist()
+    right = np.array([np.nan if one is None else float(one) for one in said], np.float64)
+    session = np.array([record.session for record in graded], np.int64)
+    names = set[str]()
+    for group in faults:
+        if "a constant answer passes" not in group.faults or group.constant is None:
+            continue
+        mask = np.array([group.name in _groups(record) for record in graded], np.bool_)
+        known = mask & np.isfinite(right)
+        if not known.any() or mean(right[known], session[known], np.ones(int(known.sum()))).low <= group.constant:
+            names.add(group.name)
+            blind |= mask
+    return frozenset(names), blind
+
+
+def _groups(record: AuditedRecord) -> set[str]:
+    tags = (f"{name} {value}".strip() for name, value in record.source.tags or ())
+    return {f"check {record.kind}", *tags}
 
 
 def dry_run(

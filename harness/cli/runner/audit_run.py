@@ -15,15 +15,15 @@ from harness.audit.asked import (
     AuditState,
     parse_price,
 )
-from harness.audit.judge import CURRENT, HttpJudge, JudgeTrial, Label, asks_judge, read_labels, try_judge
+from harness.audit.judge import JudgeTrial
 from harness.audit.records import AuditedRecord, checks_sha256, read_records, sampled, shares_prefix, without_seen
 from harness.checks.grade import Grader
-from harness.checks.judge import AskedJudge
 from harness.checks.lint import LintGroup, LintRecord, lint
 from harness.checks.sandbox import LinuxSandbox, refusal
 from harness.cli.output import as_json, present, say
 from harness.cli.runner.audit import LoadPass, QualityPass, check_models, load, quality, tried
-from harness.cli.runner.audit_plan import dry_run
+from harness.cli.runner.audit_judge import family, judge_of, labels_of, trial_of, trust_of
+from harness.cli.runner.audit_plan import blind_records, dry_run
 from harness.cli.runner.targets import Servers
 from harness.cli.verb import NEWEST
 from harness.errors import (
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from analysis.audit.model import MeasuredModel, TokenPrice
     from analysis.audit.report import AuditReport
     from analysis.quality.bill import Stated
-    from analysis.quality.judging import JudgeTrust
     from analysis.quality.slices import RecordFacts
 
 REPORT = "report.json"
@@ -79,7 +78,7 @@ def audited(
     check_models(want, asked)
     if (want.tries > 1 or want.escalate) and not any(record.gate is not None for record in graded):
         raise UsageError(f"{source.path}: no record has a 'gate', which decides --tries and --escalate")
-    labels = _labels(want)
+    labels = labels_of(want)
     faults = _lint(graded, want)
     for group in faults:
         say(f"note: the checks are not sound: {group.name}: {', '.join(group.faults)} (harness audit lint says more)")
@@ -91,7 +90,7 @@ def audited(
         records=len(records), seed=seed, asked=_asked(asked, want, search, rate),
     )  # fmt: skip
     folder = _folder(out, trace, resume, state)
-    judge = _judge(want)
+    judge = judge_of(want)
     grader = Grader(sandbox=LinuxSandbox() if want.run_code else None, judge=judge)
     with lock(folder):
         say(f"audit folder: {folder}")
@@ -104,7 +103,7 @@ def audited(
                     folder, k, models, passes, asked, records, None if want.quick else search, rate, seed, servers, want
                 )
 
-            trial = None if judge is None else _trial(judge, graded, labels)
+            trial = None if judge is None else trial_of(judge, graded, labels)
             passes = quality(folder, want, asked, graded, seed, grader, load_now)
             for k in range(len(models)):
                 if k not in loaded:
@@ -228,10 +227,13 @@ def _report(
     from analysis.audit.report import audit_report
     from analysis.quality.bill import Policy
 
-    blind = frozenset(group.name for group in faults if "a constant answer passes" in group.faults)
+    unmeasurable, blind = blind_records(graded, faults, passes[0][0])
     notes = [f"The checks are not sound: {group.name}: {', '.join(group.faults)}." for group in faults]
     notes += origins
     uncapped = sum(record.source.max_tokens is None for record in graded)
+    if blind.any():
+        notes.append(f"The checks of {int(blind.sum()):,} records tell nothing (garbage passes, or the current model "
+                     "is no better than one constant answer): they are not in the test.")  # fmt: skip
     if uncapped:
         notes.append(f"{uncapped:,} records have no max_tokens: their answers were cut at {want.max_answer}.")
     if state.asked["keep_text"]:
@@ -245,14 +247,15 @@ def _report(
     if trial is not None and want.judge_model:
         notes.append(f"Judge: {want.judge_model}. Canaries: {trial.canaries}, {trial.accepted} accepted.")
         notes += [f"The judge {want.judge_model} has a name like {pair.model}: a judge may favour its own family."
-                  for pair in want.models if _family(pair.model or "") == _family(want.judge_model)]  # fmt: skip
+                  for pair in want.models if family(pair.model or "") == family(want.judge_model)]  # fmt: skip
     measured = [
         _measured(k, want, several, loaded, prices, trial)
         for k, (several, loaded) in enumerate(zip(passes, loads, strict=True))
     ]
     return audit_report(
         _facts(graded, passes[0][0]), measured, margin=state.margin, slo=state.slo, requests_per_s=rate,
-        stated=_stated(want), unmeasurable=blind, made=now_utc(), folder=str(folder), trace=Path(state.trace).name,
+        stated=_stated(want), unmeasurable=unmeasurable, blind=blind,
+        made=now_utc(), folder=str(folder), trace=Path(state.trace).name,
         records=state.records, checks_sha256=state.checks_sha256, notes=notes,
         policy=Policy(tries=want.tries, escalate=want.escalate), attain=asked.report.attain,
     )  # fmt: skip
@@ -271,54 +274,6 @@ def _lint(graded: Sequence[AuditedRecord], want: AuditOptions) -> list[LintGroup
     return [group for group in lint(records, Grader(), want.check).groups if group.faults]
 
 
-def _family(name: str) -> str:
-    return name.rpartition("/")[2].partition("-")[0].casefold()
-
-
-def _judge(want: AuditOptions) -> AskedJudge | None:
-    if want.judge is None:
-        return None
-    return AskedJudge(HttpJudge(want.judge, want.judge_model or "", want.judge_time_s))
-
-
-def _trial(judge: AskedJudge, graded: Sequence[AuditedRecord], labels: Sequence[Label]) -> JudgeTrial | None:
-    if not any(asks_judge(record.check) for record in graded):
-        return None
-    say(f"trying the judge: canaries and {len(labels)} labelled answers")
-    return try_judge(judge, graded, labels)
-
-
-def _labels(want: AuditOptions) -> list[Label]:
-    labels = read_labels(want.labelled) if want.labelled else []
-    check_labels(labels, want)
-    return labels
-
-
-def check_labels(labels: Sequence[Label], want: AuditOptions) -> None:
-    """Raise `UsageError` for a label of a model that is not audited."""
-    for label in labels:
-        if label.model not in (CURRENT, *want.candidates):
-            raise UsageError(f"label of line {label.line}: {label.model!r} is neither {CURRENT!r} nor a --candidate")
-
-
-def _trust(trial: JudgeTrial, candidate: str, margin: float) -> JudgeTrust:
-    """The judge on answers of the current model and of one candidate."""
-    import numpy as np
-
-    from analysis.quality.judging import Labelled, trust
-
-    mine = [one for one in trial.labelled if one.model in (CURRENT, candidate)]
-    return trust(
-        Labelled(
-            judged=np.array([np.nan if one.judged is None else one.judged for one in mine], np.float64),
-            label=np.array([one.label for one in mine], np.float64),
-            candidate=np.array([one.model != CURRENT for one in mine], np.float64),
-            session=np.array([one.session for one in mine], np.int64),
-        ),
-        margin, canaries=trial.canaries, canaries_accepted=trial.accepted,
-    )  # fmt: skip
-
-
 def _measured(
     k: int, want: AuditOptions, passes: Sequence[QualityPass], loaded: LoadPass, prices: Mapping[str, TokenPrice],
     trial: JudgeTrial | None,
@@ -330,7 +285,7 @@ def _measured(
 
     pair, own, again = want.models[k], passes[: want.repeats], passes[want.repeats :]
     problem = next((one.problem for one in own if one.problem), None)
-    trusted = None if trial is None or k == 0 else _trust(trial, want.candidates[k - 1], want.margin)
+    trusted = None if trial is None or k == 0 else trust_of(trial, want.candidates[k - 1], want.margin)
     if problem is None and trusted is not None and trusted.faults:
         problem = f"the judge is not to be believed: {', '.join(trusted.faults)}"
     fleet = None
@@ -357,14 +312,15 @@ def _facts(graded: Sequence[AuditedRecord], first: QualityPass) -> RecordFacts:
 
     from analysis.quality.slices import RecordFacts
 
-    turns: dict[int, int] = {}
-    last: dict[int, int | None] = {}
+    turns: dict[str, int] = {}
+    last: dict[str, int | None] = {}
     turn = []
     for record in graded:
-        said = record.source.turn
-        later = said is None or said != last.get(record.session)  # records of one turn are equally deep
-        turns[record.session], last[record.session] = turns.get(record.session, 0) + later, said
-        turn.append(turns[record.session])
+        said, messages = record.source.turn, record.source.messages or ()
+        key = f"\0{record.row}" if record.source.session_id is None else record.source.session_id
+        later = said is None or said != last.get(key)  # records of one turn are equally deep
+        turns[key], last[key] = turns.get(key, 0) + later, said
+        turn.append(max(turns[key], sum(one["role"] == "user" for one in messages)))
     tokens = [None] * len(graded) if first.grades is None else first.grades.column("input_tokens").to_pylist()
     return RecordFacts(
         tags=[dict(record.source.tags or ()) for record in graded], kinds=[record.kind for record in graded],

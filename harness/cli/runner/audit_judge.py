@@ -1,0 +1,68 @@
+"""The judge of an audit: who it is, how it does before it is used, and how far it is believed then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from harness.audit.asked import AuditOptions
+from harness.audit.judge import CURRENT, HttpJudge, JudgeTrial, Label, asks_judge, read_labels, try_judge
+from harness.audit.records import AuditedRecord
+from harness.checks.judge import AskedJudge
+from harness.cli.output import say
+from harness.errors import UsageError
+
+if TYPE_CHECKING:
+    from analysis.quality.judging import JudgeTrust
+
+
+def family(name: str) -> str:
+    """The beginning of a model's name: ``llama`` of ``meta/Llama-3-8B``."""
+    return name.rpartition("/")[2].partition("-")[0].casefold()
+
+
+def judge_of(want: AuditOptions) -> AskedJudge | None:
+    """None: none was asked for."""
+    if want.judge is None:
+        return None
+    return AskedJudge(HttpJudge(want.judge, want.judge_model or "", want.judge_time_s))
+
+
+def trial_of(judge: AskedJudge, graded: Sequence[AuditedRecord], labels: Sequence[Label]) -> JudgeTrial | None:
+    """How the judge does on canaries and labels; None: no check asks one. Raises `UsageError` for labels of others."""
+    if not any(asks_judge(record.check) for record in graded):
+        return None
+    say(f"trying the judge: canaries and {len(labels)} labelled answers")
+    return try_judge(judge, graded, labels)
+
+
+def labels_of(want: AuditOptions) -> list[Label]:
+    """Raises `UsageError` for what are no labels of these models."""
+    labels = read_labels(want.labelled) if want.labelled else []
+    check_labels(labels, want)
+    return labels
+
+
+def check_labels(labels: Sequence[Label], want: AuditOptions) -> None:
+    """Raise `UsageError` for a label of a model that is not audited."""
+    for label in labels:
+        if label.model not in (CURRENT, *want.candidates):
+            raise UsageError(f"label of line {label.line}: {label.model!r} is neither {CURRENT!r} nor a --candidate")
+
+
+def trust_of(trial: JudgeTrial, candidate: str, margin: float) -> JudgeTrust:
+    """The judge on answers of the current model and of one candidate."""
+    import numpy as np
+
+    from analysis.quality.judging import Labelled, trust
+
+    mine = [one for one in trial.labelled if one.model in (CURRENT, candidate)]
+    return trust(
+        Labelled(
+            judged=np.array([np.nan if one.judged is None else one.judged for one in mine], np.float64),
+            label=np.array([one.label for one in mine], np.float64),
+            candidate=np.array([one.model != CURRENT for one in mine], np.float64),
+            session=np.array([one.session for one in mine], np.int64),
+        ),
+        margin, canaries=trial.canaries, canaries_accepted=trial.accepted,
+    )  # fmt: skip
