@@ -14,6 +14,7 @@ from rich.console import Console
 from analysis.audit.model import MeasuredModel, TokenPrice
 from analysis.audit.report import AuditReport, CandidateAnswer, audit_report
 from analysis.quality.bill import Policy, Rented, Stated
+from analysis.quality.cascade import cascade
 from analysis.quality.estimate import Bounded
 from analysis.quality.slices import RecordFacts
 from analysis.report.audit import audit_sections
@@ -344,3 +345,18 @@ def test_what_todays_server_failed_does_not_speak_for_a_candidate() -> None:
     found = report(flaky, replace(EQUAL, grades=(table(lost),))).answers[0]
     assert found.difference is not None and found.difference.value == 0, "neither side of these pairs is graded"
     assert words(replace(CURRENT, grades=(table(GOOD, failed=9),)), EQUAL) == ["INVALID"]
+
+
+def test_no_cascade_that_gives_up_a_part_of_the_trace() -> None:
+    """A tag of 10 % is answered worse, and as surely as all else."""
+    n = 3000
+    rng = np.random.default_rng(1)
+    good, legal = rng.random(n) < 0.7, np.arange(n) % 10 == 0
+    lost = good & ((rng.random(n) < 0.1) | (legal & (rng.random(n) < 0.4)))
+    score = rng.normal(0, 1, n) - 6 * (lost & ~legal)
+    found = cascade(
+        score, good.astype(float), (good & ~lost).astype(float), np.arange(n), np.ones(n), margin=0.06,
+        bill=lambda up: Bounded(0.5, 0.5, 0.5), slo_met=lambda up: True, parts={"legal": legal, "others": ~legal},
+    )  # fmt: skip
+    assert found is not None and found.held_out.p_worse_by(0.06) <= 0.025
+    assert found.worse == ("legal",) and not found.passes(0.06)

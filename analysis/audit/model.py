@@ -21,8 +21,8 @@ from analysis.quality.bill import (
 )
 from analysis.quality.cascade import Cascade, cascade
 from analysis.quality.judging import JudgeTrust
-from analysis.quality.slices import RecordFacts
-from analysis.quality.verdict import Evidence
+from analysis.quality.slices import RecordFacts, slices
+from analysis.quality.verdict import MATTERS, Evidence
 from harness.slo import criteria
 
 
@@ -200,7 +200,7 @@ def slo_of(
 
 def cascade_of(
     one: MeasuredModel, side: Side, current: MeasuredModel, base: Side, costs: Costs, facts: RecordFacts,
-    *, margin: float, slo: Mapping[str, float], attain: float,
+    *, margin: float, slo: Mapping[str, float], attain: float, blind: Bools | None = None,
 ) -> Cascade | None:  # fmt: skip
     """The candidate first and the current model where its first answer seems unsure; None: the server gave no score.
 
@@ -218,7 +218,12 @@ def cascade_of(
         both = within(np.where(up, own + first, own), np.where(up, own + more, own), facts.weight, slo, attain)
         return all_of(one.slo_met, current.slo_met, both)
 
+    first_grades = side.attempts.accepted[:, 0]
+    total = float(facts.weight.sum())
+    large = {
+        name: part.mask for name, part in slices(facts).items() if float(facts.weight @ part.mask) >= MATTERS * total
+    }
     return cascade(
-        side.score, base.grades, side.attempts.accepted[:, 0], facts.session, facts.weight,
-        margin=margin * one.sharpness, bill=costs.cascade, slo_met=slo_met,
+        side.score, base.grades, first_grades if blind is None else np.where(blind, np.nan, first_grades),
+        facts.session, facts.weight, margin=margin * one.sharpness, bill=costs.cascade, slo_met=slo_met, parts=large,
     )  # fmt: skip

@@ -137,7 +137,7 @@ def audit_report(
             evidence=one.evidence if current.evidence == "measured" else current.evidence,
             problem=broken or one.problem, sharpness=one.sharpness,
             cascade=None if side is None or base is None or costs is None or policy.asks_again else cascade_of(
-                one, side, current, base, costs, facts, margin=margin, slo=slo, attain=attain
+                one, side, current, base, costs, facts, margin=margin, slo=slo, attain=attain, blind=blind
             ),
         )
         for one, side, costs in zip(others, sides, bills, strict=True)

@@ -8,7 +8,7 @@ the other half). So sessions are split in two; each half is judged by the thresh
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,11 +55,13 @@ class Cascade:
     """Share accepted when each record goes to a model that gets it right, if one does: no score can do better."""
     both_wrong: float
     """Share that escalation cannot mend."""
+    worse: tuple[str, ...] = ()
+    """Parts of the trace on which it is proven worse by the margin, on held-out records."""
 
     def passes(self, margin: float, alpha: float = ALPHA) -> bool:
         """Not worse by the margin on held-out records, cheaper by the worse end, and within the SLO."""
         enough = min(half.held_out.sessions for half in self.halves) * 2 >= FEWEST_SESSIONS
-        good = enough and self.held_out.p_worse_by(margin) <= alpha
+        good = enough and not self.worse and self.held_out.p_worse_by(margin) <= alpha
         return good and self.bill is not None and self.bill.high < 1 and self.slo_met is True
 
 
@@ -74,12 +76,13 @@ def halves(session: Ints, seed: int = 0) -> Bools:
 def cascade(
     score: Floats, current: Floats, candidate: Floats, session: Ints, weight: Floats, *, margin: float,
     bill: Callable[[Bools], Bounded | None], slo_met: Callable[[Bools], bool | None], alpha: float = ALPHA,
-    seed: int = 0,
+    seed: int = 0, parts: Mapping[str, Bools] | None = None,
 ) -> Cascade | None:  # fmt: skip
     """Tune on each half, judge on the other. ``score``: higher is surer (mean or least log-probability of a token).
 
     ``bill`` and ``slo_met`` are asked with the records that are escalated. A record without score or grade of the
-    candidate is escalated. None where a half has no graded record, or where nothing is kept.
+    candidate is escalated. ``parts``: of the trace, none of which may get worse by the margin (Bonferroni). None where
+    a half has no graded record, or where nothing is kept.
     """
     known = np.isfinite(score) & np.isfinite(candidate)
     sure = np.where(known, score, -np.inf)
@@ -118,8 +121,11 @@ def cascade(
     total, w = float(weight[graded].sum()), weight[graded]
     share = float(weight @ kept_then) / float(weight.sum())
     a, c = current[graded], candidate[graded]
+    each = {name: against(mask, crossed) for name, mask in (parts or {}).items()}
+    level = alpha / max(1, len(each))
     return Cascade(
         threshold=threshold, halves=(found[0], found[1]), held_out=whole, kept=share, bill=bill(~kept_then),
         slo_met=slo_met(~kept_then), random=float(w @ (share * c + (1 - share) * a)) / total,
         oracle=float(w @ np.maximum(a, c)) / total, both_wrong=float(w @ np.minimum(1 - a, 1 - c)) / total,
+        worse=tuple(name for name, one in each.items() if one is not None and one.interval(level)[1] < -margin),
     )  # fmt: skip
