@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -96,16 +97,9 @@ def _percent(text: str) -> float | None:
     return share if share <= 1 else None
 
 
-def _share(text: str) -> float:
+def _share(text: str, least: float = 1e-12) -> float:
     share = _percent(text)
-    if not share:
-        raise UsageError(f"{text!r}: write a share like 99% or 0.99")
-    return share
-
-
-def _share_or_none(text: str) -> float:
-    share = _percent(text)
-    if share is None:
+    if share is None or share < least:
         raise UsageError(f"{text!r}: write a share like 40% or 0.4")
     return share
 
@@ -182,7 +176,7 @@ SLO = Parsed("slo", _slo)
 """Limits in seconds by key from ``ttft=2s,tpot=100ms`` or ``ttft_p99=2s,tpot_p95=80ms`` (`harness.slo`)."""
 SHARE = Parsed("share", _share, lambda share: f"{share * 100:g}%")
 """A share above 0 from ``99%`` or ``0.99``."""
-SHARE_OR_NONE = Parsed("share", _share_or_none)
+SHARE_OR_NONE = Parsed("share", partial(_share, least=0.0))
 """A share, 0 too, from ``40%`` or ``0.4``."""
 STAGES = Parsed("stages", _stages)
 """A tuple of `harness.plan.arrivals.Stage` from ``2m@4,5m@8``."""

@@ -102,7 +102,11 @@ Pairs = Mapping[Key, list[tuple[PairedRun, PairedRun]]]
 
 def pair_runs(a: Sequence[PairedRun], b: Sequence[PairedRun]) -> tuple[Pairs, list[str], list[str]]:
     """(pairs by load, loads that only one side has, why nothing can be paired)."""
-    sides = [_by_load(side) for side in (a, b)]
+
+    def place(o: PairedRun) -> tuple[int, str, str]:
+        return load_seed(o.summary.plan.seed), o.summary.created, o.summary.run
+
+    sides = [grouped(sorted(side, key=place), lambda o: load_of(o.summary)) for side in (a, b)]
     shared = [load for load in sides[0] if load in sides[1]]
     left = [
         f"left out: only {name} has {load_words(side[load][0].summary)}"
@@ -127,13 +131,6 @@ def pair_runs(a: Sequence[PairedRun], b: Sequence[PairedRun]) -> tuple[Pairs, li
             in_a, in_b = (", ".join(map(str, side)) for side in seeds)
             reasons.append(f"seed: A {in_a}, B {in_b}; each repeat needs one of the same seed")
     return pairs, left, reasons
-
-
-def _by_load(side: Sequence[PairedRun]) -> dict[Key, list[PairedRun]]:
-    def place(o: PairedRun) -> tuple[int, str, str]:
-        return load_seed(o.summary.plan.seed), o.summary.created, o.summary.run
-
-    return grouped(sorted(side, key=place), lambda o: load_of(o.summary))
 
 
 def plans_differ(a: PairedRun, b: PairedRun) -> list[str]:

@@ -85,12 +85,6 @@ def backwards(slices: Ints, times: Ints | Floats | None) -> int:
     return int(np.count_nonzero((which[1:] == which[:-1]) & (time[1:] < time[:-1])))
 
 
-def groups(values: Ints) -> tuple[int, int]:
-    """How many different values there are, and how often the most frequent one occurs."""
-    counts = np.unique(values, return_counts=True)[1]
-    return len(counts), int(counts.max(initial=0))
-
-
 def read_plan(run: Run) -> Plan:
     """The plan's columns in the order of its requests. Raises `PlanError`."""
     path = RunDir(run.path).plan

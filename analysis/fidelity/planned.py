@@ -16,7 +16,6 @@ from analysis.fidelity.inputs import (
     Fidelity,
     Plan,
     backwards,
-    groups,
     judged,
     ks_distance,
     not_comparable,
@@ -242,8 +241,8 @@ def _planned_sessions(info: PlanInfo, source: TraceStats, plan: Plan) -> Fidelit
     torn = backwards(plan.slice, plan.scheduled_ns)
     units = source.requests - source.session_rows + source.sessions
     turns = source.requests / units
-    different, most = groups(plan.slice)
-    got = len(plan.slice) / different
+    sizes = np.unique(plan.slice, return_counts=True)[1]
+    got, most = len(plan.slice) / len(sizes), int(sizes.max(initial=0))
     observed = (
         f"{got:.3f} requests in each for {turns:.3f}, most {most} for {source.most_turns}; "
         f"{torn} turns before the one before them"

@@ -6,6 +6,7 @@ One bill as prices of uncached input, cached input and output by relative weight
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import date
@@ -206,15 +207,9 @@ class Terms:
 def parse_volume(text: str) -> tuple[VolumeTier, ...]:
     """Volume tiers from ``0,1e9:-10%,1e10:-20%``. Raises `UsageError`."""
     tiers = []
-    for part in text.split(","):
-        threshold, colon, change = (word.strip() for word in part.partition(":"))
-        try:
-            tokens, percent = float(threshold), float(change.removesuffix("%")) if colon else 0.0
-        except ValueError:
-            tokens, percent = math.nan, 0.0
-        if not math.isfinite(tokens) or not math.isfinite(percent) or (colon and not change.endswith("%")):
-            raise UsageError(f"volume tier {part.strip()!r}: write tokens a month and a discount, like 1e9:-10%")
-        if percent > 0:
-            raise UsageError(f"volume tier {part.strip()!r}: a discount is negative, like -{percent:g}%")
-        tiers.append(VolumeTier(from_tokens=tokens, discount=-percent / 100))
+    for part in map(str.strip, text.split(",")):
+        said = re.fullmatch(r"(-?\d+(?:\.\d+)?(?:e\d{1,2})?)\s*(?::\s*-(\d+(?:\.\d+)?)%)?", part)
+        if said is None:
+            raise UsageError(f"volume tier {part!r}: write tokens a month and a discount below 0, like 1e9:-10%")
+        tiers.append(VolumeTier(from_tokens=float(said[1]), discount=float(said[2] or 0) / 100))
     return tuple(tiers)

@@ -83,11 +83,6 @@ def quantity(q: Quantity, style: Style) -> Cell:
     return Cell(said, note=interval(q, style) or None, sort=q.value)
 
 
-def number(q: Quantity, style: Style) -> Cell:
-    """A figure alone."""
-    return Cell(value(q, style), sort=q.value)
-
-
 def price_cell(s: Summary, q: Quantity) -> Cell:
     """A price with its interval; quiet where the SLO was missed: not a price to sell at. Why there is none stands
     beside the verdict (`verdict_note`): a column of prices is too narrow for words.

@@ -21,7 +21,6 @@ from analysis.report.figures import (
     hourly,
     interval,
     milliseconds,
-    number,
     percent,
     price,
     quantity,
@@ -258,7 +257,11 @@ def _rates(summary: Summary) -> Table:
 
 
 def _figure_row(name: str, q: Quantity, style: Style) -> Row:
-    return [name, number(q, style), interval(q, style, q.note or "-") if q.value is not None else q.note or "-"]
+    return [
+        name,
+        Cell(value(q, style), sort=q.value),
+        interval(q, style, q.note or "-") if q.value is not None else q.note or "-",
+    ]
 
 
 def _evidence(quantities: Iterable[Quantity]) -> str:

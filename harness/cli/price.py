@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -192,34 +193,30 @@ def _new_prices(file: Path | None, stated: Sequence[str], runs: Sequence[Summary
     return found
 
 
+_TIER_PRICE = re.compile(
+    r"(?P<name>[^=]+)=(?P<usd>\d+(?:\.\d+)?)@\s*(?P<source>\S.*?)\s*@\s*(?P<date>\d{4}-\d\d(?:-\d\d)?)\s*"
+    r"(?:@(?P<purchase>on-demand|spot|reserved|owned))?"
+)
+
+
 def parse_tier_price(text: str, known: Mapping[str, Tier]) -> tuple[str, Tier]:
     """A run's tier with the price of ``NAME=USD@SOURCE@DATE[@PURCHASE]``. Raises `UsageError`."""
-    from cluster.catalogue.tiers import PURCHASES, price_age_days
+    from cluster.catalogue.tiers import price_age_days
 
-    name, equals, rest = text.partition("=")
-    parts = rest.split("@")
-    purchase = parts.pop() if len(parts) > 3 and parts[-1] in PURCHASES else None
-    if not equals or len(parts) < 3:
-        raise UsageError(
-            f"--tier-price {text!r}: write NAME=USD@SOURCE@DATE, like aws-g6.xlarge=0.62@contract 7@2026-11-20, and "
-            "@reserved, @spot, @on-demand or @owned when it was bought another way"
-        )
-    if name not in known:
-        raise unknown_name("tier of these runs", name, known)
-    try:
-        usd = float(parts[0])
-    except ValueError:
-        usd = math.nan
-    if not (math.isfinite(usd) and usd > 0):
-        raise UsageError(f"--tier-price {text!r}: {parts[0]!r} is not USD per hour above 0")
-    tier = replace(
-        known[name], usd_per_hour=usd, source="@".join(parts[1:-1]).strip(), date=parts[-1].strip(),
-        purchase=purchase or known[name].purchase, note=None, ownership=None,
-    )  # fmt: skip
-    try:
-        age = price_age_days(tier)
-    except ValueError:
-        age = -1
-    if age < 0 or not tier.source:
-        raise UsageError(f"--tier-price {text!r}: a price needs its source and the day it was read, like 2026-11-20")
-    return name, tier
+    said = _TIER_PRICE.fullmatch(text)
+    if said is not None and said["name"] not in known:
+        raise unknown_name("tier of these runs", said["name"], known)
+    with suppress(ValueError):  # a day that there is not
+        if said is not None and float(said["usd"]) > 0:
+            was = known[said["name"]]
+            tier = replace(
+                was, usd_per_hour=float(said["usd"]), source=said["source"], date=said["date"],
+                purchase=said["purchase"] or was.purchase, note=None, ownership=None,
+            )  # fmt: skip
+            if price_age_days(tier) >= 0:
+                return was.name, tier
+    raise UsageError(
+        f"--tier-price {text!r}: write NAME=USD@SOURCE@DATE, USD per hour above 0 with its source and the day it was "
+        "read, like aws-g6.xlarge=0.62@contract 7@2026-11-20, and @reserved, @spot, @on-demand or @owned when it was "
+        "bought another way"
+    )

@@ -231,36 +231,6 @@ def described(trace: Trace, shape: TraceShape) -> str:
     return "\n".join(line.rstrip() for line in lines if line)
 
 
-def compared(before: TraceShape | None, after: TraceShape) -> str:
-    """A few figures of a trace, beside those of the one it was made from."""
-    shown = [_figures(shape) for shape in (before, after) if shape is not None]
-    rows = []
-    for name, form in _FORMS.items():
-        values = [figures[name] for figures in shown]
-        if values != [None] * len(values):
-            said = " -> ".join("not known" if value is None else format(value, form) for value in values)
-            rows.append(f"{name:28}{said}")
-    return "\n".join(rows)
-
-
-_FORMS = {
-    "requests": "d", "span, s": ".1f", "mean rate, req/s": ".4g", "burstiness at 1s": ".2f",
-    "burstiness at 10s": ".2f", "burstiness at 60s": ".2f", "worst minute / mean": ".2f", "mean input tokens": ".1f",
-    "mean output tokens": ".1f", "sessions": "d", "ideal prefix hit, blocks": ".1%",
-}  # fmt: skip
-
-
-def _figures(shape: TraceShape) -> dict[str, float | None]:
-    return dict(zip(_FORMS, (
-        shape.rows, shape.span_s, shape.mean_rate, *shape.burstiness.values(),
-        shape.worst_minute["ratio_to_mean"] if shape.worst_minute else None,
-        shape.input_tokens.mean if shape.input_tokens else None,
-        shape.output_tokens.mean if shape.output_tokens else None,
-        shape.sessions.sessions if shape.sessions else None,
-        shape.prefix.hit_rate_blocks if shape.prefix else None,
-    ), strict=True))  # fmt: skip
-
-
 def _bars(values: Sequence[float]) -> str:
     top = max(values, default=0)
     return "".join(_BARS[math.ceil(8 * v / top) if top else 0] for v in values)

@@ -312,7 +312,9 @@ def watch(
                 given_up = True
                 cut.append(why)
                 load.stop(at_once=True)
-            if silence and not cut and not servers.restarting() and (k := silent(silence, counts)) is not None:
+            quiet = counts.get("quiet_s")
+            waited = quiet if isinstance(quiet, dict) else {}
+            if silence and not cut and not servers.restarting() and (k := silence.look(waited)) is not None:
                 words = f"no byte on any request for {SILENT_S:g} s, and no answer to a question"
                 end(f"replica {k} is silent: {words}", silent=k)
             if deadline and time.monotonic() >= deadline.at_s:
@@ -332,12 +334,6 @@ def watch(
                         say(f"replica {index} is gone: {how}")
                         end(f"replica {index} is gone: {how}", "stopping at once: half a deployment has no price")
     return (cut[0] if cut else None), given_up
-
-
-def silent(silence: Silence, counts: Mapping[str, object]) -> int | None:
-    """The server that is silent, by these counts, if one is."""
-    quiet = counts.get("quiet_s")
-    return silence.look(quiet if isinstance(quiet, dict) else {})
 
 
 class StopRequest:

@@ -176,7 +176,10 @@ class Session:
             broken_off = manifest.status == "stopped" and not manifest.lost
             if broken_off and deadline is not None and time.monotonic() >= deadline.at_s:
                 self.end(point, "failed", f"budget: {manifest.reason}; the rows this far are kept")
-                self._skip_rest()
+                self.over = "budget"
+                for later in (one for one in self.state.points if one.state == "pending"):
+                    later.state, later.reason = "skipped", "budget: it is spent"
+                self.write()
             elif broken_off or manifest.status == "lost":
                 self.end(point, "failed", manifest.reason)
             else:
@@ -292,13 +295,6 @@ class Session:
             return None
         left_h, why = min(ends)
         return Deadline(at_s=time.monotonic() + left_h * 3600, why=why)
-
-    def _skip_rest(self) -> None:
-        self.over = "budget"
-        for point in self.state.points:
-            if point.state == "pending":
-                point.state, point.reason = "skipped", "budget: it is spent"
-        self.write()
 
     def serving_options(self, pair: Pair) -> ReplayOptions:
         """The options of ``harness replay`` on the servers of this pair."""
