@@ -62,7 +62,8 @@ def test_servers_stay_up_from_quality_to_load(
 
     monkeypatch.setattr(sweep, "choose_target", place)
     words = ["audit", str(trace), "--current", f"smollm2-135m@{TIER}", "--candidate", f"{small}@{TIER}",
-             "--slo", "ttft_p95=5s", "--quick", "--rate", "100", "-o", str(tmp_path / "audits"),
+             "--candidate", "mistral-7b-instruct-v0.3@aws-p5.48xlarge", "--slo", "ttft_p95=5s", "--quick",
+             "--rate", "100", "-o", str(tmp_path / "audits"),
              "--format", "json"]  # fmt: skip
     done = CliRunner().invoke(cli, words, standalone_mode=False)
     assert done.return_value == EXIT_INVALID, done.output
@@ -79,6 +80,11 @@ def test_servers_stay_up_from_quality_to_load(
     notes = " ".join(found["notes"])
     assert "Q4_1 weights expanded" in notes and "int8 of smollm2-135m, not calibrated: the worst int8" in notes
     assert found["graded"] == N - 1 and "1 records are not graded" in notes
+
+    # no such machine here: a candidate by name, of which nothing is claimed
+    named, by_name = found["answers"][1]["verdict"], found["models"][2]
+    assert named["word"] == "quality not measured" and by_name["load"].startswith("not measured here: ")
+    assert by_name["usd_per_request"] is None
 
     gone = CliRunner().invoke(cli, [*words[:5], f"./nowhere@{TIER}", *words[6:]])
     assert "nowhere/config.json" in str(gone.exception) and gone.exception.exit_code == EXIT_USAGE  # type: ignore[union-attr]

@@ -180,6 +180,38 @@ def check_models(want: AuditOptions, asked: ReplayOptions) -> None:
     sweep.check(spec, asked)
 
 
+def origins_of(models: Sequence[Pair]) -> tuple[list[str], set[str]]:
+    """What is known of weights that the harness serves itself, for the page, and the records that they have seen."""
+    from cluster.catalogue.models import get_model
+    from cluster.catalogue.quantise import read_quantised
+
+    words: list[str] = []
+    seen: set[str] = set()
+    for pair in models:
+        if pair.base_urls or pair.model is None:
+            continue
+        model = get_model(pair.model)
+        if (made := read_quantised(Path(model.path)) if model.path else None) is not None:
+            seen.update(made.seen)
+        if note := made.words if made else model.note:
+            words.append(f"{pair.name}: {note}.")
+    return words, seen
+
+
+def no_hardware(pair: Pair) -> str | None:
+    """Why servers of this model cannot be started from here, where another machine could; None: they can."""
+    from cluster.catalogue.tiers import get_tier
+    from cluster.deploy.placement import check_can_serve
+
+    if pair.base_urls or pair.tier is None:
+        return None
+    try:
+        check_can_serve(get_tier(pair.tier))
+    except HarnessError as e:
+        return str(e).splitlines()[0]
+    return None
+
+
 def quality(
     folder: Path, want: AuditOptions, asked: ReplayOptions, graded: Sequence[AuditedRecord], seed: int, grader: Grader,
     then: Callable[[int, Sequence[Sequence[QualityPass]], Servers], None],
@@ -201,7 +233,8 @@ def quality(
         order="given", seed=seed, options={"lengths": "cap"},
     )  # fmt: skip
     state = sweep.new_state("quality", folder, spec)
-    state.points = [point for point in state.points if point.pair == 0 or point.repeat <= want.repeats]
+    absent = {k for k, pair in enumerate(state.pairs) if k and no_hardware(pair)}
+    state.points = [p for p in state.points if p.pair == 0 or (p.repeat <= want.repeats and p.pair not in absent)]
     state = _begun(folder / "quality", state, traces[0])
     load = replace(
         asked.load, output_lengths="cap", sealed=True, slo=None, min_requests=1, concurrency=None,
@@ -212,7 +245,9 @@ def quality(
     session = QualitySession(folder / "quality", state, options, orders, traces, grader, want)
 
     def found() -> list[list[QualityPass]]:
-        return [[_passed(session.folder, p) for p in state.points if p.pair == k] for k in range(len(state.pairs))]
+        asked_of = [[point for point in state.points if point.pair == k] for k in range(len(state.pairs))]
+        nobody = QualityPass(problem=None, grades=None)
+        return [[_passed(session.folder, point) for point in points] or [nobody] for points in asked_of]
 
     session.then = lambda k, servers: then(k, found(), servers)
     session.run()

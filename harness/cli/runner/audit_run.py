@@ -21,7 +21,7 @@ from harness.checks.grade import Grader
 from harness.checks.lint import LintGroup, LintRecord, lint
 from harness.checks.sandbox import LinuxSandbox, refusal
 from harness.cli.output import as_json, present, say
-from harness.cli.runner.audit import LoadPass, QualityPass, check_models, load, quality, tried
+from harness.cli.runner.audit import LoadPass, QualityPass, check_models, load, no_hardware, origins_of, quality, tried
 from harness.cli.runner.audit_judge import family, judge_of, labels_of, trial_of, trust_of
 from harness.cli.runner.audit_plan import blind_records, dry_run
 from harness.cli.runner.targets import Servers
@@ -64,7 +64,7 @@ def audited(
     source = open_asked(trace, asked.plan)
     records = read_records(source, want.check, asked.plan.limit)
     rate = asked.plan.rate or _rate(source, records)
-    origins, seen = _origins(models)
+    origins, seen = origins_of(models)
     checked = sum(record.check is not None for record in records)
     records = without_seen(records, seen)
     if dropped := checked - sum(record.check is not None for record in records):
@@ -118,24 +118,6 @@ def audited(
 
     present(report, audit_sections(report), asked.report.format_, html=html, verb="audit")
     return exit_status(report, want)
-
-
-def _origins(models: Sequence[Pair]) -> tuple[list[str], set[str]]:
-    """What is known of weights that the harness serves itself, for the page, and the records that they have seen."""
-    from cluster.catalogue.models import get_model
-    from cluster.catalogue.quantise import read_quantised
-
-    words: list[str] = []
-    seen: set[str] = set()
-    for pair in models:
-        if pair.base_urls or pair.model is None:
-            continue
-        model = get_model(pair.model)
-        if (made := read_quantised(Path(model.path)) if model.path else None) is not None:
-            seen.update(made.seen)
-        if note := made.words if made else model.note:
-            words.append(f"{pair.name}: {note}.")
-    return words, seen
 
 
 def _prices(want: AuditOptions, models: Sequence[Pair]) -> dict[str, TokenPrice]:
@@ -203,7 +185,8 @@ def _load(
     """The load pass of model ``k``, on ``servers`` that are up; a search where it has a tier and one is asked for."""
     found = passes[k][0]
     if passes[0][0].problem or found.problem or found.grades is None:
-        return LoadPass(slo_met=None, words="not loaded")
+        why = None if found.problem else no_hardware(models[k])
+        return LoadPass(slo_met=None, words=f"not measured here: {why}" if why else "not loaded")
     rows, tokens = (found.grades.column(name).to_pylist() for name in ("record", "output_tokens"))
     lengths = {row: length for row, length in zip(rows, tokens, strict=True) if length is not None}
     say(f"load: {models[k].name}")
