@@ -147,6 +147,16 @@ def _json_object(text: str) -> dict[str, object]:
     return decoded
 
 
+def _step_s(text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) / 1000 for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) not in (3, 4) or not all(0 <= one < 1e3 for one in values) or values[0] + values[1] <= 0:
+        raise UsageError(f"{text!r}: write milliseconds BASE,SEQ,TOKEN or BASE,SEQ,TOKEN,CONTEXT, like 8,0.05,0.02")
+    return values
+
+
 def _ratio(text: str) -> tuple[float, float, float | None]:
     try:
         parts = [float(part) for part in text.split(":")]
@@ -188,6 +198,8 @@ WARMUP = Parsed("warmup", _warmup)
 """An integer of requests from ``20``, or a float of seconds from ``30s``."""
 CANCEL = Parsed("cancel", _cancel)
 """(share of requests, seconds after they were sent) from ``5%@2s``."""
+STEP = Parsed("step", _step_s)
+"""Seconds of a step, and of each sequence, prompt token and context token in it, from milliseconds."""
 JSON_OBJECT = Parsed("json", _json_object)
 RATIO = Parsed("ratio", _ratio, lambda ratio: ":".join(f"{part:g}" for part in ratio if part is not None))
 """(input, output, cached input or None) from ``4``, ``1:4`` or ``1:4:0.25``."""

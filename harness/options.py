@@ -28,6 +28,7 @@ from harness.option_types import (
     POSITIVE,
     SHARE,
     STAGES,
+    STEP,
     WARMUP,
     opt,
 )
@@ -47,6 +48,7 @@ Arrivals = Literal["trace", "constant", "poisson", "gamma"]
 Sessions = Literal["trace", "wait"]
 Conversation = Literal["recorded", "live"]
 AnyEndpoint = Literal["auto", "completions", "chat"]
+EngineName = Literal["vllm", "simulated"]
 RouterName = Literal["least", "round-robin", "session", "prefix"]
 """Of servers that are simulated."""
 
@@ -178,6 +180,14 @@ class ServeOptions:
         metavar="NAME",
     )
     replicas: int = opt("Servers to start.", 1)
+    engine: EngineName = opt(
+        "Servers to start: vLLM, or ones that answer as vLLM on --tier would, on any machine. Every figure of those is "
+        "simulated.", "vllm", kind=EngineName,
+    )  # fmt: skip
+    step: tuple[float, ...] | None = opt(
+        "What a step of a simulated engine takes, ms: base, for each sequence, each prompt token and, if given, each "
+        "context token. Default: what is known of the model on the tier.", kind=STEP, metavar="BASE,SEQ,TOKEN",
+    )  # fmt: skip
     on_replica_death: OnReplicaDeath = opt(
         "When a server dies during a run: stop the run now, or start it again and mark the run.",
         "fail", kind=Literal["fail", "restart"],

@@ -19,7 +19,11 @@ from conftest import ROOT, FakeServer, StartServer, in_time, wait_for
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.catalogue.models import get_model
+from cluster.catalogue.tiers import get_tier
 from cluster.engines.fake.pacing import step_ms
+from cluster.engines.simulated import simulated_engine
+from cluster.simulator.blocks import block_keys
 from cluster.simulator.replica import Workload, simulate
 from cluster.simulator.scheduler import Limits, Scheduler, Sequence
 from cluster.simulator.step_time import LinearStep
@@ -322,3 +326,28 @@ def test_first_come_first_served_also_after_a_hang_up() -> None:
     order.append([s.number for s in scheduler.decoding])
     assert order == [[0], [1], [2]]
     assert all(b >= a for a, b in pairwise([first.first_step, second.first_step, third.first_step]))
+
+
+def test_it_is_vllm_with_a_model_on_a_tier(fake_server: StartServer) -> None:
+    server = fake_server("--simulate", "smollm2-135m", "aws-m7a.large", *STEP)
+    rng = np.random.default_rng(3)
+    lengths = zip(rng.integers(1, 900, 40).tolist(), rng.geometric(0.1, 40).tolist(), strict=True)
+    asyncio.run(ask_all(server.url, [(0.02 * k, prompt, answer) for k, (prompt, answer) in enumerate(lengths)]))
+    assert b"maximum context length is 8192" in asyncio.run(ask(server.url, 0, 8000, 300, stream=False))
+    rows = truth_of(server, 40)
+    engine = simulated_engine(get_model("smollm2-135m"), get_tier("aws-m7a.large"), LINEAR)
+    assert engine.limits.block_size == 128 and engine.limits.prefix_cache
+    tokens = np.array([row["tokens"] for row in rows])
+    prompts = [row["prompt_tokens"] for row in rows]
+    load = Workload(
+        arrival_s=np.array([row["came_ns"] for row in rows]) / 1e9, input_tokens=np.array(prompts),
+        output_tokens=tokens, keys=[block_keys([7] * n, 128) for n in prompts],
+    )  # fmt: skip
+    virtual = simulate(load, engine.limits, [LINEAR])
+    for k, row in enumerate(rows):
+        assert np.abs(np.array(row["due_ns"]) / 1e9 - virtual.token_s(k, tokens[k])).max() < 1e-6
+    after = metrics(server.url)
+    assert virtual.cached_tokens is not None
+    assert after["vllm:prefix_cache_hits_total"] == virtual.cached_tokens.sum() > 0
+    assert after["vllm:prefix_cache_queries_total"] == sum(prompts)
+    assert (after["vllm:kv_cache_usage_perc"], after["vllm:num_preemptions_total"]) == (0, 0)

@@ -11,12 +11,14 @@ from click.testing import CliRunner
 
 from cluster.catalogue.models import get_model
 from cluster.catalogue.tiers import get_tier
-from cluster.engines.simulated import changed, simulated_engine
+from cluster.engines.simulated import SimulatedServer, changed, simulated_engine
 from cluster.simulator.replica import Workload, simulate
 from cluster.simulator.scheduler import VLLM, Limits
 from cluster.simulator.step_time import LinearStep
 from harness.cli import cli
+from harness.cli.runner.targets import SimulatedTarget, Target, choose_target
 from harness.errors import UsageError
+from harness.options import ReplayOptions, ServeOptions
 from harness.record.manifest import read_manifest
 from harness.record.results import read_results
 from harness.record.samples import read_server_metrics
@@ -202,3 +204,37 @@ def test_a_plan_without_prompts_is_not_sent(run: Path, tmp_path: Path) -> None:
     args = ["run", str(run / "plan.arrow"), "--base-url", "http://127.0.0.1:9/v1", "--model", "m", "-o", str(tmp_path)]
     done = CliRunner().invoke(cli, args, standalone_mode=False)
     assert isinstance(done.exception, UsageError) and "simulated" in str(done.exception)
+
+
+def target(**asked: object) -> Target:
+    return choose_target(ReplayOptions(serve=ServeOptions(engine="simulated", **asked)))  # type: ignore[arg-type]
+
+
+def test_servers_that_simulate_are_a_target_of_every_verb_that_sends() -> None:
+    found = target(model=MODEL, tier=TIER)
+    assert isinstance(found, SimulatedTarget) and len(found.vocabulary()) > 100_000
+    with pytest.raises(UsageError, match="no tokens of texts"):
+        found.check_prompts(chat=True, text=False)
+    server = SimulatedServer(model=get_model(MODEL), tier=get_tier(TIER), step=(0.008, 0.00005, 0.00002))
+    assert (server.name, server.evidence, server.facts()["step_source"]) == ("simulated", "simulated", "given")
+    argv = server.command("127.0.0.1", 8000, "key").argv
+    assert argv[argv.index("--simulate") :][:3] == ["--simulate", MODEL, TIER]
+    assert argv[-2:] == ["--step", "8.0,0.05,0.02"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"model": MODEL}, "which hardware is simulated"),
+        ({"model": MODEL, "tier": TIER, "base_urls": ("http://127.0.0.1:1/v1",)}, "drop --base-url"),
+        ({"model": "smollm2-135m", "tier": "aws-m7a.large"}, "no step times are known of a CPU"),
+    ],
+)
+def test_a_target_that_cannot_be_simulated_is_refused(asked: dict[str, object], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        target(**asked)
+
+
+def test_a_step_is_said_of_a_simulated_engine_alone() -> None:
+    with pytest.raises(UsageError, match="--engine simulated"):
+        choose_target(ReplayOptions(serve=ServeOptions(step=(0.01, 0.0, 0.0))))

@@ -171,17 +171,22 @@ def check_can_serve(tier: Tier) -> None:
 
     What a cluster has is its own to say (`shortage`), once it is joined.
     """
-    if find_spec("ray") is None:
-        raise UsageError(
-            f"starting servers needs Ray and vLLM, and this is the client alone: {INSTALL.format(extra='cluster')} "
-            f"(in a clone: pip install -e '.[cpu]'), or give a running server: --base-url http://HOST:8000/v1"
-        )
+    check_ray()
     if address := os.environ.get("RAY_ADDRESS"):
         check_ray_address(address)
     elif tier.accelerator_count:
         _check_accelerators(tier, visible_gpus())
     else:
         _check_cpu_engine(cpu_flags())
+
+
+def check_ray() -> None:
+    """Raise when there is no Ray to start servers with."""
+    if find_spec("ray") is None:
+        raise UsageError(
+            f"starting servers needs Ray and vLLM, and this is the client alone: {INSTALL.format(extra='cluster')} "
+            f"(in a clone: pip install -e '.[cpu]'), or give a running server: --base-url http://HOST:8000/v1"
+        )
 
 
 def check_ray_address(address: str) -> None:

@@ -7,18 +7,21 @@ that change them are obeyed, and those for what the simulator does not do are re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.catalogue.models import DTYPE_BYTES, Model, for_tier, kv_bytes_per_token, model_config
+from cluster.engines.protocol import WHOLE, Command, Part, State
 from cluster.engines.vllm import check_fit, cpu_kv_cache_gib, pipeline_parallel_size
 from cluster.hardware.engine import HardwareEngine, engine_for
+from cluster.process.process import Cause
 from cluster.simulator.scheduler import VLLM, Limits
 from cluster.simulator.step_time import LinearStep
 from cluster.simulator.vllm_limits import GIB, cpu_limits
 from harness.errors import UsageError
-from harness.record.manifest import Tier
+from harness.record.manifest import Evidence, Tier
 
 NAME = "simulated"
 """Of the kind of engine, in manifests."""
@@ -105,3 +108,63 @@ def _cpu_limits(model: Model, tier: Tier) -> Limits:
     block = CPU_BLOCK * kv_bytes_per_token(config, DTYPE_BYTES.get(model.dtype, 2))
     blocks = cpu_kv_cache_gib(model) * GIB // block - 1
     return replace(cpu_limits(), kv_blocks=blocks, block_size=CPU_BLOCK, async_scheduling=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatedServer:
+    """The engine behind the fake server, in real time (`cluster.engines.protocol.Engine`)."""
+
+    model: Model
+    tier: Tier
+    """That is simulated; the server itself runs anywhere."""
+    step: tuple[float, ...] | None = None
+    """What the user says a step takes (`LinearStep`)."""
+    name: str = NAME
+    evidence: Evidence = "simulated"
+    hosts: int = 1
+    memory_gib: float | None = 0.5
+
+    @property
+    def found(self) -> HardwareEngine:
+        """What is simulated."""
+        return simulated_engine(self.model, self.tier, None if self.step is None else LinearStep(*self.step))
+
+    @property
+    def served_model(self) -> str:
+        """The model's name."""
+        return self.model.name
+
+    @property
+    def args(self) -> list[str]:
+        """The limits."""
+        return limit_args(self.found.limits)
+
+    def misfit(self, tier: Tier) -> str | None:
+        """It runs on any machine."""
+        return None
+
+    def facts(self) -> dict[str, str]:
+        """Where the figures come from."""
+        return {**self.found.facts, "clock": "real time"}
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """Nothing to fetch."""
+
+    def command(self, host: str, port: int, api_key: str, part: Part = WHOLE) -> Command:
+        """The fake server."""
+        argv = [
+            sys.executable, "-m", "cluster.engines.fake.server", "--host", host, "--port", str(port), "--model",
+            self.model.name, "--simulate", self.model.name, self.tier.name, "--serves-version", VLLM,
+        ]  # fmt: skip
+        if self.step is not None:
+            argv += ["--step", ",".join(str(1000 * seconds) for seconds in self.step)]
+        return Command(argv=argv, env={"FAKE_SERVER_API_KEY": api_key})
+
+    def state(self, line: str) -> State | None:
+        """It is ready at once."""
+        return "ready" if line.startswith("ready ") else None
+
+    def explain(self, lines: Sequence[str]) -> Cause | None:
+        """The last line of an error, if any."""
+        taken = any("address already in use" in line.lower() for line in lines)
+        return Cause("port in use", port_taken=True) if taken else None

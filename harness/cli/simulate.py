@@ -10,34 +10,15 @@ from harness.cli.output import say
 from harness.cli.replay import OUT_OPTION
 from harness.cli.verb import EXIT_STATUS, TRACE_ARGUMENT, command, takes
 from harness.errors import UsageError
-from harness.option_types import Parsed, opt, options_of
+from harness.option_types import opt, options_of
 from harness.options import LoadOptions, PlanOptions, ReplayOptions, ReportOptions, RouterName, ServeOptions
 
 
-def _step_ms(text: str) -> tuple[float, ...]:
-    try:
-        values = tuple(float(part) / 1000 for part in text.split(","))
-    except ValueError:
-        values = ()
-    if not 3 <= len(values) <= 4 or not all(0 <= one < 1e3 for one in values) or values[0] + values[1] <= 0:
-        raise UsageError(f"{text!r}: write milliseconds BASE,PER_SEQUENCE,PER_PROMPT_TOKEN, like 8,0.05,0.02")
-    return values
-
-
-STEP = Parsed("step", _step_ms)
-"""Seconds of a step, of each sequence, prompt token and context token in it, from milliseconds."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SimulationOptions:
-    """What of an engine and of a router is not known otherwise."""
+class RouterOptions:
+    """Which of several servers gets a request."""
 
     heading: ClassVar = "Servers"
-    step: tuple[float, ...] | None = opt(
-        "What a step of the engine takes, ms: base, for each sequence, each prompt token and (if given) each context "
-        "token. Default: what is known of the model on the tier.",
-        kind=STEP, metavar="BASE,SEQ,TOKEN[,CONTEXT]",
-    )  # fmt: skip
     router: RouterName = opt(
         "Which of several servers gets a request: the one with the fewest, each in turn, one for all of a session, or "
         "the one that was sent the longest part of the prompt before.", "least", kind=RouterName,
@@ -59,13 +40,13 @@ Examples:
 @takes(
     ReplayOptions,
     options_of(PlanOptions),
-    options_of(ServeOptions, "model", "tier", "label", replicas="Servers to simulate; one rents one TIER."),
+    options_of(ServeOptions, "model", "tier", "label", "step", replicas="Servers to simulate; one rents one TIER."),
     options_of(LoadOptions, "concurrency", "slo", "min_requests"),
     options_of(ReportOptions),
 )
-@takes(SimulationOptions, to="how")
+@takes(RouterOptions, to="how")
 @OUT_OPTION
-def simulate(trace: tuple[Path, ...], out: Path, asked: ReplayOptions, how: SimulationOptions) -> int:
+def simulate(trace: tuple[Path, ...], out: Path, asked: ReplayOptions, how: RouterOptions) -> int:
     """Serve TRACE by a model on a tier without either: no server, no GPU, no waiting.
 
     vLLM's scheduler is run in virtual time, with the limits that it chooses for the device, its KV cache and prefix
@@ -88,7 +69,7 @@ def simulate(trace: tuple[Path, ...], out: Path, asked: ReplayOptions, how: Simu
     if asked.serve.tier is None:
         raise UsageError("which hardware? --tier NAME ('harness tiers' lists them)")
     model, tier = get_model(asked.serve.model or DEFAULT_MODEL), get_tier(asked.serve.tier)
-    engine = simulated_engine(model, tier, None if how.step is None else LinearStep(*how.step))
+    engine = simulated_engine(model, tier, None if asked.serve.step is None else LinearStep(*asked.serve.step))
     source = open_asked(trace, asked.plan)
     root, url = split_out(out)
     name = f"{source.path.name.split('.')[0]}-{asked.serve.label or f'{model.name}-on-{tier.name}'}-simulated"

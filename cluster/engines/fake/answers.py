@@ -12,10 +12,11 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypedDict
 
+from cluster.engines.fake.faults import FAULTS as FAULTS
 from cluster.engines.fake.pacing import Pacer
 from cluster.engines.fake.planted import Planted
 
@@ -57,44 +58,13 @@ class AnswerSink(Protocol):
         """A complete JSON answer."""
 
 
-FAULTS = {
-    "http500": "HTTP 500 with a JSON error",
-    "http429": "HTTP 429",
-    "http400": "HTTP 400",
-    "redirect": "HTTP 307 to elsewhere",
-    "html": "HTTP 200 with an HTML page",
-    "hang": "no byte, ever",
-    "stall": "two tokens, then silence",
-    "cut": "two tokens, then the connection closes",
-    "reset": "the connection closes before any byte",
-    "error_event": "two tokens, then an error event and a regular end",
-    "no_done": "all tokens, finish reason, but no [DONE]",
-    "no_finish": "two tokens, then a regular end of the HTTP body with neither finish reason nor [DONE]",
-    "no_usage": "no usage chunk",
-    "short": "half of the tokens that were asked for",
-    "bundle": "every chunk holds two tokens",
-    "bulk": "all events together, when the last is due",
-    "empty": "no token, a finish reason, and no usage",
-    "only_done": "nothing but [DONE]",
-    "double_usage": "usage says twice the tokens that were streamed",
-    "half_usage": "usage says half of the tokens that were streamed",
-    "hidden_reasoning": "usage declares as many reasoning tokens again, which were not streamed",
-    "crlf": "events end in CR LF, with comments between them",
-    "cr": "events end in CR, with comments between them",
-    "json_label": "a stream that is labelled application/json",
-    "no_data": "an event without data before the first",
-    "odd_fields": "a finish reason that is a number, and a cached count of -1",
-    "late_zeros": "a usage of zeros after the real one",
-}
-
-
 class Truth:
     """Counters and settings shared by all connections of one server."""
 
     def __init__(self, args: argparse.Namespace, loop: asyncio.AbstractEventLoop) -> None:
         self.pacer = Pacer(loop)
         self.engine: PacingEngine | None = None
-        if args.step is not None:
+        if args.step is not None or args.simulate is not None:
             from cluster.engines.fake.engine import engine_of  # NumPy is half of a start without it
 
             self.engine = engine_of(args, loop)
@@ -102,6 +72,7 @@ class Truth:
         self.ttft_s: float = args.ttft
         self.itl_s: float = args.itl
         self.model: str = args.model
+        self.version: str = args.serves_version
         self.slots: int = args.slots
         self.pad: str = "x" * args.pad
         self.api_key = os.environ.get("FAKE_SERVER_API_KEY", "")
@@ -134,9 +105,22 @@ class Truth:
             "process_start_time_seconds": self.started_s,
         }
         if engine is not None:
-            values[f"vllm:iteration_tokens_total_count{label}"] = engine.steps
+            values |= {
+                f"vllm:iteration_tokens_total_count{label}": engine.steps,
+                f"vllm:num_preemptions_total{label}": engine.scheduler.preemptions,
+            }
+            if engine.kv_usage is not None:
+                values[f"vllm:kv_cache_usage_perc{label}"] = engine.kv_usage
+            if engine.scheduler.limits.prefix_cache:
+                values[f"vllm:prefix_cache_queries_total{label}"] = engine.prompt_tokens
+                values[f"vllm:prefix_cache_hits_total{label}"] = engine.cached_tokens
         lines = (f"{name} {float(value)}\n" for name, value in values.items())
         return "# TYPE vllm:prompt_tokens_total counter\n" + "".join(lines)
+
+    @property
+    def longest(self) -> int:
+        """Input and output tokens that a request may have."""
+        return 32768 if self.engine is None or self.engine.longest is None else self.engine.longest
 
     def keys(self, headers: dict[str, str]) -> tuple[str, str]:
         """The key that was given, as it was, and the one that is right."""
@@ -150,6 +134,9 @@ class Truth:
         self.first_s = now if self.first_s is None else self.first_s
         if (left := self.first_s + self.busy_s - now) > 0:
             return 429, "too many requests", f"Retry-After: {math.ceil(left)}\r\n"
+        limited = self.engine is not None and self.engine.longest is not None
+        if limited and count_prompt(body) + asked_tokens(body) > self.longest:
+            return 400, f"This model's maximum context length is {self.longest} tokens.", ""
         unknown = [name for name in ("max_tokens", "ignore_eos", "temperature") if name in body]
         return (400, f"Unsupported parameter: {unknown[0]}", "") if self.hosted and unknown else None
 
@@ -186,7 +173,7 @@ class AnswerStream:
         self.truth = connection.truth
         self.fault = str(body.get("fault") or "")
         self.stream = bool(body.get("stream"))
-        tokens = int(body.get("max_tokens") or body.get("max_completion_tokens") or 16)
+        tokens = asked_tokens(body)
         self.tokens = max(1, tokens // 2) if self.fault == "short" or self.truth.hosted else tokens
         planted = self.truth.planted.answer(body, self.tokens, load=load)
         self.pieces, ended = planted or ([], False)
@@ -202,6 +189,14 @@ class AnswerStream:
         """By the engine, where there is one: from when it counted, and the end of the step that gave each chunk."""
         self.over = False
         self.held = b""
+
+    def words(self) -> Sequence[Hashable]:
+        """The prompt: its token ids, or its words."""
+        prompt = self.body.get("prompt")
+        if isinstance(prompt, list):
+            return prompt
+        texts = [prompt or ""] if prompt is not None else [str(m.get("content")) for m in self.body.get("messages", [])]
+        return [word for text in texts for word in text.split()]
 
     def begin(self) -> None:
         """Start the clock of this answer."""
@@ -355,6 +350,11 @@ class AnswerStream:
 def said(text: str, chat: bool) -> dict[str, object]:
     """The part of a choice that holds some text."""
     return {"delta": {"content": text}} if chat else {"text": text}
+
+
+def asked_tokens(body: Body) -> int:
+    """Output tokens that are asked for."""
+    return int(body.get("max_tokens") or body.get("max_completion_tokens") or 16)
 
 
 def count_prompt(body: Body) -> int:

@@ -12,10 +12,12 @@ import argparse
 import asyncio
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Protocol
 
+from cluster.simulator.blocks import block_keys
 from cluster.simulator.scheduler import Limits, Scheduler, Sequence
 from cluster.simulator.step_time import Chunk, LinearStep, StepTime
 
@@ -35,6 +37,9 @@ class PacedAnswer(Protocol):
     prompt_tokens: int
     tokens: int
 
+    def words(self) -> Items[Hashable]:
+        """The prompt, token by token."""
+
     def token(self, given: int, due_ns: int) -> None:
         """The engine has given so many tokens, the last at ``due_ns``."""
 
@@ -51,11 +56,19 @@ class PacedRequest(Sequence):
 class PacingEngine:
     """Paces answers by steps on the event loop's clock (CLOCK_MONOTONIC)."""
 
-    def __init__(self, limits: Limits, step_time: StepTime, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, limits: Limits, step_time: StepTime, loop: asyncio.AbstractEventLoop, *, longest: int | None = None,
+        arrival_s: float = 0.0, arrival_per_token_s: float = 0.0,
+    ) -> None:  # fmt: skip
+        """``longest``: input and output tokens of a request; None: any. ``arrival_s``, ``arrival_per_token_s``: from
+        when the kernel has a request until the engine has it, at all and for each token of its prompt.
+        """
         self.scheduler = Scheduler(limits)
         self.step_time, self.loop = step_time, loop
-        self.prompt_tokens = self.generation_tokens = 0
-        """Of prompts read to their end, and of tokens given, so far."""
+        self.longest = longest
+        self._arrival_s, self._arrival_per_token_s = arrival_s, arrival_per_token_s
+        self.prompt_tokens = self.generation_tokens = self.cached_tokens = 0
+        """Of prompts read to their end, and of tokens given, so far; of the prompts, what was in the prefix cache."""
         self._requests: dict[PacedAnswer, PacedRequest] = {}
         self._coming: list[PacedRequest] = []
         """Not seen yet, since a step is running."""
@@ -77,6 +90,12 @@ class PacingEngine:
         return len(self.scheduler.running)
 
     @property
+    def kv_usage(self) -> float | None:
+        """Share of the KV cache that is in use; None: it has no end."""
+        blocks = self.scheduler.limits.kv_blocks
+        return None if blocks is None else 1 - (self.scheduler.kv_free or 0) / blocks
+
+    @property
     def steps(self) -> int:
         """Steps that have ended."""
         return self.scheduler.step
@@ -84,12 +103,15 @@ class PacingEngine:
     def submit(self, answer: PacedAnswer) -> None:
         """A request was read."""
         came_ns = answer.received_ns
+        came_ns += round((self._arrival_s + self._arrival_per_token_s * answer.prompt_tokens) * 1e9)
         if came_ns / 1e9 <= self._begin_s:
             came_ns = round(self.loop.time() * 1e9)
         request = PacedRequest(
             number=self._number, input_tokens=answer.prompt_tokens, output_tokens=max(1, answer.tokens), answer=answer,
             came_ns=came_ns,
         )  # fmt: skip
+        if self.scheduler.limits.prefix_cache:
+            request.keys = block_keys(answer.words(), self.scheduler.limits.block_size)
         self._number += 1
         answer.came_ns = came_ns
         self._requests[answer] = request
@@ -147,14 +169,31 @@ class PacingEngine:
         for request, tokens in sorted(given, key=lambda one: one[0].number):
             if request.first_step == step:
                 self.prompt_tokens += request.input_tokens
+                self.cached_tokens += max(0, request.cached)
             request.answer.token(tokens, due_ns)
         self._after_polls(POLLS, self._begin)
 
 
 def engine_of(args: argparse.Namespace, loop: asyncio.AbstractEventLoop) -> PacingEngine:
     """The engine that the server's command line asks for; ``--slots 0``: no limit."""
+    step = None if args.step is None else LinearStep(*(ms / 1000 for ms in args.step))
+    if args.simulate is not None:
+        from cluster.catalogue.models import for_tier, get_model
+        from cluster.catalogue.tiers import get_tier
+        from cluster.engines.simulated import simulated_engine
+
+        model, tier = get_model(args.simulate[0]), get_tier(args.simulate[1])
+        found = simulated_engine(model, tier, step)
+        longest = for_tier(model, tier.accelerator).max_model_len
+        if found.limits.kv_blocks is not None:
+            longest = min(longest, found.limits.kv_blocks * found.limits.block_size)
+        return PacingEngine(
+            found.limits, found.step_time, loop, longest=longest, arrival_s=found.arrival_s,
+            arrival_per_token_s=found.arrival_per_token_s,
+        )  # fmt: skip
     limits = Limits(
         max_num_seqs=args.slots or sys.maxsize, max_num_batched_tokens=args.max_num_batched_tokens,
         async_scheduling=args.async_scheduling,
     )  # fmt: skip
-    return PacingEngine(limits, LinearStep(*(ms / 1000 for ms in args.step)), loop)
+    assert step is not None
+    return PacingEngine(limits, step, loop)

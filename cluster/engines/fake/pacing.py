@@ -61,8 +61,10 @@ class Pacer:
 
 
 def step_ms(text: str) -> list[float]:
-    """``BASE_MS,PER_SEQUENCE_MS,PER_PROMPT_TOKEN_MS``. Raises ValueError for anything else, or a step of no time."""
+    """``BASE_MS,PER_SEQUENCE_MS,PER_PROMPT_TOKEN_MS[,PER_CONTEXT_TOKEN_MS]``. Raises ValueError for anything else, or a
+    step of no time.
+    """
     values = [float(one) for one in text.split(",")]
-    if len(values) != 3 or not all(0 <= one < math.inf for one in values) or values[0] + values[1] <= 0:
+    if len(values) not in (3, 4) or not all(0 <= one < math.inf for one in values) or values[0] + values[1] <= 0:
         raise ValueError(text)
     return values

@@ -14,6 +14,8 @@ It prints ``ready http://127.0.0.1:PORT/v1`` and serves ``/v1/completions``, ``/
   with ``--slots`` sequences and ``--max-num-batched-tokens`` tokens at most; ``--async-scheduling`` plans each while
   the one before it runs, as vLLM does. ``--log`` also says from when the engine counted a request (``came_ns``) and
   when the step ended that gave each chunk (``due_ns``).
+- ``--simulate MODEL TIER`` paces tokens as vLLM with a model of the catalogue on one of its tiers would, with its
+  limits, KV cache and prefix cache (`cluster.engines.simulated`); ``--step`` then says what a step takes, where given.
 - ``--log FILE`` writes one JSON line per finished answer with the monotonic times (ns, CLOCK_MONOTONIC, shared by all
   processes of this host) at which the kernel had the whole request and at which it was handed each chunk: the exact
   truth, also while this process is busy.
@@ -155,14 +157,14 @@ class ServerConnection(asyncio.Protocol):
         if path == "/health":
             self.write(head(200, "text/plain", length=0))
         elif path == "/version":
-            self.reply(200, {"version": "fake-1"})
+            self.reply(200, {"version": truth.version})
         elif path == "/metrics":
             payload = truth.metrics().encode()
             self.write(head(200, "text/plain", length=len(payload)) + payload)
         elif truth.api_key and not hmac.compare_digest(*truth.keys(headers)):
             self.error(401, "Unauthorized")
         elif path == "/v1/models":
-            self.reply(200, {"object": "list", "data": [{"id": truth.model, "max_model_len": 32768}]})
+            self.reply(200, {"object": "list", "data": [{"id": truth.model, "max_model_len": truth.longest}]})
         elif method != "POST":
             self.error(404, "Not Found")
         else:
@@ -251,6 +253,10 @@ def main() -> None:
     parser.add_argument(
         "--async-scheduling", action="store_true", help="plan a step while the one before it runs; with --step"
     )
+    parser.add_argument(
+        "--simulate", nargs=2, metavar=("MODEL", "TIER"), help="be as vLLM with this model on this tier; see --step"
+    )
+    parser.add_argument("--serves-version", default="fake-1", help="version that it says")
     parser.add_argument("--pad", type=int, default=0, help="extra bytes per token")
     parser.add_argument("--hosted", action="store_true", help="be as a hosted API is")
     parser.add_argument("--busy", type=float, default=0.0, help="seconds for which it asks to come back later")

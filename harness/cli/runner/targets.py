@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from harness.cli.output import say
 from harness.errors import UsageError
-from harness.options import LoadOptions, ReplayOptions
+from harness.options import LoadOptions, ReplayOptions, ServeOptions
 from harness.plan.prompts import Vocabulary
 from harness.record.host import cpu_flags
 from harness.record.manifest import (
@@ -191,6 +191,55 @@ class LocalTarget:
             )  # fmt: skip
 
 
+class SimulatedTarget(LocalTarget):
+    """Servers that answer as vLLM with a model on a tier would, in real time, on machines that need not be of it."""
+
+    def __init__(
+        self, model: Model, tier: Tier, replicas: int, on_replica_death: OnReplicaDeath, step: tuple[float, ...] | None
+    ) -> None:
+        from cluster.catalogue.models import for_tier
+        from cluster.engines.simulated import SimulatedServer
+
+        super().__init__(for_tier(model, tier.accelerator), tier, replicas, on_replica_death, {})
+        self._engine = SimulatedServer(model=model, tier=tier, step=step)
+        self.label = f"{model.name.rsplit('/', 1)[-1]}-on-{tier.name}-simulated"
+        _ = self._engine.found  # what cannot be simulated is refused now
+
+    def vocabulary(self) -> Vocabulary:
+        """Any ids: there is no tokenizer."""
+        return Vocabulary.from_ids(range(self._model.vocab_size or 32_000), name=f"{self._model.name}, simulated")
+
+    def check_prompts(self, *, chat: bool, text: bool) -> None:
+        """Raises `UsageError` for prompts whose tokens only a tokenizer can count."""
+        if chat or text:
+            raise UsageError(
+                "a simulated server counts no tokens of texts: use a trace of lengths, without messages or text, and "
+                "the completions endpoint ('harness trace anonymize' makes lengths of texts)"
+            )
+
+    @contextmanager
+    def open(self, run: RunDir) -> Iterator[Servers]:
+        """Start the servers; end them whatever happens inside."""
+        from cluster.deploy.deployment import Deployment
+        from cluster.process.registry import name_orphans
+
+        name_orphans(say)
+        key = os.environ.get(API_KEY) or secrets.token_urlsafe(24)
+        here = replace(
+            self._tier, accelerator=None, accelerator_count=0, accelerator_memory_gib=None, vcpu=1, memory_gib=1.0
+        )
+        with Deployment(
+            model=self._model, weights=Path(), tier=here, replicas=self._replicas, run_dir=run.path, api_key=key,
+            say=say, engine=self._engine, on_replica_death=self._on_replica_death,
+        ) as d:  # fmt: skip
+            yield Servers(
+                engine=d.engine, evidence=d.evidence, model=self._model.name, replicas=d.replicas, api_key=key,
+                tier=self._tier, engine_version=d.engine_version, engine_args=d.engine_args, model_facts=d.model_facts,
+                shares_host=d.shares_host, shared_cores=d.shared_cores, launch=d.launch, check=d.check,
+                restarts=d.restarts, restarting=lambda: d.restarting, sample_hosts=d.sample_hosts,
+            )  # fmt: skip
+
+
 Target = UrlTarget | LocalTarget
 
 
@@ -218,6 +267,20 @@ def rented(tier: Tier, hosts: int) -> Tier:
     )  # fmt: skip
 
 
+def _simulated_target(asked: ServeOptions) -> SimulatedTarget:
+    from cluster.catalogue.models import DEFAULT_MODEL, get_model
+    from cluster.catalogue.tiers import get_tier
+    from cluster.deploy.placement import check_ray
+
+    if asked.base_urls:
+        raise UsageError("--engine simulated starts its servers: drop --base-url")
+    if asked.tier is None:
+        raise UsageError("which hardware is simulated? --tier NAME ('harness tiers' lists them)")
+    check_ray()
+    model, tier = get_model(asked.model or DEFAULT_MODEL), get_tier(asked.tier)
+    return SimulatedTarget(model, tier, asked.replicas, asked.on_replica_death, asked.step)
+
+
 def choose_target(options: ReplayOptions, *, start: bool = True) -> Target:
     """Existing servers when --base-url is given, else servers to ``start`` (or whose model alone is wanted). Raises
     `UsageError` on unknown names.
@@ -225,6 +288,10 @@ def choose_target(options: ReplayOptions, *, start: bool = True) -> Target:
     from cluster.catalogue.tiers import DEFAULT_TIER, get_tier
 
     asked = options.serve
+    if asked.engine == "simulated":
+        return _simulated_target(asked)
+    if asked.step is not None:
+        raise UsageError("--step is what a step of a simulated engine takes: add --engine simulated")
     if asked.base_urls:
         if options.load.tls_ca:
             probe.trust(options.load.tls_ca)
