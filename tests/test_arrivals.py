@@ -30,9 +30,9 @@ def test_constant_arrivals_are_even_and_start_at_once():
 
 def test_stages_go_on_after_a_long_one():
     """Times are drawn in blocks, and the first stage alone fills more than one."""
-    stages = (*constant_stage(100_000.0, 1.0), *constant_stage(10.0, 1.0))
+    stages = (*constant_stage(100_000.0, 1.0), *constant_stage(50_000.0, 2.0))
     times = arrival_times("constant", stages)
-    assert (len(times), times[-1]) == (100_010, 2 * S - S // 10)
+    assert (len(times), times[-1]) == (200_000, 3 * S - S // 50_000)
 
 
 def test_golden_draws():

@@ -1,7 +1,7 @@
 """95 % intervals cover the truth in 93 to 97 % of runs whose truth is known; where they do not, the list says so.
 
 Truths are exact where the law is known, else from two million requests of the same process. Latencies are costly: here
-300 runs of each process are held against what the luck of 300 allows, and all of them together against one point either
+200 runs of each process are held against what the luck of 200 allows, and all of them together against one point either
 way, which a rule that is a tenth too narrow or too wide misses. `make study` holds 3,000 runs to 93 to 97 % each, in
 three draws that count together, since of 55 latencies up to four lie outside by the luck of one draw: that on which the
 rules were first tuned, and the first two on which the present ones were checked and not tuned. More of them:
@@ -22,7 +22,7 @@ from analysis.stats.intervals import Quantity, distribution, rate, ratio_interva
 from analysis.stats.replicates import over_replicates
 
 RUNS = 1000
-FEW = 300
+FEW = 200
 DRAWS = (7, 201, 202)
 FIGURES = {"mean": None, "p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 

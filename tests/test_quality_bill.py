@@ -21,7 +21,7 @@ from analysis.quality.bill import (
     by_record,
     serve,
 )
-from analysis.quality.estimate import Bounded, ratio
+from analysis.quality.estimate import Bounded, mean, quotient, ratio
 from analysis.quality.estimate import given as stated
 from analysis.quality.retries import all_fail, likeness, tries
 
@@ -248,3 +248,13 @@ def test_cheaper_per_token_and_dearer_per_accepted_answer() -> None:
     answer = ratio([int8.usd, bf16.accepted], [bf16.usd, int8.accepted], each, ones)
     assert request is not None and request.value == pytest.approx(0.90, abs=0.005)
     assert answer is not None and answer.value == pytest.approx(1.014, abs=0.001) and answer.low < 1 < answer.high
+
+
+def test_more_records_of_the_same_sessions_say_nothing_new() -> None:
+    over, under = np.array([3.0, 2.5, 3.5, 2.8]), np.array([2.0, 1.9, 2.2, 2.1])
+    few, many = (np.arange(4), np.ones(4)), (np.repeat(np.arange(4), 25), np.ones(100))
+    for estimate, sides in ((mean, [over]), (quotient, [over, under])):
+        one = estimate(*sides, *few)  # type: ignore[operator]
+        other = estimate(*(np.repeat(side, 25) for side in sides), *many)  # type: ignore[operator]
+        assert (other.value, other.low, other.high) == pytest.approx((one.value, one.low, one.high))
+        assert one.low < one.value < one.high
