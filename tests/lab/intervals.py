@@ -123,16 +123,7 @@ def queue_and_figures(
 ) -> tuple[Relaxation | None, dict[str, Quantity]]:
     """What a report says of the run: the memory of its queue, and `FIGURES`."""
     due_s, finished_s = outcome.due_s, outcome.finished_s
-    edges = np.linspace(due_s[0], finished_s.max(), BINS + 1)
-    bin_s = float(edges[1] - edges[0])
-    ends_s, tokens = tokens_of_steps(load, outcome)
-    queue = relaxation(
-        in_flight=in_flight(due_s, finished_s, edges),
-        came=binned(due_s, None, edges),
-        work_came=binned(due_s, load.output_tokens, edges),
-        work_done=binned(ends_s, tokens, edges),
-        bin_s=bin_s,
-    )
+    queue = memory(load, outcome)
     ttft, e2e = outcome.first_token_s - due_s, finished_s - due_s
     owners = np.arange(len(due_s))
     found: dict[str, Quantity] = {}
@@ -142,6 +133,21 @@ def queue_and_figures(
     for name, limit in zip(("attainment 90 %", "attainment 97 %"), limits, strict=True):
         found[name] = share(ttft <= limit, unit="share of requests", evidence=EVIDENCE, queue=queue)
     return queue, found
+
+
+def memory(load: Workload, outcome: Outcomes) -> Relaxation | None:
+    """That of the queue, from the series that a report makes it of."""
+    due_s, finished_s = outcome.due_s, outcome.finished_s
+    edges = np.linspace(due_s[0], finished_s.max(), BINS + 1)
+    bin_s = float(edges[1] - edges[0])
+    ends_s, tokens = tokens_of_steps(load, outcome)
+    return relaxation(
+        in_flight=in_flight(due_s, finished_s, edges),
+        came=binned(due_s, None, edges),
+        work_came=binned(due_s, load.output_tokens, edges),
+        work_done=binned(ends_s, tokens, edges),
+        bin_s=bin_s,
+    )
 
 
 def held(cell: Cell, truth: Truth, seed: int) -> dict[str, bool]:

@@ -16,9 +16,10 @@ import numpy as np
 
 from analysis.stats.intervals import Quantity, distribution, rate, share
 from analysis.stats.replicates import over_replicates
-from cluster.simulator.replica import Workload, simulate
+from cluster.simulator.replica import Outcomes, Workload, simulate
 from cluster.simulator.step_time import LinearStep, NoisyStep
-from tests.lab.processes import LIMITS, STEP, Floats, at_rate, workload
+from tests.lab.intervals import memory
+from tests.lab.processes import LIMITS, STEP, at_rate, workload
 from tests.lab.table import Coverage, Row
 
 REQUESTS_PER_S = 7.0
@@ -49,7 +50,7 @@ def rows(draws: int, seed: int, jobs: int) -> list[Row]:
     for name in FIGURES:
         held = {runs: _coverage(found, name, runs, "one plan") for runs in range(1, RUNS + 1)}
         apart = _coverage(found, name, RUNS, "apart")
-        holds = held[RUNS].overlaps()
+        holds = all(one.overlaps() for one in held.values())
         made.append(
             Row(
                 item="5", claim=f"{name}: 95 % interval over repeats of one trace", truth="long-run value",
@@ -87,8 +88,8 @@ def covered(seed: int, truth: dict[str, float]) -> dict[tuple[str, int, str], bo
 def long_run(seed: int, requests: int) -> dict[str, float]:
     """The long-run values, from one run of so many requests, its start left out."""
     plan = _plan(seed, requests)
-    due_s, finished_s, _ = _serve(plan, [seed, 0], spread=0.0)
-    e2e = (finished_s - due_s)[START:]
+    outcome = _serve(plan, [seed, 0], spread=0.0)
+    e2e = (outcome.finished_s - outcome.due_s)[START:]
     return {
         "tokens/s": REQUESTS_PER_S * float((plan.input_tokens + plan.output_tokens).mean()),
         "e2e mean": float(e2e.mean()), "e2e p95": float(np.quantile(e2e, 0.95)),
@@ -98,16 +99,17 @@ def long_run(seed: int, requests: int) -> dict[str, float]:
 
 def figures(plan: Workload, seed: list[int]) -> Figures:
     """What a report would say of one run of the plan."""
-    due_s, finished_s, tokens = _serve(plan, seed, SPEED_SPREAD)
-    e2e, evidence = finished_s - due_s, "simulated"
+    outcome = _serve(plan, seed, SPEED_SPREAD)
+    tokens, finished_s = (plan.input_tokens + plan.output_tokens).astype(np.float64), outcome.finished_s
+    e2e, evidence, queue = finished_s - outcome.due_s, "simulated", memory(plan, outcome)
     bin_s = SECONDS / BINS
     kept = finished_s < SECONDS  # the drain at the end is another study's
     per_bin = np.bincount((finished_s[kept] // bin_s).astype(np.int64), weights=tokens[kept], minlength=BINS)
-    found = distribution(e2e, unit="s", evidence=evidence, owners=np.arange(len(e2e)))
+    found = distribution(e2e, unit="s", evidence=evidence, owners=np.arange(len(e2e)), queue=queue)
     return {
         "tokens/s": rate(per_bin, bin_s, n=len(e2e), unit="tokens/s", evidence=evidence),
         "e2e mean": found.mean, "e2e p95": found.p95,
-        "attainment": share(e2e <= E2E_S, unit="share of requests", evidence=evidence),
+        "attainment": share(e2e <= E2E_S, unit="share of requests", evidence=evidence, queue=queue),
     }  # fmt: skip
 
 
@@ -115,12 +117,11 @@ def _plan(seed: int, requests: int) -> Workload:
     return at_rate(workload("poisson", requests, seed), REQUESTS_PER_S)
 
 
-def _serve(plan: Workload, seed: list[int], spread: float) -> tuple[Floats, Floats, Floats]:
-    """(due, finished, tokens) of each request on an engine that is a little faster or slower than another."""
+def _serve(plan: Workload, seed: list[int], spread: float) -> Outcomes:
+    """What became of each request on an engine that is a little faster or slower than another."""
     factor = float(np.exp(spread * np.random.default_rng(seed).standard_normal()))
     step = LinearStep(STEP.base_s * factor, STEP.per_sequence_s * factor, STEP.per_prompt_token_s * factor)
-    outcome = simulate(plan, LIMITS, [NoisyStep(step, STEP_SPREAD, seed=seed[0] * 10 + seed[1])])
-    return outcome.due_s, outcome.finished_s, (plan.input_tokens + plan.output_tokens).astype(np.float64)
+    return simulate(plan, LIMITS, [NoisyStep(step, STEP_SPREAD, seed=seed[0] * 10 + seed[1])])
 
 
 def main() -> Iterator[str]:
