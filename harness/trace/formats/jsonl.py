@@ -33,7 +33,6 @@ from harness.trace.formats.record import (
     Reader,
     RowError,
     TraceRecord,
-    attempt,
     decode_error,
     fields_of,
     safe,
@@ -97,11 +96,11 @@ class Jsonl(Reader):
     sends_text = True
 
     def __init__(self) -> None:
-        self._own = OwnRows()
-
-    @property
-    def clock(self) -> str:  # type: ignore[override]
-        return self._own.clock
+        self.clock = "arrival_s in seconds, by its name"
+        self._epoch: Clock | None = None
+        """Where the first time can only be in another unit since 1970."""
+        self._timed = False
+        self._sizes: set[int] = set()
 
     @classmethod
     def sniff(cls, record: bytes) -> bool:
@@ -118,14 +117,45 @@ class Jsonl(Reader):
             "messages" in fields and fields.keys() <= set(FIELDS) and not answered(fields["messages"]) and not request
         )
 
-    def parse(self, record: bytes) -> TraceRecord:
+    def parse(self, record: Any) -> TraceRecord:
+        columnar = isinstance(record, dict)
         try:
-            return self._own.row(_decode(record))
+            return self._row(msgspec.convert(record, Line) if columnar else _decode(record))
         except DECODE_ERRORS as e:
-            raise decode_error(e, record, FIELDS) from None
+            raise decode_error(e, b"" if columnar else record, FIELDS) from None
+
+    def _row(self, line: Line) -> TraceRecord:
+        """The row of a decoded line. Raises `RowError`."""
+        if problem := _contradiction(line):
+            raise RowError("bad fields", problem)
+        if line.block_tokens is not None and len(self._sizes) < 8:
+            self._sizes.add(line.block_tokens)
+        messages, expected = line.messages, line.expected
+        tags = None if line.tags is None else _tags(line.tags)
+        return TraceRecord._make((
+            None if line.arrival_s is None else self._ns(line.arrival_s), *_LENGTHS(line),
+            None if messages is None else tuple({"role": m.role, "content": m.content} for m in messages), *_CALL(line),
+            (expected,) if isinstance(expected, str) else None if expected is None else tuple(expected),
+            None if line.check is None else _object("check", line.check),
+            None if line.gate is None else _object("gate", line.gate),
+            tags, line.weight, 0,
+        ))  # fmt: skip
+
+    def _ns(self, arrival: float) -> int:
+        if not self._timed:
+            self._timed = True
+            if arrival > MAX_ARRIVAL_S:
+                self._epoch = Clock("arrival_s")
+                self._epoch.look([arrival])
+                self.clock = self._epoch.said
+        if self._epoch is not None:
+            return self._epoch.ns(arrival) or 0
+        # Beyond, whole nanoseconds have no place in a float.
+        return round(arrival * 1e9) if arrival < _EXACT_S else ns_of("arrival_s", arrival, "s")
 
     def blocks(self) -> str | None:
-        return self._own.blocks()
+        sizes = " and ".join(map(str, sorted(self._sizes)))
+        return f"{sizes} tokens, as block_tokens says; the ids were counted on every row" if sizes else None
 
 
 class Columnar(TableReader):
@@ -133,7 +163,7 @@ class Columnar(TableReader):
 
     def __init__(self) -> None:
         super().__init__()
-        self._own = OwnRows()
+        self._own = Jsonl()
         self._ours = False
 
     @classmethod
@@ -168,16 +198,7 @@ class Columnar(TableReader):
     def rows(self, records: Iterable[tuple[Place, Any]]) -> Iterator[tuple[Place, Item]]:
         records = iter(records)
         again = chain(list(islice(records, 1)), records)  # opens the file: only now is known whose columns it has
-        if not self._ours:
-            yield from super().rows(again)
-            return
-        yield from ((place, attempt(self._own_row, record)) for place, record in again)
-
-    def _own_row(self, record: Any) -> TraceRecord:
-        try:
-            return self._own.row(msgspec.convert(record, Line))
-        except msgspec.ValidationError as e:
-            raise decode_error(e, b"", FIELDS) from None
+        yield from self._own.rows(again) if self._ours else super().rows(again)
 
     def blocks(self) -> str | None:
         return self._own.blocks()
@@ -188,50 +209,6 @@ def _in_seconds(schema: Any) -> bool:
 
     kind = schema.field("arrival_s").type if "arrival_s" in schema.names else pa.float64()
     return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind))
-
-
-class OwnRows:
-    """Reads rows, whose times are in seconds, unless the first can only be another unit since 1970."""
-
-    def __init__(self) -> None:
-        self.clock = "arrival_s in seconds, by its name"
-        self._epoch: Clock | None = None
-        self._timed = False
-        self._sizes: set[int] = set()
-
-    def row(self, line: Line) -> TraceRecord:
-        """The row of a decoded line. Raises `RowError` and `FailedCallError`."""
-        if problem := _contradiction(line):
-            raise RowError("bad fields", problem)
-        if line.block_tokens is not None and len(self._sizes) < 8:
-            self._sizes.add(line.block_tokens)
-        messages, expected = line.messages, line.expected
-        tags = None if line.tags is None else _tags(line.tags)
-        return TraceRecord._make((
-            None if line.arrival_s is None else self._ns(line.arrival_s), *_LENGTHS(line),
-            None if messages is None else tuple({"role": m.role, "content": m.content} for m in messages), *_CALL(line),
-            (expected,) if isinstance(expected, str) else None if expected is None else tuple(expected),
-            None if line.check is None else _object("check", line.check),
-            None if line.gate is None else _object("gate", line.gate),
-            tags, line.weight, 0,
-        ))  # fmt: skip
-
-    def _ns(self, arrival: float) -> int:
-        if not self._timed:
-            self._timed = True
-            if arrival > MAX_ARRIVAL_S:
-                self._epoch = Clock("arrival_s")
-                self._epoch.look([arrival])
-                self.clock = self._epoch.said
-        if self._epoch is not None:
-            return self._epoch.ns(arrival) or 0
-        # Beyond, whole nanoseconds have no place in a float.
-        return round(arrival * 1e9) if arrival < _EXACT_S else ns_of("arrival_s", arrival, "s")
-
-    def blocks(self) -> str | None:
-        """Sizes of prefix blocks; None without any."""
-        sizes = " and ".join(map(str, sorted(self._sizes)))
-        return f"{sizes} tokens, as block_tokens says; the ids were counted on every row" if sizes else None
 
 
 def answered(messages: bytes) -> bool:
