@@ -20,7 +20,7 @@ from harness.plan.file import PlanInfo, Windows, iter_requests, read_plan_column
 from harness.plan.prompts import Vocabulary
 from harness.plan.spec import PlanSpec, asked_plan
 from harness.trace.io import open_trace
-from harness.trace.stats import PartMeans
+from harness.trace.stats import part_sd
 
 VOCABULARY = Vocabulary.from_ids(range(100, 5000))
 ROWS = 2000
@@ -389,17 +389,12 @@ def test_the_busiest_stretch_is_not_held_against_the_whole(tmp_path, drifting):
 
 @pytest.mark.parametrize("n", [59, 60, 119, 120, 121, 1000])
 def test_parts_tell_how_far_stretches_are_apart(n):
-    parts = PartMeans()
-    for i in range(n):
-        parts.add(float(i >= n // 2))
+    found = part_sd([int(i >= n // 2) for i in range(n)])
     if n < 60:
-        assert parts.sd() is None
+        assert found is None
     else:
-        assert parts.sd() == pytest.approx(0.5, rel=0.03)
-    even = PartMeans()
-    for i in range(6000):
-        even.add(float(i % 2))
-    assert even.sd() == pytest.approx(0.0, abs=1e-9)
+        assert found == pytest.approx(0.5, rel=0.03)
+    assert part_sd([i % 2 for i in range(6000)]) == pytest.approx(0.0, abs=1e-9)
 
 
 # --- what is asked for -----------------------------------------------------------------------------------------------

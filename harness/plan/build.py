@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from harness.errors import PlanError, UsageError
 from harness.plan.arrivals import Arrangement, Stage, Times, arrange, arrival_times, constant_stage, period_of, spread
@@ -73,7 +72,8 @@ def build_plan(
     else:
         n = spec.limit if spec.repeat and spec.limit is not None else found.requests
     warmup = _warmup(spec, scheduled, n)
-    cancelled = _choose(spec, n)
+    generator = np.random.Generator(np.random.PCG64([load_seed(spec.seed) & (2**64 - 1), *b"cancel"]))
+    cancelled = generator.random(n) < (spec.cancel[0] if spec.cancel else 0.0)
     planned = None if scheduled is None else arrival_stats(scheduled)
     own_clock = scheduled is not None and not spec.drawn
     info = PlanInfo(
@@ -308,9 +308,3 @@ def _warmup(spec: PlanSpec, scheduled: Times | None, n: int) -> int:
     if warmup >= n:
         raise UsageError(f"all {n} requests would be warm-up: nothing is left to be measured; shorten it")
     return warmup
-
-
-def _choose(spec: PlanSpec, n: int) -> npt.NDArray[np.bool_]:
-    generator = np.random.Generator(np.random.PCG64([load_seed(spec.seed) & (2**64 - 1), *b"cancel"]))
-    share = spec.cancel[0] if spec.cancel else 0.0
-    return generator.random(n) < share

@@ -8,6 +8,7 @@ bytes bound what a prefix cache can find.
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -169,16 +170,12 @@ def text_words(path: Path, requests: int) -> npt.NDArray[np.float64]:
     for columns in _texts(path):
         for request_id, text, messages in zip(*columns, strict=True):
             if 0 <= request_id < requests:
-                found[request_id] = len((text or "").split()) if messages is None else _word_count(messages)
+                said: list[Any] = [text or ""]
+                if messages is not None:
+                    with contextlib.suppress(msgspec.DecodeError):
+                        said = [message.content for message in _MESSAGES.decode(messages)]
+                found[request_id] = sum(len(each.split()) for each in said if isinstance(each, str))
     return found
-
-
-def _word_count(messages: str) -> int:
-    try:
-        contents = [message.content for message in _MESSAGES.decode(messages)]
-    except msgspec.DecodeError:
-        return 0
-    return sum(len(content.split()) for content in contents if isinstance(content, str))
 
 
 def _texts(path: Path) -> Iterator[tuple[list[int], list[str | None], list[str | None]]]:

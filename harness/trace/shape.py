@@ -94,11 +94,15 @@ def measure(records: Iterable[TraceRecord]) -> TraceShape:
 def shape_of(found: Survey) -> TraceShape:
     """The shape of what was seen."""
     times = found.arrivals
-    arrivals, rate = arrival_stats(times), None
+    arrivals, rate, over_time = arrival_stats(times), None, None
     instants = longest_gap_s = None
     if arrivals is not None:
-        rate = arrivals.rate
-        gaps = np.diff(times)
+        rate, gaps = arrivals.rate, np.diff(times)
+        if arrivals.span_s:
+            bins = min(_BINS, len(times))
+            width_s = arrivals.span_s / bins
+            counts = counts_between(times, int(times[0]), int(times[-1] - times[0]), bins)
+            over_time = {"start_s": [i * width_s for i in range(bins)], "rate": (counts / width_s).tolist()}
         instants, longest_gap_s = 1 + int(np.count_nonzero(gaps)), int(gaps.max()) / 1e9 if len(gaps) else None
     return TraceShape(
         rows=found.requests,
@@ -109,7 +113,7 @@ def shape_of(found: Survey) -> TraceShape:
         burstiness=arrivals.dispersion if arrivals else dict.fromkeys(("1s", "10s", "60s")),
         worst_second=_worst(times, 1, rate),
         worst_minute=_worst(times, 60, rate),
-        rate_over_time=_rate_over_time(times),
+        rate_over_time=over_time,
         input_tokens=_lengths(found.inputs + found.input_lengths),
         output_tokens=_lengths(found.outputs),
         rank_correlation=_rank_correlation(found),
@@ -128,15 +132,6 @@ def _worst(times: Ints, window_s: int, rate: float | None) -> dict[str, float] |
     requests, at = found
     start_s = int(times[at] - times[0]) / 1e9
     return {"requests": requests, "start_s": start_s, "ratio_to_mean": requests / (rate * window_s)}
-
-
-def _rate_over_time(times: Ints) -> dict[str, list[float]] | None:
-    if len(times) < 2 or times[-1] == times[0]:
-        return None
-    span_ns, bins = int(times[-1] - times[0]), min(_BINS, len(times))
-    counts = counts_between(times, int(times[0]), span_ns, bins)
-    width_s = span_ns / 1e9 / bins
-    return {"start_s": [i * width_s for i in range(bins)], "rate": (counts / width_s).tolist()}
 
 
 def _sessions(found: Survey) -> ConversationShape | None:

@@ -13,7 +13,7 @@ Functions here take sorted times as integer ns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,7 +60,7 @@ class LengthStats:
     mean: float
     quantiles: list[int]
     part_sd: float | None = None
-    """Standard deviation of the means of 60 to 120 equal parts of the rows, in their order (`PartMeans`): how far the
+    """Standard deviation of the means of 60 to 120 equal parts of the rows, in their order (`part_sd`): how far the
     mean of one stretch is from that of the whole. null below 60 rows, where not asked, in plans of older versions."""
 
 
@@ -127,28 +127,15 @@ class TraceStats:
         return self.requests / max(self.requests - self.session_rows + self.sessions, 1)
 
 
-class PartMeans:
-    """Means of equal parts of a series whose length is not known before its end: too many parts are joined in pairs."""
-
-    def __init__(self) -> None:
-        self._parts: list[float] = []
-        self._size, self._sum, self._in = 1, 0.0, 0
-
-    def add(self, value: float) -> None:
-        self._sum += value
-        self._in += 1
-        if self._in == self._size:
-            self._parts.append(self._sum)
-            self._sum, self._in = 0.0, 0
-            if len(self._parts) == 2 * PERIODS:
-                self._parts = [a + b for a, b in zip(self._parts[::2], self._parts[1::2], strict=True)]
-                self._size *= 2
-
-    def sd(self) -> float | None:
-        """Standard deviation of the means of the whole parts; None when they are fewer than `PERIODS`."""
-        if len(self._parts) < PERIODS:
-            return None
-        return float(np.std(np.array(self._parts) / self._size, ddof=1))
+def part_sd(values: Sequence[int]) -> float | None:
+    """Standard deviation of the means of 60 to 120 equal parts of ``values``, in their order; None below 60."""
+    size = 1
+    while len(values) // size >= 2 * PERIODS:
+        size *= 2
+    parts = len(values) // size
+    if parts < PERIODS:
+        return None
+    return float(np.std(np.array(values)[: parts * size].reshape(parts, size).sum(axis=1) / size, ddof=1))
 
 
 def arrival_stats(times: Ints) -> ArrivalStats | None:
@@ -157,14 +144,17 @@ def arrival_stats(times: Ints) -> ArrivalStats | None:
         return None
     span_ns = int(times[-1] - times[0])
     rate = mean_rate(times)
-    worst_minute = worst(times, 60)
+    worst_minute, gap_cv = worst(times, 60), None
+    if span_ns and len(times) > 2:
+        mean_ns = span_ns / (len(times) - 1)
+        gap_cv = float(np.sqrt((((np.diff(times) - mean_ns) / mean_ns) ** 2).sum() / (len(times) - 1)))
     return ArrivalStats(
         requests=len(times),
         span_s=span_ns / 1e9,
         rate=rate,
         dispersion={f"{w}s": dispersion(times, w) for w in WINDOWS_S},
         worst_minute=None if worst_minute is None or rate is None else worst_minute[0] / (rate * 60),
-        gap_cv=_gap_cv(times, span_ns / (len(times) - 1)) if span_ns and len(times) > 2 else None,
+        gap_cv=gap_cv,
         gap_quantiles_s=_gap_quantiles_s(times),
         counts=counts_between(times, int(times[0]), span_ns).tolist() if span_ns else [],
     )
@@ -201,11 +191,6 @@ def worst(times: Ints, window_s: int) -> tuple[int, int] | None:
     counts = np.searchsorted(times, times + window_ns, side="left") - np.arange(len(times))
     at = int(counts.argmax())
     return int(counts[at]), at
-
-
-def _gap_cv(times: Ints, mean_ns: float) -> float:
-    squares = (((np.diff(times) - mean_ns) / mean_ns) ** 2).sum()
-    return float(np.sqrt(squares / (len(times) - 1)))
 
 
 def _gap_quantiles_s(times: Ints) -> list[float]:

@@ -21,7 +21,7 @@ from harness.plan.arrivals import Times, Units
 from harness.trace.io import Trace, TraceRecord
 from harness.trace.prefix import IdealReuse
 from harness.trace.spool import Sessions
-from harness.trace.stats import PartMeans, RecordedCache, TraceStats, arrival_stats, length_stats
+from harness.trace.stats import RecordedCache, TraceStats, arrival_stats, length_stats, part_sd
 
 _ADAPTERS = 8
 OTHER_MODELS = "(other models)"
@@ -88,7 +88,7 @@ class Survey:
         self.grid_s: float | None = None
         self._seed = units_seed
         self._arrival_ns, self._starts, self._places = array("q"), array("q"), array("Q")
-        self._parts = PartMeans(), PartMeans()
+        self._lengths = array("i"), array("i")
         self._begun = Sessions(_Session)
         self._models: dict[str | None, ModelShare] = {}
         self._cached = [0, 0, 0]
@@ -100,7 +100,7 @@ class Survey:
             self._arrival_ns.append(arrival_ns)
         if record.text is None and record.messages is None:
             self.input_lengths[into or 0] += 1
-            self._parts[0].add(into or 0)
+            self._lengths[0].append(into or 0)
         else:
             self.texts += record.messages is None
             self.messages += record.messages is not None
@@ -110,7 +110,7 @@ class Survey:
             self.open_ended += 1
         else:
             self.outputs[out] += 1
-            self._parts[1].add(out)
+            self._lengths[1].append(out)
         self.pairs[0].append(-1 if into is None else into)
         self.pairs[1].append(-1 if out is None else out)
         start_ns = arrival_ns or 0
@@ -172,8 +172,8 @@ class Survey:
         return TraceStats(
             requests=self.requests,
             arrivals=arrival_stats(self.arrivals),
-            input_tokens=length_stats(self.input_lengths, self._parts[0].sd()),
-            output_tokens=length_stats(self.outputs, self._parts[1].sd()),
+            input_tokens=length_stats(self.input_lengths, part_sd(self._lengths[0])),
+            output_tokens=length_stats(self.outputs, part_sd(self._lengths[1])),
             sessions=self.turns.total(),
             session_rows=rows,
             most_turns=max((each for each, _ in turns), default=0),

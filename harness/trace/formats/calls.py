@@ -38,6 +38,7 @@ _ROUNDED_NS = 1_000_000
 _HELD = 500_000
 """Spans of one trace that are looked at together; more are not the trace of one request."""
 _DEEPEST = 1000
+_STATED = ("input_tokens", "output_tokens", "session_id", "model", "cached_tokens")
 
 
 class Span(NamedTuple):
@@ -141,22 +142,20 @@ class _Tree:
         for at in sorted(around, key=lambda at: depth[at], reverse=True):
             answered, failed = below.pop(at, ([], []))
             some = answered or failed
+            span = self._spans[at][1]
             names = {self._spans[each][1].response_id for each in (at, *(some[0] if some else ()))} - {None}
+            # Around several calls it is one of its own when it names a response, or none of them has one.
+            own = span.response_id is not None or (isinstance(span.item, TraceRecord) and not answered)
             if len(some) == 1 and len(names) < 2:
                 some[0].append(at)  # another view of the one call under it
-            elif some and not self._is_own(at, answered):
+            elif some and not own:
                 yield _Call(self._spans[at][0], LeftOutError(SUM))
             else:
-                (answered if isinstance(self._spans[at][1].item, TraceRecord) else failed).append([at])
+                (answered if isinstance(span.item, TraceRecord) else failed).append([at])
             beside = below[around[at]]
             below[around[at]] = _joined(beside[0], answered), _joined(beside[1], failed)
             for call in chain(*below.pop(None, ())):
                 yield from self._said(call, depth)
-
-    def _is_own(self, at: int, answered: _Views) -> bool:
-        """Whether a span around several calls is one of its own: it names a response, or none of them has one."""
-        span = self._spans[at][1]
-        return span.response_id is not None or (isinstance(span.item, TraceRecord) and not answered)
 
     def _around(self, at: int) -> int | None:
         """The nearest model span up the tree whose interval holds this one; none on a ring of parents."""
@@ -180,9 +179,13 @@ class _Tree:
         item = span.item
         assert item is not None
         if isinstance(item, TraceRecord):
-            for other in (self._spans[at][1].item for at in call if at != best):
-                item = _filled(item, other) if isinstance(other, TraceRecord) else item
-            item = _checked(item)
+            for outer in (self._spans[at][1].item for at in call if at != best):  # what only one around it states
+                if isinstance(outer, TraceRecord):
+                    item = item._replace(**{n: getattr(outer, n) for n in _STATED if getattr(item, n) is None})
+            if item.input_tokens is None and item.text is None and item.messages is None:
+                item = RowError("no token counts", "the call has no input tokens and no text: nothing to send")
+            elif item.input_tokens == 0 or item.output_tokens == 0:
+                item = FailedCallError()
         name = next((name for at in call if (name := self._spans[at][1].response_id)), "")
         key = (
             not isinstance(item, TraceRecord), isinstance(item, TraceRecord) and item.output_tokens is None,
@@ -215,18 +218,6 @@ def _holds(outer: Span, inner: Span) -> bool:
     end_ns = inner.start_ns if inner.end_ns is None else inner.end_ns
     ends = outer.end_ns is None or end_ns <= outer.end_ns + _ROUNDED_NS
     return ends and inner.start_ns >= outer.start_ns - _ROUNDED_NS
-
-
-def _filled(row: TraceRecord, outer: TraceRecord) -> TraceRecord:
-    """``row`` with what only a span around it states."""
-    names = ("input_tokens", "output_tokens", "session_id", "model", "cached_tokens")
-    return row._replace(**{name: getattr(outer, name) for name in names if getattr(row, name) is None})
-
-
-def _checked(row: TraceRecord) -> Item:
-    if row.input_tokens is None and row.text is None and row.messages is None:
-        return RowError("no token counts", "the call has no input tokens and no text: nothing to send")
-    return FailedCallError() if row.input_tokens == 0 or row.output_tokens == 0 else row
 
 
 def _fullest_first(span: Span) -> tuple[Any, ...]:

@@ -84,6 +84,7 @@ _TELLING = {"prompt", "input_tokens", "output_tokens", "arrival_s", "prefix_ids"
 _OURS_ALONE = {"prompt", "messages", "prefix_ids", "block_tokens"}
 """Columns by which a columnar file is meant to be in our format, whatever else it has."""
 _EXACT_S = 2**53 / 1e9
+_NUMBERS = {"null", "halffloat", "float", "double", *(f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64))}
 _LENGTHS = attrgetter("input_tokens", "output_tokens", "session_id", "turn", "prefix_ids", "block_tokens", "prompt")
 _CALL = attrgetter(
     "answer", "adapter", "cancel_after_s", "think_s", "timeout_s", "model", "cached_tokens", "max_tokens"
@@ -184,7 +185,8 @@ class Columnar(TableReader):
         schema, asked = schema_of(file), self._asked.columns
         names: list[str] = schema.names
         unknown = [name for name in names if name not in FIELDS]
-        self._ours = not asked and bool(names) and not unknown and _in_seconds(schema)
+        in_seconds = "arrival_s" not in names or str(schema.field("arrival_s").type) in _NUMBERS
+        self._ours = not asked and bool(names) and not unknown and in_seconds
         if self._ours:
             return chosen_rows(file, names)
         if asked or (is_table(recognised(names)) and not _OURS_ALONE & set(names)):
@@ -202,13 +204,6 @@ class Columnar(TableReader):
 
     def blocks(self) -> str | None:
         return self._own.blocks()
-
-
-def _in_seconds(schema: Any) -> bool:
-    import pyarrow as pa
-
-    kind = schema.field("arrival_s").type if "arrival_s" in schema.names else pa.float64()
-    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind))
 
 
 def answered(messages: bytes) -> bool:

@@ -206,7 +206,8 @@ class TableReader(Reader):
 
     def rows(self, records: Iterable[tuple[Place, Any]]) -> Iterator[tuple[Place, Item]]:
         """What each record of one file holds, after a look at the first ones."""
-        made = self._made(records)
+        named = ((place, attempt(self._named, record)) for place, record in records)
+        made = ((place, row) for place, row in named if row is not None)  # without headers
         first = [] if self._looked else list(islice(made, self.looked_at))
         if not self._looked:
             self._looked = bool(first)
@@ -224,13 +225,6 @@ class TableReader(Reader):
         if problem := self.unclear():
             said.append(problem)
         return said
-
-    def _made(self, records: Iterable[tuple[Place, Any]]) -> Iterator[tuple[Place, Object | RowError | LeftOutError]]:
-        """Each record but headers by its names."""
-        for place, record in records:
-            row = attempt(self._named, record)
-            if row is not None:
-                yield place, row
 
     def _named(self, record: Any) -> Object | None:
         if isinstance(record, dict):
@@ -259,7 +253,7 @@ class TableReader(Reader):
         return {**found, **self.names, **self._asked.columns}
 
     def look(self, rows: Sequence[Object]) -> None:
-        self._at = self._wanted(dict.fromkeys(name for row in rows for name in _names(row)))
+        self._at = self._wanted(dict.fromkeys(name for row in rows for name in (*row, *_usage_names(row))))
         if "arrival" in self._at:
             self._clock = self.clock_of(self._at["arrival"])
             self._clock.look([value for row in rows if (value := self.value(row, "arrival")) is not None])
@@ -354,6 +348,6 @@ def _given(value: object) -> object:
     return None if isinstance(value, float) and value != value else value
 
 
-def _names(row: Object) -> list[str]:
+def _usage_names(row: Object) -> list[str]:
     usage = row.get("usage")
-    return [*row, *(f"usage.{name}" for name in usage)] if isinstance(usage, dict) else list(row)
+    return [f"usage.{name}" for name in usage] if isinstance(usage, dict) else []
