@@ -11,13 +11,13 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pyarrow.compute as pc
 
 from harness.errors import ResultsError
 from harness.plan.file import read_plan_columns
 from harness.record.host import Host, describe_host
+from harness.record.manifest import read_json, write_json
 from harness.record.run_spec import BATCH_READS_FROM
 
 SCHEMA_VERSION = "1"
@@ -71,26 +71,23 @@ class Calibration:
 def write_calibration(folder: Path, calibration: Calibration) -> Path:
     """Write it into ``folder`` in one step; returns the file. Raises `ResultsError` when that cannot be done."""
     path = folder / FILE
-    temporary = folder / f".{FILE}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(calibration), indent=2) + b"\n")
-        temporary.replace(path)
-    except OSError as e:
-        raise ResultsError(f"{path}: cannot write the calibration ({e.strerror}); set HARNESS_CACHE") from e
+        write_json(path, calibration)
+    except (OSError, ResultsError) as e:
+        raise ResultsError(f"{path}: cannot write the calibration ({e}); set HARNESS_CACHE") from e
     return path
 
 
 def read_calibration(folder: Path) -> Calibration | None:
     """The calibration in ``folder``; None when there is none, it cannot be read, or it is another machine's."""
     try:
-        found = msgspec.json.decode((folder / FILE).read_bytes(), type=Calibration)
-    except (OSError, msgspec.DecodeError):
+        found = read_json(folder / FILE, Calibration, SCHEMA_VERSION, "cache")
+    except ResultsError:
         return None
     here = describe_host()
     ours = (found.host.cpu, found.host.cores) == (here.cpu, here.cores)
-    sane = min(found.events_per_s, found.requests_per_s) > 0
-    return found if found.schema_version == SCHEMA_VERSION and ours and sane else None
+    return found if ours and min(found.events_per_s, found.requests_per_s) > 0 else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

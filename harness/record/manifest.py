@@ -295,6 +295,11 @@ def write_manifest(run: RunDir, manifest: RunManifest) -> None:
     write_json(run.manifest, manifest)
 
 
+def indented(value: object) -> bytes:
+    """JSON for people, too."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+
+
 def write_json(file: Path, value: object) -> None:
     """Replace a file in one step that survives a crash at any moment: a reader sees the old one or the new one, never
     half. Raises `ResultsError`.
@@ -302,7 +307,7 @@ def write_json(file: Path, value: object) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as out:
-            out.write(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+            out.write(indented(value))
             out.flush()
             os.fsync(out.fileno())
         temporary.replace(file)

@@ -146,18 +146,16 @@ def several_processes(readings: Sequence[Reading], *, at_once: bool = False) -> 
     """
     starts = [start for r in readings if (start := r.get(START_TIME)) is not None]
     changes = sum(a != b for a, b in pairwise(starts))
-    falls = sum(_fell(a, b) for a, b in pairwise(readings))
+    falls = sum(
+        any(
+            name.endswith(_COUNTS) and value is not None and (later := after.get(name)) is not None and later < value
+            for name, value in before.items()
+        )
+        for before, after in pairwise(readings)
+    )
     if at_once:
         return changes + falls > 0
     return changes > len(set(starts)) - 1 if starts else falls > 1
-
-
-def _fell(before: Reading, after: Reading) -> bool:
-    return any(
-        value is not None and (later := after.get(name)) is not None and later < value
-        for name, value in before.items()
-        if name.endswith(_COUNTS)
-    )
 
 
 def summed(pages: Sequence[Reading]) -> Counters:
@@ -254,7 +252,9 @@ def parse_counters(text: str) -> Counters:
     """
     parts: dict[str, list[float]] = {}
     beside: Counters = {}
-    for sample in read_samples(text, _is_counted):
+    for sample in read_samples(
+        text, lambda name: name in (START_TIME, CACHE_INFO) or (name.startswith("vllm:") and name.endswith(_COUNTS))
+    ):
         if sample.name == CACHE_INFO:
             settings = {key: sample.labels.get(key, "") for key in CACHE_SETTINGS}
             beside |= {f"{CACHE_INFO} {key}": float(n) for key, n in settings.items() if _WHOLE.fullmatch(n)}
@@ -262,9 +262,3 @@ def parse_counters(text: str) -> Counters:
             parts.setdefault(sample.name, []).append(sample.value)
     totals = {name: total(values) for name, values in parts.items()}
     return totals | beside if totals.keys() - {START_TIME} else {}
-
-
-def _is_counted(name: str) -> bool:
-    return name in (START_TIME, CACHE_INFO) or (
-        name.startswith("vllm:") and name.endswith(("_total", "_sum", "_count"))
-    )

@@ -21,6 +21,7 @@ import msgspec
 
 from harness import cache_dir
 from harness.errors import UsageError
+from harness.record.manifest import indented
 from harness.store.follow import CLOSE_S, SENDER, Follower, Say, silent
 from harness.store.objects import (
     StoreError,
@@ -132,7 +133,7 @@ class SweepStore:
         if state.revision:
             self.state(state)
         else:
-            self._etag = put(_encoded(state), f"{self._follower.url}/{STATE}", client=self._follower.client)
+            self._etag = put(indented(state), f"{self._follower.url}/{STATE}", client=self._follower.client)
             self._say(f"sending to {self._follower.url}")
         self._follower.start()
 
@@ -150,7 +151,7 @@ class SweepStore:
         there = f"{follower.url}/{STATE}"
         try:
             if self._etag is not None:
-                self._etag = put(_encoded(state), there, client=follower.client, replaces=self._etag)
+                self._etag = put(indented(state), there, client=follower.client, replaces=self._etag)
                 self._unsent = False
                 return
         except StoreError as e:
@@ -162,7 +163,7 @@ class SweepStore:
             known = msgspec.json.decode(found[0], type=SweepState)
             if known.writer != state.writer and (self._etag is not None or known.revision > state.revision):
                 raise UsageError(f"{follower.url}: another harness is at work on this sweep")
-        self._etag = put(_encoded(state), there, client=follower.client, replaces=found[1] if found else None)
+        self._etag = put(indented(state), there, client=follower.client, replaces=found[1] if found else None)
         self._unsent = False
 
     def set_aside(self, point: str) -> None:
@@ -199,10 +200,6 @@ class SweepStore:
         except StoreError as e:
             assert self._follower is not None
             self._follower.tell(e)
-
-
-def _encoded(state: SweepState) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(state), indent=2) + b"\n"
 
 
 def come_home(url: str | Path, root: Path, say: Say) -> Path:
