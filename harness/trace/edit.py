@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import msgspec
 
@@ -167,6 +167,9 @@ def count_tokens(records: Iterable[TraceRecord], tokenizer: TextTokenizer) -> It
         )
 
 
+_WORDLESS: Any = dict.fromkeys(("text", "messages", "answer", "expected", "check", "gate", "tags"))
+
+
 def anonymize(
     records: Iterable[TraceRecord], *, salt: bytes, tokenizer: TextTokenizer | None, block_tokens: int = BLOCK_TOKENS
 ) -> Iterator[TraceRecord]:
@@ -192,19 +195,10 @@ def anonymize(
         yield record._replace(
             input_tokens=input_tokens,
             output_tokens=answer_tokens or None if record.output_tokens is None else record.output_tokens,
-            session_id=sessions(record.session_id),
-            prefix_ids=prefix_ids,
-            block_tokens=size if prefix_ids is not None else None,
-            text=None,
-            messages=None,
-            answer=None,
-            adapter=adapters(record.adapter),
-            model=models(record.model),
-            expected=None,
-            check=None,
-            gate=None,
-            tags=None,
-        )
+            session_id=sessions(record.session_id), adapter=adapters(record.adapter), model=models(record.model),
+            prefix_ids=prefix_ids, block_tokens=size if prefix_ids is not None else None,
+            **_WORDLESS,
+        )  # fmt: skip
 
 
 def _numbered(what: str) -> Callable[[str | None], str | None]:

@@ -22,7 +22,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -190,16 +190,10 @@ class _Window:
     shape: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Lengths:
-    """Distributions of one 6 h step: each (values, probabilities); the inputs are added up."""
-
-    inputs: list[tuple[Floats, Floats]]
-    output: tuple[Floats, Floats]
-
-
-_Steps = list[tuple[float, _Lengths | None]]
-"""From when, and the distributions; None: an idle time."""
+_Pmf = tuple[Floats, Floats]
+"""Values and their probabilities."""
+_Steps = list[tuple[float, tuple[list[_Pmf], _Pmf] | None]]
+"""From when, and the lengths of inputs, which are added up, and of outputs; None: an idle time."""
 
 
 @dataclass(slots=True)
@@ -209,7 +203,7 @@ class ServeGen:
     clients: dict[str, tuple[list[_Window], _Steps]]
     without_lengths: int = 0
     """Requests left out so far because the model has no lengths for their time."""
-    without_family: int = field(default=0)
+    without_family: int = 0
     """Windows so far whose gaps have no fitted family: drawn as Poisson."""
 
     @property
@@ -245,8 +239,9 @@ class ServeGen:
             if now is None:
                 self.without_lengths += len(times)
                 continue
-            into = sum((_pick(values, rng, len(times)) for values in now.inputs), np.zeros(len(times)))
-            out = _pick(now.output, rng, len(times))
+            inputs, output = now
+            into = sum((rng.choice(values, len(times), p=p) for values, p in inputs), np.zeros(len(times)))
+            out = rng.choice(output[0], len(times), p=output[1])
             counts = np.clip(np.rint([into, out]), 1, MAX_TOKENS).astype(np.int64)
             yield from zip(times.tolist(), counts[0].tolist(), counts[1].tolist(), strict=True)
 
@@ -267,10 +262,6 @@ def _arrivals(window: _Window, rng: np.random.Generator) -> Floats:
         times.append(times[-1][-1] + np.cumsum(gaps(int(window.rate * length) + 16)))
     found: Floats = np.concatenate(times)
     return window.start_s + found[found < length]
-
-
-def _pick(values: tuple[Floats, Floats], rng: np.random.Generator, n: int) -> npt.NDArray[np.float64]:
-    return rng.choice(values[0], n, p=values[1])
 
 
 def read_servegen(path: Path) -> ServeGen:
@@ -322,16 +313,15 @@ def _steps(file: Path) -> _Steps:
             names = ("input_tokens",) if "input_tokens" in fields else tuple(
                 f"{kind}_tokens" for kind in ("text", "image", "audio", "video")
             )  # fmt: skip
-            found = [_probabilities(fields[name]) for name in names]
-            output = _probabilities(fields["output_tokens"])
-            whole = output is not None and all(p is not None for p in found)
-            steps.append((float(start), _Lengths([p for p in found if p], output) if whole and output else None))
+            *inputs, output = (_probabilities(fields[name]) for name in (*names, "output_tokens"))
+            known = [pmf for pmf in inputs if pmf is not None]
+            steps.append((float(start), (known, output) if output and len(known) == len(inputs) else None))
     except (ValueError, KeyError, TypeError, AttributeError, SyntaxError, RecursionError, MemoryError) as e:
         raise TraceError(str(file), None, f"not the lengths of a ServeGen client ({type(e).__name__}: {e})") from None
     return steps
 
 
-def _probabilities(text: str) -> tuple[Floats, Floats] | None:
+def _probabilities(text: str) -> _Pmf | None:
     """(values, probabilities) of a Python dict as text; None when it is empty (an idle time)."""
     pairs = ast.literal_eval(text)
     values, weights = (np.array(list(side), dtype=np.float64) for side in (pairs.keys(), pairs.values()))
