@@ -24,7 +24,7 @@ _list = str.split
 FAMILY = 7
 """Records of a family, by default."""
 SHOTS = 3
-RATE = 2.0
+RATE = 4.0
 """Requests/s of the trace, on average."""
 
 
