@@ -12,11 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.arrays import Bools, Floats
-from analysis.rows.itl_histogram import Gaps as Gaps
-from analysis.rows.itl_histogram import chunk_output_tokens as chunk_output_tokens
 from analysis.rows.itl_histogram import clumped as clumped
 from analysis.rows.itl_histogram import itl as itl
-from analysis.rows.itl_histogram import unstreamed_output_events as unstreamed_output_events
 from analysis.rows.run import BINS as BINS
 from analysis.rows.run import Rows, Run
 from analysis.rows.run import Window as Window

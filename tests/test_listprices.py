@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from analysis.price_age import is_old
 from analysis.pricing.list_prices import EXTRACT, family, find_list_prices, read_list_prices
 from harness.errors import UsageError
 
@@ -70,8 +71,8 @@ def test_a_cached_price_that_is_not_listed_is_null():
 def test_age():
     prices = read_list_prices()
     day = dt.date.fromisoformat(prices.date)
-    assert not prices.is_old(day + dt.timedelta(days=180))
-    assert prices.is_old(day + dt.timedelta(days=181))
+    assert not is_old(prices.date, day + dt.timedelta(days=180))
+    assert is_old(prices.date, day + dt.timedelta(days=181))
 
 
 def entry(**change):

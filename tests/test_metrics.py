@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from run_files import MS, SPEC, S, bad, good, write_run
 
 from analysis import metrics
+from analysis.rows.itl_histogram import Gaps, chunk_output_tokens
 from analysis.rows.read import read_run
 from analysis.summary import exit_code, summarise
 from harness.errors import EXIT_INVALID, EXIT_SLO_MISSED, EXIT_VALID, PlanError, ResultsError, UsageError
@@ -29,7 +30,7 @@ def pooled(rows):
     """The gaps between tokens, without the chunks that end none."""
     gaps = metrics.itl(rows)
     some = gaps.tokens > 0
-    return metrics.Gaps(seconds=gaps.seconds[some], tokens=gaps.tokens[some])
+    return Gaps(seconds=gaps.seconds[some], tokens=gaps.tokens[some])
 
 
 # ------------------------------------------------------------------------------------------------------- per request
@@ -155,7 +156,7 @@ def test_gaps_and_tokens_add_up(drawn):
     assert np.nansum(metrics.tpot(rows) * (rows.output_tokens - rows.first_tokens)) == pytest.approx(
         sum(decode), abs=1e-6
     )
-    times, tokens = rows.chunk_s, metrics.chunk_output_tokens(rows)
+    times, tokens = rows.chunk_s, chunk_output_tokens(rows)
     assert tokens.sum() == pytest.approx(sum(r.output_tokens for r in results))
     within = metrics.window(rows)
     if within is not None:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import msgspec
 
-from analysis.price_age import is_old
 from harness.errors import UsageError, unknown_name
 from harness.untrusted import DECODE_ERRORS, check_regular
 
@@ -55,14 +54,6 @@ class PriceMap:
     date_is: str
     licence: str | None
     prices: dict[str, ListPrice]
-
-    def age_days(self, today: dt.date) -> int:
-        """Days since ``date``."""
-        return (today - dt.date.fromisoformat(self.date)).days
-
-    def is_old(self, today: dt.date) -> bool:
-        """True when the map is old (`analysis.price_age`)."""
-        return is_old(self.date, today)
 
 
 def read_list_prices(path: Path | None = None) -> PriceMap:

@@ -10,7 +10,7 @@ from analysis.compare.compare import Comparison, Figure, LoadComparison
 from analysis.compare.paired import SHARES
 from analysis.pricing.rate_card import PriceReport, RateCard
 from analysis.pricing.terms import PriceBasis, Terms
-from analysis.report.document import Row, Section, Table
+from analysis.report.document import Cell, Row, Section, Table
 from analysis.report.figures import figure, hourly, price, usd, within
 
 
@@ -65,14 +65,13 @@ def _charge_sections(charge: RateCard, terms: Terms) -> list[Section]:
 
 def _offers(charge: RateCard, terms: Terms) -> Section:
     u = percent(terms.utilisation)
-    rows = [
-        (
+    rows: list[Row] = [
+        [
             offer.name + (f" (-{percent(offer.discount)})" if offer.discount else ""),
-            *(price(q.value) for q in (offer.prices.input, offer.prices.cached_input, offer.prices.output)),
-            price(offer.prices.total.value),
-            percent(offer.margin),
+            *(usd(getattr(offer.prices, kind), bare=True) for kind in ("input", "cached_input", "output", "total")),
+            Cell(percent(offer.margin), sort=offer.margin),
             percent(offer.break_even_utilisation) if offer.break_even_utilisation <= 1 else "never",
-        )
+        ]
         for offer in charge.offers
     ]
     notes = []

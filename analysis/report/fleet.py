@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from analysis.capacity.fleet import Autoscaled
 from analysis.capacity.fleet_plan import FleetPlan, TierFleet
-from analysis.report.document import Section, Table
+from analysis.report.document import Cell, Section, Table
 from analysis.report.figures import figure, price
 
 WITHIN = 0.03
@@ -43,16 +43,16 @@ def _sizes(plan: FleetPlan) -> Section:
             one.name,
             f"{'at least ' if one.at_least else ''}{figure(one.capacity)} {one.unit}{_ends(one)}",
             one.binding,
-            f"{one.mean.replicas}",
-            f"{one.fluid.replicas}",
+            _number(one.mean.replicas, "d"),
+            _number(one.fluid.replicas, "d"),
             f"{one.peak.replicas}" + (f" + {one.peak.spares} inst." if one.peak.spares else ""),
             "fluid" if one.simulated is None else one.simulated.evidence,
-            f"{one.peak.instances}",
-            "-" if one.peak.utilisation is None else f"{one.peak.utilisation:.1%}",
-            f"{one.peak.usd_per_hour:,.4g}",
-            f"{one.peak.usd_per_month:,.0f}",
-            f"{one.peak.usd_per_year:,.0f}",
-            price(one.usd_per_1m_served),
+            _number(one.peak.instances, "d"),
+            _number(one.peak.utilisation, ".1%"),
+            _number(one.peak.usd_per_hour, ",.4g"),
+            _number(one.peak.usd_per_month, ",.0f"),
+            _number(one.peak.usd_per_year, ",.0f"),
+            Cell(price(one.usd_per_1m_served), sort=one.usd_per_1m_served),
         )
         for one in plan.tiers
     ]
@@ -64,6 +64,10 @@ def _sizes(plan: FleetPlan) -> Section:
         for one in plan.tiers if one.no_utilisation is not None
     ]  # fmt: skip
     return Section(title="Replicas and instances", table=Table(heads, rows), notes=tuple(notes))
+
+
+def _number(value: float | None, form: str) -> Cell:
+    return Cell("-" if value is None else format(value, form), sort=value)
 
 
 def _found_by(one: TierFleet) -> str:

@@ -160,9 +160,13 @@ def _open_first(decided: Sequence[RateCard]) -> list[RateCard]:
 
 
 def _assumptions(terms: Terms, prices: PriceMap, today: date, asked: PriceOptions) -> list[str]:
+    from analysis.price_age import age_days, is_old
+
     default = " (not given: the default, an opinion)"
     sold, margin = ("" if given is not None else default for given in (asked.utilisation, asked.margin))
-    old = f", {prices.age_days(today)} days ago: OLD, give today's (--list-prices)" if prices.is_old(today) else ""
+    old = ""
+    if is_old(prices.date, today):
+        old = f", {age_days(prices.date, today)} days ago: OLD, give today's (--list-prices)"
     return [
         f"utilisation {terms.utilisation * 100:g} %{sold}: of the capacity that is "
         "paid for, around the clock, so much is sold; what stands idle is paid all the same",
