@@ -127,6 +127,15 @@ def test_retries_escalation_and_other_checks_on_kept_answers(fake_server: StartS
     assert row["calls"] == pytest.approx(1.25) and row["escalated"] == 0 and row["accepted"]["value"] == 1
     assert any("noise of the server" in note for note in found["notes"])
 
+    # a load that proved nothing is not kept
+    loaded = Path(found["folder"]) / "load-1-small" / "sweep.json"
+    loaded.write_text(loaded.read_text().replace('"verdict": "VALID"', '"verdict": "INVALID"'))
+    code, _, said = audited(
+        path, current, small, "--margin", "5pt", "--repeats", "2", "--tries", "2", "--escalate", "--keep-text",
+        "--gate-usd", "0.00001", "--resume", found["folder"],
+    )  # fmt: skip
+    assert code == EXIT_VALID and "to be done again: it was INVALID" in said, said
+
     other = tmp_path / "new.toml"
     other.write_text('[[check]]\nwhen = { all = "" }\ntype = "regex"\npattern = "here"\n')
     done = harness("audit", "grade", found["folder"], "--check", other, "--format", "json")

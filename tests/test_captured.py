@@ -17,7 +17,7 @@ from conftest import ROOT, StartServer
 from test_worker import write_plan
 
 from harness.errors import ResultsError
-from harness.record.answers import KEY_VARIABLE, CapturedWriter, read_captured
+from harness.record.answers import KEY_VARIABLE, CapturedWriter, read_captured, unseal
 from harness.record.results import read_results
 from harness.record.run_spec import DEFAULTS
 
@@ -45,7 +45,7 @@ def work(folder: Path, url: str, capture: str) -> str:
     return said
 
 
-@pytest.mark.parametrize("capture", ["off", "hmac", "text"])
+@pytest.mark.parametrize("capture", ["off", "hmac", "text", "sealed"])
 def test_a_worker_stores_what_was_asked_for_and_no_more(fake_server: StartServer, tmp_path: Path, capture: str) -> None:
     said = work(tmp_path, fake_server("--ttft", "0.001", "--itl", "0.001").url, capture)
     file = tmp_path / "answers-0.arrows"
@@ -64,6 +64,14 @@ def test_a_worker_stores_what_was_asked_for_and_no_more(fake_server: StartServer
     if capture == "text":
         assert all(row["text"] for row in rows)
         assert all(row["hmac"] == hmac.digest(KEY, row["text"].encode(), "sha256") for row in rows)
+    if capture == "sealed":
+        assert b" t t t" not in file.read_bytes()
+        opened = [unseal(row["text"], KEY) for row in rows]
+        assert opened == [" t t t"] * 10 and len({row["text"] for row in rows}) == 10
+        assert all(
+            row["hmac"] == hmac.digest(KEY, text.encode(), "sha256") for row, text in zip(rows, opened, strict=True)
+        )
+        assert all(unseal(row["text"], KEY[::-1]) != " t t t" for row in rows)
 
 
 def test_a_digest_is_keyed_and_equal_only_for_equal_text(tmp_path: Path) -> None:

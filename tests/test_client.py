@@ -877,6 +877,16 @@ def test_retries_come_to_an_end_and_only_for_what_may_pass(serve, run, monkeypat
     assert (row.error, row.retries) == ("connect", 2)
 
 
+def test_a_busy_server_may_be_asked_more_often_than_one_that_is_not_there(serve, run, monkeypatch):
+    monkeypatch.setattr("scenarios.client.client.RETRY_S", 0.01)
+    row = run(serve(repeat(BUSY)).url, busy_retries=3).one()
+    assert (row.error, row.retries) == ("overloaded", 3)
+    row = run(serve(once(b"HTTP/1.1 500 X\r\nContent-Length: 0\r\n\r\n")).url, busy_retries=3).one()
+    assert (row.error, row.retries) == ("server", 0)
+    row = run("http://127.0.0.1:1/v1", busy_retries=3).one()
+    assert (row.error, row.retries) == ("connect", 0)
+
+
 def test_a_retry_may_go_to_another_server(serve, run, monkeypatch):
     monkeypatch.setattr("scenarios.client.client.RETRY_S", 0.01)
     row = run(serve(repeat(BUSY)).url, serve(repeat(answer())).url, retries=1).one()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from harness.record.results import Result
 from scenarios.client.completion import Answer, Completion, fill
+from scenarios.client.fast_path import Template
 
 
 def filled(said):
@@ -170,3 +171,23 @@ def test_a_whole_answer_of_several_choices_has_no_count_of_its_first():
     made.read_json(msgspec.json.encode({"choices": choices, "usage": {"completion_tokens": 2}}), 5)
     facts = filled(made)
     assert (facts.error, list(facts.chunk_ns), facts.output_tokens, made.answer.text) == (None, [5], None, "a")
+
+
+@pytest.mark.parametrize(
+    ("said", "logprobs"),
+    [
+        ({"content": [{"token": "a", "logprob": -0.5}, {"token": "b", "logprob": -1}]}, [-0.5, -1.0]),
+        ({"tokens": ["a"], "token_logprobs": [-0.25], "top_logprobs": None}, [-0.25]),
+        ({"token_logprobs": [None, -2.0]}, [-2.0]),
+        (None, []), ({}, []), ([], []), ({"content": "x"}, []), ({"content": [{"logprob": "x"}, {}]}, []),
+    ],
+)  # fmt: skip
+def test_log_probabilities_are_of_the_tokens_that_have_one(said: object, logprobs: list[float]) -> None:
+    answer = completion({"choices": [{"index": 0, "text": "a", "logprobs": said}]}, told=True).answer
+    assert answer is not None and answer.logprobs == logprobs
+
+
+def test_an_event_with_a_log_probability_is_never_taken_for_one_like_it() -> None:
+    plain = b'data: {"choices":[{"index":0,"text":"a","logprobs":null}]}\n\n'
+    assert Template.learn(plain) is not None
+    assert Template.learn(plain.replace(b"null", b'{"token_logprobs":[-0.5]}')) is None

@@ -30,7 +30,14 @@ GUARD = Path(__file__).with_name("guard.py")
 GRACE_S = 5.0
 """Between SIGTERM and SIGKILL."""
 NO_SECRETS: dict[str, str | None] = dict.fromkeys(
-    ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "HARNESS_API_KEY", "OPENAI_API_KEY", "VLLM_API_KEY")
+    (
+        "RAY_AUTH_TOKEN",
+        "RAY_AUTH_TOKEN_PATH",
+        "HARNESS_API_KEY",
+        "OPENAI_API_KEY",
+        "VLLM_API_KEY",
+        "HARNESS_JUDGE_API_KEY",
+    )
 )
 """Changes to an environment: what a server or load worker has no business with is taken away before it gets its own."""
 TAIL_BYTES = 1 << 16

@@ -17,7 +17,19 @@ import msgspec
 import numpy as np
 
 from harness.checks.lint import kind
-from harness.checks.spec import Check, check_sha256, parse_check
+from harness.checks.spec import (
+    Check,
+    Code,
+    Contains,
+    Exact,
+    Judge,
+    Number,
+    OneOf,
+    Regex,
+    check_sha256,
+    parse_check,
+    parts,
+)
 from harness.errors import UsageError
 from harness.trace.formats.jsonl import Line
 from harness.trace.formats.record import TraceRecord
@@ -73,7 +85,7 @@ def read_records(trace: Trace, default: str | None, limit: int | None) -> list[A
         try:
             text = source.check or (default if source.expected else None)
             check = None if text is None else parse_check(text, source.expected)
-            gate = None if source.gate is None else parse_check(source.gate, source.expected)
+            gate = None if source.gate is None else parse_check(source.gate)  # production has no 'expected'
         except UsageError as e:
             raise UsageError(f"{trace.path}:{source.line}: {e}") from e
         key = source.session_id if source.session_id is not None else f"\0{row}"
@@ -107,6 +119,35 @@ def without_seen(records: Sequence[AuditedRecord], seen: Collection[str]) -> lis
     """The records, those of a session without their check of which a model has ``seen`` one: it is sent, not graded."""
     taken = {record.session for record in records if seen and prompt_sha256(record.source) in seen}
     return [replace(one, check=None, gate=None) if one.session in taken else one for one in records]
+
+
+def check_gates(records: Sequence[AuditedRecord], path: str) -> None:
+    """Raise `UsageError` where no record has a gate, or one knows the truth: a saving that nobody can have."""
+    if not any(record.gate is not None for record in records):
+        raise UsageError(f"{path}: no record has a 'gate', which decides --tries and --escalate")
+    for record in records:
+        if record.gate is not None and _truths(record.gate) & (
+            _truths(record.check) | set(record.source.expected or ())
+        ):
+            raise UsageError(f"{path}:{record.source.line}: its gate knows the right answer, which production does not")
+
+
+def _truths(check: Check | None) -> set[str]:
+    """What the parts of a check compare an answer with."""
+    found = set[str]()
+    for part in parts(check) if check is not None else ():
+        match part:
+            case Exact() | Contains() | Judge():
+                found.update(part.of)
+            case Number():
+                found.add(f"number {part.value!r}")
+            case OneOf():
+                found.add(part.answer)
+            case Regex():
+                found.add(f"pattern {part.pattern}")
+            case Code():
+                found.add(f"code {part.test}")
+    return found
 
 
 def checks_sha256(records: Iterable[AuditedRecord]) -> str:

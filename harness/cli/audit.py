@@ -55,7 +55,8 @@ class _TraceOrVerb(Group):
 def audit() -> None:
     """Can a smaller, quantised or distilled model do the same work, and what does an accepted answer cost then?
 
-    harness audit TRACE --current MODEL@WHERE --candidate MODEL@WHERE --slo ... is short for harness audit run.
+    harness audit TRACE --current MODEL@WHERE --candidate MODEL@WHERE --slo ... is short for harness audit run (harness
+    audit run --help has its options). Try the checks of TRACE with lint first; harness/checks/CHECKS.md describes them.
     """
 
 
@@ -72,6 +73,13 @@ Examples:
     --candidate small@aws-m7a.large --slo ttft_p95=2s,tpot_p95=200ms --margin 2pt
   harness audit trace.jsonl ... --dry-run
   harness audit trace.jsonl ... --resume
+  harness audit trace.jsonl ... --repeats 3 --tries 2 --escalate --extra-body '{{"temperature": 0.7}}'
+  harness audit trace.jsonl ... --cascade
+  harness audit trace.jsonl ... --judge https://judge.example.com/v1 --judge-model NAME --labelled labels.jsonl
+
+\b
+A hosted API, which refuses fields that only vLLM knows, needs --length-field max_completion_tokens; models on a
+tier are not concerned.
 
 \b
 Exit status:
@@ -82,7 +90,9 @@ Exit status:
   4  the current model misses the SLO, or --fail-if fired
   5  nothing is decided: the page says how many records are missing
   130  stopped by Ctrl-C; --resume goes on
-{ENVIRONMENT}""",
+
+{ENVIRONMENT.rstrip()}
+  HARNESS_JUDGE_API_KEY  the key of --judge""",
 )
 @ONE_TRACE_ARGUMENT
 @takes(AuditOptions, to="want")

@@ -27,6 +27,8 @@ COMMON = frozenset(
      "out"}
 )  # fmt: skip
 """Options, by the names of their parameters, that the short help of such a verb shows."""
+ALWAYS = "Audit"
+"""The group of options that a verb is about: all of them are in its short help."""
 CONFIG = Path("harness.toml")
 
 EXIT_STATUS = """\b
@@ -132,10 +134,11 @@ class Verb(click.Command):
             if not isinstance(param, click.Option) or (record := param.get_help_record(ctx)) is None:
                 continue
             mine = param in self.params
-            if short and mine and param.name not in COMMON:
+            own = getattr(param, "group", "Options")
+            if short and mine and param.name not in COMMON and own != ALWAYS and not param.required:
                 left_out += 1
                 continue
-            group = "Options" if short else getattr(param, "group", "Options") if mine else "Also"
+            group = "Options" if short and own != ALWAYS else own if mine else "Also"
             groups.setdefault(group, []).append(record)
         for group, records in groups.items():
             with formatter.section(group):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from harness.audit.asked import SCHEMA_VERSION, STATE, AuditState
 from harness.audit.grades import FILE, grades_of, read_grades
@@ -102,9 +103,8 @@ def regraded(folder: Path, checks: Path, format_: str) -> int:
             for row, line in zip(rows, lines, strict=True)
         ]
         before.setdefault(point.pair, []).append(old)
-        after.setdefault(point.pair, []).append(
-            grades_of(run, order(graded, state.seed, point.repeat), Grader(), sealed=False)
-        )
+        new = grades_of(run, order(graded, state.seed, point.repeat), Grader(), sealed=False)
+        after.setdefault(point.pair, []).append(_unless_same(new, old))
     if not before.get(0):
         raise UsageError(f"{folder}: the current model has no graded answers there")
     repeats = len(before[0]) // 2 or 1
@@ -120,6 +120,13 @@ def regraded(folder: Path, checks: Path, format_: str) -> int:
     ]  # fmt: skip
     _print(rows_, state, format_)
     return EXIT_VALID
+
+
+def _unless_same(new: pa.Table, old: pa.Table) -> pa.Table:
+    """Grades of ``old`` where the check is still that: a judge is not asked again."""
+    same = pc.equal(new.column("check_sha256"), old.column("check_sha256"))
+    accepted = pc.if_else(same, old.column("accepted"), new.column("accepted"))
+    return new.set_column(new.schema.get_field_index("accepted"), new.schema.field("accepted"), accepted)
 
 
 def _other(record: AuditedRecord, others: Sequence[OtherCheck]) -> Check | None:

@@ -16,7 +16,15 @@ from harness.audit.asked import (
     parse_price,
 )
 from harness.audit.judge import JudgeTrial
-from harness.audit.records import AuditedRecord, checks_sha256, read_records, sampled, shares_prefix, without_seen
+from harness.audit.records import (
+    AuditedRecord,
+    check_gates,
+    checks_sha256,
+    read_records,
+    sampled,
+    shares_prefix,
+    without_seen,
+)
 from harness.checks.grade import Grader
 from harness.checks.lint import LintGroup, LintRecord, lint
 from harness.checks.sandbox import LinuxSandbox, refusal
@@ -58,13 +66,14 @@ def audited(
     """All of ``harness audit``; the exit status."""
     want.refuse()
     models, seed = want.models, asked.plan.seed or 0
-    prices = _prices(want, models)
+    prices, dated = _prices(want, models)
     if want.run_code and (why := refusal()) is not None:
         raise UsageError(f"--run-code: this machine cannot make the sandbox ({why})")
     source = open_asked(trace, asked.plan)
     records = read_records(source, want.check, asked.plan.limit)
     rate = asked.plan.rate or _rate(source, records)
     origins, seen = origins_of(models)
+    origins += dated
     checked = sum(record.check is not None for record in records)
     records = without_seen(records, seen)
     if dropped := checked - sum(record.check is not None for record in records):
@@ -76,9 +85,9 @@ def audited(
         say(f"{source.path}: quality not measured: no record has a check (or 'expected', with --check)")
         return EXIT_NOT_DECIDED
     check_models(want, asked)
-    if (want.tries > 1 or want.escalate) and not any(record.gate is not None for record in graded):
-        raise UsageError(f"{source.path}: no record has a 'gate', which decides --tries and --escalate")
-    labels = labels_of(want)
+    if want.tries > 1 or want.escalate:
+        check_gates(graded, str(source.path))
+    labels, judge = labels_of(want), judge_of(want)
     faults = _lint(graded, want)
     for group in faults:
         say(f"note: the checks are not sound: {group.name}: {', '.join(group.faults)} (harness audit lint says more)")
@@ -90,7 +99,6 @@ def audited(
         records=len(records), seed=seed, asked=_asked(asked, want, search, rate),
     )  # fmt: skip
     folder = _folder(out, trace, resume, state)
-    judge = judge_of(want)
     grader = Grader(sandbox=LinuxSandbox() if want.run_code else None, judge=judge)
     with lock(folder):
         say(f"audit folder: {folder}")
@@ -120,12 +128,13 @@ def audited(
     return exit_status(report, want)
 
 
-def _prices(want: AuditOptions, models: Sequence[Pair]) -> dict[str, TokenPrice]:
-    """List prices by model: stated, else of the shipped map where it has the very name."""
+def _prices(want: AuditOptions, models: Sequence[Pair]) -> tuple[dict[str, TokenPrice], list[str]]:
+    """List prices by model, stated or of the shipped map where it has the very name; and of which day each is."""
     from analysis.audit.model import TokenPrice
     from analysis.pricing.list_prices import read_list_prices
 
-    known = read_list_prices().prices
+    book = read_list_prices()
+    known = book.prices
     found = {
         one.model: TokenPrice(input=p.usd_per_1m_input, output=p.usd_per_1m_output, cached=p.usd_per_1m_cached_input)
         for one in models
@@ -136,7 +145,14 @@ def _prices(want: AuditOptions, models: Sequence[Pair]) -> dict[str, TokenPrice]
         if name not in [one.model for one in models]:
             raise UsageError(f"--list-price {text}: {name} is neither --current nor a --candidate")
         found[name] = TokenPrice(input=into, output=output, cached=cached)
-    return found
+    stated = {parse_price(text)[0] for text in want.list_prices}
+    day = now_utc()[:10]
+    return found, [
+        f"{one.name}: {found[one.model].input:g} and {found[one.model].output:g} USD per 1M tokens in and out, "
+        + (f"as stated on {day}." if one.model in stated else f"the list price of {book.date} ({book.source}).")
+        for one in models
+        if one.tier is None and one.model in found
+    ]
 
 
 def _rate(source: Trace, records: Sequence[AuditedRecord]) -> float:
@@ -151,7 +167,7 @@ def _asked(asked: ReplayOptions, want: AuditOptions, search: SearchOptions, rate
     import msgspec
 
     money = ("wage", "review_minutes", "review_share", "failure_usd", "engineering_hours", "months", "list_prices")
-    later = (*money, "gate_usd", "fail_if", "dry_run", "tries", "escalate", "judge_time_s")
+    later = (*money, "gate_usd", "fail_if", "dry_run", "judge_time_s")
     own = {name: value for name, value in asdict(want).items() if name not in later}
     sent = {name: getattr(asked.load, name) for name in ("output_lengths", "length_field", "extra_body", "keep_text")}
     said = {**own, **sent, "rate": rate, "attain": asked.report.attain, "probe_s": search.probe_s}

@@ -1,0 +1,72 @@
+"""The records of an audit: which are one cluster, and what a crash leaves of their answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from harness.audit.grades import grade_run
+from harness.audit.records import check_gates, read_records
+from harness.checks.grade import Grader
+from harness.errors import ResultsError, UsageError
+from harness.options import PlanOptions
+from harness.record.answers import CapturedWriter
+from harness.record.manifest import RunDir
+from harness.trace.io import open_asked
+from tests.run_files import good, write_run
+
+
+def test_sessions_that_share_a_prompt_are_one(tmp_path: Path) -> None:
+    rows = [("a", "hello"), ("a", "more"), ("b", "hello"), (None, "more"), (None, "else"), ("c", "new"), (None, "new")]
+    file = tmp_path / "trace.jsonl"
+    file.write_text("".join(
+        json.dumps({"arrival_s": k, "prompt": prompt, **({} if name is None else {"session_id": name})}) + "\n"
+        for k, (name, prompt) in enumerate(rows)
+    ))  # fmt: skip
+    found = [record.session for record in read_records(open_asked(file, PlanOptions()), None, None)]
+    assert found[0] == found[1] == found[2] == found[3] and found[5] == found[6]
+    assert len(set(found)) == 3
+
+
+def test_what_another_process_sealed_is_not_graded(tmp_path: Path) -> None:
+    run = RunDir(write_run(tmp_path / "run", [good(0)]))
+    writer = CapturedWriter(run.captured(0), bytes(32), keep_text=False, sealed=True)
+    writer.append(0, "secretword")
+    writer.close()
+    assert b"secretword" not in run.captured(0).read_bytes()
+    with pytest.raises(ResultsError, match="asked again"):
+        grade_run(run, [], Grader(), keep_text=False)
+
+
+@pytest.mark.parametrize(
+    ("check", "gate", "known"),
+    [
+        ({"type": "exact"}, {"type": "exact"}, "no words"),
+        (
+            {"type": "exact"},
+            {"type": "any", "checks": [{"type": "contains", "of": ["Rome"]}, {"type": "json"}]},
+            "knows",
+        ),
+        ({"type": "exact"}, {"type": "choice", "choices": ["Rome", "Paris"], "answer": "Rome"}, "knows"),
+        ({"type": "number", "value": 4}, {"type": "number", "value": 4, "abs": 1}, "knows"),
+        ({"type": "regex", "pattern": "R.me"}, {"type": "regex", "pattern": "R.me"}, "knows"),
+        ({"type": "exact"}, {"type": "regex", "pattern": "^[A-Z]"}, None),
+        ({"type": "json_schema", "schema": {"type": "object"}}, {"type": "json"}, None),
+    ],
+)
+def test_a_gate_does_not_know_the_right_answer(
+    check: dict[str, object], gate: dict[str, object], known: str | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "trace.jsonl"
+    file.write_text(json.dumps({"prompt": "Capital of Italy?", "expected": "Rome", "check": check, "gate": gate}))
+
+    def read() -> None:
+        check_gates(read_records(open_asked(file, PlanOptions()), None, None), "trace")
+
+    if known is None:
+        read()
+    else:
+        with pytest.raises(UsageError, match=known):
+            read()
