@@ -121,8 +121,10 @@ def without_seen(records: Sequence[AuditedRecord], seen: Collection[str]) -> lis
     return [replace(one, check=None, gate=None) if one.session in taken else one for one in records]
 
 
-def check_gates(records: Sequence[AuditedRecord], path: str) -> None:
-    """Raise `UsageError` where no record has a gate, or one knows the truth: a saving that nobody can have."""
+def check_gates(records: Sequence[AuditedRecord], path: str, *, decide: bool = True) -> None:
+    """Raise `UsageError` where gates ``decide`` but none is there or one knows the truth: a saving nobody can have."""
+    if not decide:
+        return
     if not any(record.gate is not None for record in records):
         raise UsageError(f"{path}: no record has a 'gate', which decides --tries and --escalate")
     for record in records:

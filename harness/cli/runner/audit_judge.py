@@ -36,6 +36,16 @@ def trial_of(judge: AskedJudge, graded: Sequence[AuditedRecord], labels: Sequenc
     return try_judge(judge, graded, labels)
 
 
+def doubts_of(trial: JudgeTrial, want: AuditOptions) -> str | None:
+    """Why the judge is believed for no candidate; None: for one at least."""
+    each = [trust_of(trial, candidate, want.margin).faults for candidate in want.candidates]
+    if not all(each):
+        return None
+    found = f"the judge is not to be believed: {', '.join(dict.fromkeys(fault for one in each for fault in one))}"
+    say(found)
+    return found
+
+
 def labels_of(want: AuditOptions) -> list[Label]:
     """Raises `UsageError` for what are no labels of these models."""
     labels = read_labels(want.labelled) if want.labelled else []

@@ -30,7 +30,7 @@ from harness.checks.lint import LintGroup, LintRecord, lint
 from harness.checks.sandbox import LinuxSandbox, refusal
 from harness.cli.output import as_json, present, say
 from harness.cli.runner.audit import LoadPass, QualityPass, check_models, load, no_hardware, origins_of, quality, tried
-from harness.cli.runner.audit_judge import family, judge_of, labels_of, trial_of, trust_of
+from harness.cli.runner.audit_judge import doubts_of, family, judge_of, labels_of, trial_of, trust_of
 from harness.cli.runner.audit_plan import blind_records, dry_run
 from harness.cli.runner.targets import Servers
 from harness.cli.verb import NEWEST
@@ -85,8 +85,7 @@ def audited(
         say(f"{source.path}: quality not measured: no record has a check (or 'expected', with --check)")
         return EXIT_NOT_DECIDED
     check_models(want, asked)
-    if want.tries > 1 or want.escalate:
-        check_gates(graded, str(source.path))
+    check_gates(graded, str(source.path), decide=want.tries > 1 or want.escalate)
     labels, judge = labels_of(want), judge_of(want)
     faults = _lint(graded, want)
     for group in faults:
@@ -112,7 +111,11 @@ def audited(
                 )
 
             trial = None if judge is None else trial_of(judge, graded, labels)
-            passes = quality(folder, want, asked, graded, seed, grader, load_now)
+            doubts = None if trial is None else doubts_of(trial, want)
+            if doubts is None:
+                passes = quality(folder, want, asked, graded, seed, grader, load_now)
+            else:  # before anything is rented
+                passes = [[QualityPass(problem=doubts, grades=None)] for _ in models]
             for k in range(len(models)):
                 if k not in loaded:
                     load_now(k, passes, None)
