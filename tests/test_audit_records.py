@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from harness.audit.grades import grade_run
 from harness.audit.records import check_gates, read_records
 from harness.checks.grade import Grader
+from harness.checks.lint import LintRecord, lint
+from harness.cli.runner.audit import QualityPass
+from harness.cli.runner.audit_plan import blind_records
 from harness.errors import ResultsError, UsageError
 from harness.options import PlanOptions
 from harness.record.answers import CapturedWriter
@@ -70,3 +74,34 @@ def test_a_gate_does_not_know_the_right_answer(
     else:
         with pytest.raises(UsageError, match=known):
             read()
+
+
+def test_checks_that_garbage_or_one_constant_answer_passes_tell_nothing(tmp_path: Path) -> None:
+    """Yes or no: a current model that always says yes is no better than that, one that is right on nine of ten is."""
+    n = 120
+    any_word = {"type": "regex", "pattern": "[a-z]"}
+    rows = [
+        {"prompt": f"Is {i} even?", "expected": "no" if i % 2 else "yes", "tags": ["loose" if i % 4 == 0 else "strict"],
+         "check": any_word if i % 4 == 0 else {"type": "choice", "choices": ["yes", "no"]}}
+        for i in range(n)
+    ]  # fmt: skip
+    file = tmp_path / "trace.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = read_records(open_asked(file, PlanOptions()), None, None)
+    faults = [
+        group for group in lint(
+            (LintRecord(line=r.source.line, check=r.source.check, gate=None, expected=r.source.expected, answer=None,
+                        tags=r.source.tags or ()) for r in records), Grader(),
+        ).groups if group.faults
+    ]  # fmt: skip
+
+    def blind(right: list[bool]) -> tuple[frozenset[str], list[bool]]:
+        grades = pa.table({"accepted": right})
+        names, found = blind_records(records, faults, QualityPass(problem=None, grades=grades))
+        return names, found.tolist()
+
+    loose = [i % 4 == 0 for i in range(n)]
+    names, found = blind([i % 2 == 0 for i in range(n)])
+    assert found == [True] * n and {"check choice", "strict"} <= names
+    names, found = blind([i % 10 > 0 for i in range(n)])
+    assert found == loose and "check choice" not in names and "strict" not in names
