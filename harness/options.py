@@ -49,6 +49,7 @@ Sessions = Literal["trace", "wait"]
 Conversation = Literal["recorded", "live"]
 AnyEndpoint = Literal["auto", "completions", "chat"]
 EngineName = Literal["vllm", "simulated"]
+ClockName = Literal["real", "virtual"]
 RouterName = Literal["least", "round-robin", "session", "prefix"]
 """Of servers that are simulated."""
 
@@ -183,6 +184,10 @@ class ServeOptions:
     engine: EngineName = opt(
         "Servers to start: vLLM, or ones that answer as vLLM on --tier would, on any machine. Every figure of those is "
         "simulated.", "vllm", kind=EngineName,
+    )  # fmt: skip
+    clock: ClockName = opt(
+        "Of a simulated engine: answer over HTTP as time passes, or serve the plan at once, in virtual time, without "
+        "servers or Ray.", "real", kind=ClockName,
     )  # fmt: skip
     step: tuple[float, ...] | None = opt(
         "What a step of a simulated engine takes, ms: base, for each sequence, each prompt token and, if given, each "

@@ -74,6 +74,8 @@ def starved(run: Run, window: Window | None) -> Check:
     if run.manifest.engine == "url" or window is None or not run.manifest.replicas:
         why = "not checked: " + ("no window" if window is None else "the server was not started by us")
         return limit("starved", False, why, bound, "see that no other work runs on the server's processors")
+    if run.manifest.engine == "simulated" and run.manifest.model_facts.get("clock") == "virtual":
+        return limit("starved", None, "no server ran: it was simulated in virtual time", bound, "nothing to do")
     directory = RunDir(run.path)
     found = [
         (r, waits_of(file, window))

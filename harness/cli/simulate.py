@@ -76,7 +76,7 @@ def simulate(trace: tuple[Path, ...], out: Path, asked: ReplayOptions, how: Rout
     run = create_run_dir(root, name)
     say(f"run directory: {run.path}")
     with mirrored(url, run.path, say):
-        make_bare_plan(source, run, asked)
+        make_bare_plan(source, run.plan, asked)
         subject = Subject(
             model=model, tier=tier, replicas=asked.serve.replicas, engine=engine, router=how.router, stale_s=how.stale_s
         )  # fmt: skip

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -66,16 +67,19 @@ class Subject:
     """How far apart the router asks replicas how many requests they have."""
 
 
-def make_bare_plan(trace: Trace, run: RunDir, asked: ReplayOptions, tell: Callable[[str], None] = say) -> PlanInfo:
+def make_bare_plan(
+    trace: Trace, out: Path, asked: ReplayOptions, tell: Callable[[str], None] = say,
+    note: Callable[[str], None] | None = None,
+) -> PlanInfo:  # fmt: skip
     """The plan as a replay makes it, without prompts that nobody would read."""
     spec = replace(asked_plan(asked.plan, closed=asked.load.closed), bare=True)
     vocabulary = Vocabulary(np.arange(IDS, dtype=np.int32), NO_PROMPTS)
     started = time.monotonic()
-    info = build_plan(trace, run.plan, spec, vocabulary)
+    info = build_plan(trace, out, spec, vocabulary)
     rate = f", {info.planned_rate:.4g} req/s" if info.planned_rate else ""
     tell(f"plan: {info.requests} requests from {info.trace_format} trace{rate} ({time.monotonic() - started:.1f} s)")
     for words in info.notes:
-        tell(f"  note: {words}")
+        (note or tell)(f"  note: {words}")
     return info
 
 
@@ -90,10 +94,14 @@ def simulate_plan(
     started = time.monotonic()
     requests = _requests(table, subject)
     keys = _shared_keys(run, info, engine.limits)
-    found = simulate(
-        requests.workload(engine, keys), engine.limits, [engine.step_time] * subject.replicas,
-        router=ROUTERS[subject.router], stale_s=subject.stale_s, concurrency=load.concurrency, sample_s=SAMPLE_S,
+    serve = partial(
+        simulate, limits=engine.limits, step_times=[engine.step_time] * subject.replicas,
+        router=ROUTERS[subject.router], stale_s=subject.stale_s, concurrency=load.concurrency,
     )  # fmt: skip
+    if spec.duration_s is not None:  # who is sent in that time does not depend on who comes after it
+        sent = np.isfinite(serve(requests.workload(engine, keys), until_s=spec.duration_s).due_s)
+        requests = requests.cut(int(sent.sum()), spec.duration_s)
+    found = serve(requests.workload(engine, keys), sample_s=SAMPLE_S)
     rows = requests.rows(found)
     took_s = time.monotonic() - started
     write_rows(run.results(0), rows)
@@ -124,7 +132,7 @@ def simulate_plan(
 
 def _facts(subject: Subject) -> dict[str, str]:
     """Where the figures come from."""
-    facts = dict(subject.engine.facts)
+    facts = {**subject.engine.facts, "clock": "virtual"}
     if subject.replicas > 1:
         knows = f", as of up to {subject.stale_s:g} s before" if subject.stale_s else ""
         facts["router"] = ROUTERS[subject.router] + knows
@@ -138,13 +146,12 @@ def _spec(subject: Subject, asked: ReplayOptions) -> RunSpec:
         base_urls=[f"simulated://{k}" for k in range(subject.replicas)], slo=dict(load.slo or {}),
         min_requests=load.min_requests, balance="least" if subject.router == "prefix" else subject.router,
         warmup_s=asked.plan.warmup_s if load.closed else None,
+        duration_s=asked.plan.duration_s if load.closed else None,
     )  # fmt: skip
 
 
 def _check(table: pa.Table, asked: ReplayOptions) -> None:
     """Refuse, in words, what is not simulated. Raises `UsageError`."""
-    if asked.load.closed and asked.plan.duration_s:
-        raise UsageError("a simulated closed loop ends with its requests: say how many with --limit, not a --duration")
     for column, what in (
         ("cancel_after_ns", "clients that hang up are"), ("timeout_ns", "time limits of single requests are"),
         ("continues", "live conversations are"), ("model", "LoRA adapters and other models of single requests are"),
@@ -170,7 +177,14 @@ class _Requests:
     refused: dict[int, str]
     """By index."""
     served: Ints
-    """The others."""
+    """The others, and not ``unsent``."""
+    unsent: frozenset[int] = frozenset()
+    over_s: float = 0.0
+    """When those would have been due."""
+
+    def cut(self, sent: int, over_s: float) -> _Requests:
+        """Only the first ``sent`` of a closed loop go out."""
+        return replace(self, served=self.served[:sent], unsent=frozenset(self.served[sent:].tolist()), over_s=over_s)
 
     def workload(self, engine: HardwareEngine, keys: Sequence[Sequence[Hashable]] | None) -> Workload:
         """Of what is served."""
@@ -208,12 +222,14 @@ class _Requests:
         due = spread(np.rint(found.due_s * 1e9).astype(np.int64), 0)
         for k in self.refused:
             due[k] = self.scheduled_ns[k] if self.scheduled_ns is not None else due[k - 1] if k else 0
+        due[[*self.unsent]] = round(self.over_s * 1e9)
         cached = None if found.cached_tokens is None else spread(found.cached_tokens, -1)
         return SimulatedRows(
             request_id=self.request_id, due_ns=due, replica=spread(found.replica, NOT_SERVED),
             first_step=spread(found.first_step, -1), input_tokens=self.input_tokens, output_tokens=self.output_tokens,
             cached_tokens=cached, step_end_ns=[np.rint(ends * 1e9).astype(np.int64) for ends in found.step_end_s],
             resumed={int(mine[k]): times for k, times in found.resumed.items()}, refused=self.refused,
+            unsent=self.unsent,
         )  # fmt: skip
 
 

@@ -46,6 +46,8 @@ class SimulatedRows:
     time."""
     refused: Mapping[int, str] = field(default_factory=dict)
     """By index: why no engine took it."""
+    unsent: frozenset[int] = frozenset()
+    """Indices of those that never went out, since the run was over."""
 
     def __len__(self) -> int:
         return len(self.request_id)
@@ -102,14 +104,19 @@ def _batch(rows: SimulatedRows, part: slice, gaps: Ints, offsets: Ints, finished
     n = part.stop - part.start
     refused = [rows.refused.get(k) for k in range(part.start, part.stop)] if rows.refused else [None] * n
     ok = rows.replica[part] != NOT_SERVED
+    errors = [None if why is None else "rejected" for why in refused]
+    for k in rows.unsent & frozenset(range(part.start, part.stop)):
+        errors[k - part.start] = "unsent"
+    unsent = np.array([error == "unsent" for error in errors])
     known = {
         "request_id": rows.request_id[part], "worker": np.zeros(n, dtype=np.int16),
         "replica": pa.array(rows.replica[part].astype(np.int16), mask=~ok), "scheduled_ns": rows.due_ns[part],
-        "sent_ns": rows.due_ns[part], "finished_ns": finished_ns, "input_tokens": rows.input_tokens[part],
+        "sent_ns": pa.array(rows.due_ns[part], mask=unsent), "finished_ns": pa.array(finished_ns, mask=unsent),
+        "input_tokens": pa.array(rows.input_tokens[part].astype(np.int32), mask=unsent),
         "output_tokens": pa.array(rows.output_tokens[part].astype(np.int32), mask=~ok),
         "retries": np.zeros(n, dtype=np.int16),
         "finish_reason": pa.array(np.where(ok, "length", ""), mask=~ok),
-        "error": [None if why is None else "rejected" for why in refused], "detail": refused,
+        "error": errors, "detail": refused,
         "chunk_gap_ns": pa.ListArray.from_arrays(offsets.astype(np.int32), gaps),
         "chunk_tokens": pa.ListArray.from_arrays(offsets.astype(np.int32), np.ones(len(gaps), dtype=np.int32)),
     }  # fmt: skip

@@ -16,7 +16,7 @@ from harness import cache_dir
 from harness.calibration import Calibration, demand, read_calibration, size_workers
 from harness.cli.machines import hot_path
 from harness.cli.output import say
-from harness.cli.runner.targets import LocalTarget, Servers, Target, UrlTarget
+from harness.cli.runner.targets import LocalTarget, Servers, Target, UrlTarget, VirtualTarget
 from harness.console import LoadProgress, console
 from harness.errors import HarnessError, PlanError, ResultsError, ServerError, UsageError
 from harness.options import LoadOptions, ReplayOptions
@@ -52,6 +52,10 @@ def make_plan(
     """Build the plan file, with prompts as the target counts them; ``tell`` hears what is in it, ``note`` its notes
     (by default ``tell``, too).
     """
+    if isinstance(target, VirtualTarget):
+        from harness.cli.simulation import make_bare_plan
+
+        return make_bare_plan(trace, out, options, tell, note)
     asked = options.plan
 
     def choose(content: Content) -> tuple[Vocabulary | None, bool]:
@@ -156,6 +160,8 @@ def execute_point(
     chosen and why. ``warm``: servers that are still cold are warmed up first. Many points may share
     the servers: each manifest has server records of its own.
     """
+    if servers.virtual is not None:
+        return servers.virtual(run, options, tell)
     from cluster.deploy.load_workers import LoadWorkers
 
     info = read_plan_info(run.plan)

@@ -21,6 +21,7 @@ from harness.record.manifest import (
     Replica,
     Restart,
     RunDir,
+    RunManifest,
     System,
     Tier,
 )
@@ -84,6 +85,8 @@ class Servers(System):
     restarting: Callable[[], bool] = bool
     shared_cores: bool | None = None
     """True when load workers may run on processors that a server runs on; null when not known."""
+    virtual: Callable[[RunDir, ReplayOptions, Callable[[str], None]], RunManifest] | None = None
+    """Serves a plan in virtual time and writes its run; None: there are servers."""
     sample_hosts: Callable[[RunDir, int], AbstractContextManager[None]] = sample_here
     """Samples the counters of the hosts of servers and load (`harness.record.samples`) while a run lasts."""
 
@@ -240,6 +243,28 @@ class SimulatedTarget(LocalTarget):
             )  # fmt: skip
 
 
+class VirtualTarget(SimulatedTarget):
+    """The same in virtual time: nothing is started, and a run takes as long as it takes to compute."""
+
+    @contextmanager
+    def open(self, run: RunDir) -> Iterator[Servers]:
+        """What serves a plan."""
+        from harness.cli.simulation import Subject, simulate_plan
+
+        tier, replicas, engine = self._tier, self._replicas, self._engine
+
+        def serve(run: RunDir, options: ReplayOptions, tell: Callable[[str], None]) -> RunManifest:
+            subject = Subject(
+                model=engine.model, tier=tier, replicas=replicas, engine=engine.found, router=options.load.balance
+            )
+            return simulate_plan(run, subject, options, tell)
+
+        yield Servers(
+            engine=engine.name, evidence=engine.evidence, model=self._model.name, tier=tier, api_key=None,
+            replicas=[Replica(index=k, base_url=f"simulated://{k}") for k in range(replicas)], virtual=serve,
+        )  # fmt: skip
+
+
 Target = UrlTarget | LocalTarget
 
 
@@ -276,9 +301,11 @@ def _simulated_target(asked: ServeOptions) -> SimulatedTarget:
         raise UsageError("--engine simulated starts its servers: drop --base-url")
     if asked.tier is None:
         raise UsageError("which hardware is simulated? --tier NAME ('harness tiers' lists them)")
-    check_ray()
+    if asked.clock == "real":
+        check_ray()
     model, tier = get_model(asked.model or DEFAULT_MODEL), get_tier(asked.tier)
-    return SimulatedTarget(model, tier, asked.replicas, asked.on_replica_death, asked.step)
+    kind = SimulatedTarget if asked.clock == "real" else VirtualTarget
+    return kind(model, tier, asked.replicas, asked.on_replica_death, asked.step)
 
 
 def choose_target(options: ReplayOptions, *, start: bool = True) -> Target:
@@ -290,8 +317,8 @@ def choose_target(options: ReplayOptions, *, start: bool = True) -> Target:
     asked = options.serve
     if asked.engine == "simulated":
         return _simulated_target(asked)
-    if asked.step is not None:
-        raise UsageError("--step is what a step of a simulated engine takes: add --engine simulated")
+    if asked.step is not None or asked.clock == "virtual":
+        raise UsageError("--step and --clock are of a simulated engine: add --engine simulated")
     if asked.base_urls:
         if options.load.tls_ca:
             probe.trust(options.load.tls_ca)
