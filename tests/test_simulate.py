@@ -238,3 +238,39 @@ def test_a_target_that_cannot_be_simulated_is_refused(asked: dict[str, object], 
 def test_a_step_is_said_of_a_simulated_engine_alone() -> None:
     with pytest.raises(UsageError, match="--engine simulated"):
         choose_target(ReplayOptions(serve=ServeOptions(step=(0.01, 0.0, 0.0))))
+
+
+def test_a_search_for_capacity_in_virtual_time_says_that_it_is_simulated(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    rows: list[dict[str, object]] = [
+        {"arrival_s": at_s, "input_tokens": int(i), "output_tokens": int(o)}
+        for at_s, i, o in zip(
+            np.cumsum(rng.exponential(0.25, 600)).round(6), rng.integers(50, 2000, 600), rng.integers(5, 300, 600),
+            strict=True,
+        )
+    ]  # fmt: skip
+    said = harness(
+        "capacity", trace(tmp_path / "t.jsonl", rows), "--engine", "simulated", "--clock", "virtual", "--model", MODEL,
+        "--tier", TIER, "--step", "8,0.1,0.02", "--slo", "ttft_p95=1s,tpot_p95=50ms", "--tolerance", "25%",
+        "--min-requests", "30", "-o", tmp_path / "found",
+    )  # fmt: skip
+    assert "Simulated, not measured" in said and f"{TIER}, simulated" in said
+    closed = next(run for run in (tmp_path / "found").glob("*/*") if (run / "run.json").exists())
+    manifest = read_manifest(closed)
+    assert (manifest.evidence, manifest.spec.mode) == ("simulated", "closed")
+    rows_of = read_results(closed / "results-0.arrows").to_pylist()
+    assert manifest.spec.duration_s is not None
+    sent = [row for row in rows_of if row["error"] is None]
+    assert 0 < len(sent) < len(rows_of)
+    assert max(row["sent_ns"] for row in sent) < manifest.spec.duration_s * 1e9
+    assert {row["error"] for row in rows_of} == {None, "unsent"}
+    assert all((row["sent_ns"], row["finished_ns"]) == (None, None) for row in rows_of if row["error"])
+
+
+def test_replay_in_virtual_time_is_simulate(tmp_path: Path) -> None:
+    source = trace(tmp_path / "t.jsonl", ROWS)
+    args = ["--model", MODEL, "--tier", TIER, "--step", "8,0.05,0.02"]
+    harness("simulate", source, *args, "-o", tmp_path / "a")
+    harness("replay", source, *args, "--engine", "simulated", "--clock", "virtual", "-o", tmp_path / "b")
+    one, other = (read_results(next(path.iterdir()) / "results-0.arrows") for path in (tmp_path / "a", tmp_path / "b"))
+    assert one.equals(other)

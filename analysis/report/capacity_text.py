@@ -13,8 +13,17 @@ from analysis.stats.intervals import Quantity
 from harness.slo import Criterion, percent
 
 
+def simulated(system: ServingConfig) -> bool:
+    """Whether no such system was ever measured."""
+    return system.usd_per_1m_total.evidence.startswith("simulated")
+
+
 def sentence(system: ServingConfig) -> str:
     """The capacity of one system and its cost there, in one plain sentence or two."""
+    return f"Simulated, not measured: {_sentence(system)}" if simulated(system) else _sentence(system)
+
+
+def _sentence(system: ServingConfig) -> str:
     slo, found = system.slo or "any latency", system.capacity
     if found is None:
         return f"{system.name}: no SLO was given, so there is no capacity (--slo)."
@@ -97,7 +106,7 @@ def _system_row(system: ServingConfig) -> Row:
     tokens = found.rates.get("total_token_throughput") if found else None
     load = found.load if found else None
     return [
-        system.name,
+        f"{system.name}, simulated" if simulated(system) else system.name,
         system.loop,
         Cell(_load(system, load), note=interval(load, figure) or None),
         found.limit.name if found and found.limit else "-",
