@@ -181,13 +181,13 @@ class ServeOptions:
         metavar="NAME",
     )
     replicas: int = opt("Servers to start.", 1)
-    engine: EngineName = opt(
-        "Servers to start: vLLM, or ones that answer as vLLM on --tier would, on any machine. Every figure of those is "
-        "simulated.", "vllm", kind=EngineName,
+    engine: EngineName | None = opt(
+        "Servers to start: vLLM (default), or ones that answer as vLLM on --tier would, on any machine, whose every "
+        "figure is simulated.", kind=EngineName,
     )  # fmt: skip
-    clock: ClockName = opt(
-        "Of a simulated engine: answer over HTTP as time passes, or serve the plan at once, in virtual time, without "
-        "servers or Ray.", "real", kind=ClockName,
+    clock: ClockName | None = opt(
+        "Of a simulated engine: answer over HTTP as time passes (real, the default), or serve the plan at once, in "
+        "virtual time, without servers or Ray.", kind=ClockName,
     )  # fmt: skip
     step: tuple[float, ...] | None = opt(
         "What a step of a simulated engine takes, ms: base, for each sequence, each prompt token and, if given, each "

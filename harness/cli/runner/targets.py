@@ -301,10 +301,10 @@ def _simulated_target(asked: ServeOptions) -> SimulatedTarget:
         raise UsageError("--engine simulated starts its servers: drop --base-url")
     if asked.tier is None:
         raise UsageError("which hardware is simulated? --tier NAME ('harness tiers' lists them)")
-    if asked.clock == "real":
+    if asked.clock != "virtual":
         check_ray()
     model, tier = get_model(asked.model or DEFAULT_MODEL), get_tier(asked.tier)
-    kind = SimulatedTarget if asked.clock == "real" else VirtualTarget
+    kind = VirtualTarget if asked.clock == "virtual" else SimulatedTarget
     return kind(model, tier, asked.replicas, asked.on_replica_death, asked.step)
 
 
@@ -317,7 +317,7 @@ def choose_target(options: ReplayOptions, *, start: bool = True) -> Target:
     asked = options.serve
     if asked.engine == "simulated":
         return _simulated_target(asked)
-    if asked.step is not None or asked.clock == "virtual":
+    if asked.step is not None or asked.clock is not None:
         raise UsageError("--step and --clock are of a simulated engine: add --engine simulated")
     if asked.base_urls:
         if options.load.tls_ca:
