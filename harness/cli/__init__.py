@@ -42,6 +42,9 @@ SECTIONS: dict[str, dict[str, Lazy]] = {
         ),
     },
     "Decisions": {
+        "advise": Lazy(
+            "harness.cli.advise:advise", "Rank tiers that nobody has rented yet by cost at an SLO: simulated."
+        ),
         "capacity": Lazy("harness.cli.capacity:capacity", "Find the highest load that keeps an SLO, in few runs."),
         "plan-fleet": Lazy(
             "harness.cli.plan_fleet:plan_fleet", "How many instances, of which tier, carry a demand at an SLO."
