@@ -40,6 +40,21 @@ def rows_of(path: Path) -> int:
     return 0 if table is None else len(table)
 
 
+def test_a_torn_file_keeps_what_is_whole(tmp_path: Path) -> None:
+    """Wherever it is torn: the samples up to there, and never fewer for more bytes."""
+    path = tmp_path / "server-metrics-0.arrows"
+    batch = pa.RecordBatch.from_pylist([dict.fromkeys(SERVER_SCHEMA.names, 1)], SERVER_SCHEMA)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SERVER_SCHEMA) as stream:
+        for _ in range(4):
+            stream.write_batch(batch)
+    raw, found = path.read_bytes(), []
+    for end in range(0, len(raw) + 1, 7):
+        path.write_bytes(raw[:end])
+        found.append(rows_of(path))
+    assert found == sorted(found)
+    assert set(found) == {0, 1, 2, 3, 4}
+
+
 def test_a_server_is_sampled_on_the_run_clock(fake_server: StartServer, tmp_path: Path) -> None:
     server = fake_server()
     path = tmp_path / "server-metrics-0.arrows"

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.simulator.blocks import block_keys
+from cluster.simulator.blocks import KVCache, block_keys
 from cluster.simulator.replica import Outcomes, SimulatedReplica, Workload, _Fleet, simulate
 from cluster.simulator.scheduler import Limits, Scheduler, Sequence
 from cluster.simulator.step_time import Chunk, LinearStep, NoisyStep, PaddedStep, StepTime
@@ -373,3 +373,12 @@ def test_samples_say_who_runs_and_what_is_free() -> None:
     # 10 blocks of the prompt, and those of the answers of the steps so far and of the one in progress
     assert first.kv_free == 100 - math.ceil((160 + first.steps) / 16)
     assert found.samples[0][-1].running == found.samples[0][-1].waiting == 0
+
+
+def test_a_prefix_is_found_up_to_the_first_block_that_is_gone() -> None:
+    cache = KVCache(3)
+    cache.take(3)
+    blocks = [cache.remember(key) for key in "abc"]
+    cache.give_back(0, [blocks[1]])
+    cache.take(1)  # what nobody uses makes room
+    assert cache.find("abc") == [blocks[0]]
