@@ -50,10 +50,12 @@ def write(
         :, [2, 1, 0]
     ]
     below = strangers[[not one.saturated for one in compared]]
+    beyond = strangers[[one.saturated for one in compared]]
     figures = {
         "rows": len(kept), "all": {name: summary(values) for name, values in found.items()},
         "chips": _groups(kept, found["model_left_out"], lambda row: CHIPS[row.chip]),
         "strangers": summary(strangers), "strangers_below_saturation": summary(below),
+        "strangers_beyond": summary(beyond),
     }  # fmt: skip
     FIGURES.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     index = json.loads((HERE / "index.json").read_text(encoding="utf-8"))
@@ -67,7 +69,7 @@ def write(
         supported="\n".join(_lines(kept, found["chip_left_out"], found["model_left_out"])),
         others="\n".join(_lines(refused, errors(refused, others), None)),
         strangers="\n".join(_strangers(compared, strangers)), below=_cells(below),
-        beyond=_cells(strangers[[one.saturated for one in compared]]), whole=_cells(strangers),
+        beyond=_cells(beyond), whole=_cells(strangers),
         kept_out="\n".join(f"- {one}" for one in sorted({f"{c.config}: {c.why}" for c in open_loop if c.why})),
         bound=f"{len(over_bound)} runs on {', '.join(sorted({one[1] for one in over_bound}))}; the nearest, "
         f"{nearest[0].split('/')[-1]} on {nearest[1]} at {nearest[2]} request/s, took {nearest[3]:.2f} times as long",
