@@ -192,7 +192,7 @@ def summarise(
     sampled, weighted = served_rates(run, window, tokens, counts, limits, ratio, queue)
     offered = offered_load(run)
     full = fullness(run, window, sampled.concurrency.value)
-    note = price_note(judged, served_lengths(run))
+    note = "; ".join(filter(None, (price_note(judged, served_lengths(run)), _own_error(manifest.model_facts)))) or None
     rates = sampled
     if offered.kind != "closed":
         rates, weighted = given(sampled), given_rate(weighted)
@@ -284,7 +284,14 @@ def _simulated(model_facts: Mapping[str, str]) -> str | None:
     source = model_facts.get("step_source")
     if source is None:
         return None
-    return f"Simulated, not measured: {model_facts.get('simulated', '')}; {STEP_SOURCES.get(source, source)}."
+    known = f"Simulated, not measured: {model_facts.get('simulated', '')}; {STEP_SOURCES.get(source, source)}."
+    return known + (f" {own}." if (own := _own_error(model_facts)) else "")
+
+
+def _own_error(model_facts: Mapping[str, str]) -> str | None:
+    """What a simulated cost may be beyond its interval, which is one of sampling; None: nobody knows, or measured."""
+    within = model_facts.get("cost_range")
+    return within and f"The simulator's own error is not in intervals: the cost is {within} times that in 9 of 10 cases"
 
 
 def _dummy(model_facts: Mapping[str, str]) -> bool:

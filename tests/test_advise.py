@@ -12,6 +12,7 @@ from cluster.catalogue.tiers import get_tier
 from cluster.hardware import advice
 from cluster.hardware.advice import Demand, Offer, capacity, offers, ranked, to_measure
 from cluster.hardware.engine import HardwareEngine
+from cluster.hardware.error import ERRORS
 from cluster.simulator.scheduler import Limits
 from cluster.simulator.step_time import LinearStep
 from harness.cli import main
@@ -60,7 +61,7 @@ def test_a_range_holds_the_models_own_error_and_a_bound_has_no_upper_end() -> No
     tiers = [get_tier(name) for name in ("lambda-h100", "aws-g6.xlarge")]
     h100, l4 = offers([model], tiers, LONG, criteria({"ttft": 2.0, "tpot": 0.1}, 0.95))
     assert isinstance(h100, Offer) and isinstance(l4, Offer)
-    figures = json.loads(advice.ERRORS.read_text())
+    figures = json.loads(ERRORS.read_text())
     p90 = max(figures["all"]["model_left_out"]["cost"][1], figures["strangers_beyond"]["cost"][1]) / 100
     assert h100.error == pytest.approx((1 / (1 + p90), 1 / (1 - p90)))
     assert l4.is_bound and l4.error == (1.0, float("inf"))
@@ -96,3 +97,13 @@ def test_advice_ranks_says_what_is_missing_and_writes_a_sweep_that_runs(
     spec = read_sweep(sweep, {"slo", "attain"}, {})
     assert {pair.tier for pair in pairs(spec)} == {"lambda-h100", "runpod-b200"}
     assert sweep.read_text() == found["sweep"]
+
+
+def test_a_simulated_price_says_the_simulators_own_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "t.jsonl"
+    rows = [{"arrival_s": k * 0.2, "input_tokens": 300, "output_tokens": 40} for k in range(60)]
+    trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = ["simulate", str(trace), "--model", "mistral-7b-instruct-v0.3", "--tier", "lambda-h100", "-o", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        main(args)
+    assert "The simulator's own error is not in intervals" in " ".join(capsys.readouterr().out.split())

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +11,7 @@ import numpy.typing as npt
 from cluster.catalogue.models import Model, for_tier, model_config, tensor_parallel_sizes
 from cluster.engines.vllm import misfit
 from cluster.hardware.engine import HardwareEngine, engine_for
+from cluster.hardware.error import cost_range
 from cluster.simulator.replica import Workload, simulate
 from harness.errors import UsageError
 from harness.record.manifest import Tier
@@ -24,7 +21,6 @@ from harness.trace.formats.record import TraceRecord
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-ERRORS = Path(__file__).with_name("errors.json")
 SPLITS = (1, 2, 4, 8)
 TIE = 1.10
 """Tiers whose costs are closer than this are not told apart: chips were, in 94 of 100 pairs that differ by more."""
@@ -178,33 +174,9 @@ def _offer(model: Model, tier: Tier, engine: HardwareEngine, rate: float, demand
     tokens_per_s = rate * replicas * float(demand.output_tokens.mean())
     return Offer(
         model=model.name, tier=tier, engine=engine, replicas=replicas, requests_per_s=rate * replicas,
-        usd_per_1m_output=tier.usd_per_hour / 3600 / tokens_per_s * 1e6, error=model_error(engine),
-        served=len(demand.arrival_s) / asked,
+        usd_per_1m_output=tier.usd_per_hour / 3600 / tokens_per_s * 1e6,
+        error=cost_range(engine.source, engine.chip, engine.facts), served=len(demand.arrival_s) / asked,
     )  # fmt: skip
-
-
-@cache
-def _errors() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(ERRORS.read_text(encoding="utf-8"))
-    return found
-
-
-def model_error(engine: HardwareEngine) -> tuple[float, float]:
-    """What a simulated cost may be at least and at most, as multiples of it, in 9 of 10 cases (docs/ACCURACY.md).
-
-    The largest of these 90th percentiles: of the cost of models left out of the fit, over all chips and on this one,
-    and of open loops at saturation, to which nothing was fitted; 35 % for several accelerators over PCIe that nobody
-    has calibrated. (1, inf) for a bound.
-    """
-    if engine.source == "bound":
-        return 1.0, float("inf")
-    figures = _errors()
-    p90 = max(figures["all"]["model_left_out"]["cost"][1], figures["strangers_beyond"]["cost"][1]) / 100
-    if engine.chip in figures["chips"]:
-        p90 = max(p90, figures["chips"][engine.chip]["cost"][1] / 100)
-    if "uncalibrated" in engine.facts:
-        p90 = max(p90, 0.35)
-    return 1 / (1 + p90), 1 / (1 - p90)
 
 
 def ranked(found: Sequence[Offer]) -> list[list[Offer]]:

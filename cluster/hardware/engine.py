@@ -10,6 +10,7 @@ from cluster.catalogue.models import DTYPE_BYTES, Model, for_tier, kv_bytes_per_
 from cluster.engines.vllm import tensor_parallel_size
 from cluster.hardware.bound import bound_step
 from cluster.hardware.chips import Chip, chip_of, chips
+from cluster.hardware.error import cost_range
 from cluster.hardware.kernels import Constants, Entry, KernelStep, entries, key_of, scaled
 from cluster.simulator.scheduler import VLLM, Limits
 from cluster.simulator.step_time import StepTime
@@ -84,6 +85,8 @@ def engine_for(
     if chip.sister is not None:
         tables = scaled(tables, least(chips()[chip.sister]), least(chip))
         facts["scaled"] = f"kernels of {chip.sister}, scaled to {chip.name} by the two data sheets"
+    low, high = cost_range("kernels", chip.name, facts)
+    facts["cost_range"] = f"{low:.2f} to {high:.2f}"
     graphs = graph_sizes(limits, compute_capability=int(chip.compute_capability))
     return HardwareEngine(
         step_time=KernelStep(tables, graphs, constants), limits=limits, source="kernels", chip=chip.name,
