@@ -58,7 +58,7 @@ def audited(path: Path, current: str, candidate: str, *more: str, **env: str) ->
 def test_a_judge_decides_only_where_it_is_believed(
     reply: Reply, code: int, fake_server: StartServer, tmp_path: Path
 ) -> None:
-    n = 240
+    n = 160
     path = trace(tmp_path / "trace.jsonl", n, {"type": "judge", "rubric": "The answer is the word."})
     right = [[f"word{i}"] if i % 3 else [f"wrong {i}"] for i in range(n)]
     current, small = (plant(fake_server, tmp_path, name, right) for name in ("current", "small"))
