@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -12,6 +15,9 @@ from analysis.capacity.serving_config import serving_configs
 from analysis.compare.comparable import refusals
 from analysis.rows.read import read_run
 from analysis.summary import Summary, summarise
+from harness import state_dir
+from harness.cli.runner.seen import note_sent, seen_before
+from harness.record.manifest import RunDir, read_manifest, write_manifest
 
 N, TOKENS = 40, 64
 
@@ -116,3 +122,92 @@ def test_prompts_made_up_and_prompts_of_text_add_up(tmp_path):
         rows = [replace(good(k, k * 50_000_000), input_tokens=1000, cached_tokens=cached) for k in range(N)]
         path = write_run(tmp_path / str(cached), rows, plan=plan, engine="url", answers=[])
         assert cache_check(summarise(read_run(path))).ok is ok
+
+
+URL = "https://user:secret@gpu-1:8000/v1?key=secret"
+
+
+def asked(path, *, seed=0, tokenizer="t", urls=("http://127.0.0.1:1/v1",), **facts):
+    """A run that is about to begin, or (start_unix_ns) has begun."""
+    run(path, engine="url", **facts)
+    manifest = read_manifest(path)
+    plan = replace(manifest.plan, seed=seed, tokenizer=tokenizer)
+    manifest = replace(manifest, plan=plan, spec=replace(manifest.spec, base_urls=[*urls]))
+    write_manifest(RunDir(path), manifest)
+    return RunDir(path), manifest
+
+
+def test_a_server_that_had_these_prompts_is_named_before_the_start(tmp_path):
+    _, first = asked(tmp_path / "a")
+    _, manifest = asked(tmp_path / "b")
+    assert seen_before(manifest) is None
+    note_sent(first)
+    said = seen_before(manifest)
+    assert said is not None and "--seed 1" in said
+    assert seen_before(replace(manifest, plan=replace(manifest.plan, seed=7))) is None
+    elsewhere = replace(manifest, spec=replace(manifest.spec, base_urls=["http://127.0.0.1:9/v1"]))
+    assert seen_before(elsewhere) is None
+    started = replace(manifest, engine="vllm")
+    assert seen_before(started) is None, "a server that was started for the run has an empty cache"
+
+
+def test_it_is_named_wherever_the_earlier_run_was_put(tmp_path):
+    _, first = asked(tmp_path / "here" / "a", urls=[URL, "http://gpu-2/v1"])
+    note_sent(first, now_s=1_767_225_600)
+    _, second = asked(tmp_path / "there" / "b", urls=["https://GPU-1:8000/v1"])
+    said = seen_before(second)
+    assert said is not None and "(2026-01-01 00:00 UTC)" in said and "--seed 1" in said
+    for other in (
+        replace(second, plan=replace(second.plan, seed=1)), replace(second, engine="vllm"),
+        replace(second, spec=replace(second.spec, base_urls=["https://gpu-1:8001/v1"])),
+    ):  # fmt: skip
+        assert seen_before(other) is None
+
+
+def test_no_seed_makes_texts_of_the_trace_new(tmp_path):
+    _, first = asked(tmp_path / "here" / "a", tokenizer=None)
+    note_sent(first)
+    _, second = asked(tmp_path / "there" / "b", tokenizer=None, seed=5)
+    said = seen_before(second)
+    assert said is not None and "texts of the same trace" in said and "no --seed changes them" in said
+
+
+def test_what_was_sent_is_kept_privately_without_secrets_and_within_bounds(tmp_path, monkeypatch):
+    file = state_dir() / "seen.jsonl"
+    for seed in range(6):
+        _, manifest = asked(tmp_path / "a", seed=seed, urls=[URL])
+        note_sent(manifest, now_s=seed)
+    assert [json.loads(line)["at"] for line in file.read_text().splitlines()] == [*range(6)]
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert "secret" not in file.read_text() and "gpu-1" not in file.read_text()
+    file.write_bytes(b'{"address": 3}\n[[[\n\xff\n')
+    assert seen_before(manifest) is None
+    note_sent(manifest, now_s=9)
+    assert "1970-01-01" in str(seen_before(manifest)), "what cannot be read hides nothing else"
+    before = file.read_bytes()
+    note_sent(replace(manifest, engine="vllm"))
+    assert file.read_bytes() == before
+    monkeypatch.setattr("harness.cli.runner.seen.MOST_BYTES", len(before) - 1)
+    note_sent(manifest, now_s=10)
+    assert [json.loads(line)["at"] for line in file.read_text().splitlines()] == [10]
+
+
+def test_runs_that_begin_together_lose_nothing(tmp_path):
+    _, manifest = asked(tmp_path / "a")
+    every = [replace(manifest, plan=replace(manifest.plan, seed=seed)) for seed in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(note_sent, every))
+    assert all(seen_before(one) for one in every)
+
+
+def test_a_state_folder_that_cannot_be_written_stops_no_run(tmp_path, monkeypatch):
+    _, manifest = asked(tmp_path / "a")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    note_sent(manifest)
+    assert seen_before(manifest) is None
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    state_dir().mkdir(parents=True)
+    os.mkfifo(state_dir() / "seen.jsonl")
+    note_sent(manifest)
+    assert seen_before(manifest) is None

@@ -16,6 +16,7 @@ from harness import cache_dir
 from harness.calibration import Calibration, demand, read_calibration, size_workers
 from harness.cli.machines import hot_path
 from harness.cli.output import say
+from harness.cli.runner.seen import note_sent, warn_of_sent
 from harness.cli.runner.targets import LocalTarget, Servers, Target, UrlTarget, VirtualTarget
 from harness.console import LoadProgress, console
 from harness.errors import HarnessError, PlanError, ResultsError, ServerError, UsageError
@@ -203,6 +204,7 @@ def execute_point(
     manifest.load_shares_server_host, manifest.load_shares_server_cores = servers.shares_host, servers.shared_cores
     manifest.versions["hot path"] = hot_path()
     write_manifest(run, manifest)
+    warn_of_sent(manifest, tell)
     try:
         if servers.patience is not None and not servers.asked:  # do servers that are not ours answer?
             first_request(spec, access, run.plan, tell)
@@ -217,6 +219,7 @@ def execute_point(
             stack.enter_context(stop)  # only now: what comes before is simply broken off
             manifest.status, manifest.start_unix_ns = "running", load.start()
             write_manifest(run, manifest)
+            note_sent(manifest)
             with sample_servers(servers, run, manifest.start_unix_ns, access, counters=spec.counters):
                 progress = LoadProgress(
                     console(), total=info.requests, span_s=info.span_s, slo=spec.slo, attain=options.report.attain
