@@ -274,3 +274,15 @@ def test_replay_in_virtual_time_is_simulate(tmp_path: Path) -> None:
     harness("replay", source, *args, "--engine", "simulated", "--clock", "virtual", "-o", tmp_path / "b")
     one, other = (read_results(next(path.iterdir()) / "results-0.arrows") for path in (tmp_path / "a", tmp_path / "b"))
     assert one.equals(other)
+
+
+def test_a_sweep_in_virtual_time_says_so_in_every_line_and_costs_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.toml"
+    file.write_text(
+        f'trace = "{trace(tmp_path / "t.jsonl", ROWS)}"\nmodels = ["{MODEL}", "{MODEL}-fp8"]\ntiers = ["{TIER}"]\n'
+        'engine = "simulated"\nclock = "virtual"\nstep = "8,0.05,0.02"\n[loads]\nrequest_rate = [8, 16]\n'
+    )
+    said = harness("sweep", file, "-o", tmp_path / "out")
+    lines = [line for line in said.splitlines() if line.startswith("00")]
+    assert len(lines) == 4 and all("simulated, " in line for line in lines)
+    assert "- USD" in said

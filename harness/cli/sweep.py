@@ -277,8 +277,9 @@ def sum_up(folder: Path, state: SweepState, format_: str) -> int:
     if format_ == "json":
         print_json(state)
     else:
+        kind = "simulated, " if state.spec.options.get("engine") == "simulated" else ""
         rows = [
-            {"run": point.name, "verdict": f"{point.verdict or point.state} {slo_words(point.slo_met)}".strip(),
+            {"run": point.name, "verdict": f"{kind}{point.verdict or point.state} {slo_words(point.slo_met)}".strip(),
              **{name: point.figures.get(name) for name in FIGURES}, "reason": (point.reason or "")[:90]}
             for point in state.points
         ]  # fmt: skip

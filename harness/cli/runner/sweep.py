@@ -125,7 +125,7 @@ class Session:
         self.write()
         try:
             with target.open(RunDir(path)) as servers:
-                rental.tier = servers.tier
+                rental.tier = servers.tier if servers.evidence == "measured" else None  # else nothing is paid for
                 yield servers
         finally:
             rental.ended_s = time.time()
