@@ -153,6 +153,11 @@ class Summary:
         return _dummy(self.server.model_facts)
 
     @property
+    def costs_at_least(self) -> bool:
+        """Whether steps took what a chip does at best, so that every cost is a lower bound."""
+        return self.server.model_facts.get("step_source") == "bound"
+
+    @property
     def caution(self) -> str | None:
         """What a reader must know before any figure; None when there is nothing."""
         return CAUTION_DUMMY if _dummy(self.server.model_facts) else _simulated(self.server.model_facts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,14 @@ def test_it_is_reported_priced_and_stamped(run: Path) -> None:
     assert report["cost"]["usd_per_1m_total"]["evidence"].startswith("simulated")
     assert "Simulated, not measured" in harness("report", run)
     assert "imulated" in harness("price", run)
+
+
+def test_the_price_that_a_terminal_shows_last_says_what_it_is(run: Path, tmp_path: Path) -> None:
+    assert re.search(r"\nsimulated, not measured: \d", harness("report", run)), "of steps that the user stated"
+    source = trace(tmp_path / "trace.jsonl", ROWS)
+    harness("simulate", source, "--model", MODEL, "--tier", "aws-g6.xlarge", "-o", tmp_path / "runs")
+    (bound,) = (tmp_path / "runs").iterdir()
+    assert "\nsimulated, not measured: at least " in harness("report", bound), "a roofline is a bound, no price"
 
 
 def test_a_closed_loop_keeps_its_slots(tmp_path: Path) -> None:

@@ -130,7 +130,9 @@ def bottom_lines(summary: Summary) -> tuple[str, str, str]:
     else:
         total, output = cost.usd_per_1m_total, cost.usd_per_1m_output_only
         given = "" if summary.load.mode == "closed" else " at this load"
-        paid = f"{price(total.value)} USD per 1M tokens{within(total, price)}"
+        paid = "" if summary.evidence == "measured" else f"{summary.evidence}, not measured: "
+        paid += "at least " if summary.costs_at_least else ""
+        paid += f"{price(total.value)} USD per 1M tokens{within(total, price)}"
         paid += f", {price(output.value)} per 1M output tokens{given}"
     if summary.verdict != "VALID" and summary.slo is not None:
         kept = f"SLO not judged: the run is {summary.verdict}"
