@@ -230,7 +230,7 @@ def click_option(f: Field[Any], heading: str, instead: Mapping[str, Any]) -> cli
         kind = click.Choice(get_args(kind))
     word = f.name.rstrip("_").removesuffix("_s" if seconds else "s" if several else "").replace("_", "-")
     flags = (said["flag"] or f"--{word}").split()
-    quiet = default in (None, {}) or several or flag
+    quiet = default in (None, {}, "") or several or flag
     shown = None if quiet else kind.show(default) if isinstance(kind, Parsed) else True
     given: dict[str, Any] = {} if several or default is None else {"default": default}  # None would be a value
     option = click.Option(

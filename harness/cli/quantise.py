@@ -27,6 +27,7 @@ Examples:
   harness quantise smollm2-135m --to int4 --group 32 -o ./smollm2-int4
   harness quantise smollm2-135m --to int8 --calibrate production.jsonl -o ./smollm2-gptq
   harness audit trace.jsonl --current smollm2-135m@aws-m7a.large --candidate ./smollm2-int8@aws-m7a.large ...
+
 {ENVIRONMENT}"""
 )
 @click.argument("model")
