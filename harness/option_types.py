@@ -232,7 +232,7 @@ def click_option(f: Field[Any], heading: str, instead: Mapping[str, Any]) -> cli
     flags = (said["flag"] or f"--{word}").split()
     quiet = default in (None, {}, "") or several or flag
     shown = None if quiet else kind.show(default) if isinstance(kind, Parsed) else True
-    given: dict[str, Any] = {} if several or default is None else {"default": default}  # None would be a value
+    given: dict[str, Any] = {} if several or default in (None, "") else {"default": default}  # None would be a value
     option = click.Option(
         [*flags, f.name], help=said["help"], metavar=said["metavar"], multiple=several, is_flag=flag,
         type=None if flag else kind, required=said["required"], show_default=shown,
