@@ -95,7 +95,7 @@ def test_the_longest_stall_of_any_stretch_is_found():
     t_s = np.arange(1.0, 301.0)
     seconds = WorkerSamples(
         worker=workers, t_s=t_s - 1e-9, length_s=np.full(300, 1 - 2e-9), loop_lag_max_s=lags, cpu_share=none,
-        in_flight=none, unwatched=[],
+        in_flight=none, events=none, unwatched=[],
     )  # fmt: skip
     start = rng.random(500) * 300
     end = np.minimum(start + rng.exponential(20, 500), 299.5)
@@ -103,7 +103,7 @@ def test_the_longest_stall_of_any_stretch_is_found():
     for got, a, b in zip(held, start, end, strict=True):
         assert got == lags[int(a) : int(b) + 1].max()
     assert LoopStalls(seconds, []).between(np.array([np.nan, 5.0]), np.array([1.0, np.nan])).tolist() == [0.0, 0.0]
-    fields = ("t_s", "length_s", "loop_lag_max_s", "cpu_share", "in_flight")
+    fields = ("t_s", "length_s", "loop_lag_max_s", "cpu_share", "in_flight", "events")
     alone = WorkerSamples(worker=workers[:0], unwatched=[0], **dict.fromkeys(fields, none[:0]))
     said = LoopStalls(alone, [Worker(index=0, loop_lag_p99_s=0.03)])
     assert said.between(np.array([7.0]), np.array([9.0])).tolist() == [0.03]

@@ -19,6 +19,21 @@ from harness.errors import UsageError, WorkerError
 from harness.record.manifest import RunDir, create_run_dir
 from harness.record.run_spec import RunSpec, WorkerSpec
 
+EARLIER: set[psutil.Process] = set()
+
+
+@pytest.fixture(autouse=True)
+def earlier() -> None:
+    """Processes that tests of other files left to this one, like the resource tracker of multiprocessing."""
+    EARLIER.clear()
+    EARLIER.update(psutil.Process().children(recursive=True))
+
+
+def started() -> list[psutil.Process]:
+    """What the test has started and is still there."""
+    return [one for one in psutil.Process().children(recursive=True) if one not in EARLIER]
+
+
 # Speaks the worker protocol; extra_body says how worker 0 misbehaves.
 WORKER = """
 import json, os, sys, time
@@ -103,7 +118,7 @@ def test_the_api_key_travels_in_the_environment_only(tmp_path: Path) -> None:
     with make(tmp_path, workers=1) as load:
         run = load._run
         assert "secret" not in (run.path / "worker-0.json").read_text()
-        arguments = [word for p in psutil.Process().children(recursive=True) for word in p.cmdline()]
+        arguments = [word for p in started() for word in p.cmdline()]
         assert arguments
         assert not any("secret" in word for word in arguments)
         load.start()
@@ -144,7 +159,7 @@ def test_a_lost_worker_is_a_fact_not_a_hang(tmp_path: Path, act: str, expected: 
 def test_a_worker_that_falls_silent_is_ended(tmp_path: Path) -> None:
     with make(tmp_path, "hang", silence_s=1.0) as load:
         load.start()
-        members = psutil.Process().children(recursive=True)
+        members = started()
         follow(load)
     assert exits(load) == ["hung: said nothing for 1 s", None]
     assert len(members) >= 2 and all(gone(p) for p in members), "guards and workers"
@@ -202,20 +217,20 @@ def test_a_worker_that_does_not_start_stops_the_run_with_its_words(tmp_path: Pat
         pass
     assert "load worker 0 ended before it was ready (exit code 1)" in str(caught.value)
     assert "cannot read the plan" in str(caught.value)
-    assert not psutil.Process().children(recursive=True)
+    assert not started()
 
 
 def test_a_worker_that_is_never_ready_has_a_deadline(tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match="was not ready after 1 s"), make(tmp_path, "never ready", ready_s=1.0):
         pass
-    assert not psutil.Process().children(recursive=True)
+    assert not started()
 
 
 def test_leaving_early_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), make(tmp_path, "wait for stop") as load:
         load.start()
         raise KeyboardInterrupt
-    assert not psutil.Process().children(recursive=True)
+    assert not started()
 
 
 def test_more_workers_than_requests_in_flight_is_a_usage_error(tmp_path: Path) -> None:

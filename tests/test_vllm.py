@@ -82,6 +82,8 @@ def count_parameters(name: str) -> int:
     elif kind == "minimax_m2":
         feed = c["num_local_experts"] * (3 * hidden * c["intermediate_size"] + hidden + 1)
         norms += size * (heads + groups)  # of all queries and keys of a token at once
+    elif kind == "mixtral":
+        feed = c["num_local_experts"] * (3 * hidden * c["intermediate_size"] + hidden)
     elif kind == "qwen3_moe":
         feed = c["num_experts"] * (3 * hidden * c["moe_intermediate_size"] + hidden)
     else:
