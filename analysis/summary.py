@@ -278,7 +278,6 @@ def claims(summary: Summary) -> dict[str, object]:
 
 STEP_SOURCES = {
     "kernels": "steps take what NVIDIA's measured kernels take",
-    "fitted": "steps take what was fitted to own runs",
     "given": "steps take what the user said",
     "bound": "steps take what the chip's data sheet allows at best, so every latency and cost is at least as high",
 }
@@ -383,9 +382,8 @@ def _errors(run: Run) -> list[ErrorCount]:
 
 def _assumptions(run: Run, tokens: Tokens, ratio: float) -> list[str]:
     facts = run.manifest.model_facts
-    said = [CAUTION_DUMMY] if _dummy(facts) else []
-    said += [words] if (words := _simulated(facts)) else []
-    said += [
+    said = [
+        *filter(None, (CAUTION_DUMMY if _dummy(facts) else None, _simulated(facts))),
         "one replica is one whole instance, paid from the first scheduled request to the last finish; idle hours, "
         "standby and start-up are not in the price",
         f"the split is declared: an output token costs {ratio:g} input tokens",

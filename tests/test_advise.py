@@ -32,7 +32,7 @@ def _few(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_capacity_is_the_rate_at_which_the_limit_is_reached() -> None:
     """One at a time, 100 ms a step: a request takes 1.1 s, so 1/1.1 of them come each second at most."""
     engine = HardwareEngine(
-        step_time=LinearStep(0.1, 0.0, 0.0), limits=Limits(max_num_seqs=1), source="fitted", chip="none",
+        step_time=LinearStep(0.1, 0.0, 0.0), limits=Limits(max_num_seqs=1), source="given", chip="none",
         tensor_parallel=1,
     )  # fmt: skip
     assert capacity(engine, EVEN, criteria({"ttft": 0.11}, 0.99)) == pytest.approx(1 / 1.1, rel=advice.CLOSE)

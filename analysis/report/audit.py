@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from analysis.audit.report import AuditReport, CandidateAnswer, ModelRow
 from analysis.quality.claims import Claim
 from analysis.quality.estimate import Bounded
@@ -208,6 +210,8 @@ def _ends(low: str, high: str) -> str:
 def _figure(found: Bounded | None) -> str:
     if found is None:
         return "-"
+    if found.low <= 0 and math.isinf(found.high):
+        return f"{figure(found.value)}, no interval"
     given = found.low == found.value == found.high
     return figure(found.value) + ("" if given else _ends(figure(found.low), figure(found.high)))
 

@@ -129,5 +129,10 @@ class CommandEngine:
 
     def explain(self, lines: Sequence[str]) -> Cause | None:
         """Nothing is known of its messages but a taken port."""
-        taken = any("address already in use" in line.lower() for line in lines)
-        return Cause("port in use", port_taken=True) if taken else None
+        return port_taken(lines)
+
+
+def port_taken(lines: Sequence[str]) -> Cause | None:
+    """The cause of a death that a log names where only the system's own words are known; None: another one."""
+    taken = any("address already in use" in line.lower() for line in lines)
+    return Cause("port in use", port_taken=True) if taken else None

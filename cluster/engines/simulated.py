@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.catalogue.models import DTYPE_BYTES, Model, for_tier, kv_bytes_per_token, model_config
-from cluster.engines.protocol import WHOLE, Command, Part, State
+from cluster.engines.protocol import WHOLE, Command, Part, State, port_taken
 from cluster.engines.vllm import check_fit, cpu_kv_cache_gib, pipeline_parallel_size
-from cluster.hardware.engine import HardwareEngine, engine_for
+from cluster.hardware.engine import HardwareEngine, engine_for, refuse_windows
 from cluster.process.process import Cause
 from cluster.simulator.scheduler import VLLM, Limits
 from cluster.simulator.step_time import LinearStep
@@ -56,14 +56,23 @@ def simulated_engine(model: Model, tier: Tier, step: LinearStep | None = None) -
         raise UsageError(f"tier {tier.name}: no step times are known of a CPU; say what a step takes with --step")
     else:
         engine = HardwareEngine(
-            step_time=step, limits=_cpu_limits(model, tier), source="fitted", chip="CPU", tensor_parallel=0
+            step_time=step,
+            limits=_cpu_limits(model, tier),
+            source="given",
+            chip="CPU",
+            tensor_parallel=0,
+            longest=for_tier(model, None).max_model_len,
         )
     limits = changed(engine.limits, args)
+    if limits.kv_blocks is not None:
+        engine = replace(engine, longest=min(engine.longest, limits.kv_blocks * limits.block_size))
     said = {"simulated": f"vLLM {VLLM}'s scheduler, proved against its own"}
     if step is None:
         return replace(engine, limits=limits, facts={**said, **engine.facts})
     given = {**said, "step_source": "given", "step": repr(step)}
-    return replace(engine, limits=limits, facts=given, step_time=step, arrival_s=0.0, arrival_per_token_s=0.0)
+    return replace(
+        engine, source="given", limits=limits, facts=given, step_time=step, arrival_s=0.0, arrival_per_token_s=0.0
+    )  # fmt: skip
 
 
 def limit_args(limits: Limits) -> list[str]:
@@ -93,11 +102,6 @@ def _refuse(model: Model, tier: Tier, args: Sequence[str]) -> None:
             raise UsageError(f"model {model.name}: {what} is not simulated ({word})")
     if pipeline_parallel_size(model, tier) > 1:
         raise UsageError(f"model {model.name} on tier {tier.name}: pipeline stages are not simulated")
-    config = model_config(model)
-    if config and config.get("sliding_window") and config.get("use_sliding_window") is not False:
-        raise UsageError(
-            f"model {model.name}: layers that see only a window keep less of the KV cache, which is not simulated"
-        )
 
 
 def _cpu_limits(model: Model, tier: Tier) -> Limits:
@@ -105,6 +109,7 @@ def _cpu_limits(model: Model, tier: Tier) -> Limits:
     config = model_config(model)
     if config is None:
         raise UsageError(f"model {model.name}: its architecture is not known, so neither is its KV cache")
+    refuse_windows(model, config)
     block = CPU_BLOCK * kv_bytes_per_token(config, DTYPE_BYTES.get(model.dtype, 2))
     blocks = cpu_kv_cache_gib(model) * GIB // block - 1
     return replace(cpu_limits(), kv_blocks=blocks, block_size=CPU_BLOCK, async_scheduling=True)
@@ -166,5 +171,4 @@ class SimulatedServer:
 
     def explain(self, lines: Sequence[str]) -> Cause | None:
         """The last line of an error, if any."""
-        taken = any("address already in use" in line.lower() for line in lines)
-        return Cause("port in use", port_taken=True) if taken else None
+        return port_taken(lines)

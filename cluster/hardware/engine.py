@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from cluster.catalogue.models import DTYPE_BYTES, Model, for_tier, kv_bytes_per_token, model_config, model_weight_bytes
 from cluster.engines.vllm import tensor_parallel_size
@@ -18,8 +20,8 @@ from cluster.simulator.vllm_limits import GIB, gpu_limits, graph_sizes
 from harness.errors import UsageError
 from harness.record.manifest import Tier
 
-Source = Literal["kernels", "fitted", "bound"]
-"""Measured kernels of the chip, own runs, or the roofline of its data sheet, which no engine is faster than."""
+Source = Literal["kernels", "given", "bound"]
+"""Measured kernels of the chip, what the user says, or the roofline of its data sheet, which nothing is faster than."""
 
 MEMORY_SHARE = 0.92
 """Of a device's memory that vLLM takes (its default since 0.22)."""
@@ -39,6 +41,8 @@ class HardwareEngine:
     source: Source
     chip: str
     tensor_parallel: int
+    longest: int = sys.maxsize
+    """Input and output tokens that a request may have."""
     arrival_s: float = 0.0
     """From the client's call until the scheduler sees the request."""
     arrival_per_token_s: float = 0.0
@@ -48,7 +52,8 @@ class HardwareEngine:
 
 
 def engine_for(
-    model: Model, tier: Tier, *, tensor_parallel: int | None = None, source: Source | None = None
+    model: Model, tier: Tier, *, tensor_parallel: int | None = None,
+    source: Literal["kernels", "bound"] | None = None,
 ) -> HardwareEngine:  # fmt: skip
     """The engine for ``model`` (its ``quantization`` says the number format) on ``tier``.
 
@@ -60,19 +65,20 @@ def engine_for(
     if parts > tier.accelerator_count:
         raise UsageError(f"tier {tier.name} has {tier.accelerator_count} accelerators, not {parts}")
     config = model_config(model)
-    if config is not None and config.get("sliding_window") and config.get("use_sliding_window") is not False:
-        raise UsageError(f"model {model.name}: layers with a sliding window are not simulated")
+    if config is not None:
+        refuse_windows(model, config)
     limits = limits_for(model, tier, chip, parts)
     assert config is not None
     facts = {"step_source": "bound", "chip": chip.name, "chip_source": chip.source, "scheduler": f"vLLM {VLLM}"}
     entry, why = _tables(model, chip, parts)
-    if source == "fitted" or (source == "kernels" and why is not None):
-        raise UsageError(f"model {model.name} on tier {tier.name}: {why or 'nothing was fitted'}")
+    if source == "kernels" and why is not None:
+        raise UsageError(f"model {model.name} on tier {tier.name}: {why}")
     least = partial(bound_step, config, quantization=model.quantization, tensor_parallel=parts)
     if entry is None or entry.tables is None or source == "bound":
         facts |= {"not_kernels": why} if why else {}
         return HardwareEngine(
-            step_time=least(chip), limits=limits, source="bound", chip=chip.name, tensor_parallel=parts, facts=facts
+            step_time=least(chip), limits=limits, source="bound", chip=chip.name, tensor_parallel=parts,
+            longest=model.max_model_len, facts=facts,
         )  # fmt: skip
     constants = Constants()
     facts |= {
@@ -90,9 +96,16 @@ def engine_for(
     graphs = graph_sizes(limits, compute_capability=int(chip.compute_capability))
     return HardwareEngine(
         step_time=KernelStep(tables, graphs, constants), limits=limits, source="kernels", chip=chip.name,
-        tensor_parallel=parts, arrival_s=constants.arrival_s, arrival_per_token_s=constants.arrival_per_token_s,
+        tensor_parallel=parts, longest=model.max_model_len, arrival_s=constants.arrival_s,
+        arrival_per_token_s=constants.arrival_per_token_s,
         facts=facts,
     )  # fmt: skip
+
+
+def refuse_windows(model: Model, config: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for layers that see only a window: they keep less of the KV cache."""
+    if config.get("sliding_window") and config.get("use_sliding_window") is not False:
+        raise UsageError(f"model {model.name}: layers with a sliding window are not simulated")
 
 
 def _tables(model: Model, chip: Chip, parts: int) -> tuple[Entry | None, str | None]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.catalogue.models import Model, for_tier
+from cluster.catalogue.models import Model
 from cluster.engines.simulated import NAME, limit_args
 from cluster.hardware.engine import HardwareEngine
 from cluster.simulator.blocks import block_keys
@@ -243,8 +243,7 @@ def _requests(table: pa.Table, subject: Subject) -> _Requests:
         place = np.full(len(ids) + 1, -1, dtype=np.int64)
         place[ids] = np.arange(len(ids))
         after = place[ints("after")]
-    limits, longest = subject.engine.limits, for_tier(subject.model, subject.tier.accelerator).max_model_len
-    most = longest if limits.kv_blocks is None else min(longest, limits.kv_blocks * limits.block_size)
+    most = subject.engine.longest
     words = f"input and output are longer than the {most} tokens of this server"
     bad = (inputs + outputs > most) | (outputs < 1) | (inputs < 1)
     refused = {

@@ -178,17 +178,14 @@ def engine_of(args: argparse.Namespace, loop: asyncio.AbstractEventLoop) -> Paci
     """The engine that the server's command line asks for; ``--slots 0``: no limit."""
     step = None if args.step is None else LinearStep(*(ms / 1000 for ms in args.step))
     if args.simulate is not None:
-        from cluster.catalogue.models import for_tier, get_model
+        from cluster.catalogue.models import get_model
         from cluster.catalogue.tiers import get_tier
         from cluster.engines.simulated import simulated_engine
 
         model, tier = get_model(args.simulate[0]), get_tier(args.simulate[1])
         found = simulated_engine(model, tier, step)
-        longest = for_tier(model, tier.accelerator).max_model_len
-        if found.limits.kv_blocks is not None:
-            longest = min(longest, found.limits.kv_blocks * found.limits.block_size)
         return PacingEngine(
-            found.limits, found.step_time, loop, longest=longest, arrival_s=found.arrival_s,
+            found.limits, found.step_time, loop, longest=found.longest, arrival_s=found.arrival_s,
             arrival_per_token_s=found.arrival_per_token_s,
         )  # fmt: skip
     limits = Limits(
