@@ -395,7 +395,6 @@ def _assumptions(run: Run, tokens: Tokens, ratio: float) -> list[str]:
         said.append("failed requests had output of unknown length: paid for, not counted as sold")
     elif tokens.wasted_output:
         said.append(f"failed requests had {tokens.wasted_output:,} output tokens: paid for, not counted as sold")
-    unknown = metrics.untold(run.rows)
-    if unknown:
+    if unknown := metrics.untold(run.rows):
         said.append(f"itl: {unknown} requests did not say how many tokens a chunk holds; one sample per chunk there")
     return said + [f"plan: {note}" for note in run.manifest.plan.notes]
