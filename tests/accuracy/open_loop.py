@@ -33,9 +33,8 @@ MODELS = {
     ("mistralai/Mixtral-8x7B-Instruct-v0.1", "float16"): "mixtral-8x7b-instruct-v0.1",
     ("mistralai/Mixtral-8x7B-Instruct-v0.1", "fp8"): "mixtral-8x7b-instruct-v0.1-fp8",
 }
-TIERS = {"A100_80GB_PCIe": "azure-nc24ads-a100-v4", "H100": "azure-nc40ads-h100-v5"}
-"""The H100 is taken for the NVL of Azure's NC40ads: the rows' price is that machine's to the cent, and with the 80 GB
-of an SXM not 9 of 10 of their requests could have been in the KV cache of Qwen3-30B-A3B at once, as their TTFT says."""
+TIERS = {"A100_80GB_PCIe": "azure-nc24ads-a100-v4", "H100": "aws-p5.4xlarge"}
+"""Hardware as the source names it ("H100-80GB SXM", "A100-80GB PCIe"); the price is the row's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -164,11 +164,10 @@ Signed errors in %. Near and beyond saturation TTFT and TPOT are those of a queu
 |---|---|---|---|---|---|---|
 {strangers}
 
-The H100 of these rows is taken for an NVL of 94 GB, whose figures are scaled from the H100 SXM by the two data sheets:
-the rows' price is Azure's for that machine to the cent, and in the 80 GB of an SXM not nine of ten requests to
-Qwen3-30B-A3B could have been in the KV cache at once, as their TTFT says they were. At saturation Llama 3.1 8B is 27 %
-dearer than simulated: a step of 500 sequences took 60 ms, of which the kernels explain half. Work of the host for each
-sequence would explain the rest; on the machines of InferenceX there is none of it to be seen, so it is not fitted.
+Hardware is what the source names: H100 SXM and A100 PCIe, both of 80 GB. At saturation the simulated cost of Llama
+3.1 8B on the H100 is 32 % too low: a step of 500 sequences took 60 ms, of which the kernels explain half. Work of the
+host for each sequence would explain the rest; on the machines of InferenceX there is none of it to be seen, so it is
+not fitted. Prices are stamped with the error beyond saturation.
 
 Not simulated:
 
