@@ -100,7 +100,8 @@ def audit(trace: Path, planted: Planted, *more: str, candidates: Sequence[str]) 
     done = harness(*asked, timeout=300)
     for _ in range(0 if "--resume" in more else 5):  # a load that this machine was too busy to measure is done again
         found = json.loads(done.stdout or "{}")
-        if not found or all(row["slo_met"] or row["problem"] for row in found["models"]):
+        settled = ("not loaded: its quality is worse",)
+        if not found or all(row["slo_met"] or row["problem"] or row["load"] in settled for row in found["models"]):
             break
         done = harness(*asked, "--resume", found["folder"], timeout=300)
     return done.returncode, json.loads(done.stdout or "{}"), done.stderr
@@ -118,6 +119,8 @@ def test_each_planted_truth_gets_its_verdict(planted: Planted, tmp_path: Path) -
     assert worse["difference"]["value"] == pytest.approx(-0.05)
     assert equal["usd_per_request"]["value"] == pytest.approx(0.1)
     assert "its server was no more after" in dying["verdict"]["why"]
+    assert [row["load"].partition(":")[0] for row in found["models"]] == ["200 req/s"] * 2 + ["not loaded"] * 2
+    assert not list(Path(found["folder"]).glob("load-2-*")), "what is worse needs no load"
     # the noise floor is what was planted: right the first time, wrong the second
     assert found["noise"]["discordance"] == pytest.approx(NOISE / N)
     assert found["models"][0]["accepted"]["value"] == pytest.approx(sum(planted.right) / N)

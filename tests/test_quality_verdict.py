@@ -15,7 +15,7 @@ from analysis.quality.claims import results_for_cost, times_cheaper, usual_claim
 from analysis.quality.estimate import Bounded, mean, quotient, ratio
 from analysis.quality.estimate import given as stated
 from analysis.quality.paired import Paired, paired
-from analysis.quality.verdict import SWITCHES, AuditVerdict, CandidateModel, GradedRecords, Slice, decide
+from analysis.quality.verdict import SWITCHES, AuditVerdict, CandidateModel, GradedRecords, Slice, decide, settled
 
 MARGIN = 0.05
 CHEAP, DEAR, OPEN = Bounded(0.6, 0.5, 0.7), Bounded(1.3, 1.1, 1.5), Bounded(0.95, 0.8, 1.1)
@@ -217,6 +217,36 @@ def test_order_names_and_hopeless_candidates_never_make_a_switch(seed: int, wors
     beside = decide(of, [hopeless, one, hopeless], MARGIN)
     assert not beside[1].switches or alone.switches
     assert [found.word for found in (beside[0], beside[2])] == ["do not switch: worse"] * 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0, 0.2), st.booleans())
+def test_what_quality_has_settled_no_load_and_no_other_candidate_changes(seed: int, worse: float, part: bool) -> None:
+    of, one = audit(seed, worse)
+    assert one.grades is not None
+    if part:
+        one = replace(one, grades=np.where(of.slices["tag 1"].mask, one.grades, of.current))
+    unknown = replace(one, bill=lambda _: None, slo_met=None)
+    hopeless, good = candidate(np.zeros(len(of.session))), candidate(of.current.copy())
+    for others in ([], [hopeless, good]):
+        word = settled(of, unknown, MARGIN, 1 + len(others))
+        for bill in (None, CHEAP, OPEN, DEAR):
+            for slo_met in (None, True, False):
+                found = decide(of, [*others, replace(one, bill=lambda _, b=bill: b, slo_met=slo_met)], MARGIN)[-1]
+                missed = "do not switch: misses the SLO" if slo_met is False else word
+                assert word is None or found.word == missed
+
+
+def test_quality_settles_what_is_worse_and_what_no_cascade_mends() -> None:
+    assert settled(ALL, candidate(WORSE), MARGIN, 1) == "do not switch: worse"
+    assert settled(ALL, candidate(EQUAL), MARGIN, 1) is None and settled(ALL, candidate(None), MARGIN, 1) is None
+    assert settled(ALL, candidate(WORSE, evidence="simulated"), MARGIN, 1) is None
+    assert settled(ALL, candidate(np.where(np.arange(1200) < 30, math.nan, EQUAL)), MARGIN, 1) == "INVALID"
+    of = records(4000)
+    grades = flipped(of, 0.02, 0.25)
+    mixed = asked(of, grades, np.where(grades == 1, 1.0, -1.0) + np.random.default_rng(5).normal(0, 0.7, 4000))
+    assert settled(of, candidate(grades), MARGIN, 1) == "do not switch: worse"
+    assert settled(of, candidate(grades, cascade=replace(mixed, bill=None, slo_met=None)), MARGIN, 1) is None
 
 
 def test_two_good_candidates_share_the_level() -> None:

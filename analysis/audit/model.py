@@ -199,7 +199,7 @@ def slo_of(
 
 
 def cascade_of(
-    one: MeasuredModel, side: Side, current: MeasuredModel, base: Side, costs: Costs, facts: RecordFacts,
+    one: MeasuredModel, side: Side, current: MeasuredModel, base: Side, costs: Costs | None, facts: RecordFacts,
     *, margin: float, slo: Mapping[str, float], attain: float, blind: Bools | None = None,
 ) -> Cascade | None:  # fmt: skip
     """The candidate first and the current model where its first answer seems unsure; None: the server gave no score.
@@ -225,5 +225,6 @@ def cascade_of(
     }
     return cascade(
         side.score, base.grades, first_grades if blind is None else np.where(blind, np.nan, first_grades),
-        facts.session, facts.weight, margin=margin * one.sharpness, bill=costs.cascade, slo_met=slo_met, parts=large,
+        facts.session, facts.weight, margin=margin * one.sharpness, slo_met=slo_met, parts=large,
+        bill=lambda escalated: None if costs is None else costs.cascade(escalated),
     )  # fmt: skip

@@ -18,7 +18,7 @@ from analysis.quality.estimate import Bounded, given, mean, ratio
 from analysis.quality.judging import JudgeTrust, corrected
 from analysis.quality.paired import ALPHA, Paired, like_another_run, paired
 from analysis.quality.slices import RecordFacts, depth_slope, slices
-from analysis.quality.verdict import AuditVerdict, CandidateModel, GradedRecords, decide
+from analysis.quality.verdict import AuditVerdict, CandidateModel, GradedRecords, Word, decide, settled
 
 SCHEMA = "harness.audit/1"
 
@@ -165,6 +165,28 @@ def audit_report(
         checks_sha256=checks_sha256, noise=noise, noise_difference=_difference(noise), models=tuple(rows),
         answers=answers, notes=tuple(notes),
     )  # fmt: skip
+
+
+def settled_by_quality(
+    facts: RecordFacts, current: MeasuredModel, one: MeasuredModel, *, margin: float, family: int,
+    slo: Mapping[str, float], unmeasurable: frozenset[str], blind: Bools, policy: Policy, attain: float,
+) -> Word | None:  # fmt: skip
+    """The word that the grades of one of ``family`` candidates settle before it is loaded; None: none yet."""
+    base = side_of(current.grades, current, facts, replace(policy, escalate=False), blameless=True)
+    side = side_of(one.grades, one, facts, policy, base)
+    if base is None or side is None or current.problem is not None or current.evidence != "measured":
+        return None
+    mixed = None if policy.asks_again else cascade_of(
+        replace(one, slo_met=True), side, replace(current, slo_met=True), base, None, facts, margin=margin, slo=slo,
+        attain=attain, blind=blind,
+    )  # fmt: skip
+    candidate = CandidateModel(
+        name=one.name, grades=side.grades, bill=lambda _: None, slo_met=None, evidence=one.evidence,
+        problem=one.problem, cascade=mixed, sharpness=one.sharpness,
+    )  # fmt: skip
+    asked = GradedRecords(current=base.grades, session=facts.session, weight=facts.weight,
+                          slices=slices(facts, unmeasurable), blind=blind)  # fmt: skip
+    return settled(asked, candidate, margin, family)
 
 
 def _row(

@@ -148,6 +148,26 @@ def decide(
     ]
 
 
+def settled(
+    records: GradedRecords, candidate: CandidateModel, margin: float, family: int, alpha: float = ALPHA
+) -> Word | None:
+    """The word that quality alone has settled, "do not switch: worse" or "INVALID"; None: the rest may still matter.
+
+    It is what `decide` says at the best bill, within the SLO, and with a p-value that Holm's adjustment over ``family``
+    candidates leaves alone: with what will be measured, and whatever the others do, no switch can come of it (at most
+    "do not switch: misses the SLO"). So its load need not be measured.
+    """
+    nothing = Bounded(0.0, 0.0, 0.0)
+    best = replace(candidate, bill=lambda _: nothing, slo_met=True)
+    if best.cascade is not None:
+        best = replace(best, cascade=replace(best.cascade, bill=nothing, slo_met=True))
+    pair = None if best.grades is None else _paired(records, best.grades, np.ones(len(records.session), np.bool_))
+    margin *= candidate.sharpness
+    p = 1.0 if pair is None else pair.p_worse_by(margin)
+    word = _decide(records, best, pair, p, margin, alpha, family).word
+    return word if word in ("do not switch: worse", "INVALID") else None
+
+
 def ungraded(records: GradedRecords, grades: Floats) -> float:
     """Share of pairs of which a side could not be graded."""
     return float(np.mean(~(np.isfinite(records.current) & np.isfinite(grades)))) if len(grades) else 0.0

@@ -74,6 +74,9 @@ class AuditOptions:
     max_answer: int = opt("Cap, in tokens, on answers of records without max_tokens.", 256, flag="--max-tokens")
     in_flight: int = opt("Requests in flight in the quality pass.", 32, kind=COUNT)
     quick: bool = opt(f"At most {QUICK_RECORDS} records, and one load level per model: no capacity is claimed.", False)
+    load_all: bool = opt(
+        "Load also those candidates whose quality is worse whatever their load gives: for their bill.", False
+    )
     dry_run: bool = opt("Say what would be asked, and which margin so many records can prove; ask nobody.", False)
     run_code: bool = opt("Run answers that are code, in a sandbox or not at all.", False)
     list_prices: Sequence[str] = opt(

@@ -106,7 +106,7 @@ def audited(
             loaded: dict[int, LoadPass] = {}
 
             def load_now(k: int, passes: Sequence[Sequence[QualityPass]], servers: Servers | None) -> None:
-                loaded[k] = _load(
+                loaded[k] = _settled(k, want, graded, faults, passes, asked, trial) or _load(
                     folder, k, models, passes, asked, records, None if want.quick else search, rate, seed, servers, want
                 )
 
@@ -170,7 +170,7 @@ def _asked(asked: ReplayOptions, want: AuditOptions, search: SearchOptions, rate
     import msgspec
 
     money = ("wage", "review_minutes", "review_share", "failure_usd", "engineering_hours", "months", "list_prices")
-    later = (*money, "gate_usd", "fail_if", "dry_run", "judge_time_s")
+    later = (*money, "gate_usd", "fail_if", "dry_run", "judge_time_s", "load_all")
     own = {name: value for name, value in asdict(want).items() if name not in later}
     sent = {name: getattr(asked.load, name) for name in ("output_lengths", "length_field", "extra_body", "keep_text")}
     said = {**own, **sent, "rate": rate, "attain": asked.report.attain, "probe_s": search.probe_s}
@@ -194,6 +194,30 @@ def _folder(out: Path, trace: Path, resume: str | None, state: AuditState) -> Pa
         changed = [name for name, value in asdict(fresh).items() if value != asdict(before)[name]]
         raise UsageError(f"{found[-1]}: was asked something else: {', '.join(changed)} differ; begin anew")
     return found[-1]
+
+
+def _settled(
+    k: int, want: AuditOptions, graded: Sequence[AuditedRecord], faults: Sequence[LintGroup],
+    passes: Sequence[Sequence[QualityPass]], asked: ReplayOptions, trial: JudgeTrial | None,
+) -> LoadPass | None:  # fmt: skip
+    """Of a model ``k`` that need not be loaded, since its quality has decided; None: it is to be loaded."""
+    from analysis.audit.report import settled_by_quality
+    from analysis.quality.bill import Policy
+
+    if k == 0 or want.load_all:
+        return None
+    unmeasurable, blind = blind_records(graded, faults, passes[0][0])
+    current, one = (_measured(j, want, passes[j], LoadPass(slo_met=None), {}, trial) for j in (0, k))
+    word = settled_by_quality(
+        _facts(graded, passes[0][0]), current, one, margin=want.margin, family=len(want.candidates),
+        slo=asked.load.slo or {}, unmeasurable=unmeasurable, blind=blind,
+        policy=Policy(tries=want.tries, escalate=want.escalate), attain=asked.report.attain,
+    )  # fmt: skip
+    if word is None:
+        return None
+    why = "not loaded: its quality is worse" if word != "INVALID" else "not loaded: INVALID"
+    say(f"{want.models[k].name}: {why}")
+    return LoadPass(slo_met=None, words=why)
 
 
 def _load(
